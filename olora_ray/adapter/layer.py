@@ -1,0 +1,109 @@
+"""AdaptedLinear: a frozen linear layer plus a low-rank path in delta form (see adapter/factors.py).
+
+Shapes: x is (..., n), y is (..., m), T the product of the leading dimensions, k = 2r with B0, else r.
+
+    down = [A0; dA]  (k x n)        up = [dB, B0 + dB]  (m x k)        y = base(x) + s up (down x)
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from olora_ray.adapter.factors import AdapterWeights, Factors
+
+
+class _LowRank(torch.autograd.Function):
+    """y += s up (down x), with gradients for x, dA and dB only.
+
+    One node instead of a dozen: sums and concatenations are taken in float32 and rounded once to the
+    precision of x, and the frozen halves of `down` and `up` get no gradient products.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, y: Tensor, x: Tensor, da: Tensor, db: Tensor, a0: Tensor, b0: Tensor | None, scale: float
+    ) -> Tensor:
+        if b0 is None:
+            down, up = a0 + da, db
+        else:
+            down, up = torch.cat([a0, da]), torch.cat([db, b0 + db], dim=1)
+        down, up = down.to(x.dtype), up.to(x.dtype)
+        hidden = x.reshape(-1, x.shape[-1]) @ down.T
+        y.view(-1, y.shape[-1]).addmm_(hidden, up.T, alpha=scale)
+        ctx.mark_dirty(y)
+        ctx.save_for_backward(x, hidden, down, up)
+        ctx.scale, ctx.rank, ctx.stacked = scale, da.shape[0], b0 is not None
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        x, hidden, down, up = ctx.saved_tensors
+        g = grad.reshape(-1, grad.shape[-1])
+        grad_hidden = (g @ up) * ctx.scale
+        grad_x = (grad_hidden @ down).view(x.shape) if ctx.needs_input_grad[1] else None
+        if ctx.stacked:
+            grad_hidden = grad_hidden[:, ctx.rank :]
+            hidden = hidden[:, : ctx.rank] + hidden[:, ctx.rank :]
+        grad_da = grad_hidden.T @ x.reshape(-1, x.shape[-1])
+        grad_db = (g.T @ hidden).float() * ctx.scale
+        return grad, grad_x, grad_da.float(), grad_db, None, None, None
+
+
+class AdaptedLinear(nn.Module):
+    """`base` (a linear layer, left as it is) plus a trainable low-rank path.
+
+    `da` (r x n) and `db` (m x r) are the trainable parameters, float32, zero at the start, so that
+    the first output equals the base's exactly in every precision.
+    """
+
+    a0: Tensor
+    b0: Tensor | None
+
+    def __init__(self, base: nn.Module, factors: Factors, scale: float, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.base = base
+        self.scale = scale
+        self.dropout = dropout
+        self.full_rank = factors.full_rank
+        # New tensors: factors may have been made in inference mode, which autograd refuses.
+        self.register_buffer("a0", factors.a0.clone(), persistent=False)
+        self.register_buffer("b0", None if factors.b0 is None else factors.b0.clone(), persistent=False)
+        rows = factors.a0.new_empty(0)
+        self.da = nn.Parameter(torch.zeros_like(factors.a0))
+        self.db = nn.Parameter(rows.new_zeros(out_features(base), factors.a0.shape[0]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., n) -> y (..., m)."""
+        y: Tensor = self.base(x)
+        inner = F.dropout(x, self.dropout) if self.training and self.dropout else x
+        result: Tensor = _LowRank.apply(y, inner, self.da, self.db, self.a0, self.b0, self.scale)
+        return result
+
+    def weights(self) -> AdapterWeights:
+        """The adapter as it is now, detached."""
+        return AdapterWeights(Factors(self.a0, self.b0, self.full_rank), self.da.detach(), self.db.detach())
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether the module keeps its weight as n x m (GPT-2's Conv1D) instead of m x n."""
+    return type(module).__name__ == "Conv1D"
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether an adapter can wrap the module."""
+    return isinstance(module, nn.Linear) or is_transposed(module)
+
+
+def weight_matrix(module: nn.Module) -> Tensor:
+    """The weight of a linear module as m x n (out x in features), a view."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.detach().T if is_transposed(module) else weight.detach()
+
+
+def out_features(module: nn.Module) -> int:
+    """m of a linear module."""
+    return int(weight_matrix(module).shape[0])

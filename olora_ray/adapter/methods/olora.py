@@ -1,0 +1,24 @@
+"""OLoRA: orthonormal start from the QR decomposition of the weight (arXiv 2406.01775, algorithm 1).
+
+The paper takes the first r columns of Q and rows of R of the full QR of W. Those columns depend only
+on W[:, :r], and R[:r] = Q1^T W, so the QR of an m x r slice gives the same factors (same Householder
+reflectors, same signs) in O(m r^2 + m n r) instead of O(m n min(m, n)) operations.
+"""
+
+import torch
+from torch import Tensor
+
+from olora_ray.adapter.factors import Factors
+
+
+def factors(weight: Tensor, rank: int, seed: int) -> Factors:
+    """B0 = QR(W[:, :r]).Q (m x r, orthonormal columns) and A0 = B0^T W (r x n).
+
+    `weight` is m x n in float32 with r <= min(m, n); `seed` is not used. If the slice is
+    rank-deficient the Householder Q is still orthonormal and the start is still exact, but some of
+    its columns are arbitrary: `full_rank` is then False.
+    """
+    b0, r1 = torch.linalg.qr(weight[:, :rank])
+    pivots = r1.diagonal().abs()
+    tolerance = pivots.max() * max(weight.shape[0], rank) * torch.finfo(weight.dtype).eps
+    return Factors(b0.T @ weight, b0.contiguous(), full_rank=bool(pivots.min() > tolerance))

@@ -1,0 +1,142 @@
+"""TrainState <-> a directory of safetensors and JSON, complete or ignored.
+
+    adapter.safetensors      a0, b0, da, db of every layer, float32
+    best.safetensors         da, db of the best step so far, if that is an earlier one
+    optimizer.safetensors    AdamW's moments
+    state.json               step, best, history, identity of base, data and adapter
+    config.yaml              the config that made it
+    manifest.json            size and SHA-256 of all others, written last
+
+A directory whose manifest is missing or does not hold is not a checkpoint. Nothing in it is a pickle.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from olora_ray.adapter.factors import AdapterWeights, Factors
+from olora_ray.errors import UserError
+from olora_ray.train.state import TrainState
+
+FORMAT = 1
+ADAPTER, BEST, OPTIMIZER, STATE, CONFIG, MANIFEST = (
+    "adapter.safetensors",
+    "best.safetensors",
+    "optimizer.safetensors",
+    "state.json",
+    "config.yaml",
+    "manifest.json",
+)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint read back."""
+
+    adapter: dict[str, AdapterWeights]
+    best: dict[str, Tensor] | None
+    """`NAME.da` and `NAME.db` of the best step so far; None if that is this one, or there is none."""
+    optimizer: dict[str, Tensor]
+    state: TrainState
+    identity: dict[str, str]
+    """Digests of what the run is made of: base model, data, adapter and training settings."""
+
+
+def save(
+    folder: Path,
+    adapter: Mapping[str, AdapterWeights],
+    best: Mapping[str, Tensor] | None,
+    optimizer: Mapping[str, Tensor],
+    state: TrainState,
+    identity: Mapping[str, str],
+    config_yaml: str,
+) -> None:
+    """Write a complete checkpoint into an empty folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(_tensors(adapter), folder / ADAPTER)
+    save_file(_plain(optimizer), folder / OPTIMIZER)
+    if best is not None:
+        save_file(_plain(best), folder / BEST)
+    (folder / STATE).write_text(json.dumps({"format": FORMAT, "identity": identity, **asdict(state)}))
+    (folder / CONFIG).write_text(config_yaml)
+    files = {file.name: _fingerprint(file) for file in sorted(folder.iterdir())}
+    (folder / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}, indent=1))
+    for file in folder.iterdir():
+        file.chmod(0o644)  # safetensors writes 0600
+
+
+def load(folder: Path) -> Checkpoint:
+    """Read a checkpoint; raises UserError that names the file if anything in it does not hold."""
+    verify(folder)
+    try:
+        state = json.loads((folder / STATE).read_text())
+        if state.pop("format") != FORMAT:
+            raise UserError(f"{folder / STATE}: written by another version of olora_ray")
+        identity = state.pop("identity")
+        best = load_file(folder / BEST) if (folder / BEST).exists() else None
+        adapter = _weights(load_file(folder / ADAPTER))
+        return Checkpoint(adapter, best, load_file(folder / OPTIMIZER), TrainState(**state), identity)
+    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise UserError(f"checkpoint {folder}: does not read back: {error}") from None
+
+
+def load_best_adapter(folder: Path) -> dict[str, AdapterWeights]:
+    """The best adapter up to this checkpoint; raises UserError as `load`."""
+    found = load(folder)
+    if found.best is None:
+        return found.adapter
+    return {
+        name: AdapterWeights(weights.factors, found.best[f"{name}.da"], found.best[f"{name}.db"])
+        for name, weights in found.adapter.items()
+    }
+
+
+def verify(folder: Path) -> None:
+    """Raise UserError unless the folder is a complete checkpoint with the bytes that were written."""
+    try:
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+        files = dict(manifest["files"])
+    except FileNotFoundError:
+        raise UserError(f"{folder}: not a complete checkpoint (no {MANIFEST})") from None
+    except (OSError, ValueError, KeyError, TypeError, UnicodeDecodeError):
+        raise UserError(f"{folder / MANIFEST}: not a checkpoint's manifest") from None
+    for name, expected in files.items():
+        if not (folder / name).is_file() or _fingerprint(folder / name) != expected:
+            raise UserError(f"checkpoint {folder}: {name} is missing or damaged")
+
+
+def _tensors(adapter: Mapping[str, AdapterWeights]) -> dict[str, Tensor]:
+    parts: dict[str, Tensor] = {}
+    for name, weights in adapter.items():
+        parts[f"{name}.a0"] = weights.factors.a0
+        parts[f"{name}.da"], parts[f"{name}.db"] = weights.da, weights.db
+        if weights.factors.b0 is not None:
+            parts[f"{name}.b0"] = weights.factors.b0
+    return _plain(parts)
+
+
+def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    # Views of one flat vector share storage, which safetensors refuses.
+    return {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+
+
+def _weights(parts: Mapping[str, Tensor]) -> dict[str, AdapterWeights]:
+    names = [key.removesuffix(".da") for key in parts if key.endswith(".da")]
+    return {
+        name: AdapterWeights(
+            Factors(parts[f"{name}.a0"], parts.get(f"{name}.b0")), parts[f"{name}.da"], parts[f"{name}.db"]
+        )
+        for name in names
+    }
+
+
+def _fingerprint(file: Path) -> dict[str, Any]:
+    with file.open("rb") as stream:
+        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}

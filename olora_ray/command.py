@@ -1,0 +1,56 @@
+"""The command line of the entry scripts: arguments, log lines, exit codes."""
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from olora_ray.config import Config, help_text, load, parse_assignments
+from olora_ray.errors import UserError
+from olora_ray.locate import resolved
+
+
+def read_arguments(argv: list[str], default: Path, usage: str) -> tuple[Config, bool]:
+    """(config, whether --dry-run was given) from `[CONFIG.yaml] [section.field=value ...] [--dry-run]`.
+
+    --help prints usage and every field, and exits. Raises UserError for anything it does not know.
+    """
+    if {"-h", "--help"} & set(argv):
+        print(f"{usage.strip()}\n\nFields, with their defaults:\n\n{help_text()}")
+        raise SystemExit(0)
+    flags = [word for word in argv if word.startswith("--")]
+    if unknown := [flag for flag in flags if flag != "--dry-run"]:
+        raise UserError(f"argument {unknown[0]}: not known; there are --dry-run and --help")
+    words = [word for word in argv if word not in flags]
+    files = [word for word in words if "=" not in word]
+    if len(files) > 1:
+        raise UserError(
+            f"arguments {' '.join(files)}: one config file at a time; fields are set as section.field=value"
+        )
+    changes = parse_assignments([word for word in words if "=" in word])
+    config = load(files[0] if files else default, changes)
+    return resolved(config, Path.cwd()), bool(flags)
+
+
+def log_line(text: str) -> None:
+    """One line of the job's log, with the time of day."""
+    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
+
+
+def run(main: Callable[[list[str]], None]) -> None:
+    """Run an entry script: what the user can fix is one line on stderr and exit code 2."""
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        sys.stdout.flush()
+        # In a job's log both streams meet: this must be the last line.
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
+        sys.exit(130)
+    except BrokenPipeError:
+        os._exit(141)

@@ -1,0 +1,399 @@
+"""Every setting of a run: frozen, typed, validated once.
+
+`load` reads a YAML file, `override` applies dotted assignments to a config (the command line, Tune
+and tests all use it), `flatten` gives the dotted form back. Nothing here imports what it configures.
+"""
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
+
+from olora_ray.errors import UserError
+
+PositiveInt = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+
+
+class Section(BaseModel):
+    """Base of all sections: immutable, no unknown fields, field docstrings are the help."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Run(Section):
+    """Name, place and seed."""
+
+    name: Name
+    """Name of the run and of its folder under `storage`: letters, digits, '.', '_' and '-'."""
+    storage: str = "./runs"
+    """Folder or s3://, gs:// URI that every node can read and write."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 17
+    """Seeds the order of the data, dropout and random initialisations."""
+
+
+class Model(Section):
+    """The frozen base model."""
+
+    name: str
+    """Hub id, folder, package://PACKAGE/FILE (.gguf or folder), or models:/NAME@ALIAS or /VERSION."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of the frozen base; auto: bfloat16 where the device is fast at it, else float32."""
+    attention: Literal["auto", "flash_attention_2", "segments", "sdpa", "eager"] = "auto"
+    """Attention kernel; auto: flash_attention_2 if installed on a GPU, sdpa on other GPUs, segments on CPUs."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with a hub model. Leave off unless you have read that code."""
+
+
+class Source(Section):
+    """One corpus."""
+
+    path: str
+    """File, folder or glob (jsonl, json, parquet, csv, txt; .gz, .zst), hf://ORG/NAME?split=..., s3://, gs://."""
+    format: Literal["messages", "prompt_completion", "alpaca", "sharegpt", "text"] = "messages"
+    """How a row is read: the format of its columns."""
+    fields: dict[str, str] = {}
+    """Maps the format's field names to the file's columns, e.g. {prompt: question}."""
+    weight: Annotated[float, Field(gt=0.0)] = 1.0
+    """How often each row is used per epoch: 1 once, 2 twice, 0.5 every second row."""
+
+
+class Data(Section):
+    """Corpora, and how rows become sequences."""
+
+    train: Annotated[tuple[Source, ...], Field(min_length=1)]
+    """Training sources; several are interleaved evenly."""
+    eval: tuple[Source, ...] = ()
+    """Held-out sources."""
+    eval_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    """Instead of `eval`: this share of the training rows is held out."""
+    max_length: Annotated[int, Field(ge=8)] = 512
+    """Tokens a sequence has at most; a longer example is rejected, longer plain text is cut in pieces."""
+    packing: bool = True
+    """Put several examples in one sequence; they do not see each other."""
+    max_rejected: Annotated[float, Field(ge=0.0, le=1.0)] = 0.01
+    """Stop when more than this share of the rows cannot be used."""
+
+    @model_validator(mode="after")
+    def _one_way_to_hold_out(self) -> "Data":
+        if self.eval and self.eval_fraction is not None:
+            raise ValueError("set data.eval or data.eval_fraction, not both")
+        return self
+
+
+class Adapter(Section):
+    """What is trained."""
+
+    method: Literal["olora", "lora"] = "olora"
+    """Where the adapter starts: olora (QR of the weight) or lora (random A, zero B)."""
+    rank: PositiveInt = 16
+    """Rank r of the update."""
+    alpha: Annotated[float, Field(gt=0.0)] = 16
+    """The update is scaled by alpha / rank."""
+    dropout: Fraction = 0.0
+    """Dropout on the adapter's input during training."""
+    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """all-linear (all but head and embeddings), or names, dotted suffixes or regular expressions of modules."""
+    rank_stabilized: bool = False
+    """Scale by alpha / sqrt(rank) instead of alpha / rank."""
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _single_name(cls, value: object) -> object:
+        return (value,) if isinstance(value, str) and value != "all-linear" else value
+
+    def scale(self) -> float:
+        """The factor s of the low-rank update."""
+        return self.alpha / (self.rank**0.5 if self.rank_stabilized else self.rank)
+
+
+class Train(Section):
+    """How long and how it is trained."""
+
+    epochs: Annotated[float, Field(gt=0.0)] = 1
+    """Passes over the training sequences."""
+    steps: PositiveInt | None = None
+    """Train this many optimizer steps instead of `epochs`."""
+    global_batch: PositiveInt = 16
+    """Sequences (packs) an optimizer step takes over all workers."""
+    micro_batch: PositiveInt = 4
+    """Sequences a worker takes through the model at once."""
+    lr: Annotated[float, Field(gt=0.0)] = 3.0e-4
+    """Peak learning rate of AdamW."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """What the learning rate does after the warm-up."""
+    warmup: Fraction = 0.03
+    """Share of the steps with a rising learning rate."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    """AdamW's decay; it pulls the adapter towards its start."""
+    clip: Annotated[float, Field(gt=0.0)] | None = 1.0
+    """Largest norm of the gradient; null: no clipping."""
+    eval_every: PositiveInt = 50
+    """Steps between evaluations; the last step is always evaluated."""
+    checkpoint_every: PositiveInt = 50
+    """Steps between checkpoints; the best and the last step always have one."""
+    keep: PositiveInt = 2
+    """Checkpoints kept: the best by eval loss, and always the latest."""
+    early_stop: PositiveInt | None = None
+    """Stop after this many evaluations without a better loss."""
+    log_every: PositiveInt = 10
+    """Steps between progress lines and reports to Ray."""
+
+
+class Cluster(Section):
+    """Where it is trained."""
+
+    workers: PositiveInt = 2
+    """Training processes."""
+    gpus_per_worker: Literal["auto"] | Annotated[float, Field(ge=0.0)] = "auto"
+    """GPUs a worker; auto: 1 if the cluster has GPUs, else 0."""
+    cpus_per_worker: Annotated[float, Field(gt=0.0)] = 1
+    """CPUs a worker, and its number of threads."""
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    """ddp: every worker holds the base model; fsdp: the base model is spread over the workers."""
+    max_failures: Annotated[int, Field(ge=-1)] = 3
+    """How often a run is restarted after a failure; -1: always."""
+
+
+class Evaluation(Section):
+    """Answers to held-out prompts, before and after training."""
+
+    scorer: str | None = None
+    """exact_match, json_fields or package.module:function; null: no answers are generated for scoring."""
+    rows: Annotated[int, Field(ge=0)] = 80
+    """Held-out rows that are answered and scored, before and after training."""
+    samples: Annotated[int, Field(ge=0)] = 3
+    """Held-out prompts whose answers are shown, before and after training."""
+    max_new_tokens: PositiveInt = 128
+    """Longest generated answer, in tokens."""
+
+
+class Tracking(Section):
+    """Where MLflow is."""
+
+    uri: str | None = None
+    """MLflow server or database; null: MLFLOW_TRACKING_URI, else SQLite beside the storage."""
+    experiment: str = "olora"
+    """MLflow experiment of the run."""
+
+
+class Registry(Section):
+    """What is registered."""
+
+    model: str | None = None
+    """Name under which the merged model is registered; null: not registered."""
+    alias: Name = "candidate"
+    """Alias that the new version gets."""
+
+
+class Config(Section):
+    """One run, whole."""
+
+    run: Run
+    model: Model
+    data: Data
+    adapter: Adapter = Adapter()
+    train: Train = Train()
+    cluster: Cluster = Cluster()
+    evaluation: Evaluation = Evaluation()
+    tracking: Tracking = Tracking()
+    registry: Registry = Registry()
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> "Config":
+        share = self.train.micro_batch * self.cluster.workers
+        if rest := self.train.global_batch % share:
+            below = self.train.global_batch - rest
+            nearest = [str(n) for n in (below, below + share) if n]
+            raise ValueError(
+                f"train.global_batch={self.train.global_batch} is not a multiple of train.micro_batch x"
+                f" cluster.workers = {self.train.micro_batch} x {self.cluster.workers} = {share};"
+                f" use {' or '.join(nearest)}"
+            )
+        return self
+
+    def accumulation(self) -> int:
+        """Micro-batches a worker runs in one optimizer step."""
+        return self.train.global_batch // (self.train.micro_batch * self.cluster.workers)
+
+    def folder(self) -> str:
+        """The run's folder: `<storage>/<name>`."""
+        return f"{self.run.storage.rstrip('/')}/{self.run.name}"
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that also reads 1e-4 as a number (YAML 1.1 wants 1.0e-4)."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:\d[\d_]*)(?:\.\d*)?[eE][-+]?\d+$"),
+    list("-+0123456789"),
+)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """Read YAML; `where` names the text in the UserError that broken YAML raises."""
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UserError(f"{where}{line}: not valid YAML: {error.problem}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{where}: not valid YAML: {error}") from None
+
+
+def load(path: str | Path, changes: Mapping[str, Any] | None = None) -> Config:
+    """Read a config file and apply dotted `changes`.
+
+    Raises UserError that lists every problem with its field.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"config file {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"config file {path}: not UTF-8 text") from None
+    tree = parse_yaml(text, str(path))
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected sections (run:, model:, data:, ...), found {type(tree).__name__}")
+    return build(_changed(tree, changes or {}), str(path))
+
+
+def build(tree: Mapping[str, Any], where: str = "config") -> Config:
+    """Validate a nested mapping into a Config; raises UserError with all problems together."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        problems = [_explain(item) for item in error.errors()]
+        raise UserError("; ".join(f"{where}: {problem}" for problem in problems)) from None
+
+
+def override(config: Config, changes: Mapping[str, Any]) -> Config:
+    """A new config with dotted fields changed, e.g. {"adapter.rank": 32}; validates everything again."""
+    return build(_changed(config.model_dump(mode="json"), changes))
+
+
+def parse_assignments(words: list[str]) -> dict[str, Any]:
+    """`section.field=value` words of a command line as changes; values are YAML."""
+    changes = {}
+    for word in words:
+        field, equals, value = word.partition("=")
+        if not equals or "." not in field:
+            raise UserError(f"argument {word!r}: expected section.field=value")
+        changes[field] = parse_yaml(value, f"argument {word!r}")
+    return changes
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """Dotted field -> plain value, for MLflow parameters and comparisons."""
+    return dict(_leaves(config.model_dump(mode="json"), ""))
+
+
+def dump(config: Config) -> str:
+    """The config as YAML that `load` reads back to an equal config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def help_text() -> str:
+    """Every field with its default and its docstring, by section."""
+    lines = []
+    for name, field in Config.model_fields.items():
+        section = field.annotation
+        assert isinstance(section, type)
+        assert issubclass(section, Section)
+        lines.append(f"{name}:")
+        lines.extend(_field_help(section, "  "))
+    return "\n".join(lines)
+
+
+def _field_help(section: type[Section], indent: str) -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        default = "required" if field.is_required() else repr(field.get_default(call_default_factory=True))
+        yield f"{indent}{name:<18} {field.description} [{default}]"
+        if name == "train" and section is Data:
+            yield from _field_help(Source, indent + "    ")
+
+
+def _leaves(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    items: Any = ()
+    if isinstance(value, dict) and value:
+        items = value.items()
+    elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        items = enumerate(value)
+    else:
+        yield prefix, value
+    for key, item in items:
+        yield from _leaves(item, f"{prefix}.{key}" if prefix else str(key))
+
+
+def _changed(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    result: dict[str, Any] = {key: _copy(value) for key, value in tree.items()}
+    for field, value in changes.items():
+        node: Any = result
+        *parents, last = field.split(".")
+        for part in parents:
+            node = _child(node, part, field)
+        if isinstance(node, list):
+            if not last.isdigit() or int(last) >= len(node):
+                raise UserError(f"{field}: the list has {len(node)} entries, counted from 0")
+            node[int(last)] = value
+        else:
+            node[last] = value
+    return result
+
+
+def _child(node: Any, part: str, field: str) -> Any:
+    if isinstance(node, list) and part.isdigit() and int(part) < len(node):
+        return node[int(part)]
+    if isinstance(node, dict):
+        if node.get(part) is None:
+            node[part] = {}
+        if isinstance(node[part], dict | list):
+            return node[part]
+    raise UserError(f"{field}: {part!r} has no fields to set")
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _copy(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_copy(item) for item in value]
+    return value
+
+
+def _explain(item: ErrorDetails) -> str:
+    # pydantic puts the tags of unions into the location: only names and indices are the user's.
+    parts = [
+        str(part) for part in item["loc"] if not re.search(r"[\[\](){}]|^(tuple|literal|float|str|int)\b", str(part))
+    ]
+    field = ".".join(parts)
+    if item["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(parts[-1], _names_beside(parts), n=1)
+        hint = f"; did you mean {'.'.join([*parts[:-1], near[0]])}?" if near else "; --help lists the fields"
+        return f"{field}: unknown field{hint}"
+    message = item["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    if item["type"] == "missing":
+        return f"{field}: required, but not set"
+    shown = "" if item["type"] == "value_error" else f" (got {item['input']!r})"
+    return f"{field}: {message}{shown}" if field else message
+
+
+def _names_beside(parts: list[str]) -> list[str]:
+    model: Any = Config
+    for part in parts[:-1]:
+        if part.isdigit():
+            model = Source
+        elif part in model.model_fields:
+            inner = model.model_fields[part].annotation
+            model = inner if isinstance(inner, type) and issubclass(inner, Section) else model
+    return list(model.model_fields)

@@ -1,0 +1,87 @@
+"""Work spread over the cluster by Ray Data, with the results as an ordered stream."""
+
+import contextlib
+import logging
+import pickle
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+Result = TypeVar("Result")
+
+TASKS = 4000
+"""Tasks at most; with more numbers than that a task works on several."""
+
+
+def spread(work: Callable[[Any, int], Result], shared: Any, numbers: list[int]) -> Iterator[Result]:
+    """The results of `work(shared, number)`, in the order of `numbers`, made by Ray Data's tasks.
+
+    `shared` travels once to each node. `work` must be a module's function and give the same result
+    whenever it is repeated: Ray repeats it after a failure. Needs ray.init; an exception stops the stream.
+    """
+    import ray
+    import ray.data
+
+    reference = ray.put(shared)
+
+    def task(row: dict[str, Any]) -> dict[str, Any]:
+        return {"result": pickle.dumps(work(_fetched(reference), int(row["item"])))}
+
+    with _quiet():
+        blocks = min(len(numbers), TASKS)
+        rows = ray.data.from_items(numbers, override_num_blocks=blocks).map(task, num_cpus=_cpus())
+        for row in rows.iter_rows():
+            yield pickle.loads(row["result"])  # noqa: S301 - made by our own task a moment ago
+
+
+_last: tuple[Any, Any] = (None, None)
+
+
+def _fetched(reference: Any) -> Any:
+    """The shared object, unpacked once in a process."""
+    global _last
+    import ray
+
+    if _last[0] != reference:
+        _last = (reference, ray.get(reference))
+    return _last[1]
+
+
+def _cpus() -> float:
+    """CPUs a task asks for: less where training workers may hold most of a small machine."""
+    import ray
+
+    return 1.0 if ray.cluster_resources().get("CPU", 1.0) >= 4 else 0.5
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Ordered execution without progress bars and logs, for the time of the stream."""
+    from ray.data import DataContext
+
+    context = DataContext.get_current()
+    options, loud = context.execution_options, logging.getLogger("ray.data")
+    before = (
+        options.preserve_order,
+        context.enable_progress_bars,
+        context.print_on_execution_start,
+        loud.level,
+        context.raise_original_map_exception,
+        context.log_internal_stack_trace,
+    )
+    options.preserve_order = True
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.raise_original_map_exception = True
+    loud.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        (
+            options.preserve_order,
+            context.enable_progress_bars,
+            context.print_on_execution_start,
+            level,
+            context.raise_original_map_exception,
+            context.log_internal_stack_trace,
+        ) = before
+        loud.setLevel(level)

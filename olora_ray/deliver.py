@@ -1,0 +1,148 @@
+"""What leaves a run: the best checkpoint as exports that agree, and a registered version."""
+
+import contextlib
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from olora_ray import checkpoint, export, registry, storage, tracking
+from olora_ray.adapter.layer import is_transposed
+from olora_ray.config import Config, flatten
+from olora_ray.data.store import TokenStore
+from olora_ray.errors import UserError
+from olora_ray.model import parameters, skeleton
+from olora_ray.parity import measure_parity
+from olora_ray.run_folder import RunFolder
+from olora_ray.worker import Outcome, Task
+
+Say = Callable[[str], None]
+PARITY_TOKENS = 256
+"""Held-out tokens on which the logits of the exports are compared."""
+
+
+def registered(config: Config) -> Callable[[str], Path]:
+    """A function from a models:/ name to the local folder of that model, in this run's MLflow."""
+    return lambda name: registry.resolve_model_uri(name, tracking.resolve_uri(config))
+
+
+@contextlib.contextmanager
+def tracked(task: Task, folder: RunFolder) -> Iterator[tracking.Tracker]:
+    """The MLflow run of this run, made or taken up again; closed as FINISHED, FAILED or KILLED."""
+    config, uri = task.config, tracking.resolve_uri(task.config)
+    tags = {"olora.base_digest": task.base.digest, "olora.method": config.adapter.method}
+    tracker = tracking.start(config, config.run.name, tags, folder.tracking_run(uri))
+    folder.keep_tracking_run(uri, tracker.run_id)
+    tracker.params(flatten(config))
+    _log_data(tracker, task)
+    tracker.watch_system()
+    try:
+        yield tracker
+    except KeyboardInterrupt:
+        tracker.end("KILLED")
+        raise
+    except BaseException:
+        tracker.end("FAILED")
+        raise
+    tracker.end("FINISHED")
+
+
+def export_run(task: Task, folder: RunFolder) -> dict[str, Any]:
+    """Write export/adapter, export/merged and export/parity.json from the best checkpoint.
+
+    Raises UserError if the adapted, merged and PEFT-loaded models do not agree.
+    """
+    config = task.config
+    best = checkpoint.load_best_adapter(storage.local_copy(folder.latest_checkpoint()))
+    base = storage.local_copy(task.base.folder)
+    transposed = _transposed(task, best.keys())
+    with _local_folder(folder.adapter) as adapter_folder, _local_folder(folder.merged) as merged_folder:
+        name = task.base.name if not storage.is_uri(task.base.name) else task.base.folder
+        export.write_adapter(best, config.adapter, name, adapter_folder, transposed=transposed)
+        export.write_merged(base, best, config.adapter.scale(), merged_folder, transposed=transposed)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        parity = measure_parity(
+            base,
+            best,
+            config.adapter.scale(),
+            merged_folder,
+            adapter_folder,
+            _held_out(task.eval or task.train),
+            dtype=_parity_dtype(task, device),
+            device=device,
+            trust_remote_code=config.model.trust_remote_code,
+        )
+    found = parity.to_json()
+    storage.write_text(folder.parity, json.dumps(found, indent=2) + "\n")
+    if not parity.ok:
+        raise UserError(f"export: {'; '.join(parity.problems())}; nothing is registered, see {folder.parity}")
+    return found
+
+
+def publish(
+    task: Task, folder: RunFolder, tracker: tracking.Tracker, outcome: Outcome, parity: dict[str, Any], say: Say
+) -> int | None:
+    """Log the parity report, and register the merged model if `registry.model` is set; returns the version."""
+    tracker.text(json.dumps(parity, indent=2), "parity.json")
+    config, state = task.config, outcome.state
+    if config.registry.model is None:
+        return None
+    assert state is not None
+    tags = {
+        "olora.base_digest": task.base.digest,
+        "olora.data_digest": task.train.digest,
+        "olora.method": config.adapter.method,
+        "olora.rank": config.adapter.rank,
+        "olora.eval_loss": "" if state.best_loss is None else f"{state.best_loss:.6f}",
+    }
+    name, alias = config.registry.model, config.registry.alias
+    say(f"registering the merged model as {name}@{alias}")
+    return registry.register(tracker, storage.local_copy(folder.merged), name, alias, tags, base_name=task.base.name)
+
+
+def _log_data(tracker: tracking.Tracker, task: Task) -> None:
+    sources = {"training": (task.train, task.config.data.train), "evaluation": (task.eval, task.config.data.eval)}
+    for context, (store, named) in sources.items():
+        if store is not None:
+            place = ", ".join(source.path for source in named) or "held out from training"
+            tracker.dataset(context, store.digest, place, store.manifest.rows, context)
+
+
+def _parity_dtype(task: Task, device: torch.device) -> torch.dtype:
+    """float32, the sharpest, unless a model of that size does not fit on the GPU."""
+    if device.type == "cuda" and parameters(task.base.folder) * 4 > 0.7 * torch.cuda.mem_get_info(device)[0]:
+        return torch.bfloat16
+    return torch.float32
+
+
+def _transposed(task: Task, names: Any) -> frozenset[str]:
+    shape = skeleton(task.base, task.config.model)
+    return frozenset(name for name in names if is_transposed(shape.get_submodule(name)))
+
+
+def _held_out(store: TokenStore) -> list[torch.Tensor]:
+    """Token ids (1, T) of single examples, PARITY_TOKENS in all at most."""
+    found: list[torch.Tensor] = []
+    for index in range(len(store)):
+        pack, place = store[index], 0
+        for size in pack.segments:
+            if sum(ids.shape[1] for ids in found) + size > PARITY_TOKENS and found:
+                return found
+            found.append(torch.tensor(pack.input_ids[place : place + size], dtype=torch.int64)[None])
+            place += size
+    return found
+
+
+@contextlib.contextmanager
+def _local_folder(place: str) -> Iterator[Path]:
+    """A local folder to write; uploaded afterwards if the storage is elsewhere."""
+    if not storage.is_uri(place):
+        yield Path(place)
+        return
+    with tempfile.TemporaryDirectory(prefix="olora-export-") as temporary:
+        folder = Path(temporary) / place.rsplit("/", 1)[-1]
+        yield folder
+        storage.upload(folder, place)

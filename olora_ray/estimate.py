@@ -1,0 +1,60 @@
+"""How large a run will be: targets, trainable parameters, memory a worker. Needs no weights and no Ray."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from olora_ray.adapter.inject import find_targets
+from olora_ray.adapter.layer import weight_matrix
+from olora_ray.config import Config
+from olora_ray.model import BaseModel, parameters, pick_dtype, skeleton
+from olora_ray.train.loss import CHUNK_LOGITS
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a worker holds."""
+
+    targets: dict[str, tuple[int, int]]
+    """Adapted layers with their m x n."""
+    trainable: int
+    parameters: int
+    base_bytes: int
+    adapter_bytes: int
+    """Factors, update, gradient, AdamW's two moments and the best update so far, float32."""
+    activation_bytes: int
+
+    def total_bytes(self) -> int:
+        """All of it, without what Python, torch and Ray take for themselves (about 1 GB)."""
+        return self.base_bytes + self.adapter_bytes + self.activation_bytes
+
+
+def estimate(config: Config, base: BaseModel) -> Size:
+    """The size of a run; raises UserError for targets that the model does not have."""
+    model: Any = skeleton(base, config.model)
+    found = find_targets(model, config.adapter.targets, config.adapter.rank)
+    targets = {name: (int(m), int(n)) for name, module in found.items() for m, n in [weight_matrix(module).shape]}
+    trainable = sum((m + n) * config.adapter.rank for m, n in targets.values())
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    width = pick_dtype(config.model, device).itemsize
+    count = parameters(base.folder)
+    shards = config.cluster.workers if config.cluster.strategy == "fsdp" else 1
+    stored = 1 if config.adapter.method == "lora" else 2
+    return Size(
+        targets,
+        trainable,
+        count,
+        base_bytes=count * width // shards,
+        adapter_bytes=trainable * 4 * (4 + stored),
+        activation_bytes=_activations(config, model, targets, width),
+    )
+
+
+def _activations(config: Config, model: Any, targets: dict[str, tuple[int, int]], width: int) -> int:
+    """What a backward pass keeps: for each adapted layer input, output and hidden, for each block its norms and sums."""
+    tokens = config.train.micro_batch * config.data.max_length
+    shape = model.config.get_text_config()
+    linear = sum(m + n + 2 * config.adapter.rank for m, n in targets.values())
+    blocks = shape.num_hidden_layers * shape.hidden_size * 8
+    return int(tokens * (linear + blocks) * width + 3 * 4 * CHUNK_LOGITS)

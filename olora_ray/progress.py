@@ -1,0 +1,74 @@
+"""Progress of a training, one readable line at a time; a bar on a terminal."""
+
+import sys
+from collections.abc import Callable
+from types import TracebackType
+
+from tqdm import tqdm
+
+
+class Progress:
+    """Turns rows of metrics into lines (every `every` steps and at evaluations) or a bar."""
+
+    def __init__(self, total: int, every: int, say: Callable[[str], None], bar: bool | None = None) -> None:
+        self.total, self.every, self.say = total, every, say
+        self.supervised = self.seconds = self.waited = 0.0
+        self.steps = 0
+        self.pace: float | None = None
+        wanted = sys.stderr.isatty() if bar is None else bar
+        self.bar = tqdm(total=total, unit="step", dynamic_ncols=True, leave=True) if wanted else None
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def line(self, text: str) -> None:
+        """A line above the bar, or in the log."""
+        if self.bar is not None:
+            self.bar.write(text, file=sys.stderr)
+        else:
+            self.say(text)
+
+    def row(self, row: dict[str, float]) -> None:
+        """Take in the metrics of one step."""
+        step = int(row["step"])
+        if "train/loss" in row:
+            self._step(step, row)
+        if "eval/loss" in row:
+            self.line(
+                f"step {step}/{self.total} | eval loss {row['eval/loss']:.4f} | perplexity {row['eval/perplexity']:.2f}"
+            )
+
+    def _step(self, step: int, row: dict[str, float]) -> None:
+        seconds = row["train/step_seconds"]
+        self.steps += 1
+        self.seconds += seconds
+        self.supervised += row["train/tokens_per_second"] * seconds
+        self.waited += row["data/wait_fraction"] * seconds
+        # Recent steps count most: the estimate follows a cluster that gets slower or faster.
+        self.pace = seconds if self.pace is None else 0.8 * self.pace + 0.2 * seconds
+        if self.bar is not None:
+            self.bar.update(step - self.bar.n)
+            self.bar.set_postfix_str(
+                f"loss {row['train/loss']:.3f}, lr {row['train/lr']:.1e}, {row['train/tokens_per_second']:.0f} tok/s"
+            )
+        if step % self.every == 0 or step == self.total:
+            if self.bar is None:
+                self.say(
+                    f"step {step}/{self.total} | loss {row['train/loss']:.4f} | lr {row['train/lr']:.2e}"
+                    f" | {self.supervised / self.seconds:.0f} supervised tok/s"
+                    f" | data wait {self.waited / self.seconds:.0%} | ETA {duration((self.total - step) * self.pace)}"
+                )
+            self.supervised = self.seconds = self.waited = 0.0
+
+
+def duration(seconds: float) -> str:
+    """Seconds as m:ss or h:mm:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,233 @@
+"""What a person reads: the plan before, the dry run, the comparison after."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from olora_ray import deliver, model, scoring, storage, tracking
+from olora_ray.config import Config, dump
+from olora_ray.data import store
+from olora_ray.data.tokenize import spec_from_pretrained
+from olora_ray.estimate import Size, estimate
+from olora_ray.run_folder import RunFolder
+from olora_ray.tracking import Tracker
+from olora_ray.train.feed import total_steps
+from olora_ray.worker import Outcome, Task
+
+Say = Callable[[str], None]
+Scores = dict[str, dict[str, float]]
+"""{"before": {name: mean}, "after": {name: mean}}."""
+
+
+def plan(task: Task, say: Say) -> None:
+    """The arithmetic of the run, before it starts."""
+    manifest = task.train.manifest
+    size = estimate(task.config, task.base)
+    say(_model_line(task.config, size))
+    say(_steps_line(task.config, len(task.train), manifest.tokens, manifest.supervised, about=False))
+    say(_memory_line(task.config, size))
+
+
+def dry_run(config: Config, say: Say) -> None:
+    """Resolve everything, print it, start nothing: no Ray, no MLflow run, no file but a converted model."""
+    base = model.obtain(config, say, deliver.registered(config))
+    tokenizer = model.load_tokenizer(base, config.model)
+    preview = store.describe(config, spec_from_pretrained(tokenizer))
+    size = estimate(config, base)
+    print(dump(config))
+    print(f"target layers ({len(size.targets)}):")
+    for name, (m, n) in size.targets.items():
+        print(f"  {name} {m} x {n}")
+    say(_model_line(config, size))
+    say(_steps_line(config, preview.packs, preview.tokens, preview.supervised, about=not preview.exact))
+    say(_memory_line(config, size))
+    print("\nfirst example, supervised tokens in [[ ]]:\n")
+    print(_marked(tokenizer, preview.input_ids.tolist(), preview.mask.tolist()))
+
+
+def already_finished(config: Config, result: dict[str, Any], say: Say) -> None:
+    """Say that there is nothing to do, and what came out."""
+    loss = result.get("metrics", {}).get("eval/loss")
+    shown = f", eval loss {loss:.4f}" if loss is not None else ""
+    say(
+        f"run {config.run.name!r} is finished already{shown}: see {config.folder()};"
+        " to train again, set another run.name or delete that folder"
+    )
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One held-out prompt with its answers, as text."""
+
+    prompt: str
+    reference: str
+    before: str
+    after: str
+
+
+def texts(outcome: Outcome, tokenizer: Any) -> list[Sample]:
+    """The answers of a run as text."""
+
+    def text(ids: Sequence[int], special: bool = False) -> str:
+        return str(tokenizer.decode(list(ids), skip_special_tokens=not special)).strip()
+
+    return [
+        Sample(text(item.prompt, special=True), text(item.reference), text(item.before), text(item.after))
+        for item in outcome.answers
+    ]
+
+
+def score(config: Config, answers: Sequence[Sample]) -> Scores:
+    """Mean scores over the held-out answers before and after training; empty without a scorer."""
+    if not config.evaluation.scorer or not answers:
+        return {}
+    judge = scoring.resolve(config.evaluation.scorer)
+    return {
+        "before": _means([judge(item.before, item.reference) for item in answers]),
+        "after": _means([judge(item.after, item.reference) for item in answers]),
+    }
+
+
+def finish(
+    task: Task,
+    folder: RunFolder,
+    tracker: Tracker,
+    outcome: Outcome,
+    answers: Sequence[Sample],
+    parity: dict[str, Any],
+    version: int | None,
+    say: Say,
+) -> None:
+    """Write result.json and the last pictures and tables, and print what came out."""
+    scores = score(task.config, answers)
+    result = _result(task, tracker, outcome, scores, parity, version)
+    assert outcome.state is not None
+    tracker.metrics({outcome.state.step: {f"score/{name}": value for name, value in scores.get("after", {}).items()}})
+    tracker.metrics({0: {f"score/{name}": value for name, value in scores.get("before", {}).items()}})
+    history = outcome.state.history
+    tracker.learning_curve(_points(history, "train/loss"), _points(history, "eval/loss"))
+    columns = ("prompt", "reference", "before", "after")
+    tracker.table("samples", columns, [[getattr(item, name) for name in columns] for item in answers])
+    folder.write_result(result)
+    tracker.text(storage.read_text(folder.result), "result.json")
+    for line in _summary(task, folder, tracker, outcome, answers, scores, version):
+        say(line) if line else print()
+
+
+def _result(
+    task: Task, tracker: Tracker, outcome: Outcome, scores: Scores, parity: dict[str, Any], version: int | None
+) -> dict[str, Any]:
+    assert outcome.state is not None
+    state = outcome.state
+    last: dict[str, float] = {}
+    for row in state.history:
+        last |= {name: value for name, value in row.items() if name != "step"}
+    if state.best_loss is not None:
+        last["eval/loss"] = state.best_loss
+    first = next((row["eval/loss"] for row in state.history if "eval/loss" in row), None)
+    return {
+        "run": task.config.run.name,
+        "steps": state.step,
+        "stopped_early": outcome.stopped_early,
+        "best_step": state.best_step if state.best_step is not None else state.step,
+        "metrics": last,
+        "eval_loss_before": first,
+        "scores": scores,
+        "base": asdict(task.base),
+        "data": {"train": task.train.digest, "eval": task.eval.digest if task.eval else None},
+        "parity": parity,
+        "mlflow": {"uri": tracking.shown_uri(tracker.uri), "run_id": tracker.run_id},
+        "registered": {"model": task.config.registry.model, "version": version, "alias": task.config.registry.alias}
+        if version is not None
+        else None,
+    }
+
+
+def _summary(
+    task: Task,
+    folder: RunFolder,
+    tracker: Tracker,
+    outcome: Outcome,
+    answers: Sequence[Sample],
+    scores: Scores,
+    version: int | None,
+) -> list[str]:
+    config, state = task.config, outcome.state
+    assert state is not None
+    lines = [""]
+    for item in answers[: config.evaluation.samples]:
+        lines += [f"prompt:   {_one_line(item.prompt)}"]
+        lines += [f"  wanted: {_one_line(item.reference)}"]
+        lines += [f"  before: {_one_line(item.before)}", f"  after:  {_one_line(item.after)}", ""]
+    evaluated = [row["eval/loss"] for row in state.history if "eval/loss" in row]
+    if evaluated:
+        lines.append(f"held-out loss: {evaluated[0]:.4f} before, {state.best_loss:.4f} after (step {state.best_step})")
+    for name, value in scores.get("after", {}).items():
+        lines.append(f"held-out {name}: {scores['before'][name]:.3f} before, {value:.3f} after ({len(answers)} rows)")
+    lines += [f"adapter (PEFT, vLLM): {folder.adapter}", f"merged model:         {folder.merged}"]
+    if version is not None:
+        uri = f"models:/{config.registry.model}@{config.registry.alias}"
+        where = f"MLFLOW_TRACKING_URI={tracking.shown_uri(tracker.uri)}"
+        lines += [
+            f"registered:           {config.registry.model} version {version} ({uri})",
+            f'load:   mlflow.set_tracking_uri("{tracking.shown_uri(tracker.uri)}");'
+            f' mlflow.transformers.load_model("{uri}")',
+            f"serve:  {where} mlflow models serve -m {uri} --env-manager local -p 5001",
+        ]
+    page = tracker.url()
+    lines.append(
+        f"MLflow: {page}" if page else f"MLflow: mlflow ui --backend-store-uri {tracker.uri} (run {tracker.run_id})"
+    )
+    return lines
+
+
+def _model_line(config: Config, size: Size) -> str:
+    share = size.trainable / size.parameters
+    return (
+        f"model: {size.parameters / 1e6:,.1f} M parameters; {config.adapter.method} rank {config.adapter.rank} on"
+        f" {len(size.targets)} layers: {size.trainable / 1e6:,.2f} M trainable ({share:.2%})"
+    )
+
+
+def _steps_line(config: Config, packs: int, tokens: int, supervised: int, about: bool) -> str:
+    train = config.train
+    return (
+        f"training: {'about ' if about else ''}{total_steps(train, packs)} steps x {train.global_batch} sequences"
+        f" ({config.cluster.workers} workers x {train.micro_batch} a micro-batch x {config.accumulation()} accumulated);"
+        f" an epoch has {packs:,} sequences, {tokens:,} tokens, {supervised:,} of them supervised"
+    )
+
+
+def _memory_line(config: Config, size: Size) -> str:
+    parts = (
+        (size.base_bytes, "base"),
+        (size.adapter_bytes, "adapter and optimizer"),
+        (size.activation_bytes, "activations"),
+    )
+    shown = ", ".join(f"{name} {value / 2**30:.2f}" for value, name in parts)
+    return (
+        f"memory a worker, estimated: {size.total_bytes() / 2**30:.2f} GiB ({shown}), plus about 1 GiB for the process"
+    )
+
+
+def _marked(tokenizer: Any, ids: list[int], mask: list[bool]) -> str:
+    text, start = "", 0
+    for stop in range(1, len(ids) + 1):
+        if stop == len(ids) or mask[stop] != mask[start]:
+            part = tokenizer.decode(ids[start:stop])
+            text += f"[[{part}]]" if mask[start] else part
+            start = stop
+    return text
+
+
+def _means(rows: list[dict[str, float]]) -> dict[str, float]:
+    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+
+
+def _points(history: list[dict[str, float]], name: str) -> list[tuple[int, float]]:
+    return [(int(row["step"]), row[name]) for row in history if name in row]
+
+
+def _one_line(text: str, width: int = 300) -> str:
+    flat = " ".join(text.split())
+    return flat if len(flat) <= width else flat[: width - 3] + "..."

@@ -1,0 +1,79 @@
+"""The folder of a run: `<storage>/<name>/`, what lies where in it, and whether it is ours to use."""
+
+import json
+from typing import Any
+
+from olora_ray import storage
+from olora_ray.config import Config, build, dump, flatten, parse_yaml
+from olora_ray.errors import UserError
+
+FREE_TO_CHANGE = ("run.storage", "cluster.", "tracking.", "registry.", "train.keep", "train.log_every")
+"""Fields that may differ when a run is taken up again: they do not change its numbers."""
+
+
+class RunFolder:
+    """Places in a run's folder."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.root = config.folder()
+        self.settings = storage.join(self.root, "config.yaml")
+        self.checkpoints = storage.join(self.root, "checkpoints")
+        self.adapter = storage.join(self.root, "export", "adapter")
+        self.merged = storage.join(self.root, "export", "merged")
+        self.parity = storage.join(self.root, "export", "parity.json")
+        self.result = storage.join(self.root, "result.json")
+        self._tracking = storage.join(self.root, "tracking.json")
+
+    def claim(self) -> None:
+        """Check that the storage can be written and that the name is free or this config's; keep the config.
+
+        Raises UserError for a storage that cannot be written and for a run of this name with other settings.
+        """
+        try:
+            if storage.exists(self.settings):
+                self._refuse_other_settings(storage.read_text(self.settings))
+            storage.write_text(self.settings, dump(self.config))
+        except OSError as error:
+            why = error.strerror or str(error)
+            raise UserError(f"run.storage: {self.config.run.storage} cannot be written: {why}") from None
+
+    def latest_checkpoint(self) -> str:
+        """The newest checkpoint's folder; raises UserError if there is none."""
+        found = [name for name in storage.names(self.checkpoints) if name.startswith("step-")]
+        if not found:
+            raise UserError(f"{self.checkpoints}: no checkpoint")
+        return storage.join(self.checkpoints, found[-1])
+
+    def finished(self) -> dict[str, Any] | None:
+        """The result of a run that ended well."""
+        return json.loads(storage.read_text(self.result)) if storage.exists(self.result) else None
+
+    def write_result(self, result: dict[str, Any]) -> None:
+        """Write result.json, the last file of a run."""
+        storage.write_text(self.result, json.dumps(result, indent=2) + "\n")
+
+    def tracking_run(self, uri: str) -> str | None:
+        """The id of this run in the MLflow at `uri`, if it was started there before."""
+        if not storage.exists(self._tracking):
+            return None
+        kept: dict[str, str] = json.loads(storage.read_text(self._tracking))
+        return kept["run_id"] if kept["uri"] == uri else None
+
+    def keep_tracking_run(self, uri: str, run_id: str) -> None:
+        """Remember the MLflow run, so that a later attempt goes on with it."""
+        storage.write_text(self._tracking, json.dumps({"uri": uri, "run_id": run_id}))
+
+    def _refuse_other_settings(self, text: str) -> None:
+        old, new = flatten(build(parse_yaml(text, self.settings), self.settings)), flatten(self.config)
+        changed = [
+            field
+            for field in sorted(old.keys() | new.keys())
+            if old.get(field) != new.get(field) and not field.startswith(FREE_TO_CHANGE)
+        ]
+        if changed:
+            shown = ", ".join(f"{field} was {old.get(field)!r}, is {new.get(field)!r}" for field in changed[:4])
+            raise UserError(
+                f"run.name: {self.config.run.name!r} exists with other settings ({shown});"
+                f" choose another run.name or delete {self.root}"
+            )

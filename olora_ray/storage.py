@@ -1,0 +1,116 @@
+"""Read and write files by path or URI: a local folder and s3:// or gs:// through pyarrow, alike.
+
+A write is atomic: a reader sees the old file, the new file or none, never half of one.
+"""
+
+import os
+import shutil
+import tempfile
+import uuid
+from pathlib import Path
+
+from pyarrow import fs
+
+
+def is_uri(place: str) -> bool:
+    """Whether `place` is a URI such as s3://bucket/key rather than a path."""
+    return "://" in place
+
+
+def join(place: str, *parts: str) -> str:
+    """`place` with parts below it; works for paths and URIs."""
+    return "/".join([place.rstrip("/"), *parts])
+
+
+def filesystem(place: str) -> tuple[fs.FileSystem, str]:
+    """The pyarrow filesystem of a path or URI, and the path inside it."""
+    if is_uri(place):
+        system, path = fs.FileSystem.from_uri(place)
+        return system, path
+    return fs.LocalFileSystem(), os.path.abspath(place)
+
+
+def exists(place: str) -> bool:
+    """Whether there is a file or folder."""
+    system, path = filesystem(place)
+    return bool(system.get_file_info(path).type != fs.FileType.NotFound)
+
+
+def names(place: str) -> list[str]:
+    """Sorted names of what lies directly in a folder; empty if there is no such folder."""
+    system, path = filesystem(place)
+    infos = system.get_file_info(fs.FileSelector(path, allow_not_found=True))
+    return sorted(info.base_name for info in infos)
+
+
+def read_bytes(place: str) -> bytes:
+    """The file's bytes; raises FileNotFoundError."""
+    system, path = filesystem(place)
+    with system.open_input_stream(path, compression=None) as stream:
+        return bytes(stream.read())
+
+
+def write_bytes(place: str, content: bytes) -> None:
+    """Write a file atomically; makes the folder."""
+    system, path = filesystem(place)
+    if is_uri(place) and not place.startswith("file://"):
+        with system.open_output_stream(path, compression=None) as stream:
+            stream.write(content)
+        return
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    temporary = f"{path}.{uuid.uuid4().hex}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_text(place: str, text: str) -> None:
+    """Write UTF-8 text atomically."""
+    write_bytes(place, text.encode())
+
+
+def read_text(place: str) -> str:
+    """The file as UTF-8 text; raises FileNotFoundError."""
+    return read_bytes(place).decode()
+
+
+def local_copy(place: str, cache: str | None = None) -> Path:
+    """A local path of a file or folder: itself when local, else downloaded once into `cache`."""
+    system, path = filesystem(place)
+    if isinstance(system, fs.LocalFileSystem):
+        return Path(path)
+    root = Path(cache or tempfile.mkdtemp(prefix="olora-"))
+    target = root / path.rstrip("/").rsplit("/", 1)[-1]
+    if not target.exists():
+        partial = root / f"{target.name}.{uuid.uuid4().hex}.tmp"
+        fs.copy_files(path, str(partial), source_filesystem=system, destination_filesystem=fs.LocalFileSystem())
+        os.replace(partial, target)
+    return target
+
+
+def upload(folder: Path, place: str) -> None:
+    """Copy a local folder to `place`; no-op if it is that folder."""
+    system, path = filesystem(place)
+    if isinstance(system, fs.LocalFileSystem) and Path(path) == folder.resolve():
+        return
+    system.create_dir(path, recursive=True)
+    fs.copy_files(str(folder), path, source_filesystem=fs.LocalFileSystem(), destination_filesystem=system)
+
+
+def remove(place: str) -> None:
+    """Delete a file or folder if it is there."""
+    system, path = filesystem(place)
+    kind = system.get_file_info(path).type
+    if kind == fs.FileType.Directory:
+        if isinstance(system, fs.LocalFileSystem):
+            shutil.rmtree(path)
+        else:
+            system.delete_dir(path)
+    elif kind == fs.FileType.File:
+        system.delete_file(path)

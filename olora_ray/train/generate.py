@@ -1,0 +1,114 @@
+"""Greedy answers to held-out prompts, spread over the workers."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from olora_ray.data.store import TokenStore
+from olora_ray.train.loop import Trainer
+
+
+@dataclass(frozen=True)
+class Question:
+    """A held-out prompt and the answer that its row gives, as token ids."""
+
+    prompt: tuple[int, ...]
+    reference: tuple[int, ...]
+
+
+def questions(store: TokenStore, limit: int) -> list[Question]:
+    """The first `limit` held-out examples: everything before the last supervised run is the prompt."""
+    found: list[Question] = []
+    for index in range(len(store)):
+        pack, place = store[index], 0
+        for size in pack.segments:
+            if len(found) >= limit:
+                return found
+            part = slice(place, place + size)
+            place += size
+            if question := _split(pack.input_ids[part].tolist(), pack.supervised[part]):
+                found.append(question)
+    return found
+
+
+def _split(ids: list[int], supervised: "np.ndarray[Any, np.dtype[np.bool_]]") -> Question | None:
+    marked = np.flatnonzero(supervised)
+    breaks = np.flatnonzero(np.diff(marked) > 1)
+    start = int(marked[breaks[-1] + 1] if len(breaks) else marked[0])
+    stop = int(marked[-1]) + 1
+    # Plain text is supervised from its second token on: there is no question in it.
+    return Question(tuple(ids[:start]), tuple(ids[start:stop])) if start > 1 else None
+
+
+@torch.no_grad()
+def answer(
+    trainer: Trainer,
+    asked: Sequence[Question],
+    max_new_tokens: int,
+    eos: Sequence[int],
+    worker: int = 0,
+    workers: int = 1,
+    batch: int = 20,
+) -> list[list[int]]:
+    """Greedy continuations in the order of `asked`, without prompt and end token; all workers get all."""
+    model: Any = trainer.loss.model
+    previous = model.config._attn_implementation
+    model.set_attn_implementation("sdpa")  # decoding with a cache needs masks
+    own: list[tuple[int, list[int]]] = []
+    # Similar lengths together: less padding. All workers run equally many rounds (a sharded base needs it).
+    by_length = sorted(range(len(asked)), key=lambda i: len(asked[i].prompt))
+    mine = by_length[worker::workers]
+    rounds = math.ceil(math.ceil(len(asked) / workers) / batch)
+    if hasattr(trainer.loss, "unshard"):
+        cast("Any", trainer.loss).unshard()
+    for turn in range(rounds):
+        group = mine[turn * batch : (turn + 1) * batch]
+        outputs = _continue(
+            model, [asked[i].prompt for i in group or [0]], max_new_tokens, eos, trainer.device, workers
+        )
+        own.extend(zip(group, outputs, strict=False))
+    model.set_attn_implementation(previous)
+    gathered: list[Any] = [own]
+    if dist.is_initialized():
+        gathered = [None] * workers
+        dist.all_gather_object(gathered, own)
+    return [output for _, output in sorted(pair for part in gathered for pair in part)]
+
+
+def _continue(
+    model: Any,
+    prompts: list[tuple[int, ...]],
+    max_new_tokens: int,
+    eos: Sequence[int],
+    device: torch.device,
+    together: bool,
+) -> list[list[int]]:
+    longest = max(len(prompt) for prompt in prompts)
+    ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+        mask[row, longest - len(prompt) :] = 1
+    output = model.generate(
+        input_ids=ids.to(device),
+        attention_mask=mask.to(device),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        eos_token_id=list(eos),
+        pad_token_id=eos[0],
+        synced_gpus=together,  # with a sharded base no worker may stop before the others
+    )
+    ends = set(eos)
+    results = []
+    for row in output[:, longest:].tolist():
+        stop = next((i for i, token in enumerate(row) if token in ends), len(row))
+        results.append(row[:stop])
+    return results

@@ -1,0 +1,132 @@
+"""The training loop as a generator of steps: the caller decides what happens between them."""
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from olora_ray.adapter.layer import AdaptedLinear
+from olora_ray.config import Config
+from olora_ray.data.collate import collate
+from olora_ray.data.store import TokenStore
+from olora_ray.errors import UserError
+from olora_ray.train.feed import Feed, StepData
+from olora_ray.train.loss import SupervisedLoss
+from olora_ray.train.optim import AdamW, FlatAdapters, lr_at
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step, the same on every worker but for the times."""
+
+    step: int
+    """Steps done, this one included."""
+    loss: float
+    """Mean loss a supervised token of the global batch, before the update."""
+    lr: float
+    grad_norm: float
+    """Before clipping."""
+    supervised: int
+    """Supervised tokens of the global batch."""
+    seconds: float
+    waited: float
+    """Seconds of it spent waiting for data."""
+
+
+@dataclass
+class Trainer:
+    """What a worker trains."""
+
+    loss: SupervisedLoss
+    adapted: dict[str, AdaptedLinear]
+    config: Config
+    device: torch.device
+
+    def __post_init__(self) -> None:
+        self.flat = FlatAdapters(self.adapted)
+        self.optimizer = AdamW(self.flat, self.config.train)
+
+    def steps(self, feed: Feed, start: int, stop: int, total: int) -> Iterator[StepResult]:
+        """Run steps start .. stop - 1 of a schedule of `total`.
+
+        Raises UserError when the loss or the gradient is not finite, naming step and sources.
+        """
+        began = time.perf_counter()
+        for number, (data, waited) in enumerate(feed.steps(start, stop), start):
+            self._seed(number, feed.worker)
+            loss = self._accumulate(number, data, feed)
+            lr = lr_at(number, total, self.config.train)
+            norm = self.optimizer.step(lr)
+            if not math.isfinite(norm):
+                raise UserError(f"step {number + 1}: the gradient is not finite (norm {norm}); lower train.lr")
+            now = time.perf_counter()
+            yield StepResult(number + 1, loss, lr, norm, data.supervised, now - began, waited)
+            began = time.perf_counter()
+
+    def _accumulate(self, number: int, data: StepData, feed: Feed) -> float:
+        """Gradients of the global mean loss, summed over micro-batches and workers; returns that loss."""
+        train_mode(self.adapted, True)
+        losses = []
+        for batch in data.micro:
+            loss: Tensor = self.loss(batch.to(self.device)) / data.supervised
+            if loss.requires_grad:
+                loss.backward()
+            losses.append(loss.detach())
+        train_mode(self.adapted, False)
+        total = torch.stack(losses).sum()
+        if dist.is_initialized():
+            dist.all_reduce(total)
+        if not torch.isfinite(total):
+            raise UserError(f"step {number + 1}: {_diverged(losses, data, feed)}")
+        self.flat.reduce()
+        return float(total)
+
+    def _seed(self, step: int, worker: int) -> None:
+        if self.config.adapter.dropout:
+            torch.manual_seed((self.config.run.seed * 1_000_003 + step) * 4099 + worker)
+
+
+def train_mode(adapted: dict[str, AdaptedLinear], on: bool) -> None:
+    """Turn adapter dropout on or off; the base stays in evaluation mode."""
+    for layer in adapted.values():
+        layer.training = on
+
+
+@torch.no_grad()
+def evaluate(trainer: Trainer, store: TokenStore, attention: str, worker: int = 0, workers: int = 1) -> float:
+    """Mean loss a supervised token over the whole store, its sequences spread over the workers."""
+    width = trainer.config.train.micro_batch
+    own = list(range(worker, len(store), workers))
+    total = torch.zeros(1, dtype=torch.float64, device=trainer.device)
+    # With a sharded base all workers must run the model equally often: the shorter share repeats its last group.
+    rounds = math.ceil(math.ceil(len(store) / workers) / width)
+    for turn in range(rounds):
+        group = own[turn * width : (turn + 1) * width]
+        batch = collate([store[i] for i in group or [0]], attention).to(trainer.device)
+        loss = trainer.loss(batch)
+        if group:
+            total += loss.double()
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return float(total.item()) / store.manifest.supervised
+
+
+def _diverged(losses: list[Tensor], data: StepData, feed: Feed) -> str:
+    bad = [
+        origin
+        for loss, group in zip(losses, data.sequences, strict=True)
+        if not torch.isfinite(loss)
+        for index in group
+        for origin in feed.store.origins(index)
+    ]
+    if dist.is_initialized():
+        everyone: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(everyone, bad)
+        bad = [origin for part in everyone for origin in part]
+    shown = ", ".join(bad[:8]) + (f" and {len(bad) - 8} more" if len(bad) > 8 else "")
+    where = shown or "the sum over all workers"
+    return f"the loss is not finite; it comes from {where}; look at these rows, or lower train.lr"

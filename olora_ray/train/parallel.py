@@ -1,0 +1,47 @@
+"""How a model is spread over the workers: ddp or fsdp.
+
+ddp: every worker holds the whole base. fsdp: FSDP2 shards the frozen base, layer by layer. In both the
+adapters are whole on every worker (they are small) and their gradients are summed by one flat
+all-reduce a step (train/optim.py), so accumulation needs no `no_sync`, a step has the same bits for
+the same workers, and a checkpoint is the same file for both.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from olora_ray.adapter.layer import AdaptedLinear
+from olora_ray.train.loss import SupervisedLoss
+
+
+def spread(loss: SupervisedLoss, strategy: str, device: torch.device) -> None:
+    """Move the model to `device`, and shard the frozen base over the workers for "fsdp"."""
+    if strategy == "fsdp" and dist.is_initialized() and dist.get_world_size() > 1:
+        _shard(loss, device)
+    # Sharding moves the base; adapters and buffers are ignored by it.
+    loss.to(device)
+
+
+def _shard(loss: SupervisedLoss, device: torch.device) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    adapters = {
+        parameter
+        for module in loss.modules()
+        if isinstance(module, AdaptedLinear)
+        for parameter in (module.da, module.db)
+    }
+    for layer in decoder_layers(loss.model):
+        fully_shard(layer, mesh=mesh, ignored_params=adapters)
+    fully_shard(loss, mesh=mesh, ignored_params=adapters)
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The repeated blocks of a transformer: the longest ModuleList of its backbone."""
+    backbone: Any = getattr(model, "base_model", model)
+    lists = [module for module in backbone.modules() if isinstance(module, nn.ModuleList)]
+    return list(max(lists, key=lambda blocks: len(blocks))) if lists else []

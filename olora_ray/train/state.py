@@ -1,0 +1,40 @@
+"""All that resuming needs, beside the tensors of adapter and optimizer."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class TrainState:
+    """Where a run is.
+
+    The data cursor is `step` alone: global step k reads sequences [k G, (k + 1) G) of the order. Random
+    numbers (dropout) are seeded anew from (seed, step, worker) at each step, so there is no generator
+    state to keep.
+    """
+
+    step: int = 0
+    """Optimizer steps done."""
+    best_loss: float | None = None
+    """Lowest held-out loss so far."""
+    best_step: int | None = None
+    """The step it was measured at."""
+    stale: int = 0
+    """Evaluations since then."""
+    history: list[dict[str, float]] = field(default_factory=list)
+    """Every metric logged so far, one row a step, `step` among the columns."""
+    before: list[list[int]] | None = None
+    """Answers to held-out prompts before training, as token ids; None until they were made."""
+
+    def record(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
+        """Add a row to the history and return it."""
+        row = {"step": float(step), **metrics}
+        self.history.append(row)
+        return row
+
+    def note_evaluation(self, loss: float) -> bool:
+        """Take in a held-out loss; True if it is the best so far."""
+        if self.best_loss is None or loss < self.best_loss:
+            self.best_loss, self.best_step, self.stale = loss, self.step, 0
+            return True
+        self.stale += 1
+        return False

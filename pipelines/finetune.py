@@ -1,0 +1,54 @@
+"""Fine-tune a language model with OLoRA on a Ray cluster, check it, register it.
+
+    python pipelines/finetune.py [CONFIG.yaml] [section.field=value ...] [--dry-run] [--help]
+
+Without arguments it runs pipelines/configs/quickstart.yaml.
+"""
+
+from pathlib import Path
+
+from olora_ray.quiet import quiet_environment
+
+quiet_environment()  # before Ray is imported
+
+from olora_ray import command  # noqa: E402
+
+QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
+
+
+def main(argv: list[str]) -> None:
+    """The whole pipeline, in the order in which the data flows."""
+    config, dry_run = command.read_arguments(argv, QUICKSTART, usage=__doc__ or "")
+    say = command.log_line
+    from olora_ray import deliver, launch, model, report, tracking
+    from olora_ray.data.tokenize import spec_from_pretrained
+    from olora_ray.run_folder import RunFolder
+    from olora_ray.worker import Task
+
+    if dry_run:
+        report.dry_run(config, say)
+        return
+
+    folder = RunFolder(config)
+    folder.claim()
+    if done := folder.finished():
+        report.already_finished(config, done, say)
+        return
+    tracking.check(tracking.resolve_uri(config))
+    with launch.connect(config, say):
+        base = model.obtain(config, say, deliver.registered(config))
+        tokenizer = model.load_tokenizer(base, config.model)
+        train, held_out = launch.prepare(config, spec_from_pretrained(tokenizer, base.name), say)
+        task = Task(config, base, model.end_tokens(base, tokenizer), train, held_out, launch.make_board())
+        report.plan(task, say)
+
+        with deliver.tracked(task, folder) as tracker:
+            outcome = launch.train(task, folder, tracker, say)
+            parity = launch.run_export(task, folder, say)
+            version = deliver.publish(task, folder, tracker, outcome, parity, say)
+            answers = report.texts(outcome, tokenizer)
+            report.finish(task, folder, tracker, outcome, answers, parity, version, say)
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -1,0 +1,184 @@
+"""The adapted layer starts as its base, has the gradients of its formula, and exports what it computes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from olora_ray.adapter.factors import AdapterWeights, Factors
+from olora_ray.adapter.inject import find_targets, inject
+from olora_ray.adapter.layer import AdaptedLinear, _LowRank, weight_matrix
+from olora_ray.adapter.methods import METHODS
+from tests import tiny
+
+RANK, SCALE = 4, 1.5
+
+
+def factors(weight: Tensor, method: str = "olora", rank: int = RANK) -> Factors:
+    return METHODS[method](weight.float(), rank, 0)
+
+
+def adapt(model: nn.Module, method: str = "olora", dropout: float = 0.0) -> dict[str, AdaptedLinear]:
+    targets = find_targets(model, "all-linear", RANK)
+    return inject(model, {name: factors(weight_matrix(m), method) for name, m in targets.items()}, SCALE, dropout)
+
+
+def change(layer: AdaptedLinear, size: float, seed: int = 0) -> None:
+    """Move dA and dB by `size` relative to the factors."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter, start in ((layer.da, layer.a0), (layer.db, layer.a0 if layer.b0 is None else layer.b0)):
+        noise = torch.randn(parameter.shape, generator=generator)
+        parameter.data = noise * (size * start.norm() / noise.norm())
+
+
+def one_layer(m: int, n: int, method: str = "olora", rank: int = RANK, **options: Any) -> AdaptedLinear:
+    torch.manual_seed(1)
+    base = nn.Linear(n, m)
+    return AdaptedLinear(base, factors(base.weight.detach(), method, rank), SCALE, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("method", ["olora", "lora"])
+@pytest.mark.parametrize("make", [tiny.llama, tiny.gpt2], ids=["llama", "gpt2"])
+def test_the_start_equals_the_base_exactly(make: Callable[..., Any], method: str, dtype: torch.dtype) -> None:
+    model, ids = make(dtype=dtype), torch.arange(2, 42).view(2, 20)
+    base = model(input_ids=ids).logits
+    adapted = adapt(model, method)
+    assert torch.equal(model(input_ids=ids).logits, base)
+    for layer in adapted.values():
+        change(layer, 0.1)
+    assert not torch.equal(model(input_ids=ids).logits, base)
+
+
+def formula(y: Tensor, x: Tensor, da: Tensor, db: Tensor, a0: Tensor, b0: Tensor | None) -> Tensor:
+    """The layer as adapter/factors.py writes it, for autograd."""
+    if b0 is None:
+        return y + SCALE * (x @ (a0 + da).T) @ db.T
+    return y + SCALE * ((x @ a0.T) @ db.T + (x @ da.T) @ (b0 + db).T)
+
+
+@pytest.mark.parametrize("with_b0", [True, False], ids=["stacked", "plain"])
+@pytest.mark.parametrize("leading", [(7,), (2, 5), (2, 1, 3)])
+def test_output_and_gradients_are_those_of_the_formula(with_b0: bool, leading: tuple[int, ...]) -> None:
+    torch.manual_seed(2)
+    m, n = 9, 6
+
+    def leaf(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+    inputs = y, x, da, db = leaf(*leading, m), leaf(*leading, n), leaf(RANK, n), leaf(m, RANK)
+    a0, b0 = leaf(RANK, n).detach(), leaf(m, RANK).detach() if with_b0 else None
+    weights = torch.randn(*leading, m, dtype=torch.float64)
+    found = _LowRank.apply(y.clone(), x, da, db, a0, b0, SCALE)
+    expected = formula(y, x, da, db, a0, b0)
+    torch.testing.assert_close(found, expected)
+    gradients = torch.autograd.grad((found * weights).sum(), inputs)
+    for gradient, wanted in zip(gradients, torch.autograd.grad((expected * weights).sum(), inputs), strict=True):
+        # dA and dB are float32 parameters: their gradients are rounded to it.
+        torch.testing.assert_close(gradient, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_an_input_without_gradient_gets_none() -> None:
+    layer = one_layer(9, 6)
+    layer.requires_grad_(False)
+    layer.da.requires_grad_(True)
+    layer.db.requires_grad_(True)
+    layer(torch.randn(3, 6)).sum().backward()
+    assert layer.da.grad is not None
+    assert layer.base.weight.grad is None
+
+
+@pytest.mark.parametrize("size", [1e-3, 1e-2])
+def test_the_contribution_in_bfloat16_is_within_one_percent(size: float) -> None:
+    torch.manual_seed(3)
+    m = n = 512
+    weight, x = torch.randn(m, n) / n**0.5, torch.randn(64, n).bfloat16()
+    base = nn.Linear(n, m, bias=False, dtype=torch.bfloat16)
+    nn.init.zeros_(base.weight)  # so that the output is the contribution
+    layer = AdaptedLinear(base, factors(weight, rank=16), SCALE)
+    change(layer, size)
+    assert layer.b0 is not None
+    a0, b0, da, db = (part.detach().double() for part in (layer.a0, layer.b0, layer.da, layer.db))
+    exact = SCALE * x.double() @ (db @ a0 + (b0 + db) @ da).T
+
+    def error(found: Tensor) -> float:
+        return float((found.detach().double() - exact).norm() / exact.norm())
+
+    assert error(layer(x)) < 0.01
+    # The difference of two products, which this form avoids, is noise in the same place.
+    a, b, a0, b0 = (part.bfloat16() for part in (a0 + da, b0 + db, a0, b0))
+    assert error(SCALE * (x @ a.T @ b.T) - SCALE * (x @ a0.T @ b0.T)) > 0.1
+
+
+@pytest.mark.parametrize("method", ["olora", "lora"])
+def test_adapter_equals_merged_weight_and_exported_lora(method: str) -> None:
+    layer = one_layer(9, 6, method)
+    change(layer, 0.3)
+    x, weights = torch.randn(5, 6), layer.weights()
+    delta = weights.delta(SCALE)
+    lora_a, lora_b = weights.plain_lora()
+    rank = 2 * RANK if method == "olora" else RANK
+    assert lora_a.shape == (rank, 6)
+    assert lora_b.shape == (9, rank)
+    torch.testing.assert_close(SCALE * lora_b @ lora_a, delta)
+    torch.testing.assert_close(layer(x), x @ (layer.base.weight + delta).T + layer.base.bias)
+
+
+def test_the_delta_is_the_papers_difference_of_products() -> None:
+    layer = one_layer(9, 6)
+    change(layer, 0.3)
+    weights = layer.weights()
+    a0, b0 = weights.factors.a0.double(), weights.factors.b0
+    assert b0 is not None
+    b0 = b0.double()
+    paper = SCALE * ((b0 + weights.db) @ (a0 + weights.da) - b0 @ a0)
+    torch.testing.assert_close(weights.delta(SCALE).double(), paper, atol=1e-6, rtol=1e-5)
+
+
+def test_gpt2_layers_take_the_merged_weight_transposed() -> None:
+    model = tiny.gpt2()
+    adapted = adapt(model)
+    layer = adapted["transformer.h.0.attn.c_attn"]
+    change(layer, 0.3)
+    x = torch.randn(5, 32)
+    expected = x @ (weight_matrix(layer.base) + layer.weights().delta(SCALE)).T + layer.base.bias
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_dropout_is_for_training_alone() -> None:
+    layer, plain = one_layer(9, 6, dropout=0.5), one_layer(9, 6)
+    change(layer, 0.3)
+    change(plain, 0.3)
+    x = torch.randn(5, 6)
+    layer.eval()
+    assert torch.equal(layer(x), plain(x))
+    layer.train()
+    torch.manual_seed(0)
+    first = layer(x)
+    assert not torch.equal(first, plain(x))
+    assert not torch.equal(first, layer(x))
+    torch.manual_seed(0)
+    assert torch.equal(first, layer(x))
+
+
+def test_dropout_keeps_the_start_exact_and_the_base_whole() -> None:
+    layer = one_layer(9, 6, dropout=0.5).train()
+    x = torch.randn(5, 6)
+    assert torch.equal(layer(x), layer.base(x))
+
+
+def test_factors_made_in_inference_mode_can_be_trained_with() -> None:
+    base = nn.Linear(6, 9)
+    with torch.inference_mode():
+        start = factors(base.weight)
+    layer = AdaptedLinear(base, start, SCALE)
+    layer(torch.randn(3, 6, requires_grad=True)).sum().backward()
+    assert layer.da.grad is not None
+
+
+def test_what_is_exported_is_detached() -> None:
+    weights: AdapterWeights = one_layer(9, 6).weights()
+    assert not weights.da.requires_grad
+    assert not weights.db.requires_grad

@@ -1,0 +1,153 @@
+"""Small things to test with: random models, packs, stores in memory, configs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from olora_ray.config import Config, build
+
+VOCABULARY = 96
+
+
+def llama(vocab_size: int = VOCABULARY, attention: str = "sdpa", dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    """A Llama with 2 layers and grouped heads."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    settings = {
+        "hidden_size": 64,
+        "intermediate_size": 112,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.1,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": None,
+    }
+    return _model(LlamaForCausalLM, LlamaConfig(vocab_size=vocab_size, **(settings | changes)), attention, dtype)
+
+
+def gpt2(attention: str = "sdpa", dtype: torch.dtype = torch.float32) -> Any:
+    """A GPT-2 with 2 layers: Conv1D layers, tied head."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    shape = GPT2Config(
+        vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=2, n_positions=128, bos_token_id=0, eos_token_id=1
+    )
+    return _model(GPT2LMHeadModel, shape, attention, dtype)
+
+
+def build_model(model_class: Any, shape: Any, attention: str = "sdpa") -> Any:
+    """A frozen model of another family."""
+    return _model(model_class, shape, attention, torch.float32)
+
+
+def _model(model_class: Any, shape: Any, attention: str, dtype: torch.dtype) -> Any:
+    from olora_ray.train import attention as segments
+
+    segments.register()
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        model = model_class(shape)
+    model.set_attn_implementation(attention)
+    return model.to(dtype).eval().requires_grad_(False)
+
+
+def config(**changes: Any) -> Config:
+    """A config with dotted changes, written with double underscores: `config(train__lr=1e-3)`."""
+    tree: dict[str, dict[str, Any]] = {
+        "run": {"name": "test", "seed": 3},
+        "model": {"name": "unused"},
+        "data": {"train": [{"path": "unused.jsonl"}]},
+        "adapter": {"rank": 4, "alpha": 8},
+        "train": {"global_batch": 4, "micro_batch": 2, "lr": 1.0e-2, "warmup": 0.0},
+        "cluster": {"workers": 1},
+    }
+    for field, value in changes.items():
+        section, name = field.split("__")
+        tree.setdefault(section, {})[name] = value
+    return build(tree)
+
+
+def pack(*lengths: int, seed: int = 0, prompt: int = 3, vocabulary: int = VOCABULARY) -> Any:
+    """A Pack of random examples; each has `prompt` unsupervised tokens at its start."""
+    from olora_ray.data.store import Pack
+
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(2, vocabulary, sum(lengths)).astype(np.int32)
+    supervised = np.concatenate([np.arange(length) >= prompt for length in lengths])
+    return Pack(ids, supervised, tuple(lengths))
+
+
+def unpacked(packs: Sequence[Any]) -> list[Any]:
+    """The same examples, one a pack."""
+    from olora_ray.data.store import Pack
+
+    singles = []
+    for item in packs:
+        place = 0
+        for length in item.segments:
+            part = slice(place, place + length)
+            singles.append(Pack(item.input_ids[part], item.supervised[part], (length,)))
+            place += length
+    return singles
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What the loop reads of a store's manifest."""
+
+    supervised: int
+    packs: int
+
+
+class ListStore:
+    """Packs in memory, read like olora_ray.data.store.TokenStore."""
+
+    digest = "list"
+
+    def __init__(self, packs: Sequence[Any]) -> None:
+        self._packs = list(packs)
+        self.manifest = Counts(self.supervised(range(len(packs))), len(packs))
+
+    def __len__(self) -> int:
+        return len(self._packs)
+
+    def __getitem__(self, index: int) -> Any:
+        return self._packs[index]
+
+    def supervised(self, indices: Sequence[int]) -> int:
+        """Supervised tokens of these packs."""
+        return sum(int(self._packs[index].supervised.sum()) for index in indices)
+
+    def origins(self, index: int) -> list[str]:
+        """Where the examples of a pack come from."""
+        return [f"rows.jsonl:{index * 10 + i}" for i in range(len(self._packs[index].segments))]
+
+
+def store(count: int = 8, seed: int = 0) -> ListStore:
+    """Packs of uneven examples."""
+    rng = np.random.default_rng(seed)
+    return ListStore([pack(*rng.integers(5, 17, 3).tolist(), seed=seed * 1000 + i) for i in range(count)])
+
+
+def trainer(settings: Config, attention: str = "segments", model: Any = None, strategy: str = "ddp") -> Any:
+    """A Trainer over a tiny Llama with OLoRA on all linear layers."""
+    from olora_ray.adapter.distribute import initialise
+    from olora_ray.adapter.inject import find_targets, inject
+    from olora_ray.train.loop import Trainer
+    from olora_ray.train.loss import SupervisedLoss
+    from olora_ray.train.parallel import spread
+
+    model = model or llama(attention=attention)
+    adapter, device = settings.adapter, torch.device("cpu")
+    targets = find_targets(model, adapter.targets, adapter.rank)
+    factors, _ = initialise(targets, adapter.method, adapter.rank, settings.run.seed, device)
+    adapted = inject(model, factors, adapter.scale(), adapter.dropout)
+    loss = SupervisedLoss(model)
+    spread(loss, strategy, device)
+    return Trainer(loss, adapted, settings, device)

@@ -1,0 +1,291 @@
+"""The loop gives the same numbers however the work is split, interrupted or repeated."""
+
+from collections.abc import Callable, Iterable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from olora_ray import checkpoint
+from olora_ray.config import Config
+from olora_ray.errors import UserError
+from olora_ray.train.feed import Feed, total_steps
+from olora_ray.train.loop import StepResult, Trainer, evaluate
+from olora_ray.train.state import TrainState
+from tests import tiny
+from tests.crew import Crew
+
+STEPS = 5
+
+
+def feed(store: Any, settings: Config, attention: str = "segments", worker: int = 0) -> Feed:
+    return Feed(store, settings.train, settings.run.seed, attention, worker, settings.cluster.workers)
+
+
+def run(trainer: Trainer, store: Any, start: int, stop: int, worker: int = 0) -> list[StepResult]:
+    return list(trainer.steps(feed(store, trainer.config, worker=worker), start, stop, STEPS))
+
+
+def moved(trainer: Trainer, seed: int = 0) -> Trainer:
+    """The trainer with an adapter that is past its start, so that dA and dB both have gradients."""
+    noise = torch.randn(trainer.flat.vector.shape, generator=torch.Generator().manual_seed(seed))
+    trainer.flat.vector.copy_(0.1 * noise)
+    return trainer
+
+
+def first_gradient(settings: Config, store: Any, attention: str = "segments", worker: int = 0) -> tuple[float, Tensor]:
+    """The loss of the first step and its gradient, over all workers."""
+    trainer = moved(tiny.trainer(settings, attention))
+    seen = []
+    trainer.optimizer.inner.register_step_pre_hook(lambda *_: seen.append(trainer.flat.grad.clone()))
+    (result,) = trainer.steps(feed(store, settings, attention, worker), 0, 1, STEPS)
+    return result.loss, seen[0]
+
+
+def assert_same(found: tuple[float, Tensor], expected: tuple[float, Tensor]) -> None:
+    assert found[0] == pytest.approx(expected[0], rel=1e-6)
+    assert float((found[1] - expected[1]).norm() / expected[1].norm()) < 2e-6
+
+
+def settings_for(micro: int, workers: int = 1, batch: int = 8) -> Config:
+    return tiny.config(
+        train__global_batch=batch, train__micro_batch=micro, train__clip=None, cluster__workers=workers
+    )
+
+
+@pytest.fixture(scope="module")
+def whole() -> tuple[float, Tensor]:
+    """Loss and gradient of one step over all 8 packs at once."""
+    return first_gradient(settings_for(micro=8), tiny.store(8))
+
+
+def test_the_loss_is_the_mean_over_supervised_tokens_of_the_global_batch(whole: tuple[float, Tensor]) -> None:
+    store = tiny.store(8)
+    trainer = moved(tiny.trainer(settings_for(8), "sdpa"))
+    losses, counts = [], []
+    for example in tiny.unpacked([store[i] for i in range(8)]):
+        ids = torch.from_numpy(example.input_ids).long()[None]
+        marked = torch.from_numpy(example.supervised)
+        logits = trainer.loss.model(input_ids=ids, use_cache=False).logits[0, :-1][marked[1:]]
+        losses.append(torch.nn.functional.cross_entropy(logits, ids[0][marked], reduction="sum").item())
+        counts.append(int(marked.sum()))
+    assert whole[0] == pytest.approx(sum(losses) / sum(counts), rel=1e-6)
+
+
+@pytest.mark.parametrize("attention", ["segments", "sdpa"])
+@pytest.mark.parametrize("micro", [1, 2, 4])
+def test_micro_batch_and_accumulation_do_not_matter(whole: tuple[float, Tensor], micro: int, attention: str) -> None:
+    settings = settings_for(micro)
+    assert settings.accumulation() == 8 // micro
+    assert_same(first_gradient(settings, tiny.store(8), attention), whole)
+
+
+@pytest.mark.parametrize("attention", ["segments", "sdpa", "eager"])
+def test_packing_does_not_matter(whole: tuple[float, Tensor], attention: str) -> None:
+    packs = tiny.store(8)
+    singles = tiny.ListStore(tiny.unpacked([packs[i] for i in range(8)]))
+    settings = settings_for(micro=8, batch=len(singles))
+    assert_same(first_gradient(settings, singles, attention), whole)
+
+
+@pytest.mark.parametrize("micro", [1, 2])
+def test_two_workers_do_not_matter(crew: Callable[[int], Crew], whole: tuple[float, Tensor], micro: int) -> None:
+    settings = settings_for(micro, workers=2)
+    assert settings.accumulation() == 4 // micro
+    one, two = crew(2).run(_first_gradient_of_worker, settings)
+    assert one[0] == two[0]
+    assert torch.equal(one[1], two[1])
+    assert_same(one, whole)
+
+
+def _first_gradient_of_worker(settings: Config) -> tuple[float, Tensor]:
+    return first_gradient(settings, tiny.store(8), worker=torch.distributed.get_rank())
+
+
+def adapter_bytes(trainer: Trainer) -> bytes:
+    return trainer.flat.vector.numpy().tobytes()
+
+
+def dropout_settings() -> Config:
+    return tiny.config(adapter__dropout=0.2)
+
+
+def test_identical_runs_give_identical_bytes() -> None:
+    outcomes = []
+    for ambient_seed in (1, 2):
+        torch.manual_seed(ambient_seed)
+        trainer = tiny.trainer(dropout_settings())
+        results = run(trainer, tiny.store(), 0, STEPS)
+        outcomes.append((adapter_bytes(trainer), [(r.step, r.loss, r.lr, r.grad_norm, r.supervised) for r in results]))
+    assert outcomes[0] == outcomes[1]
+
+
+def test_another_seed_gives_another_adapter() -> None:
+    digests = set()
+    for seed in (1, 2):
+        trainer = tiny.trainer(tiny.config(run__seed=seed))
+        run(trainer, tiny.store(), 0, 3)
+        digests.add(adapter_bytes(trainer))
+    assert len(digests) == 2
+
+
+def test_training_lowers_the_loss() -> None:
+    trainer = tiny.trainer(tiny.config(train__schedule="constant", train__global_batch=8))
+    results = list(trainer.steps(feed(tiny.store(), trainer.config), 0, 12, 12))
+    assert results[-1].loss < 0.9 * results[0].loss
+    assert [result.step for result in results] == list(range(1, 13))
+
+
+@pytest.mark.parametrize("stop", range(STEPS))
+def test_a_run_restored_at_any_step_ends_with_the_same_bytes(tmp_path: Path, stop: int) -> None:
+    settings, store = dropout_settings(), tiny.store()
+    untouched = tiny.trainer(settings)
+    run(untouched, store, 0, STEPS)
+
+    first = tiny.trainer(settings)
+    run(first, store, 0, stop)
+    save(first, tmp_path / "checkpoint", stop)
+    torch.manual_seed(99)
+    second = restored(settings, tmp_path / "checkpoint")
+    run(second, store, stop, STEPS)
+    assert adapter_bytes(second) == adapter_bytes(untouched)
+
+
+def save(trainer: Trainer, folder: Path, step: int) -> None:
+    adapter = {name: layer.weights() for name, layer in trainer.adapted.items()}
+    checkpoint.save(folder, adapter, None, trainer.optimizer.state(), TrainState(step), {}, "")
+
+
+def restored(settings: Config, folder: Path) -> Trainer:
+    """As a worker takes up a checkpoint, with the factors from it."""
+    found = checkpoint.load(folder)
+    trainer: Trainer = tiny.trainer(settings)
+    for name, weights in found.adapter.items():
+        assert torch.equal(trainer.adapted[name].a0, weights.factors.a0)
+        trainer.flat.view(trainer.flat.vector, f"{name}.da").copy_(weights.da)
+        trainer.flat.view(trainer.flat.vector, f"{name}.db").copy_(weights.db)
+    trainer.optimizer.load(found.optimizer, found.state.step)
+    return trainer
+
+
+def poisoned(settings: Config, store: Any) -> tuple[Trainer, int]:
+    """A trainer for which one pack gives NaN, and the number of that pack, first met in the second step."""
+    trainer = tiny.trainer(settings)
+    index = feed(store, settings).read(1).sequences[0][0]
+    store[index].input_ids[0] = 1  # a token that is nowhere else
+    with torch.no_grad():
+        trainer.loss.model.get_input_embeddings().weight[1] = torch.nan
+    return trainer, index
+
+
+def test_a_nan_loss_stops_with_the_step_and_the_rows() -> None:
+    settings, store = tiny.config(train__micro_batch=1), tiny.store()
+    trainer, index = poisoned(settings, store)
+    steps = trainer.steps(feed(store, settings), 0, STEPS, STEPS)
+    assert next(steps).step == 1
+    before = trainer.flat.vector.clone()
+    with pytest.raises(UserError, match="step 2.*not finite") as caught:
+        next(steps)
+    assert all(origin in str(caught.value) for origin in store.origins(index))
+    others = {origin for i in range(len(store)) if i != index for origin in store.origins(i)}
+    assert not any(f"{origin}," in str(caught.value) for origin in others)
+    assert torch.equal(trainer.flat.vector, before)  # nothing was learned from it
+
+
+def test_a_nan_loss_of_one_worker_stops_all_with_the_same_error(crew: Callable[[int], Crew]) -> None:
+    one, two = crew(2).run(_poisoned_worker)
+    assert isinstance(one, UserError)
+    assert isinstance(two, UserError)
+    assert str(one) == str(two)
+    assert "rows.jsonl:" in str(one)
+
+
+def _poisoned_worker() -> None:
+    settings, store = tiny.config(train__micro_batch=1, cluster__workers=2), tiny.store()
+    trainer, _ = poisoned(settings, store)
+    run(trainer, store, 0, STEPS, worker=torch.distributed.get_rank())
+
+
+def test_an_infinite_gradient_stops_with_the_step() -> None:
+    trainer = tiny.trainer(tiny.config())
+    steps = trainer.steps(feed(tiny.store(), trainer.config), 0, STEPS, STEPS)
+    next(steps)
+    trainer.flat.grad[3] = torch.inf
+    with pytest.raises(UserError, match="step 2: the gradient is not finite"):
+        next(steps)
+
+
+def test_dropout_is_off_outside_steps() -> None:
+    trainer = tiny.trainer(dropout_settings())
+    run(trainer, tiny.store(), 0, 1)
+    assert not any(layer.training for layer in trainer.adapted.values())
+    store = tiny.store(3)
+    assert evaluate(trainer, store, "segments") == evaluate(trainer, store, "segments")
+
+
+@pytest.mark.parametrize("count", [1, 3, 4, 7])
+@pytest.mark.parametrize("micro", [1, 2])
+def test_evaluation_takes_every_row(count: int, micro: int) -> None:
+    trainer = moved(tiny.trainer(tiny.config(train__micro_batch=micro)))
+    store = tiny.store(count)
+    singles = tiny.unpacked([store[i] for i in range(count)])
+    sums = [evaluate(trainer, tiny.ListStore([single]), "segments") * single.supervised.sum() for single in singles]
+    expected = sum(sums) / store.manifest.supervised
+    assert evaluate(trainer, store, "segments") == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("count", [1, 5, 8])
+def test_evaluation_does_not_depend_on_the_workers(crew: Callable[[int], Crew], count: int) -> None:
+    alone = evaluate(moved(tiny.trainer(tiny.config())), tiny.store(count), "segments")
+    assert crew(2).run(_evaluate, count) == pytest.approx([alone] * 2, rel=1e-6)
+
+
+def _evaluate(count: int) -> float:
+    trainer = moved(tiny.trainer(tiny.config()))
+    return evaluate(trainer, tiny.store(count), "segments", torch.distributed.get_rank(), 2)
+
+
+def groups(settings: Config, step: int) -> list[tuple[int, ...]]:
+    store = tiny.store(6)
+    workers = settings.cluster.workers
+    return [group for w in range(workers) for group in feed(store, settings, worker=w).read(step).sequences]
+
+
+@pytest.mark.parametrize(("micro", "workers"), [(1, 1), (2, 1), (1, 2), (2, 2), (1, 4)])
+def test_a_global_step_has_the_same_sequences_for_any_split(micro: int, workers: int) -> None:
+    settings = settings_for(micro, workers, batch=4)
+    for step in range(4):
+        found = groups(settings, step)
+        assert {len(group) for group in found} == {micro}
+        assert flat(found) == flat(groups(settings_for(4, 1, batch=4), step))
+
+
+def test_an_epoch_meets_every_sequence_once() -> None:
+    met = [index for step in range(3) for index in flat(groups(settings_for(4, batch=4), step))]
+    assert sorted(met[:6]) == sorted(met[6:]) == list(range(6))
+
+
+def flat(found: Iterable[tuple[int, ...]]) -> list[int]:
+    return [index for group in found for index in group]
+
+
+def test_reading_ahead_gives_the_steps_in_order_and_may_be_left_early() -> None:
+    settings = settings_for(4, batch=4)
+    ahead = feed(tiny.store(6), settings).steps(1, 5)
+    assert [data.sequences for data, _ in islice(ahead, 3)] == [tuple(groups(settings, step)) for step in (1, 2, 3)]
+    ahead.close()  # type: ignore[attr-defined]
+    assert list(feed(tiny.store(6), settings).steps(2, 2)) == []
+
+
+def test_the_number_of_steps_follows_from_epochs_or_is_set() -> None:
+    def steps(packs: int, **changes: Any) -> int:
+        return total_steps(tiny.config(**changes).train, packs)
+
+    assert steps(8) == 2
+    assert steps(9) == 3  # no sequence is left out
+    assert steps(8, train__epochs=2.5) == 5
+    assert steps(1, train__epochs=0.1) == 1
+    assert steps(8, train__steps=7) == 7

@@ -1,0 +1,150 @@
+"""The loss is plain cross-entropy over supervised tokens, and packing does not change it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from olora_ray.data.collate import collate
+from olora_ray.data.store import Pack
+from olora_ray.train import loss as loss_module
+from olora_ray.train.loss import SupervisedLoss
+from tests import tiny
+
+ATTENTION = pytest.mark.parametrize("attention", ["segments", "sdpa", "eager"])
+PACKS = [tiny.pack(40, 30, 25, seed=1), tiny.pack(50, seed=2), tiny.pack(20, 21, seed=3)]
+
+
+def gemma() -> Any:
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    shape = Gemma2Config(**SMALL, head_dim=8, final_logit_softcapping=1.5, query_pre_attn_scalar=8)
+    return tiny.build_model(Gemma2ForCausalLM, shape, attention="eager")
+
+
+def granite() -> Any:
+    from transformers import GraniteConfig, GraniteForCausalLM
+
+    return tiny.build_model(GraniteForCausalLM, GraniteConfig(**SMALL, logits_scaling=3.0))
+
+
+def cohere() -> Any:
+    from transformers import CohereConfig, CohereForCausalLM
+
+    return tiny.build_model(CohereForCausalLM, CohereConfig(**SMALL, logit_scale=0.25))
+
+
+SMALL: dict[str, Any] = {
+    "vocab_size": tiny.VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.2,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
+
+
+def plain_loss(model: Any, packs: list[Pack]) -> Tensor:
+    """The loss from the full logits that the model itself makes, one example at a time."""
+    total = torch.zeros(())
+    for example in tiny.unpacked(packs):
+        ids = torch.from_numpy(example.input_ids.astype(np.int64))[None]
+        labels = torch.where(torch.from_numpy(example.supervised), ids[0], -100)
+        logits = model(input_ids=ids, use_cache=False).logits[0]
+        total = total + F.cross_entropy(logits[:-1].float(), labels[1:], ignore_index=-100, reduction="sum")
+    return total
+
+
+def with_gradient(model: Any, value: Tensor) -> tuple[float, Tensor]:
+    """The loss and its gradient for all parameters below the head."""
+    head = model.get_output_embeddings().weight
+    parameters = [parameter for parameter in model.parameters() if parameter is not head]
+    gradients = torch.autograd.grad(value, parameters, allow_unused=True)
+    return float(value.detach()), torch.cat([part.reshape(-1) for part in gradients if part is not None])
+
+
+@pytest.mark.parametrize("chunk", [1, 2**24], ids=["many chunks", "one chunk"])
+@pytest.mark.parametrize("make", [tiny.llama, tiny.gpt2, gemma, granite, cohere])
+def test_loss_and_gradient_are_those_of_the_full_logits(
+    make: Callable[[], Any], chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loss_module, "CHUNK_LOGITS", chunk)
+    model = make().requires_grad_(True)
+    # A tied head would add its own gradient to the embedding's: the head is frozen in this project.
+    head = model.get_output_embeddings()
+    head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=True)
+    found, gradient = with_gradient(model, SupervisedLoss(model)(collate(tiny.unpacked(PACKS), "sdpa")))
+    expected, wanted = with_gradient(model, plain_loss(model, PACKS))
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert float((gradient - wanted).norm() / wanted.norm()) < 1e-5
+
+
+def test_only_one_chunk_of_logits_exists_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_module, "CHUNK_LOGITS", 1)
+    seen = []
+    model = tiny.llama(attention="segments")
+    model.lm_head.register_forward_hook(lambda *call: seen.append(len(call[-1])))
+    batch = collate(PACKS, "segments")
+    SupervisedLoss(model)(batch)
+    assert max(seen) == 64
+    assert sum(seen) == len(batch.labels)
+
+
+@ATTENTION
+def test_packed_logits_equal_unpacked_ones(attention: str) -> None:
+    loss = SupervisedLoss(tiny.llama(attention=attention))
+    batch = collate(PACKS, attention)
+    packed = loss.logits(loss.hidden(batch).reshape(-1, 64)[batch.predicts])
+    single = []
+    for example in tiny.unpacked(PACKS):
+        alone = collate([example], "sdpa")
+        ids = alone.inputs["input_ids"]
+        single.append(tiny.llama()(input_ids=ids, use_cache=False).logits[0][alone.predicts])
+    torch.testing.assert_close(packed, torch.cat(single), atol=2e-5, rtol=1e-5)
+
+
+@ATTENTION
+@pytest.mark.parametrize("changed", [0, 1, 2])
+def test_a_token_changes_its_own_segment_and_no_other(attention: str, changed: int) -> None:
+    loss, lengths = SupervisedLoss(tiny.llama(attention=attention)), (9, 7, 11)
+    original = tiny.pack(*lengths)
+    borders = np.cumsum((0, *lengths))
+    ids = original.input_ids.copy()
+    ids[borders[changed]] = 2 if ids[borders[changed]] != 2 else 3
+    before, after = (
+        loss.hidden(collate([pack], attention)).reshape(-1, 64)
+        for pack in (original, Pack(ids, original.supervised, lengths))
+    )
+    for segment, (start, stop) in enumerate(zip(borders, borders[1:], strict=False)):
+        same = [torch.equal(a, b) for a, b in zip(before[start:stop], after[start:stop], strict=True)]
+        assert same == [segment != changed] * (stop - start)
+
+
+@ATTENTION
+def test_a_later_token_is_not_seen(attention: str) -> None:
+    loss, original = SupervisedLoss(tiny.llama(attention=attention)), tiny.pack(9, 7)
+    ids = original.input_ids.copy()
+    ids[5] = 2 if ids[5] != 2 else 3
+    before, after = (
+        loss.hidden(collate([pack], attention)).reshape(-1, 64)
+        for pack in (original, Pack(ids, original.supervised, (9, 7)))
+    )
+    assert torch.equal(before[:5], after[:5])
+    assert not torch.equal(before[5:9], after[5:9])
+
+
+def test_a_batch_without_supervised_tokens_costs_nothing() -> None:
+    model = tiny.llama(attention="segments").requires_grad_(True)
+    empty = Pack(np.arange(6, dtype=np.int32), np.zeros(6, dtype=bool), (6,))
+    value = SupervisedLoss(model)(collate([empty], "segments"))
+    value.backward()
+    assert value.item() == 0.0
+    assert not any(p.grad.any() for p in model.parameters() if p.grad is not None)

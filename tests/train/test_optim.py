@@ -1,0 +1,184 @@
+"""One flat vector behind all adapters, the optimizer over it, and the learning rate."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from olora_ray.adapter.factors import Factors
+from olora_ray.adapter.layer import AdaptedLinear
+from olora_ray.config import Train
+from olora_ray.train.optim import AdamW, FlatAdapters, lr_at
+
+SHAPES = {"first": (5, 3), "second": (4, 7)}
+RANK = 2
+
+
+def adapted() -> dict[str, AdaptedLinear]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: AdaptedLinear(
+            nn.Linear(n, m), Factors(torch.randn(RANK, n, generator=generator), torch.randn(m, RANK)), 1.0
+        )
+        for name, (m, n) in SHAPES.items()
+    }
+
+
+def random_gradients(flat: FlatAdapters, seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(slot.shape, generator=generator) for name, slot in flat.slots.items()}
+
+
+def test_parameters_and_gradients_are_views_of_two_vectors() -> None:
+    layers = adapted()
+    flat = FlatAdapters(layers)
+    assert flat.vector.numel() == sum(RANK * (m + n) for m, n in SHAPES.values())
+    for number, name in enumerate(flat.slots):
+        flat.view(flat.vector, name).fill_(number + 1.0)
+        flat.view(flat.grad, name).fill_(-number - 1.0)
+    values = [layer_part for layer in layers.values() for layer_part in (layer.da, layer.db)]
+    for number, parameter in enumerate(values):
+        assert (parameter == number + 1.0).all()
+        assert parameter.grad is not None
+        assert (parameter.grad == -number - 1.0).all()
+    assert 0.0 not in flat.vector
+
+
+def test_backward_writes_into_the_flat_gradient() -> None:
+    layers = adapted()
+    flat = FlatAdapters(layers)
+    layers["first"](torch.ones(2, 3)).sum().backward()
+    assert flat.view(flat.grad, "first.da").any()
+    assert flat.view(flat.grad, "first.db").any()
+    assert not flat.view(flat.grad, "second.da").any()
+
+
+def test_flat_vectors_keep_what_was_in_the_adapters() -> None:
+    layers = adapted()
+    with torch.no_grad():
+        layers["second"].db.fill_(0.5)
+    flat = FlatAdapters(layers)
+    assert (flat.view(flat.vector, "second.db") == 0.5).all()
+    assert (layers["second"].db == 0.5).all()
+
+
+def test_a_vector_goes_out_by_name_and_comes_back() -> None:
+    flat = FlatAdapters(adapted())
+    vector = torch.randn(flat.vector.shape)
+    copy = torch.zeros_like(vector)
+    flat.load(copy, {name: part.clone() for name, part in flat.named(vector).items()})
+    assert torch.equal(copy, vector)
+    with pytest.raises(KeyError):
+        flat.load(copy, {})
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_adamw_equals_torchs_on_separate_tensors(decay: float) -> None:
+    flat = FlatAdapters(adapted())
+    ours = AdamW(flat, Train(weight_decay=decay, clip=None, lr=0.01))
+    separate = {name: nn.Parameter(slot.detach().clone()) for name, slot in flat.slots.items()}
+    theirs = torch.optim.AdamW(separate.values(), lr=0.01, weight_decay=decay)
+    for step in range(4):
+        theirs.param_groups[0]["lr"] = 0.01 / (step + 1)
+        for name, gradient in random_gradients(flat, step).items():
+            separate[name].grad = gradient
+            flat.view(flat.grad, name).copy_(gradient)
+        theirs.step()
+        ours.step(0.01 / (step + 1))
+        for name, parameter in separate.items():
+            torch.testing.assert_close(flat.slots[name].detach(), parameter.detach())
+
+
+@pytest.mark.parametrize("size", [0.01, 1.0, 100.0])
+def test_clipping_is_that_of_torch_and_reports_the_norm_before(size: float) -> None:
+    flat = FlatAdapters(adapted())
+    separate = []
+    for name, gradient in random_gradients(flat, 1).items():
+        flat.view(flat.grad, name).copy_(gradient * size)
+        separate.append(nn.Parameter(torch.zeros_like(gradient)))
+        separate[-1].grad = gradient * size
+    optimizer = AdamW(flat, Train(clip=1.0))
+    seen = []
+    optimizer.inner.register_step_pre_hook(lambda *_: seen.append(flat.grad.clone()))
+    norm = optimizer.step(0.0)
+    assert norm == pytest.approx(float(nn.utils.clip_grad_norm_(separate, 1.0)))
+    clipped = torch.cat([part.grad.reshape(-1) for part in separate if part.grad is not None])
+    torch.testing.assert_close(seen[0], clipped)
+    assert not flat.grad.any()
+
+
+def test_an_update_moves_the_layers() -> None:
+    layers = adapted()
+    flat = FlatAdapters(layers)
+    flat.grad.fill_(1.0)
+    AdamW(flat, Train()).step(0.5)
+    torch.testing.assert_close(layers["first"].da.detach(), torch.full((RANK, 3), -0.5))
+
+
+def test_decay_pulls_towards_the_start() -> None:
+    flat = FlatAdapters(adapted())
+    flat.vector.fill_(1.0)
+    AdamW(flat, Train(weight_decay=0.5)).step(0.1)
+    torch.testing.assert_close(flat.vector, torch.full_like(flat.vector, 0.95))
+
+
+def test_the_state_comes_back_exactly() -> None:
+    def run(optimizer: AdamW, steps: range) -> None:
+        for step in steps:
+            for name, gradient in random_gradients(optimizer.flat, step).items():
+                optimizer.flat.view(optimizer.flat.grad, name).copy_(gradient)
+            optimizer.step(0.01)
+
+    whole = AdamW(FlatAdapters(adapted()), Train())
+    run(whole, range(6))
+    first = AdamW(FlatAdapters(adapted()), Train())
+    run(first, range(3))
+    second = AdamW(FlatAdapters(adapted()), Train())
+    second.flat.vector.copy_(first.flat.vector)
+    second.load({name: value.clone() for name, value in first.state().items()}, 3)
+    run(second, range(3, 6))
+    assert torch.equal(second.flat.vector, whole.flat.vector)
+    assert all(torch.equal(value, second.state()[name]) for name, value in whole.state().items())
+
+
+schedules = st.sampled_from(["cosine", "linear", "constant"])
+fractions = st.floats(0.0, 0.99)
+
+
+@given(schedules, fractions, st.integers(1, 300))
+def test_the_learning_rate_rises_to_its_peak_and_then_never_again(schedule: str, warmup: float, steps: int) -> None:
+    config = Train.model_validate({"schedule": schedule, "warmup": warmup, "lr": 0.1})
+    rates = [lr_at(step, steps, config) for step in range(steps)]
+    peak = min(round(warmup * steps), steps - 1)
+    assert all(0.0 < rate <= 0.1 for rate in rates)  # no step is wasted
+    assert rates[: peak + 1] == sorted(rates[: peak + 1])
+    assert rates[peak:] == sorted(rates[peak:], reverse=True)
+    if round(warmup * steps) < steps:
+        assert rates[peak] == pytest.approx(0.1)
+
+
+@given(st.floats(0.0, 0.9), st.integers(10, 300))
+def test_the_ends_of_the_schedules(warmup: float, steps: int) -> None:
+    def rate(schedule: str, step: int) -> float:
+        return lr_at(step, steps, Train.model_validate({"schedule": schedule, "warmup": warmup, "lr": 0.1}))
+
+    assert rate("cosine", steps) == pytest.approx(0.0, abs=1e-12)
+    assert rate("linear", steps) == pytest.approx(0.0, abs=1e-12)
+    assert rate("constant", steps) == pytest.approx(0.1)
+
+
+def test_the_middle_of_the_schedules() -> None:
+    def middle(schedule: str) -> float:
+        return lr_at(60, 100, Train.model_validate({"schedule": schedule, "warmup": 0.2, "lr": 0.1}))
+
+    assert middle("linear") == pytest.approx(0.05)
+    assert middle("cosine") == pytest.approx(0.05)
+    assert lr_at(40, 100, Train(warmup=0.2, lr=0.1)) == pytest.approx(0.05 * (1 + math.cos(math.pi / 4)))
+
+
+def test_warm_up_is_linear() -> None:
+    config = Train(warmup=0.1, lr=0.11)
+    assert [lr_at(step, 100, config) for step in range(10)] == pytest.approx([0.01 * (i + 1) for i in range(10)])

@@ -1,0 +1,128 @@
+"""A base that is sharded over the workers trains and answers like one that every worker holds."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from olora_ray.train.feed import Feed
+from olora_ray.train.generate import Question, answer
+from olora_ray.train.loop import Trainer, evaluate
+from olora_ray.train.parallel import decoder_layers
+from tests import tiny
+from tests.crew import Crew
+
+EOS = 1
+QUESTIONS = [Question(tuple(range(5, 5 + length)), ()) for length in (4, 9, 2, 6, 3)]
+
+
+def trained(strategy: str, steps: int = 2, tied: bool = False) -> tuple[Trainer, list[float], Tensor, Tensor]:
+    """A trainer after some steps, the losses, the first gradient and the adapter after the first step."""
+    settings = tiny.config(cluster__workers=2, cluster__strategy=strategy, train__micro_batch=1, train__clip=None)
+    trainer = tiny.trainer(settings, model=tiny.llama(attention="segments", tie_word_embeddings=tied), strategy=strategy)
+    gradients: list[Tensor] = []
+    trainer.optimizer.inner.register_step_pre_hook(lambda *_: gradients.append(trainer.flat.grad.clone()))
+    feed = Feed(tiny.store(), settings.train, settings.run.seed, "segments", dist.get_rank(), 2)
+    losses, first = [], None
+    for result in trainer.steps(feed, 0, steps, steps):
+        losses.append(result.loss)
+        first = trainer.flat.vector.clone() if first is None else first
+    assert first is not None
+    return trainer, losses, gradients[0], first
+
+
+def _train(strategy: str, tied: bool) -> tuple[list[float], Tensor, Tensor, float]:
+    trainer, losses, gradient, adapter = trained(strategy, tied=tied)
+    held_out = evaluate(trainer, tiny.store(5, seed=9), "segments", dist.get_rank(), 2)
+    return losses, gradient, adapter, held_out
+
+
+def _layout(strategy: str) -> list[str]:
+    """The kind of every frozen weight."""
+    trainer, *_ = trained(strategy, steps=1)
+    return [type(p.data).__name__ for p in trainer.loss.parameters() if not p.requires_grad]
+
+
+def _answers(strategy: str, eos: int) -> list[list[list[int]]]:
+    """Answers before a step of training, and after a few, with training in between."""
+    rank = dist.get_rank()
+    settings = tiny.config(cluster__workers=2, train__micro_batch=1, train__lr=0.1)
+    trainer = tiny.trainer(settings, strategy=strategy)
+    evaluate(trainer, tiny.store(3), "segments", rank, 2)
+    before = answer(trainer, QUESTIONS, 6, [eos], rank, 2, batch=2)
+    feed = Feed(tiny.store(), settings.train, settings.run.seed, "segments", rank, 2)
+    list(trainer.steps(feed, 0, 4, 4))
+    return [before, answer(trainer, QUESTIONS, 6, [eos], rank, 2, batch=2)]
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["own head", "tied head"])
+def test_fsdp_equals_ddp(crew: Callable[[int], Crew], tied: bool) -> None:
+    ddp, other = crew(2).run(_train, "ddp", tied)
+    fsdp, other_fsdp = crew(2).run(_train, "fsdp", tied)
+    for mine, theirs in ((ddp, other), (fsdp, other_fsdp)):
+        assert mine[0] == theirs[0]
+        assert all(torch.equal(a, b) for a, b in zip(mine[1:3], theirs[1:3], strict=True))
+    assert fsdp[0] == pytest.approx(ddp[0], rel=1e-6)
+    torch.testing.assert_close(fsdp[1], ddp[1], rtol=1e-5, atol=1e-7)
+    assert float((fsdp[2] - ddp[2]).norm() / ddp[2].norm()) < 1e-3
+    assert fsdp[3] == pytest.approx(ddp[3], rel=1e-5)
+
+
+def test_fsdp_shards_every_frozen_weight_and_ddp_none(crew: Callable[[int], Crew]) -> None:
+    assert set(crew(2).run(_layout, "fsdp")[0]) == {"DTensor"}
+    assert "DTensor" not in crew(2).run(_layout, "ddp")[0]
+
+
+def test_answers_are_the_same_for_both_strategies(crew: Callable[[int], Crew]) -> None:
+    unlimited = crew(2).run(_answers, "ddp", EOS)
+    assert unlimited[0] == unlimited[1]
+    assert [len(part) for part in unlimited[0]] == [len(QUESTIONS)] * 2
+    assert unlimited[0][0] != unlimited[0][1]
+    # An end token that some answers meet early, so that workers are not ready together.
+    stop = unlimited[0][0][0][1]
+    ddp = crew(2).run(_answers, "ddp", stop)
+    assert len({len(row) for row in ddp[0][0]}) > 1
+    assert crew(2).run(_answers, "fsdp", stop) == ddp
+
+
+def test_fewer_questions_than_workers(crew: Callable[[int], Crew]) -> None:
+    one, two = crew(2).run(_one_question, "fsdp")
+    assert one == two
+    assert len(one) == 1
+
+
+def _one_question(strategy: str) -> list[list[int]]:
+    trainer, *_ = trained(strategy, steps=1)
+    return answer(trainer, QUESTIONS[:1], 3, [EOS], dist.get_rank(), 2)
+
+
+def one_by_one(trainer: Trainer, question: Question, tokens: int) -> list[int]:
+    """Greedy decoding without a cache, padding or transformers' generate."""
+    ids = list(question.prompt)
+    for _ in range(tokens):
+        logits: Any = trainer.loss.model(input_ids=torch.tensor([ids]), use_cache=False).logits  # type: ignore[operator]
+        ids.append(int(logits[0, -1].argmax()))
+    return ids[len(question.prompt) :]
+
+
+@pytest.mark.parametrize("attention", ["segments", "sdpa", "eager"])
+def test_answers_are_greedy_whatever_their_batch_and_order(attention: str) -> None:
+    trainer = tiny.trainer(tiny.config(), attention)
+    found = answer(trainer, QUESTIONS, 5, [EOS], batch=3)
+    assert trainer.loss.model.config._attn_implementation == attention
+    assert found == [one_by_one(trainer, question, 5) for question in QUESTIONS]
+
+
+def test_an_answer_ends_before_its_end_token() -> None:
+    trainer = tiny.trainer(tiny.config())
+    whole = one_by_one(trainer, QUESTIONS[0], 5)
+    (found,) = answer(trainer, QUESTIONS[:1], 5, [whole[2]])
+    assert found == whole[: whole.index(whole[2])]
+
+
+def test_the_layers_that_are_sharded_are_the_blocks_of_the_model() -> None:
+    assert [type(layer).__name__ for layer in decoder_layers(tiny.llama())] == ["LlamaDecoderLayer"] * 2
+    assert [type(layer).__name__ for layer in decoder_layers(tiny.gpt2())] == ["GPT2Block"] * 2
