@@ -77,8 +77,7 @@ def load(folder: Path) -> Checkpoint:
     verify(folder)
     try:
         state = json.loads((folder / STATE).read_text())
-        if state.pop("format") != FORMAT:
-            raise UserError(f"{folder / STATE}: written by another version of olora_ray")
+        state.pop("format")
         identity = state.pop("identity")
         best = load_file(folder / BEST) if (folder / BEST).exists() else None
         adapter = _weights(load_file(folder / ADAPTER))
@@ -103,10 +102,13 @@ def verify(folder: Path) -> None:
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
         files = dict(manifest["files"])
+        whole = manifest["format"] == FORMAT and files.keys() >= {ADAPTER, OPTIMIZER, STATE, CONFIG}
     except FileNotFoundError:
         raise UserError(f"{folder}: not a complete checkpoint (no {MANIFEST})") from None
     except (OSError, ValueError, KeyError, TypeError, UnicodeDecodeError):
         raise UserError(f"{folder / MANIFEST}: not a checkpoint's manifest") from None
+    if not whole or ((folder / BEST).exists() and BEST not in files):
+        raise UserError(f"{folder / MANIFEST}: not the manifest of this checkpoint, or of another version of olora_ray")
     for name, expected in files.items():
         if not (folder / name).is_file() or _fingerprint(folder / name) != expected:
             raise UserError(f"checkpoint {folder}: {name} is missing or damaged")

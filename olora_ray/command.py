@@ -20,7 +20,7 @@ def read_arguments(argv: list[str], default: Path, usage: str) -> tuple[Config, 
     if {"-h", "--help"} & set(argv):
         print(f"{usage.strip()}\n\nFields, with their defaults:\n\n{help_text()}")
         raise SystemExit(0)
-    flags = [word for word in argv if word.startswith("--")]
+    flags = [word for word in argv if word.startswith("-")]
     if unknown := [flag for flag in flags if flag != "--dry-run"]:
         raise UserError(f"argument {unknown[0]}: not known; there are --dry-run and --help")
     words = [word for word in argv if word not in flags]

@@ -139,9 +139,9 @@ class Train(Section):
     eval_every: PositiveInt = 50
     """Steps between evaluations; the last step is always evaluated."""
     checkpoint_every: PositiveInt = 50
-    """Steps between checkpoints; the best and the last step always have one."""
+    """Steps between checkpoints; the start and the last step always have one."""
     keep: PositiveInt = 2
-    """Checkpoints kept: the best by eval loss, and always the latest."""
+    """Checkpoints kept: the latest ones; each also holds the best adapter so far."""
     early_stop: PositiveInt | None = None
     """Stop after this many evaluations without a better loss."""
     log_every: PositiveInt = 10
@@ -233,11 +233,16 @@ class _Loader(yaml.SafeLoader):
     """SafeLoader that also reads 1e-4 as a number (YAML 1.1 wants 1.0e-4)."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:\d[\d_]*)(?:\.\d*)?[eE][-+]?\d+$"),
-    list("-+0123456789"),
-)
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that quotes a text which `_Loader` would read as a number."""
+
+
+for _kind in (_Loader, _Dumper):
+    _kind.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(?:\d[\d_]*)(?:\.\d*)?[eE][-+]?\d+$"),
+        list("-+0123456789"),
+    )
 
 
 def parse_yaml(text: str, where: str) -> Any:
@@ -300,7 +305,7 @@ def flatten(config: Config) -> dict[str, Any]:
 
 def dump(config: Config) -> str:
     """The config as YAML that `load` reads back to an equal config."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def help_text() -> str:
@@ -370,11 +375,15 @@ def _copy(value: Any) -> Any:
     return value
 
 
+UNION_TAG = re.compile(r"[\[\](){}]|^(tuple|literal|float|str|int|constrained-\w+)\b")
+
+
 def _explain(item: ErrorDetails) -> str:
     # pydantic puts the tags of unions into the location: only names and indices are the user's.
-    parts = [
-        str(part) for part in item["loc"] if not re.search(r"[\[\](){}]|^(tuple|literal|float|str|int)\b", str(part))
-    ]
+    *outer, last = [str(part) for part in item["loc"]] or [""]
+    parts = [part for part in outer if not UNION_TAG.search(part)]
+    if item["type"] == "extra_forbidden" or not UNION_TAG.search(last):
+        parts += [last] if last else []
     field = ".".join(parts)
     if item["type"] == "extra_forbidden":
         near = difflib.get_close_matches(parts[-1], _names_beside(parts), n=1)

@@ -12,6 +12,7 @@ import torch
 from olora_ray import checkpoint, export, registry, storage, tracking
 from olora_ray.adapter.layer import is_transposed
 from olora_ray.config import Config, flatten
+from olora_ray.data import template
 from olora_ray.data.store import TokenStore
 from olora_ray.errors import UserError
 from olora_ray.model import parameters, skeleton
@@ -63,6 +64,7 @@ def export_run(task: Task, folder: RunFolder) -> dict[str, Any]:
         name = task.base.name if not storage.is_uri(task.base.name) else task.base.folder
         export.write_adapter(best, config.adapter, name, adapter_folder, transposed=transposed)
         export.write_merged(base, best, config.adapter.scale(), merged_folder, transposed=transposed)
+        _give_template(config, merged_folder)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         parity = measure_parity(
             base,
@@ -109,6 +111,13 @@ def _log_data(tracker: tracking.Tracker, task: Task) -> None:
         if store is not None:
             place = ", ".join(source.path for source in named) or "held out from training"
             tracker.dataset(context, store.digest, place, store.manifest.rows, context)
+
+
+def _give_template(config: Config, merged: Path) -> None:
+    """A base without a chat template was trained with the default one: its users need it too."""
+    chats = any(source.format not in ("text", "prompt_completion") for source in config.data.train)
+    if chats and not registry.has_chat_template(merged):
+        (merged / "chat_template.jinja").write_text(template.DEFAULT, encoding="utf-8")
 
 
 def _parity_dtype(task: Task, device: torch.device) -> torch.dtype:

@@ -52,7 +52,7 @@ def estimate(config: Config, base: BaseModel) -> Size:
 
 
 def _activations(config: Config, model: Any, targets: dict[str, tuple[int, int]], width: int) -> int:
-    """What a backward pass keeps: for each adapted layer input, output and hidden, for each block its norms and sums."""
+    """What a backward pass keeps: input, output and hidden of adapted layers, norms and sums of blocks."""
     tokens = config.train.micro_batch * config.data.max_length
     shape = model.config.get_text_config()
     linear = sum(m + n + 2 * config.adapter.rank for m, n in targets.values())

@@ -51,14 +51,17 @@ def register(
     texts = {key: str(value) for key, value in tags.items()}
     found = _version_of(client, name, tracker.run_id)
     if found is None:
-        model = client.get_logged_model(log_model(tracker, merged, tags, base_name=base_name or name))
         try:
-            _ensure_registered(client, name)
-            # Not models:/ID as source: MLflow would look it up in its global tracking store.
-            place = model.artifact_location
-            found = client.create_model_version(name, place, tracker.run_id, texts, model_id=model.model_id)
+            client.create_registered_model(name)
         except MlflowException as error:
-            raise UserError(f"registry.model={name}: {str(error).splitlines()[0]}") from None
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise UserError(f"registry.model={name}: {str(error).splitlines()[0]}") from None
+        model = client.get_logged_model(log_model(tracker, merged, tags, base_name=base_name or name))
+        # Not models:/ID as source: MLflow would look it up in its global tracking store.
+        place = model.artifact_location
+        found = client.create_model_version(name, place, tracker.run_id, texts, model_id=model.model_id)
+        versions = json.dumps([{"name": name, "version": found.version}])
+        client.set_logged_model_tags(model.model_id, {"mlflow.model.versions": versions})  # the page's link
     for key, text in texts.items():
         client.set_model_version_tag(name, found.version, key, text)
     client.set_registered_model_alias(name, alias, str(found.version))
@@ -79,7 +82,9 @@ def log_model(tracker: Tracker, merged: Path, tags: Mapping[str, object], *, bas
         return str(there[0].model_id)
     texts = {key: str(value) for key, value in tags.items()}
     model = there[0] if there else client.create_logged_model(experiment, LOGGED_NAME, run_id, texts)
-    client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
+    outputs = client.get_run(run_id).outputs
+    if model.model_id not in {item.model_id for item in (outputs.model_outputs if outputs else ())}:
+        client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
     client.log_model_artifacts(model.model_id, str(merged), "model")
     with tempfile.TemporaryDirectory(prefix="olora-") as folder:
         _write_description(Path(folder), merged, model, run_id, base_name)
@@ -110,16 +115,6 @@ def _version_of(client: "MlflowClient", name: str, run_id: str) -> "ModelVersion
     return next((item for item in found if item.name == name), None)
 
 
-def _ensure_registered(client: "MlflowClient", name: str) -> None:
-    from mlflow.exceptions import MlflowException
-
-    try:
-        client.create_registered_model(name)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
-
-
 def _write_description(folder: Path, merged: Path, model: "LoggedModel", run_id: str, base_name: str) -> None:
     tokenizer = folder / "components" / "tokenizer"
     tokenizer.mkdir(parents=True)
@@ -139,7 +134,7 @@ def _mlmodel(merged: Path, logged: "LoggedModel", run_id: str, base_name: str) -
     from mlflow.types import llm
 
     config: dict[str, Any] = json.loads((merged / "config.json").read_text(encoding="utf-8"))
-    chat = _has_chat_template(merged)
+    chat = has_chat_template(merged)
     task = "llm/v1/chat" if chat else "llm/v1/completions"
     signature = (
         ModelSignature(inputs=llm.CHAT_MODEL_INPUT_SCHEMA, outputs=llm.CHAT_MODEL_OUTPUT_SCHEMA)
@@ -173,7 +168,7 @@ def _mlmodel(merged: Path, logged: "LoggedModel", run_id: str, base_name: str) -
     return model
 
 
-def _has_chat_template(merged: Path) -> bool:
+def has_chat_template(merged: Path) -> bool:
     settings = merged / "tokenizer_config.json"
     inside = settings.is_file() and bool(json.loads(settings.read_text(encoding="utf-8")).get("chat_template"))
     return inside or any((merged / name).is_file() for name in ("chat_template.jinja", "chat_template.json"))

@@ -19,13 +19,19 @@ Scores = dict[str, dict[str, float]]
 """{"before": {name: mean}, "after": {name: mean}}."""
 
 
-def plan(task: Task, say: Say) -> None:
-    """The arithmetic of the run, before it starts."""
+def plan(config: Config, base: model.BaseModel, say: Say) -> None:
+    """The size of the run; raises UserError for targets, rank or scorer that cannot be."""
+    if config.evaluation.scorer:
+        scoring.resolve(config.evaluation.scorer)
+    size = estimate(config, base)
+    say(_model_line(config, size))
+    say(_memory_line(config, size))
+
+
+def steps(task: Task, say: Say) -> None:
+    """The arithmetic of the training."""
     manifest = task.train.manifest
-    size = estimate(task.config, task.base)
-    say(_model_line(task.config, size))
     say(_steps_line(task.config, len(task.train), manifest.tokens, manifest.supervised, about=False))
-    say(_memory_line(task.config, size))
 
 
 def dry_run(config: Config, say: Say) -> None:

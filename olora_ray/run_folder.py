@@ -1,6 +1,7 @@
 """The folder of a run: `<storage>/<name>/`, what lies where in it, and whether it is ours to use."""
 
 import json
+import uuid
 from typing import Any
 
 from olora_ray import storage
@@ -25,18 +26,27 @@ class RunFolder:
         self.result = storage.join(self.root, "result.json")
         self._tracking = storage.join(self.root, "tracking.json")
 
-    def claim(self) -> None:
-        """Check that the storage can be written and that the name is free or this config's; keep the config.
+    def check(self) -> None:
+        """Check that the storage can be written, and that no training with other settings has this name.
 
-        Raises UserError for a storage that cannot be written and for a run of this name with other settings.
+        Raises UserError if not. Leaves nothing behind.
         """
+        probe = storage.join(self.config.run.storage, f".probe-{uuid.uuid4().hex}")
         try:
-            if storage.exists(self.settings):
+            if self._has_checkpoints() and storage.exists(self.settings):
                 self._refuse_other_settings(storage.read_text(self.settings))
-            storage.write_text(self.settings, dump(self.config))
+            storage.write_text(probe, "")
+            storage.remove(probe)
         except OSError as error:
             why = error.strerror or str(error)
             raise UserError(f"run.storage: {self.config.run.storage} cannot be written: {why}") from None
+
+    def claim(self) -> None:
+        """Keep the config: from now on the name is this run's."""
+        storage.write_text(self.settings, dump(self.config))
+
+    def _has_checkpoints(self) -> bool:
+        return any(name.startswith("step-") for name in storage.names(self.checkpoints))
 
     def latest_checkpoint(self) -> str:
         """The newest checkpoint's folder; raises UserError if there is none."""

@@ -4,6 +4,8 @@ import importlib
 import json
 from collections.abc import Callable
 
+from olora_ray.errors import UserError
+
 Scorer = Callable[[str, str], dict[str, float]]
 
 
@@ -38,14 +40,14 @@ def resolve(name: str) -> Scorer:
         return SCORERS[name]
     module_name, _, function_name = name.rpartition(":" if ":" in name else ".")
     if not module_name or not function_name:
-        raise ValueError(f"no scorer is called {name!r}; use one of {', '.join(SCORERS)}, or package.module:function")
+        raise UserError(f"evaluation.scorer: no scorer is called {name!r}; use one of {', '.join(SCORERS)}, or package.module:function")
     try:
         module = importlib.import_module(module_name)
     except (ImportError, TypeError) as error:  # TypeError: a relative name
-        raise ValueError(f"scorer {name!r}: cannot import {module_name!r}: {error}") from error
+        raise UserError(f"evaluation.scorer: {name!r}: cannot import {module_name!r}: {error}") from error
     scorer = getattr(module, function_name, None)
     if not callable(scorer):
-        raise ValueError(f"scorer {name!r}: {module_name!r} has no function {function_name!r}")
+        raise UserError(f"evaluation.scorer: {name!r}: {module_name!r} has no function {function_name!r}")
     return scorer  # type: ignore[no-any-return]
 
 

@@ -30,18 +30,21 @@ def main(argv: list[str]) -> None:
         return
 
     folder = RunFolder(config)
-    folder.claim()
+    folder.check()
     if done := folder.finished():
         report.already_finished(config, done, say)
         return
     tracking.check(tracking.resolve_uri(config))
-    with launch.connect(config, say):
-        base = model.obtain(config, say, deliver.registered(config))
-        tokenizer = model.load_tokenizer(base, config.model)
-        train, held_out = launch.prepare(config, spec_from_pretrained(tokenizer, base.name), say)
-        task = Task(config, base, model.end_tokens(base, tokenizer), train, held_out, launch.make_board())
-        report.plan(task, say)
+    base = model.obtain(config, say, deliver.registered(config))
+    tokenizer = model.load_tokenizer(base, config.model)
+    spec = spec_from_pretrained(tokenizer, base.name)
+    report.plan(config, base, say)
 
+    with launch.connect(config, say):
+        train, held_out = launch.prepare(config, spec, say)
+        task = Task(config, base, model.end_tokens(base, tokenizer), train, held_out, launch.make_board())
+        report.steps(task, say)
+        folder.claim()
         with deliver.tracked(task, folder) as tracker:
             outcome = launch.train(task, folder, tracker, say)
             parity = launch.run_export(task, folder, say)

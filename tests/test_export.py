@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from olora_ray import export
-from olora_ray.adapter.factors import AdapterWeights
+from olora_ray.adapter.factors import AdapterWeights, Factors
 from olora_ray.config import Adapter
 from olora_ray.errors import UserError
 from tests import tiny
@@ -172,6 +172,17 @@ def test_a_tied_weight_is_named(llama: Case, tmp_path: Path) -> None:
     with_head = {**llama.adapter, "lm_head": llama.adapter["model.layers.0.self_attn.q_proj"]}
     with pytest.raises(UserError, match="cannot merge lm_head: its weight is tied"):
         export.write_merged(llama.base, with_head, 1.0, tmp_path / "merged")
+
+
+def test_two_layers_on_one_weight_are_named(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "config.json").write_text("{}")
+    save_file({"h.0.up.weight": torch.zeros(2, 2)}, base / "model.safetensors")
+    item = AdapterWeights(Factors(torch.ones(1, 2), None), torch.ones(1, 2), torch.ones(2, 1))
+    with pytest.raises(UserError, match=r"cannot merge b\.h\.0\.up: its weight is tied to another layer"):
+        export.write_merged(base, {"a.h.0.up": item, "b.h.0.up": item}, 1.0, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
 
 
 def test_a_quantised_weight_is_named(llama: Case, tmp_path: Path) -> None:

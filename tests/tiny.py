@@ -12,7 +12,9 @@ from olora_ray.config import Config, build
 VOCABULARY = 96
 
 
-def llama(vocab_size: int = VOCABULARY, attention: str = "sdpa", dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+def llama(
+    vocab_size: int = VOCABULARY, attention: str = "sdpa", dtype: torch.dtype = torch.float32, **changes: Any
+) -> Any:
     """A Llama with 2 layers and grouped heads."""
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -79,7 +79,8 @@ class AdaptedLinear(nn.Module):
         """x (..., n) -> y (..., m)."""
         y: Tensor = self.base(x)
         inner = F.dropout(x, self.dropout) if self.training and self.dropout else x
-        result: Tensor = _LowRank.apply(y, inner, self.da, self.db, self.a0, self.b0, self.scale)
+        low_rank: Any = _LowRank  # torch leaves `apply` untyped
+        result: Tensor = low_rank.apply(y, inner, self.da, self.db, self.a0, self.b0, self.scale)
         return result
 
     def weights(self) -> AdapterWeights:

@@ -77,7 +77,7 @@ def load_json(file: File) -> list[Any]:
     with open_stream(file) as stream:
         content = stream.read()
     try:
-        tree = json.loads(bytes(content).removeprefix(BOM))
+        tree = json.loads(bytes(content).removeprefix(BOM).decode())
     except json.JSONDecodeError as error:
         hint = "; a file with one object a line is called .jsonl" if error.msg == "Extra data" else ""
         raise UserError(f"{file.uri}:{error.lineno}: broken JSON: {error.msg}{hint}") from None
@@ -119,7 +119,7 @@ def _jsonl(file: File, unit: Unit, header: Sequence[str], columns: Sequence[str]
 
 def _parsed(line: bytes) -> Any:
     try:
-        return json.loads(line)
+        return json.loads(line.decode())
     except json.JSONDecodeError as error:
         return Rejected("broken_json", f"{error.msg} (column {error.colno})")
     except UnicodeDecodeError:

@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -232,13 +232,3 @@ def _slice(batch: Any, column: str, row: int) -> Any:
     lists = batch.column(column)
     start, stop = lists.offsets[row].as_py(), lists.offsets[row + 1].as_py()
     return lists.values.slice(start, stop - start)
-
-
-def addresses(config: Config, digest: str) -> str:
-    """Where the store with this digest lies."""
-    return storage.join(config.run.storage, "tokens", digest)
-
-
-def indices(store: TokenStore, seed: int, step: int, batch: int) -> Sequence[int]:
-    """The sequences of one global step of `batch` sequences."""
-    return order(len(store), seed, step * batch, (step + 1) * batch).tolist()  # type: ignore[no-any-return]

@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any, TypeVar
 
 Result = TypeVar("Result")
@@ -12,11 +12,11 @@ TASKS = 4000
 """Tasks at most; with more numbers than that a task works on several."""
 
 
-def spread(work: Callable[[Any, int], Result], shared: Any, numbers: list[int]) -> Iterator[Result]:
+def spread(work: Callable[[Any, int], Result], shared: Any, numbers: list[int]) -> Generator[Result, None, None]:
     """The results of `work(shared, number)`, in the order of `numbers`, made by Ray Data's tasks.
 
     `shared` travels once to each node. `work` must be a module's function and give the same result
-    whenever it is repeated: Ray repeats it after a failure. Needs ray.init; an exception stops the stream.
+    whenever it is repeated: Ray repeats it after a failure. Needs ray.init; close the generator to stop early.
     """
     import ray
     import ray.data
@@ -28,9 +28,13 @@ def spread(work: Callable[[Any, int], Result], shared: Any, numbers: list[int]) 
 
     with _quiet():
         blocks = min(len(numbers), TASKS)
-        rows = ray.data.from_items(numbers, override_num_blocks=blocks).map(task, num_cpus=_cpus())
-        for row in rows.iter_rows():
-            yield pickle.loads(row["result"])  # noqa: S301 - made by our own task a moment ago
+        results = ray.data.from_items(numbers, override_num_blocks=blocks).map(task, num_cpus=_cpus())
+        # Closed here, in the thread that reads: Ray Data cannot stop its threads from a collector's call.
+        stream: Any = iter(results.iter_batches(batch_size=None, batch_format="pyarrow"))
+        with contextlib.closing(stream) as batches:
+            for batch in batches:
+                for result in batch.column("result"):
+                    yield pickle.loads(result.as_py())  # noqa: S301 - made by our own task a moment ago
 
 
 _last: tuple[Any, Any] = (None, None)

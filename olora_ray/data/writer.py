@@ -1,9 +1,11 @@
 """Makes a token store: what is missing of it, spread over the cluster."""
 
+import contextlib
+import itertools
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,16 +83,18 @@ def _scan_all(sources: Sequence[Sequence[File]], storage_root: str, say: Say) ->
     numbers = list(range(len(files)))
     size = total_bytes(files)
     if size <= SCAN_HERE:
-        found: Iterator[FileScan | str] = (scan_file(job, number) for number in numbers)
+        found: Generator[FileScan | str, None, None] = (scan_file(job, number) for number in numbers)
     else:
         say(f"tokens: scanning {len(files):,} files, {size / 1e9:,.1f} GB")
         found = stream.spread(scan_file, job, numbers)
     scans = []
-    for result in found:
-        if isinstance(result, str):
-            raise UserError(result)
-        scans.append(result)
-    return [[scans.pop(0) for _ in source] for source in sources]
+    with contextlib.closing(found):
+        for result in found:
+            if isinstance(result, str):
+                raise UserError(result)
+            scans.append(result)
+    rest = iter(scans)
+    return [list(itertools.islice(rest, len(source))) for source in sources]
 
 
 def _make(job: _Job, limits: "_Limits", say: Say) -> None:
@@ -101,18 +105,18 @@ def _make(job: _Job, limits: "_Limits", say: Say) -> None:
     if done:
         say(f"tokens: {len(done):,} of {len(numbers):,} shards are there already")
     progress = _Progress(len(numbers), job.plan, say)
-    made = _made(job, missing)
-    for number in numbers:
-        if number in done:
-            sidecar = json.loads(storage.read_text(storage.join(job.uri, _sidecar_name(number))))
-        else:
-            sidecar = next(made)
-        if "error" in sidecar:
-            raise UserError(sidecar["error"])
-        progress.add(sidecar, number not in done)
-        if limits.passed(progress.reasons, int(job.plan.rows)):
-            _write_rejected(job, progress)
-            limits.check(progress.reasons, progress.rows, job.uri, progress.rejected)
+    with contextlib.closing(_made(job, missing)) as made:
+        for number in numbers:
+            if number in done:
+                sidecar = json.loads(storage.read_text(storage.join(job.uri, _sidecar_name(number))))
+            else:
+                sidecar = next(made)
+            if "error" in sidecar:
+                raise UserError(sidecar["error"])
+            progress.add(sidecar, number not in done)
+            if limits.passed(progress.reasons, int(job.plan.rows)):
+                _write_rejected(job, progress)
+                limits.check(progress.reasons, progress.rows, job.uri, progress.rejected)
     _write_rejected(job, progress)
     limits.check(progress.reasons, progress.rows, job.uri, progress.rejected)
     if not progress.total["packs"]:
@@ -121,7 +125,7 @@ def _make(job: _Job, limits: "_Limits", say: Say) -> None:
     storage.write_text(storage.join(job.uri, "manifest.json"), progress.manifest(job).to_json())
 
 
-def _made(job: _Job, missing: list[int]) -> Iterator[dict[str, Any]]:
+def _made(job: _Job, missing: list[int]) -> Generator[dict[str, Any], None, None]:
     size = sum(piece.unit.size for number in missing for piece in job.plan.shards[number])
     if len(missing) <= 1 or size <= MAKE_HERE:
         return (make_shard(job, number) for number in missing)

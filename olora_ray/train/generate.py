@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,20 +58,24 @@ def answer(
     """Greedy continuations in the order of `asked`, without prompt and end token; all workers get all."""
     model: Any = trainer.loss.model
     previous = model.config._attn_implementation
-    model.set_attn_implementation("sdpa")  # decoding with a cache needs masks
+    # Decoding with a cache needs masks; not every family has sdpa (Gemma 2).
+    model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
     own: list[tuple[int, list[int]]] = []
     # Similar lengths together: less padding. All workers run equally many rounds (a sharded base needs it).
     by_length = sorted(range(len(asked)), key=lambda i: len(asked[i].prompt))
     mine = by_length[worker::workers]
     rounds = math.ceil(math.ceil(len(asked) / workers) / batch)
-    if hasattr(trainer.loss, "unshard"):
-        cast("Any", trainer.loss).unshard()
+    root: Any = trainer.loss
+    sharded = hasattr(root, "unshard")
+    if sharded:
+        root.unshard()  # embeddings and head; the blocks gather themselves
     for turn in range(rounds):
         group = mine[turn * batch : (turn + 1) * batch]
-        outputs = _continue(
-            model, [asked[i].prompt for i in group or [0]], max_new_tokens, eos, trainer.device, workers
-        )
+        prompts = [asked[i].prompt for i in group or [0]]
+        outputs = _continue(model, prompts, max_new_tokens, eos, trainer.device, together=sharded)
         own.extend(zip(group, outputs, strict=False))
+    if sharded:
+        root.reshard()
     model.set_attn_implementation(previous)
     gathered: list[Any] = [own]
     if dist.is_initialized():

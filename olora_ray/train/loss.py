@@ -33,7 +33,10 @@ class SupervisedLoss(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """The summed loss in float32, a scalar."""
         hidden = self.hidden(batch)
-        return _ChunkedLoss.apply(hidden.reshape(-1, hidden.shape[-1])[batch.predicts], batch.labels, self)  # type: ignore[no-any-return]
+        rows = hidden.reshape(-1, hidden.shape[-1])[batch.predicts]
+        chunked: Any = _ChunkedLoss  # torch leaves `apply` untyped
+        total: Tensor = chunked.apply(rows, batch.labels, self)
+        return total
 
     def hidden(self, batch: Batch) -> Tensor:
         """The backbone's output for every position."""

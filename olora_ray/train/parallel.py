@@ -43,5 +43,5 @@ def _shard(loss: SupervisedLoss, device: torch.device) -> None:
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
     """The repeated blocks of a transformer: the longest ModuleList of its backbone."""
     backbone: Any = getattr(model, "base_model", model)
-    lists = [module for module in backbone.modules() if isinstance(module, nn.ModuleList)]
-    return list(max(lists, key=lambda blocks: len(blocks))) if lists else []
+    lists = [list(module) for module in backbone.modules() if isinstance(module, nn.ModuleList)]
+    return max(lists, key=len, default=[])

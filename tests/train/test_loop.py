@@ -51,9 +51,7 @@ def assert_same(found: tuple[float, Tensor], expected: tuple[float, Tensor]) -> 
 
 
 def settings_for(micro: int, workers: int = 1, batch: int = 8) -> Config:
-    return tiny.config(
-        train__global_batch=batch, train__micro_batch=micro, train__clip=None, cluster__workers=workers
-    )
+    return tiny.config(train__global_batch=batch, train__micro_batch=micro, train__clip=None, cluster__workers=workers)
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +185,7 @@ def test_a_nan_loss_stops_with_the_step_and_the_rows() -> None:
     steps = trainer.steps(feed(store, settings), 0, STEPS, STEPS)
     assert next(steps).step == 1
     before = trainer.flat.vector.clone()
-    with pytest.raises(UserError, match="step 2.*not finite") as caught:
+    with pytest.raises(UserError, match=r"step 2.*not finite") as caught:
         next(steps)
     assert all(origin in str(caught.value) for origin in store.origins(index))
     others = {origin for i in range(len(store)) if i != index for origin in store.origins(i)}

@@ -1,6 +1,7 @@
 """The loss is plain cross-entropy over supervised tokens, and packing does not change it."""
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -112,9 +113,10 @@ def test_packed_logits_equal_unpacked_ones(attention: str) -> None:
 
 
 @ATTENTION
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("changed", [0, 1, 2])
-def test_a_token_changes_its_own_segment_and_no_other(attention: str, changed: int) -> None:
-    loss, lengths = SupervisedLoss(tiny.llama(attention=attention)), (9, 7, 11)
+def test_a_token_changes_its_own_segment_and_no_other(attention: str, dtype: torch.dtype, changed: int) -> None:
+    loss, lengths = SupervisedLoss(tiny.llama(attention=attention, dtype=dtype)), (9, 7, 11)
     original = tiny.pack(*lengths)
     borders = np.cumsum((0, *lengths))
     ids = original.input_ids.copy()
@@ -123,9 +125,11 @@ def test_a_token_changes_its_own_segment_and_no_other(attention: str, changed: i
         loss.hidden(collate([pack], attention)).reshape(-1, 64)
         for pack in (original, Pack(ids, original.supervised, lengths))
     )
-    for segment, (start, stop) in enumerate(zip(borders, borders[1:], strict=False)):
+    for segment, (start, stop) in enumerate(pairwise(borders)):
         same = [torch.equal(a, b) for a, b in zip(before[start:stop], after[start:stop], strict=True)]
-        assert same == [segment != changed] * (stop - start)
+        # In bfloat16 a change of the first token may round away at a later one.
+        found = same if dtype == torch.float32 or segment != changed else same[:1]
+        assert found == [segment != changed] * len(found)
 
 
 @ATTENTION

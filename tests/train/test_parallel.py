@@ -22,7 +22,9 @@ QUESTIONS = [Question(tuple(range(5, 5 + length)), ()) for length in (4, 9, 2, 6
 def trained(strategy: str, steps: int = 2, tied: bool = False) -> tuple[Trainer, list[float], Tensor, Tensor]:
     """A trainer after some steps, the losses, the first gradient and the adapter after the first step."""
     settings = tiny.config(cluster__workers=2, cluster__strategy=strategy, train__micro_batch=1, train__clip=None)
-    trainer = tiny.trainer(settings, model=tiny.llama(attention="segments", tie_word_embeddings=tied), strategy=strategy)
+    trainer = tiny.trainer(
+        settings, model=tiny.llama(attention="segments", tie_word_embeddings=tied), strategy=strategy
+    )
     gradients: list[Tensor] = []
     trainer.optimizer.inner.register_step_pre_hook(lambda *_: gradients.append(trainer.flat.grad.clone()))
     feed = Feed(tiny.store(), settings.train, settings.run.seed, "segments", dist.get_rank(), 2)
@@ -114,6 +116,24 @@ def test_answers_are_greedy_whatever_their_batch_and_order(attention: str) -> No
     found = answer(trainer, QUESTIONS, 5, [EOS], batch=3)
     assert trainer.loss.model.config._attn_implementation == attention
     assert found == [one_by_one(trainer, question, 5) for question in QUESTIONS]
+
+
+def test_a_family_without_sdpa_answers_too() -> None:
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    shape = Gemma2Config(
+        vocab_size=tiny.VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        initializer_range=0.2,
+    )
+    gemma = tiny.build_model(Gemma2ForCausalLM, shape, attention="eager")
+    trainer = tiny.trainer(tiny.config(), model=gemma)
+    assert answer(trainer, QUESTIONS[:2], 3, [EOS]) == [one_by_one(trainer, asked, 3) for asked in QUESTIONS[:2]]
 
 
 def test_an_answer_ends_before_its_end_token() -> None:

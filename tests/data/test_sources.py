@@ -1,0 +1,286 @@
+"""Every kind of source, with real files, down to the tokens."""
+
+import csv
+import gzip
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import zstandard
+from pyarrow import parquet
+
+from olora_ray.data import read, scan, sources
+from olora_ray.data.formats import Rejected
+from olora_ray.data.store import prepare
+from olora_ray.data.tokenize import TokenizerSpec
+from olora_ray.errors import UserError
+from tests.data import helpers
+
+ROWS = [{"prompt": f"{n}+{n}=", "completion": f'{2 * n}, "süß"\nand {n}'} for n in range(700)]
+
+
+def as_jsonl(path: Path) -> None:
+    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS))  # no newline at the end
+
+
+def as_csv(path: Path) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["prompt", "completion"])
+        writer.writeheader()
+        writer.writerows(ROWS)
+
+
+def as_parquet(path: Path) -> None:
+    parquet.write_table(pa.Table.from_pylist([{**row, "id": 1} for row in ROWS]), path, row_group_size=300)
+
+
+def as_gzip(write: Callable[[Path], None]) -> Callable[[Path], None]:
+    def writer(path: Path) -> None:
+        write(path)
+        content = path.read_bytes()
+        # Two members, as `cat a.gz b.gz` gives.
+        path.write_bytes(gzip.compress(content[:5000]) + gzip.compress(content[5000:]))
+
+    return writer
+
+
+def as_zstd(path: Path) -> None:
+    as_jsonl(path)
+    content = path.read_bytes()
+    compress = zstandard.ZstdCompressor().compress
+    path.write_bytes(compress(content[:5000]) + compress(content[5000:]))
+
+
+def as_saved(path: Path) -> None:
+    import datasets
+
+    datasets.Dataset.from_list(ROWS).save_to_disk(path, num_shards=2)
+
+
+KINDS: dict[str, Callable[[Path], None]] = {
+    "a.jsonl": as_jsonl,
+    "a.jsonl.gz": as_gzip(as_jsonl),
+    "a.jsonl.zst": as_zstd,
+    "a.json": lambda path: path.write_text(json.dumps(ROWS)) and None,
+    "b.json": lambda path: path.write_text(json.dumps({k: [row[k] for row in ROWS] for k in ROWS[0]})) and None,
+    "a.parquet": as_parquet,
+    "a.csv": as_csv,
+    "a.csv.gz": as_gzip(as_csv),
+    "saved": as_saved,
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_gives_the_same_rows(name: str, tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
+    KINDS[name](tmp_path / name)
+    for path in (str(tmp_path / name), f"file://{tmp_path / name}"):
+        source = {"path": path, "format": "prompt_completion"}
+        config = helpers.config(tmp_path / "runs", source, eval=[source])
+        store = prepare(config, tiny_spec, "eval", helpers.silent)
+        assert sorted(helpers.texts(store)) == sorted(f"<s>{row['prompt']}{row['completion']}</s>" for row in ROWS)
+
+
+def places(path: Path) -> list[tuple[int, Any]]:
+    """All rows of a file with their places, read unit by unit from the last to the first."""
+    [file] = sources.list_files(source(path), "data.train.0", str(path.parent))
+    found = scan.scan(file, str(path.parent))
+    assert found.rows == sum(unit.rows for unit in found.units)
+    if file.compression is None and file.kind in ("jsonl", "csv"):
+        assert all(unit.size <= scan.UNIT_BYTES or unit.rows <= 2 for unit in found.units)  # a csv row has two lines
+    parts = [
+        list(read.read_unit(file, unit, found.columns, ["prompt", "completion"])) for unit in reversed(found.units)
+    ]
+    return [row for part in reversed(parts) for row in part]
+
+
+def source(path: Path | str, **changes: Any) -> Any:
+    config = helpers.config(Path("/nowhere"), {"path": str(path), "format": "prompt_completion", **changes})
+    return config.data.train[0]
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if name != "saved"])
+def test_units_cover_a_file_exactly_and_know_their_places(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    KINDS[name](tmp_path / name)
+    for size in (7, 64, scan.UNIT_BYTES):
+        monkeypatch.setattr(scan, "UNIT_BYTES", size)
+        monkeypatch.setattr(scan, "CHUNK", 8 * size)
+        found = places(tmp_path / name)
+        assert [row for _, row in found] == ROWS
+        # In csv a row takes two lines here, after the header.
+        expected = [1 + 2 * n for n in range(len(ROWS))] if "csv" in name else list(range(len(ROWS)))
+        assert [place for place, _ in found] == expected
+
+
+def test_a_large_file_has_many_units_and_a_small_one_small_ones(tmp_path: Path) -> None:
+    def units(rows: int) -> tuple[read.Unit, ...]:
+        path = helpers.write_jsonl(tmp_path / "a.jsonl", [{"n": n} for n in range(rows)])
+        [file] = sources.list_files(source(path), "x", "")
+        return scan.scan(file, "").units
+
+    assert [unit.rows for unit in units(100)] == [16] * 6 + [4]
+    assert {unit.rows for unit in units(256 * 100)} == {256}
+
+
+def test_blank_lines_bom_and_windows_line_ends(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\r\n\r\n{"prompt": "b"}\r\n   \n{"prompt": "c"}')
+    assert places(path) == [(0, {"prompt": "a"}), (2, {"prompt": "b"}), (4, {"prompt": "c"})]
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"\xef\xbb\xbfprompt,completion\r\na,b\r\n\r\nc,d\r\n")
+    assert places(path) == [(1, {"prompt": "a", "completion": "b"}), (3, {"prompt": "c", "completion": "d"})]
+
+
+def test_lines_that_cannot_be_read_do_not_harm_others(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"prompt": 1}\n{"prompt": \n\xff\xfe\n[' + b"[" * 99999 + b'\n{"prompt": 2}\n')
+    found = places(path)
+    reasons = [row.reason if isinstance(row, Rejected) else row for _, row in found]
+    assert reasons == [{"prompt": 1}, "broken_json", "not_utf8", "broken_json", {"prompt": 2}]
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"prompt,completion\na,b\nc\nd,\xff\ne,f\n")
+    reasons = [row.reason if isinstance(row, Rejected) else row["prompt"] for _, row in places(path)]
+    assert reasons == ["a", "broken_csv", "not_utf8", "e"]
+
+
+def test_a_text_file_is_a_document_and_a_large_one_several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("line one\nline two\nline three\n")
+    assert places(path) == [(0, {"text": "line one\nline two\nline three\n"})]
+    monkeypatch.setattr(scan, "DOCUMENT_BYTES", 10)
+    assert places(path) == [(0, {"text": "line one\nline two\n"}), (1, {"text": "line three\n"})]
+
+
+def names(path: Path | str) -> list[str]:
+    return [file.uri.rsplit("/", 1)[1] for file in sources.list_files(source(path), "data.train.0", "")]
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_folders_and_globs(scheme: str, tmp_path: Path) -> None:
+    for name in ("b.jsonl", "a.csv", "sub/c.jsonl.gz", "sub/.hidden.jsonl", "_temporary/d.jsonl", "README.md"):
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / name).write_text("")
+    root = f"{scheme}{tmp_path}/data"
+    assert names(root) == ["a.csv", "b.jsonl", "c.jsonl.gz"]
+    assert names(f"{root}/*.jsonl") == ["b.jsonl"]
+    assert names(f"{root}/[ab].*") == ["a.csv", "b.jsonl"]
+    assert "c.jsonl.gz" in names(f"{root}/**/*.gz")
+
+
+def test_splits_of_a_saved_data_set(tmp_path: Path) -> None:
+    import datasets
+
+    parts = {name: datasets.Dataset.from_list(ROWS[:3]) for name in ("train", "test")}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "saved")
+    for root in (f"{tmp_path}/saved", f"file://{tmp_path}/saved"):
+        [train] = sources.list_files(source(root), "data.train.0", "")
+        [test] = sources.list_files(source(f"{root}?split=test"), "data.train.0", "")
+        assert "/train/" in train.uri
+        assert "/test/" in test.uri
+        with pytest.raises(UserError, match=r"data.train.0.path: .*no split 'dev'; it has train, test"):
+            sources.list_files(source(f"{root}?split=dev"), "data.train.0", "")
+
+
+def test_a_data_set_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_spec: TokenizerSpec) -> None:
+    """`datasets` takes a folder of that name as it takes a name of the hub, and no hub is reachable here."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    helpers.write_jsonl(tmp_path / "org/name/train.jsonl", ROWS[:50])
+    helpers.write_jsonl(tmp_path / "org/name/test.jsonl", ROWS[50:60])
+    monkeypatch.chdir(tmp_path)
+    hub = {"path": "hf://org/name?split=train", "format": "prompt_completion"}
+    config = helpers.config(tmp_path / "runs", hub, eval=[{**hub, "path": "hf://org/name?split=test"}])
+    store = prepare(config, tiny_spec, "train", helpers.silent)
+    assert store.manifest.rows == 50
+    assert all(name.startswith(f"{tmp_path}/runs/tokens/hub/") for name in store.manifest.files)
+    assert prepare(config, tiny_spec, "eval", helpers.silent).manifest.rows == 10
+    with pytest.raises(UserError, match=r"data.train.0.path: hf://org/other: "):
+        sources.list_files(source("hf://org/other"), "data.train.0", str(tmp_path))
+    with pytest.raises(UserError, match="unknown option 'splits'; there are name, revision, split"):
+        sources.list_files(source("hf://org/name?splits=x"), "data.train.0", str(tmp_path))
+
+
+BROKEN: dict[str, tuple[bytes, str]] = {
+    "a.json": (b'[{"prompt": 1},\n{"prompt": }]', r"a.json:2: broken JSON: Expecting value"),
+    "b.json": (
+        b'{"a": 1}\n{"a": 2}',
+        r"b.json:2: broken JSON: Extra data; a file with one object a line is called .jsonl",
+    ),
+    "c.json": (b'{"a": [1, 2], "b": [1]}', r"c.json: expected a list of rows, or an object of columns of equal length"),
+    "d.json": (b'"text"', r"d.json: expected a list of rows"),
+    "e.json": (b"\xff\xfe", r"e.json: not UTF-8 text"),
+    "a.parquet": (b"no parquet at all", r"a.parquet: not a readable parquet file"),
+    "a.jsonl.gz": (b"no gzip at all, but long enough", r"a.jsonl.gz: not a readable gzip file"),
+    "b.jsonl.gz": (gzip.compress(os.urandom(4000))[:2000], r"b.jsonl.gz: not a readable gzip file"),
+    "a.jsonl.zst": (b"no zstd at all, but long enough", r"a.jsonl.zst: not a readable zstd file"),
+    "a.docx": (b"x", r"data.train.0.path: .*a.docx: unknown kind of file; supported: .jsonl, .json, "),
+    "a.parquet.gz": (b"x", r"a.parquet.gz: unknown kind of file"),
+    "empty.jsonl": (b"", r"data.train.0.path: .*empty.jsonl is empty: it has no rows"),
+    "empty.csv": (b"prompt,completion\n", r"empty.csv is empty"),
+    "empty.json": (b"[]", r"empty.json is empty"),
+    "empty.txt": (b"", r"empty.txt is empty"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_files_that_cannot_be_read(name: str, tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
+    content, message = BROKEN[name]
+    (tmp_path / name).write_bytes(content)
+    config = helpers.config(tmp_path / "runs", {"path": str(tmp_path / name), "format": "prompt_completion"})
+    with pytest.raises(UserError, match=message) as caught:
+        prepare(config, tiny_spec, "train", helpers.silent)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_paths_without_files(scheme: str, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/notes.md").write_text("x")
+    for name in ("missing.jsonl", "missing/", "*.jsonl", "folder"):
+        with pytest.raises(UserError, match=rf"^data.train.0.path: .*{tmp_path.name}"):
+            sources.list_files(source(f"{scheme}{tmp_path}/{name}"), "data.train.0", "")
+
+
+def test_the_digest_of_a_file_is_that_of_its_bytes(tmp_path: Path) -> None:
+    import hashlib
+
+    for name, write in KINDS.items():
+        if name != "saved":
+            write(tmp_path / name)
+            [file] = sources.list_files(source(tmp_path / name), "x", "")
+            assert scan.scan(file, "").sha256 == hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
+
+
+def test_the_scan_of_a_large_file_is_kept_until_the_file_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scan, "CACHED_FROM", 1)
+    path = helpers.write_jsonl(tmp_path / "a.jsonl", ROWS)
+    [file] = sources.list_files(source(path), "x", "")
+    first = scan.scan(file, str(tmp_path))
+    monkeypatch.setattr(scan, "_scan", lambda file: pytest.fail("scanned again"))
+    assert scan.scan(file, str(tmp_path)) == first
+    monkeypatch.undo()
+    monkeypatch.setattr(scan, "CACHED_FROM", 1)
+    helpers.write_jsonl(path, list(reversed(ROWS)))
+    [file] = sources.list_files(source(path), "x", "")
+    assert scan.scan(file, str(tmp_path)).sha256 != first.sha256
+
+
+def test_a_cheap_look_estimates_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scan, "CHUNK", 5000)
+    for name in ("a.jsonl", "a.csv", "a.parquet", "a.json"):
+        KINDS[name](tmp_path / name)
+        [file] = sources.list_files(source(tmp_path / name), "x", "")
+        seen = scan.head(file)
+        whole = scan.scan(file, "")
+        assert seen.rows == pytest.approx(whole.rows, rel=0.1), name
+        assert seen.sha256 == ""
+        assert all(unit in whole.units or unit.rows for unit in seen.units)
+        assert np.sum([unit.size for unit in seen.units]) <= file.size * 3

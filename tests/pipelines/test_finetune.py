@@ -1,0 +1,154 @@
+"""The main job end to end, through its entry script, with real Ray and MLflow."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.pipelines import project
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A finished run: (its folder, what it printed)."""
+    folder = tmp_path_factory.mktemp("finished")
+    project.make_corpus(folder / "train.jsonl", 60)
+    project.make_corpus(folder / "eval.jsonl", 7, first=100)
+    file = project.write_config(folder, project.settings(folder, tiny_model))
+    done = project.finetune(file)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder / "runs" / "small", done.stdout
+
+
+def test_a_run_leaves_what_the_readme_promises(finished: tuple[Path, str]) -> None:
+    folder, _ = finished
+    result = json.loads((folder / "result.json").read_text())
+    assert result["steps"] == 6
+    assert result["registered"] == {"model": "small", "version": 1, "alias": "candidate"}
+    assert result["metrics"]["eval/loss"] < result["eval_loss_before"]
+    assert set(result["scores"]) == {"before", "after"}
+    assert json.loads((folder / "export" / "parity.json").read_text())["ok"]
+    for name in ("config.yaml", "export/adapter/adapter_config.json", "export/merged/config.json"):
+        assert (folder / name).is_file()
+    assert sorted(path.name for path in (folder / "checkpoints").glob("step-*")) == ["step-0000004", "step-0000006"]
+
+
+def test_the_log_shows_progress_and_no_wall_of_warnings(finished: tuple[Path, str]) -> None:
+    _, log = finished
+    lines = log.splitlines()
+    assert any("step 4/6 | loss" in line and "supervised tok/s" in line and "ETA" in line for line in lines)
+    assert any("olora initialisation: worker 0: 7 layers" in line for line in lines)
+    assert any("held-out loss:" in line for line in lines)
+    assert len(lines) < 60
+    noise = [line for line in lines if "Warning" in line or "WARNING" in line]
+    assert noise == []
+
+
+def test_mlflow_has_one_run_with_an_unbroken_series(finished: tuple[Path, str]) -> None:
+    from mlflow import MlflowClient
+
+    folder, _ = finished
+    result = json.loads((folder / "result.json").read_text())
+    client = MlflowClient(result["mlflow"]["uri"])
+    runs = client.search_runs([client.get_experiment_by_name("olora").experiment_id])
+    assert [run.info.run_id for run in runs] == [result["mlflow"]["run_id"]]
+    assert runs[0].info.status == "FINISHED"
+    assert runs[0].data.params["adapter.rank"] == "4"
+    for name in ("train/loss", "train/lr", "train/grad_norm", "train/tokens_per_second", "data/wait_fraction"):
+        assert [m.step for m in client.get_metric_history(runs[0].info.run_id, name)] == [1, 2, 3, 4, 5, 6]
+    assert [m.step for m in client.get_metric_history(runs[0].info.run_id, "eval/loss")] == [0, 3, 6]
+    artifacts = {item.path for item in client.list_artifacts(runs[0].info.run_id)}
+    assert {"learning_curve.png", "parity.json", "samples.json"} <= artifacts
+    assert {item.dataset.name for item in runs[0].inputs.dataset_inputs} == {"training", "evaluation"}
+
+
+def test_the_registered_model_generates(finished: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    import mlflow
+
+    folder, _ = finished
+    uri = json.loads((folder / "result.json").read_text())["mlflow"]["uri"]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    pipeline: Any = mlflow.transformers.load_model("models:/small@candidate")
+    text = pipeline("<|user|>after 3?<|end|><|assistant|>", max_new_tokens=4)[0]["generated_text"]
+    assert text.startswith("<|user|>after 3?")
+
+
+def test_a_finished_run_is_not_run_again(finished: tuple[Path, str]) -> None:
+    folder, _ = finished
+    before = (folder / "result.json").stat().st_mtime_ns
+    again = project.finetune(folder.parent.parent / "config.yaml")
+    assert again.returncode == 0
+    assert "finished already" in again.stdout
+    assert (folder / "result.json").stat().st_mtime_ns == before
+
+
+def test_a_run_name_with_another_config_is_refused(finished: tuple[Path, str]) -> None:
+    folder, _ = finished
+    done = project.finetune(folder.parent.parent / "config.yaml", "adapter.rank=8")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: run.name: 'small' exists with other settings (adapter.rank was 4, is 8)")
+
+
+def test_two_identical_runs_give_the_same_adapter_bytes(finished: tuple[Path, str], tmp_path: Path) -> None:
+    first, _ = finished
+    file = first.parent.parent / "config.yaml"
+    done = project.finetune(file, f"run.storage={tmp_path / 'again'}", "tracking.uri=null", "registry.model=null")
+    assert done.returncode == 0, done.stdout + done.stderr
+    second = tmp_path / "again" / "small"
+    one, two = (folder / "export" / "adapter" / "adapter_model.safetensors" for folder in (first, second))
+    assert one.read_bytes() == two.read_bytes()
+    assert any(part.abs().max() > 0 for name, part in load_file(two).items() if "lora_B" in name)
+
+
+def test_another_worker_count_trains_the_same_adapter_up_to_rounding(
+    finished: tuple[Path, str], tmp_path: Path
+) -> None:
+    first, _ = finished
+    file = first.parent.parent / "config.yaml"
+    one_worker = ("cluster.workers=1", "registry.model=null", f"run.storage={tmp_path / 'one'}")
+    done = project.finetune(file, *one_worker)
+    assert done.returncode == 0, done.stdout + done.stderr
+    one, two = (
+        load_file(folder / "export" / "adapter" / "adapter_model.safetensors")
+        for folder in (first, tmp_path / "one" / "small")
+    )
+    for name in one:
+        assert torch.allclose(one[name], two[name], rtol=1e-3, atol=1e-4), name
+
+
+def test_dry_run_shows_everything_and_starts_nothing(tiny_model: Path, corpus: Path) -> None:
+    file = project.write_config(corpus, project.settings(corpus, tiny_model))
+    done = project.finetune(file, "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "target layers (14):" in done.stdout
+    assert "trainable" in done.stdout
+    assert "6 steps x 4 sequences" in done.stdout
+    assert "memory a worker" in done.stdout
+    assert "<|assistant|>[[" in done.stdout
+    assert not (corpus / "runs" / "small").exists()
+    assert "ray:" not in done.stdout
+
+
+def test_help_lists_the_fields() -> None:
+    done = project.finetune("--help")
+    assert done.returncode == 0
+    assert "rank_stabilized" in done.stdout
+    assert "[16]" in done.stdout
+
+
+def test_sources_may_be_relative_to_where_the_command_is_given(tiny_model: Path, corpus: Path) -> None:
+    tree = project.settings(corpus, tiny_model)
+    tree["data"]["train"][0]["path"] = "train.jsonl"
+    tree["data"]["eval"][0]["path"] = "eval.jsonl"
+    tree["run"]["storage"] = "./here"
+    file = project.write_config(corpus, tree)
+    done = project.finetune(file.name, "train.steps=1", "registry.model=null", cwd=corpus)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (corpus / "here" / "small" / "result.json").is_file()
+    assert os.listdir(corpus / "here" / "tokens")

@@ -1,0 +1,118 @@
+"""The same script as a job on a running head."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.pipelines import project
+
+pytestmark = pytest.mark.ray
+BIN = Path(sys.executable).parent
+PORT, DASHBOARD = 26379, 28265
+ADDRESS = f"http://127.0.0.1:{DASHBOARD}"
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """A Ray head on loopback; yields the environment for its commands."""
+    # Unix sockets lie below it, and their paths must be short.
+    temporary = Path("/tmp") / f"olora-head-{os.getpid()}"
+    environment = {
+        **os.environ,
+        "PATH": f"{BIN}:{os.environ['PATH']}",
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_ADDRESS": f"127.0.0.1:{PORT}",  # Train's clean-up asks this instance
+        "OMP_NUM_THREADS": "1",
+        "HOME": str(tmp_path_factory.mktemp("home")),
+    }
+    environment.pop("MLFLOW_TRACKING_URI", None)
+    starting = {name: value for name, value in environment.items() if name != "RAY_ADDRESS"}
+    command: list[Any] = [BIN / "ray", "start", "--head", f"--port={PORT}", f"--dashboard-port={DASHBOARD}"]
+    command += ["--node-ip-address=127.0.0.1", "--num-cpus=2", f"--temp-dir={temporary}"]
+    subprocess.run(command, env=starting, check=True, capture_output=True, timeout=120)
+    environment["RAY_ADDRESS"] = ADDRESS
+    yield environment
+    subprocess.run([BIN / "ray", "stop", "--force"], env=starting, check=False, capture_output=True, timeout=60)
+    subprocess.run(["rm", "-rf", temporary], check=False)
+
+
+def submit(head: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`ray job submit` of the main script from the repository's root, waiting for its end."""
+    command: list[Any] = [BIN / "ray", "job", "submit", "--working-dir", ".", "--", "python", "pipelines/finetune.py"]
+    return subprocess.run(
+        [*command, *arguments], cwd=project.ROOT, env=head, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+def live_actors(head: dict[str, str]) -> list[str]:
+    listing = subprocess.run(
+        [BIN / "ray", "list", "actors", "--filter", "state=ALIVE", "--format", "json"],
+        env=head,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    return [actor["class_name"] for actor in json.loads(listing.stdout)]
+
+
+def test_a_job_succeeds_and_leaves_no_actor(head: dict[str, str], tiny_model: Path, corpus: Path) -> None:
+    file = project.write_config(corpus, project.settings(corpus, tiny_model))
+    done = submit(head, str(file), "train.steps=2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "succeeded" in done.stdout
+    assert (corpus / "runs" / "small" / "result.json").is_file()
+    assert live_actors(head) == []
+
+
+def test_a_broken_config_fails_the_job_with_one_line(head: dict[str, str], tiny_model: Path, corpus: Path) -> None:
+    file = project.write_config(corpus, project.settings(corpus, tiny_model))
+    done = submit(head, str(file), "adapter.rnk=8")
+    assert done.returncode == 1
+    lines = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("error: ")]
+    assert lines == [f"error: {file}: adapter.rnk: unknown field; did you mean adapter.rank?"]
+    assert "FAILED" in done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    assert not (corpus / "runs").exists()
+
+
+def test_a_stopped_job_leaves_no_actor(head: dict[str, str], tiny_model: Path, corpus: Path) -> None:
+    from ray.job_submission import JobStatus, JobSubmissionClient
+
+    file = project.write_config(corpus, project.settings(corpus, tiny_model, train__steps=100_000))
+    client = JobSubmissionClient(ADDRESS)
+    job = client.submit_job(
+        entrypoint=f"python pipelines/finetune.py {file}",
+        runtime_env={"working_dir": str(project.ROOT), "excludes": [".venv", ".git", "runs"]},
+    )
+    for line in iter_log(client, job):
+        if "step 2/100000" in line:
+            break
+    client.stop_job(job)
+    status = client.get_job_status(job)
+    for _ in range(600):
+        status = client.get_job_status(job)
+        if status.is_terminal() and not live_actors(head):
+            break
+    assert status == JobStatus.STOPPED
+    assert live_actors(head) == []
+
+
+def iter_log(client: Any, job: str) -> Iterator[str]:
+    """The lines of a running job."""
+    import asyncio
+
+    tail = client.tail_job_logs(job)
+    with asyncio.Runner() as runner:
+        while True:
+            try:
+                chunk = runner.run(anext(tail))
+            except StopAsyncIteration:
+                return
+            yield from chunk.splitlines()
