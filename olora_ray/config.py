@@ -188,8 +188,8 @@ class Tracking(Section):
 class Registry(Section):
     """What is registered."""
 
-    model: str | None = None
-    """Name under which the merged model is registered; null: not registered."""
+    model: Annotated[str, Field(pattern=r"^[^/:]+$")] | None = None
+    """Name under which the merged model is registered, without '/' and ':'; null: not registered."""
     alias: Name = "candidate"
     """Alias that the new version gets."""
 

@@ -87,11 +87,9 @@ def export_run(task: Task, folder: RunFolder) -> dict[str, Any]:
 def publish(
     task: Task, folder: RunFolder, tracker: tracking.Tracker, outcome: Outcome, parity: dict[str, Any], say: Say
 ) -> int | None:
-    """Log the parity report, and register the merged model if `registry.model` is set; returns the version."""
+    """Log the parity report and the merged model; register it if `registry.model` is set. Returns the version."""
     tracker.text(json.dumps(parity, indent=2), "parity.json")
     config, state = task.config, outcome.state
-    if config.registry.model is None:
-        return None
     assert state is not None
     tags = {
         "olora.base_digest": task.base.digest,
@@ -100,9 +98,14 @@ def publish(
         "olora.rank": config.adapter.rank,
         "olora.eval_loss": "" if state.best_loss is None else f"{state.best_loss:.6f}",
     }
+    merged = storage.local_copy(folder.merged)
     name, alias = config.registry.model, config.registry.alias
+    if name is None:
+        say("logging the merged model")
+        registry.log_model(tracker, merged, tags, base_name=task.base.name)
+        return None
     say(f"registering the merged model as {name}@{alias}")
-    return registry.register(tracker, storage.local_copy(folder.merged), name, alias, tags, base_name=task.base.name)
+    return registry.register(tracker, merged, name, alias, tags, base_name=task.base.name)
 
 
 def _log_data(tracker: tracking.Tracker, task: Task) -> None:

@@ -8,6 +8,7 @@ the weights. Workers and the export read that folder.
 import hashlib
 import json
 import os
+import struct
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,9 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 
 from olora_ray import locate, storage
-from olora_ray.config import Config
+from olora_ray.config import Config, Data
 from olora_ray.config import Model as ModelConfig
 from olora_ray.errors import UserError
 
@@ -111,19 +113,22 @@ def load_model(folder: str | Path, config: ModelConfig, device: torch.device) ->
     from olora_ray.train import attention
 
     attention.register()
+    from_pretrained: Any = AutoModelForCausalLM.from_pretrained  # its type does not know output_loading_info
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        model, report = from_pretrained(
             storage.local_copy(str(folder)),
             dtype=pick_dtype(config, device),
             attn_implementation=pick_attention(config, device),
             trust_remote_code=config.trust_remote_code,
             use_safetensors=True,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise UserError(f"model.name: {folder} does not load: {_first_line(error)}") from None
-    model.requires_grad_(False)
-    model.eval()
-    return model
+    if missing := sorted(report["missing_keys"]):
+        raise UserError(f"model.name: {folder} does not load: it has no weights for {', '.join(missing[:3])}")
+    frozen: PreTrainedModel = model.requires_grad_(False).eval()
+    return frozen
 
 
 def pick_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
@@ -146,6 +151,24 @@ def pick_attention(config: ModelConfig, device: torch.device) -> str:
     from transformers.utils.import_utils import is_flash_attn_2_available
 
     return "flash_attention_2" if is_flash_attn_2_available() else "sdpa"
+
+
+def check_attention(shape: Any, attention: str, data: Data) -> None:
+    """Raise UserError where this attention would not do for packed examples what the family does for single ones."""
+    window = getattr(shape, "sliding_window", None)
+    windowed = window is not None and window < data.max_length
+    if attention == "segments" and getattr(shape, "attn_logit_softcapping", None) is not None:
+        raise UserError("model.attention: this model caps its attention scores; set it to eager")
+    if windowed and attention == "segments":
+        raise UserError(
+            f"model.attention: this model attends within {window} tokens, fewer than data.max_length={data.max_length};"
+            f" lower data.max_length, or set model.attention: sdpa and data.packing: false"
+        )
+    if windowed and data.packing and attention in ("sdpa", "eager"):
+        raise UserError(
+            f"data.packing: this model attends within {window} tokens, fewer than data.max_length={data.max_length};"
+            f" lower data.max_length, or set data.packing: false"
+        )
 
 
 def _source_folder(config: Config) -> Path:
@@ -203,7 +226,7 @@ def _dequantise(file: Path, dtype: torch.dtype, out: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     except ImportError as error:
         raise UserError(f"model.name: reading {file.name} needs the package gguf: {_first_line(error)}") from None
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, LookupError, RuntimeError, struct.error) as error:
         raise UserError(f"model.name: {file} is not a GGUF model that loads: {_first_line(error)}") from None
     # The weights are dequantised, but transformers still marks the model as quantised and would
     # refuse to save it.

@@ -169,6 +169,7 @@ def _mlmodel(merged: Path, logged: "LoggedModel", run_id: str, base_name: str) -
 
 
 def has_chat_template(merged: Path) -> bool:
+    """Whether the folder's tokenizer has a chat template: served as a chat, else as completions."""
     settings = merged / "tokenizer_config.json"
     inside = settings.is_file() and bool(json.loads(settings.read_text(encoding="utf-8")).get("chat_template"))
     return inside or any((merged / name).is_file() for name in ("chat_template.jinja", "chat_template.json"))

@@ -23,7 +23,7 @@ def config(tmp_path: Path) -> Path:
 
 
 def start(*arguments: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""}
     return subprocess.run(
         [sys.executable, *arguments], capture_output=True, text=True, timeout=120, cwd=folder, env=environment
     )

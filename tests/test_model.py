@@ -204,3 +204,19 @@ def test_end_tokens_come_from_tokenizer_and_generation_config(
         file.write_text(json.dumps(generation))
     stand_in: Any = _Tokenizer(tokenizer)
     assert model.end_tokens(obtain(copy), stand_in) == expected
+
+
+@pytest.mark.parametrize(
+    ("attention", "packing", "named"),
+    [("segments", True, "model.attention"), ("sdpa", True, "data.packing"), ("eager", True, "data.packing")],
+)
+def test_a_window_shorter_than_the_sequences_is_refused(attention: str, packing: bool, named: str) -> None:
+    from transformers import MistralConfig
+
+    data = tiny.config(data__packing=packing, data__max_length=64).data
+    with pytest.raises(UserError, match=named):
+        model.check_attention(MistralConfig(sliding_window=63), attention, data)
+    model.check_attention(MistralConfig(sliding_window=64), attention, data)
+    model.check_attention(MistralConfig(sliding_window=None), attention, data)
+    if attention != "segments":
+        model.check_attention(MistralConfig(sliding_window=63), attention, data.model_copy(update={"packing": False}))

@@ -41,7 +41,7 @@ class Batch:
 
 def collate(packs: Sequence[Pack], attention: str) -> Batch:
     """The batch of `packs` in the layout that the attention implementation takes."""
-    return _flat(packs) if attention in FLAT_ATTENTION else _padded(packs)
+    return _flat(packs) if attention in FLAT_ATTENTION else _padded(packs, additive=attention == "eager")
 
 
 def _flat(packs: Sequence[Pack]) -> Batch:
@@ -65,7 +65,7 @@ def _flat(packs: Sequence[Pack]) -> Batch:
     )
 
 
-def _padded(packs: Sequence[Pack]) -> Batch:
+def _padded(packs: Sequence[Pack], additive: bool) -> Batch:
     longest = max(len(pack.input_ids) for pack in packs)
     ids = np.zeros((len(packs), longest), dtype=np.int64)
     supervised = np.zeros((len(packs), longest), dtype=bool)
@@ -85,7 +85,10 @@ def _padded(packs: Sequence[Pack]) -> Batch:
         # Padding forms a segment of its own (-1): every row of the mask attends to something.
         ids_of = torch.from_numpy(segment)
         causal = torch.ones(longest, longest, dtype=torch.bool).tril()
-        inputs["attention_mask"] = ((ids_of[:, :, None] == ids_of[:, None, :]) & causal)[:, None]
+        seen = ((ids_of[:, :, None] == ids_of[:, None, :]) & causal)[:, None]
+        # Eager attention adds its mask to the scores; sdpa takes booleans.
+        hidden = torch.finfo(torch.float32).min
+        inputs["attention_mask"] = torch.zeros(seen.shape).masked_fill(~seen, hidden) if additive else seen
     chosen = np.flatnonzero(supervised.reshape(-1))
     return Batch(
         inputs=inputs,

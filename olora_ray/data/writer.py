@@ -23,7 +23,7 @@ Say = Callable[[str], None]
 
 SCAN_HERE = 64 * 2**20
 """Bytes up to which the driver scans by itself."""
-MAKE_HERE = 2 * 2**20
+MAKE_HERE = 4 * 2**20
 """Bytes up to which the driver tokenises by itself: starting Ray Data would take longer."""
 SECONDS_BETWEEN_LINES = 10.0
 EXAMPLES = 3

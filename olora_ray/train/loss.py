@@ -69,10 +69,14 @@ class _ChunkedLoss(torch.autograd.Function):
         for part, target in zip(hidden.split(rows), labels.split(rows), strict=True):
             with torch.set_grad_enabled(wants_grad):
                 part = part.detach().requires_grad_(wants_grad)
-                loss = F.cross_entropy(head.logits(part).float(), target, reduction="sum")
+                logits = head.logits(part)
+            log_p = F.log_softmax(logits.detach().float(), dim=-1)
+            total -= log_p.gather(1, target[:, None]).sum()
             if wants_grad:
-                grads.append(torch.autograd.grad(loss, part)[0])
-            total += loss.detach()
+                # d(-log p_target) / d logits = p - onehot(target), made in place
+                grad = log_p.exp_()
+                grad.scatter_add_(1, target[:, None], grad.new_full((len(target), 1), -1.0))
+                grads.append(torch.autograd.grad(logits, part, grad.to(logits.dtype))[0])
         if wants_grad:
             ctx.save_for_backward(torch.cat(grads) if grads else torch.zeros_like(hidden))
         return total

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from olora_ray.train.feed import Feed
 from olora_ray.train.generate import Question, answer
@@ -42,10 +43,11 @@ def _train(strategy: str, tied: bool) -> tuple[list[float], Tensor, Tensor, floa
     return losses, gradient, adapter, held_out
 
 
-def _layout(strategy: str) -> list[str]:
-    """The kind of every frozen weight."""
+def _layout(strategy: str) -> tuple[list[str], list[str]]:
+    """The kind of every frozen weight, and the modules that are gathered one at a time."""
     trainer, *_ = trained(strategy, steps=1)
-    return [type(p.data).__name__ for p in trainer.loss.parameters() if not p.requires_grad]
+    kinds = [type(p.data).__name__ for p in trainer.loss.parameters() if not p.requires_grad]
+    return kinds, [name for name, module in trainer.loss.named_modules() if isinstance(module, FSDPModule)]
 
 
 def _answers(strategy: str, eos: int) -> list[list[list[int]]]:
@@ -73,9 +75,13 @@ def test_fsdp_equals_ddp(crew: Callable[[int], Crew], tied: bool) -> None:
     assert fsdp[3] == pytest.approx(ddp[3], rel=1e-5)
 
 
-def test_fsdp_shards_every_frozen_weight_and_ddp_none(crew: Callable[[int], Crew]) -> None:
-    assert set(crew(2).run(_layout, "fsdp")[0]) == {"DTensor"}
-    assert "DTensor" not in crew(2).run(_layout, "ddp")[0]
+def test_fsdp_shards_every_frozen_weight_block_by_block_and_ddp_none(crew: Callable[[int], Crew]) -> None:
+    kinds, units = crew(2).run(_layout, "fsdp")[0]
+    assert set(kinds) == {"DTensor"}
+    assert units == ["", "model.model.layers.0", "model.model.layers.1"]
+    kinds, units = crew(2).run(_layout, "ddp")[0]
+    assert "DTensor" not in kinds
+    assert units == []
 
 
 def test_answers_are_the_same_for_both_strategies(crew: Callable[[int], Crew]) -> None:
