@@ -4,7 +4,6 @@ A Ray actor on the driver's node; rank 0 pushes without waiting, the driver coll
 progress output, never training: every row is also in the checkpoint's history.
 """
 
-from collections.abc import Iterable
 from typing import Any
 
 import ray
@@ -15,21 +14,15 @@ class Board:
     """Holds messages until the driver collects them."""
 
     def __init__(self) -> None:
-        self._rows: list[dict[str, float]] = []
-        self._lines: list[str] = []
+        self._messages: list[dict[str, float] | str] = []
 
-    def push(self, row: dict[str, float]) -> None:
-        """Add a row of metrics with its `step`."""
-        self._rows.append(row)
+    def put(self, message: dict[str, float] | str) -> None:
+        """Add a row of metrics with its `step`, or a line for the log."""
+        self._messages.append(message)
 
-    def say(self, line: str) -> None:
-        """Add a line for the log."""
-        self._lines.append(line)
-
-    def take(self) -> tuple[list[dict[str, float]], list[str]]:
-        """All rows and lines since the last call."""
-        taken = self._rows, self._lines
-        self._rows, self._lines = [], []
+    def take(self) -> list[dict[str, float] | str]:
+        """Everything since the last call, in order."""
+        taken, self._messages = self._messages, []
         return taken
 
 
@@ -39,9 +32,3 @@ def make(node: str) -> Any:
 
     strategy = NodeAffinitySchedulingStrategy(node_id=node, soft=True)
     return Board.options(scheduling_strategy=strategy).remote()  # type: ignore[attr-defined]
-
-
-def push_all(board: Any, rows: Iterable[dict[str, float]]) -> None:
-    """Push rows without waiting for the board."""
-    for row in rows:
-        board.push.remote(row)

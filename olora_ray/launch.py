@@ -166,14 +166,12 @@ def _collecting(source: Any, tracker: tracking.Tracker, total: int, config: Conf
             while True:
                 last = done.is_set()
                 try:
-                    rows, lines = ray.get(source.take.remote(), timeout=30)
+                    messages = ray.get(source.take.remote(), timeout=30)
                 except RayError:
-                    rows, lines = [], []  # progress only; the history is in the checkpoint
-                for line in lines:
-                    progress.line(line)
-                for row in rows:
-                    progress.row(row)
-                if rows:
+                    messages = []  # progress only; the history is in the checkpoint
+                for message in messages:
+                    progress.line(message) if isinstance(message, str) else progress.row(message)
+                if rows := [message for message in messages if not isinstance(message, str)]:
                     tracker.metrics({int(row["step"]): _without_step(row) for row in rows})
                 if last:
                     return

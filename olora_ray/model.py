@@ -22,6 +22,7 @@ from olora_ray import locate, storage
 from olora_ray.config import Config, Data
 from olora_ray.config import Model as ModelConfig
 from olora_ray.errors import UserError
+from olora_ray.quiet import quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -47,6 +48,7 @@ def obtain(config: Config, say: Callable[[str], None], registered: Callable[[str
 
     Raises UserError for a name that leads nowhere, a folder without safetensors, or a broken GGUF file.
     """
+    quiet_transformers()
     name = config.model.name
     source = registered(name) if name.startswith("models:/") else _source_folder(config)
     if source.suffix == ".gguf":

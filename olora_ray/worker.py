@@ -233,11 +233,11 @@ class Worker:
     def _tell(self, metrics: dict[str, float]) -> None:
         row = self.state.record(self.state.step, metrics)
         if self.rank == 0:
-            self.task.board.push.remote(row)
+            self.task.board.put.remote(row)
 
     def _say(self, line: str) -> None:
         if self.rank == 0:
-            self.task.board.say.remote(line)
+            self.task.board.put.remote(line)
 
 
 def _metrics(result: StepResult) -> dict[str, float]:
