@@ -3,7 +3,8 @@
 Rows are chats of random tokens (their cost does not depend on the ids) from a seeded generator: lengths
 log-normal with median 120 cut at 512, the second half supervised. Each contestant runs in processes of its
 own, one after the other, for several rounds; medians count. A run is one warm-up step, then one timed pass
-over all rows, optimizer steps included, with nothing logged, evaluated or saved.
+over all rows, optimizer steps included, with nothing logged, evaluated or saved. Run it on an idle machine:
+threads that wait for each other suffer most from others' work; `--threads 1` and rows/CPU s suffer least.
 
     python benchmarks/throughput.py [--rows 64] [--rounds 3]
     python benchmarks/throughput.py --tune        PEFT's settings beside each other, to choose its best
@@ -18,7 +19,8 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -74,7 +76,7 @@ def main() -> None:
     parser.add_argument("--storage", default="./runs", help="where a GGUF model is dequantised to")
     args = parser.parse_args()
     folder = model_folder(args.model, args.storage)
-    settings = PEFT_TRIED if args.tune else (*OURS, PEFT_BEST)
+    settings = [s for s in (PEFT_TRIED if args.tune else (*OURS, PEFT_BEST)) if s.workers <= args.threads]
     print(machine())
     print(_describe(make_rows(args.rows)))
     results: dict[str, list[dict[str, float]]] = {setting.name: [] for setting in settings}
@@ -115,6 +117,7 @@ def contest(setting: Setting, folder: str, args: argparse.Namespace) -> dict[str
     return {
         "rows": parts[0]["rows"] / seconds,
         "supervised": parts[0]["supervised"] / seconds,
+        "rows_cpu": parts[0]["rows"] / sum(part["cpu"] for part in parts),
         "megabytes": sum(part["megabytes"] for part in parts),
     }
 
@@ -170,15 +173,18 @@ def run_ours(setting: Setting, job: dict[str, Any]) -> dict[str, float]:
     trainer, attention = our_trainer(cfg, job["folder"])
     feed = Feed(store, cfg.train, cfg.run.seed, attention, job["rank"], setting.workers)  # type: ignore[arg-type]
     steps = -(-len(store) // size)  # the last is filled up from the next pass; what is done is counted
-    for _ in trainer.steps(feed, 0, 1, steps):
-        pass
-    start = time.perf_counter()
-    for _ in trainer.steps(feed, 0, steps, steps):
-        pass
-    seconds = time.perf_counter() - start
+    deque(trainer.steps(feed, 0, 1, steps), maxlen=0)
+    taken = timed(lambda: deque(trainer.steps(feed, 0, steps, steps), maxlen=0))
     done = [int(i) for i in order(len(store), cfg.run.seed, 0, steps * size)]
     rows = sum(len(store[i].segments) for i in done)
-    return {"seconds": seconds, "rows": rows, "supervised": store.supervised(done)}
+    return {**taken, "rows": rows, "supervised": store.supervised(done)}
+
+
+def timed(run: Callable[[], object]) -> dict[str, float]:
+    """Seconds on the clock and of this process on a processor."""
+    start, used = time.perf_counter(), time.process_time()
+    run()
+    return {"seconds": time.perf_counter() - start, "cpu": time.process_time() - used}
 
 
 def packs_a_step(store: MemoryStore, setting: Setting) -> int:
@@ -235,10 +241,7 @@ def run_peft(setting: Setting, job: dict[str, Any]) -> dict[str, float]:
     rows = make_rows(job["rows"])
     peft_trainer(model, rows[:ROWS_A_STEP], setting, job).train()
     trainer = peft_trainer(model, rows, setting, job)
-    start = time.perf_counter()
-    trainer.train()
-    seconds = time.perf_counter() - start
-    return {"seconds": seconds, "rows": len(rows), "supervised": sum(int(marked.sum()) for _, marked in rows)}
+    return {**timed(trainer.train), "rows": len(rows), "supervised": sum(int(marked.sum()) for _, marked in rows)}
 
 
 def peft_trainer(
@@ -299,13 +302,14 @@ def _print(results: dict[str, list[dict[str, float]]], base: str) -> None:
             name,
             f"{found['rows']:.2f}",
             f"{found['supervised']:.0f}",
+            f"{found['rows_cpu']:.2f}",
             f"{found['megabytes']:.0f}",
             f"{found['rows'] / middle[base]['rows']:.2f}",
             f"{min(run['rows'] for run in results[name]):.2f} to {max(run['rows'] for run in results[name]):.2f}",
         )
         for name, found in middle.items()
     ]
-    print(table(("", "rows/s", "supervised tokens/s", "peak MB", "ratio", "rows/s, all rounds"), rows))
+    print(table(("", "rows/s", "supervised tokens/s", "rows/CPU s", "peak MB", "ratio", "rows/s, all rounds"), rows))
 
 
 if __name__ == "__main__":

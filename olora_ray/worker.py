@@ -24,6 +24,7 @@ from olora_ray.train.feed import Feed, total_steps
 from olora_ray.train.generate import Question, answer, questions
 from olora_ray.train.loop import StepResult, Trainer, evaluate
 from olora_ray.train.loss import SupervisedLoss
+from olora_ray.train.memory import keep_freed_memory
 from olora_ray.train.parallel import spread
 from olora_ray.train.state import TrainState
 
@@ -94,6 +95,7 @@ class Worker:
         self.device = ray.train.torch.get_device()
         if self.device.type == "cpu":
             torch.set_num_threads(max(1, math.floor(self.config.cluster.cpus_per_worker)))
+            keep_freed_memory()
         self.total = total_steps(self.config.train, len(task.train))
         self.state = TrainState()
         self.best: Tensor | None = None

@@ -50,6 +50,7 @@ def segment_attention(
     cu_seq_lens_q: Tensor | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within each segment.
@@ -60,8 +61,8 @@ def segment_attention(
     """
     borders = cu_seq_lens_q.tolist() if cu_seq_lens_q is not None else [0, query.shape[2]]
     lengths = [stop - start for start, stop in pairwise(borders)]
-    if softcap is not None or (sliding_window is not None and sliding_window < max(lengths)):
-        raise UserError("model.attention: this model caps or windows its attention; set it to eager")
+    if softcap is not None or s_aux is not None or (sliding_window is not None and sliding_window < max(lengths)):
+        raise UserError("model.attention: this model caps, windows or sinks its attention; set it to eager")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     batched = query.device.type == "cpu" and query.dtype == torch.bfloat16
     parts, place = [], 0

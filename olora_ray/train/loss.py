@@ -15,20 +15,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from olora_ray.data.collate import Batch
+from olora_ray.train.norm import lighten
 
-CHUNK_LOGITS = 2**24
-"""Logits in one chunk: 64 MiB in float32."""
+CHUNK_LOGITS = 2**23
+"""Logits in one chunk: 32 MiB in float32."""
 
 
 class SupervisedLoss(nn.Module):
     """A causal language model as a function from a batch to its summed loss.
 
     It is the root that parallel strategies shard, so that backbone and head are used in one forward.
+    The model's frozen norms are given a lighter backward pass (train/norm.py).
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        lighten(model)
 
     def forward(self, batch: Batch) -> Tensor:
         """The summed loss in float32, a scalar."""

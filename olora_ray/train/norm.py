@@ -34,8 +34,7 @@ class LightRMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., n) -> y (..., n)."""
-        result: Tensor = _RMSNorm.apply(x, self.weight, self.variance_epsilon)
-        return result
+        return _RMSNorm.apply(x, self.weight, self.variance_epsilon)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -60,4 +59,4 @@ def _same(module: nn.Module) -> bool:
     if not isinstance(weight, Tensor) or eps is None or weight.is_meta or weight.requires_grad:
         return False
     x = torch.randn(4, *weight.shape, generator=torch.Generator().manual_seed(0)).to(weight)
-    return torch.equal(module(x), _RMSNorm.apply(x, weight, eps))
+    return torch.equal(module(x), _RMSNorm.apply(x, weight, eps))  # type: ignore[no-untyped-call]

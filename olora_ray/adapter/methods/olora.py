@@ -18,7 +18,9 @@ def factors(weight: Tensor, rank: int, seed: int) -> Factors:
     rank-deficient the Householder Q is still orthonormal and the start is still exact, but some of
     its columns are arbitrary: `full_rank` is then False.
     """
-    b0, r1 = torch.linalg.qr(weight[:, :rank])
+    # The slice in float64: it costs next to nothing, and B0 is then orthonormal to float32's last bit.
+    q1, r1 = torch.linalg.qr(weight[:, :rank].double())
+    b0 = q1.to(weight.dtype)
     pivots = r1.diagonal().abs()
     tolerance = pivots.max() * max(weight.shape[0], rank) * torch.finfo(weight.dtype).eps
     return Factors(b0.T @ weight, b0.contiguous(), full_rank=bool(pivots.min() > tolerance))
