@@ -7,7 +7,7 @@ over all rows, optimizer steps included, with nothing logged, evaluated or saved
 threads that wait for each other suffer most from others' work; `--threads 1` and rows/CPU s suffer least.
 
     python benchmarks/throughput.py [--rows 64] [--rounds 3]
-    python benchmarks/throughput.py --tune        PEFT's settings beside each other, to choose its best
+    python benchmarks/throughput.py --tune        settings of both beside each other, to choose the best
 """
 
 import argparse
@@ -56,11 +56,12 @@ OURS = (
     Setting("ours, 1 worker", "ours"),
     Setting("ours, 2 workers", "ours", workers=2),
 )
-PEFT_BEST = Setting("PEFT, batch 8, by length", "peft", micro=8)
-PEFT_TRIED = (
-    *(Setting(f"PEFT, batch {n}, bfloat16 adapters", "peft", micro=n) for n in (4, 8, 16)),
-    Setting("PEFT, batch 8, float32 adapters", "peft", micro=8, float32_adapters=True),
-    Setting("PEFT, batch 8, allocator as ours", "peft", micro=8, allocator=True),
+PEFT_BEST = Setting("PEFT, batch 4, by length", "peft", micro=4)
+TRIED = (
+    *(Setting(f"ours, {n} packs", "ours", micro=n) for n in (1, 2, 4)),
+    *(Setting(f"PEFT, batch {n}", "peft", micro=n) for n in (2, 4, 8, 16)),
+    Setting("PEFT, batch 4, allocator as ours", "peft", micro=4, allocator=True),
+    Setting("PEFT, batch 4, float32 adapters", "peft", micro=4, float32_adapters=True),
 )
 
 
@@ -76,7 +77,7 @@ def main() -> None:
     parser.add_argument("--storage", default="./runs", help="where a GGUF model is dequantised to")
     args = parser.parse_args()
     folder = model_folder(args.model, args.storage)
-    settings = [s for s in (PEFT_TRIED if args.tune else (*OURS, PEFT_BEST)) if s.workers <= args.threads]
+    settings = [s for s in (TRIED if args.tune else (*OURS, PEFT_BEST)) if s.workers <= args.threads]
     print(machine())
     print(_describe(make_rows(args.rows)))
     results: dict[str, list[dict[str, float]]] = {setting.name: [] for setting in settings}

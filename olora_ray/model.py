@@ -112,7 +112,7 @@ def load_model(folder: str | Path, config: ModelConfig, device: torch.device) ->
     """
     from transformers import AutoModelForCausalLM
 
-    from olora_ray.train import attention
+    from olora_ray import attention
 
     attention.register()
     from_pretrained: Any = AutoModelForCausalLM.from_pretrained  # its type does not know output_loading_info

@@ -199,7 +199,7 @@ def _steps_line(config: Config, packs: int, tokens: int, supervised: int, about:
     train = config.train
     return (
         f"training: {'about ' if about else ''}{total_steps(train, packs)} steps x {train.global_batch} sequences"
-        f" ({config.cluster.workers} workers x {train.micro_batch} a micro-batch x {config.accumulation()} accumulated);"
+        f" ({config.cluster.workers} workers x {train.micro_batch} at once x {config.accumulation()} accumulated);"
         f" an epoch has {packs:,} sequences, {tokens:,} tokens, {supervised:,} of them supervised"
     )
 

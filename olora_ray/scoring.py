@@ -40,9 +40,8 @@ def resolve(name: str) -> Scorer:
         return SCORERS[name]
     module_name, _, function_name = name.rpartition(":" if ":" in name else ".")
     if not module_name or not function_name:
-        raise UserError(
-            f"evaluation.scorer: no scorer is called {name!r}; use one of {', '.join(SCORERS)}, or package.module:function"
-        )
+        known = ", ".join(SCORERS)
+        raise UserError(f"evaluation.scorer: no scorer is called {name!r}; use {known}, or package.module:function")
     try:
         module = importlib.import_module(module_name)
     except (ImportError, TypeError) as error:  # TypeError: a relative name

@@ -49,7 +49,7 @@ def build_model(model_class: Any, shape: Any, attention: str = "sdpa") -> Any:
 
 
 def _model(model_class: Any, shape: Any, attention: str, dtype: torch.dtype) -> Any:
-    from olora_ray.train import attention as segments
+    from olora_ray import attention as segments
 
     segments.register()
     with torch.random.fork_rng():

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from olora_ray.attention import SHORT, segment_attention
 from olora_ray.errors import UserError
-from olora_ray.train.attention import SHORT, segment_attention
 
 LENGTHS = ((7,), (16, 3, 33, 1, 17, 16), (40, SHORT + 5, 5))
 
