@@ -3,7 +3,7 @@
 import contextlib
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from olora_ray.config import Config, flatten
 from olora_ray.data import template
 from olora_ray.data.store import TokenStore
 from olora_ray.errors import UserError
-from olora_ray.model import parameters, skeleton
+from olora_ray.model import BaseModel, on_this_node, parameters, skeleton
 from olora_ray.parity import measure_parity
 from olora_ray.run_folder import RunFolder
 from olora_ray.worker import Outcome, Task
@@ -27,7 +27,9 @@ PARITY_TOKENS = 256
 
 def registered(config: Config) -> Callable[[str], Path]:
     """A function from a models:/ name to the local folder of that model, in this run's MLflow."""
-    return lambda name: registry.resolve_model_uri(name, tracking.resolve_uri(config))
+    # Under the storage, so that the workers see it too.
+    cache = None if storage.is_uri(config.run.storage) else Path(config.run.storage)
+    return lambda name: registry.resolve_model_uri(name, tracking.resolve_uri(config), cache)
 
 
 @contextlib.contextmanager
@@ -58,10 +60,12 @@ def export_run(task: Task, folder: RunFolder) -> dict[str, Any]:
     """
     config = task.config
     best = checkpoint.load_best_adapter(storage.local_copy(folder.latest_checkpoint()))
-    base = storage.local_copy(task.base.folder)
-    transposed = _transposed(task, best.keys())
+    found = on_this_node(task.base, config)
+    base = Path(found.folder)
+    transposed = _transposed(found, config, best.keys())
     with _local_folder(folder.adapter) as adapter_folder, _local_folder(folder.merged) as merged_folder:
-        name = task.base.name if not storage.is_uri(task.base.name) else task.base.folder
+        # What PEFT and vLLM look up by themselves: a hub id or a folder.
+        name = found.folder if storage.is_uri(found.name) or found.name.startswith("models:/") else found.name
         export.write_adapter(best, config.adapter, name, adapter_folder, transposed=transposed)
         export.write_merged(base, best, config.adapter.scale(), merged_folder, transposed=transposed)
         _give_template(config, merged_folder)
@@ -73,15 +77,15 @@ def export_run(task: Task, folder: RunFolder) -> dict[str, Any]:
             merged_folder,
             adapter_folder,
             _held_out(task.eval or task.train),
-            dtype=_parity_dtype(task, device),
+            dtype=_parity_dtype(found, device),
             device=device,
             trust_remote_code=config.model.trust_remote_code,
         )
-    found = parity.to_json()
-    storage.write_text(folder.parity, json.dumps(found, indent=2) + "\n")
+    measured = parity.to_json()
+    storage.write_text(folder.parity, json.dumps(measured, indent=2) + "\n")
     if not parity.ok:
         raise UserError(f"export: {'; '.join(parity.problems())}; nothing is registered, see {folder.parity}")
-    return found
+    return measured
 
 
 def publish(
@@ -123,15 +127,15 @@ def _give_template(config: Config, merged: Path) -> None:
         (merged / "chat_template.jinja").write_text(template.DEFAULT, encoding="utf-8")
 
 
-def _parity_dtype(task: Task, device: torch.device) -> torch.dtype:
+def _parity_dtype(base: BaseModel, device: torch.device) -> torch.dtype:
     """float32, the sharpest, unless a model of that size does not fit on the GPU."""
-    if device.type == "cuda" and parameters(task.base.folder) * 4 > 0.7 * torch.cuda.mem_get_info(device)[0]:
+    if device.type == "cuda" and parameters(base.folder) * 4 > 0.7 * torch.cuda.mem_get_info(device)[0]:
         return torch.bfloat16
     return torch.float32
 
 
-def _transposed(task: Task, names: Any) -> frozenset[str]:
-    shape = skeleton(task.base, task.config.model)
+def _transposed(base: BaseModel, config: Config, names: Iterable[str]) -> frozenset[str]:
+    shape = skeleton(base, config.model)
     return frozenset(name for name in names if is_transposed(shape.get_submodule(name)))
 
 

@@ -22,11 +22,13 @@ from olora_ray import locate, storage
 from olora_ray.config import Config, Data
 from olora_ray.config import Model as ModelConfig
 from olora_ray.errors import UserError
-from olora_ray.quiet import quiet_transformers
+from olora_ray.quiet import quiet_gguf, quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+CACHE = os.path.expanduser("~/.cache/olora_ray")
+"""Where a node keeps models that do not lie on a shared storage."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -38,7 +40,7 @@ class BaseModel:
     name: str
     """As the config names it."""
     folder: str
-    """Folder (or URI) with config.json, safetensors and tokenizer files, readable by every node."""
+    """Local folder with config.json, safetensors and tokenizer files; see `on_this_node`."""
     digest: str
     """SHA-256 over the weights."""
 
@@ -67,13 +69,32 @@ def obtain(config: Config, say: Callable[[str], None], registered: Callable[[str
     return BaseModel(name, str(source), _digest(weights))
 
 
+def on_this_node(base: BaseModel, config: Config) -> BaseModel:
+    """The base model where this process can read it: the driver's folder if this node sees it, else fetched anew.
+
+    Raises UserError if it cannot be fetched here, or is not the same here.
+    """
+    if Path(base.folder).is_dir():
+        return base
+    if base.name.startswith("models:/") or Path(base.name).is_absolute():
+        raise UserError(
+            f"model.name: {base.folder} is not on every node; put it, or run.storage, where all nodes see it"
+        )
+    found = obtain(config, lambda _: None, Path)
+    if found.digest != base.digest:
+        raise UserError(
+            f"model.name: {base.name} has other weights on this node than on the driver's; set model.revision"
+        )
+    return found
+
+
 def load_tokenizer(base: BaseModel, config: ModelConfig) -> "PreTrainedTokenizerBase":
     """The model's tokenizer; raises UserError if there is none."""
     from transformers import AutoTokenizer
 
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            storage.local_copy(base.folder), trust_remote_code=config.trust_remote_code
+            Path(base.folder), trust_remote_code=config.trust_remote_code
         )
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"model.name: {base.name} has no tokenizer that loads: {_first_line(error)}") from None
@@ -83,7 +104,7 @@ def load_tokenizer(base: BaseModel, config: ModelConfig) -> "PreTrainedTokenizer
 def end_tokens(base: BaseModel, tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
     """Ids that end an answer: the tokenizer's end token and those of generation_config.json."""
     found = {int(tokenizer.eos_token_id)} if tokenizer.eos_token_id is not None else set()
-    file = storage.local_copy(base.folder) / "generation_config.json"
+    file = Path(base.folder) / "generation_config.json"
     if file.is_file():
         ids = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
         found |= set(ids) if isinstance(ids, list) else {ids} - {None}
@@ -96,7 +117,7 @@ def skeleton(base: BaseModel, config: ModelConfig) -> "PreTrainedModel":
 
     remote = config.trust_remote_code
     try:
-        shape = AutoConfig.from_pretrained(storage.local_copy(base.folder), trust_remote_code=remote)
+        shape = AutoConfig.from_pretrained(Path(base.folder), trust_remote_code=remote)
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(shape, trust_remote_code=remote)
         return model
@@ -118,7 +139,7 @@ def load_model(folder: str | Path, config: ModelConfig, device: torch.device) ->
     from_pretrained: Any = AutoModelForCausalLM.from_pretrained  # its type does not know output_loading_info
     try:
         model, report = from_pretrained(
-            storage.local_copy(str(folder)),
+            Path(folder),
             dtype=pick_dtype(config, device),
             attn_implementation=pick_attention(config, device),
             trust_remote_code=config.trust_remote_code,
@@ -178,7 +199,7 @@ def _source_folder(config: Config) -> Path:
     if name.startswith("package://"):
         return locate.package_file(name)
     if storage.is_uri(name):
-        return storage.local_copy(name, os.path.expanduser("~/.cache/olora_ray"))
+        return storage.local_copy(name, CACHE)
     path = Path(name).expanduser()
     if path.exists():
         return path
@@ -205,7 +226,7 @@ def _from_gguf(file: Path, config: Config, say: Callable[[str], None]) -> Path:
     """Dequantise a GGUF file once into an ordinary model folder beside the storage."""
     dtype = "float32" if config.model.dtype == "float32" else "bfloat16"
     key = hashlib.sha256(f"{_digest([file])}/{dtype}".encode()).hexdigest()[:16]
-    root = config.run.storage if not storage.is_uri(config.run.storage) else os.path.expanduser("~/.cache/olora_ray")
+    root = config.run.storage if not storage.is_uri(config.run.storage) else CACHE
     target = Path(root) / "models" / f"{file.stem}-{key}"
     if (target / "config.json").exists():
         return target
@@ -223,6 +244,7 @@ def _from_gguf(file: Path, config: Config, say: Callable[[str], None]) -> Path:
 def _dequantise(file: Path, dtype: torch.dtype, out: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    quiet_gguf()
     try:
         model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)

@@ -3,6 +3,7 @@
 import logging
 import os
 import warnings
+from functools import partial
 
 ENVIRONMENT = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -31,6 +32,14 @@ def quiet_transformers() -> None:
     transformers_logging.set_verbosity_error()
     # PEFT asks for it by its old name.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+
+
+def quiet_gguf() -> None:
+    """No bar for the conversion of a GGUF file in a log: transformers takes tqdm as it is there."""
+    from tqdm import tqdm
+    from transformers import modeling_gguf_pytorch_utils
+
+    vars(modeling_gguf_pytorch_utils)["tqdm"] = partial(tqdm, disable=None)  # None: only on a terminal
 
 
 def quiet_ray() -> None:

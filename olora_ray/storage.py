@@ -90,7 +90,12 @@ def local_copy(place: str, cache: str | None = None) -> Path:
     if not target.exists():
         partial = root / f"{target.name}.{uuid.uuid4().hex}.tmp"
         fs.copy_files(path, str(partial), source_filesystem=system, destination_filesystem=fs.LocalFileSystem())
-        os.replace(partial, target)
+        try:
+            os.replace(partial, target)
+        except OSError:  # another process of this node was faster
+            if not target.exists():
+                raise
+            remove(str(partial))
     return target
 
 

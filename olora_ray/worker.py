@@ -18,7 +18,7 @@ from olora_ray.adapter.inject import find_targets, inject
 from olora_ray.config import Config, dump
 from olora_ray.data.store import TokenStore
 from olora_ray.errors import UserError
-from olora_ray.model import BaseModel, check_attention, load_model
+from olora_ray.model import BaseModel, check_attention, load_model, on_this_node
 from olora_ray.quiet import quiet_train_worker, quiet_transformers
 from olora_ray.train.feed import Feed, total_steps
 from olora_ray.train.generate import Question, answer, questions
@@ -104,7 +104,8 @@ class Worker:
     def run(self) -> Outcome:
         """The whole of a worker's work."""
         restored = self._restored()
-        model: Any = load_model(self.task.base.folder, self.config.model, self.device)
+        base = on_this_node(self.task.base, self.config)
+        model: Any = load_model(base.folder, self.config.model, self.device)
         self.attention: str = model.config._attn_implementation
         check_attention(model.config.get_text_config(), self.attention, self.config.data)
         adapted = inject(

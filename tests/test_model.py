@@ -220,3 +220,11 @@ def test_a_window_shorter_than_the_sequences_is_refused(attention: str, packing:
     model.check_attention(MistralConfig(sliding_window=None), attention, data)
     if attention != "segments":
         model.check_attention(MistralConfig(sliding_window=63), attention, data.model_copy(update={"packing": False}))
+
+
+def test_a_node_that_does_not_see_the_drivers_folder_says_so(copy: Path) -> None:
+    found = model.obtain(named(copy), print, Path)
+    assert model.on_this_node(found, named(copy)) == found
+    shutil.rmtree(copy)
+    with pytest.raises(UserError, match="not on every node"):
+        model.on_this_node(found, named(copy))

@@ -152,3 +152,13 @@ def test_sources_may_be_relative_to_where_the_command_is_given(tiny_model: Path,
     assert done.returncode == 0, done.stdout + done.stderr
     assert (corpus / "here" / "small" / "result.json").is_file()
     assert os.listdir(corpus / "here" / "tokens")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_rows(tiny_model: Path, corpus: Path) -> None:
+    tree = project.settings(corpus, tiny_model, train__lr=1e30, train__clip=None, data__eval=[], registry__model=None)
+    done = project.finetune(project.write_config(corpus, tree))
+    assert done.returncode == 2, done.stdout + done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: step 2: the loss is not finite; it comes from ")
+    assert "train.jsonl:" in last
+    assert not (corpus / "runs" / "small" / "export").exists()
