@@ -18,11 +18,12 @@ import torch
 from common import MODEL, machine, model_folder, table
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
-from torch import nn
+from torch import Tensor, nn
 
 from olora_ray.adapter.distribute import initialise
 from olora_ray.adapter.factors import Factors
 from olora_ray.adapter.inject import find_targets
+from olora_ray.adapter.layer import weight_matrix
 from olora_ray.quiet import quiet_transformers
 
 MATRICES = ((4096, 4096), (11008, 4096), (4096, 14336))
@@ -55,7 +56,13 @@ def main() -> None:
         folder = model_folder(args.model, args.storage)
         cases.insert(0, Case("SmolLM2-135M, all-linear", 16, lambda: load(folder)))
     rows = [compare(case, args.repeats, args.peft_repeats) for case in cases]
-    print(table(("weights, float32", "rank", "layers", "ours s", "PEFT s", "ratio", "max difference"), rows))
+    print(
+        table(
+            ("weights, float32", "rank", "layers", "ours s", "PEFT s", "ratio", "difference", "our error", "PEFT's"),
+            rows,
+        )
+    )
+    print("largest absolute difference of the factors, and of both to factors computed in float64")
 
 
 def compare(case: Case, repeats: int, peft_repeats: int) -> tuple[str, ...]:
@@ -69,7 +76,7 @@ def compare(case: Case, repeats: int, peft_repeats: int) -> tuple[str, ...]:
         ours.append(time.perf_counter() - start)
     theirs = []
     for _ in range(peft_repeats):
-        seconds, difference = peft_olora(case, list(targets), factors)
+        seconds, found = peft_olora(case, list(targets))
         theirs.append(seconds)
     first, second = median(ours[1:]), median(theirs)  # our first call warms up
     return (
@@ -79,12 +86,25 @@ def compare(case: Case, repeats: int, peft_repeats: int) -> tuple[str, ...]:
         f"{first:.3f}",
         f"{second:.2f}",
         f"{second / first:.0f}",
-        f"{difference:.1e}",
+        *(f"{gap:.1e}" for gap in gaps(targets, case.rank, factors, found)),
     )
 
 
-def peft_olora(case: Case, names: list[str], ours: dict[str, Factors]) -> tuple[float, float]:
-    """Seconds inside PEFT's olora_init, and the largest difference of its factors to ours."""
+def gaps(targets: dict[str, nn.Module], rank: int, ours: dict[str, Factors], theirs: Any) -> tuple[float, float, float]:
+    """Largest |ours - PEFT's|, |ours - exact| and |PEFT's - exact| over all factors."""
+    largest = torch.zeros(3, dtype=torch.float64)
+    for name, module in targets.items():
+        weight = weight_matrix(module).double()
+        b = torch.linalg.qr(weight[:, :rank]).Q
+        triples = zip((ours[name].a0, ours[name].b0), theirs[name], (b.T @ weight, b), strict=True)
+        for mine, other, exact in triples:
+            pairs = ((mine, other), (mine, exact), (other, exact))
+            largest = torch.maximum(largest, torch.stack([(x.double() - y.double()).abs().max() for x, y in pairs]))
+    return tuple(largest.tolist())
+
+
+def peft_olora(case: Case, names: list[str]) -> tuple[float, dict[str, tuple[Tensor, Tensor]]]:
+    """Seconds inside PEFT's olora_init, and its factors (A, B) by layer."""
     model, spent = case.make(), 0.0
     original = LoraLayer.olora_init
 
@@ -100,16 +120,11 @@ def peft_olora(case: Case, names: list[str], ours: dict[str, Factors]) -> tuple[
         get_peft_model(model, settings)
     finally:
         LoraLayer.olora_init = original
-    found = {name: model.get_submodule(name) for name in names}
-    difference = max(
-        float((theirs.detach() - mine).abs().max())
-        for name, layer in found.items()
-        for theirs, mine in (
-            (layer.lora_A["default"].weight, ours[name].a0),
-            (layer.lora_B["default"].weight, ours[name].b0),
-        )
-    )
-    return spent, difference
+    layers = {name: model.get_submodule(name) for name in names}
+    return spent, {
+        name: (layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach())
+        for name, layer in layers.items()
+    }
 
 
 def matrix(m: int, n: int) -> nn.Module:

@@ -23,15 +23,4 @@ def factors(weight: Tensor, rank: int, seed: int) -> Factors:
     b0 = q1.to(weight.dtype)
     pivots = r1.diagonal().abs()
     tolerance = pivots.max() * max(weight.shape[0], rank) * torch.finfo(weight.dtype).eps
-    return Factors(_project(b0, weight), b0.contiguous(), full_rank=bool(pivots.min() > tolerance))
-
-
-def _project(b0: Tensor, weight: Tensor) -> Tensor:
-    """B0^T W, r x n: partial sums of 128 rows in float32, added up in float64.
-
-    A third of the rounding of one long float32 sum, at hardly more than its cost.
-    """
-    total = torch.zeros(b0.shape[1], weight.shape[1], dtype=torch.float64, device=weight.device)
-    for rows, part in zip(b0.split(128), weight.split(128), strict=True):
-        total += rows.T @ part
-    return total.to(weight.dtype)
+    return Factors(b0.T @ weight, b0.contiguous(), full_rank=bool(pivots.min() > tolerance))
