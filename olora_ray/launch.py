@@ -119,11 +119,10 @@ def run_export(task: Task, folder: RunFolder, say: Say) -> dict[str, Any]:
     say("exporting adapter and merged model, and comparing them")
     with user_errors():
         job = ray.remote(_export).options(
-            num_cpus=wanted["CPU"] * task.config.cluster.workers if "GPU" not in wanted else wanted["CPU"],
+            num_cpus=_export_cpus(task.config, wanted),
             num_gpus=wanted.get("GPU", 0),
             max_retries=2,
         )
-        # On a cluster with larger nodes this takes one worker's place; on one machine, all of them.
         parity: dict[str, Any] = ray.get(job.remote(task, folder))
     return parity
 
@@ -137,6 +136,14 @@ def user_errors() -> Iterator[None]:
         if isinstance(error.cause, UserError):
             raise UserError(str(error.cause)) from None
         raise
+
+
+def _export_cpus(config: Config, wanted: dict[str, float]) -> float:
+    """On GPU nodes one worker's CPUs; else those of all workers, as far as one node has them."""
+    if "GPU" in wanted:
+        return wanted["CPU"]
+    largest = max(node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"])
+    return float(min(wanted["CPU"] * config.cluster.workers, largest))
 
 
 def _export(task: Task, folder: RunFolder) -> dict[str, Any]:

@@ -1,8 +1,7 @@
 """What a run leaves in MLflow: one MLflow run a fine-tuning, whatever was restarted meanwhile.
 
-The driver makes the run (`start`); anything else, such as the Ray Train controller, writes to it through
-a `Tracker`, which is only a URI and a run id and so travels by pickle. `NullTracker` has the same
-methods and does nothing. No global MLflow state is used: no active run, no set_tracking_uri.
+The driver makes the run (`start`); whatever else writes to it does so through a `Tracker`, which is only a
+URI and a run id and so travels by pickle. No global MLflow state is used: no active run, no set_tracking_uri.
 """
 
 import getpass
@@ -217,50 +216,6 @@ class Tracker:
             self._monitor = None
         self.metrics({})
         self.client().set_terminated(self.run_id, status)
-
-
-class NullTracker(Tracker):
-    """Takes everything and keeps nothing."""
-
-    def __init__(self, uri: str = "", run_id: str = "") -> None:
-        super().__init__(uri, run_id)
-
-    def metrics(self, rows: Mapping[int, Mapping[str, float]]) -> None:
-        """Nothing."""
-
-    def params(self, values: Mapping[str, object]) -> None:
-        """Nothing."""
-
-    def tags(self, values: Mapping[str, object]) -> None:
-        """Nothing."""
-
-    def dataset(self, name: str, digest: str, source: str, rows: int, context: str = "training") -> None:
-        """Nothing."""
-
-    def figure(self, figure: "Figure", name: str) -> None:
-        """Nothing."""
-
-    def learning_curve(self, train: Points, evaluation: Points, name: str = "learning_curve.png") -> None:
-        """Nothing."""
-
-    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-        """Nothing."""
-
-    def artifact(self, path: Path, folder: str | None = None) -> None:
-        """Nothing."""
-
-    def text(self, content: str, name: str) -> None:
-        """Nothing."""
-
-    def watch_system(self, seconds: float = 10.0) -> None:
-        """Nothing."""
-
-    def url(self) -> str | None:
-        """None."""
-        return None
-
-    def end(self, status: Status = "FINISHED") -> None:
-        """Nothing."""
 
 
 @contextmanager

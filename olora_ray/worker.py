@@ -124,19 +124,24 @@ class Worker:
     def _train(self) -> bool:
         """Steps, evaluations and checkpoints until the end; True if stopped early."""
         feed = Feed(self.task.train, self.config.train, self.config.run.seed, self.attention, self.rank, self.world)
-        for result in self.trainer.steps(feed, self.state.step, self.total, self.total):
+        # A run that had stopped early and is taken up again has nothing left to train.
+        end = self.state.step if self._stale() else self.total
+        for result in self.trainer.steps(feed, self.state.step, end, self.total):
             self.state.step = result.step
             metrics = _metrics(result)
             last = result.step == self.total
             if self.task.eval and (last or result.step % self.config.train.eval_every == 0):
                 metrics |= self._evaluate()
             self._tell(metrics)
-            stop = self.config.train.early_stop is not None and self.state.stale >= self.config.train.early_stop
-            if last or stop or result.step % self.config.train.checkpoint_every == 0:
-                self._checkpoint(wait=last or stop)
-            if stop and not last:
-                return True
-        return False
+            if last or self._stale() or result.step % self.config.train.checkpoint_every == 0:
+                self._checkpoint(wait=last or self._stale())
+            if self._stale():
+                break
+        return self.state.step < self.total
+
+    def _stale(self) -> bool:
+        limit = self.config.train.early_stop
+        return limit is not None and self.state.stale >= limit
 
     def _start(self) -> None:
         """Measure the untouched base, then keep what the initialisation made."""

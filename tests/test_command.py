@@ -165,3 +165,10 @@ def test_reading_arguments_loads_no_heavy_library() -> None:
         "print([name for name in ('torch', 'ray', 'transformers', 'mlflow', 'datasets') if name in sys.modules])",
     )
     assert done.stdout == "[]\n"
+
+
+def test_a_worker_does_not_import_the_whole_pipeline() -> None:
+    heavy = ("mlflow", "transformers", "datasets", "peft", "olora_ray.launch", "olora_ray.report")
+    code = f"import sys, olora_ray.worker; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

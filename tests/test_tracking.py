@@ -267,17 +267,3 @@ def test_nothing_is_printed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -
     assert capfd.readouterr() == ("", "")
     for name in ("mlflow.store.db.utils", "alembic"):
         assert logging.getLogger(name).getEffectiveLevel() == logging.WARNING
-
-
-def test_the_null_tracker_takes_everything(tmp_path: Path) -> None:
-    null = tracking.NullTracker()
-    names = {name for name, item in vars(tracking.Tracker).items() if callable(item) and not name.startswith("_")}
-    own = set(vars(tracking.NullTracker))
-    assert names - {"client"} <= own, "every method that writes does nothing"
-    null.metrics({1: {"a": 1.0}})
-    null.params({"a": 1})
-    null.learning_curve([], [])
-    null.artifact(tmp_path)
-    null.watch_system()
-    null.end("FAILED")
-    assert type(pickle.loads(pickle.dumps(null))) is tracking.NullTracker
