@@ -1,6 +1,5 @@
 """One resolver for where things are: paths, URIs, hub ids, package:// files."""
 
-import glob
 import importlib.util
 import os
 from pathlib import Path
@@ -54,11 +53,6 @@ def package_file(name: str) -> Path:
         there = sorted(item.name for item in path.parent.glob("*")) if path.parent.is_dir() else []
         raise UserError(f"model.name: {name}: no such file in the package; there is {', '.join(there) or 'nothing'}")
     return path
-
-
-def expand(pattern: str) -> list[str]:
-    """Sorted local paths that a glob matches; the path itself if it has no wildcard."""
-    return sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else [pattern]
 
 
 def _source(source: Source, folder: Path) -> Source:

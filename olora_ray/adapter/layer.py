@@ -68,12 +68,11 @@ class AdaptedLinear(nn.Module):
         self.scale = scale
         self.dropout = dropout
         self.full_rank = factors.full_rank
-        # New tensors: factors may have been made in inference mode, which autograd refuses.
+        # Memory of their own: factors are views of the buffer in which they were exchanged.
         self.register_buffer("a0", factors.a0.clone(), persistent=False)
         self.register_buffer("b0", None if factors.b0 is None else factors.b0.clone(), persistent=False)
-        rows = factors.a0.new_empty(0)
         self.da = nn.Parameter(torch.zeros_like(factors.a0))
-        self.db = nn.Parameter(rows.new_zeros(out_features(base), factors.a0.shape[0]))
+        self.db = nn.Parameter(factors.a0.new_zeros(out_features(base), factors.a0.shape[0]))
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., n) -> y (..., m)."""
