@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -46,6 +47,11 @@ def connect(config: Config, say: Say) -> Iterator[None]:
         say(f"ray: {resources.get('CPU', 0):g} CPUs, {resources.get('GPU', 0):g} GPUs, {len(ray.nodes())} node(s)")
         _check_size(config, resources)
         yield
+    except UserError:
+        # A prefetching thread of Ray Data that calls Ray after its shutdown ends this process without a word:
+        # the error would be lost.
+        time.sleep(1)
+        raise
     finally:
         ray.shutdown()
 

@@ -1,6 +1,7 @@
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -40,5 +41,6 @@ def ray_with() -> Iterator[Callable[[int], None]]:
         )
 
     yield start
+    time.sleep(1)  # a call from Ray's own threads after the shutdown would end this process
     ray.shutdown()
     shutil.rmtree(folder, ignore_errors=True)
