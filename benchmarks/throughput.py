@@ -22,16 +22,16 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
-from common import MODEL, config, machine, model_folder, table
+from common import MODEL, config, machine, memory_store, model_folder, our_trainer, table
 
 from olora_ray.config import Config
-from olora_ray.data.packing import pack
-from olora_ray.data.store import Pack, order
+from olora_ray.data.store import order
 
 LONGEST, RANK, ROWS_A_STEP = 512, 16, 16
 
@@ -136,46 +136,25 @@ def contestant(job: dict[str, Any]) -> None:
     print("\n" + json.dumps(done))
 
 
-class MemoryStore:
-    """Packs in memory, in place of olora_ray's token store."""
-
-    def __init__(self, rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
-        self.packs = [
-            Pack(
-                np.concatenate([rows[i][0] for i in chosen]),
-                np.concatenate([rows[i][1] for i in chosen]),
-                tuple(len(rows[i][0]) for i in chosen),
-            )
-            for chosen in pack([len(ids) for ids, _ in rows], LONGEST)
-        ]
-
-    def __len__(self) -> int:
-        return len(self.packs)
-
-    def __getitem__(self, index: int) -> Pack:
-        return self.packs[index]
-
-    def supervised(self, indices: Sequence[int]) -> int:
-        return sum(int(self.packs[i].supervised.sum()) for i in indices)
-
-
 def run_ours(setting: Setting, job: dict[str, Any]) -> dict[str, float]:
     """One pass with olora_ray's own feed, loss, adapters and optimizer."""
     import torch.distributed as dist
 
     from olora_ray.train.feed import Feed
+    from olora_ray.train.schedule import Schedule
 
     if setting.workers > 1:
         meeting = f"file://{job['scratch']}/meeting"
         dist.init_process_group("gloo", init_method=meeting, rank=job["rank"], world_size=setting.workers)
-    store = MemoryStore(make_rows(job["rows"]))
+    store = memory_store(make_rows(job["rows"]), LONGEST)
     size = packs_a_step(store, setting)
     cfg = our_config(job, setting, size)
     trainer, attention = our_trainer(cfg, job["folder"])
-    feed = Feed(store, cfg.train, cfg.run.seed, attention, job["rank"], setting.workers)  # type: ignore[arg-type]
+    feed = Feed(store, cfg.train, cfg.run.seed, attention, job["rank"], setting.workers)
     steps = -(-len(store) // size)  # the last is filled up from the next pass; what is done is counted
-    deque(trainer.steps(feed, 0, 1, steps), maxlen=0)
-    taken = timed(lambda: deque(trainer.steps(feed, 0, steps, steps), maxlen=0))
+    whole = Schedule(cfg.train.model_copy(update={"steps": steps}), store)
+    deque(islice(trainer.steps(feed, 0, whole), 1), maxlen=0)
+    taken = timed(lambda: deque(trainer.steps(feed, 0, whole), maxlen=0))
     done = [int(i) for i in order(len(store), cfg.run.seed, 0, steps * size)]
     rows = sum(len(store[i].segments) for i in done)
     return {**taken, "rows": rows, "supervised": store.supervised(done)}
@@ -188,9 +167,9 @@ def timed(run: Callable[[], object]) -> dict[str, float]:
     return {"seconds": time.perf_counter() - start, "cpu": time.process_time() - used}
 
 
-def packs_a_step(store: MemoryStore, setting: Setting) -> int:
+def packs_a_step(store: Any, setting: Setting) -> int:
     """As near to ROWS_A_STEP rows as whole micro-batches allow."""
-    rows_a_pack = sum(len(found.segments) for found in store.packs) / len(store)
+    rows_a_pack = sum(len(found.segments) for found in store) / len(store)
     share = setting.micro * setting.workers
     return max(1, round(ROWS_A_STEP / rows_a_pack / share)) * share
 
@@ -204,23 +183,6 @@ def our_config(job: dict[str, Any], setting: Setting, size: int) -> Config:
         train={"global_batch": size, "micro_batch": setting.micro, "lr": 1.0e-4, "schedule": "constant", "warmup": 0.0},
         cluster={"workers": setting.workers},
     )
-
-
-def our_trainer(cfg: Config, folder: str) -> tuple[Any, str]:
-    """What a worker builds, and the attention that the model took."""
-    from olora_ray.adapter.distribute import initialise
-    from olora_ray.adapter.inject import find_targets, inject
-    from olora_ray.model import load_model
-    from olora_ray.train.loop import Trainer
-    from olora_ray.train.loss import SupervisedLoss
-    from olora_ray.train.memory import keep_freed_memory
-
-    keep_freed_memory()
-    device = torch.device("cpu")
-    model: Any = load_model(folder, cfg.model, device)
-    factors, _ = initialise(find_targets(model, "all-linear", RANK), "olora", RANK, 0, device)
-    adapted = inject(model, factors, cfg.adapter.scale())
-    return Trainer(SupervisedLoss(model), adapted, cfg, device), model.config._attn_implementation
 
 
 def run_peft(setting: Setting, job: dict[str, Any]) -> dict[str, float]:
@@ -285,7 +247,7 @@ def pad(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 def _describe(rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> str:
     lengths = [len(ids) for ids, _ in rows]
-    store = MemoryStore(rows)
+    store = memory_store(rows, LONGEST)
     sizes = {setting.name: packs_a_step(store, setting) for setting in OURS}
     return (
         f"{len(rows)} rows, {sum(lengths)} tokens (median {median(lengths):.0f}, longest {max(lengths)}), "

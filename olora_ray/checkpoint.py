@@ -12,8 +12,9 @@ A directory whose manifest is missing or does not hold is not a checkpoint. Noth
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,16 @@ class Checkpoint:
     optimizer: dict[str, Tensor]
     state: TrainState
     identity: dict[str, str]
-    """Digests of what the run is made of: base model, data, adapter and training settings."""
+    """Digests of what the run is made of: base model, tokenizer, data and adapter."""
+
+    def best_adapter(self) -> dict[str, AdapterWeights]:
+        """The best adapter up to this checkpoint."""
+        if self.best is None:
+            return self.adapter
+        return {
+            name: AdapterWeights(weights.factors, self.best[f"{name}.da"], self.best[f"{name}.db"])
+            for name, weights in self.adapter.items()
+        }
 
 
 def save(
@@ -58,18 +68,23 @@ def save(
     identity: Mapping[str, str],
     config_yaml: str,
 ) -> None:
-    """Write a complete checkpoint into an empty folder."""
+    """Write a complete checkpoint into an empty folder, and wait until the disk has it.
+
+    Tensors lie on the CPU. Raises OSError or SafetensorError if a file cannot be written; the manifest
+    is missing then.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     save_file(_tensors(adapter), folder / ADAPTER)
-    save_file(_plain(optimizer), folder / OPTIMIZER)
+    save_file(dict(optimizer), folder / OPTIMIZER)
     if best is not None:
-        save_file(_plain(best), folder / BEST)
-    (folder / STATE).write_text(json.dumps({"format": FORMAT, "identity": identity, **asdict(state)}))
-    (folder / CONFIG).write_text(config_yaml)
+        save_file(dict(best), folder / BEST)
+    (folder / STATE).write_text(json.dumps({"format": FORMAT, "identity": dict(identity), **vars(state)}))
+    (folder / CONFIG).write_text(config_yaml, encoding="utf-8")
     files = {file.name: _fingerprint(file) for file in sorted(folder.iterdir())}
+    for name in files:
+        _settle(folder / name)
     (folder / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}, indent=1))
-    for file in folder.iterdir():
-        file.chmod(0o644)  # safetensors writes 0600
+    _settle(folder / MANIFEST)
 
 
 def load(folder: Path) -> Checkpoint:
@@ -86,15 +101,23 @@ def load(folder: Path) -> Checkpoint:
         raise UserError(f"checkpoint {folder}: does not read back: {error}") from None
 
 
-def load_best_adapter(folder: Path) -> dict[str, AdapterWeights]:
-    """The best adapter up to this checkpoint; raises UserError as `load`."""
-    found = load(folder)
-    if found.best is None:
-        return found.adapter
-    return {
-        name: AdapterWeights(weights.factors, found.best[f"{name}.da"], found.best[f"{name}.db"])
-        for name, weights in found.adapter.items()
-    }
+def require_same(found: Mapping[str, str], wanted: Mapping[str, str], where: str) -> None:
+    """Raise UserError that names what is another base, tokenizer, data or adapter than in a checkpoint's identity."""
+    changed = [what for what in wanted if found.get(what) != wanted[what]]
+    if "tokenizer" in changed:  # tokens are a consequence of it
+        changed = [what for what in changed if not what.endswith("data")]
+    if changed:
+        shown = "; ".join(f"another {what} ({_difference(found.get(what, ''), wanted[what])})" for what in changed)
+        raise UserError(f"run.name: {where} was trained with {shown}; use a new run.name, or what was used then")
+
+
+def _difference(old: str, new: str) -> str:
+    try:
+        before, now = json.loads(old), json.loads(new)
+        fields = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+        return ", ".join(f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in fields)
+    except (ValueError, AttributeError):
+        return f"{old[:12] or 'none'} then, {new[:12] or 'none'} now"
 
 
 def verify(folder: Path) -> None:
@@ -121,12 +144,13 @@ def _tensors(adapter: Mapping[str, AdapterWeights]) -> dict[str, Tensor]:
         parts[f"{name}.da"], parts[f"{name}.db"] = weights.da, weights.db
         if weights.factors.b0 is not None:
             parts[f"{name}.b0"] = weights.factors.b0
-    return _plain(parts)
+    return parts
 
 
-def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    # Views of one flat vector share storage, which safetensors refuses.
-    return {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+def _settle(file: Path) -> None:
+    file.chmod(0o644)  # safetensors writes 0600
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())
 
 
 def _weights(parts: Mapping[str, Tensor]) -> dict[str, AdapterWeights]:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from olora_ray.config import Config, help_text, load, parse_assignments
-from olora_ray.errors import UserError
+from olora_ray.errors import Stopped, UserError
 from olora_ray.locate import resolved
 
 
@@ -40,17 +40,26 @@ def log_line(text: str) -> None:
 
 
 def run(main: Callable[[list[str]], None]) -> None:
-    """Run an entry script: what the user can fix is one line on stderr and exit code 2."""
+    """Run an entry script: what the user can fix is one line on stderr and exit code 2.
+
+    Exit code 75 means that the same command finishes the work later, 143 (SIGTERM) and 130 (Ctrl+C) that
+    it was stopped and goes on with the same command.
+    """
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     try:
         main(sys.argv[1:])
     except UserError as error:
-        sys.stdout.flush()
-        # In a job's log both streams meet: this must be the last line.
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        _end(f"error: {' '.join(str(error).split())}", error.exit_code)
+    except Stopped as stopped:
+        _end(str(stopped), stopped.exit_code)
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
-        sys.exit(130)
+        _end("stopped (SIGINT); the same command goes on with what is done", 130)
     except BrokenPipeError:
         os._exit(141)
+
+
+def _end(line: str, code: int) -> None:
+    sys.stdout.flush()
+    # In a job's log both streams meet: this must be the last line.
+    print(line, file=sys.stderr, flush=True)
+    sys.exit(code)

@@ -151,8 +151,10 @@ class Train(Section):
 class Cluster(Section):
     """Where it is trained."""
 
-    workers: PositiveInt = 2
-    """Training processes."""
+    workers: PositiveInt | tuple[PositiveInt, PositiveInt] = 2
+    """Training processes; [min, max]: starts with min, grows and shrinks with the cluster."""
+    resize_interval: Annotated[float, Field(gt=0.0)] = 60.0
+    """Seconds between looks whether [min, max] workers can become more."""
     gpus_per_worker: Literal["auto"] | Annotated[float, Field(ge=0.0)] = "auto"
     """GPUs a worker; auto: 1 if the cluster has GPUs, else 0."""
     cpus_per_worker: Annotated[float, Field(gt=0.0)] = 1
@@ -160,7 +162,28 @@ class Cluster(Section):
     strategy: Literal["ddp", "fsdp"] = "ddp"
     """ddp: every worker holds the base model; fsdp: the base model is spread over the workers."""
     max_failures: Annotated[int, Field(ge=-1)] = 3
-    """How often a run is restarted after a failure; -1: always."""
+    """How often a run is restarted after a failure; -1: always. A preempted node does not count."""
+
+    @field_validator("workers", mode="before")
+    @classmethod
+    def _number_or_range(cls, value: object) -> object:
+        numbers: list[Any] = list(value) if isinstance(value, list | tuple) else [value, value]
+        whole = all(isinstance(number, int) and not isinstance(number, bool) for number in numbers)
+        if not whole or len(numbers) != 2 or not 1 <= numbers[0] <= numbers[1]:
+            raise ValueError(f"expected a number of workers, or [min, max] with 1 <= min <= max, not {value!r}")
+        return value
+
+    def elastic(self) -> bool:
+        """Whether the number of workers may change."""
+        return self.fewest() < self.most()
+
+    def fewest(self) -> int:
+        """Workers without which training waits."""
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    def most(self) -> int:
+        """Workers that are used at most."""
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
 
 
 class Evaluation(Section):
@@ -208,21 +231,18 @@ class Config(Section):
     registry: Registry = Registry()
 
     @model_validator(mode="after")
-    def _batch_divides(self) -> "Config":
-        share = self.train.micro_batch * self.cluster.workers
-        if rest := self.train.global_batch % share:
-            below = self.train.global_batch - rest
-            nearest = [str(n) for n in (below, below + share) if n]
+    def _batch_is_large_enough(self) -> "Config":
+        if self.train.global_batch < self.cluster.most():
             raise ValueError(
-                f"train.global_batch={self.train.global_batch} is not a multiple of train.micro_batch x"
-                f" cluster.workers = {self.train.micro_batch} x {self.cluster.workers} = {share};"
-                f" use {' or '.join(nearest)}"
+                f"train.global_batch={self.train.global_batch} is smaller than cluster.workers={self.cluster.most()}:"
+                " a worker would have nothing to do; use fewer workers or a larger batch"
             )
         return self
 
-    def accumulation(self) -> int:
-        """Micro-batches a worker runs in one optimizer step."""
-        return self.train.global_batch // (self.train.micro_batch * self.cluster.workers)
+    def accumulation(self, workers: int | None = None) -> int:
+        """Micro-batches that a worker runs in one optimizer step, at most; `workers` defaults to the most."""
+        share = -(-self.train.global_batch // (workers or self.cluster.most()))
+        return -(-share // self.train.micro_batch)
 
     def folder(self) -> str:
         """The run's folder: `<storage>/<name>`."""

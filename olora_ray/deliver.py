@@ -9,18 +9,19 @@ from typing import Any
 
 import torch
 
-from olora_ray import checkpoint, export, registry, storage, tracking
+from olora_ray import checkpoint, export, keeper, registry, storage, tracking
 from olora_ray.adapter.layer import is_transposed
 from olora_ray.config import Config, flatten
 from olora_ray.data import template
 from olora_ray.data.store import TokenStore
-from olora_ray.errors import UserError
+from olora_ray.errors import Stopped, UserError
 from olora_ray.model import BaseModel, on_this_node, parameters, skeleton
 from olora_ray.parity import measure_parity
 from olora_ray.run_folder import RunFolder
-from olora_ray.worker import Outcome, Task
+from olora_ray.task import Outcome, Task
 
 Say = Callable[[str], None]
+LATER = "nothing is lost: run the same command again when it does, to finish logging and registering"
 PARITY_TOKENS = 256
 """Held-out tokens on which the logits of the exports are compared."""
 
@@ -30,6 +31,13 @@ def registered(config: Config) -> Callable[[str], Path]:
     # Under the storage, so that the workers see it too.
     cache = None if storage.is_uri(config.run.storage) else Path(config.run.storage)
     return lambda name: registry.resolve_model_uri(name, tracking.resolve_uri(config), cache)
+
+
+def check_tracking(config: Config, folder: RunFolder) -> None:
+    """Raise UserError if MLflow does not answer; a run that is there already may go on without it for a while."""
+    uri = tracking.resolve_uri(config)
+    if folder.tracking_run(uri) is None:
+        tracking.check(uri)
 
 
 @contextlib.contextmanager
@@ -44,22 +52,50 @@ def tracked(task: Task, folder: RunFolder) -> Iterator[tracking.Tracker]:
     tracker.watch_system()
     try:
         yield tracker
-    except KeyboardInterrupt:
-        tracker.end("KILLED")
+    except BaseException as error:
+        with contextlib.suppress(tracking.TrackingAway):  # then it stays open until the next attempt
+            tracker.end("KILLED" if isinstance(error, Stopped | KeyboardInterrupt) else "FAILED", seconds=5)
+        if isinstance(error, tracking.TrackingAway):
+            raise tracking.TrackingAway(f"{error}; {LATER}") from None
         raise
-    except BaseException:
-        tracker.end("FAILED")
-        raise
-    tracker.end("FINISHED")
+    try:
+        tracker.end("FINISHED")
+    except tracking.TrackingAway as error:
+        raise tracking.TrackingAway(f"{error}; {LATER}") from None
 
 
-def export_run(task: Task, folder: RunFolder) -> dict[str, Any]:
-    """Write export/adapter, export/merged and export/parity.json from the best checkpoint.
+def trained(task: Task, folder: RunFolder, say: Say) -> Outcome | None:
+    """What an earlier attempt's training gave, if it had ended; what comes after it may be left to do.
 
-    Raises UserError if the adapted, merged and PEFT-loaded models do not agree.
+    Raises UserError if the run's checkpoints are of another model, tokenizer, data or adapter.
+    """
+    found = keeper.newest(folder.checkpoints, say)
+    if found is None:
+        return None
+    place, newest = found
+    checkpoint.require_same(newest.identity, task.identity(), place)
+    text = folder.trained()
+    if text is None:
+        return None
+    try:
+        outcome = Outcome.from_json(text)
+    except (ValueError, KeyError, TypeError) as error:
+        say(f"warning: {folder.training} is damaged ({error}): the end of the training is done again")
+        return None
+    if outcome.state is None or outcome.state.step != newest.state.step:
+        return None  # its last checkpoint is lost: from the one before, the same comes out
+    say(f"training was finished before, at step {outcome.state.step}: going on with what comes after it")
+    return outcome
+
+
+def export_run(task: Task, folder: RunFolder, step: int) -> dict[str, Any]:
+    """Write export/adapter, export/merged and export/parity.json from the best adapter up to `step`.
+
+    Raises UserError if the checkpoint is not there, or if the adapted, merged and PEFT-loaded models
+    do not agree.
     """
     config = task.config
-    best = checkpoint.load_best_adapter(storage.local_copy(folder.latest_checkpoint()))
+    best = keeper.read(storage.join(folder.checkpoints, keeper.name_of(step))).best_adapter()
     found = on_this_node(task.base, config)
     base = Path(found.folder)
     transposed = _transposed(found, config, best.keys())
@@ -81,8 +117,8 @@ def export_run(task: Task, folder: RunFolder) -> dict[str, Any]:
             device=device,
             trust_remote_code=config.model.trust_remote_code,
         )
-    measured = parity.to_json()
-    storage.write_text(folder.parity, json.dumps(measured, indent=2) + "\n")
+    measured = {"step": step, **parity.to_json()}
+    folder.write_parity(measured)
     if not parity.ok:
         raise UserError(f"export: {'; '.join(parity.problems())}; nothing is registered, see {folder.parity}")
     return measured
@@ -91,10 +127,15 @@ def export_run(task: Task, folder: RunFolder) -> dict[str, Any]:
 def publish(
     task: Task, folder: RunFolder, tracker: tracking.Tracker, outcome: Outcome, parity: dict[str, Any], say: Say
 ) -> int | None:
-    """Log the parity report and the merged model; register it if `registry.model` is set. Returns the version."""
-    tracker.text(json.dumps(parity, indent=2), "parity.json")
+    """Log the metrics that MLflow lacks, the parity report and the merged model; register it, if it is to be.
+
+    Returns the version. Safe to repeat; raises TrackingAway if MLflow does not answer.
+    """
     config, state = task.config, outcome.state
     assert state is not None
+    tracker.metrics({int(row["step"]): {k: v for k, v in row.items() if k != "step"} for row in state.history})
+    _log_data(tracker, task)
+    tracker.text(json.dumps(parity, indent=2), "parity.json")
     tags = {
         "olora.base_digest": task.base.digest,
         "olora.data_digest": task.train.digest,
@@ -104,18 +145,19 @@ def publish(
     }
     merged = storage.local_copy(folder.merged)
     name, alias = config.registry.model, config.registry.alias
-    if name is None:
-        say("logging the merged model")
-        registry.log_model(tracker, merged, tags, base_name=task.base.name)
-        return None
-    say(f"registering the merged model as {name}@{alias}")
-    return registry.register(tracker, merged, name, alias, tags, base_name=task.base.name)
+    with tracking.reachable(tracker.uri, upload=True):
+        if name is None:
+            say("logging the merged model")
+            registry.log_model(tracker, merged, tags, base_name=task.base.name)
+            return None
+        say(f"registering the merged model as {name}@{alias}")
+        return registry.register(tracker, merged, name, alias, tags, base_name=task.base.name)
 
 
 def _log_data(tracker: tracking.Tracker, task: Task) -> None:
     sources = {"training": (task.train, task.config.data.train), "evaluation": (task.eval, task.config.data.eval)}
     for context, (store, named) in sources.items():
-        if store is not None:
+        if store is not None and store.complete:  # else it is logged when training has ended
             place = ", ".join(source.path for source in named) or "held out from training"
             tracker.dataset(context, store.digest, place, store.manifest.rows, context)
 
@@ -142,7 +184,7 @@ def _transposed(base: BaseModel, config: Config, names: Iterable[str]) -> frozen
 def _held_out(store: TokenStore) -> list[torch.Tensor]:
     """Token ids (1, T) of single examples, PARITY_TOKENS in all at most."""
     found: list[torch.Tensor] = []
-    for index in range(len(store)):
+    for index in range(store.known):
         pack, place = store[index], 0
         for size in pack.segments:
             if sum(ids.shape[1] for ids in found) + size > PARITY_TOKENS and found:

@@ -39,7 +39,7 @@ def estimate(config: Config, base: BaseModel) -> Size:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     width = pick_dtype(config.model, device).itemsize
     count = parameters(base.folder)
-    shards = config.cluster.workers if config.cluster.strategy == "fsdp" else 1
+    shards = config.cluster.fewest() if config.cluster.strategy == "fsdp" else 1
     stored = 1 if config.adapter.method == "lora" else 2
     return Size(
         targets,

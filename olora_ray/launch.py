@@ -4,36 +4,47 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from functools import partial
 from typing import Any, cast
 
 import ray
 import ray.train
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 
 from olora_ray import board, tracking
+from olora_ray.capacity import free_workers
 from olora_ray.config import Config
 from olora_ray.data import store
+from olora_ray.data.preparation import Preparation
+from olora_ray.data.store import TokenStore
 from olora_ray.data.tokenize import TokenizerSpec
 from olora_ray.deliver import export_run
 from olora_ray.errors import UserError
+from olora_ray.failures import TellDriver, cause, counts
+from olora_ray.monitor import Monitor
 from olora_ray.progress import Progress
 from olora_ray.quiet import ENVIRONMENT, quiet_ray, quiet_transformers
 from olora_ray.run_folder import RunFolder
-from olora_ray.train.feed import total_steps
-from olora_ray.worker import Outcome, Task, train_worker
+from olora_ray.stop import Stop
+from olora_ray.task import Outcome, Task
+from olora_ray.train.schedule import Schedule
+from olora_ray.worker import train_worker
 
 # Ray's stubs describe Train V1; V2, which runs, has more arguments.
 ray_train: Any = ray.train
 Say = Callable[[str], None]
+SETTLE = 3.0
+"""Seconds for which the room for workers must stay as it is: ended workers give theirs back one by one."""
 
 
 @contextlib.contextmanager
-def connect(config: Config, say: Say) -> Iterator[None]:
+def connect(config: Config, say: Say) -> Iterator[Stop]:
     """A connection to the cluster of RAY_ADDRESS or of this machine, or to a new local Ray.
 
-    Raises UserError if the cluster is too small for the workers. On leaving, the connection is closed,
-    and a local Ray with it.
+    Yields what takes the signals meanwhile. Raises UserError if the cluster is too small for the workers.
+    On leaving, the connection is closed, and a local Ray with it.
     """
     quiet_ray()
     shared: dict[str, Any] = {"logging_level": logging.WARNING, "runtime_env": {"env_vars": ENVIRONMENT}}
@@ -43,11 +54,12 @@ def connect(config: Config, say: Say) -> Iterator[None]:
         # With its dashboard: Train frees the resources of a stopped run through the State API.
         ray.init(address="local", **shared)
     try:
-        resources = ray.cluster_resources()
-        say(f"ray: {resources.get('CPU', 0):g} CPUs, {resources.get('GPU', 0):g} GPUs, {len(ray.nodes())} node(s)")
-        _check_size(config, resources)
-        yield
-    except UserError:
+        with Stop() as stop:  # after ray.init, which sets a handler of its own
+            resources = ray.cluster_resources()
+            say(f"ray: {resources.get('CPU', 0):g} CPUs, {resources.get('GPU', 0):g} GPUs, {len(ray.nodes())} node(s)")
+            _check_size(config, resources, say)
+            yield stop
+    except BaseException:
         # A prefetching thread of Ray Data that calls Ray after its shutdown ends this process without a word:
         # the error would be lost.
         time.sleep(1)
@@ -65,50 +77,147 @@ def worker_resources(config: Config) -> dict[str, float]:
     return wanted | ({"GPU": float(gpus)} if gpus else {})
 
 
-def prepare(config: Config, spec: TokenizerSpec, say: Say) -> tuple[store.TokenStore, store.TokenStore | None]:
-    """The token stores for training and, if rows are held out, for evaluation."""
-    with user_errors():
-        train = store.prepare(config, spec, "train", say)
-        held_out = config.data.eval or config.data.eval_fraction
-        return train, store.prepare(config, spec, "eval", say) if held_out else None
+@contextlib.contextmanager
+def tokens(config: Config, spec: TokenizerSpec, say: Say) -> Iterator[tuple[Preparation, TokenStore | None]]:
+    """The token store for training and, if rows are held out, the one for evaluation.
 
-
-def train(task: Task, folder: RunFolder, tracker: tracking.Tracker, say: Say) -> Outcome:
-    """Train under TorchTrainer until done; restarts of workers happen inside.
-
-    Raises UserError with what went wrong in the end.
+    The latter is complete. The former may be in the making, where the cluster has room for that beside
+    the training; what is not made on leaving is left to the next run.
     """
+    with user_errors():
+        training = store.begin(config, spec, "train", say)
+        held_out = None
+        if config.data.eval or config.data.eval_fraction:
+            held_out = store.prepare(config, spec, "eval", say)
+        if training.complete or training.small:
+            training.run()
+        else:
+            say("tokens: train: in the making; training starts with the first shards")
+            training.start(config.cluster.most() * config.cluster.cpus_per_worker)
+    try:
+        yield training, held_out
+    finally:
+        training.stop()
+        with contextlib.suppress(Exception):  # it has been told, or nobody needs it any more
+            training.join()
+
+
+def train(
+    task: Task, folder: RunFolder, preparation: Preparation, tracker: tracking.Tracker, stop: Stop, say: Say
+) -> Outcome:
+    """Train under TorchTrainer until done, whatever dies meanwhile; keeps training.json.
+
+    Raises UserError with what went wrong in the end, and Stopped if a signal has asked for an end.
+    """
+    total = Schedule(task.config.train, preparation.store).total()
+    stop.gentle = True
+    try:
+        with Progress(total, task.config.train.log_every, say) as progress:
+            wanted = worker_resources(task.config)
+            monitor = Monitor(task, preparation, tracker, progress, stop, wanted)
+            outcome = _until_done(task, folder, preparation, monitor, stop)
+    finally:
+        stop.gentle = False
+    folder.write_training(outcome.to_json())
+    if stop.asked:
+        raise stop.stopped("stopped after the last step")
+    return outcome
+
+
+def _until_done(task: Task, folder: RunFolder, preparation: Preparation, monitor: Monitor, stop: Stop) -> Outcome:
+    """One group of workers after the other, until one comes to the end."""
+    cluster, failures, first = task.config.cluster, 0, True
+    while True:
+        # The number is decided here, not by Ray's elastic policy: that one restarts from the checkpoint that
+        # is there when it grows, counts nodes that are being taken away, and waits for the reservations of
+        # a controller that was killed.
+        workers = cluster.most() if first and not cluster.elastic() else _room(task.config, monitor, stop)
+        first = False
+        ray.get(task.board.stop.remote(None))
+        try:
+            outcome: Outcome = monitor.follow(_in_thread(partial(_fit, task, folder, monitor.wanted, workers)))
+        except (RayActorError, ray_train.TrainingFailedError) as error:
+            failures += counts(error)
+            # A group of fixed size has been restarted by Ray already, except for the loss of its controller.
+            spent = isinstance(error, ray_train.WorkerGroupError) and not cluster.elastic()
+            if spent or 0 <= cluster.max_failures < failures:
+                tried = cluster.max_failures if spent else failures - 1
+                raise UserError(f"training failed after {tried} restarts: {cause(error)}") from error
+            monitor.happened(cause(error))
+            if not counts(error):
+                monitor.waiting("trying again")
+            continue
+        with user_errors():
+            if preparation.problem is not None or preparation.store.packs is not None:
+                preparation.join()  # that too many rows are unusable may turn out at the last of them
+        if outcome.problem:
+            raise UserError(outcome.problem)
+        if not outcome.interrupted:
+            return outcome
+        assert outcome.state is not None
+        if stop.asked:
+            raise stop.stopped(f"stopped after step {outcome.state.step} of {monitor.progress.total or '?'}")
+        monitor.happened(outcome.interrupted)
+
+
+def _room(config: Config, monitor: Monitor, stop: Stop) -> int:
+    """How many workers to start now: as many as fit, once the fewest do; waits for that."""
+    fewest, most, told = config.cluster.fewest(), config.cluster.most(), False
+    free, since = -1, time.monotonic()
+    began = since
+    while True:
+        if (now := min(free_workers(monitor.wanted), most)) != free:
+            free, since = now, time.monotonic()
+        if free == most or (free >= fewest and time.monotonic() - since >= SETTLE):
+            return free
+        if not told and time.monotonic() - began >= 3 * SETTLE:
+            told = True
+            monitor.waiting(f"waiting for room for {fewest} workers: there is room for {free}")
+        if stop.asked:
+            raise stop.stopped("stopped while waiting for the cluster")
+        time.sleep(0.5)
+
+
+def _fit(task: Task, folder: RunFolder, wanted: Mapping[str, float], workers: int) -> Outcome:
     from ray.train.torch import TorchTrainer
 
-    config = task.config
-    cluster = config.cluster
-    wanted = worker_resources(config)
+    # With a number of workers of its own each time, every failure comes back to `_until_done`.
+    cluster = task.config.cluster
+    limits = {"max_failures": cluster.max_failures}
+    if cluster.elastic():
+        limits = {"max_failures": 0, "max_preemption_failures": 0, "controller_failure_limit": 0}
     trainer = TorchTrainer(
         cast("Any", train_worker),  # Ray's types forget that a loop may return
-        train_loop_config={"task": task},
+        train_loop_config={"task": task, "checkpoints": folder.checkpoints},
         scaling_config=ray_train.ScalingConfig(
-            num_workers=cluster.workers, use_gpu="GPU" in wanted, resources_per_worker=wanted
+            num_workers=workers, use_gpu="GPU" in wanted, resources_per_worker=dict(wanted)
         ),
         run_config=ray_train.RunConfig(
-            # Ray's own layout is <storage_path>/<name>/<checkpoint>: this gives <run>/checkpoints/step-...
             name="checkpoints",
             storage_path=folder.root,
-            failure_config=ray_train.FailureConfig(max_failures=cluster.max_failures),
-            checkpoint_config=ray_train.CheckpointConfig(num_to_keep=config.train.keep),
+            failure_config=ray_train.FailureConfig(**limits),
+            callbacks=[TellDriver(task.board)],
             logging_config=ray_train.LoggingConfig(log_level="WARNING"),
         ),
     )
-    with _collecting(task.board, tracker, total_steps(config.train, len(task.train)), config, say):
-        try:
-            result = trainer.fit()
-        except ray_train.TrainingFailedError as error:
-            raise UserError(f"training failed after {cluster.max_failures} restarts: {_root(error)}") from error
-    outcome = getattr(result, "return_value", None)
+    outcome = getattr(trainer.fit(), "return_value", None)
     if not isinstance(outcome, Outcome):
         raise RuntimeError(f"training returned {outcome!r}")
-    if outcome.problem:
-        raise UserError(outcome.problem)
     return outcome
+
+
+def _in_thread(work: Callable[[], Outcome]) -> "Future[Outcome]":
+    """Run `work` in a thread that does not keep the process alive; the main thread stays free for signals."""
+    future: Future[Outcome] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="train", daemon=True).start()
+    return future
 
 
 def make_board() -> Any:
@@ -116,21 +225,27 @@ def make_board() -> Any:
     return board.make(ray.get_runtime_context().get_node_id())
 
 
-def run_export(task: Task, folder: RunFolder, say: Say) -> dict[str, Any]:
+def run_export(task: Task, folder: RunFolder, outcome: Outcome, say: Say) -> dict[str, Any]:
     """Write both exports and measure their parity, in a Ray task with a worker's resources.
 
-    Returns the content of parity.json; raises UserError if the exports disagree.
+    Returns the content of parity.json, that of an earlier attempt if it is there; raises UserError if
+    the exports disagree.
     """
+    assert outcome.state is not None
+    step = outcome.state.step
+    if (parity := folder.exported(step)) is not None:
+        return parity
     wanted = worker_resources(task.config)
     say("exporting adapter and merged model, and comparing them")
     with user_errors():
         job = ray.remote(_export).options(
             num_cpus=_export_cpus(task.config, wanted),
             num_gpus=wanted.get("GPU", 0),
-            max_retries=2,
+            max_retries=3,
+            retry_exceptions=[OSError],
         )
-        parity: dict[str, Any] = ray.get(job.remote(task, folder))
-    return parity
+        measured: dict[str, Any] = ray.get(job.remote(task, folder, step))
+    return measured
 
 
 @contextlib.contextmanager
@@ -149,63 +264,22 @@ def _export_cpus(config: Config, wanted: dict[str, float]) -> float:
     if "GPU" in wanted:
         return wanted["CPU"]
     largest = max(node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"])
-    return float(min(wanted["CPU"] * config.cluster.workers, largest))
+    return float(min(wanted["CPU"] * config.cluster.most(), largest))
 
 
-def _export(task: Task, folder: RunFolder) -> dict[str, Any]:
+def _export(task: Task, folder: RunFolder, step: int) -> dict[str, Any]:
     quiet_transformers()
-    return export_run(task, folder)
+    return export_run(task, folder, step)
 
 
-def _check_size(config: Config, resources: dict[str, float]) -> None:
-    wanted = worker_resources(config)
-    for kind, each in wanted.items():
+def _check_size(config: Config, resources: dict[str, float], say: Say) -> None:
+    fewest, elastic = config.cluster.fewest(), config.cluster.elastic()
+    for kind, each in worker_resources(config).items():
         there = resources.get(kind, 0.0)
-        if each * config.cluster.workers > there:
-            field = "gpus_per_worker" if kind == "GPU" else "cpus_per_worker"
-            raise UserError(
-                f"cluster.workers={config.cluster.workers} with {field}={each:g} needs"
-                f" {each * config.cluster.workers:g} {kind}s, but the cluster has {there:g}; use fewer workers"
-            )
-
-
-@contextlib.contextmanager
-def _collecting(source: Any, tracker: tracking.Tracker, total: int, config: Config, say: Say) -> Iterator[None]:
-    """Show and track what the workers put on the board, from a thread, until training has ended."""
-    done = threading.Event()
-    with Progress(total, config.train.log_every, say) as progress:
-
-        def collect() -> None:
-            while True:
-                last = done.is_set()
-                try:
-                    messages = ray.get(source.take.remote(), timeout=30)
-                except RayError:
-                    messages = []  # progress only; the history is in the checkpoint
-                for message in messages:
-                    progress.line(message) if isinstance(message, str) else progress.row(message)
-                if rows := [message for message in messages if not isinstance(message, str)]:
-                    tracker.metrics({int(row["step"]): _without_step(row) for row in rows})
-                if last:
-                    return
-                done.wait(1.0)
-
-        thread = threading.Thread(target=collect, name="progress", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            done.set()
-            thread.join(60)
-
-
-def _without_step(row: dict[str, float]) -> dict[str, float]:
-    return {name: value for name, value in row.items() if name != "step"}
-
-
-def _root(error: BaseException) -> str:
-    """The innermost cause's last line."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(error).__name__
+        if each * fewest <= there:
+            continue
+        field = "gpus_per_worker" if kind == "GPU" else "cpus_per_worker"
+        needs = f"with {field}={each:g} needs {each * fewest:g} {kind}s, but the cluster has {there:g}"
+        if not elastic:
+            raise UserError(f"cluster.workers={fewest} {needs}; use fewer workers")
+        say(f"training waits for the cluster to grow: cluster.workers of at least {fewest} {needs}")

@@ -10,7 +10,8 @@ from tqdm import tqdm
 class Progress:
     """Turns rows of metrics into lines (every `every` steps and at evaluations) or a bar."""
 
-    def __init__(self, total: int, every: int, say: Callable[[str], None], bar: bool | None = None) -> None:
+    def __init__(self, total: int | None, every: int, say: Callable[[str], None], bar: bool | None = None) -> None:
+        """`total` is the number of steps; None as long as it is not known."""
         self.total, self.every, self.say = total, every, say
         self.supervised = self.seconds = self.waited = 0.0
         self.steps = 0
@@ -34,15 +35,27 @@ class Progress:
         else:
             self.say(text)
 
+    def set_total(self, total: int | None) -> None:
+        """Take in the number of steps, once it is known."""
+        self.total = total
+        if self.bar is not None and total is not None:
+            self.bar.total = total
+            self.bar.refresh()
+
+    def back_to(self, step: int) -> None:
+        """Go on from an earlier step."""
+        self.supervised = self.seconds = self.waited = 0.0
+        if self.bar is not None:
+            self.bar.n = step
+            self.bar.refresh()
+
     def row(self, row: dict[str, float]) -> None:
         """Take in the metrics of one step."""
         step = int(row["step"])
         if "train/loss" in row:
             self._step(step, row)
         if "eval/loss" in row:
-            self.line(
-                f"step {step}/{self.total} | eval loss {row['eval/loss']:.4f} | perplexity {row['eval/perplexity']:.2f}"
-            )
+            self.line(f"{self._of(step)} | eval loss {row['eval/loss']:.4f} | perplexity {row['eval/perplexity']:.2f}")
 
     def _step(self, step: int, row: dict[str, float]) -> None:
         seconds = row["train/step_seconds"]
@@ -60,11 +73,19 @@ class Progress:
         if step % self.every == 0 or step == self.total:
             if self.bar is None:
                 self.say(
-                    f"step {step}/{self.total} | loss {row['train/loss']:.4f} | lr {row['train/lr']:.2e}"
+                    f"{self._of(step)} | loss {row['train/loss']:.4f} | lr {row['train/lr']:.2e}"
                     f" | {self.supervised / self.seconds:.0f} supervised tok/s"
-                    f" | data wait {self.waited / self.seconds:.0%} | ETA {duration((self.total - step) * self.pace)}"
+                    f" | data wait {self.waited / self.seconds:.0%} | ETA {self._left(step)}"
                 )
             self.supervised = self.seconds = self.waited = 0.0
+
+    def _of(self, step: int) -> str:
+        return f"step {step}/{'?' if self.total is None else self.total}"
+
+    def _left(self, step: int) -> str:
+        if self.total is None or self.pace is None:
+            return "?"
+        return duration((self.total - step) * self.pace)
 
 
 def duration(seconds: float) -> str:

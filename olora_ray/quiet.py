@@ -20,8 +20,10 @@ def quiet_environment() -> None:
     """Set the variables that Ray and the hub client read when they are imported."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    # A report waits for the controller's next look at its workers: 2 s by default.
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+    # How soon a dead worker is noticed: 2 s by default.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
+    # How long new workers may take to appear before the cluster is looked at again: a node may have gone.
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "30")
 
 
 def quiet_transformers() -> None:

@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from olora_ray.errors import UserError
-from olora_ray.tracking import Tracker, connect
+from olora_ray.reach import connect, is_away, reachable
+from olora_ray.tracking import Tracker
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -54,6 +55,8 @@ def register(
         try:
             client.create_registered_model(name)
         except MlflowException as error:
+            if is_away(error):
+                raise
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise UserError(f"registry.model={name}: {str(error).splitlines()[0]}") from None
         model = client.get_logged_model(log_model(tracker, merged, tags, base_name=base_name or name))
@@ -100,6 +103,11 @@ def resolve_model_uri(uri: str, tracking_uri: str, cache: Path | None = None) ->
     once into `cache` (~/.cache/olora_ray). Raises UserError for a name, alias or version that is not
     there, with those that are.
     """
+    with reachable(tracking_uri, upload=True):
+        return _found(uri, tracking_uri, cache)
+
+
+def _found(uri: str, tracking_uri: str, cache: Path | None) -> Path:
     version = _resolve(connect(tracking_uri), uri)
     place = str(connect(tracking_uri).get_model_version_download_uri(version.name, version.version))
     key = hashlib.sha256(f"{tracking_uri} {place}".encode()).hexdigest()[:16]
@@ -187,6 +195,8 @@ def _resolve(client: "MlflowClient", uri: str) -> "ModelVersion":
     try:
         return client.get_model_version_by_alias(name, alias) if at else client.get_model_version(name, number)
     except MlflowException as error:
+        if is_away(error):
+            raise
         raise UserError(f"model.name: {uri}: {_what_there_is(client, name, error)}") from None
 
 
@@ -220,6 +230,8 @@ def _fetch(place: str, tracking_uri: str, target: Path) -> Path:
         path = Path(download_artifacts(artifact_uri=place, dst_path=str(partial), tracking_uri=tracking_uri))
         path.replace(target)
     except (MlflowException, OSError) as error:
+        if is_away(error):
+            raise
         if not target.is_dir():  # else another process was faster
             raise UserError(f"model.name: cannot download {place}: {str(error).splitlines()[0]}") from None
     finally:

@@ -1,18 +1,20 @@
 """What a person reads: the plan before, the dry run, the comparison after."""
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from olora_ray import deliver, model, scoring, storage, tracking
+from olora_ray import deliver, model, scoring, tracking
 from olora_ray.config import Config, dump
 from olora_ray.data import store
 from olora_ray.data.tokenize import spec_from_pretrained
 from olora_ray.estimate import Size, estimate
+from olora_ray.monitor import batch_split
 from olora_ray.run_folder import RunFolder
+from olora_ray.task import Outcome, Task
 from olora_ray.tracking import Tracker
 from olora_ray.train.feed import total_steps
-from olora_ray.worker import Outcome, Task
 
 Say = Callable[[str], None]
 Scores = dict[str, dict[str, float]]
@@ -30,8 +32,14 @@ def plan(config: Config, base: model.BaseModel, say: Say) -> None:
 
 def steps(task: Task, say: Say) -> None:
     """The arithmetic of the training."""
-    manifest = task.train.manifest
-    say(_steps_line(task.config, len(task.train), manifest.tokens, manifest.supervised, about=False))
+    if task.train.complete:
+        manifest = task.train.manifest
+        say(_steps_line(task.config, len(task.train), manifest.tokens, manifest.supervised, about=False))
+    else:
+        train = task.config.train
+        length = f"{train.steps} steps" if train.steps else f"{train.epochs:g} epoch{'s' * (train.epochs != 1)}"
+        split = batch_split(task.config, task.config.cluster.most())
+        say(f"training: {length}; {split}; tokens come in {task.train.shard_count:,} shards")
 
 
 def dry_run(config: Config, say: Say) -> None:
@@ -94,6 +102,21 @@ def score(config: Config, answers: Sequence[Sample]) -> Scores:
     }
 
 
+@dataclass(frozen=True)
+class Finished:
+    """What came out of a run."""
+
+    result: dict[str, Any]
+    """The content of result.json."""
+    summary: tuple[str, ...]
+    """Lines for a person."""
+
+    def show(self, say: Say) -> None:
+        """Print the summary."""
+        for line in self.summary:
+            say(line) if line else print()
+
+
 def finish(
     task: Task,
     folder: RunFolder,
@@ -102,9 +125,11 @@ def finish(
     answers: Sequence[Sample],
     parity: dict[str, Any],
     version: int | None,
-    say: Say,
-) -> None:
-    """Write result.json and the last pictures and tables, and print what came out."""
+) -> Finished:
+    """Log the scores and the last pictures and tables; safe to repeat.
+
+    Raises TrackingAway if MLflow does not answer: result.json must not be written before all is logged.
+    """
     scores = score(task.config, answers)
     result = _result(task, tracker, outcome, scores, parity, version)
     assert outcome.state is not None
@@ -114,10 +139,8 @@ def finish(
     tracker.learning_curve(_points(history, "train/loss"), _points(history, "eval/loss"))
     columns = ("prompt", "reference", "before", "after")
     tracker.table("samples", columns, [[getattr(item, name) for name in columns] for item in answers])
-    folder.write_result(result)
-    tracker.text(storage.read_text(folder.result), "result.json")
-    for line in _summary(task, folder, tracker, outcome, answers, scores, version):
-        say(line) if line else print()
+    tracker.text(json.dumps(result, indent=2) + "\n", "result.json")
+    return Finished(result, tuple(_summary(task, folder, tracker, outcome, answers, scores, version)))
 
 
 def _result(
@@ -198,8 +221,8 @@ def _model_line(config: Config, size: Size) -> str:
 def _steps_line(config: Config, packs: int, tokens: int, supervised: int, about: bool) -> str:
     train = config.train
     return (
-        f"training: {'about ' if about else ''}{total_steps(train, packs)} steps x {train.global_batch} sequences"
-        f" ({config.cluster.workers} workers x {train.micro_batch} at once x {config.accumulation()} accumulated);"
+        f"training: {'about ' if about else ''}{total_steps(train, packs)} steps;"
+        f" {batch_split(config, config.cluster.most())};"
         f" an epoch has {packs:,} sequences, {tokens:,} tokens, {supervised:,} of them supervised"
     )
 

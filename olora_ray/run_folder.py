@@ -4,7 +4,7 @@ import json
 import uuid
 from typing import Any
 
-from olora_ray import storage
+from olora_ray import keeper, storage
 from olora_ray.config import Config, build, dump, flatten, parse_yaml
 from olora_ray.errors import UserError
 
@@ -23,6 +23,7 @@ class RunFolder:
         self.adapter = storage.join(self.root, "export", "adapter")
         self.merged = storage.join(self.root, "export", "merged")
         self.parity = storage.join(self.root, "export", "parity.json")
+        self.training = storage.join(self.root, "training.json")
         self.result = storage.join(self.root, "result.json")
         self._tracking = storage.join(self.root, "tracking.json")
 
@@ -46,18 +47,31 @@ class RunFolder:
         storage.write_text(self.settings, dump(self.config))
 
     def _has_checkpoints(self) -> bool:
-        return any(name.startswith("step-") for name in storage.names(self.checkpoints))
-
-    def latest_checkpoint(self) -> str:
-        """The newest checkpoint's folder; raises UserError if there is none."""
-        found = [name for name in storage.names(self.checkpoints) if name.startswith("step-")]
-        if not found:
-            raise UserError(f"{self.checkpoints}: no checkpoint")
-        return storage.join(self.checkpoints, found[-1])
+        return bool(keeper.names(self.checkpoints))
 
     def finished(self) -> dict[str, Any] | None:
         """The result of a run that ended well."""
-        return json.loads(storage.read_text(self.result)) if storage.exists(self.result) else None
+        return _read_json(self.result)
+
+    def exported(self, step: int) -> dict[str, Any] | None:
+        """The parity report of exports that are complete and were made of the best adapter after `step` steps."""
+        found = _read_json(self.parity)
+        return found if found and found.get("ok") is True and found.get("step") == step else None
+
+    def write_parity(self, measured: dict[str, Any]) -> None:
+        """Write export/parity.json, the last file of the exports."""
+        storage.write_text(self.parity, json.dumps(measured, indent=2) + "\n")
+
+    def trained(self) -> str | None:
+        """The text of training.json, if training has ended."""
+        try:
+            return storage.read_text(self.training)
+        except (OSError, UnicodeDecodeError):
+            return None
+
+    def write_training(self, text: str) -> None:
+        """Keep what training gave, so that what comes after it can be repeated alone."""
+        storage.write_text(self.training, text)
 
     def write_result(self, result: dict[str, Any]) -> None:
         """Write result.json, the last file of a run."""
@@ -65,10 +79,8 @@ class RunFolder:
 
     def tracking_run(self, uri: str) -> str | None:
         """The id of this run in the MLflow at `uri`, if it was started there before."""
-        if not storage.exists(self._tracking):
-            return None
-        kept: dict[str, str] = json.loads(storage.read_text(self._tracking))
-        return kept["run_id"] if kept["uri"] == uri else None
+        kept = _read_json(self._tracking) or {}
+        return str(kept["run_id"]) if kept.get("uri") == uri and kept.get("run_id") else None
 
     def keep_tracking_run(self, uri: str, run_id: str) -> None:
         """Remember the MLflow run, so that a later attempt goes on with it."""
@@ -87,3 +99,12 @@ class RunFolder:
                 f"run.name: {self.config.run.name!r} exists with other settings ({shown});"
                 f" choose another run.name or delete {self.root}"
             )
+
+
+def _read_json(place: str) -> dict[str, Any] | None:
+    """The object in a JSON file of our own; None if it is not there, or damaged: it is then made again."""
+    try:
+        tree = json.loads(storage.read_text(place))
+    except (OSError, ValueError):
+        return None
+    return tree if isinstance(tree, dict) else None

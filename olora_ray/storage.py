@@ -99,13 +99,18 @@ def local_copy(place: str, cache: str | None = None) -> Path:
     return target
 
 
-def upload(folder: Path, place: str) -> None:
-    """Copy a local folder to `place`; no-op if it is that folder."""
+def upload(folder: Path, place: str, last: str | None = None) -> None:
+    """Copy a local folder to `place`, the file `last` after all others; no-op if it is that folder."""
     system, path = filesystem(place)
     if isinstance(system, fs.LocalFileSystem) and Path(path) == folder.resolve():
         return
     system.create_dir(path, recursive=True)
-    fs.copy_files(str(folder), path, source_filesystem=fs.LocalFileSystem(), destination_filesystem=system)
+    local = fs.LocalFileSystem()
+    if last is None:
+        fs.copy_files(str(folder), path, source_filesystem=local, destination_filesystem=system)
+        return
+    for name in sorted((item.name for item in folder.iterdir()), key=lambda name: name == last):
+        fs.copy_files(str(folder / name), f"{path}/{name}", source_filesystem=local, destination_filesystem=system)
 
 
 def remove(place: str) -> None:

@@ -1,77 +1,39 @@
 """What a Ray Train worker does: build its part, train, evaluate, checkpoint, answer."""
 
 import math
-import tempfile
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray.train
 import ray.train.torch
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from olora_ray import checkpoint
-from olora_ray.adapter.distribute import InitReport, initialise
+from olora_ray import checkpoint, keeper, storage
+from olora_ray.adapter.distribute import InitReport, initialise, raise_together
 from olora_ray.adapter.factors import AdapterWeights, Factors
 from olora_ray.adapter.inject import find_targets, inject
-from olora_ray.config import Config, dump
-from olora_ray.data.store import TokenStore
+from olora_ray.baseline import Baseline
+from olora_ray.board import Resumed, Started
+from olora_ray.config import dump
 from olora_ray.errors import UserError
-from olora_ray.model import BaseModel, check_attention, load_model, on_this_node
+from olora_ray.listener import Listener
+from olora_ray.model import check_attention, load_model, on_this_node
 from olora_ray.quiet import quiet_train_worker, quiet_transformers
-from olora_ray.train.feed import Feed, total_steps
+from olora_ray.task import Answered, Outcome, Task
+from olora_ray.train.feed import Feed
 from olora_ray.train.generate import Question, answer, questions
 from olora_ray.train.loop import StepResult, Trainer, evaluate
 from olora_ray.train.loss import SupervisedLoss
 from olora_ray.train.memory import keep_freed_memory
 from olora_ray.train.parallel import spread
+from olora_ray.train.schedule import Schedule
 from olora_ray.train.state import TrainState
 
-
-@dataclass(frozen=True)
-class Task:
-    """All that a worker needs; whatever is large lies under the storage path."""
-
-    config: Config
-    base: BaseModel
-    eos: tuple[int, ...]
-    """Token ids that end an answer."""
-    train: TokenStore
-    eval: TokenStore | None
-    board: Any
-
-    def identity(self) -> dict[str, str]:
-        """Digests of what decides the numbers of a run."""
-        return {
-            "base": self.base.digest,
-            "train data": self.train.digest,
-            "eval data": self.eval.digest if self.eval else "",
-            "adapter": self.config.adapter.model_dump_json(),
-        }
-
-
-@dataclass(frozen=True)
-class Answered:
-    """One held-out prompt with its answers, as token ids."""
-
-    prompt: tuple[int, ...]
-    reference: tuple[int, ...]
-    before: tuple[int, ...]
-    after: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What training returns to the driver."""
-
-    problem: str | None = None
-    """Why training stopped, if the user has to act."""
-    state: TrainState | None = None
-    steps: int = 0
-    """Steps of the full schedule."""
-    answers: tuple[Answered, ...] = ()
-    stopped_early: bool = False
+Value = TypeVar("Value")
 
 
 def train_worker(parts: dict[str, Any]) -> Outcome:
@@ -79,7 +41,7 @@ def train_worker(parts: dict[str, Any]) -> Outcome:
     quiet_transformers()
     quiet_train_worker()
     try:
-        return Worker(parts["task"]).run()
+        return Worker(parts["task"], parts["checkpoints"]).run()
     except UserError as error:
         # Returned, not raised: a retry would meet the same problem. All workers get here together.
         return Outcome(problem=str(error))
@@ -88,15 +50,17 @@ def train_worker(parts: dict[str, Any]) -> Outcome:
 class Worker:
     """One training process."""
 
-    def __init__(self, task: Task) -> None:
-        self.task, self.config = task, task.config
+    def __init__(self, task: Task, checkpoints: str) -> None:
+        self.task, self.config, self.checkpoints = task, task.config, checkpoints
         context = ray.train.get_context()
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device()
         if self.device.type == "cpu":
             torch.set_num_threads(max(1, math.floor(self.config.cluster.cpus_per_worker)))
             keep_freed_memory()
-        self.total = total_steps(self.config.train, len(task.train))
+        self.listener = Listener(task.board, self.rank)
+        self.schedule = Schedule(self.config.train, task.train, self.listener.waiting)
+        self.keeper = keeper.Keeper(checkpoints, self.config.train.keep, self._say) if self.rank == 0 else None
         self.state = TrainState()
         self.best: Tensor | None = None
         self.asked = self._questions()
@@ -117,43 +81,75 @@ class Worker:
         if restored:
             self._take_up(restored)
         else:
-            self._start()
-        stopped = self._train()
-        return self._finish(stopped)
+            self._tell_driver(Started(self.world))
+            self._checkpoint()  # what the initialisation made is never made again
+        if self.state.step == 0 and not self.state.history:
+            self._measure_base()
+        return self._finish(self._train())
 
     def _train(self) -> bool:
-        """Steps, evaluations and checkpoints until the end; True if stopped early."""
-        feed = Feed(self.task.train, self.config.train, self.config.run.seed, self.attention, self.rank, self.world)
+        """Steps, evaluations and checkpoints until the end; True if the driver or Ray has asked to stop."""
+        feed = Feed(
+            self.task.train,
+            self.config.train,
+            self.config.run.seed,
+            self.attention,
+            self.rank,
+            self.world,
+            waiting=self.listener.waiting,
+        )
         # A run that had stopped early and is taken up again has nothing left to train.
-        end = self.state.step if self._stale() else self.total
-        for result in self.trainer.steps(feed, self.state.step, end, self.total):
+        if self._stale():
+            return False
+        for result in self.trainer.steps(feed, self.state.step, self.schedule):
             self.state.step = result.step
             metrics = _metrics(result)
-            last = result.step == self.total
+            last = self.schedule.last(result.step)
             if self.task.eval and (last or result.step % self.config.train.eval_every == 0):
                 metrics |= self._evaluate()
             self._tell(metrics)
-            if last or self._stale() or result.step % self.config.train.checkpoint_every == 0:
-                self._checkpoint(wait=last or self._stale())
-            if self._stale():
-                break
-        return self.state.step < self.total
+            end = last or self._stale()
+            if end or result.signal or result.step % self.config.train.checkpoint_every == 0:
+                self._checkpoint()
+            if end or result.signal:
+                return not end
+            self.trainer.signal = self.listener.wants_stop()
+        return False
 
     def _stale(self) -> bool:
         limit = self.config.train.early_stop
         return limit is not None and self.state.stale >= limit
 
-    def _start(self) -> None:
-        """Measure the untouched base, then keep what the initialisation made."""
-        metrics = self._evaluate() if self.task.eval else {}
-        if self.asked:
-            self._say(f"answering {len(self.asked)} held-out prompts with the base model")
-            self.state.before = self._answer()
-        if metrics:
-            self._tell(metrics)
-        self._checkpoint(wait=False)
+    def _measure_base(self) -> None:
+        """Loss and answers of the untouched base; an earlier attempt may have measured them."""
+        place = storage.join(self.checkpoints, "baseline.json")
+        found = self._shared(Baseline.read(place, self.task.identity(), len(self.asked)) if self.rank == 0 else None)
+        if found is None:
+            loss = (
+                evaluate(self.trainer, self.task.eval, self.attention, self.rank, self.world)
+                if self.task.eval
+                else None
+            )
+            if self.asked:
+                self._say(f"answering {len(self.asked)} held-out prompts with the base model")
+            found = Baseline(loss, self._answer() if self.asked else None)
+            if self.rank == 0:
+                found.write(place, self.task.identity())
+        self.state.before = found.answers
+        if found.loss is not None:
+            self._tell(self._note_evaluation(found.loss))
 
-    def _finish(self, stopped: bool) -> Outcome:
+    def _finish(self, interrupted: bool) -> Outcome:
+        problem = None
+        try:
+            if self.keeper:
+                self.keeper.finish()
+        except UserError as error:
+            problem = str(error)
+        raise_together(problem)
+        if interrupted:
+            why, preempted = self.listener.why()
+            return Outcome(interrupted=why, preempted=preempted, state=self.state)
         if self.best is not None:
             self.trainer.flat.vector.copy_(self.best)
         answers: tuple[Answered, ...] = ()
@@ -161,14 +157,16 @@ class Worker:
             self._say(f"answering {len(self.asked)} held-out prompts with the fine-tuned model")
             pairs = zip(self.asked, self.state.before or [], self._answer(), strict=True)
             answers = tuple(Answered(q.prompt, q.reference, tuple(old), tuple(new)) for q, old, new in pairs)
-        return Outcome(None, self.state, self.total, answers, stopped)
+        return Outcome(state=self.state, stopped_early=not self.schedule.last(self.state.step), answers=answers)
 
     def _evaluate(self) -> dict[str, float]:
         assert self.task.eval is not None
-        value = evaluate(self.trainer, self.task.eval, self.attention, self.rank, self.world)
-        if self.state.note_evaluation(value):
+        return self._note_evaluation(evaluate(self.trainer, self.task.eval, self.attention, self.rank, self.world))
+
+    def _note_evaluation(self, loss: float) -> dict[str, float]:
+        if self.state.note_evaluation(loss):
             self.best = self.trainer.flat.vector.clone()
-        return {"eval/loss": value, "eval/perplexity": math.exp(min(value, 80.0))}
+        return {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 80.0))}
 
     def _factors(self, model: Any, restored: checkpoint.Checkpoint | None) -> dict[str, Factors]:
         adapter = self.config.adapter
@@ -179,43 +177,42 @@ class Worker:
         self._say(_describe(adapter.method, report))
         return factors
 
-    def _checkpoint(self, wait: bool) -> None:
-        """Save and report; rank 0 writes, since all workers hold the same adapter and optimizer."""
-        folder = None
-        if self.rank == 0:
-            folder = Path(tempfile.mkdtemp(prefix="olora-checkpoint-"))
-            flat = self.trainer.flat
-            earlier = self.best is not None and self.state.best_step != self.state.step
-            checkpoint.save(
-                folder,
-                {name: layer.weights() for name, layer in self.trainer.adapted.items()},
-                flat.named(self.best) if earlier and self.best is not None else None,
-                self.trainer.optimizer.state(),
-                self.state,
-                self.task.identity(),
-                dump(self.config),
-            )
-        modes = ray.train.CheckpointUploadMode
-        ray.train.report(
-            {"step": self.state.step},
-            checkpoint=ray.train.Checkpoint.from_directory(str(folder)) if folder else None,
-            checkpoint_dir_name=f"step-{self.state.step:07d}",
-            checkpoint_upload_mode=modes.SYNC if wait else modes.ASYNC,
-            delete_local_checkpoint_after_upload=True,
-        )
+    def _checkpoint(self) -> None:
+        """Have the state of now saved; rank 0 writes, since all workers hold the same adapter and optimizer."""
+        if self.keeper:
+            self.keeper.save(self.state.step, self._snapshot())
+
+    def _snapshot(self) -> Callable[[Path], None]:
+        """A function that writes the state of now, later."""
+        flat, state, identity = self.trainer.flat, self.state, self.task.identity()
+        vector = flat.named(flat.vector.detach().to("cpu", copy=True))
+        adapter = {
+            name: AdapterWeights(_on_cpu(layer.weights().factors), vector[f"{name}.da"], vector[f"{name}.db"])
+            for name, layer in self.trainer.adapted.items()
+        }
+        optimizer = {name: part.detach().to("cpu", copy=True) for name, part in self.trainer.optimizer.state().items()}
+        best = None
+        if self.best is not None and state.best_step != state.step:
+            best = flat.named(self.best.to("cpu"))  # a new one is made when it changes
+        state = replace(state, history=list(state.history))
+        text = dump(self.config)
+        return lambda folder: checkpoint.save(folder, adapter, best, optimizer, state, identity, text)
 
     def _restored(self) -> checkpoint.Checkpoint | None:
-        latest = ray.train.get_checkpoint()
-        if latest is None:
+        """The newest good checkpoint, the same on all workers; raises UserError if it is of something else."""
+        found = keeper.newest(self.checkpoints, self._say) if self.rank == 0 else None
+        place = self._shared(found[0] if found else None)
+        if place is None:
             return None
-        with latest.as_directory() as folder:
-            found = checkpoint.load(Path(folder))
-        for what, digest in self.task.identity().items():
-            if found.identity.get(what) != digest:
-                raise UserError(
-                    f"run.name: the checkpoint of {self.config.run.name!r} has another {what}; use a new run.name"
-                )
-        return found
+        problem, restored = None, found[1] if found else None
+        try:
+            restored = restored or keeper.read(place)
+        except UserError as error:
+            problem = f"run.storage: worker {self.rank} cannot use what worker 0 can: {error}"
+        raise_together(problem)
+        assert restored is not None
+        checkpoint.require_same(restored.identity, self.task.identity(), place)
+        return restored
 
     def _take_up(self, restored: checkpoint.Checkpoint) -> None:
         self.state = restored.state
@@ -226,7 +223,8 @@ class Worker:
             self.best = flat.vector.clone()
             if restored.best is not None:
                 flat.load(self.best, restored.best)
-        self._say(f"resuming after step {self.state.step} of {self.total}")
+        total = self.schedule.total()
+        self._tell_driver(Resumed(self.state.step, total, self.world, list(self.state.history)))
 
     def _questions(self) -> list[Question]:
         wanted = self.config.evaluation.samples
@@ -239,13 +237,25 @@ class Worker:
         return answer(self.trainer, self.asked, limit, self.task.eos, self.rank, self.world)
 
     def _tell(self, metrics: dict[str, float]) -> None:
-        row = self.state.record(self.state.step, metrics)
-        if self.rank == 0:
-            self.task.board.put.remote(row)
+        self._tell_driver(self.state.record(self.state.step, metrics))
 
     def _say(self, line: str) -> None:
+        self._tell_driver(line)
+
+    def _tell_driver(self, message: Any) -> None:
         if self.rank == 0:
-            self.task.board.put.remote(line)
+            self.task.board.put.remote(message)
+
+    def _shared(self, value: Value) -> Value:
+        """The value of rank 0, on all workers."""
+        values = [value]
+        if dist.is_initialized():
+            dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+
+def _on_cpu(factors: Factors) -> Factors:
+    return Factors(factors.a0.cpu(), None if factors.b0 is None else factors.b0.cpu(), factors.full_rank)
 
 
 def _metrics(result: StepResult) -> dict[str, float]:

@@ -20,10 +20,10 @@ def main(argv: list[str]) -> None:
     """The whole pipeline, in the order in which the data flows."""
     config, dry_run = command.read_arguments(argv, QUICKSTART, usage=__doc__ or "")
     say = command.log_line
-    from olora_ray import deliver, launch, model, report, tracking
+    from olora_ray import deliver, launch, model, report
     from olora_ray.data.tokenize import spec_from_pretrained
     from olora_ray.run_folder import RunFolder
-    from olora_ray.worker import Task
+    from olora_ray.task import Task
 
     if dry_run:
         report.dry_run(config, say)
@@ -34,23 +34,26 @@ def main(argv: list[str]) -> None:
     if done := folder.finished():
         report.already_finished(config, done, say)
         return
-    tracking.check(tracking.resolve_uri(config))
+    deliver.check_tracking(config, folder)
     base = model.obtain(config, say, deliver.registered(config))
     tokenizer = model.load_tokenizer(base, config.model)
     spec = spec_from_pretrained(tokenizer, base.name)
     report.plan(config, base, say)
 
-    with launch.connect(config, say):
-        train, held_out = launch.prepare(config, spec, say)
-        task = Task(config, base, model.end_tokens(base, tokenizer), train, held_out, launch.make_board())
+    with launch.connect(config, say) as stop, launch.tokens(config, spec, say) as (training, held_out):
+        eos = model.end_tokens(base, tokenizer)
+        task = Task(config, base, spec.digest, eos, training.store, held_out, launch.make_board())
         report.steps(task, say)
+        outcome = deliver.trained(task, folder, say)
         folder.claim()
         with deliver.tracked(task, folder) as tracker:
-            outcome = launch.train(task, folder, tracker, say)
-            parity = launch.run_export(task, folder, say)
+            outcome = outcome or launch.train(task, folder, training, tracker, stop, say)
+            parity = launch.run_export(task, folder, outcome, say)
             version = deliver.publish(task, folder, tracker, outcome, parity, say)
             answers = report.texts(outcome, tokenizer)
-            report.finish(task, folder, tracker, outcome, answers, parity, version, say)
+            finished = report.finish(task, folder, tracker, outcome, answers, parity, version)
+        folder.write_result(finished.result)  # nothing is left to be logged
+        finished.show(say)
 
 
 if __name__ == "__main__":

@@ -134,7 +134,7 @@ def test_a_checkpoint_has_these_files_for_all_to_read_and_no_pickle(saved: Path)
 
 
 def test_the_best_adapter_has_the_best_changes_on_the_same_factors(saved: Path) -> None:
-    found, expected = checkpoint.load_best_adapter(saved), random_adapter()
+    found, expected = checkpoint.load(saved).best_adapter(), random_adapter()
     for name, weights in found.items():
         assert same(weights.factors.a0, expected[name].factors.a0)
         assert same(weights.da, changes(1)[f"{name}.da"])
@@ -143,7 +143,7 @@ def test_the_best_adapter_has_the_best_changes_on_the_same_factors(saved: Path) 
 
 def test_the_latest_adapter_is_the_best_where_no_other_is_kept(tmp_path: Path) -> None:
     save(tmp_path / "c", best=None)
-    assert_same_adapter(checkpoint.load_best_adapter(tmp_path / "c"), random_adapter())
+    assert_same_adapter(checkpoint.load(tmp_path / "c").best_adapter(), random_adapter())
 
 
 def damaged(saved: Path, tmp_path: Path) -> Path:
@@ -211,3 +211,23 @@ def test_another_format_is_refused(saved: Path, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(checkpoint, "FORMAT", 2)
     with pytest.raises(UserError, match="another version"):
         checkpoint.load(saved)
+
+
+NOW = {"base model": "b1", "tokenizer": "t1", "training data": "d1", "adapter": '{"rank": 4, "alpha": 8.0}'}
+
+
+@pytest.mark.parametrize(
+    ("then", "expected"),
+    [
+        ({"base model": "b0"}, "another base model (b0 then, b1 now)"),
+        ({"training data": "d0"}, "another training data (d0 then, d1 now)"),
+        ({"tokenizer": "t0", "training data": "d0"}, "another tokenizer (t0 then, t1 now);"),
+        ({"adapter": '{"rank": 2, "alpha": 8.0}'}, "another adapter (rank was 2, is 4)"),
+    ],
+)
+def test_another_identity_is_refused_with_the_difference(then: dict[str, str], expected: str) -> None:
+    checkpoint.require_same(NOW, NOW, "step-0000002")
+    with pytest.raises(UserError) as caught:
+        checkpoint.require_same(NOW | then, NOW, "step-0000002")
+    assert expected in str(caught.value)
+    assert str(caught.value).startswith("run.name: step-0000002 was trained with another")

@@ -123,8 +123,14 @@ def test_a_bug_keeps_its_traceback(tmp_path: Path) -> None:
 def test_an_interruption_says_how_to_go_on(tmp_path: Path) -> None:
     done = script(tmp_path, "raise KeyboardInterrupt")
     assert done.returncode == 130
-    assert done.stderr.startswith("interrupted; ")
-    assert "Traceback" not in done.stderr
+    assert done.stderr == "stopped (SIGINT); the same command goes on with what is done\n"
+
+
+def test_what_passes_by_itself_and_what_was_stopped_have_exit_codes_of_their_own(tmp_path: Path) -> None:
+    done = script(tmp_path, "from olora_ray.errors import TryAgain; raise TryAgain('away')")
+    assert (done.returncode, done.stderr) == (75, "error: away\n")
+    done = script(tmp_path, "from olora_ray.errors import Stopped; raise Stopped('stopped after step 3', 143)")
+    assert (done.returncode, done.stderr) == (143, "stopped after step 3\n")
 
 
 def test_a_good_end_has_exit_code_0(tmp_path: Path) -> None:

@@ -109,22 +109,34 @@ def test_eval_and_eval_fraction_exclude_each_other() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("batch", "micro", "workers", "nearest"),
-    [(10, 4, 2, "use 8 or 16"), (3, 2, 2, "use 4"), (17, 1, 4, "use 16 or 20")],
-)
-def test_a_batch_that_does_not_divide_names_the_nearest(batch: int, micro: int, workers: int, nearest: str) -> None:
-    message = problem(train={"global_batch": batch, "micro_batch": micro}, cluster={"workers": workers})
-    assert message.startswith(f"config: train.global_batch={batch} is not a multiple of")
-    assert message.endswith(nearest)
+@pytest.mark.parametrize(("batch", "workers"), [(1, 2), (3, 4), (3, [2, 4])])
+def test_a_batch_with_less_than_a_sequence_a_worker_is_refused(batch: int, workers: Any) -> None:
+    message = problem(train={"global_batch": batch}, cluster={"workers": workers})
+    assert message.startswith(f"config: train.global_batch={batch} is smaller than cluster.workers=")
 
 
 @given(st.integers(1, 64), st.integers(1, 8), st.integers(1, 8))
-def test_accumulation_follows_from_the_batch(factor: int, micro: int, workers: int) -> None:
-    config = build(
-        tree(train={"global_batch": factor * micro * workers, "micro_batch": micro}, cluster={"workers": workers})
+def test_accumulation_follows_from_the_batch(batch: int, micro: int, workers: int) -> None:
+    workers = min(workers, batch)
+    config = build(tree(train={"global_batch": batch, "micro_batch": micro}, cluster={"workers": workers}))
+    shares = [(w + 1) * batch // workers - w * batch // workers for w in range(workers)]
+    assert config.accumulation() == max(-(-share // micro) for share in shares)
+    assert config.accumulation(1) == -(-batch // micro)
+
+
+def test_the_workers_may_be_a_range() -> None:
+    assert (build(tree()).cluster.fewest(), build(tree()).cluster.most()) == (2, 2)
+    cluster = build(tree(cluster={"workers": [1, 4]})).cluster
+    assert (cluster.fewest(), cluster.most()) == (1, 4)
+
+
+@pytest.mark.parametrize("workers", [0, [0, 2], [1, 2, 3], "many", [1], True, [4, 1]])
+def test_workers_that_are_no_number_or_range_are_refused(workers: Any) -> None:
+    message = problem(cluster={"workers": workers})
+    assert (
+        message
+        == f"config: cluster.workers: expected a number of workers, or [min, max] with 1 <= min <= max, not {workers!r}"
     )
-    assert config.accumulation() == factor
 
 
 @pytest.mark.parametrize("text", ["1e-4", "1E-4", "1.0e-4", "0.0001", "1e+2", "-3e5", ".5"])
@@ -220,7 +232,7 @@ def test_a_broken_value_names_the_argument() -> None:
         ({"data.train.1.path": "b"}, "data.train.1.path: '1' has no fields to set"),
         ({"data.train.7": "b"}, "data.train.7: the list has 1 entries, counted from 0"),
         ({"run.name.first": "b"}, "run.name.first: 'name' has no fields to set"),
-        ({"train.micro_batch": 3}, "train.global_batch=16 is not a multiple"),
+        ({"train.global_batch": 1}, "train.global_batch=1 is smaller"),
     ],
 )
 def test_a_change_is_validated_like_a_file(changes: dict[str, Any], expected: str) -> None:

@@ -103,16 +103,27 @@ def test_a_folder_with_a_config_that_does_not_read_is_refused(config: Config) ->
         folder.check()
 
 
-def test_the_latest_checkpoint_is_the_one_with_the_most_steps(config: Config) -> None:
-    folder = begin(config)
-    for name in ("step-0000100", "step-0000020", "other", ".step-9999999"):
-        (Path(folder.checkpoints) / name).mkdir()
-    assert folder.latest_checkpoint() == f"{folder.checkpoints}/step-0000100"
+def test_exports_count_for_the_step_they_were_made_of(config: Config) -> None:
+    folder = RunFolder(config)
+    assert folder.exported(6) is None
+    folder.write_parity({"step": 6, "ok": True})
+    assert folder.exported(6) == {"step": 6, "ok": True}
+    assert folder.exported(4) is None
+    folder.write_parity({"step": 6, "ok": False})
+    assert folder.exported(6) is None
 
 
-def test_a_run_without_a_checkpoint_has_no_latest(config: Config) -> None:
-    with pytest.raises(UserError, match="checkpoints: no checkpoint"):
-        RunFolder(config).latest_checkpoint()
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "\xff"])
+def test_a_damaged_note_of_ours_counts_as_missing(config: Config, text: str) -> None:
+    folder = RunFolder(config)
+    folder.claim()
+    for place in ("result.json", "tracking.json", "export/parity.json"):
+        file = Path(folder.root) / place
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(text.encode("latin-1"))
+    assert folder.exported(6) is None
+    assert folder.tracking_run("sqlite:///a.db") is None
+    assert folder.finished() is None
 
 
 def test_the_result_marks_the_end(config: Config) -> None:

@@ -108,18 +108,56 @@ class Counts:
 
 
 class ListStore:
-    """Packs in memory, read like olora_ray.data.store.TokenStore."""
+    """Packs in memory, read like olora_ray.data.store.TokenStore, in shards of `sizes` packs.
+
+    The first `arrived` shards are where `refresh` finds them: a growing store, as long as these are not all.
+    """
 
     digest = "list"
 
-    def __init__(self, packs: Sequence[Any]) -> None:
+    def __init__(self, packs: Sequence[Any], sizes: Sequence[int] = (), arrived: int | None = None) -> None:
         self._packs = list(packs)
-        self.manifest = Counts(self.supervised(range(len(packs))), len(packs))
+        self.sizes = list(sizes) or [len(packs)]
+        self.shard_count = len(self.sizes)
+        self.arrived = self.shard_count if arrived is None else arrived
+        self.known_shards = 0
+        self.refresh()
+
+    @property
+    def known(self) -> int:
+        return sum(self.sizes[: self.known_shards])
+
+    @property
+    def complete(self) -> bool:
+        return self.known_shards == self.shard_count
+
+    @property
+    def packs(self) -> int | None:
+        return self.known if self.complete else None
+
+    @property
+    def manifest(self) -> Counts:
+        return Counts(self.supervised(range(len(self))), len(self))
+
+    def refresh(self) -> None:
+        """Look for more shards."""
+        self.known_shards = self.arrived
+
+    def place(self, index: int) -> tuple[int, int, int]:
+        """Shard, place in it, packs of the shard."""
+        for number, size in enumerate(self.sizes[: self.known_shards]):
+            if index < size:
+                return number, index, size
+            index -= size
+        raise IndexError(index)
 
     def __len__(self) -> int:
+        assert self.complete
         return len(self._packs)
 
     def __getitem__(self, index: int) -> Any:
+        if index >= self.known:
+            raise IndexError(index)
         return self._packs[index]
 
     def supervised(self, indices: Sequence[int]) -> int:

@@ -70,7 +70,7 @@ def initialise(
         own = {name: _compute(name, targets[name], method, rank, seed, device) for name in shares[here]}
     except UserError as error:
         problem = str(error)
-    _raise_together(problem)
+    raise_together(problem)
     seconds = time.perf_counter() - start
 
     start = time.perf_counter()
@@ -112,7 +112,7 @@ def _compute(name: str, module: nn.Module, method: str, rank: int, seed: int, de
     return found
 
 
-def _raise_together(problem: str | None) -> None:
+def raise_together(problem: str | None) -> None:
     """Raise a UserError on all workers if one has a problem: alone, it would leave the others waiting."""
     problems = [problem]
     if dist.is_initialized():

@@ -6,7 +6,6 @@ and holds as long as the file's size and time of change do.
 
 import hashlib
 import itertools
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,6 +17,7 @@ from pyarrow import parquet
 from olora_ray import storage
 from olora_ray.data import read
 from olora_ray.data.read import Unit
+from olora_ray.data.records import read_sealed, seal
 from olora_ray.data.sources import File, open_filesystem
 from olora_ray.errors import UserError
 
@@ -53,12 +53,12 @@ def scan(file: File, storage_root: str) -> FileScan:
     """Scan a file, or take the kept result; raises UserError for a file that is broken as a whole."""
     if file.size < CACHED_FROM or not file.modified:
         return _scan(file)
-    key = hashlib.sha256(f"1 {file.uri} {file.size} {file.modified}".encode()).hexdigest()[:32]
+    key = hashlib.sha256(f"2 {file.uri} {file.size} {file.modified}".encode()).hexdigest()[:32]
     kept = storage.join(storage_root, "tokens", "scans", f"{key}.json")
-    if storage.exists(kept):
-        return _from_json(json.loads(storage.read_text(kept)))
+    if (tree := read_sealed(kept)) is not None:
+        return _from_json(tree)
     result = _scan(file)
-    storage.write_text(kept, json.dumps(_to_json(result)))
+    storage.write_text(kept, seal(_to_json(result)))
     return result
 
 

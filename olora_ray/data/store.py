@@ -6,16 +6,17 @@
         manifest.json        written last: the store is complete
         rejected.jsonl       the rows that could not be used, with the reason
 
-Reading needs neither Ray nor the tokenizer.
+A store is read while it grows: shards are made in order, and those at its front are there long before
+the last. Reading needs neither Ray nor the tokenizer.
 """
 
 import fcntl
 import hashlib
-import json
 import os
 import tempfile
+import threading
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,15 +24,17 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from pyarrow import fs, ipc
+from pyarrow import ipc
 
 from olora_ray import storage
 from olora_ray.config import Config
-from olora_ray.data import chance
+from olora_ray.data import chance, records
+from olora_ray.data.records import Manifest, Outline, ShardInfo, shard_name, sidecar_name
 from olora_ray.data.tokenize import TokenizerSpec
 from olora_ray.errors import UserError
 
 if TYPE_CHECKING:
+    from olora_ray.data.preparation import Preparation
     from olora_ray.data.preview import Preview
 
 OPEN_SHARDS = 512
@@ -50,93 +53,93 @@ class Pack:
     """Tokens of each example; they sum up to the length of the sequence."""
 
 
-@dataclass(frozen=True)
-class ShardInfo:
-    """A line of the manifest."""
-
-    packs: int
-    tokens: int
-    supervised: int
-    bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a complete store holds."""
-
-    digest: str
-    rows: int
-    """Rows read, rejected ones included."""
-    rejected: dict[str, int]
-    """Rows by the reason why they cannot be used."""
-    examples: int
-    packs: int
-    tokens: int
-    supervised: int
-    fill: float
-    """Tokens / (packs * max_length)."""
-    max_length: int
-    files: tuple[str, ...]
-    """Where the rows came from; other files with the same content share the store."""
-    shards: tuple[ShardInfo, ...] = field(repr=False)
-    inputs: dict[str, Any] = field(repr=False)
-    """What the digest was made of."""
-
-    def to_json(self) -> str:
-        """The text of manifest.json."""
-        return json.dumps(asdict(self), indent=1)
-
-    @classmethod
-    def from_json(cls, text: str) -> "Manifest":
-        """Read `to_json` back; raises ValueError, KeyError or TypeError for anything else."""
-        tree = json.loads(text)
-        tree["shards"] = tuple(ShardInfo(**shard) for shard in tree["shards"])
-        return cls(**{**tree, "files": tuple(tree["files"])})
-
-
 class TokenStore:
-    """A complete store, read by the number of the sequence. Pickles as its address."""
+    """A store, read by the number of the sequence; made by `open` or `growing`.
 
-    def __init__(self, uri: str, manifest: Manifest) -> None:
-        """Use `open`."""
-        self.uri = uri
-        self.manifest = manifest
-        self.digest = manifest.digest
-        self._ends = np.cumsum([shard.packs for shard in manifest.shards], dtype=np.int64)
+    Of a growing store the sequences of the shards at its front are known, and `refresh` looks for more.
+    Pickles as its address and what is known. Threads may share it.
+    """
+
+    def __init__(
+        self, uri: str, outline: Outline, shards: tuple[ShardInfo, ...] = (), manifest: Manifest | None = None
+    ) -> None:
+        """Use `open` or `growing`; `shards` are those at the front that are known."""
+        self.uri, self.digest, self.shard_count = uri, outline.digest, outline.shards
+        self.max_length, self.files = outline.max_length, outline.files
+        self._outline, self._manifest = outline, manifest
+        self._known = _Known.of(manifest.shards if manifest else shards)
+        self._lock = threading.Lock()
         self._map = lru_cache(OPEN_SHARDS)(self._opened)
 
     @classmethod
     def open(cls, uri: str) -> "TokenStore":
         """Open a complete store; raises UserError if it is not complete or a shard is not what it was."""
         try:
-            manifest = Manifest.from_json(storage.read_text(storage.join(uri, "manifest.json")))
+            found = records.read_manifest(uri)
         except FileNotFoundError:
             raise UserError(f"token store {uri}: not there, or not complete (no manifest.json)") from None
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"token store {uri}: manifest.json is damaged ({error}); delete the folder") from None
-        system, path = storage.filesystem(uri)
-        sizes = {info.base_name: info.size for info in system.get_file_info(fs.FileSelector(path))}
-        for number, shard in enumerate(manifest.shards):
-            if (size := sizes.get(shard_name(number))) != shard.bytes:
-                found = (
-                    "is missing (does every node see this folder?)"
-                    if size is None
-                    else f"has {size} bytes instead of {shard.bytes}"
-                )
-                raise UserError(f"token store {uri}: {shard_name(number)} {found}; delete the folder to make it again")
-        return cls(uri, manifest)
+        except ValueError as error:
+            raise UserError(f"token store {uri}: manifest.json is damaged ({error}); start the run again") from None
+        if problem := _wrong_size(uri, found):
+            raise UserError(f"token store {uri}: {problem}; start the run again to have it made again")
+        return cls(uri, found.outline(), (), found)
 
-    def __reduce__(self) -> tuple[Callable[[str, Manifest], "TokenStore"], tuple[str, Manifest]]:
-        """The address and the manifest; shards are mapped again where it arrives."""
-        return TokenStore, (self.uri, self.manifest)
+    @classmethod
+    def growing(cls, uri: str, outline: Outline) -> "TokenStore":
+        """A store of which any part may be there, or nothing."""
+        store = cls(uri, outline)
+        store.refresh()
+        return store
+
+    def __reduce__(self) -> tuple[Callable[..., "TokenStore"], tuple[Any, ...]]:
+        """The address and what is known; shards are mapped again where it arrives."""
+        shards = () if self._manifest else self._known.shards
+        return TokenStore, (self.uri, self._outline, shards, self._manifest)
+
+    @property
+    def complete(self) -> bool:
+        """Whether the manifest was there at the last look."""
+        return self._manifest is not None
+
+    @property
+    def known_shards(self) -> int:
+        """How many shards at the front were there at the last look."""
+        return len(self._known.shards)
+
+    @property
+    def known(self) -> int:
+        """How many sequences those shards hold."""
+        return int(self._known.ends[-1])
+
+    @property
+    def packs(self) -> int | None:
+        """How many sequences the store has; None while shards are missing."""
+        known = self._known
+        return int(known.ends[-1]) if len(known.shards) == self.shard_count else None
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the complete store holds; looks for it, and raises UserError if it is not there."""
+        self.refresh()
+        if self._manifest is None:
+            raise UserError(f"token store {self.uri}: not complete; start the run again to have it completed")
+        return self._manifest
+
+    def refresh(self) -> None:
+        """Look for the manifest and for more shards; two requests to the storage when there is nothing new."""
+        with self._lock:
+            if self._manifest is None and (found := self._found_manifest()):
+                self._known, self._manifest = _Known.of(found.shards), found
+            while self._manifest is None and (info := self._next_shard()):
+                self._known = _Known.of((*self._known.shards, info))
 
     def __len__(self) -> int:
-        """Number of sequences."""
-        return self.manifest.packs
+        """Number of sequences, once all shards are there."""
+        assert self.packs is not None, "a growing store has no length yet"
+        return self.packs
 
     def __getitem__(self, index: int) -> Pack:
-        """Sequence `index`, 0 <= index < len; a copy, so that it may be changed."""
+        """Sequence `index`, 0 <= index < known; a copy, so that it may be changed."""
         batch, row = self._find(index)
         return Pack(
             input_ids=_slice(batch, "input_ids", row).to_numpy().copy(),
@@ -157,26 +160,59 @@ class TokenStore:
         from olora_ray.data.shards import place_name
 
         batch, row = self._find(index)
-        return [place_name(self.manifest.files, origin) for origin in _slice(batch, "origin", row).to_pylist()]
+        return [place_name(self.files, origin) for origin in _slice(batch, "origin", row).to_pylist()]
+
+    def place(self, index: int) -> tuple[int, int, int]:
+        """Where sequence `index` stands: number of its shard, place in it, sequences of the shard."""
+        known = self._known
+        if not 0 <= index < known.ends[-1]:
+            raise IndexError(f"sequence {index} of {known.ends[-1]}")
+        number = int(np.searchsorted(known.ends, index, side="right")) - 1
+        return number, int(index - known.ends[number]), known.shards[number].packs
 
     def _find(self, index: int) -> tuple[Any, int]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"sequence {index} of {len(self)}")
-        number = int(np.searchsorted(self._ends, index, side="right"))
-        return self._map(number), int(index - (self._ends[number - 1] if number else 0))
+        number, row, _ = self.place(index)
+        return self._map(number), row
+
+    def _found_manifest(self) -> Manifest | None:
+        """The manifest, if all is as it says; a store that is being repaired counts as growing."""
+        try:
+            found = records.read_manifest(self.uri)
+        except (FileNotFoundError, ValueError):
+            return None
+        fits = found.digest == self.digest and len(found.shards) == self.shard_count
+        return found if fits and not _wrong_size(self.uri, found) else None
+
+    def _next_shard(self) -> ShardInfo | None:
+        number = self.known_shards
+        if number == self.shard_count:
+            return None
+        sidecar = records.read_sealed(storage.join(self.uri, sidecar_name(number)))
+        if sidecar is None or records.size(self.uri, shard_name(number)) != sidecar["bytes"]:
+            return None
+        return ShardInfo.of(sidecar)
 
     def _opened(self, number: int) -> Any:
-        path = self._local(number)
-        wanted = self.manifest.shards[number]
-        with path.open("rb") as file:
-            intact = hashlib.file_digest(file, "sha256").hexdigest() == wanted.sha256
+        try:
+            path = self._local(number)
+            if not self._intact(path, number) and storage.is_uri(self.uri):
+                path = self._local(number, again=True)
+            intact = self._intact(path, number)
+        except FileNotFoundError:
+            raise UserError(
+                f"token store {self.uri}: {shard_name(number)} is missing (does every node see this folder?)"
+            ) from None
         if not intact:
             raise UserError(
-                f"token store {self.uri}: {shard_name(number)} is damaged; delete the folder to make it again"
+                f"token store {self.uri}: {shard_name(number)} is damaged; delete this file and start the run again"
             )
         return ipc.open_file(pa.memory_map(str(path))).get_batch(0)
 
-    def _local(self, number: int) -> Path:
+    def _intact(self, path: Path, number: int) -> bool:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() == self._known.shards[number].sha256
+
+    def _local(self, number: int, again: bool = False) -> Path:
         """The shard as a local file; a remote one is downloaded once for all processes of the node."""
         uri = storage.join(self.uri, shard_name(number))
         if not storage.is_uri(uri):
@@ -186,9 +222,34 @@ class TokenStore:
         path = folder / shard_name(number)
         with open(f"{path}.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if not path.exists() or path.stat().st_size != self.manifest.shards[number].bytes:
+            if again or not path.exists() or path.stat().st_size != self._known.shards[number].bytes:
                 storage.write_bytes(str(path), storage.read_bytes(uri))
         return path
+
+
+@dataclass(frozen=True)
+class _Known:
+    """The shards at the front of a store; replaced as a whole, since threads read while another looks for more."""
+
+    shards: tuple[ShardInfo, ...]
+    ends: NDArray[np.int64]
+    """(shards + 1,) sequences before each shard, and in all."""
+
+    @classmethod
+    def of(cls, shards: tuple[ShardInfo, ...]) -> "_Known":
+        return cls(shards, np.cumsum([0, *[shard.packs for shard in shards]], dtype=np.int64))
+
+
+def _wrong_size(uri: str, wanted: Manifest) -> str | None:
+    """What is wrong with the first shard that has not the size that the manifest says."""
+    found = records.sizes(uri)
+    for number, shard in enumerate(wanted.shards):
+        size = found.get(shard_name(number))
+        if size is None:
+            return f"{shard_name(number)} is missing (does every node see this folder?)"
+        if size != shard.bytes:
+            return f"{shard_name(number)} has {size} bytes instead of {shard.bytes}"
+    return None
 
 
 def order(num_packs: int, seed: int, start: int, stop: int) -> NDArray[np.int64]:
@@ -204,16 +265,29 @@ def order(num_packs: int, seed: int, start: int, stop: int) -> NDArray[np.int64]
     return place
 
 
+def begin(
+    config: Config, spec: TokenizerSpec, split: Literal["train", "eval"], say: Callable[[str], None] = print
+) -> "Preparation":
+    """Look at the data and at what is there of its token store; the Preparation makes the rest.
+
+    Reads all data once unless it was read before, with Ray if it is large. Raises UserError for data that
+    cannot be used, as far as that is known before tokenising.
+    """
+    from olora_ray.data import preparation
+
+    return preparation.begin(config, spec, split, say)
+
+
 def prepare(
     config: Config, spec: TokenizerSpec, split: Literal["train", "eval"], say: Callable[[str], None] = print
 ) -> TokenStore:
-    """The token store of a split: opened if it is complete, else made, or what is missing of it.
+    """The complete token store of a split: opened, or what is missing or damaged of it made first.
 
     Needs ray.init unless the data is small. Raises UserError for data that cannot be used.
     """
-    from olora_ray.data import writer
-
-    return writer.prepare(config, spec, split, say)
+    preparation = begin(config, spec, split, say)
+    preparation.run()
+    return TokenStore.open(preparation.store.uri)
 
 
 def describe(config: Config, spec: TokenizerSpec, limit: int = 2000) -> "Preview":
@@ -221,11 +295,6 @@ def describe(config: Config, spec: TokenizerSpec, limit: int = 2000) -> "Preview
     from olora_ray.data import preview
 
     return preview.describe(config, spec, limit)
-
-
-def shard_name(number: int) -> str:
-    """File name of a shard."""
-    return f"shard-{number:05d}.arrow"
 
 
 def _slice(batch: Any, column: str, row: int) -> Any:

@@ -12,11 +12,14 @@ TASKS = 4000
 """Tasks at most; with more numbers than that a task works on several."""
 
 
-def spread(work: Callable[[Any, int], Result], shared: Any, numbers: list[int]) -> Generator[Result, None, None]:
+def spread(
+    work: Callable[[Any, int], Result], shared: Any, numbers: list[int], cpus_held: float = 0.0
+) -> Generator[Result, None, None]:
     """The results of `work(shared, number)`, in the order of `numbers`, made by Ray Data's tasks.
 
     `shared` travels once to each node. `work` must be a module's function and give the same result
-    whenever it is repeated: Ray repeats it after a failure. Needs ray.init; close the generator to stop early.
+    whenever it is repeated: Ray repeats it after a failure. `cpus_held` are CPUs that others hold all the
+    time. Needs ray.init; close the generator to stop early.
     """
     import ray
     import ray.data
@@ -28,7 +31,7 @@ def spread(work: Callable[[Any, int], Result], shared: Any, numbers: list[int]) 
 
     with _quiet():
         blocks = min(len(numbers), TASKS)
-        results = ray.data.from_items(numbers, override_num_blocks=blocks).map(task, num_cpus=_cpus())
+        results = ray.data.from_items(numbers, override_num_blocks=blocks).map(task, **_resources(cpus_held))
         # Closed here, in the thread that reads: Ray Data cannot stop its threads from a collector's call.
         stream: Any = iter(results.iter_batches(batch_size=None, batch_format="pyarrow"))
         with contextlib.closing(stream) as batches:
@@ -50,11 +53,19 @@ def _fetched(reference: Any) -> Any:
     return _last[1]
 
 
-def _cpus() -> float:
-    """CPUs a task asks for: less where training workers may hold most of a small machine."""
-    import ray
+def _resources(cpus_held: float) -> dict[str, Any]:
+    """What a task asks for: less on a small machine, and no CPU where the holders leave none.
 
-    return 1.0 if ray.cluster_resources().get("CPU", 1.0) >= 4 else 0.5
+    They wait for the tasks then, so the tasks must not wait for them.
+    """
+    import ray
+    import ray.data
+
+    cpus = float(ray.cluster_resources().get("CPU", 1.0))
+    each = 1.0 if cpus >= 4 else 0.5
+    if cpus - cpus_held >= each:
+        return {"num_cpus": each}
+    return {"num_cpus": 0, "compute": ray.data.TaskPoolStrategy(max(1, int(cpus) // 4))}
 
 
 @contextlib.contextmanager

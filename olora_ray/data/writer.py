@@ -1,62 +1,141 @@
-"""Makes a token store: what is missing of it, spread over the cluster."""
+"""Makes a token store: finds what is missing or damaged of it, and makes that, spread over the cluster.
+
+Any process makes any shard with the same bytes, and every file appears as a whole: a preparation that was
+killed is finished by the next one, and two at the same time do each other no harm.
+"""
 
 import contextlib
-import itertools
-import json
-import time
-from collections import Counter
-from collections.abc import Callable, Generator, Sequence
+import hashlib
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import Any
 
 from olora_ray import storage
-from olora_ray.config import Config
-from olora_ray.data import shards, stream
-from olora_ray.data.plan import Plan, Split, make_plan, sources_of
-from olora_ray.data.scan import FileScan, scan
-from olora_ray.data.sources import File, total_bytes
-from olora_ray.data.store import Manifest, ShardInfo, TokenStore, shard_name
-from olora_ray.data.tokenize import TokenizerSpec
+from olora_ray.data import records, shards, stream
+from olora_ray.data.plan import Plan
+from olora_ray.data.records import (
+    MANIFEST,
+    REJECTED,
+    Manifest,
+    Outline,
+    ShardInfo,
+    read_sealed,
+    seal,
+    shard_name,
+    sidecar_name,
+)
+from olora_ray.data.tally import Limits, Say, Tally, rejected_text
 from olora_ray.errors import UserError
 
-Say = Callable[[str], None]
-
-SCAN_HERE = 64 * 2**20
-"""Bytes up to which the driver scans by itself."""
 MAKE_HERE = 4 * 2**20
 """Bytes up to which the driver tokenises by itself: starting Ray Data would take longer."""
-SECONDS_BETWEEN_LINES = 10.0
-EXAMPLES = 3
-"""Rejected rows that an error message shows."""
+SHOWN = 4
+"""Damaged files that a line names."""
 
 
 @dataclass(frozen=True)
-class _Job:
+class Job:
     """What tasks get."""
 
     plan: Plan
     uri: str
 
-
-def prepare(config: Config, spec: TokenizerSpec, split: Split, say: Say) -> TokenStore:
-    """See `store.prepare`."""
-    plan = make_plan(config, spec, split, lambda found: _scan_all(found, config.run.storage, say))
-    digest = plan.digest()
-    uri = storage.join(config.run.storage, "tokens", digest)
-    limits = _Limits(sources_of(config, split)[0], config.data.max_rejected)
-    if storage.exists(storage.join(uri, "manifest.json")):
-        store = TokenStore.open(uri)
-        limits.check(store.manifest.rejected, store.manifest.rows, uri)
-        say(f"tokens: {split}: {_summary(store.manifest)} (made before)")
-        return store
-    _make(_Job(plan, uri), limits, say)
-    store = TokenStore.open(uri)
-    say(f"tokens: {split}: {_summary(store.manifest)}")
-    return store
+    def outline(self) -> Outline:
+        """What is known of the store before it is made."""
+        files = tuple(each.file.uri for each in self.plan.files)
+        return Outline(self.plan.digest(), len(self.plan.shards), self.plan.max_length, files)
 
 
-def make_shard(job: _Job, number: int) -> dict[str, Any]:
-    """Make one shard of a store and its sidecar, and return the sidecar; an error for the user is its "error"."""
+@dataclass
+class Survey:
+    """What of a store is there and good, by sizes and seals; the digests of shards are checked by readers."""
+
+    manifest: Manifest | None = None
+    done: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """Sidecars of the good shards; none is read while manifest and rejected.jsonl are good."""
+    missing: list[int] = field(default_factory=list)
+    """Numbers of the shards to be made."""
+    damaged: list[str] = field(default_factory=list)
+    """Files that are there, or should be, and are not good."""
+    rejected_good: bool = False
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is left to do."""
+        return self.manifest is not None and self.rejected_good and not self.missing
+
+    def size(self, plan: Plan) -> int:
+        """Bytes of input from which the missing shards are made."""
+        return sum(piece.unit.size for number in self.missing for piece in plan.shards[number])
+
+    def lines(self, count: int) -> list[str]:
+        """What a person should know of it."""
+        lines = []
+        if self.damaged:
+            more = f" and {len(self.damaged) - SHOWN:,} more" if len(self.damaged) > SHOWN else ""
+            lines.append(f"tokens: damaged or lost, will be made again: {', '.join(self.damaged[:SHOWN])}{more}")
+        if 0 < len(self.missing) < count:
+            lines.append(f"tokens: {count - len(self.missing):,} of {count:,} shards are there already")
+        return lines
+
+
+def survey(job: Job) -> Survey:
+    """Look at what is there of a store."""
+    found = Survey()
+    sizes = records.sizes(job.uri)
+    if MANIFEST in sizes:
+        found.manifest = _good_manifest(job)
+        found.rejected_good = found.manifest is not None and _rejected_good(job, found.manifest)
+        found.damaged += [] if found.manifest else [MANIFEST]
+        found.damaged += [] if found.rejected_good or not found.manifest else [REJECTED]
+    for number in range(len(job.plan.shards)):
+        if found.manifest and found.rejected_good:
+            wanted: int | None = found.manifest.shards[number].bytes
+        else:
+            wanted = _take_sidecar(job, number, sizes, found)
+        if wanted is None or sizes.get(shard_name(number)) != wanted:
+            found.done.pop(number, None)
+            found.missing.append(number)
+            found.damaged += [shard_name(number)] if wanted is not None else []
+    return found
+
+
+def make(
+    job: Job, found: Survey, limits: Limits, say: Say, stopped: Callable[[], bool], cpus_held: float = 0.0
+) -> bool:
+    """Make what the survey misses, in the order of the shards; False if `stopped` ended it between two.
+
+    `cpus_held` are CPUs of the cluster that others hold for as long as this takes. Raises UserError for data
+    that cannot be used, and for a shard that cannot be made again as it was.
+    """
+    if found.manifest and found.rejected_good:
+        return _mend(job, found, found.manifest, stopped, cpus_held)
+    tally = Tally(job.plan, say)
+    with contextlib.closing(_made(job, found, cpus_held)) as made:
+        for number in range(len(job.plan.shards)):
+            if stopped():
+                return False
+            fresh = number not in found.done
+            sidecar = _checked(job, found.manifest, number, next(made) if fresh else found.done[number])
+            tally.add(sidecar, fresh)
+            if limits.passed(tally.reasons, int(job.plan.rows)):
+                _check_limits(job, tally, limits)
+    _check_limits(job, tally, limits)
+    if not tally.total["packs"]:
+        cause = f" (data.eval_fraction = {job.plan.eval_fraction:g})" if job.plan.eval_fraction else ""
+        raise UserError(f"{limits.setting}: no row is left for {job.plan.split}{cause}")
+    storage.write_text(storage.join(job.uri, MANIFEST), tally.manifest().to_json())
+    return True
+
+
+def make_shard(job: Job, number: int) -> dict[str, Any]:
+    """Make one shard of a store and its sidecar, and return the sidecar; an error for the user is its "error".
+
+    A shard that another preparation has finished meanwhile is taken as it is.
+    """
+    sidecar = read_sealed(storage.join(job.uri, sidecar_name(number)))
+    if sidecar is not None and records.size(job.uri, shard_name(number)) == sidecar["bytes"]:
+        return sidecar
     try:
         shard = shards.build(job.plan, number)
     except UserError as error:
@@ -64,173 +143,73 @@ def make_shard(job: _Job, number: int) -> dict[str, Any]:
     content = shards.file_bytes(shard.table())
     sidecar = shard.sidecar(content)
     storage.write_bytes(storage.join(job.uri, shard_name(number)), content)
-    storage.write_text(storage.join(job.uri, _sidecar_name(number)), json.dumps(sidecar))
+    storage.write_text(storage.join(job.uri, sidecar_name(number)), seal(sidecar))
     return sidecar
 
 
-def scan_file(job: tuple[Sequence[File], str], number: int) -> FileScan | str:
-    """Scan one file; an error for the user is returned as text."""
-    files, storage_root = job
+def _mend(job: Job, found: Survey, manifest: Manifest, stopped: Callable[[], bool], cpus_held: float) -> bool:
+    """Make only the missing shards of a store whose manifest is good."""
+    with contextlib.closing(_made(job, found, cpus_held)) as made:
+        for number in found.missing:
+            if stopped():
+                return False
+            _checked(job, manifest, number, next(made))
+    return True
+
+
+def _made(job: Job, found: Survey, cpus_held: float) -> Generator[dict[str, Any], None, None]:
+    """The sidecars of the missing shards, in their order, as they are made."""
+    if small(job, found):
+        return (make_shard(job, number) for number in found.missing)
+    return stream.spread(make_shard, job, found.missing, cpus_held)
+
+
+def small(job: Job, found: Survey) -> bool:
+    """Whether the missing shards are made in this process, without Ray."""
+    return len(found.missing) <= 1 or found.size(job.plan) <= MAKE_HERE
+
+
+def _check_limits(job: Job, tally: Tally, limits: Limits) -> None:
+    storage.write_text(storage.join(job.uri, REJECTED), rejected_text(tally.rejected))
+    limits.check(tally.reasons, tally.rows, job.uri)
+
+
+def _checked(job: Job, manifest: Manifest | None, number: int, sidecar: dict[str, Any]) -> dict[str, Any]:
+    """The sidecar, if it is no error and what an earlier manifest says of the shard."""
+    if "error" in sidecar:
+        raise UserError(sidecar["error"])
+    if manifest and manifest.shards[number] != ShardInfo.of(sidecar):
+        raise UserError(
+            f"token store {job.uri}: {shard_name(number)}, made again, is not what it was (made by other versions of"
+            " the libraries?); delete the folder to make all of it again"
+        )
+    return sidecar
+
+
+def _good_manifest(job: Job) -> Manifest | None:
     try:
-        return scan(files[number], storage_root)
-    except UserError as error:
-        return str(error)
+        found = records.read_manifest(job.uri)
+    except (FileNotFoundError, ValueError):
+        return None
+    return found if found.digest == job.plan.digest() and len(found.shards) == len(job.plan.shards) else None
 
 
-def _scan_all(sources: Sequence[Sequence[File]], storage_root: str, say: Say) -> list[list[FileScan]]:
-    files = [file for source in sources for file in source]
-    job = (files, storage_root)
-    numbers = list(range(len(files)))
-    size = total_bytes(files)
-    if size <= SCAN_HERE:
-        found: Generator[FileScan | str, None, None] = (scan_file(job, number) for number in numbers)
-    else:
-        say(f"tokens: scanning {len(files):,} files, {size / 1e9:,.1f} GB")
-        found = stream.spread(scan_file, job, numbers)
-    scans = []
-    with contextlib.closing(found):
-        for result in found:
-            if isinstance(result, str):
-                raise UserError(result)
-            scans.append(result)
-    rest = iter(scans)
-    return [list(itertools.islice(rest, len(source))) for source in sources]
+def _rejected_good(job: Job, manifest: Manifest) -> bool:
+    try:
+        content = storage.read_bytes(storage.join(job.uri, REJECTED))
+    except FileNotFoundError:
+        return False
+    return hashlib.sha256(content).hexdigest() == manifest.rejected_sha256
 
 
-def _make(job: _Job, limits: "_Limits", say: Say) -> None:
-    present = set(storage.names(job.uri))
-    numbers = list(range(len(job.plan.shards)))
-    done = {number for number in numbers if {_sidecar_name(number), shard_name(number)} <= present}
-    missing = [number for number in numbers if number not in done]
-    if done:
-        say(f"tokens: {len(done):,} of {len(numbers):,} shards are there already")
-    progress = _Progress(len(numbers), job.plan, say)
-    with contextlib.closing(_made(job, missing)) as made:
-        for number in numbers:
-            if number in done:
-                sidecar = json.loads(storage.read_text(storage.join(job.uri, _sidecar_name(number))))
-            else:
-                sidecar = next(made)
-            if "error" in sidecar:
-                raise UserError(sidecar["error"])
-            progress.add(sidecar, number not in done)
-            if limits.passed(progress.reasons, int(job.plan.rows)):
-                _write_rejected(job, progress)
-                limits.check(progress.reasons, progress.rows, job.uri, progress.rejected)
-    _write_rejected(job, progress)
-    limits.check(progress.reasons, progress.rows, job.uri, progress.rejected)
-    if not progress.total["packs"]:
-        cause = f" (data.eval_fraction = {job.plan.eval_fraction:g})" if job.plan.eval_fraction else ""
-        raise UserError(f"{limits.setting}: no row is left for {job.plan.split}{cause}")
-    storage.write_text(storage.join(job.uri, "manifest.json"), progress.manifest(job).to_json())
-
-
-def _made(job: _Job, missing: list[int]) -> Generator[dict[str, Any], None, None]:
-    size = sum(piece.unit.size for number in missing for piece in job.plan.shards[number])
-    if len(missing) <= 1 or size <= MAKE_HERE:
-        return (make_shard(job, number) for number in missing)
-    return stream.spread(make_shard, job, missing)
-
-
-def _write_rejected(job: _Job, progress: "_Progress") -> None:
-    lines = dict.fromkeys(json.dumps(entry, ensure_ascii=True) for entry in progress.rejected)  # weights repeat rows
-    storage.write_text(storage.join(job.uri, "rejected.jsonl"), "".join(f"{line}\n" for line in lines))
-
-
-def _sidecar_name(number: int) -> str:
-    return shard_name(number).replace(".arrow", ".json")
-
-
-def _summary(manifest: Manifest) -> str:
-    rejected = sum(manifest.rejected.values())
-    reasons = ", ".join(f"{reason} {count:,}" for reason, count in manifest.rejected.items())
-    return (
-        f"{manifest.rows:,} rows{f' ({rejected:,} rejected: {reasons})' if rejected else ''},"
-        f" {manifest.packs:,} sequences, {manifest.tokens:,} tokens, {manifest.supervised:,} supervised,"
-        f" fill {manifest.fill:.2f}"
-    )
-
-
-@dataclass(frozen=True)
-class _Limits:
-    """How many rows may be rejected."""
-
-    setting: str
-    share: float
-
-    def passed(self, reasons: "Counter[str] | dict[str, int]", rows: int) -> bool:
-        return sum(reasons.values()) > self.share * rows
-
-    def check(
-        self, reasons: "Counter[str] | dict[str, int]", rows: int, uri: str, rejected: Sequence[dict[str, Any]] = ()
-    ) -> None:
-        """Raise UserError, with counts and examples, if more than the allowed share of the rows was rejected."""
-        bad = sum(reasons.values())
-        if rows and bad == rows:
-            what = f"none of the {rows:,} rows can be used"
-        elif self.passed(reasons, rows):
-            what = f"{bad:,} of {rows:,} rows cannot be used, more than data.max_rejected = {self.share:g} allows"
-        else:
-            return
-        counts = ", ".join(f"{reason} {count:,}" for reason, count in sorted(reasons.items()))
-        shown = rejected or _kept(uri)
-        first = "; ".join(f"{e['file']}:{e['line']}: {e['reason']}: {e['message']}" for e in shown[:EXAMPLES])
-        raise UserError(f"{self.setting}: {what} ({counts}); {first}; all in {storage.join(uri, 'rejected.jsonl')}")
-
-
-def _kept(uri: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in storage.read_text(storage.join(uri, "rejected.jsonl")).splitlines()[:EXAMPLES]]
-
-
-@dataclass
-class _Progress:
-    """Sums over the shards, and a line about them now and then."""
-
-    count: int
-    plan: Plan
-    say: Say
-    infos: list[ShardInfo] = field(default_factory=list)
-    total: "Counter[str]" = field(default_factory=Counter)
-    reasons: "Counter[str]" = field(default_factory=Counter)
-    rejected: list[dict[str, Any]] = field(default_factory=list)
-    fresh_rows: int = 0
-    started: float = field(default_factory=time.monotonic)
-    last_line: float = field(default_factory=time.monotonic)
-
-    @property
-    def rows(self) -> int:
-        return self.total["rows"]
-
-    def add(self, sidecar: dict[str, Any], fresh: bool) -> None:
-        self.infos.append(ShardInfo(*(sidecar[name] for name in ("packs", "tokens", "supervised", "bytes", "sha256"))))
-        self.total.update({name: sidecar[name] for name in ("rows", "examples", "packs", "tokens", "supervised")})
-        self.reasons.update(sidecar["reasons"])
-        self.rejected.extend(sidecar["rejected"])
-        self.fresh_rows += sidecar["rows"] * fresh
-        now = time.monotonic()
-        if now - self.last_line >= SECONDS_BETWEEN_LINES:
-            self.last_line = now
-            self.say(self._line(now))
-
-    def fill(self) -> float:
-        return self.total["tokens"] / max(1, self.total["packs"] * self.plan.max_length)
-
-    def manifest(self, job: _Job) -> Manifest:
-        return Manifest(
-            digest=job.plan.digest(),
-            rejected=dict(sorted(self.reasons.items())),
-            fill=round(self.fill(), 4),
-            max_length=job.plan.max_length,
-            files=tuple(each.file.uri for each in job.plan.files),
-            shards=tuple(self.infos),
-            inputs=job.plan.inputs(),
-            **{name: self.total[name] for name in ("rows", "examples", "packs", "tokens", "supervised")},
-        )
-
-    def _line(self, now: float) -> str:
-        speed = self.fresh_rows / max(now - self.started, 1e-3)
-        left = max(self.plan.rows - self.rows, 0) / max(speed, 1e-3)
-        return (
-            f"tokens: {self.rows:,} rows, {len(self.infos):,} of {self.count:,} shards, fill {self.fill():.2f},"
-            f" {speed:,.0f} rows/s, ETA {left:,.0f} s"
-        )
+def _take_sidecar(job: Job, number: int, sizes: dict[str, int], found: Survey) -> int | None:
+    """Keep the shard's sidecar as done; returns the bytes that the shard should have, None without a good sidecar."""
+    name = sidecar_name(number)
+    if name not in sizes:
+        return None
+    sidecar = read_sealed(storage.join(job.uri, name))
+    if sidecar is None:
+        found.damaged.append(name)
+        return None
+    found.done[number] = sidecar
+    return int(sidecar["bytes"])

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from olora_ray.adapter.layer import AdaptedLinear
 from olora_ray.config import Config
-from olora_ray.data.collate import collate
+from olora_ray.data.collate import Batch, collate
 from olora_ray.data.store import TokenStore
 from olora_ray.errors import UserError
 from olora_ray.train.feed import Feed, StepData
 from olora_ray.train.loss import SupervisedLoss
-from olora_ray.train.optim import AdamW, FlatAdapters, lr_at
+from olora_ray.train.optim import AdamW, FlatAdapters
+from olora_ray.train.schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class StepResult:
     seconds: float
     waited: float
     """Seconds of it spent waiting for data."""
+    signal: bool
+    """Whether some worker had its `Trainer.signal` set."""
 
 
 @dataclass
@@ -45,30 +48,32 @@ class Trainer:
     adapted: dict[str, AdaptedLinear]
     config: Config
     device: torch.device
+    signal: bool = False
+    """May be set at any time, on any worker: the result of the next step tells all workers."""
 
     def __post_init__(self) -> None:
         self.flat = FlatAdapters(self.adapted)
         self.optimizer = AdamW(self.flat, self.config.train)
 
-    def steps(self, feed: Feed, start: int, stop: int, total: int) -> Iterator[StepResult]:
-        """Run steps start .. stop - 1 of a schedule of `total`.
+    def steps(self, feed: Feed, start: int, schedule: Schedule) -> Iterator[StepResult]:
+        """Run the steps from number `start` (from 0) to the end of the schedule.
 
         Raises UserError when the loss or the gradient is not finite, naming step and sources.
         """
         began = time.perf_counter()
-        for number, (data, waited) in enumerate(feed.steps(start, stop), start):
+        for number, (data, waited) in enumerate(feed.steps(start, schedule.ends), start):
             self._seed(number, feed.worker)
-            loss = self._accumulate(number, data, feed)
-            lr = lr_at(number, total, self.config.train)
+            loss, signal = self._accumulate(number, data, feed)
+            lr = schedule.lr(number)
             norm = self.optimizer.step(lr)
             if not math.isfinite(norm):
                 raise UserError(f"step {number + 1}: the gradient is not finite (norm {norm}); lower train.lr")
             now = time.perf_counter()
-            yield StepResult(number + 1, loss, lr, norm, data.supervised, now - began, waited)
+            yield StepResult(number + 1, loss, lr, norm, data.supervised, now - began, waited, signal)
             began = time.perf_counter()
 
-    def _accumulate(self, number: int, data: StepData, feed: Feed) -> float:
-        """Gradients of the global mean loss, summed over micro-batches and workers; returns that loss."""
+    def _accumulate(self, number: int, data: StepData, feed: Feed) -> tuple[float, bool]:
+        """Gradients of the global mean loss, summed over micro-batches and workers; that loss, and any signal."""
         train_mode(self.adapted, True)
         losses = []
         for batch in data.micro:
@@ -76,14 +81,31 @@ class Trainer:
             if loss.requires_grad:
                 loss.backward()
             losses.append(loss.detach())
+        self._keep_up(data)
         train_mode(self.adapted, False)
         total = torch.stack(losses).sum()
+        # The signal travels with the loss: another exchange a step would cost more than it.
+        shared = torch.stack([total, torch.full_like(total, float(self.signal))])
         if dist.is_initialized():
-            dist.all_reduce(total)
-        if not torch.isfinite(total):
+            dist.all_reduce(shared)
+        mean, signals = shared.tolist()
+        if not math.isfinite(mean):
             raise UserError(f"step {number + 1}: {_diverged(losses, data, feed)}")
         self.flat.reduce()
-        return float(total)
+        return mean, signals > 0
+
+    def _keep_up(self, data: StepData) -> None:
+        """With a sharded base all workers must run the model equally often: run it for the sake of the others."""
+        if self.config.cluster.strategy != "fsdp" or not dist.is_initialized() or dist.get_world_size() == 1:
+            return
+        for _ in range(data.blank):
+            self.blank(data.micro[-1])
+
+    def blank(self, batch: Batch) -> None:
+        """Run the model forward and backward without an effect: +0.0 is added to the gradients."""
+        loss: Tensor = self.loss(batch.to(self.device)) * 0.0
+        if loss.requires_grad:
+            loss.backward()
 
     def _seed(self, step: int, worker: int) -> None:
         if self.config.adapter.dropout:

@@ -104,10 +104,14 @@ def lr_at(step: int, steps: int, config: Train) -> float:
     warmup = round(config.warmup * steps)
     if step < warmup:
         return config.lr * (step + 1) / (warmup + 1)
-    progress = (step - warmup) / max(1, steps - warmup)
-    shape = {
+    return config.lr * shape(config.schedule, (step - warmup) / max(1, steps - warmup))
+
+
+def shape(schedule: str, progress: float) -> float:
+    """The share of the peak rate at `progress`, 0 to 1, between the end of the warm-up and that of the run."""
+    shapes = {
         "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
         "linear": 1 - progress,
         "constant": 1.0,
     }
-    return config.lr * shape[config.schedule]
+    return shapes[schedule]

@@ -3,9 +3,12 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
+from olora_ray.config import Config
+from olora_ray.data import plan
 from olora_ray.data.tokenize import TokenizerSpec
 from tests.data import helpers
 
@@ -13,6 +16,19 @@ from tests.data import helpers
 @pytest.fixture(scope="session")
 def tiny_spec() -> TokenizerSpec:
     return helpers.spec()
+
+
+@pytest.fixture
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "SHARD_ROWS", (64, 64))
+
+
+@pytest.fixture
+def corpus(tmp_path: Path, small_shards: None) -> Config:
+    """Two sources, twelve shards, one bad row."""
+    a = helpers.write_jsonl(tmp_path / "a.jsonl", [*helpers.rows(500), {"text": "x"}])
+    b = helpers.write_jsonl(tmp_path / "b.jsonl", helpers.rows(120))
+    return helpers.config(tmp_path / "runs", a, {"path": str(b), "weight": 2.0})
 
 
 @pytest.fixture

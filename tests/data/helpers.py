@@ -50,6 +50,11 @@ def chat(question: str, answer: str) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
 
+def rows(count: int) -> list[Any]:
+    """Chats of uneven length."""
+    return [chat(f"q{n}" * (n % 5), f"a{n}" * (1 + n % 7)) for n in range(count)]
+
+
 def write_jsonl(path: Path, rows: Iterable[Any]) -> Path:
     """One row a line."""
     path.parent.mkdir(parents=True, exist_ok=True)

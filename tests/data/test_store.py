@@ -11,29 +11,12 @@ import numpy as np
 import pytest
 
 from olora_ray.config import Config
-from olora_ray.data import plan, stream, writer
+from olora_ray.data import preparation, stream, tally, writer
 from olora_ray.data.store import TokenStore, describe, prepare
 from olora_ray.data.tokenize import TokenizerSpec
 from olora_ray.errors import UserError
 from tests.data import helpers
-from tests.data.helpers import chat, content, silent
-
-
-def rows(count: int) -> list[Any]:
-    return [chat(f"q{n}" * (n % 5), f"a{n}" * (1 + n % 7)) for n in range(count)]
-
-
-@pytest.fixture
-def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "SHARD_ROWS", (64, 64))
-
-
-@pytest.fixture
-def corpus(tmp_path: Path, small_shards: None) -> Config:
-    """Two sources, twelve shards, one bad row."""
-    a = helpers.write_jsonl(tmp_path / "a.jsonl", [*rows(500), {"text": "x"}])
-    b = helpers.write_jsonl(tmp_path / "b.jsonl", rows(120))
-    return helpers.config(tmp_path / "runs", a, {"path": str(b), "weight": 2.0})
+from tests.data.helpers import chat, content, rows, silent
 
 
 def test_packs(corpus: Config, tiny_spec: TokenizerSpec) -> None:
@@ -75,7 +58,7 @@ def test_origins_name_the_line(tmp_path: Path, tiny_spec: TokenizerSpec) -> None
 
 def test_a_complete_store_is_opened_without_work(corpus: Config, tiny_spec: TokenizerSpec, monkeypatch: Any) -> None:
     store = prepare(corpus, tiny_spec, "train", silent)
-    monkeypatch.setattr(writer, "_make", lambda *arguments: pytest.fail("made again"))
+    monkeypatch.setattr(writer, "make", lambda *arguments: pytest.fail("made again"))
     lines: list[str] = []
     assert prepare(corpus, tiny_spec, "train", lines.append).uri == store.uri
     assert "made before" in lines[0]
@@ -114,6 +97,10 @@ def test_a_remote_store_is_read_through_a_local_copy(
     assert all((remote[index].input_ids == local[index].input_ids).all() for index in range(len(local)))
     copies = list(tmp_path.glob(f"olora_ray-{os.getuid()}/tokens/{local.digest}/*.arrow"))
     assert len(copies) == 12
+    # A copy that was damaged is fetched again.
+    copies[0].write_bytes(bytes(copies[0].stat().st_size))
+    again = TokenStore.open(remote.uri)
+    assert all((again[index].input_ids == local[index].input_ids).all() for index in range(len(local)))
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing", "changed"])
@@ -125,7 +112,7 @@ def test_a_damaged_shard_is_named(damage: str, corpus: Config, tiny_spec: Tokeni
         path.unlink()
     else:
         path.write_bytes(before[:-100] if damage == "truncated" else before[:1000] + b"\xff" + before[1001:])
-    with pytest.raises(UserError, match=r"shard-00002.arrow .*delete the folder"):
+    with pytest.raises(UserError, match=r"shard-00002.arrow .*start the run again"):
         TokenStore.open(store.uri)[sum(shard.packs for shard in store.manifest.shards[:2])]
 
 
@@ -270,8 +257,8 @@ def test_any_number_of_cpus_and_tasks_gives_the_same_bytes(
     here = prepare(corpus, tiny_spec, "train", silent)
     expected = content(here.uri)
     monkeypatch.setattr(writer, "MAKE_HERE", 0)
-    monkeypatch.setattr(writer, "SCAN_HERE", 0)
-    monkeypatch.setattr(writer, "SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr(preparation, "SCAN_HERE", 0)
+    monkeypatch.setattr(tally, "SECONDS_BETWEEN_LINES", 0.0)
     for cpus, tasks in ((1, 3), (4, 4000)):
         ray_with(cpus)
         monkeypatch.setattr(stream, "TASKS", tasks)

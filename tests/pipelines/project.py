@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +88,11 @@ def settings(folder: Path, model: Path, **changes: Any) -> dict[str, Any]:
         "registry": {"model": "small"},
     }
     for field, value in changes.items():
-        section, name = field.split("__")
-        tree[section][name] = value
+        section, _, name = field.partition("__")
+        if name:
+            tree[section][name] = value
+        else:
+            tree[section] = value
     return tree
 
 
@@ -100,14 +105,34 @@ def write_config(folder: Path, tree: dict[str, Any], name: str = "config.yaml") 
 
 def finetune(*arguments: str | Path, cwd: Path = ROOT, timeout: float = 300) -> subprocess.CompletedProcess[str]:
     """Run pipelines/finetune.py as a user does."""
+    return subprocess.run(
+        _command(arguments), cwd=cwd, env=_environment(), capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+def finetune_until(file: Path, line: str, act: Callable[[], None]) -> subprocess.CompletedProcess[str]:
+    """Run pipelines/finetune.py, and `act` once it has printed `line`."""
+    command = _command([file])
+    with subprocess.Popen(
+        command, cwd=ROOT, env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout
+        seen, errors = "", []
+        reader = threading.Thread(target=lambda: errors.extend(process.stderr or ()))
+        reader.start()
+        for text in process.stdout:
+            if line in text and line not in seen:
+                act()
+            seen += text
+        reader.join()
+    return subprocess.CompletedProcess(command, process.returncode, seen, "".join(errors))
+
+
+def _command(arguments: Sequence[str | Path]) -> list[str]:
+    return [sys.executable, str(ROOT / "pipelines" / "finetune.py"), *map(str, arguments)]
+
+
+def _environment() -> dict[str, str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     environment.pop("MLFLOW_TRACKING_URI", None)
-    return subprocess.run(
-        [sys.executable, ROOT / "pipelines" / "finetune.py", *map(str, arguments)],
-        cwd=cwd,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
+    return environment

@@ -14,6 +14,7 @@ from olora_ray.config import Config
 from olora_ray.errors import UserError
 from olora_ray.train.feed import Feed, total_steps
 from olora_ray.train.loop import StepResult, Trainer, evaluate
+from olora_ray.train.schedule import Schedule
 from olora_ray.train.state import TrainState
 from tests import tiny
 from tests.crew import Crew
@@ -25,8 +26,13 @@ def feed(store: Any, settings: Config, attention: str = "segments", worker: int 
     return Feed(store, settings.train, settings.run.seed, attention, worker, settings.cluster.workers)
 
 
+def schedule(store: Any, settings: Config, steps: int = STEPS) -> Schedule:
+    return Schedule(settings.train.model_copy(update={"steps": steps}), store)
+
+
 def run(trainer: Trainer, store: Any, start: int, stop: int, worker: int = 0) -> list[StepResult]:
-    return list(trainer.steps(feed(store, trainer.config, worker=worker), start, stop, STEPS))
+    steps = trainer.steps(feed(store, trainer.config, worker=worker), start, schedule(store, trainer.config))
+    return list(islice(steps, stop - start))
 
 
 def moved(trainer: Trainer, seed: int = 0) -> Trainer:
@@ -41,7 +47,7 @@ def first_gradient(settings: Config, store: Any, attention: str = "segments", wo
     trainer = moved(tiny.trainer(settings, attention))
     seen = []
     trainer.optimizer.inner.register_step_pre_hook(lambda *_: seen.append(trainer.flat.grad.clone()))
-    (result,) = trainer.steps(feed(store, settings, attention, worker), 0, 1, STEPS)
+    result = next(trainer.steps(feed(store, settings, attention, worker), 0, schedule(store, settings)))
     return result.loss, seen[0]
 
 
@@ -103,6 +109,58 @@ def _first_gradient_of_worker(settings: Config) -> tuple[float, Tensor]:
     return first_gradient(settings, tiny.store(8), worker=torch.distributed.get_rank())
 
 
+@pytest.mark.parametrize(("workers", "micro"), [(3, 1), (3, 2), (2, 3)])
+def test_uneven_shares_do_not_matter(
+    crew: Callable[[int], Crew], whole: tuple[float, Tensor], workers: int, micro: int
+) -> None:
+    found = crew(workers).run(_first_gradient_of_worker, settings_for(micro, workers))
+    assert len({loss for loss, _ in found}) == 1
+    assert all(torch.equal(gradient, found[0][1]) for _, gradient in found)
+    assert_same(found[0], whole)
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_a_signal_of_one_worker_reaches_all_and_changes_nothing(crew: Callable[[int], Crew], workers: int) -> None:
+    plain = crew(workers).run(_signals, {})
+    assert {tuple(signals) for signals, *_ in plain} == {(False,) * STEPS}
+    signalled = crew(workers).run(_signals, {1: workers - 1, 3: 0})
+    assert {tuple(signals) for signals, *_ in signalled} == {(False, True, False, True, False)}
+    assert [rest for _, *rest in signalled] == [rest for _, *rest in plain]
+    # The loss is the sum that an exchange of the loss alone gives, to the bit.
+    assert all(losses == alone for _, losses, alone, _ in plain)
+
+
+def _signals(by_step: dict[int, int]) -> tuple[list[bool], list[float], list[float], bytes]:
+    """Signals, losses, losses exchanged alone, and the adapter, with a signal of a worker at some steps."""
+    rank, workers = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    settings, store = settings_for(1, workers), tiny.store(8)
+    trainer = tiny.trainer(settings)
+    signals, losses, alone = [], [], []
+    trainer.loss.register_forward_hook(lambda *arguments: parts.append(arguments[2].detach()))
+    parts: list[Tensor] = []
+    supervised = feed(store, settings, worker=rank).read(0).supervised
+    steps = trainer.steps(feed(store, settings, worker=rank), 0, schedule(store, settings))
+    for number in range(STEPS):
+        parts.clear()
+        trainer.signal = by_step.get(number) == rank
+        result = next(steps)
+        total = torch.stack([part / supervised for part in parts]).sum()
+        torch.distributed.all_reduce(total)
+        signals.append(result.signal)
+        losses.append(result.loss)
+        alone.append(float(total))
+    return signals, losses, alone, adapter_bytes(trainer)
+
+
+def test_a_signal_without_workers() -> None:
+    trainer = tiny.trainer(tiny.config())
+    store = tiny.store()
+    steps = trainer.steps(feed(store, trainer.config), 0, schedule(store, trainer.config))
+    assert not next(steps).signal
+    trainer.signal = True
+    assert next(steps).signal
+
+
 def adapter_bytes(trainer: Trainer) -> bytes:
     return trainer.flat.vector.numpy().tobytes()
 
@@ -132,7 +190,8 @@ def test_another_seed_gives_another_adapter() -> None:
 
 def test_training_lowers_the_loss() -> None:
     trainer = tiny.trainer(tiny.config(train__schedule="constant", train__global_batch=8))
-    results = list(trainer.steps(feed(tiny.store(), trainer.config), 0, 12, 12))
+    store = tiny.store()
+    results = list(trainer.steps(feed(store, trainer.config), 0, schedule(store, trainer.config, 12)))
     assert results[-1].loss < 0.9 * results[0].loss
     assert [result.step for result in results] == list(range(1, 13))
 
@@ -182,7 +241,7 @@ def poisoned(settings: Config, store: Any) -> tuple[Trainer, int]:
 def test_a_nan_loss_stops_with_the_step_and_the_rows() -> None:
     settings, store = tiny.config(train__micro_batch=1), tiny.store()
     trainer, index = poisoned(settings, store)
-    steps = trainer.steps(feed(store, settings), 0, STEPS, STEPS)
+    steps = trainer.steps(feed(store, settings), 0, schedule(store, settings))
     assert next(steps).step == 1
     before = trainer.flat.vector.clone()
     with pytest.raises(UserError, match=r"step 2.*not finite") as caught:
@@ -209,7 +268,8 @@ def _poisoned_worker() -> None:
 
 def test_an_infinite_gradient_stops_with_the_step() -> None:
     trainer = tiny.trainer(tiny.config())
-    steps = trainer.steps(feed(tiny.store(), trainer.config), 0, STEPS, STEPS)
+    store = tiny.store()
+    steps = trainer.steps(feed(store, trainer.config), 0, schedule(store, trainer.config))
     next(steps)
     trainer.flat.grad[3] = torch.inf
     with pytest.raises(UserError, match="step 2: the gradient is not finite"):
@@ -272,10 +332,11 @@ def flat(found: Iterable[tuple[int, ...]]) -> list[int]:
 
 def test_reading_ahead_gives_the_steps_in_order_and_may_be_left_early() -> None:
     settings = settings_for(4, batch=4)
-    ahead = feed(tiny.store(6), settings).steps(1, 5)
+    ahead = feed(tiny.store(6), settings).steps(1, lambda done: done >= 5)
     assert [data.sequences for data, _ in islice(ahead, 3)] == [tuple(groups(settings, step)) for step in (1, 2, 3)]
     ahead.close()  # type: ignore[attr-defined]
-    assert list(feed(tiny.store(6), settings).steps(2, 2)) == []
+    assert list(feed(tiny.store(6), settings).steps(2, lambda done: done >= 2)) == []
+    assert len(list(feed(tiny.store(6), settings).steps(2, lambda done: done >= 5))) == 3
 
 
 def test_the_number_of_steps_follows_from_epochs_or_is_set() -> None:

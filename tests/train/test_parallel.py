@@ -9,10 +9,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
+from olora_ray.config import Config
 from olora_ray.train.feed import Feed
 from olora_ray.train.generate import Question, answer
 from olora_ray.train.loop import Trainer, evaluate
 from olora_ray.train.parallel import decoder_layers
+from olora_ray.train.schedule import Schedule
 from tests import tiny
 from tests.crew import Crew
 
@@ -30,11 +32,15 @@ def trained(strategy: str, steps: int = 2, tied: bool = False) -> tuple[Trainer,
     trainer.optimizer.inner.register_step_pre_hook(lambda *_: gradients.append(trainer.flat.grad.clone()))
     feed = Feed(tiny.store(), settings.train, settings.run.seed, "segments", dist.get_rank(), 2)
     losses, first = [], None
-    for result in trainer.steps(feed, 0, steps, steps):
+    for result in trainer.steps(feed, 0, _schedule(settings, steps)):
         losses.append(result.loss)
         first = trainer.flat.vector.clone() if first is None else first
     assert first is not None
     return trainer, losses, gradients[0], first
+
+
+def _schedule(settings: Config, steps: int) -> Schedule:
+    return Schedule(settings.train.model_copy(update={"steps": steps}), tiny.store())
 
 
 def _train(strategy: str, tied: bool) -> tuple[list[float], Tensor, Tensor, float]:
@@ -58,7 +64,7 @@ def _answers(strategy: str, eos: int) -> list[list[list[int]]]:
     evaluate(trainer, tiny.store(3), "segments", rank, 2)
     before = answer(trainer, QUESTIONS, 6, [eos], rank, 2, batch=2)
     feed = Feed(tiny.store(), settings.train, settings.run.seed, "segments", rank, 2)
-    list(trainer.steps(feed, 0, 4, 4))
+    list(trainer.steps(feed, 0, _schedule(settings, 4)))
     return [before, answer(trainer, QUESTIONS, 6, [eos], rank, 2, batch=2)]
 
 
@@ -73,6 +79,46 @@ def test_fsdp_equals_ddp(crew: Callable[[int], Crew], tied: bool) -> None:
     torch.testing.assert_close(fsdp[1], ddp[1], rtol=1e-5, atol=1e-7)
     assert float((fsdp[2] - ddp[2]).norm() / ddp[2].norm()) < 1e-3
     assert fsdp[3] == pytest.approx(ddp[3], rel=1e-5)
+
+
+def _uneven(strategy: str, micro: int) -> tuple[float, Tensor, int]:
+    """Loss and gradient of a step of 3 sequences for 2 workers, and how often this one ran the model."""
+    settings = tiny.config(
+        train__global_batch=3, train__micro_batch=micro, train__clip=None, cluster__strategy=strategy
+    )
+    trainer = tiny.trainer(settings, strategy=strategy)
+    noise = torch.randn(trainer.flat.vector.shape, generator=torch.Generator().manual_seed(0))
+    trainer.flat.vector.copy_(0.1 * noise)
+    gradients: list[Tensor] = []
+    trainer.optimizer.inner.register_step_pre_hook(lambda *_: gradients.append(trainer.flat.grad.clone()))
+    runs: list[int] = []
+    trainer.loss.register_forward_hook(lambda *_: runs.append(1))
+    feed = Feed(tiny.store(), settings.train, settings.run.seed, "segments", dist.get_rank(), 2)
+    result = next(trainer.steps(feed, 0, _schedule(settings, 1)))
+    return result.loss, gradients[0], len(runs)
+
+
+@pytest.mark.parametrize("micro", [1, 2])
+def test_fsdp_equals_ddp_with_uneven_shares(crew: Callable[[int], Crew], micro: int) -> None:
+    ddp, other = crew(2).run(_uneven, "ddp", micro)
+    fsdp, other_fsdp = crew(2).run(_uneven, "fsdp", micro)
+    assert torch.equal(fsdp[1], other_fsdp[1])
+    assert fsdp[0] == other_fsdp[0] == pytest.approx(ddp[0], rel=1e-6)
+    assert float((fsdp[1] - ddp[1]).norm() / ddp[1].norm()) < 2e-6
+    assert (ddp[2], other[2]) == ((1, 2) if micro == 1 else (1, 1))
+    assert fsdp[2] == other_fsdp[2] == other[2]  # the smaller share runs a blank
+
+
+def test_a_blank_changes_no_gradient() -> None:
+    settings = tiny.config(train__micro_batch=1, train__global_batch=2)
+    trainer, store = tiny.trainer(settings), tiny.store(2)
+    data = Feed(store, settings.train, settings.run.seed, "segments").read(0)
+    for batch in data.micro:
+        trainer.loss(batch).backward()
+    before = trainer.flat.grad.clone()
+    assert before.any()
+    trainer.blank(data.micro[-1])
+    assert torch.equal(trainer.flat.grad, before)
 
 
 def test_fsdp_shards_every_frozen_weight_block_by_block_and_ddp_none(crew: Callable[[int], Crew]) -> None:

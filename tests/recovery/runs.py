@@ -1,0 +1,308 @@
+"""One run of finetune.py that is interrupted and started again, and what must hold of it in the end."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests.pipelines import project
+from tests.recovery import processes
+
+FAULTS = Path(__file__).parent / "faults"
+NAME = "small"
+STEPS, CHECKPOINT_EVERY, EVAL_EVERY = 8, 3, 4
+ATTEMPT_SECONDS = 400.0
+REPEATABLE = {"train/loss", "train/lr", "train/grad_norm", "eval/loss", "eval/perplexity"}
+"""Metrics whose values are the same in every run; others are times."""
+
+GOING_ON = re.compile(
+    r"^\S+ (.*\S) *going on after step (\d+) of (?:\d+|\?) with (\d+) workers?; (\d+) steps? done again"
+)
+INITIALISED = "initialisation: worker 0: "
+
+
+def written(tiny_project: Path, folder: Path, **changes: Any) -> Path:
+    """The config of a run as a file in `folder`, where its storage lies too; the model and the corpus are elsewhere."""
+    short: dict[str, Any] = {
+        "run__storage": str(folder / "runs"),
+        "train__steps": STEPS,
+        "train__checkpoint_every": CHECKPOINT_EVERY,
+        "train__eval_every": EVAL_EVERY,
+        "train__log_every": 1,
+        "evaluation__scorer": None,
+        "evaluation__samples": 0,
+    }
+    return project.write_config(folder, project.settings(tiny_project, tiny_project / "model", **short | changes))
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What happens where; see faults/olora_fault_points.py."""
+
+    phase: str = "none"
+    kind: str = "hold"
+    step: int | None = None
+    rank: int | None = None
+    pace: float = 0.0
+    """Seconds that every step takes longer."""
+
+    def text(self, folder: Path) -> str:
+        parts = {"phase": self.phase, "kind": self.kind, "step": self.step, "rank": self.rank, "pace": self.pace}
+        return ";".join(f"{name}={value}" for name, value in parts.items() if value is not None) + f";dir={folder}"
+
+
+def environment(folder: Path, fault: Fault) -> dict[str, str]:
+    """Variables for the driver, which Ray's processes inherit; `folder` marks them and takes their temporary files."""
+    (folder / "t").mkdir(exist_ok=True)
+    own = {
+        "PYTHONPATH": os.pathsep.join([str(FAULTS), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "OLORA_FAULT": fault.text(folder),
+        "TMPDIR": str(folder / "t"),
+        "RAY_TMPDIR": str(folder),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    others = {name: value for name, value in os.environ.items() if name not in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS")}
+    return others | own
+
+
+@dataclass
+class Run:
+    """The attempts of one run: the same command, as often as it is given."""
+
+    config: Path
+    folder: Path
+    """Marks its processes, and keeps their output until it is removed."""
+    fault: Fault = field(default_factory=Fault)
+    prefix: tuple[str, ...] = ()
+    """Words before the command, e.g. to enter a network namespace."""
+    extra: dict[str, str] = field(default_factory=dict)
+    driver: "subprocess.Popen[bytes] | None" = None
+    attempts: int = 0
+    seconds: float = 0.0
+    _began: float = 0.0
+
+    def start(self) -> None:
+        """Give the command."""
+        self.attempts += 1
+        self._began = time.monotonic()
+        command = [*self.prefix, sys.executable, str(project.ROOT / "pipelines" / "finetune.py"), str(self.config)]
+        with self._file("out").open("wb") as out, self._file("err").open("wb") as err:
+            self.driver = subprocess.Popen(
+                command,
+                env=environment(self.folder, self.fault) | self.extra,
+                stdout=out,
+                stderr=err,
+                cwd=project.ROOT,
+                start_new_session=True,
+            )
+
+    def wait(self, seconds: float = ATTEMPT_SECONDS) -> int:
+        """The command's exit code; negative after a signal."""
+        assert self.driver is not None
+        try:
+            code = self.driver.wait(seconds)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"attempt {self.attempts} does not end\n{self.tail()}") from None
+        self.seconds += time.monotonic() - self._began
+        return code
+
+    def attempt(self) -> int:
+        """Give the command and wait for its end."""
+        self.start()
+        return self.wait()
+
+    def wait_for_fault(self, seconds: float = ATTEMPT_SECONDS) -> dict[str, Any]:
+        """Who reached the chosen point, once somebody has."""
+        marker = self.folder / "marker"
+        self.wait_until(marker.exists, f"{self.fault} is never reached", seconds)
+        return dict(json.loads(marker.read_text()))
+
+    def wait_until(self, condition: Any, what: str, seconds: float = ATTEMPT_SECONDS) -> None:
+        """Poll while the driver lives."""
+        assert self.driver is not None
+        end = time.monotonic() + seconds
+        while not condition():
+            ended = self.driver.poll()
+            assert ended is None or condition(), f"{what}: the driver has ended with {ended}\n{self.tail()}"
+            assert time.monotonic() < end, f"{what}\n{self.tail()}"
+            time.sleep(0.05)
+
+    def release(self) -> None:
+        """Let the process go on that stands still."""
+        (self.folder / "release").touch()
+
+    def terminate_driver(self) -> None:
+        assert self.driver is not None
+        self.driver.send_signal(signal.SIGTERM)
+
+    def kill_controller(self) -> None:
+        found = processes.controllers(self.folder)
+        assert found, "no process is the Train controller"
+        for process in found:
+            process.kill()
+
+    def kill_everything(self) -> None:
+        """SIGKILL for driver, Ray and workers at once, as when a machine stops; its temporary files stay."""
+        processes.kill_all(self.folder)
+
+    def lines(self) -> list[str]:
+        """All that the attempts have printed so far to stdout."""
+        files = (self._file("out", number) for number in range(1, self.attempts + 1))
+        return [line for file in files for line in file.read_text(errors="replace").splitlines()]
+
+    def taken_up(self) -> list["TakenUp"]:
+        """Each time training was taken up again, from the log."""
+        found = (GOING_ON.search(line) for line in self.lines())
+        return [TakenUp(m[1], int(m[2]), int(m[3]), int(m[4])) for m in found if m]
+
+    def told_initialised(self) -> int:
+        """How often the log says that the adapter was initialised."""
+        return sum(INITIALISED in line for line in self.lines())
+
+    def initialised(self) -> int:
+        """How often it was."""
+        return self._done().count("initialisation")
+
+    def again(self) -> int:
+        """How many steps were done again; the log may know of fewer, if the driver died with the workers."""
+        steps = [line for line in self._done() if line.startswith("step")]
+        return len(steps) - len(set(steps))
+
+    def last_step(self) -> int:
+        """The step that was done last, up to now."""
+        return int(self._done()[-1].split()[-1])
+
+    def tail(self, count: int = 40) -> str:
+        """The end of all output, for a failed test."""
+        files = sorted(self.folder.glob("attempt-*"))
+        shown = ["\n".join(file.read_text(errors="replace").splitlines()[-count:]) for file in files]
+        missing = self.folder / "missing"
+        absent = f"\nnot in the product: {missing.read_text()}" if missing.exists() else ""
+        return "\n".join(f"--- {file.name}\n{text}" for file, text in zip(files, shown, strict=True)) + absent
+
+    def _done(self) -> list[str]:
+        file = self.folder / "done"
+        return file.read_text().splitlines() if file.exists() else []
+
+    def _file(self, kind: str, number: int | None = None) -> Path:
+        return self.folder / f"attempt-{number or self.attempts}.{kind}"
+
+
+@dataclass(frozen=True)
+class Clean:
+    """A run nobody touched."""
+
+    end: "EndState"
+    seconds: float
+
+
+def run_clean(tiny_project: Path, folder: Path, **changes: Any) -> Clean:
+    """Run in peace what is interrupted elsewhere."""
+    with processes.scratch() as scratch:
+        run = Run(written(tiny_project, folder, **changes), scratch)
+        assert run.attempt() == 0, run.tail()
+        assert not (scratch / "missing").exists(), run.tail()
+        assert (run.initialised(), run.told_initialised(), run.taken_up()) == (1, 1, []), run.tail()
+    return Clean(end_state(folder), run.seconds)
+
+
+@dataclass(frozen=True)
+class TakenUp:
+    """A line of the log that says how training goes on."""
+
+    why: str
+    step: int
+    workers: int
+    again: int
+
+
+@dataclass(frozen=True)
+class EndState:
+    """What a run has left."""
+
+    adapter: bytes
+    statuses: tuple[str, ...]
+    """Of all MLflow runs there are."""
+    series: dict[str, tuple[tuple[int, float], ...]]
+    """Metric -> (step, value), in order of steps, of the first MLflow run."""
+    versions: tuple[int, ...]
+    """Registered versions of the model."""
+    result: dict[str, Any]
+
+
+def end_state(place: Path) -> EndState:
+    """What the run has left whose config lies in this folder."""
+    from mlflow import MlflowClient
+
+    storage = place / "runs"
+    folder = storage / NAME
+    client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
+    runs = client.search_runs([one.experiment_id for one in client.search_experiments()])
+    names = [name for name in runs[0].data.metrics if not name.startswith("system/")] if runs else []
+    return EndState(
+        adapter=(folder / "export" / "adapter" / "adapter_model.safetensors").read_bytes(),
+        statuses=tuple(run.info.status for run in runs),
+        series={name: _series(client.get_metric_history(runs[0].info.run_id, name)) for name in names},
+        versions=tuple(int(one.version) for one in client.search_model_versions(f"name='{NAME}'")),
+        result=json.loads((folder / "result.json").read_text()),
+    )
+
+
+def _series(history: Iterable[Any]) -> tuple[tuple[int, float], ...]:
+    return tuple(sorted((point.step, point.value) for point in history))
+
+
+def differences(found: EndState, wanted: EndState) -> list[str]:
+    """Every way in which an interrupted run's end differs from that of a run nobody touched."""
+    return [*adapter_differences(found, wanted), *record_differences(found, wanted), *value_differences(found, wanted)]
+
+
+def adapter_differences(found: EndState, wanted: EndState) -> list[str]:
+    """Whether the adapters are the same bytes."""
+    return [] if found.adapter == wanted.adapter else ["the adapter has other bytes"]
+
+
+def record_differences(found: EndState, wanted: EndState) -> list[str]:
+    """Whether MLflow and result.json have everything exactly once, whatever the values are."""
+    problems = []
+    if found.statuses != ("FINISHED",):
+        problems.append(f"MLflow runs: {found.statuses}")
+    if found.versions != (1,):
+        problems.append(f"registered versions: {found.versions}")
+    for name in sorted(found.series.keys() | wanted.series.keys()):
+        have, want = (Counter(step for step, _ in side.series.get(name, ())) for side in (found, wanted))
+        if have != want:
+            problems.append(f"{name}: steps {_ranges(have - want)} too often, steps {_ranges(want - have)} missing")
+    if found.result.get("steps") != wanted.result.get("steps"):
+        problems.append(f"result.json: {found.result.get('steps')} steps, not {wanted.result.get('steps')}")
+    if found.result.get("registered") != wanted.result.get("registered"):
+        problems.append(f"result.json: registered {found.result.get('registered')}")
+    return problems
+
+
+def value_differences(found: EndState, wanted: EndState) -> list[str]:
+    """Whether every value that does not depend on time is the same."""
+    problems = [
+        f"{name}: other values"
+        for name in sorted(REPEATABLE & wanted.series.keys())
+        if set(found.series.get(name, ())) != set(wanted.series[name])
+    ]
+    have, want = (side.result.get("metrics", {}) for side in (found, wanted))
+    return problems + [f"result.json: {name} is {have.get(name)}" for name in want if _differ(name, have, want)]
+
+
+def _differ(name: str, have: dict[str, float], want: dict[str, float]) -> bool:
+    return name in REPEATABLE and have.get(name) != want[name]
+
+
+def _ranges(steps: Counter[int]) -> list[int]:
+    return sorted(steps.elements())

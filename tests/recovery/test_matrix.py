@@ -1,0 +1,154 @@
+"""Interrupt a run at any moment: what it leaves is what an untouched run leaves."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.recovery import processes, runs, table
+from tests.recovery.runs import Clean, Fault, Run
+
+pytestmark = pytest.mark.ray
+
+# Where: (phase of the fault point, step, rank). Checkpoints lie at 0, 3, 6 and 8, evaluations at 0, 4 and 8.
+POINTS: dict[str, tuple[str, int | None, int | None]] = {
+    "preparation": ("shard", None, None),
+    "initialisation": ("initialise", None, 1),
+    "early step": ("step", 1, 0),
+    "middle step": ("step", 5, 1),
+    "last step": ("step", 8, 0),
+    "evaluation": ("evaluate", 4, 1),
+    "checkpoint": ("checkpoint", 6, None),
+    "export": ("export", None, None),
+    "registration": ("register", None, None),
+}
+TRAINING = ("initialisation", "early step", "middle step", "last step", "evaluation", "checkpoint")
+UNDER_WAY = ("early step", "middle step", "evaluation", "checkpoint")
+"""Points at which a checkpoint lies behind and steps lie ahead."""
+HAPPENINGS = {
+    "kill worker": [point for point in POINTS if point != "registration"],
+    "exception in worker": [point for point in POINTS if point != "registration"],
+    "kill controller": list(TRAINING),
+    "SIGTERM": list(POINTS),
+    "kill everything": list(POINTS),
+}
+SHORT = {("kill worker", "middle step"), ("kill everything", "middle step"), ("SIGTERM", "middle step")}
+CASES = [
+    pytest.param(what, where, marks=() if (what, where) in SHORT else pytest.mark.slow, id=f"{what}, {where}")
+    for what, points in HAPPENINGS.items()
+    for where in points
+]
+
+HEARD_SECONDS = 1.5
+"""After which the driver has seen a signal; it looks once a second."""
+STEP_SECONDS = 0.1
+"""By which steps are drawn out where workers have to hear something between two of them."""
+
+
+@pytest.fixture(scope="module")
+def clean(tiny_project: Path, tmp_path_factory: pytest.TempPathFactory) -> Clean:
+    return runs.run_clean(tiny_project, tmp_path_factory.mktemp("clean"))
+
+
+@pytest.mark.parametrize(("what", "where"), CASES)
+def test_an_interrupted_run_ends_as_if_nothing_had_happened(
+    what: str, where: str, clean: Clean, tiny_project: Path, tmp_path: Path, rows: list[table.Row]
+) -> None:
+    row = table.Row(f"{what}, {where}")
+    rows.append(row)
+    with processes.scratch() as scratch:
+        run = Run(runs.written(tiny_project, tmp_path), scratch, fault(what, where))
+        interrupt(run, what, where)
+        row.again, row.lost = run.again(), run.seconds - clean.seconds
+        end = runs.end_state(tmp_path)
+        row.same_bytes = end.adapter == clean.end.adapter
+        problems = [*runs.differences(end, clean.end), *log_problems(run, what, where)]
+        assert not problems, "\n".join([*problems, run.tail()])
+    row.recovered = True
+
+
+@pytest.mark.slow
+def test_answers_before_training_are_kept_too(tiny_project: Path, tmp_path: Path, rows: list[table.Row]) -> None:
+    answered: dict[str, Any] = {"evaluation__scorer": "exact_match", "evaluation__samples": 2}
+    for name in ("clean", "broken"):
+        (tmp_path / name).mkdir()
+    clean = runs.run_clean(tiny_project, tmp_path / "clean", **answered)
+    row = table.Row("kill everything, middle step, with answers")
+    rows.append(row)
+    with processes.scratch() as scratch:
+        run = Run(
+            runs.written(tiny_project, tmp_path / "broken", **answered),
+            scratch,
+            fault("kill everything", "middle step"),
+        )
+        interrupt(run, "kill everything", "middle step")
+        row.again, row.lost = run.again(), run.seconds - clean.seconds
+        end = runs.end_state(tmp_path / "broken")
+        row.same_bytes = end.adapter == clean.end.adapter
+        assert runs.differences(end, clean.end) == [], run.tail()
+        assert end.result["scores"] == clean.end.result["scores"], run.tail()
+    row.recovered = True
+
+
+def fault(what: str, where: str) -> Fault:
+    phase, step, rank = POINTS[where]
+    kind = {"kill worker": "kill", "exception in worker": "raise"}.get(what, "hold")
+    return Fault(phase, kind, step, rank, pace=STEP_SECONDS if what == "SIGTERM" else 0.0)
+
+
+def interrupt(run: Run, what: str, where: str) -> None:
+    """Let it happen, and give the command again where a user has to."""
+    run.start()
+    run.wait_for_fault()
+    if what == "kill controller":
+        run.kill_controller()
+        run.release()
+    elif what == "SIGTERM":
+        stop(run, where)
+    elif what == "kill everything":
+        run.kill_everything()
+        assert run.wait() == -9, run.tail()
+    if what in ("SIGTERM", "kill everything"):
+        run.start()
+    code = run.wait()
+    if what == "exception in worker" and where not in TRAINING and code != 0:
+        code = run.attempt()  # a bug in a task may end the command, but not the run
+    assert code == 0, run.tail()
+
+
+def stop(run: Run, where: str) -> None:
+    """SIGTERM; the rest of the steps is so short that the driver has to hear it before they go on."""
+    run.terminate_driver()
+    if where in TRAINING:
+        time.sleep(HEARD_SECONDS)
+    run.release()
+    assert run.wait() == 143, run.tail()
+    if goes_on("SIGTERM", where):
+        # The one that was under way, and the one with which the workers agree.
+        late = run.last_step() - (POINTS[where][1] or 0)
+        assert late <= 2, f"{late} steps were done after the signal\n{run.tail()}"
+
+
+def goes_on(what: str, where: str) -> bool:
+    """Whether training has to be taken up again: unless it ends by itself while its last but one checkpoint waits."""
+    return where in UNDER_WAY and (what, where) != ("SIGTERM", "checkpoint")
+
+
+def log_problems(run: Run, what: str, where: str) -> list[str]:
+    """What is wrong with the log: each attempt to train is told, and only the first one initialises."""
+    found, taken_up = [], run.taken_up()
+    most = 2 if where == "initialisation" else 1
+    if not 1 <= run.initialised() <= most or run.told_initialised() > most:
+        found.append(f"initialised {run.initialised()} times, and the log says {run.told_initialised()}")
+    if goes_on(what, where) and len(taken_up) != 1:
+        found.append(f"training was taken up again once, the log says so {len(taken_up)} times")
+    if where in ("export", "registration") and taken_up:
+        found.append(f"nothing was to be trained again, but the log says {taken_up}")
+    found += [f"no word about what happened: {one}" for one in taken_up if not one.why.strip(" ;:,.")]
+    found += [f"not two workers: {one}" for one in taken_up if one.workers != 2]
+    if run.again() > (0 if what == "SIGTERM" else 2 * runs.CHECKPOINT_EVERY):
+        found.append(f"{run.again()} steps were done again")
+    if sum(one.again for one in taken_up) > run.again():
+        found.append(f"{run.again()} steps were done again, but the log says {taken_up}")
+    return found

@@ -1,0 +1,175 @@
+"""Hosts that die, lose their link, join and are taken away while a run trains on them."""
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load
+
+from tests.recovery import hosts, processes, runs, table
+from tests.recovery.hosts import Host
+from tests.recovery.runs import Clean, EndState, Fault, Run
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+STEPS = 60
+SCHEDULE: dict[str, Any] = {
+    "train__steps": STEPS,
+    "train__checkpoint_every": 5,
+    "train__eval_every": 20,
+    "train__lr": 1e-3,
+}
+MIDDLE = Fault("step", "hold", step=32, rank=1)
+PACED = Fault(pace=0.5)
+CUT_SECONDS = 20.0
+NOTICE_SECONDS = 20
+
+
+@pytest.fixture(scope="module", autouse=True)
+def namespaces() -> None:
+    if os.geteuid() != 0 or not hosts.possible():
+        pytest.skip("needs root and network namespaces")
+
+
+@pytest.fixture(scope="module")
+def clean(tiny_project: Path, tmp_path_factory: pytest.TempPathFactory) -> Clean:
+    """On one host, with two workers."""
+    return runs.run_clean(tiny_project, tmp_path_factory.mktemp("clean"), **SCHEDULE)
+
+
+@dataclass
+class Cluster:
+    """A head, two others, and a run that is started on the head."""
+
+    head: Host
+    others: tuple[Host, Host]
+    run: Run
+
+    def host_of(self, pid: int) -> Host:
+        return next(host for host in self.others if host.has(pid))
+
+    def wait_for_step(self, step: int) -> None:
+        self.run.wait_until(lambda: any(f"step {step}/" in line for line in self.run.lines()), f"no step {step}")
+
+
+@contextlib.contextmanager
+def cluster(tiny_project: Path, folder: Path, fault: Fault, others: int, **changes: Any) -> Iterator[Cluster]:
+    """A cluster of which so many others than the head have Ray; a worker takes one's only CPU."""
+    config = runs.written(tiny_project, folder, **SCHEDULE, cluster__cpus_per_worker=1, **changes)
+    with processes.scratch() as scratch, hosts.hosts(scratch, fault) as (head, *rest):
+        for host in (head, *rest[:others]):
+            host.start_ray()
+        extra = {**head.variables, "RAY_ADDRESS": hosts.head_address()}
+        yield Cluster(head, (rest[0], rest[1]), Run(config, scratch, fault, head.enter, extra))
+
+
+def finish(found: Cluster, folder: Path, clean: Clean, row: table.Row) -> EndState:
+    """Wait for the run's end, fill in the row, and check all but the numbers."""
+    code = found.run.wait()
+    row.again = found.run.again()
+    row.lost = found.run.seconds - clean.seconds
+    assert code == 0, found.run.tail()
+    end = runs.end_state(folder)
+    row.same_bytes = end.adapter == clean.end.adapter
+    assert found.run.initialised() == 1, found.run.tail()
+    assert runs.record_differences(end, clean.end) == [], found.run.tail()
+    return end
+
+
+def assert_close(end: EndState, clean: Clean) -> None:
+    """Another number of workers adds up in another order."""
+    have, want = load(end.adapter), load(clean.end.adapter)
+    assert have.keys() == want.keys()
+    for name, tensor in want.items():
+        assert torch.allclose(have[name], tensor, rtol=1e-3, atol=1e-4), name
+
+
+def test_a_run_goes_on_without_a_host_that_died(
+    clean: Clean, tiny_project: Path, tmp_path: Path, rows: list[table.Row]
+) -> None:
+    row = table.Row("host killed, workers [1, 2]")
+    rows.append(row)
+    with cluster(tiny_project, tmp_path, MIDDLE, others=2, cluster__workers=[1, 2]) as found:
+        found.run.start()
+        found.host_of(found.run.wait_for_fault()["pid"]).kill()
+        assert_close(finish(found, tmp_path, clean, row), clean)
+        assert [one.workers for one in found.run.taken_up()] == [1], found.run.tail()
+    row.recovered = True
+
+
+def test_a_run_waits_for_a_host_whose_link_is_cut(
+    clean: Clean, tiny_project: Path, tmp_path: Path, rows: list[table.Row]
+) -> None:
+    row = table.Row(f"link cut for {CUT_SECONDS:.0f} s, workers 2")
+    rows.append(row)
+    with cluster(tiny_project, tmp_path, MIDDLE, others=2, cluster__workers=2) as found:
+        found.run.start()
+        host = found.host_of(found.run.wait_for_fault()["pid"])
+        host.link("down")
+        found.run.release()
+        time.sleep(CUT_SECONDS)
+        host.link("up")
+        found.run.wait_until(lambda: ended_or_revived(found, host), "the run does not end")
+        end = finish(found, tmp_path, clean, row)
+        assert runs.differences(end, clean.end) == [], found.run.tail()
+        assert all(one.workers == 2 for one in found.run.taken_up()), found.run.tail()
+    row.recovered = True
+
+
+def ended_or_revived(found: Cluster, host: Host) -> bool:
+    """Whether the run has ended; a node that Ray gave up while its link was down is started again."""
+    assert found.run.driver is not None
+    if found.run.driver.poll() is not None:
+        return True
+    if host.raylet() is None:
+        host.kill()
+        host.start_ray()
+    return False
+
+
+def test_a_run_grows_when_a_host_joins(clean: Clean, tiny_project: Path, tmp_path: Path, rows: list[table.Row]) -> None:
+    row = table.Row("host joins, workers [1, 2]")
+    rows.append(row)
+    elastic = {"cluster__workers": [1, 2], "cluster__resize_interval": 5}
+    with cluster(tiny_project, tmp_path, PACED, others=1, **elastic) as found:
+        found.run.start()
+        found.wait_for_step(4)
+        found.others[1].start_ray()
+        assert_close(finish(found, tmp_path, clean, row), clean)
+        assert [one.workers for one in found.run.taken_up()] == [2], found.run.tail()
+    row.recovered = True
+
+
+def test_no_step_is_lost_when_a_host_is_taken_away_with_notice(
+    clean: Clean, tiny_project: Path, tmp_path: Path, rows: list[table.Row]
+) -> None:
+    row = table.Row("host drained, workers [1, 2]")
+    rows.append(row)
+    patient = {"cluster__workers": [1, 2], "cluster__max_failures": 0}
+    with cluster(tiny_project, tmp_path, PACED, others=2, **patient) as found:
+        found.run.start()
+        found.wait_for_step(12)
+        drain(found, found.others[1], NOTICE_SECONDS)
+        time.sleep(NOTICE_SECONDS)
+        found.others[1].kill()
+        assert_close(finish(found, tmp_path, clean, row), clean)
+        assert [(one.workers, one.again) for one in found.run.taken_up()] == [(1, 0)], found.run.tail()
+    row.recovered = True
+
+
+def drain(found: Cluster, host: Host, seconds: int) -> None:
+    """Tell Ray that a host will be taken away, as a cloud does with spot machines."""
+    reason = ("--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=test")
+    found.head.ray(
+        "drain-node",
+        f"--address={hosts.head_address()}",
+        f"--node-id={host.node_id()}",
+        *reason,
+        f"--deadline-remaining-seconds={seconds}",
+    )
