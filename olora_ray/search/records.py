@@ -1,0 +1,76 @@
+"""What a search has found so far: one record a trial, and what can be asked of all of them."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+Mode = Literal["min", "max"]
+Status = Literal["finished", "stopped", "failed", "unfinished"]
+"""stopped: by the scheduler, because others did better; unfinished: the search ended before the trial did."""
+
+
+@dataclass(frozen=True)
+class TrialRecord:
+    """One trial."""
+
+    number: int
+    """Counted from 0, in the order of the search."""
+    params: dict[str, Any]
+    """Dotted config field -> value; of population-based training the last values."""
+    status: Status
+    value: float | None = None
+    """Best value of the metric so far; None if it was never measured."""
+    step: int = 0
+    """Optimizer steps done."""
+    curve: tuple[tuple[int, float], ...] = ()
+    """(step, metric), in order of steps."""
+    seconds: float = 0.0
+    """From start to end, over all attempts."""
+    first_step: float | None = None
+    """Seconds from the start of the trial to the end of its first step."""
+    spared: float = 0.0
+    """Seconds of preparation and initialisation that the search did once and this trial not again."""
+    reason: str = ""
+    """Why it failed or was stopped."""
+    folder: str = ""
+    """The trial's run folder."""
+    mlflow_run: str = ""
+
+
+@dataclass(frozen=True)
+class SearchRecord:
+    """A whole search."""
+
+    name: str
+    metric: str
+    mode: Mode
+    searcher: str
+    scheduler: str
+    seconds: float
+    trials: tuple[TrialRecord, ...]
+    fields: tuple[str, ...]
+    """Dotted config fields that are searched, in the order of the space file."""
+    default: int | None = None
+    """Number of the trial that has the config as it is."""
+    notes: tuple[str, ...] = field(default=())
+    """Sentences about the search as a whole, e.g. why it ended early."""
+
+    def ranked(self) -> list[TrialRecord]:
+        """The trials that have a value, the best first."""
+        sign = 1 if self.mode == "min" else -1
+        measured = [trial for trial in self.trials if trial.value is not None]
+        return sorted(measured, key=lambda trial: (sign * (trial.value or 0.0), trial.number))
+
+    def best(self) -> TrialRecord | None:
+        """The trial with the best value."""
+        return next(iter(self.ranked()), None)
+
+    def of(self, number: int | None) -> TrialRecord | None:
+        """The trial with this number."""
+        return next((trial for trial in self.trials if trial.number == number), None)
+
+    def to_json(self) -> str:
+        """The text of leaderboard.json, the best trial first."""
+        order = {trial.number: place for place, trial in enumerate(self.ranked())}
+        trials = sorted(self.trials, key=lambda trial: (order.get(trial.number, len(order)), trial.number))
+        return json.dumps({**asdict(self), "trials": [asdict(trial) for trial in trials]}, indent=1) + "\n"
