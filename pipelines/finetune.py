@@ -2,7 +2,8 @@
 
     python pipelines/finetune.py [CONFIG.yaml] [section.field=value ...] [--dry-run] [--help]
 
-Without arguments it runs pipelines/configs/quickstart.yaml.
+Without arguments it runs pipelines/configs/quickstart.yaml. The stages, from the base model to the registered
+version, stand one below the other in olora_ray/pipeline.py.
 """
 
 from pathlib import Path
@@ -17,43 +18,14 @@ QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
 
 
 def main(argv: list[str]) -> None:
-    """The whole pipeline, in the order in which the data flows."""
+    """Read the arguments; show what would be done, or do it."""
     config, dry_run = command.read_arguments(argv, QUICKSTART, usage=__doc__ or "")
-    say = command.log_line
-    from olora_ray import deliver, launch, model, report
-    from olora_ray.data.tokenize import spec_from_pretrained
-    from olora_ray.run_folder import RunFolder
-    from olora_ray.task import Task
+    from olora_ray import pipeline, report
 
     if dry_run:
-        report.dry_run(config, say)
-        return
-
-    folder = RunFolder(config)
-    folder.check()
-    if done := folder.finished():
-        report.already_finished(config, done, say)
-        return
-    deliver.check_tracking(config, folder)
-    base = model.obtain(config, say, deliver.registered(config))
-    tokenizer = model.load_tokenizer(base, config.model)
-    spec = spec_from_pretrained(tokenizer, base.name)
-    report.plan(config, base, say)
-
-    with launch.connect(config, say) as stop, launch.tokens(config, spec, say) as (training, held_out):
-        eos = model.end_tokens(base, tokenizer)
-        task = Task(config, base, spec.digest, eos, training.store, held_out, launch.make_board())
-        report.steps(task, say)
-        outcome = deliver.trained(task, folder, say)
-        folder.claim()
-        with deliver.tracked(task, folder) as tracker:
-            outcome = outcome or launch.train(task, folder, training, tracker, stop, say)
-            parity = launch.run_export(task, folder, outcome, say)
-            version = deliver.publish(task, folder, tracker, outcome, parity, say)
-            answers = report.texts(outcome, tokenizer)
-            finished = report.finish(task, folder, tracker, outcome, answers, parity, version)
-        folder.write_result(finished.result)  # nothing is left to be logged
-        finished.show(say)
+        report.dry_run(config, command.log_line)
+    else:
+        pipeline.run(config, command.log_line)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,50 @@
+"""The main job, in the order in which the data flows; pipelines/finetune.py and retrain.py both run it.
+
+Each line is one stage with one file behind it. What a stage has made is found again by the next attempt, so
+the same config may be run until it is finished, whatever has stopped it meanwhile.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from olora_ray import deliver, launch, model, report
+from olora_ray.config import Config
+from olora_ray.data.tokenize import spec_from_pretrained
+from olora_ray.run_folder import RunFolder
+from olora_ray.task import Task
+
+Say = Callable[[str], None]
+
+
+def run(config: Config, say: Say) -> dict[str, Any]:
+    """Fine-tune, export, check and register as the config says; returns the content of result.json.
+
+    A run that is finished already is only reported. Raises UserError for what the user can fix, TryAgain for
+    what passes by itself, and Stopped after a signal.
+    """
+    folder = RunFolder(config)
+    folder.check()
+    if done := folder.finished():
+        report.already_finished(config, done, say)
+        return done
+    deliver.check_tracking(config, folder)
+    base = model.obtain(config, say, deliver.registered(config))
+    tokenizer = model.load_tokenizer(base, config.model)
+    spec = spec_from_pretrained(tokenizer, base.name)
+    report.plan(config, base, say)
+
+    with launch.connect(config, say) as stop, launch.tokens(config, spec, say) as (training, held_out):
+        eos = model.end_tokens(base, tokenizer)
+        task = Task(config, base, spec.digest, eos, training.store, held_out, launch.make_board())
+        report.steps(task, say)
+        outcome = deliver.trained(task, folder, say)
+        folder.claim()
+        with deliver.tracked(task, folder) as tracker:
+            outcome = outcome or launch.train(task, folder, training, tracker, stop, say)
+            parity = launch.run_export(task, folder, outcome, say)
+            version = deliver.publish(task, folder, tracker, outcome, parity, say)
+            answers = report.texts(outcome, tokenizer)
+            finished = report.finish(task, folder, tracker, outcome, answers, parity, version)
+        folder.write_result(finished.result)  # nothing is left to be logged
+        finished.show(say)
+    return finished.result
