@@ -24,7 +24,7 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 class Section(BaseModel):
     """Base of all sections: immutable, no unknown fields, field docstrings are the help."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, serialize_by_alias=True)
 
 
 class Run(Section):
@@ -64,6 +64,8 @@ class Source(Section):
     """Maps the format's field names to the file's columns, e.g. {prompt: question}."""
     weight: Annotated[float, Field(gt=0.0)] = 1.0
     """How often each row is used per epoch: 1 once, 2 twice, 0.5 every second row."""
+    only: tuple[str, ...] = ()
+    """Of a folder or glob only these files, by their full paths or URIs; empty: all."""
 
 
 class Data(Section):
@@ -146,6 +148,8 @@ class Train(Section):
     """Stop after this many evaluations without a better loss."""
     log_every: PositiveInt = 10
     """Steps between progress lines and reports to Ray."""
+    start: str | None = None
+    """Checkpoint folder of a run with the same base and adapter settings: training goes on from its best adapter."""
 
 
 class Cluster(Section):
@@ -217,6 +221,51 @@ class Registry(Section):
     """Alias that the new version gets."""
 
 
+class Condition(Section):
+    """A bound that a new version must keep, whatever the champion does."""
+
+    metric: str
+    """eval/loss, eval/perplexity, or eval/NAME of a score that evaluation.scorer gives."""
+    at_least: float | None = None
+    """Smallest value that passes."""
+    at_most: float | None = None
+    """Largest value that passes."""
+
+    @model_validator(mode="after")
+    def _has_a_bound(self) -> "Condition":
+        if self.at_least is None and self.at_most is None:
+            raise ValueError("set at_least or at_most")
+        return self
+
+
+class Gate(Section):
+    """What a retrained version must show before it becomes the champion."""
+
+    metric: str = "eval/loss"
+    """Compared with the champion's: eval/loss, eval/perplexity (lower is better) or eval/NAME of a score (higher)."""
+    must_improve_by: float = 0.0
+    """Least improvement; 0: at least as good, below 0: may be worse by that much."""
+    conditions: Annotated[tuple[Condition, ...], Field(alias="and")] = ()
+    """Further conditions {metric: ..., at_least: ...} or at_most, on the new version alone."""
+    on: Literal["held-out"] = "held-out"
+    """Rows on which both are measured: those of data.eval or data.eval_fraction."""
+    level: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.95
+    """Confidence of the bootstrap interval of the improvement."""
+    confident: bool = False
+    """The lower end of that interval must reach must_improve_by too, not only the improvement itself."""
+
+
+class Retrain(Section):
+    """How pipelines/retrain.py makes a new version."""
+
+    origin: Annotated[Literal["base", "champion"], Field(alias="from")] = "base"
+    """base: everything anew; champion: on from the champion's adapter, with new files and some old rows."""
+    replay: Annotated[float, Field(ge=0.0, le=1.0)] = 0.2
+    """Share of the rows of files that the champion knows, with `from: champion`."""
+    wait: Annotated[float, Field(ge=0.0)] = 0.0
+    """Seconds to wait for another retraining of the same model before giving up."""
+
+
 class Config(Section):
     """One run, whole."""
 
@@ -229,6 +278,20 @@ class Config(Section):
     evaluation: Evaluation = Evaluation()
     tracking: Tracking = Tracking()
     registry: Registry = Registry()
+    gate: Gate = Gate()
+    retrain: Retrain = Retrain()
+
+    @model_validator(mode="after")
+    def _gate_can_be_measured(self) -> "Config":
+        for metric in (self.gate.metric, *(condition.metric for condition in self.gate.conditions)):
+            if metric in ("eval/loss", "eval/perplexity"):
+                continue
+            if not metric.startswith("eval/") or self.evaluation.scorer is None:
+                raise ValueError(
+                    f"gate: metric {metric} is not measured: use eval/loss, eval/perplexity, or eval/NAME of a score"
+                    " that evaluation.scorer gives"
+                )
+        return self
 
     @model_validator(mode="after")
     def _batch_is_large_enough(self) -> "Config":
@@ -343,9 +406,10 @@ def help_text() -> str:
 def _field_help(section: type[Section], indent: str) -> Iterator[str]:
     for name, field in section.model_fields.items():
         default = "required" if field.is_required() else repr(field.get_default(call_default_factory=True))
-        yield f"{indent}{name:<18} {field.description} [{default}]"
-        if name == "train" and section is Data:
-            yield from _field_help(Source, indent + "    ")
+        yield f"{indent}{field.alias or name:<18} {field.description} [{default}]"
+        entry = {"train": Source, "conditions": Condition}.get(name) if section in (Data, Gate) else None
+        if entry is not None:
+            yield from _field_help(entry, indent + "    ")
 
 
 def _leaves(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
@@ -421,8 +485,8 @@ def _names_beside(parts: list[str]) -> list[str]:
     model: Any = Config
     for part in parts[:-1]:
         if part.isdigit():
-            model = Source
+            model = Condition if "gate" in parts else Source
         elif part in model.model_fields:
             inner = model.model_fields[part].annotation
             model = inner if isinstance(inner, type) and issubclass(inner, Section) else model
-    return list(model.model_fields)
+    return [field.alias or name for name, field in model.model_fields.items()]

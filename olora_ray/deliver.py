@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from olora_ray import checkpoint, export, keeper, registry, storage, tracking
+from olora_ray import checkpoint, export, keeper, storage, tracking
 from olora_ray.adapter.layer import is_transposed
 from olora_ray.config import Config, flatten
 from olora_ray.data import template
@@ -17,6 +17,7 @@ from olora_ray.data.store import TokenStore
 from olora_ray.errors import Stopped, UserError
 from olora_ray.model import BaseModel, on_this_node, parameters, skeleton
 from olora_ray.parity import measure_parity
+from olora_ray.registry import models
 from olora_ray.run_folder import RunFolder
 from olora_ray.task import Outcome, Task
 
@@ -30,7 +31,7 @@ def registered(config: Config) -> Callable[[str], Path]:
     """A function from a models:/ name to the local folder of that model, in this run's MLflow."""
     # Under the storage, so that the workers see it too.
     cache = None if storage.is_uri(config.run.storage) else Path(config.run.storage)
-    return lambda name: registry.resolve_model_uri(name, tracking.resolve_uri(config), cache)
+    return lambda name: models.resolve_model_uri(name, tracking.resolve_uri(config), cache)
 
 
 def check_tracking(config: Config, folder: RunFolder) -> None:
@@ -148,10 +149,10 @@ def publish(
     with tracking.reachable(tracker.uri, upload=True):
         if name is None:
             say("logging the merged model")
-            registry.log_model(tracker, merged, tags, base_name=task.base.name)
+            models.log_model(tracker, merged, tags, base_name=task.base.name)
             return None
         say(f"registering the merged model as {name}@{alias}")
-        return registry.register(tracker, merged, name, alias, tags, base_name=task.base.name)
+        return models.register(tracker, merged, name, alias, tags, base_name=task.base.name)
 
 
 def _log_data(tracker: tracking.Tracker, task: Task) -> None:
@@ -165,7 +166,7 @@ def _log_data(tracker: tracking.Tracker, task: Task) -> None:
 def _give_template(config: Config, merged: Path) -> None:
     """A base without a chat template was trained with the default one: its users need it too."""
     chats = any(source.format not in ("text", "prompt_completion") for source in config.data.train)
-    if chats and not registry.has_chat_template(merged):
+    if chats and not models.has_chat_template(merged):
         (merged / "chat_template.jinja").write_text(template.DEFAULT, encoding="utf-8")
 
 

@@ -33,6 +33,9 @@ def resolved(config: Config, folder: Path) -> Config:
             "run": config.run.model_copy(update={"storage": absolute(config.run.storage, base)}),
             "model": config.model.model_copy(update={"name": name}),
             "data": data,
+            "train": config.train.model_copy(
+                update={"start": config.train.start and absolute(config.train.start, folder)}
+            ),
         }
     )
 
@@ -56,4 +59,5 @@ def package_file(name: str) -> Path:
 
 
 def _source(source: Source, folder: Path) -> Source:
-    return source.model_copy(update={"path": absolute(source.path, folder)})
+    only = tuple(absolute(name, folder) for name in source.only)
+    return source.model_copy(update={"path": absolute(source.path, folder), "only": only})

@@ -33,7 +33,7 @@ class Task:
             "training data": self.train.digest,
             "held-out data": self.eval.digest if self.eval else "",
             "adapter": self.config.adapter.model_dump_json(),
-        }
+        } | ({"start": self.config.train.start} if self.config.train.start else {})
 
 
 @dataclass(frozen=True)

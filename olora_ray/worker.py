@@ -68,12 +68,13 @@ class Worker:
     def run(self) -> Outcome:
         """The whole of a worker's work."""
         restored = self._restored()
+        start = self._start() if restored is None else None
         base = on_this_node(self.task.base, self.config)
         model: Any = load_model(base.folder, self.config.model, self.device)
         self.attention: str = model.config._attn_implementation
         check_attention(model.config.get_text_config(), self.attention, self.config.data)
         adapted = inject(
-            model, self._factors(model, restored), self.config.adapter.scale(), self.config.adapter.dropout
+            model, self._factors(model, restored.adapter if restored else start), self.config.adapter.scale(), self.config.adapter.dropout
         )
         loss = SupervisedLoss(model)
         spread(loss, self.config.cluster.strategy, self.device)
@@ -81,6 +82,8 @@ class Worker:
         if restored:
             self._take_up(restored)
         else:
+            if start:
+                self.trainer.flat.load(self.trainer.flat.vector, _named(start))
             self._tell_driver(Started(self.world))
             self._checkpoint()  # what the initialisation made is never made again
         if self.state.step == 0 and not self.state.history:
@@ -131,7 +134,8 @@ class Worker:
                 else None
             )
             if self.asked:
-                self._say(f"answering {len(self.asked)} held-out prompts with the base model")
+                start = "adapter that training starts with" if self.config.train.start else "base model"
+                self._say(f"answering {len(self.asked)} held-out prompts with the {start}")
             found = Baseline(loss, self._answer() if self.asked else None)
             if self.rank == 0:
                 found.write(place, self.task.identity())
@@ -168,11 +172,11 @@ class Worker:
             self.best = self.trainer.flat.vector.clone()
         return {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 80.0))}
 
-    def _factors(self, model: Any, restored: checkpoint.Checkpoint | None) -> dict[str, Factors]:
+    def _factors(self, model: Any, known: dict[str, AdapterWeights] | None) -> dict[str, Factors]:
         adapter = self.config.adapter
         targets = find_targets(model, adapter.targets, adapter.rank)
-        if restored:
-            return {name: restored.adapter[name].factors for name in targets}
+        if known:
+            return {name: known[name].factors for name in targets}
         factors, report = initialise(targets, adapter.method, adapter.rank, self.config.run.seed, self.device)
         self._say(_describe(adapter.method, report))
         return factors
@@ -213,6 +217,23 @@ class Worker:
         assert restored is not None
         checkpoint.require_same(restored.identity, self.task.identity(), place)
         return restored
+
+    def _start(self) -> dict[str, AdapterWeights] | None:
+        """The adapter of train.start; raises UserError if it is of another base or has other settings."""
+        place = self.config.train.start
+        if place is None:
+            return None
+        problem, found = None, None
+        try:
+            found = keeper.read(place)
+            wanted = self.task.identity()
+            if other := [what for what in ("base model", "adapter") if found.identity.get(what) != wanted[what]]:
+                problem = f"train.start: {place} was trained with another {' and another '.join(other)}"
+        except UserError as error:
+            problem = f"train.start: {error}"
+        raise_together(problem)
+        assert found is not None
+        return found.best_adapter()
 
     def _take_up(self, restored: checkpoint.Checkpoint) -> None:
         self.state = restored.state

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from olora_ray.config import (
+    Condition,
     Config,
     Section,
     Source,
@@ -301,7 +302,9 @@ def fields_of(section: type[BaseModel]) -> list[str]:
 def test_help_lists_every_field_with_its_words_and_default() -> None:
     text = help_text()
     words = {line.split()[0].rstrip(":") for line in text.splitlines()}
-    assert {*fields_of(Config), *fields_of(Source)} <= words
+    aliases = {"conditions": "and", "origin": "from"}
+    names = {aliases.get(name, name) for name in (*fields_of(Config), *fields_of(Source), *fields_of(Condition))}
+    assert names <= words
     assert "None [" not in text.replace("[None]", "")
     assert "rank               Rank r of the update. [16]" in text
 

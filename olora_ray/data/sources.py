@@ -49,7 +49,15 @@ def list_files(source: Source, where: str, storage_root: str) -> list[File]:
     `storage_root`. Raises UserError for a path without files or with files of an unknown kind.
     """
     check_fields(source.format, source.fields, where)
-    field = f"{where}.path"
+    found = _all_files(source, f"{where}.path", storage_root)
+    if not source.only:
+        return found
+    if missing := sorted(set(source.only) - {file.uri for file in found}):
+        raise UserError(f"{where}.only: {missing[0]} is not among the files of {source.path}")
+    return [file for file in found if file.uri in source.only]
+
+
+def _all_files(source: Source, field: str, storage_root: str) -> list[File]:
     if source.path.startswith("hf://"):
         return [_stored(uri) for uri in hub.as_parquet(source.path, field, storage_root)]
     if storage.is_uri(source.path):

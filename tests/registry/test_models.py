@@ -4,9 +4,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from olora_ray import export, registry, tracking
+from olora_ray import export, tracking
 from olora_ray.config import Adapter
 from olora_ray.errors import UserError
+from olora_ray.registry import models
 from tests import tiny
 from tests.export_parts import Case, logits, make_case, save_tokenizer
 
@@ -45,7 +46,7 @@ def tracker(storage: Path, monkeypatch: pytest.MonkeyPatch) -> tracking.Tracker:
 def registered(storage: Path, merged: Path) -> tracking.Tracker:
     """A run with version 1 of `triage`, alias candidate."""
     tracker = tracking.start(tiny.config(run__storage=str(storage)), "test", {})
-    assert registry.register(tracker, merged, "triage", "candidate", TAGS, base_name="org/base") == 1
+    assert models.register(tracker, merged, "triage", "candidate", TAGS, base_name="org/base") == 1
     return tracker
 
 
@@ -115,7 +116,7 @@ def test_one_copy_of_the_weights(registered: tracking.Tracker, merged: Path, sto
 def test_registering_again_gives_the_same_version(registered: tracking.Tracker, merged: Path) -> None:
     client = registered.client()
     client.delete_registered_model_alias("triage", "candidate")  # killed before it was set
-    assert registry.register(registered, merged, "triage", "candidate", TAGS) == 1
+    assert models.register(registered, merged, "triage", "candidate", TAGS) == 1
     assert client.get_model_version_by_alias("triage", "candidate").version in ("1", 1)
     assert len(client.search_model_versions("name = 'triage'")) == 1
 
@@ -127,20 +128,20 @@ def test_a_copy_that_was_interrupted_is_filled_again(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(registry, "_write_description", killed)
+        patch.setattr(models, "_write_description", killed)
         with pytest.raises(KeyboardInterrupt):
-            registry.register(tracker, merged, "other", "candidate", TAGS)
-    version = registry.register(tracker, merged, "other", "candidate", TAGS)
+            models.register(tracker, merged, "other", "candidate", TAGS)
+    version = models.register(tracker, merged, "other", "candidate", TAGS)
     experiment = tracker.client().get_run(tracker.run_id).info.experiment_id
-    models = tracker.client().search_logged_models([experiment], f"source_run_id = '{tracker.run_id}'")
-    assert [str(item.status) for item in models] == ["READY"]
-    assert (registry.resolve_model_uri(f"models:/other/{version}", tracker.uri).parent / "MLmodel").is_file()
+    logged = tracker.client().search_logged_models([experiment], f"source_run_id = '{tracker.run_id}'")
+    assert [str(item.status) for item in logged] == ["READY"]
+    assert (models.resolve_model_uri(f"models:/other/{version}", tracker.uri).parent / "MLmodel").is_file()
 
 
 def test_another_run_gives_another_version(
     registered: tracking.Tracker, tracker: tracking.Tracker, merged: Path
 ) -> None:
-    version = registry.register(tracker, merged, "triage", "second", TAGS)
+    version = models.register(tracker, merged, "triage", "second", TAGS)
     assert version > 1
     client = tracker.client()
     assert int(client.get_model_version_by_alias("triage", "second").version) == version
@@ -148,8 +149,8 @@ def test_another_run_gives_another_version(
 
 
 def test_logging_without_registering(tracker: tracking.Tracker, merged: Path) -> None:
-    model_id = registry.log_model(tracker, merged, TAGS)
-    assert registry.log_model(tracker, merged, TAGS) == model_id
+    model_id = models.log_model(tracker, merged, TAGS)
+    assert models.log_model(tracker, merged, TAGS) == model_id
     assert tracker.client().search_model_versions(f"run_id = '{tracker.run_id}'") == []
 
 
@@ -162,7 +163,7 @@ def test_a_base_model_without_a_chat_template_completes(
 
     plain = shutil.copytree(merged, tmp_path / "plain")
     (plain / "chat_template.jinja").unlink()
-    model = mlflow.pyfunc.load_model(_folder_of(tracker, registry.log_model(tracker, plain, {})))
+    model = mlflow.pyfunc.load_model(_folder_of(tracker, models.log_model(tracker, plain, {})))
     (answer,) = model.predict({"prompt": "hello", "max_tokens": 4})
     assert answer["object"] == "text_completion"
 
@@ -173,14 +174,14 @@ def _folder_of(tracker: tracking.Tracker, model_id: str) -> str:
 
 def test_a_name_mlflow_refuses(tracker: tracking.Tracker, merged: Path) -> None:
     with pytest.raises(UserError, match=r"^registry\.model=a/b: "):
-        registry.register(tracker, merged, "a/b", "candidate", {})
+        models.register(tracker, merged, "a/b", "candidate", {})
 
 
 @pytest.mark.parametrize("name", ["models:/triage@candidate", "models:/triage/1"])
 def test_a_registered_model_as_a_base_model(
     registered: tracking.Tracker, merged: Path, tmp_path: Path, name: str
 ) -> None:
-    folder = registry.resolve_model_uri(name, registered.uri, tmp_path)
+    folder = models.resolve_model_uri(name, registered.uri, tmp_path)
     assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in merged.iterdir())
     assert json.loads((folder / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
     assert list(tmp_path.iterdir()) == [], "local artifacts are used where they lie"
@@ -198,7 +199,7 @@ def test_a_registered_model_as_a_base_model(
 )
 def test_a_registered_model_that_is_not_there(registered: tracking.Tracker, name: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        registry.resolve_model_uri(name, registered.uri)
+        models.resolve_model_uri(name, registered.uri)
 
 
 def test_a_version_that_is_no_transformers_model(tracker: tracking.Tracker, tmp_path: Path) -> None:
@@ -206,7 +207,7 @@ def test_a_version_that_is_no_transformers_model(tracker: tracking.Tracker, tmp_
     tracker.client().create_registered_model("sklearn")
     tracker.client().create_model_version("sklearn", str(tmp_path))
     with pytest.raises(UserError, match=r"has no config\.json"):
-        registry.resolve_model_uri("models:/sklearn/1", tracker.uri)
+        models.resolve_model_uri("models:/sklearn/1", tracker.uri)
 
 
 def test_artifacts_elsewhere_are_downloaded_once(
@@ -225,7 +226,7 @@ def test_artifacts_elsewhere_are_downloaded_once(
     client = registered.client()
     monkeypatch.setattr(client, "get_model_version_download_uri", lambda *_: "s3://bucket/model")
     monkeypatch.setattr(mlflow.artifacts, "download_artifacts", download)
-    folders = {registry.resolve_model_uri("models:/triage/1", registered.uri, tmp_path) for _ in range(2)}
+    folders = {models.resolve_model_uri("models:/triage/1", registered.uri, tmp_path) for _ in range(2)}
     assert fetched == [("s3://bucket/model", registered.uri)]
     assert len(folders) == 1
     assert (folders.pop() / "config.json").is_file()
