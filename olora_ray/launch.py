@@ -14,7 +14,7 @@ import ray.train
 from ray.exceptions import RayActorError, RayTaskError
 
 from olora_ray import board, tracking
-from olora_ray.capacity import free_workers
+from olora_ray.capacity import free_workers, worker_resources
 from olora_ray.config import Config
 from olora_ray.data import store
 from olora_ray.data.preparation import Preparation
@@ -66,15 +66,6 @@ def connect(config: Config, say: Say) -> Iterator[Stop]:
         raise
     finally:
         ray.shutdown()
-
-
-def worker_resources(config: Config) -> dict[str, float]:
-    """What one worker takes: CPUs, and GPUs if the config or the cluster says so."""
-    gpus = config.cluster.gpus_per_worker
-    if gpus == "auto":
-        gpus = 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
-    wanted = {"CPU": float(config.cluster.cpus_per_worker)}
-    return wanted | ({"GPU": float(gpus)} if gpus else {})
 
 
 @contextlib.contextmanager

@@ -29,7 +29,7 @@ def spread(
     def task(row: dict[str, Any]) -> dict[str, Any]:
         return {"result": pickle.dumps(work(_fetched(reference), int(row["item"])))}
 
-    with _quiet():
+    with quiet_stream():
         blocks = min(len(numbers), TASKS)
         results = ray.data.from_items(numbers, override_num_blocks=blocks).map(task, **_resources(cpus_held))
         # Closed here, in the thread that reads: Ray Data cannot stop its threads from a collector's call.
@@ -69,7 +69,7 @@ def _resources(cpus_held: float) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_stream() -> Iterator[None]:
     """Ordered execution without progress bars and logs, for the time of the stream."""
     from ray.data import DataContext
 

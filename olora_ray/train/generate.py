@@ -1,7 +1,8 @@
 """Greedy answers to held-out prompts, spread over the workers."""
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,9 +58,6 @@ def answer(
 ) -> list[list[int]]:
     """Greedy continuations in the order of `asked`, without prompt and end token; all workers get all."""
     model: Any = trainer.loss.model
-    previous = model.config._attn_implementation
-    # Decoding with a cache needs masks; not every family has sdpa (Gemma 2).
-    model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
     own: list[tuple[int, list[int]]] = []
     # Similar lengths together: less padding. All workers run equally many rounds (a sharded base needs it).
     by_length = sorted(range(len(asked)), key=lambda i: len(asked[i].prompt))
@@ -69,14 +67,14 @@ def answer(
     sharded = hasattr(root, "unshard")
     if sharded:
         root.unshard()  # embeddings and head; the blocks gather themselves
-    for turn in range(rounds):
-        group = mine[turn * batch : (turn + 1) * batch]
-        prompts = [asked[i].prompt for i in group or [0]]
-        outputs = _continue(model, prompts, max_new_tokens, eos, trainer.device, together=sharded)
-        own.extend(zip(group, outputs, strict=False))
+    with decoding(model):
+        for turn in range(rounds):
+            group = mine[turn * batch : (turn + 1) * batch]
+            prompts = [asked[i].prompt for i in group or [0]]
+            outputs = greedy(model, prompts, max_new_tokens, eos, trainer.device, together=sharded)
+            own.extend(zip(group, outputs, strict=False))
     if sharded:
         root.reshard()
-    model.set_attn_implementation(previous)
     gathered: list[Any] = [own]
     if dist.is_initialized():
         gathered = [None] * workers
@@ -84,14 +82,30 @@ def answer(
     return [output for _, output in sorted(pair for part in gathered for pair in part)]
 
 
-def _continue(
+@contextlib.contextmanager
+def decoding(model: Any) -> Iterator[None]:
+    """Attention that takes masks, which decoding with a cache needs; not every family has sdpa (Gemma 2)."""
+    previous = model.config._attn_implementation
+    model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(previous)
+
+
+@torch.no_grad()
+def greedy(
     model: Any,
-    prompts: list[tuple[int, ...]],
+    prompts: Sequence[tuple[int, ...]],
     max_new_tokens: int,
     eos: Sequence[int],
     device: torch.device,
-    together: bool,
+    together: bool = False,
 ) -> list[list[int]]:
+    """Greedy continuations of token ids, without prompt and end token; call it inside `decoding(model)`.
+
+    `together`: all workers run until the last of them is done, because each holds a part of the model.
+    """
     longest = max(len(prompt) for prompt in prompts)
     ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
     mask = torch.zeros_like(ids)
@@ -108,7 +122,7 @@ def _continue(
         top_k=None,
         eos_token_id=list(eos),
         pad_token_id=eos[0],
-        synced_gpus=together,  # with a sharded base no worker may stop before the others
+        synced_gpus=together,
     )
     ends = set(eos)
     results = []

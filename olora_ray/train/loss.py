@@ -41,6 +41,22 @@ class SupervisedLoss(nn.Module):
         total: Tensor = chunked.apply(rows, batch.labels, self)
         return total
 
+    @torch.no_grad()
+    def each(self, batch: Batch) -> Tensor:
+        """The loss of each supervised token in float32, in the order of `batch.labels`."""
+        hidden = self.hidden(batch)
+        rows = hidden.reshape(-1, hidden.shape[-1])[batch.predicts]
+        size = self.chunk()
+        parts = zip(rows.split(size), batch.labels.split(size), strict=True)
+        return torch.cat(
+            [F.cross_entropy(self.logits(part).float(), target, reduction="none") for part, target in parts]
+        )
+
+    def chunk(self) -> int:
+        """How many positions go through the output head at once."""
+        model: Any = self.model
+        return max(64, CHUNK_LOGITS // int(model.config.get_text_config().vocab_size))
+
     def hidden(self, batch: Batch) -> Tensor:
         """The backbone's output for every position."""
         backbone: Any = self.model.base_model
@@ -67,8 +83,7 @@ class _ChunkedLoss(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         wants_grad = ctx.needs_input_grad[0]
         grads = []
-        vocabulary = int(head.model.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
-        rows = max(64, CHUNK_LOGITS // vocabulary)
+        rows = head.chunk()
         for part, target in zip(hidden.split(rows), labels.split(rows), strict=True):
             with torch.set_grad_enabled(wants_grad):
                 part = part.detach().requires_grad_(wants_grad)

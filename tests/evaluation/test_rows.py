@@ -1,0 +1,108 @@
+"""Row results give metrics whose bootstrap rows are the same numbers."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from olora_ray.errors import UserError
+from olora_ray.evaluation import measure as measuring
+from olora_ray.evaluation.measure import Measurer
+from olora_ray.evaluation.rows import RowResults, compare
+from olora_ray.export import write_adapter
+from olora_ray.model import BaseModel
+from olora_ray.train.generate import questions
+from tests import tiny
+
+ROWS = RowResults("store", (2, 3, 5), (4.0, 3.0, 20.0), {"exact_match": (1.0, 0.0)})
+BETTER = RowResults("store", (2, 3, 5), (2.0, 3.0, 15.0), {"exact_match": (1.0, 1.0)})
+
+
+def test_metrics_are_means_over_tokens_and_over_answers() -> None:
+    assert ROWS.metric("eval/loss") == pytest.approx(2.7)
+    assert ROWS.metric("eval/perplexity") == pytest.approx(math.exp(2.7))
+    assert ROWS.metric("eval/exact_match") == 0.5
+    assert ROWS.names() == ["eval/loss", "eval/perplexity", "eval/exact_match"]
+
+
+@pytest.mark.parametrize("name", ["eval/bleu", "exact_match", "train/loss"])
+def test_an_unknown_metric_is_named_with_those_there_are(name: str) -> None:
+    with pytest.raises(UserError, match=f"metric {name}: .*eval/loss, eval/perplexity, eval/exact_match"):
+        ROWS.metric(name)
+
+
+@pytest.mark.parametrize("name", ROWS.names())
+def test_the_middle_of_a_comparison_is_the_difference_of_the_metrics(name: str) -> None:
+    found = compare(name, BETTER, ROWS)
+    assert found.mean == pytest.approx(BETTER.metric(name) - ROWS.metric(name))
+    assert found.low <= found.mean <= found.high
+
+
+def test_other_tokens_are_not_compared() -> None:
+    with pytest.raises(UserError, match="other held-out tokens"):
+        compare("eval/loss", ROWS, RowResults("other", (2,), (1.0,), {}))
+
+
+def test_results_read_back() -> None:
+    assert RowResults.from_json(ROWS.to_json()) == ROWS
+
+
+@pytest.mark.parametrize("attention", ["segments", "sdpa"])
+def test_each_example_has_the_loss_it_has_alone(model_folder: Path, attention: str) -> None:
+    measurer = Measurer(base(model_folder), None, tiny.config(model__attention=attention, model__dtype="float32"), (1,))
+    packs = [tiny.pack(40, 30, 25, seed=1), tiny.pack(50, seed=2)]
+    found = measurer(tuple(packs))
+    assert found == pytest.approx([plain_loss(measurer.model, item) for item in tiny.unpacked(packs)], rel=1e-5)
+
+
+def test_answers_of_an_adapter_are_those_of_the_adapted_model(model_folder: Path, tmp_path: Path) -> None:
+    settings = tiny.config(model__dtype="float32", evaluation__max_new_tokens=6)
+    trainer = tiny.trainer(
+        settings, "segments", measuring.load(base(model_folder), None, settings, torch.device("cpu"))
+    )
+    trainer.flat.vector.copy_(0.1 * torch.randn(trainer.flat.vector.shape, generator=torch.Generator().manual_seed(0)))
+    weights = {name: layer.weights() for name, layer in trainer.adapted.items()}
+    write_adapter(weights, settings.adapter, str(model_folder), tmp_path / "adapter")
+
+    store: Any = tiny.store(2)
+    packs, asked = tuple(store[i] for i in range(2)), tuple(questions(store, 5))
+    measurer = Measurer(base(model_folder), str(tmp_path / "adapter"), settings, (1,))
+    plain = Measurer(base(model_folder), None, settings, (1,))
+    expected = [plain_loss(trainer.loss.model, item) for item in tiny.unpacked(packs)]
+    assert measurer(packs) == pytest.approx(expected, rel=1e-4)
+    assert plain(packs) != pytest.approx(expected, rel=1e-2)
+    assert measurer(asked) == [one_by_one(trainer.loss.model, item.prompt, 6) for item in asked]
+
+
+def test_an_adapter_without_its_files_is_refused(model_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"adapter .*: no adapter_config\.json"):
+        Measurer(base(model_folder), str(tmp_path), tiny.config(), (1,))
+
+
+def base(folder: Path) -> BaseModel:
+    return BaseModel(str(folder), str(folder), "")
+
+
+def plain_loss(model: Any, example: Any) -> float:
+    """Summed over the supervised tokens of one example, from all logits of the model itself."""
+    ids = torch.from_numpy(example.input_ids.astype(np.int64))[None]
+    with torch.no_grad():
+        logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
+    chosen = torch.from_numpy(example.supervised[1:])
+    return float(F.cross_entropy(logits[chosen].float(), ids[0, 1:][chosen], reduction="sum"))
+
+
+def one_by_one(model: Any, prompt: tuple[int, ...], limit: int) -> list[int]:
+    """The most probable token again and again, until the end token (1)."""
+    ids = list(prompt)
+    for _ in range(limit):
+        with torch.no_grad():
+            token = int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())
+        if token == 1:
+            break
+        ids.append(token)
+    return ids[len(prompt) :]
