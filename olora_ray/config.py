@@ -407,9 +407,10 @@ def _field_help(section: type[Section], indent: str) -> Iterator[str]:
     for name, field in section.model_fields.items():
         default = "required" if field.is_required() else repr(field.get_default(call_default_factory=True))
         yield f"{indent}{field.alias or name:<18} {field.description} [{default}]"
-        entry = {"train": Source, "conditions": Condition}.get(name) if section in (Data, Gate) else None
-        if entry is not None:
-            yield from _field_help(entry, indent + "    ")
+        if name == "train" and section is Data:
+            yield from _field_help(Source, indent + "    ")
+        if name == "conditions":
+            yield from _field_help(Condition, indent + "    ")
 
 
 def _leaves(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:

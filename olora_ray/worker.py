@@ -74,7 +74,10 @@ class Worker:
         self.attention: str = model.config._attn_implementation
         check_attention(model.config.get_text_config(), self.attention, self.config.data)
         adapted = inject(
-            model, self._factors(model, restored.adapter if restored else start), self.config.adapter.scale(), self.config.adapter.dropout
+            model,
+            self._factors(model, restored.adapter if restored else start),
+            self.config.adapter.scale(),
+            self.config.adapter.dropout,
         )
         loss = SupervisedLoss(model)
         spread(loss, self.config.cluster.strategy, self.device)
