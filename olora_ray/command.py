@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from olora_ray.config import Config, help_text, load, parse_assignments
 from olora_ray.errors import Stopped, UserError
@@ -17,21 +18,43 @@ def read_arguments(argv: list[str], default: Path, usage: str) -> tuple[Config, 
 
     --help prints usage and every field, and exits. Raises UserError for anything it does not know.
     """
-    if {"-h", "--help"} & set(argv):
-        print(f"{usage.strip()}\n\nFields, with their defaults:\n\n{help_text()}")
-        raise SystemExit(0)
-    flags = [word for word in argv if word.startswith("-")]
-    if unknown := [flag for flag in flags if flag != "--dry-run"]:
-        raise UserError(f"argument {unknown[0]}: not known; there are --dry-run and --help")
-    words = [word for word in argv if word not in flags]
-    files = [word for word in words if "=" not in word]
+    flags, files, changes = _sorted(argv, ("--dry-run",), usage)
     if len(files) > 1:
         raise UserError(
             f"arguments {' '.join(files)}: one config file at a time; fields are set as section.field=value"
         )
-    changes = parse_assignments([word for word in words if "=" in word])
-    config = load(files[0] if files else default, changes)
-    return resolved(config, Path.cwd()), bool(flags)
+    return _loaded(files[0] if files else default, changes), "--dry-run" in flags
+
+
+def read_search_arguments(argv: list[str], usage: str) -> tuple[Config, str, set[str]]:
+    """(config, space file, flags) from `CONFIG.yaml SPACE.yaml [section.field=value ...] [--register] [--refit]`.
+
+    Otherwise like `read_arguments`.
+    """
+    flags, files, changes = _sorted(argv, ("--register", "--refit"), usage)
+    if len(files) != 2:
+        raise UserError(
+            f"arguments {' '.join(files) or '(none)'}: expected a config and a space file, e.g."
+            " pipelines/configs/quickstart.yaml tune_spaces/smoke.yaml"
+        )
+    return _loaded(files[0], changes), files[1], flags
+
+
+def _sorted(argv: list[str], known: tuple[str, ...], usage: str) -> tuple[set[str], list[str], dict[str, Any]]:
+    """(flags, files, changes of the config)."""
+    if {"-h", "--help"} & set(argv):
+        print(f"{usage.strip()}\n\nFields, with their defaults:\n\n{help_text()}")
+        raise SystemExit(0)
+    flags = [word for word in argv if word.startswith("-")]
+    if unknown := [flag for flag in flags if flag not in known]:
+        raise UserError(f"argument {unknown[0]}: not known; there are {', '.join(known)} and --help")
+    words = [word for word in argv if word not in flags]
+    files = [word for word in words if "=" not in word]
+    return set(flags), files, parse_assignments([word for word in words if "=" in word])
+
+
+def _loaded(file: str | Path, changes: dict[str, Any]) -> Config:
+    return resolved(load(file, changes), Path.cwd())
 
 
 def log_line(text: str) -> None:

@@ -8,7 +8,7 @@ import difflib
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -25,6 +25,9 @@ class Section(BaseModel):
     """Base of all sections: immutable, no unknown fields, field docstrings are the help."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, serialize_by_alias=True)
+
+
+AnySection = TypeVar("AnySection", bound=Section)
 
 
 class Run(Section):
@@ -358,10 +361,15 @@ def load(path: str | Path, changes: Mapping[str, Any] | None = None) -> Config:
 
 def build(tree: Mapping[str, Any], where: str = "config") -> Config:
     """Validate a nested mapping into a Config; raises UserError with all problems together."""
+    return validated(Config, tree, where)
+
+
+def validated(section: type[AnySection], tree: Mapping[str, Any], where: str) -> AnySection:
+    """Validate a nested mapping into a section; raises UserError with all problems together."""
     try:
-        return Config.model_validate(tree)
+        return section.model_validate(tree)
     except ValidationError as error:
-        problems = [_explain(item) for item in error.errors()]
+        problems = [_explain(item, section) for item in error.errors()]
         raise UserError("; ".join(f"{where}: {problem}" for problem in problems)) from None
 
 
@@ -463,7 +471,7 @@ def _copy(value: Any) -> Any:
 UNION_TAG = re.compile(r"[\[\](){}]|^(tuple|literal|float|str|int|constrained-\w+)\b")
 
 
-def _explain(item: ErrorDetails) -> str:
+def _explain(item: ErrorDetails, root: type[Section]) -> str:
     # pydantic puts the tags of unions into the location: only names and indices are the user's.
     *outer, last = [str(part) for part in item["loc"]] or [""]
     parts = [part for part in outer if not UNION_TAG.search(part)]
@@ -471,7 +479,7 @@ def _explain(item: ErrorDetails) -> str:
         parts += [last] if last else []
     field = ".".join(parts)
     if item["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(parts[-1], _names_beside(parts), n=1)
+        near = difflib.get_close_matches(parts[-1], _names_beside(parts, root), n=1)
         hint = f"; did you mean {'.'.join([*parts[:-1], near[0]])}?" if near else "; --help lists the fields"
         return f"{field}: unknown field{hint}"
     message = item["msg"].removeprefix("Value error, ")
@@ -482,12 +490,17 @@ def _explain(item: ErrorDetails) -> str:
     return f"{field}: {message}{shown}" if field else message
 
 
-def _names_beside(parts: list[str]) -> list[str]:
-    model: Any = Config
+def _names_beside(parts: list[str], root: type[Section]) -> list[str]:
+    section = root
     for part in parts[:-1]:
-        if part.isdigit():
-            model = Condition if "gate" in parts else Source
-        elif part in model.model_fields:
-            inner = model.model_fields[part].annotation
-            model = inner if isinstance(inner, type) and issubclass(inner, Section) else model
-    return [field.alias or name for name, field in model.model_fields.items()]
+        named = section.model_fields.items()
+        field = next((field for name, field in named if part in (name, field.alias)), None)
+        section = (_section_in(field.annotation) if field else None) or section
+    return [field.alias or name for name, field in section.model_fields.items()]
+
+
+def _section_in(annotation: Any) -> type[Section] | None:
+    """The section that an annotation is, or has inside, as tuple[Source, ...] does."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    return next((found for inner in get_args(annotation) if (found := _section_in(inner))), None)

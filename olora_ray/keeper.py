@@ -118,6 +118,24 @@ def newest(place: str, say: Say) -> tuple[str, Checkpoint] | None:
     return None
 
 
+def adopt(source: str, place: str, step: int, seconds: float) -> None:
+    """Let the checkpoint after `step` steps in `source` be the newest in `place`: of another run, or of this one.
+
+    Waits so long for one that is still being written; raises UserError if there is none, or it is damaged.
+    """
+    wanted, end = storage.join(source, name_of(step)), time.monotonic() + seconds
+    while name_of(step) not in names(source) and time.monotonic() < end:
+        time.sleep(0.2)
+    read(wanted)
+    if source != place:
+        with tempfile.TemporaryDirectory(prefix="olora-checkpoint-") as cache:
+            local = storage.local_copy(wanted, cache)
+            _put(lambda folder: shutil.copytree(local, folder, dirs_exist_ok=True), storage.join(place, name_of(step)))
+    for name in names(place):
+        if name > name_of(step):
+            _drop(storage.join(place, name))
+
+
 def read(folder: str) -> Checkpoint:
     """The checkpoint in a folder; raises UserError if it is not whole."""
     if not storage.is_uri(folder):
@@ -129,7 +147,7 @@ def read(folder: str) -> Checkpoint:
             raise UserError(f"checkpoint {folder}: cannot be read: {_reason(error)}") from None
 
 
-def _put(write: Callable[[Path], None], target: str) -> None:
+def _put(write: Callable[[Path], object], target: str) -> None:
     if storage.is_uri(target):
         with tempfile.TemporaryDirectory(prefix="olora-checkpoint-") as local:
             write(Path(local))

@@ -13,17 +13,17 @@ import ray
 import ray.train
 from ray.exceptions import RayActorError, RayTaskError
 
-from olora_ray import board, tracking
+from olora_ray import board, model, tracking
 from olora_ray.capacity import free_workers, worker_resources
 from olora_ray.config import Config
 from olora_ray.data import store
-from olora_ray.data.preparation import Preparation
+from olora_ray.data.preparation import Made, Preparation
 from olora_ray.data.store import TokenStore
-from olora_ray.data.tokenize import TokenizerSpec
+from olora_ray.data.tokenize import TokenizerSpec, spec_from_pretrained
 from olora_ray.deliver import export_run
 from olora_ray.errors import UserError
 from olora_ray.failures import TellDriver, cause, counts
-from olora_ray.monitor import Monitor
+from olora_ray.monitor import Monitor, OnRow
 from olora_ray.progress import Progress
 from olora_ray.quiet import ENVIRONMENT, quiet_ray, quiet_transformers
 from olora_ray.run_folder import RunFolder
@@ -35,6 +35,7 @@ from olora_ray.worker import train_worker
 # Ray's stubs describe Train V1; V2, which runs, has more arguments.
 ray_train: Any = ray.train
 Say = Callable[[str], None]
+Fit = Callable[[int], Outcome]
 SETTLE = 3.0
 """Seconds for which the room for workers must stay as it is: ended workers give theirs back one by one."""
 
@@ -93,20 +94,45 @@ def tokens(config: Config, spec: TokenizerSpec, say: Say) -> Iterator[tuple[Prep
             training.join()
 
 
-def train(
-    task: Task, folder: RunFolder, preparation: Preparation, tracker: tracking.Tracker, stop: Stop, say: Say
-) -> Outcome:
-    """Train under TorchTrainer until done, whatever dies meanwhile; keeps training.json.
+def made_task(config: Config, base: model.BaseModel, tokenizer: Any, say: Say, cpus_held: float = 0.0) -> Task:
+    """The task of a config, its tokens complete, without a board.
 
-    Raises UserError with what went wrong in the end, and Stopped if a signal has asked for an end.
+    Where others hold `cpus_held` CPUs, about all, Ray is asked for none.
+
+    Raises UserError for data that cannot be used.
+    """
+    spec = spec_from_pretrained(tokenizer, base.name)
+    with user_errors():
+        training = store.begin(config, spec, "train", say)
+        training.run(cpus_held)
+        wanted = config.data.eval or config.data.eval_fraction
+        held_out = store.prepare(config, spec, "eval", say) if wanted else None
+    complete = TokenStore.open(training.store.uri)
+    return Task(config, base, spec.digest, model.end_tokens(base, tokenizer), complete, held_out, None)
+
+
+def train(
+    task: Task,
+    folder: RunFolder,
+    preparation: Preparation | Made,
+    tracker: tracking.Tracker,
+    stop: Stop,
+    say: Say,
+    on_row: OnRow | None = None,
+    fit: Fit | None = None,
+) -> Outcome:
+    """Train until done, whatever dies meanwhile; keeps training.json.
+
+    `fit` trains once with so many workers, by default under TorchTrainer. Raises UserError with what went
+    wrong in the end, and Stopped if a signal has asked for an end.
     """
     total = Schedule(task.config.train, preparation.store).total()
     stop.gentle = True
     try:
         with Progress(total, task.config.train.log_every, say) as progress:
             wanted = worker_resources(task.config)
-            monitor = Monitor(task, preparation, tracker, progress, stop, wanted)
-            outcome = _until_done(task, folder, preparation, monitor, stop)
+            monitor = Monitor(task, preparation, tracker, progress, stop, wanted, on_row)
+            outcome = _until_done(task, preparation, monitor, stop, fit or partial(_fit, task, folder, wanted))
     finally:
         stop.gentle = False
     folder.write_training(outcome.to_json())
@@ -115,7 +141,7 @@ def train(
     return outcome
 
 
-def _until_done(task: Task, folder: RunFolder, preparation: Preparation, monitor: Monitor, stop: Stop) -> Outcome:
+def _until_done(task: Task, preparation: Preparation | Made, monitor: Monitor, stop: Stop, fit: Fit) -> Outcome:
     """One group of workers after the other, until one comes to the end."""
     cluster, failures, first = task.config.cluster, 0, True
     while True:
@@ -126,7 +152,7 @@ def _until_done(task: Task, folder: RunFolder, preparation: Preparation, monitor
         first = False
         ray.get(task.board.stop.remote(None))
         try:
-            outcome: Outcome = monitor.follow(_in_thread(partial(_fit, task, folder, monitor.wanted, workers)))
+            outcome: Outcome = monitor.follow(_in_thread(partial(fit, workers)))
         except (RayActorError, ray_train.TrainingFailedError) as error:
             failures += counts(error)
             # A group of fixed size has been restarted by Ray already, except for the loss of its controller.

@@ -1,7 +1,7 @@
 """What the driver does while the workers train: show and track what they tell, and pass on who wants an end."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
 from typing import Any
 
@@ -11,7 +11,7 @@ from ray.exceptions import RayError
 from olora_ray.board import Failure, Message, Resumed, Started
 from olora_ray.capacity import free_workers
 from olora_ray.config import Config
-from olora_ray.data.preparation import Preparation
+from olora_ray.data.preparation import Made, Preparation
 from olora_ray.progress import Progress
 from olora_ray.stop import Stop
 from olora_ray.task import Task
@@ -23,6 +23,8 @@ TICK = 0.2
 COLLECT = 1.0
 """Seconds between two looks at the board."""
 RESIZE = "the cluster has grown"
+OnRow = Callable[[int, dict[str, float]], None]
+"""Told every step's metrics, once an attempt; after a restart also those from before it."""
 
 
 class Monitor:
@@ -31,13 +33,15 @@ class Monitor:
     def __init__(
         self,
         task: Task,
-        preparation: Preparation,
+        preparation: Preparation | Made,
         tracker: Tracker,
         progress: Progress,
         stop: Stop,
         wanted: Mapping[str, float],
+        on_row: OnRow | None = None,
     ) -> None:
         """`wanted` are the resources of one worker."""
+        self.on_row = on_row
         self.task, self.preparation, self.tracker = task, preparation, tracker
         self.progress, self.stop, self.wanted = progress, stop, wanted
         self.schedule = Schedule(task.config.train, preparation.store)
@@ -120,6 +124,9 @@ class Monitor:
                     self.progress.row(message)
         if rows:
             self.tracker.metrics(rows)
+        if self.on_row:
+            for step, row in sorted(rows.items()):
+                self.on_row(step, row)
 
     def _started(self, step: int, workers: int) -> None:
         again = max(0, self.highest - step)

@@ -15,9 +15,10 @@ FREE_TO_CHANGE = ("run.storage", "cluster.", "tracking.", "registry.", "train.ke
 class RunFolder:
     """Places in a run's folder."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, root: str | None = None) -> None:
+        """`root` is the folder if it is another than the config's own: that of a trial of a search."""
         self.config = config
-        self.root = config.folder()
+        self.root = root or config.folder()
         self.settings = storage.join(self.root, "config.yaml")
         self.checkpoints = storage.join(self.root, "checkpoints")
         self.adapter = storage.join(self.root, "export", "adapter")
