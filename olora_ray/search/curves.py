@@ -3,7 +3,7 @@
 import math
 from typing import TYPE_CHECKING, Any
 
-from olora_ray.search import scale, style
+from olora_ray.search import style, text
 from olora_ray.search.records import SearchRecord, TrialRecord
 
 if TYPE_CHECKING:
@@ -17,24 +17,30 @@ _ENDS = {"finished": "", "stopped": "o", "failed": "x", "unfinished": "|"}
 def curves(record: SearchRecord) -> "Figure":
     """The metric over the steps, one line a trial; the best bold, stopped ones fade to a mark."""
     best, default = record.best(), record.of(record.default)
-    figure, axes = style.empty(
-        "Learning curves", f"one line a trial, the darker the better{style.named(best)}", width=12.0, height=4.8
-    )
     drawn = [trial for trial in record.trials if _points(trial)]
+    low, high = _range(record, drawn) if drawn else (0.0, 0.0)
+    outside = sum(any(not low <= value <= high for _, value in _points(trial)) for trial in drawn)
+    subtitle = f"one line a trial, the darker the better{style.named(best)}"
+    if outside:
+        subtitle += f"; far worse than the rest, and so in part outside of the picture: {text.plural(outside, 'trial')}"
+    figure, axes = style.empty("Learning curves", subtitle, width=12.0, height=4.8)
     if not drawn:
         style.say(axes, style.NOTHING)
         return figure
     metric = style.metric_scale(record)
+    thin = 2.0 if len(drawn) <= 40 else 0.8
     for trial in drawn:
         if trial is not best:
             colour, width, dash = _look(trial, trial is default)
             place = metric.position(trial.value) if colour == style.GOOD else None
-            _curve(axes, trial, colour if place is None else style.shade(record, place), width, dash)
+            _curve(axes, trial, colour if place is None else style.shade(record, place), min(width, thin), dash)
     if best in drawn and best is not None:
         _curve(axes, best, style.BEST, 3.2, "-")
     style.label(axes, "step", style.metric_name(record))
     axes.grid(axis="y", color=style.GRID, linewidth=0.8)
-    _limit(axes, record, drawn)
+    if high > low:
+        room = 0.06 * (high - low)
+        axes.set_ylim(low - room, high + room)
     style.legend(axes, _handles(drawn, best, default))
     return figure
 
@@ -73,13 +79,18 @@ def _curve(axes: "Axes", trial: TrialRecord, colour: Any, width: float, dash: An
         )
 
 
-def _limit(axes: "Axes", record: SearchRecord, drawn: list[TrialRecord]) -> None:
-    """Cut off what would flatten all others: a diverged trial leaves the picture."""
-    values = [value for trial in drawn for _, value in _points(trial)]
-    axis = scale.of_metric(values, record.mode)
-    if axis.high > axis.low:
-        room = 0.06 * (axis.high - axis.low)
-        axes.set_ylim(axis.low - room, axis.high + room)
+def _range(record: SearchRecord, drawn: list[TrialRecord]) -> tuple[float, float]:
+    """(low, high) of the values to draw: a trial that diverged leaves the picture, for it would flatten all others.
+
+    The bad end is at most three times as far from the best value as three quarters of the trials ever were.
+    """
+    sign = 1 if record.mode == "min" else -1
+    losses = [[sign * value for _, value in _points(trial)] for trial in drawn]
+    best = min(min(values) for values in losses)
+    worst = sorted(max(values) for values in losses)
+    fence = best + 3 * (worst[(3 * (len(worst) - 1)) // 4] - best)
+    inside = max(value for values in losses for value in values if value <= fence)
+    return (best, inside) if record.mode == "min" else (-inside, -best)
 
 
 def _handles(drawn: list[TrialRecord], best: TrialRecord | None, default: TrialRecord | None) -> list[Any]:

@@ -31,14 +31,18 @@ def parallel(record: SearchRecord) -> "Figure":
         subtitle += "; dashed: the default config" if default is not best else " and the default config"
     if failed:
         subtitle += f"; dotted: {len(failed)} without a value"
-    figure, axes = style.empty(f"Parameters and the {record.metric} they led to", subtitle, width=12.0, height=4.8)
+    figure, axes = style.empty(
+        f"Parameters and the {style.metric(record)} they led to", subtitle, width=12.0, height=4.8
+    )
     if not record.trials:
         style.say(axes, style.NOTHING)
         return figure
     names, metric = text.short(fields), style.metric_scale(record)
     scales = [scale.of(trial.params.get(name) for trial in record.trials if name in trial.params) for name in fields]
-    _gradient(axes, len(scales), record)
-    _vertical_axes(axes, [*scales, metric], [*(names[name] for name in fields), record.metric])
+    if trials:
+        _gradient(axes, len(scales), record)
+    _vertical_axes(axes, [*scales, metric], [*(text.value(names[name], 26) for name in fields), style.metric(record)])
+    thin = (1.6, 0.9) if len(record.trials) <= 40 else (1.0, 0.5)
     drawn = [*failed, *reversed(trials)]
     fanned = [
         _fan([axis.position(trial.params.get(name, _NAN)) for trial in drawn])
@@ -54,7 +58,7 @@ def parallel(record: SearchRecord) -> "Figure":
         elif trial is default:
             _line(axes, [*places, place], style.INK, 1.8, 1.0, "--")
         else:
-            _line(axes, [*places, place], style.shade(record, place), 1.6, 0.9)
+            _line(axes, [*places, place], style.shade(record, place), *thin)
     return figure
 
 
@@ -63,7 +67,7 @@ def importances(record: SearchRecord) -> "Figure":
     found = importance.of(record)
     figure, axes = style.empty(
         "What mattered",
-        f"share of the differences in {record.metric} that a field explains alone (fANOVA,"
+        f"share of the differences in {style.metric(record)} that a field explains alone (fANOVA,"
         f" {text.plural(found.trials, 'trial')})",
     )
     if found.why_not:
@@ -91,16 +95,17 @@ def _vertical_axes(axes: "Axes", scales: Sequence[Scale], names: Sequence[str]) 
     axes.set_yticks([])
     axes.set_xlim(-0.25, len(scales) - 0.55)
     axes.set_ylim(-0.06, 1.06)
-    axes.set_xticks(range(len(scales)), [style.plain(name) for name in names], size=10.5, weight="bold")
+    # As large as fits beside its neighbours: a bold letter is 0.68 of its size wide, the picture 11.5 inches.
+    size = 72 * 11.5 / len(names) / (0.68 * max(len(name) for name in names))
+    axes.set_xticks(range(len(names)), [style.plain(name) for name in names], size=min(10.5, size), weight="bold")
     axes.xaxis.tick_top()
     axes.tick_params(axis="x", length=0, pad=8)
     for i, axis in enumerate(scales):
         axes.vlines(i, 0, 1, color=style.MUTED, linewidth=1, zorder=2.5)
         for place, name in axis.ticks:
             axes.plot([i, i + 0.012 * len(scales)], [place, place], color=style.MUTED, linewidth=1, zorder=2.5)
-            halo = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.8}
             at = (i + 0.016 * len(scales), place)
-            axes.text(*at, style.plain(name), size=9, va="center", color=style.INK, bbox=halo, zorder=4)
+            axes.text(*at, style.plain(name), size=9, va="center", color=style.INK, bbox=style.HALO, zorder=4)
 
 
 def _fan(places: Sequence[float | None]) -> list[float | None]:
@@ -119,7 +124,8 @@ def _gradient(axes: "Axes", last: int, record: SearchRecord) -> None:
     import numpy as np
 
     colours = style.shades()(np.linspace(0, 1, 64) if record.mode == "min" else np.linspace(1, 0, 64))
-    axes.imshow(colours[:, None], extent=(last - 0.012, last + 0.012, 0, 1), origin="lower", aspect="auto", zorder=2.6)
+    half = 0.0028 * (last + 1)  # of the width, which grows with the number of axes
+    axes.imshow(colours[:, None], extent=(last - half, last + half, 0, 1), origin="lower", aspect="auto", zorder=2.6)
 
 
 def _line(

@@ -30,13 +30,14 @@ def of(record: SearchRecord) -> Importance:
     """The importances of the searched fields, or why there are none. The same record gives the same numbers."""
     trials = [trial for trial in record.ranked() if trial.status in ("finished", "stopped")]
     fields = [name for name in record.fields if any(name in trial.params for trial in trials)]
-    trials = [trial for trial in trials if all(name in trial.params for name in fields)]
+    scales = {name: scale.of(trial.params[name] for trial in trials if name in trial.params) for name in fields}
+    # A forest takes no gaps.
+    trials = [trial for trial in trials if all(_place(scales[name], trial, name) is not None for name in fields)]
     if len(trials) < _FEWEST:
-        return Importance(trials=len(trials), why_not=f"too few trials: {len(trials)}, {_FEWEST} are needed")
+        return Importance(trials=len(trials), why_not=f"too few trials: {len(trials)}, and {_FEWEST} are needed")
     metric = scale.of_metric([trial.value for trial in trials], record.mode)
     if metric.low == metric.high:
         return Importance(trials=len(trials), why_not="all trials have the same value")
-    scales = {name: scale.of(trial.params[name] for trial in trials) for name in fields}
     groups = _together(_columns(trials, scales), [trial.number != record.default for trial in trials])
     if not groups:
         return Importance(trials=len(trials), why_not="every field has one value only")
@@ -47,14 +48,14 @@ def of(record: SearchRecord) -> Importance:
     return Importance(tuple(shares), len(trials))
 
 
+def _place(axis: Scale, trial: TrialRecord, name: str) -> float | None:
+    return axis.position(trial.params.get(name, float("nan")))
+
+
 def _columns(trials: list[TrialRecord], scales: dict[str, Scale]) -> dict[str, list[float]]:
-    """Field -> positions of the trials, without fields that never change or have values without a place."""
-    columns = {name: [axis.position(trial.params[name]) for trial in trials] for name, axis in scales.items()}
-    return {
-        name: [place for place in column if place is not None]
-        for name, column in columns.items()
-        if None not in column and len(set(column)) > 1
-    }
+    """Field -> positions of the trials, without fields that never change."""
+    columns = {name: [_place(axis, trial, name) or 0.0 for trial in trials] for name, axis in scales.items()}
+    return {name: column for name, column in columns.items() if len(set(column)) > 1}
 
 
 def _together(columns: dict[str, list[float]], searched: list[bool]) -> list[tuple[str, ...]]:

@@ -18,7 +18,16 @@ _REASON = 48  # characters of a reason in the terminal
 def lines(record: SearchRecord, top: int = 10) -> list[str]:
     """The `top` best trials as aligned columns, then those without a value where there is room."""
     names = text.short(record.columns())
-    head = ["", "trial", *names.values(), record.metric, "steps", "time", "status", ""]
+    head = [
+        "",
+        "trial",
+        *(text.value(name, 24) for name in names.values()),
+        text.value(record.metric, 24),
+        "steps",
+        "time",
+        "status",
+        "",
+    ]
     ordered = record.ordered()
     rows = [_row(record, trial, list(names), place) for place, trial in enumerate(ordered[:top], 1)]
     right = [True, True, *(_numeric(ordered, name) for name in names), True, True, True, False, False]
@@ -54,7 +63,7 @@ def against_default(record: SearchRecord) -> str:
     if default is None:
         return "the config as it is was not tried, so the best has nothing to be compared with"
     if not default.measured() or default.value is None or best.value is None:
-        return f"the config as it is (trial {default.number}) has no value{_because(default)}"
+        return f"the config as it is (trial {default.number}, {default.status}) has no value{_because(default)}"
     if default.number == best.number:
         return f"the config as it is (trial {default.number}) was beaten by no other trial"
     gain = abs(best.value - default.value)
@@ -77,7 +86,7 @@ def spread(record: SearchRecord) -> str:
     far = f"within {NOISE:.1%} of the best (another seed may move it as far)"
     return (
         f"{low} .. {high} over the top {len(values)}, standard deviation {text.number(pstdev(values), 2)};"
-        f" {near or 'none'} of the other {len(values) - 1} {far}"
+        f" {_count(near, len(values) - 1)} of the other {len(values) - 1} {far}"
     )
 
 
@@ -108,6 +117,10 @@ def _best(record: SearchRecord) -> str:
     return f"{record.metric} {text.number(best.value)} (trial {best.number}): {text.params(best.params)}"
 
 
+def _count(some: int, all_: int) -> str:
+    return "none" if not some else "all" if some == all_ else str(some)
+
+
 def _ends(record: SearchRecord) -> str:
     counts = [
         f"{sum(trial.status == status for trial in record.trials)} {status}"
@@ -132,7 +145,7 @@ def _start(record: SearchRecord) -> str:
 
 
 def _because(trial: TrialRecord) -> str:
-    return f": {text.value(trial.reason, 100)}" if trial.reason else f" ({trial.status})"
+    return f": {text.value(trial.reason, 100)}" if trial.reason else ""
 
 
 def _row(record: SearchRecord, trial: TrialRecord, fields: Sequence[str], place: int) -> list[str]:

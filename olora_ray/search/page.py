@@ -4,13 +4,15 @@ import base64
 from collections.abc import Iterable
 from html import escape
 
-from olora_ray.search.style import BEST
+from olora_ray.search.style import BEST, FAILED, GOOD
 
-STYLE = """
+STYLE = (
+    """
 :root { color-scheme: light dark; --ink: #1f2933; --muted: #5f6c7b; --line: #e1e5ea; --page: #f4f6f8; --card: #fff;
-  --row: #f8fafb; --best: BEST; --soft: #fdf0e6; }
+  --row: #f8fafb; --best: BEST; --soft: #fdf0e6; --good: GOOD; --failed: FAILED; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e4e8ed; --muted: #9aa7b5; --line: #333d48; --page: #14191f;
-  --card: #1d242c; --row: #222a33; --best: #f28a3c; --soft: #3a2a1d; } }
+  --card: #1d242c; --row: #222a33; --best: #f28a3c; --soft: #3a2a1d;
+  --good: #7fb9e0; --failed: #d98ac4; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 1320px; padding: 28px 28px 48px; background: var(--page); color: var(--ink);
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", "Liberation Sans", "DejaVu Sans", sans-serif; }
@@ -39,11 +41,15 @@ th[aria-sort=ascending] button::after { content: "\\2191"; color: var(--best); o
 th[aria-sort=descending] button::after { content: "\\2193"; color: var(--best); opacity: 1; }
 .tag { display: inline-block; padding: 0 8px; border: 1px solid var(--line); border-radius: 9px; font-size: 12.5px;
   font-weight: 400; }
-.tag.failed { border-color: #b0569a; color: #b0569a; } .tag.finished { border-color: #2f7fb5; color: #2f7fb5; }
+.tag.failed { border-color: var(--failed); color: var(--failed); }
+.tag.finished { border-color: var(--good); color: var(--good); }
 footer { margin-top: 24px; color: var(--muted); font-size: 13px; }
 @media (max-width: 900px) { .cards, .figures { grid-template-columns: 1fr; } body { padding: 16px; } }
 @media print { body { max-width: none; } figure { break-inside: avoid; } }
 """.replace("BEST", BEST)
+    .replace("GOOD", GOOD)
+    .replace("FAILED", FAILED)
+)
 
 SCRIPT = """
 // A click on a column's name sorts by it, another turns the order around. Cells without a value stay last.

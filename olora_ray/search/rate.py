@@ -23,10 +23,11 @@ def rate(record: SearchRecord) -> "Figure":
         style.say(axes, "no field is searched")
         return figure
     names = text.short(record.fields)
-    by = f", by {names[group]}" if group else ""
+    by = f", by {text.value(names[group], 26)}" if group else ""
     best = record.best()
     figure, axes = style.empty(
-        f"{_TITLES.get(field, names[field])} and {record.metric}{by}", f"hollow: stopped early{style.named(best)}"
+        f"{_TITLES.get(field, text.value(names[field], 26))} and {style.metric(record)}{by}",
+        f"hollow: stopped early{style.named(best)}",
     )
     across, metric = (
         scale.of(trial.params[field] for trial in record.trials if field in trial.params),
@@ -45,7 +46,9 @@ def rate(record: SearchRecord) -> "Figure":
         axes.plot(*at, "o", markersize=17, markerfacecolor="none", markeredgecolor=style.BEST, markeredgewidth=2.4)
     if metric.worse:
         axes.axhline(0.95 if metric.worse == "above" else 0.05, color=style.MUTED, linewidth=0.8, linestyle=(0, (2, 3)))
-    style.legend(axes, [*looks.handles(), *_marks(shown)], names[group] if group else "")
+    style.legend(
+        axes, [*(looks.handles() if best else []), *_marks(shown)], text.value(names[group], 26) if group else ""
+    )
     return figure
 
 
@@ -110,7 +113,9 @@ def _note_default(axes: "Axes", record: SearchRecord, field: str, across: Scale,
     if default is None or not default.measured() or across.position(default.params.get(field)) is None:
         return
     at = (across.position(default.params[field]) or 0.0, metric.position(default.value) or 0.0)
-    axes.annotate("default", at, (11, 0), textcoords="offset points", va="center", size=9, color=style.MUTED)
+    axes.annotate(
+        "default", at, (11, 0), textcoords="offset points", va="center", size=9, color=style.MUTED, bbox=style.HALO
+    )
 
 
 def _marks(shown: Sequence[TrialRecord]) -> list[Any]:

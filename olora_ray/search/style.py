@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
-from olora_ray.search import scale
+from olora_ray.search import scale, text
 from olora_ray.search.records import SearchRecord, TrialRecord
 from olora_ray.search.scale import Scale
 
@@ -19,6 +19,8 @@ GOOD, FADED, FAILED = "#2f7fb5", "#8fb3cc", "#8c2d72"
 GROUPS = (("#0072b2", "o"), ("#009e73", "s"), ("#cc79a7", "^"), ("#e0a100", "D"), ("#56b4e9", "v"), ("#4d4d4d", "P"))
 """Colour and marker of the values of one field (Okabe and Ito's palette, without the colour of the best)."""
 
+HALO = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.8}
+"""Behind a word that lies on lines."""
 NOTHING = "no trial has a value"
 
 _TITLE, _TEXT, _SMALL = 13.0, 10.0, 9.0
@@ -43,10 +45,10 @@ def empty(title: str, subtitle: str, width: float = 6.8, height: float = 4.4) ->
     return figure, axes
 
 
-def say(axes: "Axes", text: str) -> None:
+def say(axes: "Axes", sentence: str) -> None:
     """Instead of a picture: why there is none."""
     axes.set_axis_off()
-    axes.text(0.5, 0.5, plain(text), transform=axes.transAxes, ha="center", va="center", size=12, color=MUTED)
+    axes.text(0.5, 0.5, plain(sentence), transform=axes.transAxes, ha="center", va="center", size=12, color=MUTED)
 
 
 def label(axes: "Axes", x: str = "", y: str = "") -> None:
@@ -94,9 +96,14 @@ def metric_scale(record: SearchRecord) -> Scale:
     return scale.of_metric([trial.value for trial in record.ranked()], record.mode)
 
 
+def metric(record: SearchRecord) -> str:
+    """The metric's name, short enough for a title."""
+    return text.value(record.metric, 26)
+
+
 def metric_name(record: SearchRecord) -> str:
     """The axis label of the metric."""
-    return f"{record.metric}  ({better(record)})"
+    return f"{metric(record)}  ({better(record)})"
 
 
 def better(record: SearchRecord) -> str:
@@ -114,6 +121,6 @@ def shade(record: SearchRecord, place: float) -> tuple[float, ...]:
     return tuple(shades()(place if record.mode == "min" else 1 - place))
 
 
-def plain(text: str) -> str:
+def plain(words: str) -> str:
     """Text that matplotlib does not take for mathematics."""
-    return text.replace("$", r"\$")
+    return words.replace("$", r"\$")
