@@ -24,7 +24,7 @@ from olora_ray.errors import UserError
 from olora_ray.model import BaseModel
 from olora_ray.run_folder import FREE_TO_CHANGE, RunFolder
 from olora_ray.search import leaderboard, ledger, report, shared, tuner
-from olora_ray.search.job import Job
+from olora_ray.search.job import Job, trial_name
 from olora_ray.search.records import SearchRecord, TrialRecord
 from olora_ray.search.space import Space
 from olora_ray.search.watch import Watch
@@ -34,6 +34,8 @@ from olora_ray.tracking import Tracker
 Say = Callable[[str], None]
 SEARCH = "search.json"
 """What a search is made of, in its folder."""
+LENGTH = ("train.steps", "train.epochs", "train.eval_every", "train.checkpoint_every", "evaluation.")
+"""Fields that a space sets to have short trials."""
 
 
 def search_config(config: Config, space: Space, space_file: str | Path, registers: bool) -> Config:
@@ -149,22 +151,30 @@ def record(job: Job, seconds: float, notes: tuple[str, ...] = ()) -> SearchRecor
     )
 
 
-def conclude(config: Config, job: Job, found: SearchRecord, tracker: Tracker, say: Say) -> Config:
-    """Write report, leaderboard and best.yaml, log them, and say what came out; returns the best config."""
+def conclude(config: Config, job: Job, found: SearchRecord, tracker: Tracker, say: Say) -> None:
+    """Write report, leaderboard and best.yaml, log them to MLflow, and say what came out."""
     best = found.best()
     assert best is not None
-    chosen = override(config, {**job.space.set, **best.params, "run.name": f"{config.run.name}-best"})
-    storage.write_text(storage.join(job.folder, "best.yaml"), dump(chosen))
-    files = [*report.write(found, job.folder), storage.join(job.folder, "best.yaml")]
-    for file in files:
+    place = storage.join(job.folder, "best.yaml")
+    storage.write_text(place, dump(best_config(config, job, best)))
+    for file in [*report.write(found, job.folder), place]:
         tracker.artifact(storage.local_copy(file))
     tracker.table("leaderboard", *leaderboard.table(found))
     tracker.metrics({0: {f"best/{found.metric}": best.value or 0.0}})
     for line in [*leaderboard.lines(found), *leaderboard.summary(found)]:
         say(line)
     say(f"report: {storage.join(job.folder, 'report.html')}")
-    say(f"best config: {storage.join(job.folder, 'best.yaml')}")
-    return chosen
+    say(f"best config: {place}")
+
+
+def best_config(config: Config, job: Job, best: TrialRecord, refit: bool = False) -> Config:
+    """The config as it came, with the best trial's values and what the space sets for all.
+
+    For a `refit` the space's short trainings are left out: it has the length of the config itself.
+    """
+    common = {field: value for field, value in job.space.set.items() if not (refit and field.startswith(LENGTH))}
+    name = f"{job.name}-{'refit' if refit else 'best'}"
+    return override(config, {**common, **best.params, "run.name": name})
 
 
 def register(job: Job, found: SearchRecord, say: Say) -> int:
@@ -174,7 +184,7 @@ def register(job: Job, found: SearchRecord, say: Say) -> int:
     """
     best = found.best()
     assert best is not None
-    trial = override(job.task.config, {**best.params, "run.name": f"{job.name}-trial-{best.number:03d}"})
+    trial = override(job.task.config, {**best.params, "run.name": f"{job.name}-{trial_name(best.number)}"})
     task = replace(job.task, config=trial)
     folder = RunFolder(trial, best.folder)
     outcome = deliver.trained(task, folder, say) or _stopped(folder, say)

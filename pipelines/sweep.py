@@ -35,11 +35,11 @@ def main(argv: list[str]) -> None:
         task, spared = sweep.share(task, space, seconds, say)
         with sweep.tracked(task, space) as tracker:
             job, found = sweep.run(task, space, spared, tracker, say)
-            best = sweep.conclude(config, job, found, tracker, say)
+            sweep.conclude(config, job, found, tracker, say)
             if "--register" in flags:
                 sweep.register(job, found, say)
     if "--refit" in flags:
-        pipeline.run(best, say)
+        pipeline.run(sweep.best_config(config, job, found.ranked()[0], refit=True), say)
 
 
 if __name__ == "__main__":

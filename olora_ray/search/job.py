@@ -63,7 +63,7 @@ class Job:
         return total
 
     def _own(self, number: int) -> dict[str, Any]:
-        changes: dict[str, Any] = {"run.name": f"{self.name}-trial-{number:03d}", "registry.model": None}
+        changes: dict[str, Any] = {"run.name": f"{self.name}-{trial_name(number)}", "registry.model": None}
         if self.space.scheduler.kind == "population":
             train = self.task.config.train
             every = self.space.scheduler.interval or train.eval_every
@@ -76,6 +76,17 @@ class Job:
         return changes
 
 
+def trial_name(number: int) -> str:
+    """A trial's name in Tune, and that of its folder."""
+    return f"trial-{number:03d}"
+
+
+def number_of(name: str | None) -> int:
+    """The number in a `trial_name`."""
+    assert name
+    return int(name.rpartition("-")[2])
+
+
 def trial_place(folder: str, number: int) -> str:
     """Where a trial of the search in `folder` lies."""
-    return storage.join(folder, "trials", f"trial-{number:03d}")
+    return storage.join(folder, "trials", trial_name(number))

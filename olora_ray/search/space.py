@@ -215,8 +215,8 @@ def _contradictions(space: Space) -> Iterator[str]:
             yield f"search.{field}: a grid search needs choice or grid, a range has no end of values"
         if kind == "population" and not field.startswith("train."):
             yield f"search.{field}: a population shares everything but train.*: its members take over others' adapters"
-    if kind == "population" and (space.searcher != "random" or space.trials_per_worker > 1):
-        yield "scheduler.kind: population needs searcher: random and trials_per_worker: 1"
+    if kind == "population" and space.searcher != "random":
+        yield "scheduler.kind: population needs searcher: random"
     if space.searcher == "grid" and space.trials and space.trials < space.cells():
         yield f"trials: {space.trials} is less than the grid's {space.cells()} combinations; leave it out for all"
 

@@ -24,7 +24,7 @@ from olora_ray.failures import reason
 from olora_ray.monitor import OnRow
 from olora_ray.quiet import quiet_ray
 from olora_ray.search import ledger
-from olora_ray.search.job import ENDED, NUMBER, Job, trial_place
+from olora_ray.search.job import ENDED, NUMBER, Job, number_of, trial_place
 from olora_ray.search.records import Status, TrialRecord
 from olora_ray.stop import Stop
 from olora_ray.task import Outcome, Task
@@ -50,7 +50,8 @@ class SearchTrial(tune.Trainable):
         for name in ("mlflow", "olora_ray"):
             logging.getLogger(name).setLevel(logging.ERROR)  # a warning for each trial hides the search
         draws = {name: value for name, value in config.items() if name != NUMBER}
-        self.training = Training(job, int(config[NUMBER]), draws)
+        # A member of a population takes over another's config, with its number: the name stays its own.
+        self.training = Training(job, number_of(self.trial_name), draws)
         self.last: dict[str, Any] = {}
 
     def step(self) -> dict[str, Any]:

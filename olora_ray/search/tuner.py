@@ -8,7 +8,7 @@ from ray import tune
 
 from olora_ray import storage
 from olora_ray.search import space as spaces
-from olora_ray.search.job import NUMBER, Job
+from olora_ray.search.job import NUMBER, Job, trial_name
 from olora_ray.search.space import Space
 from olora_ray.search.trial import SearchTrial
 from olora_ray.search.watch import Watch
@@ -126,4 +126,4 @@ def _inside(space: Space, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _name(trial: Any) -> str:
-    return f"trial-{trial.config[NUMBER]:03d}"
+    return trial_name(trial.config[NUMBER])

@@ -8,7 +8,7 @@ from ray import tune
 
 from olora_ray.search import ledger
 from olora_ray.search.guard import free_abandoned
-from olora_ray.search.job import ENDED, NUMBER
+from olora_ray.search.job import ENDED, NUMBER, number_of
 from olora_ray.search.space import Space
 
 GUARD_SECONDS = 3.0
@@ -118,4 +118,4 @@ def _draws(trial: Any) -> dict[str, Any]:
 
 
 def _number(trial: Any) -> int:
-    return int(trial.config[NUMBER])
+    return number_of(str(trial))
