@@ -220,8 +220,8 @@ def _seats(task: Task, space: Space, say: Say) -> tuple[int, tuple[Any, ...]]:
         say(f"search: {count} trials, {seats} at the same time, {workers} worker(s) each")
         return seats, ()
     number = min(room, -(-min(space.concurrency or count, count) // each))
-    say(f"search: {count} trials, {number * each} at the same time, {each} on each of {number} shared base model(s)")
-    return number * each, host.start(task, wanted, number)
+    say(f"search: {count} trials, up to {each} side by side on each of {number} copies of the base model")
+    return min(number * each, count), host.start(task, wanted, number)
 
 
 def _room(wanted: Mapping[str, float]) -> int:

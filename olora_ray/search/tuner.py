@@ -1,6 +1,7 @@
 """A space and what its trials share -> Ray Tune's Tuner, new or taken up from an interrupted search."""
 
 import logging
+import warnings
 from functools import partial
 from typing import Any
 
@@ -24,6 +25,10 @@ def build(job: Job, watch: Watch, seats: int) -> tune.Tuner:
     # Each failure is told by `watch` in one line.
     for name in ("execution.tune_controller", "tune", "analysis.experiment_analysis"):
         logging.getLogger(f"ray.tune.{name}").setLevel(logging.CRITICAL)
+    # How long its own callbacks take, and files of loggers that are not there yet.
+    for name in ("utils.util", "logger.logger"):
+        logging.getLogger(f"ray.tune.{name}").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="Consider boosting PBT performance", category=UserWarning)
     trainable: Any = tune.with_resources(tune.with_parameters(SearchTrial, job=job), {"memory": NOTE_BYTES})
     place = storage.join(job.folder, STATE)
     if tune.Tuner.can_restore(place):

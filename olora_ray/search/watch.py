@@ -48,8 +48,8 @@ class Watch(tune.Callback, tune.Stopper):
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial begins, or goes on."""
-        record = ledger.read_all(self.folder).get(_number(trial))
-        again = "goes on" if record and record.step else "starts"
+        step = (trial.last_result or {}).get("step")
+        again = f"goes on after step {step}" if step else "starts"
         self.say(f"trial {_number(trial)} {again}: {described(_draws(trial)) or 'the config as it is'}")
 
     def on_trial_result(
