@@ -12,7 +12,7 @@ from olora_ray.errors import Stopped, UserError
 from olora_ray.locate import resolved
 
 
-def read_arguments(argv: list[str], default: Path, usage: str) -> tuple[Config, bool]:
+def read_arguments(argv: list[str], default: Path | None, usage: str) -> tuple[Config, bool]:
     """(config, whether --dry-run was given) from `[CONFIG.yaml] [section.field=value ...] [--dry-run]`.
 
     --help prints usage and every field, and exits. Raises UserError for anything it does not know.
@@ -29,8 +29,10 @@ def read_arguments(argv: list[str], default: Path, usage: str) -> tuple[Config, 
         raise UserError(
             f"arguments {' '.join(files)}: one config file at a time; fields are set as section.field=value"
         )
+    if not files and default is None:
+        raise UserError("argument CONFIG.yaml: missing; --help shows how")
     changes = parse_assignments([word for word in words if "=" in word])
-    config = load(files[0] if files else default, changes)
+    config = load(files[0] if files else str(default), changes)
     return resolved(config, Path.cwd()), bool(flags)
 
 

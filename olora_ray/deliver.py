@@ -3,7 +3,7 @@
 import contextlib
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from olora_ray.config import Config, flatten
 from olora_ray.data import template
 from olora_ray.data.store import TokenStore
 from olora_ray.errors import Stopped, UserError
+from olora_ray.fingerprint import Fingerprint, settings_digest
 from olora_ray.model import BaseModel, on_this_node, parameters, skeleton
 from olora_ray.parity import measure_parity
 from olora_ray.registry import models
@@ -126,7 +127,13 @@ def export_run(task: Task, folder: RunFolder, step: int) -> dict[str, Any]:
 
 
 def publish(
-    task: Task, folder: RunFolder, tracker: tracking.Tracker, outcome: Outcome, parity: dict[str, Any], say: Say
+    task: Task,
+    folder: RunFolder,
+    tracker: tracking.Tracker,
+    outcome: Outcome,
+    parity: dict[str, Any],
+    say: Say,
+    more_tags: Mapping[str, str],
 ) -> int | None:
     """Log the metrics that MLflow lacks, the parity report and the merged model; register it, if it is to be.
 
@@ -137,12 +144,16 @@ def publish(
     tracker.metrics({int(row["step"]): {k: v for k, v in row.items() if k != "step"} for row in state.history})
     _log_data(tracker, task)
     tracker.text(json.dumps(parity, indent=2), "parity.json")
+    made_of = Fingerprint(
+        task.base.digest, task.train.digest, task.eval.digest if task.eval else "", settings_digest(config)
+    )
     tags = {
-        "olora.base_digest": task.base.digest,
-        "olora.data_digest": task.train.digest,
+        **made_of.tags(),
+        "olora.run_folder": folder.root,
         "olora.method": config.adapter.method,
         "olora.rank": config.adapter.rank,
         "olora.eval_loss": "" if state.best_loss is None else f"{state.best_loss:.6f}",
+        **more_tags,
     }
     merged = storage.local_copy(folder.merged)
     name, alias = config.registry.model, config.registry.alias

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from olora_ray import lock
+from olora_ray import lock, storage
 from olora_ray.errors import TryAgain
 
 HOLD = """
@@ -49,15 +49,14 @@ def holder(place: str) -> subprocess.Popen[str]:
 
 def edit(place: str, **fields: Any) -> None:
     tree = json.loads(Path(place).read_text())
-    Path(place).write_text(json.dumps({**tree, **fields}))
+    storage.write_text(place, json.dumps({**tree, **fields}))
 
 
 def test_a_second_one_is_refused_and_told_who_holds_it(place: str) -> None:
-    with lock.held(place, "the work"):
-        with pytest.raises(TryAgain, match=rf"the work is in the hands of process {os.getpid()} on ") as caught:
-            with lock.held(place, "the work"):
-                pass
-        assert caught.value.exit_code == 75
+    held = rf"the work is in the hands of process {os.getpid()} on "
+    with lock.held(place, "the work"), pytest.raises(TryAgain, match=held) as caught, lock.held(place, "the work"):
+        pass
+    assert caught.value.exit_code == 75
     with lock.held(place, "the work"):
         pass
     assert not Path(place).exists()
