@@ -100,8 +100,8 @@ def export_run(task: Task, folder: RunFolder, step: int) -> dict[str, Any]:
     best = keeper.read(storage.join(folder.checkpoints, keeper.name_of(step))).best_adapter()
     found = on_this_node(task.base, config)
     base = Path(found.folder)
-    transposed = _transposed(found, config, best.keys())
-    with _local_folder(folder.adapter) as adapter_folder, _local_folder(folder.merged) as merged_folder:
+    transposed = transposed_layers(found, config, best.keys())
+    with local_folder(folder.adapter) as adapter_folder, local_folder(folder.merged) as merged_folder:
         # What PEFT and vLLM look up by themselves: a hub id or a folder.
         name = found.folder if storage.is_uri(found.name) or found.name.startswith("models:/") else found.name
         export.write_adapter(best, config.adapter, name, adapter_folder, transposed=transposed)
@@ -188,7 +188,8 @@ def _parity_dtype(base: BaseModel, device: torch.device) -> torch.dtype:
     return torch.float32
 
 
-def _transposed(base: BaseModel, config: Config, names: Iterable[str]) -> frozenset[str]:
+def transposed_layers(base: BaseModel, config: Config, names: Iterable[str]) -> frozenset[str]:
+    """Those of the named layers that keep their weight as n x m (GPT-2's Conv1D)."""
     shape = skeleton(base, config.model)
     return frozenset(name for name in names if is_transposed(shape.get_submodule(name)))
 
@@ -207,7 +208,7 @@ def _held_out(store: TokenStore) -> list[torch.Tensor]:
 
 
 @contextlib.contextmanager
-def _local_folder(place: str) -> Iterator[Path]:
+def local_folder(place: str) -> Iterator[Path]:
     """A local folder to write; uploaded afterwards if the storage is elsewhere."""
     if not storage.is_uri(place):
         yield Path(place)

@@ -14,8 +14,13 @@ from olora_ray.errors import UserError
 Work = TypeVar("Work")
 Result = TypeVar("Result")
 
+TENTHS = 10
+"""Lines of progress, if there are as many works."""
 
-def spread(make: Callable[[], Callable[[Work], Result]], works: Sequence[Work], config: Config) -> list[Result]:
+
+def spread(
+    make: Callable[[], Callable[[Work], Result]], works: Sequence[Work], config: Config, say: Callable[[str], None]
+) -> list[Result]:
     """The results of all `works`, in their order; each actor calls `make` once and its function a work.
 
     At most cluster.workers actors, each with cluster.cpus_per_worker CPUs (its number of threads) and
@@ -42,7 +47,11 @@ def spread(make: Callable[[], Callable[[Work], Result]], works: Sequence[Work], 
             num_cpus=wanted["CPU"],
             num_gpus=wanted.get("GPU", 0),
         )
-        found = {row["number"]: row["result"] for row in done.iter_rows()}
+        found: dict[int, bytes] = {}
+        for row in done.iter_rows():
+            found[row["number"]] = row["result"]
+            if len(works) >= TENTHS and TENTHS * len(found) // len(works) > TENTHS * (len(found) - 1) // len(works):
+                say(f"evaluation: {len(found) / len(works):.0%} done")
     # Made by our own actors a moment ago.
     results = [pickle.loads(found[number]) for number in range(len(works))]  # noqa: S301
     for result in results:

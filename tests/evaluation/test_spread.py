@@ -49,8 +49,8 @@ def test_results_do_not_depend_on_the_number_of_actors(ray_with: Callable[[int],
 def test_what_a_user_can_fix_comes_back_as_it_was_raised(ray_with: Callable[[int], None], config: Config) -> None:
     ray_with(2)
     with pytest.raises(UserError, match=r"^piece 2: broken$"):
-        actors.spread(partial(Piece, 2), [1, 2, 3], config)
-    assert actors.spread(partial(Piece, 2), [5, 1, 3], config) == [5, 1, 3]
+        actors.spread(partial(Piece, 2), [1, 2, 3], config, print)
+    assert actors.spread(partial(Piece, 2), [5, 1, 3], config, print) == [5, 1, 3]
 
 
 class Piece:
