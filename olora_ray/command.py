@@ -13,7 +13,7 @@ from olora_ray.errors import Stopped, UserError
 from olora_ray.locate import resolved
 
 
-def read_arguments(argv: list[str], default: Path, usage: str) -> tuple[Config, bool]:
+def read_arguments(argv: list[str], default: Path | None, usage: str) -> tuple[Config, bool]:
     """(config, whether --dry-run was given) from `[CONFIG.yaml] [section.field=value ...] [--dry-run]`.
 
     --help prints usage and every field, and exits. Raises UserError for anything it does not know.
@@ -23,7 +23,9 @@ def read_arguments(argv: list[str], default: Path, usage: str) -> tuple[Config, 
         raise UserError(
             f"arguments {' '.join(files)}: one config file at a time; fields are set as section.field=value"
         )
-    return _loaded(files[0] if files else default, changes), "--dry-run" in flags
+    if not files and default is None:
+        raise UserError("argument CONFIG.yaml: missing; --help shows how")
+    return _loaded(files[0] if files else str(default), changes), "--dry-run" in flags
 
 
 def read_search_arguments(argv: list[str], usage: str) -> tuple[Config, str, set[str]]:

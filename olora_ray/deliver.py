@@ -3,7 +3,7 @@
 import contextlib
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from olora_ray.config import Config, flatten
 from olora_ray.data import template
 from olora_ray.data.store import TokenStore
 from olora_ray.errors import Stopped, UserError
+from olora_ray.fingerprint import Fingerprint, settings_digest
 from olora_ray.model import BaseModel, on_this_node, parameters, skeleton
 from olora_ray.parity import measure_parity
 from olora_ray.registry import models
@@ -105,8 +106,8 @@ def export_run(task: Task, folder: RunFolder, step: int) -> dict[str, Any]:
     best = keeper.read(storage.join(folder.checkpoints, keeper.name_of(step))).best_adapter()
     found = on_this_node(task.base, config)
     base = Path(found.folder)
-    transposed = _transposed(found, config, best.keys())
-    with _local_folder(folder.adapter) as adapter_folder, _local_folder(folder.merged) as merged_folder:
+    transposed = transposed_layers(found, config, best.keys())
+    with local_folder(folder.adapter) as adapter_folder, local_folder(folder.merged) as merged_folder:
         # What PEFT and vLLM look up by themselves: a hub id or a folder.
         name = found.folder if storage.is_uri(found.name) or found.name.startswith("models:/") else found.name
         export.write_adapter(best, config.adapter, name, adapter_folder, transposed=transposed)
@@ -132,7 +133,13 @@ def export_run(task: Task, folder: RunFolder, step: int) -> dict[str, Any]:
 
 
 def publish(
-    task: Task, folder: RunFolder, tracker: tracking.Tracker, outcome: Outcome, parity: dict[str, Any], say: Say
+    task: Task,
+    folder: RunFolder,
+    tracker: tracking.Tracker,
+    outcome: Outcome,
+    parity: dict[str, Any],
+    say: Say,
+    more_tags: Mapping[str, str],
 ) -> int | None:
     """Log the metrics that MLflow lacks, the parity report and the merged model; register it, if it is to be.
 
@@ -143,12 +150,16 @@ def publish(
     tracker.metrics({int(row["step"]): {k: v for k, v in row.items() if k != "step"} for row in state.history})
     _log_data(tracker, task)
     tracker.text(json.dumps(parity, indent=2), "parity.json")
+    made_of = Fingerprint(
+        task.base.digest, task.train.digest, task.eval.digest if task.eval else "", settings_digest(config)
+    )
     tags = {
-        "olora.base_digest": task.base.digest,
-        "olora.data_digest": task.train.digest,
+        **made_of.tags(),
+        "olora.run_folder": folder.root,
         "olora.method": config.adapter.method,
         "olora.rank": config.adapter.rank,
         "olora.eval_loss": "" if state.best_loss is None else f"{state.best_loss:.6f}",
+        **more_tags,
     }
     merged = storage.local_copy(folder.merged)
     name, alias = config.registry.model, config.registry.alias
@@ -183,7 +194,8 @@ def _parity_dtype(base: BaseModel, device: torch.device) -> torch.dtype:
     return torch.float32
 
 
-def _transposed(base: BaseModel, config: Config, names: Iterable[str]) -> frozenset[str]:
+def transposed_layers(base: BaseModel, config: Config, names: Iterable[str]) -> frozenset[str]:
+    """Those of the named layers that keep their weight as n x m (GPT-2's Conv1D)."""
     shape = skeleton(base, config.model)
     return frozenset(name for name in names if is_transposed(shape.get_submodule(name)))
 
@@ -202,7 +214,7 @@ def _held_out(store: TokenStore) -> list[torch.Tensor]:
 
 
 @contextlib.contextmanager
-def _local_folder(place: str) -> Iterator[Path]:
+def local_folder(place: str) -> Iterator[Path]:
     """A local folder to write; uploaded afterwards if the storage is elsewhere."""
     if not storage.is_uri(place):
         yield Path(place)

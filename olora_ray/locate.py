@@ -45,16 +45,16 @@ def absolute(place: str, folder: Path) -> str:
     return place if is_uri(place) else os.path.normpath(folder / Path(place).expanduser())
 
 
-def package_file(name: str) -> Path:
-    """The path of package://PACKAGE/FILE; raises UserError if either is not there."""
+def package_file(name: str, field: str = "model.name") -> Path:
+    """The path of package://PACKAGE/FILE; raises UserError that names `field` if either is not there."""
     package, _, inner = name.removeprefix("package://").partition("/")
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
-        raise UserError(f"model.name: {name}: Python package {package!r} is not installed")
+        raise UserError(f"{field}: {name}: Python package {package!r} is not installed")
     path = Path(next(iter(spec.submodule_search_locations))) / inner
     if not path.exists():
         there = sorted(item.name for item in path.parent.glob("*")) if path.parent.is_dir() else []
-        raise UserError(f"model.name: {name}: no such file in the package; there is {', '.join(there) or 'nothing'}")
+        raise UserError(f"{field}: {name}: no such file in the package; there is {', '.join(there) or 'nothing'}")
     return path
 
 

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 CACHE = os.path.expanduser("~/.cache/olora_ray")
 """Where a node keeps models that do not lie on a shared storage."""
+KEPT_FROM = 2**30
+"""Bytes from which the digest of a file of weights is kept: an unchanged retraining says so within seconds."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -268,9 +270,22 @@ def _dequantise(file: Path, dtype: torch.dtype, out: Path) -> None:
 def _digest(files: list[Path]) -> str:
     total = hashlib.sha256()
     for file in files:
-        with file.open("rb") as stream:
-            total.update(f"{file.name}:{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+        total.update(f"{file.name}:{_sha256(file)}\n".encode())
     return total.hexdigest()
+
+
+def _sha256(file: Path) -> str:
+    """Of a file's content; for a large file kept on this node, for as long as its size and time of change hold."""
+    info = file.stat()
+    key = hashlib.sha256(f"{file.resolve()} {info.st_size} {info.st_mtime_ns}".encode()).hexdigest()[:32]
+    kept = storage.join(CACHE, "digests", key)
+    if info.st_size >= KEPT_FROM and storage.exists(kept):
+        return storage.read_text(kept)
+    with file.open("rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    if info.st_size >= KEPT_FROM:
+        storage.write_text(kept, found)
+    return found
 
 
 def _first_line(error: BaseException) -> str:

@@ -4,7 +4,7 @@ Each line is one stage with one file behind it. What a stage has made is found a
 the same config may be run until it is finished, whatever has stopped it meanwhile.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from olora_ray import deliver, launch, model, report
@@ -16,11 +16,12 @@ from olora_ray.task import Task
 Say = Callable[[str], None]
 
 
-def run(config: Config, say: Say) -> dict[str, Any]:
+def run(config: Config, say: Say, tags: Mapping[str, str] | None = None) -> dict[str, Any]:
     """Fine-tune, export, check and register as the config says; returns the content of result.json.
 
-    A run that is finished already is only reported. Raises UserError for what the user can fix, TryAgain for
-    what passes by itself, and Stopped after a signal.
+    `tags` are for the registered version, over those that it gets anyway. A run that is finished already is
+    only reported. Raises UserError for what the user can fix, TryAgain for what passes by itself, and Stopped
+    after a signal.
     """
     folder = RunFolder(config)
     folder.check()
@@ -42,7 +43,7 @@ def run(config: Config, say: Say) -> dict[str, Any]:
         with deliver.tracked(task, folder) as tracker:
             outcome = outcome or launch.train(task, folder, training, tracker, stop, say)
             parity = launch.run_export(task, folder, outcome, say)
-            version = deliver.publish(task, folder, tracker, outcome, parity, say)
+            version = deliver.publish(task, folder, tracker, outcome, parity, say, tags or {})
             answers = report.texts(outcome, tokenizer)
             finished = report.finish(task, folder, tracker, outcome, answers, parity, version)
         folder.write_result(finished.result)  # nothing is left to be logged

@@ -45,6 +45,17 @@ def quiet_gguf() -> None:
     vars(modeling_gguf_pytorch_utils)["tqdm"] = partial(tqdm, disable=None)  # None: only on a terminal
 
 
+def quiet_lm_eval() -> None:
+    """No bars and no advice from lm-eval and datasets in this process."""
+    import datasets
+    from lm_eval.api import task
+    from tqdm import tqdm
+
+    datasets.disable_progress_bars()
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    vars(task)["tqdm"] = partial(tqdm, disable=None)
+
+
 def quiet_ray() -> None:
     """No info lines from Ray's libraries in this process."""
     for name in ("ray.data", "ray.train", "ray.tune"):

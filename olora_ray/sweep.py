@@ -190,7 +190,8 @@ def register(job: Job, found: SearchRecord, say: Say) -> int:
     outcome = deliver.trained(task, folder, say) or _stopped(folder, say)
     with deliver.tracked(task, folder, job.parent) as tracker:
         parity = launch.run_export(task, folder, outcome, say)
-        version = deliver.publish(task, folder, tracker, outcome, parity, say)
+        tags = {"olora.search": job.name, "olora.trial": str(best.number)}
+        version = deliver.publish(task, folder, tracker, outcome, parity, say, tags)
     assert version is not None
     name, alias = trial.registry.model, trial.registry.alias
     say(f"registered: {name} version {version} (models:/{name}@{alias}), trial {best.number}")

@@ -63,6 +63,11 @@ def test_every_shipped_config_parses(path: Path) -> None:
             {"data": {"train": [{"path": "a", "formt": "text"}]}},
             "data.train.0.formt: unknown field; did you mean data.train.0.format?",
         ),
+        (
+            {"gate": {"and": [{"metric": "eval/loss", "atleast": 1}]}},
+            "gate.and.0.atleast: unknown field; did you mean gate.and.0.at_least?",
+        ),
+        ({"retrain": {"form": "base"}}, "retrain.form: unknown field; did you mean retrain.from?"),
     ],
 )
 def test_an_unknown_field_suggests_the_nearest(changes: dict[str, Any], expected: str) -> None:
@@ -84,6 +89,10 @@ def test_an_unknown_field_suggests_the_nearest(changes: dict[str, Any], expected
         ({"run": {}}, ["run.name: required, but not set"]),
         ({"data": {"train": []}}, ["data.train: ", "at least 1 item"]),
         ({"data": {"train": [{"format": "text"}]}}, ["data.train.0.path: required, but not set"]),
+        ({"gate": {"and": [{"metric": "eval/loss"}]}}, ["gate.and.0: set at_least or at_most"]),
+        ({"gate": {"metric": "eval/exact_match"}}, ["gate: metric eval/exact_match is not measured", "scorer"]),
+        ({"evaluation": {"scorer": "exact_match"}, "gate": {"metric": "exact_match"}}, ["gate: metric exact_match"]),
+        ({"retrain": {"from": "challenger"}}, ["retrain.from: ", "'base' or 'champion'"]),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -101,6 +110,17 @@ def test_all_problems_are_told_together() -> None:
     message = problem(adapter={"rank": 0, "alpah": 3}, train={"lr": "fast"}, run={})
     for field in ("adapter.rank", "adapter.alpah", "train.lr", "run.name"):
         assert f"config: {field}: " in message
+
+
+def test_fields_that_are_words_of_python_are_spelled_as_in_the_file() -> None:
+    config = build(
+        tree(gate={"and": [{"metric": "eval/loss", "at_most": 2.0}]}, retrain={"from": "champion", "replay": 0.5})
+    )
+    assert config.gate.conditions[0].at_most == 2.0
+    assert flatten(config)["gate.and.0.at_most"] == 2.0
+    assert build(parse_yaml(dump(config), "dump")) == config
+    changed = override(config, {"gate.and.0.at_most": 1.5, "retrain.from": "base"})
+    assert (changed.gate.conditions[0].at_most, changed.retrain.origin) == (1.5, "base")
 
 
 def test_eval_and_eval_fraction_exclude_each_other() -> None:

@@ -1,6 +1,7 @@
 """A model's name leads to a folder that loads frozen, or to one clear error."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -54,6 +55,21 @@ def test_a_folder_is_taken_as_it_is(model_folder: Path) -> None:
     assert base.folder == str(model_folder)
     assert base.name == str(model_folder)
     assert len(base.digest) == 64
+
+
+def test_the_digest_of_large_weights_is_kept_until_they_change(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = copy / "model.safetensors"
+    plain = obtain(copy).digest
+    monkeypatch.setattr(model, "KEPT_FROM", 1)
+    monkeypatch.setattr(model, "CACHE", str(tmp_path / "cache"))
+    assert [obtain(copy).digest for _ in range(2)] == [plain, plain]
+    (kept,) = (tmp_path / "cache" / "digests").iterdir()
+    kept.write_text("0" * 64)
+    assert obtain(copy).digest != plain, "it was read, not made again"
+    os.utime(weights, ns=(1, 1))
+    assert obtain(copy).digest == plain
 
 
 def test_the_digest_is_that_of_the_weights(model_folder: Path, copy: Path) -> None:

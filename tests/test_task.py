@@ -1,9 +1,13 @@
 """What training gives comes back from training.json, or is refused."""
 
+from typing import Any
+
 import pytest
 
-from olora_ray.task import Answered, Outcome
+from olora_ray.model import BaseModel
+from olora_ray.task import Answered, Outcome, Task
 from olora_ray.train.state import TrainState
+from tests import tiny
 
 
 def test_an_outcome_comes_back_exactly() -> None:
@@ -19,3 +23,15 @@ def test_an_outcome_comes_back_exactly() -> None:
 def test_anything_else_is_an_error_that_callers_expect(text: str) -> None:
     with pytest.raises((ValueError, KeyError, TypeError)):
         Outcome.from_json(text)
+
+
+def test_a_run_that_starts_with_an_adapter_is_another_than_one_that_does_not() -> None:
+    store: Any = tiny.store()
+
+    def identity(**changes: Any) -> dict[str, str]:
+        return Task(
+            tiny.config(**changes), BaseModel("m", "/m", "base"), "tokenizer", (0,), store, None, None
+        ).identity()
+
+    assert "start" not in identity(), "runs from before there was such a setting are taken up"
+    assert identity(train__start="/a") != identity(train__start="/b")

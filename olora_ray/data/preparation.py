@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from olora_ray import storage
 from olora_ray.config import Config
 from olora_ray.data import stream, writer
-from olora_ray.data.plan import Split, make_plan, sources_of
+from olora_ray.data.plan import Plan, Split, make_plan, sources_of
 from olora_ray.data.scan import FileScan, scan
 from olora_ray.data.sources import File, total_bytes
 from olora_ray.data.store import TokenStore
@@ -114,6 +114,15 @@ def begin(config: Config, spec: TokenizerSpec, split: Split, say: Say) -> Prepar
     if found.manifest and found.complete:
         say(f"tokens: {split}: {summary(found.manifest)} (made before)")
     return Preparation(job, found, limits, say)
+
+
+def plan_here(config: Config, spec: TokenizerSpec, split: Split) -> Plan:
+    """The plan of a split's store, whose digest says what it is made of; all data is looked at here, without Ray.
+
+    Large files that were scanned before are not read again. Raises UserError for missing or empty sources.
+    """
+    root = config.run.storage
+    return make_plan(config, spec, split, lambda sources: [[scan(file, root) for file in files] for files in sources])
 
 
 def scan_file(job: tuple[Sequence[File], str], number: int) -> FileScan | str:

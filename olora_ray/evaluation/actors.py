@@ -7,12 +7,15 @@ from typing import Any, TypeVar
 
 import torch
 
-from olora_ray.capacity import free_workers, worker_resources
+from olora_ray.capacity import worker_resources
 from olora_ray.config import Config
 from olora_ray.errors import UserError
 
 Work = TypeVar("Work")
 Result = TypeVar("Result")
+
+TENTHS = 10
+"""Lines of progress, if there are as many works."""
 
 
 def spread(
@@ -20,9 +23,9 @@ def spread(
 ) -> list[Result]:
     """The results of all `works`, in their order; each actor calls `make` once and its function a work.
 
-    As many actors as the cluster has room for, each with cluster.cpus_per_worker CPUs (its number of
-    threads) and cluster.gpus_per_worker GPUs. `make` pickles; what it makes must give the same result on
-    any actor. Needs ray.init. Raises UserError if there is no room, and the UserError of a work.
+    At most cluster.workers actors, each with cluster.cpus_per_worker CPUs (its number of threads) and
+    cluster.gpus_per_worker GPUs; fewer if the cluster has no room for more. `make` pickles; what it makes
+    must give the same result on any actor. Needs ray.init; raises the UserError of a work.
     """
     if not works:
         return []
@@ -31,11 +34,7 @@ def spread(
     from olora_ray.data.stream import quiet_stream
 
     wanted = worker_resources(config)
-    actors = min(len(works), free_workers(wanted))
-    if not actors:
-        shown = " and ".join(f"{amount:g} {kind}" for kind, amount in wanted.items())
-        raise UserError(f"cluster.cpus_per_worker: no node of the cluster has {shown} free; ask for less or wait")
-    say(f"evaluation: {len(works)} pieces of work on {actors} actor(s)")
+    count = min(len(works), config.cluster.most())
     threads = max(1, math.floor(config.cluster.cpus_per_worker))
     with quiet_stream():
         rows = [{"number": number, "work": pickle.dumps(work)} for number, work in enumerate(works)]
@@ -44,11 +43,15 @@ def spread(
             fn_constructor_args=(make, threads),
             batch_size=1,
             batch_format="pyarrow",
-            compute=ray.data.ActorPoolStrategy(size=actors),
+            compute=ray.data.ActorPoolStrategy(size=count),
             num_cpus=wanted["CPU"],
             num_gpus=wanted.get("GPU", 0),
         )
-        found = {row["number"]: row["result"] for row in done.iter_rows()}
+        found: dict[int, bytes] = {}
+        for row in done.iter_rows():
+            found[row["number"]] = row["result"]
+            if len(works) >= TENTHS and TENTHS * len(found) // len(works) > TENTHS * (len(found) - 1) // len(works):
+                say(f"evaluation: {len(found) / len(works):.0%} done")
     # Made by our own actors a moment ago.
     results = [pickle.loads(found[number]) for number in range(len(works))]  # noqa: S301
     for result in results:

@@ -49,6 +49,7 @@ def measure(
     # Answers take longest: first come, first served.
     works: list[Works] = [tuple(asked[i] for i in group) for group in groups]
     works += [tuple(packs[i : i + width]) for i in range(0, len(packs), width)]
+    say(f"held-out rows: {sum(len(pack.segments) for pack in packs)}, of which {len(asked)} are answered")
     done = actors.spread(partial(Measurer, base, adapter, config, tuple(eos)), works, config, say)
     answers = dict(pair for group, found in zip(groups, done, strict=False) for pair in zip(group, found, strict=True))
     return RowResults(

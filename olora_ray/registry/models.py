@@ -9,6 +9,7 @@ the artifact store in one copy, and no model is loaded. What is logged:
     MLmodel, requirements.txt, python_env.yaml
     model/                   the merged folder
     components/tokenizer/    its tokenizer files again, where the flavour looks for them
+    checksums.json           size and SHA-256 of all of these; see checksums.py
 """
 
 import hashlib
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from olora_ray.errors import UserError
 from olora_ray.reach import connect, is_away, reachable
+from olora_ray.registry import checksums
 from olora_ray.tracking import Tracker
 
 if TYPE_CHECKING:
@@ -50,7 +52,7 @@ def register(
 
     client = tracker.client()
     texts = {key: str(value) for key, value in tags.items()}
-    found = _version_of(client, name, tracker.run_id)
+    found = version_of(client, name, tracker.run_id)
     if found is None:
         try:
             client.create_registered_model(name)
@@ -62,6 +64,7 @@ def register(
         model = client.get_logged_model(log_model(tracker, merged, tags, base_name=base_name or name))
         # Not models:/ID as source: MLflow would look it up in its global tracking store.
         place = model.artifact_location
+        texts |= {checksums.TAG: model.tags[checksums.TAG]}
         found = client.create_model_version(name, place, tracker.run_id, texts, model_id=model.model_id)
         versions = json.dumps([{"name": name, "version": found.version}])
         client.set_logged_model_tags(model.model_id, {"mlflow.model.versions": versions})  # the page's link
@@ -81,7 +84,7 @@ def log_model(tracker: Tracker, merged: Path, tags: Mapping[str, object], *, bas
     client, run_id = tracker.client(), tracker.run_id
     experiment = client.get_run(run_id).info.experiment_id
     there = client.search_logged_models([experiment], f"source_run_id = '{run_id}' AND name = '{LOGGED_NAME}'")
-    if there and str(there[0].status) == "READY":
+    if there and str(there[0].status) == "READY" and checksums.TAG in there[0].tags:
         return str(there[0].model_id)
     texts = {key: str(value) for key, value in tags.items()}
     model = there[0] if there else client.create_logged_model(experiment, LOGGED_NAME, run_id, texts)
@@ -91,7 +94,10 @@ def log_model(tracker: Tracker, merged: Path, tags: Mapping[str, object], *, bas
     client.log_model_artifacts(model.model_id, str(merged), "model")
     with tempfile.TemporaryDirectory(prefix="olora-") as folder:
         _write_description(Path(folder), merged, model, run_id, base_name)
+        text = checksums.of_folders({"model": merged, "": Path(folder)})
+        (Path(folder) / checksums.FILE).write_text(text, encoding="utf-8")
         client.log_model_artifacts(model.model_id, folder)
+    client.set_logged_model_tags(model.model_id, {checksums.TAG: checksums.digest(text)})
     client.finalize_logged_model(model.model_id, "READY")
     return str(model.model_id)
 
@@ -118,7 +124,8 @@ def _found(uri: str, tracking_uri: str, cache: Path | None) -> Path:
     raise UserError(f"model.name: {uri} is registered, but has no config.json: it is not a transformers model")
 
 
-def _version_of(client: "MlflowClient", name: str, run_id: str) -> "ModelVersion | None":
+def version_of(client: "MlflowClient", name: str, run_id: str) -> "ModelVersion | None":
+    """The version of `name` that an MLflow run has registered."""
     found = client.search_model_versions(f"run_id = '{run_id}'")
     return next((item for item in found if item.name == name), None)
 

@@ -14,6 +14,7 @@ import pytest
 import zstandard
 from pyarrow import parquet
 
+from olora_ray.config import Source
 from olora_ray.data import read, scan, sources
 from olora_ray.data.formats import Rejected
 from olora_ray.data.store import prepare
@@ -286,3 +287,14 @@ def test_a_cheap_look_estimates_the_rows(tmp_path: Path, monkeypatch: pytest.Mon
         assert seen.sha256 == ""
         assert all(unit in whole.units or unit.rows for unit in seen.units)
         assert np.sum([unit.size for unit in seen.units]) <= file.size * 3
+
+
+def test_only_some_files_of_a_folder(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        (tmp_path / f"{name}.jsonl").write_text("{}\n")
+    wanted = [f"{tmp_path}/a.jsonl", f"{tmp_path}/c.jsonl"]
+    source = Source(path=str(tmp_path), format="text", only=tuple(wanted))
+    assert [file.uri for file in sources.list_files(source, "data.train.0", str(tmp_path))] == wanted
+    gone = Source(path=str(tmp_path), format="text", only=(f"{tmp_path}/x.jsonl",))
+    with pytest.raises(UserError, match=r"data\.train\.0\.only: .*x\.jsonl is not among the files of"):
+        sources.list_files(gone, "data.train.0", str(tmp_path))

@@ -105,8 +105,16 @@ def write_config(folder: Path, tree: dict[str, Any], name: str = "config.yaml") 
 
 def finetune(*arguments: str | Path, cwd: Path = ROOT, timeout: float = 300) -> subprocess.CompletedProcess[str]:
     """Run pipelines/finetune.py as a user does."""
+    return run_script("finetune.py", *arguments, cwd=cwd, timeout=timeout)
+
+
+def run_script(
+    script: str, *arguments: str | Path, cwd: Path = ROOT, timeout: float = 300
+) -> subprocess.CompletedProcess[str]:
+    """Run an entry script as a user does."""
+    command = _command(arguments, script)
     return subprocess.run(
-        _command(arguments), cwd=cwd, env=_environment(), capture_output=True, text=True, timeout=timeout, check=False
+        command, cwd=cwd, env=_environment(), capture_output=True, text=True, timeout=timeout, check=False
     )
 
 
@@ -128,8 +136,8 @@ def finetune_until(file: Path, line: str, act: Callable[[], None]) -> subprocess
     return subprocess.CompletedProcess(command, process.returncode, seen, "".join(errors))
 
 
-def _command(arguments: Sequence[str | Path]) -> list[str]:
-    return [sys.executable, str(ROOT / "pipelines" / "finetune.py"), *map(str, arguments)]
+def _command(arguments: Sequence[str | Path], script: str = "finetune.py") -> list[str]:
+    return [sys.executable, str(ROOT / "pipelines" / script), *map(str, arguments)]
 
 
 def _environment() -> dict[str, str]:

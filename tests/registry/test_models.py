@@ -4,12 +4,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from olora_ray import export, tracking
-from olora_ray.config import Adapter
+from olora_ray import tracking
 from olora_ray.errors import UserError
-from olora_ray.registry import models
+from olora_ray.registry import checksums, models
 from tests import tiny
-from tests.export_parts import Case, logits, make_case, save_tokenizer
+from tests.export_parts import Case, logits
 
 TAGS = {"olora.method": "olora", "olora.rank": 4, "olora.eval_loss": ""}
 QUESTION = [{"role": "user", "content": "hello"}]
@@ -18,22 +17,6 @@ QUESTION = [{"role": "user", "content": "hello"}]
 @pytest.fixture(scope="module")
 def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("registry") / "runs"
-
-
-@pytest.fixture(scope="module")
-def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
-    torch.set_num_threads(1)
-    base = tmp_path_factory.mktemp("model") / "base"
-    found = make_case(base, tiny.llama(dtype=torch.bfloat16), Adapter(rank=4, alpha=8))
-    save_tokenizer(base)
-    return found
-
-
-@pytest.fixture(scope="module")
-def merged(case: Case) -> Path:
-    out = case.base.parent / "merged"
-    export.write_merged(case.base, case.adapter, case.scale, out)
-    return out
 
 
 @pytest.fixture
@@ -58,7 +41,8 @@ def mlflow_there(registered: tracking.Tracker, monkeypatch: pytest.MonkeyPatch) 
 def test_the_version_has_alias_tags_run_and_model(registered: tracking.Tracker) -> None:
     version = registered.client().get_model_version_by_alias("triage", "candidate")
     assert version.run_id == registered.run_id
-    assert version.tags == {name: str(value) for name, value in TAGS.items()}
+    text = (Path(version.source) / checksums.FILE).read_text()
+    assert version.tags == {name: str(value) for name, value in TAGS.items()} | {checksums.TAG: checksums.digest(text)}
     (output,) = registered.client().get_run(registered.run_id).outputs.model_outputs
     model = registered.client().get_logged_model(output.model_id)
     assert str(model.status) == "READY"

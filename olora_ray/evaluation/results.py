@@ -1,0 +1,95 @@
+"""What an evaluation found: metrics by name, for one model or for two side by side."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from olora_ray import model, scoring
+from olora_ray.config import Config
+from olora_ray.data import store
+from olora_ray.data.tokenize import spec_from_pretrained
+from olora_ray.errors import UserError
+from olora_ray.evaluation import rows, tasks
+from olora_ray.evaluation.arguments import Request
+from olora_ray.evaluation.measure import measure
+from olora_ray.evaluation.paired import Interval, difference
+from olora_ray.evaluation.rows import RowResults
+from olora_ray.evaluation.targets import Target
+from olora_ray.evaluation.tasks import TaskResult, Tasks
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One model's results."""
+
+    target: Target
+    held_out: RowResults | None
+    tasks: Mapping[str, TaskResult]
+
+    def metrics(self) -> dict[str, float]:
+        """eval/loss, eval/perplexity, eval/SCORE, TASK/acc, TASK/acc_norm, ... -> value."""
+        held_out = {name: self.held_out.metric(name) for name in self.held_out.names()} if self.held_out else {}
+        return held_out | {
+            f"{task}/{name}": item.metrics[name] for task, item in self.tasks.items() for name in item.metrics
+        }
+
+    def errors(self) -> dict[str, float]:
+        """Standard errors of the tasks' metrics, under the same names."""
+        return {f"{task}/{name}": error for task, item in self.tasks.items() for name, error in item.stderr.items()}
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "model": self.target.name,
+            "base": asdict(self.target.base),
+            "adapter": self.target.adapter,
+            "held_out": {"data": self.held_out.data, "rows": len(self.held_out.losses)} if self.held_out else None,
+            "tasks": {name: item.rows for name, item in self.tasks.items()},
+            "metrics": self.metrics(),
+            "stderr": self.errors(),
+        }
+
+
+def check(request: Request, config: Config) -> None:
+    """Raise UserError if nothing is to be done, or the scorer cannot be."""
+    if config.evaluation.scorer:
+        scoring.resolve(config.evaluation.scorer)
+    if not request.tasks and not _has_held_out(config):
+        raise UserError(
+            f"{request.models[0]}: nothing to evaluate it on: give --tasks, or --config with data.eval or"
+            " data.eval_fraction"
+        )
+
+
+def evaluate(target: Target, sets: Tasks, limit: int | None, say: Callable[[str], None]) -> Evaluation:
+    """Everything about one model; needs ray.init. Raises UserError for what the user can fix."""
+    say(f"evaluating {target.name}")
+    base, config = target.base, target.config
+    held_out = None
+    if _has_held_out(config):
+        tokenizer = model.load_tokenizer(base, config.model)
+        rows_kept = store.prepare(config, spec_from_pretrained(tokenizer, base.name), "eval", say)
+        held_out = measure(base, target.adapter, rows_kept, config, tokenizer, model.end_tokens(base, tokenizer), say)
+    return Evaluation(target, held_out, tasks.run(sets, limit, base, target.adapter, config, say))
+
+
+def differences(first: Evaluation, second: Evaluation) -> dict[str, Interval]:
+    """First - second with a paired interval, for each metric that both have row by row on the same rows."""
+    return dict(_differences(first, second))
+
+
+def _has_held_out(config: Config) -> bool:
+    return bool(config.data.eval or config.data.eval_fraction)
+
+
+def _differences(first: Evaluation, second: Evaluation) -> Iterator[tuple[str, Interval]]:
+    ours, theirs = first.held_out, second.held_out
+    if ours and theirs and ours.data == theirs.data:  # else tokens differ, and a loss a token cannot be compared
+        for name in ours.names():
+            if name in theirs.names():
+                yield name, rows.compare(name, ours, theirs)
+    for task, mine in first.tasks.items():
+        for name, values in mine.values.items():
+            other = second.tasks[task].values.get(name, ())
+            if len(values) == len(other):
+                yield f"{task}/{name}", difference(values, other)

@@ -1,0 +1,51 @@
+"""Results as lines for a terminal."""
+
+from collections.abc import Mapping, Sequence
+
+from olora_ray.evaluation.paired import Interval
+from olora_ray.evaluation.results import Evaluation
+
+
+def lines(results: Sequence[Evaluation], intervals: Mapping[str, Interval]) -> list[str]:
+    """One model: value and standard error; two: both values, and the difference with its interval."""
+    if len(results) == 1:
+        return _one(results[0])
+    first, second = results
+    table = [("metric", "rows", "first", "second", "first - second", "95% interval")]
+    theirs = second.metrics()
+    for name, value in first.metrics().items():
+        found = intervals.get(name)
+        interval = f"[{found.low:+.4f}, {found.high:+.4f}]" if found else "not paired"
+        shown = f"{theirs[name]:.4f}" if name in theirs else "-"
+        change = f"{value - theirs[name]:+.4f}" if name in theirs else "-"
+        table.append((name, _rows(first, name), f"{value:.4f}", shown, change, interval))
+    return [f"first:  {first.target.name}", f"second: {second.target.name}", "", *_columns(table)]
+
+
+def _one(result: Evaluation) -> list[str]:
+    table = [("metric", "rows", "value", "stderr")]
+    errors = result.errors()
+    for name, value in result.metrics().items():
+        error = f"{errors[name]:.4f}" if name in errors else ""
+        table.append((name, _rows(result, name), f"{value:.4f}", error))
+    return [f"model: {result.target.name}", "", *_columns(table)]
+
+
+def _rows(result: Evaluation, metric: str) -> str:
+    task = metric.partition("/")[0]
+    if task in result.tasks:
+        return result.tasks[task].rows
+    assert result.held_out is not None
+    return f"held-out[:{len(result.held_out.rows(metric)[0])}]"
+
+
+def _columns(table: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    shown = []
+    for row in table:
+        texts = [
+            cell.ljust(width) if i < 2 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        shown.append("  ".join(texts).rstrip())
+    return [shown[0], "-" * len(shown[0]), *shown[1:]]

@@ -1,0 +1,166 @@
+"""What `evaluate.py MODEL` may name, and the base model, adapter and config that it means.
+
+a base model         hub id, folder, package://PACKAGE/FILE
+a registered model   models:/NAME@ALIAS or models:/NAME/VERSION
+a run's folder       runs/NAME: its merged export, else its best checkpoint
+a checkpoint         runs/NAME/checkpoints/step-0000100: the adapter of that step
+an adapter           a folder with adapter_config.json, such as runs/NAME/export/adapter
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from olora_ray import checkpoint, deliver, export, keeper, locate, model, storage
+from olora_ray.adapter.factors import AdapterWeights
+from olora_ray.checkpoint import Checkpoint
+from olora_ray.config import Config, build, load, override, parse_yaml
+from olora_ray.errors import UserError
+from olora_ray.evaluation.measure import ADAPTER_CONFIG
+from olora_ray.model import BaseModel
+from olora_ray.run_folder import RunFolder
+
+Say = Callable[[str], None]
+Kind = Literal["run", "checkpoint", "adapter", "model"]
+SETTINGS = "config.yaml"
+
+
+@dataclass(frozen=True)
+class Target:
+    """One model to evaluate."""
+
+    name: str
+    """As it was asked for."""
+    base: BaseModel
+    adapter: str | None
+    """A plain-LoRA folder for the base."""
+    config: Config
+    """The settings of the evaluation, with the base as their model."""
+
+
+def settings(names: Sequence[str], file: str | None, changes: Mapping[str, Any]) -> Config:
+    """The settings of an evaluation: of the file, else of the first run that the models come from, else defaults.
+
+    Raises UserError for a config that cannot be.
+    """
+    if file is not None:
+        return locate.resolved(load(file, changes), Path.cwd())
+    if run := next(filter(None, map(run_of, names)), None):
+        return override(_read(storage.join(run, SETTINGS)), changes)
+    # There is no data: nothing but tasks can be run.
+    tree = {"run": {"name": "evaluation"}, "model": {"name": names[0]}, "data": {"train": [{"path": "none"}]}}
+    return locate.resolved(override(build(tree), changes), Path.cwd())
+
+
+def run_of(name: str) -> str | None:
+    """The folder of the run that a run, checkpoint or export belongs to; None if it belongs to none."""
+    place = _absolute(name)
+    if not place or not storage.exists(place):
+        return None
+    for folder in (place, place.rsplit("/", 2)[0]):
+        if _exists(folder, SETTINGS) and (_exists(folder, "checkpoints") or _exists(folder, "export")):
+            return folder
+    return None
+
+
+def resolve(name: str, shared: Config, say: Say) -> Target:
+    """Find the model; whatever has to be downloaded, converted or exported for it is made here.
+
+    `shared` are the settings of the evaluation, whose model is replaced. Raises UserError for a name that
+    leads nowhere, or an adapter of another base model.
+    """
+    match kind_of(name):
+        case "run":
+            return _of_run(name, shared, say)
+        case "checkpoint":
+            found = keeper.read(_absolute(name))
+            own = _read(storage.join(_absolute(name), SETTINGS))
+            return _of_checkpoint(name, found, found.adapter, own, shared, say)
+        case "adapter":
+            return _of_adapter(name, shared, say)
+        case "model":
+            config = _with_model(shared, name)
+            return Target(name, model.obtain(config, say, deliver.registered(config)), None, config)
+
+
+def kind_of(name: str) -> Kind:
+    """What a name means, by the files that lie there."""
+    place = _absolute(name)
+    if not place:
+        return "model"
+    if _exists(place, checkpoint.MANIFEST) and _exists(place, checkpoint.ADAPTER):
+        return "checkpoint"
+    if _exists(place, ADAPTER_CONFIG):
+        return "adapter"
+    return "run" if _exists(place, SETTINGS) and not _exists(place, "config.json") else "model"
+
+
+def _of_run(name: str, shared: Config, say: Say) -> Target:
+    root = _absolute(name)
+    storage_path, _, run = root.rpartition("/")  # it may have been moved
+    own = override(_read(storage.join(root, SETTINGS)), {"run.storage": storage_path, "run.name": run})
+    folder = RunFolder(own)
+    newest = keeper.newest(folder.checkpoints, say)
+    if folder.finished() or (newest and folder.exported(newest[1].state.step)):
+        config = _with_model(shared, folder.merged)
+        return Target(name, model.obtain(config, say, Path), None, config)
+    if newest is None:
+        raise UserError(f"{name}: this run has neither exports nor a complete checkpoint yet")
+    say(f"{name}: not exported yet: its best adapter up to step {newest[1].state.step} is evaluated")
+    return _of_checkpoint(name, newest[1], newest[1].best_adapter(), own, shared, say)
+
+
+def _of_checkpoint(
+    name: str, found: Checkpoint, adapter: Mapping[str, AdapterWeights], own: Config, shared: Config, say: Say
+) -> Target:
+    config = _with_model(shared, own.model.name, own.model.revision)
+    base = model.obtain(config, say, deliver.registered(config))
+    if found.identity.get("base model") != base.digest:
+        raise UserError(f"{name}: was trained on another base model than {own.model.name} is now; set model.revision")
+    text = json.dumps([name, found.state.step, found.identity, own.adapter.model_dump_json()])
+    key = hashlib.sha256(text.encode()).hexdigest()[:16]
+    place = storage.join(config.run.storage, "adapters", f"{Path(name).name}-{found.state.step}-{key}")
+    transposed = deliver.transposed_layers(base, config, adapter.keys())
+    with deliver.local_folder(place) as folder:
+        export.write_adapter(adapter, own.adapter, base.folder, folder, transposed=transposed)
+    return Target(name, base, place, config)
+
+
+def _of_adapter(name: str, shared: Config, say: Say) -> Target:
+    place = _absolute(name)
+    run = run_of(name)
+    if run is not None:
+        own = _read(storage.join(run, SETTINGS)).model
+        base_name, revision = own.name, own.revision
+    else:
+        try:
+            fields = json.loads(storage.read_text(storage.join(place, ADAPTER_CONFIG)))
+            base_name, revision = str(fields["base_model_name_or_path"]), fields.get("revision")
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{place}/{ADAPTER_CONFIG}: does not name its base_model_name_or_path") from None
+    config = _with_model(shared, base_name, revision)
+    return Target(name, model.obtain(config, say, deliver.registered(config)), place, config)
+
+
+def _read(place: str) -> Config:
+    return build(parse_yaml(storage.read_text(place), place), place)
+
+
+def _with_model(shared: Config, name: str, revision: str | None = None) -> Config:
+    known = revision or (shared.model.revision if shared.model.name == name else None)
+    found = override(shared, {"model.name": name, "model.revision": known})
+    return locate.resolved(found, Path.cwd())
+
+
+def _absolute(name: str) -> str:
+    """The place a name means if it is a path or URI; '' for other names."""
+    if name.startswith(("models:/", "package://", "hf://")):
+        return ""
+    return locate.absolute(name, Path.cwd()).rstrip("/")
+
+
+def _exists(folder: str, name: str) -> bool:
+    return storage.exists(storage.join(folder, name))

@@ -1,0 +1,66 @@
+"""What has changed since the champion was made? Found without Ray, from digests of contents."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from olora_ray import deliver, model
+from olora_ray.config import Config
+from olora_ray.data import preparation
+from olora_ray.data.plan import Plan
+from olora_ray.data.tokenize import TokenizerSpec, spec_from_pretrained
+from olora_ray.errors import UserError
+from olora_ray.fingerprint import Fingerprint, settings_digest
+from olora_ray.model import BaseModel
+from olora_ray.registry.aliases import GATE, ROLLED_BACK
+
+if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion
+
+AGAINST = "olora.gate_against"
+"""Tag of a version: the champion's version when the gate decided; empty if there was none."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a retraining would be made of now."""
+
+    base: BaseModel
+    spec: TokenizerSpec
+    plan: Plan
+    """Of the training data."""
+    fingerprint: Fingerprint
+
+
+def look(config: Config, say: Callable[[str], None]) -> Inputs:
+    """Read base model and data as far as their digests need it; files that were scanned before are not read again.
+
+    Raises UserError for what training would refuse: missing files, a model that is none, nothing held out.
+    """
+    if not config.data.eval and config.data.eval_fraction is None:
+        raise UserError("data.eval: retraining compares with the champion on held-out rows; set it, or eval_fraction")
+    base = model.obtain(config, say, deliver.registered(config))
+    spec = spec_from_pretrained(model.load_tokenizer(base, config.model), base.name)
+    plan = preparation.plan_here(config, spec, "train")
+    held_out = preparation.plan_here(config, spec, "eval").digest()
+    return Inputs(base, spec, plan, Fingerprint(base.digest, plan.digest(), held_out, settings_digest(config)))
+
+
+def settled(
+    versions: Sequence["ModelVersion"], champion: "ModelVersion | None", now: Fingerprint
+) -> "ModelVersion | None":
+    """The version that makes another training of the same useless.
+
+    That is the champion if it was made of the same; else a version made of the same that was rolled back, or on
+    which the gate has decided against the champion of now. If that champion is another by now, the gate decides anew.
+    """
+    if champion is not None and Fingerprint.from_tags(champion.tags) == now:
+        return champion
+    against = str(champion.version) if champion is not None else ""
+    for version in reversed(versions):
+        verdict = version.tags.get(GATE)
+        if verdict is None or Fingerprint.from_tags(version.tags) != now:
+            continue
+        if verdict.startswith(ROLLED_BACK) or version.tags.get(AGAINST) == against:
+            return version
+    return None

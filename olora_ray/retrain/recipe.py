@@ -1,0 +1,131 @@
+"""How the next version is made: from the base on everything, or on from the champion with what is new.
+
+    retrain.from: base       all rows, the adapter starts as its method says
+    retrain.from: champion   the champion's adapter goes on; all rows of the files that it does not know, and the
+                             share retrain.replay of the rows of those that it knows
+
+A file is new if no file of the champion's training data has the same bytes: a file that has grown is new as a
+whole. Rows that are held out by data.eval_fraction stay held out, since the draw follows from a file's content.
+Where the champion cannot be continued (another base model or adapter, no new file, its checkpoint is gone) a
+version is made from the base, and the log says why.
+"""
+
+import hashlib
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from olora_ray import keeper, storage
+from olora_ray.config import Config, Source
+from olora_ray.data import records
+from olora_ray.data.plan import Plan
+from olora_ray.fingerprint import TAGS
+from olora_ray.registry.aliases import CHALLENGER
+from olora_ray.retrain.changes import Inputs
+
+if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion
+
+Say = Callable[[str], None]
+RUN = "olora.run_folder"
+"""Tag of a version: the folder of the run that made it."""
+ORIGIN = "olora.retrained_from"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What the pipeline is to run."""
+
+    config: Config
+    tags: dict[str, str]
+    """For the version: what it stands on, whatever of it was trained on this time."""
+
+
+@dataclass(frozen=True)
+class _Start:
+    """The champion, ready to be continued."""
+
+    checkpoint: str
+    sources: tuple[Source, ...]
+    version: str
+
+
+def make(config: Config, inputs: Inputs, champion: "ModelVersion | None", say: Say) -> Recipe:
+    """The recipe; its run's name follows from what goes in, so that a run that was cut off is found again."""
+    _note_files(config, inputs.plan)
+    start = None
+    if config.retrain.origin == "champion" and champion is not None:
+        found = _continued(config, inputs, champion, say)
+        if isinstance(found, str):
+            say(f"retrain.from=champion: version {champion.version} is not continued, {found}: training from the base")
+        else:
+            start = found
+    parts = [*inputs.fingerprint.tags().values(), *([start.checkpoint, str(config.retrain.replay)] if start else [])]
+    digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:8]
+    changed = {
+        "run": config.run.model_copy(update={"name": f"{config.run.name}-{digest}"}),
+        "registry": config.registry.model_copy(update={"alias": CHALLENGER}),
+    }
+    if start:
+        changed |= {
+            "train": config.train.model_copy(update={"start": start.checkpoint}),
+            "data": config.data.model_copy(update={"train": start.sources}),
+        }
+    origin = f"champion, version {start.version}" if start else "base"
+    return Recipe(config.model_copy(update=changed), {**inputs.fingerprint.tags(), ORIGIN: origin})
+
+
+def _continued(config: Config, inputs: Inputs, champion: "ModelVersion", say: Say) -> _Start | str:
+    """How to go on from the champion, or why that cannot be."""
+    if champion.tags.get(TAGS["base"]) != inputs.base.digest:
+        return "its base model is another"
+    known = _known_files(config, champion.tags.get(TAGS["data"], ""))
+    if known is None:
+        return f"what it was trained on is not known under {config.run.storage}"
+    folder = champion.tags.get(RUN)
+    found = keeper.newest(storage.join(folder, "checkpoints"), say) if folder else None
+    if found is None:
+        return f"there is no checkpoint of it in {folder or 'its run folder'}"
+    place, checkpoint = found
+    if checkpoint.identity.get("adapter") != config.adapter.model_dump_json():
+        return "its adapter has other settings"
+    sources = _split(config, inputs.plan, known)
+    return _Start(place, sources, str(champion.version)) if sources else "there is no new file"
+
+
+def _split(config: Config, plan: Plan, known: Collection[str]) -> tuple[Source, ...]:
+    """Each source as one of its new files and one, at a lower weight, of those that are known; empty if none is new."""
+    parts, replay, some = [], config.retrain.replay, False
+    for number, source in enumerate(config.data.train):
+        files = [each for each in plan.files if each.source == number]
+        new = tuple(each.file.uri for each in files if each.sha256 not in known)
+        old = tuple(each.file.uri for each in files if each.sha256 in known)
+        if new:
+            some = True
+            parts.append(source.model_copy(update={"only": new if old else source.only}))
+        if old and replay > 0:
+            only = old if new else source.only
+            parts.append(source.model_copy(update={"only": only, "weight": source.weight * replay}))
+    return tuple(parts) if some else ()
+
+
+def _note_files(config: Config, plan: Plan) -> None:
+    """Keep the digests of the files behind a data digest: continuing trains on a part of them only."""
+    place = _note(config, plan.digest())
+    if not storage.exists(place):
+        storage.write_text(place, records.seal({"files": sorted({each.sha256 for each in plan.files})}, indent=1))
+
+
+def _known_files(config: Config, digest: str) -> frozenset[str] | None:
+    """The SHA-256 of the files behind a data digest: as noted by an earlier retraining, or by its token store."""
+    if noted := records.read_sealed(_note(config, digest)):
+        return frozenset(noted["files"])
+    try:
+        inputs = records.read_manifest(storage.join(config.run.storage, "tokens", digest)).inputs
+    except (OSError, ValueError):
+        return None
+    return frozenset(sha256 for source in inputs["sources"] for _, sha256 in source["files"])
+
+
+def _note(config: Config, digest: str) -> str:
+    return storage.join(config.run.storage, "retraining", "files", f"{digest}.json")

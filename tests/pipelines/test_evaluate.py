@@ -1,0 +1,122 @@
+"""pipelines/evaluate.py gives what lm-eval gives, for two models side by side, and keeps it."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.evaluation import sets
+from tests.pipelines import project
+
+LIMIT = 8
+TASKS = ("arc_easy", "boolq")
+
+
+def by_lm_eval(model: Path, data: Path, folder: Path) -> dict[str, dict[str, Any]]:
+    """The same rows through lm-eval alone: its own loading of data (the arrow file), model and tasks."""
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    own = Path(lm_eval.__file__).parent / "tasks"
+    for task, origin, place, more in (
+        ("arc_easy", "arc/arc_easy.yaml", "ai2_arc/ARC-Easy", ""),
+        ("boolq", "super_glue/boolq/default.yaml", "boolq/none", 'doc_to_target: "{{answer|int}}"\n'),
+    ):
+        (file,) = (data / place / "validation").glob("*.arrow")
+        (folder / f"{task}.yaml").write_text(
+            f"include: {own / origin}\ntask: {task}\ndataset_path: arrow\ndataset_name: null\n"
+            f"dataset_kwargs: {{data_files: {{validation: {file}}}, cache_dir: {folder / 'cache'}}}\n"
+            f"training_split: null\ntest_split: null\n{more}"
+        )
+    found = lm_eval.simple_evaluate(
+        model="hf",
+        model_args={"pretrained": str(model), "dtype": "float32"},
+        device="cpu",
+        tasks=list(TASKS),
+        task_manager=TaskManager(include_defaults=False, include_path=str(folder)),
+        limit=LIMIT,
+        batch_size=3,
+    )
+    assert found is not None
+    return dict(found["results"])
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_accuracies_are_those_of_lm_eval_on_the_same_rows(tiny_model: Path, corpus: Path, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    data, other = sets.write(tmp_path / "sets"), project.make_model(tmp_path / "other", layers=1)
+    file = project.write_config(corpus, project.settings(corpus, tiny_model, cluster={"cpus_per_worker": 0.5}))
+    arguments = ["--tasks", ",".join(TASKS), "--task-data", data, "--limit", LIMIT, "--out", tmp_path / "out"]
+    ended = project.run_script("evaluate.py", tiny_model, other, "--config", file, *map(str, arguments))
+    assert ended.returncode == 0, ended.stderr
+    assert "95% interval" in ended.stdout
+    tree = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+
+    for model, found in zip((tiny_model, other), tree["models"], strict=True):
+        lines = tmp_path / f"yaml-{model.name}"
+        lines.mkdir()
+        expected = by_lm_eval(model, data, lines)
+        for task in TASKS:
+            assert found["tasks"][task] == f"validation[:{LIMIT}]"
+            for name in ("acc", "acc_norm") if task == "arc_easy" else ("acc",):
+                assert found["metrics"][f"{task}/{name}"] == expected[task][f"{name},none"]
+                assert found["stderr"][f"{task}/{name}"] == expected[task][f"{name}_stderr,none"]
+
+    first, second = (item["metrics"] for item in tree["models"])
+    assert first["eval/perplexity"] == pytest.approx(math.exp(first["eval/loss"]))
+    assert tree["differences"].keys() == first.keys() == second.keys()
+    for name, found in tree["differences"].items():
+        assert found["mean"] == pytest.approx(first[name] - second[name], abs=1e-9)
+        assert found["low"] <= found["mean"] <= found["high"]
+
+    assert logged(corpus / "runs" / "mlflow.db") == [first, second]
+
+
+def logged(database: Path) -> list[dict[str, float]]:
+    """The metrics of the evaluations in MLflow, the oldest first, without standard errors."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{database}")
+    runs = client.search_runs(
+        [item.experiment_id for item in client.search_experiments()],
+        "tags.`olora.kind` = 'evaluation'",
+        order_by=["attributes.start_time ASC"],
+    )
+    return [{k: v for k, v in run.data.metrics.items() if not k.endswith("_stderr")} for run in runs]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{model}"], "nothing to evaluate it on: give --tasks, or --config"),
+        ([], "expected one model, or two to compare, not 0"),
+        (["{model}", "--limit", "0", "--tasks", "boolq"], "--limit: expected a number of rows, not '0'"),
+        (["{model}", "--task", "boolq"], "unrecognized arguments: --task"),
+        (["{model}", "--tasks", "boolq", "--task-data", "nowhere"], "--task-data nowhere: no such folder"),
+        (["{model}", "--tasks", "boolq", "--scorer", "nonsense"], "no scorer is called 'nonsense'"),
+        (["./nowhere", "--config", "{config}"], "no such file or folder"),
+    ],
+)
+def test_mistakes_are_one_line(
+    tiny_model: Path,
+    corpus: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    message: str,
+) -> None:
+    from olora_ray import command
+    from pipelines import evaluate
+
+    file = project.write_config(corpus, project.settings(corpus, tiny_model))
+    words = [word.format(model=tiny_model, config=file) for word in arguments]
+    monkeypatch.setattr("sys.argv", ["evaluate.py", *words])
+    with pytest.raises(SystemExit) as ended:
+        command.run(evaluate.main)
+    assert ended.value.code == 2
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert message in errors[-1]
+    assert errors[-1].startswith("error: ")

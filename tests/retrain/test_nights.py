@@ -1,0 +1,112 @@
+"""Retraining through its entry script, with real Ray and MLflow: night after night, killed, and two at once."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from olora_ray import lock
+from olora_ray.registry import __main__ as registry
+from olora_ray.registry.aliases import GATE
+from tests.pipelines import project
+from tests.recovery.processes import scratch
+from tests.retrain.nightly import Nightly
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return project.make_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    with scratch() as place:
+        yield place
+
+
+def last(nightly: Nightly) -> dict[str, str]:
+    """The tags of the latest decision."""
+    tags: dict[str, str] = nightly.decisions()[-1].data.tags
+    return tags
+
+
+def test_the_first_version_becomes_champion_and_the_same_again_does_nothing(folder: Path, model: Path) -> None:
+    nightly = Nightly(folder, model)
+    with lock.held(str(folder / "runs" / "locks" / "nightly.json"), "the test"):
+        refused = nightly.call(code=75)
+    assert "error: the retraining of nightly is in the hands of process" in refused
+    assert "ray:" not in refused
+    log = nightly.call()
+    assert "version 1 is the champion of nightly" in log
+    assert nightly.aliases.current() == {"champion": "1"}
+    assert nightly.aliases.version("1").tags[GATE].startswith("passed: eval/loss")
+    again = nightly.call()
+    assert "nothing changed since version 1" in again
+    assert "ray:" not in again
+    assert nightly.made() == 1
+    assert [run.data.tags["olora.decision"] for run in nightly.decisions()] == ["promoted", "unchanged"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("origin", ["base", "champion"])
+def test_new_data_then_poisoned_data_then_rollback(folder: Path, model: Path, origin: str) -> None:
+    nightly = Nightly(folder, model, retrain={"from": origin, "replay": 0.5}, train=longer(model))
+    nightly.call()
+    nightly.add("1-more", ["three"], 40)
+    log = nightly.call()
+    assert "changed since the champion, version 1: training data" in log
+    assert nightly.aliases.current() == {"champion": "2", "previous": "1"}, log
+    assert nightly.aliases.version("2").tags["olora.retrained_from"].startswith(origin)
+    assert (last(nightly)["olora.decision"], last(nightly)["olora.challenger"]) == ("promoted", "nightly/2")
+    metrics = nightly.decisions()[-1].data.metrics
+    assert metrics["improvement/low"] <= metrics["improvement/mean"] <= metrics["improvement/high"]
+    assert metrics["challenger/eval/loss"] < metrics["champion/eval/loss"]
+
+    nightly.add("2-poison", ["one", "two", "three"], 240, shuffled=True)
+    log = nightly.call()
+    assert "refused: eval/loss" in log
+    assert nightly.aliases.current() == {"champion": "2", "previous": "1", "challenger": "3"}
+    assert nightly.aliases.version("3").tags[GATE].startswith("refused: eval/loss")
+    assert last(nightly)["olora.decision"] == "refused"
+    assert "nothing changed since version 3" in nightly.call()
+
+    (nightly.data / "2-poison.jsonl").unlink()
+    assert "nothing changed since version 2" in nightly.call()
+    registry.main(["rollback", "nightly", "--tracking-uri", nightly.aliases.uri])
+    assert nightly.aliases.current() == {"champion": "1", "challenger": "3"}
+    assert "rolled back" in nightly.call(), "a version that was rolled back does not come back by itself"
+    assert nightly.made() == 3
+
+
+def longer(model: Path) -> dict[str, Any]:
+    """Training in which the tiny model learns which answer belongs to which question."""
+    settings: dict[str, Any] = project.settings(model, model)["train"]
+    return settings | {"steps": 60, "eval_every": 20, "checkpoint_every": 20, "global_batch": 4, "lr": 2e-2}
+
+
+KILLED_AT = {
+    "in training": "step 6/12",
+    "while it is exported": "exporting adapter",
+    "while it is registered": "registering the merged model",
+    "after it is registered": "registered:",
+    "while it is measured": "measuring version 2",
+    "before its aliases move": "evaluation: ",
+}
+
+
+@pytest.mark.slow
+def test_killed_at_each_stage_and_called_again(folder: Path, model: Path) -> None:
+    nightly = Nightly(folder, model, gate={"must_improve_by": -9.0})
+    nightly.call()
+    nightly.add("1-more", ["three"], 40)
+    for line in KILLED_AT.values():
+        nightly.call_until(line)
+        assert nightly.aliases.current()["champion"] == "1"
+    log = nightly.call()
+    assert nightly.aliases.current() == {"champion": "2", "previous": "1"}, log
+    assert nightly.made() == 2
+    assert [run.data.tags["olora.decision"] for run in nightly.decisions()] == ["promoted", "promoted"]
+    assert "nothing changed since version 2" in nightly.call()

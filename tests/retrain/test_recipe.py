@@ -1,0 +1,173 @@
+"""What the next version is trained on, and whether there is to be one; without Ray and MLflow."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mlflow.entities.model_registry import ModelVersion, ModelVersionTag
+
+from olora_ray import checkpoint
+from olora_ray.adapter.factors import AdapterWeights, Factors
+from olora_ray.config import Config, build, dump, override
+from olora_ray.data import preparation
+from olora_ray.data.tokenize import TokenizerSpec
+from olora_ray.fingerprint import Fingerprint, settings_digest
+from olora_ray.model import BaseModel
+from olora_ray.registry.aliases import GATE
+from olora_ray.retrain import recipe
+from olora_ray.retrain.changes import AGAINST, Inputs, settled
+from olora_ray.train.state import TrainState
+
+SPEC = TokenizerSpec("{}", "", {}, 0)
+NOW, OLD = Fingerprint("base", "new", "held", "s"), Fingerprint("base", "old", "held", "s")
+
+
+def version(number: int, made_of: Fingerprint, **tags: str) -> ModelVersion:
+    both = {**made_of.tags(), **tags}
+    return ModelVersion("m", str(number), 0, tags=[ModelVersionTag(key, text) for key, text in both.items()])
+
+
+def judged(number: int, made_of: Fingerprint, verdict: str, against: str) -> ModelVersion:
+    return version(number, made_of, **{GATE: verdict, AGAINST: against})
+
+
+def test_a_champion_of_the_same_settles_it() -> None:
+    champion = version(1, NOW)
+    assert settled([champion], champion, NOW) is champion
+    assert settled([champion], champion, OLD) is None
+    assert settled([], None, NOW) is None
+
+
+def test_a_version_waits_for_its_verdict() -> None:
+    champion, waiting = version(1, OLD), version(2, NOW)
+    assert settled([champion, waiting], champion, NOW) is None
+    refused = judged(2, NOW, "refused: worse", "1")
+    assert settled([champion, refused], champion, NOW) is refused
+    assert settled([judged(1, NOW, "refused: x", "")], None, NOW) is not None, "a first version that was refused"
+
+
+def test_a_verdict_holds_against_the_champion_it_was_made_against() -> None:
+    refused, champion = judged(2, NOW, "refused: worse", "1"), version(3, OLD)
+    assert settled([version(1, OLD), refused, champion], champion, NOW) is None
+
+
+def test_a_version_that_was_rolled_back_stays_back() -> None:
+    back = judged(2, NOW, "rolled back: bad answers", "1")
+    for champion in (version(1, OLD), version(3, OLD)):
+        assert settled([back, champion], champion, NOW) is back
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    """Two sources: a folder with two files, and a file."""
+    (tmp_path / "chats").mkdir()
+    for name in ("chats/a.jsonl", "chats/b.jsonl", "other.jsonl"):
+        write(tmp_path / name)
+    tree: dict[str, Any] = {
+        "run": {"name": "nightly", "storage": str(tmp_path / "runs")},
+        "model": {"name": "m"},
+        "data": {"train": [{"path": str(tmp_path / "chats")}, {"path": str(tmp_path / "other.jsonl"), "weight": 2}]},
+        "adapter": {"rank": 2},
+        "registry": {"model": "m"},
+        "retrain": {"from": "champion", "replay": 0.25},
+    }
+    return build(tree)
+
+
+def write(file: Path) -> None:
+    file.write_text("".join(json.dumps({"text": f"{file.name} {number}"}) + "\n" for number in range(20)))
+
+
+def inputs(config: Config) -> Inputs:
+    plan = preparation.plan_here(config, SPEC, "train")
+    made_of = Fingerprint("base", plan.digest(), "held", settings_digest(config))
+    return Inputs(BaseModel("m", "", "base"), SPEC, plan, made_of)
+
+
+def champion_of(config: Config, folder: Path, **identity: str) -> ModelVersion:
+    """A champion with a real checkpoint, made of the data as they are now."""
+    found = inputs(config)
+    recipe.make(config, found, None, print)  # notes the files
+    weights = AdapterWeights(Factors(torch.ones(2, 3), torch.ones(4, 2)), torch.zeros(2, 3), torch.zeros(4, 2))
+    what = {"base model": "base", "adapter": config.adapter.model_dump_json()} | identity
+    place = folder / "checkpoints" / "step-0000005"
+    checkpoint.save(place, {"layer": weights}, None, {}, TrainState(step=5), what, dump(config))
+    return version(1, found.fingerprint, **{recipe.RUN: str(folder)})
+
+
+def made(config: Config, champion: ModelVersion | None) -> tuple[recipe.Recipe, str]:
+    said: list[str] = []
+    return recipe.make(config, inputs(config), champion, said.append), " ".join(said)
+
+
+def test_from_the_base_on_everything(config: Config) -> None:
+    found, said = made(override(config, {"retrain.from": "base"}), None)
+    assert found.config.data == config.data
+    assert found.config.train == config.train
+    assert found.config.registry.alias == "challenger"
+    assert found.config.run.name.startswith("nightly-")
+    assert found.tags == {**inputs(config).fingerprint.tags(), recipe.ORIGIN: "base"}
+    assert said == ""
+
+
+def test_the_run_has_the_same_name_until_something_changes(config: Config, tmp_path: Path) -> None:
+    first = made(config, None)[0].config.run.name
+    assert made(config, None)[0].config.run.name == first
+    assert made(override(config, {"train.lr": 1e-5}), None)[0].config.run.name != first
+    write(tmp_path / "chats" / "c.jsonl")
+    assert made(config, None)[0].config.run.name != first
+
+
+def test_on_from_the_champion_with_new_files_and_a_part_of_the_known(config: Config, tmp_path: Path) -> None:
+    champion = champion_of(config, tmp_path / "run")
+    write(tmp_path / "chats" / "c.jsonl")
+    found, _ = made(config, champion)
+    chats, again, other = found.config.data.train
+    assert (chats.only, chats.weight) == ((f"{tmp_path}/chats/c.jsonl",), 1)
+    assert (again.only, again.weight) == ((f"{tmp_path}/chats/a.jsonl", f"{tmp_path}/chats/b.jsonl"), 0.25)
+    assert (other.only, other.weight) == ((), 0.5)
+    assert found.config.train.start == f"{tmp_path}/run/checkpoints/step-0000005"
+    assert found.tags[recipe.ORIGIN] == "champion, version 1"
+    assert found.tags["olora.data_digest"] == inputs(config).plan.digest(), "it stands on all the data"
+    plan = preparation.plan_here(found.config, SPEC, "train")
+    assert plan.rows == 20 + 0.25 * 40 + 0.5 * 20
+
+
+def test_a_file_that_moved_is_known_and_one_that_has_grown_is_new(config: Config, tmp_path: Path) -> None:
+    champion = champion_of(config, tmp_path / "run")
+    (tmp_path / "chats" / "a.jsonl").rename(tmp_path / "chats" / "z.jsonl")
+    with (tmp_path / "chats" / "b.jsonl").open("a") as file:
+        file.write('{"text": "more"}\n')
+    chats, again, _ = made(config, champion)[0].config.data.train
+    assert chats.only == (f"{tmp_path}/chats/b.jsonl",)
+    assert again.only == (f"{tmp_path}/chats/z.jsonl",)
+
+
+def test_nothing_is_replayed_if_nothing_is_to_be(config: Config, tmp_path: Path) -> None:
+    champion = champion_of(config, tmp_path / "run")
+    write(tmp_path / "chats" / "c.jsonl")
+    (only,) = made(override(config, {"retrain.replay": 0}), champion)[0].config.data.train
+    assert only.only == (f"{tmp_path}/chats/c.jsonl",)
+
+
+def test_a_champion_that_cannot_be_continued_is_not_and_the_log_says_why(config: Config, tmp_path: Path) -> None:
+    good = champion_of(config, tmp_path / "run")
+    other = version(1, Fingerprint("other", "data", "held", "s"))
+    lost = version(1, inputs(config).fingerprint, **{recipe.RUN: str(tmp_path / "nowhere")})
+    foreign = version(1, Fingerprint("base", "unheard of", "held", "s"))
+    wider = override(config, {"adapter.rank": 4})
+    cases = [
+        (config, good, "there is no new file"),
+        (config, other, "its base model is another"),
+        (config, lost, "there is no checkpoint of it in"),
+        (config, foreign, "what it was trained on is not known"),
+        (wider, good, "its adapter has other settings"),
+    ]
+    for settings, champion, why in cases:
+        found, said = made(settings, champion)
+        assert why in said
+        assert found.config.train.start is None
+        assert found.config.data == config.data
+        assert found.tags[recipe.ORIGIN] == "base"
