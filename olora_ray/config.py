@@ -242,7 +242,7 @@ class Registry(Section):
     @classmethod
     def _is_no_version(cls, alias: str) -> str:
         if re.fullmatch(r"latest|v\d+", alias, re.IGNORECASE):
-            raise ValueError("MLflow keeps 'latest' and v1, v2, ... for itself; choose another alias")
+            raise ValueError(f"{alias!r} is a name that MLflow keeps for itself (latest, v1, v2, ...); choose another")
         return alias
 
 

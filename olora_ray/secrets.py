@@ -17,9 +17,11 @@ _HIDDEN = "***"
 _PASSWORD = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://[^\s/@:'\"]*:)(?!\d{1,5}/)[^\s'\"]+@")
 # https://token@host. Other schemes have names there that are no secret, such as gs://anonymous@bucket.
 _TOKEN = re.compile(r"(https?://)[^\s/@:'\"]+@")
-_SECRET_NAME = (
-    r"[\w.-]*(?:password|passwd|secret|(?<![A-Za-z])(?:pwd|token|sig|signature|credentials?"
-    r"|(?:api|access|account|private)[_-]?key)(?![A-Za-z]))[\w.-]*"
+_SECRET_NAME = "".join(  # pwd, token, ... as a whole part of a name only: max_new_tokens is none
+    (
+        r"[\w.-]*(?:password|passwd|secret|(?<![A-Za-z])(?:pwd|token|sig|signature|credentials?",
+        r"|(?:api|access|account|private)[_-]?key)(?![A-Za-z]))[\w.-]*",
+    )
 )
 _VALUE = re.compile(rf"({_SECRET_NAME}=)[^\s&;#'\"]+", re.IGNORECASE)
 
