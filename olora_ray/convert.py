@@ -115,7 +115,8 @@ def _dequantise(file: Path, dtype: torch.dtype, out: Path) -> None:
 def _unpickle(folder: Path, trust_remote_code: bool, out: Path) -> None:
     """Convert the pytorch_model*.bin of a model folder; its other files are copied.
 
-    Only tensors are unpickled: raises UserError for a file that holds anything else, and runs nothing in it.
+    Only tensors are unpickled, as transformers does by default and `weights_only` asks for: raises UserError for
+    a file that holds anything else, and runs nothing in it.
     """
     from transformers import AutoModelForCausalLM
 

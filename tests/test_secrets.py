@@ -148,6 +148,11 @@ def test_an_address_that_does_not_answer_is_named_without_its_password(uri: str)
     assert HIDDEN not in str(caught.value)
 
 
+def test_the_reason_of_an_error_has_no_password() -> None:
+    error = OSError("cannot connect to postgresql://ann:c4n4ry@db/x\nand more")
+    assert reach.reason(error) == "cannot connect to postgresql://ann:***@db/x"
+
+
 SCRIPT = """
 import logging
 from olora_ray import command
