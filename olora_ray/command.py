@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from olora_ray.config import Config, help_text, load, parse_assignments
 from olora_ray.errors import Stopped, UserError
 from olora_ray.locate import resolved
+from olora_ray.secrets import mask
 
 
 def read_arguments(argv: list[str], default: Path | None, usage: str) -> tuple[Config, bool]:
@@ -60,8 +62,15 @@ def _loaded(file: str | Path, changes: dict[str, Any]) -> Config:
 
 
 def log_line(text: str) -> None:
-    """One line of the job's log, with the time of day."""
-    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
+    """One line of the job's log, with the time of day, and *** for secrets."""
+    print(f"{time.strftime('%H:%M:%S')} {mask(text)}", flush=True)
+
+
+class _Masking(logging.Formatter):
+    """Libraries log addresses as they got them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return mask(super().format(record))
 
 
 def run(main: Callable[[list[str]], None]) -> None:
@@ -70,7 +79,9 @@ def run(main: Callable[[list[str]], None]) -> None:
     Exit code 75 means that the same command finishes the work later, 143 (SIGTERM) and 130 (Ctrl+C) that
     it was stopped and goes on with the same command.
     """
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Masking("%(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
     try:
         main(sys.argv[1:])
     except UserError as error:
@@ -81,10 +92,12 @@ def run(main: Callable[[list[str]], None]) -> None:
         _end("stopped (SIGINT); the same command goes on with what is done", 130)
     except BrokenPipeError:
         os._exit(141)
+    except Exception:  # a bug: with its traceback, but no secrets
+        _end(traceback.format_exc().rstrip(), 1)
 
 
 def _end(line: str, code: int) -> None:
     sys.stdout.flush()
     # In a job's log both streams meet: this must be the last line.
-    print(line, file=sys.stderr, flush=True)
+    print(mask(line), file=sys.stderr, flush=True)
     sys.exit(code)

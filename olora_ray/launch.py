@@ -52,8 +52,9 @@ def connect(config: Config, say: Say) -> Iterator[Stop]:
     try:
         ray.init(address="auto", **shared)
     except ConnectionError:
-        # With its dashboard: Train frees the resources of a stopped run through the State API.
-        ray.init(address="local", **shared)
+        # With its dashboard: Train frees the resources of a stopped run through the State API. It can start
+        # jobs, so it answers this machine only.
+        ray.init(address="local", dashboard_host="127.0.0.1", **shared)
     try:
         with Stop() as stop:  # after ray.init, which sets a handler of its own
             resources = ray.cluster_resources()
