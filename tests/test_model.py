@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from olora_ray import convert, model
+from olora_ray import convert, model, storage
 from olora_ray.config import Config
 from olora_ray.errors import UserError
 from olora_ray.model import BaseModel
