@@ -8,7 +8,16 @@ from olora_ray import keeper, storage
 from olora_ray.config import Config, build, dump, flatten, parse_yaml
 from olora_ray.errors import UserError
 
-FREE_TO_CHANGE = ("run.storage", "cluster.", "tracking.", "registry.", "train.keep", "train.log_every")
+FREE_TO_CHANGE = (
+    "run.storage",
+    "cluster.",
+    "tracking.",
+    "registry.",
+    "gate.",
+    "retrain.",
+    "train.keep",
+    "train.log_every",
+)
 """Fields that may differ when a run is taken up again: they do not change its numbers."""
 
 
