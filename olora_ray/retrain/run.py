@@ -22,7 +22,7 @@ from olora_ray.gate import Decision
 from olora_ray.registry.aliases import CHAMPION, GATE, Aliases
 from olora_ray.retrain import changes, recipe, record
 from olora_ray.retrain.changes import AGAINST, Inputs
-from olora_ray.retrain.record import DETAILS, Entry
+from olora_ray.retrain.record import DETAILS, RECORDED, Entry
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -111,7 +111,7 @@ def _settle(
 ) -> None:
     """Let the aliases and tags follow the decision."""
     number, against = str(challenger.version), str(champion.version) if champion else ""
-    tags = {AGAINST: against, DETAILS: json.dumps(decision.details)}
+    tags = {AGAINST: against, DETAILS: json.dumps(decision.details), RECORDED: ""}
     if not decision.passed:
         aliases.refuse(number, f"refused: {decision.reason}", tags)
         say(f"refused: {decision.reason}")
