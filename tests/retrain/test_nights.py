@@ -54,11 +54,13 @@ def test_new_data_then_poisoned_data_then_rollback(folder: Path, model: Path, or
 
     nightly.add("2-poison", ["one", "two", "three"], 240, shuffled=True)
     log = nightly.call()
-    assert "refused: eval/loss" in log
+    why = "eval/loss" if origin == "base" else "no step on the new rows made the held-out loss better"
+    assert f"refused: {why}" in log, log
     assert nightly.aliases.current() == {"champion": "2", "previous": "1", "challenger": "3"}
-    assert nightly.aliases.version("3").tags[GATE].startswith("refused: eval/loss")
+    assert nightly.aliases.version("3").tags[GATE].startswith(f"refused: {why}")
     assert last(nightly)["olora.decision"] == "refused"
-    assert "nothing changed since version 3" in nightly.call()
+    again = nightly.call()
+    assert "nothing changed since version 3" in again, again
 
     (nightly.data / "2-poison.jsonl").unlink()
     assert "nothing changed since version 2" in nightly.call()
