@@ -1,6 +1,5 @@
 """Retraining through its entry script, with real Ray and MLflow: night after night, killed, and two at once."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,21 +9,9 @@ from olora_ray import lock
 from olora_ray.registry import __main__ as registry
 from olora_ray.registry.aliases import GATE
 from tests.pipelines import project
-from tests.recovery.processes import scratch
 from tests.retrain.nightly import Nightly
 
 pytestmark = pytest.mark.ray
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return project.make_model(tmp_path_factory.mktemp("model") / "tiny")
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    with scratch() as place:
-        yield place
 
 
 def last(nightly: Nightly) -> dict[str, str]:
