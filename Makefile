@@ -2,10 +2,13 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-slow check setup bench clean
+.PHONY: quickstart sweep-demo test test-slow check setup bench clean
 
 quickstart: $(VENV)/.quickstart ## fine-tune SmolLM2-135M on this machine, from nothing
 	$(BIN)/python pipelines/finetune.py
+
+sweep-demo: $(VENV)/.quickstart ## search rank, alpha and learning rate, and register the best model
+	$(BIN)/python pipelines/sweep.py pipelines/configs/quickstart.yaml tune_spaces/demo.yaml --register
 
 test: check ## all checks and tests that fit in 20 minutes
 	$(BIN)/python -m pytest -m "not slow"
@@ -26,6 +29,7 @@ bench: $(VENV)/.dev ## the tables of the README
 	$(BIN)/python benchmarks/throughput.py
 	$(BIN)/python benchmarks/recovery.py
 	$(BIN)/python benchmarks/early.py
+	$(BIN)/python benchmarks/sweep.py
 
 # A stamp is newer than pyproject.toml only if the installation finished.
 $(VENV)/.quickstart: pyproject.toml
@@ -35,7 +39,7 @@ $(VENV)/.quickstart: pyproject.toml
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.quickstart
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[gguf,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[gguf,eval,dev]'
 	touch $@
 
 clean:

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from olora_ray import storage
 from olora_ray.adapter.factors import AdapterWeights, Factors
 from olora_ray.errors import UserError
 from olora_ray.train.state import TrainState
@@ -148,7 +149,7 @@ def _tensors(adapter: Mapping[str, AdapterWeights]) -> dict[str, Tensor]:
 
 
 def _settle(file: Path) -> None:
-    file.chmod(0o644)  # safetensors writes 0600
+    storage.open_up(file)
     with file.open("rb") as stream:
         os.fsync(stream.fileno())
 

@@ -8,17 +8,30 @@ import difflib
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
+from olora_ray import secrets
 from olora_ray.errors import UserError
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9_-])?$")]
+IN_STORAGE = ("tokens", "models", "mlartifacts", "mlflow.db")
+"""What lies beside the runs' folders in `run.storage`."""
+
+
+def _straight(place: str) -> str:
+    if "://" in place and ".." in place.partition("?")[0].split("/"):
+        raise ValueError("a URI cannot go up with '..'; write the address without it")
+    return place
+
+
+Place = Annotated[str, AfterValidator(_straight)]
+"""A path, or a URI without '..': what that means differs between object stores."""
 
 
 class Section(BaseModel):
@@ -27,21 +40,31 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, serialize_by_alias=True)
 
 
+AnySection = TypeVar("AnySection", bound=Section)
+
+
 class Run(Section):
     """Name, place and seed."""
 
     name: Name
     """Name of the run and of its folder under `storage`: letters, digits, '.', '_' and '-'."""
-    storage: str = "./runs"
+    storage: Place = "./runs"
     """Folder or s3://, gs:// URI that every node can read and write."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 17
     """Seeds the order of the data, dropout and random initialisations."""
+
+    @field_validator("name")
+    @classmethod
+    def _is_free(cls, name: str) -> str:
+        if name in IN_STORAGE:
+            raise ValueError(f"{name!r} is what the storage itself keeps there; choose another name")
+        return name
 
 
 class Model(Section):
     """The frozen base model."""
 
-    name: str
+    name: Place
     """Hub id, folder, package://PACKAGE/FILE (.gguf or folder), or models:/NAME@ALIAS or /VERSION."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
@@ -51,12 +74,14 @@ class Model(Section):
     """Attention kernel; auto: flash_attention_2 if installed on a GPU, sdpa on other GPUs, segments on CPUs."""
     trust_remote_code: bool = False
     """Run Python code that comes with a hub model. Leave off unless you have read that code."""
+    allow_pickle: bool = False
+    """Convert pickled weights (pytorch_model*.bin) where there are no safetensors; objects in them are not loaded."""
 
 
 class Source(Section):
     """One corpus."""
 
-    path: str
+    path: Place
     """File, folder or glob (jsonl, json, parquet, csv, txt; .gz, .zst), hf://ORG/NAME?split=..., s3://, gs://."""
     format: Literal["messages", "prompt_completion", "alpaca", "sharegpt", "text"] = "messages"
     """How a row is read: the format of its columns."""
@@ -194,7 +219,7 @@ class Evaluation(Section):
     """Answers to held-out prompts, before and after training."""
 
     scorer: str | None = None
-    """exact_match, json_fields or package.module:function; null: no answers are generated for scoring."""
+    """exact_match, json_fields or package.module:function (is imported); null: no answers are scored."""
     rows: Annotated[int, Field(ge=0)] = 80
     """Held-out rows that are answered and scored, before and after training."""
     samples: Annotated[int, Field(ge=0)] = 3
@@ -207,18 +232,25 @@ class Tracking(Section):
     """Where MLflow is."""
 
     uri: str | None = None
-    """MLflow server or database; null: MLFLOW_TRACKING_URI, else SQLite beside the storage."""
-    experiment: str = "olora"
+    """MLflow server or database, or env:NAME or file:/PATH that holds it; null: MLFLOW_TRACKING_URI, else SQLite."""
+    experiment: Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]+$")] = "olora"
     """MLflow experiment of the run."""
 
 
 class Registry(Section):
     """What is registered."""
 
-    model: Annotated[str, Field(pattern=r"^[^/:]+$")] | None = None
-    """Name under which the merged model is registered, without '/' and ':'; null: not registered."""
+    model: Annotated[str, Field(pattern=r"^\w([\w .-]*\w)?$")] | None = None
+    """Name under which the merged model is registered: letters, digits, ' ', '.', '_', '-'; null: not registered."""
     alias: Name = "candidate"
     """Alias that the new version gets."""
+
+    @field_validator("alias")
+    @classmethod
+    def _is_no_version(cls, alias: str) -> str:
+        if re.fullmatch(r"latest|v\d+", alias, re.IGNORECASE):
+            raise ValueError(f"{alias!r} is a name that MLflow keeps for itself (latest, v1, v2, ...); choose another")
+        return alias
 
 
 class Condition(Section):
@@ -357,12 +389,21 @@ def load(path: str | Path, changes: Mapping[str, Any] | None = None) -> Config:
 
 
 def build(tree: Mapping[str, Any], where: str = "config") -> Config:
-    """Validate a nested mapping into a Config; raises UserError with all problems together."""
+    """Validate a nested mapping into a Config; raises UserError with all problems together, and no secret in it."""
+    return validated(Config, tree, where)
+
+
+def validated(section: type[AnySection], tree: Mapping[str, Any], where: str) -> AnySection:
+    """Validate a nested mapping into a section; raises UserError with all problems together, and no secret in it."""
+    problems = [f"{field}: {_instead(field, text)}" for field, text in _texts(tree) if secrets.in_uri(text)]
+    found = None
     try:
-        return Config.model_validate(tree)
+        found = section.model_validate(tree)
     except ValidationError as error:
-        problems = [_explain(item) for item in error.errors()]
-        raise UserError("; ".join(f"{where}: {problem}" for problem in problems)) from None
+        problems += [secrets.mask(_explain(item, section)) for item in error.errors()]
+    if problems or found is None:
+        raise UserError("; ".join(f"{where}: {problem}" for problem in problems))
+    return found
 
 
 def override(config: Config, changes: Mapping[str, Any]) -> Config:
@@ -376,8 +417,8 @@ def parse_assignments(words: list[str]) -> dict[str, Any]:
     for word in words:
         field, equals, value = word.partition("=")
         if not equals or "." not in field:
-            raise UserError(f"argument {word!r}: expected section.field=value")
-        changes[field] = parse_yaml(value, f"argument {word!r}")
+            raise UserError(f"argument {secrets.mask(word)!r}: expected section.field=value")
+        changes[field] = parse_yaml(value, f"argument {secrets.mask(word)!r}")
     return changes
 
 
@@ -463,7 +504,7 @@ def _copy(value: Any) -> Any:
 UNION_TAG = re.compile(r"[\[\](){}]|^(tuple|literal|float|str|int|constrained-\w+)\b")
 
 
-def _explain(item: ErrorDetails) -> str:
+def _explain(item: ErrorDetails, root: type[Section]) -> str:
     # pydantic puts the tags of unions into the location: only names and indices are the user's.
     *outer, last = [str(part) for part in item["loc"]] or [""]
     parts = [part for part in outer if not UNION_TAG.search(part)]
@@ -471,23 +512,61 @@ def _explain(item: ErrorDetails) -> str:
         parts += [last] if last else []
     field = ".".join(parts)
     if item["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(parts[-1], _names_beside(parts), n=1)
+        if secrets.is_name(parts[-1]):
+            return f"{field}: unknown field; a config holds no secrets, they come from the environment or a file"
+        near = difflib.get_close_matches(parts[-1], _names_beside(parts, root), n=1)
         hint = f"; did you mean {'.'.join([*parts[:-1], near[0]])}?" if near else "; --help lists the fields"
         return f"{field}: unknown field{hint}"
     message = item["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     if item["type"] == "missing":
         return f"{field}: required, but not set"
-    shown = "" if item["type"] == "value_error" else f" (got {item['input']!r})"
+    shown = "" if item["type"] == "value_error" else f" (got {_shown(item['input'])})"
     return f"{field}: {message}{shown}" if field else message
 
 
-def _names_beside(parts: list[str]) -> list[str]:
-    model: Any = Config
+def _shown(value: Any) -> str:
+    """A value in an error message; of a mapping no values, since its keys may be anything."""
+    if isinstance(value, dict):
+        return "a mapping"
+    return f"[{', '.join(map(_shown, value))}]" if isinstance(value, list | tuple) else repr(value)
+
+
+def _texts(tree: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Dotted field and text of every text in a tree."""
+    for field, value in _leaves(tree, ""):
+        for item in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(item, str):
+                yield field, item
+
+
+def _instead(field: str, text: str) -> str:
+    """How to give the secret that stands in a field."""
+    if field != "tracking.uri":
+        names = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, GOOGLE_APPLICATION_CREDENTIALS, HF_TOKEN"
+        return f"has a secret in its address; write it without, and set the service's variables ({names})"
+    if text.startswith("http"):
+        return (
+            "has a secret in its address; write it without, and set MLFLOW_TRACKING_USERNAME and"
+            " MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+        )
+    return (
+        "has a password in its address; put the address in a variable or a file of one line, and write env:NAME"
+        " or file:/PATH"
+    )
+
+
+def _names_beside(parts: list[str], root: type[Section]) -> list[str]:
+    section = root
     for part in parts[:-1]:
-        if part.isdigit():
-            model = Condition if "gate" in parts else Source
-        elif part in model.model_fields:
-            inner = model.model_fields[part].annotation
-            model = inner if isinstance(inner, type) and issubclass(inner, Section) else model
-    return [field.alias or name for name, field in model.model_fields.items()]
+        named = section.model_fields.items()
+        field = next((field for name, field in named if part in (name, field.alias)), None)
+        section = (_section_in(field.annotation) if field else None) or section
+    return [field.alias or name for name, field in section.model_fields.items()]
+
+
+def _section_in(annotation: Any) -> type[Section] | None:
+    """The section that an annotation is, or has inside, as tuple[Source, ...] does."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    return next((found for inner in get_args(annotation) if (found := _section_in(inner))), None)

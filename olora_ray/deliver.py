@@ -43,15 +43,21 @@ def check_tracking(config: Config, folder: RunFolder) -> None:
 
 
 @contextlib.contextmanager
-def tracked(task: Task, folder: RunFolder) -> Iterator[tracking.Tracker]:
-    """The MLflow run of this run, made or taken up again; closed as FINISHED, FAILED or KILLED."""
+def tracked(task: Task, folder: RunFolder, parent: str | None = None) -> Iterator[tracking.Tracker]:
+    """The MLflow run of this run, made or taken up again; closed as FINISHED, FAILED or KILLED.
+
+    `parent` is the id of the run of a search that this one is a trial of.
+    """
     config, uri = task.config, tracking.resolve_uri(task.config)
     tags = {"olora.base_digest": task.base.digest, "olora.method": config.adapter.method}
+    if parent:
+        tags["mlflow.parentRunId"] = parent
     tracker = tracking.start(config, config.run.name, tags, folder.tracking_run(uri))
     folder.keep_tracking_run(uri, tracker.run_id)
     tracker.params(flatten(config))
     _log_data(tracker, task)
-    tracker.watch_system()
+    if not parent:
+        tracker.watch_system()
     try:
         yield tracker
     except BaseException as error:

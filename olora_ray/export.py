@@ -26,6 +26,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from olora_ray import storage
 from olora_ray.adapter.factors import AdapterWeights
 from olora_ray.config import Adapter
 from olora_ray.errors import UserError
@@ -137,6 +138,8 @@ def _stored(base: Path) -> dict[str, _Place]:
         files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     else:
         files = [_SINGLE]
+    if outside := [name for name in files if name != os.path.basename(name)]:
+        raise UserError(f"{base}: {_INDEX} names {outside[0]!r}, which is not a file in that folder")
     if missing := [name for name in files if not (base / name).is_file()]:
         raise UserError(f"{base}: no {missing[0]}; merging needs the base model's weights as safetensors")
     return {name: place for file in files for name, place in _header(base / file)}
@@ -215,7 +218,7 @@ def _copy_other_files(base: Path, folder: Path) -> None:
 
 @contextmanager
 def _replacing(out: Path) -> Iterator[Path]:
-    """A new folder beside `out` that takes its place, readable by all, when the block ends well."""
+    """A new folder beside `out` that takes its place when the block ends well."""
     partial, old = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.old")
     for leftover in (partial, old):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -223,7 +226,7 @@ def _replacing(out: Path) -> Iterator[Path]:
     try:
         yield partial
         for file in partial.rglob("*"):
-            file.chmod(0o755 if file.is_dir() else 0o644)  # safetensors makes files of mode 0600
+            storage.open_up(file)
         if out.exists():
             os.replace(out, old)
         os.replace(partial, out)

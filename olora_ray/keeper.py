@@ -24,6 +24,8 @@ from olora_ray.checkpoint import Checkpoint
 from olora_ray.errors import UserError
 
 Say = Callable[[str], None]
+Saved = Callable[[int, float], None]
+"""Is told the step of a checkpoint that is written, and the seconds that it took."""
 PAUSES = (1.0, 2.0, 4.0, 8.0)
 """Seconds between the attempts to write a checkpoint."""
 PREFIX = "step-"
@@ -32,9 +34,9 @@ PREFIX = "step-"
 class Keeper:
     """Writes the checkpoints of a run, one at a time, in a thread."""
 
-    def __init__(self, place: str, keep: int, say: Say) -> None:
+    def __init__(self, place: str, keep: int, say: Say, saved: Saved = lambda step, seconds: None) -> None:
         """`place` is the folder of the checkpoints, path or URI; `keep` the number that stay."""
-        self.place, self.keep, self.say = place, keep, say
+        self.place, self.keep, self.say, self.saved = place, keep, say, saved
         self._thread: threading.Thread | None = None
         self._problem: OSError | SafetensorError | None = None
         self._bug: Exception | None = None
@@ -73,9 +75,11 @@ class Keeper:
             self._bug = error  # raised in the thread that trains
 
     def _try(self, step: int, write: Callable[[Path], None]) -> None:
+        began = time.perf_counter()
         for pause in (*PAUSES, None):
             try:
                 _put(write, storage.join(self.place, name_of(step)))
+                self.saved(step, time.perf_counter() - began)
                 self._retire()
                 return
             except (OSError, SafetensorError) as error:
@@ -118,6 +122,24 @@ def newest(place: str, say: Say) -> tuple[str, Checkpoint] | None:
     return None
 
 
+def adopt(source: str, place: str, step: int, seconds: float) -> None:
+    """Let the checkpoint after `step` steps in `source` be the newest in `place`: of another run, or of this one.
+
+    Waits so long for one that is still being written; raises UserError if there is none, or it is damaged.
+    """
+    wanted, end = storage.join(source, name_of(step)), time.monotonic() + seconds
+    while name_of(step) not in names(source) and time.monotonic() < end:
+        time.sleep(0.2)
+    read(wanted)
+    if source != place:
+        with tempfile.TemporaryDirectory(prefix="olora-checkpoint-") as cache:
+            local = storage.local_copy(wanted, cache)
+            _put(lambda folder: shutil.copytree(local, folder, dirs_exist_ok=True), storage.join(place, name_of(step)))
+    for name in names(place):
+        if name > name_of(step):
+            _drop(storage.join(place, name))
+
+
 def read(folder: str) -> Checkpoint:
     """The checkpoint in a folder; raises UserError if it is not whole."""
     if not storage.is_uri(folder):
@@ -129,7 +151,7 @@ def read(folder: str) -> Checkpoint:
             raise UserError(f"checkpoint {folder}: cannot be read: {_reason(error)}") from None
 
 
-def _put(write: Callable[[Path], None], target: str) -> None:
+def _put(write: Callable[[Path], object], target: str) -> None:
     if storage.is_uri(target):
         with tempfile.TemporaryDirectory(prefix="olora-checkpoint-") as local:
             write(Path(local))

@@ -13,17 +13,18 @@ import ray
 import ray.train
 from ray.exceptions import RayActorError, RayTaskError
 
-from olora_ray import board, tracking
-from olora_ray.capacity import free_workers, worker_resources
+from olora_ray import board, model, preflight, tracking
+from olora_ray.capacity import Demand, free_workers, worker_resources
 from olora_ray.config import Config
 from olora_ray.data import store
-from olora_ray.data.preparation import Preparation
+from olora_ray.data.preparation import Made, Preparation
 from olora_ray.data.store import TokenStore
-from olora_ray.data.tokenize import TokenizerSpec
+from olora_ray.data.tokenize import TokenizerSpec, spec_from_pretrained
 from olora_ray.deliver import export_run
 from olora_ray.errors import UserError
 from olora_ray.failures import TellDriver, cause, counts
-from olora_ray.monitor import Monitor
+from olora_ray.model import BaseModel
+from olora_ray.monitor import Monitor, OnRow
 from olora_ray.progress import Progress
 from olora_ray.quiet import ENVIRONMENT, quiet_ray, quiet_transformers
 from olora_ray.run_folder import RunFolder
@@ -35,29 +36,31 @@ from olora_ray.worker import train_worker
 # Ray's stubs describe Train V1; V2, which runs, has more arguments.
 ray_train: Any = ray.train
 Say = Callable[[str], None]
+Fit = Callable[[int], Outcome]
 SETTLE = 3.0
 """Seconds for which the room for workers must stay as it is: ended workers give theirs back one by one."""
 
 
 @contextlib.contextmanager
-def connect(config: Config, say: Say) -> Iterator[Stop]:
+def connect(config: Config, say: Say, base: BaseModel | None = None) -> Iterator[Stop]:
     """A connection to the cluster of RAY_ADDRESS or of this machine, or to a new local Ray.
 
-    Yields what takes the signals meanwhile. Raises UserError if the cluster is too small for the workers.
-    On leaving, the connection is closed, and a local Ray with it.
+    Yields what takes the signals meanwhile. Raises UserError if the run cannot work there; with `base`,
+    its memory and the disk are looked at too. On leaving, the connection is closed, and a local Ray with it.
     """
     quiet_ray()
     shared: dict[str, Any] = {"logging_level": logging.WARNING, "runtime_env": {"env_vars": ENVIRONMENT}}
     try:
         ray.init(address="auto", **shared)
     except ConnectionError:
-        # With its dashboard: Train frees the resources of a stopped run through the State API.
-        ray.init(address="local", **shared)
+        # With its dashboard: Train frees the resources of a stopped run through the State API. It can start
+        # jobs, so it answers this machine only.
+        ray.init(address="local", dashboard_host="127.0.0.1", **shared)
     try:
         with Stop() as stop:  # after ray.init, which sets a handler of its own
             resources = ray.cluster_resources()
             say(f"ray: {resources.get('CPU', 0):g} CPUs, {resources.get('GPU', 0):g} GPUs, {len(ray.nodes())} node(s)")
-            _check_size(config, resources, say)
+            preflight.check(config, base, say)
             yield stop
     except BaseException:
         # A prefetching thread of Ray Data that calls Ray after its shutdown ends this process without a word:
@@ -93,20 +96,45 @@ def tokens(config: Config, spec: TokenizerSpec, say: Say) -> Iterator[tuple[Prep
             training.join()
 
 
-def train(
-    task: Task, folder: RunFolder, preparation: Preparation, tracker: tracking.Tracker, stop: Stop, say: Say
-) -> Outcome:
-    """Train under TorchTrainer until done, whatever dies meanwhile; keeps training.json.
+def made_task(config: Config, base: model.BaseModel, tokenizer: Any, say: Say, cpus_held: float = 0.0) -> Task:
+    """The task of a config, its tokens complete, without a board.
 
-    Raises UserError with what went wrong in the end, and Stopped if a signal has asked for an end.
+    Where others hold `cpus_held` CPUs, about all, Ray is asked for none.
+
+    Raises UserError for data that cannot be used.
+    """
+    spec = spec_from_pretrained(tokenizer, base.name)
+    with user_errors():
+        training = store.begin(config, spec, "train", say)
+        training.run(cpus_held)
+        wanted = config.data.eval or config.data.eval_fraction
+        held_out = store.prepare(config, spec, "eval", say) if wanted else None
+    complete = TokenStore.open(training.store.uri)
+    return Task(config, base, spec.digest, model.end_tokens(base, tokenizer), complete, held_out, None)
+
+
+def train(
+    task: Task,
+    folder: RunFolder,
+    preparation: Preparation | Made,
+    tracker: tracking.Tracker,
+    stop: Stop,
+    say: Say,
+    on_row: OnRow | None = None,
+    fit: Fit | None = None,
+) -> Outcome:
+    """Train until done, whatever dies meanwhile; keeps training.json.
+
+    `fit` trains once with so many workers, by default under TorchTrainer. Raises UserError with what went
+    wrong in the end, and Stopped if a signal has asked for an end.
     """
     total = Schedule(task.config.train, preparation.store).total()
     stop.gentle = True
     try:
         with Progress(total, task.config.train.log_every, say) as progress:
             wanted = worker_resources(task.config)
-            monitor = Monitor(task, preparation, tracker, progress, stop, wanted)
-            outcome = _until_done(task, folder, preparation, monitor, stop)
+            monitor = Monitor(task, preparation, tracker, progress, stop, wanted, on_row)
+            outcome = _until_done(task, preparation, monitor, stop, fit or partial(_fit, task, folder, wanted))
     finally:
         stop.gentle = False
     folder.write_training(outcome.to_json())
@@ -115,7 +143,7 @@ def train(
     return outcome
 
 
-def _until_done(task: Task, folder: RunFolder, preparation: Preparation, monitor: Monitor, stop: Stop) -> Outcome:
+def _until_done(task: Task, preparation: Preparation | Made, monitor: Monitor, stop: Stop, fit: Fit) -> Outcome:
     """One group of workers after the other, until one comes to the end."""
     cluster, failures, first = task.config.cluster, 0, True
     while True:
@@ -126,7 +154,7 @@ def _until_done(task: Task, folder: RunFolder, preparation: Preparation, monitor
         first = False
         ray.get(task.board.stop.remote(None))
         try:
-            outcome: Outcome = monitor.follow(_in_thread(partial(_fit, task, folder, monitor.wanted, workers)))
+            outcome: Outcome = monitor.follow(_in_thread(partial(fit, workers)))
         except (RayActorError, ray_train.TrainingFailedError) as error:
             failures += counts(error)
             # A group of fixed size has been restarted by Ray already, except for the loss of its controller.
@@ -153,20 +181,20 @@ def _until_done(task: Task, folder: RunFolder, preparation: Preparation, monitor
 
 def _room(config: Config, monitor: Monitor, stop: Stop) -> int:
     """How many workers to start now: as many as fit, once the fewest do; waits for that."""
-    fewest, most, told = config.cluster.fewest(), config.cluster.most(), False
-    free, since = -1, time.monotonic()
-    began = since
-    while True:
-        if (now := min(free_workers(monitor.wanted), most)) != free:
-            free, since = now, time.monotonic()
-        if free == most or (free >= fewest and time.monotonic() - since >= SETTLE):
-            return free
-        if not told and time.monotonic() - began >= 3 * SETTLE:
-            told = True
-            monitor.waiting(f"waiting for room for {fewest} workers: there is room for {free}")
-        if stop.asked:
-            raise stop.stopped("stopped while waiting for the cluster")
-        time.sleep(0.5)
+    fewest, most = config.cluster.fewest(), config.cluster.most()
+    free, since, told = -1, time.monotonic(), False
+    with Demand(monitor.wanted, fewest, after=3 * SETTLE) as demand:
+        while True:
+            if (now := min(free_workers(monitor.wanted), most)) != free:
+                free, since = now, time.monotonic()
+            if free == most or (free >= fewest and time.monotonic() - since >= SETTLE):
+                return free
+            if demand.look() and not told:
+                told = True
+                monitor.waiting(f"waiting for room for {fewest} workers: there is room for {free}")
+            if stop.asked:
+                raise stop.stopped("stopped while waiting for the cluster")
+            time.sleep(0.5)
 
 
 def _fit(task: Task, folder: RunFolder, wanted: Mapping[str, float], workers: int) -> Outcome:
@@ -261,16 +289,3 @@ def _export_cpus(config: Config, wanted: dict[str, float]) -> float:
 def _export(task: Task, folder: RunFolder, step: int) -> dict[str, Any]:
     quiet_transformers()
     return export_run(task, folder, step)
-
-
-def _check_size(config: Config, resources: dict[str, float], say: Say) -> None:
-    fewest, elastic = config.cluster.fewest(), config.cluster.elastic()
-    for kind, each in worker_resources(config).items():
-        there = resources.get(kind, 0.0)
-        if each * fewest <= there:
-            continue
-        field = "gpus_per_worker" if kind == "GPU" else "cpus_per_worker"
-        needs = f"with {field}={each:g} needs {each * fewest:g} {kind}s, but the cluster has {there:g}"
-        if not elastic:
-            raise UserError(f"cluster.workers={fewest} {needs}; use fewer workers")
-        say(f"training waits for the cluster to grow: cluster.workers of at least {fewest} {needs}")

@@ -4,11 +4,11 @@ import contextlib
 from typing import Any
 
 import ray
-import ray.train
 import torch.distributed as dist
 from ray.exceptions import RayError
 
 from olora_ray.errors import UserError
+from olora_ray.node import Node
 
 SECONDS_BETWEEN_LINES = 15
 
@@ -16,8 +16,8 @@ SECONDS_BETWEEN_LINES = 15
 class Listener:
     """Asks the board without waiting for its answer; one for each worker."""
 
-    def __init__(self, board: Any, rank: int) -> None:
-        self.board, self.rank = board, rank
+    def __init__(self, board: Any, rank: int, node: Node) -> None:
+        self.board, self.rank, self.node = board, rank, node
         self.why_driver: str | None = None
         self._answer = board.wish.remote() if rank == 0 else None  # answered when there is a wish
         self._looks = 0
@@ -27,18 +27,17 @@ class Listener:
         """Whether this worker knows of a reason to end: all end together once one does (StepResult.signal)."""
         if self.rank == 0:
             self._listen()
-        return self.why_driver is not None or _node_is_going()
+        return self.why_driver is not None or self.node.going()
 
     def why(self) -> tuple[str, bool]:
         """The reason, and whether it is a preemption; all workers must ask, after a step with a signal."""
-        info = ray.train.get_preemption_info()
+        leaving = self.node.leaving()
         reasons: list[Any] = [self.why_driver]
         if dist.is_initialized():
             dist.broadcast_object_list(reasons, src=0)
         if reasons[0]:
             return str(reasons[0]), False
-        nodes = ", ".join(node[:8] for node in info.preempted_node_ids) if info else "?"
-        return f"node {nodes} is taken away", True
+        return f"node {', '.join(node[:8] for node in leaving) or '?'} is taken away", True
 
     def waiting(self, shard: int, shards: int) -> None:
         """Called about once a second while a shard of the token store is not there yet.
@@ -62,12 +61,3 @@ class Listener:
         if ready:
             with contextlib.suppress(RayError):  # the board is gone, and with it the driver: Ray ends its workers
                 self.why_driver = ray.get(ready[0])
-
-
-def _node_is_going() -> bool:
-    # The public get_preemption_info() is a barrier of all workers over an actor: too dear for every step.
-    # It is asked once this note, which Ray's watcher leaves in each worker, has made all of them stop.
-    from ray.train.v2._internal.execution.context import get_train_context
-
-    context = getattr(get_train_context(), "preemption_context", None)
-    return getattr(context, "preemption_info", None) is not None

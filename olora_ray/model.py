@@ -7,9 +7,6 @@ the weights. Workers and the export read that folder.
 
 import hashlib
 import json
-import os
-import struct
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,21 +15,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
-from olora_ray import locate, storage
+from olora_ray import convert, locate, storage
 from olora_ray.config import Config, Data
 from olora_ray.config import Model as ModelConfig
 from olora_ray.errors import UserError
-from olora_ray.quiet import quiet_gguf, quiet_transformers
+from olora_ray.quiet import quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-CACHE = os.path.expanduser("~/.cache/olora_ray")
-"""Where a node keeps models that do not lie on a shared storage."""
-KEPT_FROM = 2**30
-"""Bytes from which the digest of a file of weights is kept: an unchanged retraining says so within seconds."""
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -56,19 +46,12 @@ def obtain(config: Config, say: Callable[[str], None], registered: Callable[[str
     name = config.model.name
     source = registered(name) if name.startswith("models:/") else _source_folder(config)
     if source.suffix == ".gguf":
-        source = _from_gguf(source, config, say)
-    weights = sorted(source.glob("*.safetensors"))
-    if not (source / "config.json").is_file():
+        source = convert.gguf(source, config, say)
+    elif not (source / "config.json").is_file():
         raise UserError(f"model.name: {source} has no config.json, so it is not a model folder")
-    if not weights:
-        pickles = [found.name for pattern in PICKLES for found in source.glob(pattern)]
-        why = (
-            f"only {pickles[0]}, a pickle, which is not loaded; convert it to safetensors"
-            if pickles
-            else "no *.safetensors"
-        )
-        raise UserError(f"model.name: {source} has no usable weights: {why}")
-    return BaseModel(name, str(source), _digest(weights))
+    elif not list(source.glob("*.safetensors")):
+        source = convert.pickled(source, config, say)
+    return BaseModel(name, str(source), convert.digest(sorted(source.glob("*.safetensors"))))
 
 
 def on_this_node(base: BaseModel, config: Config) -> BaseModel:
@@ -99,7 +82,7 @@ def load_tokenizer(base: BaseModel, config: ModelConfig) -> "PreTrainedTokenizer
             Path(base.folder), trust_remote_code=config.trust_remote_code
         )
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"model.name: {base.name} has no tokenizer that loads: {_first_line(error)}") from None
+        raise UserError(f"model.name: {base.name} has no tokenizer that loads: {_why(error)}") from None
     return tokenizer
 
 
@@ -124,7 +107,7 @@ def skeleton(base: BaseModel, config: ModelConfig) -> "PreTrainedModel":
             model: PreTrainedModel = AutoModelForCausalLM.from_config(shape, trust_remote_code=remote)
         return model
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"model.name: {base.folder} does not load: {_first_line(error)}") from None
+        raise UserError(f"model.name: {base.folder} does not load: {_why(error)}") from None
 
 
 def load_model(folder: str | Path, config: ModelConfig, device: torch.device) -> "PreTrainedModel":
@@ -149,7 +132,7 @@ def load_model(folder: str | Path, config: ModelConfig, device: torch.device) ->
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        raise UserError(f"model.name: {folder} does not load: {_first_line(error)}") from None
+        raise UserError(f"model.name: {folder} does not load: {_why(error)}") from None
     if missing := sorted(report["missing_keys"]):
         raise UserError(f"model.name: {folder} does not load: it has no weights for {', '.join(missing[:3])}")
     frozen: PreTrainedModel = model.requires_grad_(False).eval()
@@ -159,7 +142,7 @@ def load_model(folder: str | Path, config: ModelConfig, device: torch.device) ->
 def pick_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
     """The precision of the base: as configured, else bfloat16 where `device` multiplies it natively."""
     if config.dtype != "auto":
-        return DTYPES[config.dtype]
+        return convert.DTYPES[config.dtype]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     return (
@@ -201,7 +184,9 @@ def _source_folder(config: Config) -> Path:
     if name.startswith("package://"):
         return locate.package_file(name)
     if storage.is_uri(name):
-        return storage.local_copy(name, CACHE)
+        # Each address has a folder of its own: s3://a/model is not s3://b/model.
+        key = hashlib.sha256(name.encode()).hexdigest()[:16]
+        return storage.local_copy(name, f"{storage.CACHE}/models/{key}")
     path = Path(name).expanduser()
     if path.exists():
         return path
@@ -216,6 +201,8 @@ def _from_hub(config: ModelConfig) -> Path:
     patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
     if config.trust_remote_code:
         patterns.append("*.py")
+    if config.allow_pickle:
+        patterns += ["pytorch_model*.bin"]
     try:
         return Path(snapshot_download(config.name, revision=config.revision, allow_patterns=patterns))
     except (OSError, ValueError, RuntimeError) as error:
@@ -224,68 +211,13 @@ def _from_hub(config: ModelConfig) -> Path:
         ) from None
 
 
-def _from_gguf(file: Path, config: Config, say: Callable[[str], None]) -> Path:
-    """Dequantise a GGUF file once into an ordinary model folder beside the storage."""
-    dtype = "float32" if config.model.dtype == "float32" else "bfloat16"
-    key = hashlib.sha256(f"{_digest([file])}/{dtype}".encode()).hexdigest()[:16]
-    root = config.run.storage if not storage.is_uri(config.run.storage) else CACHE
-    target = Path(root) / "models" / f"{file.stem}-{key}"
-    if (target / "config.json").exists():
-        return target
-    say(f"model: dequantising {file.name} to {dtype}, once")
-    partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}.tmp")
-    _dequantise(file, DTYPES[dtype], partial)
-    try:
-        os.replace(partial, target)
-    except OSError:  # another run was faster
-        if not (target / "config.json").exists():
-            raise
-    return target
-
-
-def _dequantise(file: Path, dtype: torch.dtype, out: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    quiet_gguf()
-    try:
-        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    except ImportError as error:
-        raise UserError(f"model.name: reading {file.name} needs the package gguf: {_first_line(error)}") from None
-    except (OSError, ValueError, LookupError, RuntimeError, struct.error) as error:
-        raise UserError(f"model.name: {file} is not a GGUF model that loads: {_first_line(error)}") from None
-    # The weights are dequantised, but transformers still marks the model as quantised and would
-    # refuse to save it.
-    plain: Any = model
-    plain.config.__dict__.pop("quantization_config", None)
-    for mark in ("hf_quantizer", "quantization_method", "is_quantized"):
-        if hasattr(plain, mark):
-            setattr(plain, mark, None if mark != "is_quantized" else False)
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    for saved in out.iterdir():
-        saved.chmod(0o644)  # safetensors writes 0600; other users' jobs read this too
-
-
-def _digest(files: list[Path]) -> str:
-    total = hashlib.sha256()
-    for file in files:
-        total.update(f"{file.name}:{_sha256(file)}\n".encode())
-    return total.hexdigest()
-
-
-def _sha256(file: Path) -> str:
-    """Of a file's content; for a large file kept on this node, for as long as its size and time of change hold."""
-    info = file.stat()
-    key = hashlib.sha256(f"{file.resolve()} {info.st_size} {info.st_mtime_ns}".encode()).hexdigest()[:32]
-    kept = storage.join(CACHE, "digests", key)
-    if info.st_size >= KEPT_FROM and storage.exists(kept):
-        return storage.read_text(kept)
-    with file.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
-    if info.st_size >= KEPT_FROM:
-        storage.write_text(kept, found)
-    return found
+def _why(error: BaseException) -> str:
+    if "trust_remote_code" in str(error):
+        return (
+            "it brings Python code of its own, which is not run; read that code, and if you trust it set"
+            " model.trust_remote_code: true"
+        )
+    return _first_line(error)
 
 
 def _first_line(error: BaseException) -> str:

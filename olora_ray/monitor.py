@@ -1,20 +1,21 @@
 """What the driver does while the workers train: show and track what they tell, and pass on who wants an end."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
 
-from olora_ray.board import Failure, Message, Resumed, Started
+from olora_ray.board import Failure, Message, Resumed, Saved, Started
 from olora_ray.capacity import free_workers
 from olora_ray.config import Config
-from olora_ray.data.preparation import Preparation
+from olora_ray.data.preparation import Made, Preparation
 from olora_ray.progress import Progress
 from olora_ray.stop import Stop
 from olora_ray.task import Task
+from olora_ray.telemetry import Telemetry
 from olora_ray.tracking import Tracker
 from olora_ray.train.schedule import Schedule
 
@@ -23,6 +24,8 @@ TICK = 0.2
 COLLECT = 1.0
 """Seconds between two looks at the board."""
 RESIZE = "the cluster has grown"
+OnRow = Callable[[int, dict[str, float]], None]
+"""Told every step's metrics, once an attempt; after a restart also those from before it."""
 
 
 class Monitor:
@@ -31,15 +34,18 @@ class Monitor:
     def __init__(
         self,
         task: Task,
-        preparation: Preparation,
+        preparation: Preparation | Made,
         tracker: Tracker,
         progress: Progress,
         stop: Stop,
         wanted: Mapping[str, float],
+        on_row: OnRow | None = None,
     ) -> None:
         """`wanted` are the resources of one worker."""
+        self.on_row = on_row
         self.task, self.preparation, self.tracker = task, preparation, tracker
         self.progress, self.stop, self.wanted = progress, stop, wanted
+        self.telemetry = Telemetry(task.config.run.name)
         self.schedule = Schedule(task.config.train, preparation.store)
         self.highest = tracker.last_step("train/loss") or 0
         """The last step that is known to have been done."""
@@ -60,6 +66,7 @@ class Monitor:
                 self._collect()
                 collected = time.monotonic()
         self._collect()
+        self.telemetry.ended()
         return training.result()
 
     def happened(self, what: str) -> None:
@@ -109,6 +116,8 @@ class Monitor:
                     self.progress.line(message)
                 case Failure():
                     self.happened(message.what)
+                case Saved():
+                    self.telemetry.saved(message.seconds)
                 case Started():
                     self._started(0, message.workers)
                 case Resumed():
@@ -118,12 +127,17 @@ class Monitor:
                     rows[int(message["step"])] = _without_step(message)
                     self.highest = max(self.highest, int(message["step"]))
                     self.progress.row(message)
+                    self.telemetry.row(message)
         if rows:
             self.tracker.metrics(rows)
+        if self.on_row:
+            for step, row in sorted(rows.items()):
+                self.on_row(step, row)
 
     def _started(self, step: int, workers: int) -> None:
         again = max(0, self.highest - step)
         first = self.workers is None and self.cause is None
+        self.telemetry.started(workers, again=not first)
         if step or again or not first:
             what = self.cause or ("taken up again" if first else "restarted")
             if self.workers not in (None, workers):

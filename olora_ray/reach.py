@@ -13,10 +13,11 @@ import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from olora_ray.errors import TryAgain, UserError
+from olora_ray.secrets import mask
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -147,8 +148,8 @@ def is_refusal(error: Exception) -> bool:
 
 
 def reason(error: BaseException) -> str:
-    """The first line of an error, and of MLflow's and urllib3's onion only the core."""
-    text = str(error).strip().partition("\n")[0] or type(error).__name__
+    """The first line of an error, and of MLflow's and urllib3's onion only the core; no password is in it."""
+    text = mask(str(error).strip().partition("\n")[0] or type(error).__name__)
     core = text.rpartition("(Caused by ")[2]
     if core == text:
         core = re.sub(r"^API request to \S+ failed with (timeout )?exception |\. To increase the timeout, .*", "", text)
@@ -158,8 +159,7 @@ def reason(error: BaseException) -> str:
 
 def shown_uri(uri: str) -> str:
     """The URI without a password."""
-    parts: Any = urlsplit(uri)
-    return uri.replace(f":{parts.password}@", ":***@") if parts.password else uri
+    return mask(uri)
 
 
 def _ask(uri: str) -> None:

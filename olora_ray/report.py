@@ -203,10 +203,9 @@ def _summary(
             f' mlflow.transformers.load_model("{uri}")',
             f"serve:  {where} mlflow models serve -m {uri} --env-manager local -p 5001",
         ]
-    page = tracker.url()
-    lines.append(
-        f"MLflow: {page}" if page else f"MLflow: mlflow ui --backend-store-uri {tracker.uri} (run {tracker.run_id})"
-    )
+    store = tracking.shown_uri(tracker.uri)
+    page = tracker.url() or f"mlflow ui --backend-store-uri {store} (run {tracker.run_id})"
+    lines.append(f"MLflow: {page}")
     return lines
 
 

@@ -1,12 +1,14 @@
 """The folder of a run: `<storage>/<name>/`, what lies where in it, and whether it is ours to use."""
 
 import json
+import os
 import uuid
 from typing import Any
 
 from olora_ray import keeper, storage
 from olora_ray.config import Config, build, dump, flatten, parse_yaml
 from olora_ray.errors import UserError
+from olora_ray.secrets import mask
 
 FREE_TO_CHANGE = (
     "run.storage",
@@ -24,9 +26,10 @@ FREE_TO_CHANGE = (
 class RunFolder:
     """Places in a run's folder."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, root: str | None = None) -> None:
+        """`root` is the folder if it is another than the config's own: that of a trial of a search."""
         self.config = config
-        self.root = config.folder()
+        self.root = root or config.folder()
         self.settings = storage.join(self.root, "config.yaml")
         self.checkpoints = storage.join(self.root, "checkpoints")
         self.adapter = storage.join(self.root, "export", "adapter")
@@ -39,8 +42,9 @@ class RunFolder:
     def check(self) -> None:
         """Check that the storage can be written, and that no training with other settings has this name.
 
-        Raises UserError if not. Leaves nothing behind.
+        Raises UserError if not, or if the run's folder leads out of the storage. Leaves nothing behind.
         """
+        self._refuse_way_out()
         probe = storage.join(self.config.run.storage, f".probe-{uuid.uuid4().hex}")
         try:
             if self._has_checkpoints() and storage.exists(self.settings):
@@ -89,11 +93,23 @@ class RunFolder:
     def tracking_run(self, uri: str) -> str | None:
         """The id of this run in the MLflow at `uri`, if it was started there before."""
         kept = _read_json(self._tracking) or {}
-        return str(kept["run_id"]) if kept.get("uri") == uri and kept.get("run_id") else None
+        return str(kept["run_id"]) if kept.get("uri") == mask(uri) and kept.get("run_id") else None
 
     def keep_tracking_run(self, uri: str, run_id: str) -> None:
-        """Remember the MLflow run, so that a later attempt goes on with it."""
-        storage.write_text(self._tracking, json.dumps({"uri": uri, "run_id": run_id}))
+        """Remember the MLflow run, so that a later attempt goes on with it; a password in `uri` is not kept."""
+        storage.write_text(self._tracking, json.dumps({"uri": mask(uri), "run_id": run_id}))
+
+    def _refuse_way_out(self) -> None:
+        """Who may write in the storage shall not make this user write elsewhere."""
+        if storage.is_uri(self.root):
+            return
+        inside = os.path.realpath(self.config.run.storage)
+        for place in (self.root, self.checkpoints, os.path.dirname(self.parity), self.adapter, self.merged):
+            if os.path.commonpath([inside, os.path.realpath(place)]) != inside:
+                raise UserError(
+                    f"run.storage: {place} is a link that leads out of it; remove the link, or set run.storage to"
+                    " where it leads"
+                )
 
     def _refuse_other_settings(self, text: str) -> None:
         old, new = flatten(build(parse_yaml(text, self.settings), self.settings)), flatten(self.config)

@@ -35,7 +35,10 @@ SCORERS: dict[str, Scorer] = {"exact_match": exact_match, "json_fields": json_fi
 
 
 def resolve(name: str) -> Scorer:
-    """The scorer called `name`: one of SCORERS, `package.module:function` or `package.module.function`."""
+    """The scorer called `name`: one of SCORERS, `package.module:function` or `package.module.function`.
+
+    The module is imported, so its code runs. Raises UserError for a name that leads to no function.
+    """
     if name in SCORERS:
         return SCORERS[name]
     module_name, _, function_name = name.rpartition(":" if ":" in name else ".")
@@ -46,6 +49,9 @@ def resolve(name: str) -> Scorer:
         module = importlib.import_module(module_name)
     except (ImportError, TypeError) as error:  # TypeError: a relative name
         raise UserError(f"evaluation.scorer: {name!r}: cannot import {module_name!r}: {error}") from error
+    except Exception as error:  # whatever the module does while it is imported
+        kind = type(error).__name__
+        raise UserError(f"evaluation.scorer: {name!r}: importing {module_name!r} fails: {kind}: {error}") from error
     scorer = getattr(module, function_name, None)
     if not callable(scorer):
         raise UserError(f"evaluation.scorer: {name!r}: {module_name!r} has no function {function_name!r}")

@@ -5,11 +5,17 @@ A write is atomic: a reader sees the old file, the new file or none, never half 
 
 import os
 import shutil
+import stat
 import tempfile
 import uuid
 from pathlib import Path
 
 from pyarrow import fs
+
+CACHE = os.path.expanduser("~/.cache/olora_ray")
+"""Where a node keeps models that do not lie on a shared storage."""
+_UMASK = os.umask(0o077)  # it can be read by setting it only: once, before there are threads
+os.umask(_UMASK)
 
 
 def is_uri(place: str) -> bool:
@@ -80,6 +86,24 @@ def read_text(place: str) -> str:
     return read_bytes(place).decode()
 
 
+def open_up(path: Path) -> None:
+    """Give a file or folder the mode that new ones get: safetensors makes files that only their owner can read."""
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~_UMASK)
+
+
+def private_folder(name: str) -> Path:
+    """A folder of this user in the temporary folder, made if needed, in which nobody else can write.
+
+    Raises PermissionError if somebody else has made a folder or a link of that name.
+    """
+    folder = Path(tempfile.gettempdir()) / f"{name}-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise PermissionError(f"{folder} is not this user's own folder; delete it, or set TMPDIR to another place")
+    return folder
+
+
 def local_copy(place: str, cache: str | None = None) -> Path:
     """A local path of a file or folder: itself when local, else downloaded once into `cache`."""
     system, path = filesystem(place)
@@ -87,6 +111,7 @@ def local_copy(place: str, cache: str | None = None) -> Path:
         return Path(path)
     root = Path(cache or tempfile.mkdtemp(prefix="olora-"))
     target = root / path.rstrip("/").rsplit("/", 1)[-1]
+    assert target.name not in ("", ".."), place  # see config.Place
     if not target.exists():
         partial = root / f"{target.name}.{uuid.uuid4().hex}.tmp"
         fs.copy_files(path, str(partial), source_filesystem=system, destination_filesystem=fs.LocalFileSystem())

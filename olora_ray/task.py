@@ -24,6 +24,8 @@ class Task:
     """May still be growing."""
     eval: TokenStore | None
     board: Any
+    shared: str | None = None
+    """Folder of what the trials of a search share: the factors, and what the base model does on the held-out rows."""
 
     def identity(self) -> dict[str, str]:
         """What decides the numbers of a run: digests, and the adapter's settings."""
@@ -34,6 +36,22 @@ class Task:
             "held-out data": self.eval.digest if self.eval else "",
             "adapter": self.config.adapter.model_dump_json(),
         } | ({"start": self.config.train.start} if self.config.train.start else {})
+
+    def base_identity(self) -> dict[str, str]:
+        """What decides the numbers before the first step: the base model's, or those of the adapter to start from."""
+        found = {what: digest for what, digest in self.identity().items() if what != "adapter"}
+        return found | ({"start": self.config.train.start} if self.config.train.start else {})
+
+    def factor_origin(self) -> dict[str, str]:
+        """What decides the factors, but for their rank."""
+        adapter = self.config.adapter
+        targets = json.dumps(adapter.targets)
+        return {
+            "base model": self.base.digest,
+            "method": adapter.method,
+            "targets": targets,
+            "seed": str(self.config.run.seed),
+        }
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from olora_ray.reach import check as check
 from olora_ray.reach import connect as connect
 from olora_ray.reach import reachable as reachable
 from olora_ray.reach import shown_uri as shown_uri
+from olora_ray.secrets import looked_up
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -48,10 +49,12 @@ Points = Sequence[tuple[int, float]]
 def resolve_uri(config: Config) -> str:
     """Where runs are tracked: `tracking.uri`, else MLFLOW_TRACKING_URI, else SQLite beside the storage.
 
-    A relative SQLite path is made absolute, because workers run in another folder. Raises UserError
-    when nothing is set and the storage is a URI, beside which no database can lie.
+    A relative SQLite path is made absolute, because workers run in another folder. The address may hold a
+    password: show it with `shown_uri` only. Raises UserError when nothing is set and the storage is a URI,
+    beside which no database can lie, or when what env:NAME or file:/PATH means is not there.
     """
-    if uri := config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI"):
+    named = looked_up(config.tracking.uri, "tracking.uri") if config.tracking.uri else None
+    if uri := named or os.environ.get("MLFLOW_TRACKING_URI"):
         relative = uri.startswith("sqlite:///") and not uri.startswith(("sqlite:////", "sqlite:///:memory:"))
         return "sqlite:///" + os.path.abspath(uri.removeprefix("sqlite:///")) if relative else uri
     if storage.is_uri(config.run.storage):
@@ -201,7 +204,7 @@ class Tracker:
             return None
         with reachable(self.uri):
             experiment = self.client().get_run(self.run_id).info.experiment_id
-        return f"{self.uri.rstrip('/')}/#/experiments/{experiment}/runs/{self.run_id}"
+        return f"{shown_uri(self.uri).rstrip('/')}/#/experiments/{experiment}/runs/{self.run_id}"
 
     def flush(self, seconds: float) -> bool:
         """Wait until all that waits is written, at most so long; False if some is left."""

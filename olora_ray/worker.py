@@ -1,34 +1,32 @@
 """What a Ray Train worker does: build its part, train, evaluate, checkpoint, answer."""
 
 import math
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import ray.train
-import ray.train.torch
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from olora_ray import checkpoint, keeper, storage
+from olora_ray.adapter import kept
 from olora_ray.adapter.distribute import InitReport, initialise, raise_together
 from olora_ray.adapter.factors import AdapterWeights, Factors
-from olora_ray.adapter.inject import find_targets, inject
+from olora_ray.adapter.inject import find_targets, wrap
 from olora_ray.baseline import Baseline
-from olora_ray.board import Resumed, Started
+from olora_ray.board import Resumed, Saved, Started
 from olora_ray.config import dump
 from olora_ray.errors import UserError
 from olora_ray.listener import Listener
-from olora_ray.model import check_attention, load_model, on_this_node
+from olora_ray.model import check_attention
+from olora_ray.post import Post, TrainPost
 from olora_ray.quiet import quiet_train_worker, quiet_transformers
 from olora_ray.task import Answered, Outcome, Task
 from olora_ray.train.feed import Feed
-from olora_ray.train.generate import Question, answer, questions
+from olora_ray.train.generate import answer, wanted_questions
 from olora_ray.train.loop import StepResult, Trainer, evaluate
-from olora_ray.train.loss import SupervisedLoss
-from olora_ray.train.memory import keep_freed_memory
 from olora_ray.train.parallel import spread
 from olora_ray.train.schedule import Schedule
 from olora_ray.train.state import TrainState
@@ -40,8 +38,13 @@ def train_worker(parts: dict[str, Any]) -> Outcome:
     """Entry point under TorchTrainer; the same on every worker, only rank 0 reports."""
     quiet_transformers()
     quiet_train_worker()
+    return train_at(TrainPost(parts["task"].config), parts["task"], parts["checkpoints"])
+
+
+def train_at(post: Post, task: Task, checkpoints: str) -> Outcome:
+    """Train a task; what the user has to mend is in the outcome."""
     try:
-        return Worker(parts["task"], parts["checkpoints"]).run()
+        return Worker(task, checkpoints, post).run()
     except UserError as error:
         # Returned, not raised: a retry would meet the same problem. All workers get here together.
         return Outcome(problem=str(error))
@@ -50,38 +53,31 @@ def train_worker(parts: dict[str, Any]) -> Outcome:
 class Worker:
     """One training process."""
 
-    def __init__(self, task: Task, checkpoints: str) -> None:
+    def __init__(self, task: Task, checkpoints: str, post: Post) -> None:
         self.task, self.config, self.checkpoints = task, task.config, checkpoints
-        context = ray.train.get_context()
-        self.rank, self.world = context.get_world_rank(), context.get_world_size()
-        self.device = ray.train.torch.get_device()
-        if self.device.type == "cpu":
-            torch.set_num_threads(max(1, math.floor(self.config.cluster.cpus_per_worker)))
-            keep_freed_memory()
-        self.listener = Listener(task.board, self.rank)
+        self.post, self.rank, self.world, self.device = post, post.rank, post.world, post.device
+        self.listener = Listener(task.board, self.rank, post.node)
         self.schedule = Schedule(self.config.train, task.train, self.listener.waiting)
-        self.keeper = keeper.Keeper(checkpoints, self.config.train.keep, self._say) if self.rank == 0 else None
+        self.keeper = self._keeper() if self.rank == 0 else None
         self.state = TrainState()
         self.best: Tensor | None = None
-        self.asked = self._questions()
+        self.asked = wanted_questions(self.config.evaluation, task.eval)
 
     def run(self) -> Outcome:
         """The whole of a worker's work."""
         restored = self._restored()
         start = self._start() if restored is None else None
-        base = on_this_node(self.task.base, self.config)
-        model: Any = load_model(base.folder, self.config.model, self.device)
-        self.attention: str = model.config._attn_implementation
-        check_attention(model.config.get_text_config(), self.attention, self.config.data)
-        adapted = inject(
-            model,
-            self._factors(model, restored.adapter if restored else start),
-            self.config.adapter.scale(),
-            self.config.adapter.dropout,
-        )
-        loss = SupervisedLoss(model)
-        spread(loss, self.config.cluster.strategy, self.device)
-        self.trainer = Trainer(loss, adapted, self.config, self.device)
+        known = restored.adapter if restored else start
+        adapter = self.config.adapter
+        with self.post.turn({}):
+            loss = self.post.base(self.task)
+            model: Any = loss.model
+            self.attention: str = model.config._attn_implementation
+            check_attention(model.config.get_text_config(), self.attention, self.config.data)
+            adapted = wrap(model, self._factors(model, known), adapter.scale(), adapter.dropout)
+        with self.post.turn(adapted):
+            spread(loss, self.config.cluster.strategy, self.device)
+            self.trainer = Trainer(loss, adapted, self.config, self.device)
         if restored:
             self._take_up(restored)
         else:
@@ -107,7 +103,8 @@ class Worker:
         # A run that had stopped early and is taken up again has nothing left to train.
         if self._stale():
             return False
-        for result in self.trainer.steps(feed, self.state.step, self.schedule):
+        steps = self.trainer.steps(feed, self.state.step, self.schedule)
+        while (result := self._next(steps)) is not None:
             self.state.step = result.step
             metrics = _metrics(result)
             last = self.schedule.last(result.step)
@@ -122,26 +119,28 @@ class Worker:
             self.trainer.signal = self.listener.wants_stop()
         return False
 
+    def _next(self, steps: Iterator[StepResult]) -> StepResult | None:
+        with self.post.turn(self.trainer.adapted):
+            return next(steps, None)
+
     def _stale(self) -> bool:
         limit = self.config.train.early_stop
         return limit is not None and self.state.stale >= limit
 
     def _measure_base(self) -> None:
         """Loss and answers of the untouched base; an earlier attempt may have measured them."""
-        place = storage.join(self.checkpoints, "baseline.json")
-        found = self._shared(Baseline.read(place, self.task.identity(), len(self.asked)) if self.rank == 0 else None)
+        place = storage.join(self.task.shared or self.checkpoints, "baseline.json")
+        found = self._shared(
+            Baseline.read(place, self.task.base_identity(), len(self.asked)) if self.rank == 0 else None
+        )
         if found is None:
-            loss = (
-                evaluate(self.trainer, self.task.eval, self.attention, self.rank, self.world)
-                if self.task.eval
-                else None
-            )
+            loss = self._held_out_loss() if self.task.eval else None
             if self.asked:
                 start = "adapter that training starts with" if self.config.train.start else "base model"
                 self._say(f"answering {len(self.asked)} held-out prompts with the {start}")
             found = Baseline(loss, self._answer() if self.asked else None)
             if self.rank == 0:
-                found.write(place, self.task.identity())
+                found.write(place, self.task.base_identity())
         self.state.before = found.answers
         if found.loss is not None:
             self._tell(self._note_evaluation(found.loss))
@@ -167,8 +166,12 @@ class Worker:
         return Outcome(state=self.state, stopped_early=not self.schedule.last(self.state.step), answers=answers)
 
     def _evaluate(self) -> dict[str, float]:
+        return self._note_evaluation(self._held_out_loss())
+
+    def _held_out_loss(self) -> float:
         assert self.task.eval is not None
-        return self._note_evaluation(evaluate(self.trainer, self.task.eval, self.attention, self.rank, self.world))
+        with self.post.turn(self.trainer.adapted):
+            return evaluate(self.trainer, self.task.eval, self.attention, self.rank, self.world)
 
     def _note_evaluation(self, loss: float) -> dict[str, float]:
         if self.state.note_evaluation(loss):
@@ -180,9 +183,24 @@ class Worker:
         targets = find_targets(model, adapter.targets, adapter.rank)
         if known:
             return {name: known[name].factors for name in targets}
+        if self.task.shared:
+            began = time.perf_counter()
+            if found := kept.read(self.task.shared, self.task.factor_origin(), adapter.rank, list(targets)):
+                self._say(
+                    f"{adapter.method} factors taken from those of the search in {time.perf_counter() - began:.2f} s"
+                )
+                return found
         factors, report = initialise(targets, adapter.method, adapter.rank, self.config.run.seed, self.device)
         self._say(_describe(adapter.method, report))
         return factors
+
+    def _keeper(self) -> keeper.Keeper:
+        return keeper.Keeper(
+            self.checkpoints,
+            self.config.train.keep,
+            self._say,
+            saved=lambda step, seconds: self._tell_driver(Saved(step, seconds)),
+        )
 
     def _checkpoint(self) -> None:
         """Have the state of now saved; rank 0 writes, since all workers hold the same adapter and optimizer."""
@@ -250,15 +268,10 @@ class Worker:
         total = self.schedule.total()
         self._tell_driver(Resumed(self.state.step, total, self.world, list(self.state.history)))
 
-    def _questions(self) -> list[Question]:
-        wanted = self.config.evaluation.samples
-        if self.config.evaluation.scorer:
-            wanted = max(wanted, self.config.evaluation.rows)
-        return questions(self.task.eval, wanted) if self.task.eval else []
-
     def _answer(self) -> list[list[int]]:
         limit = self.config.evaluation.max_new_tokens
-        return answer(self.trainer, self.asked, limit, self.task.eos, self.rank, self.world)
+        with self.post.turn(self.trainer.adapted):
+            return answer(self.trainer, self.asked, limit, self.task.eos, self.rank, self.world)
 
     def _tell(self, metrics: dict[str, float]) -> None:
         self._tell_driver(self.state.record(self.state.step, metrics))

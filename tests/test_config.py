@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from olora_ray.config import (
+    IN_STORAGE,
     Condition,
     Config,
     Section,
@@ -99,6 +100,51 @@ def test_an_unknown_field_suggests_the_nearest(changes: dict[str, Any], expected
 def test_a_wrong_value_is_named_with_its_field(changes: dict[str, Any], expected: list[str]) -> None:
     message = problem(**changes)
     assert all(part in message for part in expected), message
+
+
+PATHS_AS_NAMES = ["..", ".", "../x", "/x", "a/b", "a/../../x", "a\\b", "a\n", "", "a.", ".a", "~", "a b\x00"]
+
+
+@pytest.mark.parametrize("name", PATHS_AS_NAMES)
+@pytest.mark.parametrize(("section", "field"), [("run", "name"), ("registry", "alias")])
+def test_a_name_is_not_a_path(section: str, field: str, name: str) -> None:
+    assert f"{section}.{field}: " in problem(**{section: {field: name}})
+
+
+@pytest.mark.parametrize("name", [*PATHS_AS_NAMES, "a:b", "a'b", "a?b", "a%2e", " a"])
+def test_a_registered_model_has_a_name_that_is_safe_in_urls_and_queries(name: str) -> None:
+    assert "registry.model: " in problem(registry={"model": name})
+
+
+@pytest.mark.parametrize("name", ["a", "support bot", "catalog.schema.model", "Ünïcode", "a-b_c.1", "7"])
+def test_ordinary_names_are_taken(name: str) -> None:
+    assert build(tree(registry={"model": name})).registry.model == name
+
+
+@pytest.mark.parametrize("name", IN_STORAGE)
+def test_a_run_does_not_take_the_place_of_what_the_storage_keeps(name: str) -> None:
+    assert f"run.name: '{name}' is what the storage itself keeps" in problem(run={"name": name})
+
+
+@pytest.mark.parametrize("alias", ["latest", "Latest", "v3"])
+def test_an_alias_that_mlflow_keeps_for_itself_is_refused_before_the_training(alias: str) -> None:
+    assert f"registry.alias: '{alias}' is a name that MLflow keeps" in problem(registry={"alias": alias})
+
+
+@pytest.mark.parametrize("name", ["", "a\nb", "\x00"])
+def test_an_experiment_is_printable(name: str) -> None:
+    assert "tracking.experiment: " in problem(tracking={"experiment": name})
+    assert build(tree(tracking={"experiment": "/Users/ann/olora"})).tracking.experiment == "/Users/ann/olora"
+
+
+def test_an_address_does_not_go_up() -> None:
+    message = problem(
+        run={"name": "a", "storage": "s3://bucket/a/../b"},
+        model={"name": "package://some/../../etc"},
+        data={"train": [{"path": "hf://../x"}]},
+    )
+    for field in ("run.storage", "model.name", "data.train.0.path"):
+        assert f"{field}: a URI cannot go up" in message
 
 
 def test_a_problem_is_told_in_the_words_of_the_config_not_of_pydantic() -> None:

@@ -124,6 +124,17 @@ def test_shards_keep_their_layout_and_other_files_come_along(tmp_path: Path) -> 
     torch.testing.assert_close(logits(load(out)), case.logits, atol=2e-5, rtol=0)
 
 
+def test_an_index_that_leads_out_of_the_folder_is_refused(tmp_path: Path) -> None:
+    case = make_case(tmp_path / "base", tiny.llama(), METHODS[0], shard="100KB")
+    index = case.base / "model.safetensors.index.json"
+    shard = min(case.base.glob("model-*.safetensors"))
+    shard.rename(tmp_path / shard.name)
+    index.write_text(index.read_text().replace(shard.name, f"../{shard.name}"))
+    with pytest.raises(UserError, match=r"index\.json names '\.\./model-.*not a file in that folder"):
+        merge(case, tmp_path / "out" / "merged")
+    assert not (tmp_path / "out").exists()
+
+
 def test_everyone_may_read_the_files(llama: Case, tmp_path: Path) -> None:
     (llama.base / "model.safetensors").chmod(0o600)
     for folder in (merge(llama, tmp_path / "merged"), plain(llama, tmp_path / "adapter")):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from olora_ray import model
+from olora_ray import convert, model, storage
 from olora_ray.config import Config
 from olora_ray.errors import UserError
 from olora_ray.model import BaseModel
@@ -62,8 +62,8 @@ def test_the_digest_of_large_weights_is_kept_until_they_change(
 ) -> None:
     weights = copy / "model.safetensors"
     plain = obtain(copy).digest
-    monkeypatch.setattr(model, "KEPT_FROM", 1)
-    monkeypatch.setattr(model, "CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(convert, "KEPT_FROM", 1)
+    monkeypatch.setattr(storage, "CACHE", str(tmp_path / "cache"))
     assert [obtain(copy).digest for _ in range(2)] == [plain, plain]
     (kept,) = (tmp_path / "cache" / "digests").iterdir()
     kept.write_text("0" * 64)
@@ -90,7 +90,6 @@ def test_the_digest_is_that_of_the_weights(model_folder: Path, copy: Path) -> No
         ("nowhere", "no such file or folder"),
         ("a/b/c", "no such file or folder"),
         ("package://no_such_package/x.gguf", "Python package 'no_such_package' is not installed"),
-        ("package://../x", "'..' is not installed"),
         ("package://yaml/x.gguf", "no such file in the package; there is "),
         ("package://yaml/deep/x.gguf", "there is nothing"),
     ],
@@ -126,11 +125,6 @@ def test_a_folder_without_weights_is_refused(copy: Path) -> None:
     assert "no usable weights: no *.safetensors" in refusal(copy)
 
 
-def test_pickled_weights_are_not_loaded(copy: Path) -> None:
-    (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
-    assert "only pytorch_model.bin, a pickle" in refusal(copy)
-
-
 def test_a_broken_gguf_file_is_named(tmp_path: Path) -> None:
     pytest.importorskip("gguf")
     (tmp_path / "broken.gguf").write_bytes(b"GGUF but not really")
@@ -146,9 +140,9 @@ def test_the_base_loads_frozen_in_evaluation_mode(model_folder: Path, dtype: str
     loaded: Any = model.load_model(model_folder, config, CPU)
     assert not loaded.training
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
-    assert {parameter.dtype for parameter in loaded.parameters()} == {model.DTYPES[dtype]}
+    assert {parameter.dtype for parameter in loaded.parameters()} == {convert.DTYPES[dtype]}
     assert loaded.config._attn_implementation == attention
-    expected = tiny.llama(dtype=model.DTYPES[dtype]).state_dict()
+    expected = tiny.llama(dtype=convert.DTYPES[dtype]).state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in loaded.state_dict().items())
 
 

@@ -147,3 +147,30 @@ def test_writing_leaves_no_other_files(config: Config) -> None:
     folder.claim()
     folder.write_result({})
     assert sorted(path.name for path in Path(folder.root).iterdir()) == ["config.yaml", "result.json"]
+
+
+@pytest.mark.parametrize("inner", ["", "checkpoints", "export", "export/merged"])
+def test_a_link_out_of_the_storage_is_refused(config: Config, tmp_path: Path, inner: str) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    link = Path(config.folder()) / inner
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to(elsewhere)
+    with pytest.raises(UserError, match=rf"run\.storage: {link} is a link that leads out of it"):
+        RunFolder(config).check()
+    assert list(elsewhere.iterdir()) == []
+
+
+def test_the_storage_itself_may_be_a_link(config: Config, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    Path(config.run.storage).symlink_to(tmp_path / "disk")
+    begin(config)
+    RunFolder(config).check()
+
+
+def test_a_password_in_the_address_of_mlflow_is_not_kept(config: Config) -> None:
+    folder, uri = RunFolder(config), "postgresql://ann:c4n4ry@db/mlflow"
+    folder.keep_tracking_run(uri, "abc")
+    assert folder.tracking_run(uri) == "abc"
+    assert folder.tracking_run("postgresql://ann:c4n4ry@other/mlflow") is None
+    assert all("c4n4ry" not in file.read_text() for file in Path(folder.root).rglob("*") if file.is_file())

@@ -77,6 +77,8 @@ def test_resolve_imports_a_function_of_the_user(separator: str) -> None:
         ("json:no_such_function", "'json' has no function 'no_such_function'"),
         ("json.decoder.NAN", "'json.decoder' has no function 'NAN'"),
         (".relative.module:f", "cannot import"),
+        ("tests.broken_scorer:f", "importing 'tests.broken_scorer' fails: ZeroDivisionError: "),
+        ("olora_ray/scoring.py:f", "cannot import 'olora_ray/scoring.py'"),
     ],
 )
 def test_resolve_says_what_is_wrong(name: str, problem: str) -> None:

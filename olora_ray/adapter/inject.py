@@ -45,13 +45,29 @@ def inject(
     model: nn.Module, factors: Mapping[str, Factors], scale: float, dropout: float = 0.0
 ) -> dict[str, AdaptedLinear]:
     """Freeze the model and wrap each module named in `factors`; returns the wrappers by name."""
-    model.requires_grad_(False)
-    adapted = {}
-    for name, start in factors.items():
-        parent, attribute = _place(model, name)
-        adapted[name] = AdaptedLinear(getattr(parent, attribute), start, scale, dropout)
-        setattr(parent, attribute, adapted[name])
+    adapted = wrap(model, factors, scale, dropout)
+    install(model, adapted)
     return adapted
+
+
+def wrap(
+    model: nn.Module, factors: Mapping[str, Factors], scale: float, dropout: float = 0.0
+) -> dict[str, AdaptedLinear]:
+    """Freeze the model and make a wrapper of each module named in `factors`; the model does not use them yet.
+
+    Several sets of wrappers may share one base: only the one that is installed last takes part.
+    """
+    model.requires_grad_(False)
+    return {
+        name: AdaptedLinear(_base(model.get_submodule(name)), start, scale, dropout) for name, start in factors.items()
+    }
+
+
+def install(model: nn.Module, adapted: Mapping[str, AdaptedLinear]) -> None:
+    """Put wrappers in the places of their bases, or of other wrappers of these."""
+    for name, layer in adapted.items():
+        parent, attribute = _place(model, name)
+        setattr(parent, attribute, layer)
 
 
 def remove(model: nn.Module) -> None:
@@ -60,6 +76,10 @@ def remove(model: nn.Module) -> None:
         if isinstance(module, AdaptedLinear):
             parent, attribute = _place(model, name)
             setattr(parent, attribute, module.base)
+
+
+def _base(module: nn.Module) -> nn.Module:
+    return module.base if isinstance(module, AdaptedLinear) else module
 
 
 def output_head(model: nn.Module) -> nn.Module | None:

@@ -5,6 +5,7 @@ The driver loads the data set once through `datasets`; workers never talk to the
 
 import hashlib
 import json
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -27,7 +28,11 @@ def as_parquet(uri: str, field: str, storage_root: str) -> list[str]:
     options = {key: values[0] for key, values in parse_qs(parts.query).items()}
     if unknown := sorted(set(options) - OPTIONS):
         raise UserError(f"{field}: {uri}: unknown option {unknown[0]!r}; there are {', '.join(sorted(OPTIONS))}")
-    dataset = _load(parts.netloc + parts.path, options, uri, field)
+    name = parts.netloc + parts.path
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+        # `datasets` would take a path for a folder of this machine.
+        raise UserError(f"{field}: {uri}: {name!r} is no data set of the hub; write hf://ORG/NAME")
+    dataset = _load(name, options, uri, field)
     key = hashlib.sha256(f"{uri} {dataset._fingerprint}".encode()).hexdigest()[:32]
     place = storage.join(storage_root, "tokens", "hub", key)
     listing = storage.join(place, "files.json")

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import threading
 from collections.abc import Generator, Sequence
+from dataclasses import dataclass
 
 from olora_ray import storage
 from olora_ray.config import Config
@@ -18,6 +19,17 @@ from olora_ray.errors import UserError
 
 SCAN_HERE = 64 * 2**20
 """Bytes up to which the driver scans by itself."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """A token store that needs no more work."""
+
+    store: TokenStore
+    problem: None = None
+
+    def join(self) -> None:
+        """There is nothing to wait for."""
 
 
 class Preparation:

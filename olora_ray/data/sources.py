@@ -137,14 +137,21 @@ def _saved_dataset(system: Any, folder: str, split: str, field: str) -> list[Any
         if split not in splits["splits"]:
             there = ", ".join(splits["splits"])
             raise UserError(f"{field}: {folder} has no split {split!r}; it has {there} (choose with ?split=...)")
-        folder = f"{folder}/{split}"
+        folder = f"{folder}/{_inside(split, folder, field)}"
     state = _json_file(system, f"{folder}/state.json")
-    names = [f"{folder}/{entry['filename']}" for entry in state["_data_files"]] if state else []
-    infos = system.get_file_info(names)
+    names = [_inside(entry["filename"], folder, field) for entry in state["_data_files"]] if state else []
+    infos = system.get_file_info([f"{folder}/{name}" for name in names])
     for info in infos:
         if not info.is_file:
             raise UserError(f"{field}: {info.path} belongs to the saved data set, but is not there")
     return list(infos)
+
+
+def _inside(name: str, folder: str, field: str) -> str:
+    """The name, if it is that of something in the folder: a data set may come from anybody."""
+    if name in (".", "..") or posixpath.basename(name) != name:
+        raise UserError(f"{field}: {folder} names {name!r}, which does not lie in it")
+    return name
 
 
 def _json_file(system: Any, path: str) -> Any:

@@ -12,8 +12,6 @@ the last. Reading needs neither Ray nor the tokenizer.
 
 import fcntl
 import hashlib
-import os
-import tempfile
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -217,7 +215,7 @@ class TokenStore:
         uri = storage.join(self.uri, shard_name(number))
         if not storage.is_uri(uri):
             return Path(uri)
-        folder = Path(tempfile.gettempdir()) / f"olora_ray-{os.getuid()}" / "tokens" / self.digest
+        folder = storage.private_folder("olora_ray") / "tokens" / self.digest
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / shard_name(number)
         with open(f"{path}.lock", "w") as lock:

@@ -1,6 +1,7 @@
 """What a search has found so far: one record a trial, and what can be asked of all of them."""
 
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -36,6 +37,10 @@ class TrialRecord:
     """The trial's run folder."""
     mlflow_run: str = ""
 
+    def measured(self) -> bool:
+        """Whether there is a value to rank it by; NaN and infinity are none."""
+        return self.value is not None and math.isfinite(self.value)
+
 
 @dataclass(frozen=True)
 class SearchRecord:
@@ -58,8 +63,13 @@ class SearchRecord:
     def ranked(self) -> list[TrialRecord]:
         """The trials that have a value, the best first."""
         sign = 1 if self.mode == "min" else -1
-        measured = [trial for trial in self.trials if trial.value is not None]
+        measured = [trial for trial in self.trials if trial.measured()]
         return sorted(measured, key=lambda trial: (sign * (trial.value or 0.0), trial.number))
+
+    def ordered(self) -> list[TrialRecord]:
+        """All trials: the ranked, then those without a value in the order of the search."""
+        rest = [trial for trial in self.trials if not trial.measured()]
+        return self.ranked() + sorted(rest, key=lambda trial: trial.number)
 
     def best(self) -> TrialRecord | None:
         """The trial with the best value."""
@@ -69,8 +79,20 @@ class SearchRecord:
         """The trial with this number."""
         return next((trial for trial in self.trials if trial.number == number), None)
 
+    def columns(self) -> list[str]:
+        """The searched fields, then whatever else trials set, in the order of appearance."""
+        others = (name for trial in self.trials for name in trial.params)
+        return list(dict.fromkeys([*self.fields, *others]))
+
     def to_json(self) -> str:
-        """The text of leaderboard.json, the best trial first."""
-        order = {trial.number: place for place, trial in enumerate(self.ranked())}
-        trials = sorted(self.trials, key=lambda trial: (order.get(trial.number, len(order)), trial.number))
-        return json.dumps({**asdict(self), "trials": [asdict(trial) for trial in trials]}, indent=1) + "\n"
+        """The text of leaderboard.json, the best trial first; NaN and infinity become null, as JSON has neither."""
+        content = {**asdict(self), "trials": [asdict(trial) for trial in self.ordered()]}
+        return json.dumps(_finite(content), indent=1, allow_nan=False, default=str) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(name): _finite(item) for name, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value

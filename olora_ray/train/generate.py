@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from olora_ray.config import Evaluation
 from olora_ray.data.store import TokenStore
 from olora_ray.train.loop import Trainer
 
@@ -20,6 +21,14 @@ class Question:
 
     prompt: tuple[int, ...]
     reference: tuple[int, ...]
+
+
+def wanted_questions(evaluation: Evaluation, store: TokenStore | None) -> list[Question]:
+    """The held-out prompts that a run answers: as many as are scored or shown."""
+    wanted = evaluation.samples
+    if evaluation.scorer:
+        wanted = max(wanted, evaluation.rows)
+    return questions(store, wanted) if store else []
 
 
 def questions(store: TokenStore, limit: int) -> list[Question]:

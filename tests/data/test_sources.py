@@ -190,6 +190,29 @@ def test_splits_of_a_saved_data_set(tmp_path: Path) -> None:
             sources.list_files(source(f"{root}?split=dev"), "data.train.0", "")
 
 
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_a_saved_data_set_does_not_lead_out_of_its_folder(scheme: str, tmp_path: Path) -> None:
+    import datasets
+
+    for name in ("mine", "saved"):
+        datasets.Dataset.from_list(ROWS[:3]).save_to_disk(tmp_path / name)
+    state = tmp_path / "saved" / "state.json"
+    [entry] = json.loads(state.read_text())["_data_files"]
+    outside = f"../mine/{entry['filename']}"
+    state.write_text(json.dumps({"_data_files": [{"filename": outside}]}))
+    with pytest.raises(UserError, match=r"data.train.0.path: .*saved names '\.\./mine/.*does not lie in it"):
+        sources.list_files(source(f"{scheme}{tmp_path}/saved"), "data.train.0", "")
+    (tmp_path / "saved" / "dataset_dict.json").write_text(json.dumps({"splits": [".."]}))
+    with pytest.raises(UserError, match=r"names '\.\.', which does not lie in it"):
+        sources.list_files(source(f"{scheme}{tmp_path}/saved?split=.."), "data.train.0", "")
+
+
+@pytest.mark.parametrize("name", ["a/b/c", "/etc", "a//b", ".hidden/x", "~/x", "org/.."])
+def test_a_data_set_of_the_hub_is_no_path(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"data.train.0.path: .*no data set of the hub|cannot go up"):
+        sources.list_files(source(f"hf://{name}"), "data.train.0", str(tmp_path))
+
+
 def test_a_data_set_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_spec: TokenizerSpec) -> None:
     """`datasets` takes a folder of that name as it takes a name of the hub, and no hub is reachable here."""
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,18 +103,25 @@ def write_config(folder: Path, tree: dict[str, Any], name: str = "config.yaml") 
     return file
 
 
-def finetune(*arguments: str | Path, cwd: Path = ROOT, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-    """Run pipelines/finetune.py as a user does."""
-    return run_script("finetune.py", *arguments, cwd=cwd, timeout=timeout)
+def finetune(
+    *arguments: str | Path, cwd: Path = ROOT, timeout: float = 300, env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run pipelines/finetune.py as a user does, with more variables in `env`."""
+    return run_script("finetune.py", *arguments, cwd=cwd, timeout=timeout, env=env)
 
 
 def run_script(
-    script: str, *arguments: str | Path, cwd: Path = ROOT, timeout: float = 300
+    script: str,
+    *arguments: str | Path,
+    cwd: Path = ROOT,
+    timeout: float = 300,
+    env: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """Run an entry script as a user does."""
+    """Run an entry script as a user does, with more variables in `env`."""
     command = _command(arguments, script)
+    environment = {**_environment(), **(env or {})}
     return subprocess.run(
-        command, cwd=cwd, env=_environment(), capture_output=True, text=True, timeout=timeout, check=False
+        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout, check=False
     )
 
 

@@ -1,0 +1,192 @@
+"""What a search gains from shared work, from stopping trials early, and from several adapters on one base.
+
+On the quickstart's model and corpus, with short trials. Three tables, each from runs of pipelines/sweep.py and
+pipelines/finetune.py on this machine, one after the other:
+
+  1. seconds from the start of a trial to its first step, with what a search shares and without: without, a trial
+     is a run of finetune.py of its own, that prepares its tokens, initialises its adapter, and measures the base;
+  2. the same trials with ASHA and without: total time, and the best loss of both;
+  3. the same trials, k adapters on one base against each in a worker of its own: time, and peak memory of all
+     of Ray's processes together.
+
+    python benchmarks/sweep.py [--trials 8] [--steps 18] [--adapters 4]
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import psutil
+import yaml
+from common import machine, table
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = "pipelines/configs/quickstart.yaml"
+
+
+def main() -> None:
+    """Run the searches and print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trials", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=18)
+    parser.add_argument("--adapters", type=int, default=4, help="that share one base in the third table")
+    parser.add_argument("--storage", default="./runs", help="where a GGUF model is dequantised to")
+    args = parser.parse_args()
+    print(machine())
+    with tempfile.TemporaryDirectory(dir=args.storage) as scratch:
+        bench = Bench(Path(scratch), Path(args.storage).resolve(), args.trials, args.steps)
+        alone = bench.alone()
+        asha = bench.search("asha", scheduler="asha", adapters=1)
+        full = bench.search("full", scheduler="none", adapters=1)
+        shared = bench.search("shared", scheduler="none", adapters=args.adapters)
+    rows = [
+        ("a run of its own (finetune.py)", f"{alone:.1f}", "1.00"),
+        ("a trial with shared tokens, factors, baseline", f"{full.first:.1f}", f"{full.first / alone:.2f}"),
+        (f"the same, {args.adapters} on one base", f"{shared.first:.1f}", f"{shared.first / alone:.2f}"),
+    ]
+    print(table(("start to first step", "seconds", "ratio"), rows))
+    print(f"\nspared a trial, as the search counts it: {full.spared:.1f} s\n")
+    rows = [
+        ("all to the end", f"{full.seconds:.0f}", "1.00", f"{full.best:.4f}", f"{full.steps}"),
+        ("ASHA", f"{asha.seconds:.0f}", f"{asha.seconds / full.seconds:.2f}", f"{asha.best:.4f}", f"{asha.steps}"),
+    ]
+    print(table((f"{args.trials} trials of {args.steps} steps", "seconds", "ratio", "best loss", "steps"), rows))
+    print()
+    rows = [
+        ("each in a worker of its own", f"{full.seconds:.0f}", "1.00", f"{full.peak:,.0f}", f"{full.best:.4f}"),
+        (
+            f"{args.adapters} adapters on each base",
+            f"{shared.seconds:.0f}",
+            f"{shared.seconds / full.seconds:.2f}",
+            f"{shared.peak:,.0f}",
+            f"{shared.best:.4f}",
+        ),
+    ]
+    print(table((f"{args.trials} trials, no scheduler", "seconds", "ratio", "peak MB", "best loss"), rows))
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search cost and gave."""
+
+    seconds: float
+    """From the first trial's start to the last one's end."""
+    first: float
+    """Seconds from a trial's start to its first step, median."""
+    spared: float
+    best: float
+    steps: int
+    """Optimizer steps over all trials."""
+    peak: float
+    """Peak of the resident memory of all processes together, MB."""
+
+
+class Bench:
+    """Runs in a folder of their own; the converted base model is shared."""
+
+    def __init__(self, scratch: Path, storage: Path, trials: int, steps: int) -> None:
+        self.scratch, self.storage, self.trials, self.steps = scratch, storage, trials, steps
+
+    def search(self, name: str, scheduler: str, adapters: int) -> Found:
+        """One search from nothing."""
+        file = self.scratch / f"{name}.yaml"
+        file.write_text(yaml.safe_dump(self._space(scheduler, adapters)))
+        storage = self._storage(name)
+        command = [sys.executable, "pipelines/sweep.py", CONFIG, str(file), *self._changes(storage)]
+        lines, peak = run(command)
+        found = json.loads((storage / f"quickstart-{name}" / "leaderboard.json").read_text())
+        spared = next(line for line in lines if "each trial is spared" in line)
+        values = [trial["value"] for trial in found["trials"] if trial["value"] is not None]
+        return Found(
+            seconds=found["seconds"],
+            first=median(trial["first_step"] for trial in found["trials"] if trial["first_step"]),
+            spared=float(re.findall(r"spared ([\d.]+) s", spared)[0]),
+            best=min(values),
+            steps=sum(trial["step"] for trial in found["trials"]),
+            peak=peak,
+        )
+
+    def alone(self) -> float:
+        """Seconds from the start of a single run's own Ray work to its first step, with nothing made before."""
+        storage = self._storage("alone")
+        changes = [f"train.steps={self.steps}", "train.log_every=1", "registry.model=null", "evaluation.scorer=null"]
+        command = [sys.executable, "pipelines/finetune.py", CONFIG, *self._changes(storage), *changes]
+        lines, _ = run([*command, "evaluation.samples=0"])
+        begun = next(line for line in lines if " ray: " in line)
+        first = next(line for line in lines if "step 1/" in line)
+        return seconds_of(first) - seconds_of(begun)
+
+    def _space(self, scheduler: str, adapters: int) -> dict[str, Any]:
+        every = self.steps // 3
+        return {
+            "search": {
+                "adapter.rank": {"choice": [8, 16, 32]},
+                "adapter.alpha": {"of": "adapter.rank", "times": [1, 2]},
+                "train.lr": {"loguniform": [1e-4, 2e-3]},
+            },
+            "set": {
+                "train.steps": self.steps,
+                "train.eval_every": every,
+                "train.checkpoint_every": every,
+                "evaluation.scorer": None,
+                "evaluation.samples": 0,
+            },
+            "scheduler": {"kind": scheduler, "reduction": 3},
+            "trials": self.trials,
+            "trials_per_worker": adapters,
+        }
+
+    def _storage(self, name: str) -> Path:
+        storage = self.scratch / name
+        storage.mkdir()
+        (storage / "models").symlink_to(self.storage / "models")
+        return storage
+
+    def _changes(self, storage: Path) -> list[str]:
+        return [f"run.storage={storage}", "cluster.workers=1", f"tracking.uri=sqlite:///{storage}/mlflow.db"]
+
+
+def run(command: list[str]) -> tuple[list[str], float]:
+    """(the lines that a command prints, peak of the memory of its processes in MB)."""
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    peak = [0.0]
+    watch = threading.Thread(target=_watch, args=(process, peak), daemon=True)
+    watch.start()
+    assert process.stdout
+    lines = process.stdout.read().splitlines()
+    if process.wait():
+        raise SystemExit("\n".join([*lines[-20:], f"{command[1]} failed"]))
+    watch.join()
+    return lines, peak[0]
+
+
+def seconds_of(line: str) -> float:
+    """The time of day that a line of the log begins with."""
+    hours, minutes, seconds = line.split()[0].split(":")
+    return int(hours) * 3600 + int(minutes) * 60 + int(seconds)
+
+
+def _watch(process: "subprocess.Popen[str]", peak: list[float]) -> None:
+    """Proportional memory, so that what processes share counts once."""
+    while process.poll() is None:
+        total = 0
+        try:
+            for one in psutil.Process(process.pid).children(recursive=True):
+                total += getattr(one.memory_full_info(), "pss", 0)
+        except psutil.Error:
+            pass
+        peak[0] = max(peak[0], total / 1e6)
+        time.sleep(2)
+
+
+if __name__ == "__main__":
+    main()

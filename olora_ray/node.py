@@ -1,0 +1,45 @@
+"""What a training process learns of the node it runs on, from Ray Train or from nobody."""
+
+from typing import Protocol
+
+
+class Node(Protocol):
+    """The node of a training process."""
+
+    def going(self) -> bool:
+        """Whether it is known here that a worker's node is about to be taken away; cheap."""
+
+    def leaving(self) -> tuple[str, ...]:
+        """Ids of the nodes that are taken away; all workers must ask together."""
+
+
+class TrainNode:
+    """The node of a worker of Ray Train."""
+
+    def going(self) -> bool:
+        """See Node."""
+        # The public get_preemption_info() is a barrier of all workers over an actor: too dear for every step.
+        # It is asked once this note, which Ray's watcher leaves in each worker, has made all of them stop.
+        from ray.train.v2._internal.execution.context import get_train_context
+
+        context = getattr(get_train_context(), "preemption_context", None)
+        return getattr(context, "preemption_info", None) is not None
+
+    def leaving(self) -> tuple[str, ...]:
+        """See Node."""
+        import ray.train
+
+        info = ray.train.get_preemption_info()
+        return tuple(info.preempted_node_ids) if info else ()
+
+
+class AnyNode:
+    """A node of which nothing is known in advance."""
+
+    def going(self) -> bool:
+        """See Node."""
+        return False
+
+    def leaving(self) -> tuple[str, ...]:
+        """See Node."""
+        return ()

@@ -1,0 +1,3 @@
+"""A module that cannot be imported."""
+
+LEVEL = 1 / 0

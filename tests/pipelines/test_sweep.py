@@ -1,0 +1,254 @@
+"""A search through its entry script, with real Ray Tune, real trainings and MLflow."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from olora_ray.config import flatten, load
+from tests.pipelines import project
+from tests.recovery import processes
+
+pytestmark = pytest.mark.ray
+SCRIPT = str(project.ROOT / "pipelines" / "sweep.py")
+SPACE: dict[str, Any] = {
+    "search": {
+        "adapter.rank": {"grid": [2, 4]},
+        "adapter.alpha": {"of": "adapter.rank", "times": 2},
+        "train.lr": {"grid": [1e-2, 1e-3, 1e20]},
+    },
+    "searcher": "grid",
+    "scheduler": {"kind": "asha", "reduction": 2},
+    "trials_per_worker": 4,
+}
+SHORT = {
+    "cluster__workers": 1,
+    "train__steps": 12,
+    "train__eval_every": 3,
+    "train__checkpoint_every": 3,
+    "evaluation__scorer": None,
+    "evaluation__samples": 0,
+}
+
+
+def write(folder: Path, model: Path, space: dict[str, Any], **changes: Any) -> list[str]:
+    """The arguments of a search."""
+    config = project.write_config(folder, project.settings(folder, model, **{**SHORT, **changes}))
+    file = folder / "space.yaml"
+    file.write_text(yaml.safe_dump(space))
+    return [str(config), str(file)]
+
+
+def sweep(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, SCRIPT, *arguments],
+        cwd=project.ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def searched(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A finished search with stopped and failed trials: (its folder, what it printed)."""
+    folder = tmp_path_factory.mktemp("searched")
+    project.make_corpus(folder / "train.jsonl", 60)
+    project.make_corpus(folder / "eval.jsonl", 7, first=100)
+    done = sweep(*write(folder, tiny_model, SPACE), "--register")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder / "runs" / "small-space", done.stdout
+
+
+def records(folder: Path) -> dict[int, dict[str, Any]]:
+    found = json.loads((folder / "leaderboard.json").read_text())
+    return {trial["number"]: trial for trial in found["trials"]}
+
+
+def test_a_search_leaves_what_the_readme_promises(searched: tuple[Path, str]) -> None:
+    folder, _ = searched
+    for name in ("best.yaml", "leaderboard.json", "report.html", "shared/factors.safetensors"):
+        assert (folder / name).is_file()
+    found = records(folder)
+    assert sorted(found) == list(range(7))
+    assert len(list((folder / "trials").iterdir())) == 7
+    best = min((trial for trial in found.values() if trial["value"] is not None), key=lambda trial: trial["value"])
+    values = flatten(load(folder / "best.yaml"))
+    assert {field: values[field] for field in best["params"]} == best["params"]
+    assert (folder / "trials" / f"trial-{best['number']:03d}" / "export" / "parity.json").is_file()
+
+
+def test_a_trial_that_fails_has_its_reason_and_the_search_goes_on(searched: tuple[Path, str]) -> None:
+    folder, log = searched
+    failed = [trial for trial in records(folder).values() if trial["status"] == "failed"]
+    assert {trial["params"]["train.lr"] for trial in failed} == {1e20}
+    assert all("not finite" in trial["reason"] for trial in failed)
+    assert "Traceback" not in log
+    others = [trial for trial in records(folder).values() if trial["params"]["train.lr"] != 1e20]
+    assert {trial["status"] for trial in others} <= {"finished", "stopped"}
+    assert all(trial["value"] is not None for trial in others)
+
+
+def test_mlflow_has_a_parent_with_a_child_a_trial_and_the_best_is_registered(searched: tuple[Path, str]) -> None:
+    from mlflow import MlflowClient
+
+    folder, _ = searched
+    client = MlflowClient(f"sqlite:///{folder.parent}/mlflow.db")
+    runs = client.search_runs([client.get_experiment_by_name("olora").experiment_id])
+    parents = [run for run in runs if run.data.tags.get("olora.kind") == "search"]
+    assert [run.info.status for run in parents] == ["FINISHED"]
+    children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parents[0].info.run_id]
+    assert len(children) == len(runs) - 1 == 7
+    names = {item.path for item in client.list_artifacts(parents[0].info.run_id)}
+    assert names >= {"report.html", "best.yaml", "leaderboard.json"}
+    version = client.get_model_version_by_alias("small", "candidate")
+    best = min((t for t in records(folder).values() if t["value"] is not None), key=lambda t: t["value"])
+    assert version.run_id == best["mlflow_run"]
+
+
+def test_the_trials_share_what_is_the_same_for_all(searched: tuple[Path, str]) -> None:
+    folder, log = searched
+    assert "olora factors at rank 4" in log
+    texts = [(folder / "trials" / f"trial-{number:03d}" / "log.txt").read_text() for number in range(7)]
+    assert all("factors taken from those of the search" in text for text in texts)
+    assert not any("initialisation" in text for text in texts)
+    starts = {trial["curve"][0][1] for trial in records(folder).values() if trial["curve"]}
+    assert len(starts) == 1  # the base was measured once
+
+
+def test_the_same_command_again_trains_nothing(searched: tuple[Path, str], tiny_model: Path) -> None:
+    folder, _ = searched
+    before = {number: trial["seconds"] for number, trial in records(folder).items()}
+    project_folder = folder.parents[1]
+    again = sweep(str(project_folder / "config.yaml"), str(project_folder / "space.yaml"))
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert {number: trial["seconds"] for number, trial in records(folder).items()} == before
+
+
+def test_a_search_of_other_settings_is_refused(searched: tuple[Path, str]) -> None:
+    project_folder = searched[0].parents[1]
+    other = sweep(str(project_folder / "config.yaml"), str(project_folder / "space.yaml"), "train.weight_decay=0.1")
+    assert other.returncode == 2
+    assert other.stderr.startswith("error: run.name: the search in ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "error: arguments (none): expected a config and a space file"),
+        (("--regster",), "error: argument --regster: not known; there are --register, --refit and --help"),
+        (("CONFIG", "SPACE", "cluster.cpus_per_worker=64"), "error: cluster.workers=1 with cpus_per_worker=64 needs"),
+        (("CONFIG", "SPACE", "registry.model=null", "--register"), "error: registry.model: not set"),
+    ],
+)
+def test_mistakes_are_one_line(arguments: tuple[str, ...], message: str, corpus: Path, tiny_model: Path) -> None:
+    files = dict(zip(("CONFIG", "SPACE"), write(corpus, tiny_model, SPACE), strict=True))
+    done = sweep(*(files.get(word, word) for word in arguments))
+    assert done.returncode == 2
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(message), done.stderr
+    assert not (corpus / "runs" / "small-space" / "trials").exists()
+
+
+@pytest.fixture
+def scratch() -> Iterator[Path]:
+    with processes.scratch() as folder:
+        yield folder
+
+
+@pytest.mark.slow
+def test_a_search_whose_driver_is_killed_goes_on(corpus: Path, tiny_model: Path, scratch: Path) -> None:
+    """Everything is killed in the middle; the same command ends with the same trials, finished ones as they were."""
+    space = {**SPACE, "scheduler": {"kind": "none"}, "concurrency": 2, "trials_per_worker": 2}
+    arguments = write(corpus, tiny_model, space, train__steps=60, train__eval_every=10, train__checkpoint_every=10)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_TMPDIR": str(scratch), "TMPDIR": str(scratch)}
+    command = [sys.executable, SCRIPT, *arguments]
+    with subprocess.Popen(
+        command, cwd=project.ROOT, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as driver:
+        assert driver.stdout
+        for line in driver.stdout:
+            if "2 of 7 trials have ended" in line:
+                break
+        time.sleep(12)  # Tune writes its state every 10 s
+        os.killpg(driver.pid, signal.SIGSTOP)
+        processes.kill_all(scratch)
+    folder = corpus / "runs" / "small-space"
+    before = {path.parent.name: json.loads(path.read_text()) for path in folder.glob("trials/*/trial.json")}
+    ended = {name: trial for name, trial in before.items() if trial["status"] in ("finished", "failed")}
+    assert 2 <= len(ended) < 7
+    again = sweep(*arguments)
+    assert again.returncode == 0, again.stdout + again.stderr
+    found = {f"trial-{number:03d}": trial for number, trial in records(folder).items()}
+    assert sorted(found) == [f"trial-{number:03d}" for number in range(7)]
+    assert {trial["status"] for trial in found.values()} <= {"finished", "failed"}
+    for name, trial in ended.items():
+        assert found[name]["curve"] == trial["curve"]
+        assert found[name]["params"] == trial["params"]
+    finished = [trial for trial in found.values() if trial["status"] == "finished"]
+    assert all([step for step, _ in trial["curve"]] == [0, 10, 20, 30, 40, 50, 60] for trial in finished)
+
+
+@pytest.mark.slow
+def test_trials_go_on_when_the_process_they_share_is_killed(corpus: Path, tiny_model: Path, scratch: Path) -> None:
+    space = {
+        "search": {"train.lr": {"grid": [1e-2, 3e-3, 1e-3]}},
+        "searcher": "grid",
+        "scheduler": {"kind": "none"},
+        "trials_per_worker": 4,
+        "concurrency": 4,
+    }
+    arguments = write(corpus, tiny_model, space, train__steps=200, train__eval_every=20, train__checkpoint_every=20)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_TMPDIR": str(scratch)}
+    with subprocess.Popen(
+        [sys.executable, SCRIPT, *arguments], cwd=project.ROOT, env=environment, stdout=subprocess.PIPE, text=True
+    ) as driver:
+        assert driver.stdout
+        killed = 0
+        for line in driver.stdout:
+            if "step 40/200" in line and not killed:
+                hosts = [one for one in processes.processes_of(scratch) if one.name().startswith("ray::Host")]
+                killed = len(hosts)
+                for one in hosts:
+                    one.kill()
+    assert killed == 1
+    assert driver.returncode == 0
+    folder = corpus / "runs" / "small-space"
+    found = records(folder)
+    assert [found[number]["status"] for number in range(4)] == ["finished"] * 4
+    texts = [(folder / "trials" / f"trial-{number:03d}" / "log.txt").read_text() for number in range(4)]
+    assert all("the process of several trials died: going on after step" in text for text in texts)
+    assert all([step for step, _ in found[number]["curve"]] == list(range(0, 201, 20)) for number in range(4))
+
+
+@pytest.mark.slow
+def test_a_population_takes_over_the_better_adapters(corpus: Path, tiny_model: Path) -> None:
+    space = {
+        "search": {"train.lr": {"choice": [1e-2, 1e-7]}},
+        "set": {"train.schedule": "constant"},
+        "scheduler": {"kind": "population", "interval": 4},
+        "trials": 4,
+        "trials_per_worker": 2,
+        "seed": 3,
+    }
+    done = sweep(*write(corpus, tiny_model, space, train__steps=16))
+    assert done.returncode == 0, done.stdout + done.stderr
+    folder = corpus / "runs" / "small-space"
+    found = records(folder)
+    assert all(trial["status"] == "finished" and trial["step"] == 16 for trial in found.values())
+    # A member that could learn nothing by itself ends as good as the others only with another's adapter.
+    values = sorted(trial["value"] for trial in found.values())
+    first = {trial["curve"][0][1] for trial in found.values()}
+    assert len(first) == 1
+    assert values[-1] < first.pop() - 0.1
+    assert "goes on" in done.stdout
