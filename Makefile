@@ -42,7 +42,7 @@ $(VENV)/.quickstart: pyproject.toml
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.quickstart
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[gguf,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[gguf,eval,dev]'
 	touch $@
 
 clean:

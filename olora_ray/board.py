@@ -37,7 +37,15 @@ class Failure:
     what: str
 
 
-Message = dict[str, float] | str | Resumed | Started | Failure
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint is written."""
+
+    step: int
+    seconds: float
+
+
+Message = dict[str, float] | str | Resumed | Started | Failure | Saved
 """A row of metrics with its `step`, a line for the log, or an event."""
 
 

@@ -11,6 +11,9 @@ from olora_ray.config import Config
 from olora_ray.model import BaseModel, parameters, pick_dtype, skeleton
 from olora_ray.train.loss import CHUNK_LOGITS
 
+PROCESS_BYTES = 2**30
+"""What Python, torch and Ray take for themselves in a worker, or CUDA on its GPU; about."""
+
 
 @dataclass(frozen=True)
 class Size:
@@ -22,22 +25,24 @@ class Size:
     parameters: int
     base_bytes: int
     adapter_bytes: int
-    """Factors, update, gradient, AdamW's two moments and the best update so far, float32."""
+    """Factors, update, gradient, AdamW's two moments and the best update so far, and what a step makes of them."""
     activation_bytes: int
 
     def total_bytes(self) -> int:
-        """All of it, without what Python, torch and Ray take for themselves (about 1 GB)."""
+        """All of it but `PROCESS_BYTES`."""
         return self.base_bytes + self.adapter_bytes + self.activation_bytes
 
 
-def estimate(config: Config, base: BaseModel) -> Size:
-    """The size of a run; raises UserError for targets that the model does not have."""
+def estimate(config: Config, base: BaseModel, gpu: bool | None = None) -> Size:
+    """The size of a run; raises UserError for targets that the model does not have.
+
+    `gpu` says whether the workers have GPUs; None: if this machine has.
+    """
     model: Any = skeleton(base, config.model)
     found = find_targets(model, config.adapter.targets, config.adapter.rank)
     targets = {name: (int(m), int(n)) for name, module in found.items() for m, n in [weight_matrix(module).shape]}
     trainable = sum((m + n) * config.adapter.rank for m, n in targets.values())
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    width = pick_dtype(config.model, device).itemsize
+    width = _dtype(config, torch.cuda.is_available() if gpu is None else gpu).itemsize
     count = parameters(base.folder)
     shards = config.cluster.fewest() if config.cluster.strategy == "fsdp" else 1
     stored = 1 if config.adapter.method == "lora" else 2
@@ -46,9 +51,17 @@ def estimate(config: Config, base: BaseModel) -> Size:
         trainable,
         count,
         base_bytes=count * width // shards,
-        adapter_bytes=trainable * 4 * (4 + stored),
+        # Float32. A step joins each layer's factors with its update, and AdamW needs room of its own.
+        adapter_bytes=trainable * 4 * (8 + stored),
         activation_bytes=_activations(config, model, targets, width),
     )
+
+
+def _dtype(config: Config, gpu: bool) -> torch.dtype:
+    """Precision of the base on a worker; GPUs that this machine does not have are taken to be fast at bfloat16."""
+    if gpu and not torch.cuda.is_available() and config.model.dtype == "auto":
+        return torch.bfloat16
+    return pick_dtype(config.model, torch.device("cuda" if gpu else "cpu"))
 
 
 def _activations(config: Config, model: Any, targets: dict[str, tuple[int, int]], width: int) -> int:

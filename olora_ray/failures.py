@@ -45,7 +45,7 @@ def describe(exceptions: Mapping[int, Exception]) -> str:
 def cause(error: BaseException) -> str:
     """Why training ended with this error of Train, in one line."""
     if isinstance(error, RayActorError):
-        return "Train's controller died"
+        return "the process of several trials died" if "class_name: Host" in str(error) else "Train's controller died"
     if isinstance(error, WorkerGroupError):
         return describe(error.worker_failures)
     if isinstance(error, PreemptionError):

@@ -18,8 +18,8 @@ from olora_ray.quiet import quiet_transformers
 from olora_ray.task import Outcome, Task
 from olora_ray.worker import train_at
 
-THREADS = 1000
-"""Calls that a host takes at the same time; far more than it trains."""
+SPARE_THREADS = 8
+"""Threads of a host beyond those that train: to say how busy it is, and for a trial that ends while another starts."""
 
 
 class Host:
@@ -55,13 +55,13 @@ class Host:
             return self._shared
 
 
-def start(task: Task, wanted: Mapping[str, float], number: int) -> tuple[Any, ...]:
-    """So many hosts, each with the resources of one worker; they end with this process."""
+def start(task: Task, wanted: Mapping[str, float], number: int, adapters: int) -> tuple[Any, ...]:
+    """So many hosts for so many adapters each, with the resources of one worker; they end with this process."""
     actor: Any = ray.remote(Host)
     options = {
         "num_cpus": wanted.get("CPU", 0),
         "num_gpus": wanted.get("GPU", 0),
-        "max_concurrency": THREADS,
+        "max_concurrency": adapters + SPARE_THREADS,
         "max_restarts": -1,  # the trials of one that died go on from their checkpoints
     }
     return tuple(actor.options(**options).remote(task) for _ in range(number))

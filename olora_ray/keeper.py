@@ -24,6 +24,8 @@ from olora_ray.checkpoint import Checkpoint
 from olora_ray.errors import UserError
 
 Say = Callable[[str], None]
+Saved = Callable[[int, float], None]
+"""Is told the step of a checkpoint that is written, and the seconds that it took."""
 PAUSES = (1.0, 2.0, 4.0, 8.0)
 """Seconds between the attempts to write a checkpoint."""
 PREFIX = "step-"
@@ -32,9 +34,9 @@ PREFIX = "step-"
 class Keeper:
     """Writes the checkpoints of a run, one at a time, in a thread."""
 
-    def __init__(self, place: str, keep: int, say: Say) -> None:
+    def __init__(self, place: str, keep: int, say: Say, saved: Saved = lambda step, seconds: None) -> None:
         """`place` is the folder of the checkpoints, path or URI; `keep` the number that stay."""
-        self.place, self.keep, self.say = place, keep, say
+        self.place, self.keep, self.say, self.saved = place, keep, say, saved
         self._thread: threading.Thread | None = None
         self._problem: OSError | SafetensorError | None = None
         self._bug: Exception | None = None
@@ -73,9 +75,11 @@ class Keeper:
             self._bug = error  # raised in the thread that trains
 
     def _try(self, step: int, write: Callable[[Path], None]) -> None:
+        began = time.perf_counter()
         for pause in (*PAUSES, None):
             try:
                 _put(write, storage.join(self.place, name_of(step)))
+                self.saved(step, time.perf_counter() - began)
                 self._retire()
                 return
             except (OSError, SafetensorError) as error:

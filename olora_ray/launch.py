@@ -13,8 +13,8 @@ import ray
 import ray.train
 from ray.exceptions import RayActorError, RayTaskError
 
-from olora_ray import board, model, tracking
-from olora_ray.capacity import free_workers, worker_resources
+from olora_ray import board, model, preflight, tracking
+from olora_ray.capacity import Demand, free_workers, worker_resources
 from olora_ray.config import Config
 from olora_ray.data import store
 from olora_ray.data.preparation import Made, Preparation
@@ -23,6 +23,7 @@ from olora_ray.data.tokenize import TokenizerSpec, spec_from_pretrained
 from olora_ray.deliver import export_run
 from olora_ray.errors import UserError
 from olora_ray.failures import TellDriver, cause, counts
+from olora_ray.model import BaseModel
 from olora_ray.monitor import Monitor, OnRow
 from olora_ray.progress import Progress
 from olora_ray.quiet import ENVIRONMENT, quiet_ray, quiet_transformers
@@ -41,11 +42,11 @@ SETTLE = 3.0
 
 
 @contextlib.contextmanager
-def connect(config: Config, say: Say) -> Iterator[Stop]:
+def connect(config: Config, say: Say, base: BaseModel | None = None) -> Iterator[Stop]:
     """A connection to the cluster of RAY_ADDRESS or of this machine, or to a new local Ray.
 
-    Yields what takes the signals meanwhile. Raises UserError if the cluster is too small for the workers.
-    On leaving, the connection is closed, and a local Ray with it.
+    Yields what takes the signals meanwhile. Raises UserError if the run cannot work there; with `base`,
+    its memory and the disk are looked at too. On leaving, the connection is closed, and a local Ray with it.
     """
     quiet_ray()
     shared: dict[str, Any] = {"logging_level": logging.WARNING, "runtime_env": {"env_vars": ENVIRONMENT}}
@@ -59,7 +60,7 @@ def connect(config: Config, say: Say) -> Iterator[Stop]:
         with Stop() as stop:  # after ray.init, which sets a handler of its own
             resources = ray.cluster_resources()
             say(f"ray: {resources.get('CPU', 0):g} CPUs, {resources.get('GPU', 0):g} GPUs, {len(ray.nodes())} node(s)")
-            _check_size(config, resources, say)
+            preflight.check(config, base, say)
             yield stop
     except BaseException:
         # A prefetching thread of Ray Data that calls Ray after its shutdown ends this process without a word:
@@ -180,20 +181,20 @@ def _until_done(task: Task, preparation: Preparation | Made, monitor: Monitor, s
 
 def _room(config: Config, monitor: Monitor, stop: Stop) -> int:
     """How many workers to start now: as many as fit, once the fewest do; waits for that."""
-    fewest, most, told = config.cluster.fewest(), config.cluster.most(), False
-    free, since = -1, time.monotonic()
-    began = since
-    while True:
-        if (now := min(free_workers(monitor.wanted), most)) != free:
-            free, since = now, time.monotonic()
-        if free == most or (free >= fewest and time.monotonic() - since >= SETTLE):
-            return free
-        if not told and time.monotonic() - began >= 3 * SETTLE:
-            told = True
-            monitor.waiting(f"waiting for room for {fewest} workers: there is room for {free}")
-        if stop.asked:
-            raise stop.stopped("stopped while waiting for the cluster")
-        time.sleep(0.5)
+    fewest, most = config.cluster.fewest(), config.cluster.most()
+    free, since, told = -1, time.monotonic(), False
+    with Demand(monitor.wanted, fewest, after=3 * SETTLE) as demand:
+        while True:
+            if (now := min(free_workers(monitor.wanted), most)) != free:
+                free, since = now, time.monotonic()
+            if free == most or (free >= fewest and time.monotonic() - since >= SETTLE):
+                return free
+            if demand.look() and not told:
+                told = True
+                monitor.waiting(f"waiting for room for {fewest} workers: there is room for {free}")
+            if stop.asked:
+                raise stop.stopped("stopped while waiting for the cluster")
+            time.sleep(0.5)
 
 
 def _fit(task: Task, folder: RunFolder, wanted: Mapping[str, float], workers: int) -> Outcome:
@@ -288,16 +289,3 @@ def _export_cpus(config: Config, wanted: dict[str, float]) -> float:
 def _export(task: Task, folder: RunFolder, step: int) -> dict[str, Any]:
     quiet_transformers()
     return export_run(task, folder, step)
-
-
-def _check_size(config: Config, resources: dict[str, float], say: Say) -> None:
-    fewest, elastic = config.cluster.fewest(), config.cluster.elastic()
-    for kind, each in worker_resources(config).items():
-        there = resources.get(kind, 0.0)
-        if each * fewest <= there:
-            continue
-        field = "gpus_per_worker" if kind == "GPU" else "cpus_per_worker"
-        needs = f"with {field}={each:g} needs {each * fewest:g} {kind}s, but the cluster has {there:g}"
-        if not elastic:
-            raise UserError(f"cluster.workers={fewest} {needs}; use fewer workers")
-        say(f"training waits for the cluster to grow: cluster.workers of at least {fewest} {needs}")

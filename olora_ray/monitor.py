@@ -8,13 +8,14 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from olora_ray.board import Failure, Message, Resumed, Started
+from olora_ray.board import Failure, Message, Resumed, Saved, Started
 from olora_ray.capacity import free_workers
 from olora_ray.config import Config
 from olora_ray.data.preparation import Made, Preparation
 from olora_ray.progress import Progress
 from olora_ray.stop import Stop
 from olora_ray.task import Task
+from olora_ray.telemetry import Telemetry
 from olora_ray.tracking import Tracker
 from olora_ray.train.schedule import Schedule
 
@@ -44,6 +45,7 @@ class Monitor:
         self.on_row = on_row
         self.task, self.preparation, self.tracker = task, preparation, tracker
         self.progress, self.stop, self.wanted = progress, stop, wanted
+        self.telemetry = Telemetry(task.config.run.name)
         self.schedule = Schedule(task.config.train, preparation.store)
         self.highest = tracker.last_step("train/loss") or 0
         """The last step that is known to have been done."""
@@ -64,6 +66,7 @@ class Monitor:
                 self._collect()
                 collected = time.monotonic()
         self._collect()
+        self.telemetry.ended()
         return training.result()
 
     def happened(self, what: str) -> None:
@@ -113,6 +116,8 @@ class Monitor:
                     self.progress.line(message)
                 case Failure():
                     self.happened(message.what)
+                case Saved():
+                    self.telemetry.saved(message.seconds)
                 case Started():
                     self._started(0, message.workers)
                 case Resumed():
@@ -122,6 +127,7 @@ class Monitor:
                     rows[int(message["step"])] = _without_step(message)
                     self.highest = max(self.highest, int(message["step"]))
                     self.progress.row(message)
+                    self.telemetry.row(message)
         if rows:
             self.tracker.metrics(rows)
         if self.on_row:
@@ -131,6 +137,7 @@ class Monitor:
     def _started(self, step: int, workers: int) -> None:
         again = max(0, self.highest - step)
         first = self.workers is None and self.cause is None
+        self.telemetry.started(workers, again=not first)
         if step or again or not first:
             what = self.cause or ("taken up again" if first else "restarted")
             if self.workers not in (None, workers):

@@ -34,7 +34,7 @@ def run(config: Config, say: Say, tags: Mapping[str, str] | None = None) -> dict
     spec = spec_from_pretrained(tokenizer, base.name)
     report.plan(config, base, say)
 
-    with launch.connect(config, say) as stop, launch.tokens(config, spec, say) as (training, held_out):
+    with launch.connect(config, say, base) as stop, launch.tokens(config, spec, say) as (training, held_out):
         eos = model.end_tokens(base, tokenizer)
         task = Task(config, base, spec.digest, eos, training.store, held_out, launch.make_board())
         report.steps(task, say)

@@ -78,7 +78,7 @@ class SharedBase:
     @classmethod
     def of(cls, task: Task, device: torch.device) -> "SharedBase":
         """The base model of a task, in this process."""
-        use_cpus(task.config, device)
+        use_cpus(task.config, device, threads_take_turns=True)
         return cls(load(task, device), device)
 
 
@@ -137,8 +137,8 @@ def load(task: Task, device: torch.device) -> SupervisedLoss:
     return SupervisedLoss(model)
 
 
-def use_cpus(config: Config, device: torch.device) -> None:
+def use_cpus(config: Config, device: torch.device, threads_take_turns: bool = False) -> None:
     """As many threads as the process has CPUs of Ray's, at least one."""
     if device.type == "cpu":
         torch.set_num_threads(max(1, math.floor(config.cluster.cpus_per_worker)))
-        keep_freed_memory()
+        keep_freed_memory(threads_take_turns)

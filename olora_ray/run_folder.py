@@ -10,7 +10,16 @@ from olora_ray.config import Config, build, dump, flatten, parse_yaml
 from olora_ray.errors import UserError
 from olora_ray.secrets import mask
 
-FREE_TO_CHANGE = ("run.storage", "cluster.", "tracking.", "registry.", "train.keep", "train.log_every")
+FREE_TO_CHANGE = (
+    "run.storage",
+    "cluster.",
+    "tracking.",
+    "registry.",
+    "gate.",
+    "retrain.",
+    "train.keep",
+    "train.log_every",
+)
 """Fields that may differ when a run is taken up again: they do not change its numbers."""
 
 

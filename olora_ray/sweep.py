@@ -222,7 +222,7 @@ def _seats(task: Task, space: Space, say: Say) -> tuple[int, tuple[Any, ...]]:
         return seats, ()
     number = min(room, -(-min(space.concurrency or count, count) // each))
     say(f"search: {count} trials, up to {each} side by side on each of {number} copies of the base model")
-    return min(number * each, count), host.start(task, wanted, number)
+    return min(number * each, count), host.start(task, wanted, number, each)
 
 
 def _room(wanted: Mapping[str, float]) -> int:

@@ -16,7 +16,7 @@ from olora_ray.adapter.distribute import InitReport, initialise, raise_together
 from olora_ray.adapter.factors import AdapterWeights, Factors
 from olora_ray.adapter.inject import find_targets, wrap
 from olora_ray.baseline import Baseline
-from olora_ray.board import Resumed, Started
+from olora_ray.board import Resumed, Saved, Started
 from olora_ray.config import dump
 from olora_ray.errors import UserError
 from olora_ray.listener import Listener
@@ -58,7 +58,7 @@ class Worker:
         self.post, self.rank, self.world, self.device = post, post.rank, post.world, post.device
         self.listener = Listener(task.board, self.rank, post.node)
         self.schedule = Schedule(self.config.train, task.train, self.listener.waiting)
-        self.keeper = keeper.Keeper(checkpoints, self.config.train.keep, self._say) if self.rank == 0 else None
+        self.keeper = self._keeper() if self.rank == 0 else None
         self.state = TrainState()
         self.best: Tensor | None = None
         self.asked = wanted_questions(self.config.evaluation, task.eval)
@@ -193,6 +193,14 @@ class Worker:
         factors, report = initialise(targets, adapter.method, adapter.rank, self.config.run.seed, self.device)
         self._say(_describe(adapter.method, report))
         return factors
+
+    def _keeper(self) -> keeper.Keeper:
+        return keeper.Keeper(
+            self.checkpoints,
+            self.config.train.keep,
+            self._say,
+            saved=lambda step, seconds: self._tell_driver(Saved(step, seconds)),
+        )
 
     def _checkpoint(self) -> None:
         """Have the state of now saved; rank 0 writes, since all workers hold the same adapter and optimizer."""

@@ -30,7 +30,7 @@ def main(argv: list[str]) -> None:
     tokenizer = model.load_tokenizer(base, search.model)
     report.plan(search, base, say)
 
-    with launch.connect(search, say):
+    with launch.connect(search, say, base):
         task, seconds = sweep.made_task(search, base, tokenizer, say)
         task, spared = sweep.share(task, space, seconds, say)
         with sweep.tracked(task, space) as tracker:

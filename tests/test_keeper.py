@@ -56,6 +56,16 @@ def test_the_newest_checkpoint_comes_back(place: str) -> None:
     assert found[1].state.step == 10
 
 
+def test_the_time_of_each_checkpoint_is_told(place: str) -> None:
+    told: list[tuple[int, float]] = []
+    found = Keeper(place, 9, quiet, saved=lambda step, seconds: told.append((step, seconds)))
+    found.save(0, writer(0))
+    found.save(2, writer(2))
+    found.finish()
+    assert [step for step, _ in told] == [0, 2]
+    assert all(seconds > 0 for _, seconds in told)
+
+
 def test_old_ones_go_only_after_a_new_one_is_there(place: str) -> None:
     filled(place, 0, 2, 4, keep=2)
     assert keeper.names(place) == ["step-0000002", "step-0000004"]

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -117,6 +118,27 @@ def test_one_at_a_time_among_processes(place: str, tmp_path: Path) -> None:
     processes = [subprocess.Popen(command) for _ in range(3)]
     assert [process.wait() for process in processes] == [0, 0, 0]
     assert counter.read_text() == "60"
+
+
+def test_the_look_and_the_write_are_one_step(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second one that comes exactly between them waits, and then sees the first."""
+    found: list[lock.Holder | None] = []
+    first, second = lock.Lock(place, "first"), lock.Lock(place, "second")
+    thread = threading.Thread(target=lambda: found.append(second.take()))
+    read = lock._read
+
+    def interrupted(where: str) -> lock.Holder | None:
+        seen = read(where)
+        if threading.current_thread() is not thread and not thread.ident:
+            thread.start()
+            thread.join(0.3)
+        return seen
+
+    monkeypatch.setattr(lock, "_read", interrupted)
+    assert first.take() is None
+    thread.join()
+    assert [holder.token for holder in found if holder] == [first._mine.token]
+    first.release()
 
 
 def test_without_atomic_steps_the_one_who_stands_there_after_a_while_has_it(

@@ -54,7 +54,9 @@ class ClusterLM(LM):  # type: ignore[misc] # lm-eval is untyped
         works: list[Piece] = [(method, tuple(requests[i].args for i in place)) for place in places]
         self._say(f"tasks: {len(requests):,} requests")
         done = actors.spread(self._make, works, self._config, self._say)
-        answers = {i: answer for place, found in zip(places, done, strict=True) for i, answer in zip(place, found)}  # noqa: B905
+        answers: dict[int, Any] = {}
+        for place, found in zip(places, done, strict=True):
+            answers |= zip(place, found, strict=True)
         return [answers[i] for i in range(len(requests))]
 
 

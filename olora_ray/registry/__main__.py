@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from olora_ray import command
 from olora_ray.errors import UserError
-from olora_ray.reach import check, connect, reachable
+from olora_ray.reach import check, connect, reachable, shown_uri
 from olora_ray.registry import checksums
 from olora_ray.registry.aliases import GATE, Aliases
 
@@ -42,7 +42,7 @@ def main(argv: list[str]) -> None:
     check(uri)
     aliases = Aliases(uri, names[0])
     if not aliases.versions():
-        raise UserError(f"no model {names[0]!r} with a version is registered in {uri}")
+        raise UserError(f"no model {names[0]!r} with a version is registered in {shown_uri(uri)}")
     act(aliases, *names[1:])
 
 

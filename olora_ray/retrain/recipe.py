@@ -11,17 +11,19 @@ version is made from the base, and the log says why.
 """
 
 import hashlib
+import json
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from olora_ray import keeper, storage
-from olora_ray.config import Config, Source
+from olora_ray.config import Config, Source, flatten
 from olora_ray.data import records
 from olora_ray.data.plan import Plan
 from olora_ray.fingerprint import TAGS
 from olora_ray.registry.aliases import CHALLENGER
 from olora_ray.retrain.changes import Inputs
+from olora_ray.run_folder import FREE_TO_CHANGE
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -53,6 +55,8 @@ class _Start:
 def make(config: Config, inputs: Inputs, champion: "ModelVersion | None", say: Say) -> Recipe:
     """The recipe; its run's name follows from what goes in, so that a run that was cut off is found again."""
     _note_files(config, inputs.plan)
+    if champion is not None:
+        _warn_of_leaks(config, inputs.plan, champion, say)
     start = None
     if config.retrain.origin == "champion" and champion is not None:
         found = _continued(config, inputs, champion, say)
@@ -60,19 +64,33 @@ def make(config: Config, inputs: Inputs, champion: "ModelVersion | None", say: S
             say(f"retrain.from=champion: version {champion.version} is not continued, {found}: training from the base")
         else:
             start = found
-    parts = [*inputs.fingerprint.tags().values(), *([start.checkpoint, str(config.retrain.replay)] if start else [])]
-    digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:8]
-    changed = {
-        "run": config.run.model_copy(update={"name": f"{config.run.name}-{digest}"}),
-        "registry": config.registry.model_copy(update={"alias": CHALLENGER}),
-    }
+    wanted = config.model_copy(update={"registry": config.registry.model_copy(update={"alias": CHALLENGER})})
     if start:
-        changed |= {
-            "train": config.train.model_copy(update={"start": start.checkpoint}),
-            "data": config.data.model_copy(update={"train": start.sources}),
-        }
+        train = config.train.model_copy(update={"start": start.checkpoint})
+        data = config.data.model_copy(update={"train": start.sources})
+        wanted = wanted.model_copy(update={"train": train, "data": data})
+    name = f"{config.run.name}-{_digest(wanted, inputs)}"
     origin = f"champion, version {start.version}" if start else "base"
-    return Recipe(config.model_copy(update=changed), {**inputs.fingerprint.tags(), ORIGIN: origin})
+    return Recipe(
+        wanted.model_copy(update={"run": config.run.model_copy(update={"name": name})}),
+        {**inputs.fingerprint.tags(), ORIGIN: origin},
+    )
+
+
+def _digest(config: Config, inputs: Inputs) -> str:
+    """Of contents, and of all settings that a run's folder is bound to."""
+    bound = {name: value for name, value in flatten(config).items() if not name.startswith(FREE_TO_CHANGE)}
+    text = json.dumps([inputs.fingerprint.tags(), bound], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _warn_of_leaks(config: Config, plan: Plan, champion: "ModelVersion", say: Say) -> None:
+    known = _known_files(config, champion.tags.get(TAGS["data"], "")) or frozenset()
+    if config.data.eval_fraction is not None and known - {each.sha256 for each in plan.files}:
+        say(
+            "warning: data.eval_fraction: a file of the champion's training data has changed or is gone, so it"
+            " may have seen rows that are held out now; data.eval, or adding files only, avoids that"
+        )
 
 
 def _continued(config: Config, inputs: Inputs, champion: "ModelVersion", say: Say) -> _Start | str:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 DETAILS = "olora.gate_details"
 """Tag of a version: the numbers behind the gate's decision, as JSON."""
 RECORDED = "olora.decision_run"
-"""Tag of a version: the MLflow run that tells of the gate's decision on it."""
+"""Tag of a version: the MLflow run that tells of the gate's decision on it; empty until there is one."""
 What = Literal["unchanged", "promoted", "refused", "failed"]
 
 
@@ -34,8 +34,11 @@ class Entry:
     details: Mapping[str, Any] = field(default_factory=dict)
 
 
-def write(config: Config, entry: Entry) -> str:
-    """Make the MLflow run of a decision; returns its id. Raises TrackingAway if MLflow does not answer."""
+def write(config: Config, entry: Entry, run_id: str | None = None) -> str:
+    """Make the MLflow run of a decision, or complete `run_id`; returns its id.
+
+    Raises TrackingAway if MLflow does not answer.
+    """
     name = str(config.registry.model)
     interval = entry.details.get("improvement")
     tags = {
@@ -48,7 +51,7 @@ def write(config: Config, entry: Entry) -> str:
     tags |= {f"olora.{role}": f"{name}/{number}" for role, number in _roles(entry) if number}
     if interval:
         tags["olora.interval"] = f"{interval['mean']:.6f} [{interval['low']:.6f}, {interval['high']:.6f}]"
-    tracker = tracking.start(config, f"{name} {entry.decision}", tags)
+    tracker = tracking.start(config, f"{name} {entry.decision}", tags, run_id)
     tracker.metrics({0: _metrics(entry.details)})
     shown = {"decision": entry.decision, "reason": entry.reason, **dict(_roles(entry)), **entry.details}
     tracker.text(json.dumps(shown, indent=2) + "\n", "decision.json")
@@ -59,15 +62,28 @@ def write(config: Config, entry: Entry) -> str:
 def of_version(config: Config, version: "ModelVersion") -> None:
     """Write the gate's decision on a version, once, from the version's own tags: a crash in between loses nothing."""
     tags = version.tags
-    if GATE not in tags or AGAINST not in tags or RECORDED in tags:
+    if GATE not in tags or AGAINST not in tags or tags.get(RECORDED):
         return
     decision: What = "refused" if tags[GATE].startswith("refused") else "promoted"
     reason = tags[GATE].partition(": ")[2] or tags[GATE]
     details = json.loads(tags.get(DETAILS, "{}"))
-    run_id = write(config, Entry(decision, reason, str(version.version), tags[AGAINST] or None, details))
+    entry = Entry(decision, reason, str(version.version), tags[AGAINST] or None, details)
+    run_id = write(config, entry, _begun(config, entry))
     uri = tracking.resolve_uri(config)
     with reachable(uri):
         connect(uri).set_model_version_tag(version.name, version.version, RECORDED, run_id)
+
+
+def _begun(config: Config, entry: Entry) -> str | None:
+    """The run of this decision, if a call that was cut off has made it already."""
+    uri, name = tracking.resolve_uri(config), config.registry.model
+    wanted = {"olora.kind": "retraining", "olora.decision": entry.decision}
+    wanted |= {f"olora.{role}": f"{name}/{number}" for role, number in _roles(entry) if number}
+    words = " and ".join(f"tags.`{tag}` = '{text}'" for tag, text in wanted.items())
+    with reachable(uri):
+        experiment = connect(uri).get_experiment_by_name(config.tracking.experiment)
+        found = connect(uri).search_runs([experiment.experiment_id], words) if experiment else []
+    return str(found[0].info.run_id) if found else None
 
 
 def _roles(entry: Entry) -> list[tuple[str, str | None]]:

@@ -22,12 +22,15 @@ from olora_ray.gate import Decision
 from olora_ray.registry.aliases import CHAMPION, GATE, Aliases
 from olora_ray.retrain import changes, recipe, record
 from olora_ray.retrain.changes import AGAINST, Inputs
-from olora_ray.retrain.record import DETAILS, Entry
+from olora_ray.retrain.record import DETAILS, RECORDED, Entry
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 Say = Callable[[str], None]
+NOTHING_LEARNED = Decision(
+    False, "no step on the new rows made the held-out loss better, so this is the champion's adapter again", {}
+)
 
 
 def run(config: Config, say: Say) -> None:
@@ -62,8 +65,8 @@ def _retrain(config: Config, aliases: Aliases, lease: lock.Lock, say: Say) -> No
         _unchanged(config, done, number, say)
         return
     say(_what_changed(inputs, champion))
-    version = _trained(config, aliases, inputs, champion, say)
-    decision = _decide(config, inputs, version, champion, say)
+    version, learned = _trained(config, aliases, inputs, champion, say)
+    decision = _decide(config, inputs, version, champion, say) if learned else NOTHING_LEARNED
     lease.check()  # whoever has taken over decides by himself
     _settle(aliases, version, champion, decision, say)
     record.of_version(config, aliases.version(str(version.version)))
@@ -85,13 +88,18 @@ def _what_changed(inputs: Inputs, champion: "ModelVersion | None") -> str:
 
 def _trained(
     config: Config, aliases: Aliases, inputs: Inputs, champion: "ModelVersion | None", say: Say
-) -> "ModelVersion":
-    """Train, export and register, or take up what an earlier call has done of that."""
+) -> tuple["ModelVersion", bool]:
+    """Train, export and register, or take up what an earlier call has done of that.
+
+    Returns the version, and whether it is another model than the one that training started with: the best
+    adapter is exported, and that is the champion's if no step was better.
+    """
     from olora_ray import pipeline  # with Ray, which a call that finds nothing changed does not need
 
     wanted = recipe.make(config, inputs, champion, say)
-    registered = pipeline.run(wanted.config, say, wanted.tags)["registered"]
-    return aliases.version(str(registered["version"]))
+    result = pipeline.run(wanted.config, say, wanted.tags)
+    learned = wanted.config.train.start is None or result["best_step"] > 0
+    return aliases.version(str(result["registered"]["version"])), learned
 
 
 def _decide(
@@ -111,7 +119,7 @@ def _settle(
 ) -> None:
     """Let the aliases and tags follow the decision."""
     number, against = str(challenger.version), str(champion.version) if champion else ""
-    tags = {AGAINST: against, DETAILS: json.dumps(decision.details)}
+    tags = {AGAINST: against, DETAILS: json.dumps(decision.details), RECORDED: ""}
     if not decision.passed:
         aliases.refuse(number, f"refused: {decision.reason}", tags)
         say(f"refused: {decision.reason}")

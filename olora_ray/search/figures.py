@@ -84,7 +84,7 @@ def importances(record: SearchRecord) -> "Figure":
     middle, half = (len(shares) - 1) / 2, max(len(shares), 4) / 2
     axes.set_ylim(middle - half, middle + half)
     axes.set_xlim(0, max(shares) * 1.12)
-    axes.xaxis.set_visible(False)
+    axes.set_xticks([])
     axes.spines["bottom"].set_visible(False)
     axes.tick_params(axis="y", length=0, labelsize=10.5)
     return figure

@@ -86,12 +86,12 @@ class _Looks:
 
 def _rate_fields(record: SearchRecord) -> tuple[str | None, str | None]:
     """The field of the x axis and the one of the colours."""
-    order = importance.of(record).order()
     fields = [name for name in record.fields if any(name in trial.params for trial in record.trials)]
-    fields.sort(key=lambda name: order.index(name) if name in order else len(order))
-    numeric = [
-        name for name in fields if scale.of(trial.params.get(name) for trial in record.trials).kind != "category"
-    ]
+    if not {"train.lr", "adapter.rank"} <= set(fields):
+        order = importance.of(record).order()
+        fields.sort(key=lambda name: order.index(name) if name in order else len(order))
+    kinds = {name: scale.of(t.params[name] for t in record.trials if name in t.params).kind for name in fields}
+    numeric = [name for name in fields if kinds[name] != "category"]
     field = next((name for name in ["train.lr", *numeric, *fields] if name in fields), None)
     others = [name for name in ["adapter.rank", *fields] if name in fields and name != field]
     return field, next(iter(others), None)

@@ -50,7 +50,7 @@ class Watch(tune.Callback, tune.Stopper):
         """A trial begins, or goes on."""
         step = (trial.last_result or {}).get("step")
         again = f"goes on after step {step}" if step else "starts"
-        self.say(f"trial {_number(trial)} {again}: {described(_draws(trial)) or 'the config as it is'}")
+        self.say(f"trial {_number(trial)} {again}: {described(self._values(trial)) or 'the config as it is'}")
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
@@ -90,6 +90,10 @@ class Watch(tune.Callback, tune.Stopper):
         self.best = None if best is None else (float(best[0]), int(best[1]))
         self.since_better, self._ended = int(state.get("since_better", 0)), set(state.get("ended", ()))
 
+    def _values(self, trial: Any) -> dict[str, Any]:
+        draws = {name: value for name, value in trial.config.items() if name != NUMBER}
+        return {} if self.space.has_default() and _number(trial) == 0 else self.space.values(draws)
+
     def _count(self, trial: Any) -> None:
         self._ended.add(trial.trial_id)
         self.since_better += 1
@@ -106,15 +110,11 @@ class Watch(tune.Callback, tune.Stopper):
         return f"{len(self._ended)} of {self.space.count()} trials have ended"
 
 
-def described(draws: Mapping[str, Any]) -> str:
+def described(values: Mapping[str, Any]) -> str:
     """Values as a person reads them: `adapter.rank=16, train.lr=3.2e-04`."""
     return ", ".join(
-        f"{name}={value:.3g}" if isinstance(value, float) else f"{name}={value}" for name, value in draws.items()
+        f"{name}={value:.3g}" if isinstance(value, float) else f"{name}={value}" for name, value in values.items()
     )
-
-
-def _draws(trial: Any) -> dict[str, Any]:
-    return {name: value for name, value in trial.config.items() if name != NUMBER and value is not None}
 
 
 def _number(trial: Any) -> int:

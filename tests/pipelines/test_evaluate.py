@@ -3,44 +3,14 @@
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.evaluation import sets
+from tests.evaluation import harness, sets
 from tests.pipelines import project
 
 LIMIT = 8
 TASKS = ("arc_easy", "boolq")
-
-
-def by_lm_eval(model: Path, data: Path, folder: Path) -> dict[str, dict[str, Any]]:
-    """The same rows through lm-eval alone: its own loading of data (the arrow file), model and tasks."""
-    import lm_eval
-    from lm_eval.tasks import TaskManager
-
-    own = Path(lm_eval.__file__).parent / "tasks"
-    for task, origin, place, more in (
-        ("arc_easy", "arc/arc_easy.yaml", "ai2_arc/ARC-Easy", ""),
-        ("boolq", "super_glue/boolq/default.yaml", "boolq/none", 'doc_to_target: "{{answer|int}}"\n'),
-    ):
-        (file,) = (data / place / "validation").glob("*.arrow")
-        (folder / f"{task}.yaml").write_text(
-            f"include: {own / origin}\ntask: {task}\ndataset_path: arrow\ndataset_name: null\n"
-            f"dataset_kwargs: {{data_files: {{validation: {file}}}, cache_dir: {folder / 'cache'}}}\n"
-            f"training_split: null\ntest_split: null\n{more}"
-        )
-    found = lm_eval.simple_evaluate(
-        model="hf",
-        model_args={"pretrained": str(model), "dtype": "float32"},
-        device="cpu",
-        tasks=list(TASKS),
-        task_manager=TaskManager(include_defaults=False, include_path=str(folder)),
-        limit=LIMIT,
-        batch_size=3,
-    )
-    assert found is not None
-    return dict(found["results"])
 
 
 @pytest.mark.ray
@@ -58,7 +28,7 @@ def test_accuracies_are_those_of_lm_eval_on_the_same_rows(tiny_model: Path, corp
     for model, found in zip((tiny_model, other), tree["models"], strict=True):
         lines = tmp_path / f"yaml-{model.name}"
         lines.mkdir()
-        expected = by_lm_eval(model, data, lines)
+        expected = harness.by_lm_eval(model, data, lines, TASKS, LIMIT)
         for task in TASKS:
             assert found["tasks"][task] == f"validation[:{LIMIT}]"
             for name in ("acc", "acc_norm") if task == "arc_easy" else ("acc",):

@@ -200,6 +200,38 @@ def test_a_search_whose_driver_is_killed_goes_on(corpus: Path, tiny_model: Path,
 
 
 @pytest.mark.slow
+def test_trials_go_on_when_the_process_they_share_is_killed(corpus: Path, tiny_model: Path, scratch: Path) -> None:
+    space = {
+        "search": {"train.lr": {"grid": [1e-2, 3e-3, 1e-3]}},
+        "searcher": "grid",
+        "scheduler": {"kind": "none"},
+        "trials_per_worker": 4,
+        "concurrency": 4,
+    }
+    arguments = write(corpus, tiny_model, space, train__steps=200, train__eval_every=20, train__checkpoint_every=20)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_TMPDIR": str(scratch)}
+    with subprocess.Popen(
+        [sys.executable, SCRIPT, *arguments], cwd=project.ROOT, env=environment, stdout=subprocess.PIPE, text=True
+    ) as driver:
+        assert driver.stdout
+        killed = 0
+        for line in driver.stdout:
+            if "step 40/200" in line and not killed:
+                hosts = [one for one in processes.processes_of(scratch) if one.name().startswith("ray::Host")]
+                killed = len(hosts)
+                for one in hosts:
+                    one.kill()
+    assert killed == 1
+    assert driver.returncode == 0
+    folder = corpus / "runs" / "small-space"
+    found = records(folder)
+    assert [found[number]["status"] for number in range(4)] == ["finished"] * 4
+    texts = [(folder / "trials" / f"trial-{number:03d}" / "log.txt").read_text() for number in range(4)]
+    assert all("the process of several trials died: going on after step" in text for text in texts)
+    assert all([step for step, _ in found[number]["curve"]] == list(range(0, 201, 20)) for number in range(4))
+
+
+@pytest.mark.slow
 def test_a_population_takes_over_the_better_adapters(corpus: Path, tiny_model: Path) -> None:
     space = {
         "search": {"train.lr": {"choice": [1e-2, 1e-7]}},

@@ -116,6 +116,7 @@ def test_the_run_has_the_same_name_until_something_changes(config: Config, tmp_p
     first = made(config, None)[0].config.run.name
     assert made(config, None)[0].config.run.name == first
     assert made(override(config, {"train.lr": 1e-5}), None)[0].config.run.name != first
+    assert made(override(config, {"gate.must_improve_by": 1, "cluster.workers": 1}), None)[0].config.run.name == first
     write(tmp_path / "chats" / "c.jsonl")
     assert made(config, None)[0].config.run.name != first
 
@@ -143,6 +144,16 @@ def test_a_file_that_moved_is_known_and_one_that_has_grown_is_new(config: Config
     chats, again, _ = made(config, champion)[0].config.data.train
     assert chats.only == (f"{tmp_path}/chats/b.jsonl",)
     assert again.only == (f"{tmp_path}/chats/z.jsonl",)
+
+
+def test_rows_that_the_champion_may_have_seen_are_warned_of(config: Config, tmp_path: Path) -> None:
+    drawn = override(config, {"data.eval_fraction": 0.2})
+    champion = champion_of(drawn, tmp_path / "run")
+    write(tmp_path / "chats" / "c.jsonl")
+    assert "warning" not in made(drawn, champion)[1]
+    with (tmp_path / "chats" / "b.jsonl").open("a") as file:
+        file.write('{"text": "more"}\n')
+    assert "warning: data.eval_fraction: a file of the champion's" in made(drawn, champion)[1]
 
 
 def test_nothing_is_replayed_if_nothing_is_to_be(config: Config, tmp_path: Path) -> None:

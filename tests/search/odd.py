@@ -77,6 +77,6 @@ ODD: dict[str, SearchRecord] = {
     "many fields": search(
         [({f"section.a_rather_long_field_{k}": (i * k) % 7 for k in range(1, 10)}, 1.0 + i / 7) for i in range(8)]
     ),
-    "many trials": realistic(120),
+    "many trials": realistic(60),
     "quantized": search([({"adapter.rank": 4 + 3 * i, "train.lr": RATES[i % 6]}, 1 + (i % 5) / 9) for i in range(18)]),
 }

@@ -1,0 +1,106 @@
+"""Numbers of a running training for Prometheus: Ray's agents export them from every node, as `ray_NAME`.
+
+All of them are set in the driver, where the workers' rows arrive anyway, so the loop does nothing for them.
+Only watching depends on them: whatever goes wrong here is told once in the log, and the training goes on.
+"""
+
+import functools
+import logging
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Concatenate, ParamSpec
+
+logger = logging.getLogger(__name__)
+Arguments = ParamSpec("Arguments")
+
+TAG = "run"
+"""Every series carries the run's name."""
+GAUGES = {
+    "olora_supervised_tokens_per_second": ("train/tokens_per_second", "Supervised tokens a second, all workers"),
+    "olora_loss": ("train/loss", "Training loss of the last step"),
+    "olora_eval_loss": ("eval/loss", "Loss on the held-out rows, last evaluation"),
+    "olora_learning_rate": ("train/lr", "Learning rate of the last step"),
+    "olora_data_wait_fraction": ("data/wait_fraction", "Share of the last step spent waiting for data"),
+}
+"""Name of a gauge -> the metric of a row that it shows, and its description."""
+WORKERS = "olora_workers"
+RESTARTS = "olora_restarts"
+STEP_SECONDS = "olora_step_seconds"
+CHECKPOINT_SECONDS = "olora_checkpoint_seconds"
+BUCKETS = tuple(float(f"{digit}e{power}") for power in range(-2, 4) for digit in (1, 2, 5))
+"""Upper bounds in seconds, 10 ms to 5000 s. Ray adds up the middles of buckets: read quantiles, not means."""
+
+
+def exported() -> dict[str, str]:
+    """Names that Prometheus sees -> kind. A histogram also has _bucket, _sum and _count."""
+    gauges = {f"ray_{name}": "gauge" for name in [*GAUGES, WORKERS]}
+    histograms = {f"ray_{name}": "histogram" for name in [STEP_SECONDS, CHECKPOINT_SECONDS]}
+    return gauges | histograms | {f"ray_{RESTARTS}_total": "counter"}
+
+
+def _harmless(
+    method: Callable[Concatenate["Telemetry", Arguments], None],
+) -> Callable[Concatenate["Telemetry", Arguments], None]:
+    """The method, without its exceptions: after the first one nothing is exported any more."""
+
+    @functools.wraps(method)
+    def call(self: "Telemetry", /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> None:
+        if self._broken:
+            return
+        try:
+            method(self, *args, **kwargs)
+        except Exception as error:
+            self._broken = True
+            logger.warning("no more metrics for Prometheus: %s: %s", type(error).__name__, error)
+
+    return call
+
+
+class Telemetry:
+    """The metrics of one run; make it in the driver, after ray.init."""
+
+    def __init__(self, run: str) -> None:
+        """`run` is the name of the run."""
+        self._broken = False
+        self._metrics: dict[str, Any] = {}
+        self._make(run)
+
+    @_harmless
+    def _make(self, run: str) -> None:
+        from ray.util.metrics import Counter, Gauge, Histogram
+
+        for name, (_, text) in GAUGES.items():
+            self._metrics[name] = Gauge(name, text, (TAG,))
+        self._metrics[WORKERS] = Gauge(WORKERS, "Workers that train now", (TAG,))
+        self._metrics[RESTARTS] = Counter(RESTARTS, "Times that the workers were started again", (TAG,))
+        times = {STEP_SECONDS: "Seconds a step takes", CHECKPOINT_SECONDS: "Seconds a checkpoint takes to be written"}
+        for name, text in times.items():
+            self._metrics[name] = Histogram(name, text, list(BUCKETS), (TAG,))
+        for metric in self._metrics.values():
+            metric.set_default_tags({TAG: run})
+
+    @_harmless
+    def row(self, row: Mapping[str, float]) -> None:
+        """Take in the metrics of a step or of an evaluation."""
+        for name, (field, _) in GAUGES.items():
+            if field in row and math.isfinite(row[field]):
+                self._metrics[name].set(row[field])
+        if "train/step_seconds" in row:
+            self._metrics[STEP_SECONDS].observe(row["train/step_seconds"])
+
+    @_harmless
+    def started(self, workers: int, again: bool) -> None:
+        """Workers train; `again`: after others of this training, or after a failure."""
+        self._metrics[WORKERS].set(workers)
+        if again:
+            self._metrics[RESTARTS].inc()
+
+    @_harmless
+    def ended(self) -> None:
+        """No workers train."""
+        self._metrics[WORKERS].set(0)
+
+    @_harmless
+    def saved(self, seconds: float) -> None:
+        """A checkpoint is written."""
+        self._metrics[CHECKPOINT_SECONDS].observe(seconds)

@@ -1,0 +1,138 @@
+"""The manifests fit KubeRay's schemas, hold no secret, and are careful with what they run."""
+
+import json
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+
+Tree = dict[str, Any]
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "deploy" / "kuberay"
+SCHEMA: Tree = json.loads((Path(__file__).parent / "schemas" / "kuberay.json").read_text())
+CUSTOM = ("raycluster.yaml", "rayjob.yaml", "raycronjob.yaml")
+
+
+def manifest(name: str) -> Tree:
+    tree: Tree = yaml.safe_load((FOLDER / name).read_text())
+    return tree
+
+
+def cluster(name: str) -> Tree:
+    """The RayCluster spec in a manifest."""
+    spec: Tree = manifest(name)["spec"]
+    spec = spec.get("jobTemplate", spec)
+    found: Tree = spec.get("rayClusterSpec", spec)
+    return found
+
+
+def pods(tree: Any) -> Iterator[Tree]:
+    """Specs of all pods in a manifest."""
+    if isinstance(tree, dict):
+        if "containers" in tree:
+            yield tree
+        for value in tree.values():
+            yield from pods(value)
+    elif isinstance(tree, list):
+        for value in tree:
+            yield from pods(value)
+
+
+def validate(tree: Tree) -> None:
+    jsonschema.validate(tree, {**SCHEMA, "$ref": f"#/$defs/{tree['kind']}"})
+
+
+def test_there_are_no_other_manifests() -> None:
+    assert sorted(file.name for file in FOLDER.iterdir()) == sorted([*CUSTOM, "cronjob.yaml", "storage.yaml"])
+
+
+@pytest.mark.parametrize("name", CUSTOM)
+def test_manifests_fit_the_schemas_of_kuberay(name: str) -> None:
+    validate(manifest(name))
+
+
+def test_the_schemas_refuse_what_kuberay_does_not_know() -> None:
+    tree = manifest("raycronjob.yaml")
+    tree["spec"]["concurrencyPolicy"] = "Forbid"  # a CronJob's, not a RayCronJob's
+    with pytest.raises(jsonschema.ValidationError, match="concurrencyPolicy"):
+        validate(tree)
+    tree = manifest("raycluster.yaml")
+    tree["spec"]["headGroupSpec"]["rayStartParams"]["num-cpus"] = 0
+    with pytest.raises(jsonschema.ValidationError, match="0 is not of type 'string'"):
+        validate(tree)
+
+
+@pytest.mark.parametrize("name", CUSTOM)
+def test_the_head_trains_nothing_and_authentication_is_on(name: str) -> None:
+    spec = cluster(name)
+    assert spec["authOptions"] == {"mode": "token"}
+    assert spec["headGroupSpec"]["serviceType"] == "ClusterIP"
+    params = spec["headGroupSpec"]["rayStartParams"]
+    assert (params["num-cpus"], params["num-gpus"]) == ("0", "0")
+    groups = {group["groupName"]: group for group in spec["workerGroupSpecs"]}
+    assert groups.keys() == {"gpu", "prepare"}
+    for group in groups.values():
+        assert 0 <= group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
+    gpus = {key: _container(group)["resources"]["limits"].get("nvidia.com/gpu") for key, group in groups.items()}
+    assert gpus == {"gpu": "1", "prepare": None}
+
+
+@pytest.mark.parametrize("name", CUSTOM)
+def test_all_clusters_have_the_same_pods(name: str) -> None:
+    assert list(pods(cluster(name))) == list(pods(cluster("raycluster.yaml")))
+
+
+@pytest.mark.parametrize("name", [*CUSTOM, "cronjob.yaml"])
+def test_pods_are_bounded_and_unprivileged_and_have_secrets_by_reference(name: str) -> None:
+    found = list(pods(manifest(name)))
+    assert found
+    for pod in found:
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        (container,) = pod["containers"]
+        assert container["image"].partition(":")[2] not in ("", "latest")
+        assert container["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+        assert {"cpu", "memory"} <= container["resources"]["limits"].keys()
+        assert {mount["name"] for mount in container.get("volumeMounts", [])} == {
+            volume["name"] for volume in pod.get("volumes", [])
+        }
+        for variable in container["env"]:
+            secret = any(word in variable["name"] for word in ("TOKEN", "PASSWORD", "USERNAME", "KEY"))
+            assert ("value" in variable) is not secret, variable["name"]
+
+
+def test_the_claim_that_pods_use_is_there() -> None:
+    claim = manifest("storage.yaml")
+    assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
+    for name in CUSTOM:
+        for pod in pods(manifest(name)):
+            (volume,) = pod["volumes"]
+            assert volume["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
+
+
+def test_the_cronjob_submits_to_the_cluster_with_its_token() -> None:
+    tree, standing = manifest("cronjob.yaml"), manifest("raycluster.yaml")["metadata"]["name"]
+    assert (tree["apiVersion"], tree["kind"]) == ("batch/v1", "CronJob")
+    assert tree["spec"]["concurrencyPolicy"] == "Forbid"
+    (pod,) = pods(tree)
+    variables = {variable["name"]: variable for variable in pod["containers"][0]["env"]}
+    assert variables["RAY_ADDRESS"]["value"] == f"http://{standing}-head-svc:8265"
+    assert variables["RAY_AUTH_MODE"]["value"] == "token"
+    assert variables["RAY_AUTH_TOKEN"]["valueFrom"]["secretKeyRef"] == {"name": standing, "key": "auth_token"}
+
+
+@pytest.mark.parametrize("name", ["rayjob.yaml", "raycronjob.yaml"])
+def test_a_run_has_as_many_workers_as_its_cluster_has_gpus(name: str) -> None:
+    spec = manifest(name)["spec"]
+    words = dict(word.split("=") for word in shlex.split(spec.get("jobTemplate", spec)["entrypoint"])[3:])
+    gpu = next(group for group in cluster(name)["workerGroupSpecs"] if group["groupName"] == "gpu")
+    assert int(words["cluster.workers"]) == gpu["minReplicas"] == gpu["maxReplicas"]
+    assert words["cluster.gpus_per_worker"] == "1"
+
+
+def _container(group: Tree) -> Tree:
+    found: Tree = group["template"]["spec"]["containers"][0]
+    return found

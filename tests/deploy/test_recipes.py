@@ -1,0 +1,95 @@
+"""What the recipes copy and call is there."""
+
+import re
+import shlex
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from olora_ray.config import parse_assignments
+
+ROOT = Path(__file__).parents[2]
+DEPLOY = ROOT / "deploy"
+IMAGE = "/opt/olora_ray/"
+"""Where the image has the project."""
+
+
+def dockerfile() -> list[list[str]]:
+    """The instructions, as words."""
+    text = re.sub(r"\\\n", " ", (DEPLOY / "Dockerfile").read_text())
+    return [line.split() for line in text.splitlines() if line.strip() and not line.startswith("#")]
+
+
+def entrypoints() -> Iterator[tuple[str, list[str]]]:
+    """(file, words) of each command of the project that a manifest or crontab runs."""
+    for file in sorted((DEPLOY / "kuberay").glob("*.yaml")):
+        spec = yaml.safe_load(file.read_text())["spec"]
+        spec = spec.get("jobTemplate", spec)
+        if "entrypoint" in spec:
+            yield file.name, shlex.split(spec["entrypoint"])
+        elif "spec" in spec:
+            yield file.name, spec["spec"]["template"]["spec"]["containers"][0]["args"]
+    line = (DEPLOY / "crontab").read_text().splitlines()[-1]
+    yield "crontab", shlex.split(line.partition(" -- ")[2].partition(">>")[0])
+
+
+def test_the_image_copies_what_is_there_and_runs_as_a_user() -> None:
+    steps = dockerfile()
+    sources = [name for words in steps if words[0] == "COPY" for name in words[1:-1]]
+    assert {"pyproject.toml", "olora_ray", "pipelines"} <= set(sources)
+    assert [name for name in sources if not (ROOT / name).exists()] == []
+    ignored = (DEPLOY / "Dockerfile.dockerignore").read_text().split()
+    assert {f"!{name}" for name in sources} <= set(ignored)
+    assert steps[0] == ["FROM", "python:3.11-slim"]
+    user = next(number for number, words in enumerate(steps) if words[0] == "USER")
+    assert steps[user][1] != "root"
+    assert not any(words[0] in ("RUN", "COPY") for words in steps[user:])
+    assert "http" not in (DEPLOY / "Dockerfile").read_text()
+
+
+def test_jobs_call_scripts_of_the_project_with_fields_that_exist() -> None:
+    found = dict(entrypoints())
+    assert found.keys() == {"rayjob.yaml", "raycronjob.yaml", "cronjob.yaml", "crontab"}
+    for name, (python, script, config, *changes) in found.items():
+        assert python == "python", name
+        assert (ROOT / script.removeprefix(IMAGE)).is_file(), f"{name}: {script}"
+        assert script.startswith(IMAGE) is (name != "crontab")
+        assert config.endswith(".yaml") or config == "$CONFIG"
+        for field in parse_assignments(changes):
+            assert field in ("run.storage", "cluster.workers", "cluster.gpus_per_worker")
+
+
+def test_the_crontab_has_five_fields_a_lock_and_a_log() -> None:
+    *settings, line = [
+        text for text in (DEPLOY / "crontab").read_text().splitlines() if text and not text.startswith("#")
+    ]
+    assert all(re.fullmatch(r"[A-Z]+=\S+", text) for text in settings)
+    assert re.match(r"(\S+ ){5}cd \$PROJECT ", line)
+    assert "%" not in line  # cron takes it for the end of the line
+    command = line.split(maxsplit=5)[5]
+    assert "flock --nonblock" in command
+    assert "RAY_AUTH_MODE=token" in command
+    assert command.count(">>~/log/retrain.log") == 2
+    subprocess.run(["bash", "-n", "-c", command], check=True)
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_the_crontabs_command_logs_its_end_and_does_not_run_twice(tmp_path: Path, busy: bool) -> None:
+    line = (DEPLOY / "crontab").read_text().splitlines()[-1]
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "ray").write_text('#!/bin/bash\necho "$MLFLOW_TRACKING_URI $RAY_AUTH_MODE $*"; exit 2\n')
+    (tmp_path / "bin" / "ray").chmod(0o755)
+    environment = {"HOME": str(tmp_path), "PROJECT": str(ROOT), "BIN": str(tmp_path / "bin"), "CONFIG": "c.yaml"}
+    environment["PATH"] = "/usr/bin:/bin"
+    (tmp_path / "log").mkdir()
+    with open(tmp_path / "log" / "retrain.lock", "w") as lock:
+        if busy:
+            subprocess.run(["flock", "--nonblock", str(lock.fileno())], pass_fds=[lock.fileno()], check=True)
+        subprocess.run(["bash", "-c", line.split(maxsplit=5)[5]], env=environment, check=True, timeout=60)
+    log = (tmp_path / "log" / "retrain.log").read_text()
+    assert log.rstrip().endswith("exit code 1" if busy else "exit code 2")
+    submitted = "http://mlflow.internal:5000 token job submit --working-dir . -- python pipelines/retrain.py c.yaml"
+    assert (submitted in log) is not busy

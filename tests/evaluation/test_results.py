@@ -1,0 +1,117 @@
+"""What is shown and kept of an evaluation."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from olora_ray.errors import UserError
+from olora_ray.evaluation import arguments, record, results, table, tasks
+from olora_ray.evaluation.arguments import Request
+from olora_ray.evaluation.results import Evaluation, differences
+from olora_ray.evaluation.rows import RowResults
+from olora_ray.evaluation.targets import Target
+from olora_ray.evaluation.tasks import TaskResult
+from olora_ray.model import BaseModel
+from tests import tiny
+
+
+def evaluation(name: str, right: tuple[float, ...], data: str = "store") -> Evaluation:
+    target = Target(name, BaseModel(name, f"/models/{name}", "digest"), None, tiny.config())
+    share = sum(right) / len(right)
+    task = TaskResult(f"validation[:{len(right)}]", {"acc": share}, {"acc": 0.1}, {"acc": right})
+    held_out = RowResults(data, (2, 3), (4.0, 6.0 * (1 + share)), {"exact_match": right[:2]})
+    return Evaluation(target, held_out, {"arc_easy": task})
+
+
+def test_one_model_is_a_table_of_values_and_errors() -> None:
+    found = table.lines([evaluation("base", (1.0, 0.0, 1.0, 1.0))], {})
+    assert found == [
+        "model: base",
+        "",
+        "metric            rows              value  stderr",
+        "-------------------------------------------------",
+        "eval/loss         held-out[:2]     2.9000",
+        "eval/perplexity   held-out[:2]    18.1741",
+        "eval/exact_match  held-out[:2]     0.5000",
+        "arc_easy/acc      validation[:4]   0.7500  0.1000",
+    ]
+
+
+def test_two_models_stand_side_by_side_with_intervals() -> None:
+    pair = evaluation("tuned", (1.0, 1.0, 1.0, 0.0)), evaluation("base", (0.0, 1.0, 0.0, 0.0))
+    found = differences(*pair)
+    assert list(found) == ["eval/loss", "eval/perplexity", "eval/exact_match", "arc_easy/acc"]
+    assert (found["arc_easy/acc"].mean, found["arc_easy/acc"].high) == (0.5, 1.0)
+    lines = table.lines(pair, found)
+    assert lines[:2] == ["first:  tuned", "second: base"]
+    assert lines[-1].split()[:5] == ["arc_easy/acc", "validation[:4]", "0.7500", "0.2500", "+0.5000"]
+
+
+def test_other_tokens_stand_side_by_side_without_intervals() -> None:
+    pair = evaluation("tuned", (1.0, 1.0)), evaluation("other", (0.0, 1.0), data="another store")
+    found = differences(*pair)
+    assert list(found) == ["arc_easy/acc"]
+    assert "not paired" in table.lines(pair, found)[-4]
+
+
+def test_results_are_written_where_asked(tmp_path: Path) -> None:
+    pair = evaluation("tuned", (1.0, 1.0)), evaluation("base", (0.0, 1.0))
+    request = arguments.read(["tuned", "base", "--tasks", "arc_easy", "--limit", "2", "--out", str(tmp_path)], "")
+    record.write(request, pair, differences(*pair), None, print)
+    tree = json.loads((tmp_path / "evaluation.json").read_text())
+    assert [item["model"] for item in tree["models"]] == ["tuned", "base"]
+    assert tree["models"][0]["metrics"]["arc_easy/acc"] == 1.0
+    assert tree["models"][0]["stderr"] == {"arc_easy/acc": 0.1}
+    assert tree["differences"]["arc_easy/acc"]["mean"] == 0.5
+    assert tree["limit"] == 2
+
+
+def test_a_request_is_read(capsys: pytest.CaptureFixture[str]) -> None:
+    words = [
+        "runs/a",
+        "--tasks",
+        "paper,winogrande, boolq",
+        "model.dtype=float32",
+        "models:/b@champion",
+        "--scorer",
+        "exact_match",
+    ]
+    assert arguments.read(words, "") == Request(
+        ("runs/a", "models:/b@champion"),
+        None,
+        {"model.dtype": "float32", "evaluation.scorer": "exact_match"},
+        (*tasks.PAPER, "winogrande"),
+        None,
+        None,
+        None,
+    )
+    with pytest.raises(SystemExit) as ended:
+        arguments.read(["--help"], "how it is called\n")
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == "how it is called\n"
+
+
+@pytest.mark.parametrize(
+    ("changes", "names", "message"),
+    [
+        ({}, (), "nothing to evaluate it on"),
+        ({"evaluation__scorer": "nonsense"}, ("boolq",), "no scorer is called"),
+    ],
+)
+def test_what_cannot_be_done_is_said_before_anything_starts(
+    changes: dict[str, Any], names: tuple[str, ...], message: str
+) -> None:
+    request = Request(("base",), None, {}, names, None, None, None)
+    with pytest.raises(UserError, match=message):
+        results.check(request, tiny.config(**changes))
+
+
+def test_without_a_config_nothing_is_tracked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    target = evaluation("base", (1.0,)).target
+    request = Request((str(tmp_path),), None, {}, ("boolq",), None, None, None)
+    assert record.address(request, [target]) is None
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    assert record.address(request, [target]) == f"sqlite:///{tmp_path}/mlflow.db"

@@ -1,0 +1,64 @@
+"""A run on a cluster that has no node for it yet: the autoscaler starts them, and the run waits for it."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.pipelines import project
+from tests.recovery import processes
+
+PORT = 26679
+LIMITS = {
+    "cluster_name": "growing",
+    "max_workers": 2,
+    "idle_timeout_minutes": 5,
+    "provider": {"type": "fake_multinode"},
+    "available_node_types": {
+        "head": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
+        "worker": {"resources": {"CPU": 1}, "node_config": {}, "min_workers": 0, "max_workers": 2},
+    },
+    "head_node_type": "head",
+}
+"""Ray's autoscaler with a provider whose nodes are processes of this machine."""
+
+
+@pytest.fixture
+def head(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A head without CPUs, and an autoscaler that may start two nodes of one."""
+    with processes.scratch() as folder:
+        file = folder / "ray_bootstrap_config.yaml"
+        file.write_text(yaml.safe_dump(LIMITS))
+        for name, value in {"RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1", "HOME": str(folder)}.items():
+            monkeypatch.setenv(name, value)
+        command = ["start", "--head", f"--port={PORT}", "--node-ip-address=127.0.0.1", "--num-cpus=0"]
+        command += [f"--autoscaling-config={file}", f"--temp-dir={folder}", "--object-store-memory=100000000"]
+        environment = {**os.environ, "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_FAKE_CLUSTER": "1"}
+        subprocess.run(
+            [Path(sys.executable).parent / "ray", *command],
+            env=environment,
+            check=True,
+            capture_output=True,
+            timeout=120,
+        )
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{PORT}")
+        yield folder
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_run_gets_the_nodes_that_it_waits_for(head: Path, tiny_model: Path, corpus: Path) -> None:
+    tree = project.settings(corpus, tiny_model, cluster__workers=[2, 3], train__steps=4)
+    tree |= {"evaluation": {"samples": 0}, "registry": {}}
+    done = project.finetune(project.write_config(corpus, tree))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "training waits for the cluster to grow: cluster.workers=2 " in done.stdout
+    assert "training starts with 2 workers" in done.stdout
+    assert "step 4/4 | loss" in done.stdout
+    too_many = project.finetune(project.write_config(corpus, tree), "run.name=larger", "cluster.workers=4")
+    assert too_many.returncode == 2
+    assert "can grow to" in too_many.stderr

@@ -1,0 +1,38 @@
+"""What a user can fix is said before anything expensive starts, and recorded as a failed decision."""
+
+from pathlib import Path
+
+import pytest
+
+from olora_ray.errors import UserError
+from pipelines import retrain
+from tests.retrain.nightly import Nightly
+
+
+def refused(nightly: Nightly, *arguments: str) -> str:
+    with pytest.raises(UserError) as caught:
+        retrain.main([str(nightly.config), *arguments])
+    return str(caught.value)
+
+
+def test_a_failure_is_recorded_with_its_reason(folder: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    nightly = Nightly(folder, model)
+    (folder / "heldout.jsonl").unlink()
+    assert "heldout.jsonl: no such file" in refused(nightly)
+    assert "data.eval: retraining compares" in refused(nightly, "data.eval=[]")
+    first, second = nightly.decisions()
+    assert first.data.tags["olora.decision"] == second.data.tags["olora.decision"] == "failed"
+    assert "heldout.jsonl: no such file" in first.data.tags["olora.reason"]
+    assert first.info.status == "FAILED"
+    assert not list((folder / "runs" / "locks").glob("*.json")), "the lock is given back"
+
+
+def test_mistakes_that_no_run_can_tell_of(folder: Path, model: Path) -> None:
+    nightly = Nightly(folder, model)
+    assert "registry.model: retraining compares with a registered model" in refused(nightly, "registry.model=null")
+    assert "tracking.uri" in refused(nightly, "tracking.uri=nonsense://")
+    with pytest.raises(UserError, match=r"argument CONFIG\.yaml: missing"):
+        retrain.main([])
+    with pytest.raises(UserError, match="--dry-run: not known here"):
+        retrain.main([str(nightly.config), "--dry-run"])
