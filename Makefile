@@ -2,13 +2,16 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart sweep-demo test test-slow check setup bench clean
+.PHONY: quickstart sweep-demo lifecycle-demo test test-slow check setup bench clean
 
 quickstart: $(VENV)/.quickstart ## fine-tune SmolLM2-135M on this machine, from nothing
 	$(BIN)/python pipelines/finetune.py
 
 sweep-demo: $(VENV)/.quickstart ## search rank, alpha and learning rate, and register the best model
 	$(BIN)/python pipelines/sweep.py pipelines/configs/quickstart.yaml tune_spaces/demo.yaml --register
+
+lifecycle-demo: $(VENV)/.dev ## five nights: train, nothing changed, new data, poisoned data, rollback; real parts only
+	$(BIN)/python -m tests.demos.lifecycle --picture docs/registry.png
 
 test: check ## all checks and tests that fit in 20 minutes
 	$(BIN)/python -m pytest -m "not slow"

@@ -1,0 +1,100 @@
+"""What the lifecycle demo is played with: a config, and files of rows that arrive night by night."""
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.pipelines import project
+
+Row = dict[str, Any]
+NAME = "support"
+CORPUS = project.ROOT / "pipelines" / "quickstart"
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A config in a folder, and the rows of three nights."""
+
+    config: Path
+    data: Path
+    """The folder that the config trains on, whatever files it has."""
+    first: list[Row]
+    more: list[Row]
+    poison: list[Row]
+    """Rows with each other's answers."""
+
+    def arrive(self, name: str, rows: Sequence[Row]) -> Path:
+        """A new file of rows."""
+        return write(self.data / f"{name}.jsonl", rows)
+
+
+def real(folder: Path) -> Scenario:
+    """The quickstart's model and corpus: half of it on the first night, the other half later."""
+    rows = read(CORPUS / "train.jsonl")
+    half = len(rows) // 2
+    quickstart = yaml.safe_load((project.ROOT / "pipelines" / "configs" / "quickstart.yaml").read_text())
+    config = {
+        "run": {"name": NAME, "storage": str(folder / "storage"), "seed": 17},
+        "model": quickstart["model"],
+        "data": {"max_length": quickstart["data"]["max_length"]},
+        "adapter": quickstart["adapter"],
+        "train": {**quickstart["train"], "epochs": 1, "eval_every": 100, "checkpoint_every": 20, "log_every": 10},
+        "cluster": quickstart["cluster"],
+        "evaluation": {"scorer": "json_fields", "rows": 16, "samples": 1, "max_new_tokens": 64},
+        "gate": {"metric": "eval/loss", "and": [{"metric": "eval/valid_json", "at_least": 0.9}]},
+    }
+    return _laid_out(folder, config, rows[:half], rows[half:], read(CORPUS / "heldout.jsonl"))
+
+
+def quick(folder: Path) -> Scenario:
+    """A tiny random Llama that learns which number belongs to which word; it sees the third word later."""
+    model = project.make_model(folder / "tiny")
+    answers = {"one": "1111", "two": "2222", "three": "3333"}
+    chats = {word: chat(word, answer) for word, answer in answers.items()}
+    config = project.settings(folder, model)
+    config["run"] |= {"name": NAME, "storage": str(folder / "storage")}
+    config["data"] = {"max_length": 48}
+    config["train"] |= {"steps": 60, "eval_every": 60, "checkpoint_every": 30, "log_every": 30, "lr": 2e-2}
+    config["cluster"] = {"workers": 1, "cpus_per_worker": 1}
+    config["evaluation"] = {"scorer": "exact_match", "rows": 6, "samples": 1, "max_new_tokens": 6}
+    config["gate"] = {"metric": "eval/loss", "and": [{"metric": "eval/exact_match", "at_least": 0.3}]}
+    first, more = [chats["one"], chats["two"]] * 20, [chats["three"]] * 40
+    return _laid_out(folder, config, first, more, [*chats.values()] * 4)
+
+
+def _laid_out(folder: Path, config: Row, first: list[Row], more: list[Row], held_out: list[Row]) -> Scenario:
+    data = folder / "data"
+    data.mkdir()
+    config["data"] |= {
+        "train": [{"path": str(data), "format": "messages"}],
+        "eval": [{"path": str(write(folder / "heldout.jsonl", held_out)), "format": "messages"}],
+    }
+    config |= {"registry": {"model": NAME}, "retrain": {"from": "champion", "replay": 0.2}}
+    file = project.write_config(folder, config, "support.yaml")
+    return Scenario(file, data, first, more, shuffled([*first, *more], len(more)))
+
+
+def shuffled(rows: Sequence[Row], size: int) -> list[Row]:
+    """So many of the rows, each with the answer of another one."""
+    chosen = random.Random(0).sample(list(rows), size)
+    answers = [row["messages"][-1] for row in chosen]
+    answers = answers[1:] + answers[:1]
+    return [{"messages": [*row["messages"][:-1], answer]} for row, answer in zip(chosen, answers, strict=True)]
+
+
+def chat(asked: str, answer: str) -> Row:
+    return {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]}
+
+
+def read(file: Path) -> list[Row]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def write(file: Path, rows: Sequence[Row]) -> Path:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file

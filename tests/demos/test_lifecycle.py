@@ -1,0 +1,39 @@
+"""The lifecycle demo, played with a tiny model; and that it would notice what is wrong."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from olora_ray.config import load
+from tests import browser
+from tests.demos import lifecycle, scenario
+from tests.demos.scenario import Scenario
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_the_demo_plays_to_its_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture = tmp_path / "registry.png" if browser.program() else None
+    before = set(Path("/tmp").glob("olr-*"))
+    lifecycle.run(scenario.quick, picture)
+    assert "version 1 is the champion again" in capsys.readouterr().out
+    assert set(Path("/tmp").glob("olr-*")) <= before, "it leaves nothing behind"
+
+
+def test_poisoned_rows_have_the_answers_of_others() -> None:
+    rows = [scenario.chat(str(number), str(number)) for number in range(20)]
+    poison = scenario.shuffled(rows, 12)
+    asked, answers = ([row["messages"][place]["content"] for row in poison] for place in (0, 1))
+    assert len(poison) == 12
+    assert sorted(asked) == sorted(answers)
+    assert not any(one == other for one, other in zip(asked, answers, strict=True))
+
+
+@pytest.mark.parametrize("make", [scenario.quick, scenario.real])
+def test_its_configs_continue_the_champion_and_have_a_gate(tmp_path: Path, make: Callable[[Path], Scenario]) -> None:
+    played = make(tmp_path)
+    config = load(played.config)
+    assert config.retrain.origin == "champion"
+    assert config.gate.conditions
+    assert not {str(row) for row in played.first} & {str(row) for row in played.more}
