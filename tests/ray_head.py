@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import requests
 from ray.job_submission import JobSubmissionClient
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -59,17 +60,30 @@ class Head:
         """For calls of this process."""
         return JobSubmissionClient(self.dashboard, headers={"Authorization": f"Bearer {self.token}"})
 
-    def submit(self, *words: str | Path, show: Callable[[str], None] = lambda line: None) -> tuple[int, str]:
+    def jobs(self) -> str:
+        """What the dashboard tells of all jobs, to those who have the token."""
+        answer = requests.get(
+            f"{self.dashboard}/api/jobs/", headers={"Authorization": f"Bearer {self.token}"}, timeout=30
+        )
+        answer.raise_for_status()
+        return answer.text
+
+    def submit(
+        self,
+        *words: str | Path,
+        show: Callable[[str], None] = lambda line: None,
+        environment: Mapping[str, str] | None = None,
+    ) -> tuple[int, str]:
         """`ray job submit --working-dir . -- python WORDS` in the project, to its end; (exit code, output).
 
-        `show` gets each line as it comes.
+        `show` gets each line as it comes; `environment` is that of the submitter, if he is another.
         """
         command = [BIN / "ray", "job", "submit", "--working-dir", ".", "--", "python", *words]
         seen = []
         with subprocess.Popen(
             [str(word) for word in command],
             cwd=ROOT,
-            env=self.submitter,
+            env=environment or self.submitter,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -23,7 +23,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import requests
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
@@ -106,11 +105,9 @@ class Demo:
 
     def check_jobs(self) -> None:
         """What Ray tells of its jobs has no password."""
-        headers = {"Authorization": f"Bearer {self.head.token}"}
-        told = requests.get(f"{self.head.dashboard}/api/jobs/", headers=headers, timeout=30)
-        told.raise_for_status()
-        if self.password in told.text or str(self.played.config) not in told.text:
-            raise Mistake("Ray's list of jobs is not as it should be")
+        told = self.head.jobs()
+        if self.password in told or str(self.played.config) not in told:
+            raise Mistake("Ray's list of jobs has MLflow's password, or not the jobs")
 
 
 def play(demo: Demo, picture: Path | None) -> None:
