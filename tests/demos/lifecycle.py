@@ -133,8 +133,8 @@ def play(demo: Demo, picture: Path | None) -> None:
     told = ["promoted", "unchanged", "promoted"]
     demo.check(Registry({"champion": "2", "previous": "1"}, told, "eval/loss", {"2": "passed: eval/loss"}))
 
-    _title(f"4 poisoned data: {len(played.poison)} rows with each other's answers")
-    played.arrive("night-4", played.poison)
+    _title(f"4 poisoned data: instead of these, {len(played.poison)} rows with each other's answers")
+    played.arrive("night-3", played.poison)
     demo.retrain()
     told = [*told, "refused"]
     aliases = {"champion": "2", "previous": "1", "challenger": "3"}

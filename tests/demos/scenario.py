@@ -1,7 +1,6 @@
-"""What the lifecycle demo is played with: a config, and files of rows that arrive night by night."""
+"""What the lifecycle demo is played with: a config, and files of rows that arrive between its nights."""
 
 import json
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,18 +17,19 @@ CORPUS = project.ROOT / "pipelines" / "quickstart"
 
 @dataclass(frozen=True)
 class Scenario:
-    """A config in a folder, and the rows of three nights."""
+    """A config in a folder, and files of rows."""
 
     config: Path
     data: Path
     """The folder that the config trains on, whatever files it has."""
     first: list[Row]
     more: list[Row]
+    """For a second file."""
     poison: list[Row]
-    """Rows with each other's answers."""
+    """Instead of them, by mistake: rows with each other's answers."""
 
     def arrive(self, name: str, rows: Sequence[Row]) -> Path:
-        """A new file of rows."""
+        """A file of rows, new or again."""
         return write(self.data / f"{name}.jsonl", rows)
 
 
@@ -48,7 +48,8 @@ def real(folder: Path) -> Scenario:
         "evaluation": {"scorer": "json_fields", "rows": 16, "samples": 1, "max_new_tokens": 64},
         "gate": {"metric": "eval/loss", "and": [{"metric": "eval/valid_json", "at_least": 0.9}]},
     }
-    return _laid_out(folder, config, rows[:half], rows[half:], read(CORPUS / "heldout.jsonl"))
+    places = _laid_out(folder, config, read(CORPUS / "heldout.jsonl"))
+    return Scenario(*places, rows[:half], rows[half:], poisoned(rows[half:]))
 
 
 def quick(folder: Path) -> Scenario:
@@ -63,28 +64,29 @@ def quick(folder: Path) -> Scenario:
     config["cluster"] = {"workers": 1, "cpus_per_worker": 1}
     config["evaluation"] = {"scorer": "exact_match", "rows": 6, "samples": 1, "max_new_tokens": 6}
     config["gate"] = {"metric": "eval/loss", "and": [{"metric": "eval/exact_match", "at_least": 0.3}]}
-    first, more = [chats["one"], chats["two"]] * 20, [chats["three"]] * 40
-    return _laid_out(folder, config, first, more, [*chats.values()] * 4)
+    first, more, poison = [chats["one"], chats["two"]] * 20, [chats["three"]] * 40, poisoned([*chats.values()] * 13)
+    return Scenario(*_laid_out(folder, config, [*chats.values()] * 4), first, more, poison)
 
 
-def _laid_out(folder: Path, config: Row, first: list[Row], more: list[Row], held_out: list[Row]) -> Scenario:
+def _laid_out(folder: Path, config: dict[str, Any], held_out: list[Row]) -> tuple[Path, Path]:
+    """Complete the config and write it and the held-out rows; (config, folder for data)."""
     data = folder / "data"
     data.mkdir()
     config["data"] |= {
         "train": [{"path": str(data), "format": "messages"}],
         "eval": [{"path": str(write(folder / "heldout.jsonl", held_out)), "format": "messages"}],
     }
-    config |= {"registry": {"model": NAME}, "retrain": {"from": "champion", "replay": 0.2}}
-    file = project.write_config(folder, config, "support.yaml")
-    return Scenario(file, data, first, more, shuffled([*first, *more], len(more)))
+    config["registry"] = {"model": NAME}
+    return project.write_config(folder, config, "support.yaml"), data
 
 
-def shuffled(rows: Sequence[Row], size: int) -> list[Row]:
-    """So many of the rows, each with the answer of another one."""
-    chosen = random.Random(0).sample(list(rows), size)
-    answers = [row["messages"][-1] for row in chosen]
-    answers = answers[1:] + answers[:1]
-    return [{"messages": [*row["messages"][:-1], answer]} for row, answer in zip(chosen, answers, strict=True)]
+def poisoned(rows: Sequence[Row]) -> list[Row]:
+    """The rows with each other's answers, none with one that is much like its own."""
+    rows = sorted(rows, key=lambda row: str(row["messages"][-1]["content"]))
+    answers = [row["messages"][-1] for row in rows]
+    half = len(rows) // 2
+    others = answers[half:] + answers[:half]
+    return [{"messages": [*row["messages"][:-1], answer]} for row, answer in zip(rows, others, strict=True)]
 
 
 def chat(asked: str, answer: str) -> Row:
