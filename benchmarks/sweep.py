@@ -1,7 +1,7 @@
 """What a search gains from shared work, from stopping trials early, and from several adapters on one base.
 
-On the quickstart's model and corpus, with short trials and 20 held-out rows. Three tables, each from runs of pipelines/sweep.py and
-pipelines/finetune.py on this machine, one after the other:
+On the quickstart's model and corpus, with short trials and 20 held-out rows. Three tables, from runs of
+pipelines/sweep.py and pipelines/finetune.py on this machine, one after the other:
 
   1. seconds from the start of a trial to its first step, with what a search shares and without: without, a trial
      is a run of finetune.py of its own, that prepares its tokens, initialises its adapter, and measures the base;
