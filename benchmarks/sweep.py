@@ -1,7 +1,7 @@
 """What a search gains from shared work, from stopping trials early, and from several adapters on one base.
 
-On the quickstart's model and corpus, with short trials. Three tables, each from runs of pipelines/sweep.py and
-pipelines/finetune.py on this machine, one after the other:
+On the quickstart's model and corpus, with short trials and 20 held-out rows. Three tables, from runs of
+pipelines/sweep.py and pipelines/finetune.py on this machine, one after the other:
 
   1. seconds from the start of a trial to its first step, with what a search shares and without: without, a trial
      is a run of finetune.py of its own, that prepares its tokens, initialises its adapter, and measures the base;
@@ -9,7 +9,7 @@ pipelines/finetune.py on this machine, one after the other:
   3. the same trials, k adapters on one base against each in a worker of its own: time, and peak memory of all
      of Ray's processes together.
 
-    python benchmarks/sweep.py [--trials 8] [--steps 18] [--adapters 4]
+    python benchmarks/sweep.py [--trials 8] [--steps 12] [--adapters 4]
 """
 
 import argparse
@@ -31,13 +31,14 @@ from common import machine, table
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = "pipelines/configs/quickstart.yaml"
+HELD_OUT = 20
 
 
 def main() -> None:
     """Run the searches and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=18)
+    parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--adapters", type=int, default=4, help="that share one base in the third table")
     parser.add_argument("--storage", default="./runs", help="where a GGUF model is dequantised to")
     args = parser.parse_args()
@@ -95,6 +96,9 @@ class Bench:
 
     def __init__(self, scratch: Path, storage: Path, trials: int, steps: int) -> None:
         self.scratch, self.storage, self.trials, self.steps = scratch, storage, trials, steps
+        self.held_out = scratch / "heldout.jsonl"
+        lines = (ROOT / "pipelines" / "quickstart" / "heldout.jsonl").read_text().splitlines()
+        self.held_out.write_text("\n".join(lines[:HELD_OUT]) + "\n")
 
     def search(self, name: str, scheduler: str, adapters: int) -> Found:
         """One search from nothing."""
@@ -152,7 +156,12 @@ class Bench:
         return storage
 
     def _changes(self, storage: Path) -> list[str]:
-        return [f"run.storage={storage}", "cluster.workers=1", f"tracking.uri=sqlite:///{storage}/mlflow.db"]
+        return [
+            f"run.storage={storage}",
+            "cluster.workers=1",
+            f"tracking.uri=sqlite:///{storage}/mlflow.db",
+            f"data.eval=[{{path: {self.held_out.resolve()}}}]",
+        ]
 
 
 def run(command: list[str]) -> tuple[list[str], float]:

@@ -58,7 +58,11 @@ class Job:
 
     def total(self) -> int:
         """Steps of a trial that does not vary them."""
-        total = Schedule(self.task.config.train, self.task.train).total()
+        return self.steps(self.task.config)
+
+    def steps(self, config: Config) -> int:
+        """Steps of a trial with this config; those of the search's data if the trial has other data."""
+        total = Schedule(config.train, self.task.train).total()
         assert total is not None, "a search starts with complete tokens"
         return total
 

@@ -105,7 +105,7 @@ class Training:
         self.job, self.number, self.draws = job, number, draws
         self.config = job.config(number, draws)
         self.folder = job.trial_folder(number, self.config)
-        self.total = job.total() if "train.steps" not in draws else self.config.train.steps or 0
+        self.total = job.steps(self.config)
         self._told = 0
         self._items: queue.Queue[Measured | Ended] = queue.Queue()
         self._thread: threading.Thread | None = None
@@ -227,17 +227,24 @@ def _silent(line: str) -> None:
 
 
 class Log:
-    """The trial's own log: log.txt in its folder, on this node if the storage is elsewhere."""
+    """The trial's own log: log.txt in its folder, line by line; written at the end if the storage is elsewhere."""
 
     def __init__(self, root: str) -> None:
         self.place = storage.join(root, "log.txt")
+        self._remote = storage.is_uri(root)
         self._lines: list[str] = []
 
     def __enter__(self) -> launch.Say:
         return self._say
 
     def __exit__(self, *error: object) -> None:
-        storage.write_text(self.place, "".join(self._lines))
+        if self._remote:
+            storage.write_text(self.place, "".join(self._lines))
 
     def _say(self, line: str) -> None:
-        self._lines.append(f"{time.strftime('%H:%M:%S')} {line}\n")
+        text = f"{time.strftime('%H:%M:%S')} {line}\n"
+        if self._remote:
+            self._lines.append(text)
+        else:
+            with open(self.place, "a", encoding="utf-8") as file:
+                file.write(text)

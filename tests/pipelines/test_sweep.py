@@ -147,7 +147,10 @@ def test_a_search_of_other_settings_is_refused(searched: tuple[Path, str]) -> No
     [
         ((), "error: arguments (none): expected a config and a space file"),
         (("--regster",), "error: argument --regster: not known; there are --register, --refit and --help"),
-        (("CONFIG", "SPACE", "cluster.cpus_per_worker=64"), "error: cluster.workers=1 with cpus_per_worker=64 needs"),
+        (
+            ("CONFIG", "SPACE", "cluster.cpus_per_worker=64"),
+            "error: cluster.workers=1 with cpus_per_worker=64: the cluster has room for 0",
+        ),
         (("CONFIG", "SPACE", "registry.model=null", "--register"), "error: registry.model: not set"),
     ],
 )
