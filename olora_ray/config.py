@@ -20,7 +20,7 @@ from olora_ray.errors import UserError
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9_-])?$")]
-IN_STORAGE = ("tokens", "models", "mlartifacts", "mlflow.db")
+IN_STORAGE = ("tokens", "models", "locks", "mlartifacts", "mlflow.db")
 """What lies beside the runs' folders in `run.storage`."""
 
 
