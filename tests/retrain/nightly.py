@@ -41,6 +41,7 @@ class Nightly:
     def add(self, name: str, words: Sequence[str], rows: int, shuffled: bool = False) -> None:
         """One more file of rows; `shuffled` ones have each other's answers."""
         asked = [words[number % len(words)] for number in range(rows)]
+        random.Random(1).shuffle(asked)  # every second row is to have all the words
         answers = [ANSWERS[word] for word in asked]
         if shuffled:
             random.Random(0).shuffle(answers)

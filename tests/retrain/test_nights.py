@@ -73,7 +73,7 @@ def test_new_data_then_poisoned_data_then_rollback(folder: Path, model: Path, or
 def longer(model: Path) -> dict[str, Any]:
     """Training in which the tiny model learns which answer belongs to which question."""
     settings: dict[str, Any] = project.settings(model, model)["train"]
-    return settings | {"steps": 60, "eval_every": 20, "checkpoint_every": 20, "global_batch": 4, "lr": 2e-2}
+    return settings | {"steps": 60, "eval_every": 20, "checkpoint_every": 20, "global_batch": 4, "lr": 1e-2}
 
 
 KILLED_AT = {
