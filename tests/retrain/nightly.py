@@ -60,7 +60,7 @@ class Nightly:
         done = subprocess.run(
             self.command(*arguments), env=self.environment(), capture_output=True, text=True, timeout=300, check=False
         )
-        assert done.returncode == code, done.stdout + done.stderr
+        assert done.returncode == code, f"{done.returncode}\n{done.stdout}{done.stderr}"
         return done.stdout + done.stderr
 
     def call_until(self, line: str) -> str:
