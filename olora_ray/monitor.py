@@ -119,10 +119,10 @@ class Monitor:
                 case Saved():
                     self.telemetry.saved(message.seconds)
                 case Started():
-                    self._started(0, message.workers)
+                    self._started(0, message.workers, resumed=False)
                 case Resumed():
                     rows |= {int(row["step"]): _without_step(row) for row in message.history}
-                    self._started(message.step, message.workers)
+                    self._started(message.step, message.workers, resumed=True)
                 case dict():
                     rows[int(message["step"])] = _without_step(message)
                     self.highest = max(self.highest, int(message["step"]))
@@ -134,11 +134,11 @@ class Monitor:
             for step, row in sorted(rows.items()):
                 self.on_row(step, row)
 
-    def _started(self, step: int, workers: int) -> None:
+    def _started(self, step: int, workers: int, resumed: bool) -> None:
         again = max(0, self.highest - step)
         first = self.workers is None and self.cause is None
         self.telemetry.started(workers, again=not first)
-        if step or again or not first:
+        if resumed or again or not first:
             what = self.cause or ("taken up again" if first else "restarted")
             if self.workers not in (None, workers):
                 what = f"{self.cause or 'the cluster has changed'}, {workers} instead of {self.workers} workers"
