@@ -71,14 +71,14 @@ class Watch(tune.Callback, tune.Stopper):
             self._note(value, _number(trial))
         best = f"; best so far {self.best[0]:.4f}, trial {self.best[1]}" if self.best else ""
         shown = "" if value is None else f" with {self.space.metric} {value:.4f}"
-        self.say(f"trial {_number(trial)} {how}{shown}{best}; {self._left(trials)}")
+        self.say(f"trial {_number(trial)} {how}{shown}{best}; {self._left()}")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial has failed."""
         self._count(trial)
         record = ledger.read_all(self.folder).get(_number(trial))
         why = record.reason if record and record.reason else "its process died"
-        self.say(f"trial {_number(trial)} failed: {why}; {self._left(trials)}")
+        self.say(f"trial {_number(trial)} failed: {why}; {self._left()}")
 
     def get_state(self) -> dict[str, Any]:
         """What Tune keeps of it with the search."""
@@ -106,7 +106,7 @@ class Watch(tune.Callback, tune.Stopper):
         if gain > 0:
             self.best = (value, number)
 
-    def _left(self, trials: list[Any]) -> str:
+    def _left(self) -> str:
         return f"{len(self._ended)} of {self.space.count()} trials have ended"
 
 
