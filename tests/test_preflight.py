@@ -105,7 +105,7 @@ class TestTwoNodes:
         assert "run.storage: " in refused(config(cluster.parent / "file" / "below"))
 
     def test_a_worker_larger_than_the_nodes_memory(self, cluster: Path, base: BaseModel) -> None:
-        error = refused(config(cluster, data__max_length=10**7, train__micro_batch=4), base)
+        error = refused(config(cluster, data__max_length=10**10, train__micro_batch=4), base)
         assert "GiB of memory, so there is room for 0 (node 127.0.0." in error
 
     def test_a_worker_must_fit_on_one_node(self, cluster: Path) -> None:
