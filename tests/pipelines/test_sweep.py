@@ -169,6 +169,58 @@ def scratch() -> Iterator[Path]:
         yield folder
 
 
+WATCHED = """
+import json, runpy, sys, time
+import ray
+from ray.util import placement_group_table
+
+leave = ray.shutdown
+
+def told(*arguments, **named):
+    if ray.is_initialized():
+        end = time.monotonic() + 20  # an ended process gives back what it held a moment later
+        while (free := ray.available_resources()).get("CPU") != ray.cluster_resources()["CPU"]:
+            if time.monotonic() > end:
+                break
+            time.sleep(0.2)
+        groups = [group["state"] for group in placement_group_table().values()]
+        print("AT THE END", json.dumps([ray.cluster_resources()["CPU"], free.get("CPU"), groups]), flush=True)
+    leave(*arguments, **named)
+
+ray.shutdown = told
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+"""Runs an entry script, and says before Ray is shut down what is still taken."""
+
+
+@pytest.mark.slow
+def test_stopped_trials_give_back_everything(corpus: Path, tiny_model: Path) -> None:
+    """Trials with workers of their own: ASHA stops some while others wait for their place."""
+    space = {
+        "search": {"train.lr": {"grid": [1e-2, 1e-6, 1e-3, 1e-7, 1e20, 3e-3]}},
+        "searcher": "grid",
+        "scheduler": {"kind": "asha", "reduction": 2},
+        "concurrency": 2,
+    }
+    command = [sys.executable, "-c", WATCHED, SCRIPT, *write(corpus, tiny_model, space)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=project.ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = records(corpus / "runs" / "small-space")
+    assert sorted(found) == list(range(7))
+    statuses = [found[number]["status"] for number in range(7)]
+    assert "stopped" in statuses[:5]  # and those after it got its place
+    assert statuses.count("failed") == 1
+    [line] = [line for line in done.stdout.splitlines() if line.startswith("AT THE END ")]
+    whole, free, groups = json.loads(line.removeprefix("AT THE END "))
+    assert free == whole
+    assert groups
+    assert set(groups) == {"REMOVED"}
+
+
 @pytest.mark.slow
 def test_a_search_whose_driver_is_killed_goes_on(corpus: Path, tiny_model: Path, scratch: Path) -> None:
     """Everything is killed in the middle; the same command ends with the same trials, finished ones as they were."""
