@@ -16,8 +16,8 @@ lifecycle-demo: $(VENV)/.dev ## five nights: train, nothing changed, new data, p
 test: check ## all checks and tests that fit in 20 minutes
 	$(BIN)/python -m pytest -m "not slow"
 
-test-slow: $(VENV)/.dev ## the long proofs too
-	$(BIN)/python -m pytest
+test-slow: $(VENV)/.dev ## the long proofs: what is left out of make test
+	$(BIN)/python -m pytest -m slow
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .

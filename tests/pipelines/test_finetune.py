@@ -142,6 +142,7 @@ def test_help_lists_the_fields() -> None:
     assert "[16]" in done.stdout
 
 
+@pytest.mark.slow
 def test_sources_may_be_relative_to_where_the_command_is_given(tiny_model: Path, corpus: Path) -> None:
     tree = project.settings(corpus, tiny_model)
     tree["data"]["train"][0]["path"] = "train.jsonl"

@@ -17,12 +17,18 @@ LIMITS = {
     "cluster_name": "growing",
     "max_workers": 2,
     "idle_timeout_minutes": 5,
-    "provider": {"type": "fake_multinode"},
+    "provider": {
+        "type": "fake_multinode",
+        "gcs_address": f"127.0.0.1:{PORT}",
+        "use_node_id_as_ip": True,  # all have the same
+        "disable_node_updaters": True,  # they need no SSH
+        "disable_launch_config_check": True,
+    },
     "available_node_types": {
-        "head": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
+        "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
         "worker": {"resources": {"CPU": 1}, "node_config": {}, "min_workers": 0, "max_workers": 2},
     },
-    "head_node_type": "head",
+    "head_node_type": "ray.head.default",  # the provider's own name for it
     "upscaling_speed": 1.0,
     **{name: {} for name in ("auth", "docker", "file_mounts")},
     **{name: [] for name in ("initialization_commands", "setup_commands", "cluster_synced_files")},

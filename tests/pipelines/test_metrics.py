@@ -94,6 +94,7 @@ def running(file: Path) -> Iterator[tuple["subprocess.Popen[str]", list[str]]]:
         reader.join()
 
 
+@pytest.mark.slow
 def test_every_metric_can_be_read_while_a_training_runs(head: Path, tiny_model: Path, corpus: Path) -> None:
     tree = project.settings(corpus, tiny_model, train__steps=STEPS, train__eval_every=40, train__checkpoint_every=40)
     tree |= {"evaluation": {"samples": 0}, "registry": {}}

@@ -39,6 +39,7 @@ def holding(folder: Path, canary: bytes = CANARY) -> list[str]:
     return [str(file) for file in files if canary in file.read_bytes()]
 
 
+@pytest.mark.slow
 def test_secrets_of_the_environment_stay_there(tiny_model: Path, corpus: Path, ray_files: Path) -> None:
     secret = {**CANARIES, "OUR_MLFLOW": f"sqlite:///{corpus}/hidden.db", "RAY_TMPDIR": str(ray_files)}
     tree = project.settings(corpus, tiny_model, tracking={"uri": "env:OUR_MLFLOW"})

@@ -33,7 +33,7 @@ HAPPENINGS = {
     "SIGTERM": list(POINTS),
     "kill everything": list(POINTS),
 }
-SHORT = {("kill worker", "middle step"), ("kill everything", "middle step"), ("SIGTERM", "middle step")}
+SHORT = {("kill worker", "middle step"), ("kill everything", "middle step")}
 CASES = [
     pytest.param(what, where, marks=() if (what, where) in SHORT else pytest.mark.slow, id=f"{what}, {where}")
     for what, points in HAPPENINGS.items()
