@@ -16,6 +16,10 @@ STARTING = (WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError)
 LONGEST = 200
 
 
+class HostDied(RayActorError):
+    """The process that several trials share has died, or is not there again yet."""
+
+
 class TellDriver(UserCallback):
     """Puts each failure of a group of workers on the board."""
 
@@ -44,8 +48,10 @@ def describe(exceptions: Mapping[int, Exception]) -> str:
 
 def cause(error: BaseException) -> str:
     """Why training ended with this error of Train, in one line."""
+    if isinstance(error, HostDied):
+        return "the process of several trials died"
     if isinstance(error, RayActorError):
-        return "the process of several trials died" if "class_name: Host" in str(error) else "Train's controller died"
+        return "Train's controller died"
     if isinstance(error, WorkerGroupError):
         return describe(error.worker_failures)
     if isinstance(error, PreemptionError):

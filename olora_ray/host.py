@@ -11,8 +11,10 @@ from typing import Any
 
 import ray
 import torch
+from ray.exceptions import RayActorError
 
 from olora_ray.errors import UserError
+from olora_ray.failures import HostDied
 from olora_ray.post import SharedBase, SharedPost
 from olora_ray.quiet import quiet_transformers
 from olora_ray.task import Outcome, Task
@@ -67,7 +69,11 @@ def start(task: Task, wanted: Mapping[str, float], number: int, adapters: int) -
     return tuple(actor.options(**options).remote(task) for _ in range(number))
 
 
-def least_busy(hosts: tuple[Any, ...]) -> Any:
-    """The host with the fewest adapters."""
-    loads = ray.get([host.busy.remote() for host in hosts])
-    return hosts[loads.index(min(loads))]
+def train(hosts: tuple[Any, ...], task: Task, checkpoints: str) -> Outcome:
+    """Train one adapter on the host with the fewest; raises HostDied."""
+    try:
+        loads = ray.get([host.busy.remote() for host in hosts])
+        outcome: Outcome = ray.get(hosts[loads.index(min(loads))].train.remote(task, checkpoints))
+    except RayActorError as error:
+        raise HostDied from error
+    return outcome

@@ -173,9 +173,7 @@ class Training:
 
     def _fit_on_host(self, task: Task) -> launch.Fit:
         def fit(workers: int) -> Outcome:
-            chosen = host.least_busy(self.job.hosts)
-            outcome: Outcome = ray.get(chosen.train.remote(task, self.folder.checkpoints))
-            return outcome
+            return host.train(self.job.hosts, task, self.folder.checkpoints)
 
         return fit
 
