@@ -1,10 +1,11 @@
 """How soon training starts on a large corpus, and what driver and workers hold in memory meanwhile.
 
 Writes a corpus of generated text, then twice from nothing: prepares its token store alone, and runs
-pipelines/finetune.py on it (SmolLM2-135M, two workers) until the store is complete, then stops it with
-SIGTERM. Times run from the start of the command, so they include starting Ray and loading the model.
+pipelines/finetune.py on it (SmolLM2-135M, two workers) until the store is complete or --seconds have passed,
+then stops it with SIGTERM. The time to the first step runs from the start of the command, so it includes starting
+Ray and loading the model; that of the preparation alone does not.
 
-    python benchmarks/early.py [--megabytes 600]
+    python benchmarks/early.py [--megabytes 1200] [--seconds 240]
 """
 
 import argparse
@@ -42,25 +43,28 @@ with launch.connect(config, print):
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--megabytes", type=int, default=600)
+    parser.add_argument("--megabytes", type=int, default=1200)
+    parser.add_argument("--seconds", type=float, default=240, help="of training beside the preparation, at most")
     parser.add_argument("--storage", default="./runs", help="where a GGUF model is dequantised to")
     args = parser.parse_args()
     print(machine())
-    Path(args.storage).mkdir(exist_ok=True)
+    Path(args.storage, "models").mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.storage) as scratch:
         folder = Path(scratch)
         write_corpus(folder / "corpus.jsonl", args.megabytes * 10**6)
         alone = prepare_alone(settings(folder, "alone", args.storage))
         shutil.rmtree(folder / "alone")
-        found = train_beside(settings(folder, "beside", args.storage))
+        found = train_beside(settings(folder, "beside", args.storage), args.seconds)
     rows = [
         ("preparation alone", f"{alone:.0f}", ""),
         ("first step, training beside the preparation", f"{found['first']:.0f}", f"{found['first'] / alone:.2f}"),
-        ("preparation beside training", f"{found['prepared']:.0f}", f"{found['prepared'] / alone:.2f}"),
     ]
+    if found["prepared"]:
+        rows.append(("preparation beside training", f"{found['prepared']:.0f}", f"{found['prepared'] / alone:.2f}"))
     print(f"{args.megabytes} MB of text")
     print(table(("", "seconds", "ratio"), rows))
-    print(f"steps done when the store was complete: {found['steps']:.0f}")
+    end = "the store was complete" if found["prepared"] else "it was stopped"
+    print(f"steps done when {end}: {found['steps']:.0f}")
     print(f"peak memory (resident): driver {found['driver']:.0f} MB, a worker {found['worker']:.0f} MB")
 
 
@@ -98,7 +102,7 @@ def prepare_alone(file: Path) -> float:
     return float(done.stdout.split()[-1])
 
 
-def train_beside(file: Path) -> dict[str, float]:
+def train_beside(file: Path, seconds: float) -> dict[str, float]:
     """Seconds to the first step and to the complete store, and peaks of memory in megabytes."""
     command = [sys.executable, "pipelines/finetune.py", str(file)]
     began = time.perf_counter()
@@ -108,12 +112,15 @@ def train_beside(file: Path) -> dict[str, float]:
     watch.start()
     assert process.stdout
     first = prepared = steps = 0.0
+    ended = False
     for line in process.stdout:
         if " | loss " in line:
             first = first or time.perf_counter() - began
-            steps += not prepared
+            steps += not ended
         if "tokens: train: " in line and " sequences, " in line:
             prepared = time.perf_counter() - began
+        if not ended and (prepared or time.perf_counter() - began > seconds):
+            ended = True
             process.terminate()
     if process.wait() != 143:
         raise SystemExit("the run did not end as it should")
