@@ -1,7 +1,7 @@
 """What a search gains from shared work, from stopping trials early, and from several adapters on one base.
 
-On the quickstart's model and corpus, with short trials and 20 held-out rows. Three tables, from runs of
-pipelines/sweep.py and pipelines/finetune.py on this machine, one after the other:
+On the quickstart's model and corpus, with short trials of two sequences a step and 10 held-out rows. Three tables,
+from runs of pipelines/sweep.py and pipelines/finetune.py on this machine, one after the other:
 
   1. seconds from the start of a trial to its first step, with what a search shares and without: without, a trial
      is a run of finetune.py of its own, that prepares its tokens, initialises its adapter, and measures the base;
@@ -31,7 +31,7 @@ from common import machine, table
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = "pipelines/configs/quickstart.yaml"
-HELD_OUT = 20
+HELD_OUT = 10
 
 
 def main() -> None:
@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--storage", default="./runs", help="where a GGUF model is dequantised to")
     args = parser.parse_args()
     print(machine())
+    Path(args.storage, "models").mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.storage) as scratch:
         bench = Bench(Path(scratch), Path(args.storage).resolve(), args.trials, args.steps)
         alone = bench.alone()
@@ -159,6 +160,7 @@ class Bench:
         return [
             f"run.storage={storage}",
             "cluster.workers=1",
+            "train.global_batch=2",
             f"tracking.uri=sqlite:///{storage}/mlflow.db",
             f"data.eval=[{{path: {self.held_out.resolve()}}}]",
         ]

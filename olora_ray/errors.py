@@ -18,8 +18,12 @@ class TryAgain(UserError):
     """EX_TEMPFAIL of sysexits.h."""
 
 
-class Stopped(BaseException):
-    """The run was asked to end before its end; not an Exception, so that no library takes it for an error."""
+class Stopped(KeyboardInterrupt):
+    """The run was asked to end before its end.
+
+    No Exception, so that no library takes it for an error; and a KeyboardInterrupt, since Ray drops whatever
+    else a signal's handler raises while the main thread waits in ray.get.
+    """
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)

@@ -5,6 +5,7 @@ same, bit for bit, as if it were alone: the base is frozen, every adapter has an
 random numbers of its own. What is shared is the memory of the base, and the time that starting takes.
 """
 
+import gc
 import threading
 from collections.abc import Mapping
 from typing import Any
@@ -48,6 +49,7 @@ class Host:
             return Outcome(problem=str(error))
         finally:
             self.active -= 1
+            gc.collect()  # a worker refers to itself, and would keep its adapter and optimizer for long
 
     def _base(self) -> SharedBase:
         with self._guard:
@@ -67,6 +69,12 @@ def start(task: Task, wanted: Mapping[str, float], number: int, adapters: int) -
         "max_restarts": -1,  # the trials of one that died go on from their checkpoints
     }
     return tuple(actor.options(**options).remote(task) for _ in range(number))
+
+
+def end(hosts: tuple[Any, ...]) -> None:
+    """End them, so that what follows gets their CPUs and GPUs."""
+    for one in hosts:
+        ray.kill(one)
 
 
 def train(hosts: tuple[Any, ...], task: Task, checkpoints: str) -> Outcome:

@@ -16,6 +16,7 @@ class Stop:
         """Name of the signal that came while `gentle`."""
         self.gentle = False
         """Whether somebody looks at `asked`; a second signal ends the run at once all the same."""
+        self._raised: Stopped | None = None
         self._before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> "Stop":
@@ -28,6 +29,8 @@ class Stop:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
+        if self._raised and isinstance(error, KeyboardInterrupt) and not isinstance(error, Stopped):
+            raise self._raised from None  # ray.get passes on a KeyboardInterrupt of its own
 
     def stopped(self, where: str) -> Stopped:
         """The exception for a wish that was granted."""
@@ -39,4 +42,5 @@ class Stop:
         if self.gentle and self.asked is None:
             self.asked = name
             return
-        raise Stopped(f"stopped ({name}); the same command goes on with what is done", 128 + number)
+        self._raised = Stopped(f"stopped ({name}); the same command goes on with what is done", 128 + number)
+        raise self._raised

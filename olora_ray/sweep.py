@@ -120,8 +120,10 @@ def run(task: Task, space: Space, spared: float, tracker: Tracker, say: Say) -> 
     job = Job(config.run.name, config.folder(), task, space, tracker.run_id, spared, hosts)
     watch = Watch(job.folder, space, job.total(), say)
     began = time.monotonic()
-    results = tuner.build(job, watch, seats).fit()
-    # After a signal Tune returns as if all were well: those that were under way have no end.
+    try:
+        results = tuner.build(job, watch, seats).fit()
+    finally:
+        host.end(hosts)
     ended = sum(1 for trial in ledger.read_all(job.folder).values() if trial.status != "unfinished")
     notes = [f"The search ended early: {watch.over}."] if watch.over else []
     if space.time_budget and ended < space.count() and not notes:

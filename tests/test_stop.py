@@ -2,11 +2,16 @@
 
 import os
 import signal
+import threading
+from collections.abc import Callable
 
 import pytest
 
 from olora_ray.errors import Stopped
 from olora_ray.stop import Stop
+from tests.data.conftest import ray_with
+
+__all__ = ["ray_with"]  # a fixture
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -38,3 +43,18 @@ def test_the_handlers_of_before_come_back() -> None:
 
 def test_no_library_can_take_it_for_an_error() -> None:
     assert not issubclass(Stopped, Exception)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_wait_for_ray(number: signal.Signals, ray_with: Callable[[int], None]) -> None:
+    """Ray drops an exception of a handler while it waits, unless it is a KeyboardInterrupt."""
+    import ray
+
+    ray_with(1)
+    never = ray.remote(num_cpus=64)(lambda: None).remote()
+    timer = threading.Timer(1.0, os.kill, (os.getpid(), number))
+    timer.start()
+    with pytest.raises(Stopped) as caught, Stop():
+        ray.get(never, timeout=30)
+    assert caught.value.exit_code == 128 + number

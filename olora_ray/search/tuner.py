@@ -1,6 +1,7 @@
 """A space and what its trials share -> Ray Tune's Tuner, new or taken up from an interrupted search."""
 
 import logging
+import os
 import warnings
 from functools import partial
 from typing import Any
@@ -22,6 +23,7 @@ NOTE_BYTES = 64 * 2**20
 
 def build(job: Job, watch: Watch, seats: int) -> tune.Tuner:
     """The Tuner of a search, with `seats` trials at the same time; one that was interrupted goes on."""
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # it would end the search as if it were complete
     # Each failure is told by `watch` in one line.
     for name in ("execution.tune_controller", "tune", "analysis.experiment_analysis"):
         logging.getLogger(f"ray.tune.{name}").setLevel(logging.CRITICAL)

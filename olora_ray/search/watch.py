@@ -20,7 +20,7 @@ class Watch(tune.Callback, tune.Stopper):
     def __init__(self, folder: str, space: Space, total: int, say: Callable[[str], None]) -> None:
         self.folder, self.space, self.total, self.say = folder, space, total, say
         self.best: tuple[float, int] | None = None
-        """The best value so far, and the trial it is of."""
+        """The best value of a trial that has ended, and that trial."""
         self.since_better = 0
         self.over: str | None = None
         """Why the search ends before all trials have ended by themselves."""
@@ -69,9 +69,8 @@ class Watch(tune.Callback, tune.Stopper):
         self._count(trial)
         if value is not None:
             self._note(value, _number(trial))
-        best = f"; best so far {self.best[0]:.4f}, trial {self.best[1]}" if self.best else ""
         shown = "" if value is None else f" with {self.space.metric} {value:.4f}"
-        self.say(f"trial {_number(trial)} {how}{shown}{best}; {self._left()}")
+        self.say(f"trial {_number(trial)} {how}{shown}; {self._left()}")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial has failed."""
@@ -107,7 +106,8 @@ class Watch(tune.Callback, tune.Stopper):
             self.best = (value, number)
 
     def _left(self) -> str:
-        return f"{len(self._ended)} of {self.space.count()} trials have ended"
+        best = f", the best of them trial {self.best[1]} with {self.best[0]:.4f}" if self.best else ""
+        return f"{len(self._ended)} of {self.space.count()} trials have ended{best}"
 
 
 def described(values: Mapping[str, Any]) -> str:

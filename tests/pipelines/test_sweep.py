@@ -31,6 +31,7 @@ SPACE: dict[str, Any] = {
 }
 SHORT = {
     "cluster__workers": 1,
+    "cluster__cpus_per_worker": 1,  # two hosts take all of a small machine
     "train__steps": 12,
     "train__eval_every": 3,
     "train__checkpoint_every": 3,
@@ -222,8 +223,9 @@ def test_stopped_trials_give_back_everything(corpus: Path, tiny_model: Path) -> 
 
 
 @pytest.mark.slow
-def test_a_search_whose_driver_is_killed_goes_on(corpus: Path, tiny_model: Path, scratch: Path) -> None:
-    """Everything is killed in the middle; the same command ends with the same trials, finished ones as they were."""
+@pytest.mark.parametrize("end", ["SIGKILL of everything", "SIGINT"])
+def test_a_search_whose_driver_is_killed_goes_on(corpus: Path, tiny_model: Path, scratch: Path, end: str) -> None:
+    """It ends in the middle; the same command ends with the same trials, finished ones as they were."""
     space = {**SPACE, "scheduler": {"kind": "none"}, "concurrency": 2, "trials_per_worker": 2}
     arguments = write(corpus, tiny_model, space, train__steps=60, train__eval_every=10, train__checkpoint_every=10)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_TMPDIR": str(scratch), "TMPDIR": str(scratch)}
@@ -236,8 +238,12 @@ def test_a_search_whose_driver_is_killed_goes_on(corpus: Path, tiny_model: Path,
             if "2 of 7 trials have ended" in line:
                 break
         time.sleep(12)  # Tune writes its state every 10 s
-        os.killpg(driver.pid, signal.SIGSTOP)
-        processes.kill_all(scratch)
+        if end == "SIGINT":
+            driver.send_signal(signal.SIGINT)
+            assert driver.wait(60) == 130
+        else:
+            os.killpg(driver.pid, signal.SIGSTOP)
+            processes.kill_all(scratch)
     folder = corpus / "runs" / "small-space"
     before = {path.parent.name: json.loads(path.read_text()) for path in folder.glob("trials/*/trial.json")}
     ended = {name: trial for name, trial in before.items() if trial["status"] in ("finished", "failed")}
