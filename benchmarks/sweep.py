@@ -1,6 +1,6 @@
 """What a search gains from shared work, from stopping trials early, and from several adapters on one base.
 
-On the quickstart's model and corpus, with short trials of two sequences a step and 10 held-out rows. Three tables,
+On the quickstart's model and corpus, with short trials and 10 held-out rows. Three tables,
 from runs of pipelines/sweep.py and pipelines/finetune.py on this machine, one after the other:
 
   1. seconds from the start of a trial to its first step, with what a search shares and without: without, a trial
@@ -9,7 +9,7 @@ from runs of pipelines/sweep.py and pipelines/finetune.py on this machine, one a
   3. the same trials, k adapters on one base against each in a worker of its own: time, and peak memory of all
      of Ray's processes together.
 
-    python benchmarks/sweep.py [--trials 8] [--steps 12] [--adapters 4]
+    python benchmarks/sweep.py [--trials 8] [--steps 6] [--adapters 4]
 """
 
 import argparse
@@ -38,7 +38,7 @@ def main() -> None:
     """Run the searches and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--adapters", type=int, default=4, help="that share one base in the third table")
     parser.add_argument("--storage", default="./runs", help="where a GGUF model is dequantised to")
     args = parser.parse_args()
@@ -160,7 +160,6 @@ class Bench:
         return [
             f"run.storage={storage}",
             "cluster.workers=1",
-            "train.global_batch=2",
             f"tracking.uri=sqlite:///{storage}/mlflow.db",
             f"data.eval=[{{path: {self.held_out.resolve()}}}]",
         ]
