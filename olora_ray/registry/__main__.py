@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from olora_ray import command
 from olora_ray.errors import UserError
+from olora_ray.quiet import quiet_environment
 from olora_ray.reach import check, connect, reachable, shown_uri
 from olora_ray.registry import checksums
 from olora_ray.registry.aliases import GATE, Aliases
@@ -32,6 +33,7 @@ def main(argv: list[str]) -> None:
     if not argv or {"-h", "--help"} & set(argv):
         print((__doc__ or "").strip())
         return
+    quiet_environment()
     words, uri = _tracking_uri(argv)
     action, *names = words or [""]
     if action not in ACTIONS:

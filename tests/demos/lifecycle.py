@@ -69,6 +69,7 @@ class Demo:
             raise Mistake(f"the job ended with exit code {code}:\n{log}")
         if self.password in log:
             raise Mistake("the job's log has MLflow's password")
+        _without_bars(log)
         print(f"   exit code 0 after {time.monotonic() - began:.0f} s")
         return log
 
@@ -78,6 +79,7 @@ class Demo:
         done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise Mistake(f"{' '.join(words)}: exit code {done.returncode}\n{done.stdout}{done.stderr}")
+        _without_bars(done.stderr)
         return done.stdout
 
     def check(self, wanted: Registry) -> None:
@@ -201,6 +203,11 @@ def _title(text: str) -> None:
 def _indented(line: str) -> None:
     if line[2:3] == ":" or line.startswith("error"):  # the job's own lines; the rest is Ray's
         print(f"   | {line}", flush=True)
+
+
+def _without_bars(log: str) -> None:
+    if "Downloading artifacts" in log:
+        raise Mistake(f"MLflow's progress bars are in the log:\n{log}")
 
 
 def _same(what: str, found: object, wanted: object) -> None:

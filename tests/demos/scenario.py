@@ -34,9 +34,12 @@ class Scenario:
 
 
 def real(folder: Path) -> Scenario:
-    """The quickstart's model and corpus: half of it on the first night, the other half later."""
+    """The quickstart's model and corpus: a quarter of it on the first night, the rest later.
+
+    Half of it is enough for a loss that the whole of it does not surely better in one epoch.
+    """
     rows = read(CORPUS / "train.jsonl")
-    half = len(rows) // 2
+    few = len(rows) // 4
     quickstart = yaml.safe_load((project.ROOT / "pipelines" / "configs" / "quickstart.yaml").read_text())
     config = {
         "run": {"name": NAME, "storage": str(folder / "storage"), "seed": 17},
@@ -49,7 +52,7 @@ def real(folder: Path) -> Scenario:
         "gate": {"metric": "eval/loss", "and": [{"metric": "eval/valid_json", "at_least": 0.9}]},
     }
     places = _laid_out(folder, config, read(CORPUS / "heldout.jsonl"))
-    return Scenario(*places, rows[:half], rows[half:], poisoned(rows[half:]))
+    return Scenario(*places, rows[:few], rows[few:], poisoned(rows[few:]))
 
 
 def quick(folder: Path) -> Scenario:
