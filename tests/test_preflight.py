@@ -106,7 +106,7 @@ class TestTwoNodes:
 
     def test_a_worker_larger_than_the_nodes_memory(self, cluster: Path, base: BaseModel) -> None:
         error = refused(config(cluster, data__max_length=10**10, train__micro_batch=4), base)
-        assert "GiB of memory, so there is room for 0 (node 127.0.0." in error
+        assert "GiB of memory, so there is room for 0 (node " in error  # Ray may name 127.0.0.1 otherwise
 
     def test_a_worker_must_fit_on_one_node(self, cluster: Path) -> None:
         error = refused(config(cluster, cluster__workers=1, cluster__cpus_per_worker=2))

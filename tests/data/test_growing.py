@@ -217,11 +217,30 @@ def test_stopping_ray_datas_work_leaves_nothing_half_written(
     preparation.stop()
     stopped.set()
     preparation.join()
-    deadline = time.monotonic() + LIMIT
-    while list(Path(preparation.store.uri).glob("*.tmp")):  # a task that ran then still ends its shard
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    left = content(preparation.store.uri)
+    left = _settled(preparation.store.uri)
     assert "manifest.json" not in left
     assert left.items() <= content(made.uri).items()
-    assert content(prepare(corpus, tiny_spec, "train", silent).uri) == content(made.uri)
+    assert _settled(prepare(corpus, tiny_spec, "train", silent).uri) == content(made.uri)
+
+
+def _settled(uri: str) -> dict[str, bytes]:
+    """The store's files once nothing is being written: a task that Ray Data began before the stop ends its shard.
+
+    It may begin its next file just after a look, so that one has to be followed by another that finds the same.
+    """
+    deadline, seen, calm = time.monotonic() + LIMIT, None, 0
+    while seen is None or calm < 5:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+        before, seen = seen, _look(uri)
+        calm = calm + 1 if seen is not None and seen == before else 0
+    return seen
+
+
+def _look(uri: str) -> dict[str, bytes] | None:
+    """The store's files; None while one of them is being written."""
+    try:
+        found = content(uri)
+    except FileNotFoundError:  # it got its final name meanwhile
+        return None
+    return None if any(name.endswith(".tmp") for name in found) else found
