@@ -95,6 +95,7 @@ def test_a_run_name_with_another_config_is_refused(finished: tuple[Path, str]) -
     assert done.stderr.startswith("error: run.name: 'small' exists with other settings (adapter.rank was 4, is 8)")
 
 
+@pytest.mark.slow  # a run killed half-way gives the same bytes as another in test_matrix.py, which is quicker to tell
 def test_two_identical_runs_give_the_same_adapter_bytes(finished: tuple[Path, str], tmp_path: Path) -> None:
     first, _ = finished
     file = first.parent.parent / "config.yaml"
@@ -106,6 +107,7 @@ def test_two_identical_runs_give_the_same_adapter_bytes(finished: tuple[Path, st
     assert any(part.abs().max() > 0 for name, part in load_file(two).items() if "lora_B" in name)
 
 
+@pytest.mark.slow
 def test_another_worker_count_trains_the_same_adapter_up_to_rounding(
     finished: tuple[Path, str], tmp_path: Path
 ) -> None:

@@ -81,6 +81,7 @@ def test_a_broken_config_fails_the_job_with_one_line(head: Head, tiny_model: Pat
     assert not (corpus / "runs").exists()
 
 
+@pytest.mark.slow
 def test_a_stopped_job_leaves_no_actor(head: Head, tiny_model: Path, corpus: Path) -> None:
     file = project.write_config(corpus, project.settings(corpus, tiny_model, train__steps=100_000))
     jobs = head.client()

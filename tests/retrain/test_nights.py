@@ -20,6 +20,7 @@ def last(nightly: Nightly) -> dict[str, str]:
     return tags
 
 
+@pytest.mark.slow
 def test_the_first_version_becomes_champion_and_the_same_again_does_nothing(folder: Path, model: Path) -> None:
     nightly = Nightly(folder, model)
     with lock.held(str(folder / "runs" / "locks" / "nightly.json"), "the test"):
