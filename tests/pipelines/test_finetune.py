@@ -95,7 +95,7 @@ def test_a_run_name_with_another_config_is_refused(finished: tuple[Path, str]) -
     assert done.stderr.startswith("error: run.name: 'small' exists with other settings (adapter.rank was 4, is 8)")
 
 
-@pytest.mark.slow  # a run killed half-way gives the same bytes as another in test_matrix.py, which is quicker to tell
+@pytest.mark.slow  # in make test the matrix compares the bytes of two runs
 def test_two_identical_runs_give_the_same_adapter_bytes(finished: tuple[Path, str], tmp_path: Path) -> None:
     first, _ = finished
     file = first.parent.parent / "config.yaml"
