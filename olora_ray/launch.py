@@ -13,7 +13,7 @@ import ray
 import ray.train
 from ray.exceptions import RayActorError, RayTaskError
 
-from olora_ray import board, model, preflight, tracking
+from olora_ray import address, board, model, preflight, tracking
 from olora_ray.capacity import Demand, free_workers, worker_resources
 from olora_ray.config import Config
 from olora_ray.data import store
@@ -45,17 +45,17 @@ SETTLE = 3.0
 def connect(config: Config, say: Say, base: BaseModel | None = None) -> Iterator[Stop]:
     """A connection to the cluster of RAY_ADDRESS or of this machine, or to a new local Ray.
 
-    Yields what takes the signals meanwhile. Raises UserError if the run cannot work there; with `base`,
-    its memory and the disk are looked at too. On leaving, the connection is closed, and a local Ray with it.
+    Yields what takes the signals meanwhile. Raises UserError if it does not answer or the run cannot work there;
+    with `base`, its memory and the disk are looked at too. On leaving, the connection is closed,
+    and a local Ray with it.
     """
     quiet_ray()
     shared: dict[str, Any] = {"logging_level": logging.WARNING, "runtime_env": {"env_vars": ENVIRONMENT}}
-    try:
-        ray.init(address="auto", **shared)
-    except ConnectionError:
+    if (found := address.find()) == "local":
         # With its dashboard: Train frees the resources of a stopped run through the State API. It can start
         # jobs, so it answers this machine only.
-        ray.init(address="local", dashboard_host="127.0.0.1", **shared)
+        shared["dashboard_host"] = "127.0.0.1"
+    ray.init(address=found, **shared)
     try:
         with Stop() as stop:  # after ray.init, which sets a handler of its own
             resources = ray.cluster_resources()

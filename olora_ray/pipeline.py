@@ -7,7 +7,7 @@ the same config may be run until it is finished, whatever has stopped it meanwhi
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from olora_ray import deliver, launch, model, report
+from olora_ray import address, deliver, launch, model, report
 from olora_ray.config import Config
 from olora_ray.data.tokenize import spec_from_pretrained
 from olora_ray.run_folder import RunFolder
@@ -29,6 +29,7 @@ def run(config: Config, say: Say, tags: Mapping[str, str] | None = None) -> dict
         report.already_finished(config, done, say)
         return done
     deliver.check_tracking(config, folder)
+    address.find()
     base = model.obtain(config, say, deliver.registered(config))
     tokenizer = model.load_tokenizer(base, config.model)
     spec = spec_from_pretrained(tokenizer, base.name)

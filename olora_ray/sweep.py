@@ -17,7 +17,7 @@ from typing import Any
 
 import ray
 
-from olora_ray import deliver, host, keeper, launch, storage, tracking
+from olora_ray import address, deliver, host, keeper, launch, storage, tracking
 from olora_ray.capacity import free_workers, worker_resources
 from olora_ray.config import Config, dump, flatten, override
 from olora_ray.errors import UserError
@@ -52,7 +52,7 @@ def search_config(config: Config, space: Space, space_file: str | Path, register
 
 
 def check(config: Config, space: Space) -> None:
-    """Raise UserError if the storage cannot be written, MLflow does not answer, or another search has this name."""
+    """Raise UserError if the storage cannot be written, MLflow or Ray is away, or another search has this name."""
     folder = RunFolder(config)
     folder.check()
     deliver.check_tracking(config, folder)
@@ -63,6 +63,7 @@ def check(config: Config, space: Space) -> None:
             f"run.name: the search in {folder.root} is one of other settings; choose another run.name or name of the"
             " space file, or delete that folder"
         )
+    address.find()
 
 
 def made_task(config: Config, base: BaseModel, tokenizer: Any, say: Say) -> tuple[Task, float]:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from olora_ray import model, scoring
+from olora_ray import address, model, scoring
 from olora_ray.config import Config
 from olora_ray.data import store
 from olora_ray.data.tokenize import spec_from_pretrained
@@ -51,7 +51,7 @@ class Evaluation:
 
 
 def check(request: Request, config: Config) -> None:
-    """Raise UserError if nothing is to be done, or the scorer cannot be."""
+    """Raise UserError if nothing is to be done, the scorer cannot be, or Ray does not answer."""
     if config.evaluation.scorer:
         scoring.resolve(config.evaluation.scorer)
     if not request.tasks and not _has_held_out(config):
@@ -59,6 +59,7 @@ def check(request: Request, config: Config) -> None:
             f"{request.models[0]}: nothing to evaluate it on: give --tasks, or --config with data.eval or"
             " data.eval_fraction"
         )
+    address.find()
 
 
 def evaluate(target: Target, sets: Tasks, limit: int | None, say: Callable[[str], None]) -> Evaluation:

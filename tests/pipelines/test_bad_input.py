@@ -135,3 +135,11 @@ def test_a_config_file_that_is_not_there_or_not_yaml(corpus: Path) -> None:
     assert "missing.yaml" in refused(corpus / "missing.yaml")
     (corpus / "broken.yaml").write_text("run: {name: x\n")
     assert "broken.yaml, line 2" in refused(corpus / "broken.yaml")
+
+
+def test_an_address_of_a_dashboard_is_refused_before_the_model_is_fetched(
+    corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")  # as `ray job submit` wants it
+    error = refused(project.write_config(corpus, project.settings(corpus, Path("/no/such/model"))))
+    assert "RAY_ADDRESS=http://127.0.0.1:8265" in error
