@@ -121,10 +121,10 @@ def run(task: Task, space: Space, spared: float, tracker: Tracker, say: Say) -> 
     job = Job(config.run.name, config.folder(), task, space, tracker.run_id, spared, hosts)
     watch = Watch(job.folder, space, job.total(), say)
     began = time.monotonic()
-    try:
-        results = tuner.build(job, watch, seats).fit()
-    finally:
-        host.end(hosts)
+    results = tuner.build(job, watch, seats).fit()
+    # Not after an error or a signal: the trials would find their hosts dead and end as failed, before they too are
+    # ended with this process.
+    host.end(hosts)
     ended = sum(1 for trial in ledger.read_all(job.folder).values() if trial.status != "unfinished")
     notes = [f"The search ended early: {watch.over}."] if watch.over else []
     if space.time_budget and ended < space.count() and not notes:

@@ -164,6 +164,11 @@ def test_mistakes_are_one_line(arguments: tuple[str, ...], message: str, corpus:
     assert not (corpus / "runs" / "small-space" / "trials").exists()
 
 
+def trials(folder: Path) -> dict[str, dict[str, Any]]:
+    """Name -> what the trial itself has written down, while the search runs."""
+    return {path.parent.name: json.loads(path.read_text()) for path in folder.glob("trials/*/trial.json")}
+
+
 @pytest.fixture
 def scratch() -> Iterator[Path]:
     with processes.scratch() as folder:
@@ -238,14 +243,17 @@ def test_a_search_whose_driver_is_killed_goes_on(corpus: Path, tiny_model: Path,
             if "2 of 7 trials have ended" in line:
                 break
         time.sleep(12)  # Tune writes its state every 10 s
+        folder = corpus / "runs" / "small-space"
+        while not any(trial["status"] == "unfinished" and trial["step"] for trial in trials(folder).values()):
+            time.sleep(0.1)
         if end == "SIGINT":
             driver.send_signal(signal.SIGINT)
             assert driver.wait(60) == 130
         else:
             os.killpg(driver.pid, signal.SIGSTOP)
             processes.kill_all(scratch)
-    folder = corpus / "runs" / "small-space"
-    before = {path.parent.name: json.loads(path.read_text()) for path in folder.glob("trials/*/trial.json")}
+    before = trials(folder)
+    assert all("not finite" in trial["reason"] for trial in before.values() if trial["status"] == "failed")
     ended = {name: trial for name, trial in before.items() if trial["status"] in ("finished", "failed")}
     assert 2 <= len(ended) < 7
     again = sweep(*arguments)
