@@ -9,6 +9,7 @@ from ray._private import services
 
 from olora_ray import address
 from olora_ray.errors import UserError
+from tests.ray_head import free_port
 
 
 @pytest.fixture(autouse=True)
@@ -26,11 +27,6 @@ def port() -> Iterator[int]:
         yield server.getsockname()[1]
 
 
-def closed_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
-
-
 @pytest.mark.parametrize("given", [None, "", "auto", "local"])
 def test_without_a_ray_the_run_gets_its_own(given: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     if given is not None:
@@ -41,7 +37,7 @@ def test_without_a_ray_the_run_gets_its_own(given: str | None, monkeypatch: pyte
 def test_ray_address_comes_before_the_ray_of_this_machine(
     port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    started(tmp_path, closed_port())
+    started(tmp_path, free_port())
     monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
     assert address.find() == f"127.0.0.1:{port}"
 
@@ -53,7 +49,7 @@ def test_the_ray_of_this_machine_is_used(port: int, tmp_path: Path) -> None:
 
 def test_one_that_disappears_meanwhile_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     # Just killed: its process is still listed, its port is closed already.
-    listed = [{f"127.0.0.1:{closed_port()}"}]
+    listed = [{f"127.0.0.1:{free_port()}"}]
     monkeypatch.setattr(services, "find_gcs_addresses", lambda: listed.pop() if listed else set())
     assert address.find() == "local"
 
@@ -78,14 +74,14 @@ def test_an_address_that_is_none_of_a_head_is_refused(
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "no-such-host.invalid"])
 def test_an_address_at_which_nothing_answers_is_named(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    given = f"{host}:{closed_port()}"
+    given = f"{host}:{free_port()}"
     monkeypatch.setenv("RAY_ADDRESS", given)
     with pytest.raises(UserError, match=f"RAY_ADDRESS={given}: no Ray answers there"):
         address.find(patience=0)
 
 
 def test_a_ray_of_this_machine_that_has_died_is_named(tmp_path: Path) -> None:
-    port = closed_port()
+    port = free_port()
     started(tmp_path, port)  # as after a power cut: nothing has removed the file
     with pytest.raises(UserError, match=f"127.0.0.1:{port}.*ray stop"):
         address.find(patience=0)

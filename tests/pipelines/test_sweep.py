@@ -245,6 +245,7 @@ def test_a_search_whose_driver_is_killed_goes_on(corpus: Path, tiny_model: Path,
         time.sleep(12)  # Tune writes its state every 10 s
         folder = corpus / "runs" / "small-space"
         while not any(trial["status"] == "unfinished" and trial["step"] for trial in trials(folder).values()):
+            assert driver.poll() is None, "the search has ended before it could be interrupted"
             time.sleep(0.1)
         if end == "SIGINT":
             driver.send_signal(signal.SIGINT)
