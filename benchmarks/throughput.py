@@ -30,8 +30,8 @@ import numpy as np
 import torch
 from common import MODEL, config, machine, memory_store, model_folder, our_trainer, table
 
-from olora_ray.config import Config
-from olora_ray.data.store import order
+from olora_ray.config.schema import Config
+from olora_ray.tokens.store import order
 
 LONGEST, RANK, ROWS_A_STEP = 512, 16, 16
 
@@ -126,7 +126,7 @@ def contest(setting: Setting, folder: str, args: argparse.Namespace) -> dict[str
 def contestant(job: dict[str, Any]) -> None:
     """The child process: run, then print what was done and the peak of its memory."""
     warnings.filterwarnings("ignore")
-    from olora_ray.quiet import quiet_transformers
+    from olora_ray.common.quiet import quiet_transformers
 
     quiet_transformers()
     setting = Setting(**job["setting"])
@@ -140,7 +140,7 @@ def run_ours(setting: Setting, job: dict[str, Any]) -> dict[str, float]:
     """One pass with olora_ray's own feed, loss, adapters and optimizer."""
     import torch.distributed as dist
 
-    from olora_ray.train.feed import Feed
+    from olora_ray.train.loader import Feed
     from olora_ray.train.schedule import Schedule
 
     if setting.workers > 1:
@@ -190,8 +190,8 @@ def run_peft(setting: Setting, job: dict[str, Any]) -> dict[str, float]:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from olora_ray.model import pick_dtype
-    from olora_ray.train.memory import keep_freed_memory
+    from olora_ray.model.source import pick_dtype
+    from olora_ray.train.malloc import keep_freed_memory
 
     if setting.allocator:
         keep_freed_memory()

@@ -13,33 +13,34 @@ MODEL        a base model (hub id, folder, package://PACKAGE/FILE), a run's fold
 --out        where evaluation.json goes; default: the folder of MODEL's run
 """
 
-from olora_ray.quiet import quiet_environment
+from olora_ray.common.quiet import quiet_environment
 
 quiet_environment()  # before Ray is imported
 
-from olora_ray import command  # noqa: E402
+from olora_ray.config import command_line  # noqa: E402
 
 
 def main(argv: list[str]) -> None:
     """Find the models, measure them, show and keep what came out."""
-    from olora_ray.evaluation import arguments, record, results, table, targets, tasks
+    from olora_ray.evaluation import command_line as arguments
+    from olora_ray.evaluation import lm_eval_tasks, results, save, table, targets
 
     request = arguments.read(argv, usage=__doc__ or "")
-    say = command.log_line
+    say = command_line.log_line
     config = targets.settings(request.models, request.config, request.changes)
     results.check(request, config)
-    sets = tasks.load(request.tasks, request.task_data, say)
+    sets = lm_eval_tasks.load(request.tasks, request.task_data, say)
     models = [targets.resolve(name, config, say) for name in request.models]
-    uri = record.address(request, models)
+    uri = save.address(request, models)
 
-    from olora_ray import launch
+    from olora_ray.pipeline import fit
 
-    with launch.connect(config, say), launch.user_errors():
+    with fit.connect(config, say), fit.user_errors():
         found = [results.evaluate(target, sets, request.limit, say) for target in models]
     intervals = results.differences(*found) if len(found) == 2 else {}
     print("\n".join(["", *table.lines(found, intervals), ""]), flush=True)
-    record.write(request, found, intervals, uri, say)
+    save.write(request, found, intervals, uri, say)
 
 
 if __name__ == "__main__":
-    command.run(main)
+    command_line.run(main)

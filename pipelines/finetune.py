@@ -3,30 +3,30 @@
     python pipelines/finetune.py [CONFIG.yaml] [section.field=value ...] [--dry-run] [--help]
 
 Without arguments it runs pipelines/configs/quickstart.yaml. The stages, from the base model to the registered
-version, stand one below the other in olora_ray/pipeline.py.
+version, stand one below the other in olora_ray/pipeline/run.py.
 """
 
 from pathlib import Path
 
-from olora_ray.quiet import quiet_environment
+from olora_ray.common.quiet import quiet_environment
 
 quiet_environment()  # before Ray is imported
 
-from olora_ray import command  # noqa: E402
+from olora_ray.config import command_line  # noqa: E402
 
 QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
 
 
 def main(argv: list[str]) -> None:
     """Read the arguments; show what would be done, or do it."""
-    config, dry_run = command.read_arguments(argv, QUICKSTART, usage=__doc__ or "")
-    from olora_ray import pipeline, report
+    config, dry_run = command_line.read_arguments(argv, QUICKSTART, usage=__doc__ or "")
+    from olora_ray.pipeline import report, run
 
     if dry_run:
-        report.dry_run(config, command.log_line)
+        report.dry_run(config, command_line.log_line)
     else:
-        pipeline.run(config, command.log_line)
+        run.run(config, command_line.log_line)
 
 
 if __name__ == "__main__":
-    command.run(main)
+    command_line.run(main)

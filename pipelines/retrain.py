@@ -8,23 +8,23 @@ it. A call that was cut off is continued by the next; of two at once one gives w
 means that all is decided, also if that is a refusal.
 """
 
-from olora_ray.quiet import quiet_environment
+from olora_ray.common.quiet import quiet_environment
 
 quiet_environment()  # before Ray is imported
 
-from olora_ray import command  # noqa: E402
-from olora_ray.errors import UserError  # noqa: E402
+from olora_ray.common.errors import UserError  # noqa: E402
+from olora_ray.config import command_line  # noqa: E402
 
 
 def main(argv: list[str]) -> None:
     """Read the arguments and retrain, if there is a reason to."""
-    config, dry_run = command.read_arguments(argv, None, usage=__doc__ or "")
+    config, dry_run = command_line.read_arguments(argv, None, usage=__doc__ or "")
     if dry_run:
         raise UserError("argument --dry-run: not known here; pipelines/finetune.py has it")
     from olora_ray.retrain import run
 
-    run.run(config, command.log_line)
+    run.run(config, command_line.log_line)
 
 
 if __name__ == "__main__":
-    command.run(main)
+    command_line.run(main)

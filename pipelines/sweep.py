@@ -8,29 +8,31 @@ the best config as a run of its own, from the start and with all the steps of CO
 CONFIG says so. The same command again goes on with a search that was interrupted.
 """
 
-from olora_ray.quiet import quiet_environment
+from olora_ray.common.quiet import quiet_environment
 
 quiet_environment()  # before Ray is imported
 
-from olora_ray import command  # noqa: E402
+from olora_ray.config import command_line  # noqa: E402
 
 
 def main(argv: list[str]) -> None:
     """The whole search, in the order in which the data flows."""
-    config, file, flags = command.read_search_arguments(argv, usage=__doc__ or "")
-    say = command.log_line
-    from olora_ray.search.check import load
+    config, file, flags = command_line.read_search_arguments(argv, usage=__doc__ or "")
+    say = command_line.log_line
+    from olora_ray.sweep.load_space import load
 
     space = load(file, config)
-    from olora_ray import deliver, launch, model, pipeline, report, sweep
+    from olora_ray.model import source
+    from olora_ray.pipeline import fit, publish, report, run
+    from olora_ray.sweep import run as sweep
 
     search = sweep.search_config(config, space, file, registers="--register" in flags)
     sweep.check(search, space)
-    base = model.obtain(search, say, deliver.registered(search))
-    tokenizer = model.load_tokenizer(base, search.model)
+    base = source.obtain(search, say, publish.registered(search))
+    tokenizer = source.load_tokenizer(base, search.model)
     report.plan(search, base, say)
 
-    with launch.connect(search, say, base):
+    with fit.connect(search, say, base):
         task, seconds = sweep.made_task(search, base, tokenizer, say)
         task, spared = sweep.share(task, space, seconds, say)
         with sweep.tracked(task, space) as tracker:
@@ -39,8 +41,8 @@ def main(argv: list[str]) -> None:
             if "--register" in flags:
                 sweep.register(job, found, say)
     if "--refit" in flags:
-        pipeline.run(sweep.best_config(config, job, found.ranked()[0], refit=True), say)
+        run.run(sweep.best_config(config, job, found.ranked()[0], refit=True), say)
 
 
 if __name__ == "__main__":
-    command.run(main)
+    command_line.run(main)

@@ -1,6 +1,9 @@
 """Fixtures for all tests, and their threads: one a process, since the models are tiny and processes share cores."""
 
 import os
+import shutil
+import tempfile
+import time
 from collections.abc import Callable, Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -10,8 +13,10 @@ import hypothesis
 import pytest
 import torch
 
+from olora_ray.data.tokenize import TokenizerSpec
 from tests import tiny
 from tests.crew import Crew
+from tests.tokens import helpers
 
 torch.set_num_threads(1)
 
@@ -44,3 +49,39 @@ def crew() -> Iterator[Callable[[int], Crew]]:
     yield get
     for found in started.values():
         found.close()
+
+
+@pytest.fixture(scope="session")
+def tiny_spec() -> TokenizerSpec:
+    return helpers.spec()
+
+
+@pytest.fixture
+def ray_with() -> Iterator[Callable[[int], None]]:
+    """`ray_with(cpus)` starts a Ray of its own with so many CPUs, in place of the one before."""
+    for name, value in {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+        "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    }.items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # a socket's path must be short
+
+    def start(cpus: int) -> None:
+        ray.shutdown()
+        ray.init(
+            address="local",
+            num_cpus=cpus,
+            include_dashboard=False,
+            log_to_driver=False,
+            object_store_memory=200 * 2**20,
+            _temp_dir=folder,
+        )
+
+    yield start
+    time.sleep(1)  # a call from Ray's own threads after the shutdown would end this process
+    ray.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from olora_ray.errors import UserError
+from olora_ray.common.errors import UserError
 
 LIMIT = 120.0
 """Seconds after which a call counts as hung."""

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from olora_ray.adapter.distribute import initialise
 from olora_ray.adapter.factors import AdapterWeights, Factors
+from olora_ray.adapter.initialise import initialise
 from olora_ray.adapter.inject import find_targets, inject
 from olora_ray.adapter.layer import is_transposed
-from olora_ray.config import Adapter
+from olora_ray.config.schema import Adapter
 from tests import tiny
 
 IDS = torch.arange(40).reshape(2, 20) * 7 % (tiny.VOCABULARY - 2) + 2

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from olora_ray.config import Config, build
+from olora_ray.config.schema import Config, build
 
 VOCABULARY = 96
 
@@ -49,7 +49,7 @@ def build_model(model_class: Any, shape: Any, attention: str = "sdpa") -> Any:
 
 
 def _model(model_class: Any, shape: Any, attention: str, dtype: torch.dtype) -> Any:
-    from olora_ray import attention as segments
+    from olora_ray.model import segment_attention as segments
 
     segments.register()
     with torch.random.fork_rng():
@@ -77,7 +77,7 @@ def config(**changes: Any) -> Config:
 
 def pack(*lengths: int, seed: int = 0, prompt: int = 3, vocabulary: int = VOCABULARY) -> Any:
     """A Pack of random examples; each has `prompt` unsupervised tokens at its start."""
-    from olora_ray.data.store import Pack
+    from olora_ray.tokens.store import Pack
 
     rng = np.random.default_rng(seed)
     ids = rng.integers(2, vocabulary, sum(lengths)).astype(np.int32)
@@ -87,7 +87,7 @@ def pack(*lengths: int, seed: int = 0, prompt: int = 3, vocabulary: int = VOCABU
 
 def unpacked(packs: Sequence[Any]) -> list[Any]:
     """The same examples, one a pack."""
-    from olora_ray.data.store import Pack
+    from olora_ray.tokens.store import Pack
 
     singles = []
     for item in packs:
@@ -108,7 +108,7 @@ class Counts:
 
 
 class ListStore:
-    """Packs in memory, read like olora_ray.data.store.TokenStore, in shards of `sizes` packs.
+    """Packs in memory, read like olora_ray.tokens.store.TokenStore, in shards of `sizes` packs.
 
     The first `arrived` shards are where `refresh` finds them: a growing store, as long as these are not all.
     """
@@ -177,7 +177,7 @@ def store(count: int = 8, seed: int = 0) -> ListStore:
 
 def trainer(settings: Config, attention: str = "segments", model: Any = None, strategy: str = "ddp") -> Any:
     """A Trainer over a tiny Llama with OLoRA on all linear layers."""
-    from olora_ray.adapter.distribute import initialise
+    from olora_ray.adapter.initialise import initialise
     from olora_ray.adapter.inject import find_targets, inject
     from olora_ray.train.loop import Trainer
     from olora_ray.train.loss import SupervisedLoss

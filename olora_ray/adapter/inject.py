@@ -7,7 +7,7 @@ from torch import nn
 
 from olora_ray.adapter.factors import Factors
 from olora_ray.adapter.layer import AdaptedLinear, is_linear, weight_matrix
-from olora_ray.errors import UserError
+from olora_ray.common.errors import UserError
 
 
 def find_targets(model: nn.Module, targets: str | tuple[str, ...], rank: int) -> dict[str, nn.Module]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from olora_ray.errors import UserError
+from olora_ray.common.errors import UserError
 
 ROLES = {"developer", "system", "user", "assistant", "tool"}
 SHAREGPT_ROLES = {

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from olora_ray import storage
-from olora_ray.errors import UserError
+from olora_ray.common import storage
+from olora_ray.common.errors import UserError
 
 ROWS_PER_FILE = 100_000
 OPTIONS = {"split", "name", "revision"}

@@ -14,12 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 from pyarrow import parquet
 
-from olora_ray import storage
-from olora_ray.data import read
-from olora_ray.data.read import Unit
-from olora_ray.data.records import read_sealed, seal
+from olora_ray.common import storage
+from olora_ray.common.errors import UserError
+from olora_ray.common.sealed import read_sealed, seal
+from olora_ray.data import reader as read
+from olora_ray.data.reader import Unit
 from olora_ray.data.sources import File, open_filesystem
-from olora_ray.errors import UserError
 
 CHUNK = 8 * 2**20
 STEP = 16

@@ -17,11 +17,11 @@ from urllib.parse import unquote, urlsplit
 
 from pyarrow import fs
 
-from olora_ray import storage
-from olora_ray.config import Source
+from olora_ray.common import storage
+from olora_ray.common.errors import UserError
+from olora_ray.config.schema import Source
 from olora_ray.data import hub
 from olora_ray.data.formats import check_fields
-from olora_ray.errors import UserError
 
 KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}

@@ -23,9 +23,9 @@ import jinja2
 import numpy as np
 from numpy.typing import NDArray
 
-from olora_ray.data import template
+from olora_ray.common.errors import UserError
+from olora_ray.data import chat_template as template
 from olora_ray.data.formats import Chat, Completion, Example, Rejected, Text
-from olora_ray.errors import UserError
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer

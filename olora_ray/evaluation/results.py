@@ -4,18 +4,21 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from olora_ray import address, model, scoring
-from olora_ray.config import Config
-from olora_ray.data import store
+from olora_ray.cluster import address
+from olora_ray.common.errors import UserError
+from olora_ray.config.schema import Config
 from olora_ray.data.tokenize import spec_from_pretrained
-from olora_ray.errors import UserError
-from olora_ray.evaluation import rows, tasks
-from olora_ray.evaluation.arguments import Request
-from olora_ray.evaluation.measure import measure
-from olora_ray.evaluation.paired import Interval, difference
+from olora_ray.evaluation import lm_eval_tasks as tasks
+from olora_ray.evaluation import rows
+from olora_ray.evaluation.bootstrap import Interval, difference
+from olora_ray.evaluation.command_line import Request
+from olora_ray.evaluation.held_out import measure
+from olora_ray.evaluation.lm_eval_tasks import TaskResult, Tasks
 from olora_ray.evaluation.rows import RowResults
 from olora_ray.evaluation.targets import Target
-from olora_ray.evaluation.tasks import TaskResult, Tasks
+from olora_ray.model import source
+from olora_ray.tokens import store
+from olora_ray.train import scoring
 
 
 @dataclass(frozen=True)
@@ -68,9 +71,9 @@ def evaluate(target: Target, sets: Tasks, limit: int | None, say: Callable[[str]
     base, config = target.base, target.config
     held_out = None
     if _has_held_out(config):
-        tokenizer = model.load_tokenizer(base, config.model)
+        tokenizer = source.load_tokenizer(base, config.model)
         rows_kept = store.prepare(config, spec_from_pretrained(tokenizer, base.name), "eval", say)
-        held_out = measure(base, target.adapter, rows_kept, config, tokenizer, model.end_tokens(base, tokenizer), say)
+        held_out = measure(base, target.adapter, rows_kept, config, tokenizer, source.end_tokens(base, tokenizer), say)
     return Evaluation(target, held_out, tasks.run(sets, limit, base, target.adapter, config, say))
 
 

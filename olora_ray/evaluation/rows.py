@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from olora_ray.errors import UserError
-from olora_ray.evaluation.paired import Interval, difference
+from olora_ray.common.errors import UserError
+from olora_ray.evaluation.bootstrap import Interval, difference
 
 LOSS, PERPLEXITY, SCORE = "eval/loss", "eval/perplexity", "eval/"
 HIGHEST = 80.0

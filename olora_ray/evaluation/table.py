@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from olora_ray.evaluation.paired import Interval
+from olora_ray.evaluation.bootstrap import Interval
 from olora_ray.evaluation.results import Evaluation
 
 

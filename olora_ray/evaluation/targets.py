@@ -14,14 +14,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from olora_ray import checkpoint, deliver, export, keeper, locate, model, storage
+from olora_ray.adapter import export
 from olora_ray.adapter.factors import AdapterWeights
-from olora_ray.checkpoint import Checkpoint
-from olora_ray.config import Config, build, load, override, parse_yaml
-from olora_ray.errors import UserError
-from olora_ray.evaluation.measure import ADAPTER_CONFIG
-from olora_ray.model import BaseModel
-from olora_ray.run_folder import RunFolder
+from olora_ray.common import storage
+from olora_ray.common.errors import UserError
+from olora_ray.config import paths
+from olora_ray.config.schema import Config, build, load, override, parse_yaml
+from olora_ray.evaluation.held_out import ADAPTER_CONFIG
+from olora_ray.model import source
+from olora_ray.model.source import BaseModel
+from olora_ray.pipeline import publish
+from olora_ray.pipeline.run_folder import RunFolder
+from olora_ray.train import checkpoint, checkpoints
+from olora_ray.train.checkpoint import Checkpoint
 
 Say = Callable[[str], None]
 Kind = Literal["run", "checkpoint", "adapter", "model"]
@@ -47,12 +52,12 @@ def settings(names: Sequence[str], file: str | None, changes: Mapping[str, Any])
     Raises UserError for a config that cannot be.
     """
     if file is not None:
-        return locate.resolved(load(file, changes), Path.cwd())
+        return paths.resolved(load(file, changes), Path.cwd())
     if run := next(filter(None, map(run_of, names)), None):
         return override(_read(storage.join(run, SETTINGS)), changes)
     # There is no data: nothing but tasks can be run.
     tree = {"run": {"name": "evaluation"}, "model": {"name": names[0]}, "data": {"train": [{"path": "none"}]}}
-    return locate.resolved(override(build(tree), changes), Path.cwd())
+    return paths.resolved(override(build(tree), changes), Path.cwd())
 
 
 def run_of(name: str) -> str | None:
@@ -76,14 +81,14 @@ def resolve(name: str, shared: Config, say: Say) -> Target:
         case "run":
             return _of_run(name, shared, say)
         case "checkpoint":
-            found = keeper.read(_absolute(name))
+            found = checkpoints.read(_absolute(name))
             own = _read(storage.join(_absolute(name), SETTINGS))
             return _of_checkpoint(name, found, found.adapter, own, shared, say)
         case "adapter":
             return _of_adapter(name, shared, say)
         case "model":
             config = _with_model(shared, name)
-            return Target(name, model.obtain(config, say, deliver.registered(config)), None, config)
+            return Target(name, source.obtain(config, say, publish.registered(config)), None, config)
 
 
 def kind_of(name: str) -> Kind:
@@ -103,10 +108,10 @@ def _of_run(name: str, shared: Config, say: Say) -> Target:
     storage_path, _, run = root.rpartition("/")  # it may have been moved
     own = override(_read(storage.join(root, SETTINGS)), {"run.storage": storage_path, "run.name": run})
     folder = RunFolder(own)
-    newest = keeper.newest(folder.checkpoints, say)
+    newest = checkpoints.newest(folder.checkpoints, say)
     if folder.finished() or (newest and folder.exported(newest[1].state.step)):
         config = _with_model(shared, folder.merged)
-        return Target(name, model.obtain(config, say, Path), None, config)
+        return Target(name, source.obtain(config, say, Path), None, config)
     if newest is None:
         raise UserError(f"{name}: this run has neither exports nor a complete checkpoint yet")
     say(f"{name}: not exported yet: its best adapter up to step {newest[1].state.step} is evaluated")
@@ -117,14 +122,14 @@ def _of_checkpoint(
     name: str, found: Checkpoint, adapter: Mapping[str, AdapterWeights], own: Config, shared: Config, say: Say
 ) -> Target:
     config = _with_model(shared, own.model.name, own.model.revision)
-    base = model.obtain(config, say, deliver.registered(config))
+    base = source.obtain(config, say, publish.registered(config))
     if found.identity.get("base model") != base.digest:
         raise UserError(f"{name}: was trained on another base model than {own.model.name} is now; set model.revision")
     text = json.dumps([name, found.state.step, found.identity, own.adapter.model_dump_json()])
     key = hashlib.sha256(text.encode()).hexdigest()[:16]
     place = storage.join(config.run.storage, "adapters", f"{Path(name).name}-{found.state.step}-{key}")
-    transposed = deliver.transposed_layers(base, config, adapter.keys())
-    with deliver.local_folder(place) as folder:
+    transposed = publish.transposed_layers(base, config, adapter.keys())
+    with publish.local_folder(place) as folder:
         export.write_adapter(adapter, own.adapter, base.folder, folder, transposed=transposed)
     return Target(name, base, place, config)
 
@@ -142,7 +147,7 @@ def _of_adapter(name: str, shared: Config, say: Say) -> Target:
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{place}/{ADAPTER_CONFIG}: does not name its base_model_name_or_path") from None
     config = _with_model(shared, base_name, revision)
-    return Target(name, model.obtain(config, say, deliver.registered(config)), place, config)
+    return Target(name, source.obtain(config, say, publish.registered(config)), place, config)
 
 
 def _read(place: str) -> Config:
@@ -152,14 +157,14 @@ def _read(place: str) -> Config:
 def _with_model(shared: Config, name: str, revision: str | None = None) -> Config:
     known = revision or (shared.model.revision if shared.model.name == name else None)
     found = override(shared, {"model.name": name, "model.revision": known})
-    return locate.resolved(found, Path.cwd())
+    return paths.resolved(found, Path.cwd())
 
 
 def _absolute(name: str) -> str:
     """The place a name means if it is a path or URI; '' for other names."""
     if name.startswith(("models:/", "package://", "hf://")):
         return ""
-    return locate.absolute(name, Path.cwd()).rstrip("/")
+    return paths.absolute(name, Path.cwd()).rstrip("/")
 
 
 def _exists(folder: str, name: str) -> bool:

@@ -4,15 +4,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from olora_ray import deliver, model
-from olora_ray.config import Config
-from olora_ray.data import preparation
-from olora_ray.data.plan import Plan
+from olora_ray.common.errors import UserError
+from olora_ray.config.schema import Config
 from olora_ray.data.tokenize import TokenizerSpec, spec_from_pretrained
-from olora_ray.errors import UserError
-from olora_ray.fingerprint import Fingerprint, settings_digest
-from olora_ray.model import BaseModel
-from olora_ray.registry.aliases import GATE, ROLLED_BACK
+from olora_ray.model import source
+from olora_ray.model.source import BaseModel
+from olora_ray.pipeline import publish
+from olora_ray.pipeline.fingerprint import Fingerprint, settings_digest
+from olora_ray.tokens import prepare
+from olora_ray.tokens.plan import Plan
+from olora_ray.tracking.aliases import GATE, ROLLED_BACK
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -39,10 +40,10 @@ def look(config: Config, say: Callable[[str], None]) -> Inputs:
     """
     if not config.data.eval and config.data.eval_fraction is None:
         raise UserError("data.eval: retraining compares with the champion on held-out rows; set it, or eval_fraction")
-    base = model.obtain(config, say, deliver.registered(config))
-    spec = spec_from_pretrained(model.load_tokenizer(base, config.model), base.name)
-    plan = preparation.plan_here(config, spec, "train")
-    held_out = preparation.plan_here(config, spec, "eval").digest()
+    base = source.obtain(config, say, publish.registered(config))
+    spec = spec_from_pretrained(source.load_tokenizer(base, config.model), base.name)
+    plan = prepare.plan_here(config, spec, "train")
+    held_out = prepare.plan_here(config, spec, "eval").digest()
     return Inputs(base, spec, plan, Fingerprint(base.digest, plan.digest(), held_out, settings_digest(config)))
 
 

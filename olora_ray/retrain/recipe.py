@@ -16,14 +16,15 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from olora_ray import keeper, storage
-from olora_ray.config import Config, Source, flatten
-from olora_ray.data import records
-from olora_ray.data.plan import Plan
-from olora_ray.fingerprint import TAGS
-from olora_ray.registry.aliases import CHALLENGER
+from olora_ray.common import sealed, storage
+from olora_ray.config.schema import Config, Source, flatten
+from olora_ray.pipeline.fingerprint import TAGS
+from olora_ray.pipeline.run_folder import FREE_TO_CHANGE
 from olora_ray.retrain.changes import Inputs
-from olora_ray.run_folder import FREE_TO_CHANGE
+from olora_ray.tokens import manifest
+from olora_ray.tokens.plan import Plan
+from olora_ray.tracking.aliases import CHALLENGER
+from olora_ray.train import checkpoints
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -101,7 +102,7 @@ def _continued(config: Config, inputs: Inputs, champion: "ModelVersion", say: Sa
     if known is None:
         return f"what it was trained on is not known under {config.run.storage}"
     folder = champion.tags.get(RUN)
-    found = keeper.newest(storage.join(folder, "checkpoints"), say) if folder else None
+    found = checkpoints.newest(storage.join(folder, "checkpoints"), say) if folder else None
     if found is None:
         return f"there is no checkpoint of it in {folder or 'its run folder'}"
     place, checkpoint = found
@@ -131,15 +132,15 @@ def _note_files(config: Config, plan: Plan) -> None:
     """Keep the digests of the files behind a data digest: continuing trains on a part of them only."""
     place = _note(config, plan.digest())
     if not storage.exists(place):
-        storage.write_text(place, records.seal({"files": sorted({each.sha256 for each in plan.files})}, indent=1))
+        storage.write_text(place, sealed.seal({"files": sorted({each.sha256 for each in plan.files})}, indent=1))
 
 
 def _known_files(config: Config, digest: str) -> frozenset[str] | None:
     """The SHA-256 of the files behind a data digest: as noted by an earlier retraining, or by its token store."""
-    if noted := records.read_sealed(_note(config, digest)):
+    if noted := sealed.read_sealed(_note(config, digest)):
         return frozenset(noted["files"])
     try:
-        inputs = records.read_manifest(storage.join(config.run.storage, "tokens", digest)).inputs
+        inputs = manifest.read_manifest(storage.join(config.run.storage, "tokens", digest)).inputs
     except (OSError, ValueError):
         return None
     return frozenset(sha256 for source in inputs["sources"] for _, sha256 in source["files"])

@@ -14,15 +14,16 @@ import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from olora_ray import gate, lock, storage, tracking
-from olora_ray.config import Config
-from olora_ray.errors import TryAgain, UserError
-from olora_ray.fingerprint import Fingerprint
-from olora_ray.gate import Decision
-from olora_ray.registry.aliases import CHAMPION, GATE, Aliases
-from olora_ray.retrain import changes, recipe, record
+from olora_ray.common import storage
+from olora_ray.common.errors import TryAgain, UserError
+from olora_ray.config.schema import Config
+from olora_ray.pipeline.fingerprint import Fingerprint
+from olora_ray.retrain import changes, decision_run, gate, lock, recipe
 from olora_ray.retrain.changes import AGAINST, Inputs
-from olora_ray.retrain.record import DETAILS, RECORDED, Entry
+from olora_ray.retrain.decision_run import DETAILS, RECORDED, Entry
+from olora_ray.retrain.gate import Decision
+from olora_ray.tracking import run as tracking
+from olora_ray.tracking.aliases import CHAMPION, GATE, Aliases
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -50,7 +51,7 @@ def run(config: Config, say: Say) -> None:
         except Exception as error:
             if not isinstance(error, TryAgain):
                 with contextlib.suppress(TryAgain):  # what happened matters more than that it cannot be recorded
-                    record.write(config, Entry("failed", f"{type(error).__name__}: {error}"))
+                    decision_run.write(config, Entry("failed", f"{type(error).__name__}: {error}"))
             raise
 
 
@@ -61,7 +62,7 @@ def _retrain(config: Config, aliases: Aliases, lease: lock.Lock, say: Say) -> No
     versions, number = aliases.versions(), aliases.current().get(CHAMPION)
     champion = next((version for version in versions if str(version.version) == number), None)
     if (done := changes.settled(versions, champion, inputs.fingerprint)) is not None:
-        record.of_version(config, done)
+        decision_run.of_version(config, done)
         _unchanged(config, done, number, say)
         return
     say(_what_changed(inputs, champion))
@@ -69,14 +70,14 @@ def _retrain(config: Config, aliases: Aliases, lease: lock.Lock, say: Say) -> No
     decision = _decide(config, inputs, version, champion, say) if learned else NOTHING_LEARNED
     lease.check()  # whoever has taken over decides by himself
     _settle(aliases, version, champion, decision, say)
-    record.of_version(config, aliases.version(str(version.version)))
+    decision_run.of_version(config, aliases.version(str(version.version)))
 
 
 def _unchanged(config: Config, done: "ModelVersion", champion: str | None, say: Say) -> None:
     which = "the champion" if str(done.version) == champion else done.tags[GATE]
     reason = f"nothing changed since version {done.version} of {done.name} ({which})"
     say(reason)
-    record.write(config, Entry("unchanged", reason, champion=champion))
+    decision_run.write(config, Entry("unchanged", reason, champion=champion))
 
 
 def _what_changed(inputs: Inputs, champion: "ModelVersion | None") -> str:
@@ -94,7 +95,7 @@ def _trained(
     Returns the version, and whether it is another model than the one that training started with: the best
     adapter is exported, and that is the champion's if no step was better.
     """
-    from olora_ray import pipeline  # with Ray, which a call that finds nothing changed does not need
+    from olora_ray.pipeline import run as pipeline  # with Ray, which a call that finds nothing changed does not need
 
     wanted = recipe.make(config, inputs, champion, say)
     result = pipeline.run(wanted.config, say, wanted.tags)
@@ -105,11 +106,11 @@ def _trained(
 def _decide(
     config: Config, inputs: Inputs, challenger: "ModelVersion", champion: "ModelVersion | None", say: Say
 ) -> Decision:
-    from olora_ray.retrain import trial
+    from olora_ray.retrain import compare
 
     try:
-        ours, *theirs = trial.measured(config, inputs, [challenger, *([champion] if champion else [])], say)
-    except trial.NotComparable as error:
+        ours, *theirs = compare.measured(config, inputs, [challenger, *([champion] if champion else [])], say)
+    except compare.NotComparable as error:
         return Decision(False, f"{error}; promote it by hand if it is good", {})
     return gate.decide(config.gate, ours, theirs[0] if theirs else None)
 

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from olora_ray.config import Evaluation
-from olora_ray.data.store import TokenStore
+from olora_ray.config.schema import Evaluation
+from olora_ray.tokens.store import TokenStore
 from olora_ray.train.loop import Trainer
 
 

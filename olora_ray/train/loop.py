@@ -10,11 +10,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from olora_ray.adapter.layer import AdaptedLinear
-from olora_ray.config import Config
-from olora_ray.data.collate import Batch, collate
-from olora_ray.data.store import TokenStore
-from olora_ray.errors import UserError
-from olora_ray.train.feed import Feed, StepData
+from olora_ray.common.errors import UserError
+from olora_ray.config.schema import Config
+from olora_ray.tokens.collate import Batch, collate
+from olora_ray.tokens.store import TokenStore
+from olora_ray.train.loader import Feed, StepData
 from olora_ray.train.loss import SupervisedLoss
 from olora_ray.train.optim import AdamW, FlatAdapters
 from olora_ray.train.schedule import Schedule

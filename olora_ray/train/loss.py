@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from olora_ray.data.collate import Batch
-from olora_ray.train.norm import lighten
+from olora_ray.tokens.collate import Batch
+from olora_ray.train.fast_norm import lighten
 
 CHUNK_LOGITS = 2**23
 """Logits in one chunk: 32 MiB in float32."""

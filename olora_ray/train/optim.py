@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from olora_ray.adapter.layer import AdaptedLinear
-from olora_ray.config import Train
+from olora_ray.config.schema import Train
 
 
 class FlatAdapters:

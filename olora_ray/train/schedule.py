@@ -15,9 +15,9 @@ one that starts on the complete store take the same steps with the same rates, b
     the progress as it is of the steps, up to the *end* of the step, so that the first update is not lost.
 """
 
-from olora_ray.config import Train
-from olora_ray.data.store import TokenStore
-from olora_ray.train.feed import Waiting, total_steps, until
+from olora_ray.config.schema import Train
+from olora_ray.tokens.store import TokenStore
+from olora_ray.train.loader import Waiting, total_steps, until
 from olora_ray.train.optim import lr_at, shape
 
 

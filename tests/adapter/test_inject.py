@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from olora_ray.adapter.distribute import initialise
+from olora_ray.adapter.initialise import initialise
 from olora_ray.adapter.inject import find_targets, inject, output_head, remove
 from olora_ray.adapter.layer import AdaptedLinear
-from olora_ray.errors import UserError
+from olora_ray.common.errors import UserError
 from tests import tiny
 
 LLAMA_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from olora_ray.adapter.factors import AdapterWeights
 from olora_ray.adapter.methods import METHODS, lora, olora
-from olora_ray.config import Adapter
+from olora_ray.config.schema import Adapter
 
 sizes = st.integers(1, 40)
 seeds = st.integers(0, 2**31)

@@ -2,9 +2,9 @@ from typing import Any
 
 import pytest
 
+from olora_ray.common.errors import UserError
 from olora_ray.data.formats import Chat, Completion, Rejected, Text, check_fields, to_example
-from olora_ray.errors import UserError
-from tests.data.helpers import chat
+from tests.tokens.helpers import chat
 
 
 def roles(example: Any) -> list[tuple[str, str]]:

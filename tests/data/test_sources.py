@@ -14,13 +14,13 @@ import pytest
 import zstandard
 from pyarrow import parquet
 
-from olora_ray.config import Source
-from olora_ray.data import read, scan, sources
+from olora_ray.common.errors import UserError
+from olora_ray.config.schema import Source
+from olora_ray.data import reader, scan, sources
 from olora_ray.data.formats import Rejected
-from olora_ray.data.store import prepare
 from olora_ray.data.tokenize import TokenizerSpec
-from olora_ray.errors import UserError
-from tests.data import helpers
+from olora_ray.tokens.store import prepare
+from tests.tokens import helpers
 
 ROWS = [{"prompt": f"{n}+{n}=", "completion": f'{2 * n}, "süß"\nand {n}'} for n in range(700)]
 
@@ -96,7 +96,7 @@ def places(path: Path) -> list[tuple[int, Any]]:
             unit.size <= scan.UNIT_BYTES + 50 or unit.rows == 1 for unit in found.units
         )  # csv: to the record's end
     parts = [
-        list(read.read_unit(file, unit, found.columns, ["prompt", "completion"])) for unit in reversed(found.units)
+        list(reader.read_unit(file, unit, found.columns, ["prompt", "completion"])) for unit in reversed(found.units)
     ]
     return [row for part in reversed(parts) for row in part]
 
@@ -122,7 +122,7 @@ def test_units_cover_a_file_exactly_and_know_their_places(
 
 
 def test_a_large_file_has_many_units_and_a_small_one_small_ones(tmp_path: Path) -> None:
-    def units(rows: int) -> tuple[read.Unit, ...]:
+    def units(rows: int) -> tuple[reader.Unit, ...]:
         path = helpers.write_jsonl(tmp_path / "a.jsonl", [{"n": n} for n in range(rows)])
         [file] = sources.list_files(source(path), "x", "")
         return scan.scan(file, "").units

@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from olora_ray.common.errors import UserError
 from olora_ray.data.formats import Chat, Completion, Rejected, Text
 from olora_ray.data.tokenize import ExampleTokenizer, TokenizerSpec, Tokens, spec_from_pretrained
-from olora_ray.errors import UserError
-from tests.data import helpers
-from tests.data.test_template import ALL, conversation
+from tests.data.test_chat_template import ALL, conversation
+from tests.tokens import helpers
 
 PACKAGE_MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"
 

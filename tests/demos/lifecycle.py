@@ -26,7 +26,7 @@ from pathlib import Path
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from olora_ray.registry.aliases import GATE, Aliases
+from olora_ray.tracking.aliases import GATE, Aliases
 from tests import browser
 from tests.demos import page, scenario
 from tests.demos.scenario import NAME, Scenario
@@ -74,8 +74,8 @@ class Demo:
         return log
 
     def registry(self, *words: str) -> str:
-        """`python -m olora_ray.registry WORDS`; it has the password from its environment."""
-        command = [sys.executable, "-m", "olora_ray.registry", *words]
+        """`pipelines/registry.py WORDS`; it has the password from its environment."""
+        command = [sys.executable, "pipelines/registry.py", *words]
         done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise Mistake(f"{' '.join(words)}: exit code {done.returncode}\n{done.stdout}{done.stderr}")

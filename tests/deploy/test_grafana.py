@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from olora_ray import telemetry
+from olora_ray.tracking import prometheus
 
 ROOT = Path(__file__).parents[2]
 DASHBOARD: dict[str, Any] = json.loads((ROOT / "deploy" / "grafana" / "olora_ray.json").read_text())
@@ -19,13 +19,13 @@ def queries() -> list[str]:
 
 def series() -> dict[str, str]:
     """Name of each series that Prometheus has -> the metric that it belongs to."""
-    return {f"{name}{end}": name for name, kind in telemetry.exported().items() for end in ENDINGS[kind]}
+    return {f"{name}{end}": name for name, kind in prometheus.exported().items() for end in ENDINGS[kind]}
 
 
 def test_every_series_of_the_dashboard_is_exported_and_every_metric_is_shown() -> None:
     used = {name for query in queries() for name in re.findall(r"\bray_\w+", query)}
     assert used - series().keys() == set()
-    assert {series()[name] for name in used} == telemetry.exported().keys()
+    assert {series()[name] for name in used} == prometheus.exported().keys()
 
 
 def test_every_panel_follows_the_chosen_run_and_data_source() -> None:

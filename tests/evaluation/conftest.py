@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 
 from tests import tiny
-from tests.data.conftest import ray_with as ray_with
 
 
 @pytest.fixture(scope="session")

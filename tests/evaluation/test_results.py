@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 
-from olora_ray.errors import UserError
-from olora_ray.evaluation import arguments, record, results, table, tasks
-from olora_ray.evaluation.arguments import Request
+from olora_ray.common.errors import UserError
+from olora_ray.evaluation import command_line, lm_eval_tasks, results, save, table
+from olora_ray.evaluation.command_line import Request
+from olora_ray.evaluation.lm_eval_tasks import TaskResult
 from olora_ray.evaluation.results import Evaluation, differences
 from olora_ray.evaluation.rows import RowResults
 from olora_ray.evaluation.targets import Target
-from olora_ray.evaluation.tasks import TaskResult
-from olora_ray.model import BaseModel
+from olora_ray.model.source import BaseModel
 from tests import tiny
 
 
@@ -58,8 +58,8 @@ def test_other_tokens_stand_side_by_side_without_intervals() -> None:
 
 def test_results_are_written_where_asked(tmp_path: Path) -> None:
     pair = evaluation("tuned", (1.0, 1.0)), evaluation("base", (0.0, 1.0))
-    request = arguments.read(["tuned", "base", "--tasks", "arc_easy", "--limit", "2", "--out", str(tmp_path)], "")
-    record.write(request, pair, differences(*pair), None, print)
+    request = command_line.read(["tuned", "base", "--tasks", "arc_easy", "--limit", "2", "--out", str(tmp_path)], "")
+    save.write(request, pair, differences(*pair), None, print)
     tree = json.loads((tmp_path / "evaluation.json").read_text())
     assert [item["model"] for item in tree["models"]] == ["tuned", "base"]
     assert tree["models"][0]["metrics"]["arc_easy/acc"] == 1.0
@@ -78,17 +78,17 @@ def test_a_request_is_read(capsys: pytest.CaptureFixture[str]) -> None:
         "--scorer",
         "exact_match",
     ]
-    assert arguments.read(words, "") == Request(
+    assert command_line.read(words, "") == Request(
         ("runs/a", "models:/b@champion"),
         None,
         {"model.dtype": "float32", "evaluation.scorer": "exact_match"},
-        (*tasks.PAPER, "winogrande"),
+        (*lm_eval_tasks.PAPER, "winogrande"),
         None,
         None,
         None,
     )
     with pytest.raises(SystemExit) as ended:
-        arguments.read(["--help"], "how it is called\n")
+        command_line.read(["--help"], "how it is called\n")
     assert ended.value.code == 0
     assert capsys.readouterr().out == "how it is called\n"
 
@@ -112,6 +112,6 @@ def test_without_a_config_nothing_is_tracked(monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     target = evaluation("base", (1.0,)).target
     request = Request((str(tmp_path),), None, {}, ("boolq",), None, None, None)
-    assert record.address(request, [target]) is None
+    assert save.address(request, [target]) is None
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    assert record.address(request, [target]) == f"sqlite:///{tmp_path}/mlflow.db"
+    assert save.address(request, [target]) == f"sqlite:///{tmp_path}/mlflow.db"

@@ -9,12 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from olora_ray.errors import UserError
-from olora_ray.evaluation import measure as measuring
-from olora_ray.evaluation.measure import Measurer
+from olora_ray.adapter.export import write_adapter
+from olora_ray.common.errors import UserError
+from olora_ray.evaluation import held_out as measuring
+from olora_ray.evaluation.held_out import Measurer
 from olora_ray.evaluation.rows import RowResults, compare
-from olora_ray.export import write_adapter
-from olora_ray.model import BaseModel
+from olora_ray.model.source import BaseModel
 from olora_ray.train.generate import questions
 from tests import tiny
 

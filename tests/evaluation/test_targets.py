@@ -5,12 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from olora_ray import checkpoint, export
-from olora_ray.config import Config, build, dump
-from olora_ray.errors import UserError
-from olora_ray.evaluation import measure, targets
-from olora_ray.model import obtain
-from olora_ray.run_folder import RunFolder
+from olora_ray.adapter import export
+from olora_ray.common.errors import UserError
+from olora_ray.config.schema import Config, build, dump
+from olora_ray.evaluation import held_out, targets
+from olora_ray.model.source import obtain
+from olora_ray.pipeline.run_folder import RunFolder
+from olora_ray.train import checkpoint
 from olora_ray.train.state import TrainState
 from tests import export_parts, tiny
 from tests.pipelines.project import settings
@@ -50,7 +51,7 @@ def config(base: Path, folder: Path) -> Config:
 def logits(name: str | Path, shared: Config | None = None) -> torch.Tensor:
     shared = shared or targets.settings([str(name)], None, {})
     found = targets.resolve(str(name), shared, print)
-    return export_parts.logits(measure.load(found.base, found.adapter, found.config, torch.device("cpu")))
+    return export_parts.logits(held_out.load(found.base, found.adapter, found.config, torch.device("cpu")))
 
 
 def test_a_checkpoint_is_the_adapter_of_its_step(case: export_parts.Case, run: Path) -> None:

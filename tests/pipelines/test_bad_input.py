@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from olora_ray.errors import UserError
+from olora_ray.common.errors import UserError
 from pipelines import finetune
 from tests.pipelines import project
 

@@ -78,14 +78,14 @@ def test_mistakes_are_one_line(
     arguments: list[str],
     message: str,
 ) -> None:
-    from olora_ray import command
+    from olora_ray.config import command_line
     from pipelines import evaluate
 
     file = project.write_config(corpus, project.settings(corpus, tiny_model))
     words = [word.format(model=tiny_model, config=file) for word in arguments]
     monkeypatch.setattr("sys.argv", ["evaluate.py", *words])
     with pytest.raises(SystemExit) as ended:
-        command.run(evaluate.main)
+        command_line.run(evaluate.main)
     assert ended.value.code == 2
     errors = capsys.readouterr().err.strip().splitlines()
     assert message in errors[-1]

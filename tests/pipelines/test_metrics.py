@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from olora_ray import telemetry
+from olora_ray.tracking import prometheus
 from tests.pipelines import project
 from tests.recovery import processes
 
@@ -52,7 +52,7 @@ def scrape() -> Series:
     found = {}
     for name, labels, value in re.findall(r"^(ray_olora_\w+)\{(.*)\} (\S+)$", text, re.MULTILINE):
         tags = dict(re.findall(r'(\w+)="([^"]*)"', labels))
-        if tags[telemetry.TAG] == "small" and tags.get("le", "+Inf") == "+Inf":
+        if tags[prometheus.TAG] == "small" and tags.get("le", "+Inf") == "+Inf":
             found[name] = float(value)
     return found
 
@@ -100,7 +100,7 @@ def test_every_metric_can_be_read_while_a_training_runs(head: Path, tiny_model: 
     tree |= {"evaluation": {"samples": 0}, "registry": {}}
     output, seen = run(project.write_config(corpus, tree), " step 2/", lambda: kill_a_worker(head))
     last = {name: value for entry in seen for name, value in entry.items()}
-    plain = {name for name, kind in telemetry.exported().items() if kind != "histogram"}
+    plain = {name for name, kind in prometheus.exported().items() if kind != "histogram"}
     assert plain <= last.keys()
     assert last["ray_olora_restarts_total"] == 1
     assert {entry.get("ray_olora_workers") for entry in seen} == {None, 2, 0}

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from olora_ray.config import flatten, load
+from olora_ray.config.schema import flatten, load
 from tests.pipelines import project
 from tests.recovery import processes
 

@@ -107,7 +107,7 @@ def test_what_was_done_is_counted(tmp_path: Path) -> None:
 
 SAVES = """
 import os, pathlib, sys
-from olora_ray import checkpoint
+from olora_ray.train import checkpoint
 from olora_ray.train.state import TrainState
 folder = pathlib.Path(sys.argv[1])
 for step in (3, 6):

@@ -12,7 +12,7 @@ from typing import Any
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from olora_ray.registry.aliases import Aliases
+from olora_ray.tracking.aliases import Aliases
 from tests.pipelines import project
 from tests.recovery.processes import kill_all
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from olora_ray.errors import UserError
+from olora_ray.common.errors import UserError
 from pipelines import retrain
 from tests.retrain.nightly import Nightly
 

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from olora_ray import lock
-from olora_ray.registry import __main__ as registry
-from olora_ray.registry.aliases import GATE
+from olora_ray.retrain import lock
+from olora_ray.tracking.aliases import GATE
+from pipelines import registry as registry
 from tests.pipelines import project
 from tests.retrain.nightly import Nightly
 

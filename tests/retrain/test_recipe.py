@@ -8,16 +8,16 @@ import pytest
 import torch
 from mlflow.entities.model_registry import ModelVersion, ModelVersionTag
 
-from olora_ray import checkpoint
 from olora_ray.adapter.factors import AdapterWeights, Factors
-from olora_ray.config import Config, build, dump, override
-from olora_ray.data import preparation
+from olora_ray.config.schema import Config, build, dump, override
 from olora_ray.data.tokenize import TokenizerSpec
-from olora_ray.fingerprint import Fingerprint, settings_digest
-from olora_ray.model import BaseModel
-from olora_ray.registry.aliases import GATE
+from olora_ray.model.source import BaseModel
+from olora_ray.pipeline.fingerprint import Fingerprint, settings_digest
 from olora_ray.retrain import recipe
 from olora_ray.retrain.changes import AGAINST, Inputs, settled
+from olora_ray.tokens import prepare
+from olora_ray.tracking.aliases import GATE
+from olora_ray.train import checkpoint
 from olora_ray.train.state import TrainState
 
 SPEC = TokenizerSpec("{}", "", {}, 0)
@@ -81,7 +81,7 @@ def write(file: Path) -> None:
 
 
 def inputs(config: Config) -> Inputs:
-    plan = preparation.plan_here(config, SPEC, "train")
+    plan = prepare.plan_here(config, SPEC, "train")
     made_of = Fingerprint("base", plan.digest(), "held", settings_digest(config))
     return Inputs(BaseModel("m", "", "base"), SPEC, plan, made_of)
 
@@ -132,7 +132,7 @@ def test_on_from_the_champion_with_new_files_and_a_part_of_the_known(config: Con
     assert found.config.train.start == f"{tmp_path}/run/checkpoints/step-0000005"
     assert found.tags[recipe.ORIGIN] == "champion, version 1"
     assert found.tags["olora.data_digest"] == inputs(config).plan.digest(), "it stands on all the data"
-    plan = preparation.plan_here(found.config, SPEC, "train")
+    plan = prepare.plan_here(found.config, SPEC, "train")
     assert plan.rows == 20 + 0.25 * 40 + 0.5 * 20
 
 

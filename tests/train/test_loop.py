@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from olora_ray import checkpoint
-from olora_ray.config import Config
-from olora_ray.errors import UserError
-from olora_ray.train.feed import Feed, total_steps
+from olora_ray.common.errors import UserError
+from olora_ray.config.schema import Config
+from olora_ray.train import checkpoint
+from olora_ray.train.loader import Feed, total_steps
 from olora_ray.train.loop import StepResult, Trainer, evaluate
 from olora_ray.train.schedule import Schedule
 from olora_ray.train.state import TrainState

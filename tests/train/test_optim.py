@@ -10,7 +10,7 @@ from torch import nn
 
 from olora_ray.adapter.factors import Factors
 from olora_ray.adapter.layer import AdaptedLinear
-from olora_ray.config import Train
+from olora_ray.config.schema import Train
 from olora_ray.train.optim import AdamW, FlatAdapters, lr_at
 
 SHAPES = {"first": (5, 3), "second": (4, 7)}

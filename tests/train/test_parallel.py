@@ -9,9 +9,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from olora_ray.config import Config
-from olora_ray.train.feed import Feed
+from olora_ray.config.schema import Config
 from olora_ray.train.generate import Question, answer
+from olora_ray.train.loader import Feed
 from olora_ray.train.loop import Trainer, evaluate
 from olora_ray.train.parallel import decoder_layers
 from olora_ray.train.schedule import Schedule

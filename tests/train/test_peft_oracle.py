@@ -7,7 +7,7 @@ import peft
 import pytest
 import torch
 
-from olora_ray.data.collate import collate
+from olora_ray.tokens.collate import collate
 from tests import tiny
 
 RANK, ALPHA, RATE = 4, 8, 1e-3

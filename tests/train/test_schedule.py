@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from olora_ray.config import Train
-from olora_ray.train import feed
-from olora_ray.train.feed import total_steps
+from olora_ray.config.schema import Train
+from olora_ray.train import loader
+from olora_ray.train.loader import total_steps
 from olora_ray.train.optim import lr_at
 from olora_ray.train.schedule import Schedule
 from tests import tiny
@@ -20,8 +20,8 @@ PACK = tiny.pack(6)
 
 @pytest.fixture(autouse=True)
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feed, "PAUSES", (0.001, 0.002))
-    monkeypatch.setattr(feed, "TOLD_EVERY", 0.002)
+    monkeypatch.setattr(loader, "PAUSES", (0.001, 0.002))
+    monkeypatch.setattr(loader, "TOLD_EVERY", 0.002)
 
 
 def store(sizes: list[int], arrived: int | None = None) -> Any:

@@ -199,11 +199,11 @@ def _patch_mlflow(module: ModuleType) -> None:
 
 
 PATCHES = {
-    "olora_ray.data.plan": _patch_plan,
-    "olora_ray.data.writer": _patch_writer,
-    "olora_ray.worker": _patch_worker,
-    "olora_ray.checkpoint": _patch_checkpoint,
-    "olora_ray.export": _patch_export,
+    "olora_ray.tokens.plan": _patch_plan,
+    "olora_ray.tokens.writer": _patch_writer,
+    "olora_ray.cluster.worker": _patch_worker,
+    "olora_ray.train.checkpoint": _patch_checkpoint,
+    "olora_ray.adapter.export": _patch_export,
     "mlflow.tracking.client": _patch_mlflow,
 }
 

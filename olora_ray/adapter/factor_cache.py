@@ -1,0 +1,67 @@
+"""Factors computed once and kept: what a search's trials take instead of computing them again.
+
+    factors.safetensors      NAME.a0 (R x n) and NAME.b0 (m x R), at the largest rank R of the search
+    factors.json             what they were computed from; written last
+
+The factors of a smaller rank are a prefix of those of a larger one (the first columns of Q, the first rows of
+R; for plain LoRA the first rows of A), so that one file serves all ranks up to R, and alpha does not enter.
+"""
+
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from olora_ray.adapter.factors import Factors
+from olora_ray.common import storage
+
+TENSORS, DESCRIPTION = "factors.safetensors", "factors.json"
+
+
+def write(place: str, factors: Mapping[str, Factors], origin: Mapping[str, str], rank: int) -> None:
+    """Keep factors in the folder `place`; `origin` says what they were computed from."""
+    parts: dict[str, Tensor] = {}
+    for name, found in factors.items():
+        parts[f"{name}.a0"] = found.a0
+        if found.b0 is not None:
+            parts[f"{name}.b0"] = found.b0
+    with tempfile.TemporaryDirectory(prefix="olora-factors-") as folder:
+        save_file({name: part.contiguous().cpu() for name, part in parts.items()}, Path(folder) / TENSORS)
+        storage.write_bytes(storage.join(place, TENSORS), (Path(folder) / TENSORS).read_bytes())
+    # A prefix of a completed slice need not be what the smaller slice is completed to.
+    whole = all(found.full_rank for found in factors.values())
+    storage.write_text(storage.join(place, DESCRIPTION), json.dumps({**origin, "rank": rank, "full_rank": whole}))
+
+
+def has(place: str, origin: Mapping[str, str], rank: int) -> bool:
+    """Whether factors of this origin and at least this rank are kept there."""
+    try:
+        found = json.loads(storage.read_text(storage.join(place, DESCRIPTION)))
+        return bool(found["full_rank"]) and found["rank"] >= rank and {**found, **origin} == found
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def read(place: str, origin: Mapping[str, str], rank: int, names: list[str]) -> dict[str, Factors] | None:
+    """The factors of these layers at `rank`; None if they are not there, of another origin, or too small."""
+    if not has(place, origin, rank):
+        return None
+    try:
+        with (
+            tempfile.TemporaryDirectory(prefix="olora-factors-") as cache,
+            safe_open(storage.local_copy(storage.join(place, TENSORS), cache), "pt") as file,
+        ):
+            there = set(file.keys())
+            return {
+                name: Factors(
+                    file.get_slice(f"{name}.a0")[:rank].contiguous(),
+                    file.get_slice(f"{name}.b0")[:, :rank].contiguous() if f"{name}.b0" in there else None,
+                )
+                for name in names
+            }
+    except (OSError, SafetensorError):
+        return None

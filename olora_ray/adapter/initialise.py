@@ -1,0 +1,184 @@
+"""Distributed initialisation: each worker computes the factors of its share of the layers, in float32.
+
+Shares are balanced by cost (m r^2 + m n r multiplications for a short QR), and exchanged as one flat
+buffer a worker: one broadcast instead of two tensors a layer. Afterwards all workers hold the same
+bytes, which a digest over everything confirms (a QR's last bits depend on the number of threads, so
+computing the same layer everywhere would not do).
+"""
+
+import hashlib
+import heapq
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from olora_ray.adapter.factors import Factors
+from olora_ray.adapter.layer import weight_matrix
+from olora_ray.adapter.methods import METHODS
+from olora_ray.common.errors import UserError
+
+Shape = tuple[int, int]
+"""(m, n) of a weight."""
+
+
+@dataclass(frozen=True)
+class InitReport:
+    """What the initialisation did, the same on every worker but for `exchange_seconds`."""
+
+    layers: tuple[int, ...]
+    """Layers computed by each worker."""
+    seconds: tuple[float, ...]
+    """Time of each worker's share."""
+    exchange_seconds: float
+    deficient: tuple[str, ...]
+    """Layers whose slice W[:, :r] does not have full column rank."""
+    digest: str
+    """SHA-256 over all factors."""
+
+
+def assign(shapes: Mapping[str, Shape], rank: int, workers: int) -> list[list[str]]:
+    """Names for each worker: the costliest layer first, to the least loaded worker; deterministic."""
+    cost = {name: m * rank**2 + m * n * rank for name, (m, n) in shapes.items()}
+    load = [(0, worker) for worker in range(workers)]
+    shares: list[list[str]] = [[] for _ in range(workers)]
+    for name in sorted(shapes, key=lambda name: -cost[name]):
+        total, worker = heapq.heappop(load)
+        shares[worker].append(name)
+        heapq.heappush(load, (total + cost[name], worker))
+    return shares
+
+
+def initialise(
+    targets: Mapping[str, nn.Module], method: str, rank: int, seed: int, device: torch.device
+) -> tuple[dict[str, Factors], InitReport]:
+    """The factors of every target, computed by all workers of the default process group together.
+
+    Without a process group this process computes them all. Raises UserError that names a layer
+    whose weight has NaN or infinite values.
+    """
+    here, workers = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    shapes: dict[str, Shape] = {name: _shape(module) for name, module in targets.items()}
+    shares = assign(shapes, rank, workers)
+    start = time.perf_counter()
+    own, problem = {}, None
+    try:
+        own = {name: _compute(name, targets[name], method, rank, seed, device) for name in shares[here]}
+    except UserError as error:
+        problem = str(error)
+    raise_together(problem)
+    seconds = time.perf_counter() - start
+
+    start = time.perf_counter()
+    with_b0 = _has_b0(own, device)
+    merged: dict[str, Factors] = {}
+    hasher = hashlib.sha256()
+    for worker, share in enumerate(shares):
+        buffer = _pack(own, share) if worker == here else torch.empty(_size(share, shapes, rank, with_b0))
+        buffer = buffer.to(device)
+        if workers > 1:
+            dist.broadcast(buffer, src=worker)
+        buffer = buffer.cpu()
+        hasher.update(buffer.numpy().tobytes())
+        merged.update(_unpack(buffer, share, shapes, rank, with_b0))
+    _check_same(hasher.digest(), device)
+    report = InitReport(
+        layers=tuple(len(share) for share in shares),
+        seconds=_gather(seconds, device),
+        exchange_seconds=time.perf_counter() - start,
+        deficient=tuple(name for name in targets if not merged[name].full_rank),
+        digest=hasher.hexdigest(),
+    )
+    return {name: merged[name] for name in targets}, report
+
+
+def _shape(module: nn.Module) -> Shape:
+    m, n = weight_matrix(module).shape
+    return int(m), int(n)
+
+
+@torch.no_grad()
+def _compute(name: str, module: nn.Module, method: str, rank: int, seed: int, device: torch.device) -> Factors:
+    weight = weight_matrix(module).to(device, torch.float32)
+    # A seed of its own for each layer, so that it does not matter who computes it.
+    layer_seed = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7], "big")
+    found = METHODS[method](weight, rank, layer_seed)
+    if not all(torch.isfinite(part).all() for part in (found.a0, found.b0) if part is not None):
+        raise UserError(f"model.name: the weight of {name} has NaN or infinite values")
+    return found
+
+
+def raise_together(problem: str | None) -> None:
+    """Raise a UserError on all workers if one has a problem: alone, it would leave the others waiting."""
+    problems = [problem]
+    if dist.is_initialized():
+        problems = [None] * dist.get_world_size()
+        dist.all_gather_object(problems, problem)
+    if found := next((item for item in problems if item), None):
+        raise UserError(found)
+
+
+def _has_b0(own: Mapping[str, Factors], device: torch.device) -> bool:
+    # A worker without layers (more workers than layers) cannot tell by itself.
+    flag = torch.tensor([float(any(item.b0 is not None for item in own.values()))], device=device)
+    if dist.is_initialized():
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return bool(flag.item())
+
+
+def _size(share: list[str], shapes: Mapping[str, Shape], rank: int, with_b0: bool) -> int:
+    return sum(rank * shapes[name][1] + (shapes[name][0] * rank if with_b0 else 0) + 1 for name in share)
+
+
+def _pack(own: Mapping[str, Factors], share: list[str]) -> Tensor:
+    parts = [torch.empty(0)]
+    for name in share:
+        item = own[name]
+        parts.append(item.a0.reshape(-1).cpu())
+        if item.b0 is not None:
+            parts.append(item.b0.reshape(-1).cpu())
+        parts.append(torch.tensor([float(item.full_rank)]))
+    return torch.cat(parts)
+
+
+def _unpack(
+    buffer: Tensor, share: list[str], shapes: Mapping[str, Shape], rank: int, with_b0: bool
+) -> dict[str, Factors]:
+    result, place = {}, 0
+
+    def take(*shape: int) -> Tensor:
+        nonlocal place
+        size = math.prod(shape)
+        part = buffer[place : place + size].view(shape)
+        place += size
+        return part
+
+    for name in share:
+        m, n = shapes[name]
+        a0 = take(rank, n)
+        b0 = take(m, rank) if with_b0 else None
+        result[name] = Factors(a0, b0, full_rank=bool(take(1).item()))
+    return result
+
+
+def _check_same(digest: bytes, device: torch.device) -> None:
+    if not dist.is_initialized():
+        return
+    own = torch.frombuffer(bytearray(digest), dtype=torch.uint8).to(device)
+    seen = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(seen, own)
+    if not all(torch.equal(own, other) for other in seen):
+        raise RuntimeError("workers hold different factors after the exchange: the network corrupted a broadcast")
+
+
+def _gather(value: float, device: torch.device) -> tuple[float, ...]:
+    own = torch.tensor([value], dtype=torch.float32, device=device)
+    if not dist.is_initialized():
+        return (value,)
+    seen = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(seen, own)
+    return tuple(float(item.item()) for item in seen)

@@ -1,0 +1,77 @@
+"""Which Ray a run uses. Asked here first, since ray.init waits for almost three minutes for one that is away."""
+
+import os
+import socket
+import time
+from urllib.parse import urlsplit
+
+from ray._private import services  # there is no public way
+
+from olora_ray.common.errors import UserError
+
+PATIENCE = 10.0
+"""Seconds that a Ray may take to answer, or one that has just been ended to disappear."""
+_VARIABLE = "RAY_ADDRESS"
+
+
+def find(patience: float = PATIENCE) -> str:
+    """The address for ray.init: host:port of a Ray that answers, or "local" for one of the run's own.
+
+    RAY_ADDRESS comes first, then the Ray that runs on this machine. Raises UserError for an address that is
+    none of a Ray head, or at which nothing answers for `patience` seconds.
+    """
+    end = time.monotonic() + patience
+    while True:
+        found = _given() or _running()
+        if found == "local" or (problem := _silence(found)) is None:
+            return found
+        if time.monotonic() > end:
+            break
+        time.sleep(0.5)
+    if _given():
+        raise UserError(f"{_VARIABLE}={found}: no Ray answers there ({problem}); correct it, or unset it")
+    raise UserError(
+        f"the Ray of this machine does not answer at {found} ({problem}); "
+        "start it again with `ray start --head`, or have it forgotten with `ray stop`"
+    )
+
+
+def _given() -> str | None:
+    """RAY_ADDRESS, if it says more than to look on this machine."""
+    given = os.environ.get(_VARIABLE, "").strip()
+    if given in ("", "auto"):
+        return None
+    if "://" in given:
+        raise UserError(
+            f"{_VARIABLE}={given}: that is for `ray job submit`; start the run with it, or set {_VARIABLE} to the "
+            "HOST:PORT of the head on a machine of the cluster"
+        )
+    if given != "local" and None in _parts(given):
+        raise UserError(f"{_VARIABLE}={given}: must be HOST:PORT, as 10.0.0.1:6379")
+    return given
+
+
+def _running() -> str:
+    """Address of a Ray on this machine, as its processes and the last `ray start` say."""
+    try:
+        return str(services.get_ray_address_from_environment("auto", None))
+    except ConnectionError:
+        return "local"
+
+
+def _silence(address: str) -> str | None:
+    """Why no connection can be made, or None if one can."""
+    try:
+        with socket.create_connection(_parts(address), timeout=PATIENCE):
+            return None
+    except OSError as error:
+        return error.strerror or str(error)
+
+
+def _parts(address: str) -> tuple[str | None, int | None]:
+    """Host and port, each None if it is not there."""
+    try:
+        split = urlsplit(f"//{address}")
+        return split.hostname, split.port
+    except ValueError:
+        return None, None

@@ -1,0 +1,123 @@
+"""What each node of the cluster says about itself: versions, memory, and whether it sees the storage."""
+
+import platform
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+
+from olora_ray.common import storage
+
+PACKAGES = ("ray", "torch", "transformers")
+WAIT = 60.0
+"""Seconds that the nodes have to answer: a new one starts its first Python process."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What one node has."""
+
+    versions: dict[str, str | None]
+    """python, ray, torch, transformers; None: not installed."""
+    memory: int
+    """Bytes, or the container's limit."""
+    gpu_memory: int | None = None
+    """Bytes of the smallest GPU; None without one."""
+    storage_problem: str | None = None
+
+
+def facts() -> Facts:
+    """Of this node; imports neither torch nor transformers."""
+    versions = {name: _version(name) for name in PACKAGES}
+    return Facts({"python": platform.python_version(), **versions}, _memory(), _gpu())
+
+
+def ask(nodes: Sequence[dict[str, Any]], place: str) -> list[Facts | str]:
+    """What each of the nodes (entries of ray.nodes()) answers, or why it does not.
+
+    Each of them reads a file that this process writes below `place`, and writes one of its own; both are
+    removed. Raises OSError or ValueError if this process itself cannot write there.
+    """
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    folder = storage.join(place, f".probe-{uuid.uuid4().hex}")
+    storage.write_text(storage.join(folder, "driver"), folder)
+    try:
+        asked = [
+            ray.remote(_answer)
+            .options(
+                num_cpus=0,  # answers on a node that is busy
+                max_retries=0,
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False),
+            )
+            .remote(folder, node["NodeID"])
+            for node in nodes
+        ]
+        ray.wait(asked, num_returns=len(asked), timeout=WAIT)
+        return [_result(answer, folder, node["NodeID"]) for answer, node in zip(asked, nodes, strict=True)]
+    finally:
+        storage.remove(folder)
+
+
+def _answer(folder: str, node: str) -> Facts:
+    """Runs on the node."""
+    found = facts()
+    problem = None
+    try:
+        if storage.read_text(storage.join(folder, "driver")) != folder:
+            problem = "reads something else than was written"
+        storage.write_text(storage.join(folder, node), node)  # not in a folder that is not shared: nobody removes it
+    except FileNotFoundError:
+        problem = "is another place there than here: use a shared folder, s3:// or gs://"
+    except (OSError, ValueError) as error:
+        problem = f"cannot be read and written there: {_reason(error)}"
+    return Facts(found.versions, found.memory, found.gpu_memory, problem)
+
+
+def _result(answer: Any, folder: str, node: str) -> Facts | str:
+    try:
+        found: Facts = ray.get(answer, timeout=0)
+    except TimeoutError:
+        return f"did not answer within {WAIT:g} s"
+    except RayTaskError as error:
+        return f"cannot run this project: {_reason(error.cause or error)}; install it there"
+    except RayError as error:
+        return f"did not answer: {_reason(error)}"
+    if found.storage_problem is None and not storage.exists(storage.join(folder, node)):
+        return Facts(found.versions, found.memory, found.gpu_memory, "what it writes does not arrive here")
+    return found
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _memory() -> int:
+    from ray._common.utils import get_system_memory  # knows the limits of containers
+
+    return int(get_system_memory())
+
+
+def _gpu() -> int | None:
+    from ray._private.thirdparty import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        count = pynvml.nvmlDeviceGetCount()
+        sizes = [pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(n)).total for n in range(count)]
+    except pynvml.NVMLError:
+        return None
+    return min(map(int, sizes), default=None)
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return (str(error).strip() or type(error).__name__).splitlines()[-1]

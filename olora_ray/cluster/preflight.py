@@ -1,0 +1,172 @@
+"""Before any expensive work: has the cluster, or can it get, what the run needs? All problems in one error."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from olora_ray.cluster import node_facts
+from olora_ray.cluster import resources as capacity
+from olora_ray.cluster.node_facts import Facts
+from olora_ray.cluster.resources import Resources
+from olora_ray.common import storage
+from olora_ray.common.errors import UserError
+from olora_ray.config.schema import Config
+from olora_ray.model.source import BaseModel
+from olora_ray.train.estimate import PROCESS_BYTES, Size, estimate
+
+Say = Callable[[str], None]
+Answers = list[tuple[str, Facts]]
+"""Address of a node, and what it says."""
+GIB = 2**30
+
+
+def check(config: Config, base: BaseModel | None, say: Say) -> None:
+    """Raise UserError with everything that keeps the run from working on this cluster; needs ray.init.
+
+    A run that fits only once the autoscaler has started nodes waits for them, and so does one with a range
+    of workers: a line says so. Without `base` memory and disk are not looked at.
+    """
+    wanted = capacity.worker_resources(config)
+    problems = list(_workers(config, wanted, say))
+    answers, silent = _ask(config, capacity.staying())
+    problems += silent
+    problems += _versions(node_facts.facts(), answers)
+    problems += _storage(config, answers)
+    if base is not None:
+        size = estimate(config, base, gpu="GPU" in wanted)
+        problems += _memory(config, size, wanted, answers)
+        problems += _disk(config, size, base)
+    if problems:
+        raise UserError("; ".join(problems))
+
+
+def _workers(config: Config, wanted: Resources, say: Say) -> Iterator[str]:
+    """Room for the fewest workers, now or later; and for Ray Data beside them."""
+    cluster, nodes, later = config.cluster, capacity.present(), capacity.ceiling()
+    fewest = cluster.fewest()
+    now, most = capacity.room(wanted, nodes), capacity.room(wanted, later)
+    fields = ", ".join(f"{kind.lower()}s_per_worker={each:g}" for kind, each in wanted.items())
+    have = ", ".join(f"{capacity.amount(kind, nodes):g} {kind}s" for kind in wanted)
+    needs = (
+        f"cluster.workers={fewest} with {fields}: the cluster has room for {now} of them ({have}, {len(nodes)} nodes)"
+    )
+    if now < fewest <= most or (now < fewest and cluster.elastic()):
+        say(f"training waits for the cluster to grow: {needs}")
+    elif now < fewest:
+        limit = f" and can grow to {most}" if most > now else ""
+        yield f"{needs}{limit}; use fewer workers, or cluster.workers=[MIN, MAX] to wait until the cluster grows"
+    left = capacity.amount("CPU", later) - cluster.most() * wanted["CPU"]
+    if len(nodes) > 1 and left < 1 and now >= fewest:
+        say(
+            f"{cluster.most()} workers leave {max(left, 0):g} CPUs for the preparation of data, which then goes slowly"
+            " beside the training: add CPU nodes or lower cluster.cpus_per_worker"
+        )
+
+
+def _ask(config: Config, nodes: Sequence[dict[str, Any]]) -> tuple[Answers, list[str]]:
+    """What the nodes say, and problems of those that do not."""
+    if len(nodes) == 1 and not storage.is_uri(config.run.storage):
+        return [(nodes[0]["NodeManagerAddress"], node_facts.facts())], []  # this one: RunFolder.check wrote there
+    try:
+        found = node_facts.ask(nodes, config.run.storage)
+    except (OSError, ValueError) as error:
+        return [], [f"run.storage: {config.run.storage} cannot be written: {error}"]
+    named = [(node["NodeManagerAddress"], answer) for node, answer in zip(nodes, found, strict=True)]
+    answers = [(address, answer) for address, answer in named if isinstance(answer, Facts)]
+    return answers, _grouped([(address, answer) for address, answer in named if isinstance(answer, str)])
+
+
+def _versions(here: Facts, answers: Answers) -> list[str]:
+    """Other versions than here; Python's last number and a build's tag (+cpu) may differ."""
+    found = []
+    for address, facts in answers:
+        for package, version in facts.versions.items():
+            wanted = here.versions[package]
+            if _public(package, version) != _public(package, wanted):
+                shown = f"has {package} {version}" if version else f"has no {package}"
+                found.append((address, f"{shown}, here it is {wanted}: install the same version on all nodes"))
+    return _grouped(found)
+
+
+def _public(package: str, version: str | None) -> str | None:
+    if version is not None and package == "python":
+        return ".".join(version.split(".")[:2])
+    return version and version.partition("+")[0]
+
+
+def _storage(config: Config, answers: Answers) -> list[str]:
+    told = [(address, facts.storage_problem) for address, facts in answers if facts.storage_problem]
+    return _grouped([(address, f"run.storage {config.run.storage} {problem}") for address, problem in told])
+
+
+def _memory(config: Config, size: Size, wanted: Resources, answers: Answers) -> Iterator[str]:
+    """Room for the fewest workers by memory, on the nodes that have room for them otherwise."""
+    gpus = min(1.0, wanted.get("GPU", 0.0))
+    need, cluster = size.total_bytes() + PROCESS_BYTES, config.cluster
+    resources = {node["NodeManagerAddress"]: node["Resources"] for node in capacity.staying()}
+    room, seen = 0, []
+    for address, facts in answers:
+        fits = capacity.room(wanted, [capacity.Nodes(resources.get(address, {}), 1)])
+        if not fits:
+            continue
+        have = (facts.gpu_memory or 0) * gpus if gpus else facts.memory
+        room += (fits if have >= need else 0) if gpus else min(fits, int(have // need))
+        seen.append(f"node {address} has {have / GIB:.1f} GiB" + (" for each" if gpus else ""))
+    if room < cluster.fewest() and room < capacity.room(wanted, capacity.present()) >= cluster.fewest():
+        kind = "GPU memory" if gpus else "memory"
+        yield (
+            f"cluster.workers={cluster.fewest()}: each needs about {need / GIB:.1f} GiB of {kind}, so there is room"
+            f" for {room} ({', '.join(seen[:4])}); use fewer workers, cluster.strategy=fsdp, model.dtype=bfloat16, or a"
+            " smaller train.micro_batch or data.max_length"
+        )
+
+
+def _disk(config: Config, size: Size, base: BaseModel) -> Iterator[str]:
+    """Room in a local storage for tokens, checkpoints and exports, as far as they are not there yet."""
+    if storage.is_uri(config.run.storage):
+        return
+    place = Path(config.run.storage)
+    there = next(folder for folder in (place, *place.parents) if folder.exists())
+    parts = {
+        "tokens": _source_bytes(config),  # about as much as the text
+        "checkpoints": (config.train.keep + 1) * 5 * 4 * size.trainable,  # factors, update, two moments, the best
+        "exports": 2 * 4 * size.trainable
+        + sum(file.stat().st_size for file in Path(base.folder).glob("*.safetensors")),
+    }
+    need = sum(parts.values()) - _used(place / config.run.name) - _used(place / "tokens")
+    if (free := shutil.disk_usage(there).free) < need:
+        shown = ", ".join(f"{name} {value / GIB:.2f}" for name, value in parts.items())
+        yield (
+            f"run.storage: the run needs about {need / GIB:.2f} GiB below {place} ({shown}), and {free / GIB:.2f} GiB"
+            " are free; make room, or set another run.storage"
+        )
+
+
+def _source_bytes(config: Config) -> int:
+    """Size of the sources that are single local files: others are looked at only when they are read."""
+    paths = [Path(source.path) for source in (*config.data.train, *config.data.eval)]
+    return sum(path.stat().st_size for path in paths if path.is_file())
+
+
+def _used(folder: Path) -> int:
+    return sum(
+        os.path.getsize(os.path.join(root, name))
+        for root, _, names in os.walk(folder)
+        for name in names
+        if os.path.exists(os.path.join(root, name))
+    )
+
+
+def _grouped(found: Sequence[tuple[str, str]]) -> list[str]:
+    """`node A, B and 3 more: problem` for each problem."""
+    nodes: dict[str, list[str]] = {}
+    for address, problem in found:
+        nodes.setdefault(problem, []).append(address)
+    return [f"{_named(addresses)}: {problem}" for problem, addresses in nodes.items()]
+
+
+def _named(addresses: Sequence[str]) -> str:
+    more = f" and {len(addresses) - 3} more" if len(addresses) > 3 else ""
+    return f"node{'s' if len(addresses) > 1 else ''} {', '.join(addresses[:3])}{more}"

@@ -1,0 +1,87 @@
+"""A process that trains several adapters side by side on one copy of the base model.
+
+A Ray actor with a thread for each adapter; only the one whose turn it is computes. The result of each is the
+same, bit for bit, as if it were alone: the base is frozen, every adapter has an optimizer, a data cursor and
+random numbers of its own. What is shared is the memory of the base, and the time that starting takes.
+"""
+
+import gc
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+import torch
+from ray.exceptions import RayActorError
+
+from olora_ray.cluster.failures import HostDied
+from olora_ray.cluster.spec import Outcome, Task
+from olora_ray.cluster.worker import train_at
+from olora_ray.cluster.worker_context import SharedBase, SharedPost
+from olora_ray.common.errors import UserError
+from olora_ray.common.quiet import quiet_transformers
+
+SPARE_THREADS = 8
+"""Threads of a host beyond those that train: to say how busy it is, and for a trial that ends while another starts."""
+
+
+class Host:
+    """Holds the base model of `task`."""
+
+    def __init__(self, task: Task) -> None:
+        quiet_transformers()
+        self.task = task
+        self.active = 0
+        self.problem: str | None = None
+        self._shared: SharedBase | None = None
+        self._guard = threading.Lock()
+
+    def busy(self) -> int:
+        """How many adapters are being trained."""
+        return self.active
+
+    def train(self, task: Task, checkpoints: str) -> Outcome:
+        """Train one adapter from the start or from its last checkpoint; returns when it has ended."""
+        self.active += 1
+        try:
+            return train_at(SharedPost(self._base()), task, checkpoints)
+        except UserError as error:
+            return Outcome(problem=str(error))
+        finally:
+            self.active -= 1
+            gc.collect()  # a worker refers to itself, and would keep its adapter and optimizer for long
+
+    def _base(self) -> SharedBase:
+        with self._guard:
+            if self._shared is None:
+                device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+                self._shared = SharedBase.of(self.task, device)
+            return self._shared
+
+
+def start(task: Task, wanted: Mapping[str, float], number: int, adapters: int) -> tuple[Any, ...]:
+    """So many hosts for so many adapters each, with the resources of one worker; they end with this process."""
+    actor: Any = ray.remote(Host)
+    options = {
+        "num_cpus": wanted.get("CPU", 0),
+        "num_gpus": wanted.get("GPU", 0),
+        "max_concurrency": adapters + SPARE_THREADS,
+        "max_restarts": -1,  # the trials of one that died go on from their checkpoints
+    }
+    return tuple(actor.options(**options).remote(task) for _ in range(number))
+
+
+def end(hosts: tuple[Any, ...]) -> None:
+    """End them, so that what follows gets their CPUs and GPUs."""
+    for one in hosts:
+        ray.kill(one)
+
+
+def train(hosts: tuple[Any, ...], task: Task, checkpoints: str) -> Outcome:
+    """Train one adapter on the host with the fewest; raises HostDied."""
+    try:
+        loads = ray.get([host.busy.remote() for host in hosts])
+        outcome: Outcome = ray.get(hosts[loads.index(min(loads))].train.remote(task, checkpoints))
+    except RayActorError as error:
+        raise HostDied from error
+    return outcome

@@ -1,0 +1,92 @@
+"""What a training worker gets, and what it gives back."""
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from olora_ray.config.schema import Config
+from olora_ray.model.source import BaseModel
+from olora_ray.tokens.store import TokenStore
+from olora_ray.train.state import TrainState
+
+
+@dataclass(frozen=True)
+class Task:
+    """All that a worker needs; whatever is large lies under the storage path."""
+
+    config: Config
+    base: BaseModel
+    tokenizer: str
+    """Digest of the tokenizer and its chat template."""
+    eos: tuple[int, ...]
+    """Token ids that end an answer."""
+    train: TokenStore
+    """May still be growing."""
+    eval: TokenStore | None
+    board: Any
+    shared: str | None = None
+    """Folder of what the trials of a search share: the factors, and what the base model does on the held-out rows."""
+
+    def identity(self) -> dict[str, str]:
+        """What decides the numbers of a run: digests, and the adapter's settings."""
+        return {
+            "base model": self.base.digest,
+            "tokenizer": self.tokenizer,
+            "training data": self.train.digest,
+            "held-out data": self.eval.digest if self.eval else "",
+            "adapter": self.config.adapter.model_dump_json(),
+        } | ({"start": self.config.train.start} if self.config.train.start else {})
+
+    def base_identity(self) -> dict[str, str]:
+        """What decides the numbers before the first step: the base model's, or those of the adapter to start from."""
+        found = {what: digest for what, digest in self.identity().items() if what != "adapter"}
+        return found | ({"start": self.config.train.start} if self.config.train.start else {})
+
+    def factor_origin(self) -> dict[str, str]:
+        """What decides the factors, but for their rank."""
+        adapter = self.config.adapter
+        targets = json.dumps(adapter.targets)
+        return {
+            "base model": self.base.digest,
+            "method": adapter.method,
+            "targets": targets,
+            "seed": str(self.config.run.seed),
+        }
+
+
+@dataclass(frozen=True)
+class Answered:
+    """One held-out prompt with its answers, as token ids."""
+
+    prompt: tuple[int, ...]
+    reference: tuple[int, ...]
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What training returns to the driver."""
+
+    problem: str | None = None
+    """Why training stopped, if the user has to act."""
+    interrupted: str | None = None
+    """Why training stopped between two steps, with a checkpoint, if it was asked to."""
+    preempted: bool = False
+    """Whether that was because a node is taken away."""
+    state: TrainState | None = None
+    stopped_early: bool = False
+    answers: tuple[Answered, ...] = ()
+
+    def to_json(self) -> str:
+        """The text of training.json."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Outcome":
+        """Read `to_json` back; raises ValueError, KeyError or TypeError for anything else."""
+        tree = json.loads(text)
+        answers = tuple(
+            Answered(**{name: tuple(map(int, ids)) for name, ids in entry.items()}) for entry in tree["answers"]
+        )
+        return cls(**{**tree, "answers": answers, "state": TrainState(**tree["state"])})

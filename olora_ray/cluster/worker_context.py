@@ -1,0 +1,144 @@
+"""Where a training process stands: its place among the workers, its device, and the base model it trains on."""
+
+import contextlib
+import math
+import threading
+from collections import deque
+from collections.abc import Iterator, Mapping
+from types import TracebackType
+from typing import Any, Protocol
+
+import torch
+
+from olora_ray.adapter.inject import install, remove
+from olora_ray.adapter.layer import AdaptedLinear
+from olora_ray.cluster.preemption import AnyNode, Node, TrainNode
+from olora_ray.cluster.spec import Task
+from olora_ray.config.schema import Config
+from olora_ray.model.source import load_model, on_this_node
+from olora_ray.train.loss import SupervisedLoss
+from olora_ray.train.malloc import keep_freed_memory
+
+Adapted = Mapping[str, AdaptedLinear]
+
+
+class Post(Protocol):
+    """A place to train at."""
+
+    rank: int
+    world: int
+    device: torch.device
+    node: Node
+
+    def base(self, task: Task) -> SupervisedLoss:
+        """The base model; to be used inside `turn` only."""
+
+    def turn(self, adapted: Adapted) -> contextlib.AbstractContextManager[None]:
+        """The base model with these adapters, for as long as it is entered; with none, the untouched base."""
+
+
+class TrainPost:
+    """A worker of Ray Train; the base model is its own."""
+
+    def __init__(self, config: Config) -> None:
+        import ray.train
+        import ray.train.torch
+
+        context = ray.train.get_context()
+        self.rank, self.world = context.get_world_rank(), context.get_world_size()
+        self.device: torch.device = ray.train.torch.get_device()
+        self.node: Node = TrainNode()
+        self._loss: SupervisedLoss | None = None
+        self._installed = False
+        use_cpus(config, self.device)
+
+    def base(self, task: Task) -> SupervisedLoss:
+        """See Post."""
+        if self._loss is None:
+            self._loss = load(task, self.device)
+        return self._loss
+
+    @contextlib.contextmanager
+    def turn(self, adapted: Adapted) -> Iterator[None]:
+        """See Post. Adapters stay where they are put: a sharded base cannot be taken apart."""
+        if adapted and not self._installed:
+            assert self._loss is not None
+            install(self._loss.model, adapted)
+            self._installed = True
+        yield
+
+
+class SharedBase:
+    """A base model that several adapters are trained on, one step of each in turn."""
+
+    def __init__(self, loss: SupervisedLoss, device: torch.device) -> None:
+        self.loss, self.device = loss.to(device), device
+        self.turns = Turns()
+
+    @classmethod
+    def of(cls, task: Task, device: torch.device) -> "SharedBase":
+        """The base model of a task, in this process."""
+        use_cpus(task.config, device, threads_take_turns=True)
+        return cls(load(task, device), device)
+
+
+class SharedPost:
+    """A place at a shared base, for one adapter; all of it runs in one thread of its own."""
+
+    def __init__(self, shared: SharedBase) -> None:
+        self.rank, self.world = 0, 1
+        self.device = shared.device
+        self.node: Node = AnyNode()
+        self._shared = shared
+
+    def base(self, task: Task) -> SupervisedLoss:
+        """See Post."""
+        return self._shared.loss
+
+    @contextlib.contextmanager
+    def turn(self, adapted: Adapted) -> Iterator[None]:
+        """See Post."""
+        with self._shared.turns:
+            model = self._shared.loss.model
+            install(model, adapted)
+            try:
+                yield
+            finally:
+                remove(model)
+
+
+class Turns:
+    """A lock that goes to whoever has waited longest; threading.Lock may let the one that leaves come back first."""
+
+    def __init__(self) -> None:
+        self._guard, self._waiting = threading.Lock(), deque[threading.Event]()
+
+    def __enter__(self) -> None:
+        ticket = threading.Event()
+        with self._guard:
+            if not self._waiting:
+                ticket.set()
+            self._waiting.append(ticket)
+        ticket.wait()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._guard:
+            self._waiting.popleft()
+            if self._waiting:
+                self._waiting[0].set()
+
+
+def load(task: Task, device: torch.device) -> SupervisedLoss:
+    """The base model of a task, frozen."""
+    base = on_this_node(task.base, task.config)
+    model: Any = load_model(base.folder, task.config.model, device)
+    return SupervisedLoss(model)
+
+
+def use_cpus(config: Config, device: torch.device, threads_take_turns: bool = False) -> None:
+    """As many threads as the process has CPUs of Ray's, at least one."""
+    if device.type == "cpu":
+        torch.set_num_threads(max(1, math.floor(config.cluster.cpus_per_worker)))
+        keep_freed_memory(threads_take_turns)

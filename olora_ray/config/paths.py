@@ -1,0 +1,63 @@
+"""One resolver for where things are: paths, URIs, hub ids, package:// files."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+from olora_ray.common.errors import UserError
+from olora_ray.common.storage import is_uri
+from olora_ray.config.schema import Config, Source
+
+JOB_FOLDER = "runtime_resources"
+"""Part of the path under which Ray unpacks a submitted job's working directory."""
+
+
+def resolved(config: Config, folder: Path) -> Config:
+    """The config with every relative path made absolute, seen from `folder`.
+
+    Workers run elsewhere, so nothing relative may reach them. A job's own working directory is
+    deleted after the job: a relative `run.storage` then lies under the home directory instead.
+    """
+    base = Path.home() / "olora_ray" if JOB_FOLDER in folder.parts else folder
+    name = config.model.name
+    if (folder / name).exists():
+        name = str((folder / name).absolute())
+    data = config.data.model_copy(
+        update={
+            "train": tuple(_source(source, folder) for source in config.data.train),
+            "eval": tuple(_source(source, folder) for source in config.data.eval),
+        }
+    )
+    return config.model_copy(
+        update={
+            "run": config.run.model_copy(update={"storage": absolute(config.run.storage, base)}),
+            "model": config.model.model_copy(update={"name": name}),
+            "data": data,
+            "train": config.train.model_copy(
+                update={"start": config.train.start and absolute(config.train.start, folder)}
+            ),
+        }
+    )
+
+
+def absolute(place: str, folder: Path) -> str:
+    """`place` itself if it is a URI, else as an absolute path seen from `folder`."""
+    return place if is_uri(place) else os.path.normpath(folder / Path(place).expanduser())
+
+
+def package_file(name: str, field: str = "model.name") -> Path:
+    """The path of package://PACKAGE/FILE; raises UserError that names `field` if either is not there."""
+    package, _, inner = name.removeprefix("package://").partition("/")
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(f"{field}: {name}: Python package {package!r} is not installed")
+    path = Path(next(iter(spec.submodule_search_locations))) / inner
+    if not path.exists():
+        there = sorted(item.name for item in path.parent.glob("*")) if path.parent.is_dir() else []
+        raise UserError(f"{field}: {name}: no such file in the package; there is {', '.join(there) or 'nothing'}")
+    return path
+
+
+def _source(source: Source, folder: Path) -> Source:
+    only = tuple(absolute(name, folder) for name in source.only)
+    return source.model_copy(update={"path": absolute(source.path, folder), "only": only})

@@ -1,0 +1,572 @@
+"""Every setting of a run: frozen, typed, validated once.
+
+`load` reads a YAML file, `override` applies dotted assignments to a config (the command line, Tune
+and tests all use it), `flatten` gives the dotted form back. Nothing here imports what it configures.
+"""
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
+
+from olora_ray.common import secrets
+from olora_ray.common.errors import UserError
+
+PositiveInt = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9_-])?$")]
+IN_STORAGE = ("tokens", "models", "locks", "mlartifacts", "mlflow.db")
+"""What lies beside the runs' folders in `run.storage`."""
+
+
+def _straight(place: str) -> str:
+    if "://" in place and ".." in place.partition("?")[0].split("/"):
+        raise ValueError("a URI cannot go up with '..'; write the address without it")
+    return place
+
+
+Place = Annotated[str, AfterValidator(_straight)]
+"""A path, or a URI without '..': what that means differs between object stores."""
+
+
+class Section(BaseModel):
+    """Base of all sections: immutable, no unknown fields, field docstrings are the help."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, serialize_by_alias=True)
+
+
+AnySection = TypeVar("AnySection", bound=Section)
+
+
+class Run(Section):
+    """Name, place and seed."""
+
+    name: Name
+    """Name of the run and of its folder under `storage`: letters, digits, '.', '_' and '-'."""
+    storage: Place = "./runs"
+    """Folder or s3://, gs:// URI that every node can read and write."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 17
+    """Seeds the order of the data, dropout and random initialisations."""
+
+    @field_validator("name")
+    @classmethod
+    def _is_free(cls, name: str) -> str:
+        if name in IN_STORAGE:
+            raise ValueError(f"{name!r} is what the storage itself keeps there; choose another name")
+        return name
+
+
+class Model(Section):
+    """The frozen base model."""
+
+    name: Place
+    """Hub id, folder, package://PACKAGE/FILE (.gguf or folder), or models:/NAME@ALIAS or /VERSION."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of the frozen base; auto: bfloat16 where the device is fast at it, else float32."""
+    attention: Literal["auto", "flash_attention_2", "segments", "sdpa", "eager"] = "auto"
+    """Attention kernel; auto: flash_attention_2 if installed on a GPU, sdpa on other GPUs, segments on CPUs."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with a hub model. Leave off unless you have read that code."""
+    allow_pickle: bool = False
+    """Convert pickled weights (pytorch_model*.bin) where there are no safetensors; objects in them are not loaded."""
+
+
+class Source(Section):
+    """One corpus."""
+
+    path: Place
+    """File, folder or glob (jsonl, json, parquet, csv, txt; .gz, .zst), hf://ORG/NAME?split=..., s3://, gs://."""
+    format: Literal["messages", "prompt_completion", "alpaca", "sharegpt", "text"] = "messages"
+    """How a row is read: the format of its columns."""
+    fields: dict[str, str] = {}
+    """Maps the format's field names to the file's columns, e.g. {prompt: question}."""
+    weight: Annotated[float, Field(gt=0.0)] = 1.0
+    """How often each row is used per epoch: 1 once, 2 twice, 0.5 every second row."""
+    only: tuple[str, ...] = ()
+    """Of a folder or glob only these files, by their full paths or URIs; empty: all."""
+
+
+class Data(Section):
+    """Corpora, and how rows become sequences."""
+
+    train: Annotated[tuple[Source, ...], Field(min_length=1)]
+    """Training sources; several are interleaved evenly."""
+    eval: tuple[Source, ...] = ()
+    """Held-out sources."""
+    eval_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    """Instead of `eval`: this share of the training rows is held out."""
+    max_length: Annotated[int, Field(ge=8)] = 512
+    """Tokens a sequence has at most; a longer example is rejected, longer plain text is cut in pieces."""
+    packing: bool = True
+    """Put several examples in one sequence; they do not see each other."""
+    max_rejected: Annotated[float, Field(ge=0.0, le=1.0)] = 0.01
+    """Stop when more than this share of the rows cannot be used."""
+
+    @model_validator(mode="after")
+    def _one_way_to_hold_out(self) -> "Data":
+        if self.eval and self.eval_fraction is not None:
+            raise ValueError("set data.eval or data.eval_fraction, not both")
+        return self
+
+
+class Adapter(Section):
+    """What is trained."""
+
+    method: Literal["olora", "lora"] = "olora"
+    """Where the adapter starts: olora (QR of the weight) or lora (random A, zero B)."""
+    rank: PositiveInt = 16
+    """Rank r of the update."""
+    alpha: Annotated[float, Field(gt=0.0)] = 16
+    """The update is scaled by alpha / rank."""
+    dropout: Fraction = 0.0
+    """Dropout on the adapter's input during training."""
+    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """all-linear (all but head and embeddings), or names, dotted suffixes or regular expressions of modules."""
+    rank_stabilized: bool = False
+    """Scale by alpha / sqrt(rank) instead of alpha / rank."""
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _single_name(cls, value: object) -> object:
+        return (value,) if isinstance(value, str) and value != "all-linear" else value
+
+    def scale(self) -> float:
+        """The factor s of the low-rank update."""
+        return self.alpha / (self.rank**0.5 if self.rank_stabilized else self.rank)
+
+
+class Train(Section):
+    """How long and how it is trained."""
+
+    epochs: Annotated[float, Field(gt=0.0)] = 1
+    """Passes over the training sequences."""
+    steps: PositiveInt | None = None
+    """Train this many optimizer steps instead of `epochs`."""
+    global_batch: PositiveInt = 16
+    """Sequences (packs) an optimizer step takes over all workers."""
+    micro_batch: PositiveInt = 4
+    """Sequences a worker takes through the model at once."""
+    lr: Annotated[float, Field(gt=0.0)] = 3.0e-4
+    """Peak learning rate of AdamW."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """What the learning rate does after the warm-up."""
+    warmup: Fraction = 0.03
+    """Share of the steps with a rising learning rate."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    """AdamW's decay; it pulls the adapter towards its start."""
+    clip: Annotated[float, Field(gt=0.0)] | None = 1.0
+    """Largest norm of the gradient; null: no clipping."""
+    eval_every: PositiveInt = 50
+    """Steps between evaluations; the last step is always evaluated."""
+    checkpoint_every: PositiveInt = 50
+    """Steps between checkpoints; the start and the last step always have one."""
+    keep: PositiveInt = 2
+    """Checkpoints kept: the latest ones; each also holds the best adapter so far."""
+    early_stop: PositiveInt | None = None
+    """Stop after this many evaluations without a better loss."""
+    log_every: PositiveInt = 10
+    """Steps between progress lines and reports to Ray."""
+    start: str | None = None
+    """Checkpoint folder of a run with the same base and adapter settings: training goes on from its best adapter."""
+
+
+class Cluster(Section):
+    """Where it is trained."""
+
+    workers: PositiveInt | tuple[PositiveInt, PositiveInt] = 2
+    """Training processes; [min, max]: starts with min, grows and shrinks with the cluster."""
+    resize_interval: Annotated[float, Field(gt=0.0)] = 60.0
+    """Seconds between looks whether [min, max] workers can become more."""
+    gpus_per_worker: Literal["auto"] | Annotated[float, Field(ge=0.0)] = "auto"
+    """GPUs a worker; auto: 1 if the cluster has GPUs, else 0."""
+    cpus_per_worker: Annotated[float, Field(gt=0.0)] = 1
+    """CPUs a worker, and its number of threads."""
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    """ddp: every worker holds the base model; fsdp: the base model is spread over the workers."""
+    max_failures: Annotated[int, Field(ge=-1)] = 3
+    """How often a run is restarted after a failure; -1: always. A preempted node does not count."""
+
+    @field_validator("workers", mode="before")
+    @classmethod
+    def _number_or_range(cls, value: object) -> object:
+        numbers: list[Any] = list(value) if isinstance(value, list | tuple) else [value, value]
+        whole = all(isinstance(number, int) and not isinstance(number, bool) for number in numbers)
+        if not whole or len(numbers) != 2 or not 1 <= numbers[0] <= numbers[1]:
+            raise ValueError(f"expected a number of workers, or [min, max] with 1 <= min <= max, not {value!r}")
+        return value
+
+    def elastic(self) -> bool:
+        """Whether the number of workers may change."""
+        return self.fewest() < self.most()
+
+    def fewest(self) -> int:
+        """Workers without which training waits."""
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    def most(self) -> int:
+        """Workers that are used at most."""
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
+
+
+class Evaluation(Section):
+    """Answers to held-out prompts, before and after training."""
+
+    scorer: str | None = None
+    """exact_match, json_fields or package.module:function (is imported); null: no answers are scored."""
+    rows: Annotated[int, Field(ge=0)] = 80
+    """Held-out rows that are answered and scored, before and after training."""
+    samples: Annotated[int, Field(ge=0)] = 3
+    """Held-out prompts whose answers are shown, before and after training."""
+    max_new_tokens: PositiveInt = 128
+    """Longest generated answer, in tokens."""
+
+
+class Tracking(Section):
+    """Where MLflow is."""
+
+    uri: str | None = None
+    """MLflow server or database, or env:NAME or file:/PATH that holds it; null: MLFLOW_TRACKING_URI, else SQLite."""
+    experiment: Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]+$")] = "olora"
+    """MLflow experiment of the run."""
+
+
+class Registry(Section):
+    """What is registered."""
+
+    model: Annotated[str, Field(pattern=r"^\w([\w .-]*\w)?$")] | None = None
+    """Name under which the merged model is registered: letters, digits, ' ', '.', '_', '-'; null: not registered."""
+    alias: Name = "candidate"
+    """Alias that the new version gets."""
+
+    @field_validator("alias")
+    @classmethod
+    def _is_no_version(cls, alias: str) -> str:
+        if re.fullmatch(r"latest|v\d+", alias, re.IGNORECASE):
+            raise ValueError(f"{alias!r} is a name that MLflow keeps for itself (latest, v1, v2, ...); choose another")
+        return alias
+
+
+class Condition(Section):
+    """A bound that a new version must keep, whatever the champion does."""
+
+    metric: str
+    """eval/loss, eval/perplexity, or eval/NAME of a score that evaluation.scorer gives."""
+    at_least: float | None = None
+    """Smallest value that passes."""
+    at_most: float | None = None
+    """Largest value that passes."""
+
+    @model_validator(mode="after")
+    def _has_a_bound(self) -> "Condition":
+        if self.at_least is None and self.at_most is None:
+            raise ValueError("set at_least or at_most")
+        return self
+
+
+class Gate(Section):
+    """What a retrained version must show before it becomes the champion."""
+
+    metric: str = "eval/loss"
+    """Compared with the champion's: eval/loss, eval/perplexity (lower is better) or eval/NAME of a score (higher)."""
+    must_improve_by: float = 0.0
+    """Least improvement; 0: at least as good, below 0: may be worse by that much."""
+    conditions: Annotated[tuple[Condition, ...], Field(alias="and")] = ()
+    """Further conditions {metric: ..., at_least: ...} or at_most, on the new version alone."""
+    on: Literal["held-out"] = "held-out"
+    """Rows on which both are measured: those of data.eval or data.eval_fraction."""
+    level: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.95
+    """Confidence of the bootstrap interval of the improvement."""
+    confident: bool = False
+    """The lower end of that interval must reach must_improve_by too, not only the improvement itself."""
+
+
+class Retrain(Section):
+    """How pipelines/retrain.py makes a new version."""
+
+    origin: Annotated[Literal["base", "champion"], Field(alias="from")] = "base"
+    """base: everything anew; champion: on from the champion's adapter, with new files and some old rows."""
+    replay: Annotated[float, Field(ge=0.0, le=1.0)] = 0.2
+    """Share of the rows of files that the champion knows, with `from: champion`."""
+    wait: Annotated[float, Field(ge=0.0)] = 0.0
+    """Seconds to wait for another retraining of the same model before giving up."""
+
+
+class Config(Section):
+    """One run, whole."""
+
+    run: Run
+    model: Model
+    data: Data
+    adapter: Adapter = Adapter()
+    train: Train = Train()
+    cluster: Cluster = Cluster()
+    evaluation: Evaluation = Evaluation()
+    tracking: Tracking = Tracking()
+    registry: Registry = Registry()
+    gate: Gate = Gate()
+    retrain: Retrain = Retrain()
+
+    @model_validator(mode="after")
+    def _gate_can_be_measured(self) -> "Config":
+        for metric in (self.gate.metric, *(condition.metric for condition in self.gate.conditions)):
+            if metric in ("eval/loss", "eval/perplexity"):
+                continue
+            if not metric.startswith("eval/") or self.evaluation.scorer is None:
+                raise ValueError(
+                    f"gate: metric {metric} is not measured: use eval/loss, eval/perplexity, or eval/NAME of a score"
+                    " that evaluation.scorer gives"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _batch_is_large_enough(self) -> "Config":
+        if self.train.global_batch < self.cluster.most():
+            raise ValueError(
+                f"train.global_batch={self.train.global_batch} is smaller than cluster.workers={self.cluster.most()}:"
+                " a worker would have nothing to do; use fewer workers or a larger batch"
+            )
+        return self
+
+    def accumulation(self, workers: int | None = None) -> int:
+        """Micro-batches that a worker runs in one optimizer step, at most; `workers` defaults to the most."""
+        share = -(-self.train.global_batch // (workers or self.cluster.most()))
+        return -(-share // self.train.micro_batch)
+
+    def folder(self) -> str:
+        """The run's folder: `<storage>/<name>`."""
+        return f"{self.run.storage.rstrip('/')}/{self.run.name}"
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that also reads 1e-4 as a number (YAML 1.1 wants 1.0e-4)."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that quotes a text which `_Loader` would read as a number."""
+
+
+for _kind in (_Loader, _Dumper):
+    _kind.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(?:\d[\d_]*)(?:\.\d*)?[eE][-+]?\d+$"),
+        list("-+0123456789"),
+    )
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """Read YAML; `where` names the text in the UserError that broken YAML raises."""
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UserError(f"{where}{line}: not valid YAML: {error.problem}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{where}: not valid YAML: {error}") from None
+
+
+def load(path: str | Path, changes: Mapping[str, Any] | None = None) -> Config:
+    """Read a config file and apply dotted `changes`.
+
+    Raises UserError that lists every problem with its field.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"config file {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"config file {path}: not UTF-8 text") from None
+    tree = parse_yaml(text, str(path))
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected sections (run:, model:, data:, ...), found {type(tree).__name__}")
+    return build(_changed(tree, changes or {}), str(path))
+
+
+def build(tree: Mapping[str, Any], where: str = "config") -> Config:
+    """Validate a nested mapping into a Config; raises UserError with all problems together, and no secret in it."""
+    return validated(Config, tree, where)
+
+
+def validated(section: type[AnySection], tree: Mapping[str, Any], where: str) -> AnySection:
+    """Validate a nested mapping into a section; raises UserError with all problems together, and no secret in it."""
+    problems = [f"{field}: {_instead(field, text)}" for field, text in _texts(tree) if secrets.in_uri(text)]
+    found = None
+    try:
+        found = section.model_validate(tree)
+    except ValidationError as error:
+        problems += [secrets.mask(_explain(item, section)) for item in error.errors()]
+    if problems or found is None:
+        raise UserError("; ".join(f"{where}: {problem}" for problem in problems))
+    return found
+
+
+def override(config: Config, changes: Mapping[str, Any]) -> Config:
+    """A new config with dotted fields changed, e.g. {"adapter.rank": 32}; validates everything again."""
+    return build(_changed(config.model_dump(mode="json"), changes))
+
+
+def parse_assignments(words: list[str]) -> dict[str, Any]:
+    """`section.field=value` words of a command line as changes; values are YAML."""
+    changes = {}
+    for word in words:
+        field, equals, value = word.partition("=")
+        if not equals or "." not in field:
+            raise UserError(f"argument {secrets.mask(word)!r}: expected section.field=value")
+        changes[field] = parse_yaml(value, f"argument {secrets.mask(word)!r}")
+    return changes
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """Dotted field -> plain value, for MLflow parameters and comparisons."""
+    return dict(_leaves(config.model_dump(mode="json"), ""))
+
+
+def dump(config: Config) -> str:
+    """The config as YAML that `load` reads back to an equal config."""
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def help_text() -> str:
+    """Every field with its default and its docstring, by section."""
+    lines = []
+    for name, field in Config.model_fields.items():
+        section = field.annotation
+        assert isinstance(section, type)
+        assert issubclass(section, Section)
+        lines.append(f"{name}:")
+        lines.extend(_field_help(section, "  "))
+    return "\n".join(lines)
+
+
+def _field_help(section: type[Section], indent: str) -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        default = "required" if field.is_required() else repr(field.get_default(call_default_factory=True))
+        yield f"{indent}{field.alias or name:<18} {field.description} [{default}]"
+        if name == "train" and section is Data:
+            yield from _field_help(Source, indent + "    ")
+        if name == "conditions":
+            yield from _field_help(Condition, indent + "    ")
+
+
+def _leaves(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    items: Any = ()
+    if isinstance(value, dict) and value:
+        items = value.items()
+    elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        items = enumerate(value)
+    else:
+        yield prefix, value
+    for key, item in items:
+        yield from _leaves(item, f"{prefix}.{key}" if prefix else str(key))
+
+
+def _changed(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    result: dict[str, Any] = {key: _copy(value) for key, value in tree.items()}
+    for field, value in changes.items():
+        node: Any = result
+        *parents, last = field.split(".")
+        for part in parents:
+            node = _child(node, part, field)
+        if isinstance(node, list):
+            if not last.isdigit() or int(last) >= len(node):
+                raise UserError(f"{field}: the list has {len(node)} entries, counted from 0")
+            node[int(last)] = value
+        else:
+            node[last] = value
+    return result
+
+
+def _child(node: Any, part: str, field: str) -> Any:
+    if isinstance(node, list) and part.isdigit() and int(part) < len(node):
+        return node[int(part)]
+    if isinstance(node, dict):
+        if node.get(part) is None:
+            node[part] = {}
+        if isinstance(node[part], dict | list):
+            return node[part]
+    raise UserError(f"{field}: {part!r} has no fields to set")
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _copy(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_copy(item) for item in value]
+    return value
+
+
+UNION_TAG = re.compile(r"[\[\](){}]|^(tuple|literal|float|str|int|constrained-\w+)\b")
+
+
+def _explain(item: ErrorDetails, root: type[Section]) -> str:
+    # pydantic puts the tags of unions into the location: only names and indices are the user's.
+    *outer, last = [str(part) for part in item["loc"]] or [""]
+    parts = [part for part in outer if not UNION_TAG.search(part)]
+    if item["type"] == "extra_forbidden" or not UNION_TAG.search(last):
+        parts += [last] if last else []
+    field = ".".join(parts)
+    if item["type"] == "extra_forbidden":
+        if secrets.is_name(parts[-1]):
+            return f"{field}: unknown field; a config holds no secrets, they come from the environment or a file"
+        near = difflib.get_close_matches(parts[-1], _names_beside(parts, root), n=1)
+        hint = f"; did you mean {'.'.join([*parts[:-1], near[0]])}?" if near else "; --help lists the fields"
+        return f"{field}: unknown field{hint}"
+    message = item["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    if item["type"] == "missing":
+        return f"{field}: required, but not set"
+    shown = "" if item["type"] == "value_error" else f" (got {_shown(item['input'])})"
+    return f"{field}: {message}{shown}" if field else message
+
+
+def _shown(value: Any) -> str:
+    """A value in an error message; of a mapping no values, since its keys may be anything."""
+    if isinstance(value, dict):
+        return "a mapping"
+    return f"[{', '.join(map(_shown, value))}]" if isinstance(value, list | tuple) else repr(value)
+
+
+def _texts(tree: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Dotted field and text of every text in a tree."""
+    for field, value in _leaves(tree, ""):
+        for item in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(item, str):
+                yield field, item
+
+
+def _instead(field: str, text: str) -> str:
+    """How to give the secret that stands in a field."""
+    if field != "tracking.uri":
+        names = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, GOOGLE_APPLICATION_CREDENTIALS, HF_TOKEN"
+        return f"has a secret in its address; write it without, and set the service's variables ({names})"
+    if text.startswith("http"):
+        return (
+            "has a secret in its address; write it without, and set MLFLOW_TRACKING_USERNAME and"
+            " MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+        )
+    return (
+        "has a password in its address; put the address in a variable or a file of one line, and write env:NAME"
+        " or file:/PATH"
+    )
+
+
+def _names_beside(parts: list[str], root: type[Section]) -> list[str]:
+    section = root
+    for part in parts[:-1]:
+        named = section.model_fields.items()
+        field = next((field for name, field in named if part in (name, field.alias)), None)
+        section = (_section_in(field.annotation) if field else None) or section
+    return [field.alias or name for name, field in section.model_fields.items()]
+
+
+def _section_in(annotation: Any) -> type[Section] | None:
+    """The section that an annotation is, or has inside, as tuple[Source, ...] does."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    return next((found for inner in get_args(annotation) if (found := _section_in(inner))), None)

@@ -1,0 +1,92 @@
+"""Chat templates, rendered as transformers renders them, without importing transformers.
+
+A template is code from a model hub: it runs in jinja2's immutable sandbox.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from functools import lru_cache
+from typing import Any
+
+import jinja2
+import jinja2.ext
+from jinja2 import nodes
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from olora_ray.common.errors import UserError
+
+Message = Mapping[str, Any]
+
+DEFAULT = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}{{ 'Assistant: ' + message['content'] + eos_token + '\n\n' }}"
+    "{% else %}{{ message['role'] | capitalize + ': ' + message['content'] + '\n\n' }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+"""For base models that have no template of their own."""
+
+TODAY = datetime(2024, 7, 26)
+"""What templates that print a date get: the same tokens every day. (Llama 3's templates fall back to this day.)"""
+
+
+class ChatTemplate:
+    """A compiled template with the special tokens that it may use."""
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str], name: str = "the model") -> None:
+        """Compile `source`; raises UserError that names the model if it is not valid."""
+        self.name = name
+        self._special_tokens = dict(special_tokens)
+        try:
+            self._template = _compiled(source)
+        except jinja2.TemplateError as error:
+            raise UserError(f"model.name: the chat template of {name} is not valid: {error}") from None
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
+        """The conversation as text; raises jinja2.TemplateError or TypeError if the template refuses it."""
+        return self._template.render(
+            messages=messages,
+            tools=tools,
+            documents=None,
+            add_generation_prompt=add_generation_prompt,
+            **self._special_tokens,
+        )
+
+
+class _Generation(jinja2.ext.Extension):
+    """Lets {% generation %} blocks parse; they mean nothing here (see tokenize.py)."""
+
+    tags = {"generation"}  # noqa: RUF012 - as jinja2 declares it
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+@lru_cache(maxsize=8)
+def _compiled(source: str) -> jinja2.Template:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise
+    environment.globals["strftime_now"] = TODAY.strftime
+    return environment.from_string(source)
+
+
+def _tojson(
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    # Jinja's own filter escapes HTML characters.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise(message: str) -> None:
+    raise jinja2.TemplateError(message)

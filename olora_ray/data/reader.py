@@ -1,0 +1,209 @@
+"""A piece of a file -> its raw rows, each with its place in the file.
+
+A place is a line (from 0) in jsonl and csv, and a row (from 0) elsewhere. Files of lines are read by
+byte ranges of their uncompressed content, the others by row numbers.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+from pyarrow import ipc, parquet
+
+from olora_ray.common.errors import UserError
+from olora_ray.data.formats import Rejected
+from olora_ray.data.sources import File, open_filesystem
+
+BOM = b"\xef\xbb\xbf"
+SKIP = 8 * 2**20
+"""Bytes at a time when a compressed file is read up to the piece that is wanted."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A piece of a file: the smallest thing that is read at once."""
+
+    first: int
+    """Place of its first row."""
+    rows: int
+    """Rows, blank lines included."""
+    offset: int
+    """Where its bytes start, in files of lines; elsewhere 0."""
+    size: int
+    """Its bytes, uncompressed (an estimate where rows cannot be told apart without reading)."""
+
+
+Located = tuple[int, Any]
+"""Place and row; the row is a `Rejected` if it could not be read."""
+
+
+def read_unit(file: File, unit: Unit, header: Sequence[str], columns: Sequence[str]) -> Iterator[Located]:
+    """The rows of a unit.
+
+    `header` names the columns of a csv file; of files that have columns only `columns` are read.
+    Raises UserError for a file that is broken as a whole.
+    """
+    try:
+        yield from READERS[file.kind](file, unit, header, columns)
+    except FileNotFoundError:
+        raise UserError(f"{file.uri}: gone while it was read") from None
+    except (pa.ArrowInvalid, OSError, EOFError) as error:
+        raise broken(file, error) from None
+
+
+def broken(file: File, error: Exception) -> UserError:
+    """The message for a file whose container or compression is damaged."""
+    first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return UserError(f"{file.uri}: not a readable {file.compression or file.kind} file: {first}")
+
+
+def open_stream(file: File, wrap: Callable[[Any], Any] = lambda stream: stream) -> Any:
+    """The uncompressed content as a stream; `wrap` sees the bytes as they lie on disk."""
+    system, path = open_filesystem(file.uri)
+    raw = wrap(system.open_input_stream(path, compression=None))
+    if file.compression is None:
+        return raw
+    return pa.CompressedInputStream(
+        raw if isinstance(raw, pa.NativeFile) else pa.PythonFile(raw, mode="r"), file.compression
+    )
+
+
+def load_json(file: File) -> list[Any]:
+    """All rows of a json file: a list of them, or an object of columns; raises UserError for anything else."""
+    with open_stream(file) as stream:
+        content = stream.read()
+    try:
+        tree = json.loads(bytes(content).removeprefix(BOM).decode())
+    except json.JSONDecodeError as error:
+        hint = "; a file with one object a line is called .jsonl" if error.msg == "Extra data" else ""
+        raise UserError(f"{file.uri}:{error.lineno}: broken JSON: {error.msg}{hint}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{file.uri}: not UTF-8 text") from None
+    if isinstance(tree, list):
+        return tree
+    lists = isinstance(tree, dict) and all(isinstance(column, list) for column in tree.values())
+    if lists and len({len(column) for column in tree.values()}) == 1:
+        return [dict(zip(tree, values, strict=True)) for values in zip(*tree.values(), strict=True)]
+    raise UserError(f"{file.uri}: expected a list of rows, or an object of columns of equal length")
+
+
+def parse_csv_line(record: bytes) -> list[str]:
+    """The cells of one csv record."""
+    return next(csv.reader([record.decode("utf-8", "replace")]), [])
+
+
+def _bytes(file: File, unit: Unit) -> bytes:
+    if file.compression is None:
+        system, path = open_filesystem(file.uri)
+        with system.open_input_file(path) as stream:
+            stream.seek(unit.offset)
+            return bytes(stream.read(unit.size))
+    with open_stream(file) as stream:
+        left = unit.offset
+        while left > 0 and (skipped := len(stream.read(min(SKIP, left)))):
+            left -= skipped
+        return bytes(stream.read(unit.size))
+
+
+def _jsonl(file: File, unit: Unit, header: Sequence[str], columns: Sequence[str]) -> Iterator[Located]:
+    for number, line in enumerate(_bytes(file, unit).split(b"\n")):
+        if number + unit.first == 0:
+            line = line.removeprefix(BOM)
+        if line.strip():
+            yield unit.first + number, _parsed(line)
+
+
+def _parsed(line: bytes) -> Any:
+    try:
+        return json.loads(line.decode())
+    except json.JSONDecodeError as error:
+        return Rejected("broken_json", f"{error.msg} (column {error.colno})")
+    except UnicodeDecodeError:
+        return Rejected("not_utf8", "not UTF-8 text")
+    except RecursionError:
+        return Rejected("broken_json", "nested too deeply")
+
+
+def _csv(file: File, unit: Unit, header: Sequence[str], columns: Sequence[str]) -> Iterator[Located]:
+    csv.field_size_limit(2**31 - 1)
+    lines = io.StringIO(_bytes(file, unit).decode("utf-8", "surrogateescape"), newline="")
+    reader = csv.reader(lines)
+    start = 0
+    for cells in reader:
+        place, start = unit.first + start, reader.line_num
+        if not cells:
+            continue
+        if len(cells) != len(header):
+            yield place, Rejected("broken_csv", f"{len(cells)} cells, but the header has {len(header)}")
+        elif any("\udc80" <= letter <= "\udcff" for cell in cells for letter in cell if letter > "\ud7ff"):
+            yield place, Rejected("not_utf8", "not UTF-8 text")
+        else:
+            yield place, dict(zip(header, cells, strict=True))
+
+
+def _text(file: File, unit: Unit, header: Sequence[str], columns: Sequence[str]) -> Iterator[Located]:
+    content = _bytes(file, unit)
+    try:
+        yield unit.first, {"text": content.removeprefix(BOM if unit.offset == 0 else b"").decode()}
+    except UnicodeDecodeError:
+        yield unit.first, Rejected("not_utf8", "not UTF-8 text")
+
+
+def _json(file: File, unit: Unit, header: Sequence[str], columns: Sequence[str]) -> Iterator[Located]:
+    yield from enumerate(load_json(file)[unit.first : unit.first + unit.rows], unit.first)
+
+
+def _parquet(file: File, unit: Unit, header: Sequence[str], columns: Sequence[str]) -> Iterator[Located]:
+    system, path = open_filesystem(file.uri)
+    with system.open_input_file(path) as stream:
+        table = parquet.ParquetFile(stream, buffer_size=2**20)
+        start = 0
+        for group in range(table.metadata.num_row_groups):
+            size = table.metadata.row_group(group).num_rows
+            if start <= unit.first < start + size:
+                batches = table.iter_batches(256, row_groups=[group], columns=_present(table.schema_arrow, columns))
+                yield from _slice(batches, start, unit)
+            start += size
+
+
+def _arrow(file: File, unit: Unit, header: Sequence[str], columns: Sequence[str]) -> Iterator[Located]:
+    with arrow_batches(file) as batches:
+        present = _present(batches.schema, columns)
+        yield from _slice((batch.select(present) for batch in batches), 0, unit)
+
+
+def arrow_batches(file: File) -> Any:
+    """A reader of the batches of a file that `datasets` has saved (Arrow's stream form)."""
+    system, path = open_filesystem(file.uri)
+    return ipc.open_stream(pa.memory_map(path) if system.type_name == "local" else system.open_input_stream(path))
+
+
+def _present(schema: Any, columns: Sequence[str]) -> list[str]:
+    """The wanted columns; all if none is there, so that the message about it can name them."""
+    present = [name for name in columns if name in schema.names]
+    return present or list(schema.names)
+
+
+def _slice(batches: Any, start: int, unit: Unit) -> Iterator[Located]:
+    stop = unit.first + unit.rows
+    for batch in batches:
+        if start >= stop:
+            return
+        low, high = max(unit.first - start, 0), min(stop - start, batch.num_rows)
+        if low < high:
+            yield from enumerate(batch.slice(low, high - low).to_pylist(), start + low)
+        start += batch.num_rows
+
+
+READERS: dict[str, Callable[[File, Unit, Sequence[str], Sequence[str]], Iterator[Located]]] = {
+    "jsonl": _jsonl,
+    "csv": _csv,
+    "text": _text,
+    "json": _json,
+    "parquet": _parquet,
+    "arrow": _arrow,
+}

@@ -1,0 +1,145 @@
+"""Held-out loss and answers of one model, row by row, spread over the cluster."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from olora_ray.common import storage
+from olora_ray.common.errors import UserError
+from olora_ray.config.schema import Config
+from olora_ray.evaluation import pool
+from olora_ray.evaluation.rows import RowResults
+from olora_ray.model import source
+from olora_ray.model.source import BaseModel
+from olora_ray.tokens.collate import collate
+from olora_ray.tokens.store import Pack, TokenStore
+from olora_ray.train import scoring
+from olora_ray.train.generate import Question, decoding, greedy, questions
+from olora_ray.train.loss import SupervisedLoss
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ANSWERS_AT_ONCE = 20
+ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+def measure(
+    base: BaseModel,
+    adapter: str | None,
+    store: TokenStore,
+    config: Config,
+    tokenizer: "PreTrainedTokenizerBase",
+    eos: Sequence[int],
+    say: Callable[[str], None],
+) -> RowResults:
+    """Loss of each held-out example in `store`, and scores of the first evaluation.rows of them.
+
+    `base` may be a merged model; `adapter` is an exported plain-LoRA folder for it, or None; both lie where
+    every node sees them. Uses the config's model, cluster and evaluation sections and train.micro_batch.
+    The result does not depend on the number of actors. Needs ray.init; raises UserError for what does not load.
+    """
+    width = config.train.micro_batch
+    packs = [store[number] for number in range(len(store))]
+    asked = questions(store, config.evaluation.rows) if config.evaluation.scorer else []
+    order = sorted(range(len(asked)), key=lambda i: len(asked[i].prompt))  # similar lengths: less padding
+    groups = [order[i : i + ANSWERS_AT_ONCE] for i in range(0, len(order), ANSWERS_AT_ONCE)]
+    # Answers take longest: first come, first served.
+    works: list[Works] = [tuple(asked[i] for i in group) for group in groups]
+    works += [tuple(packs[i : i + width]) for i in range(0, len(packs), width)]
+    say(f"held-out rows: {sum(len(pack.segments) for pack in packs)}, of which {len(asked)} are answered")
+    done = pool.spread(partial(Measurer, base, adapter, config, tuple(eos)), works, config, say)
+    answers = dict(pair for group, found in zip(groups, done, strict=False) for pair in zip(group, found, strict=True))
+    return RowResults(
+        data=store.digest,
+        tokens=tuple(size for pack in packs for size in _supervised(pack)),
+        losses=tuple(loss for found in done[len(groups) :] for loss in found),
+        scores=_scores(config, asked, [answers[i] for i in range(len(asked))], tokenizer),
+    )
+
+
+Works = tuple[Pack, ...] | tuple[Question, ...]
+"""One piece of work: sequences whose examples' losses are wanted, or questions to be answered."""
+
+
+class Measurer:
+    """What an actor does: one model, asked for losses and answers."""
+
+    def __init__(self, base: BaseModel, adapter: str | None, config: Config, eos: tuple[int, ...]) -> None:
+        """Load the model where this process computes; raises UserError if it does not load."""
+        self.eos, self.limit, self.device = eos, config.evaluation.max_new_tokens, pool.device()
+        self.model = load(base, adapter, config, self.device)
+        self.attention: str = self.model.config._attn_implementation
+        source.check_attention(self.model.config.get_text_config(), self.attention, config.data)
+        self.loss = SupervisedLoss(self.model)
+
+    def __call__(self, work: Works) -> list[Any]:
+        """The summed loss of each example of the sequences, or an answer (token ids) to each question."""
+        questions = [item for item in work if isinstance(item, Question)]
+        if questions:
+            with decoding(self.model):
+                return greedy(self.model, [item.prompt for item in questions], self.limit, self.eos, self.device)
+        return self._losses([item for item in work if isinstance(item, Pack)])
+
+    def _losses(self, packs: Sequence[Pack]) -> list[float]:
+        each = self.loss.each(collate(packs, self.attention).to(self.device)).double().cpu()
+        return [float(part.sum()) for part in each.split([size for pack in packs for size in _supervised(pack)])]
+
+
+def load(base: BaseModel, adapter: str | None, config: Config, device: torch.device) -> Any:
+    """The frozen model, with the plain-LoRA adapter in its layers if one is given, on `device`.
+
+    Raises UserError if either does not load or they do not fit.
+    """
+    folder = source.on_this_node(base, config).folder
+    found: Any = source.load_model(folder, config.model, device)
+    return (_adapted(found, adapter) if adapter else found).to(device)
+
+
+def _adapted(base: nn.Module, adapter: str) -> nn.Module:
+    from peft import PeftModel
+
+    try:
+        folder = storage.local_copy(adapter)
+    except OSError as error:
+        raise UserError(f"adapter {adapter}: cannot be read: {error}") from None
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        if not (Path(folder) / name).is_file():
+            raise UserError(f"adapter {adapter}: no {name} (does every node see this folder? pickles are not loaded)")
+    wrap: Any = PeftModel.from_pretrained
+    try:
+        wrapped = wrap(base, str(folder), use_safetensors=True)
+    except (ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise UserError(f"adapter {adapter}: does not fit the model: {str(error).strip().splitlines()[0]}") from None
+    inner: nn.Module = wrapped.get_base_model()  # the model itself, with adapted layers in it
+    return inner.requires_grad_(False).eval()
+
+
+def _supervised(pack: Pack) -> list[int]:
+    """How many tokens of each example of a sequence are supervised."""
+    counts, place = [], 0
+    for size in pack.segments:
+        counts.append(int(pack.supervised[place : place + size].sum()))
+        place += size
+    return counts
+
+
+def _scores(
+    config: Config, asked: Sequence[Question], answers: Sequence[Sequence[int]], tokenizer: "PreTrainedTokenizerBase"
+) -> dict[str, tuple[float, ...]]:
+    if not asked or config.evaluation.scorer is None:
+        return {}
+    judge = scoring.resolve(config.evaluation.scorer)
+
+    def text(ids: Sequence[int]) -> str:
+        return str(tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+
+    scores: dict[str, list[float]] = {}
+    for question, answer in zip(asked, answers, strict=True):
+        for name, value in judge(text(answer), text(question.reference)).items():
+            scores.setdefault(name, []).append(float(value))
+    return {name: tuple(values) for name, values in scores.items()}

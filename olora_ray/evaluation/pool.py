@@ -1,0 +1,92 @@
+"""Pieces of work spread over the cluster by Ray Data, done by actors that load a model once."""
+
+import math
+import pickle
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+
+from olora_ray.cluster.resources import worker_resources
+from olora_ray.common.errors import UserError
+from olora_ray.config.schema import Config
+
+Work = TypeVar("Work")
+Result = TypeVar("Result")
+
+TENTHS = 10
+"""Lines of progress, if there are as many works."""
+
+
+def spread(
+    make: Callable[[], Callable[[Work], Result]], works: Sequence[Work], config: Config, say: Callable[[str], None]
+) -> list[Result]:
+    """The results of all `works`, in their order; each actor calls `make` once and its function a work.
+
+    At most cluster.workers actors, each with cluster.cpus_per_worker CPUs (its number of threads) and
+    cluster.gpus_per_worker GPUs; fewer if the cluster has no room for more. `make` pickles; what it makes
+    must give the same result on any actor. Needs ray.init; raises the UserError of a work.
+    """
+    if not works:
+        return []
+    import ray.data
+
+    from olora_ray.tokens.ray_map import quiet_stream
+
+    wanted = worker_resources(config)
+    count = min(len(works), config.cluster.most())
+    threads = max(1, math.floor(config.cluster.cpus_per_worker))
+    with quiet_stream():
+        rows = [{"number": number, "work": pickle.dumps(work)} for number, work in enumerate(works)]
+        done = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+            _Actor,
+            fn_constructor_args=(make, threads),
+            batch_size=1,
+            batch_format="pyarrow",
+            compute=ray.data.ActorPoolStrategy(size=count),
+            num_cpus=wanted["CPU"],
+            num_gpus=wanted.get("GPU", 0),
+        )
+        found: dict[int, bytes] = {}
+        for row in done.iter_rows():
+            found[row["number"]] = row["result"]
+            if len(works) >= TENTHS and TENTHS * len(found) // len(works) > TENTHS * (len(found) - 1) // len(works):
+                say(f"evaluation: {len(found) / len(works):.0%} done")
+    # Made by our own actors a moment ago.
+    results = [pickle.loads(found[number]) for number in range(len(works))]  # noqa: S301
+    for result in results:
+        if isinstance(result, UserError):
+            raise result
+    return results
+
+
+class _Actor:
+    """Runs one work after the other; a UserError is a result, so that Ray does not wrap it."""
+
+    def __init__(self, make: Callable[[], Callable[[Any], Any]], threads: int) -> None:
+        from olora_ray.common.quiet import quiet_transformers
+
+        torch.set_num_threads(threads)
+        quiet_transformers()
+        self.problem: UserError | None = None
+        try:
+            self.run = make()
+        except UserError as error:
+            self.problem = error
+
+    def __call__(self, batch: Any) -> dict[str, Any]:
+        """One row {number, work} -> one row {number, result}."""
+        numbers, results = batch.column("number").to_pylist(), []
+        for work in batch.column("work").to_pylist():
+            try:
+                results.append(pickle.dumps(self.problem or self.run(pickle.loads(work))))  # noqa: S301
+            except UserError as error:
+                results.append(pickle.dumps(error))
+        return {"number": numbers, "result": results}
+
+
+def device() -> torch.device:
+    """Where an actor computes: on its GPU if it was given one."""
+    import ray
+
+    return torch.device("cuda" if ray.get_gpu_ids() and torch.cuda.is_available() else "cpu")

@@ -1,0 +1,76 @@
+"""Where results are kept: evaluation.json, and an MLflow run for each model."""
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from olora_ray.common import storage
+from olora_ray.config.schema import flatten
+from olora_ray.evaluation.bootstrap import Interval
+from olora_ray.evaluation.command_line import Request
+from olora_ray.evaluation.results import Evaluation
+from olora_ray.evaluation.targets import Target, run_of
+from olora_ray.tracking import run
+
+FILE = "evaluation.json"
+
+
+def address(request: Request, targets: Sequence[Target]) -> str | None:
+    """The MLflow that results go to; None if none is configured: no config, no run, no MLFLOW_TRACKING_URI.
+
+    Raises UserError or TrackingAway if it does not answer.
+    """
+    configured = request.config or any(run_of(name) for name in request.models)
+    if not (configured or "tracking.uri" in request.changes or os.environ.get("MLFLOW_TRACKING_URI")):
+        return None
+    uri = run.resolve_uri(targets[0].config)
+    run.check(uri)
+    return uri
+
+
+def write(
+    request: Request,
+    results: Sequence[Evaluation],
+    intervals: Mapping[str, Interval],
+    uri: str | None,
+    say: Callable[[str], None],
+) -> None:
+    """Keep the results in --out or the first model's run folder, and in the MLflow at `uri`.
+
+    Raises TrackingAway if MLflow does not answer; the file is written by then.
+    """
+    text = _text(request, results, intervals)
+    folder = str(Path(request.out).absolute()) if request.out and not storage.is_uri(request.out) else request.out
+    folder = folder or run_of(request.models[0])
+    if folder:
+        storage.write_text(storage.join(folder, FILE), text)
+        say(f"written: {storage.join(folder, FILE)}")
+    if uri is None:
+        return
+    for result in results:
+        _track(result, text)
+    say(f"logged: {len(results)} run(s) with the tag olora.kind=evaluation in {run.shown_uri(uri)}")
+
+
+def _text(request: Request, results: Sequence[Evaluation], intervals: Mapping[str, Interval]) -> str:
+    tree = {
+        "models": [result.to_json() for result in results],
+        "limit": request.limit,
+        "differences": {name: asdict(found) for name, found in intervals.items()},
+    }
+    return json.dumps(tree, indent=2) + "\n"
+
+
+def _track(result: Evaluation, text: str) -> None:
+    target = result.target
+    tags = {"olora.kind": "evaluation", "olora.model": target.name, "olora.base_digest": target.base.digest}
+    short = "-".join(part for part in target.name.replace("://", "/").rstrip("/").split("/")[-2:] if part)
+    tracker = run.start(target.config, f"evaluation of {short}", tags)
+    tracker.params(
+        {name: value for name, value in flatten(target.config).items() if name.startswith(("model.", "evaluation."))}
+    )
+    tracker.metrics({0: {**result.metrics(), **{f"{name}_stderr": error for name, error in result.errors().items()}}})
+    tracker.text(text, FILE)
+    tracker.end("FINISHED")

@@ -1,0 +1,178 @@
+"""Base models in other formats -> an ordinary folder with safetensors, once; nothing else reads those formats."""
+
+import hashlib
+import os
+import pickle
+import shutil
+import struct
+import uuid
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatch
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from olora_ray.common import storage
+from olora_ray.common.errors import UserError
+from olora_ray.common.quiet import quiet_gguf
+from olora_ray.config.schema import Config, Model
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PICKLES = ("pytorch_model*.bin", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+KEPT_FROM = 2**30
+"""Bytes from which the digest of a file of weights is kept: an unchanged retraining says so within seconds."""
+TEXTS = (".json", ".jinja", ".model", ".txt", ".py")
+"""Files of a tokenizer, a generation config or, where that is allowed, code."""
+
+
+def gguf(file: Path, config: Config, say: Callable[[str], None]) -> Path:
+    """The folder with the dequantised weights of a GGUF file; raises UserError if it is broken."""
+    dtype = "float32" if config.model.dtype == "float32" else "bfloat16"
+    say_so = f"model: dequantising {file.name} to {dtype}, once"
+    write = partial(_dequantise, file, DTYPES[dtype])
+    return _converted(write, file.stem, f"{digest([file])}/{dtype}", config, lambda: say(say_so))
+
+
+def pickled(folder: Path, config: Config, say: Callable[[str], None]) -> Path:
+    """The folder with the converted weights of one that has no safetensors, where `model.allow_pickle` is set.
+
+    Raises UserError if it is not, or if there are no such weights.
+    """
+    files = _pickles(folder, config.model)
+    say_so = f"model: converting {files[0].name} to safetensors, once"
+    write = partial(_unpickle, folder, config.model.trust_remote_code)
+    return _converted(write, folder.name, digest(files), config, lambda: say(say_so))
+
+
+def _converted(write: Callable[[Path], None], name: str, key: str, config: Config, say: Callable[[], None]) -> Path:
+    """The folder beside the storage that `write` has filled, once for each `key`."""
+    root = config.run.storage if not storage.is_uri(config.run.storage) else storage.CACHE
+    target = Path(root) / "models" / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    if (target / "config.json").exists():
+        return target
+    say()
+    unfinished = target.with_name(f"{target.name}.{uuid.uuid4().hex}.tmp")
+    write(unfinished)
+    try:
+        os.replace(unfinished, target)
+    except OSError:  # another run was faster
+        if not (target / "config.json").exists():
+            raise
+    return target
+
+
+def _pickles(folder: Path, config: Model) -> list[Path]:
+    """The pickled weights of a folder without safetensors, if the config allows them; else raises UserError."""
+    found = list(dict.fromkeys(file for pattern in PICKLES for file in sorted(folder.glob(pattern))))
+    names = [file.name for file in found] or _not_fetched(config)
+    if not names:
+        raise UserError(f"model.name: {folder} has no usable weights: no *.safetensors")
+    if not config.allow_pickle:
+        raise UserError(
+            f"model.name: {config.name} has no usable weights: only {names[0]}, a pickle, which can run code when it is"
+            " loaded; use a model with safetensors, or set model.allow_pickle: true to have its tensors converted"
+        )
+    weights = [file for file in found if file.match(PICKLES[0])]
+    if not weights:
+        raise UserError(f"model.name: {config.name}: {names[0]} cannot be converted, only {PICKLES[0]} can")
+    return weights
+
+
+def _not_fetched(config: Model) -> list[str]:
+    """The pickles of a hub model: they are not downloaded."""
+    from huggingface_hub import list_repo_files
+
+    try:
+        names = list_repo_files(config.name, revision=config.revision)
+    except Exception:  # no hub id, or no hub: only the wording of an error depends on it
+        return []
+    return [name for pattern in PICKLES for name in names if fnmatch(name, pattern)]
+
+
+def _dequantise(file: Path, dtype: torch.dtype, out: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    quiet_gguf()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    except ImportError as error:
+        raise UserError(f"model.name: reading {file.name} needs the package gguf: {_first_line(error)}") from None
+    except (OSError, ValueError, LookupError, RuntimeError, struct.error) as error:
+        raise UserError(f"model.name: {file} is not a GGUF model that loads: {_first_line(error)}") from None
+    # The weights are dequantised, but transformers still marks the model as quantised and would
+    # refuse to save it.
+    plain: Any = model
+    plain.config.__dict__.pop("quantization_config", None)
+    for mark in ("hf_quantizer", "quantization_method", "is_quantized"):
+        if hasattr(plain, mark):
+            setattr(plain, mark, None if mark != "is_quantized" else False)
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    _readable(out)
+
+
+def _unpickle(folder: Path, trust_remote_code: bool, out: Path) -> None:
+    """Convert the pytorch_model*.bin of a model folder; its other files are copied.
+
+    Only tensors are unpickled, as transformers does by default and `weights_only` asks for: raises UserError for
+    a file that holds anything else, and runs nothing in it.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from_pretrained: Any = AutoModelForCausalLM.from_pretrained  # its type does not know output_loading_info
+    try:
+        model, report = from_pretrained(
+            folder,
+            dtype="auto",
+            use_safetensors=False,
+            weights_only=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"model.name: the pickled weights in {folder} hold more than tensors, or are damaged: they are not loaded"
+        ) from None
+    except (OSError, ValueError, RuntimeError, EOFError) as error:
+        raise UserError(f"model.name: {folder} does not load: {_first_line(error)}") from None
+    if missing := sorted(report["missing_keys"]):
+        raise UserError(f"model.name: {folder} does not load: it has no weights for {', '.join(missing[:3])}")
+    model.save_pretrained(out)
+    for file in folder.iterdir():
+        if file.suffix in TEXTS and not (out / file.name).exists() and not file.name.endswith(".index.json"):
+            shutil.copyfile(file, out / file.name)
+    _readable(out)
+
+
+def _readable(folder: Path) -> None:
+    for file in folder.iterdir():
+        storage.open_up(file)
+
+
+def digest(files: Sequence[Path]) -> str:
+    """SHA-256 over names and contents."""
+    total = hashlib.sha256()
+    for file in files:
+        total.update(f"{file.name}:{_sha256(file)}\n".encode())
+    return total.hexdigest()
+
+
+def _sha256(file: Path) -> str:
+    """Of a file's content; for a large file kept on this node, for as long as its size and time of change hold."""
+    info = file.stat()
+    key = hashlib.sha256(f"{file.resolve()} {info.st_size} {info.st_mtime_ns}".encode()).hexdigest()[:32]
+    kept = storage.join(storage.CACHE, "digests", key)
+    if info.st_size >= KEPT_FROM and storage.exists(kept):
+        return storage.read_text(kept)
+    with file.open("rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    if info.st_size >= KEPT_FROM:
+        storage.write_text(kept, found)
+    return found
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

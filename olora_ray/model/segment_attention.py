@@ -1,0 +1,194 @@
+"""Attention that stays inside segments: nothing is computed between segments, so nothing is masked.
+
+A micro-batch is laid out flat, (1, T): its examples one after the other without padding. Block-diagonal
+attention over a mask costs T^2; attention a segment costs the sum of the squared lengths. Two ways:
+
+- `_fused`: one call of torch's fused kernel a segment.
+- `_Batched`: matrix products over all segments of about the same length at once, for short segments in
+  bfloat16 on a CPU, where the fused kernel's backward runs at an eighth of the speed of a product (and
+  sets itself up anew for each length it meets). Scores and softmax are float32, as in the fused kernel.
+
+Shapes: H query heads share H' key and value heads, G = H / H'; D is the size of a head.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import groupby, pairwise
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from olora_ray.common.errors import UserError
+
+NAME = "segments"
+SHORT = 512
+"""Longest segment for `_Batched`: its memory is quadratic, and it saves less than nothing beyond."""
+STEP = 16
+"""Segments are padded to multiples of this: few shapes, so many segments a product."""
+
+
+def register() -> None:
+    """Make `attn_implementation="segments"` known to transformers."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    AttentionInterface.register(NAME, segment_attention)
+    AttentionMaskInterface.register(NAME, _no_mask)
+
+
+def segment_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention within each segment.
+
+    query (1, H, T, D), key and value (1, H', T, D); `cu_seq_lens_q` holds the segments' borders
+    0 = c0 < c1 < ... = T; the result is (1, T, H, D). Without borders the whole is one segment.
+    Raises UserError for what a family asks for and this does not do.
+    """
+    borders = cu_seq_lens_q.tolist() if cu_seq_lens_q is not None else [0, query.shape[2]]
+    lengths = [stop - start for start, stop in pairwise(borders)]
+    if softcap is not None or s_aux is not None or (sliding_window is not None and sliding_window < max(lengths)):
+        raise UserError("model.attention: this model caps, windows or sinks its attention; set it to eager")
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    batched = query.device.type == "cpu" and query.dtype == torch.bfloat16
+    parts, place = [], 0
+    for short, run in groupby(lengths, lambda length: batched and length <= SHORT):
+        sizes = tuple(run)
+        q, k, v = (x.narrow(2, place, sum(sizes)) for x in (query, key, value))
+        batch: Any = _Batched.apply if short else _fused
+        parts.append(batch(q, k, v, sizes, scale))
+        place += sum(sizes)
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)), None
+
+
+def _no_mask(*_: Any, **__: Any) -> None:
+    return None
+
+
+def _fused(query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], scale: float) -> Tensor:
+    grouped = query.shape[1] != key.shape[1]
+    outputs = [
+        F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
+        for q, k, v in zip(*(x.split(list(lengths), 2) for x in (query, key, value)), strict=True)
+    ]
+    return torch.cat(outputs, dim=2).transpose(1, 2)
+
+
+class _Batched(torch.autograd.Function):
+    """softmax(q k^T) v by batched products over groups of segments of one padded length P.
+
+    Rows (one token's one head) are sorted by group, segment, head and position, so that a group of g
+    segments is a view (g H', G P, D) of the queries and (g H', P, D) of keys and values. Padding follows a
+    segment's last token, where the causal mask hides it, and its gradient is set to zero.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scale: float) -> Tensor:
+        ours, theirs = _layout(lengths, query.shape[1]), _layout(lengths, key.shape[1])
+        q, k, v = ours.gather(query), theirs.gather(key), theirs.gather(value)
+        out = torch.empty_like(q)
+        saved = []
+        for q_, k_, v_, out_ in _blocks(theirs, q, k, v, out):
+            mask = _causal(k_.shape[1], ours.heads // theirs.heads, q.device)
+            scores = torch.baddbmm(mask, q_.float(), k_.float().transpose(1, 2), alpha=scale)
+            saved.append(torch.softmax(scores, dim=-1).to(q.dtype))
+            torch.bmm(saved[-1], v_, out=out_)
+        ctx.save_for_backward(q, k, v, *saved)
+        ctx.ours, ctx.theirs, ctx.scale = ours, theirs, scale
+        return ours.scatter(out)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, *saved = ctx.saved_tensors
+        ours, theirs = ctx.ours, ctx.theirs
+        g = ours.gather(grads[0].transpose(1, 2)).index_fill_(0, ours.padding, 0)
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        blocks = _blocks(theirs, q, k, v, g, dq, dk, dv)
+        for weights, (q_, k_, v_, g_, dq_, dk_, dv_) in zip(saved, blocks, strict=True):
+            torch.bmm(weights.transpose(1, 2), g_, out=dv_)
+            p, dp = weights.float(), torch.bmm(g_.float(), v_.float().transpose(1, 2))
+            dp -= (dp * p).sum(-1, keepdim=True)
+            ds = dp.mul_(p).mul_(ctx.scale).to(q.dtype)
+            torch.bmm(ds, k_, out=dq_)
+            torch.bmm(ds.transpose(1, 2), q_, out=dk_)
+        back = (ours.scatter(dq), theirs.scatter(dk), theirs.scatter(dv))
+        return *(x.transpose(1, 2) for x in back), None, None
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How rows of (1, H, T, D) are sorted into groups; `groups` holds (segments, padded length)."""
+
+    groups: tuple[tuple[int, int], ...]
+    heads: int
+    source: Tensor
+    """For each row of the groups its row in the flat order (token, head); padding repeats the last token."""
+    place: Tensor
+    """For each row of the flat order its row in the groups."""
+    padding: Tensor
+    """Rows of the groups that are padding."""
+
+    def gather(self, x: Tensor) -> Tensor:
+        """(1, H, T, D) -> rows of the groups."""
+        return x.transpose(1, 2).reshape(-1, x.shape[-1]).index_select(0, self.source)
+
+    def scatter(self, rows: Tensor) -> Tensor:
+        """Rows of the groups -> (1, T, H, D)."""
+        return rows.index_select(0, self.place).view(1, -1, self.heads, rows.shape[-1])
+
+
+@lru_cache(maxsize=8)  # all layers of a model ask for the same
+def _layout(lengths: tuple[int, ...], heads: int) -> _Layout:
+    starts = np.cumsum((0, *lengths))
+    padded = [-(-length // STEP) * STEP for length in lengths]
+    by_size = sorted(range(len(lengths)), key=lambda i: padded[i])
+    head = np.arange(heads)[:, None]
+    source, padding, base = [], [], 0
+    place = np.empty((sum(lengths), heads), dtype=np.int64)
+    for i in by_size:
+        position = np.arange(padded[i])
+        row = base + head * padded[i] + position
+        source.append((starts[i] + np.minimum(position, lengths[i] - 1)) * heads + head)
+        place[starts[i] : starts[i + 1]] = row[:, : lengths[i]].T
+        padding.append(row[:, lengths[i] :])
+        base += row.size
+    return _Layout(
+        groups=tuple((len(list(same)), size) for size, same in groupby(padded[i] for i in by_size)),
+        heads=heads,
+        source=_flat(source),
+        place=_flat([place]),
+        padding=_flat(padding),
+    )
+
+
+def _flat(parts: "list[np.ndarray[Any, np.dtype[np.int64]]]") -> Tensor:
+    return torch.from_numpy(np.concatenate([part.reshape(-1) for part in parts]))
+
+
+def _blocks(keys: _Layout, *tensors: Tensor) -> "list[tuple[Tensor, ...]]":
+    tokens = [count * size for count, size in keys.groups]
+    total = sum(tokens)
+    parts = [x.split([n * (len(x) // total) for n in tokens]) for x in tensors]
+    return [
+        tuple(x.view(count * keys.heads, -1, x.shape[-1]) for x in group)
+        for (count, _), *group in zip(keys.groups, *parts, strict=True)
+    ]
+
+
+@lru_cache(maxsize=64)
+def _causal(size: int, ways: int, device: torch.device) -> Tensor:
+    return torch.full((size, size), float("-inf"), device=device).triu(1).repeat(ways, 1)

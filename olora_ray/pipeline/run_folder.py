@@ -1,0 +1,136 @@
+"""The folder of a run: `<storage>/<name>/`, what lies where in it, and whether it is ours to use."""
+
+import json
+import os
+import uuid
+from typing import Any
+
+from olora_ray.common import storage
+from olora_ray.common.errors import UserError
+from olora_ray.common.secrets import mask
+from olora_ray.config.schema import Config, build, dump, flatten, parse_yaml
+from olora_ray.train import checkpoints
+
+FREE_TO_CHANGE = (
+    "run.storage",
+    "cluster.",
+    "tracking.",
+    "registry.",
+    "gate.",
+    "retrain.",
+    "train.keep",
+    "train.log_every",
+)
+"""Fields that may differ when a run is taken up again: they do not change its numbers."""
+
+
+class RunFolder:
+    """Places in a run's folder."""
+
+    def __init__(self, config: Config, root: str | None = None) -> None:
+        """`root` is the folder if it is another than the config's own: that of a trial of a search."""
+        self.config = config
+        self.root = root or config.folder()
+        self.settings = storage.join(self.root, "config.yaml")
+        self.checkpoints = storage.join(self.root, "checkpoints")
+        self.adapter = storage.join(self.root, "export", "adapter")
+        self.merged = storage.join(self.root, "export", "merged")
+        self.parity = storage.join(self.root, "export", "parity.json")
+        self.training = storage.join(self.root, "training.json")
+        self.result = storage.join(self.root, "result.json")
+        self._tracking = storage.join(self.root, "tracking.json")
+
+    def check(self) -> None:
+        """Check that the storage can be written, and that no training with other settings has this name.
+
+        Raises UserError if not, or if the run's folder leads out of the storage. Leaves nothing behind.
+        """
+        self._refuse_way_out()
+        probe = storage.join(self.config.run.storage, f".probe-{uuid.uuid4().hex}")
+        try:
+            if self._has_checkpoints() and storage.exists(self.settings):
+                self._refuse_other_settings(storage.read_text(self.settings))
+            storage.write_text(probe, "")
+            storage.remove(probe)
+        except OSError as error:
+            why = error.strerror or str(error)
+            raise UserError(f"run.storage: {self.config.run.storage} cannot be written: {why}") from None
+
+    def claim(self) -> None:
+        """Keep the config: from now on the name is this run's."""
+        storage.write_text(self.settings, dump(self.config))
+
+    def _has_checkpoints(self) -> bool:
+        return bool(checkpoints.names(self.checkpoints))
+
+    def finished(self) -> dict[str, Any] | None:
+        """The result of a run that ended well."""
+        return _read_json(self.result)
+
+    def exported(self, step: int) -> dict[str, Any] | None:
+        """The parity report of exports that are complete and were made of the best adapter after `step` steps."""
+        found = _read_json(self.parity)
+        return found if found and found.get("ok") is True and found.get("step") == step else None
+
+    def write_parity(self, measured: dict[str, Any]) -> None:
+        """Write export/parity.json, the last file of the exports."""
+        storage.write_text(self.parity, json.dumps(measured, indent=2) + "\n")
+
+    def trained(self) -> str | None:
+        """The text of training.json, if training has ended."""
+        try:
+            return storage.read_text(self.training)
+        except (OSError, UnicodeDecodeError):
+            return None
+
+    def write_training(self, text: str) -> None:
+        """Keep what training gave, so that what comes after it can be repeated alone."""
+        storage.write_text(self.training, text)
+
+    def write_result(self, result: dict[str, Any]) -> None:
+        """Write result.json, the last file of a run."""
+        storage.write_text(self.result, json.dumps(result, indent=2) + "\n")
+
+    def tracking_run(self, uri: str) -> str | None:
+        """The id of this run in the MLflow at `uri`, if it was started there before."""
+        kept = _read_json(self._tracking) or {}
+        return str(kept["run_id"]) if kept.get("uri") == mask(uri) and kept.get("run_id") else None
+
+    def keep_tracking_run(self, uri: str, run_id: str) -> None:
+        """Remember the MLflow run, so that a later attempt goes on with it; a password in `uri` is not kept."""
+        storage.write_text(self._tracking, json.dumps({"uri": mask(uri), "run_id": run_id}))
+
+    def _refuse_way_out(self) -> None:
+        """Who may write in the storage shall not make this user write elsewhere."""
+        if storage.is_uri(self.root):
+            return
+        inside = os.path.realpath(self.config.run.storage)
+        for place in (self.root, self.checkpoints, os.path.dirname(self.parity), self.adapter, self.merged):
+            if os.path.commonpath([inside, os.path.realpath(place)]) != inside:
+                raise UserError(
+                    f"run.storage: {place} is a link that leads out of it; remove the link, or set run.storage to"
+                    " where it leads"
+                )
+
+    def _refuse_other_settings(self, text: str) -> None:
+        old, new = flatten(build(parse_yaml(text, self.settings), self.settings)), flatten(self.config)
+        changed = [
+            field
+            for field in sorted(old.keys() | new.keys())
+            if old.get(field) != new.get(field) and not field.startswith(FREE_TO_CHANGE)
+        ]
+        if changed:
+            shown = ", ".join(f"{field} was {old.get(field)!r}, is {new.get(field)!r}" for field in changed[:4])
+            raise UserError(
+                f"run.name: {self.config.run.name!r} exists with other settings ({shown});"
+                f" choose another run.name or delete {self.root}"
+            )
+
+
+def _read_json(place: str) -> dict[str, Any] | None:
+    """The object in a JSON file of our own; None if it is not there, or damaged: it is then made again."""
+    try:
+        tree = json.loads(storage.read_text(place))
+    except (OSError, ValueError):
+        return None
+    return tree if isinstance(tree, dict) else None

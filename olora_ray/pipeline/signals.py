@@ -1,0 +1,46 @@
+"""SIGTERM and Ctrl+C: while training, a wish that is granted after the next step; elsewhere an end at once."""
+
+import signal
+from types import FrameType, TracebackType
+
+from olora_ray.common.errors import Stopped
+
+AGAIN = "the same command goes on from there"
+
+
+class Stop:
+    """Takes both signals in the main thread for as long as it is entered."""
+
+    def __init__(self) -> None:
+        self.asked: str | None = None
+        """Name of the signal that came while `gentle`."""
+        self.gentle = False
+        """Whether somebody looks at `asked`; a second signal ends the run at once all the same."""
+        self._raised: Stopped | None = None
+        self._before: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> "Stop":
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._before[number] = signal.signal(number, self._caught)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+        if self._raised and isinstance(error, KeyboardInterrupt) and not isinstance(error, Stopped):
+            raise self._raised from None  # ray.get passes on a KeyboardInterrupt of its own
+
+    def stopped(self, where: str) -> Stopped:
+        """The exception for a wish that was granted."""
+        name = self.asked or "SIGTERM"
+        return Stopped(f"{where} ({name}); {AGAIN}", 128 + signal.Signals[name].value)
+
+    def _caught(self, number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        if self.gentle and self.asked is None:
+            self.asked = name
+            return
+        self._raised = Stopped(f"stopped ({name}); the same command goes on with what is done", 128 + number)
+        raise self._raised

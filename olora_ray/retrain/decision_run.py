@@ -1,0 +1,109 @@
+"""Every decision of a retraining as a run in MLflow: what was decided, why, and about which versions."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from olora_ray.config.schema import Config
+from olora_ray.retrain.changes import AGAINST
+from olora_ray.tracking import run
+from olora_ray.tracking.aliases import CHAMPION, GATE
+from olora_ray.tracking.client import connect, reachable
+
+if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion
+
+DETAILS = "olora.gate_details"
+"""Tag of a version: the numbers behind the gate's decision, as JSON."""
+RECORDED = "olora.decision_run"
+"""Tag of a version: the MLflow run that tells of the gate's decision on it; empty until there is one."""
+What = Literal["unchanged", "promoted", "refused", "failed"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One decision."""
+
+    decision: What
+    reason: str
+    challenger: str | None = None
+    """Version."""
+    champion: str | None = None
+    """Version that was the champion before."""
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+def write(config: Config, entry: Entry, run_id: str | None = None) -> str:
+    """Make the MLflow run of a decision, or complete `run_id`; returns its id.
+
+    Raises TrackingAway if MLflow does not answer.
+    """
+    name = str(config.registry.model)
+    interval = entry.details.get("improvement")
+    tags = {
+        "olora.kind": "retraining",
+        "olora.model": name,
+        "olora.decision": entry.decision,
+        "olora.reason": entry.reason,
+        "mlflow.note.content": _note(name, entry),
+    }
+    tags |= {f"olora.{role}": f"{name}/{number}" for role, number in _roles(entry) if number}
+    if interval:
+        tags["olora.interval"] = f"{interval['mean']:.6f} [{interval['low']:.6f}, {interval['high']:.6f}]"
+    tracker = run.start(config, f"{name} {entry.decision}", tags, run_id)
+    tracker.metrics({0: _metrics(entry.details)})
+    shown = {"decision": entry.decision, "reason": entry.reason, **dict(_roles(entry)), **entry.details}
+    tracker.text(json.dumps(shown, indent=2) + "\n", "decision.json")
+    tracker.end("FAILED" if entry.decision == "failed" else "FINISHED")
+    return tracker.run_id
+
+
+def of_version(config: Config, version: "ModelVersion") -> None:
+    """Write the gate's decision on a version, once, from the version's own tags: a crash in between loses nothing."""
+    tags = version.tags
+    if GATE not in tags or AGAINST not in tags or tags.get(RECORDED):
+        return
+    decision: What = "refused" if tags[GATE].startswith("refused") else "promoted"
+    reason = tags[GATE].partition(": ")[2] or tags[GATE]
+    details = json.loads(tags.get(DETAILS, "{}"))
+    entry = Entry(decision, reason, str(version.version), tags[AGAINST] or None, details)
+    run_id = write(config, entry, _begun(config, entry))
+    uri = run.resolve_uri(config)
+    with reachable(uri):
+        connect(uri).set_model_version_tag(version.name, version.version, RECORDED, run_id)
+
+
+def _begun(config: Config, entry: Entry) -> str | None:
+    """The run of this decision, if a call that was cut off has made it already."""
+    uri, name = run.resolve_uri(config), config.registry.model
+    wanted = {"olora.kind": "retraining", "olora.decision": entry.decision}
+    wanted |= {f"olora.{role}": f"{name}/{number}" for role, number in _roles(entry) if number}
+    words = " and ".join(f"tags.`{tag}` = '{text}'" for tag, text in wanted.items())
+    with reachable(uri):
+        experiment = connect(uri).get_experiment_by_name(config.tracking.experiment)
+        found = connect(uri).search_runs([experiment.experiment_id], words) if experiment else []
+    return str(found[0].info.run_id) if found else None
+
+
+def _roles(entry: Entry) -> list[tuple[str, str | None]]:
+    return [("challenger", entry.challenger), (CHAMPION, entry.champion)]
+
+
+def _note(name: str, entry: Entry) -> str:
+    """Markdown for the run's page, with links to the versions' pages."""
+    links = [
+        f"{role}: [{name} version {number}](#/models/{name}/versions/{number})"
+        for role, number in _roles(entry)
+        if number
+    ]
+    return "\n\n".join([f"**{entry.decision}**: {entry.reason}", *links])
+
+
+def _metrics(details: Mapping[str, Any]) -> dict[str, float]:
+    found = {
+        f"{role}/{metric}": float(value)
+        for role in ("challenger", CHAMPION)
+        for metric, value in (details.get(role) or {}).items()
+    }
+    return found | {f"improvement/{bound}": float(value) for bound, value in (details.get("improvement") or {}).items()}

@@ -1,0 +1,188 @@
+"""What a search says at its end: the ranked trials as a table, and what came out in a few sentences."""
+
+import math
+from collections.abc import Sequence
+from statistics import median, pstdev
+from typing import Any
+
+from olora_ray.sweep.record import SearchRecord, TrialRecord
+from olora_ray.sweep.report import text
+
+NOISE = 0.005
+"""Values this near to the best, relatively, are taken for equal: another seed moves a loss as much."""
+
+_TOP = 5  # trials whose spread is told
+_REASON = 48  # characters of a reason in the terminal
+
+
+def lines(record: SearchRecord, top: int = 10) -> list[str]:
+    """The `top` best trials as aligned columns, then those without a value where there is room."""
+    names = text.short(record.columns())
+    head = [
+        "",
+        "trial",
+        *(text.value(name, 24) for name in names.values()),
+        text.value(record.metric, 24),
+        "steps",
+        "time",
+        "status",
+        "",
+    ]
+    ordered = record.ordered()
+    rows = [_row(record, trial, list(names), place) for place, trial in enumerate(ordered[:top], 1)]
+    right = [True, True, *(_numeric(ordered, name) for name in names), True, True, True, False, False]
+    shown = _aligned([head, *rows], right)
+    if len(ordered) > top:
+        shown.append(f"... and {len(ordered) - top} more")
+    return shown
+
+
+def summary(record: SearchRecord) -> list[str]:
+    """The closing lines: the best, against the default config, the spread, how trials ended, what was spared."""
+    return _aligned([[f"{name}:", sentence] for name, sentence in facts(record)], [False, False])
+
+
+def facts(record: SearchRecord) -> list[tuple[str, str]]:
+    """What came out as (name, sentence)."""
+    found = [
+        ("best", _best(record)),
+        ("default", against_default(record)),
+        ("spread", spread(record)),
+        ("trials", _ends(record)),
+        ("start", _start(record)),
+        *(("note", note) for note in record.notes),
+    ]
+    return [(name, sentence) for name, sentence in found if sentence]
+
+
+def against_default(record: SearchRecord) -> str:
+    """How the best value compares to that of the config as it is."""
+    best, default = record.best(), record.of(record.default)
+    if best is None:
+        return ""
+    if default is None:
+        return "the config as it is was not tried, so the best has nothing to be compared with"
+    if not default.measured() or default.value is None or best.value is None:
+        return f"the config as it is (trial {default.number}, {default.status}) has no value{_because(default)}"
+    if default.number == best.number:
+        return f"the config as it is (trial {default.number}) was beaten by no other trial"
+    gain = abs(best.value - default.value)
+    relative = f" ({gain / abs(default.value):.1%})" if default.value else ""
+    early = f", stopped at step {default.step}" if default.status == "stopped" else ""
+    other = f"the config as it is: {text.number(default.value)} (trial {default.number}{early})"
+    return f"the best is {text.number(gain)}{relative} better than {other}" if gain else f"no better than {other}"
+
+
+def spread(record: SearchRecord) -> str:
+    """How far the top trials are apart, and how many are too near to the best to be told from it."""
+    ranked = record.ranked()
+    # A stopped trial is behind for want of steps too.
+    top = ([trial for trial in ranked if trial.status == "finished"] or ranked)[:_TOP]
+    values = [trial.value for trial in top if trial.value is not None]
+    if len(values) < 2:
+        return ""
+    near = sum(abs(value - values[0]) <= NOISE * abs(values[0]) for value in values[1:])
+    low, high = text.numbers([min(values), max(values)])
+    far = f"within {NOISE:.1%} of the best (another seed may move it as far)"
+    return (
+        f"{low} .. {high} over the top {len(values)}, standard deviation {text.number(pstdev(values), 2)};"
+        f" {_count(near, len(values) - 1)} of the other {len(values) - 1} {far}"
+    )
+
+
+def table(record: SearchRecord) -> tuple[list[str], list[list[Any]]]:
+    """(columns, rows) of plain values for a table artifact, the best trial first; NaN becomes None."""
+    fields = record.columns()
+    columns = ["trial", "status", record.metric, *fields, "steps", "seconds", "reason", "mlflow_run"]
+    rows = [
+        [
+            trial.number,
+            trial.status,
+            _plain(trial.value),
+            *(_plain(trial.params.get(name)) for name in fields),
+            trial.step,
+            round(trial.seconds, 1),
+            trial.reason,
+            trial.mlflow_run,
+        ]
+        for trial in record.ordered()
+    ]
+    return columns, rows
+
+
+def _best(record: SearchRecord) -> str:
+    best = record.best()
+    if best is None or best.value is None:
+        return f"no trial has a value of {record.metric}"
+    return f"{record.metric} {text.number(best.value)} (trial {best.number}): {text.params(best.params)}"
+
+
+def _count(some: int, all_: int) -> str:
+    return "none" if not some else "all" if some == all_ else str(some)
+
+
+def _ends(record: SearchRecord) -> str:
+    counts = [
+        f"{sum(trial.status == status for trial in record.trials)} {status}"
+        for status in ("finished", "stopped", "failed", "unfinished")
+    ]
+    some = ", ".join(count for count in counts if not count.startswith("0 "))
+    return f"{len(record.trials)} in {text.seconds(record.seconds)}" + (f": {some}" if some else "")
+
+
+def _start(record: SearchRecord) -> str:
+    first = [trial.first_step for trial in record.trials if trial.first_step is not None]
+    spared = [trial.spared for trial in record.trials if trial.spared > 0]
+    parts = []
+    if first:
+        parts.append(f"first step {text.seconds(median(first))} after a trial's start (median)")
+    if spared:
+        parts.append(
+            f"{text.seconds(median(spared))} of preparation and initialisation spared a trial,"
+            f" {text.seconds(sum(spared))} in all"
+        )
+    return "; ".join(parts)
+
+
+def _because(trial: TrialRecord) -> str:
+    return f": {text.value(trial.reason, 100)}" if trial.reason else ""
+
+
+def _row(record: SearchRecord, trial: TrialRecord, fields: Sequence[str], place: int) -> list[str]:
+    mark = " (default)" if trial.number == record.default else ""
+    return [
+        f"{place}." if trial.measured() else "",
+        str(trial.number),
+        *(text.value(trial.params[name], 24) if name in trial.params else "" for name in fields),
+        "-"
+        if trial.value is None
+        else f"{trial.value:.4f}"
+        if 1e-2 <= abs(trial.value) < 1e4
+        else text.number(trial.value),
+        str(trial.step),
+        text.seconds(trial.seconds),
+        trial.status + mark,
+        text.value(trial.reason, _REASON),
+    ]
+
+
+def _numeric(trials: Sequence[TrialRecord], name: str) -> bool:
+    values = [trial.params[name] for trial in trials if name in trial.params]
+    return all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+
+
+def _aligned(rows: Sequence[Sequence[str]], right: Sequence[bool]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(right))] if rows else []
+    return [
+        "  ".join(
+            cell.rjust(width) if flush else cell.ljust(width)
+            for cell, width, flush in zip(row, widths, right, strict=True)
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if isinstance(value, int | str | None) else text.value(value)

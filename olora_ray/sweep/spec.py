@@ -1,0 +1,96 @@
+"""What all trials of a search have in common, and where each of them lies."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from olora_ray.cluster.spec import Task
+from olora_ray.common import storage
+from olora_ray.config.schema import Config, flatten, override
+from olora_ray.pipeline.run_folder import RunFolder
+from olora_ray.sweep.space import SAME_BASE, Space
+from olora_ray.train.schedule import Schedule
+
+NUMBER = "number"
+"""Key of a trial's number in its Tune config; the other keys are draws."""
+ENDED = "ended"
+"""Key of a result that is the last one because the training is over; Tune's own `done` is also set by schedulers."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """Travels to every trial."""
+
+    name: str
+    """Of the search."""
+    folder: str
+    """`<storage>/<name>`."""
+    task: Task
+    """With the config as it is, but for what the space sets for all trials; without a board."""
+    space: Space
+    parent: str
+    """Id of the search's MLflow run."""
+    spared: float
+    """Seconds of work that were done once for all trials."""
+    hosts: tuple[Any, ...] = ()
+    """Actors that train several adapters on one base; none if every trial has workers of its own."""
+
+    def values(self, number: int, draws: Mapping[str, Any]) -> dict[str, Any]:
+        """Dotted field -> value of a trial; nothing for the default."""
+        return {} if number == 0 and self.space.has_default() else self.space.values(draws)
+
+    def shown(self, number: int, draws: Mapping[str, Any]) -> dict[str, Any]:
+        """Dotted field -> value of everything that is searched, for people to read; of the default too."""
+        there = flatten(self.task.config)
+        return self.values(number, draws) or {field: there.get(field) for field in self.space.search}
+
+    def config(self, number: int, draws: Mapping[str, Any]) -> Config:
+        """The config of a trial."""
+        return override(self.task.config, self.values(number, draws) | self._own(number))
+
+    def trial_folder(self, number: int, config: Config) -> RunFolder:
+        """The run folder of a trial."""
+        return RunFolder(config, trial_place(self.folder, number))
+
+    def shares_data(self) -> bool:
+        """Whether all trials have the same base model and tokens."""
+        return all(field.startswith((*SAME_BASE, "evaluation.")) for field in self.space.search)
+
+    def total(self) -> int:
+        """Steps of a trial that does not vary them."""
+        return self.steps(self.task.config)
+
+    def steps(self, config: Config) -> int:
+        """Steps of a trial with this config; those of the search's data if the trial has other data."""
+        total = Schedule(config.train, self.task.train).total()
+        assert total is not None, "a search starts with complete tokens"
+        return total
+
+    def _own(self, number: int) -> dict[str, Any]:
+        changes: dict[str, Any] = {"run.name": f"{self.name}-{trial_name(number)}", "registry.model": None}
+        if self.space.scheduler.kind == "population":
+            train = self.task.config.train
+            every = self.space.scheduler.interval or train.eval_every
+            # A member that is taken over may be many checkpoints ahead of the one that is wanted.
+            changes |= {
+                "train.eval_every": every,
+                "train.checkpoint_every": every,
+                "train.keep": self.total() // every + 2,
+            }
+        return changes
+
+
+def trial_name(number: int) -> str:
+    """A trial's name in Tune, and that of its folder."""
+    return f"trial-{number:03d}"
+
+
+def number_of(name: str | None) -> int:
+    """The number in a `trial_name`."""
+    assert name
+    return int(name.rpartition("-")[2])
+
+
+def trial_place(folder: str, number: int) -> str:
+    """Where a trial of the search in `folder` lies."""
+    return storage.join(folder, "trials", trial_name(number))

@@ -1,0 +1,72 @@
+"""trial.json: what a trial has done so far, kept in its folder and read by the driver."""
+
+import json
+import time
+from dataclasses import asdict, replace
+from typing import Any
+
+from olora_ray.common import storage
+from olora_ray.sweep.record import Mode, Status, TrialRecord
+
+FILE = "trial.json"
+
+
+class Ledger:
+    """Writes the record of one trial, from the trial's process."""
+
+    def __init__(self, place: str, record: TrialRecord, mode: Mode) -> None:
+        """`record` has what is known at the start; seconds of earlier attempts are taken over from the file."""
+        self.place, self.mode = storage.join(place, FILE), mode
+        self._began = time.monotonic()
+        self._previous = read(place)
+        self._seconds = self._previous.seconds if self._previous else 0.0
+        if self._previous and self._previous.first_step is not None:
+            record = replace(record, first_step=self._previous.first_step)
+        self.record = record
+        self._write()
+
+    def go_on_from(self, step: int) -> None:
+        """Keep what an earlier attempt has measured up to a step."""
+        curve = self._previous.curve if self._previous else ()
+        self._take(tuple(point for point in curve if point[0] <= step))
+
+    def started(self) -> None:
+        """The first step has been done."""
+        if self.record.first_step is None:
+            self.record = replace(self.record, first_step=time.monotonic() - self._began)
+
+    def measured(self, step: int, value: float) -> None:
+        """The metric has been measured after `step` steps."""
+        self._take((*(point for point in self.record.curve if point[0] < step), (step, value)))
+        self._write()
+
+    def ended(self, status: Status, reason: str = "") -> None:
+        """The trial is over, for now."""
+        self.record = replace(self.record, status=status, reason=reason)
+        self._write()
+
+    def _take(self, curve: tuple[tuple[int, float], ...]) -> None:
+        choose = min if self.mode == "min" else max
+        best = choose((value for step, value in curve if step), default=None)  # before the first step all are the base
+        self.record = replace(self.record, curve=curve, step=curve[-1][0] if curve else 0, value=best)
+
+    def _write(self) -> None:
+        self.record = replace(self.record, seconds=self._seconds + time.monotonic() - self._began)
+        storage.write_text(self.place, json.dumps(asdict(self.record)))
+
+
+def read(place: str) -> TrialRecord | None:
+    """The record of the trial in a folder; None if there is none, or it is damaged."""
+    try:
+        tree: dict[str, Any] = json.loads(storage.read_text(storage.join(place, FILE)))
+        curve = tuple((int(step), float(value)) for step, value in tree["curve"])
+        return TrialRecord(**{**tree, "curve": curve})
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def read_all(folder: str) -> dict[int, TrialRecord]:
+    """Number -> record of all trials of the search in `folder`."""
+    trials = storage.join(folder, "trials")
+    found = (read(storage.join(trials, name)) for name in storage.names(trials))
+    return {record.number: record for record in found if record}

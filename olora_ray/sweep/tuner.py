@@ -1,0 +1,136 @@
+"""A space and what its trials share -> Ray Tune's Tuner, new or taken up from an interrupted search."""
+
+import logging
+import os
+import warnings
+from functools import partial
+from typing import Any
+
+from ray import tune
+
+from olora_ray.common import storage
+from olora_ray.sweep import space as spaces
+from olora_ray.sweep.callback import Watch
+from olora_ray.sweep.space import Space
+from olora_ray.sweep.spec import NUMBER, Job, trial_name
+from olora_ray.sweep.trial import SearchTrial
+
+STATE = "tune"
+"""Folder of Tune's own state in that of the search."""
+NOTE_BYTES = 64 * 2**20
+"""Memory that Tune counts for a trial's own process; its workers take the CPUs and GPUs."""
+
+
+def build(job: Job, watch: Watch, seats: int) -> tune.Tuner:
+    """The Tuner of a search, with `seats` trials at the same time; one that was interrupted goes on."""
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # it would end the search as if it were complete
+    # Each failure is told by `watch` in one line.
+    for name in ("execution.tune_controller", "tune", "analysis.experiment_analysis"):
+        logging.getLogger(f"ray.tune.{name}").setLevel(logging.CRITICAL)
+    # How long its own callbacks take, and files of loggers that are not there yet.
+    for name in ("utils.util", "logger.logger"):
+        logging.getLogger(f"ray.tune.{name}").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="Consider boosting PBT performance", category=UserWarning)
+    trainable: Any = tune.with_resources(tune.with_parameters(SearchTrial, job=job), {"memory": NOTE_BYTES})
+    place = storage.join(job.folder, STATE)
+    if tune.Tuner.can_restore(place):
+        return tune.Tuner.restore(place, trainable, resume_unfinished=True, param_space=_params(job.space))
+    space = job.space
+    settings = tune.TuneConfig(
+        metric=space.metric,
+        mode=space.better(),
+        search_alg=_searcher(job),
+        scheduler=_scheduler(job),
+        num_samples=space.count() if space.searcher == "tpe" else 1,
+        max_concurrent_trials=seats,
+        time_budget_s=space.time_budget,
+        trial_name_creator=_name,
+        trial_dirname_creator=_name,
+    )
+    run = tune.RunConfig(
+        name=STATE,
+        storage_path=job.folder,
+        failure_config=tune.FailureConfig(max_failures=0, fail_fast=False),
+        stop=watch,
+        callbacks=[watch],
+        verbose=0,
+    )
+    return tune.Tuner(trainable, param_space=_params(space), tune_config=settings, run_config=run)
+
+
+def _params(space: Space) -> dict[str, Any] | None:
+    """Tune's grid over the numbers of the trials, each with its draws; None where Optuna draws."""
+    if space.searcher == "tpe":
+        return None
+    drawn = [space.drawn(number) for number in range(space.count())]
+    names = max(drawn, key=len)
+    numbers = {NUMBER: tune.grid_search(list(range(len(drawn))))}
+    return {**numbers, **{name: tune.sample_from(partial(_draw, drawn, name)) for name in names}}
+
+
+def _draw(drawn: list[dict[str, Any]], name: str, config: dict[str, Any]) -> Any:
+    return drawn[config[NUMBER]].get(name)
+
+
+def _searcher(job: Job) -> Any:
+    if job.space.searcher != "tpe":
+        return None
+    import optuna
+    from ray.tune.search.optuna import OptunaSearch
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    default = job.space.as_draws(job.task.config) if job.space.include_default else None
+    return OptunaSearch(
+        partial(_suggested, job.space),
+        metric=job.space.metric,
+        mode=job.space.better(),
+        points_to_evaluate=[default] if default else None,
+        sampler=optuna.samplers.TPESampler(seed=job.space.seed),
+    )
+
+
+def _suggested(space: Space, trial: Any) -> dict[str, Any]:
+    spaces.suggest(space, trial)
+    return {NUMBER: trial.number}
+
+
+def _scheduler(job: Job) -> Any:
+    from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, PopulationBasedTraining
+
+    space, settings = job.space, job.space.scheduler
+    grace = settings.grace or job.task.config.train.eval_every
+    if settings.kind == "asha":
+        # One more than the last step: a trial that comes to its end is finished, not stopped.
+        most = max(job.total() + 1, grace + 1)
+        return ASHAScheduler("step", max_t=most, grace_period=grace, reduction_factor=settings.reduction)
+    if settings.kind == "median":
+        return MedianStoppingRule("step", grace_period=grace, min_samples_required=3)
+    if settings.kind == "population":
+        return PopulationBasedTraining(
+            "step",
+            perturbation_interval=settings.interval or job.task.config.train.eval_every,
+            hyperparam_mutations={name: partial(_redrawn, space, name) for name in space.search},
+            custom_explore_fn=partial(_inside, space),
+            synch=True,  # else a member could take over a checkpoint that its owner has deleted meanwhile
+            log_config=False,
+        )
+    return FIFOScheduler()
+
+
+def _redrawn(space: Space, name: str) -> Any:
+    import random
+
+    return space.drawn(random.randrange(2**30))[name]
+
+
+def _inside(space: Space, config: dict[str, Any]) -> dict[str, Any]:
+    """What PBT has multiplied by 0.8 or 1.2 stays in the range that the space gives."""
+    for name, domain in space.search.items():
+        if not domain.options():
+            low, high = domain.extremes()
+            config[name] = min(max(config[name], low), high)
+    return config
+
+
+def _name(trial: Any) -> str:
+    return trial_name(trial.config[NUMBER])

@@ -1,0 +1,102 @@
+"""Packs -> one micro-batch of tensors.
+
+Two layouts of the same examples: *flat* (1, T) without any padding, for attention that is told the
+segments' borders; *padded* (B, L) with a block-causal mask, for attention that takes masks.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from olora_ray.tokens.store import Pack
+
+FLAT_ATTENTION = ("segments", "flash_attention_2")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch."""
+
+    inputs: dict[str, Tensor | int]
+    """Arguments of the model's backbone."""
+    predicts: Tensor
+    """Flat positions (int64) whose hidden state predicts a supervised token, in order."""
+    labels: Tensor
+    """The supervised tokens (int64), one for each entry of `predicts`."""
+    tokens: int
+    """Tokens without padding."""
+
+    def to(self, device: torch.device) -> "Batch":
+        """The batch on another device."""
+        inputs = {
+            name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+            for name, value in self.inputs.items()
+        }
+        return Batch(inputs, self.predicts.to(device), self.labels.to(device), self.tokens)
+
+
+def collate(packs: Sequence[Pack], attention: str) -> Batch:
+    """The batch of `packs` in the layout that the attention implementation takes."""
+    return _flat(packs) if attention in FLAT_ATTENTION else _padded(packs, additive=attention == "eager")
+
+
+def _flat(packs: Sequence[Pack]) -> Batch:
+    ids = np.concatenate([pack.input_ids for pack in packs]).astype(np.int64)
+    supervised = np.concatenate([pack.supervised for pack in packs])
+    lengths = [length for pack in packs for length in pack.segments]
+    borders = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    chosen = np.flatnonzero(supervised)
+    return Batch(
+        inputs={
+            "input_ids": torch.from_numpy(ids)[None],
+            "position_ids": torch.from_numpy(_positions(lengths))[None],
+            "cu_seq_lens_q": borders,
+            "cu_seq_lens_k": borders,
+            "max_length_q": max(lengths),
+            "max_length_k": max(lengths),
+        },
+        predicts=torch.from_numpy(chosen - 1),
+        labels=torch.from_numpy(ids[chosen]),
+        tokens=len(ids),
+    )
+
+
+def _padded(packs: Sequence[Pack], additive: bool) -> Batch:
+    longest = max(len(pack.input_ids) for pack in packs)
+    ids = np.zeros((len(packs), longest), dtype=np.int64)
+    supervised = np.zeros((len(packs), longest), dtype=bool)
+    positions = np.zeros((len(packs), longest), dtype=np.int64)
+    segment = np.full((len(packs), longest), -1, dtype=np.int64)
+    for row, pack in enumerate(packs):
+        size = len(pack.input_ids)
+        ids[row, :size] = pack.input_ids
+        supervised[row, :size] = pack.supervised
+        positions[row, :size] = _positions(pack.segments)
+        segment[row, :size] = np.repeat(np.arange(len(pack.segments)), pack.segments)
+    inputs: dict[str, Tensor | int] = {
+        "input_ids": torch.from_numpy(ids),
+        "position_ids": torch.from_numpy(positions),
+    }
+    if any(len(pack.segments) > 1 for pack in packs):
+        # Padding forms a segment of its own (-1): every row of the mask attends to something.
+        ids_of = torch.from_numpy(segment)
+        causal = torch.ones(longest, longest, dtype=torch.bool).tril()
+        seen = ((ids_of[:, :, None] == ids_of[:, None, :]) & causal)[:, None]
+        # Eager attention adds its mask to the scores; sdpa takes booleans.
+        hidden = torch.finfo(torch.float32).min
+        inputs["attention_mask"] = torch.zeros(seen.shape).masked_fill(~seen, hidden) if additive else seen
+    chosen = np.flatnonzero(supervised.reshape(-1))
+    return Batch(
+        inputs=inputs,
+        predicts=torch.from_numpy(chosen - 1),
+        labels=torch.from_numpy(ids.reshape(-1)[chosen]),
+        tokens=sum(len(pack.input_ids) for pack in packs),
+    )
+
+
+def _positions(lengths: Sequence[int]) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
+    return np.concatenate([np.arange(length, dtype=np.int64) for length in lengths])

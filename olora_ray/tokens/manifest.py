@@ -1,0 +1,115 @@
+"""What a token store says about itself: a sidecar for each shard, and the manifest of the whole.
+
+Both are JSON with a *seal*, the digest of their own content: what a crash or a disk has damaged is
+never taken for good, whatever still parses.
+"""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from pyarrow import fs
+
+from olora_ray.common import storage
+from olora_ray.common.sealed import seal, unseal
+
+MANIFEST = "manifest.json"
+REJECTED = "rejected.jsonl"
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """What reading a shard needs: a line of the manifest, and a part of the sidecar."""
+
+    packs: int
+    tokens: int
+    supervised: int
+    bytes: int
+    sha256: str
+
+    @classmethod
+    def of(cls, sidecar: dict[str, Any]) -> "ShardInfo":
+        """The part of a sidecar."""
+        return cls(*(sidecar[name] for name in ("packs", "tokens", "supervised", "bytes", "sha256")))
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What is known of a store before any of it is made."""
+
+    digest: str
+    shards: int
+    """How many there will be."""
+    max_length: int
+    files: tuple[str, ...]
+    """Where the rows come from."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a complete store holds."""
+
+    digest: str
+    rows: int
+    """Rows read, rejected ones included."""
+    rejected: dict[str, int]
+    """Rows by the reason why they cannot be used."""
+    rejected_sha256: str
+    """Of rejected.jsonl."""
+    examples: int
+    packs: int
+    tokens: int
+    supervised: int
+    fill: float
+    """Tokens / (packs * max_length)."""
+    max_length: int
+    files: tuple[str, ...]
+    """Where the rows came from; other files with the same content share the store."""
+    shards: tuple[ShardInfo, ...] = field(repr=False)
+    inputs: dict[str, Any] = field(repr=False)
+    """What the digest was made of."""
+
+    def to_json(self) -> str:
+        """The text of manifest.json."""
+        return seal(asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Manifest":
+        """Read `to_json` back; raises ValueError, KeyError or TypeError for anything else."""
+        tree = unseal(text)
+        tree["shards"] = tuple(ShardInfo(**shard) for shard in tree["shards"])
+        return cls(**{**tree, "files": tuple(tree["files"])})
+
+    def outline(self) -> Outline:
+        """The part that was known before."""
+        return Outline(self.digest, len(self.shards), self.max_length, self.files)
+
+
+def shard_name(number: int) -> str:
+    """File name of a shard."""
+    return f"shard-{number:05d}.arrow"
+
+
+def sidecar_name(number: int) -> str:
+    """File name of a shard's sidecar."""
+    return f"shard-{number:05d}.json"
+
+
+def read_manifest(uri: str) -> Manifest:
+    """The manifest of a store; raises FileNotFoundError, or ValueError if it is damaged."""
+    text = storage.read_bytes(storage.join(uri, MANIFEST))
+    try:
+        return Manifest.from_json(text.decode())
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from None
+
+
+def sizes(uri: str) -> dict[str, int]:
+    """Bytes of each file of a store, by name; empty if there is no such folder."""
+    system, path = storage.filesystem(uri)
+    return {info.base_name: info.size for info in system.get_file_info(fs.FileSelector(path, allow_not_found=True))}
+
+
+def size(uri: str, name: str) -> int | None:
+    """Bytes of one file of a store; None if it is not there."""
+    system, path = storage.filesystem(storage.join(uri, name))
+    return system.get_file_info(path).size  # type: ignore[no-any-return]

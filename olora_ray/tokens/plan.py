@@ -1,0 +1,225 @@
+"""What a token store is made of, decided before a row is tokenised: which units, in which order, in which shard.
+
+A shard is a fixed list of units, so any process can make any shard, in any order, with the same bytes.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from olora_ray.common.errors import UserError
+from olora_ray.config.schema import Config, Source
+from olora_ray.data.reader import Unit
+from olora_ray.data.scan import FileScan
+from olora_ray.data.sources import File, list_files
+from olora_ray.data.tokenize import TokenizerSpec
+from olora_ray.tokens import rng
+
+VERSION = 1
+"""Changes whenever the same input would give other shards."""
+
+SHARD_ROWS = (4096, 32768)
+"""Rows of a shard, at least and at most: it is shuffled and packed as a whole."""
+SHARDS_WANTED = 512
+SHARD_BYTES = 64 * 2**20
+
+Split = Literal["train", "eval"]
+Scanner = Callable[[Sequence[Sequence[File]]], list[list[FileScan]]]
+"""Scans the files of each source."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One entry of the plan: a unit, and what of it is taken."""
+
+    file: int
+    """Index into `Plan.files`."""
+    unit: Unit
+    turn: int
+    """Which pass over the source this is."""
+    share: float
+    """Of the rows; below 1 they are spread evenly."""
+
+
+@dataclass(frozen=True)
+class PlannedFile:
+    """A file and how its rows are read."""
+
+    file: File
+    source: int
+    sha256: str
+    columns: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that the shards of a store follow from."""
+
+    split: Split
+    spec: TokenizerSpec
+    sources: tuple[Source, ...]
+    files: tuple[PlannedFile, ...]
+    shards: tuple[tuple[Piece, ...], ...]
+    max_length: int
+    packing: bool
+    seed: int
+    eval_fraction: float | None
+
+    @property
+    def rows(self) -> float:
+        """Rows that will be read, about: blank lines and the draw of held-out rows are not known yet."""
+        return sum(_rows(piece) for shard in self.shards for piece in shard) * self.kept_share
+
+    @property
+    def kept_share(self) -> float:
+        """The share of the rows that belongs to this split."""
+        if self.eval_fraction is None:
+            return 1.0
+        return self.eval_fraction if self.split == "eval" else 1.0 - self.eval_fraction
+
+    def inputs(self) -> dict[str, object]:
+        """What the digest of the store is made of; paths are not in it, contents are."""
+        return {
+            "version": VERSION,
+            "split": self.split,
+            "sources": [
+                {
+                    "format": source.format,
+                    "fields": dict(sorted(source.fields.items())),
+                    "weight": source.weight,
+                    "files": [[each.file.kind, each.sha256] for each in self.files if each.source == number],
+                }
+                for number, source in enumerate(self.sources)
+            ],
+            "tokenizer": self.spec.digest,
+            "max_length": self.max_length,
+            "packing": self.packing,
+            "seed": self.seed if self.split == "train" or self.eval_fraction is not None else None,
+            "eval_fraction": self.eval_fraction,
+        }
+
+    def digest(self) -> str:
+        """Name of the store."""
+        return hashlib.sha256(json.dumps(self.inputs(), sort_keys=True).encode()).hexdigest()[:32]
+
+
+def sources_of(config: Config, split: Split) -> tuple[str, tuple[Source, ...]]:
+    """The sources of a split and the setting that holds them."""
+    if split == "train" or config.data.eval_fraction is not None:
+        return "data.train", config.data.train
+    return "data.eval", config.data.eval
+
+
+def make_plan(config: Config, spec: TokenizerSpec, split: Split, scan: Scanner) -> Plan:
+    """List and scan the files of a split and lay out the shards; raises UserError for missing or empty sources."""
+    setting, sources = sources_of(config, split)
+    if not sources:
+        raise UserError(f"{setting}: no source is set")
+    listed = [list_files(source, f"{setting}.{n}", config.run.storage) for n, source in enumerate(sources)]
+    files: list[PlannedFile] = []
+    units: list[list[tuple[int, Unit]]] = []
+    for number, (found, scans) in enumerate(zip(listed, scan(listed), strict=True)):
+        units.append([])
+        for file, result in zip(found, scans, strict=True):
+            units[-1].extend((len(files), unit) for unit in result.units)
+            files.append(PlannedFile(file, number, result.sha256, result.columns))
+        if not units[-1]:
+            raise UserError(f"{setting}.{number}.path: {sources[number].path} is empty: it has no rows")
+    pieces = _mixed(sources, units, config.run.seed) if split == "train" else _in_turn(sources, units)
+    return Plan(
+        split=split,
+        spec=spec,
+        sources=sources,
+        files=tuple(files),
+        shards=tuple(_shards(pieces)),
+        max_length=config.data.max_length,
+        packing=config.data.packing,
+        seed=config.run.seed,
+        eval_fraction=config.data.eval_fraction,
+    )
+
+
+def taken(plan: Plan, piece: Piece, places: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which rows of a piece belong to the split and are used in its turn.
+
+    Whether a row is held out depends on the seed, the content of its file and its place there.
+    """
+    planned = plan.files[piece.file]
+    keep = np.ones(len(places), dtype=bool)
+    if plan.eval_fraction is not None:
+        held_out = rng.chosen(plan.eval_fraction, rng.key("eval", plan.seed, planned.sha256), places)
+        keep = held_out if plan.split == "eval" else ~held_out
+    if piece.share < 1.0:
+        ratio = round(piece.share * 2**20)
+        keep = keep & ((places + 1) * ratio // 2**20 > places * ratio // 2**20)
+    return keep
+
+
+def _turns(weight: float) -> list[float]:
+    """The share of the rows in each pass: 2.5 -> 1, 1, 0.5."""
+    whole = int(weight)
+    rest = weight - whole
+    return [1.0] * whole + ([rest] if rest > 1e-6 else [])
+
+
+def _pieces(units: list[tuple[int, Unit]], weight: float, seed: tuple[int, int] | None) -> list[Piece]:
+    """The units of a source as often as its weight says; each turn in an order of its own, if there is a seed."""
+    pieces: list[Piece] = []
+    for turn, share in enumerate(_turns(weight)):
+        order = range(len(units)) if seed is None else rng.permutation(len(units), rng.key("units", *seed, turn))
+        pieces.extend(Piece(*units[index], turn, share) for index in order)
+    return pieces
+
+
+def _in_turn(sources: Sequence[Source], units: list[list[tuple[int, Unit]]]) -> list[Piece]:
+    """The sources one after the other, in the order of their files."""
+    return [
+        piece for source, found in zip(sources, units, strict=True) for piece in _pieces(found, source.weight, None)
+    ]
+
+
+def _mixed(sources: Sequence[Source], units: list[list[tuple[int, Unit]]], seed: int) -> list[Piece]:
+    """Each source shuffled, then all interleaved so that each is spread evenly over the whole."""
+    spread: list[tuple[float, int, Piece]] = []
+    for number, (source, found) in enumerate(zip(sources, units, strict=True)):
+        pieces = _pieces(found, source.weight, (seed, number))
+        rows = np.array([_rows(piece) for piece in pieces])
+        middles = (np.cumsum(rows) - rows / 2) / rows.sum()
+        spread.extend((middle, number, piece) for middle, piece in zip(middles.tolist(), pieces, strict=True))
+    spread.sort(key=lambda entry: entry[:2])
+    return [piece for _, _, piece in spread]
+
+
+def _rows(piece: Piece) -> float:
+    return piece.unit.rows * piece.share
+
+
+def _shards(pieces: list[Piece]) -> list[tuple[Piece, ...]]:
+    """Consecutive pieces, cut by rows and bytes into shards of about equal size."""
+    rows = np.array([_rows(piece) for piece in pieces])
+    size = np.array([piece.unit.size * piece.share for piece in pieces])
+    wanted = float(np.clip(rows.sum() / SHARDS_WANTED, *SHARD_ROWS))
+    count = max(1, round(float(max(rows.sum() / wanted, size.sum() / SHARD_BYTES))))
+    cost = np.maximum(rows / rows.sum(), size / max(size.sum(), 1.0))
+    shard = np.minimum((np.cumsum(cost) - cost / 2) / cost.sum() * count, count - 1).astype(int)
+    cuts = [0, *(np.flatnonzero(np.diff(shard)) + 1).tolist(), len(pieces)]
+    return [tuple(pieces[low:high]) for low, high in itertools.pairwise(cuts)]
+
+
+def sample(plan: Plan, limit: int) -> Plan:
+    """The plan cut down to about `limit` rows from its front, as one shard."""
+    kept: list[Piece] = []
+    rows = 0.0
+    for shard in plan.shards:
+        for piece in shard:
+            if rows < limit:
+                kept.append(piece)
+                rows += _rows(piece) * plan.kept_share
+    return dataclasses.replace(plan, shards=(tuple(kept),))

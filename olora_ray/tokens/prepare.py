@@ -1,0 +1,154 @@
+"""The making of a token store, at once or beside the training that reads it already."""
+
+import contextlib
+import itertools
+import threading
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+
+from olora_ray.common import storage
+from olora_ray.common.errors import UserError
+from olora_ray.config.schema import Config
+from olora_ray.data.scan import FileScan, scan
+from olora_ray.data.sources import File, total_bytes
+from olora_ray.data.tokenize import TokenizerSpec
+from olora_ray.tokens import ray_map, writer
+from olora_ray.tokens.plan import Plan, Split, make_plan, sources_of
+from olora_ray.tokens.store import TokenStore
+from olora_ray.tokens.totals import Limits, Say, summary
+
+SCAN_HERE = 64 * 2**20
+"""Bytes up to which the driver scans by itself."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """A token store that needs no more work."""
+
+    store: TokenStore
+    problem: None = None
+
+    def join(self) -> None:
+        """There is nothing to wait for."""
+
+
+class Preparation:
+    """A token store and the work that is left to complete it.
+
+    Either `run`, or `start` and later `join`; with the latter `stop` and `join` before Ray is shut down.
+    """
+
+    def __init__(self, job: writer.Job, found: writer.Survey, limits: Limits, say: Say) -> None:
+        """Use `begin`."""
+        self.store = TokenStore.growing(job.uri, job.outline())
+        self.problem: Exception | None = None
+        """Why the work of `start` ended before its end."""
+        self._job, self._found, self._limits, self._say = job, found, limits, say
+        self._stop, self._ended = threading.Event(), threading.Event()
+        self._thread: threading.Thread | None = None
+
+    @property
+    def complete(self) -> bool:
+        """Whether there was nothing left to do when it began."""
+        return self._found.complete
+
+    @property
+    def small(self) -> bool:
+        """Whether `run` takes a moment and needs no Ray."""
+        return writer.small(self._job, self._found)
+
+    @property
+    def done(self) -> bool:
+        """Whether the work has ended, in whatever way, or there was none."""
+        return self.complete or self._ended.is_set()
+
+    def run(self, cpus_held: float = 0.0) -> None:
+        """Make what is missing, in this thread; returns early after `stop`.
+
+        `cpus_held` are CPUs of the cluster that others hold meanwhile: where they are about all, the work
+        goes on without asking Ray for any. Raises UserError for data that cannot be used.
+        """
+        try:
+            # Ray Data's stream is made, read and closed in one thread: it cannot be closed from another.
+            if not self.complete and writer.make(
+                self._job, self._found, self._limits, self._say, self._stop.is_set, cpus_held
+            ):
+                self._say(f"tokens: {self._job.plan.split}: {summary(self.store.manifest)}")
+        finally:
+            self._ended.set()
+
+    def start(self, cpus_held: float = 0.0) -> None:
+        """`run` in a thread of its own."""
+        assert self._thread is None
+        self._thread = threading.Thread(target=self._work, args=(cpus_held,), name="tokens", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the work after the shard that it waits for; what is made stays and is used by the next preparation."""
+        self._stop.set()
+
+    def join(self) -> None:
+        """Wait until the work of `start` has ended; raises its problem."""
+        if self._thread:
+            self._thread.join()
+        if self.problem:
+            raise self.problem
+
+    def _work(self, cpus_held: float) -> None:
+        try:
+            self.run(cpus_held)
+        except Exception as error:  # for `join`
+            self.problem = error
+
+
+def begin(config: Config, spec: TokenizerSpec, split: Split, say: Say) -> Preparation:
+    """See `store.begin`."""
+    plan = make_plan(config, spec, split, lambda found: _scan_all(found, config.run.storage, say))
+    job = writer.Job(plan, storage.join(config.run.storage, "tokens", plan.digest()))
+    limits = Limits(sources_of(config, split)[0], config.data.max_rejected)
+    found = writer.survey(job)
+    for line in found.lines(len(plan.shards)):
+        say(line)
+    if found.manifest and found.rejected_good:
+        limits.check(found.manifest.rejected, found.manifest.rows, job.uri)
+    if found.manifest and found.complete:
+        say(f"tokens: {split}: {summary(found.manifest)} (made before)")
+    return Preparation(job, found, limits, say)
+
+
+def plan_here(config: Config, spec: TokenizerSpec, split: Split) -> Plan:
+    """The plan of a split's store, whose digest says what it is made of; all data is looked at here, without Ray.
+
+    Large files that were scanned before are not read again. Raises UserError for missing or empty sources.
+    """
+    root = config.run.storage
+    return make_plan(config, spec, split, lambda sources: [[scan(file, root) for file in files] for files in sources])
+
+
+def scan_file(job: tuple[Sequence[File], str], number: int) -> FileScan | str:
+    """Scan one file; an error for the user is returned as text."""
+    files, storage_root = job
+    try:
+        return scan(files[number], storage_root)
+    except UserError as error:
+        return str(error)
+
+
+def _scan_all(sources: Sequence[Sequence[File]], storage_root: str, say: Say) -> list[list[FileScan]]:
+    files = [file for source in sources for file in source]
+    job = (files, storage_root)
+    numbers = list(range(len(files)))
+    size = total_bytes(files)
+    if size <= SCAN_HERE:
+        found: Generator[FileScan | str, None, None] = (scan_file(job, number) for number in numbers)
+    else:
+        say(f"tokens: scanning {len(files):,} files, {size / 1e9:,.1f} GB")
+        found = ray_map.spread(scan_file, job, numbers)
+    scans = []
+    with contextlib.closing(found):
+        for result in found:
+            if isinstance(result, str):
+                raise UserError(result)
+            scans.append(result)
+    rest = iter(scans)
+    return [list(itertools.islice(rest, len(source))) for source in sources]

@@ -1,0 +1,171 @@
+"""One shard of a token store: its rows tokenised, shuffled and packed, and its file."""
+
+import hashlib
+import io
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from pyarrow import ipc
+
+from olora_ray.data.formats import Rejected, columns_of, to_example
+from olora_ray.data.reader import read_unit
+from olora_ray.data.tokenize import ExampleTokenizer, Tokens
+from olora_ray.tokens import rng
+from olora_ray.tokens.packing import pack
+from olora_ray.tokens.plan import Piece, Plan, taken
+
+PLACE_BITS = 40
+"""An origin is (file number << PLACE_BITS) + place in the file."""
+
+SCHEMA = pa.schema(
+    [
+        ("input_ids", pa.list_(pa.int32())),
+        ("supervised", pa.list_(pa.bool_())),
+        ("segments", pa.list_(pa.int32())),
+        ("origin", pa.list_(pa.int64())),
+        ("supervised_count", pa.int32()),
+    ]
+)
+
+
+@dataclass
+class Shard:
+    """The content of a shard, one entry of `packs` a sequence."""
+
+    examples: list[Tokens] = field(default_factory=list)
+    origins: list[int] = field(default_factory=list)
+    """Of each example."""
+    packs: list[list[int]] = field(default_factory=list)
+    """Numbers of the examples in each sequence."""
+    rows: int = 0
+    """Rows read, rejected ones included."""
+    rejected: list[dict[str, Any]] = field(default_factory=list)
+
+    def table(self) -> pa.Table:
+        """The columns of the shard's file, one row a pack."""
+        packs = [[self.examples[number] for number in chosen] for chosen in self.packs]
+        flat = [example for members in packs for example in members]
+        ids = np.concatenate([np.zeros(0, np.int32), *[example.ids for example in flat]])
+        supervised = np.concatenate([np.zeros(0, bool), *[example.supervised for example in flat]])
+        lengths = np.array([len(example.ids) for example in flat], dtype=np.int32)
+        origins = np.array([self.origins[number] for chosen in self.packs for number in chosen], dtype=np.int64)
+        by_segment = _borders([len(members) for members in packs])
+        by_token = _borders([sum(len(example.ids) for example in members) for members in packs])
+        counts = [sum(int(example.supervised.sum()) for example in members) for members in packs]
+        columns = [
+            pa.ListArray.from_arrays(by_token, pa.array(ids)),
+            pa.ListArray.from_arrays(by_token, pa.array(supervised)),
+            pa.ListArray.from_arrays(by_segment, pa.array(lengths)),
+            pa.ListArray.from_arrays(by_segment, pa.array(origins)),
+            pa.array(counts, type=pa.int32()),
+        ]
+        return pa.Table.from_arrays(columns, schema=SCHEMA)
+
+    def sidecar(self, content: bytes) -> dict[str, Any]:
+        """What is to be known of the shard without opening it; `content` is the file's."""
+        chosen = [self.examples[number] for members in self.packs for number in members]
+        return {
+            "rows": self.rows,
+            "examples": len(chosen),
+            "packs": len(self.packs),
+            "tokens": sum(len(example.ids) for example in chosen),
+            "supervised": sum(int(example.supervised.sum()) for example in chosen),
+            "bytes": len(content),
+            "sha256": hashlib.sha256(content).hexdigest(),
+            "reasons": dict(sorted(Counter(str(entry["reason"]) for entry in self.rejected).items())),
+            "rejected": self.rejected,
+        }
+
+
+def build(plan: Plan, number: int) -> Shard:
+    """Make shard `number` of the plan, in memory; raises UserError for a broken file or template."""
+    shard = Shard()
+    tokenize = ExampleTokenizer(plan.spec, plan.max_length)
+    for piece in plan.shards[number]:
+        _add(shard, plan, piece, tokenize)
+    _arrange(shard, plan, number)
+    return shard
+
+
+def file_bytes(table: pa.Table) -> bytes:
+    """The table as an Arrow file, uncompressed so that it can be memory-mapped."""
+    sink = io.BytesIO()
+    with ipc.new_file(sink, table.schema) as writer:
+        for batch in table.combine_chunks().to_batches():
+            writer.write_batch(batch)
+    return sink.getvalue()
+
+
+def place_name(files: Sequence[str], origin: int) -> str:
+    """An origin as file:line, counted from 1."""
+    return f"{files[origin >> PLACE_BITS]}:{(origin & (2**PLACE_BITS - 1)) + 1}"
+
+
+def _add(shard: Shard, plan: Plan, piece: Piece, tokenize: ExampleTokenizer) -> None:
+    planned = plan.files[piece.file]
+    source = plan.sources[planned.source]
+    for place, row in _rows(plan, piece):
+        shard.rows += 1
+        try:
+            if isinstance(row, Rejected):
+                raise row
+            found = tokenize(to_example(source.format, row, source.fields))
+        except Rejected as why:
+            shard.rejected.append(
+                {
+                    "source": planned.source,
+                    "file": planned.file.uri,
+                    "line": place + 1,
+                    "reason": why.reason,
+                    "message": why.message,
+                }
+            )
+            continue
+        shard.examples.extend(found)
+        shard.origins.extend([(piece.file << PLACE_BITS) + place] * len(found))
+
+
+def _rows(plan: Plan, piece: Piece) -> Iterator[tuple[int, Any]]:
+    planned = plan.files[piece.file]
+    source = plan.sources[planned.source]
+    wanted = columns_of(source.format, source.fields)
+    rows = read_unit(planned.file, piece.unit, planned.columns, wanted)
+    first = piece.unit.first
+    keep = taken(plan, piece, np.arange(first, first + piece.unit.rows, dtype=np.int64))
+    for place, row in rows:
+        if keep[place - first]:
+            yield place, _with_columns(row, planned.columns)
+
+
+def _with_columns(row: Any, columns: Sequence[str]) -> Any:
+    """Columns that were not read still count as there, so that a message can name them."""
+    if not isinstance(row, Mapping) or len(row) == len(columns):
+        return row
+    return {**dict.fromkeys(columns), **row}
+
+
+def _arrange(shard: Shard, plan: Plan, number: int) -> None:
+    """Shuffle (training) and pack the examples; evaluation keeps the order of the rows as far as packing lets it."""
+    count = len(shard.examples)
+    order = np.arange(count, dtype=np.int64)
+    if plan.split == "train":
+        order = rng.permutation(count, rng.key("rows", plan.seed, number))
+    if plan.packing:
+        lengths = [len(shard.examples[index].ids) for index in order]
+        chosen = [sorted(members) for members in pack(lengths, plan.max_length)]
+    else:
+        chosen = [[place] for place in range(count)]
+    chosen.sort()
+    packs = [[int(order[place]) for place in members] for members in chosen]
+    if plan.split == "train":
+        # Packing filled the packs from the longest example down: shuffle what the sort has left of that.
+        packs = [packs[index] for index in rng.permutation(len(packs), rng.key("packs", plan.seed, number))]
+    shard.packs = packs
+
+
+def _borders(lengths: list[int]) -> pa.Array:
+    return pa.array(np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int32))

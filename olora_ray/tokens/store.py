@@ -1,0 +1,302 @@
+"""The token store: packed sequences on disk, addressed by what they were made of, read by number.
+
+    <storage>/tokens/<digest>/
+        shard-00000.arrow    packs, one row each (see shards.SCHEMA); memory-mapped
+        shard-00000.json     written after it: the shard is done
+        manifest.json        written last: the store is complete
+        rejected.jsonl       the rows that could not be used, with the reason
+
+A store is read while it grows: shards are made in order, and those at its front are there long before
+the last. Reading needs neither Ray nor the tokenizer.
+"""
+
+import fcntl
+import hashlib
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from pyarrow import ipc
+
+from olora_ray.common import sealed, storage
+from olora_ray.common.errors import UserError
+from olora_ray.config.schema import Config
+from olora_ray.data.tokenize import TokenizerSpec
+from olora_ray.tokens import manifest as records
+from olora_ray.tokens import rng
+from olora_ray.tokens.manifest import Manifest, Outline, ShardInfo, shard_name, sidecar_name
+
+if TYPE_CHECKING:
+    from olora_ray.tokens.prepare import Preparation
+    from olora_ray.tokens.preview import Preview
+
+OPEN_SHARDS = 512
+"""Shards that a process keeps mapped."""
+
+
+@dataclass(frozen=True)
+class Pack:
+    """One sequence: several examples side by side that do not see each other."""
+
+    input_ids: NDArray[np.int32]
+    """(tokens,)"""
+    supervised: NDArray[np.bool_]
+    """(tokens,) which tokens count in the loss; never the first of a segment."""
+    segments: tuple[int, ...]
+    """Tokens of each example; they sum up to the length of the sequence."""
+
+
+class TokenStore:
+    """A store, read by the number of the sequence; made by `open` or `growing`.
+
+    Of a growing store the sequences of the shards at its front are known, and `refresh` looks for more.
+    Pickles as its address and what is known. Threads may share it.
+    """
+
+    def __init__(
+        self, uri: str, outline: Outline, shards: tuple[ShardInfo, ...] = (), manifest: Manifest | None = None
+    ) -> None:
+        """Use `open` or `growing`; `shards` are those at the front that are known."""
+        self.uri, self.digest, self.shard_count = uri, outline.digest, outline.shards
+        self.max_length, self.files = outline.max_length, outline.files
+        self._outline, self._manifest = outline, manifest
+        self._known = _Known.of(manifest.shards if manifest else shards)
+        self._lock = threading.Lock()
+        self._map = lru_cache(OPEN_SHARDS)(self._opened)
+
+    @classmethod
+    def open(cls, uri: str) -> "TokenStore":
+        """Open a complete store; raises UserError if it is not complete or a shard is not what it was."""
+        try:
+            found = records.read_manifest(uri)
+        except FileNotFoundError:
+            raise UserError(f"token store {uri}: not there, or not complete (no manifest.json)") from None
+        except ValueError as error:
+            raise UserError(f"token store {uri}: manifest.json is damaged ({error}); start the run again") from None
+        if problem := _wrong_size(uri, found):
+            raise UserError(f"token store {uri}: {problem}; start the run again to have it made again")
+        return cls(uri, found.outline(), (), found)
+
+    @classmethod
+    def growing(cls, uri: str, outline: Outline) -> "TokenStore":
+        """A store of which any part may be there, or nothing."""
+        store = cls(uri, outline)
+        store.refresh()
+        return store
+
+    def __reduce__(self) -> tuple[Callable[..., "TokenStore"], tuple[Any, ...]]:
+        """The address and what is known; shards are mapped again where it arrives."""
+        shards = () if self._manifest else self._known.shards
+        return TokenStore, (self.uri, self._outline, shards, self._manifest)
+
+    @property
+    def complete(self) -> bool:
+        """Whether the manifest was there at the last look."""
+        return self._manifest is not None
+
+    @property
+    def known_shards(self) -> int:
+        """How many shards at the front were there at the last look."""
+        return len(self._known.shards)
+
+    @property
+    def known(self) -> int:
+        """How many sequences those shards hold."""
+        return int(self._known.ends[-1])
+
+    @property
+    def packs(self) -> int | None:
+        """How many sequences the store has; None while shards are missing."""
+        known = self._known
+        return int(known.ends[-1]) if len(known.shards) == self.shard_count else None
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the complete store holds; looks for it, and raises UserError if it is not there."""
+        self.refresh()
+        if self._manifest is None:
+            raise UserError(f"token store {self.uri}: not complete; start the run again to have it completed")
+        return self._manifest
+
+    def refresh(self) -> None:
+        """Look for the manifest and for more shards; two requests to the storage when there is nothing new."""
+        with self._lock:
+            if self._manifest is None and (found := self._found_manifest()):
+                self._known, self._manifest = _Known.of(found.shards), found
+            while self._manifest is None and (info := self._next_shard()):
+                self._known = _Known.of((*self._known.shards, info))
+
+    def __len__(self) -> int:
+        """Number of sequences, once all shards are there."""
+        assert self.packs is not None, "a growing store has no length yet"
+        return self.packs
+
+    def __getitem__(self, index: int) -> Pack:
+        """Sequence `index`, 0 <= index < known; a copy, so that it may be changed."""
+        batch, row = self._find(index)
+        return Pack(
+            input_ids=_slice(batch, "input_ids", row).to_numpy().copy(),
+            supervised=_slice(batch, "supervised", row).to_numpy(zero_copy_only=False),
+            segments=tuple(_slice(batch, "segments", row).to_pylist()),
+        )
+
+    def supervised(self, indices: Iterable[int]) -> int:
+        """How many tokens of these sequences count in the loss."""
+        total = 0
+        for index in indices:
+            batch, row = self._find(int(index))
+            total += batch.column("supervised_count")[row].as_py()
+        return total
+
+    def origins(self, index: int) -> list[str]:
+        """Where the examples of a sequence came from, as file:line (a row number where there are no lines)."""
+        from olora_ray.tokens.shard import place_name
+
+        batch, row = self._find(index)
+        return [place_name(self.files, origin) for origin in _slice(batch, "origin", row).to_pylist()]
+
+    def place(self, index: int) -> tuple[int, int, int]:
+        """Where sequence `index` stands: number of its shard, place in it, sequences of the shard."""
+        known = self._known
+        if not 0 <= index < known.ends[-1]:
+            raise IndexError(f"sequence {index} of {known.ends[-1]}")
+        number = int(np.searchsorted(known.ends, index, side="right")) - 1
+        return number, int(index - known.ends[number]), known.shards[number].packs
+
+    def _find(self, index: int) -> tuple[Any, int]:
+        number, row, _ = self.place(index)
+        return self._map(number), row
+
+    def _found_manifest(self) -> Manifest | None:
+        """The manifest, if all is as it says; a store that is being repaired counts as growing."""
+        try:
+            found = records.read_manifest(self.uri)
+        except (FileNotFoundError, ValueError):
+            return None
+        fits = found.digest == self.digest and len(found.shards) == self.shard_count
+        return found if fits and not _wrong_size(self.uri, found) else None
+
+    def _next_shard(self) -> ShardInfo | None:
+        number = self.known_shards
+        if number == self.shard_count:
+            return None
+        sidecar = sealed.read_sealed(storage.join(self.uri, sidecar_name(number)))
+        if sidecar is None or records.size(self.uri, shard_name(number)) != sidecar["bytes"]:
+            return None
+        return ShardInfo.of(sidecar)
+
+    def _opened(self, number: int) -> Any:
+        try:
+            path = self._local(number)
+            if not self._intact(path, number) and storage.is_uri(self.uri):
+                path = self._local(number, again=True)
+            intact = self._intact(path, number)
+        except FileNotFoundError:
+            raise UserError(
+                f"token store {self.uri}: {shard_name(number)} is missing (does every node see this folder?)"
+            ) from None
+        if not intact:
+            raise UserError(
+                f"token store {self.uri}: {shard_name(number)} is damaged; delete this file and start the run again"
+            )
+        return ipc.open_file(pa.memory_map(str(path))).get_batch(0)
+
+    def _intact(self, path: Path, number: int) -> bool:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() == self._known.shards[number].sha256
+
+    def _local(self, number: int, again: bool = False) -> Path:
+        """The shard as a local file; a remote one is downloaded once for all processes of the node."""
+        uri = storage.join(self.uri, shard_name(number))
+        if not storage.is_uri(uri):
+            return Path(uri)
+        folder = storage.private_folder("olora_ray") / "tokens" / self.digest
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / shard_name(number)
+        with open(f"{path}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if again or not path.exists() or path.stat().st_size != self._known.shards[number].bytes:
+                storage.write_bytes(str(path), storage.read_bytes(uri))
+        return path
+
+
+@dataclass(frozen=True)
+class _Known:
+    """The shards at the front of a store; replaced as a whole, since threads read while another looks for more."""
+
+    shards: tuple[ShardInfo, ...]
+    ends: NDArray[np.int64]
+    """(shards + 1,) sequences before each shard, and in all."""
+
+    @classmethod
+    def of(cls, shards: tuple[ShardInfo, ...]) -> "_Known":
+        return cls(shards, np.cumsum([0, *[shard.packs for shard in shards]], dtype=np.int64))
+
+
+def _wrong_size(uri: str, wanted: Manifest) -> str | None:
+    """What is wrong with the first shard that has not the size that the manifest says."""
+    found = records.sizes(uri)
+    for number, shard in enumerate(wanted.shards):
+        size = found.get(shard_name(number))
+        if size is None:
+            return f"{shard_name(number)} is missing (does every node see this folder?)"
+        if size != shard.bytes:
+            return f"{shard_name(number)} has {size} bytes instead of {shard.bytes}"
+    return None
+
+
+def order(num_packs: int, seed: int, start: int, stop: int) -> NDArray[np.int64]:
+    """Which sequences stand at places start..stop-1 of the endless training order, (stop - start,).
+
+    The first epoch is the order of the store, which is shuffled; epoch e > 0 is a permutation that
+    depends on (seed, e). Any range costs only its own length.
+    """
+    epoch, place = np.divmod(np.arange(start, stop, dtype=np.int64), num_packs)
+    for number in np.unique(epoch[epoch > 0]):
+        inside = epoch == number
+        place[inside] = rng.permuted(place[inside], num_packs, rng.key("order", seed, number))
+    return place
+
+
+def begin(
+    config: Config, spec: TokenizerSpec, split: Literal["train", "eval"], say: Callable[[str], None] = print
+) -> "Preparation":
+    """Look at the data and at what is there of its token store; the Preparation makes the rest.
+
+    Reads all data once unless it was read before, with Ray if it is large. Raises UserError for data that
+    cannot be used, as far as that is known before tokenising.
+    """
+    from olora_ray.tokens import prepare as preparation
+
+    return preparation.begin(config, spec, split, say)
+
+
+def prepare(
+    config: Config, spec: TokenizerSpec, split: Literal["train", "eval"], say: Callable[[str], None] = print
+) -> TokenStore:
+    """The complete token store of a split: opened, or what is missing or damaged of it made first.
+
+    Needs ray.init unless the data is small. Raises UserError for data that cannot be used.
+    """
+    preparation = begin(config, spec, split, say)
+    preparation.run()
+    return TokenStore.open(preparation.store.uri)
+
+
+def describe(config: Config, spec: TokenizerSpec, limit: int = 2000) -> "Preview":
+    """What preparing the training data would give, from about `limit` rows, without Ray; raises UserError."""
+    from olora_ray.tokens import preview
+
+    return preview.describe(config, spec, limit)
+
+
+def _slice(batch: Any, column: str, row: int) -> Any:
+    lists = batch.column(column)
+    start, stop = lists.offsets[row].as_py(), lists.offsets[row + 1].as_py()
+    return lists.values.slice(start, stop - start)

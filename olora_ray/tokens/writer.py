@@ -1,0 +1,208 @@
+"""Makes a token store: finds what is missing or damaged of it, and makes that, spread over the cluster.
+
+Any process makes any shard with the same bytes, and every file appears as a whole: a preparation that was
+killed is finished by the next one, and two at the same time do each other no harm.
+"""
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
+from typing import Any
+
+from olora_ray.common import storage
+from olora_ray.common.errors import UserError
+from olora_ray.common.sealed import read_sealed, seal
+from olora_ray.tokens import manifest as records
+from olora_ray.tokens import ray_map
+from olora_ray.tokens import shard as shards
+from olora_ray.tokens.manifest import MANIFEST, REJECTED, Manifest, Outline, ShardInfo, shard_name, sidecar_name
+from olora_ray.tokens.plan import Plan
+from olora_ray.tokens.totals import Limits, Say, Tally, rejected_text
+
+MAKE_HERE = 4 * 2**20
+"""Bytes up to which the driver tokenises by itself: starting Ray Data would take longer."""
+SHOWN = 4
+"""Damaged files that a line names."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What tasks get."""
+
+    plan: Plan
+    uri: str
+
+    def outline(self) -> Outline:
+        """What is known of the store before it is made."""
+        files = tuple(each.file.uri for each in self.plan.files)
+        return Outline(self.plan.digest(), len(self.plan.shards), self.plan.max_length, files)
+
+
+@dataclass
+class Survey:
+    """What of a store is there and good, by sizes and seals; the digests of shards are checked by readers."""
+
+    manifest: Manifest | None = None
+    done: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """Sidecars of the good shards; none is read while manifest and rejected.jsonl are good."""
+    missing: list[int] = field(default_factory=list)
+    """Numbers of the shards to be made."""
+    damaged: list[str] = field(default_factory=list)
+    """Files that are there, or should be, and are not good."""
+    rejected_good: bool = False
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is left to do."""
+        return self.manifest is not None and self.rejected_good and not self.missing
+
+    def size(self, plan: Plan) -> int:
+        """Bytes of input from which the missing shards are made."""
+        return sum(piece.unit.size for number in self.missing for piece in plan.shards[number])
+
+    def lines(self, count: int) -> list[str]:
+        """What a person should know of it."""
+        lines = []
+        if self.damaged:
+            more = f" and {len(self.damaged) - SHOWN:,} more" if len(self.damaged) > SHOWN else ""
+            lines.append(f"tokens: damaged or lost, will be made again: {', '.join(self.damaged[:SHOWN])}{more}")
+        if 0 < len(self.missing) < count:
+            lines.append(f"tokens: {count - len(self.missing):,} of {count:,} shards are there already")
+        return lines
+
+
+def survey(job: Job) -> Survey:
+    """Look at what is there of a store."""
+    found = Survey()
+    sizes = records.sizes(job.uri)
+    if MANIFEST in sizes:
+        found.manifest = _good_manifest(job)
+        found.rejected_good = found.manifest is not None and _rejected_good(job, found.manifest)
+        found.damaged += [] if found.manifest else [MANIFEST]
+        found.damaged += [] if found.rejected_good or not found.manifest else [REJECTED]
+    for number in range(len(job.plan.shards)):
+        if found.manifest and found.rejected_good:
+            wanted: int | None = found.manifest.shards[number].bytes
+        else:
+            wanted = _take_sidecar(job, number, sizes, found)
+        if wanted is None or sizes.get(shard_name(number)) != wanted:
+            found.done.pop(number, None)
+            found.missing.append(number)
+            found.damaged += [shard_name(number)] if wanted is not None else []
+    return found
+
+
+def make(
+    job: Job, found: Survey, limits: Limits, say: Say, stopped: Callable[[], bool], cpus_held: float = 0.0
+) -> bool:
+    """Make what the survey misses, in the order of the shards; False if `stopped` ended it between two.
+
+    `cpus_held` are CPUs of the cluster that others hold for as long as this takes. Raises UserError for data
+    that cannot be used, and for a shard that cannot be made again as it was.
+    """
+    if found.manifest and found.rejected_good:
+        return _mend(job, found, found.manifest, stopped, cpus_held)
+    tally = Tally(job.plan, say)
+    with contextlib.closing(_made(job, found, cpus_held)) as made:
+        for number in range(len(job.plan.shards)):
+            if stopped():
+                return False
+            fresh = number not in found.done
+            sidecar = _checked(job, found.manifest, number, next(made) if fresh else found.done[number])
+            tally.add(sidecar, fresh)
+            if limits.passed(tally.reasons, int(job.plan.rows)):
+                _check_limits(job, tally, limits)
+    _check_limits(job, tally, limits)
+    if not tally.total["packs"]:
+        cause = f" (data.eval_fraction = {job.plan.eval_fraction:g})" if job.plan.eval_fraction else ""
+        raise UserError(f"{limits.setting}: no row is left for {job.plan.split}{cause}")
+    storage.write_text(storage.join(job.uri, MANIFEST), tally.manifest().to_json())
+    return True
+
+
+def make_shard(job: Job, number: int) -> dict[str, Any]:
+    """Make one shard of a store and its sidecar, and return the sidecar; an error for the user is its "error".
+
+    A shard that another preparation has finished meanwhile is taken as it is.
+    """
+    sidecar = read_sealed(storage.join(job.uri, sidecar_name(number)))
+    if sidecar is not None and records.size(job.uri, shard_name(number)) == sidecar["bytes"]:
+        return sidecar
+    try:
+        shard = shards.build(job.plan, number)
+    except UserError as error:
+        return {"error": str(error)}
+    content = shards.file_bytes(shard.table())
+    sidecar = shard.sidecar(content)
+    storage.write_bytes(storage.join(job.uri, shard_name(number)), content)
+    storage.write_text(storage.join(job.uri, sidecar_name(number)), seal(sidecar))
+    return sidecar
+
+
+def _mend(job: Job, found: Survey, manifest: Manifest, stopped: Callable[[], bool], cpus_held: float) -> bool:
+    """Make only the missing shards of a store whose manifest is good."""
+    with contextlib.closing(_made(job, found, cpus_held)) as made:
+        for number in found.missing:
+            if stopped():
+                return False
+            _checked(job, manifest, number, next(made))
+    return True
+
+
+def _made(job: Job, found: Survey, cpus_held: float) -> Generator[dict[str, Any], None, None]:
+    """The sidecars of the missing shards, in their order, as they are made."""
+    if small(job, found):
+        return (make_shard(job, number) for number in found.missing)
+    return ray_map.spread(make_shard, job, found.missing, cpus_held)
+
+
+def small(job: Job, found: Survey) -> bool:
+    """Whether the missing shards are made in this process, without Ray."""
+    return len(found.missing) <= 1 or found.size(job.plan) <= MAKE_HERE
+
+
+def _check_limits(job: Job, tally: Tally, limits: Limits) -> None:
+    storage.write_text(storage.join(job.uri, REJECTED), rejected_text(tally.rejected))
+    limits.check(tally.reasons, tally.rows, job.uri)
+
+
+def _checked(job: Job, manifest: Manifest | None, number: int, sidecar: dict[str, Any]) -> dict[str, Any]:
+    """The sidecar, if it is no error and what an earlier manifest says of the shard."""
+    if "error" in sidecar:
+        raise UserError(sidecar["error"])
+    if manifest and manifest.shards[number] != ShardInfo.of(sidecar):
+        raise UserError(
+            f"token store {job.uri}: {shard_name(number)}, made again, is not what it was (made by other versions of"
+            " the libraries?); delete the folder to make all of it again"
+        )
+    return sidecar
+
+
+def _good_manifest(job: Job) -> Manifest | None:
+    try:
+        found = records.read_manifest(job.uri)
+    except (FileNotFoundError, ValueError):
+        return None
+    return found if found.digest == job.plan.digest() and len(found.shards) == len(job.plan.shards) else None
+
+
+def _rejected_good(job: Job, manifest: Manifest) -> bool:
+    try:
+        content = storage.read_bytes(storage.join(job.uri, REJECTED))
+    except FileNotFoundError:
+        return False
+    return hashlib.sha256(content).hexdigest() == manifest.rejected_sha256
+
+
+def _take_sidecar(job: Job, number: int, sizes: dict[str, int], found: Survey) -> int | None:
+    """Keep the shard's sidecar as done; returns the bytes that the shard should have, None without a good sidecar."""
+    name = sidecar_name(number)
+    if name not in sizes:
+        return None
+    sidecar = read_sealed(storage.join(job.uri, name))
+    if sidecar is None:
+        found.damaged.append(name)
+        return None
+    found.done[number] = sidecar
+    return int(sidecar["bytes"])

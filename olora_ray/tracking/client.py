@@ -1,0 +1,198 @@
+"""Is MLflow there? One client for each server or database, and what counts as "does not answer".
+
+MLflow asks an HTTP server for minutes by default (7 retries of up to 120 s) and a SQLite database that is
+locked for 20 s a statement. Here a server gets two tries of 8 s, and a database is asked by a probe first.
+"""
+
+import logging
+import os
+import re
+import socket
+import sqlite3
+import threading
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, nullcontext
+from functools import cache
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from olora_ray.common.errors import TryAgain, UserError
+from olora_ray.common.secrets import mask
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+_DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
+_PROBE_SECONDS = 5.0
+_TIMEOUT, _SHORT, _LONG = "MLFLOW_HTTP_REQUEST_TIMEOUT", "8", "120"
+_SETTINGS = {
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    # One retry: a kept connection that the server has closed meanwhile is no failure.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER": "false",
+    _TIMEOUT: _SHORT,
+}
+_REFUSALS = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "BAD_REQUEST")
+_uploads = 0
+_uploads_lock = threading.Lock()
+
+
+class TrackingAway(TryAgain):
+    """MLflow does not answer now; the same call may work later."""
+
+
+def check(uri: str) -> None:
+    """Raise UserError within seconds if no MLflow server or database answers at `uri`.
+
+    It is a TrackingAway where it may be there later, and a plain UserError where the address is wrong.
+    """
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        _ask(uri)
+    except ModuleNotFoundError as error:
+        raise UserError(f"tracking.uri={shown_uri(uri)}: needs the Python package {error.name}") from None
+    except (MlflowException, SQLAlchemyError, OSError, sqlite3.Error) as error:
+        kind = TrackingAway if is_away(error) else UserError
+        raise kind(f"tracking.uri={shown_uri(uri)}: {_reason(uri, error)}") from None
+
+
+@cache
+def connect(uri: str) -> "MlflowClient":
+    """MLflow's client for a server or database, kept quiet and impatient; what the user has set stays."""
+    for name, value in _SETTINGS.items():
+        os.environ.setdefault(name, value)
+    from mlflow import MlflowClient
+
+    # They tell of set-up at INFO, of a locked database with a traceback, and of each retry. What matters
+    # comes as an exception too.
+    for logger in ("mlflow.store", "mlflow.system_metrics", "alembic"):
+        logging.getLogger(logger).setLevel(logging.WARNING)
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
+    return MlflowClient(uri)
+
+
+@contextmanager
+def reachable(uri: str, *, upload: bool = False) -> Iterator[None]:
+    """Raise TrackingAway if MLflow does not answer: before the block within 16 s, or when a call in it fails so.
+
+    With `upload` MLflow may take 120 s for an answer inside the block: a server that stores a large file
+    answers when it has done so.
+    """
+    try:
+        _ask(uri)
+        with _time_for_uploads() if upload else nullcontext():
+            yield
+    except Exception as error:
+        if is_away(error):
+            raise away(uri, reason(error)) from None
+        raise
+
+
+def away(uri: str, why: str) -> TrackingAway:
+    """The exception for a server that does not answer."""
+    return TrackingAway(f"tracking.uri={shown_uri(uri)}: MLflow does not answer ({why})")
+
+
+def probe(uri: str) -> None:
+    """Raise within 5 s if a database cannot be written to; do nothing for an HTTP server.
+
+    SQLAlchemy under MLflow tries a database that is not there for minutes.
+    """
+    from sqlalchemy.engine import make_url
+
+    parts = urlsplit(uri)
+    scheme = parts.scheme.partition("+")[0]
+    port = _DATABASE_PORTS.get(scheme)
+    if port and parts.hostname:
+        socket.create_connection((parts.hostname, parts.port or port), timeout=_PROBE_SECONDS).close()
+    if scheme == "sqlite" and (path := make_url(uri).database) and os.path.isfile(path):
+        with closing(sqlite3.connect(path, timeout=_PROBE_SECONDS, isolation_level=None)) as database:
+            database.execute("BEGIN IMMEDIATE")
+            database.execute("ROLLBACK")
+
+
+def is_away(error: BaseException) -> bool:
+    """Whether the error, or what it was raised from, says that nobody answers now."""
+    import requests
+    from sqlalchemy import exc
+
+    if isinstance(error, UserError):
+        return isinstance(error, TrackingAway)
+    kinds = (ConnectionError, TimeoutError, socket.gaierror, sqlite3.OperationalError)
+    remote = (requests.ConnectionError, requests.Timeout, requests.exceptions.RetryError)
+    broken = (requests.exceptions.ChunkedEncodingError, exc.OperationalError, exc.TimeoutError)
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, kinds + remote + broken):
+            return True
+        # MLflow raises its own error inside `except`, without `from`.
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
+    return False
+
+
+def is_refusal(error: Exception) -> bool:
+    """Whether MLflow itself says no, so that asking again is useless.
+
+    A proxy's page or a token that has expired is no refusal: both are mended without a change here.
+    """
+    from mlflow.exceptions import MlflowException
+
+    if is_away(error):
+        return False
+    if not isinstance(error, MlflowException):
+        return True
+    return error.error_code in _REFUSALS and "Response body" not in str(error)
+
+
+def reason(error: BaseException) -> str:
+    """The first line of an error, and of MLflow's and urllib3's onion only the core; no password is in it."""
+    text = mask(str(error).strip().partition("\n")[0] or type(error).__name__)
+    core = text.rpartition("(Caused by ")[2]
+    if core == text:
+        core = re.sub(r"^API request to \S+ failed with (timeout )?exception |\. To increase the timeout, .*", "", text)
+        return re.sub(r"^HTTPS?ConnectionPool\(.*?\): ", "", core)[:300]
+    return re.sub(r"^\w+\(.*?\): |^\w+\(.*?, '|^\w+\(['\"]|['\"]?\)+$", "", core)[:300]
+
+
+def shown_uri(uri: str) -> str:
+    """The URI without a password."""
+    return mask(uri)
+
+
+def _ask(uri: str) -> None:
+    probe(uri)
+    connect(uri).search_experiments(max_results=1)
+
+
+@contextmanager
+def _time_for_uploads() -> Iterator[None]:
+    # MLflow reads the variable at each request. Others that run meanwhile get more time too, which is harmless.
+    global _uploads
+    ours = os.environ.get(_TIMEOUT) in (_SHORT, _LONG)
+    with _uploads_lock:
+        _uploads += 1
+        os.environ.update({_TIMEOUT: _LONG} if ours else {})
+    try:
+        yield
+    finally:
+        with _uploads_lock:
+            _uploads -= 1
+            os.environ.update({_TIMEOUT: _SHORT} if ours and not _uploads else {})
+
+
+def _reason(uri: str, error: Exception) -> str:
+    text = str(error)
+    if "maintenance mode" in text:
+        return "MLflow keeps runs in a database or on a server; use sqlite:////PATH/mlflow.db or http://HOST:PORT"
+    if "unsupported URI" in text:
+        return "not an address MLflow knows; use http://HOST:PORT, sqlite:////PATH/mlflow.db or another database"
+    if uri.startswith("http") and ("error code 401" in text or "error code 403" in text):
+        return "the server refuses access; set MLFLOW_TRACKING_USERNAME and _PASSWORD, or MLFLOW_TRACKING_TOKEN"
+    if uri.startswith("http") and ("error code" in text or "response body" in text):
+        return f"something answers, but not an MLflow server with this path: {reason(error)}"
+    if uri.startswith("http"):
+        return f"no MLflow server answers: {reason(error)}"
+    return f"the database cannot be used: {reason(error)}"

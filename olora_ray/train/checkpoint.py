@@ -1,0 +1,169 @@
+"""TrainState <-> a directory of safetensors and JSON, complete or ignored.
+
+    adapter.safetensors      a0, b0, da, db of every layer, float32
+    best.safetensors         da, db of the best step so far, if that is an earlier one
+    optimizer.safetensors    AdamW's moments
+    state.json               step, best, history, identity of base, data and adapter
+    config.yaml              the config that made it
+    manifest.json            size and SHA-256 of all others, written last
+
+A directory whose manifest is missing or does not hold is not a checkpoint. Nothing in it is a pickle.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from olora_ray.adapter.factors import AdapterWeights, Factors
+from olora_ray.common import storage
+from olora_ray.common.errors import UserError
+from olora_ray.train.state import TrainState
+
+FORMAT = 1
+ADAPTER, BEST, OPTIMIZER, STATE, CONFIG, MANIFEST = (
+    "adapter.safetensors",
+    "best.safetensors",
+    "optimizer.safetensors",
+    "state.json",
+    "config.yaml",
+    "manifest.json",
+)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint read back."""
+
+    adapter: dict[str, AdapterWeights]
+    best: dict[str, Tensor] | None
+    """`NAME.da` and `NAME.db` of the best step so far; None if that is this one, or there is none."""
+    optimizer: dict[str, Tensor]
+    state: TrainState
+    identity: dict[str, str]
+    """Digests of what the run is made of: base model, tokenizer, data and adapter."""
+
+    def best_adapter(self) -> dict[str, AdapterWeights]:
+        """The best adapter up to this checkpoint."""
+        if self.best is None:
+            return self.adapter
+        return {
+            name: AdapterWeights(weights.factors, self.best[f"{name}.da"], self.best[f"{name}.db"])
+            for name, weights in self.adapter.items()
+        }
+
+
+def save(
+    folder: Path,
+    adapter: Mapping[str, AdapterWeights],
+    best: Mapping[str, Tensor] | None,
+    optimizer: Mapping[str, Tensor],
+    state: TrainState,
+    identity: Mapping[str, str],
+    config_yaml: str,
+) -> None:
+    """Write a complete checkpoint into an empty folder, and wait until the disk has it.
+
+    Tensors lie on the CPU. Raises OSError or SafetensorError if a file cannot be written; the manifest
+    is missing then.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(_tensors(adapter), folder / ADAPTER)
+    save_file(dict(optimizer), folder / OPTIMIZER)
+    if best is not None:
+        save_file(dict(best), folder / BEST)
+    (folder / STATE).write_text(json.dumps({"format": FORMAT, "identity": dict(identity), **vars(state)}))
+    (folder / CONFIG).write_text(config_yaml, encoding="utf-8")
+    files = {file.name: _fingerprint(file) for file in sorted(folder.iterdir())}
+    for name in files:
+        _settle(folder / name)
+    (folder / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}, indent=1))
+    _settle(folder / MANIFEST)
+
+
+def load(folder: Path) -> Checkpoint:
+    """Read a checkpoint; raises UserError that names the file if anything in it does not hold."""
+    verify(folder)
+    try:
+        state = json.loads((folder / STATE).read_text())
+        state.pop("format")
+        identity = state.pop("identity")
+        best = load_file(folder / BEST) if (folder / BEST).exists() else None
+        adapter = _weights(load_file(folder / ADAPTER))
+        return Checkpoint(adapter, best, load_file(folder / OPTIMIZER), TrainState(**state), identity)
+    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise UserError(f"checkpoint {folder}: does not read back: {error}") from None
+
+
+def require_same(found: Mapping[str, str], wanted: Mapping[str, str], where: str) -> None:
+    """Raise UserError that names what is another base, tokenizer, data or adapter than in a checkpoint's identity."""
+    changed = [what for what in wanted if found.get(what) != wanted[what]]
+    if "tokenizer" in changed:  # tokens are a consequence of it
+        changed = [what for what in changed if not what.endswith("data")]
+    if changed:
+        shown = "; ".join(f"another {what} ({_difference(found.get(what, ''), wanted[what])})" for what in changed)
+        raise UserError(f"run.name: {where} was trained with {shown}; use a new run.name, or what was used then")
+
+
+def _difference(old: str, new: str) -> str:
+    try:
+        before, now = json.loads(old), json.loads(new)
+        fields = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+        return ", ".join(f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in fields)
+    except (ValueError, AttributeError):
+        return f"{old[:12] or 'none'} then, {new[:12] or 'none'} now"
+
+
+def verify(folder: Path) -> None:
+    """Raise UserError unless the folder is a complete checkpoint with the bytes that were written."""
+    try:
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+        files = dict(manifest["files"])
+        whole = manifest["format"] == FORMAT and files.keys() >= {ADAPTER, OPTIMIZER, STATE, CONFIG}
+    except FileNotFoundError:
+        raise UserError(f"{folder}: not a complete checkpoint (no {MANIFEST})") from None
+    except (OSError, ValueError, KeyError, TypeError, UnicodeDecodeError):
+        raise UserError(f"{folder / MANIFEST}: not a checkpoint's manifest") from None
+    if not whole or ((folder / BEST).exists() and BEST not in files):
+        raise UserError(f"{folder / MANIFEST}: not the manifest of this checkpoint, or of another version of olora_ray")
+    for name, expected in files.items():
+        if not (folder / name).is_file() or _fingerprint(folder / name) != expected:
+            raise UserError(f"checkpoint {folder}: {name} is missing or damaged")
+
+
+def _tensors(adapter: Mapping[str, AdapterWeights]) -> dict[str, Tensor]:
+    parts: dict[str, Tensor] = {}
+    for name, weights in adapter.items():
+        parts[f"{name}.a0"] = weights.factors.a0
+        parts[f"{name}.da"], parts[f"{name}.db"] = weights.da, weights.db
+        if weights.factors.b0 is not None:
+            parts[f"{name}.b0"] = weights.factors.b0
+    return parts
+
+
+def _settle(file: Path) -> None:
+    storage.open_up(file)
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())
+
+
+def _weights(parts: Mapping[str, Tensor]) -> dict[str, AdapterWeights]:
+    names = [key.removesuffix(".da") for key in parts if key.endswith(".da")]
+    return {
+        name: AdapterWeights(
+            Factors(parts[f"{name}.a0"], parts.get(f"{name}.b0")), parts[f"{name}.da"], parts[f"{name}.db"]
+        )
+        for name in names
+    }
+
+
+def _fingerprint(file: Path) -> dict[str, Any]:
+    with file.open("rb") as stream:
+        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}

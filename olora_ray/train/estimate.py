@@ -1,0 +1,73 @@
+"""How large a run will be: targets, trainable parameters, memory a worker. Needs no weights and no Ray."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from olora_ray.adapter.inject import find_targets
+from olora_ray.adapter.layer import weight_matrix
+from olora_ray.config.schema import Config
+from olora_ray.model.source import BaseModel, parameters, pick_dtype, skeleton
+from olora_ray.train.loss import CHUNK_LOGITS
+
+PROCESS_BYTES = 2**30
+"""What Python, torch and Ray take for themselves in a worker, or CUDA on its GPU; about."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a worker holds."""
+
+    targets: dict[str, tuple[int, int]]
+    """Adapted layers with their m x n."""
+    trainable: int
+    parameters: int
+    base_bytes: int
+    adapter_bytes: int
+    """Factors, update, gradient, AdamW's two moments and the best update so far, and what a step makes of them."""
+    activation_bytes: int
+
+    def total_bytes(self) -> int:
+        """All of it but `PROCESS_BYTES`."""
+        return self.base_bytes + self.adapter_bytes + self.activation_bytes
+
+
+def estimate(config: Config, base: BaseModel, gpu: bool | None = None) -> Size:
+    """The size of a run; raises UserError for targets that the model does not have.
+
+    `gpu` says whether the workers have GPUs; None: if this machine has.
+    """
+    model: Any = skeleton(base, config.model)
+    found = find_targets(model, config.adapter.targets, config.adapter.rank)
+    targets = {name: (int(m), int(n)) for name, module in found.items() for m, n in [weight_matrix(module).shape]}
+    trainable = sum((m + n) * config.adapter.rank for m, n in targets.values())
+    width = _dtype(config, torch.cuda.is_available() if gpu is None else gpu).itemsize
+    count = parameters(base.folder)
+    shards = config.cluster.fewest() if config.cluster.strategy == "fsdp" else 1
+    stored = 1 if config.adapter.method == "lora" else 2
+    return Size(
+        targets,
+        trainable,
+        count,
+        base_bytes=count * width // shards,
+        # Float32. A step joins each layer's factors with its update, and AdamW needs room of its own.
+        adapter_bytes=trainable * 4 * (8 + stored),
+        activation_bytes=_activations(config, model, targets, width),
+    )
+
+
+def _dtype(config: Config, gpu: bool) -> torch.dtype:
+    """Precision of the base on a worker; GPUs that this machine does not have are taken to be fast at bfloat16."""
+    if gpu and not torch.cuda.is_available() and config.model.dtype == "auto":
+        return torch.bfloat16
+    return pick_dtype(config.model, torch.device("cuda" if gpu else "cpu"))
+
+
+def _activations(config: Config, model: Any, targets: dict[str, tuple[int, int]], width: int) -> int:
+    """What a backward pass keeps: input, output and hidden of adapted layers, norms and sums of blocks."""
+    tokens = config.train.micro_batch * config.data.max_length
+    shape = model.config.get_text_config()
+    linear = sum(m + n + 2 * config.adapter.rank for m, n in targets.values())
+    blocks = shape.num_hidden_layers * shape.hidden_size * 8
+    return int(tokens * (linear + blocks) * width + 3 * 4 * CHUNK_LOGITS)

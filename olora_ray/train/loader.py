@@ -1,0 +1,153 @@
+"""What one worker takes from the token store: its micro-batches of global step k.
+
+Global step k takes sequences [k G, (k + 1) G) of the order; of these, worker w of W takes those from
+w G // W to (w + 1) G // W, in micro-batches of which the last may be shorter. The last step of a run is
+filled up from the next pass, so no step is short.
+
+The store may still be growing: the first pass goes through it in its own order, so a step needs the shards
+up to its own only; a later pass needs all.
+"""
+
+import itertools
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+
+import numpy as np
+
+from olora_ray.config.schema import Train
+from olora_ray.tokens.collate import Batch, collate
+from olora_ray.tokens.store import TokenStore, order
+
+Waiting = Callable[[int, int], None]
+"""Told about once a second what is waited for: number of the shard, shards of the store. May raise to give up."""
+
+PAUSES = (0.3, 1.0)
+"""Seconds between two looks at a growing store: at first, and at most."""
+TOLD_EVERY = 1.0
+"""Seconds between two calls of a `Waiting`."""
+
+
+@dataclass(frozen=True)
+class StepData:
+    """One worker's data of one step."""
+
+    micro: tuple[Batch, ...]
+    sequences: tuple[tuple[int, ...], ...]
+    """Indices in the store, one group a micro-batch."""
+    supervised: int
+    """Supervised tokens of the global batch, over all workers."""
+    blank: int
+    """Micro-batches fewer than the worker that has the most."""
+
+
+class Feed:
+    """Reads steps of one worker, one step ahead of the training."""
+
+    def __init__(
+        self,
+        store: TokenStore,
+        train: Train,
+        seed: int,
+        attention: str,
+        worker: int = 0,
+        workers: int = 1,
+        waiting: Waiting | None = None,
+    ) -> None:
+        """`waiting` is called while a step waits for shards of a growing store; needs 1 <= workers <= global_batch."""
+        assert 0 <= worker < workers <= train.global_batch
+        self.store, self.train, self.seed, self.attention = store, train, seed, attention
+        self.worker, self.workers, self.waiting = worker, workers, waiting
+
+    def read(self, step: int) -> StepData:
+        """The data of global step `step`, counted from 0; waits for the shards that it needs."""
+        until(self.store, lambda: self._there(step), self.waiting)
+        return self._read(step)
+
+    def steps(self, start: int, ends: Callable[[int], bool | None]) -> Iterator[tuple[StepData, float]]:
+        """The steps from `start` on, each with the seconds that were spent waiting for it.
+
+        `ends(n)` says whether the run is over after n steps, None while the store does not tell yet. The
+        next step is read while the caller works on this one, and asked for only when the caller comes back.
+        """
+        left = threading.Event()
+        with ThreadPoolExecutor(1, thread_name_prefix="feed") as reader:
+            try:
+                ahead = reader.submit(self._next, start, ends, left)
+                for following in itertools.count(start + 1):
+                    began = time.perf_counter()
+                    data = self._result(ahead)
+                    if data is None:
+                        return
+                    waited = time.perf_counter() - began
+                    ahead = reader.submit(self._next, following, ends, left)
+                    yield data, waited
+            finally:
+                left.set()  # else leaving would wait for a reader that waits for a shard
+
+    def _next(self, step: int, ends: Callable[[int], bool | None], left: threading.Event) -> StepData | None:
+        """The data of a step once the store has it; None after the last step, or when the caller has left."""
+        until(self.store, lambda: left.is_set() or ends(step) is not None, pause=left.wait)
+        if left.is_set() or ends(step):
+            return None
+        until(self.store, lambda: left.is_set() or self._there(step), pause=left.wait)
+        return None if left.is_set() else self._read(step)
+
+    def _result(self, ahead: "Future[StepData | None]") -> StepData | None:
+        """What the reader found. `waiting` is called here, in the caller's thread, when the caller really waits."""
+        while not wait([ahead], TOLD_EVERY).done:
+            tell(self.store, self.waiting)
+        return ahead.result()
+
+    def _there(self, step: int) -> bool:
+        return (step + 1) * self.train.global_batch <= self.store.known or self.store.packs is not None
+
+    def _read(self, step: int) -> StepData:
+        size, width = self.train.global_batch, self.train.micro_batch
+        sequences = [int(i) for i in self._order(step * size, (step + 1) * size)]
+        own = sequences[self.worker * size // self.workers : (self.worker + 1) * size // self.workers]
+        groups = tuple(tuple(own[i : i + width]) for i in range(0, len(own), width))
+        largest = -(-size // self.workers)
+        return StepData(
+            micro=tuple(collate([self.store[i] for i in group], self.attention) for group in groups),
+            sequences=groups,
+            supervised=self.store.supervised(sequences),
+            blank=-(-largest // width) - len(groups),
+        )
+
+    def _order(self, start: int, stop: int) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
+        if self.store.packs is None:
+            return np.arange(start, stop, dtype=np.int64)  # within the first pass, see `_there`
+        return order(self.store.packs, self.seed, start, stop)
+
+
+def until(
+    store: TokenStore,
+    ready: Callable[[], bool],
+    waiting: Waiting | None = None,
+    pause: Callable[[float], object] = time.sleep,
+) -> None:
+    """Wait until `ready()`, looking for more of the store now and then; raises what `waiting` raises."""
+    seconds, told = PAUSES[0], time.monotonic()
+    while not ready():
+        store.refresh()
+        if ready():
+            return
+        pause(seconds)
+        seconds = min(seconds * 1.3, PAUSES[1])
+        if time.monotonic() - told >= TOLD_EVERY:
+            told = time.monotonic()
+            tell(store, waiting)
+
+
+def tell(store: TokenStore, waiting: Waiting | None) -> None:
+    """Call `waiting`, unless all shards are there: then something else takes its time."""
+    if waiting and store.packs is None:
+        waiting(store.known_shards, store.shard_count)
+
+
+def total_steps(train: Train, packs: int) -> int:
+    """Optimizer steps of a run over `packs` sequences."""
+    return train.steps or max(1, -(-round(train.epochs * packs) // train.global_batch))

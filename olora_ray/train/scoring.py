@@ -1,0 +1,71 @@
+"""How good is a generated answer? A scorer maps (prediction, reference) to named scores in [0, 1]."""
+
+import importlib
+import json
+from collections.abc import Callable
+
+from olora_ray.common.errors import UserError
+
+Scorer = Callable[[str, str], dict[str, float]]
+
+
+def exact_match(prediction: str, reference: str) -> dict[str, float]:
+    """1 where both texts are the same but for white space around them."""
+    return {"exact_match": float(prediction.strip() == reference.strip())}
+
+
+def json_fields(prediction: str, reference: str) -> dict[str, float]:
+    """Compare two JSON objects field by field; a prediction that is none scores 0 everywhere."""
+    expected = _json_object(reference)
+    if expected is None:
+        raise ValueError(f"json_fields needs a JSON object as the reference, not {reference!r}")
+    found = _json_object(prediction)
+    fields = {
+        f"field/{name}": float(found is not None and name in found and _same(found[name], value))
+        for name, value in expected.items()
+    }
+    return {
+        "valid_json": float(found is not None),
+        "exact_match": float(found is not None and _same(found, expected)),
+        **fields,
+    }
+
+
+SCORERS: dict[str, Scorer] = {"exact_match": exact_match, "json_fields": json_fields}
+
+
+def resolve(name: str) -> Scorer:
+    """The scorer called `name`: one of SCORERS, `package.module:function` or `package.module.function`.
+
+    The module is imported, so its code runs. Raises UserError for a name that leads to no function.
+    """
+    if name in SCORERS:
+        return SCORERS[name]
+    module_name, _, function_name = name.rpartition(":" if ":" in name else ".")
+    if not module_name or not function_name:
+        known = ", ".join(SCORERS)
+        raise UserError(f"evaluation.scorer: no scorer is called {name!r}; use {known}, or package.module:function")
+    try:
+        module = importlib.import_module(module_name)
+    except (ImportError, TypeError) as error:  # TypeError: a relative name
+        raise UserError(f"evaluation.scorer: {name!r}: cannot import {module_name!r}: {error}") from error
+    except Exception as error:  # whatever the module does while it is imported
+        kind = type(error).__name__
+        raise UserError(f"evaluation.scorer: {name!r}: importing {module_name!r} fails: {kind}: {error}") from error
+    scorer = getattr(module, function_name, None)
+    if not callable(scorer):
+        raise UserError(f"evaluation.scorer: {name!r}: {module_name!r} has no function {function_name!r}")
+    return scorer  # type: ignore[no-any-return]
+
+
+def _json_object(text: str) -> dict[str, object] | None:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _same(left: object, right: object) -> bool:
+    """Equality as JSON sees it: true is not 1."""
+    return json.dumps(left, sort_keys=True) == json.dumps(right, sort_keys=True)

@@ -1,0 +1,152 @@
+"""Look at the versions of a registered model, and move its champion by hand.
+
+    python pipelines/registry.py list NAME
+    python pipelines/registry.py show NAME VERSION
+    python pipelines/registry.py promote NAME VERSION
+    python pipelines/registry.py rollback NAME
+
+VERSION is a number or an alias. [--tracking-uri URI] names the MLflow server or database; else it is
+MLFLOW_TRACKING_URI, else ./runs/mlflow.db. `promote` and `rollback` check the files against their checksums.
+"""
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from olora_ray.common.errors import UserError
+from olora_ray.common.quiet import quiet_environment
+from olora_ray.config import command_line
+from olora_ray.tracking import checksums
+from olora_ray.tracking.aliases import GATE, Aliases
+from olora_ray.tracking.client import check, connect, reachable, shown_uri
+
+if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion
+
+DATABASE = Path("runs/mlflow.db")
+
+
+def main(argv: list[str]) -> None:
+    """Do one of the actions; raises UserError for what cannot be done."""
+    if not argv or {"-h", "--help"} & set(argv):
+        print((__doc__ or "").strip())
+        return
+    quiet_environment()
+    words, uri = _tracking_uri(argv)
+    action, *names = words or [""]
+    if action not in ACTIONS:
+        raise UserError(f"argument {action!r}: expected one of {', '.join(ACTIONS)}")
+    act, wanted = ACTIONS[action]
+    if len(names) != len(wanted) or any(name.startswith("-") for name in names):
+        raise UserError(f"usage: python pipelines/registry.py {' '.join([action, *wanted])} [--tracking-uri URI]")
+    check(uri)
+    aliases = Aliases(uri, names[0])
+    if not aliases.versions():
+        raise UserError(f"no model {names[0]!r} with a version is registered in {shown_uri(uri)}")
+    act(aliases, *names[1:])
+
+
+def show_all(aliases: Aliases) -> None:
+    """Print a line for each version, the newest first."""
+    named = _aliases_by_version(aliases)
+    rows = [("version", "aliases", "eval loss", "created", "data", "gate")]
+    for version in reversed(aliases.versions()):
+        tags = version.tags
+        rows.append(
+            (
+                str(version.version),
+                ", ".join(named.get(str(version.version), [])) or "-",
+                tags.get("olora.eval_loss") or "-",
+                _date(version),
+                tags.get("olora.data_digest", "")[:8] or "-",
+                tags.get(GATE, "-"),
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def show_one(aliases: Aliases, which: str) -> None:
+    """Print all that is known of a version, and whether its files are whole."""
+    version = aliases.version(_number(aliases, which))
+    number = str(version.version)
+    with reachable(aliases.uri, upload=True):
+        place = str(connect(aliases.uri).get_model_version_download_uri(aliases.name, number))
+    print(f"{aliases.name} version {number}")
+    print(f"aliases: {', '.join(_aliases_by_version(aliases).get(number, [])) or 'none'}")
+    print(f"created: {_date(version)}\nrun:     {version.run_id}\nfiles:   {place}")
+    for name, text in sorted(version.tags.items()):
+        print(f"  {name} = {text}")
+    with reachable(aliases.uri, upload=True):
+        files = checksums.read(version, place, aliases.uri)
+    for name, entry in sorted(files.items()):
+        print(f"  {entry['sha256'][:16]}  {entry['bytes']:>13,}  {name}")
+    print(f"all {aliases.verify(number)} files have their checksums")
+
+
+def promote(aliases: Aliases, which: str) -> None:
+    """Let a version become the champion."""
+    number = _number(aliases, which)
+    old = aliases.promote(number, "promoted by hand")
+    after = f", version {old} is previous" if old else ""
+    print(f"{aliases.name}: version {number} is the champion{after}")
+
+
+def rollback(aliases: Aliases) -> None:
+    """Give the champion back to the version before."""
+    bad, good = aliases.rollback("by hand")
+    print(f"{aliases.name}: version {good} is the champion again, version {bad} is tagged as rolled back")
+
+
+ACTIONS: dict[str, tuple[Callable[..., None], Sequence[str]]] = {
+    "list": (show_all, ["NAME"]),
+    "show": (show_one, ["NAME", "VERSION"]),
+    "promote": (promote, ["NAME", "VERSION"]),
+    "rollback": (rollback, ["NAME"]),
+}
+
+
+def _tracking_uri(argv: Sequence[str]) -> tuple[list[str], str]:
+    """(the other words, the address)."""
+    words, given = [], None
+    rest = iter(argv)
+    for word in rest:
+        if word == "--tracking-uri":
+            given = next(rest, "")
+        elif word.startswith("--tracking-uri="):
+            given = word.partition("=")[2]
+        else:
+            words.append(word)
+    uri = given if given is not None else os.environ.get("MLFLOW_TRACKING_URI")
+    if uri:
+        return words, uri
+    if given is None and DATABASE.is_file():
+        return words, f"sqlite:///{DATABASE.resolve()}"
+    raise UserError("--tracking-uri: not set; give MLflow's address, or set MLFLOW_TRACKING_URI")
+
+
+def _number(aliases: Aliases, which: str) -> str:
+    if which.isdigit():
+        return which
+    there = aliases.current()
+    if which not in there:
+        raise UserError(f"{aliases.name} has no alias {which!r}; it has {', '.join(sorted(there)) or 'none'}")
+    return there[which]
+
+
+def _aliases_by_version(aliases: Aliases) -> dict[str, list[str]]:
+    named: dict[str, list[str]] = {}
+    for alias, number in sorted(aliases.current().items()):
+        named.setdefault(number, []).append(alias)
+    return named
+
+
+def _date(version: "ModelVersion") -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(version.creation_timestamp / 1000))
+
+
+if __name__ == "__main__":
+    command_line.run(main)

@@ -1,0 +1,74 @@
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from olora_ray.adapter import factor_cache
+from olora_ray.adapter.factors import Factors
+from olora_ray.adapter.methods import METHODS
+
+ORIGIN = {"base model": "abc", "method": "olora", "targets": '"all-linear"', "seed": "3"}
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+@given(m=st.integers(12, 40), n=st.integers(12, 40), rank=st.integers(1, 12), seed=st.integers(0, 9))
+def test_the_factors_of_a_smaller_rank_are_a_prefix(method: str, m: int, n: int, rank: int, seed: int) -> None:
+    weight = torch.randn(m, n, generator=torch.Generator().manual_seed(seed))
+    large, small = METHODS[method](weight, 12, seed), METHODS[method](weight, rank, seed)
+    torch.testing.assert_close(large.a0[:rank], small.a0, rtol=0, atol=2e-6)
+    assert (large.b0 is None) == (small.b0 is None)
+    if large.b0 is not None and small.b0 is not None:
+        torch.testing.assert_close(large.b0[:, :rank], small.b0, rtol=0, atol=2e-6)
+
+
+def factors(full_rank: bool = True) -> dict[str, Factors]:
+    made = {}
+    for number in range(3):
+        weight = torch.randn(20 + number, 24, generator=torch.Generator().manual_seed(number))
+        found = METHODS["olora"](weight, 8, 0)
+        made[f"layer{number}"] = Factors(found.a0, found.b0, full_rank or number != 1)
+    return made
+
+
+@pytest.mark.parametrize("place", ["{}", "file://{}"])
+def test_what_is_kept_reads_back_at_any_rank_up_to_its_own(tmp_path: Path, place: str) -> None:
+    where, made = place.format(tmp_path / "shared"), factors()
+    factor_cache.write(where, made, ORIGIN, 8)
+    for rank in (1, 5, 8):
+        found = factor_cache.read(where, ORIGIN, rank, list(made))
+        assert found is not None
+        for name, whole in made.items():
+            assert torch.equal(found[name].a0, whole.a0[:rank])
+            assert whole.b0 is not None
+            assert torch.equal(found[name].b0, whole.b0[:, :rank])  # type: ignore[arg-type]
+    assert factor_cache.read(where, ORIGIN, 9, list(made)) is None
+
+
+def test_factors_without_b0_read_back(tmp_path: Path) -> None:
+    made = {"layer": METHODS["lora"](torch.randn(20, 24), 8, 0)}
+    factor_cache.write(str(tmp_path), made, ORIGIN, 8)
+    found = factor_cache.read(str(tmp_path), ORIGIN, 4, ["layer"])
+    assert found is not None
+    assert found["layer"].b0 is None
+
+
+@pytest.mark.parametrize("what", sorted(ORIGIN))
+def test_factors_of_another_origin_are_not_taken(tmp_path: Path, what: str) -> None:
+    factor_cache.write(str(tmp_path), factors(), ORIGIN, 8)
+    assert factor_cache.has(str(tmp_path), ORIGIN, 8)
+    assert not factor_cache.has(str(tmp_path), ORIGIN | {what: "other"}, 8)
+
+
+def test_completed_factors_are_computed_anew_for_each_rank(tmp_path: Path) -> None:
+    factor_cache.write(str(tmp_path), factors(full_rank=False), ORIGIN, 8)
+    assert not factor_cache.has(str(tmp_path), ORIGIN, 4)
+
+
+def test_damaged_files_count_as_missing(tmp_path: Path) -> None:
+    factor_cache.write(str(tmp_path), factors(), ORIGIN, 8)
+    (tmp_path / factor_cache.TENSORS).write_bytes(b"\0" * 100)
+    assert factor_cache.read(str(tmp_path), ORIGIN, 4, ["layer0"]) is None
+    (tmp_path / factor_cache.DESCRIPTION).write_text("{")
+    assert not factor_cache.has(str(tmp_path), ORIGIN, 4)

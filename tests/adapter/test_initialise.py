@@ -1,0 +1,131 @@
+"""However many workers compute the factors, all end with the same bytes."""
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from olora_ray.adapter.factors import Factors
+from olora_ray.adapter.initialise import InitReport, assign, initialise
+from olora_ray.adapter.methods import METHODS
+from olora_ray.common.errors import UserError
+from tests.crew import Crew
+
+CPU = torch.device("cpu")
+RANK = 4
+WORKERS = pytest.mark.parametrize("workers", [1, 2, 3])
+
+
+def layers(poisoned: str | None = None, flat: str | None = None, count: int = 7) -> dict[str, nn.Module]:
+    generator = torch.Generator().manual_seed(4)
+    made: dict[str, nn.Module] = {}
+    for number in range(count):
+        name = f"block.{number}"
+        linear = nn.Linear(8 + 5 * number, 24 - number, bias=False)
+        linear.weight.data = torch.randn(linear.weight.shape, generator=generator)
+        if name == poisoned:
+            linear.weight.data[3, 5] = torch.nan
+        if name == flat:
+            linear.weight.data[:, 1] = 0.0
+        made[name] = linear
+    return made
+
+
+def digest(factors: dict[str, Factors]) -> str:
+    total = hashlib.sha256()
+    for name, item in factors.items():
+        total.update(f"{name} {item.full_rank}".encode())
+        for part in (item.a0, item.b0):
+            total.update(b"" if part is None else part.contiguous().numpy().tobytes())
+    return total.hexdigest()
+
+
+def compute(method: str = "olora", **changes: Any) -> tuple[str, dict[str, Factors], InitReport]:
+    factors, report = initialise(layers(**changes), method, RANK, 11, CPU)
+    return digest(factors), factors, report
+
+
+@WORKERS
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_every_worker_ends_with_the_same_bytes(crew: Callable[[int], Crew], method: str, workers: int) -> None:
+    answers = crew(workers).run(compute, method)
+    assert len({own for own, _, _ in answers}) == 1
+    assert len({(report.layers, report.seconds, report.digest) for _, _, report in answers}) == 1
+    _, factors, report = answers[0]
+    assert sum(report.layers) == 7
+    assert len(report.layers) == len(report.seconds) == workers
+    assert min(report.layers) >= 7 // workers - 1
+    assert report.deficient == ()
+    alone, _ = initialise(layers(), method, RANK, 11, CPU)
+    assert list(factors) == list(alone)
+    for name, expected in alone.items():
+        torch.testing.assert_close(factors[name].a0, expected.a0, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(factors[name].b0, expected.b0, atol=1e-5, rtol=1e-5)
+
+
+@WORKERS
+def test_a_nan_weight_stops_all_workers_with_the_layers_name(crew: Callable[[int], Crew], workers: int) -> None:
+    answers = crew(workers).run(_poisoned)
+    assert [type(answer) for answer in answers] == [UserError] * workers
+    assert {str(answer) for answer in answers} == {"model.name: the weight of block.5 has NaN or infinite values"}
+    assert len(set(crew(workers).run(_digest_only))) == 1  # and none is left waiting
+
+
+@WORKERS
+def test_a_rank_deficient_layer_is_reported_by_all(crew: Callable[[int], Crew], workers: int) -> None:
+    assert crew(workers).run(_deficient) == [("block.2",)] * workers
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_workers_without_a_layer_get_the_factors_too(crew: Callable[[int], Crew], method: str) -> None:
+    answers = crew(3).run(_one_layer, method)
+    assert len({own for own, _, _ in answers}) == 1
+    assert answers[0][2].layers == (1, 0, 0)
+
+
+def test_random_starts_do_not_depend_on_the_workers(crew: Callable[[int], Crew]) -> None:
+    digests = {found for workers in (1, 2, 3) for found in crew(workers).run(_digest_only, "lora")}
+    assert len(digests) == 1
+
+
+def test_layers_of_one_shape_start_differently() -> None:
+    twins: dict[str, nn.Module] = {"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)}
+    found, _ = initialise(twins, "lora", RANK, 0, CPU)
+    assert not torch.equal(found["a"].a0, found["b"].a0)
+
+
+shapes = st.dictionaries(
+    st.text("abc", min_size=1, max_size=4), st.tuples(st.integers(4, 5000), st.integers(4, 5000)), max_size=30
+)
+
+
+@given(shapes, st.integers(1, 9))
+def test_all_layers_are_assigned_once_and_balanced(shapes: dict[str, tuple[int, int]], workers: int) -> None:
+    shares = assign(shapes, RANK, workers)
+    assert len(shares) == workers
+    assert sorted(name for share in shares for name in share) == sorted(shapes)
+    cost = {name: m * RANK**2 + m * n * RANK for name, (m, n) in shapes.items()}
+    loads = [sum(cost[name] for name in share) for share in shares]
+    assert max(loads) - min(loads) <= max(cost.values(), default=0)
+    assert shares == assign(dict(shapes), RANK, workers)
+
+
+def _poisoned() -> None:
+    compute(poisoned="block.5")
+
+
+def _deficient() -> tuple[str, ...]:
+    return compute(flat="block.2")[2].deficient
+
+
+def _digest_only(method: str = "olora") -> str:
+    return compute(method)[0]
+
+
+def _one_layer(method: str) -> tuple[str, dict[str, Factors], InitReport]:
+    return compute(method, count=1)

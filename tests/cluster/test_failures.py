@@ -1,0 +1,68 @@
+"""One line about what happened to a group of workers."""
+
+import pytest
+from ray.exceptions import RayActorError
+from ray.train.v2._internal.exceptions import (
+    UserExceptionWithTraceback,
+    WorkerGroupStartupTimeoutError,
+    WorkerHealthCheckFailedError,
+)
+from ray.train.v2.api.exceptions import ControllerError, PreemptionError, WorkerGroupError
+from ray.train.v2.api.preemption import PreemptionInfo
+
+from olora_ray.cluster.failures import HostDied, cause, counts, describe
+
+GLOO = RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1234")
+
+
+def dead() -> Exception:
+    return WorkerHealthCheckFailedError("health check failed", failure=RayActorError())
+
+
+def raised(error: Exception) -> Exception:
+    return UserExceptionWithTraceback(error, traceback_str=f"Traceback ...\n  line\n{type(error).__name__}: {error}\n")
+
+
+@pytest.mark.parametrize(
+    ("exceptions", "expected"),
+    [
+        ({1: dead(), 0: raised(GLOO)}, "worker 1 died"),
+        ({2: dead(), 0: raised(GLOO), 1: dead()}, "worker 1 and worker 2 died"),
+        ({0: raised(GLOO), 1: raised(ValueError("bad row"))}, "worker 1 failed (ValueError: bad row)"),
+        ({0: raised(ValueError("bad row"))}, "worker 0 failed (ValueError: bad row)"),
+        ({}, "workers failed"),
+    ],
+)
+def test_the_cause_is_named_not_its_consequences(exceptions: dict[int, Exception], expected: str) -> None:
+    assert describe(exceptions) == expected
+
+
+def test_consequences_alone_are_told_too_and_cut() -> None:
+    text = describe({0: raised(GLOO), 1: raised(RuntimeError("x" * 999))})
+    assert text.startswith("worker 1 failed (RuntimeError: xxx")
+    assert len(text) < 250
+
+
+def preempted() -> Exception:
+    return WorkerHealthCheckFailedError("health check failed", failure=RayActorError(preempted=True))
+
+
+@pytest.mark.parametrize(
+    ("error", "expected", "counted"),
+    [
+        (WorkerGroupError("", {0: raised(ValueError("bad row"))}), "worker 0 failed (ValueError: bad row)", True),
+        (WorkerGroupError("", {0: raised(GLOO), 1: dead()}), "worker 1 died", True),
+        (WorkerGroupError("", {0: raised(GLOO), 1: preempted()}), "worker 1 died with its preempted node", False),
+        (PreemptionError(PreemptionInfo(None, {"n": [0]}), False), "workers were preempted", False),
+        (RayActorError(), "Train's controller died", True),
+        (HostDied(), "the process of several trials died", True),
+        (ControllerError(RuntimeError("gloo failed to connect")), "gloo failed to connect", True),
+    ],
+)
+def test_what_counts_against_the_limit(error: BaseException, expected: str, counted: bool) -> None:
+    assert cause(error) == expected
+    assert counts(error) is counted
+
+
+def test_workers_that_could_not_start_do_not_count() -> None:
+    assert counts(ControllerError(WorkerGroupStartupTimeoutError(2))) is False

@@ -1,0 +1,152 @@
+"""A run that cannot work is refused before it costs anything, with all that is wrong in one line."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from olora_ray.cluster import node_facts, preflight, resources
+from olora_ray.cluster.node_facts import Facts
+from olora_ray.common.errors import UserError
+from olora_ray.config.schema import Config
+from olora_ray.model.source import BaseModel, obtain
+from tests import tiny
+from tests.pipelines import project
+from tests.recovery import processes
+
+RAY = str(Path(sys.executable).parent / "ray")
+PORT = 26579
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Path]:
+    """Two nodes of one CPU. Yields a folder that both see; its `own` is another one on the second node.
+
+    The second node, 127.0.0.2, has another torch, as far as its metadata tells.
+    """
+    if os.geteuid() != 0:
+        pytest.skip("a folder that only one node sees needs root")
+    with processes.scratch() as folder, pytest.MonkeyPatch.context() as patch:
+        (folder / "shared" / "own").mkdir(parents=True)
+        (other := folder / "other" / "torch-9.9.9.dist-info").mkdir(parents=True)
+        (other / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 9.9.9\n")
+        for name, value in {"RAY_AUTH_MODE": "disabled", "HOME": str(folder)}.items():
+            patch.setenv(name, value)
+        start = [RAY, "start", "--num-cpus=1", "--object-store-memory=100000000", "--disable-usage-stats"]
+        _run(*start, "--head", f"--port={PORT}", "--node-ip-address=127.0.0.1", f"--temp-dir={folder}/1")
+        patch.setenv("PYTHONPATH", f"{other.parent}:{os.environ.get('PYTHONPATH', '')}")
+        join = [*start, f"--address=127.0.0.1:{PORT}", "--node-ip-address=127.0.0.2", f"--temp-dir={folder}/2"]
+        hide = f"mount -t tmpfs none {folder}/shared/own && exec {' '.join(join)}"
+        _run("unshare", "--mount", "sh", "-c", hide)
+        ray.init(address=f"127.0.0.1:{PORT}", logging_level="ERROR", runtime_env={"env_vars": {"A": "b"}})
+        yield folder / "shared"
+        ray.shutdown()
+
+
+def _run(*command: str) -> None:
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stdout
+
+
+def config(place: Path, **changes: Any) -> Config:
+    return tiny.config(run__storage=str(place), **({"cluster__workers": 2} | changes))
+
+
+def refused(settings: Config, base: BaseModel | None = None) -> str:
+    with pytest.raises(UserError) as caught:
+        preflight.check(settings, base, lambda line: None)
+    return str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
+    folder = project.make_model(tmp_path_factory.mktemp("model"))
+    return obtain(tiny.config(model__name=str(folder)), print, Path)
+
+
+@pytest.mark.ray
+class TestTwoNodes:
+    def test_a_node_with_another_version_is_named_with_the_package(self, cluster: Path) -> None:
+        here = version("torch")
+        assert refused(config(cluster)) == (
+            f"node 127.0.0.2: has torch 9.9.9, here it is {here}: install the same version on all nodes"
+        )
+
+    def test_everything_that_is_wrong_is_in_one_error(self, cluster: Path, base: BaseModel) -> None:
+        error = refused(config(cluster / "own", cluster__gpus_per_worker=1, train__keep=10**12), base)
+        workers, versions, storage, disk = error.split("; ")[0], *error.split("; ")[2:4], error.split("; ")[4]
+        assert "cluster.workers=2" in workers
+        assert "0 GPUs, 2 nodes" in workers
+        assert "torch 9.9.9" in versions
+        assert storage.startswith(f"node 127.0.0.2: run.storage {cluster / 'own'} is another place there than here")
+        assert "the run needs about" in disk
+
+    def test_nothing_is_left_in_the_storage(self, cluster: Path) -> None:
+        refused(config(cluster))
+        refused(config(cluster / "own"))
+        assert [entry.name for entry in cluster.rglob("*")] == ["own"]
+
+    def test_a_storage_by_uri_is_probed_too(self, cluster: Path) -> None:
+        shared, hidden = (node_facts.ask(resources.staying(), place.as_uri()) for place in (cluster, cluster / "own"))
+        assert [isinstance(answer, Facts) and answer.storage_problem for answer in shared] == [None, None]
+        problems = [answer.storage_problem for answer in hidden if isinstance(answer, Facts)]
+        assert sorted(problem is None for problem in problems) == [False, True]
+
+    def test_a_storage_that_cannot_be_written_is_told(self, cluster: Path) -> None:
+        (cluster.parent / "file").write_text("")
+        assert "run.storage: " in refused(config(cluster.parent / "file" / "below"))
+
+    def test_a_worker_larger_than_the_nodes_memory(self, cluster: Path, base: BaseModel) -> None:
+        error = refused(config(cluster, data__max_length=10**10, train__micro_batch=4), base)
+        assert "GiB of memory, so there is room for 0 (node " in error  # Ray may name 127.0.0.1 otherwise
+
+    def test_a_worker_must_fit_on_one_node(self, cluster: Path) -> None:
+        error = refused(config(cluster, cluster__workers=1, cluster__cpus_per_worker=2))
+        assert "the cluster has room for 0 of them (2 CPUs, 2 nodes)" in error
+
+    def test_a_range_of_workers_waits(self, cluster: Path) -> None:
+        lines: list[str] = []
+        with pytest.raises(UserError, match="torch"):  # nothing else is wrong
+            preflight.check(config(cluster, cluster__workers=[3, 4]), None, lines.append)
+        assert lines[0].startswith("training waits for the cluster to grow: cluster.workers=3 ")
+
+    def test_what_the_launcher_may_start_counts(self, cluster: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        home = cluster.parent / "launched"
+        home.mkdir()
+        kinds = {"head": {}, "cpu": {"resources": {"CPU": 2}, "max_workers": 2}}
+        tree = {"max_workers": 2, "head_node_type": "head", "available_node_types": kinds}
+        (home / "ray_bootstrap_config.yaml").write_text(str(tree))
+        monkeypatch.setenv("HOME", str(home))
+        lines: list[str] = []
+        with pytest.raises(UserError, match=r"^node 127.0.0.2: has torch [^;]*$"):
+            preflight.check(config(cluster, cluster__workers=4), None, lines.append)
+        assert "waits for the cluster to grow" in lines[0]
+        assert "can grow to 5" in refused(config(cluster, cluster__workers=6, train__global_batch=8))
+
+
+def test_the_launchers_limits_are_those_of_cluster_yaml() -> None:
+    kinds = {
+        "head": {"resources": {"CPU": 0}},
+        "cpu": {"resources": {"CPU": 8}, "max_workers": 9},
+        "gpu": {"resources": {"CPU": 4, "GPU": 1}, "max_workers": 3},
+    }
+    found = resources._launched({"max_workers": 4, "head_node_type": "head", "available_node_types": kinds})
+    assert [(dict(one.resources), one.count) for one in found] == [({"CPU": 4, "GPU": 1}, 3), ({"CPU": 8}, 1)]
+    assert resources.room({"CPU": 2, "GPU": 0.5}, found) == 6
+
+
+def test_builds_of_one_version_are_the_same() -> None:
+    here = Facts({"python": "3.11.7", "torch": "2.9.0+cpu"}, 0)
+    assert preflight._versions(here, [("a", Facts({"python": "3.11.2", "torch": "2.9.0+cu126"}, 0))]) == []
+    others = [(name, Facts({"python": "3.12.0", "torch": None}, 0)) for name in "abcde"]
+    python, torch = preflight._versions(here, others)
+    assert python.startswith("nodes a, b, c and 2 more: has python 3.12.0, here it is 3.11.7")
+    assert "has no torch" in torch

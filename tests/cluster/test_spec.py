@@ -1,0 +1,37 @@
+"""What training gives comes back from training.json, or is refused."""
+
+from typing import Any
+
+import pytest
+
+from olora_ray.cluster.spec import Answered, Outcome, Task
+from olora_ray.model.source import BaseModel
+from olora_ray.train.state import TrainState
+from tests import tiny
+
+
+def test_an_outcome_comes_back_exactly() -> None:
+    state = TrainState(step=7, best_loss=1 / 3, best_step=5, stale=1, before=[[1], []])
+    state.record(7, {"train/loss": 0.1 + 0.2})
+    outcome = Outcome(state=state, stopped_early=True, answers=(Answered((1, 2), (3,), (), (4,)),))
+    assert Outcome.from_json(outcome.to_json()) == outcome
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "null", "{}", '{"answers": [], "state": {"stepp": 3}}', '{"answers": 3}']
+)
+def test_anything_else_is_an_error_that_callers_expect(text: str) -> None:
+    with pytest.raises((ValueError, KeyError, TypeError)):
+        Outcome.from_json(text)
+
+
+def test_a_run_that_starts_with_an_adapter_is_another_than_one_that_does_not() -> None:
+    store: Any = tiny.store()
+
+    def identity(**changes: Any) -> dict[str, str]:
+        return Task(
+            tiny.config(**changes), BaseModel("m", "/m", "base"), "tokenizer", (0,), store, None, None
+        ).identity()
+
+    assert "start" not in identity(), "runs from before there was such a setting are taken up"
+    assert identity(train__start="/a") != identity(train__start="/b")

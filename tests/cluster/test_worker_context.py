@@ -1,0 +1,109 @@
+"""Several adapters on one base: each comes out as if it had been alone, and the base is never changed."""
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from olora_ray.adapter.initialise import initialise
+from olora_ray.adapter.inject import find_targets, wrap
+from olora_ray.cluster.worker_context import SharedBase, SharedPost, Turns
+from olora_ray.train.loader import Feed
+from olora_ray.train.loop import Trainer, evaluate
+from olora_ray.train.loss import SupervisedLoss
+from olora_ray.train.schedule import Schedule
+from tests import tiny
+
+CPU = torch.device("cpu")
+STEPS = 5
+MEMBERS: tuple[dict[str, Any], ...] = (
+    {"adapter__rank": 4, "train__lr": 1e-2},
+    {"adapter__rank": 8, "adapter__alpha": 4, "train__lr": 3e-3, "adapter__dropout": 0.1},
+    {"adapter__method": "lora", "train__lr": 1e-2, "adapter__targets": ("q_proj", "down_proj")},
+)
+
+
+def base() -> SharedBase:
+    return SharedBase(SupervisedLoss(tiny.llama(attention="segments")), CPU)
+
+
+def train(shared: SharedBase, changes: dict[str, Any]) -> tuple[torch.Tensor, float]:
+    """The flat vector of adapters after training, and the held-out loss, taking turns with whoever else is there."""
+    settings, store = tiny.config(train__steps=STEPS, **changes), tiny.store(8)
+    post, adapter = SharedPost(shared), settings.adapter
+    with post.turn({}):
+        model = shared.loss.model
+        targets = find_targets(model, adapter.targets, adapter.rank)
+        factors, _ = initialise(targets, adapter.method, adapter.rank, settings.run.seed, CPU)
+        adapted = wrap(model, factors, adapter.scale(), adapter.dropout)
+    with post.turn(adapted):
+        trainer = Trainer(shared.loss, adapted, settings, CPU)
+    steps = trainer.steps(Feed(store, settings.train, 0, "segments"), 0, Schedule(settings.train, store))
+    while True:
+        with post.turn(adapted):
+            if next(steps, None) is None:
+                break
+    with post.turn(adapted):
+        return trainer.flat.vector.clone(), evaluate(trainer, store, "segments")
+
+
+def in_threads(functions: list[Callable[[], Any]]) -> list[Any]:
+    results: list[Any] = [None] * len(functions)
+
+    def run(place: int) -> None:
+        results[place] = functions[place]()
+
+    threads = [threading.Thread(target=run, args=(place,)) for place in range(len(functions))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+def test_adapters_that_share_a_base_train_as_if_each_were_alone() -> None:
+    alone = [train(base(), changes) for changes in MEMBERS]
+    shared = base()
+    before = {name: value.clone() for name, value in shared.loss.state_dict().items()}
+    together = in_threads([lambda changes=changes: train(shared, changes) for changes in MEMBERS])  # type: ignore[misc]
+    for (vector, loss), (wanted, wanted_loss) in zip(together, alone, strict=True):
+        assert torch.equal(vector, wanted)
+        assert loss == wanted_loss
+    assert not any(torch.equal(vector, torch.zeros_like(vector)) for vector, _ in together)
+    after = shared.loss.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_turns_go_to_whoever_has_waited_longest() -> None:
+    turns, order, ready = Turns(), list[int](), threading.Event()
+
+    def work(number: int) -> None:
+        ready.wait()
+        time.sleep(0.05 * number)
+        for _ in range(3):
+            with turns:
+                order.append(number)
+                time.sleep(0.2)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    ready.set()
+    for thread in threads:
+        thread.join()
+    assert order == [0, 1, 2] * 3
+
+
+def test_a_turn_is_given_back_after_an_error() -> None:
+    turns = Turns()
+    for _ in range(2):
+        try:
+            with turns:
+                raise KeyError
+        except KeyError:
+            pass
+    with turns:
+        pass

@@ -1,0 +1,191 @@
+"""Nothing that is shown or written has a password in it, and nothing else is hidden."""
+
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from olora_ray.common import secrets
+from olora_ray.common.errors import UserError
+from olora_ray.config.schema import build, override
+from olora_ray.tracking import client, run
+from tests import tiny
+
+HIDDEN = "c4n4ry"
+
+SECRETS = [
+    "http://ann:c4n4ry@host:5000/path",
+    "https://c4n4ry@host/path",
+    "https://:c4n4ry@host",
+    "postgresql+psycopg2://ann:c4n4ry@db:5432/mlflow",
+    "mysql://ann:1c4n4ry@x:y/z@db/mlflow",
+    "s3://KEY:c4n4ry@bucket/data.jsonl",
+    "s3://bucket/data.jsonl?secret_key=c4n4ry&region=here",
+    "https://host/data.jsonl?X-Amz-Date=now&X-Amz-Signature=c4n4ry",
+    "https://host/data.jsonl?sig=c4n4ry#part",
+    "postgresql://db/mlflow?sslmode=on&password=c4n4ry",
+]
+PLAIN = [
+    "http://host:5000/#/models/support@champion",
+    "models:/support@champion",
+    "gs://anonymous@bucket/data.jsonl?retry_limit_seconds=3",
+    "hdfs://ann@host:8020/data",
+    "postgresql://ann@db/mlflow",
+    "sqlite:////data/a:b@c/mlflow.db",
+    "hf://org/tokens?split=train&name=token",
+    "abfs://container@account.dfs.core.windows.net/data",
+    "evaluation.max_new_tokens=5 tokens=7, https://host and ann@host:3",
+    'mlflow.set_tracking_uri("http://127.0.0.1:5000"); load_model("models:/support@champion")',
+]
+
+
+@pytest.mark.parametrize("uri", SECRETS)
+def test_a_secret_is_found_and_masked(uri: str) -> None:
+    assert secrets.in_uri(uri)
+    for text in (uri, f"cannot read '{uri}': no", f"{uri} and {uri}"):
+        masked = secrets.mask(text)
+        assert HIDDEN not in masked
+        assert "***" in masked
+        assert secrets.mask(masked) == masked
+    assert not secrets.in_uri(secrets.mask(uri))
+
+
+@pytest.mark.parametrize("text", PLAIN)
+def test_what_is_no_secret_is_left_alone(text: str) -> None:
+    assert secrets.mask(text) == text
+    assert not secrets.in_uri(text)
+
+
+def test_a_secret_that_is_quoted_is_found() -> None:
+    assert secrets.in_uri("s3://bucket/x?endpoint_override=http%3A%2F%2Fann%3Ac4n4ry%40host")
+
+
+@pytest.mark.parametrize("uri", SECRETS)
+@pytest.mark.parametrize("field", ["tracking.uri", "run.storage", "model.name", "data.train.0.path", "adapter.targets"])
+def test_a_config_with_a_secret_is_refused_without_repeating_it(field: str, uri: str) -> None:
+    with pytest.raises(UserError) as caught:
+        override(tiny.config(), {field: [uri] if field == "adapter.targets" else uri, "adapter.rank": 0})
+    message = str(caught.value)
+    assert HIDDEN not in message
+    assert f"config: {field}: has a " in message
+    assert "adapter.rank" in message  # all problems are told together
+
+
+@pytest.mark.parametrize(
+    ("uri", "advice"),
+    [("http://ann:c4n4ry@host", "MLFLOW_TRACKING_PASSWORD"), ("postgresql://ann:c4n4ry@db/x", "env:NAME")],
+)
+def test_the_refusal_says_how_to_give_it(uri: str, advice: str) -> None:
+    with pytest.raises(UserError, match=advice):
+        tiny.config(tracking__uri=uri)
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        {"tracking": "http://ann:c4n4ry@host"},
+        {"adapter": {"rank": "http://ann:c4n4ry@host"}},
+        {"adapter": {"targets": {"password": HIDDEN}}},
+        {"adapter": {"targets": [{"password": HIDDEN}]}},
+        {"tracking": {"password": HIDDEN}},
+        {"cluster": {"workers": "http://ann:c4n4ry@host"}},
+        {"http://ann:c4n4ry@host": {"x": 1}},
+    ],
+    ids=str,
+)
+def test_a_wrong_value_is_not_repeated_with_its_secret(tree: dict[str, object]) -> None:
+    with pytest.raises(UserError) as caught:
+        build({"run": {"name": "a"}, "model": {"name": "m"}, "data": {"train": [{"path": "a"}]}, **tree})
+    assert HIDDEN not in str(caught.value)
+
+
+def test_a_field_for_a_secret_is_no_typo() -> None:
+    with pytest.raises(UserError, match=r"tracking\.password: unknown field; a config holds no secrets"):
+        tiny.config(tracking__password=HIDDEN)
+
+
+def test_an_address_may_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    address = "postgresql://ann:c4n4ry@db/mlflow"
+    (tmp_path / "uri").write_text(address + "\n")
+    monkeypatch.setenv("OUR_MLFLOW", address)
+    for named in ("env:OUR_MLFLOW", f"file:{tmp_path}/uri"):
+        config = tiny.config(tracking__uri=named)
+        assert run.resolve_uri(config) == address
+        assert config.tracking.uri == named
+    assert run.shown_uri(address) == "postgresql://ann:***@db/mlflow"
+
+
+@pytest.mark.parametrize(
+    ("named", "problem"),
+    [
+        ("env:NOT_SET", "the variable NOT_SET is not set where this runs"),
+        ("env:", "is not set"),
+        ("file:/no/such/file", "cannot be read: No such file"),
+        ("file:uri", "absolute path"),
+        ("file:{folder}/two", "expected one line with an address, found 2 words"),
+        ("file:{folder}/empty", "found 0 words"),
+        ("file:{folder}/bytes", "not UTF-8"),
+    ],
+)
+def test_a_name_that_leads_nowhere_is_explained(named: str, problem: str, tmp_path: Path) -> None:
+    (tmp_path / "two").write_text(f"http://host\n{HIDDEN}\n")
+    (tmp_path / "empty").touch()
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError) as caught:
+        run.resolve_uri(tiny.config(tracking__uri=named.format(folder=tmp_path)))
+    message = str(caught.value)
+    assert message.startswith("tracking.uri: ")
+    assert problem in message
+    assert HIDDEN not in message
+
+
+@pytest.mark.parametrize("uri", ["postgresql://ann:c4n4ry@127.0.0.1:9/x", "http://ann:c4n4ry@127.0.0.1:9"])
+def test_an_address_that_does_not_answer_is_named_without_its_password(uri: str) -> None:
+    with pytest.raises(UserError) as caught:
+        client.check(uri)
+    assert "ann:***@127.0.0.1:9" in str(caught.value)
+    assert HIDDEN not in str(caught.value)
+
+
+def test_the_reason_of_an_error_has_no_password() -> None:
+    error = OSError("cannot connect to postgresql://ann:c4n4ry@db/x\nand more")
+    assert client.reason(error) == "cannot connect to postgresql://ann:***@db/x"
+
+
+SCRIPT = """
+import logging
+from olora_ray.config import command_line
+from olora_ray.common.errors import UserError
+
+def main(argv):
+    command_line.log_line("said http://ann:c4n4ry@host")
+    logging.getLogger("library").warning("logged %s", "http://ann:c4n4ry@host")
+    raise {kind}("raised http://ann:c4n4ry@host")
+
+command_line.run(main)
+"""
+
+
+@pytest.mark.parametrize(("kind", "code"), [("UserError", 2), ("ValueError", 1)])
+def test_an_entry_script_prints_no_secret(kind: str, code: int, tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(SCRIPT.format(kind=kind))
+    done = subprocess.run([sys.executable, tmp_path / "script.py"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == code
+    output = done.stdout + done.stderr
+    assert all(f"{word} http://ann:***@host" in output for word in ("said", "logged", "raised"))
+    assert ("Traceback" in output) == (kind == "ValueError")
+    assert HIDDEN not in output
+
+
+def test_the_outbox_logs_no_password(caplog: pytest.LogCaptureFixture) -> None:
+    uri = "http://ann:c4n4ry@127.0.0.1:9"
+    tracker = run.Tracker(uri, "run")
+    with caplog.at_level(logging.WARNING):
+        tracker.tags({"a": "b"})
+        assert not tracker.flush(3)
+        with pytest.raises(run.TrackingAway) as caught:
+            tracker.end(seconds=0.1)
+    assert "MLflow does not answer" in caplog.text
+    assert HIDDEN not in caplog.text + str(caught.value)

@@ -1,0 +1,181 @@
+"""What a person meets at the command line: arguments, one-line errors, exit codes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from olora_ray.common.errors import UserError
+from olora_ray.config.command_line import read_arguments
+
+ROOT = Path(__file__).parents[2]
+FINETUNE = ROOT / "pipelines" / "finetune.py"
+CONFIG = "run: {name: a, storage: runs}\nmodel: {name: m}\ndata: {train: [{path: a.jsonl}]}\n"
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(CONFIG)
+    return path
+
+
+def start(*arguments: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""}
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, timeout=120, cwd=folder, env=environment
+    )
+
+
+def test_the_default_config_is_read_without_arguments(config: Path) -> None:
+    read, dry_run = read_arguments([], config, "usage")
+    assert read.run.name == "a"
+    assert not dry_run
+
+
+def test_file_assignments_and_flag_come_in_any_order(config: Path) -> None:
+    words = ["adapter.rank=3", "--dry-run", str(config), "train.lr=1e-4"]
+    for argv in (words, words[::-1]):
+        read, dry_run = read_arguments(argv, Path("nowhere.yaml"), "usage")
+        assert (read.adapter.rank, read.train.lr, dry_run) == (3, 1e-4, True)
+
+
+def test_relative_paths_are_seen_from_where_the_command_was_given(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "m").mkdir()
+    read, _ = read_arguments([], config, "usage")
+    assert read.run.storage == str(tmp_path / "runs")
+    assert read.data.train[0].path == str(tmp_path / "a.jsonl")
+    assert read.model.name == str(tmp_path / "m")
+    assert read.folder() == str(tmp_path / "runs" / "a")
+
+
+@pytest.mark.parametrize("place", ["s3://bucket/data", "gs://bucket/data", "hf://org/name?split=train"])
+def test_addresses_stay_as_they_are(config: Path, place: str) -> None:
+    read, _ = read_arguments([f"data.train.0.path={place}", f"run.storage={place}"], config, "usage")
+    assert read.data.train[0].path == place
+    assert read.run.storage == place
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--dryrun"], "argument --dryrun: not known; there are --dry-run and --help"),
+        (["-x"], "argument -x: not known"),
+        (["a.yaml", "b.yaml"], "one config file at a time"),
+        (["nowhere.yaml"], "nowhere.yaml: No such file"),
+        (["rank=3"], "argument 'rank=3': expected section.field=value"),
+        (["adapter.rnk=3"], "did you mean adapter.rank?"),
+    ],
+)
+def test_an_argument_that_is_not_understood_is_named(config: Path, argv: list[str], expected: str) -> None:
+    with pytest.raises(UserError) as caught:
+        read_arguments(argv, config, "usage")
+    assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_prints_usage_and_fields_and_ends_well(
+    config: Path, capsys: pytest.CaptureFixture[str], flag: str
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        read_arguments([flag, "--nonsense"], config, "how to use it")
+    assert caught.value.code == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("how to use it\n")
+    assert "  rank " in printed
+
+
+def script(folder: Path, body: str) -> subprocess.CompletedProcess[str]:
+    path = folder / "script.py"
+    path.write_text(
+        f"from olora_ray.config import command_line as command\nfrom olora_ray.common.errors import UserError\n"
+        f"def main(argv):\n    print('begun')\n    {body}\ncommand.run(main)\n"
+    )
+    return start(str(path))
+
+
+def test_what_a_user_can_fix_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
+    done = script(tmp_path, "raise UserError('data.train:\\n  broken')")
+    assert (done.returncode, done.stdout, done.stderr) == (2, "begun\n", "error: data.train: broken\n")
+
+
+def test_the_error_is_the_last_line_when_both_streams_meet(tmp_path: Path) -> None:
+    path = tmp_path / "script.py"
+    path.write_text(
+        "import os\nos.dup2(1, 2)\nfrom olora_ray.config import command_line as command\n"
+        "from olora_ray.common.errors import UserError\n"
+        "def main(argv):\n    print('begun')\n    raise UserError('broken')\ncommand.run(main)\n"
+    )
+    assert start(str(path)).stdout.splitlines() == ["begun", "error: broken"]
+
+
+def test_a_bug_keeps_its_traceback(tmp_path: Path) -> None:
+    done = script(tmp_path, "raise KeyError('ours')")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert "KeyError: 'ours'" in done.stderr
+
+
+def test_an_interruption_says_how_to_go_on(tmp_path: Path) -> None:
+    done = script(tmp_path, "raise KeyboardInterrupt")
+    assert done.returncode == 130
+    assert done.stderr == "stopped (SIGINT); the same command goes on with what is done\n"
+
+
+def test_what_passes_by_itself_and_what_was_stopped_have_exit_codes_of_their_own(tmp_path: Path) -> None:
+    done = script(tmp_path, "from olora_ray.common.errors import TryAgain; raise TryAgain('away')")
+    assert (done.returncode, done.stderr) == (75, "error: away\n")
+    done = script(tmp_path, "from olora_ray.common.errors import Stopped; raise Stopped('stopped after step 3', 143)")
+    assert (done.returncode, done.stderr) == (143, "stopped after step 3\n")
+
+
+def test_a_good_end_has_exit_code_0(tmp_path: Path) -> None:
+    done = script(tmp_path, "pass")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("broken", "expected"),
+    [
+        ("adapter: {rnk: 8}", "adapter.rnk: unknown field; did you mean adapter.rank?"),
+        ("train: {lr: [}", "not valid YAML"),
+    ],
+)
+def test_finetune_with_a_broken_config_ends_with_one_line(config: Path, broken: str, expected: str) -> None:
+    config.write_text(CONFIG + broken + "\n")
+    done = start(str(FINETUNE), str(config))
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert str(config) in done.stderr
+    assert expected in done.stderr
+
+
+def test_finetune_shows_help() -> None:
+    done = start(str(FINETUNE), "--help")
+    assert done.returncode == 0
+    assert done.stderr == ""
+    assert "python pipelines/finetune.py" in done.stdout
+    assert "global_batch" in done.stdout
+
+
+def test_reading_arguments_loads_no_heavy_library() -> None:
+    done = start(
+        "-c",
+        "import sys, olora_ray.config.command_line\n"
+        "print([name for name in ('torch', 'ray', 'transformers', 'mlflow', 'datasets') if name in sys.modules])",
+    )
+    assert done.stdout == "[]\n"
+
+
+def test_a_worker_does_not_import_the_whole_pipeline() -> None:
+    heavy = ("mlflow", "transformers", "datasets", "peft", "olora_ray.pipeline.fit", "olora_ray.pipeline.report")
+    code = f"import sys, olora_ray.cluster.worker; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

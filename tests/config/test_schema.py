@@ -1,0 +1,388 @@
+"""The config is read whole, and every problem in it is named at once."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import BaseModel
+
+from olora_ray.common.errors import UserError
+from olora_ray.config.schema import (
+    IN_STORAGE,
+    Condition,
+    Config,
+    Section,
+    Source,
+    build,
+    dump,
+    flatten,
+    help_text,
+    load,
+    override,
+    parse_assignments,
+    parse_yaml,
+)
+
+SHIPPED = sorted(Path(__file__).parents[2].glob("pipelines/configs/*.yaml"))
+
+
+def tree(**changes: Any) -> dict[str, Any]:
+    """The smallest config, with sections changed."""
+    smallest = {"run": {"name": "a"}, "model": {"name": "m"}, "data": {"train": [{"path": "a.jsonl"}]}}
+    return {**smallest, **changes}
+
+
+def problem(**changes: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        build(tree(**changes))
+    return str(caught.value)
+
+
+def test_some_configs_are_shipped() -> None:
+    assert SHIPPED
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_shipped_config_parses(path: Path) -> None:
+    config = load(path)
+    assert config.accumulation() >= 1
+    assert override(config, {}) == config
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"adapter": {"rnk": 4}}, "adapter.rnk: unknown field; did you mean adapter.rank?"),
+        ({"trian": {}}, "trian: unknown field; did you mean train?"),
+        ({"train": {"learning": 1}}, "train.learning: unknown field"),
+        ({"str": {}}, "config: str: unknown field"),
+        ({"train": {"zzzz": 1}}, "train.zzzz: unknown field; --help lists the fields"),
+        (
+            {"data": {"train": [{"path": "a", "formt": "text"}]}},
+            "data.train.0.formt: unknown field; did you mean data.train.0.format?",
+        ),
+        (
+            {"gate": {"and": [{"metric": "eval/loss", "atleast": 1}]}},
+            "gate.and.0.atleast: unknown field; did you mean gate.and.0.at_least?",
+        ),
+        ({"retrain": {"form": "base"}}, "retrain.form: unknown field; did you mean retrain.from?"),
+    ],
+)
+def test_an_unknown_field_suggests_the_nearest(changes: dict[str, Any], expected: str) -> None:
+    assert expected in problem(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"adapter": {"rank": "many"}}, ["config: adapter.rank: ", "integer", "(got 'many')"]),
+        ({"adapter": {"rank": 0}}, ["adapter.rank: ", "greater than or equal to 1", "(got 0)"]),
+        ({"adapter": {"method": "pissa"}}, ["adapter.method: ", "'olora' or 'lora'", "(got 'pissa')"]),
+        ({"adapter": {"targets": 3}}, ["adapter.targets: ", "(got 3)"]),
+        ({"adapter": {"dropout": 1.0}}, ["adapter.dropout: ", "less than 1"]),
+        ({"train": {"lr": -1.0}}, ["train.lr: ", "greater than 0"]),
+        ({"train": "fast"}, ["config: train: ", "(got 'fast')"]),
+        ({"cluster": {"gpus_per_worker": "some"}}, ["cluster.gpus_per_worker: ", "(got 'some')"]),
+        ({"run": {"name": "a/b"}}, ["run.name: ", "(got 'a/b')"]),
+        ({"run": {}}, ["run.name: required, but not set"]),
+        ({"data": {"train": []}}, ["data.train: ", "at least 1 item"]),
+        ({"data": {"train": [{"format": "text"}]}}, ["data.train.0.path: required, but not set"]),
+        ({"gate": {"and": [{"metric": "eval/loss"}]}}, ["gate.and.0: set at_least or at_most"]),
+        ({"gate": {"metric": "eval/exact_match"}}, ["gate: metric eval/exact_match is not measured", "scorer"]),
+        ({"evaluation": {"scorer": "exact_match"}, "gate": {"metric": "exact_match"}}, ["gate: metric exact_match"]),
+        ({"retrain": {"from": "challenger"}}, ["retrain.from: ", "'base' or 'champion'"]),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_wrong_value_is_named_with_its_field(changes: dict[str, Any], expected: list[str]) -> None:
+    message = problem(**changes)
+    assert all(part in message for part in expected), message
+
+
+PATHS_AS_NAMES = ["..", ".", "../x", "/x", "a/b", "a/../../x", "a\\b", "a\n", "", "a.", ".a", "~", "a b\x00"]
+
+
+@pytest.mark.parametrize("name", PATHS_AS_NAMES)
+@pytest.mark.parametrize(("section", "field"), [("run", "name"), ("registry", "alias")])
+def test_a_name_is_not_a_path(section: str, field: str, name: str) -> None:
+    assert f"{section}.{field}: " in problem(**{section: {field: name}})
+
+
+@pytest.mark.parametrize("name", [*PATHS_AS_NAMES, "a:b", "a'b", "a?b", "a%2e", " a"])
+def test_a_registered_model_has_a_name_that_is_safe_in_urls_and_queries(name: str) -> None:
+    assert "registry.model: " in problem(registry={"model": name})
+
+
+@pytest.mark.parametrize("name", ["a", "support bot", "catalog.schema.model", "Ünïcode", "a-b_c.1", "7"])
+def test_ordinary_names_are_taken(name: str) -> None:
+    assert build(tree(registry={"model": name})).registry.model == name
+
+
+@pytest.mark.parametrize("name", IN_STORAGE)
+def test_a_run_does_not_take_the_place_of_what_the_storage_keeps(name: str) -> None:
+    assert f"run.name: '{name}' is what the storage itself keeps" in problem(run={"name": name})
+
+
+@pytest.mark.parametrize("alias", ["latest", "Latest", "v3"])
+def test_an_alias_that_mlflow_keeps_for_itself_is_refused_before_the_training(alias: str) -> None:
+    assert f"registry.alias: '{alias}' is a name that MLflow keeps" in problem(registry={"alias": alias})
+
+
+@pytest.mark.parametrize("name", ["", "a\nb", "\x00"])
+def test_an_experiment_is_printable(name: str) -> None:
+    assert "tracking.experiment: " in problem(tracking={"experiment": name})
+    assert build(tree(tracking={"experiment": "/Users/ann/olora"})).tracking.experiment == "/Users/ann/olora"
+
+
+def test_an_address_does_not_go_up() -> None:
+    message = problem(
+        run={"name": "a", "storage": "s3://bucket/a/../b"},
+        model={"name": "package://some/../../etc"},
+        data={"train": [{"path": "hf://../x"}]},
+    )
+    for field in ("run.storage", "model.name", "data.train.0.path"):
+        assert f"{field}: a URI cannot go up" in message
+
+
+def test_a_problem_is_told_in_the_words_of_the_config_not_of_pydantic() -> None:
+    message = problem(adapter={"targets": 3}, cluster={"gpus_per_worker": "some"}, train={"lr": []})
+    assert not any(word in message for word in ("tuple[", "literal[", "constrained", "Value error", "pydantic"))
+
+
+def test_all_problems_are_told_together() -> None:
+    message = problem(adapter={"rank": 0, "alpah": 3}, train={"lr": "fast"}, run={})
+    for field in ("adapter.rank", "adapter.alpah", "train.lr", "run.name"):
+        assert f"config: {field}: " in message
+
+
+def test_fields_that_are_words_of_python_are_spelled_as_in_the_file() -> None:
+    config = build(
+        tree(gate={"and": [{"metric": "eval/loss", "at_most": 2.0}]}, retrain={"from": "champion", "replay": 0.5})
+    )
+    assert config.gate.conditions[0].at_most == 2.0
+    assert flatten(config)["gate.and.0.at_most"] == 2.0
+    assert build(parse_yaml(dump(config), "dump")) == config
+    changed = override(config, {"gate.and.0.at_most": 1.5, "retrain.from": "base"})
+    assert (changed.gate.conditions[0].at_most, changed.retrain.origin) == (1.5, "base")
+
+
+def test_eval_and_eval_fraction_exclude_each_other() -> None:
+    source = [{"path": "a.jsonl"}]
+    assert "data.eval or data.eval_fraction, not both" in problem(
+        data={"train": source, "eval": source, "eval_fraction": 0.1}
+    )
+
+
+@pytest.mark.parametrize(("batch", "workers"), [(1, 2), (3, 4), (3, [2, 4])])
+def test_a_batch_with_less_than_a_sequence_a_worker_is_refused(batch: int, workers: Any) -> None:
+    message = problem(train={"global_batch": batch}, cluster={"workers": workers})
+    assert message.startswith(f"config: train.global_batch={batch} is smaller than cluster.workers=")
+
+
+@given(st.integers(1, 64), st.integers(1, 8), st.integers(1, 8))
+def test_accumulation_follows_from_the_batch(batch: int, micro: int, workers: int) -> None:
+    workers = min(workers, batch)
+    config = build(tree(train={"global_batch": batch, "micro_batch": micro}, cluster={"workers": workers}))
+    shares = [(w + 1) * batch // workers - w * batch // workers for w in range(workers)]
+    assert config.accumulation() == max(-(-share // micro) for share in shares)
+    assert config.accumulation(1) == -(-batch // micro)
+
+
+def test_the_workers_may_be_a_range() -> None:
+    assert (build(tree()).cluster.fewest(), build(tree()).cluster.most()) == (2, 2)
+    cluster = build(tree(cluster={"workers": [1, 4]})).cluster
+    assert (cluster.fewest(), cluster.most()) == (1, 4)
+
+
+@pytest.mark.parametrize("workers", [0, [0, 2], [1, 2, 3], "many", [1], True, [4, 1]])
+def test_workers_that_are_no_number_or_range_are_refused(workers: Any) -> None:
+    message = problem(cluster={"workers": workers})
+    assert (
+        message
+        == f"config: cluster.workers: expected a number of workers, or [min, max] with 1 <= min <= max, not {workers!r}"
+    )
+
+
+@pytest.mark.parametrize("text", ["1e-4", "1E-4", "1.0e-4", "0.0001", "1e+2", "-3e5", ".5"])
+def test_numbers_are_read_as_people_write_them(text: str) -> None:
+    assert parse_yaml(text, "here") == float(text)
+    assert parse_assignments([f"train.lr={text}"]) == {"train.lr": float(text)}
+
+
+@pytest.mark.parametrize("text", ["e4", "1e", "v1e-4", "1-e4"])
+def test_words_stay_words(text: str) -> None:
+    assert parse_yaml(text, "here") == text
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "run.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_broken_yaml_names_file_and_line(tmp_path: Path) -> None:
+    path = write(tmp_path, "run: {name: a}\nmodel: {name: m}\ndata: [\ntrain: ]: 3\n")
+    with pytest.raises(UserError, match=rf"{path}, line 4: not valid YAML"):
+        load(path)
+
+
+@pytest.mark.parametrize(("text", "kind"), [("", "NoneType"), ("- a\n", "list"), ("just words\n", "str")])
+def test_yaml_that_is_no_config_is_refused(tmp_path: Path, text: str, kind: str) -> None:
+    with pytest.raises(UserError, match=f"expected sections .* found {kind}"):
+        load(write(tmp_path, text))
+
+
+def test_a_section_that_is_left_empty_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path, "run: {name: a}\nmodel: {name: m}\ndata: {train: [{path: a}]}\ntrain:\n")
+    with pytest.raises(UserError, match=r"run\.yaml: train: "):
+        load(path)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nowhere\.yaml: No such file"):
+        load(tmp_path / "nowhere.yaml")
+    with pytest.raises(UserError, match="Is a directory"):
+        load(tmp_path)
+    (tmp_path / "latin.yaml").write_bytes(b"run: {name: \xe9}")
+    with pytest.raises(UserError, match=r"latin\.yaml: not UTF-8"):
+        load(tmp_path / "latin.yaml")
+
+
+def test_a_problem_in_a_file_names_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path, "run: {name: a}\nmodel: {name: m}\ndata: {train: [{path: a}]}\nadapter: {rnk: 3}\n")
+    with pytest.raises(UserError, match=rf"^{path}: adapter\.rnk: unknown field; did you mean adapter\.rank\?$"):
+        load(path)
+
+
+def test_assignments_change_fields_of_every_depth() -> None:
+    words = [
+        "adapter.rank=32",
+        "adapter.targets=[q_proj, v_proj]",
+        "data.train.0.weight=2",
+        "run.name=b",
+        "train.clip=",
+    ]
+    changed = override(build(tree()), parse_assignments(words))
+    assert changed.adapter.rank == 32
+    assert changed.adapter.targets == ("q_proj", "v_proj")
+    assert changed.data.train[0].weight == 2.0
+    assert changed.data.train[0].path == "a.jsonl"
+    assert changed.run.name == "b"
+    assert changed.train.clip is None
+
+
+def test_an_assignment_may_hold_equals_signs() -> None:
+    assert parse_assignments(["data.train.0.path=hf://a/b?split=train"]) == {
+        "data.train.0.path": "hf://a/b?split=train"
+    }
+
+
+@pytest.mark.parametrize("word", ["rank=3", "adapter.rank", "=3", "adapter"])
+def test_a_word_that_is_no_assignment_is_named(word: str) -> None:
+    with pytest.raises(UserError, match=f"argument {word!r}: expected section.field=value"):
+        parse_assignments([word])
+
+
+def test_a_broken_value_names_the_argument() -> None:
+    with pytest.raises(UserError, match=r"argument 'adapter.rank=\[3'.*not valid YAML"):
+        parse_assignments(["adapter.rank=[3"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"adapter.rnk": 3}, "did you mean adapter.rank?"),
+        ({"adapter.rank": "x"}, "adapter.rank: "),
+        ({"data.train.1.path": "b"}, "data.train.1.path: '1' has no fields to set"),
+        ({"data.train.7": "b"}, "data.train.7: the list has 1 entries, counted from 0"),
+        ({"run.name.first": "b"}, "run.name.first: 'name' has no fields to set"),
+        ({"train.global_batch": 1}, "train.global_batch=1 is smaller"),
+    ],
+)
+def test_a_change_is_validated_like_a_file(changes: dict[str, Any], expected: str) -> None:
+    with pytest.raises(UserError) as caught:
+        override(build(tree()), changes)
+    assert expected in str(caught.value)
+
+
+def test_an_override_leaves_the_original_alone() -> None:
+    config = build(tree())
+    override(config, {"adapter.rank": 3, "data.train.0.path": "b"})
+    assert config == build(tree())
+    with pytest.raises(ValueError, match="frozen"):
+        config.adapter.rank = 3  # type: ignore[misc]
+
+
+words = st.text(st.characters(exclude_categories=("C", "Zl", "Zp")), min_size=1, max_size=12)
+configs = st.builds(
+    lambda rank, lr, targets, uri, fields, name: build(
+        tree(
+            adapter={"rank": rank, "targets": targets},
+            train={"lr": lr},
+            tracking={"uri": uri},
+            run={"name": name},
+            data={"train": [{"path": "ä: #x.jsonl", "fields": fields}, {"path": "b", "format": "text"}], "eval": []},
+        )
+    ),
+    rank=st.integers(1, 512),
+    lr=st.floats(1e-12, 10.0),
+    targets=st.one_of(st.just("all-linear"), st.lists(words, min_size=1, max_size=3)),
+    uri=st.one_of(st.none(), words),
+    fields=st.dictionaries(words, words, max_size=3),
+    name=st.sampled_from(["a", "1e-4", "007", "null", "yes", "2026.1"]),
+)
+
+
+@given(configs)
+def test_a_dump_is_read_back_to_an_equal_config(config: Config) -> None:
+    assert build(parse_yaml(dump(config), "dump")) == config
+    assert build(yaml.safe_load(dump(config))) == config  # and by any other YAML reader
+
+
+@given(configs)
+def test_the_flat_form_names_every_value(config: Config) -> None:
+    flat = flatten(config)
+    assert flat["adapter.rank"] == config.adapter.rank
+    assert flat["data.train.1.format"] == "text"
+    assert flat["train.lr"] == config.train.lr
+    assert all(not isinstance(value, dict) or not value for value in flat.values())
+    # What it names can be set: the flat form of a config makes that config from any other.
+    smallest = build(tree(data={"train": [{"path": "x"}, {"path": "y"}]}))
+    settable = {name: value for name, value in flat.items() if not name.startswith("data.train.0.fields")}
+    rebuilt = flatten(override(smallest, settable))
+    assert {name: value for name, value in rebuilt.items() if name in settable} == settable
+
+
+def fields_of(section: type[BaseModel]) -> list[str]:
+    names = []
+    for name, field in section.model_fields.items():
+        names.append(name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            names.extend(fields_of(field.annotation))
+    return names
+
+
+def test_help_lists_every_field_with_its_words_and_default() -> None:
+    text = help_text()
+    words = {line.split()[0].rstrip(":") for line in text.splitlines()}
+    aliases = {"conditions": "and", "origin": "from"}
+    names = {aliases.get(name, name) for name in (*fields_of(Config), *fields_of(Source), *fields_of(Condition))}
+    assert names <= words
+    assert "None [" not in text.replace("[None]", "")
+    assert "rank               Rank r of the update. [16]" in text
+
+
+def test_every_field_is_explained() -> None:
+    for section in (Config, *(field.annotation for field in Config.model_fields.values()), Source):
+        assert isinstance(section, type)
+        assert issubclass(section, BaseModel)
+        if section is not Config:
+            assert all(field.description for field in section.model_fields.values()), section
+
+
+def test_the_scale_is_that_of_lora_or_rank_stabilised() -> None:
+    assert build(tree(adapter={"rank": 16, "alpha": 8})).adapter.scale() == 0.5
+    assert build(tree(adapter={"rank": 16, "alpha": 8, "rank_stabilized": True})).adapter.scale() == 2.0

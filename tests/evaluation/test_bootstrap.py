@@ -1,0 +1,79 @@
+"""The bootstrap of a paired difference keeps the laws that such an interval has."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from olora_ray.evaluation import bootstrap
+from olora_ray.evaluation.bootstrap import difference
+
+VALUES = st.lists(st.tuples(*[st.floats(-10, 10)] * 2, st.floats(0.1, 10)), min_size=1, max_size=30)
+
+
+def columns(rows: list[tuple[float, float, float]]) -> tuple[list[float], list[float], list[float]]:
+    ours, theirs, weights = zip(*rows, strict=True)
+    return list(ours), list(theirs), list(weights)
+
+
+@given(VALUES)
+def test_bounds_surround_the_middle_of_the_draws_and_swapping_turns_the_sign(
+    rows: list[tuple[float, float, float]],
+) -> None:
+    ours, theirs, weights = columns(rows)
+    there, back = difference(ours, theirs, weights, draws=200), difference(theirs, ours, weights, draws=200)
+    assert there.mean == pytest.approx(np.average(np.subtract(ours, theirs), weights=weights), abs=1e-9)
+    assert there.low <= there.high
+    assert (there.mean, there.low, there.high) == pytest.approx((-back.mean, -back.high, -back.low), abs=1e-9)
+
+
+@given(VALUES, st.floats(-5, 5))
+def test_a_row_that_is_hard_for_both_changes_nothing(rows: list[tuple[float, float, float]], shift: float) -> None:
+    ours, _, weights = columns(rows)
+    found = difference(ours, [value - shift for value in ours], weights, draws=50)
+    assert (found.mean, found.low, found.high) == pytest.approx((shift, shift, shift), abs=1e-9)
+
+
+@given(VALUES, st.floats(0.5, 20))
+def test_only_the_proportions_of_weights_count(rows: list[tuple[float, float, float]], factor: float) -> None:
+    ours, theirs, weights = columns(rows)
+    first = difference(ours, theirs, weights, draws=100)
+    second = difference(ours, theirs, [weight * factor for weight in weights], draws=100)
+    assert (first.mean, first.low, first.high) == pytest.approx((second.mean, second.low, second.high), abs=1e-9)
+
+
+def test_the_same_arguments_give_the_same_bits_however_many_rows_are_drawn_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rng = np.random.default_rng(1)
+    ours, theirs = rng.normal(size=(2, 57)).tolist()
+    whole = difference(ours, theirs)
+    assert whole == difference(ours, theirs)
+    assert whole != difference(ours, theirs, seed=1)
+    monkeypatch.setattr(bootstrap, "DRAWN", 100)
+    assert difference(ours, theirs) == whole
+
+
+def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(2)
+    covered = 0
+    for seed in range(200):
+        hard = rng.normal(scale=5.0, size=80)  # for both: must not widen the interval
+        ours, theirs = hard + 0.3 + rng.normal(size=80), hard + rng.normal(size=80)
+        found = difference(ours.tolist(), theirs.tolist(), level=0.9, draws=400, seed=seed)
+        covered += found.low <= 0.3 <= found.high
+        assert found.high - found.low < 1.0
+    assert 165 <= covered <= 194  # 180 expected, 4 standard deviations each way, less the bootstrap's own optimism
+
+
+def test_a_curve_is_applied_to_the_means_not_to_the_rows() -> None:
+    found = difference([1.0, 3.0], [0.0, 2.0], of=np.exp)
+    assert found.mean == pytest.approx(np.exp(2.0) - np.exp(1.0))
+    assert found.low == pytest.approx(np.exp(1.0) - np.exp(0.0))  # only the first row drawn
+    assert found.high == pytest.approx(np.exp(3.0) - np.exp(2.0))
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [([], []), ([1.0], [1.0, 2.0])])
+def test_rows_without_a_partner_are_refused(ours: list[float], theirs: list[float]) -> None:
+    with pytest.raises(ValueError):
+        difference(ours, theirs)

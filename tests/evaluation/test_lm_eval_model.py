@@ -1,0 +1,46 @@
+"""lm-eval over requests that were taken apart and put together again says what lm-eval says by itself."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from olora_ray.config.schema import build
+from olora_ray.evaluation import lm_eval_tasks, pool
+from olora_ray.model.source import BaseModel
+from tests.evaluation import harness, sets
+from tests.pipelines import project
+
+pytest.importorskip("lm_eval")
+NAMES = ("arc_easy", "boolq")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("harness")
+    return project.make_model(folder / "model"), sets.write(folder / "sets")
+
+
+def in_turn(make: Callable[[], Any], works: Sequence[Any], *_: Any) -> list[Any]:
+    """What Ray's actors do, one work after the other and the last one first."""
+    worker = make()
+    return list(reversed([worker(work) for work in reversed(works)]))
+
+
+def test_every_number_is_the_same(folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("olora_ray.evaluation.lm_eval_model.PIECE", 5)
+    monkeypatch.setattr(pool, "spread", in_turn)
+    monkeypatch.setattr(pool, "device", lambda: torch.device("cpu"))
+    model, data = folders
+    settings = build(project.settings(tmp_path, model))
+    loaded = lm_eval_tasks.load(NAMES, str(data), print)
+    found = lm_eval_tasks.run(loaded, 7, BaseModel(str(model), str(model), ""), None, settings, print)
+    expected = harness.by_lm_eval(model, data, tmp_path, NAMES, 7)
+    for name, item in found.items():
+        assert set(item.metrics) == ({"acc", "acc_norm"} if name == "arc_easy" else {"acc"})
+        for metric, value in item.metrics.items():
+            assert value == expected[name][f"{metric},none"]
+            assert item.stderr[metric] == expected[name][f"{metric}_stderr,none"]
+            assert sum(item.values[metric]) / 7 == pytest.approx(value)

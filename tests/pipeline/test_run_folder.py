@@ -1,0 +1,176 @@
+"""A run's folder belongs to one config."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from olora_ray.common.errors import UserError
+from olora_ray.config.schema import Config, load, override
+from olora_ray.pipeline.run_folder import RunFolder
+from tests import tiny
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    return tiny.config(run__name="mine", run__storage=str(tmp_path / "runs"))
+
+
+def begin(config: Config) -> RunFolder:
+    """A run that has trained for a while."""
+    folder = RunFolder(config)
+    folder.check()
+    folder.claim()
+    (Path(folder.checkpoints) / "step-0000000").mkdir(parents=True)
+    return folder
+
+
+def test_a_claim_keeps_the_config(config: Config) -> None:
+    folder = RunFolder(config)
+    folder.claim()
+    assert load(folder.settings) == config
+    assert folder.root == f"{config.run.storage}/mine"
+
+
+def test_a_check_leaves_nothing_behind(config: Config) -> None:
+    RunFolder(config).check()
+    assert list(Path(config.run.storage).iterdir()) == []
+
+
+def test_the_same_config_may_go_on(config: Config) -> None:
+    begin(config)
+    RunFolder(config).check()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("train.lr", 0.5),
+        ("adapter.rank", 8),
+        ("model.name", "another"),
+        ("data.train.0.path", "other.jsonl"),
+        ("run.seed", 4),
+        ("train.steps", 7),
+        ("adapter.targets", ["q_proj"]),
+        ("data.eval", [{"path": "e.jsonl"}]),
+    ],
+)
+def test_a_name_with_other_settings_is_refused(config: Config, field: str, value: Any) -> None:
+    begin(config)
+    with pytest.raises(UserError) as caught:
+        RunFolder(override(config, {field: value})).check()
+    message = str(caught.value)
+    assert message.startswith("run.name: 'mine' exists with other settings (")
+    assert field in message
+    assert "choose another run.name or delete" in message
+    assert load(RunFolder(config).settings) == config
+
+
+def test_the_old_and_the_new_value_are_shown(config: Config) -> None:
+    begin(config)
+    with pytest.raises(UserError, match=r"adapter\.rank was 4, is 8"):
+        RunFolder(override(config, {"adapter.rank": 8})).check()
+
+
+def test_a_run_that_never_trained_does_not_hold_its_name(config: Config) -> None:
+    RunFolder(config).claim()
+    RunFolder(override(config, {"adapter.rank": 8})).check()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("cluster.max_failures", 0), ("tracking.experiment", "x"), ("registry.model", "m"), ("train.keep", 5)],
+)
+def test_what_does_not_change_the_numbers_may_change(config: Config, field: str, value: Any) -> None:
+    begin(config)
+    changed = override(config, {field: value})
+    RunFolder(changed).check()
+    RunFolder(changed).claim()
+    assert load(RunFolder(config).settings) == changed
+
+
+def test_a_storage_that_cannot_be_written_is_named(config: Config, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    storage = str(tmp_path / "file" / "runs")
+    with pytest.raises(UserError, match=rf"run\.storage: {storage} cannot be written: "):
+        RunFolder(override(config, {"run.storage": storage})).check()
+
+
+def test_a_folder_with_a_config_that_does_not_read_is_refused(config: Config) -> None:
+    folder = begin(config)
+    Path(folder.settings).write_text("run: {nam: x}\n")
+    with pytest.raises(UserError, match=r"config\.yaml: run\.nam: unknown field"):
+        folder.check()
+
+
+def test_exports_count_for_the_step_they_were_made_of(config: Config) -> None:
+    folder = RunFolder(config)
+    assert folder.exported(6) is None
+    folder.write_parity({"step": 6, "ok": True})
+    assert folder.exported(6) == {"step": 6, "ok": True}
+    assert folder.exported(4) is None
+    folder.write_parity({"step": 6, "ok": False})
+    assert folder.exported(6) is None
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "\xff"])
+def test_a_damaged_note_of_ours_counts_as_missing(config: Config, text: str) -> None:
+    folder = RunFolder(config)
+    folder.claim()
+    for place in ("result.json", "tracking.json", "export/parity.json"):
+        file = Path(folder.root) / place
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(text.encode("latin-1"))
+    assert folder.exported(6) is None
+    assert folder.tracking_run("sqlite:///a.db") is None
+    assert folder.finished() is None
+
+
+def test_the_result_marks_the_end(config: Config) -> None:
+    folder = RunFolder(config)
+    folder.claim()
+    assert folder.finished() is None
+    folder.write_result({"eval/loss": 0.25, "version": None})
+    assert folder.finished() == {"eval/loss": 0.25, "version": None}
+
+
+def test_the_tracking_run_is_remembered_for_its_server(config: Config) -> None:
+    folder = RunFolder(config)
+    assert folder.tracking_run("sqlite:///a.db") is None
+    folder.keep_tracking_run("sqlite:///a.db", "run-1")
+    assert folder.tracking_run("sqlite:///a.db") == "run-1"
+    assert folder.tracking_run("http://elsewhere") is None
+
+
+def test_writing_leaves_no_other_files(config: Config) -> None:
+    folder = RunFolder(config)
+    folder.claim()
+    folder.write_result({})
+    assert sorted(path.name for path in Path(folder.root).iterdir()) == ["config.yaml", "result.json"]
+
+
+@pytest.mark.parametrize("inner", ["", "checkpoints", "export", "export/merged"])
+def test_a_link_out_of_the_storage_is_refused(config: Config, tmp_path: Path, inner: str) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    link = Path(config.folder()) / inner
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to(elsewhere)
+    with pytest.raises(UserError, match=rf"run\.storage: {link} is a link that leads out of it"):
+        RunFolder(config).check()
+    assert list(elsewhere.iterdir()) == []
+
+
+def test_the_storage_itself_may_be_a_link(config: Config, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    Path(config.run.storage).symlink_to(tmp_path / "disk")
+    begin(config)
+    RunFolder(config).check()
+
+
+def test_a_password_in_the_address_of_mlflow_is_not_kept(config: Config) -> None:
+    folder, uri = RunFolder(config), "postgresql://ann:c4n4ry@db/mlflow"
+    folder.keep_tracking_run(uri, "abc")
+    assert folder.tracking_run(uri) == "abc"
+    assert folder.tracking_run("postgresql://ann:c4n4ry@other/mlflow") is None
+    assert all("c4n4ry" not in file.read_text() for file in Path(folder.root).rglob("*") if file.is_file())

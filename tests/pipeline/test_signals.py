@@ -1,0 +1,57 @@
+"""Signals: a wish while somebody listens, an end at once elsewhere."""
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+
+import pytest
+
+from olora_ray.common.errors import Stopped
+from olora_ray.pipeline.signals import Stop
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_at_once(number: signal.Signals, code: int) -> None:
+    with Stop(), pytest.raises(Stopped) as caught:
+        os.kill(os.getpid(), number)
+    assert caught.value.exit_code == code
+    assert str(caught.value) == f"stopped ({number.name}); the same command goes on with what is done"
+
+
+def test_while_training_the_first_is_a_wish_and_the_second_an_end() -> None:
+    with Stop() as stop:
+        stop.gentle = True
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.asked == "SIGTERM"
+        granted = stop.stopped("stopped after step 3 of 8")
+        assert str(granted) == "stopped after step 3 of 8 (SIGTERM); the same command goes on from there"
+        assert granted.exit_code == 143
+        with pytest.raises(Stopped):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_the_handlers_of_before_come_back() -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    with Stop():
+        assert signal.getsignal(signal.SIGTERM) != before[0]
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+def test_no_library_can_take_it_for_an_error() -> None:
+    assert not issubclass(Stopped, Exception)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_wait_for_ray(number: signal.Signals, ray_with: Callable[[int], None]) -> None:
+    """Ray drops an exception of a handler while it waits, unless it is a KeyboardInterrupt."""
+    import ray
+
+    ray_with(1)
+    never = ray.remote(num_cpus=64)(lambda: None).remote()
+    timer = threading.Timer(1.0, os.kill, (os.getpid(), number))
+    timer.start()
+    with pytest.raises(Stopped) as caught, Stop():
+        ray.get(never, timeout=30)
+    assert caught.value.exit_code == 128 + number

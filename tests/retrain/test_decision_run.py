@@ -1,0 +1,91 @@
+"""Decisions in a real MLflow: each once, whatever was cut off."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow.entities.model_registry import ModelVersion
+
+from olora_ray.config.schema import Config
+from olora_ray.retrain import decision_run
+from olora_ray.retrain.changes import AGAINST
+from olora_ray.tracking import run as tracking
+from olora_ray.tracking.aliases import GATE
+from olora_ray.tracking.client import connect
+from tests import tiny
+
+DETAILS = {
+    "challenger": {"eval/loss": 1.0},
+    "champion": {"eval/loss": 1.5},
+    "improvement": {"mean": 0.5, "low": 0.25, "high": 0.75},
+}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    storage = str(tmp_path_factory.mktemp("record"))
+    return tiny.config(run__storage=storage, tracking__uri=f"sqlite:///{storage}/mlflow.db", registry__model="m")
+
+
+@pytest.fixture(scope="module")
+def add(config: Config) -> Callable[..., ModelVersion]:
+    """A version with tags, without files."""
+    tracking.start(config, "other", {}).end()
+    client = connect(tracking.resolve_uri(config))
+    client.create_registered_model("m")
+
+    def version(**tags: str) -> ModelVersion:
+        both = {AGAINST: "1", decision_run.DETAILS: json.dumps(DETAILS), decision_run.RECORDED: "", **tags}
+        return client.create_model_version("m", "/nowhere", tags=both)
+
+    return version
+
+
+def runs(config: Config, version: ModelVersion) -> list[Any]:
+    client = connect(tracking.resolve_uri(config))
+    experiment = client.get_experiment_by_name("olora").experiment_id
+    return list(client.search_runs([experiment], f"tags.`olora.challenger` = 'm/{version.version}'"))
+
+
+def again(config: Config, version: ModelVersion) -> ModelVersion:
+    return connect(tracking.resolve_uri(config)).get_model_version("m", version.version)
+
+
+def test_a_verdict_is_recorded_once_with_its_numbers(config: Config, add: Callable[..., ModelVersion]) -> None:
+    version = add(**{GATE: "refused: eval/loss: worse"})
+    decision_run.of_version(config, version)
+    decision_run.of_version(config, again(config, version))
+    (run,) = runs(config, version)
+    assert run.info.status == "FINISHED"
+    assert (run.data.tags["olora.decision"], run.data.tags["olora.reason"]) == ("refused", "eval/loss: worse")
+    assert run.data.tags["olora.champion"] == "m/1"
+    assert run.data.tags["olora.interval"] == "0.500000 [0.250000, 0.750000]"
+    assert run.data.metrics["improvement/low"] == 0.25
+    assert run.data.metrics["champion/eval/loss"] == 1.5
+    assert f"#/models/m/versions/{version.version}" in run.data.tags["mlflow.note.content"]
+
+
+def test_a_record_that_was_cut_off_is_completed(
+    config: Config, add: Callable[..., ModelVersion], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = add(**{GATE: "passed: better"})
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tracking.Tracker, "text", killed)
+        with pytest.raises(KeyboardInterrupt):
+            decision_run.of_version(config, version)
+    decision_run.of_version(config, again(config, version))
+    (run,) = runs(config, version)
+    assert (run.info.status, run.data.tags["olora.decision"]) == ("FINISHED", "promoted")
+    assert Path(run.info.artifact_uri, "decision.json").is_file()
+
+
+def test_what_no_gate_has_decided_is_not_recorded(config: Config, add: Callable[..., ModelVersion]) -> None:
+    version = add()
+    decision_run.of_version(config, version)
+    assert runs(config, version) == []

@@ -1,0 +1,110 @@
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from olora_ray.sweep.report import style, write
+from olora_ray.sweep.report.figures import FIGURES
+from tests import browser
+from tests.sweep.odd import NASTY, ODD
+from tests.sweep.searches import realistic
+
+FILES = {"report.html", "leaderboard.json", *(f"{name}.png" for name in FIGURES)}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("report")
+    write.write(realistic(), str(made))
+    return made
+
+
+def test_all_files_are_written_to_a_path_or_uri(tmp_path: Path) -> None:
+    written = write.write(ODD["one trial"], f"file://{tmp_path}/search")
+    assert set(written) == {f"file://{tmp_path}/search/{name}" for name in FILES}
+    assert {file.name for file in (tmp_path / "search").iterdir()} == FILES
+
+
+def test_the_leaderboard_is_the_record(folder: Path) -> None:
+    content = json.loads((folder / "leaderboard.json").read_text())
+    assert [trial["number"] for trial in content["trials"]][:2] == [11, 7]
+
+
+def test_the_page_needs_nothing_else(folder: Path) -> None:
+    page = (folder / "report.html").read_text()
+    addresses = re.findall(r"""(?:src|href|url|@import)\s*[=(]?\s*["']?([^"'\s)>]+)""", page)
+    assert len([address for address in addresses if address.startswith("data:image/png;base64,")]) == len(FIGURES)
+    assert "http://" not in page
+    assert "https://" not in page
+    assert "default-src 'none'" in page
+
+
+def test_text_of_trials_cannot_become_html() -> None:
+    page = write.html(ODD["nasty text"], {})
+    assert page.count("<script>") == 1  # the page's own
+    assert "&lt;script&gt;alert(&#x27;x&#x27;)&lt;/script&gt; &amp; &quot;$a$" in page
+    assert NASTY not in page
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_every_search_has_a_page_with_all_its_trials(name: str) -> None:
+    page = write.html(ODD[name], {})
+    assert page.count("<tr") == 1 + len(ODD[name].trials)
+
+
+# Runs after the page's own script: marks what was loaded, clicks on a column, and writes what came of it.
+PROBE = """<script>addEventListener("load", () => {
+  document.querySelectorAll("img").forEach(image => image.dataset.width = image.naturalWidth);
+  const order = () => [...document.querySelectorAll("tbody tr")].map(row => parseInt(row.cells[0].textContent));
+  const head = [...document.querySelectorAll("th button")].find(button => button.textContent === "COLUMN");
+  head.click(); document.body.dataset.up = order();
+  head.click(); document.body.dataset.down = order();
+});</script>"""
+
+
+def probed(folder: Path, tmp_path: Path, column: str) -> str:
+    copy = tmp_path / "probed.html"
+    copy.write_text(
+        (folder / "report.html").read_text().replace("</body>", PROBE.replace("COLUMN", column) + "</body>")
+    )
+    return browser.dom(copy.as_uri())
+
+
+def test_a_browser_shows_all_figures_and_sorts_the_table(folder: Path, tmp_path: Path) -> None:
+    dom = probed(folder, tmp_path, "lr")
+    widths = [int(width) for width in re.findall(r'data-width="(\d+)"', dom)]
+    assert len(widths) == len(FIGURES)
+    assert min(widths) > 900
+    rates = [trial.params["train.lr"] for trial in realistic().trials]
+    by_rate = sorted(range(len(rates)), key=rates.__getitem__)
+    assert re.search(r'data-up="([\d,]+)"', dom).group(1) == ",".join(map(str, by_rate))  # type: ignore[union-attr]
+    assert re.search(r'data-down="([\d,]+)"', dom).group(1) == ",".join(map(str, by_rate[::-1]))  # type: ignore[union-attr]
+
+
+def test_cells_without_a_value_stay_last(folder: Path, tmp_path: Path) -> None:
+    dom = probed(folder, tmp_path, "eval/loss")
+    for way in ("up", "down"):
+        order = re.search(rf'data-{way}="([\d,]+)"', dom).group(1).split(",")  # type: ignore[union-attr]
+        assert order[-1] == "9"  # the failed one
+    assert order[0] == "5"  # the worst first
+
+
+def test_the_screenshot_shows_the_page_and_its_best_trial(folder: Path, tmp_path: Path) -> None:
+    shot = tmp_path / "report.png"
+    browser.screenshot((folder / "report.html").as_uri(), shot, width=1400, height=2400)
+    painted = imread(shot)[..., :3]
+    assert painted.shape == (2400, 1400, 3)
+    orange = np.array([int(style.BEST[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+    best = np.abs(painted - orange).max(axis=-1) < 0.03
+    # The value in the header, the line through both wide figures, the ring around the point below.
+    for name, top, bottom in (
+        ("header", 100, 400),
+        ("parallel", 400, 920),
+        ("curves", 920, 1450),
+        ("rate", 1450, 1900),
+    ):
+        assert best[top:bottom].sum() > 30, name
+    assert len(np.unique((painted * 15).astype(int).reshape(-1, 3), axis=0)) > 60

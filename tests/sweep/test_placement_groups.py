@@ -1,0 +1,41 @@
+"""Placement groups that outlive their maker are given back; those in use are left alone."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from olora_ray.sweep.placement_groups import free_abandoned
+
+pytestmark = pytest.mark.ray
+
+
+def test_only_groups_of_dead_actors_are_freed(ray_with: Callable[[int], None]) -> None:
+    import ray
+    from ray.util.placement_group import placement_group
+
+    ray_with(3)
+
+    class Controller:
+        def take(self) -> bool:
+            self.group = placement_group([{"CPU": 1}])
+            return bool(self.group.wait(30))
+
+    maker: Any = ray.remote(Controller)
+    dies, lives = maker.options(num_cpus=0).remote(), maker.options(num_cpus=0).remote()
+    ours = placement_group([{"CPU": 1}])
+    assert ours.wait(30)
+    assert ray.get([dies.take.remote(), lives.take.remote()]) == [True, True]
+    assert free_abandoned() == 0
+    ray.kill(dies)
+    wait_for(lambda: free_abandoned() == 1)
+    assert free_abandoned() == 0
+    wait_for(lambda: ray.available_resources().get("CPU", 0) == 1)
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)

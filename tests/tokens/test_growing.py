@@ -1,0 +1,246 @@
+"""A store is read while it is made."""
+
+import pickle
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from olora_ray.common.errors import UserError
+from olora_ray.config.schema import Config
+from olora_ray.data.tokenize import TokenizerSpec
+from olora_ray.tokens import totals, writer
+from olora_ray.tokens.store import Pack, TokenStore, begin, prepare
+from tests.tokens import helpers
+from tests.tokens.helpers import content, rows, silent
+
+LIMIT = 60.0
+"""Seconds after which a test counts as hung."""
+
+
+def same(one: Pack, other: Pack) -> bool:
+    return (
+        one.segments == other.segments
+        and (one.input_ids == other.input_ids).all()
+        and bool((one.supervised == other.supervised).all())
+    )
+
+
+@pytest.fixture
+def made(corpus: Config, tiny_spec: TokenizerSpec, tmp_path: Path) -> TokenStore:
+    """The complete store, in another place."""
+    run = corpus.run.model_copy(update={"storage": str(tmp_path / "made")})
+    return prepare(corpus.model_copy(update={"run": run}), tiny_spec, "train", silent)
+
+
+def put(made: TokenStore, store: TokenStore, *names: str) -> None:
+    """Let files of the complete store arrive."""
+    folder = Path(store.uri)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        (folder / name).write_bytes(Path(made.uri, name).read_bytes())
+
+
+def test_what_is_there_at_the_front_is_known(corpus: Config, tiny_spec: TokenizerSpec, made: TokenStore) -> None:
+    preparation = begin(corpus, tiny_spec, "train", silent)
+    store = preparation.store
+    assert (preparation.complete, preparation.done, preparation.problem) == (False, False, None)
+    assert (store.complete, store.known, store.packs, store.shard_count) == (False, 0, None, 12)
+    assert store.digest == made.digest
+    sizes = [shard.packs for shard in made.manifest.shards]
+    for names, shards in (
+        (["shard-00000.arrow"], 0),  # not finished
+        (["shard-00000.json"], 1),
+        (["shard-00002.arrow", "shard-00002.json"], 1),  # not at the front
+        (["shard-00001.arrow", "shard-00001.json"], 3),
+    ):
+        put(made, store, *names)
+        store.refresh()
+        assert (store.known_shards, store.known) == (shards, sum(sizes[:shards]))
+    known = range(store.known)
+    assert all(same(store[index], made[index]) for index in known)
+    assert store.supervised(known) == made.supervised(known)
+    assert [store.origins(index) for index in known] == [made.origins(index) for index in known]
+    assert store.place(sizes[0]) == (1, 0, sizes[1])
+    with pytest.raises(IndexError):
+        store[store.known]
+    with pytest.raises(AssertionError):
+        len(store)
+    with pytest.raises(UserError, match="not complete"):
+        _ = store.manifest
+
+
+def test_a_growing_store_travels_and_becomes_complete(
+    corpus: Config, tiny_spec: TokenizerSpec, made: TokenStore
+) -> None:
+    store = begin(corpus, tiny_spec, "train", silent).store
+    put(made, store, "shard-00000.arrow", "shard-00000.json")
+    store.refresh()
+    elsewhere: TokenStore = pickle.loads(pickle.dumps(store))
+    assert (elsewhere.known, elsewhere.digest, elsewhere.shard_count) == (store.known, store.digest, 12)
+    put(made, store, *(name for name in content(made.uri) if name != "manifest.json"))
+    elsewhere.refresh()
+    assert (elsewhere.packs, elsewhere.complete, len(elsewhere)) == (len(made), False, len(made))
+    put(made, store, "manifest.json")
+    elsewhere.refresh()
+    assert elsewhere.complete
+    assert elsewhere.manifest.shards == made.manifest.shards
+    assert all(same(elsewhere[index], made[index]) for index in range(len(made)))
+    assert pickle.loads(pickle.dumps(elsewhere)).complete
+
+
+def test_a_store_that_is_being_repaired_counts_as_growing(
+    corpus: Config, tiny_spec: TokenizerSpec, small_shards: None
+) -> None:
+    complete = prepare(corpus, tiny_spec, "train", silent)
+    Path(complete.uri, "shard-00003.arrow").unlink()
+    preparation = begin(corpus, tiny_spec, "train", silent)
+    store = preparation.store
+    assert (preparation.complete, store.complete, store.known_shards) == (False, False, 3)
+    assert all(same(store[index], complete[index]) for index in range(store.known))
+    preparation.run()
+    store.refresh()
+    assert store.complete
+    assert same(store[len(store) - 1], complete[len(store) - 1])
+
+
+def test_start_gives_the_same_store_as_prepare(corpus: Config, tiny_spec: TokenizerSpec, made: TokenStore) -> None:
+    preparation = begin(corpus, tiny_spec, "train", silent)
+    preparation.start()
+    preparation.join()
+    assert preparation.done
+    assert preparation.store.manifest.packs == len(made)
+    assert content(preparation.store.uri) == content(made.uri)
+    again = begin(corpus, tiny_spec, "train", silent)
+    assert again.complete
+    assert again.done
+    assert again.store.complete
+    again.run()
+
+
+def test_a_stopped_preparation_is_finished_by_the_next(
+    corpus: Config, tiny_spec: TokenizerSpec, made: TokenStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    preparation = begin(corpus, tiny_spec, "train", silent)
+    make = writer.make_shard
+
+    def slow(job: writer.Job, number: int) -> dict[str, Any]:
+        if number == 4:
+            preparation.stop()
+        return make(job, number)
+
+    monkeypatch.setattr(writer, "make_shard", slow)
+    preparation.start()
+    preparation.join()
+    assert preparation.done
+    assert preparation.problem is None
+    wanted = {name for n in range(5) for name in (f"shard-{n:05d}.arrow", f"shard-{n:05d}.json")}
+    assert set(content(preparation.store.uri)) == wanted
+    monkeypatch.undo()
+    monkeypatch.setattr("olora_ray.tokens.plan.SHARD_ROWS", (64, 64))
+    lines: list[str] = []
+    assert content(prepare(corpus, tiny_spec, "train", lines.append).uri) == content(made.uri)
+    assert "5 of 12 shards are there already" in lines[0]
+
+
+def test_a_problem_ends_the_work_and_is_passed_on(tmp_path: Path, tiny_spec: TokenizerSpec, small_shards: None) -> None:
+    path = helpers.write_jsonl(tmp_path / "a.jsonl", [*rows(400), *[{"x": 1}] * 100])
+    preparation = begin(helpers.config(tmp_path / "runs", path), tiny_spec, "train", silent)
+    preparation.start()
+    with pytest.raises(UserError, match=r"of \d+ rows cannot be used"):
+        preparation.join()
+    assert preparation.done
+    assert isinstance(preparation.problem, UserError)
+    assert not preparation.store.complete
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("cpus_held", [0, 1], ids=["a free CPU", "no free CPU"])
+def test_a_reader_follows_ray_datas_shards(
+    cpus_held: int,
+    corpus: Config,
+    tiny_spec: TokenizerSpec,
+    made: TokenStore,
+    monkeypatch: pytest.MonkeyPatch,
+    ray_with: Callable[[int], None],
+) -> None:
+    import ray
+
+    monkeypatch.setattr(writer, "MAKE_HERE", 0)
+    ray_with(1)
+    group = ray.util.placement_group([{"CPU": 1}] if cpus_held else [{"memory": 1}])
+    assert group.wait(LIMIT)
+    threads = set(threading.enumerate())
+    preparation = begin(corpus, tiny_spec, "train", silent)
+    preparation.start(cpus_held)
+    store: TokenStore = pickle.loads(pickle.dumps(preparation.store))
+    deadline, seen, index = time.monotonic() + LIMIT, set(), 0
+    while not store.complete:
+        assert time.monotonic() < deadline, preparation.problem
+        store.refresh()
+        seen.add(store.known_shards)
+        for index in range(index, store.known):  # noqa: B020 - it goes on where it was
+            assert same(store[index], made[index])
+        time.sleep(0.02)
+    preparation.join()
+    assert index == len(made) - 1
+    assert len(seen) > 2  # it was there in parts
+    assert content(store.uri) == content(made.uri)
+    assert "tokens" not in {thread.name for thread in set(threading.enumerate()) - threads}
+
+
+@pytest.mark.ray
+def test_stopping_ray_datas_work_leaves_nothing_half_written(
+    corpus: Config,
+    tiny_spec: TokenizerSpec,
+    made: TokenStore,
+    monkeypatch: pytest.MonkeyPatch,
+    ray_with: Callable[[int], None],
+) -> None:
+    monkeypatch.setattr(writer, "MAKE_HERE", 0)
+    monkeypatch.setattr(totals, "SECONDS_BETWEEN_LINES", 0.0)
+    ray_with(1)
+    reached, stopped = threading.Event(), threading.Event()
+
+    def say(line: str) -> None:
+        """Holds the work at its first line about shards, however fast this machine is."""
+        if "of 12 shards" in line:
+            reached.set()
+            assert stopped.wait(LIMIT)
+
+    preparation = begin(corpus, tiny_spec, "train", say)
+    preparation.start()
+    assert reached.wait(LIMIT)
+    preparation.stop()
+    stopped.set()
+    preparation.join()
+    left = _settled(preparation.store.uri)
+    assert "manifest.json" not in left
+    assert left.items() <= content(made.uri).items()
+    assert _settled(prepare(corpus, tiny_spec, "train", silent).uri) == content(made.uri)
+
+
+def _settled(uri: str) -> dict[str, bytes]:
+    """The store's files once nothing is being written: a task that Ray Data began before the stop ends its shard.
+
+    It may begin its next file just after a look, so that one has to be followed by another that finds the same.
+    """
+    deadline, seen, calm = time.monotonic() + LIMIT, None, 0
+    while seen is None or calm < 5:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+        before, seen = seen, _look(uri)
+        calm = calm + 1 if seen is not None and seen == before else 0
+    return seen
+
+
+def _look(uri: str) -> dict[str, bytes] | None:
+    """The store's files; None while one of them is being written."""
+    try:
+        found = content(uri)
+    except FileNotFoundError:  # it got its final name meanwhile
+        return None
+    return None if any(name.endswith(".tmp") for name in found) else found

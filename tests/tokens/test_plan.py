@@ -1,0 +1,132 @@
+"""Weights, mixing and the draw of held-out rows."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from olora_ray.config.schema import Config
+from olora_ray.data.scan import scan
+from olora_ray.data.tokenize import TokenizerSpec
+from olora_ray.tokens import plan
+from olora_ray.tokens.store import prepare
+from tests.tokens import helpers
+
+
+def corpus(path: Path, letter: str, rows: int) -> Path:
+    return helpers.write_jsonl(path, [{"text": f"{letter}{n}"} for n in range(rows)])
+
+
+def text(path: Path, weight: float = 1.0) -> dict[str, Any]:
+    return {"path": str(path), "format": "text", "weight": weight}
+
+
+def rows(config: Config, spec: TokenizerSpec, split: Any = "train") -> list[str]:
+    return [
+        row.removeprefix("<s>").removesuffix("</s>")
+        for row in helpers.texts(prepare(config, spec, split, helpers.silent))
+    ]
+
+
+def test_a_weight_says_how_often_a_row_is_used(tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
+    a, b, c = (corpus(tmp_path / f"{letter}.jsonl", letter, 300) for letter in "abc")
+    config = helpers.config(tmp_path / "runs", text(a), text(b, 2.5), text(c, 0.25))
+    counts = Counter(rows(config, tiny_spec))
+    assert {counts[f"a{n}"] for n in range(300)} == {1}
+    assert Counter(counts[f"b{n}"] for n in range(300)) == {2: 150, 3: 150}
+    used = [n for n in range(300) if counts[f"c{n}"]]
+    assert len(used) == 75
+    assert set(np.diff(used)) == {4}
+
+
+def test_sources_are_mixed_evenly(tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
+    a, b = corpus(tmp_path / "a.jsonl", "a", 40_000), corpus(tmp_path / "b.jsonl", "b", 2_000)
+    config = helpers.config(tmp_path / "runs", text(a), text(b))
+    made = plan.make_plan(config, tiny_spec, "train", lambda found: [[scan(f, "") for f in files] for files in found])
+    assert len(made.shards) == round(42_000 / 4096)
+    shares = []
+    for pieces in made.shards:
+        sizes = Counter[int]()
+        for piece in pieces:
+            sizes[made.files[piece.file].source] += piece.unit.rows
+        assert 3500 < sum(sizes.values()) < 4700
+        shares.append(sizes[1] / sum(sizes.values()))
+    assert np.allclose(shares, 2 / 42, atol=0.02)
+
+
+def test_training_is_shuffled_and_evaluation_is_not(tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
+    a = corpus(tmp_path / "a.jsonl", "a", 2000)
+    config = helpers.config(tmp_path / "runs", text(a), eval=[text(a)], packing=False)
+    found = [int(row[1:]) for row in rows(config, tiny_spec)]
+    assert sorted(found) == list(range(2000))
+    assert abs(np.corrcoef(found, range(2000))[0, 1]) < 0.1
+    assert rows(config, tiny_spec, "eval") == [f"a{n}" for n in range(2000)]
+    other = helpers.config(tmp_path / "runs", text(a), packing=False, seed=18)
+    assert [int(row[1:]) for row in rows(other, tiny_spec)] != found
+
+
+def test_packs_are_not_sorted_by_length(tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
+    lengths = np.random.default_rng(0).integers(2, 120, 2000)
+    path = helpers.write_jsonl(tmp_path / "a.jsonl", [{"text": "x" * int(n)} for n in lengths])
+    store = prepare(helpers.config(tmp_path / "runs", text(path)), tiny_spec, "train", helpers.silent)
+    longest = [max(store[index].segments) for index in range(len(store))]
+    count = [len(store[index].segments) for index in range(len(store))]
+    assert abs(np.corrcoef(longest, range(len(store)))[0, 1]) < 0.15
+    assert abs(np.corrcoef(count, range(len(store)))[0, 1]) < 0.15
+    assert store.manifest.fill > 0.95
+
+
+def test_held_out_rows_are_drawn_from_seed_and_content_alone(tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
+    a = corpus(tmp_path / "a.jsonl", "a", 3000)
+    config = helpers.config(tmp_path / "runs", text(a), eval_fraction=0.1)
+    train, held_out = rows(config, tiny_spec), rows(config, tiny_spec, "eval")
+    assert sorted(train + held_out) == sorted(f"a{n}" for n in range(3000))
+    assert 240 < len(held_out) < 360
+    moved = corpus(tmp_path / "other/place.jsonl", "a", 3000)
+    extra = corpus(tmp_path / "b.jsonl", "b", 100)
+    again = helpers.config(tmp_path / "runs2", text(extra), text(moved, 2.0), eval_fraction=0.1)
+    kept = Counter(row for row in rows(again, tiny_spec) if row.startswith("a"))
+    assert set(kept) == set(train)
+    assert set(kept.values()) == {2}
+    assert {row for row in rows(again, tiny_spec, "eval") if row.startswith("a")} == set(held_out)
+    reseeded = helpers.config(tmp_path / "runs", text(a), eval_fraction=0.1, seed=1)
+    assert set(rows(reseeded, tiny_spec, "eval")) != set(held_out)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 18},
+        {"max_length": 127},
+        {"packing": False},
+        {"eval_fraction": 0.2},
+        {"train": "weight"},
+        {"train": "content"},
+        {"train": "fields"},
+        {"spec": "template"},
+    ],
+)
+def test_the_digest_covers_what_matters(change: dict[str, Any], tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
+    a, b = corpus(tmp_path / "a.jsonl", "a", 30), corpus(tmp_path / "b.jsonl", "b", 30)
+
+    def digest(source: dict[str, Any], spec: TokenizerSpec, **data: Any) -> str:
+        config = helpers.config(tmp_path / "runs", source, **data)
+        return plan.make_plan(
+            config, spec, "train", lambda found: [[scan(f, "") for f in files] for files in found]
+        ).digest()
+
+    base = digest(text(a), tiny_spec)
+    sources = {"weight": text(a, 2.0), "content": text(b), "fields": {**text(a), "fields": {"text": "body"}}}
+    source = sources.get(change.pop("train", ""), text(a))
+    spec = helpers.spec("{{ messages }}") if change.pop("spec", None) else tiny_spec
+    assert digest(source, spec, **change) != base
+
+
+def test_the_digest_does_not_cover_where_things_are(tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
+    a, b = corpus(tmp_path / "a.jsonl", "a", 30), corpus(tmp_path / "elsewhere/z.jsonl", "a", 30)
+    digests = set()
+    for path, runs in ((a, "one"), (b, "two")):
+        digests.add(prepare(helpers.config(tmp_path / runs, text(path)), tiny_spec, "train", helpers.silent).digest)
+    assert len(digests) == 1

@@ -1,0 +1,253 @@
+"""What a crash or a disk has damaged is made again with the same bytes, or named; it never gives wrong data."""
+
+import contextlib
+import multiprocessing
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from olora_ray.common import sealed
+from olora_ray.common.errors import UserError
+from olora_ray.config.schema import Config
+from olora_ray.data import scan
+from olora_ray.data.tokenize import TokenizerSpec
+from olora_ray.tokens import plan, shard, writer
+from olora_ray.tokens.store import TokenStore, begin, prepare
+from tests.tokens import helpers
+from tests.tokens.helpers import content, rows, silent
+from tests.tokens.test_growing import same
+
+Damage = dict[str, bytes | None]
+"""New content of files; None: the file is gone."""
+
+
+def kept(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("complete", [True, False])
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("shard-00003.json", "truncated"),
+        ("shard-00003.json", "changed"),
+        ("shard-00003.arrow", "truncated"),
+        ("shard-00003.arrow", "gone"),
+        ("manifest.json", "truncated"),
+        ("manifest.json", "changed"),
+        ("rejected.jsonl", "truncated"),
+        ("rejected.jsonl", "changed"),
+        ("rejected.jsonl", "gone"),
+    ],
+)
+def test_what_is_damaged_is_made_again_and_nothing_else(
+    name: str, damage: str, complete: bool, corpus: Config, tiny_spec: TokenizerSpec
+) -> None:
+    folder = Path(prepare(corpus, tiny_spec, "train", silent).uri)
+    expected, before = content(str(folder)), kept(folder)
+    if not complete:
+        (folder / "manifest.json").unlink()
+    path = folder / name
+    if path.exists():
+        text = path.read_bytes()
+        if damage == "gone":
+            path.unlink()
+        else:
+            # A digit becomes another: still JSON, but not what was written.
+            path.write_bytes(text[:-20] if damage == "truncated" else text.replace(b"1", b"2", 1))
+    lines: list[str] = []
+    store = prepare(corpus, tiny_spec, "train", lines.append)
+    warned = [line for line in lines if "damaged or lost" in line]
+    if complete and name == "shard-00003.json":  # nothing needs it while the manifest is good
+        assert warned == []
+        return
+    assert content(store.uri) == expected
+    changed = {file for file, at in kept(folder).items() if at != before[file]}
+    allowed = {name, "manifest.json", "rejected.jsonl"}
+    if name.startswith("shard"):
+        allowed |= {"shard-00003.arrow", "shard-00003.json"}
+    assert changed <= allowed
+    if complete or name.startswith("shard"):
+        assert len(warned) == 1
+        assert name in warned[0]
+
+
+def test_a_shard_that_is_not_what_it_was_is_refused(
+    corpus: Config, tiny_spec: TokenizerSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(prepare(corpus, tiny_spec, "train", silent).uri)
+    (folder / "shard-00003.arrow").unlink()
+    original = shard.file_bytes
+    monkeypatch.setattr(shard, "file_bytes", lambda table: original(table) + b" ")
+    for _ in range(2):  # now, and when the next run finds it
+        with pytest.raises(UserError, match=r"shard-00003\.arrow, made again, is not what it was"):
+            prepare(corpus, tiny_spec, "train", silent)
+
+
+def test_a_stricter_limit_holds_for_a_store_that_needs_repair(tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
+    path = helpers.write_jsonl(tmp_path / "a.jsonl", [*rows(50), {"x": 1}])
+    folder = prepare(helpers.config(tmp_path, path, max_rejected=0.5), tiny_spec, "train", silent).uri
+    Path(folder, "shard-00000.arrow").unlink()
+    with pytest.raises(UserError, match="1 of 51 rows cannot be used"):
+        prepare(helpers.config(tmp_path, path), tiny_spec, "train", silent)
+
+
+def test_a_shard_that_was_finished_meanwhile_is_taken(
+    corpus: Config, tiny_spec: TokenizerSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    preparation = begin(corpus, tiny_spec, "train", silent)  # sees nothing yet
+    folder = Path(prepare(corpus, tiny_spec, "train", silent).uri)
+    expected, before = content(str(folder)), kept(folder)
+    monkeypatch.setattr(shard, "build", lambda *arguments: pytest.fail("made again"))
+    preparation.run()
+    assert content(str(folder)) == expected
+    assert {name for name, at in kept(folder).items() if at != before[name]} <= {"manifest.json", "rejected.jsonl"}
+
+
+def _prepare_in_a_process(storage: str, source: str, start: Any, answers: Any) -> None:
+    plan.SHARD_ROWS = (64, 64)
+    config = helpers.config(Path(storage), source)
+    start.wait(30)
+    answers.put(prepare(config, helpers.spec(), "train", silent).digest)
+
+
+def test_two_processes_at_the_same_time(tmp_path: Path, tiny_spec: TokenizerSpec, small_shards: None) -> None:
+    source = helpers.write_jsonl(tmp_path / "a.jsonl", [*rows(400), {"x": 1}])
+    alone = prepare(helpers.config(tmp_path / "alone", source), tiny_spec, "train", silent)
+    context = multiprocessing.get_context("spawn")
+    start, answers = context.Barrier(2), context.Queue()
+    job = (str(tmp_path / "shared"), str(source), start, answers)
+    processes = [context.Process(target=_prepare_in_a_process, args=job) for _ in range(2)]
+    for process in processes:
+        process.start()
+    digests = [answers.get(timeout=60) for _ in processes]
+    for process in processes:
+        process.join(30)
+        assert process.exitcode == 0
+    assert digests == [alone.digest] * 2
+    assert content(f"{tmp_path}/shared/tokens/{alone.digest}") == content(alone.uri)
+
+
+class Small:
+    """A complete store of three shards, and a fresh copy of it for each example."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        source = helpers.write_jsonl(folder / "a.jsonl", [*rows(60), {"x": 1}])
+        self.config = helpers.config(folder / "runs", source, max_rejected=0.5)
+        self.store = prepare(self.config, helpers.spec(), "train", silent)
+        self.files = content(self.store.uri)
+        self.packs = [self.store[index] for index in range(len(self.store))]
+        self.origins = [self.store.origins(index) for index in range(len(self.store))]
+
+    def damaged(self, damage: Damage) -> None:
+        shutil.rmtree(self.store.uri)
+        Path(self.store.uri).mkdir()
+        for name, found in {**self.files, **damage}.items():
+            if found is not None:
+                Path(self.store.uri, name).write_bytes(found)
+
+    def check(self, store: TokenStore, known: int) -> None:
+        """Every sequence is right, or reading it is a UserError."""
+        for index in range(known):
+            try:
+                found, origins = store[index], store.origins(index)
+            except UserError:
+                continue
+            assert same(found, self.packs[index])
+            assert origins == self.origins[index]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Small]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "SHARD_ROWS", (16, 16))
+        patch.setattr(scan, "CACHED_FROM", 0)
+        patch.setattr("os.fsync", lambda handle: None)
+        found = Small(tmp_path_factory.mktemp("small"))
+        assert len(found.store.manifest.shards) == 4
+        yield found
+
+
+def broken(content: bytes, data: st.DataObject) -> bytes | None:
+    """The content truncated, with some bytes changed, or gone."""
+    kind = data.draw(st.sampled_from(["gone", "truncated", "changed", "changed"]))
+    if kind == "gone":
+        return None
+    if kind == "truncated" or not content:
+        return content[: data.draw(st.integers(0, max(0, len(content) - 1)))]
+    changed = bytearray(content)
+    for place in data.draw(st.lists(st.integers(0, len(content) - 1), min_size=1, max_size=3, unique=True)):
+        changed[place] ^= data.draw(st.integers(1, 255))
+    return bytes(changed)
+
+
+NAMES = st.sampled_from(
+    ["manifest.json", "rejected.jsonl", *(f"shard-0000{n}.{kind}" for n in range(3) for kind in ("arrow", "json"))]
+)
+
+
+@settings(max_examples=150)
+@given(st.data(), st.lists(NAMES, min_size=1, max_size=3, unique=True), st.booleans())
+def test_damage_never_gives_wrong_data(small: Small, data: st.DataObject, names: list[str], killed: bool) -> None:
+    damage: Damage = {name: broken(small.files[name], data) for name in names}
+    if killed:
+        damage["manifest.json"] = None
+    small.damaged(damage)
+    growing = TokenStore.growing(small.store.uri, small.store.manifest.outline())
+    small.check(growing, growing.known)
+    try:
+        store = prepare(small.config, helpers.spec(), "train", silent)
+    except UserError:
+        return
+    assert store.manifest == small.store.manifest
+    small.check(store, len(store))
+    # What is not checked at the start: the bytes of a shard of the right size, and sidecars that nobody needs.
+    unseen = {name for name in names if name.startswith("shard")}
+    found = content(store.uri)
+    assert {name for name in found if found[name] != small.files.get(name)} <= unseen
+    if any(found[name] != small.files[name] for name in unseen if name.endswith("arrow")):
+        with pytest.raises(UserError, match=r"is damaged; delete this file"):
+            _ = [store[index] for index in range(len(store))]
+
+
+@given(st.data())
+def test_a_damaged_scan_is_made_again(small: Small, data: st.DataObject) -> None:
+    small.damaged({})
+    [path] = Path(small.folder, "runs/tokens/scans").iterdir()
+    good = path.read_bytes()
+    if (found := broken(good, data)) is None:
+        path.unlink()
+    else:
+        path.write_bytes(found)
+    assert begin(small.config, helpers.spec(), "train", silent).store.digest == small.store.digest
+    assert path.read_bytes() == good
+
+
+@given(st.dictionaries(st.text(), st.integers() | st.text() | st.none()), st.data())
+def test_a_seal_fits_what_was_written_only(tree: dict[str, Any], data: st.DataObject) -> None:
+    tree.pop("seal", None)
+    text = sealed.seal(tree)
+    assert sealed.unseal(text) == tree
+    other = broken(text.encode(), data)
+    if other is not None and other != text.encode():
+        with contextlib.suppress(ValueError):
+            assert sealed.unseal(other.decode()) == tree  # white space, say
+
+
+def test_a_half_written_shard_is_not_taken_for_good(corpus: Config, tiny_spec: TokenizerSpec) -> None:
+    """The sidecar of a shard is believed only together with a shard of that size."""
+    store = prepare(corpus, tiny_spec, "train", silent)
+    path = Path(store.uri, "shard-00000.arrow")
+    path.write_bytes(path.read_bytes()[:-1])
+    Path(store.uri, "manifest.json").unlink()
+    growing = TokenStore.growing(store.uri, store.manifest.outline())
+    assert growing.known == 0
+    preparation = begin(corpus, tiny_spec, "train", silent)
+    assert writer.small(preparation._job, preparation._found)
+    assert preparation._found.missing == [0]

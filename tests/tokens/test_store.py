@@ -1,0 +1,279 @@
+import json
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from olora_ray.common.errors import UserError
+from olora_ray.config.schema import Config
+from olora_ray.data.tokenize import TokenizerSpec
+from olora_ray.tokens import prepare as preparation
+from olora_ray.tokens import ray_map, totals, writer
+from olora_ray.tokens.store import TokenStore, describe, prepare
+from tests.tokens import helpers
+from tests.tokens.helpers import chat, content, rows, silent
+
+
+def test_packs(corpus: Config, tiny_spec: TokenizerSpec) -> None:
+    store = prepare(corpus, tiny_spec, "train", silent)
+    manifest = store.manifest
+    assert len(manifest.shards) == 12
+    assert (manifest.rows, manifest.examples, manifest.rejected) == (741, 740, {"missing_field": 1})
+    tokens = supervised = 0
+    seen = set()
+    for index in range(len(store)):
+        pack = store[index]
+        assert pack.input_ids.dtype == np.int32
+        assert pack.supervised.dtype == bool
+        assert len(pack.input_ids) == len(pack.supervised) == sum(pack.segments) <= 128
+        starts = np.cumsum([0, *pack.segments[:-1]])
+        assert not pack.supervised[starts].any()
+        assert store.supervised([index]) == pack.supervised.sum()
+        assert len(store.origins(index)) == len(pack.segments)
+        seen.update(store.origins(index))
+        tokens += len(pack.input_ids)
+        supervised += int(pack.supervised.sum())
+    assert (tokens, supervised) == (manifest.tokens, manifest.supervised)
+    assert store.supervised(range(len(store))) == supervised
+    assert manifest.fill == round(tokens / (128 * len(store)), 4)
+    assert len(seen) == 620
+    with pytest.raises(IndexError):
+        store[len(store)]
+
+
+def test_origins_name_the_line(tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
+    path = helpers.write_jsonl(tmp_path / "a.jsonl", rows(50))
+    store = prepare(helpers.config(tmp_path, path, packing=False), tiny_spec, "train", silent)
+    for index in range(50):
+        [origin] = store.origins(index)
+        line = int(origin.removeprefix(f"{path}:"))
+        row = json.loads(path.read_text().splitlines()[line - 1])
+        assert row["messages"][1]["content"] in helpers.decode(store[index].input_ids)
+
+
+def test_a_complete_store_is_opened_without_work(corpus: Config, tiny_spec: TokenizerSpec, monkeypatch: Any) -> None:
+    store = prepare(corpus, tiny_spec, "train", silent)
+    monkeypatch.setattr(writer, "make", lambda *arguments: pytest.fail("made again"))
+    lines: list[str] = []
+    assert prepare(corpus, tiny_spec, "train", lines.append).uri == store.uri
+    assert "made before" in lines[0]
+
+
+def test_what_is_done_is_not_made_again(corpus: Config, tiny_spec: TokenizerSpec) -> None:
+    """As after a kill: no manifest, a shard without its sidecar, shards that are not there."""
+    store = prepare(corpus, tiny_spec, "train", silent)
+    before = content(store.uri)
+    folder = Path(store.uri)
+    for name in ("manifest.json", "rejected.jsonl", "shard-00003.json", "shard-00007.json", "shard-00007.arrow"):
+        (folder / name).unlink()
+    (folder / "shard-00003.arrow").write_bytes(b"half")
+    kept = {path: path.stat().st_mtime_ns for path in folder.iterdir() if "00003" not in path.name}
+    lines: list[str] = []
+    prepare(corpus, tiny_spec, "train", lines.append)
+    assert content(store.uri) == before
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert "10 of 12 shards are there already" in lines[0]
+
+
+def test_a_store_travels_as_its_address(corpus: Config, tiny_spec: TokenizerSpec) -> None:
+    store = prepare(corpus, tiny_spec, "train", silent)
+    store[3]
+    packed = pickle.dumps(store)
+    assert len(packed) < 10_000
+    assert (pickle.loads(packed)[3].input_ids == store[3].input_ids).all()
+
+
+def test_a_remote_store_is_read_through_a_local_copy(
+    corpus: Config, tiny_spec: TokenizerSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    local = prepare(corpus, tiny_spec, "train", silent)
+    remote = TokenStore.open(f"file://{local.uri}")
+    assert all((remote[index].input_ids == local[index].input_ids).all() for index in range(len(local)))
+    copies = list(tmp_path.glob(f"olora_ray-{os.getuid()}/tokens/{local.digest}/*.arrow"))
+    assert len(copies) == 12
+    # A copy that was damaged is fetched again.
+    copies[0].write_bytes(bytes(copies[0].stat().st_size))
+    again = TokenStore.open(remote.uri)
+    assert all((again[index].input_ids == local[index].input_ids).all() for index in range(len(local)))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing", "changed"])
+def test_a_damaged_shard_is_named(damage: str, corpus: Config, tiny_spec: TokenizerSpec) -> None:
+    store = prepare(corpus, tiny_spec, "train", silent)
+    path = Path(store.uri, "shard-00002.arrow")
+    before = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(before[:-100] if damage == "truncated" else before[:1000] + b"\xff" + before[1001:])
+    with pytest.raises(UserError, match=r"shard-00002.arrow .*start the run again"):
+        TokenStore.open(store.uri)[sum(shard.packs for shard in store.manifest.shards[:2])]
+
+
+def test_a_damaged_manifest_is_an_error(corpus: Config, tiny_spec: TokenizerSpec) -> None:
+    store = prepare(corpus, tiny_spec, "train", silent)
+    Path(store.uri, "manifest.json").write_text('{"digest": 1}')
+    with pytest.raises(UserError, match=r"manifest\.json is damaged"):
+        TokenStore.open(store.uri)
+    with pytest.raises(UserError, match="not there, or not complete"):
+        TokenStore.open(f"{store.uri}/nothing")
+
+
+def failure(config: Config, spec: TokenizerSpec, split: Any = "train") -> str:
+    with pytest.raises(UserError) as caught:
+        prepare(config, spec, split, silent)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_too_many_bad_rows_stop_the_run_with_counts_and_examples(tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
+    path = helpers.write_jsonl(tmp_path / "a.jsonl", [*rows(90), *[chat("q", "")] * 4, chat("q" * 200, "a")])
+    with path.open("a") as file:
+        file.write('{"messages": [}\n')
+    config = helpers.config(tmp_path / "runs", path)
+    message = failure(config, tiny_spec)
+    assert message.startswith(
+        "data.train: 6 of 96 rows cannot be used, more than data.max_rejected = 0.01 allows"
+        f" (broken_json 1, empty_answer 4, too_long 1); {path}:"
+    )
+    assert message.count(f"{path}:") == 3
+    [listed] = (tmp_path / "runs/tokens").glob("*/rejected.jsonl")
+    entries = [json.loads(line) for line in listed.read_text().splitlines()]
+    assert {(entry["line"], entry["reason"]) for entry in entries} == {
+        *((line, "empty_answer") for line in (91, 92, 93, 94)),
+        (95, "too_long"),
+        (96, "broken_json"),
+    }
+    assert all(entry["file"] == str(path) and entry["message"] for entry in entries)
+    allowed = helpers.config(tmp_path / "runs", path, max_rejected=0.1)
+    assert prepare(allowed, tiny_spec, "train", silent).manifest.rejected == {
+        "broken_json": 1,
+        "empty_answer": 4,
+        "too_long": 1,
+    }
+    # The same store, now complete, does not get round a stricter limit.
+    assert failure(config, tiny_spec) == message
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {"question": "x", "answer": "y"},
+            r"missing_field 5\).*field 'messages' is not there; the row has question, answer",
+        ),
+        (chat("q" * 500, "a"), r"too_long 5\).*more than data.max_length = 128"),
+        (chat("q", " "), r"empty_answer 5\)"),
+    ],
+)
+@pytest.mark.parametrize("max_rejected", [0.01, 1.0])
+def test_nothing_but_bad_rows(
+    row: Any, message: str, max_rejected: float, tmp_path: Path, tiny_spec: TokenizerSpec
+) -> None:
+    path = helpers.write_jsonl(tmp_path / "a.jsonl", [row] * 5)
+    config = helpers.config(tmp_path / "runs", path, max_rejected=max_rejected)
+    with pytest.raises(UserError, match=rf"data.train: none of the 5 rows can be used \({message}") as caught:
+        prepare(config, tiny_spec, "train", silent)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=rf"none of the 5 rows that were read can be used \({message}"):
+        describe(config, tiny_spec)
+
+
+def test_the_run_stops_as_soon_as_the_limit_is_passed(
+    tmp_path: Path, tiny_spec: TokenizerSpec, small_shards: None
+) -> None:
+    path = helpers.write_jsonl(tmp_path / "a.jsonl", [{"x": 1}] * 2000)
+    failure(helpers.config(tmp_path / "runs", path), tiny_spec)
+    assert len(list((tmp_path / "runs/tokens").glob("*/*.arrow"))) < 3
+
+
+def test_columns_of_a_parquet_file_are_named(tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    parquet.write_table(pa.Table.from_pylist([{"instruction": "x", "answer": "y", "id": 1}]), tmp_path / "a.parquet")
+    config = helpers.config(tmp_path / "runs", {"path": str(tmp_path / "a.parquet"), "format": "alpaca"})
+    assert "field 'output' is not there; the row has instruction, answer, id" in failure(config, tiny_spec)
+
+
+def test_an_error_of_the_template_is_passed_on(tmp_path: Path) -> None:
+    broken = helpers.CHATML.replace("'<|im_start|>assistant\n' }}{% endif", "'assistant:' }}{% endif")
+    path = helpers.write_jsonl(tmp_path / "a.jsonl", rows(3))
+    assert "chat template of tiny does not continue" in failure(helpers.config(tmp_path, path), helpers.spec(broken))
+
+
+def test_nothing_held_out(tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
+    path = helpers.write_jsonl(tmp_path / "a.jsonl", rows(3))
+    config = helpers.config(tmp_path / "runs", path, eval_fraction=0.001)
+    assert "no row is left for eval (data.eval_fraction = 0.001)" in failure(config, tiny_spec, "eval")
+    assert "data.eval: no source is set" in failure(helpers.config(tmp_path, path), tiny_spec, "eval")
+
+
+def test_describe_a_small_corpus_exactly(corpus: Config, tiny_spec: TokenizerSpec, monkeypatch: Any) -> None:
+    monkeypatch.undo()  # one shard, as in real life
+    preview = describe(corpus, tiny_spec)
+    manifest = prepare(corpus, tiny_spec, "train", silent).manifest
+    assert preview.exact
+    assert (preview.rows, preview.packs) == (manifest.rows, manifest.packs)
+    assert (preview.tokens, preview.supervised) == (manifest.tokens, manifest.supervised)
+    assert preview.rejected == manifest.rejected
+    assert helpers.decode(preview.input_ids[preview.mask]).endswith("<|im_end|>")
+    assert preview.origin.startswith(manifest.files[0].rsplit("/", 1)[0])
+
+
+def test_describe_estimates_a_large_corpus_from_a_part(
+    corpus: Config, tiny_spec: TokenizerSpec, monkeypatch: Any
+) -> None:
+    manifest = prepare(corpus, tiny_spec, "train", silent).manifest
+    for limit, all_bytes in ((200, 2**20), (200, 0), (10_000, 0)):
+        monkeypatch.setattr("olora_ray.tokens.preview.SCAN_ALL", all_bytes)
+        preview = describe(corpus, tiny_spec, limit)
+        assert not preview.exact
+        for name in ("rows", "packs", "tokens", "supervised"):
+            assert getattr(preview, name) == pytest.approx(getattr(manifest, name), rel=0.15), (name, limit)
+
+
+def test_reading_needs_no_ray_and_no_transformers() -> None:
+    code = (
+        "import sys; from olora_ray.tokens import store, writer; print([m for m in sys.modules if m in sys.argv[1:]])"
+    )
+    unwanted = ["ray", "transformers", "mlflow", "datasets", "torch", "tokenizers", "pandas"]
+    done = subprocess.run([sys.executable, "-c", code, *unwanted], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.ray
+def test_any_number_of_cpus_and_tasks_gives_the_same_bytes(
+    corpus: Config,
+    tiny_spec: TokenizerSpec,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    ray_with: Callable[[int], None],
+) -> None:
+    here = prepare(corpus, tiny_spec, "train", silent)
+    expected = content(here.uri)
+    monkeypatch.setattr(writer, "MAKE_HERE", 0)
+    monkeypatch.setattr(preparation, "SCAN_HERE", 0)
+    monkeypatch.setattr(totals, "SECONDS_BETWEEN_LINES", 0.0)
+    for cpus, tasks in ((1, 3), (4, 4000)):
+        ray_with(cpus)
+        monkeypatch.setattr(ray_map, "TASKS", tasks)
+        run = corpus.run.model_copy(update={"storage": str(tmp_path / f"runs-{cpus}")})
+        lines: list[str] = []
+        store = prepare(corpus.model_copy(update={"run": run}), tiny_spec, "train", lines.append)
+        assert store.digest == here.digest
+        assert content(store.uri) == expected
+        assert any("of 12 shards, fill 0.9" in line and "rows/s, ETA" in line for line in lines)
+    # Bad input reaches the user as the same one line through Ray's tasks.
+    Path(corpus.data.train[0].path).write_text('{"x": 1}\n' * 500)
+    assert failure(corpus, tiny_spec).startswith("data.train: ")
+    Path(corpus.data.train[0].path).rename(tmp_path / "c.jsonl.gz")
+    broken = helpers.config(tmp_path / "runs", tmp_path / "c.jsonl.gz", tmp_path / "b.jsonl")
+    assert "c.jsonl.gz: not a readable gzip file" in failure(broken, tiny_spec)

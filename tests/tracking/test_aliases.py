@@ -1,0 +1,190 @@
+"""Moving the champion: never none, never half, never a version whose files have changed."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from olora_ray.common.errors import UserError
+from olora_ray.tracking import checksums
+from olora_ray.tracking.aliases import GATE, MOVING, Aliases
+from olora_ray.tracking.client import connect
+
+Add = Callable[[str], tuple[str, str]]
+
+
+class Killed(BaseException):
+    """Stands for a process that ends between two requests to MLflow."""
+
+
+def made(add: Add, name: str, count: int) -> Aliases:
+    """A model with so many versions; the last one is challenger."""
+    uri = [add(name) for _ in range(count)][-1][0]
+    return Aliases(uri, name)
+
+
+def files_of(aliases: Aliases, number: str) -> Path:
+    return Path(aliases.version(number).source)
+
+
+def test_promote_moves_champion_and_previous(add: Add) -> None:
+    aliases = made(add, "moves", 3)
+    assert aliases.current() == {"challenger": "3"}
+    assert aliases.promote("1", "passed: first") is None
+    assert aliases.current() == {"champion": "1", "challenger": "3"}
+    assert aliases.promote("3", "passed: better", {"olora.note": "x"}) == "1"
+    assert aliases.current() == {"champion": "3", "previous": "1"}
+    assert aliases.version("3").tags[GATE] == "passed: better"
+    assert aliases.version("3").tags["olora.note"] == "x"
+    assert aliases.promote("3", "passed: again") is None
+    assert aliases.current() == {"champion": "3", "previous": "1"}, "promoting the champion changes nothing"
+
+
+def test_refuse_leaves_the_challenger_with_the_reason(add: Add) -> None:
+    aliases = made(add, "refused", 2)
+    aliases.promote("1", "passed")
+    aliases.refuse("2", "refused: worse", {"olora.gate_details": "{}"})
+    assert aliases.current() == {"champion": "1", "challenger": "2"}
+    assert aliases.version("2").tags[GATE] == "refused: worse"
+
+
+def test_rollback_and_back_again_by_hand(add: Add) -> None:
+    aliases = made(add, "rolled", 2)
+    aliases.promote("1", "passed")
+    with pytest.raises(UserError, match="nothing to roll back to: version 1 is the first champion"):
+        aliases.rollback("bad answers")
+    aliases.promote("2", "passed")
+    assert aliases.rollback("bad answers") == ("2", "1")
+    assert aliases.current() == {"champion": "1"}
+    assert aliases.version("2").tags[GATE] == "rolled back: bad answers"
+    with pytest.raises(UserError, match="nothing to roll back to"):
+        aliases.rollback("again")
+    aliases.promote("2", "promoted by hand")
+    assert aliases.current() == {"champion": "2", "previous": "1"}
+
+
+class Dying:
+    """MLflow's client, which dies before its write number `left`; what a reader would see is kept in `seen`."""
+
+    WRITES = (
+        "set_registered_model_tag",
+        "set_model_version_tag",
+        "set_registered_model_alias",
+        "delete_registered_model_alias",
+        "delete_registered_model_tag",
+    )
+
+    def __init__(self, client: Any, name: str, left: int) -> None:
+        self.client, self.name, self.left = client, name, left
+        self.seen: list[str | None] = []
+
+    def __getattr__(self, method: str) -> Any:
+        real = getattr(self.client, method)
+        if method not in self.WRITES:
+            return real
+
+        def write(*arguments: Any) -> Any:
+            self.seen.append(self.client.get_registered_model(self.name).aliases.get("champion"))
+            if self.left == 0:
+                raise Killed
+            self.left -= 1
+            return real(*arguments)
+
+        return write
+
+
+@pytest.mark.parametrize("action", ["promote", "rollback"])
+def test_a_crash_between_any_two_writes_is_repaired_by_the_next_call(
+    add: Add, action: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"crash-{action}"
+    aliases = made(add, name, 3)
+    real = connect(aliases.uri)
+    for left in range(20):
+        aliases.promote("1", "passed")
+        aliases.promote("2", "passed")
+        real.set_registered_model_alias(name, "challenger", "3")
+        dying = Dying(real, name, left)
+        act = (lambda: aliases.promote("3", "passed: 3")) if action == "promote" else (lambda: aliases.rollback("bad"))
+        with monkeypatch.context() as patch:
+            patch.setattr(Aliases, "client", property(lambda _, dying=dying: dying))
+            try:
+                act()
+            except Killed:
+                pass
+            else:
+                break
+        assert None not in dying.seen, "a reader saw no champion"
+        begun = MOVING in real.get_registered_model(name).tags
+        assert begun == (left > 0)
+        assert (aliases.repair() is not None) == begun
+        assert aliases.repair() is None
+        state = aliases.current()
+        if not begun:
+            assert state == {"champion": "2", "previous": "1", "challenger": "3"}
+        elif action == "promote":
+            assert state == {"champion": "3", "previous": "2"}
+        else:
+            assert state == {"champion": "1", "challenger": "3"}
+            assert aliases.version("2").tags[GATE] == "rolled back: bad"
+    assert left >= 5, "every write was the last one once"
+
+
+@pytest.mark.parametrize("spoil", ["content", "missing", "checksums"])
+def test_a_version_whose_files_have_changed_is_never_promoted(add: Add, spoil: str) -> None:
+    aliases = made(add, f"spoilt-{spoil}", 2)
+    aliases.promote("1", "passed")
+    folder = files_of(aliases, "2")
+    weights, listed = folder / "model" / "model.safetensors", folder / checksums.FILE
+    if spoil == "missing":
+        weights.unlink()
+    else:
+        content = bytearray(weights.read_bytes())
+        content[-1] ^= 1
+        weights.write_bytes(content)
+    if spoil == "checksums":  # whoever changes the files may change the list beside them
+        listed.unlink()
+        listed.write_text(checksums.of_folders({"": folder}))
+    expected = {
+        "content": "model/model.safetensors has other content",
+        "missing": "is missing",
+        "checksums": "json is not that",
+    }
+    with pytest.raises(UserError, match=expected[spoil]):
+        aliases.promote("2", "passed")
+    assert aliases.current() == {"champion": "1", "challenger": "2"}
+    assert GATE not in aliases.version("2").tags
+
+
+def test_a_rollback_checks_the_files_too(add: Add) -> None:
+    aliases = made(add, "rolled-spoilt", 2)
+    aliases.promote("1", "passed")
+    aliases.promote("2", "passed")
+    (files_of(aliases, "1") / "model" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"model/config\.json has other content"):
+        aliases.rollback("bad")
+    assert aliases.current() == {"champion": "2", "previous": "1"}
+
+
+def test_all_files_are_listed(add: Add) -> None:
+    aliases = made(add, "listed", 1)
+    folder = files_of(aliases, "1")
+    there = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
+    assert set(json.loads((folder / checksums.FILE).read_text())["files"]) == there - {checksums.FILE}
+    assert aliases.verify("1") == len(there) - 1
+
+
+def test_what_is_not_there(add: Add) -> None:
+    aliases = made(add, "few", 1)
+    with pytest.raises(UserError, match="few has no version 7; it has 1"):
+        aliases.promote("7", "passed")
+    with pytest.raises(UserError, match="no model 'nothing' is registered"):
+        Aliases(aliases.uri, "nothing").version("1")
+    assert Aliases(aliases.uri, "nothing").current() == {}
+    client = connect(aliases.uri)
+    client.create_registered_model("foreign")
+    client.create_model_version("foreign", str(files_of(aliases, "1")))
+    with pytest.raises(UserError, match="has no checksums"):
+        Aliases(aliases.uri, "foreign").promote("1", "passed")

@@ -1,0 +1,210 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from olora_ray.common.errors import UserError
+from olora_ray.tracking import checksums, models, run
+from tests import tiny
+from tests.export_parts import Case, logits
+
+TAGS = {"olora.method": "olora", "olora.rank": 4, "olora.eval_loss": ""}
+QUESTION = [{"role": "user", "content": "hello"}]
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("registry") / "runs"
+
+
+@pytest.fixture
+def tracker(storage: Path, monkeypatch: pytest.MonkeyPatch) -> run.Tracker:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return run.start(tiny.config(run__storage=str(storage)), "test", {})
+
+
+@pytest.fixture(scope="module")
+def registered(storage: Path, merged: Path) -> run.Tracker:
+    """A run with version 1 of `triage`, alias candidate."""
+    tracker = run.start(tiny.config(run__storage=str(storage)), "test", {})
+    assert models.register(tracker, merged, "triage", "candidate", TAGS, base_name="org/base") == 1
+    return tracker
+
+
+@pytest.fixture
+def mlflow_there(registered: run.Tracker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", registered.uri)
+
+
+def test_the_version_has_alias_tags_run_and_model(registered: run.Tracker) -> None:
+    version = registered.client().get_model_version_by_alias("triage", "candidate")
+    assert version.run_id == registered.run_id
+    text = (Path(version.source) / checksums.FILE).read_text()
+    assert version.tags == {name: str(value) for name, value in TAGS.items()} | {checksums.TAG: checksums.digest(text)}
+    (output,) = registered.client().get_run(registered.run_id).outputs.model_outputs
+    model = registered.client().get_logged_model(output.model_id)
+    assert str(model.status) == "READY"
+    assert model.artifact_location == version.source
+    (there,) = json.loads(model.tags["mlflow.model.versions"])
+    assert (there["name"], int(there["version"])) == ("triage", 1)
+
+
+@pytest.mark.usefixtures("mlflow_there")
+def test_mlflow_loads_the_pipeline_and_it_generates(case: Case) -> None:
+    import mlflow.transformers
+
+    pipeline = mlflow.transformers.load_model("models:/triage@candidate")
+    assert pipeline.model.dtype == torch.bfloat16
+    assert (logits(pipeline.model) - case.logits).abs().mean() < 0.05 * case.logits.abs().mean()
+    (answer,) = pipeline(QUESTION, max_new_tokens=4, do_sample=False)
+    assert answer["generated_text"][-1]["role"] == "assistant"
+    assert answer["generated_text"][-1]["content"]
+
+
+@pytest.mark.usefixtures("mlflow_there")
+def test_mlflow_serves_it_as_a_chat_model() -> None:
+    import mlflow.pyfunc
+    from mlflow.pyfunc.scoring_server import init
+    from starlette.testclient import TestClient
+
+    # What `mlflow models serve` runs, without the process around it.
+    model = mlflow.pyfunc.load_model("models:/triage@candidate")
+    request = {"messages": QUESTION, "max_tokens": 4}
+    with TestClient(init(model)) as client:
+        reply = client.post("/invocations", json=request)
+    assert reply.status_code == 200, reply.text
+    found = reply.json()[0]
+    assert found["object"] == "chat.completion"
+    assert found["model"] == "org/base"
+    assert found["usage"]["completion_tokens"] <= 4
+    assert found["choices"][0]["message"]["role"] == "assistant"
+
+
+@pytest.mark.usefixtures("mlflow_there")
+def test_the_requirements_are_those_of_serving(registered: run.Tracker) -> None:
+    import mlflow.pyfunc
+
+    needed = Path(mlflow.pyfunc.get_model_dependencies("models:/triage@candidate")).read_text().split()
+    assert [line.partition("==")[0] for line in needed] == ["mlflow", "torch", "transformers"]
+    assert not any("+" in line for line in needed), "no local version that an index does not have"
+
+
+def test_one_copy_of_the_weights(registered: run.Tracker, merged: Path, storage: Path) -> None:
+    (copy,) = list(storage.rglob("*.safetensors"))
+    assert copy.read_bytes() == (merged / "model.safetensors").read_bytes()
+    assert copy.stat().st_mode & 0o777 == 0o644
+
+
+def test_registering_again_gives_the_same_version(registered: run.Tracker, merged: Path) -> None:
+    client = registered.client()
+    client.delete_registered_model_alias("triage", "candidate")  # killed before it was set
+    assert models.register(registered, merged, "triage", "candidate", TAGS) == 1
+    assert client.get_model_version_by_alias("triage", "candidate").version in ("1", 1)
+    assert len(client.search_model_versions("name = 'triage'")) == 1
+
+
+def test_a_copy_that_was_interrupted_is_filled_again(
+    tracker: run.Tracker, merged: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(models, "_write_description", killed)
+        with pytest.raises(KeyboardInterrupt):
+            models.register(tracker, merged, "other", "candidate", TAGS)
+    version = models.register(tracker, merged, "other", "candidate", TAGS)
+    experiment = tracker.client().get_run(tracker.run_id).info.experiment_id
+    logged = tracker.client().search_logged_models([experiment], f"source_run_id = '{tracker.run_id}'")
+    assert [str(item.status) for item in logged] == ["READY"]
+    assert (models.resolve_model_uri(f"models:/other/{version}", tracker.uri).parent / "MLmodel").is_file()
+
+
+def test_another_run_gives_another_version(registered: run.Tracker, tracker: run.Tracker, merged: Path) -> None:
+    version = models.register(tracker, merged, "triage", "second", TAGS)
+    assert version > 1
+    client = tracker.client()
+    assert int(client.get_model_version_by_alias("triage", "second").version) == version
+    assert int(client.get_model_version_by_alias("triage", "candidate").version) == 1
+
+
+def test_logging_without_registering(tracker: run.Tracker, merged: Path) -> None:
+    model_id = models.log_model(tracker, merged, TAGS)
+    assert models.log_model(tracker, merged, TAGS) == model_id
+    assert tracker.client().search_model_versions(f"run_id = '{tracker.run_id}'") == []
+
+
+def test_a_base_model_without_a_chat_template_completes(tracker: run.Tracker, merged: Path, tmp_path: Path) -> None:
+    import shutil
+
+    import mlflow.pyfunc
+
+    plain = shutil.copytree(merged, tmp_path / "plain")
+    (plain / "chat_template.jinja").unlink()
+    model = mlflow.pyfunc.load_model(_folder_of(tracker, models.log_model(tracker, plain, {})))
+    (answer,) = model.predict({"prompt": "hello", "max_tokens": 4})
+    assert answer["object"] == "text_completion"
+
+
+def _folder_of(tracker: run.Tracker, model_id: str) -> str:
+    return str(tracker.client().get_logged_model(model_id).artifact_location)
+
+
+def test_a_name_mlflow_refuses(tracker: run.Tracker, merged: Path) -> None:
+    with pytest.raises(UserError, match=r"^registry\.model=a/b: "):
+        models.register(tracker, merged, "a/b", "candidate", {})
+
+
+@pytest.mark.parametrize("name", ["models:/triage@candidate", "models:/triage/1"])
+def test_a_registered_model_as_a_base_model(registered: run.Tracker, merged: Path, tmp_path: Path, name: str) -> None:
+    folder = models.resolve_model_uri(name, registered.uri, tmp_path)
+    assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in merged.iterdir())
+    assert json.loads((folder / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+    assert list(tmp_path.iterdir()) == [], "local artifacts are used where they lie"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("models:/triage@nobody", r"triage has versions 1.* and aliases @candidate = 1"),
+        ("models:/triage/77", r"triage has versions 1"),
+        ("models:/nothing@candidate", "no model 'nothing' is registered"),
+        ("models:/triage", "expected models:/NAME@ALIAS or models:/NAME/VERSION"),
+        ("models:/triage/Production", "expected models:/NAME@ALIAS"),
+    ],
+)
+def test_a_registered_model_that_is_not_there(registered: run.Tracker, name: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        models.resolve_model_uri(name, registered.uri)
+
+
+def test_a_version_that_is_no_transformers_model(tracker: run.Tracker, tmp_path: Path) -> None:
+    (tmp_path / "model.pkl").write_text("")
+    tracker.client().create_registered_model("sklearn")
+    tracker.client().create_model_version("sklearn", str(tmp_path))
+    with pytest.raises(UserError, match=r"has no config\.json"):
+        models.resolve_model_uri("models:/sklearn/1", tracker.uri)
+
+
+def test_artifacts_elsewhere_are_downloaded_once(
+    registered: run.Tracker, merged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlflow.artifacts
+
+    fetched = []
+
+    def download(artifact_uri: str, dst_path: str, tracking_uri: str) -> str:
+        fetched.append((artifact_uri, tracking_uri))
+        (Path(dst_path) / "artifacts" / "model").mkdir(parents=True)
+        (Path(dst_path) / "artifacts" / "model" / "config.json").write_text("{}")
+        return f"{dst_path}/artifacts"
+
+    client = registered.client()
+    monkeypatch.setattr(client, "get_model_version_download_uri", lambda *_: "s3://bucket/model")
+    monkeypatch.setattr(mlflow.artifacts, "download_artifacts", download)
+    folders = {models.resolve_model_uri("models:/triage/1", registered.uri, tmp_path) for _ in range(2)}
+    assert fetched == [("s3://bucket/model", registered.uri)]
+    assert len(folders) == 1
+    assert (folders.pop() / "config.json").is_file()
+    assert not list(tmp_path.rglob("*.tmp"))

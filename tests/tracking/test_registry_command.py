@@ -1,0 +1,75 @@
+"""`pipelines/registry.py`, as a user runs it."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from olora_ray.common.errors import UserError
+from olora_ray.tracking.aliases import Aliases
+from pipelines import registry
+
+ROOT = Path(__file__).parents[2]
+Add = Callable[[str], tuple[str, str]]
+
+
+def run(*words: str) -> None:
+    registry.main(list(words))
+
+
+def test_from_list_to_rollback(add: Add, capsys: pytest.CaptureFixture[str]) -> None:
+    (uri, _), _ = add("by-hand"), add("by-hand")
+    at = ("--tracking-uri", uri)
+    run("promote", "by-hand", "1", *at)
+    run("promote", "by-hand", "challenger", *at)
+    assert "version 2 is the champion, version 1 is previous" in capsys.readouterr().out
+    run("list", "by-hand", f"--tracking-uri={uri}")
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[0][:2] == ["version", "aliases"]
+    assert [line[:3] for line in lines[1:]] == [["2", "champion", "1.5000"], ["1", "previous", "1.5000"]]
+    assert all("01234567" in line for line in lines[1:])
+    run("rollback", "by-hand", *at)
+    assert "version 1 is the champion again, version 2 is tagged" in capsys.readouterr().out
+    run("show", "by-hand", "2", *at)
+    shown = capsys.readouterr().out
+    assert "olora.gate = rolled back: by hand" in shown
+    assert "model/model.safetensors" in shown
+    assert "files have their checksums" in shown
+    assert Aliases(uri, "by-hand").current() == {"champion": "1"}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["promot", "m", "1"], "expected one of list, show, promote, rollback"),
+        (["promote", "m"], r"usage: .* promote NAME VERSION"),
+        (["list", "nothing"], "no model 'nothing' with a version"),
+        (["promote", "known", "nobody"], "has no alias 'nobody'; it has challenger"),
+        (["show", "known", "9"], "known has no version 9; it has 1"),
+    ],
+)
+def test_mistakes(add: Add, words: list[str], message: str, database: object) -> None:
+    uri = f"sqlite:///{database}/mlflow.db"
+    if not Aliases(uri, "known").versions():
+        add("known")
+    with pytest.raises(UserError, match=message):
+        run(*words, "--tracking-uri", uri)
+
+
+def test_without_an_address(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(str(tmp_path))
+    with pytest.raises(UserError, match="MLFLOW_TRACKING_URI"):
+        run("list", "m")
+
+
+def test_a_mistake_is_one_line_and_exit_code_2(add: Add) -> None:
+    uri, _ = add("process")
+    command = [sys.executable, str(ROOT / "pipelines" / "registry.py"), "rollback", "process"]
+    environment = {**os.environ, "MLFLOW_TRACKING_URI": uri}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "error: process: nothing to roll back to: there is no champion; `promote` sets any version\n"

@@ -1,0 +1,260 @@
+import json
+import logging
+import pickle
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import pytest
+
+from olora_ray.common.errors import UserError
+from olora_ray.config.schema import Config, flatten
+from olora_ray.tracking import run as tracking
+from tests import tiny
+
+CLOSED = "http://127.0.0.1:9"
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One SQLite for all tests here: making it takes seconds."""
+    return tmp_path_factory.mktemp("tracking") / "runs"
+
+
+@pytest.fixture(autouse=True)
+def no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+@pytest.fixture
+def settings(storage: Path) -> Config:
+    return tiny.config(run__storage=str(storage))
+
+
+@pytest.fixture
+def tracker(settings: Config) -> Iterator[tracking.Tracker]:
+    tracker = tracking.start(settings, "test", {"olora.method": "olora"})
+    yield tracker
+    tracker.end()
+
+
+def run_of(tracker: tracking.Tracker) -> Any:
+    assert tracker.flush(10)
+    return tracker.client().get_run(tracker.run_id)
+
+
+def history(tracker: tracking.Tracker, name: str) -> list[tuple[int, float]]:
+    assert tracker.flush(10)
+    return [(item.step, item.value) for item in tracker.client().get_metric_history(tracker.run_id, name)]
+
+
+def artifact(tracker: tracking.Tracker, name: str) -> Path:
+    return Path(tracker.client().download_artifacts(tracker.run_id, name))
+
+
+def test_where_runs_are_tracked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert tracking.resolve_uri(tiny.config(run__storage="runs")) == f"sqlite:///{tmp_path}/runs/mlflow.db"
+    assert tracking.resolve_uri(tiny.config(tracking__uri="sqlite:///a.db")) == f"sqlite:///{tmp_path}/a.db"
+    assert tracking.resolve_uri(tiny.config(tracking__uri="sqlite:////x/a.db")) == "sqlite:////x/a.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://server:5000")
+    assert tracking.resolve_uri(tiny.config()) == "http://server:5000"
+    assert tracking.resolve_uri(tiny.config(tracking__uri="http://other")) == "http://other"
+
+
+def test_a_remote_storage_needs_a_server() -> None:
+    with pytest.raises(UserError, match=r"tracking\.uri: not set.*s3://bucket/runs"):
+        tracking.resolve_uri(tiny.config(run__storage="s3://bucket/runs"))
+
+
+class NotMlflow(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(404)
+        self.end_headers()
+        self.wfile.write(b"<html>\nno such page")
+
+    do_POST = do_GET
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def other_server() -> Iterator[str]:
+    server = HTTPServer(("127.0.0.1", 0), NotMlflow)
+    Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        (CLOSED, "no MLflow server answers: .*Connection refused"),
+        ("http://no-such-host.invalid:5000", "no MLflow server answers: .*resolve"),
+        ("postgresql://me:secret@127.0.0.1:9/db", r"me:\*\*\*@.*Connection refused"),
+        ("foo://somewhere", "not an address MLflow knows"),
+        ("./mlruns", r"use sqlite:////PATH/mlflow\.db or http://HOST:PORT"),
+        ("sqlite:////proc/none/mlflow.db", "the database cannot be used: "),
+        ("sqlite:////etc/hostname", "the database cannot be used: .*not a database"),
+    ],
+)
+def test_an_address_where_nothing_is_gets_one_line_within_seconds(uri: str, message: str) -> None:
+    import mlflow  # noqa: F401 - its import is not what is timed
+
+    begin = time.perf_counter()
+    with pytest.raises(UserError, match=message) as caught:
+        tracking.check(uri)
+    assert time.perf_counter() - begin < 8
+    assert str(caught.value).startswith("tracking.uri=")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_server_that_is_not_mlflow(other_server: str) -> None:
+    with pytest.raises(UserError, match="something answers, but not an MLflow server with this path") as caught:
+        tracking.check(other_server)
+    assert "\n" not in str(caught.value)
+
+
+def test_start_checks_the_address_first() -> None:
+    with pytest.raises(UserError, match="no MLflow server answers"):
+        tracking.start(tiny.config(tracking__uri=CLOSED), "test", {})
+
+
+def test_a_run_has_tags_and_a_place_beside_the_storage(tracker: tracking.Tracker, storage: Path) -> None:
+    run = run_of(tracker)
+    assert run.info.run_name == "test"
+    assert run.info.artifact_uri.startswith(f"{storage}/mlartifacts/")
+    assert run.data.tags["olora.method"] == "olora"
+    assert run.info.status == "RUNNING"
+    assert tracker.url() is None
+
+
+def test_the_commit_is_that_of_the_scripts_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import subprocess
+    import sys
+
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / "finetune.py")])
+    assert "mlflow.source.git.commit" not in tracking._context_tags()
+    who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], [*who, "commit", "-q", "--allow-empty", "-m", "x"]):
+        subprocess.check_call(["git", "-C", str(tmp_path), *command])
+    commit = tracking._context_tags()["mlflow.source.git.commit"]
+    assert len(commit) == 40
+    assert set(commit) <= set("0123456789abcdef")
+
+
+def test_metrics_by_step_in_batches(tracker: tracking.Tracker) -> None:
+    rows = {step: {"train/loss": 1 / (step + 1), "train/lr": 1e-4} for step in range(700)}
+    tracker.metrics(rows | {3: {"eval/loss": float("nan"), "train/loss": 9.0}})
+    assert len(history(tracker, "train/loss")) == 700
+    assert dict(history(tracker, "train/loss"))[3] == 9.0
+    assert len(history(tracker, "eval/loss")) == 1
+
+
+def test_a_pickled_tracker_writes_to_the_same_run(tracker: tracking.Tracker) -> None:
+    other = pickle.loads(pickle.dumps(tracker))
+    assert (other.uri, other.run_id) == (tracker.uri, tracker.run_id)
+    other.metrics({1: {"a": 1.0}})
+    assert other.flush(10)
+    assert history(tracker, "a") == [(1, 1.0)]
+
+
+def test_params_again_with_long_and_changed_values(tracker: tracking.Tracker, settings: Config) -> None:
+    tracker.params(flatten(settings) | {"long": "x" * 7000})
+    tracker.params(flatten(settings))
+    tracker.params(flatten(settings) | {"cluster.workers": 8})
+    run = run_of(tracker)
+    assert run.data.params["adapter.rank"] == "4"
+    assert run.data.params["data.train.0.path"] == "unused.jsonl"
+    assert len(run.data.params["long"]) == 6000
+    assert run.data.params["cluster.workers"] == "1"
+    assert run.data.tags["resumed.cluster.workers"] == "8"
+
+
+def test_datasets_are_inputs(tracker: tracking.Tracker) -> None:
+    for _ in range(2):
+        tracker.dataset("train", "d" * 64, "s3://bucket/train.jsonl", 400)
+        tracker.dataset("eval", "e" * 64, "/data/eval.jsonl", 80, "evaluation")
+    inputs = {item.dataset.name: item for item in run_of(tracker).inputs.dataset_inputs}
+    assert set(inputs) == {"train", "eval"}
+    assert len(run_of(tracker).inputs.dataset_inputs) == 2
+    assert inputs["train"].dataset.source_type == "s3"
+    assert inputs["train"].dataset.digest == "d" * 36
+    assert json.loads(inputs["eval"].dataset.profile) == {"num_rows": 80}
+    assert inputs["eval"].tags[0].value == "evaluation"
+
+
+@pytest.mark.parametrize("points", [[], [(0, 2.0)], [(step, 2 / (step + 1)) for step in range(50)]])
+def test_the_learning_curve_is_a_picture(tracker: tracking.Tracker, points: list[tuple[int, float]]) -> None:
+    tracker.learning_curve(points, points[::10])
+    assert artifact(tracker, "learning_curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_table_is_replaced_not_appended_to(tracker: tracking.Tracker) -> None:
+    tracker.table("samples", ["prompt", "before", "after"], [["a", "b", "c"], ["d", "e", "f"]])
+    tracker.table("samples", ["prompt", "before", "after"], [["g", "h", "ü"]])
+    content = json.loads(artifact(tracker, "samples.json").read_text())
+    assert content == {"columns": ["prompt", "before", "after"], "data": [["g", "h", "ü"]]}
+    assert "samples.json" in run_of(tracker).data.tags["mlflow.loggedArtifacts"]
+
+
+def test_files_folders_and_text(tracker: tracking.Tracker, tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "a.txt").write_text("a")
+    tracker.artifact(tmp_path / "sub" / "a.txt")
+    tracker.artifact(tmp_path / "sub", "folder")
+    tracker.text("b", "b.json")
+    assert [artifact(tracker, name).read_text() for name in ("a.txt", "folder/a.txt", "b.json")] == ["a", "a", "b"]
+
+
+def test_system_metrics_until_the_end(tracker: tracking.Tracker) -> None:
+    tracker.watch_system(0.2)
+    deadline = time.monotonic() + 30
+    while not history(tracker, "system/cpu_utilization_percentage") and time.monotonic() < deadline:
+        time.sleep(0.2)
+    begin = time.perf_counter()
+    tracker.end("KILLED")
+    assert time.perf_counter() - begin < 5
+    assert run_of(tracker).info.status == "KILLED"
+    assert history(tracker, "system/system_memory_usage_megabytes")
+
+
+def test_a_run_goes_on_under_its_id(tracker: tracking.Tracker, settings: Config) -> None:
+    tracker.end("FAILED")
+    again = tracking.start(settings, "test", {}, tracker.run_id)
+    assert again.run_id == tracker.run_id
+    assert run_of(again).info.status == "RUNNING"
+
+
+def test_a_run_that_is_gone_is_replaced(
+    tracker: tracking.Tracker, settings: Config, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracker.client().delete_run(tracker.run_id)
+    for gone in (tracker.run_id, "0" * 32):
+        again = tracking.start(settings, "test", {}, gone)
+        assert again.run_id != gone
+        assert f"MLflow run {gone} is gone" in caplog.text
+
+
+def test_a_deleted_experiment(settings: Config, storage: Path) -> None:
+    other = tiny.config(run__storage=str(storage), tracking__experiment="gone")
+    client = tracking.connect(tracking.resolve_uri(settings))
+    client.delete_experiment(client.create_experiment("gone"))
+    with pytest.raises(UserError, match=r"tracking\.experiment: 'gone' was deleted"):
+        tracking.start(other, "test", {})
+
+
+def test_nothing_is_printed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    tracker = tracking.start(tiny.config(run__storage=str(tmp_path / "fresh")), "test", {})
+    tracker.metrics({0: {"a": 1.0}})
+    tracker.watch_system(0.1)
+    tracker.end()
+    assert capfd.readouterr() == ("", "")
+    assert not logging.getLogger("mlflow.store.db.utils").isEnabledFor(logging.ERROR)  # a traceback for a locked file
+    for name in ("mlflow.store", "alembic"):
+        assert logging.getLogger(name).getEffectiveLevel() == logging.WARNING

@@ -1,0 +1,484 @@
+"""MLflow goes away and comes back: with a real server that is killed, a cut connection, a locked database."""
+
+import contextlib
+import logging
+import os
+import random
+import socket
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from olora_ray.common.errors import UserError
+from olora_ray.config.schema import Config
+from olora_ray.tracking import client as reach
+from olora_ray.tracking import run, write_queue
+from olora_ray.tracking.write_queue import Pairs
+from tests import tiny
+from tests.mlflow_server import Server
+
+CLOSED = "http://127.0.0.1:9"
+Series = list[tuple[int, float]]
+
+
+@pytest.fixture(autouse=True)
+def no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    running = Server(tmp_path_factory.mktemp("server"))
+    running.wait()
+    yield running
+    running.kill()
+
+
+def series(tracker: run.Tracker, name: str) -> Series:
+    """In the order of the time stamps."""
+    return [(item.step, item.value) for item in tracker.client().get_metric_history(tracker.run_id, name)]
+
+
+def steps(tracker: run.Tracker, name: str) -> list[int]:
+    return [step for step, _ in series(tracker, name)]
+
+
+def rows(begin: int, end: int) -> dict[int, dict[str, float]]:
+    return {step: {"train/loss": 1 / (step + 1), "train/lr": 0.1 * step} for step in range(begin, end)}
+
+
+def settings(uri: str) -> Config:
+    return tiny.config(tracking__uri=uri, run__storage="unused")
+
+
+def threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name in ("mlflow", "system metrics")]
+
+
+def seconds(call: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
+
+
+@dataclass
+class Outage:
+    """What was seen while the server was away."""
+
+    training: run.Tracker
+    """A run that goes on training."""
+    taken_up: run.Tracker
+    """A run whose driver was killed, taken up again while the server was away."""
+    longest_call: float = 0.0
+    others: list[str] = field(default_factory=list)
+    """Threads of other tests' trackers."""
+    upload: float = 0.0
+    pending: int = 0
+    flushed_while_away: bool = True
+    messages: list[str] = field(default_factory=list)
+    statuses: list[str] = field(default_factory=list)
+
+
+class Kept(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+@pytest.fixture(scope="module")
+def outage(server: Server) -> Iterator[Outage]:
+    """The story: two runs are written to, the server is killed, both go on, the server comes back."""
+    config, kept, others = settings(server.uri), Kept(), threads()
+    logging.getLogger().addHandler(kept)
+    try:
+        training = run.start(config, "training", {})
+        training.watch_system(0.2)
+        training.metrics(rows(0, 20))
+        killed = run.start(config, "killed driver", {})
+        killed.params({"a": 1})
+        killed.metrics(rows(0, 30))
+        assert training.flush(20)
+        assert killed.flush(20)
+        killed._outbox.close()  # its driver has gone, its run is still RUNNING
+        time.sleep(1)
+        server.kill()
+        seen = Outage(training, run.start(config, "killed driver", {}, killed.run_id))
+        _away(seen)
+        server.start()
+        server.wait()
+        for tracker in (seen.training, seen.taken_up):
+            assert tracker.flush(40)
+        time.sleep(1)  # for metrics of the machine
+        seen.messages = list(kept.lines)
+        for tracker in (seen.training, seen.taken_up):
+            seen.statuses.append(tracker.client().get_run(tracker.run_id).info.status)
+            tracker.end()
+        seen.others = others
+        yield seen
+    finally:
+        logging.getLogger().removeHandler(kept)
+
+
+def _away(seen: Outage) -> None:
+    for begin in range(20, 40, 4):
+        # Steps done again after a failure come again.
+        seen.longest_call = max(seen.longest_call, seconds(lambda: seen.training.metrics(rows(begin - 6, begin + 4))))  # noqa: B023
+        time.sleep(0.3)
+    seen.taken_up.params({"a": 1, "b": 2})
+    seen.taken_up.metrics(rows(0, 50))  # the whole history
+    seen.pending = seen.taken_up.pending
+
+    def upload() -> None:
+        with pytest.raises(run.TrackingAway, match=r"^tracking\.uri=http://.*: MLflow does not answer \(.*refused"):
+            seen.training.text("x", "x.txt")
+
+    seen.upload = seconds(upload)
+    seen.flushed_while_away = seen.training.flush(0.2)
+
+
+def test_the_series_has_no_gap_and_no_step_twice(outage: Outage) -> None:
+    for name in ("train/loss", "train/lr"):
+        expected = [(step, row[name]) for step, row in rows(0, 40).items()]
+        assert sorted(series(outage.training, name)) == expected
+
+
+def test_a_run_taken_up_while_the_server_is_away_has_no_step_twice(outage: Outage) -> None:
+    for name in ("train/loss", "train/lr"):
+        expected = [(step, row[name]) for step, row in rows(0, 50).items()]
+        assert sorted(series(outage.taken_up, name)) == expected
+    assert outage.taken_up.client().get_run(outage.taken_up.run_id).data.params == {"a": "1", "b": "2"}
+    assert outage.statuses == ["RUNNING", "RUNNING"]
+
+
+def test_later_steps_have_later_times(outage: Outage) -> None:
+    for tracker in (outage.training, outage.taken_up):
+        times = {item.step: item.timestamp for item in tracker.client().get_metric_history(tracker.run_id, "train/lr")}
+        assert [times[step] for step in sorted(times)] == sorted(times.values())
+
+
+def test_training_does_not_wait(outage: Outage) -> None:
+    assert outage.longest_call < 0.05
+    assert outage.pending == 100  # it is not known yet what MLflow has
+    assert not outage.flushed_while_away
+    assert outage.upload < 15
+
+
+def test_one_line_when_it_goes_and_one_when_it_is_back(outage: Outage) -> None:
+    gone = [line for line in outage.messages if line.startswith("MLflow does not answer (")]
+    back = [line for line in outage.messages if line.startswith("MLflow answers again, ")]
+    assert len(gone) == len(back) == 2  # one a tracker
+    assert "MLflow answers again, 40 values written" in back  # of the 100, those it did not have
+    assert set(outage.messages) == {*gone, *back}
+    assert all(line.endswith("); metrics wait and training goes on") and len(line) < 160 for line in gone), gone
+
+
+def test_metrics_of_the_machine_go_on(outage: Outage) -> None:
+    found = steps(outage.training, "system/cpu_utilization_percentage")
+    assert found == list(range(len(found)))
+    last = outage.training.client().get_metric_history(outage.training.run_id, "system/cpu_utilization_percentage")[-1]
+    assert (
+        last.timestamp > outage.training.client().get_metric_history(outage.training.run_id, "train/lr")[-1].timestamp
+    )
+
+
+def test_after_the_end_no_thread_is_left(outage: Outage) -> None:
+    assert threads() == outage.others
+
+
+class Proxy:
+    """Forwards TCP to a server; cuts the next `cuts` answers to log-batch after the server has given them."""
+
+    def __init__(self, port: int) -> None:
+        self.target = port
+        self.cuts = 0
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.uri = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self) -> None:
+        while True:
+            try:
+                client, _ = self.listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self.serve, args=(client,), daemon=True).start()
+
+    def serve(self, client: socket.socket) -> None:
+        """One connection, until it is cut or a side closes it."""
+        asked = threading.Event()
+        with client, socket.create_connection(("127.0.0.1", self.target)) as server:
+            forth = threading.Thread(target=self.forward, args=(client, server, asked), daemon=True)
+            forth.start()
+            while data := server.recv(1 << 16):
+                if asked.is_set() and self.cuts:
+                    self.cuts -= 1
+                    break
+                client.sendall(data)
+            client.shutdown(socket.SHUT_RDWR)
+            forth.join()
+
+    def forward(self, client: socket.socket, server: socket.socket, asked: threading.Event) -> None:
+        with contextlib.suppress(OSError):
+            while data := client.recv(1 << 16):
+                if b"runs/log-batch" in data:
+                    asked.set()
+                server.sendall(data)
+            server.shutdown(socket.SHUT_RDWR)
+
+
+def test_a_batch_whose_answer_was_lost_is_not_written_twice(server: Server, outage: Outage) -> None:
+    proxy = Proxy(server.port)
+    tracker = run.start(settings(proxy.uri), "cut", {})
+    proxy.cuts = 3
+    tracker.metrics(rows(0, 10) | {3: {"train/loss": 0.25, "train/lr": 0.3, "eval/loss": float("nan")}})
+    tracker.metrics(rows(10, 20))
+    assert tracker.flush(30)
+    tracker.end()
+    proxy.listener.close()
+    assert proxy.cuts == 0
+    assert steps(tracker, "train/lr") == list(range(20))
+    assert steps(tracker, "eval/loss") == [3]
+
+
+@pytest.fixture
+def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(reach, "_PROBE_SECONDS", 0.3)
+    return f"sqlite:///{tmp_path}/mlflow.db"
+
+
+def local(database: str, run_id: str | None = None) -> run.Tracker:
+    config = tiny.config(tracking__uri=database, run__storage=str(Path(database.removeprefix("sqlite:///")).parent))
+    return run.start(config, "local", {}, run_id)
+
+
+@contextlib.contextmanager
+def locked(database: str) -> Iterator[None]:
+    lock = sqlite3.connect(database.removeprefix("sqlite:///"), isolation_level=None)
+    lock.execute("BEGIN EXCLUSIVE")
+    try:
+        yield
+    finally:
+        lock.close()
+
+
+def test_a_locked_database_is_waited_for(
+    database: str, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    first = local(database)
+    first.metrics(rows(0, 5))
+    first.end()
+    going_on = local(database)
+    with locked(database):
+        going_on.metrics(rows(0, 5))
+        again = local(database, first.run_id)
+        again.metrics(rows(0, 10))
+        with pytest.raises(run.TrackingAway, match="database is locked"):
+            again.text("x", "x.txt")
+        with pytest.raises(run.TrackingAway, match="database is locked"):
+            local(database)
+        assert not again.flush(1.5)
+        assert again.pending == 20
+    for tracker, count in ((again, 10), (going_on, 5)):
+        assert tracker.flush(10)
+        assert sorted(steps(tracker, "train/loss")) == list(range(count))
+        tracker.end()
+    assert caplog.text.count("MLflow does not answer (database is locked)") == 2
+    assert capfd.readouterr() == ("", "")
+
+
+def test_mlflow_keeps_one_of_two_identical_rows(database: str) -> None:
+    """What sending a batch again rests on."""
+    from mlflow.entities import Metric
+
+    tracker = local(database)
+    batch = [Metric("a", value, 1000, step) for step, value in enumerate([1.0, float("nan"), float("inf"), 0.1])]
+    for size in (2, 4, 4):
+        tracker.client().log_batch(tracker.run_id, metrics=batch[:size])
+    assert sorted(steps(tracker, "a")) == [0, 1, 2, 3]
+    tracker.end()
+
+
+def test_a_run_taken_up_again_ignores_what_mlflow_has(database: str) -> None:
+    first = local(database)
+    first.watch_system(0.1)
+    first.metrics(rows(0, 30))
+    first.metrics({7: {"eval/loss": 1.0}})
+    time.sleep(0.5)
+    first.end("KILLED")
+    before = steps(first, "system/cpu_utilization_percentage")
+    assert before == list(range(len(before)))
+    again = local(database, first.run_id)
+    again.watch_system(0.1)
+    again.metrics(rows(0, 30) | {7: {"train/loss": 99.0, "eval/loss": 99.0, "score/new": 1.0}})
+    again.metrics(rows(20, 40))
+    time.sleep(0.5)
+    again.end()
+    assert sorted(steps(again, "train/loss")) == list(range(40))
+    assert 99.0 not in dict(series(again, "train/loss")).values()
+    assert series(again, "eval/loss") == [(7, 1.0)]
+    assert series(again, "score/new") == [(7, 1.0)]
+    after = steps(again, "system/cpu_utilization_percentage")
+    assert after == list(range(len(after)))
+    assert len(after) > len(before) > 0
+
+
+def test_a_metric_that_mlflow_refuses_does_not_take_others_with_it(
+    database: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracker = local(database)
+    tracker.params({"not?allowed": 1})
+    tracker.metrics({step: {"a": 1.0, "not?allowed": 2.0, "b": 3.0} for step in range(3)})
+    tracker.metrics({3: {"a": 1.0, "not?allowed": 2.0}})
+    tracker.end()
+    assert (steps(tracker, "a"), steps(tracker, "b")) == ([0, 1, 2, 3], [0, 1, 2])
+    assert caplog.text.count("MLflow refuses the metric not?allowed: ") == 1
+    assert caplog.text.count("MLflow refuses parameters: ") == 1
+
+
+def test_a_run_that_was_deleted_meanwhile(database: str, caplog: pytest.LogCaptureFixture) -> None:
+    tracker = local(database)
+    tracker.client().delete_run(tracker.run_id)
+    for gone in (tracker.run_id, "0" * 32):
+        other = run.Tracker(database, gone)
+        other.metrics(rows(0, 3))
+        assert other.flush(10)
+        assert caplog.text.count(f"MLflow run {gone} is gone: nothing more is tracked") == 1
+        other._outbox.close()
+    tracker.end()
+
+
+def test_metrics_come_from_any_thread(database: str) -> None:
+    tracker = local(database)
+    writers = [threading.Thread(target=tracker.metrics, args=(rows(0, 1500),)) for _ in range(3)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    tracker.end()
+    tracker.metrics(rows(1500, 1510))  # too late
+    assert sorted(steps(tracker, "train/lr")) == list(range(1500))
+
+
+def test_the_end_says_so_when_mlflow_does_not_answer() -> None:
+    others = threads()
+    tracker = run.Tracker(CLOSED, "0" * 32)
+    tracker.watch_system(0.1)
+    tracker.metrics(rows(0, 3))
+    with pytest.raises(run.TrackingAway, match=r"^tracking\.uri=http://127\.0\.0\.1:9: MLflow does not answer \("):
+        tracker.end("FAILED", seconds=0.5)
+    assert threads() == others
+
+
+def test_a_new_run_needs_mlflow_and_a_known_one_does_not() -> None:
+    with pytest.raises(run.TrackingAway, match="no MLflow server answers"):
+        run.start(settings(CLOSED), "new", {})
+    known = run.start(settings(CLOSED), "known", {}, "0" * 32)
+    assert known.run_id == "0" * 32
+    known._outbox.close()
+
+
+def test_a_wrong_address_is_not_waited_for() -> None:
+    with pytest.raises(UserError, match="not an address MLflow knows") as caught:
+        run.start(settings("foo://somewhere"), "known", {}, "0" * 32)
+    assert not isinstance(caught.value, run.TrackingAway)
+
+
+def test_a_server_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    reach.connect(CLOSED)
+    assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "8"
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
+
+        def ask() -> None:
+            with pytest.raises(run.TrackingAway, match=r"timed out|timeout"), run.reachable(uri):
+                raise AssertionError("nobody answers")
+
+        assert seconds(ask) < 6
+
+
+@pytest.mark.parametrize(
+    ("text", "core"),
+    [
+        (
+            "(sqlite3.OperationalError) database is locked\n[SQL: BEGIN]",
+            "(sqlite3.OperationalError) database is locked",
+        ),
+        (
+            "API request to http://a:1/b failed with exception HTTPConnectionPool(host='a', port=1): Max retries"
+            " exceeded with url: /b (Caused by ResponseError('too many 503 error responses'))",
+            "too many 503 error responses",
+        ),
+        (
+            "API request to http://a:1/b failed with exception ('Connection aborted.', RemoteDisconnected('closed'))",
+            "('Connection aborted.', RemoteDisconnected('closed'))",
+        ),
+        (
+            "API request to http://a:1/b failed with timeout exception HTTPConnectionPool(host='a', port=1): Read timed"
+            " out. (read timeout=8). To increase the timeout, set the environment variable X to a larger value.",
+            "Read timed out. (read timeout=8)",
+        ),
+    ],
+)
+def test_a_reason_is_short(text: str, core: str) -> None:
+    assert reach.reason(Exception(text)) == core
+
+
+def test_inside_reachable_other_errors_stay_as_they_are(database: str) -> None:
+    local(database).end()
+    with pytest.raises(OSError, match="No space"), run.reachable(database):
+        raise OSError("No space left on device")
+    with pytest.raises(run.TrackingAway, match="reset by peer"), run.reachable(database):
+        raise ConnectionResetError("reset by peer")
+
+
+def test_uploads_get_more_time(database: str) -> None:
+    local(database).end()
+    name = "MLFLOW_HTTP_REQUEST_TIMEOUT"
+    with run.reachable(database, upload=True):
+        assert os.environ[name] == "120"
+        with run.reachable(database, upload=True):
+            pass
+        assert os.environ[name] == "120"
+    assert os.environ[name] == "8"
+
+
+def test_what_there_is_no_room_for_may_come_again(
+    database: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(write_queue, "_MOST_VALUES", 10)
+    tracker = local(database)
+    with locked(database):
+        tracker.metrics(rows(0, 20))
+        tracker.metrics(rows(20, 40))
+        assert tracker.pending == 10
+    assert tracker.flush(10)
+    for begin in range(0, 40, 5):
+        tracker.metrics(rows(0, begin + 5))
+        assert tracker.flush(10)
+    tracker.end()
+    assert sorted(steps(tracker, "train/loss")) == list(range(40))
+    assert caplog.text.count("newer ones are not kept until it answers") == 1
+
+
+def test_pairs_are_a_set() -> None:
+    dice, pairs, expected = random.Random(0), Pairs(), set()
+    for _ in range(3000):
+        pair = dice.choice("ab"), dice.randrange(-1100, 1100)
+        assert (pair in pairs) == (pair in expected)
+        assert pairs.add(*pair) == (pair not in expected)
+        expected.add(pair)
+    both, other = Pairs(), Pairs()
+    other.add("a", 1 << 50)
+    both.update(pairs)
+    both.update(other)
+    assert ("a", 1 << 50) in both
+    assert all(pair in both for pair in expected)

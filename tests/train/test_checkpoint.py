@@ -1,0 +1,233 @@
+"""A checkpoint comes back bit for bit, or not at all."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from olora_ray.adapter.factors import AdapterWeights, Factors
+from olora_ray.common.errors import UserError
+from olora_ray.train import checkpoint
+from olora_ray.train.state import TrainState
+
+RANK = 2
+FILES = (
+    "adapter.safetensors",
+    "best.safetensors",
+    "optimizer.safetensors",
+    "state.json",
+    "config.yaml",
+    "manifest.json",
+)
+
+
+def random_adapter(with_b0: bool = True, seed: int = 0) -> dict[str, AdapterWeights]:
+    torch.manual_seed(seed)
+    # Values that a text format or a cast would change.
+    odd = torch.tensor([[1e-40, -0.0, 3.4e38, 1 / 3, torch.inf], [2**-149, 1.0, -1e-30, 7.0, 0.1]])
+    return {
+        f"model.layers.{i}.q_proj": AdapterWeights(
+            Factors(torch.randn(RANK, 5), torch.randn(4, RANK) if with_b0 else None),
+            odd * (i + 1),
+            torch.randn(4, RANK),
+        )
+        for i in range(2)
+    }
+
+
+def changes(seed: int) -> dict[str, Tensor]:
+    torch.manual_seed(seed)
+    return {
+        f"{name}.{part}": torch.randn(shape)
+        for name in random_adapter()
+        for part, shape in (("da", (RANK, 5)), ("db", (4, RANK)))
+    }
+
+
+def state() -> TrainState:
+    found = TrainState(step=7, best_loss=0.1 + 0.2, best_step=5, stale=1, before=[[1, 2], []])
+    found.record(7, {"train/loss": 1 / 3, "train/lr": 1e-4})
+    return found
+
+
+def save(folder: Path, **other: Any) -> None:
+    parts: dict[str, Any] = {
+        "adapter": random_adapter(),
+        "best": changes(1),
+        "optimizer": changes(2),
+        "state": state(),
+        "identity": {"base": "abc", "train data": "déf"},
+        "config_yaml": "run: {name: ä}\n",
+    }
+    checkpoint.save(folder, **(parts | other))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved") / "step-7"
+    save(folder)
+    return folder
+
+
+def same(one: Tensor | None, two: Tensor | None) -> bool:
+    if one is None or two is None:
+        return one is two
+    return one.dtype == two.dtype and one.shape == two.shape and one.numpy().tobytes() == two.numpy().tobytes()
+
+
+def assert_same_adapter(found: dict[str, AdapterWeights], expected: dict[str, AdapterWeights]) -> None:
+    assert found.keys() == expected.keys()
+    for name, weights in expected.items():
+        assert same(found[name].factors.a0, weights.factors.a0)
+        assert same(found[name].factors.b0, weights.factors.b0)
+        assert same(found[name].da, weights.da)
+        assert same(found[name].db, weights.db)
+
+
+@pytest.mark.parametrize("with_b0", [True, False], ids=["olora", "lora"])
+def test_everything_comes_back_bit_for_bit(tmp_path: Path, with_b0: bool) -> None:
+    save(tmp_path / "c", adapter=random_adapter(with_b0))
+    found = checkpoint.load(tmp_path / "c")
+    assert_same_adapter(found.adapter, random_adapter(with_b0))
+    assert found.best is not None
+    for part, expected in ((found.best, changes(1)), (found.optimizer, changes(2))):
+        assert part.keys() == expected.keys()
+        assert all(same(part[name], value) for name, value in expected.items())
+    assert found.state == state()
+    assert found.identity == {"base": "abc", "train data": "déf"}
+
+
+def test_a_state_that_is_new_or_has_infinite_metrics_comes_back(tmp_path: Path) -> None:
+    save(tmp_path / "new", state=TrainState(), best=None)
+    assert checkpoint.load(tmp_path / "new").state == TrainState()
+    assert checkpoint.load(tmp_path / "new").best is None
+    diverged = TrainState()
+    diverged.record(1, {"eval/loss": float("inf")})
+    save(tmp_path / "inf", state=diverged)
+    assert checkpoint.load(tmp_path / "inf").state == diverged
+
+
+def test_views_of_one_vector_are_saved_as_they_are(tmp_path: Path) -> None:
+    vector = torch.arange(20.0)
+    views = {"a.da": vector[:10].view(2, 5), "a.db": vector[10:18].view(4, 2)}
+    save(tmp_path / "c", optimizer=views)
+    found = checkpoint.load(tmp_path / "c").optimizer
+    assert all(torch.equal(found[name], value) for name, value in views.items())
+
+
+def test_the_same_state_is_the_same_bytes(saved: Path, tmp_path: Path) -> None:
+    save(tmp_path / "c")
+    for name in FILES:
+        assert (tmp_path / "c" / name).read_bytes() == (saved / name).read_bytes()
+
+
+def test_a_checkpoint_has_these_files_for_all_to_read_and_no_pickle(saved: Path) -> None:
+    assert sorted(file.name for file in saved.iterdir()) == sorted(FILES)
+    assert {file.stat().st_mode & 0o777 for file in saved.iterdir()} == {0o644}
+    assert set(json.loads((saved / "manifest.json").read_text())["files"]) == set(FILES) - {"manifest.json"}
+
+
+def test_the_best_adapter_has_the_best_changes_on_the_same_factors(saved: Path) -> None:
+    found, expected = checkpoint.load(saved).best_adapter(), random_adapter()
+    for name, weights in found.items():
+        assert same(weights.factors.a0, expected[name].factors.a0)
+        assert same(weights.da, changes(1)[f"{name}.da"])
+        assert same(weights.db, changes(1)[f"{name}.db"])
+
+
+def test_the_latest_adapter_is_the_best_where_no_other_is_kept(tmp_path: Path) -> None:
+    save(tmp_path / "c", best=None)
+    assert_same_adapter(checkpoint.load(tmp_path / "c").best_adapter(), random_adapter())
+
+
+def damaged(saved: Path, tmp_path: Path) -> Path:
+    copy = tmp_path / "copy"
+    shutil.rmtree(copy, ignore_errors=True)
+    return Path(shutil.copytree(saved, copy))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_missing_file_is_named(saved: Path, tmp_path: Path, name: str) -> None:
+    folder = damaged(saved, tmp_path)
+    (folder / name).unlink()
+    with pytest.raises(UserError, match=name):
+        checkpoint.load(folder)
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("keep", [0.0, 0.5, 0.99])
+def test_a_truncated_file_is_named(saved: Path, tmp_path: Path, name: str, keep: float) -> None:
+    folder = damaged(saved, tmp_path)
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(content[: int(len(content) * keep)])
+    with pytest.raises(UserError, match=name):
+        checkpoint.load(folder)
+
+
+def test_a_folder_that_is_not_there_is_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not a complete checkpoint"):
+        checkpoint.load(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"files": 3}', '{"files": []}', '{"format": 1, "files": {}}', "null"])
+def test_a_manifest_that_lists_nothing_is_refused(saved: Path, tmp_path: Path, text: str) -> None:
+    folder = damaged(saved, tmp_path)
+    (folder / "manifest.json").write_text(text)
+    with pytest.raises(UserError):
+        checkpoint.load(folder)
+
+
+@settings(max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from(FILES), st.floats(0.0, 1.0, exclude_max=True), st.integers(1, 255))
+def test_a_changed_byte_is_an_error_never_another_result(
+    saved: Path, tmp_path: Path, name: str, place: float, flip: int
+) -> None:
+    folder = damaged(saved, tmp_path)
+    content = bytearray((folder / name).read_bytes())
+    content[int(place * len(content))] ^= flip
+    (folder / name).write_bytes(bytes(content))
+    try:
+        found = checkpoint.load(folder)
+    except UserError:
+        return
+    assert name == "manifest.json"  # where a blank may change into another
+    assert_same_adapter(found.adapter, random_adapter())
+
+
+def test_a_best_adapter_that_the_manifest_does_not_know_is_refused(saved: Path, tmp_path: Path) -> None:
+    save(tmp_path / "c", best=None)
+    shutil.copy(saved / "best.safetensors", tmp_path / "c")
+    with pytest.raises(UserError, match=r"manifest\.json"):
+        checkpoint.load(tmp_path / "c")
+
+
+def test_another_format_is_refused(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "FORMAT", 2)
+    with pytest.raises(UserError, match="another version"):
+        checkpoint.load(saved)
+
+
+NOW = {"base model": "b1", "tokenizer": "t1", "training data": "d1", "adapter": '{"rank": 4, "alpha": 8.0}'}
+
+
+@pytest.mark.parametrize(
+    ("then", "expected"),
+    [
+        ({"base model": "b0"}, "another base model (b0 then, b1 now)"),
+        ({"training data": "d0"}, "another training data (d0 then, d1 now)"),
+        ({"tokenizer": "t0", "training data": "d0"}, "another tokenizer (t0 then, t1 now);"),
+        ({"adapter": '{"rank": 2, "alpha": 8.0}'}, "another adapter (rank was 2, is 4)"),
+    ],
+)
+def test_another_identity_is_refused_with_the_difference(then: dict[str, str], expected: str) -> None:
+    checkpoint.require_same(NOW, NOW, "step-0000002")
+    with pytest.raises(UserError) as caught:
+        checkpoint.require_same(NOW | then, NOW, "step-0000002")
+    assert expected in str(caught.value)
+    assert str(caught.value).startswith("run.name: step-0000002 was trained with another")

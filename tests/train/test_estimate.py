@@ -1,0 +1,115 @@
+"""The estimate of a worker's memory beside what a process takes that trains."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from olora_ray.config.schema import Config
+from olora_ray.model.source import obtain
+from olora_ray.train.estimate import estimate
+from tests import tiny
+from tests.pipelines import project
+
+LENGTH = 64
+MIB = 2**20
+
+
+def settings(folder: Path, rank: int) -> Config:
+    return tiny.config(
+        model__name=str(folder),
+        model__dtype="float32",
+        adapter__rank=rank,
+        adapter__alpha=rank,
+        data__max_length=LENGTH,
+        train__micro_batch=1,
+        train__global_batch=1,
+    )
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of about 100 M parameters, 390 MiB in float32."""
+    folder = tmp_path_factory.mktemp("model")
+    shape = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12}
+    tiny.llama(vocab_size=8192, num_key_value_heads=12, **shape).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_text("{}")  # counted as part of a model folder, and not read here
+    return folder
+
+
+def estimated(model: Path, rank: int) -> int:
+    config = settings(model, rank)
+    return estimate(config, obtain(config, print, Path)).total_bytes()
+
+
+def grown(model: Path, rank: int) -> int:
+    """Bytes by which a process of its own grows at most, from the imports to the third step."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.train.test_estimate", str(model), str(rank)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        cwd=Path(__file__).parents[2],
+    )
+    assert done.returncode == 0, done.stderr
+    before, peak = json.loads(done.stdout.splitlines()[-1])
+    return int(peak - before)
+
+
+@pytest.mark.slow
+def test_the_estimate_is_near_what_a_worker_takes(model: Path) -> None:
+    small, large = (estimated(model, rank) / MIB for rank in (8, 64))
+    measured = {rank: grown(model, rank) / MIB for rank in (8, 64)}
+    print(f"estimated {small:.0f} and {large:.0f} MiB, measured {measured[8]:.0f} and {measured[64]:.0f}")
+    assert small == pytest.approx(measured[8], rel=0.5)
+    assert large == pytest.approx(measured[64], rel=0.5)
+    # What a larger rank adds is the adapter alone.
+    assert large - small == pytest.approx(measured[64] - measured[8], rel=0.5)
+
+
+def test_gpus_that_are_not_here_are_taken_to_use_bfloat16(tmp_path: Path) -> None:
+    config = tiny.config(model__name=str(project.make_model(tmp_path / "tiny")))
+    base = obtain(config, print, Path)
+    size = estimate(config, base, gpu=True)
+    assert size.base_bytes == 2 * size.parameters
+
+
+def _status(field: str) -> int:
+    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+def _train(folder: str, rank: int) -> tuple[int, int]:
+    """(bytes after the imports, peak of three steps with an evaluation's copy), as a worker trains."""
+    import torch
+
+    from olora_ray.model.source import load_model
+    from olora_ray.train.loader import Feed
+    from olora_ray.train.malloc import keep_freed_memory
+    from olora_ray.train.schedule import Schedule
+    from tests.tiny import trainer
+
+    keep_freed_memory()
+    config = settings(Path(folder), rank)
+    trainer(settings(Path(folder), 4))  # whatever torch sets up at first use
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
+    made = trainer(config, model=load_model(folder, config.model, torch.device("cpu")))
+    store = tiny.ListStore([tiny.pack(30, 30, seed=seed) for seed in range(3)])
+    feed = Feed(store, config.train, config.run.seed, "segments", 0, 1)  # type: ignore[arg-type]
+    schedule = Schedule(config.train.model_copy(update={"steps": 3}), store)  # type: ignore[arg-type]
+    best = None
+    for _ in made.steps(feed, 0, schedule):
+        best = made.flat.vector.clone()
+    assert best is not None
+    return before, _status("VmHWM")
+
+
+if __name__ == "__main__":
+    print(json.dumps(_train(sys.argv[1], int(sys.argv[2]))))

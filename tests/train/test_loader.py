@@ -1,0 +1,123 @@
+"""Every sequence once, in the order, whatever the workers, interruptions, and when shards arrive."""
+
+import threading
+import time
+from itertools import islice
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from olora_ray.config.schema import Train
+from olora_ray.tokens.store import order
+from olora_ray.train import loader
+from olora_ray.train.loader import Feed, Waiting, total_steps
+from olora_ray.train.schedule import Schedule
+from tests.train.test_schedule import arriving, fast, sizes_of, store
+
+__all__ = ["fast"]
+
+SEED = 3
+
+
+def reader(found: Any, train: Train, worker: int = 0, workers: int = 1, waiting: Waiting | None = None) -> Feed:
+    return Feed(found, train, SEED, "segments", worker, workers, waiting)
+
+
+@given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 5))
+def test_shares_are_even_to_one_and_blanks_make_them_equal(batch: int, workers: int, micro: int) -> None:
+    workers = min(workers, batch)
+    train = Train(global_batch=batch, micro_batch=micro)
+    parts = [reader(store([20]), train, w, workers).read(2) for w in range(workers)]
+    met = [index for part in parts for group in part.sequences for index in group]
+    assert met == order(20, SEED, 2 * batch, 3 * batch).tolist()
+    shares = [sum(map(len, part.sequences)) for part in parts]
+    assert max(shares) - min(shares) <= 1
+    assert all(len(group) == micro for part in parts for group in part.sequences[:-1])
+    assert all(1 <= len(part.sequences[-1]) <= micro for part in parts)
+    most = max(len(part.micro) for part in parts)
+    assert [part.blank for part in parts] == [most - len(part.micro) for part in parts]
+    assert len({part.supervised for part in parts}) == 1
+
+
+@settings(max_examples=60)
+@given(
+    sizes_of,
+    st.sampled_from([0.4, 1, 1.7, 2, 3]),
+    st.none() | st.integers(1, 9),
+    st.integers(1, 6),
+    st.integers(1, 4),
+    st.lists(st.tuples(st.integers(0, 6), st.integers(1, 6), st.booleans()), min_size=1, max_size=4),
+)
+def test_interrupted_runs_meet_exactly_the_orders_sequences(
+    sizes: list[int],
+    epochs: float,
+    steps: int | None,
+    batch: int,
+    micro: int,
+    lives: list[tuple[int, int, bool]],
+) -> None:
+    """Each life of the run makes some steps with some workers, on a growing or the complete store."""
+    train = Train(epochs=epochs, steps=steps, global_batch=batch, micro_batch=micro)
+    lives = [*lives, (10_000, 1, True)]
+    met: list[list[int]] = []
+    for most, workers, grows in lives:
+        workers = min(workers, batch)
+        streams = []
+        for worker in range(workers):
+            found, waiting = arriving(sizes) if grows else (store(sizes), None)
+            ends = Schedule(train, found, waiting).ends
+            streams.append(islice(reader(found, train, worker, workers, waiting).steps(len(met), ends), most))
+        for parts in zip(*streams, strict=True):  # all workers agree on the end
+            met.append([index for data, _ in parts for group in data.sequences for index in group])
+    packs = sum(sizes)
+    total = total_steps(train, packs)
+    assert len(met) == total
+    for step, sequences in enumerate(met):
+        assert sequences == order(packs, SEED, step * batch, (step + 1) * batch).tolist()
+    assert sorted(index for sequences in met for index in sequences) == sorted(order(packs, SEED, 0, total * batch))
+
+
+def test_a_step_waits_for_its_own_shards_only() -> None:
+    """Reading ahead waits for the second shard; the step that is there does not."""
+    train = Train(global_batch=4)
+    found = store([4, 4], arrived=1)
+    told: list[tuple[int, int]] = []
+    steps = reader(found, train, waiting=lambda *what: told.append(what)).steps(0, Schedule(train, found).ends)
+    data, waited = next(steps)
+    assert data.sequences == ((0, 1, 2, 3),)
+    assert waited < 1.0
+    time.sleep(0.05)
+    assert told == []  # nobody waits yet: the caller works on its step
+    threading.Timer(0.1, lambda: setattr(found, "arrived", 2)).start()
+    data, waited = next(steps)
+    assert data.sequences == ((4, 5, 6, 7),)
+    assert waited > 0.05
+    assert set(told) == {(1, 2)}
+    assert list(steps) == []
+
+
+def test_giving_up_reaches_the_caller_and_leaving_does_not_wait() -> None:
+    train, found = Train(global_batch=4), store([4, 4], arrived=1)
+
+    def give_up(number: int, shards: int) -> None:
+        raise ValueError(f"shard {number} of {shards} does not come")
+
+    steps = reader(found, train, waiting=give_up).steps(0, Schedule(train, found).ends)
+    next(steps)
+    with pytest.raises(ValueError, match="shard 1 of 2 does not come"):
+        next(steps)
+    left = reader(found, train).steps(0, Schedule(train, found).ends)
+    next(left)
+    left.close()  # type: ignore[attr-defined]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("feed")]
+
+
+def test_looking_for_shards_slows_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "PAUSES", (0.3, 1.0))
+    pauses: list[float] = []
+    loader.until(store([1, 1], 1), lambda: len(pauses) > 8, pause=pauses.append)
+    assert pauses[0] == 0.3
+    assert pauses == sorted(pauses)
+    assert pauses[-1] == 1.0

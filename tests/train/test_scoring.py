@@ -1,0 +1,86 @@
+import json
+
+import pytest
+
+from olora_ray.train.scoring import SCORERS, exact_match, json_fields, resolve
+
+REFERENCE = '{"category": "refund", "order": null, "product": "Tavo kettle"}'
+FIELDS = {"field/category", "field/order", "field/product"}
+
+
+def first_letter(prediction: str, reference: str) -> dict[str, float]:
+    return {"first": float(prediction[:1] == reference[:1])}
+
+
+def test_exact_match_ignores_white_space_around_the_text() -> None:
+    assert exact_match(" yes\n", "yes") == {"exact_match": 1.0}
+    assert exact_match("Yes", "yes") == {"exact_match": 0.0}
+
+
+@pytest.mark.parametrize("name", SCORERS)
+def test_every_scorer_gives_the_reference_full_marks(name: str) -> None:
+    assert set(SCORERS[name](REFERENCE, REFERENCE).values()) == {1.0}
+
+
+def test_order_and_spacing_of_json_do_not_matter() -> None:
+    shuffled = json.dumps(dict(reversed(json.loads(REFERENCE).items())), indent=2)
+    assert set(json_fields(shuffled, REFERENCE).values()) == {1.0}
+
+
+def test_one_wrong_field_costs_that_field_and_the_exact_match() -> None:
+    scores = json_fields(REFERENCE.replace("refund", "defect"), REFERENCE)
+    assert {name for name, score in scores.items() if score == 0.0} == {"field/category", "exact_match"}
+
+
+def test_a_missing_field_is_not_null() -> None:
+    scores = json_fields('{"category": "refund", "product": "Tavo kettle"}', REFERENCE)
+    assert scores["field/order"] == 0.0
+
+
+def test_an_extra_field_costs_the_exact_match_only() -> None:
+    scores = json_fields(REFERENCE.replace("}", ', "mood": "sad"}'), REFERENCE)
+    assert {name for name, score in scores.items() if score == 0.0} == {"exact_match"}
+
+
+def test_true_is_not_one() -> None:
+    assert json_fields('{"paid": 1}', '{"paid": true}')["field/paid"] == 0.0
+
+
+@pytest.mark.parametrize("prediction", ["", "refund", "{", "[1]", "null", '"text"', REFERENCE + "}", "[" * 100_000])
+def test_a_prediction_that_is_no_json_object_scores_zero(prediction: str) -> None:
+    scores = json_fields(prediction, REFERENCE)
+    assert scores == dict.fromkeys(FIELDS | {"valid_json", "exact_match"}, 0.0)
+
+
+def test_a_broken_reference_is_an_error_of_the_data() -> None:
+    with pytest.raises(ValueError, match="reference"):
+        json_fields(REFERENCE, "refund")
+
+
+@pytest.mark.parametrize("name", SCORERS)
+def test_resolve_knows_the_registry(name: str) -> None:
+    assert resolve(name) is SCORERS[name]
+
+
+@pytest.mark.parametrize("separator", [":", "."])
+def test_resolve_imports_a_function_of_the_user(separator: str) -> None:
+    assert resolve(f"{__name__}{separator}first_letter")("a", "ab") == {"first": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("exact", "exact_match, json_fields"),
+        ("", "exact_match, json_fields"),
+        (":", "exact_match, json_fields"),
+        ("no_such_package.scores:f", "cannot import 'no_such_package.scores'"),
+        ("json:no_such_function", "'json' has no function 'no_such_function'"),
+        ("json.decoder.NAN", "'json.decoder' has no function 'NAN'"),
+        (".relative.module:f", "cannot import"),
+        ("tests.broken_scorer:f", "importing 'tests.broken_scorer' fails: ZeroDivisionError: "),
+        ("olora_ray/train/scoring.py:f", "cannot import 'olora_ray/train/scoring.py'"),
+    ],
+)
+def test_resolve_says_what_is_wrong(name: str, problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        resolve(name)
