@@ -28,14 +28,14 @@ def model_folder(model: str, storage: str) -> str:
     """The folder of the base model, made now if it has to be (a GGUF file is dequantised once)."""
     from olora_ray.model.source import obtain
 
-    return obtain(config(storage, {"name": model}), print, Path).folder
+    return obtain(config(storage, {"name": model})).folder
 
 
 def our_trainer(cfg: Config, folder: str) -> tuple[Any, str]:
     """What a worker builds, and the attention that the model took."""
     from olora_ray.adapter.initialise import initialise
     from olora_ray.adapter.inject import find_targets, inject
-    from olora_ray.model.source import load_model
+    from olora_ray.model.load import load_model
     from olora_ray.train.loop import Trainer
     from olora_ray.train.loss import SupervisedLoss
     from olora_ray.train.malloc import keep_freed_memory
@@ -65,7 +65,7 @@ def memory_store(rows: Sequence[tuple[np.ndarray, np.ndarray]], length: int) -> 
 class MemoryStore(list[Pack]):
     """Packs in memory, in place of olora_ray's token store."""
 
-    known_shards = shard_count = 1
+    available_shards = shard_count = 1
     complete = True
 
     @property

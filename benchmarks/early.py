@@ -26,18 +26,18 @@ SMALL = """
 import sys, time
 from olora_ray.common.quiet import quiet_environment
 quiet_environment()
-from olora_ray.config.schema import load, override
-from olora_ray.model import source
-from olora_ray.pipeline import fit
-from olora_ray.tokens import store
-from olora_ray.data.tokenize import spec_from_pretrained
+from olora_ray.common import logs
+from olora_ray.config.load import load
+from olora_ray.pipeline.base import open_base
+from olora_ray.pipeline.connection import connect
+from olora_ray.tokens.prepare import prepare
 config = load(sys.argv[1])
-base = source.obtain(config, print, None)
-spec = spec_from_pretrained(source.load_tokenizer(base, config.model), base.name)
-with fit.connect(config, print):
-    began = time.perf_counter()
-    store.prepare(config, spec, "train", print)
-    print("seconds", time.perf_counter() - began)
+with logs.printed():
+    base = open_base(config)
+    with connect(config):
+        began = time.perf_counter()
+        prepare(config, base.spec, "train")
+        print("seconds", time.perf_counter() - began)
 """
 
 

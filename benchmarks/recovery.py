@@ -1,4 +1,4 @@
-"""What it costs to be able to go on: checkpoints while training, and the time from a kill to the next step.
+"""What it costs to be able to continue: checkpoints while training, and the time from a kill to the next step.
 
 On the quickstart's model and batch. Checkpoints: blocks of ten steps, with one checkpoint written meanwhile
 or without, in turn, in one process that has all threads; medians count, and the share is the median over
@@ -28,7 +28,7 @@ from olora_ray.adapter.factors import AdapterWeights
 from olora_ray.model.source import parameters
 from olora_ray.train import checkpoint
 from olora_ray.train import checkpoints as keeper
-from olora_ray.train.loader import Feed
+from olora_ray.train.loader import StepLoader
 from olora_ray.train.schedule import Schedule
 from olora_ray.train.state import TrainState
 
@@ -86,8 +86,8 @@ def checkpoints(scratch: Path, folder: str, rounds: int) -> dict[str, float]:
     generator = np.random.default_rng(0)
     rows = [(generator.integers(3, 40_000, 96, dtype=np.int32), np.arange(96) >= 60) for _ in range(400)]
     store = memory_store(rows, LENGTH)
-    steps = trainer.steps(Feed(store, cfg.train, 0, attention), 0, Schedule(cfg.train, store))
-    files = keeper.Keeper(str(scratch / "checkpoints"), 2, print)
+    steps = trainer.steps(StepLoader(store, cfg.train, 0, attention), 0, Schedule(cfg.train, store))
+    files = keeper.CheckpointManager(str(scratch / "checkpoints"), 2)
     block(steps, None, trainer, 0)
     taken: dict[str, list[dict[str, float]]] = {"with": [], "without": []}
     for turn in range(rounds):
@@ -114,7 +114,7 @@ def checkpoints(scratch: Path, folder: str, rounds: int) -> dict[str, float]:
     }
 
 
-def block(steps: Iterator[Any], files: keeper.Keeper | None, trainer: Any, number: int) -> dict[str, float]:
+def block(steps: Iterator[Any], files: keeper.CheckpointManager | None, trainer: Any, number: int) -> dict[str, float]:
     """Ten steps, of which the first is followed by a checkpoint; a block ends when it is on the disk."""
     start, used, blocked = time.perf_counter(), time.process_time(), 0.0
     next(steps)
@@ -155,7 +155,7 @@ def kill_one_worker(storage: Path, models: str) -> float:
         if "step 13/" in line and not killed:
             os.kill(processes_below(process.pid, "RayTrainWorker")[-1], signal.SIGKILL)
             killed = time.perf_counter()
-        resumed = resumed or "going on after step" in line
+        resumed = resumed or "training continues after step" in line
         if resumed and not lost and " | loss " in line:
             lost = time.perf_counter() - killed
     if process.wait() or not lost:

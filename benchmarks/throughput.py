@@ -140,7 +140,7 @@ def run_ours(setting: Setting, job: dict[str, Any]) -> dict[str, float]:
     """One pass with olora_ray's own feed, loss, adapters and optimizer."""
     import torch.distributed as dist
 
-    from olora_ray.train.loader import Feed
+    from olora_ray.train.loader import StepLoader
     from olora_ray.train.schedule import Schedule
 
     if setting.workers > 1:
@@ -150,7 +150,7 @@ def run_ours(setting: Setting, job: dict[str, Any]) -> dict[str, float]:
     size = packs_a_step(store, setting)
     cfg = our_config(job, setting, size)
     trainer, attention = our_trainer(cfg, job["folder"])
-    feed = Feed(store, cfg.train, cfg.run.seed, attention, job["rank"], setting.workers)
+    feed = StepLoader(store, cfg.train, cfg.run.seed, attention, job["rank"], setting.workers)
     steps = -(-len(store) // size)  # the last is filled up from the next pass; what is done is counted
     whole = Schedule(cfg.train.model_copy(update={"steps": steps}), store)
     deque(islice(trainer.steps(feed, 0, whole), 1), maxlen=0)
@@ -190,7 +190,7 @@ def run_peft(setting: Setting, job: dict[str, Any]) -> dict[str, float]:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from olora_ray.model.source import pick_dtype
+    from olora_ray.model.load import pick_dtype
     from olora_ray.train.malloc import keep_freed_memory
 
     if setting.allocator:

@@ -26,20 +26,19 @@ def main(argv: list[str]) -> None:
     from olora_ray.evaluation import lm_eval_tasks, results, save, table, targets
 
     request = arguments.read(argv, usage=__doc__ or "")
-    say = command_line.log_line
     config = targets.settings(request.models, request.config, request.changes)
     results.check(request, config)
-    sets = lm_eval_tasks.load(request.tasks, request.task_data, say)
-    models = [targets.resolve(name, config, say) for name in request.models]
+    sets = lm_eval_tasks.load(request.tasks, request.task_data)
+    models = [targets.resolve(name, config) for name in request.models]
     uri = save.address(request, models)
 
-    from olora_ray.pipeline import fit
+    from olora_ray.pipeline import connection
 
-    with fit.connect(config, say), fit.user_errors():
-        found = [results.evaluate(target, sets, request.limit, say) for target in models]
+    with connection.connect(config), connection.user_errors():
+        found = [results.evaluate(target, sets, request.limit) for target in models]
     intervals = results.differences(*found) if len(found) == 2 else {}
     print("\n".join(["", *table.lines(found, intervals), ""]), flush=True)
-    save.write(request, found, intervals, uri, say)
+    save.write(request, found, intervals, uri)
 
 
 if __name__ == "__main__":

@@ -23,9 +23,9 @@ def main(argv: list[str]) -> None:
     from olora_ray.pipeline import report, run
 
     if dry_run:
-        report.dry_run(config, command_line.log_line)
+        report.dry_run(config)
     else:
-        run.run(config, command_line.log_line)
+        run.run(config)
 
 
 if __name__ == "__main__":

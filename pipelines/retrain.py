@@ -23,7 +23,7 @@ def main(argv: list[str]) -> None:
         raise UserError("argument --dry-run: not known here; pipelines/finetune.py has it")
     from olora_ray.retrain import run
 
-    run.run(config, command_line.log_line)
+    run.run(config)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def program() -> str | None:
 def screenshot(url: str, file: Path, width: int = 1400, height: int = 1000, patience: int = 0) -> None:
     """Paint the page in a window of so many pixels into `file`, a PNG.
 
-    `patience` is for how many seconds of its own clock a page may go on fetching and drawing.
+    `patience` is for how many seconds of its own clock a page may continue fetching and drawing.
     """
     _run(url, patience, f"--screenshot={file}", f"--window-size={width},{height}")
     assert file.exists(), f"Chromium painted nothing of {url}"

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from olora_ray.config.schema import Config, build
+from olora_ray.config.load import build
+from olora_ray.config.schema import Config
 
 VOCABULARY = 96
 
@@ -49,9 +50,9 @@ def build_model(model_class: Any, shape: Any, attention: str = "sdpa") -> Any:
 
 
 def _model(model_class: Any, shape: Any, attention: str, dtype: torch.dtype) -> Any:
-    from olora_ray.model import segment_attention as segments
+    from olora_ray.model import segment_attention
 
-    segments.register()
+    segment_attention.register()
     with torch.random.fork_rng():
         torch.manual_seed(5)
         model = model_class(shape)
@@ -120,20 +121,20 @@ class ListStore:
         self.sizes = list(sizes) or [len(packs)]
         self.shard_count = len(self.sizes)
         self.arrived = self.shard_count if arrived is None else arrived
-        self.known_shards = 0
+        self.available_shards = 0
         self.refresh()
 
     @property
-    def known(self) -> int:
-        return sum(self.sizes[: self.known_shards])
+    def available(self) -> int:
+        return sum(self.sizes[: self.available_shards])
 
     @property
     def complete(self) -> bool:
-        return self.known_shards == self.shard_count
+        return self.available_shards == self.shard_count
 
     @property
-    def packs(self) -> int | None:
-        return self.known if self.complete else None
+    def total(self) -> int | None:
+        return self.available if self.complete else None
 
     @property
     def manifest(self) -> Counts:
@@ -141,11 +142,11 @@ class ListStore:
 
     def refresh(self) -> None:
         """Look for more shards."""
-        self.known_shards = self.arrived
+        self.available_shards = self.arrived
 
-    def place(self, index: int) -> tuple[int, int, int]:
+    def locate(self, index: int) -> tuple[int, int, int]:
         """Shard, place in it, packs of the shard."""
-        for number, size in enumerate(self.sizes[: self.known_shards]):
+        for number, size in enumerate(self.sizes[: self.available_shards]):
             if index < size:
                 return number, index, size
             index -= size
@@ -156,7 +157,7 @@ class ListStore:
         return len(self._packs)
 
     def __getitem__(self, index: int) -> Any:
-        if index >= self.known:
+        if index >= self.available:
             raise IndexError(index)
         return self._packs[index]
 
@@ -181,7 +182,7 @@ def trainer(settings: Config, attention: str = "segments", model: Any = None, st
     from olora_ray.adapter.inject import find_targets, inject
     from olora_ray.train.loop import Trainer
     from olora_ray.train.loss import SupervisedLoss
-    from olora_ray.train.parallel import spread
+    from olora_ray.train.parallel import place_model
 
     model = model or llama(attention=attention)
     adapter, device = settings.adapter, torch.device("cpu")
@@ -189,5 +190,5 @@ def trainer(settings: Config, attention: str = "segments", model: Any = None, st
     factors, _ = initialise(targets, adapter.method, adapter.rank, settings.run.seed, device)
     adapted = inject(model, factors, adapter.scale(), adapter.dropout)
     loss = SupervisedLoss(model)
-    spread(loss, strategy, device)
+    place_model(loss, strategy, device)
     return Trainer(loss, adapted, settings, device)

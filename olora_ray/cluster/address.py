@@ -1,4 +1,4 @@
-"""Which Ray a run uses. Asked here first, since ray.init waits for almost three minutes for one that is away."""
+"""Which Ray a run uses. Asked here first, since ray.init waits for almost three minutes for one that is unreachable."""
 
 import os
 import socket

@@ -5,15 +5,21 @@ progress output, never training: every row is also in the checkpoint's history.
 """
 
 import asyncio
+import contextlib
+import logging
+from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 
+from olora_ray.common import logs
+
 
 @dataclass(frozen=True)
 class Resumed:
-    """A group of workers goes on from a checkpoint."""
+    """A group of workers continues from a checkpoint."""
 
     step: int
     total: int | None
@@ -50,49 +56,76 @@ Message = dict[str, float] | str | Resumed | Started | Failure | Saved
 
 
 @ray.remote(num_cpus=0)
-class Board:
+class DriverChannel:
     """Holds messages until the driver collects them; asynchronous, so that a call may wait for a wish."""
 
     def __init__(self) -> None:
         self._messages: list[Message] = []
-        self._wish: str | None = None
-        self._wished = asyncio.Event()
-        self._hopeless = False
+        self._reason: str | None = None
+        self._stop_requested = asyncio.Event()
+        self._data_failed = False
 
-    async def put(self, message: Message) -> None:
+    async def send(self, message: Message) -> None:
         """Add a message."""
         self._messages.append(message)
 
-    async def take(self) -> list[Message]:
+    async def drain(self) -> list[Message]:
         """Everything since the last call, in order."""
         taken, self._messages = self._messages, []
         return taken
 
-    async def stop(self, why: str | None) -> None:
-        """Ask the workers to write a checkpoint after the step they are at, and to end; None: go on."""
-        self._wish = why
+    async def request_stop(self, why: str | None) -> None:
+        """Ask the workers to write a checkpoint after the step they are at, and to end; None: continue."""
+        self._reason = why
         if why is None:
-            self._wished.clear()
+            self._stop_requested.clear()
         else:
-            self._wished.set()
+            self._stop_requested.set()
 
-    async def wish(self) -> str | None:
+    async def wait_for_stop(self) -> str | None:
         """Why the workers should end; waits until they should."""
-        await self._wished.wait()
-        return self._wish
+        await self._stop_requested.wait()
+        return self._reason
 
-    async def give_up_waiting(self) -> None:
+    async def report_data_failure(self) -> None:
         """Tell workers that wait for data that none will come."""
-        self._hopeless = True
+        self._data_failed = True
 
-    async def hopeless(self) -> bool:
+    async def data_failed(self) -> bool:
         """Whether no more data will come."""
-        return self._hopeless
+        return self._data_failed
 
 
-def make(node: str) -> Any:
+def make_channel(node: str) -> Any:
     """A board pinned to the node with this id."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     strategy = NodeAffinitySchedulingStrategy(node_id=node, soft=True)
-    return Board.options(scheduling_strategy=strategy).remote()  # type: ignore[attr-defined]
+    return DriverChannel.options(scheduling_strategy=strategy).remote()  # type: ignore[attr-defined]
+
+
+_sender: ContextVar["_Sender | None"] = ContextVar("sender", default=None)
+
+
+class _Sender(logging.Handler):
+    """Puts the lines of one training on its channel; several trainings may share a process."""
+
+    def __init__(self, channel: Any | None) -> None:
+        super().__init__()
+        self.channel = channel
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self.channel is not None and _sender.get() is self:
+            self.channel.send.remote(logs.line(record))
+
+
+@contextlib.contextmanager
+def sent_to(channel: Any | None) -> Iterator[None]:
+    """Let what is logged in this context go to the driver; with None, as on all workers but the first, nowhere."""
+    handler = _Sender(channel)
+    token = _sender.set(handler)
+    try:
+        with logs.handled_by(handler):
+            yield
+    finally:
+        _sender.reset(token)

@@ -16,19 +16,19 @@ STARTING = (WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError)
 LONGEST = 200
 
 
-class HostDied(RayActorError):
+class SharedBaseDied(RayActorError):
     """The process that several trials share has died, or is not there again yet."""
 
 
 class TellDriver(UserCallback):
-    """Puts each failure of a group of workers on the board."""
+    """Puts each failure of a group of workers on the channel."""
 
-    def __init__(self, board: Any) -> None:
-        self.board = board
+    def __init__(self, channel: Any) -> None:
+        self.channel = channel
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Called in the controller, before it decides what to do."""
-        self.board.put.remote(Failure(describe(worker_exceptions)))
+        self.channel.send.remote(Failure(describe(worker_exceptions)))
 
 
 def describe(exceptions: Mapping[int, Exception]) -> str:
@@ -48,7 +48,7 @@ def describe(exceptions: Mapping[int, Exception]) -> str:
 
 def cause(error: BaseException) -> str:
     """Why training ended with this error of Train, in one line."""
-    if isinstance(error, HostDied):
+    if isinstance(error, SharedBaseDied):
         return "the process of several trials died"
     if isinstance(error, RayActorError):
         return "Train's controller died"

@@ -18,7 +18,7 @@ WAIT = 60.0
 
 
 @dataclass(frozen=True)
-class Facts:
+class NodeInfo:
     """What one node has."""
 
     versions: dict[str, str | None]
@@ -30,13 +30,13 @@ class Facts:
     storage_problem: str | None = None
 
 
-def facts() -> Facts:
+def node_info() -> NodeInfo:
     """Of this node; imports neither torch nor transformers."""
     versions = {name: _version(name) for name in PACKAGES}
-    return Facts({"python": platform.python_version(), **versions}, _memory(), _gpu())
+    return NodeInfo({"python": platform.python_version(), **versions}, _memory(), _gpu())
 
 
-def ask(nodes: Sequence[dict[str, Any]], place: str) -> list[Facts | str]:
+def query_nodes(nodes: Sequence[dict[str, Any]], place: str) -> list[NodeInfo | str]:
     """What each of the nodes (entries of ray.nodes()) answers, or why it does not.
 
     Each of them reads a file that this process writes below `place`, and writes one of its own; both are
@@ -63,9 +63,9 @@ def ask(nodes: Sequence[dict[str, Any]], place: str) -> list[Facts | str]:
         storage.remove(folder)
 
 
-def _answer(folder: str, node: str) -> Facts:
+def _answer(folder: str, node: str) -> NodeInfo:
     """Runs on the node."""
-    found = facts()
+    found = node_info()
     problem = None
     try:
         if storage.read_text(storage.join(folder, "driver")) != folder:
@@ -75,12 +75,12 @@ def _answer(folder: str, node: str) -> Facts:
         problem = "is another place there than here: use a shared folder, s3:// or gs://"
     except (OSError, ValueError) as error:
         problem = f"cannot be read and written there: {_reason(error)}"
-    return Facts(found.versions, found.memory, found.gpu_memory, problem)
+    return NodeInfo(found.versions, found.memory, found.gpu_memory, problem)
 
 
-def _result(answer: Any, folder: str, node: str) -> Facts | str:
+def _result(answer: Any, folder: str, node: str) -> NodeInfo | str:
     try:
-        found: Facts = ray.get(answer, timeout=0)
+        found: NodeInfo = ray.get(answer, timeout=0)
     except TimeoutError:
         return f"did not answer within {WAIT:g} s"
     except RayTaskError as error:
@@ -88,7 +88,7 @@ def _result(answer: Any, folder: str, node: str) -> Facts | str:
     except RayError as error:
         return f"did not answer: {_reason(error)}"
     if found.storage_problem is None and not storage.exists(storage.join(folder, node)):
-        return Facts(found.versions, found.memory, found.gpu_memory, "what it writes does not arrive here")
+        return NodeInfo(found.versions, found.memory, found.gpu_memory, "what it writes does not arrive here")
     return found
 
 

@@ -3,21 +3,21 @@
 from typing import Protocol
 
 
-class Node(Protocol):
+class Preemption(Protocol):
     """The node of a training process."""
 
-    def going(self) -> bool:
+    def announced(self) -> bool:
         """Whether it is known here that a worker's node is about to be taken away; cheap."""
 
-    def leaving(self) -> tuple[str, ...]:
+    def node_ids(self) -> tuple[str, ...]:
         """Ids of the nodes that are taken away; all workers must ask together."""
 
 
-class TrainNode:
+class RayPreemption:
     """The node of a worker of Ray Train."""
 
-    def going(self) -> bool:
-        """See Node."""
+    def announced(self) -> bool:
+        """See Preemption."""
         # The public get_preemption_info() is a barrier of all workers over an actor: too dear for every step.
         # It is asked once this note, which Ray's watcher leaves in each worker, has made all of them stop.
         from ray.train.v2._internal.execution.context import get_train_context
@@ -25,21 +25,21 @@ class TrainNode:
         context = getattr(get_train_context(), "preemption_context", None)
         return getattr(context, "preemption_info", None) is not None
 
-    def leaving(self) -> tuple[str, ...]:
-        """See Node."""
+    def node_ids(self) -> tuple[str, ...]:
+        """See Preemption."""
         import ray.train
 
         info = ray.train.get_preemption_info()
         return tuple(info.preempted_node_ids) if info else ()
 
 
-class AnyNode:
+class NoPreemption:
     """A node of which nothing is known in advance."""
 
-    def going(self) -> bool:
-        """See Node."""
+    def announced(self) -> bool:
+        """See Preemption."""
         return False
 
-    def leaving(self) -> tuple[str, ...]:
-        """See Node."""
+    def node_ids(self) -> tuple[str, ...]:
+        """See Preemption."""
         return ()

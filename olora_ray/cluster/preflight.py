@@ -1,38 +1,40 @@
 """Before any expensive work: has the cluster, or can it get, what the run needs? All problems in one error."""
 
+import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from olora_ray.cluster import node_facts
 from olora_ray.cluster import resources as capacity
-from olora_ray.cluster.node_facts import Facts
+from olora_ray.cluster.node_facts import NodeInfo
 from olora_ray.cluster.resources import Resources
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
 from olora_ray.model.source import BaseModel
-from olora_ray.train.estimate import PROCESS_BYTES, Size, estimate
+from olora_ray.train.estimate import PROCESS_BYTES, MemoryEstimate, estimate
 
-Say = Callable[[str], None]
-Answers = list[tuple[str, Facts]]
+logger = logging.getLogger(__name__)
+
+Answers = list[tuple[str, NodeInfo]]
 """Address of a node, and what it says."""
 GIB = 2**30
 
 
-def check(config: Config, base: BaseModel | None, say: Say) -> None:
+def check(config: Config, base: BaseModel | None) -> None:
     """Raise UserError with everything that keeps the run from working on this cluster; needs ray.init.
 
     A run that fits only once the autoscaler has started nodes waits for them, and so does one with a range
     of workers: a line says so. Without `base` memory and disk are not looked at.
     """
     wanted = capacity.worker_resources(config)
-    problems = list(_workers(config, wanted, say))
-    answers, silent = _ask(config, capacity.staying())
+    problems = list(_workers(config, wanted))
+    answers, silent = _ask(config, capacity.schedulable_nodes())
     problems += silent
-    problems += _versions(node_facts.facts(), answers)
+    problems += _versions(node_facts.node_info(), answers)
     problems += _storage(config, answers)
     if base is not None:
         size = estimate(config, base, gpu="GPU" in wanted)
@@ -42,43 +44,43 @@ def check(config: Config, base: BaseModel | None, say: Say) -> None:
         raise UserError("; ".join(problems))
 
 
-def _workers(config: Config, wanted: Resources, say: Say) -> Iterator[str]:
+def _workers(config: Config, wanted: Resources) -> Iterator[str]:
     """Room for the fewest workers, now or later; and for Ray Data beside them."""
-    cluster, nodes, later = config.cluster, capacity.present(), capacity.ceiling()
-    fewest = cluster.fewest()
+    cluster, nodes, later = config.cluster, capacity.present(), capacity.maximum()
+    fewest = cluster.min_workers()
     now, most = capacity.room(wanted, nodes), capacity.room(wanted, later)
     fields = ", ".join(f"{kind.lower()}s_per_worker={each:g}" for kind, each in wanted.items())
     have = ", ".join(f"{capacity.amount(kind, nodes):g} {kind}s" for kind in wanted)
     needs = (
         f"cluster.workers={fewest} with {fields}: the cluster has room for {now} of them ({have}, {len(nodes)} nodes)"
     )
-    if now < fewest <= most or (now < fewest and cluster.elastic()):
-        say(f"training waits for the cluster to grow: {needs}")
+    if now < fewest <= most or (now < fewest and cluster.is_elastic()):
+        logger.info(f"training waits for the cluster to grow: {needs}")
     elif now < fewest:
         limit = f" and can grow to {most}" if most > now else ""
         yield f"{needs}{limit}; use fewer workers, or cluster.workers=[MIN, MAX] to wait until the cluster grows"
-    left = capacity.amount("CPU", later) - cluster.most() * wanted["CPU"]
+    left = capacity.amount("CPU", later) - cluster.max_workers() * wanted["CPU"]
     if len(nodes) > 1 and left < 1 and now >= fewest:
-        say(
-            f"{cluster.most()} workers leave {max(left, 0):g} CPUs for the preparation of data, which then goes slowly"
-            " beside the training: add CPU nodes or lower cluster.cpus_per_worker"
+        logger.info(
+            f"{cluster.max_workers()} workers leave {max(left, 0):g} CPUs for the preparation of data, which then"
+            " runs slowly beside the training: add CPU nodes or lower cluster.cpus_per_worker"
         )
 
 
 def _ask(config: Config, nodes: Sequence[dict[str, Any]]) -> tuple[Answers, list[str]]:
     """What the nodes say, and problems of those that do not."""
     if len(nodes) == 1 and not storage.is_uri(config.run.storage):
-        return [(nodes[0]["NodeManagerAddress"], node_facts.facts())], []  # this one: RunFolder.check wrote there
+        return [(nodes[0]["NodeManagerAddress"], node_facts.node_info())], []  # this one: RunFolder.check wrote there
     try:
-        found = node_facts.ask(nodes, config.run.storage)
+        found = node_facts.query_nodes(nodes, config.run.storage)
     except (OSError, ValueError) as error:
         return [], [f"run.storage: {config.run.storage} cannot be written: {error}"]
     named = [(node["NodeManagerAddress"], answer) for node, answer in zip(nodes, found, strict=True)]
-    answers = [(address, answer) for address, answer in named if isinstance(answer, Facts)]
+    answers = [(address, answer) for address, answer in named if isinstance(answer, NodeInfo)]
     return answers, _grouped([(address, answer) for address, answer in named if isinstance(answer, str)])
 
 
-def _versions(here: Facts, answers: Answers) -> list[str]:
+def _versions(here: NodeInfo, answers: Answers) -> list[str]:
     """Other versions than here; Python's last number and a build's tag (+cpu) may differ."""
     found = []
     for address, facts in answers:
@@ -101,11 +103,11 @@ def _storage(config: Config, answers: Answers) -> list[str]:
     return _grouped([(address, f"run.storage {config.run.storage} {problem}") for address, problem in told])
 
 
-def _memory(config: Config, size: Size, wanted: Resources, answers: Answers) -> Iterator[str]:
+def _memory(config: Config, size: MemoryEstimate, wanted: Resources, answers: Answers) -> Iterator[str]:
     """Room for the fewest workers by memory, on the nodes that have room for them otherwise."""
     gpus = min(1.0, wanted.get("GPU", 0.0))
     need, cluster = size.total_bytes() + PROCESS_BYTES, config.cluster
-    resources = {node["NodeManagerAddress"]: node["Resources"] for node in capacity.staying()}
+    resources = {node["NodeManagerAddress"]: node["Resources"] for node in capacity.schedulable_nodes()}
     room, seen = 0, []
     for address, facts in answers:
         fits = capacity.room(wanted, [capacity.Nodes(resources.get(address, {}), 1)])
@@ -114,16 +116,16 @@ def _memory(config: Config, size: Size, wanted: Resources, answers: Answers) -> 
         have = (facts.gpu_memory or 0) * gpus if gpus else facts.memory
         room += (fits if have >= need else 0) if gpus else min(fits, int(have // need))
         seen.append(f"node {address} has {have / GIB:.1f} GiB" + (" for each" if gpus else ""))
-    if room < cluster.fewest() and room < capacity.room(wanted, capacity.present()) >= cluster.fewest():
+    if room < cluster.min_workers() and room < capacity.room(wanted, capacity.present()) >= cluster.min_workers():
         kind = "GPU memory" if gpus else "memory"
         yield (
-            f"cluster.workers={cluster.fewest()}: each needs about {need / GIB:.1f} GiB of {kind}, so there is room"
-            f" for {room} ({', '.join(seen[:4])}); use fewer workers, cluster.strategy=fsdp, model.dtype=bfloat16, or a"
-            " smaller train.micro_batch or data.max_length"
+            f"cluster.workers={cluster.min_workers()}: each needs about {need / GIB:.1f} GiB of {kind}, so there is"
+            f" room for {room} ({', '.join(seen[:4])}); use fewer workers, cluster.strategy=fsdp, model.dtype=bfloat16,"
+            " or a smaller train.micro_batch or data.max_length"
         )
 
 
-def _disk(config: Config, size: Size, base: BaseModel) -> Iterator[str]:
+def _disk(config: Config, size: MemoryEstimate, base: BaseModel) -> Iterator[str]:
     """Room in a local storage for tokens, checkpoints and exports, as far as they are not there yet."""
     if storage.is_uri(config.run.storage):
         return

@@ -34,7 +34,7 @@ def worker_resources(config: Config) -> dict[str, float]:
     """What one worker takes: CPUs, and GPUs if the config says so, or if the cluster has or can get any."""
     gpus = config.cluster.gpus_per_worker
     if gpus == "auto":
-        gpus = 1.0 if amount("GPU", [*present(), *growth()]) else 0.0
+        gpus = 1.0 if amount("GPU", [*present(), *autoscaler_limits()]) else 0.0
     wanted = {"CPU": float(config.cluster.cpus_per_worker)}
     return wanted | ({"GPU": float(gpus)} if gpus else {})
 
@@ -42,10 +42,10 @@ def worker_resources(config: Config) -> dict[str, float]:
 def free_workers(wanted: Resources) -> int:
     """Workers of `wanted` resources that fit in what is free now on nodes that stay."""
     free: Mapping[str, Resources] = ray._private.state.state.available_resources_per_node()  # there is no public way
-    return sum(_fit(wanted, free.get(node["NodeID"], {})) for node in staying())
+    return sum(_fit(wanted, free.get(node["NodeID"], {})) for node in schedulable_nodes())
 
 
-def staying() -> list[dict[str, Any]]:
+def schedulable_nodes() -> list[dict[str, Any]]:
     """Ray's entries of the nodes that are alive and not about to be taken away."""
     leaving = set(ray._private.state.state.get_draining_nodes())  # there is no public way
     return [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]
@@ -53,10 +53,10 @@ def staying() -> list[dict[str, Any]]:
 
 def present() -> list[Nodes]:
     """The nodes that stay, whatever is in use on them."""
-    return [Nodes(node["Resources"], 1) for node in staying()]
+    return [Nodes(node["Resources"], 1) for node in schedulable_nodes()]
 
 
-def growth() -> list[Nodes]:
+def autoscaler_limits() -> list[Nodes]:
     """All worker nodes that the autoscaler may start, those that run already included; empty if nothing is known."""
     # Other than the launcher's, autoscalers may keep their limits in the control store.
     told = ray._private.state.state.get_cluster_config()
@@ -72,9 +72,9 @@ def growth() -> list[Nodes]:
     return _launched(tree) if isinstance(tree, dict) else []
 
 
-def ceiling() -> list[Nodes]:
+def maximum() -> list[Nodes]:
     """The cluster once all is started that may be: what is there now, if there is no autoscaler or none that tells."""
-    more = growth()
+    more = autoscaler_limits()
     return [*more, *(one for one in present() if HEAD in one.resources)] if more else present()
 
 
@@ -88,7 +88,7 @@ def amount(name: str, nodes: Iterable[Nodes]) -> float:
     return sum(one.resources.get(name, 0.0) * one.count for one in nodes)
 
 
-class Demand:
+class PlacementRequest:
     """A wish for room for some workers that an autoscaler sees, for as long as it is entered.
 
     It ends with the job that has it: `ray.autoscaler.sdk.request_resources` would stay after a job that was
@@ -101,7 +101,7 @@ class Demand:
         self._group: Any = None
         self._since = time.monotonic()
 
-    def __enter__(self) -> "Demand":
+    def __enter__(self) -> "PlacementRequest":
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -14,10 +14,10 @@ import ray
 import torch
 from ray.exceptions import RayActorError
 
-from olora_ray.cluster.failures import HostDied
-from olora_ray.cluster.spec import Outcome, Task
+from olora_ray.cluster.failures import SharedBaseDied
+from olora_ray.cluster.spec import TrainResult, TrainSpec
 from olora_ray.cluster.worker import train_at
-from olora_ray.cluster.worker_context import SharedBase, SharedPost
+from olora_ray.cluster.worker_context import SharedBase, SharedBaseContext
 from olora_ray.common.errors import UserError
 from olora_ray.common.quiet import quiet_transformers
 
@@ -25,12 +25,12 @@ SPARE_THREADS = 8
 """Threads of a host beyond those that train: to say how busy it is, and for a trial that ends while another starts."""
 
 
-class Host:
-    """Holds the base model of `task`."""
+class SharedBaseActor:
+    """Holds the base model of `spec`."""
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, spec: TrainSpec) -> None:
         quiet_transformers()
-        self.task = task
+        self.spec = spec
         self.active = 0
         self.problem: str | None = None
         self._shared: SharedBase | None = None
@@ -40,13 +40,13 @@ class Host:
         """How many adapters are being trained."""
         return self.active
 
-    def train(self, task: Task, checkpoints: str) -> Outcome:
+    def train(self, spec: TrainSpec, checkpoints: str, channel: Any) -> TrainResult:
         """Train one adapter from the start or from its last checkpoint; returns when it has ended."""
         self.active += 1
         try:
-            return train_at(SharedPost(self._base()), task, checkpoints)
+            return train_at(SharedBaseContext(self._base()), spec, checkpoints, channel)
         except UserError as error:
-            return Outcome(problem=str(error))
+            return TrainResult(problem=str(error))
         finally:
             self.active -= 1
             gc.collect()  # a worker refers to itself, and would keep its adapter and optimizer for long
@@ -55,33 +55,33 @@ class Host:
         with self._guard:
             if self._shared is None:
                 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-                self._shared = SharedBase.of(self.task, device)
+                self._shared = SharedBase.of(self.spec, device)
             return self._shared
 
 
-def start(task: Task, wanted: Mapping[str, float], number: int, adapters: int) -> tuple[Any, ...]:
+def start_actors(spec: TrainSpec, wanted: Mapping[str, float], number: int, adapters: int) -> tuple[Any, ...]:
     """So many hosts for so many adapters each, with the resources of one worker; they end with this process."""
-    actor: Any = ray.remote(Host)
+    actor: Any = ray.remote(SharedBaseActor)
     options = {
         "num_cpus": wanted.get("CPU", 0),
         "num_gpus": wanted.get("GPU", 0),
         "max_concurrency": adapters + SPARE_THREADS,
-        "max_restarts": -1,  # the trials of one that died go on from their checkpoints
+        "max_restarts": -1,  # the trials of one that died continue from their checkpoints
     }
-    return tuple(actor.options(**options).remote(task) for _ in range(number))
+    return tuple(actor.options(**options).remote(spec) for _ in range(number))
 
 
-def end(hosts: tuple[Any, ...]) -> None:
+def end_actors(hosts: tuple[Any, ...]) -> None:
     """End them, so that what follows gets their CPUs and GPUs."""
     for one in hosts:
         ray.kill(one)
 
 
-def train(hosts: tuple[Any, ...], task: Task, checkpoints: str) -> Outcome:
-    """Train one adapter on the host with the fewest; raises HostDied."""
+def train_on(hosts: tuple[Any, ...], spec: TrainSpec, checkpoints: str, channel: Any) -> TrainResult:
+    """Train one adapter on the host with the fewest; raises SharedBaseDied."""
     try:
         loads = ray.get([host.busy.remote() for host in hosts])
-        outcome: Outcome = ray.get(hosts[loads.index(min(loads))].train.remote(task, checkpoints))
+        outcome: TrainResult = ray.get(hosts[loads.index(min(loads))].train.remote(spec, checkpoints, channel))
     except RayActorError as error:
-        raise HostDied from error
+        raise SharedBaseDied from error
     return outcome

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from olora_ray.config.schema import Config
 from olora_ray.model.source import BaseModel
@@ -11,7 +10,7 @@ from olora_ray.train.state import TrainState
 
 
 @dataclass(frozen=True)
-class Task:
+class TrainSpec:
     """All that a worker needs; whatever is large lies under the storage path."""
 
     config: Config
@@ -23,7 +22,6 @@ class Task:
     train: TokenStore
     """May still be growing."""
     eval: TokenStore | None
-    board: Any
     shared: str | None = None
     """Folder of what the trials of a search share: the factors, and what the base model does on the held-out rows."""
 
@@ -55,7 +53,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Answered:
+class AnswerPair:
     """One held-out prompt with its answers, as token ids."""
 
     prompt: tuple[int, ...]
@@ -65,7 +63,7 @@ class Answered:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TrainResult:
     """What training returns to the driver."""
 
     problem: str | None = None
@@ -76,17 +74,17 @@ class Outcome:
     """Whether that was because a node is taken away."""
     state: TrainState | None = None
     stopped_early: bool = False
-    answers: tuple[Answered, ...] = ()
+    answers: tuple[AnswerPair, ...] = ()
 
     def to_json(self) -> str:
         """The text of training.json."""
         return json.dumps(asdict(self))
 
     @classmethod
-    def from_json(cls, text: str) -> "Outcome":
+    def from_json(cls, text: str) -> "TrainResult":
         """Read `to_json` back; raises ValueError, KeyError or TypeError for anything else."""
         tree = json.loads(text)
         answers = tuple(
-            Answered(**{name: tuple(map(int, ids)) for name, ids in entry.items()}) for entry in tree["answers"]
+            AnswerPair(**{name: tuple(map(int, ids)) for name, ids in entry.items()}) for entry in tree["answers"]
         )
         return cls(**{**tree, "answers": answers, "state": TrainState(**tree["state"])})

@@ -1,4 +1,4 @@
-"""How a worker hears that it should end: from the driver over the board, from Ray about its node."""
+"""How a worker hears that it should end: from the driver over the channel, from Ray about its node."""
 
 import contextlib
 from typing import Any
@@ -7,32 +7,32 @@ import ray
 import torch.distributed as dist
 from ray.exceptions import RayError
 
-from olora_ray.cluster.preemption import Node
+from olora_ray.cluster.preemption import Preemption
 from olora_ray.common.errors import UserError
 
 SECONDS_BETWEEN_LINES = 15
 
 
-class Listener:
-    """Asks the board without waiting for its answer; one for each worker."""
+class StopRequests:
+    """Asks the channel without waiting for its answer; one for each worker."""
 
-    def __init__(self, board: Any, rank: int, node: Node) -> None:
-        self.board, self.rank, self.node = board, rank, node
-        self.why_driver: str | None = None
-        self._answer = board.wish.remote() if rank == 0 else None  # answered when there is a wish
+    def __init__(self, channel: Any, rank: int, preemption: Preemption) -> None:
+        self.channel, self.rank, self.preemption = channel, rank, preemption
+        self.from_driver: str | None = None
+        self._answer = channel.wait_for_stop.remote() if rank == 0 else None  # answered when there is a wish
         self._looks = 0
-        self._hopeless = False
+        self._data_failed = False
 
-    def wants_stop(self) -> bool:
+    def pending(self) -> bool:
         """Whether this worker knows of a reason to end: all end together once one does (StepResult.signal)."""
         if self.rank == 0:
             self._listen()
-        return self.why_driver is not None or self.node.going()
+        return self.from_driver is not None or self.preemption.announced()
 
-    def why(self) -> tuple[str, bool]:
+    def reason(self) -> tuple[str, bool]:
         """The reason, and whether it is a preemption; all workers must ask, after a step with a signal."""
-        leaving = self.node.leaving()
-        reasons: list[Any] = [self.why_driver]
+        leaving = self.preemption.node_ids()
+        reasons: list[Any] = [self.from_driver]
         if dist.is_initialized():
             dist.broadcast_object_list(reasons, src=0)
         if reasons[0]:
@@ -46,18 +46,18 @@ class Listener:
         """
         # Only at the second look: between the two the shard was looked for once more, so that no worker
         # gives up on a shard that another one has found.
-        if self._hopeless:
+        if self._data_failed:
             raise UserError("the preparation of the training data has failed")
         try:
-            self._hopeless = bool(ray.get(self.board.hopeless.remote(), timeout=30))
+            self._data_failed = bool(ray.get(self.channel.data_failed.remote(), timeout=30))
         except RayError:
-            self._hopeless = False  # Ray ends the workers of a driver that is gone
+            self._data_failed = False  # Ray ends the workers of a driver that is gone
         if self.rank == 0 and self._looks % SECONDS_BETWEEN_LINES == 0:
-            self.board.put.remote(f"waiting for shard {shard + 1} of {shards} of the token store")
+            self.channel.send.remote(f"waiting for shard {shard + 1} of {shards} of the token store")
         self._looks += 1
 
     def _listen(self) -> None:
         ready, _ = ray.wait([self._answer], timeout=0)
         if ready:
-            with contextlib.suppress(RayError):  # the board is gone, and with it the driver: Ray ends its workers
-                self.why_driver = ray.get(ready[0])
+            with contextlib.suppress(RayError):  # the channel is gone, and with it the driver: Ray ends its workers
+                self.from_driver = ray.get(ready[0])

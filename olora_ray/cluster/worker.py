@@ -1,5 +1,6 @@
 """What a Ray Train worker does: build its part, train, evaluate, checkpoint, answer."""
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -14,71 +15,74 @@ from olora_ray.adapter import factor_cache
 from olora_ray.adapter.factors import AdapterWeights, Factors
 from olora_ray.adapter.initialise import InitReport, initialise, raise_together
 from olora_ray.adapter.inject import find_targets, wrap
-from olora_ray.cluster.channel import Resumed, Saved, Started
-from olora_ray.cluster.spec import Answered, Outcome, Task
-from olora_ray.cluster.stop_requests import Listener
-from olora_ray.cluster.worker_context import Post, TrainPost
+from olora_ray.cluster.channel import Resumed, Saved, Started, sent_to
+from olora_ray.cluster.spec import AnswerPair, TrainResult, TrainSpec
+from olora_ray.cluster.stop_requests import StopRequests
+from olora_ray.cluster.worker_context import RayTrainContext, WorkerContext
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError
 from olora_ray.common.quiet import quiet_train_worker, quiet_transformers
-from olora_ray.config.schema import dump
-from olora_ray.model.source import check_attention
+from olora_ray.config.load import dump
+from olora_ray.model.load import check_attention
 from olora_ray.train import checkpoint
 from olora_ray.train import checkpoints as keeper
 from olora_ray.train.baseline import Baseline
 from olora_ray.train.generate import answer, wanted_questions
-from olora_ray.train.loader import Feed
+from olora_ray.train.loader import StepLoader
 from olora_ray.train.loop import StepResult, Trainer, evaluate
-from olora_ray.train.parallel import spread
+from olora_ray.train.parallel import place_model
 from olora_ray.train.schedule import Schedule
 from olora_ray.train.state import TrainState
 
+logger = logging.getLogger(__name__)
 Value = TypeVar("Value")
 
 
-def train_worker(parts: dict[str, Any]) -> Outcome:
+def train_worker(parts: dict[str, Any]) -> TrainResult:
     """Entry point under TorchTrainer; the same on every worker, only rank 0 reports."""
     quiet_transformers()
     quiet_train_worker()
-    return train_at(TrainPost(parts["task"].config), parts["task"], parts["checkpoints"])
+    return train_at(RayTrainContext(parts["spec"].config), parts["spec"], parts["checkpoints"], parts["channel"])
 
 
-def train_at(post: Post, task: Task, checkpoints: str) -> Outcome:
-    """Train a task; what the user has to mend is in the outcome."""
+def train_at(context: WorkerContext, spec: TrainSpec, checkpoints: str, channel: Any) -> TrainResult:
+    """Train a spec; what the user has to mend is in the outcome."""
     try:
-        return Worker(task, checkpoints, post).run()
+        with sent_to(channel if context.rank == 0 else None):
+            return Worker(spec, checkpoints, context, channel).run()
     except UserError as error:
         # Returned, not raised: a retry would meet the same problem. All workers get here together.
-        return Outcome(problem=str(error))
+        return TrainResult(problem=str(error))
 
 
 class Worker:
     """One training process."""
 
-    def __init__(self, task: Task, checkpoints: str, post: Post) -> None:
-        self.task, self.config, self.checkpoints = task, task.config, checkpoints
-        self.post, self.rank, self.world, self.device = post, post.rank, post.world, post.device
-        self.listener = Listener(task.board, self.rank, post.node)
-        self.schedule = Schedule(self.config.train, task.train, self.listener.waiting)
+    def __init__(self, spec: TrainSpec, checkpoints: str, context: WorkerContext, channel: Any) -> None:
+        self.spec, self.config, self.checkpoints = spec, spec.config, checkpoints
+        self.context, self.channel = context, channel
+        self.rank, self.world, self.device = context.rank, context.world, context.device
+        self.stop_requests = StopRequests(channel, self.rank, context.preemption)
+        self.schedule = Schedule(self.config.train, spec.train, self.stop_requests.waiting)
         self.keeper = self._keeper() if self.rank == 0 else None
         self.state = TrainState()
         self.best: Tensor | None = None
-        self.asked = wanted_questions(self.config.evaluation, task.eval)
+        self.asked = wanted_questions(self.config.evaluation, spec.eval)
 
-    def run(self) -> Outcome:
+    def run(self) -> TrainResult:
         """The whole of a worker's work."""
         restored = self._restored()
         start = self._start() if restored is None else None
         known = restored.adapter if restored else start
         adapter = self.config.adapter
-        with self.post.turn({}):
-            loss = self.post.base(self.task)
+        with self.context.activate({}):
+            loss = self.context.base(self.spec)
             model: Any = loss.model
             self.attention: str = model.config._attn_implementation
             check_attention(model.config.get_text_config(), self.attention, self.config.data)
             adapted = wrap(model, self._factors(model, known), adapter.scale(), adapter.dropout)
-        with self.post.turn(adapted):
-            spread(loss, self.config.cluster.strategy, self.device)
+        with self.context.activate(adapted):
+            place_model(loss, self.config.cluster.strategy, self.device)
             self.trainer = Trainer(loss, adapted, self.config, self.device)
         if restored:
             self._take_up(restored)
@@ -93,16 +97,16 @@ class Worker:
 
     def _train(self) -> bool:
         """Steps, evaluations and checkpoints until the end; True if the driver or Ray has asked to stop."""
-        feed = Feed(
-            self.task.train,
+        feed = StepLoader(
+            self.spec.train,
             self.config.train,
             self.config.run.seed,
             self.attention,
             self.rank,
             self.world,
-            waiting=self.listener.waiting,
+            waiting=self.stop_requests.waiting,
         )
-        # A run that had stopped early and is taken up again has nothing left to train.
+        # A run that had stopped early and is resumed has nothing left to train.
         if self._stale():
             return False
         steps = self.trainer.steps(feed, self.state.step, self.schedule)
@@ -110,7 +114,7 @@ class Worker:
             self.state.step = result.step
             metrics = _metrics(result)
             last = self.schedule.last(result.step)
-            if self.task.eval and (last or result.step % self.config.train.eval_every == 0):
+            if self.spec.eval and (last or result.step % self.config.train.eval_every == 0):
                 metrics |= self._evaluate()
             self._tell(metrics)
             end = last or self._stale()
@@ -118,11 +122,11 @@ class Worker:
                 self._checkpoint()
             if end or result.signal:
                 return not end
-            self.trainer.signal = self.listener.wants_stop()
+            self.trainer.signal = self.stop_requests.pending()
         return False
 
     def _next(self, steps: Iterator[StepResult]) -> StepResult | None:
-        with self.post.turn(self.trainer.adapted):
+        with self.context.activate(self.trainer.adapted):
             return next(steps, None)
 
     def _stale(self) -> bool:
@@ -131,23 +135,23 @@ class Worker:
 
     def _measure_base(self) -> None:
         """Loss and answers of the untouched base; an earlier attempt may have measured them."""
-        place = storage.join(self.task.shared or self.checkpoints, "baseline.json")
+        place = storage.join(self.spec.shared or self.checkpoints, "baseline.json")
         found = self._shared(
-            Baseline.read(place, self.task.base_identity(), len(self.asked)) if self.rank == 0 else None
+            Baseline.read(place, self.spec.base_identity(), len(self.asked)) if self.rank == 0 else None
         )
         if found is None:
-            loss = self._held_out_loss() if self.task.eval else None
+            loss = self._held_out_loss() if self.spec.eval else None
             if self.asked:
                 start = "adapter that training starts with" if self.config.train.start else "base model"
-                self._say(f"answering {len(self.asked)} held-out prompts with the {start}")
+                logger.info(f"answering {len(self.asked)} held-out prompts with the {start}")
             found = Baseline(loss, self._answer() if self.asked else None)
             if self.rank == 0:
-                found.write(place, self.task.base_identity())
+                found.write(place, self.spec.base_identity())
         self.state.before = found.answers
         if found.loss is not None:
             self._tell(self._note_evaluation(found.loss))
 
-    def _finish(self, interrupted: bool) -> Outcome:
+    def _finish(self, interrupted: bool) -> TrainResult:
         problem = None
         try:
             if self.keeper:
@@ -156,24 +160,24 @@ class Worker:
             problem = str(error)
         raise_together(problem)
         if interrupted:
-            why, preempted = self.listener.why()
-            return Outcome(interrupted=why, preempted=preempted, state=self.state)
+            why, preempted = self.stop_requests.reason()
+            return TrainResult(interrupted=why, preempted=preempted, state=self.state)
         if self.best is not None:
             self.trainer.flat.vector.copy_(self.best)
-        answers: tuple[Answered, ...] = ()
+        answers: tuple[AnswerPair, ...] = ()
         if self.asked:
-            self._say(f"answering {len(self.asked)} held-out prompts with the fine-tuned model")
+            logger.info(f"answering {len(self.asked)} held-out prompts with the fine-tuned model")
             pairs = zip(self.asked, self.state.before or [], self._answer(), strict=True)
-            answers = tuple(Answered(q.prompt, q.reference, tuple(old), tuple(new)) for q, old, new in pairs)
-        return Outcome(state=self.state, stopped_early=not self.schedule.last(self.state.step), answers=answers)
+            answers = tuple(AnswerPair(q.prompt, q.reference, tuple(old), tuple(new)) for q, old, new in pairs)
+        return TrainResult(state=self.state, stopped_early=not self.schedule.last(self.state.step), answers=answers)
 
     def _evaluate(self) -> dict[str, float]:
         return self._note_evaluation(self._held_out_loss())
 
     def _held_out_loss(self) -> float:
-        assert self.task.eval is not None
-        with self.post.turn(self.trainer.adapted):
-            return evaluate(self.trainer, self.task.eval, self.attention, self.rank, self.world)
+        assert self.spec.eval is not None
+        with self.context.activate(self.trainer.adapted):
+            return evaluate(self.trainer, self.spec.eval, self.attention, self.rank, self.world)
 
     def _note_evaluation(self, loss: float) -> dict[str, float]:
         if self.state.note_evaluation(loss):
@@ -185,22 +189,21 @@ class Worker:
         targets = find_targets(model, adapter.targets, adapter.rank)
         if known:
             return {name: known[name].factors for name in targets}
-        if self.task.shared:
+        if self.spec.shared:
             began = time.perf_counter()
-            if found := factor_cache.read(self.task.shared, self.task.factor_origin(), adapter.rank, list(targets)):
-                self._say(
+            if found := factor_cache.read(self.spec.shared, self.spec.factor_origin(), adapter.rank, list(targets)):
+                logger.info(
                     f"{adapter.method} factors taken from those of the search in {time.perf_counter() - began:.2f} s"
                 )
                 return found
         factors, report = initialise(targets, adapter.method, adapter.rank, self.config.run.seed, self.device)
-        self._say(_describe(adapter.method, report))
+        logger.info(_describe(adapter.method, report))
         return factors
 
-    def _keeper(self) -> keeper.Keeper:
-        return keeper.Keeper(
+    def _keeper(self) -> keeper.CheckpointManager:
+        return keeper.CheckpointManager(
             self.checkpoints,
             self.config.train.keep,
-            self._say,
             saved=lambda step, seconds: self._tell_driver(Saved(step, seconds)),
         )
 
@@ -211,7 +214,7 @@ class Worker:
 
     def _snapshot(self) -> Callable[[Path], None]:
         """A function that writes the state of now, later."""
-        flat, state, identity = self.trainer.flat, self.state, self.task.identity()
+        flat, state, identity = self.trainer.flat, self.state, self.spec.identity()
         vector = flat.named(flat.vector.detach().to("cpu", copy=True))
         adapter = {
             name: AdapterWeights(_on_cpu(layer.weights().factors), vector[f"{name}.da"], vector[f"{name}.db"])
@@ -227,7 +230,7 @@ class Worker:
 
     def _restored(self) -> checkpoint.Checkpoint | None:
         """The newest good checkpoint, the same on all workers; raises UserError if it is of something else."""
-        found = keeper.newest(self.checkpoints, self._say) if self.rank == 0 else None
+        found = keeper.latest_good(self.checkpoints) if self.rank == 0 else None
         place = self._shared(found[0] if found else None)
         if place is None:
             return None
@@ -238,7 +241,7 @@ class Worker:
             problem = f"run.storage: worker {self.rank} cannot use what worker 0 can: {error}"
         raise_together(problem)
         assert restored is not None
-        checkpoint.require_same(restored.identity, self.task.identity(), place)
+        checkpoint.require_same(restored.identity, self.spec.identity(), place)
         return restored
 
     def _start(self) -> dict[str, AdapterWeights] | None:
@@ -249,7 +252,7 @@ class Worker:
         problem, found = None, None
         try:
             found = keeper.read(place)
-            wanted = self.task.identity()
+            wanted = self.spec.identity()
             if other := [what for what in ("base model", "adapter") if found.identity.get(what) != wanted[what]]:
                 problem = f"train.start: {place} was trained with another {' and another '.join(other)}"
         except UserError as error:
@@ -272,18 +275,15 @@ class Worker:
 
     def _answer(self) -> list[list[int]]:
         limit = self.config.evaluation.max_new_tokens
-        with self.post.turn(self.trainer.adapted):
-            return answer(self.trainer, self.asked, limit, self.task.eos, self.rank, self.world)
+        with self.context.activate(self.trainer.adapted):
+            return answer(self.trainer, self.asked, limit, self.spec.eos, self.rank, self.world)
 
     def _tell(self, metrics: dict[str, float]) -> None:
         self._tell_driver(self.state.record(self.state.step, metrics))
 
-    def _say(self, line: str) -> None:
-        self._tell_driver(line)
-
     def _tell_driver(self, message: Any) -> None:
         if self.rank == 0:
-            self.task.board.put.remote(message)
+            self.channel.send.remote(message)
 
     def _shared(self, value: Value) -> Value:
         """The value of rank 0, on all workers."""

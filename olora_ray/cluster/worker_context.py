@@ -12,32 +12,33 @@ import torch
 
 from olora_ray.adapter.inject import install, remove
 from olora_ray.adapter.layer import AdaptedLinear
-from olora_ray.cluster.preemption import AnyNode, Node, TrainNode
-from olora_ray.cluster.spec import Task
+from olora_ray.cluster.preemption import NoPreemption, Preemption, RayPreemption
+from olora_ray.cluster.spec import TrainSpec
 from olora_ray.config.schema import Config
-from olora_ray.model.source import load_model, on_this_node
+from olora_ray.model.load import load_model
+from olora_ray.model.source import on_this_node
 from olora_ray.train.loss import SupervisedLoss
 from olora_ray.train.malloc import keep_freed_memory
 
 Adapted = Mapping[str, AdaptedLinear]
 
 
-class Post(Protocol):
+class WorkerContext(Protocol):
     """A place to train at."""
 
     rank: int
     world: int
     device: torch.device
-    node: Node
+    preemption: Preemption
 
-    def base(self, task: Task) -> SupervisedLoss:
+    def base(self, spec: TrainSpec) -> SupervisedLoss:
         """The base model; to be used inside `turn` only."""
 
-    def turn(self, adapted: Adapted) -> contextlib.AbstractContextManager[None]:
+    def activate(self, adapted: Adapted) -> contextlib.AbstractContextManager[None]:
         """The base model with these adapters, for as long as it is entered; with none, the untouched base."""
 
 
-class TrainPost:
+class RayTrainContext:
     """A worker of Ray Train; the base model is its own."""
 
     def __init__(self, config: Config) -> None:
@@ -47,19 +48,19 @@ class TrainPost:
         context = ray.train.get_context()
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
         self.device: torch.device = ray.train.torch.get_device()
-        self.node: Node = TrainNode()
+        self.preemption: Preemption = RayPreemption()
         self._loss: SupervisedLoss | None = None
         self._installed = False
         use_cpus(config, self.device)
 
-    def base(self, task: Task) -> SupervisedLoss:
-        """See Post."""
+    def base(self, spec: TrainSpec) -> SupervisedLoss:
+        """See WorkerContext."""
         if self._loss is None:
-            self._loss = load(task, self.device)
+            self._loss = load(spec, self.device)
         return self._loss
 
     @contextlib.contextmanager
-    def turn(self, adapted: Adapted) -> Iterator[None]:
+    def activate(self, adapted: Adapted) -> Iterator[None]:
         """See Post. Adapters stay where they are put: a sharded base cannot be taken apart."""
         if adapted and not self._installed:
             assert self._loss is not None
@@ -76,28 +77,28 @@ class SharedBase:
         self.turns = Turns()
 
     @classmethod
-    def of(cls, task: Task, device: torch.device) -> "SharedBase":
-        """The base model of a task, in this process."""
-        use_cpus(task.config, device, threads_take_turns=True)
-        return cls(load(task, device), device)
+    def of(cls, spec: TrainSpec, device: torch.device) -> "SharedBase":
+        """The base model of a spec, in this process."""
+        use_cpus(spec.config, device, threads_take_turns=True)
+        return cls(load(spec, device), device)
 
 
-class SharedPost:
+class SharedBaseContext:
     """A place at a shared base, for one adapter; all of it runs in one thread of its own."""
 
     def __init__(self, shared: SharedBase) -> None:
         self.rank, self.world = 0, 1
         self.device = shared.device
-        self.node: Node = AnyNode()
+        self.preemption: Preemption = NoPreemption()
         self._shared = shared
 
-    def base(self, task: Task) -> SupervisedLoss:
-        """See Post."""
+    def base(self, spec: TrainSpec) -> SupervisedLoss:
+        """See WorkerContext."""
         return self._shared.loss
 
     @contextlib.contextmanager
-    def turn(self, adapted: Adapted) -> Iterator[None]:
-        """See Post."""
+    def activate(self, adapted: Adapted) -> Iterator[None]:
+        """See WorkerContext."""
         with self._shared.turns:
             model = self._shared.loss.model
             install(model, adapted)
@@ -130,10 +131,10 @@ class Turns:
                 self._waiting[0].set()
 
 
-def load(task: Task, device: torch.device) -> SupervisedLoss:
-    """The base model of a task, frozen."""
-    base = on_this_node(task.base, task.config)
-    model: Any = load_model(base.folder, task.config.model, device)
+def load(spec: TrainSpec, device: torch.device) -> SupervisedLoss:
+    """The base model of a spec, frozen."""
+    base = on_this_node(spec.base, spec.config)
+    model: Any = load_model(base.folder, spec.config.model, device)
     return SupervisedLoss(model)
 
 

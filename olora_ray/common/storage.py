@@ -3,14 +3,18 @@
 A write is atomic: a reader sees the old file, the new file or none, never half of one.
 """
 
+import contextlib
 import os
 import shutil
 import stat
 import tempfile
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 from pyarrow import fs
+
+from olora_ray.common import storage
 
 CACHE = os.path.expanduser("~/.cache/olora_ray")
 """Where a node keeps models that do not lie on a shared storage."""
@@ -149,3 +153,15 @@ def remove(place: str) -> None:
             system.delete_dir(path)
     elif kind == fs.FileType.File:
         system.delete_file(path)
+
+
+@contextlib.contextmanager
+def local_folder(place: str) -> Iterator[Path]:
+    """A local folder to write; uploaded afterwards if the storage is elsewhere."""
+    if not storage.is_uri(place):
+        yield Path(place)
+        return
+    with tempfile.TemporaryDirectory(prefix="olora-export-") as temporary:
+        folder = Path(temporary) / place.rsplit("/", 1)[-1]
+        yield folder
+        storage.upload(folder, place)

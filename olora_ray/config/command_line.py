@@ -3,16 +3,18 @@
 import logging
 import os
 import sys
-import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from olora_ray.common import logs
 from olora_ray.common.errors import Stopped, UserError
 from olora_ray.common.secrets import mask
+from olora_ray.config.dotted import parse_assignments
+from olora_ray.config.load import load
 from olora_ray.config.paths import resolved
-from olora_ray.config.schema import Config, help_text, load, parse_assignments
+from olora_ray.config.schema import Condition, Config, Data, Section, Source
 
 
 def read_arguments(argv: list[str], default: Path | None, usage: str) -> tuple[Config, bool]:
@@ -61,11 +63,6 @@ def _loaded(file: str | Path, changes: dict[str, Any]) -> Config:
     return resolved(load(file, changes), Path.cwd())
 
 
-def log_line(text: str) -> None:
-    """One line of the job's log, with the time of day, and *** for secrets."""
-    print(f"{time.strftime('%H:%M:%S')} {mask(text)}", flush=True)
-
-
 class _Masking(logging.Formatter):
     """Libraries log addresses as they got them."""
 
@@ -77,19 +74,20 @@ def run(main: Callable[[list[str]], None]) -> None:
     """Run an entry script: what the user can fix is one line on stderr and exit code 2.
 
     Exit code 75 means that the same command finishes the work later, 143 (SIGTERM) and 130 (Ctrl+C) that
-    it was stopped and goes on with the same command.
+    it was stopped and continues with the same command.
     """
     handler = logging.StreamHandler()
     handler.setFormatter(_Masking("%(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
     try:
-        main(sys.argv[1:])
+        with logs.printed():
+            main(sys.argv[1:])
     except UserError as error:
         _end(f"error: {' '.join(str(error).split())}", error.exit_code)
     except Stopped as stopped:
         _end(str(stopped), stopped.exit_code)
     except KeyboardInterrupt:
-        _end("stopped (SIGINT); the same command goes on with what is done", 130)
+        _end("stopped (SIGINT); the same command continues with what is done", 130)
     except BrokenPipeError:
         os._exit(141)
     except Exception:  # a bug: with its traceback, but no secrets
@@ -101,3 +99,25 @@ def _end(line: str, code: int) -> None:
     # In a job's log both streams meet: this must be the last line.
     print(mask(line), file=sys.stderr, flush=True)
     sys.exit(code)
+
+
+def help_text() -> str:
+    """Every field with its default and its docstring, by section."""
+    lines = []
+    for name, field in Config.model_fields.items():
+        section = field.annotation
+        assert isinstance(section, type)
+        assert issubclass(section, Section)
+        lines.append(f"{name}:")
+        lines.extend(_field_help(section, "  "))
+    return "\n".join(lines)
+
+
+def _field_help(section: type[Section], indent: str) -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        default = "required" if field.is_required() else repr(field.get_default(call_default_factory=True))
+        yield f"{indent}{field.alias or name:<18} {field.description} [{default}]"
+        if name == "train" and section is Data:
+            yield from _field_help(Source, indent + "    ")
+        if name == "conditions":
+            yield from _field_help(Condition, indent + "    ")

@@ -4,18 +4,10 @@
 and tests all use it), `flatten` gives the dotted form back. Nothing here imports what it configures.
 """
 
-import difflib
 import re
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from pydantic_core import ErrorDetails
-
-from olora_ray.common import secrets
-from olora_ray.common.errors import UserError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -115,6 +107,10 @@ class Data(Section):
             raise ValueError("set data.eval or data.eval_fraction, not both")
         return self
 
+    def holds_out(self) -> bool:
+        """Whether rows are held out for evaluation."""
+        return bool(self.eval or self.eval_fraction)
+
 
 class Adapter(Section):
     """What is trained."""
@@ -174,7 +170,7 @@ class Train(Section):
     log_every: PositiveInt = 10
     """Steps between progress lines and reports to Ray."""
     start: str | None = None
-    """Checkpoint folder of a run with the same base and adapter settings: training goes on from its best adapter."""
+    """Checkpoint folder of a run with the same base and adapter settings: training continues from its best adapter."""
 
 
 class Cluster(Section):
@@ -202,15 +198,15 @@ class Cluster(Section):
             raise ValueError(f"expected a number of workers, or [min, max] with 1 <= min <= max, not {value!r}")
         return value
 
-    def elastic(self) -> bool:
+    def is_elastic(self) -> bool:
         """Whether the number of workers may change."""
-        return self.fewest() < self.most()
+        return self.min_workers() < self.max_workers()
 
-    def fewest(self) -> int:
+    def min_workers(self) -> int:
         """Workers without which training waits."""
         return self.workers if isinstance(self.workers, int) else self.workers[0]
 
-    def most(self) -> int:
+    def max_workers(self) -> int:
         """Workers that are used at most."""
         return self.workers if isinstance(self.workers, int) else self.workers[1]
 
@@ -327,246 +323,19 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _batch_is_large_enough(self) -> "Config":
-        if self.train.global_batch < self.cluster.most():
+        if self.train.global_batch < self.cluster.max_workers():
             raise ValueError(
-                f"train.global_batch={self.train.global_batch} is smaller than cluster.workers={self.cluster.most()}:"
-                " a worker would have nothing to do; use fewer workers or a larger batch"
+                f"train.global_batch={self.train.global_batch} is smaller than"
+                f" cluster.workers={self.cluster.max_workers()}: a worker would have nothing to do;"
+                " use fewer workers or a larger batch"
             )
         return self
 
     def accumulation(self, workers: int | None = None) -> int:
         """Micro-batches that a worker runs in one optimizer step, at most; `workers` defaults to the most."""
-        share = -(-self.train.global_batch // (workers or self.cluster.most()))
+        share = -(-self.train.global_batch // (workers or self.cluster.max_workers()))
         return -(-share // self.train.micro_batch)
 
     def folder(self) -> str:
         """The run's folder: `<storage>/<name>`."""
         return f"{self.run.storage.rstrip('/')}/{self.run.name}"
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that also reads 1e-4 as a number (YAML 1.1 wants 1.0e-4)."""
-
-
-class _Dumper(yaml.SafeDumper):
-    """SafeDumper that quotes a text which `_Loader` would read as a number."""
-
-
-for _kind in (_Loader, _Dumper):
-    _kind.add_implicit_resolver(
-        "tag:yaml.org,2002:float",
-        re.compile(r"^[-+]?(?:\d[\d_]*)(?:\.\d*)?[eE][-+]?\d+$"),
-        list("-+0123456789"),
-    )
-
-
-def parse_yaml(text: str, where: str) -> Any:
-    """Read YAML; `where` names the text in the UserError that broken YAML raises."""
-    try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
-    except yaml.MarkedYAMLError as error:
-        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise UserError(f"{where}{line}: not valid YAML: {error.problem}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{where}: not valid YAML: {error}") from None
-
-
-def load(path: str | Path, changes: Mapping[str, Any] | None = None) -> Config:
-    """Read a config file and apply dotted `changes`.
-
-    Raises UserError that lists every problem with its field.
-    """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"config file {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"config file {path}: not UTF-8 text") from None
-    tree = parse_yaml(text, str(path))
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: expected sections (run:, model:, data:, ...), found {type(tree).__name__}")
-    return build(_changed(tree, changes or {}), str(path))
-
-
-def build(tree: Mapping[str, Any], where: str = "config") -> Config:
-    """Validate a nested mapping into a Config; raises UserError with all problems together, and no secret in it."""
-    return validated(Config, tree, where)
-
-
-def validated(section: type[AnySection], tree: Mapping[str, Any], where: str) -> AnySection:
-    """Validate a nested mapping into a section; raises UserError with all problems together, and no secret in it."""
-    problems = [f"{field}: {_instead(field, text)}" for field, text in _texts(tree) if secrets.in_uri(text)]
-    found = None
-    try:
-        found = section.model_validate(tree)
-    except ValidationError as error:
-        problems += [secrets.mask(_explain(item, section)) for item in error.errors()]
-    if problems or found is None:
-        raise UserError("; ".join(f"{where}: {problem}" for problem in problems))
-    return found
-
-
-def override(config: Config, changes: Mapping[str, Any]) -> Config:
-    """A new config with dotted fields changed, e.g. {"adapter.rank": 32}; validates everything again."""
-    return build(_changed(config.model_dump(mode="json"), changes))
-
-
-def parse_assignments(words: list[str]) -> dict[str, Any]:
-    """`section.field=value` words of a command line as changes; values are YAML."""
-    changes = {}
-    for word in words:
-        field, equals, value = word.partition("=")
-        if not equals or "." not in field:
-            raise UserError(f"argument {secrets.mask(word)!r}: expected section.field=value")
-        changes[field] = parse_yaml(value, f"argument {secrets.mask(word)!r}")
-    return changes
-
-
-def flatten(config: Config) -> dict[str, Any]:
-    """Dotted field -> plain value, for MLflow parameters and comparisons."""
-    return dict(_leaves(config.model_dump(mode="json"), ""))
-
-
-def dump(config: Config) -> str:
-    """The config as YAML that `load` reads back to an equal config."""
-    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
-
-
-def help_text() -> str:
-    """Every field with its default and its docstring, by section."""
-    lines = []
-    for name, field in Config.model_fields.items():
-        section = field.annotation
-        assert isinstance(section, type)
-        assert issubclass(section, Section)
-        lines.append(f"{name}:")
-        lines.extend(_field_help(section, "  "))
-    return "\n".join(lines)
-
-
-def _field_help(section: type[Section], indent: str) -> Iterator[str]:
-    for name, field in section.model_fields.items():
-        default = "required" if field.is_required() else repr(field.get_default(call_default_factory=True))
-        yield f"{indent}{field.alias or name:<18} {field.description} [{default}]"
-        if name == "train" and section is Data:
-            yield from _field_help(Source, indent + "    ")
-        if name == "conditions":
-            yield from _field_help(Condition, indent + "    ")
-
-
-def _leaves(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
-    items: Any = ()
-    if isinstance(value, dict) and value:
-        items = value.items()
-    elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
-        items = enumerate(value)
-    else:
-        yield prefix, value
-    for key, item in items:
-        yield from _leaves(item, f"{prefix}.{key}" if prefix else str(key))
-
-
-def _changed(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    result: dict[str, Any] = {key: _copy(value) for key, value in tree.items()}
-    for field, value in changes.items():
-        node: Any = result
-        *parents, last = field.split(".")
-        for part in parents:
-            node = _child(node, part, field)
-        if isinstance(node, list):
-            if not last.isdigit() or int(last) >= len(node):
-                raise UserError(f"{field}: the list has {len(node)} entries, counted from 0")
-            node[int(last)] = value
-        else:
-            node[last] = value
-    return result
-
-
-def _child(node: Any, part: str, field: str) -> Any:
-    if isinstance(node, list) and part.isdigit() and int(part) < len(node):
-        return node[int(part)]
-    if isinstance(node, dict):
-        if node.get(part) is None:
-            node[part] = {}
-        if isinstance(node[part], dict | list):
-            return node[part]
-    raise UserError(f"{field}: {part!r} has no fields to set")
-
-
-def _copy(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _copy(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_copy(item) for item in value]
-    return value
-
-
-UNION_TAG = re.compile(r"[\[\](){}]|^(tuple|literal|float|str|int|constrained-\w+)\b")
-
-
-def _explain(item: ErrorDetails, root: type[Section]) -> str:
-    # pydantic puts the tags of unions into the location: only names and indices are the user's.
-    *outer, last = [str(part) for part in item["loc"]] or [""]
-    parts = [part for part in outer if not UNION_TAG.search(part)]
-    if item["type"] == "extra_forbidden" or not UNION_TAG.search(last):
-        parts += [last] if last else []
-    field = ".".join(parts)
-    if item["type"] == "extra_forbidden":
-        if secrets.is_name(parts[-1]):
-            return f"{field}: unknown field; a config holds no secrets, they come from the environment or a file"
-        near = difflib.get_close_matches(parts[-1], _names_beside(parts, root), n=1)
-        hint = f"; did you mean {'.'.join([*parts[:-1], near[0]])}?" if near else "; --help lists the fields"
-        return f"{field}: unknown field{hint}"
-    message = item["msg"].removeprefix("Value error, ")
-    message = message[0].lower() + message[1:]
-    if item["type"] == "missing":
-        return f"{field}: required, but not set"
-    shown = "" if item["type"] == "value_error" else f" (got {_shown(item['input'])})"
-    return f"{field}: {message}{shown}" if field else message
-
-
-def _shown(value: Any) -> str:
-    """A value in an error message; of a mapping no values, since its keys may be anything."""
-    if isinstance(value, dict):
-        return "a mapping"
-    return f"[{', '.join(map(_shown, value))}]" if isinstance(value, list | tuple) else repr(value)
-
-
-def _texts(tree: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Dotted field and text of every text in a tree."""
-    for field, value in _leaves(tree, ""):
-        for item in value if isinstance(value, list | tuple) else [value]:
-            if isinstance(item, str):
-                yield field, item
-
-
-def _instead(field: str, text: str) -> str:
-    """How to give the secret that stands in a field."""
-    if field != "tracking.uri":
-        names = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, GOOGLE_APPLICATION_CREDENTIALS, HF_TOKEN"
-        return f"has a secret in its address; write it without, and set the service's variables ({names})"
-    if text.startswith("http"):
-        return (
-            "has a secret in its address; write it without, and set MLFLOW_TRACKING_USERNAME and"
-            " MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
-        )
-    return (
-        "has a password in its address; put the address in a variable or a file of one line, and write env:NAME"
-        " or file:/PATH"
-    )
-
-
-def _names_beside(parts: list[str], root: type[Section]) -> list[str]:
-    section = root
-    for part in parts[:-1]:
-        named = section.model_fields.items()
-        field = next((field for name, field in named if part in (name, field.alias)), None)
-        section = (_section_in(field.annotation) if field else None) or section
-    return [field.alias or name for name, field in section.model_fields.items()]
-
-
-def _section_in(annotation: Any) -> type[Section] | None:
-    """The section that an annotation is, or has inside, as tuple[Source, ...] does."""
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return annotation
-    return next((found for inner in get_args(annotation) if (found := _section_in(inner))), None)

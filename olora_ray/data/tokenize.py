@@ -145,7 +145,7 @@ class ExampleTokenizer:
         spans = [self._answer(chat, number, full) for number in trained]
         if all(full.startswith(text) for text, _ in spans):
             return [self._masked(full, [span for _, span in spans])]
-        # The template shows an answer differently once the conversation goes on (it drops the reasoning
+        # The template shows an answer differently once the conversation continues (it drops the reasoning
         # of earlier turns, say): what the model is asked to write then exists only at the end of a prefix.
         return [self._masked(text, [span]) for text, span in spans]
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from olora_ray.common.errors import UserError
-from olora_ray.config.schema import parse_assignments
+from olora_ray.config.dotted import parse_assignments
 from olora_ray.evaluation.lm_eval_tasks import PAPER
 
 

@@ -1,6 +1,7 @@
 """Held-out loss and answers of one model, row by row, spread over the cluster."""
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
 from olora_ray.evaluation import pool
 from olora_ray.evaluation.rows import RowResults
+from olora_ray.model import load as load_module
 from olora_ray.model import source
 from olora_ray.model.source import BaseModel
 from olora_ray.tokens.collate import collate
@@ -23,6 +25,8 @@ from olora_ray.train.loss import SupervisedLoss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 ANSWERS_AT_ONCE = 20
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -35,7 +39,6 @@ def measure(
     config: Config,
     tokenizer: "PreTrainedTokenizerBase",
     eos: Sequence[int],
-    say: Callable[[str], None],
 ) -> RowResults:
     """Loss of each held-out example in `store`, and scores of the first evaluation.rows of them.
 
@@ -51,8 +54,8 @@ def measure(
     # Answers take longest: first come, first served.
     works: list[Works] = [tuple(asked[i] for i in group) for group in groups]
     works += [tuple(packs[i : i + width]) for i in range(0, len(packs), width)]
-    say(f"held-out rows: {sum(len(pack.segments) for pack in packs)}, of which {len(asked)} are answered")
-    done = pool.spread(partial(Measurer, base, adapter, config, tuple(eos)), works, config, say)
+    logger.info(f"held-out rows: {sum(len(pack.segments) for pack in packs)}, of which {len(asked)} are answered")
+    done = pool.map_over_actors(partial(Measurer, base, adapter, config, tuple(eos)), works, config)
     answers = dict(pair for group, found in zip(groups, done, strict=False) for pair in zip(group, found, strict=True))
     return RowResults(
         data=store.digest,
@@ -74,7 +77,7 @@ class Measurer:
         self.eos, self.limit, self.device = eos, config.evaluation.max_new_tokens, pool.device()
         self.model = load(base, adapter, config, self.device)
         self.attention: str = self.model.config._attn_implementation
-        source.check_attention(self.model.config.get_text_config(), self.attention, config.data)
+        load_module.check_attention(self.model.config.get_text_config(), self.attention, config.data)
         self.loss = SupervisedLoss(self.model)
 
     def __call__(self, work: Works) -> list[Any]:
@@ -96,7 +99,7 @@ def load(base: BaseModel, adapter: str | None, config: Config, device: torch.dev
     Raises UserError if either does not load or they do not fit.
     """
     folder = source.on_this_node(base, config).folder
-    found: Any = source.load_model(folder, config.model, device)
+    found: Any = load_module.load_model(folder, config.model, device)
     return (_adapted(found, adapter) if adapter else found).to(device)
 
 

@@ -5,7 +5,7 @@ driver, and on each actor its own `HFLM` computes them. So nothing is merged but
 lm-eval's whatever the number of actors. Importing this module needs the extra `eval`.
 """
 
-from collections.abc import Callable
+import logging
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,10 @@ from lm_eval.api.model import LM
 from olora_ray.common.quiet import quiet_lm_eval
 from olora_ray.config.schema import Config
 from olora_ray.evaluation import held_out, pool
-from olora_ray.model.source import BaseModel, load_tokenizer, on_this_node
+from olora_ray.model.load import load_tokenizer
+from olora_ray.model.source import BaseModel, on_this_node
+
+logger = logging.getLogger(__name__)
 
 PIECE = 64
 """Requests that travel together."""
@@ -29,11 +32,11 @@ Piece = tuple[str, tuple[tuple[Any, ...], ...]]
 class ClusterLM(LM):  # type: ignore[misc] # lm-eval is untyped
     """Spreads what lm-eval asks over the cluster; needs ray.init."""
 
-    def __init__(self, base: BaseModel, adapter: str | None, config: Config, say: Callable[[str], None]) -> None:
+    def __init__(self, base: BaseModel, adapter: str | None, config: Config) -> None:
         """`base` and `adapter` as in `measure`."""
         super().__init__()
         self._make = partial(HarnessModel, base, adapter, config)
-        self._config, self._say = config, say
+        self._config = config
 
     def loglikelihood(self, requests: list[Any], **_: Any) -> list[tuple[float, bool]]:
         """(log-probability of the continuation, whether it is the greedy one) of each (context, continuation)."""
@@ -52,8 +55,8 @@ class ClusterLM(LM):  # type: ignore[misc] # lm-eval is untyped
         order = sorted(range(len(requests)), key=lambda i: -len(requests[i].args[0]))
         places = [order[i : i + PIECE] for i in range(0, len(order), PIECE)]
         works: list[Piece] = [(method, tuple(requests[i].args for i in place)) for place in places]
-        self._say(f"tasks: {len(requests):,} requests")
-        done = pool.spread(self._make, works, self._config, self._say)
+        logger.info(f"tasks: {len(requests):,} requests")
+        done = pool.map_over_actors(self._make, works, self._config)
         answers: dict[int, Any] = {}
         for place, found in zip(places, done, strict=True):
             answers |= zip(place, found, strict=True)

@@ -1,7 +1,8 @@
 """Tasks of lm-eval: loaded by name with data from the hub or a local folder, and run on a model."""
 
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from olora_ray.common.quiet import quiet_lm_eval
 from olora_ray.config.schema import Config
 from olora_ray.evaluation import lm_eval_data
 from olora_ray.model.source import BaseModel
+
+logger = logging.getLogger(__name__)
 
 PAPER = ("arc_challenge", "arc_easy", "boolq", "hellaswag", "openbookqa", "piqa")
 """The tasks of the OLoRA paper."""
@@ -46,7 +49,7 @@ class TaskResult:
     """The metrics of each row, in order, where they are numbers."""
 
 
-def load(names: Sequence[str], data: str | None, say: Callable[[str], None]) -> Tasks:
+def load(names: Sequence[str], data: str | None) -> Tasks:
     """The tasks, with their rows.
 
     `data` is a folder (see task_sets) or None: the hub. Raises UserError for an unknown task, data that is
@@ -54,10 +57,10 @@ def load(names: Sequence[str], data: str | None, say: Callable[[str], None]) -> 
     """
     if not names:
         return {}
-    manager = _manager(names, say)
+    manager = _manager(names)
     tasks: Tasks = {}
     for name in names:
-        say(f"tasks: loading {name}")
+        logger.info(f"tasks: loading {name}")
         changes = {"task": name, **(lm_eval_data.overrides(name, data) if data else {})}
         try:
             # As the member of a group: the one public way to change fields of a task that lm-eval knows.
@@ -70,9 +73,7 @@ def load(names: Sequence[str], data: str | None, say: Callable[[str], None]) -> 
     return tasks
 
 
-def run(
-    tasks: Tasks, limit: int | None, base: BaseModel, adapter: str | None, config: Config, say: Callable[[str], None]
-) -> dict[str, TaskResult]:
+def run(tasks: Tasks, limit: int | None, base: BaseModel, adapter: str | None, config: Config) -> dict[str, TaskResult]:
     """Run the tasks, on their first `limit` rows each, with the work spread over the cluster.
 
     `base` and `adapter` as in `measure`. Needs ray.init; raises UserError for a model that does not load.
@@ -87,11 +88,11 @@ def run(
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=SEED)
-    found = evaluate(ClusterLM(base, adapter, config, say), {"tasks": tasks}, limit=limit, log_samples=True)
+    found = evaluate(ClusterLM(base, adapter, config), {"tasks": tasks}, limit=limit, log_samples=True)
     return {name: _result(task, found["results"][name], found["samples"][name]) for name, task in tasks.items()}
 
 
-def _manager(names: Sequence[str], say: Callable[[str], None]) -> Any:
+def _manager(names: Sequence[str]) -> Any:
     try:
         import lm_eval
         from lm_eval.tasks import TaskManager
@@ -101,7 +102,7 @@ def _manager(names: Sequence[str], say: Callable[[str], None]) -> Any:
     if all(name in FOLDERS for name in names):
         root = Path(next(iter(lm_eval.__path__))) / "tasks"
         return TaskManager(include_defaults=False, include_path=sorted({root / FOLDERS[name] for name in names}))
-    say("tasks: looking through all tasks of lm-eval")
+    logger.info("tasks: looking through all tasks of lm-eval")
     manager = TaskManager()
     for name in names:
         if name not in manager.all_subtasks:

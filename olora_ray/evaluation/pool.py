@@ -1,5 +1,6 @@
 """Pieces of work spread over the cluster by Ray Data, done by actors that load a model once."""
 
+import logging
 import math
 import pickle
 from collections.abc import Callable, Sequence
@@ -11,6 +12,8 @@ from olora_ray.cluster.resources import worker_resources
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
 
+logger = logging.getLogger(__name__)
+
 Work = TypeVar("Work")
 Result = TypeVar("Result")
 
@@ -18,8 +21,8 @@ TENTHS = 10
 """Lines of progress, if there are as many works."""
 
 
-def spread(
-    make: Callable[[], Callable[[Work], Result]], works: Sequence[Work], config: Config, say: Callable[[str], None]
+def map_over_actors(
+    make: Callable[[], Callable[[Work], Result]], works: Sequence[Work], config: Config
 ) -> list[Result]:
     """The results of all `works`, in their order; each actor calls `make` once and its function a work.
 
@@ -34,7 +37,7 @@ def spread(
     from olora_ray.tokens.ray_map import quiet_stream
 
     wanted = worker_resources(config)
-    count = min(len(works), config.cluster.most())
+    count = min(len(works), config.cluster.max_workers())
     threads = max(1, math.floor(config.cluster.cpus_per_worker))
     with quiet_stream():
         rows = [{"number": number, "work": pickle.dumps(work)} for number, work in enumerate(works)]
@@ -51,7 +54,7 @@ def spread(
         for row in done.iter_rows():
             found[row["number"]] = row["result"]
             if len(works) >= TENTHS and TENTHS * len(found) // len(works) > TENTHS * (len(found) - 1) // len(works):
-                say(f"evaluation: {len(found) / len(works):.0%} done")
+                logger.info(f"evaluation: {len(found) / len(works):.0%} done")
     # Made by our own actors a moment ago.
     results = [pickle.loads(found[number]) for number in range(len(works))]  # noqa: S301
     for result in results:

@@ -1,6 +1,7 @@
 """What an evaluation found: metrics by name, for one model or for two side by side."""
 
-from collections.abc import Callable, Iterator, Mapping
+import logging
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,9 +17,11 @@ from olora_ray.evaluation.held_out import measure
 from olora_ray.evaluation.lm_eval_tasks import TaskResult, Tasks
 from olora_ray.evaluation.rows import RowResults
 from olora_ray.evaluation.targets import Target
-from olora_ray.model import source
-from olora_ray.tokens import store
+from olora_ray.model import load
+from olora_ray.tokens import prepare
 from olora_ray.train import scoring
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ def check(request: Request, config: Config) -> None:
     """Raise UserError if nothing is to be done, the scorer cannot be, or Ray does not answer."""
     if config.evaluation.scorer:
         scoring.resolve(config.evaluation.scorer)
-    if not request.tasks and not _has_held_out(config):
+    if not request.tasks and not config.data.holds_out():
         raise UserError(
             f"{request.models[0]}: nothing to evaluate it on: give --tasks, or --config with data.eval or"
             " data.eval_fraction"
@@ -65,25 +68,21 @@ def check(request: Request, config: Config) -> None:
     address.find()
 
 
-def evaluate(target: Target, sets: Tasks, limit: int | None, say: Callable[[str], None]) -> Evaluation:
+def evaluate(target: Target, sets: Tasks, limit: int | None) -> Evaluation:
     """Everything about one model; needs ray.init. Raises UserError for what the user can fix."""
-    say(f"evaluating {target.name}")
+    logger.info(f"evaluating {target.name}")
     base, config = target.base, target.config
     held_out = None
-    if _has_held_out(config):
-        tokenizer = source.load_tokenizer(base, config.model)
-        rows_kept = store.prepare(config, spec_from_pretrained(tokenizer, base.name), "eval", say)
-        held_out = measure(base, target.adapter, rows_kept, config, tokenizer, source.end_tokens(base, tokenizer), say)
-    return Evaluation(target, held_out, tasks.run(sets, limit, base, target.adapter, config, say))
+    if config.data.holds_out():
+        tokenizer = load.load_tokenizer(base, config.model)
+        rows_kept = prepare.prepare(config, spec_from_pretrained(tokenizer, base.name), "eval")
+        held_out = measure(base, target.adapter, rows_kept, config, tokenizer, load.end_tokens(base, tokenizer))
+    return Evaluation(target, held_out, tasks.run(sets, limit, base, target.adapter, config))
 
 
 def differences(first: Evaluation, second: Evaluation) -> dict[str, Interval]:
     """First - second with a paired interval, for each metric that both have row by row on the same rows."""
     return dict(_differences(first, second))
-
-
-def _has_held_out(config: Config) -> bool:
-    return bool(config.data.eval or config.data.eval_fraction)
 
 
 def _differences(first: Evaluation, second: Evaluation) -> Iterator[tuple[str, Interval]]:

@@ -1,18 +1,22 @@
 """Where results are kept: evaluation.json, and an MLflow run for each model."""
 
 import json
+import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from olora_ray.common import storage
-from olora_ray.config.schema import flatten
+from olora_ray.config.dotted import flatten
 from olora_ray.evaluation.bootstrap import Interval
 from olora_ray.evaluation.command_line import Request
 from olora_ray.evaluation.results import Evaluation
 from olora_ray.evaluation.targets import Target, run_of
-from olora_ray.tracking import run
+from olora_ray.tracking import client
+from olora_ray.tracking.start import resolve_uri, start_run
+
+logger = logging.getLogger(__name__)
 
 FILE = "evaluation.json"
 
@@ -25,8 +29,8 @@ def address(request: Request, targets: Sequence[Target]) -> str | None:
     configured = request.config or any(run_of(name) for name in request.models)
     if not (configured or "tracking.uri" in request.changes or os.environ.get("MLFLOW_TRACKING_URI")):
         return None
-    uri = run.resolve_uri(targets[0].config)
-    run.check(uri)
+    uri = resolve_uri(targets[0].config)
+    client.check(uri)
     return uri
 
 
@@ -35,7 +39,6 @@ def write(
     results: Sequence[Evaluation],
     intervals: Mapping[str, Interval],
     uri: str | None,
-    say: Callable[[str], None],
 ) -> None:
     """Keep the results in --out or the first model's run folder, and in the MLflow at `uri`.
 
@@ -46,12 +49,12 @@ def write(
     folder = folder or run_of(request.models[0])
     if folder:
         storage.write_text(storage.join(folder, FILE), text)
-        say(f"written: {storage.join(folder, FILE)}")
+        logger.info(f"written: {storage.join(folder, FILE)}")
     if uri is None:
         return
     for result in results:
         _track(result, text)
-    say(f"logged: {len(results)} run(s) with the tag olora.kind=evaluation in {run.shown_uri(uri)}")
+    logger.info(f"logged: {len(results)} run(s) with the tag olora.kind=evaluation in {client.shown_uri(uri)}")
 
 
 def _text(request: Request, results: Sequence[Evaluation], intervals: Mapping[str, Interval]) -> str:
@@ -67,7 +70,7 @@ def _track(result: Evaluation, text: str) -> None:
     target = result.target
     tags = {"olora.kind": "evaluation", "olora.model": target.name, "olora.base_digest": target.base.digest}
     short = "-".join(part for part in target.name.replace("://", "/").rstrip("/").split("/")[-2:] if part)
-    tracker = run.start(target.config, f"evaluation of {short}", tags)
+    tracker = start_run(target.config, f"evaluation of {short}", tags)
     tracker.params(
         {name: value for name, value in flatten(target.config).items() if name.startswith(("model.", "evaluation."))}
     )

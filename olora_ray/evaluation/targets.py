@@ -9,7 +9,8 @@ an adapter           a folder with adapter_config.json, such as runs/NAME/export
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,16 +20,18 @@ from olora_ray.adapter.factors import AdapterWeights
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError
 from olora_ray.config import paths
-from olora_ray.config.schema import Config, build, load, override, parse_yaml
+from olora_ray.config.load import build, load, override
+from olora_ray.config.schema import Config
+from olora_ray.config.yaml_io import parse_yaml
 from olora_ray.evaluation.held_out import ADAPTER_CONFIG
-from olora_ray.model import source
 from olora_ray.model.source import BaseModel
-from olora_ray.pipeline import publish
+from olora_ray.pipeline.base import find_model
 from olora_ray.pipeline.run_folder import RunFolder
 from olora_ray.train import checkpoint, checkpoints
 from olora_ray.train.checkpoint import Checkpoint
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
+
 Kind = Literal["run", "checkpoint", "adapter", "model"]
 SETTINGS = "config.yaml"
 
@@ -71,7 +74,7 @@ def run_of(name: str) -> str | None:
     return None
 
 
-def resolve(name: str, shared: Config, say: Say) -> Target:
+def resolve(name: str, shared: Config) -> Target:
     """Find the model; whatever has to be downloaded, converted or exported for it is made here.
 
     `shared` are the settings of the evaluation, whose model is replaced. Raises UserError for a name that
@@ -79,16 +82,16 @@ def resolve(name: str, shared: Config, say: Say) -> Target:
     """
     match kind_of(name):
         case "run":
-            return _of_run(name, shared, say)
+            return _of_run(name, shared)
         case "checkpoint":
             found = checkpoints.read(_absolute(name))
             own = _read(storage.join(_absolute(name), SETTINGS))
-            return _of_checkpoint(name, found, found.adapter, own, shared, say)
+            return _of_checkpoint(name, found, found.adapter, own, shared)
         case "adapter":
-            return _of_adapter(name, shared, say)
+            return _of_adapter(name, shared)
         case "model":
             config = _with_model(shared, name)
-            return Target(name, source.obtain(config, say, publish.registered(config)), None, config)
+            return Target(name, find_model(config), None, config)
 
 
 def kind_of(name: str) -> Kind:
@@ -103,38 +106,38 @@ def kind_of(name: str) -> Kind:
     return "run" if _exists(place, SETTINGS) and not _exists(place, "config.json") else "model"
 
 
-def _of_run(name: str, shared: Config, say: Say) -> Target:
+def _of_run(name: str, shared: Config) -> Target:
     root = _absolute(name)
     storage_path, _, run = root.rpartition("/")  # it may have been moved
     own = override(_read(storage.join(root, SETTINGS)), {"run.storage": storage_path, "run.name": run})
     folder = RunFolder(own)
-    newest = checkpoints.newest(folder.checkpoints, say)
+    newest = checkpoints.latest_good(folder.checkpoints)
     if folder.finished() or (newest and folder.exported(newest[1].state.step)):
         config = _with_model(shared, folder.merged)
-        return Target(name, source.obtain(config, say, Path), None, config)
+        return Target(name, find_model(config), None, config)
     if newest is None:
         raise UserError(f"{name}: this run has neither exports nor a complete checkpoint yet")
-    say(f"{name}: not exported yet: its best adapter up to step {newest[1].state.step} is evaluated")
-    return _of_checkpoint(name, newest[1], newest[1].best_adapter(), own, shared, say)
+    logger.info(f"{name}: not exported yet: its best adapter up to step {newest[1].state.step} is evaluated")
+    return _of_checkpoint(name, newest[1], newest[1].best_adapter(), own, shared)
 
 
 def _of_checkpoint(
-    name: str, found: Checkpoint, adapter: Mapping[str, AdapterWeights], own: Config, shared: Config, say: Say
+    name: str, found: Checkpoint, adapter: Mapping[str, AdapterWeights], own: Config, shared: Config
 ) -> Target:
     config = _with_model(shared, own.model.name, own.model.revision)
-    base = source.obtain(config, say, publish.registered(config))
+    base = find_model(config)
     if found.identity.get("base model") != base.digest:
         raise UserError(f"{name}: was trained on another base model than {own.model.name} is now; set model.revision")
     text = json.dumps([name, found.state.step, found.identity, own.adapter.model_dump_json()])
     key = hashlib.sha256(text.encode()).hexdigest()[:16]
     place = storage.join(config.run.storage, "adapters", f"{Path(name).name}-{found.state.step}-{key}")
-    transposed = publish.transposed_layers(base, config, adapter.keys())
-    with publish.local_folder(place) as folder:
+    transposed = export.transposed_layers(base, config, adapter.keys())
+    with storage.local_folder(place) as folder:
         export.write_adapter(adapter, own.adapter, base.folder, folder, transposed=transposed)
     return Target(name, base, place, config)
 
 
-def _of_adapter(name: str, shared: Config, say: Say) -> Target:
+def _of_adapter(name: str, shared: Config) -> Target:
     place = _absolute(name)
     run = run_of(name)
     if run is not None:
@@ -147,7 +150,7 @@ def _of_adapter(name: str, shared: Config, say: Say) -> Target:
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{place}/{ADAPTER_CONFIG}: does not name its base_model_name_or_path") from None
     config = _with_model(shared, base_name, revision)
-    return Target(name, source.obtain(config, say, publish.registered(config)), place, config)
+    return Target(name, find_model(config), place, config)
 
 
 def _read(place: str) -> Config:

@@ -1,6 +1,7 @@
 """Base models in other formats -> an ordinary folder with safetensors, once; nothing else reads those formats."""
 
 import hashlib
+import logging
 import os
 import pickle
 import shutil
@@ -19,6 +20,8 @@ from olora_ray.common.errors import UserError
 from olora_ray.common.quiet import quiet_gguf
 from olora_ray.config.schema import Config, Model
 
+logger = logging.getLogger(__name__)
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PICKLES = ("pytorch_model*.bin", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 KEPT_FROM = 2**30
@@ -27,32 +30,32 @@ TEXTS = (".json", ".jinja", ".model", ".txt", ".py")
 """Files of a tokenizer, a generation config or, where that is allowed, code."""
 
 
-def gguf(file: Path, config: Config, say: Callable[[str], None]) -> Path:
+def gguf(file: Path, config: Config) -> Path:
     """The folder with the dequantised weights of a GGUF file; raises UserError if it is broken."""
     dtype = "float32" if config.model.dtype == "float32" else "bfloat16"
-    say_so = f"model: dequantising {file.name} to {dtype}, once"
+    announcement = f"model: dequantising {file.name} to {dtype}, once"
     write = partial(_dequantise, file, DTYPES[dtype])
-    return _converted(write, file.stem, f"{digest([file])}/{dtype}", config, lambda: say(say_so))
+    return _converted(write, file.stem, f"{digest([file])}/{dtype}", config, announcement)
 
 
-def pickled(folder: Path, config: Config, say: Callable[[str], None]) -> Path:
+def pickled(folder: Path, config: Config) -> Path:
     """The folder with the converted weights of one that has no safetensors, where `model.allow_pickle` is set.
 
     Raises UserError if it is not, or if there are no such weights.
     """
     files = _pickles(folder, config.model)
-    say_so = f"model: converting {files[0].name} to safetensors, once"
+    announcement = f"model: converting {files[0].name} to safetensors, once"
     write = partial(_unpickle, folder, config.model.trust_remote_code)
-    return _converted(write, folder.name, digest(files), config, lambda: say(say_so))
+    return _converted(write, folder.name, digest(files), config, announcement)
 
 
-def _converted(write: Callable[[Path], None], name: str, key: str, config: Config, say: Callable[[], None]) -> Path:
+def _converted(write: Callable[[Path], None], name: str, key: str, config: Config, announcement: str) -> Path:
     """The folder beside the storage that `write` has filled, once for each `key`."""
     root = config.run.storage if not storage.is_uri(config.run.storage) else storage.CACHE
     target = Path(root) / "models" / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     if (target / "config.json").exists():
         return target
-    say()
+    logger.info(announcement)
     unfinished = target.with_name(f"{target.name}.{uuid.uuid4().hex}.tmp")
     write(unfinished)
     try:

@@ -1,18 +1,23 @@
 """Progress of a training, one readable line at a time; a bar on a terminal."""
 
+import logging
 import sys
-from collections.abc import Callable
 from types import TracebackType
 
 from tqdm import tqdm
+
+from olora_ray.common.text import plural
+from olora_ray.config.schema import Config
+
+logger = logging.getLogger(__name__)
 
 
 class Progress:
     """Turns rows of metrics into lines (every `every` steps and at evaluations) or a bar."""
 
-    def __init__(self, total: int | None, every: int, say: Callable[[str], None], bar: bool | None = None) -> None:
+    def __init__(self, total: int | None, every: int, bar: bool | None = None) -> None:
         """`total` is the number of steps; None as long as it is not known."""
-        self.total, self.every, self.say = total, every, say
+        self.total, self.every = total, every
         self.supervised = self.seconds = self.waited = 0.0
         self.steps = 0
         self.pace: float | None = None
@@ -33,7 +38,7 @@ class Progress:
         if self.bar is not None:
             self.bar.write(text, file=sys.stderr)
         else:
-            self.say(text)
+            logger.info(text)
 
     def set_total(self, total: int | None) -> None:
         """Take in the number of steps, once it is known."""
@@ -43,7 +48,7 @@ class Progress:
             self.bar.refresh()
 
     def back_to(self, step: int) -> None:
-        """Go on from an earlier step."""
+        """Continue from an earlier step."""
         self.supervised = self.seconds = self.waited = 0.0
         if self.bar is not None:
             self.bar.n = step
@@ -72,7 +77,7 @@ class Progress:
             )
         if step % self.every == 0 or step == self.total:
             if self.bar is None:
-                self.say(
+                logger.info(
                     f"{self._of(step)} | loss {row['train/loss']:.4f} | lr {row['train/lr']:.2e}"
                     f" | {self.supervised / self.seconds:.0f} supervised tok/s"
                     f" | data wait {self.waited / self.seconds:.0%} | ETA {self._left(step)}"
@@ -93,3 +98,14 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def batch_split(config: Config, workers: int) -> str:
+    """`16 sequences a step = 4 workers x 2 at once x 2 accumulated`, or what comes close to it."""
+    size, micro = config.train.global_batch, config.train.micro_batch
+    low, high = size // workers, -(-size // workers)
+    shares = f"{high}" if low == high else f"{low} or {high}"
+    return (
+        f"{size} sequences a step = {plural(workers, 'worker')} x {shares}"
+        f" ({min(micro, high)} at once, {config.accumulation(workers)} accumulated)"
+    )

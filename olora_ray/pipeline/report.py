@@ -1,190 +1,92 @@
 """What a person reads: the plan before, the dry run, the comparison after."""
 
-import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+import logging
+import sys
+from collections.abc import Sequence
 from typing import Any
 
-from olora_ray.cluster.spec import Outcome, Task
-from olora_ray.config.schema import Config, dump
-from olora_ray.data.tokenize import spec_from_pretrained
+from olora_ray.cluster.spec import TrainResult, TrainSpec
+from olora_ray.config.load import dump
+from olora_ray.config.schema import Config
 from olora_ray.model import source
-from olora_ray.pipeline import publish
-from olora_ray.pipeline.monitor import batch_split
+from olora_ray.pipeline.answers import Sample
+from olora_ray.pipeline.base import open_base
+from olora_ray.pipeline.progress import batch_split
+from olora_ray.pipeline.publish import Published
 from olora_ray.pipeline.run_folder import RunFolder
-from olora_ray.tokens import store
-from olora_ray.tracking import run
-from olora_ray.tracking.run import Tracker
+from olora_ray.tokens.preview import describe
 from olora_ray.train import scoring
-from olora_ray.train.estimate import Size, estimate
+from olora_ray.train.estimate import MemoryEstimate, estimate
 from olora_ray.train.loader import total_steps
 
-Say = Callable[[str], None]
-Scores = dict[str, dict[str, float]]
-"""{"before": {name: mean}, "after": {name: mean}}."""
+logger = logging.getLogger(__name__)
+
+MLFLOW = f"{sys.executable} -m mlflow"
+"""A command that works as it is printed, whether or not the environment is activated."""
 
 
-def plan(config: Config, base: source.BaseModel, say: Say) -> None:
+def plan(config: Config, base: source.BaseModel) -> None:
     """The size of the run; raises UserError for targets, rank or scorer that cannot be."""
     if config.evaluation.scorer:
         scoring.resolve(config.evaluation.scorer)
     size = estimate(config, base)
-    say(_model_line(config, size))
-    say(_memory_line(config, size))
+    logger.info(_model_line(config, size))
+    logger.info(_memory_line(config, size))
 
 
-def steps(task: Task, say: Say) -> None:
+def steps(spec: TrainSpec) -> None:
     """The arithmetic of the training."""
-    if task.train.complete:
-        manifest = task.train.manifest
-        say(_steps_line(task.config, len(task.train), manifest.tokens, manifest.supervised, about=False))
+    if spec.train.complete:
+        manifest = spec.train.manifest
+        logger.info(_steps_line(spec.config, len(spec.train), manifest.tokens, manifest.supervised, about=False))
     else:
-        train = task.config.train
+        train = spec.config.train
         length = f"{train.steps} steps" if train.steps else f"{train.epochs:g} epoch{'s' * (train.epochs != 1)}"
-        split = batch_split(task.config, task.config.cluster.most())
-        say(f"training: {length}; {split}; tokens come in {task.train.shard_count:,} shards")
+        split = batch_split(spec.config, spec.config.cluster.max_workers())
+        logger.info(f"training: {length}; {split}; tokens come in {spec.train.shard_count:,} shards")
 
 
-def dry_run(config: Config, say: Say) -> None:
+def dry_run(config: Config) -> None:
     """Resolve everything, print it, start nothing: no Ray, no MLflow run, no file but a converted model."""
-    base = source.obtain(config, say, publish.registered(config))
-    tokenizer = source.load_tokenizer(base, config.model)
-    preview = store.describe(config, spec_from_pretrained(tokenizer))
-    size = estimate(config, base)
+    base = open_base(config)
+    preview = describe(config, base.spec)
+    size = estimate(config, base.model)
     print(dump(config))
     print(f"target layers ({len(size.targets)}):")
     for name, (m, n) in size.targets.items():
         print(f"  {name} {m} x {n}")
-    say(_model_line(config, size))
-    say(_steps_line(config, preview.packs, preview.tokens, preview.supervised, about=not preview.exact))
-    say(_memory_line(config, size))
+    logger.info(_model_line(config, size))
+    logger.info(_steps_line(config, preview.packs, preview.tokens, preview.supervised, about=not preview.exact))
+    logger.info(_memory_line(config, size))
     print("\nfirst example, supervised tokens in [[ ]]:\n")
-    print(_marked(tokenizer, preview.input_ids.tolist(), preview.mask.tolist()))
+    print(_marked(base.tokenizer, preview.input_ids.tolist(), preview.mask.tolist()))
 
 
-def already_finished(config: Config, result: dict[str, Any], say: Say) -> None:
+def already_finished(config: Config, result: dict[str, Any]) -> None:
     """Say that there is nothing to do, and what came out."""
     loss = result.get("metrics", {}).get("eval/loss")
     shown = f", eval loss {loss:.4f}" if loss is not None else ""
-    say(
+    logger.info(
         f"run {config.run.name!r} is finished already{shown}: see {config.folder()};"
         " to train again, set another run.name or delete that folder"
     )
 
 
-@dataclass(frozen=True)
-class Sample:
-    """One held-out prompt with its answers, as text."""
-
-    prompt: str
-    reference: str
-    before: str
-    after: str
-
-
-def texts(outcome: Outcome, tokenizer: Any) -> list[Sample]:
-    """The answers of a run as text."""
-
-    def text(ids: Sequence[int], special: bool = False) -> str:
-        return str(tokenizer.decode(list(ids), skip_special_tokens=not special)).strip()
-
-    return [
-        Sample(text(item.prompt, special=True), text(item.reference), text(item.before), text(item.after))
-        for item in outcome.answers
-    ]
-
-
-def score(config: Config, answers: Sequence[Sample]) -> Scores:
-    """Mean scores over the held-out answers before and after training; empty without a scorer."""
-    if not config.evaluation.scorer or not answers:
-        return {}
-    judge = scoring.resolve(config.evaluation.scorer)
-    return {
-        "before": _means([judge(item.before, item.reference) for item in answers]),
-        "after": _means([judge(item.after, item.reference) for item in answers]),
-    }
-
-
-@dataclass(frozen=True)
-class Finished:
-    """What came out of a run."""
-
-    result: dict[str, Any]
-    """The content of result.json."""
-    summary: tuple[str, ...]
-    """Lines for a person."""
-
-    def show(self, say: Say) -> None:
-        """Print the summary."""
-        for line in self.summary:
-            say(line) if line else print()
-
-
-def finish(
-    task: Task,
-    folder: RunFolder,
-    tracker: Tracker,
-    outcome: Outcome,
-    answers: Sequence[Sample],
-    parity: dict[str, Any],
-    version: int | None,
-) -> Finished:
-    """Log the scores and the last pictures and tables; safe to repeat.
-
-    Raises TrackingAway if MLflow does not answer: result.json must not be written before all is logged.
-    """
-    scores = score(task.config, answers)
-    result = _result(task, tracker, outcome, scores, parity, version)
-    assert outcome.state is not None
-    tracker.metrics({outcome.state.step: {f"score/{name}": value for name, value in scores.get("after", {}).items()}})
-    tracker.metrics({0: {f"score/{name}": value for name, value in scores.get("before", {}).items()}})
-    history = outcome.state.history
-    tracker.learning_curve(_points(history, "train/loss"), _points(history, "eval/loss"))
-    columns = ("prompt", "reference", "before", "after")
-    tracker.table("samples", columns, [[getattr(item, name) for name in columns] for item in answers])
-    tracker.text(json.dumps(result, indent=2) + "\n", "result.json")
-    return Finished(result, tuple(_summary(task, folder, tracker, outcome, answers, scores, version)))
-
-
-def _result(
-    task: Task, tracker: Tracker, outcome: Outcome, scores: Scores, parity: dict[str, Any], version: int | None
-) -> dict[str, Any]:
-    assert outcome.state is not None
-    state = outcome.state
-    last: dict[str, float] = {}
-    for row in state.history:
-        last |= {name: value for name, value in row.items() if name != "step"}
-    if state.best_loss is not None:
-        last["eval/loss"] = state.best_loss
-    first = next((row["eval/loss"] for row in state.history if "eval/loss" in row), None)
-    return {
-        "run": task.config.run.name,
-        "steps": state.step,
-        "stopped_early": outcome.stopped_early,
-        "best_step": state.best_step if state.best_step is not None else state.step,
-        "metrics": last,
-        "eval_loss_before": first,
-        "scores": scores,
-        "base": asdict(task.base),
-        "data": {"train": task.train.digest, "eval": task.eval.digest if task.eval else None},
-        "parity": parity,
-        "mlflow": {"uri": run.shown_uri(tracker.uri), "run_id": tracker.run_id},
-        "registered": {"model": task.config.registry.model, "version": version, "alias": task.config.registry.alias}
-        if version is not None
-        else None,
-    }
+def finished(
+    config: Config, folder: RunFolder, outcome: TrainResult, answers: Sequence[Sample], published: Published
+) -> None:
+    """Show what came out: answers before and after, losses, scores, and how to use the model."""
+    for line in _summary(config, folder, outcome, answers, published):
+        if line:
+            logger.info(line)
+        else:
+            print()
 
 
 def _summary(
-    task: Task,
-    folder: RunFolder,
-    tracker: Tracker,
-    outcome: Outcome,
-    answers: Sequence[Sample],
-    scores: Scores,
-    version: int | None,
+    config: Config, folder: RunFolder, outcome: TrainResult, answers: Sequence[Sample], published: Published
 ) -> list[str]:
-    config, state = task.config, outcome.state
+    state, scores = outcome.state, published.scores
     assert state is not None
     lines = [""]
     for item in answers[: config.evaluation.samples]:
@@ -197,21 +99,19 @@ def _summary(
     for name, value in scores.get("after", {}).items():
         lines.append(f"held-out {name}: {scores['before'][name]:.3f} before, {value:.3f} after ({len(answers)} rows)")
     lines += [f"adapter (PEFT, vLLM): {folder.adapter}", f"merged model:         {folder.merged}"]
-    if version is not None:
-        uri = f"models:/{config.registry.model}@{config.registry.alias}"
-        where = f"MLFLOW_TRACKING_URI={run.shown_uri(tracker.uri)}"
+    store, run_id = published.result["mlflow"]["uri"], published.result["mlflow"]["run_id"]
+    if (registered := published.result["registered"]) is not None:
+        uri = f"models:/{registered['model']}@{registered['alias']}"
         lines += [
-            f"registered:           {config.registry.model} version {version} ({uri})",
-            f'load:   mlflow.set_tracking_uri("{run.shown_uri(tracker.uri)}"); mlflow.transformers.load_model("{uri}")',
-            f"serve:  {where} mlflow models serve -m {uri} --env-manager local -p 5001",
+            f"registered:           {registered['model']} version {registered['version']} ({uri})",
+            f'load:   mlflow.set_tracking_uri("{store}"); mlflow.transformers.load_model("{uri}")',
+            f"serve:  MLFLOW_TRACKING_URI={store} {MLFLOW} models serve -m {uri} --env-manager local -p 5001",
         ]
-    store = run.shown_uri(tracker.uri)
-    page = tracker.url() or f"mlflow ui --backend-store-uri {store} (run {tracker.run_id})"
-    lines.append(f"MLflow: {page}")
+    lines.append(f"MLflow: {published.page or f'{MLFLOW} ui --backend-store-uri {store} (run {run_id})'}")
     return lines
 
 
-def _model_line(config: Config, size: Size) -> str:
+def _model_line(config: Config, size: MemoryEstimate) -> str:
     share = size.trainable / size.parameters
     return (
         f"model: {size.parameters / 1e6:,.1f} M parameters; {config.adapter.method} rank {config.adapter.rank} on"
@@ -223,12 +123,12 @@ def _steps_line(config: Config, packs: int, tokens: int, supervised: int, about:
     train = config.train
     return (
         f"training: {'about ' if about else ''}{total_steps(train, packs)} steps;"
-        f" {batch_split(config, config.cluster.most())};"
+        f" {batch_split(config, config.cluster.max_workers())};"
         f" an epoch has {packs:,} sequences, {tokens:,} tokens, {supervised:,} of them supervised"
     )
 
 
-def _memory_line(config: Config, size: Size) -> str:
+def _memory_line(config: Config, size: MemoryEstimate) -> str:
     parts = (
         (size.base_bytes, "base"),
         (size.adapter_bytes, "adapter and optimizer"),
@@ -236,7 +136,8 @@ def _memory_line(config: Config, size: Size) -> str:
     )
     shown = ", ".join(f"{name} {value / 2**30:.2f}" for value, name in parts)
     return (
-        f"memory a worker, estimated: {size.total_bytes() / 2**30:.2f} GiB ({shown}), plus about 1 GiB for the process"
+        f"memory per worker, estimated: {size.total_bytes() / 2**30:.2f} GiB ({shown}),"
+        " plus about 1 GiB for the process"
     )
 
 
@@ -248,14 +149,6 @@ def _marked(tokenizer: Any, ids: list[int], mask: list[bool]) -> str:
             text += f"[[{part}]]" if mask[start] else part
             start = stop
     return text
-
-
-def _means(rows: list[dict[str, float]]) -> dict[str, float]:
-    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
-
-
-def _points(history: list[dict[str, float]], name: str) -> list[tuple[int, float]]:
-    return [(int(row["step"]), row[name]) for row in history if name in row]
 
 
 def _one_line(text: str, width: int = 300) -> str:

@@ -4,21 +4,21 @@ Each line is one stage with one file behind it. What a stage has made is found a
 the same config may be run until it is finished, whatever has stopped it meanwhile.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from olora_ray.cluster import address
-from olora_ray.cluster.spec import Task
 from olora_ray.config.schema import Config
-from olora_ray.data.tokenize import spec_from_pretrained
-from olora_ray.model import source
-from olora_ray.pipeline import fit, publish, report
+from olora_ray.pipeline import export, fit, publish, report
+from olora_ray.pipeline.answers import answered
+from olora_ray.pipeline.base import open_base
+from olora_ray.pipeline.connection import connect
+from olora_ray.pipeline.mlflow_run import check_tracking, tracked
+from olora_ray.pipeline.prepare import prepare_tokens
 from olora_ray.pipeline.run_folder import RunFolder
 
-Say = Callable[[str], None]
 
-
-def run(config: Config, say: Say, tags: Mapping[str, str] | None = None) -> dict[str, Any]:
+def run(config: Config, tags: Mapping[str, str] | None = None) -> dict[str, Any]:
     """Fine-tune, export, check and register as the config says; returns the content of result.json.
 
     `tags` are for the registered version, over those that it gets anyway. A run that is finished already is
@@ -28,27 +28,25 @@ def run(config: Config, say: Say, tags: Mapping[str, str] | None = None) -> dict
     folder = RunFolder(config)
     folder.check()
     if done := folder.finished():
-        report.already_finished(config, done, say)
+        report.already_finished(config, done)
         return done
-    publish.check_tracking(config, folder)
+    check_tracking(config, folder)
     address.find()
-    base = source.obtain(config, say, publish.registered(config))
-    tokenizer = source.load_tokenizer(base, config.model)
-    spec = spec_from_pretrained(tokenizer, base.name)
-    report.plan(config, base, say)
+    base = open_base(config)
+    report.plan(config, base.model)
 
-    with fit.connect(config, say, base) as stop, fit.tokens(config, spec, say) as (training, held_out):
-        eos = source.end_tokens(base, tokenizer)
-        task = Task(config, base, spec.digest, eos, training.store, held_out, fit.make_board())
-        report.steps(task, say)
-        outcome = publish.trained(task, folder, say)
-        folder.claim()
-        with publish.tracked(task, folder) as tracker:
-            outcome = outcome or fit.train(task, folder, training, tracker, stop, say)
-            parity = fit.run_export(task, folder, outcome, say)
-            version = publish.publish(task, folder, tracker, outcome, parity, say, tags or {})
-            answers = report.texts(outcome, tokenizer)
-            finished = report.finish(task, folder, tracker, outcome, answers, parity, version)
-        folder.write_result(finished.result)  # nothing is left to be logged
-        finished.show(say)
-    return finished.result
+    with connect(config, base.model) as stop:
+        spec, build = prepare_tokens(config, base)
+        with build:
+            report.steps(spec)
+            result = fit.finished_training(spec, folder)
+            folder.claim()
+            with tracked(spec, folder) as tracker:
+                result = result or fit.train(spec, folder, build, tracker, stop)
+                parity = export.run_export(spec, folder, result)
+                version = publish.publish(spec, folder, tracker, result, parity, tags or {})
+                answers = answered(result, base.tokenizer)
+                published = publish.finish(spec, tracker, result, answers, parity, version)
+            folder.write_result(published.result)  # nothing is left to be logged
+            report.finished(config, folder, result, answers, published)
+    return published.result

@@ -8,7 +8,10 @@ from typing import Any
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError
 from olora_ray.common.secrets import mask
-from olora_ray.config.schema import Config, build, dump, flatten, parse_yaml
+from olora_ray.config.dotted import flatten
+from olora_ray.config.load import build, dump
+from olora_ray.config.schema import Config
+from olora_ray.config.yaml_io import parse_yaml
 from olora_ray.train import checkpoints
 
 FREE_TO_CHANGE = (
@@ -21,7 +24,7 @@ FREE_TO_CHANGE = (
     "train.keep",
     "train.log_every",
 )
-"""Fields that may differ when a run is taken up again: they do not change its numbers."""
+"""Fields that may differ when a run is resumed: they do not change its numbers."""
 
 
 class RunFolder:
@@ -97,7 +100,7 @@ class RunFolder:
         return str(kept["run_id"]) if kept.get("uri") == mask(uri) and kept.get("run_id") else None
 
     def keep_tracking_run(self, uri: str, run_id: str) -> None:
-        """Remember the MLflow run, so that a later attempt goes on with it; a password in `uri` is not kept."""
+        """Remember the MLflow run, so that a later attempt continues with it; a password in `uri` is not kept."""
         storage.write_text(self._tracking, json.dumps({"uri": mask(uri), "run_id": run_id}))
 
     def _refuse_way_out(self) -> None:

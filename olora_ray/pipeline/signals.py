@@ -5,7 +5,7 @@ from types import FrameType, TracebackType
 
 from olora_ray.common.errors import Stopped
 
-AGAIN = "the same command goes on from there"
+AGAIN = "the same command continues from there"
 
 
 class Stop:
@@ -42,5 +42,5 @@ class Stop:
         if self.gentle and self.asked is None:
             self.asked = name
             return
-        self._raised = Stopped(f"stopped ({name}); the same command goes on with what is done", 128 + number)
+        self._raised = Stopped(f"stopped ({name}); the same command continues with what is done", 128 + number)
         raise self._raised

@@ -1,15 +1,12 @@
 """What has changed since the champion was made? Found without Ray, from digests of contents."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
-from olora_ray.data.tokenize import TokenizerSpec, spec_from_pretrained
-from olora_ray.model import source
-from olora_ray.model.source import BaseModel
-from olora_ray.pipeline import publish
+from olora_ray.pipeline.base import Base, open_base
 from olora_ray.pipeline.fingerprint import Fingerprint, settings_digest
 from olora_ray.tokens import prepare
 from olora_ray.tokens.plan import Plan
@@ -26,28 +23,26 @@ AGAINST = "olora.gate_against"
 class Inputs:
     """What a retraining would be made of now."""
 
-    base: BaseModel
-    spec: TokenizerSpec
+    base: Base
     plan: Plan
     """Of the training data."""
     fingerprint: Fingerprint
 
 
-def look(config: Config, say: Callable[[str], None]) -> Inputs:
+def look(config: Config) -> Inputs:
     """Read base model and data as far as their digests need it; files that were scanned before are not read again.
 
     Raises UserError for what training would refuse: missing files, a model that is none, nothing held out.
     """
-    if not config.data.eval and config.data.eval_fraction is None:
+    if not config.data.holds_out():
         raise UserError("data.eval: retraining compares with the champion on held-out rows; set it, or eval_fraction")
-    base = source.obtain(config, say, publish.registered(config))
-    spec = spec_from_pretrained(source.load_tokenizer(base, config.model), base.name)
-    plan = prepare.plan_here(config, spec, "train")
-    held_out = prepare.plan_here(config, spec, "eval").digest()
-    return Inputs(base, spec, plan, Fingerprint(base.digest, plan.digest(), held_out, settings_digest(config)))
+    base = open_base(config)
+    plan = prepare.plan_here(config, base.spec, "train")
+    held_out = prepare.plan_here(config, base.spec, "eval").digest()
+    return Inputs(base, plan, Fingerprint(base.model.digest, plan.digest(), held_out, settings_digest(config)))
 
 
-def settled(
+def find_decision(
     versions: Sequence["ModelVersion"], champion: "ModelVersion | None", now: Fingerprint
 ) -> "ModelVersion | None":
     """The version that makes another training of the same useless.

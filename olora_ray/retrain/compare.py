@@ -2,33 +2,35 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+import logging
 from typing import TYPE_CHECKING
 
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError
-from olora_ray.config.schema import Config, override
+from olora_ray.config.load import override
+from olora_ray.config.schema import Config
 from olora_ray.data.tokenize import spec_from_pretrained
 from olora_ray.evaluation.held_out import measure
 from olora_ray.evaluation.rows import RowResults
-from olora_ray.model import source
+from olora_ray.model import load
 from olora_ray.model.source import BaseModel
-from olora_ray.pipeline import fit, publish
+from olora_ray.pipeline import connection
+from olora_ray.pipeline.base import find_model
 from olora_ray.retrain.changes import Inputs
 from olora_ray.retrain.recipe import RUN
-from olora_ray.tokens import store
+from olora_ray.tokens.prepare import prepare
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
 
 
 class NotComparable(UserError):
     """The two models do not see the same tokens."""
 
 
-def measured(config: Config, inputs: Inputs, versions: list["ModelVersion"], say: Say) -> list[RowResults]:
+def measured(config: Config, inputs: Inputs, versions: list["ModelVersion"]) -> list[RowResults]:
     """The held-out results of each version; what was measured before, by a run that was cut off too, is read again.
 
     Starts Ray if anything is left to be measured. Raises NotComparable for versions with different tokenizers.
@@ -36,34 +38,34 @@ def measured(config: Config, inputs: Inputs, versions: list["ModelVersion"], say
     notes = [_note(config, inputs, version) for version in versions]
     known = [_read(note) for note in notes]
     if None in known:
-        with fit.connect(config, say):
-            found = [_as_base(config, version, say) for version in versions]
+        with connection.connect(config):
+            found = [_as_base(config, version) for version in versions]
             _same_tokens(config, found)
-            held_out = store.prepare(config, inputs.spec, "eval", say)
-            tokenizer = source.load_tokenizer(inputs.base, config.model)
-            eos = source.end_tokens(inputs.base, tokenizer)
+            held_out = prepare(config, inputs.base.spec, "eval")
             for place, (version, note) in enumerate(zip(versions, notes, strict=True)):
                 if known[place] is not None:
                     continue
-                say(f"measuring version {version.version} on the held-out rows")
-                with fit.user_errors():
-                    rows = measure(found[place][1], None, held_out, found[place][0], tokenizer, eos, say)
+                logger.info(f"measuring version {version.version} on the held-out rows")
+                with connection.user_errors():
+                    rows = measure(
+                        found[place][1], None, held_out, found[place][0], inputs.base.tokenizer, inputs.base.eos
+                    )
                 storage.write_text(note, rows.to_json())
                 known[place] = rows
     return [rows for rows in known if rows is not None]
 
 
-def _as_base(config: Config, version: "ModelVersion", say: Say) -> tuple[Config, BaseModel]:
+def _as_base(config: Config, version: "ModelVersion") -> tuple[Config, BaseModel]:
     """A registered version as a model that is loaded, and the config that says so."""
     name, folder = f"models:/{version.name}/{version.version}", version.tags.get(RUN, "")
     if storage.is_uri(config.run.storage) and storage.is_uri(folder):
         name = storage.join(folder, "export", "merged")  # each node fetches it by itself
     config = override(config, {"model.name": name, "model.revision": None})
-    return config, source.obtain(config, say, publish.registered(config))
+    return config, find_model(config)
 
 
 def _same_tokens(config: Config, found: list[tuple[Config, BaseModel]]) -> None:
-    specs = {spec_from_pretrained(source.load_tokenizer(base, config.model)).digest for _, base in found}
+    specs = {spec_from_pretrained(load.load_tokenizer(base, config.model)).digest for _, base in found}
     if len(specs) > 1:
         raise NotComparable("the champion has another tokenizer, so nothing is measured on the same tokens")
 

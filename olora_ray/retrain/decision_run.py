@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from olora_ray.config.schema import Config
 from olora_ray.retrain.changes import AGAINST
-from olora_ray.tracking import run
 from olora_ray.tracking.aliases import CHAMPION, GATE
 from olora_ray.tracking.client import connect, reachable
+from olora_ray.tracking.start import resolve_uri, start_run
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -51,7 +51,7 @@ def write(config: Config, entry: Entry, run_id: str | None = None) -> str:
     tags |= {f"olora.{role}": f"{name}/{number}" for role, number in _roles(entry) if number}
     if interval:
         tags["olora.interval"] = f"{interval['mean']:.6f} [{interval['low']:.6f}, {interval['high']:.6f}]"
-    tracker = run.start(config, f"{name} {entry.decision}", tags, run_id)
+    tracker = start_run(config, f"{name} {entry.decision}", tags, run_id)
     tracker.metrics({0: _metrics(entry.details)})
     shown = {"decision": entry.decision, "reason": entry.reason, **dict(_roles(entry)), **entry.details}
     tracker.text(json.dumps(shown, indent=2) + "\n", "decision.json")
@@ -69,14 +69,14 @@ def of_version(config: Config, version: "ModelVersion") -> None:
     details = json.loads(tags.get(DETAILS, "{}"))
     entry = Entry(decision, reason, str(version.version), tags[AGAINST] or None, details)
     run_id = write(config, entry, _begun(config, entry))
-    uri = run.resolve_uri(config)
+    uri = resolve_uri(config)
     with reachable(uri):
         connect(uri).set_model_version_tag(version.name, version.version, RECORDED, run_id)
 
 
 def _begun(config: Config, entry: Entry) -> str | None:
     """The run of this decision, if a call that was cut off has made it already."""
-    uri, name = run.resolve_uri(config), config.registry.model
+    uri, name = resolve_uri(config), config.registry.model
     wanted = {"olora.kind": "retraining", "olora.decision": entry.decision}
     wanted |= {f"olora.{role}": f"{name}/{number}" for role, number in _roles(entry) if number}
     words = " and ".join(f"tags.`{tag}` = '{text}'" for tag, text in wanted.items())

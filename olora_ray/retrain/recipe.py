@@ -1,7 +1,7 @@
 """How the next version is made: from the base on everything, or on from the champion with what is new.
 
     retrain.from: base       all rows, the adapter starts as its method says
-    retrain.from: champion   the champion's adapter goes on; all rows of the files that it does not know, and the
+    retrain.from: champion   the champion's adapter continues; all rows of the files that it does not know, and the
                              share retrain.replay of the rows of those that it knows
 
 A file is new if no file of the champion's training data has the same bytes: a file that has grown is new as a
@@ -12,12 +12,14 @@ version is made from the base, and the log says why.
 
 import hashlib
 import json
-from collections.abc import Callable, Collection
+import logging
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from olora_ray.common import sealed, storage
-from olora_ray.config.schema import Config, Source, flatten
+from olora_ray.config.dotted import flatten
+from olora_ray.config.schema import Config, Source
 from olora_ray.pipeline.fingerprint import TAGS
 from olora_ray.pipeline.run_folder import FREE_TO_CHANGE
 from olora_ray.retrain.changes import Inputs
@@ -29,7 +31,8 @@ from olora_ray.train import checkpoints
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
+
 RUN = "olora.run_folder"
 """Tag of a version: the folder of the run that made it."""
 ORIGIN = "olora.retrained_from"
@@ -53,16 +56,18 @@ class _Start:
     version: str
 
 
-def make(config: Config, inputs: Inputs, champion: "ModelVersion | None", say: Say) -> Recipe:
+def make(config: Config, inputs: Inputs, champion: "ModelVersion | None") -> Recipe:
     """The recipe; its run's name follows from what goes in, so that a run that was cut off is found again."""
     _note_files(config, inputs.plan)
     if champion is not None:
-        _warn_of_leaks(config, inputs.plan, champion, say)
+        _warn_of_leaks(config, inputs.plan, champion)
     start = None
     if config.retrain.origin == "champion" and champion is not None:
-        found = _continued(config, inputs, champion, say)
+        found = _continued(config, inputs, champion)
         if isinstance(found, str):
-            say(f"retrain.from=champion: version {champion.version} is not continued, {found}: training from the base")
+            logger.info(
+                f"retrain.from=champion: version {champion.version} is not continued, {found}: training from the base"
+            )
         else:
             start = found
     wanted = config.model_copy(update={"registry": config.registry.model_copy(update={"alias": CHALLENGER})})
@@ -85,24 +90,24 @@ def _digest(config: Config, inputs: Inputs) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-def _warn_of_leaks(config: Config, plan: Plan, champion: "ModelVersion", say: Say) -> None:
+def _warn_of_leaks(config: Config, plan: Plan, champion: "ModelVersion") -> None:
     known = _known_files(config, champion.tags.get(TAGS["data"], "")) or frozenset()
     if config.data.eval_fraction is not None and known - {each.sha256 for each in plan.files}:
-        say(
+        logger.warning(
             "warning: data.eval_fraction: a file of the champion's training data has changed or is gone, so it"
             " may have seen rows that are held out now; data.eval, or adding files only, avoids that"
         )
 
 
-def _continued(config: Config, inputs: Inputs, champion: "ModelVersion", say: Say) -> _Start | str:
-    """How to go on from the champion, or why that cannot be."""
-    if champion.tags.get(TAGS["base"]) != inputs.base.digest:
+def _continued(config: Config, inputs: Inputs, champion: "ModelVersion") -> _Start | str:
+    """How to continue from the champion, or why that cannot be."""
+    if champion.tags.get(TAGS["base"]) != inputs.base.model.digest:
         return "its base model is another"
     known = _known_files(config, champion.tags.get(TAGS["data"], ""))
     if known is None:
         return f"what it was trained on is not known under {config.run.storage}"
     folder = champion.tags.get(RUN)
-    found = checkpoints.newest(storage.join(folder, "checkpoints"), say) if folder else None
+    found = checkpoints.latest_good(storage.join(folder, "checkpoints")) if folder else None
     if found is None:
         return f"there is no checkpoint of it in {folder or 'its run folder'}"
     place, checkpoint = found

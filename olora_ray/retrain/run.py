@@ -11,7 +11,7 @@ the registry, the measured rows, the gate's verdict as a tag. So a call that was
 
 import contextlib
 import json
-from collections.abc import Callable
+import logging
 from typing import TYPE_CHECKING
 
 from olora_ray.common import storage
@@ -22,19 +22,21 @@ from olora_ray.retrain import changes, decision_run, gate, lock, recipe
 from olora_ray.retrain.changes import AGAINST, Inputs
 from olora_ray.retrain.decision_run import DETAILS, RECORDED, Entry
 from olora_ray.retrain.gate import Decision
-from olora_ray.tracking import run as tracking
+from olora_ray.tracking import client
 from olora_ray.tracking.aliases import CHAMPION, GATE, Aliases
+from olora_ray.tracking.start import resolve_uri
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
+
 NOTHING_LEARNED = Decision(
     False, "no step on the new rows made the held-out loss better, so this is the champion's adapter again", {}
 )
 
 
-def run(config: Config, say: Say) -> None:
+def run(config: Config) -> None:
     """Retrain the config's registered model if there is a reason to.
 
     Raises UserError for what the user can fix, TryAgain if another retraining of the model is running or
@@ -43,11 +45,11 @@ def run(config: Config, say: Say) -> None:
     name = config.registry.model
     if name is None:
         raise UserError("registry.model: retraining compares with a registered model; set its name")
-    tracking.check(tracking.resolve_uri(config))
+    client.check(resolve_uri(config))
     place = storage.join(config.run.storage, "locks", f"{name}.json")
     with lock.held(place, f"the retraining of {name}", config.retrain.wait) as lease:
         try:
-            _retrain(config, Aliases(tracking.resolve_uri(config), name), lease, say)
+            _retrain(config, Aliases(resolve_uri(config), name), lease)
         except Exception as error:
             if not isinstance(error, TryAgain):
                 with contextlib.suppress(TryAgain):  # what happened matters more than that it cannot be recorded
@@ -55,28 +57,28 @@ def run(config: Config, say: Say) -> None:
             raise
 
 
-def _retrain(config: Config, aliases: Aliases, lease: lock.Lock, say: Say) -> None:
+def _retrain(config: Config, aliases: Aliases, lease: lock.Lock) -> None:
     if (move := aliases.repair()) is not None:
-        say(f"registry: finished a move that was cut off: version {move.champion} is the champion")
-    inputs = changes.look(config, say)
+        logger.info(f"registry: finished a move that was cut off: version {move.champion} is the champion")
+    inputs = changes.look(config)
     versions, number = aliases.versions(), aliases.current().get(CHAMPION)
     champion = next((version for version in versions if str(version.version) == number), None)
-    if (done := changes.settled(versions, champion, inputs.fingerprint)) is not None:
+    if (done := changes.find_decision(versions, champion, inputs.fingerprint)) is not None:
         decision_run.of_version(config, done)
-        _unchanged(config, done, number, say)
+        _unchanged(config, done, number)
         return
-    say(_what_changed(inputs, champion))
-    version, learned = _trained(config, aliases, inputs, champion, say)
-    decision = _decide(config, inputs, version, champion, say) if learned else NOTHING_LEARNED
+    logger.info(_what_changed(inputs, champion))
+    version, learned = _trained(config, aliases, inputs, champion)
+    decision = _decide(config, inputs, version, champion) if learned else NOTHING_LEARNED
     lease.check()  # whoever has taken over decides by himself
-    _settle(aliases, version, champion, decision, say)
+    _settle(aliases, version, champion, decision)
     decision_run.of_version(config, aliases.version(str(version.version)))
 
 
-def _unchanged(config: Config, done: "ModelVersion", champion: str | None, say: Say) -> None:
+def _unchanged(config: Config, done: "ModelVersion", champion: str | None) -> None:
     which = "the champion" if str(done.version) == champion else done.tags[GATE]
     reason = f"nothing changed since version {done.version} of {done.name} ({which})"
-    say(reason)
+    logger.info(reason)
     decision_run.write(config, Entry("unchanged", reason, champion=champion))
 
 
@@ -88,7 +90,7 @@ def _what_changed(inputs: Inputs, champion: "ModelVersion | None") -> str:
 
 
 def _trained(
-    config: Config, aliases: Aliases, inputs: Inputs, champion: "ModelVersion | None", say: Say
+    config: Config, aliases: Aliases, inputs: Inputs, champion: "ModelVersion | None"
 ) -> tuple["ModelVersion", bool]:
     """Train, export and register, or take up what an earlier call has done of that.
 
@@ -97,36 +99,34 @@ def _trained(
     """
     from olora_ray.pipeline import run as pipeline  # with Ray, which a call that finds nothing changed does not need
 
-    wanted = recipe.make(config, inputs, champion, say)
-    result = pipeline.run(wanted.config, say, wanted.tags)
+    wanted = recipe.make(config, inputs, champion)
+    result = pipeline.run(wanted.config, wanted.tags)
     learned = wanted.config.train.start is None or result["best_step"] > 0
     return aliases.version(str(result["registered"]["version"])), learned
 
 
-def _decide(
-    config: Config, inputs: Inputs, challenger: "ModelVersion", champion: "ModelVersion | None", say: Say
-) -> Decision:
+def _decide(config: Config, inputs: Inputs, challenger: "ModelVersion", champion: "ModelVersion | None") -> Decision:
     from olora_ray.retrain import compare
 
     try:
-        ours, *theirs = compare.measured(config, inputs, [challenger, *([champion] if champion else [])], say)
+        ours, *theirs = compare.measured(config, inputs, [challenger, *([champion] if champion else [])])
     except compare.NotComparable as error:
         return Decision(False, f"{error}; promote it by hand if it is good", {})
     return gate.decide(config.gate, ours, theirs[0] if theirs else None)
 
 
-def _settle(
-    aliases: Aliases, challenger: "ModelVersion", champion: "ModelVersion | None", decision: Decision, say: Say
-) -> None:
+def _settle(aliases: Aliases, challenger: "ModelVersion", champion: "ModelVersion | None", decision: Decision) -> None:
     """Let the aliases and tags follow the decision."""
     number, against = str(challenger.version), str(champion.version) if champion else ""
     tags = {AGAINST: against, DETAILS: json.dumps(decision.details), RECORDED: ""}
     if not decision.passed:
         aliases.refuse(number, f"refused: {decision.reason}", tags)
-        say(f"refused: {decision.reason}")
-        say(f"version {number} stays challenger, {f'version {against} the champion' if against else 'no champion'}")
+        logger.info(f"refused: {decision.reason}")
+        logger.info(
+            f"version {number} stays challenger, {f'version {against} the champion' if against else 'no champion'}"
+        )
         return
     aliases.promote(number, f"passed: {decision.reason}", tags)
-    say(f"passed: {decision.reason}")
+    logger.info(f"passed: {decision.reason}")
     before = f", version {against} is previous" if against else ""
-    say(f"version {number} is the champion of {aliases.name}{before}")
+    logger.info(f"version {number} is the champion of {aliases.name}{before}")

@@ -1,7 +1,8 @@
 """What the driver says while Tune searches, and when it lets a search end early."""
 
+import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from ray import tune
@@ -11,14 +12,16 @@ from olora_ray.sweep.placement_groups import free_abandoned
 from olora_ray.sweep.space import Space
 from olora_ray.sweep.spec import ENDED, NUMBER, number_of
 
+logger = logging.getLogger(__name__)
+
 GUARD_SECONDS = 3.0
 
 
-class Watch(tune.Callback, tune.Stopper):
+class SweepCallback(tune.Callback, tune.Stopper):
     """One line an event; counts trials that bring nothing better. Tune pickles it with the search."""
 
-    def __init__(self, folder: str, space: Space, total: int, say: Callable[[str], None]) -> None:
-        self.folder, self.space, self.total, self.say = folder, space, total, say
+    def __init__(self, folder: str, space: Space, total: int) -> None:
+        self.folder, self.space, self.total = folder, space, total
         self.best: tuple[float, int] | None = None
         """The best value of a trial that has ended, and that trial."""
         self.since_better = 0
@@ -36,7 +39,7 @@ class Watch(tune.Callback, tune.Stopper):
         patience = self.space.patience
         if patience and self.since_better >= patience and not self.over:
             self.over = f"{self.since_better} trials in a row have brought nothing better"
-            self.say(f"the search ends: {self.over}")
+            logger.info(f"the search ends: {self.over}")
         return self.over is not None
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
@@ -44,13 +47,13 @@ class Watch(tune.Callback, tune.Stopper):
         if time.monotonic() - self._guarded >= GUARD_SECONDS:
             self._guarded = time.monotonic()
             if number := free_abandoned():
-                self.say(f"warning: resources of {number} ended trial(s) were not given back; they are now")
+                logger.warning(f"resources of {number} ended trial(s) were not given back; they are now")
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """A trial begins, or goes on."""
+        """A trial begins, or continues."""
         step = (trial.last_result or {}).get("step")
-        again = f"goes on after step {step}" if step else "starts"
-        self.say(f"trial {_number(trial)} {again}: {described(self._values(trial)) or 'the config as it is'}")
+        again = f"continues after step {step}" if step else "starts"
+        logger.info(f"trial {_number(trial)} {again}: {described(self._values(trial)) or 'the config as it is'}")
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
@@ -59,7 +62,7 @@ class Watch(tune.Callback, tune.Stopper):
         value, step = result.get(self.space.metric), result.get("step")
         if value is None or result.get(ENDED):
             return
-        self.say(f"trial {_number(trial)} step {step}/{self.total} | {self.space.metric} {value:.4f}")
+        logger.info(f"trial {_number(trial)} step {step}/{self.total} | {self.space.metric} {value:.4f}")
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial has come to its end, or was stopped."""
@@ -70,14 +73,14 @@ class Watch(tune.Callback, tune.Stopper):
         if value is not None:
             self._note(value, _number(trial))
         shown = "" if value is None else f" with {self.space.metric} {value:.4f}"
-        self.say(f"trial {_number(trial)} {how}{shown}; {self._left()}")
+        logger.info(f"trial {_number(trial)} {how}{shown}; {self._left()}")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial has failed."""
         self._count(trial)
         record = trial_file.read_all(self.folder).get(_number(trial))
         why = record.reason if record and record.reason else "its process died"
-        self.say(f"trial {_number(trial)} failed: {why}; {self._left()}")
+        logger.info(f"trial {_number(trial)} failed: {why}; {self._left()}")
 
     def get_state(self) -> dict[str, Any]:
         """What Tune keeps of it with the search."""

@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from olora_ray.common.errors import UserError
-from olora_ray.config.schema import Config, override, parse_yaml, validated
+from olora_ray.config.load import override, validated
+from olora_ray.config.schema import Config
+from olora_ray.config.yaml_io import parse_yaml
 from olora_ray.sweep.space import LOWER_IS_BETTER, SAME_BASE, TIMES, Space
 
 FIXED = ("run.", "tracking.", "registry.", "cluster.")
@@ -46,7 +48,7 @@ def check(space: Space, config: Config, where: str = "space") -> None:
 
 def _check_metric(space: Space, config: Config, where: str) -> None:
     scorer = config.evaluation.scorer
-    held_out = bool(config.data.eval or config.data.eval_fraction)
+    held_out = config.data.holds_out()
     if space.metric.startswith("score/"):
         if not scorer or not held_out:
             raise UserError(f"{where}: metric: {space.metric} needs evaluation.scorer and held-out rows in the config")

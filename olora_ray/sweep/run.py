@@ -3,14 +3,15 @@
 <storage>/<name>/
     trials/trial-007/                          a run folder like any other
     shared/                                    factors at the largest rank, what the base model does
-    tune/                                      Tune's state, from which an interrupted search goes on
+    tune/                                      Tune's state, from which an interrupted search continues
     best.yaml leaderboard.json report.html *.png
 """
 
 import contextlib
 import json
+import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,24 +20,29 @@ import ray
 
 from olora_ray.cluster import address, shared_base
 from olora_ray.cluster.resources import free_workers, worker_resources
-from olora_ray.cluster.spec import Outcome, Task
+from olora_ray.cluster.spec import TrainResult, TrainSpec
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError
-from olora_ray.config.schema import Config, dump, flatten, override
-from olora_ray.model.source import BaseModel
-from olora_ray.pipeline import fit, publish
+from olora_ray.config.dotted import flatten
+from olora_ray.config.load import dump, override
+from olora_ray.config.schema import Config
+from olora_ray.pipeline import connection, export, fit, mlflow_run, publish
+from olora_ray.pipeline.base import Base
+from olora_ray.pipeline.prepare import prepare_tokens
 from olora_ray.pipeline.run_folder import FREE_TO_CHANGE, RunFolder
 from olora_ray.sweep import shared_work, trial_file, tuner
-from olora_ray.sweep.callback import Watch
+from olora_ray.sweep.callback import SweepCallback
 from olora_ray.sweep.record import SearchRecord, TrialRecord
 from olora_ray.sweep.report import leaderboard, write
 from olora_ray.sweep.space import Space
-from olora_ray.sweep.spec import Job, trial_name
-from olora_ray.tracking import run as tracking
+from olora_ray.sweep.spec import SweepSpec, trial_name
+from olora_ray.tracking import client
 from olora_ray.tracking.run import Tracker
+from olora_ray.tracking.start import resolve_uri, start_run
 from olora_ray.train import checkpoints
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
+
 SEARCH = "search.json"
 """What a search is made of, in its folder."""
 LENGTH = ("train.steps", "train.epochs", "train.eval_every", "train.checkpoint_every", "evaluation.")
@@ -50,86 +56,86 @@ def search_config(config: Config, space: Space, space_file: str | Path, register
     """
     if registers and config.registry.model is None:
         raise UserError("registry.model: not set, so there is no name to register the best model under")
-    own = {"run.name": f"{config.run.name}-{Path(space_file).stem}", "cluster.workers": config.cluster.fewest()}
+    own = {"run.name": f"{config.run.name}-{Path(space_file).stem}", "cluster.workers": config.cluster.min_workers()}
     if space.trials_per_worker > 1:
         own |= {"cluster.workers": 1}
     return override(config, {**space.set, **own})
 
 
 def check(config: Config, space: Space) -> None:
-    """Raise UserError if the storage cannot be written, MLflow or Ray is away, or another search has this name."""
+    """Raise UserError if the storage cannot be written, MLflow or Ray is unreachable, or another search has this name."""
     folder = RunFolder(config)
     folder.check()
-    publish.check_tracking(config, folder)
+    mlflow_run.check_tracking(config, folder)
     text = _description(config, space)
     place = storage.join(folder.root, SEARCH)
     if storage.exists(place) and storage.read_text(place) != text:
         raise UserError(
-            f"run.name: the search in {folder.root} is one of other settings; choose another run.name or name of the"
-            " space file, or delete that folder"
+            f"run.name: {folder.root} holds a search with different settings; choose another run.name or space file,"
+            " or delete it"
         )
     address.find()
 
 
-def made_task(config: Config, base: BaseModel, tokenizer: Any, say: Say) -> tuple[Task, float]:
-    """The task that all trials vary, and the seconds its tokens took."""
+def train_spec(config: Config, base: Base) -> tuple[TrainSpec, float]:
+    """The specification that all trials vary, and the seconds its tokens took."""
     began = time.monotonic()
-    task = fit.made_task(config, base, tokenizer, say)
-    return task, time.monotonic() - began
+    spec, _ = prepare_tokens(config, base, wait=True)
+    return spec, time.monotonic() - began
 
 
-def share(task: Task, space: Space, seconds: float, say: Say) -> tuple[Task, float]:
-    """Make what the trials share; returns the task that knows of it, and the seconds each trial is spared.
+def share(spec: TrainSpec, space: Space, seconds: float) -> tuple[TrainSpec, float]:
+    """Make what the trials share; returns the spec that knows of it, and the seconds each trial is spared.
 
     `seconds` is what the tokens took. Raises UserError for a rank or targets that the model does not have.
     """
-    storage.write_text(storage.join(task.config.folder(), SEARCH), _description(task.config, space))
-    place = storage.join(task.config.folder(), "shared")
-    rank = max(_ranks(space) or [task.config.adapter.rank])
-    wanted = worker_resources(task.config)
+    storage.write_text(storage.join(spec.config.folder(), SEARCH), _description(spec.config, space))
+    place = storage.join(spec.config.folder(), "shared")
+    rank = max(_ranks(space) or [spec.config.adapter.rank])
+    wanted = worker_resources(spec.config)
     job = ray.remote(shared_work.make).options(num_cpus=wanted["CPU"], num_gpus=wanted.get("GPU", 0))
-    with fit.user_errors():
-        init, base = ray.get(job.remote(task, place, rank))
+    with connection.user_errors():
+        init, base = ray.get(job.remote(spec, place, rank))
     spared = seconds + init + base
-    say(
-        f"shared by all trials: tokens {seconds:.1f} s, {task.config.adapter.method} factors at rank {rank}"
+    logger.info(
+        f"shared by all trials: tokens {seconds:.1f} s, {spec.config.adapter.method} factors at rank {rank}"
         f" {init:.1f} s, the base model on the held-out rows {base:.1f} s; each trial is spared {spared:.1f} s"
     )
-    return replace(task, shared=place), spared
+    return replace(spec, shared=place), spared
 
 
 @contextlib.contextmanager
-def tracked(task: Task, space: Space) -> Iterator[Tracker]:
+def tracked(spec: TrainSpec, space: Space) -> Iterator[Tracker]:
     """The search's own MLflow run, the parent of its trials' runs."""
-    config, uri = task.config, tracking.resolve_uri(task.config)
+    config, uri = spec.config, resolve_uri(spec.config)
     folder = RunFolder(config)
-    tags = {"olora.kind": "search", "olora.base_digest": task.base.digest}
-    tracker = tracking.start(config, config.run.name, tags, folder.tracking_run(uri))
+    tags = {"olora.kind": "search", "olora.base_digest": spec.base.digest}
+    tracker = start_run(config, config.run.name, tags, folder.tracking_run(uri))
     folder.keep_tracking_run(uri, tracker.run_id)
     tracker.params(flatten(config) | {f"space.{name}": str(value) for name, value in space.model_dump().items()})
     try:
         yield tracker
     except BaseException:
-        with contextlib.suppress(tracking.TrackingAway):
+        with contextlib.suppress(client.TrackingUnavailable):
             tracker.end("KILLED", seconds=5)
         raise
     tracker.end("FINISHED")
 
 
-def run(task: Task, space: Space, spared: float, tracker: Tracker, say: Say) -> tuple[Job, SearchRecord]:
-    """Search until all trials have ended, or a limit of the space is reached; goes on where it was interrupted.
+def run(spec: TrainSpec, space: Space, spared: float, tracker: Tracker) -> tuple[SweepSpec, SearchRecord]:
+    """Search until all trials have ended, or a limit of the space is reached; continues where it was interrupted.
 
     Raises UserError if not even one trial fits in the cluster, or if none of them has measured the metric.
     """
-    config = task.config
-    seats, hosts = _seats(task, space, say)
-    job = Job(config.run.name, config.folder(), task, space, tracker.run_id, spared, hosts)
-    watch = Watch(job.folder, space, job.total(), say)
+    config = spec.config
+    seats, hosts = _seats(spec, space)
+    job = SweepSpec(config.run.name, config.folder(), spec, space, tracker.run_id, spared, hosts)
+    watch = SweepCallback(job.folder, space, job.total())
     began = time.monotonic()
     results = tuner.build(job, watch, seats).fit()
     # Not after an error or a signal: the trials would find their hosts dead and end as failed, before they too are
     # ended with this process.
-    shared_base.end(hosts)
+    shared_base.end_actors(hosts)
     ended = sum(1 for trial in trial_file.read_all(job.folder).values() if trial.status != "unfinished")
     notes = [f"The search ended early: {watch.over}."] if watch.over else []
     if space.time_budget and ended < space.count() and not notes:
@@ -141,7 +147,7 @@ def run(task: Task, space: Space, spared: float, tracker: Tracker, say: Say) -> 
     return job, found
 
 
-def record(job: Job, seconds: float, notes: tuple[str, ...] = ()) -> SearchRecord:
+def record(job: SweepSpec, seconds: float, notes: tuple[str, ...] = ()) -> SearchRecord:
     """What the trials have left in their folders, as one record."""
     space = job.space
     trials = tuple(found for _, found in sorted(trial_file.read_all(job.folder).items()))
@@ -159,7 +165,7 @@ def record(job: Job, seconds: float, notes: tuple[str, ...] = ()) -> SearchRecor
     )
 
 
-def conclude(config: Config, job: Job, found: SearchRecord, tracker: Tracker, say: Say) -> None:
+def conclude(config: Config, job: SweepSpec, found: SearchRecord, tracker: Tracker) -> None:
     """Write report, leaderboard and best.yaml, log them to MLflow, and say what came out."""
     best = found.best()
     assert best is not None
@@ -170,12 +176,12 @@ def conclude(config: Config, job: Job, found: SearchRecord, tracker: Tracker, sa
     tracker.table("leaderboard", *leaderboard.table(found))
     tracker.metrics({0: {f"best/{found.metric}": best.value or 0.0}})
     for line in [*leaderboard.lines(found), *leaderboard.summary(found)]:
-        say(line)
-    say(f"report: {storage.join(job.folder, 'report.html')}")
-    say(f"best config: {place}")
+        logger.info(line)
+    logger.info(f"report: {storage.join(job.folder, 'report.html')}")
+    logger.info(f"best config: {place}")
 
 
-def best_config(config: Config, job: Job, best: TrialRecord, refit: bool = False) -> Config:
+def best_config(config: Config, job: SweepSpec, best: TrialRecord, refit: bool = False) -> Config:
     """The config as it came, with the best trial's values and what the space sets for all.
 
     For a `refit` the space's short trainings are left out: it has the length of the config itself.
@@ -185,52 +191,52 @@ def best_config(config: Config, job: Job, best: TrialRecord, refit: bool = False
     return override(config, {**common, **best.params, "run.name": name})
 
 
-def register(job: Job, found: SearchRecord, say: Say) -> int:
+def register(job: SweepSpec, found: SearchRecord) -> int:
     """Export, check and register the best trial's model as it is; returns the version.
 
     Raises UserError if the exports disagree.
     """
     best = found.best()
     assert best is not None
-    trial = override(job.task.config, {**best.params, "run.name": f"{job.name}-{trial_name(best.number)}"})
-    task = replace(job.task, config=trial)
+    trial = override(job.train_spec.config, {**best.params, "run.name": f"{job.name}-{trial_name(best.number)}"})
+    spec = replace(job.train_spec, config=trial)
     folder = RunFolder(trial, best.folder)
-    outcome = publish.trained(task, folder, say) or _stopped(folder, say)
-    with publish.tracked(task, folder, job.parent) as tracker:
-        parity = fit.run_export(task, folder, outcome, say)
+    result = fit.finished_training(spec, folder) or _stopped(folder)
+    with mlflow_run.tracked(spec, folder, job.parent) as tracker:
+        parity = export.run_export(spec, folder, result)
         tags = {"olora.search": job.name, "olora.trial": str(best.number)}
-        version = publish.publish(task, folder, tracker, outcome, parity, say, tags)
+        version = publish.publish(spec, folder, tracker, result, parity, tags)
     assert version is not None
     name, alias = trial.registry.model, trial.registry.alias
-    say(f"registered: {name} version {version} (models:/{name}@{alias}), trial {best.number}")
+    logger.info(f"registered: {name} version {version} (models:/{name}@{alias}), trial {best.number}")
     return version
 
 
-def _stopped(folder: RunFolder, say: Say) -> Outcome:
-    """The outcome of a trial that was stopped: what its last checkpoint has."""
-    found = checkpoints.newest(folder.checkpoints, say)
+def _stopped(folder: RunFolder) -> TrainResult:
+    """The result of a trial that was stopped: what its last checkpoint has."""
+    found = checkpoints.latest_good(folder.checkpoints)
     if found is None:
         raise UserError(
             f"{folder.checkpoints}: the best trial has no checkpoint left; train best.yaml instead (--refit)"
         )
-    return Outcome(state=found[1].state, stopped_early=True)
+    return TrainResult(state=found[1].state, stopped_early=True)
 
 
-def _seats(task: Task, space: Space, say: Say) -> tuple[int, tuple[Any, ...]]:
+def _seats(spec: TrainSpec, space: Space) -> tuple[int, tuple[Any, ...]]:
     """Trials at the same time, and the hosts that train them if several share one."""
-    config, count = task.config, space.count()
-    wanted, workers = worker_resources(config), config.cluster.fewest()
+    config, count = spec.config, space.count()
+    wanted, workers = worker_resources(config), config.cluster.min_workers()
     room = _room(wanted)
     if room < workers:
         raise UserError(f"cluster.workers={workers}: a trial needs {workers} workers, and there is room for {room} now")
     each = space.trials_per_worker
     if each == 1:
         seats = min(room // workers, space.concurrency or count, count)
-        say(f"search: {count} trials, {seats} at the same time, {workers} worker(s) each")
+        logger.info(f"search: {count} trials, {seats} at the same time, {workers} worker(s) each")
         return seats, ()
     number = min(room, -(-min(space.concurrency or count, count) // each))
-    say(f"search: {count} trials, up to {each} side by side on each of {number} copies of the base model")
-    return min(number * each, count), shared_base.start(task, wanted, number, each)
+    logger.info(f"search: {count} trials, up to {each} side by side on each of {number} copies of the base model")
+    return min(number * each, count), shared_base.start_actors(spec, wanted, number, each)
 
 
 def _room(wanted: Mapping[str, float]) -> int:
@@ -249,10 +255,10 @@ def _description(config: Config, space: Space) -> str:
     return json.dumps({"config": settings, "space": chosen}, indent=1, sort_keys=True) + "\n"
 
 
-def _is_default(trial: TrialRecord, job: Job) -> bool:
+def _is_default(trial: TrialRecord, job: SweepSpec) -> bool:
     if job.space.has_default():
         return trial.number == 0
-    draws = job.space.as_draws(job.task.config)
+    draws = job.space.as_draws(job.train_spec.config)
     return draws is not None and trial.params == job.space.values(draws)
 
 

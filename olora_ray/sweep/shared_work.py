@@ -11,17 +11,17 @@ from olora_ray.adapter import factor_cache
 from olora_ray.adapter.factors import Factors
 from olora_ray.adapter.initialise import initialise
 from olora_ray.adapter.inject import find_targets, inject
-from olora_ray.cluster.spec import Task
+from olora_ray.cluster.spec import TrainSpec
 from olora_ray.cluster.worker_context import SharedBase
 from olora_ray.common import storage
 from olora_ray.common.quiet import quiet_transformers
-from olora_ray.config.schema import override
+from olora_ray.config.load import override
 from olora_ray.train.baseline import Baseline
 from olora_ray.train.generate import answer, wanted_questions
 from olora_ray.train.loop import Trainer, evaluate
 
 
-def make(task: Task, place: str, rank: int) -> tuple[float, float]:
+def make(spec: TrainSpec, place: str, rank: int) -> tuple[float, float]:
     """Factors at `rank` and the base's held-out loss and answers, in the folder `place`.
 
     Returns the seconds that each took; 0 for what was there. Needs the memory of one worker. Raises UserError
@@ -30,37 +30,37 @@ def make(task: Task, place: str, rank: int) -> tuple[float, float]:
     import torch
 
     quiet_transformers()
-    if task.config.train.start:
+    if spec.config.train.start:
         return 0.0, 0.0  # then the factors are those of another run
-    task = replace(task, config=override(task.config, {"adapter.rank": rank}), shared=place)
-    asked = wanted_questions(task.config.evaluation, task.eval)
-    known = Baseline.read(storage.join(place, "baseline.json"), task.base_identity(), len(asked))
-    if known and factor_cache.has(place, task.factor_origin(), rank):
+    spec = replace(spec, config=override(spec.config, {"adapter.rank": rank}), shared=place)
+    asked = wanted_questions(spec.config.evaluation, spec.eval)
+    known = Baseline.read(storage.join(place, "baseline.json"), spec.base_identity(), len(asked))
+    if known and factor_cache.has(place, spec.factor_origin(), rank):
         return 0.0, 0.0
     # A base that is to be spread over several GPUs need not fit on one.
-    sharded = task.config.cluster.strategy == "fsdp"
+    sharded = spec.config.cluster.strategy == "fsdp"
     device = torch.device("cuda" if torch.cuda.is_available() and not sharded else "cpu")
-    shared = SharedBase.of(task, device)
+    shared = SharedBase.of(spec, device)
     began = time.perf_counter()
-    adapter = task.config.adapter
+    adapter = spec.config.adapter
     targets = find_targets(shared.loss.model, adapter.targets, rank)
-    factors, _ = initialise(targets, adapter.method, rank, task.config.run.seed, device)
-    factor_cache.write(place, factors, task.factor_origin(), rank)
+    factors, _ = initialise(targets, adapter.method, rank, spec.config.run.seed, device)
+    factor_cache.write(place, factors, spec.factor_origin(), rank)
     between = time.perf_counter()
     if not known and not sharded:
-        _measure(task, shared, factors, place)
+        _measure(spec, shared, factors, place)
     return between - began, time.perf_counter() - between
 
 
-def _measure(task: Task, shared: SharedBase, factors: dict[str, Factors], place: str) -> None:
+def _measure(spec: TrainSpec, shared: SharedBase, factors: dict[str, Factors], place: str) -> None:
     """An adapter at its start changes nothing: with it the base measures as without."""
-    config = task.config
+    config = spec.config
     model = shared.loss.model
     adapted = inject(model, factors, config.adapter.scale())
     shared.loss.to(shared.device)
     trainer = Trainer(shared.loss, adapted, config, shared.device)
     attention = str(model.config._attn_implementation)  # type: ignore[union-attr]
-    asked = wanted_questions(config.evaluation, task.eval)
-    loss = evaluate(trainer, task.eval, attention) if task.eval else None
-    answers = answer(trainer, asked, config.evaluation.max_new_tokens, task.eos) if asked else None
-    Baseline(loss, answers).write(storage.join(place, "baseline.json"), task.base_identity())
+    asked = wanted_questions(config.evaluation, spec.eval)
+    loss = evaluate(trainer, spec.eval, attention) if spec.eval else None
+    answers = answer(trainer, asked, config.evaluation.max_new_tokens, spec.eos) if asked else None
+    Baseline(loss, answers).write(storage.join(place, "baseline.json"), spec.base_identity())

@@ -18,7 +18,8 @@ from typing import Annotated, Any, Literal, Protocol
 import numpy as np
 from pydantic import Field, model_validator
 
-from olora_ray.config.schema import Config, PositiveInt, Section, flatten
+from olora_ray.config.dotted import flatten
+from olora_ray.config.schema import Config, PositiveInt, Section
 
 Draws = Mapping[str, Any]
 TIMES = ":times"
@@ -104,7 +105,7 @@ class Scheduler(Section):
     grace: PositiveInt | None = None
     """Steps that every trial may do; null: up to its first evaluation."""
     reduction: Annotated[float, Field(gt=1.0)] = 3.0
-    """asha: of so many trials that come to a rung one goes on."""
+    """asha: of so many trials that come to a rung one continues."""
     interval: PositiveInt | None = None
     """population: steps between two looks at the others; null: train.eval_every."""
 
@@ -132,7 +133,7 @@ class Space(Section):
     include_default: bool = True
     """Whether the config as it is is one of the trials, the first."""
     time_budget: Annotated[float, Field(gt=0.0)] | None = None
-    """Seconds after which no trial goes on."""
+    """Seconds after which no trial continues."""
     patience: PositiveInt | None = None
     """End the search when so many trials in a row have ended without a better value."""
     min_improvement: Annotated[float, Field(ge=0.0)] = 0.0

@@ -4,9 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from olora_ray.cluster.spec import Task
+from olora_ray.cluster.spec import TrainSpec
 from olora_ray.common import storage
-from olora_ray.config.schema import Config, flatten, override
+from olora_ray.config.dotted import flatten
+from olora_ray.config.load import override
+from olora_ray.config.schema import Config
 from olora_ray.pipeline.run_folder import RunFolder
 from olora_ray.sweep.space import SAME_BASE, Space
 from olora_ray.train.schedule import Schedule
@@ -18,14 +20,14 @@ ENDED = "ended"
 
 
 @dataclass(frozen=True)
-class Job:
+class SweepSpec:
     """Travels to every trial."""
 
     name: str
     """Of the search."""
     folder: str
     """`<storage>/<name>`."""
-    task: Task
+    train_spec: TrainSpec
     """With the config as it is, but for what the space sets for all trials; without a board."""
     space: Space
     parent: str
@@ -41,12 +43,12 @@ class Job:
 
     def shown(self, number: int, draws: Mapping[str, Any]) -> dict[str, Any]:
         """Dotted field -> value of everything that is searched, for people to read; of the default too."""
-        there = flatten(self.task.config)
+        there = flatten(self.train_spec.config)
         return self.values(number, draws) or {field: there.get(field) for field in self.space.search}
 
     def config(self, number: int, draws: Mapping[str, Any]) -> Config:
         """The config of a trial."""
-        return override(self.task.config, self.values(number, draws) | self._own(number))
+        return override(self.train_spec.config, self.values(number, draws) | self._own(number))
 
     def trial_folder(self, number: int, config: Config) -> RunFolder:
         """The run folder of a trial."""
@@ -58,18 +60,18 @@ class Job:
 
     def total(self) -> int:
         """Steps of a trial that does not vary them."""
-        return self.steps(self.task.config)
+        return self.steps(self.train_spec.config)
 
     def steps(self, config: Config) -> int:
         """Steps of a trial with this config; those of the search's data if the trial has other data."""
-        total = Schedule(config.train, self.task.train).total()
+        total = Schedule(config.train, self.train_spec.train).total()
         assert total is not None, "a search starts with complete tokens"
         return total
 
     def _own(self, number: int) -> dict[str, Any]:
         changes: dict[str, Any] = {"run.name": f"{self.name}-{trial_name(number)}", "registry.model": None}
         if self.space.scheduler.kind == "population":
-            train = self.task.config.train
+            train = self.train_spec.config.train
             every = self.space.scheduler.interval or train.eval_every
             # A member that is taken over may be many checkpoints ahead of the one that is wanted.
             changes |= {

@@ -11,7 +11,7 @@ from olora_ray.sweep.record import Mode, Status, TrialRecord
 FILE = "trial.json"
 
 
-class Ledger:
+class TrialFile:
     """Writes the record of one trial, from the trial's process."""
 
     def __init__(self, place: str, record: TrialRecord, mode: Mode) -> None:

@@ -10,10 +10,10 @@ from ray import tune
 
 from olora_ray.common import storage
 from olora_ray.sweep import space as spaces
-from olora_ray.sweep.callback import Watch
+from olora_ray.sweep.callback import SweepCallback
 from olora_ray.sweep.space import Space
-from olora_ray.sweep.spec import NUMBER, Job, trial_name
-from olora_ray.sweep.trial import SearchTrial
+from olora_ray.sweep.spec import NUMBER, SweepSpec, trial_name
+from olora_ray.sweep.tune_trial import SearchTrial
 
 STATE = "tune"
 """Folder of Tune's own state in that of the search."""
@@ -21,8 +21,8 @@ NOTE_BYTES = 64 * 2**20
 """Memory that Tune counts for a trial's own process; its workers take the CPUs and GPUs."""
 
 
-def build(job: Job, watch: Watch, seats: int) -> tune.Tuner:
-    """The Tuner of a search, with `seats` trials at the same time; one that was interrupted goes on."""
+def build(job: SweepSpec, watch: SweepCallback, seats: int) -> tune.Tuner:
+    """The Tuner of a search, with `seats` trials at the same time; one that was interrupted continues."""
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # it would end the search as if it were complete
     # Each failure is told by `watch` in one line.
     for name in ("execution.tune_controller", "tune", "analysis.experiment_analysis"):
@@ -72,14 +72,14 @@ def _draw(drawn: list[dict[str, Any]], name: str, config: dict[str, Any]) -> Any
     return drawn[config[NUMBER]].get(name)
 
 
-def _searcher(job: Job) -> Any:
+def _searcher(job: SweepSpec) -> Any:
     if job.space.searcher != "tpe":
         return None
     import optuna
     from ray.tune.search.optuna import OptunaSearch
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    default = job.space.as_draws(job.task.config) if job.space.include_default else None
+    default = job.space.as_draws(job.train_spec.config) if job.space.include_default else None
     return OptunaSearch(
         partial(_suggested, job.space),
         metric=job.space.metric,
@@ -94,11 +94,11 @@ def _suggested(space: Space, trial: Any) -> dict[str, Any]:
     return {NUMBER: trial.number}
 
 
-def _scheduler(job: Job) -> Any:
+def _scheduler(job: SweepSpec) -> Any:
     from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, PopulationBasedTraining
 
     space, settings = job.space, job.space.scheduler
-    grace = settings.grace or job.task.config.train.eval_every
+    grace = settings.grace or job.train_spec.config.train.eval_every
     if settings.kind == "asha":
         # One more than the last step: a trial that comes to its end is finished, not stopped.
         most = max(job.total() + 1, grace + 1)
@@ -108,7 +108,7 @@ def _scheduler(job: Job) -> Any:
     if settings.kind == "population":
         return PopulationBasedTraining(
             "step",
-            perturbation_interval=settings.interval or job.task.config.train.eval_every,
+            perturbation_interval=settings.interval or job.train_spec.config.train.eval_every,
             hyperparam_mutations={name: partial(_redrawn, space, name) for name in space.search},
             custom_explore_fn=partial(_inside, space),
             synch=True,  # else a member could take over a checkpoint that its owner has deleted meanwhile

@@ -4,6 +4,7 @@ Both are JSON with a *seal*, the digest of their own content: what a crash or a 
 never taken for good, whatever still parses.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -113,3 +114,12 @@ def size(uri: str, name: str) -> int | None:
     """Bytes of one file of a store; None if it is not there."""
     system, path = storage.filesystem(storage.join(uri, name))
     return system.get_file_info(path).size  # type: ignore[no-any-return]
+
+
+PLACE_BITS = 40
+"""An origin is (file number << PLACE_BITS) + place in the file."""
+
+
+def place_name(files: Sequence[str], origin: int) -> str:
+    """An origin as file:line, counted from 1."""
+    return f"{files[origin >> PLACE_BITS]}:{(origin & (2**PLACE_BITS - 1)) + 1}"

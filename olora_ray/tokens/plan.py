@@ -154,7 +154,7 @@ def taken(plan: Plan, piece: Piece, places: NDArray[np.int64]) -> NDArray[np.boo
     planned = plan.files[piece.file]
     keep = np.ones(len(places), dtype=bool)
     if plan.eval_fraction is not None:
-        held_out = rng.chosen(plan.eval_fraction, rng.key("eval", plan.seed, planned.sha256), places)
+        held_out = rng.bernoulli_mask(plan.eval_fraction, rng.key("eval", plan.seed, planned.sha256), places)
         keep = held_out if plan.split == "eval" else ~held_out
     if piece.share < 1.0:
         ratio = round(piece.share * 2**20)

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import logging
 import threading
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
@@ -15,14 +16,16 @@ from olora_ray.data.tokenize import TokenizerSpec
 from olora_ray.tokens import ray_map, writer
 from olora_ray.tokens.plan import Plan, Split, make_plan, sources_of
 from olora_ray.tokens.store import TokenStore
-from olora_ray.tokens.totals import Limits, Say, summary
+from olora_ray.tokens.totals import Limits, summary
+
+logger = logging.getLogger(__name__)
 
 SCAN_HERE = 64 * 2**20
 """Bytes up to which the driver scans by itself."""
 
 
 @dataclass(frozen=True)
-class Made:
+class CompleteStore:
     """A token store that needs no more work."""
 
     store: TokenStore
@@ -32,20 +35,29 @@ class Made:
         """There is nothing to wait for."""
 
 
-class Preparation:
+class StoreBuild:
     """A token store and the work that is left to complete it.
 
     Either `run`, or `start` and later `join`; with the latter `stop` and `join` before Ray is shut down.
     """
 
-    def __init__(self, job: writer.Job, found: writer.Survey, limits: Limits, say: Say) -> None:
+    def __init__(self, job: writer.StoreSpec, found: writer.StoreStatus, limits: Limits) -> None:
         """Use `begin`."""
         self.store = TokenStore.growing(job.uri, job.outline())
         self.problem: Exception | None = None
         """Why the work of `start` ended before its end."""
-        self._job, self._found, self._limits, self._say = job, found, limits, say
+        self._job, self._found, self._limits = job, found, limits
         self._stop, self._ended = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> "StoreBuild":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop and wait for the end; a problem was either reported already, or nobody needs it any more."""
+        self.stop()
+        with contextlib.suppress(Exception):
+            self.join()
 
     @property
     def complete(self) -> bool:
@@ -66,14 +78,12 @@ class Preparation:
         """Make what is missing, in this thread; returns early after `stop`.
 
         `cpus_held` are CPUs of the cluster that others hold meanwhile: where they are about all, the work
-        goes on without asking Ray for any. Raises UserError for data that cannot be used.
+        continues without asking Ray for any. Raises UserError for data that cannot be used.
         """
         try:
             # Ray Data's stream is made, read and closed in one thread: it cannot be closed from another.
-            if not self.complete and writer.make(
-                self._job, self._found, self._limits, self._say, self._stop.is_set, cpus_held
-            ):
-                self._say(f"tokens: {self._job.plan.split}: {summary(self.store.manifest)}")
+            if not self.complete and writer.make(self._job, self._found, self._limits, self._stop.is_set, cpus_held):
+                logger.info(f"tokens: {self._job.plan.split}: {summary(self.store.manifest)}")
         finally:
             self._ended.set()
 
@@ -101,19 +111,33 @@ class Preparation:
             self.problem = error
 
 
-def begin(config: Config, spec: TokenizerSpec, split: Split, say: Say) -> Preparation:
-    """See `store.begin`."""
-    plan = make_plan(config, spec, split, lambda found: _scan_all(found, config.run.storage, say))
-    job = writer.Job(plan, storage.join(config.run.storage, "tokens", plan.digest()))
+def begin(config: Config, spec: TokenizerSpec, split: Split) -> StoreBuild:
+    """Look at the data and at what is there of its token store; the Preparation makes the rest.
+
+    Reads all data once unless it was read before, with Ray if it is large. Raises UserError for data that
+    cannot be used, as far as that is known before tokenising.
+    """
+    plan = make_plan(config, spec, split, lambda found: _scan_all(found, config.run.storage))
+    job = writer.StoreSpec(plan, storage.join(config.run.storage, "tokens", plan.digest()))
     limits = Limits(sources_of(config, split)[0], config.data.max_rejected)
-    found = writer.survey(job)
+    found = writer.store_status(job)
     for line in found.lines(len(plan.shards)):
-        say(line)
+        logger.info(line)
     if found.manifest and found.rejected_good:
         limits.check(found.manifest.rejected, found.manifest.rows, job.uri)
     if found.manifest and found.complete:
-        say(f"tokens: {split}: {summary(found.manifest)} (made before)")
-    return Preparation(job, found, limits, say)
+        logger.info(f"tokens: {split}: {summary(found.manifest)} (made before)")
+    return StoreBuild(job, found, limits)
+
+
+def prepare(config: Config, spec: TokenizerSpec, split: Split) -> TokenStore:
+    """The complete token store of a split: opened, or what is missing or damaged of it made first.
+
+    Needs ray.init unless the data is small. Raises UserError for data that cannot be used.
+    """
+    preparation = begin(config, spec, split)
+    preparation.run()
+    return TokenStore.open(preparation.store.uri)
 
 
 def plan_here(config: Config, spec: TokenizerSpec, split: Split) -> Plan:
@@ -134,7 +158,7 @@ def scan_file(job: tuple[Sequence[File], str], number: int) -> FileScan | str:
         return str(error)
 
 
-def _scan_all(sources: Sequence[Sequence[File]], storage_root: str, say: Say) -> list[list[FileScan]]:
+def _scan_all(sources: Sequence[Sequence[File]], storage_root: str) -> list[list[FileScan]]:
     files = [file for source in sources for file in source]
     job = (files, storage_root)
     numbers = list(range(len(files)))
@@ -142,8 +166,8 @@ def _scan_all(sources: Sequence[Sequence[File]], storage_root: str, say: Say) ->
     if size <= SCAN_HERE:
         found: Generator[FileScan | str, None, None] = (scan_file(job, number) for number in numbers)
     else:
-        say(f"tokens: scanning {len(files):,} files, {size / 1e9:,.1f} GB")
-        found = ray_map.spread(scan_file, job, numbers)
+        logger.info(f"tokens: scanning {len(files):,} files, {size / 1e9:,.1f} GB")
+        found = ray_map.map_ordered(scan_file, job, numbers)
     scans = []
     with contextlib.closing(found):
         for result in found:

@@ -12,6 +12,7 @@ from olora_ray.config.schema import Config
 from olora_ray.data.scan import FileScan, head, scan
 from olora_ray.data.sources import File, total_bytes
 from olora_ray.data.tokenize import TokenizerSpec
+from olora_ray.tokens import manifest
 from olora_ray.tokens import shard as shards
 from olora_ray.tokens.plan import Plan, make_plan, sample, sources_of
 
@@ -45,7 +46,7 @@ class Preview:
 
 
 def describe(config: Config, spec: TokenizerSpec, limit: int = 2000) -> Preview:
-    """See `store.describe`."""
+    """What preparing the training data would give, from about `limit` rows, without Ray; raises UserError."""
     look = _Look(config)
     plan = make_plan(config, spec, "train", look)
     part = sample(plan, limit)
@@ -74,7 +75,7 @@ def _preview(part: Plan, shard: shards.Shard, exact: bool, scale: float) -> Prev
         exact=exact,
         input_ids=shard.examples[first].ids,
         mask=shard.examples[first].supervised,
-        origin=shards.place_name([each.file.uri for each in part.files], shard.origins[first]),
+        origin=manifest.place_name([each.file.uri for each in part.files], shard.origins[first]),
         files=len(part.files),
     )
 

@@ -12,7 +12,7 @@ TASKS = 4000
 """Tasks at most; with more numbers than that a task works on several."""
 
 
-def spread(
+def map_ordered(
     work: Callable[[Any, int], Result], shared: Any, numbers: list[int], cpus_held: float = 0.0
 ) -> Generator[Result, None, None]:
     """The results of `work(shared, number)`, in the order of `numbers`, made by Ray Data's tasks.

@@ -34,12 +34,12 @@ def permutation(size: int, seed: int) -> Indices:
     return np.argsort(mix(seed, np.arange(size, dtype=np.uint64)), kind="stable").astype(np.int64)
 
 
-def chosen(share: float, seed: int, counters: Indices) -> NDArray[np.bool_]:
+def bernoulli_mask(share: float, seed: int, counters: Indices) -> NDArray[np.bool_]:
     """Which counters fall into a random `share` of all; depends on each counter and the seed alone."""
     return mix(seed, counters.astype(np.uint64)) < np.uint64(min(int(share * 2.0**64), 2**64 - 1))
 
 
-def permuted(places: Indices, size: int, seed: int) -> Indices:
+def permute_at(places: Indices, size: int, seed: int) -> Indices:
     """What a permutation of range(size) has at `places`, without making the whole permutation.
 
     A Feistel network permutes the next power of four; what falls outside the range walks on until

@@ -15,11 +15,9 @@ from olora_ray.data.formats import Rejected, columns_of, to_example
 from olora_ray.data.reader import read_unit
 from olora_ray.data.tokenize import ExampleTokenizer, Tokens
 from olora_ray.tokens import rng
+from olora_ray.tokens.manifest import PLACE_BITS
 from olora_ray.tokens.packing import pack
 from olora_ray.tokens.plan import Piece, Plan, taken
-
-PLACE_BITS = 40
-"""An origin is (file number << PLACE_BITS) + place in the file."""
 
 SCHEMA = pa.schema(
     [
@@ -98,11 +96,6 @@ def file_bytes(table: pa.Table) -> bytes:
         for batch in table.combine_chunks().to_batches():
             writer.write_batch(batch)
     return sink.getvalue()
-
-
-def place_name(files: Sequence[str], origin: int) -> str:
-    """An origin as file:line, counted from 1."""
-    return f"{files[origin >> PLACE_BITS]}:{(origin & (2**PLACE_BITS - 1)) + 1}"
 
 
 def _add(shard: Shard, plan: Plan, piece: Piece, tokenize: ExampleTokenizer) -> None:

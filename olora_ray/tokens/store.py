@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -26,15 +26,9 @@ from pyarrow import ipc
 
 from olora_ray.common import sealed, storage
 from olora_ray.common.errors import UserError
-from olora_ray.config.schema import Config
-from olora_ray.data.tokenize import TokenizerSpec
 from olora_ray.tokens import manifest as records
 from olora_ray.tokens import rng
-from olora_ray.tokens.manifest import Manifest, Outline, ShardInfo, shard_name, sidecar_name
-
-if TYPE_CHECKING:
-    from olora_ray.tokens.prepare import Preparation
-    from olora_ray.tokens.preview import Preview
+from olora_ray.tokens.manifest import Manifest, Outline, ShardInfo, place_name, shard_name, sidecar_name
 
 OPEN_SHARDS = 512
 """Shards that a process keeps mapped."""
@@ -101,17 +95,17 @@ class TokenStore:
         return self._manifest is not None
 
     @property
-    def known_shards(self) -> int:
+    def available_shards(self) -> int:
         """How many shards at the front were there at the last look."""
         return len(self._known.shards)
 
     @property
-    def known(self) -> int:
+    def available(self) -> int:
         """How many sequences those shards hold."""
         return int(self._known.ends[-1])
 
     @property
-    def packs(self) -> int | None:
+    def total(self) -> int | None:
         """How many sequences the store has; None while shards are missing."""
         known = self._known
         return int(known.ends[-1]) if len(known.shards) == self.shard_count else None
@@ -134,11 +128,11 @@ class TokenStore:
 
     def __len__(self) -> int:
         """Number of sequences, once all shards are there."""
-        assert self.packs is not None, "a growing store has no length yet"
-        return self.packs
+        assert self.total is not None, "a growing store has no length yet"
+        return self.total
 
     def __getitem__(self, index: int) -> Pack:
-        """Sequence `index`, 0 <= index < known; a copy, so that it may be changed."""
+        """Sequence `index`, 0 <= index < available; a copy, so that it may be changed."""
         batch, row = self._find(index)
         return Pack(
             input_ids=_slice(batch, "input_ids", row).to_numpy().copy(),
@@ -156,12 +150,10 @@ class TokenStore:
 
     def origins(self, index: int) -> list[str]:
         """Where the examples of a sequence came from, as file:line (a row number where there are no lines)."""
-        from olora_ray.tokens.shard import place_name
-
         batch, row = self._find(index)
         return [place_name(self.files, origin) for origin in _slice(batch, "origin", row).to_pylist()]
 
-    def place(self, index: int) -> tuple[int, int, int]:
+    def locate(self, index: int) -> tuple[int, int, int]:
         """Where sequence `index` stands: number of its shard, place in it, sequences of the shard."""
         known = self._known
         if not 0 <= index < known.ends[-1]:
@@ -170,7 +162,7 @@ class TokenStore:
         return number, int(index - known.ends[number]), known.shards[number].packs
 
     def _find(self, index: int) -> tuple[Any, int]:
-        number, row, _ = self.place(index)
+        number, row, _ = self.locate(index)
         return self._map(number), row
 
     def _found_manifest(self) -> Manifest | None:
@@ -183,7 +175,7 @@ class TokenStore:
         return found if fits and not _wrong_size(self.uri, found) else None
 
     def _next_shard(self) -> ShardInfo | None:
-        number = self.known_shards
+        number = self.available_shards
         if number == self.shard_count:
             return None
         sidecar = sealed.read_sealed(storage.join(self.uri, sidecar_name(number)))
@@ -260,40 +252,8 @@ def order(num_packs: int, seed: int, start: int, stop: int) -> NDArray[np.int64]
     epoch, place = np.divmod(np.arange(start, stop, dtype=np.int64), num_packs)
     for number in np.unique(epoch[epoch > 0]):
         inside = epoch == number
-        place[inside] = rng.permuted(place[inside], num_packs, rng.key("order", seed, number))
+        place[inside] = rng.permute_at(place[inside], num_packs, rng.key("order", seed, number))
     return place
-
-
-def begin(
-    config: Config, spec: TokenizerSpec, split: Literal["train", "eval"], say: Callable[[str], None] = print
-) -> "Preparation":
-    """Look at the data and at what is there of its token store; the Preparation makes the rest.
-
-    Reads all data once unless it was read before, with Ray if it is large. Raises UserError for data that
-    cannot be used, as far as that is known before tokenising.
-    """
-    from olora_ray.tokens import prepare as preparation
-
-    return preparation.begin(config, spec, split, say)
-
-
-def prepare(
-    config: Config, spec: TokenizerSpec, split: Literal["train", "eval"], say: Callable[[str], None] = print
-) -> TokenStore:
-    """The complete token store of a split: opened, or what is missing or damaged of it made first.
-
-    Needs ray.init unless the data is small. Raises UserError for data that cannot be used.
-    """
-    preparation = begin(config, spec, split, say)
-    preparation.run()
-    return TokenStore.open(preparation.store.uri)
-
-
-def describe(config: Config, spec: TokenizerSpec, limit: int = 2000) -> "Preview":
-    """What preparing the training data would give, from about `limit` rows, without Ray; raises UserError."""
-    from olora_ray.tokens import preview
-
-    return preview.describe(config, spec, limit)
 
 
 def _slice(batch: Any, column: str, row: int) -> Any:

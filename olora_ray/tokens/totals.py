@@ -2,9 +2,10 @@
 
 import hashlib
 import json
+import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +14,8 @@ from olora_ray.common.errors import UserError
 from olora_ray.tokens.manifest import REJECTED, Manifest, ShardInfo
 from olora_ray.tokens.plan import Plan
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
+
 
 SECONDS_BETWEEN_LINES = 10.0
 EXAMPLES = 3
@@ -48,11 +50,10 @@ class Limits:
 
 
 @dataclass
-class Tally:
+class Totals:
     """Sums over the shards, added in their order."""
 
     plan: Plan
-    say: Say
     infos: list[ShardInfo] = field(default_factory=list)
     total: "Counter[str]" = field(default_factory=Counter)
     reasons: "Counter[str]" = field(default_factory=Counter)
@@ -77,7 +78,7 @@ class Tally:
         now = time.monotonic()
         if now - self.last_line >= SECONDS_BETWEEN_LINES:
             self.last_line = now
-            self.say(self._line(now))
+            logger.info(self._line(now))
 
     def manifest(self) -> Manifest:
         """The manifest of the store, once all shards are added."""

@@ -18,7 +18,7 @@ from olora_ray.tokens import ray_map
 from olora_ray.tokens import shard as shards
 from olora_ray.tokens.manifest import MANIFEST, REJECTED, Manifest, Outline, ShardInfo, shard_name, sidecar_name
 from olora_ray.tokens.plan import Plan
-from olora_ray.tokens.totals import Limits, Say, Tally, rejected_text
+from olora_ray.tokens.totals import Limits, Totals, rejected_text
 
 MAKE_HERE = 4 * 2**20
 """Bytes up to which the driver tokenises by itself: starting Ray Data would take longer."""
@@ -27,7 +27,7 @@ SHOWN = 4
 
 
 @dataclass(frozen=True)
-class Job:
+class StoreSpec:
     """What tasks get."""
 
     plan: Plan
@@ -40,7 +40,7 @@ class Job:
 
 
 @dataclass
-class Survey:
+class StoreStatus:
     """What of a store is there and good, by sizes and seals; the digests of shards are checked by readers."""
 
     manifest: Manifest | None = None
@@ -72,9 +72,9 @@ class Survey:
         return lines
 
 
-def survey(job: Job) -> Survey:
+def store_status(job: StoreSpec) -> StoreStatus:
     """Look at what is there of a store."""
-    found = Survey()
+    found = StoreStatus()
     sizes = records.sizes(job.uri)
     if MANIFEST in sizes:
         found.manifest = _good_manifest(job)
@@ -94,7 +94,7 @@ def survey(job: Job) -> Survey:
 
 
 def make(
-    job: Job, found: Survey, limits: Limits, say: Say, stopped: Callable[[], bool], cpus_held: float = 0.0
+    job: StoreSpec, found: StoreStatus, limits: Limits, stopped: Callable[[], bool], cpus_held: float = 0.0
 ) -> bool:
     """Make what the survey misses, in the order of the shards; False if `stopped` ended it between two.
 
@@ -103,7 +103,7 @@ def make(
     """
     if found.manifest and found.rejected_good:
         return _mend(job, found, found.manifest, stopped, cpus_held)
-    tally = Tally(job.plan, say)
+    tally = Totals(job.plan)
     with contextlib.closing(_made(job, found, cpus_held)) as made:
         for number in range(len(job.plan.shards)):
             if stopped():
@@ -121,7 +121,7 @@ def make(
     return True
 
 
-def make_shard(job: Job, number: int) -> dict[str, Any]:
+def make_shard(job: StoreSpec, number: int) -> dict[str, Any]:
     """Make one shard of a store and its sidecar, and return the sidecar; an error for the user is its "error".
 
     A shard that another preparation has finished meanwhile is taken as it is.
@@ -140,7 +140,9 @@ def make_shard(job: Job, number: int) -> dict[str, Any]:
     return sidecar
 
 
-def _mend(job: Job, found: Survey, manifest: Manifest, stopped: Callable[[], bool], cpus_held: float) -> bool:
+def _mend(
+    job: StoreSpec, found: StoreStatus, manifest: Manifest, stopped: Callable[[], bool], cpus_held: float
+) -> bool:
     """Make only the missing shards of a store whose manifest is good."""
     with contextlib.closing(_made(job, found, cpus_held)) as made:
         for number in found.missing:
@@ -150,24 +152,24 @@ def _mend(job: Job, found: Survey, manifest: Manifest, stopped: Callable[[], boo
     return True
 
 
-def _made(job: Job, found: Survey, cpus_held: float) -> Generator[dict[str, Any], None, None]:
+def _made(job: StoreSpec, found: StoreStatus, cpus_held: float) -> Generator[dict[str, Any], None, None]:
     """The sidecars of the missing shards, in their order, as they are made."""
     if small(job, found):
         return (make_shard(job, number) for number in found.missing)
-    return ray_map.spread(make_shard, job, found.missing, cpus_held)
+    return ray_map.map_ordered(make_shard, job, found.missing, cpus_held)
 
 
-def small(job: Job, found: Survey) -> bool:
+def small(job: StoreSpec, found: StoreStatus) -> bool:
     """Whether the missing shards are made in this process, without Ray."""
     return len(found.missing) <= 1 or found.size(job.plan) <= MAKE_HERE
 
 
-def _check_limits(job: Job, tally: Tally, limits: Limits) -> None:
+def _check_limits(job: StoreSpec, tally: Totals, limits: Limits) -> None:
     storage.write_text(storage.join(job.uri, REJECTED), rejected_text(tally.rejected))
     limits.check(tally.reasons, tally.rows, job.uri)
 
 
-def _checked(job: Job, manifest: Manifest | None, number: int, sidecar: dict[str, Any]) -> dict[str, Any]:
+def _checked(job: StoreSpec, manifest: Manifest | None, number: int, sidecar: dict[str, Any]) -> dict[str, Any]:
     """The sidecar, if it is no error and what an earlier manifest says of the shard."""
     if "error" in sidecar:
         raise UserError(sidecar["error"])
@@ -179,7 +181,7 @@ def _checked(job: Job, manifest: Manifest | None, number: int, sidecar: dict[str
     return sidecar
 
 
-def _good_manifest(job: Job) -> Manifest | None:
+def _good_manifest(job: StoreSpec) -> Manifest | None:
     try:
         found = records.read_manifest(job.uri)
     except (FileNotFoundError, ValueError):
@@ -187,7 +189,7 @@ def _good_manifest(job: Job) -> Manifest | None:
     return found if found.digest == job.plan.digest() and len(found.shards) == len(job.plan.shards) else None
 
 
-def _rejected_good(job: Job, manifest: Manifest) -> bool:
+def _rejected_good(job: StoreSpec, manifest: Manifest) -> bool:
     try:
         content = storage.read_bytes(storage.join(job.uri, REJECTED))
     except FileNotFoundError:
@@ -195,7 +197,7 @@ def _rejected_good(job: Job, manifest: Manifest) -> bool:
     return hashlib.sha256(content).hexdigest() == manifest.rejected_sha256
 
 
-def _take_sidecar(job: Job, number: int, sizes: dict[str, int], found: Survey) -> int | None:
+def _take_sidecar(job: StoreSpec, number: int, sizes: dict[str, int], found: StoreStatus) -> int | None:
     """Keep the shard's sidecar as done; returns the bytes that the shard should have, None without a good sidecar."""
     name = sidecar_name(number)
     if name not in sizes:

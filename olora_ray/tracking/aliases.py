@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from olora_ray.common.errors import UserError
 from olora_ray.tracking import checksums
-from olora_ray.tracking.client import connect, is_away, reachable
+from olora_ray.tracking.client import connect, is_unavailable, reachable
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -71,7 +71,7 @@ class Aliases:
             try:
                 return self.client.get_model_version(self.name, number)
             except MlflowException as error:
-                if is_away(error):
+                if is_unavailable(error):
                     raise
                 raise UserError(f"{self.name} has no version {number}; {self._there()}") from None
 
@@ -160,7 +160,7 @@ class Aliases:
         try:
             return self.client.get_registered_model(self.name)
         except MlflowException as error:
-            if is_away(error) or error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            if is_unavailable(error) or error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
             return None
 

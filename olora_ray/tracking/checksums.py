@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from olora_ray.common.errors import UserError
-from olora_ray.tracking.client import is_away, reason
+from olora_ray.tracking.client import is_unavailable, reason
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -84,7 +84,7 @@ def _local(name: str, version: "ModelVersion", place: str, tracking_uri: str, fo
             source = f"{place.rstrip('/')}/{name}"
             found = Path(download_artifacts(artifact_uri=source, dst_path=str(folder), tracking_uri=tracking_uri))
     except (MlflowException, OSError) as error:
-        if is_away(error):
+        if is_unavailable(error):
             raise
         raise UserError(f"{version.name} version {version.version}: {name} cannot be read: {reason(error)}") from None
     if not found.is_file():

@@ -37,7 +37,7 @@ _uploads = 0
 _uploads_lock = threading.Lock()
 
 
-class TrackingAway(TryAgain):
+class TrackingUnavailable(TryAgain):
     """MLflow does not answer now; the same call may work later."""
 
 
@@ -54,7 +54,7 @@ def check(uri: str) -> None:
     except ModuleNotFoundError as error:
         raise UserError(f"tracking.uri={shown_uri(uri)}: needs the Python package {error.name}") from None
     except (MlflowException, SQLAlchemyError, OSError, sqlite3.Error) as error:
-        kind = TrackingAway if is_away(error) else UserError
+        kind = TrackingUnavailable if is_unavailable(error) else UserError
         raise kind(f"tracking.uri={shown_uri(uri)}: {_reason(uri, error)}") from None
 
 
@@ -86,14 +86,14 @@ def reachable(uri: str, *, upload: bool = False) -> Iterator[None]:
         with _time_for_uploads() if upload else nullcontext():
             yield
     except Exception as error:
-        if is_away(error):
-            raise away(uri, reason(error)) from None
+        if is_unavailable(error):
+            raise unavailable(uri, reason(error)) from None
         raise
 
 
-def away(uri: str, why: str) -> TrackingAway:
+def unavailable(uri: str, why: str) -> TrackingUnavailable:
     """The exception for a server that does not answer."""
-    return TrackingAway(f"tracking.uri={shown_uri(uri)}: MLflow does not answer ({why})")
+    return TrackingUnavailable(f"tracking.uri={shown_uri(uri)}: MLflow does not answer ({why})")
 
 
 def probe(uri: str) -> None:
@@ -114,13 +114,13 @@ def probe(uri: str) -> None:
             database.execute("ROLLBACK")
 
 
-def is_away(error: BaseException) -> bool:
+def is_unavailable(error: BaseException) -> bool:
     """Whether the error, or what it was raised from, says that nobody answers now."""
     import requests
     from sqlalchemy import exc
 
     if isinstance(error, UserError):
-        return isinstance(error, TrackingAway)
+        return isinstance(error, TrackingUnavailable)
     kinds = (ConnectionError, TimeoutError, socket.gaierror, sqlite3.OperationalError)
     remote = (requests.ConnectionError, requests.Timeout, requests.exceptions.RetryError)
     broken = (requests.exceptions.ChunkedEncodingError, exc.OperationalError, exc.TimeoutError)
@@ -140,7 +140,7 @@ def is_refusal(error: Exception) -> bool:
     """
     from mlflow.exceptions import MlflowException
 
-    if is_away(error):
+    if is_unavailable(error):
         return False
     if not isinstance(error, MlflowException):
         return True

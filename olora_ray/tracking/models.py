@@ -23,10 +23,13 @@ from importlib.metadata import version as installed
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from olora_ray.common import storage
 from olora_ray.common.errors import UserError
+from olora_ray.config.schema import Config
 from olora_ray.tracking import checksums
-from olora_ray.tracking.client import connect, is_away, reachable
+from olora_ray.tracking.client import connect, is_unavailable, reachable
 from olora_ray.tracking.run import Tracker
+from olora_ray.tracking.start import resolve_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -45,7 +48,7 @@ def register(
 ) -> int:
     """Log `merged` as a model of the tracker's run, register it under `name`, set `alias`; returns the version.
 
-    Safe to repeat: whatever an interrupted call has made for this run is taken up again. `base_name` is
+    Safe to repeat: whatever an interrupted call has made for this run is resumed. `base_name` is
     what the model's answers name as their model. Raises UserError for a name MLflow refuses.
     """
     from mlflow.exceptions import MlflowException
@@ -57,7 +60,7 @@ def register(
         try:
             client.create_registered_model(name)
         except MlflowException as error:
-            if is_away(error):
+            if is_unavailable(error):
                 raise
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise UserError(f"registry.model={name}: {str(error).splitlines()[0]}") from None
@@ -202,7 +205,7 @@ def _resolve(client: "MlflowClient", uri: str) -> "ModelVersion":
     try:
         return client.get_model_version_by_alias(name, alias) if at else client.get_model_version(name, number)
     except MlflowException as error:
-        if is_away(error):
+        if is_unavailable(error):
             raise
         raise UserError(f"model.name: {uri}: {_what_there_is(client, name, error)}") from None
 
@@ -237,10 +240,19 @@ def _fetch(place: str, tracking_uri: str, target: Path) -> Path:
         path = Path(download_artifacts(artifact_uri=place, dst_path=str(partial), tracking_uri=tracking_uri))
         path.replace(target)
     except (MlflowException, OSError) as error:
-        if is_away(error):
+        if is_unavailable(error):
             raise
         if not target.is_dir():  # else another process was faster
             raise UserError(f"model.name: cannot download {place}: {str(error).splitlines()[0]}") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return target
+
+
+def registered_folder(config: Config) -> Path | None:
+    """The local folder of the base model if the config names one of this run's MLflow (models:/...); else None."""
+    if not config.model.name.startswith("models:/"):
+        return None
+    # Under the storage, so that the workers see it too.
+    cache = None if storage.is_uri(config.run.storage) else Path(config.run.storage)
+    return resolve_model_uri(config.model.name, resolve_uri(config), cache)

@@ -1,7 +1,7 @@
 """Numbers of a running training for Prometheus: Ray's agents export them from every node, as `ray_NAME`.
 
 All of them are set in the driver, where the workers' rows arrive anyway, so the loop does nothing for them.
-Only watching depends on them: whatever goes wrong here is told once in the log, and the training goes on.
+Only watching depends on them: whatever goes wrong here is told once in the log, and the training continues.
 """
 
 import functools

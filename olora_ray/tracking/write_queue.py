@@ -29,7 +29,7 @@ _MOST_VALUES = 1_000_000
 _BLOCK = 1024
 
 
-class Pairs:
+class SeenPoints:
     """A set of (name, step): one bit a pair, in blocks of 1024 steps."""
 
     def __init__(self) -> None:
@@ -46,7 +46,7 @@ class Pairs:
         name, step = pair
         return bool(self._blocks.get((name, step // _BLOCK), 0) >> (step % _BLOCK) & 1)
 
-    def update(self, other: "Pairs") -> None:
+    def update(self, other: "SeenPoints") -> None:
         """Add all pairs of `other`."""
         for block, bits in other._blocks.items():
             self._blocks[block] = self._blocks.get(block, 0) | bits
@@ -68,7 +68,7 @@ class _Write:
     write: Callable[["MlflowClient"], None]
 
 
-class Outbox:
+class WriteQueue:
     """Metrics and other writes for one run. Adding never waits for the network; the thread starts with the first.
 
     Every write must be safe to repeat. What MLflow refuses for good is dropped with a warning: tracking
@@ -82,7 +82,7 @@ class Outbox:
         self._changed = threading.Condition()  # guards all that follows
         self._queue: deque[_Row | _Write] = deque()
         self._values = 0
-        self._accepted = Pairs()
+        self._accepted = SeenPoints()
         self._loaded = fresh
         self._system_step = 0
         self._away = ""
@@ -119,7 +119,7 @@ class Outbox:
                     self._add(now, int(step), {n: float(v) for n, v in row.items() if self._accepted.add(n, int(step))})
 
     def system(self, values: Mapping[str, float]) -> None:
-        """Add this machine's metrics as the next step of theirs; nothing while MLflow is away."""
+        """Add this machine's metrics as the next step of theirs; nothing while MLflow is unreachable."""
         with self._changed:
             if self.online:
                 self._add(int(time.time() * 1000), self._system_step, {SYSTEM + n: v for n, v in values.items()})
@@ -209,7 +209,7 @@ class Outbox:
 
     def _load(self, client: "MlflowClient") -> None:
         """Ask what MLflow has of this run, and drop it from what waits."""
-        stored, system_step = Pairs(), 0
+        stored, system_step = SeenPoints(), 0
         names = _metric_names(client, self._run_id)
         if names is None:
             self._is_gone()
@@ -289,7 +289,7 @@ class Outbox:
         with self._changed:
             first, self._away = not self._away, why
         if first:
-            _log.warning("MLflow does not answer (%s); metrics wait and training goes on", why)
+            _log.warning("MLflow does not answer (%s); metrics wait and training continues", why)
 
     def _sent(self, head: list[_Row] | _Write | None) -> None:
         values = sum(len(row.values) for row in head) if isinstance(head, list) else 0
@@ -320,7 +320,7 @@ def _metric_names(client: "MlflowClient", run_id: str) -> list[str] | None:
     return list(run.data.metrics) if run.info.lifecycle_stage == "active" else None
 
 
-def _without(stored: Pairs, item: _Row | _Write) -> _Row | _Write | None:
+def _without(stored: SeenPoints, item: _Row | _Write) -> _Row | _Write | None:
     if isinstance(item, _Write):
         return item
     left = {name: value for name, value in item.values.items() if (name, item.step) not in stored}

@@ -5,9 +5,11 @@
 
 A checkpoint gets its name only when it is whole: on a disk by renaming its folder, in an object store by
 uploading its manifest last. Ray's own reporting is not used for them: it waits for the controller, and
-takes the checkpoint that was reported last for the one to go on from, whether it can be read or not.
+takes the checkpoint that was reported last for the one to continue from, whether it can be read or not.
 """
 
+import contextvars
+import logging
 import os
 import shutil
 import tempfile
@@ -15,6 +17,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -24,7 +27,8 @@ from olora_ray.common.errors import UserError
 from olora_ray.train import checkpoint
 from olora_ray.train.checkpoint import Checkpoint
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
+
 Saved = Callable[[int, float], None]
 """Is told the step of a checkpoint that is written, and the seconds that it took."""
 PAUSES = (1.0, 2.0, 4.0, 8.0)
@@ -32,12 +36,12 @@ PAUSES = (1.0, 2.0, 4.0, 8.0)
 PREFIX = "step-"
 
 
-class Keeper:
+class CheckpointManager:
     """Writes the checkpoints of a run, one at a time, in a thread."""
 
-    def __init__(self, place: str, keep: int, say: Say, saved: Saved = lambda step, seconds: None) -> None:
+    def __init__(self, place: str, keep: int, saved: Saved = lambda step, seconds: None) -> None:
         """`place` is the folder of the checkpoints, path or URI; `keep` the number that stay."""
-        self.place, self.keep, self.say, self.saved = place, keep, say, saved
+        self.place, self.keep, self.saved = place, keep, saved
         self._thread: threading.Thread | None = None
         self._problem: OSError | SafetensorError | None = None
         self._bug: Exception | None = None
@@ -46,11 +50,13 @@ class Keeper:
     def save(self, step: int, write: Callable[[Path], None]) -> None:
         """Have `write` fill a folder, which becomes the checkpoint of `step`; waits for the one before.
 
-        A checkpoint that cannot be written is reported, and the training goes on without it.
+        A checkpoint that cannot be written is reported, and the training continues without it.
         """
         self._join()
         self._problem = None
-        self._thread = threading.Thread(target=self._save, args=(step, write), name="checkpoint")
+        # Its lines belong to the training that it writes for: several may share this process.
+        work = partial(contextvars.copy_context().run, self._save, step, write)
+        self._thread = threading.Thread(target=work, name="checkpoint")
         self._thread.start()
 
     def finish(self) -> None:
@@ -88,12 +94,12 @@ class Keeper:
                     self._problem = error
                     there = names(self.place)
                     last = f"the last one is {there[-1]}" if there else "there is none yet"
-                    self.say(
+                    logger.warning(
                         f"warning: the checkpoint of step {step} cannot be written ({_reason(error)}), given up after"
-                        f" {len(PAUSES) + 1} attempts; training goes on, {last}"
+                        f" {len(PAUSES) + 1} attempts; training continues, {last}"
                     )
                 else:
-                    self.say(f"warning: the checkpoint of step {step} is tried again: {_reason(error)}")
+                    logger.warning(f"the checkpoint of step {step} is tried again: {_reason(error)}")
                     time.sleep(pause)
 
     def _retire(self) -> None:
@@ -112,18 +118,18 @@ def names(place: str) -> list[str]:
     return [name for name in storage.names(place) if name.startswith(PREFIX)]
 
 
-def newest(place: str, say: Say) -> tuple[str, Checkpoint] | None:
+def latest_good(place: str) -> tuple[str, Checkpoint] | None:
     """The newest checkpoint that can be trusted, and its folder; those that cannot are passed over with a warning."""
     for name in reversed(names(place)):
         folder = storage.join(place, name)
         try:
             return folder, read(folder)
         except UserError as error:
-            say(f"warning: {name} is passed over: {error}")
+            logger.warning(f"{name} is passed over: {error}")
     return None
 
 
-def adopt(source: str, place: str, step: int, seconds: float) -> None:
+def copy_from(source: str, place: str, step: int, seconds: float) -> None:
     """Let the checkpoint after `step` steps in `source` be the newest in `place`: of another run, or of this one.
 
     Waits so long for one that is still being written; raises UserError if there is none, or it is damaged.

@@ -8,7 +8,8 @@ import torch
 from olora_ray.adapter.inject import find_targets
 from olora_ray.adapter.layer import weight_matrix
 from olora_ray.config.schema import Config
-from olora_ray.model.source import BaseModel, parameters, pick_dtype, skeleton
+from olora_ray.model.load import pick_dtype, skeleton
+from olora_ray.model.source import BaseModel, parameters
 from olora_ray.train.loss import CHUNK_LOGITS
 
 PROCESS_BYTES = 2**30
@@ -16,7 +17,7 @@ PROCESS_BYTES = 2**30
 
 
 @dataclass(frozen=True)
-class Size:
+class MemoryEstimate:
     """What a worker holds."""
 
     targets: dict[str, tuple[int, int]]
@@ -33,7 +34,7 @@ class Size:
         return self.base_bytes + self.adapter_bytes + self.activation_bytes
 
 
-def estimate(config: Config, base: BaseModel, gpu: bool | None = None) -> Size:
+def estimate(config: Config, base: BaseModel, gpu: bool | None = None) -> MemoryEstimate:
     """The size of a run; raises UserError for targets that the model does not have.
 
     `gpu` says whether the workers have GPUs; None: if this machine has.
@@ -44,9 +45,9 @@ def estimate(config: Config, base: BaseModel, gpu: bool | None = None) -> Size:
     trainable = sum((m + n) * config.adapter.rank for m, n in targets.values())
     width = _dtype(config, torch.cuda.is_available() if gpu is None else gpu).itemsize
     count = parameters(base.folder)
-    shards = config.cluster.fewest() if config.cluster.strategy == "fsdp" else 1
+    shards = config.cluster.min_workers() if config.cluster.strategy == "fsdp" else 1
     stored = 1 if config.adapter.method == "lora" else 2
-    return Size(
+    return MemoryEstimate(
         targets,
         trainable,
         count,

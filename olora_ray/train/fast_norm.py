@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 
-def lighten(model: nn.Module) -> int:
+def patch_rms_norm(model: nn.Module) -> int:
     """Let the model's RMSNorms use this backward pass; returns how many do.
 
     A family may compute the same name differently: a norm is only replaced if its output for random

@@ -39,11 +39,11 @@ class StepData:
     """Indices in the store, one group a micro-batch."""
     supervised: int
     """Supervised tokens of the global batch, over all workers."""
-    blank: int
+    padding_batches: int
     """Micro-batches fewer than the worker that has the most."""
 
 
-class Feed:
+class StepLoader:
     """Reads steps of one worker, one step ahead of the training."""
 
     def __init__(
@@ -102,7 +102,7 @@ class Feed:
         return ahead.result()
 
     def _there(self, step: int) -> bool:
-        return (step + 1) * self.train.global_batch <= self.store.known or self.store.packs is not None
+        return (step + 1) * self.train.global_batch <= self.store.available or self.store.total is not None
 
     def _read(self, step: int) -> StepData:
         size, width = self.train.global_batch, self.train.micro_batch
@@ -114,13 +114,13 @@ class Feed:
             micro=tuple(collate([self.store[i] for i in group], self.attention) for group in groups),
             sequences=groups,
             supervised=self.store.supervised(sequences),
-            blank=-(-largest // width) - len(groups),
+            padding_batches=-(-largest // width) - len(groups),
         )
 
     def _order(self, start: int, stop: int) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
-        if self.store.packs is None:
+        if self.store.total is None:
             return np.arange(start, stop, dtype=np.int64)  # within the first pass, see `_there`
-        return order(self.store.packs, self.seed, start, stop)
+        return order(self.store.total, self.seed, start, stop)
 
 
 def until(
@@ -144,8 +144,8 @@ def until(
 
 def tell(store: TokenStore, waiting: Waiting | None) -> None:
     """Call `waiting`, unless all shards are there: then something else takes its time."""
-    if waiting and store.packs is None:
-        waiting(store.known_shards, store.shard_count)
+    if waiting and store.total is None:
+        waiting(store.available_shards, store.shard_count)
 
 
 def total_steps(train: Train, packs: int) -> int:

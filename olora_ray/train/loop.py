@@ -14,7 +14,7 @@ from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
 from olora_ray.tokens.collate import Batch, collate
 from olora_ray.tokens.store import TokenStore
-from olora_ray.train.loader import Feed, StepData
+from olora_ray.train.loader import StepData, StepLoader
 from olora_ray.train.loss import SupervisedLoss
 from olora_ray.train.optim import AdamW, FlatAdapters
 from olora_ray.train.schedule import Schedule
@@ -55,7 +55,7 @@ class Trainer:
         self.flat = FlatAdapters(self.adapted)
         self.optimizer = AdamW(self.flat, self.config.train)
 
-    def steps(self, feed: Feed, start: int, schedule: Schedule) -> Iterator[StepResult]:
+    def steps(self, feed: StepLoader, start: int, schedule: Schedule) -> Iterator[StepResult]:
         """Run the steps from number `start` (from 0) to the end of the schedule.
 
         Raises UserError when the loss or the gradient is not finite, naming step and sources.
@@ -72,7 +72,7 @@ class Trainer:
             yield StepResult(number + 1, loss, lr, norm, data.supervised, now - began, waited, signal)
             began = time.perf_counter()
 
-    def _accumulate(self, number: int, data: StepData, feed: Feed) -> tuple[float, bool]:
+    def _accumulate(self, number: int, data: StepData, feed: StepLoader) -> tuple[float, bool]:
         """Gradients of the global mean loss, summed over micro-batches and workers; that loss, and any signal."""
         train_mode(self.adapted, True)
         losses = []
@@ -98,7 +98,7 @@ class Trainer:
         """With a sharded base all workers must run the model equally often: run it for the sake of the others."""
         if self.config.cluster.strategy != "fsdp" or not dist.is_initialized() or dist.get_world_size() == 1:
             return
-        for _ in range(data.blank):
+        for _ in range(data.padding_batches):
             self.blank(data.micro[-1])
 
     def blank(self, batch: Batch) -> None:
@@ -137,7 +137,7 @@ def evaluate(trainer: Trainer, store: TokenStore, attention: str, worker: int = 
     return float(total.item()) / store.manifest.supervised
 
 
-def _diverged(losses: list[Tensor], data: StepData, feed: Feed) -> str:
+def _diverged(losses: list[Tensor], data: StepData, feed: StepLoader) -> str:
     bad = [
         origin
         for loss, group in zip(losses, data.sequences, strict=True)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from olora_ray.tokens.collate import Batch
-from olora_ray.train.fast_norm import lighten
+from olora_ray.train.fast_norm import patch_rms_norm
 
 CHUNK_LOGITS = 2**23
 """Logits in one chunk: 32 MiB in float32."""
@@ -31,7 +31,7 @@ class SupervisedLoss(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        lighten(model)
+        patch_rms_norm(model)
 
     def forward(self, batch: Batch) -> Tensor:
         """The summed loss in float32, a scalar."""

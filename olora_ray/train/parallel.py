@@ -16,7 +16,7 @@ from olora_ray.adapter.layer import AdaptedLinear
 from olora_ray.train.loss import SupervisedLoss
 
 
-def spread(loss: SupervisedLoss, strategy: str, device: torch.device) -> None:
+def place_model(loss: SupervisedLoss, strategy: str, device: torch.device) -> None:
     """Move the model to `device`, and shard the frozen base over the workers for "fsdp"."""
     if strategy == "fsdp" and dist.is_initialized() and dist.get_world_size() > 1:
         _shard(loss, device)

@@ -30,7 +30,7 @@ class Schedule:
 
     def total(self) -> int | None:
         """Steps of the run; None while the store does not tell yet."""
-        if self.train.steps is None and self.store.packs is None:
+        if self.train.steps is None and self.store.total is None:
             self.store.refresh()
         return self._total()
 
@@ -40,7 +40,7 @@ class Schedule:
         if total is not None:
             return steps_done >= total
         # More sequences never make fewer steps.
-        return False if steps_done < total_steps(self.train, self.store.known) else None
+        return False if steps_done < total_steps(self.train, self.store.available) else None
 
     def last(self, steps_done: int) -> bool:
         """Whether the run is over after so many steps; waits for shards until it is certain."""
@@ -61,18 +61,18 @@ class Schedule:
         return self.train.lr * shape(self.train.schedule, (begin - warmup) / (1.0 - warmup))
 
     def _total(self) -> int | None:
-        packs = self.store.packs
+        packs = self.store.total
         return self.train.steps or (None if packs is None else total_steps(self.train, packs))
 
     def _knows(self, places: int) -> bool:
-        return self.store.packs is not None or (self.store.shard_count > 1 and places <= self.store.known)
+        return self.store.total is not None or (self.store.shard_count > 1 and places <= self.store.available)
 
     def _progress(self, place: int, after: bool) -> float:
         """Progress at, or just after, a place of the training order; 0 to 1."""
-        packs = self.store.packs
+        packs = self.store.total
         epoch, inside = divmod(place, packs) if packs else (0, place)
         if epoch == 0:
-            shard, row, rows = self.store.place(inside)
+            shard, row, rows = self.store.locate(inside)
             fraction = (shard + (row + after) / rows) / self.store.shard_count
         else:
             assert packs is not None

@@ -10,7 +10,7 @@ from ray.train.v2._internal.exceptions import (
 from ray.train.v2.api.exceptions import ControllerError, PreemptionError, WorkerGroupError
 from ray.train.v2.api.preemption import PreemptionInfo
 
-from olora_ray.cluster.failures import HostDied, cause, counts, describe
+from olora_ray.cluster.failures import SharedBaseDied, cause, counts, describe
 
 GLOO = RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1234")
 
@@ -55,7 +55,7 @@ def preempted() -> Exception:
         (WorkerGroupError("", {0: raised(GLOO), 1: preempted()}), "worker 1 died with its preempted node", False),
         (PreemptionError(PreemptionInfo(None, {"n": [0]}), False), "workers were preempted", False),
         (RayActorError(), "Train's controller died", True),
-        (HostDied(), "the process of several trials died", True),
+        (SharedBaseDied(), "the process of several trials died", True),
         (ControllerError(RuntimeError("gloo failed to connect")), "gloo failed to connect", True),
     ],
 )

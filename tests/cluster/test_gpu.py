@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from olora_ray.model.source import pick_attention, pick_dtype
+from olora_ray.model.load import pick_attention, pick_dtype
 from olora_ray.tokens.collate import collate
 from tests import tiny
 

@@ -12,13 +12,14 @@ import pytest
 import ray
 
 from olora_ray.cluster import node_facts, preflight, resources
-from olora_ray.cluster.node_facts import Facts
+from olora_ray.cluster.node_facts import NodeInfo
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
 from olora_ray.model.source import BaseModel, obtain
 from tests import tiny
 from tests.pipelines import project
 from tests.recovery import processes
+from tests.said import said
 
 RAY = str(Path(sys.executable).parent / "ray")
 PORT = 26579
@@ -62,14 +63,14 @@ def config(place: Path, **changes: Any) -> Config:
 
 def refused(settings: Config, base: BaseModel | None = None) -> str:
     with pytest.raises(UserError) as caught:
-        preflight.check(settings, base, lambda line: None)
+        preflight.check(settings, base)
     return str(caught.value)
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
     folder = project.make_model(tmp_path_factory.mktemp("model"))
-    return obtain(tiny.config(model__name=str(folder)), print, Path)
+    return obtain(tiny.config(model__name=str(folder)))
 
 
 @pytest.mark.ray
@@ -95,9 +96,12 @@ class TestTwoNodes:
         assert [entry.name for entry in cluster.rglob("*")] == ["own"]
 
     def test_a_storage_by_uri_is_probed_too(self, cluster: Path) -> None:
-        shared, hidden = (node_facts.ask(resources.staying(), place.as_uri()) for place in (cluster, cluster / "own"))
-        assert [isinstance(answer, Facts) and answer.storage_problem for answer in shared] == [None, None]
-        problems = [answer.storage_problem for answer in hidden if isinstance(answer, Facts)]
+        shared, hidden = (
+            node_facts.query_nodes(resources.schedulable_nodes(), place.as_uri())
+            for place in (cluster, cluster / "own")
+        )
+        assert [isinstance(answer, NodeInfo) and answer.storage_problem for answer in shared] == [None, None]
+        problems = [answer.storage_problem for answer in hidden if isinstance(answer, NodeInfo)]
         assert sorted(problem is None for problem in problems) == [False, True]
 
     def test_a_storage_that_cannot_be_written_is_told(self, cluster: Path) -> None:
@@ -113,9 +117,8 @@ class TestTwoNodes:
         assert "the cluster has room for 0 of them (2 CPUs, 2 nodes)" in error
 
     def test_a_range_of_workers_waits(self, cluster: Path) -> None:
-        lines: list[str] = []
-        with pytest.raises(UserError, match="torch"):  # nothing else is wrong
-            preflight.check(config(cluster, cluster__workers=[3, 4]), None, lines.append)
+        with said() as lines, pytest.raises(UserError, match="torch"):  # nothing else is wrong
+            preflight.check(config(cluster, cluster__workers=[3, 4]), None)
         assert lines[0].startswith("training waits for the cluster to grow: cluster.workers=3 ")
 
     def test_what_the_launcher_may_start_counts(self, cluster: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,9 +128,8 @@ class TestTwoNodes:
         tree = {"max_workers": 2, "head_node_type": "head", "available_node_types": kinds}
         (home / "ray_bootstrap_config.yaml").write_text(str(tree))
         monkeypatch.setenv("HOME", str(home))
-        lines: list[str] = []
-        with pytest.raises(UserError, match=r"^node 127.0.0.2: has torch [^;]*$"):
-            preflight.check(config(cluster, cluster__workers=4), None, lines.append)
+        with said() as lines, pytest.raises(UserError, match=r"^node 127.0.0.2: has torch [^;]*$"):
+            preflight.check(config(cluster, cluster__workers=4), None)
         assert "waits for the cluster to grow" in lines[0]
         assert "can grow to 5" in refused(config(cluster, cluster__workers=6, train__global_batch=8))
 
@@ -144,9 +146,9 @@ def test_the_launchers_limits_are_those_of_cluster_yaml() -> None:
 
 
 def test_builds_of_one_version_are_the_same() -> None:
-    here = Facts({"python": "3.11.7", "torch": "2.9.0+cpu"}, 0)
-    assert preflight._versions(here, [("a", Facts({"python": "3.11.2", "torch": "2.9.0+cu126"}, 0))]) == []
-    others = [(name, Facts({"python": "3.12.0", "torch": None}, 0)) for name in "abcde"]
+    here = NodeInfo({"python": "3.11.7", "torch": "2.9.0+cpu"}, 0)
+    assert preflight._versions(here, [("a", NodeInfo({"python": "3.11.2", "torch": "2.9.0+cu126"}, 0))]) == []
+    others = [(name, NodeInfo({"python": "3.12.0", "torch": None}, 0)) for name in "abcde"]
     python, torch = preflight._versions(here, others)
     assert python.startswith("nodes a, b, c and 2 more: has python 3.12.0, here it is 3.11.7")
     assert "has no torch" in torch

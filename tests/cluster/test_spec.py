@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from olora_ray.cluster.spec import Answered, Outcome, Task
+from olora_ray.cluster.spec import AnswerPair, TrainResult, TrainSpec
 from olora_ray.model.source import BaseModel
 from olora_ray.train.state import TrainState
 from tests import tiny
@@ -13,8 +13,8 @@ from tests import tiny
 def test_an_outcome_comes_back_exactly() -> None:
     state = TrainState(step=7, best_loss=1 / 3, best_step=5, stale=1, before=[[1], []])
     state.record(7, {"train/loss": 0.1 + 0.2})
-    outcome = Outcome(state=state, stopped_early=True, answers=(Answered((1, 2), (3,), (), (4,)),))
-    assert Outcome.from_json(outcome.to_json()) == outcome
+    outcome = TrainResult(state=state, stopped_early=True, answers=(AnswerPair((1, 2), (3,), (), (4,)),))
+    assert TrainResult.from_json(outcome.to_json()) == outcome
 
 
 @pytest.mark.parametrize(
@@ -22,14 +22,14 @@ def test_an_outcome_comes_back_exactly() -> None:
 )
 def test_anything_else_is_an_error_that_callers_expect(text: str) -> None:
     with pytest.raises((ValueError, KeyError, TypeError)):
-        Outcome.from_json(text)
+        TrainResult.from_json(text)
 
 
 def test_a_run_that_starts_with_an_adapter_is_another_than_one_that_does_not() -> None:
     store: Any = tiny.store()
 
     def identity(**changes: Any) -> dict[str, str]:
-        return Task(
+        return TrainSpec(
             tiny.config(**changes), BaseModel("m", "/m", "base"), "tokenizer", (0,), store, None, None
         ).identity()
 

@@ -9,8 +9,8 @@ import torch
 
 from olora_ray.adapter.initialise import initialise
 from olora_ray.adapter.inject import find_targets, wrap
-from olora_ray.cluster.worker_context import SharedBase, SharedPost, Turns
-from olora_ray.train.loader import Feed
+from olora_ray.cluster.worker_context import SharedBase, SharedBaseContext, Turns
+from olora_ray.train.loader import StepLoader
 from olora_ray.train.loop import Trainer, evaluate
 from olora_ray.train.loss import SupervisedLoss
 from olora_ray.train.schedule import Schedule
@@ -32,20 +32,20 @@ def base() -> SharedBase:
 def train(shared: SharedBase, changes: dict[str, Any]) -> tuple[torch.Tensor, float]:
     """The flat vector of adapters after training, and the held-out loss, taking turns with whoever else is there."""
     settings, store = tiny.config(train__steps=STEPS, **changes), tiny.store(8)
-    post, adapter = SharedPost(shared), settings.adapter
-    with post.turn({}):
+    post, adapter = SharedBaseContext(shared), settings.adapter
+    with post.activate({}):
         model = shared.loss.model
         targets = find_targets(model, adapter.targets, adapter.rank)
         factors, _ = initialise(targets, adapter.method, adapter.rank, settings.run.seed, CPU)
         adapted = wrap(model, factors, adapter.scale(), adapter.dropout)
-    with post.turn(adapted):
+    with post.activate(adapted):
         trainer = Trainer(shared.loss, adapted, settings, CPU)
-    steps = trainer.steps(Feed(store, settings.train, 0, "segments"), 0, Schedule(settings.train, store))
+    steps = trainer.steps(StepLoader(store, settings.train, 0, "segments"), 0, Schedule(settings.train, store))
     while True:
-        with post.turn(adapted):
+        with post.activate(adapted):
             if next(steps, None) is None:
                 break
-    with post.turn(adapted):
+    with post.activate(adapted):
         return trainer.flat.vector.clone(), evaluate(trainer, store, "segments")
 
 

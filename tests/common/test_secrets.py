@@ -9,8 +9,9 @@ import pytest
 
 from olora_ray.common import secrets
 from olora_ray.common.errors import UserError
-from olora_ray.config.schema import build, override
+from olora_ray.config.load import build, override
 from olora_ray.tracking import client, run
+from olora_ray.tracking.start import resolve_uri
 from tests import tiny
 
 HIDDEN = "c4n4ry"
@@ -112,9 +113,9 @@ def test_an_address_may_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("OUR_MLFLOW", address)
     for named in ("env:OUR_MLFLOW", f"file:{tmp_path}/uri"):
         config = tiny.config(tracking__uri=named)
-        assert run.resolve_uri(config) == address
+        assert resolve_uri(config) == address
         assert config.tracking.uri == named
-    assert run.shown_uri(address) == "postgresql://ann:***@db/mlflow"
+    assert client.shown_uri(address) == "postgresql://ann:***@db/mlflow"
 
 
 @pytest.mark.parametrize(
@@ -134,7 +135,7 @@ def test_a_name_that_leads_nowhere_is_explained(named: str, problem: str, tmp_pa
     (tmp_path / "empty").touch()
     (tmp_path / "bytes").write_bytes(b"\xff\xfe")
     with pytest.raises(UserError) as caught:
-        run.resolve_uri(tiny.config(tracking__uri=named.format(folder=tmp_path)))
+        resolve_uri(tiny.config(tracking__uri=named.format(folder=tmp_path)))
     message = str(caught.value)
     assert message.startswith("tracking.uri: ")
     assert problem in message
@@ -160,7 +161,7 @@ from olora_ray.config import command_line
 from olora_ray.common.errors import UserError
 
 def main(argv):
-    command_line.log_line("said http://ann:c4n4ry@host")
+    logging.getLogger("olora_ray.test").info("said http://ann:c4n4ry@host")
     logging.getLogger("library").warning("logged %s", "http://ann:c4n4ry@host")
     raise {kind}("raised http://ann:c4n4ry@host")
 
@@ -185,7 +186,7 @@ def test_the_outbox_logs_no_password(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         tracker.tags({"a": "b"})
         assert not tracker.flush(3)
-        with pytest.raises(run.TrackingAway) as caught:
+        with pytest.raises(client.TrackingUnavailable) as caught:
             tracker.end(seconds=0.1)
     assert "MLflow does not answer" in caplog.text
     assert HIDDEN not in caplog.text + str(caught.value)

@@ -124,7 +124,7 @@ def test_a_bug_keeps_its_traceback(tmp_path: Path) -> None:
 def test_an_interruption_says_how_to_go_on(tmp_path: Path) -> None:
     done = script(tmp_path, "raise KeyboardInterrupt")
     assert done.returncode == 130
-    assert done.stderr == "stopped (SIGINT); the same command goes on with what is done\n"
+    assert done.stderr == "stopped (SIGINT); the same command continues with what is done\n"
 
 
 def test_what_passes_by_itself_and_what_was_stopped_have_exit_codes_of_their_own(tmp_path: Path) -> None:

@@ -10,21 +10,11 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from olora_ray.common.errors import UserError
-from olora_ray.config.schema import (
-    IN_STORAGE,
-    Condition,
-    Config,
-    Section,
-    Source,
-    build,
-    dump,
-    flatten,
-    help_text,
-    load,
-    override,
-    parse_assignments,
-    parse_yaml,
-)
+from olora_ray.config.command_line import help_text
+from olora_ray.config.dotted import flatten, parse_assignments
+from olora_ray.config.load import build, dump, load, override
+from olora_ray.config.schema import IN_STORAGE, Condition, Config, Section, Source
+from olora_ray.config.yaml_io import parse_yaml
 
 SHIPPED = sorted(Path(__file__).parents[2].glob("pipelines/configs/*.yaml"))
 
@@ -192,9 +182,9 @@ def test_accumulation_follows_from_the_batch(batch: int, micro: int, workers: in
 
 
 def test_the_workers_may_be_a_range() -> None:
-    assert (build(tree()).cluster.fewest(), build(tree()).cluster.most()) == (2, 2)
+    assert (build(tree()).cluster.min_workers(), build(tree()).cluster.max_workers()) == (2, 2)
     cluster = build(tree(cluster={"workers": [1, 4]})).cluster
-    assert (cluster.fewest(), cluster.most()) == (1, 4)
+    assert (cluster.min_workers(), cluster.max_workers()) == (1, 4)
 
 
 @pytest.mark.parametrize("workers", [0, [0, 2], [1, 2, 3], "many", [1], True, [4, 1]])

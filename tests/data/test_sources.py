@@ -19,7 +19,7 @@ from olora_ray.config.schema import Source
 from olora_ray.data import reader, scan, sources
 from olora_ray.data.formats import Rejected
 from olora_ray.data.tokenize import TokenizerSpec
-from olora_ray.tokens.store import prepare
+from olora_ray.tokens.prepare import prepare
 from tests.tokens import helpers
 
 ROWS = [{"prompt": f"{n}+{n}=", "completion": f'{2 * n}, "süß"\nand {n}'} for n in range(700)]
@@ -82,7 +82,7 @@ def test_every_kind_gives_the_same_rows(name: str, tmp_path: Path, tiny_spec: To
     for path in (str(tmp_path / name), f"file://{tmp_path / name}"):
         source = {"path": path, "format": "prompt_completion"}
         config = helpers.config(tmp_path / "runs", source, eval=[source])
-        store = prepare(config, tiny_spec, "eval", helpers.silent)
+        store = prepare(config, tiny_spec, "eval")
         assert sorted(helpers.texts(store)) == sorted(f"<s>{row['prompt']}{row['completion']}</s>" for row in ROWS)
 
 
@@ -222,10 +222,10 @@ def test_a_data_set_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.chdir(tmp_path)
     hub = {"path": "hf://org/name?split=train", "format": "prompt_completion"}
     config = helpers.config(tmp_path / "runs", hub, eval=[{**hub, "path": "hf://org/name?split=test"}])
-    store = prepare(config, tiny_spec, "train", helpers.silent)
+    store = prepare(config, tiny_spec, "train")
     assert store.manifest.rows == 50
     assert all(name.startswith(f"{tmp_path}/runs/tokens/hub/") for name in store.manifest.files)
-    assert prepare(config, tiny_spec, "eval", helpers.silent).manifest.rows == 10
+    assert prepare(config, tiny_spec, "eval").manifest.rows == 10
     with pytest.raises(UserError, match=r"data.train.0.path: hf://org/other: "):
         sources.list_files(source("hf://org/other"), "data.train.0", str(tmp_path))
     with pytest.raises(UserError, match="unknown option 'splits'; there are name, revision, split"):
@@ -260,7 +260,7 @@ def test_files_that_cannot_be_read(name: str, tmp_path: Path, tiny_spec: Tokeniz
     (tmp_path / name).write_bytes(content)
     config = helpers.config(tmp_path / "runs", {"path": str(tmp_path / name), "format": "prompt_completion"})
     with pytest.raises(UserError, match=message) as caught:
-        prepare(config, tiny_spec, "train", helpers.silent)
+        prepare(config, tiny_spec, "train")
     assert "\n" not in str(caught.value)
 
 

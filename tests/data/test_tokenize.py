@@ -54,7 +54,7 @@ def test_answers_and_the_end_of_their_turns_are_supervised() -> None:
     ],
 )
 def test_masks_of_real_templates(name: str, expected: list[str]) -> None:
-    [tokens] = tokenizer(ALL[name])(chat("hi", "one", "go on", "two"))
+    [tokens] = tokenizer(ALL[name])(chat("hi", "one", "continue", "two"))
     text = marked(tokens)
     assert text.count("[[") == 2
     for part in expected:

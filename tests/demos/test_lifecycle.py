@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from olora_ray.config.schema import load
+from olora_ray.config.load import load
 from tests import browser
 from tests.demos import lifecycle, scenario
 from tests.demos.scenario import Scenario

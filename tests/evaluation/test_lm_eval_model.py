@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from olora_ray.config.schema import build
+from olora_ray.config.load import build
 from olora_ray.evaluation import lm_eval_tasks, pool
 from olora_ray.model.source import BaseModel
 from tests.evaluation import harness, sets
@@ -31,12 +31,12 @@ def in_turn(make: Callable[[], Any], works: Sequence[Any], *_: Any) -> list[Any]
 
 def test_every_number_is_the_same(folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("olora_ray.evaluation.lm_eval_model.PIECE", 5)
-    monkeypatch.setattr(pool, "spread", in_turn)
+    monkeypatch.setattr(pool, "map_over_actors", in_turn)
     monkeypatch.setattr(pool, "device", lambda: torch.device("cpu"))
     model, data = folders
     settings = build(project.settings(tmp_path, model))
-    loaded = lm_eval_tasks.load(NAMES, str(data), print)
-    found = lm_eval_tasks.run(loaded, 7, BaseModel(str(model), str(model), ""), None, settings, print)
+    loaded = lm_eval_tasks.load(NAMES, str(data))
+    found = lm_eval_tasks.run(loaded, 7, BaseModel(str(model), str(model), ""), None, settings)
     expected = harness.by_lm_eval(model, data, tmp_path, NAMES, 7)
     for name, item in found.items():
         assert set(item.metrics) == ({"acc", "acc_norm"} if name == "arc_easy" else {"acc"})

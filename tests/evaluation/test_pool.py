@@ -2,18 +2,18 @@
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import pytest
 
 from olora_ray.common.errors import UserError
-from olora_ray.config.schema import Config, build, override
+from olora_ray.config.load import build, override
+from olora_ray.config.schema import Config
 from olora_ray.data.tokenize import spec_from_pretrained
 from olora_ray.evaluation import pool
 from olora_ray.evaluation.held_out import measure
 from olora_ray.evaluation.rows import RowResults
-from olora_ray.model import source
-from olora_ray.tokens import store
+from olora_ray.model import load, source
+from olora_ray.tokens.prepare import prepare
 from tests.pipelines.project import make_corpus, make_model, settings
 
 pytestmark = pytest.mark.ray
@@ -28,11 +28,11 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 
 def measured(config: Config) -> RowResults:
-    base = source.obtain(config, print, Path)
-    tokenizer = source.load_tokenizer(base, config.model)
-    held_out = store.prepare(config, spec_from_pretrained(tokenizer), "eval")
-    eos = source.end_tokens(base, tokenizer)
-    return measure(base, None, held_out, config, tokenizer, eos, print)
+    base = source.obtain(config)
+    tokenizer = load.load_tokenizer(base, config.model)
+    held_out = prepare(config, spec_from_pretrained(tokenizer), "eval")
+    eos = load.end_tokens(base, tokenizer)
+    return measure(base, None, held_out, config, tokenizer, eos)
 
 
 def test_results_do_not_depend_on_the_number_of_actors(ray_with: Callable[[int], None], config: Config) -> None:
@@ -49,8 +49,8 @@ def test_results_do_not_depend_on_the_number_of_actors(ray_with: Callable[[int],
 def test_what_a_user_can_fix_comes_back_as_it_was_raised(ray_with: Callable[[int], None], config: Config) -> None:
     ray_with(2)
     with pytest.raises(UserError, match=r"^piece 2: broken$"):
-        pool.spread(partial(Piece, 2), [1, 2, 3], config, print)
-    assert pool.spread(partial(Piece, 2), [5, 1, 3], config, print) == [5, 1, 3]
+        pool.map_over_actors(partial(Piece, 2), [1, 2, 3], config)
+    assert pool.map_over_actors(partial(Piece, 2), [5, 1, 3], config) == [5, 1, 3]
 
 
 class Piece:

@@ -59,7 +59,7 @@ def test_other_tokens_stand_side_by_side_without_intervals() -> None:
 def test_results_are_written_where_asked(tmp_path: Path) -> None:
     pair = evaluation("tuned", (1.0, 1.0)), evaluation("base", (0.0, 1.0))
     request = command_line.read(["tuned", "base", "--tasks", "arc_easy", "--limit", "2", "--out", str(tmp_path)], "")
-    save.write(request, pair, differences(*pair), None, print)
+    save.write(request, pair, differences(*pair), None)
     tree = json.loads((tmp_path / "evaluation.json").read_text())
     assert [item["model"] for item in tree["models"]] == ["tuned", "base"]
     assert tree["models"][0]["metrics"]["arc_easy/acc"] == 1.0

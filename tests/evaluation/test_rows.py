@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from olora_ray.adapter.export import write_adapter
 from olora_ray.common.errors import UserError
-from olora_ray.evaluation import held_out as measuring
+from olora_ray.evaluation import held_out
 from olora_ray.evaluation.held_out import Measurer
 from olora_ray.evaluation.rows import RowResults, compare
 from olora_ray.model.source import BaseModel
@@ -61,9 +61,7 @@ def test_each_example_has_the_loss_it_has_alone(model_folder: Path, attention: s
 
 def test_answers_of_an_adapter_are_those_of_the_adapted_model(model_folder: Path, tmp_path: Path) -> None:
     settings = tiny.config(model__dtype="float32", evaluation__max_new_tokens=6)
-    trainer = tiny.trainer(
-        settings, "segments", measuring.load(base(model_folder), None, settings, torch.device("cpu"))
-    )
+    trainer = tiny.trainer(settings, "segments", held_out.load(base(model_folder), None, settings, torch.device("cpu")))
     trainer.flat.vector.copy_(0.1 * torch.randn(trainer.flat.vector.shape, generator=torch.Generator().manual_seed(0)))
     weights = {name: layer.weights() for name, layer in trainer.adapted.items()}
     write_adapter(weights, settings.adapter, str(model_folder), tmp_path / "adapter")

@@ -7,7 +7,8 @@ import torch
 
 from olora_ray.adapter import export
 from olora_ray.common.errors import UserError
-from olora_ray.config.schema import Config, build, dump
+from olora_ray.config.load import build, dump
+from olora_ray.config.schema import Config
 from olora_ray.evaluation import held_out, targets
 from olora_ray.model.source import obtain
 from olora_ray.pipeline.run_folder import RunFolder
@@ -38,7 +39,7 @@ def run(case: export_parts.Case, tmp_path: Path) -> Path:
         for name, item in case.adapter.items()
         for part in ("da", "db")
     }
-    identity = {"base model": obtain(mine, print, Path).digest}
+    identity = {"base model": obtain(mine).digest}
     root = Path(mine.folder())
     checkpoint.save(root / "checkpoints" / f"step-{STEP:07d}", case.adapter, best, {}, state, identity, dump(mine))
     return root
@@ -50,7 +51,7 @@ def config(base: Path, folder: Path) -> Config:
 
 def logits(name: str | Path, shared: Config | None = None) -> torch.Tensor:
     shared = shared or targets.settings([str(name)], None, {})
-    found = targets.resolve(str(name), shared, print)
+    found = targets.resolve(str(name), shared)
     return export_parts.logits(held_out.load(found.base, found.adapter, found.config, torch.device("cpu")))
 
 
@@ -94,13 +95,13 @@ def test_a_base_that_has_changed_since_is_refused(case: export_parts.Case, tmp_p
     step = Path(mine.folder()) / "checkpoints" / f"step-{STEP:07d}"
     checkpoint.save(step, case.adapter, None, {}, TrainState(step=STEP), {"base model": "other"}, dump(mine))
     with pytest.raises(UserError, match="trained on another base model"):
-        targets.resolve(str(step), mine, print)
+        targets.resolve(str(step), mine)
 
 
 def test_an_empty_run_and_a_wrong_name_are_one_line(tmp_path: Path, case: export_parts.Case) -> None:
     mine = config(case.base, tmp_path)
     RunFolder(mine).claim()
     with pytest.raises(UserError, match="neither exports nor a complete checkpoint"):
-        targets.resolve(mine.folder(), mine, print)
+        targets.resolve(mine.folder(), mine)
     with pytest.raises(UserError, match="no such file or folder"):
-        targets.resolve("./nowhere", mine, print)
+        targets.resolve("./nowhere", mine)

@@ -13,8 +13,10 @@ from safetensors.torch import load_file
 
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
+from olora_ray.model import load as load_module
 from olora_ray.model import source
 from tests import tiny
+from tests.said import said
 
 
 class Trap:
@@ -45,7 +47,7 @@ def named(folder: Path, **changes: Any) -> Config:
 
 
 def obtain(config: Config) -> source.BaseModel:
-    return source.obtain(config, lambda _: None, Path)
+    return source.obtain(config)
 
 
 def test_pickled_weights_are_refused_unless_asked_for(folder: Path) -> None:
@@ -55,13 +57,14 @@ def test_pickled_weights_are_refused_unless_asked_for(folder: Path) -> None:
 
 
 def test_asked_for_they_become_safetensors_once(folder: Path) -> None:
-    config, said = named(folder, model__allow_pickle=True), list[str]()
-    first = source.obtain(config, said.append, Path)
-    assert source.obtain(config, said.append, Path) == first
-    assert said == ["model: converting pytorch_model.bin to safetensors, once"]
+    config = named(folder, model__allow_pickle=True)
+    with said() as lines:
+        first = obtain(config)
+        assert obtain(config) == first
+    assert lines == ["model: converting pytorch_model.bin to safetensors, once"]
     there = sorted(file.name for file in Path(first.folder).iterdir())
     assert there == ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json"]
-    loaded: Any = source.load_model(first.folder, config.model, torch.device("cpu"))
+    loaded: Any = load_module.load_model(first.folder, config.model, torch.device("cpu"))
     expected = tiny.llama(tie_word_embeddings=True).state_dict()
     stored = load_file(Path(first.folder) / "model.safetensors")
     assert all(torch.equal(tensor, expected[name]) for name, tensor in stored.items())
@@ -132,12 +135,12 @@ def test_code_of_a_model_runs_only_where_it_is_asked_for(
     (folder / "config.json").write_text(json.dumps(shape))
     config = named(folder)
     base = obtain(config)
-    for load in (source.load_tokenizer, source.skeleton):
+    for load in (load_module.load_tokenizer, load_module.skeleton):
         with pytest.raises(UserError, match=r"brings Python code of its own.*model\.trust_remote_code: true"):
             load(base, config.model)
     with pytest.raises(UserError, match="brings Python code of its own"):
-        source.load_model(folder, config.model, torch.device("cpu"))
+        load_module.load_model(folder, config.model, torch.device("cpu"))
     assert not mark.exists()
     trusted = named(folder, model__trust_remote_code=True).model
-    assert type(source.skeleton(base, trusted)).__name__ == "Ours"
+    assert type(load_module.skeleton(base, trusted)).__name__ == "Ours"
     assert mark.exists()

@@ -13,7 +13,7 @@ import torch
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
-from olora_ray.model import convert, source
+from olora_ray.model import convert, load, source
 from olora_ray.model.source import BaseModel
 from tests import tiny
 
@@ -37,12 +37,8 @@ def named(name: object, **changes: Any) -> Config:
     return tiny.config(model__name=str(name), **changes)
 
 
-def unregistered(name: str) -> Path:
-    raise AssertionError(f"{name} was looked up in the registry")
-
-
 def obtain(name: object) -> BaseModel:
-    return source.obtain(named(name), print, unregistered)
+    return source.obtain(named(name))
 
 
 def refusal(name: object) -> str:
@@ -112,7 +108,7 @@ def test_a_package_may_hold_a_model(copy: Path, tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_registered_model_is_found_by_the_registry(model_folder: Path) -> None:
-    base = source.obtain(named("models:/triage@champion"), print, {"models:/triage@champion": model_folder}.__getitem__)
+    base = source.obtain(named("models:/triage@champion"), model_folder)
     assert (base.name, base.folder) == ("models:/triage@champion", str(model_folder))
 
 
@@ -131,14 +127,14 @@ def test_a_broken_gguf_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "broken.gguf").write_bytes(b"GGUF but not really")
     config = named(tmp_path / "broken.gguf", run__storage=str(tmp_path / "runs"))
     with pytest.raises(UserError, match=r"broken\.gguf is not a GGUF model that loads"):
-        source.obtain(config, print, unregistered)
+        source.obtain(config)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("attention", ["segments", "sdpa", "eager"])
 def test_the_base_loads_frozen_in_evaluation_mode(model_folder: Path, dtype: str, attention: str) -> None:
     config = named(model_folder, model__dtype=dtype, model__attention=attention).model
-    loaded: Any = source.load_model(model_folder, config, CPU)
+    loaded: Any = load.load_model(model_folder, config, CPU)
     assert not loaded.training
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
     assert {parameter.dtype for parameter in loaded.parameters()} == {convert.DTYPES[dtype]}
@@ -149,33 +145,33 @@ def test_the_base_loads_frozen_in_evaluation_mode(model_folder: Path, dtype: str
 
 def test_the_fastest_that_is_there_is_chosen(model_folder: Path) -> None:
     config = named(model_folder).model
-    assert source.pick_attention(config, CPU) == "segments"
+    assert load.pick_attention(config, CPU) == "segments"
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    assert source.pick_dtype(config, CPU) == (torch.bfloat16 if native else torch.float32)
+    assert load.pick_dtype(config, CPU) == (torch.bfloat16 if native else torch.float32)
 
 
 def test_damaged_weights_are_an_error(copy: Path) -> None:
     (copy / "model.safetensors").write_bytes(b"not weights")
     with pytest.raises(UserError, match="does not load: "):
-        source.load_model(copy, named(copy).model, CPU)
+        load.load_model(copy, named(copy).model, CPU)
 
 
 def test_weights_that_do_not_fit_the_config_are_an_error(copy: Path) -> None:
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps({**config, "hidden_size": 32}))
     with pytest.raises(UserError, match="does not load: "):
-        source.load_model(copy, named(copy).model, CPU)
+        load.load_model(copy, named(copy).model, CPU)
 
 
 def test_missing_layers_are_an_error_not_random_numbers(copy: Path) -> None:
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
     with pytest.raises(UserError, match="does not load: "):
-        source.load_model(copy, named(copy).model, CPU)
+        load.load_model(copy, named(copy).model, CPU)
 
 
 def test_the_skeleton_has_names_and_shapes_but_no_weights(model_folder: Path) -> None:
-    bones = source.skeleton(obtain(model_folder), named(model_folder).model)
+    bones = load.skeleton(obtain(model_folder), named(model_folder).model)
     shapes = {name: parameter.shape for name, parameter in bones.named_parameters()}
     assert shapes == {name: parameter.shape for name, parameter in tiny.llama().named_parameters()}
     assert all(parameter.is_meta for parameter in bones.parameters())
@@ -187,7 +183,7 @@ def test_parameters_are_counted_from_the_headers(model_folder: Path) -> None:
 
 def test_a_folder_without_a_tokenizer_is_an_error(model_folder: Path) -> None:
     with pytest.raises(UserError, match="has no tokenizer that loads"):
-        source.load_tokenizer(obtain(model_folder), named(model_folder).model)
+        load.load_tokenizer(obtain(model_folder), named(model_folder).model)
 
 
 class _Tokenizer:
@@ -214,7 +210,7 @@ def test_end_tokens_come_from_tokenizer_and_generation_config(
     if generation is not None:
         file.write_text(json.dumps(generation))
     stand_in: Any = _Tokenizer(tokenizer)
-    assert source.end_tokens(obtain(copy), stand_in) == expected
+    assert load.end_tokens(obtain(copy), stand_in) == expected
 
 
 @pytest.mark.parametrize(
@@ -226,15 +222,15 @@ def test_a_window_shorter_than_the_sequences_is_refused(attention: str, packing:
 
     data = tiny.config(data__packing=packing, data__max_length=64).data
     with pytest.raises(UserError, match=named):
-        source.check_attention(MistralConfig(sliding_window=63), attention, data)
-    source.check_attention(MistralConfig(sliding_window=64), attention, data)
-    source.check_attention(MistralConfig(sliding_window=None), attention, data)
+        load.check_attention(MistralConfig(sliding_window=63), attention, data)
+    load.check_attention(MistralConfig(sliding_window=64), attention, data)
+    load.check_attention(MistralConfig(sliding_window=None), attention, data)
     if attention != "segments":
-        source.check_attention(MistralConfig(sliding_window=63), attention, data.model_copy(update={"packing": False}))
+        load.check_attention(MistralConfig(sliding_window=63), attention, data.model_copy(update={"packing": False}))
 
 
 def test_a_node_that_does_not_see_the_drivers_folder_says_so(copy: Path) -> None:
-    found = source.obtain(named(copy), print, Path)
+    found = source.obtain(named(copy))
     assert source.on_this_node(found, named(copy)) == found
     shutil.rmtree(copy)
     with pytest.raises(UserError, match="not on every node"):

@@ -2,7 +2,7 @@ from typing import Any
 
 import pytest
 
-from olora_ray.config.schema import override
+from olora_ray.config.load import override
 from olora_ray.pipeline.fingerprint import Fingerprint, settings_digest
 from tests import tiny
 

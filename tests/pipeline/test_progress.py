@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from olora_ray.pipeline.progress import Progress, duration
+from tests.said import said
 
 
 def row(step: int, **changes: Any) -> dict[str, float]:
@@ -20,16 +21,15 @@ def row(step: int, **changes: Any) -> dict[str, float]:
 
 
 def lines(total: int, every: int, *rows: dict[str, float]) -> list[str]:
-    said: list[str] = []
-    with Progress(total, every, said.append, bar=False) as progress:
+    with said() as told, Progress(total, every, bar=False) as progress:
         for item in rows:
             progress.row(item)
-    return said
+    return told
 
 
 def test_a_line_every_few_steps_and_at_the_end() -> None:
-    said = lines(7, 3, *(row(step) for step in range(1, 8)))
-    assert [line.split(" | ")[0] for line in said] == ["step 3/7", "step 6/7", "step 7/7"]
+    told = lines(7, 3, *(row(step) for step in range(1, 8)))
+    assert [line.split(" | ")[0] for line in told] == ["step 3/7", "step 6/7", "step 7/7"]
 
 
 def test_a_line_has_loss_rate_speed_and_the_time_left() -> None:
@@ -51,20 +51,19 @@ def test_evaluations_are_told_at_once() -> None:
 
 
 def test_a_bar_takes_the_place_of_step_lines_on_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    said: list[str] = []
-    with Progress(3, 1, said.append, bar=True) as progress:
+    with said() as told, Progress(3, 1, bar=True) as progress:
         for step in (1, 2, 3):
             progress.row(row(step))
         progress.line("a word")
     shown = capsys.readouterr().err
-    assert said == []
+    assert told == []
     assert "3/3" in shown
     assert "loss 1.500" in shown
     assert "a word" in shown
 
 
 def test_a_repeated_step_after_a_restart_does_not_move_the_bar_forward() -> None:
-    with Progress(9, 1, lambda _: None, bar=True) as progress:
+    with Progress(9, 1, bar=True) as progress:
         for step in (1, 2, 3, 2, 3, 4):
             progress.row(row(step))
         assert progress.bar is not None

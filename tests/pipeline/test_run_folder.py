@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from olora_ray.common.errors import UserError
-from olora_ray.config.schema import Config, load, override
+from olora_ray.config.load import load, override
+from olora_ray.config.schema import Config
 from olora_ray.pipeline.run_folder import RunFolder
 from tests import tiny
 

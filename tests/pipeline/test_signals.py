@@ -16,7 +16,7 @@ def test_a_signal_ends_at_once(number: signal.Signals, code: int) -> None:
     with Stop(), pytest.raises(Stopped) as caught:
         os.kill(os.getpid(), number)
     assert caught.value.exit_code == code
-    assert str(caught.value) == f"stopped ({number.name}); the same command goes on with what is done"
+    assert str(caught.value) == f"stopped ({number.name}); the same command continues with what is done"
 
 
 def test_while_training_the_first_is_a_wish_and_the_second_an_end() -> None:
@@ -25,7 +25,7 @@ def test_while_training_the_first_is_a_wish_and_the_second_an_end() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.asked == "SIGTERM"
         granted = stop.stopped("stopped after step 3 of 8")
-        assert str(granted) == "stopped after step 3 of 8 (SIGTERM); the same command goes on from there"
+        assert str(granted) == "stopped after step 3 of 8 (SIGTERM); the same command continues from there"
         assert granted.exit_code == 143
         with pytest.raises(Stopped):
             os.kill(os.getpid(), signal.SIGTERM)

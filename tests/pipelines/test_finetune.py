@@ -131,7 +131,7 @@ def test_dry_run_shows_everything_and_starts_nothing(tiny_model: Path, corpus: P
     assert "target layers (14):" in done.stdout
     assert "trainable" in done.stdout
     assert "6 steps; 4 sequences a step = 2 workers x 2" in done.stdout
-    assert "memory a worker" in done.stdout
+    assert "memory per worker" in done.stdout
     assert "<|assistant|>[[" in done.stdout
     assert not (corpus / "runs" / "small").exists()
     assert "ray:" not in done.stdout

@@ -115,4 +115,4 @@ def test_every_metric_can_be_read_while_a_training_runs(head: Path, tiny_model: 
     assert last["ray_olora_step_seconds_count"] >= STEPS  # those that were done again count too
     assert last["ray_olora_checkpoint_seconds_count"] >= STEPS / 40
     assert last["ray_olora_checkpoint_seconds_sum"] > 0
-    assert "died: going on after step" in output
+    assert "died: training continues after step" in output

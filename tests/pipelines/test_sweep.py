@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
-from olora_ray.config.schema import flatten, load
+from olora_ray.config.dotted import flatten
+from olora_ray.config.load import load
 from tests.pipelines import project
 from tests.recovery import processes
 
@@ -89,7 +90,7 @@ def test_a_search_leaves_what_the_readme_promises(searched: tuple[Path, str]) ->
     assert (folder / "trials" / f"trial-{best['number']:03d}" / "export" / "parity.json").is_file()
 
 
-def test_a_trial_that_fails_has_its_reason_and_the_search_goes_on(searched: tuple[Path, str]) -> None:
+def test_a_trial_that_fails_has_its_reason_and_the_search_resumes(searched: tuple[Path, str]) -> None:
     folder, log = searched
     failed = [trial for trial in records(folder).values() if trial["status"] == "failed"]
     assert {trial["params"]["train.lr"] for trial in failed} == {1e20}
@@ -229,7 +230,7 @@ def test_stopped_trials_give_back_everything(corpus: Path, tiny_model: Path) -> 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("end", ["SIGKILL of everything", "SIGINT"])
-def test_a_search_whose_driver_is_killed_goes_on(corpus: Path, tiny_model: Path, scratch: Path, end: str) -> None:
+def test_a_search_whose_driver_is_killed_resumes(corpus: Path, tiny_model: Path, scratch: Path, end: str) -> None:
     """It ends in the middle; the same command ends with the same trials, finished ones as they were."""
     space = {**SPACE, "scheduler": {"kind": "none"}, "concurrency": 2, "trials_per_worker": 2}
     arguments = write(corpus, tiny_model, space, train__steps=60, train__eval_every=10, train__checkpoint_every=10)
@@ -270,7 +271,7 @@ def test_a_search_whose_driver_is_killed_goes_on(corpus: Path, tiny_model: Path,
 
 
 @pytest.mark.slow
-def test_trials_go_on_when_the_process_they_share_is_killed(corpus: Path, tiny_model: Path, scratch: Path) -> None:
+def test_trials_continue_when_the_process_they_share_is_killed(corpus: Path, tiny_model: Path, scratch: Path) -> None:
     space = {
         "search": {"train.lr": {"grid": [1e-2, 3e-3, 1e-3]}},
         "searcher": "grid",
@@ -297,7 +298,7 @@ def test_trials_go_on_when_the_process_they_share_is_killed(corpus: Path, tiny_m
     found = records(folder)
     assert [found[number]["status"] for number in range(4)] == ["finished"] * 4
     texts = [(folder / "trials" / f"trial-{number:03d}" / "log.txt").read_text() for number in range(4)]
-    assert all("the process of several trials died: going on after step" in text for text in texts)
+    assert all("the process of several trials died: training continues after step" in text for text in texts)
     assert all([step for step, _ in found[number]["curve"]] == list(range(0, 201, 20)) for number in range(4))
 
 
@@ -321,4 +322,4 @@ def test_a_population_takes_over_the_better_adapters(corpus: Path, tiny_model: P
     first = {trial["curve"][0][1] for trial in found.values()}
     assert len(first) == 1
     assert values[-1] < first.pop() - 0.1
-    assert "goes on" in done.stdout
+    assert "continues" in done.stdout

@@ -24,7 +24,7 @@ REPEATABLE = {"train/loss", "train/lr", "train/grad_norm", "eval/loss", "eval/pe
 """Metrics whose values are the same in every run; others are times."""
 
 GOING_ON = re.compile(
-    r"^\S+ (.*\S) *going on after step (\d+) of (?:\d+|\?) with (\d+) workers?; (\d+) steps? done again"
+    r"^\S+ (.*\S) *training continues after step (\d+) of (?:\d+|\?) with (\d+) workers?; (\d+) steps? done again"
 )
 INITIALISED = "initialisation: worker 0: "
 
@@ -137,7 +137,7 @@ class Run:
             time.sleep(0.05)
 
     def release(self) -> None:
-        """Let the process go on that stands still."""
+        """Let the process continue that stands still."""
         (self.folder / "release").touch()
 
     def terminate_driver(self) -> None:
@@ -160,7 +160,7 @@ class Run:
         return [line for file in files for line in file.read_text(errors="replace").splitlines()]
 
     def taken_up(self) -> list["TakenUp"]:
-        """Each time training was taken up again, from the log."""
+        """Each time training was resumed, from the log."""
         found = (GOING_ON.search(line) for line in self.lines())
         return [TakenUp(m[1], int(m[2]), int(m[3]), int(m[4])) for m in found if m]
 
@@ -217,7 +217,7 @@ def run_clean(tiny_project: Path, folder: Path, **changes: Any) -> Clean:
 
 @dataclass(frozen=True)
 class TakenUp:
-    """A line of the log that says how training goes on."""
+    """A line of the log that says how training continues."""
 
     why: str
     step: int

@@ -88,8 +88,8 @@ def test_the_log_lines_are_read(tmp_path: Path) -> None:
     run = Run(tmp_path / "config.yaml", tmp_path, attempts=1)
     (tmp_path / "attempt-1.out").write_text(
         "10:00:00 olora initialisation: worker 0: 7 layers in 0.1 s\n"
-        "10:00:09 worker 1 died (SIGKILL): going on after step 3 of 8 with 2 workers; 2 steps done again\n"
-        "10:00:19 a host has left: going on after step 6 of ? with 1 worker; 1 step done again\n"
+        "10:00:09 worker 1 died (SIGKILL): training continues after step 3 of 8 with 2 workers; 2 steps done again\n"
+        "10:00:19 a host has left: training continues after step 6 of ? with 1 worker; 1 step done again\n"
     )
     assert run.told_initialised() == 1
     assert run.taken_up() == [

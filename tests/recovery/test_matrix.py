@@ -118,7 +118,7 @@ def interrupt(run: Run, what: str, where: str) -> None:
 
 
 def stop(run: Run, where: str) -> None:
-    """SIGTERM; the rest of the steps is so short that the driver has to hear it before they go on."""
+    """SIGTERM; the rest of the steps is so short that the driver has to hear it before they continue."""
     run.terminate_driver()
     if where in TRAINING:
         time.sleep(HEARD_SECONDS)
@@ -131,7 +131,7 @@ def stop(run: Run, where: str) -> None:
 
 
 def goes_on(what: str, where: str) -> bool:
-    """Whether training has to be taken up again: unless it ends by itself while its last but one checkpoint waits."""
+    """Whether training has to be resumed: unless it ends by itself while its last but one checkpoint waits."""
     return where in UNDER_WAY and (what, where) != ("SIGTERM", "checkpoint")
 
 
@@ -142,7 +142,7 @@ def log_problems(run: Run, what: str, where: str) -> list[str]:
     if not 1 <= run.initialised() <= most or run.told_initialised() > most:
         found.append(f"initialised {run.initialised()} times, and the log says {run.told_initialised()}")
     if goes_on(what, where) and len(taken_up) != 1:
-        found.append(f"training was taken up again once, the log says so {len(taken_up)} times")
+        found.append(f"training was resumed once, the log says so {len(taken_up)} times")
     if where in ("export", "registration") and taken_up:
         found.append(f"nothing was to be trained again, but the log says {taken_up}")
     found += [f"no word about what happened: {one}" for one in taken_up if not one.why.strip(" ;:,.")]

@@ -14,6 +14,7 @@ from olora_ray.retrain.changes import AGAINST
 from olora_ray.tracking import run as tracking
 from olora_ray.tracking.aliases import GATE
 from olora_ray.tracking.client import connect
+from olora_ray.tracking.start import resolve_uri, start_run
 from tests import tiny
 
 DETAILS = {
@@ -32,8 +33,8 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
 @pytest.fixture(scope="module")
 def add(config: Config) -> Callable[..., ModelVersion]:
     """A version with tags, without files."""
-    tracking.start(config, "other", {}).end()
-    client = connect(tracking.resolve_uri(config))
+    start_run(config, "other", {}).end()
+    client = connect(resolve_uri(config))
     client.create_registered_model("m")
 
     def version(**tags: str) -> ModelVersion:
@@ -44,13 +45,13 @@ def add(config: Config) -> Callable[..., ModelVersion]:
 
 
 def runs(config: Config, version: ModelVersion) -> list[Any]:
-    client = connect(tracking.resolve_uri(config))
+    client = connect(resolve_uri(config))
     experiment = client.get_experiment_by_name("olora").experiment_id
     return list(client.search_runs([experiment], f"tags.`olora.challenger` = 'm/{version.version}'"))
 
 
 def again(config: Config, version: ModelVersion) -> ModelVersion:
-    return connect(tracking.resolve_uri(config)).get_model_version("m", version.version)
+    return connect(resolve_uri(config)).get_model_version("m", version.version)
 
 
 def test_a_verdict_is_recorded_once_with_its_numbers(config: Config, add: Callable[..., ModelVersion]) -> None:

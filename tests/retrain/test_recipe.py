@@ -9,16 +9,19 @@ import torch
 from mlflow.entities.model_registry import ModelVersion, ModelVersionTag
 
 from olora_ray.adapter.factors import AdapterWeights, Factors
-from olora_ray.config.schema import Config, build, dump, override
+from olora_ray.config.load import build, dump, override
+from olora_ray.config.schema import Config
 from olora_ray.data.tokenize import TokenizerSpec
 from olora_ray.model.source import BaseModel
+from olora_ray.pipeline.base import Base
 from olora_ray.pipeline.fingerprint import Fingerprint, settings_digest
 from olora_ray.retrain import recipe
-from olora_ray.retrain.changes import AGAINST, Inputs, settled
+from olora_ray.retrain.changes import AGAINST, Inputs, find_decision
 from olora_ray.tokens import prepare
 from olora_ray.tracking.aliases import GATE
 from olora_ray.train import checkpoint
 from olora_ray.train.state import TrainState
+from tests.said import said
 
 SPEC = TokenizerSpec("{}", "", {}, 0)
 NOW, OLD = Fingerprint("base", "new", "held", "s"), Fingerprint("base", "old", "held", "s")
@@ -35,28 +38,28 @@ def judged(number: int, made_of: Fingerprint, verdict: str, against: str) -> Mod
 
 def test_a_champion_of_the_same_settles_it() -> None:
     champion = version(1, NOW)
-    assert settled([champion], champion, NOW) is champion
-    assert settled([champion], champion, OLD) is None
-    assert settled([], None, NOW) is None
+    assert find_decision([champion], champion, NOW) is champion
+    assert find_decision([champion], champion, OLD) is None
+    assert find_decision([], None, NOW) is None
 
 
 def test_a_version_waits_for_its_verdict() -> None:
     champion, waiting = version(1, OLD), version(2, NOW)
-    assert settled([champion, waiting], champion, NOW) is None
+    assert find_decision([champion, waiting], champion, NOW) is None
     refused = judged(2, NOW, "refused: worse", "1")
-    assert settled([champion, refused], champion, NOW) is refused
-    assert settled([judged(1, NOW, "refused: x", "")], None, NOW) is not None, "a first version that was refused"
+    assert find_decision([champion, refused], champion, NOW) is refused
+    assert find_decision([judged(1, NOW, "refused: x", "")], None, NOW) is not None, "a first version that was refused"
 
 
 def test_a_verdict_holds_against_the_champion_it_was_made_against() -> None:
     refused, champion = judged(2, NOW, "refused: worse", "1"), version(3, OLD)
-    assert settled([version(1, OLD), refused, champion], champion, NOW) is None
+    assert find_decision([version(1, OLD), refused, champion], champion, NOW) is None
 
 
 def test_a_version_that_was_rolled_back_stays_back() -> None:
     back = judged(2, NOW, "rolled back: bad answers", "1")
     for champion in (version(1, OLD), version(3, OLD)):
-        assert settled([back, champion], champion, NOW) is back
+        assert find_decision([back, champion], champion, NOW) is back
 
 
 @pytest.fixture
@@ -83,13 +86,13 @@ def write(file: Path) -> None:
 def inputs(config: Config) -> Inputs:
     plan = prepare.plan_here(config, SPEC, "train")
     made_of = Fingerprint("base", plan.digest(), "held", settings_digest(config))
-    return Inputs(BaseModel("m", "", "base"), SPEC, plan, made_of)
+    return Inputs(Base(BaseModel("m", "", "base"), None, SPEC, ()), plan, made_of)
 
 
 def champion_of(config: Config, folder: Path, **identity: str) -> ModelVersion:
     """A champion with a real checkpoint, made of the data as they are now."""
     found = inputs(config)
-    recipe.make(config, found, None, print)  # notes the files
+    recipe.make(config, found, None)  # notes the files
     weights = AdapterWeights(Factors(torch.ones(2, 3), torch.ones(4, 2)), torch.zeros(2, 3), torch.zeros(4, 2))
     what = {"base model": "base", "adapter": config.adapter.model_dump_json()} | identity
     place = folder / "checkpoints" / "step-0000005"
@@ -98,8 +101,9 @@ def champion_of(config: Config, folder: Path, **identity: str) -> ModelVersion:
 
 
 def made(config: Config, champion: ModelVersion | None) -> tuple[recipe.Recipe, str]:
-    said: list[str] = []
-    return recipe.make(config, inputs(config), champion, said.append), " ".join(said)
+    with said() as lines:
+        found = recipe.make(config, inputs(config), champion)
+    return found, " ".join(lines)
 
 
 def test_from_the_base_on_everything(config: Config) -> None:

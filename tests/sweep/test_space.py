@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from olora_ray.common.errors import UserError
-from olora_ray.config.schema import build, flatten, load, override
+from olora_ray.config.dotted import flatten
+from olora_ray.config.load import build, load, override
 from olora_ray.sweep import load_space
 from olora_ray.sweep.space import Space
 from tests import tiny

@@ -9,7 +9,7 @@ def record(number: int = 3) -> TrialRecord:
 
 
 def test_a_record_reads_back(tmp_path: Path) -> None:
-    kept = trial_file.Ledger(str(tmp_path / "trials" / "trial-003"), record(), "min")
+    kept = trial_file.TrialFile(str(tmp_path / "trials" / "trial-003"), record(), "min")
     kept.measured(0, 2.0)
     kept.started()
     for step, value in ((4, 1.5), (8, 1.0), (12, 1.2)):
@@ -24,7 +24,7 @@ def test_a_record_reads_back(tmp_path: Path) -> None:
 
 
 def test_the_base_is_no_result_of_a_trial(tmp_path: Path) -> None:
-    kept = trial_file.Ledger(str(tmp_path), record(), "min")
+    kept = trial_file.TrialFile(str(tmp_path), record(), "min")
     kept.measured(0, 0.5)
     assert kept.record.value is None
     kept.measured(4, 0.7)
@@ -32,17 +32,17 @@ def test_the_base_is_no_result_of_a_trial(tmp_path: Path) -> None:
 
 
 def test_the_best_of_a_score_is_the_highest(tmp_path: Path) -> None:
-    kept = trial_file.Ledger(str(tmp_path), record(), "max")
+    kept = trial_file.TrialFile(str(tmp_path), record(), "max")
     kept.measured(4, 0.7)
     kept.measured(8, 0.6)
     assert kept.record.value == 0.7
 
 
 def test_a_trial_that_goes_on_keeps_what_was_measured_before(tmp_path: Path) -> None:
-    first = trial_file.Ledger(str(tmp_path), record(), "min")
+    first = trial_file.TrialFile(str(tmp_path), record(), "min")
     for step, value in ((4, 1.5), (8, 1.0), (12, 0.8)):
         first.measured(step, value)
-    second = trial_file.Ledger(str(tmp_path), record(), "min")
+    second = trial_file.TrialFile(str(tmp_path), record(), "min")
     assert second.record.curve == ()  # it is told again what the checkpoint knows
     second.go_on_from(8)
     assert second.record.curve == ((4, 1.5), (8, 1.0))
@@ -50,6 +50,6 @@ def test_a_trial_that_goes_on_keeps_what_was_measured_before(tmp_path: Path) -> 
 
 
 def test_a_damaged_record_counts_as_missing(tmp_path: Path) -> None:
-    trial_file.Ledger(str(tmp_path), record(), "min")
+    trial_file.TrialFile(str(tmp_path), record(), "min")
     (tmp_path / trial_file.FILE).write_text('{"number": 1}')
     assert trial_file.read(str(tmp_path)) is None

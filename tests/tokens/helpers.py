@@ -7,7 +7,8 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
 
-from olora_ray.config.schema import Config, build
+from olora_ray.config.load import build
+from olora_ray.config.schema import Config
 from olora_ray.data.tokenize import TokenizerSpec
 from olora_ray.tokens.store import TokenStore
 
@@ -84,7 +85,3 @@ def texts(store: TokenStore) -> list[str]:
 def content(uri: str) -> dict[str, bytes]:
     """Every file of a store."""
     return {path.name: path.read_bytes() for path in sorted(Path(uri).iterdir())}
-
-
-def silent(line: str) -> None:
-    """Instead of print."""

@@ -13,9 +13,11 @@ from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
 from olora_ray.data.tokenize import TokenizerSpec
 from olora_ray.tokens import totals, writer
-from olora_ray.tokens.store import Pack, TokenStore, begin, prepare
+from olora_ray.tokens.prepare import begin, prepare
+from olora_ray.tokens.store import Pack, TokenStore
+from tests.said import said
 from tests.tokens import helpers
-from tests.tokens.helpers import content, rows, silent
+from tests.tokens.helpers import content, rows
 
 LIMIT = 60.0
 """Seconds after which a test counts as hung."""
@@ -33,7 +35,7 @@ def same(one: Pack, other: Pack) -> bool:
 def made(corpus: Config, tiny_spec: TokenizerSpec, tmp_path: Path) -> TokenStore:
     """The complete store, in another place."""
     run = corpus.run.model_copy(update={"storage": str(tmp_path / "made")})
-    return prepare(corpus.model_copy(update={"run": run}), tiny_spec, "train", silent)
+    return prepare(corpus.model_copy(update={"run": run}), tiny_spec, "train")
 
 
 def put(made: TokenStore, store: TokenStore, *names: str) -> None:
@@ -45,10 +47,10 @@ def put(made: TokenStore, store: TokenStore, *names: str) -> None:
 
 
 def test_what_is_there_at_the_front_is_known(corpus: Config, tiny_spec: TokenizerSpec, made: TokenStore) -> None:
-    preparation = begin(corpus, tiny_spec, "train", silent)
+    preparation = begin(corpus, tiny_spec, "train")
     store = preparation.store
     assert (preparation.complete, preparation.done, preparation.problem) == (False, False, None)
-    assert (store.complete, store.known, store.packs, store.shard_count) == (False, 0, None, 12)
+    assert (store.complete, store.available, store.total, store.shard_count) == (False, 0, None, 12)
     assert store.digest == made.digest
     sizes = [shard.packs for shard in made.manifest.shards]
     for names, shards in (
@@ -59,14 +61,14 @@ def test_what_is_there_at_the_front_is_known(corpus: Config, tiny_spec: Tokenize
     ):
         put(made, store, *names)
         store.refresh()
-        assert (store.known_shards, store.known) == (shards, sum(sizes[:shards]))
-    known = range(store.known)
+        assert (store.available_shards, store.available) == (shards, sum(sizes[:shards]))
+    known = range(store.available)
     assert all(same(store[index], made[index]) for index in known)
     assert store.supervised(known) == made.supervised(known)
     assert [store.origins(index) for index in known] == [made.origins(index) for index in known]
-    assert store.place(sizes[0]) == (1, 0, sizes[1])
+    assert store.locate(sizes[0]) == (1, 0, sizes[1])
     with pytest.raises(IndexError):
-        store[store.known]
+        store[store.available]
     with pytest.raises(AssertionError):
         len(store)
     with pytest.raises(UserError, match="not complete"):
@@ -76,14 +78,14 @@ def test_what_is_there_at_the_front_is_known(corpus: Config, tiny_spec: Tokenize
 def test_a_growing_store_travels_and_becomes_complete(
     corpus: Config, tiny_spec: TokenizerSpec, made: TokenStore
 ) -> None:
-    store = begin(corpus, tiny_spec, "train", silent).store
+    store = begin(corpus, tiny_spec, "train").store
     put(made, store, "shard-00000.arrow", "shard-00000.json")
     store.refresh()
     elsewhere: TokenStore = pickle.loads(pickle.dumps(store))
-    assert (elsewhere.known, elsewhere.digest, elsewhere.shard_count) == (store.known, store.digest, 12)
+    assert (elsewhere.available, elsewhere.digest, elsewhere.shard_count) == (store.available, store.digest, 12)
     put(made, store, *(name for name in content(made.uri) if name != "manifest.json"))
     elsewhere.refresh()
-    assert (elsewhere.packs, elsewhere.complete, len(elsewhere)) == (len(made), False, len(made))
+    assert (elsewhere.total, elsewhere.complete, len(elsewhere)) == (len(made), False, len(made))
     put(made, store, "manifest.json")
     elsewhere.refresh()
     assert elsewhere.complete
@@ -95,12 +97,12 @@ def test_a_growing_store_travels_and_becomes_complete(
 def test_a_store_that_is_being_repaired_counts_as_growing(
     corpus: Config, tiny_spec: TokenizerSpec, small_shards: None
 ) -> None:
-    complete = prepare(corpus, tiny_spec, "train", silent)
+    complete = prepare(corpus, tiny_spec, "train")
     Path(complete.uri, "shard-00003.arrow").unlink()
-    preparation = begin(corpus, tiny_spec, "train", silent)
+    preparation = begin(corpus, tiny_spec, "train")
     store = preparation.store
-    assert (preparation.complete, store.complete, store.known_shards) == (False, False, 3)
-    assert all(same(store[index], complete[index]) for index in range(store.known))
+    assert (preparation.complete, store.complete, store.available_shards) == (False, False, 3)
+    assert all(same(store[index], complete[index]) for index in range(store.available))
     preparation.run()
     store.refresh()
     assert store.complete
@@ -108,13 +110,13 @@ def test_a_store_that_is_being_repaired_counts_as_growing(
 
 
 def test_start_gives_the_same_store_as_prepare(corpus: Config, tiny_spec: TokenizerSpec, made: TokenStore) -> None:
-    preparation = begin(corpus, tiny_spec, "train", silent)
+    preparation = begin(corpus, tiny_spec, "train")
     preparation.start()
     preparation.join()
     assert preparation.done
     assert preparation.store.manifest.packs == len(made)
     assert content(preparation.store.uri) == content(made.uri)
-    again = begin(corpus, tiny_spec, "train", silent)
+    again = begin(corpus, tiny_spec, "train")
     assert again.complete
     assert again.done
     assert again.store.complete
@@ -124,10 +126,10 @@ def test_start_gives_the_same_store_as_prepare(corpus: Config, tiny_spec: Tokeni
 def test_a_stopped_preparation_is_finished_by_the_next(
     corpus: Config, tiny_spec: TokenizerSpec, made: TokenStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    preparation = begin(corpus, tiny_spec, "train", silent)
+    preparation = begin(corpus, tiny_spec, "train")
     make = writer.make_shard
 
-    def slow(job: writer.Job, number: int) -> dict[str, Any]:
+    def slow(job: writer.StoreSpec, number: int) -> dict[str, Any]:
         if number == 4:
             preparation.stop()
         return make(job, number)
@@ -141,14 +143,14 @@ def test_a_stopped_preparation_is_finished_by_the_next(
     assert set(content(preparation.store.uri)) == wanted
     monkeypatch.undo()
     monkeypatch.setattr("olora_ray.tokens.plan.SHARD_ROWS", (64, 64))
-    lines: list[str] = []
-    assert content(prepare(corpus, tiny_spec, "train", lines.append).uri) == content(made.uri)
+    with said() as lines:
+        assert content(prepare(corpus, tiny_spec, "train").uri) == content(made.uri)
     assert "5 of 12 shards are there already" in lines[0]
 
 
 def test_a_problem_ends_the_work_and_is_passed_on(tmp_path: Path, tiny_spec: TokenizerSpec, small_shards: None) -> None:
     path = helpers.write_jsonl(tmp_path / "a.jsonl", [*rows(400), *[{"x": 1}] * 100])
-    preparation = begin(helpers.config(tmp_path / "runs", path), tiny_spec, "train", silent)
+    preparation = begin(helpers.config(tmp_path / "runs", path), tiny_spec, "train")
     preparation.start()
     with pytest.raises(UserError, match=r"of \d+ rows cannot be used"):
         preparation.join()
@@ -174,15 +176,15 @@ def test_a_reader_follows_ray_datas_shards(
     group = ray.util.placement_group([{"CPU": 1}] if cpus_held else [{"memory": 1}])
     assert group.wait(LIMIT)
     threads = set(threading.enumerate())
-    preparation = begin(corpus, tiny_spec, "train", silent)
+    preparation = begin(corpus, tiny_spec, "train")
     preparation.start(cpus_held)
     store: TokenStore = pickle.loads(pickle.dumps(preparation.store))
     deadline, seen, index = time.monotonic() + LIMIT, set(), 0
     while not store.complete:
         assert time.monotonic() < deadline, preparation.problem
         store.refresh()
-        seen.add(store.known_shards)
-        for index in range(index, store.known):  # noqa: B020 - it goes on where it was
+        seen.add(store.available_shards)
+        for index in range(index, store.available):  # noqa: B020 - it continues where it was
             assert same(store[index], made[index])
         time.sleep(0.02)
     preparation.join()
@@ -205,22 +207,23 @@ def test_stopping_ray_datas_work_leaves_nothing_half_written(
     ray_with(1)
     reached, stopped = threading.Event(), threading.Event()
 
-    def say(line: str) -> None:
+    def hold(line: str) -> None:
         """Holds the work at its first line about shards, however fast this machine is."""
         if "of 12 shards" in line:
             reached.set()
             assert stopped.wait(LIMIT)
 
-    preparation = begin(corpus, tiny_spec, "train", say)
-    preparation.start()
-    assert reached.wait(LIMIT)
-    preparation.stop()
-    stopped.set()
-    preparation.join()
+    preparation = begin(corpus, tiny_spec, "train")
+    with said(hold):
+        preparation.start()
+        assert reached.wait(LIMIT)
+        preparation.stop()
+        stopped.set()
+        preparation.join()
     left = _settled(preparation.store.uri)
     assert "manifest.json" not in left
     assert left.items() <= content(made.uri).items()
-    assert _settled(prepare(corpus, tiny_spec, "train", silent).uri) == content(made.uri)
+    assert _settled(prepare(corpus, tiny_spec, "train").uri) == content(made.uri)
 
 
 def _settled(uri: str) -> dict[str, bytes]:

@@ -43,8 +43,8 @@ GOLDEN_SHUFFLE = [3, 0, 7, 4, 5, 1, 6, 2]
 
 def test_chosen_is_the_wanted_share_and_depends_on_each_counter_alone() -> None:
     counters = np.arange(100_000)
-    drawn = rng.chosen(0.05, 7, counters)
+    drawn = rng.bernoulli_mask(0.05, 7, counters)
     assert abs(drawn.mean() - 0.05) < 0.003
-    assert (rng.chosen(0.05, 7, counters[500:900]) == drawn[500:900]).all()
-    assert rng.chosen(1.0, 7, counters).all()
-    assert not rng.chosen(0.0, 7, counters).any()
+    assert (rng.bernoulli_mask(0.05, 7, counters[500:900]) == drawn[500:900]).all()
+    assert rng.bernoulli_mask(1.0, 7, counters).all()
+    assert not rng.bernoulli_mask(0.0, 7, counters).any()

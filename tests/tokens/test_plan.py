@@ -11,7 +11,7 @@ from olora_ray.config.schema import Config
 from olora_ray.data.scan import scan
 from olora_ray.data.tokenize import TokenizerSpec
 from olora_ray.tokens import plan
-from olora_ray.tokens.store import prepare
+from olora_ray.tokens.prepare import prepare
 from tests.tokens import helpers
 
 
@@ -24,10 +24,7 @@ def text(path: Path, weight: float = 1.0) -> dict[str, Any]:
 
 
 def rows(config: Config, spec: TokenizerSpec, split: Any = "train") -> list[str]:
-    return [
-        row.removeprefix("<s>").removesuffix("</s>")
-        for row in helpers.texts(prepare(config, spec, split, helpers.silent))
-    ]
+    return [row.removeprefix("<s>").removesuffix("</s>") for row in helpers.texts(prepare(config, spec, split))]
 
 
 def test_a_weight_says_how_often_a_row_is_used(tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
@@ -70,7 +67,7 @@ def test_training_is_shuffled_and_evaluation_is_not(tmp_path: Path, tiny_spec: T
 def test_packs_are_not_sorted_by_length(tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
     lengths = np.random.default_rng(0).integers(2, 120, 2000)
     path = helpers.write_jsonl(tmp_path / "a.jsonl", [{"text": "x" * int(n)} for n in lengths])
-    store = prepare(helpers.config(tmp_path / "runs", text(path)), tiny_spec, "train", helpers.silent)
+    store = prepare(helpers.config(tmp_path / "runs", text(path)), tiny_spec, "train")
     longest = [max(store[index].segments) for index in range(len(store))]
     count = [len(store[index].segments) for index in range(len(store))]
     assert abs(np.corrcoef(longest, range(len(store)))[0, 1]) < 0.15
@@ -128,5 +125,5 @@ def test_the_digest_does_not_cover_where_things_are(tmp_path: Path, tiny_spec: T
     a, b = corpus(tmp_path / "a.jsonl", "a", 30), corpus(tmp_path / "elsewhere/z.jsonl", "a", 30)
     digests = set()
     for path, runs in ((a, "one"), (b, "two")):
-        digests.add(prepare(helpers.config(tmp_path / runs, text(path)), tiny_spec, "train", helpers.silent).digest)
+        digests.add(prepare(helpers.config(tmp_path / runs, text(path)), tiny_spec, "train").digest)
     assert len(digests) == 1

@@ -17,9 +17,11 @@ from olora_ray.config.schema import Config
 from olora_ray.data import scan
 from olora_ray.data.tokenize import TokenizerSpec
 from olora_ray.tokens import plan, shard, writer
-from olora_ray.tokens.store import TokenStore, begin, prepare
+from olora_ray.tokens.prepare import begin, prepare
+from olora_ray.tokens.store import TokenStore
+from tests.said import said
 from tests.tokens import helpers
-from tests.tokens.helpers import content, rows, silent
+from tests.tokens.helpers import content, rows
 from tests.tokens.test_growing import same
 
 Damage = dict[str, bytes | None]
@@ -48,7 +50,7 @@ def kept(folder: Path) -> dict[str, int]:
 def test_what_is_damaged_is_made_again_and_nothing_else(
     name: str, damage: str, complete: bool, corpus: Config, tiny_spec: TokenizerSpec
 ) -> None:
-    folder = Path(prepare(corpus, tiny_spec, "train", silent).uri)
+    folder = Path(prepare(corpus, tiny_spec, "train").uri)
     expected, before = content(str(folder)), kept(folder)
     if not complete:
         (folder / "manifest.json").unlink()
@@ -60,8 +62,8 @@ def test_what_is_damaged_is_made_again_and_nothing_else(
         else:
             # A digit becomes another: still JSON, but not what was written.
             path.write_bytes(text[:-20] if damage == "truncated" else text.replace(b"1", b"2", 1))
-    lines: list[str] = []
-    store = prepare(corpus, tiny_spec, "train", lines.append)
+    with said() as lines:
+        store = prepare(corpus, tiny_spec, "train")
     warned = [line for line in lines if "damaged or lost" in line]
     if complete and name == "shard-00003.json":  # nothing needs it while the manifest is good
         assert warned == []
@@ -80,28 +82,28 @@ def test_what_is_damaged_is_made_again_and_nothing_else(
 def test_a_shard_that_is_not_what_it_was_is_refused(
     corpus: Config, tiny_spec: TokenizerSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = Path(prepare(corpus, tiny_spec, "train", silent).uri)
+    folder = Path(prepare(corpus, tiny_spec, "train").uri)
     (folder / "shard-00003.arrow").unlink()
     original = shard.file_bytes
     monkeypatch.setattr(shard, "file_bytes", lambda table: original(table) + b" ")
     for _ in range(2):  # now, and when the next run finds it
         with pytest.raises(UserError, match=r"shard-00003\.arrow, made again, is not what it was"):
-            prepare(corpus, tiny_spec, "train", silent)
+            prepare(corpus, tiny_spec, "train")
 
 
 def test_a_stricter_limit_holds_for_a_store_that_needs_repair(tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
     path = helpers.write_jsonl(tmp_path / "a.jsonl", [*rows(50), {"x": 1}])
-    folder = prepare(helpers.config(tmp_path, path, max_rejected=0.5), tiny_spec, "train", silent).uri
+    folder = prepare(helpers.config(tmp_path, path, max_rejected=0.5), tiny_spec, "train").uri
     Path(folder, "shard-00000.arrow").unlink()
     with pytest.raises(UserError, match="1 of 51 rows cannot be used"):
-        prepare(helpers.config(tmp_path, path), tiny_spec, "train", silent)
+        prepare(helpers.config(tmp_path, path), tiny_spec, "train")
 
 
 def test_a_shard_that_was_finished_meanwhile_is_taken(
     corpus: Config, tiny_spec: TokenizerSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    preparation = begin(corpus, tiny_spec, "train", silent)  # sees nothing yet
-    folder = Path(prepare(corpus, tiny_spec, "train", silent).uri)
+    preparation = begin(corpus, tiny_spec, "train")  # sees nothing yet
+    folder = Path(prepare(corpus, tiny_spec, "train").uri)
     expected, before = content(str(folder)), kept(folder)
     monkeypatch.setattr(shard, "build", lambda *arguments: pytest.fail("made again"))
     preparation.run()
@@ -113,12 +115,12 @@ def _prepare_in_a_process(storage: str, source: str, start: Any, answers: Any) -
     plan.SHARD_ROWS = (64, 64)
     config = helpers.config(Path(storage), source)
     start.wait(30)
-    answers.put(prepare(config, helpers.spec(), "train", silent).digest)
+    answers.put(prepare(config, helpers.spec(), "train").digest)
 
 
 def test_two_processes_at_the_same_time(tmp_path: Path, tiny_spec: TokenizerSpec, small_shards: None) -> None:
     source = helpers.write_jsonl(tmp_path / "a.jsonl", [*rows(400), {"x": 1}])
-    alone = prepare(helpers.config(tmp_path / "alone", source), tiny_spec, "train", silent)
+    alone = prepare(helpers.config(tmp_path / "alone", source), tiny_spec, "train")
     context = multiprocessing.get_context("spawn")
     start, answers = context.Barrier(2), context.Queue()
     job = (str(tmp_path / "shared"), str(source), start, answers)
@@ -140,7 +142,7 @@ class Small:
         self.folder = folder
         source = helpers.write_jsonl(folder / "a.jsonl", [*rows(60), {"x": 1}])
         self.config = helpers.config(folder / "runs", source, max_rejected=0.5)
-        self.store = prepare(self.config, helpers.spec(), "train", silent)
+        self.store = prepare(self.config, helpers.spec(), "train")
         self.files = content(self.store.uri)
         self.packs = [self.store[index] for index in range(len(self.store))]
         self.origins = [self.store.origins(index) for index in range(len(self.store))]
@@ -200,9 +202,9 @@ def test_damage_never_gives_wrong_data(small: Small, data: st.DataObject, names:
         damage["manifest.json"] = None
     small.damaged(damage)
     growing = TokenStore.growing(small.store.uri, small.store.manifest.outline())
-    small.check(growing, growing.known)
+    small.check(growing, growing.available)
     try:
-        store = prepare(small.config, helpers.spec(), "train", silent)
+        store = prepare(small.config, helpers.spec(), "train")
     except UserError:
         return
     assert store.manifest == small.store.manifest
@@ -225,7 +227,7 @@ def test_a_damaged_scan_is_made_again(small: Small, data: st.DataObject) -> None
         path.unlink()
     else:
         path.write_bytes(found)
-    assert begin(small.config, helpers.spec(), "train", silent).store.digest == small.store.digest
+    assert begin(small.config, helpers.spec(), "train").store.digest == small.store.digest
     assert path.read_bytes() == good
 
 
@@ -242,12 +244,12 @@ def test_a_seal_fits_what_was_written_only(tree: dict[str, Any], data: st.DataOb
 
 def test_a_half_written_shard_is_not_taken_for_good(corpus: Config, tiny_spec: TokenizerSpec) -> None:
     """The sidecar of a shard is believed only together with a shard of that size."""
-    store = prepare(corpus, tiny_spec, "train", silent)
+    store = prepare(corpus, tiny_spec, "train")
     path = Path(store.uri, "shard-00000.arrow")
     path.write_bytes(path.read_bytes()[:-1])
     Path(store.uri, "manifest.json").unlink()
     growing = TokenStore.growing(store.uri, store.manifest.outline())
-    assert growing.known == 0
-    preparation = begin(corpus, tiny_spec, "train", silent)
+    assert growing.available == 0
+    preparation = begin(corpus, tiny_spec, "train")
     assert writer.small(preparation._job, preparation._found)
     assert preparation._found.missing == [0]

@@ -15,13 +15,16 @@ from olora_ray.config.schema import Config
 from olora_ray.data.tokenize import TokenizerSpec
 from olora_ray.tokens import prepare as preparation
 from olora_ray.tokens import ray_map, totals, writer
-from olora_ray.tokens.store import TokenStore, describe, prepare
+from olora_ray.tokens.prepare import prepare
+from olora_ray.tokens.preview import describe
+from olora_ray.tokens.store import TokenStore
+from tests.said import said
 from tests.tokens import helpers
-from tests.tokens.helpers import chat, content, rows, silent
+from tests.tokens.helpers import chat, content, rows
 
 
 def test_packs(corpus: Config, tiny_spec: TokenizerSpec) -> None:
-    store = prepare(corpus, tiny_spec, "train", silent)
+    store = prepare(corpus, tiny_spec, "train")
     manifest = store.manifest
     assert len(manifest.shards) == 12
     assert (manifest.rows, manifest.examples, manifest.rejected) == (741, 740, {"missing_field": 1})
@@ -49,7 +52,7 @@ def test_packs(corpus: Config, tiny_spec: TokenizerSpec) -> None:
 
 def test_origins_name_the_line(tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
     path = helpers.write_jsonl(tmp_path / "a.jsonl", rows(50))
-    store = prepare(helpers.config(tmp_path, path, packing=False), tiny_spec, "train", silent)
+    store = prepare(helpers.config(tmp_path, path, packing=False), tiny_spec, "train")
     for index in range(50):
         [origin] = store.origins(index)
         line = int(origin.removeprefix(f"{path}:"))
@@ -58,31 +61,31 @@ def test_origins_name_the_line(tmp_path: Path, tiny_spec: TokenizerSpec) -> None
 
 
 def test_a_complete_store_is_opened_without_work(corpus: Config, tiny_spec: TokenizerSpec, monkeypatch: Any) -> None:
-    store = prepare(corpus, tiny_spec, "train", silent)
+    store = prepare(corpus, tiny_spec, "train")
     monkeypatch.setattr(writer, "make", lambda *arguments: pytest.fail("made again"))
-    lines: list[str] = []
-    assert prepare(corpus, tiny_spec, "train", lines.append).uri == store.uri
+    with said() as lines:
+        assert prepare(corpus, tiny_spec, "train").uri == store.uri
     assert "made before" in lines[0]
 
 
 def test_what_is_done_is_not_made_again(corpus: Config, tiny_spec: TokenizerSpec) -> None:
     """As after a kill: no manifest, a shard without its sidecar, shards that are not there."""
-    store = prepare(corpus, tiny_spec, "train", silent)
+    store = prepare(corpus, tiny_spec, "train")
     before = content(store.uri)
     folder = Path(store.uri)
     for name in ("manifest.json", "rejected.jsonl", "shard-00003.json", "shard-00007.json", "shard-00007.arrow"):
         (folder / name).unlink()
     (folder / "shard-00003.arrow").write_bytes(b"half")
     kept = {path: path.stat().st_mtime_ns for path in folder.iterdir() if "00003" not in path.name}
-    lines: list[str] = []
-    prepare(corpus, tiny_spec, "train", lines.append)
+    with said() as lines:
+        prepare(corpus, tiny_spec, "train")
     assert content(store.uri) == before
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     assert "10 of 12 shards are there already" in lines[0]
 
 
 def test_a_store_travels_as_its_address(corpus: Config, tiny_spec: TokenizerSpec) -> None:
-    store = prepare(corpus, tiny_spec, "train", silent)
+    store = prepare(corpus, tiny_spec, "train")
     store[3]
     packed = pickle.dumps(store)
     assert len(packed) < 10_000
@@ -93,7 +96,7 @@ def test_a_remote_store_is_read_through_a_local_copy(
     corpus: Config, tiny_spec: TokenizerSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    local = prepare(corpus, tiny_spec, "train", silent)
+    local = prepare(corpus, tiny_spec, "train")
     remote = TokenStore.open(f"file://{local.uri}")
     assert all((remote[index].input_ids == local[index].input_ids).all() for index in range(len(local)))
     copies = list(tmp_path.glob(f"olora_ray-{os.getuid()}/tokens/{local.digest}/*.arrow"))
@@ -106,7 +109,7 @@ def test_a_remote_store_is_read_through_a_local_copy(
 
 @pytest.mark.parametrize("damage", ["truncated", "missing", "changed"])
 def test_a_damaged_shard_is_named(damage: str, corpus: Config, tiny_spec: TokenizerSpec) -> None:
-    store = prepare(corpus, tiny_spec, "train", silent)
+    store = prepare(corpus, tiny_spec, "train")
     path = Path(store.uri, "shard-00002.arrow")
     before = path.read_bytes()
     if damage == "missing":
@@ -118,7 +121,7 @@ def test_a_damaged_shard_is_named(damage: str, corpus: Config, tiny_spec: Tokeni
 
 
 def test_a_damaged_manifest_is_an_error(corpus: Config, tiny_spec: TokenizerSpec) -> None:
-    store = prepare(corpus, tiny_spec, "train", silent)
+    store = prepare(corpus, tiny_spec, "train")
     Path(store.uri, "manifest.json").write_text('{"digest": 1}')
     with pytest.raises(UserError, match=r"manifest\.json is damaged"):
         TokenStore.open(store.uri)
@@ -128,7 +131,7 @@ def test_a_damaged_manifest_is_an_error(corpus: Config, tiny_spec: TokenizerSpec
 
 def failure(config: Config, spec: TokenizerSpec, split: Any = "train") -> str:
     with pytest.raises(UserError) as caught:
-        prepare(config, spec, split, silent)
+        prepare(config, spec, split)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -153,7 +156,7 @@ def test_too_many_bad_rows_stop_the_run_with_counts_and_examples(tmp_path: Path,
     }
     assert all(entry["file"] == str(path) and entry["message"] for entry in entries)
     allowed = helpers.config(tmp_path / "runs", path, max_rejected=0.1)
-    assert prepare(allowed, tiny_spec, "train", silent).manifest.rejected == {
+    assert prepare(allowed, tiny_spec, "train").manifest.rejected == {
         "broken_json": 1,
         "empty_answer": 4,
         "too_long": 1,
@@ -180,7 +183,7 @@ def test_nothing_but_bad_rows(
     path = helpers.write_jsonl(tmp_path / "a.jsonl", [row] * 5)
     config = helpers.config(tmp_path / "runs", path, max_rejected=max_rejected)
     with pytest.raises(UserError, match=rf"data.train: none of the 5 rows can be used \({message}") as caught:
-        prepare(config, tiny_spec, "train", silent)
+        prepare(config, tiny_spec, "train")
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match=rf"none of the 5 rows that were read can be used \({message}"):
         describe(config, tiny_spec)
@@ -219,7 +222,7 @@ def test_nothing_held_out(tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
 def test_describe_a_small_corpus_exactly(corpus: Config, tiny_spec: TokenizerSpec, monkeypatch: Any) -> None:
     monkeypatch.undo()  # one shard, as in real life
     preview = describe(corpus, tiny_spec)
-    manifest = prepare(corpus, tiny_spec, "train", silent).manifest
+    manifest = prepare(corpus, tiny_spec, "train").manifest
     assert preview.exact
     assert (preview.rows, preview.packs) == (manifest.rows, manifest.packs)
     assert (preview.tokens, preview.supervised) == (manifest.tokens, manifest.supervised)
@@ -231,7 +234,7 @@ def test_describe_a_small_corpus_exactly(corpus: Config, tiny_spec: TokenizerSpe
 def test_describe_estimates_a_large_corpus_from_a_part(
     corpus: Config, tiny_spec: TokenizerSpec, monkeypatch: Any
 ) -> None:
-    manifest = prepare(corpus, tiny_spec, "train", silent).manifest
+    manifest = prepare(corpus, tiny_spec, "train").manifest
     for limit, all_bytes in ((200, 2**20), (200, 0), (10_000, 0)):
         monkeypatch.setattr("olora_ray.tokens.preview.SCAN_ALL", all_bytes)
         preview = describe(corpus, tiny_spec, limit)
@@ -257,7 +260,7 @@ def test_any_number_of_cpus_and_tasks_gives_the_same_bytes(
     monkeypatch: pytest.MonkeyPatch,
     ray_with: Callable[[int], None],
 ) -> None:
-    here = prepare(corpus, tiny_spec, "train", silent)
+    here = prepare(corpus, tiny_spec, "train")
     expected = content(here.uri)
     monkeypatch.setattr(writer, "MAKE_HERE", 0)
     monkeypatch.setattr(preparation, "SCAN_HERE", 0)
@@ -266,8 +269,8 @@ def test_any_number_of_cpus_and_tasks_gives_the_same_bytes(
         ray_with(cpus)
         monkeypatch.setattr(ray_map, "TASKS", tasks)
         run = corpus.run.model_copy(update={"storage": str(tmp_path / f"runs-{cpus}")})
-        lines: list[str] = []
-        store = prepare(corpus.model_copy(update={"run": run}), tiny_spec, "train", lines.append)
+        with said() as lines:
+            store = prepare(corpus.model_copy(update={"run": run}), tiny_spec, "train")
         assert store.digest == here.digest
         assert content(store.uri) == expected
         assert any("of 12 shards, fill 0.9" in line and "rows/s, ETA" in line for line in lines)

@@ -8,7 +8,8 @@ import torch
 
 from olora_ray.adapter import export
 from olora_ray.config.schema import Adapter
-from olora_ray.tracking import models, run
+from olora_ray.tracking import models
+from olora_ray.tracking.start import start_run
 from tests import tiny
 from tests.export_parts import Case, make_case, save_tokenizer
 
@@ -41,7 +42,7 @@ def add(database: Path, merged: Path, monkeypatch: pytest.MonkeyPatch) -> Callab
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
     def register(name: str) -> tuple[str, str]:
-        tracker = run.start(tiny.config(run__storage=str(database)), "test", {})
+        tracker = start_run(tiny.config(run__storage=str(database)), "test", {})
         tags = {"olora.eval_loss": "1.5000", "olora.data_digest": "0123456789abcdef"}
         return tracker.uri, str(models.register(tracker, merged, name, "challenger", tags))
 

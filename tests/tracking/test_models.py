@@ -6,6 +6,7 @@ import torch
 
 from olora_ray.common.errors import UserError
 from olora_ray.tracking import checksums, models, run
+from olora_ray.tracking.start import start_run
 from tests import tiny
 from tests.export_parts import Case, logits
 
@@ -21,13 +22,13 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def tracker(storage: Path, monkeypatch: pytest.MonkeyPatch) -> run.Tracker:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    return run.start(tiny.config(run__storage=str(storage)), "test", {})
+    return start_run(tiny.config(run__storage=str(storage)), "test", {})
 
 
 @pytest.fixture(scope="module")
 def registered(storage: Path, merged: Path) -> run.Tracker:
     """A run with version 1 of `triage`, alias candidate."""
-    tracker = run.start(tiny.config(run__storage=str(storage)), "test", {})
+    tracker = start_run(tiny.config(run__storage=str(storage)), "test", {})
     assert models.register(tracker, merged, "triage", "candidate", TAGS, base_name="org/base") == 1
     return tracker
 

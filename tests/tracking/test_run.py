@@ -11,8 +11,12 @@ from typing import Any
 import pytest
 
 from olora_ray.common.errors import UserError
-from olora_ray.config.schema import Config, flatten
+from olora_ray.config.dotted import flatten
+from olora_ray.config.schema import Config
+from olora_ray.tracking import client as client_module
 from olora_ray.tracking import run as tracking
+from olora_ray.tracking import start
+from olora_ray.tracking.start import resolve_uri, start_run
 from tests import tiny
 
 CLOSED = "http://127.0.0.1:9"
@@ -36,7 +40,7 @@ def settings(storage: Path) -> Config:
 
 @pytest.fixture
 def tracker(settings: Config) -> Iterator[tracking.Tracker]:
-    tracker = tracking.start(settings, "test", {"olora.method": "olora"})
+    tracker = start_run(settings, "test", {"olora.method": "olora"})
     yield tracker
     tracker.end()
 
@@ -57,17 +61,17 @@ def artifact(tracker: tracking.Tracker, name: str) -> Path:
 
 def test_where_runs_are_tracked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    assert tracking.resolve_uri(tiny.config(run__storage="runs")) == f"sqlite:///{tmp_path}/runs/mlflow.db"
-    assert tracking.resolve_uri(tiny.config(tracking__uri="sqlite:///a.db")) == f"sqlite:///{tmp_path}/a.db"
-    assert tracking.resolve_uri(tiny.config(tracking__uri="sqlite:////x/a.db")) == "sqlite:////x/a.db"
+    assert resolve_uri(tiny.config(run__storage="runs")) == f"sqlite:///{tmp_path}/runs/mlflow.db"
+    assert resolve_uri(tiny.config(tracking__uri="sqlite:///a.db")) == f"sqlite:///{tmp_path}/a.db"
+    assert resolve_uri(tiny.config(tracking__uri="sqlite:////x/a.db")) == "sqlite:////x/a.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://server:5000")
-    assert tracking.resolve_uri(tiny.config()) == "http://server:5000"
-    assert tracking.resolve_uri(tiny.config(tracking__uri="http://other")) == "http://other"
+    assert resolve_uri(tiny.config()) == "http://server:5000"
+    assert resolve_uri(tiny.config(tracking__uri="http://other")) == "http://other"
 
 
 def test_a_remote_storage_needs_a_server() -> None:
     with pytest.raises(UserError, match=r"tracking\.uri: not set.*s3://bucket/runs"):
-        tracking.resolve_uri(tiny.config(run__storage="s3://bucket/runs"))
+        resolve_uri(tiny.config(run__storage="s3://bucket/runs"))
 
 
 class NotMlflow(BaseHTTPRequestHandler):
@@ -108,7 +112,7 @@ def test_an_address_where_nothing_is_gets_one_line_within_seconds(uri: str, mess
 
     begin = time.perf_counter()
     with pytest.raises(UserError, match=message) as caught:
-        tracking.check(uri)
+        client_module.check(uri)
     assert time.perf_counter() - begin < 8
     assert str(caught.value).startswith("tracking.uri=")
     assert "\n" not in str(caught.value)
@@ -116,13 +120,13 @@ def test_an_address_where_nothing_is_gets_one_line_within_seconds(uri: str, mess
 
 def test_a_server_that_is_not_mlflow(other_server: str) -> None:
     with pytest.raises(UserError, match="something answers, but not an MLflow server with this path") as caught:
-        tracking.check(other_server)
+        client_module.check(other_server)
     assert "\n" not in str(caught.value)
 
 
 def test_start_checks_the_address_first() -> None:
     with pytest.raises(UserError, match="no MLflow server answers"):
-        tracking.start(tiny.config(tracking__uri=CLOSED), "test", {})
+        start_run(tiny.config(tracking__uri=CLOSED), "test", {})
 
 
 def test_a_run_has_tags_and_a_place_beside_the_storage(tracker: tracking.Tracker, storage: Path) -> None:
@@ -139,11 +143,11 @@ def test_the_commit_is_that_of_the_scripts_checkout(tmp_path: Path, monkeypatch:
     import sys
 
     monkeypatch.setattr(sys, "argv", [str(tmp_path / "finetune.py")])
-    assert "mlflow.source.git.commit" not in tracking._context_tags()
+    assert "mlflow.source.git.commit" not in start._context_tags()
     who = ["-c", "user.name=a", "-c", "user.email=a@b"]
     for command in (["init", "-q"], [*who, "commit", "-q", "--allow-empty", "-m", "x"]):
         subprocess.check_call(["git", "-C", str(tmp_path), *command])
-    commit = tracking._context_tags()["mlflow.source.git.commit"]
+    commit = start._context_tags()["mlflow.source.git.commit"]
     assert len(commit) == 40
     assert set(commit) <= set("0123456789abcdef")
 
@@ -226,7 +230,7 @@ def test_system_metrics_until_the_end(tracker: tracking.Tracker) -> None:
 
 def test_a_run_goes_on_under_its_id(tracker: tracking.Tracker, settings: Config) -> None:
     tracker.end("FAILED")
-    again = tracking.start(settings, "test", {}, tracker.run_id)
+    again = start_run(settings, "test", {}, tracker.run_id)
     assert again.run_id == tracker.run_id
     assert run_of(again).info.status == "RUNNING"
 
@@ -236,21 +240,21 @@ def test_a_run_that_is_gone_is_replaced(
 ) -> None:
     tracker.client().delete_run(tracker.run_id)
     for gone in (tracker.run_id, "0" * 32):
-        again = tracking.start(settings, "test", {}, gone)
+        again = start_run(settings, "test", {}, gone)
         assert again.run_id != gone
         assert f"MLflow run {gone} is gone" in caplog.text
 
 
 def test_a_deleted_experiment(settings: Config, storage: Path) -> None:
     other = tiny.config(run__storage=str(storage), tracking__experiment="gone")
-    client = tracking.connect(tracking.resolve_uri(settings))
+    client = client_module.connect(resolve_uri(settings))
     client.delete_experiment(client.create_experiment("gone"))
     with pytest.raises(UserError, match=r"tracking\.experiment: 'gone' was deleted"):
-        tracking.start(other, "test", {})
+        start_run(other, "test", {})
 
 
 def test_nothing_is_printed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    tracker = tracking.start(tiny.config(run__storage=str(tmp_path / "fresh")), "test", {})
+    tracker = start_run(tiny.config(run__storage=str(tmp_path / "fresh")), "test", {})
     tracker.metrics({0: {"a": 1.0}})
     tracker.watch_system(0.1)
     tracker.end()

@@ -18,7 +18,8 @@ from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
 from olora_ray.tracking import client as reach
 from olora_ray.tracking import run, write_queue
-from olora_ray.tracking.write_queue import Pairs
+from olora_ray.tracking.start import start_run
+from olora_ray.tracking.write_queue import SeenPoints
 from tests import tiny
 from tests.mlflow_server import Server
 
@@ -71,9 +72,9 @@ class Outage:
     """What was seen while the server was away."""
 
     training: run.Tracker
-    """A run that goes on training."""
+    """A run that continues training."""
     taken_up: run.Tracker
-    """A run whose driver was killed, taken up again while the server was away."""
+    """A run whose driver was killed, resumed while the server was away."""
     longest_call: float = 0.0
     others: list[str] = field(default_factory=list)
     """Threads of other tests' trackers."""
@@ -95,14 +96,14 @@ class Kept(logging.Handler):
 
 @pytest.fixture(scope="module")
 def outage(server: Server) -> Iterator[Outage]:
-    """The story: two runs are written to, the server is killed, both go on, the server comes back."""
+    """The story: two runs are written to, the server is killed, both continue, the server comes back."""
     config, kept, others = settings(server.uri), Kept(), threads()
     logging.getLogger().addHandler(kept)
     try:
-        training = run.start(config, "training", {})
+        training = start_run(config, "training", {})
         training.watch_system(0.2)
         training.metrics(rows(0, 20))
-        killed = run.start(config, "killed driver", {})
+        killed = start_run(config, "killed driver", {})
         killed.params({"a": 1})
         killed.metrics(rows(0, 30))
         assert training.flush(20)
@@ -110,7 +111,7 @@ def outage(server: Server) -> Iterator[Outage]:
         killed._outbox.close()  # its driver has gone, its run is still RUNNING
         time.sleep(1)
         server.kill()
-        seen = Outage(training, run.start(config, "killed driver", {}, killed.run_id))
+        seen = Outage(training, start_run(config, "killed driver", {}, killed.run_id))
         _away(seen)
         server.start()
         server.wait()
@@ -137,7 +138,9 @@ def _away(seen: Outage) -> None:
     seen.pending = seen.taken_up.pending
 
     def upload() -> None:
-        with pytest.raises(run.TrackingAway, match=r"^tracking\.uri=http://.*: MLflow does not answer \(.*refused"):
+        with pytest.raises(
+            reach.TrackingUnavailable, match=r"^tracking\.uri=http://.*: MLflow does not answer \(.*refused"
+        ):
             seen.training.text("x", "x.txt")
 
     seen.upload = seconds(upload)
@@ -177,7 +180,7 @@ def test_one_line_when_it_goes_and_one_when_it_is_back(outage: Outage) -> None:
     assert len(gone) == len(back) == 2  # one a tracker
     assert "MLflow answers again, 40 values written" in back  # of the 100, those it did not have
     assert set(outage.messages) == {*gone, *back}
-    assert all(line.endswith("); metrics wait and training goes on") and len(line) < 160 for line in gone), gone
+    assert all(line.endswith("); metrics wait and training continues") and len(line) < 160 for line in gone), gone
 
 
 def test_metrics_of_the_machine_go_on(outage: Outage) -> None:
@@ -236,7 +239,7 @@ class Proxy:
 
 def test_a_batch_whose_answer_was_lost_is_not_written_twice(server: Server, outage: Outage) -> None:
     proxy = Proxy(server.port)
-    tracker = run.start(settings(proxy.uri), "cut", {})
+    tracker = start_run(settings(proxy.uri), "cut", {})
     proxy.cuts = 3
     tracker.metrics(rows(0, 10) | {3: {"train/loss": 0.25, "train/lr": 0.3, "eval/loss": float("nan")}})
     tracker.metrics(rows(10, 20))
@@ -256,7 +259,7 @@ def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def local(database: str, run_id: str | None = None) -> run.Tracker:
     config = tiny.config(tracking__uri=database, run__storage=str(Path(database.removeprefix("sqlite:///")).parent))
-    return run.start(config, "local", {}, run_id)
+    return start_run(config, "local", {}, run_id)
 
 
 @contextlib.contextmanager
@@ -280,9 +283,9 @@ def test_a_locked_database_is_waited_for(
         going_on.metrics(rows(0, 5))
         again = local(database, first.run_id)
         again.metrics(rows(0, 10))
-        with pytest.raises(run.TrackingAway, match="database is locked"):
+        with pytest.raises(reach.TrackingUnavailable, match="database is locked"):
             again.text("x", "x.txt")
-        with pytest.raises(run.TrackingAway, match="database is locked"):
+        with pytest.raises(reach.TrackingUnavailable, match="database is locked"):
             local(database)
         assert not again.flush(1.5)
         assert again.pending == 20
@@ -372,23 +375,25 @@ def test_the_end_says_so_when_mlflow_does_not_answer() -> None:
     tracker = run.Tracker(CLOSED, "0" * 32)
     tracker.watch_system(0.1)
     tracker.metrics(rows(0, 3))
-    with pytest.raises(run.TrackingAway, match=r"^tracking\.uri=http://127\.0\.0\.1:9: MLflow does not answer \("):
+    with pytest.raises(
+        reach.TrackingUnavailable, match=r"^tracking\.uri=http://127\.0\.0\.1:9: MLflow does not answer \("
+    ):
         tracker.end("FAILED", seconds=0.5)
     assert threads() == others
 
 
 def test_a_new_run_needs_mlflow_and_a_known_one_does_not() -> None:
-    with pytest.raises(run.TrackingAway, match="no MLflow server answers"):
-        run.start(settings(CLOSED), "new", {})
-    known = run.start(settings(CLOSED), "known", {}, "0" * 32)
+    with pytest.raises(reach.TrackingUnavailable, match="no MLflow server answers"):
+        start_run(settings(CLOSED), "new", {})
+    known = start_run(settings(CLOSED), "known", {}, "0" * 32)
     assert known.run_id == "0" * 32
     known._outbox.close()
 
 
 def test_a_wrong_address_is_not_waited_for() -> None:
     with pytest.raises(UserError, match="not an address MLflow knows") as caught:
-        run.start(settings("foo://somewhere"), "known", {}, "0" * 32)
-    assert not isinstance(caught.value, run.TrackingAway)
+        start_run(settings("foo://somewhere"), "known", {}, "0" * 32)
+    assert not isinstance(caught.value, reach.TrackingUnavailable)
 
 
 def test_a_server_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -399,7 +404,7 @@ def test_a_server_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
         uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
 
         def ask() -> None:
-            with pytest.raises(run.TrackingAway, match=r"timed out|timeout"), run.reachable(uri):
+            with pytest.raises(reach.TrackingUnavailable, match=r"timed out|timeout"), reach.reachable(uri):
                 raise AssertionError("nobody answers")
 
         assert seconds(ask) < 6
@@ -434,18 +439,18 @@ def test_a_reason_is_short(text: str, core: str) -> None:
 
 def test_inside_reachable_other_errors_stay_as_they_are(database: str) -> None:
     local(database).end()
-    with pytest.raises(OSError, match="No space"), run.reachable(database):
+    with pytest.raises(OSError, match="No space"), reach.reachable(database):
         raise OSError("No space left on device")
-    with pytest.raises(run.TrackingAway, match="reset by peer"), run.reachable(database):
+    with pytest.raises(reach.TrackingUnavailable, match="reset by peer"), reach.reachable(database):
         raise ConnectionResetError("reset by peer")
 
 
 def test_uploads_get_more_time(database: str) -> None:
     local(database).end()
     name = "MLFLOW_HTTP_REQUEST_TIMEOUT"
-    with run.reachable(database, upload=True):
+    with reach.reachable(database, upload=True):
         assert os.environ[name] == "120"
-        with run.reachable(database, upload=True):
+        with reach.reachable(database, upload=True):
             pass
         assert os.environ[name] == "120"
     assert os.environ[name] == "8"
@@ -470,13 +475,13 @@ def test_what_there_is_no_room_for_may_come_again(
 
 
 def test_pairs_are_a_set() -> None:
-    dice, pairs, expected = random.Random(0), Pairs(), set()
+    dice, pairs, expected = random.Random(0), SeenPoints(), set()
     for _ in range(3000):
         pair = dice.choice("ab"), dice.randrange(-1100, 1100)
         assert (pair in pairs) == (pair in expected)
         assert pairs.add(*pair) == (pair not in expected)
         expected.add(pair)
-    both, other = Pairs(), Pairs()
+    both, other = SeenPoints(), SeenPoints()
     other.add("a", 1 << 50)
     both.update(pairs)
     both.update(other)

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from olora_ray.adapter.factors import AdapterWeights, Factors
 from olora_ray.common.errors import UserError
 from olora_ray.train import checkpoint, checkpoints
-from olora_ray.train.checkpoints import Keeper
+from olora_ray.train.checkpoints import CheckpointManager
 from olora_ray.train.state import TrainState
+from tests.said import said
 
 
 def writer(step: int, numbers: int = 5) -> Callable[[Path], None]:
@@ -28,12 +29,8 @@ def writer(step: int, numbers: int = 5) -> Callable[[Path], None]:
     return lambda folder: checkpoint.save(folder, {"q": weights}, None, optimizer, TrainState(step), {"base": "b"}, "")
 
 
-def quiet(line: str) -> None:
-    raise AssertionError(f"unexpected line: {line}")
-
-
-def filled(place: str, *steps: int, keep: int = 9) -> Keeper:
-    found = Keeper(place, keep, quiet)
+def filled(place: str, *steps: int, keep: int = 9) -> CheckpointManager:
+    found = CheckpointManager(place, keep)
     for step in steps:
         found.save(step, writer(step))
     found.finish()
@@ -48,9 +45,9 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 def test_the_newest_checkpoint_comes_back(place: str) -> None:
-    assert checkpoints.newest(place, quiet) is None
+    assert checkpoints.latest_good(place) is None
     filled(place, 0, 2, 10)
-    found = checkpoints.newest(place, quiet)
+    found = checkpoints.latest_good(place)
     assert found is not None
     assert found[0].endswith("step-0000010")
     assert found[1].state.step == 10
@@ -58,7 +55,7 @@ def test_the_newest_checkpoint_comes_back(place: str) -> None:
 
 def test_the_time_of_each_checkpoint_is_told(place: str) -> None:
     told: list[tuple[int, float]] = []
-    found = Keeper(place, 9, quiet, saved=lambda step, seconds: told.append((step, seconds)))
+    found = CheckpointManager(place, 9, saved=lambda step, seconds: told.append((step, seconds)))
     found.save(0, writer(0))
     found.save(2, writer(2))
     found.finish()
@@ -74,8 +71,8 @@ def test_old_ones_go_only_after_a_new_one_is_there(place: str) -> None:
 def test_one_that_is_damaged_is_passed_over_with_a_warning(place: str, tmp_path: Path) -> None:
     filled(place, 2, 4)
     (tmp_path / "checkpoints" / "step-0000004" / "optimizer.safetensors").write_bytes(b"")
-    lines: list[str] = []
-    found = checkpoints.newest(place, lines.append)
+    with said() as lines:
+        found = checkpoints.latest_good(place)
     assert found is not None
     assert found[1].state.step == 2
     (line,) = lines
@@ -87,7 +84,7 @@ def test_a_damaged_one_is_replaced_when_its_step_comes_again(place: str, tmp_pat
     filled(place, 2, 4)
     (tmp_path / "checkpoints" / "step-0000004" / "manifest.json").write_text("{")
     filled(place, 4)
-    found = checkpoints.newest(place, quiet)
+    found = checkpoints.latest_good(place)
     assert found is not None
     assert found[1].state.step == 4
 
@@ -96,7 +93,7 @@ def test_what_a_killed_process_left_is_no_checkpoint_and_is_swept(tmp_path: Path
     filled(str(tmp_path), 2)
     shutil.copytree(tmp_path / "step-0000002", tmp_path / ".step-0000004.abc.tmp")
     assert checkpoints.names(str(tmp_path)) == ["step-0000002"]
-    Keeper(str(tmp_path), 2, quiet)
+    CheckpointManager(str(tmp_path), 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-0000002"]
 
 
@@ -119,7 +116,7 @@ def test_nothing_has_the_name_of_a_checkpoint_while_it_is_written(tmp_path: Path
 
 def test_training_does_not_wait_for_the_disk(tmp_path: Path) -> None:
     go_on = threading.Event()
-    found = Keeper(str(tmp_path), 2, quiet)
+    found = CheckpointManager(str(tmp_path), 2)
     found.save(2, lambda folder: (go_on.wait(10), writer(2)(folder))[1])
     go_on.set()  # reached although nothing is written yet
     found.finish()
@@ -143,15 +140,15 @@ def test_a_full_disk_is_tried_again_then_told_and_the_good_one_stays(
 ) -> None:
     monkeypatch.setattr(checkpoints, "PAUSES", (0.01, 0.01))
     filled(str(small_disk), 2)
-    lines: list[str] = []
-    found = Keeper(str(small_disk), 1, lines.append)
-    found.save(4, writer(4, numbers=20_000))
-    with pytest.raises(UserError, match=r"run\.storage: the last checkpoint cannot be written .*: .*[Nn]o space"):
-        found.finish()
+    found = CheckpointManager(str(small_disk), 1)
+    with said() as lines:
+        found.save(4, writer(4, numbers=20_000))
+        with pytest.raises(UserError, match=r"run\.storage: the last checkpoint cannot be written .*: .*[Nn]o space"):
+            found.finish()
     assert [line.startswith("warning: the checkpoint of step 4 is tried again: ") for line in lines[:2]] == [True] * 2
-    assert "given up after 3 attempts; training goes on, the last one is step-0000002" in lines[2]
+    assert "given up after 3 attempts; training continues, the last one is step-0000002" in lines[2]
     assert [path.name for path in small_disk.iterdir()] == ["step-0000002"]
-    newest = checkpoints.newest(str(small_disk), quiet)
+    newest = checkpoints.latest_good(str(small_disk))
     assert newest is not None
 
 
@@ -159,15 +156,10 @@ def test_room_that_comes_back_in_time_is_used(small_disk: Path, monkeypatch: pyt
     monkeypatch.setattr(checkpoints, "PAUSES", (0.2, 0.2, 0.2, 0.2))
     ballast = small_disk / "ballast"
     ballast.write_bytes(b"x" * 190_000)
-    lines: list[str] = []
-
-    def tell(line: str) -> None:
-        lines.append(line)
-        ballast.unlink(missing_ok=True)
-
-    found = Keeper(str(small_disk), 1, tell)
-    found.save(4, writer(4, numbers=2000))
-    found.finish()
+    found = CheckpointManager(str(small_disk), 1)
+    with said(lambda line: ballast.unlink(missing_ok=True)) as lines:
+        found.save(4, writer(4, numbers=2000))
+        found.finish()
     assert len(lines) == 1
     assert checkpoints.names(str(small_disk)) == ["step-0000004"]
 
@@ -176,7 +168,7 @@ def test_a_bug_while_writing_is_raised_in_the_thread_that_trains(tmp_path: Path)
     def broken(folder: Path) -> None:
         raise KeyError("ours")
 
-    found = Keeper(str(tmp_path), 2, quiet)
+    found = CheckpointManager(str(tmp_path), 2)
     found.save(2, broken)
     with pytest.raises(KeyError, match="ours"):
         found.save(4, writer(4))
@@ -198,7 +190,7 @@ def test_whatever_is_damaged_the_newest_good_one_is_found(tmp_path: Path, data: 
         else:
             content = content[: data.draw(st.integers(0, max(0, len(content) - 1)))]
         file.write_bytes(bytes(content))
-    found = checkpoints.newest(str(place), lambda line: None)
+    found = checkpoints.latest_good(str(place))
     # A flipped byte of a manifest can be a blank: then the checkpoint is still good.
     assert (found[1].state.step if found else None) in [*broken, max({2, 4, 6} - broken, default=None)]
     if found:

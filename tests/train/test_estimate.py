@@ -43,7 +43,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def estimated(model: Path, rank: int) -> int:
     config = settings(model, rank)
-    return estimate(config, obtain(config, print, Path)).total_bytes()
+    return estimate(config, obtain(config)).total_bytes()
 
 
 def grown(model: Path, rank: int) -> int:
@@ -74,7 +74,7 @@ def test_the_estimate_is_near_what_a_worker_takes(model: Path) -> None:
 
 def test_gpus_that_are_not_here_are_taken_to_use_bfloat16(tmp_path: Path) -> None:
     config = tiny.config(model__name=str(project.make_model(tmp_path / "tiny")))
-    base = obtain(config, print, Path)
+    base = obtain(config)
     size = estimate(config, base, gpu=True)
     assert size.base_bytes == 2 * size.parameters
 
@@ -89,8 +89,8 @@ def _train(folder: str, rank: int) -> tuple[int, int]:
     """(bytes after the imports, peak of three steps with an evaluation's copy), as a worker trains."""
     import torch
 
-    from olora_ray.model.source import load_model
-    from olora_ray.train.loader import Feed
+    from olora_ray.model.load import load_model
+    from olora_ray.train.loader import StepLoader
     from olora_ray.train.malloc import keep_freed_memory
     from olora_ray.train.schedule import Schedule
     from tests.tiny import trainer
@@ -102,7 +102,7 @@ def _train(folder: str, rank: int) -> tuple[int, int]:
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
     made = trainer(config, model=load_model(folder, config.model, torch.device("cpu")))
     store = tiny.ListStore([tiny.pack(30, 30, seed=seed) for seed in range(3)])
-    feed = Feed(store, config.train, config.run.seed, "segments", 0, 1)  # type: ignore[arg-type]
+    feed = StepLoader(store, config.train, config.run.seed, "segments", 0, 1)  # type: ignore[arg-type]
     schedule = Schedule(config.train.model_copy(update={"steps": 3}), store)  # type: ignore[arg-type]
     best = None
     for _ in made.steps(feed, 0, schedule):

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from olora_ray.train.fast_norm import LightRMSNorm, lighten
+from olora_ray.train.fast_norm import LightRMSNorm, patch_rms_norm
 
 
 def norm(dtype: torch.dtype) -> nn.Module:
@@ -26,7 +26,7 @@ def forward_backward(module: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Ten
 def test_same_bits_and_gradient(dtype: torch.dtype, tolerance: float) -> None:
     module = norm(dtype)
     y, gradient = forward_backward(module, dtype)
-    assert lighten(module) == 1
+    assert patch_rms_norm(module) == 1
     assert isinstance(module, LightRMSNorm)
     light, light_gradient = forward_backward(module, dtype)
     assert torch.equal(y, light)
@@ -35,4 +35,4 @@ def test_same_bits_and_gradient(dtype: torch.dtype, tolerance: float) -> None:
 
 def test_other_norms_stay() -> None:
     trainable = norm(torch.float32).requires_grad_(True)
-    assert lighten(nn.ModuleList([GemmaRMSNorm(24).requires_grad_(False), trainable, nn.LayerNorm(24)])) == 0
+    assert patch_rms_norm(nn.ModuleList([GemmaRMSNorm(24).requires_grad_(False), trainable, nn.LayerNorm(24)])) == 0

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from olora_ray.config.schema import Train
 from olora_ray.tokens.store import order
 from olora_ray.train import loader
-from olora_ray.train.loader import Feed, Waiting, total_steps
+from olora_ray.train.loader import StepLoader, Waiting, total_steps
 from olora_ray.train.schedule import Schedule
 from tests.train.test_schedule import arriving, fast, sizes_of, store
 
@@ -21,8 +21,8 @@ __all__ = ["fast"]
 SEED = 3
 
 
-def reader(found: Any, train: Train, worker: int = 0, workers: int = 1, waiting: Waiting | None = None) -> Feed:
-    return Feed(found, train, SEED, "segments", worker, workers, waiting)
+def reader(found: Any, train: Train, worker: int = 0, workers: int = 1, waiting: Waiting | None = None) -> StepLoader:
+    return StepLoader(found, train, SEED, "segments", worker, workers, waiting)
 
 
 @given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 5))
@@ -37,7 +37,7 @@ def test_shares_are_even_to_one_and_blanks_make_them_equal(batch: int, workers: 
     assert all(len(group) == micro for part in parts for group in part.sequences[:-1])
     assert all(1 <= len(part.sequences[-1]) <= micro for part in parts)
     most = max(len(part.micro) for part in parts)
-    assert [part.blank for part in parts] == [most - len(part.micro) for part in parts]
+    assert [part.padding_batches for part in parts] == [most - len(part.micro) for part in parts]
     assert len({part.supervised for part in parts}) == 1
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
 from olora_ray.train import checkpoint
-from olora_ray.train.loader import Feed, total_steps
+from olora_ray.train.loader import StepLoader, total_steps
 from olora_ray.train.loop import StepResult, Trainer, evaluate
 from olora_ray.train.schedule import Schedule
 from olora_ray.train.state import TrainState
@@ -22,8 +22,8 @@ from tests.crew import Crew
 STEPS = 5
 
 
-def feed(store: Any, settings: Config, attention: str = "segments", worker: int = 0) -> Feed:
-    return Feed(store, settings.train, settings.run.seed, attention, worker, settings.cluster.workers)
+def feed(store: Any, settings: Config, attention: str = "segments", worker: int = 0) -> StepLoader:
+    return StepLoader(store, settings.train, settings.run.seed, attention, worker, settings.cluster.workers)
 
 
 def schedule(store: Any, settings: Config, steps: int = STEPS) -> Schedule:

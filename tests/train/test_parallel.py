@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from olora_ray.config.schema import Config
 from olora_ray.train.generate import Question, answer
-from olora_ray.train.loader import Feed
+from olora_ray.train.loader import StepLoader
 from olora_ray.train.loop import Trainer, evaluate
 from olora_ray.train.parallel import decoder_layers
 from olora_ray.train.schedule import Schedule
@@ -30,7 +30,7 @@ def trained(strategy: str, steps: int = 2, tied: bool = False) -> tuple[Trainer,
     )
     gradients: list[Tensor] = []
     trainer.optimizer.inner.register_step_pre_hook(lambda *_: gradients.append(trainer.flat.grad.clone()))
-    feed = Feed(tiny.store(), settings.train, settings.run.seed, "segments", dist.get_rank(), 2)
+    feed = StepLoader(tiny.store(), settings.train, settings.run.seed, "segments", dist.get_rank(), 2)
     losses, first = [], None
     for result in trainer.steps(feed, 0, _schedule(settings, steps)):
         losses.append(result.loss)
@@ -63,7 +63,7 @@ def _answers(strategy: str, eos: int) -> list[list[list[int]]]:
     trainer = tiny.trainer(settings, strategy=strategy)
     evaluate(trainer, tiny.store(3), "segments", rank, 2)
     before = answer(trainer, QUESTIONS, 6, [eos], rank, 2, batch=2)
-    feed = Feed(tiny.store(), settings.train, settings.run.seed, "segments", rank, 2)
+    feed = StepLoader(tiny.store(), settings.train, settings.run.seed, "segments", rank, 2)
     list(trainer.steps(feed, 0, _schedule(settings, 4)))
     return [before, answer(trainer, QUESTIONS, 6, [eos], rank, 2, batch=2)]
 
@@ -93,7 +93,7 @@ def _uneven(strategy: str, micro: int) -> tuple[float, Tensor, int]:
     trainer.optimizer.inner.register_step_pre_hook(lambda *_: gradients.append(trainer.flat.grad.clone()))
     runs: list[int] = []
     trainer.loss.register_forward_hook(lambda *_: runs.append(1))
-    feed = Feed(tiny.store(), settings.train, settings.run.seed, "segments", dist.get_rank(), 2)
+    feed = StepLoader(tiny.store(), settings.train, settings.run.seed, "segments", dist.get_rank(), 2)
     result = next(trainer.steps(feed, 0, _schedule(settings, 1)))
     return result.loss, gradients[0], len(runs)
 
@@ -112,7 +112,7 @@ def test_fsdp_equals_ddp_with_uneven_shares(crew: Callable[[int], Crew], micro: 
 def test_a_blank_changes_no_gradient() -> None:
     settings = tiny.config(train__micro_batch=1, train__global_batch=2)
     trainer, store = tiny.trainer(settings), tiny.store(2)
-    data = Feed(store, settings.train, settings.run.seed, "segments").read(0)
+    data = StepLoader(store, settings.train, settings.run.seed, "segments").read(0)
     for batch in data.micro:
         trainer.loss(batch).backward()
     before = trainer.flat.grad.clone()

@@ -33,7 +33,7 @@ def arriving(sizes: list[int]) -> tuple[Any, Any]:
     growing = store(sizes, 0)
 
     def waiting(number: int, shards: int) -> None:
-        assert (number, shards) == (growing.known_shards, len(sizes))
+        assert (number, shards) == (growing.available_shards, len(sizes))
         growing.arrived = max(growing.arrived, number + 1)
 
     return growing, waiting

@@ -1,4 +1,4 @@
-"""The learning curves of a search: who went on, who was stopped where, and what became of the best."""
+"""The learning curves of a search: who continued, who was stopped where, and what became of the best."""
 
 import math
 from typing import TYPE_CHECKING, Any

@@ -25,7 +25,7 @@ _DESCRIBED = {
 def write(record: SearchRecord, folder: str) -> list[str]:
     """Write report.html, the figures as PNG and leaderboard.json into `folder`, a path or URI; what was written.
 
-    Files of an earlier report are replaced, so it can be called while the search goes on.
+    Files of an earlier report are replaced, so it can be called while the search continues.
     """
     pictures = {name: _png(draw(record)) for name, draw in FIGURES.items()}
     written = []

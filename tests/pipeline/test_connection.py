@@ -11,10 +11,10 @@ SCRIPT = """
 from olora_ray.common.quiet import quiet_environment
 quiet_environment()
 import ray, requests
-from olora_ray.pipeline import fit
+from olora_ray.pipeline.connection import connect
 from tests import tiny
 
-with fit.connect(tiny.config(), print):
+with connect(tiny.config()):
     page = ray._private.worker.global_worker.node.address_info["webui_url"]
     print("page", page, requests.get(f"http://{page}/api/jobs/", timeout=10).status_code)
 """

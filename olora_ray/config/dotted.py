@@ -1,0 +1,74 @@
+"""Dotted fields: a config as flat names and values, and changes given by such names."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from olora_ray.common import secrets
+from olora_ray.common.errors import UserError
+from olora_ray.config.schema import Config
+from olora_ray.config.yaml_io import parse_yaml
+
+
+def parse_assignments(words: list[str]) -> dict[str, Any]:
+    """`section.field=value` words of a command line as changes; values are YAML."""
+    changes = {}
+    for word in words:
+        field, equals, value = word.partition("=")
+        if not equals or "." not in field:
+            raise UserError(f"argument {secrets.mask(word)!r}: expected section.field=value")
+        changes[field] = parse_yaml(value, f"argument {secrets.mask(word)!r}")
+    return changes
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """Dotted field -> plain value, for MLflow parameters and comparisons."""
+    return dict(leaves(config.model_dump(mode="json"), ""))
+
+
+def leaves(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    """Dotted name and plain value of all below `prefix`; of lists only those of mappings are entered."""
+    items: Any = ()
+    if isinstance(value, dict) and value:
+        items = value.items()
+    elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        items = enumerate(value)
+    else:
+        yield prefix, value
+    for key, item in items:
+        yield from leaves(item, f"{prefix}.{key}" if prefix else str(key))
+
+
+def changed(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a nested mapping with dotted fields set; raises UserError for a field that cannot be reached."""
+    result: dict[str, Any] = {key: _copy(value) for key, value in tree.items()}
+    for field, value in changes.items():
+        node: Any = result
+        *parents, last = field.split(".")
+        for part in parents:
+            node = _child(node, part, field)
+        if isinstance(node, list):
+            if not last.isdigit() or int(last) >= len(node):
+                raise UserError(f"{field}: the list has {len(node)} entries, counted from 0")
+            node[int(last)] = value
+        else:
+            node[last] = value
+    return result
+
+
+def _child(node: Any, part: str, field: str) -> Any:
+    if isinstance(node, list) and part.isdigit() and int(part) < len(node):
+        return node[int(part)]
+    if isinstance(node, dict):
+        if node.get(part) is None:
+            node[part] = {}
+        if isinstance(node[part], dict | list):
+            return node[part]
+    raise UserError(f"{field}: {part!r} has no fields to set")
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _copy(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_copy(item) for item in value]
+    return value

@@ -1,0 +1,60 @@
+"""Configs from YAML files and nested mappings, validated as a whole, and written back."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from olora_ray.common import secrets
+from olora_ray.common.errors import UserError
+from olora_ray.config.dotted import changed
+from olora_ray.config.messages import explain, instead, texts
+from olora_ray.config.schema import AnySection, Config
+from olora_ray.config.yaml_io import Dumper, parse_yaml
+
+
+def load(path: str | Path, changes: Mapping[str, Any] | None = None) -> Config:
+    """Read a config file and apply dotted `changes`.
+
+    Raises UserError that lists every problem with its field.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"config file {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"config file {path}: not UTF-8 text") from None
+    tree = parse_yaml(text, str(path))
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected sections (run:, model:, data:, ...), found {type(tree).__name__}")
+    return build(changed(tree, changes or {}), str(path))
+
+
+def build(tree: Mapping[str, Any], where: str = "config") -> Config:
+    """Validate a nested mapping into a Config; raises UserError with all problems together, and no secret in it."""
+    return validated(Config, tree, where)
+
+
+def validated(section: type[AnySection], tree: Mapping[str, Any], where: str) -> AnySection:
+    """Validate a nested mapping into a section; raises UserError with all problems together, and no secret in it."""
+    problems = [f"{field}: {instead(field, text)}" for field, text in texts(tree) if secrets.in_uri(text)]
+    found = None
+    try:
+        found = section.model_validate(tree)
+    except ValidationError as error:
+        problems += [secrets.mask(explain(item, section)) for item in error.errors()]
+    if problems or found is None:
+        raise UserError("; ".join(f"{where}: {problem}" for problem in problems))
+    return found
+
+
+def override(config: Config, changes: Mapping[str, Any]) -> Config:
+    """A new config with dotted fields changed, e.g. {"adapter.rank": 32}; validates everything again."""
+    return build(changed(config.model_dump(mode="json"), changes))
+
+
+def dump(config: Config) -> str:
+    """The config as YAML that `load` reads back to an equal config."""
+    return yaml.dump(config.model_dump(mode="json"), Dumper=Dumper, sort_keys=False, allow_unicode=True)

@@ -1,0 +1,83 @@
+"""Messages for settings that cannot be: each names its field and says what to do."""
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, get_args
+
+from pydantic_core import ErrorDetails
+
+from olora_ray.common import secrets
+from olora_ray.config.dotted import leaves
+from olora_ray.config.schema import Section
+
+_UNION_TAG = re.compile(r"[\[\](){}]|^(tuple|literal|float|str|int|constrained-\w+)\b")
+
+
+def explain(item: ErrorDetails, root: type[Section]) -> str:
+    """One of pydantic's problems as `field: what is wrong`, with the nearest name for a typo."""
+    # pydantic puts the tags of unions into the location: only names and indices are the user's.
+    *outer, last = [str(part) for part in item["loc"]] or [""]
+    parts = [part for part in outer if not _UNION_TAG.search(part)]
+    if item["type"] == "extra_forbidden" or not _UNION_TAG.search(last):
+        parts += [last] if last else []
+    field = ".".join(parts)
+    if item["type"] == "extra_forbidden":
+        if secrets.is_name(parts[-1]):
+            return f"{field}: unknown field; a config holds no secrets, they come from the environment or a file"
+        near = difflib.get_close_matches(parts[-1], _names_beside(parts, root), n=1)
+        hint = f"; did you mean {'.'.join([*parts[:-1], near[0]])}?" if near else "; --help lists the fields"
+        return f"{field}: unknown field{hint}"
+    message = item["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    if item["type"] == "missing":
+        return f"{field}: required, but not set"
+    shown = "" if item["type"] == "value_error" else f" (got {_shown(item['input'])})"
+    return f"{field}: {message}{shown}" if field else message
+
+
+def _shown(value: Any) -> str:
+    """A value in an error message; of a mapping no values, since its keys may be anything."""
+    if isinstance(value, dict):
+        return "a mapping"
+    return f"[{', '.join(map(_shown, value))}]" if isinstance(value, list | tuple) else repr(value)
+
+
+def texts(tree: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Dotted field and text of every text in a tree."""
+    for field, value in leaves(tree, ""):
+        for item in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(item, str):
+                yield field, item
+
+
+def instead(field: str, text: str) -> str:
+    """How to give the secret that stands in a field."""
+    if field != "tracking.uri":
+        names = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, GOOGLE_APPLICATION_CREDENTIALS, HF_TOKEN"
+        return f"has a secret in its address; write it without, and set the service's variables ({names})"
+    if text.startswith("http"):
+        return (
+            "has a secret in its address; write it without, and set MLFLOW_TRACKING_USERNAME and"
+            " MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+        )
+    return (
+        "has a password in its address; put the address in a variable or a file of one line, and write env:NAME"
+        " or file:/PATH"
+    )
+
+
+def _names_beside(parts: list[str], root: type[Section]) -> list[str]:
+    section = root
+    for part in parts[:-1]:
+        named = section.model_fields.items()
+        field = next((field for name, field in named if part in (name, field.alias)), None)
+        section = (_section_in(field.annotation) if field else None) or section
+    return [field.alias or name for name, field in section.model_fields.items()]
+
+
+def _section_in(annotation: Any) -> type[Section] | None:
+    """The section that an annotation is, or has inside, as tuple[Source, ...] does."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    return next((found for inner in get_args(annotation) if (found := _section_in(inner))), None)

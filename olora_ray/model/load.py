@@ -1,0 +1,123 @@
+"""Loading a base model from its folder: tokenizer, frozen weights, precision and attention."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+
+from olora_ray.common.errors import UserError
+from olora_ray.config.schema import Data
+from olora_ray.config.schema import Model as ModelConfig
+from olora_ray.model import convert
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from olora_ray.model.source import BaseModel, _why
+
+
+def load_tokenizer(base: BaseModel, config: ModelConfig) -> "PreTrainedTokenizerBase":
+    """The model's tokenizer; raises UserError if there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            Path(base.folder), trust_remote_code=config.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"model.name: {base.name} has no tokenizer that loads: {_why(error)}") from None
+    return tokenizer
+
+
+def end_tokens(base: BaseModel, tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
+    """Ids that end an answer: the tokenizer's end token and those of generation_config.json."""
+    found = {int(tokenizer.eos_token_id)} if tokenizer.eos_token_id is not None else set()
+    file = Path(base.folder) / "generation_config.json"
+    if file.is_file():
+        ids = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+        found |= set(ids) if isinstance(ids, list) else {ids} - {None}
+    return tuple(sorted(found))
+
+
+def skeleton(base: BaseModel, config: ModelConfig) -> "PreTrainedModel":
+    """The model without weights (on the meta device): names and shapes only."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    remote = config.trust_remote_code
+    try:
+        shape = AutoConfig.from_pretrained(Path(base.folder), trust_remote_code=remote)
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(shape, trust_remote_code=remote)
+        return model
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"model.name: {base.folder} does not load: {_why(error)}") from None
+
+
+def load_model(folder: str | Path, config: ModelConfig, device: torch.device) -> "PreTrainedModel":
+    """The frozen base model in the precision and with the attention of `config`, in evaluation mode.
+
+    It stays in evaluation mode during training: the base's own dropout would make the loss depend on
+    how a batch is split. Raises UserError for weights that do not fit the config.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from olora_ray.model import segment_attention as attention
+
+    attention.register()
+    from_pretrained: Any = AutoModelForCausalLM.from_pretrained  # its type does not know output_loading_info
+    try:
+        model, report = from_pretrained(
+            Path(folder),
+            dtype=pick_dtype(config, device),
+            attn_implementation=pick_attention(config, device),
+            trust_remote_code=config.trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        raise UserError(f"model.name: {folder} does not load: {_why(error)}") from None
+    if missing := sorted(report["missing_keys"]):
+        raise UserError(f"model.name: {folder} does not load: it has no weights for {', '.join(missing[:3])}")
+    frozen: PreTrainedModel = model.requires_grad_(False).eval()
+    return frozen
+
+
+def pick_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
+    """The precision of the base: as configured, else bfloat16 where `device` multiplies it natively."""
+    if config.dtype != "auto":
+        return convert.DTYPES[config.dtype]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    return (
+        torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else torch.float32
+    )
+
+
+def pick_attention(config: ModelConfig, device: torch.device) -> str:
+    """The attention implementation: as configured, else the fastest that is there."""
+    if config.attention != "auto":
+        return config.attention
+    if device.type == "cpu":
+        return "segments"
+    from transformers.utils.import_utils import is_flash_attn_2_available
+
+    return "flash_attention_2" if is_flash_attn_2_available() else "sdpa"
+
+
+def check_attention(shape: Any, attention: str, data: Data) -> None:
+    """Raise UserError where this attention would not do for packed examples what the family does for single ones."""
+    window = getattr(shape, "sliding_window", None)
+    windowed = window is not None and window < data.max_length
+    if attention == "segments" and getattr(shape, "attn_logit_softcapping", None) is not None:
+        raise UserError("model.attention: this model caps its attention scores; set it to eager")
+    if windowed and attention == "segments":
+        raise UserError(
+            f"model.attention: this model attends within {window} tokens, fewer than data.max_length={data.max_length};"
+            f" lower data.max_length, or set model.attention: sdpa and data.packing: false"
+        )
+    if windowed and data.packing and attention in ("sdpa", "eager"):
+        raise UserError(
+            f"data.packing: this model attends within {window} tokens, fewer than data.max_length={data.max_length};"
+            f" lower data.max_length, or set data.packing: false"
+        )

@@ -1,0 +1,223 @@
+"""The attempts of one training: how many workers each gets, and what ends or repeats it."""
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, wait
+from functools import partial
+from typing import Any
+
+import ray
+import ray.train
+from ray.exceptions import RayActorError
+
+from olora_ray.cluster.channel import Failure, Resumed
+from olora_ray.cluster.failures import cause, counts
+from olora_ray.cluster.resources import PlacementRequest, free_workers
+from olora_ray.cluster.spec import TrainResult, TrainSpec
+from olora_ray.common.errors import UserError
+from olora_ray.common.text import plural
+from olora_ray.pipeline.connection import user_errors
+from olora_ray.pipeline.monitor import Event, Monitor
+from olora_ray.pipeline.progress import batch_split
+from olora_ray.pipeline.signals import Stop
+from olora_ray.tokens.prepare import CompleteStore, StoreBuild
+from olora_ray.train.schedule import Schedule
+
+# Ray's stubs describe Train V1; V2, which runs, has more arguments.
+ray_train: Any = ray.train
+Fit = Callable[[int], TrainResult]
+"""Trains once with so many workers, from the latest checkpoint."""
+TICK = 0.2
+"""Seconds between two looks at what has been asked for."""
+COLLECT = 1.0
+"""Seconds between two looks at the channel."""
+SETTLE = 3.0
+"""Seconds for which the room for workers must stay as it is: ended workers give theirs back one by one."""
+RESIZE = "the cluster has grown"
+
+
+class Attempts:
+    """One group of workers after the other, until one finishes.
+
+    We choose the number of workers, not Ray's elastic policy: that one restarts from whatever checkpoint exists
+    when it grows, counts nodes that are being drained, and waits for the reservations of a dead controller.
+    """
+
+    def __init__(
+        self,
+        spec: TrainSpec,
+        build: StoreBuild | CompleteStore,
+        monitor: Monitor,
+        stop: Stop,
+        worker: Mapping[str, float],
+        fit: Fit,
+    ) -> None:
+        """`worker` has the resources of one worker."""
+        self.spec, self.build, self.monitor, self.stop = spec, build, monitor, stop
+        self.channel, self.progress, self.fit = monitor.channel, monitor.progress, fit
+        self.worker = worker
+        self.schedule = Schedule(spec.config.train, build.store)
+        self.workers: int | None = None
+        """Of the group that trains, or trained last."""
+        self.failures = 0
+        """Those that count against cluster.max_failures."""
+        self.cause: str | None = None
+        """Why the next group will start; None once it has."""
+        self._asked = self._warned = self._running = False
+        self._looked = time.monotonic()
+        self._room = 0
+
+    def run(self) -> TrainResult:
+        """Train until done. Raises UserError with what went wrong in the end, and Stopped after a signal."""
+        elastic, first = self.spec.config.cluster.is_elastic(), True
+        while True:
+            workers = self.spec.config.cluster.max_workers() if first and not elastic else self._wait_for_room()
+            first = False
+            ray.get(self.channel.request_stop.remote(None))
+            try:
+                result = self._follow(_in_thread(partial(self.fit, workers)))
+            except (RayActorError, ray_train.TrainingFailedError) as error:
+                self._failed(error)
+                continue
+            if self._is_final(result):
+                return result
+
+    def _failed(self, error: Exception) -> None:
+        """Count a failure; raises UserError if it was one too many."""
+        cluster = self.spec.config.cluster
+        self.failures += counts(error)
+        # A group of fixed size was restarted by Ray already, except for the loss of its controller.
+        spent = isinstance(error, ray_train.WorkerGroupError) and not cluster.is_elastic()
+        if spent or 0 <= cluster.max_failures < self.failures:
+            tried = cluster.max_failures if spent else self.failures - 1
+            raise UserError(f"training failed after {tried} restarts: {cause(error)}") from error
+        self._note(cause(error))
+        if not counts(error):
+            self._announce("trying again")
+
+    def _is_final(self, result: TrainResult) -> bool:
+        """False if the same training continues with another group; raises UserError and Stopped as `run`."""
+        with user_errors():
+            if self.build.problem is not None or self.build.store.total is not None:
+                self.build.join()  # that too many rows are unusable may turn out at the last of them
+        if result.problem:
+            raise UserError(result.problem)
+        if not result.interrupted:
+            return True
+        assert result.state is not None
+        if self.stop.asked:
+            raise self.stop.stopped(f"stopped after step {result.state.step} of {self.progress.total or '?'}")
+        self._note(result.interrupted)
+        return False
+
+    def _wait_for_room(self) -> int:
+        """How many workers to start now: as many as fit, once the fewest do; waits for that."""
+        fewest, most = self.spec.config.cluster.min_workers(), self.spec.config.cluster.max_workers()
+        free, since, told = -1, time.monotonic(), False
+        with PlacementRequest(self.worker, fewest, after=3 * SETTLE) as request:
+            while True:
+                if (now := min(free_workers(self.worker), most)) != free:
+                    free, since = now, time.monotonic()
+                if free == most or (free >= fewest and time.monotonic() - since >= SETTLE):
+                    return free
+                if request.look() and not told:
+                    told = True
+                    self._announce(f"waiting for room for {fewest} workers: there is room for {free}")
+                if self.stop.asked:
+                    raise self.stop.stopped("stopped while waiting for the cluster")
+                time.sleep(0.5)
+
+    def _follow(self, training: "Future[TrainResult]") -> TrainResult:
+        """Serve a group of workers until its training has ended; returns or raises what it did."""
+        self._asked = self._running = False
+        collected = time.monotonic()
+        while not wait([training], TICK).done:
+            self._look()
+            if time.monotonic() - collected >= COLLECT:
+                self.monitor.collect(self._on_event)
+                collected = time.monotonic()
+        self.monitor.collect(self._on_event)
+        self.monitor.telemetry.ended()
+        return training.result()
+
+    def _look(self) -> None:
+        if self.stop.asked and not self._asked:
+            self._ask(self.stop.asked)
+            self.progress.line(f"{self.stop.asked}: stopping after this step, with a checkpoint")
+        if self.build.problem is not None and not self._warned:
+            self._warned = True
+            self.channel.report_data_failure.remote()
+            self._ask("the preparation of the training data has failed")
+        if self.progress.total is None:
+            self.progress.set_total(self.schedule.total())
+        if time.monotonic() - self._looked >= self.spec.config.cluster.resize_interval / 2:
+            self._looked = time.monotonic()
+            self._grow()
+
+    def _grow(self) -> None:
+        """Ask the workers to end if more of them fit: the next group resumes where they were."""
+        most = self.spec.config.cluster.max_workers()
+        missing = most - (self.workers or most)
+        quiet = self._running and not self._asked  # else what is free is about to be taken
+        room = min(missing, free_workers(self.worker)) if missing and quiet else 0
+        if room and self._room:  # twice in a row: others may use what is free for a moment
+            self._ask(RESIZE)
+        self._room = room
+
+    def _ask(self, why: str) -> None:
+        self._asked = True
+        self.channel.request_stop.remote(why)
+
+    def _on_event(self, event: Event) -> None:
+        if isinstance(event, Failure):
+            self._note(event.what)
+        else:
+            self._started(event.step if isinstance(event, Resumed) else 0, event.workers, isinstance(event, Resumed))
+
+    def _started(self, step: int, workers: int, resumed: bool) -> None:
+        again = max(0, self.monitor.highest - step)
+        first = self.workers is None and self.cause is None
+        self.monitor.telemetry.started(workers, again=not first)
+        if resumed or again or not first:
+            what = self.cause or ("resumed" if first else "restarted")
+            if self.workers not in (None, workers):
+                what = f"{self.cause or 'the cluster has changed'}, {workers} instead of {self.workers} workers"
+            total = self.progress.total or self.schedule.total()
+            self.progress.line(
+                f"{what}: training continues after step {step} of {total or '?'} with {plural(workers, 'worker')};"
+                f" {plural(again, 'step')} done again{self._split(workers)}"
+            )
+            self.progress.back_to(step)
+        elif workers != self.spec.config.cluster.max_workers():
+            self.progress.line(f"training starts with {plural(workers, 'worker')}{self._split(workers)}")
+        self.workers, self.cause, self._running = workers, None, True
+
+    def _split(self, workers: int) -> str:
+        """How the same global batch is split, if that is news."""
+        config = self.spec.config
+        if workers == (self.workers or config.cluster.max_workers()):
+            return ""
+        return f"; {batch_split(config, workers)}"
+
+    def _note(self, what: str) -> None:
+        """Remember why a group ended: of several reasons the first is the cause."""
+        self.cause = self.cause or what
+
+    def _announce(self, what: str) -> None:
+        """Tell what keeps the next group from starting."""
+        self.progress.line(f"{self.cause}: {what}" if self.cause else what)
+
+
+def _in_thread(work: Callable[[], TrainResult]) -> "Future[TrainResult]":
+    """Run `work` in a thread that does not keep the process alive; the main thread stays free for signals."""
+    future: Future[TrainResult] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="train", daemon=True).start()
+    return future

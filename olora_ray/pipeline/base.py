@@ -1,0 +1,38 @@
+"""The base model of a run: found once, with its tokenizer."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from olora_ray.config.schema import Config
+from olora_ray.data.tokenize import TokenizerSpec, spec_from_pretrained
+from olora_ray.model.load import end_tokens, load_tokenizer
+from olora_ray.model.source import BaseModel, obtain
+from olora_ray.tracking.models import registered_folder
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model on disk, and what turns text into its tokens."""
+
+    model: BaseModel
+    tokenizer: Any
+    """The Hugging Face tokenizer."""
+    spec: TokenizerSpec
+    """What tokenising in other processes needs of it."""
+    eos: tuple[int, ...]
+    """Token ids that end an answer."""
+
+
+def find_model(config: Config) -> BaseModel:
+    """The base model that a config names: downloaded, fetched from the registry or converted if need be.
+
+    Raises UserError for a name that leads nowhere or a folder that is no model.
+    """
+    return obtain(config, registered_folder(config))
+
+
+def open_base(config: Config) -> Base:
+    """The base model and its tokenizer; raises UserError as `find_model`, and for a tokenizer that cannot be used."""
+    model = find_model(config)
+    tokenizer = load_tokenizer(model, config.model)
+    return Base(model, tokenizer, spec_from_pretrained(tokenizer, model.name), end_tokens(model, tokenizer))

@@ -1,0 +1,132 @@
+"""The exports of a run, written and compared in a Ray spec."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import torch
+
+from olora_ray.adapter import export
+from olora_ray.adapter.export import transposed_layers
+from olora_ray.adapter.parity import measure_parity
+from olora_ray.cluster.resources import worker_resources
+from olora_ray.cluster.spec import TrainResult, TrainSpec
+from olora_ray.common import storage
+from olora_ray.common.errors import UserError
+from olora_ray.common.quiet import quiet_transformers
+from olora_ray.common.storage import local_folder
+from olora_ray.config.schema import Config
+from olora_ray.data import chat_template
+from olora_ray.model.source import BaseModel, on_this_node, parameters
+from olora_ray.pipeline.connection import user_errors
+from olora_ray.pipeline.run_folder import RunFolder
+from olora_ray.tokens.store import TokenStore
+from olora_ray.tracking import models
+from olora_ray.train import checkpoints
+
+logger = logging.getLogger(__name__)
+
+
+def run_export(spec: TrainSpec, folder: RunFolder, result: TrainResult) -> dict[str, Any]:
+    """Write both exports and measure their parity, in a Ray spec with a worker's resources.
+
+    Returns the content of parity.json, that of an earlier attempt if it is there; raises UserError if
+    the exports disagree.
+    """
+    assert result.state is not None
+    step = result.state.step
+    if (parity := folder.exported(step)) is not None:
+        return parity
+    wanted = worker_resources(spec.config)
+    logger.info("exporting adapter and merged model, and comparing them")
+    with user_errors():
+        job = ray.remote(_export).options(
+            num_cpus=_export_cpus(spec.config, wanted),
+            num_gpus=wanted.get("GPU", 0),
+            max_retries=3,
+            retry_exceptions=[OSError],
+        )
+        measured: dict[str, Any] = ray.get(job.remote(spec, folder, step))
+    return measured
+
+
+def _export_cpus(config: Config, wanted: dict[str, float]) -> float:
+    """On GPU nodes one worker's CPUs; else those of all workers, as far as one node has them."""
+    if "GPU" in wanted:
+        return wanted["CPU"]
+    largest = max(node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"])
+    return float(min(wanted["CPU"] * config.cluster.max_workers(), largest))
+
+
+def _export(spec: TrainSpec, folder: RunFolder, step: int) -> dict[str, Any]:
+    quiet_transformers()
+    return export_run(spec, folder, step)
+
+
+PARITY_TOKENS = 256
+"""Held-out tokens on which the logits of the exports are compared."""
+
+
+def export_run(spec: TrainSpec, folder: RunFolder, step: int) -> dict[str, Any]:
+    """Write export/adapter, export/merged and export/parity.json from the best adapter up to `step`.
+
+    Raises UserError if the checkpoint is not there, or if the adapted, merged and PEFT-loaded models
+    do not agree.
+    """
+    config = spec.config
+    best = checkpoints.read(storage.join(folder.checkpoints, checkpoints.name_of(step))).best_adapter()
+    found = on_this_node(spec.base, config)
+    base = Path(found.folder)
+    transposed = transposed_layers(found, config, best.keys())
+    with local_folder(folder.adapter) as adapter_folder, local_folder(folder.merged) as merged_folder:
+        # What PEFT and vLLM look up by themselves: a hub id or a folder.
+        name = found.folder if storage.is_uri(found.name) or found.name.startswith("models:/") else found.name
+        export.write_adapter(best, config.adapter, name, adapter_folder, transposed=transposed)
+        export.write_merged(base, best, config.adapter.scale(), merged_folder, transposed=transposed)
+        _give_template(config, merged_folder)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        parity = measure_parity(
+            base,
+            best,
+            config.adapter.scale(),
+            merged_folder,
+            adapter_folder,
+            _held_out(spec.eval or spec.train),
+            dtype=_parity_dtype(found, device),
+            device=device,
+            trust_remote_code=config.model.trust_remote_code,
+        )
+    measured = {"step": step, **parity.to_json()}
+    folder.write_parity(measured)
+    if not parity.ok:
+        raise UserError(f"export: {'; '.join(parity.problems())}; nothing is registered, see {folder.parity}")
+    return measured
+
+
+def _give_template(config: Config, merged: Path) -> None:
+    """A base without a chat template was trained with the default one: its users need it too."""
+    chats = any(source.format not in ("text", "prompt_completion") for source in config.data.train)
+    if chats and not models.has_chat_template(merged):
+        (merged / "chat_template.jinja").write_text(chat_template.DEFAULT, encoding="utf-8")
+
+
+def _parity_dtype(base: BaseModel, device: torch.device) -> torch.dtype:
+    """float32, the sharpest, unless a model of that size does not fit on the GPU."""
+    if device.type == "cuda" and parameters(base.folder) * 4 > 0.7 * torch.cuda.mem_get_info(device)[0]:
+        return torch.bfloat16
+    return torch.float32
+
+
+def _held_out(store: TokenStore) -> list[torch.Tensor]:
+    """Token ids (1, T) of single examples, PARITY_TOKENS in all at most."""
+    found: list[torch.Tensor] = []
+    for index in range(store.available):
+        pack, place = store[index], 0
+        for size in pack.segments:
+            if sum(ids.shape[1] for ids in found) + size > PARITY_TOKENS and found:
+                return found
+            found.append(torch.tensor(pack.input_ids[place : place + size], dtype=torch.int64)[None])
+            place += size
+    return found

@@ -1,0 +1,62 @@
+"""Ray Tune's view of a trial."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+
+from olora_ray.common import logs
+from olora_ray.common.quiet import quiet_ray
+from olora_ray.sweep.spec import ENDED, NUMBER, SweepSpec, number_of
+from olora_ray.sweep.trial import Ended, TrialRun
+
+POINTER = "checkpoint.json"
+
+
+class TrialFailed(Exception):
+    """A trial has ended without a result; the search continues."""
+
+
+class SearchTrial(tune.Trainable):
+    """Tune's view of a trial."""
+
+    def setup(self, config: dict[str, Any], job: SweepSpec) -> None:  # type: ignore[override]  # see with_parameters
+        """`config` has the trial's number, and its draws."""
+        quiet_ray()
+        logging.getLogger("mlflow").setLevel(logging.ERROR)  # a warning for each trial hides the search
+        # The trial's lines are in its own log.txt; what is the same for all trials, the driver says.
+        logging.getLogger(logs.PACKAGE).addHandler(logging.NullHandler())
+        logging.getLogger(logs.PACKAGE).propagate = False
+        draws = {name: value for name, value in config.items() if name != NUMBER}
+        # A member of a population takes over another's config, with its number: the name stays its own.
+        self.training = TrialRun(job, number_of(self.trial_name), draws)
+        self.last: dict[str, Any] = {}
+
+    def step(self) -> dict[str, Any]:
+        """Wait for the next evaluation; raises TrialFailed if there will be none."""
+        item = self.training.next()
+        if isinstance(item, Ended):
+            if item.status == "failed":
+                raise TrialFailed(item.reason)
+            return {**self.last, "done": True, ENDED: True}
+        self.last = {"step": item.step, self.training.job.space.metric: item.value}
+        if item.step >= self.training.total:
+            ended = isinstance(self.training.next(), Ended)
+            return {**self.last, "done": ended, ENDED: ended}
+        return dict(self.last)
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """Where the checkpoint of the last evaluation lies; Tune keeps this note, not the tensors."""
+        note = {"checkpoints": self.training.folder.checkpoints, "step": self.last.get("step", 0)}
+        Path(checkpoint_dir, POINTER).write_text(json.dumps(note), encoding="utf-8")
+
+    def load_checkpoint(self, checkpoint: str) -> None:  # type: ignore[override]  # Tune gives the folder
+        """Continue from a checkpoint of this trial, or take over that of a better one."""
+        note = json.loads(Path(checkpoint, POINTER).read_text(encoding="utf-8"))
+        self.training.go_on_from(note["checkpoints"], int(note["step"]))
+
+    def cleanup(self) -> None:
+        """End the workers and wait for them."""
+        self.training.end()
