@@ -2,7 +2,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart sweep-demo lifecycle-demo test test-slow check setup bench clean
+.PHONY: quickstart sweep-demo lifecycle-demo test test-slow check setup lock bench clean
 
 quickstart: $(VENV)/.quickstart ## fine-tune SmolLM2-135M on this machine, from nothing
 	$(BIN)/python pipelines/finetune.py
@@ -27,6 +27,9 @@ check: $(VENV)/.dev
 
 setup: $(VENV)/.dev
 
+lock: $(VENV)/.dev build/lock/bin/uv ## deploy/requirements.lock: what nodes install, at the versions that are installed here
+	$(BIN)/python tools/write_lock.py build/lock/bin/uv
+
 bench: $(VENV)/.dev ## the tables of the README
 	$(BIN)/python benchmarks/init.py
 	$(BIN)/python benchmarks/throughput.py
@@ -44,6 +47,11 @@ $(VENV)/.quickstart: pyproject.toml
 $(VENV)/.dev: $(VENV)/.quickstart
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[gguf,eval,dev]'
 	touch $@
+
+# Beside the project's own environment, whose versions it locks.
+build/lock/bin/uv:
+	$(PYTHON) -m venv build/lock
+	build/lock/bin/pip install --quiet --disable-pip-version-check uv
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info
