@@ -2,7 +2,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart sweep-demo lifecycle-demo test test-slow check setup lock bench clean
+.PHONY: quickstart sweep-demo lifecycle-demo test test-slow check setup docs lock bench clean
 
 quickstart: $(VENV)/.quickstart ## fine-tune SmolLM2-135M on this machine, from nothing
 	$(BIN)/python pipelines/finetune.py
@@ -26,6 +26,9 @@ check: $(VENV)/.dev
 	$(BIN)/lint-imports
 
 setup: $(VENV)/.dev
+
+docs: $(VENV)/.dev ## docs/configuration.md, from the config's schema
+	$(BIN)/python tools/write_configuration.py
 
 lock: $(VENV)/.dev build/lock/bin/uv ## deploy/requirements.lock: what nodes install, at the versions that are installed here
 	$(BIN)/python tools/write_lock.py build/lock/bin/uv
