@@ -33,12 +33,8 @@ docs: $(VENV)/.dev ## docs/configuration.md, from the config's schema
 lock: $(VENV)/.dev build/lock/bin/uv ## deploy/requirements.lock: what nodes install, at the versions that are installed here
 	$(BIN)/python tools/write_lock.py build/lock/bin/uv
 
-bench: $(VENV)/.dev ## the tables of the README
-	$(BIN)/python benchmarks/init.py
-	$(BIN)/python benchmarks/throughput.py
-	$(BIN)/python benchmarks/recovery.py
-	$(BIN)/python benchmarks/early.py
-	$(BIN)/python benchmarks/sweep.py
+bench: $(VENV)/.dev ## docs/benchmarks.md: what the benchmarks print, with date and machine
+	$(BIN)/python benchmarks/write_page.py
 
 # A stamp is newer than pyproject.toml only if the installation finished.
 $(VENV)/.quickstart: pyproject.toml
