@@ -2,7 +2,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart sweep-demo lifecycle-demo test test-slow check setup bench clean
+.PHONY: quickstart sweep-demo lifecycle-demo test test-slow check setup docs lock bench clean
 
 quickstart: $(VENV)/.quickstart ## fine-tune SmolLM2-135M on this machine, from nothing
 	$(BIN)/python pipelines/finetune.py
@@ -27,12 +27,14 @@ check: $(VENV)/.dev
 
 setup: $(VENV)/.dev
 
-bench: $(VENV)/.dev ## the tables of the README
-	$(BIN)/python benchmarks/init.py
-	$(BIN)/python benchmarks/throughput.py
-	$(BIN)/python benchmarks/recovery.py
-	$(BIN)/python benchmarks/early.py
-	$(BIN)/python benchmarks/sweep.py
+docs: $(VENV)/.dev ## docs/configuration.md, from the config's schema
+	$(BIN)/python tools/write_configuration.py
+
+lock: $(VENV)/.dev build/lock/bin/uv ## deploy/requirements.lock: what nodes install, at the versions that are installed here
+	$(BIN)/python tools/write_lock.py build/lock/bin/uv
+
+bench: $(VENV)/.dev ## docs/benchmarks.md: what the benchmarks print, with date and machine
+	$(BIN)/python benchmarks/write_page.py
 
 # A stamp is newer than pyproject.toml only if the installation finished.
 $(VENV)/.quickstart: pyproject.toml
@@ -44,6 +46,11 @@ $(VENV)/.quickstart: pyproject.toml
 $(VENV)/.dev: $(VENV)/.quickstart
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[gguf,eval,dev]'
 	touch $@
+
+# Beside the project's own environment, whose versions it locks.
+build/lock/bin/uv:
+	$(PYTHON) -m venv build/lock
+	build/lock/bin/pip install --quiet --disable-pip-version-check uv
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

@@ -54,8 +54,11 @@ def test_the_project_that_is_installed_is_copied_first() -> None:
     local = [Path(path) for path in TREE["file_mounts"].values() if not path.startswith("~")]
     assert [path for path in local if not (ROOT / path).exists()] == []
     assert {"olora_ray", "pipelines", "pyproject.toml"} <= {str(path) for path in local}
-    install = TREE["setup_commands"][-1]
-    assert install.endswith("~/olora_ray[gguf]")
+    *_, packages, project = TREE["setup_commands"]
+    lock = packages.rpartition(" -r ~/olora_ray/")[2]
+    assert lock == "deploy/requirements.lock"
+    assert (ROOT / lock).is_file()
+    assert project.endswith(" --no-deps ~/olora_ray")
     for command in STARTS.values():
         (settings,) = re.findall(r"\. ~/olora_ray/(\S+);", command)
         assert (ROOT / settings).is_file()

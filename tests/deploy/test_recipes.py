@@ -44,6 +44,9 @@ def test_the_image_copies_what_is_there_and_runs_as_a_user() -> None:
     ignored = (DEPLOY / "Dockerfile.dockerignore").read_text().split()
     assert {f"!{name}" for name in sources} <= set(ignored)
     assert steps[0] == ["FROM", "python:3.11-slim"]
+    lock, project = [" ".join(words[1:]) for words in steps if words[:3] == ["RUN", "pip", "install"]]
+    assert lock.endswith(" -r requirements.lock")
+    assert project.endswith(" --no-deps .")
     user = next(number for number, words in enumerate(steps) if words[0] == "USER")
     assert steps[user][1] != "root"
     assert not any(words[0] in ("RUN", "COPY") for words in steps[user:])

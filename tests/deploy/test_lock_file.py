@@ -1,0 +1,119 @@
+"""What nodes install fits what the project asks for, and what the manifests say."""
+
+import re
+import tomllib
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+from tools import write_lock
+
+ROOT = Path(__file__).parents[2]
+TEXT = (ROOT / "deploy" / "requirements.lock").read_text()
+LOCKED = write_lock.locked(TEXT)
+PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+NODE = {"sys_platform": "linux", "platform_system": "Linux", "platform_machine": "x86_64", "os_name": "posix"}
+NODE |= {"python_version": "3.11", "python_full_version": "3.11.9"}
+NODE |= {"platform_python_implementation": "CPython", "implementation_name": "cpython"}
+
+
+def wanted() -> list[Requirement]:
+    """What pyproject.toml asks for on a node."""
+    extras = PROJECT["optional-dependencies"]
+    return [Requirement(text) for text in PROJECT["dependencies"] + extras["gguf"] + extras["eval"]]
+
+
+def unmet(requirement: Requirement) -> str | None:
+    """Why the lock does not meet a requirement."""
+    version = LOCKED.get(canonicalize_name(requirement.name))
+    if version is None:
+        return f"{requirement}: not in the lock"
+    met = requirement.specifier.contains(version, prereleases=True)
+    return None if met else f"{requirement}: the lock has {version}"
+
+
+def below(requirement: Requirement) -> Iterator[Requirement]:
+    """What a requirement's package asks for itself, where that version is installed here."""
+    try:
+        found = distribution(requirement.name)
+    except PackageNotFoundError:
+        return
+    if found.version.partition("+")[0] != LOCKED.get(canonicalize_name(requirement.name)):
+        return
+    for text in found.requires or []:
+        inner = Requirement(text)
+        extras = ["", *sorted(requirement.extras)]
+        if inner.marker is None or any(inner.marker.evaluate({**NODE, "extra": extra}) for extra in extras):
+            yield inner
+
+
+def test_the_lock_is_a_list_of_exact_public_versions() -> None:
+    lines = [line for line in TEXT.splitlines() if not line.startswith("#")]
+    assert len(lines) == len(LOCKED) > 100
+    for line in lines:
+        # No index, no address, no path, no +cpu: it installs from whatever index the node uses.
+        assert re.fullmatch(r"[a-z0-9][a-z0-9._-]*==[0-9][0-9a-z.]*", line), line
+        assert Version(LOCKED[line.partition("==")[0]]).local is None
+    assert not re.search(r"https?:|index-url|find-links|/tmp|/home|/work|/root", TEXT)
+
+
+def test_every_requirement_of_the_project_is_met() -> None:
+    assert {"ray", "torch", "gguf", "lm-eval"} <= {requirement.name for requirement in wanted()}
+    assert [problem for problem in map(unmet, wanted()) if problem] == []
+
+
+def test_so_is_what_they_need_themselves_with_their_extras() -> None:
+    ahead, seen, problems = wanted(), set[tuple[str, frozenset[str]]](), []
+    while ahead:
+        requirement = ahead.pop()
+        key = (canonicalize_name(requirement.name), frozenset(requirement.extras))
+        problems.append(unmet(requirement))
+        if key not in seen:
+            seen.add(key)
+            ahead.extend(below(requirement))
+    assert [problem for problem in problems if problem] == []
+
+
+def test_gpus_are_served() -> None:
+    # The lock is made on a machine with torch's +cpu, which needs none of these.
+    assert "triton" in LOCKED
+    assert any(name.startswith("nvidia-nccl") for name in LOCKED)
+
+
+@pytest.mark.parametrize("file", sorted(write_lock.MANIFESTS.glob("*.yaml")), ids=lambda file: file.stem)
+def test_the_manifests_name_the_locks_ray(file: Path) -> None:
+    text = file.read_text()
+    assert write_lock.stamped(text, PROJECT["version"], LOCKED["ray"]) == text
+    found = list(named(yaml.safe_load(text)))
+    assert {value for key, value in found if key == "rayVersion"} <= {LOCKED["ray"]}
+    tag = f":{PROJECT['version']}-ray{LOCKED['ray']}"
+    assert all(value.endswith(tag) for key, value in found if key == "image")
+    assert any(key == "image" for key, _ in found) is (file.stem != "storage")
+
+
+def named(tree: Any) -> Iterator[tuple[str, Any]]:
+    """Every key with its value, at any depth."""
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    for key, value in items:
+        yield key, value
+        yield from named(value)
+
+
+def test_a_manifest_is_stamped_with_both_versions() -> None:
+    manifest = 'rayVersion: "1.0.0" # why\nimage: registry.example.com/olora-ray:0.0.1\n'
+    stamped = write_lock.stamped(manifest, "0.2.0", "2.70.1")
+    assert stamped == 'rayVersion: "2.70.1" # why\nimage: registry.example.com/olora-ray:0.2.0-ray2.70.1\n'
+
+
+def test_what_is_installed_here_is_a_limit_without_a_builds_tag() -> None:
+    limits = dict(line.split("==") for line in write_lock.constraints().splitlines())
+    assert limits["torch"] == distribution("torch").version.partition("+")[0]
+    assert not any("+" in version for version in limits.values())
+    assert "olora-ray" not in limits

@@ -1,0 +1,137 @@
+"""docs/benchmarks.md: a benchmark's section is written anew, and the others stay word for word."""
+
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import write_page
+from benchmarks.write_page import MISSING, SECTIONS, Measured
+
+PRINTED = """\
+AMD EPYC, 2 cores, 1 threads, with native bfloat16; load 0.1
+
+weights, float32          ours s
+--------------------------------
+one matrix, 4096 x 4096    0.013
+"""
+
+
+def measured(output: str = PRINTED, date: str = "2026-11-26") -> Measured:
+    return Measured("python benchmarks/init.py", output, date, "2 cores of a test")
+
+
+def test_a_new_page_has_a_section_for_each_benchmark() -> None:
+    before, sections = write_page.split(write_page.renewed("", "init", measured()))
+    assert before == write_page.INTRO.strip()
+    assert list(sections) == ["Initialisation", "Throughput", "Recovery", "Early start", "Sweep"]
+    assert sections["Initialisation"].endswith(f"```text\n{PRINTED.strip()}\n```")
+    assert "`python benchmarks/init.py`, 2026-11-26, on 2 cores of a test:" in sections["Initialisation"]
+    assert "beside PEFT's" in sections["Initialisation"]  # from the script's docstring
+    assert {text for heading, text in sections.items() if heading != "Initialisation"} == {MISSING}
+
+
+def test_what_did_not_run_again_keeps_its_content_and_date() -> None:
+    page = write_page.renewed("", "init", measured())
+    page = write_page.renewed(page, "sweep", measured("old table\n", "2026-01-01"))
+    new = write_page.renewed(page, "init", measured("new table\n", "2026-12-24"))
+    (_, old_sections), (_, new_sections) = write_page.split(page), write_page.split(new)
+    changed = [heading for heading in old_sections if old_sections[heading] != new_sections[heading]]
+    assert changed == ["Initialisation"]
+    assert "2026-12-24" in new_sections["Initialisation"]
+    assert "2026-11-26" not in new
+    assert "2026-01-01" in new_sections["Sweep"]
+
+
+def test_the_same_figures_give_the_same_page() -> None:
+    page = write_page.renewed("", "throughput", measured())
+    assert write_page.renewed(page, "throughput", measured()) == page
+
+
+def test_words_and_sections_that_a_person_wrote_stay() -> None:
+    page = "# Ours\n\nRead me.\n\n## Scores\n\nBy hand.\n\n### Part\n\n## Sweep\n\nOn another machine.\n"
+    before, sections = write_page.split(write_page.renewed(page, "early", measured()))
+    assert before == "# Ours\n\nRead me."
+    assert sections["Scores"] == "By hand.\n\n### Part"
+    assert sections["Sweep"] == "On another machine."
+    assert list(sections) == [*SECTIONS.values(), "Scores"]
+
+
+def test_output_that_looks_like_markdown_stays_inside_its_fence() -> None:
+    output = "## Sweep\n```text\n````\n## Recovery\n"
+    page = write_page.renewed("", "init", measured(output))
+    assert write_page.renewed(page, "init", measured(output)) == page
+    _, sections = write_page.split(page)
+    assert list(sections) == list(SECTIONS.values())
+    assert sections["Sweep"] == MISSING
+
+
+@pytest.mark.parametrize("name", SECTIONS)
+def test_every_benchmark_is_there_and_says_what_it_measures(name: str) -> None:
+    text = write_page.description(name)
+    assert len(text) > 100
+    assert "python benchmarks" not in text
+    scripts = {file.stem for file in (write_page.ROOT / "benchmarks").glob("*.py")}
+    assert scripts - {"common", "write_page", "__init__"} == set(SECTIONS)
+
+
+def test_the_machine_is_described_without_its_name() -> None:
+    text = write_page.machine()
+    for part in ("cores", "GiB", "bfloat16", f"Python {platform.python_version()}", "torch ", "ray "):
+        assert part in text
+    assert platform.node() not in text.split()
+
+
+def test_paths_of_this_machine_are_not_written() -> None:
+    page = write_page.renewed("", "init", measured(f"model: {write_page.ROOT}/runs/models/x\n"))
+    assert "model: ./runs/models/x" in page
+    assert str(write_page.ROOT) not in page
+
+
+def test_captured_output_is_written_with_the_options_that_made_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(write_page, "ROOT", tmp_path)
+    monkeypatch.setattr(write_page, "PAGE", tmp_path / "benchmarks.md")
+    monkeypatch.setattr(write_page, "description", lambda _: "About.")
+    (tmp_path / "captured").write_text(PRINTED)
+    assert write_page.main(["init", "--output", str(tmp_path / "captured"), "--", "--repeats", "2"]) == 0
+    text = (tmp_path / "benchmarks.md").read_text()
+    assert "About.\n\n`python benchmarks/init.py --repeats 2`, " in text
+    assert PRINTED.strip() in text
+    assert [file.name for file in tmp_path.iterdir() if file.name.startswith(".")] == []
+
+
+def test_what_ran_before_a_failure_is_written_and_the_failure_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(write_page, "ROOT", tmp_path)
+    monkeypatch.setattr(write_page, "PAGE", tmp_path / "benchmarks.md")
+    (tmp_path / "benchmarks").mkdir()
+    for name in SECTIONS:
+        ending = "raise SystemExit(3)" if name == "recovery" else ""
+        (tmp_path / "benchmarks" / f"{name}.py").write_text(
+            f'"""About {name}."""\nprint("table of {name}")\n{ending}\n'
+        )
+    assert write_page.main([]) == 3
+    _, sections = write_page.split((tmp_path / "benchmarks.md").read_text())
+    written = [heading for heading, text in sections.items() if "table of" in text]
+    assert written == ["Initialisation", "Throughput"]
+    out, err = capsys.readouterr()
+    assert out.splitlines() == ["table of init", "table of throughput", "table of recovery"]  # shown as they run
+    assert "python benchmarks/recovery.py: exit code 3; its section stays as it was" in err
+
+
+@pytest.mark.parametrize("words", [["nosuch"], ["--output", "x"], ["init", "sweep", "--", "--fast"], ["--", "--fast"]])
+def test_arguments_that_make_no_sense_are_refused(words: list[str]) -> None:
+    with pytest.raises(SystemExit) as refused:
+        write_page.main(words)
+    assert refused.value.code == 2
+
+
+def test_it_runs_as_a_script() -> None:
+    script = write_page.ROOT / "benchmarks" / "write_page.py"
+    done = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, check=True)
+    assert "init, throughput, recovery, early, sweep" in done.stdout

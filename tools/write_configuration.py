@@ -1,0 +1,168 @@
+"""Writes docs/configuration.md from the config's schema: every field with its type, default and description.
+
+.venv/bin/python tools/write_configuration.py          (make docs)
+"""
+
+import json
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # the schema of this tree, whatever is installed
+
+from pydantic.fields import FieldInfo  # noqa: E402
+
+from olora_ray.config.schema import Config, Section  # noqa: E402
+
+PAGE = ROOT / "docs" / "configuration.md"
+INTRO = """\
+# Configuration
+
+<!-- Written by `make docs` from olora_ray/config/schema.py: change the descriptions there. -->
+
+A run is one YAML file of sections. Only `run.name`, `model.name` and `data.train` are required:
+
+```yaml
+run: {name: support}
+model: {name: meta-llama/Llama-3.2-1B-Instruct}
+data:
+  train: [{path: data/chats.jsonl}]
+```
+
+The file is validated as a whole before anything starts: an unknown field, a wrong type or a value out of range is an
+error that names the field. `python pipelines/finetune.py --help` shows this page's fields in the terminal, and a
+run's folder has its configuration in `config.yaml` with every default filled in.
+
+## On the command line
+
+`finetune.py`, `sweep.py`, `retrain.py` and `evaluate.py` take `section.field=value` words, which override the file:
+
+    python pipelines/finetune.py my_run.yaml train.lr=2.0e-4 adapter.rank=32 cluster.workers='[2, 8]'
+    python pipelines/finetune.py my_run.yaml registry.model=null data.train.0.weight=2
+
+Values are YAML: `null` unsets a field, `[2, 8]` is a list, `true` a switch; quote what the shell would take apart. An
+entry of a list is named by its number, counted from 0. Fields that a search varies have the same dotted names in its
+space file.
+
+## Secrets
+
+A configuration is copied into checkpoints and MLflow, so it holds no secrets: an address with a password or token in
+it is refused. `tracking.uri` may name a place instead, `env:NAME` for an environment variable or `file:/PATH` for a
+file of one line. It is looked up where it is used, and what it holds is never written:
+
+    python pipelines/finetune.py my_run.yaml tracking.uri=env:MLFLOW_DATABASE
+    python pipelines/finetune.py my_run.yaml tracking.uri=file:/run/secrets/mlflow_uri
+
+Other secrets come from the variables that their libraries read, on every node: `MLFLOW_TRACKING_USERNAME` and
+`MLFLOW_TRACKING_PASSWORD` (or `MLFLOW_TRACKING_TOKEN`), `HF_TOKEN`, and the cloud's own.
+"""
+NAMES = {str: "text", int: "whole number", float: "number", bool: "`true` or `false`", NoneType: "`null`"}
+BOUNDS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
+
+
+def main() -> None:
+    """Write the page."""
+    PAGE.write_text(page(), encoding="utf-8")
+
+
+def page() -> str:
+    """The page, from the schema as it is."""
+    return "\n".join([INTRO, *(line for name, field in Config.model_fields.items() for line in _section(name, field))])
+
+
+def shape(annotation: Any, limits: Sequence[Any] = ()) -> str:
+    """What a field may hold, in words; `limits` are pydantic's constraints."""
+    kind, inner = get_origin(annotation), get_args(annotation)
+    if kind is Annotated:
+        found = [limit for one in inner[1:] for limit in (one.metadata if isinstance(one, FieldInfo) else [one])]
+        return shape(inner[0], [*limits, *found])
+    if kind in (Union, UnionType):
+        return " or ".join(shape(part) for part in inner)
+    if kind is Literal:
+        return ", ".join(f"`{choice}`" for choice in inner)
+    if kind is tuple:
+        return _tuple(inner, limits)
+    if kind is dict:
+        return f"mapping of {shape(inner[0])} to {shape(inner[1])}"
+    if _is_section(annotation):
+        heading = _heading(annotation)
+        return f"[{annotation.__name__.lower()}](#{_anchor(heading)})"
+    return " ".join([NAMES[annotation], *_bounds(limits)])
+
+
+def plain(value: Any) -> str:
+    """A default as it would stand in a config."""
+    return value if isinstance(value, str) else json.dumps(value, default=list)
+
+
+def _section(name: str, field: FieldInfo) -> Iterator[str]:
+    section = next(_parts(field.annotation))
+    yield f"\n## `{name}`\n\n{section.__doc__}\n"
+    yield _table(section)
+    for entry in dict.fromkeys(_inside(section)):
+        yield f"\n### {_heading(entry)}\n\n{entry.__doc__}\n"
+        yield _table(entry)
+
+
+def _table(section: type[Section]) -> str:
+    lines = ["| field | type | default | description |", "|---|---|---|---|"]
+    for name, field in section.model_fields.items():
+        default = "required" if field.is_required() else f"`{plain(field.get_default(call_default_factory=True))}`"
+        cells = (f"`{field.alias or name}`", shape(field.annotation, field.metadata), default, field.description or "")
+        lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+    return "\n".join(lines)
+
+
+def _inside(section: type[Section]) -> Iterator[type[Section]]:
+    """The sections that the fields of one hold, such as the entries of its lists."""
+    for field in section.model_fields.values():
+        for part in _parts(field.annotation):
+            yield part
+            yield from _inside(part)
+
+
+def _parts(annotation: Any) -> Iterator[type[Section]]:
+    if _is_section(annotation):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _parts(inner)
+
+
+def _tuple(inner: Sequence[Any], limits: Sequence[Any]) -> str:
+    if inner[-1] is not Ellipsis:
+        return f"list [{', '.join(map(shape, inner))}]"
+    least = next((limit.min_length for limit in limits if hasattr(limit, "min_length")), 0)
+    return f"list of {shape(inner[0])}" + (f", {least} or more" if least else "")
+
+
+def _bounds(limits: Sequence[Any]) -> Iterator[str]:
+    """`(≥ 0, < 1)`; what has no bounds (patterns, validators) is told by the description."""
+    found = [
+        f"{sign} {getattr(limit, name):.10g}"
+        for limit in limits
+        for name, sign in BOUNDS.items()
+        if hasattr(limit, name)
+    ]
+    if found:
+        yield f"({', '.join(found)})"
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Section)
+
+
+def _heading(section: type[Section]) -> str:
+    return f"Fields of a {section.__name__.lower()}"
+
+
+def _anchor(heading: str) -> str:
+    """How GitHub links to a heading."""
+    return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+
+
+if __name__ == "__main__":
+    main()
