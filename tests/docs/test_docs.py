@@ -1,0 +1,123 @@
+"""What the documentation names is there: links, commands, make targets, config fields, files of the project."""
+
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+from olora_ray.config.schema import Config, Section
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+AWAITED = {"docs/configuration.md", "quick"}
+"""A generated page and a make target that other work adds; take each out of here once it is there."""
+
+pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+
+
+def slug(heading: str) -> str:
+    """The anchor that GitHub gives a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-")
+
+
+@cache
+def anchors(page: Path) -> set[str]:
+    return {slug(heading) for heading in re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)}
+
+
+def links(page: Path) -> Iterator[str]:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if "://" not in target:
+            yield target
+
+
+@cache
+def fields() -> dict[str, Any]:
+    """Every section of the config, as a tree of names."""
+    return _tree(Config)
+
+
+def _tree(section: type[Section]) -> dict[str, Any]:
+    return {field.alias or name: _inner(field.annotation) for name, field in section.model_fields.items()}
+
+
+def _inner(annotation: Any) -> dict[str, Any]:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return _tree(annotation)
+    return next((found for inner in get_args(annotation) if (found := _inner(inner))), {})
+
+
+def is_field(dotted: str) -> bool:
+    node = fields()
+    for part in dotted.split("."):
+        if part not in node:
+            return False
+        node = node[part]
+    return True
+
+
+def code(text: str) -> list[str]:
+    """What stands between backticks, and the indented and fenced blocks, without the output of a run."""
+    blocks = re.findall(r"^    .+$", text, re.MULTILINE) + re.findall(r"^```\w*\n(.*?)^```", text, re.M | re.S)
+    return re.findall(r"`([^`\n]+)`", text) + [block for block in blocks if not re.match(r" +\d\d:\d\d:\d\d ", block)]
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 200
+
+
+def test_the_index_lists_every_page() -> None:
+    index = set(links(ROOT / "docs" / "README.md"))
+    assert [page.name for page in PAGES[2:] if page.name not in index | {"README.md"}] == []
+
+
+@pages
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in links(page):
+        path, _, anchor = target.partition("#")
+        there = (page.parent / path).resolve() if path else page
+        if str(there.relative_to(ROOT)) in AWAITED:
+            continue
+        assert there.exists(), target
+        assert not anchor or anchor in anchors(there), target
+
+
+@pages
+def test_commands_and_files_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    places = (
+        r"(?:pipelines|tune_spaces|deploy|benchmarks|tests|olora_ray|docs)/[a-z\d_/.-]+\.(?:py|yaml|json|md|png|env)"
+    )
+    for name in sorted(set(re.findall(rf"(?<![\w/]){places}\b", text))):
+        assert name in AWAITED or (ROOT / name).is_file(), name
+    assert "olora_ray.registry" not in text
+
+
+@pages
+def test_make_targets_exist(page: Path) -> None:
+    there = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    assert "quickstart" in there
+    for piece in code(page.read_text(encoding="utf-8")):
+        for target in re.findall(r"^ *make ([\w-]+)", piece):
+            assert target in there | AWAITED, target
+
+
+@pages
+def test_config_fields_exist(page: Path) -> None:
+    # `train.lr`, `train.lr=2e-4`, `train.lr: 2e-4`; not `train.py` or `run.log`.
+    sections = "|".join(fields())
+    for piece in code(page.read_text(encoding="utf-8")):
+        for field in re.findall(rf"(?<![\w/.-])((?:{sections})(?:\.[a-z]\w*)+)(?![\w/*(])", piece):
+            assert field.endswith((".py", ".yaml", ".json", ".env", ".log")) or is_field(field), field
+
+
+def test_the_checks_above_find_something() -> None:
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    named = [piece for piece in code(text) if is_field(piece)]
+    assert len(named) > 15
+    assert sum(1 for page in PAGES for _ in links(page)) > 40
+    assert is_field("gate.and.at_least")
+    assert not is_field("train.learning_rate")
