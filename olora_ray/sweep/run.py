@@ -63,7 +63,7 @@ def search_config(config: Config, space: Space, space_file: str | Path, register
 
 
 def check(config: Config, space: Space) -> None:
-    """Raise UserError if the storage cannot be written, MLflow or Ray is unreachable, or another search has this name."""
+    """Raise UserError if the storage, MLflow or Ray cannot be used, or if another search has this name."""
     folder = RunFolder(config)
     folder.check()
     mlflow_run.check_tracking(config, folder)

@@ -12,7 +12,7 @@ from olora_ray.config.schema import Config, Section
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-AWAITED = {"docs/configuration.md", "quick"}
+AWAITED = {"quick"}
 """A generated page and a make target that other work adds; take each out of here once it is there."""
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -27,7 +27,6 @@ def test_all_modules_of_the_tree_lie_in_few_packages(here: Figures) -> None:
     assert 8 <= len(here.root_packages) <= measure_code.MOST_PACKAGES
 
 
-@pytest.mark.xfail(strict=True, reason="config/schema.py and tokens/store.py are split on another branch: remove this")
 def test_no_file_of_the_tree_is_long_and_no_imports_go_round(here: Figures) -> None:
     assert len(here.file_lines) > 100
     assert [problem for problem in measure_code.problems(here) if not problem.startswith("README.md")] == []
