@@ -1,4 +1,4 @@
-"""The attempts of one training: how many workers each gets, and what ends or repeats it."""
+"""Attempts of one training: decides how many workers each gets, and whether another one follows."""
 
 import threading
 import time

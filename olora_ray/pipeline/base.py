@@ -1,4 +1,4 @@
-"""The base model of a run: found once, with its tokenizer."""
+"""Opening of a run's base model: finds it once, with its tokenizer."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -1,4 +1,4 @@
-"""The connection of a driver to Ray: made, checked, and closed again."""
+"""Connection of a driver to Ray: connects, checks that the run can work there, and disconnects."""
 
 import contextlib
 import logging
@@ -31,8 +31,8 @@ def connect(config: Config, base: BaseModel | None = None) -> Iterator[Stop]:
     quiet_ray()
     shared: dict[str, Any] = {"logging_level": logging.WARNING, "runtime_env": {"env_vars": ENVIRONMENT}}
     if (found := address.find()) == "local":
-        # With its dashboard: Train frees the resources of a stopped run through the State API. It can start
-        # jobs, so it answers this machine only.
+        # Ray Train frees the resources of a stopped run through the dashboard's State API. The dashboard can
+        # start jobs, so it must answer this machine only.
         shared["dashboard_host"] = "127.0.0.1"
     ray.init(address=found, **shared)
     try:
@@ -44,8 +44,8 @@ def connect(config: Config, base: BaseModel | None = None) -> Iterator[Stop]:
             preflight.check(config, base)
             yield stop
     except BaseException:
-        # A prefetching thread of Ray Data that calls Ray after its shutdown ends this process without a word:
-        # the error would be lost.
+        # Give Ray Data's prefetch threads time to end: one that calls Ray after shutdown kills the process
+        # silently, and the real error with it.
         time.sleep(1)
         raise
     finally:

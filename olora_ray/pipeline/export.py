@@ -1,4 +1,4 @@
-"""The exports of a run, written and compared in a Ray spec."""
+"""Export of a finished training: adapter and merged model, written and compared in a Ray task."""
 
 import logging
 from pathlib import Path
@@ -9,14 +9,12 @@ import ray.train
 import torch
 
 from olora_ray.adapter import export
-from olora_ray.adapter.export import transposed_layers
 from olora_ray.adapter.parity import measure_parity
 from olora_ray.cluster.resources import worker_resources
 from olora_ray.cluster.spec import TrainResult, TrainSpec
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError
 from olora_ray.common.quiet import quiet_transformers
-from olora_ray.common.storage import local_folder
 from olora_ray.config.schema import Config
 from olora_ray.data import chat_template
 from olora_ray.model.source import BaseModel, on_this_node, parameters
@@ -28,9 +26,12 @@ from olora_ray.train import checkpoints
 
 logger = logging.getLogger(__name__)
 
+PARITY_TOKENS = 256
+"""Held-out tokens on which the logits of the exports are compared."""
+
 
 def run_export(spec: TrainSpec, folder: RunFolder, result: TrainResult) -> dict[str, Any]:
-    """Write both exports and measure their parity, in a Ray spec with a worker's resources.
+    """Write both exports and measure their parity, in a Ray task with the resources of a worker.
 
     Returns the content of parity.json, that of an earlier attempt if it is there; raises UserError if
     the exports disagree.
@@ -65,10 +66,6 @@ def _export(spec: TrainSpec, folder: RunFolder, step: int) -> dict[str, Any]:
     return export_run(spec, folder, step)
 
 
-PARITY_TOKENS = 256
-"""Held-out tokens on which the logits of the exports are compared."""
-
-
 def export_run(spec: TrainSpec, folder: RunFolder, step: int) -> dict[str, Any]:
     """Write export/adapter, export/merged and export/parity.json from the best adapter up to `step`.
 
@@ -79,9 +76,9 @@ def export_run(spec: TrainSpec, folder: RunFolder, step: int) -> dict[str, Any]:
     best = checkpoints.read(storage.join(folder.checkpoints, checkpoints.name_of(step))).best_adapter()
     found = on_this_node(spec.base, config)
     base = Path(found.folder)
-    transposed = transposed_layers(found, config, best.keys())
-    with local_folder(folder.adapter) as adapter_folder, local_folder(folder.merged) as merged_folder:
-        # What PEFT and vLLM look up by themselves: a hub id or a folder.
+    transposed = export.transposed_layers(found, config, best.keys())
+    with storage.local_folder(folder.adapter) as adapter_folder, storage.local_folder(folder.merged) as merged_folder:
+        # PEFT and vLLM look the base up by this name: it must be a hub id or a folder.
         name = found.folder if storage.is_uri(found.name) or found.name.startswith("models:/") else found.name
         export.write_adapter(best, config.adapter, name, adapter_folder, transposed=transposed)
         export.write_merged(base, best, config.adapter.scale(), merged_folder, transposed=transposed)

@@ -1,4 +1,4 @@
-"""What a model was made of, in four digests: equal ones would give the same model again."""
+"""Fingerprint of a model: digests of the four things it was made of; equal ones would give the same model again."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Training on the cluster until it is done; what an earlier attempt had finished is found again."""
+"""Training of a run on the cluster; a training that an earlier attempt finished is found instead."""
 
 import logging
 from collections.abc import Callable, Mapping

@@ -1,4 +1,4 @@
-"""What the workers report while they train, shown to people and tracked."""
+"""Monitor of a training: takes what the workers report, shows it to people and tracks it."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""The tokens of a run, and all that its workers get."""
+"""Preparation of a run's tokens, and the specification that its workers get."""
 
 import logging
 

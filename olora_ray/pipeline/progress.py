@@ -1,4 +1,4 @@
-"""Progress of a training, one readable line at a time; a bar on a terminal."""
+"""Progress display of a training: readable lines in a log, a bar on a terminal."""
 
 import logging
 import sys

@@ -1,4 +1,4 @@
-"""What leaves a run: the best checkpoint as exports that agree, and a registered version."""
+"""Publication of a finished run: metrics, reports and the model go to MLflow, and a version is registered."""
 
 import json
 import logging

@@ -1,8 +1,9 @@
-"""What a person reads: the plan before, the dry run, the comparison after."""
+"""Output for people: the plan of a run, the dry run, and what came out; nothing here writes to MLflow."""
 
 import logging
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from olora_ray.cluster.spec import TrainResult, TrainSpec
@@ -20,9 +21,6 @@ from olora_ray.train.estimate import MemoryEstimate, estimate
 from olora_ray.train.loader import total_steps
 
 logger = logging.getLogger(__name__)
-
-MLFLOW = f"{sys.executable} -m mlflow"
-"""A command that works as it is printed, whether or not the environment is activated."""
 
 
 def plan(config: Config, base: source.BaseModel) -> None:
@@ -99,16 +97,24 @@ def _summary(
     for name, value in scores.get("after", {}).items():
         lines.append(f"held-out {name}: {scores['before'][name]:.3f} before, {value:.3f} after ({len(answers)} rows)")
     lines += [f"adapter (PEFT, vLLM): {folder.adapter}", f"merged model:         {folder.merged}"]
-    store, run_id = published.result["mlflow"]["uri"], published.result["mlflow"]["run_id"]
+    store, run_id, mlflow = published.result["mlflow"]["uri"], published.result["mlflow"]["run_id"], _mlflow_command()
     if (registered := published.result["registered"]) is not None:
         uri = f"models:/{registered['model']}@{registered['alias']}"
         lines += [
             f"registered:           {registered['model']} version {registered['version']} ({uri})",
             f'load:   mlflow.set_tracking_uri("{store}"); mlflow.transformers.load_model("{uri}")',
-            f"serve:  MLFLOW_TRACKING_URI={store} {MLFLOW} models serve -m {uri} --env-manager local -p 5001",
+            f"serve:  MLFLOW_TRACKING_URI={store} {mlflow} models serve -m {uri} --env-manager local -p 5001",
         ]
-    lines.append(f"MLflow: {published.page or f'{MLFLOW} ui --backend-store-uri {store} (run {run_id})'}")
+    lines.append(f"MLflow: {published.page or f'{mlflow} ui --backend-store-uri {store} (run {run_id})'}")
     return lines
+
+
+def _mlflow_command() -> str:
+    """MLflow's command as it works from the current folder, whether or not the environment is activated."""
+    script = Path(sys.executable).with_name("mlflow")
+    if not script.exists():
+        return f"{sys.executable} -m mlflow"
+    return str(script.relative_to(Path.cwd())) if script.is_relative_to(Path.cwd()) else str(script)
 
 
 def _model_line(config: Config, size: MemoryEstimate) -> str:

@@ -1,4 +1,4 @@
-"""The main job, in the order in which the data flows; pipelines/finetune.py and retrain.py both run it.
+"""The main job in the order in which data flows; pipelines/finetune.py and retrain.py both run it.
 
 Each line is one stage with one file behind it. What a stage has made is found again by the next attempt, so
 the same config may be run until it is finished, whatever has stopped it meanwhile.

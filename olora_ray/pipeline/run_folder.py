@@ -1,4 +1,4 @@
-"""The folder of a run: `<storage>/<name>/`, what lies where in it, and whether it is ours to use."""
+"""Paths in a run's folder, `<storage>/<name>/`, and the checks that the folder is this run's to use."""
 
 import json
 import os

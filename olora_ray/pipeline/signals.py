@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl+C: while training, a wish that is granted after the next step; elsewhere an end at once."""
+"""SIGTERM and Ctrl+C: a request to stop after the next step while training, an immediate end elsewhere."""
 
 import signal
 from types import FrameType, TracebackType
@@ -15,7 +15,7 @@ class Stop:
         self.asked: str | None = None
         """Name of the signal that came while `gentle`."""
         self.gentle = False
-        """Whether somebody looks at `asked`; a second signal ends the run at once all the same."""
+        """True while somebody polls `asked`; a second signal ends the run at once all the same."""
         self._raised: Stopped | None = None
         self._before: dict[signal.Signals, object] = {}
 
@@ -33,7 +33,7 @@ class Stop:
             raise self._raised from None  # ray.get passes on a KeyboardInterrupt of its own
 
     def stopped(self, where: str) -> Stopped:
-        """The exception for a wish that was granted."""
+        """The exception to raise once the request was granted."""
         name = self.asked or "SIGTERM"
         return Stopped(f"{where} ({name}); {AGAIN}", 128 + signal.Signals[name].value)
 
