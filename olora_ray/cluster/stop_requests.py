@@ -4,10 +4,10 @@ import contextlib
 from typing import Any
 
 import ray
-import torch.distributed as dist
 from ray.exceptions import RayError
 
 from olora_ray.cluster.preemption import Preemption
+from olora_ray.common import collectives
 from olora_ray.common.errors import UserError
 
 SECONDS_BETWEEN_LINES = 15
@@ -32,11 +32,8 @@ class StopRequests:
     def reason(self) -> tuple[str, bool]:
         """The reason, and whether it is a preemption; all workers must ask, after a step with a signal."""
         leaving = self.preemption.node_ids()
-        reasons: list[Any] = [self.from_driver]
-        if dist.is_initialized():
-            dist.broadcast_object_list(reasons, src=0)
-        if reasons[0]:
-            return str(reasons[0]), False
+        if asked := collectives.from_first(self.from_driver):
+            return asked, False
         return f"node {', '.join(node[:8] for node in leaving) or '?'} is taken away", True
 
     def waiting(self, shard: int, shards: int) -> None:

@@ -6,20 +6,19 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor
 
 from olora_ray.adapter import factor_cache
 from olora_ray.adapter.factors import AdapterWeights, Factors
-from olora_ray.adapter.initialise import InitReport, initialise, raise_together
+from olora_ray.adapter.initialise import InitReport, initialise
 from olora_ray.adapter.inject import find_targets, wrap
 from olora_ray.cluster.channel import Resumed, Saved, Started, sent_to
 from olora_ray.cluster.spec import AnswerPair, TrainResult, TrainSpec
 from olora_ray.cluster.stop_requests import StopRequests
 from olora_ray.cluster.worker_context import RayTrainContext, WorkerContext
-from olora_ray.common import storage
+from olora_ray.common import collectives, storage
 from olora_ray.common.errors import UserError
 from olora_ray.common.quiet import quiet_train_worker, quiet_transformers
 from olora_ray.config.load import dump
@@ -35,7 +34,6 @@ from olora_ray.train.schedule import Schedule
 from olora_ray.train.state import TrainState
 
 logger = logging.getLogger(__name__)
-Value = TypeVar("Value")
 
 
 def train_worker(parts: dict[str, Any]) -> TrainResult:
@@ -136,7 +134,7 @@ class Worker:
     def _measure_base(self) -> None:
         """Loss and answers of the untouched base; an earlier attempt may have measured them."""
         place = storage.join(self.spec.shared or self.checkpoints, "baseline.json")
-        found = self._shared(
+        found = collectives.from_first(
             Baseline.read(place, self.spec.base_identity(), len(self.asked)) if self.rank == 0 else None
         )
         if found is None:
@@ -158,7 +156,7 @@ class Worker:
                 self.keeper.finish()
         except UserError as error:
             problem = str(error)
-        raise_together(problem)
+        collectives.raise_together(problem)
         if interrupted:
             why, preempted = self.stop_requests.reason()
             return TrainResult(interrupted=why, preempted=preempted, state=self.state)
@@ -231,7 +229,7 @@ class Worker:
     def _restored(self) -> checkpoint.Checkpoint | None:
         """The newest good checkpoint, the same on all workers; raises UserError if it is of something else."""
         found = keeper.latest_good(self.checkpoints) if self.rank == 0 else None
-        place = self._shared(found[0] if found else None)
+        place = collectives.from_first(found[0] if found else None)
         if place is None:
             return None
         problem, restored = None, found[1] if found else None
@@ -239,7 +237,7 @@ class Worker:
             restored = restored or keeper.read(place)
         except UserError as error:
             problem = f"run.storage: worker {self.rank} cannot use what worker 0 can: {error}"
-        raise_together(problem)
+        collectives.raise_together(problem)
         assert restored is not None
         checkpoint.require_same(restored.identity, self.spec.identity(), place)
         return restored
@@ -257,7 +255,7 @@ class Worker:
                 problem = f"train.start: {place} was trained with another {' and another '.join(other)}"
         except UserError as error:
             problem = f"train.start: {error}"
-        raise_together(problem)
+        collectives.raise_together(problem)
         assert found is not None
         return found.best_adapter()
 
@@ -284,13 +282,6 @@ class Worker:
     def _tell_driver(self, message: Any) -> None:
         if self.rank == 0:
             self.channel.send.remote(message)
-
-    def _shared(self, value: Value) -> Value:
-        """The value of rank 0, on all workers."""
-        values = [value]
-        if dist.is_initialized():
-            dist.broadcast_object_list(values, src=0)
-        return values[0]
 
 
 def _on_cpu(factors: Factors) -> Factors:

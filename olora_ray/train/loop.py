@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from olora_ray.adapter.layer import AdaptedLinear
+from olora_ray.common import collectives
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
 from olora_ray.tokens.collate import Batch, collate
@@ -86,8 +86,7 @@ class Trainer:
         total = torch.stack(losses).sum()
         # The signal travels with the loss: another exchange a step would cost more than it.
         shared = torch.stack([total, torch.full_like(total, float(self.signal))])
-        if dist.is_initialized():
-            dist.all_reduce(shared)
+        collectives.sum_in_place(shared)
         mean, signals = shared.tolist()
         if not math.isfinite(mean):
             raise UserError(f"step {number + 1}: {_diverged(losses, data, feed)}")
@@ -96,7 +95,7 @@ class Trainer:
 
     def _keep_up(self, data: StepData) -> None:
         """With a sharded base all workers must run the model equally often: run it for the sake of the others."""
-        if self.config.cluster.strategy != "fsdp" or not dist.is_initialized() or dist.get_world_size() == 1:
+        if self.config.cluster.strategy != "fsdp" or collectives.world_size() == 1:
             return
         for _ in range(data.padding_batches):
             self.blank(data.micro[-1])
@@ -132,8 +131,7 @@ def evaluate(trainer: Trainer, store: TokenStore, attention: str, worker: int = 
         loss = trainer.loss(batch)
         if group:
             total += loss.double()
-    if dist.is_initialized():
-        dist.all_reduce(total)
+    collectives.sum_in_place(total)
     return float(total.item()) / store.manifest.supervised
 
 
@@ -145,10 +143,7 @@ def _diverged(losses: list[Tensor], data: StepData, feed: StepLoader) -> str:
         for index in group
         for origin in feed.store.origins(index)
     ]
-    if dist.is_initialized():
-        everyone: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-        dist.all_gather_object(everyone, bad)
-        bad = [origin for part in everyone for origin in part]
+    bad = [origin for part in collectives.gather(bad) for origin in part]
     shown = ", ".join(bad[:8]) + (f" and {len(bad) - 8} more" if len(bad) > 8 else "")
     where = shown or "the sum over all workers"
     return f"the loss is not finite; it comes from {where}; look at these rows, or lower train.lr"
