@@ -9,6 +9,7 @@ from olora_ray.cluster.resume import StartingPoint
 from olora_ray.cluster.spec import AnswerPair, TrainSpec
 from olora_ray.cluster.worker_context import WorkerContext
 from olora_ray.common import collectives
+from olora_ray.common.fault_points import reached
 from olora_ray.train.baseline import Baseline
 from olora_ray.train.generate import answer, wanted_questions
 from olora_ray.train.loop import evaluate
@@ -28,7 +29,7 @@ class Evaluator:
 
     def measure(self, state: TrainState) -> dict[str, float]:
         """Evaluate the adapter of now, and note the result."""
-        return self.note(state, self.loss())
+        return self.note(state, self.loss(state.step))
 
     def note(self, state: TrainState, loss: float) -> dict[str, float]:
         """Take in a held-out loss, and keep the adapter if it is the best so far; returns the metrics to be told."""
@@ -41,10 +42,11 @@ class Evaluator:
         if self.best is not None:
             self.trainer.flat.vector.copy_(self.best)
 
-    def loss(self) -> float:
-        """Mean held-out loss per supervised token."""
+    def loss(self, step: int) -> float:
+        """Mean held-out loss per supervised token, after `step` steps."""
         assert self.spec.eval is not None
         with self.context.activate(self.trainer.adapted):
+            reached("evaluate", step, self.context.rank)
             return evaluate(self.trainer, self.spec.eval, self.attention, self.context.rank, self.context.world)
 
     def answers(self, answering: str) -> list[list[int]]:
@@ -66,7 +68,7 @@ class Evaluator:
         origin, first = self.spec.base_identity(), self.context.rank == 0
         found = collectives.from_first(Baseline.read(place, origin, len(self.questions)) if first else None)
         if found is None:
-            loss = self.loss() if self.spec.eval else None
+            loss = self.loss(0) if self.spec.eval else None
             start = "adapter that training starts with" if self.spec.config.train.start else "base model"
             found = Baseline(loss, self.answers(start) if self.questions else None)
             if first:

@@ -15,6 +15,7 @@ from olora_ray.cluster.spec import TrainSpec
 from olora_ray.cluster.worker_context import WorkerContext
 from olora_ray.common import collectives
 from olora_ray.common.errors import UserError
+from olora_ray.common.fault_points import reached
 from olora_ray.model.load import check_attention
 from olora_ray.train import checkpoint, checkpoints
 from olora_ray.train.checkpoint import Checkpoint
@@ -120,6 +121,7 @@ def factors(
             )
             return found
     made, report = initialise(targets, adapter.method, adapter.rank, spec.config.run.seed, context.device)
+    reached("initialise", rank=context.rank)
     logger.info(describe(adapter.method, report))
     return made
 

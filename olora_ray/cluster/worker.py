@@ -12,6 +12,7 @@ from olora_ray.cluster.stop_requests import StopRequests
 from olora_ray.cluster.worker_context import RayTrainContext, WorkerContext
 from olora_ray.common import collectives, storage
 from olora_ray.common.errors import UserError
+from olora_ray.common.fault_points import reached
 from olora_ray.common.quiet import quiet_train_worker, quiet_transformers
 from olora_ray.config.load import dump
 from olora_ray.train.checkpoint import snapshot
@@ -142,6 +143,7 @@ class Worker:
 
     def _tell(self, metrics: dict[str, float]) -> None:
         self._tell_driver(self.state.record(self.state.step, metrics))
+        reached("step", self.state.step, self.rank)
 
     def _tell_driver(self, message: Any) -> None:
         if self.rank == 0:

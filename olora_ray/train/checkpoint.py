@@ -25,6 +25,7 @@ from torch import Tensor
 from olora_ray.adapter.factors import AdapterWeights, Factors
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError
+from olora_ray.common.fault_points import reached
 from olora_ray.train.loop import Trainer
 from olora_ray.train.state import TrainState
 
@@ -77,6 +78,7 @@ def save(
     """
     folder.mkdir(parents=True, exist_ok=True)
     save_file(_tensors(adapter), folder / ADAPTER)
+    reached("checkpoint", state.step)
     save_file(dict(optimizer), folder / OPTIMIZER)
     if best is not None:
         save_file(dict(best), folder / BEST)
