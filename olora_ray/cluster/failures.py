@@ -4,15 +4,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from ray.exceptions import RayActorError
-from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
-from ray.train.v2.api.callback import UserCallback
-from ray.train.v2.api.exceptions import ControllerError, PreemptionError, WorkerGroupError
+from ray.train import ControllerError, PreemptionError, UserCallback, WorkerGroupError
 
+from olora_ray.cluster import ray_internals
 from olora_ray.cluster.channel import Failure
 
 # What the others report when one worker is gone: consequences, not causes.
 CONSEQUENCES = ("connection closed by peer", "connection reset", "broken pipe", "gloo", "nccl", "timed out waiting")
-STARTING = (WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError)
 LONGEST = 200
 
 
@@ -64,7 +62,7 @@ def counts(error: BaseException) -> bool:
     if isinstance(error, WorkerGroupError):
         return not any(_death(e) and getattr(_death(e), "preempted", False) for e in error.worker_failures.values())
     if isinstance(error, ControllerError):  # workers that could not start: their node went meanwhile
-        return not isinstance(error.controller_failure, STARTING)
+        return not ray_internals.startup_failed(error.controller_failure)
     return not isinstance(error, PreemptionError)
 
 

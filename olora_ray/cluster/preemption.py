@@ -2,6 +2,8 @@
 
 from typing import Protocol
 
+from olora_ray.cluster import ray_internals
+
 
 class Preemption(Protocol):
     """The node of a training process."""
@@ -18,12 +20,7 @@ class RayPreemption:
 
     def announced(self) -> bool:
         """See Preemption."""
-        # The public get_preemption_info() is a barrier of all workers over an actor: too dear for every step.
-        # It is asked once this note, which Ray's watcher leaves in each worker, has made all of them stop.
-        from ray.train.v2._internal.execution.context import get_train_context
-
-        context = getattr(get_train_context(), "preemption_context", None)
-        return getattr(context, "preemption_info", None) is not None
+        return ray_internals.preemption_noted()
 
     def node_ids(self) -> tuple[str, ...]:
         """See Preemption."""

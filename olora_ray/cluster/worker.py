@@ -6,6 +6,7 @@ from typing import Any
 
 from olora_ray.cluster.channel import Resumed, Saved, Started, sent_to
 from olora_ray.cluster.evaluator import Evaluator
+from olora_ray.cluster.quiet import quiet_train_worker
 from olora_ray.cluster.resume import StartingPoint, starting_point
 from olora_ray.cluster.spec import TrainResult, TrainSpec
 from olora_ray.cluster.stop_requests import StopRequests
@@ -13,7 +14,7 @@ from olora_ray.cluster.worker_context import RayTrainContext, WorkerContext
 from olora_ray.common import collectives, storage
 from olora_ray.common.errors import UserError
 from olora_ray.common.fault_points import reached
-from olora_ray.common.quiet import quiet_train_worker, quiet_transformers
+from olora_ray.common.quiet import quiet_transformers
 from olora_ray.config.load import dump
 from olora_ray.train.checkpoint import snapshot
 from olora_ray.train.checkpoints import CheckpointManager
