@@ -1,7 +1,7 @@
 """Distributed initialisation: each worker computes the factors of its share of the layers, in float32.
 
 Shares are balanced by cost (m r^2 + m n r multiplications for a short QR), and exchanged as one flat
-buffer a worker: one broadcast instead of two tensors a layer. Afterwards all workers hold the same
+buffer per worker: one broadcast instead of two tensors per layer. Afterwards all workers hold the same
 bytes, which a digest over everything confirms (a QR's last bits depend on the number of threads, so
 computing the same layer everywhere would not do).
 """

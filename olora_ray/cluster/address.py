@@ -17,7 +17,7 @@ def find(patience: float = PATIENCE) -> str:
     """The address for ray.init: host:port of a Ray that answers, or "local" for one of the run's own.
 
     RAY_ADDRESS comes first, then the Ray that runs on this machine. Raises UserError for an address that is
-    none of a Ray head, or at which nothing answers for `patience` seconds.
+    not that of a Ray head, or at which nothing answers for `patience` seconds.
     """
     end = time.monotonic() + patience
     while True:
@@ -36,7 +36,7 @@ def find(patience: float = PATIENCE) -> str:
 
 
 def _given() -> str | None:
-    """RAY_ADDRESS, if it says more than to look on this machine."""
+    """RAY_ADDRESS, unless it only says to look on this machine."""
     given = os.environ.get(_VARIABLE, "").strip()
     if given in ("", "auto"):
         return None

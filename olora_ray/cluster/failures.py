@@ -1,4 +1,4 @@
-"""What went wrong in a group of workers, in one line; told to the driver from Train's controller."""
+"""Failures of a group of workers, each in one line; told to the driver from Train's controller."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +9,7 @@ from ray.train import ControllerError, PreemptionError, UserCallback, WorkerGrou
 from olora_ray.cluster import ray_internals
 from olora_ray.cluster.channel import Failure
 
-# What the others report when one worker is gone: consequences, not causes.
+# What the other workers report when one has died: consequences, not causes.
 CONSEQUENCES = ("connection closed by peer", "connection reset", "broken pipe", "gloo", "nccl", "timed out waiting")
 LONGEST = 200
 
@@ -19,7 +19,7 @@ class SharedBaseDied(RayActorError):
 
 
 class TellDriver(UserCallback):
-    """Puts each failure of a group of workers on the channel."""
+    """Sends each failure of a group of workers over the channel."""
 
     def __init__(self, channel: Any) -> None:
         self.channel = channel
@@ -58,7 +58,7 @@ def cause(error: BaseException) -> str:
 
 
 def counts(error: BaseException) -> bool:
-    """Whether an error counts against cluster.max_failures: nodes that are taken away do not."""
+    """Whether an error counts against cluster.max_failures: preempted nodes do not."""
     if isinstance(error, WorkerGroupError):
         return not any(_death(e) and getattr(_death(e), "preempted", False) for e in error.worker_failures.values())
     if isinstance(error, ControllerError):  # workers that could not start: their node went meanwhile

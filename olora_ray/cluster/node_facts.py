@@ -1,4 +1,4 @@
-"""What each node of the cluster says about itself: versions, memory, and whether it sees the storage."""
+"""Facts about each node of the cluster, asked there: versions, memory, and whether it sees the storage."""
 
 import platform
 import uuid
@@ -32,7 +32,7 @@ class NodeInfo:
 
 
 def node_info() -> NodeInfo:
-    """Of this node; imports neither torch nor transformers."""
+    """Facts about this node; imports neither torch nor transformers."""
     versions = {name: _version(name) for name in PACKAGES}
     memory, gpu_memory = ray_internals.system_memory(), min(ray_internals.gpu_memory(), default=None)
     return NodeInfo({"python": platform.python_version(), **versions}, memory, gpu_memory)

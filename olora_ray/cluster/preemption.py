@@ -1,4 +1,4 @@
-"""What a training process learns of the node it runs on, from Ray Train or from nobody."""
+"""Preemption of the nodes that a training runs on, as Ray Train announces it."""
 
 from typing import Protocol
 
@@ -6,17 +6,17 @@ from olora_ray.cluster import ray_internals
 
 
 class Preemption(Protocol):
-    """The node of a training process."""
+    """Source of preemption notices for a training process."""
 
     def announced(self) -> bool:
-        """Whether it is known here that a worker's node is about to be taken away; cheap."""
+        """True once Ray has announced a preemption. A local read: may be called every step."""
 
     def node_ids(self) -> tuple[str, ...]:
-        """Ids of the nodes that are taken away; all workers must ask together."""
+        """Ids of the preempted nodes. A barrier: all workers must call it together."""
 
 
 class RayPreemption:
-    """The node of a worker of Ray Train."""
+    """Notices of Ray Train, for one of its workers."""
 
     def announced(self) -> bool:
         """See Preemption."""
@@ -31,7 +31,7 @@ class RayPreemption:
 
 
 class NoPreemption:
-    """A node of which nothing is known in advance."""
+    """No notices: a process outside Ray Train learns of a preemption when it dies."""
 
     def announced(self) -> bool:
         """See Preemption."""

@@ -1,4 +1,4 @@
-"""What a worker takes, and what the cluster could hold: now, and once its autoscaler has done what it may."""
+"""Resources of a worker and of the cluster: as it is, and the largest that its autoscaler may make."""
 
 import contextlib
 import time
@@ -45,7 +45,7 @@ def free_workers(wanted: Resources) -> int:
 
 
 def schedulable_nodes() -> list[dict[str, Any]]:
-    """Ray's entries of the nodes that are alive and not about to be taken away."""
+    """Ray's entries of the nodes that are alive and not being drained."""
     leaving = ray_internals.draining_nodes()
     return [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]
 
@@ -70,7 +70,7 @@ def autoscaler_limits() -> list[Nodes]:
 
 
 def maximum() -> list[Nodes]:
-    """The cluster once all is started that may be: what is there now, if there is no autoscaler or none that tells."""
+    """The largest cluster that the autoscaler may make; the one of now if there is none, or none that tells."""
     more = autoscaler_limits()
     return [*more, *(one for one in present() if ray_internals.HEAD in one.resources)] if more else present()
 
@@ -86,10 +86,10 @@ def amount(name: str, nodes: Iterable[Nodes]) -> float:
 
 
 class PlacementRequest:
-    """A wish for room for some workers that an autoscaler sees, for as long as it is entered.
+    """Asks the autoscaler for room for some workers, with a placement group, for as long as it is entered.
 
-    It ends with the job that has it: `ray.autoscaler.sdk.request_resources` would stay after a job that was
-    killed, and its nodes with it.
+    It ends with its job: a request by `ray.autoscaler.sdk.request_resources` would outlive a job that was killed,
+    and keep its nodes running.
     """
 
     def __init__(self, wanted: Resources, count: int, after: float) -> None:
@@ -105,11 +105,12 @@ class PlacementRequest:
         self._drop()
 
     def look(self) -> bool:
-        """Whether the room is asked for now; call it again and again."""
+        """Ask for the room when it is time, withdraw when it is found; whether it is asked for now. Call it often."""
         if self._group is None and time.monotonic() - self._since >= self.after:
             self._group = ray.util.placement_group([dict(self.wanted)] * self.count, strategy="PACK")
             self._met = self._group.ready()
-        # Room that was found is reserved for the wish: it must be free for those who will use it.
+        # The placement group is only a signal to the autoscaler: free it once satisfied, so that the workers can
+        # use the room.
         elif self._group is not None and ray.wait([self._met], timeout=0)[0]:
             self._drop()
         return self._group is not None

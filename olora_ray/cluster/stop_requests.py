@@ -1,4 +1,4 @@
-"""How a worker hears that it should end: from the driver over the channel, from Ray about its node."""
+"""Stop requests as a worker sees them: from the driver, or from Ray when its node is preempted."""
 
 import contextlib
 from typing import Any
@@ -14,12 +14,12 @@ SECONDS_BETWEEN_LINES = 15
 
 
 class StopRequests:
-    """Asks the channel without waiting for its answer; one for each worker."""
+    """Listens for stop requests between two steps, without waiting; one per worker."""
 
     def __init__(self, channel: Any, rank: int, preemption: Preemption) -> None:
         self.channel, self.rank, self.preemption = channel, rank, preemption
         self.from_driver: str | None = None
-        self._answer = channel.wait_for_stop.remote() if rank == 0 else None  # answered when there is a wish
+        self._answer = channel.wait_for_stop.remote() if rank == 0 else None  # answered when the driver asks to stop
         self._looks = 0
         self._data_failed = False
 
@@ -31,10 +31,10 @@ class StopRequests:
 
     def reason(self) -> tuple[str, bool]:
         """The reason, and whether it is a preemption; all workers must ask, after a step with a signal."""
-        leaving = self.preemption.node_ids()
+        preempted = self.preemption.node_ids()
         if asked := collectives.from_first(self.from_driver):
             return asked, False
-        return f"node {', '.join(node[:8] for node in leaving) or '?'} is taken away", True
+        return f"node {', '.join(node[:8] for node in preempted) or '?'} is preempted", True
 
     def waiting(self, shard: int, shards: int) -> None:
         """Called about once a second while a shard of the token store is not there yet.

@@ -87,7 +87,7 @@ class AdamW:
         }
 
     def load(self, named: Mapping[str, Tensor], step: int) -> None:
-        """Take up the moments of `state` after `step` updates."""
+        """Resume with the moments of `state` after `step` updates."""
         moments = self.inner.state[self.parameter]
         moments["step"].fill_(float(step))
         for key in ("exp_avg", "exp_avg_sq"):

@@ -1,8 +1,8 @@
-"""How a model is spread over the workers: ddp or fsdp.
+"""Placement of a model on the workers: ddp or fsdp.
 
 ddp: every worker holds the whole base. fsdp: FSDP2 shards the frozen base, layer by layer. In both the
 adapters are whole on every worker (they are small) and their gradients are summed by one flat
-all-reduce a step (train/optim.py), so accumulation needs no `no_sync`, a step has the same bits for
+all-reduce per step (train/optim.py), so accumulation needs no `no_sync`, a step has the same bits for
 the same workers, and a checkpoint is the same file for both.
 """
 
