@@ -10,6 +10,7 @@ from olora_ray.cluster.spec import AnswerPair, TrainSpec
 from olora_ray.cluster.worker_context import WorkerContext
 from olora_ray.common import collectives
 from olora_ray.common.fault_points import reached
+from olora_ray.common.text import plural
 from olora_ray.train.baseline import Baseline
 from olora_ray.train.generate import answer, wanted_questions
 from olora_ray.train.loop import evaluate
@@ -51,7 +52,7 @@ class Evaluator:
 
     def answers(self, answering: str) -> list[list[int]]:
         """Answers to the held-out prompts as token ids; `answering` names the model for the log."""
-        logger.info(f"answering {len(self.questions)} held-out prompts with the {answering}")
+        logger.info(f"answering {plural(len(self.questions), 'held-out prompt')} with the {answering}")
         limit = self.spec.config.evaluation.max_new_tokens
         with self.context.activate(self.trainer.adapted):
             return answer(self.trainer, self.questions, limit, self.spec.eos, self.context.rank, self.context.world)

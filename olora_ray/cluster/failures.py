@@ -61,7 +61,7 @@ def counts(error: BaseException) -> bool:
     """Whether an error counts against cluster.max_failures: preempted nodes do not."""
     if isinstance(error, WorkerGroupError):
         return not any(_death(e) and getattr(_death(e), "preempted", False) for e in error.worker_failures.values())
-    if isinstance(error, ControllerError):  # workers that could not start: their node went meanwhile
+    if isinstance(error, ControllerError):  # workers could not start: their node was gone by then
         return not ray_internals.startup_failed(error.controller_failure)
     return not isinstance(error, PreemptionError)
 

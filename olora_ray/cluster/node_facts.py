@@ -72,7 +72,8 @@ def _answer(folder: str, node: str) -> NodeInfo:
     try:
         if storage.read_text(storage.join(folder, "driver")) != folder:
             problem = "reads something else than was written"
-        storage.write_text(storage.join(folder, node), node)  # not in a folder that is not shared: nobody removes it
+        # After the read: in a folder that is not shared this would stay, for the driver removes only its own.
+        storage.write_text(storage.join(folder, node), node)
     except FileNotFoundError:
         problem = "is another place there than here: use a shared folder, s3:// or gs://"
     except (OSError, ValueError) as error:

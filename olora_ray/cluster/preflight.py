@@ -12,6 +12,7 @@ from olora_ray.cluster.node_facts import NodeInfo
 from olora_ray.cluster.resources import Resources
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError
+from olora_ray.common.text import plural
 from olora_ray.config.schema import Config
 from olora_ray.model.source import BaseModel
 from olora_ray.train.estimate import PROCESS_BYTES, MemoryEstimate, estimate
@@ -50,9 +51,8 @@ def _workers(config: Config, wanted: Resources) -> Iterator[str]:
     now, most = resources.room(wanted, nodes), resources.room(wanted, later)
     fields = ", ".join(f"{kind.lower()}s_per_worker={each:g}" for kind, each in wanted.items())
     have = ", ".join(f"{resources.amount(kind, nodes):g} {kind}s" for kind in wanted)
-    needs = (
-        f"cluster.workers={fewest} with {fields}: the cluster has room for {now} of them ({have}, {len(nodes)} nodes)"
-    )
+    have += f", {plural(len(nodes), 'node')}"
+    needs = f"cluster.workers={fewest} with {fields}: the cluster has room for {now} of them ({have})"
     if now < fewest <= most or (now < fewest and cluster.is_elastic()):
         logger.info(f"training waits for the cluster to grow: {needs}")
     elif now < fewest:
@@ -69,7 +69,9 @@ def _workers(config: Config, wanted: Resources) -> Iterator[str]:
 def _ask(config: Config, nodes: Sequence[dict[str, Any]]) -> tuple[Answers, list[str]]:
     """What the nodes say, and problems of those that do not."""
     if len(nodes) == 1 and not storage.is_uri(config.run.storage):
-        return [(nodes[0]["NodeManagerAddress"], node_facts.node_info())], []  # this one: RunFolder.check wrote there
+        return [
+            (nodes[0]["NodeManagerAddress"], node_facts.node_info())
+        ], []  # it is this one: RunFolder.check has written there
     try:
         found = node_facts.query_nodes(nodes, config.run.storage)
     except (OSError, ValueError) as error:

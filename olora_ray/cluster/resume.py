@@ -16,6 +16,7 @@ from olora_ray.cluster.worker_context import WorkerContext
 from olora_ray.common import collectives
 from olora_ray.common.errors import UserError
 from olora_ray.common.fault_points import reached
+from olora_ray.common.text import plural
 from olora_ray.model.load import check_attention
 from olora_ray.train import checkpoint, checkpoints
 from olora_ray.train.checkpoint import Checkpoint
@@ -148,7 +149,7 @@ def named(adapter: dict[str, AdapterWeights]) -> dict[str, Tensor]:
 def describe(method: str, report: InitReport) -> str:
     """A line for the log about an initialisation."""
     shares = ", ".join(
-        f"worker {worker}: {layers} layers in {seconds:.2f} s"
+        f"worker {worker}: {plural(layers, 'layer')} in {seconds:.2f} s"
         for worker, (layers, seconds) in enumerate(zip(report.layers, report.seconds, strict=True))
     )
     line = f"{method} initialisation: {shares}; exchange {report.exchange_seconds:.2f} s; digest {report.digest[:12]}"

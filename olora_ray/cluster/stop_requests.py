@@ -41,8 +41,8 @@ class StopRequests:
 
         Raises UserError when it never will be.
         """
-        # Only at the second look: between the two the shard was looked for once more, so that no worker
-        # gives up on a shard that another one has found.
+        # A worker gives up at its second look only: between the two it has looked for the shard once more, so
+        # that it does not give up on one that another worker has found and trains on.
         if self._data_failed:
             raise UserError("the preparation of the training data has failed")
         try:
