@@ -30,6 +30,7 @@ from olora_ray.adapter.factors import AdapterWeights
 from olora_ray.adapter.layer import is_transposed
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError
+from olora_ray.common.fault_points import reached
 from olora_ray.config.schema import Adapter, Config
 from olora_ray.model.load import skeleton
 from olora_ray.model.source import BaseModel
@@ -114,6 +115,7 @@ def write_merged(
         _copy_other_files(base, folder)
         for file in sorted({place.file for place in places.values()}):
             shutil.copyfile(base / file, folder / file)
+        reached("export")
         for module, tensor in chosen.items():
             delta = adapter[module].delta(scale)
             _add(folder, places[tensor], tensor, delta.T if module in transposed else delta)

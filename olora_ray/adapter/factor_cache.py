@@ -1,4 +1,4 @@
-"""Factors computed once and kept: what a search's trials take instead of computing them again.
+"""Cache of factors: computed once for a search, and read by its trials.
 
     factors.safetensors      NAME.a0 (R x n) and NAME.b0 (m x R), at the largest rank R of the search
     factors.json             what they were computed from; written last

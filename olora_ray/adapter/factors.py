@@ -1,4 +1,4 @@
-"""Where an adapter starts, where it is now, and what can be done with both.
+"""Factors of an adapter: its frozen start, its trained change, and the weights that follow from both.
 
 For a target weight W (m x n), rank r and scale s = alpha / r:
 

@@ -1,7 +1,7 @@
 """Distributed initialisation: each worker computes the factors of its share of the layers, in float32.
 
 Shares are balanced by cost (m r^2 + m n r multiplications for a short QR), and exchanged as one flat
-buffer a worker: one broadcast instead of two tensors a layer. Afterwards all workers hold the same
+buffer per worker: one broadcast instead of two tensors per layer. Afterwards all workers hold the same
 bytes, which a digest over everything confirms (a QR's last bits depend on the number of threads, so
 computing the same layer everywhere would not do).
 """
@@ -14,12 +14,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from olora_ray.adapter.factors import Factors
 from olora_ray.adapter.layer import weight_matrix
 from olora_ray.adapter.methods import METHODS
+from olora_ray.common import collectives
 from olora_ray.common.errors import UserError
 
 Shape = tuple[int, int]
@@ -61,34 +61,33 @@ def initialise(
     Without a process group this process computes them all. Raises UserError that names a layer
     whose weight has NaN or infinite values.
     """
-    here, workers = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    here = collectives.rank()
     shapes: dict[str, Shape] = {name: _shape(module) for name, module in targets.items()}
-    shares = assign(shapes, rank, workers)
+    shares = assign(shapes, rank, collectives.world_size())
     start = time.perf_counter()
     own, problem = {}, None
     try:
         own = {name: _compute(name, targets[name], method, rank, seed, device) for name in shares[here]}
     except UserError as error:
         problem = str(error)
-    raise_together(problem)
+    collectives.raise_together(problem)
     seconds = time.perf_counter() - start
 
     start = time.perf_counter()
-    with_b0 = _has_b0(own, device)
+    with_b0 = _has_b0(own)
     merged: dict[str, Factors] = {}
     hasher = hashlib.sha256()
     for worker, share in enumerate(shares):
         buffer = _pack(own, share) if worker == here else torch.empty(_size(share, shapes, rank, with_b0))
         buffer = buffer.to(device)
-        if workers > 1:
-            dist.broadcast(buffer, src=worker)
+        collectives.broadcast_in_place(buffer, worker)
         buffer = buffer.cpu()
         hasher.update(buffer.numpy().tobytes())
         merged.update(_unpack(buffer, share, shapes, rank, with_b0))
-    _check_same(hasher.digest(), device)
+    _check_same(hasher.digest())
     report = InitReport(
         layers=tuple(len(share) for share in shares),
-        seconds=_gather(seconds, device),
+        seconds=tuple(collectives.gather(seconds)),
         exchange_seconds=time.perf_counter() - start,
         deficient=tuple(name for name in targets if not merged[name].full_rank),
         digest=hasher.hexdigest(),
@@ -112,22 +111,9 @@ def _compute(name: str, module: nn.Module, method: str, rank: int, seed: int, de
     return found
 
 
-def raise_together(problem: str | None) -> None:
-    """Raise a UserError on all workers if one has a problem: alone, it would leave the others waiting."""
-    problems = [problem]
-    if dist.is_initialized():
-        problems = [None] * dist.get_world_size()
-        dist.all_gather_object(problems, problem)
-    if found := next((item for item in problems if item), None):
-        raise UserError(found)
-
-
-def _has_b0(own: Mapping[str, Factors], device: torch.device) -> bool:
+def _has_b0(own: Mapping[str, Factors]) -> bool:
     # A worker without layers (more workers than layers) cannot tell by itself.
-    flag = torch.tensor([float(any(item.b0 is not None for item in own.values()))], device=device)
-    if dist.is_initialized():
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-    return bool(flag.item())
+    return any(collectives.gather(any(item.b0 is not None for item in own.values())))
 
 
 def _size(share: list[str], shapes: Mapping[str, Shape], rank: int, with_b0: bool) -> int:
@@ -165,20 +151,6 @@ def _unpack(
     return result
 
 
-def _check_same(digest: bytes, device: torch.device) -> None:
-    if not dist.is_initialized():
-        return
-    own = torch.frombuffer(bytearray(digest), dtype=torch.uint8).to(device)
-    seen = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-    dist.all_gather(seen, own)
-    if not all(torch.equal(own, other) for other in seen):
+def _check_same(digest: bytes) -> None:
+    if len(set(collectives.gather(digest))) > 1:
         raise RuntimeError("workers hold different factors after the exchange: the network corrupted a broadcast")
-
-
-def _gather(value: float, device: torch.device) -> tuple[float, ...]:
-    own = torch.tensor([value], dtype=torch.float32, device=device)
-    if not dist.is_initialized():
-        return (value,)
-    seen = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-    dist.all_gather(seen, own)
-    return tuple(float(item.item()) for item in seen)

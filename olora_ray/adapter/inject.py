@@ -1,4 +1,4 @@
-"""Find the layers to adapt, wrap them, and take the wrapping off again."""
+"""Injection of adapters: finds the layers to adapt, wraps them, and takes the wrapping off again."""
 
 import re
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Do the adapted model, the merged folder and the adapter folder say the same? Measured, with bounds.
+"""Parity of the adapted model, the merged folder and the adapter folder: measured, with bounds.
 
 Two kinds of checks, on the base loaded three times, one model in memory at a time.
 
@@ -72,7 +72,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Parity:
-    """What was compared and what came out."""
+    """Result of a comparison of all three."""
 
     dtype: str
     """Precision of the computation."""

@@ -1,12 +1,11 @@
-"""Which Ray a run uses. Asked here first, since ray.init waits for almost three minutes for one that is unreachable."""
+"""Address of the Ray that a run uses, checked first: ray.init waits almost three minutes for an unreachable one."""
 
 import os
 import socket
 import time
 from urllib.parse import urlsplit
 
-from ray._private import services  # there is no public way
-
+from olora_ray.cluster import ray_internals
 from olora_ray.common.errors import UserError
 
 PATIENCE = 10.0
@@ -18,11 +17,11 @@ def find(patience: float = PATIENCE) -> str:
     """The address for ray.init: host:port of a Ray that answers, or "local" for one of the run's own.
 
     RAY_ADDRESS comes first, then the Ray that runs on this machine. Raises UserError for an address that is
-    none of a Ray head, or at which nothing answers for `patience` seconds.
+    not that of a Ray head, or at which nothing answers for `patience` seconds.
     """
     end = time.monotonic() + patience
     while True:
-        found = _given() or _running()
+        found = _given() or ray_internals.running_address() or "local"
         if found == "local" or (problem := _silence(found)) is None:
             return found
         if time.monotonic() > end:
@@ -37,7 +36,7 @@ def find(patience: float = PATIENCE) -> str:
 
 
 def _given() -> str | None:
-    """RAY_ADDRESS, if it says more than to look on this machine."""
+    """RAY_ADDRESS, unless it only says to look on this machine."""
     given = os.environ.get(_VARIABLE, "").strip()
     if given in ("", "auto"):
         return None
@@ -49,14 +48,6 @@ def _given() -> str | None:
     if given != "local" and None in _parts(given):
         raise UserError(f"{_VARIABLE}={given}: must be HOST:PORT, as 10.0.0.1:6379")
     return given
-
-
-def _running() -> str:
-    """Address of a Ray on this machine, as its processes and the last `ray start` say."""
-    try:
-        return str(services.get_ray_address_from_environment("auto", None))
-    except ConnectionError:
-        return "local"
 
 
 def _silence(address: str) -> str | None:

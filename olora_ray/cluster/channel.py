@@ -1,4 +1,4 @@
-"""What the workers tell the driver while they train, and what the driver asks of them.
+"""Channel of a training: metrics, log lines and events from the workers to the driver, stop requests back.
 
 A Ray actor on the driver's node; rank 0 pushes without waiting, the driver collects. Losing it costs
 progress output, never training: every row is also in the checkpoint's history.
@@ -19,7 +19,7 @@ from olora_ray.common import logs
 
 @dataclass(frozen=True)
 class Resumed:
-    """A group of workers continues from a checkpoint."""
+    """A group of workers resumes from a checkpoint."""
 
     step: int
     total: int | None
@@ -31,7 +31,7 @@ class Resumed:
 
 @dataclass(frozen=True)
 class Started:
-    """A group of workers begins at the start."""
+    """A group of workers starts a run."""
 
     workers: int
 
@@ -57,7 +57,7 @@ Message = dict[str, float] | str | Resumed | Started | Failure | Saved
 
 @ray.remote(num_cpus=0)
 class DriverChannel:
-    """Holds messages until the driver collects them; asynchronous, so that a call may wait for a wish."""
+    """Buffers worker messages for the driver. Async, so rank 0 can await a stop request."""
 
     def __init__(self) -> None:
         self._messages: list[Message] = []
@@ -97,7 +97,7 @@ class DriverChannel:
 
 
 def make_channel(node: str) -> Any:
-    """A board pinned to the node with this id."""
+    """A channel pinned to the node with this id."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     strategy = NodeAffinitySchedulingStrategy(node_id=node, soft=True)
@@ -108,7 +108,7 @@ _sender: ContextVar["_Sender | None"] = ContextVar("sender", default=None)
 
 
 class _Sender(logging.Handler):
-    """Puts the lines of one training on its channel; several trainings may share a process."""
+    """Sends the log lines of one training over its channel; several trainings may share a process."""
 
     def __init__(self, channel: Any | None) -> None:
         super().__init__()

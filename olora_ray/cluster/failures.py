@@ -1,18 +1,16 @@
-"""What went wrong in a group of workers, in one line; told to the driver from Train's controller."""
+"""Failures of a group of workers, each in one line; told to the driver from Train's controller."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from ray.exceptions import RayActorError
-from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
-from ray.train.v2.api.callback import UserCallback
-from ray.train.v2.api.exceptions import ControllerError, PreemptionError, WorkerGroupError
+from ray.train import ControllerError, PreemptionError, UserCallback, WorkerGroupError
 
+from olora_ray.cluster import ray_internals
 from olora_ray.cluster.channel import Failure
 
-# What the others report when one worker is gone: consequences, not causes.
+# What the other workers report when one has died: consequences, not causes.
 CONSEQUENCES = ("connection closed by peer", "connection reset", "broken pipe", "gloo", "nccl", "timed out waiting")
-STARTING = (WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError)
 LONGEST = 200
 
 
@@ -21,7 +19,7 @@ class SharedBaseDied(RayActorError):
 
 
 class TellDriver(UserCallback):
-    """Puts each failure of a group of workers on the channel."""
+    """Sends each failure of a group of workers over the channel."""
 
     def __init__(self, channel: Any) -> None:
         self.channel = channel
@@ -60,11 +58,11 @@ def cause(error: BaseException) -> str:
 
 
 def counts(error: BaseException) -> bool:
-    """Whether an error counts against cluster.max_failures: nodes that are taken away do not."""
+    """Whether an error counts against cluster.max_failures: preempted nodes do not."""
     if isinstance(error, WorkerGroupError):
         return not any(_death(e) and getattr(_death(e), "preempted", False) for e in error.worker_failures.values())
-    if isinstance(error, ControllerError):  # workers that could not start: their node went meanwhile
-        return not isinstance(error.controller_failure, STARTING)
+    if isinstance(error, ControllerError):  # workers could not start: their node was gone by then
+        return not ray_internals.startup_failed(error.controller_failure)
     return not isinstance(error, PreemptionError)
 
 

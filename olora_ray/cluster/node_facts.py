@@ -1,4 +1,4 @@
-"""What each node of the cluster says about itself: versions, memory, and whether it sees the storage."""
+"""Facts about each node of the cluster, asked there: versions, memory, and whether it sees the storage."""
 
 import platform
 import uuid
@@ -10,6 +10,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
+from olora_ray.cluster import ray_internals
 from olora_ray.common import storage
 
 PACKAGES = ("ray", "torch", "transformers")
@@ -31,9 +32,10 @@ class NodeInfo:
 
 
 def node_info() -> NodeInfo:
-    """Of this node; imports neither torch nor transformers."""
+    """Facts about this node; imports neither torch nor transformers."""
     versions = {name: _version(name) for name in PACKAGES}
-    return NodeInfo({"python": platform.python_version(), **versions}, _memory(), _gpu())
+    memory, gpu_memory = ray_internals.system_memory(), min(ray_internals.gpu_memory(), default=None)
+    return NodeInfo({"python": platform.python_version(), **versions}, memory, gpu_memory)
 
 
 def query_nodes(nodes: Sequence[dict[str, Any]], place: str) -> list[NodeInfo | str]:
@@ -70,7 +72,8 @@ def _answer(folder: str, node: str) -> NodeInfo:
     try:
         if storage.read_text(storage.join(folder, "driver")) != folder:
             problem = "reads something else than was written"
-        storage.write_text(storage.join(folder, node), node)  # not in a folder that is not shared: nobody removes it
+        # After the read: in a folder that is not shared this would stay, for the driver removes only its own.
+        storage.write_text(storage.join(folder, node), node)
     except FileNotFoundError:
         problem = "is another place there than here: use a shared folder, s3:// or gs://"
     except (OSError, ValueError) as error:
@@ -97,24 +100,6 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _memory() -> int:
-    from ray._common.utils import get_system_memory  # knows the limits of containers
-
-    return int(get_system_memory())
-
-
-def _gpu() -> int | None:
-    from ray._private.thirdparty import pynvml
-
-    try:
-        pynvml.nvmlInit()
-        count = pynvml.nvmlDeviceGetCount()
-        sizes = [pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(n)).total for n in range(count)]
-    except pynvml.NVMLError:
-        return None
-    return min(map(int, sizes), default=None)
 
 
 def _reason(error: BaseException) -> str:

@@ -1,29 +1,26 @@
-"""What a training process learns of the node it runs on, from Ray Train or from nobody."""
+"""Preemption of the nodes that a training runs on, as Ray Train announces it."""
 
 from typing import Protocol
 
+from olora_ray.cluster import ray_internals
+
 
 class Preemption(Protocol):
-    """The node of a training process."""
+    """Source of preemption notices for a training process."""
 
     def announced(self) -> bool:
-        """Whether it is known here that a worker's node is about to be taken away; cheap."""
+        """True once Ray has announced a preemption. A local read: may be called every step."""
 
     def node_ids(self) -> tuple[str, ...]:
-        """Ids of the nodes that are taken away; all workers must ask together."""
+        """Ids of the preempted nodes. A barrier: all workers must call it together."""
 
 
 class RayPreemption:
-    """The node of a worker of Ray Train."""
+    """Notices of Ray Train, for one of its workers."""
 
     def announced(self) -> bool:
         """See Preemption."""
-        # The public get_preemption_info() is a barrier of all workers over an actor: too dear for every step.
-        # It is asked once this note, which Ray's watcher leaves in each worker, has made all of them stop.
-        from ray.train.v2._internal.execution.context import get_train_context
-
-        context = getattr(get_train_context(), "preemption_context", None)
-        return getattr(context, "preemption_info", None) is not None
+        return ray_internals.preemption_noted()
 
     def node_ids(self) -> tuple[str, ...]:
         """See Preemption."""
@@ -34,7 +31,7 @@ class RayPreemption:
 
 
 class NoPreemption:
-    """A node of which nothing is known in advance."""
+    """No notices: a process outside Ray Train learns of a preemption when it dies."""
 
     def announced(self) -> bool:
         """See Preemption."""

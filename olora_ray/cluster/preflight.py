@@ -1,4 +1,4 @@
-"""Before any expensive work: has the cluster, or can it get, what the run needs? All problems in one error."""
+"""Checks before expensive work: whether the cluster has, or can get, what a run needs; all problems in one error."""
 
 import logging
 import os
@@ -7,12 +7,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from olora_ray.cluster import node_facts
-from olora_ray.cluster import resources as capacity
+from olora_ray.cluster import node_facts, resources
 from olora_ray.cluster.node_facts import NodeInfo
 from olora_ray.cluster.resources import Resources
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError
+from olora_ray.common.text import plural
 from olora_ray.config.schema import Config
 from olora_ray.model.source import BaseModel
 from olora_ray.train.estimate import PROCESS_BYTES, MemoryEstimate, estimate
@@ -30,9 +30,9 @@ def check(config: Config, base: BaseModel | None) -> None:
     A run that fits only once the autoscaler has started nodes waits for them, and so does one with a range
     of workers: a line says so. Without `base` memory and disk are not looked at.
     """
-    wanted = capacity.worker_resources(config)
+    wanted = resources.worker_resources(config)
     problems = list(_workers(config, wanted))
-    answers, silent = _ask(config, capacity.schedulable_nodes())
+    answers, silent = _ask(config, resources.schedulable_nodes())
     problems += silent
     problems += _versions(node_facts.node_info(), answers)
     problems += _storage(config, answers)
@@ -46,20 +46,19 @@ def check(config: Config, base: BaseModel | None) -> None:
 
 def _workers(config: Config, wanted: Resources) -> Iterator[str]:
     """Room for the fewest workers, now or later; and for Ray Data beside them."""
-    cluster, nodes, later = config.cluster, capacity.present(), capacity.maximum()
+    cluster, nodes, later = config.cluster, resources.present(), resources.maximum()
     fewest = cluster.min_workers()
-    now, most = capacity.room(wanted, nodes), capacity.room(wanted, later)
+    now, most = resources.room(wanted, nodes), resources.room(wanted, later)
     fields = ", ".join(f"{kind.lower()}s_per_worker={each:g}" for kind, each in wanted.items())
-    have = ", ".join(f"{capacity.amount(kind, nodes):g} {kind}s" for kind in wanted)
-    needs = (
-        f"cluster.workers={fewest} with {fields}: the cluster has room for {now} of them ({have}, {len(nodes)} nodes)"
-    )
+    have = ", ".join(f"{resources.amount(kind, nodes):g} {kind}s" for kind in wanted)
+    have += f", {plural(len(nodes), 'node')}"
+    needs = f"cluster.workers={fewest} with {fields}: the cluster has room for {now} of them ({have})"
     if now < fewest <= most or (now < fewest and cluster.is_elastic()):
         logger.info(f"training waits for the cluster to grow: {needs}")
     elif now < fewest:
         limit = f" and can grow to {most}" if most > now else ""
         yield f"{needs}{limit}; use fewer workers, or cluster.workers=[MIN, MAX] to wait until the cluster grows"
-    left = capacity.amount("CPU", later) - cluster.max_workers() * wanted["CPU"]
+    left = resources.amount("CPU", later) - cluster.max_workers() * wanted["CPU"]
     if len(nodes) > 1 and left < 1 and now >= fewest:
         logger.info(
             f"{cluster.max_workers()} workers leave {max(left, 0):g} CPUs for the preparation of data, which then"
@@ -70,7 +69,9 @@ def _workers(config: Config, wanted: Resources) -> Iterator[str]:
 def _ask(config: Config, nodes: Sequence[dict[str, Any]]) -> tuple[Answers, list[str]]:
     """What the nodes say, and problems of those that do not."""
     if len(nodes) == 1 and not storage.is_uri(config.run.storage):
-        return [(nodes[0]["NodeManagerAddress"], node_facts.node_info())], []  # this one: RunFolder.check wrote there
+        return [
+            (nodes[0]["NodeManagerAddress"], node_facts.node_info())
+        ], []  # it is this one: RunFolder.check has written there
     try:
         found = node_facts.query_nodes(nodes, config.run.storage)
     except (OSError, ValueError) as error:
@@ -83,8 +84,8 @@ def _ask(config: Config, nodes: Sequence[dict[str, Any]]) -> tuple[Answers, list
 def _versions(here: NodeInfo, answers: Answers) -> list[str]:
     """Other versions than here; Python's last number and a build's tag (+cpu) may differ."""
     found = []
-    for address, facts in answers:
-        for package, version in facts.versions.items():
+    for address, info in answers:
+        for package, version in info.versions.items():
             wanted = here.versions[package]
             if _public(package, version) != _public(package, wanted):
                 shown = f"has {package} {version}" if version else f"has no {package}"
@@ -99,7 +100,7 @@ def _public(package: str, version: str | None) -> str | None:
 
 
 def _storage(config: Config, answers: Answers) -> list[str]:
-    told = [(address, facts.storage_problem) for address, facts in answers if facts.storage_problem]
+    told = [(address, info.storage_problem) for address, info in answers if info.storage_problem]
     return _grouped([(address, f"run.storage {config.run.storage} {problem}") for address, problem in told])
 
 
@@ -107,16 +108,16 @@ def _memory(config: Config, size: MemoryEstimate, wanted: Resources, answers: An
     """Room for the fewest workers by memory, on the nodes that have room for them otherwise."""
     gpus = min(1.0, wanted.get("GPU", 0.0))
     need, cluster = size.total_bytes() + PROCESS_BYTES, config.cluster
-    resources = {node["NodeManagerAddress"]: node["Resources"] for node in capacity.schedulable_nodes()}
+    of_node = {node["NodeManagerAddress"]: node["Resources"] for node in resources.schedulable_nodes()}
     room, seen = 0, []
-    for address, facts in answers:
-        fits = capacity.room(wanted, [capacity.Nodes(resources.get(address, {}), 1)])
+    for address, info in answers:
+        fits = resources.room(wanted, [resources.Nodes(of_node.get(address, {}), 1)])
         if not fits:
             continue
-        have = (facts.gpu_memory or 0) * gpus if gpus else facts.memory
+        have = (info.gpu_memory or 0) * gpus if gpus else info.memory
         room += (fits if have >= need else 0) if gpus else min(fits, int(have // need))
         seen.append(f"node {address} has {have / GIB:.1f} GiB" + (" for each" if gpus else ""))
-    if room < cluster.min_workers() and room < capacity.room(wanted, capacity.present()) >= cluster.min_workers():
+    if room < cluster.min_workers() and room < resources.room(wanted, resources.present()) >= cluster.min_workers():
         kind = "GPU memory" if gpus else "memory"
         yield (
             f"cluster.workers={cluster.min_workers()}: each needs about {need / GIB:.1f} GiB of {kind}, so there is"

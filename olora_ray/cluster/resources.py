@@ -1,4 +1,4 @@
-"""What a worker takes, and what the cluster could hold: now, and once its autoscaler has done what it may."""
+"""Resources of a worker and of the cluster: as it is, and the largest that its autoscaler may make."""
 
 import contextlib
 import time
@@ -10,14 +10,13 @@ from typing import Any
 import ray
 import yaml
 
+from olora_ray.cluster import ray_internals
 from olora_ray.config.schema import Config
 
 Resources = Mapping[str, float]
 """Name -> amount."""
 LAUNCHER_CONFIG = Path("~/ray_bootstrap_config.yaml")
 """Where Ray's cluster launcher puts cluster.yaml on the head: the open-source autoscaler tells nobody its limits."""
-HEAD = "node:__internal_head__"
-"""A resource that Ray gives to the head only."""
 UNLIMITED = 1_000_000
 
 
@@ -41,13 +40,13 @@ def worker_resources(config: Config) -> dict[str, float]:
 
 def free_workers(wanted: Resources) -> int:
     """Workers of `wanted` resources that fit in what is free now on nodes that stay."""
-    free: Mapping[str, Resources] = ray._private.state.state.available_resources_per_node()  # there is no public way
+    free = ray_internals.free_resources()
     return sum(_fit(wanted, free.get(node["NodeID"], {})) for node in schedulable_nodes())
 
 
 def schedulable_nodes() -> list[dict[str, Any]]:
-    """Ray's entries of the nodes that are alive and not about to be taken away."""
-    leaving = set(ray._private.state.state.get_draining_nodes())  # there is no public way
+    """Ray's entries of the nodes that are alive and not being drained."""
+    leaving = ray_internals.draining_nodes()
     return [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]
 
 
@@ -59,13 +58,11 @@ def present() -> list[Nodes]:
 def autoscaler_limits() -> list[Nodes]:
     """All worker nodes that the autoscaler may start, those that run already included; empty if nothing is known."""
     # Other than the launcher's, autoscalers may keep their limits in the control store.
-    told = ray._private.state.state.get_cluster_config()
-    if told is not None:
-        groups = [(dict(group.resources), group.max_count) for group in told.node_group_configs]
+    groups = ray_internals.autoscaler_groups()
+    if groups is not None:
         return [Nodes(each, UNLIMITED if most < 0 else most) for each, most in groups]
-    here: Any = ray._private.worker._global_node
-    if here is None or here.is_head():
-        return []  # a process of Ray's, or a Ray that this process has started for itself
+    if not ray_internals.joined_running_node():
+        return []
     tree: Any = None
     with contextlib.suppress(OSError, yaml.YAMLError):
         tree = yaml.safe_load(LAUNCHER_CONFIG.expanduser().read_text(encoding="utf-8"))
@@ -73,9 +70,9 @@ def autoscaler_limits() -> list[Nodes]:
 
 
 def maximum() -> list[Nodes]:
-    """The cluster once all is started that may be: what is there now, if there is no autoscaler or none that tells."""
+    """The largest cluster that the autoscaler may make; the one of now if there is none, or none that tells."""
     more = autoscaler_limits()
-    return [*more, *(one for one in present() if HEAD in one.resources)] if more else present()
+    return [*more, *(one for one in present() if ray_internals.HEAD in one.resources)] if more else present()
 
 
 def room(wanted: Resources, nodes: Iterable[Nodes]) -> int:
@@ -89,10 +86,10 @@ def amount(name: str, nodes: Iterable[Nodes]) -> float:
 
 
 class PlacementRequest:
-    """A wish for room for some workers that an autoscaler sees, for as long as it is entered.
+    """Asks the autoscaler for room for some workers, with a placement group, for as long as it is entered.
 
-    It ends with the job that has it: `ray.autoscaler.sdk.request_resources` would stay after a job that was
-    killed, and its nodes with it.
+    It ends with its job: a request by `ray.autoscaler.sdk.request_resources` would outlive a job that was killed,
+    and keep its nodes running.
     """
 
     def __init__(self, wanted: Resources, count: int, after: float) -> None:
@@ -108,11 +105,12 @@ class PlacementRequest:
         self._drop()
 
     def look(self) -> bool:
-        """Whether the room is asked for now; call it again and again."""
+        """Ask for the room when it is time, withdraw when it is found; whether it is asked for now. Call it often."""
         if self._group is None and time.monotonic() - self._since >= self.after:
             self._group = ray.util.placement_group([dict(self.wanted)] * self.count, strategy="PACK")
             self._met = self._group.ready()
-        # Room that was found is reserved for the wish: it must be free for those who will use it.
+        # The placement group is only a signal to the autoscaler: free it once satisfied, so that the workers can
+        # use the room.
         elif self._group is not None and ray.wait([self._met], timeout=0)[0]:
             self._drop()
         return self._group is not None

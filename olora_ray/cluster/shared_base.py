@@ -22,7 +22,7 @@ from olora_ray.common.errors import UserError
 from olora_ray.common.quiet import quiet_transformers
 
 SPARE_THREADS = 8
-"""Threads of a host beyond those that train: to say how busy it is, and for a trial that ends while another starts."""
+"""Threads of an actor beyond those that train: to answer `busy`, and for a trial that ends while another starts."""
 
 
 class SharedBaseActor:
@@ -49,7 +49,7 @@ class SharedBaseActor:
             return TrainResult(problem=str(error))
         finally:
             self.active -= 1
-            gc.collect()  # a worker refers to itself, and would keep its adapter and optimizer for long
+            gc.collect()  # a Worker refers to itself: else its adapter and optimizer would stay in memory for long
 
     def _base(self) -> SharedBase:
         with self._guard:
@@ -60,28 +60,28 @@ class SharedBaseActor:
 
 
 def start_actors(spec: TrainSpec, wanted: Mapping[str, float], number: int, adapters: int) -> tuple[Any, ...]:
-    """So many hosts for so many adapters each, with the resources of one worker; they end with this process."""
+    """So many actors for so many adapters each, with the resources of one worker; they end with this process."""
     actor: Any = ray.remote(SharedBaseActor)
     options = {
         "num_cpus": wanted.get("CPU", 0),
         "num_gpus": wanted.get("GPU", 0),
         "max_concurrency": adapters + SPARE_THREADS,
-        "max_restarts": -1,  # the trials of one that died continue from their checkpoints
+        "max_restarts": -1,  # the trials of an actor that died resume from their checkpoints
     }
     return tuple(actor.options(**options).remote(spec) for _ in range(number))
 
 
-def end_actors(hosts: tuple[Any, ...]) -> None:
+def end_actors(actors: tuple[Any, ...]) -> None:
     """End them, so that what follows gets their CPUs and GPUs."""
-    for one in hosts:
+    for one in actors:
         ray.kill(one)
 
 
-def train_on(hosts: tuple[Any, ...], spec: TrainSpec, checkpoints: str, channel: Any) -> TrainResult:
-    """Train one adapter on the host with the fewest; raises SharedBaseDied."""
+def train_on(actors: tuple[Any, ...], spec: TrainSpec, checkpoints: str, channel: Any) -> TrainResult:
+    """Train one adapter on the actor with the fewest; raises SharedBaseDied."""
     try:
-        loads = ray.get([host.busy.remote() for host in hosts])
-        outcome: TrainResult = ray.get(hosts[loads.index(min(loads))].train.remote(spec, checkpoints, channel))
+        loads = ray.get([actor.busy.remote() for actor in actors])
+        result: TrainResult = ray.get(actors[loads.index(min(loads))].train.remote(spec, checkpoints, channel))
     except RayActorError as error:
         raise SharedBaseDied from error
-    return outcome
+    return result

@@ -1,4 +1,4 @@
-"""What a training worker gets, and what it gives back."""
+"""Input and result of a training worker."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -64,14 +64,14 @@ class AnswerPair:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What training returns to the driver."""
+    """Result of a training, as the driver gets it."""
 
     problem: str | None = None
     """Why training stopped, if the user has to act."""
     interrupted: str | None = None
     """Why training stopped between two steps, with a checkpoint, if it was asked to."""
     preempted: bool = False
-    """Whether that was because a node is taken away."""
+    """Whether that was because a node is preempted."""
     state: TrainState | None = None
     stopped_early: bool = False
     answers: tuple[AnswerPair, ...] = ()

@@ -1,25 +1,25 @@
-"""How a worker hears that it should end: from the driver over the channel, from Ray about its node."""
+"""Stop requests as a worker sees them: from the driver, or from Ray when its node is preempted."""
 
 import contextlib
 from typing import Any
 
 import ray
-import torch.distributed as dist
 from ray.exceptions import RayError
 
 from olora_ray.cluster.preemption import Preemption
+from olora_ray.common import collectives
 from olora_ray.common.errors import UserError
 
 SECONDS_BETWEEN_LINES = 15
 
 
 class StopRequests:
-    """Asks the channel without waiting for its answer; one for each worker."""
+    """Listens for stop requests between two steps, without waiting; one per worker."""
 
     def __init__(self, channel: Any, rank: int, preemption: Preemption) -> None:
         self.channel, self.rank, self.preemption = channel, rank, preemption
         self.from_driver: str | None = None
-        self._answer = channel.wait_for_stop.remote() if rank == 0 else None  # answered when there is a wish
+        self._answer = channel.wait_for_stop.remote() if rank == 0 else None  # answered when the driver asks to stop
         self._looks = 0
         self._data_failed = False
 
@@ -31,21 +31,18 @@ class StopRequests:
 
     def reason(self) -> tuple[str, bool]:
         """The reason, and whether it is a preemption; all workers must ask, after a step with a signal."""
-        leaving = self.preemption.node_ids()
-        reasons: list[Any] = [self.from_driver]
-        if dist.is_initialized():
-            dist.broadcast_object_list(reasons, src=0)
-        if reasons[0]:
-            return str(reasons[0]), False
-        return f"node {', '.join(node[:8] for node in leaving) or '?'} is taken away", True
+        preempted = self.preemption.node_ids()
+        if asked := collectives.from_first(self.from_driver):
+            return asked, False
+        return f"node {', '.join(node[:8] for node in preempted) or '?'} is preempted", True
 
     def waiting(self, shard: int, shards: int) -> None:
         """Called about once a second while a shard of the token store is not there yet.
 
         Raises UserError when it never will be.
         """
-        # Only at the second look: between the two the shard was looked for once more, so that no worker
-        # gives up on a shard that another one has found.
+        # A worker gives up at its second look only: between the two it has looked for the shard once more, so
+        # that it does not give up on one that another worker has found and trains on.
         if self._data_failed:
             raise UserError("the preparation of the training data has failed")
         try:

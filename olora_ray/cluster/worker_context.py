@@ -1,4 +1,4 @@
-"""Where a training process stands: its place among the workers, its device, and the base model it trains on."""
+"""Context of one training process: rank, world size, device and the base model it may use."""
 
 import contextlib
 import math
@@ -24,7 +24,7 @@ Adapted = Mapping[str, AdaptedLinear]
 
 
 class WorkerContext(Protocol):
-    """A place to train at."""
+    """What a Worker needs to know of the process it runs in."""
 
     rank: int
     world: int
@@ -32,7 +32,7 @@ class WorkerContext(Protocol):
     preemption: Preemption
 
     def base(self, spec: TrainSpec) -> SupervisedLoss:
-        """The base model; to be used inside `turn` only."""
+        """The base model; to be used inside `activate` only."""
 
     def activate(self, adapted: Adapted) -> contextlib.AbstractContextManager[None]:
         """The base model with these adapters, for as long as it is entered; with none, the untouched base."""
@@ -61,7 +61,7 @@ class RayTrainContext:
 
     @contextlib.contextmanager
     def activate(self, adapted: Adapted) -> Iterator[None]:
-        """See Post. Adapters stay where they are put: a sharded base cannot be taken apart."""
+        """See WorkerContext. Adapters stay where they are put: a sharded base cannot be taken apart."""
         if adapted and not self._installed:
             assert self._loss is not None
             install(self._loss.model, adapted)
@@ -84,7 +84,7 @@ class SharedBase:
 
 
 class SharedBaseContext:
-    """A place at a shared base, for one adapter; all of it runs in one thread of its own."""
+    """The context of one adapter on a shared base; its training runs in a thread of its own."""
 
     def __init__(self, shared: SharedBase) -> None:
         self.rank, self.world = 0, 1
@@ -109,7 +109,7 @@ class SharedBaseContext:
 
 
 class Turns:
-    """A lock that goes to whoever has waited longest; threading.Lock may let the one that leaves come back first."""
+    """A fair lock: it goes to whoever has waited longest, where threading.Lock may let one thread return at once."""
 
     def __init__(self) -> None:
         self._guard, self._waiting = threading.Lock(), deque[threading.Event]()

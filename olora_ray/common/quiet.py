@@ -55,18 +55,3 @@ def quiet_lm_eval() -> None:
     datasets.disable_progress_bars()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     vars(task)["tqdm"] = partial(tqdm, disable=None)
-
-
-def quiet_ray() -> None:
-    """No info lines from Ray's libraries in this process."""
-    for name in ("ray.data", "ray.train", "ray.tune"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    # Says at each local start that Ray made itself a token.
-    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
-
-
-def quiet_train_worker() -> None:
-    """No line for each report in this worker: its logger is named after the file it stands in."""
-    from ray.train.v2._internal.execution import context
-
-    context.logger.setLevel(logging.WARNING)

@@ -11,8 +11,9 @@ import ray.train
 from ray.exceptions import RayTaskError
 
 from olora_ray.cluster import address, preflight
+from olora_ray.cluster.quiet import quiet_ray
 from olora_ray.common.errors import UserError
-from olora_ray.common.quiet import ENVIRONMENT, quiet_ray
+from olora_ray.common.quiet import ENVIRONMENT
 from olora_ray.config.schema import Config
 from olora_ray.model.source import BaseModel
 from olora_ray.pipeline.signals import Stop

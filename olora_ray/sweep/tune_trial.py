@@ -7,8 +7,8 @@ from typing import Any
 
 from ray import tune
 
+from olora_ray.cluster.quiet import quiet_ray
 from olora_ray.common import logs
-from olora_ray.common.quiet import quiet_ray
 from olora_ray.sweep.spec import ENDED, NUMBER, SweepSpec, number_of
 from olora_ray.sweep.trial import Ended, TrialRun
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError
+from olora_ray.common.fault_points import reached
 from olora_ray.common.sealed import read_sealed, seal
 from olora_ray.tokens import manifest as records
 from olora_ray.tokens import ray_map
@@ -126,6 +127,7 @@ def make_shard(job: StoreSpec, number: int) -> dict[str, Any]:
 
     A shard that another preparation has finished meanwhile is taken as it is.
     """
+    reached("shard", number)
     sidecar = read_sealed(storage.join(job.uri, sidecar_name(number)))
     if sidecar is not None and records.size(job.uri, shard_name(number)) == sidecar["bytes"]:
         return sidecar

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError
+from olora_ray.common.fault_points import reached
 from olora_ray.config.schema import Config
 from olora_ray.tracking import checksums
 from olora_ray.tracking.client import connect, is_unavailable, reachable
@@ -69,6 +70,7 @@ def register(
         place = model.artifact_location
         texts |= {checksums.TAG: model.tags[checksums.TAG]}
         found = client.create_model_version(name, place, tracker.run_id, texts, model_id=model.model_id)
+        reached("register")
         versions = json.dumps([{"name": name, "version": found.version}])
         client.set_logged_model_tags(model.model_id, {"mlflow.model.versions": versions})  # the page's link
     for key, text in texts.items():

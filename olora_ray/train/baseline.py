@@ -1,4 +1,4 @@
-"""What the untouched base model does on the held-out rows: measured once in a run, kept beside its checkpoints."""
+"""Baseline of a run: loss and answers of the untouched base model, measured once and kept beside the checkpoints."""
 
 import json
 from collections.abc import Mapping
@@ -12,12 +12,12 @@ class Baseline:
     """Loss and answers of the base model."""
 
     loss: float | None
-    """Mean held-out loss a supervised token; None without held-out rows."""
+    """Mean held-out loss per supervised token; None without held-out rows."""
     answers: list[list[int]] | None
     """Answers to the held-out prompts, as token ids; None if none were asked for."""
 
     def write(self, place: str, identity: Mapping[str, str]) -> None:
-        """Keep it; a storage that cannot be written costs a repetition after a failure, no more."""
+        """Keep it. If the storage cannot be written, a resumed run measures again: no error."""
         try:
             text = json.dumps({"identity": dict(identity), "loss": self.loss, "answers": self.answers})
             storage.write_text(place, text)

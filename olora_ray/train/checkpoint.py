@@ -1,4 +1,4 @@
-"""TrainState <-> a directory of safetensors and JSON, complete or ignored.
+"""Checkpoint: a training's state as a directory of safetensors and JSON, complete or ignored.
 
     adapter.safetensors      a0, b0, da, db of every layer, float32
     best.safetensors         da, db of the best step so far, if that is an earlier one
@@ -13,8 +13,8 @@ A directory whose manifest is missing or does not hold is not a checkpoint. Noth
 import hashlib
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ from torch import Tensor
 from olora_ray.adapter.factors import AdapterWeights, Factors
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError
+from olora_ray.common.fault_points import reached
+from olora_ray.train.loop import Trainer
 from olora_ray.train.state import TrainState
 
 FORMAT = 1
@@ -76,6 +78,7 @@ def save(
     """
     folder.mkdir(parents=True, exist_ok=True)
     save_file(_tensors(adapter), folder / ADAPTER)
+    reached("checkpoint", state.step)
     save_file(dict(optimizer), folder / OPTIMIZER)
     if best is not None:
         save_file(dict(best), folder / BEST)
@@ -86,6 +89,27 @@ def save(
         _settle(folder / name)
     (folder / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}, indent=1))
     _settle(folder / MANIFEST)
+
+
+def snapshot(
+    trainer: Trainer, state: TrainState, best: Tensor | None, identity: Mapping[str, str], config_yaml: str
+) -> Callable[[Path], None]:
+    """A function that writes the state of now into a folder, later: what training changes meanwhile is copied.
+
+    `best` is the flat vector of the best evaluation so far.
+    """
+    flat = trainer.flat
+    vector = flat.named(flat.vector.detach().to("cpu", copy=True))
+    adapter = {
+        name: AdapterWeights(_on_cpu(layer.weights().factors), vector[f"{name}.da"], vector[f"{name}.db"])
+        for name, layer in trainer.adapted.items()
+    }
+    optimizer = {name: part.detach().to("cpu", copy=True) for name, part in trainer.optimizer.state().items()}
+    other = None
+    if best is not None and state.best_step != state.step:
+        other = flat.named(best.to("cpu"))  # not copied on a CPU: a better adapter gets a vector of its own
+    state = replace(state, history=list(state.history))
+    return lambda folder: save(folder, adapter, other, optimizer, state, identity, config_yaml)
 
 
 def load(folder: Path) -> Checkpoint:
@@ -146,6 +170,10 @@ def _tensors(adapter: Mapping[str, AdapterWeights]) -> dict[str, Tensor]:
         if weights.factors.b0 is not None:
             parts[f"{name}.b0"] = weights.factors.b0
     return parts
+
+
+def _on_cpu(factors: Factors) -> Factors:
+    return Factors(factors.a0.cpu(), None if factors.b0 is None else factors.b0.cpu(), factors.full_rank)
 
 
 def _settle(file: Path) -> None:

@@ -5,7 +5,7 @@
 
 A checkpoint gets its name only when it is whole: on a disk by renaming its folder, in an object store by
 uploading its manifest last. Ray's own reporting is not used for them: it waits for the controller, and
-takes the checkpoint that was reported last for the one to continue from, whether it can be read or not.
+resumes from the checkpoint that was reported last, whether it can be read or not.
 """
 
 import contextvars
@@ -30,7 +30,7 @@ from olora_ray.train.checkpoint import Checkpoint
 logger = logging.getLogger(__name__)
 
 Saved = Callable[[int, float], None]
-"""Is told the step of a checkpoint that is written, and the seconds that it took."""
+"""Called with the step of a checkpoint that is written, and the seconds that it took."""
 PAUSES = (1.0, 2.0, 4.0, 8.0)
 """Seconds between the attempts to write a checkpoint."""
 PREFIX = "step-"
@@ -180,7 +180,7 @@ def _put(write: Callable[[Path], object], target: str) -> None:
 
 
 def _drop(target: str) -> None:
-    """Delete a checkpoint; it stops to be one at once."""
+    """Delete a checkpoint: it loses its name or manifest first, so that a half-deleted one is never read."""
     if storage.is_uri(target):
         storage.remove(storage.join(target, checkpoint.MANIFEST))
         storage.remove(target)

@@ -1,4 +1,4 @@
-"""How large a run will be: targets, trainable parameters, memory a worker. Needs no weights and no Ray."""
+"""Estimate of a run: targets, trainable parameters, memory per worker. Needs no weights and no Ray."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,7 @@ PROCESS_BYTES = 2**30
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """What a worker holds."""
+    """Memory of one worker, by what takes it."""
 
     targets: dict[str, tuple[int, int]]
     """Adapted layers with their m x n."""

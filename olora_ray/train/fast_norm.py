@@ -4,7 +4,7 @@
     dx = r (w dy) - x r^3 mean(x (w dy))
 
 The forward pass is the one of transformers' Llama family, bit for bit. Autograd would take twice as many
-passes over the data and keep x in float32 twice; this keeps x as it is and one number a row.
+passes over the data and keep x in float32 twice; this keeps x as it is and one number per row.
 """
 
 from typing import Any

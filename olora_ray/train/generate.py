@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
+from olora_ray.common import collectives
 from olora_ray.config.schema import Evaluation
 from olora_ray.tokens.store import TokenStore
 from olora_ray.train.loop import Trainer
@@ -84,11 +84,7 @@ def answer(
             own.extend(zip(group, outputs, strict=False))
     if sharded:
         root.reshard()
-    gathered: list[Any] = [own]
-    if dist.is_initialized():
-        gathered = [None] * workers
-        dist.all_gather_object(gathered, own)
-    return [output for _, output in sorted(pair for part in gathered for pair in part)]
+    return [output for _, output in sorted(pair for part in collectives.gather(own) for pair in part)]
 
 
 @contextlib.contextmanager

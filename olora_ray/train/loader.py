@@ -1,4 +1,4 @@
-"""What one worker takes from the token store: its micro-batches of global step k.
+"""Loader of one worker: reads its micro-batches of global step k from the token store.
 
 Global step k takes sequences [k G, (k + 1) G) of the order; of these, worker w of W takes those from
 w G // W to (w + 1) G // W, in micro-batches of which the last may be shorter. The last step of a run is
@@ -36,7 +36,7 @@ class StepData:
 
     micro: tuple[Batch, ...]
     sequences: tuple[tuple[int, ...], ...]
-    """Indices in the store, one group a micro-batch."""
+    """Indices in the store, one group per micro-batch."""
     supervised: int
     """Supervised tokens of the global batch, over all workers."""
     padding_batches: int
@@ -73,7 +73,7 @@ class StepLoader:
         next step is read while the caller works on this one, and asked for only when the caller comes back.
         """
         left = threading.Event()
-        with ThreadPoolExecutor(1, thread_name_prefix="feed") as reader:
+        with ThreadPoolExecutor(1, thread_name_prefix="loader") as reader:
             try:
                 ahead = reader.submit(self._next, start, ends, left)
                 for following in itertools.count(start + 1):
@@ -85,7 +85,7 @@ class StepLoader:
                     ahead = reader.submit(self._next, following, ends, left)
                     yield data, waited
             finally:
-                left.set()  # else leaving would wait for a reader that waits for a shard
+                left.set()  # else the pool would wait here for its reader, which may be waiting for a shard
 
     def _next(self, step: int, ends: Callable[[int], bool | None], left: threading.Event) -> StepData | None:
         """The data of a step once the store has it; None after the last step, or when the caller has left."""

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from olora_ray.adapter.layer import AdaptedLinear
+from olora_ray.common import collectives
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
 from olora_ray.tokens.collate import Batch, collate
@@ -27,7 +27,7 @@ class StepResult:
     step: int
     """Steps done, this one included."""
     loss: float
-    """Mean loss a supervised token of the global batch, before the update."""
+    """Mean loss per supervised token of the global batch, before the update."""
     lr: float
     grad_norm: float
     """Before clipping."""
@@ -55,15 +55,15 @@ class Trainer:
         self.flat = FlatAdapters(self.adapted)
         self.optimizer = AdamW(self.flat, self.config.train)
 
-    def steps(self, feed: StepLoader, start: int, schedule: Schedule) -> Iterator[StepResult]:
+    def steps(self, loader: StepLoader, start: int, schedule: Schedule) -> Iterator[StepResult]:
         """Run the steps from number `start` (from 0) to the end of the schedule.
 
         Raises UserError when the loss or the gradient is not finite, naming step and sources.
         """
         began = time.perf_counter()
-        for number, (data, waited) in enumerate(feed.steps(start, schedule.ends), start):
-            self._seed(number, feed.worker)
-            loss, signal = self._accumulate(number, data, feed)
+        for number, (data, waited) in enumerate(loader.steps(start, schedule.ends), start):
+            self._seed(number, loader.worker)
+            loss, signal = self._accumulate(number, data, loader)
             lr = schedule.lr(number)
             norm = self.optimizer.step(lr)
             if not math.isfinite(norm):
@@ -72,7 +72,7 @@ class Trainer:
             yield StepResult(number + 1, loss, lr, norm, data.supervised, now - began, waited, signal)
             began = time.perf_counter()
 
-    def _accumulate(self, number: int, data: StepData, feed: StepLoader) -> tuple[float, bool]:
+    def _accumulate(self, number: int, data: StepData, loader: StepLoader) -> tuple[float, bool]:
         """Gradients of the global mean loss, summed over micro-batches and workers; that loss, and any signal."""
         train_mode(self.adapted, True)
         losses = []
@@ -84,19 +84,18 @@ class Trainer:
         self._keep_up(data)
         train_mode(self.adapted, False)
         total = torch.stack(losses).sum()
-        # The signal travels with the loss: another exchange a step would cost more than it.
+        # The signal travels with the loss: a second exchange per step would cost more.
         shared = torch.stack([total, torch.full_like(total, float(self.signal))])
-        if dist.is_initialized():
-            dist.all_reduce(shared)
+        collectives.sum_in_place(shared)
         mean, signals = shared.tolist()
         if not math.isfinite(mean):
-            raise UserError(f"step {number + 1}: {_diverged(losses, data, feed)}")
+            raise UserError(f"step {number + 1}: {_diverged(losses, data, loader)}")
         self.flat.reduce()
         return mean, signals > 0
 
     def _keep_up(self, data: StepData) -> None:
         """With a sharded base all workers must run the model equally often: run it for the sake of the others."""
-        if self.config.cluster.strategy != "fsdp" or not dist.is_initialized() or dist.get_world_size() == 1:
+        if self.config.cluster.strategy != "fsdp" or collectives.world_size() == 1:
             return
         for _ in range(data.padding_batches):
             self.blank(data.micro[-1])
@@ -120,7 +119,7 @@ def train_mode(adapted: dict[str, AdaptedLinear], on: bool) -> None:
 
 @torch.no_grad()
 def evaluate(trainer: Trainer, store: TokenStore, attention: str, worker: int = 0, workers: int = 1) -> float:
-    """Mean loss a supervised token over the whole store, its sequences spread over the workers."""
+    """Mean loss per supervised token over the whole store, its sequences spread over the workers."""
     width = trainer.config.train.micro_batch
     own = list(range(worker, len(store), workers))
     total = torch.zeros(1, dtype=torch.float64, device=trainer.device)
@@ -132,23 +131,19 @@ def evaluate(trainer: Trainer, store: TokenStore, attention: str, worker: int = 
         loss = trainer.loss(batch)
         if group:
             total += loss.double()
-    if dist.is_initialized():
-        dist.all_reduce(total)
+    collectives.sum_in_place(total)
     return float(total.item()) / store.manifest.supervised
 
 
-def _diverged(losses: list[Tensor], data: StepData, feed: StepLoader) -> str:
+def _diverged(losses: list[Tensor], data: StepData, loader: StepLoader) -> str:
     bad = [
         origin
         for loss, group in zip(losses, data.sequences, strict=True)
         if not torch.isfinite(loss)
         for index in group
-        for origin in feed.store.origins(index)
+        for origin in loader.store.origins(index)
     ]
-    if dist.is_initialized():
-        everyone: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-        dist.all_gather_object(everyone, bad)
-        bad = [origin for part in everyone for origin in part]
+    bad = [origin for part in collectives.gather(bad) for origin in part]
     shown = ", ".join(bad[:8]) + (f" and {len(bad) - 8} more" if len(bad) > 8 else "")
     where = shown or "the sum over all workers"
     return f"the loss is not finite; it comes from {where}; look at these rows, or lower train.lr"

@@ -25,7 +25,7 @@ class SupervisedLoss(nn.Module):
     """A causal language model as a function from a batch to its summed loss.
 
     It is the root that parallel strategies shard, so that backbone and head are used in one forward.
-    The model's frozen norms are given a lighter backward pass (train/norm.py).
+    The model's frozen norms are given a lighter backward pass (train/fast_norm.py).
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -1,7 +1,7 @@
-"""Keep what the C library's allocator was given.
+"""Settings of the C library's allocator that keep freed memory in the process.
 
 A training step allocates and frees the same hundreds of megabytes each time. glibc returns large blocks
-to the system at once and meets them again as page faults: 127,000 a step of 1,024 tokens of a small model,
+to the system at once and meets them again as page faults: 127,000 per step of 1,024 tokens of a small model,
 15 % of its time. PyTorch has a pool of its own on accelerators, but none on CPUs.
 """
 

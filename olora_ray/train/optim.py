@@ -8,10 +8,10 @@ import math
 from collections.abc import Mapping
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from olora_ray.adapter.layer import AdaptedLinear
+from olora_ray.common import collectives
 from olora_ray.config.schema import Train
 
 
@@ -50,8 +50,7 @@ class FlatAdapters:
 
     def reduce(self) -> None:
         """Sum the gradients of all workers: one all-reduce, always in the same order of elements."""
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(self.grad)
+        collectives.sum_in_place(self.grad)
 
 
 class AdamW:
@@ -88,7 +87,7 @@ class AdamW:
         }
 
     def load(self, named: Mapping[str, Tensor], step: int) -> None:
-        """Take up the moments of `state` after `step` updates."""
+        """Resume with the moments of `state` after `step` updates."""
         moments = self.inner.state[self.parameter]
         moments["step"].fill_(float(step))
         for key in ("exp_avg", "exp_avg_sq"):

@@ -1,24 +1,24 @@
-"""How a model is spread over the workers: ddp or fsdp.
+"""Placement of a model on the workers: ddp or fsdp.
 
 ddp: every worker holds the whole base. fsdp: FSDP2 shards the frozen base, layer by layer. In both the
 adapters are whole on every worker (they are small) and their gradients are summed by one flat
-all-reduce a step (train/optim.py), so accumulation needs no `no_sync`, a step has the same bits for
+all-reduce per step (train/optim.py), so accumulation needs no `no_sync`, a step has the same bits for
 the same workers, and a checkpoint is the same file for both.
 """
 
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from olora_ray.adapter.layer import AdaptedLinear
+from olora_ray.common import collectives
 from olora_ray.train.loss import SupervisedLoss
 
 
 def place_model(loss: SupervisedLoss, strategy: str, device: torch.device) -> None:
     """Move the model to `device`, and shard the frozen base over the workers for "fsdp"."""
-    if strategy == "fsdp" and dist.is_initialized() and dist.get_world_size() > 1:
+    if strategy == "fsdp" and collectives.world_size() > 1:
         _shard(loss, device)
     # Sharding moves the base; adapters and buffers are ignored by it.
     loss.to(device)
@@ -28,7 +28,7 @@ def _shard(loss: SupervisedLoss, device: torch.device) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    mesh = init_device_mesh(device.type, (collectives.world_size(),))
     adapters = {
         parameter
         for module in loss.modules()

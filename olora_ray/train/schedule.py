@@ -1,4 +1,4 @@
-"""How long a run is and which learning rate each step has, also while the token store is still growing.
+"""Schedule of a run: its length and the learning rate of each step, also while the token store is still growing.
 
 Both follow from the config and the content of the store alone: a run that starts on the first shard and
 one that starts on the complete store take the same steps with the same rates, bit for bit.

@@ -1,4 +1,4 @@
-"""How good is a generated answer? A scorer maps (prediction, reference) to named scores in [0, 1]."""
+"""Scorers of generated answers: each maps (prediction, reference) to named scores in [0, 1]."""
 
 import importlib
 import json
@@ -15,7 +15,7 @@ def exact_match(prediction: str, reference: str) -> dict[str, float]:
 
 
 def json_fields(prediction: str, reference: str) -> dict[str, float]:
-    """Compare two JSON objects field by field; a prediction that is none scores 0 everywhere."""
+    """Compare two JSON objects field by field; a prediction that is not one scores 0 everywhere."""
     expected = _json_object(reference)
     if expected is None:
         raise ValueError(f"json_fields needs a JSON object as the reference, not {reference!r}")

@@ -1,4 +1,4 @@
-"""All that resuming needs, beside the tensors of adapter and optimizer."""
+"""State of a run: all that resuming needs beside the tensors of adapter and optimizer."""
 
 from dataclasses import dataclass, field
 
@@ -21,7 +21,7 @@ class TrainState:
     stale: int = 0
     """Evaluations since then."""
     history: list[dict[str, float]] = field(default_factory=list)
-    """Every metric logged so far, one row a step, `step` among the columns."""
+    """Every metric logged so far, one row per step, `step` among the columns."""
     before: list[list[int]] | None = None
     """Answers to held-out prompts before training, as token ids; None until they were made."""
 

@@ -1,4 +1,4 @@
-"""What training gives comes back from training.json, or is refused."""
+"""The result of a training comes back from training.json, or is refused."""
 
 from typing import Any
 
@@ -10,11 +10,11 @@ from olora_ray.train.state import TrainState
 from tests import tiny
 
 
-def test_an_outcome_comes_back_exactly() -> None:
+def test_a_result_comes_back_exactly() -> None:
     state = TrainState(step=7, best_loss=1 / 3, best_step=5, stale=1, before=[[1], []])
     state.record(7, {"train/loss": 0.1 + 0.2})
-    outcome = TrainResult(state=state, stopped_early=True, answers=(AnswerPair((1, 2), (3,), (), (4,)),))
-    assert TrainResult.from_json(outcome.to_json()) == outcome
+    result = TrainResult(state=state, stopped_early=True, answers=(AnswerPair((1, 2), (3,), (), (4,)),))
+    assert TrainResult.from_json(result.to_json()) == result
 
 
 @pytest.mark.parametrize(
@@ -33,5 +33,5 @@ def test_a_run_that_starts_with_an_adapter_is_another_than_one_that_does_not() -
             tiny.config(**changes), BaseModel("m", "/m", "base"), "tokenizer", (0,), store, None, None
         ).identity()
 
-    assert "start" not in identity(), "runs from before there was such a setting are taken up"
+    assert "start" not in identity(), "runs from before there was such a setting are resumed"
     assert identity(train__start="/a") != identity(train__start="/b")

@@ -32,20 +32,20 @@ def base() -> SharedBase:
 def train(shared: SharedBase, changes: dict[str, Any]) -> tuple[torch.Tensor, float]:
     """The flat vector of adapters after training, and the held-out loss, taking turns with whoever else is there."""
     settings, store = tiny.config(train__steps=STEPS, **changes), tiny.store(8)
-    post, adapter = SharedBaseContext(shared), settings.adapter
-    with post.activate({}):
+    context, adapter = SharedBaseContext(shared), settings.adapter
+    with context.activate({}):
         model = shared.loss.model
         targets = find_targets(model, adapter.targets, adapter.rank)
         factors, _ = initialise(targets, adapter.method, adapter.rank, settings.run.seed, CPU)
         adapted = wrap(model, factors, adapter.scale(), adapter.dropout)
-    with post.activate(adapted):
+    with context.activate(adapted):
         trainer = Trainer(shared.loss, adapted, settings, CPU)
     steps = trainer.steps(StepLoader(store, settings.train, 0, "segments"), 0, Schedule(settings.train, store))
     while True:
-        with post.activate(adapted):
+        with context.activate(adapted):
             if next(steps, None) is None:
                 break
-    with post.activate(adapted):
+    with context.activate(adapted):
         return trainer.flat.vector.clone(), evaluate(trainer, store, "segments")
 
 

@@ -23,7 +23,7 @@ ATTEMPT_SECONDS = 400.0
 REPEATABLE = {"train/loss", "train/lr", "train/grad_norm", "eval/loss", "eval/perplexity"}
 """Metrics whose values are the same in every run; others are times."""
 
-GOING_ON = re.compile(
+RESUMED = re.compile(
     r"^\S+ (.*\S) *training continues after step (\d+) of (?:\d+|\?) with (\d+) workers?; (\d+) steps? done again"
 )
 INITIALISED = "initialisation: worker 0: "
@@ -159,10 +159,10 @@ class Run:
         files = (self._file("out", number) for number in range(1, self.attempts + 1))
         return [line for file in files for line in file.read_text(errors="replace").splitlines()]
 
-    def taken_up(self) -> list["TakenUp"]:
+    def resumptions(self) -> list["Resumption"]:
         """Each time training was resumed, from the log."""
-        found = (GOING_ON.search(line) for line in self.lines())
-        return [TakenUp(m[1], int(m[2]), int(m[3]), int(m[4])) for m in found if m]
+        found = (RESUMED.search(line) for line in self.lines())
+        return [Resumption(m[1], int(m[2]), int(m[3]), int(m[4])) for m in found if m]
 
     def told_initialised(self) -> int:
         """How often the log says that the adapter was initialised."""
@@ -211,12 +211,12 @@ def run_clean(tiny_project: Path, folder: Path, **changes: Any) -> Clean:
         run = Run(written(tiny_project, folder, **changes), scratch)
         assert run.attempt() == 0, run.tail()
         assert not (scratch / "missing").exists(), run.tail()
-        assert (run.initialised(), run.told_initialised(), run.taken_up()) == (1, 1, []), run.tail()
+        assert (run.initialised(), run.told_initialised(), run.resumptions()) == (1, 1, []), run.tail()
     return Clean(end_state(folder), run.seconds)
 
 
 @dataclass(frozen=True)
-class TakenUp:
+class Resumption:
     """A line of the log that says how training continues."""
 
     why: str

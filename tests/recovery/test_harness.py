@@ -92,9 +92,9 @@ def test_the_log_lines_are_read(tmp_path: Path) -> None:
         "10:00:19 a host has left: training continues after step 6 of ? with 1 worker; 1 step done again\n"
     )
     assert run.told_initialised() == 1
-    assert run.taken_up() == [
-        runs.TakenUp("worker 1 died (SIGKILL):", 3, 2, 2),
-        runs.TakenUp("a host has left:", 6, 1, 1),
+    assert run.resumptions() == [
+        runs.Resumption("worker 1 died (SIGKILL):", 3, 2, 2),
+        runs.Resumption("a host has left:", 6, 1, 1),
     ]
 
 

@@ -124,31 +124,31 @@ def stop(run: Run, where: str) -> None:
         time.sleep(HEARD_SECONDS)
     run.release()
     assert run.wait() == 143, run.tail()
-    if goes_on("SIGTERM", where):
+    if is_resumed("SIGTERM", where):
         # The one that was under way, and the one with which the workers agree.
         late = run.last_step() - (POINTS[where][1] or 0)
         assert late <= 2, f"{late} steps were done after the signal\n{run.tail()}"
 
 
-def goes_on(what: str, where: str) -> bool:
+def is_resumed(what: str, where: str) -> bool:
     """Whether training has to be resumed: unless it ends by itself while its last but one checkpoint waits."""
     return where in UNDER_WAY and (what, where) != ("SIGTERM", "checkpoint")
 
 
 def log_problems(run: Run, what: str, where: str) -> list[str]:
     """What is wrong with the log: each attempt to train is told, and only the first one initialises."""
-    found, taken_up = [], run.taken_up()
+    found, resumptions = [], run.resumptions()
     most = 2 if where == "initialisation" else 1
     if not 1 <= run.initialised() <= most or run.told_initialised() > most:
         found.append(f"initialised {run.initialised()} times, and the log says {run.told_initialised()}")
-    if goes_on(what, where) and len(taken_up) != 1:
-        found.append(f"training was resumed once, the log says so {len(taken_up)} times")
-    if where in ("export", "registration") and taken_up:
-        found.append(f"nothing was to be trained again, but the log says {taken_up}")
-    found += [f"no word about what happened: {one}" for one in taken_up if not one.why.strip(" ;:,.")]
-    found += [f"not two workers: {one}" for one in taken_up if one.workers != 2]
+    if is_resumed(what, where) and len(resumptions) != 1:
+        found.append(f"training was resumed once, the log says so {len(resumptions)} times")
+    if where in ("export", "registration") and resumptions:
+        found.append(f"nothing was to be trained again, but the log says {resumptions}")
+    found += [f"no word about what happened: {one}" for one in resumptions if not one.why.strip(" ;:,.")]
+    found += [f"not two workers: {one}" for one in resumptions if one.workers != 2]
     if run.again() > (0 if what == "SIGTERM" else 2 * runs.CHECKPOINT_EVERY):
         found.append(f"{run.again()} steps were done again")
-    if sum(one.again for one in taken_up) > run.again():
-        found.append(f"{run.again()} steps were done again, but the log says {taken_up}")
+    if sum(one.again for one in resumptions) > run.again():
+        found.append(f"{run.again()} steps were done again, but the log says {resumptions}")
     return found

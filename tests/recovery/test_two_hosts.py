@@ -90,7 +90,7 @@ def assert_close(end: EndState, clean: Clean) -> None:
         assert torch.allclose(have[name], tensor, rtol=1e-3, atol=1e-4), name
 
 
-def test_a_run_goes_on_without_a_host_that_died(
+def test_a_run_continues_without_a_host_that_died(
     clean: Clean, tiny_project: Path, tmp_path: Path, rows: list[table.Row]
 ) -> None:
     row = table.Row("host killed, workers [1, 2]")
@@ -99,7 +99,7 @@ def test_a_run_goes_on_without_a_host_that_died(
         found.run.start()
         found.host_of(found.run.wait_for_fault()["pid"]).kill()
         assert_close(finish(found, tmp_path, clean, row), clean)
-        assert [one.workers for one in found.run.taken_up()] == [1], found.run.tail()
+        assert [one.workers for one in found.run.resumptions()] == [1], found.run.tail()
     row.recovered = True
 
 
@@ -118,7 +118,7 @@ def test_a_run_waits_for_a_host_whose_link_is_cut(
         found.run.wait_until(lambda: ended_or_revived(found, host), "the run does not end")
         end = finish(found, tmp_path, clean, row)
         assert runs.differences(end, clean.end) == [], found.run.tail()
-        assert all(one.workers == 2 for one in found.run.taken_up()), found.run.tail()
+        assert all(one.workers == 2 for one in found.run.resumptions()), found.run.tail()
     row.recovered = True
 
 
@@ -142,7 +142,7 @@ def test_a_run_grows_when_a_host_joins(clean: Clean, tiny_project: Path, tmp_pat
         found.wait_for_step(4)
         found.others[1].start_ray()
         assert_close(finish(found, tmp_path, clean, row), clean)
-        assert [one.workers for one in found.run.taken_up()] == [2], found.run.tail()
+        assert [one.workers for one in found.run.resumptions()] == [2], found.run.tail()
     row.recovered = True
 
 
@@ -159,7 +159,7 @@ def test_no_step_is_lost_when_a_host_is_taken_away_with_notice(
         time.sleep(NOTICE_SECONDS)
         found.others[1].kill()
         assert_close(finish(found, tmp_path, clean, row), clean)
-        assert [(one.workers, one.again) for one in found.run.taken_up()] == [(1, 0)], found.run.tail()
+        assert [(one.workers, one.again) for one in found.run.resumptions()] == [(1, 0)], found.run.tail()
     row.recovered = True
 
 

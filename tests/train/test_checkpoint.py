@@ -15,6 +15,7 @@ from olora_ray.adapter.factors import AdapterWeights, Factors
 from olora_ray.common.errors import UserError
 from olora_ray.train import checkpoint
 from olora_ray.train.state import TrainState
+from tests import tiny
 
 RANK = 2
 FILES = (
@@ -231,3 +232,31 @@ def test_another_identity_is_refused_with_the_difference(then: dict[str, str], e
         checkpoint.require_same(NOW | then, NOW, "step-0000002")
     assert expected in str(caught.value)
     assert str(caught.value).startswith("run.name: step-0000002 was trained with another")
+
+
+def test_a_snapshot_is_of_its_moment_however_late_it_is_written(tmp_path: Path) -> None:
+    trainer = tiny.trainer(tiny.config())
+    flat = trainer.flat
+    flat.vector.normal_()
+    trainer.optimizer.state()[f"{next(iter(trainer.adapted))}.da.exp_avg"].fill_(0.25)
+    state, best, vector = TrainState(step=2, best_step=1, best_loss=1.0), flat.vector + 1, flat.vector.clone()
+    write = checkpoint.snapshot(trainer, state, best, {"base": "abc"}, "run: {}\n")
+    flat.vector.zero_()
+    for part in trainer.optimizer.state().values():
+        part.zero_()
+    state.record(3, {"train/loss": 1.0})
+    write(tmp_path / "c")
+    found = checkpoint.load(tmp_path / "c")
+    assert found.state == TrainState(step=2, best_step=1, best_loss=1.0)
+    for kept, expected in ((found.adapter, flat.named(vector)), (found.best_adapter(), flat.named(best))):
+        for name, weights in kept.items():
+            assert same(weights.da, expected[f"{name}.da"])
+            assert same(weights.db, expected[f"{name}.db"])
+    assert max(part.max().item() for part in found.optimizer.values()) == 0.25
+
+
+def test_a_snapshot_has_no_best_adapter_beside_one_that_is_the_best(tmp_path: Path) -> None:
+    trainer = tiny.trainer(tiny.config())
+    state = TrainState(step=2, best_step=2, best_loss=1.0)
+    checkpoint.snapshot(trainer, state, trainer.flat.vector.clone(), {}, "")(tmp_path / "c")
+    assert checkpoint.load(tmp_path / "c").best is None

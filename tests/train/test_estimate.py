@@ -102,10 +102,10 @@ def _train(folder: str, rank: int) -> tuple[int, int]:
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
     made = trainer(config, model=load_model(folder, config.model, torch.device("cpu")))
     store = tiny.ListStore([tiny.pack(30, 30, seed=seed) for seed in range(3)])
-    feed = StepLoader(store, config.train, config.run.seed, "segments", 0, 1)  # type: ignore[arg-type]
+    loader = StepLoader(store, config.train, config.run.seed, "segments", 0, 1)  # type: ignore[arg-type]
     schedule = Schedule(config.train.model_copy(update={"steps": 3}), store)  # type: ignore[arg-type]
     best = None
-    for _ in made.steps(feed, 0, schedule):
+    for _ in made.steps(loader, 0, schedule):
         best = made.flat.vector.clone()
     assert best is not None
     return before, _status("VmHWM")

@@ -111,7 +111,7 @@ def test_giving_up_reaches_the_caller_and_leaving_does_not_wait() -> None:
     left = reader(found, train).steps(0, Schedule(train, found).ends)
     next(left)
     left.close()  # type: ignore[attr-defined]
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("feed")]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("loader")]
 
 
 def test_looking_for_shards_slows_down(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from tests.crew import Crew
 STEPS = 5
 
 
-def feed(store: Any, settings: Config, attention: str = "segments", worker: int = 0) -> StepLoader:
+def loader(store: Any, settings: Config, attention: str = "segments", worker: int = 0) -> StepLoader:
     return StepLoader(store, settings.train, settings.run.seed, attention, worker, settings.cluster.workers)
 
 
@@ -31,7 +31,7 @@ def schedule(store: Any, settings: Config, steps: int = STEPS) -> Schedule:
 
 
 def run(trainer: Trainer, store: Any, start: int, stop: int, worker: int = 0) -> list[StepResult]:
-    steps = trainer.steps(feed(store, trainer.config, worker=worker), start, schedule(store, trainer.config))
+    steps = trainer.steps(loader(store, trainer.config, worker=worker), start, schedule(store, trainer.config))
     return list(islice(steps, stop - start))
 
 
@@ -47,7 +47,7 @@ def first_gradient(settings: Config, store: Any, attention: str = "segments", wo
     trainer = moved(tiny.trainer(settings, attention))
     seen = []
     trainer.optimizer.inner.register_step_pre_hook(lambda *_: seen.append(trainer.flat.grad.clone()))
-    result = next(trainer.steps(feed(store, settings, attention, worker), 0, schedule(store, settings)))
+    result = next(trainer.steps(loader(store, settings, attention, worker), 0, schedule(store, settings)))
     return result.loss, seen[0]
 
 
@@ -138,8 +138,8 @@ def _signals(by_step: dict[int, int]) -> tuple[list[bool], list[float], list[flo
     signals, losses, alone = [], [], []
     trainer.loss.register_forward_hook(lambda *arguments: parts.append(arguments[2].detach()))
     parts: list[Tensor] = []
-    supervised = feed(store, settings, worker=rank).read(0).supervised
-    steps = trainer.steps(feed(store, settings, worker=rank), 0, schedule(store, settings))
+    supervised = loader(store, settings, worker=rank).read(0).supervised
+    steps = trainer.steps(loader(store, settings, worker=rank), 0, schedule(store, settings))
     for number in range(STEPS):
         parts.clear()
         trainer.signal = by_step.get(number) == rank
@@ -155,7 +155,7 @@ def _signals(by_step: dict[int, int]) -> tuple[list[bool], list[float], list[flo
 def test_a_signal_without_workers() -> None:
     trainer = tiny.trainer(tiny.config())
     store = tiny.store()
-    steps = trainer.steps(feed(store, trainer.config), 0, schedule(store, trainer.config))
+    steps = trainer.steps(loader(store, trainer.config), 0, schedule(store, trainer.config))
     assert not next(steps).signal
     trainer.signal = True
     assert next(steps).signal
@@ -191,7 +191,7 @@ def test_another_seed_gives_another_adapter() -> None:
 def test_training_lowers_the_loss() -> None:
     trainer = tiny.trainer(tiny.config(train__schedule="constant", train__global_batch=8))
     store = tiny.store()
-    results = list(trainer.steps(feed(store, trainer.config), 0, schedule(store, trainer.config, 12)))
+    results = list(trainer.steps(loader(store, trainer.config), 0, schedule(store, trainer.config, 12)))
     assert results[-1].loss < 0.9 * results[0].loss
     assert [result.step for result in results] == list(range(1, 13))
 
@@ -231,7 +231,7 @@ def restored(settings: Config, folder: Path) -> Trainer:
 def poisoned(settings: Config, store: Any) -> tuple[Trainer, int]:
     """A trainer for which one pack gives NaN, and the number of that pack, first met in the second step."""
     trainer = tiny.trainer(settings)
-    index = feed(store, settings).read(1).sequences[0][0]
+    index = loader(store, settings).read(1).sequences[0][0]
     store[index].input_ids[0] = 1  # a token that is nowhere else
     with torch.no_grad():
         trainer.loss.model.get_input_embeddings().weight[1] = torch.nan
@@ -241,7 +241,7 @@ def poisoned(settings: Config, store: Any) -> tuple[Trainer, int]:
 def test_a_nan_loss_stops_with_the_step_and_the_rows() -> None:
     settings, store = tiny.config(train__micro_batch=1), tiny.store()
     trainer, index = poisoned(settings, store)
-    steps = trainer.steps(feed(store, settings), 0, schedule(store, settings))
+    steps = trainer.steps(loader(store, settings), 0, schedule(store, settings))
     assert next(steps).step == 1
     before = trainer.flat.vector.clone()
     with pytest.raises(UserError, match=r"step 2.*not finite") as caught:
@@ -269,7 +269,7 @@ def _poisoned_worker() -> None:
 def test_an_infinite_gradient_stops_with_the_step() -> None:
     trainer = tiny.trainer(tiny.config())
     store = tiny.store()
-    steps = trainer.steps(feed(store, trainer.config), 0, schedule(store, trainer.config))
+    steps = trainer.steps(loader(store, trainer.config), 0, schedule(store, trainer.config))
     next(steps)
     trainer.flat.grad[3] = torch.inf
     with pytest.raises(UserError, match="step 2: the gradient is not finite"):
@@ -309,7 +309,7 @@ def _evaluate(count: int) -> float:
 def groups(settings: Config, step: int) -> list[tuple[int, ...]]:
     store = tiny.store(6)
     workers = settings.cluster.workers
-    return [group for w in range(workers) for group in feed(store, settings, worker=w).read(step).sequences]
+    return [group for w in range(workers) for group in loader(store, settings, worker=w).read(step).sequences]
 
 
 @pytest.mark.parametrize(("micro", "workers"), [(1, 1), (2, 1), (1, 2), (2, 2), (1, 4)])
@@ -332,11 +332,11 @@ def flat(found: Iterable[tuple[int, ...]]) -> list[int]:
 
 def test_reading_ahead_gives_the_steps_in_order_and_may_be_left_early() -> None:
     settings = settings_for(4, batch=4)
-    ahead = feed(tiny.store(6), settings).steps(1, lambda done: done >= 5)
+    ahead = loader(tiny.store(6), settings).steps(1, lambda done: done >= 5)
     assert [data.sequences for data, _ in islice(ahead, 3)] == [tuple(groups(settings, step)) for step in (1, 2, 3)]
     ahead.close()  # type: ignore[attr-defined]
-    assert list(feed(tiny.store(6), settings).steps(2, lambda done: done >= 2)) == []
-    assert len(list(feed(tiny.store(6), settings).steps(2, lambda done: done >= 5))) == 3
+    assert list(loader(tiny.store(6), settings).steps(2, lambda done: done >= 2)) == []
+    assert len(list(loader(tiny.store(6), settings).steps(2, lambda done: done >= 5))) == 3
 
 
 def test_the_number_of_steps_follows_from_epochs_or_is_set() -> None:

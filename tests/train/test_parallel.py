@@ -30,9 +30,9 @@ def trained(strategy: str, steps: int = 2, tied: bool = False) -> tuple[Trainer,
     )
     gradients: list[Tensor] = []
     trainer.optimizer.inner.register_step_pre_hook(lambda *_: gradients.append(trainer.flat.grad.clone()))
-    feed = StepLoader(tiny.store(), settings.train, settings.run.seed, "segments", dist.get_rank(), 2)
+    loader = StepLoader(tiny.store(), settings.train, settings.run.seed, "segments", dist.get_rank(), 2)
     losses, first = [], None
-    for result in trainer.steps(feed, 0, _schedule(settings, steps)):
+    for result in trainer.steps(loader, 0, _schedule(settings, steps)):
         losses.append(result.loss)
         first = trainer.flat.vector.clone() if first is None else first
     assert first is not None
@@ -63,8 +63,8 @@ def _answers(strategy: str, eos: int) -> list[list[list[int]]]:
     trainer = tiny.trainer(settings, strategy=strategy)
     evaluate(trainer, tiny.store(3), "segments", rank, 2)
     before = answer(trainer, QUESTIONS, 6, [eos], rank, 2, batch=2)
-    feed = StepLoader(tiny.store(), settings.train, settings.run.seed, "segments", rank, 2)
-    list(trainer.steps(feed, 0, _schedule(settings, 4)))
+    loader = StepLoader(tiny.store(), settings.train, settings.run.seed, "segments", rank, 2)
+    list(trainer.steps(loader, 0, _schedule(settings, 4)))
     return [before, answer(trainer, QUESTIONS, 6, [eos], rank, 2, batch=2)]
 
 
@@ -93,8 +93,8 @@ def _uneven(strategy: str, micro: int) -> tuple[float, Tensor, int]:
     trainer.optimizer.inner.register_step_pre_hook(lambda *_: gradients.append(trainer.flat.grad.clone()))
     runs: list[int] = []
     trainer.loss.register_forward_hook(lambda *_: runs.append(1))
-    feed = StepLoader(tiny.store(), settings.train, settings.run.seed, "segments", dist.get_rank(), 2)
-    result = next(trainer.steps(feed, 0, _schedule(settings, 1)))
+    loader = StepLoader(tiny.store(), settings.train, settings.run.seed, "segments", dist.get_rank(), 2)
+    result = next(trainer.steps(loader, 0, _schedule(settings, 1)))
     return result.loss, gradients[0], len(runs)
 
 

@@ -3,7 +3,8 @@
 OLORA_FAULT="phase=step;step=5;rank=1;kind=kill;dir=/tmp/x" in the environment of the driver reaches all processes
 of a local Ray. `kind` is kill (SIGKILL of the process that gets there), raise (a RuntimeError) or hold (it waits
 until the file `release` appears in dir). Who comes first claims the file `marker` in dir and writes there who
-he is. What of the product is not there to be patched is written to the file `missing`.
+he is. The points are those of olora_ray.common.fault_points; a module that lacks what is to be replaced here is
+named in the file `missing`.
 
 Every initialisation and every step that worker 0 has done is a line of the file `done`: the log may miss the last
 second before the driver dies.
@@ -16,7 +17,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
@@ -25,18 +26,26 @@ from typing import Any
 FAULT = dict(part.split("=", 1) for part in os.environ.get("OLORA_FAULT", "").split(";") if part)
 HOLD_SECONDS = 180.0
 
-_worker: Any = None
-"""This process's training worker, to ask for rank and step."""
-_saving = threading.local()
-"""The step of the checkpoint that this thread writes, and how many of its files were begun."""
-
 
 def install() -> None:
-    """Patch the product's modules from now on, each when it is imported."""
+    """Install the handler, and replace constants, when the product's modules are imported."""
     sys.meta_path.insert(0, _Finder())
 
 
-def reached(phase: str, step: int | None = None, rank: int | None = None) -> None:
+def handle(point: str, step: int | None, rank: int | None) -> None:
+    """The product's handler: note what worker 0 has done, draw out the steps, and act at the chosen point."""
+    if point == "shard" and step == 0:
+        return  # a preparation that is cut off shall leave a shard behind
+    if point == "initialise" and rank == 0:
+        _note("initialisation")
+    if point == "step":
+        if rank == 0 and step:
+            _note(f"step {step}")
+        time.sleep(float(FAULT.get("pace", 0)))
+    _act(point, step, rank)
+
+
+def _act(phase: str, step: int | None, rank: int | None) -> None:
     """Act if this is the chosen point and nobody has acted yet."""
     if phase != FAULT["phase"]:
         return
@@ -75,13 +84,17 @@ def _hold() -> None:
         time.sleep(0.02)
 
 
-def _replace(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
-    old = getattr(owner, name, None)
-    if old is None:
-        (Path(FAULT["dir"]) / "missing").write_text(f"{owner.__name__}.{name}")
-        return
-    new = make(old)
-    setattr(owner, name, functools.wraps(old)(new) if callable(old) else new)
+def _replace(owner: ModuleType, name: str, make: Callable[[Any], Any], *others: str) -> None:
+    """Give a module another value of `name`; it must have the `others` too."""
+    for wanted in (name, *others):
+        if not hasattr(owner, wanted):
+            (Path(FAULT["dir"]) / "missing").write_text(f"{owner.__name__}.{wanted}")
+            return
+    setattr(owner, name, make(getattr(owner, name)))
+
+
+def _patch_fault_points(module: ModuleType) -> None:
+    _replace(module, "handler", lambda _: handle, "reached")
 
 
 def _patch_plan(module: ModuleType) -> None:
@@ -92,119 +105,11 @@ def _patch_writer(module: ModuleType) -> None:
     if FAULT["phase"] == "shard":
         _replace(module, "MAKE_HERE", lambda old: 0 * old)  # in tasks of Ray Data
 
-    def make(old: Any) -> Any:
-        def make_shard(job: Any, number: int) -> Any:
-            if number:
-                reached("shard", number)
-            return old(job, number)
-
-        return make_shard
-
-    _replace(module, "make_shard", make)
-
-
-def _patch_worker(module: ModuleType) -> None:
-    def remember(old: Any) -> Any:
-        def init(self: Any, *args: Any, **kwargs: Any) -> None:
-            global _worker
-            old(self, *args, **kwargs)
-            _worker = self
-
-        return init
-
-    def initialise(old: Any) -> Any:
-        def initialised(*args: Any, **kwargs: Any) -> Any:
-            result = old(*args, **kwargs)
-            if _worker.rank == 0:
-                _note("initialisation")
-            reached("initialise", rank=_worker.rank)
-            return result
-
-        return initialised
-
-    def evaluate(old: Any) -> Any:
-        def evaluated(*args: Any, **kwargs: Any) -> Any:
-            reached("evaluate", _worker.state.step, _worker.rank)
-            return old(*args, **kwargs)
-
-        return evaluated
-
-    def tell(old: Any) -> Any:
-        def told(self: Any, *args: Any, **kwargs: Any) -> Any:
-            result = old(self, *args, **kwargs)
-            if self.rank == 0 and self.state.step:
-                _note(f"step {self.state.step}")
-            time.sleep(float(FAULT.get("pace", 0)))
-            reached("step", self.state.step, self.rank)
-            return result
-
-        return told
-
-    _replace(module.Worker, "__init__", remember)
-    _replace(module, "initialise", initialise)
-    _replace(module, "evaluate", evaluate)
-    _replace(module.Worker, "_tell", tell)
-
-
-def _patch_checkpoint(module: ModuleType) -> None:
-    def save(old: Any) -> Any:
-        def saved(*args: Any, **kwargs: Any) -> Any:
-            _saving.step = next(_steps([*args, *kwargs.values()]), None)
-            _saving.files = 0
-            return old(*args, **kwargs)
-
-        return saved
-
-    def save_file(old: Any) -> Any:
-        def file_saved(*args: Any, **kwargs: Any) -> Any:
-            _saving.files += 1
-            if _saving.files == 2:
-                reached("checkpoint", _saving.step)
-            return old(*args, **kwargs)
-
-        return file_saved
-
-    _replace(module, "save", save)
-    _replace(module, "save_file", save_file)
-
-
-def _steps(values: list[Any]) -> Iterator[int]:
-    for value in values:
-        state = getattr(value, "state", value)
-        if hasattr(state, "step"):
-            yield int(state.step)
-
-
-def _patch_export(module: ModuleType) -> None:
-    def make(old: Any) -> Any:
-        def added(*args: Any, **kwargs: Any) -> Any:
-            reached("export")
-            return old(*args, **kwargs)
-
-        return added
-
-    _replace(module, "_add", make)  # write_merged is under way: the base is copied, nothing is merged
-
-
-def _patch_mlflow(module: ModuleType) -> None:
-    def make(old: Any) -> Any:
-        def created(*args: Any, **kwargs: Any) -> Any:
-            version = old(*args, **kwargs)
-            reached("register")
-            return version
-
-        return created
-
-    _replace(module.MlflowClient, "create_model_version", make)
-
 
 PATCHES = {
+    "olora_ray.common.fault_points": _patch_fault_points,
     "olora_ray.tokens.plan": _patch_plan,
     "olora_ray.tokens.writer": _patch_writer,
-    "olora_ray.cluster.worker": _patch_worker,
-    "olora_ray.train.checkpoint": _patch_checkpoint,
-    "olora_ray.adapter.export": _patch_export,
-    "mlflow.tracking.client": _patch_mlflow,
 }
 
 

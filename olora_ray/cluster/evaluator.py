@@ -1,0 +1,77 @@
+"""Evaluation during a training: held-out loss, answers to held-out prompts, and the best adapter so far."""
+
+import logging
+import math
+
+from torch import Tensor
+
+from olora_ray.cluster.resume import StartingPoint
+from olora_ray.cluster.spec import AnswerPair, TrainSpec
+from olora_ray.cluster.worker_context import WorkerContext
+from olora_ray.common import collectives
+from olora_ray.common.fault_points import reached
+from olora_ray.common.text import plural
+from olora_ray.train.baseline import Baseline
+from olora_ray.train.generate import answer, wanted_questions
+from olora_ray.train.loop import evaluate
+from olora_ray.train.state import TrainState
+
+logger = logging.getLogger(__name__)
+
+
+class Evaluator:
+    """Measures the adapter that a worker trains. All workers must call each method together."""
+
+    def __init__(self, context: WorkerContext, spec: TrainSpec, start: StartingPoint) -> None:
+        self.context, self.spec = context, spec
+        self.trainer, self.attention = start.trainer, start.attention
+        self.best: Tensor | None = start.best
+        self.questions = wanted_questions(spec.config.evaluation, spec.eval)
+
+    def measure(self, state: TrainState) -> dict[str, float]:
+        """Evaluate the adapter of now, and note the result."""
+        return self.note(state, self.loss(state.step))
+
+    def note(self, state: TrainState, loss: float) -> dict[str, float]:
+        """Take in a held-out loss, and keep the adapter if it is the best so far; returns the metrics to be told."""
+        if state.note_evaluation(loss):
+            self.best = self.trainer.flat.vector.clone()
+        return {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 80.0))}
+
+    def use_best(self) -> None:
+        """Put the best adapter in place of the last one; without evaluations that one stays."""
+        if self.best is not None:
+            self.trainer.flat.vector.copy_(self.best)
+
+    def loss(self, step: int) -> float:
+        """Mean held-out loss per supervised token, after `step` steps."""
+        assert self.spec.eval is not None
+        with self.context.activate(self.trainer.adapted):
+            reached("evaluate", step, self.context.rank)
+            return evaluate(self.trainer, self.spec.eval, self.attention, self.context.rank, self.context.world)
+
+    def answers(self, answering: str) -> list[list[int]]:
+        """Answers to the held-out prompts as token ids; `answering` names the model for the log."""
+        logger.info(f"answering {plural(len(self.questions), 'held-out prompt')} with the {answering}")
+        limit = self.spec.config.evaluation.max_new_tokens
+        with self.context.activate(self.trainer.adapted):
+            return answer(self.trainer, self.questions, limit, self.spec.eos, self.context.rank, self.context.world)
+
+    def answer_pairs(self, before: list[list[int]] | None) -> tuple[AnswerPair, ...]:
+        """The held-out prompts with the answers of before and of now."""
+        if not self.questions:
+            return ()
+        pairs = zip(self.questions, before or [], self.answers("fine-tuned model"), strict=True)
+        return tuple(AnswerPair(each.prompt, each.reference, tuple(old), tuple(new)) for each, old, new in pairs)
+
+    def baseline(self, place: str) -> Baseline:
+        """Loss and answers before the first step: read from `place` if an earlier attempt has measured them."""
+        origin, first = self.spec.base_identity(), self.context.rank == 0
+        found = collectives.from_first(Baseline.read(place, origin, len(self.questions)) if first else None)
+        if found is None:
+            loss = self.loss(0) if self.spec.eval else None
+            start = "adapter that training starts with" if self.spec.config.train.start else "base model"
+            found = Baseline(loss, self.answers(start) if self.questions else None)
+            if first:
+                found.write(place, origin)
+        return found

@@ -1,0 +1,162 @@
+"""Ray's private parts: the only file that uses names which Ray may change without notice.
+
+Each function says why no public way would do and names the version whose source it was read from. After an upgrade
+of Ray, tests/cluster/test_ray_internals.py shows what no longer holds.
+"""
+
+import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+if TYPE_CHECKING:
+    from ray.util.placement_group import PlacementGroup
+
+HEAD = "node:__internal_head__"
+"""A resource that Ray 2.60 gives to the head only; no other field of ray.nodes() tells which node that is."""
+
+
+def running_address() -> str | None:
+    """Address of a Ray on this machine, by its processes and the file of the last `ray start`; None if none is found.
+
+    Ray 2.60, _private/services.py. `ray.init("auto")` looks there too, but waits for almost three minutes for a
+    Ray that has died.
+    """
+    from ray._private import services
+
+    try:
+        return str(services.get_ray_address_from_environment("auto", None))
+    except ConnectionError:
+        return None
+
+
+def free_resources() -> Mapping[str, Mapping[str, float]]:
+    """Node id -> what is free there.
+
+    Ray 2.60, _private/state.py. `ray.available_resources()` only has the sum over all nodes.
+    """
+    free: Mapping[str, Mapping[str, float]] = ray._private.state.state.available_resources_per_node()
+    return free
+
+
+def draining_nodes() -> set[str]:
+    """Ids of the nodes that are about to be taken away.
+
+    Ray 2.60, _private/state.py. In `ray.nodes()` they are alive until the end.
+    """
+    return set(ray._private.state.state.get_draining_nodes())
+
+
+def autoscaler_groups() -> list[tuple[dict[str, float], int]] | None:
+    """Resources and largest number of each kind of node that the autoscaler may start; below 0: no limit.
+
+    None if it has not told the control store. Ray 2.60, _private/state.py; nothing public has these limits.
+    """
+    told = ray._private.state.state.get_cluster_config()
+    return None if told is None else [(dict(each.resources), each.max_count) for each in told.node_group_configs]
+
+
+def joined_running_node() -> bool:
+    """Whether this process is a driver that has joined a Ray which was running before.
+
+    False in Ray's own processes, and in one that has started a Ray for itself. Ray 2.60, _private/worker.py; the
+    runtime context knows the node, but not who started it.
+    """
+    node: Any = ray._private.worker._global_node
+    return node is not None and not node.is_head()
+
+
+def startup_failed(error: Exception) -> bool:
+    """Whether this error of Train's controller says that a group of workers could not start.
+
+    Ray 2.60, train/v2/_internal/exceptions.py: inside the public ControllerError only the class tells.
+    """
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
+
+    return isinstance(error, WorkerGroupStartupFailedError | WorkerGroupStartupTimeoutError)
+
+
+def preemption_noted() -> bool:
+    """Whether Train's watcher has left word in this worker that a node will be taken away. A local read.
+
+    Ray 2.60, train/v2/_internal/execution. The public `ray.train.get_preemption_info()` is a barrier of all workers
+    over an actor: too expensive to be called every step.
+    """
+    from ray.train.v2._internal.execution.context import get_train_context
+
+    context = getattr(get_train_context(), "preemption_context", None)
+    return getattr(context, "preemption_info", None) is not None
+
+
+def train_worker_logger() -> logging.Logger:
+    """The logger of a Train worker's reports.
+
+    Ray 2.60, train/v2/_internal/execution/context.py. It is named after the path of that file, so that the level
+    of "ray.train" does not reach it.
+    """
+    from ray.train.v2._internal.execution import context
+
+    logger: logging.Logger = context.logger
+    return logger
+
+
+def token_logger() -> logging.Logger:
+    """The logger that says at each start of a local Ray that it has made itself a token.
+
+    Ray 2.60, _private/authentication/authentication_token_setup.py.
+    """
+    return logging.getLogger("ray._private.authentication.authentication_token_setup")
+
+
+def system_memory() -> int:
+    """Bytes of this machine, or the limit of its container.
+
+    Ray 2.60, _common/utils.py. Public values are those of a node that has started, less Ray's own share.
+    """
+    from ray._common.utils import get_system_memory
+
+    return int(get_system_memory())
+
+
+def gpu_memory() -> list[int]:
+    """Bytes of each GPU of this machine; empty without one.
+
+    Ray 2.60, _private/thirdparty/pynvml: torch would take memory on each GPU to say the same.
+    """
+    from ray._private.thirdparty import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(number) for number in range(pynvml.nvmlDeviceGetCount())]
+        return [int(pynvml.nvmlDeviceGetMemoryInfo(handle).total) for handle in handles]
+    except pynvml.NVMLError:
+        return []
+
+
+def abandoned_placement_groups() -> "list[PlacementGroup]":
+    """This job's placement groups whose creating actor is dead.
+
+    Ray 2.60, core/generated/gcs_pb2 and _private/state.py. The public table of placement groups does not say who
+    made a group, nor whether that actor still lives.
+    """
+    from ray._raylet import PlacementGroupID
+    from ray.core.generated import gcs_pb2
+    from ray.util.placement_group import PlacementGroup
+
+    table: Any = vars(gcs_pb2)["PlacementGroupTableData"]
+    job = ray.get_runtime_context().get_job_id()
+    stored = ray._private.state.state._connect_and_get_accessor().get_placement_group_table()
+    groups = [group for raw in stored if (group := table.FromString(raw)).creator_job_id.hex() == job]
+    return [
+        PlacementGroup(PlacementGroupID(group.placement_group_id))
+        for group in groups
+        if _maker_died(group) and group.state != table.REMOVED
+    ]
+
+
+def _maker_died(group: Any) -> bool:
+    from ray._raylet import ActorID
+
+    # What the driver itself has made, as Tune does for its trials, has no creating actor.
+    return bool(not ActorID(group.creator_actor_id).is_nil() and group.creator_actor_dead)

@@ -1,0 +1,159 @@
+"""The point at which a worker starts: the newest good checkpoint, the adapter of train.start, or new factors."""
+
+import logging
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from olora_ray.adapter import factor_cache
+from olora_ray.adapter.factors import AdapterWeights, Factors
+from olora_ray.adapter.initialise import InitReport, initialise
+from olora_ray.adapter.inject import find_targets, wrap
+from olora_ray.cluster.spec import TrainSpec
+from olora_ray.cluster.worker_context import WorkerContext
+from olora_ray.common import collectives
+from olora_ray.common.errors import UserError
+from olora_ray.common.fault_points import reached
+from olora_ray.common.text import plural
+from olora_ray.model.load import check_attention
+from olora_ray.train import checkpoint, checkpoints
+from olora_ray.train.checkpoint import Checkpoint
+from olora_ray.train.loop import Trainer
+from olora_ray.train.parallel import place_model
+from olora_ray.train.state import TrainState
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StartingPoint:
+    """A trainer whose adapter and optimizer are as they were after `state.step` steps."""
+
+    trainer: Trainer
+    attention: str
+    """The base model's implementation, which decides how batches are laid out."""
+    state: TrainState
+    best: Tensor | None
+    """The flat vector of the best evaluation so far."""
+    resumed: bool
+    """Whether it comes from a checkpoint of this run."""
+
+
+def starting_point(context: WorkerContext, spec: TrainSpec, folder: str) -> StartingPoint:
+    """Build what a worker trains; `folder` has the run's checkpoints.
+
+    All workers must call it together. Raises UserError if a checkpoint, the adapter of train.start or the base
+    model cannot be used.
+    """
+    found = restored(spec, folder)
+    start = start_adapter(spec) if found is None else None
+    adapter = spec.config.adapter
+    with context.activate({}):
+        loss = context.base(spec)
+        model: Any = loss.model
+        attention: str = model.config._attn_implementation
+        check_attention(model.config.get_text_config(), attention, spec.config.data)
+        known = found.adapter if found else start
+        adapted = wrap(model, factors(context, spec, model, known), adapter.scale(), adapter.dropout)
+    with context.activate(adapted):
+        place_model(loss, spec.config.cluster.strategy, context.device)
+        trainer = Trainer(loss, adapted, spec.config, context.device)
+    if found:
+        return StartingPoint(trainer, attention, found.state, resume(trainer, found), resumed=True)
+    if start:
+        trainer.flat.load(trainer.flat.vector, named(start))
+    return StartingPoint(trainer, attention, TrainState(), None, resumed=False)
+
+
+def restored(spec: TrainSpec, folder: str) -> Checkpoint | None:
+    """The newest good checkpoint, the same on all workers; raises UserError if it is of another base, data or adapter.
+
+    Worker 0 chooses: the others might see an older state of the storage.
+    """
+    rank = collectives.rank()
+    newest = checkpoints.latest_good(folder) if rank == 0 else None
+    place = collectives.from_first(newest[0] if newest else None)
+    if place is None:
+        return None
+    problem, found = None, newest[1] if newest else None
+    try:
+        found = found or checkpoints.read(place)
+    except UserError as error:
+        problem = f"run.storage: worker {rank} cannot use what worker 0 can: {error}"
+    collectives.raise_together(problem)
+    assert found is not None
+    checkpoint.require_same(found.identity, spec.identity(), place)
+    return found
+
+
+def start_adapter(spec: TrainSpec) -> dict[str, AdapterWeights] | None:
+    """The adapter of train.start; raises UserError if it is of another base or has other settings."""
+    place = spec.config.train.start
+    if place is None:
+        return None
+    problem, found = None, None
+    try:
+        found = checkpoints.read(place)
+        wanted = spec.identity()
+        if other := [what for what in ("base model", "adapter") if found.identity.get(what) != wanted[what]]:
+            problem = f"train.start: {place} was trained with another {' and another '.join(other)}"
+    except UserError as error:
+        problem = f"train.start: {error}"
+    collectives.raise_together(problem)
+    assert found is not None
+    return found.best_adapter()
+
+
+def factors(
+    context: WorkerContext, spec: TrainSpec, model: Any, known: dict[str, AdapterWeights] | None
+) -> dict[str, Factors]:
+    """The factors of every target: those of a known adapter, those that a search shares, or new ones."""
+    adapter = spec.config.adapter
+    targets = find_targets(model, adapter.targets, adapter.rank)
+    if known:
+        return {name: known[name].factors for name in targets}
+    if spec.shared:
+        began = time.perf_counter()
+        if found := factor_cache.read(spec.shared, spec.factor_origin(), adapter.rank, list(targets)):
+            logger.info(
+                f"{adapter.method} factors taken from those of the search in {time.perf_counter() - began:.2f} s"
+            )
+            return found
+    made, report = initialise(targets, adapter.method, adapter.rank, spec.config.run.seed, context.device)
+    reached("initialise", rank=context.rank)
+    logger.info(describe(adapter.method, report))
+    return made
+
+
+def resume(trainer: Trainer, found: Checkpoint) -> Tensor | None:
+    """Load a checkpoint's tensors into the trainer; returns the flat vector of its best evaluation, if it has one."""
+    flat = trainer.flat
+    flat.load(flat.vector, named(found.adapter))
+    trainer.optimizer.load(found.optimizer, found.state.step)
+    if found.state.best_step is None:
+        return None
+    best = flat.vector.clone()
+    if found.best is not None:
+        flat.load(best, found.best)
+    return best
+
+
+def named(adapter: dict[str, AdapterWeights]) -> dict[str, Tensor]:
+    """The trained tensors of an adapter by the names that `FlatAdapters` gives them."""
+    parts = {f"{name}.da": weights.da for name, weights in adapter.items()}
+    return parts | {f"{name}.db": weights.db for name, weights in adapter.items()}
+
+
+def describe(method: str, report: InitReport) -> str:
+    """A line for the log about an initialisation."""
+    shares = ", ".join(
+        f"worker {worker}: {plural(layers, 'layer')} in {seconds:.2f} s"
+        for worker, (layers, seconds) in enumerate(zip(report.layers, report.seconds, strict=True))
+    )
+    line = f"{method} initialisation: {shares}; exchange {report.exchange_seconds:.2f} s; digest {report.digest[:12]}"
+    if report.deficient:
+        names = ", ".join(report.deficient[:4]) + (" ..." if len(report.deficient) > 4 else "")
+        line += f"; rank-deficient, completed with orthonormal columns: {names}"
+    return line

@@ -1,0 +1,58 @@
+"""Exchanges between the workers of a training: the only file that calls the collectives of torch.distributed.
+
+Every function must be called by all workers, in the same order. In a process without a process group, or alone in
+one, they return at once: one process is a group of one.
+"""
+
+from typing import TypeVar
+
+import torch.distributed as dist
+from torch import Tensor
+
+from olora_ray.common.errors import UserError
+
+Value = TypeVar("Value")
+
+
+def rank() -> int:
+    """Number of this worker; 0 without a process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of workers; 1 without a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def sum_in_place(tensor: Tensor) -> None:
+    """Replace a tensor by its sum over all workers."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+
+
+def broadcast_in_place(tensor: Tensor, source: int) -> None:
+    """Replace a tensor by that of the worker `source`."""
+    if world_size() > 1:
+        dist.broadcast(tensor, src=source)
+
+
+def from_first(value: Value) -> Value:
+    """The value of worker 0; it is pickled on the way."""
+    values = [value]
+    if world_size() > 1:
+        dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def gather(value: Value) -> list[Value]:
+    """The values of all workers in the order of their ranks; they are pickled on the way."""
+    values = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def raise_together(problem: str | None) -> None:
+    """Raise a UserError on all workers if one has a problem: alone, it would leave the others waiting."""
+    if found := next((each for each in gather(problem) if each), None):
+        raise UserError(found)

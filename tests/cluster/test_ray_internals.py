@@ -1,0 +1,135 @@
+"""Every private part of Ray that the product uses is still there, and still says what it said."""
+
+import ast
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from olora_ray.cluster import ray_internals
+from tests.ray_head import free_port
+
+PACKAGE = Path(ray_internals.__file__).parents[1]
+
+
+def test_a_ray_of_this_machine_is_found_by_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray._private import services
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.setattr(services, "find_gcs_addresses", set)
+    assert ray_internals.running_address() is None
+    (tmp_path / "ray").mkdir()
+    address = f"127.0.0.1:{free_port()}"
+    (tmp_path / "ray" / "ray_current_cluster").write_text(address)
+    assert ray_internals.running_address() == address
+
+
+def test_workers_that_could_not_start_are_told_apart() -> None:
+    from ray.train.v2._internal import exceptions
+
+    assert ray_internals.startup_failed(exceptions.WorkerGroupStartupTimeoutError(2))
+    assert ray_internals.startup_failed(exceptions.WorkerGroupStartupFailedError("no"))
+    assert not ray_internals.startup_failed(RuntimeError("no"))
+
+
+def test_a_preemption_is_noted_where_trains_watcher_writes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dataclasses import fields
+
+    from ray.train.v2._internal.execution import context
+    from ray.train.v2._internal.execution.preemption import PreemptionContext
+    from ray.train.v2.api.preemption import PreemptionInfo
+
+    assert "preemption_context" in {field.name for field in fields(context.TrainContext)}
+    worker: Any = type("Worker", (), {"preemption_context": PreemptionContext()})()
+    monkeypatch.setattr(context, "_train_context", worker)
+    assert not ray_internals.preemption_noted()
+    worker.preemption_context.preemption_info = PreemptionInfo(None, {"node": [0]})
+    assert ray_internals.preemption_noted()
+
+
+def test_the_loggers_are_those_that_ray_writes_to() -> None:
+    from ray._private.authentication import authentication_token_setup
+    from ray.train.v2._internal.execution import context
+
+    assert ray_internals.token_logger() is authentication_token_setup.logger
+    assert ray_internals.train_worker_logger() is context.logger
+    assert isinstance(context.logger, logging.Logger)
+
+
+def test_memory_is_that_of_this_machine() -> None:
+    import psutil
+
+    assert 2**28 < ray_internals.system_memory() <= psutil.virtual_memory().total
+    assert all(size > 2**30 for size in ray_internals.gpu_memory())
+
+
+@pytest.mark.ray
+def test_what_a_running_ray_says(ray_with: Callable[[int], None]) -> None:
+    import ray
+
+    assert not ray_internals.joined_running_node()
+    ray_with(2)
+    (node,) = ray.nodes()
+    assert ray_internals.HEAD in node["Resources"]
+    assert ray_internals.free_resources()[node["NodeID"]]["CPU"] == 2
+    assert ray_internals.draining_nodes() == set()
+    assert ray_internals.autoscaler_groups() is None
+    assert not ray_internals.joined_running_node(), "it is this process that has started it"
+
+    class Maker:
+        def take(self) -> bool:
+            self.group = ray.util.placement_group([{"CPU": 1}])
+            return bool(self.group.wait(30))
+
+    maker: Any = ray.remote(Maker)
+    dies = maker.options(num_cpus=0).remote()
+    assert ray.get(dies.take.remote())
+    assert ray_internals.abandoned_placement_groups() == []
+    ray.kill(dies)
+    end = time.monotonic() + 30
+    while not (found := ray_internals.abandoned_placement_groups()):
+        assert time.monotonic() < end
+        time.sleep(0.2)
+    assert [group.bundle_specs for group in found] == [[{"CPU": 1}]]
+
+
+@pytest.mark.ray
+def test_the_limits_of_an_autoscaler_are_read(ray_with: Callable[[int], None]) -> None:
+    import ray
+    from ray.core.generated import autoscaler_pb2
+
+    ray_with(1)
+    limits = vars(autoscaler_pb2)["ClusterConfig"]()
+    for most in (3, -1):
+        group = limits.node_group_configs.add()
+        group.resources["CPU"], group.max_count = 4, most
+    client: Any = ray._private.worker.global_worker.gcs_client
+    client.report_cluster_config(limits.SerializeToString())
+    assert ray_internals.autoscaler_groups() == [({"CPU": 4}, 3), ({"CPU": 4}, -1)]
+
+
+def test_no_other_file_uses_a_private_part_of_ray() -> None:
+    using = {file for file in PACKAGE.rglob("*.py") if any(map(_is_private, _paths(ast.parse(file.read_text()))))}
+    assert using == {PACKAGE / "cluster" / "ray_internals.py"}
+
+
+def _paths(tree: ast.AST) -> list[str]:
+    """The dotted names of all imports and attributes that begin with ray."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found += [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Attribute):
+            found.append(ast.unparse(node))
+    return [name for name in found if name.split(".")[0] == "ray"]
+
+
+def _is_private(name: str) -> bool:
+    parts = name.split(".")
+    return any(part.startswith("_") for part in parts) or "v2" in parts or "generated" in parts

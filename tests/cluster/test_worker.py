@@ -1,0 +1,170 @@
+"""A worker without Ray: it resumes where it was, with the best adapter, and measures the base model once."""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from olora_ray.cluster.channel import Resumed, Started
+from olora_ray.cluster.spec import TrainResult, TrainSpec
+from olora_ray.cluster.stop_requests import StopRequests
+from olora_ray.cluster.worker import train_at
+from olora_ray.cluster.worker_context import SharedBase, SharedBaseContext
+from olora_ray.model.source import BaseModel
+from olora_ray.train import checkpoints
+from olora_ray.train.loss import SupervisedLoss
+from tests import tiny
+
+SETTINGS: dict[str, Any] = {
+    "train__steps": 6,
+    "train__checkpoint_every": 3,
+    "train__eval_every": 2,
+    "train__keep": 9,
+    "evaluation__samples": 1,
+    "evaluation__max_new_tokens": 2,
+    "adapter__dropout": 0.1,
+}
+
+
+class Channel:
+    """Keeps what is sent."""
+
+    def __init__(self) -> None:
+        self.messages: list[Any] = []
+        self.send = SimpleNamespace(remote=self.messages.append)
+        self.wait_for_stop = SimpleNamespace(remote=lambda: None)
+
+    def metrics(self, name: str) -> dict[int, float]:
+        rows = [message for message in self.messages if isinstance(message, dict) and name in message]
+        assert len({row["step"] for row in rows}) == len(rows)
+        return {int(row["step"]): row[name] for row in rows}
+
+
+@pytest.fixture(autouse=True)
+def nobody_asks_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(StopRequests, "_listen", lambda self: None)
+
+
+def train(folder: Path, **changes: Any) -> tuple[TrainResult, Channel]:
+    store: Any = tiny.store(8)
+    held_out: Any = tiny.store(3, seed=9)
+    settings = tiny.config(**(SETTINGS | changes))
+    spec = TrainSpec(settings, BaseModel("m", "/m", "base"), "tokenizer", (1,), store, held_out)
+    channel = Channel()
+    shared = SharedBase(SupervisedLoss(tiny.llama(attention="segments")), torch.device("cpu"))
+    return train_at(SharedBaseContext(shared), spec, str(folder), channel), channel
+
+
+def adapter(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    return {
+        name: torch.cat([weights.da.flatten(), weights.db.flatten()])
+        for name, weights in checkpoints.read(str(folder / checkpoints.name_of(step))).best_adapter().items()
+    }
+
+
+def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainResult, Channel]:
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StopRequests, "_listen", lambda self: None)
+        return folder, *train(folder)
+
+
+def test_a_run_is_told_step_by_step(whole: tuple[Path, TrainResult, Channel]) -> None:
+    folder, result, channel = whole
+    assert channel.messages.count(Started(1)) == 1
+    assert list(channel.metrics("train/loss")) == [1, 2, 3, 4, 5, 6]
+    assert list(channel.metrics("eval/loss")) == [0, 2, 4, 6]
+    assert checkpoints.names(str(folder)) == [checkpoints.name_of(step) for step in (0, 3, 6)]
+    assert result.state is not None
+    assert (result.problem, result.interrupted, result.stopped_early) == (None, None, False)
+    assert [list(pair.before) for pair in result.answers] == result.state.before
+
+
+@pytest.mark.parametrize("lost", [(6,), (6, 3)])
+def test_a_resumed_run_ends_with_the_same_bytes(
+    whole: tuple[Path, TrainResult, Channel], tmp_path: Path, lost: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(tmp_path)
+    for step in lost:
+        (tmp_path / checkpoints.name_of(step) / "manifest.json").unlink()
+    if 3 not in lost:  # the initialisation is in the checkpoint
+        monkeypatch.setattr("olora_ray.cluster.resume.initialise", None)
+    result, channel = train(tmp_path)
+    at = 0 if 3 in lost else 3
+    resumed = [message for message in channel.messages if isinstance(message, Resumed)]
+    rows = 4 if at else 0  # the base model's, and one per step; the first checkpoint comes before all
+    assert [(each.step, each.total, each.workers, len(each.history)) for each in resumed] == [(at, 6, 1, rows)]
+    assert same(adapter(tmp_path, 6), adapter(whole[0], 6))
+    assert result.answers == whole[1].answers
+    assert channel.metrics("eval/loss").items() <= whole[2].metrics("eval/loss").items()
+
+
+def test_the_base_is_measured_once_in_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(tmp_path)
+    for step in (3, 6):
+        (tmp_path / checkpoints.name_of(step) / "manifest.json").unlink()
+    measured = counted(monkeypatch)
+    train(tmp_path)
+    assert measured() == 3, "after steps 2, 4 and 6"
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    from olora_ray.cluster import evaluator
+
+    calls, old = list[int](), evaluator.evaluate
+
+    def evaluate(*arguments: Any) -> float:
+        calls.append(1)
+        return old(*arguments)
+
+    monkeypatch.setattr(evaluator, "evaluate", evaluate)
+    return lambda: len(calls)
+
+
+def test_the_best_adapter_is_kept_and_resumed(tmp_path: Path) -> None:
+    # A rate at which the held-out loss soon grows.
+    settings = {"train__lr": 0.5, "train__schedule": "constant"}
+    first, _ = train(tmp_path / "whole", **settings)
+    assert first.state is not None
+    assert first.state.best_step is not None
+    assert first.state.best_step < 4
+    train(tmp_path / "cut", **settings)
+    (tmp_path / "cut" / checkpoints.name_of(6) / "manifest.json").unlink()
+    again, _ = train(tmp_path / "cut", **settings)
+    assert again.state is not None
+    assert again.state.best_step == first.state.best_step
+    assert same(adapter(tmp_path / "cut", 6), adapter(tmp_path / "whole", 6))
+    assert again.answers == first.answers
+
+
+def test_another_base_is_a_problem_in_the_result(tmp_path: Path) -> None:
+    train(tmp_path)
+    result, _ = train(tmp_path, adapter__alpha=4)
+    assert result.problem is not None
+    assert "alpha was 8.0, is 4.0" in result.problem
+    started, _ = train(tmp_path / "other", adapter__alpha=4, train__start=str(tmp_path / checkpoints.name_of(6)))
+    assert started.problem is not None
+    assert started.problem.startswith("train.start: ")
+    assert started.problem.endswith("was trained with another adapter")
+
+
+def test_a_run_may_start_with_the_adapter_of_another(tmp_path: Path) -> None:
+    train(tmp_path / "first")
+    place = str(tmp_path / "first" / checkpoints.name_of(6))
+    result, channel = train(tmp_path / "second", train__start=place)
+    assert result.problem is None
+    assert same(adapter(tmp_path / "second", 0), adapter(tmp_path / "first", 6))
+    assert channel.metrics("eval/loss")[0] == pytest.approx(min(whole_losses(tmp_path / "first").values()))
+
+
+def whole_losses(folder: Path) -> dict[int, float]:
+    rows = checkpoints.read(str(folder / checkpoints.name_of(6))).state.history
+    return {int(row["step"]): row["eval/loss"] for row in rows if "eval/loss" in row}

@@ -1,0 +1,68 @@
+"""A group of workers exchanges values; a process alone gets its own back."""
+
+import ast
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from olora_ray.common import collectives
+from olora_ray.common.errors import UserError
+from tests.crew import Crew
+
+PACKAGE = Path(collectives.__file__).parents[1]
+
+
+def exchanged() -> dict[str, Any]:
+    own = collectives.rank()
+    total, sent = torch.tensor([1.0 + own]), torch.tensor([10.0 * own])
+    collectives.sum_in_place(total)
+    collectives.broadcast_in_place(sent, collectives.world_size() - 1)
+    return {
+        "world": collectives.world_size(),
+        "sum": total.item(),
+        "sent": sent.item(),
+        "first": collectives.from_first(f"worker {own}"),
+        "all": collectives.gather(f"worker {own}"),
+    }
+
+
+def with_problems(*problems: str | None) -> None:
+    collectives.raise_together(problems[collectives.rank()])
+
+
+def test_a_process_alone_gets_its_own_values_back() -> None:
+    assert exchanged() == {"world": 1, "sum": 1.0, "sent": 0.0, "first": "worker 0", "all": ["worker 0"]}
+    with_problems(None)
+    with pytest.raises(UserError, match=r"^broken$"):
+        with_problems("broken")
+
+
+def test_all_workers_get_the_same(crew: Callable[[int], Crew]) -> None:
+    expected = {"world": 2, "sum": 3.0, "sent": 10.0, "first": "worker 0", "all": ["worker 0", "worker 1"]}
+    assert crew(2).run(exchanged) == [expected, expected]
+
+
+def test_the_problem_of_one_worker_is_raised_on_all(crew: Callable[[int], Crew]) -> None:
+    assert crew(2).run(with_problems, None, None) == [None, None]
+    assert [str(error) for error in crew(2).run(with_problems, None, "one is broken")] == ["one is broken"] * 2
+    assert [str(error) for error in crew(2).run(with_problems, "first", "second")] == ["first"] * 2
+
+
+def test_no_other_file_calls_a_collective() -> None:
+    calling = [file for file in PACKAGE.rglob("*.py") if _imports_distributed(file)]
+    assert calling == [PACKAGE / "common" / "collectives.py"]
+
+
+def _imports_distributed(file: Path) -> bool:
+    """Whether a file imports torch.distributed itself; its submodules, as for FSDP, are no collectives."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+        module = getattr(node, "module", None)
+        if "torch.distributed" in (names if isinstance(node, ast.Import) else [module]):
+            return True
+        if isinstance(node, ast.ImportFrom) and module == "torch" and "distributed" in names:
+            return True
+    return False
