@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from olora_ray.common.errors import UserError
 from olora_ray.common.quiet import quiet_environment
+from olora_ray.common.text import aligned
 from olora_ray.config import command_line
 from olora_ray.tracking import checksums
 from olora_ray.tracking.aliases import GATE, Aliases
@@ -64,9 +65,7 @@ def show_all(aliases: Aliases) -> None:
                 tags.get(GATE, "-"),
             )
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print("\n".join(aligned(rows)))
 
 
 def show_one(aliases: Aliases, which: str) -> None:

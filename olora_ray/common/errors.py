@@ -21,10 +21,20 @@ class TryAgain(UserError):
 class Stopped(KeyboardInterrupt):
     """The run was asked to end before its end.
 
-    No Exception, so that no library takes it for an error; and a KeyboardInterrupt, since Ray drops whatever
-    else a signal's handler raises while the main thread waits in ray.get.
+    Derives from KeyboardInterrupt: `except Exception` in libraries must not swallow it, and Ray discards anything
+    else that a signal handler raises during ray.get.
     """
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message; its type's name if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def short_reason(error: BaseException) -> str:
+    """What the operating system says (`No such file or directory`) of an OSError, else the first line."""
+    return error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)

@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import ipc, parquet
 
-from olora_ray.common.errors import UserError
+from olora_ray.common.errors import UserError, first_line
 from olora_ray.data.formats import Rejected
 from olora_ray.data.sources import File, open_filesystem
 
@@ -57,8 +57,8 @@ def read_unit(file: File, unit: Unit, header: Sequence[str], columns: Sequence[s
 
 def broken(file: File, error: Exception) -> UserError:
     """The message for a file whose container or compression is damaged."""
-    first = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return UserError(f"{file.uri}: not a readable {file.compression or file.kind} file: {first}")
+    kind = file.compression or file.kind
+    return UserError(f"{file.uri}: not a readable {kind} file: {first_line(error)}")
 
 
 def open_stream(file: File, wrap: Callable[[Any], Any] = lambda stream: stream) -> Any:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from pyarrow import parquet
 
 from olora_ray.common import storage
+from olora_ray.common.digests import digest
 from olora_ray.common.errors import UserError
 from olora_ray.common.sealed import read_sealed, seal
 from olora_ray.data import reader as read
@@ -53,7 +54,7 @@ def scan(file: File, storage_root: str) -> FileScan:
     """Scan a file, or take the kept result; raises UserError for a file that is broken as a whole."""
     if file.size < CACHED_FROM or not file.modified:
         return _scan(file)
-    key = hashlib.sha256(f"2 {file.uri} {file.size} {file.modified}".encode()).hexdigest()[:32]
+    key = digest(2, file.uri, file.size, file.modified, length=32)
     kept = storage.join(storage_root, "tokens", "scans", f"{key}.json")
     if (tree := read_sealed(kept)) is not None:
         return _from_json(tree)

@@ -18,7 +18,7 @@ from urllib.parse import unquote, urlsplit
 from pyarrow import fs
 
 from olora_ray.common import storage
-from olora_ray.common.errors import UserError
+from olora_ray.common.errors import UserError, first_line
 from olora_ray.config.schema import Source
 from olora_ray.data import hub
 from olora_ray.data.formats import check_fields
@@ -177,7 +177,7 @@ def _remote(uri: str, field: str) -> list[File]:
     except (OSError, ValueError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{field}: {uri}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{field}: {uri}: {first_line(error)}") from None
     root = fixed.removesuffix(path)
     if saved:
         return [File(f"{root}{info.path}{suffix}", "arrow", None, info.size, info.mtime_ns or 0) for info in saved]

@@ -11,8 +11,6 @@ found by rendering prefixes of the conversation, so templates without generation
     render(messages[:i], generation prompt)  must be a prefix of  render(messages[:i + 1])
 """
 
-import hashlib
-import json
 import logging
 import os
 from dataclasses import asdict, dataclass, field
@@ -23,6 +21,7 @@ import jinja2
 import numpy as np
 from numpy.typing import NDArray
 
+from olora_ray.common.digests import digest_json
 from olora_ray.common.errors import UserError
 from olora_ray.data import chat_template as template
 from olora_ray.data.formats import Chat, Completion, Example, Rejected, Text
@@ -58,7 +57,7 @@ class TokenizerSpec:
         """SHA-256 over everything that has an influence on tokens."""
         content = asdict(self)
         del content["name"]
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return digest_json(content)
 
 
 @dataclass(frozen=True)

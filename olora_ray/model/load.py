@@ -11,10 +11,10 @@ from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Data
 from olora_ray.config.schema import Model as ModelConfig
 from olora_ray.model import convert
+from olora_ray.model.source import BaseModel, why
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from olora_ray.model.source import BaseModel, _why
 
 
 def load_tokenizer(base: BaseModel, config: ModelConfig) -> "PreTrainedTokenizerBase":
@@ -26,7 +26,7 @@ def load_tokenizer(base: BaseModel, config: ModelConfig) -> "PreTrainedTokenizer
             Path(base.folder), trust_remote_code=config.trust_remote_code
         )
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"model.name: {base.name} has no tokenizer that loads: {_why(error)}") from None
+        raise UserError(f"model.name: {base.name} has no tokenizer that loads: {why(error)}") from None
     return tokenizer
 
 
@@ -51,7 +51,7 @@ def skeleton(base: BaseModel, config: ModelConfig) -> "PreTrainedModel":
             model: PreTrainedModel = AutoModelForCausalLM.from_config(shape, trust_remote_code=remote)
         return model
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"model.name: {base.folder} does not load: {_why(error)}") from None
+        raise UserError(f"model.name: {base.folder} does not load: {why(error)}") from None
 
 
 def load_model(folder: str | Path, config: ModelConfig, device: torch.device) -> "PreTrainedModel":
@@ -76,7 +76,7 @@ def load_model(folder: str | Path, config: ModelConfig, device: torch.device) ->
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        raise UserError(f"model.name: {folder} does not load: {_why(error)}") from None
+        raise UserError(f"model.name: {folder} does not load: {why(error)}") from None
     if missing := sorted(report["missing_keys"]):
         raise UserError(f"model.name: {folder} does not load: it has no weights for {', '.join(missing[:3])}")
     frozen: PreTrainedModel = model.requires_grad_(False).eval()

@@ -5,13 +5,12 @@ model), afterwards there is a folder with config.json, safetensors and tokenizer
 the weights. Workers and the export read that folder.
 """
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from olora_ray.common import storage
-from olora_ray.common.errors import UserError
+from olora_ray.common import digests, storage
+from olora_ray.common.errors import UserError, first_line
 from olora_ray.common.quiet import quiet_transformers
 from olora_ray.config import paths
 from olora_ray.config.schema import Config
@@ -73,7 +72,7 @@ def _source_folder(config: Config) -> Path:
         return paths.package_file(name)
     if storage.is_uri(name):
         # Each address has a folder of its own: s3://a/model is not s3://b/model.
-        key = hashlib.sha256(name.encode()).hexdigest()[:16]
+        key = digests.digest(name, length=16)
         return storage.local_copy(name, f"{storage.CACHE}/models/{key}")
     path = Path(name).expanduser()
     if path.exists():
@@ -95,21 +94,18 @@ def _from_hub(config: ModelConfig) -> Path:
         return Path(snapshot_download(config.name, revision=config.revision, allow_patterns=patterns))
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(
-            f"model.name: {config.name}: not a folder here, and the model hub did not deliver it: {_first_line(error)}"
+            f"model.name: {config.name}: not a folder here, and the model hub did not deliver it: {first_line(error)}"
         ) from None
 
 
-def _why(error: BaseException) -> str:
+def why(error: BaseException) -> str:
+    """Why a model does not load, in one line; of code that is not trusted, what to do."""
     if "trust_remote_code" in str(error):
         return (
             "it brings Python code of its own, which is not run; read that code, and if you trust it set"
             " model.trust_remote_code: true"
         )
-    return _first_line(error)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return first_line(error)
 
 
 def parameters(folder: str) -> int:

@@ -1,11 +1,10 @@
 """Challenger and champion on the same held-out rows, each as it lies in the registry."""
 
-import hashlib
-import json
 import logging
 from typing import TYPE_CHECKING
 
 from olora_ray.common import storage
+from olora_ray.common.digests import digest_json
 from olora_ray.common.errors import UserError
 from olora_ray.config.load import override
 from olora_ray.config.schema import Config
@@ -79,7 +78,7 @@ def _note(config: Config, inputs: Inputs, version: "ModelVersion") -> str:
         config.model.dtype,
         config.model.attention,
     ]
-    key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+    key = digest_json(parts, length=32)
     return storage.join(config.run.storage, "retraining", "rows", f"{key}.json")
 
 

@@ -10,14 +10,13 @@ Where the champion cannot be continued (another base model or adapter, no new fi
 version is made from the base, and the log says why.
 """
 
-import hashlib
-import json
 import logging
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from olora_ray.common import sealed, storage
+from olora_ray.common.digests import digest_json
 from olora_ray.config.dotted import flatten
 from olora_ray.config.schema import Config, Source
 from olora_ray.pipeline.fingerprint import TAGS
@@ -86,8 +85,7 @@ def make(config: Config, inputs: Inputs, champion: "ModelVersion | None") -> Rec
 def _digest(config: Config, inputs: Inputs) -> str:
     """Of contents, and of all settings that a run's folder is bound to."""
     bound = {name: value for name, value in flatten(config).items() if not name.startswith(FREE_TO_CHANGE)}
-    text = json.dumps([inputs.fingerprint.tags(), bound], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
+    return digest_json([inputs.fingerprint.tags(), bound], length=8)
 
 
 def _warn_of_leaks(config: Config, plan: Plan, champion: "ModelVersion") -> None:

@@ -4,9 +4,7 @@ A shard is a fixed list of units, so any process can make any shard, in any orde
 """
 
 import dataclasses
-import hashlib
 import itertools
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -14,6 +12,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from olora_ray.common.digests import digest_json
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config, Source
 from olora_ray.data.reader import Unit
@@ -107,7 +106,7 @@ class Plan:
 
     def digest(self) -> str:
         """Name of the store."""
-        return hashlib.sha256(json.dumps(self.inputs(), sort_keys=True).encode()).hexdigest()[:32]
+        return digest_json(self.inputs(), length=32)
 
 
 def sources_of(config: Config, split: Split) -> tuple[str, tuple[Source, ...]]:

@@ -11,7 +11,6 @@ the last. Reading needs neither Ray nor the tokenizer.
 """
 
 import fcntl
-import hashlib
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from numpy.typing import NDArray
 from pyarrow import ipc
 
 from olora_ray.common import sealed, storage
+from olora_ray.common.digests import digest_file
 from olora_ray.common.errors import UserError
 from olora_ray.tokens import manifest as records
 from olora_ray.tokens import rng
@@ -200,8 +200,7 @@ class TokenStore:
         return ipc.open_file(pa.memory_map(str(path))).get_batch(0)
 
     def _intact(self, path: Path, number: int) -> bool:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest() == self._known.shards[number].sha256
+        return digest_file(path) == self._known.shards[number].sha256
 
     def _local(self, number: int, again: bool = False) -> Path:
         """The shard as a local file; a remote one is downloaded once for all processes of the node."""

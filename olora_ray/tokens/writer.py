@@ -5,12 +5,12 @@ killed is finished by the next one, and two at the same time do each other no ha
 """
 
 import contextlib
-import hashlib
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import Any
 
 from olora_ray.common import storage
+from olora_ray.common.digests import digest_bytes
 from olora_ray.common.errors import UserError
 from olora_ray.common.sealed import read_sealed, seal
 from olora_ray.tokens import manifest as records
@@ -194,7 +194,7 @@ def _rejected_good(job: StoreSpec, manifest: Manifest) -> bool:
         content = storage.read_bytes(storage.join(job.uri, REJECTED))
     except FileNotFoundError:
         return False
-    return hashlib.sha256(content).hexdigest() == manifest.rejected_sha256
+    return digest_bytes(content) == manifest.rejected_sha256
 
 
 def _take_sidecar(job: StoreSpec, number: int, sizes: dict[str, int], found: StoreStatus) -> int | None:

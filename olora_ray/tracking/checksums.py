@@ -4,12 +4,13 @@
 SHA-256 is a tag of the version, so it lives in MLflow's database and not beside the files.
 """
 
-import hashlib
 import json
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from olora_ray.common import digests
+from olora_ray.common.digests import size_and_digest
 from olora_ray.common.errors import UserError
 from olora_ray.tracking.client import is_unavailable, reason
 
@@ -23,7 +24,7 @@ TAG = "olora.checksums"
 def of_folders(folders: dict[str, Path]) -> str:
     """The text of checksums.json; maps the place of a folder in the model ("" for its root) to the folder here."""
     files = {
-        f"{place}/{file.relative_to(folder)}".lstrip("/"): _fingerprint(file)
+        f"{place}/{file.relative_to(folder)}".lstrip("/"): size_and_digest(file)
         for place, folder in folders.items()
         for file in sorted(folder.rglob("*"))
         if file.is_file()
@@ -33,7 +34,7 @@ def of_folders(folders: dict[str, Path]) -> str:
 
 def digest(text: str) -> str:
     """What the version's tag holds."""
-    return hashlib.sha256(text.encode()).hexdigest()
+    return digests.digest(text)
 
 
 def read(version: "ModelVersion", place: str, tracking_uri: str) -> dict[str, dict[str, Any]]:
@@ -63,7 +64,7 @@ def verify(version: "ModelVersion", place: str, tracking_uri: str) -> int:
     files = read(version, place, tracking_uri)
     for name, wanted in files.items():
         with tempfile.TemporaryDirectory(prefix="olora-") as folder:
-            if _fingerprint(_local(name, version, place, tracking_uri, Path(folder))) != wanted:
+            if size_and_digest(_local(name, version, place, tracking_uri, Path(folder))) != wanted:
                 raise UserError(
                     f"{version.name} version {version.version}: {name} has other content than when it was registered;"
                     " it is not promoted"
@@ -90,8 +91,3 @@ def _local(name: str, version: "ModelVersion", place: str, tracking_uri: str, fo
     if not found.is_file():
         raise UserError(f"{version.name} version {version.version}: {name} is missing at {place}")
     return found
-
-
-def _fingerprint(file: Path) -> dict[str, Any]:
-    with file.open("rb") as stream:
-        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
