@@ -16,7 +16,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from olora_ray.common.errors import TryAgain, UserError
+from olora_ray.common.errors import TryAgain, UserError, first_line
 from olora_ray.common.secrets import mask
 
 if TYPE_CHECKING:
@@ -149,7 +149,9 @@ def is_refusal(error: Exception) -> bool:
 
 def reason(error: BaseException) -> str:
     """The first line of an error, and of MLflow's and urllib3's onion only the core; no password is in it."""
-    text = mask(str(error).strip().partition("\n")[0] or type(error).__name__)
+    text = mask(first_line(error))
+    if broken := re.search(r"""(['"])(Connection broken: .*?)\1, """, text):  # urllib3 says the rest twice
+        return broken[2][:300]
     core = text.rpartition("(Caused by ")[2]
     if core == text:
         core = re.sub(r"^API request to \S+ failed with (timeout )?exception |\. To increase the timeout, .*", "", text)

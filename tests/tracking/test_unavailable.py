@@ -431,6 +431,22 @@ def test_a_server_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
             " out. (read timeout=8). To increase the timeout, set the environment variable X to a larger value.",
             "Read timed out. (read timeout=8)",
         ),
+        (
+            "API request to http://a:1/b failed with exception ('Connection broken: IncompleteRead(0 bytes read, 2 more"
+            " expected)', IncompleteRead(0 bytes read, 2 more expected))",
+            "Connection broken: IncompleteRead(0 bytes read, 2 more expected)",
+        ),
+        (
+            "HTTPConnectionPool(host='a', port=1): Max retries exceeded with url: /b (Caused by ProtocolError("
+            "'Connection broken: IncompleteRead(0 bytes read, 2 more expected)', IncompleteRead(0 bytes read, 2 more"
+            " expected)))",
+            "Connection broken: IncompleteRead(0 bytes read, 2 more expected)",
+        ),
+        (
+            """("Connection broken: ConnectionResetError(104, 'Connection reset by peer')","""
+            " ConnectionResetError(104, 'Connection reset by peer'))",
+            "Connection broken: ConnectionResetError(104, 'Connection reset by peer')",
+        ),
     ],
 )
 def test_a_reason_is_short(text: str, core: str) -> None:
