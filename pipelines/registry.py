@@ -31,17 +31,15 @@ DATABASE = Path("runs/mlflow.db")
 
 def main(argv: list[str]) -> None:
     """Do one of the actions; raises UserError for what cannot be done."""
-    if not argv or {"-h", "--help"} & set(argv):
-        print((__doc__ or "").strip())
-        return
+    found = command_line.parse(argv or ["--help"], __doc__ or "", options=["--tracking-uri"])
     quiet_environment()
-    words, uri = _tracking_uri(argv)
-    action, *names = words or [""]
+    action, *names = found.words or [""]
     if action not in ACTIONS:
         raise UserError(f"argument {action!r}: expected one of {', '.join(ACTIONS)}")
     act, wanted = ACTIONS[action]
-    if len(names) != len(wanted) or any(name.startswith("-") for name in names):
+    if len(names) != len(wanted):
         raise UserError(f"usage: python pipelines/registry.py {' '.join([action, *wanted])} [--tracking-uri URI]")
+    uri = _tracking_uri(found.options.get("--tracking-uri"))
     check(uri)
     aliases = Aliases(uri, names[0])
     if not aliases.versions():
@@ -108,22 +106,12 @@ ACTIONS: dict[str, tuple[Callable[..., None], Sequence[str]]] = {
 }
 
 
-def _tracking_uri(argv: Sequence[str]) -> tuple[list[str], str]:
-    """(the other words, the address)."""
-    words, given = [], None
-    rest = iter(argv)
-    for word in rest:
-        if word == "--tracking-uri":
-            given = next(rest, "")
-        elif word.startswith("--tracking-uri="):
-            given = word.partition("=")[2]
-        else:
-            words.append(word)
+def _tracking_uri(given: str | None) -> str:
     uri = given if given is not None else os.environ.get("MLFLOW_TRACKING_URI")
     if uri:
-        return words, uri
+        return uri
     if given is None and DATABASE.is_file():
-        return words, f"sqlite:///{DATABASE.resolve()}"
+        return f"sqlite:///{DATABASE.resolve()}"
     raise UserError("--tracking-uri: not set; give MLflow's address, or set MLFLOW_TRACKING_URI")
 
 
