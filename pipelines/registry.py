@@ -13,7 +13,6 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from olora_ray.common.errors import UserError
 from olora_ray.common.quiet import quiet_environment
@@ -22,9 +21,7 @@ from olora_ray.config import command_line
 from olora_ray.tracking import checksums
 from olora_ray.tracking.aliases import GATE, Aliases
 from olora_ray.tracking.client import check, connect, reachable, shown_uri
-
-if TYPE_CHECKING:
-    from mlflow.entities.model_registry import ModelVersion
+from olora_ray.tracking.version import Version
 
 DATABASE = Path("runs/mlflow.db")
 
@@ -55,8 +52,8 @@ def show_all(aliases: Aliases) -> None:
         tags = version.tags
         rows.append(
             (
-                str(version.version),
-                ", ".join(named.get(str(version.version), [])) or "-",
+                version.number,
+                ", ".join(named.get(version.number, [])) or "-",
                 tags.get("olora.eval_loss") or "-",
                 _date(version),
                 tags.get("olora.data_digest", "")[:8] or "-",
@@ -69,7 +66,7 @@ def show_all(aliases: Aliases) -> None:
 def show_one(aliases: Aliases, which: str) -> None:
     """Print all that is known of a version, and whether its files are whole."""
     version = aliases.version(_number(aliases, which))
-    number = str(version.version)
+    number = version.number
     with reachable(aliases.uri, upload=True):
         place = str(connect(aliases.uri).get_model_version_download_uri(aliases.name, number))
     print(f"{aliases.name} version {number}")
@@ -131,8 +128,8 @@ def _aliases_by_version(aliases: Aliases) -> dict[str, list[str]]:
     return named
 
 
-def _date(version: "ModelVersion") -> str:
-    return time.strftime("%Y-%m-%d %H:%M", time.localtime(version.creation_timestamp / 1000))
+def _date(version: Version) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(version.created))
 
 
 if __name__ == "__main__":

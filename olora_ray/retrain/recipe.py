@@ -13,7 +13,6 @@ version is made from the base, and the log says why.
 import logging
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from olora_ray.common import sealed, storage
 from olora_ray.common.digests import digest_json
@@ -25,10 +24,8 @@ from olora_ray.retrain.changes import Inputs
 from olora_ray.tokens import manifest
 from olora_ray.tokens.plan import Plan
 from olora_ray.tracking.aliases import CHALLENGER
+from olora_ray.tracking.version import Version
 from olora_ray.train import checkpoints
-
-if TYPE_CHECKING:
-    from mlflow.entities.model_registry import ModelVersion
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +52,7 @@ class _Start:
     version: str
 
 
-def make(config: Config, inputs: Inputs, champion: "ModelVersion | None") -> Recipe:
+def make(config: Config, inputs: Inputs, champion: Version | None) -> Recipe:
     """The recipe; its run's name follows from what goes in, so that a run that was cut off is found again."""
     _note_files(config, inputs.plan)
     if champion is not None:
@@ -65,7 +62,7 @@ def make(config: Config, inputs: Inputs, champion: "ModelVersion | None") -> Rec
         found = _continued(config, inputs, champion)
         if isinstance(found, str):
             logger.info(
-                f"retrain.from=champion: version {champion.version} is not continued, {found}: training from the base"
+                f"retrain.from=champion: version {champion.number} is not continued, {found}: training from the base"
             )
         else:
             start = found
@@ -88,7 +85,7 @@ def _digest(config: Config, inputs: Inputs) -> str:
     return digest_json([inputs.fingerprint.tags(), bound], length=8)
 
 
-def _warn_of_leaks(config: Config, plan: Plan, champion: "ModelVersion") -> None:
+def _warn_of_leaks(config: Config, plan: Plan, champion: Version) -> None:
     known = _known_files(config, champion.tags.get(TAGS["data"], "")) or frozenset()
     if config.data.eval_fraction is not None and known - {each.sha256 for each in plan.files}:
         logger.warning(
@@ -97,7 +94,7 @@ def _warn_of_leaks(config: Config, plan: Plan, champion: "ModelVersion") -> None
         )
 
 
-def _continued(config: Config, inputs: Inputs, champion: "ModelVersion") -> _Start | str:
+def _continued(config: Config, inputs: Inputs, champion: Version) -> _Start | str:
     """How to continue from the champion, or why that cannot be."""
     if champion.tags.get(TAGS["base"]) != inputs.base.model.digest:
         return "its base model is another"
@@ -112,7 +109,7 @@ def _continued(config: Config, inputs: Inputs, champion: "ModelVersion") -> _Sta
     if checkpoint.identity.get("adapter") != config.adapter.model_dump_json():
         return "its adapter has other settings"
     sources = _split(config, inputs.plan, known)
-    return _Start(place, sources, str(champion.version)) if sources else "there is no new file"
+    return _Start(place, sources, champion.number) if sources else "there is no new file"
 
 
 def _split(config: Config, plan: Plan, known: Collection[str]) -> tuple[Source, ...]:

@@ -7,15 +7,13 @@ SHA-256 is a tag of the version, so it lives in MLflow's database and not beside
 import json
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from olora_ray.common import digests
 from olora_ray.common.digests import size_and_digest
 from olora_ray.common.errors import UserError
 from olora_ray.tracking.client import is_unavailable, reason
-
-if TYPE_CHECKING:
-    from mlflow.entities.model_registry import ModelVersion
+from olora_ray.tracking.version import Version
 
 FILE = "checksums.json"
 TAG = "olora.checksums"
@@ -37,7 +35,7 @@ def digest(text: str) -> str:
     return digests.digest(text)
 
 
-def read(version: "ModelVersion", place: str, tracking_uri: str) -> dict[str, dict[str, Any]]:
+def read(version: Version, place: str, tracking_uri: str) -> dict[str, dict[str, Any]]:
     """Name of each file of a version -> {bytes, sha256}; `place` is where its files lie.
 
     Raises UserError if the version has no checksums, or they are not those of its registration.
@@ -45,18 +43,18 @@ def read(version: "ModelVersion", place: str, tracking_uri: str) -> dict[str, di
     wanted = version.tags.get(TAG)
     if wanted is None:
         raise UserError(
-            f"{version.name} version {version.version} has no checksums (tag {TAG}): it was registered by something"
+            f"{version.name} version {version.number} has no checksums (tag {TAG}): it was registered by something"
             " else; register it with this project to have it promoted"
         )
     with tempfile.TemporaryDirectory(prefix="olora-") as folder:
         text = _local(FILE, version, place, tracking_uri, Path(folder)).read_text(encoding="utf-8")
     if digest(text) != wanted:
-        raise UserError(f"{version.name} version {version.version}: {FILE} is not that of its registration")
+        raise UserError(f"{version.name} version {version.number}: {FILE} is not that of its registration")
     files: dict[str, dict[str, Any]] = json.loads(text)["files"]
     return files
 
 
-def verify(version: "ModelVersion", place: str, tracking_uri: str) -> int:
+def verify(version: Version, place: str, tracking_uri: str) -> int:
     """Check every file of a version, one at a time; returns how many there are.
 
     Raises UserError that names the first file that is missing or has other content.
@@ -66,13 +64,13 @@ def verify(version: "ModelVersion", place: str, tracking_uri: str) -> int:
         with tempfile.TemporaryDirectory(prefix="olora-") as folder:
             if size_and_digest(_local(name, version, place, tracking_uri, Path(folder))) != wanted:
                 raise UserError(
-                    f"{version.name} version {version.version}: {name} has other content than when it was registered;"
+                    f"{version.name} version {version.number}: {name} has other content than when it was registered;"
                     " it is not promoted"
                 )
     return len(files)
 
 
-def _local(name: str, version: "ModelVersion", place: str, tracking_uri: str, folder: Path) -> Path:
+def _local(name: str, version: Version, place: str, tracking_uri: str, folder: Path) -> Path:
     """The file on this machine: itself where it lies on a disk here, else downloaded into `folder`."""
     from mlflow.artifacts import download_artifacts
     from mlflow.exceptions import MlflowException
@@ -87,7 +85,7 @@ def _local(name: str, version: "ModelVersion", place: str, tracking_uri: str, fo
     except (MlflowException, OSError) as error:
         if is_unavailable(error):
             raise
-        raise UserError(f"{version.name} version {version.version}: {name} cannot be read: {reason(error)}") from None
+        raise UserError(f"{version.name} version {version.number}: {name} cannot be read: {reason(error)}") from None
     if not found.is_file():
-        raise UserError(f"{version.name} version {version.version}: {name} is missing at {place}")
+        raise UserError(f"{version.name} version {version.number}: {name} is missing at {place}")
     return found
