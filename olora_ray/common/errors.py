@@ -1,4 +1,4 @@
-"""The exceptions that are meant for a person."""
+"""Exceptions that are meant for a person, and the words of those that are not."""
 
 
 class UserError(ValueError):

@@ -1,4 +1,4 @@
-"""Read and write files by path or URI: a local folder and s3:// or gs:// through pyarrow, alike.
+"""Files by path or URI: local folders and s3:// or gs:// through pyarrow, with the same functions.
 
 A write is atomic: a reader sees the old file, the new file or none, never half of one.
 """

@@ -1,4 +1,4 @@
-"""hf://ORG/NAME?split=...&name=...&revision=... -> Parquet files that every node can read.
+"""hf://ORG/NAME?split=...&name=...&revision=... as Parquet files that every node can read.
 
 The driver loads the data set once through `datasets`; workers never talk to the hub.
 """

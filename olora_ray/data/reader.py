@@ -1,4 +1,4 @@
-"""A piece of a file -> its raw rows, each with its place in the file.
+"""Readers of files: each yields the raw rows of a piece of a file, with their places in it.
 
 A place is a line (from 0) in jsonl and csv, and a row (from 0) elsewhere. Files of lines are read by
 byte ranges of their uncompressed content, the others by row numbers.

@@ -1,4 +1,4 @@
-"""One pass over a file: the digest of its content, and the units by which it can be read from anywhere.
+"""Scan of a file in one pass: the digest of its content, and the units by which it can be read from anywhere.
 
 Scanning costs about as much as reading. The result for a large file is kept under the storage path,
 and holds as long as the file's size and time of change do.
@@ -18,7 +18,7 @@ from olora_ray.common import storage
 from olora_ray.common.digests import digest
 from olora_ray.common.errors import UserError
 from olora_ray.common.sealed import read_sealed, seal
-from olora_ray.data import reader as read
+from olora_ray.data import reader
 from olora_ray.data.reader import Unit
 from olora_ray.data.sources import File, open_filesystem
 
@@ -85,7 +85,7 @@ def _scan(file: File, digest: bool = True) -> FileScan:
             case "jsonl" | "csv" | "text":
                 return _lines(file)
             case "json":
-                rows = len(read.load_json(file))
+                rows = len(reader.load_json(file))
                 return FileScan(
                     _sha256(file) if digest else "", rows, (), tuple(_slices(0, rows, file.size, SLOW_UNITS))
                 )
@@ -100,7 +100,7 @@ def _scan(file: File, digest: bool = True) -> FileScan:
     except (OSError, EOFError, ValueError) as error:
         if isinstance(error, UserError):
             raise
-        raise read.broken(file, error) from None
+        raise reader.broken(file, error) from None
 
 
 class _Hashed:
@@ -148,12 +148,12 @@ def _lines(file: File, limit: int | None = None) -> FileScan:
         hashed.append(_Hashed(stream))
         return hashed[0]
 
-    with read.open_stream(file, wrap) as stream:
+    with reader.open_stream(file, wrap) as stream:
         ends, total, header = _line_ends(stream, file.kind, limit)
         seen = hashed[0].bytes
         while limit is None and hashed[0].read(CHUNK):  # whatever stands after the compressed content
             pass
-    columns = tuple(read.parse_csv_line(header.removeprefix(read.BOM))) if file.kind == "csv" else ()
+    columns = tuple(reader.parse_csv_line(header.removeprefix(reader.BOM))) if file.kind == "csv" else ()
     units = _documents(ends, total) if file.kind == "text" else _line_units(ends, total, int(file.kind == "csv"), file)
     found = tuple(units)
     rows = sum(unit.rows for unit in found)
@@ -265,7 +265,7 @@ def _parquet(file: File, digest: bool) -> FileScan:
 
 
 def _arrow(file: File, digest: bool) -> FileScan:
-    with read.arrow_batches(file) as batches:
+    with reader.arrow_batches(file) as batches:
         columns = tuple(batches.schema.names)
         rows = sum(batch.num_rows for batch in batches)
     return FileScan(_sha256(file) if digest else "", rows, columns, tuple(_slices(0, rows, file.size, UNITS_WANTED)))

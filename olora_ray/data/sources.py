@@ -1,4 +1,4 @@
-"""Configured sources -> the files that hold their rows.
+"""Resolver of configured sources to the files that hold their rows.
 
 A source is a file, a folder, a glob, a folder of `Dataset.save_to_disk`, hf://ORG/NAME, or any of the
 first four at s3:// or gs://. All end up as files that every node can read.

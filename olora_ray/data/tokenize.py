@@ -1,4 +1,4 @@
-"""An example -> token ids with the mask of the tokens that are trained on.
+"""Tokeniser of examples: token ids, and the mask of the tokens that are trained on.
 
     example                 text                                  supervised
     chat                    the model's chat template             the assistant's answers, with the end of their turns

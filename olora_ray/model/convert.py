@@ -1,4 +1,4 @@
-"""Base models in other formats -> an ordinary folder with safetensors, once; nothing else reads those formats."""
+"""Conversion of base models in other formats to a folder with safetensors, once; nothing else reads those formats."""
 
 import logging
 import pickle

@@ -1,4 +1,4 @@
-"""ModelConfig -> a folder of safetensors, then a frozen base model and its tokenizer.
+"""Resolver of `model.name` to a folder of safetensors with a digest.
 
 `obtain` runs once, in the driver: whatever the name means (hub id, folder, package, GGUF file, registered
 model), afterwards there is a folder with config.json, safetensors and tokenizer files, and a digest of

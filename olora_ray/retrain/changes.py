@@ -1,4 +1,4 @@
-"""What has changed since the champion was made? Found without Ray, from digests of contents."""
+"""Search for changes since the champion was made, by digests of contents and without Ray."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Challenger and champion on the same held-out rows, each as it lies in the registry."""
+"""Comparison of challenger and champion on the same held-out rows, each as it lies in the registry."""
 
 import logging
 

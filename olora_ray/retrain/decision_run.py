@@ -1,4 +1,4 @@
-"""Every decision of a retraining as a run in MLflow: what was decided, why, and about which versions."""
+"""MLflow runs of a retraining's decisions: what was decided, why, and about which versions."""
 
 import json
 from collections.abc import Mapping
@@ -35,7 +35,7 @@ class Entry:
 def write(config: Config, entry: Entry, run_id: str | None = None) -> str:
     """Make the MLflow run of a decision, or complete `run_id`; returns its id.
 
-    Raises TrackingAway if MLflow does not answer.
+    Raises TrackingUnavailable if MLflow does not answer.
     """
     name = str(config.registry.model)
     interval = entry.details.get("improvement")

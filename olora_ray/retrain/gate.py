@@ -1,4 +1,4 @@
-"""Has a new version earned its place? A pure function of what two models do on the same held-out rows.
+"""Gate for a new version: a pure function of what two models do on the same held-out rows.
 
     improvement  how much better the challenger's metric is than the champion's: losses and perplexity count
                  downwards, scores upwards

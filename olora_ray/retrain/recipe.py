@@ -1,4 +1,4 @@
-"""How the next version is made: from the base on everything, or on from the champion with what is new.
+"""Recipe of the next version: from the base on everything, or from the champion on what is new.
 
     retrain.from: base       all rows, the adapter starts as its method says
     retrain.from: champion   the champion's adapter continues; all rows of the files that it does not know, and the
@@ -53,11 +53,11 @@ class _Start:
 
 
 def make(config: Config, inputs: Inputs, champion: Version | None) -> Recipe:
-    """The recipe; its run's name follows from what goes in, so that a run that was cut off is found again."""
+    """Build the recipe. The run name is a hash of its inputs, so an interrupted run is found and resumed."""
     _note_files(config, inputs.plan)
     if champion is not None:
         _warn_of_leaks(config, inputs.plan, champion)
-    start = None
+    start = None  # from the base, unless the champion can be continued
     if config.retrain.origin == "champion" and champion is not None:
         found = _continued(config, inputs, champion)
         if isinstance(found, str):
@@ -115,6 +115,7 @@ def _continued(config: Config, inputs: Inputs, champion: Version) -> _Start | st
 def _split(config: Config, plan: Plan, known: Collection[str]) -> tuple[Source, ...]:
     """Each source as one of its new files and one, at a lower weight, of those that are known; empty if none is new."""
     parts, replay, some = [], config.retrain.replay, False
+    # `only` is set where a source is split: a source that is new, or known, as a whole keeps its own.
     for number, source in enumerate(config.data.train):
         files = [each for each in plan.files if each.source == number]
         new = tuple(each.file.uri for each in files if each.sha256 not in known)
@@ -139,6 +140,7 @@ def _known_files(config: Config, digest: str) -> frozenset[str] | None:
     """The SHA-256 of the files behind a data digest: as noted by an earlier retraining, or by its token store."""
     if noted := sealed.read_sealed(_note(config, digest)):
         return frozenset(noted["files"])
+    # No note under this storage: the champion's first training was not a retraining. Its token store may be left.
     try:
         inputs = manifest.read_manifest(storage.join(config.run.storage, "tokens", digest)).inputs
     except (OSError, ValueError):

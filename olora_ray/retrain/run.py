@@ -1,4 +1,4 @@
-"""A retraining, from a look at the data to the moved alias; safe to call at any time and as often as one likes.
+"""Retraining, from a look at the data to the moved alias; safe to call at any time and as often as one likes.
 
     unchanged    data, base model and settings are those of the champion: nothing is done
     promoted     the new version has passed the gate and is the champion
@@ -6,7 +6,7 @@
     failed       something went wrong that calling again does not mend
 
 Each of the stages leaves something that the next call finds: the run's folder under the storage, the version in
-the registry, the measured rows, the gate's verdict as a tag. So a call that was cut off is continued by the next.
+the registry, the measured rows, the gate's verdict as a tag. So the next call resumes one that was cut off.
 """
 
 import contextlib
@@ -68,7 +68,7 @@ def _retrain(config: Config, aliases: Aliases, lease: lock.Lock) -> None:
     version, learned = _trained(config, aliases, inputs, champion)
     decision = _decide(config, inputs, version, champion) if learned else NOTHING_LEARNED
     lease.check()  # whoever has taken over decides by himself
-    _settle(aliases, version, champion, decision)
+    _apply(aliases, version, champion, decision)
     decision_run.of_version(config, aliases.version(version.number))
 
 
@@ -87,7 +87,7 @@ def _what_changed(inputs: Inputs, champion: Version | None) -> str:
 
 
 def _trained(config: Config, aliases: Aliases, inputs: Inputs, champion: Version | None) -> tuple[Version, bool]:
-    """Train, export and register, or take up what an earlier call has done of that.
+    """Train, export and register, or resume what an earlier call has begun of that.
 
     Returns the version, and whether it is another model than the one that training started with: the best
     adapter is exported, and that is the champion's if no step was better.
@@ -110,7 +110,7 @@ def _decide(config: Config, inputs: Inputs, challenger: Version, champion: Versi
     return gate.decide(config.gate, ours, theirs[0] if theirs else None)
 
 
-def _settle(aliases: Aliases, challenger: Version, champion: Version | None, decision: Decision) -> None:
+def _apply(aliases: Aliases, challenger: Version, champion: Version | None, decision: Decision) -> None:
     """Let the aliases and tags follow the decision."""
     number, against = challenger.number, champion.number if champion else ""
     tags = {AGAINST: against, DETAILS: json.dumps(decision.details), RECORDED: ""}

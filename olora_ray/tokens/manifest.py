@@ -1,4 +1,4 @@
-"""What a token store says about itself: a sidecar for each shard, and the manifest of the whole.
+"""Manifest of a token store, and the sidecars of its shards.
 
 Both are JSON with a *seal*, the digest of their own content: what a crash or a disk has damaged is
 never taken for good, whatever still parses.

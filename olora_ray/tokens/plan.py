@@ -1,4 +1,4 @@
-"""What a token store is made of, decided before a row is tokenised: which units, in which order, in which shard.
+"""Plan of a token store, made before a row is tokenised: which units, in which order, in which shard.
 
 A shard is a fixed list of units, so any process can make any shard, in any order, with the same bytes.
 """

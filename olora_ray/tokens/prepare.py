@@ -1,4 +1,4 @@
-"""The making of a token store, at once or beside the training that reads it already."""
+"""Preparation of a token store, at once or beside the training that reads it already."""
 
 import contextlib
 import itertools

@@ -1,4 +1,4 @@
-"""What preparing the data would give, from its first rows and without Ray (for --dry-run)."""
+"""Preview of a token store for --dry-run, from the first rows of the data and without Ray."""
 
 from collections import Counter
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Work spread over the cluster by Ray Data, with the results as an ordered stream."""
+"""Map over the cluster by Ray Data, with the results as an ordered stream."""
 
 import contextlib
 import logging

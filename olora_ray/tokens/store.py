@@ -155,7 +155,7 @@ class TokenStore:
 
     def locate(self, index: int) -> tuple[int, int, int]:
         """Where sequence `index` stands: number of its shard, place in it, sequences of the shard."""
-        known = self._known
+        known = self._known  # once: `refresh` in another thread may replace it between two looks
         if not 0 <= index < known.ends[-1]:
             raise IndexError(f"sequence {index} of {known.ends[-1]}")
         number = int(np.searchsorted(known.ends, index, side="right")) - 1
@@ -186,6 +186,7 @@ class TokenStore:
     def _opened(self, number: int) -> Any:
         try:
             path = self._local(number)
+            # This node's copy may be damaged while the store's file is good: fetch it once more before giving up.
             if not self._intact(path, number) and storage.is_uri(self.uri):
                 path = self._local(number, again=True)
             intact = self._intact(path, number)
@@ -210,6 +211,7 @@ class TokenStore:
         folder = storage.private_folder("olora_ray") / "tokens" / self.digest
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / shard_name(number)
+        # All workers of the node meet here: one downloads, the others wait and find the file.
         with open(f"{path}.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if again or not path.exists() or path.stat().st_size != self._known.shards[number].bytes:

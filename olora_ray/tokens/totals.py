@@ -1,4 +1,4 @@
-"""What the shards of a store add up to: the manifest, the rejected rows, and a line about it now and then."""
+"""Totals over a store's shards: manifest, rejected rows, periodic progress."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""The aliases of a registered model, and how they move: champion, challenger, previous.
+"""Aliases of a registered model, and their moves: champion, challenger, previous.
 
     promote     previous <- champion, champion <- VERSION           the files are checked first
     rollback    champion <- previous                                the bad version is tagged
@@ -46,7 +46,7 @@ class Move:
 class Aliases:
     """The aliases of one registered model.
 
-    All methods raise UserError for a model or version that is not there, and TrackingAway if MLflow does not
+    All methods raise UserError for a model or version that is not there, and TrackingUnavailable if MLflow does not
     answer.
     """
 

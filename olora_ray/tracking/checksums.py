@@ -1,4 +1,4 @@
-"""Are a version's files still those that were registered?
+"""Checksums of a version's files: written when it is registered, checked before it is promoted.
 
 `checksums.json` lies beside the MLmodel and holds size and SHA-256 of every file of the logged model; its own
 SHA-256 is a tag of the version, so it lives in MLflow's database and not beside the files.

@@ -108,7 +108,7 @@ def outage(server: Server) -> Iterator[Outage]:
         killed.metrics(rows(0, 30))
         assert training.flush(20)
         assert killed.flush(20)
-        killed._outbox.close()  # its driver has gone, its run is still RUNNING
+        killed._queue.close()  # its driver has gone, its run is still RUNNING
         time.sleep(1)
         server.kill()
         seen = Outage(training, start_run(config, "killed driver", {}, killed.run_id))
@@ -354,7 +354,7 @@ def test_a_run_that_was_deleted_meanwhile(database: str, caplog: pytest.LogCaptu
         other.metrics(rows(0, 3))
         assert other.flush(10)
         assert caplog.text.count(f"MLflow run {gone} is gone: nothing more is tracked") == 1
-        other._outbox.close()
+        other._queue.close()
     tracker.end()
 
 
@@ -387,7 +387,7 @@ def test_a_new_run_needs_mlflow_and_a_known_one_does_not() -> None:
         start_run(settings(CLOSED), "new", {})
     known = start_run(settings(CLOSED), "known", {}, "0" * 32)
     assert known.run_id == "0" * 32
-    known._outbox.close()
+    known._queue.close()
 
 
 def test_a_wrong_address_is_not_waited_for() -> None:
