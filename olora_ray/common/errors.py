@@ -1,5 +1,8 @@
 """Exceptions that are meant for a person, and the words of those that are not."""
 
+import contextlib
+from collections.abc import Callable, Iterator
+
 
 class UserError(ValueError):
     """Something the user can fix: bad config, data, model folder, cluster or address.
@@ -38,3 +41,16 @@ def first_line(error: BaseException) -> str:
 def short_reason(error: BaseException) -> str:
     """What the operating system says (`No such file or directory`) of an OSError, else the first line."""
     return error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+
+
+@contextlib.contextmanager
+def as_user_error(
+    what: str, *kinds: type[Exception], reason: Callable[[BaseException], str] = first_line
+) -> Iterator[None]:
+    """Raise an exception of these kinds as the UserError `what: reason`; a UserError passes as it is."""
+    try:
+        yield
+    except kinds as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{what}: {reason(error)}") from None

@@ -13,7 +13,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from olora_ray.common import storage
 from olora_ray.common.digests import digest
-from olora_ray.common.errors import UserError, first_line
+from olora_ray.common.errors import UserError, as_user_error
 
 ROWS_PER_FILE = 100_000
 OPTIONS = {"split", "name", "revision"}
@@ -45,12 +45,11 @@ def _load(name: str, options: dict[str, str], uri: str, field: str) -> Any:
     import datasets
 
     datasets.disable_progress_bars()
-    try:
+    # Exception: the hub, the network and the data set's own files each raise their own kinds.
+    with as_user_error(f"{field}: {uri}", Exception):
         return datasets.load_dataset(
             name, options.get("name"), split=options.get("split", "train"), revision=options.get("revision")
         )
-    except Exception as error:  # the hub, the network and the data set's own files each raise their own kinds
-        raise UserError(f"{field}: {uri}: {first_line(error)}") from None
 
 
 def _write(dataset: Any, place: str) -> list[str]:

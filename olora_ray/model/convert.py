@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from olora_ray.common import digests, storage
-from olora_ray.common.errors import UserError, first_line
+from olora_ray.common.errors import UserError, as_user_error, first_line
 from olora_ray.common.quiet import quiet_gguf
 from olora_ray.config.schema import Config, Model
 
@@ -90,13 +90,13 @@ def _dequantise(file: Path, dtype: torch.dtype, out: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     quiet_gguf()
-    try:
+    broken = (OSError, ValueError, LookupError, RuntimeError, struct.error)
+    with (
+        as_user_error(f"model.name: reading {file.name} needs the package gguf", ImportError),
+        as_user_error(f"model.name: {file} is not a GGUF model that loads", *broken),
+    ):
         model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    except ImportError as error:
-        raise UserError(f"model.name: reading {file.name} needs the package gguf: {first_line(error)}") from None
-    except (OSError, ValueError, LookupError, RuntimeError, struct.error) as error:
-        raise UserError(f"model.name: {file} is not a GGUF model that loads: {first_line(error)}") from None
     # The weights are dequantised, but transformers still marks the model as quantised and would
     # refuse to save it.
     plain: Any = model

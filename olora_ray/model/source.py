@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from olora_ray.common import digests, storage
-from olora_ray.common.errors import UserError, first_line
+from olora_ray.common.errors import UserError, as_user_error, first_line
 from olora_ray.common.quiet import quiet_transformers
 from olora_ray.config import paths
 from olora_ray.config.schema import Config
@@ -90,12 +90,9 @@ def _from_hub(config: ModelConfig) -> Path:
         patterns.append("*.py")
     if config.allow_pickle:
         patterns += ["pytorch_model*.bin"]
-    try:
+    what = f"model.name: {config.name}: not a folder here, and the model hub did not deliver it"
+    with as_user_error(what, OSError, ValueError, RuntimeError):
         return Path(snapshot_download(config.name, revision=config.revision, allow_patterns=patterns))
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(
-            f"model.name: {config.name}: not a folder here, and the model hub did not deliver it: {first_line(error)}"
-        ) from None
 
 
 def why(error: BaseException) -> str:
