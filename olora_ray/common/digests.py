@@ -31,5 +31,5 @@ def digest_file(file: Path) -> str:
 
 
 def size_and_digest(file: Path) -> dict[str, Any]:
-    """What a manifest keeps of a file: {bytes, sha256}."""
+    """The entry of a file in a manifest: {bytes, sha256}."""
     return {"bytes": file.stat().st_size, "sha256": digest_file(file)}

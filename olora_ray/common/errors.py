@@ -39,7 +39,7 @@ def first_line(error: BaseException) -> str:
 
 
 def short_reason(error: BaseException) -> str:
-    """What the operating system says (`No such file or directory`) of an OSError, else the first line."""
+    """The operating system's words for an OSError (`No such file or directory`), else the first line."""
     return error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
 
 

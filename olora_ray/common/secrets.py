@@ -42,7 +42,7 @@ def is_name(name: str) -> bool:
 
 
 def looked_up(value: str, field: str) -> str:
-    """What `env:NAME` or `file:/PATH` holds; any other value is returned as it is.
+    """The value that `env:NAME` or `file:/PATH` holds; any other value is returned as it is.
 
     Raises UserError that starts with `field` if the variable or the file is not there or empty.
     """

@@ -15,7 +15,7 @@ from pathlib import Path
 from pyarrow import fs
 
 CACHE = os.path.expanduser("~/.cache/olora_ray")
-"""Where a node keeps models that do not lie on a shared storage."""
+"""Folder of a node for models that do not lie on a shared storage."""
 _UMASK = os.umask(0o077)  # it can be read by setting it only: once, before there are threads
 os.umask(_UMASK)
 

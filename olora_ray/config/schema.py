@@ -13,7 +13,7 @@ PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9_-])?$")]
 IN_STORAGE = ("tokens", "models", "locks", "mlartifacts", "mlflow.db")
-"""What lies beside the runs' folders in `run.storage`."""
+"""Names in `run.storage` that a run's folder cannot have."""
 
 
 def _straight(place: str) -> str:
@@ -80,7 +80,7 @@ class Source(Section):
     fields: dict[str, str] = {}
     """Maps the format's field names to the file's columns, e.g. {prompt: question}."""
     weight: Annotated[float, Field(gt=0.0)] = 1.0
-    """How often each row is used per epoch: 1 once, 2 twice, 0.5 every second row."""
+    """Times each row is used per epoch: 1 once, 2 twice, 0.5 every second row."""
     only: tuple[str, ...] = ()
     """Files of a folder or glob to use, by their full paths or URIs; empty: all."""
 

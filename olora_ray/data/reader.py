@@ -32,7 +32,7 @@ class Unit:
     rows: int
     """Rows, blank lines included."""
     offset: int
-    """Where its bytes start, in files of lines; elsewhere 0."""
+    """First byte, in files of lines; elsewhere 0."""
     size: int
     """Its bytes, uncompressed (an estimate where rows cannot be told apart without reading)."""
 

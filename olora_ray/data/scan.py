@@ -40,7 +40,7 @@ CACHED_FROM = 64 * 2**20
 
 @dataclass(frozen=True)
 class FileScan:
-    """What is known of a file."""
+    """Digest, size and units of a file."""
 
     sha256: str
     rows: int

@@ -50,7 +50,7 @@ class TokenizerSpec:
     add_bos: bool = False
     """Whether plain text starts with the begin token."""
     name: str = field(default="the model", compare=False)
-    """What messages call the model; not part of the digest."""
+    """Name of the model in messages; not part of the digest."""
 
     @cached_property
     def digest(self) -> str:

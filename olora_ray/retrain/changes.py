@@ -18,7 +18,7 @@ AGAINST = "olora.gate_against"
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a retraining would be made of now."""
+    """The inputs of a retraining, as they are now."""
 
     base: Base
     plan: Plan

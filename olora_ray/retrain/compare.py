@@ -67,7 +67,7 @@ def _same_tokens(config: Config, found: list[tuple[Config, BaseModel]]) -> None:
 
 
 def _note(config: Config, inputs: Inputs, version: Version) -> str:
-    """Where the results of a version lie; the name follows from all that they depend on."""
+    """The file of a version's results; its name is a hash of all that they depend on."""
     parts = [
         version.run_id,
         inputs.fingerprint.held_out,

@@ -153,7 +153,7 @@ def _guarded(place: str) -> Iterator[None]:
 
 
 def _read(place: str) -> Holder | None:
-    """Who holds the lock; None if nobody does, or nobody that can be read."""
+    """The lock's holder; None if nobody holds it, or the file cannot be read."""
     try:
         return Holder(**json.loads(storage.read_text(place)))
     except FileNotFoundError:

@@ -36,7 +36,7 @@ ORIGIN = "olora.retrained_from"
 
 @dataclass(frozen=True)
 class Recipe:
-    """What the pipeline is to run."""
+    """Config and tags of the run that makes the version."""
 
     config: Config
     tags: dict[str, str]
@@ -95,7 +95,7 @@ def _warn_of_leaks(config: Config, plan: Plan, champion: Version) -> None:
 
 
 def _continued(config: Config, inputs: Inputs, champion: Version) -> _Start | str:
-    """How to continue from the champion, or why that cannot be."""
+    """The champion, ready to be continued, or the reason why it cannot be."""
     if champion.tags.get(TAGS["base"]) != inputs.base.model.digest:
         return "its base model is another"
     known = _known_files(config, champion.tags.get(TAGS["data"], ""))

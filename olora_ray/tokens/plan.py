@@ -42,7 +42,7 @@ class Piece:
     """Index into `Plan.files`."""
     unit: Unit
     turn: int
-    """Which pass over the source this is."""
+    """Number of the pass over the source."""
     share: float
     """Of the rows; below 1 they are spread evenly."""
 
@@ -84,7 +84,7 @@ class Plan:
         return self.eval_fraction if self.split == "eval" else 1.0 - self.eval_fraction
 
     def inputs(self) -> dict[str, object]:
-        """What the digest of the store is made of; paths are not in it, contents are."""
+        """The inputs of the store's digest: contents, no paths."""
         return {
             "version": VERSION,
             "split": self.split,
@@ -146,7 +146,7 @@ def make_plan(config: Config, spec: TokenizerSpec, split: Split, scan: Scanner) 
 
 
 def taken(plan: Plan, piece: Piece, places: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Which rows of a piece belong to the split and are used in its turn.
+    """The rows of a piece that belong to the split and are used in its turn.
 
     Whether a row is held out depends on the seed, the content of its file and its place there.
     """

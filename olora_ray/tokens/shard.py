@@ -64,7 +64,7 @@ class Shard:
         return pa.Table.from_arrays(columns, schema=SCHEMA)
 
     def sidecar(self, content: bytes) -> dict[str, Any]:
-        """What is to be known of the shard without opening it; `content` is the file's."""
+        """Describe the shard for those that do not open it; `content` is the file's."""
         chosen = [self.examples[number] for members in self.packs for number in members]
         return {
             "rows": self.rows,

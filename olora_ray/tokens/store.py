@@ -96,23 +96,23 @@ class TokenStore:
 
     @property
     def available_shards(self) -> int:
-        """How many shards at the front were there at the last look."""
+        """Number of shards at the front that were there at the last look."""
         return len(self._known.shards)
 
     @property
     def available(self) -> int:
-        """How many sequences those shards hold."""
+        """Number of sequences in those shards."""
         return int(self._known.ends[-1])
 
     @property
     def total(self) -> int | None:
-        """How many sequences the store has; None while shards are missing."""
+        """Number of sequences of the store; None while shards are missing."""
         known = self._known
         return int(known.ends[-1]) if len(known.shards) == self.shard_count else None
 
     @property
     def manifest(self) -> Manifest:
-        """What the complete store holds; looks for it, and raises UserError if it is not there."""
+        """The manifest; looks for it, and raises UserError if the store is not complete."""
         self.refresh()
         if self._manifest is None:
             raise UserError(f"token store {self.uri}: not complete; start the run again to have it completed")
@@ -141,7 +141,7 @@ class TokenStore:
         )
 
     def supervised(self, indices: Iterable[int]) -> int:
-        """How many tokens of these sequences count in the loss."""
+        """Number of tokens of these sequences that count in the loss."""
         total = 0
         for index in indices:
             batch, row = self._find(int(index))
@@ -149,12 +149,12 @@ class TokenStore:
         return total
 
     def origins(self, index: int) -> list[str]:
-        """Where the examples of a sequence came from, as file:line (a row number where there are no lines)."""
+        """Origins of a sequence's examples, as file:line (a row number where there are no lines)."""
         batch, row = self._find(index)
         return [place_name(self.files, origin) for origin in _slice(batch, "origin", row).to_pylist()]
 
     def locate(self, index: int) -> tuple[int, int, int]:
-        """Where sequence `index` stands: number of its shard, place in it, sequences of the shard."""
+        """Place of sequence `index`: number of its shard, place in it, sequences of the shard."""
         known = self._known  # once: `refresh` in another thread may replace it between two looks
         if not 0 <= index < known.ends[-1]:
             raise IndexError(f"sequence {index} of {known.ends[-1]}")
@@ -233,7 +233,7 @@ class _Known:
 
 
 def _wrong_size(uri: str, wanted: Manifest) -> str | None:
-    """What is wrong with the first shard that has not the size that the manifest says."""
+    """The first shard whose size is not the manifest's, in words; None if there is none."""
     found = records.sizes(uri)
     for number, shard in enumerate(wanted.shards):
         size = found.get(shard_name(number))
@@ -245,7 +245,7 @@ def _wrong_size(uri: str, wanted: Manifest) -> str | None:
 
 
 def order(num_packs: int, seed: int, start: int, stop: int) -> NDArray[np.int64]:
-    """Which sequences stand at places start..stop-1 of the endless training order, (stop - start,).
+    """The sequences at places start..stop-1 of the endless training order, (stop - start,).
 
     The first epoch is the order of the store, which is shuffled; epoch e > 0 is a permutation that
     depends on (seed, e). Any range costs only its own length.

@@ -24,7 +24,7 @@ EXAMPLES = 3
 
 @dataclass(frozen=True)
 class Limits:
-    """How many rows may be rejected."""
+    """Limits of the rejected rows."""
 
     setting: str
     share: float

@@ -28,20 +28,20 @@ SHOWN = 4
 
 @dataclass(frozen=True)
 class StoreSpec:
-    """What tasks get."""
+    """A store to be made, as tasks get it."""
 
     plan: Plan
     uri: str
 
     def outline(self) -> Outline:
-        """What is known of the store before it is made."""
+        """The store's outline, known before it is made."""
         files = tuple(each.file.uri for each in self.plan.files)
         return Outline(self.plan.digest(), len(self.plan.shards), self.plan.max_length, files)
 
 
 @dataclass
 class StoreStatus:
-    """What of a store is there and good, by sizes and seals; the digests of shards are checked by readers."""
+    """The good parts of a store, by sizes and seals; readers check the digests of shards."""
 
     manifest: Manifest | None = None
     done: dict[int, dict[str, Any]] = field(default_factory=dict)
@@ -62,7 +62,7 @@ class StoreStatus:
         return sum(piece.unit.size for number in self.missing for piece in plan.shards[number])
 
     def lines(self, count: int) -> list[str]:
-        """What a person should know of it."""
+        """Log lines about damaged and finished shards."""
         lines = []
         if self.damaged:
             more = f" and {len(self.damaged) - SHOWN:,} more" if len(self.damaged) > SHOWN else ""

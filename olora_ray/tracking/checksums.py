@@ -31,7 +31,7 @@ def of_folders(folders: dict[str, Path]) -> str:
 
 
 def digest(text: str) -> str:
-    """What the version's tag holds."""
+    """Digest of checksums.json, for the version's tag."""
     return digests.digest(text)
 
 

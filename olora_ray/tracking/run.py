@@ -50,7 +50,7 @@ class Tracker:
 
     @property
     def pending(self) -> int:
-        """How many metric values wait to be written."""
+        """Number of metric values that wait to be written."""
         return self._queue.pending
 
     def client(self) -> "MlflowClient":

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 def resolve_uri(config: Config) -> str:
-    """Where runs are tracked: `tracking.uri`, else MLFLOW_TRACKING_URI, else SQLite beside the storage.
+    """The address of MLflow: `tracking.uri`, else MLFLOW_TRACKING_URI, else SQLite beside the storage.
 
     A relative SQLite path is made absolute, because workers run in another folder. The address may hold a
     password: show it with `shown_uri` only. Raises UserError when nothing is set and the storage is a URI,

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SYSTEM = "system/"
-"""What the names of this machine's metrics begin with; they have steps of their own."""
+"""Prefix of this machine's metrics; they have steps of their own."""
 _METRICS_PER_BATCH = 1000  # MLflow's limit (mlflow/utils/validation.py): a longer request is refused
 _FIRST_PAUSE, _LAST_PAUSE = 1.0, 30.0
 # About 75 MB, and 100,000 steps of 10 metrics; what comes beyond is not accepted, so it may be given again later.
@@ -97,7 +97,7 @@ class WriteQueue:
 
     @property
     def pending(self) -> int:
-        """How many metric values wait."""
+        """Number of metric values that wait."""
         return self._values
 
     @property
@@ -107,7 +107,7 @@ class WriteQueue:
 
     @property
     def away(self) -> str:
-        """Why MLflow does not answer; empty while it does."""
+        """The reason why MLflow does not answer; empty while it does."""
         return self._away
 
     def rows(self, rows: Mapping[int, Mapping[str, float]]) -> None:
