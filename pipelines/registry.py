@@ -13,34 +13,30 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from olora_ray.common.errors import UserError
 from olora_ray.common.quiet import quiet_environment
+from olora_ray.common.text import aligned
 from olora_ray.config import command_line
 from olora_ray.tracking import checksums
 from olora_ray.tracking.aliases import GATE, Aliases
 from olora_ray.tracking.client import check, connect, reachable, shown_uri
-
-if TYPE_CHECKING:
-    from mlflow.entities.model_registry import ModelVersion
+from olora_ray.tracking.version import Version
 
 DATABASE = Path("runs/mlflow.db")
 
 
 def main(argv: list[str]) -> None:
     """Do one of the actions; raises UserError for what cannot be done."""
-    if not argv or {"-h", "--help"} & set(argv):
-        print((__doc__ or "").strip())
-        return
+    found = command_line.parse(argv or ["--help"], __doc__ or "", options=["--tracking-uri"])
     quiet_environment()
-    words, uri = _tracking_uri(argv)
-    action, *names = words or [""]
+    action, *names = found.words or [""]
     if action not in ACTIONS:
         raise UserError(f"argument {action!r}: expected one of {', '.join(ACTIONS)}")
     act, wanted = ACTIONS[action]
-    if len(names) != len(wanted) or any(name.startswith("-") for name in names):
+    if len(names) != len(wanted):
         raise UserError(f"usage: python pipelines/registry.py {' '.join([action, *wanted])} [--tracking-uri URI]")
+    uri = _tracking_uri(found.options.get("--tracking-uri"))
     check(uri)
     aliases = Aliases(uri, names[0])
     if not aliases.versions():
@@ -56,23 +52,21 @@ def show_all(aliases: Aliases) -> None:
         tags = version.tags
         rows.append(
             (
-                str(version.version),
-                ", ".join(named.get(str(version.version), [])) or "-",
+                version.number,
+                ", ".join(named.get(version.number, [])) or "-",
                 tags.get("olora.eval_loss") or "-",
                 _date(version),
                 tags.get("olora.data_digest", "")[:8] or "-",
                 tags.get(GATE, "-"),
             )
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print("\n".join(aligned(rows)))
 
 
 def show_one(aliases: Aliases, which: str) -> None:
     """Print all that is known of a version, and whether its files are whole."""
     version = aliases.version(_number(aliases, which))
-    number = str(version.version)
+    number = version.number
     with reachable(aliases.uri, upload=True):
         place = str(connect(aliases.uri).get_model_version_download_uri(aliases.name, number))
     print(f"{aliases.name} version {number}")
@@ -109,22 +103,12 @@ ACTIONS: dict[str, tuple[Callable[..., None], Sequence[str]]] = {
 }
 
 
-def _tracking_uri(argv: Sequence[str]) -> tuple[list[str], str]:
-    """(the other words, the address)."""
-    words, given = [], None
-    rest = iter(argv)
-    for word in rest:
-        if word == "--tracking-uri":
-            given = next(rest, "")
-        elif word.startswith("--tracking-uri="):
-            given = word.partition("=")[2]
-        else:
-            words.append(word)
+def _tracking_uri(given: str | None) -> str:
     uri = given if given is not None else os.environ.get("MLFLOW_TRACKING_URI")
     if uri:
-        return words, uri
+        return uri
     if given is None and DATABASE.is_file():
-        return words, f"sqlite:///{DATABASE.resolve()}"
+        return f"sqlite:///{DATABASE.resolve()}"
     raise UserError("--tracking-uri: not set; give MLflow's address, or set MLFLOW_TRACKING_URI")
 
 
@@ -144,8 +128,8 @@ def _aliases_by_version(aliases: Aliases) -> dict[str, list[str]]:
     return named
 
 
-def _date(version: "ModelVersion") -> str:
-    return time.strftime("%Y-%m-%d %H:%M", time.localtime(version.creation_timestamp / 1000))
+def _date(version: Version) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(version.created))
 
 
 if __name__ == "__main__":

@@ -12,15 +12,12 @@ from olora_ray.common.quiet import quiet_environment
 
 quiet_environment()  # before Ray is imported
 
-from olora_ray.common.errors import UserError  # noqa: E402
 from olora_ray.config import command_line  # noqa: E402
 
 
 def main(argv: list[str]) -> None:
     """Read the arguments and retrain, if there is a reason to."""
-    config, dry_run = command_line.read_arguments(argv, None, usage=__doc__ or "")
-    if dry_run:
-        raise UserError("argument --dry-run: not known here; pipelines/finetune.py has it")
+    config, _ = command_line.read_arguments(argv, None, usage=__doc__ or "", flags=())
     from olora_ray.retrain import run
 
     run.run(config)

@@ -1,4 +1,7 @@
-"""The exceptions that are meant for a person."""
+"""Exceptions that are meant for a person, and the words of those that are not."""
+
+import contextlib
+from collections.abc import Callable, Iterator
 
 
 class UserError(ValueError):
@@ -21,10 +24,33 @@ class TryAgain(UserError):
 class Stopped(KeyboardInterrupt):
     """The run was asked to end before its end.
 
-    No Exception, so that no library takes it for an error; and a KeyboardInterrupt, since Ray drops whatever
-    else a signal's handler raises while the main thread waits in ray.get.
+    Derives from KeyboardInterrupt: `except Exception` in libraries must not swallow it, and Ray discards anything
+    else that a signal handler raises during ray.get.
     """
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message; its type's name if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def short_reason(error: BaseException) -> str:
+    """The operating system's words for an OSError (`No such file or directory`), else the first line."""
+    return error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+
+
+@contextlib.contextmanager
+def as_user_error(
+    what: str, *kinds: type[Exception], reason: Callable[[BaseException], str] = first_line
+) -> Iterator[None]:
+    """Raise an exception of these kinds as the UserError `what: reason`; a UserError passes as it is."""
+    try:
+        yield
+    except kinds as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{what}: {reason(error)}") from None

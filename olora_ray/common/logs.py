@@ -18,7 +18,7 @@ PACKAGE = "olora_ray"
 _guard, _handlers = threading.Lock(), list[logging.Handler]()
 """Those in use: several trainings may share a process."""
 _before: dict[str, Any] = {}
-"""How the logger was before the first of them."""
+"""The logger's settings before the first of them."""
 
 
 def line(record: logging.LogRecord) -> str:

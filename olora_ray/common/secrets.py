@@ -1,4 +1,4 @@
-"""Secrets stay out of configs, logs and files: what counts as one, how it is shown, and how it is given instead.
+"""Secrets: recognised, masked in logs and messages, and looked up where a config names their place.
 
 A config is copied into every checkpoint and into MLflow, so it must not hold a password. It names a place
 instead: `env:NAME`, a variable, or `file:/PATH`, a file with one line. The place is looked up where it is used,
@@ -42,7 +42,7 @@ def is_name(name: str) -> bool:
 
 
 def looked_up(value: str, field: str) -> str:
-    """What `env:NAME` or `file:/PATH` holds; any other value is returned as it is.
+    """The value that `env:NAME` or `file:/PATH` holds; any other value is returned as it is.
 
     Raises UserError that starts with `field` if the variable or the file is not there or empty.
     """

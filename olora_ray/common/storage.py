@@ -1,4 +1,4 @@
-"""Read and write files by path or URI: a local folder and s3:// or gs:// through pyarrow, alike.
+"""Files by path or URI: local folders and s3:// or gs:// through pyarrow, with the same functions.
 
 A write is atomic: a reader sees the old file, the new file or none, never half of one.
 """
@@ -14,10 +14,8 @@ from pathlib import Path
 
 from pyarrow import fs
 
-from olora_ray.common import storage
-
 CACHE = os.path.expanduser("~/.cache/olora_ray")
-"""Where a node keeps models that do not lie on a shared storage."""
+"""Folder of a node for models that do not lie on a shared storage."""
 _UMASK = os.umask(0o077)  # it can be read by setting it only: once, before there are threads
 os.umask(_UMASK)
 
@@ -68,16 +66,50 @@ def write_bytes(place: str, content: bytes) -> None:
             stream.write(content)
         return
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    temporary = f"{path}.{uuid.uuid4().hex}.tmp"
+    temporary = beside(Path(path))
     try:
-        with open(temporary, "wb") as file:
+        with temporary.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
+
+
+def beside(target: Path) -> Path:
+    """An unused name in the same folder, hidden, for what is to become `target` or was it; ends in .tmp."""
+    return target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+
+
+@contextlib.contextmanager
+def staged(target: Path) -> Iterator[Path]:
+    """A name beside `target` for the block to write a file or folder at, which becomes `target` in one step.
+
+    Whatever the block has written is removed if it fails, and if another process has made `target` meanwhile.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = beside(target)
+    try:
+        yield partial
+        try:
+            os.replace(partial, target)
+        except OSError:  # a folder with files is not replaced: another process was faster
+            if not target.exists():
+                raise
+    finally:
+        with contextlib.suppress(OSError):
+            remove(str(partial))
+
+
+def flush_to_disk(path: Path) -> None:
+    """Wait until the disk has a file's content, or a folder's list of names: a power cut does not undo it then."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_text(place: str, text: str) -> None:
@@ -117,14 +149,8 @@ def local_copy(place: str, cache: str | None = None) -> Path:
     target = root / path.rstrip("/").rsplit("/", 1)[-1]
     assert target.name not in ("", ".."), place  # see config.Place
     if not target.exists():
-        partial = root / f"{target.name}.{uuid.uuid4().hex}.tmp"
-        fs.copy_files(path, str(partial), source_filesystem=system, destination_filesystem=fs.LocalFileSystem())
-        try:
-            os.replace(partial, target)
-        except OSError:  # another process of this node was faster
-            if not target.exists():
-                raise
-            remove(str(partial))
+        with staged(target) as partial:
+            fs.copy_files(path, str(partial), source_filesystem=system, destination_filesystem=fs.LocalFileSystem())
     return target
 
 
@@ -158,10 +184,10 @@ def remove(place: str) -> None:
 @contextlib.contextmanager
 def local_folder(place: str) -> Iterator[Path]:
     """A local folder to write; uploaded afterwards if the storage is elsewhere."""
-    if not storage.is_uri(place):
+    if not is_uri(place):
         yield Path(place)
         return
     with tempfile.TemporaryDirectory(prefix="olora-export-") as temporary:
         folder = Path(temporary) / place.rsplit("/", 1)[-1]
         yield folder
-        storage.upload(folder, place)
+        upload(folder, place)

@@ -1,10 +1,12 @@
 """The command line of the entry scripts: arguments, log lines, exit codes."""
 
+import difflib
 import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,47 +18,100 @@ from olora_ray.config.load import load
 from olora_ray.config.paths import resolved
 from olora_ray.config.schema import Condition, Config, Data, Section, Source
 
+HELP = ("-h", "--help")
 
-def read_arguments(argv: list[str], default: Path | None, usage: str) -> tuple[Config, bool]:
+
+@dataclass(frozen=True)
+class Arguments:
+    """The words of a command line, by kind."""
+
+    words: tuple[str, ...]
+    """All that are no flag and no option, in their order."""
+    flags: frozenset[str]
+    options: Mapping[str, str]
+    """--name -> its value."""
+
+    def names(self) -> list[str]:
+        """The words that set no field."""
+        return [word for word in self.words if "=" not in word]
+
+    def changes(self) -> dict[str, Any]:
+        """The words `section.field=value` as changes of a config; raises UserError for another word with =."""
+        return parse_assignments([word for word in self.words if "=" in word])
+
+
+def parse(
+    argv: Sequence[str], usage: str, flags: Sequence[str] = (), options: Sequence[str] = (), fields: bool = False
+) -> Arguments:
+    """Sort the words of a command line: `flags` have no value, `options` have one (`--x y` or `--x=y`).
+
+    --help prints usage, with `fields` also every field of the config, and exits. Raises UserError for a flag that
+    is not known, with the nearest that is.
+    """
+    if set(HELP) & set(argv):
+        print(f"{usage.strip()}\n\nFields, with their defaults:\n\n{help_text()}" if fields else usage.strip())
+        raise SystemExit(0)
+    words, given, values = [], set(), dict[str, str]()
+    rest = iter(argv)
+    for word in rest:
+        name, equals, value = word.partition("=")
+        if not word.startswith("-"):
+            words.append(word)
+        elif name in options:
+            values[name] = value if equals else _value(name, next(rest, None))
+        elif name in flags and not equals:
+            given.add(name)
+        else:
+            raise UserError(f"argument {mask(word)}: {_unknown(name, flags, options)}")
+    return Arguments(tuple(words), frozenset(given), values)
+
+
+def _value(name: str, value: str | None) -> str:
+    if value is None or value.startswith("--"):
+        raise UserError(f"argument {name}: its value is missing; --help shows how")
+    return value
+
+
+def _unknown(name: str, flags: Sequence[str], options: Sequence[str]) -> str:
+    if name in flags:
+        return f"{name} has no value"
+    known = [*flags, *options]
+    if near := difflib.get_close_matches(name, [*known, *HELP], n=1):
+        return f"not known; did you mean {near[0]}?"
+    return f"not known; there are {', '.join(known)} and --help" if known else "not known; there is --help"
+
+
+def read_arguments(
+    argv: Sequence[str], default: Path | None, usage: str, flags: Sequence[str] = ("--dry-run",)
+) -> tuple[Config, bool]:
     """(config, whether --dry-run was given) from `[CONFIG.yaml] [section.field=value ...] [--dry-run]`.
 
-    --help prints usage and every field, and exits. Raises UserError for anything it does not know.
+    Raises UserError for anything it does not know.
     """
-    flags, files, changes = _sorted(argv, ("--dry-run",), usage)
+    found = parse(argv, usage, flags, fields=True)
+    files = found.names()
     if len(files) > 1:
         raise UserError(
             f"arguments {' '.join(files)}: one config file at a time; fields are set as section.field=value"
         )
     if not files and default is None:
         raise UserError("argument CONFIG.yaml: missing; --help shows how")
-    return _loaded(files[0] if files else str(default), changes), "--dry-run" in flags
+    return _loaded(files[0] if files else str(default), found.changes()), "--dry-run" in found.flags
 
 
-def read_search_arguments(argv: list[str], usage: str) -> tuple[Config, str, set[str]]:
+def read_search_arguments(argv: Sequence[str], usage: str) -> tuple[Config, str, frozenset[str]]:
     """(config, space file, flags) from `CONFIG.yaml SPACE.yaml [section.field=value ...] [--register] [--refit]`.
 
-    Otherwise like `read_arguments`.
+    Raises UserError for anything it does not know.
     """
-    flags, files, changes = _sorted(argv, ("--register", "--refit"), usage)
+    found = parse(argv, usage, ("--register", "--refit"), fields=True)
+    files = found.names()
     if len(files) != 2:
         raise UserError(
             f"arguments {' '.join(files) or '(none)'}: expected a config and a space file, e.g."
             " pipelines/configs/quickstart.yaml tune_spaces/smoke.yaml"
         )
-    return _loaded(files[0], changes), files[1], flags
-
-
-def _sorted(argv: list[str], known: tuple[str, ...], usage: str) -> tuple[set[str], list[str], dict[str, Any]]:
-    """(flags, files, changes of the config)."""
-    if {"-h", "--help"} & set(argv):
-        print(f"{usage.strip()}\n\nFields, with their defaults:\n\n{help_text()}")
-        raise SystemExit(0)
-    flags = [word for word in argv if word.startswith("-")]
-    if unknown := [flag for flag in flags if flag not in known]:
-        raise UserError(f"argument {unknown[0]}: not known; there are {', '.join(known)} and --help")
-    words = [word for word in argv if word not in flags]
-    files = [word for word in words if "=" not in word]
-    return set(flags), files, parse_assignments([word for word in words if "=" in word])
+    return _loaded(files[0], found.changes()), files[1], found.flags
 
 
 def _loaded(file: str | Path, changes: dict[str, Any]) -> Config:

@@ -52,7 +52,7 @@ def texts(tree: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def instead(field: str, text: str) -> str:
-    """How to give the secret that stands in a field."""
+    """The way to give the secret that stands in a field."""
     if field != "tracking.uri":
         names = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, GOOGLE_APPLICATION_CREDENTIALS, HF_TOKEN"
         return f"has a secret in its address; write it without, and set the service's variables ({names})"

@@ -1,4 +1,4 @@
-"""One resolver for where things are: paths, URIs, hub ids, package:// files."""
+"""Resolver of the places that a config names: paths, URIs, hub ids, package:// files."""
 
 import importlib.util
 import os

@@ -13,7 +13,7 @@ PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9_-])?$")]
 IN_STORAGE = ("tokens", "models", "locks", "mlartifacts", "mlflow.db")
-"""What lies beside the runs' folders in `run.storage`."""
+"""Names in `run.storage` that a run's folder cannot have."""
 
 
 def _straight(place: str) -> str:
@@ -76,13 +76,13 @@ class Source(Section):
     path: Place
     """File, folder or glob (jsonl, json, parquet, csv, txt; .gz, .zst), hf://ORG/NAME?split=..., s3://, gs://."""
     format: Literal["messages", "prompt_completion", "alpaca", "sharegpt", "text"] = "messages"
-    """How a row is read: the format of its columns."""
+    """Format of the rows, which decides the columns that are read."""
     fields: dict[str, str] = {}
     """Maps the format's field names to the file's columns, e.g. {prompt: question}."""
     weight: Annotated[float, Field(gt=0.0)] = 1.0
-    """How often each row is used per epoch: 1 once, 2 twice, 0.5 every second row."""
+    """Times each row is used per epoch: 1 once, 2 twice, 0.5 every second row."""
     only: tuple[str, ...] = ()
-    """Of a folder or glob only these files, by their full paths or URIs; empty: all."""
+    """Files of a folder or glob to use, by their full paths or URIs; empty: all."""
 
 
 class Data(Section):
@@ -95,9 +95,9 @@ class Data(Section):
     eval_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     """Instead of `eval`: this share of the training rows is held out."""
     max_length: Annotated[int, Field(ge=8)] = 512
-    """Tokens a sequence has at most; a longer example is rejected, longer plain text is cut in pieces."""
+    """Most tokens per sequence; a longer example is rejected, longer plain text is cut in pieces."""
     packing: bool = True
-    """Put several examples in one sequence; they do not see each other."""
+    """Put several examples in one sequence; attention stays within each example."""
     max_rejected: Annotated[float, Field(ge=0.0, le=1.0)] = 0.01
     """Stop when more than this share of the rows cannot be used."""
 
@@ -113,10 +113,10 @@ class Data(Section):
 
 
 class Adapter(Section):
-    """What is trained."""
+    """The adapter that is trained."""
 
     method: Literal["olora", "lora"] = "olora"
-    """Where the adapter starts: olora (QR of the weight) or lora (random A, zero B)."""
+    """Initialisation of the adapter: olora (QR of the weight) or lora (random A, zero B)."""
     rank: PositiveInt = 16
     """Rank r of the update."""
     alpha: Annotated[float, Field(gt=0.0)] = 16
@@ -139,24 +139,24 @@ class Adapter(Section):
 
 
 class Train(Section):
-    """How long and how it is trained."""
+    """Length, batches, optimizer, evaluations and checkpoints of the training."""
 
     epochs: Annotated[float, Field(gt=0.0)] = 1
     """Passes over the training sequences."""
     steps: PositiveInt | None = None
     """Train this many optimizer steps instead of `epochs`."""
     global_batch: PositiveInt = 16
-    """Sequences (packs) an optimizer step takes over all workers."""
+    """Sequences (packs) per optimizer step, over all workers."""
     micro_batch: PositiveInt = 4
-    """Sequences a worker takes through the model at once."""
+    """Sequences that a worker runs through the model at once; a smaller number needs less memory."""
     lr: Annotated[float, Field(gt=0.0)] = 3.0e-4
     """Peak learning rate of AdamW."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """What the learning rate does after the warm-up."""
+    """Course of the learning rate after the warm-up."""
     warmup: Fraction = 0.03
-    """Share of the steps with a rising learning rate."""
+    """Share of the steps at the start in which the learning rate rises to its peak."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
-    """AdamW's decay; it pulls the adapter towards its start."""
+    """AdamW's weight decay; it pulls the adapter back to its initial values."""
     clip: Annotated[float, Field(gt=0.0)] | None = 1.0
     """Largest norm of the gradient; null: no clipping."""
     eval_every: PositiveInt = 50
@@ -164,30 +164,30 @@ class Train(Section):
     checkpoint_every: PositiveInt = 50
     """Steps between checkpoints; the start and the last step always have one."""
     keep: PositiveInt = 2
-    """Checkpoints kept: the latest ones; each also holds the best adapter so far."""
+    """Number of checkpoints to keep, the newest; each also holds the best adapter so far."""
     early_stop: PositiveInt | None = None
-    """Stop after this many evaluations without a better loss."""
+    """Stop after this many evaluations in a row without a better held-out loss; null: never."""
     log_every: PositiveInt = 10
     """Steps between progress lines and reports to Ray."""
     start: str | None = None
-    """Checkpoint folder of a run with the same base and adapter settings: training continues from its best adapter."""
+    """Checkpoint folder of a run with the same base and adapter settings: training starts from its best adapter."""
 
 
 class Cluster(Section):
-    """Where it is trained."""
+    """Workers: how many, with what, and what happens when one fails."""
 
     workers: PositiveInt | tuple[PositiveInt, PositiveInt] = 2
-    """Training processes; [min, max]: starts with min, grows and shrinks with the cluster."""
+    """Training processes; [min, max]: at least min, and up to max as the cluster has room for them."""
     resize_interval: Annotated[float, Field(gt=0.0)] = 60.0
-    """Seconds between looks whether [min, max] workers can become more."""
+    """With [min, max] workers: seconds between checks whether more of them fit in the cluster."""
     gpus_per_worker: Literal["auto"] | Annotated[float, Field(ge=0.0)] = "auto"
-    """GPUs a worker; auto: 1 if the cluster has GPUs, else 0."""
+    """GPUs per worker; auto: 1 if the cluster has GPUs, else 0."""
     cpus_per_worker: Annotated[float, Field(gt=0.0)] = 1
-    """CPUs a worker, and its number of threads."""
+    """CPUs per worker, and its number of threads."""
     strategy: Literal["ddp", "fsdp"] = "ddp"
-    """ddp: every worker holds the base model; fsdp: the base model is spread over the workers."""
+    """ddp: every worker holds the whole base model; fsdp: each holds a part of it."""
     max_failures: Annotated[int, Field(ge=-1)] = 3
-    """How often a run is restarted after a failure; -1: always. A preempted node does not count."""
+    """Restarts after failures before the run gives up; -1: no limit. Preempted nodes do not count."""
 
     @field_validator("workers", mode="before")
     @classmethod
@@ -225,7 +225,7 @@ class Evaluation(Section):
 
 
 class Tracking(Section):
-    """Where MLflow is."""
+    """MLflow: its address and the experiment."""
 
     uri: str | None = None
     """MLflow server or database, or env:NAME or file:/PATH that holds it; null: MLFLOW_TRACKING_URI, else SQLite."""
@@ -234,7 +234,7 @@ class Tracking(Section):
 
 
 class Registry(Section):
-    """What is registered."""
+    """The registered model."""
 
     model: Annotated[str, Field(pattern=r"^\w([\w .-]*\w)?$")] | None = None
     """Name under which the merged model is registered: letters, digits, ' ', '.', '_', '-'; null: not registered."""
@@ -267,12 +267,12 @@ class Condition(Section):
 
 
 class Gate(Section):
-    """What a retrained version must show before it becomes the champion."""
+    """Conditions under which a retrained version becomes the champion."""
 
     metric: str = "eval/loss"
-    """Compared with the champion's: eval/loss, eval/perplexity (lower is better) or eval/NAME of a score (higher)."""
+    """Metric of the comparison: eval/loss, eval/perplexity (lower is better) or eval/NAME of a score (higher)."""
     must_improve_by: float = 0.0
-    """Least improvement; 0: at least as good, below 0: may be worse by that much."""
+    """Smallest improvement that passes; 0: at least as good; negative: may be worse by that much."""
     conditions: Annotated[tuple[Condition, ...], Field(alias="and")] = ()
     """Further conditions {metric: ..., at_least: ...} or at_most, on the new version alone."""
     on: Literal["held-out"] = "held-out"
@@ -280,16 +280,16 @@ class Gate(Section):
     level: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.95
     """Confidence of the bootstrap interval of the improvement."""
     confident: bool = False
-    """The lower end of that interval must reach must_improve_by too, not only the improvement itself."""
+    """Whether the lower end of that interval, too, must reach must_improve_by."""
 
 
 class Retrain(Section):
-    """How pipelines/retrain.py makes a new version."""
+    """Retraining by pipelines/retrain.py."""
 
     origin: Annotated[Literal["base", "champion"], Field(alias="from")] = "base"
-    """base: everything anew; champion: on from the champion's adapter, with new files and some old rows."""
+    """base: train from the start on all data; champion: continue its adapter on new files and some old rows."""
     replay: Annotated[float, Field(ge=0.0, le=1.0)] = 0.2
-    """Share of the rows of files that the champion knows, with `from: champion`."""
+    """With `from: champion`: share of the rows of known files to train on again."""
     wait: Annotated[float, Field(ge=0.0)] = 0.0
     """Seconds to wait for another retraining of the same model before giving up."""
 

@@ -1,4 +1,4 @@
-"""A raw row -> an example: a chat, a prompt with its completion, or plain text.
+"""Formats of rows: each turns a raw row into an example, a chat, a prompt with its completion, or plain text.
 
 Each format is a function from a `Row` to an `Example`; it raises `Rejected` for a row that cannot be used.
 """

@@ -1,9 +1,8 @@
-"""hf://ORG/NAME?split=...&name=...&revision=... -> Parquet files that every node can read.
+"""hf://ORG/NAME?split=...&name=...&revision=... as Parquet files that every node can read.
 
 The driver loads the data set once through `datasets`; workers never talk to the hub.
 """
 
-import hashlib
 import json
 import re
 import shutil
@@ -13,7 +12,8 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from olora_ray.common import storage
-from olora_ray.common.errors import UserError
+from olora_ray.common.digests import digest
+from olora_ray.common.errors import UserError, as_user_error
 
 ROWS_PER_FILE = 100_000
 OPTIONS = {"split", "name", "revision"}
@@ -33,7 +33,7 @@ def as_parquet(uri: str, field: str, storage_root: str) -> list[str]:
         # `datasets` would take a path for a folder of this machine.
         raise UserError(f"{field}: {uri}: {name!r} is no data set of the hub; write hf://ORG/NAME")
     dataset = _load(name, options, uri, field)
-    key = hashlib.sha256(f"{uri} {dataset._fingerprint}".encode()).hexdigest()[:32]
+    key = digest(uri, dataset._fingerprint, length=32)
     place = storage.join(storage_root, "tokens", "hub", key)
     listing = storage.join(place, "files.json")
     if not storage.exists(listing):
@@ -45,13 +45,11 @@ def _load(name: str, options: dict[str, str], uri: str, field: str) -> Any:
     import datasets
 
     datasets.disable_progress_bars()
-    try:
+    # Exception: the hub, the network and the data set's own files each raise their own kinds.
+    with as_user_error(f"{field}: {uri}", Exception):
         return datasets.load_dataset(
             name, options.get("name"), split=options.get("split", "train"), revision=options.get("revision")
         )
-    except Exception as error:  # the hub, the network and the data set's own files each raise their own kinds
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{field}: {uri}: {first}") from None
 
 
 def _write(dataset: Any, place: str) -> list[str]:

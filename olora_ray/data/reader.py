@@ -1,4 +1,4 @@
-"""A piece of a file -> its raw rows, each with its place in the file.
+"""Readers of files: each yields the raw rows of a piece of a file, with their places in it.
 
 A place is a line (from 0) in jsonl and csv, and a row (from 0) elsewhere. Files of lines are read by
 byte ranges of their uncompressed content, the others by row numbers.
@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import ipc, parquet
 
-from olora_ray.common.errors import UserError
+from olora_ray.common.errors import UserError, first_line
 from olora_ray.data.formats import Rejected
 from olora_ray.data.sources import File, open_filesystem
 
@@ -32,7 +32,7 @@ class Unit:
     rows: int
     """Rows, blank lines included."""
     offset: int
-    """Where its bytes start, in files of lines; elsewhere 0."""
+    """First byte, in files of lines; elsewhere 0."""
     size: int
     """Its bytes, uncompressed (an estimate where rows cannot be told apart without reading)."""
 
@@ -57,8 +57,8 @@ def read_unit(file: File, unit: Unit, header: Sequence[str], columns: Sequence[s
 
 def broken(file: File, error: Exception) -> UserError:
     """The message for a file whose container or compression is damaged."""
-    first = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return UserError(f"{file.uri}: not a readable {file.compression or file.kind} file: {first}")
+    kind = file.compression or file.kind
+    return UserError(f"{file.uri}: not a readable {kind} file: {first_line(error)}")
 
 
 def open_stream(file: File, wrap: Callable[[Any], Any] = lambda stream: stream) -> Any:

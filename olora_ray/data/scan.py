@@ -1,4 +1,4 @@
-"""One pass over a file: the digest of its content, and the units by which it can be read from anywhere.
+"""Scan of a file in one pass: the digest of its content, and the units by which it can be read from anywhere.
 
 Scanning costs about as much as reading. The result for a large file is kept under the storage path,
 and holds as long as the file's size and time of change do.
@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from pyarrow import parquet
 
 from olora_ray.common import storage
+from olora_ray.common.digests import digest
 from olora_ray.common.errors import UserError
 from olora_ray.common.sealed import read_sealed, seal
-from olora_ray.data import reader as read
+from olora_ray.data import reader
 from olora_ray.data.reader import Unit
 from olora_ray.data.sources import File, open_filesystem
 
@@ -39,7 +40,7 @@ CACHED_FROM = 64 * 2**20
 
 @dataclass(frozen=True)
 class FileScan:
-    """What is known of a file."""
+    """Digest, size and units of a file."""
 
     sha256: str
     rows: int
@@ -53,7 +54,7 @@ def scan(file: File, storage_root: str) -> FileScan:
     """Scan a file, or take the kept result; raises UserError for a file that is broken as a whole."""
     if file.size < CACHED_FROM or not file.modified:
         return _scan(file)
-    key = hashlib.sha256(f"2 {file.uri} {file.size} {file.modified}".encode()).hexdigest()[:32]
+    key = digest(2, file.uri, file.size, file.modified, length=32)
     kept = storage.join(storage_root, "tokens", "scans", f"{key}.json")
     if (tree := read_sealed(kept)) is not None:
         return _from_json(tree)
@@ -84,7 +85,7 @@ def _scan(file: File, digest: bool = True) -> FileScan:
             case "jsonl" | "csv" | "text":
                 return _lines(file)
             case "json":
-                rows = len(read.load_json(file))
+                rows = len(reader.load_json(file))
                 return FileScan(
                     _sha256(file) if digest else "", rows, (), tuple(_slices(0, rows, file.size, SLOW_UNITS))
                 )
@@ -99,7 +100,7 @@ def _scan(file: File, digest: bool = True) -> FileScan:
     except (OSError, EOFError, ValueError) as error:
         if isinstance(error, UserError):
             raise
-        raise read.broken(file, error) from None
+        raise reader.broken(file, error) from None
 
 
 class _Hashed:
@@ -147,12 +148,12 @@ def _lines(file: File, limit: int | None = None) -> FileScan:
         hashed.append(_Hashed(stream))
         return hashed[0]
 
-    with read.open_stream(file, wrap) as stream:
+    with reader.open_stream(file, wrap) as stream:
         ends, total, header = _line_ends(stream, file.kind, limit)
         seen = hashed[0].bytes
         while limit is None and hashed[0].read(CHUNK):  # whatever stands after the compressed content
             pass
-    columns = tuple(read.parse_csv_line(header.removeprefix(read.BOM))) if file.kind == "csv" else ()
+    columns = tuple(reader.parse_csv_line(header.removeprefix(reader.BOM))) if file.kind == "csv" else ()
     units = _documents(ends, total) if file.kind == "text" else _line_units(ends, total, int(file.kind == "csv"), file)
     found = tuple(units)
     rows = sum(unit.rows for unit in found)
@@ -264,7 +265,7 @@ def _parquet(file: File, digest: bool) -> FileScan:
 
 
 def _arrow(file: File, digest: bool) -> FileScan:
-    with read.arrow_batches(file) as batches:
+    with reader.arrow_batches(file) as batches:
         columns = tuple(batches.schema.names)
         rows = sum(batch.num_rows for batch in batches)
     return FileScan(_sha256(file) if digest else "", rows, columns, tuple(_slices(0, rows, file.size, UNITS_WANTED)))

@@ -1,4 +1,4 @@
-"""Configured sources -> the files that hold their rows.
+"""Resolver of configured sources to the files that hold their rows.
 
 A source is a file, a folder, a glob, a folder of `Dataset.save_to_disk`, hf://ORG/NAME, or any of the
 first four at s3:// or gs://. All end up as files that every node can read.
@@ -18,7 +18,7 @@ from urllib.parse import unquote, urlsplit
 from pyarrow import fs
 
 from olora_ray.common import storage
-from olora_ray.common.errors import UserError
+from olora_ray.common.errors import UserError, as_user_error
 from olora_ray.config.schema import Source
 from olora_ray.data import hub
 from olora_ray.data.formats import check_fields
@@ -168,16 +168,12 @@ def _remote(uri: str, field: str) -> list[File]:
     suffix = "?" + "&".join(options) if options else ""
     wildcard = re.search(r"[*\[]", base)
     fixed = base[: wildcard.start()].rpartition("/")[0] if wildcard else base
-    try:
+    with as_user_error(f"{field}: {uri}", OSError, ValueError):
         system, path = open_filesystem(fixed + suffix)
         info = system.get_file_info(path)
         saved = _saved_dataset(system, path, split, field) if info.type == fs.FileType.Directory else []
         listing = [info] if info.is_file else fs.FileSelector(path, recursive=True, allow_not_found=True)
         found = saved or (listing if info.is_file else system.get_file_info(listing))
-    except (OSError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{field}: {uri}: {str(error).splitlines()[0]}") from None
     root = fixed.removesuffix(path)
     if saved:
         return [File(f"{root}{info.path}{suffix}", "arrow", None, info.size, info.mtime_ns or 0) for info in saved]

@@ -1,4 +1,4 @@
-"""An example -> token ids with the mask of the tokens that are trained on.
+"""Tokeniser of examples: token ids, and the mask of the tokens that are trained on.
 
     example                 text                                  supervised
     chat                    the model's chat template             the assistant's answers, with the end of their turns
@@ -11,8 +11,6 @@ found by rendering prefixes of the conversation, so templates without generation
     render(messages[:i], generation prompt)  must be a prefix of  render(messages[:i + 1])
 """
 
-import hashlib
-import json
 import logging
 import os
 from dataclasses import asdict, dataclass, field
@@ -23,6 +21,7 @@ import jinja2
 import numpy as np
 from numpy.typing import NDArray
 
+from olora_ray.common.digests import digest_json
 from olora_ray.common.errors import UserError
 from olora_ray.data import chat_template as template
 from olora_ray.data.formats import Chat, Completion, Example, Rejected, Text
@@ -51,14 +50,14 @@ class TokenizerSpec:
     add_bos: bool = False
     """Whether plain text starts with the begin token."""
     name: str = field(default="the model", compare=False)
-    """What messages call the model; not part of the digest."""
+    """Name of the model in messages; not part of the digest."""
 
     @cached_property
     def digest(self) -> str:
         """SHA-256 over everything that has an influence on tokens."""
         content = asdict(self)
         del content["name"]
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return digest_json(content)
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,14 @@
 """The command line of pipelines/evaluate.py."""
 
-import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 from olora_ray.common.errors import UserError
-from olora_ray.config.dotted import parse_assignments
+from olora_ray.config import command_line
 from olora_ray.evaluation.lm_eval_tasks import PAPER
+
+OPTIONS = ("--config", "--tasks", "--task-data", "--limit", "--scorer", "--out")
 
 
 @dataclass(frozen=True)
@@ -26,38 +27,32 @@ class Request:
     out: str | None
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; --help shows how it is called")
-
-
-def read(argv: list[str], usage: str) -> Request:
+def read(argv: Sequence[str], usage: str) -> Request:
     """The request in `argv`; --help prints `usage` and exits. Raises UserError for what it does not know."""
-    if {"-h", "--help"} & set(argv):
-        print(usage.strip())
-        raise SystemExit(0)
-    parser = _Parser(add_help=False, allow_abbrev=False)
-    parser.add_argument("words", nargs="*")
-    for name in ("--config", "--tasks", "--task-data", "--scorer", "--out"):
-        parser.add_argument(name)
-    parser.add_argument("--limit", type=_positive)
-    found = parser.parse_intermixed_args(argv)
-    models = tuple(word for word in found.words if "=" not in word)
+    found = command_line.parse(argv, usage, options=OPTIONS)
+    models, changes, options = tuple(found.names()), found.changes(), found.options
     if not 1 <= len(models) <= 2:
-        raise UserError(f"expected one model, or two to compare, not {len(models)}; --help shows how it is called")
-    changes = parse_assignments([word for word in found.words if "=" in word])
-    if found.scorer:
-        changes["evaluation.scorer"] = found.scorer
-    return Request(models, found.config, changes, _tasks(found.tasks), found.task_data, found.limit, found.out)
+        raise UserError(f"expected one model, or two to compare, not {len(models)}; --help shows how")
+    if "--scorer" in options:
+        changes["evaluation.scorer"] = options["--scorer"]
+    return Request(
+        models=models,
+        config=options.get("--config"),
+        changes=changes,
+        tasks=_tasks(options.get("--tasks", "")),
+        task_data=options.get("--task-data"),
+        limit=_rows(options["--limit"]) if "--limit" in options else None,
+        out=options.get("--out"),
+    )
 
 
-def _tasks(text: str | None) -> tuple[str, ...]:
-    names = [name for part in (text or "").split(",") if (name := part.strip())]
+def _tasks(text: str) -> tuple[str, ...]:
+    names = [name for part in text.split(",") if (name := part.strip())]
     chosen = [each for name in names for each in (PAPER if name == "paper" else (name,))]
     return tuple(dict.fromkeys(chosen))
 
 
-def _positive(text: str) -> int:
+def _rows(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a number of rows, not {text!r}")
+        raise UserError(f"argument --limit: expected a number of rows, not {text!r}")
     return int(text)

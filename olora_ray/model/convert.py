@@ -1,12 +1,9 @@
-"""Base models in other formats -> an ordinary folder with safetensors, once; nothing else reads those formats."""
+"""Conversion of base models in other formats to a folder with safetensors, once; nothing else reads those formats."""
 
-import hashlib
 import logging
-import os
 import pickle
 import shutil
 import struct
-import uuid
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatch
 from functools import partial
@@ -15,8 +12,8 @@ from typing import Any
 
 import torch
 
-from olora_ray.common import storage
-from olora_ray.common.errors import UserError
+from olora_ray.common import digests, storage
+from olora_ray.common.errors import UserError, as_user_error, first_line
 from olora_ray.common.quiet import quiet_gguf
 from olora_ray.config.schema import Config, Model
 
@@ -52,17 +49,12 @@ def pickled(folder: Path, config: Config) -> Path:
 def _converted(write: Callable[[Path], None], name: str, key: str, config: Config, announcement: str) -> Path:
     """The folder beside the storage that `write` has filled, once for each `key`."""
     root = config.run.storage if not storage.is_uri(config.run.storage) else storage.CACHE
-    target = Path(root) / "models" / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    target = Path(root) / "models" / f"{name}-{digests.digest(key, length=16)}"
     if (target / "config.json").exists():
         return target
     logger.info(announcement)
-    unfinished = target.with_name(f"{target.name}.{uuid.uuid4().hex}.tmp")
-    write(unfinished)
-    try:
-        os.replace(unfinished, target)
-    except OSError:  # another run was faster
-        if not (target / "config.json").exists():
-            raise
+    with storage.staged(target) as unfinished:
+        write(unfinished)
     return target
 
 
@@ -98,13 +90,13 @@ def _dequantise(file: Path, dtype: torch.dtype, out: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     quiet_gguf()
-    try:
+    broken = (OSError, ValueError, LookupError, RuntimeError, struct.error)
+    with (
+        as_user_error(f"model.name: reading {file.name} needs the package gguf", ImportError),
+        as_user_error(f"model.name: {file} is not a GGUF model that loads", *broken),
+    ):
         model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    except ImportError as error:
-        raise UserError(f"model.name: reading {file.name} needs the package gguf: {_first_line(error)}") from None
-    except (OSError, ValueError, LookupError, RuntimeError, struct.error) as error:
-        raise UserError(f"model.name: {file} is not a GGUF model that loads: {_first_line(error)}") from None
     # The weights are dequantised, but transformers still marks the model as quantised and would
     # refuse to save it.
     plain: Any = model
@@ -140,7 +132,7 @@ def _unpickle(folder: Path, trust_remote_code: bool, out: Path) -> None:
             f"model.name: the pickled weights in {folder} hold more than tensors, or are damaged: they are not loaded"
         ) from None
     except (OSError, ValueError, RuntimeError, EOFError) as error:
-        raise UserError(f"model.name: {folder} does not load: {_first_line(error)}") from None
+        raise UserError(f"model.name: {folder} does not load: {first_line(error)}") from None
     if missing := sorted(report["missing_keys"]):
         raise UserError(f"model.name: {folder} does not load: it has no weights for {', '.join(missing[:3])}")
     model.save_pretrained(out)
@@ -157,25 +149,17 @@ def _readable(folder: Path) -> None:
 
 def digest(files: Sequence[Path]) -> str:
     """SHA-256 over names and contents."""
-    total = hashlib.sha256()
-    for file in files:
-        total.update(f"{file.name}:{_sha256(file)}\n".encode())
-    return total.hexdigest()
+    return digests.digest("".join(f"{file.name}:{_sha256(file)}\n" for file in files))
 
 
 def _sha256(file: Path) -> str:
     """Of a file's content; for a large file kept on this node, for as long as its size and time of change hold."""
     info = file.stat()
-    key = hashlib.sha256(f"{file.resolve()} {info.st_size} {info.st_mtime_ns}".encode()).hexdigest()[:32]
+    key = digests.digest(file.resolve(), info.st_size, info.st_mtime_ns, length=32)
     kept = storage.join(storage.CACHE, "digests", key)
     if info.st_size >= KEPT_FROM and storage.exists(kept):
         return storage.read_text(kept)
-    with file.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    found = digests.digest_file(file)
     if info.st_size >= KEPT_FROM:
         storage.write_text(kept, found)
     return found
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -7,26 +7,25 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
-from olora_ray.common.errors import UserError
+from olora_ray.common.errors import UserError, as_user_error
 from olora_ray.config.schema import Data
 from olora_ray.config.schema import Model as ModelConfig
 from olora_ray.model import convert
+from olora_ray.model.source import BaseModel, why
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from olora_ray.model.source import BaseModel, _why
 
 
 def load_tokenizer(base: BaseModel, config: ModelConfig) -> "PreTrainedTokenizerBase":
     """The model's tokenizer; raises UserError if there is none."""
     from transformers import AutoTokenizer
 
-    try:
+    what = f"model.name: {base.name} has no tokenizer that loads"
+    with as_user_error(what, OSError, ValueError, KeyError, reason=why):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             Path(base.folder), trust_remote_code=config.trust_remote_code
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"model.name: {base.name} has no tokenizer that loads: {_why(error)}") from None
     return tokenizer
 
 
@@ -45,13 +44,11 @@ def skeleton(base: BaseModel, config: ModelConfig) -> "PreTrainedModel":
     from transformers import AutoConfig, AutoModelForCausalLM
 
     remote = config.trust_remote_code
-    try:
+    with as_user_error(f"model.name: {base.folder} does not load", OSError, ValueError, KeyError, reason=why):
         shape = AutoConfig.from_pretrained(Path(base.folder), trust_remote_code=remote)
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(shape, trust_remote_code=remote)
-        return model
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"model.name: {base.folder} does not load: {_why(error)}") from None
+    return model
 
 
 def load_model(folder: str | Path, config: ModelConfig, device: torch.device) -> "PreTrainedModel":
@@ -66,7 +63,8 @@ def load_model(folder: str | Path, config: ModelConfig, device: torch.device) ->
 
     attention.register()
     from_pretrained: Any = AutoModelForCausalLM.from_pretrained  # its type does not know output_loading_info
-    try:
+    kinds = (OSError, ValueError, RuntimeError, ImportError, SafetensorError)
+    with as_user_error(f"model.name: {folder} does not load", *kinds, reason=why):
         model, report = from_pretrained(
             Path(folder),
             dtype=pick_dtype(config, device),
@@ -75,8 +73,6 @@ def load_model(folder: str | Path, config: ModelConfig, device: torch.device) ->
             use_safetensors=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        raise UserError(f"model.name: {folder} does not load: {_why(error)}") from None
     if missing := sorted(report["missing_keys"]):
         raise UserError(f"model.name: {folder} does not load: it has no weights for {', '.join(missing[:3])}")
     frozen: PreTrainedModel = model.requires_grad_(False).eval()

@@ -1,9 +1,9 @@
 """Attention that stays inside segments: nothing is computed between segments, so nothing is masked.
 
 A micro-batch is laid out flat, (1, T): its examples one after the other without padding. Block-diagonal
-attention over a mask costs T^2; attention a segment costs the sum of the squared lengths. Two ways:
+attention over a mask costs T^2; attention per segment costs the sum of the squared lengths. Two ways:
 
-- `_fused`: one call of torch's fused kernel a segment.
+- `_fused`: one call of torch's fused kernel per segment.
 - `_Batched`: matrix products over all segments of about the same length at once, for short segments in
   bfloat16 on a CPU, where the fused kernel's backward runs at an eighth of the speed of a product (and
   sets itself up anew for each length it meets). Scores and softmax are float32, as in the fused kernel.
@@ -28,7 +28,7 @@ NAME = "segments"
 SHORT = 512
 """Longest segment for `_Batched`: its memory is quadratic, and it saves less than nothing beyond."""
 STEP = 16
-"""Segments are padded to multiples of this: few shapes, so many segments a product."""
+"""Segments are padded to multiples of this: few shapes, so many segments per product."""
 
 
 def register() -> None:

@@ -1,17 +1,16 @@
-"""ModelConfig -> a folder of safetensors, then a frozen base model and its tokenizer.
+"""Resolver of `model.name` to a folder of safetensors with a digest.
 
 `obtain` runs once, in the driver: whatever the name means (hub id, folder, package, GGUF file, registered
 model), afterwards there is a folder with config.json, safetensors and tokenizer files, and a digest of
 the weights. Workers and the export read that folder.
 """
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from olora_ray.common import storage
-from olora_ray.common.errors import UserError
+from olora_ray.common import digests, storage
+from olora_ray.common.errors import UserError, as_user_error, first_line
 from olora_ray.common.quiet import quiet_transformers
 from olora_ray.config import paths
 from olora_ray.config.schema import Config
@@ -73,7 +72,7 @@ def _source_folder(config: Config) -> Path:
         return paths.package_file(name)
     if storage.is_uri(name):
         # Each address has a folder of its own: s3://a/model is not s3://b/model.
-        key = hashlib.sha256(name.encode()).hexdigest()[:16]
+        key = digests.digest(name, length=16)
         return storage.local_copy(name, f"{storage.CACHE}/models/{key}")
     path = Path(name).expanduser()
     if path.exists():
@@ -91,25 +90,19 @@ def _from_hub(config: ModelConfig) -> Path:
         patterns.append("*.py")
     if config.allow_pickle:
         patterns += ["pytorch_model*.bin"]
-    try:
+    what = f"model.name: {config.name}: not a folder here, and the model hub did not deliver it"
+    with as_user_error(what, OSError, ValueError, RuntimeError):
         return Path(snapshot_download(config.name, revision=config.revision, allow_patterns=patterns))
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(
-            f"model.name: {config.name}: not a folder here, and the model hub did not deliver it: {_first_line(error)}"
-        ) from None
 
 
-def _why(error: BaseException) -> str:
+def why(error: BaseException) -> str:
+    """Why a model does not load, in one line; of code that is not trusted, what to do."""
     if "trust_remote_code" in str(error):
         return (
             "it brings Python code of its own, which is not run; read that code, and if you trust it set"
             " model.trust_remote_code: true"
         )
-    return _first_line(error)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return first_line(error)
 
 
 def parameters(folder: str) -> int:

@@ -4,12 +4,12 @@ import contextlib
 from collections.abc import Iterator
 
 from olora_ray.cluster.spec import TrainSpec
-from olora_ray.common.errors import Stopped
 from olora_ray.config.dotted import flatten
 from olora_ray.config.schema import Config
 from olora_ray.pipeline.run_folder import RunFolder
 from olora_ray.tracking import client, run
-from olora_ray.tracking.start import resolve_uri, start_run
+from olora_ray.tracking.mlflow_run import mlflow_run
+from olora_ray.tracking.start import resolve_uri
 
 LATER = "nothing is lost: run the same command again when it does, to finish logging and registering"
 
@@ -27,28 +27,13 @@ def tracked(spec: TrainSpec, folder: RunFolder, parent: str | None = None) -> It
 
     `parent` is the id of the run of a search that this one is a trial of.
     """
-    config, uri = spec.config, resolve_uri(spec.config)
+    config = spec.config
     tags = {"olora.base_digest": spec.base.digest, "olora.method": config.adapter.method}
-    if parent:
-        tags["mlflow.parentRunId"] = parent
-    tracker = start_run(config, config.run.name, tags, folder.tracking_run(uri))
-    folder.keep_tracking_run(uri, tracker.run_id)
-    tracker.params(flatten(config))
-    log_data(tracker, spec)
-    if not parent:
-        tracker.watch_system()
-    try:
+    with mlflow_run(config, tags, folder, flatten(config), parent=parent, advice=LATER) as tracker:
+        log_data(tracker, spec)
+        if not parent:
+            tracker.watch_system()
         yield tracker
-    except BaseException as error:
-        with contextlib.suppress(client.TrackingUnavailable):  # then it stays open until the next attempt
-            tracker.end("KILLED" if isinstance(error, Stopped | KeyboardInterrupt) else "FAILED", seconds=5)
-        if isinstance(error, client.TrackingUnavailable):
-            raise client.TrackingUnavailable(f"{error}; {LATER}") from None
-        raise
-    try:
-        tracker.end("FINISHED")
-    except client.TrackingUnavailable as error:
-        raise client.TrackingUnavailable(f"{error}; {LATER}") from None
 
 
 def log_data(tracker: run.Tracker, spec: TrainSpec) -> None:

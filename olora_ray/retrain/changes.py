@@ -1,8 +1,7 @@
-"""What has changed since the champion was made? Found without Ray, from digests of contents."""
+"""Search for changes since the champion was made, by digests of contents and without Ray."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
@@ -11,9 +10,7 @@ from olora_ray.pipeline.fingerprint import Fingerprint, settings_digest
 from olora_ray.tokens import prepare
 from olora_ray.tokens.plan import Plan
 from olora_ray.tracking.aliases import GATE, ROLLED_BACK
-
-if TYPE_CHECKING:
-    from mlflow.entities.model_registry import ModelVersion
+from olora_ray.tracking.version import Version
 
 AGAINST = "olora.gate_against"
 """Tag of a version: the champion's version when the gate decided; empty if there was none."""
@@ -21,7 +18,7 @@ AGAINST = "olora.gate_against"
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a retraining would be made of now."""
+    """The inputs of a retraining, as they are now."""
 
     base: Base
     plan: Plan
@@ -42,9 +39,7 @@ def look(config: Config) -> Inputs:
     return Inputs(base, plan, Fingerprint(base.model.digest, plan.digest(), held_out, settings_digest(config)))
 
 
-def find_decision(
-    versions: Sequence["ModelVersion"], champion: "ModelVersion | None", now: Fingerprint
-) -> "ModelVersion | None":
+def find_decision(versions: Sequence[Version], champion: Version | None, now: Fingerprint) -> Version | None:
     """The version that makes another training of the same useless.
 
     That is the champion if it was made of the same; else a version made of the same that was rolled back, or on
@@ -52,7 +47,7 @@ def find_decision(
     """
     if champion is not None and Fingerprint.from_tags(champion.tags) == now:
         return champion
-    against = str(champion.version) if champion is not None else ""
+    against = champion.number if champion is not None else ""
     for version in reversed(versions):
         verdict = version.tags.get(GATE)
         if verdict is None or Fingerprint.from_tags(version.tags) != now:

@@ -1,11 +1,9 @@
-"""Challenger and champion on the same held-out rows, each as it lies in the registry."""
+"""Comparison of challenger and champion on the same held-out rows, each as it lies in the registry."""
 
-import hashlib
-import json
 import logging
-from typing import TYPE_CHECKING
 
 from olora_ray.common import storage
+from olora_ray.common.digests import digest_json
 from olora_ray.common.errors import UserError
 from olora_ray.config.load import override
 from olora_ray.config.schema import Config
@@ -19,9 +17,7 @@ from olora_ray.pipeline.base import find_model
 from olora_ray.retrain.changes import Inputs
 from olora_ray.retrain.recipe import RUN
 from olora_ray.tokens.prepare import prepare
-
-if TYPE_CHECKING:
-    from mlflow.entities.model_registry import ModelVersion
+from olora_ray.tracking.version import Version
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +26,7 @@ class NotComparable(UserError):
     """The two models do not see the same tokens."""
 
 
-def measured(config: Config, inputs: Inputs, versions: list["ModelVersion"]) -> list[RowResults]:
+def measured(config: Config, inputs: Inputs, versions: list[Version]) -> list[RowResults]:
     """The held-out results of each version; what was measured before, by a run that was cut off too, is read again.
 
     Starts Ray if anything is left to be measured. Raises NotComparable for versions with different tokenizers.
@@ -45,7 +41,7 @@ def measured(config: Config, inputs: Inputs, versions: list["ModelVersion"]) -> 
             for place, (version, note) in enumerate(zip(versions, notes, strict=True)):
                 if known[place] is not None:
                     continue
-                logger.info(f"measuring version {version.version} on the held-out rows")
+                logger.info(f"measuring version {version.number} on the held-out rows")
                 with connection.user_errors():
                     rows = measure(
                         found[place][1], None, held_out, found[place][0], inputs.base.tokenizer, inputs.base.eos
@@ -55,9 +51,9 @@ def measured(config: Config, inputs: Inputs, versions: list["ModelVersion"]) -> 
     return [rows for rows in known if rows is not None]
 
 
-def _as_base(config: Config, version: "ModelVersion") -> tuple[Config, BaseModel]:
+def _as_base(config: Config, version: Version) -> tuple[Config, BaseModel]:
     """A registered version as a model that is loaded, and the config that says so."""
-    name, folder = f"models:/{version.name}/{version.version}", version.tags.get(RUN, "")
+    name, folder = f"models:/{version.name}/{version.number}", version.tags.get(RUN, "")
     if storage.is_uri(config.run.storage) and storage.is_uri(folder):
         name = storage.join(folder, "export", "merged")  # each node fetches it by itself
     config = override(config, {"model.name": name, "model.revision": None})
@@ -70,8 +66,8 @@ def _same_tokens(config: Config, found: list[tuple[Config, BaseModel]]) -> None:
         raise NotComparable("the champion has another tokenizer, so nothing is measured on the same tokens")
 
 
-def _note(config: Config, inputs: Inputs, version: "ModelVersion") -> str:
-    """Where the results of a version lie; the name follows from all that they depend on."""
+def _note(config: Config, inputs: Inputs, version: Version) -> str:
+    """The file of a version's results; its name is a hash of all that they depend on."""
     parts = [
         version.run_id,
         inputs.fingerprint.held_out,
@@ -79,7 +75,7 @@ def _note(config: Config, inputs: Inputs, version: "ModelVersion") -> str:
         config.model.dtype,
         config.model.attention,
     ]
-    key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+    key = digest_json(parts, length=32)
     return storage.join(config.run.storage, "retraining", "rows", f"{key}.json")
 
 

@@ -1,18 +1,16 @@
-"""Every decision of a retraining as a run in MLflow: what was decided, why, and about which versions."""
+"""MLflow runs of a retraining's decisions: what was decided, why, and about which versions."""
 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from olora_ray.config.schema import Config
 from olora_ray.retrain.changes import AGAINST
 from olora_ray.tracking.aliases import CHAMPION, GATE
 from olora_ray.tracking.client import connect, reachable
 from olora_ray.tracking.start import resolve_uri, start_run
-
-if TYPE_CHECKING:
-    from mlflow.entities.model_registry import ModelVersion
+from olora_ray.tracking.version import Version
 
 DETAILS = "olora.gate_details"
 """Tag of a version: the numbers behind the gate's decision, as JSON."""
@@ -37,7 +35,7 @@ class Entry:
 def write(config: Config, entry: Entry, run_id: str | None = None) -> str:
     """Make the MLflow run of a decision, or complete `run_id`; returns its id.
 
-    Raises TrackingAway if MLflow does not answer.
+    Raises TrackingUnavailable if MLflow does not answer.
     """
     name = str(config.registry.model)
     interval = entry.details.get("improvement")
@@ -59,7 +57,7 @@ def write(config: Config, entry: Entry, run_id: str | None = None) -> str:
     return tracker.run_id
 
 
-def of_version(config: Config, version: "ModelVersion") -> None:
+def of_version(config: Config, version: Version) -> None:
     """Write the gate's decision on a version, once, from the version's own tags: a crash in between loses nothing."""
     tags = version.tags
     if GATE not in tags or AGAINST not in tags or tags.get(RECORDED):
@@ -67,11 +65,11 @@ def of_version(config: Config, version: "ModelVersion") -> None:
     decision: What = "refused" if tags[GATE].startswith("refused") else "promoted"
     reason = tags[GATE].partition(": ")[2] or tags[GATE]
     details = json.loads(tags.get(DETAILS, "{}"))
-    entry = Entry(decision, reason, str(version.version), tags[AGAINST] or None, details)
+    entry = Entry(decision, reason, version.number, tags[AGAINST] or None, details)
     run_id = write(config, entry, _begun(config, entry))
     uri = resolve_uri(config)
     with reachable(uri):
-        connect(uri).set_model_version_tag(version.name, version.version, RECORDED, run_id)
+        connect(uri).set_model_version_tag(version.name, version.number, RECORDED, run_id)
 
 
 def _begun(config: Config, entry: Entry) -> str | None:

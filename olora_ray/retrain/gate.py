@@ -1,4 +1,4 @@
-"""Has a new version earned its place? A pure function of what two models do on the same held-out rows.
+"""Gate for a new version: a pure function of what two models do on the same held-out rows.
 
     improvement  how much better the challenger's metric is than the champion's: losses and perplexity count
                  downwards, scores upwards
@@ -19,7 +19,7 @@ from olora_ray.evaluation.rows import LOSS, PERPLEXITY, RowResults, compare
 
 @dataclass(frozen=True)
 class Decision:
-    """What the gate says."""
+    """The gate's verdict."""
 
     passed: bool
     reason: str
@@ -54,7 +54,7 @@ def decide(gate: Gate, challenger: RowResults, champion: RowResults | None) -> D
 
 
 def improvement(gate: Gate, challenger: RowResults, champion: RowResults) -> Interval:
-    """How much better the challenger's metric is, with its paired interval; above 0 is better."""
+    """Improvement of the challenger's metric over the champion's, with its paired interval; above 0 is better."""
     found = compare(gate.metric, challenger, champion, gate.level)
     if not lower_is_better(gate.metric):
         return found

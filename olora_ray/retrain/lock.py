@@ -1,4 +1,4 @@
-"""One at a time, across processes and hosts: a lock file under the storage path that survives a crash.
+"""Lock across processes and hosts: a file under the storage path that survives a crash.
 
 The file says who holds the lock and when it was last renewed; a thread of the holder renews it every RENEW
 seconds. A lock that was not renewed for EXPIRES seconds, or whose process is gone from this host, is taken over.
@@ -29,7 +29,7 @@ SETTLE = 3.0
 POLL = 2.0
 GUARD = ".guard"
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -57,13 +57,13 @@ class Holder:
         except ProcessLookupError:
             return True
         except PermissionError:
-            pass
+            pass  # another user's process: it is alive
         return False
 
     def describe(self) -> str:
         """For a person: where it runs and since when."""
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.since))
-        return f"process {self.pid} on {self.host} since {since}"
+        return f"process {self.pid} on {self.host}, since {since}"
 
 
 class Lock:
@@ -84,6 +84,7 @@ class Lock:
                 return other
             self._write()
         if storage.is_uri(self.place):
+            # Two takers may both have read "free" before either wrote: after SETTLE the last write stands for both.
             time.sleep(SETTLE)
             other = _read(self.place)
             if other is not None and other.token != self._mine.token:
@@ -95,9 +96,7 @@ class Lock:
         """Raise TryAgain if somebody else has taken the lock over; call it before what must not be done twice."""
         other = _read(self.place)
         if other is not None and other.token != self._mine.token:
-            raise TryAgain(
-                f"{self.what} was taken over by {other.describe()}, because this one was silent for too long"
-            )
+            raise TryAgain(f"{self.what} was taken over ({other.describe()}), because this one was silent for too long")
 
     def release(self) -> None:
         """Let others take the lock."""
@@ -117,7 +116,7 @@ class Lock:
                         return  # `check` says so
                     self._write()
             except OSError as error:
-                _log.warning("%s: the lock cannot be renewed: %s", self.what, error)
+                logger.warning("%s: the lock cannot be renewed: %s", self.what, error)
 
     def _write(self) -> None:
         self._mine = replace(self._mine, renewed=time.time())
@@ -133,7 +132,7 @@ def held(place: str, what: str, wait: float = 0.0) -> Iterator[Lock]:
     lock, end = Lock(place, what), time.monotonic() + wait
     while (other := lock.take()) is not None:
         if time.monotonic() >= end:
-            raise TryAgain(f"{what} is in the hands of {other.describe()}; it is left to that one, or try again later")
+            raise TryAgain(f"{what} is already running ({other.describe()}); try again later or set retrain.wait")
         time.sleep(POLL)
     try:
         yield lock
@@ -154,7 +153,7 @@ def _guarded(place: str) -> Iterator[None]:
 
 
 def _read(place: str) -> Holder | None:
-    """Who holds the lock; None if nobody does, or nobody that can be read."""
+    """The lock's holder; None if nobody holds it, or the file cannot be read."""
     try:
         return Holder(**json.loads(storage.read_text(place)))
     except FileNotFoundError:

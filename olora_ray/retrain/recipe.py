@@ -1,4 +1,4 @@
-"""How the next version is made: from the base on everything, or on from the champion with what is new.
+"""Recipe of the next version: from the base on everything, or from the champion on what is new.
 
     retrain.from: base       all rows, the adapter starts as its method says
     retrain.from: champion   the champion's adapter continues; all rows of the files that it does not know, and the
@@ -10,14 +10,12 @@ Where the champion cannot be continued (another base model or adapter, no new fi
 version is made from the base, and the log says why.
 """
 
-import hashlib
-import json
 import logging
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from olora_ray.common import sealed, storage
+from olora_ray.common.digests import digest_json
 from olora_ray.config.dotted import flatten
 from olora_ray.config.schema import Config, Source
 from olora_ray.pipeline.fingerprint import TAGS
@@ -26,10 +24,8 @@ from olora_ray.retrain.changes import Inputs
 from olora_ray.tokens import manifest
 from olora_ray.tokens.plan import Plan
 from olora_ray.tracking.aliases import CHALLENGER
+from olora_ray.tracking.version import Version
 from olora_ray.train import checkpoints
-
-if TYPE_CHECKING:
-    from mlflow.entities.model_registry import ModelVersion
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +36,7 @@ ORIGIN = "olora.retrained_from"
 
 @dataclass(frozen=True)
 class Recipe:
-    """What the pipeline is to run."""
+    """Config and tags of the run that makes the version."""
 
     config: Config
     tags: dict[str, str]
@@ -56,17 +52,17 @@ class _Start:
     version: str
 
 
-def make(config: Config, inputs: Inputs, champion: "ModelVersion | None") -> Recipe:
-    """The recipe; its run's name follows from what goes in, so that a run that was cut off is found again."""
+def make(config: Config, inputs: Inputs, champion: Version | None) -> Recipe:
+    """Build the recipe. The run name is a hash of its inputs, so an interrupted run is found and resumed."""
     _note_files(config, inputs.plan)
     if champion is not None:
         _warn_of_leaks(config, inputs.plan, champion)
-    start = None
+    start = None  # from the base, unless the champion can be continued
     if config.retrain.origin == "champion" and champion is not None:
         found = _continued(config, inputs, champion)
         if isinstance(found, str):
             logger.info(
-                f"retrain.from=champion: version {champion.version} is not continued, {found}: training from the base"
+                f"retrain.from=champion: version {champion.number} is not continued, {found}: training from the base"
             )
         else:
             start = found
@@ -86,11 +82,10 @@ def make(config: Config, inputs: Inputs, champion: "ModelVersion | None") -> Rec
 def _digest(config: Config, inputs: Inputs) -> str:
     """Of contents, and of all settings that a run's folder is bound to."""
     bound = {name: value for name, value in flatten(config).items() if not name.startswith(FREE_TO_CHANGE)}
-    text = json.dumps([inputs.fingerprint.tags(), bound], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
+    return digest_json([inputs.fingerprint.tags(), bound], length=8)
 
 
-def _warn_of_leaks(config: Config, plan: Plan, champion: "ModelVersion") -> None:
+def _warn_of_leaks(config: Config, plan: Plan, champion: Version) -> None:
     known = _known_files(config, champion.tags.get(TAGS["data"], "")) or frozenset()
     if config.data.eval_fraction is not None and known - {each.sha256 for each in plan.files}:
         logger.warning(
@@ -99,8 +94,8 @@ def _warn_of_leaks(config: Config, plan: Plan, champion: "ModelVersion") -> None
         )
 
 
-def _continued(config: Config, inputs: Inputs, champion: "ModelVersion") -> _Start | str:
-    """How to continue from the champion, or why that cannot be."""
+def _continued(config: Config, inputs: Inputs, champion: Version) -> _Start | str:
+    """The champion, ready to be continued, or the reason why it cannot be."""
     if champion.tags.get(TAGS["base"]) != inputs.base.model.digest:
         return "its base model is another"
     known = _known_files(config, champion.tags.get(TAGS["data"], ""))
@@ -114,12 +109,13 @@ def _continued(config: Config, inputs: Inputs, champion: "ModelVersion") -> _Sta
     if checkpoint.identity.get("adapter") != config.adapter.model_dump_json():
         return "its adapter has other settings"
     sources = _split(config, inputs.plan, known)
-    return _Start(place, sources, str(champion.version)) if sources else "there is no new file"
+    return _Start(place, sources, champion.number) if sources else "there is no new file"
 
 
 def _split(config: Config, plan: Plan, known: Collection[str]) -> tuple[Source, ...]:
     """Each source as one of its new files and one, at a lower weight, of those that are known; empty if none is new."""
     parts, replay, some = [], config.retrain.replay, False
+    # `only` is set where a source is split: a source that is new, or known, as a whole keeps its own.
     for number, source in enumerate(config.data.train):
         files = [each for each in plan.files if each.source == number]
         new = tuple(each.file.uri for each in files if each.sha256 not in known)
@@ -144,6 +140,7 @@ def _known_files(config: Config, digest: str) -> frozenset[str] | None:
     """The SHA-256 of the files behind a data digest: as noted by an earlier retraining, or by its token store."""
     if noted := sealed.read_sealed(_note(config, digest)):
         return frozenset(noted["files"])
+    # No note under this storage: the champion's first training was not a retraining. Its token store may be left.
     try:
         inputs = manifest.read_manifest(storage.join(config.run.storage, "tokens", digest)).inputs
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""A retraining, from a look at the data to the moved alias; safe to call at any time and as often as one likes.
+"""Retraining, from a look at the data to the moved alias; safe to call at any time and as often as one likes.
 
     unchanged    data, base model and settings are those of the champion: nothing is done
     promoted     the new version has passed the gate and is the champion
@@ -6,13 +6,12 @@
     failed       something went wrong that calling again does not mend
 
 Each of the stages leaves something that the next call finds: the run's folder under the storage, the version in
-the registry, the measured rows, the gate's verdict as a tag. So a call that was cut off is continued by the next.
+the registry, the measured rows, the gate's verdict as a tag. So the next call resumes one that was cut off.
 """
 
 import contextlib
 import json
 import logging
-from typing import TYPE_CHECKING
 
 from olora_ray.common import storage
 from olora_ray.common.errors import TryAgain, UserError
@@ -25,9 +24,7 @@ from olora_ray.retrain.gate import Decision
 from olora_ray.tracking import client
 from olora_ray.tracking.aliases import CHAMPION, GATE, Aliases
 from olora_ray.tracking.start import resolve_uri
-
-if TYPE_CHECKING:
-    from mlflow.entities.model_registry import ModelVersion
+from olora_ray.tracking.version import Version
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +59,7 @@ def _retrain(config: Config, aliases: Aliases, lease: lock.Lock) -> None:
         logger.info(f"registry: finished a move that was cut off: version {move.champion} is the champion")
     inputs = changes.look(config)
     versions, number = aliases.versions(), aliases.current().get(CHAMPION)
-    champion = next((version for version in versions if str(version.version) == number), None)
+    champion = next((version for version in versions if version.number == number), None)
     if (done := changes.find_decision(versions, champion, inputs.fingerprint)) is not None:
         decision_run.of_version(config, done)
         _unchanged(config, done, number)
@@ -71,28 +68,26 @@ def _retrain(config: Config, aliases: Aliases, lease: lock.Lock) -> None:
     version, learned = _trained(config, aliases, inputs, champion)
     decision = _decide(config, inputs, version, champion) if learned else NOTHING_LEARNED
     lease.check()  # whoever has taken over decides by himself
-    _settle(aliases, version, champion, decision)
-    decision_run.of_version(config, aliases.version(str(version.version)))
+    _apply(aliases, version, champion, decision)
+    decision_run.of_version(config, aliases.version(version.number))
 
 
-def _unchanged(config: Config, done: "ModelVersion", champion: str | None) -> None:
-    which = "the champion" if str(done.version) == champion else done.tags[GATE]
-    reason = f"nothing changed since version {done.version} of {done.name} ({which})"
+def _unchanged(config: Config, done: Version, champion: str | None) -> None:
+    which = "the champion" if done.number == champion else done.tags[GATE]
+    reason = f"nothing changed since version {done.number} of {done.name} ({which})"
     logger.info(reason)
     decision_run.write(config, Entry("unchanged", reason, champion=champion))
 
 
-def _what_changed(inputs: Inputs, champion: "ModelVersion | None") -> str:
+def _what_changed(inputs: Inputs, champion: Version | None) -> str:
     if champion is None:
         return "no champion yet: training the first version"
     changed = inputs.fingerprint.changes(Fingerprint.from_tags(champion.tags))
-    return f"changed since the champion, version {champion.version}: {', '.join(changed)}"
+    return f"changed since the champion, version {champion.number}: {', '.join(changed)}"
 
 
-def _trained(
-    config: Config, aliases: Aliases, inputs: Inputs, champion: "ModelVersion | None"
-) -> tuple["ModelVersion", bool]:
-    """Train, export and register, or take up what an earlier call has done of that.
+def _trained(config: Config, aliases: Aliases, inputs: Inputs, champion: Version | None) -> tuple[Version, bool]:
+    """Train, export and register, or resume what an earlier call has begun of that.
 
     Returns the version, and whether it is another model than the one that training started with: the best
     adapter is exported, and that is the champion's if no step was better.
@@ -105,7 +100,7 @@ def _trained(
     return aliases.version(str(result["registered"]["version"])), learned
 
 
-def _decide(config: Config, inputs: Inputs, challenger: "ModelVersion", champion: "ModelVersion | None") -> Decision:
+def _decide(config: Config, inputs: Inputs, challenger: Version, champion: Version | None) -> Decision:
     from olora_ray.retrain import compare
 
     try:
@@ -115,9 +110,9 @@ def _decide(config: Config, inputs: Inputs, challenger: "ModelVersion", champion
     return gate.decide(config.gate, ours, theirs[0] if theirs else None)
 
 
-def _settle(aliases: Aliases, challenger: "ModelVersion", champion: "ModelVersion | None", decision: Decision) -> None:
+def _apply(aliases: Aliases, challenger: Version, champion: Version | None, decision: Decision) -> None:
     """Let the aliases and tags follow the decision."""
-    number, against = str(challenger.version), str(champion.version) if champion else ""
+    number, against = challenger.number, champion.number if champion else ""
     tags = {AGAINST: against, DETAILS: json.dumps(decision.details), RECORDED: ""}
     if not decision.passed:
         aliases.refuse(number, f"refused: {decision.reason}", tags)

@@ -36,9 +36,8 @@ from olora_ray.sweep.record import SearchRecord, TrialRecord
 from olora_ray.sweep.report import leaderboard, write
 from olora_ray.sweep.space import Space
 from olora_ray.sweep.spec import SweepSpec, trial_name
-from olora_ray.tracking import client
+from olora_ray.tracking import mlflow_run as tracking
 from olora_ray.tracking.run import Tracker
-from olora_ray.tracking.start import resolve_uri, start_run
 from olora_ray.train import checkpoints
 
 logger = logging.getLogger(__name__)
@@ -107,19 +106,11 @@ def share(spec: TrainSpec, space: Space, seconds: float) -> tuple[TrainSpec, flo
 @contextlib.contextmanager
 def tracked(spec: TrainSpec, space: Space) -> Iterator[Tracker]:
     """The search's own MLflow run, the parent of its trials' runs."""
-    config, uri = spec.config, resolve_uri(spec.config)
-    folder = RunFolder(config)
+    config = spec.config
     tags = {"olora.kind": "search", "olora.base_digest": spec.base.digest}
-    tracker = start_run(config, config.run.name, tags, folder.tracking_run(uri))
-    folder.keep_tracking_run(uri, tracker.run_id)
-    tracker.params(flatten(config) | {f"space.{name}": str(value) for name, value in space.model_dump().items()})
-    try:
+    params = flatten(config) | {f"space.{name}": str(value) for name, value in space.model_dump().items()}
+    with tracking.mlflow_run(config, tags, RunFolder(config), params, after_error="KILLED") as tracker:
         yield tracker
-    except BaseException:
-        with contextlib.suppress(client.TrackingUnavailable):
-            tracker.end("KILLED", seconds=5)
-        raise
-    tracker.end("FINISHED")
 
 
 def run(spec: TrainSpec, space: Space, spared: float, tracker: Tracker) -> tuple[SweepSpec, SearchRecord]:

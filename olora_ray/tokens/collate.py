@@ -1,4 +1,4 @@
-"""Packs -> one micro-batch of tensors.
+"""Collation of packs into one micro-batch of tensors.
 
 Two layouts of the same examples: *flat* (1, T) without any padding, for attention that is told the
 segments' borders; *padded* (B, L) with a block-causal mask, for attention that takes masks.

@@ -1,4 +1,4 @@
-"""What a token store says about itself: a sidecar for each shard, and the manifest of the whole.
+"""Manifest of a token store, and the sidecars of its shards.
 
 Both are JSON with a *seal*, the digest of their own content: what a crash or a disk has damaged is
 never taken for good, whatever still parses.
@@ -19,7 +19,7 @@ REJECTED = "rejected.jsonl"
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """What reading a shard needs: a line of the manifest, and a part of the sidecar."""
+    """Facts that a reader needs of a shard: a line of the manifest, and a part of the sidecar."""
 
     packs: int
     tokens: int
@@ -35,19 +35,19 @@ class ShardInfo:
 
 @dataclass(frozen=True)
 class Outline:
-    """What is known of a store before any of it is made."""
+    """The facts of a store that are known before any of it is made."""
 
     digest: str
     shards: int
-    """How many there will be."""
+    """Number of shards of the complete store."""
     max_length: int
     files: tuple[str, ...]
-    """Where the rows come from."""
+    """Files of the rows."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a complete store holds."""
+    """Contents of a complete store."""
 
     digest: str
     rows: int
@@ -64,10 +64,10 @@ class Manifest:
     """Tokens / (packs * max_length)."""
     max_length: int
     files: tuple[str, ...]
-    """Where the rows came from; other files with the same content share the store."""
+    """Files of the rows; other files with the same content share the store."""
     shards: tuple[ShardInfo, ...] = field(repr=False)
     inputs: dict[str, Any] = field(repr=False)
-    """What the digest was made of."""
+    """The inputs of the digest."""
 
     def to_json(self) -> str:
         """The text of manifest.json."""

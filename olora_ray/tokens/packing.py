@@ -1,4 +1,4 @@
-"""Examples -> fixed-length packs: first-fit decreasing in O(n log n)."""
+"""Packing of examples into fixed-length packs: first-fit decreasing in O(n log n)."""
 
 from collections.abc import Sequence
 

@@ -1,12 +1,10 @@
-"""What a token store is made of, decided before a row is tokenised: which units, in which order, in which shard.
+"""Plan of a token store, made before a row is tokenised: which units, in which order, in which shard.
 
 A shard is a fixed list of units, so any process can make any shard, in any order, with the same bytes.
 """
 
 import dataclasses
-import hashlib
 import itertools
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -14,6 +12,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from olora_ray.common.digests import digest_json
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config, Source
 from olora_ray.data.reader import Unit
@@ -43,7 +42,7 @@ class Piece:
     """Index into `Plan.files`."""
     unit: Unit
     turn: int
-    """Which pass over the source this is."""
+    """Number of the pass over the source."""
     share: float
     """Of the rows; below 1 they are spread evenly."""
 
@@ -85,7 +84,7 @@ class Plan:
         return self.eval_fraction if self.split == "eval" else 1.0 - self.eval_fraction
 
     def inputs(self) -> dict[str, object]:
-        """What the digest of the store is made of; paths are not in it, contents are."""
+        """The inputs of the store's digest: contents, no paths."""
         return {
             "version": VERSION,
             "split": self.split,
@@ -107,7 +106,7 @@ class Plan:
 
     def digest(self) -> str:
         """Name of the store."""
-        return hashlib.sha256(json.dumps(self.inputs(), sort_keys=True).encode()).hexdigest()[:32]
+        return digest_json(self.inputs(), length=32)
 
 
 def sources_of(config: Config, split: Split) -> tuple[str, tuple[Source, ...]]:
@@ -147,7 +146,7 @@ def make_plan(config: Config, spec: TokenizerSpec, split: Split, scan: Scanner) 
 
 
 def taken(plan: Plan, piece: Piece, places: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Which rows of a piece belong to the split and are used in its turn.
+    """The rows of a piece that belong to the split and are used in its turn.
 
     Whether a row is held out depends on the seed, the content of its file and its place there.
     """

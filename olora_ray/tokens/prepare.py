@@ -1,4 +1,4 @@
-"""The making of a token store, at once or beside the training that reads it already."""
+"""Preparation of a token store, at once or beside the training that reads it already."""
 
 import contextlib
 import itertools
@@ -45,7 +45,7 @@ class StoreBuild:
         """Use `begin`."""
         self.store = TokenStore.growing(job.uri, job.outline())
         self.problem: Exception | None = None
-        """Why the work of `start` ended before its end."""
+        """The exception that ended the work of `start`."""
         self._job, self._found, self._limits = job, found, limits
         self._stop, self._ended = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None

@@ -1,4 +1,4 @@
-"""What preparing the data would give, from its first rows and without Ray (for --dry-run)."""
+"""Preview of a token store for --dry-run, from the first rows of the data and without Ray."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -41,12 +41,12 @@ class Preview:
     mask: NDArray[np.bool_]
     """Its supervised tokens."""
     origin: str
-    """Where it came from, as file:line."""
+    """Its origin, as file:line."""
     files: int
 
 
 def describe(config: Config, spec: TokenizerSpec, limit: int = 2000) -> Preview:
-    """What preparing the training data would give, from about `limit` rows, without Ray; raises UserError."""
+    """Preview the training data from about `limit` rows, without Ray; raises UserError."""
     look = _Look(config)
     plan = make_plan(config, spec, "train", look)
     part = sample(plan, limit)

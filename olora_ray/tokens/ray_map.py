@@ -1,4 +1,4 @@
-"""Work spread over the cluster by Ray Data, with the results as an ordered stream."""
+"""Map over the cluster by Ray Data, with the results as an ordered stream."""
 
 import contextlib
 import logging
@@ -54,7 +54,7 @@ def _fetched(reference: Any) -> Any:
 
 
 def _resources(cpus_held: float) -> dict[str, Any]:
-    """What a task asks for: less on a small machine, and no CPU where the holders leave none.
+    """Resources of a task: less on a small machine, and no CPU where the holders leave none.
 
     They wait for the tasks then, so the tasks must not wait for them.
     """

@@ -35,12 +35,12 @@ def permutation(size: int, seed: int) -> Indices:
 
 
 def bernoulli_mask(share: float, seed: int, counters: Indices) -> NDArray[np.bool_]:
-    """Which counters fall into a random `share` of all; depends on each counter and the seed alone."""
+    """Mask of the counters that fall into a random `share` of all; depends on each counter and the seed alone."""
     return mix(seed, counters.astype(np.uint64)) < np.uint64(min(int(share * 2.0**64), 2**64 - 1))
 
 
 def permute_at(places: Indices, size: int, seed: int) -> Indices:
-    """What a permutation of range(size) has at `places`, without making the whole permutation.
+    """The elements of a permutation of range(size) at `places`, without making the whole permutation.
 
     A Feistel network permutes the next power of four; what falls outside the range walks on until
     it is inside, which keeps it a permutation of the range.

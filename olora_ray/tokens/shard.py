@@ -1,6 +1,5 @@
 """One shard of a token store: its rows tokenised, shuffled and packed, and its file."""
 
-import hashlib
 import io
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import ipc
 
+from olora_ray.common.digests import digest_bytes
 from olora_ray.data.formats import Rejected, columns_of, to_example
 from olora_ray.data.reader import read_unit
 from olora_ray.data.tokenize import ExampleTokenizer, Tokens
@@ -64,7 +64,7 @@ class Shard:
         return pa.Table.from_arrays(columns, schema=SCHEMA)
 
     def sidecar(self, content: bytes) -> dict[str, Any]:
-        """What is to be known of the shard without opening it; `content` is the file's."""
+        """Describe the shard for those that do not open it; `content` is the file's."""
         chosen = [self.examples[number] for members in self.packs for number in members]
         return {
             "rows": self.rows,
@@ -73,7 +73,7 @@ class Shard:
             "tokens": sum(len(example.ids) for example in chosen),
             "supervised": sum(int(example.supervised.sum()) for example in chosen),
             "bytes": len(content),
-            "sha256": hashlib.sha256(content).hexdigest(),
+            "sha256": digest_bytes(content),
             "reasons": dict(sorted(Counter(str(entry["reason"]) for entry in self.rejected).items())),
             "rejected": self.rejected,
         }

@@ -11,7 +11,6 @@ the last. Reading needs neither Ray nor the tokenizer.
 """
 
 import fcntl
-import hashlib
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from numpy.typing import NDArray
 from pyarrow import ipc
 
 from olora_ray.common import sealed, storage
+from olora_ray.common.digests import digest_file
 from olora_ray.common.errors import UserError
 from olora_ray.tokens import manifest as records
 from olora_ray.tokens import rng
@@ -96,23 +96,23 @@ class TokenStore:
 
     @property
     def available_shards(self) -> int:
-        """How many shards at the front were there at the last look."""
+        """Number of shards at the front that were there at the last look."""
         return len(self._known.shards)
 
     @property
     def available(self) -> int:
-        """How many sequences those shards hold."""
+        """Number of sequences in those shards."""
         return int(self._known.ends[-1])
 
     @property
     def total(self) -> int | None:
-        """How many sequences the store has; None while shards are missing."""
+        """Number of sequences of the store; None while shards are missing."""
         known = self._known
         return int(known.ends[-1]) if len(known.shards) == self.shard_count else None
 
     @property
     def manifest(self) -> Manifest:
-        """What the complete store holds; looks for it, and raises UserError if it is not there."""
+        """The manifest; looks for it, and raises UserError if the store is not complete."""
         self.refresh()
         if self._manifest is None:
             raise UserError(f"token store {self.uri}: not complete; start the run again to have it completed")
@@ -141,7 +141,7 @@ class TokenStore:
         )
 
     def supervised(self, indices: Iterable[int]) -> int:
-        """How many tokens of these sequences count in the loss."""
+        """Number of tokens of these sequences that count in the loss."""
         total = 0
         for index in indices:
             batch, row = self._find(int(index))
@@ -149,13 +149,13 @@ class TokenStore:
         return total
 
     def origins(self, index: int) -> list[str]:
-        """Where the examples of a sequence came from, as file:line (a row number where there are no lines)."""
+        """Origins of a sequence's examples, as file:line (a row number where there are no lines)."""
         batch, row = self._find(index)
         return [place_name(self.files, origin) for origin in _slice(batch, "origin", row).to_pylist()]
 
     def locate(self, index: int) -> tuple[int, int, int]:
-        """Where sequence `index` stands: number of its shard, place in it, sequences of the shard."""
-        known = self._known
+        """Place of sequence `index`: number of its shard, place in it, sequences of the shard."""
+        known = self._known  # once: `refresh` in another thread may replace it between two looks
         if not 0 <= index < known.ends[-1]:
             raise IndexError(f"sequence {index} of {known.ends[-1]}")
         number = int(np.searchsorted(known.ends, index, side="right")) - 1
@@ -186,6 +186,7 @@ class TokenStore:
     def _opened(self, number: int) -> Any:
         try:
             path = self._local(number)
+            # This node's copy may be damaged while the store's file is good: fetch it once more before giving up.
             if not self._intact(path, number) and storage.is_uri(self.uri):
                 path = self._local(number, again=True)
             intact = self._intact(path, number)
@@ -200,8 +201,7 @@ class TokenStore:
         return ipc.open_file(pa.memory_map(str(path))).get_batch(0)
 
     def _intact(self, path: Path, number: int) -> bool:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest() == self._known.shards[number].sha256
+        return digest_file(path) == self._known.shards[number].sha256
 
     def _local(self, number: int, again: bool = False) -> Path:
         """The shard as a local file; a remote one is downloaded once for all processes of the node."""
@@ -211,6 +211,7 @@ class TokenStore:
         folder = storage.private_folder("olora_ray") / "tokens" / self.digest
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / shard_name(number)
+        # All workers of the node meet here: one downloads, the others wait and find the file.
         with open(f"{path}.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if again or not path.exists() or path.stat().st_size != self._known.shards[number].bytes:
@@ -232,7 +233,7 @@ class _Known:
 
 
 def _wrong_size(uri: str, wanted: Manifest) -> str | None:
-    """What is wrong with the first shard that has not the size that the manifest says."""
+    """The first shard whose size is not the manifest's, in words; None if there is none."""
     found = records.sizes(uri)
     for number, shard in enumerate(wanted.shards):
         size = found.get(shard_name(number))
@@ -244,7 +245,7 @@ def _wrong_size(uri: str, wanted: Manifest) -> str | None:
 
 
 def order(num_packs: int, seed: int, start: int, stop: int) -> NDArray[np.int64]:
-    """Which sequences stand at places start..stop-1 of the endless training order, (stop - start,).
+    """The sequences at places start..stop-1 of the endless training order, (stop - start,).
 
     The first epoch is the order of the store, which is shuffled; epoch e > 0 is a permutation that
     depends on (seed, e). Any range costs only its own length.

@@ -1,6 +1,5 @@
-"""What the shards of a store add up to: the manifest, the rejected rows, and a line about it now and then."""
+"""Totals over a store's shards: manifest, rejected rows, periodic progress."""
 
-import hashlib
 import json
 import logging
 import time
@@ -10,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from olora_ray.common import storage
+from olora_ray.common.digests import digest
 from olora_ray.common.errors import UserError
 from olora_ray.tokens.manifest import REJECTED, Manifest, ShardInfo
 from olora_ray.tokens.plan import Plan
@@ -24,7 +24,7 @@ EXAMPLES = 3
 
 @dataclass(frozen=True)
 class Limits:
-    """How many rows may be rejected."""
+    """Limits of the rejected rows."""
 
     setting: str
     share: float
@@ -86,7 +86,7 @@ class Totals:
         return Manifest(
             digest=self.plan.digest(),
             rejected=dict(sorted(self.reasons.items())),
-            rejected_sha256=hashlib.sha256(rejected_text(self.rejected).encode()).hexdigest(),
+            rejected_sha256=digest(rejected_text(self.rejected)),
             fill=round(self._fill(), 4),
             max_length=self.plan.max_length,
             files=tuple(each.file.uri for each in self.plan.files),

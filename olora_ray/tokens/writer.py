@@ -1,16 +1,16 @@
-"""Makes a token store: finds what is missing or damaged of it, and makes that, spread over the cluster.
+"""Writer of token stores: finds the shards that are missing or damaged, and makes them, spread over the cluster.
 
 Any process makes any shard with the same bytes, and every file appears as a whole: a preparation that was
 killed is finished by the next one, and two at the same time do each other no harm.
 """
 
 import contextlib
-import hashlib
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import Any
 
 from olora_ray.common import storage
+from olora_ray.common.digests import digest_bytes
 from olora_ray.common.errors import UserError
 from olora_ray.common.fault_points import reached
 from olora_ray.common.sealed import read_sealed, seal
@@ -29,20 +29,20 @@ SHOWN = 4
 
 @dataclass(frozen=True)
 class StoreSpec:
-    """What tasks get."""
+    """A store to be made, as tasks get it."""
 
     plan: Plan
     uri: str
 
     def outline(self) -> Outline:
-        """What is known of the store before it is made."""
+        """The store's outline, known before it is made."""
         files = tuple(each.file.uri for each in self.plan.files)
         return Outline(self.plan.digest(), len(self.plan.shards), self.plan.max_length, files)
 
 
 @dataclass
 class StoreStatus:
-    """What of a store is there and good, by sizes and seals; the digests of shards are checked by readers."""
+    """The good parts of a store, by sizes and seals; readers check the digests of shards."""
 
     manifest: Manifest | None = None
     done: dict[int, dict[str, Any]] = field(default_factory=dict)
@@ -63,7 +63,7 @@ class StoreStatus:
         return sum(piece.unit.size for number in self.missing for piece in plan.shards[number])
 
     def lines(self, count: int) -> list[str]:
-        """What a person should know of it."""
+        """Log lines about damaged and finished shards."""
         lines = []
         if self.damaged:
             more = f" and {len(self.damaged) - SHOWN:,} more" if len(self.damaged) > SHOWN else ""
@@ -97,28 +97,30 @@ def store_status(job: StoreSpec) -> StoreStatus:
 def make(
     job: StoreSpec, found: StoreStatus, limits: Limits, stopped: Callable[[], bool], cpus_held: float = 0.0
 ) -> bool:
-    """Make what the survey misses, in the order of the shards; False if `stopped` ended it between two.
+    """Make what `found` lacks, in the order of the shards; False if `stopped` ended it between two.
 
     `cpus_held` are CPUs of the cluster that others hold for as long as this takes. Raises UserError for data
     that cannot be used, and for a shard that cannot be made again as it was.
     """
     if found.manifest and found.rejected_good:
+        # The totals are known: only lost shards are made again, and no other sidecar is read.
         return _mend(job, found, found.manifest, stopped, cpus_held)
-    tally = Totals(job.plan)
+    totals = Totals(job.plan)
     with contextlib.closing(_made(job, found, cpus_held)) as made:
         for number in range(len(job.plan.shards)):
             if stopped():
                 return False
             fresh = number not in found.done
             sidecar = _checked(job, found.manifest, number, next(made) if fresh else found.done[number])
-            tally.add(sidecar, fresh)
-            if limits.passed(tally.reasons, int(job.plan.rows)):
-                _check_limits(job, tally, limits)
-    _check_limits(job, tally, limits)
-    if not tally.total["packs"]:
+            totals.add(sidecar, fresh)
+            # Bad data ends the preparation here, not after hours of tokenising; the manifest comes last.
+            if limits.passed(totals.reasons, int(job.plan.rows)):
+                _check_limits(job, totals, limits)
+    _check_limits(job, totals, limits)
+    if not totals.total["packs"]:
         cause = f" (data.eval_fraction = {job.plan.eval_fraction:g})" if job.plan.eval_fraction else ""
         raise UserError(f"{limits.setting}: no row is left for {job.plan.split}{cause}")
-    storage.write_text(storage.join(job.uri, MANIFEST), tally.manifest().to_json())
+    storage.write_text(storage.join(job.uri, MANIFEST), totals.manifest().to_json())
     return True
 
 
@@ -135,6 +137,7 @@ def make_shard(job: StoreSpec, number: int) -> dict[str, Any]:
         shard = shards.build(job.plan, number)
     except UserError as error:
         return {"error": str(error)}
+    # The sidecar after the shard: readers take a shard with a sidecar for whole.
     content = shards.file_bytes(shard.table())
     sidecar = shard.sidecar(content)
     storage.write_bytes(storage.join(job.uri, shard_name(number)), content)
@@ -166,9 +169,9 @@ def small(job: StoreSpec, found: StoreStatus) -> bool:
     return len(found.missing) <= 1 or found.size(job.plan) <= MAKE_HERE
 
 
-def _check_limits(job: StoreSpec, tally: Totals, limits: Limits) -> None:
-    storage.write_text(storage.join(job.uri, REJECTED), rejected_text(tally.rejected))
-    limits.check(tally.reasons, tally.rows, job.uri)
+def _check_limits(job: StoreSpec, totals: Totals, limits: Limits) -> None:
+    storage.write_text(storage.join(job.uri, REJECTED), rejected_text(totals.rejected))
+    limits.check(totals.reasons, totals.rows, job.uri)
 
 
 def _checked(job: StoreSpec, manifest: Manifest | None, number: int, sidecar: dict[str, Any]) -> dict[str, Any]:
@@ -196,7 +199,7 @@ def _rejected_good(job: StoreSpec, manifest: Manifest) -> bool:
         content = storage.read_bytes(storage.join(job.uri, REJECTED))
     except FileNotFoundError:
         return False
-    return hashlib.sha256(content).hexdigest() == manifest.rejected_sha256
+    return digest_bytes(content) == manifest.rejected_sha256
 
 
 def _take_sidecar(job: StoreSpec, number: int, sizes: dict[str, int], found: StoreStatus) -> int | None:

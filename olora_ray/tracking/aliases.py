@@ -1,4 +1,4 @@
-"""The aliases of a registered model, and how they move: champion, challenger, previous.
+"""Aliases of a registered model, and their moves: champion, challenger, previous.
 
     promote     previous <- champion, champion <- VERSION           the files are checked first
     rollback    champion <- previous                                the bad version is tagged
@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING
 from olora_ray.common.errors import UserError
 from olora_ray.tracking import checksums
 from olora_ray.tracking.client import connect, is_unavailable, reachable
+from olora_ray.tracking.version import Version
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities.model_registry import ModelVersion, RegisteredModel
+    from mlflow.entities.model_registry import RegisteredModel
 
 CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"
 GATE = "olora.gate"
@@ -45,7 +46,7 @@ class Move:
 class Aliases:
     """The aliases of one registered model.
 
-    All methods raise UserError for a model or version that is not there, and TrackingAway if MLflow does not
+    All methods raise UserError for a model or version that is not there, and TrackingUnavailable if MLflow does not
     answer.
     """
 
@@ -63,29 +64,29 @@ class Aliases:
             found = self._model()
             return {str(alias): str(version) for alias, version in found.aliases.items()} if found else {}
 
-    def version(self, number: str) -> "ModelVersion":
+    def version(self, number: str) -> Version:
         """One version."""
         from mlflow.exceptions import MlflowException
 
         with reachable(self.uri):
             try:
-                return self.client.get_model_version(self.name, number)
+                return Version.of(self.client.get_model_version(self.name, number))
             except MlflowException as error:
                 if is_unavailable(error):
                     raise
                 raise UserError(f"{self.name} has no version {number}; {self._there()}") from None
 
-    def versions(self) -> list["ModelVersion"]:
+    def versions(self) -> list[Version]:
         """All versions, the oldest first; empty if there is no such model yet."""
         with reachable(self.uri):
-            found: list[ModelVersion] = []
+            found: list[Version] = []
             token = None
             while True:
                 page = self.client.search_model_versions(f"name = '{self.name}'", page_token=token)
-                found.extend(page)
+                found.extend(map(Version.of, page))
                 token = page.token
                 if not token:
-                    return sorted(found, key=lambda item: int(item.version))
+                    return sorted(found, key=lambda item: int(item.number))
 
     def verify(self, number: str) -> int:
         """Check a version's files against its checksums, return how many there are; raises UserError."""
@@ -165,7 +166,7 @@ class Aliases:
             return None
 
     def _there(self) -> str:
-        versions = [str(item.version) for item in self.versions()]
+        versions = [item.number for item in self.versions()]
         if not versions and self._model() is None:
             return f"no model {self.name!r} is registered in the tracking server"
         return f"it has {', '.join(versions) or 'none'}"

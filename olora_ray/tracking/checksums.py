@@ -1,20 +1,19 @@
-"""Are a version's files still those that were registered?
+"""Checksums of a version's files: written when it is registered, checked before it is promoted.
 
 `checksums.json` lies beside the MLmodel and holds size and SHA-256 of every file of the logged model; its own
 SHA-256 is a tag of the version, so it lives in MLflow's database and not beside the files.
 """
 
-import hashlib
 import json
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from olora_ray.common import digests
+from olora_ray.common.digests import size_and_digest
 from olora_ray.common.errors import UserError
 from olora_ray.tracking.client import is_unavailable, reason
-
-if TYPE_CHECKING:
-    from mlflow.entities.model_registry import ModelVersion
+from olora_ray.tracking.version import Version
 
 FILE = "checksums.json"
 TAG = "olora.checksums"
@@ -23,7 +22,7 @@ TAG = "olora.checksums"
 def of_folders(folders: dict[str, Path]) -> str:
     """The text of checksums.json; maps the place of a folder in the model ("" for its root) to the folder here."""
     files = {
-        f"{place}/{file.relative_to(folder)}".lstrip("/"): _fingerprint(file)
+        f"{place}/{file.relative_to(folder)}".lstrip("/"): size_and_digest(file)
         for place, folder in folders.items()
         for file in sorted(folder.rglob("*"))
         if file.is_file()
@@ -32,11 +31,11 @@ def of_folders(folders: dict[str, Path]) -> str:
 
 
 def digest(text: str) -> str:
-    """What the version's tag holds."""
-    return hashlib.sha256(text.encode()).hexdigest()
+    """Digest of checksums.json, for the version's tag."""
+    return digests.digest(text)
 
 
-def read(version: "ModelVersion", place: str, tracking_uri: str) -> dict[str, dict[str, Any]]:
+def read(version: Version, place: str, tracking_uri: str) -> dict[str, dict[str, Any]]:
     """Name of each file of a version -> {bytes, sha256}; `place` is where its files lie.
 
     Raises UserError if the version has no checksums, or they are not those of its registration.
@@ -44,18 +43,18 @@ def read(version: "ModelVersion", place: str, tracking_uri: str) -> dict[str, di
     wanted = version.tags.get(TAG)
     if wanted is None:
         raise UserError(
-            f"{version.name} version {version.version} has no checksums (tag {TAG}): it was registered by something"
+            f"{version.name} version {version.number} has no checksums (tag {TAG}): it was registered by something"
             " else; register it with this project to have it promoted"
         )
     with tempfile.TemporaryDirectory(prefix="olora-") as folder:
         text = _local(FILE, version, place, tracking_uri, Path(folder)).read_text(encoding="utf-8")
     if digest(text) != wanted:
-        raise UserError(f"{version.name} version {version.version}: {FILE} is not that of its registration")
+        raise UserError(f"{version.name} version {version.number}: {FILE} is not that of its registration")
     files: dict[str, dict[str, Any]] = json.loads(text)["files"]
     return files
 
 
-def verify(version: "ModelVersion", place: str, tracking_uri: str) -> int:
+def verify(version: Version, place: str, tracking_uri: str) -> int:
     """Check every file of a version, one at a time; returns how many there are.
 
     Raises UserError that names the first file that is missing or has other content.
@@ -63,15 +62,15 @@ def verify(version: "ModelVersion", place: str, tracking_uri: str) -> int:
     files = read(version, place, tracking_uri)
     for name, wanted in files.items():
         with tempfile.TemporaryDirectory(prefix="olora-") as folder:
-            if _fingerprint(_local(name, version, place, tracking_uri, Path(folder))) != wanted:
+            if size_and_digest(_local(name, version, place, tracking_uri, Path(folder))) != wanted:
                 raise UserError(
-                    f"{version.name} version {version.version}: {name} has other content than when it was registered;"
+                    f"{version.name} version {version.number}: {name} has other content than when it was registered;"
                     " it is not promoted"
                 )
     return len(files)
 
 
-def _local(name: str, version: "ModelVersion", place: str, tracking_uri: str, folder: Path) -> Path:
+def _local(name: str, version: Version, place: str, tracking_uri: str, folder: Path) -> Path:
     """The file on this machine: itself where it lies on a disk here, else downloaded into `folder`."""
     from mlflow.artifacts import download_artifacts
     from mlflow.exceptions import MlflowException
@@ -86,12 +85,7 @@ def _local(name: str, version: "ModelVersion", place: str, tracking_uri: str, fo
     except (MlflowException, OSError) as error:
         if is_unavailable(error):
             raise
-        raise UserError(f"{version.name} version {version.version}: {name} cannot be read: {reason(error)}") from None
+        raise UserError(f"{version.name} version {version.number}: {name} cannot be read: {reason(error)}") from None
     if not found.is_file():
-        raise UserError(f"{version.name} version {version.version}: {name} is missing at {place}")
+        raise UserError(f"{version.name} version {version.number}: {name} is missing at {place}")
     return found
-
-
-def _fingerprint(file: Path) -> dict[str, Any]:
-    with file.open("rb") as stream:
-        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}

@@ -1,7 +1,7 @@
-"""Is MLflow there? One client for each server or database, and what counts as "does not answer".
+"""MLflow's clients, one per server or database, and the test whether MLflow answers.
 
 MLflow asks an HTTP server for minutes by default (7 retries of up to 120 s) and a SQLite database that is
-locked for 20 s a statement. Here a server gets two tries of 8 s, and a database is asked by a probe first.
+locked for 20 s per statement. Here a server gets two tries of 8 s, and a database is asked by a probe first.
 """
 
 import logging
@@ -16,7 +16,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from olora_ray.common.errors import TryAgain, UserError
+from olora_ray.common.errors import TryAgain, UserError, first_line
 from olora_ray.common.secrets import mask
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class TrackingUnavailable(TryAgain):
 def check(uri: str) -> None:
     """Raise UserError within seconds if no MLflow server or database answers at `uri`.
 
-    It is a TrackingAway where it may be there later, and a plain UserError where the address is wrong.
+    It is a TrackingUnavailable where it may answer later, and a plain UserError where the address is wrong.
     """
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
@@ -76,7 +76,7 @@ def connect(uri: str) -> "MlflowClient":
 
 @contextmanager
 def reachable(uri: str, *, upload: bool = False) -> Iterator[None]:
-    """Raise TrackingAway if MLflow does not answer: before the block within 16 s, or when a call in it fails so.
+    """Raise TrackingUnavailable if MLflow does not answer: before the block within 16 s, or when a call in it fails so.
 
     With `upload` MLflow may take 120 s for an answer inside the block: a server that stores a large file
     answers when it has done so.
@@ -149,7 +149,9 @@ def is_refusal(error: Exception) -> bool:
 
 def reason(error: BaseException) -> str:
     """The first line of an error, and of MLflow's and urllib3's onion only the core; no password is in it."""
-    text = mask(str(error).strip().partition("\n")[0] or type(error).__name__)
+    text = mask(first_line(error))
+    if broken := re.search(r"""(['"])(Connection broken: .*?)\1, """, text):  # urllib3 says the rest twice
+        return broken[2][:300]
     core = text.rpartition("(Caused by ")[2]
     if core == text:
         core = re.sub(r"^API request to \S+ failed with (timeout )?exception |\. To increase the timeout, .*", "", text)

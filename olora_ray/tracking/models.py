@@ -12,19 +12,18 @@ the artifact store in one copy, and no model is loaded. What is logged:
     checksums.json           size and SHA-256 of all of these; see checksums.py
 """
 
-import hashlib
 import json
 import platform
 import shutil
 import tempfile
-import uuid
 from collections.abc import Mapping
 from importlib.metadata import version as installed
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from olora_ray.common import storage
-from olora_ray.common.errors import UserError
+from olora_ray.common.digests import digest
+from olora_ray.common.errors import UserError, first_line
 from olora_ray.common.fault_points import reached
 from olora_ray.config.schema import Config
 from olora_ray.tracking import checksums
@@ -64,7 +63,7 @@ def register(
             if is_unavailable(error):
                 raise
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise UserError(f"registry.model={name}: {str(error).splitlines()[0]}") from None
+                raise UserError(f"registry.model={name}: {first_line(error)}") from None
         model = client.get_logged_model(log_model(tracker, merged, tags, base_name=base_name or name))
         # Not models:/ID as source: MLflow would look it up in its global tracking store.
         place = model.artifact_location
@@ -121,7 +120,7 @@ def resolve_model_uri(uri: str, tracking_uri: str, cache: Path | None = None) ->
 def _found(uri: str, tracking_uri: str, cache: Path | None) -> Path:
     version = _resolve(connect(tracking_uri), uri)
     place = str(connect(tracking_uri).get_model_version_download_uri(version.name, version.version))
-    key = hashlib.sha256(f"{tracking_uri} {place}".encode()).hexdigest()[:16]
+    key = digest(tracking_uri, place, length=16)
     folder = _fetch(place, tracking_uri, (cache or Path.home() / ".cache" / "olora_ray") / "models" / key)
     for candidate in (folder / "model", folder):
         if (candidate / "config.json").is_file():
@@ -221,7 +220,7 @@ def _what_there_is(client: "MlflowClient", name: str, error: Exception) -> str:
     except MlflowException as missing:
         if missing.error_code == "RESOURCE_DOES_NOT_EXIST":
             return f"no model {name!r} is registered in the tracking server"
-        return str(error).splitlines()[0]
+        return first_line(error)
     named = ", ".join(f"@{alias} = {version}" for alias, version in aliases.items()) or "none"
     return f"not registered; {name} has versions {', '.join(sorted(versions, key=int)) or 'none'} and aliases {named}"
 
@@ -237,17 +236,17 @@ def _fetch(place: str, tracking_uri: str, target: Path) -> Path:
         return local
     if target.is_dir():
         return target
-    partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}.tmp")
     try:
-        path = Path(download_artifacts(artifact_uri=place, dst_path=str(partial), tracking_uri=tracking_uri))
-        path.replace(target)
+        with (
+            storage.staged(target) as folder,
+            tempfile.TemporaryDirectory(prefix=".olora-", dir=target.parent) as parts,
+        ):
+            downloads = str(Path(parts) / "files")
+            Path(download_artifacts(artifact_uri=place, dst_path=downloads, tracking_uri=tracking_uri)).replace(folder)
     except (MlflowException, OSError) as error:
         if is_unavailable(error):
             raise
-        if not target.is_dir():  # else another process was faster
-            raise UserError(f"model.name: cannot download {place}: {str(error).splitlines()[0]}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(f"model.name: cannot download {place}: {first_line(error)}") from None
     return target
 
 

@@ -1,4 +1,4 @@
-"""Numbers of a running training for Prometheus: Ray's agents export them from every node, as `ray_NAME`.
+"""Prometheus metrics of a running training; Ray's agents export them from every node, as `ray_NAME`.
 
 All of them are set in the driver, where the workers' rows arrive anyway, so the loop does nothing for them.
 Only watching depends on them: whatever goes wrong here is told once in the log, and the training continues.
@@ -16,7 +16,7 @@ Arguments = ParamSpec("Arguments")
 TAG = "run"
 """Every series carries the run's name."""
 GAUGES = {
-    "olora_supervised_tokens_per_second": ("train/tokens_per_second", "Supervised tokens a second, all workers"),
+    "olora_supervised_tokens_per_second": ("train/tokens_per_second", "Supervised tokens per second, all workers"),
     "olora_loss": ("train/loss", "Training loss of the last step"),
     "olora_eval_loss": ("eval/loss", "Loss on the held-out rows, last evaluation"),
     "olora_learning_rate": ("train/lr", "Learning rate of the last step"),

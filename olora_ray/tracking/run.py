@@ -1,10 +1,10 @@
-"""What a run leaves in MLflow: one MLflow run a fine-tuning, whatever was restarted meanwhile.
+"""Writer of one MLflow run: one run per fine-tuning, whatever was restarted meanwhile.
 
-The driver makes the run (`start`); whatever else writes to it does so through a `Tracker`, which is only a
+The driver makes the run (start.py); whatever else writes to it does so through a `Tracker`, which is only a
 URI and a run id and so travels by pickle. No global MLflow state is used: no active run, no set_tracking_uri.
 
-MLflow may be away for a while. Metrics, parameters, tags and datasets then wait (see outbox.py) and training
-continues; what is read or uploaded at the end of a run raises TrackingAway, and can be called again.
+MLflow may be unreachable for a while. Metrics, parameters, tags and datasets then wait (see write_queue.py) and
+training continues; what is read or uploaded at the end of a run raises TrackingUnavailable and can be called again.
 """
 
 import json
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 # MLflow's own limits (mlflow/utils/validation.py): a longer request is refused.
-_PARAMS_A_BATCH, _PARAM_LENGTH, TAG_LENGTH, _DIGEST_LENGTH = 100, 6000, 8000, 36
+_PARAMS_PER_BATCH, _PARAM_LENGTH, TAG_LENGTH, _DIGEST_LENGTH = 100, 6000, 8000, 36
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -34,14 +34,14 @@ class Tracker:
     """One MLflow run, by address and id. Pickling keeps these two and nothing else.
 
     `metrics`, `params`, `tags`, `dataset` and `watch_system` return at once: a thread writes in their order.
-    All others raise TrackingAway if MLflow does not answer.
+    All others raise TrackingUnavailable if MLflow does not answer.
     """
 
     def __init__(self, uri: str, run_id: str, *, fresh: bool = False) -> None:
         """`fresh` promises that the run has no metrics yet; else MLflow is asked before any is written."""
         self.uri = uri
         self.run_id = run_id
-        self._outbox = WriteQueue(uri, run_id, fresh=fresh)
+        self._queue = WriteQueue(uri, run_id, fresh=fresh)
         self._stop_watching = threading.Event()
         self._watch: threading.Thread | None = None
 
@@ -50,8 +50,8 @@ class Tracker:
 
     @property
     def pending(self) -> int:
-        """How many metric values wait to be written."""
-        return self._outbox.pending
+        """Number of metric values that wait to be written."""
+        return self._queue.pending
 
     def client(self) -> "MlflowClient":
         """MLflow's client for this run's server; call it inside `reachable(tracker.uri)`."""
@@ -62,7 +62,7 @@ class Tracker:
 
         A (name, step) that MLflow has, or that was given before, is ignored. After `end` all are.
         """
-        self._outbox.rows(rows)
+        self._queue.rows(rows)
 
     def last_step(self, name: str) -> int | None:
         """The highest step that MLflow has of a metric; None if it has none, or does not answer."""
@@ -74,17 +74,17 @@ class Tracker:
 
     def reopen(self) -> None:
         """Let the run be RUNNING again."""
-        self._outbox.write("to reopen the run", lambda client: client.update_run(self.run_id, status="RUNNING"))
+        self._queue.write("to reopen the run", lambda client: client.update_run(self.run_id, status="RUNNING"))
 
     def params(self, values: Mapping[str, object]) -> None:
         """Log parameters, cut to MLflow's length; one that has another value already (a resumed run) becomes a tag."""
         texts = {name: str(value)[:_PARAM_LENGTH] for name, value in values.items()}
-        self._outbox.write("parameters", lambda client: _write_params(client, self.run_id, texts))
+        self._queue.write("parameters", lambda client: _write_params(client, self.run_id, texts))
 
     def tags(self, values: Mapping[str, object]) -> None:
         """Set tags of the run."""
         texts = {name: str(value) for name, value in values.items()}
-        self._outbox.write("tags", lambda client: _write_tags(client, self.run_id, texts))
+        self._queue.write("tags", lambda client: _write_tags(client, self.run_id, texts))
 
     def dataset(self, name: str, digest: str, source: str, rows: int, context: str = "training") -> None:
         """Record a dataset as an input; `context` is training or evaluation, the digest is cut to 36 characters."""
@@ -97,7 +97,7 @@ class Tracker:
             data = Dataset(name, digest[:_DIGEST_LENGTH], kind, json.dumps({"uri": source}), profile=profile)
             client.log_inputs(self.run_id, [DatasetInput(data, [InputTag("mlflow.data.context", context)])])
 
-        self._outbox.write(f"the dataset {name}", write)
+        self._queue.write(f"the dataset {name}", write)
 
     def figure(self, figure: "Figure", name: str) -> None:
         """Log a matplotlib figure as the artifact `name`, e.g. curve.png."""
@@ -134,10 +134,10 @@ class Tracker:
     def watch_system(self, seconds: float = 10.0) -> None:
         """Log this machine's CPU, memory, disk, network and GPUs as system/... until `end`, while MLflow answers."""
         if self._watch is None:
-            self._outbox.start()
+            self._queue.start()
             self._watch = threading.Thread(
                 target=watch_system,
-                args=(self.uri, self.run_id, seconds, self._outbox, self._stop_watching),
+                args=(self.uri, self.run_id, seconds, self._queue, self._stop_watching),
                 name="system metrics",
                 daemon=True,
             )
@@ -153,22 +153,22 @@ class Tracker:
 
     def flush(self, seconds: float) -> bool:
         """Wait until all that waits is written, at most so long; False if some is left."""
-        return self._outbox.flush(seconds)
+        return self._queue.flush(seconds)
 
     def end(self, status: Status = "FINISHED", seconds: float = 30.0) -> None:
         """Write what waits, close the run and end its threads.
 
-        Raises TrackingAway if MLflow does not answer for `seconds`; what waited is lost then.
+        Raises TrackingUnavailable if MLflow does not answer for `seconds`; what waited is lost then.
         """
         self._stop_watching.set()
         if self._watch is not None:
             self._watch.join()
         now = int(time.time() * 1000)
-        self._outbox.write("the end of the run", lambda client: client.set_terminated(self.run_id, status, now))
-        written = self._outbox.flush(seconds)
-        self._outbox.close()
+        self._queue.write("the end of the run", lambda client: client.set_terminated(self.run_id, status, now))
+        written = self._queue.flush(seconds)
+        self._queue.close()
         if not written:
-            raise unavailable(self.uri, self._outbox.away or f"{self.pending} metric values wait after {seconds:g} s")
+            raise unavailable(self.uri, self._queue.away or f"{self.pending} metric values wait after {seconds:g} s")
 
 
 def _write_params(client: "MlflowClient", run_id: str, texts: Mapping[str, str]) -> None:
@@ -176,8 +176,8 @@ def _write_params(client: "MlflowClient", run_id: str, texts: Mapping[str, str])
 
     there = client.get_run(run_id).data.params
     new = [Param(name, text) for name, text in texts.items() if name not in there]
-    for begin in range(0, len(new), _PARAMS_A_BATCH):
-        client.log_batch(run_id, params=new[begin : begin + _PARAMS_A_BATCH])
+    for begin in range(0, len(new), _PARAMS_PER_BATCH):
+        client.log_batch(run_id, params=new[begin : begin + _PARAMS_PER_BATCH])
     changed = {f"resumed.{name}": text for name, text in texts.items() if there.get(name, text) != text}
     _write_tags(client, run_id, changed)
 

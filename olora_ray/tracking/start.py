@@ -1,4 +1,4 @@
-"""Where a run is tracked, and which MLflow run it is: made in its experiment, or resumed."""
+"""Start of an MLflow run: its address, its experiment, and the run itself, made or resumed."""
 
 import getpass
 import logging
@@ -14,16 +14,16 @@ from olora_ray.common.errors import UserError
 from olora_ray.common.secrets import looked_up
 from olora_ray.config.schema import Config
 from olora_ray.tracking.client import TrackingUnavailable, check, connect, reachable, reason
+from olora_ray.tracking.run import TAG_LENGTH, Tracker
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-from olora_ray.tracking.run import TAG_LENGTH, Tracker
 
 logger = logging.getLogger(__name__)
 
 
 def resolve_uri(config: Config) -> str:
-    """Where runs are tracked: `tracking.uri`, else MLFLOW_TRACKING_URI, else SQLite beside the storage.
+    """The address of MLflow: `tracking.uri`, else MLFLOW_TRACKING_URI, else SQLite beside the storage.
 
     A relative SQLite path is made absolute, because workers run in another folder. The address may hold a
     password: show it with `shown_uri` only. Raises UserError when nothing is set and the storage is a URI,
@@ -46,7 +46,7 @@ def start_run(config: Config, run_name: str, tags: Mapping[str, str], run_id: st
 
     Call it in one process, the driver: several processes that meet a new database at once collide.
     Raises UserError if the experiment has been deleted or the address is wrong. If the server does not
-    answer now, a new run raises TrackingAway; one with a `run_id` is taken up as soon as it answers.
+    answer now, a new run raises TrackingUnavailable; one with a `run_id` is resumed as soon as it answers.
     """
     uri = resolve_uri(config)
     try:

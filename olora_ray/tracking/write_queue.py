@@ -1,8 +1,8 @@
-"""What waits to be written to one MLflow run, and the thread that writes it, in order.
+"""Queue of writes to one MLflow run, and the thread that sends them in order.
 
 A series has no gap and no step twice: a (name, step) is accepted once; of a run that was there before, MLflow
-is asked for the pairs it has before anything is sent; and a batch keeps its timestamps, so that one which is
-sent again, because its answer was lost, is the same rows to MLflow's store, which keeps one of them.
+is asked for the pairs it has before anything is sent; and a batch keeps its timestamps: MLflow's store sees a batch
+that is sent again, because its answer was lost, as the same rows, and keeps them once.
 """
 
 import logging
@@ -18,11 +18,11 @@ from olora_ray.tracking import client as reach
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 SYSTEM = "system/"
-"""What the names of this machine's metrics begin with; they have steps of their own."""
-_METRICS_A_BATCH = 1000  # MLflow's limit (mlflow/utils/validation.py): a longer request is refused
+"""Prefix of this machine's metrics; they have steps of their own."""
+_METRICS_PER_BATCH = 1000  # MLflow's limit (mlflow/utils/validation.py): a longer request is refused
 _FIRST_PAUSE, _LAST_PAUSE = 1.0, 30.0
 # About 75 MB, and 100,000 steps of 10 metrics; what comes beyond is not accepted, so it may be given again later.
 _MOST_VALUES = 1_000_000
@@ -30,7 +30,7 @@ _BLOCK = 1024
 
 
 class SeenPoints:
-    """A set of (name, step): one bit a pair, in blocks of 1024 steps."""
+    """A set of (name, step): one bit per pair, in blocks of 1024 steps."""
 
     def __init__(self) -> None:
         self._blocks: dict[tuple[str, int], int] = {}
@@ -97,7 +97,7 @@ class WriteQueue:
 
     @property
     def pending(self) -> int:
-        """How many metric values wait."""
+        """Number of metric values that wait."""
         return self._values
 
     @property
@@ -107,7 +107,7 @@ class WriteQueue:
 
     @property
     def away(self) -> str:
-        """Why MLflow does not answer; empty while it does."""
+        """The reason why MLflow does not answer; empty while it does."""
         return self._away
 
     def rows(self, rows: Mapping[int, Mapping[str, float]]) -> None:
@@ -162,7 +162,7 @@ class WriteQueue:
             return not self._closed
         if not self._full:
             self._full = True
-            _log.warning("%d metric values wait for MLflow; newer ones are not kept until it answers", self._values)
+            logger.warning("%d metric values wait for MLflow; newer ones are not kept until it answers", self._values)
         return False
 
     def _add(self, timestamp: int, step: int, values: dict[str, float]) -> None:
@@ -235,7 +235,7 @@ class WriteQueue:
                 if isinstance(item, _Write):
                     return rows or item
                 values += len(item.values)
-                if rows and values > _METRICS_A_BATCH:
+                if rows and values > _METRICS_PER_BATCH:
                     break
                 rows.append(item)
             return rows or None
@@ -254,7 +254,7 @@ class WriteQueue:
             if getattr(error, "error_code", "") == "RESOURCE_DOES_NOT_EXIST":
                 self._is_gone()
             elif isinstance(head, _Write):
-                _log.warning("MLflow refuses %s: %s", head.what, reach.reason(error))
+                logger.warning("MLflow refuses %s: %s", head.what, reach.reason(error))
             else:
                 self._send_by_name(client, head)
 
@@ -267,8 +267,8 @@ class WriteQueue:
             for name, value in row.items_of(only)
             if name not in self._refused
         ]
-        for begin in range(0, len(metrics), _METRICS_A_BATCH):
-            client.log_batch(self._run_id, metrics=metrics[begin : begin + _METRICS_A_BATCH])
+        for begin in range(0, len(metrics), _METRICS_PER_BATCH):
+            client.log_batch(self._run_id, metrics=metrics[begin : begin + _METRICS_PER_BATCH])
 
     def _send_by_name(self, client: "MlflowClient", rows: Sequence[_Row]) -> None:
         """One metric that MLflow refuses (a name it does not allow) must not take the others with it."""
@@ -279,17 +279,17 @@ class WriteQueue:
                 if not reach.is_refusal(error):
                     raise
                 self._refused.add(name)
-                _log.warning("MLflow refuses the metric %s: %s", name, reach.reason(error))
+                logger.warning("MLflow refuses the metric %s: %s", name, reach.reason(error))
 
     def _is_gone(self) -> None:
         self._gone = True
-        _log.warning("MLflow run %s is gone: nothing more is tracked", self._run_id)
+        logger.warning("MLflow run %s is gone: nothing more is tracked", self._run_id)
 
     def _went_away(self, why: str) -> None:
         with self._changed:
             first, self._away = not self._away, why
         if first:
-            _log.warning("MLflow does not answer (%s); metrics wait and training continues", why)
+            logger.warning("MLflow does not answer (%s); metrics wait and training continues", why)
 
     def _sent(self, head: list[_Row] | _Write | None) -> None:
         values = sum(len(row.values) for row in head) if isinstance(head, list) else 0
@@ -304,7 +304,7 @@ class WriteQueue:
                 self._away, self._written = "", 0
             self._changed.notify_all()
         if back:
-            _log.warning("MLflow answers again, %d values written", written)
+            logger.warning("MLflow answers again, %d values written", written)
 
 
 def _metric_names(client: "MlflowClient", run_id: str) -> list[str] | None:

@@ -180,7 +180,7 @@ def test_an_entry_script_prints_no_secret(kind: str, code: int, tmp_path: Path) 
     assert HIDDEN not in output
 
 
-def test_the_outbox_logs_no_password(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_write_queue_logs_no_password(caplog: pytest.LogCaptureFixture) -> None:
     uri = "http://ann:c4n4ry@127.0.0.1:9"
     tracker = run.Tracker(uri, "run")
     with caplog.at_level(logging.WARNING):

@@ -54,3 +54,48 @@ def test_a_folder_that_somebody_else_has_put_there_is_refused(temporary: Path) -
     place.chmod(0o777)
     with pytest.raises(PermissionError, match="not this user's own folder"):
         storage.private_folder("ours")
+
+
+def _cut_off(target: Path) -> None:
+    with storage.staged(target) as partial:
+        (partial / "half").mkdir(parents=True)
+        raise KeyboardInterrupt
+
+
+def test_what_is_staged_is_there_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "model"
+    with pytest.raises(KeyboardInterrupt):
+        _cut_off(target)
+    assert list(target.parent.iterdir()) == []
+    with storage.staged(target) as partial:
+        partial.mkdir()
+        (partial / "whole").write_text("x")
+        assert not target.exists()
+    assert [file.name for file in target.iterdir()] == ["whole"]
+
+
+def test_of_two_that_stage_the_same_the_faster_stays(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    with storage.staged(target) as slower:
+        slower.mkdir()
+        (slower / "slower").touch()
+        with storage.staged(target) as faster:
+            faster.mkdir()
+            (faster / "faster").touch()
+    assert [file.name for file in target.iterdir()] == ["faster"]
+    assert [file.name for file in tmp_path.iterdir()] == ["model"]
+
+
+def test_what_cannot_be_put_in_place_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), storage.staged(tmp_path / "model"):
+        pass
+
+
+def test_files_and_folders_are_flushed_to_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: flushed.append(os.readlink(f"/proc/self/fd/{descriptor}")))
+    storage.write_text(str(tmp_path / "file"), "x")
+    del flushed[:]
+    storage.flush_to_disk(tmp_path / "file")
+    storage.flush_to_disk(tmp_path)
+    assert flushed == [str(tmp_path / "file"), str(tmp_path)]

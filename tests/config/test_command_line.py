@@ -1,5 +1,6 @@
 """What a person meets at the command line: arguments, one-line errors, exit codes."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from olora_ray.common.errors import UserError
-from olora_ray.config.command_line import read_arguments
+from olora_ray.config.command_line import parse, read_arguments
 
 ROOT = Path(__file__).parents[2]
 FINETUNE = ROOT / "pipelines" / "finetune.py"
@@ -64,8 +65,9 @@ def test_addresses_stay_as_they_are(config: Path, place: str) -> None:
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
-        (["--dryrun"], "argument --dryrun: not known; there are --dry-run and --help"),
-        (["-x"], "argument -x: not known"),
+        (["--dryrun"], "argument --dryrun: not known; did you mean --dry-run?"),
+        (["-x"], "argument -x: not known; there are --dry-run and --help"),
+        (["--dry-run=yes"], "argument --dry-run=yes: --dry-run has no value"),
         (["a.yaml", "b.yaml"], "one config file at a time"),
         (["nowhere.yaml"], "nowhere.yaml: No such file"),
         (["rank=3"], "argument 'rank=3': expected section.field=value"),
@@ -76,6 +78,36 @@ def test_an_argument_that_is_not_understood_is_named(config: Path, argv: list[st
     with pytest.raises(UserError) as caught:
         read_arguments(argv, config, "usage")
     assert expected in str(caught.value)
+
+
+def test_options_have_a_value_in_two_forms() -> None:
+    words = ["a", "--out", "x y", "b=1", "--now", "--at=http://host:1?q=2", "c"]
+    found = parse(words, "usage", flags=["--now"], options=["--out", "--at"])
+    assert found.words == ("a", "b=1", "c")
+    assert found.names() == ["a", "c"]
+    assert (found.flags, found.options) == ({"--now"}, {"--out": "x y", "--at": "http://host:1?q=2"})
+    assert parse(["--out", "-1", "--out="], "usage", options=["--out"]).options == {"--out": ""}
+
+
+@pytest.mark.parametrize("rest", [(), ("--now",)])
+def test_an_option_without_its_value_is_named(rest: tuple[str, ...]) -> None:
+    with pytest.raises(UserError, match="argument --out: its value is missing"):
+        parse(["--out", *rest], "usage", flags=["--now"], options=["--out"])
+
+
+def test_no_secret_is_repeated() -> None:
+    with pytest.raises(UserError) as caught:
+        parse(["--trackinguri=http://me:hidden@host"], "usage", options=["--tracking-uri"])
+    assert str(caught.value) == "argument --trackinguri=http://me:***@host: not known; did you mean --tracking-uri?"
+
+
+@pytest.mark.parametrize("script", ["finetune", "sweep", "retrain", "evaluate", "registry"])
+def test_every_script_has_help(script: str, capsys: pytest.CaptureFixture[str]) -> None:
+    main = importlib.import_module(f"pipelines.{script}").main
+    with pytest.raises(SystemExit) as caught:
+        main(["--help", "--nonsense"])
+    assert caught.value.code == 0
+    assert f"python pipelines/{script}.py" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flag", ["--help", "-h"])

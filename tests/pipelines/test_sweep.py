@@ -148,7 +148,7 @@ def test_a_search_of_other_settings_is_refused(searched: tuple[Path, str]) -> No
     ("arguments", "message"),
     [
         ((), "error: arguments (none): expected a config and a space file"),
-        (("--regster",), "error: argument --regster: not known; there are --register, --refit and --help"),
+        (("--regster",), "error: argument --regster: not known; did you mean --register?"),
         (
             ("CONFIG", "SPACE", "cluster.cpus_per_worker=64"),
             "error: cluster.workers=1 with cpus_per_worker=64: the cluster has room for 0",

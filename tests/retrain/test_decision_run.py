@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mlflow.entities.model_registry import ModelVersion
 
 from olora_ray.config.schema import Config
 from olora_ray.retrain import decision_run
@@ -15,6 +14,7 @@ from olora_ray.tracking import run as tracking
 from olora_ray.tracking.aliases import GATE
 from olora_ray.tracking.client import connect
 from olora_ray.tracking.start import resolve_uri, start_run
+from olora_ray.tracking.version import Version
 from tests import tiny
 
 DETAILS = {
@@ -31,30 +31,30 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 
 @pytest.fixture(scope="module")
-def add(config: Config) -> Callable[..., ModelVersion]:
+def add(config: Config) -> Callable[..., Version]:
     """A version with tags, without files."""
     start_run(config, "other", {}).end()
     client = connect(resolve_uri(config))
     client.create_registered_model("m")
 
-    def version(**tags: str) -> ModelVersion:
+    def version(**tags: str) -> Version:
         both = {AGAINST: "1", decision_run.DETAILS: json.dumps(DETAILS), decision_run.RECORDED: "", **tags}
-        return client.create_model_version("m", "/nowhere", tags=both)
+        return Version.of(client.create_model_version("m", "/nowhere", tags=both))
 
     return version
 
 
-def runs(config: Config, version: ModelVersion) -> list[Any]:
+def runs(config: Config, version: Version) -> list[Any]:
     client = connect(resolve_uri(config))
     experiment = client.get_experiment_by_name("olora").experiment_id
-    return list(client.search_runs([experiment], f"tags.`olora.challenger` = 'm/{version.version}'"))
+    return list(client.search_runs([experiment], f"tags.`olora.challenger` = 'm/{version.number}'"))
 
 
-def again(config: Config, version: ModelVersion) -> ModelVersion:
-    return connect(resolve_uri(config)).get_model_version("m", version.version)
+def again(config: Config, version: Version) -> Version:
+    return Version.of(connect(resolve_uri(config)).get_model_version("m", version.number))
 
 
-def test_a_verdict_is_recorded_once_with_its_numbers(config: Config, add: Callable[..., ModelVersion]) -> None:
+def test_a_verdict_is_recorded_once_with_its_numbers(config: Config, add: Callable[..., Version]) -> None:
     version = add(**{GATE: "refused: eval/loss: worse"})
     decision_run.of_version(config, version)
     decision_run.of_version(config, again(config, version))
@@ -65,11 +65,11 @@ def test_a_verdict_is_recorded_once_with_its_numbers(config: Config, add: Callab
     assert run.data.tags["olora.interval"] == "0.500000 [0.250000, 0.750000]"
     assert run.data.metrics["improvement/low"] == 0.25
     assert run.data.metrics["champion/eval/loss"] == 1.5
-    assert f"#/models/m/versions/{version.version}" in run.data.tags["mlflow.note.content"]
+    assert f"#/models/m/versions/{version.number}" in run.data.tags["mlflow.note.content"]
 
 
 def test_a_record_that_was_cut_off_is_completed(
-    config: Config, add: Callable[..., ModelVersion], monkeypatch: pytest.MonkeyPatch
+    config: Config, add: Callable[..., Version], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     version = add(**{GATE: "passed: better"})
 
@@ -86,7 +86,7 @@ def test_a_record_that_was_cut_off_is_completed(
     assert Path(run.info.artifact_uri, "decision.json").is_file()
 
 
-def test_what_no_gate_has_decided_is_not_recorded(config: Config, add: Callable[..., ModelVersion]) -> None:
+def test_what_no_gate_has_decided_is_not_recorded(config: Config, add: Callable[..., Version]) -> None:
     version = add()
     decision_run.of_version(config, version)
     assert runs(config, version) == []

@@ -55,7 +55,7 @@ def edit(place: str, **fields: Any) -> None:
 
 
 def test_a_second_one_is_refused_and_told_who_holds_it(place: str) -> None:
-    held = rf"the work is in the hands of process {os.getpid()} on "
+    held = rf"the work is already running \(process {os.getpid()} on "
     with lock.held(place, "the work"), pytest.raises(TryAgain, match=held) as caught, lock.held(place, "the work"):
         pass
     assert caught.value.exit_code == 75

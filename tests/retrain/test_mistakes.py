@@ -34,5 +34,5 @@ def test_mistakes_that_no_run_can_tell_of(folder: Path, model: Path) -> None:
     assert "tracking.uri" in refused(nightly, "tracking.uri=nonsense://")
     with pytest.raises(UserError, match=r"argument CONFIG\.yaml: missing"):
         retrain.main([])
-    with pytest.raises(UserError, match="--dry-run: not known here"):
+    with pytest.raises(UserError, match="argument --dry-run: not known; there is --help"):
         retrain.main([str(nightly.config), "--dry-run"])

@@ -25,7 +25,7 @@ def test_the_first_version_becomes_champion_and_the_same_again_does_nothing(fold
     nightly = Nightly(folder, model)
     with lock.held(str(folder / "runs" / "locks" / "nightly.json"), "the test"):
         refused = nightly.call(code=75)
-    assert "error: the retraining of nightly is in the hands of process" in refused
+    assert "error: the retraining of nightly is already running (process" in refused
     assert "ray:" not in refused
     log = nightly.call()
     assert "version 1 is the champion of nightly" in log

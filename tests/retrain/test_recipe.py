@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from mlflow.entities.model_registry import ModelVersion, ModelVersionTag
 
 from olora_ray.adapter.factors import AdapterWeights, Factors
 from olora_ray.config.load import build, dump, override
@@ -19,6 +18,7 @@ from olora_ray.retrain import recipe
 from olora_ray.retrain.changes import AGAINST, Inputs, find_decision
 from olora_ray.tokens import prepare
 from olora_ray.tracking.aliases import GATE
+from olora_ray.tracking.version import Version
 from olora_ray.train import checkpoint
 from olora_ray.train.state import TrainState
 from tests.said import said
@@ -27,12 +27,11 @@ SPEC = TokenizerSpec("{}", "", {}, 0)
 NOW, OLD = Fingerprint("base", "new", "held", "s"), Fingerprint("base", "old", "held", "s")
 
 
-def version(number: int, made_of: Fingerprint, **tags: str) -> ModelVersion:
-    both = {**made_of.tags(), **tags}
-    return ModelVersion("m", str(number), 0, tags=[ModelVersionTag(key, text) for key, text in both.items()])
+def version(number: int, made_of: Fingerprint, **tags: str) -> Version:
+    return Version("m", str(number), {**made_of.tags(), **tags})
 
 
-def judged(number: int, made_of: Fingerprint, verdict: str, against: str) -> ModelVersion:
+def judged(number: int, made_of: Fingerprint, verdict: str, against: str) -> Version:
     return version(number, made_of, **{GATE: verdict, AGAINST: against})
 
 
@@ -89,7 +88,7 @@ def inputs(config: Config) -> Inputs:
     return Inputs(Base(BaseModel("m", "", "base"), None, SPEC, ()), plan, made_of)
 
 
-def champion_of(config: Config, folder: Path, **identity: str) -> ModelVersion:
+def champion_of(config: Config, folder: Path, **identity: str) -> Version:
     """A champion with a real checkpoint, made of the data as they are now."""
     found = inputs(config)
     recipe.make(config, found, None)  # notes the files
@@ -100,7 +99,7 @@ def champion_of(config: Config, folder: Path, **identity: str) -> ModelVersion:
     return version(1, found.fingerprint, **{recipe.RUN: str(folder)})
 
 
-def made(config: Config, champion: ModelVersion | None) -> tuple[recipe.Recipe, str]:
+def made(config: Config, champion: Version | None) -> tuple[recipe.Recipe, str]:
     with said() as lines:
         found = recipe.make(config, inputs(config), champion)
     return found, " ".join(lines)

@@ -26,7 +26,7 @@ def made(add: Add, name: str, count: int) -> Aliases:
 
 
 def files_of(aliases: Aliases, number: str) -> Path:
-    return Path(aliases.version(number).source)
+    return Path(aliases.client.get_model_version(aliases.name, number).source)
 
 
 def test_promote_moves_champion_and_previous(add: Add) -> None:

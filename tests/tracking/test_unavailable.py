@@ -108,7 +108,7 @@ def outage(server: Server) -> Iterator[Outage]:
         killed.metrics(rows(0, 30))
         assert training.flush(20)
         assert killed.flush(20)
-        killed._outbox.close()  # its driver has gone, its run is still RUNNING
+        killed._queue.close()  # its driver has gone, its run is still RUNNING
         time.sleep(1)
         server.kill()
         seen = Outage(training, start_run(config, "killed driver", {}, killed.run_id))
@@ -354,7 +354,7 @@ def test_a_run_that_was_deleted_meanwhile(database: str, caplog: pytest.LogCaptu
         other.metrics(rows(0, 3))
         assert other.flush(10)
         assert caplog.text.count(f"MLflow run {gone} is gone: nothing more is tracked") == 1
-        other._outbox.close()
+        other._queue.close()
     tracker.end()
 
 
@@ -387,7 +387,7 @@ def test_a_new_run_needs_mlflow_and_a_known_one_does_not() -> None:
         start_run(settings(CLOSED), "new", {})
     known = start_run(settings(CLOSED), "known", {}, "0" * 32)
     assert known.run_id == "0" * 32
-    known._outbox.close()
+    known._queue.close()
 
 
 def test_a_wrong_address_is_not_waited_for() -> None:
@@ -430,6 +430,22 @@ def test_a_server_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
             "API request to http://a:1/b failed with timeout exception HTTPConnectionPool(host='a', port=1): Read timed"
             " out. (read timeout=8). To increase the timeout, set the environment variable X to a larger value.",
             "Read timed out. (read timeout=8)",
+        ),
+        (
+            "API request to http://a:1/b failed with exception ('Connection broken: IncompleteRead(0 bytes read, 2 more"
+            " expected)', IncompleteRead(0 bytes read, 2 more expected))",
+            "Connection broken: IncompleteRead(0 bytes read, 2 more expected)",
+        ),
+        (
+            "HTTPConnectionPool(host='a', port=1): Max retries exceeded with url: /b (Caused by ProtocolError("
+            "'Connection broken: IncompleteRead(0 bytes read, 2 more expected)', IncompleteRead(0 bytes read, 2 more"
+            " expected)))",
+            "Connection broken: IncompleteRead(0 bytes read, 2 more expected)",
+        ),
+        (
+            """("Connection broken: ConnectionResetError(104, 'Connection reset by peer')","""
+            " ConnectionResetError(104, 'Connection reset by peer'))",
+            "Connection broken: ConnectionResetError(104, 'Connection reset by peer')",
         ),
     ],
 )

@@ -1,0 +1,28 @@
+"""A version of a registered model, as the rest of the project sees it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion
+
+
+@dataclass(frozen=True)
+class Version:
+    """One version, with its tags as they were when it was read."""
+
+    name: str
+    """Of the registered model."""
+    number: str
+    tags: Mapping[str, str]
+    run_id: str | None = None
+    """The MLflow run that registered it."""
+    created: float = 0.0
+    """Seconds since 1970."""
+
+    @classmethod
+    def of(cls, found: "ModelVersion") -> "Version":
+        """MLflow's version as ours."""
+        seconds = (found.creation_timestamp or 0) / 1000
+        return cls(found.name, str(found.version), dict(found.tags), found.run_id, seconds)

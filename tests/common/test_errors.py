@@ -1,0 +1,36 @@
+"""Exceptions in one line."""
+
+import pytest
+
+from olora_ray.common.errors import TryAgain, UserError, as_user_error, first_line, short_reason
+
+
+def test_the_first_line_says_what_it_was() -> None:
+    assert first_line(ValueError("\n no such tensor\nmore of it")) == "no such tensor"
+    assert first_line(EOFError()) == "EOFError"
+
+
+def test_of_the_operating_system_its_words_only() -> None:
+    assert short_reason(FileNotFoundError(2, "No such file or directory", "/a")) == "No such file or directory"
+    assert short_reason(OSError("cut off\nhere")) == "cut off"
+    assert short_reason(KeyError("a")) == "'a'"
+
+
+def test_only_these_kinds_become_user_errors() -> None:
+    with pytest.raises(UserError) as caught, as_user_error("model.name: m", OSError, ValueError):
+        raise FileNotFoundError("no weights\nTraceback")
+    assert str(caught.value) == "model.name: m: no weights"
+    assert caught.value.__suppress_context__
+    with pytest.raises(KeyError), as_user_error("model.name: m", OSError, ValueError):
+        raise KeyError("ours")
+    with (
+        pytest.raises(UserError, match=r"^m: 7$"),
+        as_user_error("m", KeyError, reason=lambda error: str(error.args[0])),
+    ):
+        raise KeyError(7)
+
+
+def test_a_user_error_is_not_wrapped_again() -> None:
+    with pytest.raises(TryAgain) as caught, as_user_error("data.train", ValueError):
+        raise TryAgain("later")
+    assert str(caught.value) == "later"

@@ -1,0 +1,74 @@
+"""The MLflow run around a piece of work, in a real database."""
+
+from pathlib import Path
+
+import pytest
+
+from olora_ray.common.errors import Stopped
+from olora_ray.config.schema import Config
+from olora_ray.tracking import client
+from olora_ray.tracking.mlflow_run import mlflow_run
+from olora_ray.tracking.run import Tracker
+from tests import tiny
+
+
+class Ids(dict[str, str]):
+    """Those of one piece of work."""
+
+    def tracking_run(self, uri: str) -> str | None:
+        return self.get(uri)
+
+    def keep_tracking_run(self, uri: str, run_id: str) -> None:
+        self[uri] = run_id
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    storage: Path = tmp_path_factory.mktemp("runs")
+    return tiny.config(run__storage=str(storage), tracking__uri=f"sqlite:///{storage}/mlflow.db")
+
+
+def status(tracker: Tracker) -> str:
+    return str(tracker.client().get_run(tracker.run_id).info.status)
+
+
+def test_the_next_attempt_resumes_the_run(config: Config) -> None:
+    ids = Ids()
+    with mlflow_run(config, {"a": "b"}, ids, {"x": 1}, parent="above") as first:
+        assert first.flush(20)
+        assert status(first) == "RUNNING"
+    assert status(first) == "FINISHED"
+    with mlflow_run(config, {}, ids, {}) as second:
+        assert second.run_id == first.run_id == ids[first.uri]
+        assert status(second) == "RUNNING"
+    found = second.client().get_run(second.run_id)
+    assert found.info.run_name == config.run.name
+    assert found.data.params == {"x": "1"}
+    assert (found.data.tags["a"], found.data.tags["mlflow.parentRunId"]) == ("b", "above")
+
+
+@pytest.mark.parametrize(
+    ("error", "after_error", "expected"),
+    [
+        (ValueError("broken"), "FAILED", "FAILED"),
+        (ValueError("broken"), "KILLED", "KILLED"),
+        (Stopped("enough", 143), "FAILED", "KILLED"),
+        (KeyboardInterrupt(), "FAILED", "KILLED"),
+    ],
+)
+def test_an_end_before_the_end_is_told(config: Config, error: BaseException, after_error: str, expected: str) -> None:
+    with (
+        pytest.raises(type(error)) as caught,
+        mlflow_run(config, {}, Ids(), {}, after_error=after_error) as tracker,  # type: ignore[arg-type]
+    ):
+        raise error
+    assert caught.value is error
+    assert status(tracker) == expected
+
+
+def test_who_cannot_reach_mlflow_is_told_what_to_do(config: Config) -> None:
+    with (
+        pytest.raises(client.TrackingUnavailable, match=r"^away; call again$"),
+        mlflow_run(config, {}, Ids(), {}, advice="call again"),
+    ):
+        raise client.TrackingUnavailable("away")
