@@ -10,7 +10,7 @@ import torch
 
 from olora_ray.cluster.resources import worker_resources
 from olora_ray.common.errors import UserError
-from olora_ray.config.schema import Config
+from olora_ray.config.evaluation import AnyConfig
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ TENTHS = 10
 
 
 def map_over_actors(
-    make: Callable[[], Callable[[Work], Result]], works: Sequence[Work], config: Config
+    make: Callable[[], Callable[[Work], Result]], works: Sequence[Work], config: AnyConfig
 ) -> list[Result]:
     """The results of all `works`, in their order; each actor calls `make` once and its function a work.
 

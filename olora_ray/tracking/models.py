@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError
-from olora_ray.config.schema import Config
+from olora_ray.config.evaluation import AnyConfig
 from olora_ray.tracking import checksums
 from olora_ray.tracking.client import connect, is_unavailable, reachable
 from olora_ray.tracking.run import Tracker
@@ -249,7 +249,7 @@ def _fetch(place: str, tracking_uri: str, target: Path) -> Path:
     return target
 
 
-def registered_folder(config: Config) -> Path | None:
+def registered_folder(config: AnyConfig) -> Path | None:
     """The local folder of the base model if the config names one of this run's MLflow (models:/...); else None."""
     if not config.model.name.startswith("models:/"):
         return None
