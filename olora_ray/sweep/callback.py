@@ -14,7 +14,7 @@ from olora_ray.sweep.spec import ENDED, NUMBER, number_of
 
 logger = logging.getLogger(__name__)
 
-GUARD_SECONDS = 3.0
+CLEANUP_SECONDS = 3.0
 
 
 class SweepCallback(tune.Callback, tune.Stopper):
@@ -28,7 +28,7 @@ class SweepCallback(tune.Callback, tune.Stopper):
         self.over: str | None = None
         """Why the search ends before all trials have ended by themselves."""
         self._ended: set[str] = set()
-        self._guarded = 0.0
+        self._cleaned_at = 0.0
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         """Tune asks after each result whether this trial is to stop."""
@@ -44,8 +44,8 @@ class SweepCallback(tune.Callback, tune.Stopper):
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """Called all the time while trials run."""
-        if time.monotonic() - self._guarded >= GUARD_SECONDS:
-            self._guarded = time.monotonic()
+        if time.monotonic() - self._cleaned_at >= CLEANUP_SECONDS:
+            self._cleaned_at = time.monotonic()
             if number := free_abandoned():
                 logger.warning(f"resources of {number} ended trial(s) were not given back; they are now")
 

@@ -28,13 +28,13 @@ class SweepSpec:
     folder: str
     """`<storage>/<name>`."""
     train_spec: TrainSpec
-    """With the config as it is, but for what the space sets for all trials; without a board."""
+    """With the config as it is, but for what the space sets for all trials."""
     space: Space
     parent: str
     """Id of the search's MLflow run."""
     spared: float
     """Seconds of work that were done once for all trials."""
-    hosts: tuple[Any, ...] = ()
+    shared_bases: tuple[Any, ...] = ()
     """Actors that train several adapters on one base; none if every trial has workers of its own."""
 
     def values(self, number: int, draws: Mapping[str, Any]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ def test_only_groups_of_dead_actors_are_freed(ray_with: Callable[[int], None]) -
     dies, lives = maker.options(num_cpus=0).remote(), maker.options(num_cpus=0).remote()
     ours = placement_group([{"CPU": 1}])
     assert ours.wait(30)
-    assert ray.get([dies.drain.remote(), lives.drain.remote()]) == [True, True]
+    assert ray.get([dies.take.remote(), lives.take.remote()]) == [True, True]
     assert free_abandoned() == 0
     ray.kill(dies)
     wait_for(lambda: free_abandoned() == 1)
