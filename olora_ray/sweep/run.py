@@ -3,7 +3,7 @@
 <storage>/<name>/
     trials/trial-007/                          a run folder like any other
     shared/                                    factors at the largest rank, what the base model does
-    tune/                                      Tune's state, from which an interrupted search continues
+    tune/ tune.json                            Tune's state, from which an interrupted search resumes; its format
     best.yaml leaderboard.json report.html *.png
 """
 
@@ -30,7 +30,7 @@ from olora_ray.pipeline import connection, export, fit, mlflow_run, publish
 from olora_ray.pipeline.base import Base
 from olora_ray.pipeline.prepare import prepare_tokens
 from olora_ray.pipeline.run_folder import FREE_TO_CHANGE, RunFolder
-from olora_ray.sweep import shared_work, trial_file, tuner
+from olora_ray.sweep import shared_work, state, trial_file, tuner
 from olora_ray.sweep.callback import SweepCallback
 from olora_ray.sweep.record import SearchRecord, TrialRecord
 from olora_ray.sweep.report import leaderboard, write
@@ -63,7 +63,7 @@ def search_config(config: Config, space: Space, space_file: str | Path, register
 
 
 def check(config: Config, space: Space) -> None:
-    """Raise UserError if the storage, MLflow or Ray cannot be used, or if another search has this name."""
+    """Raise UserError if storage, MLflow or Ray cannot be used, or what has this name is no search to resume."""
     folder = RunFolder(config)
     folder.check()
     mlflow_run.check_tracking(config, folder)
@@ -74,6 +74,7 @@ def check(config: Config, space: Space) -> None:
             f"run.name: {folder.root} holds a search with different settings; choose another run.name or space file,"
             " or delete it"
         )
+    state.can_resume(folder.root)
     address.find()
 
 
@@ -123,28 +124,42 @@ def tracked(spec: TrainSpec, space: Space) -> Iterator[Tracker]:
 
 
 def run(spec: TrainSpec, space: Space, spared: float, tracker: Tracker) -> tuple[SweepSpec, SearchRecord]:
-    """Search until all trials have ended, or a limit of the space is reached; continues where it was interrupted.
+    """Search until all trials have ended, or a limit of the space is reached; resumes one that was interrupted.
 
-    Raises UserError if not even one trial fits in the cluster, or if none of them has measured the metric.
+    Of one that another version of this code has ended the trials are read and none is run. Raises UserError if not
+    even one trial fits in the cluster, or if none of them has measured the metric.
     """
-    config = spec.config
-    concurrent, shared_bases = _concurrent_trials(spec, space)
-    sweep_spec = SweepSpec(config.run.name, config.folder(), spec, space, tracker.run_id, spared, shared_bases)
+    config, began = spec.config, time.monotonic()
+    sweep_spec = SweepSpec(config.run.name, config.folder(), spec, space, tracker.run_id, spared)
+    notes: tuple[str, ...] = ()
+    if state.can_resume(sweep_spec.folder):
+        notes = _search(sweep_spec)
+    else:
+        logger.info("search: another version of olora_ray has ended it; its trials are reported, none is run")
+    found = record(sweep_spec, time.monotonic() - began, notes)
+    if found.best() is None:
+        reasons = sorted({trial.reason for trial in found.trials if trial.reason})
+        raise UserError(
+            f"no trial has measured {space.metric}: {'; '.join(reasons) or f'{len(found.trials)} trials ran'}"
+        )
+    return sweep_spec, found
+
+
+def _search(sweep_spec: SweepSpec) -> tuple[str, ...]:
+    """Run the trials that have not ended; returns why the search has ended early, if it has."""
+    space = sweep_spec.space
+    concurrent, shared_bases = _concurrent_trials(sweep_spec.train_spec, space)
     callback = SweepCallback(sweep_spec.folder, space, sweep_spec.total())
-    began = time.monotonic()
-    results = tuner.build(sweep_spec, callback, concurrent).fit()
+    tuner.build(replace(sweep_spec, shared_bases=shared_bases), callback, concurrent).fit()
     # Not after an error or a signal: trials would find their shared base dead and end as failed before they
     # are ended with this process.
     shared_base.end_actors(shared_bases)
+    if callback.over:
+        return (f"The search ended early: {callback.over}.",)
     ended = sum(1 for trial in trial_file.read_all(sweep_spec.folder).values() if trial.status != "unfinished")
-    notes = [f"The search ended early: {callback.over}."] if callback.over else []
-    if space.time_budget and ended < space.count() and not notes:
-        notes = [f"The time budget of {space.time_budget:g} s was used up: {ended} of {space.count()} trials ended."]
-    found = record(sweep_spec, time.monotonic() - began, tuple(notes))
-    if found.best() is None:
-        reasons = sorted({trial.reason for trial in found.trials if trial.reason})
-        raise UserError(f"no trial has measured {space.metric}: {'; '.join(reasons) or f'{len(results)} trials ran'}")
-    return sweep_spec, found
+    if space.time_budget and ended < space.count():
+        return (f"The time budget of {space.time_budget:g} s was used up: {ended} of {space.count()} trials ended.",)
+    return ()
 
 
 def record(sweep_spec: SweepSpec, seconds: float, notes: tuple[str, ...] = ()) -> SearchRecord:

@@ -8,15 +8,13 @@ from typing import Any
 
 from ray import tune
 
-from olora_ray.common import storage
 from olora_ray.sweep import space as spaces
+from olora_ray.sweep import state
 from olora_ray.sweep.callback import SweepCallback
 from olora_ray.sweep.space import Space
 from olora_ray.sweep.spec import NUMBER, SweepSpec, trial_name
 from olora_ray.sweep.tune_trial import SearchTrial
 
-STATE = "tune"
-"""Folder of Tune's own state in that of the search."""
 NOTE_BYTES = 64 * 2**20
 """Memory that Tune counts for a trial's own process; its workers take the CPUs and GPUs."""
 
@@ -34,9 +32,10 @@ def build(sweep_spec: SweepSpec, callback: SweepCallback, max_concurrent_trials:
     trainable: Any = tune.with_resources(
         tune.with_parameters(SearchTrial, sweep_spec=sweep_spec), {"memory": NOTE_BYTES}
     )
-    place = storage.join(sweep_spec.folder, STATE)
+    place = state.place(sweep_spec.folder)
     if tune.Tuner.can_restore(place):
         return tune.Tuner.restore(place, trainable, resume_unfinished=True, param_space=_params(sweep_spec.space))
+    state.begin(sweep_spec.folder)
     space = sweep_spec.space
     settings = tune.TuneConfig(
         metric=space.metric,
@@ -50,7 +49,7 @@ def build(sweep_spec: SweepSpec, callback: SweepCallback, max_concurrent_trials:
         trial_dirname_creator=_name,
     )
     run = tune.RunConfig(
-        name=STATE,
+        name=state.TUNE,
         storage_path=sweep_spec.folder,
         failure_config=tune.FailureConfig(max_failures=0, fail_fast=False),
         stop=callback,

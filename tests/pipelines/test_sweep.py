@@ -79,7 +79,7 @@ def records(folder: Path) -> dict[int, dict[str, Any]]:
 
 def test_a_search_leaves_what_the_docs_promise(searched: tuple[Path, str]) -> None:
     folder, _ = searched
-    for name in ("best.yaml", "leaderboard.json", "report.html", "shared/factors.safetensors"):
+    for name in ("best.yaml", "leaderboard.json", "report.html", "shared/factors.safetensors", "tune.json"):
         assert (folder / name).is_file()
     found = records(folder)
     assert sorted(found) == list(range(7))
@@ -290,7 +290,7 @@ def test_trials_continue_when_the_process_they_share_is_killed(corpus: Path, tin
         for line in driver.stdout:
             if "step 40/200" in line and not killed:
                 found = processes.processes_of(scratch)
-                shared = [one for one in found if one.name().startswith("ray::SharedBaseActor")]
+                shared = [one for one in found if one.name().startswith("ray::SharedBase")]
                 killed = len(shared)
                 for one in shared:
                     one.kill()
