@@ -12,7 +12,7 @@ from olora_ray.evaluation.lm_eval_tasks import PAPER
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be evaluated, and how."""
+    """An evaluation as the command line asks for it."""
 
     models: tuple[str, ...]
     """One or two."""

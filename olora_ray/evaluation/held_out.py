@@ -61,7 +61,7 @@ Works = tuple[Pack, ...] | tuple[Question, ...]
 
 
 class Measurer:
-    """What an actor does: one model, asked for losses and answers."""
+    """One model in an actor, which gives losses and answers."""
 
     def __init__(self, base: BaseModel, adapter: str | None, config: AnyConfig, eos: tuple[int, ...]) -> None:
         """Load the model where this process computes; raises UserError if it does not load."""
@@ -114,7 +114,7 @@ def _adapted(base: nn.Module, adapter: str) -> nn.Module:
 
 
 def _supervised(pack: Pack) -> list[int]:
-    """How many tokens of each example of a sequence are supervised."""
+    """Number of supervised tokens of each example of a sequence."""
     counts, place = [], 0
     for size in pack.segments:
         counts.append(int(pack.supervised[place : place + size].sum()))

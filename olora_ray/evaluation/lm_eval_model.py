@@ -64,7 +64,7 @@ class ClusterLM(LM):  # type: ignore[misc] # lm-eval is untyped
 
 
 class HarnessModel:
-    """What an actor does: one model behind lm-eval's interface."""
+    """One model in an actor, behind lm-eval's interface."""
 
     def __init__(self, base: BaseModel, adapter: str | None, config: AnyConfig) -> None:
         """Load the model where this process computes; raises UserError if it does not load."""

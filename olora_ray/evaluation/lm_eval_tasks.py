@@ -37,7 +37,7 @@ Tasks = dict[str, Any]
 
 @dataclass(frozen=True)
 class TaskResult:
-    """What a model reached on a task."""
+    """Metrics of one model on one task."""
 
     rows: str
     """Which rows, e.g. validation[:200]."""
@@ -52,7 +52,7 @@ class TaskResult:
 def load(names: Sequence[str], data: str | None) -> Tasks:
     """The tasks, with their rows.
 
-    `data` is a folder (see task_sets) or None: the hub. Raises UserError for an unknown task, data that is
+    `data` is a folder (see lm_eval_data) or None: the hub. Raises UserError for an unknown task, data that is
     not there, or if lm-eval is not installed.
     """
     if not names:

@@ -1,4 +1,4 @@
-"""What an evaluation found: metrics by name, for one model or for two side by side."""
+"""Results of an evaluation: metrics by name, for one model or for two side by side."""
 
 import logging
 from collections.abc import Iterator, Mapping
@@ -85,7 +85,7 @@ def differences(first: Evaluation, second: Evaluation) -> dict[str, Interval]:
 
 def _differences(first: Evaluation, second: Evaluation) -> Iterator[tuple[str, Interval]]:
     ours, theirs = first.held_out, second.held_out
-    if ours and theirs and ours.data == theirs.data:  # else tokens differ, and a loss a token cannot be compared
+    if ours and theirs and ours.data == theirs.data:  # else tokens differ, and losses per token cannot be compared
         for name in ours.names():
             if name in theirs.names():
                 yield name, rows.compare(name, ours, theirs)

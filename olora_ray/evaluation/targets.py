@@ -95,7 +95,7 @@ def resolve(name: str, shared: AnyConfig) -> Target:
 
 
 def kind_of(name: str) -> Kind:
-    """What a name means, by the files that lie there."""
+    """The kind of model that a name means, by the files that lie there."""
     place = _absolute(name)
     if not place:
         return "model"

@@ -44,7 +44,7 @@ from olora_ray.train import checkpoints
 logger = logging.getLogger(__name__)
 
 SEARCH = "search.json"
-"""What a search is made of, in its folder."""
+"""File of the settings and space that a search was begun with."""
 LENGTH = ("train.steps", "train.epochs", "train.eval_every", "train.checkpoint_every", "evaluation.")
 """Fields that a space sets to have short trials."""
 

@@ -1,4 +1,4 @@
-"""What all trials of a search have in common, and where each of them lies."""
+"""Specification of a search: what all its trials have in common, and the config and folder of each."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -94,5 +94,5 @@ def number_of(name: str | None) -> int:
 
 
 def trial_place(folder: str, number: int) -> str:
-    """Where a trial of the search in `folder` lies."""
+    """The folder of a trial of the search in `folder`."""
     return storage.join(folder, "trials", trial_name(number))

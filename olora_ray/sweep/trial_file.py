@@ -1,4 +1,4 @@
-"""trial.json: what a trial has done so far, kept in its folder and read by the driver."""
+"""trial.json: the record of a trial so far, written by the trial in its folder and read by the driver."""
 
 import json
 import time

@@ -1,4 +1,4 @@
-"""A space and what its trials share -> Ray Tune's Tuner, new or restored from an interrupted search."""
+"""Builds Ray Tune's Tuner from the specification of a search, or restores that of an interrupted one."""
 
 import logging
 import os
@@ -21,7 +21,7 @@ NOTE_BYTES = 64 * 2**20
 
 def build(sweep_spec: SweepSpec, callback: SweepCallback, max_concurrent_trials: int) -> tune.Tuner:
     """The Tuner of a search, with so many trials at the same time; one that was interrupted resumes."""
-    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # it would end the search as if it were complete
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Tune would end the search as if it were complete
     # Each failure is logged by `callback` in one line.
     for name in ("execution.tune_controller", "tune", "analysis.experiment_analysis"):
         logging.getLogger(f"ray.tune.{name}").setLevel(logging.CRITICAL)
@@ -101,7 +101,7 @@ def _scheduler(sweep_spec: SweepSpec) -> Any:
     space, settings = sweep_spec.space, sweep_spec.space.scheduler
     grace = settings.grace or sweep_spec.train_spec.config.train.eval_every
     if settings.kind == "asha":
-        # One more than the last step: a trial that comes to its end is finished, not stopped.
+        # One more than the last step: ASHA then counts a trial that does all its steps as finished, not stopped.
         most = max(sweep_spec.total() + 1, grace + 1)
         return ASHAScheduler("step", max_t=most, grace_period=grace, reduction_factor=settings.reduction)
     if settings.kind == "median":
@@ -125,7 +125,7 @@ def _redrawn(space: Space, name: str) -> Any:
 
 
 def _inside(space: Space, config: dict[str, Any]) -> dict[str, Any]:
-    """What PBT has multiplied by 0.8 or 1.2 stays in the range that the space gives."""
+    """Values that PBT has multiplied by 0.8 or 1.2, brought back into the range that the space gives."""
     for name, domain in space.search.items():
         if not domain.options():
             low, high = domain.extremes()
