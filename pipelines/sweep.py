@@ -5,7 +5,7 @@
 CONFIG is a run's config (pipelines/configs/quickstart.yaml); SPACE says what varies and how it is searched
 (tune_spaces/*.yaml). --register exports, checks and registers the best trial's model as it is. --refit trains
 the best config as a run of its own, from the start and with all the steps of CONFIG, and registers that if
-CONFIG says so. The same command again continues with a search that was interrupted.
+CONFIG says so. The same command again resumes a search that was interrupted.
 """
 
 from olora_ray.common.quiet import quiet_environment
@@ -35,12 +35,12 @@ def main(argv: list[str]) -> None:
         spec, seconds = sweep.train_spec(search, base)
         spec, spared = sweep.share(spec, space, seconds)
         with sweep.tracked(spec, space) as tracker:
-            job, found = sweep.run(spec, space, spared, tracker)
-            sweep.conclude(config, job, found, tracker)
+            sweep_spec, found = sweep.run(spec, space, spared, tracker)
+            sweep.conclude(config, sweep_spec, found, tracker)
             if "--register" in flags:
-                sweep.register(job, found)
+                sweep.register(sweep_spec, found)
     if "--refit" in flags:
-        run.run(sweep.best_config(config, job, found.ranked()[0], refit=True))
+        run.run(sweep.best_config(config, sweep_spec, found.ranked()[0], refit=True))
 
 
 if __name__ == "__main__":

@@ -31,7 +31,8 @@ from olora_ray.adapter.layer import is_transposed
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError
 from olora_ray.common.fault_points import reached
-from olora_ray.config.schema import Adapter, Config
+from olora_ray.config.evaluation import AnyConfig
+from olora_ray.config.schema import Adapter
 from olora_ray.model.load import skeleton
 from olora_ray.model.source import BaseModel
 
@@ -240,7 +241,7 @@ def _replacing(out: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def transposed_layers(base: BaseModel, config: Config, names: Iterable[str]) -> frozenset[str]:
+def transposed_layers(base: BaseModel, config: AnyConfig, names: Iterable[str]) -> frozenset[str]:
     """Those of the named layers that keep their weight as n x m (GPT-2's Conv1D)."""
     shape = skeleton(base, config.model)
     return frozenset(name for name in names if is_transposed(shape.get_submodule(name)))

@@ -13,6 +13,7 @@ from olora_ray.cluster.resources import Resources
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError
 from olora_ray.common.text import plural
+from olora_ray.config.evaluation import AnyConfig
 from olora_ray.config.schema import Config
 from olora_ray.model.source import BaseModel
 from olora_ray.train.estimate import PROCESS_BYTES, MemoryEstimate, estimate
@@ -24,11 +25,11 @@ Answers = list[tuple[str, NodeInfo]]
 GIB = 2**30
 
 
-def check(config: Config, base: BaseModel | None) -> None:
+def check(config: AnyConfig, base: BaseModel | None) -> None:
     """Raise UserError with everything that keeps the run from working on this cluster; needs ray.init.
 
     A run that fits only once the autoscaler has started nodes waits for them, and so does one with a range
-    of workers: a line says so. Without `base` memory and disk are not looked at.
+    of workers: a line says so. Memory and disk are looked at for a training only: with a `base` and a whole Config.
     """
     wanted = resources.worker_resources(config)
     problems = list(_workers(config, wanted))
@@ -36,7 +37,7 @@ def check(config: Config, base: BaseModel | None) -> None:
     problems += silent
     problems += _versions(node_facts.node_info(), answers)
     problems += _storage(config, answers)
-    if base is not None:
+    if base is not None and isinstance(config, Config):
         size = estimate(config, base, gpu="GPU" in wanted)
         problems += _memory(config, size, wanted, answers)
         problems += _disk(config, size, base)
@@ -44,7 +45,7 @@ def check(config: Config, base: BaseModel | None) -> None:
         raise UserError("; ".join(problems))
 
 
-def _workers(config: Config, wanted: Resources) -> Iterator[str]:
+def _workers(config: AnyConfig, wanted: Resources) -> Iterator[str]:
     """Room for the fewest workers, now or later; and for Ray Data beside them."""
     cluster, nodes, later = config.cluster, resources.present(), resources.maximum()
     fewest = cluster.min_workers()
@@ -66,7 +67,7 @@ def _workers(config: Config, wanted: Resources) -> Iterator[str]:
         )
 
 
-def _ask(config: Config, nodes: Sequence[dict[str, Any]]) -> tuple[Answers, list[str]]:
+def _ask(config: AnyConfig, nodes: Sequence[dict[str, Any]]) -> tuple[Answers, list[str]]:
     """What the nodes say, and problems of those that do not."""
     if len(nodes) == 1 and not storage.is_uri(config.run.storage):
         return [
@@ -99,7 +100,7 @@ def _public(package: str, version: str | None) -> str | None:
     return version and version.partition("+")[0]
 
 
-def _storage(config: Config, answers: Answers) -> list[str]:
+def _storage(config: AnyConfig, answers: Answers) -> list[str]:
     told = [(address, info.storage_problem) for address, info in answers if info.storage_problem]
     return _grouped([(address, f"run.storage {config.run.storage} {problem}") for address, problem in told])
 

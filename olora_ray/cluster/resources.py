@@ -11,7 +11,7 @@ import ray
 import yaml
 
 from olora_ray.cluster import ray_internals
-from olora_ray.config.schema import Config
+from olora_ray.config.evaluation import AnyConfig
 
 Resources = Mapping[str, float]
 """Name -> amount."""
@@ -29,7 +29,7 @@ class Nodes:
     count: int
 
 
-def worker_resources(config: Config) -> dict[str, float]:
+def worker_resources(config: AnyConfig) -> dict[str, float]:
     """What one worker takes: CPUs, and GPUs if the config says so, or if the cluster has or can get any."""
     gpus = config.cluster.gpus_per_worker
     if gpus == "auto":

@@ -5,7 +5,7 @@ from typing import Any
 
 from olora_ray.common import secrets
 from olora_ray.common.errors import UserError
-from olora_ray.config.schema import Config
+from olora_ray.config.schema import Section
 from olora_ray.config.yaml_io import parse_yaml
 
 
@@ -20,7 +20,7 @@ def parse_assignments(words: list[str]) -> dict[str, Any]:
     return changes
 
 
-def flatten(config: Config) -> dict[str, Any]:
+def flatten(config: Section) -> dict[str, Any]:
     """Dotted field -> plain value, for MLflow parameters and comparisons."""
     return dict(leaves(config.model_dump(mode="json"), ""))
 

@@ -50,9 +50,9 @@ def validated(section: type[AnySection], tree: Mapping[str, Any], where: str) ->
     return found
 
 
-def override(config: Config, changes: Mapping[str, Any]) -> Config:
+def override(config: AnySection, changes: Mapping[str, Any]) -> AnySection:
     """A new config with dotted fields changed, e.g. {"adapter.rank": 32}; validates everything again."""
-    return build(changed(config.model_dump(mode="json"), changes))
+    return validated(type(config), changed(config.model_dump(mode="json"), changes), "config")
 
 
 def dump(config: Config) -> str:

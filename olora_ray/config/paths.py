@@ -3,16 +3,20 @@
 import importlib.util
 import os
 from pathlib import Path
+from typing import TypeVar
 
 from olora_ray.common.errors import UserError
 from olora_ray.common.storage import is_uri
-from olora_ray.config.schema import Config, Source
+from olora_ray.config.evaluation import AnyConfig
+from olora_ray.config.schema import AnySection, Source
+
+Resolved = TypeVar("Resolved", bound=AnyConfig)
 
 JOB_FOLDER = "runtime_resources"
 """Part of the path under which Ray unpacks a submitted job's working directory."""
 
 
-def resolved(config: Config, folder: Path) -> Config:
+def resolved(config: Resolved, folder: Path) -> Resolved:
     """The config with every relative path made absolute, seen from `folder`.
 
     Workers run elsewhere, so nothing relative may reach them. A job's own working directory is
@@ -22,22 +26,22 @@ def resolved(config: Config, folder: Path) -> Config:
     name = config.model.name
     if (folder / name).exists():
         name = str((folder / name).absolute())
-    data = config.data.model_copy(
-        update={
-            "train": tuple(_source(source, folder) for source in config.data.train),
-            "eval": tuple(_source(source, folder) for source in config.data.eval),
-        }
+    start = config.train.start
+    return _changed(
+        config,
+        run=_changed(config.run, storage=absolute(config.run.storage, base)),
+        model=_changed(config.model, name=name),
+        data=_changed(
+            config.data,
+            train=tuple(_source(source, folder) for source in config.data.train),
+            eval=tuple(_source(source, folder) for source in config.data.eval),
+        ),
+        train=_changed(config.train, start=start and absolute(start, folder)),
     )
-    return config.model_copy(
-        update={
-            "run": config.run.model_copy(update={"storage": absolute(config.run.storage, base)}),
-            "model": config.model.model_copy(update={"name": name}),
-            "data": data,
-            "train": config.train.model_copy(
-                update={"start": config.train.start and absolute(config.train.start, folder)}
-            ),
-        }
-    )
+
+
+def _changed(section: AnySection, **values: object) -> AnySection:
+    return section.model_copy(update=values)
 
 
 def absolute(place: str, folder: Path) -> str:
@@ -60,4 +64,4 @@ def package_file(name: str, field: str = "model.name") -> Path:
 
 def _source(source: Source, folder: Path) -> Source:
     only = tuple(absolute(name, folder) for name in source.only)
-    return source.model_copy(update={"path": absolute(source.path, folder), "only": only})
+    return _changed(source, path=absolute(source.path, folder), only=only)

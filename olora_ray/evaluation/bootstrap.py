@@ -1,4 +1,4 @@
-"""How sure is it that one model is better than another? A bootstrap over the rows that both were measured on.
+"""Paired bootstrap: the interval of a difference between two models, over the rows that both were measured on.
 
 Rows are drawn with replacement, the same ones for both models, and the difference of the two (weighted)
 means is taken each time. What makes a row hard for both models then cancels.
@@ -36,7 +36,7 @@ def difference(
 ) -> Interval:
     """The difference of the means, ours - theirs, with its bootstrap percentile interval of this level.
 
-    All three sequences have one value a row, rows in the same order; `weights` are positive (None: all
+    All three sequences have one value per row, rows in the same order; `weights` are positive (None: all
     equal). `of` is applied to each mean before the difference is taken (np.exp of a mean loss: perplexity).
     The same arguments give the same bits. Raises ValueError for sequences that are empty or differ in length.
     """

@@ -13,7 +13,7 @@ OPTIONS = ("--config", "--tasks", "--task-data", "--limit", "--scorer", "--out")
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be evaluated, and how."""
+    """An evaluation as the command line asks for it."""
 
     models: tuple[str, ...]
     """One or two."""

@@ -4,27 +4,25 @@ import logging
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError
-from olora_ray.config.schema import Config
+from olora_ray.config.evaluation import AnyConfig
 from olora_ray.evaluation import pool
 from olora_ray.evaluation.rows import RowResults
 from olora_ray.model import load as load_module
 from olora_ray.model import source
 from olora_ray.model.source import BaseModel
+from olora_ray.pipeline.base import Base
 from olora_ray.tokens.collate import collate
 from olora_ray.tokens.store import Pack, TokenStore
 from olora_ray.train import scoring
 from olora_ray.train.generate import Question, decoding, greedy, questions
 from olora_ray.train.loss import SupervisedLoss
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -32,14 +30,7 @@ ANSWERS_AT_ONCE = 20
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
-def measure(
-    base: BaseModel,
-    adapter: str | None,
-    store: TokenStore,
-    config: Config,
-    tokenizer: "PreTrainedTokenizerBase",
-    eos: Sequence[int],
-) -> RowResults:
+def measure(base: Base, adapter: str | None, store: TokenStore, config: AnyConfig) -> RowResults:
     """Loss of each held-out example in `store`, and scores of the first evaluation.rows of them.
 
     `base` may be a merged model; `adapter` is an exported plain-LoRA folder for it, or None; both lie where
@@ -55,13 +46,13 @@ def measure(
     works: list[Works] = [tuple(asked[i] for i in group) for group in groups]
     works += [tuple(packs[i : i + width]) for i in range(0, len(packs), width)]
     logger.info(f"held-out rows: {sum(len(pack.segments) for pack in packs)}, of which {len(asked)} are answered")
-    done = pool.map_over_actors(partial(Measurer, base, adapter, config, tuple(eos)), works, config)
+    done = pool.map_over_actors(partial(Measurer, base.model, adapter, config, base.eos), works, config)
     answers = dict(pair for group, found in zip(groups, done, strict=False) for pair in zip(group, found, strict=True))
     return RowResults(
         data=store.digest,
         tokens=tuple(size for pack in packs for size in _supervised(pack)),
         losses=tuple(loss for found in done[len(groups) :] for loss in found),
-        scores=_scores(config, asked, [answers[i] for i in range(len(asked))], tokenizer),
+        scores=_scores(config, asked, [answers[i] for i in range(len(asked))], base.tokenizer),
     )
 
 
@@ -70,9 +61,9 @@ Works = tuple[Pack, ...] | tuple[Question, ...]
 
 
 class Measurer:
-    """What an actor does: one model, asked for losses and answers."""
+    """One model in an actor, which gives losses and answers."""
 
-    def __init__(self, base: BaseModel, adapter: str | None, config: Config, eos: tuple[int, ...]) -> None:
+    def __init__(self, base: BaseModel, adapter: str | None, config: AnyConfig, eos: tuple[int, ...]) -> None:
         """Load the model where this process computes; raises UserError if it does not load."""
         self.eos, self.limit, self.device = eos, config.evaluation.max_new_tokens, pool.device()
         self.model = load(base, adapter, config, self.device)
@@ -93,7 +84,7 @@ class Measurer:
         return [float(part.sum()) for part in each.split([size for pack in packs for size in _supervised(pack)])]
 
 
-def load(base: BaseModel, adapter: str | None, config: Config, device: torch.device) -> Any:
+def load(base: BaseModel, adapter: str | None, config: AnyConfig, device: torch.device) -> Any:
     """The frozen model, with the plain-LoRA adapter in its layers if one is given, on `device`.
 
     Raises UserError if either does not load or they do not fit.
@@ -123,7 +114,7 @@ def _adapted(base: nn.Module, adapter: str) -> nn.Module:
 
 
 def _supervised(pack: Pack) -> list[int]:
-    """How many tokens of each example of a sequence are supervised."""
+    """Number of supervised tokens of each example of a sequence."""
     counts, place = [], 0
     for size in pack.segments:
         counts.append(int(pack.supervised[place : place + size].sum()))
@@ -132,7 +123,7 @@ def _supervised(pack: Pack) -> list[int]:
 
 
 def _scores(
-    config: Config, asked: Sequence[Question], answers: Sequence[Sequence[int]], tokenizer: "PreTrainedTokenizerBase"
+    config: AnyConfig, asked: Sequence[Question], answers: Sequence[Sequence[int]], tokenizer: Any
 ) -> dict[str, tuple[float, ...]]:
     if not asked or config.evaluation.scorer is None:
         return {}

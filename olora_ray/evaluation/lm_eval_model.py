@@ -13,7 +13,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 
 from olora_ray.common.quiet import quiet_lm_eval
-from olora_ray.config.schema import Config
+from olora_ray.config.evaluation import AnyConfig
 from olora_ray.evaluation import held_out, pool
 from olora_ray.model.load import load_tokenizer
 from olora_ray.model.source import BaseModel, on_this_node
@@ -32,7 +32,7 @@ Piece = tuple[str, tuple[tuple[Any, ...], ...]]
 class ClusterLM(LM):  # type: ignore[misc] # lm-eval is untyped
     """Spreads what lm-eval asks over the cluster; needs ray.init."""
 
-    def __init__(self, base: BaseModel, adapter: str | None, config: Config) -> None:
+    def __init__(self, base: BaseModel, adapter: str | None, config: AnyConfig) -> None:
         """`base` and `adapter` as in `measure`."""
         super().__init__()
         self._make = partial(HarnessModel, base, adapter, config)
@@ -64,9 +64,9 @@ class ClusterLM(LM):  # type: ignore[misc] # lm-eval is untyped
 
 
 class HarnessModel:
-    """What an actor does: one model behind lm-eval's interface."""
+    """One model in an actor, behind lm-eval's interface."""
 
-    def __init__(self, base: BaseModel, adapter: str | None, config: Config) -> None:
+    def __init__(self, base: BaseModel, adapter: str | None, config: AnyConfig) -> None:
         """Load the model where this process computes; raises UserError if it does not load."""
         from lm_eval.models.huggingface import HFLM
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from olora_ray.common.errors import UserError
 from olora_ray.common.quiet import quiet_lm_eval
-from olora_ray.config.schema import Config
+from olora_ray.config.evaluation import AnyConfig
 from olora_ray.evaluation import lm_eval_data
 from olora_ray.model.source import BaseModel
 
@@ -37,7 +37,7 @@ Tasks = dict[str, Any]
 
 @dataclass(frozen=True)
 class TaskResult:
-    """What a model reached on a task."""
+    """Metrics of one model on one task."""
 
     rows: str
     """Which rows, e.g. validation[:200]."""
@@ -52,7 +52,7 @@ class TaskResult:
 def load(names: Sequence[str], data: str | None) -> Tasks:
     """The tasks, with their rows.
 
-    `data` is a folder (see task_sets) or None: the hub. Raises UserError for an unknown task, data that is
+    `data` is a folder (see lm_eval_data) or None: the hub. Raises UserError for an unknown task, data that is
     not there, or if lm-eval is not installed.
     """
     if not names:
@@ -73,7 +73,9 @@ def load(names: Sequence[str], data: str | None) -> Tasks:
     return tasks
 
 
-def run(tasks: Tasks, limit: int | None, base: BaseModel, adapter: str | None, config: Config) -> dict[str, TaskResult]:
+def run(
+    tasks: Tasks, limit: int | None, base: BaseModel, adapter: str | None, config: AnyConfig
+) -> dict[str, TaskResult]:
     """Run the tasks, on their first `limit` rows each, with the work spread over the cluster.
 
     `base` and `adapter` as in `measure`. Needs ray.init; raises UserError for a model that does not load.

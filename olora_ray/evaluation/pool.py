@@ -10,7 +10,7 @@ import torch
 
 from olora_ray.cluster.resources import worker_resources
 from olora_ray.common.errors import UserError
-from olora_ray.config.schema import Config
+from olora_ray.config.evaluation import AnyConfig
 
 logger = logging.getLogger(__name__)
 
@@ -22,9 +22,9 @@ TENTHS = 10
 
 
 def map_over_actors(
-    make: Callable[[], Callable[[Work], Result]], works: Sequence[Work], config: Config
+    make: Callable[[], Callable[[Work], Result]], works: Sequence[Work], config: AnyConfig
 ) -> list[Result]:
-    """The results of all `works`, in their order; each actor calls `make` once and its function a work.
+    """The results of all `works`, in their order; each actor calls `make` once, and what it returns once per work.
 
     At most cluster.workers actors, each with cluster.cpus_per_worker CPUs (its number of threads) and
     cluster.gpus_per_worker GPUs; fewer if the cluster has no room for more. `make` pickles; what it makes

@@ -1,4 +1,4 @@
-"""What an evaluation found: metrics by name, for one model or for two side by side."""
+"""Results of an evaluation: metrics by name, for one model or for two side by side."""
 
 import logging
 from collections.abc import Iterator, Mapping
@@ -7,8 +7,7 @@ from typing import Any
 
 from olora_ray.cluster import address
 from olora_ray.common.errors import UserError
-from olora_ray.config.schema import Config
-from olora_ray.data.tokenize import spec_from_pretrained
+from olora_ray.config.evaluation import AnyConfig
 from olora_ray.evaluation import lm_eval_tasks as tasks
 from olora_ray.evaluation import rows
 from olora_ray.evaluation.bootstrap import Interval, difference
@@ -17,7 +16,7 @@ from olora_ray.evaluation.held_out import measure
 from olora_ray.evaluation.lm_eval_tasks import TaskResult, Tasks
 from olora_ray.evaluation.rows import RowResults
 from olora_ray.evaluation.targets import Target
-from olora_ray.model import load
+from olora_ray.pipeline.base import with_tokenizer
 from olora_ray.tokens import prepare
 from olora_ray.train import scoring
 
@@ -56,7 +55,7 @@ class Evaluation:
         }
 
 
-def check(request: Request, config: Config) -> None:
+def check(request: Request, config: AnyConfig) -> None:
     """Raise UserError if nothing is to be done, the scorer cannot be, or Ray does not answer."""
     if config.evaluation.scorer:
         scoring.resolve(config.evaluation.scorer)
@@ -71,13 +70,12 @@ def check(request: Request, config: Config) -> None:
 def evaluate(target: Target, sets: Tasks, limit: int | None) -> Evaluation:
     """Everything about one model; needs ray.init. Raises UserError for what the user can fix."""
     logger.info(f"evaluating {target.name}")
-    base, config = target.base, target.config
+    config, adapter = target.config, target.adapter
     held_out = None
     if config.data.holds_out():
-        tokenizer = load.load_tokenizer(base, config.model)
-        rows_kept = prepare.prepare(config, spec_from_pretrained(tokenizer, base.name), "eval")
-        held_out = measure(base, target.adapter, rows_kept, config, tokenizer, load.end_tokens(base, tokenizer))
-    return Evaluation(target, held_out, tasks.run(sets, limit, base, target.adapter, config))
+        base = with_tokenizer(target.base, config)
+        held_out = measure(base, adapter, prepare.prepare(config, base.spec, "eval"), config)
+    return Evaluation(target, held_out, tasks.run(sets, limit, target.base, adapter, config))
 
 
 def differences(first: Evaluation, second: Evaluation) -> dict[str, Interval]:
@@ -87,7 +85,7 @@ def differences(first: Evaluation, second: Evaluation) -> dict[str, Interval]:
 
 def _differences(first: Evaluation, second: Evaluation) -> Iterator[tuple[str, Interval]]:
     ours, theirs = first.held_out, second.held_out
-    if ours and theirs and ours.data == theirs.data:  # else tokens differ, and a loss a token cannot be compared
+    if ours and theirs and ours.data == theirs.data:  # else tokens differ, and losses per token cannot be compared
         for name in ours.names():
             if name in theirs.names():
                 yield name, rows.compare(name, ours, theirs)

@@ -1,4 +1,4 @@
-"""What one model does on each held-out row: the numbers that a comparison of two models is made of."""
+"""Held-out results of one model, row by row: the numbers that a comparison of two models is made of."""
 
 import json
 import math
@@ -33,7 +33,7 @@ class RowResults:
         return [LOSS, PERPLEXITY, *(f"{SCORE}{name}" for name in self.scores)]
 
     def metric(self, name: str) -> float:
-        """The mean over all rows: eval/loss (a token), eval/perplexity or eval/NAME of a score.
+        """The mean over all rows: eval/loss (per token), eval/perplexity or eval/NAME of a score.
 
         Raises UserError for a name that there is not.
         """

@@ -1,4 +1,4 @@
-"""Where results are kept: evaluation.json, and an MLflow run for each model."""
+"""Saves results: in evaluation.json, and in an MLflow run per model."""
 
 import json
 import logging
@@ -24,7 +24,7 @@ FILE = "evaluation.json"
 def address(request: Request, targets: Sequence[Target]) -> str | None:
     """The MLflow that results go to; None if none is configured: no config, no run, no MLFLOW_TRACKING_URI.
 
-    Raises UserError or TrackingAway if it does not answer.
+    Raises UserError or TrackingUnavailable if it does not answer.
     """
     configured = request.config or any(run_of(name) for name in request.models)
     if not (configured or "tracking.uri" in request.changes or os.environ.get("MLFLOW_TRACKING_URI")):
@@ -42,7 +42,7 @@ def write(
 ) -> None:
     """Keep the results in --out or the first model's run folder, and in the MLflow at `uri`.
 
-    Raises TrackingAway if MLflow does not answer; the file is written by then.
+    Raises TrackingUnavailable if MLflow does not answer; the file is written by then.
     """
     text = _text(request, results, intervals)
     folder = str(Path(request.out).absolute()) if request.out and not storage.is_uri(request.out) else request.out

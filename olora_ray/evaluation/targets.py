@@ -1,4 +1,4 @@
-"""What `evaluate.py MODEL` may name, and the base model, adapter and config that it means.
+"""Resolves the MODEL argument of evaluate.py to base model, adapter and config.
 
 a base model         hub id, folder, package://PACKAGE/FILE
 a registered model   models:/NAME@ALIAS or models:/NAME/VERSION
@@ -20,7 +20,8 @@ from olora_ray.adapter.factors import AdapterWeights
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError
 from olora_ray.config import paths
-from olora_ray.config.load import build, load, override
+from olora_ray.config.evaluation import AnyConfig, EvaluationConfig
+from olora_ray.config.load import build, load, override, validated
 from olora_ray.config.schema import Config
 from olora_ray.config.yaml_io import parse_yaml
 from olora_ray.evaluation.held_out import ADAPTER_CONFIG
@@ -45,11 +46,11 @@ class Target:
     base: BaseModel
     adapter: str | None
     """A plain-LoRA folder for the base."""
-    config: Config
+    config: AnyConfig
     """The settings of the evaluation, with the base as their model."""
 
 
-def settings(names: Sequence[str], file: str | None, changes: Mapping[str, Any]) -> Config:
+def settings(names: Sequence[str], file: str | None, changes: Mapping[str, Any]) -> AnyConfig:
     """The settings of an evaluation: of the file, else of the first run that the models come from, else defaults.
 
     Raises UserError for a config that cannot be.
@@ -58,9 +59,8 @@ def settings(names: Sequence[str], file: str | None, changes: Mapping[str, Any])
         return paths.resolved(load(file, changes), Path.cwd())
     if run := next(filter(None, map(run_of, names)), None):
         return override(_read(storage.join(run, SETTINGS)), changes)
-    # There is no data: nothing but tasks can be run.
-    tree = {"run": {"name": "evaluation"}, "model": {"name": names[0]}, "data": {"train": [{"path": "none"}]}}
-    return paths.resolved(override(build(tree), changes), Path.cwd())
+    defaults = validated(EvaluationConfig, {"model": {"name": names[0]}}, "config")
+    return paths.resolved(override(defaults, changes), Path.cwd())
 
 
 def run_of(name: str) -> str | None:
@@ -74,7 +74,7 @@ def run_of(name: str) -> str | None:
     return None
 
 
-def resolve(name: str, shared: Config) -> Target:
+def resolve(name: str, shared: AnyConfig) -> Target:
     """Find the model; whatever has to be downloaded, converted or exported for it is made here.
 
     `shared` are the settings of the evaluation, whose model is replaced. Raises UserError for a name that
@@ -95,7 +95,7 @@ def resolve(name: str, shared: Config) -> Target:
 
 
 def kind_of(name: str) -> Kind:
-    """What a name means, by the files that lie there."""
+    """The kind of model that a name means, by the files that lie there."""
     place = _absolute(name)
     if not place:
         return "model"
@@ -106,7 +106,7 @@ def kind_of(name: str) -> Kind:
     return "run" if _exists(place, SETTINGS) and not _exists(place, "config.json") else "model"
 
 
-def _of_run(name: str, shared: Config) -> Target:
+def _of_run(name: str, shared: AnyConfig) -> Target:
     root = _absolute(name)
     storage_path, _, run = root.rpartition("/")  # it may have been moved
     own = override(_read(storage.join(root, SETTINGS)), {"run.storage": storage_path, "run.name": run})
@@ -122,7 +122,7 @@ def _of_run(name: str, shared: Config) -> Target:
 
 
 def _of_checkpoint(
-    name: str, found: Checkpoint, adapter: Mapping[str, AdapterWeights], own: Config, shared: Config
+    name: str, found: Checkpoint, adapter: Mapping[str, AdapterWeights], own: Config, shared: AnyConfig
 ) -> Target:
     config = _with_model(shared, own.model.name, own.model.revision)
     base = find_model(config)
@@ -137,7 +137,7 @@ def _of_checkpoint(
     return Target(name, base, place, config)
 
 
-def _of_adapter(name: str, shared: Config) -> Target:
+def _of_adapter(name: str, shared: AnyConfig) -> Target:
     place = _absolute(name)
     run = run_of(name)
     if run is not None:
@@ -157,7 +157,7 @@ def _read(place: str) -> Config:
     return build(parse_yaml(storage.read_text(place), place), place)
 
 
-def _with_model(shared: Config, name: str, revision: str | None = None) -> Config:
+def _with_model(shared: AnyConfig, name: str, revision: str | None = None) -> AnyConfig:
     known = revision or (shared.model.revision if shared.model.name == name else None)
     found = override(shared, {"model.name": name, "model.revision": known})
     return paths.resolved(found, Path.cwd())

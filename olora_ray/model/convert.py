@@ -15,7 +15,8 @@ import torch
 from olora_ray.common import digests, storage
 from olora_ray.common.errors import UserError, as_user_error, first_line
 from olora_ray.common.quiet import quiet_gguf
-from olora_ray.config.schema import Config, Model
+from olora_ray.config.evaluation import AnyConfig
+from olora_ray.config.schema import Model
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +28,7 @@ TEXTS = (".json", ".jinja", ".model", ".txt", ".py")
 """Files of a tokenizer, a generation config or, where that is allowed, code."""
 
 
-def gguf(file: Path, config: Config) -> Path:
+def gguf(file: Path, config: AnyConfig) -> Path:
     """The folder with the dequantised weights of a GGUF file; raises UserError if it is broken."""
     dtype = "float32" if config.model.dtype == "float32" else "bfloat16"
     announcement = f"model: dequantising {file.name} to {dtype}, once"
@@ -35,7 +36,7 @@ def gguf(file: Path, config: Config) -> Path:
     return _converted(write, file.stem, f"{digest([file])}/{dtype}", config, announcement)
 
 
-def pickled(folder: Path, config: Config) -> Path:
+def pickled(folder: Path, config: AnyConfig) -> Path:
     """The folder with the converted weights of one that has no safetensors, where `model.allow_pickle` is set.
 
     Raises UserError if it is not, or if there are no such weights.
@@ -46,7 +47,7 @@ def pickled(folder: Path, config: Config) -> Path:
     return _converted(write, folder.name, digest(files), config, announcement)
 
 
-def _converted(write: Callable[[Path], None], name: str, key: str, config: Config, announcement: str) -> Path:
+def _converted(write: Callable[[Path], None], name: str, key: str, config: AnyConfig, announcement: str) -> Path:
     """The folder beside the storage that `write` has filled, once for each `key`."""
     root = config.run.storage if not storage.is_uri(config.run.storage) else storage.CACHE
     target = Path(root) / "models" / f"{name}-{digests.digest(key, length=16)}"

@@ -13,7 +13,7 @@ from olora_ray.common import digests, storage
 from olora_ray.common.errors import UserError, as_user_error, first_line
 from olora_ray.common.quiet import quiet_transformers
 from olora_ray.config import paths
-from olora_ray.config.schema import Config
+from olora_ray.config.evaluation import AnyConfig
 from olora_ray.config.schema import Model as ModelConfig
 from olora_ray.model import convert
 
@@ -30,7 +30,7 @@ class BaseModel:
     """SHA-256 over the weights."""
 
 
-def obtain(config: Config, registered: Path | None = None) -> BaseModel:
+def obtain(config: AnyConfig, registered: Path | None = None) -> BaseModel:
     """Find, download or convert the base model of a run; `registered` is the folder of a models:/ name.
 
     Raises UserError for a name that leads nowhere, a folder without safetensors, or a broken GGUF file.
@@ -47,7 +47,7 @@ def obtain(config: Config, registered: Path | None = None) -> BaseModel:
     return BaseModel(name, str(source), convert.digest(sorted(source.glob("*.safetensors"))))
 
 
-def on_this_node(base: BaseModel, config: Config) -> BaseModel:
+def on_this_node(base: BaseModel, config: AnyConfig) -> BaseModel:
     """The base model where this process can read it: the driver's folder if this node sees it, else fetched anew.
 
     Raises UserError if it cannot be fetched here, or is not the same here.
@@ -66,7 +66,7 @@ def on_this_node(base: BaseModel, config: Config) -> BaseModel:
     return found
 
 
-def _source_folder(config: Config) -> Path:
+def _source_folder(config: AnyConfig) -> Path:
     name = config.model.name
     if name.startswith("package://"):
         return paths.package_file(name)

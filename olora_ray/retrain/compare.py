@@ -1,19 +1,17 @@
 """Comparison of challenger and champion on the same held-out rows, each as it lies in the registry."""
 
 import logging
+from dataclasses import replace
 
 from olora_ray.common import storage
 from olora_ray.common.digests import digest_json
 from olora_ray.common.errors import UserError
 from olora_ray.config.load import override
 from olora_ray.config.schema import Config
-from olora_ray.data.tokenize import spec_from_pretrained
 from olora_ray.evaluation.held_out import measure
 from olora_ray.evaluation.rows import RowResults
-from olora_ray.model import load
-from olora_ray.model.source import BaseModel
 from olora_ray.pipeline import connection
-from olora_ray.pipeline.base import find_model
+from olora_ray.pipeline.base import Base, open_base
 from olora_ray.retrain.changes import Inputs
 from olora_ray.retrain.recipe import RUN
 from olora_ray.tokens.prepare import prepare
@@ -36,33 +34,31 @@ def measured(config: Config, inputs: Inputs, versions: list[Version]) -> list[Ro
     if None in known:
         with connection.connect(config):
             found = [_as_base(config, version) for version in versions]
-            _same_tokens(config, found)
+            _same_tokens([base for _, base in found])
             held_out = prepare(config, inputs.base.spec, "eval")
-            for place, (version, note) in enumerate(zip(versions, notes, strict=True)):
+            for place, (version, note, (own, base)) in enumerate(zip(versions, notes, found, strict=True)):
                 if known[place] is not None:
                     continue
                 logger.info(f"measuring version {version.number} on the held-out rows")
                 with connection.user_errors():
-                    rows = measure(
-                        found[place][1], None, held_out, found[place][0], inputs.base.tokenizer, inputs.base.eos
-                    )
+                    # Answers of both end with the same tokens: those of the config's base.
+                    rows = measure(replace(inputs.base, model=base.model), None, held_out, own)
                 storage.write_text(note, rows.to_json())
                 known[place] = rows
     return [rows for rows in known if rows is not None]
 
 
-def _as_base(config: Config, version: Version) -> tuple[Config, BaseModel]:
-    """A registered version as a model that is loaded, and the config that says so."""
+def _as_base(config: Config, version: Version) -> tuple[Config, Base]:
+    """The config that names a registered version as its model, and that model."""
     name, folder = f"models:/{version.name}/{version.number}", version.tags.get(RUN, "")
     if storage.is_uri(config.run.storage) and storage.is_uri(folder):
         name = storage.join(folder, "export", "merged")  # each node fetches it by itself
     config = override(config, {"model.name": name, "model.revision": None})
-    return config, find_model(config)
+    return config, open_base(config)
 
 
-def _same_tokens(config: Config, found: list[tuple[Config, BaseModel]]) -> None:
-    specs = {spec_from_pretrained(load.load_tokenizer(base, config.model)).digest for _, base in found}
-    if len(specs) > 1:
+def _same_tokens(bases: list[Base]) -> None:
+    if len({base.spec.digest for base in bases}) > 1:
         raise NotComparable("the champion has another tokenizer, so nothing is measured on the same tokens")
 
 

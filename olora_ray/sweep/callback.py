@@ -1,4 +1,4 @@
-"""What the driver says while Tune searches, and when it lets a search end early."""
+"""Tune's callback and stopper of a search: logs a line per event, and ends the search when its patience is used up."""
 
 import logging
 import time
@@ -14,11 +14,11 @@ from olora_ray.sweep.spec import ENDED, NUMBER, number_of
 
 logger = logging.getLogger(__name__)
 
-GUARD_SECONDS = 3.0
+CLEANUP_SECONDS = 3.0
 
 
 class SweepCallback(tune.Callback, tune.Stopper):
-    """One line an event; counts trials that bring nothing better. Tune pickles it with the search."""
+    """Logs one line per event, and counts trials that bring nothing better. Tune pickles it with the search."""
 
     def __init__(self, folder: str, space: Space, total: int) -> None:
         self.folder, self.space, self.total = folder, space, total
@@ -26,9 +26,9 @@ class SweepCallback(tune.Callback, tune.Stopper):
         """The best value of a trial that has ended, and that trial."""
         self.since_better = 0
         self.over: str | None = None
-        """Why the search ends before all trials have ended by themselves."""
+        """The reason for which the search ends before all trials have ended by themselves."""
         self._ended: set[str] = set()
-        self._guarded = 0.0
+        self._cleaned_at = 0.0
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         """Tune asks after each result whether this trial is to stop."""
@@ -44,13 +44,13 @@ class SweepCallback(tune.Callback, tune.Stopper):
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """Called all the time while trials run."""
-        if time.monotonic() - self._guarded >= GUARD_SECONDS:
-            self._guarded = time.monotonic()
+        if time.monotonic() - self._cleaned_at >= CLEANUP_SECONDS:
+            self._cleaned_at = time.monotonic()
             if number := free_abandoned():
                 logger.warning(f"resources of {number} ended trial(s) were not given back; they are now")
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """A trial begins, or continues."""
+        """A trial starts, or continues from a checkpoint."""
         step = (trial.last_result or {}).get("step")
         again = f"continues after step {step}" if step else "starts"
         logger.info(f"trial {_number(trial)} {again}: {described(self._values(trial)) or 'the config as it is'}")
@@ -65,7 +65,7 @@ class SweepCallback(tune.Callback, tune.Stopper):
         logger.info(f"trial {_number(trial)} step {step}/{self.total} | {self.space.metric} {value:.4f}")
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """A trial has come to its end, or was stopped."""
+        """A trial has finished, or was stopped."""
         result = trial.last_result or {}
         value, step = result.get(self.space.metric), result.get("step", 0)
         how = "finished" if result.get(ENDED) else f"stopped at step {step} ({self.over or self.space.scheduler.kind})"
@@ -83,11 +83,11 @@ class SweepCallback(tune.Callback, tune.Stopper):
         logger.info(f"trial {_number(trial)} failed: {why}; {self._left()}")
 
     def get_state(self) -> dict[str, Any]:
-        """What Tune keeps of it with the search."""
+        """State that Tune saves with the search."""
         return {"best": self.best, "since_better": self.since_better, "ended": sorted(self._ended)}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Take up `get_state` after an interruption."""
+        """Restore `get_state` after an interruption."""
         best = state.get("best")
         self.best = None if best is None else (float(best[0]), int(best[1]))
         self.since_better, self._ended = int(state.get("since_better", 0)), set(state.get("ended", ()))

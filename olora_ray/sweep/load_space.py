@@ -1,4 +1,4 @@
-"""Read a space file and check it against the config that it varies, before anything starts."""
+"""Reader of space files: checks each against the config that it varies, before anything starts."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a search has found so far: one record a trial, and what can be asked of all of them."""
+"""Records of a search: one per trial, and one of all that ranks them."""
 
 import json
 import math
@@ -32,7 +32,7 @@ class TrialRecord:
     spared: float = 0.0
     """Seconds of preparation and initialisation that the search did once and this trial not again."""
     reason: str = ""
-    """Why it failed or was stopped."""
+    """Reason of a failure or a stop."""
     folder: str = ""
     """The trial's run folder."""
     mlflow_run: str = ""

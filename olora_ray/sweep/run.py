@@ -3,7 +3,7 @@
 <storage>/<name>/
     trials/trial-007/                          a run folder like any other
     shared/                                    factors at the largest rank, what the base model does
-    tune/                                      Tune's state, from which an interrupted search continues
+    tune/ tune.json                            Tune's state, from which an interrupted search resumes; its format
     best.yaml leaderboard.json report.html *.png
 """
 
@@ -30,7 +30,7 @@ from olora_ray.pipeline import connection, export, fit, mlflow_run, publish
 from olora_ray.pipeline.base import Base
 from olora_ray.pipeline.prepare import prepare_tokens
 from olora_ray.pipeline.run_folder import FREE_TO_CHANGE, RunFolder
-from olora_ray.sweep import shared_work, trial_file, tuner
+from olora_ray.sweep import shared_work, state, trial_file, tuner
 from olora_ray.sweep.callback import SweepCallback
 from olora_ray.sweep.record import SearchRecord, TrialRecord
 from olora_ray.sweep.report import leaderboard, write
@@ -43,7 +43,7 @@ from olora_ray.train import checkpoints
 logger = logging.getLogger(__name__)
 
 SEARCH = "search.json"
-"""What a search is made of, in its folder."""
+"""File of the settings and space that a search was begun with."""
 LENGTH = ("train.steps", "train.epochs", "train.eval_every", "train.checkpoint_every", "evaluation.")
 """Fields that a space sets to have short trials."""
 
@@ -62,7 +62,7 @@ def search_config(config: Config, space: Space, space_file: str | Path, register
 
 
 def check(config: Config, space: Space) -> None:
-    """Raise UserError if the storage, MLflow or Ray cannot be used, or if another search has this name."""
+    """Raise UserError if storage, MLflow or Ray cannot be used, or what has this name is no search to resume."""
     folder = RunFolder(config)
     folder.check()
     mlflow_run.check_tracking(config, folder)
@@ -73,6 +73,7 @@ def check(config: Config, space: Space) -> None:
             f"run.name: {folder.root} holds a search with different settings; choose another run.name or space file,"
             " or delete it"
         )
+    state.can_resume(folder.root)
     address.find()
 
 
@@ -92,9 +93,9 @@ def share(spec: TrainSpec, space: Space, seconds: float) -> tuple[TrainSpec, flo
     place = storage.join(spec.config.folder(), "shared")
     rank = max(_ranks(space) or [spec.config.adapter.rank])
     wanted = worker_resources(spec.config)
-    job = ray.remote(shared_work.make).options(num_cpus=wanted["CPU"], num_gpus=wanted.get("GPU", 0))
+    make = ray.remote(shared_work.make).options(num_cpus=wanted["CPU"], num_gpus=wanted.get("GPU", 0))
     with connection.user_errors():
-        init, base = ray.get(job.remote(spec, place, rank))
+        init, base = ray.get(make.remote(spec, place, rank))
     spared = seconds + init + base
     logger.info(
         f"shared by all trials: tokens {seconds:.1f} s, {spec.config.adapter.method} factors at rank {rank}"
@@ -114,36 +115,50 @@ def tracked(spec: TrainSpec, space: Space) -> Iterator[Tracker]:
 
 
 def run(spec: TrainSpec, space: Space, spared: float, tracker: Tracker) -> tuple[SweepSpec, SearchRecord]:
-    """Search until all trials have ended, or a limit of the space is reached; continues where it was interrupted.
+    """Search until all trials have ended, or a limit of the space is reached; resumes one that was interrupted.
 
-    Raises UserError if not even one trial fits in the cluster, or if none of them has measured the metric.
+    Of one that another version of this code has ended the trials are read and none is run. Raises UserError if not
+    even one trial fits in the cluster, or if none of them has measured the metric.
     """
-    config = spec.config
-    seats, hosts = _seats(spec, space)
-    job = SweepSpec(config.run.name, config.folder(), spec, space, tracker.run_id, spared, hosts)
-    watch = SweepCallback(job.folder, space, job.total())
-    began = time.monotonic()
-    results = tuner.build(job, watch, seats).fit()
-    # Not after an error or a signal: the trials would find their hosts dead and end as failed, before they too are
-    # ended with this process.
-    shared_base.end_actors(hosts)
-    ended = sum(1 for trial in trial_file.read_all(job.folder).values() if trial.status != "unfinished")
-    notes = [f"The search ended early: {watch.over}."] if watch.over else []
-    if space.time_budget and ended < space.count() and not notes:
-        notes = [f"The time budget of {space.time_budget:g} s was used up: {ended} of {space.count()} trials ended."]
-    found = record(job, time.monotonic() - began, tuple(notes))
+    config, began = spec.config, time.monotonic()
+    sweep_spec = SweepSpec(config.run.name, config.folder(), spec, space, tracker.run_id, spared)
+    notes: tuple[str, ...] = ()
+    if state.can_resume(sweep_spec.folder):
+        notes = _search(sweep_spec)
+    else:
+        logger.info("search: another version of olora_ray has ended it; its trials are reported, none is run")
+    found = record(sweep_spec, time.monotonic() - began, notes)
     if found.best() is None:
         reasons = sorted({trial.reason for trial in found.trials if trial.reason})
-        raise UserError(f"no trial has measured {space.metric}: {'; '.join(reasons) or f'{len(results)} trials ran'}")
-    return job, found
+        raise UserError(
+            f"no trial has measured {space.metric}: {'; '.join(reasons) or f'{len(found.trials)} trials ran'}"
+        )
+    return sweep_spec, found
 
 
-def record(job: SweepSpec, seconds: float, notes: tuple[str, ...] = ()) -> SearchRecord:
+def _search(sweep_spec: SweepSpec) -> tuple[str, ...]:
+    """Run the trials that have not ended; returns why the search has ended early, if it has."""
+    space = sweep_spec.space
+    concurrent, shared_bases = _concurrent_trials(sweep_spec.train_spec, space)
+    callback = SweepCallback(sweep_spec.folder, space, sweep_spec.total())
+    tuner.build(replace(sweep_spec, shared_bases=shared_bases), callback, concurrent).fit()
+    # Not after an error or a signal: trials would find their shared base dead and end as failed before they
+    # are ended with this process.
+    shared_base.end_actors(shared_bases)
+    if callback.over:
+        return (f"The search ended early: {callback.over}.",)
+    ended = sum(1 for trial in trial_file.read_all(sweep_spec.folder).values() if trial.status != "unfinished")
+    if space.time_budget and ended < space.count():
+        return (f"The time budget of {space.time_budget:g} s was used up: {ended} of {space.count()} trials ended.",)
+    return ()
+
+
+def record(sweep_spec: SweepSpec, seconds: float, notes: tuple[str, ...] = ()) -> SearchRecord:
     """What the trials have left in their folders, as one record."""
-    space = job.space
-    trials = tuple(found for _, found in sorted(trial_file.read_all(job.folder).items()))
+    space = sweep_spec.space
+    trials = tuple(found for _, found in sorted(trial_file.read_all(sweep_spec.folder).items()))
     return SearchRecord(
-        name=job.name,
+        name=sweep_spec.name,
         metric=space.metric,
         mode=space.better(),
         searcher=space.searcher,
@@ -151,51 +166,53 @@ def record(job: SweepSpec, seconds: float, notes: tuple[str, ...] = ()) -> Searc
         seconds=seconds,
         trials=trials,
         fields=tuple(space.search),
-        default=next((trial.number for trial in trials if _is_default(trial, job)), None),
+        default=next((trial.number for trial in trials if _is_default(trial, sweep_spec)), None),
         notes=notes,
     )
 
 
-def conclude(config: Config, job: SweepSpec, found: SearchRecord, tracker: Tracker) -> None:
+def conclude(config: Config, sweep_spec: SweepSpec, found: SearchRecord, tracker: Tracker) -> None:
     """Write report, leaderboard and best.yaml, log them to MLflow, and say what came out."""
     best = found.best()
     assert best is not None
-    place = storage.join(job.folder, "best.yaml")
-    storage.write_text(place, dump(best_config(config, job, best)))
-    for file in [*write.write(found, job.folder), place]:
+    place = storage.join(sweep_spec.folder, "best.yaml")
+    storage.write_text(place, dump(best_config(config, sweep_spec, best)))
+    for file in [*write.write(found, sweep_spec.folder), place]:
         tracker.artifact(storage.local_copy(file))
     tracker.table("leaderboard", *leaderboard.table(found))
     tracker.metrics({0: {f"best/{found.metric}": best.value or 0.0}})
     for line in [*leaderboard.lines(found), *leaderboard.summary(found)]:
         logger.info(line)
-    logger.info(f"report: {storage.join(job.folder, 'report.html')}")
+    logger.info(f"report: {storage.join(sweep_spec.folder, 'report.html')}")
     logger.info(f"best config: {place}")
 
 
-def best_config(config: Config, job: SweepSpec, best: TrialRecord, refit: bool = False) -> Config:
+def best_config(config: Config, sweep_spec: SweepSpec, best: TrialRecord, refit: bool = False) -> Config:
     """The config as it came, with the best trial's values and what the space sets for all.
 
     For a `refit` the space's short trainings are left out: it has the length of the config itself.
     """
-    common = {field: value for field, value in job.space.set.items() if not (refit and field.startswith(LENGTH))}
-    name = f"{job.name}-{'refit' if refit else 'best'}"
+    common = {field: value for field, value in sweep_spec.space.set.items() if not (refit and field.startswith(LENGTH))}
+    name = f"{sweep_spec.name}-{'refit' if refit else 'best'}"
     return override(config, {**common, **best.params, "run.name": name})
 
 
-def register(job: SweepSpec, found: SearchRecord) -> int:
+def register(sweep_spec: SweepSpec, found: SearchRecord) -> int:
     """Export, check and register the best trial's model as it is; returns the version.
 
     Raises UserError if the exports disagree.
     """
     best = found.best()
     assert best is not None
-    trial = override(job.train_spec.config, {**best.params, "run.name": f"{job.name}-{trial_name(best.number)}"})
-    spec = replace(job.train_spec, config=trial)
+    trial = override(
+        sweep_spec.train_spec.config, {**best.params, "run.name": f"{sweep_spec.name}-{trial_name(best.number)}"}
+    )
+    spec = replace(sweep_spec.train_spec, config=trial)
     folder = RunFolder(trial, best.folder)
     result = fit.finished_training(spec, folder) or _stopped(folder)
-    with mlflow_run.tracked(spec, folder, job.parent) as tracker:
+    with mlflow_run.tracked(spec, folder, sweep_spec.parent) as tracker:
         parity = export.run_export(spec, folder, result)
-        tags = {"olora.search": job.name, "olora.trial": str(best.number)}
+        tags = {"olora.search": sweep_spec.name, "olora.trial": str(best.number)}
         version = publish.publish(spec, folder, tracker, result, parity, tags)
     assert version is not None
     name, alias = trial.registry.model, trial.registry.alias
@@ -213,8 +230,8 @@ def _stopped(folder: RunFolder) -> TrainResult:
     return TrainResult(state=found[1].state, stopped_early=True)
 
 
-def _seats(spec: TrainSpec, space: Space) -> tuple[int, tuple[Any, ...]]:
-    """Trials at the same time, and the hosts that train them if several share one."""
+def _concurrent_trials(spec: TrainSpec, space: Space) -> tuple[int, tuple[Any, ...]]:
+    """How many trials run at the same time, and the actors that train them where several share one base model."""
     config, count = spec.config, space.count()
     wanted, workers = worker_resources(config), config.cluster.min_workers()
     room = _room(wanted)
@@ -222,9 +239,9 @@ def _seats(spec: TrainSpec, space: Space) -> tuple[int, tuple[Any, ...]]:
         raise UserError(f"cluster.workers={workers}: a trial needs {workers} workers, and there is room for {room} now")
     each = space.trials_per_worker
     if each == 1:
-        seats = min(room // workers, space.concurrency or count, count)
-        logger.info(f"search: {count} trials, {seats} at the same time, {workers} worker(s) each")
-        return seats, ()
+        concurrent = min(room // workers, space.concurrency or count, count)
+        logger.info(f"search: {count} trials, {concurrent} at the same time, {workers} worker(s) each")
+        return concurrent, ()
     number = min(room, -(-min(space.concurrency or count, count) // each))
     logger.info(f"search: {count} trials, up to {each} side by side on each of {number} copies of the base model")
     return min(number * each, count), shared_base.start_actors(spec, wanted, number, each)
@@ -246,11 +263,11 @@ def _description(config: Config, space: Space) -> str:
     return json.dumps({"config": settings, "space": chosen}, indent=1, sort_keys=True) + "\n"
 
 
-def _is_default(trial: TrialRecord, job: SweepSpec) -> bool:
-    if job.space.has_default():
+def _is_default(trial: TrialRecord, sweep_spec: SweepSpec) -> bool:
+    if sweep_spec.space.has_default():
         return trial.number == 0
-    draws = job.space.as_draws(job.train_spec.config)
-    return draws is not None and trial.params == job.space.values(draws)
+    draws = sweep_spec.space.as_draws(sweep_spec.train_spec.config)
+    return draws is not None and trial.params == sweep_spec.space.values(draws)
 
 
 def _ranks(space: Space) -> list[int]:

@@ -1,4 +1,4 @@
-"""What the trials of a search share beside the tokens: made once, before the first of them.
+"""Work that the trials of a search share beside the tokens: done once, before the first of them.
 
 <search>/shared/factors.safetensors, factors.json     at the largest rank of the space
 <search>/shared/baseline.json                         what the base model does on the held-out rows

@@ -1,4 +1,4 @@
-"""What all trials of a search have in common, and where each of them lies."""
+"""Specification of a search: what all its trials have in common, and the config and folder of each."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,13 +28,13 @@ class SweepSpec:
     folder: str
     """`<storage>/<name>`."""
     train_spec: TrainSpec
-    """With the config as it is, but for what the space sets for all trials; without a board."""
+    """With the config as it is, but for what the space sets for all trials."""
     space: Space
     parent: str
     """Id of the search's MLflow run."""
     spared: float
     """Seconds of work that were done once for all trials."""
-    hosts: tuple[Any, ...] = ()
+    shared_bases: tuple[Any, ...] = ()
     """Actors that train several adapters on one base; none if every trial has workers of its own."""
 
     def values(self, number: int, draws: Mapping[str, Any]) -> dict[str, Any]:
@@ -94,5 +94,5 @@ def number_of(name: str | None) -> int:
 
 
 def trial_place(folder: str, number: int) -> str:
-    """Where a trial of the search in `folder` lies."""
+    """The folder of a trial of the search in `folder`."""
     return storage.join(folder, "trials", trial_name(number))

@@ -1,9 +1,4 @@
-"""One trial: a training like any other, told to Ray Tune evaluation by evaluation.
-
-A class and not a function, because Tune ends a function trial within moments, and its workers' placement group
-then depends on a cleaner that may fail. Here Tune waits in `cleanup` until the workers have written a
-checkpoint, ended, and given their resources back.
-"""
+"""One trial of a search: a training like any other, in a thread that hands its evaluations over one by one."""
 
 import logging
 import queue
@@ -33,8 +28,8 @@ from olora_ray.train.checkpoints import copy_from
 
 END_SECONDS = 120.0
 """How long a trial that is stopped may take for its last step and checkpoint."""
-FAR = 60.0
-"""How long a checkpoint that is to be taken over may still be on its way to the storage."""
+COPY_SECONDS = 60.0
+"""How long another trial's checkpoint that is to be copied may still be on its way to the storage."""
 
 
 @dataclass(frozen=True)
@@ -56,23 +51,23 @@ class Ended:
 class TrialRun:
     """A trial's training in a thread of this process."""
 
-    def __init__(self, job: SweepSpec, number: int, draws: dict[str, Any]) -> None:
-        self.job, self.number, self.draws = job, number, draws
-        self.config = job.config(number, draws)
-        self.folder = job.trial_folder(number, self.config)
-        self.total = job.steps(self.config)
-        self._told = 0
+    def __init__(self, sweep_spec: SweepSpec, number: int, draws: dict[str, Any]) -> None:
+        self.sweep_spec, self.number, self.draws = sweep_spec, number, draws
+        self.config = sweep_spec.config(number, draws)
+        self.folder = sweep_spec.trial_folder(number, self.config)
+        self.total = sweep_spec.steps(self.config)
+        self._reported = 0
         self._items: queue.Queue[Measured | Ended] = queue.Queue()
         self._thread: threading.Thread | None = None
         self._stop = Stop()
         record = TrialRecord(
             number,
-            job.shown(number, draws),
+            sweep_spec.shown(number, draws),
             "unfinished",
-            spared=job.spared if job.shares_data() else 0.0,
+            spared=sweep_spec.spared if sweep_spec.shares_data() else 0.0,
             folder=self.folder.root,
         )
-        self._ledger = trial_file.TrialFile(trial_place(job.folder, number), record, job.space.better())
+        self._file = trial_file.TrialFile(trial_place(sweep_spec.folder, number), record, sweep_spec.space.better())
 
     def next(self) -> Measured | Ended:
         """Wait for the next evaluation or the end; starts the training."""
@@ -81,12 +76,12 @@ class TrialRun:
             self._thread.start()
         return self._items.get()
 
-    def go_on_from(self, checkpoints: str, step: int) -> None:
+    def resume_from(self, checkpoints: str, step: int) -> None:
         """Put a checkpoint where the training will find it; must come before `next`."""
-        self._told = step
-        self._ledger.go_on_from(step)
+        self._reported = step
+        self._file.resume_from(step)
         if step:
-            copy_from(checkpoints, self.folder.checkpoints, step, FAR)
+            copy_from(checkpoints, self.folder.checkpoints, step, COPY_SECONDS)
         storage.remove(self.folder.training)
 
     def end(self) -> None:
@@ -105,14 +100,14 @@ class TrialRun:
             ended = Ended("failed", str(error))
         except Exception as error:
             ended = Ended("failed", f"{type(error).__name__}: {reason(error)}")
-        self._ledger.ended(ended.status, ended.reason)
+        self._file.ended(ended.status, ended.reason)
         self._items.put(ended)
 
     def _train(self) -> None:
-        spec = self._task()
+        spec = self._train_spec()
         with (
-            mlflow_run.tracked(spec, self.folder, self.job.parent) as tracker,
-            logs.handled_by(_TrialFile(self.folder.root)),
+            mlflow_run.tracked(spec, self.folder, self.sweep_spec.parent) as tracker,
+            logs.handled_by(_LogFile(self.folder.root)),
         ):
             self._note_run(tracker)
             self.folder.claim()
@@ -126,43 +121,43 @@ class TrialRun:
 
     def _fitted(self, spec: TrainSpec, tracker: Tracker) -> TrainResult:
         on_row: OnRow = self._on_row
-        fit_on = self._fit_on_shared_base(spec) if self.job.hosts else None
+        fit_on = self._fit_on_shared_base(spec) if self.sweep_spec.shared_bases else None
         return fit.train(spec, self.folder, CompleteStore(spec.train), tracker, self._stop, on_row, fit_on)
 
     def _fit_on_shared_base(self, spec: TrainSpec) -> fit.FitOn:
         def fit_on(channel: Any, workers: int) -> TrainResult:
-            return shared_base.train_on(self.job.hosts, spec, self.folder.checkpoints, channel)
+            return shared_base.train_on(self.sweep_spec.shared_bases, spec, self.folder.checkpoints, channel)
 
         return fit_on
 
-    def _task(self) -> TrainSpec:
-        config, job = self.config, self.job
-        if job.shares_data():
-            return replace(job.train_spec, config=config)
+    def _train_spec(self) -> TrainSpec:
+        config, sweep_spec = self.config, self.sweep_spec
+        if sweep_spec.shares_data():
+            return replace(sweep_spec.train_spec, config=config)
         held = ray.cluster_resources().get("CPU", 0.0)  # by other trials
         spec, _ = prepare_tokens(config, open_base(config), wait=True, cpus_held=held)
         return spec
 
     def _on_row(self, step: int, row: dict[str, float]) -> None:
         if step and "train/loss" in row:
-            self._ledger.started()
+            self._file.started()
         every = self.config.train.eval_every
         due = step == self.total or step % every == 0
-        metric = self.job.space.metric
+        metric = self.sweep_spec.space.metric
         if metric not in row or (metric == "train/loss" and not due):
             return
-        if step == 0 and not self._ledger.record.curve:
-            self._ledger.measured(step, row[metric])
-        if step > self._told:
-            self._told = step
-            self._ledger.measured(step, row[metric])
+        if step == 0 and not self._file.record.curve:
+            self._file.measured(step, row[metric])
+        if step > self._reported:
+            self._reported = step
+            self._file.measured(step, row[metric])
             self._items.put(Measured(step, row[metric]))
 
     def _score(self, spec: TrainSpec, result: TrainResult) -> None:
         """Report a metric that is measured at the end."""
         from olora_ray.pipeline import answers
 
-        metric = self.job.space.metric
+        metric = self.sweep_spec.space.metric
         if not metric.startswith("score/"):
             return
         tokenizer = load.load_tokenizer(spec.base, spec.config.model)
@@ -170,15 +165,15 @@ class TrialRun:
         if (value := scores.get(metric.removeprefix("score/"))) is None:
             raise UserError(f"metric: the scorer gives no {metric}; it gives {', '.join(scores) or 'nothing'}")
         step = result.state.step if result.state else 0
-        self._ledger.measured(step, value)
+        self._file.measured(step, value)
         self._items.put(Measured(step, value))
 
     def _note_run(self, tracker: Tracker) -> None:
-        self._ledger.record = replace(self._ledger.record, mlflow_run=tracker.run_id)
+        self._file.record = replace(self._file.record, mlflow_run=tracker.run_id)
 
 
-class _TrialFile(logging.Handler):
-    """Keeps the trial's log, log.txt in its folder: line by line, or at the end if the storage is elsewhere."""
+class _LogFile(logging.Handler):
+    """Writes the trial's log.txt: line by line in a local folder, all at the end where the storage is a URI."""
 
     def __init__(self, root: str) -> None:
         super().__init__()

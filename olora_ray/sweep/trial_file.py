@@ -1,4 +1,4 @@
-"""trial.json: what a trial has done so far, kept in its folder and read by the driver."""
+"""trial.json: the record of a trial so far, written by the trial in its folder and read by the driver."""
 
 import json
 import time
@@ -25,7 +25,7 @@ class TrialFile:
         self.record = record
         self._write()
 
-    def go_on_from(self, step: int) -> None:
+    def resume_from(self, step: int) -> None:
         """Keep what an earlier attempt has measured up to a step."""
         curve = self._previous.curve if self._previous else ()
         self._take(tuple(point for point in curve if point[0] <= step))

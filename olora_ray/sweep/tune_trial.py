@@ -1,4 +1,9 @@
-"""Ray Tune's view of a trial."""
+"""Ray Tune's class of a trial, which runs a TrialRun.
+
+A class and not a function, because Tune ends a function within moments, and the placement group of the trial's
+workers then depends on a cleaner that may fail. Here Tune waits in `cleanup` until the workers have written a
+checkpoint, ended, and given their resources back.
+"""
 
 import json
 import logging
@@ -20,43 +25,43 @@ class TrialFailed(Exception):
 
 
 class SearchTrial(tune.Trainable):
-    """Tune's view of a trial."""
+    """Starts the training when Tune asks for its first evaluation, and ends it when Tune stops the trial."""
 
-    def setup(self, config: dict[str, Any], job: SweepSpec) -> None:  # type: ignore[override]  # see with_parameters
+    def setup(self, config: dict[str, Any], sweep_spec: SweepSpec) -> None:  # type: ignore[override]  # see with_parameters
         """`config` has the trial's number, and its draws."""
         quiet_ray()
-        logging.getLogger("mlflow").setLevel(logging.ERROR)  # a warning for each trial hides the search
+        logging.getLogger("mlflow").setLevel(logging.ERROR)  # a warning per trial would hide the search
         # The trial's lines are in its own log.txt; what is the same for all trials, the driver says.
         logging.getLogger(logs.PACKAGE).addHandler(logging.NullHandler())
         logging.getLogger(logs.PACKAGE).propagate = False
         draws = {name: value for name, value in config.items() if name != NUMBER}
-        # A member of a population takes over another's config, with its number: the name stays its own.
-        self.training = TrialRun(job, number_of(self.trial_name), draws)
+        # PBT copies the other trial's config, number included; only trial_name still identifies this one.
+        self.trial_run = TrialRun(sweep_spec, number_of(self.trial_name), draws)
         self.last: dict[str, Any] = {}
 
     def step(self) -> dict[str, Any]:
         """Wait for the next evaluation; raises TrialFailed if there will be none."""
-        item = self.training.next()
+        item = self.trial_run.next()
         if isinstance(item, Ended):
             if item.status == "failed":
                 raise TrialFailed(item.reason)
             return {**self.last, "done": True, ENDED: True}
-        self.last = {"step": item.step, self.training.job.space.metric: item.value}
-        if item.step >= self.training.total:
-            ended = isinstance(self.training.next(), Ended)
+        self.last = {"step": item.step, self.trial_run.sweep_spec.space.metric: item.value}
+        if item.step >= self.trial_run.total:
+            ended = isinstance(self.trial_run.next(), Ended)
             return {**self.last, "done": ended, ENDED: ended}
         return dict(self.last)
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Where the checkpoint of the last evaluation lies; Tune keeps this note, not the tensors."""
-        note = {"checkpoints": self.training.folder.checkpoints, "step": self.last.get("step", 0)}
+        note = {"checkpoints": self.trial_run.folder.checkpoints, "step": self.last.get("step", 0)}
         Path(checkpoint_dir, POINTER).write_text(json.dumps(note), encoding="utf-8")
 
     def load_checkpoint(self, checkpoint: str) -> None:  # type: ignore[override]  # Tune gives the folder
         """Continue from a checkpoint of this trial, or take over that of a better one."""
         note = json.loads(Path(checkpoint, POINTER).read_text(encoding="utf-8"))
-        self.training.go_on_from(note["checkpoints"], int(note["step"]))
+        self.trial_run.resume_from(note["checkpoints"], int(note["step"]))
 
     def cleanup(self) -> None:
         """End the workers and wait for them."""
-        self.training.end()
+        self.trial_run.end()

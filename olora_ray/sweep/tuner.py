@@ -1,4 +1,4 @@
-"""A space and what its trials share -> Ray Tune's Tuner, new or taken up from an interrupted search."""
+"""Builds Ray Tune's Tuner from the specification of a search, or restores that of an interrupted one."""
 
 import logging
 import os
@@ -8,51 +8,52 @@ from typing import Any
 
 from ray import tune
 
-from olora_ray.common import storage
 from olora_ray.sweep import space as spaces
+from olora_ray.sweep import state
 from olora_ray.sweep.callback import SweepCallback
 from olora_ray.sweep.space import Space
 from olora_ray.sweep.spec import NUMBER, SweepSpec, trial_name
 from olora_ray.sweep.tune_trial import SearchTrial
 
-STATE = "tune"
-"""Folder of Tune's own state in that of the search."""
 NOTE_BYTES = 64 * 2**20
 """Memory that Tune counts for a trial's own process; its workers take the CPUs and GPUs."""
 
 
-def build(job: SweepSpec, watch: SweepCallback, seats: int) -> tune.Tuner:
-    """The Tuner of a search, with `seats` trials at the same time; one that was interrupted continues."""
-    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # it would end the search as if it were complete
-    # Each failure is told by `watch` in one line.
+def build(sweep_spec: SweepSpec, callback: SweepCallback, max_concurrent_trials: int) -> tune.Tuner:
+    """The Tuner of a search, with so many trials at the same time; one that was interrupted resumes."""
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Tune would end the search as if it were complete
+    # Each failure is logged by `callback` in one line.
     for name in ("execution.tune_controller", "tune", "analysis.experiment_analysis"):
         logging.getLogger(f"ray.tune.{name}").setLevel(logging.CRITICAL)
     # How long its own callbacks take, and files of loggers that are not there yet.
     for name in ("utils.util", "logger.logger"):
         logging.getLogger(f"ray.tune.{name}").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message="Consider boosting PBT performance", category=UserWarning)
-    trainable: Any = tune.with_resources(tune.with_parameters(SearchTrial, job=job), {"memory": NOTE_BYTES})
-    place = storage.join(job.folder, STATE)
+    trainable: Any = tune.with_resources(
+        tune.with_parameters(SearchTrial, sweep_spec=sweep_spec), {"memory": NOTE_BYTES}
+    )
+    place = state.place(sweep_spec.folder)
     if tune.Tuner.can_restore(place):
-        return tune.Tuner.restore(place, trainable, resume_unfinished=True, param_space=_params(job.space))
-    space = job.space
+        return tune.Tuner.restore(place, trainable, resume_unfinished=True, param_space=_params(sweep_spec.space))
+    state.begin(sweep_spec.folder)
+    space = sweep_spec.space
     settings = tune.TuneConfig(
         metric=space.metric,
         mode=space.better(),
-        search_alg=_searcher(job),
-        scheduler=_scheduler(job),
+        search_alg=_searcher(sweep_spec),
+        scheduler=_scheduler(sweep_spec),
         num_samples=space.count() if space.searcher == "tpe" else 1,
-        max_concurrent_trials=seats,
+        max_concurrent_trials=max_concurrent_trials,
         time_budget_s=space.time_budget,
         trial_name_creator=_name,
         trial_dirname_creator=_name,
     )
     run = tune.RunConfig(
-        name=STATE,
-        storage_path=job.folder,
+        name=state.TUNE,
+        storage_path=sweep_spec.folder,
         failure_config=tune.FailureConfig(max_failures=0, fail_fast=False),
-        stop=watch,
-        callbacks=[watch],
+        stop=callback,
+        callbacks=[callback],
         verbose=0,
     )
     return tune.Tuner(trainable, param_space=_params(space), tune_config=settings, run_config=run)
@@ -72,20 +73,20 @@ def _draw(drawn: list[dict[str, Any]], name: str, config: dict[str, Any]) -> Any
     return drawn[config[NUMBER]].get(name)
 
 
-def _searcher(job: SweepSpec) -> Any:
-    if job.space.searcher != "tpe":
+def _searcher(sweep_spec: SweepSpec) -> Any:
+    if sweep_spec.space.searcher != "tpe":
         return None
     import optuna
     from ray.tune.search.optuna import OptunaSearch
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    default = job.space.as_draws(job.train_spec.config) if job.space.include_default else None
+    default = sweep_spec.space.as_draws(sweep_spec.train_spec.config) if sweep_spec.space.include_default else None
     return OptunaSearch(
-        partial(_suggested, job.space),
-        metric=job.space.metric,
-        mode=job.space.better(),
+        partial(_suggested, sweep_spec.space),
+        metric=sweep_spec.space.metric,
+        mode=sweep_spec.space.better(),
         points_to_evaluate=[default] if default else None,
-        sampler=optuna.samplers.TPESampler(seed=job.space.seed),
+        sampler=optuna.samplers.TPESampler(seed=sweep_spec.space.seed),
     )
 
 
@@ -94,24 +95,24 @@ def _suggested(space: Space, trial: Any) -> dict[str, Any]:
     return {NUMBER: trial.number}
 
 
-def _scheduler(job: SweepSpec) -> Any:
+def _scheduler(sweep_spec: SweepSpec) -> Any:
     from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, PopulationBasedTraining
 
-    space, settings = job.space, job.space.scheduler
-    grace = settings.grace or job.train_spec.config.train.eval_every
+    space, settings = sweep_spec.space, sweep_spec.space.scheduler
+    grace = settings.grace or sweep_spec.train_spec.config.train.eval_every
     if settings.kind == "asha":
-        # One more than the last step: a trial that comes to its end is finished, not stopped.
-        most = max(job.total() + 1, grace + 1)
+        # One more than the last step: ASHA then counts a trial that does all its steps as finished, not stopped.
+        most = max(sweep_spec.total() + 1, grace + 1)
         return ASHAScheduler("step", max_t=most, grace_period=grace, reduction_factor=settings.reduction)
     if settings.kind == "median":
         return MedianStoppingRule("step", grace_period=grace, min_samples_required=3)
     if settings.kind == "population":
         return PopulationBasedTraining(
             "step",
-            perturbation_interval=settings.interval or job.train_spec.config.train.eval_every,
+            perturbation_interval=settings.interval or sweep_spec.train_spec.config.train.eval_every,
             hyperparam_mutations={name: partial(_redrawn, space, name) for name in space.search},
             custom_explore_fn=partial(_inside, space),
-            synch=True,  # else a member could take over a checkpoint that its owner has deleted meanwhile
+            synch=True,  # otherwise a trial could exploit a checkpoint its owner has just deleted
             log_config=False,
         )
     return FIFOScheduler()
@@ -124,7 +125,7 @@ def _redrawn(space: Space, name: str) -> Any:
 
 
 def _inside(space: Space, config: dict[str, Any]) -> dict[str, Any]:
-    """What PBT has multiplied by 0.8 or 1.2 stays in the range that the space gives."""
+    """Values that PBT has multiplied by 0.8 or 1.2, brought back into the range that the space gives."""
     for name, domain in space.search.items():
         if not domain.options():
             low, high = domain.extremes()

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from olora_ray.common.digests import digest_json
 from olora_ray.common.errors import UserError
-from olora_ray.config.schema import Config, Source
+from olora_ray.config.evaluation import AnyConfig
+from olora_ray.config.schema import Source
 from olora_ray.data.reader import Unit
 from olora_ray.data.scan import FileScan
 from olora_ray.data.sources import File, list_files
@@ -109,14 +110,14 @@ class Plan:
         return digest_json(self.inputs(), length=32)
 
 
-def sources_of(config: Config, split: Split) -> tuple[str, tuple[Source, ...]]:
+def sources_of(config: AnyConfig, split: Split) -> tuple[str, tuple[Source, ...]]:
     """The sources of a split and the setting that holds them."""
     if split == "train" or config.data.eval_fraction is not None:
         return "data.train", config.data.train
     return "data.eval", config.data.eval
 
 
-def make_plan(config: Config, spec: TokenizerSpec, split: Split, scan: Scanner) -> Plan:
+def make_plan(config: AnyConfig, spec: TokenizerSpec, split: Split, scan: Scanner) -> Plan:
     """List and scan the files of a split and lay out the shards; raises UserError for missing or empty sources."""
     setting, sources = sources_of(config, split)
     if not sources:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError
-from olora_ray.config.schema import Config
+from olora_ray.config.evaluation import AnyConfig
 from olora_ray.data.scan import FileScan, scan
 from olora_ray.data.sources import File, total_bytes
 from olora_ray.data.tokenize import TokenizerSpec
@@ -111,7 +111,7 @@ class StoreBuild:
             self.problem = error
 
 
-def begin(config: Config, spec: TokenizerSpec, split: Split) -> StoreBuild:
+def begin(config: AnyConfig, spec: TokenizerSpec, split: Split) -> StoreBuild:
     """Look at the data and at what is there of its token store; the Preparation makes the rest.
 
     Reads all data once unless it was read before, with Ray if it is large. Raises UserError for data that
@@ -130,7 +130,7 @@ def begin(config: Config, spec: TokenizerSpec, split: Split) -> StoreBuild:
     return StoreBuild(job, found, limits)
 
 
-def prepare(config: Config, spec: TokenizerSpec, split: Split) -> TokenStore:
+def prepare(config: AnyConfig, spec: TokenizerSpec, split: Split) -> TokenStore:
     """The complete token store of a split: opened, or what is missing or damaged of it made first.
 
     Needs ray.init unless the data is small. Raises UserError for data that cannot be used.
@@ -140,7 +140,7 @@ def prepare(config: Config, spec: TokenizerSpec, split: Split) -> TokenStore:
     return TokenStore.open(preparation.store.uri)
 
 
-def plan_here(config: Config, spec: TokenizerSpec, split: Split) -> Plan:
+def plan_here(config: AnyConfig, spec: TokenizerSpec, split: Split) -> Plan:
     """The plan of a split's store, whose digest says what it is made of; all data is looked at here, without Ray.
 
     Large files that were scanned before are not read again. Raises UserError for missing or empty sources.

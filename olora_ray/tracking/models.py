@@ -25,7 +25,7 @@ from olora_ray.common import storage
 from olora_ray.common.digests import digest
 from olora_ray.common.errors import UserError, first_line
 from olora_ray.common.fault_points import reached
-from olora_ray.config.schema import Config
+from olora_ray.config.evaluation import AnyConfig
 from olora_ray.tracking import checksums
 from olora_ray.tracking.client import connect, is_unavailable, reachable
 from olora_ray.tracking.run import Tracker
@@ -250,7 +250,7 @@ def _fetch(place: str, tracking_uri: str, target: Path) -> Path:
     return target
 
 
-def registered_folder(config: Config) -> Path | None:
+def registered_folder(config: AnyConfig) -> Path | None:
     """The local folder of the base model if the config names one of this run's MLflow (models:/...); else None."""
     if not config.model.name.startswith("models:/"):
         return None

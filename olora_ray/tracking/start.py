@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError
 from olora_ray.common.secrets import looked_up
-from olora_ray.config.schema import Config
+from olora_ray.config.evaluation import AnyConfig
 from olora_ray.tracking.client import TrackingUnavailable, check, connect, reachable, reason
 from olora_ray.tracking.run import TAG_LENGTH, Tracker
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def resolve_uri(config: Config) -> str:
+def resolve_uri(config: AnyConfig) -> str:
     """The address of MLflow: `tracking.uri`, else MLFLOW_TRACKING_URI, else SQLite beside the storage.
 
     A relative SQLite path is made absolute, because workers run in another folder. The address may hold a
@@ -41,7 +41,7 @@ def resolve_uri(config: Config) -> str:
     return f"sqlite:///{os.path.abspath(config.run.storage)}/mlflow.db"
 
 
-def start_run(config: Config, run_name: str, tags: Mapping[str, str], run_id: str | None = None) -> "Tracker":
+def start_run(config: AnyConfig, run_name: str, tags: Mapping[str, str], run_id: str | None = None) -> "Tracker":
     """Make the run, in an experiment that is made if needed, or continue with `run_id` if it is still there.
 
     Call it in one process, the driver: several processes that meet a new database at once collide.
@@ -62,7 +62,7 @@ def start_run(config: Config, run_name: str, tags: Mapping[str, str], run_id: st
 
 
 def _start(
-    client: "MlflowClient", uri: str, config: Config, run_name: str, tags: Mapping[str, object], run_id: str | None
+    client: "MlflowClient", uri: str, config: AnyConfig, run_name: str, tags: Mapping[str, object], run_id: str | None
 ) -> Tracker:
     experiment = _experiment(client, config, uri)
     if run_id is not None and _reopen(client, run_id):
@@ -71,7 +71,7 @@ def _start(
     return Tracker(uri, client.create_run(experiment, tags=texts, run_name=run_name).info.run_id, fresh=True)
 
 
-def _experiment(client: "MlflowClient", config: Config, uri: str) -> str:
+def _experiment(client: "MlflowClient", config: AnyConfig, uri: str) -> str:
     from mlflow.exceptions import MlflowException
 
     name = config.tracking.experiment
@@ -90,7 +90,7 @@ def _experiment(client: "MlflowClient", config: Config, uri: str) -> str:
     return str(found.experiment_id)
 
 
-def _artifacts(config: Config) -> str:
+def _artifacts(config: AnyConfig) -> str:
     place = config.run.storage
     return storage.join(place if storage.is_uri(place) else os.path.abspath(place), "mlartifacts")
 

@@ -8,11 +8,10 @@ import pytest
 from olora_ray.common.errors import UserError
 from olora_ray.config.load import build, override
 from olora_ray.config.schema import Config
-from olora_ray.data.tokenize import spec_from_pretrained
 from olora_ray.evaluation import pool
 from olora_ray.evaluation.held_out import measure
 from olora_ray.evaluation.rows import RowResults
-from olora_ray.model import load, source
+from olora_ray.pipeline.base import open_base
 from olora_ray.tokens.prepare import prepare
 from tests.pipelines.project import make_corpus, make_model, settings
 
@@ -28,11 +27,8 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 
 def measured(config: Config) -> RowResults:
-    base = source.obtain(config)
-    tokenizer = load.load_tokenizer(base, config.model)
-    held_out = prepare(config, spec_from_pretrained(tokenizer), "eval")
-    eos = load.end_tokens(base, tokenizer)
-    return measure(base, None, held_out, config, tokenizer, eos)
+    base = open_base(config)
+    return measure(base, None, prepare(config, base.spec, "eval"), config)
 
 
 def test_results_do_not_depend_on_the_number_of_actors(ray_with: Callable[[int], None], config: Config) -> None:

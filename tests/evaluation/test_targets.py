@@ -7,11 +7,13 @@ import torch
 
 from olora_ray.adapter import export
 from olora_ray.common.errors import UserError
-from olora_ray.config.load import build, dump
+from olora_ray.config.evaluation import EvaluationConfig
+from olora_ray.config.load import build, dump, override
 from olora_ray.config.schema import Config
 from olora_ray.evaluation import held_out, targets
 from olora_ray.model.source import obtain
 from olora_ray.pipeline.run_folder import RunFolder
+from olora_ray.tracking.start import resolve_uri
 from olora_ray.train import checkpoint
 from olora_ray.train.state import TrainState
 from tests import export_parts, tiny
@@ -87,7 +89,29 @@ def test_settings_are_those_of_the_run_with_changes(run: Path) -> None:
         assert (found.data.max_length, found.evaluation.rows) == (64, 3)
         assert targets.run_of(str(name)) == str(run)
     assert targets.run_of("org/base") is None
-    assert not targets.settings(["org/base"], None, {}).data.eval
+
+
+def test_a_model_of_no_run_has_settings_without_a_training(tmp_path: Path) -> None:
+    found = targets.settings(["org/base", "org/other"], None, {"run.storage": str(tmp_path), "cluster.workers": 3})
+    assert isinstance(found, EvaluationConfig)
+    assert (found.model.name, found.cluster.workers, found.data.holds_out()) == ("org/base", 3, False)
+    assert resolve_uri(override(found, {"tracking.uri": "http://server"})) == "http://server"
+    held_out = targets.settings(["org/base"], None, {"data.eval": [{"path": "rows.jsonl"}]})
+    assert held_out.data.holds_out()
+    assert held_out.data.eval[0].path == str(Path.cwd() / "rows.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"adapter.rank": 8}, "adapter: unknown field"),
+        ({"data.eval_fractions": 0.5}, "did you mean data.eval_fraction"),
+        ({"tracking.uri": "postgresql://user:word@server/db"}, "tracking.uri: has a password in its address"),
+    ],
+)
+def test_settings_that_cannot_be_are_one_line(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        targets.settings(["org/base"], None, changes)
 
 
 def test_a_base_that_has_changed_since_is_refused(case: export_parts.Case, tmp_path: Path) -> None:

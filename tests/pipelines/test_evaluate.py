@@ -45,6 +45,19 @@ def test_accuracies_are_those_of_lm_eval_on_the_same_rows(tiny_model: Path, corp
     assert logged(corpus / "runs" / "mlflow.db") == [first, second]
 
 
+@pytest.mark.ray
+def test_a_base_model_is_evaluated_on_rows_that_the_command_line_names(
+    tiny_model: Path, corpus: Path, tmp_path: Path
+) -> None:
+    words = [f"data.eval=[{{path: {corpus / 'eval.jsonl'}}}]", "cluster.workers=1", f"run.storage={tmp_path / 'runs'}"]
+    ended = project.run_script("evaluate.py", tiny_model, *words, "--scorer", "exact_match", "--out", tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    [found] = json.loads((tmp_path / "evaluation.json").read_text())["models"]
+    assert found["held_out"]["rows"] == 7
+    assert list(found["metrics"]) == ["eval/loss", "eval/perplexity", "eval/exact_match"]
+    assert not (tmp_path / "runs" / "mlflow.db").exists()
+
+
 def logged(database: Path) -> list[dict[str, float]]:
     """The metrics of the evaluations in MLflow, the oldest first, without standard errors."""
     from mlflow import MlflowClient

@@ -32,7 +32,7 @@ SPACE: dict[str, Any] = {
 }
 SHORT = {
     "cluster__workers": 1,
-    "cluster__cpus_per_worker": 1,  # two hosts take all of a small machine
+    "cluster__cpus_per_worker": 1,  # two shared bases take all of a small machine
     "train__steps": 12,
     "train__eval_every": 3,
     "train__checkpoint_every": 3,
@@ -77,9 +77,9 @@ def records(folder: Path) -> dict[int, dict[str, Any]]:
     return {trial["number"]: trial for trial in found["trials"]}
 
 
-def test_a_search_leaves_what_the_readme_promises(searched: tuple[Path, str]) -> None:
+def test_a_search_leaves_what_the_docs_promise(searched: tuple[Path, str]) -> None:
     folder, _ = searched
-    for name in ("best.yaml", "leaderboard.json", "report.html", "shared/factors.safetensors"):
+    for name in ("best.yaml", "leaderboard.json", "report.html", "shared/factors.safetensors", "tune.json"):
         assert (folder / name).is_file()
     found = records(folder)
     assert sorted(found) == list(range(7))
@@ -101,7 +101,7 @@ def test_a_trial_that_fails_has_its_reason_and_the_search_resumes(searched: tupl
     assert all(trial["value"] is not None for trial in others)
 
 
-def test_mlflow_has_a_parent_with_a_child_a_trial_and_the_best_is_registered(searched: tuple[Path, str]) -> None:
+def test_mlflow_has_a_parent_with_a_child_per_trial_and_the_best_is_registered(searched: tuple[Path, str]) -> None:
     from mlflow import MlflowClient
 
     folder, _ = searched
@@ -141,7 +141,8 @@ def test_a_search_of_other_settings_is_refused(searched: tuple[Path, str]) -> No
     project_folder = searched[0].parents[1]
     other = sweep(str(project_folder / "config.yaml"), str(project_folder / "space.yaml"), "train.weight_decay=0.1")
     assert other.returncode == 2
-    assert other.stderr.startswith("error: run.name: the search in ")
+    assert other.stderr.startswith("error: run.name: ")
+    assert "holds a search with different settings" in other.stderr
 
 
 @pytest.mark.parametrize(
@@ -288,9 +289,10 @@ def test_trials_continue_when_the_process_they_share_is_killed(corpus: Path, tin
         killed = 0
         for line in driver.stdout:
             if "step 40/200" in line and not killed:
-                hosts = [one for one in processes.processes_of(scratch) if one.name().startswith("ray::Host")]
-                killed = len(hosts)
-                for one in hosts:
+                found = processes.processes_of(scratch)
+                shared = [one for one in found if one.name().startswith("ray::SharedBase")]
+                killed = len(shared)
+                for one in shared:
                     one.kill()
     assert killed == 1
     assert driver.returncode == 0

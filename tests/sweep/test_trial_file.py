@@ -38,13 +38,13 @@ def test_the_best_of_a_score_is_the_highest(tmp_path: Path) -> None:
     assert kept.record.value == 0.7
 
 
-def test_a_trial_that_goes_on_keeps_what_was_measured_before(tmp_path: Path) -> None:
+def test_a_trial_that_resumes_keeps_what_was_measured_before(tmp_path: Path) -> None:
     first = trial_file.TrialFile(str(tmp_path), record(), "min")
     for step, value in ((4, 1.5), (8, 1.0), (12, 0.8)):
         first.measured(step, value)
     second = trial_file.TrialFile(str(tmp_path), record(), "min")
     assert second.record.curve == ()  # it is told again what the checkpoint knows
-    second.go_on_from(8)
+    second.resume_from(8)
     assert second.record.curve == ((4, 1.5), (8, 1.0))
     assert second.record.value == 1.0
 

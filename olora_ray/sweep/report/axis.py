@@ -1,4 +1,4 @@
-"""Where the values of a field lie on an axis from 0 to 1: linear, logarithmic, or one place a category."""
+"""Scales that put the values of a field on an axis from 0 to 1: linear, logarithmic, or one place per category."""
 
 import itertools
 import math

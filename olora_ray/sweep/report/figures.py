@@ -23,11 +23,11 @@ _NAN = float("nan")  # of a field that a trial does not have
 
 
 def parallel(record: SearchRecord) -> "Figure":
-    """Parallel coordinates: one line a trial through its parameters to its value."""
+    """Parallel coordinates: one line per trial through its parameters to its value."""
     trials, best = record.ranked(), record.best()
     fields = [name for name in record.fields if any(name in trial.params for trial in record.trials)]
     failed = [trial for trial in record.trials if not trial.measured()]
-    subtitle = f"one line a trial, the darker the better ({style.better(record)}){style.named(best)}"
+    subtitle = f"one line per trial, the darker the better ({style.better(record)}){style.named(best)}"
     if default := record.of(record.default):
         subtitle += "; dashed: the default config" if default is not best else " and the default config"
     if failed:

@@ -1,4 +1,4 @@
-"""How much each searched field decided about the metric: fANOVA, by Optuna, over the trials of a search."""
+"""Importance of each searched field for the metric: fANOVA, by Optuna, over the trials of a search."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -1,4 +1,4 @@
-"""What a search says at its end: the ranked trials as a table, and what came out in a few sentences."""
+"""Texts of a finished search: the ranked trials as a table, and the outcome in a few sentences."""
 
 import math
 from collections.abc import Sequence
@@ -138,7 +138,7 @@ def _start(record: SearchRecord) -> str:
         parts.append(f"first step {text.seconds(median(first))} after a trial's start (median)")
     if spared:
         parts.append(
-            f"{text.seconds(median(spared))} of preparation and initialisation spared a trial,"
+            f"{text.seconds(median(spared))} of preparation and initialisation spared per trial,"
             f" {text.seconds(sum(spared))} in all"
         )
     return "; ".join(parts)

@@ -15,12 +15,12 @@ _ENDS = {"finished": "", "stopped": "o", "failed": "x", "unfinished": "|"}
 
 
 def curves(record: SearchRecord) -> "Figure":
-    """The metric over the steps, one line a trial; the best bold, stopped ones fade to a mark."""
+    """The metric over the steps, one line per trial; the best bold, stopped ones fade to a mark."""
     best, default = record.best(), record.of(record.default)
     drawn = [trial for trial in record.trials if _points(trial)]
     low, high = _range(record, drawn) if drawn else (0.0, 0.0)
     outside = sum(any(not low <= value <= high for _, value in _points(trial)) for trial in drawn)
-    subtitle = f"one line a trial, the darker the better{style.named(best)}"
+    subtitle = f"one line per trial, the darker the better{style.named(best)}"
     if outside:
         subtitle += f"; far worse than the rest, and so in part outside of the picture: {text.plural(outside, 'trial')}"
     figure, axes = style.empty("Learning curves", subtitle, width=12.0, height=4.8)

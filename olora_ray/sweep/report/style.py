@@ -1,4 +1,4 @@
-"""How the figures of a search look: colours that the colour-blind can tell apart, type sizes, an empty figure."""
+"""Style of the figures of a search: colours that the colour-blind can tell apart, type sizes, an empty figure."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal

@@ -1,0 +1,53 @@
+"""The state that Ray Tune keeps of a search, and the number that says whether this code can resume from it.
+
+<search>/tune/       Tune's own files: pickles that name classes and functions of olora_ray.sweep
+<search>/tune.json   the FORMAT of the code that began the search
+"""
+
+import json
+
+from olora_ray.common import storage
+from olora_ray.common.errors import UserError
+
+FORMAT = 1
+"""Raise it when what Tune pickles is moved, renamed, or has other attributes; tests/sweep/test_state.py lists it."""
+TUNE = "tune"
+_FILE = "tune.json"
+_PICKLE = f"{TUNE}/tuner.pkl"
+"""Without it Tune begins anew."""
+_REPORT = "leaderboard.json"
+"""Written when a search has ended."""
+
+
+def place(folder: str) -> str:
+    """Tune's folder in that of the search."""
+    return storage.join(folder, TUNE)
+
+
+def begin(folder: str) -> None:
+    """Note the format of a search that begins; must come before Tune's first file."""
+    storage.write_text(storage.join(folder, _FILE), json.dumps({"format": FORMAT}) + "\n")
+
+
+def can_resume(folder: str) -> bool:
+    """False for a search that another version of this code began and ended: there is only to report.
+
+    True if there is none. Raises UserError for one that such a version began and did not end.
+    """
+    if not storage.exists(storage.join(folder, _PICKLE)) or _format(folder) == FORMAT:
+        return True
+    if storage.exists(storage.join(folder, _REPORT)):
+        return False
+    raise UserError(
+        f"run.name: {folder} holds an unfinished search of another version of olora_ray, which this one cannot resume;"
+        f" choose another run.name (its finished trials stay readable under {storage.join(folder, 'trials')}), or"
+        " delete the folder"
+    )
+
+
+def _format(folder: str) -> int | None:
+    """None for a search from before there was a number, and for a file that cannot be read."""
+    try:
+        return int(json.loads(storage.read_text(storage.join(folder, _FILE)))["format"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
