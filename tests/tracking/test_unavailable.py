@@ -20,8 +20,9 @@ from olora_ray.tracking import client as reach
 from olora_ray.tracking import run, write_queue
 from olora_ray.tracking.start import start_run
 from olora_ray.tracking.write_queue import SeenPoints
-from tests import tiny
+from tests import mlflow_database, tiny
 from tests.mlflow_server import Server
+from tests.waiting import until
 
 CLOSED = "http://127.0.0.1:9"
 Series = list[tuple[int, float]]
@@ -254,7 +255,7 @@ def test_a_batch_whose_answer_was_lost_is_not_written_twice(server: Server, outa
 @pytest.fixture
 def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(reach, "_PROBE_SECONDS", 0.3)
-    return f"sqlite:///{tmp_path}/mlflow.db"
+    return f"sqlite:///{mlflow_database.place(tmp_path)}/mlflow.db"
 
 
 def local(database: str, run_id: str | None = None) -> run.Tracker:
