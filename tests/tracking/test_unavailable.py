@@ -25,6 +25,7 @@ from tests.mlflow_server import Server
 from tests.waiting import until
 
 CLOSED = "http://127.0.0.1:9"
+SYSTEM = "system/cpu_utilization_percentage"
 Series = list[tuple[int, float]]
 
 
@@ -48,6 +49,10 @@ def series(tracker: run.Tracker, name: str) -> Series:
 
 def steps(tracker: run.Tracker, name: str) -> list[int]:
     return [step for step, _ in series(tracker, name)]
+
+
+def times(tracker: run.Tracker, name: str) -> list[int]:
+    return [item.timestamp for item in tracker.client().get_metric_history(tracker.run_id, name)]
 
 
 def rows(begin: int, end: int) -> dict[int, dict[str, float]]:
@@ -110,7 +115,7 @@ def outage(server: Server) -> Iterator[Outage]:
         assert training.flush(20)
         assert killed.flush(20)
         killed._outbox.close()  # its driver has gone, its run is still RUNNING
-        time.sleep(1)
+        until(lambda: steps(training, SYSTEM))
         server.kill()
         seen = Outage(training, start_run(config, "killed driver", {}, killed.run_id))
         _away(seen)
@@ -118,7 +123,7 @@ def outage(server: Server) -> Iterator[Outage]:
         server.wait()
         for tracker in (seen.training, seen.taken_up):
             assert tracker.flush(40)
-        time.sleep(1)  # for metrics of the machine
+        until(lambda: times(training, SYSTEM)[-1] > times(training, "train/lr")[-1])
         seen.messages = list(kept.lines)
         for tracker in (seen.training, seen.taken_up):
             seen.statuses.append(tracker.client().get_run(tracker.run_id).info.status)
@@ -133,7 +138,7 @@ def _away(seen: Outage) -> None:
     for begin in range(20, 40, 4):
         # Steps done again after a failure come again.
         seen.longest_call = max(seen.longest_call, seconds(lambda: seen.training.metrics(rows(begin - 6, begin + 4))))  # noqa: B023
-        time.sleep(0.3)
+        time.sleep(0.3)  # a step takes a while
     seen.taken_up.params({"a": 1, "b": 2})
     seen.taken_up.metrics(rows(0, 50))  # the whole history
     seen.pending = seen.taken_up.pending
@@ -315,7 +320,7 @@ def test_a_run_taken_up_again_ignores_what_mlflow_has(database: str) -> None:
     first.watch_system(0.1)
     first.metrics(rows(0, 30))
     first.metrics({7: {"eval/loss": 1.0}})
-    time.sleep(0.5)
+    until(lambda: steps(first, SYSTEM))
     first.end("KILLED")
     before = steps(first, "system/cpu_utilization_percentage")
     assert before == list(range(len(before)))
@@ -323,7 +328,7 @@ def test_a_run_taken_up_again_ignores_what_mlflow_has(database: str) -> None:
     again.watch_system(0.1)
     again.metrics(rows(0, 30) | {7: {"train/loss": 99.0, "eval/loss": 99.0, "score/new": 1.0}})
     again.metrics(rows(20, 40))
-    time.sleep(0.5)
+    until(lambda: len(steps(again, SYSTEM)) > len(before))
     again.end()
     assert sorted(steps(again, "train/loss")) == list(range(40))
     assert 99.0 not in dict(series(again, "train/loss")).values()
