@@ -26,6 +26,7 @@ def refused(file: Path, *arguments: str) -> str:
     return str(caught.value)
 
 
+@pytest.mark.ray
 def test_a_mistake_is_one_line_and_an_exit_code(tiny_model: Path, corpus: Path) -> None:
     (corpus / "train.jsonl").write_text("{broken\n")
     done = project.finetune(project.write_config(corpus, project.settings(corpus, tiny_model)))
