@@ -2,7 +2,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart sweep-demo lifecycle-demo test test-slow check setup docs lock bench clean
+.PHONY: quickstart sweep-demo lifecycle-demo test test-slow quick check setup docs lock bench clean
 
 quickstart: $(VENV)/.quickstart ## fine-tune SmolLM2-135M on this machine, from nothing
 	$(BIN)/python pipelines/finetune.py
@@ -13,8 +13,14 @@ sweep-demo: $(VENV)/.quickstart ## search rank, alpha and learning rate, and reg
 lifecycle-demo: $(VENV)/.dev ## five nights: train, nothing changed, new data, poisoned data, rollback; real parts only
 	$(BIN)/python -m tests.demos.lifecycle --picture docs/registry.png
 
-test: check ## all checks and tests that fit in 20 minutes
-	$(BIN)/python -m pytest -m "not slow"
+test: check ## all checks and tests that fit in 20 minutes; one Ray at a time
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not ray"
+	$(BIN)/python -m pytest -m "ray and not slow"
+
+quick: $(VENV)/.dev ## at every change, under 90 seconds: style, and the tests without Ray and without an MLflow server
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not ray and not server and not browser"
 
 test-slow: $(VENV)/.dev ## the long proofs: what is left out of make test
 	$(BIN)/python -m pytest -m slow

@@ -1,5 +1,6 @@
 """Fixtures for all tests, and their threads: one a process, since the models are tiny and processes share cores."""
 
+import gc
 import os
 import shutil
 import tempfile
@@ -14,11 +15,12 @@ import pytest
 import torch
 
 from olora_ray.data.tokenize import TokenizerSpec
-from tests import tiny
+from tests import marks, tiny
 from tests.crew import Crew
 from tests.tokens import helpers
 
 torch.set_num_threads(1)
+gc.disable()  # until all tests are imported, which takes a sixth less
 
 hypothesis.settings.register_profile("olora", deadline=None, derandomize=True, max_examples=40, print_blob=False)
 hypothesis.settings.load_profile("olora")
@@ -28,6 +30,23 @@ def pytest_configure(config: pytest.Config) -> None:
     # Our own code and tests warn about nothing.
     for module in ("olora_ray", "tests"):
         config.addinivalue_line("filterwarnings", f"error:::{module}")
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m looks at them
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        marks.set_marks(item)
+
+
+def pytest_collection_finish() -> None:
+    gc.enable()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def what_is_imported_is_no_garbage() -> None:
+    """A full collection of garbage takes 0.3 s if it looks at all that torch, transformers and MLflow import."""
+    gc.collect(1)
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -18,11 +18,16 @@ LIMIT = 120.0
 """Seconds after which a call counts as hung."""
 
 
+IMPORTED = ["tests.tiny", "tests.tokens.helpers", "transformers.models.llama.modeling_llama", "olora_ray.train.loop"]
+"""What all of them need, which takes seconds: one process imports it, and they are forked from that one."""
+
+
 class Crew:
     """`workers` processes that hold a process group together."""
 
     def __init__(self, workers: int) -> None:
-        context = mp.get_context("spawn")
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(IMPORTED)
         meeting = os.path.join(tempfile.mkdtemp(prefix="crew-"), "meeting")
         self._pipes: list[Connection] = []
         self._processes = []

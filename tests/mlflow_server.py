@@ -6,10 +6,12 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import requests
+
+from tests import mlflow_database
+from tests.waiting import until
 
 
 class Server:
@@ -23,6 +25,7 @@ class Server:
         self.command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
         self.command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{folder}/mlflow.db"]
         self.command += ["--artifacts-destination", str(folder / "artifacts")]
+        mlflow_database.place(folder)
         self.environment = dict(os.environ)
         if auth:
             self.command += ["--app-name", "basic-auth"]
@@ -36,14 +39,13 @@ class Server:
         )
 
     def wait(self) -> None:
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            try:
-                if requests.get(f"{self.uri}/health", timeout=5).ok:
-                    return
-            except requests.RequestException:
-                time.sleep(0.2)
-        raise TimeoutError("mlflow server does not start")
+        until(self.answers, 60, pause=0.1)
+
+    def answers(self) -> bool:
+        try:
+            return requests.get(f"{self.uri}/health", timeout=5).ok
+        except requests.RequestException:
+            return False
 
     def kill(self) -> None:
         os.killpg(self.process.pid, signal.SIGKILL)

@@ -82,11 +82,11 @@ def test_turns_go_to_whoever_has_waited_longest() -> None:
 
     def work(number: int) -> None:
         ready.wait()
-        time.sleep(0.05 * number)
+        time.sleep(0.05 * number)  # they come one after the other
         for _ in range(3):
             with turns:
                 order.append(number)
-                time.sleep(0.2)
+                time.sleep(0.2)  # the others wait meanwhile
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(3)]
     for thread in threads:

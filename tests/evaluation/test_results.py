@@ -14,7 +14,7 @@ from olora_ray.evaluation.results import Evaluation, differences
 from olora_ray.evaluation.rows import RowResults
 from olora_ray.evaluation.targets import Target
 from olora_ray.model.source import BaseModel
-from tests import tiny
+from tests import mlflow_database, tiny
 
 
 def evaluation(name: str, right: tuple[float, ...], data: str = "store") -> Evaluation:
@@ -113,5 +113,5 @@ def test_without_a_config_nothing_is_tracked(monkeypatch: pytest.MonkeyPatch, tm
     target = evaluation("base", (1.0,)).target
     request = Request((str(tmp_path),), None, {}, ("boolq",), None, None, None)
     assert save.address(request, [target]) is None
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{mlflow_database.place(tmp_path)}/mlflow.db")
     assert save.address(request, [target]) == f"sqlite:///{tmp_path}/mlflow.db"

@@ -11,6 +11,7 @@ import pytest
 
 from olora_ray.common.errors import UserError
 from pipelines import finetune
+from tests import mlflow_database
 from tests.pipelines import project
 
 Tree = dict[str, Any]
@@ -18,12 +19,14 @@ Tree = dict[str, Any]
 
 def refused(file: Path, *arguments: str) -> str:
     """The error of a command that must fail; it must leave no run folder."""
+    mlflow_database.place(file.parent / "runs")
     with pytest.raises(UserError) as caught:
         finetune.main([str(file), *arguments])
     assert not (file.parent / "runs" / "small").exists()
     return str(caught.value)
 
 
+@pytest.mark.ray
 def test_a_mistake_is_one_line_and_an_exit_code(tiny_model: Path, corpus: Path) -> None:
     (corpus / "train.jsonl").write_text("{broken\n")
     done = project.finetune(project.write_config(corpus, project.settings(corpus, tiny_model)))

@@ -3,8 +3,7 @@
 import json
 import secrets
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from ray.job_submission import JobStatus
 from tests.pipelines import project
 from tests.ray_head import BIN, Head
 from tests.recovery.processes import scratch
+from tests.waiting import until
 
 pytestmark = pytest.mark.ray
 SCRIPT = "pipelines/finetune.py"
@@ -89,16 +89,8 @@ def test_a_stopped_job_leaves_no_actor(head: Head, tiny_model: Path, corpus: Pat
         entrypoint=f"python pipelines/finetune.py {file}",
         runtime_env={"working_dir": str(project.ROOT), "excludes": [".venv", ".git", "runs"]},
     )
-    wait_for(lambda: "step 2/100000" in jobs.get_job_logs(job))
+    until(lambda: "step 2/100000" in jobs.get_job_logs(job), 120, pause=0.5)
     assert live_actors(head) != []
     jobs.stop_job(job)
-    wait_for(lambda: jobs.get_job_status(job) == JobStatus.STOPPED)
-    wait_for(lambda: live_actors(head) == [])
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
-    """Poll until the condition holds."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "never came true"
-        time.sleep(0.5)
+    until(lambda: jobs.get_job_status(job) == JobStatus.STOPPED, 120, pause=0.5)
+    until(lambda: live_actors(head) == [], 120, pause=0.5)

@@ -4,15 +4,16 @@ import dataclasses
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
+from tests import mlflow_database
 from tests.recovery import processes, runs, table
 from tests.recovery.runs import EndState, Fault, Run
+from tests.waiting import until
 
 STEPS = range(1, runs.STEPS + 1)
 END = EndState(
@@ -75,7 +76,7 @@ def test_a_step_that_mlflow_has_twice_is_read_twice(tmp_path: Path) -> None:
     adapter.mkdir(parents=True)
     (adapter / "adapter_model.safetensors").write_bytes(b"weights")
     (folder / "result.json").write_text("{}")
-    client = MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db")
+    client = MlflowClient(f"sqlite:///{mlflow_database.place(tmp_path / 'runs')}/mlflow.db")
     run = client.create_run(client.create_experiment("olora")).info.run_id
     for step, moment in ((1, 1000), (2, 2000), (2, 3000)):
         client.log_metric(run, "train/loss", 0.5, timestamp=moment, step=step)
@@ -156,9 +157,8 @@ def test_nothing_is_left_of_a_run_that_is_given_up() -> None:
     with processes.scratch() as folder:
         sleep = [sys.executable, "-c", "import subprocess, time; subprocess.Popen(['sleep', '99']); time.sleep(99)"]
         parent = subprocess.Popen(sleep, env=runs.environment(folder, Fault()))
-        end = time.monotonic() + 20
-        while len(found := processes.processes_of(folder)) < 2 and time.monotonic() < end:
-            time.sleep(0.05)
+        until(lambda: len(processes.processes_of(folder)) == 2, 20)
+        found = processes.processes_of(folder)
         assert parent.pid in {process.pid for process in found}
     assert parent.wait(10) == -signal.SIGKILL
     assert not any(processes.is_alive(process) for process in found if psutil.pid_exists(process.pid))

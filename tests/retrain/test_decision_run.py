@@ -15,7 +15,7 @@ from olora_ray.tracking.aliases import GATE
 from olora_ray.tracking.client import connect
 from olora_ray.tracking.start import resolve_uri, start_run
 from olora_ray.tracking.version import Version
-from tests import tiny
+from tests import mlflow_database, tiny
 
 DETAILS = {
     "challenger": {"eval/loss": 1.0},
@@ -26,7 +26,7 @@ DETAILS = {
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
-    storage = str(tmp_path_factory.mktemp("record"))
+    storage = str(mlflow_database.place(tmp_path_factory.mktemp("record")))
     return tiny.config(run__storage=storage, tracking__uri=f"sqlite:///{storage}/mlflow.db", registry__model="m")
 
 

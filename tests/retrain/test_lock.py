@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import pytest
 from olora_ray.common import storage
 from olora_ray.common.errors import TryAgain
 from olora_ray.retrain import lock
+from tests.waiting import until
 
 HOLD = """
 import sys, time
@@ -91,7 +91,7 @@ def test_a_held_lock_is_renewed(place: str, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(lock, "RENEW", 0.05)
     with lock.held(place, "the work"):
         edit(place, renewed=0.0)
-        wait_until(lambda: json.loads(Path(place).read_text())["renewed"] > 0)
+        until(lambda: json.loads(Path(place).read_text())["renewed"] > 0)
 
 
 def test_who_has_lost_the_lock_learns_it_and_leaves_it_alone(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,7 +100,7 @@ def test_who_has_lost_the_lock_learns_it_and_leaves_it_alone(place: str, monkeyp
         edit(place, token="another")
         with pytest.raises(TryAgain, match="taken over"):
             lost.check()
-        time.sleep(0.2)
+        time.sleep(0.2)  # some renewals, which must write nothing
     assert json.loads(Path(place).read_text())["token"] == "another"
 
 
@@ -165,10 +165,3 @@ def test_without_atomic_steps_the_one_who_stands_there_after_a_while_has_it(
     Path(place).unlink()
     with lock.held(uri, "alone") as alone:
         alone.check()
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)

@@ -6,6 +6,7 @@ import pytest
 
 from olora_ray.common.errors import UserError
 from pipelines import retrain
+from tests import mlflow_database
 from tests.retrain.nightly import Nightly
 
 
@@ -18,6 +19,7 @@ def refused(nightly: Nightly, *arguments: str) -> str:
 def test_a_failure_is_recorded_with_its_reason(folder: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     nightly = Nightly(folder, model)
+    mlflow_database.place(folder / "runs")
     (folder / "heldout.jsonl").unlink()
     assert "heldout.jsonl: no such file" in refused(nightly)
     assert "data.eval: retraining compares" in refused(nightly, "data.eval=[]")

@@ -1,12 +1,12 @@
 """Placement groups that outlive their maker are given back; those in use are left alone."""
 
-import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from olora_ray.sweep.placement_groups import free_abandoned
+from tests.waiting import until
 
 pytestmark = pytest.mark.ray
 
@@ -29,13 +29,6 @@ def test_only_groups_of_dead_actors_are_freed(ray_with: Callable[[int], None]) -
     assert ray.get([dies.take.remote(), lives.take.remote()]) == [True, True]
     assert free_abandoned() == 0
     ray.kill(dies)
-    wait_for(lambda: free_abandoned() == 1)
+    until(lambda: free_abandoned() == 1)
     assert free_abandoned() == 0
-    wait_for(lambda: ray.available_resources().get("CPU", 0) == 1)
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+    until(lambda: ray.available_resources().get("CPU", 0) == 1)

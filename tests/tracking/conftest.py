@@ -10,7 +10,7 @@ from olora_ray.adapter import export
 from olora_ray.config.schema import Adapter
 from olora_ray.tracking import models
 from olora_ray.tracking.start import start_run
-from tests import tiny
+from tests import mlflow_database, tiny
 from tests.export_parts import Case, make_case, save_tokenizer
 
 
@@ -33,7 +33,7 @@ def merged(case: Case) -> Path:
 @pytest.fixture(scope="module")
 def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A storage with MLflow's database beside it."""
-    return tmp_path_factory.mktemp("versions") / "runs"
+    return mlflow_database.place(tmp_path_factory.mktemp("versions") / "runs")
 
 
 @pytest.fixture

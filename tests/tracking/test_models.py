@@ -7,7 +7,7 @@ import torch
 from olora_ray.common.errors import UserError
 from olora_ray.tracking import checksums, models, run
 from olora_ray.tracking.start import start_run
-from tests import tiny
+from tests import mlflow_database, tiny
 from tests.export_parts import Case, logits
 
 TAGS = {"olora.method": "olora", "olora.rank": 4, "olora.eval_loss": ""}
@@ -16,7 +16,7 @@ QUESTION = [{"role": "user", "content": "hello"}]
 
 @pytest.fixture(scope="module")
 def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("registry") / "runs"
+    return mlflow_database.place(tmp_path_factory.mktemp("registry") / "runs")
 
 
 @pytest.fixture

@@ -17,15 +17,16 @@ from olora_ray.tracking import client as client_module
 from olora_ray.tracking import run as tracking
 from olora_ray.tracking import start
 from olora_ray.tracking.start import resolve_uri, start_run
-from tests import tiny
+from tests import mlflow_database, tiny
+from tests.waiting import until
 
 CLOSED = "http://127.0.0.1:9"
 
 
 @pytest.fixture(scope="module")
 def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One SQLite for all tests here: making it takes seconds."""
-    return tmp_path_factory.mktemp("tracking") / "runs"
+    """One SQLite for all tests here."""
+    return mlflow_database.place(tmp_path_factory.mktemp("tracking") / "runs")
 
 
 @pytest.fixture(autouse=True)
@@ -218,9 +219,7 @@ def test_files_folders_and_text(tracker: tracking.Tracker, tmp_path: Path) -> No
 
 def test_system_metrics_until_the_end(tracker: tracking.Tracker) -> None:
     tracker.watch_system(0.2)
-    deadline = time.monotonic() + 30
-    while not history(tracker, "system/cpu_utilization_percentage") and time.monotonic() < deadline:
-        time.sleep(0.2)
+    until(lambda: history(tracker, "system/cpu_utilization_percentage"))
     begin = time.perf_counter()
     tracker.end("KILLED")
     assert time.perf_counter() - begin < 5

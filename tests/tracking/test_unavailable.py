@@ -20,10 +20,12 @@ from olora_ray.tracking import client as reach
 from olora_ray.tracking import run, write_queue
 from olora_ray.tracking.start import start_run
 from olora_ray.tracking.write_queue import SeenPoints
-from tests import tiny
+from tests import mlflow_database, tiny
 from tests.mlflow_server import Server
+from tests.waiting import until
 
 CLOSED = "http://127.0.0.1:9"
+SYSTEM = "system/cpu_utilization_percentage"
 Series = list[tuple[int, float]]
 
 
@@ -47,6 +49,10 @@ def series(tracker: run.Tracker, name: str) -> Series:
 
 def steps(tracker: run.Tracker, name: str) -> list[int]:
     return [step for step, _ in series(tracker, name)]
+
+
+def times(tracker: run.Tracker, name: str) -> list[int]:
+    return [item.timestamp for item in tracker.client().get_metric_history(tracker.run_id, name)]
 
 
 def rows(begin: int, end: int) -> dict[int, dict[str, float]]:
@@ -109,7 +115,7 @@ def outage(server: Server) -> Iterator[Outage]:
         assert training.flush(20)
         assert killed.flush(20)
         killed._queue.close()  # its driver has gone, its run is still RUNNING
-        time.sleep(1)
+        until(lambda: steps(training, SYSTEM))
         server.kill()
         seen = Outage(training, start_run(config, "killed driver", {}, killed.run_id))
         _away(seen)
@@ -117,7 +123,7 @@ def outage(server: Server) -> Iterator[Outage]:
         server.wait()
         for tracker in (seen.training, seen.taken_up):
             assert tracker.flush(40)
-        time.sleep(1)  # for metrics of the machine
+        until(lambda: times(training, SYSTEM)[-1] > times(training, "train/lr")[-1])
         seen.messages = list(kept.lines)
         for tracker in (seen.training, seen.taken_up):
             seen.statuses.append(tracker.client().get_run(tracker.run_id).info.status)
@@ -132,7 +138,7 @@ def _away(seen: Outage) -> None:
     for begin in range(20, 40, 4):
         # Steps done again after a failure come again.
         seen.longest_call = max(seen.longest_call, seconds(lambda: seen.training.metrics(rows(begin - 6, begin + 4))))  # noqa: B023
-        time.sleep(0.3)
+        time.sleep(0.3)  # a step takes a while
     seen.taken_up.params({"a": 1, "b": 2})
     seen.taken_up.metrics(rows(0, 50))  # the whole history
     seen.pending = seen.taken_up.pending
@@ -254,7 +260,7 @@ def test_a_batch_whose_answer_was_lost_is_not_written_twice(server: Server, outa
 @pytest.fixture
 def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(reach, "_PROBE_SECONDS", 0.3)
-    return f"sqlite:///{tmp_path}/mlflow.db"
+    return f"sqlite:///{mlflow_database.place(tmp_path)}/mlflow.db"
 
 
 def local(database: str, run_id: str | None = None) -> run.Tracker:
@@ -314,7 +320,7 @@ def test_a_run_taken_up_again_ignores_what_mlflow_has(database: str) -> None:
     first.watch_system(0.1)
     first.metrics(rows(0, 30))
     first.metrics({7: {"eval/loss": 1.0}})
-    time.sleep(0.5)
+    until(lambda: steps(first, SYSTEM))
     first.end("KILLED")
     before = steps(first, "system/cpu_utilization_percentage")
     assert before == list(range(len(before)))
@@ -322,7 +328,7 @@ def test_a_run_taken_up_again_ignores_what_mlflow_has(database: str) -> None:
     again.watch_system(0.1)
     again.metrics(rows(0, 30) | {7: {"train/loss": 99.0, "eval/loss": 99.0, "score/new": 1.0}})
     again.metrics(rows(20, 40))
-    time.sleep(0.5)
+    until(lambda: len(steps(again, SYSTEM)) > len(before))
     again.end()
     assert sorted(steps(again, "train/loss")) == list(range(40))
     assert 99.0 not in dict(series(again, "train/loss")).values()
