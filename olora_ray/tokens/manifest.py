@@ -104,13 +104,13 @@ def read_manifest(uri: str) -> Manifest:
         raise ValueError(f"{type(error).__name__}: {error}") from None
 
 
-def sizes(uri: str) -> dict[str, int]:
+def file_sizes(uri: str) -> dict[str, int]:
     """Bytes of each file of a store, by name; empty if there is no such folder."""
     system, path = storage.filesystem(uri)
     return {info.base_name: info.size for info in system.get_file_info(fs.FileSelector(path, allow_not_found=True))}
 
 
-def size(uri: str, name: str) -> int | None:
+def file_size(uri: str, name: str) -> int | None:
     """Bytes of one file of a store; None if it is not there."""
     system, path = storage.filesystem(storage.join(uri, name))
     return system.get_file_info(path).size  # type: ignore[no-any-return]

@@ -1,7 +1,7 @@
 """The token store: packed sequences on disk, addressed by what they were made of, read by number.
 
     <storage>/tokens/<digest>/
-        shard-00000.arrow    packs, one row each (see shards.SCHEMA); memory-mapped
+        shard-00000.arrow    packs, one row each (see shard.SCHEMA); memory-mapped
         shard-00000.json     written after it: the shard is done
         manifest.json        written last: the store is complete
         rejected.jsonl       the rows that could not be used, with the reason
@@ -26,9 +26,18 @@ from pyarrow import ipc
 from olora_ray.common import sealed, storage
 from olora_ray.common.digests import digest_file
 from olora_ray.common.errors import UserError
-from olora_ray.tokens import manifest as records
 from olora_ray.tokens import rng
-from olora_ray.tokens.manifest import Manifest, Outline, ShardInfo, place_name, shard_name, sidecar_name
+from olora_ray.tokens.manifest import (
+    Manifest,
+    Outline,
+    ShardInfo,
+    file_size,
+    file_sizes,
+    place_name,
+    read_manifest,
+    shard_name,
+    sidecar_name,
+)
 
 OPEN_SHARDS = 512
 """Shards that a process keeps mapped."""
@@ -68,7 +77,7 @@ class TokenStore:
     def open(cls, uri: str) -> "TokenStore":
         """Open a complete store; raises UserError if it is not complete or a shard is not what it was."""
         try:
-            found = records.read_manifest(uri)
+            found = read_manifest(uri)
         except FileNotFoundError:
             raise UserError(f"token store {uri}: not there, or not complete (no manifest.json)") from None
         except ValueError as error:
@@ -168,7 +177,7 @@ class TokenStore:
     def _found_manifest(self) -> Manifest | None:
         """The manifest, if all is as it says; a store that is being repaired counts as growing."""
         try:
-            found = records.read_manifest(self.uri)
+            found = read_manifest(self.uri)
         except (FileNotFoundError, ValueError):
             return None
         fits = found.digest == self.digest and len(found.shards) == self.shard_count
@@ -179,7 +188,7 @@ class TokenStore:
         if number == self.shard_count:
             return None
         sidecar = sealed.read_sealed(storage.join(self.uri, sidecar_name(number)))
-        if sidecar is None or records.size(self.uri, shard_name(number)) != sidecar["bytes"]:
+        if sidecar is None or file_size(self.uri, shard_name(number)) != sidecar["bytes"]:
             return None
         return ShardInfo.of(sidecar)
 
@@ -234,7 +243,7 @@ class _Known:
 
 def _wrong_size(uri: str, wanted: Manifest) -> str | None:
     """The first shard whose size is not the manifest's, in words; None if there is none."""
-    found = records.sizes(uri)
+    found = file_sizes(uri)
     for number, shard in enumerate(wanted.shards):
         size = found.get(shard_name(number))
         if size is None:

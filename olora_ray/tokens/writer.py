@@ -14,10 +14,20 @@ from olora_ray.common.digests import digest_bytes
 from olora_ray.common.errors import UserError
 from olora_ray.common.fault_points import reached
 from olora_ray.common.sealed import read_sealed, seal
-from olora_ray.tokens import manifest as records
 from olora_ray.tokens import ray_map
 from olora_ray.tokens import shard as shards
-from olora_ray.tokens.manifest import MANIFEST, REJECTED, Manifest, Outline, ShardInfo, shard_name, sidecar_name
+from olora_ray.tokens.manifest import (
+    MANIFEST,
+    REJECTED,
+    Manifest,
+    Outline,
+    ShardInfo,
+    file_size,
+    file_sizes,
+    read_manifest,
+    shard_name,
+    sidecar_name,
+)
 from olora_ray.tokens.plan import Plan
 from olora_ray.tokens.totals import Limits, Totals, rejected_text
 
@@ -76,7 +86,7 @@ class StoreStatus:
 def store_status(job: StoreSpec) -> StoreStatus:
     """Look at what is there of a store."""
     found = StoreStatus()
-    sizes = records.sizes(job.uri)
+    sizes = file_sizes(job.uri)
     if MANIFEST in sizes:
         found.manifest = _good_manifest(job)
         found.rejected_good = found.manifest is not None and _rejected_good(job, found.manifest)
@@ -131,7 +141,7 @@ def make_shard(job: StoreSpec, number: int) -> dict[str, Any]:
     """
     reached("shard", number)
     sidecar = read_sealed(storage.join(job.uri, sidecar_name(number)))
-    if sidecar is not None and records.size(job.uri, shard_name(number)) == sidecar["bytes"]:
+    if sidecar is not None and file_size(job.uri, shard_name(number)) == sidecar["bytes"]:
         return sidecar
     try:
         shard = shards.build(job.plan, number)
@@ -188,7 +198,7 @@ def _checked(job: StoreSpec, manifest: Manifest | None, number: int, sidecar: di
 
 def _good_manifest(job: StoreSpec) -> Manifest | None:
     try:
-        found = records.read_manifest(job.uri)
+        found = read_manifest(job.uri)
     except (FileNotFoundError, ValueError):
         return None
     return found if found.digest == job.plan.digest() and len(found.shards) == len(job.plan.shards) else None

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from olora_ray.tracking import client as reach
+from olora_ray.tracking.client import connect, is_refusal, probe, reason
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -183,14 +183,14 @@ class WriteQueue:
         pause = _FIRST_PAUSE
         while self._wait_for_work():
             try:
-                reach.probe(self._uri)
-                client = reach.connect(self._uri)
+                probe(self._uri)
+                client = connect(self._uri)
                 if not self._loaded:
                     self._load(client)
                 head = self._head()
                 self._send(client, head)
             except Exception as error:
-                self._went_away(reach.reason(error))
+                self._went_away(reason(error))
                 self._pause(pause)
                 pause = min(2 * pause, _LAST_PAUSE)
             else:
@@ -249,12 +249,12 @@ class WriteQueue:
             else:
                 self._send_rows(client, head)
         except Exception as error:
-            if not reach.is_refusal(error):
+            if not is_refusal(error):
                 raise
             if getattr(error, "error_code", "") == "RESOURCE_DOES_NOT_EXIST":
                 self._is_gone()
             elif isinstance(head, _Write):
-                logger.warning("MLflow refuses %s: %s", head.what, reach.reason(error))
+                logger.warning("MLflow refuses %s: %s", head.what, reason(error))
             else:
                 self._send_by_name(client, head)
 
@@ -276,10 +276,10 @@ class WriteQueue:
             try:
                 self._send_rows(client, rows, only=name)
             except Exception as error:
-                if not reach.is_refusal(error):
+                if not is_refusal(error):
                     raise
                 self._refused.add(name)
-                logger.warning("MLflow refuses the metric %s: %s", name, reach.reason(error))
+                logger.warning("MLflow refuses the metric %s: %s", name, reason(error))
 
     def _is_gone(self) -> None:
         self._gone = True
