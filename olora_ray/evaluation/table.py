@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+from olora_ray.common.text import aligned
 from olora_ray.evaluation.bootstrap import Interval
 from olora_ray.evaluation.results import Evaluation
 
@@ -40,12 +41,5 @@ def _rows(result: Evaluation, metric: str) -> str:
 
 
 def _columns(table: Sequence[tuple[str, ...]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    shown = []
-    for row in table:
-        texts = [
-            cell.ljust(width) if i < 2 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        shown.append("  ".join(texts).rstrip())
+    shown = aligned(table, right=[number > 1 for number in range(len(table[0]))])
     return [shown[0], "-" * len(shown[0]), *shown[1:]]

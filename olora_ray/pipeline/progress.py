@@ -6,7 +6,7 @@ from types import TracebackType
 
 from tqdm import tqdm
 
-from olora_ray.common.text import plural
+from olora_ray.common.text import clock, plural
 from olora_ray.config.schema import Config
 
 logger = logging.getLogger(__name__)
@@ -90,14 +90,7 @@ class Progress:
     def _left(self, step: int) -> str:
         if self.total is None or self.pace is None:
             return "?"
-        return duration((self.total - step) * self.pace)
-
-
-def duration(seconds: float) -> str:
-    """Seconds as m:ss or h:mm:ss."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+        return clock((self.total - step) * self.pace)
 
 
 def batch_split(config: Config, workers: int) -> str:

@@ -89,7 +89,7 @@ def _warn_of_leaks(config: Config, plan: Plan, champion: Version) -> None:
     known = _known_files(config, champion.tags.get(TAGS["data"], "")) or frozenset()
     if config.data.eval_fraction is not None and known - {each.sha256 for each in plan.files}:
         logger.warning(
-            "warning: data.eval_fraction: a file of the champion's training data has changed or is gone, so it"
+            "data.eval_fraction: a file of the champion's training data has changed or is gone, so it"
             " may have seen rows that are held out now; data.eval, or adding files only, avoids that"
         )
 

@@ -12,7 +12,6 @@ A directory whose manifest is missing or does not hold is not a checkpoint. Noth
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -86,9 +85,9 @@ def save(
     (folder / CONFIG).write_text(config_yaml, encoding="utf-8")
     files = {file.name: _fingerprint(file) for file in sorted(folder.iterdir())}
     for name in files:
-        _settle(folder / name)
+        _publish(folder / name)
     (folder / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}, indent=1))
-    _settle(folder / MANIFEST)
+    _publish(folder / MANIFEST)
 
 
 def snapshot(
@@ -176,10 +175,10 @@ def _on_cpu(factors: Factors) -> Factors:
     return Factors(factors.a0.cpu(), None if factors.b0 is None else factors.b0.cpu(), factors.full_rank)
 
 
-def _settle(file: Path) -> None:
+def _publish(file: Path) -> None:
+    """Let others read a file, and have it on the disk."""
     storage.open_up(file)
-    with file.open("rb") as stream:
-        os.fsync(stream.fileno())
+    storage.flush_to_disk(file)
 
 
 def _weights(parts: Mapping[str, Tensor]) -> dict[str, AdapterWeights]:

@@ -15,7 +15,6 @@ import shutil
 import tempfile
 import threading
 import time
-import uuid
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from olora_ray.common import storage
-from olora_ray.common.errors import UserError
+from olora_ray.common.errors import UserError, short_reason
 from olora_ray.train import checkpoint
 from olora_ray.train.checkpoint import Checkpoint
 
@@ -64,7 +63,7 @@ class CheckpointManager:
         self._join()
         if self._problem is not None:
             raise UserError(
-                f"run.storage: the last checkpoint cannot be written to {self.place}: {_reason(self._problem)};"
+                f"run.storage: the last checkpoint cannot be written to {self.place}: {short_reason(self._problem)};"
                 " make room or repair the storage, and run the same command again"
             )
 
@@ -95,11 +94,11 @@ class CheckpointManager:
                     there = names(self.place)
                     last = f"the last one is {there[-1]}" if there else "there is none yet"
                     logger.warning(
-                        f"warning: the checkpoint of step {step} cannot be written ({_reason(error)}), given up after"
+                        f"the checkpoint of step {step} cannot be written ({short_reason(error)}), given up after"
                         f" {len(PAUSES) + 1} attempts; training continues, {last}"
                     )
                 else:
-                    logger.warning(f"the checkpoint of step {step} is tried again: {_reason(error)}")
+                    logger.warning(f"the checkpoint of step {step} is tried again: {short_reason(error)}")
                     time.sleep(pause)
 
     def _retire(self) -> None:
@@ -155,7 +154,7 @@ def read(folder: str) -> Checkpoint:
         try:
             return checkpoint.load(storage.local_copy(folder, cache))
         except OSError as error:
-            raise UserError(f"checkpoint {folder}: cannot be read: {_reason(error)}") from None
+            raise UserError(f"checkpoint {folder}: cannot be read: {short_reason(error)}") from None
 
 
 def _put(write: Callable[[Path], object], target: str) -> None:
@@ -166,7 +165,7 @@ def _put(write: Callable[[Path], object], target: str) -> None:
         return
     final = Path(target)
     final.parent.mkdir(parents=True, exist_ok=True)
-    folder = final.with_name(f".{final.name}.{uuid.uuid4().hex}.tmp")
+    folder = storage.beside(final)
     try:
         write(folder)
         # What lies there has the same step: a damaged one that was passed over, or one that an earlier
@@ -174,7 +173,7 @@ def _put(write: Callable[[Path], object], target: str) -> None:
         if final.exists():
             _drop(target)
         os.rename(folder, final)
-        _settle(final.parent)
+        storage.flush_to_disk(final.parent)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -186,7 +185,7 @@ def _drop(target: str) -> None:
         storage.remove(target)
         return
     final = Path(target)
-    away = final.with_name(f".{final.name}.{uuid.uuid4().hex}.tmp")
+    away = storage.beside(final)
     try:
         os.rename(final, away)
     except FileNotFoundError:
@@ -199,17 +198,3 @@ def _sweep(place: str) -> None:
     if not storage.is_uri(place) and Path(place).is_dir():
         for folder in Path(place).glob(".step-*.tmp"):
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def _settle(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

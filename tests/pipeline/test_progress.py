@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from olora_ray.pipeline.progress import Progress, duration
+from olora_ray.pipeline.progress import Progress
 from tests.said import said
 
 
@@ -68,11 +68,3 @@ def test_a_repeated_step_after_a_restart_does_not_move_the_bar_forward() -> None
             progress.row(row(step))
         assert progress.bar is not None
         assert progress.bar.n == 4
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0, "0:00"), (59.6, "1:00"), (61, "1:01"), (3599, "59:59"), (3600, "1:00:00"), (90061, "25:01:01")],
-)
-def test_durations(seconds: float, text: str) -> None:
-    assert duration(seconds) == text

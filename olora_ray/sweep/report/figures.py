@@ -8,6 +8,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from olora_ray.common.text import plural
 from olora_ray.sweep.record import SearchRecord
 from olora_ray.sweep.report import axis as scale
 from olora_ray.sweep.report import importance, style, text
@@ -69,7 +70,7 @@ def importances(record: SearchRecord) -> "Figure":
     figure, axes = style.empty(
         "What mattered",
         f"share of the differences in {style.metric(record)} that a field explains alone (fANOVA,"
-        f" {text.plural(found.trials, 'trial')})",
+        f" {plural(found.trials, 'trial')})",
     )
     if found.why_not:
         style.say(axes, found.why_not)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from statistics import median, pstdev
 from typing import Any
 
+from olora_ray.common.text import aligned, duration
 from olora_ray.sweep.record import SearchRecord, TrialRecord
 from olora_ray.sweep.report import text
 
@@ -31,7 +32,7 @@ def lines(record: SearchRecord, top: int = 10) -> list[str]:
     ordered = record.ordered()
     rows = [_row(record, trial, list(names), place) for place, trial in enumerate(ordered[:top], 1)]
     right = [True, True, *(_numeric(ordered, name) for name in names), True, True, True, False, False]
-    shown = _aligned([head, *rows], right)
+    shown = aligned([head, *rows], right)
     if len(ordered) > top:
         shown.append(f"... and {len(ordered) - top} more")
     return shown
@@ -39,7 +40,7 @@ def lines(record: SearchRecord, top: int = 10) -> list[str]:
 
 def summary(record: SearchRecord) -> list[str]:
     """The closing lines: the best, against the default config, the spread, how trials ended, what was spared."""
-    return _aligned([[f"{name}:", sentence] for name, sentence in facts(record)], [False, False])
+    return aligned([[f"{name}:", sentence] for name, sentence in facts(record)], [False, False])
 
 
 def facts(record: SearchRecord) -> list[tuple[str, str]]:
@@ -127,7 +128,7 @@ def _ends(record: SearchRecord) -> str:
         for status in ("finished", "stopped", "failed", "unfinished")
     ]
     some = ", ".join(count for count in counts if not count.startswith("0 "))
-    return f"{len(record.trials)} in {text.seconds(record.seconds)}" + (f": {some}" if some else "")
+    return f"{len(record.trials)} in {duration(record.seconds)}" + (f": {some}" if some else "")
 
 
 def _start(record: SearchRecord) -> str:
@@ -135,11 +136,11 @@ def _start(record: SearchRecord) -> str:
     spared = [trial.spared for trial in record.trials if trial.spared > 0]
     parts = []
     if first:
-        parts.append(f"first step {text.seconds(median(first))} after a trial's start (median)")
+        parts.append(f"first step {duration(median(first))} after a trial's start (median)")
     if spared:
         parts.append(
-            f"{text.seconds(median(spared))} of preparation and initialisation spared per trial,"
-            f" {text.seconds(sum(spared))} in all"
+            f"{duration(median(spared))} of preparation and initialisation spared per trial,"
+            f" {duration(sum(spared))} in all"
         )
     return "; ".join(parts)
 
@@ -160,7 +161,7 @@ def _row(record: SearchRecord, trial: TrialRecord, fields: Sequence[str], place:
         if 1e-2 <= abs(trial.value) < 1e4
         else text.number(trial.value),
         str(trial.step),
-        text.seconds(trial.seconds),
+        duration(trial.seconds),
         trial.status + mark,
         text.value(trial.reason, _REASON),
     ]
@@ -169,17 +170,6 @@ def _row(record: SearchRecord, trial: TrialRecord, fields: Sequence[str], place:
 def _numeric(trials: Sequence[TrialRecord], name: str) -> bool:
     values = [trial.params[name] for trial in trials if name in trial.params]
     return all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
-
-
-def _aligned(rows: Sequence[Sequence[str]], right: Sequence[bool]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(right))] if rows else []
-    return [
-        "  ".join(
-            cell.rjust(width) if flush else cell.ljust(width)
-            for cell, width, flush in zip(row, widths, right, strict=True)
-        ).rstrip()
-        for row in rows
-    ]
 
 
 def _plain(value: Any) -> Any:

@@ -3,8 +3,9 @@
 import math
 from typing import TYPE_CHECKING, Any
 
+from olora_ray.common.text import plural
 from olora_ray.sweep.record import SearchRecord, TrialRecord
-from olora_ray.sweep.report import style, text
+from olora_ray.sweep.report import style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,7 +23,7 @@ def curves(record: SearchRecord) -> "Figure":
     outside = sum(any(not low <= value <= high for _, value in _points(trial)) for trial in drawn)
     subtitle = f"one line per trial, the darker the better{style.named(best)}"
     if outside:
-        subtitle += f"; far worse than the rest, and so in part outside of the picture: {text.plural(outside, 'trial')}"
+        subtitle += f"; far worse than the rest, and so in part outside of the picture: {plural(outside, 'trial')}"
     figure, axes = style.empty("Learning curves", subtitle, width=12.0, height=4.8)
     if not drawn:
         style.say(axes, style.NOTHING)

@@ -56,18 +56,3 @@ def short(fields: Sequence[str]) -> dict[str, str]:
     """Field -> its last part, or the whole where two fields share that."""
     last = [name.rsplit(".", 1)[-1] for name in fields]
     return {name: end if last.count(end) == 1 else name for name, end in zip(fields, last, strict=True)}
-
-
-def seconds(count: float) -> str:
-    """A length of time: 4.2 s, 3 min 12 s, 2 h 05 min."""
-    if count < 60:
-        return f"{count:.1f} s" if count < 9.95 else f"{count:.0f} s"
-    minutes, rest = divmod(round(count), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02d} s"
-    return f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def plural(count: int, word: str) -> str:
-    """1 trial, 2 trials."""
-    return f"{count} {word}" if count == 1 else f"{count} {word}s"

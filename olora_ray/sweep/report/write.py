@@ -5,6 +5,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from olora_ray.common import storage
+from olora_ray.common.text import duration, plural
 from olora_ray.sweep.record import SearchRecord, TrialRecord
 from olora_ray.sweep.report import axis, leaderboard, text
 from olora_ray.sweep.report import html as page
@@ -42,7 +43,7 @@ def html(record: SearchRecord, pictures: dict[str, bytes]) -> str:
     """The page; `pictures` are PNGs by the names of FIGURES."""
     figures = "\n".join(page.image(png, *_DESCRIBED[name]) for name, png in pictures.items())
     about = (
-        f"{text.plural(len(record.trials), 'trial')} in {text.seconds(record.seconds)}; searcher {record.searcher},"
+        f"{plural(len(record.trials), 'trial')} in {duration(record.seconds)}; searcher {record.searcher},"
         f" scheduler {record.scheduler}"
     )
     return page.document(
@@ -99,7 +100,7 @@ def _row(record: SearchRecord, trial: TrialRecord, numeric: dict[str, bool]) -> 
     cells += [
         page.cell(shown, trial.value if trial.measured() else "", "number"),
         page.cell(str(trial.step), trial.step, "number"),
-        page.cell(text.seconds(trial.seconds), trial.seconds, "number"),
+        page.cell(duration(trial.seconds), trial.seconds, "number"),
         page.tagged(trial.status),
         page.cell(trial.reason, kind="reason"),
     ]

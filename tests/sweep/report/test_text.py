@@ -46,13 +46,6 @@ def test_long_values_are_cut() -> None:
     assert text.value("abcdef", 4) == "abc…"
 
 
-@pytest.mark.parametrize(
-    ("count", "shown"), [(0.04, "0.0 s"), (9.99, "10 s"), (59.4, "59 s"), (192, "3 min 12 s"), (7500, "2 h 05 min")]
-)
-def test_times(count: float, shown: str) -> None:
-    assert text.seconds(count) == shown
-
-
 def test_short_names_stay_different() -> None:
     fields = ["train.lr", "adapter.rank", "other.rank"]
     assert text.short(fields) == {"train.lr": "lr", "adapter.rank": "adapter.rank", "other.rank": "other.rank"}
