@@ -94,11 +94,11 @@ class Progress:
 
 
 def batch_split(config: Config, workers: int) -> str:
-    """`16 sequences a step = 4 workers x 2 at once x 2 accumulated`, or what comes close to it."""
+    """`16 sequences per step = 4 workers x 2 at once x 2 accumulated`, or what comes close to it."""
     size, micro = config.train.global_batch, config.train.micro_batch
     low, high = size // workers, -(-size // workers)
     shares = f"{high}" if low == high else f"{low} or {high}"
     return (
-        f"{size} sequences a step = {plural(workers, 'worker')} x {shares}"
+        f"{size} sequences per step = {plural(workers, 'worker')} x {shares}"
         f" ({min(micro, high)} at once, {config.accumulation(workers)} accumulated)"
     )

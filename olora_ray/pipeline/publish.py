@@ -33,7 +33,7 @@ def publish(
     spec: TrainSpec,
     folder: RunFolder,
     tracker: run.Tracker,
-    outcome: TrainResult,
+    result: TrainResult,
     parity: dict[str, Any],
     more_tags: Mapping[str, str],
 ) -> int | None:
@@ -41,7 +41,7 @@ def publish(
 
     Returns the version. Safe to repeat; raises TrackingUnavailable if MLflow does not answer.
     """
-    config, state = spec.config, outcome.state
+    config, state = spec.config, result.state
     assert state is not None
     tracker.metrics({int(row["step"]): {k: v for k, v in row.items() if k != "step"} for row in state.history})
     log_data(tracker, spec)
@@ -71,7 +71,7 @@ def publish(
 def finish(
     spec: TrainSpec,
     tracker: Tracker,
-    outcome: TrainResult,
+    result: TrainResult,
     answers: Sequence[Sample],
     parity: dict[str, Any],
     version: int | None,
@@ -81,23 +81,23 @@ def finish(
     Raises TrackingUnavailable if MLflow does not answer: result.json must not be written before all is logged.
     """
     scores = score(spec.config, answers)
-    result = _result(spec, tracker, outcome, scores, parity, version)
-    assert outcome.state is not None
-    tracker.metrics({outcome.state.step: {f"score/{name}": value for name, value in scores.get("after", {}).items()}})
+    content = _result(spec, tracker, result, scores, parity, version)
+    assert result.state is not None
+    tracker.metrics({result.state.step: {f"score/{name}": value for name, value in scores.get("after", {}).items()}})
     tracker.metrics({0: {f"score/{name}": value for name, value in scores.get("before", {}).items()}})
-    history = outcome.state.history
+    history = result.state.history
     tracker.learning_curve(_points(history, "train/loss"), _points(history, "eval/loss"))
     columns = ("prompt", "reference", "before", "after")
     tracker.table("samples", columns, [[getattr(item, name) for name in columns] for item in answers])
-    tracker.text(json.dumps(result, indent=2) + "\n", "result.json")
-    return Published(result, scores, tracker.url())
+    tracker.text(json.dumps(content, indent=2) + "\n", "result.json")
+    return Published(content, scores, tracker.url())
 
 
 def _result(
-    spec: TrainSpec, tracker: Tracker, outcome: TrainResult, scores: Scores, parity: dict[str, Any], version: int | None
+    spec: TrainSpec, tracker: Tracker, result: TrainResult, scores: Scores, parity: dict[str, Any], version: int | None
 ) -> dict[str, Any]:
-    assert outcome.state is not None
-    state = outcome.state
+    assert result.state is not None
+    state = result.state
     last: dict[str, float] = {}
     for row in state.history:
         last |= {name: value for name, value in row.items() if name != "step"}
@@ -107,7 +107,7 @@ def _result(
     return {
         "run": spec.config.run.name,
         "steps": state.step,
-        "stopped_early": outcome.stopped_early,
+        "stopped_early": result.stopped_early,
         "best_step": state.best_step if state.best_step is not None else state.step,
         "metrics": last,
         "eval_loss_before": first,

@@ -71,10 +71,10 @@ def already_finished(config: Config, result: dict[str, Any]) -> None:
 
 
 def finished(
-    config: Config, folder: RunFolder, outcome: TrainResult, answers: Sequence[Sample], published: Published
+    config: Config, folder: RunFolder, result: TrainResult, answers: Sequence[Sample], published: Published
 ) -> None:
     """Show what came out: answers before and after, losses, scores, and how to use the model."""
-    for line in _summary(config, folder, outcome, answers, published):
+    for line in _summary(config, folder, result, answers, published):
         if line:
             logger.info(line)
         else:
@@ -82,9 +82,9 @@ def finished(
 
 
 def _summary(
-    config: Config, folder: RunFolder, outcome: TrainResult, answers: Sequence[Sample], published: Published
+    config: Config, folder: RunFolder, result: TrainResult, answers: Sequence[Sample], published: Published
 ) -> list[str]:
-    state, scores = outcome.state, published.scores
+    state, scores = result.state, published.scores
     assert state is not None
     lines = [""]
     for item in answers[: config.evaluation.samples]:

@@ -130,7 +130,7 @@ def test_dry_run_shows_everything_and_starts_nothing(tiny_model: Path, corpus: P
     assert done.returncode == 0, done.stderr
     assert "target layers (14):" in done.stdout
     assert "trainable" in done.stdout
-    assert "6 steps; 4 sequences a step = 2 workers x 2" in done.stdout
+    assert "6 steps; 4 sequences per step = 2 workers x 2" in done.stdout
     assert "memory per worker" in done.stdout
     assert "<|assistant|>[[" in done.stdout
     assert not (corpus / "runs" / "small").exists()
