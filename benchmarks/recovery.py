@@ -24,10 +24,9 @@ from typing import Any
 import numpy as np
 from common import MODEL, config, machine, memory_store, model_folder, our_trainer, processes_below, table
 
-from olora_ray.adapter.factors import AdapterWeights
 from olora_ray.model.source import parameters
-from olora_ray.train import checkpoint
-from olora_ray.train import checkpoints as keeper
+from olora_ray.train.checkpoint import snapshot
+from olora_ray.train.checkpoints import CheckpointManager, name_of
 from olora_ray.train.loader import StepLoader
 from olora_ray.train.schedule import Schedule
 from olora_ray.train.state import TrainState
@@ -87,17 +86,17 @@ def checkpoints(scratch: Path, folder: str, rounds: int) -> dict[str, float]:
     rows = [(generator.integers(3, 40_000, 96, dtype=np.int32), np.arange(96) >= 60) for _ in range(400)]
     store = memory_store(rows, LENGTH)
     steps = trainer.steps(StepLoader(store, cfg.train, 0, attention), 0, Schedule(cfg.train, store))
-    files = keeper.CheckpointManager(str(scratch / "checkpoints"), 2)
+    files = CheckpointManager(str(scratch / "checkpoints"), 2)
     block(steps, None, trainer, 0)
     taken: dict[str, list[dict[str, float]]] = {"with": [], "without": []}
     for turn in range(rounds):
         for kind in ("with", "without") if turn % 2 else ("without", "with"):
             taken[kind].append(block(steps, files if kind == "with" else None, trainer, turn + 1))
     began = time.perf_counter()
-    files.save(rounds + 1, snapshot(trainer, rounds + 1))
+    files.save(rounds + 1, written_state(trainer, rounds + 1))
     files.finish()
     written = time.perf_counter() - began
-    newest = scratch / "checkpoints" / keeper.name_of(rounds + 1)
+    newest = scratch / "checkpoints" / name_of(rounds + 1)
     shares = [a["seconds"] / b["seconds"] - 1 for a, b in zip(taken["with"], taken["without"], strict=True)]
     middle = {kind: {key: median(run[key] for run in runs) for key in runs[0]} for kind, runs in taken.items()}
     return {
@@ -114,13 +113,13 @@ def checkpoints(scratch: Path, folder: str, rounds: int) -> dict[str, float]:
     }
 
 
-def block(steps: Iterator[Any], files: keeper.CheckpointManager | None, trainer: Any, number: int) -> dict[str, float]:
+def block(steps: Iterator[Any], files: CheckpointManager | None, trainer: Any, number: int) -> dict[str, float]:
     """Ten steps, of which the first is followed by a checkpoint; a block ends when it is on the disk."""
     start, used, blocked = time.perf_counter(), time.process_time(), 0.0
     next(steps)
     if files:
         began = time.perf_counter()
-        files.save(number, snapshot(trainer, number))
+        files.save(number, written_state(trainer, number))
         blocked = time.perf_counter() - began
     for _ in islice(steps, BLOCK - 1):
         pass
@@ -129,16 +128,9 @@ def block(steps: Iterator[Any], files: keeper.CheckpointManager | None, trainer:
     return {"seconds": time.perf_counter() - start, "cpu": time.process_time() - used, "blocked": blocked}
 
 
-def snapshot(trainer: Any, step: int) -> Any:
+def written_state(trainer: Any, step: int) -> Any:
     """What a worker hands over to be written: everything, and a best adapter of an earlier step."""
-    flat = trainer.flat
-    vector, best = flat.named(flat.vector.clone()), flat.named(flat.vector.clone())
-    adapter = {
-        name: AdapterWeights(layer.weights().factors, vector[f"{name}.da"], vector[f"{name}.db"])
-        for name, layer in trainer.adapted.items()
-    }
-    optimizer = {name: part.clone() for name, part in trainer.optimizer.state().items()}
-    return lambda folder: checkpoint.save(folder, adapter, best, optimizer, TrainState(step), {}, "")
+    return snapshot(trainer, TrainState(step), trainer.flat.vector.clone(), {}, "")
 
 
 def kill_one_worker(storage: Path, models: str) -> float:

@@ -32,7 +32,6 @@ class SharedBaseActor:
         quiet_transformers()
         self.spec = spec
         self.active = 0
-        self.problem: str | None = None
         self._shared: SharedBase | None = None
         self._guard = threading.Lock()
 
