@@ -1,6 +1,5 @@
 """The process of a Ray Train worker: trains step by step, checkpoints, tells the driver, and ends when asked to."""
 
-import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,8 +20,6 @@ from olora_ray.train.checkpoints import CheckpointManager
 from olora_ray.train.loader import StepLoader
 from olora_ray.train.loop import StepResult
 from olora_ray.train.schedule import Schedule
-
-logger = logging.getLogger(__name__)
 
 
 def train_worker(parts: dict[str, Any]) -> TrainResult:
@@ -50,9 +47,10 @@ class Worker:
         self, context: WorkerContext, spec: TrainSpec, checkpoints: str, channel: Any, start: StartingPoint
     ) -> None:
         self.context, self.spec, self.config = context, spec, spec.config
-        self.checkpoints, self.channel, self.start = checkpoints, channel, start
+        self.checkpoints, self.channel = checkpoints, channel
         self.rank, self.world = context.rank, context.world
         self.trainer, self.state = start.trainer, start.state
+        self.attention, self.resumed = start.attention, start.resumed
         self.evaluator = Evaluator(context, spec, start)
         self.stop_requests = StopRequests(channel, self.rank, context.preemption)
         self.schedule = Schedule(self.config.train, spec.train, self.stop_requests.waiting)
@@ -60,7 +58,7 @@ class Worker:
 
     def run(self) -> TrainResult:
         """The whole of a worker's work."""
-        if self.start.resumed:
+        if self.resumed:
             total = self.schedule.total()
             self._tell_driver(Resumed(self.state.step, total, self.world, list(self.state.history)))
         else:
@@ -82,7 +80,7 @@ class Worker:
             self.spec.train,
             self.config.train,
             self.config.run.seed,
-            self.start.attention,
+            self.attention,
             self.rank,
             self.world,
             waiting=self.stop_requests.waiting,

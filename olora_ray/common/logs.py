@@ -37,8 +37,12 @@ class LineFormatter(logging.Formatter):
 
 class _Printer(logging.StreamHandler):  # type: ignore[type-arg]
     def handleError(self, record: logging.LogRecord) -> None:
-        """Raise what went wrong: `python ... | head` ends the script instead of filling stderr."""
-        raise
+        """Raise what went wrong in the main thread: `python ... | head` ends the script instead of filling stderr.
+
+        Other threads lose the line and live on: the main thread meets the same problem at its next line.
+        """
+        if threading.current_thread() is threading.main_thread():
+            raise
 
 
 @contextlib.contextmanager
@@ -57,7 +61,8 @@ def handled_by(handler: logging.Handler) -> Iterator[None]:
     finally:
         with _guard:
             _handlers.remove(handler)
-            logger.removeHandler(handler)
+            # A new list: another thread may be going through the old one.
+            logger.handlers = [each for each in logger.handlers if each is not handler]
             if not _handlers:
                 logger.setLevel(_before["level"])
                 logger.propagate = _before["propagate"]

@@ -147,7 +147,7 @@ def local_copy(place: str, cache: str | None = None) -> Path:
         return Path(path)
     root = Path(cache or tempfile.mkdtemp(prefix="olora-"))
     target = root / path.rstrip("/").rsplit("/", 1)[-1]
-    assert target.name not in ("", ".."), place  # see config.Place
+    assert target.name not in ("", ".."), place  # see Place in config/schema.py
     if not target.exists():
         with staged(target) as partial:
             fs.copy_files(path, str(partial), source_filesystem=system, destination_filesystem=fs.LocalFileSystem())

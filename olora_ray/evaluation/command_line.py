@@ -33,8 +33,8 @@ def read(argv: Sequence[str], usage: str) -> Request:
     models, changes, options = tuple(found.names()), found.changes(), found.options
     if not 1 <= len(models) <= 2:
         raise UserError(f"expected one model, or two to compare, not {len(models)}; --help shows how")
-    if "--scorer" in options:
-        changes["evaluation.scorer"] = options["--scorer"]
+    if scorer := options.get("--scorer"):  # an unset variable of a script is no wish for none
+        changes["evaluation.scorer"] = scorer
     return Request(
         models=models,
         config=options.get("--config"),
@@ -53,6 +53,6 @@ def _tasks(text: str) -> tuple[str, ...]:
 
 
 def _rows(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise UserError(f"argument --limit: expected a number of rows, not {text!r}")
     return int(text)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from olora_ray.common import storage
-from olora_ray.common.errors import UserError
+from olora_ray.common.errors import UserError, first_line
 from olora_ray.config.evaluation import AnyConfig
 from olora_ray.evaluation import pool
 from olora_ray.evaluation.rows import RowResults
@@ -108,7 +108,7 @@ def _adapted(base: nn.Module, adapter: str) -> nn.Module:
     try:
         wrapped = wrap(base, str(folder), use_safetensors=True)
     except (ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise UserError(f"adapter {adapter}: does not fit the model: {str(error).strip().splitlines()[0]}") from None
+        raise UserError(f"adapter {adapter}: does not fit the model: {first_line(error)}") from None
     inner: nn.Module = wrapped.get_base_model()  # the model itself, with adapted layers in it
     return inner.requires_grad_(False).eval()
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from olora_ray.common.errors import UserError
+from olora_ray.common.errors import UserError, first_line
 from olora_ray.common.quiet import quiet_lm_eval
 from olora_ray.config.evaluation import AnyConfig
 from olora_ray.evaluation import lm_eval_data
@@ -116,7 +116,7 @@ def _manager(names: Sequence[str]) -> Any:
 
 
 def _why_not(name: str, data: str | None, error: Exception) -> str:
-    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    line = first_line(error)
     if data:
         return f"--tasks {name}: does not load with --task-data {data}: {line}"
     return (

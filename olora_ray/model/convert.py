@@ -56,6 +56,8 @@ def _converted(write: Callable[[Path], None], name: str, key: str, config: AnyCo
     logger.info(announcement)
     with storage.staged(target) as unfinished:
         write(unfinished)
+    if not (target / "config.json").exists():
+        raise UserError(f"model.name: {target} is there, but has no config.json; delete that folder")
     return target
 
 

@@ -34,7 +34,8 @@ def end_tokens(base: BaseModel, tokenizer: "PreTrainedTokenizerBase") -> tuple[i
     found = {int(tokenizer.eos_token_id)} if tokenizer.eos_token_id is not None else set()
     file = Path(base.folder) / "generation_config.json"
     if file.is_file():
-        ids = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+        with as_user_error(f"model.name: {file}", OSError, ValueError, AttributeError):
+            ids = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
         found |= set(ids) if isinstance(ids, list) else {ids} - {None}
     return tuple(sorted(found))
 

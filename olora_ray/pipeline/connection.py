@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import ray
-import ray.train
 from ray.exceptions import RayTaskError
 
 from olora_ray.cluster import address, preflight

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import ray
-import ray.train
 import torch
 
 from olora_ray.adapter import export

@@ -24,12 +24,12 @@ def prepare_tokens(
     """
     with user_errors():
         build = begin(config, base.spec, "train")
-        held_out = None
-        if config.data.holds_out():
-            held_out = prepare(config, base.spec, "eval")
-        if wait or build.complete or build.small:
+        if wait:
             build.run(cpus_held)
-        else:
+        held_out = prepare(config, base.spec, "eval") if config.data.holds_out() else None
+        if not wait and (build.complete or build.small):
+            build.run()
+        elif not wait:
             logger.info("tokens: train: in the making; training starts with the first shards")
             build.start(config.cluster.max_workers() * config.cluster.cpus_per_worker)
     store = TokenStore.open(build.store.uri) if wait else build.store

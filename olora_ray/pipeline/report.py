@@ -97,24 +97,25 @@ def _summary(
     for name, value in scores.get("after", {}).items():
         lines.append(f"held-out {name}: {scores['before'][name]:.3f} before, {value:.3f} after ({len(answers)} rows)")
     lines += [f"adapter (PEFT, vLLM): {folder.adapter}", f"merged model:         {folder.merged}"]
-    store, run_id, mlflow = published.result["mlflow"]["uri"], published.result["mlflow"]["run_id"], _mlflow_command()
+    store, run_id = published.result["mlflow"]["uri"], published.result["mlflow"]["run_id"]
+    scripts = _scripts_folder()
     if (registered := published.result["registered"]) is not None:
         uri = f"models:/{registered['model']}@{registered['alias']}"
         lines += [
             f"registered:           {registered['model']} version {registered['version']} ({uri})",
             f'load:   mlflow.set_tracking_uri("{store}"); mlflow.transformers.load_model("{uri}")',
-            f"serve:  MLFLOW_TRACKING_URI={store} {mlflow} models serve -m {uri} --env-manager local -p 5001",
+            # MLflow starts its server by a name that it looks up in PATH.
+            f"serve:  PATH={scripts}:$PATH MLFLOW_TRACKING_URI={store} mlflow models serve -m {uri} --env-manager local"
+            " -p 5001",
         ]
-    lines.append(f"MLflow: {published.page or f'{mlflow} ui --backend-store-uri {store} (run {run_id})'}")
+    lines.append(f"MLflow: {published.page or f'{scripts}/mlflow ui --backend-store-uri {store} (run {run_id})'}")
     return lines
 
 
-def _mlflow_command() -> str:
-    """MLflow's command as it works from the current folder, whether or not the environment is activated."""
-    script = Path(sys.executable).with_name("mlflow")
-    if not script.exists():
-        return f"{sys.executable} -m mlflow"
-    return str(script.relative_to(Path.cwd())) if script.is_relative_to(Path.cwd()) else str(script)
+def _scripts_folder() -> Path:
+    """Where this environment's commands are, seen from the current folder, whether or not it is activated."""
+    folder, here = Path(sys.executable).parent, Path.cwd()
+    return folder.relative_to(here) if folder.is_relative_to(here) else folder
 
 
 def _model_line(config: Config, size: MemoryEstimate) -> str:

@@ -120,14 +120,14 @@ def run(spec: TrainSpec, space: Space, spared: float, tracker: Tracker) -> tuple
     Of one that another version of this code has ended the trials are read and none is run. Raises UserError if not
     even one trial fits in the cluster, or if none of them has measured the metric.
     """
-    config, began = spec.config, time.monotonic()
+    config = spec.config
     sweep_spec = SweepSpec(config.run.name, config.folder(), spec, space, tracker.run_id, spared)
-    notes: tuple[str, ...] = ()
+    notes, seconds = tuple[str, ...](), 0.0
     if state.can_resume(sweep_spec.folder):
-        notes = _search(sweep_spec)
+        notes, seconds = _search(sweep_spec)
     else:
         logger.info("search: another version of olora_ray has ended it; its trials are reported, none is run")
-    found = record(sweep_spec, time.monotonic() - began, notes)
+    found = record(sweep_spec, seconds, notes)
     if found.best() is None:
         reasons = sorted({trial.reason for trial in found.trials if trial.reason})
         raise UserError(
@@ -136,21 +136,24 @@ def run(spec: TrainSpec, space: Space, spared: float, tracker: Tracker) -> tuple
     return sweep_spec, found
 
 
-def _search(sweep_spec: SweepSpec) -> tuple[str, ...]:
-    """Run the trials that have not ended; returns why the search has ended early, if it has."""
+def _search(sweep_spec: SweepSpec) -> tuple[tuple[str, ...], float]:
+    """Run the trials that have not ended; returns why the search has ended early, if it has, and the seconds."""
     space = sweep_spec.space
     concurrent, shared_bases = _concurrent_trials(sweep_spec.train_spec, space)
     callback = SweepCallback(sweep_spec.folder, space, sweep_spec.total())
+    began = time.monotonic()
     tuner.build(replace(sweep_spec, shared_bases=shared_bases), callback, concurrent).fit()
+    seconds = time.monotonic() - began
     # Not after an error or a signal: trials would find their shared base dead and end as failed before they
     # are ended with this process.
     shared_base.end_actors(shared_bases)
     if callback.over:
-        return (f"The search ended early: {callback.over}.",)
+        return (f"The search ended early: {callback.over}.",), seconds
     ended = sum(1 for trial in trial_file.read_all(sweep_spec.folder).values() if trial.status != "unfinished")
     if space.time_budget and ended < space.count():
-        return (f"The time budget of {space.time_budget:g} s was used up: {ended} of {space.count()} trials ended.",)
-    return ()
+        note = f"The time budget of {space.time_budget:g} s was used up: {ended} of {space.count()} trials ended."
+        return (note,), seconds
+    return (), seconds
 
 
 def record(sweep_spec: SweepSpec, seconds: float, notes: tuple[str, ...] = ()) -> SearchRecord:

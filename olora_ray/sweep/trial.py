@@ -52,7 +52,7 @@ class TrialRun:
     """A trial's training in a thread of this process."""
 
     def __init__(self, sweep_spec: SweepSpec, number: int, draws: dict[str, Any]) -> None:
-        self.sweep_spec, self.number, self.draws = sweep_spec, number, draws
+        self.sweep_spec = sweep_spec
         self.config = sweep_spec.config(number, draws)
         self.folder = sweep_spec.trial_folder(number, self.config)
         self.total = sweep_spec.steps(self.config)
@@ -186,9 +186,12 @@ class _LogFile(logging.Handler):
         text = f"{self.format(record)}\n"
         if self._remote:
             self._lines.append(text)
-        else:
+            return
+        try:
             with open(self.place, "a", encoding="utf-8") as file:
                 file.write(text)
+        except OSError:  # a line is lost, not the trial
+            self.handleError(record)
 
     def close(self) -> None:
         if self._lines:

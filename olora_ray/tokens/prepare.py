@@ -112,7 +112,7 @@ class StoreBuild:
 
 
 def begin(config: AnyConfig, spec: TokenizerSpec, split: Split) -> StoreBuild:
-    """Look at the data and at what is there of its token store; the Preparation makes the rest.
+    """Look at the data and at what is there of its token store; the StoreBuild makes the rest.
 
     Reads all data once unless it was read before, with Ray if it is large. Raises UserError for data that
     cannot be used, as far as that is known before tokenising.

@@ -244,6 +244,8 @@ def _fetch(place: str, tracking_uri: str, target: Path) -> Path:
             downloads = str(Path(parts) / "files")
             Path(download_artifacts(artifact_uri=place, dst_path=downloads, tracking_uri=tracking_uri)).replace(folder)
     except (MlflowException, OSError) as error:
+        if target.is_dir():  # another process of this node was faster
+            return target
         if is_unavailable(error):
             raise
         raise UserError(f"model.name: cannot download {place}: {first_line(error)}") from None

@@ -93,6 +93,12 @@ def test_a_request_is_read(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == "how it is called\n"
 
 
+def test_an_empty_scorer_leaves_the_configs_and_a_limit_is_a_number() -> None:
+    assert command_line.read(["m", "--scorer", ""], "").changes == {}
+    with pytest.raises(UserError, match="--limit: expected a number of rows"):
+        command_line.read(["m", "--limit", "\N{SUPERSCRIPT TWO}"], "")
+
+
 @pytest.mark.parametrize(
     ("changes", "names", "message"),
     [

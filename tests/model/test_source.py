@@ -213,6 +213,14 @@ def test_end_tokens_come_from_tokenizer_and_generation_config(
     assert load.end_tokens(obtain(copy), stand_in) == expected
 
 
+@pytest.mark.parametrize("text", ["{", "[5]"])
+def test_a_damaged_generation_config_is_named(copy: Path, text: str) -> None:
+    (copy / "generation_config.json").write_text(text)
+    stand_in: Any = _Tokenizer(7)
+    with pytest.raises(UserError, match=r"model\.name: .*generation_config\.json: "):
+        load.end_tokens(obtain(copy), stand_in)
+
+
 @pytest.mark.parametrize(
     ("attention", "packing", "named"),
     [("segments", True, "model.attention"), ("sdpa", True, "data.packing"), ("eager", True, "data.packing")],
