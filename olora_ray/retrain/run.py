@@ -13,11 +13,11 @@ import contextlib
 import json
 import logging
 
-from olora_ray.common import storage
+from olora_ray.common import lock, storage
 from olora_ray.common.errors import TryAgain, UserError
 from olora_ray.config.schema import Config
 from olora_ray.pipeline.fingerprint import Fingerprint
-from olora_ray.retrain import changes, decision_run, gate, lock, recipe
+from olora_ray.retrain import changes, decision_run, gate, recipe
 from olora_ray.retrain.changes import AGAINST, Inputs
 from olora_ray.retrain.decision_run import DETAILS, RECORDED, Entry
 from olora_ray.retrain.gate import Decision
@@ -44,7 +44,7 @@ def run(config: Config) -> None:
         raise UserError("registry.model: retraining compares with a registered model; set its name")
     client.check(resolve_uri(config))
     place = storage.join(config.run.storage, "locks", f"{name}.json")
-    with lock.held(place, f"the retraining of {name}", config.retrain.wait) as lease:
+    with lock.held(place, f"the retraining of {name}", config.retrain.wait, "set retrain.wait") as lease:
         try:
             _retrain(config, Aliases(resolve_uri(config), name), lease)
         except Exception as error:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from olora_ray.retrain import lock
+from olora_ray.common import lock
 from olora_ray.tracking.aliases import GATE
 from pipelines import registry as registry
 from tests.pipelines import project

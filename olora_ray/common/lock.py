@@ -124,15 +124,16 @@ class Lock:
 
 
 @contextlib.contextmanager
-def held(place: str, what: str, wait: float = 0.0) -> Iterator[Lock]:
+def held(place: str, what: str, wait: float = 0.0, remedy: str | None = None) -> Iterator[Lock]:
     """Hold the lock at `place` (a path or URI) for the block; `what` names it in messages.
 
-    Waits up to `wait` seconds for it. Raises TryAgain that says who holds it.
+    Waits up to `wait` seconds for it. Raises TryAgain that says who holds it and, with `remedy`, what else helps.
     """
     lock, end = Lock(place, what), time.monotonic() + wait
     while (other := lock.take()) is not None:
         if time.monotonic() >= end:
-            raise TryAgain(f"{what} is already running ({other.describe()}); try again later or set retrain.wait")
+            advice = "try again later" + (f" or {remedy}" if remedy else "")
+            raise TryAgain(f"{what} is already running ({other.describe()}); {advice}")
         time.sleep(POLL)
     try:
         yield lock

@@ -14,19 +14,19 @@ import pytest
 
 from olora_ray.common import storage
 from olora_ray.common.errors import TryAgain
-from olora_ray.retrain import lock
+from olora_ray.common import lock
 from tests.waiting import until
 
 HOLD = """
 import sys, time
-from olora_ray.retrain import lock
+from olora_ray.common import lock
 with lock.held(sys.argv[1], "the work"):
     print("held", flush=True)
     time.sleep(60)
 """
 COUNT = """
 import sys, time
-from olora_ray.retrain import lock
+from olora_ray.common import lock
 place, counter = sys.argv[1:]
 for _ in range(20):
     with lock.held(place, "the work", wait=60):
@@ -118,7 +118,7 @@ def test_one_at_a_time_among_processes(place: str, tmp_path: Path) -> None:
     command = [
         sys.executable,
         "-c",
-        "from olora_ray.retrain import lock; lock.POLL = 0.01\n" + COUNT,
+        "from olora_ray.common import lock; lock.POLL = 0.01\n" + COUNT,
         place,
         str(counter),
     ]
