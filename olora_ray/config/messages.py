@@ -13,16 +13,24 @@ from olora_ray.config.schema import Section
 
 _UNION_TAG = re.compile(r"[\[\](){}]|^(tuple|literal|float|str|int|constrained-\w+)\b")
 
+_ITEMS = 8
+"""Items of a list that are shown."""
+
 
 def explain(item: ErrorDetails, root: type[Section]) -> str:
-    """One of pydantic's problems as `field: what is wrong`, with the nearest name for a typo."""
+    """One of pydantic's problems as `field: what is wrong`, with the nearest name for a typo; no secret is in it."""
+    return _short(_explain(item, root), 500)
+
+
+def _explain(item: ErrorDetails, root: type[Section]) -> str:
     # pydantic puts the tags of unions into the location: only names and indices are the user's.
     *outer, last = [str(part) for part in item["loc"]] or [""]
     parts = [part for part in outer if not _UNION_TAG.search(part)]
-    if item["type"] == "extra_forbidden" or not _UNION_TAG.search(last):
-        parts += [last] if last else []
-    field = ".".join(parts)
-    if item["type"] == "extra_forbidden":
+    unknown = item["type"] == "extra_forbidden"
+    if unknown or (last and not _UNION_TAG.search(last)):
+        parts.append(last)
+    field = _short(".".join(parts), 200)
+    if unknown:
         if secrets.is_name(parts[-1]):
             return f"{field}: unknown field; a config holds no secrets, they come from the environment or a file"
         near = difflib.get_close_matches(parts[-1], _names_beside(parts, root), n=1)
@@ -40,7 +48,15 @@ def _shown(value: Any) -> str:
     """A value in an error message; of a mapping no values, since its keys may be anything."""
     if isinstance(value, dict):
         return "a mapping"
-    return f"[{', '.join(map(_shown, value))}]" if isinstance(value, list | tuple) else repr(value)
+    if isinstance(value, list | tuple):
+        return f"[{', '.join([*map(_shown, value[:_ITEMS]), *['...'] * (len(value) > _ITEMS)])}]"
+    return _short(repr(value), 80)
+
+
+def _short(text: str, length: int) -> str:
+    """One line without secrets, cut: they are masked first, because a part of one is not recognised."""
+    line = " ".join(secrets.mask(text).splitlines())
+    return line if len(line) <= length else f"{line[: length - 3]}..."
 
 
 def texts(tree: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

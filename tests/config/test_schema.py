@@ -376,3 +376,39 @@ def test_every_field_is_explained() -> None:
 def test_the_scale_is_that_of_lora_or_rank_stabilised() -> None:
     assert build(tree(adapter={"rank": 16, "alpha": 8})).adapter.scale() == 0.5
     assert build(tree(adapter={"rank": 16, "alpha": 8, "rank_stabilized": True})).adapter.scale() == 2.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"train": {"lr": float("inf")}}, "train.lr: input should be a finite number (got inf)"),
+        (
+            {"gate": {"must_improve_by": float("nan")}},
+            "gate.must_improve_by: input should be a finite number (got nan)",
+        ),
+        ({"retrain": {"wait": float("inf")}}, "retrain.wait: input should be a finite number"),
+        ({"train": {"steps": 2**31}}, "train: steps: 2147483648 is larger than 2147483647"),
+        ({"train": {"epochs": 1e300}}, "train: epochs: 1e+300 is larger than 2147483647"),
+        ({"cluster": {"workers": [1, 2**40]}}, "cluster: workers: 1099511627776 is larger than 2147483647"),
+        ({"adapter": {"rank": "9" * 5000}}, "adapter.rank: "),
+        ({"": 1}, "config: : unknown field"),
+        ({"train": {"": 1}}, "config: train.: unknown field"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_numbers_and_names_have_bounds(changes: dict[str, Any], expected: str) -> None:
+    message = problem(**changes)
+    assert expected in message
+    assert len(message) < 600
+
+
+def test_a_message_has_an_end_whatever_it_is_about() -> None:
+    long = "x" * 100_000
+    message = problem(
+        adapter={"rank": long, "targets": [{}] * 5000, long: 1}, run={"name": f"https://ann:c4n4ry{long}@host"}
+    )
+    assert len(message) < 12_000
+    assert message.count("\n") == 0
+    assert "c4n4ry" not in message
+    assert "more" in message.rpartition(";")[2]
+    assert "(got 'xxx" in message
