@@ -25,6 +25,7 @@ from olora_ray.config.load import build, load, override, validated
 from olora_ray.config.schema import Config
 from olora_ray.config.yaml_io import parse_yaml
 from olora_ray.evaluation.held_out import ADAPTER_CONFIG
+from olora_ray.model import identity
 from olora_ray.model.source import BaseModel
 from olora_ray.pipeline.base import find_model
 from olora_ray.pipeline.run_folder import RunFolder
@@ -126,7 +127,7 @@ def _of_checkpoint(
 ) -> Target:
     config = _with_model(shared, own.model.name, own.model.revision)
     base = find_model(config)
-    if found.identity.get("base model") != base.digest:
+    if not identity.same(found.identity.get("base model"), base.digest):
         raise UserError(f"{name}: was trained on another base model than {own.model.name} is now; set model.revision")
     text = json.dumps([name, found.state.step, found.identity, own.adapter.model_dump_json()])
     key = hashlib.sha256(text.encode()).hexdigest()[:16]

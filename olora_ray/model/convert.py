@@ -4,7 +4,7 @@ import logging
 import pickle
 import shutil
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
@@ -17,13 +17,12 @@ from olora_ray.common.errors import UserError, as_user_error, first_line
 from olora_ray.common.quiet import quiet_gguf
 from olora_ray.config.evaluation import AnyConfig
 from olora_ray.config.schema import Model
+from olora_ray.model.identity import of_weights
 
 logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PICKLES = ("pytorch_model*.bin", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-KEPT_FROM = 2**30
-"""Bytes from which the digest of a file of weights is kept: an unchanged retraining says so within seconds."""
 TEXTS = (".json", ".jinja", ".model", ".txt", ".py")
 """Files of a tokenizer, a generation config or, where that is allowed, code."""
 
@@ -33,7 +32,7 @@ def gguf(file: Path, config: AnyConfig) -> Path:
     dtype = "float32" if config.model.dtype == "float32" else "bfloat16"
     announcement = f"model: dequantising {file.name} to {dtype}, once"
     write = partial(_dequantise, file, DTYPES[dtype])
-    return _converted(write, file.stem, f"{digest([file])}/{dtype}", config, announcement)
+    return _converted(write, file.stem, f"{of_weights([file])}/{dtype}", config, announcement)
 
 
 def pickled(folder: Path, config: AnyConfig) -> Path:
@@ -44,7 +43,7 @@ def pickled(folder: Path, config: AnyConfig) -> Path:
     files = _pickles(folder, config.model)
     announcement = f"model: converting {files[0].name} to safetensors, once"
     write = partial(_unpickle, folder, config.model.trust_remote_code)
-    return _converted(write, folder.name, digest(files), config, announcement)
+    return _converted(write, folder.name, of_weights(files), config, announcement)
 
 
 def _converted(write: Callable[[Path], None], name: str, key: str, config: AnyConfig, announcement: str) -> Path:
@@ -148,21 +147,3 @@ def _unpickle(folder: Path, trust_remote_code: bool, out: Path) -> None:
 def _readable(folder: Path) -> None:
     for file in folder.iterdir():
         storage.open_up(file)
-
-
-def digest(files: Sequence[Path]) -> str:
-    """SHA-256 over names and contents."""
-    return digests.digest("".join(f"{file.name}:{_sha256(file)}\n" for file in files))
-
-
-def _sha256(file: Path) -> str:
-    """Of a file's content; for a large file kept on this node, for as long as its size and time of change hold."""
-    info = file.stat()
-    key = digests.digest(file.resolve(), info.st_size, info.st_mtime_ns, length=32)
-    kept = storage.join(storage.CACHE, "digests", key)
-    if info.st_size >= KEPT_FROM and storage.exists(kept):
-        return storage.read_text(kept)
-    found = digests.digest_file(file)
-    if info.st_size >= KEPT_FROM:
-        storage.write_text(kept, found)
-    return found

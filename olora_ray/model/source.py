@@ -2,10 +2,9 @@
 
 `obtain` runs once, in the driver: whatever the name means (hub id, folder, package, GGUF file, registered
 model), afterwards there is a folder with config.json, safetensors and tokenizer files, and a digest of
-the weights. Workers and the export read that folder.
+all of them. Workers and the export read that folder.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from olora_ray.common.quiet import quiet_transformers
 from olora_ray.config import paths
 from olora_ray.config.evaluation import AnyConfig
 from olora_ray.config.schema import Model as ModelConfig
-from olora_ray.model import convert
+from olora_ray.model import convert, folder, identity
 
 
 @dataclass(frozen=True)
@@ -27,24 +26,26 @@ class BaseModel:
     folder: str
     """Local folder with config.json, safetensors and tokenizer files; see `on_this_node`."""
     digest: str
-    """SHA-256 over the weights."""
+    """Of all its files that decide what it computes; compare it by `identity.same`."""
 
 
 def obtain(config: AnyConfig, registered: Path | None = None) -> BaseModel:
     """Find, download or convert the base model of a run; `registered` is the folder of a models:/ name.
 
-    Raises UserError for a name that leads nowhere, a folder without safetensors, or a broken GGUF file.
+    Raises UserError for a name that leads nowhere, a folder without safetensors or with files that do not hold
+    (`folder.check`), or a broken GGUF file.
     """
     quiet_transformers()
     name = config.model.name
     source = registered or _source_folder(config)
     if source.suffix == ".gguf":
         source = convert.gguf(source, config)
-    elif not (source / "config.json").is_file():
+    elif not (source / folder.CONFIG).is_file():
         raise UserError(f"model.name: {source} has no config.json, so it is not a model folder")
-    elif not list(source.glob("*.safetensors")):
+    elif not folder.weight_files(source):
         source = convert.pickled(source, config)
-    return BaseModel(name, str(source), convert.digest(sorted(source.glob("*.safetensors"))))
+    folder.check(source)
+    return BaseModel(name, str(source), identity.of_folder(source, config.model.trust_remote_code))
 
 
 def on_this_node(base: BaseModel, config: AnyConfig) -> BaseModel:
@@ -61,7 +62,7 @@ def on_this_node(base: BaseModel, config: AnyConfig) -> BaseModel:
     found = obtain(config)
     if found.digest != base.digest:
         raise UserError(
-            f"model.name: {base.name} has other weights on this node than on the driver's; set model.revision"
+            f"model.name: {base.name} has other files on this node than on the driver's; set model.revision"
         )
     return found
 
@@ -102,19 +103,5 @@ def why(error: BaseException) -> str:
             "it brings Python code of its own, which is not run; read that code, and if you trust it set"
             " model.trust_remote_code: true"
         )
-    return first_line(error)
-
-
-def parameters(folder: str) -> int:
-    """Number of parameters in a model folder, read from the safetensors' headers."""
-    total = 0
-    for file in Path(folder).glob("*.safetensors"):
-        with file.open("rb") as stream:
-            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-        for name, tensor in header.items():
-            if name != "__metadata__":
-                size = 1
-                for extent in tensor["shape"]:
-                    size *= extent
-                total += size
-    return total
+    known = isinstance(error, OSError | ValueError | RuntimeError | ImportError)
+    return first_line(error) if known else f"{type(error).__name__}: {first_line(error)}"

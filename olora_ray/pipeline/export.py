@@ -16,7 +16,8 @@ from olora_ray.common.errors import UserError
 from olora_ray.common.quiet import quiet_transformers
 from olora_ray.config.schema import Config
 from olora_ray.data import chat_template
-from olora_ray.model.source import BaseModel, on_this_node, parameters
+from olora_ray.model.folder import parameters
+from olora_ray.model.source import BaseModel, on_this_node
 from olora_ray.pipeline.connection import user_errors
 from olora_ray.pipeline.run_folder import RunFolder
 from olora_ray.tokens.store import TokenStore

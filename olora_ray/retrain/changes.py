@@ -45,12 +45,12 @@ def find_decision(versions: Sequence[Version], champion: Version | None, now: Fi
     That is the champion if it was made of the same; else a version made of the same that was rolled back, or on
     which the gate has decided against the champion of now. If that champion is another by now, the gate decides anew.
     """
-    if champion is not None and Fingerprint.from_tags(champion.tags) == now:
+    if champion is not None and not now.changes(Fingerprint.from_tags(champion.tags)):
         return champion
     against = champion.number if champion is not None else ""
     for version in reversed(versions):
         verdict = version.tags.get(GATE)
-        if verdict is None or Fingerprint.from_tags(version.tags) != now:
+        if verdict is None or now.changes(Fingerprint.from_tags(version.tags)):
             continue
         if verdict.startswith(ROLLED_BACK) or version.tags.get(AGAINST) == against:
             return version

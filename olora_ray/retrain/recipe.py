@@ -18,6 +18,7 @@ from olora_ray.common import sealed, storage
 from olora_ray.common.digests import digest_json
 from olora_ray.config.dotted import flatten
 from olora_ray.config.schema import Config, Source
+from olora_ray.model import identity
 from olora_ray.pipeline.fingerprint import TAGS
 from olora_ray.pipeline.run_folder import FREE_TO_CHANGE
 from olora_ray.retrain.changes import Inputs
@@ -96,7 +97,7 @@ def _warn_of_leaks(config: Config, plan: Plan, champion: Version) -> None:
 
 def _continued(config: Config, inputs: Inputs, champion: Version) -> _Start | str:
     """The champion, ready to be continued, or the reason why it cannot be."""
-    if champion.tags.get(TAGS["base"]) != inputs.base.model.digest:
+    if not identity.same(champion.tags.get(TAGS["base"]), inputs.base.model.digest):
         return "its base model is another"
     known = _known_files(config, champion.tags.get(TAGS["data"], ""))
     if known is None:
