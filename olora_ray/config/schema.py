@@ -5,15 +5,16 @@ and tests all use it), `flatten` gives the dotted form back. Nothing here import
 """
 
 import re
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
+
+from olora_ray.config.section import AnySection as AnySection
+from olora_ray.config.section import Section as Section
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9_-])?$")]
-LARGEST = 2**31 - 1
-"""Largest number of a config: what is computed from such numbers stays within 64 bits."""
 IN_STORAGE = ("tokens", "models", "locks", "mlartifacts", "mlflow.db")
 """Names in `run.storage` that a run's folder cannot have."""
 
@@ -26,25 +27,6 @@ def _straight(place: str) -> str:
 
 Place = Annotated[str, AfterValidator(_straight)]
 """A path, or a URI without '..': what that means differs between object stores."""
-
-
-class Section(BaseModel):
-    """Base of all sections: immutable, no unknown fields, numbers have bounds, field docstrings are the help."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, serialize_by_alias=True, allow_inf_nan=False
-    )
-
-    @model_validator(mode="after")
-    def _numbers_have_bounds(self) -> Self:
-        for name, value in self:
-            for number in value if isinstance(value, tuple) else (value,):
-                if isinstance(number, int | float) and abs(number) > LARGEST:
-                    raise ValueError(f"{name}: {number!r} is larger than {LARGEST}, the largest number in a config")
-        return self
-
-
-AnySection = TypeVar("AnySection", bound=Section)
 
 
 class Run(Section):
