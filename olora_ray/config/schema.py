@@ -71,7 +71,7 @@ class Source(Section):
     """File, folder or glob (jsonl, json, parquet, csv, txt; .gz, .zst), hf://ORG/NAME?split=..., s3://, gs://."""
     format: Literal["messages", "prompt_completion", "alpaca", "sharegpt", "text"] = "messages"
     """Format of the rows, which decides the columns that are read."""
-    fields: dict[str, str] = {}
+    fields: dict[str, str] = {}  # noqa: RUF012 - pydantic copies it
     """Maps the format's field names to the file's columns, e.g. {prompt: question}."""
     weight: Annotated[float, Field(gt=0.0)] = 1.0
     """Times each row is used per epoch: 1 once, 2 twice, 0.5 every second row."""
