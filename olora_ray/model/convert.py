@@ -3,7 +3,6 @@
 import logging
 import pickle
 import shutil
-import struct
 from collections.abc import Callable
 from fnmatch import fnmatch
 from functools import partial
@@ -13,10 +12,12 @@ from typing import Any
 import torch
 
 from olora_ray.common import digests, storage
-from olora_ray.common.errors import UserError, as_user_error, first_line
+from olora_ray.common.errors import UserError, as_user_error
 from olora_ray.common.quiet import quiet_gguf
 from olora_ray.config.evaluation import AnyConfig
 from olora_ray.config.schema import Model
+from olora_ray.model import gguf_header
+from olora_ray.model.foreign import foreign
 from olora_ray.model.identity import of_weights
 
 logger = logging.getLogger(__name__)
@@ -92,13 +93,16 @@ def _dequantise(file: Path, dtype: torch.dtype, out: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     quiet_gguf()
-    broken = (OSError, ValueError, LookupError, RuntimeError, struct.error)
+    from_pretrained: Any = AutoModelForCausalLM.from_pretrained  # its type does not know output_loading_info
     with (
         as_user_error(f"model.name: reading {file.name} needs the package gguf", ImportError),
-        as_user_error(f"model.name: {file} is not a GGUF model that loads", *broken),
+        foreign(f"model.name: {file} is not a GGUF model that loads"),
     ):
-        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype)
+        gguf_header.check(file)
+        model, report = from_pretrained(file.parent, gguf_file=file.name, dtype=dtype, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    if missing := sorted(report["missing_keys"]):
+        raise UserError(f"model.name: {file} does not load: it has no weights for {', '.join(missing[:3])}")
     # The weights are dequantised, but transformers still marks the model as quantised and would
     # refuse to save it.
     plain: Any = model
@@ -120,21 +124,21 @@ def _unpickle(folder: Path, trust_remote_code: bool, out: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     from_pretrained: Any = AutoModelForCausalLM.from_pretrained  # its type does not know output_loading_info
-    try:
-        model, report = from_pretrained(
-            folder,
-            dtype="auto",
-            use_safetensors=False,
-            weights_only=True,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-        )
-    except pickle.UnpicklingError:
-        raise UserError(
-            f"model.name: the pickled weights in {folder} hold more than tensors, or are damaged: they are not loaded"
-        ) from None
-    except (OSError, ValueError, RuntimeError, EOFError) as error:
-        raise UserError(f"model.name: {folder} does not load: {first_line(error)}") from None
+    with foreign(f"model.name: {folder} does not load"):
+        try:
+            model, report = from_pretrained(
+                folder,
+                dtype="auto",
+                use_safetensors=False,
+                weights_only=True,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+            )
+        except pickle.UnpicklingError:
+            raise UserError(
+                f"model.name: the pickled weights in {folder} hold more than tensors, or are damaged: they are not"
+                " loaded"
+            ) from None
     if missing := sorted(report["missing_keys"]):
         raise UserError(f"model.name: {folder} does not load: it has no weights for {', '.join(missing[:3])}")
     model.save_pretrained(out)

@@ -30,8 +30,8 @@ def check(folder: Path) -> None:
         )
     _check_numbers(read_json(folder / CONFIG), str(folder / CONFIG))
     names = indexed(folder)
-    if missing := [name for name in names if not (folder / name).is_file()]:
-        raise UserError(f"model.name: {folder} has no {missing[0]}, which {INDEX} names")
+    if missing := sorted(set(names) - {file.name for file in folder.iterdir()}):
+        raise UserError(f"model.name: {folder} has no {missing[0][:200]!r}, which {INDEX} names")
     for _ in tensors(folder):
         pass
 
@@ -45,7 +45,7 @@ def indexed(folder: Path) -> list[str]:
         raise UserError(f"model.name: {folder / INDEX}: weight_map does not name a file for each tensor")
     names = sorted(set(places.values()))
     if outside := [name for name in names if name != os.path.basename(name) or name in (".", "..") or "\0" in name]:
-        raise UserError(f"model.name: {folder / INDEX} names {outside[0]!r}, which is not a file in that folder")
+        raise UserError(f"model.name: {folder / INDEX} names {outside[0][:200]!r}, which is not a file in that folder")
     return names
 
 

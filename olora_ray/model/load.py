@@ -1,7 +1,5 @@
 """Loading a base model from its folder: tokenizer, frozen weights, precision and attention."""
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +10,8 @@ from olora_ray.config.schema import Data
 from olora_ray.config.schema import Model as ModelConfig
 from olora_ray.model import convert
 from olora_ray.model.folder import check, parameters, read_json
-from olora_ray.model.source import BaseModel, why
+from olora_ray.model.foreign import foreign
+from olora_ray.model.source import BaseModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,7 +24,7 @@ def load_tokenizer(base: BaseModel, config: ModelConfig) -> "PreTrainedTokenizer
     """The model's tokenizer; raises UserError if there is none."""
     from transformers import AutoTokenizer
 
-    with _foreign(f"model.name: {base.name} has no tokenizer that loads"):
+    with foreign(f"model.name: {base.name} has no tokenizer that loads"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             Path(base.folder), trust_remote_code=config.trust_remote_code
         )
@@ -50,7 +49,7 @@ def skeleton(base: BaseModel, config: ModelConfig) -> "PreTrainedModel":
     from transformers import AutoConfig, AutoModelForCausalLM
 
     remote = config.trust_remote_code
-    with _foreign(f"model.name: {base.folder} does not load"):
+    with foreign(f"model.name: {base.folder} does not load"):
         shape = AutoConfig.from_pretrained(Path(base.folder), trust_remote_code=remote)
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(shape, trust_remote_code=remote)
@@ -82,7 +81,7 @@ def load_model(folder: str | Path, config: ModelConfig, device: torch.device) ->
     from_pretrained: Any = AutoModelForCausalLM.from_pretrained  # its type does not know output_loading_info
     check(Path(folder))
     _check_size(BaseModel(str(folder), str(folder), ""), config)
-    with _foreign(f"model.name: {folder} does not load"):
+    with foreign(f"model.name: {folder} does not load"):
         model, report = from_pretrained(
             Path(folder),
             dtype=pick_dtype(config, device),
@@ -135,22 +134,3 @@ def check_attention(shape: Any, attention: str, data: Data) -> None:
             f"data.packing: this model attends within {window} tokens, fewer than data.max_length={data.max_length};"
             f" lower data.max_length, or set data.packing: false"
         )
-
-
-@contextlib.contextmanager
-def _foreign(what: str) -> Iterator[None]:
-    """Raise whatever a library says of files that others made as the UserError `what: why`.
-
-    These files decide which of its lines meets what it did not expect; so no list of exceptions is complete.
-    """
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"{what}: {why(error)}") from None
-    except BaseException as error:
-        # A panic of the Rust code of tokenizers or safetensors is no Exception.
-        if type(error).__name__ != "PanicException":
-            raise
-        raise UserError(f"{what}: {why(error)}") from None

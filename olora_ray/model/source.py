@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from olora_ray.common import digests, storage
-from olora_ray.common.errors import UserError, as_user_error, first_line
+from olora_ray.common.errors import UserError, as_user_error
 from olora_ray.common.quiet import quiet_transformers
 from olora_ray.config import paths
 from olora_ray.config.evaluation import AnyConfig
@@ -94,14 +94,3 @@ def _from_hub(config: ModelConfig) -> Path:
     what = f"model.name: {config.name}: not a folder here, and the model hub did not deliver it"
     with as_user_error(what, OSError, ValueError, RuntimeError):
         return Path(snapshot_download(config.name, revision=config.revision, allow_patterns=patterns))
-
-
-def why(error: BaseException) -> str:
-    """Why a model does not load, in one line; of code that is not trusted, what to do."""
-    if "trust_remote_code" in str(error):
-        return (
-            "it brings Python code of its own, which is not run; read that code, and if you trust it set"
-            " model.trust_remote_code: true"
-        )
-    known = isinstance(error, OSError | ValueError | RuntimeError | ImportError)
-    return first_line(error) if known else f"{type(error).__name__}: {first_line(error)}"

@@ -144,7 +144,7 @@ def test_a_damaged_index_is_named(copy: Path, index: str) -> None:
 
 def test_weights_that_the_index_names_must_be_there(copy: Path) -> None:
     indexed(copy, "model-00001-of-00002.safetensors")
-    assert "has no model-00001-of-00002.safetensors, which model.safetensors.index.json names" in refusal(copy)
+    assert "has no 'model-00001-of-00002.safetensors', which model.safetensors.index.json names" in refusal(copy)
 
 
 def test_the_hub_s_cache_of_links_into_its_blobs_is_a_model(copy: Path, tmp_path: Path) -> None:
