@@ -12,9 +12,8 @@ from typing import Any
 
 import pytest
 
-from olora_ray.common import storage
+from olora_ray.common import lock, storage
 from olora_ray.common.errors import TryAgain
-from olora_ray.common import lock
 from tests.waiting import until
 
 HOLD = """
