@@ -1,8 +1,7 @@
 """A real S3 server (moto) on loopback, in this process: starts in a second, counts requests, misbehaves if asked.
 
-    with Server() as server, server.bucket(monkeypatch) as address: ...      # address: s3://BUCKET/runs
-
-It forgets everything when it is closed.
+Fixtures of all tests: `s3_server` is the server, `bucket` an address in a new bucket of it (s3://BUCKET/runs), with
+the AWS_* variables set. It forgets everything when it is closed.
 """
 
 import contextlib
@@ -151,3 +150,17 @@ def within(seconds: float) -> Iterator[None]:
     began = time.monotonic()
     yield
     assert time.monotonic() - began < seconds
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[Server]:
+    """The server of all tests of this process."""
+    with Server() as found:
+        yield found
+
+
+@pytest.fixture
+def bucket(s3_server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """An address in a new bucket, with the variables that lead to the server."""
+    with s3_server.bucket(monkeypatch) as address:
+        yield address

@@ -3,28 +3,24 @@
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from olora_ray.common import connections, patience, s3, storage
 from olora_ray.common.errors import TryAgain, UserError
-from tests import s3_server
-from tests.s3_server import Faults, Server
+from tests.s3_server import Faults, Server, dead_port, within
 from tests.said import said
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    with Server() as found:
-        yield found
+@pytest.fixture
+def server(s3_server: Server) -> Server:
+    return s3_server
 
 
 @pytest.fixture
-def place(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    with server.bucket(monkeypatch) as address:
-        yield address
+def place(bucket: str) -> str:
+    return bucket
 
 
 @pytest.fixture
@@ -204,7 +200,7 @@ class TestCheck:
             storage.check(place, "run.storage")
 
     def test_a_dead_server(self, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", url := f"http://127.0.0.1:{s3_server.dead_port()}")
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url := f"http://127.0.0.1:{dead_port()}")
         with pytest.raises(TryAgain, match=f"the store at {url} does not answer: Could not connect") as caught:
             storage.check(place, "run.storage")
         assert "\n" not in str(caught.value)
@@ -213,7 +209,7 @@ class TestCheck:
     def test_a_server_that_hangs_or_has_no_time(self, server: Server, place: str, hurried: None, fault: str) -> None:
         server.faults = Faults(hang=fault == "hang", refuse=-1 if fault == "refuse" else None)
         says = "Read timeout" if fault == "hang" else r"SlowDown \(HTTP 503\)"
-        with pytest.raises(TryAgain, match=f"does not answer: {says}"), s3_server.within(15):
+        with pytest.raises(TryAgain, match=f"does not answer: {says}"), within(15):
             storage.check(place, "run.storage")
 
     def test_a_slow_server_is_used_and_told_of(
@@ -263,7 +259,7 @@ class TestPatience:
     def test_patience_has_an_end(self, server: Server, place: str) -> None:
         storage.names(place)
         server.faults = Faults(hang=True)
-        with said() as lines, pytest.raises(OSError, match="NETWORK_CONNECTION"), s3_server.within(60):
+        with said() as lines, pytest.raises(OSError, match="NETWORK_CONNECTION"), within(60):
             storage.exists(storage.join(place, "a"))
         assert lines
 
