@@ -5,6 +5,8 @@ object store that has answered before is asked again for a while first (patience
 """
 
 import contextlib
+import errno
+import hashlib
 import os
 import shutil
 import stat
@@ -118,6 +120,21 @@ def files_below(place: str) -> dict[str, int]:
     """Bytes of each file at any depth below a folder, by its path there; empty if there is no such folder."""
     root = filesystem(place)[1]
     return {info.path[len(root) :].lstrip("/"): info.size for info in _infos(place, recursive=True) if info.is_file}
+
+
+def version(place: str) -> str:
+    """Names what lies at a place now: sizes and times of a file, or of all files below a folder.
+
+    Raises FileNotFoundError if there is nothing.
+    """
+    root = filesystem(place)[1]
+    infos = [_ask(place, lambda system, path: system.get_file_info(path))]
+    if not infos[0].is_file:
+        infos = _infos(place, recursive=True)
+    found = sorted((info.path[len(root) :], info.size, info.mtime_ns or 0) for info in infos if info.is_file)
+    if not found:
+        raise FileNotFoundError(errno.ENOENT, "no such file or folder", place)
+    return hashlib.sha256(repr(found).encode()).hexdigest()
 
 
 def _infos(place: str, recursive: bool = False) -> list[fs.FileInfo]:
@@ -252,7 +269,7 @@ def _download(system: fs.FileSystem, path: str, target: Path) -> None:
     local = fs.LocalFileSystem()
     info = system.get_file_info(path)
     if info.type == fs.FileType.NotFound:
-        raise FileNotFoundError(f"{path}: no such file or folder")
+        raise FileNotFoundError(errno.ENOENT, "no such file or folder", path)
     if info.is_file:
         fs.copy_files(path, str(target), source_filesystem=system, destination_filesystem=local, chunk_size=CHUNK)
         return

@@ -26,6 +26,19 @@ Place = Annotated[str, AfterValidator(_straight)]
 """A path, or a URI without '..': what that means differs between object stores."""
 
 
+def _without_query(place: str) -> str:
+    if "://" in place and not place.startswith("file://") and (sign := next((c for c in "?#%" if c in place), None)):
+        raise ValueError(
+            f"an address cannot have {sign!r} here; write it without, and name the server of an object store by the"
+            " variables AWS_ENDPOINT_URL and AWS_REGION, on all nodes"
+        )
+    return place
+
+
+Folder = Annotated[Place, AfterValidator(_without_query)]
+"""A place that others lie below, so an address without options."""
+
+
 class Section(BaseModel):
     """Base of all sections: immutable, no unknown fields, field docstrings are the help."""
 
@@ -40,7 +53,7 @@ class Run(Section):
 
     name: Name
     """Name of the run and of its folder under `storage`: letters, digits, '.', '_' and '-'."""
-    storage: Place = "./runs"
+    storage: Folder = "./runs"
     """Folder or s3://, gs:// URI that every node can read and write."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 17
     """Seeds the order of the data, dropout and random initialisations."""
@@ -56,7 +69,7 @@ class Run(Section):
 class Model(Section):
     """The frozen base model."""
 
-    name: Place
+    name: Folder
     """Hub id, folder, package://PACKAGE/FILE (.gguf or folder), or models:/NAME@ALIAS or /VERSION."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
@@ -169,7 +182,7 @@ class Train(Section):
     """Stop after this many evaluations in a row without a better held-out loss; null: never."""
     log_every: PositiveInt = 10
     """Steps between progress lines and reports to Ray."""
-    start: str | None = None
+    start: Folder | None = None
     """Checkpoint folder of a run with the same base and adapter settings: training starts from its best adapter."""
 
 

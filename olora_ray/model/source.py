@@ -9,8 +9,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from olora_ray.common import digests, storage
-from olora_ray.common.errors import UserError, as_user_error, first_line
+from olora_ray.common import digests, node_cache, storage
+from olora_ray.common.errors import UserError, as_user_error, first_line, short_reason
 from olora_ray.common.quiet import quiet_transformers
 from olora_ray.config import paths
 from olora_ray.config.evaluation import AnyConfig
@@ -44,7 +44,16 @@ def obtain(config: AnyConfig, registered: Path | None = None) -> BaseModel:
         raise UserError(f"model.name: {source} has no config.json, so it is not a model folder")
     elif not list(source.glob("*.safetensors")):
         source = convert.pickled(source, config)
+    _keep(source)
     return BaseModel(name, str(source), convert.digest(sorted(source.glob("*.safetensors"))))
+
+
+def _keep(folder: Path) -> None:
+    """Of a model in this node's cache: keep it while this process lives, and make room where others are."""
+    root = Path(storage.CACHE) / "models"
+    if root in folder.parents:
+        node_cache.hold(root / folder.relative_to(root).parts[0])
+        node_cache.make_room(root, (entry for entry in root.iterdir() if not entry.name.startswith(".")))
 
 
 def on_this_node(base: BaseModel, config: AnyConfig) -> BaseModel:
@@ -53,6 +62,7 @@ def on_this_node(base: BaseModel, config: AnyConfig) -> BaseModel:
     Raises UserError if it cannot be fetched here, or is not the same here.
     """
     if Path(base.folder).is_dir():
+        _keep(Path(base.folder))
         return base
     if base.name.startswith("models:/") or Path(base.name).is_absolute():
         raise UserError(
@@ -71,9 +81,10 @@ def _source_folder(config: AnyConfig) -> Path:
     if name.startswith("package://"):
         return paths.package_file(name)
     if storage.is_uri(name):
-        # Each address has a folder of its own: s3://a/model is not s3://b/model.
-        key = digests.digest(name, length=16)
-        return storage.local_copy(name, f"{storage.CACHE}/models/{key}")
+        with as_user_error(f"model.name: {name}", OSError, reason=short_reason):
+            # A folder for each address and what lies there now: a model may be replaced by another.
+            key = digests.digest(name, storage.version(name), length=16)
+            return storage.local_copy(name, f"{storage.CACHE}/models/{key}")
     path = Path(name).expanduser()
     if path.exists():
         return path

@@ -23,7 +23,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from pyarrow import ipc
 
-from olora_ray.common import sealed, storage
+from olora_ray.common import node_cache, sealed, storage
 from olora_ray.common.digests import digest_file
 from olora_ray.common.errors import UserError
 from olora_ray.tokens import rng
@@ -217,7 +217,8 @@ class TokenStore:
         uri = storage.join(self.uri, shard_name(number))
         if not storage.is_uri(uri):
             return Path(uri)
-        folder = storage.private_folder("olora_ray") / "tokens" / self.digest
+        root = storage.private_folder("olora_ray") / "tokens"
+        folder = root / self.digest
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / shard_name(number)
         # All workers of the node meet here: one downloads, the others wait and find the file.
@@ -225,6 +226,8 @@ class TokenStore:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if again or not path.exists() or path.stat().st_size != self._known.shards[number].bytes:
                 storage.write_bytes(str(path), storage.read_bytes(uri))
+                node_cache.make_room(root, root.glob("*/*.arrow"))
+        node_cache.used(path)
         return path
 
 
