@@ -20,7 +20,6 @@ from pathlib import Path
 from olora_ray.common.errors import TryAgain, UserError, short_reason
 from olora_ray.common.lock_file import LockFile, Seen, lock_file
 from olora_ray.common.patience import passes
-from olora_ray.common.s3 import S3Unavailable
 
 EXPIRES = 120.0
 RENEW = 10.0
@@ -160,7 +159,7 @@ def _taken(lock: Lock) -> Holder | None:
     try:
         return lock.take()
     except OSError as error:
-        kind = TryAgain if isinstance(error, S3Unavailable) or passes(error) else UserError
+        kind = TryAgain if passes(error) else UserError
         raise kind(f"{lock.what}: its lock {lock.place} cannot be written: {short_reason(error)}") from None
 
 

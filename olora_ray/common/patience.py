@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from olora_ray.common.errors import first_line
+from olora_ray.common.errors import StoreError, StoreUnavailable, first_line
 from olora_ray.common.secrets import mask
 
 logger = logging.getLogger(__name__)
@@ -26,13 +26,15 @@ _answered: set[str] = set()
 
 def passes(error: BaseException) -> bool:
     """Whether the failure is one that passes by itself: no answer, or one that asks to come again."""
-    return isinstance(error, TimeoutError | ConnectionError) or _PASSING.search(str(error)) is not None
+    return (
+        isinstance(error, StoreUnavailable | TimeoutError | ConnectionError) or _PASSING.search(str(error)) is not None
+    )
 
 
 def patiently(store: str, request: Callable[[], Found]) -> Found:
     """What `request` returns; repeats it for PATIENCE seconds if the store, which has answered before, fails.
 
-    Raises what the request raises in the end.
+    Raises FileNotFoundError where nothing is there, and StoreError or StoreUnavailable for all else.
     """
     end, number = None, 0
     while True:
@@ -45,7 +47,8 @@ def patiently(store: str, request: Callable[[], Found]) -> Found:
             end = time.monotonic() + PATIENCE if end is None else end
             left = end - time.monotonic()
             if store not in _answered or not passes(error) or left <= 0:
-                raise
+                kind = StoreUnavailable if passes(error) else StoreError
+                raise kind(mask(first_line(error))) from None
             logger.warning(f"{mask(store)} does not answer ({first_line(error)}); asked again for {left:.0f} s more")
             time.sleep(min(PAUSES[min(number, len(PAUSES) - 1)], left))
             number += 1

@@ -18,7 +18,7 @@ from typing import Any
 
 from olora_ray.common import connections
 from olora_ray.common.connections import ANSWER_SECONDS, CONNECT_SECONDS
-from olora_ray.common.errors import TryAgain, UserError, first_line
+from olora_ray.common.errors import StoreError, StoreUnavailable, TryAgain, UserError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -27,14 +27,6 @@ SLOW_SECONDS = 5.0
 _REFUSED = ("AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "403")
 _TAKEN = ("PreconditionFailed", "ConditionalRequestConflict", "412", "409")
 _MISSING = ("NoSuchKey", "404")
-
-
-class S3Error(OSError):
-    """A request failed; says in one line what and why."""
-
-
-class S3Unavailable(S3Error):
-    """The store does not answer, or asks to come again later."""
 
 
 @dataclass(frozen=True)
@@ -78,9 +70,9 @@ def check(place: str, field: str) -> None:
             client.put_object(Bucket=bucket, Key=key, Body=b"probe")
             found = client.get_object(Bucket=bucket, Key=key)["Body"].read()
             client.delete_object(Bucket=bucket, Key=key)
-    except S3Unavailable as error:
+    except StoreUnavailable as error:
         raise TryAgain(f"{field}: {place}: the store at {_where()} does not answer: {error}") from None
-    except S3Error as error:
+    except StoreError as error:
         raise UserError(f"{field}: {place} cannot be written: {error}") from None
     if found != b"probe":
         raise UserError(f"{field}: {place}: the store at {_where()} gives something else than was written")
@@ -89,7 +81,7 @@ def check(place: str, field: str) -> None:
 
 
 def get(place: str) -> Object | None:
-    """An object; None if there is none. Raises S3Error."""
+    """An object; None if there is none. Raises StoreError."""
     bucket, key = split(place)
     try:
         with _told():
@@ -104,7 +96,7 @@ def put_if(place: str, content: bytes, etag: str | None) -> str | None:
     """Write an object if it still has this etag, or if there is none (None); returns its new etag.
 
     Returns None if somebody else has written meanwhile. A store may ignore the condition: see `ignores_conditions`.
-    Raises S3Error.
+    Raises StoreError.
     """
     bucket, key = split(place)
     condition = {"IfNoneMatch": "*"} if etag is None else {"IfMatch": etag}
@@ -123,7 +115,7 @@ def ignores_conditions(place: str, content: bytes) -> bool:
 def abort_uploads(place: str) -> int:
     """End the uploads in parts below `place` that were never completed, which are paid for; returns how many.
 
-    Raises S3Error. Only for places where nobody else is writing now.
+    Raises StoreError. Only for places where nobody else is writing now.
     """
     bucket, key = split(place)
     count = 0
@@ -175,36 +167,36 @@ def _told() -> Iterator[None]:
     except exceptions.ClientError as error:
         raise _error_of(error) from None
     except (exceptions.NoCredentialsError, exceptions.PartialCredentialsError, exceptions.ProfileNotFound) as error:
-        raise S3Error(
+        raise StoreError(
             f"{first_line(error)}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE, or give the machine"
             " a role"
         ) from None
     except (exceptions.ConnectionError, exceptions.HTTPClientError, exceptions.IncompleteReadError, OSError) as error:
         why = re.sub(r"( on)?( endpoint| the endpoint)? URL: \S+$", "", first_line(error))  # it names the probe
-        raise S3Unavailable(f"{why}; is AWS_ENDPOINT_URL right?") from None
+        raise StoreUnavailable(f"{why}; is AWS_ENDPOINT_URL right?") from None
     except exceptions.BotoCoreError as error:
-        raise S3Error(first_line(error)) from None
+        raise StoreError(first_line(error)) from None
     except ValueError as error:  # what is no address or no name of a bucket
-        raise S3Error(first_line(error)) from None
+        raise StoreError(first_line(error)) from None
 
 
 def _error_of(error: Any) -> OSError:
     code = str(error.response.get("Error", {}).get("Code", ""))
     status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
     if code == "NoSuchBucket":
-        return S3Error(f"there is no bucket of this name at {_where()}; make it, or correct the name")
+        return StoreError(f"there is no bucket of this name at {_where()}; make it, or correct the name")
     if code in _MISSING:
         return FileNotFoundError(first_line(error))
     if code in _TAKEN:
         return FileExistsError(first_line(error))
     if code in _REFUSED:
-        return S3Error(
+        return StoreError(
             f"{_where()} refuses access ({code}); check the credentials (AWS_ACCESS_KEY_ID, AWS_PROFILE or the"
             " machine's role), which must be allowed to list, read, write and delete there"
         )
     if status >= 500 or code in ("SlowDown", "RequestTimeout", "Throttling"):
-        return S3Unavailable(f"{code} (HTTP {status})")
-    return S3Error(first_line(error))
+        return StoreUnavailable(f"{code} (HTTP {status})")
+    return StoreError(first_line(error))
 
 
 def _where() -> str:
