@@ -7,36 +7,15 @@ and tests all use it), `flatten` gives the dotted form back. Nothing here import
 import re
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from olora_ray.config.addresses import Folder, Place
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9_-])?$")]
 IN_STORAGE = ("tokens", "models", "locks", "mlartifacts", "mlflow.db")
 """Names in `run.storage` that a run's folder cannot have."""
-
-
-def _straight(place: str) -> str:
-    if "://" in place and ".." in place.partition("?")[0].split("/"):
-        raise ValueError("a URI cannot go up with '..'; write the address without it")
-    return place
-
-
-Place = Annotated[str, AfterValidator(_straight)]
-"""A path, or a URI without '..': what that means differs between object stores."""
-
-
-def _without_query(place: str) -> str:
-    if "://" in place and not place.startswith("file://") and (sign := next((c for c in "?#%" if c in place), None)):
-        raise ValueError(
-            f"an address cannot have {sign!r} here; write it without, and name the server of an object store by the"
-            " variables AWS_ENDPOINT_URL and AWS_REGION, on all nodes"
-        )
-    return place
-
-
-Folder = Annotated[Place, AfterValidator(_without_query)]
-"""A place that others lie below, so an address without options."""
 
 
 class Section(BaseModel):

@@ -1,7 +1,6 @@
-"""The whole pipeline on an object store: data, model and run.storage on s3://; killed, resumed, and as on a local disk."""
+"""The whole pipeline with data, model and run.storage on s3://: killed, resumed, and the same as on a local disk."""
 
 import json
-import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -200,8 +199,3 @@ class TestAfterwards:
 def _verdict(text: str) -> list[str]:
     kinds = ("passed: ", "refused: ")
     return [line.partition(" ")[2] for line in text.splitlines() if line.partition(" ")[2].startswith(kinds)]
-
-
-def test_the_variables_of_the_store_are_set_for_all_processes(bucket: str) -> None:
-    """Else every test here would speak to AWS."""
-    assert os.environ["AWS_ENDPOINT_URL"].startswith("http://127.0.0.1:")
