@@ -111,6 +111,16 @@ def exists(place: str) -> bool:
     return _ask(place, lambda system, path: bool(system.get_file_info(path).type != fs.FileType.NotFound))
 
 
+def size(place: str) -> int | None:
+    """Bytes of a file; None if it is not there."""
+
+    def look(system: fs.FileSystem, path: str) -> int | None:
+        info = system.get_file_info(path)
+        return int(info.size) if info.is_file else None
+
+    return _ask(place, look)
+
+
 def names(place: str) -> list[str]:
     """Sorted names of what lies directly in a folder; empty if there is no such folder."""
     return sorted(info.base_name for info in _infos(place))

@@ -32,7 +32,6 @@ from olora_ray.tokens.manifest import (
     Outline,
     ShardInfo,
     file_size,
-    file_sizes,
     place_name,
     read_manifest,
     shard_name,
@@ -246,7 +245,7 @@ class _Known:
 
 def _wrong_size(uri: str, wanted: Manifest) -> str | None:
     """The first shard whose size is not the manifest's, in words; None if there is none."""
-    found = file_sizes(uri)
+    found = storage.files_below(uri)
     for number, shard in enumerate(wanted.shards):
         size = found.get(shard_name(number))
         if size is None:
