@@ -21,6 +21,18 @@ class TryAgain(UserError):
     """EX_TEMPFAIL of sysexits.h."""
 
 
+class StoreError(OSError):
+    """An object store refuses a request or fails; says in one line which and why. Entry scripts print that line."""
+
+    exit_code = 2
+
+
+class StoreUnavailable(StoreError):
+    """An object store does not answer, or asks to come again later."""
+
+    exit_code = 75
+
+
 class Stopped(KeyboardInterrupt):
     """The run was asked to end before its end.
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from olora_ray.common import logs
-from olora_ray.common.errors import Stopped, UserError
+from olora_ray.common.errors import Stopped, StoreError, UserError
 from olora_ray.common.secrets import mask
 from olora_ray.config.dotted import parse_assignments
 from olora_ray.config.load import load
@@ -137,7 +137,7 @@ def run(main: Callable[[list[str]], None]) -> None:
     try:
         with logs.printed():
             main(sys.argv[1:])
-    except UserError as error:
+    except (UserError, StoreError) as error:
         _end(f"error: {' '.join(str(error).split())}", error.exit_code)
     except Stopped as stopped:
         _end(str(stopped), stopped.exit_code)

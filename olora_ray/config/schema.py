@@ -7,8 +7,9 @@ and tests all use it), `flatten` gives the dotted form back. Nothing here import
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from olora_ray.config.addresses import Folder, Place
 from olora_ray.config.section import AnySection as AnySection
 from olora_ray.config.section import Section as Section
 
@@ -19,22 +20,12 @@ IN_STORAGE = ("tokens", "models", "locks", "mlartifacts", "mlflow.db")
 """Names in `run.storage` that a run's folder cannot have."""
 
 
-def _straight(place: str) -> str:
-    if "://" in place and ".." in place.partition("?")[0].split("/"):
-        raise ValueError("a URI cannot go up with '..'; write the address without it")
-    return place
-
-
-Place = Annotated[str, AfterValidator(_straight)]
-"""A path, or a URI without '..': what that means differs between object stores."""
-
-
 class Run(Section):
     """Name, place and seed."""
 
     name: Name
     """Name of the run and of its folder under `storage`: letters, digits, '.', '_' and '-'."""
-    storage: Place = "./runs"
+    storage: Folder = "./runs"
     """Folder or s3://, gs:// URI that every node can read and write."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 17
     """Seeds the order of the data, dropout and random initialisations."""
@@ -50,7 +41,7 @@ class Run(Section):
 class Model(Section):
     """The frozen base model."""
 
-    name: Place
+    name: Folder
     """Hub id, folder, package://PACKAGE/FILE (.gguf or folder), or models:/NAME@ALIAS or /VERSION."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
@@ -163,7 +154,7 @@ class Train(Section):
     """Stop after this many evaluations in a row without a better held-out loss; null: never."""
     log_every: PositiveInt = 10
     """Steps between progress lines and reports to Ray."""
-    start: str | None = None
+    start: Folder | None = None
     """Checkpoint folder of a run with the same base and adapter settings: training starts from its best adapter."""
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from olora_ray.common import storage
-from olora_ray.common.errors import UserError, first_line
+from olora_ray.common.errors import UserError, first_line, short_reason
 from olora_ray.config.evaluation import AnyConfig
 from olora_ray.evaluation import pool
 from olora_ray.evaluation.rows import RowResults
@@ -95,14 +95,18 @@ def load(base: BaseModel, adapter: str | None, config: AnyConfig, device: torch.
 
 
 def _adapted(base: nn.Module, adapter: str) -> nn.Module:
+    try:
+        with storage.fetched(adapter) as folder:
+            return _with_adapter(base, folder, adapter)
+    except OSError as error:
+        raise UserError(f"adapter {adapter}: cannot be read: {short_reason(error)}") from None
+
+
+def _with_adapter(base: nn.Module, folder: Path, adapter: str) -> nn.Module:
     from peft import PeftModel
 
-    try:
-        folder = storage.local_copy(adapter)
-    except OSError as error:
-        raise UserError(f"adapter {adapter}: cannot be read: {error}") from None
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
-        if not (Path(folder) / name).is_file():
+        if not (folder / name).is_file():
             raise UserError(f"adapter {adapter}: no {name} (does every node see this folder? pickles are not loaded)")
     wrap: Any = PeftModel.from_pretrained
     try:

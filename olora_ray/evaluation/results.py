@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from olora_ray.cluster import address
+from olora_ray.common import storage
 from olora_ray.common.errors import UserError
 from olora_ray.config.evaluation import AnyConfig
 from olora_ray.evaluation import lm_eval_tasks as tasks
@@ -64,6 +65,8 @@ def check(request: Request, config: AnyConfig) -> None:
             f"{request.models[0]}: nothing to evaluate it on: give --tasks, or --config with data.eval or"
             " data.eval_fraction"
         )
+    if storage.is_uri(config.run.storage):
+        storage.check(config.run.storage, "run.storage")
     address.find()
 
 

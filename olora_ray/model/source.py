@@ -8,8 +8,8 @@ all of them. Workers and the export read that folder.
 from dataclasses import dataclass
 from pathlib import Path
 
-from olora_ray.common import digests, storage
-from olora_ray.common.errors import UserError, as_user_error
+from olora_ray.common import digests, node_cache, storage
+from olora_ray.common.errors import UserError, as_user_error, short_reason
 from olora_ray.common.quiet import quiet_transformers
 from olora_ray.config import paths
 from olora_ray.config.evaluation import AnyConfig
@@ -45,7 +45,16 @@ def obtain(config: AnyConfig, registered: Path | None = None) -> BaseModel:
     elif not folder.weight_files(source):
         source = convert.pickled(source, config)
     folder.check(source)
+    _keep(source)
     return BaseModel(name, str(source), identity.of_folder(source, config.model.trust_remote_code))
+
+
+def _keep(source: Path) -> None:
+    """Of a model in this node's cache: keep it while this process lives, and make room where others are."""
+    root = Path(storage.CACHE) / "models"
+    if root in source.parents:
+        node_cache.hold(root / source.relative_to(root).parts[0])
+        node_cache.make_room(root, (entry for entry in root.iterdir() if not entry.name.startswith(".")))
 
 
 def on_this_node(base: BaseModel, config: AnyConfig) -> BaseModel:
@@ -54,6 +63,7 @@ def on_this_node(base: BaseModel, config: AnyConfig) -> BaseModel:
     Raises UserError if it cannot be fetched here, or is not the same here.
     """
     if Path(base.folder).is_dir():
+        _keep(Path(base.folder))
         return base
     if base.name.startswith("models:/") or Path(base.name).is_absolute():
         raise UserError(
@@ -72,9 +82,10 @@ def _source_folder(config: AnyConfig) -> Path:
     if name.startswith("package://"):
         return paths.package_file(name)
     if storage.is_uri(name):
-        # Each address has a folder of its own: s3://a/model is not s3://b/model.
-        key = digests.digest(name, length=16)
-        return storage.local_copy(name, f"{storage.CACHE}/models/{key}")
+        with as_user_error(f"model.name: {name}", OSError, reason=short_reason):
+            # A folder for each address and what lies there now: a model may be replaced by another.
+            key = digests.digest(name, storage.version(name), length=16)
+            return storage.local_copy(name, f"{storage.CACHE}/models/{key}")
     path = Path(name).expanduser()
     if path.exists():
         return path

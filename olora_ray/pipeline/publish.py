@@ -57,9 +57,8 @@ def publish(
         "olora.eval_loss": "" if state.best_loss is None else f"{state.best_loss:.6f}",
         **more_tags,
     }
-    merged = storage.local_copy(folder.merged)
     name, alias = config.registry.model, config.registry.alias
-    with client.reachable(tracker.uri, upload=True):
+    with storage.fetched(folder.merged) as merged, client.reachable(tracker.uri, upload=True):
         if name is None:
             logger.info("logging the merged model")
             models.log_model(tracker, merged, tags, base_name=spec.base.name)

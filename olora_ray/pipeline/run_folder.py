@@ -2,11 +2,10 @@
 
 import json
 import os
-import uuid
 from typing import Any
 
 from olora_ray.common import storage
-from olora_ray.common.errors import UserError
+from olora_ray.common.errors import UserError, short_reason
 from olora_ray.common.secrets import mask
 from olora_ray.config.dotted import flatten
 from olora_ray.config.load import build, dump
@@ -46,18 +45,16 @@ class RunFolder:
     def check(self) -> None:
         """Check that the storage can be written, and that no training with other settings has this name.
 
-        Raises UserError if not, or if the run's folder leads out of the storage. Leaves nothing behind.
+        Raises UserError if not, or if the run's folder leads out of the storage; TryAgain if an object store does not
+        answer now. Leaves nothing behind.
         """
         self._refuse_way_out()
-        probe = storage.join(self.config.run.storage, f".probe-{uuid.uuid4().hex}")
+        storage.check(self.config.run.storage, "run.storage")
         try:
             if self._has_checkpoints() and storage.exists(self.settings):
                 self._refuse_other_settings(storage.read_text(self.settings))
-            storage.write_text(probe, "")
-            storage.remove(probe)
         except OSError as error:
-            why = error.strerror or str(error)
-            raise UserError(f"run.storage: {self.config.run.storage} cannot be written: {why}") from None
+            raise UserError(f"run.storage: {self.root} cannot be read: {short_reason(error)}") from None
 
     def claim(self) -> None:
         """Keep the config: from now on the name is this run's."""

@@ -181,7 +181,8 @@ def conclude(config: Config, sweep_spec: SweepSpec, found: SearchRecord, tracker
     place = storage.join(sweep_spec.folder, "best.yaml")
     storage.write_text(place, dump(best_config(config, sweep_spec, best)))
     for file in [*write.write(found, sweep_spec.folder), place]:
-        tracker.artifact(storage.local_copy(file))
+        with storage.fetched(file) as local:
+            tracker.artifact(local)
     tracker.table("leaderboard", *leaderboard.table(found))
     tracker.metrics({0: {f"best/{found.metric}": best.value or 0.0}})
     for line in [*leaderboard.lines(found), *leaderboard.summary(found)]:

@@ -23,7 +23,6 @@ from olora_ray.tokens.manifest import (
     Outline,
     ShardInfo,
     file_size,
-    file_sizes,
     read_manifest,
     shard_name,
     sidecar_name,
@@ -86,7 +85,7 @@ class StoreStatus:
 def store_status(job: StoreSpec) -> StoreStatus:
     """Look at what is there of a store."""
     found = StoreStatus()
-    sizes = file_sizes(job.uri)
+    sizes = storage.files_below(job.uri)
     if MANIFEST in sizes:
         found.manifest = _good_manifest(job)
         found.rejected_good = found.manifest is not None and _rejected_good(job, found.manifest)

@@ -175,6 +175,16 @@ def verify(folder: Path) -> None:
             raise UserError(f"checkpoint {folder}: {name} is missing or damaged")
 
 
+def sizes(manifest: bytes) -> dict[str, int]:
+    """Bytes of each file that a manifest names; empty if it is not a checkpoint's manifest."""
+    try:
+        tree = json.loads(manifest)
+        found = {str(name): int(one["bytes"]) for name, one in tree["files"].items()}
+        return found if tree["format"] == FORMAT else {}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
 def _tensors(adapter: Mapping[str, AdapterWeights]) -> dict[str, Tensor]:
     parts: dict[str, Tensor] = {}
     for name, weights in adapter.items():

@@ -137,6 +137,24 @@ def test_an_address_does_not_go_up() -> None:
         assert f"{field}: a URI cannot go up" in message
 
 
+@pytest.mark.parametrize("place", ["s3://b/p?region=x", "s3://b/p#1", "gs://b/a%20b"])
+def test_an_address_that_others_lie_below_has_no_options(place: str) -> None:
+    message = problem(run={"name": "a", "storage": place}, model={"name": place}, train={"start": place})
+    for field in ("run.storage", "model.name", "train.start"):
+        assert f"{field}: an address cannot have " in message
+    assert "AWS_ENDPOINT_URL and AWS_REGION" in message
+
+
+@pytest.mark.parametrize("place", ["s3://b/p", "file:///a%20b", "/a?b#c", "runs"])
+def test_other_addresses_and_paths_are_taken(place: str) -> None:
+    assert build(tree(run={"name": "a", "storage": place})).run.storage == place
+
+
+def test_sources_may_have_options() -> None:
+    place = "s3://b/p?endpoint_override=h&scheme=http"
+    assert build(tree(data={"train": [{"path": place}]})).data.train[0].path == place
+
+
 def test_a_problem_is_told_in_the_words_of_the_config_not_of_pydantic() -> None:
     message = problem(adapter={"targets": 3}, cluster={"gpus_per_worker": "some"}, train={"lr": []})
     assert not any(word in message for word in ("tuple[", "literal[", "constrained", "Value error", "pydantic"))

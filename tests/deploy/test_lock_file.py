@@ -27,7 +27,8 @@ NODE |= {"platform_python_implementation": "CPython", "implementation_name": "cp
 def wanted() -> list[Requirement]:
     """What pyproject.toml asks for on a node."""
     extras = PROJECT["optional-dependencies"]
-    return [Requirement(text) for text in PROJECT["dependencies"] + extras["gguf"] + extras["eval"]]
+    more = [text for extra in write_lock.EXTRAS for text in extras[extra]]
+    return [Requirement(text) for text in PROJECT["dependencies"] + more]
 
 
 def unmet(requirement: Requirement) -> str | None:

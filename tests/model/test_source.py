@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
-from olora_ray.common import storage
+from olora_ray.common import node_cache, storage
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
 from olora_ray.model import convert, folder, identity, load, source
 from olora_ray.model.source import BaseModel
 from tests import tiny
+from tests.s3_server import Server
 
 CPU = torch.device("cpu")
 
@@ -390,3 +393,44 @@ def test_a_node_that_does_not_see_the_drivers_folder_says_so(copy: Path) -> None
     shutil.rmtree(copy)
     with pytest.raises(UserError, match="not on every node"):
         source.on_this_node(found, named(copy))
+
+
+class TestObjectStore:
+    @pytest.fixture(autouse=True)
+    def own_cache(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        monkeypatch.setattr(storage, "CACHE", str(tmp_path / "cache"))
+        return tmp_path / "cache"
+
+    def test_a_model_there_is_fetched_once_and_again_when_it_changes(
+        self, s3_server: Server, bucket: str, copy: Path, own_cache: Path
+    ) -> None:
+        place = f"{bucket}/models/tiny"
+        storage.upload(copy, place)
+        first = obtain(place)
+        assert first.digest == obtain(copy).digest
+        with s3_server.counted() as requests:
+            assert obtain(place) == first
+        assert not [path for method, path in requests if method == "GET" and "safetensors" in path]
+        weights = load_file(copy / "model.safetensors")
+        name = next(iter(weights))
+        save_file({**weights, name: weights[name] + 1}, copy / "model.safetensors", metadata={"format": "pt"})
+        time.sleep(1.1)  # the times of S3 are whole seconds
+        storage.upload(copy, place)
+        second = obtain(place)
+        assert second.digest == obtain(copy).digest != first.digest
+
+    def test_models_that_nobody_uses_make_room(
+        self, bucket: str, copy: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        old = own_cache / "models" / "old"
+        (old / "model").mkdir(parents=True)
+        (old / "model" / "weights").write_bytes(b"x")
+        os.utime(old, (0, 0))
+        monkeypatch.setattr(node_cache, "SHARE", 0.0)
+        storage.upload(copy, f"{bucket}/tiny")
+        found = obtain(f"{bucket}/tiny")
+        assert not old.exists()
+        assert Path(found.folder, "config.json").exists()
+
+    def test_one_that_is_not_there_is_told(self, bucket: str) -> None:
+        assert refusal(f"{bucket}/none") == f"model.name: {bucket}/none: no such file or folder"

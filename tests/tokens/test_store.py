@@ -10,11 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from olora_ray.common import node_cache, storage
 from olora_ray.common.errors import UserError
+from olora_ray.config.load import override
 from olora_ray.config.schema import Config
 from olora_ray.data.tokenize import TokenizerSpec
 from olora_ray.tokens import prepare as preparation
 from olora_ray.tokens import ray_map, totals, writer
+from olora_ray.tokens.manifest import shard_name
 from olora_ray.tokens.prepare import prepare
 from olora_ray.tokens.preview import describe
 from olora_ray.tokens.store import TokenStore
@@ -105,6 +108,41 @@ def test_a_remote_store_is_read_through_a_local_copy(
     copies[0].write_bytes(bytes(copies[0].stat().st_size))
     again = TokenStore.open(remote.uri)
     assert all((again[index].input_ids == local[index].input_ids).all() for index in range(len(local)))
+
+
+def test_a_store_in_a_bucket_is_made_and_read_as_one_on_a_disk(
+    corpus: Config, tiny_spec: TokenizerSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bucket: str
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    root = bucket.removesuffix("/runs")
+    for name in ("a.jsonl", "b.jsonl"):
+        storage.write_bytes(f"{root}/data/{name}", (tmp_path / name).read_bytes())
+    sources = [{"path": f"{root}/data/a.jsonl"}, {"path": f"{root}/data/b.jsonl", "weight": 2.0}]
+    fields = [source.model_dump() | there for source, there in zip(corpus.data.train, sources, strict=True)]
+    local = prepare(corpus, tiny_spec, "train")
+    remote = prepare(override(corpus, {"run.storage": bucket, "data.train": fields}), tiny_spec, "train")
+    assert remote.digest == local.digest
+    shards = [shard_name(number) for number in range(12)]
+    assert all(storage.read_bytes(f"{remote.uri}/{n}") == Path(local.uri, n).read_bytes() for n in shards)
+    assert all((remote[index].input_ids == local[index].input_ids).all() for index in range(len(local)))
+
+
+def test_the_copies_of_a_node_have_a_bound(
+    corpus: Config, tiny_spec: TokenizerSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shards that nobody has opened for a while make room for others."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    local = prepare(corpus, tiny_spec, "train")
+    tokens = tmp_path / f"olora_ray-{os.getuid()}" / "tokens"
+    old = tokens / "another" / "shard-00000.arrow"
+    TokenStore.open(f"file://{local.uri}")[0]
+    old.parent.mkdir()
+    old.write_bytes(b"x")
+    os.utime(old, (0, 0))
+    monkeypatch.setattr(node_cache, "SHARE", 0.0)
+    found = TokenStore.open(f"file://{local.uri}")
+    assert (found[len(found) - 1].input_ids == local[len(found) - 1].input_ids).all()
+    assert not old.exists()
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing", "changed"])
