@@ -15,7 +15,7 @@ def head(version: str = ray.__version__, token: str | None = None) -> Iterator[i
     """The port of one that runs `version` and asks for `token`."""
 
     class Head(gcs_service_pb2_grpc.NodeInfoGcsServiceServicer):
-        def CheckAlive(self, request: object, context: Any) -> Any:  # noqa: N802  # Ray's name
+        def CheckAlive(self, request: object, context: Any) -> Any:  # Ray's name
             given = dict(context.invocation_metadata()).get("authorization")
             if token is not None and given != f"Bearer {token}":
                 context.abort(grpc.StatusCode.UNAUTHENTICATED, "InvalidAuthToken")
