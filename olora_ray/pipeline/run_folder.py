@@ -45,6 +45,12 @@ def bound_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     return bound | {"train.start": "a checkpoint" if settings.get("train.start") else None}
 
 
+def where_now(folder: str, storage_root: str) -> str:
+    """The run folder that was `folder` once: the one of that name in the storage if it has moved with it."""
+    moved = storage.join(storage_root, folder.rstrip("/").rpartition("/")[2])
+    return moved if not storage.exists(folder) and storage.exists(moved) else folder
+
+
 class RunFolder:
     """Places in a run's folder."""
 
@@ -132,11 +138,16 @@ class RunFolder:
     def tracking_run(self, uri: str) -> str | None:
         """The id of this run in the MLflow at `uri`, if it was started there before."""
         kept = _read_json(self._tracking) or {}
-        return str(kept["run_id"]) if kept.get("uri") == mask(uri) and kept.get("run_id") else None
+        known = kept.get("uri") in (mask(uri), self._shown(uri))
+        return str(kept["run_id"]) if known and kept.get("run_id") else None
 
     def keep_tracking_run(self, uri: str, run_id: str) -> None:
         """Remember the MLflow run, so that a later attempt continues with it; a password in `uri` is not kept."""
-        storage.write_text(self._tracking, json.dumps({"uri": mask(uri), "run_id": run_id}))
+        storage.write_text(self._tracking, json.dumps({"uri": self._shown(uri), "run_id": run_id}))
+
+    def _shown(self, uri: str) -> str:
+        """Without a password; a database in the storage is named by its place there, which stays when that is moved."""
+        return mask(uri).replace(f"sqlite:///{os.path.abspath(self.config.run.storage)}/", "sqlite:///<run.storage>/")
 
     def _refuse_way_out(self) -> None:
         """Who may write in the storage shall not make this user write elsewhere."""

@@ -19,7 +19,7 @@ from olora_ray.common.digests import digest_json
 from olora_ray.config.dotted import flatten
 from olora_ray.config.schema import Config, Source
 from olora_ray.pipeline.fingerprint import TAGS
-from olora_ray.pipeline.run_folder import bound_settings
+from olora_ray.pipeline.run_folder import bound_settings, where_now
 from olora_ray.retrain.changes import Inputs
 from olora_ray.tokens import manifest
 from olora_ray.tokens.plan import Plan
@@ -101,7 +101,7 @@ def _continued(config: Config, inputs: Inputs, champion: Version) -> _Start | st
     known = _known_files(config, champion.tags.get(TAGS["data"], ""))
     if known is None:
         return f"what it was trained on is not known under {config.run.storage}"
-    folder = champion.tags.get(RUN)
+    folder = where_now(champion.tags.get(RUN, ""), config.run.storage)
     found = checkpoints.latest_good(storage.join(folder, "checkpoints")) if folder else None
     if found is None:
         return f"there is no checkpoint of it in {folder or 'its run folder'}"

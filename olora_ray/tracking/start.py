@@ -13,6 +13,7 @@ from olora_ray.common import storage
 from olora_ray.common.errors import UserError
 from olora_ray.common.secrets import looked_up
 from olora_ray.config.evaluation import AnyConfig
+from olora_ray.tracking import moved_storage
 from olora_ray.tracking.client import TrackingUnavailable, check, connect, reachable, reason
 from olora_ray.tracking.run import TAG_LENGTH, Tracker
 
@@ -49,6 +50,7 @@ def start_run(config: AnyConfig, run_name: str, tags: Mapping[str, str], run_id:
     answer now, a new run raises TrackingUnavailable; one with a `run_id` is resumed as soon as it answers.
     """
     uri = resolve_uri(config)
+    moved_storage.follow(config)
     try:
         check(uri)
         with reachable(uri):
@@ -92,7 +94,7 @@ def _experiment(client: "MlflowClient", config: AnyConfig, uri: str) -> str:
 
 def _artifacts(config: AnyConfig) -> str:
     place = config.run.storage
-    return storage.join(place if storage.is_uri(place) else os.path.abspath(place), "mlartifacts")
+    return storage.join(place if storage.is_uri(place) else os.path.abspath(place), moved_storage.FOLDER)
 
 
 def _reopen(client: "MlflowClient", run_id: str) -> bool:

@@ -208,6 +208,20 @@ def test_the_tracking_run_is_remembered_for_its_server(config: Config) -> None:
     assert folder.tracking_run("http://elsewhere") is None
 
 
+def test_the_tracking_run_is_remembered_when_the_storage_with_its_database_is_moved(config: Config) -> None:
+    before = Path(config.run.storage)
+    folder = RunFolder(config)
+    folder.keep_tracking_run(f"sqlite:///{before}/mlflow.db", "run-1")
+    now = before.rename(before.parent / "now")
+    moved = RunFolder(override(config, {"run.storage": str(now)}))
+    assert moved.tracking_run(f"sqlite:///{now}/mlflow.db") == "run-1"
+    assert moved.tracking_run(f"sqlite:///{before}/mlflow.db") is None
+    (now / "mine" / "tracking.json").write_text(
+        json.dumps({"uri": f"sqlite:///{now}/mlflow.db", "run_id": "run-0"})
+    )  # as it was written before
+    assert moved.tracking_run(f"sqlite:///{now}/mlflow.db") == "run-0"
+
+
 def test_writing_leaves_no_other_files(config: Config) -> None:
     folder = RunFolder(config)
     folder.claim()

@@ -174,6 +174,14 @@ def test_rows_that_the_champion_may_have_seen_are_warned_of(config: Config, tmp_
     assert "warning: data.eval_fraction: a file of the champion's" in made(drawn, champion)[1]
 
 
+def test_the_champions_run_is_found_where_the_storage_lies_now(config: Config, tmp_path: Path) -> None:
+    champion = champion_of(config, tmp_path / "runs" / "nightly-1")
+    write(tmp_path / "chats" / "c.jsonl")
+    (tmp_path / "runs").rename(tmp_path / "moved")
+    found = made(override(config, {"run.storage": str(tmp_path / "moved")}), champion)[0]
+    assert found.config.train.start == f"{tmp_path}/moved/nightly-1/checkpoints/step-0000005"
+
+
 def test_nothing_is_replayed_if_nothing_is_to_be(config: Config, tmp_path: Path) -> None:
     champion = champion_of(config, tmp_path / "run")
     write(tmp_path / "chats" / "c.jsonl")
