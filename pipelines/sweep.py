@@ -24,6 +24,7 @@ def main(argv: list[str]) -> None:
     from olora_ray.pipeline import report, run
     from olora_ray.pipeline.base import open_base
     from olora_ray.pipeline.connection import connect
+    from olora_ray.pipeline.driver import only_driver
     from olora_ray.sweep import run as sweep
 
     search = sweep.search_config(config, space, file, registers="--register" in flags)
@@ -31,11 +32,12 @@ def main(argv: list[str]) -> None:
     base = open_base(search)
     report.plan(search, base.model)
 
-    with connect(search, base.model):
+    with only_driver(search) as driver, connect(search, base.model) as stop, driver.watch(stop):
         spec, seconds = sweep.train_spec(search, base)
         spec, spared = sweep.share(spec, space, seconds)
         with sweep.tracked(spec, space) as tracker:
             sweep_spec, found = sweep.run(spec, space, spared, tracker)
+            driver.check()
             sweep.conclude(config, sweep_spec, found, tracker)
             if "--register" in flags:
                 sweep.register(sweep_spec, found)

@@ -45,6 +45,10 @@ class Stopped(KeyboardInterrupt):
         self.exit_code = exit_code
 
 
+class TakenOver(Stopped):
+    """Another process does this work now: what it writes to is to be left as it is."""
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an exception's message; its type's name if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -20,7 +20,7 @@ from olora_ray.config.dotted import flatten
 from olora_ray.config.schema import Config, Source
 from olora_ray.model import identity
 from olora_ray.pipeline.fingerprint import TAGS
-from olora_ray.pipeline.run_folder import FREE_TO_CHANGE
+from olora_ray.pipeline.run_folder import bound_settings, where_now
 from olora_ray.retrain.changes import Inputs
 from olora_ray.tokens import manifest
 from olora_ray.tokens.plan import Plan
@@ -72,7 +72,7 @@ def make(config: Config, inputs: Inputs, champion: Version | None) -> Recipe:
         train = config.train.model_copy(update={"start": start.checkpoint})
         data = config.data.model_copy(update={"train": start.sources})
         wanted = wanted.model_copy(update={"train": train, "data": data})
-    name = f"{config.run.name}-{_digest(wanted, inputs)}"
+    name = f"{config.run.name}-{_digest(wanted, inputs, start)}"
     origin = f"champion, version {start.version}" if start else "base"
     return Recipe(
         wanted.model_copy(update={"run": config.run.model_copy(update={"name": name})}),
@@ -80,10 +80,10 @@ def make(config: Config, inputs: Inputs, champion: Version | None) -> Recipe:
     )
 
 
-def _digest(config: Config, inputs: Inputs) -> str:
-    """Of contents, and of all settings that a run's folder is bound to."""
-    bound = {name: value for name, value in flatten(config).items() if not name.startswith(FREE_TO_CHANGE)}
-    return digest_json([inputs.fingerprint.tags(), bound], length=8)
+def _digest(config: Config, inputs: Inputs, start: _Start | None) -> str:
+    """Of contents, of the version to start from, and of all settings that a run's folder is bound to."""
+    parts = [inputs.fingerprint.tags(), start.version if start else None, bound_settings(flatten(config))]
+    return digest_json(parts, length=8)
 
 
 def _warn_of_leaks(config: Config, plan: Plan, champion: Version) -> None:
@@ -102,7 +102,7 @@ def _continued(config: Config, inputs: Inputs, champion: Version) -> _Start | st
     known = _known_files(config, champion.tags.get(TAGS["data"], ""))
     if known is None:
         return f"what it was trained on is not known under {config.run.storage}"
-    folder = champion.tags.get(RUN)
+    folder = where_now(champion.tags.get(RUN, ""), config.run.storage)
     found = checkpoints.latest_good(storage.join(folder, "checkpoints")) if folder else None
     if found is None:
         return f"there is no checkpoint of it in {folder or 'its run folder'}"

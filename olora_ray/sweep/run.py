@@ -29,7 +29,7 @@ from olora_ray.config.schema import Config
 from olora_ray.pipeline import connection, export, fit, mlflow_run, publish
 from olora_ray.pipeline.base import Base
 from olora_ray.pipeline.prepare import prepare_tokens
-from olora_ray.pipeline.run_folder import FREE_TO_CHANGE, RunFolder
+from olora_ray.pipeline.run_folder import RunFolder, bound_settings
 from olora_ray.sweep import shared_work, state, trial_file, tuner
 from olora_ray.sweep.callback import SweepCallback
 from olora_ray.sweep.record import SearchRecord, TrialRecord
@@ -38,7 +38,7 @@ from olora_ray.sweep.space import Space
 from olora_ray.sweep.spec import SweepSpec, trial_name
 from olora_ray.tracking import mlflow_run as tracking
 from olora_ray.tracking.run import Tracker
-from olora_ray.train import checkpoints
+from olora_ray.train import checkpoint, checkpoints
 
 logger = logging.getLogger(__name__)
 
@@ -66,9 +66,8 @@ def check(config: Config, space: Space) -> None:
     folder = RunFolder(config)
     folder.check()
     mlflow_run.check_tracking(config, folder)
-    text = _description(config, space)
-    place = storage.join(folder.root, SEARCH)
-    if storage.exists(place) and storage.read_text(place) != text:
+    kept, now = _kept(folder.root), _description(config, space)
+    if kept and (bound_settings(kept["config"]), kept["space"]) != (now["config"], now["space"]):
         raise UserError(
             f"run.name: {folder.root} holds a search with different settings; choose another run.name or space file,"
             " or delete it"
@@ -87,9 +86,13 @@ def train_spec(config: Config, base: Base) -> tuple[TrainSpec, float]:
 def share(spec: TrainSpec, space: Space, seconds: float) -> tuple[TrainSpec, float]:
     """Make what the trials share; returns the spec that knows of it, and the seconds each trial is spared.
 
-    `seconds` is what the tokens took. Raises UserError for a rank or targets that the model does not have.
+    `seconds` is what the tokens took. Raises UserError for a rank or targets that the model does not have, and for
+    a search that was begun with another model or other data.
     """
-    storage.write_text(storage.join(spec.config.folder(), SEARCH), _description(spec.config, space))
+    folder, contents = spec.config.folder(), spec.base_identity()
+    checkpoint.require_same({**contents, **_kept(folder).get("contents", {})}, contents, folder)
+    description = {**_description(spec.config, space), "contents": contents}
+    storage.write_text(storage.join(folder, SEARCH), json.dumps(description, indent=1, sort_keys=True) + "\n")
     place = storage.join(spec.config.folder(), "shared")
     rank = max(_ranks(space) or [spec.config.adapter.rank])
     wanted = worker_resources(spec.config)
@@ -260,11 +263,22 @@ def _room(wanted: Mapping[str, float]) -> int:
     return max(seen)
 
 
-def _description(config: Config, space: Space) -> str:
-    settings = {name: value for name, value in flatten(config).items() if not name.startswith(FREE_TO_CHANGE)}
+def _description(config: Config, space: Space) -> dict[str, Any]:
+    """What a search is bound to, but for the contents of model and data, as JSON would give it back."""
     # How many trials there are, and how many at once, may change between two attempts.
     chosen = space.model_dump(exclude={"concurrency", "time_budget", "patience", "min_improvement"})
-    return json.dumps({"config": settings, "space": chosen}, indent=1, sort_keys=True) + "\n"
+    described: dict[str, Any] = json.loads(json.dumps({"config": bound_settings(flatten(config)), "space": chosen}))
+    return described
+
+
+def _kept(folder: str) -> dict[str, Any]:
+    """What the search in a folder was begun with; empty if there is none, unlike any if it does not read."""
+    place = storage.join(folder, SEARCH)
+    try:
+        kept = json.loads(storage.read_text(place)) if storage.exists(place) else {}
+        return {"config": {}, "space": {}, **kept} if kept else {}
+    except (ValueError, TypeError):
+        return {"config": {}, "space": {}}
 
 
 def _is_default(trial: TrialRecord, sweep_spec: SweepSpec) -> bool:

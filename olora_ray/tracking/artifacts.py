@@ -14,6 +14,7 @@ from typing import Any
 from olora_ray.common import connections, s3, storage
 from olora_ray.common.errors import UserError
 from olora_ray.config.evaluation import AnyConfig
+from olora_ray.tracking import moved_storage
 from olora_ray.tracking.client import TrackingUnavailable, is_unavailable, reason
 
 PROBE_SECONDS = 30.0
@@ -24,7 +25,7 @@ FIELD = "MLflow's artifact store"
 def default_place(config: AnyConfig) -> str:
     """Where the files of a new experiment go if no server says so: beside the storage."""
     place = config.run.storage
-    return storage.join(place if storage.is_uri(place) else os.path.abspath(place), "mlartifacts")
+    return storage.join(place if storage.is_uri(place) else os.path.abspath(place), moved_storage.FOLDER)
 
 
 def check(place: str, uri: str) -> None:

@@ -13,7 +13,7 @@ from olora_ray.common import storage
 from olora_ray.common.errors import UserError
 from olora_ray.common.secrets import looked_up
 from olora_ray.config.evaluation import AnyConfig
-from olora_ray.tracking import artifacts
+from olora_ray.tracking import artifacts, moved_storage
 from olora_ray.tracking.client import TrackingUnavailable, check, connect, reachable, reason
 from olora_ray.tracking.run import TAG_LENGTH, Tracker
 
@@ -62,6 +62,7 @@ def start_run(config: AnyConfig, run_name: str, tags: Mapping[str, str], run_id:
     """
     uri = resolve_uri(config)
     artifacts.use_paths()
+    moved_storage.follow(config)
     try:
         check(uri)
         with reachable(uri):

@@ -124,6 +124,21 @@ def test_the_run_has_the_same_name_until_something_changes(config: Config, tmp_p
     assert made(config, None)[0].config.run.name != first
 
 
+def test_the_run_has_the_same_name_wherever_its_data_lie(config: Config, tmp_path: Path) -> None:
+    champion = champion_of(config, tmp_path / "run")
+    (tmp_path / "moved").mkdir()
+    for name in ("chats", "other.jsonl"):
+        (tmp_path / name).rename(tmp_path / "moved" / name)
+    write(tmp_path / "moved" / "chats" / "c.jsonl")
+    moved = {f"data.train.{n}.path": f"{tmp_path}/moved/{name}" for n, name in enumerate(("chats", "other.jsonl"))}
+    first = made(override(config, moved), champion)[0].config.run.name
+    (tmp_path / "moved").rename(tmp_path / "again")
+    again = {field: place.replace("/moved/", "/again/") for field, place in moved.items()}
+    assert made(override(config, again), champion)[0].config.run.name == first
+    later = version(7, Fingerprint.from_tags(champion.tags), **{recipe.RUN: champion.tags[recipe.RUN]})
+    assert made(override(config, again), later)[0].config.run.name != first, "it starts from another adapter"
+
+
 def test_on_from_the_champion_with_new_files_and_a_part_of_the_known(config: Config, tmp_path: Path) -> None:
     champion = champion_of(config, tmp_path / "run")
     write(tmp_path / "chats" / "c.jsonl")
@@ -157,6 +172,14 @@ def test_rows_that_the_champion_may_have_seen_are_warned_of(config: Config, tmp_
     with (tmp_path / "chats" / "b.jsonl").open("a") as file:
         file.write('{"text": "more"}\n')
     assert "warning: data.eval_fraction: a file of the champion's" in made(drawn, champion)[1]
+
+
+def test_the_champions_run_is_found_where_the_storage_lies_now(config: Config, tmp_path: Path) -> None:
+    champion = champion_of(config, tmp_path / "runs" / "nightly-1")
+    write(tmp_path / "chats" / "c.jsonl")
+    (tmp_path / "runs").rename(tmp_path / "moved")
+    found = made(override(config, {"run.storage": str(tmp_path / "moved")}), champion)[0]
+    assert found.config.train.start == f"{tmp_path}/moved/nightly-1/checkpoints/step-0000005"
 
 
 def test_nothing_is_replayed_if_nothing_is_to_be(config: Config, tmp_path: Path) -> None:

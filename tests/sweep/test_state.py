@@ -1,6 +1,7 @@
 """A search is resumed only by code that can read Tune's state; any other says so before anything starts."""
 
 import io
+import json
 import pickle
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,9 +10,11 @@ from typing import Any
 import pytest
 from ray import cloudpickle
 
+from olora_ray.cluster.spec import TrainSpec
 from olora_ray.common.errors import UserError
 from olora_ray.config.load import override
 from olora_ray.config.schema import Config
+from olora_ray.model.source import BaseModel
 from olora_ray.sweep import run, state, tuner
 from olora_ray.sweep.callback import SweepCallback
 from olora_ray.sweep.space import Space
@@ -60,7 +63,7 @@ def searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Con
     config = override(tiny.config(), {"run.storage": str(tmp_path)})
     folder = Path(config.folder())
     (folder / "tune").mkdir(parents=True)
-    (folder / "search.json").write_text(run._description(config, space))
+    (folder / "search.json").write_text(json.dumps(run._description(config, space)))
     (folder / "tune" / "tuner.pkl").write_bytes(pickle.dumps(SweepCallback(str(folder), space, 12)))
     return folder, config, space
 
@@ -125,3 +128,29 @@ def names_in(data: bytes) -> set[str]:
 
     Reader(io.BytesIO(data)).load()
     return found
+
+
+def test_a_search_resumes_when_its_data_and_model_lie_elsewhere(searched: tuple[Path, Config, Space]) -> None:
+    folder, config, space = searched
+    state.begin(str(folder))
+    places = {"data.train.0.path": "/elsewhere/rows.jsonl", "model.name": "/elsewhere/model"}
+    run.check(override(config, places), space)
+    before = json.loads((folder / "search.json").read_text())
+    before["config"] |= {"data.train.0.path": "/before/rows.jsonl", "model.name": "/before/model"}
+    (folder / "search.json").write_text(json.dumps(before))  # as it was written when paths were compared
+    run.check(config, space)
+    for text in (json.dumps({**before, "space": {}}), "{", "[1]"):
+        (folder / "search.json").write_text(text)
+        with pytest.raises(UserError, match="holds a search with different settings"):
+            run.check(config, space)
+
+
+def test_a_search_of_other_contents_is_refused_before_work_is_shared(searched: tuple[Path, Config, Space]) -> None:
+    folder, config, space = searched
+    kept = {**run._description(config, space), "contents": {"training data": "old", "base model": "base"}}
+    (folder / "search.json").write_text(json.dumps(kept))
+    store: Any = tiny.store()
+    spec = TrainSpec(config, BaseModel("m", "/m", "base"), "tokenizer", (0,), store, None)
+    with pytest.raises(UserError, match=rf"{folder} was trained with another training data \(old then, list now\)"):
+        run.share(spec, space, 0.0)
+    assert json.loads((folder / "search.json").read_text()) == kept
