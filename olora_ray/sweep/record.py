@@ -23,6 +23,8 @@ class TrialRecord:
     """Best value of the metric so far; None if it was never measured."""
     step: int = 0
     """Optimizer steps done."""
+    total: int = 0
+    """Steps of its whole training; 0 if that is not known."""
     curve: tuple[tuple[int, float], ...] = ()
     """(step, metric), in order of steps."""
     seconds: float = 0.0

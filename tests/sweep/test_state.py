@@ -12,7 +12,7 @@ from ray import cloudpickle
 from olora_ray.common.errors import UserError
 from olora_ray.config.load import override
 from olora_ray.config.schema import Config
-from olora_ray.sweep import run, state, tuner
+from olora_ray.sweep import schedulers, settings, state, tuner
 from olora_ray.sweep.callback import SweepCallback
 from olora_ray.sweep.space import Space
 from tests import tiny
