@@ -79,9 +79,10 @@ class TrialRun:
         return self._items.get()
 
     def resume_from(self, checkpoints: str, step: int) -> None:
-        """Put a checkpoint where the training will find it; must come before `next`."""
+        """Put a checkpoint, of this trial or another, where the training will find it; must come before `next`."""
         self._reported = step
-        self._file.resume_from(step)
+        owner = checkpoints.rpartition("/")[0]
+        self._file.resume_from(step, trial_file.read(owner) if owner != self.folder.root else None)
         if step:
             copy_from(checkpoints, self.folder.checkpoints, step, COPY_SECONDS)
         storage.remove(self.folder.training)
