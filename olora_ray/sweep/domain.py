@@ -44,7 +44,7 @@ def _number(value: Any) -> float:
 
 Number = Annotated[float, BeforeValidator(_number)]
 """An int or float that is finite and exact; neither true nor a text that looks like a number."""
-Listed = Annotated[tuple[Any, ...], Field(min_length=1, max_length=MOST_LISTED)]
+Listed = Annotated[tuple[Any, ...], Field(min_length=1)]
 
 
 class Domain(Section):
@@ -62,7 +62,7 @@ class Domain(Section):
     """[low, high, step]: low, low + step, low + 2 step, ..., up to high."""
     of: str | None = None
     """The value of this other field, times `times`."""
-    times: float | Annotated[tuple[float, ...], Field(min_length=1, max_length=MOST_LISTED)] = 1.0
+    times: float | Annotated[tuple[float, ...], Field(min_length=1)] = 1.0
     """Factor for `of`, or a list of factors of which one is drawn."""
 
     @field_validator("times", mode="before")
@@ -188,6 +188,8 @@ def _range_problems(domain: Domain, kind: str, interval: tuple[float, float]) ->
 
 
 def _listed_problems(kind: str, values: Sequence[Any]) -> Iterator[str]:
+    if len(values) > MOST_LISTED:
+        yield f"{kind} has {len(values):,} values, more than {MOST_LISTED:,}"
     for value in _numbers_in(values):
         if isinstance(value, int) and abs(value) >= LARGEST:
             yield f"{kind} has {value}, and whole numbers go up to 2^63"
