@@ -128,11 +128,12 @@ def test_dry_run_shows_everything_and_starts_nothing(tiny_model: Path, corpus: P
     file = project.write_config(corpus, project.settings(corpus, tiny_model))
     done = project.finetune(file, "--dry-run")
     assert done.returncode == 0, done.stderr
-    assert "target layers (14):" in done.stdout
+    assert "2 x 7 layers: q_proj 64 x 64" in done.stdout
     assert "trainable" in done.stdout
     assert "6 steps; 4 sequences per step = 2 workers x 2" in done.stdout
     assert "memory per worker" in done.stdout
     assert "<|assistant|>[[" in done.stdout
+    assert len(done.stdout.splitlines()) < 40
     assert not (corpus / "runs" / "small").exists()
     assert "ray:" not in done.stdout
 
