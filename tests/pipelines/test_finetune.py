@@ -36,6 +36,8 @@ def test_a_run_leaves_what_the_readme_promises(finished: tuple[Path, str]) -> No
     assert json.loads((folder / "export" / "parity.json").read_text())["ok"]
     for name in ("config.yaml", "export/adapter/adapter_config.json", "export/merged/config.json"):
         assert (folder / name).is_file()
+    for name in ("README.md", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (folder / "export" / "adapter" / name).is_file()
     assert sorted(path.name for path in (folder / "checkpoints").glob("step-*")) == ["step-0000004", "step-0000006"]
 
 
