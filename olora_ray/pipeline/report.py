@@ -1,9 +1,11 @@
 """Output for people: the plan of a run, and what came out; nothing here writes to MLflow."""
 
+import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from olora_ray.cluster.spec import TrainResult, TrainSpec
@@ -87,19 +89,27 @@ def _summary(
     for name, value in scores.get("after", {}).items():
         lines.append(f"held-out {name}: {scores['before'][name]:.3f} before, {value:.3f} after ({len(answers)} rows)")
     lines += [f"adapter (PEFT, vLLM): {folder.adapter}", f"merged model:         {folder.merged}"]
-    store, run_id = published.result["mlflow"]["uri"], published.result["mlflow"]["run_id"]
-    scripts = _scripts_folder()
-    if (registered := published.result["registered"]) is not None:
+    return lines + next_steps(published.result, published.page)
+
+
+def next_steps(result: Mapping[str, Any], page: str | None) -> list[str]:
+    """What can be done with a finished run, as commands that work as they are printed, in the folder of now.
+
+    `page` is the address of the run's page, if a server shows it.
+    """
+    store, run_id = result["mlflow"]["uri"], result["mlflow"]["run_id"]
+    scripts, lines = _scripts_folder(), []
+    if (registered := result["registered"]) is not None:
         uri = f"models:/{registered['model']}@{registered['alias']}"
         lines += [
             f"registered:           {registered['model']} version {registered['version']} ({uri})",
-            f'load:   mlflow.set_tracking_uri("{store}"); mlflow.transformers.load_model("{uri}")',
+            f"load:   mlflow.set_tracking_uri({json.dumps(store)}); mlflow.transformers.load_model({json.dumps(uri)})",
             # MLflow starts its server by a name that it looks up in PATH.
-            f"serve:  PATH={scripts}:$PATH MLFLOW_TRACKING_URI={store} mlflow models serve -m {uri} --env-manager local"
-            " -p 5001",
+            f"serve:  PATH={quote(str(scripts))}:$PATH MLFLOW_TRACKING_URI={quote(store)} mlflow models serve"
+            f" -m {quote(uri)} --env-manager local -p 5001",
         ]
-    lines.append(f"MLflow: {published.page or f'{scripts}/mlflow ui --backend-store-uri {store} (run {run_id})'}")
-    return lines
+    ui = f"{quote(str(scripts / 'mlflow'))} ui --backend-store-uri {quote(store)}"
+    return [*lines, f"MLflow: {page}" if page else f"MLflow: {ui}  # run {run_id}"]
 
 
 def _scripts_folder() -> Path:
