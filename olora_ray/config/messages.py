@@ -11,7 +11,8 @@ from olora_ray.common import secrets
 from olora_ray.config import words
 from olora_ray.config.dotted import leaves
 from olora_ray.config.evaluation import EvaluationConfig
-from olora_ray.config.schema import EXPERIMENT, MODEL_NAME, NAME, Config, Section
+from olora_ray.config.field_types import EXPERIMENT, MODEL_NAME, NAME
+from olora_ray.config.schema import Config, Section
 
 _UNION_TAG = re.compile(r"[\[\](){}]|^(tuple|literal|float|str|int|constrained-\w+)\b")
 PHRASES = {

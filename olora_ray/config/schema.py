@@ -7,26 +7,12 @@ and tests all use it), `flatten` gives the dotted form back. Nothing here import
 import re
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-PositiveInt = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
-NAME = r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9_-])?$"
-MODEL_NAME = r"^\w([\w .-]*\w)?$"
-EXPERIMENT = r"^[^\x00-\x1f\x7f]+$"
-Name = Annotated[str, Field(pattern=NAME)]
+from olora_ray.config.field_types import EXPERIMENT, MODEL_NAME, Fraction, Name, Place, PositiveInt
+
 IN_STORAGE = ("tokens", "models", "locks", "mlartifacts", "mlflow.db")
 """Names in `run.storage` that a run's folder cannot have."""
-
-
-def _straight(place: str) -> str:
-    if "://" in place and ".." in place.partition("?")[0].split("/"):
-        raise ValueError("a URI cannot go up with '..'; write the address without it")
-    return place
-
-
-Place = Annotated[str, AfterValidator(_straight)]
-"""A path, or a URI without '..': what that means differs between object stores."""
 
 
 class Section(BaseModel):

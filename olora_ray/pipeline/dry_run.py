@@ -132,7 +132,9 @@ def _time(config: Config, base: BaseModel, size: MemoryEstimate, train: Preview,
         rounds = -(-steps // config.train.eval_every) + 1
         seconds += rounds * -(-held_out.packs // (width * workers)) * once / 3
         words += f" and {rounds} evaluations"
-    return f"about {duration(seconds)} for {words}, by one micro-batch measured here; start, answers and export on top"
+    return (
+        f"about {duration(seconds)} for {words}, by one micro-batch measured here; start, answers and export add to it"
+    )
 
 
 def _shown(tokenizer: Any, example: Example) -> str:
@@ -143,7 +145,7 @@ def _shown(tokenizer: Any, example: Example) -> str:
             part = _shortened(str(tokenizer.decode(ids[start:stop])).replace("\n", "\\n"))
             text += f"[[{part}]]" if mask[start] else part
             start = stop
-    lines = textwrap.wrap(_shortened(text, WHOLE), WIDTH, drop_whitespace=False) or [""]
+    lines = textwrap.wrap(_shortened(text, WHOLE), WIDTH) or [""]
     return "\n".join(f"    {line}" for line in lines)
 
 

@@ -19,7 +19,8 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from olora_ray.config.dotted import flatten
-from olora_ray.config.schema import Config, PositiveInt, Section
+from olora_ray.config.field_types import PositiveInt
+from olora_ray.config.schema import Config, Section
 
 Draws = Mapping[str, Any]
 TIMES = ":times"
