@@ -63,7 +63,7 @@ def _fields(format: str, row: Mapping[str, Any]) -> Iterator[dict[str, str]]:
     """Ways to map the format's fields to the row's columns: none, other names, and for turns other names in them."""
     yield {}
     lower = {str(name).lower().strip(): str(name) for name in row}
-    found = {}
+    found: dict[str, str] = {}
     for field in NEEDED[format]:
         names = (name for name in (field, *OTHER_NAMES[field]) if name in lower and lower[name] not in found.values())
         column = next(names, None)

@@ -41,7 +41,7 @@ def check(config: Config) -> None:
 
 def _check(source: Source, where: str, storage_root: str) -> None:
     files = list_files(source, where, storage_root)
-    first: tuple[File, FileScan, int, Any, Rejected] | None = None
+    first: tuple[File, FileScan | None, int, Any, Rejected] | None = None
     seen, empty = 0, True
     for file in _spread(files):
         scanned = _head(file)
@@ -50,31 +50,32 @@ def _check(source: Source, where: str, storage_root: str) -> None:
             seen += 1
             try:
                 _example(source, row)
-            except Rejected as why:
-                first = first or (file, scanned or FileScan("", 0, (), ()), place, row, why)
+            except Rejected as rejected:
+                first = first or (file, scanned, place, row, rejected)
             else:
                 return
     if empty and len(files) <= len(_spread(files)):
         raise UserError(f"{where}.path: {source.path} is empty: it has no rows")
     if first:
         file, scanned, place, row, why = first
-        hint = suggest.file(file.kind, scanned.columns, _begin(file)) or _set(
-            where, suggest.columns(source.format, row)
-        )
         raise UserError(
             f"{where}: none of the {seen} rows that were looked at can be used;"
-            f" {file.uri}:{place + 1}: {why.reason}: {why.message}{hint and f'; {hint}'}"
+            f" {file.uri}:{place + 1}: {why.reason}: {why.message}{_hint(source, where, file, scanned, row)}"
         )
+
+
+def _hint(source: Source, where: str, file: File, scanned: FileScan | None, row: Any) -> str:
+    """What is odd about the file, or what to set instead, as the end of a message."""
+    if odd := suggest.file(file.kind, scanned.columns if scanned else (), _begin(file)):
+        return f"; {odd}"
+    words = suggest.columns(source.format, row)
+    return f"; set {words} in {where}" if words else ""
 
 
 def _example(source: Source, row: Any) -> None:
     if isinstance(row, Rejected):
         raise row
     to_example(source.format, row, source.fields)
-
-
-def _set(where: str, words: str | None) -> str:
-    return f"set {words} in {where}" if words else ""
 
 
 def _head(file: File) -> FileScan | None:
