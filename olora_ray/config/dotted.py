@@ -6,17 +6,20 @@ from typing import Any
 
 from olora_ray.common import secrets
 from olora_ray.common.errors import UserError
+from olora_ray.config import words
 from olora_ray.config.schema import Section
 from olora_ray.config.yaml_io import parse_yaml
 
 
-def parse_assignments(words: list[str]) -> dict[str, Any]:
+def parse_assignments(given: list[str]) -> dict[str, Any]:
     """`section.field=value` words of a command line as changes; values are YAML."""
     changes = {}
-    for word in words:
+    for word in given:
         field, equals, value = word.partition("=")
         if not equals or "." not in field or "" in field.split("."):
-            raise UserError(f"argument {secrets.mask(word)!r}: expected section.field=value")
+            meant = words.advice(field) if equals else None
+            hint = f"; {meant}" if meant else ""
+            raise UserError(f"argument {secrets.mask(word)!r}: expected section.field=value{hint}")
         changes[field] = parse_yaml(value, f"argument {secrets.mask(word)!r}")
     return changes
 

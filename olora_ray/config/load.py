@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from olora_ray.common import secrets
 from olora_ray.common.errors import UserError
 from olora_ray.config.dotted import changed
-from olora_ray.config.messages import explain, instead, texts
+from olora_ray.config.messages import explain, instead, relevant, texts
 from olora_ray.config.schema import AnySection, Config
 from olora_ray.config.yaml_io import Dumper, parse_yaml
 
@@ -47,7 +47,7 @@ def validated(section: type[AnySection], tree: Mapping[str, Any], where: str) ->
     try:
         found = section.model_validate(tree)
     except ValidationError as error:
-        problems += [explain(item, section) for item in error.errors()]
+        problems += [explain(item, section) for item in relevant(error.errors())]
     if problems or found is None:
         more = f"; and {len(problems) - _MOST_SHOWN} more" if len(problems) > _MOST_SHOWN else ""
         raise UserError("; ".join(f"{where}: {problem}" for problem in problems[:_MOST_SHOWN]) + more)

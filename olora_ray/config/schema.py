@@ -9,13 +9,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from olora_ray.config.addresses import Folder, Place
+from olora_ray.config.field_types import EXPERIMENT, MODEL_NAME, Folder, Fraction, Name, Place, PositiveInt
 from olora_ray.config.section import AnySection as AnySection
 from olora_ray.config.section import Section as Section
 
-PositiveInt = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9_-])?$")]
 IN_STORAGE = ("tokens", "models", "locks", "mlartifacts", "mlflow.db")
 """Names in `run.storage` that a run's folder cannot have."""
 
@@ -63,7 +60,9 @@ class Source(Section):
     path: Place
     """File, folder or glob (jsonl, json, parquet, csv, txt; .gz, .zst), hf://ORG/NAME?split=..., s3://, gs://."""
     format: Literal["messages", "prompt_completion", "alpaca", "sharegpt", "text"] = "messages"
-    """Format of the rows, which decides the columns that are read."""
+    """Format of the rows, which decides the columns that are read: messages {messages, tools}, prompt_completion
+    {prompt, completion, tools}, alpaca {instruction, input, output, system}, sharegpt {conversations, from, value} or
+    text {text}."""
     fields: dict[str, str] = {}  # noqa: RUF012 - pydantic copies it
     """Maps the format's field names to the file's columns, e.g. {prompt: question}."""
     weight: Annotated[float, Field(gt=0.0)] = 1.0
@@ -86,7 +85,17 @@ class Data(Section):
     packing: bool = True
     """Put several examples in one sequence; attention stays within each example."""
     max_rejected: Annotated[float, Field(ge=0.0, le=1.0)] = 0.01
-    """Stop when more than this share of the rows cannot be used."""
+    """Stop when more than this share of the rows cannot be used, of training and of held-out rows each. Above 0, a
+    single row of ten or more may always be rejected."""
+
+    @field_validator("train", "eval", mode="before")
+    @classmethod
+    def _paths(cls, value: object) -> object:
+        """A path alone is a source, and a source alone is a list of one."""
+        sources = list(value) if isinstance(value, list | tuple) else [value] if value else value
+        if not isinstance(sources, list):
+            return value
+        return [{"path": source} if isinstance(source, str) else source for source in sources]
 
     @model_validator(mode="after")
     def _one_way_to_hold_out(self) -> "Data":
@@ -216,14 +225,14 @@ class Tracking(Section):
 
     uri: str | None = None
     """MLflow server or database, or env:NAME or file:/PATH that holds it; null: MLFLOW_TRACKING_URI, else SQLite."""
-    experiment: Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]+$")] = "olora"
+    experiment: Annotated[str, Field(pattern=EXPERIMENT)] = "olora"
     """MLflow experiment of the run."""
 
 
 class Registry(Section):
     """The registered model."""
 
-    model: Annotated[str, Field(pattern=r"^\w([\w .-]*\w)?$")] | None = None
+    model: Annotated[str, Field(pattern=MODEL_NAME)] | None = None
     """Name under which the merged model is registered: letters, digits, ' ', '.', '_', '-'; null: not registered."""
     alias: Name = "candidate"
     """Alias that the new version gets."""

@@ -56,12 +56,28 @@ def settings(names: Sequence[str], file: str | None, changes: Mapping[str, Any])
 
     Raises UserError for a config that cannot be.
     """
+    for name in names:
+        _refuse_nowhere(name)
     if file is not None:
         return paths.resolved(load(file, changes), Path.cwd())
     if run := next(filter(None, map(run_of, names)), None):
         return override(_read(storage.join(run, SETTINGS)), changes)
     defaults = validated(EvaluationConfig, {"model": {"name": names[0]}}, "config")
     return paths.resolved(override(defaults, changes), Path.cwd())
+
+
+def _refuse_nowhere(name: str) -> None:
+    """Raise UserError for a path to nothing; one with a single slash is a hub id, unless its first part is a folder."""
+    place = _absolute(name)
+    if not place or storage.is_uri(place) or storage.exists(place):
+        return
+    parent = Path(place).parent
+    is_path = name.startswith(("/", ".", "~")) or name.strip("/").count("/") != 1
+    if is_path or parent.is_dir():
+        beside = sorted(each.name for each in parent.iterdir()) if "/" in name and parent.is_dir() else []
+        there = ", ".join(beside[:8])
+        hint = f"; {parent} has {there}" if there else ""
+        raise UserError(f"{name}: no such file or folder{hint}")
 
 
 def run_of(name: str) -> str | None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from olora_ray.common import digests, node_cache, storage
-from olora_ray.common.errors import UserError, as_user_error, short_reason
+from olora_ray.common.errors import UserError, as_user_error, first_line, short_reason
 from olora_ray.common.quiet import quiet_transformers
 from olora_ray.config import paths
 from olora_ray.config.evaluation import AnyConfig
@@ -102,6 +102,25 @@ def _from_hub(config: ModelConfig) -> Path:
         patterns.append("*.py")
     if config.allow_pickle:
         patterns += ["pytorch_model*.bin"]
-    what = f"model.name: {config.name}: not a folder here, and the model hub did not deliver it"
-    with as_user_error(what, OSError, ValueError, RuntimeError):
+    what = f"model.name: {config.name}: not a folder here"
+    with as_user_error(what, OSError, ValueError, RuntimeError, reason=_hub_problem):
         return Path(snapshot_download(config.name, revision=config.revision, allow_patterns=patterns))
+
+
+def _hub_problem(error: BaseException) -> str:
+    """Why the hub did not deliver a model: no such name, no access, or no answer."""
+    from huggingface_hub import errors
+
+    match error:
+        case errors.GatedRepoError():
+            return (
+                "the model hub gives it to those only who were granted access: ask for that on its page, set HF_TOKEN"
+            )
+        case errors.RevisionNotFoundError():
+            return "the model hub has the model, but not this model.revision"
+        case errors.HfHubHTTPError() if error.response.status_code in (401, 404):  # 401: without a token it tells less
+            return "the model hub has no model of this name, or it is private: correct the name, or set HF_TOKEN"
+        case errors.LocalEntryNotFoundError() if error.__cause__ is not None:
+            why = first_line(error.__cause__)
+            return f"the model hub cannot be asked ({why}), and this machine's cache does not have the model"
+    return f"the model hub did not deliver it: {first_line(error)}"

@@ -19,7 +19,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from olora_ray.config.dotted import flatten
-from olora_ray.config.schema import Config, PositiveInt, Section
+from olora_ray.config.field_types import PositiveInt
+from olora_ray.config.schema import Config, Section
 from olora_ray.sweep.choosers import Seeded
 from olora_ray.sweep.domain import MISSING, TIMES, Chooser, Domain
 

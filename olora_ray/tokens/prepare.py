@@ -14,7 +14,7 @@ from olora_ray.data.scan import FileScan, scan
 from olora_ray.data.sources import File, total_bytes
 from olora_ray.data.tokenize import TokenizerSpec
 from olora_ray.tokens import ray_map, writer
-from olora_ray.tokens.plan import Plan, Split, make_plan, sources_of
+from olora_ray.tokens.plan import Plan, Split, make_plan
 from olora_ray.tokens.store import TokenStore
 from olora_ray.tokens.totals import Limits, summary
 
@@ -119,12 +119,12 @@ def begin(config: AnyConfig, spec: TokenizerSpec, split: Split) -> StoreBuild:
     """
     plan = make_plan(config, spec, split, lambda found: _scan_all(found, config.run.storage))
     job = writer.StoreSpec(plan, storage.join(config.run.storage, "tokens", plan.digest()))
-    limits = Limits(sources_of(config, split)[0], config.data.max_rejected)
+    limits = Limits.of(config, split)
     found = writer.store_status(job)
     for line in found.lines(len(plan.shards)):
         logger.info(line)
     if found.manifest and found.rejected_good:
-        limits.check(found.manifest.rejected, found.manifest.rows, job.uri)
+        limits.check(found.manifest.rejected, found.manifest.rows, lambda: writer.rejected_rows(job))
     if found.manifest and found.complete:
         logger.info(f"tokens: {split}: {summary(found.manifest)} (made before)")
     return StoreBuild(job, found, limits)

@@ -41,6 +41,8 @@ class Shard:
     """Numbers of the examples in each sequence."""
     rows: int = 0
     """Rows read, rejected ones included."""
+    rows_of: "Counter[int]" = field(default_factory=Counter)
+    """The same by the number of their source."""
     rejected: list[dict[str, Any]] = field(default_factory=list)
 
     def table(self) -> pa.Table:
@@ -103,6 +105,7 @@ def _add(shard: Shard, plan: Plan, piece: Piece, tokenize: ExampleTokenizer) -> 
     source = plan.sources[planned.source]
     for place, row in _rows(plan, piece):
         shard.rows += 1
+        shard.rows_of[planned.source] += 1
         try:
             if isinstance(row, Rejected):
                 raise row

@@ -10,10 +10,9 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from olora_ray.common.errors import UserError
-from olora_ray.config.command_line import help_text
 from olora_ray.config.dotted import flatten, parse_assignments
 from olora_ray.config.load import build, dump, load, override
-from olora_ray.config.schema import IN_STORAGE, Condition, Config, Section, Source
+from olora_ray.config.schema import IN_STORAGE, Config, Section, Source
 from olora_ray.config.yaml_io import parse_yaml
 
 SHIPPED = sorted(Path(__file__).parents[2].glob("pipelines/configs/*.yaml"))
@@ -47,7 +46,9 @@ def test_every_shipped_config_parses(path: Path) -> None:
     [
         ({"adapter": {"rnk": 4}}, "adapter.rnk: unknown field; did you mean adapter.rank?"),
         ({"trian": {}}, "trian: unknown field; did you mean train?"),
-        ({"train": {"learning": 1}}, "train.learning: unknown field"),
+        ({"train": {"learning": 1}}, "train.learning: unknown field; --help lists the fields"),
+        ({"train": {"rank": 1}}, "train.rank: unknown field; use adapter.rank"),
+        ({"lr": 1}, "lr: unknown field; use train.lr"),
         ({"str": {}}, "config: str: unknown field"),
         ({"train": {"zzzz": 1}}, "train.zzzz: unknown field; --help lists the fields"),
         (
@@ -90,6 +91,44 @@ def test_an_unknown_field_suggests_the_nearest(changes: dict[str, Any], expected
 def test_a_wrong_value_is_named_with_its_field(changes: dict[str, Any], expected: list[str]) -> None:
     message = problem(**changes)
     assert all(part in message for part in expected), message
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"data": {"train": 3}}, "data.train.0: expected a mapping of fields, {name: value} (got 3)"),
+        ({"data": {"train": []}}, "data.train: at least 1 item is needed (got [])"),
+        (
+            {"data": {"train": [{"path": "a", "fields": "b"}]}},
+            "data.train.0.fields: expected a mapping, {name: value} (got 'b')",
+        ),
+        ({"train": [1]}, "train: expected a mapping of fields, {name: value} (got [1])"),
+        (
+            {"run": {"name": "my/run"}},
+            "run.name: a name has letters, digits, '.', '_' and '-' only, begins with a letter or digit and does not"
+            " end with '.' (got 'my/run')",
+        ),
+        (
+            {"registry": {"model": "a/b"}},
+            "registry.model: a name has letters, digits, ' ', '.', '_' and '-' only, and begins and ends with a letter"
+            " or digit (got 'a/b')",
+        ),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_a_problem_is_told_in_the_words_of_yaml_and_once(changes: dict[str, Any], expected: str) -> None:
+    assert problem(**changes) == f"config: {expected}"
+
+
+@pytest.mark.parametrize("given", ["a.jsonl", ["a.jsonl"], {"path": "a.jsonl"}, [{"path": "a.jsonl"}]], ids=str)
+def test_a_path_alone_is_a_source(given: Any) -> None:
+    found = build(tree(data={"train": given, "eval": given})).data
+    assert found.train == found.eval == (Source(path="a.jsonl"),)
+    assert override(build(tree()), {"data.train": given}).data.train == (Source(path="a.jsonl"),)
+
+
+def test_a_path_alone_keeps_no_secret() -> None:
+    assert "has a secret in its address" in problem(data={"train": "s3://key:secret@bucket/a.jsonl"})
 
 
 PATHS_AS_NAMES = ["..", ".", "../x", "/x", "a/b", "a/../../x", "a\\b", "a\n", "", "a.", ".a", "~", "a b\x00"]
@@ -371,16 +410,6 @@ def fields_of(section: type[BaseModel]) -> list[str]:
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
             names.extend(fields_of(field.annotation))
     return names
-
-
-def test_help_lists_every_field_with_its_words_and_default() -> None:
-    text = help_text()
-    words = {line.split()[0].rstrip(":") for line in text.splitlines()}
-    aliases = {"conditions": "and", "origin": "from"}
-    names = {aliases.get(name, name) for name in (*fields_of(Config), *fields_of(Source), *fields_of(Condition))}
-    assert names <= words
-    assert "None [" not in text.replace("[None]", "")
-    assert "rank               Rank r of the update. [16]" in text
 
 
 def test_every_field_is_explained() -> None:

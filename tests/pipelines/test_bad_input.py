@@ -101,6 +101,16 @@ def test_mistakes_in_the_data(case: str, tiny_model: Path, corpus: Path) -> None
     assert all(part in error for part in expected), error
 
 
+@pytest.mark.ray
+@pytest.mark.parametrize("split", ["train", "eval"])
+def test_a_dry_run_ends_with_the_line_of_the_run(split: str, tiny_model: Path, corpus: Path) -> None:
+    with (corpus / f"{split}.jsonl").open("a") as file:
+        file.write(f"{chat('long ' * 99, 'b')}\n" * 3)
+    config = project.write_config(corpus, project.settings(corpus, tiny_model))
+    assert refused(config) == refused(config, "--dry-run")
+    assert refused(config, "--dry-run").startswith(f"data.{split}.0: 3 of ")
+
+
 def test_model_without_weights(tiny_model: Path, corpus: Path) -> None:
     shutil.copytree(tiny_model, corpus / "model")
     (corpus / "model" / "model.safetensors").rename(corpus / "model" / "pytorch_model.bin")

@@ -19,7 +19,6 @@ from olora_ray.tokens import prepare as preparation
 from olora_ray.tokens import ray_map, totals, writer
 from olora_ray.tokens.manifest import shard_name
 from olora_ray.tokens.prepare import prepare
-from olora_ray.tokens.preview import describe
 from olora_ray.tokens.store import TokenStore
 from tests.said import said
 from tests.tokens import helpers
@@ -181,10 +180,11 @@ def test_too_many_bad_rows_stop_the_run_with_counts_and_examples(tmp_path: Path,
     config = helpers.config(tmp_path / "runs", path)
     message = failure(config, tiny_spec)
     assert message.startswith(
-        "data.train: 6 of 96 rows cannot be used, more than data.max_rejected = 0.01 allows"
+        "data.train.0: 6 of 96 rows cannot be used, more than data.max_rejected = 0.01 allows"
         f" (broken_json 1, empty_answer 4, too_long 1); {path}:"
     )
     assert message.count(f"{path}:") == 3
+    assert message.endswith("; mend or remove them, or allow as many with data.max_rejected=0.063")
     [listed] = (tmp_path / "runs/tokens").glob("*/rejected.jsonl")
     entries = [json.loads(line) for line in listed.read_text().splitlines()]
     assert {(entry["line"], entry["reason"]) for entry in entries} == {
@@ -220,11 +220,9 @@ def test_nothing_but_bad_rows(
 ) -> None:
     path = helpers.write_jsonl(tmp_path / "a.jsonl", [row] * 5)
     config = helpers.config(tmp_path / "runs", path, max_rejected=max_rejected)
-    with pytest.raises(UserError, match=rf"data.train: none of the 5 rows can be used \({message}") as caught:
+    with pytest.raises(UserError, match=rf"data.train.0: none of the 5 rows can be used \({message}") as caught:
         prepare(config, tiny_spec, "train")
     assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match=rf"none of the 5 rows that were read can be used \({message}"):
-        describe(config, tiny_spec)
 
 
 def test_the_run_stops_as_soon_as_the_limit_is_passed(
@@ -255,30 +253,6 @@ def test_nothing_held_out(tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
     config = helpers.config(tmp_path / "runs", path, eval_fraction=0.001)
     assert "no row is left for eval (data.eval_fraction = 0.001)" in failure(config, tiny_spec, "eval")
     assert "data.eval: no source is set" in failure(helpers.config(tmp_path, path), tiny_spec, "eval")
-
-
-def test_describe_a_small_corpus_exactly(corpus: Config, tiny_spec: TokenizerSpec, monkeypatch: Any) -> None:
-    monkeypatch.undo()  # one shard, as in real life
-    preview = describe(corpus, tiny_spec)
-    manifest = prepare(corpus, tiny_spec, "train").manifest
-    assert preview.exact
-    assert (preview.rows, preview.packs) == (manifest.rows, manifest.packs)
-    assert (preview.tokens, preview.supervised) == (manifest.tokens, manifest.supervised)
-    assert preview.rejected == manifest.rejected
-    assert helpers.decode(preview.input_ids[preview.mask]).endswith("<|im_end|>")
-    assert preview.origin.startswith(manifest.files[0].rsplit("/", 1)[0])
-
-
-def test_describe_estimates_a_large_corpus_from_a_part(
-    corpus: Config, tiny_spec: TokenizerSpec, monkeypatch: Any
-) -> None:
-    manifest = prepare(corpus, tiny_spec, "train").manifest
-    for limit, all_bytes in ((200, 2**20), (200, 0), (10_000, 0)):
-        monkeypatch.setattr("olora_ray.tokens.preview.SCAN_ALL", all_bytes)
-        preview = describe(corpus, tiny_spec, limit)
-        assert not preview.exact
-        for name in ("rows", "packs", "tokens", "supervised"):
-            assert getattr(preview, name) == pytest.approx(getattr(manifest, name), rel=0.15), (name, limit)
 
 
 def test_reading_needs_no_ray_and_no_transformers() -> None:
@@ -314,7 +288,7 @@ def test_any_number_of_cpus_and_tasks_gives_the_same_bytes(
         assert any("of 12 shards, fill 0.9" in line and "rows/s, ETA" in line for line in lines)
     # Bad input reaches the user as the same one line through Ray's tasks.
     Path(corpus.data.train[0].path).write_text('{"x": 1}\n' * 500)
-    assert failure(corpus, tiny_spec).startswith("data.train: ")
+    assert failure(corpus, tiny_spec).startswith("data.train.0: ")
     Path(corpus.data.train[0].path).rename(tmp_path / "c.jsonl.gz")
     broken = helpers.config(tmp_path / "runs", tmp_path / "c.jsonl.gz", tmp_path / "b.jsonl")
     assert "c.jsonl.gz: not a readable gzip file" in failure(broken, tiny_spec)

@@ -1,8 +1,15 @@
-"""Types of the config's fields that say where something lies."""
+"""Types of single fields: bounds, patterns of names, places."""
 
 from typing import Annotated
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, Field
+
+PositiveInt = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+NAME = r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9_-])?$"
+MODEL_NAME = r"^\w([\w .-]*\w)?$"
+EXPERIMENT = r"^[^\x00-\x1f\x7f]+$"
+Name = Annotated[str, Field(pattern=NAME)]
 
 
 def _straight(place: str) -> str:
