@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 RUN = "olora.run_folder"
 """Tag of a version: the folder of the run that made it."""
 ORIGIN = "olora.retrained_from"
+_CONTINUED = "champion, version "
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,17 @@ def make(config: Config, inputs: Inputs, champion: Version | None) -> Recipe:
         data = config.data.model_copy(update={"train": start.sources})
         wanted = wanted.model_copy(update={"train": train, "data": data})
     name = f"{config.run.name}-{_digest(wanted, inputs)}"
-    origin = f"champion, version {start.version}" if start else "base"
+    origin = f"{_CONTINUED}{start.version}" if start else "base"
     return Recipe(
         wanted.model_copy(update={"run": config.run.model_copy(update={"name": name})}),
         {**inputs.fingerprint.tags(), ORIGIN: origin},
     )
+
+
+def continued_version(version: Version) -> str | None:
+    """The version whose adapter this one continues; None if it was made from the base."""
+    origin = version.tags.get(ORIGIN, "")
+    return origin.removeprefix(_CONTINUED) if origin.startswith(_CONTINUED) else None
 
 
 def _digest(config: Config, inputs: Inputs) -> str:

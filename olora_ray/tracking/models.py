@@ -30,6 +30,7 @@ from olora_ray.tracking import checksums
 from olora_ray.tracking.client import connect, is_unavailable, reachable
 from olora_ray.tracking.run import Tracker
 from olora_ray.tracking.start import resolve_uri
+from olora_ray.tracking.version import name_filter
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -216,7 +217,7 @@ def _what_there_is(client: "MlflowClient", name: str, error: Exception) -> str:
 
     try:
         aliases = client.get_registered_model(name).aliases
-        versions = [str(item.version) for item in client.search_model_versions(f"name = '{name}'")]
+        versions = [str(item.version) for item in client.search_model_versions(name_filter(name))]
     except MlflowException as missing:
         if missing.error_code == "RESOURCE_DOES_NOT_EXIST":
             return f"no model {name!r} is registered in the tracking server"
