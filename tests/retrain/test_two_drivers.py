@@ -3,28 +3,15 @@ the one that it replaces."""
 
 import pytest
 
-from olora_ray.tracking import checksums
 from olora_ray.tracking.aliases import Aliases
-from olora_ray.tracking.client import connect
-from tests import mlflow_database
+from tests import mlflow_database, registered
 from tests.retrain.interleave import Game, Tally, played
 
 
 @pytest.fixture(scope="module")
 def aliases(tmp_path_factory: pytest.TempPathFactory) -> Aliases:
-    """A model with six versions, of one small file each."""
-    storage = mlflow_database.place(tmp_path_factory.mktemp("drivers"))
-    found = Aliases(f"sqlite:///{storage}/mlflow.db", "m")
-    client = connect(found.uri)
-    client.create_registered_model("m")
-    for number in range(6):
-        folder = storage / "files" / str(number)
-        folder.mkdir(parents=True)
-        (folder / "MLmodel").write_text(f"version {number}")
-        text = checksums.of_folders({"": folder})
-        (folder / checksums.FILE).write_text(text)
-        client.create_model_version("m", str(folder), tags={checksums.TAG: checksums.digest(text)})
-    return found
+    """A model with six versions."""
+    return registered.model(mlflow_database.place(tmp_path_factory.mktemp("drivers")), "m", 6)
 
 
 def play(aliases: Aliases, seeds: range) -> Tally:
