@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import replace
+from pathlib import Path
 
 from olora_ray.common import storage
 from olora_ray.common.digests import digest_json
@@ -15,6 +16,8 @@ from olora_ray.pipeline.base import Base, open_base
 from olora_ray.retrain.changes import Inputs
 from olora_ray.retrain.recipe import RUN
 from olora_ray.tokens.prepare import prepare
+from olora_ray.tracking.aliases import Aliases
+from olora_ray.tracking.start import resolve_uri
 from olora_ray.tracking.version import Version
 
 logger = logging.getLogger(__name__)
@@ -51,10 +54,14 @@ def measured(config: Config, inputs: Inputs, versions: list[Version]) -> list[Ro
 def _as_base(config: Config, version: Version) -> tuple[Config, Base]:
     """The config that names a registered version as its model, and that model."""
     name, folder = f"models:/{version.name}/{version.number}", version.tags.get(RUN, "")
-    if storage.is_uri(config.run.storage) and storage.is_uri(folder):
+    fetched = storage.is_uri(config.run.storage) and storage.is_uri(folder)
+    if fetched:
         name = storage.join(folder, "export", "merged")  # each node fetches it by itself
     config = override(config, {"model.name": name, "model.revision": None})
-    return config, open_base(config)
+    base = open_base(config)
+    if fetched:
+        Aliases(resolve_uri(config), version.name).verify_copy(version.number, Path(base.model.folder))
+    return config, base
 
 
 def _same_tokens(bases: list[Base]) -> None:

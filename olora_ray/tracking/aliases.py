@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from olora_ray.common.errors import UserError
@@ -117,6 +118,13 @@ class Aliases:
         with reachable(self.uri, upload=True):
             place = str(self.client.get_model_version_download_uri(self.name, number))
             return checksums.verify(version, place, self.uri)
+
+    def verify_copy(self, number: str, folder: Path) -> None:
+        """Check that a folder here is a copy of a version's merged model; raises UserError if it is not."""
+        version = self.version(number)
+        with reachable(self.uri, upload=True):
+            place = str(self.client.get_model_version_download_uri(self.name, number))
+            checksums.verify_copy(version, place, self.uri, folder)
 
     def promote(
         self, number: str, why: str, tags: Mapping[str, str] | None = None, *, instead_of: str | None = None

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from olora_ray.common.digests import digest_bytes
 from olora_ray.common.errors import UserError
 from olora_ray.tracking import checksums, registry_lock
 from olora_ray.tracking.aliases import GATE, MOVING, Aliases, Overtaken
@@ -210,6 +211,63 @@ def test_a_decision_against_another_champion_is_not_carried_out(database: Path) 
     with pytest.raises(Overtaken, match="version 2 was promoted or rolled back by hand"):
         aliases.promote("2", "passed", instead_of="1")
     assert aliases.current() == {"champion": "1"}
+
+
+def test_a_version_that_has_more_files_than_it_was_registered_with_is_never_promoted(database: Path) -> None:
+    aliases = registered.model(database, "added", 2)
+    aliases.promote("1", "passed")
+    folder = files_of(aliases, "2")
+    for name in ("model/adapter_config.json", "adapter_config.json", "model.safetensors", ".hidden"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("{}")
+        with pytest.raises(UserError, match=f"added version 2: {name} was added since it was registered"):
+            aliases.promote("2", "passed")
+        (folder / name).unlink()
+    (folder / "link").symlink_to("/tmp")
+    with pytest.raises(UserError, match="link was added"):
+        aliases.promote("2", "passed")
+    (folder / "link").unlink()
+    (folder / "registered_model_meta").write_text("MLflow's own")
+    aliases.promote("2", "passed")
+
+
+FOREIGN = [
+    b"\xff\xfe",
+    b"[]",
+    b"7",
+    b'{"files": []}',
+    b'{"files": {"a": 7}}',
+    b'{"files": {"../a": {}}}',
+    b"[" * 99_999,
+]
+
+
+def test_checksums_that_are_none_are_one_line(database: Path) -> None:
+    aliases = registered.model(database, "no-list", 1)
+    for content in FOREIGN:
+        (files_of(aliases, "1") / checksums.FILE).write_bytes(content)
+        aliases.client.set_model_version_tag("no-list", "1", checksums.TAG, digest_bytes(content))
+        with pytest.raises(UserError, match=r"^no-list version 1: checksums\.json is no list of files"):
+            aliases.verify("1")
+
+
+def test_files_that_are_reached_through_mlflow_are_listed_and_checked_like_those_on_a_disk(database: Path) -> None:
+    aliases = registered.model(database, "remote", 1)
+    folder, version = files_of(aliases, "1"), aliases.version("1")
+    elsewhere = f"file:{folder}"  # an address to this project, which does not take it for a folder
+    assert checksums.verify(version, elsewhere, aliases.uri) == 1
+    (folder / "model" / "inner").mkdir(parents=True)
+    (folder / "model" / "inner" / "weights.bin").write_text("")
+    with pytest.raises(UserError, match=r"remote version 1: model/inner/weights\.bin was added"):
+        checksums.verify(version, elsewhere, aliases.uri)
+
+
+def test_the_copy_of_a_version_is_checked(database: Path, tmp_path: Path) -> None:
+    aliases = registered.model(database, "copied", 1)
+    aliases.verify_copy("1", tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="copied version 1: .* was added"):
+        aliases.verify_copy("1", tmp_path)
 
 
 @pytest.mark.parametrize("spoil", ["content", "missing", "checksums"])
