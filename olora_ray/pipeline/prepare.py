@@ -4,6 +4,7 @@ import logging
 
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.config.schema import Config
+from olora_ray.pipeline import answers
 from olora_ray.pipeline.base import Base
 from olora_ray.pipeline.connection import user_errors
 from olora_ray.tokens.prepare import StoreBuild, begin, prepare
@@ -27,6 +28,7 @@ def prepare_tokens(
         if wait:
             build.run(cpus_held)
         held_out = prepare(config, base.spec, "eval") if config.data.holds_out() else None
+        answers.check(config, held_out, base.tokenizer)
         if not wait and (build.complete or build.small):
             build.run()
         elif not wait:

@@ -44,9 +44,10 @@ def run(config: Config, tags: Mapping[str, str] | None = None) -> dict[str, Any]
             with tracked(spec, folder) as tracker:
                 result = result or fit.train(spec, folder, build, tracker, stop)
                 parity = export.run_export(spec, folder, result)
-                version = publish.publish(spec, folder, tracker, result, parity, tags or {})
                 answers = answered(result, base.tokenizer)
-                published = publish.finish(spec, tracker, result, answers, parity, version)
+                scores = publish.log_results(spec, tracker, result, answers)
+                version = publish.publish(spec, folder, tracker, result, parity, tags or {})
+                published = publish.finish(spec, tracker, result, scores, parity, version)
             folder.write_result(published.result)  # nothing is left to be logged
             report.finished(config, folder, result, answers, published)
     return published.result

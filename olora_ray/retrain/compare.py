@@ -9,11 +9,14 @@ from olora_ray.common.digests import digest_json
 from olora_ray.common.errors import UserError
 from olora_ray.config.load import override
 from olora_ray.config.schema import Config
+from olora_ray.evaluation.groups import group_numbers
 from olora_ray.evaluation.held_out import measure
 from olora_ray.evaluation.rows import RowResults
 from olora_ray.pipeline import connection
 from olora_ray.pipeline.base import Base, open_base
+from olora_ray.retrain import known_files
 from olora_ray.retrain.changes import Inputs
+from olora_ray.retrain.gate import HeldOut
 from olora_ray.retrain.recipe import RUN
 from olora_ray.tokens.prepare import prepare
 from olora_ray.tracking.aliases import Aliases
@@ -21,6 +24,17 @@ from olora_ray.tracking.start import resolve_uri
 from olora_ray.tracking.version import Version
 
 logger = logging.getLogger(__name__)
+
+
+def about_rows(config: Config, inputs: Inputs, rows: RowResults, champion: Version | None) -> HeldOut:
+    """The groups of the held-out rows, and those that the champion was not trained on."""
+    groups = group_numbers(config.gate.group, inputs.held_out, rows.origins)
+    if champion is None:
+        return HeldOut(groups)
+    files = known_files.unseen(config, inputs.held_out, known_files.of_version(config, champion))
+    if files is None:
+        return HeldOut(groups)
+    return HeldOut(groups, [row for row, (file, _) in enumerate(rows.origins) if file in files])
 
 
 class NotComparable(UserError):
@@ -85,5 +99,5 @@ def _note(config: Config, inputs: Inputs, version: Version) -> str:
 def _read(note: str) -> RowResults | None:
     try:
         return RowResults.from_json(storage.read_text(note))
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None  # not there, damaged, or of an older release

@@ -77,7 +77,7 @@ def _unchanged(config: Config, done: Version, champion: str | None) -> None:
     which = "the champion" if done.number == champion else done.tags[GATE]
     reason = f"nothing changed since version {done.number} of {done.name} ({which})"
     logger.info(reason)
-    decision_run.write(config, Entry("unchanged", reason, champion=champion))
+    decision_run.unchanged(config, Entry("unchanged", reason, champion=champion))
 
 
 def _what_changed(inputs: Inputs, champion: Version | None) -> str:
@@ -108,4 +108,5 @@ def _decide(config: Config, inputs: Inputs, challenger: Version, champion: Versi
         ours, *theirs = compare.measured(config, inputs, [challenger, *([champion] if champion else [])])
     except compare.NotComparable as error:
         return Decision(False, f"{error}; promote it by hand if it is good", {})
-    return gate.decide(config.gate, ours, theirs[0] if theirs else None)
+    about = compare.about_rows(config, inputs, ours, champion)
+    return gate.decide(config.gate, ours, theirs[0] if theirs else None, about)

@@ -266,7 +266,7 @@ def test_the_copy_of_a_version_is_checked(database: Path, tmp_path: Path) -> Non
     aliases = registered.model(database, "copied", 1)
     aliases.verify_copy("1", tmp_path)
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(UserError, match="copied version 1: .* was added"):
+    with pytest.raises(UserError, match="copied version 1"):
         aliases.verify_copy("1", tmp_path)
 
 
