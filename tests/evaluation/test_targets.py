@@ -129,3 +129,10 @@ def test_an_empty_run_and_a_wrong_name_are_one_line(tmp_path: Path, case: export
         targets.resolve(mine.folder(), mine)
     with pytest.raises(UserError, match="no such file or folder"):
         targets.resolve("./nowhere", mine)
+
+
+@pytest.mark.parametrize("name", ["s3://a/../b", "gs://../b", "s3://a/..?region=x", "nothing://a/b", "file://x y"])
+def test_an_address_that_cannot_be_looked_at_is_one_line(name: str) -> None:
+    for look in (lambda: targets.settings([name], None, {}), lambda: targets.kind_of(name)):
+        with pytest.raises(UserError, match=r"'\.\.'|cannot be looked at"):
+            look()
