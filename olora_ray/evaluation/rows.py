@@ -78,8 +78,13 @@ class RowResults:
             name: {place[row]: value for row, value in found.items() if row in place}
             for name, found in self.scores.items()
         }
-        tokens, losses = (tuple(each[row] for row in rows) for each in (self.tokens, self.losses))
-        return RowResults(self.data, tokens, losses, scores, tuple(self.origins[row] for row in rows))
+        return RowResults(
+            self.data,
+            tuple(self.tokens[row] for row in rows),
+            tuple(self.losses[row] for row in rows),
+            scores,
+            tuple(self.origins[row] for row in rows),
+        )
 
     def to_json(self) -> str:
         """The results as JSON text."""

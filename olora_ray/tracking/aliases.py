@@ -63,8 +63,9 @@ class Move:
         if not isinstance(tree, dict):
             raise ValueError("not a move")
         tags, was, previous = tree.get("tags"), tree.get("was"), tree.get("previous")
-        whole = isinstance(tags, dict) and all(isinstance(each, dict) for each in tags.values())
-        if not whole or not isinstance(was, dict | None) or not isinstance(tree.get("champion"), str):
+        if not isinstance(tags, dict) or not all(isinstance(each, dict) for each in tags.values()):
+            raise ValueError("not a move")
+        if not isinstance(was, dict | None) or not isinstance(tree.get("champion"), str):
             raise ValueError("not a move")
         texts = {str(number): {str(key): str(text) for key, text in each.items()} for number, each in tags.items()}
         return cls(tree["champion"], None if previous is None else str(previous), texts, was)

