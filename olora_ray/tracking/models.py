@@ -28,6 +28,7 @@ from olora_ray.common.errors import UserError, first_line
 from olora_ray.common.fault_points import reached
 from olora_ray.config.evaluation import AnyConfig
 from olora_ray.tracking import checksums
+from olora_ray.tracking.aliases import CHAMPION, Aliases
 from olora_ray.tracking.client import connect, is_unavailable, reachable
 from olora_ray.tracking.run import Tracker
 from olora_ray.tracking.start import resolve_uri
@@ -78,8 +79,12 @@ def register(
         client.set_logged_model_tags(model.model_id, {"mlflow.model.versions": versions})  # the page's link
     for key, text in texts.items():
         client.set_model_version_tag(name, found.version, key, text)
-    client.set_registered_model_alias(name, alias, str(found.version))
-    return int(found.version)
+    number = str(found.version)
+    if alias == CHAMPION:  # `previous` follows, and a gate that decides now decides again
+        Aliases(tracker.uri, name).promote(number, "registered with registry.alias=champion")
+    else:
+        client.set_registered_model_alias(name, alias, number)
+    return int(number)
 
 
 def log_model(tracker: Tracker, merged: Path, tags: Mapping[str, object], *, base_name: str = "") -> str:

@@ -15,6 +15,15 @@ def score(prediction, reference):
     return {"same": 1.0}
 """
 
+MENDED = """
+calls = 0
+
+def score(prediction, reference):
+    global calls
+    calls += 1  # six references, then six answers of the base model, then six of the tuned one
+    return {"same": prediction == reference} | ({"late": 1.0} if calls > 12 else {})
+"""
+
 
 @pytest.mark.ray
 def test_a_scorer_that_fails_leaves_no_version_and_no_training_is_repeated(tiny_model: Path, corpus: Path) -> None:
@@ -28,9 +37,11 @@ def test_a_scorer_that_fails_leaves_no_version_and_no_training_is_repeated(tiny_
     assert "Traceback" not in failed.stdout + failed.stderr
     client = MlflowClient(f"sqlite:///{corpus}/runs/mlflow.db")
     assert client.search_registered_models() == []
-    (corpus / "mine.py").write_text("def score(prediction, reference):\n    return {'same': prediction == reference}\n")
+    (corpus / "mine.py").write_text(MENDED)
     done = project.finetune(file, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "training was finished before, at step 6" in done.stdout
     result = json.loads((corpus / "runs" / "small" / "result.json").read_text())
-    assert (result["registered"]["version"], set(result["scores"]["after"])) == (1, {"same"})
+    assert (result["registered"]["version"], set(result["scores"]["after"])) == (1, {"same", "late"})
+    assert set(result["scores"]["before"]) == {"same"}
+    assert "held-out late: 1.000 after (6 rows)" in done.stdout

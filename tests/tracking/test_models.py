@@ -7,6 +7,7 @@ import torch
 
 from olora_ray.common.errors import UserError
 from olora_ray.tracking import checksums, models, run
+from olora_ray.tracking.aliases import Aliases
 from olora_ray.tracking.start import start_run
 from tests import mlflow_database, tiny
 from tests.export_parts import Case, logits
@@ -130,6 +131,16 @@ def test_another_run_gives_another_version(registered: run.Tracker, tracker: run
     client = tracker.client()
     assert int(client.get_model_version_by_alias("triage", "second").version) == version
     assert int(client.get_model_version_by_alias("triage", "candidate").version) == 1
+
+
+def test_a_version_that_is_registered_as_champion_takes_over_as_by_a_promotion(
+    registered: run.Tracker, tracker: run.Tracker, merged: Path
+) -> None:
+    for place, one in enumerate((registered, tracker), 1):
+        assert models.register(one, merged, "direct", "champion", TAGS) == place
+    assert Aliases(tracker.uri, "direct").current() == {"champion": "2", "previous": "1"}
+    assert models.register(tracker, merged, "direct", "champion", TAGS) == 2
+    assert Aliases(tracker.uri, "direct").current() == {"champion": "2", "previous": "1"}, "repeating changes nothing"
 
 
 def test_logging_without_registering(tracker: run.Tracker, merged: Path) -> None:
