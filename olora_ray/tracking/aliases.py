@@ -15,13 +15,14 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from olora_ray.common.errors import UserError
 from olora_ray.tracking import checksums, registry_lock
+from olora_ray.tracking.alias_move import Move
 from olora_ray.tracking.client import connect, is_unavailable, reachable
 from olora_ray.tracking.registry_lock import RegistryLock
 from olora_ray.tracking.version import Version, name_filter
@@ -41,34 +42,6 @@ logger = logging.getLogger(__name__)
 
 class Overtaken(Exception):
     """The registry is no longer what a decision was made on."""
-
-
-@dataclass(frozen=True)
-class Move:
-    """All that one move of the aliases writes."""
-
-    champion: str
-    """Version that becomes the champion."""
-    previous: str | None
-    """Version that becomes `previous`; None: there is none any more."""
-    tags: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-    """Version -> tags it gets."""
-    was: Mapping[str, str] | None = None
-    """The aliases before; None: not known, the move was announced by an older release."""
-
-    @classmethod
-    def from_json(cls, text: str) -> "Move":
-        """Read a MOVING tag; raises ValueError for anything else."""
-        tree = json.loads(text)
-        if not isinstance(tree, dict):
-            raise ValueError("not a move")
-        tags, was, previous = tree.get("tags"), tree.get("was"), tree.get("previous")
-        if not isinstance(tags, dict) or not all(isinstance(each, dict) for each in tags.values()):
-            raise ValueError("not a move")
-        if not isinstance(was, dict | None) or not isinstance(tree.get("champion"), str):
-            raise ValueError("not a move")
-        texts = {str(number): {str(key): str(text) for key, text in each.items()} for number, each in tags.items()}
-        return cls(tree["champion"], None if previous is None else str(previous), texts, was)
 
 
 class Aliases:
