@@ -268,15 +268,19 @@ class Gate(Section):
     metric: str = "eval/loss"
     """Metric of the comparison: eval/loss, eval/perplexity (lower is better) or eval/NAME of a score (higher)."""
     must_improve_by: float = 0.0
-    """Smallest improvement that passes; 0: at least as good; negative: may be worse by that much."""
+    """Improvement that must be exceeded, surely (see confident); negative: may be worse by that much."""
     conditions: Annotated[tuple[Condition, ...], Field(alias="and")] = ()
     """Further conditions {metric: ..., at_least: ...} or at_most, on the new version alone."""
     on: Literal["held-out"] = "held-out"
     """Rows on which both are measured: those of data.eval or data.eval_fraction."""
+    group: str | None = None
+    """Column (or field) that the rows of one document or customer share; @file: all rows of a file; null: none."""
+    min_rows: Annotated[int, Field(ge=2)] = 20
+    """Fewest independent held-out rows (groups, with `group`) on which a champion is replaced."""
     level: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.95
     """Confidence of the bootstrap interval of the improvement."""
-    confident: bool = False
-    """Whether the lower end of that interval, too, must reach must_improve_by."""
+    confident: bool = True
+    """true: the lower end of that interval must lie above must_improve_by; false: its middle must reach that."""
 
 
 class Retrain(Section):

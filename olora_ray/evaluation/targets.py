@@ -18,7 +18,7 @@ from typing import Any, Literal
 from olora_ray.adapter import export
 from olora_ray.adapter.factors import AdapterWeights
 from olora_ray.common import storage
-from olora_ray.common.errors import UserError
+from olora_ray.common.errors import UserError, as_user_error
 from olora_ray.config import paths
 from olora_ray.config.evaluation import AnyConfig, EvaluationConfig
 from olora_ray.config.load import build, load, override, validated
@@ -81,9 +81,12 @@ def _refuse_nowhere(name: str) -> None:
 
 
 def run_of(name: str) -> str | None:
-    """The folder of the run that a run, checkpoint or export belongs to; None if it belongs to none."""
+    """The folder of the run that a run, checkpoint or export belongs to; None if it belongs to none.
+
+    Raises UserError for an address that cannot be looked at.
+    """
     place = _absolute(name)
-    if not place or not storage.exists(place):
+    if not place or not _readable(name, place):
         return None
     for folder in (place, place.rsplit("/", 2)[0]):
         if _exists(folder, SETTINGS) and (_exists(folder, "checkpoints") or _exists(folder, "export")):
@@ -114,7 +117,7 @@ def resolve(name: str, shared: AnyConfig) -> Target:
 def kind_of(name: str) -> Kind:
     """The kind of model that a name means, by the files that lie there."""
     place = _absolute(name)
-    if not place:
+    if not place or not _readable(name, place):
         return "model"
     if _exists(place, checkpoint.MANIFEST) and _exists(place, checkpoint.ADAPTER):
         return "checkpoint"
@@ -185,6 +188,14 @@ def _absolute(name: str) -> str:
     if name.startswith(("models:/", "package://", "hf://")):
         return ""
     return paths.absolute(name, Path.cwd()).rstrip("/")
+
+
+def _readable(name: str, place: str) -> bool:
+    """Whether something is there; raises UserError if the storage does not say."""
+    if storage.is_uri(place) and ".." in place.partition("?")[0].split("/"):
+        raise UserError(f"{name}: a URI cannot go up with '..'; write the address without it")
+    with as_user_error(f"{name}: cannot be looked at", OSError, ValueError):
+        return storage.exists(place)
 
 
 def _exists(folder: str, name: str) -> bool:

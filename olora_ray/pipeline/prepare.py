@@ -8,6 +8,7 @@ from olora_ray.common import storage
 from olora_ray.common.digests import digest
 from olora_ray.common.errors import UserError, short_reason
 from olora_ray.config.schema import Config
+from olora_ray.pipeline import answers
 from olora_ray.pipeline.base import Base
 from olora_ray.pipeline.connection import user_errors
 from olora_ray.tokens.prepare import StoreBuild, begin, plan_here
@@ -41,13 +42,14 @@ def prepare_tokens(
             build.run(cpus_held)
         if other:
             other.run()
+        held_out = TokenStore.open(other.store.uri) if other else None
+        answers.check(config, held_out, base.tokenizer)
         if not wait and (build.complete or build.small):
             build.run()
         elif not wait:
             logger.info("tokens: train: in the making; training starts with the first shards")
             build.start(config.cluster.max_workers() * config.cluster.cpus_per_worker)
     store = TokenStore.open(build.store.uri) if wait else build.store
-    held_out = TokenStore.open(other.store.uri) if other else None
     return TrainSpec(config, base.model, base.spec.digest, base.eos, store, held_out, start), build
 
 

@@ -87,7 +87,8 @@ def _summary(
     if evaluated:
         lines.append(f"held-out loss: {evaluated[0]:.4f} before, {state.best_loss:.4f} after (step {state.best_step})")
     for name, value in scores.get("after", {}).items():
-        lines.append(f"held-out {name}: {scores['before'][name]:.3f} before, {value:.3f} after ({len(answers)} rows)")
+        before = f"{scores['before'][name]:.3f} before, " if name in scores["before"] else ""
+        lines.append(f"held-out {name}: {before}{value:.3f} after ({len(answers)} rows)")
     lines += [f"adapter (PEFT, vLLM): {folder.adapter}", f"merged model:         {folder.merged}"]
     return lines + next_steps(published.result, published.page)
 

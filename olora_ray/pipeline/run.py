@@ -60,10 +60,11 @@ def _run(config: Config, folder: RunFolder, driver: Driver, tags: Mapping[str, s
             with tracked(spec, folder) as tracker:
                 result = result or fit.train(spec, folder, build, tracker, stop)
                 parity = export.run_export(spec, folder, result)
+                answers = answered(result, base.tokenizer)
+                scores = publish.log_results(spec, tracker, result, answers)
                 driver.check()
                 version = publish.publish(spec, folder, tracker, result, parity, tags)
-                answers = answered(result, base.tokenizer)
-                published = publish.finish(spec, tracker, result, answers, parity, version)
+                published = publish.finish(spec, tracker, result, scores, parity, version)
                 driver.check()
             folder.write_result(published.result)  # nothing is left to be logged
             report.finished(config, folder, result, answers, published)

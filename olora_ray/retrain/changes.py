@@ -23,6 +23,8 @@ class Inputs:
     base: Base
     plan: Plan
     """Of the training data."""
+    held_out: Plan
+    """Of the held-out rows."""
     fingerprint: Fingerprint
 
 
@@ -35,8 +37,9 @@ def look(config: Config) -> Inputs:
         raise UserError("data.eval: retraining compares with the champion on held-out rows; set it, or eval_fraction")
     base = open_base(config)
     plan = prepare.plan_here(config, base.spec, "train")
-    held_out = prepare.plan_here(config, base.spec, "eval").digest()
-    return Inputs(base, plan, Fingerprint(base.model.digest, plan.digest(), held_out, settings_digest(config)))
+    held_out = prepare.plan_here(config, base.spec, "eval")
+    made_of = Fingerprint(base.model.digest, plan.digest(), held_out.digest(), settings_digest(config))
+    return Inputs(base, plan, held_out, made_of)
 
 
 def find_decision(versions: Sequence[Version], champion: Version | None, now: Fingerprint) -> Version | None:

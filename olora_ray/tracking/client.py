@@ -54,7 +54,9 @@ def check(uri: str) -> None:
         _ask(uri)
     except ModuleNotFoundError as error:
         raise UserError(f"tracking.uri={shown_uri(uri)}: needs the Python package {error.name}") from None
-    except (MlflowException, SQLAlchemyError, OSError, sqlite3.Error) as error:
+    except UserError:
+        raise
+    except (MlflowException, SQLAlchemyError, OSError, sqlite3.Error, ValueError) as error:  # [::1 is a ValueError
         kind = TrackingUnavailable if is_unavailable(error) else UserError
         raise kind(f"tracking.uri={shown_uri(uri)}: {_reason(uri, error)}") from None
 

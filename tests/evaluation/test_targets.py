@@ -150,3 +150,10 @@ def test_a_name_that_may_lead_somewhere_is_not_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     targets._refuse_nowhere(name)
+
+
+@pytest.mark.parametrize("name", ["s3://a/../b", "gs://../b", "s3://a/..?region=x", "nothing://a/b", "file://x y"])
+def test_an_address_that_cannot_be_looked_at_is_one_line(name: str) -> None:
+    for look in (lambda: targets.settings([name], None, {}), lambda: targets.kind_of(name)):
+        with pytest.raises(UserError, match=r"'\.\.'|cannot be looked at"):
+            look()

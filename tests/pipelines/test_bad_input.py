@@ -55,6 +55,10 @@ CONFIG_MISTAKES = {
     "too many workers": (change("cluster", "cpus_per_worker", 64), ["cluster.workers=2", "the cluster has"]),
     "rank too large": (change("adapter", "rank", 65), ["adapter.rank=65", "64 x 64"]),
     "unknown target": (change("adapter", "targets", ["qkv"]), ["'qkv'", "q_proj"]),
+    "references no scorer can read": (
+        change("evaluation", "scorer", "json_fields"),
+        ["eval.jsonl:1: evaluation.scorer: json_fields needs a JSON object as the reference, not '101'"],
+    ),
     "unknown scorer": (change("evaluation", "scorer", "bleurt"), ["evaluation.scorer", "bleurt", "exact_match"]),
 }
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from olora_ray.adapter.factors import AdapterWeights, Factors
+from olora_ray.common.errors import UserError
 from olora_ray.config.load import build, dump, override
 from olora_ray.config.schema import Config
 from olora_ray.data.tokenize import TokenizerSpec
@@ -85,7 +86,8 @@ def write(file: Path) -> None:
 def inputs(config: Config) -> Inputs:
     plan = prepare.plan_here(config, SPEC, "train")
     made_of = Fingerprint("base", plan.digest(), "held", settings_digest(config))
-    return Inputs(Base(BaseModel("m", "", "base"), None, SPEC, ()), plan, made_of)
+    held_out = prepare.plan_here(config, SPEC, "eval") if config.data.holds_out() else plan
+    return Inputs(Base(BaseModel("m", "", "base"), None, SPEC, ()), plan, held_out, made_of)
 
 
 def champion_of(config: Config, folder: Path, **identity: str) -> Version:
@@ -164,14 +166,23 @@ def test_a_file_that_moved_is_known_and_one_that_has_grown_is_new(config: Config
     assert again.only == (f"{tmp_path}/chats/z.jsonl",)
 
 
-def test_rows_that_the_champion_may_have_seen_are_warned_of(config: Config, tmp_path: Path) -> None:
+def test_where_all_held_out_rows_may_have_been_trained_on_nothing_is_trained(config: Config, tmp_path: Path) -> None:
     drawn = override(config, {"data.eval_fraction": 0.2})
     champion = champion_of(drawn, tmp_path / "run")
     write(tmp_path / "chats" / "c.jsonl")
     assert "warning" not in made(drawn, champion)[1]
     with (tmp_path / "chats" / "b.jsonl").open("a") as file:
         file.write('{"text": "more"}\n')
-    assert "warning: data.eval_fraction: a file of the champion's" in made(drawn, champion)[1]
+    found, said = made(drawn, champion)
+    assert "warning: data.eval_fraction: version 1, the champion, may have been trained on rows" in said
+    assert "the gate compares on those of 2 unchanged files only" in said
+    assert "is not continued, it may have been trained on rows that are held out now" in said
+    assert found.config.train.start is None, "what it has seen does not pass on to its child"
+    for changed in ({"run.seed": 5}, {"data.eval_fraction": 0.3}):
+        with pytest.raises(UserError, match=r"run\.seed or the fraction has changed .* set data\.eval, or add files"):
+            made(override(drawn, changed), champion)
+    with pytest.raises(UserError, match="no row is left to compare on"):
+        made(drawn, version(1, Fingerprint("base", "unheard of", "held", "s")))
 
 
 def test_the_champions_run_is_found_where_the_storage_lies_now(config: Config, tmp_path: Path) -> None:
