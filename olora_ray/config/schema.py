@@ -83,6 +83,16 @@ class Source(Section):
     """Times each row is used per epoch: 1 once, 2 twice, 0.5 every second row."""
     only: tuple[str, ...] = ()
     """Files of a folder or glob to use, by their full paths or URIs; empty: all."""
+    chat: Literal["auto"] | bool = "auto"
+    """Whether prompt_completion rows are chats; auto: where the model has a chat template; else joined as they are."""
+
+    @model_validator(mode="after")
+    def _chat_fits_the_format(self) -> "Source":
+        if self.format == "text" and self.chat is True:
+            raise ValueError("chat: rows of format text have no question; use prompt_completion")
+        if self.format not in ("text", "prompt_completion") and self.chat is False:
+            raise ValueError(f"chat: rows of format {self.format} are chats; use prompt_completion to join texts")
+        return self
 
 
 class Data(Section):
@@ -98,6 +108,8 @@ class Data(Section):
     """Most tokens per sequence; a longer example is rejected, longer plain text is cut in pieces."""
     packing: bool = True
     """Put several examples in one sequence; attention stays within each example."""
+    last_turn_only: bool = False
+    """Train on the last answer of each chat only; the earlier ones are its context."""
     max_rejected: Annotated[float, Field(ge=0.0, le=1.0)] = 0.01
     """Stop when more than this share of the rows cannot be used."""
 

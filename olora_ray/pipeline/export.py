@@ -16,6 +16,8 @@ from olora_ray.common.errors import UserError
 from olora_ray.common.quiet import quiet_transformers
 from olora_ray.config.schema import Config
 from olora_ray.data import chat_template
+from olora_ray.data.tokenize import adds_begin_token
+from olora_ray.model.load import load_tokenizer
 from olora_ray.model.source import BaseModel, on_this_node, parameters
 from olora_ray.pipeline.connection import user_errors
 from olora_ray.pipeline.run_folder import RunFolder
@@ -81,7 +83,7 @@ def export_run(spec: TrainSpec, folder: RunFolder, step: int) -> dict[str, Any]:
         name = found.folder if storage.is_uri(found.name) or found.name.startswith("models:/") else found.name
         export.write_adapter(best, config.adapter, name, adapter_folder, transposed=transposed)
         export.write_merged(base, best, config.adapter.scale(), merged_folder, transposed=transposed)
-        _give_template(config, merged_folder)
+        _give_template(config, found, merged_folder)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         parity = measure_parity(
             base,
@@ -101,11 +103,14 @@ def export_run(spec: TrainSpec, folder: RunFolder, step: int) -> dict[str, Any]:
     return measured
 
 
-def _give_template(config: Config, merged: Path) -> None:
+def _give_template(config: Config, base: BaseModel, merged: Path) -> None:
     """A base without a chat template was trained with the default one: its users need it too."""
-    chats = any(source.format not in ("text", "prompt_completion") for source in config.data.train)
+    chats = any(
+        source.format not in ("text", "prompt_completion") or source.chat is True for source in config.data.train
+    )
     if chats and not models.has_chat_template(merged):
-        (merged / "chat_template.jinja").write_text(chat_template.DEFAULT, encoding="utf-8")
+        template = chat_template.default(adds_begin_token(load_tokenizer(base, config.model)))
+        (merged / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
 def _parity_dtype(base: BaseModel, device: torch.device) -> torch.dtype:

@@ -1,5 +1,6 @@
 """Preview of a token store for --dry-run, from the first rows of the data and without Ray."""
 
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,9 +13,11 @@ from olora_ray.config.schema import Config
 from olora_ray.data.scan import FileScan, head, scan
 from olora_ray.data.sources import File, total_bytes
 from olora_ray.data.tokenize import TokenizerSpec
-from olora_ray.tokens import manifest
+from olora_ray.tokens import manifest, notes
 from olora_ray.tokens import shard as shards
 from olora_ray.tokens.plan import Plan, make_plan, sample, sources_of
+
+logger = logging.getLogger(__name__)
 
 SCAN_ALL = 64 * 2**20
 """Bytes up to which all files are scanned; of larger data only the start of a few files is read."""
@@ -49,8 +52,12 @@ def describe(config: Config, spec: TokenizerSpec, limit: int = 2000) -> Preview:
     """Preview the training data from about `limit` rows, without Ray; raises UserError."""
     look = _Look(config)
     plan = make_plan(config, spec, "train", look)
+    for line in notes.form_lines(plan):
+        logger.info(line)
     part = sample(plan, limit)
     shard = shards.build(part, 0)
+    for line in notes.lines(shard.notes):
+        logger.info(f"of the rows that were read, {line}")
     if not shard.examples:
         counts = ", ".join(f"{reason} {count:,}" for reason, count in _reasons(shard).items())
         first = "".join(f"; {e['file']}:{e['line']}: {e['reason']}: {e['message']}" for e in shard.rejected[:1])

@@ -17,7 +17,7 @@ from pyarrow import parquet
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Source
 from olora_ray.data import reader, scan, sources
-from olora_ray.data.formats import Rejected
+from olora_ray.data.example import Rejected
 from olora_ray.data.tokenize import TokenizerSpec
 from olora_ray.tokens.prepare import prepare
 from tests.tokens import helpers
