@@ -83,7 +83,7 @@ def export_run(spec: TrainSpec, folder: RunFolder, step: int) -> dict[str, Any]:
         name = found.folder if storage.is_uri(found.name) or found.name.startswith("models:/") else found.name
         export.write_adapter(best, config.adapter, name, adapter_folder, transposed=transposed)
         export.write_merged(base, best, config.adapter.scale(), merged_folder, transposed=transposed)
-        _give_template(config, found, merged_folder)
+        give_template(config, found, merged_folder)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         parity = measure_parity(
             base,
@@ -103,7 +103,7 @@ def export_run(spec: TrainSpec, folder: RunFolder, step: int) -> dict[str, Any]:
     return measured
 
 
-def _give_template(config: Config, base: BaseModel, merged: Path) -> None:
+def give_template(config: Config, base: BaseModel, merged: Path) -> None:
     """A base without a chat template was trained with the default one: its users need it too."""
     chats = any(
         source.format not in ("text", "prompt_completion") or source.chat is True for source in config.data.train
