@@ -1,8 +1,4 @@
-"""Every setting of a run: frozen, typed, validated once.
-
-`load` reads a YAML file, `override` applies dotted assignments to a config (the command line, Tune
-and tests all use it), `flatten` gives the dotted form back. Nothing here imports what it configures.
-"""
+"""Every setting of a run: frozen, typed, validated once; nothing here imports what it configures."""
 
 import re
 from typing import Annotated, Any, Literal, TypeVar
@@ -88,10 +84,9 @@ class Source(Section):
 
     @model_validator(mode="after")
     def _chat_fits_the_format(self) -> "Source":
-        if self.format == "text" and self.chat is True:
-            raise ValueError("chat: rows of format text have no question; use prompt_completion")
-        if self.format not in ("text", "prompt_completion") and self.chat is False:
-            raise ValueError(f"chat: rows of format {self.format} are chats; use prompt_completion to join texts")
+        if self.format != "prompt_completion" and self.chat is (self.format == "text"):
+            what = "no chats" if self.chat else "chats"
+            raise ValueError(f"chat: rows of format {self.format} are {what}; prompt_completion leaves the choice")
         return self
 
 

@@ -74,8 +74,8 @@ def test_formats_that_leave_no_choice_say_nothing_and_take_none() -> None:
 @pytest.mark.parametrize(
     ("format", "chat", "message"),
     [
-        ("text", True, "rows of format text have no question; use prompt_completion"),
-        ("alpaca", False, "rows of format alpaca are chats; use prompt_completion to join texts"),
+        ("text", True, "rows of format text are no chats; prompt_completion leaves the choice"),
+        ("alpaca", False, "rows of format alpaca are chats; prompt_completion leaves the choice"),
         ("messages", False, "rows of format messages are chats"),
         ("prompt_completion", "sometimes", "chat"),
     ],

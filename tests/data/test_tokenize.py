@@ -79,6 +79,11 @@ def test_a_template_that_does_not_continue_its_generation_prompt_refuses_the_row
         tokenizer(THINKS)(chat("hi", "hello"))
 
 
+def test_a_generation_prompt_that_begins_the_reasoning_is_continued_by_it() -> None:
+    [tokens] = tokenizer(THINKS)(chat("hi", "<think>why</think>hello"))
+    assert marked(tokens).endswith("<|im_start|>assistant\n<think>[[why</think>hello<|im_end|>]]\n")
+
+
 @pytest.mark.parametrize("code", ["{{ 1 / 0 }}", "{{ messages.nothing.there }}", "{{ f(1) }}", "{{ messages[0] + 1 }}"])
 def test_whatever_a_template_raises_is_a_rejected_row(code: str) -> None:
     macro = "{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}"
