@@ -1,8 +1,4 @@
-"""Every setting of a run: frozen, typed, validated once.
-
-`load` reads a YAML file, `override` applies dotted assignments to a config (the command line, Tune
-and tests all use it), `flatten` gives the dotted form back. Nothing here imports what it configures.
-"""
+"""Every setting of a run: frozen, typed, validated once; nothing here imports what it configures."""
 
 import re
 from typing import Annotated, Any, Literal
@@ -69,6 +65,15 @@ class Source(Section):
     """Times each row is used per epoch: 1 once, 2 twice, 0.5 every second row."""
     only: tuple[str, ...] = ()
     """Files of a folder or glob to use, by their full paths or URIs; empty: all."""
+    chat: Literal["auto"] | bool = "auto"
+    """Whether prompt_completion rows are chats; auto: where the model has a chat template; else joined as they are."""
+
+    @model_validator(mode="after")
+    def _chat_fits_the_format(self) -> "Source":
+        if self.format != "prompt_completion" and self.chat is (self.format == "text"):
+            what = "no chats" if self.chat else "chats"
+            raise ValueError(f"chat: rows of format {self.format} are {what}; prompt_completion leaves the choice")
+        return self
 
 
 class Data(Section):
@@ -84,6 +89,8 @@ class Data(Section):
     """Most tokens per sequence; a longer example is rejected, longer plain text is cut in pieces."""
     packing: bool = True
     """Put several examples in one sequence; attention stays within each example."""
+    last_turn_only: bool = False
+    """Train on the last answer of each chat only; the earlier ones are its context."""
     max_rejected: Annotated[float, Field(ge=0.0, le=1.0)] = 0.01
     """Stop when more than this share of the rows cannot be used, of training and of held-out rows each. Above 0, a
     single row of ten or more may always be rejected."""

@@ -15,7 +15,7 @@ import pyarrow as pa
 from pyarrow import ipc, parquet
 
 from olora_ray.common.errors import UserError, first_line
-from olora_ray.data.formats import Rejected
+from olora_ray.data.example import Rejected
 from olora_ray.data.sources import File, open_filesystem
 
 BOM = b"\xef\xbb\xbf"

@@ -17,7 +17,9 @@ from olora_ray.common.errors import UserError
 from olora_ray.common.quiet import quiet_transformers
 from olora_ray.config.schema import Config
 from olora_ray.data import chat_template
+from olora_ray.data.tokenize import adds_begin_token
 from olora_ray.model.folder import parameters
+from olora_ray.model.load import load_tokenizer
 from olora_ray.model.source import BaseModel, on_this_node
 from olora_ray.pipeline.connection import user_errors
 from olora_ray.pipeline.run_folder import RunFolder
@@ -92,7 +94,7 @@ def export_run(spec: TrainSpec, folder: RunFolder, step: int) -> dict[str, Any]:
             complete=partial(_complete, config, found, newest.state),
         )
         export.write_merged(base, best, config.adapter.scale(), merged_folder, transposed=transposed)
-        _give_template(config, merged_folder)
+        give_template(config, found, merged_folder)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         parity = measure_parity(
             base,
@@ -121,7 +123,7 @@ def _public_name(base: BaseModel) -> str:
 def _complete(config: Config, base: BaseModel, state: TrainState, adapter: Path, rank: int) -> None:
     """Give an adapter's folder its tokenizer and its model card."""
     sharing.copy_tokenizer(Path(base.folder), adapter)
-    _give_template(config, adapter)
+    give_template(config, base, adapter)
     card = sharing.Card(
         base_name=_public_name(base),
         base_digest=base.digest,
@@ -135,11 +137,14 @@ def _complete(config: Config, base: BaseModel, state: TrainState, adapter: Path,
     (adapter / "README.md").write_text(sharing.model_card(card), encoding="utf-8")
 
 
-def _give_template(config: Config, folder: Path) -> None:
+def give_template(config: Config, base: BaseModel, folder: Path) -> None:
     """A base without a chat template was trained with the default one: its users need it too."""
-    chats = any(source.format not in ("text", "prompt_completion") for source in config.data.train)
+    chats = any(
+        source.format not in ("text", "prompt_completion") or source.chat is True for source in config.data.train
+    )
     if chats and not models.has_chat_template(folder):
-        (folder / "chat_template.jinja").write_text(chat_template.DEFAULT, encoding="utf-8")
+        template = chat_template.default(adds_begin_token(load_tokenizer(base, config.model)))
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
 def _parity_dtype(base: BaseModel, device: torch.device) -> torch.dtype:

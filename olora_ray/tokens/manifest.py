@@ -66,6 +66,8 @@ class Manifest:
     shards: tuple[ShardInfo, ...] = field(repr=False)
     inputs: dict[str, Any] = field(repr=False)
     """The inputs of the digest."""
+    notes: dict[str, int] = field(default_factory=dict, repr=False)
+    """Counts of what is odd about the rows (notes.py)."""
 
     def to_json(self) -> str:
         """The text of manifest.json."""

@@ -4,6 +4,7 @@ Small data is read as a whole, and judged as the run judges it; of large data th
 and what they say is scaled up.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,11 +16,13 @@ from olora_ray.config.schema import Config, Source
 from olora_ray.data.scan import FileScan, head, scan
 from olora_ray.data.sources import File, total_bytes
 from olora_ray.data.tokenize import TokenizerSpec, Tokens
-from olora_ray.tokens import manifest
+from olora_ray.tokens import manifest, notes
 from olora_ray.tokens import shard as shards
 from olora_ray.tokens.plan import Plan, Split, make_plan, sample, sources_of
 from olora_ray.tokens.store import Pack
 from olora_ray.tokens.totals import Limits, Totals
+
+logger = logging.getLogger(__name__)
 
 SCAN_ALL = 64 * 2**20
 """Bytes up to which all files are scanned; of larger data only the start of a few files is read."""
@@ -92,7 +95,12 @@ def describe(config: Config, spec: TokenizerSpec, split: Split = "train", limit:
     part = plan if whole else sample(plan, limit)
     exact = look.complete and sum(map(len, part.shards)) == sum(map(len, plan.shards))
     limits = Limits.of(config, split)
+    if split == "train" or config.data.eval:
+        for line in notes.form_lines(plan):
+            logger.info(line)
     made, totals = _made(part, limits, exact)
+    for line in notes.lines(totals.notes):
+        logger.info(f"of the rows that were read, {line}")
     scale = 1.0 if exact else look.rows * plan.kept_share / max(part.rows, 1.0)
     return _preview(part, limits, made, totals, exact, scale)
 

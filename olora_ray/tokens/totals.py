@@ -80,6 +80,7 @@ class Totals:
     total: "Counter[str]" = field(default_factory=Counter)
     reasons: "Counter[str]" = field(default_factory=Counter)
     rejected: list[dict[str, Any]] = field(default_factory=list)
+    notes: "Counter[str]" = field(default_factory=Counter)
     fresh_rows: int = 0
     """Rows of the shards that were made now."""
     started: float = field(default_factory=time.monotonic)
@@ -96,6 +97,7 @@ class Totals:
         self.total.update({name: sidecar[name] for name in ("rows", "examples", "packs", "tokens", "supervised")})
         self.reasons.update(sidecar["reasons"])
         self.rejected.extend(sidecar["rejected"])
+        self.notes.update(sidecar.get("notes", {}))  # a shard that was made before there were any has none
         self.fresh_rows += sidecar["rows"] * fresh
         now = time.monotonic()
         if now - self.last_line >= SECONDS_BETWEEN_LINES:
@@ -125,6 +127,7 @@ class Totals:
             files=tuple(each.file.uri for each in self.plan.files),
             shards=tuple(self.infos),
             inputs=self.plan.inputs(),
+            notes=dict(sorted(self.notes.items())),
             **{name: self.total[name] for name in ("rows", "examples", "packs", "tokens", "supervised")},
         )
 

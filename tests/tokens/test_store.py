@@ -16,10 +16,11 @@ from olora_ray.config.load import override
 from olora_ray.config.schema import Config
 from olora_ray.data.tokenize import TokenizerSpec
 from olora_ray.tokens import prepare as preparation
-from olora_ray.tokens import ray_map, totals, writer
+from olora_ray.tokens import preview, ray_map, totals, writer
 from olora_ray.tokens.manifest import shard_name
 from olora_ray.tokens.prepare import prepare
 from olora_ray.tokens.store import TokenStore
+from tests.data.test_tokenize import THINKS
 from tests.said import said
 from tests.tokens import helpers
 from tests.tokens.helpers import chat, content, rows
@@ -242,10 +243,25 @@ def test_columns_of_a_parquet_file_are_named(tmp_path: Path, tiny_spec: Tokenize
     assert "field 'output' is not there; the row has instruction, answer, id" in failure(config, tiny_spec)
 
 
-def test_an_error_of_the_template_is_passed_on(tmp_path: Path) -> None:
-    broken = helpers.CHATML.replace("'<|im_start|>assistant\n' }}{% endif", "'assistant:' }}{% endif")
+def test_a_template_that_refuses_all_rows_is_named(tmp_path: Path) -> None:
     path = helpers.write_jsonl(tmp_path / "a.jsonl", rows(3))
-    assert "chat template of tiny does not continue" in failure(helpers.config(tmp_path, path), helpers.spec(broken))
+    config, spec = helpers.config(tmp_path, path), helpers.spec(THINKS)
+    expected = rf"(template 3); {path}:1: template: the chat template of tiny does not continue"
+    assert f"data.train.0: none of the 3 rows can be used {expected}" in failure(config, spec)
+    with pytest.raises(UserError, match="chat template of tiny does not continue"):
+        preview.describe(config, spec)
+
+
+def test_one_row_that_the_template_refuses_does_not_stop_the_run(tmp_path: Path) -> None:
+    """Two answers in a row, in a template that wants roles in turns."""
+    strict = "{% if messages | length > 2 %}{{ raise_exception('roles must alternate') }}{% endif %}" + helpers.CHATML
+    odd = {"messages": [*chat("q", "a")["messages"], {"role": "assistant", "content": "b"}]}
+    path = helpers.write_jsonl(tmp_path / "a.jsonl", [*rows(120), odd])
+    store = prepare(helpers.config(tmp_path, path), helpers.spec(strict), "train")
+    assert store.manifest.rejected == {"template": 1}
+    [entry] = map(json.loads, Path(store.uri, "rejected.jsonl").read_text().splitlines())
+    assert (entry["file"], entry["line"]) == (str(path), 121)
+    assert entry["message"] == "the chat template of tiny refuses the conversation: roles must alternate"
 
 
 def test_nothing_held_out(tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
