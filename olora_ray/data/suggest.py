@@ -6,7 +6,8 @@ A suggestion is only made if the row can be used with it.
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from olora_ray.data.formats import FORMATS, Rejected, to_example
+from olora_ray.data.example import Rejected
+from olora_ray.data.formats import FORMATS, to_example
 
 OTHER_NAMES = {
     "prompt": ("question", "query", "instruction", "input", "problem", "user"),
