@@ -14,6 +14,7 @@ from olora_ray.data.scan import FileScan, scan
 from olora_ray.data.sources import File, total_bytes
 from olora_ray.data.tokenize import TokenizerSpec
 from olora_ray.tokens import ray_map, writer
+from olora_ray.tokens.draws import warn_of_empty
 from olora_ray.tokens.plan import Plan, Split, make_plan, sources_of
 from olora_ray.tokens.store import TokenStore
 from olora_ray.tokens.totals import Limits, summary
@@ -118,8 +119,11 @@ def begin(config: AnyConfig, spec: TokenizerSpec, split: Split) -> StoreBuild:
     cannot be used, as far as that is known before tokenising.
     """
     plan = make_plan(config, spec, split, lambda found: _scan_all(found, config.run.storage))
-    job = writer.StoreSpec(plan, storage.join(config.run.storage, "tokens", plan.digest()))
-    limits = Limits(sources_of(config, split)[0], config.data.max_rejected)
+    root = config.run.storage
+    job = writer.StoreSpec(plan, storage.join(root, "tokens", plan.digest()), root)
+    setting = sources_of(config, split)[0]
+    warn_of_empty(plan, setting)
+    limits = Limits(setting, config.data.max_rejected)
     found = writer.store_status(job)
     for line in found.lines(len(plan.shards)):
         logger.info(line)
