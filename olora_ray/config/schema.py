@@ -54,7 +54,7 @@ class Source(Section):
     """One corpus."""
 
     path: Place
-    """File, folder or glob (jsonl, json, parquet, csv, txt; .gz, .zst), hf://ORG/NAME?split=..., s3://, gs://."""
+    """File, folder or glob (jsonl, json, parquet, csv, tsv, txt; .gz ...), hf://ORG/NAME?split=..., s3://, gs://."""
     format: Literal["messages", "prompt_completion", "alpaca", "sharegpt", "text"] = "messages"
     """Format of the rows, which decides the columns that are read: messages {messages, tools}, prompt_completion
     {prompt, completion, tools}, alpaca {instruction, input, output, system}, sharegpt {conversations, from, value} or
@@ -62,7 +62,7 @@ class Source(Section):
     fields: dict[str, str] = {}  # noqa: RUF012 - pydantic copies it
     """Maps the format's field names to the file's columns, e.g. {prompt: question}."""
     weight: Annotated[float, Field(gt=0.0)] = 1.0
-    """Times each row is used per epoch: 1 once, 2 twice, 0.5 every second row."""
+    """Times each row is used per epoch: 1 once, 2 twice, 0.5 half of the rows, drawn by a hash of their places."""
     only: tuple[str, ...] = ()
     """Files of a folder or glob to use, by their full paths or URIs; empty: all."""
     chat: Literal["auto"] | bool = "auto"
@@ -296,7 +296,7 @@ class Retrain(Section):
     origin: Annotated[Literal["base", "champion"], Field(alias="from")] = "base"
     """base: train from the start on all data; champion: continue its adapter on new files and some old rows."""
     replay: Annotated[float, Field(ge=0.0, le=1.0)] = 0.2
-    """With `from: champion`: share of the rows of known files to train on again."""
+    """With `from: champion`: share of the rows of known files to train on again; others are drawn each night."""
     wait: Annotated[float, Field(ge=0.0)] = 0.0
     """Seconds to wait for another retraining of the same model before giving up."""
 

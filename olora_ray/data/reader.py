@@ -1,12 +1,15 @@
 """Readers of files: each yields the raw rows of a piece of a file, with their places in it.
 
 A place is a line (from 0) in jsonl and csv, and a row (from 0) elsewhere. Files of lines are read by
-byte ranges of their uncompressed content, the others by row numbers.
+byte ranges of their uncompressed content, the others by row numbers. What is read is what the scan saw: files of
+lines and json files are checked by CRC-32, the others by size and time of change, and by CRC-32 where these differ.
 """
 
 import csv
 import io
 import json
+import lzma
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,15 +18,22 @@ import pyarrow as pa
 from pyarrow import ipc, parquet
 
 from olora_ray.common.errors import UserError, first_line
+from olora_ray.data.addresses import open_filesystem
 from olora_ray.data.example import Rejected
-from olora_ray.data.sources import File, open_filesystem
+from olora_ray.data.json_file import BOM, read_whole, rows_of
+from olora_ray.data.sources import File
+from olora_ray.data.unchanged import Changed, as_scanned
 
-BOM = b"\xef\xbb\xbf"
 SKIP = 8 * 2**20
 """Bytes at a time when a compressed file is read up to the piece that is wanted."""
+CELL_LIMIT = 2**31 - 1
+"""Limit of csv.reader, which is of the whole process: none, since the scan has its own."""
+DELIMITERS = {"csv": ",", "tsv": "\t"}
+UNREADABLE = (pa.ArrowInvalid, OSError, EOFError, lzma.LZMAError)
+"""What a damaged container or compression raises."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Unit:
     """A piece of a file: the smallest thing that is read at once."""
 
@@ -35,6 +45,10 @@ class Unit:
     """First byte, in files of lines; elsewhere 0."""
     size: int
     """Its bytes, uncompressed (an estimate where rows cannot be told apart without reading)."""
+    before: int = 0
+    """CRC-32 of everything before it, in files of lines; elsewhere 0."""
+    after: int = 0
+    """CRC-32 of everything up to its end, in files of lines; elsewhere of the whole file, uncompressed."""
 
 
 Located = tuple[int, Any]
@@ -45,13 +59,13 @@ def read_unit(file: File, unit: Unit, header: Sequence[str], columns: Sequence[s
     """The rows of a unit.
 
     `header` names the columns of a csv file; of files that have columns only `columns` are read.
-    Raises UserError for a file that is broken as a whole.
+    Raises UserError for a file that is broken as a whole, and Changed if it is not what the scan saw.
     """
     try:
         yield from READERS[file.kind](file, unit, header, columns)
     except FileNotFoundError:
         raise UserError(f"{file.uri}: gone while it was read") from None
-    except (pa.ArrowInvalid, OSError, EOFError) as error:
+    except UNREADABLE as error:
         raise broken(file, error) from None
 
 
@@ -67,36 +81,22 @@ def open_stream(file: File, wrap: Callable[[Any], Any] = lambda stream: stream) 
     raw = wrap(system.open_input_stream(path, compression=None))
     if file.compression is None:
         return raw
+    if file.compression == "xz":
+        return lzma.LZMAFile(raw)
     return pa.CompressedInputStream(
         raw if isinstance(raw, pa.NativeFile) else pa.PythonFile(raw, mode="r"), file.compression
     )
 
 
-def load_json(file: File) -> list[Any]:
-    """All rows of a json file: a list of them, or an object of columns; raises UserError for anything else."""
-    with open_stream(file) as stream:
-        content = stream.read()
-    try:
-        tree = json.loads(bytes(content).removeprefix(BOM).decode())
-    except json.JSONDecodeError as error:
-        hint = "; a file with one object a line is called .jsonl" if error.msg == "Extra data" else ""
-        raise UserError(f"{file.uri}:{error.lineno}: broken JSON: {error.msg}{hint}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{file.uri}: not UTF-8 text") from None
-    if isinstance(tree, list):
-        return tree
-    lists = isinstance(tree, dict) and all(isinstance(column, list) for column in tree.values())
-    if lists and len({len(column) for column in tree.values()}) == 1:
-        return [dict(zip(tree, values, strict=True)) for values in zip(*tree.values(), strict=True)]
-    raise UserError(f"{file.uri}: expected a list of rows, or an object of columns of equal length")
-
-
-def parse_csv_line(record: bytes) -> list[str]:
-    """The cells of one csv record."""
-    return next(csv.reader([record.decode("utf-8", "replace")]), [])
-
-
 def _bytes(file: File, unit: Unit) -> bytes:
+    """The bytes of a unit of lines; raises Changed if they are not those that the scan saw."""
+    content = _range(file, unit)
+    if zlib.crc32(content, unit.before) != unit.after:
+        raise Changed(file)
+    return content
+
+
+def _range(file: File, unit: Unit) -> bytes:
     if file.compression is None:
         system, path = open_filesystem(file.uri)
         with system.open_input_file(path) as stream:
@@ -129,9 +129,9 @@ def _parsed(line: bytes) -> Any:
 
 
 def _csv(file: File, unit: Unit, header: Sequence[str], columns: Sequence[str]) -> Iterator[Located]:
-    csv.field_size_limit(2**31 - 1)
+    csv.field_size_limit(CELL_LIMIT)
     lines = io.StringIO(_bytes(file, unit).decode("utf-8", "surrogateescape"), newline="")
-    reader = csv.reader(lines)
+    reader = csv.reader(lines, delimiter=DELIMITERS[file.kind])
     start = 0
     for cells in reader:
         place, start = unit.first + start, reader.line_num
@@ -139,10 +139,19 @@ def _csv(file: File, unit: Unit, header: Sequence[str], columns: Sequence[str]) 
             continue
         if len(cells) != len(header):
             yield place, Rejected("broken_csv", f"{len(cells)} cells, but the header has {len(header)}")
-        elif any("\udc80" <= letter <= "\udcff" for cell in cells for letter in cell if letter > "\ud7ff"):
+        elif not all(map(_is_utf8, cells)):
             yield place, Rejected("not_utf8", "not UTF-8 text")
         else:
             yield place, dict(zip(header, cells, strict=True))
+
+
+def _is_utf8(cell: str) -> bool:
+    """Whether a cell has no half surrogate, by which "surrogateescape" stands for a byte that is not UTF-8."""
+    try:
+        cell.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _text(file: File, unit: Unit, header: Sequence[str], columns: Sequence[str]) -> Iterator[Located]:
@@ -154,12 +163,16 @@ def _text(file: File, unit: Unit, header: Sequence[str], columns: Sequence[str])
 
 
 def _json(file: File, unit: Unit, header: Sequence[str], columns: Sequence[str]) -> Iterator[Located]:
-    yield from enumerate(load_json(file)[unit.first : unit.first + unit.rows], unit.first)
+    with open_stream(file) as stream:
+        content = read_whole(stream, file)
+    if zlib.crc32(content) != unit.after:
+        raise Changed(file)
+    yield from enumerate(rows_of(file, content)[unit.first : unit.first + unit.rows], unit.first)
 
 
 def _parquet(file: File, unit: Unit, header: Sequence[str], columns: Sequence[str]) -> Iterator[Located]:
     system, path = open_filesystem(file.uri)
-    with system.open_input_file(path) as stream:
+    with as_scanned(file, unit.after), system.open_input_file(path) as stream:
         table = parquet.ParquetFile(stream, buffer_size=2**20)
         start = 0
         for group in range(table.metadata.num_row_groups):
@@ -171,7 +184,7 @@ def _parquet(file: File, unit: Unit, header: Sequence[str], columns: Sequence[st
 
 
 def _arrow(file: File, unit: Unit, header: Sequence[str], columns: Sequence[str]) -> Iterator[Located]:
-    with arrow_batches(file) as batches:
+    with as_scanned(file, unit.after), arrow_batches(file) as batches:
         present = _present(batches.schema, columns)
         yield from _slice((batch.select(present) for batch in batches), 0, unit)
 
@@ -202,6 +215,7 @@ def _slice(batches: Any, start: int, unit: Unit) -> Iterator[Located]:
 READERS: dict[str, Callable[[File, Unit, Sequence[str], Sequence[str]], Iterator[Located]]] = {
     "jsonl": _jsonl,
     "csv": _csv,
+    "tsv": _csv,
     "text": _text,
     "json": _json,
     "parquet": _parquet,

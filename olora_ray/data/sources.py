@@ -5,27 +5,43 @@ first four at s3:// or gs://. All end up as files that every node can read.
 """
 
 import glob
-import json
+import logging
 import os
 import posixpath
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 from pyarrow import fs
 
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError, as_user_error
+from olora_ray.common.text import plural
 from olora_ray.config.schema import Source
 from olora_ray.data import hub
+from olora_ray.data.addresses import open_filesystem, uri_beside
 from olora_ray.data.formats import check_fields
+from olora_ray.data.saved_dataset import saved_files
 
-KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
-COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
-SUPPORTED = ".jsonl, .json, .csv and .txt (each also with .gz or .zst), .parquet, and folders of Dataset.save_to_disk"
+KINDS = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".parquet": "parquet",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".txt": "text",
+}
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}
+SUPPORTED = (
+    ".jsonl, .json, .csv, .tsv and .txt (each also with .gz, .zst, .bz2 or .xz), .parquet,"
+    " and folders of Dataset.save_to_disk"
+)
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -65,22 +81,9 @@ def _all_files(source: Source, field: str, storage_root: str) -> list[File]:
     path, split = _split_of(source.path)
     found = sorted(glob.glob(path, recursive=True)) if glob.has_magic(path) and not os.path.exists(path) else [path]
     files = [file for name in found for file in _local(name, split, field, alone=len(found) == 1)]
-    return _some(files, source.path, field)
-
-
-def open_filesystem(uri: str) -> tuple[fs.FileSystem, str]:
-    """The filesystem of a file and the path in it; keeps the connection, which is slow to make for s3."""
-    if not storage.is_uri(uri):
-        return fs.LocalFileSystem(), uri
-    parts = urlsplit(uri)
-    system, root = _connection(parts.scheme, parts.netloc, parts.query)
-    return system, root.rstrip("/") + unquote(parts.path)
-
-
-@lru_cache(maxsize=32)
-def _connection(scheme: str, bucket: str, query: str) -> tuple[fs.FileSystem, str]:
-    system, root = fs.FileSystem.from_uri(f"{scheme}://{bucket}/" + (f"?{query}" if query else ""))
-    return system, str(root)
+    # A glob with ** matches a folder and also what lies in it.
+    once = {os.path.normpath(file.uri): file for file in files}
+    return _some(list(once.values()), source.path, field)
 
 
 def _split_of(path: str) -> tuple[str, str]:
@@ -91,26 +94,62 @@ def _split_of(path: str) -> tuple[str, str]:
 
 def _local(path: str, split: str, field: str, alone: bool) -> list[File]:
     if not os.path.isdir(path):
-        if not os.path.exists(path):
-            raise UserError(f"{field}: {path}: no such file or folder")
-        return [_file(path, os.stat(path), field)]
-    if saved := _saved_dataset(fs.LocalFileSystem(), path, split, field):
+        return [_file(path, field)]
+    if saved := saved_files(fs.LocalFileSystem(), path, split, field):
         return [File(info.path, "arrow", None, info.size, info.mtime_ns) for info in saved]
-    names = sorted(
-        os.path.join(folder, name)
-        for folder, folders, names in os.walk(path)
-        if _visible(os.path.relpath(folder, path))
-        for name in names
-        if _visible(name) and _kind(name)
-    )
-    if not names and alone:
+    names, linked = _below(path, field)
+    known = sorted(name for name in names if _kind(name))
+    if not known and alone:
         raise UserError(f"{field}: folder {path} has no file that can be read; supported: {SUPPORTED}")
-    return [_file(name, os.stat(name), field) for name in names]
+    _say_passed_over([name for name in names if not _kind(name)], linked, path, field)
+    return [_file(name, field) for name in known]
 
 
-def _file(path: str, info: os.stat_result, field: str) -> File:
+def _below(path: str, field: str) -> tuple[list[str], int]:
+    """All visible files below a local folder, and the number of linked folders, which are not entered."""
+
+    def unreadable(error: OSError) -> None:
+        raise UserError(f"{field}: {error.filename}: {error.strerror}")
+
+    names: list[str] = []
+    linked = 0
+    for folder, folders, here in os.walk(path, onerror=unreadable):
+        folders[:] = [name for name in folders if _visible(name)]
+        names += [os.path.join(folder, name) for name in here if _visible(name)]
+        linked += sum(os.path.islink(os.path.join(folder, name)) for name in folders)
+    return names, linked
+
+
+def _file(path: str, field: str) -> File:
+    if not os.path.lexists(path):
+        raise UserError(f"{field}: {path}: no such file or folder")
     kind, compression = _known(path, field)
+    if not os.path.isfile(path):  # a pipe would be waited for, and can be read only once
+        raise UserError(f"{field}: {path}: neither a file nor a link to one")
+    info = os.stat(path)
     return File(path, kind, compression, info.st_size, info.st_mtime_ns)
+
+
+def _say_passed_over(names: Sequence[str], linked: int, place: str, field: str) -> None:
+    """Say which files of a folder are not read, once in a process: the files are listed several times."""
+    endings = Counter(_ending(name) for name in names)
+    parts = [f"{count:,} {ending}" for ending, count in sorted(endings.items())]
+    parts += [plural(linked, "linked folder")] if linked else []
+    if parts:
+        _say_once(f"{field}: not read in {place}: {', '.join(parts)}; supported: {SUPPORTED}")
+
+
+@lru_cache(maxsize=1024)
+def _say_once(line: str) -> None:
+    logger.info(line)
+
+
+def _ending(name: str) -> str:
+    """What stands for the kind of a file in a message: .tar, .parquet.gz, or that there is nothing."""
+    stem, suffix = posixpath.splitext(posixpath.basename(name.lower()))
+    if suffix in COMPRESSIONS:
+        suffix = posixpath.splitext(stem)[1] + suffix
+    return suffix or "without an ending"
 
 
 def _kind(name: str) -> tuple[str, str | None] | None:
@@ -128,42 +167,16 @@ def _known(path: str, field: str) -> tuple[str, str | None]:
 
 
 def _visible(relative: str) -> bool:
-    return not any(part.startswith((".", "_")) and part != "." for part in relative.split(os.sep))
-
-
-def _saved_dataset(system: Any, folder: str, split: str, field: str) -> list[Any]:
-    """The Arrow files of a folder that `datasets` has saved; empty if it is no such folder."""
-    if splits := _json_file(system, f"{folder}/dataset_dict.json"):
-        if split not in splits["splits"]:
-            there = ", ".join(splits["splits"])
-            raise UserError(f"{field}: {folder} has no split {split!r}; it has {there} (choose with ?split=...)")
-        folder = f"{folder}/{_inside(split, folder, field)}"
-    state = _json_file(system, f"{folder}/state.json")
-    names = [_inside(entry["filename"], folder, field) for entry in state["_data_files"]] if state else []
-    infos = system.get_file_info([f"{folder}/{name}" for name in names])
-    for info in infos:
-        if not info.is_file:
-            raise UserError(f"{field}: {info.path} belongs to the saved data set, but is not there")
-    return list(infos)
-
-
-def _inside(name: str, folder: str, field: str) -> str:
-    """The name, if it is that of something in the folder: a data set may come from anybody."""
-    if name in (".", "..") or posixpath.basename(name) != name:
-        raise UserError(f"{field}: {folder} names {name!r}, which does not lie in it")
-    return name
-
-
-def _json_file(system: Any, path: str) -> Any:
-    if not system.get_file_info(path).is_file:
-        return None
-    with system.open_input_stream(path, compression=None) as stream:
-        return json.loads(stream.read())
+    return not any(part.startswith((".", "_")) for part in relative.split("/"))
 
 
 def _remote(uri: str, field: str) -> list[File]:
     base, _, query = uri.partition("?")
     options = [option for option in query.split("&") if option and not option.startswith("split=")]
+    if any("=" not in option for option in options):
+        raise UserError(
+            f"{field}: {uri}: options such as region=... follow a '?'; no file with a '?' in its name is read"
+        )
     split = next((option[6:] for option in query.split("&") if option.startswith("split=")), "train")
     suffix = "?" + "&".join(options) if options else ""
     wildcard = re.search(r"[*\[]", base)
@@ -171,29 +184,28 @@ def _remote(uri: str, field: str) -> list[File]:
     with as_user_error(f"{field}: {uri}", OSError, ValueError):
         system, path = open_filesystem(fixed + suffix)
         info = system.get_file_info(path)
-        saved = _saved_dataset(system, path, split, field) if info.type == fs.FileType.Directory else []
-        listing = [info] if info.is_file else fs.FileSelector(path, recursive=True, allow_not_found=True)
-        found = saved or (listing if info.is_file else system.get_file_info(listing))
-    root = fixed.removesuffix(path)
-    if saved:
-        return [File(f"{root}{info.path}{suffix}", "arrow", None, info.size, info.mtime_ns or 0) for info in saved]
-    pattern = _pattern(path + base[len(fixed) :]) if wildcard else None
-    files = [_remote_file(item, root, suffix, field) for item in _selected(found, path, pattern, info.is_file)]
+        if info.type == fs.FileType.Directory and (saved := saved_files(system, path, split, field)):
+            return [_remote_file(item, fixed + suffix, ("arrow", None)) for item in saved]
+        pattern = _pattern(path + base[len(fixed) :]) if wildcard else None
+        found = [info] if info.is_file else _listed(system, path, pattern, base, field)
+        files = [_remote_file(item, fixed + suffix, _known(item.path, field)) for item in found]
     return _some(files, uri, field)
 
 
-def _selected(found: list[Any], path: str, pattern: re.Pattern[str] | None, single: bool) -> list[Any]:
-    files = sorted((item for item in found if item.is_file), key=lambda item: item.path)
-    if single:
-        return files
+def _listed(system: Any, path: str, pattern: re.Pattern[str] | None, place: str, field: str) -> list[Any]:
+    """The files below a path that match the pattern; without one those whose kind is known."""
+    listing = system.get_file_info(fs.FileSelector(path, recursive=True, allow_not_found=True))
+    files = sorted((item for item in listing if item.is_file), key=lambda item: item.path)
     if pattern:
         return [item for item in files if pattern.fullmatch(item.path)]
-    return [item for item in files if _visible(item.path[len(path) :].lstrip("/")) and _kind(item.path)]
+    files = [item for item in files if _visible(item.path[len(path) :].strip("/"))]
+    _say_passed_over([item.path for item in files if not _kind(item.path)], 0, place, field)
+    return [item for item in files if _kind(item.path)]
 
 
-def _remote_file(info: Any, root: str, suffix: str, field: str) -> File:
-    kind, compression = _known(info.path, field)
-    return File(f"{root}{info.path}{suffix}", kind, compression, info.size, info.mtime_ns or 0)
+def _remote_file(info: Any, uri: str, kind: tuple[str, str | None]) -> File:
+    """The file of an entry in a listing of `uri`."""
+    return File(uri_beside(uri, info.path), *kind, info.size, info.mtime_ns or 0)
 
 
 def _pattern(wildcards: str) -> re.Pattern[str]:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from olora_ray.common.digests import digest_json
 from olora_ray.common.errors import UserError
@@ -24,7 +23,11 @@ from olora_ray.data.tokenize import TokenizerSpec
 from olora_ray.tokens import rng
 
 VERSION = 1
-"""Changes whenever the same input would give other shards."""
+"""Changes whenever the same input would give other shards; the next two do so for some inputs only."""
+READ_ANEW = {"csv": "csv 2"}
+"""Kinds of files that once were read in another way, and what they are called in the digest since."""
+DRAWN_BY = "hash"
+"""How rows are chosen where a weight is not whole."""
 
 SHARD_ROWS = (4096, 32768)
 """Rows of a shard, at least and at most: it is shuffled and packed as a whole."""
@@ -36,7 +39,7 @@ Scanner = Callable[[Sequence[Sequence[File]]], list[list[FileScan]]]
 """Scans the files of each source."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Piece:
     """One entry of the plan: a unit, and what of it is taken."""
 
@@ -46,7 +49,7 @@ class Piece:
     turn: int
     """Number of the pass over the source."""
     share: float
-    """Of the rows; below 1 they are spread evenly."""
+    """Of the rows; below 1 they are drawn by a hash of their place, see draws.py."""
 
 
 @dataclass(frozen=True)
@@ -73,10 +76,12 @@ class Plan:
     seed: int
     eval_fraction: float | None
     last_turn_only: bool = False
+    draw: str = ""
+    """Digest of all files: other data, as every night, draw other rows where a weight is not whole."""
 
     @property
     def rows(self) -> float:
-        """Rows that will be read, about: blank lines and the draw of held-out rows are not known yet."""
+        """Rows that will be read, about: blank lines and what the draws choose are not known yet."""
         return sum(_rows(piece) for shard in self.shards for piece in shard) * self.kept_share
 
     @property
@@ -96,7 +101,12 @@ class Plan:
                     "format": source.format,
                     "fields": dict(sorted(source.fields.items())),
                     "weight": source.weight,
-                    "files": [[each.file.kind, each.sha256] for each in self.files if each.source == number],
+                    **({} if source.weight == int(source.weight) else {"drawn_by": DRAWN_BY}),
+                    "files": [
+                        [READ_ANEW.get(each.file.kind, each.file.kind), each.sha256]
+                        for each in self.files
+                        if each.source == number
+                    ],
                     **digest_inputs(
                         source, self.spec, {each.file.kind for each in self.files if each.source == number}
                     ),
@@ -150,30 +160,15 @@ def make_plan(config: AnyConfig, spec: TokenizerSpec, split: Split, scan: Scanne
         seed=config.run.seed,
         eval_fraction=config.data.eval_fraction,
         last_turn_only=config.data.last_turn_only,
+        draw=digest_json([each.sha256 for each in files], length=16) if split == "train" else "",
     )
-
-
-def taken(plan: Plan, piece: Piece, places: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """The rows of a piece that belong to the split and are used in its turn.
-
-    Whether a row is held out depends on the seed, the content of its file and its place there.
-    """
-    planned = plan.files[piece.file]
-    keep = np.ones(len(places), dtype=bool)
-    if plan.eval_fraction is not None:
-        held_out = rng.bernoulli_mask(plan.eval_fraction, rng.key("eval", plan.seed, planned.sha256), places)
-        keep = held_out if plan.split == "eval" else ~held_out
-    if piece.share < 1.0:
-        ratio = round(piece.share * 2**20)
-        keep = keep & ((places + 1) * ratio // 2**20 > places * ratio // 2**20)
-    return keep
 
 
 def _turns(weight: float) -> list[float]:
     """The share of the rows in each pass: 2.5 -> 1, 1, 0.5."""
     whole = int(weight)
     rest = weight - whole
-    return [1.0] * whole + ([rest] if rest > 1e-6 else [])
+    return [1.0] * whole + ([rest] if rest > 1e-9 or not whole else [])
 
 
 def _pieces(units: list[tuple[int, Unit]], weight: float, seed: tuple[int, int] | None) -> list[Piece]:

@@ -14,6 +14,7 @@ from olora_ray.data.scan import FileScan, scan
 from olora_ray.data.sources import File, total_bytes
 from olora_ray.data.tokenize import TokenizerSpec
 from olora_ray.tokens import notes, ray_map, writer
+from olora_ray.tokens.draws import warn_of_empty
 from olora_ray.tokens.manifest import Manifest
 from olora_ray.tokens.plan import Plan, Split, make_plan
 from olora_ray.tokens.store import TokenStore
@@ -119,8 +120,10 @@ def begin(config: AnyConfig, spec: TokenizerSpec, split: Split) -> StoreBuild:
     cannot be used, as far as that is known before tokenising.
     """
     plan = make_plan(config, spec, split, lambda found: _scan_all(found, config.run.storage))
-    job = writer.StoreSpec(plan, storage.join(config.run.storage, "tokens", plan.digest()))
+    root = config.run.storage
+    job = writer.StoreSpec(plan, storage.join(root, "tokens", plan.digest()), root)
     limits = Limits.of(config, split)
+    warn_of_empty(plan, limits.setting)
     found = writer.store_status(job)
     for line in (*notes.form_lines(plan), *found.lines(len(plan.shards))):
         logger.info(line)

@@ -17,9 +17,10 @@ from olora_ray.data.formats import columns_of, to_example
 from olora_ray.data.reader import read_unit
 from olora_ray.data.tokenize import ExampleTokenizer, Tokens
 from olora_ray.tokens import notes, rng
+from olora_ray.tokens.draws import taken
 from olora_ray.tokens.manifest import PLACE_BITS
 from olora_ray.tokens.packing import pack
-from olora_ray.tokens.plan import Piece, Plan, taken
+from olora_ray.tokens.plan import Piece, Plan
 
 SCHEMA = pa.schema(
     [

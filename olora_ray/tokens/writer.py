@@ -15,6 +15,8 @@ from olora_ray.common.digests import digest_bytes
 from olora_ray.common.errors import UserError
 from olora_ray.common.fault_points import reached
 from olora_ray.common.sealed import read_sealed, seal
+from olora_ray.data.scan import forget
+from olora_ray.data.unchanged import Changed
 from olora_ray.tokens import ray_map
 from olora_ray.tokens import shard as shards
 from olora_ray.tokens.manifest import (
@@ -45,6 +47,8 @@ class StoreSpec:
 
     plan: Plan
     uri: str
+    storage_root: str
+    """`run.storage`, where scans of files are kept."""
 
     def outline(self) -> Outline:
         """The store's outline, known before it is made."""
@@ -147,6 +151,9 @@ def make_shard(job: StoreSpec, number: int) -> dict[str, Any]:
         return sidecar
     try:
         shard = shards.build(job.plan, number)
+    except Changed as error:
+        forget(error.file, job.storage_root)
+        return {"error": str(error)}
     except UserError as error:
         return {"error": str(error)}
     # The sidecar after the shard: readers take a shard with a sidecar for whole.

@@ -1,8 +1,10 @@
 """Every kind of source, with real files, down to the tokens."""
 
+import bz2
 import csv
 import gzip
 import json
+import lzma
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +18,7 @@ from pyarrow import parquet
 
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Source
-from olora_ray.data import reader, scan, sources
+from olora_ray.data import lines, reader, scan, sources
 from olora_ray.data.example import Rejected
 from olora_ray.data.tokenize import TokenizerSpec
 from olora_ray.tokens.prepare import prepare
@@ -29,9 +31,9 @@ def as_jsonl(path: Path) -> None:
     path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS))  # no newline at the end
 
 
-def as_csv(path: Path) -> None:
+def as_csv(path: Path, delimiter: str = ",") -> None:
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["prompt", "completion"])
+        writer = csv.DictWriter(file, ["prompt", "completion"], delimiter=delimiter)
         writer.writeheader()
         writer.writerows(ROWS)
 
@@ -50,10 +52,10 @@ def as_gzip(write: Callable[[Path], None]) -> Callable[[Path], None]:
     return writer
 
 
-def as_zstd(path: Path) -> None:
+def packed(path: Path, compress: Callable[[bytes], bytes]) -> None:
+    """Two streams, as parallel compressors write them."""
     as_jsonl(path)
     content = path.read_bytes()
-    compress = zstandard.ZstdCompressor().compress
     path.write_bytes(compress(content[:5000]) + compress(content[5000:]))
 
 
@@ -66,12 +68,15 @@ def as_saved(path: Path) -> None:
 KINDS: dict[str, Callable[[Path], None]] = {
     "a.jsonl": as_jsonl,
     "a.jsonl.gz": as_gzip(as_jsonl),
-    "a.jsonl.zst": as_zstd,
+    "a.jsonl.zst": lambda path: packed(path, zstandard.ZstdCompressor().compress),
     "a.json": lambda path: path.write_text(json.dumps(ROWS)) and None,
     "b.json": lambda path: path.write_text(json.dumps({k: [row[k] for row in ROWS] for k in ROWS[0]})) and None,
     "a.parquet": as_parquet,
     "a.csv": as_csv,
     "a.csv.gz": as_gzip(as_csv),
+    "a.tsv": lambda path: as_csv(path, "\t"),
+    "a.jsonl.bz2": lambda path: packed(path, bz2.compress),
+    "a.jsonl.xz": lambda path: packed(path, lzma.compress),
     "saved": as_saved,
 }
 
@@ -91,10 +96,9 @@ def places(path: Path) -> list[tuple[int, Any]]:
     [file] = sources.list_files(source(path), "data.train.0", str(path.parent))
     found = scan.scan(file, str(path.parent))
     assert found.rows == sum(unit.rows for unit in found.units)
-    if file.compression is None and file.kind in ("jsonl", "csv"):
-        assert all(
-            unit.size <= scan.UNIT_BYTES + 50 or unit.rows == 1 for unit in found.units
-        )  # csv: to the record's end
+    if file.compression is None and file.kind in ("jsonl", "csv", "tsv"):
+        record_lines = 1 if file.kind == "jsonl" else 2
+        assert all(unit.size <= lines.UNIT_BYTES or unit.rows <= record_lines for unit in found.units)
     parts = [
         list(reader.read_unit(file, unit, found.columns, ["prompt", "completion"])) for unit in reversed(found.units)
     ]
@@ -111,13 +115,13 @@ def test_units_cover_a_file_exactly_and_know_their_places(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     KINDS[name](tmp_path / name)
-    for size in (7, 64, scan.UNIT_BYTES):
-        monkeypatch.setattr(scan, "UNIT_BYTES", size)
-        monkeypatch.setattr(scan, "CHUNK", 8 * size)
+    for size in (7, 64, lines.UNIT_BYTES):
+        monkeypatch.setattr(lines, "UNIT_BYTES", size)
+        monkeypatch.setattr(lines, "CHUNK", 8 * size)
         found = places(tmp_path / name)
         assert [row for _, row in found] == ROWS
         # In csv a row takes two lines here, after the header.
-        expected = [1 + 2 * n for n in range(len(ROWS))] if "csv" in name else list(range(len(ROWS)))
+        expected = [1 + 2 * n for n in range(len(ROWS))] if "csv" in name or "tsv" in name else list(range(len(ROWS)))
         assert [place for place, _ in found] == expected
 
 
@@ -156,7 +160,7 @@ def test_a_text_file_is_a_document_and_a_large_one_several(tmp_path: Path, monke
     path = tmp_path / "a.txt"
     path.write_text("line one\nline two\nline three\n")
     assert places(path) == [(0, {"text": "line one\nline two\nline three\n"})]
-    monkeypatch.setattr(scan, "DOCUMENT_BYTES", 10)
+    monkeypatch.setattr(lines, "DOCUMENT_BYTES", 10)
     assert places(path) == [(0, {"text": "line one\nline two\n"}), (1, {"text": "line three\n"})]
 
 
@@ -245,10 +249,15 @@ BROKEN: dict[str, tuple[bytes, str]] = {
     "a.jsonl.gz": (b"no gzip at all, but long enough", r"a.jsonl.gz: not a readable gzip file"),
     "b.jsonl.gz": (gzip.compress(os.urandom(4000))[:2000], r"b.jsonl.gz: not a readable gzip file"),
     "a.jsonl.zst": (b"no zstd at all, but long enough", r"a.jsonl.zst: not a readable zstd file"),
+    "a.jsonl.bz2": (b"no bz2 at all, but long enough", r"a.jsonl.bz2: not a readable bz2 file"),
+    "a.jsonl.xz": (b"no xz at all, but long enough", r"a.jsonl.xz: not a readable xz file"),
+    "b.jsonl.xz": (lzma.compress(os.urandom(4000))[:2000], r"b.jsonl.xz: not a readable xz file"),
+    "f.json": (b"[" * 10**6, r"f.json: broken JSON: nested too deeply"),
     "a.docx": (b"x", r"data.train.0.path: .*a.docx: unknown kind of file; supported: .jsonl, .json, "),
     "a.parquet.gz": (b"x", r"a.parquet.gz: unknown kind of file"),
     "empty.jsonl": (b"", r"data.train.0.path: .*empty.jsonl is empty: it has no rows"),
     "empty.csv": (b"prompt,completion\n", r"empty.csv is empty"),
+    "blank.csv": (b"\n\n", r"blank.csv is empty"),
     "empty.json": (b"[]", r"empty.json is empty"),
     "empty.txt": (b"", r"empty.txt is empty"),
 }
@@ -300,7 +309,7 @@ def test_the_scan_of_a_large_file_is_kept_until_the_file_changes(
 
 
 def test_a_cheap_look_estimates_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scan, "CHUNK", 5000)
+    monkeypatch.setattr(lines, "CHUNK", 5000)
     for name in ("a.jsonl", "a.csv", "a.parquet", "a.json"):
         KINDS[name](tmp_path / name)
         [file] = sources.list_files(source(tmp_path / name), "x", "")

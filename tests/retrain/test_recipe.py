@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,7 +18,7 @@ from olora_ray.pipeline.base import Base
 from olora_ray.pipeline.fingerprint import Fingerprint, settings_digest
 from olora_ray.retrain import recipe
 from olora_ray.retrain.changes import AGAINST, Inputs, find_decision
-from olora_ray.tokens import prepare
+from olora_ray.tokens import draws, prepare
 from olora_ray.tracking.aliases import GATE
 from olora_ray.tracking.version import Version
 from olora_ray.train import checkpoint
@@ -154,6 +155,26 @@ def test_on_from_the_champion_with_new_files_and_a_part_of_the_known(config: Con
     assert found.tags["olora.data_digest"] == inputs(config).plan.digest(), "it stands on all the data"
     plan = prepare.plan_here(found.config, SPEC, "train")
     assert plan.rows == 20 + 0.25 * 40 + 0.5 * 20
+
+
+def test_replay_takes_other_rows_each_night_and_some_of_each_kind(config: Config, tmp_path: Path) -> None:
+    """The kinds of rows come in turn in the known file; a rule by their places would take one kind, always the same."""
+    kinds = [json.dumps({"text": f"{number % 5} {number}"}) for number in range(2000)]
+    (tmp_path / "chats" / "a.jsonl").write_text("\n".join(kinds))
+    champion = champion_of(override(config, {"retrain.replay": 0.2}), tmp_path / "run")
+    nights = []
+    for night in "xy":
+        write(tmp_path / "chats" / f"{night}.jsonl")
+        sources = made(override(config, {"retrain.replay": 0.2}), champion)[0].config
+        plan = prepare.plan_here(sources, SPEC, "train")
+        nights.append(set())
+        for piece in (piece for shard in plan.shards for piece in shard):
+            if plan.files[piece.file].file.uri.endswith("a.jsonl"):
+                places = np.arange(piece.unit.first, piece.unit.first + piece.unit.rows)
+                nights[-1] |= set(places[draws.taken(plan, piece, places)].tolist())
+        assert {place % 5 for place in nights[-1]} == set(range(5))
+        assert len(nights[-1]) == pytest.approx(400, abs=90)
+    assert len(nights[0] & nights[1]) == pytest.approx(80, abs=50)
 
 
 def test_a_file_that_moved_is_known_and_one_that_has_grown_is_new(config: Config, tmp_path: Path) -> None:

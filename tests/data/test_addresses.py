@@ -1,0 +1,64 @@
+"""Names of files with letters that mean something in a URI."""
+
+from pathlib import Path
+
+import pytest
+
+from olora_ray.common.errors import UserError
+from olora_ray.config.schema import Source
+from olora_ray.data import scan, sources
+from olora_ray.data.addresses import open_filesystem, uri_beside
+from olora_ray.data.reader import read_unit
+
+NAMES = ["plain.jsonl", "a b.jsonl", "a#b.jsonl", "a%23b.jsonl", "a%20b.jsonl", "a+b&c=d.jsonl", "süß.jsonl"]
+AT = "region=eu-west-1&scheme=http&endpoint_override=127.0.0.1:1"
+
+
+def texts(place: str, only: tuple[str, ...] = ()) -> list[str]:
+    found = []
+    for file in sources.list_files(Source(path=place, format="text", only=only), "data.train.0", ""):
+        units = scan.scan(file, "").units
+        found += [row["text"] for unit in units for _, row in read_unit(file, unit, (), ["text"])]
+    return found
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_a_folder_with_odd_names(scheme: str, tmp_path: Path) -> None:
+    for name in [*NAMES, "a?b.jsonl"]:
+        (tmp_path / name).write_text(f'{{"text": "{name}"}}\n')
+    assert sorted(texts(f"{scheme}{tmp_path}")) == sorted([*NAMES, "a?b.jsonl"])
+    [one] = [file for file in sources.list_files(Source(path=f"{scheme}{tmp_path}"), "x", "") if "23b" in file.uri]
+    assert texts(f"{scheme}{tmp_path}", (one.uri,)) == ["a%23b.jsonl"]
+    assert texts(one.uri) == ["a%23b.jsonl"]
+
+
+def test_percent_signs_in_a_file_uri_are_those_of_uris(tmp_path: Path) -> None:
+    (tmp_path / "some folder").mkdir()
+    (tmp_path / "some folder" / "a.jsonl").write_text('{"text": "x"}\n')
+    for path in ("some%20folder", "some folder", "some%20folder/a.jsonl", "some%20folder/*.jsonl"):
+        assert texts(f"file://{tmp_path}/{path}") == ["x"]
+
+
+@pytest.mark.parametrize("key", [*NAMES, "folder/a#b/c%23.jsonl"])
+def test_a_key_of_s3_is_taken_letter_by_letter(key: str) -> None:
+    uri = f"s3://bucket/{key}?{AT}"
+    assert open_filesystem(uri)[1] == f"bucket/{key}"
+    assert uri_beside(f"s3://bucket/some/folder?{AT}", f"bucket/{key}") == uri
+
+
+def test_a_key_that_no_uri_can_name_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"the key 'a\?b.jsonl' has a '\?', which begins options in a URI; rename it"):
+        uri_beside(f"s3://bucket?{AT}", "bucket/a?b.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("s3://bucket/is?it.jsonl", "options such as region=... follow a '?'; no file with a '?' in its name is read"),
+        ("s3://bucket/is?it.jsonl=1", "Unexpected query parameter in S3 URI: 'it.jsonl'"),
+    ],
+)
+def test_an_option_that_is_none(uri: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        sources.list_files(Source(path=uri, format="text"), "data.train.0", "")
+    assert str(caught.value) == f"data.train.0.path: {uri}: {message}"

@@ -1,0 +1,151 @@
+"""What is read of a csv file is what csv.reader reads of it."""
+
+import csv
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from olora_ray.common.errors import UserError
+from olora_ray.data import lines, reader, scan
+from olora_ray.data.example import Rejected
+from olora_ray.data.sources import COMPRESSIONS, File
+
+SPECIAL = ['"', '""', ",", "\n", "\r", "\r\n", "\t", " ", "a", 'a"', '"a', "é", "\u2028", "\x00"]
+ANYTHING = st.lists(st.sampled_from(SPECIAL), max_size=60).map("".join)
+CELLS = st.lists(st.sampled_from(SPECIAL), max_size=6).map("".join)
+ROWS = st.lists(st.lists(CELLS, min_size=1, max_size=4), max_size=40)
+
+
+def file_of(folder: Path, content: bytes, name: str = "a.csv") -> File:
+    path = folder / name
+    path.write_bytes(content)
+    kind = "tsv" if ".tsv" in name else "csv"
+    state = path.stat()
+    return File(str(path), kind, COMPRESSIONS.get(path.suffix), state.st_size, state.st_mtime_ns)
+
+
+def read(file: File) -> tuple[tuple[str, ...], list[tuple[int, Any]]]:
+    """Header and rows, unit by unit from the last to the first."""
+    found = scan.scan(file, "")
+    parts = [list(reader.read_unit(file, unit, found.columns, ())) for unit in reversed(found.units)]
+    return found.columns, [row for part in reversed(parts) for row in part]
+
+
+def expected(text: str, delimiter: str = ",") -> tuple[tuple[str, ...], list[tuple[int, Any]]]:
+    """The same by csv.reader alone, as its documentation says that it is used."""
+    rows, place = [], 0
+    parsed = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    for cells in parsed:
+        rows.append((place, cells))
+        place = parsed.line_num
+    rows = [(place, cells) for place, cells in rows if cells]
+    return (tuple(rows[0][1]), rows[1:]) if rows else ((), [])
+
+
+def closed(text: str, delimiter: str = ",") -> bool:
+    """Whether all quoted cells end: only then is a record that is put behind the text one of its own."""
+    end = text if text.endswith(("\n", "\r")) or not text else f"{text}\n"
+    cells = list(csv.reader(io.StringIO(f"{end}{delimiter}", newline=""), delimiter=delimiter))
+    return bool(cells) and cells[-1] == ["", ""]
+
+
+def check(folder: Path, text: str, name: str = "a.csv", start: bytes = b"") -> None:
+    delimiter = "\t" if "tsv" in name else ","
+    file = file_of(folder, start + text.encode(), name)
+    header, rows = expected(text, delimiter)
+    named = [cell for cell in header if cell]
+    if not closed(text, delimiter):
+        with pytest.raises(
+            UserError, match=r"a\.[ct]sv:\d+: a quoted cell of the record that begins here is not closed"
+        ):
+            scan.scan(file, "")
+    elif len(set(named)) < len(named):
+        with pytest.raises(UserError, match="there more than once"):
+            scan.scan(file, "")
+    else:
+        assert read(file)[0] == header
+        for (place, row), (line, cells) in zip(read(file)[1], rows, strict=True):
+            assert place == line
+            if len(cells) == len(header):
+                assert row == dict(zip(header, cells, strict=True))
+            else:
+                assert row.reason == "broken_csv"
+
+
+@settings(max_examples=400, deadline=None)
+@given(text=ANYTHING, size=st.sampled_from([1, 7, 4096]), start=st.sampled_from([b"", b"\xef\xbb\xbf"]))
+def test_any_text_gives_the_rows_of_csv_reader(
+    text: str, size: int, start: bytes, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lines, "CHUNK", size)
+        patch.setattr(lines, "UNIT_BYTES", size)
+        for name in ("a.csv", "a.tsv"):
+            check(tmp_path_factory.getbasetemp(), text, name, start)
+
+
+@settings(max_examples=200, deadline=None)
+@given(rows=ROWS, end=st.sampled_from(["\n", "\r\n", "\r"]), cut=st.booleans(), quoting=st.sampled_from([0, 1]))
+def test_what_csv_writer_wrote(
+    rows: list[list[str]], end: str, cut: bool, quoting: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    sink = io.StringIO(newline="")
+    csv.writer(sink, lineterminator=end, quoting=quoting).writerows([["x", "y", "z"], *rows])  # type: ignore[arg-type]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lines, "STEP", 2)
+        patch.setattr(lines, "UNITS_WANTED", 4)
+        patch.setattr(lines, "UNIT_ROWS", 4)
+        check(tmp_path_factory.getbasetemp(), sink.getvalue().removesuffix(end if cut else ""))
+
+
+def test_a_stray_quote_in_a_cell_harms_no_record_after_it(tmp_path: Path) -> None:
+    answers = [f'"line one {n}\nline two {n}"' for n in range(60_000)]
+    text = "size,answer\n" + 'a 5" pipe,b\n' + "".join(f"{n},{answer}\n" for n, answer in enumerate(answers))
+    columns, rows = read(file_of(tmp_path, text.encode()))
+    assert columns == ("size", "answer")
+    assert [row["answer"] for _, row in rows] == ["b", *(f"line one {n}\nline two {n}" for n in range(60_000))]
+    assert [place for place, _ in rows] == [1, *(2 + 2 * n for n in range(60_000))], "lines of a record's start"
+
+
+def test_a_lone_carriage_return_in_a_quoted_cell(tmp_path: Path) -> None:
+    _, rows = read(file_of(tmp_path, b'a,b\n1,"x\ry"\n2,"x\r\ny"\n' + b'3,"\r"\n' * 500))
+    assert [row["b"] for _, row in rows] == ["x\ry", "x\r\ny", *["\r"] * 500]
+
+
+def test_a_large_file_keeps_few_marks_and_all_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lines, "UNIT_BYTES", 3000)
+    cells = ["x" * (400 if 7000 < n < 7100 else 3) for n in range(20_000)]
+    file = file_of(tmp_path, ("\na\n" + "".join(f"{cell}\n" for cell in cells)).encode())
+    found = scan.scan(file, "")
+    assert [row["a"] for _, row in read(file)[1]] == cells
+    assert len(found.units) < 120
+    assert all(unit.size <= 3000 for unit in found.units)
+
+
+@pytest.mark.parametrize("header", ["a,b,a", '"a","b","a"', "a,b,a,,"])
+def test_a_column_name_that_is_there_twice_is_refused(header: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"a\.csv: the column 'a' is there more than once") as caught:
+        scan.scan(file_of(tmp_path, f"{header}\n1,2,3\n".encode()), "")
+    assert "\n" not in str(caught.value)
+
+
+def test_columns_without_a_name_may_be_many(tmp_path: Path) -> None:
+    assert read(file_of(tmp_path, b"a,,\n1,,\n"))[1] == [(1, {"a": "1", "": ""})]
+
+
+def test_latin_1_is_rejected_row_by_row(tmp_path: Path) -> None:
+    content = "a,b\n1,süß\n2,sweet\n".encode("latin-1")
+    [(place, row), second] = read(file_of(tmp_path, content))[1]
+    assert place == 1
+    assert isinstance(row, Rejected)
+    assert row.reason == "not_utf8"
+    assert second == (2, {"a": "2", "b": "sweet"})
+
+
+def test_a_file_that_was_cut_inside_a_quoted_cell_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"a\.csv:4: a quoted cell .* is not closed before the end of the file"):
+        scan.scan(file_of(tmp_path, b'a,b\n1,"x\ny"\n2,"cut off\nhere'), "")

@@ -1,0 +1,85 @@
+"""Folders and globs: what is passed over is said, nothing is read twice, and nothing is waited for."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from olora_ray.common.errors import UserError
+from olora_ray.config.schema import Source
+from olora_ray.data import sources
+from tests.said import said
+
+
+def listed(path: Path | str) -> list[str]:
+    found = sources.list_files(Source(path=str(path), format="text"), "data.train.0", "")
+    return [file.uri.rsplit("/", 1)[1] for file in found]
+
+
+def touch(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("")
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_what_a_folder_has_beside_is_said_once(scheme: str, tmp_path: Path) -> None:
+    touch(tmp_path, "a.jsonl", "b.jsonl.rar", "part-00001", "sub/part-00002", "e.xlsx", "f.parquet.gz", "d.jsonl.gz.gz")
+    touch(tmp_path, ".hidden", "_SUCCESS", "sub/.part.crc", "_temporary/x.bin")
+    with said() as lines:
+        for _ in range(2):
+            assert listed(f"{scheme}{tmp_path}") == ["a.jsonl"]
+    assert len(lines) == 1
+    assert lines[0].startswith(
+        f"data.train.0.path: not read in {scheme}{tmp_path}: 1 .gz.gz, 1 .parquet.gz, 1 .rar, 1 .xlsx,"
+        " 2 without an ending; supported: .jsonl, .json, .csv, .tsv and .txt (each also with .gz, .zst, .bz2 or .xz)"
+    )
+
+
+def test_a_folder_of_known_kinds_needs_no_line(tmp_path: Path) -> None:
+    touch(tmp_path, "a.jsonl", "b.csv.bz2", "c.tsv", "d.txt.xz")
+    with said() as lines:
+        assert len(listed(tmp_path)) == 4
+    assert not lines
+
+
+def test_a_linked_folder_is_not_entered_and_that_is_said(tmp_path: Path) -> None:
+    touch(tmp_path, "data/a.jsonl", "elsewhere/b.jsonl")
+    (tmp_path / "data" / "more").symlink_to(tmp_path / "elsewhere")
+    with said() as lines:
+        assert listed(tmp_path / "data") == ["a.jsonl"]
+    assert "1 linked folder" in lines[0]
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_a_glob_that_matches_a_folder_and_what_is_in_it_reads_each_file_once(scheme: str, tmp_path: Path) -> None:
+    touch(tmp_path, "a.jsonl", "sub/b.jsonl", "sub/deep/c.jsonl")
+    assert sorted(listed(f"{scheme}{tmp_path}/**")) == ["a.jsonl", "b.jsonl", "c.jsonl"]
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.jsonl")
+    for path in (tmp_path, tmp_path / "a.jsonl"):
+        with pytest.raises(UserError, match=r"data\.train\.0\.path: .*a\.jsonl: neither a file nor a link to one"):
+            listed(path)
+
+
+def test_a_link_to_nothing(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").symlink_to(tmp_path / "gone.jsonl")
+    with pytest.raises(UserError, match=r"a\.jsonl: neither a file nor a link to one"):
+        listed(tmp_path)
+
+
+def test_a_folder_that_cannot_be_listed(tmp_path: Path) -> None:
+    """os.walk passes over such a folder in silence unless it is asked; the tests may run as root, who may list all."""
+    with pytest.raises(UserError, match=r"^data\.train\.0\.path: .*closed: No such file or directory$"):
+        sources._below(str(tmp_path / "closed"), "data.train.0.path")
+
+
+@pytest.mark.parametrize("name", ["state.json", "dataset_dict.json"])
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"_data_files": 3, "splits": 3}', "[" * 100_000, "\xff"])
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_a_saved_data_set_that_is_damaged(scheme: str, content: str, name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content, "latin-1")
+    with pytest.raises(UserError, match=r"data\.train\.0\.path: .*what Dataset\.save_to_disk wrote there is damaged"):
+        listed(f"{scheme}{tmp_path}")

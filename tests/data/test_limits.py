@@ -1,0 +1,81 @@
+"""Limits on what is held in memory as a whole: a small file may unpack to gigabytes."""
+
+import gzip
+import resource
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from olora_ray.common.errors import UserError
+from olora_ray.config.schema import Source
+from olora_ray.data import json_file, lines, scan, sources
+
+
+def scanned(path: Path) -> scan.FileScan:
+    [file] = sources.list_files(Source(path=str(path), format="text"), "data.train.0", "")
+    return scan.scan(file, "")
+
+
+LONG: dict[str, tuple[bytes, str]] = {
+    "a.jsonl": (
+        b'{"a": 1}\n' * 20 + b"[" * 1500 + b"\n{}\n",
+        r"a\.jsonl:21: a row of more than 0 MiB, which is not read$",
+    ),
+    "end.jsonl": (b'{"a": 1}\n{"a": "' + b"x" * 1500, r"end\.jsonl:2: a row of more than"),
+    "a.txt": (b"x" * 3000, r"a\.txt:1: a row of more than"),
+    "line.csv": (b"a,b\n1,2\n" + b"x" * 1500 + b",2\n", r"line\.csv:3: .*\(is a quoted cell not closed\?\)"),
+    "record.csv": (b'a,b\n1,2\n3,"' + b"x\n" * 600 + b'"\n', r"record\.csv:3: a row of more than"),
+    "open.csv": (b'a,b\n1,2\n3,"' + b"x,y\n" * 600, r"open\.csv:3: a row of more than"),
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+@pytest.mark.parametrize("chunk", [64, 2**20])
+@pytest.mark.parametrize("pack", [None, gzip.compress])
+def test_a_row_that_is_too_long(
+    name: str, chunk: int, pack: Callable[[bytes], bytes] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lines, "LINE_BYTES", 1000)
+    monkeypatch.setattr(lines, "CHUNK", chunk)
+    content, message = LONG[name]
+    path = tmp_path / (f"{name}.gz" if pack else name)
+    path.write_bytes(pack(content) if pack else content)
+    with pytest.raises(UserError, match=message.replace(r":", r"(\.gz)?:", 1)) as caught:
+        scanned(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_row_just_below_the_limit_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lines, "LINE_BYTES", 1000)
+    (tmp_path / "a.jsonl").write_bytes(b'"' + b"x" * 997 + b'"\n' * 1)
+    assert scanned(tmp_path / "a.jsonl").rows == 1
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.json.gz"])
+def test_a_json_file_that_is_too_large(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json_file, "DOCUMENT_BYTES", 2**20)
+    content = b"[" + b" " * 2**20 + b"]"
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    with pytest.raises(UserError, match=r"a\.json(\.gz)?: more than 1 MiB of JSON, .*; write it as \.jsonl"):
+        scanned(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.csv.gz"])
+def test_too_many_lines_in_a_compressed_file(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lines, "LINES", 1000)
+    monkeypatch.setattr(lines, "CHUNK", 200)
+    (tmp_path / name).write_bytes(gzip.compress(b"\n" * 5000))
+    with pytest.raises(UserError, match=r"gz: more than 1,000 lines in a compressed file; give it as several"):
+        scanned(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.csv.gz", "a.txt.gz"])
+def test_a_bomb_needs_no_more_memory_than_the_limit(name: str, tmp_path: Path) -> None:
+    block = gzip.compress(b" " * 2**25, 1)
+    (tmp_path / name).write_bytes(block * 40)  # 1.3 GB
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UserError, match=r"gz:1: a row of more than 128 MiB"):
+        scanned(tmp_path / name)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown < 600 * 2**10

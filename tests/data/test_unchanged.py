@@ -1,0 +1,170 @@
+"""What is tokenised is what was hashed: a file that changes in between is refused, of every kind."""
+
+import bz2
+import gzip
+import json
+import lzma
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from olora_ray.common.errors import UserError
+from olora_ray.config.schema import Source
+from olora_ray.data import scan, sources
+from olora_ray.data.reader import Unit, read_unit
+from olora_ray.data.sources import File
+from olora_ray.data.unchanged import Changed
+from olora_ray.tokens import prepare
+from tests.tokens import helpers
+
+MESSAGE = "changed since it was looked at; run the same command again"
+
+
+def lines_of(word: str, pack: Callable[[bytes], bytes] = bytes) -> Callable[[Path], Any]:
+    content = "".join(json.dumps({"text": f"{word} {n:04d}"}) + "\n" for n in range(2000)).encode()
+    return lambda path: path.write_bytes(pack(content))
+
+
+def saved(word: str) -> Callable[[Path], Any]:
+    import datasets
+
+    return lambda path: datasets.Dataset.from_dict({"text": [f"{word} {n:04d}" for n in range(200)]}).save_to_disk(path)
+
+
+def table(word: str) -> pa.Table:
+    return pa.table({"text": [f"{word} {n:04d}" for n in range(2000)]})
+
+
+KINDS: dict[str, Callable[[str], Callable[[Path], Any]]] = {
+    "a.jsonl": lines_of,
+    "a.jsonl.gz": lambda word: lines_of(word, gzip.compress),
+    "a.jsonl.bz2": lambda word: lines_of(word, bz2.compress),
+    "a.jsonl.xz": lambda word: lines_of(word, lzma.compress),
+    "a.csv": lambda word: lambda path: path.write_text("text\n" + f"{word}\n" * 2000),
+    "a.txt": lambda word: lambda path: path.write_text(f"{word}\n" * 2000),
+    "a.json": lambda word: lambda path: path.write_text(json.dumps([{"text": word}] * 2000)),
+    "a.parquet": lambda word: lambda path: parquet.write_table(table(word), path, compression="none"),
+    "saved": saved,
+}
+
+
+def only(path: Path) -> File:
+    [file] = sources.list_files(Source(path=str(path), format="text"), "data.train.0", "")
+    return file
+
+
+def read(file: File, units: tuple[Unit, ...], columns: tuple[str, ...]) -> list[str]:
+    return [row["text"] for unit in units for _, row in read_unit(file, unit, columns, ["text"])]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_file_that_changes_after_the_scan_is_not_read(name: str, tmp_path: Path) -> None:
+    KINDS[name]("old")(tmp_path / name)
+    file = only(tmp_path / name)
+    found = scan.scan(file, "")
+    assert all(text.startswith("old") for text in read(file, found.units, found.columns))
+    KINDS[name]("new")(tmp_path / name)
+    for unit in found.units:
+        with pytest.raises(Changed, match=rf"{Path(file.uri).name}: {MESSAGE}$"):
+            read(file, (unit,), found.columns)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_copy_with_another_time_is_the_same_file(name: str, tmp_path: Path) -> None:
+    """Each node of a cluster may have unpacked it by itself."""
+    KINDS[name]("old")(tmp_path / name)
+    file = only(tmp_path / name)
+    found = scan.scan(file, "")
+    os.utime(file.uri, ns=(5, 5))
+    assert read(file, found.units, found.columns)
+
+
+def test_rows_that_are_added_at_the_end_change_nothing_before(tmp_path: Path) -> None:
+    lines_of("old")(tmp_path / "a.jsonl")
+    file = only(tmp_path / "a.jsonl")
+    found = scan.scan(file, "")
+    with (tmp_path / "a.jsonl").open("a") as more:
+        more.write('{"text": "new"}\n')
+    assert len(read(file, found.units, found.columns)) == 2000
+
+
+def test_a_storage_that_returns_another_range_is_noticed(tmp_path: Path) -> None:
+    lines_of("old")(tmp_path / "a.jsonl")
+    file = only(tmp_path / "a.jsonl")
+    first, second, *_ = scan.scan(file, "").units
+    wrong = Unit(second.first, second.rows, first.offset, second.size, second.before, second.after)
+    with pytest.raises(Changed):
+        read(file, (wrong,), ())
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "saved"])
+def test_a_file_that_changes_while_it_is_looked_at(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    KINDS[name]("old")(tmp_path / name)
+    file = only(tmp_path / name)
+    digests = scan._digests
+
+    def late(file: File) -> tuple[str, int]:
+        found = digests(file)
+        KINDS[name]("other")(tmp_path / name)
+        return found
+
+    monkeypatch.setattr(scan, "_digests", late)
+    with pytest.raises(UserError, match=MESSAGE):
+        scan.scan(file, "")
+
+
+def test_no_store_gets_rows_that_its_name_does_not_cover(tmp_path: Path) -> None:
+    lines_of("old")(tmp_path / "a.jsonl")
+    config = helpers.config(tmp_path / "runs", {"path": str(tmp_path / "a.jsonl"), "format": "text"})
+    build = prepare.begin(config, helpers.spec(), "train")
+    lines_of("new")(tmp_path / "a.jsonl")
+    with pytest.raises(UserError, match=rf"a\.jsonl: {MESSAGE}"):
+        build.run()
+    assert not list(Path(build.store.uri).glob("*.arrow"))
+    store = prepare.prepare(config, helpers.spec(), "train")
+    assert store.uri != build.store.uri
+    assert all("new" in text for text in helpers.texts(store))
+
+
+def test_a_kept_scan_does_not_outlive_other_content_of_the_same_size_and_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `cp -p` and `rsync -t` leave it: without forgetting, the same command would fail for ever."""
+    monkeypatch.setattr(scan, "CACHED_FROM", 1)
+    path = tmp_path / "a.jsonl"
+    lines_of("old")(path)
+    before = path.stat()
+    config = helpers.config(tmp_path / "runs", {"path": str(path), "format": "text"})
+    prepare.begin(config, helpers.spec(), "train")
+    lines_of("new")(path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(UserError, match=MESSAGE):
+        prepare.prepare(config, helpers.spec(), "train")
+    assert all("new" in text for text in helpers.texts(prepare.prepare(config, helpers.spec(), "train")))
+
+
+def test_a_scan_that_was_kept_by_an_earlier_version_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scan, "CACHED_FROM", 1)
+    lines_of("old")(tmp_path / "a.jsonl")
+    file = only(tmp_path / "a.jsonl")
+    monkeypatch.setattr(scan, "KEPT_VERSION", 2)
+    first = scan.scan(file, str(tmp_path))
+    [kept] = (tmp_path / "tokens" / "scans").iterdir()
+    monkeypatch.undo()
+    monkeypatch.setattr(scan, "CACHED_FROM", 1)
+    assert scan.scan(file, str(tmp_path)) == first
+    assert len(list(kept.parent.iterdir())) == 2
+
+
+def test_the_error_travels_between_processes() -> None:
+    error = pickle.loads(pickle.dumps(Changed(File("x.jsonl", "jsonl"))))
+    assert str(error) == f"x.jsonl: {MESSAGE}"
+    assert error.file.uri == "x.jsonl"

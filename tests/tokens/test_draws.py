@@ -1,0 +1,173 @@
+"""The rows that a weight takes of a source: the right share of them, whatever the layout of the file."""
+
+import csv
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from olora_ray.config.schema import Config
+from olora_ray.data.reader import read_unit
+from olora_ray.data.tokenize import TokenizerSpec
+from olora_ray.tokens import rng
+from olora_ray.tokens.draws import taken, warn_of_empty
+from olora_ray.tokens.plan import Plan
+from olora_ray.tokens.prepare import plan_here, prepare
+from tests.said import said
+from tests.tokens import helpers
+
+ROWS = 4000
+
+
+def as_lines(path: Path, rows: Sequence[str], between: str = "") -> Path:
+    path.write_text("".join(json.dumps({"text": row}) + "\n" + between for row in rows))
+    return path
+
+
+def as_csv(path: Path, rows: Sequence[str]) -> Path:
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([["text"], *([f"{row}\nsecond line"] for row in rows)])
+    return path
+
+
+LAYOUTS: dict[str, Callable[[Path, Sequence[str]], Path]] = {
+    "plain": lambda folder, rows: as_lines(folder / "a.jsonl", rows),
+    "a blank line after each row": lambda folder, rows: as_lines(folder / "a.jsonl", rows, "\n"),
+    "four blank lines after each row": lambda folder, rows: as_lines(folder / "a.jsonl", rows, "\n\n\n\n"),
+    "csv records of two lines": lambda folder, rows: as_csv(folder / "a.csv", rows),
+}
+
+
+def source(path: Path, weight: float, **more: Any) -> dict[str, Any]:
+    return {"path": str(path), "format": "text", "weight": weight, **more}
+
+
+def used(plan: Plan) -> Counter[str]:
+    """How often each row is used, by its first line."""
+    found: Counter[str] = Counter()
+    for piece in (piece for shard in plan.shards for piece in shard):
+        planned = plan.files[piece.file]
+        first, rows = piece.unit.first, piece.unit.rows
+        keep = taken(plan, piece, np.arange(first, first + rows, dtype=np.int64))
+        for place, row in read_unit(planned.file, piece.unit, planned.columns, ["text"]):
+            found[row["text"].split("\n")[0]] += int(keep[place - first])
+    return found
+
+
+def drawn(config: Config, split: Any = "train") -> Counter[str]:
+    return used(plan_here(config, helpers.spec(), split))
+
+
+def is_share(count: int, of: int, share: float) -> bool:
+    """Within five standard deviations of a draw of each by itself."""
+    return abs(count - of * share) <= 5 * (of * share * (1 - share)) ** 0.5
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("weight", [0.5, 0.2, 2.5])
+@pytest.mark.parametrize("period", [2, 5, 16])
+def test_each_kind_of_row_is_taken_by_its_share(layout: str, weight: float, period: int, tmp_path: Path) -> None:
+    path = LAYOUTS[layout](tmp_path, [f"{n % period} {n}" for n in range(ROWS)])
+    counts = drawn(helpers.config(tmp_path / "runs", source(path, weight)))
+    assert len(counts) == ROWS
+    whole, share = int(weight), weight - int(weight)
+    assert set(counts.values()) == {whole, whole + 1}
+    for kind in range(period):
+        extra = sum(count - whole for row, count in counts.items() if row.startswith(f"{kind} "))
+        assert is_share(extra, ROWS // period, share), (kind, extra)
+
+
+def test_a_source_among_others_has_its_share(tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
+    blank = as_lines(tmp_path / "blank.jsonl", [f"b {n}" for n in range(1000)], "\n")
+    other = as_lines(tmp_path / "other.jsonl", [f"o {n}" for n in range(1000)])
+    config = helpers.config(tmp_path / "runs", source(blank, 0.5), source(other, 1))
+    kinds = Counter(text.removeprefix("<s>")[0] for text in helpers.texts(prepare(config, tiny_spec, "train")))
+    assert kinds["o"] == 1000
+    assert is_share(kinds["b"], 1000, 0.5)
+
+
+def test_another_night_draws_other_rows(tmp_path: Path) -> None:
+    """As retrain.replay makes it: the known file at a low weight, beside files that are new."""
+    known = as_lines(tmp_path / "known.jsonl", [f"{n % 5} {n}" for n in range(ROWS)])
+    nights = []
+    for night in range(3):
+        new = as_lines(tmp_path / f"{night}.jsonl", [f"new {night}"])
+        counts = drawn(helpers.config(tmp_path / "runs", source(new, 1), source(known, 0.2)))
+        nights.append({row for row, count in counts.items() if count and not row.startswith("new")})
+        assert {row[0] for row in nights[-1]} == set("01234"), "each of five kinds in turn"
+    assert all(is_share(len(rows), ROWS, 0.2) for rows in nights)
+    assert is_share(len(nights[0] & nights[1]), ROWS, 0.04), "independent of the night before"
+    assert is_share(len(nights[0] & nights[1] & nights[2]), ROWS, 0.008)
+
+
+def test_the_draw_is_that_of_contents_and_seed(tmp_path: Path) -> None:
+    path = as_lines(tmp_path / "a.jsonl", [str(n) for n in range(ROWS)])
+    first = drawn(helpers.config(tmp_path / "runs", source(path, 0.5)))
+    (tmp_path / "moved").mkdir()
+    moved = path.rename(tmp_path / "moved" / "z.jsonl")
+    assert drawn(helpers.config(tmp_path / "runs", source(moved, 0.5))) == first
+    other = drawn(helpers.config(tmp_path / "runs", source(moved, 0.5), seed=18))
+    both = sum(1 for row in first if first[row] and other[row])
+    assert is_share(both, ROWS, 0.25)
+
+
+def test_a_file_that_is_named_twice_is_drawn_twice(tmp_path: Path) -> None:
+    path = as_lines(tmp_path / "a.jsonl", [str(n) for n in range(ROWS)])
+    counts = drawn(helpers.config(tmp_path / "runs", source(path, 0.5), source(path, 0.5)))
+    assert is_share(sum(count == 2 for count in counts.values()), ROWS, 0.25)
+
+
+def test_held_out_rows_are_the_same_with_every_seed_and_beside_other_sources(tmp_path: Path) -> None:
+    path = as_lines(tmp_path / "a.jsonl", [str(n) for n in range(ROWS)])
+    extra = as_lines(tmp_path / "b.jsonl", ["extra"])
+    plain = helpers.config(tmp_path / "runs", source(extra, 1), eval=[source(path, 0.5)])
+    more = helpers.config(tmp_path / "runs", source(extra, 1), eval=[source(extra, 1), source(path, 0.5)], seed=3)
+    first, second = drawn(plain, "eval"), drawn(more, "eval")
+    assert second.pop("extra") == 1
+    assert first == second
+
+
+def test_a_draw_does_not_follow_the_draw_of_held_out_rows(tmp_path: Path) -> None:
+    path = as_lines(tmp_path / "a.jsonl", [str(n) for n in range(ROWS)])
+    config = helpers.config(tmp_path / "runs", source(path, 0.5), eval_fraction=0.5)
+    train, held_out = (sum(drawn(config, split).values()) for split in ("train", "eval"))
+    assert is_share(train, ROWS, 0.25)
+    assert is_share(held_out, ROWS, 0.25)
+
+
+def test_only_a_weight_that_is_not_whole_is_another_store_than_before(tmp_path: Path) -> None:
+    """A store of before is used again where its rows are those of today, and nowhere else."""
+    path, table = as_lines(tmp_path / "a.jsonl", ["x"]), as_csv(tmp_path / "a.csv", ["x"])
+
+    def described(path: Path, weight: float) -> Any:
+        plan = plan_here(helpers.config(tmp_path / "runs", source(path, weight)), helpers.spec(), "train")
+        return plan.inputs()["sources"], plan.files[0].sha256
+
+    for weight in (1.0, 2.0):
+        [found], sha256 = described(path, weight)
+        assert found == {"format": "text", "fields": {}, "weight": weight, "files": [["jsonl", sha256]]}
+    [found], _ = described(path, 2.5)
+    assert found["drawn_by"] == "hash"
+    [found], sha256 = described(table, 1.0)
+    assert found["files"] == [["csv 2", sha256]]
+
+
+def test_a_weight_that_leaves_nothing_of_a_source_is_said(tmp_path: Path) -> None:
+    small = as_lines(tmp_path / "small.jsonl", ["a", "b", "c"])
+    large = as_lines(tmp_path / "large.jsonl", [str(n) for n in range(ROWS)])
+    config = helpers.config(tmp_path / "runs", source(large, 0.05), source(small, 1e-6))
+    with said() as lines:
+        warn_of_empty(plan_here(config, helpers.spec(), "train"), "data.train")
+    assert len(lines) == 1
+    assert f"data.train.1.weight: 1e-06 leaves no row of the 3 of {small} in train" in lines[0]
+
+
+def test_a_mask_is_the_same_however_the_places_are_cut() -> None:
+    places = np.arange(10_000)
+    whole = rng.bernoulli_mask(0.3, 5, places)
+    parts = [rng.bernoulli_mask(0.3, 5, part) for part in np.array_split(places, 7)]
+    assert np.array_equal(whole, np.concatenate(parts))
