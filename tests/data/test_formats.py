@@ -217,8 +217,7 @@ ANSWER = {"role": "assistant", "content": "a"}
         ("messages", {"messages": [{"role": "User", "content": "x"}]}, "bad_role", "(write 'user')"),
         ("messages", {"messages": [{"role": "function", "content": "x"}]}, "bad_role", "('function' is 'tool' now)"),
         ("messages", {"messages": TURNS}, "missing_field", "rows with from and value are of format sharegpt"),
-        ("messages", {"instruction": "x", "output": "y"}, "missing_field", "set format: alpaca"),
-        ("prompt_completion", {"question": "x"}, "missing_field", "fields: {prompt: COLUMN}"),
+        ("messages", {"instruction": "x", "output": "y"}, "missing_field", "the row has instruction, output"),
         (
             "alpaca",
             {"instruction": "x", "output": "y", "history": [["q"]]},

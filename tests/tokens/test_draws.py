@@ -149,7 +149,7 @@ def test_only_a_weight_that_is_not_whole_is_another_store_than_before(tmp_path: 
 
     for weight in (1.0, 2.0):
         [found], sha256 = described(path, weight)
-        assert found == {"format": "text", "fields": {}, "weight": weight, "files": [["jsonl", sha256]]}
+        assert found == {"format": "text", "fields": {}, "weight": weight, "files": [["jsonl", sha256]], "rules": 2}
     [found], _ = described(path, 2.5)
     assert found["drawn_by"] == "hash"
     [found], sha256 = described(table, 1.0)
