@@ -157,12 +157,12 @@ FORMATS: dict[str, Callable[[Row], Example]] = {
 
 NEEDED: dict[str, tuple[str, ...]] = {
     "messages": ("messages",),
-    "prompt_completion": ("prompt", "completion"),
-    "alpaca": ("instruction", "output"),
     "sharegpt": ("conversations",),
+    "alpaca": ("instruction", "output"),
+    "prompt_completion": ("prompt", "completion"),
     "text": ("text",),
 }
-"""The columns by which a format is known."""
+"""The fields without which a row of a format cannot be used; what is told from fewest columns comes first."""
 
 FIELDS: dict[str, tuple[str, ...]] = {
     "messages": ("messages", "tools"),

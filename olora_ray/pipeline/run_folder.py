@@ -47,7 +47,7 @@ def bound_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 def where_now(folder: str, storage_root: str) -> str:
     """The run folder that was `folder` once: the one of that name in the storage if it has moved with it."""
     moved = storage.join(storage_root, folder.rstrip("/").rpartition("/")[2])
-    return moved if not storage.exists(folder) and storage.exists(moved) else folder
+    return moved if folder and not storage.exists(folder) and storage.exists(moved) else folder
 
 
 class RunFolder:

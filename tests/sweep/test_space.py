@@ -260,7 +260,7 @@ def test_bad_spaces_name_the_field(case: str, tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         space(tmp_path, **tree)
     assert message in str(error.value)
-    assert str(error.value).startswith(f"{tmp_path}/space.yaml: ")
+    assert str(error.value).startswith((f"{tmp_path}/space.yaml: ", f"{tmp_path}/space.yaml, line "))
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 1000
 
