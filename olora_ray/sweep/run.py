@@ -121,7 +121,8 @@ def _search(sweep_spec: SweepSpec) -> None:
     callback = SweepCallback(folder, space)
     tuner.build(replace(sweep_spec, shared_bases=shared_bases), callback, concurrent).fit()
     note = f"The search ended early: {callback.over}." if callback.over else ""
-    progress.write(folder, Progress(callback.seconds(), complete=True, note=note, cut=tuple(sorted(callback.cut))))
+    cut = tuple(sorted(callback.cut))
+    progress.write(folder, Progress(callback.seconds(), callback.complete(), note, cut))
     # Not after an error or a signal: trials would find their shared base dead and end as failed before they
     # are ended with this process.
     shared_base.end_actors(shared_bases)
