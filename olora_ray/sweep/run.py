@@ -59,7 +59,7 @@ def share(spec: TrainSpec, space: Space, seconds: float) -> tuple[TrainSpec, flo
     """
     settings.begin(spec.config, space)
     place = storage.join(spec.config.folder(), "shared")
-    rank = max(_ranks(space) or [spec.config.adapter.rank])
+    rank = max(space.possible("adapter.rank", spec.config.adapter.rank))
     wanted = worker_resources(spec.config)
     make = ray.remote(shared_work.make).options(num_cpus=wanted["CPU"], num_gpus=wanted.get("GPU", 0))
     with connection.user_errors():
@@ -152,8 +152,3 @@ def _room(wanted: Mapping[str, float]) -> int:
         seen.append(free_workers(wanted))
         time.sleep(0.25)
     return max(seen)
-
-
-def _ranks(space: Space) -> list[int]:
-    domain = space.search.get("adapter.rank")
-    return [int(value) for value in domain.extremes()] if domain else []
