@@ -175,6 +175,10 @@ ODD: dict[str, tuple[dict[str, Any], str]] = {
         {"search": {"adapter.rank": {"choice": [8, 3]}, "train.steps": {"of": "adapter.rank", "times": [0.5]}}},
         "search.train.steps: train.steps: input should be a valid integer",
     ),
+    "factor that fits only the ends of a range": (
+        {"search": {"adapter.rank": {"quniform": [4, 8, 1]}, "train.steps": {"of": "adapter.rank", "times": 0.5}}},
+        "search: trial 1: train.steps: input should be a valid integer, got a number with a fractional part",
+    ),
     # Fields that must not vary, or not twice.
     **{
         f"{field} must not vary": (of({"choice": ["x"]}, field), f"search.{field}: a search cannot vary {section}.*")
@@ -277,8 +281,8 @@ def test_files_that_hold_no_space_are_one_line(text: str, tmp_path: Path) -> Non
     assert "\n" not in str(error.value)
 
 
-def test_a_combination_that_the_config_refuses_is_found_before_the_search(tmp_path: Path) -> None:
-    """Each value is valid by itself: 2 workers have something to do with a batch of 2, and 1 worker with one of 1."""
+def test_values_are_checked_with_the_rest_of_the_config(tmp_path: Path) -> None:
+    """A batch of 1 is enough for one worker only."""
     config = override(CONFIG, {"cluster.workers": 1, "train.global_batch": 1})
     file = tmp_path / "space.yaml"
     file.write_text(yaml.safe_dump({"search": {"train.global_batch": {"choice": [1, 2]}}}))
@@ -314,6 +318,28 @@ def test_the_config_is_in_the_space_only_where_a_trial_could_have_its_values(
 ) -> None:
     found = space(tmp_path, search={field: domain})
     assert found.as_draws(override(CONFIG, {field: value})) == ({field: value} if contains else None)
+
+
+@pytest.mark.parametrize(
+    ("search", "most"),
+    [
+        ({"train.lr": {"choice": [1e-3]}}, 16),
+        ({"adapter.rank": {"choice": [8, 64, 4]}}, 64),
+        ({"adapter.rank": {"quniform": [8, 30, 8]}}, 24),
+        ({"adapter.rank": {"choice": [4, 8]}}, 16),  # the unchanged config is a trial too
+        ({"adapter.alpha": {"choice": [8, 64]}, "adapter.rank": {"of": "adapter.alpha", "times": [0.5, 2]}}, 128),
+    ],
+)
+def test_factors_are_shared_at_the_largest_rank_of_any_trial(search: dict[str, Any], most: int) -> None:
+    largest = max(Space.model_validate({"search": search}).possible("adapter.rank", 16))
+    assert (largest, type(largest)) == (most, int)
+
+
+def test_very_many_multiples_are_checked_at_their_ends(tmp_path: Path) -> None:
+    bases, factors = list(range(1, 1001)), [i / 1000 for i in range(1000)]
+    search = {"train.steps": {"choice": bases}, "train.clip": {"of": "train.steps", "times": factors}}
+    with pytest.raises(UserError, match=r"train\.clip: input should be greater than 0"):
+        space(tmp_path, search=search)
 
 
 def test_steps_end_at_the_last_that_fits_and_stay_whole() -> None:
