@@ -106,6 +106,8 @@ def test_columns_of_sharegpt() -> None:
     assert example.messages[-1] == {"role": "assistant", "content": "a", "weight": 0}
     for empty in ({"system": ""}, {"system": None, "tools": "[]"}, {}):
         assert to_example("sharegpt", {"conversations": TURNS, **empty}, {}) == Chat(example.messages[1:])
+    other = {"conversations": TURNS, "system": 3}
+    assert to_example("sharegpt", other, {"system": "none"}) == Chat(example.messages[1:])
     twice = [{"from": "system", "value": "s"}, *TURNS]
     assert to_example("sharegpt", {**row, "conversations": twice}, {}) == example
     with pytest.raises(Rejected, match="field 'system' and the first message are two different system messages"):
