@@ -50,7 +50,7 @@ $(VENV)/.quickstart: pyproject.toml
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.quickstart
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[gguf,eval,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[gguf,eval,s3,dev]'
 	touch $@
 
 # Beside the project's own environment, whose versions it locks.

@@ -10,6 +10,7 @@ MLFLOW_TRACKING_URI, else ./runs/mlflow.db. `promote` and `rollback` check the f
 """
 
 import os
+import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -39,7 +40,7 @@ def main(argv: list[str]) -> None:
     uri = _tracking_uri(found.options.get("--tracking-uri"))
     check(uri)
     aliases = Aliases(uri, names[0])
-    if not aliases.versions():
+    if not names[0].strip() or not aliases.versions():
         raise UserError(f"no model {names[0]!r} with a version is registered in {shown_uri(uri)}")
     act(aliases, *names[1:])
 
@@ -113,7 +114,7 @@ def _tracking_uri(given: str | None) -> str:
 
 
 def _number(aliases: Aliases, which: str) -> str:
-    if which.isdigit():
+    if re.fullmatch("[0-9]+", which):
         return which
     there = aliases.current()
     if which not in there:

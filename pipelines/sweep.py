@@ -18,29 +18,36 @@ from olora_ray.config import command_line  # noqa: E402
 def main(argv: list[str]) -> None:
     """The whole search, in the order in which the data flows."""
     config, file, flags = command_line.read_search_arguments(argv, usage=__doc__ or "")
+    from olora_ray.pipeline import first_look
+
+    first_look.check(config)
     from olora_ray.sweep.load_space import load
 
     space = load(file, config)
     from olora_ray.pipeline import report, run
     from olora_ray.pipeline.base import open_base
     from olora_ray.pipeline.connection import connect
+    from olora_ray.pipeline.driver import only_driver
+    from olora_ray.sweep import outcome, settings
     from olora_ray.sweep import run as sweep
 
-    search = sweep.search_config(config, space, file, registers="--register" in flags)
-    sweep.check(search, space)
-    base = open_base(search)
-    report.plan(search, base.model)
+    search = settings.search_config(config, space, file, registers="--register" in flags)
+    settings.check(search, space)
+    with only_driver(search) as driver:
+        base = open_base(search)
+        report.plan(search, base.model)
 
-    with connect(search, base.model):
-        spec, seconds = sweep.train_spec(search, base)
-        spec, spared = sweep.share(spec, space, seconds)
-        with sweep.tracked(spec, space) as tracker:
-            sweep_spec, found = sweep.run(spec, space, spared, tracker)
-            sweep.conclude(config, sweep_spec, found, tracker)
-            if "--register" in flags:
-                sweep.register(sweep_spec, found)
-    if "--refit" in flags:
-        run.run(sweep.best_config(config, sweep_spec, found.ranked()[0], refit=True))
+        with connect(search, base.model) as stop, driver.watch(stop):
+            spec, seconds = sweep.train_spec(search, base)
+            spec, spared = sweep.share(spec, space, seconds)
+            with sweep.tracked(spec, space) as tracker:
+                sweep_spec, found = sweep.run(spec, space, spared, tracker)
+                driver.check()
+                outcome.conclude(config, sweep_spec, found, tracker)
+                if "--register" in flags:
+                    outcome.register(sweep_spec, found)
+        if "--refit" in flags:
+            run.run(outcome.best_config(config, sweep_spec, found.ranked()[0], refit=True))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import torch
 from olora_ray.data.tokenize import TokenizerSpec
 from tests import marks, tiny
 from tests.crew import Crew
+from tests.s3_server import bucket, s3_server  # noqa: F401  # fixtures
 from tests.tokens import helpers
 
 torch.set_num_threads(1)

@@ -45,7 +45,7 @@ def names(function: Callable[..., Any]) -> frozenset[str]:
 
 
 def _names(found: Any, seen: dict[int, Any]) -> Iterator[str]:
-    if id(found) in seen or not getattr(found, "__module__", "").startswith("tests."):
+    if id(found) in seen or not (getattr(found, "__module__", None) or "").startswith("tests."):
         return
     seen[id(found)] = found
     if isinstance(found, type):

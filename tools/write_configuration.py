@@ -3,19 +3,18 @@
 .venv/bin/python tools/write_configuration.py          (make docs)
 """
 
-import json
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Any, get_args
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the schema of this tree, whatever is installed
 
 from pydantic.fields import FieldInfo  # noqa: E402
 
+from olora_ray.config import describe  # noqa: E402
 from olora_ray.config.schema import Config, Section  # noqa: E402
 
 PAGE = ROOT / "docs" / "configuration.md"
@@ -60,8 +59,6 @@ file of one line. It is looked up where it is used, and what it holds is never w
 Other secrets come from the variables that their libraries read, on every node: `MLFLOW_TRACKING_USERNAME` and
 `MLFLOW_TRACKING_PASSWORD` (or `MLFLOW_TRACKING_TOKEN`), `HF_TOKEN`, and the cloud's own.
 """
-NAMES = {str: "text", int: "whole number", float: "number", bool: "`true` or `false`", NoneType: "`null`"}
-BOUNDS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
 
 
 def main() -> None:
@@ -72,31 +69,6 @@ def main() -> None:
 def page() -> str:
     """The page, from the schema as it is."""
     return "\n".join([INTRO, *(line for name, field in Config.model_fields.items() for line in _section(name, field))])
-
-
-def shape(annotation: Any, limits: Sequence[Any] = ()) -> str:
-    """What a field may hold, in words; `limits` are pydantic's constraints."""
-    kind, inner = get_origin(annotation), get_args(annotation)
-    if kind is Annotated:
-        found = [limit for one in inner[1:] for limit in (one.metadata if isinstance(one, FieldInfo) else [one])]
-        return shape(inner[0], [*limits, *found])
-    if kind in (Union, UnionType):
-        return " or ".join(shape(part) for part in inner)
-    if kind is Literal:
-        return ", ".join(f"`{choice}`" for choice in inner)
-    if kind is tuple:
-        return _tuple(inner, limits)
-    if kind is dict:
-        return f"mapping of {shape(inner[0])} to {shape(inner[1])}"
-    if _is_section(annotation):
-        heading = _heading(annotation)
-        return f"[{annotation.__name__.lower()}](#{_anchor(heading)})"
-    return " ".join([NAMES[annotation], *_bounds(limits)])
-
-
-def plain(value: Any) -> str:
-    """A default as it would stand in a config."""
-    return value if isinstance(value, str) else json.dumps(value, default=list)
 
 
 def _section(name: str, field: FieldInfo) -> Iterator[str]:
@@ -111,8 +83,9 @@ def _section(name: str, field: FieldInfo) -> Iterator[str]:
 def _table(section: type[Section]) -> str:
     lines = ["| field | type | default | description |", "|---|---|---|---|"]
     for name, field in section.model_fields.items():
-        default = "required" if field.is_required() else f"`{plain(field.get_default(call_default_factory=True))}`"
-        cells = (f"`{field.alias or name}`", shape(field.annotation, field.metadata), default, field.description or "")
+        value = describe.default(field) if field.is_required() else f"`{describe.default(field)}`"
+        kind = describe.shape(field.annotation, field.metadata, _link)
+        cells = (f"`{field.alias or name}`", kind, value, " ".join((field.description or "").split()))
         lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
     return "\n".join(lines)
 
@@ -132,31 +105,16 @@ def _parts(annotation: Any) -> Iterator[type[Section]]:
         yield from _parts(inner)
 
 
-def _tuple(inner: Sequence[Any], limits: Sequence[Any]) -> str:
-    if inner[-1] is not Ellipsis:
-        return f"list [{', '.join(map(shape, inner))}]"
-    least = next((limit.min_length for limit in limits if hasattr(limit, "min_length")), 0)
-    return f"list of {shape(inner[0])}" + (f", {least} or more" if least else "")
-
-
-def _bounds(limits: Sequence[Any]) -> Iterator[str]:
-    """`(≥ 0, < 1)`; what has no bounds (patterns, validators) is told by the description."""
-    found = [
-        f"{sign} {getattr(limit, name):.10g}"
-        for limit in limits
-        for name, sign in BOUNDS.items()
-        if hasattr(limit, name)
-    ]
-    if found:
-        yield f"({', '.join(found)})"
-
-
 def _is_section(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, Section)
 
 
+def _link(section: type[Section]) -> str:
+    return f"[{describe.name_of(section)}](#{_anchor(_heading(section))})"
+
+
 def _heading(section: type[Section]) -> str:
-    return f"Fields of a {section.__name__.lower()}"
+    return f"Fields of a {describe.name_of(section)}"
 
 
 def _anchor(heading: str) -> str:

@@ -15,7 +15,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from olora_ray.adapter import sharing
 from olora_ray.adapter.factors import AdapterWeights
 from olora_ray.adapter.layer import is_transposed
 from olora_ray.common import storage
@@ -50,12 +51,16 @@ def write_adapter(
     out: Path,
     *,
     transposed: frozenset[str] = frozenset(),
+    revision: str | None = None,
+    complete: Callable[[Path, int], None] | None = None,
 ) -> None:
     """Write a plain-LoRA folder for the untouched base; replaces `out` when complete.
 
     `adapter` maps full module names to float32 weights; `base_name` is what readers see as the base
-    model; `transposed` names the modules that keep their weight as n x m (GPT-2's Conv1D). vLLM
-    must be started with `max_lora_rank` of at least the folder's `r` (2r of the run for OLoRA).
+    model, and `revision` which of its commits; `transposed` names the modules that keep their weight
+    as n x m (GPT-2's Conv1D). `complete` adds further files: it gets the folder and the rank of the
+    matrices. vLLM must be started with `max_lora_rank` of at least the folder's `r` (2r of the run
+    for OLoRA).
     """
     tensors: dict[str, Tensor] = {}
     ranks = set()
@@ -65,10 +70,14 @@ def write_adapter(
         tensors[f"base_model.model.{name}.lora_A.weight"] = lora_a.float().cpu().contiguous()
         tensors[f"base_model.model.{name}.lora_B.weight"] = lora_b.float().cpu().contiguous()
     assert len(ranks) == 1, f"one rank for all layers, not {sorted(ranks)}"
-    fields = _peft_fields(config_adapter, ranks.pop(), list(adapter), base_name, bool(transposed))
+    rank = ranks.pop()
+    fields = _peft_fields(config_adapter, rank, list(adapter), base_name, bool(transposed))
     with _replacing(out) as folder:
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        fields["revision"] = revision
         (folder / "adapter_config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+        if complete is not None:
+            complete(folder, rank)
 
 
 def _peft_fields(
@@ -218,8 +227,9 @@ def _copy_other_files(base: Path, folder: Path) -> None:
     for entry in base.iterdir():
         if entry.is_file() and not entry.name.endswith(_LEFT_OUT) and not entry.name.startswith("."):
             shutil.copyfile(entry, folder / entry.name)
-        elif entry.is_dir() and entry.name == "additional_chat_templates":
+        elif entry.is_dir() and entry.name == sharing.TEMPLATES:
             shutil.copytree(entry, folder / entry.name, copy_function=shutil.copyfile)
+    sharing.make_portable(folder)
 
 
 @contextmanager

@@ -52,8 +52,8 @@ def read(place: str, origin: Mapping[str, str], rank: int, names: list[str]) -> 
         return None
     try:
         with (
-            tempfile.TemporaryDirectory(prefix="olora-factors-") as cache,
-            safe_open(storage.local_copy(storage.join(place, TENSORS), cache), "pt") as file,
+            storage.fetched(storage.join(place, TENSORS)) as local,
+            safe_open(local, "pt") as file,
         ):
             there = set(file.keys())
             return {

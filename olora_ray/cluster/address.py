@@ -1,38 +1,43 @@
-"""Address of the Ray that a run uses, checked first: ray.init waits almost three minutes for an unreachable one."""
+"""Which Ray a run uses: that of RAY_ADDRESS, else one that `ray start` has started here, else one of its own.
+
+A Ray that another program has started for itself with ray.init is never joined: it ends with that program. What is
+joined is asked first, because ray.init waits for minutes for a Ray that is not there or does not take its token.
+"""
 
 import os
 import socket
 import time
 from urllib.parse import urlsplit
 
-from olora_ray.cluster import ray_internals
+import ray
+
+from olora_ray.cluster import ray_internals, token
 from olora_ray.common.errors import UserError
 
 PATIENCE = 10.0
 """Seconds that a Ray may take to answer, or one that has just been ended to disappear."""
+OWN = "local"
+"""What ray.init takes for a Ray of the run's own."""
 _VARIABLE = "RAY_ADDRESS"
 
 
 def find(patience: float = PATIENCE) -> str:
-    """The address for ray.init: host:port of a Ray that answers, or "local" for one of the run's own.
+    """The address for ray.init: host:port of a Ray that answers and takes our token, or OWN.
 
-    RAY_ADDRESS comes first, then the Ray that runs on this machine. Raises UserError for an address that is
-    not that of a Ray head, or at which nothing answers for `patience` seconds.
+    Raises UserError for an address that is not that of a Ray head, at which nothing answers for `patience`
+    seconds, or whose Ray has another version or another token.
     """
     end = time.monotonic() + patience
     while True:
-        found = _given() or ray_internals.running_address() or "local"
-        if found == "local" or (problem := _silence(found)) is None:
-            return found
-        if time.monotonic() > end:
+        found = _given() or ray_internals.started_address() or OWN
+        if found == OWN or (problem := _silence(found)) is None:
             break
+        if time.monotonic() > end:
+            raise UserError(_unreachable(found, problem))
         time.sleep(0.5)
-    if _given():
-        raise UserError(f"{_VARIABLE}={found}: no Ray answers there ({problem}); correct it, or unset it")
-    raise UserError(
-        f"the Ray of this machine does not answer at {found} ({problem}); "
-        "start it again with `ray start --head`, or have it forgotten with `ray stop`"
-    )
+    if found != OWN:
+        _refuse_other_version(found)
+    return found
 
 
 def _given() -> str | None:
@@ -45,9 +50,37 @@ def _given() -> str | None:
             f"{_VARIABLE}={given}: that is for `ray job submit`; start the run with it, or set {_VARIABLE} to the "
             "HOST:PORT of the head on a machine of the cluster"
         )
-    if given != "local" and None in _parts(given):
+    if given != OWN and None in _parts(given):
         raise UserError(f"{_VARIABLE}={given}: must be HOST:PORT, as 10.0.0.1:6379")
     return given
+
+
+def _unreachable(found: str, problem: str) -> str:
+    if _given():
+        return f"{_VARIABLE}={found}: no Ray answers there ({problem}); correct it, or unset it"
+    return (
+        f"the Ray that was started on this machine does not answer at {found} ({problem}); start it again with"
+        f" `ray start --head`, have it forgotten with `ray stop`, or set {_VARIABLE}={OWN} for one of the run's own"
+    )
+
+
+def _refuse_other_version(found: str) -> None:
+    try:
+        version, _ = token.agreed(found, PATIENCE)
+    except ConnectionError as error:
+        raise UserError(f"{name(found)}: what answers there is no Ray head ({error})") from None
+    except PermissionError as error:
+        raise UserError(f"{name(found)}: {error}, or set {_VARIABLE}={OWN} for a Ray of the run's own") from None
+    if version not in ("", ray.__version__):
+        raise UserError(
+            f"{name(found)}: runs Ray {version}, here it is {ray.__version__}: install the same version on all nodes,"
+            f" or set {_VARIABLE}={OWN} for a Ray of the run's own"
+        )
+
+
+def name(found: str) -> str:
+    """What to call a Ray in messages: how its address became known."""
+    return f"{_VARIABLE}={found}" if _given() else f"the Ray that was started on this machine, at {found}"
 
 
 def _silence(address: str) -> str | None:

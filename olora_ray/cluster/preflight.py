@@ -3,6 +3,7 @@
 import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -128,16 +129,26 @@ def _memory(config: Config, size: MemoryEstimate, wanted: Resources, answers: An
 
 
 def _disk(config: Config, size: MemoryEstimate, base: BaseModel) -> Iterator[str]:
-    """Room in a local storage for tokens, checkpoints and exports, as far as they are not there yet."""
+    """Room in a local storage for tokens, checkpoints and exports, as far as they are not there yet.
+
+    With another storage, room in the temporary folder of this node for what is uploaded from there.
+    """
+    checkpoint = 5 * 4 * size.trainable  # factors, update, two moments, the best
+    exports = 2 * 4 * size.trainable + sum(file.stat().st_size for file in Path(base.folder).glob("*.safetensors"))
     if storage.is_uri(config.run.storage):
+        temporary, need = tempfile.gettempdir(), checkpoint + exports
+        if (free := shutil.disk_usage(temporary).free) < need:
+            yield (
+                f"run.storage: what is uploaded from {temporary} needs about {need / GIB:.2f} GiB there, and"
+                f" {free / GIB:.2f} GiB are free; make room, or set TMPDIR to another place"
+            )
         return
     place = Path(config.run.storage)
     there = next(folder for folder in (place, *place.parents) if folder.exists())
     parts = {
         "tokens": _source_bytes(config),  # about as much as the text
-        "checkpoints": (config.train.keep + 1) * 5 * 4 * size.trainable,  # factors, update, two moments, the best
-        "exports": 2 * 4 * size.trainable
-        + sum(file.stat().st_size for file in Path(base.folder).glob("*.safetensors")),
+        "checkpoints": (config.train.keep + 1) * checkpoint,
+        "exports": exports,
     }
     need = sum(parts.values()) - _used(place / config.run.name) - _used(place / "tokens")
     if (free := shutil.disk_usage(there).free) < need:

@@ -5,6 +5,7 @@ of Ray, tests/cluster/test_ray_internals.py shows what no longer holds.
 """
 
 import logging
+import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -17,18 +18,51 @@ HEAD = "node:__internal_head__"
 """A resource that Ray 2.60 gives to the head only; no other field of ray.nodes() tells which node that is."""
 
 
-def running_address() -> str | None:
-    """Address of a Ray on this machine, by its processes and the file of the last `ray start`; None if none is found.
+def started_address() -> str | None:
+    """Address of the Ray that `ray start` has started on this machine, or joined; None if there is none.
 
-    Ray 2.60, _private/services.py. `ray.init("auto")` looks there too, but waits for almost three minutes for a
-    Ray that has died.
+    Ray 2.60, scripts/scripts.py and _private/utils.py: `ray start` writes it into a file of the folder for temporary
+    files, `ray stop` removes that; ray.init never writes it. `ray.init("auto")` takes any Ray among the processes, also
+    one that another program has started for itself. A head with a --temp-dir of its own has its file there.
     """
-    from ray._private import services
+    from ray._private.utils import read_ray_address
 
-    try:
-        return str(services.get_ray_address_from_environment("auto", None))
-    except ConnectionError:
-        return None
+    return read_ray_address() or None
+
+
+def version_at(address: str, token: str | None, timeout: float) -> str:
+    """Version of the Ray whose head answers at `address` within `timeout` seconds.
+
+    Raises PermissionError if it asks for another token, or for one at all, and ConnectionError if what answers is no
+    Ray head. Ray 2.60, core/generated: the call that Ray's own health checks make. ray.init tries for a minute, a line
+    a second, and ends in a traceback.
+    """
+    import grpc
+    from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
+
+    messages: Any = gcs_service_pb2
+    metadata = [("authorization", f"Bearer {token}")] if token else []
+    with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        head: Any = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel)
+        try:
+            reply = head.CheckAlive(messages.CheckAliveRequest(), timeout=timeout, metadata=metadata)
+        except grpc.RpcError as error:
+            call: Any = error
+            if call.code() in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
+                raise PermissionError(call.details()) from None
+            raise ConnectionError(f"{call.code().name.lower()}: {call.details()}") from None
+    return str(reply.ray_version)
+
+
+def set_auth_mode(mode: str) -> None:
+    """Let this process use tokens (`token`) or none (`disabled`), whatever it did before; before ray.init.
+
+    Ray 2.60, _private/authentication/authentication_token_setup.py: RAY_AUTH_MODE alone is read when Ray is imported.
+    """
+    from ray import _raylet
+
+    os.environ["RAY_AUTH_MODE"] = mode
+    vars(_raylet)["Config"].initialize("")
 
 
 def free_resources() -> Mapping[str, Mapping[str, float]]:

@@ -14,7 +14,7 @@ from olora_ray.adapter.inject import find_targets, wrap
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.cluster.worker_context import WorkerContext
 from olora_ray.common import collectives
-from olora_ray.common.errors import UserError
+from olora_ray.common.errors import TryAgain, UserError
 from olora_ray.common.fault_points import reached
 from olora_ray.common.text import plural
 from olora_ray.model.load import check_attention
@@ -70,10 +70,14 @@ def starting_point(context: WorkerContext, spec: TrainSpec, folder: str) -> Star
 def restored(spec: TrainSpec, folder: str) -> Checkpoint | None:
     """The newest good checkpoint, the same on all workers; raises UserError if it is of another base, data or adapter.
 
-    Worker 0 chooses: the others might see an older state of the storage.
+    Worker 0 chooses: the others might see an older state of the storage. Raises OSError, for another group of workers,
+    if the storage does not answer.
     """
     rank = collectives.rank()
-    newest = checkpoints.latest_good(folder) if rank == 0 else None
+    try:
+        newest = checkpoints.latest_good(folder) if rank == 0 else None
+    except TryAgain as error:
+        raise OSError(str(error)) from None
     place = collectives.from_first(newest[0] if newest else None)
     if place is None:
         return None

@@ -22,23 +22,24 @@ class TrainSpec:
     train: TokenStore
     """May still be growing."""
     eval: TokenStore | None
+    start: str | None = None
+    """Digest of the checkpoint at train.start, if there is one."""
     shared: str | None = None
     """Folder of what the trials of a search share: the factors, and what the base model does on the held-out rows."""
 
     def identity(self) -> dict[str, str]:
-        """What decides the numbers of a run: digests, and the adapter's settings."""
+        """What decides the numbers of a run: digests of contents, wherever they lie, and the adapter's settings."""
         return {
             "base model": self.base.digest,
             "tokenizer": self.tokenizer,
             "training data": self.train.digest,
             "held-out data": self.eval.digest if self.eval else "",
             "adapter": self.config.adapter.model_dump_json(),
-        } | ({"start": self.config.train.start} if self.config.train.start else {})
+        } | ({"start": self.start} if self.start else {})
 
     def base_identity(self) -> dict[str, str]:
         """What decides the numbers before the first step: the base model's, or those of the adapter to start from."""
-        found = {what: digest for what, digest in self.identity().items() if what != "adapter"}
-        return found | ({"start": self.config.train.start} if self.config.train.start else {})
+        return {what: digest for what, digest in self.identity().items() if what != "adapter"}
 
     def factor_origin(self) -> dict[str, str]:
         """What decides the factors, but for their rank."""

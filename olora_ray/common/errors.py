@@ -21,6 +21,18 @@ class TryAgain(UserError):
     """EX_TEMPFAIL of sysexits.h."""
 
 
+class StoreError(OSError):
+    """An object store refuses a request or fails; says in one line which and why. Entry scripts print that line."""
+
+    exit_code = 2
+
+
+class StoreUnavailable(StoreError):
+    """An object store does not answer, or asks to come again later."""
+
+    exit_code = 75
+
+
 class Stopped(KeyboardInterrupt):
     """The run was asked to end before its end.
 
@@ -31,6 +43,10 @@ class Stopped(KeyboardInterrupt):
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+class TakenOver(Stopped):
+    """Another process does this work now: what it writes to is to be left as it is."""
 
 
 def first_line(error: BaseException) -> str:

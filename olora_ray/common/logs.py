@@ -9,7 +9,7 @@ import contextlib
 import logging
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from olora_ray.common.secrets import mask
@@ -36,6 +36,13 @@ class LineFormatter(logging.Formatter):
 
 
 class _Printer(logging.StreamHandler):  # type: ignore[type-arg]
+    around: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print the record, beside whatever else is on the terminal."""
+        with _Printer.around():
+            super().emit(record)
+
     def handleError(self, record: logging.LogRecord) -> None:
         """Raise what went wrong in the main thread: `python ... | head` ends the script instead of filling stderr.
 
@@ -67,6 +74,16 @@ def handled_by(handler: logging.Handler) -> Iterator[None]:
                 logger.setLevel(_before["level"])
                 logger.propagate = _before["propagate"]
         handler.close()
+
+
+@contextlib.contextmanager
+def printed_within(context: Callable[[], contextlib.AbstractContextManager[Any]]) -> Iterator[None]:
+    """Print each line inside a `context()`, which takes a progress bar off the terminal, say, and puts it back."""
+    _Printer.around = staticmethod(context)
+    try:
+        yield
+    finally:
+        _Printer.around = contextlib.nullcontext
 
 
 @contextlib.contextmanager

@@ -5,18 +5,19 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from olora_ray.common import logs
-from olora_ray.common.errors import Stopped, UserError
+from olora_ray.common.errors import Stopped, StoreError, UserError
 from olora_ray.common.secrets import mask
+from olora_ray.config.describe import help_text
 from olora_ray.config.dotted import parse_assignments
 from olora_ray.config.load import load
 from olora_ray.config.paths import resolved
-from olora_ray.config.schema import Condition, Config, Data, Section, Source
+from olora_ray.config.schema import Config
 
 HELP = ("-h", "--help")
 
@@ -82,9 +83,9 @@ def _unknown(name: str, flags: Sequence[str], options: Sequence[str]) -> str:
 
 
 def read_arguments(
-    argv: Sequence[str], default: Path | None, usage: str, flags: Sequence[str] = ("--dry-run",)
-) -> tuple[Config, bool]:
-    """(config, whether --dry-run was given) from `[CONFIG.yaml] [section.field=value ...] [--dry-run]`.
+    argv: Sequence[str], default: Path | None, usage: str, flags: Sequence[str] = ("--dry-run", "--show-config")
+) -> tuple[Config, frozenset[str]]:
+    """(config, flags that were given) from `[CONFIG.yaml] [section.field=value ...] [--dry-run] [--show-config]`.
 
     Raises UserError for anything it does not know.
     """
@@ -96,7 +97,7 @@ def read_arguments(
         )
     if not files and default is None:
         raise UserError("argument CONFIG.yaml: missing; --help shows how")
-    return _loaded(files[0] if files else str(default), found.changes()), "--dry-run" in found.flags
+    return _loaded(files[0] if files else str(default), found.changes()), found.flags
 
 
 def read_search_arguments(argv: Sequence[str], usage: str) -> tuple[Config, str, frozenset[str]]:
@@ -137,7 +138,7 @@ def run(main: Callable[[list[str]], None]) -> None:
     try:
         with logs.printed():
             main(sys.argv[1:])
-    except UserError as error:
+    except (UserError, StoreError) as error:
         _end(f"error: {' '.join(str(error).split())}", error.exit_code)
     except Stopped as stopped:
         _end(str(stopped), stopped.exit_code)
@@ -154,25 +155,3 @@ def _end(line: str, code: int) -> None:
     # In a job's log both streams meet: this must be the last line.
     print(mask(line), file=sys.stderr, flush=True)
     sys.exit(code)
-
-
-def help_text() -> str:
-    """Every field with its default and its docstring, by section."""
-    lines = []
-    for name, field in Config.model_fields.items():
-        section = field.annotation
-        assert isinstance(section, type)
-        assert issubclass(section, Section)
-        lines.append(f"{name}:")
-        lines.extend(_field_help(section, "  "))
-    return "\n".join(lines)
-
-
-def _field_help(section: type[Section], indent: str) -> Iterator[str]:
-    for name, field in section.model_fields.items():
-        default = "required" if field.is_required() else repr(field.get_default(call_default_factory=True))
-        yield f"{indent}{field.alias or name:<18} {field.description} [{default}]"
-        if name == "train" and section is Data:
-            yield from _field_help(Source, indent + "    ")
-        if name == "conditions":
-            yield from _field_help(Condition, indent + "    ")

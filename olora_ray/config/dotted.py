@@ -1,21 +1,25 @@
 """Dotted fields: a config as flat names and values, and changes given by such names."""
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from olora_ray.common import secrets
 from olora_ray.common.errors import UserError
+from olora_ray.config import words
 from olora_ray.config.schema import Section
 from olora_ray.config.yaml_io import parse_yaml
 
 
-def parse_assignments(words: list[str]) -> dict[str, Any]:
+def parse_assignments(given: list[str]) -> dict[str, Any]:
     """`section.field=value` words of a command line as changes; values are YAML."""
     changes = {}
-    for word in words:
+    for word in given:
         field, equals, value = word.partition("=")
-        if not equals or "." not in field:
-            raise UserError(f"argument {secrets.mask(word)!r}: expected section.field=value")
+        if not equals or "." not in field or "" in field.split("."):
+            meant = words.advice(field) if equals else None
+            hint = f"; {meant}" if meant else ""
+            raise UserError(f"argument {secrets.mask(word)!r}: expected section.field=value{hint}")
         changes[field] = parse_yaml(value, f"argument {secrets.mask(word)!r}")
     return changes
 
@@ -47,23 +51,28 @@ def changed(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
         for part in parents:
             node = _child(node, part, field)
         if isinstance(node, list):
-            if not last.isdigit() or int(last) >= len(node):
+            if (place := _place(last, node)) is None:
                 raise UserError(f"{field}: the list has {len(node)} entries, counted from 0")
-            node[int(last)] = value
+            node[place] = value
         else:
             node[last] = value
     return result
 
 
 def _child(node: Any, part: str, field: str) -> Any:
-    if isinstance(node, list) and part.isdigit() and int(part) < len(node):
-        return node[int(part)]
+    if isinstance(node, list) and (place := _place(part, node)) is not None:
+        return node[place]
     if isinstance(node, dict):
         if node.get(part) is None:
             node[part] = {}
         if isinstance(node[part], dict | list):
             return node[part]
     raise UserError(f"{field}: {part!r} has no fields to set")
+
+
+def _place(part: str, node: list[Any]) -> int | None:
+    """The place in a list that a part of a field's name is, if it is one."""
+    return int(part) if re.fullmatch(r"[0-9]{1,9}", part) and int(part) < len(node) else None
 
 
 def _copy(value: Any) -> Any:

@@ -10,9 +10,12 @@ from pydantic import ValidationError
 from olora_ray.common import secrets
 from olora_ray.common.errors import UserError
 from olora_ray.config.dotted import changed
-from olora_ray.config.messages import explain, instead, texts
+from olora_ray.config.messages import explain, instead, relevant, texts
 from olora_ray.config.schema import AnySection, Config
 from olora_ray.config.yaml_io import Dumper, parse_yaml
+
+_MOST_SHOWN = 20
+"""Problems in one message."""
 
 
 def load(path: str | Path, changes: Mapping[str, Any] | None = None) -> Config:
@@ -44,9 +47,10 @@ def validated(section: type[AnySection], tree: Mapping[str, Any], where: str) ->
     try:
         found = section.model_validate(tree)
     except ValidationError as error:
-        problems += [secrets.mask(explain(item, section)) for item in error.errors()]
+        problems += [explain(item, section) for item in relevant(error.errors())]
     if problems or found is None:
-        raise UserError("; ".join(f"{where}: {problem}" for problem in problems))
+        more = f"; and {len(problems) - _MOST_SHOWN} more" if len(problems) > _MOST_SHOWN else ""
+        raise UserError("; ".join(f"{where}: {problem}" for problem in problems[:_MOST_SHOWN]) + more)
     return found
 
 

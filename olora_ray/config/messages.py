@@ -2,45 +2,97 @@
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, get_args
 
 from pydantic_core import ErrorDetails
 
 from olora_ray.common import secrets
+from olora_ray.config import words
 from olora_ray.config.dotted import leaves
-from olora_ray.config.schema import Section
+from olora_ray.config.evaluation import EvaluationConfig
+from olora_ray.config.field_types import EXPERIMENT, MODEL_NAME, NAME
+from olora_ray.config.schema import Config, Section
 
 _UNION_TAG = re.compile(r"[\[\](){}]|^(tuple|literal|float|str|int|constrained-\w+)\b")
+PHRASES = {
+    "tuple_type": "expected a list, [...]",
+    "dict_type": "expected a mapping, {name: value}",
+    "too_short": "at least 1 item is needed",
+    "model_type": "expected a mapping of fields, {name: value}",
+    "model_attributes_type": "expected a mapping of fields, {name: value}",
+}
+"""pydantic's kinds of problems -> words for those who write YAML."""
+PATTERNS = {
+    NAME: "a name has letters, digits, '.', '_' and '-' only, begins with a letter or digit and does not end with '.'",
+    MODEL_NAME: "a name has letters, digits, ' ', '.', '_' and '-' only, and begins and ends with a letter or digit",
+    EXPERIMENT: "a name of printable characters is expected",
+}
+"""The patterns of texts in words."""
+
+_ITEMS = 8
+"""Items of a list that are shown."""
 
 
 def explain(item: ErrorDetails, root: type[Section]) -> str:
-    """One of pydantic's problems as `field: what is wrong`, with the nearest name for a typo."""
+    """One of pydantic's problems as `field: what is wrong`, with what the user may have meant; no secret is in it."""
+    return _short(_explain(item, root), 500)
+
+
+def _explain(item: ErrorDetails, root: type[Section]) -> str:
     # pydantic puts the tags of unions into the location: only names and indices are the user's.
     *outer, last = [str(part) for part in item["loc"]] or [""]
     parts = [part for part in outer if not _UNION_TAG.search(part)]
-    if item["type"] == "extra_forbidden" or not _UNION_TAG.search(last):
-        parts += [last] if last else []
-    field = ".".join(parts)
-    if item["type"] == "extra_forbidden":
-        if secrets.is_name(parts[-1]):
-            return f"{field}: unknown field; a config holds no secrets, they come from the environment or a file"
-        near = difflib.get_close_matches(parts[-1], _names_beside(parts, root), n=1)
-        hint = f"; did you mean {'.'.join([*parts[:-1], near[0]])}?" if near else "; --help lists the fields"
-        return f"{field}: unknown field{hint}"
-    message = item["msg"].removeprefix("Value error, ")
-    message = message[0].lower() + message[1:]
+    unknown = item["type"] == "extra_forbidden"
+    if unknown or (last and not _UNION_TAG.search(last)):
+        parts.append(last)
+    field = _short(".".join(parts), 200)
+    if unknown:
+        return f"{field}: unknown field; {_instead_of(parts, root)}"
     if item["type"] == "missing":
         return f"{field}: required, but not set"
+    message = PHRASES.get(item["type"]) or item["msg"].removeprefix("Value error, ")
+    if item["type"] == "string_pattern_mismatch":
+        message = PATTERNS.get(item.get("ctx", {}).get("pattern", ""), message)
+    message = message[0].lower() + message[1:]
     shown = "" if item["type"] == "value_error" else f" (got {_shown(item['input'])})"
     return f"{field}: {message}{shown}" if field else message
+
+
+def relevant(items: Sequence[ErrorDetails]) -> list[ErrorDetails]:
+    """The problems without those that only follow from another: a list with a broken entry also counts as too short."""
+    return [
+        item
+        for item in items
+        if not (item["type"] == "too_short" and item["input"])
+        or not any(other is not item and other["loc"][: len(item["loc"])] == item["loc"] for other in items)
+    ]
+
+
+def _instead_of(parts: Sequence[str], root: type[Section]) -> str:
+    """What to do instead of an unknown field: the word of another tool, a typo, or a look at the list."""
+    if secrets.is_name(parts[-1]):
+        return "a config holds no secrets, they come from the environment or a file"
+    if root in (Config, EvaluationConfig) and (advice := words.advice(parts[-1], ".".join(parts))):
+        return advice
+    if near := difflib.get_close_matches(parts[-1], _names_beside(parts, root), n=1):
+        return f"did you mean {'.'.join([*parts[:-1], near[0]])}?"
+    return "--help lists the fields"
 
 
 def _shown(value: Any) -> str:
     """A value in an error message; of a mapping no values, since its keys may be anything."""
     if isinstance(value, dict):
         return "a mapping"
-    return f"[{', '.join(map(_shown, value))}]" if isinstance(value, list | tuple) else repr(value)
+    if isinstance(value, list | tuple):
+        return f"[{', '.join([*map(_shown, value[:_ITEMS]), *['...'] * (len(value) > _ITEMS)])}]"
+    return _short(repr(value), 80)
+
+
+def _short(text: str, length: int) -> str:
+    """One line without secrets, cut: they are masked first, because a part of one is not recognised."""
+    line = " ".join(secrets.mask(text).splitlines())
+    return line if len(line) <= length else f"{line[: length - 3]}..."
 
 
 def texts(tree: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -67,7 +119,7 @@ def instead(field: str, text: str) -> str:
     )
 
 
-def _names_beside(parts: list[str], root: type[Section]) -> list[str]:
+def _names_beside(parts: Sequence[str], root: type[Section]) -> list[str]:
     section = root
     for part in parts[:-1]:
         named = section.model_fields.items()

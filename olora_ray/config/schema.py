@@ -1,38 +1,16 @@
-"""Every setting of a run: frozen, typed, validated once.
-
-`load` reads a YAML file, `override` applies dotted assignments to a config (the command line, Tune
-and tests all use it), `flatten` gives the dotted form back. Nothing here imports what it configures.
-"""
+"""Every setting of a run: frozen, typed, validated once; nothing here imports what it configures."""
 
 import re
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-PositiveInt = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9_-])?$")]
+from olora_ray.config.field_types import EXPERIMENT, MODEL_NAME, Folder, Fraction, Name, Place, PositiveInt
+from olora_ray.config.section import AnySection as AnySection
+from olora_ray.config.section import Section as Section
+
 IN_STORAGE = ("tokens", "models", "locks", "mlartifacts", "mlflow.db")
 """Names in `run.storage` that a run's folder cannot have."""
-
-
-def _straight(place: str) -> str:
-    if "://" in place and ".." in place.partition("?")[0].split("/"):
-        raise ValueError("a URI cannot go up with '..'; write the address without it")
-    return place
-
-
-Place = Annotated[str, AfterValidator(_straight)]
-"""A path, or a URI without '..': what that means differs between object stores."""
-
-
-class Section(BaseModel):
-    """Base of all sections: immutable, no unknown fields, field docstrings are the help."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, serialize_by_alias=True)
-
-
-AnySection = TypeVar("AnySection", bound=Section)
 
 
 class Run(Section):
@@ -40,10 +18,12 @@ class Run(Section):
 
     name: Name
     """Name of the run and of its folder under `storage`: letters, digits, '.', '_' and '-'."""
-    storage: Place = "./runs"
+    storage: Folder = "./runs"
     """Folder or s3://, gs:// URI that every node can read and write."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 17
     """Seeds the order of the data, dropout and random initialisations."""
+    wait: Annotated[float, Field(ge=0.0)] = 0.0
+    """Seconds to wait while another process works on the run, before leaving with exit code 75."""
 
     @field_validator("name")
     @classmethod
@@ -56,7 +36,7 @@ class Run(Section):
 class Model(Section):
     """The frozen base model."""
 
-    name: Place
+    name: Folder
     """Hub id, folder, package://PACKAGE/FILE (.gguf or folder), or models:/NAME@ALIAS or /VERSION."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
@@ -76,13 +56,24 @@ class Source(Section):
     path: Place
     """File, folder or glob (jsonl, json, parquet, csv, tsv, txt; .gz ...), hf://ORG/NAME?split=..., s3://, gs://."""
     format: Literal["messages", "prompt_completion", "alpaca", "sharegpt", "text"] = "messages"
-    """Format of the rows, which decides the columns that are read."""
-    fields: dict[str, str] = {}
+    """Format of the rows, which decides the columns that are read: messages {messages, tools}, prompt_completion
+    {prompt, completion, tools}, alpaca {instruction, input, output, system}, sharegpt {conversations, from, value} or
+    text {text}."""
+    fields: dict[str, str] = {}  # noqa: RUF012 - pydantic copies it
     """Maps the format's field names to the file's columns, e.g. {prompt: question}."""
     weight: Annotated[float, Field(gt=0.0)] = 1.0
     """Times each row is used per epoch: 1 once, 2 twice, 0.5 half of the rows, drawn by a hash of their places."""
     only: tuple[str, ...] = ()
     """Files of a folder or glob to use, by their full paths or URIs; empty: all."""
+    chat: Literal["auto"] | bool = "auto"
+    """Whether prompt_completion rows are chats; auto: where the model has a chat template; else joined as they are."""
+
+    @model_validator(mode="after")
+    def _chat_fits_the_format(self) -> "Source":
+        if self.format != "prompt_completion" and self.chat is (self.format == "text"):
+            what = "no chats" if self.chat else "chats"
+            raise ValueError(f"chat: rows of format {self.format} are {what}; prompt_completion leaves the choice")
+        return self
 
 
 class Data(Section):
@@ -98,8 +89,20 @@ class Data(Section):
     """Most tokens per sequence; a longer example is rejected, longer plain text is cut in pieces."""
     packing: bool = True
     """Put several examples in one sequence; attention stays within each example."""
+    last_turn_only: bool = False
+    """Train on the last answer of each chat only; the earlier ones are its context."""
     max_rejected: Annotated[float, Field(ge=0.0, le=1.0)] = 0.01
-    """Stop when more than this share of the rows cannot be used."""
+    """Stop when more than this share of the rows cannot be used, of training and of held-out rows each. Above 0, a
+    single row of ten or more may always be rejected."""
+
+    @field_validator("train", "eval", mode="before")
+    @classmethod
+    def _paths(cls, value: object) -> object:
+        """A path alone is a source, and a source alone is a list of one."""
+        sources = list(value) if isinstance(value, list | tuple) else [value] if value else value
+        if not isinstance(sources, list):
+            return value
+        return [{"path": source} if isinstance(source, str) else source for source in sources]
 
     @model_validator(mode="after")
     def _one_way_to_hold_out(self) -> "Data":
@@ -169,7 +172,7 @@ class Train(Section):
     """Stop after this many evaluations in a row without a better held-out loss; null: never."""
     log_every: PositiveInt = 10
     """Steps between progress lines and reports to Ray."""
-    start: str | None = None
+    start: Folder | None = None
     """Checkpoint folder of a run with the same base and adapter settings: training starts from its best adapter."""
 
 
@@ -229,14 +232,14 @@ class Tracking(Section):
 
     uri: str | None = None
     """MLflow server or database, or env:NAME or file:/PATH that holds it; null: MLFLOW_TRACKING_URI, else SQLite."""
-    experiment: Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]+$")] = "olora"
+    experiment: Annotated[str, Field(pattern=EXPERIMENT)] = "olora"
     """MLflow experiment of the run."""
 
 
 class Registry(Section):
     """The registered model."""
 
-    model: Annotated[str, Field(pattern=r"^\w([\w .-]*\w)?$")] | None = None
+    model: Annotated[str, Field(pattern=MODEL_NAME)] | None = None
     """Name under which the merged model is registered: letters, digits, ' ', '.', '_', '-'; null: not registered."""
     alias: Name = "candidate"
     """Alias that the new version gets."""
@@ -272,15 +275,19 @@ class Gate(Section):
     metric: str = "eval/loss"
     """Metric of the comparison: eval/loss, eval/perplexity (lower is better) or eval/NAME of a score (higher)."""
     must_improve_by: float = 0.0
-    """Smallest improvement that passes; 0: at least as good; negative: may be worse by that much."""
+    """Improvement that must be exceeded, surely (see confident); negative: may be worse by that much."""
     conditions: Annotated[tuple[Condition, ...], Field(alias="and")] = ()
     """Further conditions {metric: ..., at_least: ...} or at_most, on the new version alone."""
     on: Literal["held-out"] = "held-out"
     """Rows on which both are measured: those of data.eval or data.eval_fraction."""
+    group: str | None = None
+    """Column (or field) that the rows of one document or customer share; @file: all rows of a file; null: none."""
+    min_rows: Annotated[int, Field(ge=2)] = 20
+    """Fewest independent held-out rows (groups, with `group`) on which a champion is replaced."""
     level: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.95
     """Confidence of the bootstrap interval of the improvement."""
-    confident: bool = False
-    """Whether the lower end of that interval, too, must reach must_improve_by."""
+    confident: bool = True
+    """true: the lower end of that interval must lie above must_improve_by; false: its middle must reach that."""
 
 
 class Retrain(Section):

@@ -1,6 +1,7 @@
 """Chat templates, rendered as transformers renders them, without importing transformers.
 
-A template is code from a model hub: it runs in jinja2's immutable sandbox.
+A template is code from a model hub: it runs in jinja2's immutable sandbox, which has no limit of time or memory;
+template_trial.py has.
 """
 
 import json
@@ -15,7 +16,7 @@ from jinja2 import nodes
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from olora_ray.common.errors import UserError
+from olora_ray.common.errors import UserError, first_line
 
 Message = Mapping[str, Any]
 
@@ -27,6 +28,15 @@ DEFAULT = (
     "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
 """For base models that have no template of their own."""
+
+DEFAULTS = (DEFAULT, "{{ bos_token }}" + DEFAULT)
+"""Without and with a begin token."""
+
+
+def default(begin: bool) -> str:
+    """The template of models that have none; `begin`: their tokenizer puts a begin token before a text."""
+    return DEFAULTS[begin]
+
 
 TODAY = datetime(2024, 7, 26)
 """What templates that print a date get: the same tokens every day. (Llama 3's templates fall back to this day.)"""
@@ -41,8 +51,10 @@ class ChatTemplate:
         self._special_tokens = dict(special_tokens)
         try:
             self._template = _compiled(source)
-        except jinja2.TemplateError as error:
-            raise UserError(f"model.name: the chat template of {name} is not valid: {error}") from None
+        except MemoryError:
+            raise
+        except Exception as error:  # constant expressions are worked out here: 1 / 0 is a ZeroDivisionError
+            raise UserError(f"model.name: the chat template of {name} is not valid: {first_line(error)}") from None
 
     def render(
         self,
@@ -50,7 +62,7 @@ class ChatTemplate:
         add_generation_prompt: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> str:
-        """The conversation as text; raises jinja2.TemplateError or TypeError if the template refuses it."""
+        """The conversation as text; raises whatever the template does, mostly a jinja2.TemplateError."""
         return self._template.render(
             messages=messages,
             tools=tools,

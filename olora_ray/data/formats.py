@@ -3,61 +3,13 @@
 Each format is a function from a `Row` to an `Example`; it raises `Rejected` for a row that cannot be used.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from olora_ray.common.errors import UserError
-
-ROLES = {"developer", "system", "user", "assistant", "tool"}
-SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "model": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "system": "system",
-    "tool": "tool",
-}
-
-
-class Rejected(Exception):
-    """A row that cannot be used."""
-
-    def __init__(self, reason: str, message: str) -> None:
-        """`reason` is a short slug to count by; `message` is for the person who looks at the row."""
-        super().__init__(f"{reason}: {message}")
-        self.reason = reason
-        self.message = message if len(message) <= 300 else message[:300] + "..."
-
-
-@dataclass(frozen=True)
-class Chat:
-    """A conversation with at least one answer of the assistant."""
-
-    messages: tuple[dict[str, Any], ...]
-    tools: tuple[dict[str, Any], ...] | None = None
-
-
-@dataclass(frozen=True)
-class Completion:
-    """A prompt and what follows it, without any template."""
-
-    prompt: str
-    completion: str
-
-
-@dataclass(frozen=True)
-class Text:
-    """A document."""
-
-    text: str
-
-
-Example = Chat | Completion | Text
+from olora_ray.data.example import Completion, Example, Rejected, Text
+from olora_ray.data.messages import chat, from_sharegpt, kind, listed, sequence
 
 
 @dataclass(frozen=True)
@@ -66,33 +18,60 @@ class Row:
 
     columns: Mapping[str, Any]
     fields: Mapping[str, str]
+    as_chat: bool = False
+    """Whether prompt and completion are turns of a chat (see form.py)."""
+
+    def column(self, name: str) -> str:
+        """The column of a field."""
+        return self.fields.get(name, name)
 
     def value(self, name: str) -> Any:
         """The value of a field; raises Rejected("missing_field") if there is no such column or it is null."""
-        column = self.fields.get(name, name)
+        column = self.column(name)
         if self.columns.get(column) is not None:
             return self.columns[column]
+        if column in self.columns:
+            raise Rejected("missing_field", f"field {column!r} is null")
         meant = f" (data fields: {name})" if column != name else ""
-        what = "is null" if column in self.columns else f"is not there; the row has {_listed(self.columns)}"
-        raise Rejected("missing_field", f"field {column!r}{meant} {what}")
+        there = f"is not there; the row has {listed(self.columns)}"
+        raise Rejected("missing_field", f"field {column!r}{meant} {there}{self._remedy(name)}")
 
     def text(self, name: str) -> str:
         """The value of a text field; raises Rejected for another type."""
-        value = self.value(name)
-        if not isinstance(value, str):
-            raise Rejected("wrong_type", f"field {self.fields.get(name, name)!r} is {_kind(value)}, not text")
-        return value
+        return self._text(name, self.value(name))
 
     def optional(self, name: str) -> Any:
         """The value of a field, or None."""
-        return self.columns.get(self.fields.get(name, name))
+        return self.columns.get(self.column(name))
+
+    def optional_text(self, name: str) -> str:
+        """The value of a text field, or "" where it is not there or null; raises Rejected for another type."""
+        value = self.optional(name)
+        return "" if value is None else self._text(name, value)
+
+    def _remedy(self, name: str) -> str:
+        if self.column(name) != name or not self.columns:
+            return ""
+        other = next((format for format, names in NEEDED.items() if all(each in self.columns for each in names)), None)
+        return f": set format: {other}" if other else f": say which of them it is, fields: {{{name}: COLUMN}}"
+
+    def _text(self, name: str, value: Any) -> str:
+        if not isinstance(value, str):
+            raise Rejected("wrong_type", f"field {self.column(name)!r} is {kind(value)}, not text")
+        return value
 
 
-def to_example(format: str, columns: Any, fields: Mapping[str, str]) -> Example:
-    """Read a raw row in `format`; raises Rejected."""
+def to_example(format: str, columns: Any, fields: Mapping[str, str], as_chat: bool = False) -> Example:
+    """Read a raw row in `format`; raises Rejected.
+
+    `as_chat` makes a chat of a prompt and its completion.
+    """
     if not isinstance(columns, Mapping):
-        raise Rejected("not_an_object", f"expected an object with fields, found {_kind(columns)}")
-    return FORMATS[format](Row(columns, fields))
+        raise Rejected("not_an_object", f"expected an object with fields, found {kind(columns)}")
+    try:
+        return FORMATS[format](Row(columns, fields, as_chat))
+    except RecursionError:
+        raise Rejected("wrong_type", "nested too deeply") from None
 
 
 def check_fields(format: str, fields: Mapping[str, str], where: str) -> None:
@@ -109,46 +88,68 @@ def columns_of(format: str, fields: Mapping[str, str]) -> list[str]:
 
 
 def _messages(row: Row) -> Example:
-    return _chat(_sequence(row.value("messages"), "messages"), "role", "content", row.optional("tools"))
+    return chat(sequence(row.value("messages"), "messages"), "role", "content", row.optional("tools"))
 
 
 def _sharegpt(row: Row) -> Example:
-    turns = _sequence(row.value("conversations"), "conversations")
-    role, content = row.fields.get("from", "from"), row.fields.get("value", "value")
-    renamed = []
-    for turn in turns:
-        if isinstance(turn, Mapping) and turn.get(role) in SHAREGPT_ROLES:
-            turn = {role: SHAREGPT_ROLES[turn[role]], content: turn.get(content)}
-        renamed.append(turn)
-    return _chat(renamed, role, content, None)
+    role, content = row.column("from"), row.column("value")
+    turns = from_sharegpt(sequence(row.value("conversations"), "conversations"), role, content)
+    if system := row.optional_text("system"):
+        first = turns[0] if turns and isinstance(turns[0], Mapping) else {}
+        if first.get(role) != "system":
+            turns.insert(0, {role: "system", content: system})
+        elif first.get(content) != system:
+            where = f"field {row.column('system')!r} and the first message"
+            raise Rejected("bad_role", f"{where} are two different system messages")
+    return chat(turns, role, content, row.optional("tools"))
 
 
 def _alpaca(row: Row) -> Example:
     instruction, answer = row.text("instruction"), row.text("output")
-    extra = row.optional("input") or ""
-    if not isinstance(extra, str):
-        raise Rejected("wrong_type", f"field {row.fields.get('input', 'input')!r} is {_kind(extra)}, not text")
-    question = f"{instruction}\n\n{extra}" if extra.strip() else instruction
-    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    if system := row.optional("system"):
-        turns.insert(0, {"role": "system", "content": system})
-    return _chat(turns, "role", "content", None)
+    extra = row.optional_text("input")
+    turns: list[Any] = []
+    if system := row.optional_text("system"):
+        turns.append({"role": "system", "content": system})
+    for question, earlier in _history(row):
+        turns += [{"role": "user", "content": question}, {"role": "assistant", "content": earlier}]
+    asked = f"{instruction}\n\n{extra}" if extra.strip() else instruction
+    return chat([*turns, *_turns(asked, answer)], "role", "content", None)
+
+
+def _history(row: Row) -> list[Any]:
+    """The earlier (question, answer) pairs of an alpaca row."""
+    if not (value := row.optional("history")):
+        return []
+    pairs = sequence(value, row.column("history"))
+    if not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+        raise Rejected("wrong_type", f"field {row.column('history')!r} is not a list of [question, answer]")
+    return pairs
 
 
 def _prompt_completion(row: Row) -> Example:
     prompt, completion = row.value("prompt"), row.value("completion")
     if isinstance(prompt, list) and isinstance(completion, list):
-        return _chat([*prompt, *completion], "role", "content", row.optional("tools"))
+        if not row.as_chat:
+            raise Rejected("wrong_type", "prompt and completion are lists of messages: a chat, which needs chat: true")
+        return chat([*prompt, *completion], "role", "content", row.optional("tools"))
     prompt, completion = row.text("prompt"), row.text("completion")
     if not completion.strip():
-        raise Rejected("empty_answer", f"field {row.fields.get('completion', 'completion')!r} is empty")
+        raise Rejected("empty_answer", f"field {row.column('completion')!r} is empty")
+    if row.as_chat:
+        return chat(_turns(prompt, completion), "role", "content", row.optional("tools"))
+    if row.optional("tools") not in (None, "", "[]", []):
+        raise Rejected("wrong_type", f"field {row.column('tools')!r}: a text without chat template has no place for it")
     return Completion(prompt, completion)
+
+
+def _turns(question: str, answer: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
 def _text(row: Row) -> Example:
     text = row.text("text")
     if not text.strip():
-        raise Rejected("empty_text", f"field {row.fields.get('text', 'text')!r} is empty")
+        raise Rejected("empty_text", f"field {row.column('text')!r} is empty")
     return Text(text)
 
 
@@ -160,87 +161,20 @@ FORMATS: dict[str, Callable[[Row], Example]] = {
     "text": _text,
 }
 
+NEEDED: dict[str, tuple[str, ...]] = {
+    "messages": ("messages",),
+    "prompt_completion": ("prompt", "completion"),
+    "alpaca": ("instruction", "output"),
+    "sharegpt": ("conversations",),
+    "text": ("text",),
+}
+"""The columns by which a format is known."""
+
 FIELDS: dict[str, tuple[str, ...]] = {
     "messages": ("messages", "tools"),
     "prompt_completion": ("prompt", "completion", "tools"),
-    "alpaca": ("instruction", "input", "output", "system"),
-    "sharegpt": ("conversations", "from", "value"),
+    "alpaca": ("instruction", "input", "output", "system", "history"),
+    "sharegpt": ("conversations", "from", "value", "system", "tools"),
     "text": ("text",),
 }
 """The names that `fields:` can map, for each format."""
-
-
-def _chat(turns: list[Any], role: str, content: str, tools: Any) -> Chat:
-    messages = tuple(_message(turn, number, role, content) for number, turn in enumerate(turns, 1))
-    roles = [message["role"] for message in messages]
-    if "assistant" not in roles:
-        raise Rejected("no_answer", f"no message of the assistant; roles: {', '.join(roles) or 'none'}")
-    first = next((name for name in roles if name not in ("system", "developer")), None)
-    if first != "user":
-        raise Rejected("bad_role", f"the first message after the system's must be the user's, not the {first}'s")
-    for number, name in enumerate(roles[1:], 2):
-        if name in ("system", "developer") and roles[number - 2] not in ("system", "developer"):
-            raise Rejected("bad_role", f"message {number}: a {name} message must stand at the start")
-    return Chat(messages, _tools(tools))
-
-
-def _message(turn: Any, number: int, role: str, content: str) -> dict[str, Any]:
-    if not isinstance(turn, Mapping):
-        raise Rejected("wrong_type", f"message {number} is {_kind(turn)}, not an object with {role!r} and {content!r}")
-    if not isinstance(turn.get(role), str):
-        raise Rejected("missing_field", f"message {number} has no {role!r}; it has {_listed(turn)}")
-    if turn[role] not in ROLES:
-        raise Rejected("bad_role", f"message {number}: unknown role {turn[role]!r}; known: {', '.join(sorted(ROLES))}")
-    # Arrow gives all messages of a file the same keys; templates want a missing key, not a null.
-    rest = {key: value for key, value in turn.items() if value is not None and key not in (role, content)}
-    text = _content(turn.get(content), number, content)
-    if not text.strip() and not rest.get("tool_calls"):
-        if turn[role] == "assistant":
-            raise Rejected("empty_answer", f"message {number}: the assistant's {content!r} is empty")
-        if content not in turn:
-            raise Rejected("missing_field", f"message {number} has no {content!r}; it has {_listed(turn)}")
-    return {"role": turn[role], "content": text, **rest}
-
-
-def _content(value: Any, number: int, name: str) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list) and all(
-        isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in value
-    ):
-        return "".join(part["text"] for part in value)
-    raise Rejected("wrong_type", f"message {number}: {name!r} is {_kind(value)}, not text")
-
-
-def _tools(value: Any) -> tuple[dict[str, Any], ...] | None:
-    if isinstance(value, str) and value.strip():
-        try:
-            value = json.loads(value)
-        except ValueError:
-            raise Rejected("wrong_type", "field 'tools' is text, but not JSON") from None
-    if not value:
-        return None
-    return tuple(_sequence(value, "tools"))
-
-
-def _sequence(value: Any, name: str) -> list[Any]:
-    if isinstance(value, str):  # csv and some parquet files hold conversations as JSON text
-        try:
-            value = json.loads(value)
-        except ValueError:
-            raise Rejected("wrong_type", f"field {name!r} is text, not a list of messages") from None
-    if not isinstance(value, list):
-        raise Rejected("wrong_type", f"field {name!r} is {_kind(value)}, not a list")
-    return value
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
-
-
-def _listed(columns: Mapping[str, Any]) -> str:
-    names = [str(name) for name in columns]
-    return ", ".join(names[:12]) + (", ..." if len(names) > 12 else "") if names else "no fields"

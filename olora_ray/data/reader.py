@@ -19,7 +19,7 @@ from pyarrow import ipc, parquet
 
 from olora_ray.common.errors import UserError, first_line
 from olora_ray.data.addresses import open_filesystem
-from olora_ray.data.formats import Rejected
+from olora_ray.data.example import Rejected
 from olora_ray.data.json_file import BOM, read_whole, rows_of
 from olora_ray.data.sources import File
 from olora_ray.data.unchanged import Changed, as_scanned

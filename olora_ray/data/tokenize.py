@@ -2,32 +2,34 @@
 
     example                 text                                  supervised
     chat                    the model's chat template             the assistant's answers, with the end of their turns
-    prompt and completion   prompt + completion + end token       completion and end token
+    prompt and completion   [begin token] + prompt | completion   completion and end token
+                            + end token
     text                    [begin token] + text + end token      everything
 
 The first token of a sequence is never supervised: nothing predicts it. What the assistant wrote is
 found by rendering prefixes of the conversation, so templates without generation marks work:
 
     render(messages[:i], generation prompt)  must be a prefix of  render(messages[:i + 1])
+
+A text is cut where an answer begins and each part is tokenised alone, as at inference, where the prompt is tokenised
+before the answer exists: train/generate.py asks with just the tokens that stand here before an answer. An example
+without a supervised token of its own answer is rejected; the end token alone does not count.
 """
 
 import logging
-import os
 from dataclasses import asdict, dataclass, field
-from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING, Any
+from functools import cached_property
+from typing import Any
 
-import jinja2
 import numpy as np
 from numpy.typing import NDArray
 
 from olora_ray.common.digests import digest_json
-from olora_ray.common.errors import UserError
+from olora_ray.common.errors import UserError, first_line
 from olora_ray.data import chat_template as template
-from olora_ray.data.formats import Chat, Completion, Example, Rejected, Text
-
-if TYPE_CHECKING:
-    from tokenizers import Encoding, Tokenizer
+from olora_ray.data import template_trial
+from olora_ray.data.encoder import Encoder
+from olora_ray.data.example import Chat, Completion, Example, Rejected, Text
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +54,11 @@ class TokenizerSpec:
     name: str = field(default="the model", compare=False)
     """Name of the model in messages; not part of the digest."""
 
+    @property
+    def has_template(self) -> bool:
+        """Whether the model comes with a chat template."""
+        return self.chat_template not in template.DEFAULTS
+
     @cached_property
     def digest(self) -> str:
         """SHA-256 over everything that has an influence on tokens."""
@@ -73,7 +80,7 @@ def spec_from_pretrained(tokenizer: Any, name: str | None = None) -> TokenizerSp
     """The spec of a transformers tokenizer.
 
     Raises UserError if it is not a fast one or has no end token. A tokenizer without chat template
-    gets `template.DEFAULT`, with a warning.
+    gets `template.default`, with a warning.
     """
     name = name or str(getattr(tokenizer, "name_or_path", "") or "the model")
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -84,10 +91,10 @@ def spec_from_pretrained(tokenizer: Any, name: str | None = None) -> TokenizerSp
     source = tokenizer.chat_template
     if isinstance(source, dict):
         source = source.get("default") or next(iter(source.values()), None)
+    add_bos = adds_begin_token(tokenizer)
     if not source:
         log.warning("%s has no chat template: conversations are written as 'User: ...' and 'Assistant: ...'", name)
-        source = template.DEFAULT
-    begin = tokenizer("a")["input_ids"][:1] if tokenizer.bos_token_id is not None else []
+        source = template.default(add_bos)
     return TokenizerSpec(
         json=backend.to_str(),
         chat_template=str(source),
@@ -96,38 +103,37 @@ def spec_from_pretrained(tokenizer: Any, name: str | None = None) -> TokenizerSp
         },
         eos_id=int(tokenizer.eos_token_id),
         bos_id=tokenizer.bos_token_id,
-        add_bos=list(begin) == [tokenizer.bos_token_id],
+        add_bos=add_bos,
         name=name,
     )
 
 
-@lru_cache(maxsize=4)
-def tokenizer_of(spec_digest: str, content: str) -> "Tokenizer":
-    """The tokenizer of a spec, loaded once in a process."""
-    from tokenizers import Tokenizer
-
-    # A task has its own core; threads of its own would only get in the way of the other tasks.
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    loaded = Tokenizer.from_str(content)
-    loaded.no_truncation()
-    loaded.no_padding()
-    return loaded
+def adds_begin_token(tokenizer: Any) -> bool:
+    """Whether a transformers tokenizer puts its begin token before a text."""
+    return tokenizer.bos_token_id is not None and list(tokenizer("a")["input_ids"][:1]) == [tokenizer.bos_token_id]
 
 
 class ExampleTokenizer:
     """Turns examples into tokens of at most `max_length`."""
 
-    def __init__(self, spec: TokenizerSpec, max_length: int) -> None:
-        """Load the tokenizer and compile the template; raises UserError for a broken template."""
+    def __init__(self, spec: TokenizerSpec, max_length: int, last_turn_only: bool = False) -> None:
+        """Load the tokenizer and compile the template; raises UserError for one that is broken or hostile.
+
+        `last_turn_only`: of a chat only the last answer is trained on.
+        """
         self._spec = spec
         self._max_length = max_length
-        self._tokenizer = tokenizer_of(spec.digest, spec.json)
+        self._last_turn_only = last_turn_only
+        self._encoder = Encoder(spec.json, spec.name)
+        self._special = self._encoder.special_ids()
+        self._unknown = self._encoder.id_of(spec.special_tokens.get("unk_token"))
+        template_trial.check(spec.chat_template, spec.special_tokens, spec.name)
         self._template = template.ChatTemplate(spec.chat_template, spec.special_tokens, spec.name)
 
     def __call__(self, example: Example) -> list[Tokens]:
         """The tokens of an example: one piece, or several for a long text.
 
-        Raises Rejected for an example that cannot be used, UserError for a template that cannot be.
+        Raises Rejected for an example that cannot be used.
         """
         match example:
             case Chat():
@@ -137,9 +143,18 @@ class ExampleTokenizer:
             case Text():
                 return self._text(example)
 
+    def ends(self, tokens: Tokens) -> bool:
+        """Whether what is supervised ends with a special token, so that the model learns where to stop."""
+        return int(tokens.ids[np.flatnonzero(tokens.supervised)[-1]]) in self._special | {self._spec.eos_id}
+
     def _chat(self, chat: Chat) -> list[Tokens]:
-        answers = [number for number, message in enumerate(chat.messages) if message["role"] == "assistant"]
-        trained = [number for number in answers if chat.messages[number].get("weight") != 0]
+        trained = [
+            number
+            for number, message in enumerate(chat.messages)
+            if message["role"] == "assistant" and message.get("weight") != 0
+        ]
+        if self._last_turn_only:
+            trained = trained[-1:]
         full = self._render(chat, len(chat.messages))
         spans = [self._answer(chat, number, full) for number in trained]
         if all(full.startswith(text) for text, _ in spans):
@@ -154,60 +169,72 @@ class ExampleTokenizer:
         text = self._render(chat, number + 1) if number + 1 < len(chat.messages) else full
         if not text.startswith(before):
             same = next((i for i, pair in enumerate(zip(before, text, strict=False)) if pair[0] != pair[1]), len(text))
-            raise UserError(
-                f"model.name: the chat template of {self._template.name} does not continue its own generation prompt,"
+            raise Rejected(
+                "template",
+                f"the chat template of {self._template.name} does not continue its own generation prompt,"
                 f" so the answers cannot be told from the prompt: message {number + 1} should start after"
-                f" {before[max(0, same - 20) :][:60]!r}, but is {text[max(0, same - 20) :][:60]!r}"
+                f" {before[max(0, same - 20) :][:60]!r}, but is {text[max(0, same - 20) :][:60]!r}",
             )
         return text, (len(before), len(text.rstrip()))
 
     def _render(self, chat: Chat, stop: int, add_generation_prompt: bool = False) -> str:
         try:
             return self._template.render(chat.messages[:stop], add_generation_prompt, chat.tools)
-        except (jinja2.TemplateError, TypeError, KeyError, ValueError) as error:
-            raise Rejected("template", f"the chat template refuses the conversation: {error}") from None
+        except Exception as error:  # a template is code: it may raise anything
+            what = f"the chat template of {self._template.name} refuses the conversation"
+            raise Rejected("template", f"{what}: {first_line(error)}") from None
 
-    def _masked(self, text: str, spans: list[Span]) -> Tokens:
-        encoding = self._encode(text)
-        return self._checked(np.asarray(encoding.ids, dtype=np.int32), _inside(encoding, spans))
+    def _masked(self, text: str, answers: list[Span]) -> Tokens:
+        """The tokens of a text with its answers supervised; each part that begins with one is tokenised alone."""
+        before = self._encoder.encode(text[: answers[0][0]] if answers else text)
+        ids, supervised = list(before.ids), [np.zeros(len(before.ids), dtype=bool)]
+        starts = [start for start, _ in answers]
+        for (start, stop), following in zip(answers, [*starts[1:], len(text)], strict=True):
+            piece = self._encoder.encode(text[start:following], continues=start > 0)
+            # A token that begins in the answer is the model's to write, wherever it ends.
+            mask = piece.starts < stop - start
+            written = [number for number, inside in zip(piece.ids, mask, strict=True) if inside]
+            if written and written[-1] in self._special:
+                written.pop()  # the end of the turn
+            self._require_own(written if ids else written[1:])
+            ids += piece.ids
+            supervised.append(mask)
+        return self._checked(np.asarray(ids, dtype=np.int32), np.concatenate(supervised))
 
     def _completion(self, example: Completion) -> Tokens:
-        text = example.prompt + example.completion
-        encoding = self._encode(text)
-        inside = _inside(encoding, [(len(example.prompt), len(text))])
-        return self._checked(self._framed(encoding.ids), np.concatenate([self._begin_mask(), inside, [True]]))
+        prompt = self._encoder.encode(example.prompt).ids
+        answer = self._encoder.encode(example.completion, continues=bool(prompt)).ids
+        asked = [*self._begin([*prompt, *answer]), *prompt]
+        self._require_own(answer if asked else answer[1:])
+        ids = np.asarray([*asked, *answer, *self._end(answer)], dtype=np.int32)
+        return self._checked(ids, np.arange(len(ids)) >= len(asked))
 
     def _text(self, example: Text) -> list[Tokens]:
-        ids = self._framed(self._encode(example.text).ids)
-        pieces = [ids[start : start + self._max_length] for start in range(0, len(ids), self._max_length)]
-        return [self._checked(piece, np.ones(len(piece), dtype=bool)) for piece in pieces if len(piece) > 1]
+        found = self._encoder.encode(example.text).ids
+        ids = np.asarray([*self._begin(found), *found, *self._end(found)], dtype=np.int32)
+        # A piece begins with the last token of the one before: each token but the first is predicted once.
+        starts = range(0, max(len(ids) - 1, 1), self._max_length - 1)
+        pieces = [ids[start : start + self._max_length] for start in starts]
+        return [self._checked(piece, np.ones(len(piece), dtype=bool)) for piece in pieces]
 
-    def _encode(self, text: str) -> "Encoding":
-        try:
-            return self._tokenizer.encode(text, add_special_tokens=False)
-        except (TypeError, UnicodeEncodeError):  # half a surrogate pair, which JSON can hold and UTF-8 cannot
-            raise Rejected("bad_text", "the text has half a surrogate pair (\\ud800 to \\udfff)") from None
+    def _begin(self, ids: list[int]) -> list[int]:
+        """The begin token, where the tokenizer puts one and the text does not have it already."""
+        bos = self._spec.bos_id
+        return [bos] if self._spec.add_bos and bos is not None and ids[:1] != [bos] else []
 
-    def _begin_mask(self) -> NDArray[np.bool_]:
-        return np.zeros(int(self._spec.add_bos), dtype=bool)
+    def _end(self, ids: list[int]) -> list[int]:
+        """The end token, unless the text ends with it."""
+        return [self._spec.eos_id] if ids[-1:] != [self._spec.eos_id] else []
 
-    def _framed(self, ids: list[int]) -> NDArray[np.int32]:
-        begin = [self._spec.bos_id] if self._spec.add_bos and self._spec.bos_id is not None else []
-        return np.asarray([*begin, *ids, self._spec.eos_id], dtype=np.int32)
+    def _require_own(self, written: list[int]) -> None:
+        """Raise Rejected if none of the tokens, the end of the turn left out, says anything."""
+        if all(number in (self._unknown, self._spec.eos_id) for number in written):
+            raise Rejected("no_supervised_token", "no token of the answer itself is left to train on")
 
     def _checked(self, ids: NDArray[np.int32], supervised: NDArray[np.bool_]) -> Tokens:
         if len(ids) > self._max_length:
             raise Rejected("too_long", f"{len(ids)} tokens, more than data.max_length = {self._max_length}")
         supervised[:1] = False
         if not supervised.any():
-            raise Rejected("no_supervised_token", "no token of the answer is left to train on")
+            raise Rejected("no_supervised_token", "no token of the answer itself is left to train on")
         return Tokens(ids, supervised)
-
-
-def _inside(encoding: "Encoding", spans: list[Span]) -> NDArray[np.bool_]:
-    """Which tokens lie wholly in one of the spans of characters."""
-    offsets = np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2)
-    inside = np.zeros(len(offsets), dtype=bool)
-    for start, stop in spans:
-        inside |= (offsets[:, 0] >= start) & (offsets[:, 0] < stop) & (offsets[:, 1] <= stop)
-    return inside

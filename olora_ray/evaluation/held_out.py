@@ -10,13 +10,15 @@ import torch
 from torch import nn
 
 from olora_ray.common import storage
-from olora_ray.common.errors import UserError, first_line
+from olora_ray.common.errors import UserError, first_line, short_reason
 from olora_ray.config.evaluation import AnyConfig
 from olora_ray.evaluation import pool
+from olora_ray.evaluation.groups import origins
 from olora_ray.evaluation.rows import RowResults
 from olora_ray.model import load as load_module
 from olora_ray.model import source
 from olora_ray.model.source import BaseModel
+from olora_ray.pipeline.answers import as_text, check
 from olora_ray.pipeline.base import Base
 from olora_ray.tokens.collate import collate
 from olora_ray.tokens.store import Pack, TokenStore
@@ -35,8 +37,10 @@ def measure(base: Base, adapter: str | None, store: TokenStore, config: AnyConfi
 
     `base` may be a merged model; `adapter` is an exported plain-LoRA folder for it, or None; both lie where
     every node sees them. Uses the config's model, cluster and evaluation sections and train.micro_batch.
-    The result does not depend on the number of actors. Needs ray.init; raises UserError for what does not load.
+    The result does not depend on the number of actors. Needs ray.init; raises UserError for what does not load, and
+    for a reference that the scorer cannot score.
     """
+    check(config, store, base.tokenizer)
     width = config.train.micro_batch
     packs = [store[number] for number in range(len(store))]
     asked = questions(store, config.evaluation.rows) if config.evaluation.scorer else []
@@ -53,6 +57,7 @@ def measure(base: Base, adapter: str | None, store: TokenStore, config: AnyConfi
         tokens=tuple(size for pack in packs for size in _supervised(pack)),
         losses=tuple(loss for found in done[len(groups) :] for loss in found),
         scores=_scores(config, asked, [answers[i] for i in range(len(asked))], base.tokenizer),
+        origins=origins(store),
     )
 
 
@@ -95,14 +100,18 @@ def load(base: BaseModel, adapter: str | None, config: AnyConfig, device: torch.
 
 
 def _adapted(base: nn.Module, adapter: str) -> nn.Module:
+    try:
+        with storage.fetched(adapter) as folder:
+            return _with_adapter(base, folder, adapter)
+    except OSError as error:
+        raise UserError(f"adapter {adapter}: cannot be read: {short_reason(error)}") from None
+
+
+def _with_adapter(base: nn.Module, folder: Path, adapter: str) -> nn.Module:
     from peft import PeftModel
 
-    try:
-        folder = storage.local_copy(adapter)
-    except OSError as error:
-        raise UserError(f"adapter {adapter}: cannot be read: {error}") from None
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
-        if not (Path(folder) / name).is_file():
+        if not (folder / name).is_file():
             raise UserError(f"adapter {adapter}: no {name} (does every node see this folder? pickles are not loaded)")
     wrap: Any = PeftModel.from_pretrained
     try:
@@ -124,16 +133,16 @@ def _supervised(pack: Pack) -> list[int]:
 
 def _scores(
     config: AnyConfig, asked: Sequence[Question], answers: Sequence[Sequence[int]], tokenizer: Any
-) -> dict[str, tuple[float, ...]]:
+) -> dict[str, dict[int, float]]:
+    """Name of a score -> number of a row -> its score."""
     if not asked or config.evaluation.scorer is None:
         return {}
-    judge = scoring.resolve(config.evaluation.scorer)
-
-    def text(ids: Sequence[int]) -> str:
-        return str(tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
-
-    scores: dict[str, list[float]] = {}
-    for question, answer in zip(asked, answers, strict=True):
-        for name, value in judge(text(answer), text(question.reference)).items():
-            scores.setdefault(name, []).append(float(value))
-    return {name: tuple(values) for name, values in scores.items()}
+    judge = scoring.Judge(config.evaluation.scorer)
+    text = partial(as_text, tokenizer)
+    found = [judge(text(answer), text(item.reference)) for item, answer in zip(asked, answers, strict=True)]
+    for line in scoring.partial_scores(found):
+        logger.info(line)
+    return {
+        name: {item.row: row[name] for item, row in zip(asked, found, strict=True) if name in row}
+        for name in scoring.means(found)
+    }

@@ -1,17 +1,20 @@
 """Results of an evaluation: metrics by name, for one model or for two side by side."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from olora_ray.cluster import address
+from olora_ray.common import storage
 from olora_ray.common.errors import UserError
 from olora_ray.config.evaluation import AnyConfig
+from olora_ray.config.schema import Config
 from olora_ray.evaluation import lm_eval_tasks as tasks
 from olora_ray.evaluation import rows
 from olora_ray.evaluation.bootstrap import Interval, difference
 from olora_ray.evaluation.command_line import Request
+from olora_ray.evaluation.groups import group_numbers
 from olora_ray.evaluation.held_out import measure
 from olora_ray.evaluation.lm_eval_tasks import TaskResult, Tasks
 from olora_ray.evaluation.rows import RowResults
@@ -30,6 +33,8 @@ class Evaluation:
     target: Target
     held_out: RowResults | None
     tasks: Mapping[str, TaskResult]
+    groups: Sequence[int] | None = None
+    """Number of the group of each held-out row, by gate.group; None: each row of a file is one."""
 
     def metrics(self) -> dict[str, float]:
         """eval/loss, eval/perplexity, eval/SCORE, TASK/acc, TASK/acc_norm, ... -> value."""
@@ -64,6 +69,8 @@ def check(request: Request, config: AnyConfig) -> None:
             f"{request.models[0]}: nothing to evaluate it on: give --tasks, or --config with data.eval or"
             " data.eval_fraction"
         )
+    if storage.is_uri(config.run.storage):
+        storage.check(config.run.storage, "run.storage")
     address.find()
 
 
@@ -71,11 +78,14 @@ def evaluate(target: Target, sets: Tasks, limit: int | None) -> Evaluation:
     """Everything about one model; needs ray.init. Raises UserError for what the user can fix."""
     logger.info(f"evaluating {target.name}")
     config, adapter = target.config, target.adapter
-    held_out = None
+    held_out, groups = None, None
     if config.data.holds_out():
         base = with_tokenizer(target.base, config)
         held_out = measure(base, adapter, prepare.prepare(config, base.spec, "eval"), config)
-    return Evaluation(target, held_out, tasks.run(sets, limit, target.base, adapter, config))
+        if isinstance(config, Config) and config.gate.group is not None:
+            plan = prepare.plan_here(config, base.spec, "eval")
+            groups = group_numbers(config.gate.group, plan, held_out.origins)
+    return Evaluation(target, held_out, tasks.run(sets, limit, target.base, adapter, config), groups)
 
 
 def differences(first: Evaluation, second: Evaluation) -> dict[str, Interval]:
@@ -88,9 +98,11 @@ def _differences(first: Evaluation, second: Evaluation) -> Iterator[tuple[str, I
     if ours and theirs and ours.data == theirs.data:  # else tokens differ, and losses per token cannot be compared
         for name in ours.names():
             if name in theirs.names():
-                yield name, rows.compare(name, ours, theirs)
+                found = rows.compare(name, ours, theirs, groups=first.groups)
+                if found.groups > 1:  # one alone says nothing of the others
+                    yield name, found.interval
     for task, mine in first.tasks.items():
         for name, values in mine.values.items():
             other = second.tasks[task].values.get(name, ())
-            if len(values) == len(other):
+            if len(values) == len(other) > 1:
                 yield f"{task}/{name}", difference(values, other)

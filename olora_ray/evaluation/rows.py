@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from olora_ray.common.errors import UserError
 from olora_ray.evaluation.bootstrap import Interval, difference
@@ -13,6 +14,20 @@ from olora_ray.evaluation.bootstrap import Interval, difference
 LOSS, PERPLEXITY, SCORE = "eval/loss", "eval/perplexity", "eval/"
 HIGHEST = 80.0
 """Loss from which on the perplexity stays the same: its exponential would soon not be a number."""
+
+Origin = tuple[int, int]
+"""Number of a file, and the place of a row in it."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """A metric, row by row; all arrays (rows,)."""
+
+    rows: NDArray[np.int64]
+    """Numbers of the rows that have it, ascending."""
+    values: NDArray[np.float64]
+    weights: NDArray[np.float64]
+    """The metric is the mean of the values with these weights; of eval/perplexity it is the exponential of that."""
 
 
 @dataclass(frozen=True)
@@ -25,33 +40,51 @@ class RowResults:
     """Supervised tokens of each row."""
     losses: tuple[float, ...]
     """Loss of each row, summed over its supervised tokens."""
-    scores: Mapping[str, tuple[float, ...]]
-    """Name of a score -> the score of each row that was answered and has it."""
+    scores: Mapping[str, Mapping[int, float]]
+    """Name of a score -> number of a row -> its score, of the rows that were answered and have it."""
+    origins: tuple[Origin, ...]
+    """Where each row comes from; several rows of the store may come from one row of a file."""
 
     def names(self) -> list[str]:
         """The metrics that there are."""
         return [LOSS, PERPLEXITY, *(f"{SCORE}{name}" for name in self.scores)]
 
     def metric(self, name: str) -> float:
-        """The mean over all rows: eval/loss (per token), eval/perplexity or eval/NAME of a score.
+        """The mean over all rows that have it: eval/loss (per token), eval/perplexity or eval/NAME of a score.
 
-        Raises UserError for a name that there is not.
+        Not a number if no row has it. Raises UserError for a name that there is not.
         """
-        values, weights = self.rows(name)
-        mean = math.fsum(value * weight for value, weight in zip(values, weights, strict=True)) / math.fsum(weights)
+        found = self.column(name)
+        if not len(found.rows):
+            return math.nan
+        mean = math.fsum(found.values * found.weights) / math.fsum(found.weights)
         return math.exp(min(mean, HIGHEST)) if name == PERPLEXITY else mean
 
-    def rows(self, name: str) -> tuple[Sequence[float], Sequence[float]]:
-        """(values, weights) whose weighted mean the metric is; for eval/perplexity, of which it is the exponential.
-
-        Raises UserError for a name that there is not.
-        """
+    def column(self, name: str) -> Column:
+        """A metric's values; raises UserError for a name that there is not."""
         if name in (LOSS, PERPLEXITY):
-            return [loss / size for loss, size in zip(self.losses, self.tokens, strict=True)], self.tokens
-        values = self.scores.get(name.removeprefix(SCORE)) if name.startswith(SCORE) else None
-        if values is None:
+            sizes = np.array(self.tokens, dtype=np.float64)
+            return Column(np.arange(len(sizes)), np.array(self.losses, dtype=np.float64) / sizes, sizes)
+        found = self.scores.get(name.removeprefix(SCORE)) if name.startswith(SCORE) else None
+        if found is None:
             raise UserError(f"metric {name}: not measured on the held-out rows; there are {', '.join(self.names())}")
-        return values, [1.0] * len(values)
+        rows = np.array(sorted(found), dtype=np.int64)
+        return Column(rows, np.array([found[row] for row in rows.tolist()], dtype=np.float64), np.ones(len(rows)))
+
+    def only(self, rows: Sequence[int]) -> "RowResults":
+        """The results of some rows, given by their numbers; they are numbered anew."""
+        place = {row: number for number, row in enumerate(rows)}
+        scores = {
+            name: {place[row]: value for row, value in found.items() if row in place}
+            for name, found in self.scores.items()
+        }
+        return RowResults(
+            self.data,
+            tuple(self.tokens[row] for row in rows),
+            tuple(self.losses[row] for row in rows),
+            scores,
+            tuple(self.origins[row] for row in rows),
+        )
 
     def to_json(self) -> str:
         """The results as JSON text."""
@@ -59,22 +92,62 @@ class RowResults:
 
     @classmethod
     def from_json(cls, text: str) -> "RowResults":
-        """Read `to_json` back; raises ValueError, KeyError or TypeError for anything else."""
+        """Read `to_json` back; raises ValueError, KeyError, TypeError or AttributeError for anything else."""
         tree = json.loads(text)
-        scores = {str(name): tuple(map(float, values)) for name, values in tree["scores"].items()}
-        return cls(str(tree["data"]), tuple(map(int, tree["tokens"])), tuple(map(float, tree["losses"])), scores)
+        scores = {
+            str(name): {int(row): float(value) for row, value in found.items()}
+            for name, found in tree["scores"].items()
+        }
+        tokens, losses = tuple(map(int, tree["tokens"])), tuple(map(float, tree["losses"]))
+        origins = tuple((int(file), int(place)) for file, place in tree["origins"])
+        if not len(tokens) == len(losses) == len(origins):
+            raise ValueError("columns of different lengths")
+        return cls(str(tree["data"]), tokens, losses, scores, origins)
 
 
-def compare(name: str, ours: RowResults, theirs: RowResults, level: float = 0.95, seed: int = 0) -> Interval:
-    """The difference of a metric, ours - theirs, with its paired interval.
+@dataclass(frozen=True)
+class Comparison:
+    """A metric of two models on the rows that both have it on."""
 
-    Raises UserError for a metric that one of them has not, or if they were measured on other rows or tokens.
+    interval: Interval
+    """Ours - theirs."""
+    rows: int
+    groups: int
+    """Independent groups of these rows."""
+
+
+def compare(
+    name: str,
+    ours: RowResults,
+    theirs: RowResults,
+    level: float = 0.95,
+    seed: int = 0,
+    groups: Sequence[int] | None = None,
+) -> Comparison:
+    """The difference of a metric with its paired interval, over the rows that both models have it on.
+
+    `groups` number the group of each row of the store; None: rows of the store that come from one row of a file are a
+    group. Raises UserError for a metric that one of them has not, or if they were measured on other rows or tokens, or
+    have the metric on no row both.
     """
-    if ours.data != theirs.data:
+    if ours.data != theirs.data or ours.origins != theirs.origins:
         raise UserError(
             "the two models were measured on other held-out tokens (other data, tokenizer or data settings):"
             " measure both on the same"
         )
-    (mine, weights), (other, _) = ours.rows(name), theirs.rows(name)
+    mine, other = ours.column(name), theirs.column(name)
+    rows, here, there = np.intersect1d(mine.rows, other.rows, assume_unique=True, return_indices=True)
+    if not len(rows):
+        raise UserError(f"metric {name}: there is no held-out row on which both models have it")
+    group = np.asarray(groups if groups is not None else numbered(ours.origins))[rows]
     curve = (lambda means: np.exp(np.minimum(means, HIGHEST))) if name == PERPLEXITY else None
-    return difference(mine, other, weights, level, seed=seed, of=curve)
+    found = difference(
+        mine.values[here], other.values[there], mine.weights[here], level, seed=seed, of=curve, groups=group
+    )
+    return Comparison(found, len(rows), len(np.unique(group)))
+
+
+def numbered(keys: Sequence[object]) -> list[int]:
+    """A number for each key, equal ones for equal keys: 0, 1, ... in the order in which they come."""
+    known: dict[object, int] = {}
+    return [known.setdefault(key, len(known)) for key in keys]

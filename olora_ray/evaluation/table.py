@@ -37,7 +37,7 @@ def _rows(result: Evaluation, metric: str) -> str:
     if task in result.tasks:
         return result.tasks[task].rows
     assert result.held_out is not None
-    return f"held-out[:{len(result.held_out.rows(metric)[0])}]"
+    return f"held-out[:{len(result.held_out.column(metric).rows)}]"
 
 
 def _columns(table: Sequence[tuple[str, ...]]) -> list[str]:

@@ -18,13 +18,14 @@ from typing import Any, Literal
 from olora_ray.adapter import export
 from olora_ray.adapter.factors import AdapterWeights
 from olora_ray.common import storage
-from olora_ray.common.errors import UserError
+from olora_ray.common.errors import UserError, as_user_error
 from olora_ray.config import paths
 from olora_ray.config.evaluation import AnyConfig, EvaluationConfig
 from olora_ray.config.load import build, load, override, validated
 from olora_ray.config.schema import Config
 from olora_ray.config.yaml_io import parse_yaml
 from olora_ray.evaluation.held_out import ADAPTER_CONFIG
+from olora_ray.model import identity
 from olora_ray.model.source import BaseModel
 from olora_ray.pipeline.base import find_model
 from olora_ray.pipeline.run_folder import RunFolder
@@ -55,6 +56,8 @@ def settings(names: Sequence[str], file: str | None, changes: Mapping[str, Any])
 
     Raises UserError for a config that cannot be.
     """
+    for name in names:
+        _refuse_nowhere(name)
     if file is not None:
         return paths.resolved(load(file, changes), Path.cwd())
     if run := next(filter(None, map(run_of, names)), None):
@@ -63,10 +66,27 @@ def settings(names: Sequence[str], file: str | None, changes: Mapping[str, Any])
     return paths.resolved(override(defaults, changes), Path.cwd())
 
 
-def run_of(name: str) -> str | None:
-    """The folder of the run that a run, checkpoint or export belongs to; None if it belongs to none."""
+def _refuse_nowhere(name: str) -> None:
+    """Raise UserError for a path to nothing; one with a single slash is a hub id, unless its first part is a folder."""
     place = _absolute(name)
-    if not place or not storage.exists(place):
+    if not place or storage.is_uri(place) or storage.exists(place):
+        return
+    parent = Path(place).parent
+    is_path = name.startswith(("/", ".", "~")) or name.strip("/").count("/") != 1
+    if is_path or parent.is_dir():
+        beside = sorted(each.name for each in parent.iterdir()) if "/" in name and parent.is_dir() else []
+        there = ", ".join(beside[:8])
+        hint = f"; {parent} has {there}" if there else ""
+        raise UserError(f"{name}: no such file or folder{hint}")
+
+
+def run_of(name: str) -> str | None:
+    """The folder of the run that a run, checkpoint or export belongs to; None if it belongs to none.
+
+    Raises UserError for an address that cannot be looked at.
+    """
+    place = _absolute(name)
+    if not place or not _readable(name, place):
         return None
     for folder in (place, place.rsplit("/", 2)[0]):
         if _exists(folder, SETTINGS) and (_exists(folder, "checkpoints") or _exists(folder, "export")):
@@ -97,7 +117,7 @@ def resolve(name: str, shared: AnyConfig) -> Target:
 def kind_of(name: str) -> Kind:
     """The kind of model that a name means, by the files that lie there."""
     place = _absolute(name)
-    if not place:
+    if not place or not _readable(name, place):
         return "model"
     if _exists(place, checkpoint.MANIFEST) and _exists(place, checkpoint.ADAPTER):
         return "checkpoint"
@@ -126,7 +146,7 @@ def _of_checkpoint(
 ) -> Target:
     config = _with_model(shared, own.model.name, own.model.revision)
     base = find_model(config)
-    if found.identity.get("base model") != base.digest:
+    if not identity.same(found.identity.get("base model"), base.digest):
         raise UserError(f"{name}: was trained on another base model than {own.model.name} is now; set model.revision")
     text = json.dumps([name, found.state.step, found.identity, own.adapter.model_dump_json()])
     key = hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -168,6 +188,14 @@ def _absolute(name: str) -> str:
     if name.startswith(("models:/", "package://", "hf://")):
         return ""
     return paths.absolute(name, Path.cwd()).rstrip("/")
+
+
+def _readable(name: str, place: str) -> bool:
+    """Whether something is there; raises UserError if the storage does not say."""
+    if storage.is_uri(place) and ".." in place.partition("?")[0].split("/"):
+        raise UserError(f"{name}: a URI cannot go up with '..'; write the address without it")
+    with as_user_error(f"{name}: cannot be looked at", OSError, ValueError):
+        return storage.exists(place)
 
 
 def _exists(folder: str, name: str) -> bool:

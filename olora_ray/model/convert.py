@@ -3,8 +3,7 @@
 import logging
 import pickle
 import shutil
-import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
@@ -13,17 +12,18 @@ from typing import Any
 import torch
 
 from olora_ray.common import digests, storage
-from olora_ray.common.errors import UserError, as_user_error, first_line
+from olora_ray.common.errors import UserError, as_user_error
 from olora_ray.common.quiet import quiet_gguf
 from olora_ray.config.evaluation import AnyConfig
 from olora_ray.config.schema import Model
+from olora_ray.model import gguf_header
+from olora_ray.model.foreign import foreign
+from olora_ray.model.identity import of_weights
 
 logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PICKLES = ("pytorch_model*.bin", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-KEPT_FROM = 2**30
-"""Bytes from which the digest of a file of weights is kept: an unchanged retraining says so within seconds."""
 TEXTS = (".json", ".jinja", ".model", ".txt", ".py")
 """Files of a tokenizer, a generation config or, where that is allowed, code."""
 
@@ -33,7 +33,7 @@ def gguf(file: Path, config: AnyConfig) -> Path:
     dtype = "float32" if config.model.dtype == "float32" else "bfloat16"
     announcement = f"model: dequantising {file.name} to {dtype}, once"
     write = partial(_dequantise, file, DTYPES[dtype])
-    return _converted(write, file.stem, f"{digest([file])}/{dtype}", config, announcement)
+    return _converted(write, file.stem, f"{of_weights([file])}/{dtype}", config, announcement)
 
 
 def pickled(folder: Path, config: AnyConfig) -> Path:
@@ -44,7 +44,7 @@ def pickled(folder: Path, config: AnyConfig) -> Path:
     files = _pickles(folder, config.model)
     announcement = f"model: converting {files[0].name} to safetensors, once"
     write = partial(_unpickle, folder, config.model.trust_remote_code)
-    return _converted(write, folder.name, digest(files), config, announcement)
+    return _converted(write, folder.name, of_weights(files), config, announcement)
 
 
 def _converted(write: Callable[[Path], None], name: str, key: str, config: AnyConfig, announcement: str) -> Path:
@@ -93,13 +93,16 @@ def _dequantise(file: Path, dtype: torch.dtype, out: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     quiet_gguf()
-    broken = (OSError, ValueError, LookupError, RuntimeError, struct.error)
+    from_pretrained: Any = AutoModelForCausalLM.from_pretrained  # its type does not know output_loading_info
     with (
         as_user_error(f"model.name: reading {file.name} needs the package gguf", ImportError),
-        as_user_error(f"model.name: {file} is not a GGUF model that loads", *broken),
+        foreign(f"model.name: {file} is not a GGUF model that loads"),
     ):
-        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype)
+        gguf_header.check(file)
+        model, report = from_pretrained(file.parent, gguf_file=file.name, dtype=dtype, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    if missing := sorted(report["missing_keys"]):
+        raise UserError(f"model.name: {file} does not load: it has no weights for {', '.join(missing[:3])}")
     # The weights are dequantised, but transformers still marks the model as quantised and would
     # refuse to save it.
     plain: Any = model
@@ -121,21 +124,21 @@ def _unpickle(folder: Path, trust_remote_code: bool, out: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     from_pretrained: Any = AutoModelForCausalLM.from_pretrained  # its type does not know output_loading_info
-    try:
-        model, report = from_pretrained(
-            folder,
-            dtype="auto",
-            use_safetensors=False,
-            weights_only=True,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-        )
-    except pickle.UnpicklingError:
-        raise UserError(
-            f"model.name: the pickled weights in {folder} hold more than tensors, or are damaged: they are not loaded"
-        ) from None
-    except (OSError, ValueError, RuntimeError, EOFError) as error:
-        raise UserError(f"model.name: {folder} does not load: {first_line(error)}") from None
+    with foreign(f"model.name: {folder} does not load"):
+        try:
+            model, report = from_pretrained(
+                folder,
+                dtype="auto",
+                use_safetensors=False,
+                weights_only=True,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+            )
+        except pickle.UnpicklingError:
+            raise UserError(
+                f"model.name: the pickled weights in {folder} hold more than tensors, or are damaged: they are not"
+                " loaded"
+            ) from None
     if missing := sorted(report["missing_keys"]):
         raise UserError(f"model.name: {folder} does not load: it has no weights for {', '.join(missing[:3])}")
     model.save_pretrained(out)
@@ -148,21 +151,3 @@ def _unpickle(folder: Path, trust_remote_code: bool, out: Path) -> None:
 def _readable(folder: Path) -> None:
     for file in folder.iterdir():
         storage.open_up(file)
-
-
-def digest(files: Sequence[Path]) -> str:
-    """SHA-256 over names and contents."""
-    return digests.digest("".join(f"{file.name}:{_sha256(file)}\n" for file in files))
-
-
-def _sha256(file: Path) -> str:
-    """Of a file's content; for a large file kept on this node, for as long as its size and time of change hold."""
-    info = file.stat()
-    key = digests.digest(file.resolve(), info.st_size, info.st_mtime_ns, length=32)
-    kept = storage.join(storage.CACHE, "digests", key)
-    if info.st_size >= KEPT_FROM and storage.exists(kept):
-        return storage.read_text(kept)
-    found = digests.digest_file(file)
-    if info.st_size >= KEPT_FROM:
-        storage.write_text(kept, found)
-    return found

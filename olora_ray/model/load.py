@@ -1,28 +1,30 @@
 """Loading a base model from its folder: tokenizer, frozen weights, precision and attention."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 
-from olora_ray.common.errors import UserError, as_user_error
+from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Data
 from olora_ray.config.schema import Model as ModelConfig
 from olora_ray.model import convert
-from olora_ray.model.source import BaseModel, why
+from olora_ray.model.folder import check, parameters, read_json
+from olora_ray.model.foreign import foreign
+from olora_ray.model.source import BaseModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_LARGEST_RATIO = 16
+"""Parameters of a model to numbers in its files: 2 where input and output share a matrix, 8 where 4 bits are packed."""
 
 
 def load_tokenizer(base: BaseModel, config: ModelConfig) -> "PreTrainedTokenizerBase":
     """The model's tokenizer; raises UserError if there is none."""
     from transformers import AutoTokenizer
 
-    what = f"model.name: {base.name} has no tokenizer that loads"
-    with as_user_error(what, OSError, ValueError, KeyError, reason=why):
+    with foreign(f"model.name: {base.name} has no tokenizer that loads"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             Path(base.folder), trust_remote_code=config.trust_remote_code
         )
@@ -34,9 +36,11 @@ def end_tokens(base: BaseModel, tokenizer: "PreTrainedTokenizerBase") -> tuple[i
     found = {int(tokenizer.eos_token_id)} if tokenizer.eos_token_id is not None else set()
     file = Path(base.folder) / "generation_config.json"
     if file.is_file():
-        with as_user_error(f"model.name: {file}", OSError, ValueError, AttributeError):
-            ids = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
-        found |= set(ids) if isinstance(ids, list) else {ids} - {None}
+        ids = read_json(file).get("eos_token_id")
+        listed = ids if isinstance(ids, list) else [] if ids is None else [ids]
+        if not all(type(number) is int and number >= 0 for number in listed):
+            raise UserError(f"model.name: {file}: eos_token_id is no token id, or list of them")
+        found.update(listed)
     return tuple(sorted(found))
 
 
@@ -45,11 +49,22 @@ def skeleton(base: BaseModel, config: ModelConfig) -> "PreTrainedModel":
     from transformers import AutoConfig, AutoModelForCausalLM
 
     remote = config.trust_remote_code
-    with as_user_error(f"model.name: {base.folder} does not load", OSError, ValueError, KeyError, reason=why):
+    with foreign(f"model.name: {base.folder} does not load"):
         shape = AutoConfig.from_pretrained(Path(base.folder), trust_remote_code=remote)
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(shape, trust_remote_code=remote)
     return model
+
+
+def _check_size(base: BaseModel, config: ModelConfig) -> None:
+    """Raise UserError if config.json describes a far larger model than its weights are: it would fill the memory."""
+    described = sum(parameter.numel() for parameter in skeleton(base, config).parameters())
+    stored = parameters(base.folder)
+    if described > _LARGEST_RATIO * stored:
+        raise UserError(
+            f"model.name: {base.folder} does not load: config.json describes {described:,} parameters, its weights are"
+            f" {stored:,}"
+        )
 
 
 def load_model(folder: str | Path, config: ModelConfig, device: torch.device) -> "PreTrainedModel":
@@ -64,8 +79,9 @@ def load_model(folder: str | Path, config: ModelConfig, device: torch.device) ->
 
     attention.register()
     from_pretrained: Any = AutoModelForCausalLM.from_pretrained  # its type does not know output_loading_info
-    kinds = (OSError, ValueError, RuntimeError, ImportError, SafetensorError)
-    with as_user_error(f"model.name: {folder} does not load", *kinds, reason=why):
+    check(Path(folder))
+    _check_size(BaseModel(str(folder), str(folder), ""), config)
+    with foreign(f"model.name: {folder} does not load"):
         model, report = from_pretrained(
             Path(folder),
             dtype=pick_dtype(config, device),

@@ -1,12 +1,20 @@
 """Answers of a run to held-out prompts, as text and as scores."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from olora_ray.cluster.spec import TrainResult
+from olora_ray.common.errors import UserError
+from olora_ray.config.evaluation import AnyConfig
 from olora_ray.config.schema import Config
+from olora_ray.tokens.store import TokenStore
 from olora_ray.train import scoring
+from olora_ray.train.generate import questions
+
+logger = logging.getLogger(__name__)
 
 Scores = dict[str, dict[str, float]]
 """{"before": {name: mean}, "after": {name: mean}}."""
@@ -25,9 +33,7 @@ class Sample:
 def answered(result: TrainResult, tokenizer: Any) -> list[Sample]:
     """The answers of a run as text."""
 
-    def text(ids: Sequence[int], special: bool = False) -> str:
-        return str(tokenizer.decode(list(ids), skip_special_tokens=not special)).strip()
-
+    text = partial(as_text, tokenizer)
     return [
         Sample(text(item.prompt, special=True), text(item.reference), text(item.before), text(item.after))
         for item in result.answers
@@ -35,15 +41,63 @@ def answered(result: TrainResult, tokenizer: Any) -> list[Sample]:
 
 
 def score(config: Config, answers: Sequence[Sample]) -> Scores:
-    """Mean scores over the held-out answers before and after training; empty without a scorer."""
+    """Mean scores over the held-out answers before and after training; empty without a scorer.
+
+    Raises UserError for a scorer that fails.
+    """
     if not config.evaluation.scorer or not answers:
         return {}
-    judge = scoring.resolve(config.evaluation.scorer)
-    return {
-        "before": _means([judge(item.before, item.reference) for item in answers]),
-        "after": _means([judge(item.after, item.reference) for item in answers]),
-    }
+    judge = scoring.Judge(config.evaluation.scorer)
+    before = [judge(item.before, item.reference) for item in answers]
+    after = [judge(item.after, item.reference) for item in answers]
+    for line in scoring.partial_scores(after):
+        logger.info(line)
+    return {"before": scoring.means(before), "after": scoring.means(after)}
 
 
-def _means(rows: list[dict[str, float]]) -> dict[str, float]:
-    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+def check(config: AnyConfig, held_out: TokenStore | None, tokenizer: Any) -> None:
+    """Have the scorer score each reference that it will see, before anything expensive.
+
+    Raises UserError that names the first row with a reference that it cannot score. Without rows to score there is a
+    warning.
+    """
+    if config.evaluation.scorer is None:
+        return
+    judge = scoring.Judge(config.evaluation.scorer)
+    asked = questions(held_out, config.evaluation.rows) if held_out else []
+    names: set[str] = set()
+    if not asked and config.evaluation.rows:
+        why = "no held-out row has a question and an answer" if held_out else "no rows are held out"
+        logger.warning(f"evaluation.scorer: nothing is scored: {why}")
+    for question in asked:
+        reference = as_text(tokenizer, question.reference)
+        try:
+            names |= judge(reference, reference).keys()
+        except UserError as error:
+            assert held_out is not None
+            raise UserError(f"{_place(held_out, question.row)}: {error}") from error
+    if asked and isinstance(config, Config):
+        _check_gate(config, names)
+
+
+def as_text(tokenizer: Any, ids: Sequence[int], special: bool = False) -> str:
+    """Token ids as the text that is shown and scored; `special`: with the special tokens."""
+    return str(tokenizer.decode(list(ids), skip_special_tokens=not special)).strip()
+
+
+def _check_gate(config: Config, names: Collection[str]) -> None:
+    """Raise UserError if the gate asks for a score that the scorer does not even give for its own references."""
+    for metric in (config.gate.metric, *(condition.metric for condition in config.gate.conditions)):
+        if metric not in ("eval/loss", "eval/perplexity") and metric.removeprefix("eval/") not in names:
+            given = ", ".join(f"eval/{name}" for name in sorted(names)) or "nothing"
+            raise UserError(f"gate: {metric} is not measured: {config.evaluation.scorer} gives {given}")
+
+
+def _place(store: TokenStore, row: int) -> str:
+    """The file and line that a row of the store comes from."""
+    for index in range(len(store)):
+        found = store.origins(index)
+        if row < len(found):
+            return found[row]
+        row -= len(found)
+    raise IndexError(row)

@@ -1,13 +1,18 @@
 """Opening of a run's base model: finds it once, with its tokenizer."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from olora_ray.common.errors import UserError
 from olora_ray.config.evaluation import AnyConfig
 from olora_ray.data.tokenize import TokenizerSpec, spec_from_pretrained
 from olora_ray.model.load import end_tokens, load_tokenizer
 from olora_ray.model.source import BaseModel, obtain
 from olora_ray.tracking.models import registered_folder
+
+TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+"""Files of which each tokenizer has at least one."""
 
 
 @dataclass(frozen=True)
@@ -38,5 +43,10 @@ def open_base(config: AnyConfig) -> Base:
 
 def with_tokenizer(model: BaseModel, config: AnyConfig) -> Base:
     """A base model that was found already, with its tokenizer; raises UserError for one that cannot be used."""
+    if not any((Path(model.folder) / name).is_file() for name in TOKENIZERS):
+        raise UserError(
+            f"model.name: {model.folder} has no tokenizer: none of {', '.join(TOKENIZERS)} is there; copy the files of"
+            " the tokenizer that the model was trained with into the folder"
+        )
     tokenizer = load_tokenizer(model, config.model)
     return Base(model, tokenizer, spec_from_pretrained(tokenizer, model.name), end_tokens(model, tokenizer))

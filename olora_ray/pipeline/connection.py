@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import ray
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
-from olora_ray.cluster import address, preflight
+from olora_ray.cluster import address, preflight, setup_hook, token
 from olora_ray.cluster.quiet import quiet_ray
 from olora_ray.common.errors import UserError
 from olora_ray.common.quiet import ENVIRONMENT
@@ -22,19 +22,14 @@ logger = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def connect(config: AnyConfig, base: BaseModel | None = None) -> Iterator[Stop]:
-    """A connection to the cluster of RAY_ADDRESS or of this machine, or to a new local Ray.
+    """A connection to the Ray that `address.find` names, or to a new one of the run's own.
 
     Yields what takes the signals meanwhile. Raises UserError if it does not answer or the run cannot work there;
     with `base`, its memory and the disk are looked at too. On leaving, the connection is closed,
-    and a local Ray with it.
+    and a Ray of the run's own with it.
     """
     quiet_ray()
-    shared: dict[str, Any] = {"logging_level": logging.WARNING, "runtime_env": {"env_vars": ENVIRONMENT}}
-    if (found := address.find()) == "local":
-        # Ray Train frees the resources of a stopped run through the dashboard's State API. The dashboard can
-        # start jobs, so it must answer this machine only.
-        shared["dashboard_host"] = "127.0.0.1"
-    ray.init(address=found, **shared)
+    _init(address.find())
     try:
         with Stop() as stop:  # after ray.init, which sets a handler of its own
             resources = ray.cluster_resources()
@@ -50,6 +45,23 @@ def connect(config: AnyConfig, base: BaseModel | None = None) -> Iterator[Stop]:
         raise
     finally:
         ray.shutdown()
+
+
+def _init(found: str) -> None:
+    """Join the Ray at an address, or start one; raises UserError if the former does not let us in."""
+    environment = {"env_vars": ENVIRONMENT, "worker_process_setup_hook": setup_hook.NAME}
+    shared: dict[str, Any] = {"logging_level": logging.WARNING, "runtime_env": environment}
+    if found == address.OWN:
+        token.make_own()
+        # Ray Train frees the resources of a stopped run through the dashboard's State API. The dashboard can
+        # start jobs, so it must answer this machine only.
+        ray.init(address=found, dashboard_host="127.0.0.1", **shared)
+        return
+    token.join(found, address.PATIENCE)
+    try:
+        ray.init(address=found, **shared)
+    except (ConnectionError, RuntimeError, RayError) as error:  # another Python, or this machine is none of its nodes
+        raise UserError(f"{address.name(found)}: cannot be joined: {' '.join(str(error).split())}") from error
 
 
 @contextlib.contextmanager

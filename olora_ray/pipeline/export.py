@@ -1,13 +1,14 @@
 """Export of a finished training: adapter and merged model, written and compared in a Ray task."""
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
 import torch
 
-from olora_ray.adapter import export
+from olora_ray.adapter import export, sharing
 from olora_ray.adapter.parity import measure_parity
 from olora_ray.cluster.resources import worker_resources
 from olora_ray.cluster.spec import TrainResult, TrainSpec
@@ -16,12 +17,16 @@ from olora_ray.common.errors import UserError
 from olora_ray.common.quiet import quiet_transformers
 from olora_ray.config.schema import Config
 from olora_ray.data import chat_template
-from olora_ray.model.source import BaseModel, on_this_node, parameters
+from olora_ray.data.tokenize import adds_begin_token
+from olora_ray.model.folder import parameters
+from olora_ray.model.load import load_tokenizer
+from olora_ray.model.source import BaseModel, on_this_node
 from olora_ray.pipeline.connection import user_errors
 from olora_ray.pipeline.run_folder import RunFolder
 from olora_ray.tokens.store import TokenStore
 from olora_ray.tracking import models
 from olora_ray.train import checkpoints
+from olora_ray.train.state import TrainState
 
 logger = logging.getLogger(__name__)
 
@@ -72,16 +77,24 @@ def export_run(spec: TrainSpec, folder: RunFolder, step: int) -> dict[str, Any]:
     do not agree.
     """
     config = spec.config
-    best = checkpoints.read(storage.join(folder.checkpoints, checkpoints.name_of(step))).best_adapter()
+    newest = checkpoints.read(storage.join(folder.checkpoints, checkpoints.name_of(step)))
+    best = newest.best_adapter()
     found = on_this_node(spec.base, config)
     base = Path(found.folder)
     transposed = export.transposed_layers(found, config, best.keys())
     with storage.local_folder(folder.adapter) as adapter_folder, storage.local_folder(folder.merged) as merged_folder:
-        # PEFT and vLLM look the base up by this name: it must be a hub id or a folder.
-        name = found.folder if storage.is_uri(found.name) or found.name.startswith("models:/") else found.name
-        export.write_adapter(best, config.adapter, name, adapter_folder, transposed=transposed)
+        name = _public_name(found)
+        export.write_adapter(
+            best,
+            config.adapter,
+            name,
+            adapter_folder,
+            transposed=transposed,
+            revision=config.model.revision if name == found.name else None,
+            complete=partial(_complete, config, found, newest.state),
+        )
         export.write_merged(base, best, config.adapter.scale(), merged_folder, transposed=transposed)
-        _give_template(config, merged_folder)
+        give_template(config, found, merged_folder)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         parity = measure_parity(
             base,
@@ -101,11 +114,37 @@ def export_run(spec: TrainSpec, folder: RunFolder, step: int) -> dict[str, Any]:
     return measured
 
 
-def _give_template(config: Config, merged: Path) -> None:
+def _public_name(base: BaseModel) -> str:
+    """The name by which PEFT and vLLM find the base: a hub id, or else the folder, which is this cluster's only."""
+    elsewhere = storage.is_uri(base.name) or base.name.startswith("models:/") or Path(base.name).exists()
+    return base.folder if elsewhere else base.name
+
+
+def _complete(config: Config, base: BaseModel, state: TrainState, adapter: Path, rank: int) -> None:
+    """Give an adapter's folder its tokenizer and its model card."""
+    sharing.copy_tokenizer(Path(base.folder), adapter)
+    give_template(config, base, adapter)
+    card = sharing.Card(
+        base_name=_public_name(base),
+        base_digest=base.digest,
+        adapter=config.adapter,
+        rank=rank,
+        sources=config.data.train,
+        max_length=config.data.max_length,
+        steps=state.step if state.best_step is None else state.best_step,
+        eval_loss=state.best_loss,
+    )
+    (adapter / "README.md").write_text(sharing.model_card(card), encoding="utf-8")
+
+
+def give_template(config: Config, base: BaseModel, folder: Path) -> None:
     """A base without a chat template was trained with the default one: its users need it too."""
-    chats = any(source.format not in ("text", "prompt_completion") for source in config.data.train)
-    if chats and not models.has_chat_template(merged):
-        (merged / "chat_template.jinja").write_text(chat_template.DEFAULT, encoding="utf-8")
+    chats = any(
+        source.format not in ("text", "prompt_completion") or source.chat is True for source in config.data.train
+    )
+    if chats and not models.has_chat_template(folder):
+        template = chat_template.default(adds_begin_token(load_tokenizer(base, config.model)))
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
 def _parity_dtype(base: BaseModel, device: torch.device) -> torch.dtype:

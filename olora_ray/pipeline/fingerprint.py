@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 from olora_ray.config.schema import Config
+from olora_ray.model import identity
 
 NEUTRAL = frozenset({"keep", "log_every", "checkpoint_every", "start"})
 """Fields of the train section that do not change what comes out, or say where it started."""
@@ -41,7 +42,10 @@ class Fingerprint:
 
     def changes(self, before: "Fingerprint") -> list[str]:
         """Words for what is different."""
-        return [WORDS[item.name] for item in fields(self) if getattr(self, item.name) != getattr(before, item.name)]
+        different = {item.name for item in fields(self) if getattr(self, item.name) != getattr(before, item.name)}
+        if identity.same(before.base, self.base):
+            different.discard("base")
+        return [WORDS[item.name] for item in fields(self) if item.name in different]
 
 
 def settings_digest(config: Config) -> str:

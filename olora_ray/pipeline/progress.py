@@ -1,19 +1,31 @@
-"""Progress display of a training: readable lines in a log, a bar on a terminal."""
+"""Progress of a training: lines in the log, and on a terminal a bar below them."""
 
+import contextlib
 import logging
+import os
+import stat
 import sys
+from collections.abc import Iterator
 from types import TracebackType
+from typing import TextIO
 
 from tqdm import tqdm
 
+from olora_ray.common import logs
 from olora_ray.common.text import clock, plural
 from olora_ray.config.schema import Config
 
 logger = logging.getLogger(__name__)
 
+BAR = "{n_fmt}/{total_fmt}{postfix} |{bar}| {elapsed}"
+"""Numbers first: a narrow terminal shortens the bar, not them."""
+
 
 class Progress:
-    """Turns rows of metrics into lines (every `every` steps and at evaluations) or a bar."""
+    """Turns rows of metrics into lines (every `every` steps and at evaluations), and moves a bar.
+
+    The lines go to the log, wherever that is; the bar is drawn where standard error is a terminal.
+    """
 
     def __init__(self, total: int | None, every: int, bar: bool | None = None) -> None:
         """`total` is the number of steps; None as long as it is not known."""
@@ -22,23 +34,37 @@ class Progress:
         self.steps = 0
         self.pace: float | None = None
         wanted = sys.stderr.isatty() if bar is None else bar
-        self.bar = tqdm(total=total, unit="step", dynamic_ncols=True, leave=True) if wanted else None
+        self.bar = tqdm(total=total, bar_format=BAR, dynamic_ncols=True, leave=True) if wanted else None
+        self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> "Progress":
+        if self.bar is not None:
+            self._stack.enter_context(logs.printed_within(self._aside))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._stack.close()
         if self.bar is not None:
             self.bar.close()
 
+    @contextlib.contextmanager
+    def _aside(self) -> Iterator[None]:
+        """The bar is off the terminal while a line of the log is written to it."""
+        assert self.bar is not None
+        if sys.stdout.isatty():
+            with tqdm.external_write_mode(file=sys.stdout):
+                yield
+            return
+        if _is_pipe(sys.stdout):
+            # `| tee run.log` writes to the terminal a moment later: the bar comes back with the next step.
+            self.bar.clear()
+        yield
+
     def line(self, text: str) -> None:
-        """A line above the bar, or in the log."""
-        if self.bar is not None:
-            self.bar.write(text, file=sys.stderr)
-        else:
-            logger.info(text)
+        """A line in the log."""
+        logger.info(text)
 
     def set_total(self, total: int | None) -> None:
         """Take in the number of steps, once it is known."""
@@ -72,16 +98,14 @@ class Progress:
         self.pace = seconds if self.pace is None else 0.8 * self.pace + 0.2 * seconds
         if self.bar is not None:
             self.bar.update(step - self.bar.n)
-            self.bar.set_postfix_str(
-                f"loss {row['train/loss']:.3f}, lr {row['train/lr']:.1e}, {row['train/tokens_per_second']:.0f} tok/s"
-            )
+            left = self._left(step)
+            self.bar.set_postfix_str(f"loss {row['train/loss']:.3f}, lr {row['train/lr']:.1e}, {left} left")
         if step % self.every == 0 or step == self.total:
-            if self.bar is None:
-                logger.info(
-                    f"{self._of(step)} | loss {row['train/loss']:.4f} | lr {row['train/lr']:.2e}"
-                    f" | {self.supervised / self.seconds:.0f} supervised tok/s"
-                    f" | data wait {self.waited / self.seconds:.0%} | ETA {self._left(step)}"
-                )
+            self.line(
+                f"{self._of(step)} | loss {row['train/loss']:.4f} | lr {row['train/lr']:.2e}"
+                f" | {self.supervised / self.seconds:.0f} supervised tok/s"
+                f" | data wait {self.waited / self.seconds:.0%} | ETA {self._left(step)}"
+            )
             self.supervised = self.seconds = self.waited = 0.0
 
     def _of(self, step: int) -> str:
@@ -91,6 +115,13 @@ class Progress:
         if self.total is None or self.pace is None:
             return "?"
         return clock((self.total - step) * self.pace)
+
+
+def _is_pipe(stream: TextIO) -> bool:
+    try:
+        return stat.S_ISFIFO(os.fstat(stream.fileno()).st_mode)
+    except (OSError, ValueError):  # not a file of the system's
+        return False
 
 
 def batch_split(config: Config, workers: int) -> str:

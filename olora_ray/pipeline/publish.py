@@ -12,7 +12,7 @@ from olora_ray.pipeline.answers import Sample, Scores, score
 from olora_ray.pipeline.fingerprint import Fingerprint, settings_digest
 from olora_ray.pipeline.mlflow_run import log_data
 from olora_ray.pipeline.run_folder import RunFolder
-from olora_ray.tracking import client, models, run
+from olora_ray.tracking import client, models
 from olora_ray.tracking.run import Tracker
 
 logger = logging.getLogger(__name__)
@@ -29,10 +29,26 @@ class Published:
     """Address of the run's page, if a server shows it."""
 
 
+def log_results(spec: TrainSpec, tracker: Tracker, result: TrainResult, answers: Sequence[Sample]) -> Scores:
+    """Score the answers, and log scores, pictures and tables; safe to repeat.
+
+    It comes before `publish`, so that a version is registered only when nothing is left that can fail. Raises
+    UserError for a scorer that fails, and TrackingUnavailable if MLflow does not answer.
+    """
+    assert result.state is not None
+    scores, history = score(spec.config, answers), result.state.history
+    tracker.metrics({result.state.step: {f"score/{name}": value for name, value in scores.get("after", {}).items()}})
+    tracker.metrics({0: {f"score/{name}": value for name, value in scores.get("before", {}).items()}})
+    tracker.learning_curve(_points(history, "train/loss"), _points(history, "eval/loss"))
+    columns = ("prompt", "reference", "before", "after")
+    tracker.table("samples", columns, [[getattr(item, name) for name in columns] for item in answers])
+    return scores
+
+
 def publish(
     spec: TrainSpec,
     folder: RunFolder,
-    tracker: run.Tracker,
+    tracker: Tracker,
     result: TrainResult,
     parity: dict[str, Any],
     more_tags: Mapping[str, str],
@@ -57,38 +73,24 @@ def publish(
         "olora.eval_loss": "" if state.best_loss is None else f"{state.best_loss:.6f}",
         **more_tags,
     }
-    merged = storage.local_copy(folder.merged)
     name, alias = config.registry.model, config.registry.alias
-    with client.reachable(tracker.uri, upload=True):
+    with storage.fetched(folder.merged) as merged, client.reachable(tracker.uri, upload=True):
         if name is None:
             logger.info("logging the merged model")
-            models.log_model(tracker, merged, tags, base_name=spec.base.name)
+            models.log_model(tracker, merged, tags, base_name=config.run.name)
             return None
         logger.info(f"registering the merged model as {name}@{alias}")
-        return models.register(tracker, merged, name, alias, tags, base_name=spec.base.name)
+        return models.register(tracker, merged, name, alias, tags)
 
 
 def finish(
-    spec: TrainSpec,
-    tracker: Tracker,
-    result: TrainResult,
-    answers: Sequence[Sample],
-    parity: dict[str, Any],
-    version: int | None,
+    spec: TrainSpec, tracker: Tracker, result: TrainResult, scores: Scores, parity: dict[str, Any], version: int | None
 ) -> Published:
-    """Log the scores and the last pictures and tables; safe to repeat.
+    """Log what the run has come to; safe to repeat.
 
     Raises TrackingUnavailable if MLflow does not answer: result.json must not be written before all is logged.
     """
-    scores = score(spec.config, answers)
     content = _result(spec, tracker, result, scores, parity, version)
-    assert result.state is not None
-    tracker.metrics({result.state.step: {f"score/{name}": value for name, value in scores.get("after", {}).items()}})
-    tracker.metrics({0: {f"score/{name}": value for name, value in scores.get("before", {}).items()}})
-    history = result.state.history
-    tracker.learning_curve(_points(history, "train/loss"), _points(history, "eval/loss"))
-    columns = ("prompt", "reference", "before", "after")
-    tracker.table("samples", columns, [[getattr(item, name) for name in columns] for item in answers])
     tracker.text(json.dumps(content, indent=2) + "\n", "result.json")
     return Published(content, scores, tracker.url())
 

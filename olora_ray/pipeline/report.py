@@ -1,21 +1,20 @@
-"""Output for people: the plan of a run, the dry run, and what came out; nothing here writes to MLflow."""
+"""Output for people: the plan of a run, and what came out; nothing here writes to MLflow."""
 
+import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from olora_ray.cluster.spec import TrainResult, TrainSpec
-from olora_ray.config.load import dump
 from olora_ray.config.schema import Config
 from olora_ray.model import source
 from olora_ray.pipeline.answers import Sample
-from olora_ray.pipeline.base import open_base
 from olora_ray.pipeline.progress import batch_split
 from olora_ray.pipeline.publish import Published
 from olora_ray.pipeline.run_folder import RunFolder
-from olora_ray.tokens.preview import describe
 from olora_ray.train import scoring
 from olora_ray.train.estimate import MemoryEstimate, estimate
 from olora_ray.train.loader import total_steps
@@ -23,41 +22,34 @@ from olora_ray.train.loader import total_steps
 logger = logging.getLogger(__name__)
 
 
-def plan(config: Config, base: source.BaseModel) -> None:
-    """The size of the run; raises UserError for targets, rank or scorer that cannot be."""
+def plan(config: Config, base: source.BaseModel) -> MemoryEstimate:
+    """Say and return the size of the run; raises UserError for targets, rank or scorer that cannot be."""
     if config.evaluation.scorer:
         scoring.resolve(config.evaluation.scorer)
+        if not config.data.holds_out():
+            logger.warning(
+                "evaluation.scorer: no answer will be scored, because no rows are held out; set data.eval or"
+                " data.eval_fraction"
+            )
     size = estimate(config, base)
     logger.info(_model_line(config, size))
     logger.info(_memory_line(config, size))
+    return size
 
 
 def steps(spec: TrainSpec) -> None:
     """The arithmetic of the training."""
     if spec.train.complete:
         manifest = spec.train.manifest
-        logger.info(_steps_line(spec.config, len(spec.train), manifest.tokens, manifest.supervised, about=False))
+        logger.info(
+            f"training: {length(spec.config, len(spec.train))}; an epoch has {len(spec.train):,} sequences,"
+            f" {manifest.tokens:,} tokens, {manifest.supervised:,} of them supervised"
+        )
     else:
         train = spec.config.train
-        length = f"{train.steps} steps" if train.steps else f"{train.epochs:g} epoch{'s' * (train.epochs != 1)}"
+        steps = f"{train.steps} steps" if train.steps else f"{train.epochs:g} epoch{'s' * (train.epochs != 1)}"
         split = batch_split(spec.config, spec.config.cluster.max_workers())
-        logger.info(f"training: {length}; {split}; tokens come in {spec.train.shard_count:,} shards")
-
-
-def dry_run(config: Config) -> None:
-    """Resolve everything, print it, start nothing: no Ray, no MLflow run, no file but a converted model."""
-    base = open_base(config)
-    preview = describe(config, base.spec)
-    size = estimate(config, base.model)
-    print(dump(config))
-    print(f"target layers ({len(size.targets)}):")
-    for name, (m, n) in size.targets.items():
-        print(f"  {name} {m} x {n}")
-    logger.info(_model_line(config, size))
-    logger.info(_steps_line(config, preview.packs, preview.tokens, preview.supervised, about=not preview.exact))
-    logger.info(_memory_line(config, size))
-    print("\nfirst example, supervised tokens in [[ ]]:\n")
-    print(_marked(base.tokenizer, preview.input_ids.tolist(), preview.mask.tolist()))
+        logger.info(f"training: {steps}; {split}; tokens come in {spec.train.shard_count:,} shards")
 
 
 def already_finished(config: Config, result: dict[str, Any]) -> None:
@@ -95,21 +87,30 @@ def _summary(
     if evaluated:
         lines.append(f"held-out loss: {evaluated[0]:.4f} before, {state.best_loss:.4f} after (step {state.best_step})")
     for name, value in scores.get("after", {}).items():
-        lines.append(f"held-out {name}: {scores['before'][name]:.3f} before, {value:.3f} after ({len(answers)} rows)")
+        before = f"{scores['before'][name]:.3f} before, " if name in scores["before"] else ""
+        lines.append(f"held-out {name}: {before}{value:.3f} after ({len(answers)} rows)")
     lines += [f"adapter (PEFT, vLLM): {folder.adapter}", f"merged model:         {folder.merged}"]
-    store, run_id = published.result["mlflow"]["uri"], published.result["mlflow"]["run_id"]
-    scripts = _scripts_folder()
-    if (registered := published.result["registered"]) is not None:
+    return lines + next_steps(published.result, published.page)
+
+
+def next_steps(result: Mapping[str, Any], page: str | None) -> list[str]:
+    """What can be done with a finished run, as commands that work as they are printed, in the folder of now.
+
+    `page` is the address of the run's page, if a server shows it.
+    """
+    store, run_id = result["mlflow"]["uri"], result["mlflow"]["run_id"]
+    scripts, lines = _scripts_folder(), []
+    if (registered := result["registered"]) is not None:
         uri = f"models:/{registered['model']}@{registered['alias']}"
         lines += [
             f"registered:           {registered['model']} version {registered['version']} ({uri})",
-            f'load:   mlflow.set_tracking_uri("{store}"); mlflow.transformers.load_model("{uri}")',
+            f"load:   mlflow.set_tracking_uri({json.dumps(store)}); mlflow.transformers.load_model({json.dumps(uri)})",
             # MLflow starts its server by a name that it looks up in PATH.
-            f"serve:  PATH={scripts}:$PATH MLFLOW_TRACKING_URI={store} mlflow models serve -m {uri} --env-manager local"
-            " -p 5001",
+            f"serve:  PATH={quote(str(scripts))}:$PATH MLFLOW_TRACKING_URI={quote(store)} mlflow models serve"
+            f" -m {quote(uri)} --env-manager local -p 5001",
         ]
-    lines.append(f"MLflow: {published.page or f'{scripts}/mlflow ui --backend-store-uri {store} (run {run_id})'}")
-    return lines
+    ui = f"{quote(str(scripts / 'mlflow'))} ui --backend-store-uri {quote(store)}"
+    return [*lines, f"MLflow: {page}" if page else f"MLflow: {ui}  # run {run_id}"]
 
 
 def _scripts_folder() -> Path:
@@ -126,13 +127,10 @@ def _model_line(config: Config, size: MemoryEstimate) -> str:
     )
 
 
-def _steps_line(config: Config, packs: int, tokens: int, supervised: int, about: bool) -> str:
-    train = config.train
-    return (
-        f"training: {'about ' if about else ''}{total_steps(train, packs)} steps;"
-        f" {batch_split(config, config.cluster.max_workers())};"
-        f" an epoch has {packs:,} sequences, {tokens:,} tokens, {supervised:,} of them supervised"
-    )
+def length(config: Config, packs: int, about: bool = False) -> str:
+    """The steps of a run, and what one is made of; `about`: the number of packs is an estimate."""
+    steps = f"{'about ' if about else ''}{total_steps(config.train, packs)} steps"
+    return f"{steps}; {batch_split(config, config.cluster.max_workers())}"
 
 
 def _memory_line(config: Config, size: MemoryEstimate) -> str:
@@ -146,16 +144,6 @@ def _memory_line(config: Config, size: MemoryEstimate) -> str:
         f"memory per worker, estimated: {size.total_bytes() / 2**30:.2f} GiB ({shown}),"
         " plus about 1 GiB for the process"
     )
-
-
-def _marked(tokenizer: Any, ids: list[int], mask: list[bool]) -> str:
-    text, start = "", 0
-    for stop in range(1, len(ids) + 1):
-        if stop == len(ids) or mask[stop] != mask[start]:
-            part = tokenizer.decode(ids[start:stop])
-            text += f"[[{part}]]" if mask[start] else part
-            start = stop
-    return text
 
 
 def _one_line(text: str, width: int = 300) -> str:

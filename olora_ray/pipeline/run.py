@@ -13,8 +13,9 @@ from olora_ray.pipeline import export, fit, publish, report
 from olora_ray.pipeline.answers import answered
 from olora_ray.pipeline.base import open_base
 from olora_ray.pipeline.connection import connect
+from olora_ray.pipeline.driver import Driver, only_driver
 from olora_ray.pipeline.mlflow_run import check_tracking, tracked
-from olora_ray.pipeline.prepare import prepare_tokens
+from olora_ray.pipeline.prepare import contents, prepare_tokens
 from olora_ray.pipeline.run_folder import RunFolder
 
 
@@ -22,21 +23,36 @@ def run(config: Config, tags: Mapping[str, str] | None = None) -> dict[str, Any]
     """Fine-tune, export, check and register as the config says; returns the content of result.json.
 
     `tags` are for the registered version, over those that it gets anyway. A run that is finished already is
-    only reported. Raises UserError for what the user can fix, TryAgain for what passes by itself, and Stopped
-    after a signal.
+    only reported. Raises UserError for what the user can fix, TryAgain for what passes by itself (another driver
+    works on the run, MLflow does not answer), and Stopped after a signal.
     """
     folder = RunFolder(config)
     folder.check()
-    if done := folder.finished():
-        report.already_finished(config, done)
+    if done := _finished(config, folder):
         return done
     check_tracking(config, folder)
     address.find()
+    with only_driver(config) as driver:
+        folder.check()  # another driver may have worked on it until now
+        return _finished(config, folder) or _run(config, folder, driver, tags or {})
+
+
+def _finished(config: Config, folder: RunFolder) -> dict[str, Any] | None:
+    """The result of a run that is finished already, which is then reported."""
+    if done := folder.finished():
+        if folder.moved():
+            folder.require_same(contents(config, open_base(config)))
+        report.already_finished(config, done)
+    return done
+
+
+def _run(config: Config, folder: RunFolder, driver: Driver, tags: Mapping[str, str]) -> dict[str, Any]:
     base = open_base(config)
+    folder.require_same({"base model": base.model.digest, "tokenizer": base.spec.digest})
     report.plan(config, base.model)
 
-    with connect(config, base.model) as stop:
-        spec, build = prepare_tokens(config, base)
+    with connect(config, base.model) as stop, driver.watch(stop):
+        spec, build = prepare_tokens(config, base, check=folder.require_same)
         with build:
             report.steps(spec)
             result = fit.finished_training(spec, folder)
@@ -44,9 +60,12 @@ def run(config: Config, tags: Mapping[str, str] | None = None) -> dict[str, Any]
             with tracked(spec, folder) as tracker:
                 result = result or fit.train(spec, folder, build, tracker, stop)
                 parity = export.run_export(spec, folder, result)
-                version = publish.publish(spec, folder, tracker, result, parity, tags or {})
                 answers = answered(result, base.tokenizer)
-                published = publish.finish(spec, tracker, result, answers, parity, version)
+                scores = publish.log_results(spec, tracker, result, answers)
+                driver.check()
+                version = publish.publish(spec, folder, tracker, result, parity, tags)
+                published = publish.finish(spec, tracker, result, scores, parity, version)
+                driver.check()
             folder.write_result(published.result)  # nothing is left to be logged
             report.finished(config, folder, result, answers, published)
     return published.result

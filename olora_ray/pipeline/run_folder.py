@@ -1,21 +1,26 @@
-"""Paths in a run's folder, `<storage>/<name>/`, and the checks that the folder is this run's to use."""
+"""Paths in a run's folder, `<storage>/<name>/`, and the checks that the folder is this run's to use.
+
+A run is known by its settings and by the contents of its model and data: these may lie elsewhere when it is resumed.
+"""
 
 import json
 import os
-import uuid
+import re
+from collections.abc import Mapping
 from typing import Any
 
 from olora_ray.common import storage
-from olora_ray.common.errors import UserError
+from olora_ray.common.errors import UserError, short_reason
 from olora_ray.common.secrets import mask
 from olora_ray.config.dotted import flatten
 from olora_ray.config.load import build, dump
 from olora_ray.config.schema import Config
 from olora_ray.config.yaml_io import parse_yaml
-from olora_ray.train import checkpoints
+from olora_ray.train import checkpoint, checkpoints
 
 FREE_TO_CHANGE = (
     "run.storage",
+    "run.wait",
     "cluster.",
     "tracking.",
     "registry.",
@@ -25,6 +30,24 @@ FREE_TO_CHANGE = (
     "train.log_every",
 )
 """Fields that may differ when a run is resumed: they do not change its numbers."""
+PLACES = re.compile(r"model\.(name|revision)|data\.(train|eval)\.\d+\.(path|only)|train\.start")
+"""Fields that say where something lies: what counts is what lies there."""
+
+
+def bound_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of flat settings that a run's folder is bound to: neither free to change, nor places."""
+    bound = {
+        field: value
+        for field, value in settings.items()
+        if not field.startswith(FREE_TO_CHANGE) and not PLACES.fullmatch(field)
+    }
+    return bound | {"train.start": "a checkpoint" if settings.get("train.start") else None}
+
+
+def where_now(folder: str, storage_root: str) -> str:
+    """The run folder that was `folder` once: the one of that name in the storage if it has moved with it."""
+    moved = storage.join(storage_root, folder.rstrip("/").rpartition("/")[2])
+    return moved if not storage.exists(folder) and storage.exists(moved) else folder
 
 
 class RunFolder:
@@ -46,18 +69,33 @@ class RunFolder:
     def check(self) -> None:
         """Check that the storage can be written, and that no training with other settings has this name.
 
-        Raises UserError if not, or if the run's folder leads out of the storage. Leaves nothing behind.
+        Raises UserError if not, or if the run's folder leads out of the storage; TryAgain if an object store does not
+        answer now. Leaves nothing behind.
         """
         self._refuse_way_out()
-        probe = storage.join(self.config.run.storage, f".probe-{uuid.uuid4().hex}")
+        storage.check(self.config.run.storage, "run.storage")
         try:
-            if self._has_checkpoints() and storage.exists(self.settings):
-                self._refuse_other_settings(storage.read_text(self.settings))
-            storage.write_text(probe, "")
-            storage.remove(probe)
+            if (self._has_checkpoints() or self.finished()) and storage.exists(self.settings):
+                self._refuse_other_settings()
         except OSError as error:
-            why = error.strerror or str(error)
-            raise UserError(f"run.storage: {self.config.run.storage} cannot be written: {why}") from None
+            raise UserError(f"run.storage: {self.root} cannot be read: {short_reason(error)}") from None
+
+    def moved(self) -> bool:
+        """Whether model or data lie elsewhere than when this run was last begun, so that they may be others."""
+        return storage.exists(self.settings) and self._places(self._kept()) != self._places(self.config)
+
+    def require_same(self, contents: Mapping[str, str]) -> None:
+        """Raise UserError if the run was trained with other contents than these, by their names in its identity.
+
+        Those that are not given are not looked at. Does nothing for a run that has neither checkpoint nor result.
+        """
+        found = self._identity()
+        if all(found.get(what, digest) == digest for what, digest in contents.items()):
+            return
+        where = self.root
+        if storage.exists(self.settings) and (shown := _changes(self._places(self._kept()), self._places(self.config))):
+            where = f"{self.root} ({shown})"
+        checkpoint.require_same({**contents, **found}, contents, where)
 
     def claim(self) -> None:
         """Keep the config: from now on the name is this run's."""
@@ -97,11 +135,16 @@ class RunFolder:
     def tracking_run(self, uri: str) -> str | None:
         """The id of this run in the MLflow at `uri`, if it was started there before."""
         kept = _read_json(self._tracking) or {}
-        return str(kept["run_id"]) if kept.get("uri") == mask(uri) and kept.get("run_id") else None
+        known = kept.get("uri") in (mask(uri), self._shown(uri))
+        return str(kept["run_id"]) if known and kept.get("run_id") else None
 
     def keep_tracking_run(self, uri: str, run_id: str) -> None:
         """Remember the MLflow run, so that a later attempt continues with it; a password in `uri` is not kept."""
-        storage.write_text(self._tracking, json.dumps({"uri": mask(uri), "run_id": run_id}))
+        storage.write_text(self._tracking, json.dumps({"uri": self._shown(uri), "run_id": run_id}))
+
+    def _shown(self, uri: str) -> str:
+        """Without a password; a database in the storage is named by its place there, which stays when that is moved."""
+        return mask(uri).replace(f"sqlite:///{os.path.abspath(self.config.run.storage)}/", "sqlite:///<run.storage>/")
 
     def _refuse_way_out(self) -> None:
         """Who may write in the storage shall not make this user write elsewhere."""
@@ -115,19 +158,40 @@ class RunFolder:
                     " where it leads"
                 )
 
-    def _refuse_other_settings(self, text: str) -> None:
-        old, new = flatten(build(parse_yaml(text, self.settings), self.settings)), flatten(self.config)
-        changed = [
-            field
-            for field in sorted(old.keys() | new.keys())
-            if old.get(field) != new.get(field) and not field.startswith(FREE_TO_CHANGE)
-        ]
-        if changed:
-            shown = ", ".join(f"{field} was {old.get(field)!r}, is {new.get(field)!r}" for field in changed[:4])
+    def _refuse_other_settings(self) -> None:
+        old, new = bound_settings(flatten(self._kept())), bound_settings(flatten(self.config))
+        if shown := _changes(old, new):
             raise UserError(
                 f"run.name: {self.config.run.name!r} exists with other settings ({shown});"
                 f" choose another run.name or delete {self.root}"
             )
+
+    def _kept(self) -> Config:
+        return build(parse_yaml(storage.read_text(self.settings), self.settings), self.settings)
+
+    def _places(self, config: Config) -> dict[str, Any]:
+        return {field: value for field, value in flatten(config).items() if PLACES.fullmatch(field)}
+
+    def _identity(self) -> dict[str, str]:
+        """What the run was trained with, by its newest checkpoint or its result; only what they say of that is read."""
+        for name in reversed(checkpoints.names(self.checkpoints)):
+            state = _read_json(storage.join(self.checkpoints, name, checkpoint.STATE)) or {}
+            if isinstance(found := state.get("identity"), dict):
+                return found
+        done = self.finished() or {}
+        base, data = done.get("base") or {}, done.get("data") or {}
+        known = {
+            "base model": base.get("digest"),
+            "training data": data.get("train"),
+            "held-out data": data.get("eval"),
+        }
+        return {what: str(digest) for what, digest in known.items() if digest is not None}
+
+
+def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """The first fields that differ, with both values; empty if none does."""
+    changed = [field for field in sorted(old.keys() | new.keys()) if old.get(field) != new.get(field)]
+    return ", ".join(f"{field} was {old.get(field)!r}, is {new.get(field)!r}" for field in changed[:4])
 
 
 def _read_json(place: str) -> dict[str, Any] | None:

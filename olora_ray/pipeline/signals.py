@@ -1,9 +1,10 @@
 """SIGTERM and Ctrl+C: a request to stop after the next step while training, an immediate end elsewhere."""
 
 import signal
+import threading
 from types import FrameType, TracebackType
 
-from olora_ray.common.errors import Stopped
+from olora_ray.common.errors import Stopped, TakenOver
 
 AGAIN = "the same command continues from there"
 
@@ -17,6 +18,7 @@ class Stop:
         self.gentle = False
         """True while somebody polls `asked`; a second signal ends the run at once all the same."""
         self._raised: Stopped | None = None
+        self._lost: TakenOver | None = None
         self._before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> "Stop":
@@ -32,12 +34,21 @@ class Stop:
         if self._raised and isinstance(error, KeyboardInterrupt) and not isinstance(error, Stopped):
             raise self._raised from None  # ray.get passes on a KeyboardInterrupt of its own
 
+    def abandon(self, error: TakenOver) -> None:
+        """Raise `error` in the main thread at once, also while it waits; called from another thread."""
+        self._lost = error
+        # A real signal, and to that thread: nothing else ends its waiting.
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+
     def stopped(self, where: str) -> Stopped:
         """The exception to raise once the request was granted."""
         name = self.asked or "SIGTERM"
         return Stopped(f"{where} ({name}); {AGAIN}", 128 + signal.Signals[name].value)
 
     def _caught(self, number: int, frame: FrameType | None) -> None:
+        if self._lost:
+            self._raised = self._lost
+            raise self._lost
         name = signal.Signals(number).name
         if self.gentle and self.asked is None:
             self.asked = name

@@ -23,6 +23,8 @@ class Inputs:
     base: Base
     plan: Plan
     """Of the training data."""
+    held_out: Plan
+    """Of the held-out rows."""
     fingerprint: Fingerprint
 
 
@@ -35,8 +37,9 @@ def look(config: Config) -> Inputs:
         raise UserError("data.eval: retraining compares with the champion on held-out rows; set it, or eval_fraction")
     base = open_base(config)
     plan = prepare.plan_here(config, base.spec, "train")
-    held_out = prepare.plan_here(config, base.spec, "eval").digest()
-    return Inputs(base, plan, Fingerprint(base.model.digest, plan.digest(), held_out, settings_digest(config)))
+    held_out = prepare.plan_here(config, base.spec, "eval")
+    made_of = Fingerprint(base.model.digest, plan.digest(), held_out.digest(), settings_digest(config))
+    return Inputs(base, plan, held_out, made_of)
 
 
 def find_decision(versions: Sequence[Version], champion: Version | None, now: Fingerprint) -> Version | None:
@@ -45,12 +48,12 @@ def find_decision(versions: Sequence[Version], champion: Version | None, now: Fi
     That is the champion if it was made of the same; else a version made of the same that was rolled back, or on
     which the gate has decided against the champion of now. If that champion is another by now, the gate decides anew.
     """
-    if champion is not None and Fingerprint.from_tags(champion.tags) == now:
+    if champion is not None and not now.changes(Fingerprint.from_tags(champion.tags)):
         return champion
     against = champion.number if champion is not None else ""
     for version in reversed(versions):
         verdict = version.tags.get(GATE)
-        if verdict is None or Fingerprint.from_tags(version.tags) != now:
+        if verdict is None or now.changes(Fingerprint.from_tags(version.tags)):
             continue
         if verdict.startswith(ROLLED_BACK) or version.tags.get(AGAINST) == against:
             return version

@@ -2,22 +2,39 @@
 
 import logging
 from dataclasses import replace
+from pathlib import Path
 
 from olora_ray.common import storage
 from olora_ray.common.digests import digest_json
 from olora_ray.common.errors import UserError
 from olora_ray.config.load import override
 from olora_ray.config.schema import Config
+from olora_ray.evaluation.groups import group_numbers
 from olora_ray.evaluation.held_out import measure
 from olora_ray.evaluation.rows import RowResults
 from olora_ray.pipeline import connection
 from olora_ray.pipeline.base import Base, open_base
+from olora_ray.retrain import known_files
 from olora_ray.retrain.changes import Inputs
+from olora_ray.retrain.gate import HeldOut
 from olora_ray.retrain.recipe import RUN
 from olora_ray.tokens.prepare import prepare
+from olora_ray.tracking.aliases import Aliases
+from olora_ray.tracking.start import resolve_uri
 from olora_ray.tracking.version import Version
 
 logger = logging.getLogger(__name__)
+
+
+def about_rows(config: Config, inputs: Inputs, rows: RowResults, champion: Version | None) -> HeldOut:
+    """The groups of the held-out rows, and those that the champion was not trained on."""
+    groups = group_numbers(config.gate.group, inputs.held_out, rows.origins)
+    if champion is None:
+        return HeldOut(groups)
+    files = known_files.unseen(config, inputs.held_out, known_files.of_version(config, champion))
+    if files is None:
+        return HeldOut(groups)
+    return HeldOut(groups, [row for row, (file, _) in enumerate(rows.origins) if file in files])
 
 
 class NotComparable(UserError):
@@ -51,10 +68,14 @@ def measured(config: Config, inputs: Inputs, versions: list[Version]) -> list[Ro
 def _as_base(config: Config, version: Version) -> tuple[Config, Base]:
     """The config that names a registered version as its model, and that model."""
     name, folder = f"models:/{version.name}/{version.number}", version.tags.get(RUN, "")
-    if storage.is_uri(config.run.storage) and storage.is_uri(folder):
+    fetched = storage.is_uri(config.run.storage) and storage.is_uri(folder)
+    if fetched:
         name = storage.join(folder, "export", "merged")  # each node fetches it by itself
     config = override(config, {"model.name": name, "model.revision": None})
-    return config, open_base(config)
+    base = open_base(config)
+    if fetched:
+        Aliases(resolve_uri(config), version.name).verify_copy(version.number, Path(base.model.folder))
+    return config, base
 
 
 def _same_tokens(bases: list[Base]) -> None:
@@ -78,5 +99,5 @@ def _note(config: Config, inputs: Inputs, version: Version) -> str:
 def _read(note: str) -> RowResults | None:
     try:
         return RowResults.from_json(storage.read_text(note))
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None  # not there, damaged, or of an older release

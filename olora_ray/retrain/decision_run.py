@@ -1,6 +1,7 @@
 """MLflow runs of a retraining's decisions: what was decided, why, and about which versions."""
 
 import json
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -16,6 +17,8 @@ DETAILS = "olora.gate_details"
 """Tag of a version: the numbers behind the gate's decision, as JSON."""
 RECORDED = "olora.decision_run"
 """Tag of a version: the MLflow run that tells of the gate's decision on it; empty until there is one."""
+CALLS = "olora.calls"
+"""Tag of the run of a decision: how many calls have come to it, if there were several."""
 What = Literal["unchanged", "promoted", "refused", "failed"]
 
 
@@ -72,16 +75,46 @@ def of_version(config: Config, version: Version) -> None:
         connect(uri).set_model_version_tag(version.name, version.number, RECORDED, run_id)
 
 
+def unchanged(config: Config, entry: Entry) -> None:
+    """Write that nothing has changed; the run of the call before says so again if it has said the same.
+
+    A scheduler may call every minute: each stretch of calls that find nothing is one run, with their number and the
+    time of the last.
+    """
+    uri = resolve_uri(config)
+    with reachable(uri):
+        last = _latest(config, {"olora.kind": "retraining", "olora.model": str(config.registry.model)})
+        tags = last.data.tags if last is not None else {}
+        same = (tags.get("olora.decision"), tags.get("olora.reason")) == (entry.decision, entry.reason)
+        if last is not None and same:
+            calls = tags.get(CALLS, "1")
+            client, run_id = connect(uri), last.info.run_id
+            client.set_tag(run_id, CALLS, str(int(calls) + 1 if calls.isdecimal() else 2))
+            client.set_tag(run_id, "olora.last_call", time.strftime("%Y-%m-%d %H:%M:%S"))
+            return
+    write(config, entry)
+
+
 def _begun(config: Config, entry: Entry) -> str | None:
     """The run of this decision, if a call that was cut off has made it already."""
     uri, name = resolve_uri(config), config.registry.model
     wanted = {"olora.kind": "retraining", "olora.decision": entry.decision}
     wanted |= {f"olora.{role}": f"{name}/{number}" for role, number in _roles(entry) if number}
-    words = " and ".join(f"tags.`{tag}` = '{text}'" for tag, text in wanted.items())
     with reachable(uri):
-        experiment = connect(uri).get_experiment_by_name(config.tracking.experiment)
-        found = connect(uri).search_runs([experiment.experiment_id], words) if experiment else []
-    return str(found[0].info.run_id) if found else None
+        found = _latest(config, wanted)
+    return str(found.info.run_id) if found else None
+
+
+def _latest(config: Config, wanted: Mapping[str, str]) -> Any:
+    """The latest run of MLflow with these tags; None if there is none."""
+    words = " and ".join(f"tags.`{tag}` = '{text}'" for tag, text in wanted.items())
+    client = connect(resolve_uri(config))
+    experiment = client.get_experiment_by_name(config.tracking.experiment)
+    if experiment is None:
+        return None
+    newest = ["attributes.start_time DESC"]
+    found = client.search_runs([experiment.experiment_id], words, max_results=1, order_by=newest)
+    return found[0] if found else None
 
 
 def _roles(entry: Entry) -> list[tuple[str, str | None]]:

@@ -2,19 +2,23 @@
 
     improvement  how much better the challenger's metric is than the champion's: losses and perplexity count
                  downwards, scores upwards
-    passed       the improvement is at least gate.must_improve_by, and every condition of gate.and holds
+    passed       the lower end of its paired bootstrap interval lies above gate.must_improve_by, and every condition
+                 of gate.and holds
 
-With gate.confident the lower end of the paired bootstrap interval of the improvement must reach
-gate.must_improve_by as well: then a pass is more than luck of the rows. The interval is always reported.
-Without a champion only the conditions count. Whatever is not a number passes nothing.
+So a pass is more than luck of the rows: a challenger that is as good as the champion passes in about one of forty
+nights. With `gate.confident: false` the improvement itself decides, at every second night for such a challenger.
+Without a champion only the conditions count. Whatever is not a number passes nothing, and nothing is compared on
+fewer than gate.min_rows independent rows.
 """
 
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from olora_ray.common.text import plural
 from olora_ray.config.schema import Condition, Gate
 from olora_ray.evaluation.bootstrap import Interval
-from olora_ray.evaluation.rows import LOSS, PERPLEXITY, RowResults, compare
+from olora_ray.evaluation.rows import LOSS, PERPLEXITY, Comparison, RowResults, compare
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,19 @@ class Decision:
     """The numbers behind it, as JSON has them."""
 
 
-def decide(gate: Gate, challenger: RowResults, champion: RowResults | None) -> Decision:
+@dataclass(frozen=True)
+class HeldOut:
+    """What is known of the held-out rows beside what the models did on them."""
+
+    groups: Sequence[int] | None = None
+    """Number of the group of each row; None: each row of a file is one."""
+    unseen: Sequence[int] | None = None
+    """Numbers of the rows that the champion was surely not trained on; None: all."""
+
+
+def decide(
+    gate: Gate, challenger: RowResults, champion: RowResults | None, held_out: HeldOut | None = None
+) -> Decision:
     """Apply the gate; `champion` is None if there is none yet.
 
     Raises UserError for a metric that was not measured, or for results on other rows.
@@ -38,27 +54,30 @@ def decide(gate: Gate, challenger: RowResults, champion: RowResults | None) -> D
         "metric": gate.metric,
         "challenger": {name: challenger.metric(name) for name in challenger.names()},
         "champion": {name: champion.metric(name) for name in champion.names()} if champion else None,
-        "rows": len(challenger.rows(gate.metric)[0]),
+        "rows": len(challenger.column(gate.metric).rows),
         "conditions": [{"holds": holds, "text": text} for holds, text in checks],
     }
     if champion is None:
         value = f"{gate.metric} {challenger.metric(gate.metric):.4f}, no champion to compare with"
         checks.insert(0, (True, value))
     else:
-        found = improvement(gate, challenger, champion)
-        details |= {"improvement": asdict(found), "level": gate.level}
-        checks.insert(0, _compared(gate, challenger, champion, found))
+        holds, text, found = _compared(gate, challenger, champion, held_out or HeldOut())
+        checks.insert(0, (holds, text))
+        details |= found
     passed = all(holds for holds, _ in checks)
     shown = [text for holds, text in checks if holds is passed]  # of a refusal only what failed
     return Decision(passed, "; ".join(shown), details)
 
 
-def improvement(gate: Gate, challenger: RowResults, champion: RowResults) -> Interval:
+def improvement(
+    gate: Gate, challenger: RowResults, champion: RowResults, groups: Sequence[int] | None = None
+) -> Comparison:
     """Improvement of the challenger's metric over the champion's, with its paired interval; above 0 is better."""
-    found = compare(gate.metric, challenger, champion, gate.level)
+    found = compare(gate.metric, challenger, champion, gate.level, groups=groups)
     if not lower_is_better(gate.metric):
         return found
-    return Interval(0.0 - found.mean, 0.0 - found.high, 0.0 - found.low)  # not -x: it would give -0.0
+    was = found.interval
+    return replace(found, interval=Interval(0.0 - was.mean, 0.0 - was.high, 0.0 - was.low))  # not -x: it gives -0.0
 
 
 def lower_is_better(metric: str) -> bool:
@@ -66,19 +85,33 @@ def lower_is_better(metric: str) -> bool:
     return metric in (LOSS, PERPLEXITY)
 
 
-def _compared(gate: Gate, challenger: RowResults, champion: RowResults, found: Interval) -> tuple[bool, str]:
-    enough = found.mean >= gate.must_improve_by
-    sure = found.low >= gate.must_improve_by
+def _compared(
+    gate: Gate, challenger: RowResults, champion: RowResults, held_out: HeldOut
+) -> tuple[bool, str, dict[str, Any]]:
+    """Whether the comparison passes, a line about it, and its numbers."""
+    groups, unseen, left_out = held_out.groups, held_out.unseen, ""
+    if unseen is not None and len(unseen) < len(challenger.losses):
+        left_out = f" (left out: {len(challenger.losses) - len(unseen)} that the champion may have been trained on)"
+        challenger, champion = challenger.only(unseen), champion.only(unseen)
+        groups = [groups[row] for row in unseen] if groups is not None else None
+    if unseen is not None and not len(unseen):
+        return False, f"{gate.metric}: there is no held-out row to compare on{left_out}", {"groups": 0}
+    found = improvement(gate, challenger, champion, groups)
+    interval = found.interval
+    rows = plural(found.rows, "row") + (f" in {plural(found.groups, 'group')}" if found.groups < found.rows else "")
     ours, theirs = challenger.metric(gate.metric), champion.metric(gate.metric)
     text = (
-        f"{gate.metric} {ours:.4f}, the champion's {theirs:.4f}: improved by {found.mean:.4f}"
-        f" ({gate.level:.0%} interval {found.low:.4f} to {found.high:.4f},"
-        f" {len(challenger.rows(gate.metric)[0])} rows)"
+        f"{gate.metric} {ours:.4f}, the champion's {theirs:.4f}: improved by {interval.mean:.4f}"
+        f" ({gate.level:.0%} interval {interval.low:.4f} to {interval.high:.4f}, {rows}){left_out}"
     )
-    if enough and (sure or not gate.confident):
-        return True, text
-    what = "the interval must begin" if enough else "it must improve"
-    return False, f"{text}, but {what} {'at' if enough else 'by'} {gate.must_improve_by:g} at least"
+    numbers = {"improvement": asdict(interval), "level": gate.level, "groups": found.groups}
+    if found.groups < gate.min_rows:
+        return False, f"{text}, but gate.min_rows asks for {gate.min_rows} independent ones", numbers
+    if gate.confident:
+        passed, missed = interval.low > gate.must_improve_by, "the interval must begin above"
+    else:
+        passed, missed = interval.mean >= gate.must_improve_by, "it must improve at least by"
+    return passed, text if passed else f"{text}, but {missed} {gate.must_improve_by:g}", numbers
 
 
 def _check(condition: Condition, results: RowResults) -> tuple[bool, str]:

@@ -15,14 +15,17 @@ import logging
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from olora_ray.common import sealed, storage
+from olora_ray.common import storage
 from olora_ray.common.digests import digest_json
+from olora_ray.common.errors import UserError
+from olora_ray.common.text import plural
 from olora_ray.config.dotted import flatten
 from olora_ray.config.schema import Config, Source
+from olora_ray.model import identity
 from olora_ray.pipeline.fingerprint import TAGS
-from olora_ray.pipeline.run_folder import FREE_TO_CHANGE
+from olora_ray.pipeline.run_folder import bound_settings, where_now
+from olora_ray.retrain import known_files
 from olora_ray.retrain.changes import Inputs
-from olora_ray.tokens import manifest
 from olora_ray.tokens.plan import Plan
 from olora_ray.tracking.aliases import CHALLENGER
 from olora_ray.tracking.version import Version
@@ -33,6 +36,7 @@ logger = logging.getLogger(__name__)
 RUN = "olora.run_folder"
 """Tag of a version: the folder of the run that made it."""
 ORIGIN = "olora.retrained_from"
+_CONTINUED = "champion, version "
 
 
 @dataclass(frozen=True)
@@ -55,9 +59,9 @@ class _Start:
 
 def make(config: Config, inputs: Inputs, champion: Version | None) -> Recipe:
     """Build the recipe. The run name is a hash of its inputs, so an interrupted run is found and resumed."""
-    _note_files(config, inputs.plan)
+    known_files.note(config, inputs.plan)
     if champion is not None:
-        _warn_of_leaks(config, inputs.plan, champion)
+        _refuse_if_all_is_seen(config, inputs, champion)
     start = None  # from the base, unless the champion can be continued
     if config.retrain.origin == "champion" and champion is not None:
         found = _continued(config, inputs, champion)
@@ -72,44 +76,59 @@ def make(config: Config, inputs: Inputs, champion: Version | None) -> Recipe:
         train = config.train.model_copy(update={"start": start.checkpoint})
         data = config.data.model_copy(update={"train": start.sources})
         wanted = wanted.model_copy(update={"train": train, "data": data})
-    name = f"{config.run.name}-{_digest(wanted, inputs)}"
-    origin = f"champion, version {start.version}" if start else "base"
+    name = f"{config.run.name}-{_digest(wanted, inputs, start)}"
+    origin = f"{_CONTINUED}{start.version}" if start else "base"
     return Recipe(
         wanted.model_copy(update={"run": config.run.model_copy(update={"name": name})}),
         {**inputs.fingerprint.tags(), ORIGIN: origin},
     )
 
 
-def _digest(config: Config, inputs: Inputs) -> str:
-    """Of contents, and of all settings that a run's folder is bound to."""
-    bound = {name: value for name, value in flatten(config).items() if not name.startswith(FREE_TO_CHANGE)}
-    return digest_json([inputs.fingerprint.tags(), bound], length=8)
+def _digest(config: Config, inputs: Inputs, start: _Start | None) -> str:
+    """Of contents, of the version to start from, and of all settings that a run's folder is bound to."""
+    parts = [inputs.fingerprint.tags(), start.version if start else None, bound_settings(flatten(config))]
+    return digest_json(parts, length=8)
 
 
-def _warn_of_leaks(config: Config, plan: Plan, champion: Version) -> None:
-    known = _known_files(config, champion.tags.get(TAGS["data"], "")) or frozenset()
-    if config.data.eval_fraction is not None and known - {each.sha256 for each in plan.files}:
-        logger.warning(
-            "data.eval_fraction: a file of the champion's training data has changed or is gone, so it"
-            " may have seen rows that are held out now; data.eval, or adding files only, avoids that"
+def continued_version(version: Version) -> str | None:
+    """The version whose adapter this one continues; None if it was made from the base."""
+    origin = version.tags.get(ORIGIN, "")
+    return origin.removeprefix(_CONTINUED) if origin.startswith(_CONTINUED) else None
+
+
+def _refuse_if_all_is_seen(config: Config, inputs: Inputs, champion: Version) -> None:
+    """Raise UserError if the gate could not compare on any row: it would refuse whatever is trained."""
+    unseen = known_files.unseen(config, inputs.held_out, known_files.of_version(config, champion))
+    why = (
+        f"data.eval_fraction: version {champion.number}, the champion, may have been trained on rows that are held out"
+        " now, because a file of its training data, run.seed or the fraction has changed or is not known any more"
+    )
+    if unseen is not None and not unseen:
+        raise UserError(
+            f"{why}; no row is left to compare on: set data.eval, or add files instead of changing them, or promote a"
+            " run of finetune.py by hand"
         )
+    if unseen is not None:
+        logger.warning(f"{why}; the gate compares on those of {plural(len(unseen), 'unchanged file')} only")
 
 
 def _continued(config: Config, inputs: Inputs, champion: Version) -> _Start | str:
     """The champion, ready to be continued, or the reason why it cannot be."""
-    if champion.tags.get(TAGS["base"]) != inputs.base.model.digest:
+    if not identity.same(champion.tags.get(TAGS["base"]), inputs.base.model.digest):
         return "its base model is another"
-    known = _known_files(config, champion.tags.get(TAGS["data"], ""))
+    known = known_files.of_version(config, champion)
     if known is None:
         return f"what it was trained on is not known under {config.run.storage}"
-    folder = champion.tags.get(RUN)
+    if known_files.unseen(config, inputs.held_out, known) is not None:
+        return "it may have been trained on rows that are held out now"
+    folder = where_now(champion.tags.get(RUN, ""), config.run.storage)
     found = checkpoints.latest_good(storage.join(folder, "checkpoints")) if folder else None
     if found is None:
         return f"there is no checkpoint of it in {folder or 'its run folder'}"
     place, checkpoint = found
     if checkpoint.identity.get("adapter") != config.adapter.model_dump_json():
         return "its adapter has other settings"
-    sources = _split(config, inputs.plan, known)
+    sources = _split(config, inputs.plan, known.digests)
     return _Start(place, sources, champion.number) if sources else "there is no new file"
 
 
@@ -128,26 +147,3 @@ def _split(config: Config, plan: Plan, known: Collection[str]) -> tuple[Source, 
             only = old if new else source.only
             parts.append(source.model_copy(update={"only": only, "weight": source.weight * replay}))
     return tuple(parts) if some else ()
-
-
-def _note_files(config: Config, plan: Plan) -> None:
-    """Keep the digests of the files behind a data digest: continuing trains on a part of them only."""
-    place = _note(config, plan.digest())
-    if not storage.exists(place):
-        storage.write_text(place, sealed.seal({"files": sorted({each.sha256 for each in plan.files})}, indent=1))
-
-
-def _known_files(config: Config, digest: str) -> frozenset[str] | None:
-    """The SHA-256 of the files behind a data digest: as noted by an earlier retraining, or by its token store."""
-    if noted := sealed.read_sealed(_note(config, digest)):
-        return frozenset(noted["files"])
-    # No note under this storage: the champion's first training was not a retraining. Its token store may be left.
-    try:
-        inputs = manifest.read_manifest(storage.join(config.run.storage, "tokens", digest)).inputs
-    except (OSError, ValueError):
-        return None
-    return frozenset(sha256 for source in inputs["sources"] for _, sha256 in source["files"])
-
-
-def _note(config: Config, digest: str) -> str:
-    return storage.join(config.run.storage, "retraining", "files", f"{digest}.json")

@@ -10,7 +10,6 @@ the registry, the measured rows, the gate's verdict as a tag. So the next call r
 """
 
 import contextlib
-import json
 import logging
 
 from olora_ray.common import lock, storage
@@ -18,9 +17,10 @@ from olora_ray.common.errors import TryAgain, UserError
 from olora_ray.config.schema import Config
 from olora_ray.pipeline.fingerprint import Fingerprint
 from olora_ray.retrain import changes, decision_run, gate, recipe
-from olora_ray.retrain.changes import AGAINST, Inputs
-from olora_ray.retrain.decision_run import DETAILS, RECORDED, Entry
+from olora_ray.retrain.changes import Inputs
+from olora_ray.retrain.decision_run import Entry
 from olora_ray.retrain.gate import Decision
+from olora_ray.retrain.settle import settle
 from olora_ray.tracking import client
 from olora_ray.tracking.aliases import CHAMPION, GATE, Aliases
 from olora_ray.tracking.start import resolve_uri
@@ -55,8 +55,7 @@ def run(config: Config) -> None:
 
 
 def _retrain(config: Config, aliases: Aliases, lease: lock.Lock) -> None:
-    if (move := aliases.repair()) is not None:
-        logger.info(f"registry: finished a move that was cut off: version {move.champion} is the champion")
+    aliases.repair()
     inputs = changes.look(config)
     versions, number = aliases.versions(), aliases.current().get(CHAMPION)
     champion = next((version for version in versions if version.number == number), None)
@@ -66,9 +65,11 @@ def _retrain(config: Config, aliases: Aliases, lease: lock.Lock) -> None:
         return
     logger.info(_what_changed(inputs, champion))
     version, learned = _trained(config, aliases, inputs, champion)
-    decision = _decide(config, inputs, version, champion) if learned else NOTHING_LEARNED
-    lease.check()  # whoever has taken over decides by himself
-    _apply(aliases, version, champion, decision)
+
+    def decide(challenger: Version, against: Version | None) -> Decision:
+        return _decide(config, inputs, challenger, against) if learned else NOTHING_LEARNED
+
+    settle(aliases, version.number, decide, lease.check)  # whoever has taken over decides by himself
     decision_run.of_version(config, aliases.version(version.number))
 
 
@@ -76,7 +77,7 @@ def _unchanged(config: Config, done: Version, champion: str | None) -> None:
     which = "the champion" if done.number == champion else done.tags[GATE]
     reason = f"nothing changed since version {done.number} of {done.name} ({which})"
     logger.info(reason)
-    decision_run.write(config, Entry("unchanged", reason, champion=champion))
+    decision_run.unchanged(config, Entry("unchanged", reason, champion=champion))
 
 
 def _what_changed(inputs: Inputs, champion: Version | None) -> str:
@@ -107,21 +108,5 @@ def _decide(config: Config, inputs: Inputs, challenger: Version, champion: Versi
         ours, *theirs = compare.measured(config, inputs, [challenger, *([champion] if champion else [])])
     except compare.NotComparable as error:
         return Decision(False, f"{error}; promote it by hand if it is good", {})
-    return gate.decide(config.gate, ours, theirs[0] if theirs else None)
-
-
-def _apply(aliases: Aliases, challenger: Version, champion: Version | None, decision: Decision) -> None:
-    """Let the aliases and tags follow the decision."""
-    number, against = challenger.number, champion.number if champion else ""
-    tags = {AGAINST: against, DETAILS: json.dumps(decision.details), RECORDED: ""}
-    if not decision.passed:
-        aliases.refuse(number, f"refused: {decision.reason}", tags)
-        logger.info(f"refused: {decision.reason}")
-        logger.info(
-            f"version {number} stays challenger, {f'version {against} the champion' if against else 'no champion'}"
-        )
-        return
-    aliases.promote(number, f"passed: {decision.reason}", tags)
-    logger.info(f"passed: {decision.reason}")
-    before = f", version {against} is previous" if against else ""
-    logger.info(f"version {number} is the champion of {aliases.name}{before}")
+    about = compare.about_rows(config, inputs, ours, champion)
+    return gate.decide(config.gate, ours, theirs[0] if theirs else None, about)

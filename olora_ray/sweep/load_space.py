@@ -1,17 +1,25 @@
 """Reader of space files: checks each against the config that it varies, before anything starts."""
 
+import itertools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from olora_ray.common.errors import UserError
+from olora_ray.config.dotted import flatten
 from olora_ray.config.load import override, validated
 from olora_ray.config.schema import Config
 from olora_ray.config.yaml_io import parse_yaml
-from olora_ray.sweep.space import LOWER_IS_BETTER, SAME_BASE, TIMES, Space
+from olora_ray.sweep.space import LOWER_IS_BETTER, SAME_BASE, Space, multiple
 
-FIXED = ("run.", "tracking.", "registry.", "cluster.")
-"""Sections that a search cannot vary: they say where and under which name, not what comes out."""
+FIXED = ("run.", "tracking.", "registry.", "cluster.", "gate.", "retrain.")
+"""Sections that a space cannot change: they say where and under which name, not what comes out."""
+MEASURE = ("data.eval", "data.max_rejected", "evaluation.")
+"""Fields that a space can set, but not search: all trials are measured in the same way, on the same rows."""
+IDLE = ("train.keep", "train.log_every")
+"""Fields that a space can set, but not search: they change no number of a training."""
+MOST_CHECKED = 200
+"""Trials whose whole config is checked before a search begins; of the others each field is."""
 
 
 def load(path: str | Path, config: Config) -> Space:
@@ -35,21 +43,38 @@ def load(path: str | Path, config: Config) -> Space:
 
 def check(space: Space, config: Config, where: str = "space") -> None:
     """Raise UserError unless every value the space can give is valid in the config, and its metric is reported."""
-    for field in [*space.search, *space.set]:
-        if field.startswith(FIXED):
-            raise UserError(f"{where}: search.{field}: a search cannot vary {field.partition('.')[0]}.*")
-        if space.trials_per_worker > 1 and field in space.search and not field.startswith(SAME_BASE):
+    for place, fields in (("search", space.search), ("set", space.set)):
+        for field in fields:
+            if field.startswith(FIXED):
+                raise UserError(f"{where}: {place}.{field}: a search cannot vary {field.partition('.')[0]}.*")
+    for field in space.search:
+        if field.startswith(MEASURE):
+            raise UserError(f"{where}: search.{field}: all trials are measured in the same way; put it under set")
+        if field in IDLE:
+            raise UserError(f"{where}: search.{field}: it does not change what a training gives; put it under set")
+        if space.trials_per_worker > 1 and not field.startswith(SAME_BASE):
             raise UserError(f"{where}: search.{field}: with trials_per_worker all trials share one base and its data")
     base = _override(config, space.set, f"{where}: set")
+    known = flatten(base)
     for field, changes in _probes(space):
         _override(base, changes, f"{where}: search.{field}")
+        if not any(_overlap(field, name) for name in known):  # e.g. data.train.00.weight
+            raise UserError(f"{where}: search.{field}: unknown field; --help lists the fields")
+    if space.searcher != "tpe":
+        for number in range(min(space.count(), MOST_CHECKED)):
+            _override(base, space.values(space.drawn(number)), f"{where}: search: trial {number}")
     _check_metric(space, base, where)
+
+
+def _overlap(one: str, other: str) -> bool:
+    """Whether one field is the other, or a part of it."""
+    return one == other or one.startswith(f"{other}.") or other.startswith(f"{one}.")
 
 
 def _check_metric(space: Space, config: Config, where: str) -> None:
     scorer = config.evaluation.scorer
     held_out = config.data.holds_out()
-    if space.metric.startswith("score/"):
+    if space.metric.startswith("score/") and space.metric != "score/":
         if not scorer or not held_out:
             raise UserError(f"{where}: metric: {space.metric} needs evaluation.scorer and held-out rows in the config")
         if space.scheduler.kind != "none":
@@ -62,24 +87,20 @@ def _check_metric(space: Space, config: Config, where: str) -> None:
 
 
 def _probes(space: Space) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(field, changes) such that all values are valid if these are: each field at its extremes."""
-    usual = {field: domain.extremes()[0] for field, domain in space.search.items() if domain.of is None}
+    """(field, changes) such that all values are valid if these are: each field at its extremes, and between them."""
     for field, domain in space.search.items():
         if domain.of is None:
-            for value in domain.extremes():
+            for value in domain.probes():
                 yield field, {field: value}
             continue
-        for factor in domain.factors():
-            yield field, space.values({**usual, **_first_factors(space), field + TIMES: factor})
-
-
-def _first_factors(space: Space) -> dict[str, float]:
-    return {f"{field}{TIMES}": domain.factors()[0] for field, domain in space.search.items() if domain.of is not None}
+        for base, factor in itertools.product(space.search[domain.of].extremes(), domain.factors()):
+            yield field, {domain.of: base, field: multiple(base, factor)}
 
 
 def _override(config: Config, changes: Mapping[str, Any], where: str) -> Config:
     try:
         return override(config, changes)
     except UserError as error:
-        text = str(error)
-        raise UserError(f"{where}: {text.removeprefix('config: ')}") from None
+        text = str(error).removeprefix("config: ")
+        hint = "; use quniform with whole numbers, or choice" if "fractional part" in text else ""
+        raise UserError(f"{where}: {text}{hint}") from None

@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 Mode = Literal["min", "max"]
@@ -23,6 +23,8 @@ class TrialRecord:
     """Best value of the metric so far; None if it was never measured."""
     step: int = 0
     """Optimizer steps done."""
+    total: int = 0
+    """Steps of its whole training; 0 if that is not known."""
     curve: tuple[tuple[int, float], ...] = ()
     """(step, metric), in order of steps."""
     seconds: float = 0.0
@@ -74,6 +76,17 @@ class SearchRecord:
     def best(self) -> TrialRecord | None:
         """The trial with the best value."""
         return next(iter(self.ranked()), None)
+
+    def thinned(self, most: int) -> "SearchRecord":
+        """The same search with at most `most` trials, evenly from the best to the worst; the default stays."""
+        last = len(self.trials) - 1
+        if last < most:
+            return self
+        ordered = self.ordered()
+        kept = {ordered[round(place * last / (most - 1))].number for place in range(most)}
+        if self.default is not None and self.default not in kept:
+            kept = {*sorted(kept - {ordered[0].number})[1:], ordered[0].number, self.default}
+        return replace(self, trials=tuple(trial for trial in self.trials if trial.number in kept))
 
     def of(self, number: int | None) -> TrialRecord | None:
         """The trial with this number."""

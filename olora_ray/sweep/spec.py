@@ -11,12 +11,19 @@ from olora_ray.config.load import override
 from olora_ray.config.schema import Config
 from olora_ray.pipeline.run_folder import RunFolder
 from olora_ray.sweep.space import SAME_BASE, Space
+from olora_ray.tokens.store import TokenStore
 from olora_ray.train.schedule import Schedule
 
 NUMBER = "number"
 """Key of a trial's number in its Tune config; the other keys are draws."""
 ENDED = "ended"
 """Key of a result that is the last one because the training is over; Tune's own `done` is also set by schedulers."""
+
+
+PROGRESS = "progress"
+"""Key of a result: the percentage of the trial's own steps that is done."""
+WHOLE = 100.0
+"""The progress of a trial that has done all its steps."""
 
 
 @dataclass(frozen=True)
@@ -62,9 +69,9 @@ class SweepSpec:
         """Steps of a trial that does not vary them."""
         return self.steps(self.train_spec.config)
 
-    def steps(self, config: Config) -> int:
-        """Steps of a trial with this config; those of the search's data if the trial has other data."""
-        total = Schedule(config.train, self.train_spec.train).total()
+    def steps(self, config: Config, store: TokenStore | None = None) -> int:
+        """Steps of a trial with this config on the tokens in `store`, by default those of the search."""
+        total = Schedule(config.train, store or self.train_spec.train).total()
         assert total is not None, "a search starts with complete tokens"
         return total
 

@@ -9,7 +9,7 @@ import json
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
 """Raise it when what Tune pickles is moved, renamed, or has other attributes; tests/sweep/test_state.py lists it."""
 TUNE = "tune"
 _FILE = "tune.json"
@@ -24,6 +24,11 @@ def place(folder: str) -> str:
     return storage.join(folder, TUNE)
 
 
+def begun(folder: str) -> bool:
+    """Whether Tune has written its state of a search into this folder."""
+    return storage.exists(storage.join(folder, _PICKLE))
+
+
 def begin(folder: str) -> None:
     """Note the format of a search that begins; must come before Tune's first file."""
     storage.write_text(storage.join(folder, _FILE), json.dumps({"format": FORMAT}) + "\n")
@@ -34,7 +39,7 @@ def can_resume(folder: str) -> bool:
 
     True if there is none. Raises UserError for one that such a version began and did not end.
     """
-    if not storage.exists(storage.join(folder, _PICKLE)) or _format(folder) == FORMAT:
+    if not begun(folder) or _format(folder) == FORMAT:
         return True
     if storage.exists(storage.join(folder, _REPORT)):
         return False

@@ -56,6 +56,7 @@ class TrialRun:
         self.config = sweep_spec.config(number, draws)
         self.folder = sweep_spec.trial_folder(number, self.config)
         self.total = sweep_spec.steps(self.config)
+        """Steps of this trial; certain once it trains, since it may have tokens of its own."""
         self._reported = 0
         self._items: queue.Queue[Measured | Ended] = queue.Queue()
         self._thread: threading.Thread | None = None
@@ -64,6 +65,7 @@ class TrialRun:
             number,
             sweep_spec.shown(number, draws),
             "unfinished",
+            total=self.total,
             spared=sweep_spec.spared if sweep_spec.shares_data() else 0.0,
             folder=self.folder.root,
         )
@@ -77,9 +79,10 @@ class TrialRun:
         return self._items.get()
 
     def resume_from(self, checkpoints: str, step: int) -> None:
-        """Put a checkpoint where the training will find it; must come before `next`."""
+        """Put a checkpoint, of this trial or another, where the training will find it; must come before `next`."""
         self._reported = step
-        self._file.resume_from(step)
+        owner = checkpoints.rpartition("/")[0]
+        self._file.resume_from(step, trial_file.read(owner) if owner != self.folder.root else None)
         if step:
             copy_from(checkpoints, self.folder.checkpoints, step, COPY_SECONDS)
         storage.remove(self.folder.training)
@@ -105,6 +108,8 @@ class TrialRun:
 
     def _train(self) -> None:
         spec = self._train_spec()
+        self.total = self.sweep_spec.steps(self.config, spec.train)
+        self._file.record = replace(self._file.record, total=self.total)
         with (
             mlflow_run.tracked(spec, self.folder, self.sweep_spec.parent) as tracker,
             logs.handled_by(_LogFile(self.folder.root)),

@@ -2,6 +2,7 @@
 
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -9,6 +10,8 @@ from olora_ray.common import storage
 from olora_ray.sweep.record import Mode, Status, TrialRecord
 
 FILE = "trial.json"
+READERS = 16
+"""Records that are read at the same time: an object store takes long to answer, and thousands are asked for."""
 
 
 class TrialFile:
@@ -25,9 +28,13 @@ class TrialFile:
         self.record = record
         self._write()
 
-    def resume_from(self, step: int) -> None:
-        """Keep what an earlier attempt has measured up to a step."""
-        curve = self._previous.curve if self._previous else ()
+    def resume_from(self, step: int, other: TrialRecord | None = None) -> None:
+        """Keep what an earlier attempt has measured up to a step; or `other`, a trial whose checkpoint is taken over.
+
+        The value of a trial is then that of the best adapter in its checkpoint.
+        """
+        source = other or self._previous
+        curve = source.curve if source else ()
         self._take(tuple(point for point in curve if point[0] <= step))
 
     def started(self) -> None:
@@ -68,5 +75,6 @@ def read(place: str) -> TrialRecord | None:
 def read_all(folder: str) -> dict[int, TrialRecord]:
     """Number -> record of all trials of the search in `folder`."""
     trials = storage.join(folder, "trials")
-    found = (read(storage.join(trials, name)) for name in storage.names(trials))
-    return {record.number: record for record in found if record}
+    with ThreadPoolExecutor(READERS) as pool:
+        found = pool.map(read, [storage.join(trials, name) for name in storage.names(trials)])
+        return {record.number: record for record in found if record}

@@ -7,6 +7,7 @@ checkpoint, ended, and given their resources back.
 
 import json
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from ray import tune
 
 from olora_ray.cluster.quiet import quiet_ray
 from olora_ray.common import logs
-from olora_ray.sweep.spec import ENDED, NUMBER, SweepSpec, number_of
+from olora_ray.sweep.spec import ENDED, NUMBER, PROGRESS, WHOLE, SweepSpec, number_of
 from olora_ray.sweep.trial import Ended, TrialRun
 
 POINTER = "checkpoint.json"
@@ -46,8 +47,12 @@ class SearchTrial(tune.Trainable):
             if item.status == "failed":
                 raise TrialFailed(item.reason)
             return {**self.last, "done": True, ENDED: True}
-        self.last = {"step": item.step, self.trial_run.sweep_spec.space.metric: item.value}
-        if item.step >= self.trial_run.total:
+        space, total = self.trial_run.sweep_spec.space, self.trial_run.total
+        # Of NaN schedulers make nothing, or the best: infinity is the worst value there is.
+        worst = math.inf if space.better() == "min" else -math.inf
+        value = worst if math.isnan(item.value) else item.value
+        self.last = {"step": item.step, "total": total, PROGRESS: WHOLE * item.step / total, space.metric: value}
+        if item.step >= total:
             ended = isinstance(self.trial_run.next(), Ended)
             return {**self.last, "done": ended, ENDED: ended}
         return dict(self.last)

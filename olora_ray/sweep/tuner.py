@@ -8,9 +8,10 @@ from typing import Any
 
 from ray import tune
 
-from olora_ray.sweep import space as spaces
 from olora_ray.sweep import state
 from olora_ray.sweep.callback import SweepCallback
+from olora_ray.sweep.choosers import Suggested
+from olora_ray.sweep.schedulers import scheduler
 from olora_ray.sweep.space import Space
 from olora_ray.sweep.spec import NUMBER, SweepSpec, trial_name
 from olora_ray.sweep.tune_trial import SearchTrial
@@ -29,6 +30,8 @@ def build(sweep_spec: SweepSpec, callback: SweepCallback, max_concurrent_trials:
     for name in ("utils.util", "logger.logger"):
         logging.getLogger(f"ray.tune.{name}").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message="Consider boosting PBT performance", category=UserWarning)
+    # Of values that are lists; they matter to studies that Optuna itself stores.
+    warnings.filterwarnings("ignore", message="Choices for a categorical distribution", category=UserWarning)
     trainable: Any = tune.with_resources(
         tune.with_parameters(SearchTrial, sweep_spec=sweep_spec), {"memory": NOTE_BYTES}
     )
@@ -41,10 +44,9 @@ def build(sweep_spec: SweepSpec, callback: SweepCallback, max_concurrent_trials:
         metric=space.metric,
         mode=space.better(),
         search_alg=_searcher(sweep_spec),
-        scheduler=_scheduler(sweep_spec),
+        scheduler=scheduler(sweep_spec),
         num_samples=space.count() if space.searcher == "tpe" else 1,
         max_concurrent_trials=max_concurrent_trials,
-        time_budget_s=space.time_budget,
         trial_name_creator=_name,
         trial_dirname_creator=_name,
     )
@@ -63,14 +65,12 @@ def _params(space: Space) -> dict[str, Any] | None:
     """Tune's grid over the numbers of the trials, each with its draws; None where Optuna draws."""
     if space.searcher == "tpe":
         return None
-    drawn = [space.drawn(number) for number in range(space.count())]
-    names = max(drawn, key=len)
-    numbers = {NUMBER: tune.grid_search(list(range(len(drawn))))}
-    return {**numbers, **{name: tune.sample_from(partial(_draw, drawn, name)) for name in names}}
+    numbers = {NUMBER: tune.grid_search(list(range(space.count())))}
+    return {**numbers, **{name: tune.sample_from(partial(_draw, space, name)) for name in space.draw_names()}}
 
 
-def _draw(drawn: list[dict[str, Any]], name: str, config: dict[str, Any]) -> Any:
-    return drawn[config[NUMBER]].get(name)
+def _draw(space: Space, name: str, config: dict[str, Any]) -> Any:
+    return space.drawn(config[NUMBER]).get(name)
 
 
 def _searcher(sweep_spec: SweepSpec) -> Any:
@@ -91,46 +91,8 @@ def _searcher(sweep_spec: SweepSpec) -> Any:
 
 
 def _suggested(space: Space, trial: Any) -> dict[str, Any]:
-    spaces.suggest(space, trial)
+    space.draw(Suggested(trial))
     return {NUMBER: trial.number}
-
-
-def _scheduler(sweep_spec: SweepSpec) -> Any:
-    from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, PopulationBasedTraining
-
-    space, settings = sweep_spec.space, sweep_spec.space.scheduler
-    grace = settings.grace or sweep_spec.train_spec.config.train.eval_every
-    if settings.kind == "asha":
-        # One more than the last step: ASHA then counts a trial that does all its steps as finished, not stopped.
-        most = max(sweep_spec.total() + 1, grace + 1)
-        return ASHAScheduler("step", max_t=most, grace_period=grace, reduction_factor=settings.reduction)
-    if settings.kind == "median":
-        return MedianStoppingRule("step", grace_period=grace, min_samples_required=3)
-    if settings.kind == "population":
-        return PopulationBasedTraining(
-            "step",
-            perturbation_interval=settings.interval or sweep_spec.train_spec.config.train.eval_every,
-            hyperparam_mutations={name: partial(_redrawn, space, name) for name in space.search},
-            custom_explore_fn=partial(_inside, space),
-            synch=True,  # otherwise a trial could exploit a checkpoint its owner has just deleted
-            log_config=False,
-        )
-    return FIFOScheduler()
-
-
-def _redrawn(space: Space, name: str) -> Any:
-    import random
-
-    return space.drawn(random.randrange(2**30))[name]
-
-
-def _inside(space: Space, config: dict[str, Any]) -> dict[str, Any]:
-    """Values that PBT has multiplied by 0.8 or 1.2, brought back into the range that the space gives."""
-    for name, domain in space.search.items():
-        if not domain.options():
-            low, high = domain.extremes()
-            config[name] = min(max(config[name], low), high)
-    return config
 
 
 def _name(trial: Any) -> str:

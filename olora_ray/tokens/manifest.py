@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from pyarrow import fs
-
 from olora_ray.common import storage
 from olora_ray.common.sealed import seal, unseal
 
@@ -68,6 +66,8 @@ class Manifest:
     shards: tuple[ShardInfo, ...] = field(repr=False)
     inputs: dict[str, Any] = field(repr=False)
     """The inputs of the digest."""
+    notes: dict[str, int] = field(default_factory=dict, repr=False)
+    """Counts of what is odd about the rows (notes.py)."""
 
     def to_json(self) -> str:
         """The text of manifest.json."""
@@ -104,16 +104,9 @@ def read_manifest(uri: str) -> Manifest:
         raise ValueError(f"{type(error).__name__}: {error}") from None
 
 
-def file_sizes(uri: str) -> dict[str, int]:
-    """Bytes of each file of a store, by name; empty if there is no such folder."""
-    system, path = storage.filesystem(uri)
-    return {info.base_name: info.size for info in system.get_file_info(fs.FileSelector(path, allow_not_found=True))}
-
-
 def file_size(uri: str, name: str) -> int | None:
     """Bytes of one file of a store; None if it is not there."""
-    system, path = storage.filesystem(storage.join(uri, name))
-    return system.get_file_info(path).size  # type: ignore[no-any-return]
+    return storage.size(storage.join(uri, name))
 
 
 PLACE_BITS = 40

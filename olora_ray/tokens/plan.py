@@ -15,6 +15,7 @@ from olora_ray.common.digests import digest_json
 from olora_ray.common.errors import UserError
 from olora_ray.config.evaluation import AnyConfig
 from olora_ray.config.schema import Source
+from olora_ray.data.form import digest_inputs
 from olora_ray.data.reader import Unit
 from olora_ray.data.scan import FileScan
 from olora_ray.data.sources import File, list_files
@@ -74,6 +75,7 @@ class Plan:
     packing: bool
     seed: int
     eval_fraction: float | None
+    last_turn_only: bool = False
     draw: str = ""
     """Digest of all files: other data, as every night, draw other rows where a weight is not whole."""
 
@@ -105,6 +107,9 @@ class Plan:
                         for each in self.files
                         if each.source == number
                     ],
+                    **digest_inputs(
+                        source, self.spec, {each.file.kind for each in self.files if each.source == number}
+                    ),
                 }
                 for number, source in enumerate(self.sources)
             ],
@@ -113,6 +118,7 @@ class Plan:
             "packing": self.packing,
             "seed": self.seed if self.split == "train" or self.eval_fraction is not None else None,
             "eval_fraction": self.eval_fraction,
+            **({"last_turn_only": True} if self.last_turn_only else {}),
         }
 
     def digest(self) -> str:
@@ -153,6 +159,7 @@ def make_plan(config: AnyConfig, spec: TokenizerSpec, split: Split, scan: Scanne
         packing=config.data.packing,
         seed=config.run.seed,
         eval_fraction=config.data.eval_fraction,
+        last_turn_only=config.data.last_turn_only,
         draw=digest_json([each.sha256 for each in files], length=16) if split == "train" else "",
     )
 

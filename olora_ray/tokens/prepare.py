@@ -13,9 +13,10 @@ from olora_ray.config.evaluation import AnyConfig
 from olora_ray.data.scan import FileScan, scan
 from olora_ray.data.sources import File, total_bytes
 from olora_ray.data.tokenize import TokenizerSpec
-from olora_ray.tokens import ray_map, writer
+from olora_ray.tokens import notes, ray_map, writer
 from olora_ray.tokens.draws import warn_of_empty
-from olora_ray.tokens.plan import Plan, Split, make_plan, sources_of
+from olora_ray.tokens.manifest import Manifest
+from olora_ray.tokens.plan import Plan, Split, make_plan
 from olora_ray.tokens.store import TokenStore
 from olora_ray.tokens.totals import Limits, summary
 
@@ -84,7 +85,7 @@ class StoreBuild:
         try:
             # Ray Data's stream is made, read and closed in one thread: it cannot be closed from another.
             if not self.complete and writer.make(self._job, self._found, self._limits, self._stop.is_set, cpus_held):
-                logger.info(f"tokens: {self._job.plan.split}: {summary(self.store.manifest)}")
+                _say(self._job.plan.split, self.store.manifest)
         finally:
             self._ended.set()
 
@@ -121,17 +122,22 @@ def begin(config: AnyConfig, spec: TokenizerSpec, split: Split) -> StoreBuild:
     plan = make_plan(config, spec, split, lambda found: _scan_all(found, config.run.storage))
     root = config.run.storage
     job = writer.StoreSpec(plan, storage.join(root, "tokens", plan.digest()), root)
-    setting = sources_of(config, split)[0]
-    warn_of_empty(plan, setting)
-    limits = Limits(setting, config.data.max_rejected)
+    limits = Limits.of(config, split)
+    warn_of_empty(plan, limits.setting)
     found = writer.store_status(job)
-    for line in found.lines(len(plan.shards)):
+    for line in (*notes.form_lines(plan), *found.lines(len(plan.shards))):
         logger.info(line)
     if found.manifest and found.rejected_good:
-        limits.check(found.manifest.rejected, found.manifest.rows, job.uri)
+        limits.check(found.manifest.rejected, found.manifest.rows, lambda: writer.rejected_rows(job))
     if found.manifest and found.complete:
-        logger.info(f"tokens: {split}: {summary(found.manifest)} (made before)")
+        _say(split, found.manifest, " (made before)")
     return StoreBuild(job, found, limits)
+
+
+def _say(split: Split, found: Manifest, when: str = "") -> None:
+    logger.info(f"tokens: {split}: {summary(found)}{when}")
+    for line in notes.lines(found.notes):
+        logger.info(f"tokens: {split}: {line}")
 
 
 def prepare(config: AnyConfig, spec: TokenizerSpec, split: Split) -> TokenStore:

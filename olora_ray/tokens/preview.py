@@ -1,6 +1,10 @@
-"""Preview of a token store for --dry-run, from the first rows of the data and without Ray."""
+"""Preview of a token store for --dry-run: what preparing it would give, without Ray and without writing a file.
 
-from collections import Counter
+Small data is read as a whole, and judged as the run judges it; of large data the first rows of the plan are read,
+and what they say is scaled up.
+"""
+
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -8,87 +12,173 @@ import numpy as np
 from numpy.typing import NDArray
 
 from olora_ray.common.errors import UserError
-from olora_ray.config.schema import Config
+from olora_ray.config.schema import Config, Source
 from olora_ray.data.scan import FileScan, head, scan
 from olora_ray.data.sources import File, total_bytes
-from olora_ray.data.tokenize import TokenizerSpec
-from olora_ray.tokens import manifest
+from olora_ray.data.tokenize import TokenizerSpec, Tokens
+from olora_ray.tokens import manifest, notes
 from olora_ray.tokens import shard as shards
-from olora_ray.tokens.plan import Plan, make_plan, sample, sources_of
+from olora_ray.tokens.plan import Plan, Split, make_plan, sample, sources_of
+from olora_ray.tokens.store import Pack
+from olora_ray.tokens.totals import Limits, Totals
+
+logger = logging.getLogger(__name__)
 
 SCAN_ALL = 64 * 2**20
 """Bytes up to which all files are scanned; of larger data only the start of a few files is read."""
 FILES_LOOKED_AT = 4
 """Files of each source, when the data is larger."""
+READ_ALL = 8 * 2**20
+"""Bytes of text up to which all rows are tokenised; it takes about a second per megabyte."""
+QUANTILES = (0.0, 0.5, 0.9, 0.99, 1.0)
+
+
+@dataclass(frozen=True)
+class Example:
+    """One example as the model sees it."""
+
+    origin: str
+    """As file:line."""
+    input_ids: NDArray[np.int32]
+    mask: NDArray[np.bool_]
+    """Its supervised tokens."""
+
+
+@dataclass(frozen=True)
+class SourceRows:
+    """The rows of one source that were read."""
+
+    setting: str
+    """As data.train.0."""
+    source: Source
+    rows: int
+    """Rejected ones included."""
+    rejected: int
 
 
 @dataclass(frozen=True)
 class Preview:
-    """An epoch of the training data."""
+    """One pass over the rows of a split."""
 
+    limits: Limits
     rows: int
+    """Rejected ones included."""
     packs: int
     tokens: int
     supervised: int
     fill: float
     """Tokens / (packs * max_length)."""
+    read: int
+    """Rows that were read: all, if `exact`."""
     rejected: dict[str, int]
-    """Of the rows that were read."""
+    """Of the rows that were read, by reason."""
     exact: bool
     """False: rows, packs, tokens and supervised are estimates."""
-    input_ids: NDArray[np.int32]
-    """The first example."""
-    mask: NDArray[np.bool_]
-    """Its supervised tokens."""
-    origin: str
-    """Its origin, as file:line."""
+    lengths: tuple[int, ...]
+    """Tokens of an example, at the QUANTILES of the examples."""
+    sources: tuple[SourceRows, ...]
+    examples: tuple[Example, ...]
+    """The first that is trained on, and the next from another source if there is one."""
+    some_packs: tuple[Pack, ...]
+    """The first sequences."""
     files: int
 
 
-def describe(config: Config, spec: TokenizerSpec, limit: int = 2000) -> Preview:
-    """Preview the training data from about `limit` rows, without Ray; raises UserError."""
-    look = _Look(config)
-    plan = make_plan(config, spec, "train", look)
-    part = sample(plan, limit)
-    shard = shards.build(part, 0)
-    if not shard.examples:
-        counts = ", ".join(f"{reason} {count:,}" for reason, count in _reasons(shard).items())
-        first = "".join(f"; {e['file']}:{e['line']}: {e['reason']}: {e['message']}" for e in shard.rejected[:1])
-        setting = sources_of(config, "train")[0]
-        raise UserError(f"{setting}: none of the {shard.rows:,} rows that were read can be used ({counts}){first}")
-    exact = look.complete and len(part.shards[0]) == sum(len(pieces) for pieces in plan.shards)
-    rows = look.rows * plan.kept_share
-    return _preview(part, shard, exact, 1.0 if exact else rows / max(part.rows, 1.0))
+def describe(config: Config, spec: TokenizerSpec, split: Split = "train", limit: int = 2000) -> Preview:
+    """Preview a split, of large data from about `limit` rows; raises UserError as the preparation would.
+
+    Of large data too many rejected rows are an error if they are too many of those that were read.
+    """
+    look = _Look(config, split)
+    plan = make_plan(config, spec, split, look)
+    whole = look.complete and sum(piece.unit.size for pieces in plan.shards for piece in pieces) <= READ_ALL
+    part = plan if whole else sample(plan, limit)
+    exact = look.complete and sum(map(len, part.shards)) == sum(map(len, plan.shards))
+    limits = Limits.of(config, split)
+    if split == "train" or config.data.eval:
+        for line in notes.form_lines(plan):
+            logger.info(line)
+    made, totals = _made(part, limits, exact)
+    for line in notes.lines(totals.notes):
+        logger.info(f"of the rows that were read, {line}")
+    scale = 1.0 if exact else look.rows * plan.kept_share / max(part.rows, 1.0)
+    return _preview(part, limits, made, totals, exact, scale)
 
 
-def _preview(part: Plan, shard: shards.Shard, exact: bool, scale: float) -> Preview:
-    tokens = sum(len(example.ids) for example in shard.examples)
-    supervised = sum(int(example.supervised.sum()) for example in shard.examples)
-    first = shard.packs[0][0]
+def _made(plan: Plan, limits: Limits, exact: bool) -> tuple[list[shards.Shard], Totals]:
+    """The shards of the plan, in memory, judged as `tokens.writer.make` judges them."""
+    totals, made = Totals(plan), []
+    for number in range(len(plan.shards)):
+        made.append(shards.build(plan, number))
+        totals.add(made[-1].sidecar(b""), fresh=True)
+        if totals.hopeless(limits):
+            break
+    try:
+        totals.check(limits)
+    except UserError as error:
+        raise error if exact else UserError(f"{error} (of the rows that a dry run reads of so much data)") from None
+    return made, totals
+
+
+def _preview(
+    plan: Plan, limits: Limits, made: Sequence[shards.Shard], totals: Totals, exact: bool, scale: float
+) -> Preview:
+    total = totals.total
+    lengths = [len(example.ids) for shard in made for example in shard.examples]
     return Preview(
-        rows=round(shard.rows * scale),
-        packs=round(len(shard.packs) * scale),
-        tokens=round(tokens * scale),
-        supervised=round(supervised * scale),
-        fill=tokens / (len(shard.packs) * part.max_length),
-        rejected=_reasons(shard),
+        limits=limits,
+        rows=round(total["rows"] * scale),
+        packs=round(total["packs"] * scale),
+        tokens=round(total["tokens"] * scale),
+        supervised=round(total["supervised"] * scale),
+        fill=total["tokens"] / (total["packs"] * plan.max_length),
+        read=total["rows"],
+        rejected=dict(sorted(totals.reasons.items())),
         exact=exact,
-        input_ids=shard.examples[first].ids,
-        mask=shard.examples[first].supervised,
-        origin=manifest.place_name([each.file.uri for each in part.files], shard.origins[first]),
-        files=len(part.files),
+        lengths=tuple(int(n) for n in np.quantile(lengths, QUANTILES, method="closest_observation")),
+        sources=tuple(_source(limits, plan, made, number) for number in range(len(plan.sources))),
+        examples=_examples(plan, made[0]),
+        some_packs=tuple(_pack(made[0], members) for members in made[0].packs[:8]),
+        files=len(plan.files),
     )
 
 
-def _reasons(shard: shards.Shard) -> dict[str, int]:
-    return dict(sorted(Counter(str(entry["reason"]) for entry in shard.rejected).items()))
+def _source(limits: Limits, plan: Plan, made: Sequence[shards.Shard], number: int) -> SourceRows:
+    rejected = sum(entry["source"] == number for shard in made for entry in shard.rejected)
+    rows = sum(shard.rows_of[number] for shard in made)
+    return SourceRows(f"{limits.setting}.{number}", plan.sources[number], rows, rejected)
+
+
+def _examples(plan: Plan, shard: shards.Shard) -> tuple[Example, ...]:
+    order = [number for members in shard.packs for number in members]
+    files = [shard.origins[number] >> manifest.PLACE_BITS for number in order]
+    others = [number for number, file in zip(order, files, strict=True) if _other(plan, file, files[0])]
+    return tuple(_example(plan, shard, number) for number in (order[0], *(others or order[1:])[:1]))
+
+
+def _other(plan: Plan, file: int, first: int) -> bool:
+    return plan.files[file].source != plan.files[first].source
+
+
+def _example(plan: Plan, shard: shards.Shard, number: int) -> Example:
+    tokens: Tokens = shard.examples[number]
+    origin = manifest.place_name([each.file.uri for each in plan.files], shard.origins[number])
+    return Example(origin, tokens.ids, tokens.supervised)
+
+
+def _pack(shard: shards.Shard, members: Sequence[int]) -> Pack:
+    chosen = [shard.examples[number] for number in members]
+    ids = np.concatenate([example.ids for example in chosen])
+    supervised = np.concatenate([example.supervised for example in chosen])
+    return Pack(ids, supervised, tuple(len(example.ids) for example in chosen))
 
 
 class _Look:
     """Scans small data as a whole, and looks at the start of a few files of large data."""
 
-    def __init__(self, config: Config) -> None:
-        self._config = config
+    def __init__(self, config: Config, split: Split) -> None:
+        self._storage = config.run.storage
+        self._sources = sources_of(config, split)[1]
         self.complete = True
         self.rows = 0.0
         """Rows of an epoch, weights included."""
@@ -96,13 +186,13 @@ class _Look:
     def __call__(self, sources: Sequence[Sequence[File]]) -> list[list[FileScan]]:
         self.complete = sum(total_bytes(files) for files in sources) <= SCAN_ALL
         scans = [self._source(files) for files in sources]
-        for source, files, found in zip(self._config.data.train, sources, scans, strict=True):
+        for source, files, found in zip(self._sources, sources, scans, strict=True):
             seen = total_bytes(files if self.complete else files[:FILES_LOOKED_AT])
             self.rows += source.weight * sum(each.rows for each in found) * total_bytes(files) / max(seen, 1)
         return scans
 
     def _source(self, files: Sequence[File]) -> list[FileScan]:
         if self.complete:
-            return [scan(file, self._config.run.storage) for file in files]
+            return [scan(file, self._storage) for file in files]
         unseen = FileScan("", 0, (), ())
         return [head(file) if number < FILES_LOOKED_AT else unseen for number, file in enumerate(files)]

@@ -11,10 +11,12 @@ import pyarrow as pa
 from pyarrow import ipc
 
 from olora_ray.common.digests import digest_bytes
-from olora_ray.data.formats import Rejected, columns_of, to_example
+from olora_ray.data.example import Rejected
+from olora_ray.data.form import as_chat
+from olora_ray.data.formats import columns_of, to_example
 from olora_ray.data.reader import read_unit
 from olora_ray.data.tokenize import ExampleTokenizer, Tokens
-from olora_ray.tokens import rng
+from olora_ray.tokens import notes, rng
 from olora_ray.tokens.draws import taken
 from olora_ray.tokens.manifest import PLACE_BITS
 from olora_ray.tokens.packing import pack
@@ -42,7 +44,11 @@ class Shard:
     """Numbers of the examples in each sequence."""
     rows: int = 0
     """Rows read, rejected ones included."""
+    rows_of: "Counter[int]" = field(default_factory=Counter)
+    """The same by the number of their source."""
     rejected: list[dict[str, Any]] = field(default_factory=list)
+    notes: "Counter[str]" = field(default_factory=Counter)
+    """Counts of what is odd."""
 
     def table(self) -> pa.Table:
         """The columns of the shard's file, one row a pack."""
@@ -77,13 +83,14 @@ class Shard:
             "sha256": digest_bytes(content),
             "reasons": dict(sorted(Counter(str(entry["reason"]) for entry in self.rejected).items())),
             "rejected": self.rejected,
+            "notes": dict(sorted(self.notes.items())),
         }
 
 
 def build(plan: Plan, number: int) -> Shard:
-    """Make shard `number` of the plan, in memory; raises UserError for a broken file or template."""
+    """Make shard `number` of the plan, in memory; raises UserError for a broken file, tokenizer or template."""
     shard = Shard()
-    tokenize = ExampleTokenizer(plan.spec, plan.max_length)
+    tokenize = ExampleTokenizer(plan.spec, plan.max_length, plan.last_turn_only)
     for piece in plan.shards[number]:
         _add(shard, plan, piece, tokenize)
     _arrange(shard, plan, number)
@@ -102,12 +109,15 @@ def file_bytes(table: pa.Table) -> bytes:
 def _add(shard: Shard, plan: Plan, piece: Piece, tokenize: ExampleTokenizer) -> None:
     planned = plan.files[piece.file]
     source = plan.sources[planned.source]
+    chat = as_chat(source, plan.spec)
     for place, row in _rows(plan, piece):
         shard.rows += 1
+        shard.rows_of[planned.source] += 1
         try:
             if isinstance(row, Rejected):
                 raise row
-            found = tokenize(to_example(source.format, row, source.fields))
+            example = to_example(source.format, row, source.fields, chat)
+            found = tokenize(example)
         except Rejected as why:
             shard.rejected.append(
                 {
@@ -119,6 +129,7 @@ def _add(shard: Shard, plan: Plan, piece: Piece, tokenize: ExampleTokenizer) -> 
                 }
             )
             continue
+        notes.count(shard.notes, example, found, tokenize)
         shard.examples.extend(found)
         shard.origins.extend([(piece.file << PLACE_BITS) + place] * len(found))
 

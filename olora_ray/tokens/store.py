@@ -23,7 +23,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from pyarrow import ipc
 
-from olora_ray.common import sealed, storage
+from olora_ray.common import node_cache, sealed, storage
 from olora_ray.common.digests import digest_file
 from olora_ray.common.errors import UserError
 from olora_ray.tokens import rng
@@ -32,7 +32,6 @@ from olora_ray.tokens.manifest import (
     Outline,
     ShardInfo,
     file_size,
-    file_sizes,
     place_name,
     read_manifest,
     shard_name,
@@ -217,7 +216,8 @@ class TokenStore:
         uri = storage.join(self.uri, shard_name(number))
         if not storage.is_uri(uri):
             return Path(uri)
-        folder = storage.private_folder("olora_ray") / "tokens" / self.digest
+        root = storage.private_folder("olora_ray") / "tokens"
+        folder = root / self.digest
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / shard_name(number)
         # All workers of the node meet here: one downloads, the others wait and find the file.
@@ -225,6 +225,8 @@ class TokenStore:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if again or not path.exists() or path.stat().st_size != self._known.shards[number].bytes:
                 storage.write_bytes(str(path), storage.read_bytes(uri))
+                node_cache.make_room(root, root.glob("*/*.arrow"))
+        node_cache.used(path)
         return path
 
 
@@ -243,7 +245,7 @@ class _Known:
 
 def _wrong_size(uri: str, wanted: Manifest) -> str | None:
     """The first shard whose size is not the manifest's, in words; None if there is none."""
-    found = file_sizes(uri)
+    found = storage.files_below(uri)
     for number, shard in enumerate(wanted.shards):
         size = found.get(shard_name(number))
         if size is None:

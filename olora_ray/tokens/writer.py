@@ -5,6 +5,7 @@ killed is finished by the next one, and two at the same time do each other no ha
 """
 
 import contextlib
+import logging
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,13 +26,14 @@ from olora_ray.tokens.manifest import (
     Outline,
     ShardInfo,
     file_size,
-    file_sizes,
     read_manifest,
     shard_name,
     sidecar_name,
 )
 from olora_ray.tokens.plan import Plan
-from olora_ray.tokens.totals import Limits, Totals, rejected_text
+from olora_ray.tokens.totals import Limits, Totals, parsed, rejected_text
+
+logger = logging.getLogger(__name__)
 
 MAKE_HERE = 4 * 2**20
 """Bytes up to which the driver tokenises by itself: starting Ray Data would take longer."""
@@ -90,7 +92,7 @@ class StoreStatus:
 def store_status(job: StoreSpec) -> StoreStatus:
     """Look at what is there of a store."""
     found = StoreStatus()
-    sizes = file_sizes(job.uri)
+    sizes = storage.files_below(job.uri)
     if MANIFEST in sizes:
         found.manifest = _good_manifest(job)
         found.rejected_good = found.manifest is not None and _rejected_good(job, found.manifest)
@@ -128,12 +130,12 @@ def make(
             sidecar = _checked(job, found.manifest, number, next(made) if fresh else found.done[number])
             totals.add(sidecar, fresh)
             # Bad data ends the preparation here, not after hours of tokenising; the manifest comes last.
-            if limits.passed(totals.reasons, int(job.plan.rows)):
-                _check_limits(job, totals, limits)
-    _check_limits(job, totals, limits)
-    if not totals.total["packs"]:
-        cause = f" (data.eval_fraction = {job.plan.eval_fraction:g})" if job.plan.eval_fraction else ""
-        raise UserError(f"{limits.setting}: no row is left for {job.plan.split}{cause}")
+            if totals.hopeless(limits):
+                break
+    storage.write_text(storage.join(job.uri, REJECTED), rejected_text(totals.rejected))
+    if totals.rejected:
+        logger.info(f"tokens: {job.plan.split}: rejected rows are listed in {storage.join(job.uri, REJECTED)}")
+    totals.check(limits)
     storage.write_text(storage.join(job.uri, MANIFEST), totals.manifest().to_json())
     return True
 
@@ -186,11 +188,6 @@ def small(job: StoreSpec, found: StoreStatus) -> bool:
     return len(found.missing) <= 1 or found.size(job.plan) <= MAKE_HERE
 
 
-def _check_limits(job: StoreSpec, totals: Totals, limits: Limits) -> None:
-    storage.write_text(storage.join(job.uri, REJECTED), rejected_text(totals.rejected))
-    limits.check(totals.reasons, totals.rows, job.uri)
-
-
 def _checked(job: StoreSpec, manifest: Manifest | None, number: int, sidecar: dict[str, Any]) -> dict[str, Any]:
     """The sidecar, if it is no error and what an earlier manifest says of the shard."""
     if "error" in sidecar:
@@ -217,6 +214,11 @@ def _rejected_good(job: StoreSpec, manifest: Manifest) -> bool:
     except FileNotFoundError:
         return False
     return digest_bytes(content) == manifest.rejected_sha256
+
+
+def rejected_rows(job: StoreSpec) -> list[dict[str, Any]]:
+    """The rejected rows of a store that is there."""
+    return parsed(storage.read_text(storage.join(job.uri, REJECTED)))
 
 
 def _take_sidecar(job: StoreSpec, number: int, sizes: dict[str, int], found: StoreStatus) -> int | None:

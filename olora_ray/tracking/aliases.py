@@ -4,21 +4,28 @@
     rollback    champion <- previous                                the bad version is tagged
     refuse      the version stays challenger, the reason is a tag
 
-A reader of `models:/NAME@champion` sees the old or the new version, never none: the alias is moved by one
-write, after `previous` has been set. What is about to happen is written down first, as the tag MOVING of the
-registered model. If the mover dies between two writes, the next call does all of them again: they lead to the
-same state however often they are repeated.
+All three look and write under the model's lock (registry_lock.py), whoever calls them: command line or retraining.
+A reader of `models:/NAME@champion` sees the old or the new version, never none: the alias is moved by one write,
+and that write is the move. What belongs to it is written down before, as the tag MOVING of the registered model. If
+the mover dies the next call finishes a move whose alias stands where it was to stand. Any other is dropped: either
+it had not begun, or somebody has moved the alias by hand since.
 """
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from olora_ray.common.errors import UserError
-from olora_ray.tracking import checksums
+from olora_ray.tracking import checksums, registry_lock
+from olora_ray.tracking.alias_move import Move
 from olora_ray.tracking.client import connect, is_unavailable, reachable
-from olora_ray.tracking.version import Version
+from olora_ray.tracking.registry_lock import RegistryLock
+from olora_ray.tracking.version import Version, name_filter
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -30,24 +37,18 @@ GATE = "olora.gate"
 MOVING = "olora.moving"
 ROLLED_BACK = "rolled back"
 
+logger = logging.getLogger(__name__)
 
-@dataclass(frozen=True)
-class Move:
-    """All that one move of the aliases writes."""
 
-    champion: str
-    """Version that becomes the champion."""
-    previous: str | None
-    """Version that becomes `previous`; None: there is none any more."""
-    tags: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-    """Version -> tags it gets."""
+class Overtaken(Exception):
+    """The registry is no longer what a decision was made on."""
 
 
 class Aliases:
     """The aliases of one registered model.
 
     All methods raise UserError for a model or version that is not there, and TrackingUnavailable if MLflow does not
-    answer.
+    answer; those that write raise TryAgain if others hold the model's lock for minutes.
     """
 
     def __init__(self, tracking_uri: str, name: str) -> None:
@@ -61,20 +62,17 @@ class Aliases:
     def current(self) -> dict[str, str]:
         """Alias -> version; empty if there is no such model yet."""
         with reachable(self.uri):
-            found = self._model()
-            return {str(alias): str(version) for alias, version in found.aliases.items()} if found else {}
+            return self._now()
+
+    def champion(self) -> Version | None:
+        """The version that is the champion, if there is one."""
+        number = self.current().get(CHAMPION)
+        return None if number is None else self.version(number)
 
     def version(self, number: str) -> Version:
         """One version."""
-        from mlflow.exceptions import MlflowException
-
         with reachable(self.uri):
-            try:
-                return Version.of(self.client.get_model_version(self.name, number))
-            except MlflowException as error:
-                if is_unavailable(error):
-                    raise
-                raise UserError(f"{self.name} has no version {number}; {self._there()}") from None
+            return self._version(number)
 
     def versions(self) -> list[Version]:
         """All versions, the oldest first; empty if there is no such model yet."""
@@ -82,34 +80,51 @@ class Aliases:
             found: list[Version] = []
             token = None
             while True:
-                page = self.client.search_model_versions(f"name = '{self.name}'", page_token=token)
+                page = self.client.search_model_versions(name_filter(self.name), page_token=token)
                 found.extend(map(Version.of, page))
                 token = page.token
                 if not token:
                     return sorted(found, key=lambda item: int(item.number))
 
     def verify(self, number: str) -> int:
-        """Check a version's files against its checksums, return how many there are; raises UserError."""
+        """Check that a version's files are those of its registration, return how many there are; raises UserError."""
         version = self.version(number)
         with reachable(self.uri, upload=True):
             place = str(self.client.get_model_version_download_uri(self.name, number))
             return checksums.verify(version, place, self.uri)
 
-    def promote(self, number: str, why: str, tags: Mapping[str, str] | None = None) -> str | None:
-        """Let a version become the champion if its files are whole; returns the version it takes over from."""
-        self.repair()
-        self.verify(number)
-        before = self.current()
-        old = before.get(CHAMPION)
-        kept = before.get(PREVIOUS) if old == number else old
-        self._move(Move(number, kept, {number: {**(tags or {}), GATE: why}}))
-        return old if old != number else None
+    def verify_copy(self, number: str, folder: Path) -> None:
+        """Check that a folder here is a copy of a version's merged model; raises UserError if it is not."""
+        version = self.version(number)
+        with reachable(self.uri, upload=True):
+            place = str(self.client.get_model_version_download_uri(self.name, number))
+            checksums.verify_copy(version, place, self.uri, folder)
 
-    def refuse(self, number: str, why: str, tags: Mapping[str, str] | None = None) -> None:
-        """Let a version stay what it is, with the reason; the aliases do not move."""
-        self.repair()
-        with reachable(self.uri):
+    def promote(
+        self, number: str, why: str, tags: Mapping[str, str] | None = None, *, instead_of: str | None = None
+    ) -> str | None:
+        """Let a version become the champion if its files are whole; returns the version it takes over from.
+
+        `instead_of` is the champion on which that was decided, "" for none; None: whichever it is. Raises Overtaken
+        if it is another by now, or the version itself was promoted or rolled back meanwhile.
+        """
+        self.verify(number)  # it may take minutes: before the lock
+        with self._locked() as lock:
+            self._unchanged(number, instead_of)
+            there = self._now()
+            old = there.get(CHAMPION)
+            kept = there.get(PREVIOUS) if old == number else old
+            self._move(lock, Move(number, kept, {number: {**(tags or {}), GATE: why}}, there))
+            return old if old != number else None
+
+    def refuse(
+        self, number: str, why: str, tags: Mapping[str, str] | None = None, *, instead_of: str | None = None
+    ) -> None:
+        """Let a version stay what it is, with the reason; the aliases do not move. Raises as `promote`."""
+        with self._locked() as lock:
+            self._unchanged(number, instead_of)
             for name, text in {**(tags or {}), GATE: why}.items():  # the verdict last: it makes the rest count
+                lock.check()
                 self.client.set_model_version_tag(self.name, number, name, text)
 
     def rollback(self, why: str) -> tuple[str, str]:
@@ -121,39 +136,107 @@ class Aliases:
             named = "there is no champion" if bad is None else f"version {bad} is the first champion, or already back"
             raise UserError(f"{self.name}: nothing to roll back to: {named}; `promote` sets any version")
         self.verify(good)
-        self._move(Move(good, None, {bad: {GATE: f"{ROLLED_BACK}: {why}"}}))
+        with self._locked() as lock:
+            there = self._now()
+            if (there.get(CHAMPION), there.get(PREVIOUS)) != (bad, good):
+                raise UserError(
+                    f"{self.name}: the champion was moved at this moment, from version {bad} to"
+                    f" {there.get(CHAMPION, 'none')}; look again with `list`, and roll back if it is still wanted"
+                )
+            self._move(lock, Move(good, None, {bad: {GATE: f"{ROLLED_BACK}: {why}"}}, there))
         return bad, good
 
     def repair(self) -> Move | None:
-        """Finish a move that was cut off, if there is one; returns it."""
+        """Finish a move that was cut off, or drop it, if there is one; returns it if it is finished."""
         with reachable(self.uri):
             found = self._model()
             if found is None or MOVING not in found.tags:
                 return None
-            move = Move(**json.loads(found.tags[MOVING]))
-            self._write(move)
-            return move
+            with registry_lock.held(self.client, self.name) as lock:
+                return self._repair(lock)
 
-    def _move(self, move: Move) -> None:
-        with reachable(self.uri):
-            self.client.set_registered_model_tag(self.name, MOVING, json.dumps(asdict(move)))
-            self._write(move)
+    @contextmanager
+    def _locked(self) -> Iterator[RegistryLock]:
+        """The model's lock; what an earlier holder has left half-done is done."""
+        with reachable(self.uri), registry_lock.held(self.client, self.name) as lock:
+            self._repair(lock)
+            yield lock
 
-    def _write(self, move: Move) -> None:
-        """All writes of a move; any number of them may have been done before."""
-        client, name = self.client, self.name
+    def _unchanged(self, number: str, instead_of: str | None) -> None:
+        """Raise Overtaken if the champion is not `instead_of`, or a person has decided on the version itself."""
+        version, champion = self._version(number), self._now().get(CHAMPION)
+        if instead_of is None:
+            return
+        if champion == number or version.tags.get(GATE, "").startswith(ROLLED_BACK):
+            raise Overtaken(f"version {number} was promoted or rolled back by hand meanwhile")
+        if (champion or "") != instead_of:
+            was = f"version {instead_of}" if instead_of else "none"
+            raise Overtaken(f"the champion was {was}, and is {f'version {champion}' if champion else 'none'} by now")
+
+    def _repair(self, lock: RegistryLock) -> Move | None:
+        found = self._model()
+        text = found.tags.get(MOVING) if found is not None else None
+        if text is None:
+            return None
+        champion = self._now().get(CHAMPION)
+        try:
+            move = Move.from_json(text)
+        except ValueError:
+            logger.warning(f"registry: {self.name}: the tag {MOVING} is not one of this project; it is removed")
+        else:
+            if champion == move.champion:
+                self._finish(lock, move)
+                logger.info(f"registry: finished a move that was cut off: version {champion} is the champion")
+                return move
+            logger.warning(
+                f"registry: {self.name}: a move of the champion to version {move.champion} was cut off before it, or"
+                f" undone by hand since; it is dropped, the champion is {f'version {champion}' if champion else 'none'}"
+            )
+        lock.check()
+        self.client.delete_registered_model_tag(self.name, MOVING)
+        return None
+
+    def _move(self, lock: RegistryLock, move: Move) -> None:
+        lock.check()
+        self.client.set_registered_model_tag(self.name, MOVING, json.dumps(asdict(move)))
+        lock.check()
+        self.client.set_registered_model_alias(self.name, CHAMPION, move.champion)
+        self._finish(lock, move)
+
+    def _finish(self, lock: RegistryLock, move: Move) -> None:
+        for write in self._rest(move):
+            lock.check()
+            with _unless_deleted():
+                write()
+
+    def _rest(self, move: Move) -> Iterator[Callable[[], object]]:
+        """All writes of a move but that of the champion; any number of them may have been done before."""
+        client, name, there = self.client, self.name, self._now()
         for number, tags in move.tags.items():
             for key, text in tags.items():
-                client.set_model_version_tag(name, number, key, text)
-        if move.previous is not None:
-            client.set_registered_model_alias(name, PREVIOUS, move.previous)
-        client.set_registered_model_alias(name, CHAMPION, move.champion)
-        there = client.get_registered_model(name).aliases
-        if move.previous is None and PREVIOUS in there:
-            client.delete_registered_model_alias(name, PREVIOUS)
-        if str(there.get(CHALLENGER)) == move.champion:
-            client.delete_registered_model_alias(name, CHALLENGER)
-        client.delete_registered_model_tag(name, MOVING)
+                yield partial(client.set_model_version_tag, name, number, key, text)
+        if move.was is None or there.get(PREVIOUS) == move.was.get(PREVIOUS):  # else somebody has moved it since
+            if move.previous is not None:
+                yield partial(client.set_registered_model_alias, name, PREVIOUS, move.previous)
+            elif PREVIOUS in there:
+                yield partial(client.delete_registered_model_alias, name, PREVIOUS)
+        if there.get(CHALLENGER) == move.champion:
+            yield partial(client.delete_registered_model_alias, name, CHALLENGER)
+        yield partial(client.delete_registered_model_tag, name, MOVING)
+
+    def _now(self) -> dict[str, str]:
+        found = self._model()
+        return {str(alias): str(version) for alias, version in found.aliases.items()} if found else {}
+
+    def _version(self, number: str) -> Version:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return Version.of(self.client.get_model_version(self.name, number))
+        except (MlflowException, OverflowError) as error:  # a number that no database has
+            if is_unavailable(error):
+                raise
+            raise UserError(f"{self.name} has no version {number}; {self._there()}") from None
 
     def _model(self) -> "RegisteredModel | None":
         from mlflow.exceptions import MlflowException
@@ -170,3 +253,15 @@ class Aliases:
         if not versions and self._model() is None:
             return f"no model {self.name!r} is registered in the tracking server"
         return f"it has {', '.join(versions) or 'none'}"
+
+
+@contextmanager
+def _unless_deleted() -> Iterator[None]:
+    """A version that has been deleted needs no tags and no alias any more."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise

@@ -1,11 +1,15 @@
-"""Checksums of a version's files: written when it is registered, checked before it is promoted.
+"""Checksums of a version's files: written when it is registered, checked before it is promoted and when it is loaded.
 
 `checksums.json` lies beside the MLmodel and holds size and SHA-256 of every file of the logged model; its own
-SHA-256 is a tag of the version, so it lives in MLflow's database and not beside the files.
+SHA-256 is a tag of the version, so it lives in MLflow's database and not beside the files. It is the exact set: a
+file that somebody has added is refused like one that was changed, because transformers reads files such as
+adapter_config.json or chat_template.jinja by itself wherever it finds them.
 """
 
 import json
+import os
 import tempfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,11 @@ from olora_ray.tracking.version import Version
 
 FILE = "checksums.json"
 TAG = "olora.checksums"
+FROM_MLFLOW = frozenset({"registered_model_meta"})
+"""Files that MLflow itself adds beside the MLmodel where it loads a version from; nobody reads a model from them."""
+
+Files = Mapping[str, Mapping[str, Any]]
+"""Name of each file of a version -> {bytes, sha256}."""
 
 
 def of_folders(folders: dict[str, Path]) -> str:
@@ -35,39 +44,96 @@ def digest(text: str) -> str:
     return digests.digest(text)
 
 
-def read(version: Version, place: str, tracking_uri: str) -> dict[str, dict[str, Any]]:
-    """Name of each file of a version -> {bytes, sha256}; `place` is where its files lie.
+def read(version: Version, place: str, tracking_uri: str) -> Files:
+    """The checksums of a version; `place`, a URI or a folder here, is where its files lie.
 
     Raises UserError if the version has no checksums, or they are not those of its registration.
     """
     wanted = version.tags.get(TAG)
     if wanted is None:
         raise UserError(
-            f"{version.name} version {version.number} has no checksums (tag {TAG}): it was registered by something"
-            " else; register it with this project to have it promoted"
+            f"{_name(version)} has no checksums (tag {TAG}): it was registered by something else; register it with"
+            " this project to have it promoted"
         )
     with tempfile.TemporaryDirectory(prefix="olora-") as folder:
-        text = _local(FILE, version, place, tracking_uri, Path(folder)).read_text(encoding="utf-8")
-    if digest(text) != wanted:
-        raise UserError(f"{version.name} version {version.number}: {FILE} is not that of its registration")
-    files: dict[str, dict[str, Any]] = json.loads(text)["files"]
+        content = _local(FILE, version, place, tracking_uri, Path(folder)).read_bytes()
+    if digests.digest_bytes(content) != wanted:
+        raise UserError(f"{_name(version)}: {FILE} is not that of its registration")
+    try:
+        files: dict[str, dict[str, Any]] = json.loads(content.decode())["files"]
+        if not all(each.keys() == {"bytes", "sha256"} and _inside(name) for name, each in files.items()):
+            raise ValueError("names without bytes and sha256")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise UserError(f"{_name(version)}: {FILE} is no list of files with bytes and sha256") from None
     return files
 
 
 def verify(version: Version, place: str, tracking_uri: str) -> int:
-    """Check every file of a version, one at a time; returns how many there are.
+    """Check that a version has the files of its registration and no others; returns how many there are.
 
-    Raises UserError that names the first file that is missing or has other content.
+    Each is read, one at a time. Raises UserError that names the first that is added, missing or changed.
     """
     files = read(version, place, tracking_uri)
+    _refuse_added(version, _listed(version, place, tracking_uri), files.keys() | {FILE} | FROM_MLFLOW)
     for name, wanted in files.items():
         with tempfile.TemporaryDirectory(prefix="olora-") as folder:
             if size_and_digest(_local(name, version, place, tracking_uri, Path(folder))) != wanted:
                 raise UserError(
-                    f"{version.name} version {version.number}: {name} has other content than when it was registered;"
-                    " it is not promoted"
+                    f"{_name(version)}: {name} has other content than when it was registered; it is not used"
                 )
     return len(files)
+
+
+def verify_copy(version: Version, place: str, tracking_uri: str, folder: Path) -> None:
+    """Check that `folder`, a copy of the merged model elsewhere, is what the version was registered with.
+
+    Raises UserError as `verify`.
+    """
+    inner = "model/"
+    listed = read(version, place, tracking_uri).items()
+    files = {name.removeprefix(inner): wanted for name, wanted in listed if name.startswith(inner)}
+    _refuse_added(version, _below(folder), files)
+    for name, wanted in files.items():
+        if not (folder / name).is_file() or size_and_digest(folder / name) != wanted:
+            raise UserError(f"{_name(version)}: {folder / name} is not the file that was registered; it is not used")
+
+
+def _refuse_added(version: Version, found: Iterable[str], known: Iterable[str]) -> None:
+    if added := sorted(set(found) - set(known)):
+        raise UserError(
+            f"{_name(version)}: {added[0]} was added since it was registered; remove it, or register the model anew"
+        )
+
+
+def _listed(version: Version, place: str, tracking_uri: str) -> list[str]:
+    """The names of all files of a version."""
+    from mlflow.artifacts import list_artifacts
+    from mlflow.exceptions import MlflowException
+
+    if (root := _root(place)) is not None:
+        return _below(root)
+    found, folders = list[str](), [""]
+    try:
+        while folders:
+            inner = folders.pop()
+            address = f"{place.rstrip('/')}/{inner}".rstrip("/")
+            for item in list_artifacts(artifact_uri=address, tracking_uri=tracking_uri):
+                name = f"{inner}/{item.path.rstrip('/').rpartition('/')[2]}".lstrip("/")
+                (folders if item.is_dir else found).append(name)
+    except (MlflowException, OSError) as error:
+        if is_unavailable(error):
+            raise
+        raise UserError(f"{_name(version)}: its files at {place} cannot be listed: {reason(error)}") from None
+    return found
+
+
+def _below(root: Path) -> list[str]:
+    """The names of all files and links below a folder."""
+    return [
+        str((Path(folder) / name).relative_to(root))
+        for folder, folders, files in os.walk(root)
+        for name in [*files, *(each for each in folders if (Path(folder) / each).is_symlink())]
+    ]
 
 
 def _local(name: str, version: Version, place: str, tracking_uri: str, folder: Path) -> Path:
@@ -75,9 +141,8 @@ def _local(name: str, version: Version, place: str, tracking_uri: str, folder: P
     from mlflow.artifacts import download_artifacts
     from mlflow.exceptions import MlflowException
 
-    root = Path(place.removeprefix("file://"))
     try:
-        if root.is_absolute():
+        if (root := _root(place)) is not None:
             found = root / name
         else:
             source = f"{place.rstrip('/')}/{name}"
@@ -85,7 +150,21 @@ def _local(name: str, version: Version, place: str, tracking_uri: str, folder: P
     except (MlflowException, OSError) as error:
         if is_unavailable(error):
             raise
-        raise UserError(f"{version.name} version {version.number}: {name} cannot be read: {reason(error)}") from None
+        raise UserError(f"{_name(version)}: {name} cannot be read: {reason(error)}") from None
     if not found.is_file():
-        raise UserError(f"{version.name} version {version.number}: {name} is missing at {place}")
+        raise UserError(f"{_name(version)}: {name} is missing at {place}")
     return found
+
+
+def _root(place: str) -> Path | None:
+    """The folder on this machine, if the place is one."""
+    root = Path(place.removeprefix("file://"))
+    return root if root.is_absolute() else None
+
+
+def _inside(name: str) -> bool:
+    return bool(name) and not name.startswith("/") and ".." not in name.split("/")
+
+
+def _name(version: Version) -> str:
+    return f"{version.name} version {version.number}"

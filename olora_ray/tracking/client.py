@@ -9,6 +9,7 @@ import os
 import re
 import socket
 import sqlite3
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
@@ -53,7 +54,9 @@ def check(uri: str) -> None:
         _ask(uri)
     except ModuleNotFoundError as error:
         raise UserError(f"tracking.uri={shown_uri(uri)}: needs the Python package {error.name}") from None
-    except (MlflowException, SQLAlchemyError, OSError, sqlite3.Error) as error:
+    except UserError:
+        raise
+    except (MlflowException, SQLAlchemyError, OSError, sqlite3.Error, ValueError) as error:  # [::1 is a ValueError
         kind = TrackingUnavailable if is_unavailable(error) else UserError
         raise kind(f"tracking.uri={shown_uri(uri)}: {_reason(uri, error)}") from None
 
@@ -126,11 +129,22 @@ def is_unavailable(error: BaseException) -> bool:
     broken = (requests.exceptions.ChunkedEncodingError, exc.OperationalError, exc.TimeoutError)
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, kinds + remote + broken):
+        if isinstance(cause, kinds + remote + broken) or _store_is_away(cause):
             return True
         # MLflow raises its own error inside `except`, without `from`.
         cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
     return False
+
+
+def _store_is_away(error: BaseException) -> bool:
+    """Whether boto3 says that the object store of the artifacts does not answer now."""
+    if "botocore" not in sys.modules:
+        return False
+    from botocore import exceptions
+
+    if isinstance(error, exceptions.ClientError):
+        return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)) >= 500
+    return isinstance(error, exceptions.ConnectionError | exceptions.HTTPClientError)
 
 
 def is_refusal(error: Exception) -> bool:

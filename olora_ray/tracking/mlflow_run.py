@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Protocol
 
+from olora_ray.common.errors import TakenOver
 from olora_ray.config.schema import Config
 from olora_ray.tracking.client import TrackingUnavailable
 from olora_ray.tracking.run import Status, Tracker
@@ -31,7 +32,8 @@ def mlflow_run(
     after_error: Status = "FAILED",
     advice: str = "",
 ) -> Iterator[Tracker]:
-    """The MLflow run named as the config's run, for the block; a KeyboardInterrupt or Stopped leaves it KILLED.
+    """The MLflow run named as the config's run, for the block; a KeyboardInterrupt or Stopped leaves it KILLED,
+    TakenOver as it is.
 
     `parent` is the id of the run that it is shown below. If MLflow is unreachable at the end the run stays open
     until the next attempt, and TrackingUnavailable is raised, with `advice`.
@@ -52,6 +54,8 @@ def mlflow_run(
 def _ended(tracker: Tracker, after_error: Status) -> Iterator[None]:
     try:
         yield
+    except TakenOver:
+        raise  # the run is another driver's now
     except BaseException as error:
         with contextlib.suppress(TrackingUnavailable):
             tracker.end("KILLED" if isinstance(error, KeyboardInterrupt) else after_error, seconds=5)

@@ -13,6 +13,7 @@ the artifact store in one copy, and no model is loaded. What is logged:
 """
 
 import json
+import logging
 import platform
 import shutil
 import tempfile
@@ -27,15 +28,19 @@ from olora_ray.common.errors import UserError, first_line
 from olora_ray.common.fault_points import reached
 from olora_ray.config.evaluation import AnyConfig
 from olora_ray.tracking import checksums
+from olora_ray.tracking.aliases import CHAMPION, Aliases
 from olora_ray.tracking.client import connect, is_unavailable, reachable
 from olora_ray.tracking.run import Tracker
 from olora_ray.tracking.start import resolve_uri
+from olora_ray.tracking.version import Version, name_filter
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import LoggedModel
     from mlflow.entities.model_registry import ModelVersion
     from mlflow.models import Model
+
+logger = logging.getLogger(__name__)
 
 LOGGED_NAME = "merged"
 """Name of the logged model in its run."""
@@ -74,8 +79,12 @@ def register(
         client.set_logged_model_tags(model.model_id, {"mlflow.model.versions": versions})  # the page's link
     for key, text in texts.items():
         client.set_model_version_tag(name, found.version, key, text)
-    client.set_registered_model_alias(name, alias, str(found.version))
-    return int(found.version)
+    number = str(found.version)
+    if alias == CHAMPION:  # `previous` follows, and a gate that decides now decides again
+        Aliases(tracker.uri, name).promote(number, "registered with registry.alias=champion")
+    else:
+        client.set_registered_model_alias(name, alias, number)
+    return int(number)
 
 
 def log_model(tracker: Tracker, merged: Path, tags: Mapping[str, object], *, base_name: str = "") -> str:
@@ -111,21 +120,40 @@ def resolve_model_uri(uri: str, tracking_uri: str, cache: Path | None = None) ->
 
     Where the artifacts lie on this machine's disks it is they themselves; else they are downloaded
     once into `cache` (~/.cache/olora_ray). Raises UserError for a name, alias or version that is not
-    there, with those that are.
+    there, with those that are, and for files that are not those of its registration.
     """
     with reachable(tracking_uri, upload=True):
         return _found(uri, tracking_uri, cache)
 
 
 def _found(uri: str, tracking_uri: str, cache: Path | None) -> Path:
-    version = _resolve(connect(tracking_uri), uri)
-    place = str(connect(tracking_uri).get_model_version_download_uri(version.name, version.version))
+    version = Version.of(_resolve(connect(tracking_uri), uri))
+    place = str(connect(tracking_uri).get_model_version_download_uri(version.name, version.number))
     key = digest(tracking_uri, place, length=16)
-    folder = _fetch(place, tracking_uri, (cache or Path.home() / ".cache" / "olora_ray") / "models" / key)
+    copy = (cache or Path.home() / ".cache" / "olora_ray") / "models" / key
+    folder = _fetch(place, tracking_uri, copy)
+    try:
+        _verify(version, folder, tracking_uri)
+    except UserError:
+        if folder != copy:
+            raise
+        storage.remove(str(copy))  # is it the copy alone that is damaged?
+        folder = _fetch(place, tracking_uri, copy)
+        _verify(version, folder, tracking_uri)
     for candidate in (folder / "model", folder):
         if (candidate / "config.json").is_file():
             return candidate
     raise UserError(f"model.name: {uri} is registered, but has no config.json: it is not a transformers model")
+
+
+def _verify(version: Version, folder: Path, tracking_uri: str) -> None:
+    if checksums.TAG in version.tags:
+        checksums.verify(version, str(folder), tracking_uri)
+    else:
+        logger.warning(
+            f"model.name: {version.name} version {version.number} was registered by something else and has no"
+            " checksums: its files are not checked"
+        )
 
 
 def version_of(client: "MlflowClient", name: str, run_id: str) -> "ModelVersion | None":
@@ -216,7 +244,7 @@ def _what_there_is(client: "MlflowClient", name: str, error: Exception) -> str:
 
     try:
         aliases = client.get_registered_model(name).aliases
-        versions = [str(item.version) for item in client.search_model_versions(f"name = '{name}'")]
+        versions = [str(item.version) for item in client.search_model_versions(name_filter(name))]
     except MlflowException as missing:
         if missing.error_code == "RESOURCE_DOES_NOT_EXIST":
             return f"no model {name!r} is registered in the tracking server"

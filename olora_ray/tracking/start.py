@@ -13,6 +13,7 @@ from olora_ray.common import storage
 from olora_ray.common.errors import UserError
 from olora_ray.common.secrets import looked_up
 from olora_ray.config.evaluation import AnyConfig
+from olora_ray.tracking import artifacts, moved_storage
 from olora_ray.tracking.client import TrackingUnavailable, check, connect, reachable, reason
 from olora_ray.tracking.run import TAG_LENGTH, Tracker
 
@@ -41,6 +42,17 @@ def resolve_uri(config: AnyConfig) -> str:
     return f"sqlite:///{os.path.abspath(config.run.storage)}/mlflow.db"
 
 
+def check_artifacts(config: AnyConfig, uri: str) -> None:
+    """Raise UserError within seconds if the files of the config's experiment cannot be written.
+
+    Makes the experiment at `uri` if it is not there. Raises TrackingUnavailable if MLflow or the store does not answer.
+    """
+    with reachable(uri):
+        client = connect(uri)
+        place = str(client.get_experiment(_experiment(client, config, uri)).artifact_location)
+    artifacts.check(place, uri)
+
+
 def start_run(config: AnyConfig, run_name: str, tags: Mapping[str, str], run_id: str | None = None) -> "Tracker":
     """Make the run, in an experiment that is made if needed, or continue with `run_id` if it is still there.
 
@@ -49,6 +61,8 @@ def start_run(config: AnyConfig, run_name: str, tags: Mapping[str, str], run_id:
     answer now, a new run raises TrackingUnavailable; one with a `run_id` is resumed as soon as it answers.
     """
     uri = resolve_uri(config)
+    artifacts.use_paths()
+    moved_storage.follow(config)
     try:
         check(uri)
         with reachable(uri):
@@ -80,7 +94,9 @@ def _experiment(client: "MlflowClient", config: AnyConfig, uri: str) -> str:
         # A server knows where artifacts go; without one MLflow would take the current folder.
         served = uri.startswith(("http://", "https://", "databricks"))
         try:
-            return str(client.create_experiment(name, artifact_location=None if served else _artifacts(config)))
+            return str(
+                client.create_experiment(name, artifact_location=None if served else artifacts.default_place(config))
+            )
         except MlflowException as error:
             found = client.get_experiment_by_name(name)  # made by another driver in the meantime?
             if found is None:
@@ -88,11 +104,6 @@ def _experiment(client: "MlflowClient", config: AnyConfig, uri: str) -> str:
     if found.lifecycle_stage == "deleted":
         raise UserError(f"tracking.experiment: {name!r} was deleted in MLflow; restore it there or choose another name")
     return str(found.experiment_id)
-
-
-def _artifacts(config: AnyConfig) -> str:
-    place = config.run.storage
-    return storage.join(place if storage.is_uri(place) else os.path.abspath(place), "mlartifacts")
 
 
 def _reopen(client: "MlflowClient", run_id: str) -> bool:

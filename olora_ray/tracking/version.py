@@ -4,8 +4,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from olora_ray.common.errors import UserError
+
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
+
+
+def name_filter(name: str) -> str:
+    """MLflow's filter for the versions of a model; raises UserError for a name that MLflow cannot have."""
+    if not name.strip() or "/" in name or ":" in name or ("'" in name and '"' in name):
+        raise UserError(f"{name!r} is no name of a registered model: MLflow has none with '/' or ':', or both quotes")
+    return f'name = "{name}"' if "'" in name else f"name = '{name}'"
 
 
 @dataclass(frozen=True)

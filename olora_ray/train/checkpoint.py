@@ -13,18 +13,20 @@ A directory whose manifest is missing or does not hold is not a checkpoint. Noth
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from olora_ray.adapter.factors import AdapterWeights, Factors
 from olora_ray.common import storage
-from olora_ray.common.errors import UserError
+from olora_ray.common.errors import UserError, first_line
 from olora_ray.common.fault_points import reached
+from olora_ray.model import identity as model_identity
 from olora_ray.train.loop import Trainer
 from olora_ray.train.state import TrainState
 
@@ -37,6 +39,10 @@ ADAPTER, BEST, OPTIMIZER, STATE, CONFIG, MANIFEST = (
     "config.yaml",
     "manifest.json",
 )
+
+_NAMES = {ADAPTER, BEST, OPTIMIZER, STATE, CONFIG}
+_TEXTS = TypeAdapter(dict[str, str])
+_STATE = TypeAdapter(TrainState)
 
 
 @dataclass(frozen=True)
@@ -115,19 +121,25 @@ def load(folder: Path) -> Checkpoint:
     """Read a checkpoint; raises UserError that names the file if anything in it does not hold."""
     verify(folder)
     try:
-        state = json.loads((folder / STATE).read_text())
-        state.pop("format")
-        identity = state.pop("identity")
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        identity, state = _TEXTS.validate_python(state["identity"]), {**state}
+        del state["format"], state["identity"]
+        if unknown := state.keys() - {field.name for field in fields(TrainState)}:
+            raise ValueError(f"{STATE} has {min(unknown)!r}, which no state has")
         best = load_file(folder / BEST) if (folder / BEST).exists() else None
-        adapter = _weights(load_file(folder / ADAPTER))
-        return Checkpoint(adapter, best, load_file(folder / OPTIMIZER), TrainState(**state), identity)
-    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise UserError(f"checkpoint {folder}: does not read back: {error}") from None
+        adapter, optimizer = _weights(load_file(folder / ADAPTER)), load_file(folder / OPTIMIZER)
+        if best is not None:
+            _check_best(best, adapter)
+        return Checkpoint(adapter, best, optimizer, _STATE.validate_python(state), identity)
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"checkpoint {folder}: does not read back: {first_line(error)}") from None
 
 
 def require_same(found: Mapping[str, str], wanted: Mapping[str, str], where: str) -> None:
     """Raise UserError that names what is another base, tokenizer, data or adapter than in a checkpoint's identity."""
     changed = [what for what in wanted if found.get(what) != wanted[what]]
+    if model_identity.same(found.get("base model"), wanted.get("base model", "")):
+        changed = [what for what in changed if what != "base model"]
     if "tokenizer" in changed:  # tokens are a consequence of it
         changed = [what for what in changed if not what.endswith("data")]
     if changed:
@@ -141,24 +153,36 @@ def _difference(old: str, new: str) -> str:
         fields = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
         return ", ".join(f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in fields)
     except (ValueError, AttributeError):
+        if old and model_identity.weights(old) == model_identity.weights(new):
+            return "the same weights, but config.json, the tokenizer or another file beside them has changed"
         return f"{old[:12] or 'none'} then, {new[:12] or 'none'} now"
 
 
 def verify(folder: Path) -> None:
     """Raise UserError unless the folder is a complete checkpoint with the bytes that were written."""
     try:
-        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         files = dict(manifest["files"])
         whole = manifest["format"] == FORMAT and files.keys() >= {ADAPTER, OPTIMIZER, STATE, CONFIG}
     except FileNotFoundError:
         raise UserError(f"{folder}: not a complete checkpoint (no {MANIFEST})") from None
-    except (OSError, ValueError, KeyError, TypeError, UnicodeDecodeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{folder / MANIFEST}: not a checkpoint's manifest") from None
-    if not whole or ((folder / BEST).exists() and BEST not in files):
+    if not whole or files.keys() - _NAMES or ((folder / BEST).exists() and BEST not in files):
         raise UserError(f"{folder / MANIFEST}: not the manifest of this checkpoint, or of another version of olora_ray")
     for name, expected in files.items():
         if not (folder / name).is_file() or _fingerprint(folder / name) != expected:
             raise UserError(f"checkpoint {folder}: {name} is missing or damaged")
+
+
+def sizes(manifest: bytes) -> dict[str, int]:
+    """Bytes of each file that a manifest names; empty if it is not a checkpoint's manifest."""
+    try:
+        tree = json.loads(manifest)
+        found = {str(name): int(one["bytes"]) for name, one in tree["files"].items()}
+        return found if tree["format"] == FORMAT else {}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return {}
 
 
 def _tensors(adapter: Mapping[str, AdapterWeights]) -> dict[str, Tensor]:
@@ -182,13 +206,26 @@ def _publish(file: Path) -> None:
 
 
 def _weights(parts: Mapping[str, Tensor]) -> dict[str, AdapterWeights]:
+    """The adapter in the tensors of a file; raises KeyError for a part that is missing, ValueError for wrong shapes."""
     names = [key.removesuffix(".da") for key in parts if key.endswith(".da")]
-    return {
+    found = {
         name: AdapterWeights(
             Factors(parts[f"{name}.a0"], parts.get(f"{name}.b0")), parts[f"{name}.da"], parts[f"{name}.db"]
         )
         for name in names
     }
+    for name, weights in found.items():
+        a0, b0, da, db = weights.factors.a0, weights.factors.b0, weights.da, weights.db
+        fits = da.dim() == db.dim() == 2 and a0.shape == da.shape and da.shape[0] == db.shape[1]
+        if not fits or (b0 is not None and b0.shape != db.shape):
+            raise ValueError(f"{name}: its factors and changes do not fit each other")
+    return found
+
+
+def _check_best(best: Mapping[str, Tensor], adapter: Mapping[str, AdapterWeights]) -> None:
+    for name, weights in adapter.items():
+        if (best[f"{name}.da"].shape, best[f"{name}.db"].shape) != (weights.da.shape, weights.db.shape):
+            raise ValueError(f"{name}: its best changes have another shape than the last")
 
 
 def _fingerprint(file: Path) -> dict[str, Any]:

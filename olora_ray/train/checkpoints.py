@@ -4,8 +4,8 @@
     <run>/checkpoints/.NAME.*.tmp       being written, or left by a process that was killed
 
 A checkpoint gets its name only when it is whole: on a disk by renaming its folder, in an object store by
-uploading its manifest last. Ray's own reporting is not used for them: it waits for the controller, and
-resumes from the checkpoint that was reported last, whether it can be read or not.
+uploading its manifest last, so that a folder without one is none. Ray's own reporting is not used for them: it waits
+for the controller, and resumes from the checkpoint that was reported last, whether it can be read or not.
 """
 
 import contextvars
@@ -21,8 +21,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from olora_ray.common import storage
-from olora_ray.common.errors import UserError, short_reason
+from olora_ray.common import s3, storage
+from olora_ray.common.errors import TryAgain, UserError, short_reason
+from olora_ray.common.text import plural
 from olora_ray.train import checkpoint
 from olora_ray.train.checkpoint import Checkpoint
 
@@ -32,6 +33,8 @@ Saved = Callable[[int, float], None]
 """Called with the step of a checkpoint that is written, and the seconds that it took."""
 PAUSES = (1.0, 2.0, 4.0, 8.0)
 """Seconds between the attempts to write a checkpoint."""
+ATTEMPT_SECONDS = 120.0
+"""After so many seconds no other attempt is made: the training waits for the one that is under way."""
 PREFIX = "step-"
 
 
@@ -39,8 +42,12 @@ class CheckpointManager:
     """Writes the checkpoints of a run, one at a time, in a thread."""
 
     def __init__(self, place: str, keep: int, saved: Saved = lambda step, seconds: None) -> None:
-        """`place` is the folder of the checkpoints, path or URI; `keep` the number that stay."""
+        """`place` is the folder of the checkpoints, path or URI; `keep` the number of good ones that stay.
+
+        Removes what killed processes have left half-written there.
+        """
         self.place, self.keep, self.saved = place, keep, saved
+        self._good: set[str] = set()  # names that this process has written or verified
         self._thread: threading.Thread | None = None
         self._problem: OSError | SafetensorError | None = None
         self._bug: Exception | None = None
@@ -82,29 +89,50 @@ class CheckpointManager:
 
     def _try(self, step: int, write: Callable[[Path], None]) -> None:
         began = time.perf_counter()
-        for pause in (*PAUSES, None):
+        for number, pause in enumerate((*PAUSES, None), 1):
             try:
                 _put(write, storage.join(self.place, name_of(step)))
-                self.saved(step, time.perf_counter() - began)
-                self._retire()
-                return
             except (OSError, SafetensorError) as error:
-                if pause is None:
+                if pause is None or time.perf_counter() - began > ATTEMPT_SECONDS:
                     self._problem = error
-                    there = names(self.place)
+                    there = _names_now(self.place)
                     last = f"the last one is {there[-1]}" if there else "there is none yet"
                     logger.warning(
                         f"the checkpoint of step {step} cannot be written ({short_reason(error)}), given up after"
-                        f" {len(PAUSES) + 1} attempts; training continues, {last}"
+                        f" {plural(number, 'attempt')}; training continues, {last}"
                     )
-                else:
-                    logger.warning(f"the checkpoint of step {step} is tried again: {short_reason(error)}")
-                    time.sleep(pause)
+                    return
+                logger.warning(f"the checkpoint of step {step} is tried again: {short_reason(error)}")
+                time.sleep(pause)
+            else:
+                self.saved(step, time.perf_counter() - began)
+                self._retire(step)
+                return
 
-    def _retire(self) -> None:
-        # Only ever after a newer one has been written.
-        for name in names(self.place)[: -self.keep]:
-            _drop(storage.join(self.place, name))
+    def _retire(self, step: int) -> None:
+        """Remove what the checkpoint that was just written makes superfluous.
+
+        That is all but the newest `keep` good ones, and all of later steps: the training comes from an earlier one, so
+        they could not be used.
+        """
+        self._good.add(name_of(step))
+        kept = 0
+        try:
+            for found in sorted(_steps(self.place), reverse=True):
+                name = name_of(found)
+                if found > step or kept == self.keep or not self._is_good(name):
+                    _drop(storage.join(self.place, name))
+                    self._good.discard(name)
+                else:
+                    kept += 1
+        except OSError as error:
+            logger.warning(f"old checkpoints cannot be removed now: {short_reason(error)}")
+
+    def _is_good(self, name: str) -> bool:
+        """Whether the checkpoint is whole; each is looked at once. Raises OSError if that cannot be said now."""
+        if name not in self._good and _is_whole(storage.join(self.place, name)):
+            self._good.add(name)
+        return name in self._good
 
 
 def name_of(step: int) -> str:
@@ -113,16 +141,42 @@ def name_of(step: int) -> str:
 
 
 def names(place: str) -> list[str]:
-    """Folder names of the checkpoints, the oldest first; whether they are whole is not looked at."""
-    return [name for name in storage.names(place) if name.startswith(PREFIX)]
+    """Folder names of the checkpoints, the oldest first; whether they are damaged is not looked at."""
+    steps = _steps(place)
+    if storage.is_uri(place):
+        files = storage.files_below(place)
+        steps = [step for step in steps if f"{name_of(step)}/{checkpoint.MANIFEST}" in files]
+    return [name_of(step) for step in sorted(steps)]
+
+
+def _steps(place: str) -> list[int]:
+    """The steps of all folders that have the name of a checkpoint."""
+    found = (name.removeprefix(PREFIX) for name in storage.names(place) if name.startswith(PREFIX))
+    return [int(number) for number in found if number.isdecimal()]
+
+
+def _names_now(place: str) -> list[str]:
+    try:
+        return names(place)
+    except OSError:
+        return []
 
 
 def latest_good(place: str) -> tuple[str, Checkpoint] | None:
-    """The newest checkpoint that can be trusted, and its folder; those that cannot are passed over with a warning."""
-    for name in reversed(names(place)):
+    """The newest checkpoint that can be trusted, and its folder; damaged ones are passed over with a warning.
+
+    Raises TryAgain if an object store does not give one that is there: it may be good.
+    """
+    try:
+        there = names(place)
+    except OSError as error:
+        raise TryAgain(f"{place}: cannot be listed now: {short_reason(error)}") from None
+    for name in reversed(there):
         folder = storage.join(place, name)
         try:
             return folder, read(folder)
+        except TryAgain:
+            raise
         except UserError as error:
             logger.warning(f"{name} is passed over: {error}")
     return None
@@ -138,29 +192,48 @@ def copy_from(source: str, place: str, step: int, seconds: float) -> None:
         time.sleep(0.2)
     read(wanted)
     if source != place:
-        with tempfile.TemporaryDirectory(prefix="olora-checkpoint-") as cache:
-            local = storage.local_copy(wanted, cache)
+        with storage.fetched(wanted) as local:
             _put(lambda folder: shutil.copytree(local, folder, dirs_exist_ok=True), storage.join(place, name_of(step)))
-    for name in names(place):
-        if name > name_of(step):
-            _drop(storage.join(place, name))
+    for found in _steps(place):
+        if found > step:
+            _drop(storage.join(place, name_of(found)))
 
 
 def read(folder: str) -> Checkpoint:
-    """The checkpoint in a folder; raises UserError if it is not whole."""
+    """The checkpoint in a folder; raises UserError if it is not whole, TryAgain if it cannot be fetched now."""
+    try:
+        with storage.fetched(folder) as local:
+            return checkpoint.load(local)
+    except FileNotFoundError as error:
+        raise UserError(f"checkpoint {folder}: not there: {short_reason(error)}") from None
+    except OSError as error:
+        kind = TryAgain if storage.is_uri(folder) else UserError
+        raise kind(f"checkpoint {folder}: cannot be read: {short_reason(error)}") from None
+
+
+def _is_whole(folder: str) -> bool:
+    """Whether a checkpoint is there as it was written; of one in an object store only the sizes are compared."""
     if not storage.is_uri(folder):
-        return checkpoint.load(Path(folder))
-    with tempfile.TemporaryDirectory(prefix="olora-checkpoint-") as cache:
         try:
-            return checkpoint.load(storage.local_copy(folder, cache))
-        except OSError as error:
-            raise UserError(f"checkpoint {folder}: cannot be read: {short_reason(error)}") from None
+            checkpoint.verify(Path(folder))
+        except UserError:
+            return False
+        return True
+    files = storage.files_below(folder)
+    if checkpoint.MANIFEST not in files:
+        return False
+    wanted = checkpoint.sizes(storage.read_bytes(storage.join(folder, checkpoint.MANIFEST)))
+    return bool(wanted) and {name: files.get(name) for name in wanted} == wanted
 
 
 def _put(write: Callable[[Path], object], target: str) -> None:
     if storage.is_uri(target):
         with tempfile.TemporaryDirectory(prefix="olora-checkpoint-") as local:
             write(Path(local))
+            if storage.files_below(
+                target
+            ):  # as below; nor may files of an upload that was cut stay among those of this
+                _drop(target)
             storage.upload(Path(local), target, last=checkpoint.MANIFEST)
         return
     final = Path(target)
@@ -195,6 +268,16 @@ def _drop(target: str) -> None:
 
 def _sweep(place: str) -> None:
     """Remove what killed processes have left half-written."""
-    if not storage.is_uri(place) and Path(place).is_dir():
+    if not storage.is_uri(place):
         for folder in Path(place).glob(".step-*.tmp"):
             shutil.rmtree(folder, ignore_errors=True)
+        return
+    try:
+        whole = set(names(place))
+        for name in map(name_of, _steps(place)):
+            if name not in whole:
+                storage.remove(storage.join(place, name))
+        if s3.is_s3(place):
+            s3.abort_uploads(place.rpartition("/")[0])  # those of exports too
+    except (OSError, UserError) as error:
+        logger.warning(f"what an earlier attempt left half-written stays in {place}: {short_reason(error)}")

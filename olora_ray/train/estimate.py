@@ -8,8 +8,9 @@ import torch
 from olora_ray.adapter.inject import find_targets
 from olora_ray.adapter.layer import weight_matrix
 from olora_ray.config.schema import Config
+from olora_ray.model.folder import parameters
 from olora_ray.model.load import pick_dtype, skeleton
-from olora_ray.model.source import BaseModel, parameters
+from olora_ray.model.source import BaseModel
 from olora_ray.train.loss import CHUNK_LOGITS
 
 PROCESS_BYTES = 2**30

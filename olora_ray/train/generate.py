@@ -21,6 +21,8 @@ class Question:
 
     prompt: tuple[int, ...]
     reference: tuple[int, ...]
+    row: int = 0
+    """Number of its example in the store."""
 
 
 def wanted_questions(evaluation: Evaluation, store: TokenStore | None) -> list[Question]:
@@ -34,6 +36,7 @@ def wanted_questions(evaluation: Evaluation, store: TokenStore | None) -> list[Q
 def questions(store: TokenStore, limit: int) -> list[Question]:
     """The first `limit` held-out examples: everything before the last supervised run is the prompt."""
     found: list[Question] = []
+    row = 0
     for index in range(len(store)):
         pack, place = store[index], 0
         for size in pack.segments:
@@ -41,18 +44,19 @@ def questions(store: TokenStore, limit: int) -> list[Question]:
                 return found
             part = slice(place, place + size)
             place += size
-            if question := _split(pack.input_ids[part].tolist(), pack.supervised[part]):
+            if question := _split(row, pack.input_ids[part].tolist(), pack.supervised[part]):
                 found.append(question)
+            row += 1
     return found
 
 
-def _split(ids: list[int], supervised: "np.ndarray[Any, np.dtype[np.bool_]]") -> Question | None:
+def _split(row: int, ids: list[int], supervised: "np.ndarray[Any, np.dtype[np.bool_]]") -> Question | None:
     marked = np.flatnonzero(supervised)
     breaks = np.flatnonzero(np.diff(marked) > 1)
     start = int(marked[breaks[-1] + 1] if len(breaks) else marked[0])
     stop = int(marked[-1]) + 1
     # Plain text is supervised from its second token on: there is no question in it.
-    return Question(tuple(ids[:start]), tuple(ids[start:stop])) if start > 1 else None
+    return Question(tuple(ids[:start]), tuple(ids[start:stop]), row) if start > 1 else None
 
 
 @torch.no_grad()

@@ -1,10 +1,13 @@
-"""Scorers of generated answers: each maps (prediction, reference) to named scores in [0, 1]."""
+"""Scorers of generated answers: each maps (prediction, reference) to named scores in [0, 1].
+
+A scorer may leave a name out where it does not apply: the mean of that score is over the answers that have it.
+"""
 
 import importlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
-from olora_ray.common.errors import UserError
+from olora_ray.common.errors import UserError, first_line
 
 Scorer = Callable[[str, str], dict[str, float]]
 
@@ -18,7 +21,7 @@ def json_fields(prediction: str, reference: str) -> dict[str, float]:
     """Compare two JSON objects field by field; a prediction that is not one scores 0 everywhere."""
     expected = _json_object(reference)
     if expected is None:
-        raise ValueError(f"json_fields needs a JSON object as the reference, not {reference!r}")
+        raise UserError(f"evaluation.scorer: json_fields needs a JSON object as the reference, not {_short(reference)}")
     found = _json_object(prediction)
     fields = {
         f"field/{name}": float(found is not None and name in found and _same(found[name], value))
@@ -56,6 +59,55 @@ def resolve(name: str) -> Scorer:
     if not callable(scorer):
         raise UserError(f"evaluation.scorer: {name!r}: {module_name!r} has no function {function_name!r}")
     return scorer  # type: ignore[no-any-return]
+
+
+class Judge:
+    """A scorer by its name, whose mistakes are one line each."""
+
+    def __init__(self, name: str) -> None:
+        """Raises UserError as `resolve`."""
+        self.name, self._scorer = name, resolve(name)
+
+    def __call__(self, prediction: str, reference: str) -> dict[str, float]:
+        """The scores of an answer; raises UserError if the scorer fails, or what it gives are no named numbers."""
+        try:
+            found = self._scorer(prediction, reference)
+        except UserError:
+            raise
+        except Exception as error:  # whatever a function of the user does
+            what = f"{type(error).__name__}: {first_line(error)}"
+            raise UserError(
+                f"evaluation.scorer: {self.name} fails on the answer {_short(prediction)} to the reference"
+                f" {_short(reference)}: {what}"
+            ) from error
+        try:
+            if not isinstance(found, Mapping) or not all(isinstance(name, str) and name for name in found):
+                raise TypeError
+            return {name: float(value) for name, value in found.items()}
+        except (TypeError, ValueError):
+            raise UserError(f"evaluation.scorer: {self.name} must give {{name: number}}, not {_short(found)}") from None
+
+
+def means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each score over the answers that have it."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    found = {name: [row[name] for row in rows if name in row] for name in names}
+    return {name: sum(values) / len(values) for name, values in found.items()}
+
+
+def partial_scores(rows: Sequence[Mapping[str, float]]) -> list[str]:
+    """A line for each score that not all answers have."""
+    counts = {name: sum(name in row for row in rows) for name in means(rows)}
+    return [
+        f"score {name}: {count} of {len(rows)} answers have it, its mean is over these"
+        for name, count in counts.items()
+        if count < len(rows)
+    ]
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _json_object(text: str) -> dict[str, object] | None:

@@ -1,36 +1,50 @@
-"""A Ray that is not there is found out in seconds, and named."""
+"""Which Ray is used, and one that is not there, or not for us, is found out in seconds and named."""
 
 import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import ray
 from ray._private import services
 
 from olora_ray.cluster import address
 from olora_ray.common.errors import UserError
+from tests.cluster import fake_head
 from tests.ray_head import free_port
 
 
 @pytest.fixture(autouse=True)
 def nothing_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No Ray on this machine, and none in the file of the last `ray start`."""
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    """No Ray on this machine, none in the file of the last `ray start`, and no token."""
+    for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(services, "find_gcs_addresses", set)
 
 
 @pytest.fixture
 def port() -> Iterator[int]:
-    """A port of this machine at which something answers."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        yield server.getsockname()[1]
+    """A port of this machine at which a Ray head answers."""
+    with fake_head.head() as found:
+        yield found
 
 
 @pytest.mark.parametrize("given", [None, "", "auto", "local"])
 def test_without_a_ray_the_run_gets_its_own(given: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     if given is not None:
         monkeypatch.setenv("RAY_ADDRESS", given)
+    assert address.find() == "local"
+
+
+@pytest.mark.parametrize("given", [None, "auto"])
+def test_a_ray_that_another_program_has_started_for_itself_is_left_alone(
+    given: str | None, port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if given is not None:
+        monkeypatch.setenv("RAY_ADDRESS", given)
+    monkeypatch.setattr(services, "find_gcs_addresses", lambda: {f"127.0.0.1:{port}"})
     assert address.find() == "local"
 
 
@@ -42,15 +56,14 @@ def test_ray_address_comes_before_the_ray_of_this_machine(
     assert address.find() == f"127.0.0.1:{port}"
 
 
-def test_the_ray_of_this_machine_is_used(port: int, tmp_path: Path) -> None:
+def test_the_ray_that_was_started_on_this_machine_is_used(
+    port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     started(tmp_path, port)
     assert address.find() == f"127.0.0.1:{port}"
-
-
-def test_one_that_disappears_meanwhile_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Just killed: its process is still listed, its port is closed already.
-    listed = [{f"127.0.0.1:{free_port()}"}]
-    monkeypatch.setattr(services, "find_gcs_addresses", lambda: listed.pop() if listed else set())
+    monkeypatch.setattr(services, "find_gcs_addresses", lambda: {"127.0.0.1:1"})  # a private one beside it
+    assert address.find() == f"127.0.0.1:{port}"
+    monkeypatch.setenv("RAY_ADDRESS", "local")
     assert address.find() == "local"
 
 
@@ -83,8 +96,34 @@ def test_an_address_at_which_nothing_answers_is_named(host: str, monkeypatch: py
 def test_a_ray_of_this_machine_that_has_died_is_named(tmp_path: Path) -> None:
     port = free_port()
     started(tmp_path, port)  # as after a power cut: nothing has removed the file
-    with pytest.raises(UserError, match=f"127.0.0.1:{port}.*ray stop"):
+    with pytest.raises(UserError, match=rf"127.0.0.1:{port}.*`ray stop`, or set RAY_ADDRESS=local"):
         address.find(patience=0)
+
+
+def test_what_answers_and_is_no_ray_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(address, "PATIENCE", 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as server:  # takes the connection, and never says a word
+        given = f"127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setenv("RAY_ADDRESS", given)
+        with pytest.raises(UserError, match=f"RAY_ADDRESS={given}: what answers there is no Ray head"):
+            address.find()
+
+
+def test_a_ray_of_another_version_is_refused(tmp_path: Path) -> None:
+    with fake_head.head("2.1.0") as port:
+        started(tmp_path, port)
+        with pytest.raises(UserError, match=rf"127.0.0.1:{port}: runs Ray 2.1.0, here it is {ray.__version__}: "):
+            address.find()
+
+
+def test_a_ray_that_asks_for_another_token_is_refused(tmp_path: Path) -> None:
+    with fake_head.head(token="theirs") as port:
+        started(tmp_path, port)
+        with pytest.raises(UserError, match=rf"at 127.0.0.1:{port}: asks for a token, .*auth_token: copy"):
+            address.find()
+        (tmp_path / ".ray").mkdir()
+        (tmp_path / ".ray" / "auth_token").write_text("theirs\n")
+        assert address.find() == f"127.0.0.1:{port}"
 
 
 def started(folder: Path, port: int) -> None:

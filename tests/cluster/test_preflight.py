@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from olora_ray.cluster.node_facts import NodeInfo
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
 from olora_ray.model.source import BaseModel, obtain
+from olora_ray.train.estimate import estimate
 from tests import tiny
 from tests.pipelines import project
 from tests.recovery import processes
@@ -143,6 +145,17 @@ def test_the_launchers_limits_are_those_of_cluster_yaml() -> None:
     found = resources._launched({"max_workers": 4, "head_node_type": "head", "available_node_types": kinds})
     assert [(dict(one.resources), one.count) for one in found] == [({"CPU": 4, "GPU": 1}, 3), ({"CPU": 8}, 1)]
     assert resources.room({"CPU": 2, "GPU": 0.5}, found) == 6
+
+
+def test_uploads_need_room_in_the_temporary_folder(
+    base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = tiny.config(run__storage="s3://b/runs")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    for trainable, refused in ((10**3, False), (10**15, True)):
+        found = list(preflight._disk(settings, replace(estimate(settings, base, gpu=False), trainable=trainable), base))
+        assert bool(found) is refused
+    assert found[0].startswith(f"run.storage: what is uploaded from {tmp_path} needs about ")
 
 
 def test_builds_of_one_version_are_the_same() -> None:

@@ -28,10 +28,11 @@ def test_anything_else_is_an_error_that_callers_expect(text: str) -> None:
 def test_a_run_that_starts_with_an_adapter_is_another_than_one_that_does_not() -> None:
     store: Any = tiny.store()
 
-    def identity(**changes: Any) -> dict[str, str]:
-        return TrainSpec(
-            tiny.config(**changes), BaseModel("m", "/m", "base"), "tokenizer", (0,), store, None, None
-        ).identity()
+    def identity(start: str | None, **changes: Any) -> dict[str, str]:
+        base = BaseModel("m", "/m", "base")
+        return TrainSpec(tiny.config(**changes), base, "tokenizer", (0,), store, None, start).identity()
 
-    assert "start" not in identity(), "runs from before there was such a setting are resumed"
-    assert identity(train__start="/a") != identity(train__start="/b")
+    assert "start" not in identity(None), "runs from before there was such a setting are resumed"
+    assert identity("digest", train__start="/a") != identity("another", train__start="/a")
+    assert identity("digest", train__start="/a") == identity("digest", train__start="/moved")
+    assert identity("digest", train__start="/a") != identity(None)

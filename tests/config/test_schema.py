@@ -10,10 +10,9 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from olora_ray.common.errors import UserError
-from olora_ray.config.command_line import help_text
 from olora_ray.config.dotted import flatten, parse_assignments
 from olora_ray.config.load import build, dump, load, override
-from olora_ray.config.schema import IN_STORAGE, Condition, Config, Section, Source
+from olora_ray.config.schema import IN_STORAGE, Config, Section, Source
 from olora_ray.config.yaml_io import parse_yaml
 
 SHIPPED = sorted(Path(__file__).parents[2].glob("pipelines/configs/*.yaml"))
@@ -47,7 +46,9 @@ def test_every_shipped_config_parses(path: Path) -> None:
     [
         ({"adapter": {"rnk": 4}}, "adapter.rnk: unknown field; did you mean adapter.rank?"),
         ({"trian": {}}, "trian: unknown field; did you mean train?"),
-        ({"train": {"learning": 1}}, "train.learning: unknown field"),
+        ({"train": {"learning": 1}}, "train.learning: unknown field; --help lists the fields"),
+        ({"train": {"rank": 1}}, "train.rank: unknown field; use adapter.rank"),
+        ({"lr": 1}, "lr: unknown field; use train.lr"),
         ({"str": {}}, "config: str: unknown field"),
         ({"train": {"zzzz": 1}}, "train.zzzz: unknown field; --help lists the fields"),
         (
@@ -90,6 +91,44 @@ def test_an_unknown_field_suggests_the_nearest(changes: dict[str, Any], expected
 def test_a_wrong_value_is_named_with_its_field(changes: dict[str, Any], expected: list[str]) -> None:
     message = problem(**changes)
     assert all(part in message for part in expected), message
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"data": {"train": 3}}, "data.train.0: expected a mapping of fields, {name: value} (got 3)"),
+        ({"data": {"train": []}}, "data.train: at least 1 item is needed (got [])"),
+        (
+            {"data": {"train": [{"path": "a", "fields": "b"}]}},
+            "data.train.0.fields: expected a mapping, {name: value} (got 'b')",
+        ),
+        ({"train": [1]}, "train: expected a mapping of fields, {name: value} (got [1])"),
+        (
+            {"run": {"name": "my/run"}},
+            "run.name: a name has letters, digits, '.', '_' and '-' only, begins with a letter or digit and does not"
+            " end with '.' (got 'my/run')",
+        ),
+        (
+            {"registry": {"model": "a/b"}},
+            "registry.model: a name has letters, digits, ' ', '.', '_' and '-' only, and begins and ends with a letter"
+            " or digit (got 'a/b')",
+        ),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_a_problem_is_told_in_the_words_of_yaml_and_once(changes: dict[str, Any], expected: str) -> None:
+    assert problem(**changes) == f"config: {expected}"
+
+
+@pytest.mark.parametrize("given", ["a.jsonl", ["a.jsonl"], {"path": "a.jsonl"}, [{"path": "a.jsonl"}]], ids=str)
+def test_a_path_alone_is_a_source(given: Any) -> None:
+    found = build(tree(data={"train": given, "eval": given})).data
+    assert found.train == found.eval == (Source(path="a.jsonl"),)
+    assert override(build(tree()), {"data.train": given}).data.train == (Source(path="a.jsonl"),)
+
+
+def test_a_path_alone_keeps_no_secret() -> None:
+    assert "has a secret in its address" in problem(data={"train": "s3://key:secret@bucket/a.jsonl"})
 
 
 PATHS_AS_NAMES = ["..", ".", "../x", "/x", "a/b", "a/../../x", "a\\b", "a\n", "", "a.", ".a", "~", "a b\x00"]
@@ -135,6 +174,24 @@ def test_an_address_does_not_go_up() -> None:
     )
     for field in ("run.storage", "model.name", "data.train.0.path"):
         assert f"{field}: a URI cannot go up" in message
+
+
+@pytest.mark.parametrize("place", ["s3://b/p?region=x", "s3://b/p#1", "gs://b/a%20b"])
+def test_an_address_that_others_lie_below_has_no_options(place: str) -> None:
+    message = problem(run={"name": "a", "storage": place}, model={"name": place}, train={"start": place})
+    for field in ("run.storage", "model.name", "train.start"):
+        assert f"{field}: an address cannot have " in message
+    assert "AWS_ENDPOINT_URL and AWS_REGION" in message
+
+
+@pytest.mark.parametrize("place", ["s3://b/p", "file:///a%20b", "/a?b#c", "runs"])
+def test_other_addresses_and_paths_are_taken(place: str) -> None:
+    assert build(tree(run={"name": "a", "storage": place})).run.storage == place
+
+
+def test_sources_may_have_options() -> None:
+    place = "s3://b/p?endpoint_override=h&scheme=http"
+    assert build(tree(data={"train": [{"path": place}]})).data.train[0].path == place
 
 
 def test_a_problem_is_told_in_the_words_of_the_config_not_of_pydantic() -> None:
@@ -355,16 +412,6 @@ def fields_of(section: type[BaseModel]) -> list[str]:
     return names
 
 
-def test_help_lists_every_field_with_its_words_and_default() -> None:
-    text = help_text()
-    words = {line.split()[0].rstrip(":") for line in text.splitlines()}
-    aliases = {"conditions": "and", "origin": "from"}
-    names = {aliases.get(name, name) for name in (*fields_of(Config), *fields_of(Source), *fields_of(Condition))}
-    assert names <= words
-    assert "None [" not in text.replace("[None]", "")
-    assert "rank               Rank r of the update. [16]" in text
-
-
 def test_every_field_is_explained() -> None:
     for section in (Config, *(field.annotation for field in Config.model_fields.values()), Source):
         assert isinstance(section, type)
@@ -376,3 +423,39 @@ def test_every_field_is_explained() -> None:
 def test_the_scale_is_that_of_lora_or_rank_stabilised() -> None:
     assert build(tree(adapter={"rank": 16, "alpha": 8})).adapter.scale() == 0.5
     assert build(tree(adapter={"rank": 16, "alpha": 8, "rank_stabilized": True})).adapter.scale() == 2.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"train": {"lr": float("inf")}}, "train.lr: input should be a finite number (got inf)"),
+        (
+            {"gate": {"must_improve_by": float("nan")}},
+            "gate.must_improve_by: input should be a finite number (got nan)",
+        ),
+        ({"retrain": {"wait": float("inf")}}, "retrain.wait: input should be a finite number"),
+        ({"train": {"steps": 2**31}}, "train: steps: 2147483648 is larger than 2147483647"),
+        ({"train": {"epochs": 1e300}}, "train: epochs: 1e+300 is larger than 2147483647"),
+        ({"cluster": {"workers": [1, 2**40]}}, "cluster: workers: 1099511627776 is larger than 2147483647"),
+        ({"adapter": {"rank": "9" * 5000}}, "adapter.rank: "),
+        ({"": 1}, "config: : unknown field"),
+        ({"train": {"": 1}}, "config: train.: unknown field"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_numbers_and_names_have_bounds(changes: dict[str, Any], expected: str) -> None:
+    message = problem(**changes)
+    assert expected in message
+    assert len(message) < 600
+
+
+def test_a_message_has_an_end_whatever_it_is_about() -> None:
+    long = "x" * 100_000
+    message = problem(
+        adapter={"rank": long, "targets": [{}] * 5000, long: 1}, run={"name": f"https://ann:c4n4ry{long}@host"}
+    )
+    assert len(message) < 12_000
+    assert message.count("\n") == 0
+    assert "c4n4ry" not in message
+    assert "more" in message.rpartition(";")[2]
+    assert "(got 'xxx" in message

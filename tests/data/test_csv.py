@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from olora_ray.common.errors import UserError
 from olora_ray.data import lines, reader, scan
-from olora_ray.data.formats import Rejected
+from olora_ray.data.example import Rejected
 from olora_ray.data.sources import COMPRESSIONS, File
 
 SPECIAL = ['"', '""', ",", "\n", "\r", "\r\n", "\t", " ", "a", 'a"', '"a', "é", "\u2028", "\x00"]

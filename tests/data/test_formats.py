@@ -1,9 +1,11 @@
+import json
 from typing import Any
 
 import pytest
 
 from olora_ray.common.errors import UserError
-from olora_ray.data.formats import Chat, Completion, Rejected, Text, check_fields, to_example
+from olora_ray.data.example import Chat, Completion, Rejected, Text
+from olora_ray.data.formats import check_fields, to_example
 from tests.tokens.helpers import chat
 
 
@@ -45,11 +47,23 @@ def test_a_tool_call_is_an_answer() -> None:
 def test_prompt_completion() -> None:
     fields = {"prompt": "question", "completion": "answer"}
     assert to_example("prompt_completion", {"question": "q", "answer": "a"}, fields) == Completion("q", "a")
+
+
+def test_prompt_completion_as_a_chat() -> None:
+    fields = {"prompt": "question", "completion": "answer"}
+    row = {"question": "q ", "answer": "a", "tools": [{"type": "f"}]}
+    example = to_example("prompt_completion", row, fields, as_chat=True)
+    assert roles(example) == [("user", "q "), ("assistant", "a")]
+    assert isinstance(example, Chat)
+    assert example.tools == ({"type": "f"},)
     messages = chat("q", "a")["messages"]
-    assert roles(to_example("prompt_completion", {"prompt": messages[:1], "completion": messages[1:]}, {}))[0] == (
-        "user",
-        "q",
-    )
+    lists = {"prompt": messages[:1], "completion": messages[1:]}
+    assert roles(to_example("prompt_completion", lists, {}, as_chat=True)) == [("user", "q"), ("assistant", "a")]
+    with pytest.raises(Rejected, match="lists of messages: a chat, which needs chat: true"):
+        to_example("prompt_completion", lists, {})
+    with pytest.raises(Rejected, match="'tools': a text without chat template has no place for it"):
+        to_example("prompt_completion", row, fields)
+    assert to_example("prompt_completion", {**row, "tools": "[]"}, fields) == Completion("q ", "a")
 
 
 def test_alpaca() -> None:
@@ -57,6 +71,15 @@ def test_alpaca() -> None:
     assert roles(to_example("alpaca", row, {})) == [("user", "Sum up.\n\nA text."), ("assistant", "Short.")]
     assert roles(to_example("alpaca", {**row, "input": ""}, {}))[0] == ("user", "Sum up.")
     assert roles(to_example("alpaca", {**row, "system": "Be kind."}, {}))[0] == ("system", "Be kind.")
+
+
+@pytest.mark.parametrize("history", [[["q1", "a1"], ["q2", "a2"]], '[["q1", "a1"], ["q2", "a2"]]'])
+def test_the_history_of_alpaca_is_earlier_turns(history: Any) -> None:
+    row = {"instruction": "q3", "output": "a3", "system": "s", "history": history}
+    expected = [("user", "q1"), ("assistant", "a1"), ("user", "q2"), ("assistant", "a2"), ("user", "q3")]
+    assert roles(to_example("alpaca", row, {})) == [("system", "s"), *expected, ("assistant", "a3")]
+    for nothing in ([], None, ""):
+        assert len(roles(to_example("alpaca", {**row, "history": nothing}, {}))) == 3
 
 
 def test_sharegpt() -> None:
@@ -71,10 +94,61 @@ def test_sharegpt() -> None:
     assert roles(to_example("sharegpt", {"turns": renamed}, fields)) == [("user", "q"), ("assistant", "a")]
 
 
+TURNS = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a", "weight": 0}]
+
+
+def test_columns_of_sharegpt() -> None:
+    row = {"conversations": TURNS, "system": "s", "tools": '[{"name": "f"}]'}
+    example = to_example("sharegpt", row, {})
+    assert roles(example) == [("system", "s"), ("user", "q"), ("assistant", "a")]
+    assert isinstance(example, Chat)
+    assert example.tools == ({"name": "f"},)
+    assert example.messages[-1] == {"role": "assistant", "content": "a", "weight": 0}
+    for empty in ({"system": ""}, {"system": None, "tools": "[]"}, {}):
+        assert to_example("sharegpt", {"conversations": TURNS, **empty}, {}) == Chat(example.messages[1:])
+    twice = [{"from": "system", "value": "s"}, *TURNS]
+    assert to_example("sharegpt", {**row, "conversations": twice}, {}) == example
+    with pytest.raises(Rejected, match="field 'system' and the first message are two different system messages"):
+        to_example("sharegpt", {**row, "conversations": twice, "system": "other"}, {})
+
+
+def test_tool_calls_of_sharegpt() -> None:
+    turns = [
+        {"from": "human", "value": "rain?"},
+        {"from": "function_call", "value": '{"name": "weather", "arguments": {"city": "X"}}'},
+        {"from": "observation", "value": "yes"},
+        {"from": "gpt", "value": "It rains."},
+    ]
+    example = to_example("sharegpt", {"conversations": turns}, {})
+    assert isinstance(example, Chat)
+    assert [message["role"] for message in example.messages] == ["user", "assistant", "tool", "assistant"]
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "X"}}}
+    assert example.messages[1] == {"role": "assistant", "content": "", "tool_calls": [call]}
+    for broken in ("weather(X)", "[]", '{"arguments": {}}', None):
+        with pytest.raises(Rejected, match="message 2: the value of a function_call is not JSON text"):
+            to_example("sharegpt", {"conversations": [turns[0], {"from": "function_call", "value": broken}]}, {})
+
+
+def test_nulls_inside_of_objects_are_missing_keys_but_for_those_in_json_text() -> None:
+    tools = [{"name": "f", "parameters": {"x": {"type": "text", "expr": None}, "y": None}, "enum": [None, {"z": None}]}]
+    calls = [{"function": {"name": "f", "arguments": {"x": 1, "y": None}}}]
+    answer = {"role": "assistant", "content": None, "tool_calls": calls}
+    example = to_example("messages", {"messages": [USER, answer], "tools": tools}, {})
+    assert isinstance(example, Chat)
+    assert example.tools == ({"name": "f", "parameters": {"x": {"type": "text"}}, "enum": [None, {}]},)
+    assert example.messages[1]["tool_calls"] == [{"function": {"name": "f", "arguments": {"x": 1}}}]
+    as_text = {"role": "assistant", "content": None, "tool_calls": json.dumps(calls)}
+    example = to_example("messages", {"messages": [USER, as_text], "tools": json.dumps(tools)}, {})
+    assert isinstance(example, Chat)
+    assert example.tools == tuple(tools)
+    assert example.messages[1]["tool_calls"] == calls
+
+
 def test_text() -> None:
     assert to_example("text", {"body": "abc"}, {"text": "body"}) == Text("abc")
 
 
+DEEP = "[" * 100_000
 USER = {"role": "user", "content": "q"}
 ANSWER = {"role": "assistant", "content": "a"}
 
@@ -118,6 +192,39 @@ ANSWER = {"role": "assistant", "content": "a"}
         ("alpaca", {"instruction": "x", "output": ""}, "empty_answer", "empty"),
         ("alpaca", {"instruction": "x", "output": "y", "input": [1]}, "wrong_type", "'input' is a list"),
         ("sharegpt", {"conversations": [{"from": "alien", "value": "x"}]}, "bad_role", "unknown role 'alien'"),
+        ("sharegpt", {"conversations": [{"from": {}, "value": "x"}]}, "missing_field", "message 1 has no 'from'"),
+        ("sharegpt", {"conversations": [{"from": ["gpt"], "value": "x"}]}, "missing_field", "message 1 has no 'from'"),
+        ("sharegpt", {"conversations": TURNS, "system": 1}, "wrong_type", "field 'system' is a number, not text"),
+        ("sharegpt", {"conversations": TURNS, "tools": "f"}, "wrong_type", "field 'tools' is text, but not JSON"),
+        ("sharegpt", {"conversations": TURNS, "tools": [1]}, "wrong_type", "field 'tools' has a number in it"),
+        ("sharegpt", {"conversations": TURNS, "tools": DEEP}, "wrong_type", "nested too deeply"),
+        ("messages", {"messages": DEEP}, "wrong_type", "nested too deeply"),
+        ("messages", {"messages": "1" * 5000}, "wrong_type", "is text, not a list of messages"),
+        ("messages", {"messages": [USER, {**ANSWER, "weight": 0.5}]}, "wrong_type", "message 2: weight is 0.5"),
+        ("messages", {"messages": [USER, {**ANSWER, "tool_calls": "f()"}]}, "wrong_type", "is text, but not JSON"),
+        (
+            "messages",
+            {"messages": [USER, {**ANSWER, "tool_calls": {}}]},
+            "wrong_type",
+            "an object, not a list of objects",
+        ),
+        (
+            "messages",
+            {"messages": [{"role": "human", "content": "x"}]},
+            "bad_role",
+            "'human' is a role of format sharegpt",
+        ),
+        ("messages", {"messages": [{"role": "User", "content": "x"}]}, "bad_role", "(write 'user')"),
+        ("messages", {"messages": [{"role": "function", "content": "x"}]}, "bad_role", "('function' is 'tool' now)"),
+        ("messages", {"messages": TURNS}, "missing_field", "rows with from and value are of format sharegpt"),
+        ("messages", {"instruction": "x", "output": "y"}, "missing_field", "set format: alpaca"),
+        ("prompt_completion", {"question": "x"}, "missing_field", "fields: {prompt: COLUMN}"),
+        (
+            "alpaca",
+            {"instruction": "x", "output": "y", "history": [["q"]]},
+            "wrong_type",
+            "not a list of [question, answer]",
+        ),
         ("text", {"text": " \n"}, "empty_text", "empty"),
     ],
 )
@@ -126,6 +233,13 @@ def test_rows_that_cannot_be_used(format: str, row: Any, reason: str, message: s
         to_example(format, row, {})
     assert caught.value.reason == reason
     assert message in caught.value.message
+
+
+def test_a_message_about_a_row_is_one_line() -> None:
+    with pytest.raises(Rejected) as caught:
+        to_example("messages", {"a\nb\ud800": 1, "c" * 900: 2}, {})
+    assert caught.value.message.startswith("field 'messages' is not there; the row has a b\\ud800, ccc")
+    assert len(caught.value.message) < 500
 
 
 def test_a_mapped_field_is_named_as_in_the_file() -> None:

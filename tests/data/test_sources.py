@@ -19,7 +19,7 @@ from pyarrow import parquet
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Source
 from olora_ray.data import lines, reader, scan, sources
-from olora_ray.data.formats import Rejected
+from olora_ray.data.example import Rejected
 from olora_ray.data.tokenize import TokenizerSpec
 from olora_ray.tokens.prepare import prepare
 from tests.tokens import helpers
@@ -85,7 +85,7 @@ KINDS: dict[str, Callable[[Path], None]] = {
 def test_every_kind_gives_the_same_rows(name: str, tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
     KINDS[name](tmp_path / name)
     for path in (str(tmp_path / name), f"file://{tmp_path / name}"):
-        source = {"path": path, "format": "prompt_completion"}
+        source = {"path": path, "format": "prompt_completion", "chat": False}
         config = helpers.config(tmp_path / "runs", source, eval=[source])
         store = prepare(config, tiny_spec, "eval")
         assert sorted(helpers.texts(store)) == sorted(f"<s>{row['prompt']}{row['completion']}</s>" for row in ROWS)

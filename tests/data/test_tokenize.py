@@ -7,12 +7,16 @@ import numpy as np
 import pytest
 
 from olora_ray.common.errors import UserError
-from olora_ray.data.formats import Chat, Completion, Rejected, Text
+from olora_ray.data.example import Chat, Completion, Rejected, Text
 from olora_ray.data.tokenize import ExampleTokenizer, TokenizerSpec, Tokens, spec_from_pretrained
 from tests.data.test_chat_template import ALL, conversation
 from tests.tokens import helpers
 
 PACKAGE_MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+THINKS = helpers.CHATML.replace("'<|im_start|>assistant\n' }}{% endif", "'<|im_start|>assistant\n<think>' }}{% endif")
+"""A generation prompt that no answer continues, as DeepSeek-R1-Distill's."""
 
 
 def tokenizer(template: str = helpers.CHATML, max_length: int = 1000, **changes: Any) -> ExampleTokenizer:
@@ -70,12 +74,44 @@ def test_a_template_that_shows_earlier_answers_differently_gives_an_example_a_tu
     ]
 
 
-def test_a_template_that_does_not_continue_its_generation_prompt_is_an_error_that_shows_both() -> None:
-    broken = helpers.CHATML.replace(
-        "'<|im_start|>assistant\n' }}{% endif", "'<|im_start|>assistant\n<think>' }}{% endif"
+def test_a_template_that_does_not_continue_its_generation_prompt_refuses_the_row_and_shows_both() -> None:
+    with pytest.raises(Rejected, match=r"chat template of tiny does not continue .*message 2 .*<think>.*hello"):
+        tokenizer(THINKS)(chat("hi", "hello"))
+
+
+def test_a_generation_prompt_that_begins_the_reasoning_is_continued_by_it() -> None:
+    [tokens] = tokenizer(THINKS)(chat("hi", "<think>why</think>hello"))
+    assert marked(tokens).endswith("<|im_start|>assistant\n<think>[[why</think>hello<|im_end|>]]\n")
+
+
+@pytest.mark.parametrize("code", ["{{ 1 / 0 }}", "{{ messages.nothing.there }}", "{{ f(1) }}", "{{ messages[0] + 1 }}"])
+def test_whatever_a_template_raises_is_a_rejected_row(code: str) -> None:
+    macro = "{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}"
+    with pytest.raises(Rejected, match="the chat template of tiny refuses the conversation: ") as caught:
+        tokenizer(macro + helpers.CHATML + "{% if messages[0].content == 'hi' %}" + code + "{% endif %}")(
+            chat("hi", "x")
+        )
+    assert caught.value.reason == "template"
+
+
+def test_only_the_last_answer() -> None:
+    last = ExampleTokenizer(helpers.spec(), 1000, last_turn_only=True)
+    [tokens] = last(chat("hi", "one", "more", "two"))
+    assert marked(tokens).count("[[") == 1
+    assert "[[two<|im_end|>]]" in marked(tokens)
+    thinking = ExampleTokenizer(helpers.spec(ALL["qwen3"]), 1000, last_turn_only=True)
+    assert len(thinking(chat("hi", "<think>a</think>one", "more", "<think>b</think>two"))) == 1
+
+
+@pytest.mark.parametrize("content", ["", "message['content'][:0]"])
+def test_a_template_that_leaves_the_answer_out_gives_no_example(content: str) -> None:
+    """The end of the turn alone is nothing to train on."""
+    silent = helpers.CHATML.replace(
+        "message['content']", f"(message['content'] if message.role == 'user' else {content or repr('')})"
     )
-    with pytest.raises(UserError, match=r"chat template of tiny does not continue .*message 2 .*<think>.*hello"):
-        tokenizer(broken)(chat("hi", "hello"))
+    with pytest.raises(Rejected, match="no token of the answer itself") as caught:
+        tokenizer(silent)(chat("hi", "hello"))
+    assert caught.value.reason == "no_supervised_token"
 
 
 def test_messages_of_weight_0_are_not_trained_on() -> None:
@@ -89,13 +125,36 @@ def test_messages_of_weight_0_are_not_trained_on() -> None:
 def test_prompt_and_completion() -> None:
     assert marked(tokenizer()(Completion("2+2=", "4"))[0]) == "<s>2+2=[[4</s>]]"
     assert marked(tokenizer(add_bos=False)(Completion("", "42"))[0]) == "4[[2</s>]]"
+    assert marked(tokenizer()(Completion("", "4"))[0]) == "<s>[[4</s>]]"
+
+
+@pytest.mark.parametrize("completion", ["4", "</s>", "\u0416"])
+def test_an_answer_without_a_supervised_token_of_its_own_is_rejected(completion: str) -> None:
+    """Its only token has nothing before it; it is the end token; the tokenizer does not know its only letter."""
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    make = tokenizer(add_bos=False, special_tokens=special)
+    with pytest.raises(Rejected, match="no token of the answer itself") as caught:
+        make(Completion("" if completion == "4" else "a", completion))
+    assert caught.value.reason == "no_supervised_token"
+
+
+def test_begin_and_end_tokens_stand_once() -> None:
+    """Also where the row has them."""
+    assert marked(tokenizer()(Completion("<s>2+2=", "4</s>"))[0]) == "<s>2+2=[[4</s>]]"
+    assert marked(tokenizer()(Text("<s>ab</s>"))[0]) == "<s>[[ab</s>]]"
 
 
 def test_text_is_cut_into_pieces_and_nothing_is_lost() -> None:
+    """A piece begins with the last token of the one before: every token but the first is predicted once."""
     pieces = tokenizer(max_length=8)(Text("abcdefghijklm"))
-    assert [marked(piece) for piece in pieces] == ["<s>[[abcdefg]]", "h[[ijklm</s>]]"]
-    # A piece of one token has nothing to predict it.
-    assert [marked(piece) for piece in tokenizer(max_length=8)(Text("abcdefg"))] == ["<s>[[abcdefg]]"]
+    assert [marked(piece) for piece in pieces] == ["<s>[[abcdefg]]", "g[[hijklm</s>]]"]
+    assert [marked(piece) for piece in tokenizer(max_length=8)(Text("abcdefg"))] == ["<s>[[abcdefg]]", "g[[</s>]]"]
+    for length in range(1, 40):
+        text = "abcdefghij"[:7] * 6
+        pieces = tokenizer(max_length=8)(Text(text[:length]))
+        supervised = "".join(helpers.decode(piece.ids[piece.supervised]) for piece in pieces)
+        assert supervised == text[:length] + "</s>"
+        assert all(2 <= len(piece.ids) <= 8 for piece in pieces)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +173,7 @@ def test_examples_that_cannot_be_used(example: Any, reason: str, message: str) -
 
 
 def test_what_the_template_refuses_is_rejected() -> None:
-    with pytest.raises(Rejected, match="refuses the conversation: System role not supported"):
+    with pytest.raises(Rejected, match="template of tiny refuses the conversation: System role not supported"):
         tokenizer(ALL["gemma"])(chat("hi", "one", system="x"))
 
 
@@ -129,13 +188,14 @@ def test_characters_of_several_tokens(smollm2: TokenizerSpec) -> None:
     assert backend.decode(tokens.ids[~tokens.supervised].tolist(), skip_special_tokens=False).count("漢字") == 1
 
 
-def test_a_token_on_the_border_of_prompt_and_answer_is_not_supervised(smollm2: TokenizerSpec) -> None:
-    [tokens] = ExampleTokenizer(smollm2, 200)(Completion("Say hel", "lo to everyone"))
+@pytest.mark.parametrize(("prompt", "answer"), [("Say hel", "lo to everyone"), ("Sentiment: ", "positive")])
+def test_no_token_lies_on_the_border_of_prompt_and_answer(prompt: str, answer: str, smollm2: TokenizerSpec) -> None:
+    [tokens] = ExampleTokenizer(smollm2, 200)(Completion(prompt, answer))
     from tokenizers import Tokenizer
 
     backend = Tokenizer.from_str(smollm2.json)
-    assert backend.decode(tokens.ids[~tokens.supervised].tolist()) == "Say hello"
-    assert backend.decode(tokens.ids[tokens.supervised].tolist(), skip_special_tokens=False) == " to everyone<|im_end|>"
+    assert backend.decode(tokens.ids[~tokens.supervised].tolist()) == prompt
+    assert backend.decode(tokens.ids[tokens.supervised].tolist(), skip_special_tokens=False) == f"{answer}<|im_end|>"
 
 
 @pytest.fixture(scope="session")
@@ -195,6 +255,11 @@ def test_a_tokenizer_without_template_gets_a_plain_one_with_a_warning(caplog: py
     with caplog.at_level(logging.WARNING):
         spec = spec_from_pretrained(fake(chat_template=None))
     assert "org/base has no chat template" in caplog.text
+    assert not spec.has_template
+    [tokens] = ExampleTokenizer(spec, 100)(chat("hi", "hello"))
+    assert marked(tokens) == "<s>User: hi\n\nAssistant:[[ hello</s>]]\n\n"
+    spec = spec_from_pretrained(fake(chat_template=None, bos_token_id=None))
+    assert not spec.has_template
     [tokens] = ExampleTokenizer(spec, 100)(chat("hi", "hello"))
     assert marked(tokens) == "User: hi\n\nAssistant:[[ hello</s>]]\n\n"
 

@@ -68,7 +68,7 @@ def quick(folder: Path) -> Scenario:
     config["evaluation"] = {"scorer": "exact_match", "rows": 6, "samples": 1, "max_new_tokens": 6}
     config["gate"] = {"metric": "eval/loss", "and": [{"metric": "eval/exact_match", "at_least": 0.3}]}
     first, more, poison = [chats["one"], chats["two"]] * 20, [chats["three"]] * 40, poisoned([*chats.values()] * 13)
-    return Scenario(*_laid_out(folder, config, [*chats.values()] * 4), first, more, poison)
+    return Scenario(*_laid_out(folder, config, [*chats.values()] * 8), first, more, poison)
 
 
 def _laid_out(folder: Path, config: dict[str, Any], held_out: list[Row]) -> tuple[Path, Path]:

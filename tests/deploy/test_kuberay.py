@@ -42,12 +42,26 @@ def pods(tree: Any) -> Iterator[Tree]:
             yield from pods(value)
 
 
+def found_under(tree: Any, key: str) -> Iterator[Any]:
+    """Every value of a key, at any depth."""
+    if isinstance(tree, dict):
+        if key in tree:
+            yield tree[key]
+        for value in tree.values():
+            yield from found_under(value, key)
+    elif isinstance(tree, list):
+        for value in tree:
+            yield from found_under(value, key)
+
+
 def validate(tree: Tree) -> None:
     jsonschema.validate(tree, {**SCHEMA, "$ref": f"#/$defs/{tree['kind']}"})
 
 
 def test_there_are_no_other_manifests() -> None:
-    assert sorted(file.name for file in FOLDER.iterdir()) == sorted([*CUSTOM, "cronjob.yaml", "storage.yaml"])
+    assert sorted(file.name for file in FOLDER.iterdir()) == sorted(
+        [*CUSTOM, "cronjob.yaml", "storage.yaml", "network.yaml"]
+    )
 
 
 @pytest.mark.parametrize("name", CUSTOM)
@@ -91,7 +105,9 @@ def test_pods_are_bounded_and_unprivileged_and_have_secrets_by_reference(name: s
     found = list(pods(manifest(name)))
     assert found
     for pod in found:
+        # What Pod Security's level "restricted" asks for.
         assert pod["securityContext"]["runAsNonRoot"] is True
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
         (container,) = pod["containers"]
         assert container["image"].partition(":")[2] not in ("", "latest")
         assert container["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
@@ -99,16 +115,25 @@ def test_pods_are_bounded_and_unprivileged_and_have_secrets_by_reference(name: s
         assert {mount["name"] for mount in container.get("volumeMounts", [])} == {
             volume["name"] for volume in pod.get("volumes", [])
         }
-        for variable in container["env"]:
+        for variable in container.get("env", []):
             secret = any(word in variable["name"] for word in ("TOKEN", "PASSWORD", "USERNAME", "KEY"))
-            assert ("value" in variable) is not secret, variable["name"]
+            assert ("valueFrom" in variable and "secretKeyRef" in variable["valueFrom"]) is secret, variable["name"]
+    for options in found_under(manifest(name), "autoscalerOptions"):  # the container that KubeRay adds to the head
+        assert options["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+
+
+@pytest.mark.parametrize("name", [*CUSTOM, "cronjob.yaml"])
+def test_no_pod_but_the_head_which_scales_the_cluster_can_speak_to_kubernetes(name: str) -> None:
+    for pod in pods(manifest(name)):
+        head = pod["containers"][0]["name"] == "ray-head"
+        assert pod.get("automountServiceAccountToken") is (None if head else False)
 
 
 def test_the_claim_that_pods_use_is_there() -> None:
     claim = manifest("storage.yaml")
     assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
     for name in CUSTOM:
-        for pod in pods(manifest(name)):
+        for pod in pods(cluster(name)):
             (volume,) = pod["volumes"]
             assert volume["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
 
@@ -117,7 +142,14 @@ def test_the_cronjob_submits_to_the_cluster_with_its_token() -> None:
     tree, standing = manifest("cronjob.yaml"), manifest("raycluster.yaml")["metadata"]["name"]
     assert (tree["apiVersion"], tree["kind"]) == ("batch/v1", "CronJob")
     assert tree["spec"]["concurrencyPolicy"] == "Forbid"
+    job = tree["spec"]["jobTemplate"]["spec"]
+    assert 0 < job["activeDeadlineSeconds"] < 24 * 3600, "one that hangs must not hold up the next night"
     (pod,) = pods(tree)
+    assert pod["restartPolicy"] == "Never"  # a podFailurePolicy needs it
+    container = pod["containers"][0]
+    assert container["command"][2] == "$(JOB_NAME)", "a second submitter of the night follows the first one's job"
+    (name,) = (variable["valueFrom"] for variable in container["env"] if variable["name"] == "JOB_NAME")
+    assert name == {"fieldRef": {"fieldPath": "metadata.labels['job-name']"}}
     variables = {variable["name"]: variable for variable in pod["containers"][0]["env"]}
     assert variables["RAY_ADDRESS"]["value"] == f"http://{standing}-head-svc:8265"
     assert variables["RAY_AUTH_MODE"]["value"] == "token"
@@ -127,10 +159,47 @@ def test_the_cronjob_submits_to_the_cluster_with_its_token() -> None:
 @pytest.mark.parametrize("name", ["rayjob.yaml", "raycronjob.yaml"])
 def test_a_run_has_as_many_workers_as_its_cluster_has_gpus(name: str) -> None:
     spec = manifest(name)["spec"]
-    words = dict(word.split("=") for word in shlex.split(spec.get("jobTemplate", spec)["entrypoint"])[3:])
+    words = dict(word.split("=") for word in shlex.split(spec.get("jobTemplate", spec)["entrypoint"])[4:])
     gpu = next(group for group in cluster(name)["workerGroupSpecs"] if group["groupName"] == "gpu")
     assert int(words["cluster.workers"]) == gpu["minReplicas"] == gpu["maxReplicas"]
     assert words["cluster.gpus_per_worker"] == "1"
+
+
+@pytest.mark.parametrize("name", ["rayjob.yaml", "raycronjob.yaml"])
+def test_a_cluster_is_not_started_again_because_a_command_says_later(name: str) -> None:
+    spec = manifest(name)["spec"]
+    spec = spec.get("jobTemplate", spec)
+    assert shlex.split(spec["entrypoint"])[0] == "/opt/olora_ray/deploy/patient.sh"
+    assert spec["backoffLimit"] <= 1
+    if name == "raycronjob.yaml":
+        assert spec["activeDeadlineSeconds"] < 24 * 3600
+
+
+def test_a_cronjob_that_says_later_is_no_failure_and_a_mistake_is_not_repeated() -> None:
+    job = manifest("cronjob.yaml")["spec"]["jobTemplate"]["spec"]
+    (pod,) = pods(job)
+    assert pod["containers"][0]["args"][0] == "/opt/olora_ray/deploy/patient.sh"
+    rules = job["podFailurePolicy"]["rules"]
+    assert {"action": "FailJob", "onExitCodes": {"operator": "In", "values": [2]}} in rules
+    assert {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget"}]} in rules
+
+
+def test_only_rays_pods_submitters_and_prometheus_reach_a_pod_of_ray() -> None:
+    spec = manifest("network.yaml")["spec"]
+    ray = {"podSelector": {"matchLabels": {"ray.io/is-ray-node": "yes"}}}
+    assert spec["podSelector"] == ray["podSelector"]
+    assert spec["policyTypes"] == ["Ingress"]
+    among, jobs, metrics = spec["ingress"]
+    assert among == {"from": [ray]}
+    for rule, port in ((jobs, 8265), (metrics, 8080)):
+        assert rule["ports"] == [{"protocol": "TCP", "port": port}]
+        assert all(any(peer[kind] for kind in peer) for peer in rule["from"]), "an empty selector is everybody"
+    submits = jobs["from"][0]["podSelector"]["matchLabels"]
+    for name in ("rayjob.yaml", "raycronjob.yaml"):
+        spec = manifest(name)["spec"]
+        template = spec.get("jobTemplate", spec)["submitterPodTemplate"]
+        assert template["metadata"]["labels"] == submits
+    assert manifest("cronjob.yaml")["spec"]["jobTemplate"]["spec"]["template"]["metadata"]["labels"] == submits
 
 
 def _container(group: Tree) -> Tree:

@@ -27,7 +27,8 @@ NODE |= {"platform_python_implementation": "CPython", "implementation_name": "cp
 def wanted() -> list[Requirement]:
     """What pyproject.toml asks for on a node."""
     extras = PROJECT["optional-dependencies"]
-    return [Requirement(text) for text in PROJECT["dependencies"] + extras["gguf"] + extras["eval"]]
+    more = [text for extra in write_lock.EXTRAS for text in extras[extra]]
+    return [Requirement(text) for text in PROJECT["dependencies"] + more]
 
 
 def unmet(requirement: Requirement) -> str | None:
@@ -95,7 +96,7 @@ def test_the_manifests_name_the_locks_ray(file: Path) -> None:
     assert {value for key, value in found if key == "rayVersion"} <= {LOCKED["ray"]}
     tag = f":{PROJECT['version']}-ray{LOCKED['ray']}"
     assert all(value.endswith(tag) for key, value in found if key == "image")
-    assert any(key == "image" for key, _ in found) is (file.stem != "storage")
+    assert any(key == "image" for key, _ in found) is (file.stem not in ("storage", "network"))
 
 
 def named(tree: Any) -> Iterator[tuple[str, Any]]:

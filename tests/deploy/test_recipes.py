@@ -23,8 +23,11 @@ def dockerfile() -> list[list[str]]:
     return [line.split() for line in text.splitlines() if line.strip() and not line.startswith("#")]
 
 
+PATIENT = f"{IMAGE}deploy/patient.sh"
+
+
 def entrypoints() -> Iterator[tuple[str, list[str]]]:
-    """(file, words) of each command of the project that a manifest or crontab runs."""
+    """(file, words) of each command of the project that a manifest or crontab runs, patiently or not."""
     for file in sorted((DEPLOY / "kuberay").glob("*.yaml")):
         spec = yaml.safe_load(file.read_text())["spec"]
         spec = spec.get("jobTemplate", spec)
@@ -56,7 +59,9 @@ def test_the_image_copies_what_is_there_and_runs_as_a_user() -> None:
 def test_jobs_call_scripts_of_the_project_with_fields_that_exist() -> None:
     found = dict(entrypoints())
     assert found.keys() == {"rayjob.yaml", "raycronjob.yaml", "cronjob.yaml", "crontab"}
-    for name, (python, script, config, *changes) in found.items():
+    for name, words in found.items():
+        assert (words[0] == PATIENT) is (name != "crontab")
+        python, script, config, *changes = words if name == "crontab" else words[1:]
         assert python == "python", name
         assert (ROOT / script.removeprefix(IMAGE)).is_file(), f"{name}: {script}"
         assert script.startswith(IMAGE) is (name != "crontab")
@@ -96,3 +101,72 @@ def test_the_crontabs_command_logs_its_end_and_does_not_run_twice(tmp_path: Path
     assert log.rstrip().endswith("exit code 1" if busy else "exit code 2")
     submitted = "http://mlflow.internal:5000 token job submit --working-dir . -- python pipelines/retrain.py c.yaml"
     assert (submitted in log) is not busy
+
+
+def recorder(file: Path, text: str) -> None:
+    """A program in place of another one."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(f"#!/bin/bash\n{text}\n")
+    file.chmod(0o755)
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_a_node_installs_the_lock_and_without_a_gpu_no_cuda(tmp_path: Path, gpu: bool) -> None:
+    recorder(tmp_path / "bin" / "python3", f"echo python3 $* >>{tmp_path}/said")
+    recorder(tmp_path / ".local" / "bin" / "uv", f"echo uv $* >>{tmp_path}/said")
+    device = tmp_path / "nvidia0"
+    if gpu:
+        device.touch()
+    environment = {"HOME": str(tmp_path), "PATH": f"{tmp_path}/bin:/usr/bin:/bin", "GPU_DEVICE": str(device)}
+    subprocess.run(["bash", DEPLOY / "install_node.sh"], env=environment, check=True)
+    *_, packages, project = (tmp_path / "said").read_text().splitlines()
+    assert project.endswith(f"--no-deps {ROOT}")
+    file = Path(packages.rpartition(" -r ")[2])
+    lines, locked = file.read_text().splitlines(), (DEPLOY / "requirements.lock").read_text().splitlines()
+    assert ("--torch-backend=cpu" in packages) is not gpu
+    if gpu:
+        assert file == DEPLOY / "requirements.lock"
+        return
+    left_out = set(locked) - set(lines)
+    assert len(left_out) > 10
+    assert all(re.match(r"nvidia-|cuda-|triton==", line) for line in left_out)
+    assert not any("cuda" in line or "nvidia" in line or "triton" in line for line in lines if line[0] != "#")
+
+
+def patient(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {"PATH": "/usr/bin:/bin", "PATIENT_PAUSE": "0", "PATIENT_TIMES": "3", **variables}
+    command = ["bash", str(DEPLOY / "patient.sh"), *words]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.mark.parametrize("code", [0, 1, 2, 143])
+def test_patience_is_for_exit_code_75_alone(code: int) -> None:
+    done = patient("bash", "-c", f"echo once; exit {code}")
+    assert (done.returncode, done.stdout) == (code, "once\n")
+
+
+def test_a_command_that_says_later_is_repeated_until_it_is_done(tmp_path: Path) -> None:
+    done = patient("bash", "-c", f"echo x >>{tmp_path}/n; [ $(wc -l <{tmp_path}/n) -ge 3 ] || exit 75; echo done")
+    assert done.returncode == 0
+    assert done.stdout.splitlines()[-1] == "done"
+    assert (tmp_path / "n").read_text() == "x\n" * 3
+
+
+def test_what_is_unfinished_in_the_end_is_said_and_no_failure() -> None:
+    done = patient("bash", "-c", "echo again; exit 75")
+    assert done.returncode == 0
+    assert done.stdout.splitlines().count("again") == 3
+    assert done.stdout.splitlines()[-1].startswith("NOT FINISHED: exit code 75 for 3 times")
+
+
+@pytest.mark.parametrize("busy", ["trap 'echo checkpoint; exit 143' TERM; echo began; sleep 3 & wait", "exit 75"])
+def test_a_stop_reaches_the_command_and_ends_the_waiting(busy: str) -> None:
+    environment = {"PATH": "/usr/bin:/bin", "PATIENT_PAUSE": "30"}
+    command = ["bash", str(DEPLOY / "patient.sh"), "bash", "-c", busy]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        lines = [process.stdout.readline()]  # that it has begun, or waits
+        process.terminate()
+        lines += process.stdout.read().splitlines()
+        assert process.wait(30) == 143
+    assert ("checkpoint" in lines) is (busy != "exit 75")

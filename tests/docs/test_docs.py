@@ -117,3 +117,12 @@ def test_the_checks_above_find_something() -> None:
     assert sum(1 for page in PAGES for _ in links(page)) > 40
     assert is_field("gate.and.at_least")
     assert not is_field("train.learning_rate")
+
+
+def test_the_readmes_output_is_that_of_the_quickstart() -> None:
+    full = (ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8").splitlines()
+    shown = re.findall(r"^    \d\d:\d\d:\d\d .+$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(shown) > 8
+    for line in shown:
+        cut = line.removesuffix(" ...")
+        assert any(each == line or (cut != line and each.startswith(cut)) for each in full), line

@@ -1,6 +1,7 @@
 """What is shown and kept of an evaluation."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ def evaluation(name: str, right: tuple[float, ...], data: str = "store") -> Eval
     target = Target(name, BaseModel(name, f"/models/{name}", "digest"), None, tiny.config())
     share = sum(right) / len(right)
     task = TaskResult(f"validation[:{len(right)}]", {"acc": share}, {"acc": 0.1}, {"acc": right})
-    held_out = RowResults(data, (2, 3), (4.0, 6.0 * (1 + share)), {"exact_match": right[:2]})
+    losses, scores = (4.0, 6.0 * (1 + share)), {"exact_match": dict(enumerate(right[:2]))}
+    held_out = RowResults(data, (2, 3), losses, scores, ((0, 0), (0, 1)))
     return Evaluation(target, held_out, {"arc_easy": task})
 
 
@@ -54,6 +56,11 @@ def test_other_tokens_stand_side_by_side_without_intervals() -> None:
     found = differences(*pair)
     assert list(found) == ["arc_easy/acc"]
     assert "not paired" in table.lines(pair, found)[-4]
+
+
+def test_one_group_alone_has_no_interval() -> None:
+    first, second = evaluation("tuned", (1.0, 1.0)), evaluation("base", (0.0, 1.0))
+    assert list(differences(replace(first, groups=[0, 0]), second)) == ["arc_easy/acc"]
 
 
 def test_results_are_written_where_asked(tmp_path: Path) -> None:

@@ -18,8 +18,9 @@ from olora_ray.model.source import BaseModel
 from olora_ray.train.generate import questions
 from tests import tiny
 
-ROWS = RowResults("store", (2, 3, 5), (4.0, 3.0, 20.0), {"exact_match": (1.0, 0.0)})
-BETTER = RowResults("store", (2, 3, 5), (2.0, 3.0, 15.0), {"exact_match": (1.0, 1.0)})
+ORIGINS = ((0, 0), (0, 1), (1, 0))
+ROWS = RowResults("store", (2, 3, 5), (4.0, 3.0, 20.0), {"exact_match": {0: 1.0, 2: 0.0}}, ORIGINS)
+BETTER = RowResults("store", (2, 3, 5), (2.0, 3.0, 15.0), {"exact_match": {0: 1.0, 2: 1.0}}, ORIGINS)
 
 
 def test_metrics_are_means_over_tokens_and_over_answers() -> None:
@@ -37,18 +38,43 @@ def test_an_unknown_metric_is_named_with_those_there_are(name: str) -> None:
 
 @pytest.mark.parametrize("name", ROWS.names())
 def test_the_middle_of_a_comparison_is_the_difference_of_the_metrics(name: str) -> None:
-    found = compare(name, BETTER, ROWS)
+    found = compare(name, BETTER, ROWS).interval
     assert found.mean == pytest.approx(BETTER.metric(name) - ROWS.metric(name))
     assert found.low <= found.mean <= found.high
 
 
 def test_other_tokens_are_not_compared() -> None:
     with pytest.raises(UserError, match="other held-out tokens"):
-        compare("eval/loss", ROWS, RowResults("other", (2,), (1.0,), {}))
+        compare("eval/loss", ROWS, RowResults("other", (2,), (1.0,), {}, ((0, 0),)))
 
 
 def test_results_read_back() -> None:
     assert RowResults.from_json(ROWS.to_json()) == ROWS
+
+
+@pytest.mark.parametrize("damage", ['"origins"', '"scores"', '"tokens": [2'])
+def test_what_is_no_result_is_an_error_that_its_reader_expects(damage: str) -> None:
+    with pytest.raises((ValueError, KeyError, TypeError, AttributeError)):
+        RowResults.from_json(ROWS.to_json().replace(damage, '"x": [1'))
+
+
+def test_some_of_the_rows() -> None:
+    part = ROWS.only([2, 0])
+    assert (part.tokens, part.losses, part.origins) == ((5, 2), (20.0, 4.0), ((1, 0), (0, 0)))
+    assert part.scores == {"exact_match": {1: 1.0, 0: 0.0}}
+    assert ROWS.only([1]).scores == {"exact_match": {}}
+    assert math.isnan(ROWS.only([1]).metric("eval/exact_match"))
+
+
+def test_rows_of_the_store_that_come_from_one_row_of_a_file_are_one_group() -> None:
+    """A chat that its template splits gives an example an answer, a long text several pieces."""
+    whole = compare("eval/loss", BETTER, ROWS)
+    assert (whole.rows, whole.groups) == (3, 3)
+    same = [
+        RowResults(one.data, one.tokens, one.losses, one.scores, ((0, 0), (0, 0), (1, 0))) for one in (BETTER, ROWS)
+    ]
+    assert compare("eval/loss", *same).groups == 2
+    assert compare("eval/loss", *same, groups=[0, 0, 0]).groups == 1
 
 
 @pytest.mark.parametrize("attention", ["segments", "sdpa"])

@@ -129,3 +129,31 @@ def test_an_empty_run_and_a_wrong_name_are_one_line(tmp_path: Path, case: export
         targets.resolve(mine.folder(), mine)
     with pytest.raises(UserError, match="no such file or folder"):
         targets.resolve("./nowhere", mine)
+
+
+@pytest.mark.parametrize(
+    "name", ["runs/nosuch", "./nowhere", "nowhere", "/no/such/folder", "runs/a/checkpoints/step-9"]
+)
+def test_a_path_to_nothing_is_told_before_anything_else(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "quickstart").mkdir(parents=True)
+    with pytest.raises(UserError, match=rf"^{name}: no such file or folder") as caught:
+        targets.settings(["org/model", name], None, {})
+    assert str(caught.value).endswith("has quickstart") is (name == "runs/nosuch")
+
+
+@pytest.mark.parametrize("name", ["org/model", "models:/name@champion", "package://yaml/x", "s3://bucket/runs/a"])
+def test_a_name_that_may_lead_somewhere_is_not_refused(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    targets._refuse_nowhere(name)
+
+
+@pytest.mark.parametrize("name", ["s3://a/../b", "gs://../b", "s3://a/..?region=x", "nothing://a/b", "file://x y"])
+def test_an_address_that_cannot_be_looked_at_is_one_line(name: str) -> None:
+    for look in (lambda: targets.settings([name], None, {}), lambda: targets.kind_of(name)):
+        with pytest.raises(UserError, match=r"'\.\.'|cannot be looked at"):
+            look()

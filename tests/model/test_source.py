@@ -3,19 +3,23 @@
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
-from olora_ray.common import storage
+from olora_ray.common import node_cache, storage
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
-from olora_ray.model import convert, load, source
+from olora_ray.model import convert, folder, identity, load, source
 from olora_ray.model.source import BaseModel
 from tests import tiny
+from tests.s3_server import Server
 
 CPU = torch.device("cpu")
 
@@ -51,7 +55,7 @@ def test_a_folder_is_taken_as_it_is(model_folder: Path) -> None:
     base = obtain(model_folder)
     assert base.folder == str(model_folder)
     assert base.name == str(model_folder)
-    assert len(base.digest) == 64
+    assert [len(part) for part in base.digest.split("+")] == [64, 64]
 
 
 def test_the_digest_of_large_weights_is_kept_until_they_change(
@@ -59,7 +63,7 @@ def test_the_digest_of_large_weights_is_kept_until_they_change(
 ) -> None:
     weights = copy / "model.safetensors"
     plain = obtain(copy).digest
-    monkeypatch.setattr(convert, "KEPT_FROM", 1)
+    monkeypatch.setattr(identity, "KEPT_FROM", 1)
     monkeypatch.setattr(storage, "CACHE", str(tmp_path / "cache"))
     assert [obtain(copy).digest for _ in range(2)] == [plain, plain]
     (kept,) = (tmp_path / "cache" / "digests").iterdir()
@@ -69,14 +73,158 @@ def test_the_digest_of_large_weights_is_kept_until_they_change(
     assert obtain(copy).digest == plain
 
 
-def test_the_digest_is_that_of_the_weights(model_folder: Path, copy: Path) -> None:
-    assert obtain(copy).digest == obtain(model_folder).digest
-    (copy / "generation_config.json").write_text("{}")
-    assert obtain(copy).digest == obtain(model_folder).digest
+def test_a_model_is_its_whole_folder(model_folder: Path, copy: Path) -> None:
+    plain = obtain(model_folder).digest
+    assert obtain(copy).digest == plain
+    config = json.loads((copy / "config.json").read_text())
     weights = bytearray((copy / "model.safetensors").read_bytes())
     weights[-1] ^= 1
-    (copy / "model.safetensors").write_bytes(weights)
-    assert obtain(copy).digest != obtain(model_folder).digest
+    changes = {
+        "config.json": json.dumps(config | {"rope_theta": 5}),
+        "generation_config.json": '{"eos_token_id": 5}',
+        "tokenizer.json": "{}",
+        "tokenizer_config.json": '{"chat_template": "x"}',
+        "chat_template.jinja": "x",
+        "additional_chat_templates/tools.jinja": "x",
+        "tokenizer.model": "x",
+        "merges.txt": "x",
+        "model.safetensors": bytes(weights),
+        "more.safetensors": bytes(weights),
+    }
+    found = set()
+    for name, content in changes.items():
+        place, before = copy / name, (copy / name).read_bytes() if (copy / name).exists() else None
+        place.parent.mkdir(exist_ok=True)
+        place.write_bytes(content if isinstance(content, bytes) else content.encode())
+        found.add(obtain(copy).digest)
+        assert identity.same(identity.weights(plain), obtain(copy).digest) == ("safetensors" not in name), name
+        assert not identity.same(plain, obtain(copy).digest), name
+        place.write_bytes(before) if before is not None else place.unlink()
+    assert len(found) == len(changes)
+    assert obtain(copy).digest == plain
+
+
+def test_what_saving_a_model_again_changes_is_no_part_of_it(model_folder: Path, copy: Path) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    again = {**dict(reversed(config.items())), "transformers_version": "9", "_name_or_path": "/elsewhere"}
+    (copy / "config.json").write_text(json.dumps(again, indent=7))
+    (copy / "README.md").write_text("about it")
+    (copy / "pytorch_model.bin").write_bytes(b"not read")
+    assert obtain(copy).digest == obtain(model_folder).digest
+
+
+def test_code_is_a_part_of_a_model_where_it_would_be_run(copy: Path) -> None:
+    before = [source.obtain(named(copy, model__trust_remote_code=trusted)).digest for trusted in (False, True)]
+    (copy / "modeling_ours.py").write_text("pass")
+    after = [source.obtain(named(copy, model__trust_remote_code=trusted)).digest for trusted in (False, True)]
+    assert before[0] == after[0] == before[1] != after[1]
+
+
+def indexed(folder: Path, name: str) -> None:
+    """Let the index say that the weights lie in `name`."""
+    with safe_open(folder / "model.safetensors", "pt") as weights:
+        places = dict.fromkeys(weights.keys(), name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+
+
+@pytest.mark.parametrize(
+    "name", ["../outside.safetensors", "{folder}/../outside.safetensors", "sub/x.safetensors", ".."]
+)
+def test_an_index_that_names_a_file_elsewhere_is_refused_before_it_is_read(copy: Path, name: str) -> None:
+    shutil.copy(copy / "model.safetensors", copy.parent / "outside.safetensors")
+    indexed(copy, name.format(folder=copy))
+    (copy / "model.safetensors").rename(copy / "other.safetensors")
+    for attempt in (lambda: obtain(copy), lambda: load.load_model(copy, named(copy).model, CPU)):
+        with pytest.raises(UserError, match="which is not a file in that folder"):
+            attempt()
+
+
+@pytest.mark.parametrize("index", ["{}", '{"weight_map": 5}', '{"weight_map": {"a": 5}}', "[]", "{", "[" * 100_000])
+def test_a_damaged_index_is_named(copy: Path, index: str) -> None:
+    (copy / "model.safetensors.index.json").write_text(index)
+    assert "model.safetensors.index.json" in refusal(copy)
+
+
+def test_weights_that_the_index_names_must_be_there(copy: Path) -> None:
+    indexed(copy, "model-00001-of-00002.safetensors")
+    assert "has no 'model-00001-of-00002.safetensors', which model.safetensors.index.json names" in refusal(copy)
+
+
+def test_the_hub_s_cache_of_links_into_its_blobs_is_a_model(copy: Path, tmp_path: Path) -> None:
+    indexed(copy, "model-00001-of-00001.safetensors")
+    (copy / "model.safetensors").rename(copy / "model-00001-of-00001.safetensors")
+    blobs, snapshot = tmp_path / "hub" / "blobs", tmp_path / "hub" / "snapshots" / "1234"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for number, file in enumerate(sorted(copy.iterdir())):
+        shutil.copy(file, blobs / str(number))
+        (snapshot / file.name).symlink_to(f"../../blobs/{number}")
+    assert obtain(snapshot).digest == obtain(copy).digest
+    assert load.load_model(snapshot, named(snapshot).model, CPU) is not None
+
+
+def test_a_folder_with_an_adapter_in_it_is_no_base_model(copy: Path) -> None:
+    (copy / "adapter_config.json").write_text("{}")
+    assert "holds an adapter (adapter_config.json)" in refusal(copy)
+
+
+def with_header(folder: Path, header: bytes, length: int | None = None) -> None:
+    content = len(header).to_bytes(8, "little") if length is None else length.to_bytes(8, "little")
+    (folder / "model.safetensors").write_bytes(content + header + bytes(64))
+
+
+@pytest.mark.parametrize(
+    ("header", "length"),
+    [
+        (b"{}", 2**63),
+        (b"{}", 2**64 - 1),
+        (b"{}", 2**30),
+        (b"not JSON", None),
+        (b"[]", None),
+        (b"\xff\xfe", None),
+        (b"[" * 100_000, None),
+        (b'{"a": null}', None),
+        (b'{"a": {"shape": [2], "data_offsets": [0]}}', None),
+        (b'{"a": {"shape": ["x"], "data_offsets": [0, 8]}}', None),
+        (b'{"a": {"shape": [-2, -2], "data_offsets": [0, 16]}}', None),
+        (b'{"a": {"shape": [1000000, 1000000], "data_offsets": [0, 16]}}', None),
+        (b'{"a": {"shape": [4], "data_offsets": [0, 1600]}}', None),
+    ],
+)
+def test_a_header_of_weights_that_cannot_be_is_refused(copy: Path, header: bytes, length: int | None) -> None:
+    with_header(copy, header, length)
+    assert "model.safetensors" in refusal(copy)
+    with pytest.raises(UserError, match=r"model\.safetensors"):
+        folder.parameters(copy)
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers cannot be 1e+09"),
+        ({"vocab_size": 10**30}, "vocab_size cannot be 1e+30"),
+        ({"rope_scaling": {"factor": 10**30}}, "factor cannot be 1e+30"),
+    ],
+)
+def test_sizes_beyond_reason_are_refused_before_the_model_is_built(
+    copy: Path, changes: dict[str, Any], problem: str
+) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | changes))
+    assert problem in refusal(copy)
+
+
+def test_a_config_of_a_far_larger_model_than_the_weights_is_refused_before_it_fills_the_memory(copy: Path) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 500}))
+    with pytest.raises(UserError, match=r"config\.json describes .* parameters, its weights are "):
+        load.load_model(copy, named(copy).model, CPU)
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "{", "\xff", "[" * 100_000])
+def test_a_config_that_is_none_is_named(copy: Path, text: str) -> None:
+    (copy / "config.json").write_text(text, encoding="latin-1")
+    assert "config.json" in refusal(copy)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +300,7 @@ def test_the_fastest_that_is_there_is_chosen(model_folder: Path) -> None:
 
 def test_damaged_weights_are_an_error(copy: Path) -> None:
     (copy / "model.safetensors").write_bytes(b"not weights")
-    with pytest.raises(UserError, match="does not load: "):
+    with pytest.raises(UserError, match="is no safetensors file"):
         load.load_model(copy, named(copy).model, CPU)
 
 
@@ -178,7 +326,7 @@ def test_the_skeleton_has_names_and_shapes_but_no_weights(model_folder: Path) ->
 
 
 def test_parameters_are_counted_from_the_headers(model_folder: Path) -> None:
-    assert source.parameters(str(model_folder)) == sum(p.numel() for p in tiny.llama().parameters())
+    assert folder.parameters(model_folder) == sum(p.numel() for p in tiny.llama().parameters())
 
 
 def test_a_folder_without_a_tokenizer_is_an_error(model_folder: Path) -> None:
@@ -213,7 +361,9 @@ def test_end_tokens_come_from_tokenizer_and_generation_config(
     assert load.end_tokens(obtain(copy), stand_in) == expected
 
 
-@pytest.mark.parametrize("text", ["{", "[5]"])
+@pytest.mark.parametrize(
+    "text", ["{", "[5]", '{"eos_token_id": "x"}', '{"eos_token_id": [[1]]}', '{"eos_token_id": 1.5}']
+)
 def test_a_damaged_generation_config_is_named(copy: Path, text: str) -> None:
     (copy / "generation_config.json").write_text(text)
     stand_in: Any = _Tokenizer(7)
@@ -243,3 +393,44 @@ def test_a_node_that_does_not_see_the_drivers_folder_says_so(copy: Path) -> None
     shutil.rmtree(copy)
     with pytest.raises(UserError, match="not on every node"):
         source.on_this_node(found, named(copy))
+
+
+class TestObjectStore:
+    @pytest.fixture(autouse=True)
+    def own_cache(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        monkeypatch.setattr(storage, "CACHE", str(tmp_path / "cache"))
+        return tmp_path / "cache"
+
+    def test_a_model_there_is_fetched_once_and_again_when_it_changes(
+        self, s3_server: Server, bucket: str, copy: Path, own_cache: Path
+    ) -> None:
+        place = f"{bucket}/models/tiny"
+        storage.upload(copy, place)
+        first = obtain(place)
+        assert first.digest == obtain(copy).digest
+        with s3_server.counted() as requests:
+            assert obtain(place) == first
+        assert not [path for method, path in requests if method == "GET" and "safetensors" in path]
+        weights = load_file(copy / "model.safetensors")
+        name = next(iter(weights))
+        save_file({**weights, name: weights[name] + 1}, copy / "model.safetensors", metadata={"format": "pt"})
+        time.sleep(1.1)  # the times of S3 are whole seconds
+        storage.upload(copy, place)
+        second = obtain(place)
+        assert second.digest == obtain(copy).digest != first.digest
+
+    def test_models_that_nobody_uses_make_room(
+        self, bucket: str, copy: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        old = own_cache / "models" / "old"
+        (old / "model").mkdir(parents=True)
+        (old / "model" / "weights").write_bytes(b"x")
+        os.utime(old, (0, 0))
+        monkeypatch.setattr(node_cache, "SHARE", 0.0)
+        storage.upload(copy, f"{bucket}/tiny")
+        found = obtain(f"{bucket}/tiny")
+        assert not old.exists()
+        assert Path(found.folder, "config.json").exists()
+
+    def test_one_that_is_not_there_is_told(self, bucket: str) -> None:
+        assert refusal(f"{bucket}/none") == f"model.name: {bucket}/none: no such file or folder"

@@ -1,5 +1,15 @@
 """Progress lines say what a person wants to know."""
 
+import contextlib
+import fcntl
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -50,16 +60,94 @@ def test_evaluations_are_told_at_once() -> None:
     assert lines(4, 2, both) == ["step 1/4 | eval loss 1.0000 | perplexity 2.72"]
 
 
-def test_a_bar_takes_the_place_of_step_lines_on_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_log_has_its_lines_beside_a_bar_too(capsys: pytest.CaptureFixture[str]) -> None:
     with said() as told, Progress(3, 1, bar=True) as progress:
         for step in (1, 2, 3):
             progress.row(row(step))
         progress.line("a word")
+    assert [line.split(" | ")[0] for line in told] == ["step 1/3", "step 2/3", "step 3/3", "a word"]
     shown = capsys.readouterr().err
-    assert told == []
-    assert "3/3" in shown
-    assert "loss 1.500" in shown
-    assert "a word" in shown
+    assert "3/3, loss 1.500, lr 3.0e-04, 0:00 left" in shown
+    assert "a word" not in shown
+
+
+TRAINING = """
+import logging, time
+from olora_ray.common import logs
+from olora_ray.pipeline.progress import Progress
+row = {"train/loss": 1.5, "train/lr": 3e-4, "train/step_seconds": 2.0, "train/tokens_per_second": 1.0,
+       "data/wait_fraction": 0.0}
+with logs.printed():
+    with Progress(6, 2) as progress:
+        for step in range(1, 7):
+            time.sleep(0.15)
+            progress.row({"step": step, **row, **({"eval/loss": 1.0, "eval/perplexity": 2.7} if step == 4 else {})})
+            if step == 3:
+                logging.getLogger("olora_ray.other").info("some line of another module")
+    print("the end")
+"""
+
+
+def on_a_terminal(columns: int, command: str) -> list[str]:
+    """What a terminal shows in the end after a shell command with TRAINING in $CODE: its lines."""
+    main, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+    environment = {**os.environ, "CODE": TRAINING, "PYTHON": sys.executable}
+    with subprocess.Popen(["bash", "-c", command], stdout=terminal, stderr=terminal, env=environment) as process:
+        os.close(terminal)
+        sent = b""
+        with contextlib.suppress(OSError):  # what a terminal's end raises
+            while chunk := os.read(main, 4096):
+                sent += chunk
+    os.close(main)
+    assert process.returncode == 0
+    return screen(sent.decode())
+
+
+def screen(sent: str) -> list[str]:
+    """The lines that a terminal shows, with carriage returns carried out."""
+    lines, column = [""], 0
+    for letter in sent:
+        if letter == "\n":
+            lines.append("")
+        elif letter == "\r":
+            column = 0
+        else:
+            lines[-1] = lines[-1][:column].ljust(column) + letter + lines[-1][column + 1 :]
+            column += 1
+    return [line.rstrip() for line in lines]
+
+
+LINE = re.compile(r"\d\d:\d\d:\d\d (step [246]/6 \| (loss|eval loss) .*|some line of another module)|the end|")
+
+
+def test_on_a_terminal_lines_stand_above_the_bar(tmp_path: Path) -> None:
+    shown = on_a_terminal(100, '"$PYTHON" -c "$CODE"')
+    [bar] = [line for line in shown if "left |" in line]
+    assert bar.startswith("6/6, loss 1.500, lr 3.0e-04, 0:00 left |")
+    others = [line for line in shown if line != bar]
+    assert all(LINE.fullmatch(line) for line in others), shown
+    assert sum(" | " in line for line in others) == 4
+
+
+@pytest.mark.parametrize("columns", [60, 80])
+def test_a_log_file_has_the_lines_and_the_terminal_a_bar_that_is_whole(tmp_path: Path, columns: int) -> None:
+    shown = on_a_terminal(columns, f'"$PYTHON" -c "$CODE" > {tmp_path}/run.log')
+    [bar] = [line for line in shown if line]
+    assert bar.startswith("6/6, loss 1.500, lr 3.0e-04, 0:00 left |")
+    assert re.search(r"\| \d\d:\d\d$", bar)
+    assert len(bar) <= columns
+    log = (tmp_path / "run.log").read_text().splitlines()
+    assert all(LINE.fullmatch(line) for line in log)
+    assert len(log) == 6
+
+
+def test_tee_shows_whole_lines_and_keeps_them(tmp_path: Path) -> None:
+    shown = on_a_terminal(100, f'"$PYTHON" -c "$CODE" | tee {tmp_path}/run.log')
+    log = (tmp_path / "run.log").read_text().splitlines()
+    assert len(log) == 6
+    assert all(LINE.fullmatch(line) for line in log)
+    assert all(any(line in each for each in shown) for line in log)  # on a busy machine tee may be late for the bar
 
 
 def test_a_repeated_step_after_a_restart_does_not_move_the_bar_forward() -> None:

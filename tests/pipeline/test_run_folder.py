@@ -1,5 +1,6 @@
-"""A run's folder belongs to one config."""
+"""A run's folder belongs to one config, and to the contents of its model and data."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,10 @@ def test_the_same_config_may_go_on(config: Config) -> None:
     [
         ("train.lr", 0.5),
         ("adapter.rank", 8),
-        ("model.name", "another"),
-        ("data.train.0.path", "other.jsonl"),
+        ("model.attention", "eager"),
+        ("data.train.0.weight", 2.0),
+        ("data.train", [{"path": "unused.jsonl"}, {"path": "another.jsonl"}]),
+        ("train.start", "/a/checkpoint"),
         ("run.seed", 4),
         ("train.steps", 7),
         ("adapter.targets", ["q_proj"]),
@@ -71,6 +74,68 @@ def test_the_old_and_the_new_value_are_shown(config: Config) -> None:
     begin(config)
     with pytest.raises(UserError, match=r"adapter\.rank was 4, is 8"):
         RunFolder(override(config, {"adapter.rank": 8})).check()
+
+
+ELSEWHERE = {
+    "model.name": "/moved/model",
+    "model.revision": "main",
+    "data.train.0.path": "/moved/rows.jsonl",
+    "data.train.0.only": ["/moved/rows.jsonl"],
+}
+CONTENTS = {"base model": "b" * 32, "tokenizer": "t" * 32, "training data": "d" * 32, "held-out data": ""}
+
+
+def trained(config: Config, identity: dict[str, str] = CONTENTS) -> RunFolder:
+    """A run whose last two checkpoints say what they were trained with; the newest of them is damaged."""
+    folder = begin(config)
+    for step, text in ((1, json.dumps({"identity": identity})), (2, "{")):
+        (Path(folder.checkpoints) / f"step-000000{step}").mkdir()
+        (Path(folder.checkpoints) / f"step-000000{step}" / "state.json").write_text(text)
+    return folder
+
+
+def test_model_and_data_may_lie_elsewhere_if_they_are_the_same(config: Config) -> None:
+    trained(config)
+    moved = RunFolder(override(config, ELSEWHERE))
+    moved.check()
+    assert moved.moved()
+    assert not RunFolder(config).moved()
+    moved.require_same(CONTENTS)
+    moved.require_same({"base model": CONTENTS["base model"]})
+    moved.claim()
+    assert not moved.moved()
+    assert load(moved.settings).model.name == "/moved/model"
+
+
+@pytest.mark.parametrize("what", CONTENTS)
+def test_other_contents_are_refused_wherever_they_lie(config: Config, what: str) -> None:
+    folder = trained(config)
+    other = {**CONTENTS, what: "0" * 32}
+    with pytest.raises(
+        UserError, match=rf"^run.name: {folder.root} was trained with another {what} \(.* 000000000000 now"
+    ):
+        folder.require_same(other)
+    moved = RunFolder(override(config, {"data.train.0.path": "/moved/rows.jsonl"}))
+    expected = r" \(data.train.0.path was 'unused.jsonl', is '/moved/rows.jsonl'\) was trained with another "
+    with pytest.raises(UserError, match=expected):
+        moved.require_same(other)
+
+
+def test_a_run_from_before_a_kind_of_content_was_noted_is_not_refused_for_it(config: Config) -> None:
+    trained(config).require_same({**CONTENTS, "something new": "1"})
+
+
+def test_a_finished_run_without_checkpoints_is_still_bound_to_settings_and_contents(config: Config) -> None:
+    folder = RunFolder(config)
+    folder.claim()
+    folder.write_result({"base": {"digest": "base"}, "data": {"train": "rows", "eval": None}})
+    with pytest.raises(UserError, match=r"adapter\.rank was 4, is 8"):
+        RunFolder(override(config, {"adapter.rank": 8})).check()
+    moved = RunFolder(override(config, ELSEWHERE))
+    moved.check()
+    moved.require_same({"base model": "base", "training data": "rows", "held-out data": ""})
+    with pytest.raises(UserError, match="another training data"):
+        moved.require_same({"base model": "base", "training data": "other", "held-out data": ""})
 
 
 def test_a_run_that_never_trained_does_not_hold_its_name(config: Config) -> None:
@@ -141,6 +206,20 @@ def test_the_tracking_run_is_remembered_for_its_server(config: Config) -> None:
     folder.keep_tracking_run("sqlite:///a.db", "run-1")
     assert folder.tracking_run("sqlite:///a.db") == "run-1"
     assert folder.tracking_run("http://elsewhere") is None
+
+
+def test_the_tracking_run_is_remembered_when_the_storage_with_its_database_is_moved(config: Config) -> None:
+    before = Path(config.run.storage)
+    folder = RunFolder(config)
+    folder.keep_tracking_run(f"sqlite:///{before}/mlflow.db", "run-1")
+    now = before.rename(before.parent / "now")
+    moved = RunFolder(override(config, {"run.storage": str(now)}))
+    assert moved.tracking_run(f"sqlite:///{now}/mlflow.db") == "run-1"
+    assert moved.tracking_run(f"sqlite:///{before}/mlflow.db") is None
+    (now / "mine" / "tracking.json").write_text(
+        json.dumps({"uri": f"sqlite:///{now}/mlflow.db", "run_id": "run-0"})
+    )  # as it was written before
+    assert moved.tracking_run(f"sqlite:///{now}/mlflow.db") == "run-0"
 
 
 def test_writing_leaves_no_other_files(config: Config) -> None:

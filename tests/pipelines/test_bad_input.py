@@ -55,6 +55,10 @@ CONFIG_MISTAKES = {
     "too many workers": (change("cluster", "cpus_per_worker", 64), ["cluster.workers=2", "the cluster has"]),
     "rank too large": (change("adapter", "rank", 65), ["adapter.rank=65", "64 x 64"]),
     "unknown target": (change("adapter", "targets", ["qkv"]), ["'qkv'", "q_proj"]),
+    "references no scorer can read": (
+        change("evaluation", "scorer", "json_fields"),
+        ["eval.jsonl:1: evaluation.scorer: json_fields needs a JSON object as the reference, not '101'"],
+    ),
     "unknown scorer": (change("evaluation", "scorer", "bleurt"), ["evaluation.scorer", "bleurt", "exact_match"]),
 }
 
@@ -99,6 +103,16 @@ def test_mistakes_in_the_data(case: str, tiny_model: Path, corpus: Path) -> None
     spoil(corpus / "train.jsonl")
     error = refused(project.write_config(corpus, project.settings(corpus, tiny_model)))
     assert all(part in error for part in expected), error
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("split", ["train", "eval"])
+def test_a_dry_run_ends_with_the_line_of_the_run(split: str, tiny_model: Path, corpus: Path) -> None:
+    with (corpus / f"{split}.jsonl").open("a") as file:
+        file.write(f"{chat('long ' * 99, 'b')}\n" * 3)
+    config = project.write_config(corpus, project.settings(corpus, tiny_model))
+    assert refused(config) == refused(config, "--dry-run")
+    assert refused(config, "--dry-run").startswith(f"data.{split}.0: 3 of ")
 
 
 def test_model_without_weights(tiny_model: Path, corpus: Path) -> None:

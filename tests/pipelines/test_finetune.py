@@ -36,6 +36,8 @@ def test_a_run_leaves_what_the_readme_promises(finished: tuple[Path, str]) -> No
     assert json.loads((folder / "export" / "parity.json").read_text())["ok"]
     for name in ("config.yaml", "export/adapter/adapter_config.json", "export/merged/config.json"):
         assert (folder / name).is_file()
+    for name in ("README.md", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (folder / "export" / "adapter" / name).is_file()
     assert sorted(path.name for path in (folder / "checkpoints").glob("step-*")) == ["step-0000004", "step-0000006"]
 
 
@@ -128,11 +130,12 @@ def test_dry_run_shows_everything_and_starts_nothing(tiny_model: Path, corpus: P
     file = project.write_config(corpus, project.settings(corpus, tiny_model))
     done = project.finetune(file, "--dry-run")
     assert done.returncode == 0, done.stderr
-    assert "target layers (14):" in done.stdout
+    assert "2 x 7 layers: q_proj 64 x 64" in done.stdout
     assert "trainable" in done.stdout
     assert "6 steps; 4 sequences per step = 2 workers x 2" in done.stdout
     assert "memory per worker" in done.stdout
     assert "<|assistant|>[[" in done.stdout
+    assert len(done.stdout.splitlines()) < 40
     assert not (corpus / "runs" / "small").exists()
     assert "ray:" not in done.stdout
 

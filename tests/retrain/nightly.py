@@ -27,7 +27,7 @@ class Nightly:
         self.folder, self.data = folder, folder / "data"
         self.data.mkdir()
         self.add("0-first", ["one", "two"], 40)
-        write(folder / "heldout.jsonl", [(word, ANSWERS[word]) for word in ANSWERS for _ in range(4)])
+        write(folder / "heldout.jsonl", [(word, ANSWERS[word]) for word in ANSWERS for _ in range(8)])  # gate.min_rows
         tree = project.settings(folder, model)
         tree["data"] = {"train": [{"path": str(self.data)}], "eval": [{"path": str(folder / "heldout.jsonl")}]}
         tree["data"]["max_length"] = 48

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from olora_ray.config.schema import Config
 from olora_ray.retrain import decision_run
 from olora_ray.retrain.changes import AGAINST
+from olora_ray.retrain.decision_run import Entry
 from olora_ray.tracking import run as tracking
 from olora_ray.tracking.aliases import GATE
 from olora_ray.tracking.client import connect
@@ -90,3 +92,23 @@ def test_what_no_gate_has_decided_is_not_recorded(config: Config, add: Callable[
     version = add()
     decision_run.of_version(config, version)
     assert runs(config, version) == []
+
+
+def test_calls_that_find_nothing_share_a_run_until_something_else_is_said(config: Config) -> None:
+    client = connect(resolve_uri(config))
+
+    def latest() -> list[dict[str, str]]:
+        experiment = client.get_experiment_by_name("olora").experiment_id
+        found = client.search_runs([experiment], "tags.`olora.champion` = 'm/99'", order_by=["start_time ASC"])
+        return [run.data.tags for run in found]
+
+    nothing = Entry("unchanged", 'nothing changed since version 99 of m (it\'s "good")', champion="99")
+    for _ in range(3):
+        decision_run.unchanged(config, nothing)
+    (tags,) = latest()
+    assert (tags["olora.calls"], tags["olora.decision"]) == ("3", "unchanged")
+    assert tags["olora.last_call"]
+    decision_run.write(config, Entry("failed", "no such file", champion="99"))
+    decision_run.unchanged(config, nothing)
+    decision_run.unchanged(config, replace(nothing, reason="nothing changed since version 98"))
+    assert [tags["olora.decision"] for tags in latest()] == ["unchanged", "failed", "unchanged", "unchanged"]

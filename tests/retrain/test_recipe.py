@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from olora_ray.adapter.factors import AdapterWeights, Factors
+from olora_ray.common.errors import UserError
 from olora_ray.config.load import build, dump, override
 from olora_ray.config.schema import Config
 from olora_ray.data.tokenize import TokenizerSpec
@@ -86,7 +87,8 @@ def write(file: Path) -> None:
 def inputs(config: Config) -> Inputs:
     plan = prepare.plan_here(config, SPEC, "train")
     made_of = Fingerprint("base", plan.digest(), "held", settings_digest(config))
-    return Inputs(Base(BaseModel("m", "", "base"), None, SPEC, ()), plan, made_of)
+    held_out = prepare.plan_here(config, SPEC, "eval") if config.data.holds_out() else plan
+    return Inputs(Base(BaseModel("m", "", "base"), None, SPEC, ()), plan, held_out, made_of)
 
 
 def champion_of(config: Config, folder: Path, **identity: str) -> Version:
@@ -123,6 +125,21 @@ def test_the_run_has_the_same_name_until_something_changes(config: Config, tmp_p
     assert made(override(config, {"gate.must_improve_by": 1, "cluster.workers": 1}), None)[0].config.run.name == first
     write(tmp_path / "chats" / "c.jsonl")
     assert made(config, None)[0].config.run.name != first
+
+
+def test_the_run_has_the_same_name_wherever_its_data_lie(config: Config, tmp_path: Path) -> None:
+    champion = champion_of(config, tmp_path / "run")
+    (tmp_path / "moved").mkdir()
+    for name in ("chats", "other.jsonl"):
+        (tmp_path / name).rename(tmp_path / "moved" / name)
+    write(tmp_path / "moved" / "chats" / "c.jsonl")
+    moved = {f"data.train.{n}.path": f"{tmp_path}/moved/{name}" for n, name in enumerate(("chats", "other.jsonl"))}
+    first = made(override(config, moved), champion)[0].config.run.name
+    (tmp_path / "moved").rename(tmp_path / "again")
+    again = {field: place.replace("/moved/", "/again/") for field, place in moved.items()}
+    assert made(override(config, again), champion)[0].config.run.name == first
+    later = version(7, Fingerprint.from_tags(champion.tags), **{recipe.RUN: champion.tags[recipe.RUN]})
+    assert made(override(config, again), later)[0].config.run.name != first, "it starts from another adapter"
 
 
 def test_on_from_the_champion_with_new_files_and_a_part_of_the_known(config: Config, tmp_path: Path) -> None:
@@ -170,14 +187,31 @@ def test_a_file_that_moved_is_known_and_one_that_has_grown_is_new(config: Config
     assert again.only == (f"{tmp_path}/chats/z.jsonl",)
 
 
-def test_rows_that_the_champion_may_have_seen_are_warned_of(config: Config, tmp_path: Path) -> None:
+def test_where_all_held_out_rows_may_have_been_trained_on_nothing_is_trained(config: Config, tmp_path: Path) -> None:
     drawn = override(config, {"data.eval_fraction": 0.2})
     champion = champion_of(drawn, tmp_path / "run")
     write(tmp_path / "chats" / "c.jsonl")
     assert "warning" not in made(drawn, champion)[1]
     with (tmp_path / "chats" / "b.jsonl").open("a") as file:
         file.write('{"text": "more"}\n')
-    assert "warning: data.eval_fraction: a file of the champion's" in made(drawn, champion)[1]
+    found, said = made(drawn, champion)
+    assert "warning: data.eval_fraction: version 1, the champion, may have been trained on rows" in said
+    assert "the gate compares on those of 2 unchanged files only" in said
+    assert "is not continued, it may have been trained on rows that are held out now" in said
+    assert found.config.train.start is None, "what it has seen does not pass on to its child"
+    for changed in ({"run.seed": 5}, {"data.eval_fraction": 0.3}):
+        with pytest.raises(UserError, match=r"run\.seed or the fraction has changed .* set data\.eval, or add files"):
+            made(override(drawn, changed), champion)
+    with pytest.raises(UserError, match="no row is left to compare on"):
+        made(drawn, version(1, Fingerprint("base", "unheard of", "held", "s")))
+
+
+def test_the_champions_run_is_found_where_the_storage_lies_now(config: Config, tmp_path: Path) -> None:
+    champion = champion_of(config, tmp_path / "runs" / "nightly-1")
+    write(tmp_path / "chats" / "c.jsonl")
+    (tmp_path / "runs").rename(tmp_path / "moved")
+    found = made(override(config, {"run.storage": str(tmp_path / "moved")}), champion)[0]
+    assert found.config.train.start == f"{tmp_path}/moved/nightly-1/checkpoints/step-0000005"
 
 
 def test_nothing_is_replayed_if_nothing_is_to_be(config: Config, tmp_path: Path) -> None:

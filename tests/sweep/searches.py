@@ -54,6 +54,7 @@ def _trial(number: int, rng: random.Random) -> TrialRecord:
         status=status,
         value=min(value for _, value in curve) if status != "failed" else None,
         step=last,
+        total=60,
         curve=tuple(curve),
         seconds=20 + 1.4 * last,
         first_step=3.1 + rng.random(),

@@ -1,6 +1,8 @@
 import json
 from dataclasses import replace
 
+import pytest
+
 from tests.sweep.odd import ODD, search
 from tests.sweep.searches import realistic
 
@@ -36,3 +38,15 @@ def test_json_has_every_trial_in_order_and_no_nan() -> None:
 def test_columns_are_the_fields_and_whatever_else_was_set() -> None:
     record = search([({"b": 1, "a": 2}, 1.0), ({"c": 3}, 2.0)], fields=("a",))
     assert record.columns() == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("most", [5, 12, 40])
+def test_a_thinned_search_keeps_its_best_its_default_and_both_ends(most: int) -> None:
+    record = realistic(40)
+    thin = record.thinned(most)
+    assert len(thin.trials) == most
+    assert thin.best() == record.best()
+    assert thin.of(record.default) == record.of(record.default)
+    assert thin.ordered()[-1] == record.ordered()[-1]
+    assert [trial for trial in record.trials if trial in thin.trials] == list(thin.trials)
+    assert replace(record, trials=thin.trials) == thin

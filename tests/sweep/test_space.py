@@ -1,3 +1,5 @@
+import math
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -6,12 +8,16 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from ray import cloudpickle
 
 from olora_ray.common.errors import UserError
 from olora_ray.config.dotted import flatten
 from olora_ray.config.load import build, load, override
-from olora_ray.sweep import load_space
+from olora_ray.sweep import load_space, tuner
+from olora_ray.sweep.choosers import Suggested
+from olora_ray.sweep.domain import Domain
 from olora_ray.sweep.space import Space
+from olora_ray.sweep.spec import NUMBER
 from tests import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -91,6 +97,160 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+LR = {"train.lr": {"choice": [1e-3]}}
+
+
+def of(domain: Any, field: str = "train.lr") -> dict[str, Any]:
+    return {"search": {field: domain}}
+
+
+ODD: dict[str, tuple[dict[str, Any], str]] = {
+    # Values that YAML can have and a field cannot.
+    "nan listed": (of({"choice": [1e-3, math.nan]}), "search.train.lr: choice has nan, which is no finite number"),
+    "infinity in a grid": (of({"grid": [math.inf]}), "search.train.lr: grid has inf, which is no finite number"),
+    "nan inside of a list": (of({"choice": [[math.nan]]}, "adapter.targets"), "choice has nan"),
+    "infinite range": (of({"uniform": [0, math.inf]}), "search.train.lr.uniform.1: expected a finite number, not inf"),
+    "nan in a range": (of({"loguniform": [math.nan, 1]}), "loguniform.0: expected a finite number, not nan"),
+    "reversed logarithm": (of({"loguniform": [1, 0.1]}), "search.train.lr: loguniform [1.0, 0.1] is an empty range"),
+    "range of one": (of({"uniform": [1, 1]}), "search.train.lr: uniform [1.0, 1.0] is an empty range"),
+    "range of three": (of({"uniform": [1, 2, 3]}), "search.train.lr.uniform: "),
+    "range of one number": (of({"uniform": 3}), "search.train.lr.uniform: "),
+    "range of the whole line": (of({"uniform": [-1.7e308, 1.7e308]}), "is too wide for a float"),
+    "text as an end": (of({"uniform": ["0.1", 1]}), "search.train.lr.uniform.0: expected a number, not '0.1'"),
+    "true as an end": (of({"uniform": [0, True]}), "search.train.lr.uniform.1: expected a number, not True"),
+    "empty grid": (of({"grid": []}), "search.train.lr.grid: "),
+    "no list": (of({"choice": 8}, "adapter.rank"), "search.adapter.rank.choice: "),
+    "nothing but null": (of({"choice": None}), "needs exactly one of choice, grid"),
+    "null as a domain": (of(None), "search.train.lr: "),
+    "twice": (of({"choice": [8, 16, 8]}, "adapter.rank"), "search.adapter.rank: choice has 8 twice"),
+    "twice, as another type": (of({"grid": [8, 8.0]}, "adapter.rank"), "search.adapter.rank: grid has 8.0 twice"),
+    "beyond 64 bits": (of({"choice": [8, 2**63]}, "adapter.rank"), f"choice has {2**63}, and whole numbers go up to"),
+    "beyond floats": (of({"choice": [10**400]}, "train.steps"), "and whole numbers go up to 2^63"),
+    "range beyond 53 bits": (of({"quniform": [1, 2**70, 1]}), f"expected a number up to 2^53 = {2**53}"),
+    "step of 0": (of({"quniform": [1, 8, 0]}), "the step must be positive and fit"),
+    "too many steps": (of({"quniform": [0, 1, 1e-9]}), "has more than 1,000,000 values; use uniform"),
+    "step that is lost": (of({"quniform": [1e17, 1.00000000000001e17, 1]}), "the step is lost beside numbers"),
+    "a list of thousands": (
+        of({"choice": list(range(1, 2000))}, "adapter.rank"),
+        "choice has 1,999 values, more than 1,000",
+    ),
+    "fractions for a whole number": (
+        of({"uniform": [1, 16]}, "train.micro_batch"),
+        "search.train.micro_batch: train.micro_batch: input should be a valid integer, got a number with a fractional"
+        " part (got 10.27); use quniform with whole numbers, or choice",
+    ),
+    "half steps for a whole number": (of({"quniform": [1, 16, 0.5]}, "adapter.rank"), "; use quniform with whole"),
+    # A field that follows another.
+    "times without of": (of({"choice": [1e-3], "times": 2}), "search.train.lr: times: only goes with of"),
+    "itself": (of({"of": "train.lr"}), "search.train.lr: of: train.lr is not searched by itself"),
+    "each other": (
+        {"search": {"train.lr": {"of": "train.clip"}, "train.clip": {"of": "train.lr"}}},
+        "search.train.clip: of: train.lr is not searched by itself",
+    ),
+    "a chain": (
+        {"search": {**LR, "train.clip": {"of": "train.lr"}, "train.weight_decay": {"of": "train.clip"}}},
+        "search.train.weight_decay: of: train.clip is not searched by itself",
+    ),
+    "a base that may be null": (
+        {"search": {"train.clip": {"choice": [None, 1.0]}, "train.weight_decay": {"of": "train.clip"}}},
+        "search.train.weight_decay: of: train.clip has values that are not numbers",
+    ),
+    "a base that is true or false": (
+        {"search": {"data.packing": {"choice": [True, False]}, "train.lr": {"of": "data.packing"}}},
+        "search.train.lr: of: data.packing has values that are not numbers",
+    ),
+    "factor that is nan": (
+        {"search": {**LR, "train.clip": {"of": "train.lr", "times": [1, math.nan]}}},
+        "search.train.clip.times: expected a finite number, not nan",
+    ),
+    "factor that is true": (
+        {"search": {**LR, "train.clip": {"of": "train.lr", "times": True}}},
+        "search.train.clip.times: expected a number, not True",
+    ),
+    "factor twice": ({"search": {**LR, "train.clip": {"of": "train.lr", "times": [2, 2]}}}, "times has 2.0 twice"),
+    "factor that fits only some": (
+        {"search": {"adapter.rank": {"choice": [8, 3]}, "train.steps": {"of": "adapter.rank", "times": [0.5]}}},
+        "search.train.steps: train.steps: input should be a valid integer",
+    ),
+    # Fields that must not vary, or not twice.
+    **{
+        f"{field} must not vary": (of({"choice": ["x"]}, field), f"search.{field}: a search cannot vary {section}.*")
+        for field, section in {
+            "run.name": "run",
+            "run.storage": "run",
+            "tracking.uri": "tracking",
+            "registry.model": "registry",
+            "cluster.workers": "cluster",
+            "gate.metric": "gate",
+            "retrain.replay": "retrain",
+        }.items()
+    },
+    "a name set for all": ({"search": LR, "set": {"run.name": "x"}}, "set.run.name: a search cannot vary run.*"),
+    "held-out rows": (of({"choice": [0.1, 0.2]}, "data.eval_fraction"), "all trials are measured in the same way"),
+    "how many are scored": (of({"choice": [1, 2]}, "evaluation.rows"), "all trials are measured in the same way"),
+    "what decides nothing": (of({"choice": [1, 2]}, "train.keep"), "it does not change what a training gives"),
+    "a field and its section": (
+        {"search": {**LR, "train": {"choice": [{"lr": 1}]}}},
+        "search.train.lr: search.train sets it too; leave one out",
+    ),
+    "searched and set": (
+        {"search": LR, "set": {"train.lr": 1e-4}},
+        "set.train.lr: search.train.lr sets it too; leave one out",
+    ),
+    "the same source twice": (
+        {"search": {f"data.train.{i}.weight": {"choice": [1, 2]} for i in ("0", "00")}},
+        "search.data.train.00.weight: unknown field",
+    ),
+    "no name": (of({"choice": [1]}, ""), "search: '' is no field of a config"),
+    "no name after the dot": (of({"choice": [1]}, "train."), "search: 'train.' is no field of a config"),
+    # The search as a whole.
+    "a billion trials": ({"search": LR, "trials": 1e9}, "trials: input should be less than or equal to 10000"),
+    "true trials": ({"search": LR, "trials": True}, "trials: expected a value, not true"),
+    "no trials": ({"search": LR, "trials": 0}, "trials: input should be greater than or equal to 1"),
+    "half a trial": ({"search": LR, "trials": 2.5}, "trials: "),
+    "a grid without end": (
+        {"search": {f"train.{x}": {"grid": [i / 100 for i in range(1, 100)]} for x in ("lr", "clip", "warmup")}}
+        | {"searcher": "grid"},
+        "search: the grid has 970,300 combinations, the unchanged config included, more than 10,000",
+    ),
+    "a grid and fewer trials": (
+        {"search": {"train.lr": {"grid": [1, 2, 3]}}, "searcher": "grid", "trials": 3},
+        "trials: 3 is less than the grid's 4 combinations, the unchanged config included; leave it out for all",
+    ),
+    "a grid and more trials": (
+        {"search": {"train.lr": {"grid": [1, 2]}}, "searcher": "grid", "trials": 7, "include_default": False},
+        "trials: 7 is more than the grid's 2 combinations; leave it out for all",
+    ),
+    "the worst loss": ({"search": LR, "mode": "max"}, "mode: max would search for the worst eval/loss"),
+    "a score without a name": ({"search": LR, "metric": "score/"}, "metric: 'score/' is never reported"),
+    "endless budget": ({"search": LR, "time_budget": math.inf}, "time_budget: input should be a finite number"),
+    "endless improvement": ({"search": LR, "min_improvement": math.inf}, "min_improvement: input should be a finite"),
+    "endless reduction": ({"search": LR, "scheduler": {"reduction": math.inf}}, "scheduler.reduction: input should"),
+    "true grace": ({"search": LR, "scheduler": {"grace": True}}, "scheduler: grace: expected a value, not true"),
+    "a setting of another scheduler": (
+        {"search": LR, "scheduler": {"kind": "median", "reduction": 4}},
+        "scheduler: reduction: median has no such setting; leave it out",
+    ),
+    # Populations.
+    **{
+        f"a population over {field}": (
+            {"search": {field: {"choice": [4, 8]}}, "scheduler": {"kind": "population"}},
+            f"search.{field}: a population's members take over each other at the same step; put it under set",
+        )
+        for field in ("train.steps", "train.epochs", "train.global_batch", "train.eval_every", "train.early_stop")
+    },
+    "a population over countless steps": (
+        {"search": {"train.lr": {"quniform": [1e-5, 1, 1e-5]}}, "scheduler": {"kind": "population"}},
+        "search.train.lr: quniform has more than 10,000 values for a population; use uniform",
+    ),
+    "a population by Optuna": (
+        {"search": LR, "scheduler": {"kind": "population"}, "searcher": "tpe"},
+        "scheduler.kind: population needs searcher: random",
+    ),
+}
+BAD |= ODD
+
+
 @pytest.mark.parametrize("case", BAD)
 def test_bad_spaces_name_the_field(case: str, tmp_path: Path) -> None:
     tree, message = BAD[case]
@@ -98,6 +258,107 @@ def test_bad_spaces_name_the_field(case: str, tmp_path: Path) -> None:
         space(tmp_path, **tree)
     assert message in str(error.value)
     assert str(error.value).startswith(f"{tmp_path}/space.yaml: ")
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "1", "search", "search:", "search: 3", "search: [1]", "search: {1: {choice: [1]}}", "{", "a: !!x 1"],
+)
+def test_files_that_hold_no_space_are_one_line(text: str, tmp_path: Path) -> None:
+    (tmp_path / "space.yaml").write_text(text)
+    with pytest.raises(UserError) as error:
+        load_space.load(tmp_path / "space.yaml", CONFIG)
+    assert str(error.value).startswith(f"{tmp_path}/space.yaml")
+    assert "\n" not in str(error.value)
+
+
+def test_a_combination_that_the_config_refuses_is_found_before_the_search(tmp_path: Path) -> None:
+    """Each value is valid by itself: 2 workers have something to do with a batch of 2, and 1 worker with one of 1."""
+    config = override(CONFIG, {"cluster.workers": 1, "train.global_batch": 1})
+    file = tmp_path / "space.yaml"
+    file.write_text(yaml.safe_dump({"search": {"train.global_batch": {"choice": [1, 2]}}}))
+    load_space.load(file, config)
+    with pytest.raises(UserError, match=r"search\.train\.global_batch: .*smaller than cluster\.workers=2"):
+        load_space.load(file, override(config, {"cluster.workers": 2, "train.global_batch": 8}))
+
+
+def test_a_field_that_is_null_in_the_config_can_be_the_base_of_another(tmp_path: Path) -> None:
+    """The config is then not one of the space, which both searchers that look for it are told."""
+    tree = {
+        "search": {"train.clip": {"uniform": [0.5, 2]}, "train.weight_decay": {"of": "train.clip", "times": [0, 1]}}
+    }
+    for searcher in ("random", "tpe"):
+        found = space(tmp_path, **tree, searcher=searcher)
+        assert found.as_draws(override(CONFIG, {"train.clip": None})) is None
+        there = override(CONFIG, {"train.clip": 1.5, "train.weight_decay": 1.5})
+        assert found.as_draws(there) == {"train.clip": 1.5, "train.weight_decay:times": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("domain", "field", "value", "contains"),
+    [
+        ({"choice": [None, 1.0]}, "train.clip", None, True),  # null is a value like others
+        ({"quniform": [4, 64, 4]}, "adapter.rank", 12, True),
+        ({"quniform": [4, 64, 4]}, "adapter.rank", 13, False),  # Optuna would take another instead, silently
+        ({"quniform": [1, 16, 4]}, "adapter.rank", 16, False),
+        ({"uniform": [1e-4, 1e-3]}, "train.lr", 2e-3, False),
+    ],
+)
+def test_the_config_is_in_the_space_only_where_a_trial_could_have_its_values(
+    domain: dict[str, Any], field: str, value: Any, contains: bool, tmp_path: Path
+) -> None:
+    found = space(tmp_path, search={field: domain})
+    assert found.as_draws(override(CONFIG, {field: value})) == ({field: value} if contains else None)
+
+
+def test_steps_end_at_the_last_that_fits_and_stay_whole() -> None:
+    found = Domain(quniform=(1, 16, 4))
+    assert [found.at(place) for place in range(found.steps())] == [1, 5, 9, 13]
+    assert found.extremes() == (1, 13)
+    tenths = Domain(quniform=(0.1, 0.5, 0.1))
+    assert [tenths.at(place) for place in range(tenths.steps())] == [0.1, 0.2, 0.3, 0.4, 0.5]
+
+
+def test_draws_of_a_narrow_range_differ() -> None:
+    """Four digits made each of them the lower end."""
+    found = Space.model_validate({"search": {"train.lr": {"uniform": [1.00001, 1.00002]}}, "include_default": False})
+    drawn = {found.drawn(number)["train.lr"] for number in range(20)}
+    assert len(drawn) == 20
+    assert all(1.00001 <= value <= 1.00002 for value in drawn)
+
+
+def test_values_that_optuna_draws_are_the_steps_themselves() -> None:
+    import optuna
+
+    search = {
+        "train.warmup": {"quniform": [0.1, 0.5, 0.1]},
+        "adapter.rank": {"quniform": [4, 63, 4]},
+        "adapter.targets": {"choice": [["q_proj"], ["q_proj", "v_proj"], "all-linear"]},
+        "train.clip": {"choice": [None, 1.0]},
+    }
+    found = Space.model_validate({"search": search, "searcher": "tpe"})
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message="Choices for a categorical")  # tuner.py ignores it too
+        for _ in range(30):
+            trial = study.ask()
+            found.draw(Suggested(trial))
+            values = found.values(trial.params)
+            assert values["train.warmup"] in (0.1, 0.2, 0.3, 0.4, 0.5)
+            assert values["adapter.rank"] in range(4, 64, 4)
+            assert isinstance(values["adapter.rank"], int)
+            override(CONFIG, values)
+
+
+def test_what_tune_is_given_does_not_list_the_draws_of_all_trials() -> None:
+    found = Space.model_validate({"search": {"train.lr": {"loguniform": [1e-4, 1e-2]}}, "trials": 10_000})
+    given_to_tune = tuner._params(found)
+    assert given_to_tune is not None
+    assert len(cloudpickle.dumps(given_to_tune)) < 100_000
+    assert given_to_tune["train.lr"].func({NUMBER: 9_999}) == found.drawn(9_999)["train.lr"]
 
 
 def test_held_out_metrics_need_held_out_rows(tmp_path: Path) -> None:

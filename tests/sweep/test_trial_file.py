@@ -49,6 +49,20 @@ def test_a_trial_that_resumes_keeps_what_was_measured_before(tmp_path: Path) -> 
     assert second.record.value == 1.0
 
 
+def test_a_trial_that_takes_over_another_has_its_values(tmp_path: Path) -> None:
+    """Its own best adapter is gone with its own checkpoint: it would be ranked by what nobody can export."""
+    other = trial_file.TrialFile(str(tmp_path / "other"), record(1), "min")
+    for step, value in ((4, 1.4), (8, 0.9), (12, 0.7)):
+        other.measured(step, value)
+    first = trial_file.TrialFile(str(tmp_path), record(), "min")
+    for step, value in ((4, 0.5), (8, 1.9)):
+        first.measured(step, value)
+    second = trial_file.TrialFile(str(tmp_path), record(), "min")
+    second.resume_from(8, trial_file.read(str(tmp_path / "other")))
+    assert second.record.curve == ((4, 1.4), (8, 0.9))
+    assert second.record.value == 0.9
+
+
 def test_a_damaged_record_counts_as_missing(tmp_path: Path) -> None:
     trial_file.TrialFile(str(tmp_path), record(), "min")
     (tmp_path / trial_file.FILE).write_text('{"number": 1}')

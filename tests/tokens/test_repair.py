@@ -92,10 +92,10 @@ def test_a_shard_that_is_not_what_it_was_is_refused(
 
 
 def test_a_stricter_limit_holds_for_a_store_that_needs_repair(tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
-    path = helpers.write_jsonl(tmp_path / "a.jsonl", [*rows(50), {"x": 1}])
+    path = helpers.write_jsonl(tmp_path / "a.jsonl", [*rows(50), {"x": 1}, {"x": 2}])
     folder = prepare(helpers.config(tmp_path, path, max_rejected=0.5), tiny_spec, "train").uri
     Path(folder, "shard-00000.arrow").unlink()
-    with pytest.raises(UserError, match="1 of 51 rows cannot be used"):
+    with pytest.raises(UserError, match="2 of 52 rows cannot be used"):
         prepare(helpers.config(tmp_path, path), tiny_spec, "train")
 
 

@@ -10,14 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 
+from olora_ray.common import node_cache, storage
 from olora_ray.common.errors import UserError
+from olora_ray.config.load import override
 from olora_ray.config.schema import Config
 from olora_ray.data.tokenize import TokenizerSpec
 from olora_ray.tokens import prepare as preparation
-from olora_ray.tokens import ray_map, totals, writer
+from olora_ray.tokens import preview, ray_map, totals, writer
+from olora_ray.tokens.manifest import shard_name
 from olora_ray.tokens.prepare import prepare
-from olora_ray.tokens.preview import describe
 from olora_ray.tokens.store import TokenStore
+from tests.data.test_tokenize import THINKS
 from tests.said import said
 from tests.tokens import helpers
 from tests.tokens.helpers import chat, content, rows
@@ -107,6 +110,41 @@ def test_a_remote_store_is_read_through_a_local_copy(
     assert all((again[index].input_ids == local[index].input_ids).all() for index in range(len(local)))
 
 
+def test_a_store_in_a_bucket_is_made_and_read_as_one_on_a_disk(
+    corpus: Config, tiny_spec: TokenizerSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bucket: str
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    root = bucket.removesuffix("/runs")
+    for name in ("a.jsonl", "b.jsonl"):
+        storage.write_bytes(f"{root}/data/{name}", (tmp_path / name).read_bytes())
+    sources = [{"path": f"{root}/data/a.jsonl"}, {"path": f"{root}/data/b.jsonl", "weight": 2.0}]
+    fields = [source.model_dump() | there for source, there in zip(corpus.data.train, sources, strict=True)]
+    local = prepare(corpus, tiny_spec, "train")
+    remote = prepare(override(corpus, {"run.storage": bucket, "data.train": fields}), tiny_spec, "train")
+    assert remote.digest == local.digest
+    shards = [shard_name(number) for number in range(12)]
+    assert all(storage.read_bytes(f"{remote.uri}/{n}") == Path(local.uri, n).read_bytes() for n in shards)
+    assert all((remote[index].input_ids == local[index].input_ids).all() for index in range(len(local)))
+
+
+def test_the_copies_of_a_node_have_a_bound(
+    corpus: Config, tiny_spec: TokenizerSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shards that nobody has opened for a while make room for others."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    local = prepare(corpus, tiny_spec, "train")
+    tokens = tmp_path / f"olora_ray-{os.getuid()}" / "tokens"
+    old = tokens / "another" / "shard-00000.arrow"
+    TokenStore.open(f"file://{local.uri}")[0]
+    old.parent.mkdir()
+    old.write_bytes(b"x")
+    os.utime(old, (0, 0))
+    monkeypatch.setattr(node_cache, "SHARE", 0.0)
+    found = TokenStore.open(f"file://{local.uri}")
+    assert (found[len(found) - 1].input_ids == local[len(found) - 1].input_ids).all()
+    assert not old.exists()
+
+
 @pytest.mark.parametrize("damage", ["truncated", "missing", "changed"])
 def test_a_damaged_shard_is_named(damage: str, corpus: Config, tiny_spec: TokenizerSpec) -> None:
     store = prepare(corpus, tiny_spec, "train")
@@ -143,10 +181,11 @@ def test_too_many_bad_rows_stop_the_run_with_counts_and_examples(tmp_path: Path,
     config = helpers.config(tmp_path / "runs", path)
     message = failure(config, tiny_spec)
     assert message.startswith(
-        "data.train: 6 of 96 rows cannot be used, more than data.max_rejected = 0.01 allows"
+        "data.train.0: 6 of 96 rows cannot be used, more than data.max_rejected = 0.01 allows"
         f" (broken_json 1, empty_answer 4, too_long 1); {path}:"
     )
     assert message.count(f"{path}:") == 3
+    assert message.endswith("; mend or remove them, or allow as many with data.max_rejected=0.063")
     [listed] = (tmp_path / "runs/tokens").glob("*/rejected.jsonl")
     entries = [json.loads(line) for line in listed.read_text().splitlines()]
     assert {(entry["line"], entry["reason"]) for entry in entries} == {
@@ -182,11 +221,9 @@ def test_nothing_but_bad_rows(
 ) -> None:
     path = helpers.write_jsonl(tmp_path / "a.jsonl", [row] * 5)
     config = helpers.config(tmp_path / "runs", path, max_rejected=max_rejected)
-    with pytest.raises(UserError, match=rf"data.train: none of the 5 rows can be used \({message}") as caught:
+    with pytest.raises(UserError, match=rf"data.train.0: none of the 5 rows can be used \({message}") as caught:
         prepare(config, tiny_spec, "train")
     assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match=rf"none of the 5 rows that were read can be used \({message}"):
-        describe(config, tiny_spec)
 
 
 def test_the_run_stops_as_soon_as_the_limit_is_passed(
@@ -206,10 +243,25 @@ def test_columns_of_a_parquet_file_are_named(tmp_path: Path, tiny_spec: Tokenize
     assert "field 'output' is not there; the row has instruction, answer, id" in failure(config, tiny_spec)
 
 
-def test_an_error_of_the_template_is_passed_on(tmp_path: Path) -> None:
-    broken = helpers.CHATML.replace("'<|im_start|>assistant\n' }}{% endif", "'assistant:' }}{% endif")
+def test_a_template_that_refuses_all_rows_is_named(tmp_path: Path) -> None:
     path = helpers.write_jsonl(tmp_path / "a.jsonl", rows(3))
-    assert "chat template of tiny does not continue" in failure(helpers.config(tmp_path, path), helpers.spec(broken))
+    config, spec = helpers.config(tmp_path, path), helpers.spec(THINKS)
+    expected = rf"(template 3); {path}:1: template: the chat template of tiny does not continue"
+    assert f"data.train.0: none of the 3 rows can be used {expected}" in failure(config, spec)
+    with pytest.raises(UserError, match="chat template of tiny does not continue"):
+        preview.describe(config, spec)
+
+
+def test_one_row_that_the_template_refuses_does_not_stop_the_run(tmp_path: Path) -> None:
+    """Two answers in a row, in a template that wants roles in turns."""
+    strict = "{% if messages | length > 2 %}{{ raise_exception('roles must alternate') }}{% endif %}" + helpers.CHATML
+    odd = {"messages": [*chat("q", "a")["messages"], {"role": "assistant", "content": "b"}]}
+    path = helpers.write_jsonl(tmp_path / "a.jsonl", [*rows(120), odd])
+    store = prepare(helpers.config(tmp_path, path), helpers.spec(strict), "train")
+    assert store.manifest.rejected == {"template": 1}
+    [entry] = map(json.loads, Path(store.uri, "rejected.jsonl").read_text().splitlines())
+    assert (entry["file"], entry["line"]) == (str(path), 121)
+    assert entry["message"] == "the chat template of tiny refuses the conversation: roles must alternate"
 
 
 def test_nothing_held_out(tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
@@ -217,30 +269,6 @@ def test_nothing_held_out(tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
     config = helpers.config(tmp_path / "runs", path, eval_fraction=0.001)
     assert "no row is left for eval (data.eval_fraction = 0.001)" in failure(config, tiny_spec, "eval")
     assert "data.eval: no source is set" in failure(helpers.config(tmp_path, path), tiny_spec, "eval")
-
-
-def test_describe_a_small_corpus_exactly(corpus: Config, tiny_spec: TokenizerSpec, monkeypatch: Any) -> None:
-    monkeypatch.undo()  # one shard, as in real life
-    preview = describe(corpus, tiny_spec)
-    manifest = prepare(corpus, tiny_spec, "train").manifest
-    assert preview.exact
-    assert (preview.rows, preview.packs) == (manifest.rows, manifest.packs)
-    assert (preview.tokens, preview.supervised) == (manifest.tokens, manifest.supervised)
-    assert preview.rejected == manifest.rejected
-    assert helpers.decode(preview.input_ids[preview.mask]).endswith("<|im_end|>")
-    assert preview.origin.startswith(manifest.files[0].rsplit("/", 1)[0])
-
-
-def test_describe_estimates_a_large_corpus_from_a_part(
-    corpus: Config, tiny_spec: TokenizerSpec, monkeypatch: Any
-) -> None:
-    manifest = prepare(corpus, tiny_spec, "train").manifest
-    for limit, all_bytes in ((200, 2**20), (200, 0), (10_000, 0)):
-        monkeypatch.setattr("olora_ray.tokens.preview.SCAN_ALL", all_bytes)
-        preview = describe(corpus, tiny_spec, limit)
-        assert not preview.exact
-        for name in ("rows", "packs", "tokens", "supervised"):
-            assert getattr(preview, name) == pytest.approx(getattr(manifest, name), rel=0.15), (name, limit)
 
 
 def test_reading_needs_no_ray_and_no_transformers() -> None:
@@ -276,7 +304,7 @@ def test_any_number_of_cpus_and_tasks_gives_the_same_bytes(
         assert any("of 12 shards, fill 0.9" in line and "rows/s, ETA" in line for line in lines)
     # Bad input reaches the user as the same one line through Ray's tasks.
     Path(corpus.data.train[0].path).write_text('{"x": 1}\n' * 500)
-    assert failure(corpus, tiny_spec).startswith("data.train: ")
+    assert failure(corpus, tiny_spec).startswith("data.train.0: ")
     Path(corpus.data.train[0].path).rename(tmp_path / "c.jsonl.gz")
     broken = helpers.config(tmp_path / "runs", tmp_path / "c.jsonl.gz", tmp_path / "b.jsonl")
     assert "c.jsonl.gz: not a readable gzip file" in failure(broken, tiny_spec)

@@ -1,10 +1,6 @@
 """docs/configuration.md is what the schema says."""
 
 import re
-from typing import Annotated, Literal
-
-import pytest
-from pydantic import Field
 
 from olora_ray.config.schema import Config, Data, Section
 from tools import write_configuration
@@ -48,36 +44,9 @@ def test_the_introductions_words_set_fields_that_there_are() -> None:
         assert not entry or entry in names(next(write_configuration._inside(Data)))
 
 
-@pytest.mark.parametrize(
-    ("annotation", "shown"),
-    [
-        (bool, "`true` or `false`"),
-        (Annotated[int, Field(ge=0, lt=2**31)], "whole number (≥ 0, < 2147483648)"),
-        (Annotated[float, Field(gt=0.0, le=1.0)] | None, "number (> 0, ≤ 1) or `null`"),
-        (Literal["all"] | tuple[str, ...], "`all` or list of text"),
-        (tuple[int, int], "list [whole number, whole number]"),
-        (dict[str, float], "mapping of text to number"),
-    ],
-)
-def test_types_in_words(annotation: object, shown: str) -> None:
-    assert write_configuration.shape(annotation) == shown
-
-
 def test_a_bar_in_a_description_does_not_end_its_cell() -> None:
     class Choice(Section):
         kind: str = "a"
         """ddp | fsdp."""
 
     assert write_configuration._table(Choice).splitlines()[-1] == r"| `kind` | text | `a` | ddp \| fsdp. |"
-
-
-def test_defaults_as_they_stand_in_a_config() -> None:
-    assert [*map(write_configuration.plain, (None, True, (), {}, 3.0e-4, "auto", (1, 2)))] == [
-        "null",
-        "true",
-        "[]",
-        "{}",
-        "0.0003",
-        "auto",
-        "[1, 2]",
-    ]

@@ -1,5 +1,6 @@
 """Moving the champion: never none, never half, never a version whose files have changed."""
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -7,10 +8,13 @@ from typing import Any
 
 import pytest
 
+from olora_ray.common.digests import digest_bytes
 from olora_ray.common.errors import UserError
-from olora_ray.tracking import checksums
-from olora_ray.tracking.aliases import GATE, MOVING, Aliases
+from olora_ray.tracking import checksums, registry_lock
+from olora_ray.tracking.aliases import GATE, MOVING, Aliases, Overtaken
 from olora_ray.tracking.client import connect
+from tests import registered
+from tests.said import said
 
 Add = Callable[[str], tuple[str, str]]
 
@@ -95,17 +99,28 @@ class Dying:
         return write
 
 
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lock of somebody who has died is waited for by a clock that runs with the looks at it."""
+    clock = itertools.count()
+    monkeypatch.setattr(registry_lock, "now", lambda: float(next(clock)))
+    monkeypatch.setattr(registry_lock, "pause", lambda: None)
+
+
+@pytest.mark.usefixtures("patient")
 @pytest.mark.parametrize("action", ["promote", "rollback"])
 def test_a_crash_between_any_two_writes_is_repaired_by_the_next_call(
-    add: Add, action: str, monkeypatch: pytest.MonkeyPatch
+    database: Path, action: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = f"crash-{action}"
-    aliases = made(add, name, 3)
+    aliases = registered.model(database, name, 3)
     real = connect(aliases.uri)
+    before = {"champion": "2", "previous": "1", "challenger": "3"}
+    moved = {"champion": "3", "previous": "2"} if action == "promote" else {"champion": "1", "challenger": "3"}
+    states = []
     for left in range(20):
-        aliases.promote("1", "passed")
-        aliases.promote("2", "passed")
-        real.set_registered_model_alias(name, "challenger", "3")
+        for alias, number in before.items():
+            real.set_registered_model_alias(name, alias, number)
         dying = Dying(real, name, left)
         act = (lambda: aliases.promote("3", "passed: 3")) if action == "promote" else (lambda: aliases.rollback("bad"))
         with monkeypatch.context() as patch:
@@ -117,19 +132,142 @@ def test_a_crash_between_any_two_writes_is_repaired_by_the_next_call(
             else:
                 break
         assert None not in dying.seen, "a reader saw no champion"
-        begun = MOVING in real.get_registered_model(name).tags
-        assert begun == (left > 0)
-        assert (aliases.repair() is not None) == begun
-        assert aliases.repair() is None
-        state = aliases.current()
-        if not begun:
-            assert state == {"champion": "2", "previous": "1", "challenger": "3"}
-        elif action == "promote":
-            assert state == {"champion": "3", "previous": "2"}
-        else:
-            assert state == {"champion": "1", "challenger": "3"}
+        champion = aliases.current()["champion"]
+        aliases.repair()
+        states.append(aliases.current())
+        assert states[-1]["champion"] == champion, "the alias itself is never moved by a repair"
+        if states[-1] == moved and action == "rollback":
             assert aliases.version("2").tags[GATE] == "rolled back: bad"
-    assert left >= 5, "every write was the last one once"
+        act() if states[-1] == before else None
+        assert aliases.current() == moved
+        with registry_lock.held(real, name):
+            pass
+        assert not real.get_registered_model(name).tags, "nothing is left of the lock and of the announcement"
+    assert all(state in (before, moved) for state in states), states
+    assert before in states
+    assert states.count(moved) >= 3, "every write was the last one once"
+
+
+def announced(aliases: Aliases, text: str) -> None:
+    """A move that was cut off, as MLflow has it."""
+    aliases.client.set_registered_model_tag(aliases.name, MOVING, text)
+
+
+def test_an_old_announcement_does_not_undo_a_later_move_by_hand(database: Path) -> None:
+    aliases = registered.model(database, "by-hand", 3)
+    aliases.promote("1", "passed")
+    for was in ({}, {"was": {"champion": "2"}}):
+        announced(aliases, json.dumps({"champion": "3", "previous": "2", "tags": {"3": {GATE: "passed"}}, **was}))
+        with said() as lines:
+            aliases.repair()
+        assert aliases.current() == {"champion": "1"}
+        assert "it is dropped, the champion is version 1" in "".join(lines)
+        assert GATE not in aliases.version("3").tags
+        assert aliases.repair() is None
+    announced(aliases, json.dumps({"champion": "1", "previous": None, "tags": {}, "was": {}}))
+    aliases.client.set_registered_model_alias("by-hand", "previous", "2")
+    assert aliases.repair() is not None
+    assert aliases.current()["previous"] == "2", "what was set by hand since is left alone"
+
+
+@pytest.mark.parametrize("gone", ["champion", "previous", "bad"])
+def test_a_move_whose_version_has_been_deleted_stops_nobody(database: Path, gone: str) -> None:
+    aliases = registered.model(database, f"deleted-{gone}", 4)
+    aliases.promote("1", "passed")
+    numbers = {"champion": "3", "previous": "2", "bad": "2"}
+    move = {"champion": "3", "previous": "2", "tags": {"2": {GATE: "rolled back: x"}}, "was": {"champion": "2"}}
+    if gone != "champion":
+        aliases.client.set_registered_model_alias(aliases.name, "champion", "3")
+    aliases.client.delete_model_version(aliases.name, numbers[gone])
+    announced(aliases, json.dumps(move))
+    aliases.promote("4", "passed")
+    assert aliases.current()["champion"] == "4"
+    assert aliases.repair() is None
+
+
+def test_an_announcement_that_cannot_be_read_is_removed(database: Path) -> None:
+    aliases = registered.model(database, "unreadable", 1)
+    for text in ["{", "null", "[]", "7", '{"champion": 3}', '{"champion": "3", "tags": {"3": []}}', ""]:
+        announced(aliases, text)
+        with said() as lines:
+            aliases.promote("1", "passed")
+        assert "the tag olora.moving is not one of this project" in "".join(lines), text
+        assert aliases.current() == {"champion": "1"}
+        assert MOVING not in aliases.client.get_registered_model("unreadable").tags
+
+
+def test_a_decision_against_another_champion_is_not_carried_out(database: Path) -> None:
+    aliases = registered.model(database, "overtaken", 3)
+    aliases.promote("1", "passed", instead_of="")
+    for instead_of, why in (("2", "was version 2, and is version 1"), ("", "was none, and is version 1")):
+        with pytest.raises(Overtaken, match=why):
+            aliases.promote("3", "passed", instead_of=instead_of)
+        with pytest.raises(Overtaken, match=why):
+            aliases.refuse("3", "refused", instead_of=instead_of)
+    aliases.promote("2", "promoted by hand")
+    with pytest.raises(Overtaken, match="version 2 was promoted or rolled back by hand"):
+        aliases.refuse("2", "refused", instead_of="1")
+    aliases.rollback("bad")
+    with pytest.raises(Overtaken, match="version 2 was promoted or rolled back by hand"):
+        aliases.promote("2", "passed", instead_of="1")
+    assert aliases.current() == {"champion": "1"}
+
+
+def test_a_version_that_has_more_files_than_it_was_registered_with_is_never_promoted(database: Path) -> None:
+    aliases = registered.model(database, "added", 2)
+    aliases.promote("1", "passed")
+    folder = files_of(aliases, "2")
+    for name in ("model/adapter_config.json", "adapter_config.json", "model.safetensors", ".hidden"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("{}")
+        with pytest.raises(UserError, match=f"added version 2: {name} was added since it was registered"):
+            aliases.promote("2", "passed")
+        (folder / name).unlink()
+    (folder / "link").symlink_to("/tmp")
+    with pytest.raises(UserError, match="link was added"):
+        aliases.promote("2", "passed")
+    (folder / "link").unlink()
+    (folder / "registered_model_meta").write_text("MLflow's own")
+    aliases.promote("2", "passed")
+
+
+FOREIGN = [
+    b"\xff\xfe",
+    b"[]",
+    b"7",
+    b'{"files": []}',
+    b'{"files": {"a": 7}}',
+    b'{"files": {"../a": {}}}',
+    b"[" * 99_999,
+]
+
+
+def test_checksums_that_are_none_are_one_line(database: Path) -> None:
+    aliases = registered.model(database, "no-list", 1)
+    for content in FOREIGN:
+        (files_of(aliases, "1") / checksums.FILE).write_bytes(content)
+        aliases.client.set_model_version_tag("no-list", "1", checksums.TAG, digest_bytes(content))
+        with pytest.raises(UserError, match=r"^no-list version 1: checksums\.json is no list of files"):
+            aliases.verify("1")
+
+
+def test_files_that_are_reached_through_mlflow_are_listed_and_checked_like_those_on_a_disk(database: Path) -> None:
+    aliases = registered.model(database, "remote", 1)
+    folder, version = files_of(aliases, "1"), aliases.version("1")
+    elsewhere = f"file:{folder}"  # an address to this project, which does not take it for a folder
+    assert checksums.verify(version, elsewhere, aliases.uri) == 1
+    (folder / "model" / "inner").mkdir(parents=True)
+    (folder / "model" / "inner" / "weights.bin").write_text("")
+    with pytest.raises(UserError, match=r"remote version 1: model/inner/weights\.bin was added"):
+        checksums.verify(version, elsewhere, aliases.uri)
+
+
+def test_the_copy_of_a_version_is_checked(database: Path, tmp_path: Path) -> None:
+    aliases = registered.model(database, "copied", 1)
+    aliases.verify_copy("1", tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="copied version 1"):
+        aliases.verify_copy("1", tmp_path)
 
 
 @pytest.mark.parametrize("spoil", ["content", "missing", "checksums"])

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from olora_ray.common.errors import Stopped
+from olora_ray.common.errors import Stopped, TakenOver
 from olora_ray.config.schema import Config
 from olora_ray.tracking import client
 from olora_ray.tracking.mlflow_run import mlflow_run
@@ -54,6 +54,7 @@ def test_the_next_attempt_resumes_the_run(config: Config) -> None:
         (ValueError("broken"), "KILLED", "KILLED"),
         (Stopped("enough", 143), "FAILED", "KILLED"),
         (KeyboardInterrupt(), "FAILED", "KILLED"),
+        (TakenOver("another driver works on it", 75), "FAILED", "RUNNING"),
     ],
 )
 def test_an_end_before_the_end_is_told(config: Config, error: BaseException, after_error: str, expected: str) -> None:

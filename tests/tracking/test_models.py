@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -6,9 +7,11 @@ import torch
 
 from olora_ray.common.errors import UserError
 from olora_ray.tracking import checksums, models, run
+from olora_ray.tracking.aliases import Aliases
 from olora_ray.tracking.start import start_run
 from tests import mlflow_database, tiny
 from tests.export_parts import Case, logits
+from tests.said import said
 
 TAGS = {"olora.method": "olora", "olora.rank": 4, "olora.eval_loss": ""}
 QUESTION = [{"role": "user", "content": "hello"}]
@@ -130,6 +133,16 @@ def test_another_run_gives_another_version(registered: run.Tracker, tracker: run
     assert int(client.get_model_version_by_alias("triage", "candidate").version) == 1
 
 
+def test_a_version_that_is_registered_as_champion_takes_over_as_by_a_promotion(
+    registered: run.Tracker, tracker: run.Tracker, merged: Path
+) -> None:
+    for place, one in enumerate((registered, tracker), 1):
+        assert models.register(one, merged, "direct", "champion", TAGS) == place
+    assert Aliases(tracker.uri, "direct").current() == {"champion": "2", "previous": "1"}
+    assert models.register(tracker, merged, "direct", "champion", TAGS) == 2
+    assert Aliases(tracker.uri, "direct").current() == {"champion": "2", "previous": "1"}, "repeating changes nothing"
+
+
 def test_logging_without_registering(tracker: run.Tracker, merged: Path) -> None:
     model_id = models.log_model(tracker, merged, TAGS)
     assert models.log_model(tracker, merged, TAGS) == model_id
@@ -137,8 +150,6 @@ def test_logging_without_registering(tracker: run.Tracker, merged: Path) -> None
 
 
 def test_a_base_model_without_a_chat_template_completes(tracker: run.Tracker, merged: Path, tmp_path: Path) -> None:
-    import shutil
-
     import mlflow.pyfunc
 
     plain = shutil.copytree(merged, tmp_path / "plain")
@@ -188,24 +199,46 @@ def test_a_version_that_is_no_transformers_model(tracker: run.Tracker, tmp_path:
         models.resolve_model_uri("models:/sklearn/1", tracker.uri)
 
 
-def test_artifacts_elsewhere_are_downloaded_once(
+def test_artifacts_elsewhere_are_downloaded_once_and_checked_each_time(
     registered: run.Tracker, merged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import mlflow.artifacts
 
     fetched = []
+    client = registered.client()
+    source = Path(client.get_model_version("triage", "1").source)
 
     def download(artifact_uri: str, dst_path: str, tracking_uri: str) -> str:
         fetched.append((artifact_uri, tracking_uri))
-        (Path(dst_path) / "artifacts" / "model").mkdir(parents=True)
-        (Path(dst_path) / "artifacts" / "model" / "config.json").write_text("{}")
+        shutil.copytree(source, Path(dst_path) / "artifacts")
         return f"{dst_path}/artifacts"
 
-    client = registered.client()
     monkeypatch.setattr(client, "get_model_version_download_uri", lambda *_: "s3://bucket/model")
     monkeypatch.setattr(mlflow.artifacts, "download_artifacts", download)
     folders = {models.resolve_model_uri("models:/triage/1", registered.uri, tmp_path) for _ in range(2)}
     assert fetched == [("s3://bucket/model", registered.uri)]
-    assert len(folders) == 1
-    assert (folders.pop() / "config.json").is_file()
+    (folder,) = folders
     assert not list(tmp_path.rglob("*.tmp"))
+    (folder / "adapter_config.json").write_text("{}")
+    assert models.resolve_model_uri("models:/triage/1", registered.uri, tmp_path) == folder
+    assert len(fetched) == 2, "a copy that is damaged is fetched again"
+    assert not (folder / "adapter_config.json").exists()
+
+
+@pytest.mark.parametrize("name", ["model/adapter_config.json", "model/chat_template.jinja", "config.json", "x/y"])
+def test_a_version_with_added_or_changed_files_is_not_loaded(tracker: run.Tracker, merged: Path, name: str) -> None:
+    version = models.register(tracker, merged, "spoilt", "candidate", TAGS)
+    uri = f"models:/spoilt/{version}"
+    file = models.resolve_model_uri(uri, tracker.uri).parent / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("{}")
+    with pytest.raises(UserError, match=rf"^spoilt version {version}: {name} (was added|has other content)"):
+        models.resolve_model_uri(uri, tracker.uri)
+
+
+def test_a_version_of_others_is_loaded_with_a_warning(tracker: run.Tracker, merged: Path) -> None:
+    tracker.client().create_registered_model("others")
+    tracker.client().create_model_version("others", str(merged))
+    with said() as lines:
+        assert models.resolve_model_uri("models:/others/1", tracker.uri) == merged
+    assert "has no checksums: its files are not checked" in "".join(lines)

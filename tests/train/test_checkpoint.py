@@ -9,9 +9,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
+from safetensors.torch import save as save_bytes
 from torch import Tensor
 
 from olora_ray.adapter.factors import AdapterWeights, Factors
+from olora_ray.common import digests
 from olora_ray.common.errors import UserError
 from olora_ray.train import checkpoint
 from olora_ray.train.state import TrainState
@@ -169,6 +172,77 @@ def test_a_truncated_file_is_named(saved: Path, tmp_path: Path, name: str, keep:
     (folder / name).write_bytes(content[: int(len(content) * keep)])
     with pytest.raises(UserError, match=name):
         checkpoint.load(folder)
+
+
+def resealed(folder: Path, name: str, content: bytes) -> None:
+    """Change a file, and the manifest with it."""
+    (folder / name).write_bytes(content)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"][name] = digests.size_and_digest(folder / name)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "null",
+        "[]",
+        "5",
+        "{}",
+        "[" * 100_000,
+        "\xff",
+        '{"format": 1, "identity": null}',
+        '{"format": 1, "identity": {"base model": 5}}',
+        '{"format": 1, "identity": {}, "step": null}',
+        '{"format": 1, "identity": {}, "step": "many"}',
+        '{"format": 1, "identity": {}, "history": [5]}',
+        '{"format": 1, "identity": {}, "more": 5}',
+    ],
+)
+def test_a_state_that_is_none_is_an_error(saved: Path, tmp_path: Path, text: str) -> None:
+    folder = damaged(saved, tmp_path)
+    resealed(folder, "state.json", text.encode("latin-1"))
+    with pytest.raises(UserError, match="does not read back") as caught:
+        checkpoint.load(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("part", ["a0", "b0", "da", "db"])
+@pytest.mark.parametrize("other", [torch.zeros(3), torch.zeros(3, 3), torch.zeros(()), None])
+def test_parts_that_do_not_fit_each_other_are_an_error(
+    saved: Path, tmp_path: Path, part: str, other: Tensor | None
+) -> None:
+    folder = damaged(saved, tmp_path)
+    parts = load_file(folder / "adapter.safetensors")
+    name = f"{next(iter(random_adapter()))}.{part}"
+    parts = {**parts, name: other} if other is not None else {each: parts[each] for each in parts if each != name}
+    resealed(folder, "adapter.safetensors", save_bytes(parts))
+    if other is None and part in ("b0", "da"):  # an adapter of plain LoRA, or of fewer layers
+        return
+    with pytest.raises(UserError, match="does not read back"):
+        checkpoint.load(folder)
+
+
+@pytest.mark.parametrize("name", ["../other", "/etc/passwd", "more.json"])
+def test_a_manifest_names_files_of_a_checkpoint_only(saved: Path, tmp_path: Path, name: str) -> None:
+    folder = damaged(saved, tmp_path)
+    (folder / "more.json").write_text("{}")
+    (tmp_path / "other").write_text("{}")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"][name] = digests.size_and_digest(folder / name)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="not the manifest of this checkpoint"):
+        checkpoint.load(folder)
+
+
+def test_a_checkpoint_of_before_knows_the_weights_of_its_base_alone() -> None:
+    weights, now = "a" * 64, f"{'a' * 64}+{'b' * 64}"
+    checkpoint.require_same({"base model": weights}, {"base model": now}, "it")
+    checkpoint.require_same({"base model": now}, {"base model": now}, "it")
+    with pytest.raises(UserError, match="another base model"):
+        checkpoint.require_same({"base model": "c" * 64}, {"base model": now}, "it")
+    with pytest.raises(UserError, match=r"the same weights, but config\.json, the tokenizer or another file"):
+        checkpoint.require_same({"base model": f"{weights}+{'c' * 64}"}, {"base model": now}, "it")
 
 
 def test_a_folder_that_is_not_there_is_no_checkpoint(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,10 +14,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from olora_ray.adapter.factors import AdapterWeights, Factors
-from olora_ray.common.errors import UserError
+from olora_ray.common import connections, patience, s3, storage
+from olora_ray.common.errors import TryAgain, UserError
 from olora_ray.train import checkpoint, checkpoints
 from olora_ray.train.checkpoints import CheckpointManager
 from olora_ray.train.state import TrainState
+from tests.s3_server import Faults, Server
 from tests.said import said
 
 
@@ -42,6 +45,36 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """A folder for checkpoints, as a path and as a URI."""
     folder = tmp_path / "checkpoints"
     return str(folder) if request.param == "folder" else folder.as_uri()
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "t"))
+    (tmp_path / "t").mkdir()
+    return tmp_path / "t"
+
+
+def is_good(place: str, step: int) -> bool:
+    try:
+        return checkpoints.read(storage.join(place, checkpoints.name_of(step))).state.step == step
+    except UserError:
+        return False
+
+
+def damage(place: str, step: int, how: str) -> None:
+    """`flipped` byte, file `cut` short, `empty` manifest, or no `manifest`, as an upload that was cut leaves it."""
+    folder = storage.join(place, checkpoints.name_of(step))
+    name = "manifest.json" if how in ("manifest", "empty") else "optimizer.safetensors"
+    file = storage.join(folder, name)
+    content = storage.read_bytes(file)
+    if how == "manifest":
+        storage.remove(file)
+    elif how == "empty":
+        storage.write_bytes(file, b"")
+    elif how == "cut":
+        storage.write_bytes(file, content[:-1])
+    else:
+        storage.write_bytes(file, content[:-1] + bytes([content[-1] ^ 1]))
 
 
 def test_the_newest_checkpoint_comes_back(place: str) -> None:
@@ -195,3 +228,150 @@ def test_whatever_is_damaged_the_newest_good_one_is_found(tmp_path: Path, data: 
     assert (found[1].state.step if found else None) in [*broken, max({2, 4, 6} - broken, default=None)]
     if found:
         assert torch.equal(found[1].optimizer["a"], torch.full((4,), float(found[1].state.step)))
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_damaged_newer_one_displaces_no_good_one(place: str, keep: int) -> None:
+    """K1: the newest, 39, is damaged; the next attempt begins at 20 and saves 30."""
+    filled(place, 20, 39)
+    damage(place, 39, "cut")
+    filled(place, 30, keep=keep)
+    assert checkpoints.names(place) == ["step-0000020", "step-0000030"][-keep:]
+    found = checkpoints.latest_good(place)
+    assert found is not None
+    assert found[1].state.step == 30
+
+
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    states=st.dictionaries(
+        st.sampled_from([0, 2, 4, 6, 8, 10]), st.sampled_from(["good", "flipped", "cut", "empty", "manifest"])
+    ),
+    step=st.sampled_from([0, 1, 4, 6, 10, 12]),
+    keep=st.integers(1, 4),
+)
+def test_whatever_is_damaged_the_newest_good_ones_stay(
+    tmp_path: Path, states: dict[int, str], step: int, keep: int
+) -> None:
+    place = str(tmp_path / "fuzz")
+    shutil.rmtree(place, ignore_errors=True)
+    filled(place, *sorted(states))
+    for each, how in states.items():
+        if how != "good":
+            damage(place, each, how)
+    good = sorted({each for each, how in states.items() if how == "good" and each < step} | {step})
+    filled(place, step, keep=keep)
+    assert checkpoints.names(place) == [checkpoints.name_of(each) for each in good[-keep:]]
+    assert all(is_good(place, each) for each in good[-keep:])
+
+
+def test_a_good_one_is_looked_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    filled(str(tmp_path), 2)
+    looked: list[str] = []
+    verify = checkpoint.verify
+    monkeypatch.setattr(checkpoint, "verify", lambda folder: (looked.append(folder.name), verify(folder)))
+    filled(str(tmp_path), 4, 6, 8, keep=3)
+    assert looked == ["step-0000002"]
+
+
+def test_steps_are_numbers(tmp_path: Path) -> None:
+    filled(str(tmp_path), 9_999_999, 10_000_000, keep=1)
+    assert checkpoints.names(str(tmp_path)) == ["step-10000000"]
+    (tmp_path / "step-new").mkdir()
+    assert checkpoints.names(str(tmp_path)) == ["step-10000000"]
+
+
+class TestObjectStore:
+    @pytest.fixture
+    def place(self, bucket: str, temporary: Path) -> Iterator[str]:
+        yield f"{bucket}/r1/checkpoints"
+        assert list(temporary.iterdir()) == []
+
+    def test_the_newest_comes_back_and_old_ones_go(self, s3_server: Server, place: str) -> None:
+        filled(place, 0, 2, 4, keep=2)
+        found = checkpoints.latest_good(place)
+        assert found is not None
+        assert found[0] == f"{place}/step-0000004"
+        assert torch.equal(found[1].optimizer["a"], torch.full((4,), 4.0))
+        assert {key.split("/")[0] for key in s3_server.keys(place)} == {"step-0000002", "step-0000004"}
+
+    def test_an_upload_that_was_cut_is_not_counted_and_is_swept(self, s3_server: Server, place: str) -> None:
+        filled(place, 2, 4, 6)
+        damage(place, 6, "manifest")
+        with said() as lines:
+            found = checkpoints.latest_good(place)
+        assert lines == []
+        assert found is not None
+        assert found[1].state.step == 4
+        assert checkpoints.names(place) == ["step-0000002", "step-0000004"]
+        name, key = s3.split(f"{place}/step-0000006/adapter.safetensors")
+        s3_server.client().create_multipart_upload(Bucket=name, Key=key)
+        CheckpointManager(place, 2)
+        assert {key.split("/")[0] for key in s3_server.keys(place)} == {"step-0000002", "step-0000004"}
+        assert "Uploads" not in s3_server.client().list_multipart_uploads(Bucket=name)
+
+    @settings(max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(
+        states=st.dictionaries(st.sampled_from([0, 2, 4, 6]), st.sampled_from(["good", "cut", "empty", "manifest"])),
+        step=st.sampled_from([1, 4, 8]),
+        keep=st.integers(1, 3),
+    )
+    def test_whatever_is_damaged_the_newest_good_ones_stay(
+        self, place: str, states: dict[int, str], step: int, keep: int
+    ) -> None:
+        storage.remove(place)
+        filled(place, *sorted(states))
+        for each, how in states.items():
+            if how != "good":
+                damage(place, each, how)
+        good = sorted({each for each, how in states.items() if how == "good" and each < step} | {step})
+        filled(place, step, keep=keep)
+        assert checkpoints.names(place) == [checkpoints.name_of(each) for each in good[-keep:]]
+        assert all(is_good(place, each) for each in good[-keep:])
+
+    def test_one_is_taken_from_another_run(self, bucket: str, place: str) -> None:
+        filled(place, 2, 4)
+        filled(f"{bucket}/r2/checkpoints", 6)
+        checkpoints.copy_from(place, f"{bucket}/r2/checkpoints", 4, 1.0)
+        assert checkpoints.names(f"{bucket}/r2/checkpoints") == ["step-0000004"]
+
+    def test_what_does_not_arrive_now_is_not_passed_over(
+        self, s3_server: Server, place: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Else every restart while the store has a bad minute would begin at an earlier step, or the first."""
+        monkeypatch.setattr(patience, "PATIENCE", 0.0)
+        filled(place, 2, 4)
+        s3_server.faults = Faults(
+            matches=lambda method, path: path.endswith("step-0000004/adapter.safetensors"), refuse=-1
+        )
+        with pytest.raises(TryAgain, match=r"step-0000004: cannot be read: .*503"):
+            checkpoints.latest_good(place)
+
+    def test_a_store_that_is_away_for_a_while_gets_it_in_the_end(
+        self, s3_server: Server, place: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(patience, "PAUSES", (0.05,))
+        found = filled(place, 2)
+        s3_server.faults = Faults(refuse=2 * connections.ATTEMPTS)
+        with said() as lines:
+            found.save(4, writer(4))
+            found.finish()
+        assert lines
+        assert all("does not answer" in line for line in lines)
+        assert checkpoints.names(place) == ["step-0000002", "step-0000004"]
+
+    def test_one_that_stays_away_is_told_and_training_continues(
+        self, s3_server: Server, place: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(patience, "PATIENCE", 0.0)
+        monkeypatch.setattr(checkpoints, "PAUSES", (0.01,) * 9)
+        monkeypatch.setattr(checkpoints, "ATTEMPT_SECONDS", 0.5)
+        found = filled(place, 2)
+        s3_server.faults = Faults(refuse=-1)
+        with said() as lines:
+            found.save(4, writer(4))
+            with pytest.raises(UserError, match=r"run\.storage: the last checkpoint cannot be written"):
+                found.finish()
+        assert "given up after" in lines[-1]
+        s3_server.faults = Faults()
+        assert checkpoints.names(place) == ["step-0000002"]

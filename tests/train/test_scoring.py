@@ -2,7 +2,8 @@ import json
 
 import pytest
 
-from olora_ray.train.scoring import SCORERS, exact_match, json_fields, resolve
+from olora_ray.common.errors import UserError
+from olora_ray.train.scoring import SCORERS, Judge, exact_match, json_fields, means, partial_scores, resolve
 
 REFERENCE = '{"category": "refund", "order": null, "product": "Tavo kettle"}'
 FIELDS = {"field/category", "field/order", "field/product"}
@@ -84,3 +85,26 @@ def test_resolve_imports_a_function_of_the_user(separator: str) -> None:
 def test_resolve_says_what_is_wrong(name: str, problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         resolve(name)
+
+
+def test_a_scorer_that_fails_or_gives_no_numbers_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, object] = {
+        "7": 7, "{1: 2}": {1: 2}, "{'a': 'b'}": {"a": "b"}, "None": None, "{'': 1}": {"": 1}, "[1": [1]
+    }  # fmt: skip
+    for text, value in given.items():
+        monkeypatch.setitem(SCORERS, "mine", lambda *_, value=value: value)  # type: ignore[misc]
+        with pytest.raises(UserError, match=r"^evaluation\.scorer: mine must give {name: number}") as caught:
+            Judge("mine")("a", "b")
+        assert text in str(caught.value)
+    monkeypatch.setitem(SCORERS, "mine", lambda *_: {}["missing"])
+    with pytest.raises(UserError, match=r"mine fails on the answer 'a' to the reference 'b': KeyError: 'missing'"):
+        Judge("mine")("a", "b")
+    monkeypatch.setitem(SCORERS, "mine", lambda *_: {"a": True})
+    assert Judge("mine")("a", "b") == {"a": 1.0}
+
+
+def test_a_mean_is_over_the_answers_that_have_the_score() -> None:
+    rows = [{"a": 1.0}, {"a": 0.0, "b": 0.5}, {"a": 0.5}]
+    assert means(rows) == {"a": 0.5, "b": 0.5}
+    assert partial_scores(rows) == ["score b: 1 of 3 answers have it, its mean is over these"]
+    assert (means([]), partial_scores([])) == ({}, [])

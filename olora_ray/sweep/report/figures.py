@@ -5,6 +5,7 @@ values, a field that is now a number and now a word.
 """
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -113,10 +114,11 @@ def _vertical_axes(axes: "Axes", scales: Sequence[Scale], names: Sequence[str]) 
 def _fan(places: Sequence[float | None]) -> list[float | None]:
     """Equal places a little apart, so that lines that share a value can be followed."""
     shared: dict[float | None, int] = {}
+    counts = Counter(places)
     fanned = []
     for place in places:
         turn = shared[place] = shared.get(place, -1) + 1
-        share = places.count(place)
+        share = counts[place]
         fanned.append(None if place is None else place + min(0.006, 0.04 / share) * (turn - (share - 1) / 2))
     return fanned
 
@@ -137,10 +139,21 @@ def _line(
     import numpy as np
 
     ease = (1 - np.cos(np.linspace(0, np.pi, 33))) / 2
+    xs, ys = [], []
     for i, (start, stop) in enumerate(itertools.pairwise(places)):
-        if start is not None and stop is not None:
-            xs, ys = i + np.linspace(0, 1, 33), start + (stop - start) * ease
-            axes.plot(xs, ys, dash, color=colour, linewidth=width, alpha=alpha, solid_capstyle="round")
+        known = start is not None and stop is not None
+        xs.append(i + np.linspace(0, 1, 33))
+        ys.append(start + (stop - start) * ease if known else np.full(33, np.nan))
+    if xs:
+        axes.plot(
+            np.concatenate(xs),
+            np.concatenate(ys),
+            dash,
+            color=colour,
+            linewidth=width,
+            alpha=alpha,
+            solid_capstyle="round",
+        )
 
 
 FIGURES: dict[str, Callable[[SearchRecord], "Figure"]] = {

@@ -8,6 +8,7 @@ from olora_ray.sweep.report import axis as scale
 from olora_ray.sweep.report import text
 from olora_ray.sweep.report.axis import Scale
 
+_MOST = 300  # trials that a forest is grown from
 _FEWEST = 5  # with fewer trials a forest has nothing to split
 
 
@@ -28,7 +29,12 @@ class Importance:
 
 
 def of(record: SearchRecord) -> Importance:
-    """The importances of the searched fields, or why there are none. The same record gives the same numbers."""
+    """The importances of the searched fields, or why there are none. The same record gives the same numbers.
+
+    Of a large search from `_MOST` trials, evenly from the best to the worst: the time that fANOVA takes grows with
+    their square.
+    """
+    record = record.thinned(_MOST)
     trials = [trial for trial in record.ranked() if trial.status in ("finished", "stopped")]
     fields = [name for name in record.fields if any(name in trial.params for trial in trials)]
     scales = {name: scale.of(trial.params[name] for trial in trials if name in trial.params) for name in fields}

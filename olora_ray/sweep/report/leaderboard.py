@@ -69,8 +69,7 @@ def against_default(record: SearchRecord) -> str:
         return f"the config as it is (trial {default.number}) was beaten by no other trial"
     gain = abs(best.value - default.value)
     relative = f" ({gain / abs(default.value):.1%})" if default.value else ""
-    early = f", stopped at step {default.step}" if default.status == "stopped" else ""
-    other = f"the config as it is: {text.number(default.value)} (trial {default.number}{early})"
+    other = f"the config as it is: {text.number(default.value)} (trial {default.number}{_cut(default)})"
     return f"the best is {text.number(gain)}{relative} better than {other}" if gain else f"no better than {other}"
 
 
@@ -115,7 +114,14 @@ def _best(record: SearchRecord) -> str:
     best = record.best()
     if best is None or best.value is None:
         return f"no trial has a value of {record.metric}"
-    return f"{record.metric} {text.number(best.value)} (trial {best.number}): {text.params(best.params)}"
+    return f"{record.metric} {text.number(best.value)} (trial {best.number}{_cut(best)}): {text.params(best.params)}"
+
+
+def _cut(trial: TrialRecord) -> str:
+    """Where a trial was cut, whose value could have become better."""
+    if trial.status not in ("stopped", "unfinished"):
+        return ""
+    return f", {trial.status} at step {text.steps(trial.step, trial.total)}"
 
 
 def _count(some: int, all_: int) -> str:
@@ -160,7 +166,7 @@ def _row(record: SearchRecord, trial: TrialRecord, fields: Sequence[str], place:
         else f"{trial.value:.4f}"
         if 1e-2 <= abs(trial.value) < 1e4
         else text.number(trial.value),
-        str(trial.step),
+        text.steps(trial.step, trial.total),
         duration(trial.seconds),
         trial.status + mark,
         text.value(trial.reason, _REASON),

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+_MOST_POINTS = 500  # of a curve: a picture has not more places
 _ENDS = {"finished": "", "stopped": "o", "failed": "x", "unfinished": "|"}
 """The mark at the end of a curve."""
 
@@ -47,7 +48,9 @@ def curves(record: SearchRecord) -> "Figure":
 
 
 def _points(trial: TrialRecord) -> list[tuple[int, float]]:
-    return [(step, value) for step, value in trial.curve if math.isfinite(value)]
+    """The curve, without values that are none; of a long one evenly some, and the last."""
+    points = [(step, value) for step, value in trial.curve if math.isfinite(value)]
+    return points[:: -(-len(points) // _MOST_POINTS)] + points[-1:] if len(points) > _MOST_POINTS else points
 
 
 def _look(trial: TrialRecord, default: bool) -> tuple[str, float, Any]:

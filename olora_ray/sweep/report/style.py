@@ -1,6 +1,7 @@
 """Style of the figures of a search: colours that the colour-blind can tell apart, type sizes, an empty figure."""
 
 from collections.abc import Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Literal
 
 from olora_ray.sweep.record import SearchRecord, TrialRecord
@@ -34,7 +35,7 @@ def empty(title: str, subtitle: str, width: float = 6.8, height: float = 4.4) ->
 
     figure = Figure(figsize=(width, height), dpi=150, facecolor="white")
     FigureCanvasAgg(figure)
-    figure.set_layout_engine("constrained", rect=(0.012, 0.015, 0.976, 0.985 - 0.66 / height), w_pad=0.02)
+    figure.set_layout_engine("constrained", rect=_room(height), w_pad=0.02)
     left, top = 0.18 / width, 1 - 0.14 / height
     figure.text(left, top, plain(title), size=_TITLE, weight="bold", color=INK, va="top")
     figure.text(left, top - 0.27 / height, plain(subtitle), size=_SMALL, color=MUTED, va="top")
@@ -44,6 +45,21 @@ def empty(title: str, subtitle: str, width: float = 6.8, height: float = 4.4) ->
     axes.tick_params(colors=MUTED, labelsize=_SMALL, labelcolor=INK)
     axes.set_axisbelow(True)
     return figure, axes
+
+
+def _room(height: float, below: float = 0.0) -> tuple[float, float, float, float]:
+    """(left, bottom, width, height) of what is drawn, as shares of the figure; `below` in inches is left free."""
+    return 0.012, 0.015 + below / height, 0.976, 0.985 - (0.66 + below) / height
+
+
+def some(figure: "Figure", drawn: int, trials: int) -> "Figure":
+    """The figure; one that does not show all trials says so."""
+    if drawn < trials:
+        height = figure.get_size_inches()[1]
+        figure.set_layout_engine("constrained", rect=_room(height, below=0.2), w_pad=0.02)
+        said = f"{drawn:,} of {trials:,} trials"
+        figure.text(0.988, 0.06 / height, said, size=_SMALL, color=MUTED, va="bottom", ha="right")
+    return figure
 
 
 def say(axes: "Axes", sentence: str) -> None:
@@ -85,6 +101,7 @@ def ticks(axes: "Axes", scale: Scale, which: Literal["x", "y"]) -> None:
     axes.grid(axis=which, color=GRID, linewidth=0.8)
 
 
+@cache
 def shades() -> "Colormap":
     """One hue from dark (good) to light (bad), so that order shows without telling colours apart."""
     from matplotlib.colors import LinearSegmentedColormap

@@ -47,6 +47,11 @@ def value(item: Any, longest: int | None = None) -> str:
     return shown if longest is None or len(shown) <= longest else shown[: longest - 1] + "…"
 
 
+def steps(done: int, total: int) -> str:
+    """Steps of a trial: 14, or 7 of 14 where it was cut."""
+    return f"{done} of {total}" if done < total else str(done)
+
+
 def params(values: Mapping[str, Any]) -> str:
     """All parameters in one line; numbers are shortened."""
     return " ".join(f"{name}={value(item)}" for name, item in values.items())

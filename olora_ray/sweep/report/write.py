@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from olora_ray.common import storage
 from olora_ray.common.text import duration, plural
 from olora_ray.sweep.record import SearchRecord, TrialRecord
-from olora_ray.sweep.report import axis, leaderboard, text
+from olora_ray.sweep.report import axis, leaderboard, style, text
 from olora_ray.sweep.report import html as page
 from olora_ray.sweep.report.figures import FIGURES
 
@@ -23,12 +23,18 @@ _DESCRIBED = {
 """Name of the figure -> (what a screen reader says, whether it takes the page's width)."""
 
 
+MOST_DRAWN = 300
+"""Trials in a figure: more lines hide each other, and the time to draw them would grow with the search."""
+MOST_ROWS = 500
+"""Trials in the table of the page, which would grow to many megabytes."""
+
+
 def write(record: SearchRecord, folder: str) -> list[str]:
     """Write report.html, the figures as PNG and leaderboard.json into `folder`, a path or URI; what was written.
 
     Files of an earlier report are replaced, so it can be called while the search continues.
     """
-    pictures = {name: _png(draw(record)) for name, draw in FIGURES.items()}
+    pictures = _pictures(record)
     written = []
     for name, png in pictures.items():
         written.append(storage.join(folder, f"{name}.png"))
@@ -37,6 +43,12 @@ def write(record: SearchRecord, folder: str) -> list[str]:
         written.append(storage.join(folder, name))
         storage.write_text(written[-1], content)
     return written
+
+
+def _pictures(record: SearchRecord) -> dict[str, bytes]:
+    """The PNGs by the names of FIGURES."""
+    some = record.thinned(MOST_DRAWN)
+    return {name: _png(style.some(draw(some), len(some.trials), len(record.trials))) for name, draw in FIGURES.items()}
 
 
 def html(record: SearchRecord, pictures: dict[str, bytes]) -> str:
@@ -50,9 +62,15 @@ def html(record: SearchRecord, pictures: dict[str, bytes]) -> str:
         f"{record.name}: search",
         f'<h1>{escape(record.name)}</h1>\n<p class="about">{escape(about)}</p>\n{_cards(record)}\n'
         f'<h2>Figures</h2>\n<div class="figures">\n{figures}\n</div>\n<h2>Trials</h2>\n{_table(record)}\n'
-        "<footer>A click on a column's name sorts. The same figures are PNG files beside this page, the numbers"
-        " are in leaderboard.json.</footer>",
+        f"<footer>A click on a column's name sorts.{_thinned(record)} The same figures are PNG files beside this page,"
+        " the numbers are in leaderboard.json.</footer>",
     )
+
+
+def _thinned(record: SearchRecord) -> str:
+    if len(record.trials) <= MOST_DRAWN:
+        return ""
+    return f" Figures show {MOST_DRAWN} of {len(record.trials):,} trials, evenly from the best to the worst."
 
 
 def _png(figure: "Figure") -> bytes:
@@ -83,13 +101,22 @@ def _table(record: SearchRecord) -> str:
     heads = [page.head("trial", True), *(page.head(names[name], numeric[name], name) for name in fields)]
     heads += [page.head(name, True) for name in (record.metric, "steps", "time")]
     heads += [page.head(name, False) for name in ("status", "reason")]
-    rows = "\n".join(_row(record, trial, numeric) for trial in record.ordered())
-    return (
+    ordered, best = record.ordered(), record.best()
+    shown = ordered[:MOST_ROWS]
+    default = record.of(record.default)
+    if default is not None and default not in shown:
+        shown = [*shown, default]
+    rows = "\n".join(_row(record, trial, numeric, trial is best) for trial in shown)
+    table = (
         f'<div class="scroll"><table><thead><tr>{"".join(heads)}</tr></thead>\n<tbody>\n{rows}\n</tbody></table></div>'
+    )
+    left = len(ordered) - len(shown)
+    return table + (
+        f'<p class="about">{left:,} more, all worse or without a value, are in leaderboard.json.</p>' if left else ""
     )
 
 
-def _row(record: SearchRecord, trial: TrialRecord, numeric: dict[str, bool]) -> str:
+def _row(record: SearchRecord, trial: TrialRecord, numeric: dict[str, bool], best: bool) -> str:
     default = " (default)" if trial.number == record.default else ""
     cells = [page.cell(f"{trial.number}{default}", trial.number, "number")]
     for name, is_numeric in numeric.items():
@@ -99,10 +126,10 @@ def _row(record: SearchRecord, trial: TrialRecord, numeric: dict[str, bool]) -> 
     shown = "" if trial.value is None else text.number(trial.value, 5)
     cells += [
         page.cell(shown, trial.value if trial.measured() else "", "number"),
-        page.cell(str(trial.step), trial.step, "number"),
+        page.cell(text.steps(trial.step, trial.total), trial.step, "number"),
         page.cell(duration(trial.seconds), trial.seconds, "number"),
         page.tagged(trial.status),
         page.cell(trial.reason, kind="reason"),
     ]
-    kind = ' class="best"' if trial is record.best() else ""
+    kind = ' class="best"' if best else ""
     return f"<tr{kind}>{''.join(cells)}</tr>"

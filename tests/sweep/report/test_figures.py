@@ -56,7 +56,7 @@ def out_of_view(axis: Axis, limits: tuple[float, float]) -> list[Text]:
 @pytest.mark.parametrize("figure", FIGURES)
 @pytest.mark.parametrize("record", [realistic(), ODD["many fields"]], ids=["realistic", "many fields"])
 def test_no_word_is_cut_off_and_no_two_labels_overlap(figure: str, record: object) -> None:
-    drawn = FIGURES[figure](record)  # type: ignore[arg-type]
+    drawn = style.some(FIGURES[figure](record), 300, 2000)  # type: ignore[arg-type]
     drawn.draw_without_rendering()
     axes = drawn.axes[0]
     hidden = [*out_of_view(axes.xaxis, axes.get_xlim()), *out_of_view(axes.yaxis, axes.get_ylim())]
@@ -65,6 +65,8 @@ def test_no_word_is_cut_off_and_no_two_labels_overlap(figure: str, record: objec
     for item, box in boxes.items():
         assert drawn.bbox.x0 <= box.x0 < box.x1 <= drawn.bbox.x1, item.get_text()
         assert drawn.bbox.y0 <= box.y0 < box.y1 <= drawn.bbox.y1, item.get_text()
+    headings = [boxes[item] for item in drawn.texts]
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(headings, 2))
     for labels in (axes.get_xticklabels(), axes.get_yticklabels()):
         shown = [boxes[label] for label in labels if label in boxes]
         assert not any(one.overlaps(other) for one, other in itertools.combinations(shown, 2))

@@ -58,7 +58,19 @@ def test_other_outcomes_against_the_default(name: str, part: str) -> None:
 def test_a_default_that_was_stopped_early_is_called_so() -> None:
     record = realistic()
     early = replace(record.trials[0], status="stopped", step=10)
-    assert "(trial 0, stopped at step 10)" in said(replace(record, trials=(early, *record.trials[1:])))["default"]
+    assert "(trial 0, stopped at step 10 of 60)" in said(replace(record, trials=(early, *record.trials[1:])))["default"]
+
+
+def test_trials_that_were_cut_are_marked_also_where_one_is_the_best() -> None:
+    record = realistic()
+    best = replace(record.trials[11], status="stopped", step=20, reason="asha after 33% of its 60 steps")
+    cut = replace(record, trials=(*record.trials[:11], best))
+    assert said(cut)["best"].startswith("eval/loss 0.8358 (trial 11, stopped at step 20 of 60): ")
+    line = leaderboard.lines(cut)[1]
+    assert "20 of 60" in line
+    assert "stopped" in line
+    assert "asha after 33% of its 60 steps" in line
+    assert "60 of 60" not in "".join(leaderboard.lines(record))
 
 
 def test_the_spread_counts_what_is_too_near_to_call() -> None:

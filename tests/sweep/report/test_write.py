@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from olora_ray.sweep.report import style, write
+from olora_ray.sweep.report import importance, style, write
 from olora_ray.sweep.report.figures import FIGURES
 from tests import browser
 from tests.sweep.odd import NASTY, ODD
@@ -53,6 +53,37 @@ def test_text_of_trials_cannot_become_html() -> None:
 def test_every_search_has_a_page_with_all_its_trials(name: str) -> None:
     page = write.html(ODD[name], {})
     assert page.count("<tr") == 1 + len(ODD[name].trials)
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("large")
+    write.write(realistic(2000), str(made))
+    return made
+
+
+def test_the_page_of_a_large_search_has_a_bound_and_says_what_it_leaves_out(large: Path) -> None:
+    page = (large / "report.html").read_text()
+    assert len(page) < 4e6
+    assert page.count("<tr") == 1 + write.MOST_ROWS + 1  # the default is one of the others
+    assert "1,499 more, all worse or without a value, are in leaderboard.json" in page
+    assert f"Figures show {write.MOST_DRAWN} of 2,000 trials" in page
+    assert len(json.loads((large / "leaderboard.json").read_text())["trials"]) == 2000
+
+
+def test_what_is_drawn_of_a_large_search_does_not_grow_with_it() -> None:
+    """Not the time, which depends on the machine, but what takes it: the things that are drawn, the forest's trials."""
+    drawn = {
+        trials: {
+            name: len(draw(realistic(trials).thinned(write.MOST_DRAWN)).axes[0].get_children())
+            for name, draw in FIGURES.items()
+            if name != "importance"
+        }
+        for trials in (500, 2000)
+    }
+    for name, artists in drawn[500].items():
+        assert abs(drawn[2000][name] - artists) < 50, name
+    assert importance.of(realistic(500)).trials <= 300
 
 
 # Runs after the page's own script: marks what was loaded, clicks on a column, and writes what came of it.

@@ -1,0 +1,155 @@
+"""Check of a GGUF file's header against the file: who takes its numbers as they are hangs, or fills the memory.
+
+The format (ggml, docs/gguf.md), little-endian: `GGUF`, version, number of tensors, number of pairs; the pairs, each a
+key, a type and a value; the tensors, each a name, dimensions, type and offset; and, aligned, their data.
+"""
+
+import math
+import os
+import re
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from olora_ray.common.errors import UserError
+
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_STRING, _ARRAY, _UINT32 = 8, 9, 4
+_VERSIONS = (2, 3)
+_MOST_DIMENSIONS = 4
+_LARGEST_ALIGNMENT = 2**20
+_LARGEST_NUMBER = 2**31
+_LONGEST_NAME = 2**16
+_BLOCK = re.compile(r"blk\.(\d+)\.")
+
+
+class _Broken(Exception):
+    pass
+
+
+def check(file: Path) -> None:
+    """Raise UserError unless all that the header counts is there, and its sizes are those of its tensors."""
+    try:
+        with file.open("rb") as stream:
+            _check(_Reader(stream, os.fstat(stream.fileno()).st_size))
+    except (_Broken, UnicodeDecodeError) as error:
+        raise UserError(f"model.name: {file} is not a GGUF model that loads: {error}") from None
+
+
+def _check(reader: "_Reader") -> None:
+    if reader.take(4) != b"GGUF":
+        raise _Broken("it does not begin as one")
+    if (version := reader.number("I")) not in _VERSIONS:
+        raise _Broken(f"version {version} is not known")
+    tensors, pairs = reader.count("tensors", 24), reader.count("values", 12)
+    values: dict[str, Any] = {}
+    for _ in range(pairs):
+        key = reader.text(_LONGEST_NAME)
+        values[key] = reader.value(reader.number("I"))
+    shapes = dict(_tensors(reader, tensors))
+    _check_sizes(values, shapes)
+    alignment = values.get("general.alignment", 32)
+    if type(alignment) is not int or not 1 <= alignment <= _LARGEST_ALIGNMENT or alignment & (alignment - 1):
+        raise _Broken(f"general.alignment cannot be {str(alignment)[:40]}")
+    data = -(-reader.place // alignment) * alignment
+    for name, (_, offset, size) in shapes.items():
+        if data + offset + size > reader.size:
+            raise _Broken(f"it is cut off: {name[:60]!r} ends at byte {data + offset + size:,} of {reader.size:,}")
+
+
+def _tensors(reader: "_Reader", count: int) -> Iterator[tuple[str, tuple[list[int], int, int]]]:
+    """Name -> (dimensions, offset, bytes) of each tensor."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    for _ in range(count):
+        name, dimensions = reader.text(_LONGEST_NAME), reader.number("I")
+        if not 1 <= dimensions <= _MOST_DIMENSIONS:
+            raise _Broken(f"{name[:60]!r} has {dimensions} dimensions")
+        shape = [reader.number("Q") for _ in range(dimensions)]
+        kind, offset = reader.number("I"), reader.number("Q")
+        try:
+            block, width = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+        except (ValueError, KeyError):
+            raise _Broken(f"{name[:60]!r} has numbers of type {kind}, which is not known") from None
+        if not all(shape) or math.prod(shape) % block:
+            raise _Broken(f"{name[:60]!r} cannot have the dimensions {shape}")
+        yield name, (shape, offset, math.prod(shape) // block * width)
+
+
+def _check_sizes(values: dict[str, Any], tensors: dict[str, tuple[list[int], int, int]]) -> None:
+    """A model of this size is built before its tensors are read."""
+    architecture = values.get("general.architecture")
+    if not isinstance(architecture, str):
+        raise _Broken("it does not say its general.architecture")
+    for key, value in values.items():
+        if key.startswith(f"{architecture}.") and isinstance(value, int) and abs(value) > _LARGEST_NUMBER:
+            raise _Broken(f"{key[:60]} cannot be {value}")
+    blocks = {int(found[1]) for name in tensors if (found := _BLOCK.match(name)) and len(found[1]) < 9}
+    largest = max((max(shape) for shape, _, _ in tensors.values()), default=0)
+    for name, most, what in (
+        ("block_count", len(blocks), "blocks"),
+        ("embedding_length", largest, "numbers in a row at most"),
+        ("feed_forward_length", largest, "numbers in a row at most"),
+    ):
+        value = values.get(f"{architecture}.{name}", 0)
+        if not isinstance(value, int) or value > most:
+            raise _Broken(f"{architecture}.{name} is {str(value)[:40]}, but its tensors have {most} {what}")
+
+
+class _Reader:
+    """The bytes of a file from its start, none beyond its end."""
+
+    def __init__(self, stream: BinaryIO, size: int) -> None:
+        self._stream, self.size, self.place = stream, size, 0
+
+    def take(self, count: int) -> bytes:
+        if count > self.size - self.place:
+            raise _Broken(f"it is cut off at byte {self.size:,}")
+        self.place += count
+        return self._stream.read(count)
+
+    def number(self, kind: str) -> Any:
+        return struct.unpack(f"<{kind}", self.take(struct.calcsize(f"<{kind}")))[0]
+
+    def count(self, what: str, smallest: int) -> int:
+        """How many of something follow, each of at least `smallest` bytes."""
+        found = int(self.number("Q"))
+        if found * smallest > self.size - self.place:
+            raise _Broken(f"it counts {found:,} {what}, more than fit into its {self.size:,} bytes")
+        return found
+
+    def text(self, most: int | None = None) -> str:
+        length = self.count("letters of a text", 1)
+        if most is not None and length > most:
+            raise _Broken(f"it has a name of {length:,} letters")
+        return self.take(length).decode("utf-8", "strict" if most else "replace")
+
+    def value(self, kind: int, depth: int = 0) -> Any:
+        """A value; None for a list, of which only the sizes are read."""
+        if kind == _STRING:
+            return self.text()
+        if kind == _ARRAY:
+            self._list(depth)
+            return None
+        if kind not in _SCALARS:
+            raise _Broken(f"it has a value of type {kind}, which is not known")
+        return self.number(_SCALARS[kind])
+
+    def _list(self, depth: int) -> None:
+        kind = int(self.number("I"))
+        if kind in _SCALARS:
+            width = struct.calcsize(f"<{_SCALARS[kind]}")
+            self._skip(self.count("numbers", width) * width)
+        elif kind == _STRING:
+            for _ in range(self.count("texts", 8)):
+                self._skip(self.count("letters of a text", 1))
+        elif kind == _ARRAY and depth < _MOST_DIMENSIONS:
+            for _ in range(self.count("lists", 12)):
+                self._list(depth + 1)
+        else:
+            raise _Broken(f"it has a list of values of type {kind}")
+
+    def _skip(self, count: int) -> None:
+        self._stream.seek(count, os.SEEK_CUR)
+        self.place += count

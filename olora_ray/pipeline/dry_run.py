@@ -1,0 +1,161 @@
+"""The dry run: what a run would do with its data, model and cluster, in one screen, and whether it would be stopped.
+
+No Ray, no MLflow run, no file but a converted model. It ends as the run would end as far as that is known without
+starting it, with the same message.
+"""
+
+import os
+import textwrap
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from olora_ray.common.text import aligned, duration
+from olora_ray.config.load import dump
+from olora_ray.config.schema import Config
+from olora_ray.model.source import BaseModel
+from olora_ray.pipeline import report
+from olora_ray.pipeline.base import open_base
+from olora_ray.pipeline.run_folder import RunFolder
+from olora_ray.tokens.preview import Example, Preview, describe
+from olora_ray.tokens.totals import reason_counts
+from olora_ray.train import pace
+from olora_ray.train.estimate import MemoryEstimate
+from olora_ray.train.loader import total_steps
+
+SOURCES_SHOWN = 6
+HELD_OUT_ROWS = 500
+"""Held-out rows that are read of a large data set."""
+WIDTH = 116
+"""Columns of an example's text."""
+PART, WHOLE = 360, 900
+"""Characters that are shown of a part of an example, prompt or answer, and of all; of what is longer the two ends."""
+
+
+def dry_run(config: Config, show_config: bool = False) -> None:
+    """Print the plan of a run; with `show_config` the whole config first.
+
+    Raises UserError with what would stop the run.
+    """
+    folder = RunFolder(config)
+    folder.check()
+    if done := folder.finished():
+        report.already_finished(config, done)
+    base = open_base(config)
+    size = report.plan(config, base.model)
+    held_out = describe(config, base.spec, "eval", HELD_OUT_ROWS) if config.data.holds_out() else None
+    train = describe(config, base.spec, "train")
+    if show_config:
+        print(dump(config))
+    table = [
+        ("targets", layers(size.targets)),
+        *_source_rows(train, held_out),
+        *_data(config, train, held_out),
+        ("training", report.length(config, train.packs, about=not train.exact)),
+        ("time", _time(config, base.model, size, train, held_out)),
+    ]
+    print("\n".join(aligned(table)))
+    print("\nexamples, with the supervised tokens in [[ ]]")
+    for example in train.examples:
+        print(f"\n{_short(example.origin)}: {len(example.input_ids):,} tokens, {int(example.mask.sum()):,} supervised")
+        print(_shown(base.tokenizer, example))
+
+
+def layers(targets: Mapping[str, tuple[int, int]]) -> str:
+    """Adapted layers as `30 x 7 layers: q_proj 576 x 576, ...`: those that differ in numbers only are one kind."""
+    kinds = Counter((_words(name), shape) for name, shape in targets.items())
+    lasts = Counter(words[-1] for words, _ in kinds)
+    by_count: dict[int, list[str]] = {}
+    for (words, (m, n)), count in kinds.items():
+        label = words[-1] if lasts[words[-1]] == 1 else ".".join(words[-2:])
+        by_count.setdefault(count, []).append(f"{label} {m} x {n}")
+    parts = (f"{count} x {len(labels)} layers: {', '.join(labels)}" for count, labels in by_count.items())
+    return "; ".join(parts)
+
+
+def _words(name: str) -> tuple[str, ...]:
+    """The parts of a module's name without the numbers."""
+    return tuple(part for part in name.split(".") if not part.isdecimal())
+
+
+def _source_rows(train: Preview, held_out: Preview | None) -> Iterator[tuple[str, str]]:
+    # Held-out rows that are drawn from the training sources have no source of their own.
+    own = held_out.sources if held_out and not held_out.limits.setting.startswith("held out") else ()
+    found = [*train.sources, *own]
+    for each in found[:SOURCES_SHOWN]:
+        rejected = f", {each.rejected:,} rejected" if each.rejected else ""
+        share = f", weight {each.source.weight:g}" if each.source.weight != 1 else ""
+        rows = f"{each.rows:,} row{'s' * (each.rows != 1)} read{rejected}"
+        yield each.setting, f"{_short(each.source.path)} ({each.source.format}{share}): {rows}"
+    if rest := found[SOURCES_SHOWN:]:
+        yield f"and {len(rest)} more", f"{sum(each.rows for each in rest):,} rows read"
+
+
+def _data(config: Config, train: Preview, held_out: Preview | None) -> Iterator[tuple[str, str]]:
+    yield "rows", _rows(train)
+    if held_out is None:
+        yield "held out", "none (set data.eval or data.eval_fraction)"
+    else:
+        yield "held out", f"{_rows(held_out)}; {held_out.packs:,} sequences"
+    about = "" if train.exact else "about "
+    yield "sequences", f"{about}{train.packs:,} of at most {config.data.max_length:,} tokens, fill {train.fill:.2f}"
+    yield "tokens", f"{about}{train.tokens:,} in an epoch, {train.supervised / train.tokens:.0%} of them supervised"
+    low, half, most, nearly, high = (f"{length:,}" for length in train.lengths)
+    yield "an example has", f"{low} to {high} tokens; half have up to {half}, 90% up to {most}, 99% up to {nearly}"
+
+
+def _rows(preview: Preview) -> str:
+    rejected = sum(preview.rejected.values())
+    text = f"{preview.rows:,}" if preview.exact else f"about {preview.rows:,}, of which {preview.read:,} were read"
+    if not rejected:
+        return f"{text}, none rejected"
+    limits = preview.limits
+    allowed = f"data.max_rejected = {limits.share:g} allows {int(limits.allowed(preview.read)):,}"
+    return f"{text}, {rejected:,} rejected ({reason_counts(preview.rejected)}; {allowed})"
+
+
+def _time(config: Config, base: BaseModel, size: MemoryEstimate, train: Preview, held_out: Preview | None) -> str:
+    """An estimate from one measured micro-batch, or why there is none."""
+    elsewhere = os.environ.get("RAY_ADDRESS", "").strip() not in ("", "auto", "local")
+    if why := pace.not_measured(size, elsewhere):
+        return f"not estimated: {why}"
+    workers = config.cluster.max_workers()
+    width = min(config.train.micro_batch, -(-config.train.global_batch // workers))
+    packs = [train.some_packs[number % len(train.some_packs)] for number in range(width)]
+    once = pace.seconds_per_micro_batch(config, base, packs)
+    steps, step = total_steps(config.train, train.packs), once * config.accumulation()
+    seconds = steps * step
+    words = f"{steps} steps of about {step:.2g} s"
+    if held_out is not None:
+        # Forward only, which is a third of forward and backward.
+        rounds = -(-steps // config.train.eval_every) + 1
+        seconds += rounds * -(-held_out.packs // (width * workers)) * once / 3
+        words += f" and {rounds} evaluations"
+    return (
+        f"about {duration(seconds)} for {words}, by one micro-batch measured here; start, answers and export add to it"
+    )
+
+
+def _shown(tokenizer: Any, example: Example) -> str:
+    """The text of an example, each part of it shortened; line breaks are written as \\n."""
+    text, start, ids, mask = "", 0, example.input_ids.tolist(), example.mask.tolist()
+    for stop in range(1, len(ids) + 1):
+        if stop == len(ids) or mask[stop] != mask[start]:
+            part = _shortened(str(tokenizer.decode(ids[start:stop])).replace("\n", "\\n"))
+            text += f"[[{part}]]" if mask[start] else part
+            start = stop
+    lines = textwrap.wrap(_shortened(text, WHOLE), WIDTH) or [""]
+    return "\n".join(f"    {line}" for line in lines)
+
+
+def _shortened(text: str, most: int = PART) -> str:
+    if len(text) <= most:
+        return text
+    return f"{text[: most * 2 // 3]} ... {text[-most // 3 :]}"
+
+
+def _short(place: str) -> str:
+    """A path as seen from the current folder, if it lies below it."""
+    here = f"{Path.cwd()}/"
+    return place.removeprefix(here)

@@ -1,0 +1,108 @@
+"""First look at the data of a run: sources that lead nowhere or do not fit their format, before anything heavy.
+
+It reads a few rows of a few files, and imports neither torch nor Ray. A source is refused if not one of the rows
+that it looks at can be used; everything else is judged by the preparation, which reads all.
+"""
+
+import contextlib
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
+
+from olora_ray.common import storage
+from olora_ray.common.errors import UserError
+from olora_ray.config.schema import Config, Source
+from olora_ray.data import reader, suggest
+from olora_ray.data.formats import Rejected, columns_of, to_example
+from olora_ray.data.scan import FileScan, head
+from olora_ray.data.sources import File, list_files
+
+ROWS = 10
+"""Rows of a place that are looked at."""
+LARGEST_JSON = 64 * 2**20
+"""Bytes of a .json file, which is read as a whole, up to which it is looked at."""
+
+Item = TypeVar("Item")
+
+
+def check(config: Config) -> None:
+    """Raise UserError for a source without files, or none of whose first, middle and last rows can be used.
+
+    A run that is finished needs its data no more. Data sets of the hub are looked at by the preparation.
+    """
+    with contextlib.suppress(OSError):  # a storage that does not answer is the run's to report
+        if storage.exists(storage.join(config.folder(), "result.json")):
+            return
+    for setting, sources in (("data.train", config.data.train), ("data.eval", config.data.eval)):
+        for number, source in enumerate(sources):
+            if not source.path.startswith("hf://"):
+                _check(source, f"{setting}.{number}", config.run.storage)
+
+
+def _check(source: Source, where: str, storage_root: str) -> None:
+    files = list_files(source, where, storage_root)
+    first: tuple[File, FileScan | None, int, Any, Rejected] | None = None
+    seen, empty = 0, True
+    for file in _spread(files):
+        scanned = _head(file)
+        empty = empty and not (scanned is None or scanned.units)
+        for place, row in _rows(source, file, scanned):
+            seen += 1
+            try:
+                _example(source, row)
+            except Rejected as rejected:
+                first = first or (file, scanned, place, row, rejected)
+            else:
+                return
+    if empty and len(files) <= len(_spread(files)):
+        raise UserError(f"{where}.path: {source.path} is empty: it has no rows")
+    if first:
+        file, scanned, place, row, why = first
+        raise UserError(
+            f"{where}: none of the {seen} rows that were looked at can be used;"
+            f" {file.uri}:{place + 1}: {why.reason}: {why.message}{_hint(source, where, file, scanned, row)}"
+        )
+
+
+def _hint(source: Source, where: str, file: File, scanned: FileScan | None, row: Any) -> str:
+    """What is odd about the file, or what to set instead, as the end of a message."""
+    if odd := suggest.file(file.kind, scanned.columns if scanned else (), _begin(file)):
+        return f"; {odd}"
+    words = suggest.columns(source.format, row)
+    return f"; set {words} in {where}" if words else ""
+
+
+def _example(source: Source, row: Any) -> None:
+    if isinstance(row, Rejected):
+        raise row
+    to_example(source.format, row, source.fields)
+
+
+def _head(file: File) -> FileScan | None:
+    """The start of a file; None if it is too large to look at."""
+    if file.kind == "json" and file.size > LARGEST_JSON:
+        return None
+    try:
+        return head(file)
+    except PermissionError:
+        raise UserError(f"{file.uri}: no permission to read it") from None
+    except (OSError, EOFError) as error:
+        raise reader.broken(file, error) from None
+
+
+def _rows(source: Source, file: File, scanned: FileScan | None) -> Iterator[reader.Located]:
+    if scanned is not None:
+        # All columns, so that a message can name them.
+        columns = scanned.columns or tuple(columns_of(source.format, source.fields))
+        for unit in _spread(scanned.units):
+            yield from itertools.islice(reader.read_unit(file, unit, scanned.columns, columns), ROWS)
+
+
+def _begin(file: File) -> bytes:
+    with reader.open_stream(file) as stream:
+        return bytes(stream.read(4096))
+
+
+def _spread(items: Sequence[Item]) -> list[Item]:
+    """The first, the middle and the last."""
+    return [items[number] for number in sorted({0, len(items) // 2, len(items) - 1} if items else ())]

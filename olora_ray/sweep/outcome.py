@@ -1,0 +1,128 @@
+"""The outcome of a search: its record, what is written and said of it, and the best trial as a registered model."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+
+from olora_ray.cluster.spec import TrainResult
+from olora_ray.common import storage
+from olora_ray.common.errors import UserError
+from olora_ray.common.text import plural
+from olora_ray.config.load import dump, override
+from olora_ray.config.schema import Config
+from olora_ray.pipeline import export, fit, mlflow_run, publish
+from olora_ray.pipeline.run_folder import RunFolder
+from olora_ray.sweep import progress, trial_file
+from olora_ray.sweep.progress import Progress
+from olora_ray.sweep.record import SearchRecord, TrialRecord
+from olora_ray.sweep.report import leaderboard, write
+from olora_ray.sweep.spec import SweepSpec, trial_name
+from olora_ray.tracking.run import Tracker
+from olora_ray.train import checkpoints
+
+logger = logging.getLogger(__name__)
+
+LENGTH = ("train.steps", "train.epochs", "train.eval_every", "train.checkpoint_every", "evaluation.")
+"""Fields that a space sets to have short trials."""
+
+
+def record(sweep_spec: SweepSpec) -> SearchRecord:
+    """What the trials have left in their folders, and the search in its own, as one record."""
+    space, found = sweep_spec.space, progress.read(sweep_spec.folder)
+    trials = tuple(
+        _with_reason(trial, found, space.scheduler.kind)
+        for _, trial in sorted(trial_file.read_all(sweep_spec.folder).items())
+    )
+    return SearchRecord(
+        name=sweep_spec.name,
+        metric=space.metric,
+        mode=space.better(),
+        searcher=space.searcher,
+        scheduler=space.scheduler.kind,
+        seconds=found.seconds,
+        trials=trials,
+        fields=tuple(space.search),
+        default=_default(sweep_spec, trials),
+        notes=(found.note,) if found.note else (),
+    )
+
+
+def _with_reason(trial: TrialRecord, found: Progress, scheduler: str) -> TrialRecord:
+    """A trial that was stopped does not know by whom."""
+    if trial.status != "stopped":
+        return trial
+    if trial.number in found.cut:
+        return replace(trial, status="unfinished", reason="the search ended before it")
+    share = f" after {trial.step / trial.total:.0%} of its {plural(trial.total, 'step')}" if trial.total else ""
+    return replace(trial, reason=f"{scheduler}{share}")
+
+
+def conclude(config: Config, sweep_spec: SweepSpec, found: SearchRecord, tracker: Tracker) -> None:
+    """Write report, leaderboard and best.yaml, log them to MLflow, and say what came out."""
+    best = found.best()
+    assert best is not None
+    place = storage.join(sweep_spec.folder, "best.yaml")
+    storage.write_text(place, dump(best_config(config, sweep_spec, best)))
+    for file in [*write.write(found, sweep_spec.folder), place]:
+        with storage.fetched(file) as local:
+            tracker.artifact(local)
+    tracker.table("leaderboard", *leaderboard.table(found))
+    tracker.metrics({0: {f"best/{found.metric}": best.value or 0.0}})
+    for line in [*leaderboard.lines(found), *leaderboard.summary(found)]:
+        logger.info(line)
+    logger.info(f"report: {storage.join(sweep_spec.folder, 'report.html')}")
+    logger.info(f"best config: {place}")
+
+
+def best_config(config: Config, sweep_spec: SweepSpec, best: TrialRecord, refit: bool = False) -> Config:
+    """The config as it came, with the best trial's values and what the space sets for all.
+
+    For a `refit` the space's short trainings are left out: it has the length of the config itself.
+    """
+    common = {field: value for field, value in sweep_spec.space.set.items() if not (refit and field.startswith(LENGTH))}
+    name = f"{sweep_spec.name}-{'refit' if refit else 'best'}"
+    return override(config, {**common, **best.params, "run.name": name})
+
+
+def register(sweep_spec: SweepSpec, found: SearchRecord) -> int:
+    """Export, check and register the best trial's model as it is; returns the version.
+
+    Raises UserError if the exports disagree.
+    """
+    best = found.best()
+    assert best is not None
+    trial = override(
+        sweep_spec.train_spec.config, {**best.params, "run.name": f"{sweep_spec.name}-{trial_name(best.number)}"}
+    )
+    spec = replace(sweep_spec.train_spec, config=trial)
+    folder = RunFolder(trial, best.folder)
+    result = fit.finished_training(spec, folder) or _stopped(folder)
+    with mlflow_run.tracked(spec, folder, sweep_spec.parent) as tracker:
+        parity = export.run_export(spec, folder, result)
+        tags = {"olora.search": sweep_spec.name, "olora.trial": str(best.number)}
+        version = publish.publish(spec, folder, tracker, result, parity, tags)
+    assert version is not None
+    name, alias = trial.registry.model, trial.registry.alias
+    logger.info(f"registered: {name} version {version} (models:/{name}@{alias}), trial {best.number}")
+    return version
+
+
+def _stopped(folder: RunFolder) -> TrainResult:
+    """The result of a trial that was stopped: what its last checkpoint has."""
+    found = checkpoints.latest_good(folder.checkpoints)
+    if found is None:
+        raise UserError(
+            f"{folder.checkpoints}: the best trial has no checkpoint left; train best.yaml instead (--refit)"
+        )
+    return TrainResult(state=found[1].state, stopped_early=True)
+
+
+def _default(sweep_spec: SweepSpec, trials: Sequence[TrialRecord]) -> int | None:
+    """The number of the trial that has the config as it is."""
+    space = sweep_spec.space
+    if space.has_default():
+        return next((trial.number for trial in trials if trial.number == 0), None)
+    if (draws := space.as_draws(sweep_spec.train_spec.config)) is None:
+        return None
+    wanted = space.values(draws)
+    return next((trial.number for trial in trials if trial.params == wanted), None)

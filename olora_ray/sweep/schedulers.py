@@ -1,0 +1,142 @@
+"""Ray Tune's schedulers as searches use them.
+
+ASHA and the median rule measure time as the share of a trial's *own* steps, in percent: a trial that is longer or
+shorter than the others (another batch, number of epochs or length of sequences) is compared with them at the same
+share of its training, and none is over before it has done all its steps. Tune does not save a scheduler with a
+search; here those two learn again from the trials' records what they knew when a search is resumed.
+"""
+
+import contextlib
+import random
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+from ray.tune.schedulers import (
+    ASHAScheduler,
+    FIFOScheduler,
+    MedianStoppingRule,
+    PopulationBasedTraining,
+    TrialScheduler,
+)
+
+from olora_ray.sweep import trial_file
+from olora_ray.sweep.choosers import Seeded
+from olora_ray.sweep.domain import Domain, rounded
+from olora_ray.sweep.space import Space
+from olora_ray.sweep.spec import PROGRESS, WHOLE, SweepSpec, number_of, trial_place
+
+
+def scheduler(sweep_spec: SweepSpec) -> TrialScheduler:
+    """The scheduler that a search's space asks for."""
+    space, settings = sweep_spec.space, sweep_spec.space.scheduler
+    every = sweep_spec.train_spec.config.train.eval_every
+    # A little less: a third of 100 times 3 is more than 100 in floats, and a rung would be missed.
+    grace = min(WHOLE, WHOLE * (settings.grace or every) / sweep_spec.total()) * (1 - 1e-9)
+    if settings.kind == "asha":
+        return Halving(sweep_spec.folder, space.metric, grace, settings.reduction)
+    if settings.kind == "median":
+        return Median(sweep_spec.folder, space.metric, grace)
+    if settings.kind == "population":
+        return Population(space, settings.interval or every)
+    return FIFOScheduler()
+
+
+class Halving(ASHAScheduler):
+    """Asynchronous successive halving over the share of a trial's own steps."""
+
+    def __init__(self, folder: str, metric: str, grace: float, reduction: float) -> None:
+        """`folder` is the search's; `grace` the percentage of its steps that every trial may do."""
+        super().__init__(PROGRESS, max_t=WHOLE, grace_period=grace, reduction_factor=reduction)
+        self._folder, self._measured = folder, metric
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        """Tune has a trial: a new one, or one of before an interruption, whose results count again."""
+        super().on_trial_add(tune_controller, trial)
+        for result in _results(self._folder, self._measured, trial):
+            self.on_trial_result(tune_controller, trial, result)
+
+
+class Median(MedianStoppingRule):
+    """The median stopping rule over the share of a trial's own steps."""
+
+    def __init__(self, folder: str, metric: str, grace: float) -> None:
+        """`folder` is the search's; `grace` the percentage of its steps that every trial may do."""
+        super().__init__(PROGRESS, grace_period=grace, min_samples_required=3)
+        self._folder, self._measured = folder, metric
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        """Tune has a trial: a new one, or one of before an interruption, whose results count again."""
+        super().on_trial_add(tune_controller, trial)
+        for result in _results(self._folder, self._measured, trial):
+            self.on_trial_complete(tune_controller, trial, result)  # only notes it; on_trial_result would also judge
+
+
+def _results(folder: str, metric: str, trial: Any) -> list[dict[str, Any]]:
+    """What Tune was told of a trial before, in order."""
+    record = trial_file.read(trial_place(folder, number_of(str(trial))))
+    if record is None or not record.total:
+        return []
+    return [{PROGRESS: WHOLE * step / record.total, metric: value} for step, value in record.curve if step]
+
+
+class Population(PopulationBasedTraining):
+    """Population-based training whose members stay within the space, and that repeats.
+
+    All members stop after the same steps; those that fall behind take over a better one's state, and a value of
+    each field that is drawn anew or lies beside the better one's: the next of a list or of the steps of a quniform,
+    0.8 or 1.2 times the number of a range. A field with `of` keeps a factor of its list, and follows its base.
+    """
+
+    def __init__(self, space: Space, interval: int) -> None:
+        """`interval` in steps."""
+        super().__init__(
+            "step",
+            perturbation_interval=interval,
+            hyperparam_mutations=_mutations(space),
+            custom_explore_fn=partial(_inside, space),
+            synch=True,  # otherwise a member could take over a checkpoint that its owner has just deleted
+            log_config=False,
+        )
+        self._seed = space.seed
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """A member has come to an evaluation; with the last of them all are compared."""
+        with _seeded(f"{self._seed} {result.get('step', 0)}"):
+            return str(super().on_trial_result(tune_controller, trial, result))
+
+
+@contextlib.contextmanager
+def _seeded(seed: str) -> Iterator[None]:
+    """Tune chooses with the random numbers of the module: for the block they follow from the seed."""
+    before = random.getstate()
+    random.seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(before)
+
+
+def _mutations(space: Space) -> dict[str, Any]:
+    """Name of a draw -> the list that Tune moves in, or a function that draws from a range."""
+    found: dict[str, Any] = {}
+    for name, (field, domain) in zip(space.draw_names(), space.search.items(), strict=True):
+        if domain.of is not None:
+            found[name] = list(domain.factors())
+        elif domain.quniform:
+            found[name] = [domain.at(place) for place in range(domain.steps())]
+        else:
+            found[name] = list(domain.options()) or partial(_redrawn, field, domain)
+    return found
+
+
+def _redrawn(field: str, domain: Domain) -> Any:
+    return domain.draw(field, Seeded((random.randrange(2**30),)))[field]
+
+
+def _inside(space: Space, config: dict[str, Any]) -> dict[str, Any]:
+    """Numbers that Tune has multiplied by 0.8 or 1.2, brought back into their ranges."""
+    for field, domain in space.search.items():
+        if (interval := domain.interval()) and not domain.quniform:
+            config[field] = rounded(min(max(config[field], interval[0]), interval[1]), *interval)
+    return config

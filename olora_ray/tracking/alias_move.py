@@ -1,0 +1,33 @@
+"""A move of a registered model's aliases, as it is announced in MLflow before it is made."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Move:
+    """All that one move of the aliases writes."""
+
+    champion: str
+    """Version that becomes the champion."""
+    previous: str | None
+    """Version that becomes `previous`; None: there is none any more."""
+    tags: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """Version -> tags it gets."""
+    was: Mapping[str, str] | None = None
+    """The aliases before; None: not known, the move was announced by an older release."""
+
+    @classmethod
+    def from_json(cls, text: str) -> "Move":
+        """Read a MOVING tag; raises ValueError for anything else."""
+        tree = json.loads(text)
+        if not isinstance(tree, dict):
+            raise ValueError("not a move")
+        tags, was, previous = tree.get("tags"), tree.get("was"), tree.get("previous")
+        if not isinstance(tags, dict) or not all(isinstance(each, dict) for each in tags.values()):
+            raise ValueError("not a move")
+        if not isinstance(was, dict | None) or not isinstance(tree.get("champion"), str):
+            raise ValueError("not a move")
+        texts = {str(number): {str(key): str(text) for key, text in each.items()} for number, each in tags.items()}
+        return cls(tree["champion"], None if previous is None else str(previous), texts, was)

@@ -1,0 +1,55 @@
+"""Pace of a training, measured: one micro-batch forward and backward through the real model on this machine's CPU.
+
+What it leaves out: other workers on the same cores, the exchange of gradients, and machines that are not this one.
+"""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from olora_ray.adapter.initialise import initialise
+from olora_ray.adapter.inject import find_targets, inject
+from olora_ray.config.schema import Config
+from olora_ray.model.load import load_model
+from olora_ray.model.source import BaseModel
+from olora_ray.tokens.collate import collate
+from olora_ray.tokens.store import Pack
+from olora_ray.train.estimate import MemoryEstimate
+from olora_ray.train.loss import SupervisedLoss
+
+LARGEST = 2 * 2**30
+"""Bytes of a training up to which it is measured: a larger one takes minutes, or more memory than there is."""
+
+
+def not_measured(size: MemoryEstimate, elsewhere: bool) -> str | None:
+    """Why a training of this size is not measured here; None if it is. `elsewhere`: it runs on other machines."""
+    if elsewhere:
+        return "the workers run on another machine"
+    if torch.cuda.is_available():
+        return "it is measured on CPUs only"
+    if size.total_bytes() > LARGEST:
+        return f"it is measured for trainings of up to {LARGEST / 2**30:.0f} GiB only"
+    return None
+
+
+def seconds_per_micro_batch(config: Config, base: BaseModel, packs: Sequence[Pack]) -> float:
+    """Seconds for these sequences, forward and backward, in one process with a worker's number of threads."""
+    device = torch.device("cpu")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
+    try:
+        model: Any = load_model(base.folder, config.model, device)
+        targets = find_targets(model, config.adapter.targets, config.adapter.rank)
+        factors, _ = initialise(targets, config.adapter.method, config.adapter.rank, config.run.seed, device)
+        inject(model, factors, config.adapter.scale())
+        loss, batch = SupervisedLoss(model), collate(packs, model.config._attn_implementation)
+        times = []
+        for _ in range(2):  # the first has to get its memory
+            began = time.perf_counter()
+            loss(batch).backward()
+            times.append(time.perf_counter() - began)
+        return min(times)
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,95 @@
+"""What a node keeps of other places has a bound, and what is in use stays."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from olora_ray.common import node_cache
+
+HOLD = """
+import sys
+from pathlib import Path
+from olora_ray.common import node_cache
+node_cache.hold(Path(sys.argv[1]))
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def entry(root: Path, name: str, age: float, size: int = 100) -> Path:
+    folder = root / name
+    (folder / "model").mkdir(parents=True)
+    (folder / "model" / "weights").write_bytes(b"x" * size)
+    aged(folder, age)
+    return folder
+
+
+def aged(path: Path, age: float) -> None:
+    os.utime(path, (time.time() - age,) * 2)
+
+
+def there(root: Path) -> list[str]:
+    return sorted(path.name for path in root.iterdir() if not path.name.startswith("."))
+
+
+def made_room(root: Path, limit: int) -> list[str]:
+    node_cache.make_room(root, [path for path in root.iterdir() if not path.name.startswith(".")], limit)
+    return there(root)
+
+
+def test_what_was_not_used_for_longest_goes_until_it_fits(tmp_path: Path) -> None:
+    for name, age in (("a", 5000.0), ("b", 7000.0), ("c", 6000.0)):
+        entry(tmp_path, name, age)
+    assert made_room(tmp_path, 300) == ["a", "b", "c"]
+    assert made_room(tmp_path, 299) == ["a", "c"]
+    assert made_room(tmp_path, 150) == ["a"]
+    assert made_room(tmp_path, 0) == []
+
+
+def test_what_was_used_a_moment_ago_stays(tmp_path: Path) -> None:
+    entry(tmp_path, "a", 5000.0)
+    node_cache.used(tmp_path / "a")
+    entry(tmp_path, "b", 4000.0)
+    assert made_room(tmp_path, 0) == ["a"]
+
+
+def test_what_a_living_process_holds_stays(tmp_path: Path) -> None:
+    held = entry(tmp_path, "a", 5000.0)
+    command = [sys.executable, "-c", HOLD, str(held)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        assert process.stdout.readline() == "held\n"
+        aged(held, 5000.0)
+        assert made_room(tmp_path, 0) == ["a"]
+        process.kill()
+    assert made_room(tmp_path, 0) == []
+
+
+def test_what_this_process_holds_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(node_cache, "_held", {})
+    held = entry(tmp_path, "a", 5000.0)
+    node_cache.hold(held)
+    aged(held, 5000.0)
+    assert made_room(tmp_path, 0) == ["a"]
+
+
+def test_what_a_killed_download_has_left_goes(tmp_path: Path) -> None:
+    entry(tmp_path, "a", 0)
+    for name, age in ((".old.tmp", 1e6), (".new.tmp", 10.0)):
+        (tmp_path / "a" / name).mkdir()
+        aged(tmp_path / "a" / name, age)
+    made_room(tmp_path, 10**6)
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [".new.tmp", "model"]
+
+
+def test_the_bound_is_a_part_of_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry(tmp_path, "a", 5000.0)
+    node_cache.make_room(tmp_path, [tmp_path / "a"])
+    assert there(tmp_path) == ["a"]
+    monkeypatch.setattr(node_cache, "SHARE", 0.0)
+    node_cache.make_room(tmp_path, [tmp_path / "a"])
+    assert there(tmp_path) == []

@@ -1,0 +1,306 @@
+"""Every function of the storage module on a real S3 server, and what a server that misbehaves leads to."""
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from olora_ray.common import connections, patience, s3, storage
+from olora_ray.common.errors import TryAgain, UserError
+from tests.s3_server import Faults, Server, dead_port, within
+from tests.said import said
+
+
+@pytest.fixture
+def server(s3_server: Server) -> Server:
+    return s3_server
+
+
+@pytest.fixture
+def place(bucket: str) -> str:
+    return bucket
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "t"))
+    (tmp_path / "t").mkdir()
+    return tmp_path / "t"
+
+
+@pytest.fixture
+def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short times: what they are is not tested."""
+    for module in (connections, s3):
+        monkeypatch.setattr(module, "ANSWER_SECONDS", 1)
+    connections._connected.cache_clear()
+    s3._made.cache_clear()
+    monkeypatch.setattr(patience, "PATIENCE", 2.0)
+    monkeypatch.setattr(patience, "PAUSES", (0.05,))
+
+
+class TestFiles:
+    def test_a_file_is_written_read_and_removed(self, place: str) -> None:
+        file = storage.join(place, "deep", "down", "a.txt")
+        assert not storage.exists(file)
+        storage.write_text(file, "grüße")
+        assert storage.exists(file)
+        assert storage.exists(storage.join(place, "deep"))
+        assert storage.read_text(file) == "grüße"
+        storage.write_bytes(file, b"other")
+        assert storage.read_bytes(file) == b"other"
+        storage.remove(file)
+        assert not storage.exists(file)
+        storage.remove(file)
+        with pytest.raises(FileNotFoundError):
+            storage.read_bytes(file)
+
+    def test_names_are_those_of_files_and_folders(self, place: str) -> None:
+        assert storage.names(place) == []
+        for name in ("b", "a/x", "a/y", "c/d/e"):
+            storage.write_text(storage.join(place, name), "x" * len(name))
+        assert storage.names(place) == ["a", "b", "c"]
+        assert storage.files_below(place) == {"b": 1, "a/x": 3, "a/y": 3, "c/d/e": 5}
+        storage.remove(storage.join(place, "a"))
+        assert storage.names(place) == ["b", "c"]
+
+    @pytest.mark.parametrize("name", ["50%.json", "a%20b.json", "#1 of 2.json", "a+b=c&d.json", "grüße.json"])
+    def test_a_key_is_taken_as_it_is_written(self, server: Server, place: str, name: str, tmp_path: Path) -> None:
+        storage.write_text(storage.join(place, name), "x")
+        assert server.keys(place) == [name]
+        assert storage.read_text(storage.join(place, name)) == "x"
+        assert storage.local_copy(storage.join(place, name), tmp_path).read_text() == "x"
+
+    def test_nothing_is_below_an_address_with_a_query(self) -> None:
+        with pytest.raises(UserError, match=r"s3://b/p: write it without '\?region=x'; .*AWS_ENDPOINT_URL"):
+            storage.join("s3://b/p?region=x", "a")
+
+
+class TestCopies:
+    def test_a_file_is_fetched_once(self, server: Server, place: str, tmp_path: Path) -> None:
+        storage.write_text(storage.join(place, "a.txt"), "x")
+        for _ in range(2):
+            found = storage.local_copy(storage.join(place, "a.txt"), tmp_path / "deep" / "cache")
+            assert (found.name, found.read_text()) == ("a.txt", "x")
+        with server.counted() as requests:
+            storage.local_copy(storage.join(place, "a.txt"), tmp_path / "deep" / "cache")
+        assert requests == []
+
+    def test_a_folder_is_fetched_with_all_below_it(self, place: str, tmp_path: Path) -> None:
+        for name in ("a", "empty", "deep/down/b"):
+            storage.write_text(storage.join(place, "model", name), name if name != "empty" else "")
+        found = storage.local_copy(storage.join(place, "model"), tmp_path / "cache")
+        assert {str(file.relative_to(found)) for file in found.rglob("*") if file.is_file()} == {
+            "a",
+            "empty",
+            "deep/down/b",
+        }
+        assert (found / "deep" / "down" / "b").read_text() == "deep/down/b"
+
+    def test_what_is_not_there_is_an_error_and_leaves_nothing(self, place: str, tmp_path: Path) -> None:
+        with pytest.raises(FileNotFoundError):
+            storage.local_copy(storage.join(place, "none"), tmp_path)
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_key_does_not_lead_out_of_the_folder(self, server: Server, place: str, tmp_path: Path) -> None:
+        bucket, key = s3.split(place)
+        server.client().put_object(Bucket=bucket, Key=f"{key}/model/../../evil", Body=b"x")
+        with pytest.raises(OSError):
+            storage.local_copy(storage.join(place, "model"), tmp_path / "cache")
+        assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == []
+
+    def test_a_copy_for_a_while_leaves_nothing(self, place: str, temporary: Path) -> None:
+        storage.write_text(storage.join(place, "model", "a"), "x")
+        with storage.fetched(storage.join(place, "model")) as folder:
+            assert folder.name == "model"
+            assert (folder / "a").read_text() == "x"
+        with pytest.raises(FileNotFoundError), storage.fetched(storage.join(place, "none")):
+            pass
+        assert list(temporary.iterdir()) == []
+
+    def test_a_folder_is_uploaded_the_named_file_last(self, server: Server, place: str, tmp_path: Path) -> None:
+        (tmp_path / "deep").mkdir()
+        for name in ("a", "b", "deep/c", "z"):
+            (tmp_path / name).write_text(name)
+        with server.counted() as requests:
+            storage.upload(tmp_path, storage.join(place, "up"), last="a")
+        assert [method for method, _ in requests] == ["PUT"] * 4
+        assert requests[-1][1].endswith("/up/a")
+        assert sorted(server.keys(storage.join(place, "up"))) == ["a", "b", "deep/c", "z"]
+        assert storage.read_text(storage.join(place, "up", "deep", "c")) == "deep/c"
+
+    def test_what_is_written_in_a_local_folder_arrives(self, server: Server, place: str, temporary: Path) -> None:
+        with storage.local_folder(storage.join(place, "export")) as folder:
+            folder.mkdir()
+            (folder / "a").write_text("x")
+        assert server.keys(storage.join(place, "export")) == ["a"]
+        assert list(temporary.iterdir()) == []
+
+    def test_a_large_file_comes_and_goes_in_large_parts(self, server: Server, place: str, tmp_path: Path) -> None:
+        size = 40 * 2**20
+        (tmp_path / "up").mkdir()
+        (tmp_path / "up" / "large").write_bytes(os.urandom(size))
+        with server.counted() as up:
+            storage.upload(tmp_path / "up", place)
+        assert len(up) <= 6  # parts of 10 MB, beginning and end
+        with server.counted() as down:
+            found = storage.local_copy(place, tmp_path / "down")
+        assert [path for method, path in down if method == "GET" and "large" in path] == [down[-1][1]] * 2
+        assert (found / "large").read_bytes() == (tmp_path / "up" / "large").read_bytes()
+
+
+class TestRequests:
+    def test_a_small_write_is_one_request(self, server: Server, place: str) -> None:
+        for content in (b"", b"x", b"x" * 4 * 2**20):
+            with server.counted() as requests:
+                storage.write_bytes(storage.join(place, "deep", "a"), content)
+            assert [method for method, _ in requests] == ["PUT"]
+
+    def test_a_process_has_one_connection(self, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        first, path = storage.filesystem(storage.join(place, "a"))
+        second, _ = storage.filesystem(storage.join(place, "b"))
+        assert first is second
+        assert path == place.removeprefix("s3://") + "/a"
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "another")
+        assert storage.filesystem(storage.join(place, "a"))[0] is not first
+
+
+class TestCheck:
+    def test_a_good_store_passes_and_nothing_is_left(self, server: Server, place: str) -> None:
+        with said() as lines:
+            storage.check(place, "run.storage")
+        assert server.keys(place) == []
+        assert lines == []
+
+    def test_a_missing_bucket(self, place: str) -> None:
+        with pytest.raises(UserError, match=r"run\.storage: s3://none/x cannot be written: there is no bucket of this"):
+            storage.check("s3://none/x", "run.storage")
+
+    def test_wrong_credentials(self, server: Server, place: str) -> None:
+        """A server that checks them, as all but moto do by themselves."""
+        import requests
+
+        requests.post(f"{server.url}/moto-api/reset-auth", data=b"0", timeout=10)
+        try:
+            with pytest.raises(
+                UserError, match=r"refuses access \(InvalidAccessKeyId\); check the credentials"
+            ) as caught:
+                storage.check(place, "run.storage")
+        finally:
+            requests.post(f"{server.url}/moto-api/reset-auth", data=b"Infinity", timeout=10)
+        assert not isinstance(caught.value, TryAgain)
+        assert "\n" not in str(caught.value)
+
+    def test_no_credentials(self, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+        monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+        with pytest.raises(UserError, match=r"Unable to locate credentials; set AWS_ACCESS_KEY_ID and"):
+            storage.check(place, "run.storage")
+
+    def test_a_dead_server(self, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url := f"http://127.0.0.1:{dead_port()}")
+        with pytest.raises(TryAgain, match=f"the store at {url} does not answer: Could not connect") as caught:
+            storage.check(place, "run.storage")
+        assert "\n" not in str(caught.value)
+
+    @pytest.mark.parametrize("fault", ["hang", "refuse"])
+    def test_a_server_that_hangs_or_has_no_time(self, server: Server, place: str, hurried: None, fault: str) -> None:
+        server.faults = Faults(hang=fault == "hang", refuse=-1 if fault == "refuse" else None)
+        says = "Read timeout" if fault == "hang" else r"SlowDown \(HTTP 503\)"
+        with pytest.raises(TryAgain, match=f"does not answer: {says}"), within(15):
+            storage.check(place, "run.storage")
+
+    def test_a_slow_server_is_used_and_told_of(
+        self, server: Server, place: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(s3, "SLOW_SECONDS", 0.2)
+        server.faults = Faults(delay=0.1)
+        with said() as lines:
+            storage.check(place, "run.storage")
+        (line,) = lines
+        assert line.startswith(f"warning: run.storage: {place} is slow: writing, reading and deleting")
+
+    def test_without_boto3_the_command_that_installs_it_is_told(
+        self, place: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setitem(sys.modules, "boto3", None)
+        with pytest.raises(UserError, match=r"run\.storage: s3://.* needs .* boto3.*: pip install 'olora-ray\[s3\]'"):
+            storage.check(place, "run.storage")
+
+    def test_a_folder_that_cannot_be_written(self, tmp_path: Path) -> None:
+        (tmp_path / "file").touch()
+        with pytest.raises(UserError, match=r"run\.storage: .*file/below cannot be written: Not a directory"):
+            storage.check(str(tmp_path / "file" / "below"), "run.storage")
+
+
+@pytest.mark.usefixtures("hurried")
+class TestPatience:
+    @pytest.fixture(autouse=True)
+    def unknown(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(patience, "_answered", set())
+
+    def test_a_store_that_has_answered_is_asked_again(self, server: Server, place: str) -> None:
+        storage.write_text(storage.join(place, "a"), "x")
+        server.faults = Faults(refuse=2 * connections.ATTEMPTS)
+        with said() as lines:
+            assert storage.read_text(storage.join(place, "a")) == "x"
+        assert len(lines) == 2
+        assert lines[0].startswith(f"warning: {place.removesuffix('/runs')} does not answer (")
+        assert lines[0].endswith("; asked again for 2 s more")
+
+    def test_one_that_never_has_is_not(self, server: Server, place: str) -> None:
+        server.faults = Faults(refuse=-1)
+        with said() as lines, pytest.raises(OSError, match="503"):
+            storage.exists(storage.join(place, "a"))
+        assert lines == []
+
+    def test_patience_has_an_end(self, server: Server, place: str) -> None:
+        storage.names(place)
+        server.faults = Faults(hang=True)
+        with said() as lines, pytest.raises(OSError, match="NETWORK_CONNECTION"), within(60):
+            storage.exists(storage.join(place, "a"))
+        assert lines
+
+    def test_what_does_not_pass_is_told_at_once(self, place: str) -> None:
+        storage.names(place)
+        missing = "s3://none/a"
+        with pytest.raises(FileNotFoundError):
+            storage.read_text(missing)
+        with said() as lines, pytest.raises(OSError, match="NO_SUCH_BUCKET"):
+            storage.write_text(missing, "x")
+        assert lines == []
+
+
+class TestConditions:
+    def test_the_first_of_two_writes_and_the_owner_writes_again(self, place: str) -> None:
+        key = storage.join(place, "lock")
+        first = s3.put_if(key, b"first", None)
+        assert first is not None
+        assert s3.put_if(key, b"second", None) is None
+        again = s3.put_if(key, b"again", first)
+        assert again is not None
+        assert s3.put_if(key, b"late", first) is None
+        found = s3.get(key)
+        assert found is not None
+        assert (found.content, found.etag) == (b"again", again)
+        assert 0 <= found.age < 60
+        storage.remove(key)
+        assert s3.get(key) is None
+        assert s3.put_if(key, b"late", again) is None
+
+    def test_a_store_that_ignores_them_is_found_out(self, server: Server, place: str) -> None:
+        key = storage.join(place, "lock")
+        s3.put_if(key, b"x", None)
+        assert not s3.ignores_conditions(key, b"x")
+        server.faults = Faults(ignore_conditions=True)
+        assert s3.ignores_conditions(key, b"x")
+
+    def test_uploads_that_were_cut_are_ended(self, server: Server, place: str) -> None:
+        bucket, key = s3.split(place)
+        for name in (f"{key}/checkpoints/a", f"{key}/other/b"):
+            server.client().create_multipart_upload(Bucket=bucket, Key=name)
+        assert s3.abort_uploads(storage.join(place, "checkpoints")) == 1
+        left = server.client().list_multipart_uploads(Bucket=bucket)["Uploads"]
+        assert [upload["Key"] for upload in left] == [f"{key}/other/b"]

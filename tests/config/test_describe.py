@@ -1,0 +1,79 @@
+"""The schema in words, for --help and for docs/configuration.md."""
+
+import re
+from typing import Annotated, Any, Literal
+
+import pytest
+from pydantic import Field
+
+from olora_ray.config.describe import WIDTH, help_text, plain, shape
+from olora_ray.config.schema import Condition, Config, Source
+from olora_ray.data.formats import FIELDS
+
+
+@pytest.mark.parametrize(
+    ("annotation", "shown"),
+    [
+        (bool, "`true` or `false`"),
+        (Annotated[int, Field(ge=0, lt=2**31)], "whole number (≥ 0, < 2147483648)"),
+        (Annotated[float, Field(gt=0.0, le=1.0)] | None, "number (> 0, ≤ 1) or `null`"),
+        (Literal["all"] | tuple[str, ...], "`all` or list of text"),
+        (tuple[int, int], "list [whole number, whole number]"),
+        (dict[str, float], "mapping of text to number"),
+    ],
+)
+def test_types_in_words(annotation: object, shown: str) -> None:
+    assert shape(annotation) == shown
+
+
+def test_defaults_as_they_stand_in_a_config() -> None:
+    assert [*map(plain, (None, True, (), {}, 3.0e-4, "auto", (1, 2)))] == [
+        "null",
+        "true",
+        "[]",
+        "{}",
+        "0.0003",
+        "auto",
+        "[1, 2]",
+    ]
+
+
+def test_help_has_every_field_of_every_section() -> None:
+    words = {line.split()[0].rstrip(":") for line in help_text().splitlines()}
+    sections = [field.annotation for field in Config.model_fields.values()]
+    assert {*Config.model_fields, *(name for each in (*sections, Source, Condition) for name in _names(each))} <= words
+
+
+def _names(section: Any) -> list[str]:
+    return [field.alias or name for name, field in section.model_fields.items()]
+
+
+@pytest.mark.parametrize(
+    ("field", "shown"),
+    [
+        ("format", "(messages, prompt_completion, alpaca, sharegpt, text) [messages]"),
+        ("schedule", "(cosine, linear, constant) [cosine]"),
+        ("on", "(held-out) [held-out]"),
+        ("dtype", "(auto, float32, bfloat16) [auto]"),
+        ("revision", "(text or null) [null]"),
+        ("eval", "(list of source) [[]]"),
+        ("train", "(list of source, 1 or more) [required]"),
+        ("packing", "(true or false) [true]"),
+        ("rank", "(whole number (≥ 1)) [16]"),
+    ],
+)
+def test_help_has_the_choices_and_the_default_as_yaml(field: str, shown: str) -> None:
+    entries = re.split(r"\n(?= *\w+ {2,}\S|\w+:)", help_text())
+    texts = [" ".join(entry.split()) for entry in entries]
+    assert any(text.startswith(f"{field} ") and text.endswith(shown) for text in texts), texts
+
+
+def test_help_shows_nothing_of_python_and_fits_a_terminal() -> None:
+    text = help_text()
+    assert not re.search(r"\bNone\b|\(\)|\bTrue\b|\bFalse\b", text)
+    assert max(map(len, text.splitlines())) <= WIDTH
+
+
+def test_the_fields_of_each_format_are_those_that_are_read() -> None:
+    described = dict(re.findall(r"(\w+)\s+\{([^}]*)\}", Source.model_fields["format"].description or ""))
+    assert {name: tuple(fields.replace("\n", " ").split(", ")) for name, fields in described.items()} == FIELDS

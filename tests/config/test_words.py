@@ -1,0 +1,63 @@
+"""Words of other tools lead to our fields."""
+
+import re
+
+import pytest
+
+from olora_ray.config.schema import Config
+from olora_ray.config.words import EXPLAINED, PLAIN, advice
+
+
+def there(field: str) -> bool:
+    """Whether a dotted name is a field of the config."""
+    section, name, *inner = field.split(".")
+    return name in getattr(Config.model_fields[section].annotation, "model_fields", {}) and inner[:1] in ([], ["0"])
+
+
+@pytest.mark.parametrize(
+    ("word", "field"),
+    [
+        ("lora_alpha", "adapter.alpha"),
+        ("r", "adapter.rank"),
+        ("lora_r", "adapter.rank"),
+        ("target_modules", "adapter.targets"),
+        ("learning_rate", "train.lr"),
+        ("num_epochs", "train.epochs"),
+        ("num_train_epochs", "train.epochs"),
+        ("per_device_train_batch_size", "train.micro_batch"),
+        ("max_seq_length", "data.max_length"),
+        ("max-seq-length", "data.max_length"),
+        ("lr_scheduler_type", "train.schedule"),
+        ("model_name_or_path", "model.name"),
+        ("output_dir", "run.storage"),
+        ("val_set_size", "data.eval_fraction"),
+        ("early_stopping_patience", "train.early_stop"),
+        ("nproc_per_node", "cluster.workers"),
+        ("rank", "adapter.rank"),
+        ("epochs", "train.epochs"),
+    ],
+)
+def test_a_word_of_another_tool_leads_to_our_field(word: str, field: str) -> None:
+    assert advice(word) == f"use {field}"
+    assert there(field)
+
+
+@pytest.mark.parametrize("word", ["gradient_accumulation_steps", "warmup_ratio", "optim", "report_to"])
+def test_a_word_without_a_field_of_its_meaning_is_explained(word: str) -> None:
+    assert advice(word) == EXPLAINED[word]
+
+
+def test_every_advice_names_a_field_that_there_is() -> None:
+    named = re.findall(r"\b(?:train|data|model|tracking|adapter)\.\w+", " ".join(EXPLAINED.values()))
+    assert len(named) > 8
+    assert [field for field in (*PLAIN, *named) if not there(field)] == []
+
+
+def test_a_word_means_one_field() -> None:
+    words = [word for text in PLAIN.values() for word in text.split()]
+    assert len(words) == len({*words, *EXPLAINED}) - len(EXPLAINED)
+
+
+@pytest.mark.parametrize(("word", "place"), [("zzz", ""), ("name", ""), ("epochs", "train.epochs")])
+def test_nothing_is_advised_where_nothing_is_known(word: str, place: str) -> None:
+    assert advice(word, place) is None

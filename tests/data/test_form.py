@@ -1,0 +1,111 @@
+"""The form of prompt_completion rows, and what of it is in the name of a token store."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from olora_ray.common.errors import UserError
+from olora_ray.config.schema import Source
+from olora_ray.data import chat_template
+from olora_ray.data.form import as_chat, form_line
+from olora_ray.data.tokenize import TokenizerSpec
+from olora_ray.tokens.prepare import plan_here, prepare
+from olora_ray.tokens.preview import describe
+from tests.said import said
+from tests.tokens import helpers
+
+ROW = {"prompt": "two and two? ", "completion": "four"}
+PLAIN = helpers.spec(chat_template.DEFAULT)
+
+
+def source(chat: Any = "auto", format: str = "prompt_completion", **more: Any) -> dict[str, Any]:
+    return {"format": format, "chat": chat, **more}
+
+
+@pytest.mark.parametrize(
+    ("spec", "chat", "text", "line"),
+    [
+        (
+            helpers.spec(),
+            "auto",
+            "<|im_start|>user\ntwo and two? <|im_end|>\n<|im_start|>assistant\nfour<|im_end|>\n",
+            "are turns of a chat; tiny gets them through its chat template",
+        ),
+        (
+            helpers.spec(),
+            False,
+            "<s>two and two? four</s>",
+            "are joined as they are, without a chat template, but tiny has one and is served with it",
+        ),
+        (
+            PLAIN,
+            "auto",
+            "<s>two and two? four</s>",
+            "are joined as they are, without a chat template: tiny has none",
+        ),
+        (
+            PLAIN,
+            True,
+            "User: two and two? \n\nAssistant: four</s>\n\n",
+            "are turns of a chat; tiny gets them through the plain chat template, since it has none",
+        ),
+    ],
+)
+def test_the_form_is_said_and_trained(spec: TokenizerSpec, chat: Any, text: str, line: str, tmp_path: Path) -> None:
+    path = helpers.write_jsonl(tmp_path / "a.jsonl", [ROW])
+    config = helpers.config(tmp_path / "runs", source(chat, path=str(path)))
+    expected = f"data.train.0: prompts and completions {line}"
+    with said() as lines:
+        describe(config, spec)
+    assert lines.count(expected) == 1
+    with said() as lines:
+        store = prepare(config, spec, "train")
+    assert lines.count(expected) == 1
+    assert helpers.texts(store) == [text]
+
+
+def test_formats_that_leave_no_choice_say_nothing_and_take_none() -> None:
+    for format in ("messages", "alpaca", "sharegpt"):
+        assert form_line(Source(path="x", format=format, chat=True), helpers.spec(), "data.train.0") is None
+        assert not as_chat(Source(path="x", format=format), helpers.spec())
+
+
+@pytest.mark.parametrize(
+    ("format", "chat", "message"),
+    [
+        ("text", True, "rows of format text are no chats; prompt_completion leaves the choice"),
+        ("alpaca", False, "rows of format alpaca are chats; prompt_completion leaves the choice"),
+        ("messages", False, "rows of format messages are chats"),
+        ("prompt_completion", "sometimes", "chat"),
+    ],
+)
+def test_a_form_that_a_format_does_not_have_is_refused(format: str, chat: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        helpers.config(tmp_path, source(chat, format, path="x.jsonl"))
+    assert "data.train.0" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def inputs(tmp_path: Path, chat: Any, format: str, spec: TokenizerSpec, **data: Any) -> dict[str, Any]:
+    path = helpers.write_jsonl(tmp_path / "a.jsonl", [ROW])
+    found: Any = plan_here(
+        helpers.config(tmp_path, source(chat, format, path=str(path)), **data), spec, "train"
+    ).inputs()
+    return {**found, **found["sources"][0]}
+
+
+def test_the_store_of_messages_has_the_name_that_it_had(tmp_path: Path) -> None:
+    """Runs that were interrupted before there was a choice of forms find their tokens."""
+    before = {"version", "split", "sources", "tokenizer", "max_length", "packing", "seed", "eval_fraction"}
+    found = inputs(tmp_path, "auto", "messages", helpers.spec())
+    assert found.keys() == before | {"format", "fields", "weight", "files"}
+    assert inputs(tmp_path, True, "messages", helpers.spec()) == found
+    assert inputs(tmp_path, "auto", "messages", helpers.spec(), last_turn_only=True)["last_turn_only"] is True
+
+
+def test_the_form_is_in_the_name_of_a_store_where_it_changes_tokens(tmp_path: Path) -> None:
+    found = [inputs(tmp_path, chat, "prompt_completion", helpers.spec()) for chat in ("auto", True, False)]
+    assert found[0] == found[1]
+    assert (found[0]["chat"], found[2]["chat"]) == (True, False)
+    assert inputs(tmp_path, "auto", "prompt_completion", PLAIN)["chat"] is False

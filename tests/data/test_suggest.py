@@ -1,0 +1,75 @@
+"""What a person may have meant with a file that does not fit its format."""
+
+from typing import Any
+
+import pytest
+
+from olora_ray.data.formats import FIELDS, to_example
+from olora_ray.data.suggest import NEEDED, OTHER_NAMES, columns, file
+
+TURNS = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+ROLES = [{"role": "human", "content": "q"}, {"role": "gpt", "content": "a"}]
+MESSAGES = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+
+
+@pytest.mark.parametrize(
+    ("format", "row", "expected"),
+    [
+        ("prompt_completion", {"question": "q", "answer": "a"}, "fields: {prompt: question, completion: answer}"),
+        ("prompt_completion", {"Question": "q", "completion": "a"}, "fields: {prompt: Question}"),
+        ("alpaca", {"prompt": "q", "response": "a", "id": 3}, "fields: {instruction: prompt, output: response}"),
+        ("messages", {"conversation": MESSAGES}, "fields: {messages: conversation}"),
+        ("messages", {"instruction": "q", "input": "", "output": "a"}, "format: alpaca"),
+        ("messages", {"prompt": "q", "completion": "a"}, "format: prompt_completion"),
+        (
+            "messages",
+            {"question": "q", "answer": "a"},
+            "format: alpaca, fields: {instruction: question, output: answer}",
+        ),
+        ("messages", {"text": "some text"}, "format: text"),
+        ("prompt_completion", {"text": "x", "query": "q", "label": "a"}, "fields: {prompt: query, completion: label}"),
+        ("messages", {"conversations": TURNS}, "format: sharegpt"),
+        (
+            "messages",
+            {"messages": ROLES},
+            "format: sharegpt, fields: {conversations: messages, from: role, value: content}",
+        ),
+        ("sharegpt", {"conversations": MESSAGES}, "fields: {from: role, value: content}"),
+        ("sharegpt", {"messages": MESSAGES}, "format: messages"),
+    ],
+)
+def test_what_is_suggested_reads_the_row(format: str, row: dict[str, Any], expected: str) -> None:
+    assert columns(format, row) == expected
+
+
+@pytest.mark.parametrize("row", [{"a": 1, "b": 2}, {"prompt": "q"}, {}, [1], "x", {"messages": []}])
+def test_nothing_is_suggested_that_does_not_help(row: Any) -> None:
+    assert columns("messages", row) is None
+
+
+def test_the_tables_are_of_the_formats_that_there_are() -> None:
+    assert set(NEEDED) == set(FIELDS)
+    assert all(set(needed) <= set(FIELDS[name]) for name, needed in NEEDED.items())
+    assert {field for needed in NEEDED.values() for field in needed} == set(OTHER_NAMES)
+    assert to_example("alpaca", {"instruction": "q", "output": "a"}, {})
+
+
+@pytest.mark.parametrize(
+    ("kind", "header", "begin", "expected"),
+    [
+        ("jsonl", (), b'[{"a": 1}, {"a": 2}]', "call it .json"),
+        ("jsonl", (), b'\xef\xbb\xbf \n[\n{"a": 1}]', "call it .json"),
+        ("jsonl", (), b'{\n  "a": 1\n}', "a whole object on each line"),
+        ("csv", ("prompt;completion",), b"prompt;completion", "separated by ';'"),
+        ("csv", ("prompt\tcompletion",), b"", "separated by"),
+    ],
+)
+def test_what_is_odd_about_a_file(kind: str, header: tuple[str, ...], begin: bytes, expected: str) -> None:
+    found = file(kind, header, begin)
+    assert found is not None
+    assert expected in found
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "json", "text", "parquet"])
+def test_nothing_is_odd_about_an_ordinary_file(kind: str) -> None:
+    assert file(kind, ("prompt", "completion"), b'{"a": 1}\n') is None

@@ -1,0 +1,82 @@
+"""Why the hub does not deliver a model: asked of a server on this machine that answers as the hub does."""
+
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants
+
+from olora_ray.common.errors import UserError
+from olora_ray.config.schema import Model
+from olora_ray.model.source import _from_hub
+
+ANSWERS = {
+    "none": (404, "RepoNotFound", "the model hub has no model of this name, or it is private: correct the name"),
+    "unauthorised": (401, "", "the model hub has no model of this name, or it is private: correct the name"),
+    "gated": (403, "GatedRepo", "to those only who were granted access"),
+    "revision": (404, "RevisionNotFound", "the model hub has the model, but not this model.revision"),
+    "broken": (500, "", "the model hub cannot be asked (Server error '500"),
+}
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Answers by the name of the model."""
+
+    def do_GET(self) -> None:
+        """One of ANSWERS."""
+        status, code, _ = next(answer for name, answer in ANSWERS.items() if f"/org/{name}" in self.path)
+        self.send_response(status)
+        if code:
+            self.send_header("X-Error-Code", code)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_: object) -> None:
+        """Nothing."""
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+
+
+def refusal(name: str) -> str:
+    with pytest.raises(UserError) as caught:
+        _from_hub(Model(name=name))
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.startswith(f"model.name: {name}: not a folder here: ")
+    return message
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_what_the_hub_answers_is_told_in_words(name: str, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    assert ANSWERS[name][2] in refusal(f"org/{name}")
+
+
+def test_a_hub_that_cannot_be_asked_is_no_wrong_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    message = refusal("org/none")
+    assert "the model hub cannot be asked (" in message
+    assert "and this machine's cache does not have the model" in message
+
+
+def test_a_machine_that_is_told_to_stay_offline_says_so(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert "HF_HUB_OFFLINE" in refusal("org/none")

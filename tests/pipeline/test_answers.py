@@ -1,0 +1,76 @@
+"""Answers and their scores: references are scored before training, and a score need not be there for every row."""
+
+from typing import Any
+
+import pytest
+
+from olora_ray.common.errors import UserError
+from olora_ray.pipeline import answers
+from olora_ray.pipeline.answers import Sample
+from olora_ray.train import scoring
+from tests import tiny
+from tests.said import said
+
+
+class Tokenizer:
+    """Ids as text."""
+
+    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        return " ".join(map(str, ids))
+
+
+def check(**changes: Any) -> str:
+    """The warnings of a check against a small store."""
+    with said() as lines:
+        answers.check(tiny.config(**changes), tiny.store(3), Tokenizer())  # type: ignore[arg-type]
+    return "".join(lines)
+
+
+def test_a_reference_that_the_scorer_cannot_score_is_named_with_its_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"^rows\.jsonl:0: evaluation\.scorer: json_fields needs a JSON object"):
+        check(evaluation__scorer="json_fields")
+    seen: list[str] = []
+
+    def fourth(prediction: str, reference: str) -> dict[str, float]:
+        seen.append(reference)
+        if len(seen) == 5:
+            raise ZeroDivisionError("by chance")
+        return {"a": 1.0}
+
+    monkeypatch.setitem(scoring.SCORERS, "fourth", fourth)
+    with pytest.raises(UserError, match=r"^rows\.jsonl:11: evaluation\.scorer: fourth fails .*ZeroDivisionError: by"):
+        check(evaluation__scorer="fourth")
+
+
+def test_good_references_and_no_scorer_say_nothing() -> None:
+    assert check() == ""
+    assert check(evaluation__scorer="exact_match") == ""
+    assert check(evaluation__scorer="json_fields", evaluation__rows=0) == ""
+
+
+def test_a_scorer_with_nothing_to_score_is_told() -> None:
+    with said() as lines:
+        answers.check(tiny.config(evaluation__scorer="exact_match"), None, Tokenizer())
+    assert "evaluation.scorer: nothing is scored: no rows are held out" in "".join(lines)
+    with said() as lines:
+        text: Any = tiny.ListStore([tiny.pack(8, prompt=1)])  # all but its first token is supervised
+        answers.check(tiny.config(evaluation__scorer="exact_match"), text, Tokenizer())
+    assert "nothing is scored: no held-out row has a question" in "".join(lines)
+
+
+def test_a_gate_on_a_score_that_the_scorer_does_not_give() -> None:
+    gate = {"gate__and": [{"metric": "eval/exact", "at_least": 1.0}]}
+    with pytest.raises(UserError, match=r"^gate: eval/exact is not measured: exact_match gives eval/exact_match$"):
+        check(evaluation__scorer="exact_match", **gate)
+
+
+def test_the_mean_of_a_score_is_over_the_rows_that_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(
+        scoring.SCORERS, "some", lambda found, wanted: {"all": 1.0} | ({"yes": float(found == "y")} if found else {})
+    )
+    samples = [Sample("", "y", "y", "y"), Sample("", "y", "", "n"), Sample("", "y", "", "")]
+    with said() as lines:
+        found = answers.score(tiny.config(evaluation__scorer="some"), samples)
+    assert found == {"before": {"all": 1.0, "yes": 1.0}, "after": {"all": 1.0, "yes": 0.5}}
+    assert "score yes: 2 of 3 answers have it" in "".join(lines)
+    assert answers.score(tiny.config(), samples) == {}

@@ -1,0 +1,159 @@
+"""The dry run's page: one screen, with what is true of the run."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from olora_ray.common.errors import UserError
+from olora_ray.config import command_line
+from olora_ray.pipeline.dry_run import dry_run, layers
+from pipelines import finetune
+from tests.pipelines import project
+from tests.said import said
+
+Shown = Callable[..., tuple[str, list[str]]]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return project.make_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture
+def shown(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> Shown:
+    """`shown(**changes)`: the page and the log lines of a dry run on 60 rows, with 7 held out."""
+    project.make_corpus(tmp_path / "train.jsonl", 60)
+    project.make_corpus(tmp_path / "eval.jsonl", 7, first=100)
+
+    def show(show_config: bool = False, **changes: Any) -> tuple[str, list[str]]:
+        file = project.write_config(tmp_path, project.settings(tmp_path, model, **changes))
+        config, _ = command_line.read_arguments([str(file)], None, "usage")
+        with said() as lines:
+            dry_run(config, show_config)
+        assert not (tmp_path / "runs" / "small").exists()
+        return capsys.readouterr().out, lines
+
+    return show
+
+
+def value(page: str, label: str) -> str:
+    """What stands beside a label."""
+    found = re.search(rf"^{re.escape(label)} +(.+)$", page, re.MULTILINE)
+    assert found, page
+    return found[1]
+
+
+def test_one_screen_with_everything(shown: Shown) -> None:
+    page, lines = shown()
+    assert len(page.splitlines()) + len(lines) < 40
+    assert value(page, "targets").startswith("2 x 7 layers: q_proj 64 x 64, k_proj 32 x 64, ")
+    assert value(page, "data.train.0").endswith("train.jsonl (messages): 60 rows read")
+    assert value(page, "data.eval.0").endswith("eval.jsonl (messages): 7 rows read")
+    assert value(page, "rows") == "60, none rejected"
+    assert value(page, "held out") == "7, none rejected; 3 sequences"
+    assert re.fullmatch(r"\d+ of at most 64 tokens, fill 0\.\d\d", value(page, "sequences"))
+    assert re.fullmatch(r"\d+ in an epoch, \d+% of them supervised", value(page, "tokens"))
+    assert value(page, "an example has") == "13 to 15 tokens; half have up to 15, 90% up to 15, 99% up to 15"
+    assert value(page, "training") == "6 steps; 4 sequences per step = 2 workers x 2 (1 at once, 2 accumulated)"
+    assert re.match(r"about [\d.]+ s for 6 steps of about [\d.e-]+ s and 3 evaluations", value(page, "time"))
+    assert "trainable" in lines[0]
+    assert "memory per worker" in lines[1]
+
+
+def test_two_examples_with_what_is_supervised(shown: Shown) -> None:
+    page, _ = shown()
+    texts = re.findall(r"^.*train\.jsonl:(\d+): \d+ tokens, (\d+) supervised\n    (.+)$", page, re.MULTILINE)
+    assert len(texts) == 2
+    for line, count, text in texts:
+        number = int(line) - 1
+        assert text == f"<|user|>after {number}?<|end|><|assistant|>[[{number + 1}<|end|>]]"
+        assert int(count) == len(str(number + 1)) + 1
+
+
+def test_a_long_example_is_cut_and_its_line_breaks_are_written(shown: Shown, tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "line\n" * 400}, {"role": "assistant", "content": "yes\nno " * 200}]
+    rows = [{"messages": turns}] * 20
+    project.make_corpus(tmp_path / "train.jsonl", 1)
+    (tmp_path / "long.jsonl").write_text("".join(f"{project.json.dumps(row)}\n" for row in rows))
+    page, lines = shown(data__train=[str(tmp_path / "long.jsonl")], data__max_length=4096)
+    assert len(page.splitlines()) + len(lines) < 40
+    assert page.count(" ... ") == 4
+    assert "line\\nline" in page
+    assert "[[yes\\nno" in page
+    assert page.count("<|end|>]]") == 2
+
+
+def test_rejected_rows_are_counted_by_reason(shown: Shown, tmp_path: Path) -> None:
+    bad = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": ""}]}
+    (tmp_path / "bad.jsonl").write_text(project.json.dumps(bad) + "\n")
+    page, _ = shown(
+        data__train=[str(tmp_path / "train.jsonl"), str(tmp_path / "b*.jsonl"), str(tmp_path / "train.jsonl")]
+    )
+    assert value(page, "data.train.1").endswith("(messages): 1 row read, 1 rejected")
+    assert value(page, "rows") == "121, 1 rejected (empty_answer 1; data.max_rejected = 0.01 allows 1)"
+
+
+def test_without_held_out_rows_it_says_so_and_that_nothing_will_be_scored(shown: Shown) -> None:
+    page, lines = shown(data__eval=[])
+    assert value(page, "held out") == "none (set data.eval or data.eval_fraction)"
+    assert [line for line in lines if line.startswith("warning: evaluation.scorer: no answer will be scored")]
+    _, lines = shown(data__eval=[], evaluation__scorer=None)
+    assert not [line for line in lines if "evaluation.scorer" in line]
+
+
+def test_the_config_is_shown_when_asked_for(shown: Shown) -> None:
+    assert "micro_batch: 1" not in shown()[0]
+    assert "micro_batch: 1" in shown(show_config=True)[0]
+
+
+def test_no_time_is_given_where_it_is_not_known(shown: Shown, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert value(shown()[0], "time") == "not estimated: the workers run on another machine"
+    monkeypatch.delenv("RAY_ADDRESS")
+    monkeypatch.setattr("olora_ray.train.pace.LARGEST", 0)
+    assert value(shown()[0], "time").startswith("not estimated: it is measured for trainings of up to")
+
+
+def test_storage_that_cannot_be_written_is_one_line(shown: Shown, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"^run\.storage: .* cannot be written: Not a directory$"):
+        shown(run__storage=str(tmp_path / "file" / "below"))
+
+
+@pytest.mark.parametrize("split", ["train", "eval"])
+def test_it_ends_with_exit_code_2_where_the_run_would_be_stopped(tmp_path: Path, model: Path, split: str) -> None:
+    project.make_corpus(tmp_path / "train.jsonl", 60)
+    project.make_corpus(tmp_path / "eval.jsonl", 30, first=100)
+    long = {"messages": [{"role": "user", "content": "q" * 70}, {"role": "assistant", "content": "a"}]}
+    with (tmp_path / f"{split}.jsonl").open("a") as file:
+        file.write(2 * f"{project.json.dumps(long)}\n")
+    done = project.finetune(project.write_config(tmp_path, project.settings(tmp_path, model)), "--dry-run")
+    rows = 62 if split == "train" else 32
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.stderr.startswith(
+        f"error: data.{split}.0: 2 of {rows} rows cannot be used, more than data.max_rejected"
+    )
+    assert done.stderr.endswith("raise data.max_length, to 75 for all of them, or allow as many with"
+                                f" data.max_rejected={0.033 if split == 'train' else 0.063}\n")  # fmt: skip
+    assert done.stderr.count("\n") == 1
+
+
+def test_layers_are_grouped_by_kind() -> None:
+    mixed = {
+        **{f"model.layers.{n}.attn.q": (4, 4) for n in range(3)},
+        **{f"model.layers.{n}.mlp.experts.{e}.w1": (8, 4) for n in range(3) for e in range(2)},
+        **{f"model.layers.{n}.mlp.w1": (9, 4) for n in range(3)},
+        "model.project": (2, 4),
+    }
+    assert layers(mixed) == (
+        "3 x 2 layers: q 4 x 4, mlp.w1 9 x 4; 6 x 1 layers: experts.w1 8 x 4; 1 x 1 layers: project 2 x 4"
+    )
+
+
+def test_a_data_mistake_is_told_before_the_model_is_looked_for(tmp_path: Path) -> None:
+    file = project.write_config(tmp_path, project.settings(tmp_path, Path("/no/such/model")))
+    with pytest.raises(UserError, match=r"^data\.train\.0\.path: .*train\.jsonl: no such file or folder"):
+        finetune.main([str(file), "--dry-run"])

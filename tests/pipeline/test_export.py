@@ -1,0 +1,41 @@
+"""A base without a chat template that was trained on chats is exported with the template that they had."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from olora_ray.data import chat_template
+from olora_ray.model.source import BaseModel
+from olora_ray.pipeline.export import give_template
+from tests import tiny
+from tests.data import small_tokenizers
+
+
+def exported(folder: Path, begin: bool, **source: Any) -> str | None:
+    """The template of the merged folder of a base whose tokenizer has none."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    inner = small_tokenizers.byte_level(False)
+    if begin:
+        inner.post_processor = TemplateProcessing("<s> $A", special_tokens=[("<s>", inner.token_to_id("<s>"))])
+    for name in ("base", "merged"):
+        tokenizer: Any = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>")
+        tokenizer.save_pretrained(folder / name)
+    config = tiny.config(data__train=[{"path": "x.jsonl", **source}])
+    give_template(config, BaseModel("tiny", str(folder / "base"), ""), folder / "merged")
+    file = folder / "merged" / "chat_template.jinja"
+    return file.read_text() if file.is_file() else None
+
+
+@pytest.mark.parametrize("begin", [False, True])
+@pytest.mark.parametrize("source", [{}, {"format": "prompt_completion", "chat": True}])
+def test_chats_get_the_template_that_was_trained(begin: bool, source: dict[str, Any], tmp_path: Path) -> None:
+    found = exported(tmp_path, begin, **source)
+    assert found == "{{ bos_token }}" * begin + chat_template.DEFAULT
+
+
+@pytest.mark.parametrize("source", [{"format": "text"}, {"format": "prompt_completion"}])
+def test_texts_get_none(source: dict[str, Any], tmp_path: Path) -> None:
+    assert exported(tmp_path, False, **source) is None

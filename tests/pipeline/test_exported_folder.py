@@ -1,0 +1,61 @@
+"""What an exported adapter tells others of its base, and what lies beside it."""
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from olora_ray.config.load import build
+from olora_ray.config.schema import Config
+from olora_ray.data import chat_template
+from olora_ray.model.source import BaseModel
+from olora_ray.pipeline.export import _complete, _public_name
+from olora_ray.train.state import TrainState
+from tests.export_parts import save_tokenizer
+
+
+def config(name: str) -> Config:
+    return build(
+        {"run": {"name": "a"}, "model": {"name": name}, "data": {"train": [{"path": "/home/someone/data/a.jsonl"}]}}
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "public"),
+    [
+        ("org/model", "org/model"),
+        ("package://some/model.gguf", "/runs/models/model-1"),
+        ("s3://bucket/model", "/runs/models/model-1"),
+        ("models:/name@champion", "/runs/models/model-1"),
+    ],
+)
+def test_a_hub_id_stays_and_everything_else_is_a_folder(name: str, public: str) -> None:
+    assert _public_name(BaseModel(name, "/runs/models/model-1", "")) == public
+
+
+def test_a_file_of_weights_is_named_by_the_folder_that_others_can_load(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"")
+    assert _public_name(BaseModel(str(tmp_path / "model.gguf"), "/runs/models/model-1", "")) == "/runs/models/model-1"
+    assert _public_name(BaseModel(str(tmp_path), str(tmp_path), "")) == str(tmp_path)
+
+
+@pytest.mark.parametrize("template", [True, False])
+def test_an_adapters_folder_has_its_tokenizer_template_and_card(tmp_path: Path, template: bool) -> None:
+    base, out = tmp_path / "base", tmp_path / "adapter"
+    save_tokenizer(base)
+    if not template:
+        (base / "chat_template.jinja").unlink()
+    out.mkdir()
+    state = TrainState(step=9, best_step=6, best_loss=0.25)
+    _complete(config(str(base)), BaseModel(str(base), str(base), "cafe"), state, out, 32)
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    expected = (base / "chat_template.jinja").read_text() if template else chat_template.DEFAULT
+    assert tokenizer.chat_template == expected
+    card = (out / "README.md").read_text()
+    assert "Training: 6 steps" in card
+    assert "Held-out loss: 0.2500" in card
+    assert "`a.jsonl` (messages)" in card
+    assert str(tmp_path) not in card
+    assert "/home" not in card
+    assert "is_local" not in json.loads((out / "tokenizer_config.json").read_text())

@@ -1,0 +1,88 @@
+"""The last lines of a run are commands that work as they are printed."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from olora_ray.pipeline.report import next_steps
+
+NAME = "my model"
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with an environment of its own, whose mlflow says what it was called with."""
+    folder = tmp_path / "my project"
+    scripts = folder / ".venv" / "bin"
+    scripts.mkdir(parents=True)
+    (scripts / "mlflow").write_text('#!/bin/sh\nprintf "%s|" "$MLFLOW_TRACKING_URI" "$@"\n')
+    (scripts / "mlflow").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(scripts / "python"))
+    return folder
+
+
+def result(folder: Path) -> dict[str, Any]:
+    registered = {"model": NAME, "version": 3, "alias": "candidate"}
+    return {"mlflow": {"uri": f"sqlite:///{folder}/runs/mlflow.db", "run_id": "cafe"}, "registered": registered}
+
+
+def command(lines: list[str], label: str) -> str:
+    """The command behind a label."""
+    [found] = [line.removeprefix(f"{label}: ").strip() for line in lines if line.startswith(f"{label}: ")]
+    return found
+
+
+def output(command: str, folder: Path) -> str:
+    """What a shell prints for a command, with no environment activated."""
+    environment = {"PATH": "/usr/bin:/bin", "HOME": os.environ.get("HOME", "/")}
+    done = subprocess.run(["bash", "-c", command], cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["in the project", "from another folder"])
+def test_commands_work_where_they_are_printed(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: bool
+) -> None:
+    here = project if inside else tmp_path
+    monkeypatch.chdir(here)
+    lines = next_steps(result(project), None)
+    store = f"sqlite:///{project}/runs/mlflow.db"
+    served = output(command(lines, "serve"), here).split("|")
+    assert served[:5] == [store, "models", "serve", "-m", f"models:/{NAME}@candidate"]
+    assert output(command(lines, "MLflow"), here).split("|")[1:4] == ["ui", "--backend-store-uri", store]
+
+
+def test_the_lines_for_python_are_python(project: Path) -> None:
+    code = command(next_steps(result(project), None), "load")
+    called: list[str] = []
+
+    class Stub:
+        """Takes every call."""
+
+        def __getattr__(self, name: str) -> Any:
+            return self
+
+        def __call__(self, text: str) -> None:
+            called.append(text)
+
+    exec(code, {"mlflow": Stub()})
+    assert called == [f"sqlite:///{project}/runs/mlflow.db", f"models:/{NAME}@candidate"]
+
+
+def test_the_page_of_a_server_is_enough_and_an_unregistered_model_is_not_served(project: Path) -> None:
+    lines = next_steps({**result(project), "registered": None}, "http://mlflow:5000/#/experiments/1/runs/cafe")
+    assert lines == ["MLflow: http://mlflow:5000/#/experiments/1/runs/cafe"]
+
+
+def test_the_real_mlflow_understands_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines = next_steps(result(tmp_path), None)
+    told = output(command(lines, "MLflow").replace("  #", " --help  #"), tmp_path)
+    assert "--backend-store-uri" in told
+    told = output(f"{command(lines, 'serve')} --help", tmp_path)
+    assert all(option in told for option in ("--env-manager", "--port", "--model-uri"))

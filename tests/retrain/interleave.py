@@ -1,0 +1,260 @@
+"""Drivers of one registered model that take turns at MLflow, in an order drawn from a seed; MLflow is a real one.
+
+Each driver is a thread that waits for its turn before every call of MLflow's client. Time passes by turns, too: the
+lock's clock is moved on by its pauses.
+"""
+
+import random
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from olora_ray.common.errors import UserError
+from olora_ray.retrain.gate import Decision
+from olora_ray.retrain.recipe import ORIGIN
+from olora_ray.retrain.settle import settle
+from olora_ray.tracking import registry_lock
+from olora_ray.tracking.aliases import CHAMPION, GATE, MOVING, PREVIOUS, ROLLED_BACK, Aliases
+from olora_ray.tracking.client import connect
+from olora_ray.tracking.version import Version
+
+CALL, PAUSE = 0.01, 2.0
+"""Seconds by the lock's clock."""
+
+
+class Killed(BaseException):
+    """Stands for a process that ends between two calls of MLflow."""
+
+
+class Turns:
+    """Lets one thread go on at a time."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+        self.clock = 0.0
+        self.waiting: dict[str, threading.Event] = {}
+        self.running: set[str] = set()
+        self.changed = threading.Condition()
+
+    def wait(self) -> None:
+        """Wait for the turn of this thread; does nothing in a thread that is not played."""
+        name = threading.current_thread().name
+        with self.changed:
+            if name not in self.running:
+                return
+            mine = self.waiting[name] = threading.Event()
+            self.changed.notify()
+        mine.wait()
+
+    def play(self, drivers: dict[str, Callable[[], None]]) -> None:
+        """Run the drivers to their ends; raises what one of them raises."""
+        problems: list[BaseException] = []
+
+        def run(name: str, act: Callable[[], None]) -> None:
+            self.wait()
+            try:
+                act()
+            except BaseException as problem:
+                problems.append(problem)
+            with self.changed:
+                self.running.remove(name)
+                self.changed.notify()
+
+        self.running = set(drivers)
+        threads = [threading.Thread(target=run, args=item, name=item[0], daemon=True) for item in drivers.items()]
+        for thread in threads:
+            thread.start()
+        while True:
+            with self.changed:
+                self.changed.wait_for(lambda: len(self.waiting) == len(self.running))
+                if not self.running:
+                    break
+                self.waiting.pop(self.random.choice(sorted(self.waiting))).set()
+        for problem in problems:
+            raise problem
+
+
+@dataclass
+class Tally:
+    """What happened in all interleavings."""
+
+    interleavings: int = 0
+    promoted: int = 0
+    """By a gate."""
+    refused: int = 0
+    again: int = 0
+    """Decisions that were made again, because the champion had moved."""
+    by_hand: int = 0
+    rolled_back: int = 0
+    killed: int = 0
+    stale: int = 0
+    """Promotions by a gate against a champion that was not the current one."""
+    against_hand: int = 0
+    """Promotions by a gate of a version that a person had rolled back, or of its child."""
+    inconsistent: list[str] = field(default_factory=list)
+
+    def table(self) -> str:
+        """For a person."""
+        rows = {
+            "interleavings": self.interleavings,
+            "drivers killed in between": self.killed,
+            "promotions by a gate": self.promoted,
+            "refusals by a gate": self.refused,
+            "decisions made again": self.again,
+            "promotions by hand": self.by_hand,
+            "rollbacks": self.rolled_back,
+            "promotions against a champion that was not the current one": self.stale,
+            "promotions of what was rolled back, or of its child": self.against_hand,
+            "aliases or tags left inconsistent": len(self.inconsistent),
+        }
+        return "\n".join(f"{name:<60} {count:>5}" for name, count in rows.items())
+
+
+class Game:
+    """One interleaving: champion 2, previous 1; the versions from 3 on want their place."""
+
+    def __init__(self, aliases: Aliases, seed: int, tally: Tally) -> None:
+        self.aliases, self.tally, self.turns = aliases, tally, Turns(seed)
+        self.random = random.Random(seed + 1)
+        self.real = connect(aliases.uri)
+        self.loss = {str(number): self.random.random() for number in range(1, 7)}
+        self.against: dict[str, str] = {}
+        """Driver -> the champion that its last decision was made against."""
+        self.expected: list[tuple[str, str | None]] = [("2", "1")]
+        """Champion and previous after each move."""
+        self.back: set[str] = set()
+        self.kill_at: dict[str, int] = {}
+        self.calls: dict[str, int] = {}
+
+    def call(self, method: str, arguments: tuple[Any, ...]) -> Any:
+        """One call of MLflow's client, in its turn."""
+        self.turns.wait()
+        self.turns.clock += CALL
+        driver = threading.current_thread().name
+        self.calls[driver] = self.calls.get(driver, 0) + 1
+        if driver in self.kill_at and self.calls[driver] >= self.kill_at[driver]:
+            raise Killed
+        if method == "set_registered_model_alias" and arguments[1] == CHAMPION:
+            self.note_move(driver, str(arguments[2]))
+        return getattr(self.real, method)(*arguments)
+
+    def note_move(self, driver: str, to: str) -> None:
+        """Look whether a move of the champion is right, at the moment when it is made."""
+        there = self.real.get_registered_model(self.aliases.name).aliases
+        before = str(there[CHAMPION])
+        if driver.startswith("gate"):
+            self.tally.promoted += 1
+            self.tally.stale += self.against[driver] != before
+            self.tally.against_hand += to in self.back or (to == "4" and "2" in self.back)
+        elif driver == "promote":
+            self.tally.by_hand += 1
+            self.back.discard(to)
+        else:
+            self.tally.rolled_back += 1
+            self.back.add(before)
+        previous = None if driver == "rollback" else self.expected[-1][1] if before == to else before
+        self.expected.append((to, previous))
+
+    def gate(self, number: str) -> Callable[[], None]:
+        """A retraining that has trained version `number`; called again until it has decided."""
+
+        def decide(challenger: Version, champion: Version | None) -> Decision:
+            driver = threading.current_thread().name
+            assert champion is not None
+            self.tally.again += driver in self.against
+            self.against[driver] = champion.number
+            for _ in range(self.random.randrange(12)):  # it takes long
+                self.turns.wait()
+            passed = self.loss[challenger.number] < self.loss[champion.number]
+            return Decision(passed, "by its loss", {})
+
+        return lambda: self.until_done(lambda: settle(self.aliases, number, decide, lambda: None))
+
+    def until_done(self, act: Callable[[], object]) -> None:
+        """Call it again after it was killed; a mistake in one line is an end."""
+        driver = threading.current_thread().name
+        while True:
+            try:
+                act()
+            except Killed:
+                self.tally.killed += 1
+                del self.kill_at[driver]
+                continue
+            except UserError as error:
+                if error.exit_code != 2:
+                    continue
+            return
+
+    def play(self) -> None:
+        """Play it and look at what is left."""
+        drivers: dict[str, Callable[[], None]] = {
+            "gate 3": self.gate("3"),
+            "gate 4": self.gate("4"),
+            "rollback": lambda: self.until_done(lambda: self.aliases.rollback("bad answers")),
+            "promote": lambda: self.until_done(lambda: self.aliases.promote("5", "promoted by hand")),
+        }
+        chosen = dict(self.random.sample(sorted(drivers.items()), self.random.choice([2, 3, 4])))
+        if self.random.random() < 0.4:
+            self.kill_at[self.random.choice(sorted(chosen))] = self.random.randrange(1, 30)
+        self.turns.play(chosen)
+        self.aliases.repair()
+        self.tally.interleavings += 1
+        self.tally.refused += sum(v.tags.get(GATE, "").startswith("refused") for v in self.aliases.versions())
+        self.tally.inconsistent += self.problems()
+
+    def problems(self) -> Iterator[str]:
+        """What is wrong with what is left."""
+        found = self.real.get_registered_model(self.aliases.name)
+        there = self.aliases.current()
+        state = there.get(CHAMPION), there.get(PREVIOUS)
+        if state != self.expected[-1]:
+            yield f"champion and previous are {state}, and should be {self.expected[-1]}"
+        if MOVING in found.tags or any(tag.startswith(registry_lock.LOCK) for tag in found.tags):
+            yield f"tags are left: {found.tags}"
+        for version in self.aliases.versions():
+            gate = version.tags.get(GATE, "")
+            if version.number == state[0] and version.number != "2" and gate.startswith(("refused", ROLLED_BACK)):
+                yield f"version {version.number} is the champion, and its tag says {gate!r}"
+            if version.number in self.back and not gate.startswith(ROLLED_BACK):
+                yield f"version {version.number} was rolled back, and its tag says {gate!r}"
+
+    def reset(self) -> None:
+        """The state that each interleaving begins with."""
+        name = self.aliases.name
+        for alias in self.aliases.current():
+            self.real.delete_registered_model_alias(name, alias)
+        for version in self.aliases.versions():
+            if GATE in version.tags:
+                self.real.delete_model_version_tag(name, version.number, GATE)
+        self.real.set_model_version_tag(name, "4", ORIGIN, "champion, version 2")
+        self.real.set_registered_model_alias(name, CHAMPION, "2")
+        self.real.set_registered_model_alias(name, PREVIOUS, "1")
+
+
+class TakesTurns:
+    """MLflow's client, each call of it in its turn."""
+
+    def __init__(self, game: Game) -> None:
+        self.game = game
+
+    def __getattr__(self, method: str) -> Any:
+        return lambda *arguments, **named: self.game.call(method, arguments)
+
+
+@contextmanager
+def played(game: Game) -> Iterator[None]:
+    """Every call of the registry goes through the game."""
+
+    def pause() -> None:
+        game.turns.clock += PAUSE
+        game.turns.wait()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Aliases, "client", property(lambda _: TakesTurns(game)))
+        patch.setattr(registry_lock, "pause", pause)
+        patch.setattr(registry_lock, "now", lambda: game.turns.clock)
+        yield

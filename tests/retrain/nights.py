@@ -1,0 +1,106 @@
+"""Nights of a gate, simulated: held-out rows, what two models do on them, and how often the challenger is promoted."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from olora_ray.config.schema import Gate
+from olora_ray.evaluation.rows import RowResults
+from olora_ray.retrain.gate import HeldOut, decide
+
+BETTER = 0.25
+"""A real improvement, in standard deviations of a row's difference."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One way in which held-out rows may be."""
+
+    name: str
+    clusters: int
+    rows: int
+    """Of each cluster."""
+    alike: float = 0.0
+    """Share of the variance of the differences that the rows of a cluster have in common."""
+    metric: str = "eval/loss"
+    uneven: bool = False
+    """Clusters of very different sizes."""
+    best_of: int = 1
+    """The challenger is the best of so many equal ones on the same rows; so is the champion."""
+    new_rows: bool = False
+    """The champion was chosen on other held-out rows than these."""
+    skewed: bool = False
+    """The challenger is a little better on most rows, and much worse on a few."""
+
+
+KINDS = (
+    Kind("20 rows", 20, 1),
+    Kind("80 rows", 80, 1),
+    Kind("400 rows", 400, 1),
+    Kind("80 rows, a score of 0 or 1", 80, 1, metric="eval/match"),
+    Kind("80 rows, each the best of 5 steps on them", 80, 1, best_of=5),
+    Kind("20 clusters of 10 rows", 20, 10, alike=0.5),
+    Kind("40 clusters of 1 to 100 rows", 40, 8, alike=0.5, uneven=True),
+    Kind("20 clusters of 20 rows, a score of 0 or 1", 20, 20, alike=0.5, metric="eval/match"),
+)
+ABOVE = (
+    Kind("80 rows, much worse on a few", 80, 1, skewed=True),
+    Kind("80 rows, new since the champion, best of 5 steps", 80, 1, best_of=5, new_rows=True),
+)
+"""Known to be above 5 %: the bootstrap knows nothing of rows that are rare and not among the held-out ones, and steps
+as different as these, chosen on the rows that are compared on, flatter the challenger alone."""
+
+
+def night(kind: Kind, seed: int, effect: float) -> tuple[RowResults, RowResults, list[int]]:
+    """What challenger and champion do on the rows of a night, and the cluster of each row."""
+    rng = np.random.default_rng([seed, *map(ord, kind.name)])
+    sizes = np.full(kind.clusters, kind.rows)
+    if kind.uneven:
+        sizes = np.clip(rng.lognormal(np.log(kind.rows), 1.0, kind.clusters).astype(int), 1, 100)
+    cluster = np.repeat(np.arange(kind.clusters), sizes)
+    count = len(cluster)
+    hard = rng.normal(3.0, 0.5, count)  # for both models
+    tokens = rng.integers(5, 200, count)
+
+    def model() -> np.ndarray:
+        """Deviations of a model's rows from what they are to all models; variance 1/2, so that differences have 1."""
+        if kind.skewed:
+            return (rng.lognormal(0.0, 1.0, count) - np.exp(0.5)) * 0.4
+        common, own = rng.normal(size=kind.clusters)[cluster], rng.normal(size=count)
+        return np.sqrt(0.5) * (np.sqrt(kind.alike) * common + np.sqrt(1 - kind.alike) * own)
+
+    def best(steps: int) -> np.ndarray:
+        return min((model() for _ in range(steps)), key=lambda found: float((found * tokens).sum()))
+
+    ours = best(kind.best_of) - effect
+    theirs = np.zeros(count) if kind.skewed else best(1 if kind.new_rows else kind.best_of)
+    return _results(kind, hard, ours, tokens), _results(kind, hard, theirs, tokens), cluster.tolist()
+
+
+def _results(kind: Kind, hard: np.ndarray, deviation: np.ndarray, tokens: np.ndarray) -> RowResults:
+    losses = 0.2 * deviation + hard
+    scores = {"match": dict(enumerate((losses < 3.0).astype(float).tolist()))}
+    origins = tuple((0, row) for row in range(len(losses)))
+    return RowResults("rows", tuple(tokens.tolist()), tuple((losses * tokens).tolist()), scores, origins)
+
+
+def promoted(kind: Kind, nights: int, effect: float, grouped: bool = True, gate: Gate | None = None) -> float:
+    """The share of the nights at which the challenger is promoted."""
+    gate, passed = gate or Gate.model_validate({"metric": kind.metric}), 0
+    for seed in range(nights):
+        challenger, champion, clusters = night(kind, seed, effect)
+        passed += decide(gate, challenger, champion, HeldOut(clusters if grouped else None)).passed
+    return passed / nights
+
+
+def table(nights: int, kinds: tuple[Kind, ...] = KINDS) -> tuple[str, dict[str, float]]:
+    """For a person, and kind -> the share of the nights at which an equal challenger is promoted."""
+    lines = [f"{'held-out rows':<46} {'nights':>6} {'equal':>7} {'before':>7} {'rows alone':>10} {'better':>7}"]
+    equal: dict[str, float] = {}
+    for kind in kinds:
+        equal[kind.name] = promoted(kind, nights, 0.0)
+        before = promoted(kind, nights, 0.0, gate=Gate(metric=kind.metric, confident=False))
+        alone = f"{promoted(kind, nights, 0.0, grouped=False):>10.1%}" if kind.alike else f"{'':>10}"
+        better = promoted(kind, nights, BETTER)
+        lines.append(f"{kind.name:<46} {nights:>6,} {equal[kind.name]:>7.1%} {before:>7.1%} {alone} {better:>7.1%}")
+    return "\n".join(lines), equal

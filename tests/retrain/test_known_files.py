@@ -1,0 +1,81 @@
+"""Which held-out rows a version was surely not trained on."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from olora_ray.config.load import build, override
+from olora_ray.config.schema import Config
+from olora_ray.data.tokenize import TokenizerSpec
+from olora_ray.pipeline.fingerprint import TAGS
+from olora_ray.retrain import known_files
+from olora_ray.retrain.known_files import KnownFiles
+from olora_ray.tokens import prepare
+from olora_ray.tokens.plan import Plan
+from olora_ray.tracking.version import Version
+
+SPEC = TokenizerSpec("{}", "", {}, 0)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    (tmp_path / "data").mkdir()
+    for name in ("a", "b"):
+        grow(tmp_path, name)
+    run = {"name": "n", "storage": str(tmp_path / "runs"), "seed": 3}
+    data = {"train": [{"path": str(tmp_path / "data"), "format": "text"}], "eval_fraction": 0.2}
+    return build({"run": run, "model": {"name": "m"}, "data": data})
+
+
+def grow(folder: Path, name: str) -> None:
+    with (folder / "data" / f"{name}.jsonl").open("a") as file:
+        file.writelines(json.dumps({"text": f"{name} {number}"}) + "\n" for number in range(20))
+
+
+def plan(config: Config) -> Plan:
+    return prepare.plan_here(config, SPEC, "eval")
+
+
+def noted(config: Config) -> KnownFiles:
+    """What is known of a version that is trained now."""
+    train = prepare.plan_here(config, SPEC, "train")
+    known_files.note(config, train)
+    found = known_files.of_version(config, Version("m", "1", {TAGS["data"]: train.digest()}))
+    assert found is not None
+    return found
+
+
+def test_nothing_was_seen_while_files_are_only_added(config: Config, tmp_path: Path) -> None:
+    known = noted(config)
+    assert known_files.unseen(config, plan(config), known) is None
+    grow(tmp_path, "c")
+    assert known_files.unseen(config, plan(config), known) is None
+
+
+def test_of_a_file_that_has_grown_or_gone_no_new_file_is_sure(config: Config, tmp_path: Path) -> None:
+    known = noted(config)
+    grow(tmp_path, "a")
+    grow(tmp_path, "c")
+    held_out = plan(config)
+    names = [Path(each.file.uri).stem for each in held_out.files]
+    assert known_files.unseen(config, held_out, known) == {names.index("b")}
+    grow(tmp_path, "b")
+    assert known_files.unseen(config, plan(config), known) == set()
+
+
+def test_another_draw_has_other_rows_in_all_files(config: Config) -> None:
+    known = noted(config)
+    for changes in ({"run.seed": 4}, {"data.eval_fraction": 0.3}):
+        other = override(config, changes)
+        assert known_files.unseen(other, plan(other), known) == set()
+    before = override(config, {"data.eval_fraction": None, "data.eval": config.data.model_dump()["train"]})
+    assert known_files.unseen(config, plan(config), noted(before)) == set(), "all rows were trained on then"
+    assert known_files.unseen(config, plan(config), None) == set()
+    old = KnownFiles(known.digests, None)  # noted by a release that did not know of draws
+    assert known_files.unseen(config, plan(config), old) is None
+
+
+def test_rows_of_their_own_are_never_those_of_the_training(config: Config, tmp_path: Path) -> None:
+    own = override(config, {"data.eval_fraction": None, "data.eval": config.data.model_dump()["train"]})
+    assert known_files.unseen(own, plan(own), None) is None

@@ -1,0 +1,134 @@
+"""What the driver of a search says and counts while Tune runs its trials."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from olora_ray.sweep import callback, progress, trial_file
+from olora_ray.sweep.callback import SweepCallback
+from olora_ray.sweep.record import TrialRecord
+from olora_ray.sweep.space import Space
+from olora_ray.sweep.spec import ENDED, NUMBER, trial_name, trial_place
+from olora_ray.sweep.trial_file import TrialFile
+from tests.said import said
+
+NAN = float("nan")
+
+
+class Trial:
+    """What Tune tells of a trial."""
+
+    def __init__(self, number: int, **result: Any) -> None:
+        self.trial_id, self.config = f"id{number}", {NUMBER: number, "train.lr": 1e-3}
+        self.last_result = {"step": 8, "total": 8, ENDED: True, **result}
+        self.number = number
+
+    def __str__(self) -> str:
+        return trial_name(self.number)
+
+
+def search(folder: Path, **tree: Any) -> SweepCallback:
+    return SweepCallback(str(folder), Space.model_validate({"search": {"train.lr": {"choice": [1e-3]}}, **tree}))
+
+
+def ends(watch: SweepCallback, number: int, *values: float) -> None:
+    """A trial has measured these values, one after the other, and has finished."""
+    kept = TrialFile(trial_place(watch.folder, number), TrialRecord(number, {}, "unfinished"), watch.space.better())
+    for place, value in enumerate(values, 1):
+        kept.measured(4 * place, value)
+    kept.ended("finished")
+    watch.on_trial_complete(0, [], Trial(number, **{watch.space.metric: values[-1]}))
+
+
+def test_a_first_value_of_nan_does_not_hide_what_comes_after(tmp_path: Path) -> None:
+    """It stayed the best for ever, and patience ended the search at the third trial that was better."""
+    watch = search(tmp_path, metric="score/f1", mode="max", scheduler={"kind": "none"}, patience=3)
+    for number, value in enumerate([NAN, 0.1, 0.2, 0.3, 0.4]):
+        ends(watch, number, value)
+        assert not watch.stop_all()
+    assert watch.best == (0.4, 4)
+
+
+def test_trials_that_bring_nothing_better_end_the_search(tmp_path: Path) -> None:
+    watch = search(tmp_path, patience=3)
+    for number, value in enumerate([0.5, NAN, 0.6, float("inf")]):
+        assert not watch.stop_all()
+        ends(watch, number, value)
+    with said() as lines:
+        assert watch.stop_all()
+        assert watch.stop_all()
+    assert lines == ["the search ends: 3 trials in a row have brought nothing better"]
+
+
+def test_the_best_value_of_a_trial_counts_as_in_the_leaderboard(tmp_path: Path) -> None:
+    """And not its last."""
+    watch = search(tmp_path)
+    with said() as lines:
+        ends(watch, 0, 0.5, 0.9)
+        ends(watch, 1, 0.7, 0.6)
+    assert watch.best == (0.5, 0)
+    assert lines == [
+        "trial 0 finished with eval/loss 0.5000; 1 of 16 trials have ended, the best of them trial 0 with 0.5000",
+        "trial 1 finished with eval/loss 0.6000; 2 of 16 trials have ended, the best of them trial 0 with 0.5000",
+    ]
+    assert trial_file.read_all(str(tmp_path))[0].value == 0.5
+
+
+def test_a_failure_reads_the_record_of_its_trial_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All records at each failure would be millions of reads for thousands of trials."""
+    watch = search(tmp_path)
+    for number in range(3):
+        kept = TrialFile(trial_place(str(tmp_path), number), TrialRecord(number, {}, "unfinished"), "min")
+        kept.ended("failed", f"reason {number}")
+    monkeypatch.setattr(callback.trial_file, "read_all", lambda folder: pytest.fail("all trials were read"))
+    with said() as lines:
+        watch.on_trial_error(0, [], Trial(1))
+    assert lines == ["trial 1 failed: reason 1; 1 of 16 trials have ended"]
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Time that a test sets."""
+    now = SimpleNamespace(seconds=1000.0)
+    monkeypatch.setattr(callback, "time", SimpleNamespace(monotonic=lambda: now.seconds))
+    return now
+
+
+def test_the_seconds_of_all_attempts_add_up(tmp_path: Path, clock: SimpleNamespace) -> None:
+    first = search(tmp_path)
+    clock.seconds += 40
+    first.on_trial_start(0, [], Trial(0))
+    clock.seconds += 5000  # killed, and started again the next day
+    second = search(tmp_path)
+    clock.seconds += 10
+    ends(second, 0, 0.5)
+    assert progress.read(str(tmp_path)).seconds == 50
+
+
+def test_the_time_budget_is_that_of_all_attempts(tmp_path: Path, clock: SimpleNamespace) -> None:
+    first = search(tmp_path, time_budget=60)
+    clock.seconds += 40
+    first.on_trial_start(0, [], Trial(0))
+    assert not first.stop_all()
+    second = search(tmp_path, time_budget=60)
+    clock.seconds += 19
+    assert not second.stop_all()
+    clock.seconds += 1
+    assert second.stop_all()
+    assert second.over == "the time budget of 60 s is used up"
+    second.on_trial_complete(0, [], Trial(3, step=4, **{ENDED: False}))
+    assert second.cut == {3}
+
+
+def test_progress_of_a_search_before_there_was_a_file_is_what_its_report_says(tmp_path: Path) -> None:
+    assert progress.read(str(tmp_path)) == progress.Progress()
+    (tmp_path / "leaderboard.json").write_text(json.dumps({"seconds": 318.5, "trials": []}))
+    assert progress.read(str(tmp_path)) == progress.Progress(318.5)
+    kept = progress.Progress(12.0, complete=True, note="why", cut=(3, 5))
+    progress.write(str(tmp_path), kept)
+    assert progress.read(str(tmp_path)) == kept
+    (tmp_path / "progress.json").write_text('{"seconds": "x"}')
+    assert progress.read(str(tmp_path)) == progress.Progress()

@@ -1,0 +1,139 @@
+"""What a search leaves and says, from the files that its trials have written."""
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from olora_ray.common.errors import UserError
+from olora_ray.config.load import load, override
+from olora_ray.config.schema import Config
+from olora_ray.sweep import outcome, progress, run, state, tuner
+from olora_ray.sweep.progress import Progress
+from olora_ray.sweep.record import TrialRecord
+from olora_ray.sweep.report import leaderboard
+from olora_ray.sweep.space import Space
+from olora_ray.sweep.spec import trial_name
+from tests import tiny
+from tests.said import said
+from tests.sweep.searches import realistic
+
+SPACE = Space.model_validate(
+    {
+        "search": {"adapter.rank": {"choice": [8, 16, 32, 64]}, "train.lr": {"loguniform": [1e-5, 1e-2]}},
+        "trials": 2000,
+        "metric": "train/loss",
+    }
+)
+
+
+@pytest.fixture
+def ended(tmp_path: Path) -> tuple[Any, Any]:
+    """A search that has ended, as it lies on disk: what run.run is given, (spec, tracker)."""
+    config = override(tiny.config(), {"run.storage": str(tmp_path)})
+    folder = Path(config.folder())
+    (folder / "tune").mkdir(parents=True)
+    state.begin(str(folder))
+    (folder / "tune" / "tuner.pkl").write_bytes(b"nobody reads it")
+    progress.write(str(folder), Progress(318.0, complete=True))
+    return SimpleNamespace(config=config), SimpleNamespace(run_id="parent")
+
+
+def keep(config: Config, *trials: TrialRecord) -> None:
+    """Write the records, as the trials do."""
+    for trial in trials:
+        place = Path(config.folder(), "trials", trial_name(trial.number), "trial.json")
+        place.parent.mkdir(parents=True)
+        place.write_text(json.dumps(asdict(trial)))
+
+
+def trial(number: int, value: float | None, **changes: Any) -> TrialRecord:
+    curve = () if value is None else ((4, value),)
+    params = {"adapter.rank": 8, "train.lr": 1e-3}
+    made = TrialRecord(number, params, "finished", value, step=8, total=8, curve=curve, seconds=9.0)
+    return replace(made, **changes)
+
+
+def test_a_search_that_has_ended_is_reported_with_the_seconds_that_it_took(
+    ended: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of the report were 0, and Ray Tune was started to find that there is nothing to do."""
+    spec, tracker = ended
+    keep(spec.config, trial(0, 1.0), trial(1, 0.5))
+    monkeypatch.setattr(tuner, "build", lambda *_: pytest.fail("Tune was started"))
+    with said() as lines:
+        _, found = run.run(spec, SPACE, 0.0, tracker)
+    assert lines == ["search: it has ended; its trials are reported, none is run"]
+    assert found.seconds == 318.0
+    assert dict(leaderboard.facts(found))["trials"] == "2 in 5 min 18 s: 2 finished"
+
+
+def test_trials_say_what_has_cut_them(ended: tuple[Any, Any]) -> None:
+    spec, tracker = ended
+    folder = spec.config.folder()
+    keep(spec.config, trial(0, 1.0), trial(1, 0.5, status="stopped", step=4), trial(2, 0.7, status="stopped", step=4))
+    progress.write(folder, Progress(9.0, complete=True, note="The search ended early: why.", cut=(2,)))
+    _, found = run.run(spec, SPACE, 0.0, tracker)
+    assert [(one.status, one.reason) for one in found.trials] == [
+        ("finished", ""),
+        ("stopped", "asha after 50% of its 8 steps"),
+        ("unfinished", "the search ended before it"),
+    ]
+    assert found.notes == ("The search ended early: why.",)
+    assert dict(leaderboard.facts(found))["best"].startswith("train/loss 0.5 (trial 1, stopped at step 4 of 8): ")
+
+
+def test_a_search_whose_trials_all_failed_tells_the_most_frequent_reasons(ended: tuple[Any, Any]) -> None:
+    spec, tracker = ended
+    reasons = ["out of memory"] * 5 + ["loss is not finite"] * 3 + [f"reason {i}" for i in range(40)]
+    keep(spec.config, *(trial(i, None, status="failed", reason=reason) for i, reason in enumerate(reasons)))
+    with pytest.raises(UserError) as error:
+        run.run(spec, SPACE, 0.0, tracker)
+    folder = spec.config.folder()
+    assert str(error.value) == (
+        "no trial has measured train/loss: out of memory (5 trials); loss is not finite (3 trials); reason 0 (1 trial);"
+        f" 39 other reasons; remove the cause, and choose another run.name or delete {folder}"
+    )
+
+
+def test_values_that_are_not_numbers_are_no_best(ended: tuple[Any, Any]) -> None:
+    spec, tracker = ended
+    keep(spec.config, trial(0, float("nan")), trial(1, float("inf")))
+    with pytest.raises(UserError, match="no trial has measured train/loss: 2 trials ran"):
+        run.run(spec, SPACE, 0.0, tracker)
+
+
+class Tracked:
+    """Counts what MLflow would get."""
+
+    def __init__(self) -> None:
+        self.files, self.rows = [], 0  # type: ignore[var-annotated]
+
+    def artifact(self, file: Path) -> None:
+        self.files.append(file.name)
+
+    def table(self, name: str, columns: list[str], rows: list[list[Any]]) -> None:
+        self.rows = len(rows)
+
+    def metrics(self, by_step: dict[int, dict[str, float]]) -> None:
+        pass
+
+
+def test_two_thousand_trials_are_read_ranked_and_reported(ended: tuple[Any, Any]) -> None:
+    """Speed is not asserted; what would make it slow has a test in tests/sweep/report."""
+    spec, tracker = ended
+    keep(spec.config, *realistic(2000).trials)
+    sweep_spec, found = run.run(spec, SPACE, 0.0, tracker)
+    tracked: Any = Tracked()
+    with said() as lines:
+        outcome.conclude(tiny.config(), sweep_spec, found, tracked)
+    folder = Path(sweep_spec.folder)
+    assert len(json.loads((folder / "leaderboard.json").read_text())["trials"]) == tracked.rows == 2000
+    assert (folder / "report.html").stat().st_size < 4e6
+    assert len(lines) < 25
+    best = realistic(2000).best()
+    assert best is not None
+    assert load(folder / "best.yaml").train.lr == best.params["train.lr"]

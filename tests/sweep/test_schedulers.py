@@ -1,0 +1,269 @@
+"""Ray Tune's own schedulers, driven without a cluster: what they decide for the trials of a search."""
+
+import itertools
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import TrialScheduler
+
+from olora_ray.config.load import override
+from olora_ray.sweep.record import TrialRecord
+from olora_ray.sweep.schedulers import Halving, Median, Population, scheduler
+from olora_ray.sweep.space import Space
+from olora_ray.sweep.spec import NUMBER, PROGRESS, WHOLE, trial_name, trial_place
+from olora_ray.sweep.trial_file import TrialFile
+from tests import tiny
+
+STOP, CONTINUE = TrialScheduler.STOP, TrialScheduler.CONTINUE
+RANGES: dict[str, dict[str, Any]] = {
+    "train.schedule": {"choice": ["cosine", "linear", "constant"]},
+    "train.clip": {"choice": [None, 0.5, 1.0]},
+    "train.warmup": {"choice": [0.0, 0.1]},
+    "train.micro_batch": {"quniform": [1, 16, 4]},
+    "train.lr": {"loguniform": [1e-5, 1e-2]},
+    "train.weight_decay": {"uniform": [0.0, 0.2]},
+}
+"""A field of each kind of range."""
+
+
+class Controller:
+    """What schedulers ask Tune's controller for."""
+
+    search_alg = None
+
+    def __init__(self, trials: list[Trial]) -> None:
+        self.trials = trials
+
+    def get_trials(self) -> list[Trial]:
+        return self.trials
+
+    def get_live_trials(self) -> list[Trial]:
+        return [trial for trial in self.trials if not trial.is_finished()]
+
+    def pause_trial(self, trial: Trial, should_checkpoint: bool = True) -> None:
+        trial.set_status(Trial.PAUSED)
+
+    def _schedule_trial_save(self, trial: Trial, result: Mapping[str, Any]) -> str:
+        return f"checkpoint of {trial}"
+
+
+def tune_trial(number: int, draws: Mapping[str, Any] | None = None) -> Trial:
+    return Trial(
+        "stub", stub=True, config={NUMBER: number, **(draws or {})}, trial_name_creator=lambda _: trial_name(number)
+    )
+
+
+def result(step: int, total: int, value: float) -> dict[str, Any]:
+    """What a trial of so many steps reports."""
+    return {"step": step, "total": total, PROGRESS: WHOLE * step / total, "eval/loss": value}
+
+
+def space(search: Mapping[str, Any], **tree: Any) -> Space:
+    return Space.model_validate({"search": search, **tree})
+
+
+def asha(folder: Path, total: int, kind: str = "asha", **settings: Any) -> Any:
+    """The scheduler of a search whose config has `total` steps and evaluates after each sixth."""
+    config = override(tiny.config(), {"train.steps": total, "train.eval_every": max(1, total // 6)})
+    found = space({"train.steps": {"choice": [60, 120, 240]}}, scheduler={"kind": kind, **settings})
+    spec: Any = SimpleNamespace(
+        space=found, folder=str(folder), train_spec=SimpleNamespace(config=config), total=lambda: total
+    )
+    made = scheduler(spec)
+    assert made.set_search_properties("eval/loss", "min")
+    return made
+
+
+def test_a_longer_trial_that_is_the_best_is_not_cut_as_if_it_were_finished(tmp_path: Path) -> None:
+    """By the steps of the config it was, at step 150 of its 240."""
+    made, controller = asha(tmp_path, 120), Controller([])
+    assert isinstance(made, Halving)
+    trials = [tune_trial(number) for number in range(3)]
+    for trial in trials:
+        made.on_trial_add(controller, trial)
+    for trial, total, better in zip(trials, (60, 120, 240), (0.0, 0.1, 0.5), strict=True):
+        decisions = [
+            made.on_trial_result(controller, trial, result(step, total, 2 - better - step / total))
+            for step in range(total // 12, total, total // 12)
+        ]
+        assert set(decisions) == {CONTINUE}
+
+
+def test_trials_of_any_length_are_compared_at_the_same_share_of_it(tmp_path: Path) -> None:
+    made, controller = asha(tmp_path, 120, grace=30, reduction=2), Controller([])
+    for number, (total, value) in enumerate([(120, 1.0), (60, 1.1), (240, 0.9)]):
+        trial = tune_trial(number)
+        made.on_trial_add(controller, trial)
+        before, quarter = result(total // 4 - 1, total, 9.0), result(total // 4, total, value)
+        assert made.on_trial_result(controller, trial, before) == CONTINUE  # no rung yet, however bad
+        assert made.on_trial_result(controller, trial, quarter) == (STOP if value > 1 else CONTINUE)
+
+
+@pytest.mark.parametrize(("total", "every", "reduction"), [(36, 4, 3.0), (12, 3, 2.0), (120, 20, 3.0), (7, 1, 1.5)])
+def test_equal_lengths_have_the_rungs_that_steps_have(tmp_path: Path, total: int, every: int, reduction: float) -> None:
+    made, controller = asha(tmp_path, total, grace=every, reduction=reduction), Controller([])
+    good, bad = tune_trial(0), tune_trial(1)
+    for trial in (good, bad):
+        made.on_trial_add(controller, trial)
+    rungs = [every * reduction**k for k in range(20) if every * reduction**k <= total]
+    for step in range(every, total, every):
+        made.on_trial_result(controller, good, result(step, total, 1.0))
+        passed = [rung for rung in rungs if step - every < rung <= step]
+        decision = made.on_trial_result(controller, bad, result(step, total, 2.0))
+        assert decision == (STOP if passed else CONTINUE), step
+
+
+def test_a_trial_that_has_done_all_its_steps_ends_by_itself(tmp_path: Path) -> None:
+    made, controller, trial = asha(tmp_path, 12), Controller([]), tune_trial(0)
+    made.on_trial_add(controller, trial)
+    made.on_trial_complete(controller, trial, result(12, 12, 1.0))
+
+
+def test_the_median_is_that_of_trials_that_are_as_far(tmp_path: Path) -> None:
+    """By steps, a trial of 60 would never be compared with those of 240, which are slower."""
+    made, controller = asha(tmp_path, 240, kind="median"), Controller([])
+    assert isinstance(made, Median)
+    for number in range(3):
+        trial = tune_trial(number)
+        made.on_trial_add(controller, trial)
+        for step in range(40, 241, 40):
+            assert made.on_trial_result(controller, trial, result(step, 240, 1.0)) == CONTINUE
+    short = tune_trial(3)
+    made.on_trial_add(controller, short)
+    assert made.on_trial_result(controller, short, result(30, 60, 2.0)) == STOP
+
+
+@pytest.mark.parametrize("kind", ["asha", "median"])
+def test_a_resumed_search_compares_with_what_was_measured_before(tmp_path: Path, kind: str) -> None:
+    """Tune forgets its schedulers: without the records the first trial of the second attempt had no rival."""
+    for number in range(4):
+        kept = TrialFile(trial_place(str(tmp_path), number), TrialRecord(number, {}, "unfinished", total=60), "min")
+        for step in (0, 10, 20, 30, 40):
+            kept.measured(step, 1.0)
+    made, controller = asha(tmp_path, 60, kind=kind), Controller([])
+    for number in range(4):
+        made.on_trial_add(controller, tune_trial(number))
+    new = tune_trial(4)
+    made.on_trial_add(controller, new)
+    assert made.on_trial_result(controller, new, result(20, 60, 3.0)) == STOP
+
+
+def evolved(found: Space, rounds: int, interference: int = 0) -> list[list[dict[str, Any]]]:
+    """The draws of all members after each round of a population whose later members are the better ones."""
+    trials = [tune_trial(number, found.drawn(number)) for number in range(found.count())]
+    controller, made = Controller(trials), Population(found, 5)
+    assert made.set_search_properties(found.metric, "min")
+    for trial in trials:
+        made.on_trial_add(controller, trial)
+    seen = [[_draws(trial) for trial in trials]]
+    for turn in range(1, rounds + 1):
+        for number, trial in enumerate(trials):
+            for _ in range(interference):
+                random.random()
+            trial.set_status(Trial.RUNNING)
+            made.on_trial_result(controller, trial, result(5 * turn, 5 * rounds, 9.0 - (number + turn) % len(trials)))
+            trial.set_status(Trial.PAUSED)
+            trial.run_metadata.checkpoint_manager._latest_checkpoint_result = SimpleNamespace(
+                checkpoint=SimpleNamespace(path=f"{turn}-{number}"), metrics={}
+            )
+        seen.append([_draws(trial) for trial in trials])
+    return seen
+
+
+def _draws(trial: Trial) -> dict[str, Any]:
+    return {name: value for name, value in trial.config.items() if name != NUMBER}
+
+
+def inside(found: Space, draws: Mapping[str, Any]) -> None:
+    """Each value is one that the space gives, of the type that it gives."""
+    assert list(draws) == found.draw_names()
+    for field, domain in found.search.items():
+        if domain.of is not None:
+            assert draws[f"{field}:times"] in domain.factors()
+            assert found.values(draws)[field] == found.values(draws)[domain.of] * draws[f"{field}:times"]
+            continue
+        value = draws[field]
+        if listed := domain.options():
+            assert any(value is option or (type(value), value) == (type(option), option) for option in listed)
+        elif domain.quniform:
+            steps = [domain.at(place) for place in range(domain.steps())]
+            assert any((type(value), value) == (type(step), step) for step in steps)
+        else:
+            low, high = domain.extremes()
+            assert isinstance(value, float)
+            assert low <= value <= high
+
+
+SCALARS = st.one_of(st.none(), st.text(max_size=3), st.integers(-9, 9), st.floats(-9, 9).map(lambda x: x + 0.3125))
+LISTS = st.lists(SCALARS, min_size=1, max_size=5, unique_by=repr)
+NUMBERS = st.lists(st.integers(1, 99), min_size=1, max_size=4, unique=True)
+BOUNDS = st.tuples(st.floats(-1e6, 1e6), st.floats(1e-3, 1e6)).map(lambda x: [x[0], x[0] + x[1]])
+ABOVE_ZERO = st.tuples(st.floats(1e-9, 1e3), st.floats(1.001, 1e6)).map(lambda x: [x[0], x[0] * x[1]])
+STEPPED = st.tuples(st.integers(-9, 9), st.integers(1, 40), st.sampled_from([1, 2, 7, 0.1, 0.25])).map(
+    lambda x: [x[0], x[0] + x[1] * x[2], x[2]]
+)
+DOMAINS = st.one_of(
+    LISTS.map(lambda x: {"choice": x}),
+    LISTS.map(lambda x: {"grid": x}),
+    BOUNDS.map(lambda x: {"uniform": x}),
+    ABOVE_ZERO.map(lambda x: {"loguniform": x}),
+    STEPPED.map(lambda x: {"quniform": x}),
+)
+FOLLOWED = st.one_of(
+    NUMBERS.map(lambda x: {"choice": x}),
+    BOUNDS.map(lambda x: {"uniform": x}),
+    ABOVE_ZERO.map(lambda x: {"loguniform": x}),
+    STEPPED.map(lambda x: {"quniform": x}),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    domains=st.lists(DOMAINS, min_size=1, max_size=3),
+    base=FOLLOWED,
+    times=st.lists(st.sampled_from([0.5, 1, 2, 3.0]), min_size=1, unique=True),
+    seed=st.integers(0, 2**31 - 1),
+)
+def test_a_population_stays_within_every_kind_of_range(
+    domains: list[dict[str, Any]], base: dict[str, Any], times: list[float], seed: int
+) -> None:
+    search = {f"train.f{i}": domain for i, domain in enumerate(domains)}
+    search |= {"train.base": base, "train.follows": {"of": "train.base", "times": times}}
+    found = space(search, scheduler={"kind": "population"}, trials=5, seed=seed)
+    for members in evolved(found, 4):
+        for draws in members:
+            inside(found, draws)
+
+
+def test_values_of_a_population_are_valid_in_a_config() -> None:
+    found = space(RANGES, scheduler={"kind": "population"}, trials=8, seed=5)
+    for members in evolved(found, 10):
+        for draws in members:
+            inside(found, draws)
+            override(tiny.config(), found.values(draws))
+
+
+def test_a_population_repeats_whatever_else_draws_random_numbers() -> None:
+    found = space(RANGES, scheduler={"kind": "population"}, trials=8, seed=5)
+    state = random.getstate()
+    first = evolved(found, 6)
+    assert random.getstate() == state
+    assert first == evolved(found, 6, interference=3)
+    assert first != evolved(found.model_copy(update={"seed": 6}), 6)
+
+
+def test_a_population_explores_each_kind_of_range() -> None:
+    found = space(RANGES, scheduler={"kind": "population"}, trials=12, seed=1)
+    rounds = evolved(found, 30)
+    for name in found.draw_names():
+        values = [[draws[name] for draws in members] for members in rounds]
+        assert any(before != after for before, after in itertools.pairwise(values)), name
+    for name in ("train.lr", "train.weight_decay"):
+        assert {draws[name] for draws in rounds[-1]} - {draws[name] for draws in rounds[0]}

@@ -1,0 +1,83 @@
+"""What is odd about rows is counted and said once."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from olora_ray.data.tokenize import TokenizerSpec
+from olora_ray.tokens.notes import lines
+from olora_ray.tokens.prepare import prepare
+from olora_ray.tokens.preview import describe
+from tests.data.test_chat_template import ALL, conversation
+from tests.said import said
+from tests.tokens import helpers
+
+
+def write(folder: Path, *chats: list[str]) -> Path:
+    return helpers.write_jsonl(folder / "a.jsonl", [{"messages": conversation(*turns)} for turns in chats])
+
+
+LONG = [f"turn {number}" for number in range(10)]
+SPLIT = (
+    "2 of 3 chats were split by the chat template, one example an answer, into 3.2 times the tokens; with"
+    " data.last_turn_only: true only the last answer of a chat is trained"
+)
+
+
+def test_chats_that_a_template_splits(tmp_path: Path) -> None:
+    """Qwen3 drops the reasoning of earlier turns: 5 answers are 5 examples with all that is before them."""
+    spec = helpers.spec(ALL["qwen3"])
+    path = write(tmp_path, LONG, LONG, ["hi", "one"])
+    config = helpers.config(tmp_path / "runs", path, max_length=1000)
+    for when in ("", " (made before)"):
+        with said() as printed:
+            store = prepare(config, spec, "train")
+        assert [line for line in printed if "split" in line] == [f"tokens: train: {SPLIT}"]
+        assert any(line.endswith(when) for line in printed)
+    assert store.manifest.examples == 11
+    with said() as printed:
+        describe(config, spec)
+    assert f"of the rows that were read, {SPLIT}" in printed
+
+
+def test_with_the_last_turn_only_nothing_is_split(tmp_path: Path) -> None:
+    spec = helpers.spec(ALL["qwen3"])
+    path = write(tmp_path, LONG, LONG, ["hi", "one"])
+    with said() as printed:
+        store = prepare(helpers.config(tmp_path / "runs", path, max_length=1000, last_turn_only=True), spec, "train")
+    assert store.manifest.examples == 3
+    assert not [line for line in printed if "split" in line]
+    whole = prepare(helpers.config(tmp_path / "runs", path, max_length=1000), spec, "train")
+    assert whole.digest != store.digest
+
+
+@pytest.mark.parametrize(
+    ("template", "answer", "expected"),
+    [
+        ("{% for m in messages %}{{ m.content }}\n{% endfor %}", "x", ["single", "unended"]),
+        ("{% for m in messages %}{{ m.content }}\n{% endfor %}", "xy", ["unended"]),
+        ("{% for m in messages %}{{ m.content }}{{ eos_token }}\n{% endfor %}", "x", []),
+    ],
+)
+def test_single_tokens_and_answers_without_an_end(
+    template: str, answer: str, expected: list[str], tmp_path: Path
+) -> None:
+    path = write(tmp_path, ["hi", answer])
+    store = prepare(helpers.config(tmp_path / "runs", path), helpers.spec(template), "train")
+    found = store.manifest.notes
+    assert found == {"chats": 1, **dict.fromkeys(expected, 1)}
+    words = {"single": "rows with a single supervised token: 1", "unended": "does not end with an end token: 1"}
+    assert [words[name] in line for name, line in zip(expected, lines(found), strict=True)] == [True] * len(expected)
+
+
+def test_ordinary_rows_are_not_worth_a_line(tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
+    rows: list[Any] = [helpers.chat("q", "a"), helpers.chat("q", "abc")]
+    store = prepare(
+        helpers.config(tmp_path / "runs", helpers.write_jsonl(tmp_path / "a.jsonl", rows)), tiny_spec, "train"
+    )
+    assert store.manifest.notes == {"chats": 2}
+    texts = helpers.write_jsonl(tmp_path / "b.jsonl", [{"text": "a"}, {"text": "abcdefgh"}])
+    source = {"path": str(texts), "format": "text"}
+    assert prepare(helpers.config(tmp_path / "runs", source, max_length=8), tiny_spec, "train").manifest.notes == {}
+    assert lines({"chats": 2}) == lines({}) == []

@@ -1,0 +1,121 @@
+"""What a dry run says of the data is what the preparation does with it."""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+
+from olora_ray.common.errors import UserError
+from olora_ray.config.schema import Config
+from olora_ray.data.tokenize import TokenizerSpec
+from olora_ray.tokens.prepare import prepare
+from olora_ray.tokens.preview import describe
+from tests.tokens import helpers
+from tests.tokens.helpers import chat, rows
+
+NUMBERS = ("rows", "packs", "tokens", "supervised", "rejected")
+
+
+def test_a_small_corpus_is_described_exactly(corpus: Config, tiny_spec: TokenizerSpec) -> None:
+    preview = describe(corpus, tiny_spec)
+    manifest = prepare(corpus, tiny_spec, "train").manifest
+    assert len(manifest.shards) > 1
+    assert preview.exact
+    assert [getattr(preview, name) for name in NUMBERS] == [getattr(manifest, name) for name in NUMBERS]
+    assert round(preview.fill, 4) == manifest.fill
+    assert [(each.setting, each.rows, each.rejected) for each in preview.sources] == [
+        ("data.train.0", 501, 1),
+        ("data.train.1", 240, 0),  # its weight is 2
+    ]
+
+
+def test_held_out_rows_are_described_as_they_are_prepared(tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
+    path = helpers.write_jsonl(tmp_path / "a.jsonl", rows(200))
+    for data in ({"eval": [{"path": str(path)}]}, {"eval_fraction": 0.2}):
+        config = helpers.config(tmp_path / "runs", path, **data)
+        for split in ("train", "eval"):
+            preview, manifest = describe(config, tiny_spec, split), prepare(config, tiny_spec, split).manifest
+            assert [getattr(preview, name) for name in NUMBERS] == [getattr(manifest, name) for name in NUMBERS]
+
+
+def test_the_examples_are_of_two_sources_with_what_is_supervised(corpus: Config, tiny_spec: TokenizerSpec) -> None:
+    first, second = describe(corpus, tiny_spec).examples
+    assert first.origin.rpartition("/")[0] == second.origin.rpartition("/")[0]
+    assert {Path(each.origin.rpartition(":")[0]).name for each in (first, second)} == {"a.jsonl", "b.jsonl"}
+    for each in (first, second):
+        path, _, line = each.origin.rpartition(":")
+        row = json.loads(Path(path).read_text().splitlines()[int(line) - 1])
+        assert helpers.decode(each.input_ids[each.mask]) == f"{row['messages'][1]['content']}<|im_end|>"
+
+
+def test_the_lengths_are_those_of_the_examples(tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
+    path = helpers.write_jsonl(tmp_path / "a.jsonl", [chat("q", "a" * n) for n in range(1, 21)])
+    lengths = describe(helpers.config(tmp_path / "runs", path), tiny_spec).lengths
+    assert np.diff(lengths).tolist() == [9, 8, 2, 0]
+    assert lengths[0] == lengths[-1] - 19
+
+
+def test_the_first_sequences_can_be_trained_on(corpus: Config, tiny_spec: TokenizerSpec) -> None:
+    store = prepare(corpus, tiny_spec, "train")
+    for number, pack in enumerate(describe(corpus, tiny_spec).some_packs):
+        assert pack.segments == tuple(store[number].segments)
+        assert np.array_equal(pack.input_ids, store[number].input_ids)
+        assert np.array_equal(pack.supervised, store[number].supervised)
+
+
+BAD: dict[str, list[Any]] = {
+    "too many": [*rows(60), *[chat("q" * 200, "a")] * 3],
+    "none can be used": [chat("q", "")] * 12,
+    "one of two": [chat("q", "a"), chat("q", "")],
+    "far too many, in several shards": [*rows(200), *[{"x": 1}] * 200],
+}
+
+
+@pytest.mark.parametrize("split", ["train", "eval"])
+@pytest.mark.parametrize("case", BAD)
+def test_a_dry_run_ends_as_the_run_would_end(
+    case: str, split: Literal["train", "eval"], tmp_path: Path, tiny_spec: TokenizerSpec, small_shards: None
+) -> None:
+    bad = helpers.write_jsonl(tmp_path / "bad.jsonl", BAD[case])
+    good = helpers.write_jsonl(tmp_path / "good.jsonl", rows(50))
+    config = helpers.config(tmp_path / "runs", bad) if split == "train" else None
+    config = config or helpers.config(tmp_path / "runs", good, eval=[{"path": str(bad)}])
+    with pytest.raises(UserError) as dry:
+        describe(config, tiny_spec, split)
+    assert not (tmp_path / "runs" / "tokens").exists()
+    with pytest.raises(UserError) as real:
+        prepare(config, tiny_spec, split)
+    assert str(dry.value) == str(real.value)
+    assert str(dry.value).startswith(f"data.{split}.0: ")
+
+
+def test_no_held_out_row_left_is_told_as_the_run_would_tell_it(tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
+    path = helpers.write_jsonl(tmp_path / "a.jsonl", rows(3))
+    with pytest.raises(UserError, match=r"held out of data.train: no row is left for eval"):
+        describe(helpers.config(tmp_path / "runs", path, eval_fraction=0.001), tiny_spec, "eval")
+
+
+@pytest.mark.parametrize(("limit", "scanned", "read"), [(200, 2**20, 0), (200, 0, 0), (10_000, 0, 0)])
+def test_a_large_corpus_is_estimated_from_a_part(
+    corpus: Config, tiny_spec: TokenizerSpec, monkeypatch: Any, limit: int, scanned: int, read: int
+) -> None:
+    manifest = prepare(corpus, tiny_spec, "train").manifest
+    monkeypatch.setattr("olora_ray.tokens.preview.SCAN_ALL", scanned)
+    monkeypatch.setattr("olora_ray.tokens.preview.READ_ALL", read)
+    preview = describe(corpus, tiny_spec, limit=limit)
+    assert not preview.exact
+    for name in ("rows", "packs", "tokens", "supervised"):
+        assert getattr(preview, name) == pytest.approx(getattr(manifest, name), rel=0.15), name
+
+
+def test_too_many_rejected_rows_in_a_part_are_said_to_be_of_that_part(
+    tmp_path: Path, tiny_spec: TokenizerSpec, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr("olora_ray.tokens.preview.READ_ALL", 0)
+    path = helpers.write_jsonl(tmp_path / "a.jsonl", [row for one in rows(400) for row in (one, {"x": 1})])
+    with pytest.raises(
+        UserError, match=r"104 of 208 rows cannot.*\(of the rows that a dry run reads of so much data\)"
+    ):
+        describe(helpers.config(tmp_path / "runs", path), tiny_spec, limit=200)

@@ -1,0 +1,105 @@
+"""How many rows may be rejected, and what a person is told about them."""
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from olora_ray.common.errors import UserError
+from olora_ray.data.tokenize import TokenizerSpec
+from olora_ray.tokens.prepare import prepare
+from olora_ray.tokens.remedies import remedy
+from olora_ray.tokens.totals import Limits
+from tests.said import said
+from tests.tokens import helpers
+from tests.tokens.helpers import chat, rows
+
+
+@pytest.mark.parametrize(
+    ("share", "count", "allowed"),
+    [
+        *((0.01, 2, 0), (0.01, 9, 0), (0.01, 10, 1), (0.01, 32, 1), (0.01, 967, 9), (0.01, 100_000, 1000)),
+        *((0.0, 10, 0), (0.0, 10**6, 0), (0.5, 2, 1), (0.5, 4, 2), (1.0, 7, 7)),
+    ],
+)
+def test_the_share_of_the_rows_or_a_single_one_may_be_rejected(share: float, count: int, allowed: int) -> None:
+    limits = Limits("data.train", share)
+    assert not limits.passed({"too_long": allowed}, count)
+    assert limits.passed({"too_long": allowed + 1}, count)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 1.0])
+@pytest.mark.parametrize("count", [1, 10, 500])
+def test_rows_of_which_none_can_be_used_always_stop_the_run(share: float, count: int) -> None:
+    with pytest.raises(UserError, match=f"none of the {count} rows can be used"):
+        Limits("data.train", share).check({"template": count}, count, list)
+
+
+def prepared(folder: Path, spec: TokenizerSpec, bad: int, good: int, **data: Any) -> None:
+    """Prepare held-out rows of which so many are too long, beside good training rows."""
+    path = helpers.write_jsonl(folder / "heldout.jsonl", [*rows(good), *[chat("q" * 200, "a")] * bad])
+    train = helpers.write_jsonl(folder / "train.jsonl", rows(40))
+    prepare(helpers.config(folder / "runs", train, eval=[{"path": str(path)}], **data), spec, "eval")
+
+
+def test_one_odd_row_of_few_held_out_ones_does_not_stop_a_run(tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
+    prepared(tmp_path, tiny_spec, bad=1, good=31)
+    with pytest.raises(UserError, match=r"^data\.eval\.0: 2 of 32 rows cannot be used"):
+        prepared(tmp_path / "two", tiny_spec, bad=2, good=30)
+    with pytest.raises(UserError, match=r"^data\.eval\.0: 1 of 32 rows cannot be used"):
+        prepared(tmp_path / "strict", tiny_spec, bad=1, good=31, max_rejected=0)
+
+
+def test_rows_held_out_of_the_training_sources_are_named_as_such(tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
+    path = helpers.write_jsonl(tmp_path / "a.jsonl", [row for one in rows(100) for row in (one, chat("q", ""))])
+    config = helpers.config(tmp_path / "runs", path, eval_fraction=0.2)
+    with pytest.raises(UserError, match=r"^held out of data\.train\.0: \d+ of \d+ rows"):
+        prepare(config, tiny_spec, "eval")
+    with pytest.raises(UserError, match=r"^data\.train\.0: \d+ of \d+ rows"):
+        prepare(config, tiny_spec, "train")
+
+
+def test_the_remedy_is_enough(tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
+    path = helpers.write_jsonl(tmp_path / "a.jsonl", [*rows(90), *[chat("q" * n, "a") for n in (150, 200, 170)]])
+    with pytest.raises(UserError) as caught:
+        prepare(helpers.config(tmp_path / "runs", path), tiny_spec, "train")
+    told = str(caught.value)
+    length = int(told.split("raise data.max_length, to ")[1].split(" ")[0])
+    share = float(told.split("data.max_rejected=")[1])
+    assert (
+        prepare(helpers.config(tmp_path / "runs", path, max_length=length), tiny_spec, "train").manifest.rejected == {}
+    )
+    assert prepare(helpers.config(tmp_path / "runs", path, max_rejected=share), tiny_spec, "train").manifest.rows == 93
+
+
+def rejected(reason: str, message: str = "") -> dict[str, Any]:
+    return {"reason": reason, "message": message, "source": 0}
+
+
+def test_the_remedy_is_that_of_the_most_frequent_reason() -> None:
+    columns = remedy({"missing_field": 3, "too_long": 1}, [rejected("missing_field")], 100, "held out of data.train.2")
+    assert columns.startswith("name the columns in the fields of data.train.2, or set another format there, or allow")
+    assert remedy({"broken_json": 2}, [rejected("broken_json")], 3, "x").startswith("mend or remove them, or allow")
+    assert remedy({"empty_answer": 3}, [rejected("empty_answer")], 3, "x") == "mend or remove them"
+
+
+@pytest.mark.parametrize(
+    ("bad", "count", "share"), [(22, 967, "0.023"), (1, 2, "0.5"), (1, 3, "0.34"), (9, 10**6, "9e-06")]
+)
+def test_the_share_that_is_offered_is_short_and_large_enough(bad: int, count: int, share: str) -> None:
+    told = remedy({"no_answer": bad}, [rejected("no_answer")], count, "x")
+    assert told.endswith(f"data.max_rejected={share}")
+    assert not Limits("x", float(share)).passed({"no_answer": bad}, count)
+
+
+def test_the_place_of_the_rejected_rows_is_told_whether_or_not_they_stop_the_run(
+    tmp_path: Path, tiny_spec: TokenizerSpec
+) -> None:
+    for bad in (1, 9):
+        path = helpers.write_jsonl(tmp_path / f"{bad}.jsonl", [*rows(90), *[chat("q", "")] * bad])
+        stops = pytest.raises(UserError) if bad > 1 else contextlib.nullcontext()
+        with said() as lines, stops:
+            prepare(helpers.config(tmp_path / "runs", path), tiny_spec, "train")
+        [line] = [line for line in lines if "rejected rows are listed in" in line]
+        assert len(Path(line.split(" listed in ")[1]).read_text().splitlines()) == bad

@@ -1,0 +1,93 @@
+"""MLflow's files on an object store: they arrive there, and what keeps them away is told before a training."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from olora_ray.common import s3, storage
+from olora_ray.common.errors import TryAgain, UserError
+from olora_ray.config.schema import Config
+from olora_ray.tracking import artifacts, models, start
+from olora_ray.tracking.client import TrackingUnavailable, connect
+from tests import mlflow_database, tiny
+from tests.s3_server import Faults, Server, within
+
+
+@pytest.fixture
+def config(bucket: str, tmp_path: Path) -> Config:
+    mlflow_database.place(tmp_path / "db")
+    uri = f"sqlite:///{tmp_path / 'db' / 'mlflow.db'}"
+    return tiny.config(run__storage=bucket, tracking__uri=uri, tracking__experiment="on s3")
+
+
+def check(config: Config) -> None:
+    start.check_artifacts(config, start.resolve_uri(config))
+
+
+def test_a_good_store_passes_and_nothing_is_left(s3_server: Server, bucket: str, config: Config) -> None:
+    check(config)
+    assert s3_server.keys(bucket) == []
+
+
+def test_a_runs_files_and_model_lie_in_the_bucket(
+    s3_server: Server, bucket: str, config: Config, merged: Path, tmp_path: Path
+) -> None:
+    check(config)
+    tracker = start.start_run(config, "test", {})
+    tracker.text("{}", "parity.json")
+    version = models.register(tracker, merged, "on-s3", "challenger", {"olora.eval_loss": "1.5"})
+    keys = s3_server.keys(storage.join(bucket, "mlartifacts"))
+    assert any(key.endswith("/parity.json") for key in keys)
+    assert any(key.endswith("/model/model.safetensors") for key in keys)
+    found = models.resolve_model_uri(f"models:/on-s3/{version}", tracker.uri, tmp_path / "cache")
+    assert (found / "model.safetensors").read_bytes() == (merged / "model.safetensors").read_bytes()
+
+
+def test_a_local_store_is_not_tried(config: Config, tmp_path: Path) -> None:
+    artifacts.check(str(tmp_path / "mlartifacts"), "sqlite://")
+    assert not (tmp_path / "mlartifacts").exists()
+
+
+def test_an_experiment_whose_bucket_is_gone(config: Config) -> None:
+    """It was made when the storage was another."""
+    connect(start.resolve_uri(config)).create_experiment("on s3", artifact_location="s3://gone/mlartifacts")
+    with pytest.raises(
+        UserError, match=r"MLflow's artifact store: s3://gone/mlartifacts cannot be written: there is no"
+    ):
+        check(config)
+
+
+def test_a_store_without_time(s3_server: Server, config: Config) -> None:
+    s3_server.faults = Faults(refuse=-1)
+    with pytest.raises(TryAgain, match=r"MLflow's artifact store: .* does not answer: SlowDown"):
+        check(config)
+
+
+def test_mlflows_own_server_that_hangs(
+    s3_server: Server, bucket: str, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLflow may have an address of its own, and asks for minutes."""
+    monkeypatch.setenv("MLFLOW_S3_ENDPOINT_URL", s3_server.url)
+    monkeypatch.setattr(artifacts, "PROBE_SECONDS", 1.0)
+    s3_server.faults = Faults(hang=True)
+    with pytest.raises(TrackingUnavailable, match=r"cannot be written: no answer within 1 s"), within(20):
+        check(config)
+
+
+def test_without_boto3(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "boto3", None)
+    with pytest.raises(UserError, match=r"pip install 'olora-ray\[s3\]'"):
+        check(config)
+    assert s3.is_s3(config.run.storage)
+
+
+def test_a_store_that_goes_away_while_a_model_is_logged_is_unavailable(
+    s3_server: Server, config: Config, merged: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same command finishes the work later: exit code 75, no traceback."""
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    tracker = start.start_run(config, "test", {})
+    s3_server.faults = Faults(refuse=-1)
+    with pytest.raises(TrackingUnavailable):
+        tracker.artifact(merged / "config.json")

@@ -1,0 +1,95 @@
+"""A storage that was moved or copied: MLflow writes and reads artifacts there, and nowhere else."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.tracking._tracking_service import utils
+
+from olora_ray.config.schema import Config
+from olora_ray.tracking import moved_storage
+from olora_ray.tracking.mlflow_run import mlflow_run
+from tests import mlflow_database, tiny
+from tests.said import said
+from tests.tracking.test_mlflow_run import Ids
+
+
+def settings(place: Path) -> Config:
+    return tiny.config(run__storage=str(place))
+
+
+@pytest.fixture
+def ids() -> Ids:
+    """Of the run, under whatever address."""
+
+    class Same(Ids):
+        def tracking_run(self, uri: str) -> str | None:
+            return next(iter(self.values()), None)
+
+    return Same()
+
+
+@pytest.fixture(autouse=True)
+def no_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+def tracked(place: Path, ids: Ids) -> str:
+    """A run with an artifact, a model and a version of it; its artifacts' folder."""
+    utils._artifact_repos_cache.clear()  # as in a process that has not seen the run before
+    with mlflow_run(settings(place), {}, ids, {}) as tracker:
+        tracker.text("hello", "note.txt")
+        client = tracker.client()
+        run = client.get_run(tracker.run_id)
+        if not client.search_registered_models():
+            model = client.create_logged_model(run.info.experiment_id, "m", tracker.run_id)
+            client.create_registered_model("m")
+            client.create_model_version("m", model.artifact_location, tracker.run_id, model_id=model.model_id)
+        return str(run.info.artifact_uri)
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_the_run_continues_where_the_storage_lies_now(tmp_path: Path, ids: Ids, copied: bool) -> None:
+    before, now = mlflow_database.place(tmp_path / "before"), tmp_path / "now"
+    first = tracked(before, ids)
+    assert first.startswith(f"{before}/mlartifacts/")
+    (shutil.copytree if copied else shutil.move)(before, now)
+    (Path(first) / "note.txt").unlink(missing_ok=True)
+    with said() as lines:
+        moved = tracked(now, ids)
+    assert moved == first.replace(str(before), str(now))
+    assert (Path(moved) / "note.txt").read_text() == "hello"
+    assert not (Path(first) / "note.txt").exists()
+    assert before.exists() is copied
+    assert sum("run.storage has moved" in line for line in lines) == 1
+    (version,) = MlflowClient(f"sqlite:///{now}/mlflow.db").search_model_versions()
+    assert version.source.startswith(f"{now}/mlartifacts/")
+    with said() as lines:
+        tracked(now, ids)
+    assert lines == []
+
+
+def test_a_copy_without_artifacts_yet_gets_its_own(tmp_path: Path, ids: Ids) -> None:
+    before, now = mlflow_database.place(tmp_path / "before"), tmp_path / "now"
+    with mlflow_run(settings(before), {}, ids, {}):
+        pass
+    shutil.copytree(before, now)
+    assert tracked(now, ids).startswith(f"{now}/mlartifacts/")
+
+
+def test_artifacts_that_lie_elsewhere_on_purpose_stay_there(tmp_path: Path, ids: Ids) -> None:
+    shared, own = mlflow_database.place(tmp_path / "shared"), tmp_path / "own"
+    config = tiny.config(run__storage=str(own), tracking__uri=f"sqlite:///{shared}/mlflow.db")
+    with mlflow_run(config, {}, ids, {}) as tracker:
+        tracker.text("hello", "note.txt")
+    moved_storage.follow(settings(shared))
+    assert tracked(shared, ids).startswith(f"{own}/mlartifacts/")
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no database at all, but some bytes" * 100])
+def test_without_a_database_of_mlflow_nothing_happens(tmp_path: Path, content: bytes | None) -> None:
+    if content is not None:
+        (tmp_path / "mlflow.db").write_bytes(content)
+    moved_storage.follow(settings(tmp_path))
+    assert [file.name for file in tmp_path.iterdir()] == (["mlflow.db"] if content is not None else [])
