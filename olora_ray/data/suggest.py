@@ -48,7 +48,8 @@ def file(kind: str, columns: tuple[str, ...], begin: bytes) -> str | None:
     if kind == "jsonl" and first.split(b"\n")[0].strip() == b"{":
         return "a .jsonl file has a whole object on each line; one object over several lines is a .json file"
     if kind == "csv" and len(columns) == 1 and (separator := next((c for c in ";\t|" if c in columns[0]), None)):
-        return f"the cells seem to be separated by {separator!r}: write the file with commas"
+        remedy = "call it .tsv" if separator == "\t" else "write the file with commas"
+        return f"the cells seem to be separated by {separator!r}: {remedy}"
     return None
 
 
