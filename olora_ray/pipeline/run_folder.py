@@ -55,6 +55,8 @@ class RunFolder:
                 self._refuse_other_settings(storage.read_text(self.settings))
             storage.write_text(probe, "")
             storage.remove(probe)
+        except UnicodeDecodeError:
+            raise UserError(f"{self.settings}: not UTF-8 text; put it back, or delete {self.root}") from None
         except OSError as error:
             why = error.strerror or str(error)
             raise UserError(f"run.storage: {self.config.run.storage} cannot be written: {why}") from None
@@ -67,8 +69,9 @@ class RunFolder:
         return bool(checkpoints.names(self.checkpoints))
 
     def finished(self) -> dict[str, Any] | None:
-        """The result of a run that ended well."""
-        return _read_json(self.result)
+        """The result of a run that ended well; None if there is none, or it is damaged."""
+        found = _read_json(self.result)
+        return found if found and _is_result(found) else None
 
     def exported(self, step: int) -> dict[str, Any] | None:
         """The parity report of exports that are complete and were made of the best adapter after `step` steps."""
@@ -130,10 +133,15 @@ class RunFolder:
             )
 
 
+def _is_result(tree: dict[str, Any]) -> bool:
+    metrics = tree.get("metrics", {})
+    return isinstance(metrics, dict) and all(isinstance(value, int | float | None) for value in metrics.values())
+
+
 def _read_json(place: str) -> dict[str, Any] | None:
     """The object in a JSON file of our own; None if it is not there, or damaged: it is then made again."""
     try:
         tree = json.loads(storage.read_text(place))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return tree if isinstance(tree, dict) else None
