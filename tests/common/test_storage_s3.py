@@ -262,12 +262,20 @@ class TestPatience:
             storage.exists(storage.join(place, "a"))
         assert lines == []
 
-    def test_patience_has_an_end(self, server: Server, place: str) -> None:
+    def test_patience_has_an_end(self, server: Server, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(patience, "PATIENCE", 0.3)
         storage.names(place)
-        server.faults = Faults(hang=True)
-        with said() as lines, pytest.raises(OSError, match="NETWORK_CONNECTION"), within(60):
+        server.faults = Faults(refuse=-1)
+        with said() as lines, pytest.raises(OSError, match="503"), within(60):
             storage.exists(storage.join(place, "a"))
         assert lines
+
+    def test_a_store_that_hangs_is_given_up(self, server: Server, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(patience, "PATIENCE", 0.0)
+        storage.names(place)
+        server.faults = Faults(hang=True)
+        with pytest.raises(OSError, match="NETWORK_CONNECTION"), within(60):
+            storage.exists(storage.join(place, "a"))
 
     def test_what_does_not_pass_is_told_at_once(self, place: str) -> None:
         storage.names(place)
