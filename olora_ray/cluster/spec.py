@@ -87,10 +87,13 @@ class TrainResult:
     def from_json(cls, text: str) -> "TrainResult":
         """Read `to_json` back; raises ValueError of one line for anything else."""
         try:
-            return _RESULT.validate_json(text)
+            found = _RESULT.validate_json(text)
         except ValidationError as error:
             wrong = error.errors()[0]
             raise ValueError(f"{'.'.join(map(str, wrong['loc']))}: {wrong['msg']}".removeprefix(": ")) from None
+        if found.state is None:
+            raise ValueError("state: not there")
+        return found
 
 
 _RESULT = TypeAdapter(TrainResult)

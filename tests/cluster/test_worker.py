@@ -130,8 +130,8 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
 
 
 def test_the_best_adapter_is_kept_and_resumed(tmp_path: Path) -> None:
-    # A rate at which the held-out loss soon grows.
-    settings = {"train__lr": 0.5, "train__schedule": "constant"}
+    # A rate at which the held-out loss soon grows, by a clear margin: on other processors sums round differently.
+    settings = {"train__lr": 0.05, "train__schedule": "constant"}
     first, _ = train(tmp_path / "whole", **settings)
     assert first.state is not None
     assert first.state.best_step is not None
