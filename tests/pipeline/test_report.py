@@ -84,5 +84,3 @@ def test_the_real_mlflow_understands_them(tmp_path: Path, monkeypatch: pytest.Mo
     lines = next_steps(result(tmp_path), None)
     told = output(command(lines, "MLflow").replace("  #", " --help  #"), tmp_path)
     assert "--backend-store-uri" in told
-    told = output(f"{command(lines, 'serve')} --help", tmp_path)
-    assert all(option in told for option in ("--env-manager", "--port", "--model-uri"))
