@@ -145,7 +145,7 @@ class Bench:
                 "evaluation.scorer": None,
                 "evaluation.samples": 0,
             },
-            "scheduler": {"kind": scheduler, "reduction": 3},
+            "scheduler": {"kind": scheduler, **({"reduction": 3} if scheduler == "asha" else {})},
             "trials": self.trials,
             "trials_per_worker": adapters,
         }

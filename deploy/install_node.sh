@@ -1,7 +1,8 @@
 #!/bin/bash
 # Installs on a node of cluster.yaml what every node has: the packages of the lock, and this project, in ~/olora_env.
 # All nodes get the same versions, whenever they start. Without a GPU torch comes from its index for CPUs, as
-# 2.13.0+cpu, and CUDA's libraries stay away: some 200 MB instead of 5 GB. A run takes both for the same torch.
+# 2.13.0+cpu, and CUDA's libraries stay away; a run takes both for the same torch. These nodes must reach
+# download.pytorch.org. Not tried yet.
 set -e
 here=$(cd "$(dirname "$0")" && pwd)
 uv=~/.local/bin/uv

@@ -33,15 +33,15 @@ data:
 ```
 
 The file is validated as a whole before anything starts: an unknown field, a wrong type or a value out of range is an
-error that names the field. `python pipelines/finetune.py --help` shows this page's fields in the terminal, and a
-run's folder has its configuration in `config.yaml` with every default filled in.
+error that names the field. `.venv/bin/python pipelines/finetune.py --help` shows this page's fields in the terminal,
+and a run's folder has its configuration in `config.yaml` with every default filled in.
 
 ## On the command line
 
 `finetune.py`, `sweep.py`, `retrain.py` and `evaluate.py` take `section.field=value` words, which override the file:
 
-    python pipelines/finetune.py my_run.yaml train.lr=2.0e-4 adapter.rank=32 cluster.workers='[2, 8]'
-    python pipelines/finetune.py my_run.yaml registry.model=null data.train.0.weight=2
+    .venv/bin/python pipelines/finetune.py my_run.yaml train.lr=2.0e-4 adapter.rank=32 cluster.workers='[2, 8]'
+    .venv/bin/python pipelines/finetune.py my_run.yaml registry.model=null data.train.0.weight=2
 
 Values are YAML: `null` unsets a field, `[2, 8]` is a list, `true` a switch; quote what the shell would take apart. An
 entry of a list is named by its number, counted from 0. Fields that a search varies have the same dotted names in its
@@ -53,8 +53,8 @@ A configuration is copied into checkpoints and MLflow, so it holds no secrets: a
 it is refused. `tracking.uri` may name a place instead, `env:NAME` for an environment variable or `file:/PATH` for a
 file of one line. It is looked up where it is used, and what it holds is never written:
 
-    python pipelines/finetune.py my_run.yaml tracking.uri=env:MLFLOW_DATABASE
-    python pipelines/finetune.py my_run.yaml tracking.uri=file:/run/secrets/mlflow_uri
+    .venv/bin/python pipelines/finetune.py my_run.yaml tracking.uri=env:MLFLOW_DATABASE
+    .venv/bin/python pipelines/finetune.py my_run.yaml tracking.uri=file:/run/secrets/mlflow_uri
 
 Other secrets come from the variables that their libraries read, on every node: `MLFLOW_TRACKING_USERNAME` and
 `MLFLOW_TRACKING_PASSWORD` (or `MLFLOW_TRACKING_TOKEN`), `HF_TOKEN`, and the cloud's own.

@@ -3,6 +3,8 @@
 import json
 from dataclasses import asdict, dataclass
 
+from pydantic import TypeAdapter, ValidationError
+
 from olora_ray.config.schema import Config
 from olora_ray.model.source import BaseModel
 from olora_ray.tokens.store import TokenStore
@@ -83,9 +85,12 @@ class TrainResult:
 
     @classmethod
     def from_json(cls, text: str) -> "TrainResult":
-        """Read `to_json` back; raises ValueError, KeyError or TypeError for anything else."""
-        tree = json.loads(text)
-        answers = tuple(
-            AnswerPair(**{name: tuple(map(int, ids)) for name, ids in entry.items()}) for entry in tree["answers"]
-        )
-        return cls(**{**tree, "answers": answers, "state": TrainState(**tree["state"])})
+        """Read `to_json` back; raises ValueError of one line for anything else."""
+        try:
+            return _RESULT.validate_json(text)
+        except ValidationError as error:
+            wrong = error.errors()[0]
+            raise ValueError(f"{'.'.join(map(str, wrong['loc']))}: {wrong['msg']}".removeprefix(": ")) from None
+
+
+_RESULT = TypeAdapter(TrainResult)

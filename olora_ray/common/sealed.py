@@ -14,7 +14,10 @@ def seal(tree: dict[str, Any], indent: int | None = None) -> str:
 
 def unseal(text: str) -> dict[str, Any]:
     """Read `seal` back; raises ValueError if it is not what was written."""
-    tree = json.loads(text)
+    try:
+        tree = json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
     if not isinstance(tree, dict):
         raise ValueError("not a JSON object")
     found = tree.pop("seal", None)

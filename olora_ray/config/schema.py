@@ -57,8 +57,8 @@ class Source(Section):
     """File, folder or glob (jsonl, json, parquet, csv, tsv, txt; .gz ...), hf://ORG/NAME?split=..., s3://, gs://."""
     format: Literal["messages", "prompt_completion", "alpaca", "sharegpt", "text"] = "messages"
     """Format of the rows, which decides the columns that are read: messages {messages, tools}, prompt_completion
-    {prompt, completion, tools}, alpaca {instruction, input, output, system}, sharegpt {conversations, from, value} or
-    text {text}."""
+    {prompt, completion, tools}, alpaca {instruction, input, output, system, history}, sharegpt {conversations, from,
+    value, system, tools} or text {text}."""
     fields: dict[str, str] = {}  # noqa: RUF012 - pydantic copies it
     """Maps the format's field names to the file's columns, e.g. {prompt: question}."""
     weight: Annotated[float, Field(gt=0.0, le=1000.0)] = 1.0

@@ -34,7 +34,7 @@ class Row:
             raise Rejected("missing_field", f"field {column!r} is null")
         meant = f" (data fields: {name})" if column != name else ""
         there = f"is not there; the row has {listed(self.columns)}"
-        raise Rejected("missing_field", f"field {column!r}{meant} {there}{self._remedy(name)}")
+        raise Rejected("missing_field", f"field {column!r}{meant} {there}")
 
     def text(self, name: str) -> str:
         """The value of a text field; raises Rejected for another type."""
@@ -48,12 +48,6 @@ class Row:
         """The value of a text field, or "" where it is not there or null; raises Rejected for another type."""
         value = self.optional(name)
         return "" if value is None else self._text(name, value)
-
-    def _remedy(self, name: str) -> str:
-        if self.column(name) != name or not self.columns:
-            return ""
-        other = next((format for format, names in NEEDED.items() if all(each in self.columns for each in names)), None)
-        return f": set format: {other}" if other else f": say which of them it is, fields: {{{name}: COLUMN}}"
 
     def _text(self, name: str, value: Any) -> str:
         if not isinstance(value, str):
@@ -163,12 +157,12 @@ FORMATS: dict[str, Callable[[Row], Example]] = {
 
 NEEDED: dict[str, tuple[str, ...]] = {
     "messages": ("messages",),
-    "prompt_completion": ("prompt", "completion"),
-    "alpaca": ("instruction", "output"),
     "sharegpt": ("conversations",),
+    "alpaca": ("instruction", "output"),
+    "prompt_completion": ("prompt", "completion"),
     "text": ("text",),
 }
-"""The columns by which a format is known."""
+"""The fields without which a row of a format cannot be used; what is told from fewest columns comes first."""
 
 FIELDS: dict[str, tuple[str, ...]] = {
     "messages": ("messages", "tools"),

@@ -6,7 +6,8 @@ A suggestion is only made if the row can be used with it.
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from olora_ray.data.formats import FORMATS, Rejected, to_example
+from olora_ray.data.example import Rejected
+from olora_ray.data.formats import FORMATS, NEEDED, to_example
 
 OTHER_NAMES = {
     "prompt": ("question", "query", "instruction", "input", "problem", "user"),
@@ -18,14 +19,6 @@ OTHER_NAMES = {
     "text": ("content", "document", "body", "article", "passage"),
 }
 """What corpora call the fields of our formats."""
-NEEDED = {
-    "messages": ("messages",),
-    "sharegpt": ("conversations",),
-    "alpaca": ("instruction", "output"),
-    "prompt_completion": ("prompt", "completion"),
-    "text": ("text",),
-}
-"""The fields without which a row of a format cannot be used."""
 ROLE = ("from", "role", "speaker", "author")
 WORDS = ("value", "content", "text", "message")
 """What turns call the role and what was said; sharegpt's own names come first."""

@@ -125,7 +125,7 @@ class ExampleTokenizer:
         self._max_length = max_length
         self._last_turn_only = last_turn_only
         self._encoder = Encoder(spec.json, spec.name)
-        self._special = self._encoder.special_ids()
+        self._special = self._encoder.special_ids() | {spec.eos_id}
         self._unknown = self._encoder.id_of(spec.special_tokens.get("unk_token"))
         template_trial.check(spec.chat_template, spec.special_tokens, spec.name)
         self._template = template.ChatTemplate(spec.chat_template, spec.special_tokens, spec.name)
@@ -145,7 +145,7 @@ class ExampleTokenizer:
 
     def ends(self, tokens: Tokens) -> bool:
         """Whether what is supervised ends with a special token, so that the model learns where to stop."""
-        return int(tokens.ids[np.flatnonzero(tokens.supervised)[-1]]) in self._special | {self._spec.eos_id}
+        return int(tokens.ids[np.flatnonzero(tokens.supervised)[-1]]) in self._special
 
     def _chat(self, chat: Chat) -> list[Tokens]:
         trained = [

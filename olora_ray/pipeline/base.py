@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from olora_ray.common.errors import UserError
+from olora_ray.common.errors import UserError, as_user_error, short_reason
 from olora_ray.config.evaluation import AnyConfig
 from olora_ray.data.tokenize import TokenizerSpec, spec_from_pretrained
 from olora_ray.model.load import end_tokens, load_tokenizer
@@ -31,9 +31,15 @@ class Base:
 def find_model(config: AnyConfig) -> BaseModel:
     """The base model that a config names: downloaded, fetched from the registry or converted if need be.
 
-    Raises UserError for a name that leads nowhere or a folder that is no model.
+    Raises UserError for a name that leads nowhere, a folder that is no model, or no place to write a converted one.
     """
-    return obtain(config, registered_folder(config))
+    with as_user_error(f"model.name: {config.model.name} cannot be prepared", OSError, reason=_place_and_reason):
+        return obtain(config, registered_folder(config))
+
+
+def _place_and_reason(error: BaseException) -> str:
+    place = getattr(error, "filename", None)
+    return f"{place}: {short_reason(error)}" if place else short_reason(error)
 
 
 def open_base(config: AnyConfig) -> Base:

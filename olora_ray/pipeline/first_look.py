@@ -13,7 +13,8 @@ from olora_ray.common import storage
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config, Source
 from olora_ray.data import reader, suggest
-from olora_ray.data.formats import Rejected, columns_of, to_example
+from olora_ray.data.example import Rejected
+from olora_ray.data.formats import columns_of, to_example
 from olora_ray.data.scan import FileScan, head
 from olora_ray.data.sources import File, list_files
 

@@ -47,7 +47,7 @@ def bound_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 def where_now(folder: str, storage_root: str) -> str:
     """The run folder that was `folder` once: the one of that name in the storage if it has moved with it."""
     moved = storage.join(storage_root, folder.rstrip("/").rpartition("/")[2])
-    return moved if not storage.exists(folder) and storage.exists(moved) else folder
+    return moved if folder and not storage.exists(folder) and storage.exists(moved) else folder
 
 
 class RunFolder:
@@ -77,6 +77,8 @@ class RunFolder:
         try:
             if (self._has_checkpoints() or self.finished()) and storage.exists(self.settings):
                 self._refuse_other_settings()
+        except UnicodeDecodeError:
+            raise UserError(f"{self.settings}: not UTF-8 text; put it back, or delete {self.root}") from None
         except OSError as error:
             raise UserError(f"run.storage: {self.root} cannot be read: {short_reason(error)}") from None
 
@@ -105,8 +107,9 @@ class RunFolder:
         return bool(checkpoints.names(self.checkpoints))
 
     def finished(self) -> dict[str, Any] | None:
-        """The result of a run that ended well."""
-        return _read_json(self.result)
+        """The result of a run that ended well; None if there is none, or it is damaged."""
+        found = _read_json(self.result)
+        return found if found and _is_result(found) else None
 
     def exported(self, step: int) -> dict[str, Any] | None:
         """The parity report of exports that are complete and were made of the best adapter after `step` steps."""
@@ -194,10 +197,15 @@ def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     return ", ".join(f"{field} was {old.get(field)!r}, is {new.get(field)!r}" for field in changed[:4])
 
 
+def _is_result(tree: dict[str, Any]) -> bool:
+    metrics = tree.get("metrics", {})
+    return isinstance(metrics, dict) and all(isinstance(value, int | float | None) for value in metrics.values())
+
+
 def _read_json(place: str) -> dict[str, Any] | None:
     """The object in a JSON file of our own; None if it is not there, or damaged: it is then made again."""
     try:
         tree = json.loads(storage.read_text(place))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return tree if isinstance(tree, dict) else None

@@ -53,6 +53,10 @@ class SweepCallback(tune.Callback, tune.Stopper):
         """Seconds of the search so far, over all attempts."""
         return self._before + time.monotonic() - self._began
 
+    def complete(self) -> bool:
+        """Whether the search is over: at a limit, or because all trials have ended."""
+        return self.over is not None or len(self._ended) >= self.space.count()
+
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         """Tune asks after each result whether this trial is to stop."""
         return False

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Protocol
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from olora_ray.config.schema import Section
+from olora_ray.config.section import LARGEST, Section
 
 TIMES = ":times"
 """`FIELD:times` is the name of the factor that is drawn for a field with `of`."""
@@ -14,10 +14,6 @@ MOST_LISTED = 1_000
 """Values that a list may have: each is checked against the config before a search begins."""
 MOST_STEPS = 1_000_000
 """Values that a quniform may have."""
-EXACT = 2**53
-"""Above it whole numbers are not exact as floats, which ranges are counted in."""
-LARGEST = 2**63
-"""Whole numbers from here on fit into no field."""
 MISSING = object()
 """What `Domain.draw_of` returns for a value that the domain does not have; None is a value like others."""
 
@@ -35,15 +31,13 @@ class Chooser(Protocol):
 def _number(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"expected a number, not {value!r}")
-    if isinstance(value, int) and abs(value) > EXACT:
-        raise ValueError(f"expected a number up to 2^53 = {EXACT}, not {value}")
     if not math.isfinite(value):
         raise ValueError(f"expected a finite number, not {value}")
     return value
 
 
 Number = Annotated[float, BeforeValidator(_number)]
-"""An int or float that is finite and exact; neither true nor a text that looks like a number."""
+"""An int or float that is finite; neither true nor a text that looks like a number."""
 Listed = Annotated[tuple[Any, ...], Field(min_length=1)]
 
 
@@ -173,8 +167,6 @@ def _range_problems(domain: Domain, kind: str, interval: tuple[float, float]) ->
     low, high = interval
     if not low < high:
         yield f"{kind} {[low, high]} is an empty range: the first number must be the smaller one"
-    elif not math.isfinite(high - low):
-        yield f"{kind} {[low, high]} is too wide for a float"
     if kind == "loguniform" and low <= 0:
         yield "loguniform needs numbers greater than 0"
     if domain.quniform:
@@ -183,23 +175,19 @@ def _range_problems(domain: Domain, kind: str, interval: tuple[float, float]) ->
             yield f"quniform {list(domain.quniform)}: the step must be positive and fit between the others"
         elif (high - low) / step >= MOST_STEPS:
             yield f"quniform {list(domain.quniform)} has more than {MOST_STEPS:,} values; use uniform"
-        elif low + step == low or high - step == high:
-            yield f"quniform {list(domain.quniform)}: the step is lost beside numbers of this size"
 
 
 def _listed_problems(kind: str, values: Sequence[Any]) -> Iterator[str]:
     if len(values) > MOST_LISTED:
         yield f"{kind} has {len(values):,} values, more than {MOST_LISTED:,}"
     for value in _numbers_in(values):
-        if isinstance(value, int) and abs(value) >= LARGEST:
-            yield f"{kind} has {value}, and whole numbers go up to 2^63"
-        elif isinstance(value, float) and not math.isfinite(value):
-            yield f"{kind} has {value}, which is no finite number"
+        if not abs(value) <= LARGEST:  # nan too
+            yield f"{kind} has {value!r}; numbers go up to {LARGEST}"
     seen = set[str]()
     for value in values:
         # 8 and 8.0 are the same training, 1 and true are not.
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        name = f"{float(value)!r}" if number and abs(value) < LARGEST else repr(value)
+        name = f"{float(value)!r}" if number and abs(value) <= LARGEST else repr(value)
         if name in seen:
             yield f"{kind} has {value!r} twice"
         seen.add(name)

@@ -1,7 +1,7 @@
 """Reader of space files: checks each against the config that it varies, before anything starts."""
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ IDLE = ("train.keep", "train.log_every")
 """Fields that a space can set, but not search: they change no number of a training."""
 MOST_CHECKED = 200
 """Trials whose whole config is checked before a search begins; of the others each field is."""
+MOST_PAIRS = 1_000
+"""Values of a field with `of` that are all checked."""
 
 
 def load(path: str | Path, config: Config) -> Space:
@@ -93,8 +95,17 @@ def _probes(space: Space) -> Iterator[tuple[str, dict[str, Any]]]:
             for value in domain.probes():
                 yield field, {field: value}
             continue
-        for base, factor in itertools.product(space.search[domain.of].extremes(), domain.factors()):
+        for base, factor in _pairs(space.search[domain.of].extremes(), domain.factors()):
             yield field, {domain.of: base, field: multiple(base, factor)}
+
+
+def _pairs(bases: Sequence[Any], factors: Sequence[float]) -> Iterator[tuple[Any, float]]:
+    """Each with each; of very many, all of one side with the ends of the other."""
+    if len(bases) * len(factors) <= MOST_PAIRS:
+        yield from itertools.product(bases, factors)
+        return
+    yield from itertools.product(bases, (min(factors), max(factors)))
+    yield from itertools.product((min(bases), max(bases)), factors)
 
 
 def _override(config: Config, changes: Mapping[str, Any], where: str) -> Config:

@@ -60,7 +60,7 @@ def share(spec: TrainSpec, space: Space, seconds: float) -> tuple[TrainSpec, flo
     """
     settings.begin(spec.config, space, spec.base_identity())
     place = storage.join(spec.config.folder(), "shared")
-    rank = max(_ranks(space) or [spec.config.adapter.rank])
+    rank = max(space.possible("adapter.rank", spec.config.adapter.rank))
     wanted = worker_resources(spec.config)
     make = ray.remote(shared_work.make).options(num_cpus=wanted["CPU"], num_gpus=wanted.get("GPU", 0))
     with connection.user_errors():
@@ -122,7 +122,8 @@ def _search(sweep_spec: SweepSpec) -> None:
     callback = SweepCallback(folder, space)
     tuner.build(replace(sweep_spec, shared_bases=shared_bases), callback, concurrent).fit()
     note = f"The search ended early: {callback.over}." if callback.over else ""
-    progress.write(folder, Progress(callback.seconds(), complete=True, note=note, cut=tuple(sorted(callback.cut))))
+    cut = tuple(sorted(callback.cut))
+    progress.write(folder, Progress(callback.seconds(), callback.complete(), note, cut))
     # Not after an error or a signal: trials would find their shared base dead and end as failed before they
     # are ended with this process.
     shared_base.end_actors(shared_bases)
@@ -152,8 +153,3 @@ def _room(wanted: Mapping[str, float]) -> int:
         seen.append(free_workers(wanted))
         time.sleep(0.25)
     return max(seen)
-
-
-def _ranks(space: Space) -> list[int]:
-    domain = space.search.get("adapter.rank")
-    return [int(value) for value in domain.extremes()] if domain else []

@@ -47,7 +47,8 @@ class Halving(ASHAScheduler):
 
     def __init__(self, folder: str, metric: str, grace: float, reduction: float) -> None:
         """`folder` is the search's; `grace` the percentage of its steps that every trial may do."""
-        super().__init__(PROGRESS, max_t=WHOLE, grace_period=grace, reduction_factor=reduction)
+        length: dict[str, Any] = {"max_t": WHOLE, "grace_period": grace}  # Ray's annotations say int
+        super().__init__(PROGRESS, reduction_factor=reduction, **length)
         self._folder, self._measured = folder, metric
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:

@@ -165,6 +165,17 @@ class Space(Section):
                 found[field] = multiple(found[domain.of], draws[field + TIMES])
         return {field: found[field] for field in self.search}
 
+    def possible(self, field: str, configured: float) -> list[Any]:
+        """The ends of the values that a field of numbers may have; `configured` is that of the config."""
+        domain = self.search.get(field)
+        if domain is None:
+            return [configured]
+        bases, factors = domain.extremes(), (1.0,)
+        if domain.of is not None:
+            bases, factors = self.search[domain.of].extremes(), domain.factors()
+        found = [multiple(base, factor) for base in bases for factor in factors]
+        return [*found, configured] if self.has_default() else found
+
     def as_draws(self, config: Config) -> dict[str, Any] | None:
         """The draws that give the config as it is; None if the space does not contain it."""
         there = flatten(config)

@@ -63,7 +63,7 @@ class SweepSpec:
 
     def shares_data(self) -> bool:
         """Whether all trials have the same base model and tokens."""
-        return all(field.startswith((*SAME_BASE, "evaluation.")) for field in self.space.search)
+        return all(field.startswith(SAME_BASE) for field in self.space.search)
 
     def total(self) -> int:
         """Steps of a trial that does not vary them."""

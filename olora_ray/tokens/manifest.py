@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from olora_ray.common import storage
 from olora_ray.common.sealed import seal, unseal
 
@@ -75,14 +77,19 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str) -> "Manifest":
-        """Read `to_json` back; raises ValueError, KeyError or TypeError for anything else."""
-        tree = unseal(text)
-        tree["shards"] = tuple(ShardInfo(**shard) for shard in tree["shards"])
-        return cls(**{**tree, "files": tuple(tree["files"])})
+        """Read `to_json` back; raises ValueError of one line for anything else."""
+        try:
+            return _MANIFEST.validate_python(unseal(text))
+        except ValidationError as error:
+            wrong = error.errors()[0]
+            raise ValueError(f"{'.'.join(map(str, wrong['loc']))}: {wrong['msg']}") from None
 
     def outline(self) -> Outline:
         """The part that was known before."""
         return Outline(self.digest, len(self.shards), self.max_length, self.files)
+
+
+_MANIFEST = TypeAdapter(Manifest)
 
 
 def shard_name(number: int) -> str:
@@ -97,11 +104,7 @@ def sidecar_name(number: int) -> str:
 
 def read_manifest(uri: str) -> Manifest:
     """The manifest of a store; raises FileNotFoundError, or ValueError if it is damaged."""
-    text = storage.read_bytes(storage.join(uri, MANIFEST))
-    try:
-        return Manifest.from_json(text.decode())
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{type(error).__name__}: {error}") from None
+    return Manifest.from_json(storage.read_bytes(storage.join(uri, MANIFEST)).decode())
 
 
 def file_size(uri: str, name: str) -> int | None:

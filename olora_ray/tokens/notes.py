@@ -50,7 +50,9 @@ def lines(notes: Mapping[str, int]) -> list[str]:
 
 
 def form_lines(plan: Plan) -> list[str]:
-    """The form of each source that has a choice, a line each."""
-    setting = "data.train" if plan.split == "train" or plan.eval_fraction is not None else "data.eval"
+    """The form of each source that has a choice, a line each; once for rows of which some are held out."""
+    if plan.split == "eval" and plan.eval_fraction is not None:
+        return []
+    setting = f"data.{plan.split}"
     found = (form_line(source, plan.spec, f"{setting}.{n}") for n, source in enumerate(plan.sources))
     return [line for line in found if line]

@@ -206,7 +206,10 @@ class TokenStore:
             raise UserError(
                 f"token store {self.uri}: {shard_name(number)} is damaged; delete this file and start the run again"
             )
-        return ipc.open_file(pa.memory_map(str(path))).get_batch(0)
+        batch = ipc.open_file(pa.memory_map(str(path))).get_batch(0)
+        if batch.num_rows != self._known.shards[number].packs:
+            raise UserError(f"token store {self.uri}: {shard_name(number)} does not belong to its manifest.json")
+        return batch
 
     def _intact(self, path: Path, number: int) -> bool:
         return digest_file(path) == self._known.shards[number].sha256

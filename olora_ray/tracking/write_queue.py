@@ -13,10 +13,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from olora_ray.tracking import poisoned
 from olora_ray.tracking.client import connect, is_refusal, probe, reason
+from olora_ray.tracking.seen_points import SeenPoints
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Metric
 
 logger = logging.getLogger(__name__)
 
@@ -26,30 +29,6 @@ _METRICS_PER_BATCH = 1000  # MLflow's limit (mlflow/utils/validation.py): a long
 _FIRST_PAUSE, _LAST_PAUSE = 1.0, 30.0
 # About 75 MB, and 100,000 steps of 10 metrics; what comes beyond is not accepted, so it may be given again later.
 _MOST_VALUES = 1_000_000
-_BLOCK = 1024
-
-
-class SeenPoints:
-    """A set of (name, step): one bit per pair, in blocks of 1024 steps."""
-
-    def __init__(self) -> None:
-        self._blocks: dict[tuple[str, int], int] = {}
-
-    def add(self, name: str, step: int) -> bool:
-        """Add a pair; False if it is there already."""
-        block, bit = (name, step // _BLOCK), 1 << (step % _BLOCK)
-        there = self._blocks.get(block, 0)
-        self._blocks[block] = there | bit
-        return not there & bit
-
-    def __contains__(self, pair: tuple[str, int]) -> bool:
-        name, step = pair
-        return bool(self._blocks.get((name, step // _BLOCK), 0) >> (step % _BLOCK) & 1)
-
-    def update(self, other: "SeenPoints") -> None:
-        """Add all pairs of `other`."""
-        for block, bits in other._blocks.items():
-            self._blocks[block] = self._blocks.get(block, 0) | bits
 
 
 @dataclass(frozen=True)
@@ -71,8 +50,8 @@ class _Write:
 class WriteQueue:
     """Metrics and other writes for one run. Adding never waits for the network; the thread starts with the first.
 
-    Every write must be safe to repeat. What MLflow refuses for good is dropped with a warning: tracking
-    does not stop a training.
+    Every write must be safe to repeat. What MLflow refuses for good, or fails at each time while it takes others, is
+    dropped with a warning: tracking does not stop a training.
     """
 
     def __init__(self, uri: str, run_id: str, *, fresh: bool = False) -> None:
@@ -180,22 +159,25 @@ class WriteQueue:
     # From here on: the thread.
 
     def _run(self) -> None:
-        pause = _FIRST_PAUSE
+        pause, failures = _FIRST_PAUSE, 0
         while self._wait_for_work():
+            client, head = None, None
             try:
                 probe(self._uri)
                 client = connect(self._uri)
                 if not self._loaded:
                     self._load(client)
                 head = self._head()
-                self._send(client, head)
+                self._send(client, head, apart=failures >= poisoned.ATTEMPTS)
             except Exception as error:
+                this_one = client is not None and head is not None and poisoned.answers_with_an_error(error)
+                failures = failures + 1 if this_one and poisoned.can_be_written(client, self._run_id) else 0
                 self._went_away(reason(error))
                 self._pause(pause)
                 pause = min(2 * pause, _LAST_PAUSE)
             else:
                 self._sent(head)
-                pause = _FIRST_PAUSE
+                pause, failures = _FIRST_PAUSE, 0
 
     def _wait_for_work(self) -> bool:
         with self._changed:
@@ -240,18 +222,25 @@ class WriteQueue:
                 rows.append(item)
             return rows or None
 
-    def _send(self, client: "MlflowClient", head: list[_Row] | _Write | None) -> None:
+    def _send(self, client: "MlflowClient", head: list[_Row] | _Write | None, apart: bool) -> None:
+        """Send what is next; `apart`: it has failed time and again, so find what in it fails, and leave that out."""
         if head is None or self._gone:
             return
         try:
             if isinstance(head, _Write):
                 head.write(client)
+            elif apart:
+                self._send_apart(client, head)
             else:
                 self._send_rows(client, head)
         except Exception as error:
             if not is_refusal(error):
-                raise
-            if getattr(error, "error_code", "") == "RESOURCE_DOES_NOT_EXIST":
+                if not apart or not isinstance(head, _Write) or not poisoned.can_be_written(client, self._run_id):
+                    raise
+                logger.warning(
+                    "MLflow fails at %s each time (%s): left out; all else is written", head.what, reason(error)
+                )
+            elif getattr(error, "error_code", "") == "RESOURCE_DOES_NOT_EXIST":
                 self._is_gone()
             elif isinstance(head, _Write):
                 logger.warning("MLflow refuses %s: %s", head.what, reason(error))
@@ -259,16 +248,33 @@ class WriteQueue:
                 self._send_by_name(client, head)
 
     def _send_rows(self, client: "MlflowClient", rows: Sequence[_Row], only: str | None = None) -> None:
+        metrics = self._metrics(rows, only)
+        for begin in range(0, len(metrics), _METRICS_PER_BATCH):
+            client.log_batch(self._run_id, metrics=metrics[begin : begin + _METRICS_PER_BATCH])
+
+    def _metrics(self, rows: Sequence[_Row], only: str | None = None) -> "list[Metric]":
         from mlflow.entities import Metric
 
-        metrics = [
+        return [
             Metric(name, value, row.timestamp, row.step)
             for row in rows
             for name, value in row.items_of(only)
             if name not in self._refused
         ]
-        for begin in range(0, len(metrics), _METRICS_PER_BATCH):
-            client.log_batch(self._run_id, metrics=metrics[begin : begin + _METRICS_PER_BATCH])
+
+    def _send_apart(self, client: "MlflowClient", rows: Sequence[_Row]) -> None:
+        left_out: dict[str, list[tuple[Metric, str]]] = {}
+        for metric, why in poisoned.send_apart(client, self._run_id, self._metrics(rows)):
+            left_out.setdefault(metric.key, []).append((metric, why))
+        for name, found in left_out.items():
+            (first, why), count = found[0], f" and {len(found) - 1} more" if len(found) > 1 else ""
+            logger.warning(
+                "MLflow fails at %s of step %d%s each time (%s): left out; all else is written",
+                name,
+                first.step,
+                count,
+                why,
+            )
 
     def _send_by_name(self, client: "MlflowClient", rows: Sequence[_Row]) -> None:
         """One metric that MLflow refuses (a name it does not allow) must not take the others with it."""

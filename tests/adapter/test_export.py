@@ -116,6 +116,7 @@ def test_shards_keep_their_layout_and_other_files_come_along(tmp_path: Path) -> 
     names = {path.name for path in out.iterdir()} - set(shards)
     assert names >= {"config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja", "LICENSE"}
     assert names.isdisjoint({"pytorch_model.bin", "README.md"})
+    assert json.loads((out / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert (out / "model.safetensors.index.json").read_bytes() == (
         case.base / "model.safetensors.index.json"
     ).read_bytes()

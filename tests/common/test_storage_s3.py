@@ -99,6 +99,12 @@ class TestCopies:
         }
         assert (found / "deep" / "down" / "b").read_text() == "deep/down/b"
 
+    def test_a_folder_of_files_alone_is_fetched(self, place: str, tmp_path: Path) -> None:
+        """S1: nobody but the copy itself makes the folder."""
+        storage.write_text(storage.join(place, "adapter", "weights"), "x")
+        found = storage.local_copy(storage.join(place, "adapter"), tmp_path / "not" / "there")
+        assert [(file.name, file.read_text()) for file in found.iterdir()] == [("weights", "x")]
+
     def test_what_is_not_there_is_an_error_and_leaves_nothing(self, place: str, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError):
             storage.local_copy(storage.join(place, "none"), tmp_path)
@@ -107,7 +113,7 @@ class TestCopies:
     def test_a_key_does_not_lead_out_of_the_folder(self, server: Server, place: str, tmp_path: Path) -> None:
         bucket, key = s3.split(place)
         server.client().put_object(Bucket=bucket, Key=f"{key}/model/../../evil", Body=b"x")
-        with pytest.raises(OSError):
+        with pytest.raises(OSError, match="leads out of the folder"):
             storage.local_copy(storage.join(place, "model"), tmp_path / "cache")
         assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == []
 
@@ -256,12 +262,20 @@ class TestPatience:
             storage.exists(storage.join(place, "a"))
         assert lines == []
 
-    def test_patience_has_an_end(self, server: Server, place: str) -> None:
+    def test_patience_has_an_end(self, server: Server, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(patience, "PATIENCE", 0.3)
         storage.names(place)
-        server.faults = Faults(hang=True)
-        with said() as lines, pytest.raises(OSError, match="NETWORK_CONNECTION"), within(60):
+        server.faults = Faults(refuse=-1)
+        with said() as lines, pytest.raises(OSError, match="503"), within(60):
             storage.exists(storage.join(place, "a"))
         assert lines
+
+    def test_a_store_that_hangs_is_given_up(self, server: Server, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(patience, "PATIENCE", 0.0)
+        storage.names(place)
+        server.faults = Faults(hang=True)
+        with pytest.raises(OSError, match="NETWORK_CONNECTION"), within(60):
+            storage.exists(storage.join(place, "a"))
 
     def test_what_does_not_pass_is_told_at_once(self, place: str) -> None:
         storage.names(place)

@@ -65,6 +65,19 @@ def test_the_form_is_said_and_trained(spec: TokenizerSpec, chat: Any, text: str,
     assert helpers.texts(store) == [text]
 
 
+def test_the_form_is_said_once_for_each_source(tmp_path: Path) -> None:
+    path = helpers.write_jsonl(tmp_path / "a.jsonl", [ROW] * 40)
+    own = source(path=str(path))
+    with said() as lines:
+        config = helpers.config(tmp_path / "runs", own, own, eval_fraction=0.3)
+        prepare(config, helpers.spec(), "train")
+        prepare(config, helpers.spec(), "eval")
+    assert [line[:12] for line in lines if "turns of a chat" in line] == ["data.train.0", "data.train.1"]
+    with said() as lines:
+        prepare(helpers.config(tmp_path / "runs", own, eval=[own]), helpers.spec(), "eval")
+    assert [line[:11] for line in lines if "turns of a chat" in line] == ["data.eval.0"]
+
+
 def test_formats_that_leave_no_choice_say_nothing_and_take_none() -> None:
     for format in ("messages", "alpaca", "sharegpt"):
         assert form_line(Source(path="x", format=format, chat=True), helpers.spec(), "data.train.0") is None

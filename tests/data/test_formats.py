@@ -106,6 +106,8 @@ def test_columns_of_sharegpt() -> None:
     assert example.messages[-1] == {"role": "assistant", "content": "a", "weight": 0}
     for empty in ({"system": ""}, {"system": None, "tools": "[]"}, {}):
         assert to_example("sharegpt", {"conversations": TURNS, **empty}, {}) == Chat(example.messages[1:])
+    other = {"conversations": TURNS, "system": 3}
+    assert to_example("sharegpt", other, {"system": "none"}) == Chat(example.messages[1:])
     twice = [{"from": "system", "value": "s"}, *TURNS]
     assert to_example("sharegpt", {**row, "conversations": twice}, {}) == example
     with pytest.raises(Rejected, match="field 'system' and the first message are two different system messages"):
@@ -217,8 +219,7 @@ ANSWER = {"role": "assistant", "content": "a"}
         ("messages", {"messages": [{"role": "User", "content": "x"}]}, "bad_role", "(write 'user')"),
         ("messages", {"messages": [{"role": "function", "content": "x"}]}, "bad_role", "('function' is 'tool' now)"),
         ("messages", {"messages": TURNS}, "missing_field", "rows with from and value are of format sharegpt"),
-        ("messages", {"instruction": "x", "output": "y"}, "missing_field", "set format: alpaca"),
-        ("prompt_completion", {"question": "x"}, "missing_field", "fields: {prompt: COLUMN}"),
+        ("messages", {"instruction": "x", "output": "y"}, "missing_field", "the row has instruction, output"),
         (
             "alpaca",
             {"instruction": "x", "output": "y", "history": [["q"]]},

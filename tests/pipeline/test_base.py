@@ -3,12 +3,15 @@
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from olora_ray.common.errors import UserError
 from olora_ray.config.load import build
 from olora_ray.model.source import BaseModel
-from olora_ray.pipeline.base import with_tokenizer
+from olora_ray.pipeline.base import find_model, with_tokenizer
 from tests.export_parts import save_tokenizer
+from tests.pipelines import project
 
 
 def test_a_folder_without_a_tokenizer_says_what_is_missing(tmp_path: Path) -> None:
@@ -20,3 +23,16 @@ def test_a_folder_without_a_tokenizer_says_what_is_missing(tmp_path: Path) -> No
     save_tokenizer(tmp_path)
     (tmp_path / "config.json").unlink()
     assert with_tokenizer(base, config).eos == (1,)
+
+
+def test_no_place_for_a_converted_model_is_one_line(tmp_path: Path) -> None:
+    folder = project.make_model(tmp_path / "model")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "models").write_text("in the way")
+    tree = project.settings(tmp_path, folder, model__allow_pickle=True)
+    with pytest.raises(
+        UserError, match=r"^model\.name: .*model cannot be prepared: .*runs/models.*: (File exists|Not a d)"
+    ):
+        find_model(build(tree))

@@ -1,36 +1,117 @@
-"""A Ray of our own is not open to others."""
+"""A Ray of our own is not open to others, nor mixed up with theirs; one that is joined gets its token or says no."""
 
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.ray_head import Head
+from tests.recovery.processes import scratch
+
+pytestmark = pytest.mark.ray
+
 SCRIPT = """
 from olora_ray.common.quiet import quiet_environment
 quiet_environment()
-import ray, requests
+import ray, requests, sys
+from olora_ray.config import command_line
 from olora_ray.pipeline.connection import connect
 from tests import tiny
 
-with connect(tiny.config()):
-    page = ray._private.worker.global_worker.node.address_info["webui_url"]
-    print("page", page, requests.get(f"http://{page}/api/jobs/", timeout=10).status_code)
+class Actor:
+    def look(self):
+        import os
+        from ray.util.state import get_actor
+        own = ray.get_runtime_context()
+        return os.environ["RAY_ADDRESS"], get_actor(own.get_actor_id(), timeout=30).state
+
+def main(argv):
+    with connect(tiny.config()):
+        own = ray.get_runtime_context().gcs_address
+        page = ray._private.worker.global_worker.node.address_info["webui_url"]
+        print("page", page, requests.get(f"http://{page}/api/jobs/", timeout=10).status_code)
+        actor = ray.remote(num_cpus=0)(Actor).remote()
+        address, state = ray.get(actor.look.remote(), timeout=60)
+        print("own", own, address == own, state, flush=True)
+        if argv:
+            print("ready", flush=True)
+            sys.stdin.readline()
+
+command_line.run(main)
 """
 
 
-@pytest.mark.ray
-def test_a_local_dashboard_answers_this_machine_only_and_asks_for_a_token(tmp_path: Path) -> None:
-    # Without RAY_AUTH_MODE, as most people have it; Ray writes the token into the home directory.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    environment |= {"HOME": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=120, check=False
-    )
+def environment(home: Path) -> dict[str, str]:
+    """Without Ray's variables, as most people have it; Ray's token lies in the home directory."""
+    found = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    return found | {"HOME": str(home), "PYTHONPATH": str(Path(__file__).parents[2]), "RAY_TMPDIR": str(home)}
+
+
+def connected(variables: dict[str, str]) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-c", SCRIPT]
+    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.fixture
+def home() -> Iterator[Path]:
+    """A home directory, and a folder for temporary files whose path is short enough for sockets."""
+    with scratch() as folder:
+        yield folder
+
+
+def test_a_local_dashboard_answers_this_machine_only_and_asks_for_a_token(home: Path) -> None:
+    done = connected(environment(home))
     assert done.returncode == 0, done.stdout + done.stderr
     [page] = [line for line in done.stdout.splitlines() if line.startswith("page ")]
     assert page.startswith("page 127.0.0.1:")
     assert page.endswith(" 401")
-    token = tmp_path / ".ray" / "auth_token"
+    token = home / ".ray" / "auth_token"
     assert token.read_text() not in done.stdout + done.stderr
+    assert token.stat().st_mode & 0o077 == 0
+
+
+def test_beside_another_programs_ray_a_run_has_its_own_and_its_processes_know_it(home: Path) -> None:
+    command = [sys.executable, "-c", SCRIPT, "wait"]
+    with subprocess.Popen(
+        command, env=environment(home), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as first:
+        assert first.stdin
+        assert first.stdout
+        before = [first.stdout.readline() for _ in range(4)]
+        assert before[-1] == "ready\n", before
+        second = connected(environment(home))
+        first.stdin.write("\n")
+        first.stdin.close()
+        first.stdout.read()
+        assert first.wait(60) == 0
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert "Unauthenticated" not in second.stderr
+    ours, theirs = (
+        next(line for line in lines if line.startswith("own ")).split()
+        for lines in (second.stdout.splitlines(), before)
+    )
+    assert ours[1] != theirs[1]
+    assert ours[2:] == theirs[2:] == ["True", "ALIVE"]
+
+
+def test_a_head_with_a_token_is_joined_or_refused_in_one_line(home: Path) -> None:
+    head = Head(home, {})
+    head.start()
+    there = {**environment(home), "RAY_ADDRESS": f"127.0.0.1:{head.port}"}
+    done = connected({**there, "RAY_AUTH_TOKEN_PATH": str(home / "ray_token")})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"own 127.0.0.1:{head.port} True ALIVE" in done.stdout
+    for change, problem in (
+        ({}, "asks for a token, and there is none in "),
+        ({"RAY_AUTH_TOKEN": "another"}, "does not take the token of RAY_AUTH_TOKEN"),
+        ({"RAY_AUTH_TOKEN": head.token, "RAY_AUTH_MODE": "disabled"}, "RAY_AUTH_MODE=disabled is set here: unset it"),
+    ):
+        refused = connected({**there, **change})
+        assert refused.returncode == 2, refused.stdout + refused.stderr
+        [line] = refused.stderr.splitlines()
+        assert line.startswith(f"error: RAY_ADDRESS=127.0.0.1:{head.port}: ")
+        assert problem in line
+        assert head.token not in line

@@ -38,7 +38,7 @@ def lines(*rows: Any) -> Callable[[Path], None]:
 
 MISTAKES: dict[str, tuple[str, Callable[[Path], None], dict[str, Any], list[str]]] = {
     "no such file": ("a.jsonl", lambda file: None, {}, ["data.train.0.path: ", "a.jsonl: no such file or folder"]),
-    "unknown kind": ("a.tsv", lambda file: file.write_text("x") and None, {}, ["data.train.0.path: ", "unknown kind"]),
+    "unknown kind": ("a.xyz", lambda file: file.write_text("x") and None, {}, ["data.train.0.path: ", "unknown kind"]),
     "empty": ("a.jsonl", lambda file: file.write_text("") and None, {}, ["data.train.0.path: ", "has no rows"]),
     "unknown field": (
         "a.jsonl",
@@ -50,7 +50,7 @@ MISTAKES: dict[str, tuple[str, Callable[[Path], None], dict[str, Any], list[str]
         "a.jsonl",
         lines(*[{"question": "q", "answer": "a"}] * 40),
         {"format": "prompt_completion"},
-        ["none of the 28 rows", "a.jsonl:1: missing_field", "has question, answer; set fields: {prompt: question, com"],
+        ["none of the 28 rows", "a.jsonl:1: missing_field", "; set fields: {prompt: question, completion: answer}"],
     ),
     "another format": (
         "a.jsonl",

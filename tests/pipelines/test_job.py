@@ -3,6 +3,7 @@
 import json
 import secrets
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -79,6 +80,31 @@ def test_a_broken_config_fails_the_job_with_one_line(head: Head, tiny_model: Pat
     assert newest.status == JobStatus.FAILED
     assert "Traceback" not in log
     assert not (corpus / "runs").exists()
+
+
+def test_a_submitter_follows_the_job_of_its_name_and_ends_as_that_does(head: Head, tmp_path: Path) -> None:
+    go = tmp_path / "go"
+    words = ["bash", "-c", f"echo began; until [ -e {go} ]; do sleep 0.1; done; exit 75"]
+    command = [sys.executable, project.ROOT / "deploy" / "submit.py", "night", "--", *words]
+
+    def submitter() -> "subprocess.Popen[str]":
+        return subprocess.Popen(command, env=head.submitter, stdout=subprocess.PIPE, text=True)
+
+    with submitter() as first:
+        assert first.stdout
+        assert [first.stdout.readline() for _ in range(2)] == ["job night: submitted\n", "began\n"]
+        with submitter() as second:  # the first was evicted, say
+            assert second.stdout
+            lines = [second.stdout.readline() for _ in range(2)]
+            assert lines == ["job night: runs already, its log follows\n", "began\n"]
+            go.touch()
+            assert (first.wait(60), second.wait(60)) == (75, 75)
+    with submitter() as third:  # after an end there is another job
+        assert third.stdout
+        assert third.stdout.read().splitlines()[0] == "job night-2: submitted"
+        assert third.wait(60) == 75
+    found = {job.submission_id for job in head.client().list_jobs() if str(job.submission_id).startswith("night")}
+    assert found == {"night", "night-2"}
 
 
 @pytest.mark.slow

@@ -4,6 +4,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.pipelines import project
 from tests.s3_server import Faults, Server, dead_port
 
@@ -37,6 +39,7 @@ def test_a_dead_server(bucket: str, corpus: Path) -> None:
     assert line(done, 75).startswith(f"error: run.storage: {bucket}: the store at http://127.0.0.1:")
 
 
+@pytest.mark.slow
 def test_a_server_that_hangs(s3_server: Server, bucket: str, corpus: Path) -> None:
     s3_server.faults = Faults(hang=True)
     done = command("finetune.py", corpus, bucket, {})

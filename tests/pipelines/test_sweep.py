@@ -129,12 +129,15 @@ def test_the_trials_share_what_is_the_same_for_all(searched: tuple[Path, str]) -
 
 
 def test_the_same_command_again_trains_nothing(searched: tuple[Path, str], tiny_model: Path) -> None:
-    folder, _ = searched
-    before = {number: trial["seconds"] for number, trial in records(folder).items()}
+    folder, log = searched
+    before = json.loads((folder / "leaderboard.json").read_text())
     project_folder = folder.parents[1]
     again = sweep(str(project_folder / "config.yaml"), str(project_folder / "space.yaml"))
     assert again.returncode == 0, again.stdout + again.stderr
-    assert {number: trial["seconds"] for number, trial in records(folder).items()} == before
+    assert "search: it has ended; its trials are reported, none is run" in again.stdout
+    assert json.loads((folder / "leaderboard.json").read_text()) == before  # the duration too
+    [trials_line] = [line.split("trials:")[1] for line in log.splitlines() if " trials: " in line]
+    assert trials_line in again.stdout
 
 
 def test_a_search_of_other_settings_is_refused(searched: tuple[Path, str]) -> None:
@@ -244,7 +247,11 @@ def test_a_search_whose_driver_is_killed_resumes(corpus: Path, tiny_model: Path,
         for line in driver.stdout:
             if "2 of 7 trials have ended" in line:
                 break
-        time.sleep(12)  # Tune writes its state every 10 s
+        seen = time.monotonic()
+        second = sweep(*arguments)
+        assert second.returncode == 75, second.stdout + second.stderr
+        assert second.stderr.startswith("error: the search small-space is already running (process ")
+        time.sleep(max(0.0, 12 - (time.monotonic() - seen)))  # Tune writes its state every 10 s
         folder = corpus / "runs" / "small-space"
         while not any(trial["status"] == "unfinished" and trial["step"] for trial in trials(folder).values()):
             assert driver.poll() is None, "the search has ended before it could be interrupted"
@@ -305,10 +312,37 @@ def test_trials_continue_when_the_process_they_share_is_killed(corpus: Path, tin
 
 
 @pytest.mark.slow
+def test_trials_of_other_lengths_are_stopped_or_do_all_their_steps(corpus: Path, tiny_model: Path) -> None:
+    space = {
+        "search": {"train.steps": {"grid": [6, 12, 24]}, "train.lr": {"grid": [1e-2, 1e-7]}},
+        "searcher": "grid",
+        "scheduler": {"kind": "asha", "reduction": 2},
+        "trials_per_worker": 4,
+    }
+    done = sweep(*write(corpus, tiny_model, space))
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = records(corpus / "runs" / "small-space")
+    for trial in found.values():
+        assert trial["total"] == trial["params"]["train.steps"]
+        if trial["status"] == "finished":
+            assert trial["step"] == trial["total"]
+        else:
+            assert trial["status"] == "stopped"
+            assert trial["step"] < trial["total"]
+            assert trial["reason"] == f"asha after {trial['step'] / trial['total']:.0%} of its {trial['total']} steps"
+            assert f"{trial['step']} of {trial['total']}" in done.stdout
+    assert {trial["total"] for trial in found.values() if trial["status"] == "finished"} >= {24}
+
+
+@pytest.mark.slow
 def test_a_population_takes_over_the_better_adapters(corpus: Path, tiny_model: Path) -> None:
     space = {
-        "search": {"train.lr": {"choice": [1e-2, 1e-7]}},
-        "set": {"train.schedule": "constant"},
+        "search": {
+            "train.lr": {"choice": [1e-2, 1e-7]},
+            "train.clip": {"choice": [None, 1.0]},
+            "train.micro_batch": {"quniform": [1, 4, 1]},
+            "train.schedule": {"choice": ["constant", "cosine"]},
+        },
         "scheduler": {"kind": "population", "interval": 4},
         "trials": 4,
         "trials_per_worker": 2,
@@ -319,6 +353,9 @@ def test_a_population_takes_over_the_better_adapters(corpus: Path, tiny_model: P
     folder = corpus / "runs" / "small-space"
     found = records(folder)
     assert all(trial["status"] == "finished" and trial["step"] == 16 for trial in found.values())
+    for trial in found.values():
+        assert trial["params"]["train.clip"] in (None, 1.0)
+        assert trial["params"]["train.micro_batch"] in (1, 2, 3, 4)
     # A member that could learn nothing by itself ends as good as the others only with another's adapter.
     values = sorted(trial["value"] for trial in found.values())
     first = {trial["curve"][0][1] for trial in found.values()}

@@ -85,6 +85,10 @@ class Run:
     prefix: tuple[str, ...] = ()
     """Words before the command, e.g. to enter a network namespace."""
     extra: dict[str, str] = field(default_factory=dict)
+    changes: tuple[str, ...] = ()
+    """Words section.field=value after the config."""
+    cwd: Path = project.ROOT
+    """Where the command is given."""
     driver: "subprocess.Popen[bytes] | None" = None
     attempts: int = 0
     seconds: float = 0.0
@@ -95,13 +99,14 @@ class Run:
         self.attempts += 1
         self._began = time.monotonic()
         command = [*self.prefix, sys.executable, str(project.ROOT / "pipelines" / "finetune.py"), str(self.config)]
+        command += self.changes
         with self._file("out").open("wb") as out, self._file("err").open("wb") as err:
             self.driver = subprocess.Popen(
                 command,
                 env=environment(self.folder, self.fault) | self.extra,
                 stdout=out,
                 stderr=err,
-                cwd=project.ROOT,
+                cwd=self.cwd,
                 start_new_session=True,
             )
 

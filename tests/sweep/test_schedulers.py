@@ -1,6 +1,5 @@
 """Ray Tune's own schedulers, driven without a cluster: what they decide for the trials of a search."""
 
-import itertools
 import random
 from collections.abc import Mapping
 from pathlib import Path
@@ -106,7 +105,9 @@ def test_trials_of_any_length_are_compared_at_the_same_share_of_it(tmp_path: Pat
         assert made.on_trial_result(controller, trial, quarter) == (STOP if value > 1 else CONTINUE)
 
 
-@pytest.mark.parametrize(("total", "every", "reduction"), [(36, 4, 3.0), (12, 3, 2.0), (120, 20, 3.0), (7, 1, 1.5)])
+@pytest.mark.parametrize(
+    ("total", "every", "reduction"), [(36, 4, 3.0), (12, 3, 2.0), (120, 20, 3.0), (7, 1, 1.5), (7, 1, 3.0)]
+)
 def test_equal_lengths_have_the_rungs_that_steps_have(tmp_path: Path, total: int, every: int, reduction: float) -> None:
     made, controller = asha(tmp_path, total, grace=every, reduction=reduction), Controller([])
     good, bad = tune_trial(0), tune_trial(1)
@@ -260,10 +261,17 @@ def test_a_population_repeats_whatever_else_draws_random_numbers() -> None:
 
 
 def test_a_population_explores_each_kind_of_range() -> None:
-    found = space(RANGES, scheduler={"kind": "population"}, trials=12, seed=1)
+    listed, factors = [f"value {i}" for i in range(40)], [1 + i / 8 for i in range(40)]
+    search = {
+        "train.a": {"choice": listed},
+        "train.b": {"grid": listed},
+        "train.c": {"quniform": [1, 99, 1]},
+        "train.d": {"uniform": [0, 1]},
+        "train.e": {"loguniform": [1e-5, 1]},
+        "train.f": {"of": "train.d", "times": factors},
+    }
+    found = space(search, scheduler={"kind": "population"}, trials=12, seed=1)
     rounds = evolved(found, 30)
     for name in found.draw_names():
-        values = [[draws[name] for draws in members] for members in rounds]
-        assert any(before != after for before, after in itertools.pairwise(values)), name
-    for name in ("train.lr", "train.weight_decay"):
-        assert {draws[name] for draws in rounds[-1]} - {draws[name] for draws in rounds[0]}
+        # Whoever only takes over others has what one of them had at the start.
+        assert {draws[name] for draws in rounds[-1]} - {draws[name] for draws in rounds[0]}, name

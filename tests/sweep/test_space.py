@@ -106,8 +106,9 @@ def of(domain: Any, field: str = "train.lr") -> dict[str, Any]:
 
 ODD: dict[str, tuple[dict[str, Any], str]] = {
     # Values that YAML can have and a field cannot.
-    "nan listed": (of({"choice": [1e-3, math.nan]}), "search.train.lr: choice has nan, which is no finite number"),
-    "infinity in a grid": (of({"grid": [math.inf]}), "search.train.lr: grid has inf, which is no finite number"),
+    "nan listed": (of({"choice": [1e-3, math.nan]}), "search.train.lr: choice has nan; numbers go up to 2147483647"),
+    "infinity in a grid": (of({"grid": [math.inf]}), "search.train.lr: grid: inf is larger than 2147483647"),
+    "infinity inside of a list": (of({"choice": [[math.inf]]}, "adapter.targets"), "choice has inf; numbers go up to"),
     "nan inside of a list": (of({"choice": [[math.nan]]}, "adapter.targets"), "choice has nan"),
     "infinite range": (of({"uniform": [0, math.inf]}), "search.train.lr.uniform.1: expected a finite number, not inf"),
     "nan in a range": (of({"loguniform": [math.nan, 1]}), "loguniform.0: expected a finite number, not nan"),
@@ -115,7 +116,7 @@ ODD: dict[str, tuple[dict[str, Any], str]] = {
     "range of one": (of({"uniform": [1, 1]}), "search.train.lr: uniform [1.0, 1.0] is an empty range"),
     "range of three": (of({"uniform": [1, 2, 3]}), "search.train.lr.uniform: "),
     "range of one number": (of({"uniform": 3}), "search.train.lr.uniform: "),
-    "range of the whole line": (of({"uniform": [-1.7e308, 1.7e308]}), "is too wide for a float"),
+    "range of the whole line": (of({"uniform": [-1.7e308, 1.7e308]}), "uniform: -1.7e+308 is larger than 2147483647"),
     "text as an end": (of({"uniform": ["0.1", 1]}), "search.train.lr.uniform.0: expected a number, not '0.1'"),
     "true as an end": (of({"uniform": [0, True]}), "search.train.lr.uniform.1: expected a number, not True"),
     "empty grid": (of({"grid": []}), "search.train.lr.grid: "),
@@ -124,12 +125,14 @@ ODD: dict[str, tuple[dict[str, Any], str]] = {
     "null as a domain": (of(None), "search.train.lr: "),
     "twice": (of({"choice": [8, 16, 8]}, "adapter.rank"), "search.adapter.rank: choice has 8 twice"),
     "twice, as another type": (of({"grid": [8, 8.0]}, "adapter.rank"), "search.adapter.rank: grid has 8.0 twice"),
-    "beyond 64 bits": (of({"choice": [8, 2**63]}, "adapter.rank"), f"choice has {2**63}, and whole numbers go up to"),
-    "beyond floats": (of({"choice": [10**400]}, "train.steps"), "and whole numbers go up to 2^63"),
-    "range beyond 53 bits": (of({"quniform": [1, 2**70, 1]}), f"expected a number up to 2^53 = {2**53}"),
+    "beyond 64 bits": (of({"choice": [8, 2**63]}, "adapter.rank"), f"line 5: not valid YAML: '{2**63}' is too large"),
+    "beyond floats": (
+        of({"choice": [10**400]}, "train.steps"),
+        "is too long for a whole number; quote it if it is a text",
+    ),
+    "range beyond 53 bits": (of({"quniform": [1, 2**70, 1]}), f"'{2**70}' is too large for a whole number"),
     "step of 0": (of({"quniform": [1, 8, 0]}), "the step must be positive and fit"),
     "too many steps": (of({"quniform": [0, 1, 1e-9]}), "has more than 1,000,000 values; use uniform"),
-    "step that is lost": (of({"quniform": [1e17, 1.00000000000001e17, 1]}), "the step is lost beside numbers"),
     "a list of thousands": (
         of({"choice": list(range(1, 2000))}, "adapter.rank"),
         "choice has 1,999 values, more than 1,000",
@@ -172,6 +175,10 @@ ODD: dict[str, tuple[dict[str, Any], str]] = {
         {"search": {"adapter.rank": {"choice": [8, 3]}, "train.steps": {"of": "adapter.rank", "times": [0.5]}}},
         "search.train.steps: train.steps: input should be a valid integer",
     ),
+    "factor that fits only the ends of a range": (
+        {"search": {"adapter.rank": {"quniform": [4, 8, 1]}, "train.steps": {"of": "adapter.rank", "times": 0.5}}},
+        "search: trial 1: train.steps: input should be a valid integer, got a number with a fractional part",
+    ),
     # Fields that must not vary, or not twice.
     **{
         f"{field} must not vary": (of({"choice": ["x"]}, field), f"search.{field}: a search cannot vary {section}.*")
@@ -201,7 +208,7 @@ ODD: dict[str, tuple[dict[str, Any], str]] = {
         {"search": {f"data.train.{i}.weight": {"choice": [1, 2]} for i in ("0", "00")}},
         "search.data.train.00.weight: unknown field",
     ),
-    "no name": (of({"choice": [1]}, ""), "search: '' is no field of a config"),
+    "no name": (of({"choice": [1]}, ""), "line 2: not valid YAML: an empty key"),
     "no name after the dot": (of({"choice": [1]}, "train."), "search: 'train.' is no field of a config"),
     # The search as a whole.
     "a billion trials": ({"search": LR, "trials": 1e9}, "trials: input should be less than or equal to 10000"),
@@ -257,7 +264,7 @@ def test_bad_spaces_name_the_field(case: str, tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         space(tmp_path, **tree)
     assert message in str(error.value)
-    assert str(error.value).startswith(f"{tmp_path}/space.yaml: ")
+    assert str(error.value).startswith((f"{tmp_path}/space.yaml: ", f"{tmp_path}/space.yaml, line "))
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 1000
 
@@ -274,8 +281,8 @@ def test_files_that_hold_no_space_are_one_line(text: str, tmp_path: Path) -> Non
     assert "\n" not in str(error.value)
 
 
-def test_a_combination_that_the_config_refuses_is_found_before_the_search(tmp_path: Path) -> None:
-    """Each value is valid by itself: 2 workers have something to do with a batch of 2, and 1 worker with one of 1."""
+def test_values_are_checked_with_the_rest_of_the_config(tmp_path: Path) -> None:
+    """A batch of 1 is enough for one worker only."""
     config = override(CONFIG, {"cluster.workers": 1, "train.global_batch": 1})
     file = tmp_path / "space.yaml"
     file.write_text(yaml.safe_dump({"search": {"train.global_batch": {"choice": [1, 2]}}}))
@@ -311,6 +318,28 @@ def test_the_config_is_in_the_space_only_where_a_trial_could_have_its_values(
 ) -> None:
     found = space(tmp_path, search={field: domain})
     assert found.as_draws(override(CONFIG, {field: value})) == ({field: value} if contains else None)
+
+
+@pytest.mark.parametrize(
+    ("search", "most"),
+    [
+        ({"train.lr": {"choice": [1e-3]}}, 16),
+        ({"adapter.rank": {"choice": [8, 64, 4]}}, 64),
+        ({"adapter.rank": {"quniform": [8, 30, 8]}}, 24),
+        ({"adapter.rank": {"choice": [4, 8]}}, 16),  # the unchanged config is a trial too
+        ({"adapter.alpha": {"choice": [8, 64]}, "adapter.rank": {"of": "adapter.alpha", "times": [0.5, 2]}}, 128),
+    ],
+)
+def test_factors_are_shared_at_the_largest_rank_of_any_trial(search: dict[str, Any], most: int) -> None:
+    largest = max(Space.model_validate({"search": search}).possible("adapter.rank", 16))
+    assert (largest, type(largest)) == (most, int)
+
+
+def test_very_many_multiples_are_checked_at_their_ends(tmp_path: Path) -> None:
+    bases, factors = list(range(1, 1001)), [i / 1000 for i in range(1000)]
+    search = {"train.steps": {"choice": bases}, "train.clip": {"of": "train.steps", "times": factors}}
+    with pytest.raises(UserError, match=r"train\.clip: input should be greater than 0"):
+        space(tmp_path, search=search)
 
 
 def test_steps_end_at_the_last_that_fits_and_stay_whole() -> None:

@@ -17,9 +17,9 @@ import pytest
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
 from olora_ray.tracking import client as reach
-from olora_ray.tracking import run, write_queue
+from olora_ray.tracking import poisoned, run, write_queue
+from olora_ray.tracking.seen_points import SeenPoints
 from olora_ray.tracking.start import start_run
-from olora_ray.tracking.write_queue import SeenPoints
 from tests import mlflow_database, tiny
 from tests.mlflow_server import Server
 from tests.waiting import until
@@ -350,6 +350,58 @@ def test_a_metric_that_mlflow_refuses_does_not_take_others_with_it(
     assert (steps(tracker, "a"), steps(tracker, "b")) == ([0, 1, 2, 3], [0, 1, 2])
     assert caplog.text.count("MLflow refuses the metric not?allowed: ") == 1
     assert caplog.text.count("MLflow refuses parameters: ") == 1
+
+
+def test_a_value_that_mlflow_fails_at_is_left_out_and_all_others_are_written(
+    database: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracker = local(database)
+    tracker.metrics({step: {"a": 1.0 + step, "b": 2.0} for step in range(20)})
+    tracker.metrics({2**63: {"a": 1.0, "b": 2.0}, 2**63 + 1: {"a": 1.0}})  # no 64 bits: an INTERNAL_ERROR for ever
+    tracker.metrics({step: {"a": 1.0 + step, "b": 2.0} for step in range(20, 50)})
+    tracker.tags({"later": "x"})
+    tracker.end(seconds=30)
+    assert series(tracker, "a") == [(step, 1.0 + step) for step in range(50)]
+    assert steps(tracker, "b") == list(range(50))
+    run_data = tracker.client().get_run(tracker.run_id).data
+    assert run_data.tags["later"] == "x"
+    assert poisoned._TAG not in run_data.tags
+    lines = [record.getMessage() for record in caplog.records]
+    assert sum("MLflow fails at a of step 9223372036854775808 and 1 more each time" in line for line in lines) == 1
+    assert sum("MLflow fails at b of step 9223372036854775808 each time" in line for line in lines) == 1
+
+
+def test_a_write_that_mlflow_fails_at_is_left_out_and_the_next_is_written(
+    database: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracker = local(database)
+    tracker.tags({"bad": "\ud800"})  # which no database takes
+    tracker.tags({"good": "2"})
+    tracker.metrics(rows(0, 5))
+    tracker.end(seconds=30)
+    found = tracker.client().get_run(tracker.run_id).data.tags
+    assert found["good"] == "2"
+    assert "bad" not in found
+    assert steps(tracker, "train/loss") == list(range(5))
+    assert caplog.text.count("MLflow fails at tags each time (") == 1
+
+
+def test_nothing_is_left_out_while_mlflow_takes_nothing_else_either(
+    database: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(write_queue, "_FIRST_PAUSE", 0.05)
+    monkeypatch.setattr(write_queue, "_LAST_PAUSE", 0.05)
+    tracker = local(database)
+    with contextlib.closing(sqlite3.connect(database.removeprefix("sqlite:///"), isolation_level=None)) as file:
+        file.execute("CREATE TRIGGER refuse BEFORE INSERT ON tags BEGIN SELECT RAISE(ABORT, 'no'); END")
+        tracker.metrics({2**63: {"train/loss": 1.0}} | rows(0, 5))
+        assert not tracker.flush(3), "far more than poisoned.ATTEMPTS"
+        assert tracker.pending == 11
+        assert "left out" not in caplog.text
+        file.execute("DROP TRIGGER refuse")
+    tracker.end(seconds=30)
+    assert steps(tracker, "train/loss") == list(range(5))
+    assert caplog.text.count("left out") == 1
 
 
 def test_a_run_that_was_deleted_meanwhile(database: str, caplog: pytest.LogCaptureFixture) -> None:

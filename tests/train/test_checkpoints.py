@@ -242,7 +242,7 @@ def test_a_damaged_newer_one_displaces_no_good_one(place: str, keep: int) -> Non
     assert found[1].state.step == 30
 
 
-@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     states=st.dictionaries(
         st.sampled_from([0, 2, 4, 6, 8, 10]), st.sampled_from(["good", "flipped", "cut", "empty", "manifest"])
@@ -310,7 +310,7 @@ class TestObjectStore:
         assert {key.split("/")[0] for key in s3_server.keys(place)} == {"step-0000002", "step-0000004"}
         assert "Uploads" not in s3_server.client().list_multipart_uploads(Bucket=name)
 
-    @settings(max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @settings(max_examples=4, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(
         states=st.dictionaries(st.sampled_from([0, 2, 4, 6]), st.sampled_from(["good", "cut", "empty", "manifest"])),
         step=st.sampled_from([1, 4, 8]),

@@ -141,9 +141,9 @@ def _line(
     ease = (1 - np.cos(np.linspace(0, np.pi, 33))) / 2
     xs, ys = [], []
     for i, (start, stop) in enumerate(itertools.pairwise(places)):
-        known = start is not None and stop is not None
+        low, high = (_NAN, _NAN) if start is None or stop is None else (start, stop)
         xs.append(i + np.linspace(0, 1, 33))
-        ys.append(start + (stop - start) * ease if known else np.full(33, np.nan))
+        ys.append(low + (high - low) * ease)
     if xs:
         axes.plot(
             np.concatenate(xs),

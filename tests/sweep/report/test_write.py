@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
+from olora_ray.sweep.record import SearchRecord
 from olora_ray.sweep.report import importance, style, write
-from olora_ray.sweep.report.figures import FIGURES
+from olora_ray.sweep.report.figures import FIGURES, parallel
 from tests import browser
 from tests.sweep.odd import NASTY, ODD
 from tests.sweep.searches import realistic
@@ -71,8 +72,12 @@ def test_the_page_of_a_large_search_has_a_bound_and_says_what_it_leaves_out(larg
     assert len(json.loads((large / "leaderboard.json").read_text())["trials"]) == 2000
 
 
-def test_what_is_drawn_of_a_large_search_does_not_grow_with_it() -> None:
+def test_what_is_drawn_of_a_large_search_does_not_grow_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not the time, which depends on the machine, but what takes it: the things that are drawn, the forest's trials."""
+    seen: list[SearchRecord] = []
+    monkeypatch.setattr(write, "FIGURES", {"parallel_coordinates": lambda some: seen.append(some) or parallel(some)})
+    write._pictures(realistic(500))
+    assert [len(some.trials) for some in seen] == [write.MOST_DRAWN]
     drawn = {
         trials: {
             name: len(draw(realistic(trials).thinned(write.MOST_DRAWN)).axes[0].get_children())
