@@ -61,7 +61,7 @@ class Source(Section):
     value, system, tools} or text {text}."""
     fields: dict[str, str] = {}  # noqa: RUF012 - pydantic copies it
     """Maps the format's field names to the file's columns, e.g. {prompt: question}."""
-    weight: Annotated[float, Field(gt=0.0)] = 1.0
+    weight: Annotated[float, Field(gt=0.0, le=1000.0)] = 1.0
     """Times each row is used per epoch: 1 once, 2 twice, 0.5 half of the rows, drawn by a hash of their places."""
     only: tuple[str, ...] = ()
     """Files of a folder or glob to use, by their full paths or URIs; empty: all."""

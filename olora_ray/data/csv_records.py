@@ -115,7 +115,8 @@ class _Marks:
 
     def arrays(self) -> Marks:
         """What was collected."""
-        return Marks(*(np.array(column, dtype=np.int64) for column in self._columns), skipped=self.skipped)
+        records, numbers, offsets, crcs = (np.array(column, dtype=np.int64) for column in self._columns)
+        return Marks(records, numbers, offsets, crcs, self.skipped)
 
 
 def _utf8(cell: str) -> str:

@@ -80,11 +80,13 @@ def mark_lines(stream: Any, file: File, limit: int | None) -> Marks:
         check_sizes(np.array([total - line_start]), file, lines)
         check_count(lines, file)
     marked = int(parts[-1][1][-1]) if parts else 0
-    if marked < total and (limit is None or total < limit):  # no newline at the end of the file
+    if marked < total and (limit is None or total < limit or not parts):  # no newline at the end of the file
         last = (lines + (total > line_start), total, crc)
         parts.append((np.array(last[:1]), np.array(last[1:2]), np.array(last[2:])))
-    found = [np.concatenate([np.zeros(0, np.int64), *(part[column] for part in parts)]) for column in range(3)]
-    return Marks(found[0], *found)
+    numbers, offsets, crcs = (
+        np.concatenate([np.zeros(0, np.int64), *(part[column] for part in parts)]) for column in range(3)
+    )
+    return Marks(numbers, numbers, offsets, crcs)
 
 
 def check_sizes(sizes: Numbers, file: File, lines: int) -> None:

@@ -321,6 +321,14 @@ def test_a_cheap_look_estimates_the_rows(tmp_path: Path, monkeypatch: pytest.Mon
         assert np.sum([unit.size for unit in seen.units]) <= file.size * 3
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.txt"])
+def test_a_cheap_look_goes_on_to_the_first_row(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lines, "CHUNK", 100)
+    (tmp_path / name).write_text("a\n" * (name == "a.csv") + '"' + "x" * 1000 + '"')
+    [file] = sources.list_files(source(tmp_path / name), "x", "")
+    assert [unit.size for unit in scan.head(file).units] == [1002]
+
+
 def test_only_some_files_of_a_folder(tmp_path: Path) -> None:
     for name in ("a", "b", "c"):
         (tmp_path / f"{name}.jsonl").write_text("{}\n")

@@ -144,12 +144,13 @@ def test_only_a_weight_that_is_not_whole_is_another_store_than_before(tmp_path: 
     path, table = as_lines(tmp_path / "a.jsonl", ["x"]), as_csv(tmp_path / "a.csv", ["x"])
 
     def described(path: Path, weight: float) -> Any:
-        plan = plan_here(helpers.config(tmp_path / "runs", source(path, weight)), helpers.spec(), "train")
+        chats = {"path": str(path), "format": "messages", "weight": weight}
+        plan = plan_here(helpers.config(tmp_path / "runs", chats), helpers.spec(), "train")
         return plan.inputs()["sources"], plan.files[0].sha256
 
     for weight in (1.0, 2.0):
         [found], sha256 = described(path, weight)
-        assert found == {"format": "text", "fields": {}, "weight": weight, "files": [["jsonl", sha256]], "rules": 2}
+        assert found == {"format": "messages", "fields": {}, "weight": weight, "files": [["jsonl", sha256]]}
     [found], _ = described(path, 2.5)
     assert found["drawn_by"] == "hash"
     [found], sha256 = described(table, 1.0)
