@@ -61,7 +61,7 @@ class RowResults:
     def from_json(cls, text: str) -> "RowResults":
         """Read `to_json` back; raises ValueError, KeyError or TypeError for anything else."""
         tree = json.loads(text)
-        scores = {str(name): tuple(map(float, values)) for name, values in tree["scores"].items()}
+        scores = {str(name): tuple(map(float, values)) for name, values in dict(tree["scores"]).items()}
         return cls(str(tree["data"]), tuple(map(int, tree["tokens"])), tuple(map(float, tree["losses"])), scores)
 
 

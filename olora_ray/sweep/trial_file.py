@@ -3,12 +3,14 @@
 import json
 import time
 from dataclasses import asdict, replace
-from typing import Any
+
+from pydantic import TypeAdapter
 
 from olora_ray.common import storage
 from olora_ray.sweep.record import Mode, Status, TrialRecord
 
 FILE = "trial.json"
+_RECORD = TypeAdapter(TrialRecord)
 
 
 class TrialFile:
@@ -58,10 +60,8 @@ class TrialFile:
 def read(place: str) -> TrialRecord | None:
     """The record of the trial in a folder; None if there is none, or it is damaged."""
     try:
-        tree: dict[str, Any] = json.loads(storage.read_text(storage.join(place, FILE)))
-        curve = tuple((int(step), float(value)) for step, value in tree["curve"])
-        return TrialRecord(**{**tree, "curve": curve})
-    except (OSError, ValueError, KeyError, TypeError):
+        return _RECORD.validate_json(storage.read_text(storage.join(place, FILE)))
+    except (OSError, ValueError):
         return None
 
 
