@@ -48,7 +48,8 @@ class Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         """The next node; raises ComposerError beyond the bounds."""
-        event, before = self.peek_event(), self._nodes
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+        before = self._nodes
         if isinstance(event, yaml.AliasEvent):
             node = super().compose_node(parent, index)
             if node not in self._sizes:

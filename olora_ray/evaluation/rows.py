@@ -95,8 +95,8 @@ class RowResults:
         """Read `to_json` back; raises ValueError, KeyError, TypeError or AttributeError for anything else."""
         tree = json.loads(text)
         scores = {
-            str(name): {int(row): float(value) for row, value in found.items()}
-            for name, found in tree["scores"].items()
+            str(name): {int(row): float(value) for row, value in dict(found).items()}
+            for name, found in dict(tree["scores"]).items()
         }
         tokens, losses = tuple(map(int, tree["tokens"])), tuple(map(float, tree["losses"]))
         origins = tuple((int(file), int(place)) for file, place in tree["origins"])

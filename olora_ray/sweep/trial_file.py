@@ -4,7 +4,8 @@ import json
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
-from typing import Any
+
+from pydantic import TypeAdapter
 
 from olora_ray.common import storage
 from olora_ray.sweep.record import Mode, Status, TrialRecord
@@ -12,6 +13,7 @@ from olora_ray.sweep.record import Mode, Status, TrialRecord
 FILE = "trial.json"
 READERS = 16
 """Records that are read at the same time: an object store takes long to answer, and thousands are asked for."""
+_RECORD = TypeAdapter(TrialRecord)
 
 
 class TrialFile:
@@ -65,10 +67,8 @@ class TrialFile:
 def read(place: str) -> TrialRecord | None:
     """The record of the trial in a folder; None if there is none, or it is damaged."""
     try:
-        tree: dict[str, Any] = json.loads(storage.read_text(storage.join(place, FILE)))
-        curve = tuple((int(step), float(value)) for step, value in tree["curve"])
-        return TrialRecord(**{**tree, "curve": curve})
-    except (OSError, ValueError, KeyError, TypeError):
+        return _RECORD.validate_json(storage.read_text(storage.join(place, FILE)))
+    except (OSError, ValueError):
         return None
 
 

@@ -161,7 +161,7 @@ class WriteQueue:
     def _run(self) -> None:
         pause, failures = _FIRST_PAUSE, 0
         while self._wait_for_work():
-            client, head = None, None
+            head = None
             try:
                 probe(self._uri)
                 client = connect(self._uri)
@@ -170,8 +170,8 @@ class WriteQueue:
                 head = self._head()
                 self._send(client, head, apart=failures >= poisoned.ATTEMPTS)
             except Exception as error:
-                this_one = client is not None and head is not None and poisoned.answers_with_an_error(error)
-                failures = failures + 1 if this_one and poisoned.can_be_written(client, self._run_id) else 0
+                this_one = head is not None and poisoned.answers_with_an_error(error)
+                failures = failures + 1 if this_one and poisoned.can_be_written(self._uri, self._run_id) else 0
                 self._went_away(reason(error))
                 self._pause(pause)
                 pause = min(2 * pause, _LAST_PAUSE)
@@ -230,12 +230,12 @@ class WriteQueue:
             if isinstance(head, _Write):
                 head.write(client)
             elif apart:
-                self._send_apart(client, head)
+                self._send_apart(head)
             else:
                 self._send_rows(client, head)
         except Exception as error:
             if not is_refusal(error):
-                if not apart or not isinstance(head, _Write) or not poisoned.can_be_written(client, self._run_id):
+                if not apart or not isinstance(head, _Write) or not poisoned.can_be_written(self._uri, self._run_id):
                     raise
                 logger.warning(
                     "MLflow fails at %s each time (%s): left out; all else is written", head.what, reason(error)
@@ -262,9 +262,9 @@ class WriteQueue:
             if name not in self._refused
         ]
 
-    def _send_apart(self, client: "MlflowClient", rows: Sequence[_Row]) -> None:
+    def _send_apart(self, rows: Sequence[_Row]) -> None:
         left_out: dict[str, list[tuple[Metric, str]]] = {}
-        for metric, why in poisoned.send_apart(client, self._run_id, self._metrics(rows)):
+        for metric, why in poisoned.send_apart(self._uri, self._run_id, self._metrics(rows)):
             left_out.setdefault(metric.key, []).append((metric, why))
         for name, found in left_out.items():
             (first, why), count = found[0], f" and {len(found) - 1} more" if len(found) > 1 else ""

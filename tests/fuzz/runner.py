@@ -1,5 +1,6 @@
 """Runs readers over their inputs in processes that may hang, fill their memory or die, and counts what came of it."""
 
+import contextlib
 import json
 import os
 import queue
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 READERS = tuple(
-    sorted(file.stem for file in (Path(__file__).parent / "readers").glob("*.py") if file.stem != "__init__")
+    sorted(file.stem for file in (Path(__file__).parent / "readers").glob("*.py") if not file.stem.startswith("_"))
 )
 LATE = 10.0
 """Seconds of a processor for one input: on a busy machine as many as on an idle one."""
@@ -69,6 +70,8 @@ def _process(
         finally:
             process.kill()
             process.wait()
+            if process.stdout is not None:
+                process.stdout.close()
     if current is None and process.returncode not in (0, -9):
         raise RuntimeError(f"{words[0]}: no input, but the process ended; see {folder}/stderr.txt")
     return {name: (start, stop) for name, (start, stop) in jobs.items() if start < stop}
@@ -124,8 +127,9 @@ def _ended(
 
 
 def _pump(stream: Any, lines: "queue.Queue[str | None]") -> None:
-    for line in stream:
-        lines.put(line)
+    with contextlib.suppress(ValueError):  # it is closed while it is read, after the process was ended
+        for line in stream:
+            lines.put(line)
     lines.put(None)
 
 
