@@ -84,7 +84,7 @@ class TestTwoNodes:
         )
 
     def test_everything_that_is_wrong_is_in_one_error(self, cluster: Path, base: BaseModel) -> None:
-        error = refused(config(cluster / "own", cluster__gpus_per_worker=1, train__keep=10**12), base)
+        error = refused(config(cluster / "own", cluster__gpus_per_worker=1, train__keep=2**31 - 1), base)
         workers, versions, storage, disk = error.split("; ")[0], *error.split("; ")[2:4], error.split("; ")[4]
         assert "cluster.workers=2" in workers
         assert "0 GPUs, 2 nodes" in workers
@@ -111,7 +111,7 @@ class TestTwoNodes:
         assert "run.storage: " in refused(config(cluster.parent / "file" / "below"))
 
     def test_a_worker_larger_than_the_nodes_memory(self, cluster: Path, base: BaseModel) -> None:
-        error = refused(config(cluster, data__max_length=10**10, train__micro_batch=4), base)
+        error = refused(config(cluster, data__max_length=2**31 - 1, train__micro_batch=4), base)
         assert "GiB of memory, so there is room for 0 (node " in error  # Ray may name 127.0.0.1 otherwise
 
     def test_a_worker_must_fit_on_one_node(self, cluster: Path) -> None:
