@@ -170,7 +170,8 @@ class Space(Section):
         domain = self.search.get(field)
         if domain is None:
             return [configured]
-        bases, factors = domain.extremes(), (1.0,)
+        bases: tuple[Any, ...] = domain.extremes()
+        factors: tuple[float, ...] = (1.0,)
         if domain.of is not None:
             bases, factors = self.search[domain.of].extremes(), domain.factors()
         found = [multiple(base, factor) for base in bases for factor in factors]
