@@ -1,7 +1,7 @@
 """Input and result of a training worker."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -86,14 +86,17 @@ class TrainResult:
     @classmethod
     def from_json(cls, text: str) -> "TrainResult":
         """Read `to_json` back; raises ValueError of one line for anything else."""
+        tree = json.loads(text)
+        names, inner = ({field.name for field in fields(kind)} for kind in (cls, TrainState))
+        if not isinstance(tree, dict) or not {"answers", "state"} <= tree.keys() <= names:
+            raise ValueError("not what a training gave")
+        if isinstance(tree["state"], dict) and (unknown := tree["state"].keys() - inner):
+            raise ValueError(f"state: unknown field {min(unknown)}")
         try:
-            found = _RESULT.validate_json(text)
+            return _RESULT.validate_python(tree)
         except ValidationError as error:
             wrong = error.errors()[0]
             raise ValueError(f"{'.'.join(map(str, wrong['loc']))}: {wrong['msg']}".removeprefix(": ")) from None
-        if found.state is None:
-            raise ValueError("state: not there")
-        return found
 
 
 _RESULT = TypeAdapter(TrainResult)

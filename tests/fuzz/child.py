@@ -29,6 +29,7 @@ def main(folder: Path, seed: int, jobs: list[str]) -> None:
     os.dup2(2, 1)  # what readers print is none of ours
     for job in jobs:
         name, start, stop = job.split(":")
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         reader = importlib.import_module(f"tests.fuzz.readers.{name}")
         place = folder / f"{name}-{start}-{os.getpid()}"
         place.mkdir(parents=True)
