@@ -76,7 +76,9 @@ def test_two_runs_on_one_machine(tiny_project: Path, clean: Clean, tmp_path: Pat
     """Each with a Ray of its own, in one storage, as if it were alone."""
     config = runs.written(tiny_project, tmp_path)
     with processes.scratch() as one, processes.scratch() as two:
-        both = [Run(config, one), Run(config, two, extra={"RAY_TMPDIR": str(one)}, changes=("run.name=other",))]
+        # As on any machine: MLflow's own lock for a database that is made lies in the folder for temporary files.
+        shared = {"RAY_TMPDIR": str(one), "TMPDIR": str(one / "t")}
+        both = [Run(config, one), Run(config, two, extra=shared, changes=("run.name=other",))]
         for run in both:
             run.start()
         for run in both:
