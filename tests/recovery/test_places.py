@@ -32,6 +32,7 @@ def working_folder(tiny_project: Path, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_continues_in_another_folder(tiny_project: Path, clean: Clean, tmp_path: Path) -> None:
     here, there = working_folder(tiny_project, tmp_path / "here"), tmp_path / "there"
     with processes.scratch() as scratch:
@@ -72,6 +73,7 @@ def test_two_drivers_of_one_run(tiny_project: Path, tmp_path: Path) -> None:
         assert max(Counter(step for step, _ in points).values()) == 1, f"{name} has a step twice"
 
 
+@pytest.mark.slow
 def test_two_runs_on_one_machine(tiny_project: Path, clean: Clean, tmp_path: Path) -> None:
     """Each with a Ray of its own, in one storage, as if it were alone."""
     config = runs.written(tiny_project, tmp_path)
