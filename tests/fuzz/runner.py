@@ -73,7 +73,8 @@ def _process(
             if process.stdout is not None:
                 process.stdout.close()
     if current is None and process.returncode not in (0, -9):
-        raise RuntimeError(f"{words[0]}: no input, but the process ended; see {folder}/stderr.txt")
+        said = (folder / "stderr.txt").read_text(errors="replace")[-800:]
+        raise RuntimeError(f"{words}: ended between two inputs: {said}")
     return {name: (start, stop) for name, (start, stop) in jobs.items() if start < stop}
 
 

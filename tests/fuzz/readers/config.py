@@ -70,7 +70,7 @@ def cases(seed: int, made: Any) -> Iterator[Case]:
         original = random.randrange(len(SHIPPED))
         match number % 8:
             case 0 | 1:
-                yield Case(yaml.dump(mutate.tree(random, TREES[original]), sort_keys=False))
+                yield Case(mutate.as_yaml(mutate.tree(random, TREES[original])))
             case 2:
                 yield Case(mutate.as_json(mutate.tree(random, TREES[original])))
             case 3:
