@@ -161,7 +161,9 @@ def test_sources_may_be_relative_to_where_the_command_is_given(tiny_model: Path,
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_rows(tiny_model: Path, corpus: Path) -> None:
-    tree = project.settings(corpus, tiny_model, train__lr=1e30, train__clip=None, data__eval=[], registry__model=None)
+    tree = project.settings(
+        corpus, tiny_model, train__lr=2e9, adapter__alpha=2e9, train__clip=None, data__eval=[], registry__model=None
+    )
     done = project.finetune(project.write_config(corpus, tree))
     assert done.returncode == 2, done.stdout + done.stderr
     last = done.stderr.strip().splitlines()[-1]
