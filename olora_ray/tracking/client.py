@@ -4,6 +4,7 @@ MLflow asks an HTTP server for minutes by default (7 retries of up to 120 s) and
 locked for 20 s per statement. Here a server gets two tries of 8 s, and a database is asked by a probe first.
 """
 
+import fcntl
 import logging
 import os
 import re
@@ -12,7 +13,7 @@ import sqlite3
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from functools import cache
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -34,6 +35,7 @@ _SETTINGS = {
     _TIMEOUT: _SHORT,
 }
 _REFUSALS = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "BAD_REQUEST")
+_asked: set[str] = set()
 _uploads = 0
 _uploads_lock = threading.Lock()
 
@@ -179,8 +181,27 @@ def shown_uri(uri: str) -> str:
 
 
 def _ask(uri: str) -> None:
-    probe(uri)
-    connect(uri).search_experiments(max_results=1)
+    with nullcontext() if uri in _asked else _alone(uri):
+        probe(uri)
+        connect(uri).search_experiments(max_results=1)
+    _asked.add(uri)
+
+
+@contextmanager
+def _alone(uri: str) -> Iterator[None]:
+    """One process at a time, where MLflow is a SQLite file: it makes the tables of a new one in steps that collide.
+
+    The lock is on the file's folder, so nothing is left behind; a file system without such locks does without.
+    """
+    with ExitStack() as held:
+        with suppress(OSError):
+            if uri.startswith("sqlite:////"):
+                folder = os.path.dirname(uri.removeprefix("sqlite:///"))
+                os.makedirs(folder, exist_ok=True)  # as MLflow does
+                descriptor = os.open(folder, os.O_RDONLY)
+                held.callback(os.close, descriptor)
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
 
 
 @contextmanager
