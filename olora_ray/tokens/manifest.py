@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from olora_ray.common import storage
+from olora_ray.common.errors import UserError
 from olora_ray.common.sealed import seal, unseal
 
 MANIFEST = "manifest.json"
@@ -79,10 +80,13 @@ class Manifest:
     def from_json(cls, text: str) -> "Manifest":
         """Read `to_json` back; raises ValueError of one line for anything else."""
         try:
-            return _MANIFEST.validate_python(unseal(text))
+            found = _MANIFEST.validate_python(unseal(text))
         except ValidationError as error:
             wrong = error.errors()[0]
             raise ValueError(f"{'.'.join(map(str, wrong['loc']))}: {wrong['msg']}") from None
+        if min((0, *(shard.packs for shard in found.shards))) < 0:
+            raise ValueError("a shard has less than no sequence")
+        return found
 
     def outline(self) -> Outline:
         """The part that was known before."""
@@ -118,4 +122,6 @@ PLACE_BITS = 40
 
 def place_name(files: Sequence[str], origin: int) -> str:
     """An origin as file:line, counted from 1."""
+    if not 0 <= origin >> PLACE_BITS < len(files):
+        raise UserError(f"token store: an example comes from file {origin >> PLACE_BITS}, but {len(files)} are listed")
     return f"{files[origin >> PLACE_BITS]}:{(origin & (2**PLACE_BITS - 1)) + 1}"
