@@ -170,11 +170,8 @@ class Space(Section):
         domain = self.search.get(field)
         if domain is None:
             return [configured]
-        bases: tuple[Any, ...] = domain.extremes()
-        factors: tuple[float, ...] = (1.0,)
-        if domain.of is not None:
-            bases, factors = self.search[domain.of].extremes(), domain.factors()
-        found = [multiple(base, factor) for base in bases for factor in factors]
+        base = domain if domain.of is None else self.search[domain.of]
+        found = [multiple(value, factor) for value in base.extremes() for factor in domain.factors()]  # else times 1
         return [*found, configured] if self.has_default() else found
 
     def as_draws(self, config: Config) -> dict[str, Any] | None:
