@@ -63,10 +63,14 @@ def short_reason(error: BaseException) -> str:
 def as_user_error(
     what: str, *kinds: type[Exception], reason: Callable[[BaseException], str] = first_line
 ) -> Iterator[None]:
-    """Raise an exception of these kinds as the UserError `what: reason`; a UserError passes as it is."""
+    """Raise an exception of these kinds as the UserError `what: reason`; a UserError passes as it is.
+
+    A store that does not answer now gives TryAgain.
+    """
     try:
         yield
     except kinds as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{what}: {reason(error)}") from None
+        kind = TryAgain if isinstance(error, StoreUnavailable) else UserError
+        raise kind(f"{what}: {reason(error)}") from None

@@ -2,7 +2,15 @@
 
 import pytest
 
-from olora_ray.common.errors import TryAgain, UserError, as_user_error, first_line, short_reason
+from olora_ray.common.errors import (
+    StoreError,
+    StoreUnavailable,
+    TryAgain,
+    UserError,
+    as_user_error,
+    first_line,
+    short_reason,
+)
 
 
 def test_the_first_line_says_what_it_was() -> None:
@@ -34,3 +42,12 @@ def test_a_user_error_is_not_wrapped_again() -> None:
     with pytest.raises(TryAgain) as caught, as_user_error("data.train", ValueError):
         raise TryAgain("later")
     assert str(caught.value) == "later"
+
+
+def test_a_store_that_does_not_answer_now_may_answer_later() -> None:
+    with pytest.raises(TryAgain) as caught, as_user_error("s3://b/a: cannot be read", OSError):
+        raise StoreUnavailable("no answer")
+    assert (str(caught.value), caught.value.exit_code) == ("s3://b/a: cannot be read: no answer", 75)
+    with pytest.raises(UserError) as other, as_user_error("s3://b/a: cannot be read", OSError):
+        raise StoreError("no such bucket")
+    assert other.value.exit_code == 2

@@ -37,7 +37,7 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "ANSWER_SECONDS", 1)
     connections._connected.cache_clear()
     s3._made.cache_clear()
-    monkeypatch.setattr(patience, "PATIENCE", 2.0)
+    monkeypatch.setattr(patience, "PATIENCE", 20.0)
     monkeypatch.setattr(patience, "PAUSES", (0.05,))
 
 
@@ -254,7 +254,7 @@ class TestPatience:
             assert storage.read_text(storage.join(place, "a")) == "x"
         assert len(lines) == 2
         assert lines[0].startswith(f"warning: {place.removesuffix('/runs')} does not answer (")
-        assert lines[0].endswith("; asked again for 2 s more")
+        assert lines[0].endswith("; asked again for 20 s more")
 
     def test_one_that_never_has_is_not(self, server: Server, place: str) -> None:
         server.faults = Faults(refuse=-1)
