@@ -51,6 +51,8 @@ def _with_reason(trial: TrialRecord, found: Progress, scheduler: str) -> TrialRe
     """A trial that was stopped does not know by whom."""
     if trial.status != "stopped":
         return trial
+    if trial.total and trial.step >= trial.total:  # it was faster than the decision
+        return replace(trial, status="finished")
     if trial.number in found.cut:
         return replace(trial, status="unfinished", reason="the search ended before it")
     share = f" after {trial.step / trial.total:.0%} of its {plural(trial.total, 'step')}" if trial.total else ""

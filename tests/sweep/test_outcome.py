@@ -74,13 +74,15 @@ def test_a_search_that_has_ended_is_reported_with_the_seconds_that_it_took(
 def test_trials_say_what_has_cut_them(ended: tuple[Any, Any]) -> None:
     spec, tracker = ended
     folder = spec.config.folder()
-    keep(spec.config, trial(0, 1.0), trial(1, 0.5, status="stopped", step=4), trial(2, 0.7, status="stopped", step=4))
+    early = {"status": "stopped", "step": 4}
+    keep(spec.config, trial(0, 1.0), trial(1, 0.5, **early), trial(2, 0.7, **early), trial(3, 0.9, status="stopped"))
     progress.write(folder, Progress(9.0, complete=True, note="The search ended early: why.", cut=(2,)))
     _, found = run.run(spec, SPACE, 0.0, tracker)
     assert [(one.status, one.reason) for one in found.trials] == [
         ("finished", ""),
         ("stopped", "asha after 50% of its 8 steps"),
         ("unfinished", "the search ended before it"),
+        ("finished", ""),  # all its steps were done before the decision reached it
     ]
     assert found.notes == ("The search ended early: why.",)
     assert dict(leaderboard.facts(found))["best"].startswith("train/loss 0.5 (trial 1, stopped at step 4 of 8): ")
