@@ -42,16 +42,24 @@ def follow(config: AnyConfig) -> None:
             moved = [before for before in _roots(database) if before != now and _is_copied(database, before, now)]
         except sqlite3.DatabaseError:
             return  # none of MLflow yet, or none at all, which MLflow itself says better
-        with database:
-            for before in moved:
-                for table, column in COLUMNS:
-                    database.execute(
-                        f"UPDATE {table} SET {column} = ? || substr({column}, ?)"  # noqa: S608  # names of ours
-                        f" WHERE {column} = ? OR substr({column}, 1, ?) = ?",
-                        (now, len(before) + 1, before, len(before) + 1, f"{before}/"),
-                    )
+        try:
+            with database:
+                for before in moved:
+                    _rename(database, before, now)
+        except sqlite3.DatabaseError as error:  # tables of another MLflow, or one that others hold for too long
+            logger.warning(f"run.storage has moved, but MLflow's artifacts keep their places, {moved[0]}: {error}")
+            return
     for before in moved:
         logger.info(f"run.storage has moved: MLflow's artifacts are in {now}, no longer in {before}")
+
+
+def _rename(database: sqlite3.Connection, before: str, now: str) -> None:
+    for table, column in COLUMNS:
+        database.execute(
+            f"UPDATE {table} SET {column} = ? || substr({column}, ?)"  # noqa: S608  # names of ours
+            f" WHERE {column} = ? OR substr({column}, 1, ?) = ?",
+            (now, len(before) + 1, before, len(before) + 1, f"{before}/"),
+        )
 
 
 def _roots(database: sqlite3.Connection) -> list[str]:

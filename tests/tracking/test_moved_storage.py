@@ -1,6 +1,8 @@
 """A storage that was moved or copied: MLflow writes and reads artifacts there, and nowhere else."""
 
+import contextlib
 import shutil
+import sqlite3
 from pathlib import Path
 
 import pytest
@@ -93,3 +95,19 @@ def test_without_a_database_of_mlflow_nothing_happens(tmp_path: Path, content: b
         (tmp_path / "mlflow.db").write_bytes(content)
     moved_storage.follow(settings(tmp_path))
     assert [file.name for file in tmp_path.iterdir()] == (["mlflow.db"] if content is not None else [])
+
+
+def test_tables_of_another_mlflow_are_left_as_they_are(tmp_path: Path) -> None:
+    before, now = mlflow_database.place(tmp_path / "before"), tmp_path / "now"
+    MlflowClient(f"sqlite:///{before}/mlflow.db").create_experiment("olora", artifact_location=f"{before}/mlartifacts")
+    shutil.move(before, now)
+    with contextlib.closing(sqlite3.connect(now / "mlflow.db")) as database, database:
+        database.execute("ALTER TABLE model_versions RENAME COLUMN storage_location TO place")
+    with said() as lines:
+        moved_storage.follow(settings(now))
+    [line] = lines
+    assert line.startswith("warning: run.storage has moved, but MLflow's artifacts keep their places")
+    assert "storage_location" in line
+    experiment = MlflowClient(f"sqlite:///{now}/mlflow.db").get_experiment_by_name("olora")
+    assert experiment is not None
+    assert experiment.artifact_location == f"{before}/mlartifacts"
