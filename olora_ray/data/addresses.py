@@ -4,28 +4,27 @@ A key of s3:// or gs:// is taken letter by letter, as `aws s3` and `gsutil` take
 it, and a '?' begins options. In file:// URIs '%20' is a blank, as everywhere.
 """
 
-from functools import lru_cache
 from urllib.parse import quote, unquote
 
 from pyarrow import fs
 
-from olora_ray.common import storage
+from olora_ray.common import connections, storage
 
 
 def open_filesystem(uri: str) -> tuple[fs.FileSystem, str]:
-    """The filesystem of a file and the path in it; keeps the connection, which is slow to make for s3."""
+    """The filesystem of a file and the path in it; connections are kept."""
     if not storage.is_uri(uri):
         return fs.LocalFileSystem(), uri
     scheme, bucket, key, query = _parts(uri)
-    system, root = _connection(scheme, bucket, query)
-    return system, root.rstrip("/") + (unquote(key) if scheme == "file" else key)
+    system, root = connections.connect(scheme, bucket, query)
+    return system, root + (unquote(key) if scheme == "file" else key)
 
 
 def uri_beside(uri: str, path: str) -> str:
     """The URI of a path in the filesystem of `uri`; raises ValueError for a key that no URI can name."""
     scheme, bucket, _, query = _parts(uri)
-    _, root = _connection(scheme, bucket, query)
-    key = path.removeprefix(root.rstrip("/"))
+    _, root = connections.connect(scheme, bucket, query)
+    key = path.removeprefix(root)
     if scheme == "file":
         key = key.replace("%", "%25").replace("?", quote("?"))
     elif "?" in key:
@@ -39,9 +38,3 @@ def _parts(uri: str) -> tuple[str, str, str, str]:
     place, _, query = rest.partition("?")
     bucket, slash, key = place.partition("/")
     return scheme, bucket, slash + key, query
-
-
-@lru_cache(maxsize=32)
-def _connection(scheme: str, bucket: str, query: str) -> tuple[fs.FileSystem, str]:
-    system, root = fs.FileSystem.from_uri(f"{scheme}://{bucket}/" + (f"?{query}" if query else ""))
-    return system, str(root)
