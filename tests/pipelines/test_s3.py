@@ -16,7 +16,7 @@ from tests.recovery import processes, runs
 from tests.recovery.runs import Clean, Fault, Run
 from tests.s3_server import Server
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 STAGES = {
     "preparation": Fault("shard"),
     "early step": Fault("step", step=1, rank=0),
@@ -90,9 +90,7 @@ def killed_and_resumed(tiny_project: Path, folder: Path, remote: dict[str, Any],
     return f"step {resumptions[0].step}" if resumptions else "the stage itself"
 
 
-@pytest.mark.parametrize(
-    "stage", [pytest.param(stage, marks=() if stage == "checkpoint" else pytest.mark.slow) for stage in STAGES]
-)
+@pytest.mark.parametrize("stage", list(STAGES))
 def test_a_run_on_s3_that_is_killed_ends_as_an_untouched_one_on_a_disk(
     stage: str,
     local: Clean,
@@ -126,7 +124,6 @@ def command(script: str, *arguments: str, folder: Path) -> subprocess.CompletedP
     return done
 
 
-@pytest.mark.slow
 class TestAfterwards:
     """Evaluation, search and retraining of what lies on s3, each beside the same on a local disk."""
 

@@ -26,6 +26,7 @@ def score(prediction, reference):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_scorer_that_fails_leaves_no_version_and_no_training_is_repeated(tiny_model: Path, corpus: Path) -> None:
     (corpus / "mine.py").write_text(SCORER)
     env = {"PYTHONPATH": f"{corpus}:{project.ROOT}"}
