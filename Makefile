@@ -17,7 +17,7 @@ test: check ## all checks and tests that fit in 20 minutes; one Ray at a time
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not ray"
 	$(BIN)/python -m pytest -m "ray and not slow"
 
-quick: $(VENV)/.dev ## at every change, under 90 seconds: style, and the tests that start no Ray, server or process
+quick: $(VENV)/.dev ## at every change, in some minutes: style, and the tests that start no Ray, server or process
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not ray and not server and not browser and not process"
