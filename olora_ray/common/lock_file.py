@@ -115,8 +115,8 @@ class LocalFile:
         self.path.unlink(missing_ok=True)
 
 
-class ConditionalFile:
-    """In an S3 store; one that ignores conditions is found out, and then treated as SettlingFile does."""
+class _StoreFile:
+    """In an object store, where nobody can be kept from writing."""
 
     def __init__(self, place: str) -> None:
         self.place = place
@@ -125,6 +125,10 @@ class ConditionalFile:
     def exclusive(self) -> contextlib.AbstractContextManager[None]:
         """Nothing to hold."""
         return contextlib.nullcontext()
+
+
+class ConditionalFile(_StoreFile):
+    """In an S3 store; one that ignores conditions is found out, and then treated as SettlingFile does."""
 
     def read(self) -> Seen:
         """The object; its age is by the store's clock."""
@@ -152,16 +156,8 @@ class ConditionalFile:
         s3.put_if(self.place, b"", seen.version)
 
 
-class SettlingFile:
+class SettlingFile(_StoreFile):
     """In a store of which only writing and reading is known."""
-
-    def __init__(self, place: str) -> None:
-        self.place = place
-        self._looked = 0.0
-
-    def exclusive(self) -> contextlib.AbstractContextManager[None]:
-        """Nothing to hold."""
-        return contextlib.nullcontext()
 
     def read(self) -> Seen:
         """The file; its age is by the clocks of whoever wrote it and of this host."""
