@@ -63,6 +63,14 @@ def make_corpus(file: Path, rows: int, first: int = 0) -> Path:
     return file
 
 
+def make_tiny(folder: Path) -> Path:
+    """Fill a folder with model/, train.jsonl (60 rows) and eval.jsonl (7 rows)."""
+    make_model(folder / "model")
+    make_corpus(folder / "train.jsonl", 60)
+    make_corpus(folder / "eval.jsonl", 7, first=100)
+    return folder
+
+
 def settings(folder: Path, model: Path, **changes: Any) -> dict[str, Any]:
     """A config tree for one worker and a few steps; dotted changes are written with double underscores."""
     tree: dict[str, Any] = {

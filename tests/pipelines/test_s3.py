@@ -43,11 +43,7 @@ def rows(request: pytest.FixtureRequest) -> Iterator[list[tuple[str, str, str]]]
 @pytest.fixture(scope="module")
 def tiny_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with model/, train.jsonl (60 rows) and eval.jsonl (7 rows)."""
-    folder = tmp_path_factory.mktemp("project")
-    project.make_model(folder / "model")
-    project.make_corpus(folder / "train.jsonl", 60)
-    project.make_corpus(folder / "eval.jsonl", 7, first=100)
-    return folder
+    return project.make_tiny(tmp_path_factory.mktemp("project"))
 
 
 @pytest.fixture(scope="module")

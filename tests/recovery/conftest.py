@@ -34,11 +34,7 @@ def rows(request: pytest.FixtureRequest) -> list[table.Row]:
 @pytest.fixture(scope="session")
 def tiny_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with model/, train.jsonl (60 rows) and eval.jsonl (7 rows)."""
-    folder = tmp_path_factory.mktemp("project")
-    project.make_model(folder / "model")
-    project.make_corpus(folder / "train.jsonl", 60)
-    project.make_corpus(folder / "eval.jsonl", 7, first=100)
-    return folder
+    return project.make_tiny(tmp_path_factory.mktemp("project"))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -255,6 +255,11 @@ def test_whatever_is_damaged_the_newest_good_ones_stay(
 ) -> None:
     place = str(tmp_path / "fuzz")
     shutil.rmtree(place, ignore_errors=True)
+    the_newest_good_ones_stay(place, states, step, keep)
+
+
+def the_newest_good_ones_stay(place: str, states: dict[int, str], step: int, keep: int) -> None:
+    """With damaged checkpoints in an empty place, after `step` has been written."""
     filled(place, *sorted(states))
     for each, how in states.items():
         if how != "good":
@@ -320,14 +325,7 @@ class TestObjectStore:
         self, place: str, states: dict[int, str], step: int, keep: int
     ) -> None:
         storage.remove(place)
-        filled(place, *sorted(states))
-        for each, how in states.items():
-            if how != "good":
-                damage(place, each, how)
-        good = sorted({each for each, how in states.items() if how == "good" and each < step} | {step})
-        filled(place, step, keep=keep)
-        assert checkpoints.names(place) == [checkpoints.name_of(each) for each in good[-keep:]]
-        assert all(is_good(place, each) for each in good[-keep:])
+        the_newest_good_ones_stay(place, states, step, keep)
 
     def test_one_is_taken_from_another_run(self, bucket: str, place: str) -> None:
         filled(place, 2, 4)
