@@ -12,6 +12,7 @@ import socket
 import sqlite3
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from functools import cache
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 _DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 _PROBE_SECONDS = 5.0
+_ALONE_SECONDS = 30.0
 _TIMEOUT, _SHORT, _LONG = "MLFLOW_HTTP_REQUEST_TIMEOUT", "8", "120"
 _SETTINGS = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
@@ -191,7 +193,8 @@ def _ask(uri: str) -> None:
 def _alone(uri: str) -> Iterator[None]:
     """One process at a time, where MLflow is a SQLite file: it makes the tables of a new one in steps that collide.
 
-    The lock is on the file's folder, so nothing is left behind; a file system without such locks does without.
+    The lock is on the file's folder, so nothing is left behind; a file system without such locks does without, and
+    so does who has waited for _ALONE_SECONDS, for a process that stands still, say.
     """
     with ExitStack() as held:
         with suppress(OSError):
@@ -200,7 +203,7 @@ def _alone(uri: str) -> Iterator[None]:
                 os.makedirs(folder, exist_ok=True)  # as MLflow does
                 descriptor = os.open(folder, os.O_RDONLY)
                 held.callback(os.close, descriptor)
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
+                _lock(descriptor)
         yield
 
 
@@ -218,6 +221,16 @@ def _time_for_uploads() -> Iterator[None]:
         with _uploads_lock:
             _uploads -= 1
             os.environ.update({_TIMEOUT: _SHORT} if ours and not _uploads else {})
+
+
+def _lock(descriptor: int) -> None:
+    end = time.monotonic() + _ALONE_SECONDS
+    while time.monotonic() < end:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            time.sleep(0.1)
 
 
 def _reason(uri: str, error: Exception) -> str:
