@@ -17,7 +17,6 @@ from olora_ray.common import collectives
 from olora_ray.common.errors import TryAgain, UserError
 from olora_ray.common.fault_points import reached
 from olora_ray.common.text import plural
-from olora_ray.model.load import check_attention
 from olora_ray.train import checkpoint, checkpoints
 from olora_ray.train.checkpoint import Checkpoint
 from olora_ray.train.loop import Trainer
@@ -39,6 +38,8 @@ class StartingPoint:
     """The flat vector of the best evaluation so far."""
     resumed: bool
     """Whether it comes from a checkpoint of this run."""
+    trained: bool = False
+    """Whether the adapter was trained before, here or at train.start."""
 
 
 def starting_point(context: WorkerContext, spec: TrainSpec, folder: str) -> StartingPoint:
@@ -54,17 +55,16 @@ def starting_point(context: WorkerContext, spec: TrainSpec, folder: str) -> Star
         loss = context.base(spec)
         model: Any = loss.model
         attention: str = model.config._attn_implementation
-        check_attention(model.config.get_text_config(), attention, spec.config.data)
         known = found.adapter if found else start
         adapted = wrap(model, factors(context, spec, model, known), adapter.scale(), adapter.dropout)
     with context.activate(adapted):
         place_model(loss, spec.config.cluster.strategy, context.device)
         trainer = Trainer(loss, adapted, spec.config, context.device)
     if found:
-        return StartingPoint(trainer, attention, found.state, resume(trainer, found), resumed=True)
+        return StartingPoint(trainer, attention, found.state, resume(trainer, found), resumed=True, trained=True)
     if start:
         trainer.flat.load(trainer.flat.vector, named(start))
-    return StartingPoint(trainer, attention, TrainState(), None, resumed=False)
+    return StartingPoint(trainer, attention, TrainState(), None, resumed=False, trained=start is not None)
 
 
 def restored(spec: TrainSpec, folder: str) -> Checkpoint | None:

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -78,6 +79,8 @@ class TrainResult:
     state: TrainState | None = None
     stopped_early: bool = False
     answers: tuple[AnswerPair, ...] = ()
+    self_test: dict[str, Any] | None = None
+    """What the self-test of the model has found (train/self_test.py)."""
 
     def to_json(self) -> str:
         """The text of training.json."""

@@ -7,6 +7,7 @@ from olora_ray.cluster.channel import Resumed, Saved, Started, sent_to
 from olora_ray.cluster.evaluator import Evaluator
 from olora_ray.cluster.quiet import quiet_train_worker
 from olora_ray.cluster.resume import StartingPoint, starting_point
+from olora_ray.cluster.self_tested import self_tested
 from olora_ray.cluster.spec import TrainResult, TrainSpec
 from olora_ray.cluster.stop_requests import StopRequests
 from olora_ray.cluster.worker_context import RayTrainContext, WorkerContext
@@ -46,13 +47,15 @@ class Worker:
     def __init__(
         self, context: WorkerContext, spec: TrainSpec, checkpoints: str, channel: Any, start: StartingPoint
     ) -> None:
+        """Raises UserError if the model does not pass its self-test; all workers must make one together."""
         self.context, self.spec, self.config = context, spec, spec.config
         self.checkpoints, self.channel = checkpoints, channel
         self.rank, self.world = context.rank, context.world
+        self.stop_requests = StopRequests(channel, self.rank, context.preemption)
+        start = self_tested(context, spec, start, self.stop_requests.waiting)
         self.trainer, self.state = start.trainer, start.state
         self.attention, self.resumed = start.attention, start.resumed
         self.evaluator = Evaluator(context, spec, start)
-        self.stop_requests = StopRequests(channel, self.rank, context.preemption)
         self.schedule = Schedule(self.config.train, spec.train, self.stop_requests.waiting)
         self.manager = self._checkpoint_manager() if self.rank == 0 else None
 
@@ -125,7 +128,13 @@ class Worker:
             return TrainResult(interrupted=why, preempted=preempted, state=self.state)
         self.evaluator.use_best()
         answers = self.evaluator.answer_pairs(self.state.before)
-        return TrainResult(state=self.state, stopped_early=not self.schedule.last(self.state.step), answers=answers)
+        found = self.trainer.loss.tested
+        return TrainResult(
+            state=self.state,
+            stopped_early=not self.schedule.last(self.state.step),
+            answers=answers,
+            self_test=found.to_json() if found else None,
+        )
 
     def _checkpoint_manager(self) -> CheckpointManager:
         return CheckpointManager(

@@ -87,8 +87,9 @@ class Data(Section):
     """Instead of `eval`: this share of the training rows is held out."""
     max_length: Annotated[int, Field(ge=8)] = 512
     """Most tokens per sequence; a longer example is rejected, longer plain text is cut in pieces."""
-    packing: bool = True
-    """Put several examples in one sequence; attention stays within each example."""
+    packing: Literal["auto"] | bool = "auto"
+    """Put several examples in one sequence; attention stays within each. auto: unless something else of the model, a
+    convolution or a state, would carry from one example to the next."""
     last_turn_only: bool = False
     """Train on the last answer of each chat only; the earlier ones are its context."""
     max_rejected: Annotated[float, Field(ge=0.0, le=1.0)] = 0.01

@@ -19,7 +19,7 @@ without a supervised token of its own answer is rejected; the end token alone do
 import logging
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,6 +53,12 @@ class TokenizerSpec:
     """Whether plain text starts with the begin token."""
     name: str = field(default="the model", compare=False)
     """Name of the model in messages; not part of the digest."""
+    apart: str | None = field(default=None, compare=False)
+    """Why data.packing=auto gives each example a sequence of its own; a plan's digest has what follows from it."""
+
+    def packing(self, wanted: Literal["auto"] | bool) -> bool:
+        """Whether several examples share a sequence, for data.packing."""
+        return self.apart is None if wanted == "auto" else wanted
 
     @property
     def has_template(self) -> bool:
@@ -63,7 +69,7 @@ class TokenizerSpec:
     def digest(self) -> str:
         """SHA-256 over everything that has an influence on tokens."""
         content = asdict(self)
-        del content["name"]
+        del content["name"], content["apart"]
         return digest_json(content)
 
 

@@ -25,6 +25,7 @@ from olora_ray.tokens.store import Pack, TokenStore
 from olora_ray.train import scoring
 from olora_ray.train.generate import Question, decoding, greedy, questions
 from olora_ray.train.loss import SupervisedLoss
+from olora_ray.train.self_test import choose_attention
 
 logger = logging.getLogger(__name__)
 
@@ -72,9 +73,7 @@ class Measurer:
         """Load the model where this process computes; raises UserError if it does not load."""
         self.eos, self.limit, self.device = eos, config.evaluation.max_new_tokens, pool.device()
         self.model = load(base, adapter, config, self.device)
-        self.attention: str = self.model.config._attn_implementation
-        load_module.check_attention(self.model.config.get_text_config(), self.attention, config.data)
-        self.loss = SupervisedLoss(self.model)
+        self.config, self.loss = config, SupervisedLoss(self.model)
 
     def __call__(self, work: Works) -> list[Any]:
         """The summed loss of each example of the sequences, or an answer (token ids) to each question."""
@@ -85,7 +84,9 @@ class Measurer:
         return self._losses([item for item in work if isinstance(item, Pack)])
 
     def _losses(self, packs: Sequence[Pack]) -> list[float]:
-        each = self.loss.each(collate(packs, self.attention).to(self.device)).double().cpu()
+        if self.loss.tested is None:
+            self.loss.tested = choose_attention(self.loss, packs, self.config, self.device)
+        each = self.loss.each(collate(packs, self.loss.tested.attention).to(self.device)).double().cpu()
         return [float(part.sum()) for part in each.split([size for pack in packs for size in _supervised(pack)])]
 
 

@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from olora_ray.common.errors import UserError
-from olora_ray.config.schema import Data
 from olora_ray.config.schema import Model as ModelConfig
-from olora_ray.model import convert
+from olora_ray.model import attention, convert, segment_attention
 from olora_ray.model.folder import check, parameters, read_json
 from olora_ray.model.foreign import foreign
 from olora_ray.model.source import BaseModel
@@ -56,9 +55,9 @@ def skeleton(base: BaseModel, config: ModelConfig) -> "PreTrainedModel":
     return model
 
 
-def _check_size(base: BaseModel, config: ModelConfig) -> None:
+def _check_size(base: BaseModel, model: "PreTrainedModel") -> None:
     """Raise UserError if config.json describes a far larger model than its weights are: it would fill the memory."""
-    described = sum(parameter.numel() for parameter in skeleton(base, config).parameters())
+    described = sum(parameter.numel() for parameter in model.parameters())
     stored = parameters(base.folder)
     if described > _LARGEST_RATIO * stored:
         raise UserError(
@@ -68,24 +67,24 @@ def _check_size(base: BaseModel, config: ModelConfig) -> None:
 
 
 def load_model(folder: str | Path, config: ModelConfig, device: torch.device) -> "PreTrainedModel":
-    """The frozen base model in the precision and with the attention of `config`, in evaluation mode.
+    """The frozen base model in the precision of `config`, in evaluation mode, with the first attention to be tried.
 
     It stays in evaluation mode during training: the base's own dropout would make the loss depend on
-    how a batch is split. Raises UserError for weights that do not fit the config.
+    how a batch is split. Raises UserError for weights that do not fit the config, and as `attention.candidates`.
     """
     from transformers import AutoModelForCausalLM
 
-    from olora_ray.model import segment_attention as attention
-
-    attention.register()
+    segment_attention.register()
     from_pretrained: Any = AutoModelForCausalLM.from_pretrained  # its type does not know output_loading_info
     check(Path(folder))
-    _check_size(BaseModel(str(folder), str(folder), ""), config)
+    base, dtype = BaseModel(str(folder), str(folder), ""), pick_dtype(config, device)
+    shape = skeleton(base, config)
+    _check_size(base, shape)
     with foreign(f"model.name: {folder} does not load"):
         model, report = from_pretrained(
             Path(folder),
-            dtype=pick_dtype(config, device),
-            attn_implementation=pick_attention(config, device),
+            dtype=dtype,
+            attn_implementation=attention.candidates(shape, config, dtype, device)[0],
             trust_remote_code=config.trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
@@ -105,32 +104,3 @@ def pick_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
     return (
         torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else torch.float32
     )
-
-
-def pick_attention(config: ModelConfig, device: torch.device) -> str:
-    """The attention implementation: as configured, else the fastest that is there."""
-    if config.attention != "auto":
-        return config.attention
-    if device.type == "cpu":
-        return "segments"
-    from transformers.utils.import_utils import is_flash_attn_2_available
-
-    return "flash_attention_2" if is_flash_attn_2_available() else "sdpa"
-
-
-def check_attention(shape: Any, attention: str, data: Data) -> None:
-    """Raise UserError where this attention would not do for packed examples what the family does for single ones."""
-    window = getattr(shape, "sliding_window", None)
-    windowed = window is not None and window < data.max_length
-    if attention == "segments" and getattr(shape, "attn_logit_softcapping", None) is not None:
-        raise UserError("model.attention: this model caps its attention scores; set it to eager")
-    if windowed and attention == "segments":
-        raise UserError(
-            f"model.attention: this model attends within {window} tokens, fewer than data.max_length={data.max_length};"
-            f" lower data.max_length, or set model.attention: sdpa and data.packing: false"
-        )
-    if windowed and data.packing and attention in ("sdpa", "eager"):
-        raise UserError(
-            f"data.packing: this model attends within {window} tokens, fewer than data.max_length={data.max_length};"
-            f" lower data.max_length, or set data.packing: false"
-        )

@@ -51,15 +51,17 @@ def segment_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    position_ids: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within each segment.
 
     query (1, H, T, D), key and value (1, H', T, D); `cu_seq_lens_q` holds the segments' borders
-    0 = c0 < c1 < ... = T; the result is (1, T, H, D). Without borders the whole is one segment.
-    Raises UserError for what a family asks for and this does not do.
+    0 = c0 < c1 < ... = T; the result is (1, T, H, D). Without them a segment begins where `position_ids` (1, T) do
+    not go on by one. Raises UserError for what a family asks for and this does not do, and where neither arrives:
+    some families do not hand them on.
     """
-    borders = cu_seq_lens_q.tolist() if cu_seq_lens_q is not None else [0, query.shape[2]]
+    borders = cu_seq_lens_q.tolist() if cu_seq_lens_q is not None else _borders(position_ids)
     lengths = [stop - start for start, stop in pairwise(borders)]
     if softcap is not None or s_aux is not None or (sliding_window is not None and sliding_window < max(lengths)):
         raise UserError("model.attention: this model caps, windows or sinks its attention; set it to eager")
@@ -73,6 +75,13 @@ def segment_attention(
         parts.append(batch(q, k, v, sizes, scale))
         place += sum(sizes)
     return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)), None
+
+
+def _borders(positions: Tensor | None) -> list[int]:
+    if positions is None or len(positions) > 1:
+        raise UserError("model.attention: this model does not tell its attention where examples begin; set it to sdpa")
+    starts = (positions[0].diff() != 1).nonzero().flatten() + 1
+    return [0, *starts.tolist(), positions.shape[1]]
 
 
 def _no_mask(*_: Any, **__: Any) -> None:
@@ -100,7 +109,7 @@ class _Batched(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scale: float) -> Tensor:
         ours, theirs = _layout(lengths, query.shape[1]), _layout(lengths, key.shape[1])
         q, k, v = ours.gather(query), theirs.gather(key), theirs.gather(value)
-        out = torch.empty_like(q)
+        out = q.new_empty(q.shape[0], v.shape[1])  # heads of values may have another size (DeepSeek)
         saved = []
         for q_, k_, v_, out_ in _blocks(theirs, q, k, v, out):
             mask = _causal(k_.shape[1], ours.heads // theirs.heads, q.device)

@@ -1,13 +1,14 @@
 """Opening of a run's base model: finds it once, with its tokenizer."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from olora_ray.common.errors import UserError, as_user_error, short_reason
 from olora_ray.config.evaluation import AnyConfig
 from olora_ray.data.tokenize import TokenizerSpec, spec_from_pretrained
-from olora_ray.model.load import end_tokens, load_tokenizer
+from olora_ray.model.load import end_tokens, load_tokenizer, skeleton
+from olora_ray.model.packing import why_apart
 from olora_ray.model.source import BaseModel, obtain
 from olora_ray.tracking.models import registered_folder
 
@@ -55,4 +56,5 @@ def with_tokenizer(model: BaseModel, config: AnyConfig) -> Base:
             " the tokenizer that the model was trained with into the folder"
         )
     tokenizer = load_tokenizer(model, config.model)
-    return Base(model, tokenizer, spec_from_pretrained(tokenizer, model.name), end_tokens(model, tokenizer))
+    spec = replace(spec_from_pretrained(tokenizer, model.name), apart=why_apart(skeleton(model, config.model)))
+    return Base(model, tokenizer, spec, end_tokens(model, tokenizer))

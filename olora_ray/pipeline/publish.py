@@ -116,6 +116,7 @@ def _result(
         "scores": scores,
         "base": asdict(spec.base),
         "data": {"train": spec.train.digest, "eval": spec.eval.digest if spec.eval else None},
+        "self_test": result.self_test,
         "parity": parity,
         "mlflow": {"uri": client.shown_uri(tracker.uri), "run_id": tracker.run_id},
         "registered": {"model": spec.config.registry.model, "version": version, "alias": spec.config.registry.alias}

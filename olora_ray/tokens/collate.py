@@ -1,7 +1,9 @@
 """Collation of packs into one micro-batch of tensors.
 
 Two layouts of the same examples: *flat* (1, T) without any padding, for attention that is told the
-segments' borders; *padded* (B, L) with a block-causal mask, for attention that takes masks.
+segments' borders; *padded* (B, L), for attention that takes masks. In both the positions start anew with each
+example, and where a mask is needed the model makes it of these positions (transformers.masking_utils): so it is
+the family's own, windows and chunks included.
 """
 
 from collections.abc import Sequence
@@ -41,7 +43,7 @@ class Batch:
 
 def collate(packs: Sequence[Pack], attention: str) -> Batch:
     """The batch of `packs` in the layout that the attention implementation takes."""
-    return _flat(packs) if attention in FLAT_ATTENTION else _padded(packs, additive=attention == "eager")
+    return _flat(packs) if attention in FLAT_ATTENTION else _padded(packs)
 
 
 def _flat(packs: Sequence[Pack]) -> Batch:
@@ -65,30 +67,22 @@ def _flat(packs: Sequence[Pack]) -> Batch:
     )
 
 
-def _padded(packs: Sequence[Pack], additive: bool) -> Batch:
+def _padded(packs: Sequence[Pack]) -> Batch:
     longest = max(len(pack.input_ids) for pack in packs)
     ids = np.zeros((len(packs), longest), dtype=np.int64)
     supervised = np.zeros((len(packs), longest), dtype=bool)
     positions = np.zeros((len(packs), longest), dtype=np.int64)
-    segment = np.full((len(packs), longest), -1, dtype=np.int64)
     for row, pack in enumerate(packs):
         size = len(pack.input_ids)
         ids[row, :size] = pack.input_ids
         supervised[row, :size] = pack.supervised
-        positions[row, :size] = _positions(pack.segments)
-        segment[row, :size] = np.repeat(np.arange(len(pack.segments)), pack.segments)
+        # Padding goes on where the last example ends: it comes after every token, so none attends to it.
+        last = longest - size + pack.segments[-1]
+        positions[row] = _positions([*pack.segments[:-1], last])
     inputs: dict[str, Tensor | int] = {
         "input_ids": torch.from_numpy(ids),
         "position_ids": torch.from_numpy(positions),
     }
-    if any(len(pack.segments) > 1 for pack in packs):
-        # Padding forms a segment of its own (-1): every row of the mask attends to something.
-        ids_of = torch.from_numpy(segment)
-        causal = torch.ones(longest, longest, dtype=torch.bool).tril()
-        seen = ((ids_of[:, :, None] == ids_of[:, None, :]) & causal)[:, None]
-        # Eager attention adds its mask to the scores; sdpa takes booleans.
-        hidden = torch.finfo(torch.float32).min
-        inputs["attention_mask"] = torch.zeros(seen.shape).masked_fill(~seen, hidden) if additive else seen
     chosen = np.flatnonzero(supervised.reshape(-1))
     return Batch(
         inputs=inputs,

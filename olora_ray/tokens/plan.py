@@ -156,7 +156,7 @@ def make_plan(config: AnyConfig, spec: TokenizerSpec, split: Split, scan: Scanne
         files=tuple(files),
         shards=tuple(_shards(pieces)),
         max_length=config.data.max_length,
-        packing=config.data.packing,
+        packing=spec.packing(config.data.packing),
         seed=config.run.seed,
         eval_fraction=config.data.eval_fraction,
         last_turn_only=config.data.last_turn_only,

@@ -8,14 +8,19 @@ through the head, a chunk at a time; the chunk's gradient is taken at once, so l
 vocabulary) never exist for more than one chunk.
 """
 
-from typing import Any
+import inspect
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from olora_ray.model.head import Head, backbone
 from olora_ray.tokens.collate import Batch
 from olora_ray.train.fast_norm import patch_rms_norm
+
+if TYPE_CHECKING:
+    from olora_ray.train.self_test import SelfTest
 
 CHUNK_LOGITS = 2**23
 """Logits in one chunk: 32 MiB in float32."""
@@ -29,8 +34,16 @@ class SupervisedLoss(nn.Module):
     """
 
     def __init__(self, model: nn.Module) -> None:
+        """Raises UserError for a model that is not a backbone with an output head."""
         super().__init__()
         self.model = model
+        self.logits = Head(model)
+        """Output head over rows of hidden states, with all that the family does to its logits."""
+        self.tested: SelfTest | None = None
+        """What the self-test has found of the base."""
+        self.given_masks = False
+        """Whether the model is given masks made of the positions: some families make theirs of nothing."""
+        self._takes = _arguments(backbone(model))
         patch_rms_norm(model)
 
     def forward(self, batch: Batch) -> Tensor:
@@ -59,22 +72,31 @@ class SupervisedLoss(nn.Module):
 
     def hidden(self, batch: Batch) -> Tensor:
         """The backbone's output for every position."""
-        backbone: Any = self.model.base_model
-        output: Tensor = backbone(**batch.inputs, use_cache=False).last_hidden_state
+        output: Tensor = backbone(self.model)(**self.taken(batch), use_cache=False).last_hidden_state
         return output
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Output head over rows of hidden states, with the scaling some families apply after it."""
+    def taken(self, batch: Batch) -> dict[str, Any]:
+        """What the backbone is called with: those of a batch's inputs that it takes."""
+        found = {name: value for name, value in batch.inputs.items() if self._takes is None or name in self._takes}
+        return found | {"attention_mask": self._masks(batch)} if self.given_masks else found
+
+    def _masks(self, batch: Batch) -> Any:
+        """The masks of a batch's positions, one for each kind of layer, as the model itself takes them."""
+        from transformers.masking_utils import create_masks_for_generate
+
         model: Any = self.model
-        logits: Tensor = model.get_output_embeddings()(hidden)
-        config = model.config.get_text_config()
-        if scale := getattr(config, "logit_scale", None):  # Cohere
-            logits = logits * scale
-        if divisor := getattr(config, "logits_scaling", None):  # Granite
-            logits = logits / divisor
-        if cap := getattr(config, "final_logit_softcapping", None):  # Gemma
-            logits = torch.tanh(logits / cap) * cap
-        return logits
+        positions = batch.inputs["position_ids"]
+        assert isinstance(positions, Tensor)
+        like = torch.empty(*positions.shape, 1, dtype=model.dtype, device=positions.device)
+        return create_masks_for_generate(model.config, like, None, None, position_ids=positions)
+
+
+def _arguments(module: nn.Module) -> frozenset[str] | None:
+    """What a backbone's forward takes; None: anything. A recurrent one has no use for positions."""
+    parameters = inspect.signature(module.forward).parameters
+    if any(item.kind is inspect.Parameter.VAR_KEYWORD for item in parameters.values()):
+        return None
+    return frozenset(parameters)
 
 
 class _ChunkedLoss(torch.autograd.Function):

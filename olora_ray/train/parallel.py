@@ -6,13 +6,11 @@ all-reduce per step (train/optim.py), so accumulation needs no `no_sync`, a step
 the same workers, and a checkpoint is the same file for both.
 """
 
-from typing import Any
-
 import torch
-from torch import nn
 
 from olora_ray.adapter.layer import AdaptedLinear
 from olora_ray.common import collectives
+from olora_ray.train.blocks import decoder_layers
 from olora_ray.train.loss import SupervisedLoss
 
 
@@ -38,10 +36,3 @@ def _shard(loss: SupervisedLoss, device: torch.device) -> None:
     for layer in decoder_layers(loss.model):
         fully_shard(layer, mesh=mesh, ignored_params=adapters)
     fully_shard(loss, mesh=mesh, ignored_params=adapters)
-
-
-def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The repeated blocks of a transformer: the longest ModuleList of its backbone."""
-    backbone: Any = getattr(model, "base_model", model)
-    lists = [list(module) for module in backbone.modules() if isinstance(module, nn.ModuleList)]
-    return max(lists, key=len, default=[])

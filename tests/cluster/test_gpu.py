@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from olora_ray.model.load import pick_attention, pick_dtype
+from olora_ray.model.attention import candidates
+from olora_ray.model.load import pick_dtype
 from olora_ray.tokens.collate import collate
 from tests import tiny
 
@@ -24,8 +25,9 @@ def test_the_start_equals_the_base_exactly(dtype: torch.dtype) -> None:
 def test_the_attention_that_is_picked_keeps_segments_apart() -> None:
     device = torch.device("cuda")
     settings = tiny.config()
-    attention = pick_attention(settings.model, device)
-    model = tiny.llama(attention=attention, dtype=pick_dtype(settings.model, device)).cuda()
+    dtype = pick_dtype(settings.model, device)
+    attention = candidates(tiny.llama(), settings.model, dtype, device)[0]
+    model = tiny.llama(attention=attention, dtype=dtype).cuda()
     packs = [tiny.pack(9, 7, 12)]
     trainer = tiny.trainer(settings, attention=attention, model=model)
     trainer.loss.cuda()

@@ -64,4 +64,4 @@ def test_segments_do_not_see_each_other(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("wish", [{"softcap": 50.0}, {"sliding_window": 4}, {"s_aux": torch.zeros(6)}])
 def test_refuses_what_it_does_not_do(wish: dict[str, object]) -> None:
     with pytest.raises(UserError, match="eager"):
-        segment_attention(nn.Module(), *inputs((9,), torch.float32), None, **wish)  # type: ignore[arg-type]
+        segment_attention(nn.Module(), *inputs((9,), torch.float32), None, position_ids=torch.arange(9)[None], **wish)  # type: ignore[arg-type]

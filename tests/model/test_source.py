@@ -291,9 +291,8 @@ def test_the_base_loads_frozen_in_evaluation_mode(model_folder: Path, dtype: str
     assert all(torch.equal(value, expected[name]) for name, value in loaded.state_dict().items())
 
 
-def test_the_fastest_that_is_there_is_chosen(model_folder: Path) -> None:
+def test_the_fastest_precision_that_is_there_is_chosen(model_folder: Path) -> None:
     config = named(model_folder).model
-    assert load.pick_attention(config, CPU) == "segments"
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     assert load.pick_dtype(config, CPU) == (torch.bfloat16 if native else torch.float32)
 
@@ -369,22 +368,6 @@ def test_a_damaged_generation_config_is_named(copy: Path, text: str) -> None:
     stand_in: Any = _Tokenizer(7)
     with pytest.raises(UserError, match=r"model\.name: .*generation_config\.json: "):
         load.end_tokens(obtain(copy), stand_in)
-
-
-@pytest.mark.parametrize(
-    ("attention", "packing", "named"),
-    [("segments", True, "model.attention"), ("sdpa", True, "data.packing"), ("eager", True, "data.packing")],
-)
-def test_a_window_shorter_than_the_sequences_is_refused(attention: str, packing: bool, named: str) -> None:
-    from transformers import MistralConfig
-
-    data = tiny.config(data__packing=packing, data__max_length=64).data
-    with pytest.raises(UserError, match=named):
-        load.check_attention(MistralConfig(sliding_window=63), attention, data)
-    load.check_attention(MistralConfig(sliding_window=64), attention, data)
-    load.check_attention(MistralConfig(sliding_window=None), attention, data)
-    if attention != "segments":
-        load.check_attention(MistralConfig(sliding_window=63), attention, data.model_copy(update={"packing": False}))
 
 
 def test_a_node_that_does_not_see_the_drivers_folder_says_so(copy: Path) -> None:

@@ -45,20 +45,10 @@ def test_the_flat_layout_has_no_padding_and_the_borders_of_all_examples(lengths:
     assert flat(batch, "position_ids").tolist() == [place for size in sizes for place in range(size)]
 
 
-def test_the_mask_of_the_padded_layout_is_causal_within_segments() -> None:
+def test_positions_of_the_padded_layout_start_anew_with_each_example_and_go_on_into_the_padding() -> None:
     batch = collate([tiny.pack(2, 4, prompt=1), tiny.pack(5)], "sdpa")
-    mask = batch.inputs["attention_mask"]
-    assert isinstance(mask, torch.Tensor)
-    assert mask.shape == (2, 1, 6, 6)
-    expected = torch.block_diag(torch.ones(2, 2).tril(), torch.ones(4, 4).tril()).bool()
-    assert torch.equal(mask[0, 0], expected)
-    assert torch.equal(mask[1, 0, :5, :5], torch.ones(5, 5).tril().bool())
-    assert mask.any(-1).all()  # padding too attends to something: softmax over nothing is NaN
-    assert not mask[1, 0, :5, 5].any()
-
-
-def test_whole_rows_need_no_mask() -> None:
-    assert "attention_mask" not in collate([tiny.pack(6), tiny.pack(5)], "sdpa").inputs
+    assert flat(batch, "position_ids").tolist() == [0, 1, 0, 1, 2, 3, 0, 1, 2, 3, 4, 5]
+    assert "attention_mask" not in batch.inputs  # the model makes it of the positions
 
 
 def test_a_batch_moves_to_a_device_whole() -> None:

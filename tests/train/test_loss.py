@@ -92,7 +92,7 @@ def test_only_one_chunk_of_logits_exists_at_a_time(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(loss_module, "CHUNK_LOGITS", 1)
     seen = []
     model = tiny.llama(attention="segments")
-    model.lm_head.register_forward_hook(lambda *call: seen.append(len(call[-1])))
+    model.lm_head.register_forward_hook(lambda *call: seen.append(call[-1].shape[-2]))
     batch = collate(PACKS, "segments")
     SupervisedLoss(model)(batch)
     assert max(seen) == 64

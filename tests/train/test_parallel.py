@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from olora_ray.config.schema import Config
-from olora_ray.train.generate import Question, answer
+from olora_ray.train.generate import Question, answer, decoding
 from olora_ray.train.loader import StepLoader
 from olora_ray.train.loop import Trainer, evaluate
 from olora_ray.train.parallel import decoder_layers
@@ -155,10 +155,11 @@ def _one_question(strategy: str) -> list[list[int]]:
 
 def one_by_one(trainer: Trainer, question: Question, tokens: int) -> list[int]:
     """Greedy decoding without a cache, padding or transformers' generate."""
-    ids = list(question.prompt)
-    for _ in range(tokens):
-        logits: Any = trainer.loss.model(input_ids=torch.tensor([ids]), use_cache=False).logits  # type: ignore[operator]
-        ids.append(int(logits[0, -1].argmax()))
+    ids, model = list(question.prompt), trainer.loss.model
+    with decoding(model):
+        for _ in range(tokens):
+            logits: Any = model(input_ids=torch.tensor([ids]), use_cache=False).logits  # type: ignore[operator]
+            ids.append(int(logits[0, -1].argmax()))
     return ids[len(question.prompt) :]
 
 

@@ -1,0 +1,57 @@
+"""Which attention is tried, in which order."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from olora_ray.common.errors import UserError
+from olora_ray.model.attention import candidates, own
+from tests import tiny
+from tests.model.test_head import FAMILIES, SMALL, model
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+def tried(made: Any, wanted: str = "auto", dtype: torch.dtype = torch.float32, device: torch.device = CPU) -> Any:
+    return candidates(made, tiny.config(model__attention=wanted).model, dtype, device)
+
+
+def test_what_the_family_has_the_fastest_first() -> None:
+    assert tried(tiny.llama()) == ("segments", "sdpa", "eager")
+    assert tried(model("falcon", SMALL)) == ("sdpa", "eager")
+    assert tried(model("bloom", FAMILIES["bloom"])) == ("eager",)
+    assert [own(made) for made in (tiny.llama(), model("bloom", FAMILIES["bloom"]))] == ["sdpa", "eager"]
+
+
+def test_the_one_that_is_named_alone() -> None:
+    assert tried(tiny.llama(), "eager") == ("eager",)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "dtype", "device", "why"),
+    [
+        ("segments", torch.float32, CPU, "BloomForCausalLM does not have it"),
+        ("sdpa", torch.float32, CPU, "BloomForCausalLM does not have it"),
+        ("flash_attention_2", torch.float32, CPU, "BloomForCausalLM does not have it"),
+    ],
+)
+def test_what_the_family_does_not_have_is_refused(
+    wanted: str, dtype: torch.dtype, device: torch.device, why: str
+) -> None:
+    with pytest.raises(UserError, match=rf"{wanted}: {why}; set it to auto$"):
+        tried(model("bloom", FAMILIES["bloom"]), wanted, dtype, device)
+
+
+def test_flash_needs_a_gpu_its_package_and_half_a_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.utils import import_utils
+
+    with pytest.raises(UserError, match="it needs a GPU"):
+        tried(tiny.llama(), "flash_attention_2", torch.bfloat16)
+    assert tried(tiny.llama(), device=GPU) == ("sdpa", "eager")
+    monkeypatch.setattr(import_utils, "is_flash_attn_2_available", lambda: True)
+    with pytest.raises(UserError, match=r"does not compute in float32; set model\.dtype to bfloat16"):
+        tried(tiny.llama(), "flash_attention_2", torch.float32, GPU)
+    for capability, found in (((7, 5), ("sdpa", "eager")), ((8, 0), ("flash_attention_2", "sdpa", "eager"))):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
+        assert tried(tiny.llama(), dtype=torch.bfloat16, device=GPU) == found

@@ -1,0 +1,132 @@
+"""The self-test finds what is wrong with a model without knowing its family, and what helps."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from olora_ray.common.errors import UserError
+from olora_ray.model import attention as attention_module
+from olora_ray.model import segment_attention
+from olora_ray.train import loss as loss_module
+from olora_ray.train.loss import SupervisedLoss
+from olora_ray.train.self_test import SelfTest, check_adapters, choose_attention
+from tests import tiny
+from tests.model.test_head import SMALL, model
+
+CPU = torch.device("cpu")
+PACKED = [tiny.pack(9, 7), tiny.pack(12)]
+APART = [tiny.pack(9), tiny.pack(7), tiny.pack(12)]
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+
+
+def chosen(made: Any, packs: Any = PACKED, **changes: Any) -> SelfTest:
+    segment_attention.register()
+    return choose_attention(SupervisedLoss(made), packs, tiny.config(**changes), CPU)
+
+
+@DTYPES
+def test_a_llama_passes_with_the_fastest(dtype: torch.dtype) -> None:
+    found = chosen(tiny.llama(dtype=dtype))
+    assert (found.attention, found.passed_over, found.given_masks) == ("segments", {}, False)
+    assert found.differences is not None
+    assert found.differences.depends == 0
+    assert "attention=segments" in found.line()
+
+
+@DTYPES
+def test_attention_that_is_not_told_the_borders_is_passed_over(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = model("nemotron", SMALL | {"initializer_range": 0.2}).to(dtype)  # it hands positions on, no borders
+    assert chosen(made).attention == "segments"
+    monkeypatch.setattr(segment_attention, "_borders", lambda positions: [0, positions.shape[1]])
+    found = chosen(made)
+    assert found.attention == "sdpa"
+    assert "with the others in its sequence" in found.passed_over["segments"]
+
+
+@DTYPES
+def test_a_model_that_makes_its_masks_of_nothing_is_given_them(dtype: torch.dtype) -> None:
+    sizes = SMALL | {"num_local_experts": 4, "head_dim": 8, "layer_types": ["sliding_attention", "full_attention"]}
+    sizes["initializer_range"] = 0.2
+    found = chosen(model("gpt_oss", sizes).to(dtype))
+    assert (found.attention, found.given_masks) == ("eager", True)
+
+
+def test_a_window_that_is_shorter_than_an_example_is_kept() -> None:
+    packs = [tiny.pack(40, 7), tiny.pack(12)]
+    found = chosen(model("mistral", SMALL | {"sliding_window": 8}), packs)
+    assert found.attention == "sdpa"
+    assert "windows" in found.passed_over["segments"]
+
+
+@DTYPES
+@pytest.mark.parametrize("kind", ["lfm2", "mamba"])
+def test_a_state_that_runs_over_the_borders_is_refused_with_what_helps(kind: str, dtype: torch.dtype) -> None:
+    sizes = SMALL | {"full_attn_idxs": [1]} if kind == "lfm2" else {**SMALL, "state_size": 4}
+    made = model(kind, sizes).to(dtype)
+    for parameter in made.parameters():  # so that what is carried over matters
+        parameter.data.mul_(3 if parameter.dim() > 1 else 1)
+    with pytest.raises(UserError, match=r"^data\.packing: with .* set data\.packing: false$"):
+        chosen(made)
+    assert chosen(made, APART).attention in ("sdpa", "eager")
+
+
+def test_the_attention_that_is_named_is_refused_with_one_that_passes() -> None:
+    with pytest.raises(UserError, match=r"^model\.attention=segments: with Mistral.*; set it to sdpa$"):
+        chosen(model("mistral", SMALL | {"sliding_window": 8}), [tiny.pack(40, 7)], model__attention="segments")
+
+
+Break = Callable[[pytest.MonkeyPatch], None]
+
+
+def head_without_scale(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(loss_module, "Head", lambda made: made.get_output_embeddings())
+
+
+def no_mask(patch: pytest.MonkeyPatch) -> None:
+    """Attention that sees what comes after."""
+    real = torch.nn.functional.scaled_dot_product_attention
+
+    def seen(*parts: Any, is_causal: bool = False, **more: Any) -> Any:
+        return real(*parts, is_causal=False, **more)
+
+    patch.setattr(segment_attention.F, "scaled_dot_product_attention", seen)
+    patch.setattr(attention_module, "own", lambda _: "eager")
+
+
+@pytest.mark.parametrize("broken", [head_without_scale, no_mask])
+def test_what_is_broken_here_is_found(broken: Break, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = model("granite", SMALL | {"logits_scaling": 3.0, "initializer_range": 0.2})
+    assert chosen(made).attention == "segments"
+    broken(monkeypatch)
+    with pytest.raises(UserError, match="GraniteForCausalLM"):
+        chosen(made, model__attention="segments")
+
+
+def adapted(settings: Any = None) -> Any:
+    return tiny.trainer(settings or tiny.config())
+
+
+def test_untrained_adapters_change_nothing_and_get_gradients() -> None:
+    trainer = adapted()
+    check_adapters(trainer.loss, trainer.adapted, PACKED, "segments", CPU, new=True)
+    assert not trainer.flat.grad.any()
+
+
+def test_adapters_that_start_elsewhere_are_found() -> None:
+    trainer = adapted()
+    trainer.flat.vector[3] = 0.5
+    check_adapters(trainer.loss, trainer.adapted, PACKED, "segments", CPU, new=False)
+    with pytest.raises(UserError, match="with untrained adapters differs by"):
+        check_adapters(trainer.loss, trainer.adapted, PACKED, "segments", CPU, new=True)
+
+
+def test_adapters_that_take_no_part_are_named() -> None:
+    trainer = adapted()
+    first = trainer.loss.model.model.layers[0].mlp
+    first.forward = lambda x: first.up_proj.base(x) @ first.down_proj.base.weight.T
+    with pytest.raises(UserError, match=r"layers\.0\.mlp\.gate_proj, .* take no part .*; leave them out"):
+        check_adapters(trainer.loss, trainer.adapted, PACKED, "segments", CPU, new=False)
