@@ -10,7 +10,8 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 
     Inside of a block there may be longer ones, of experts; beside the language model there may be a tower for images.
     """
-    decoder: Any = model.get_decoder() if hasattr(model, "get_decoder") else None
+    get: Any = getattr(model, "get_decoder", None)
+    decoder = get() if callable(get) else None
     found: list[nn.ModuleList] = []
     waiting: list[nn.Module] = [decoder if isinstance(decoder, nn.Module) else model]
     while waiting:
