@@ -208,8 +208,18 @@ def _slice(batches: Any, start: int, unit: Unit) -> Iterator[Located]:
             return
         low, high = max(unit.first - start, 0), min(stop - start, batch.num_rows)
         if low < high:
-            yield from enumerate(batch.slice(low, high - low).to_pylist(), start + low)
+            yield from enumerate(_rows(batch.slice(low, high - low)), start + low)
         start += batch.num_rows
+
+
+def _rows(batch: Any) -> list[Any]:
+    """The rows of a batch; one with a text that is none is rejected alone: Arrow looks at texts only here."""
+    try:
+        return batch.to_pylist()  # type: ignore[no-any-return]
+    except UnicodeDecodeError:
+        if batch.num_rows == 1:
+            return [Rejected("not_utf8", "not UTF-8 text")]
+        return [row for number in range(batch.num_rows) for row in _rows(batch.slice(number, 1))]
 
 
 READERS: dict[str, Callable[[File, Unit, Sequence[str], Sequence[str]], Iterator[Located]]] = {

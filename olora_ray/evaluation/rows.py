@@ -92,7 +92,7 @@ class RowResults:
 
     @classmethod
     def from_json(cls, text: str) -> "RowResults":
-        """Read `to_json` back; raises ValueError, KeyError, TypeError or AttributeError for anything else."""
+        """Read `to_json` back; raises ValueError, KeyError, TypeError, AttributeError or OverflowError for others."""
         tree = json.loads(text)
         scores = {
             str(name): {int(row): float(value) for row, value in dict(found).items()}

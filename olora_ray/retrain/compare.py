@@ -99,5 +99,5 @@ def _note(config: Config, inputs: Inputs, version: Version) -> str:
 def _read(note: str) -> RowResults | None:
     try:
         return RowResults.from_json(storage.read_text(note))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
         return None  # not there, damaged, or of an older release

@@ -54,5 +54,5 @@ def _format(folder: str) -> int | None:
     """None for a search from before there was a number, and for a file that cannot be read."""
     try:
         return int(json.loads(storage.read_text(storage.join(folder, _FILE)))["format"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):  # the last: of 1e999
         return None

@@ -144,7 +144,7 @@ def _has_ended(owner: str) -> bool:
         os.kill(int(found["pid"]), 0)
     except ProcessLookupError:
         return True
-    except (ValueError, KeyError, TypeError, OSError):
+    except (ValueError, KeyError, TypeError, OSError, OverflowError):  # the last: no number of a process
         return False
     return False
 

@@ -34,5 +34,5 @@ class Baseline:
                 return None
             answers = None if answers is None else [[int(token) for token in line] for line in answers]
             return cls(None if loss is None else float(loss), answers)
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, OverflowError):  # the last: of 1e999
             return None

@@ -181,7 +181,7 @@ def sizes(manifest: bytes) -> dict[str, int]:
         tree = json.loads(manifest)
         found = {str(name): int(one["bytes"]) for name, one in tree["files"].items()}
         return found if tree["format"] == FORMAT else {}
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):  # the last: of 1e999
         return {}
 
 

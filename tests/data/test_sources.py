@@ -156,6 +156,13 @@ def test_lines_that_cannot_be_read_do_not_harm_others(tmp_path: Path) -> None:
     assert reasons == ["a", "broken_csv", "not_utf8", "e"]
 
 
+def test_a_text_of_a_parquet_file_that_is_none_rejects_its_row_alone(tmp_path: Path) -> None:
+    texts = pa.array([b"a", b"\xed\xa0\x80", b"c"]).view(pa.string())  # as a writer that checks nothing leaves it
+    parquet.write_table(pa.table({"prompt": texts}), tmp_path / "a.parquet")
+    found = places(tmp_path / "a.parquet")
+    assert [row.reason if isinstance(row, Rejected) else row["prompt"] for _, row in found] == ["a", "not_utf8", "c"]
+
+
 def test_a_text_file_is_a_document_and_a_large_one_several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.txt"
     path.write_text("line one\nline two\nline three\n")

@@ -125,6 +125,14 @@ def test_a_search_that_ended_before_tune_wrote_anything_begins_anew(searched: tu
     assert state.can_resume(str(folder))
 
 
+@pytest.mark.parametrize("note", ["", "{", "[]", '{"format": "x"}', '{"format": 1e999}'])
+def test_a_format_that_is_none_is_that_of_another_version(note: str, searched: tuple[Path, Config, Space]) -> None:
+    folder, _, _ = searched
+    (folder / "tune.json").write_text(note)
+    with pytest.raises(UserError, match="unfinished search of another version"):
+        state.can_resume(str(folder))
+
+
 def written_before_the_packages_were_renamed(folder: Path) -> None:
     """Tune's state as commit f8f54ed left it: a pickle that cannot be read any more."""
     file = folder / "tune" / "tuner.pkl"

@@ -93,6 +93,11 @@ def test_the_tag_of_a_process_of_this_machine_that_has_ended_is_removed_at_once(
     assert tags(client) == {}
 
 
+def test_a_number_that_is_no_process_has_not_ended() -> None:
+    for pid in (1e300, 10**30):
+        assert not registry_lock._has_ended(json.dumps({"machine": registry_lock._machine(), "pid": pid}))
+
+
 @pytest.mark.usefixtures("fast")
 @pytest.mark.parametrize("text", ["", "{", "null", "7", '{"machine": 1}'])
 def test_a_tag_that_says_nothing_counts_like_any_other(client: Any, text: str, monkeypatch: pytest.MonkeyPatch) -> None:

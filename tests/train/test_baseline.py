@@ -26,11 +26,19 @@ def test_a_run_without_questions_or_rows(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", '{"identity": {}}', '{"identity": {"base model": "b", "adapter": "a"}}']
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        '{"identity": {}}',
+        '{"identity": {"base model": "b", "adapter": "a"}}',
+        '{"identity": {"base model": "b", "adapter": "a"}, "loss": 1, "answers": [[1e999]]}',
+    ],
 )
 def test_a_damaged_one_is_measured_again(tmp_path: Path, text: str) -> None:
     (tmp_path / "baseline.json").write_text(text)
-    assert Baseline.read(str(tmp_path / "baseline.json"), RUN, 0) is None
+    assert Baseline.read(str(tmp_path / "baseline.json"), RUN, 1 if "answers" in text else 0) is None
 
 
 def test_a_storage_that_cannot_be_written_does_not_stop_the_run(tmp_path: Path) -> None:
