@@ -11,6 +11,7 @@ from olora_ray.adapter.initialise import initialise
 from olora_ray.adapter.inject import find_targets, install, wrap
 from olora_ray.cluster import resume
 from olora_ray.tokens.collate import collate
+from olora_ray.train import checkpoint
 from olora_ray.train.checkpoint import Checkpoint, snapshot
 from olora_ray.train.generate import Question, answer
 from olora_ray.train.loader import StepLoader
@@ -71,6 +72,16 @@ def walk(trainer: Trainer, keep: Keep) -> Seen:
     batch = collate([held_out[0]], attention)
     assert trainer.loss.each(batch.to(trainer.device)).shape == batch.labels.shape  # as an evaluation measures rows
     return Seen(before, losses, evaluate(trainer, held_out, attention), answers(trainer))
+
+
+def kept_in(folder: Path) -> Keep:
+    """Checkpoints as they are: in a folder."""
+
+    def keep(write: Callable[[Path], None]) -> Checkpoint:
+        write(folder)
+        return checkpoint.load(folder)
+
+    return keep
 
 
 def steps(trainer: Trainer, first: int) -> list[float]:

@@ -21,7 +21,7 @@ from olora_ray.train import checkpoint
 from olora_ray.train.checkpoint import Checkpoint
 from olora_ray.train.loop import Trainer
 from tests import crew, device_walk, fake_device, tiny
-from tests.device_walk import QUESTIONS, STEPS, Seen
+from tests.device_walk import LIMIT, QUESTIONS, STEPS, Seen
 from tests.fake_device import FakeDevice
 
 pytestmark = pytest.mark.skipif(
@@ -70,6 +70,14 @@ def test_a_training_on_a_device_mixes_nothing(child: ProcessPoolExecutor, name: 
     assert max(map(len, seen.answers)) > 2  # with a cache, then
     # A step waits for its loss and for the norm of its gradient, an evaluation once: more would keep a GPU waiting.
     assert sum(waits[place] for place in waits if place.startswith(IN_STEPS)) <= 2 * (STEPS + 1) + 2, waits
+
+
+def test_the_walk_is_a_training(tmp_path: Path) -> None:
+    trainer = device_walk.start(tiny.llama(), torch.device("cpu"))
+    seen = device_walk.walk(trainer, device_walk.kept_in(tmp_path))
+    assert seen.before != seen.after < 10
+    assert len(set(seen.losses)) == STEPS + 1
+    assert {len(one) for one in seen.answers} == {LIMIT}
 
 
 @pytest.mark.parametrize(
