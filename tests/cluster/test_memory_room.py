@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from olora_ray.cluster.memory_room import COPIES, GIB, Node, missing, needs, precisions
+from olora_ray.cluster import preflight, resources
+from olora_ray.cluster.memory_room import COPIES, GIB, Node, missing, needs, precisions, problems
 from olora_ray.cluster.node_facts import NodeInfo
 from olora_ray.model.source import BaseModel
 from olora_ray.train.estimate import PROCESS_BYTES, MemoryEstimate
@@ -74,3 +75,23 @@ def test_a_part_of_a_gpu_has_a_part_of_its_memory(base: tuple[str, BaseModel]) -
         missing(1, half, nodes)
     )
     assert missing(1, half, [node(1, memory=99 * GIB)]) is None  # nobody tells how large it is
+
+
+@pytest.mark.parametrize("base", [torch.float16], indirect=True)
+def test_only_nodes_with_room_for_workers_are_counted(
+    base: tuple[str, BaseModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes = [("10.0.0.1", {"CPU": 8.0, "GPU": 8.0}), ("10.0.0.2", {"CPU": 64.0})]
+    entries = [{"NodeManagerAddress": address, "Resources": has} for address, has in nodes]
+    monkeypatch.setattr(resources, "schedulable_nodes", lambda: entries)
+    gpus, cpus = NodeInfo({"torch": "2.13.0+cpu"}, 24 * GIB, 80 * GIB), NodeInfo({"torch": "2.13.0+cpu"}, 999 * GIB)
+    answers, wanted = [("10.0.0.1", gpus), ("10.0.0.2", cpus)], {"CPU": 1.0, "GPU": 1.0}
+    settings = tiny.config(cluster__workers=8, train__global_batch=8)
+    (problem,) = problems(settings, base[1], SIZE, wanted, answers)
+    assert "room for 5 (node 10.0.0.1 has 24.0 GiB)" in problem
+    assert list(problems(tiny.config(cluster__workers=4), base[1], SIZE, wanted, answers)) == []
+    too_many = tiny.config(cluster__workers=9, train__global_batch=9)  # told by another check
+    assert list(problems(too_many, base[1], SIZE, wanted, answers)) == []
+    (unusable,) = preflight._gpus(wanted, answers)
+    assert unusable.startswith("node 10.0.0.1: has GPUs, and torch 2.13.0+cpu")
+    assert preflight._gpus({"CPU": 1.0}, answers) == []
