@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from olora_ray.cluster import node_facts, resources
+from olora_ray.cluster import memory_room, node_facts, resources
 from olora_ray.cluster.node_facts import NodeInfo
 from olora_ray.cluster.resources import Resources
 from olora_ray.common import storage
@@ -17,7 +17,8 @@ from olora_ray.common.text import plural
 from olora_ray.config.evaluation import AnyConfig
 from olora_ray.config.schema import Config
 from olora_ray.model.source import BaseModel
-from olora_ray.train.estimate import PROCESS_BYTES, MemoryEstimate, estimate
+from olora_ray.train.estimate import MemoryEstimate, estimate
+from olora_ray.train.parallel import strategy_problem
 
 logger = logging.getLogger(__name__)
 
@@ -37,10 +38,12 @@ def check(config: AnyConfig, base: BaseModel | None) -> None:
     answers, silent = _ask(config, resources.schedulable_nodes())
     problems += silent
     problems += _versions(node_facts.node_info(), answers)
+    problems += _gpus(wanted, answers)
+    problems += _strategy(config)
     problems += _storage(config, answers)
     if base is not None and isinstance(config, Config):
         size = estimate(config, base, gpu="GPU" in wanted)
-        problems += _memory(config, size, wanted, answers)
+        problems += memory_room.problems(config, base, size, wanted, answers)
         problems += _disk(config, size, base)
     if problems:
         raise UserError("; ".join(problems))
@@ -101,31 +104,33 @@ def _public(package: str, version: str | None) -> str | None:
     return version and version.partition("+")[0]
 
 
+def _strategy(config: AnyConfig) -> list[str]:
+    problem = isinstance(config, Config) and strategy_problem(config.cluster.strategy)
+    return [problem] if problem else []
+
+
 def _storage(config: AnyConfig, answers: Answers) -> list[str]:
     told = [(address, info.storage_problem) for address, info in answers if info.storage_problem]
     return _grouped([(address, f"run.storage {config.run.storage} {problem}") for address, problem in told])
 
 
-def _memory(config: Config, size: MemoryEstimate, wanted: Resources, answers: Answers) -> Iterator[str]:
-    """Room for the fewest workers by memory, on the nodes that have room for them otherwise."""
-    gpus = min(1.0, wanted.get("GPU", 0.0))
-    need, cluster = size.total_bytes() + PROCESS_BYTES, config.cluster
+def _gpus(wanted: Resources, answers: Answers) -> list[str]:
+    """Nodes whose GPUs the workers would get and could not use."""
+    if "GPU" not in wanted:
+        return []
     of_node = {node["NodeManagerAddress"]: node["Resources"] for node in resources.schedulable_nodes()}
-    room, seen = 0, []
-    for address, info in answers:
-        fits = resources.room(wanted, [resources.Nodes(of_node.get(address, {}), 1)])
-        if not fits:
-            continue
-        have = (info.gpu_memory or 0) * gpus if gpus else info.memory
-        room += (fits if have >= need else 0) if gpus else min(fits, int(have // need))
-        seen.append(f"node {address} has {have / GIB:.1f} GiB" + (" for each" if gpus else ""))
-    if room < cluster.min_workers() and room < resources.room(wanted, resources.present()) >= cluster.min_workers():
-        kind = "GPU memory" if gpus else "memory"
-        yield (
-            f"cluster.workers={cluster.min_workers()}: each needs about {need / GIB:.1f} GiB of {kind}, so there is"
-            f" room for {room} ({', '.join(seen[:4])}); use fewer workers, cluster.strategy=fsdp, model.dtype=bfloat16,"
-            " or a smaller train.micro_batch or data.max_length"
-        )
+    offering = [(address, info) for address, info in answers if of_node.get(address, {}).get("GPU")]
+    return _grouped([(address, problem) for address, info in offering if (problem := unusable_gpu(info))])
+
+
+def unusable_gpu(info: NodeInfo) -> str | None:
+    """Why a node's GPUs cannot be used; None if they can, as far as is seen without using them."""
+    torch, instead = info.versions["torch"] or "", "or set cluster.gpus_per_worker=0"
+    if torch.endswith("+cpu"):
+        return f"has GPUs, and torch {torch}, which is for CPUs only: install torch for CUDA there, {instead}"
+    if info.gpu_memory is None and "+rocm" not in torch:
+        return f"has GPUs that NVIDIA's driver does not show: mend the driver, {instead}"
+    return None
 
 
 def _disk(config: Config, size: MemoryEstimate, base: BaseModel) -> Iterator[str]:

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import ray
-import torch
 from ray.exceptions import RayActorError
 
+from olora_ray.cluster.device import assigned_device
 from olora_ray.cluster.failures import SharedBaseDied
 from olora_ray.cluster.spec import TrainResult, TrainSpec
 from olora_ray.cluster.worker import train_at
@@ -53,8 +53,7 @@ class SharedBaseActor:
     def _base(self) -> SharedBase:
         with self._guard:
             if self._shared is None:
-                device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-                self._shared = SharedBase.of(self.spec, device)
+                self._shared = SharedBase.of(self.spec, assigned_device())
             return self._shared
 
 

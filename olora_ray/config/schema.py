@@ -184,8 +184,9 @@ class Cluster(Section):
     """Training processes; [min, max]: at least min, and up to max as the cluster has room for them."""
     resize_interval: Annotated[float, Field(gt=0.0)] = 60.0
     """With [min, max] workers: seconds between checks whether more of them fit in the cluster."""
-    gpus_per_worker: Literal["auto"] | Annotated[float, Field(ge=0.0)] = "auto"
-    """GPUs per worker; auto: 1 if the cluster has GPUs, else 0."""
+    gpus_per_worker: Literal["auto"] | Annotated[float, Field(ge=0.0, le=1.0)] = "auto"
+    """GPUs per worker; auto: 1 if the cluster has GPUs, else 0. A fraction leaves the rest of a GPU to other runs and
+    trials; 0.5 or less needs workers=1, since NCCL does not connect workers that share a GPU."""
     cpus_per_worker: Annotated[float, Field(gt=0.0)] = 1
     """CPUs per worker, and its number of threads."""
     strategy: Literal["ddp", "fsdp"] = "ddp"
@@ -201,6 +202,20 @@ class Cluster(Section):
         if not whole or len(numbers) != 2 or not 1 <= numbers[0] <= numbers[1]:
             raise ValueError(f"expected a number of workers, or [min, max] with 1 <= min <= max, not {value!r}")
         return value
+
+    @field_validator("gpus_per_worker", mode="before")
+    @classmethod
+    def _one_gpu_at_most(cls, value: object) -> object:
+        if isinstance(value, int | float) and value > 1:
+            raise ValueError(
+                f"a worker computes on one GPU, of {value:g} the others would be idle; use 1, and more workers"
+            )
+        return value
+
+    def may_share_gpus(self) -> bool:
+        """Whether Ray may put several workers on one GPU."""
+        gpus = self.gpus_per_worker
+        return isinstance(gpus, float) and 0 < gpus <= 0.5 and self.max_workers() > 1
 
     def is_elastic(self) -> bool:
         """Whether the number of workers may change."""
@@ -327,6 +342,17 @@ class Config(Section):
                     f"gate: metric {metric} is not measured: use eval/loss, eval/perplexity, or eval/NAME of a score"
                     " that evaluation.scorer gives"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _workers_share_no_gpu(self) -> "Config":
+        # Actors of an evaluation may: they exchange nothing.
+        if self.cluster.may_share_gpus():
+            raise ValueError(
+                f"cluster.gpus_per_worker={self.cluster.gpus_per_worker:g} with"
+                f" cluster.workers={self.cluster.max_workers()}: workers that share a GPU cannot be connected (NCCL);"
+                " use gpus_per_worker=1, or workers=1"
+            )
         return self
 
     @model_validator(mode="after")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from olora_ray.cluster.device import assigned_device
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError, first_line, short_reason
 from olora_ray.config.evaluation import AnyConfig
@@ -71,7 +72,7 @@ class Measurer:
 
     def __init__(self, base: BaseModel, adapter: str | None, config: AnyConfig, eos: tuple[int, ...]) -> None:
         """Load the model where this process computes; raises UserError if it does not load."""
-        self.eos, self.limit, self.device = eos, config.evaluation.max_new_tokens, pool.device()
+        self.eos, self.limit, self.device = eos, config.evaluation.max_new_tokens, assigned_device()
         self.model = load(base, adapter, config, self.device)
         self.config, self.loss = config, SupervisedLoss(self.model)
 

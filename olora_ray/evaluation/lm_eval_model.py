@@ -12,6 +12,7 @@ from typing import Any
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 
+from olora_ray.cluster.device import assigned_device
 from olora_ray.common.quiet import quiet_lm_eval
 from olora_ray.config.evaluation import AnyConfig
 from olora_ray.evaluation import held_out, pool
@@ -71,7 +72,7 @@ class HarnessModel:
         from lm_eval.models.huggingface import HFLM
 
         quiet_lm_eval()
-        model = held_out.load(base, adapter, config, pool.device())
+        model = held_out.load(base, adapter, config, assigned_device())
         # Attention that takes batches of padded rows; not every family has sdpa.
         model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
         tokenizer = load_tokenizer(on_this_node(base, config), config.model)

@@ -86,10 +86,3 @@ class _Actor:
             except UserError as error:
                 results.append(pickle.dumps(error))
         return {"number": numbers, "result": results}
-
-
-def device() -> torch.device:
-    """Where an actor computes: on its GPU if it was given one."""
-    import ray
-
-    return torch.device("cuda" if ray.get_gpu_ids() and torch.cuda.is_available() else "cpu")

@@ -11,6 +11,7 @@ from olora_ray.adapter import factor_cache
 from olora_ray.adapter.factors import Factors
 from olora_ray.adapter.initialise import initialise
 from olora_ray.adapter.inject import find_targets, inject
+from olora_ray.cluster.device import assigned_device
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.cluster.worker_context import SharedBase
 from olora_ray.common import storage
@@ -39,7 +40,7 @@ def make(spec: TrainSpec, place: str, rank: int) -> tuple[float, float]:
         return 0.0, 0.0
     # A base that is to be spread over several GPUs need not fit on one.
     sharded = spec.config.cluster.strategy == "fsdp"
-    device = torch.device("cuda" if torch.cuda.is_available() and not sharded else "cpu")
+    device = torch.device("cpu") if sharded else assigned_device()
     shared = SharedBase.of(spec, device)
     began = time.perf_counter()
     adapter = spec.config.adapter

@@ -76,19 +76,35 @@ def answer(
     by_length = sorted(range(len(asked)), key=lambda i: len(asked[i].prompt))
     mine = by_length[worker::workers]
     rounds = math.ceil(math.ceil(len(asked) / workers) / batch)
-    root: Any = trainer.loss
-    sharded = hasattr(root, "unshard")
-    if sharded:
-        root.unshard()  # embeddings and head; the blocks gather themselves
-    with decoding(model):
+    sharded = hasattr(trainer.loss, "unshard")
+    with decoding(model), _gathered(trainer.loss) if sharded else contextlib.nullcontext():
         for turn in range(rounds):
             group = mine[turn * batch : (turn + 1) * batch]
             prompts = [asked[i].prompt for i in group or [0]]
             outputs = greedy(model, prompts, max_new_tokens, eos, trainer.device, together=sharded)
             own.extend(zip(group, outputs, strict=False))
-    if sharded:
-        root.reshard()
     return [output for _, output in sorted(pair for part in collectives.gather(own) for pair in part)]
+
+
+@contextlib.contextmanager
+def _gathered(root: Any) -> Iterator[None]:
+    """Embeddings and head of a sharded base, for as long as it is entered; the blocks gather themselves.
+
+    FSDP takes the module that runs first for the root of the whole. Answers run the model inside the root, so that
+    before the first loss a block would be taken for it, and the first loss would fail: an empty method of the root runs
+    first.
+    """
+    from torch.distributed.fsdp import register_fsdp_forward_method
+
+    root.nothing = lambda: None
+    register_fsdp_forward_method(root, "nothing")
+    root.nothing()
+    root.unshard()
+    try:
+        yield
+    finally:
+        root.reshard()
+        del root.nothing
 
 
 @contextlib.contextmanager
@@ -113,6 +129,7 @@ def greedy(
 ) -> list[list[int]]:
     """Greedy continuations of token ids, without prompt and end token; call it inside `decoding(model)`.
 
+    Without end tokens (`eos` is empty) each has `max_new_tokens`.
     `together`: all workers run until the last of them is done, because each holds a part of the model.
     """
     longest = max(len(prompt) for prompt in prompts)
@@ -129,8 +146,8 @@ def greedy(
         temperature=None,
         top_p=None,
         top_k=None,
-        eos_token_id=list(eos),
-        pad_token_id=eos[0],
+        eos_token_id=list(eos) or None,  # not what the model's own config says
+        pad_token_id=eos[0] if eos else 0,
         synced_gpus=together,
     )
     ends = set(eos)

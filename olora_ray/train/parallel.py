@@ -6,6 +6,8 @@ all-reduce per step (train/optim.py), so accumulation needs no `no_sync`, a step
 the same workers, and a checkpoint is the same file for both.
 """
 
+import inspect
+
 import torch
 
 from olora_ray.adapter.layer import AdaptedLinear
@@ -36,3 +38,15 @@ def _shard(loss: SupervisedLoss, device: torch.device) -> None:
     for layer in decoder_layers(loss.model):
         fully_shard(layer, mesh=mesh, ignored_params=adapters)
     fully_shard(loss, mesh=mesh, ignored_params=adapters)
+
+
+def strategy_problem(strategy: str) -> str | None:
+    """Why this torch cannot place a model so; None if it can. Nothing but fsdp needs the newest that is used here."""
+    from torch.distributed.fsdp import fully_shard
+
+    if strategy == "fsdp" and "ignored_params" not in inspect.signature(fully_shard).parameters:
+        return (
+            f"cluster.strategy: fsdp needs torch 2.7 or newer, this is {torch.__version__}; upgrade torch on all nodes,"
+            " or set it to ddp"
+        )
+    return None

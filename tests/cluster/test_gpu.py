@@ -1,12 +1,17 @@
-"""What only a GPU can show."""
+"""What only a GPU can show; all that can be shown without one is in tests/train/test_mixed_devices.py."""
+
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+import ray
 import torch
 
+from olora_ray.cluster.device import assigned_device
 from olora_ray.model.attention import candidates
 from olora_ray.model.load import pick_dtype
 from olora_ray.tokens.collate import collate
-from tests import tiny
+from tests import device_walk, tiny
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -35,3 +40,21 @@ def test_the_attention_that_is_picked_keeps_segments_apart() -> None:
         packed = trainer.loss(collate(packs, attention).to(device))
         alone = sum(trainer.loss(collate([single], attention).to(device)) for single in tiny.unpacked(packs))
     assert torch.allclose(packed, torch.as_tensor(alone), rtol=2e-2)
+
+
+def test_a_training_on_a_gpu_is_that_on_a_cpu(tmp_path: Path) -> None:
+    cpu, gpu = (
+        device_walk.walk(device_walk.start(tiny.llama(), torch.device(device)), device_walk.kept_in(tmp_path / device))
+        for device in ("cpu", "cuda")
+    )
+    assert gpu.before == pytest.approx(cpu.before, rel=1e-5)
+    assert gpu.losses == pytest.approx(cpu.losses, rel=1e-3)
+    assert gpu.after == pytest.approx(cpu.after, rel=1e-3)
+    assert list(map(len, gpu.answers)) == list(map(len, cpu.answers))
+
+
+def test_a_process_computes_on_the_gpu_that_ray_gave_it(ray_with: Callable[[int], None]) -> None:
+    ray_with(2)
+    ask = ray.remote(assigned_device)
+    assert ray.get(ask.options(num_gpus=1).remote()) == torch.device("cuda", 0)
+    assert ray.get(ask.options(num_gpus=0).remote()) == torch.device("cpu")  # though torch sees the GPU there

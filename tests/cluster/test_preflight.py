@@ -158,6 +158,24 @@ def test_uploads_need_room_in_the_temporary_folder(
     assert found[0].startswith(f"run.storage: what is uploaded from {tmp_path} needs about ")
 
 
+@pytest.mark.parametrize(
+    ("torch", "gpu_memory", "expected"),
+    [
+        ("2.13.0+cu130", 80 * 2**30, None),
+        ("2.13.0", 80 * 2**30, None),
+        ("2.13.0+rocm7.0", None, None),
+        ("2.13.0+cpu", 80 * 2**30, "has GPUs, and torch 2.13.0+cpu, which is for CPUs only: install torch for CUDA"),
+        ("2.13.0+cu130", None, "has GPUs that NVIDIA's driver does not show: mend the driver"),
+    ],
+)
+def test_gpus_that_cannot_be_used_are_told_before_a_worker_gets_them(
+    torch: str, gpu_memory: int | None, expected: str | None
+) -> None:
+    found = preflight.unusable_gpu(NodeInfo({"torch": torch}, 0, gpu_memory))
+    assert found == expected if expected is None else found and found.startswith(expected)
+    assert expected is None or str(found).endswith("or set cluster.gpus_per_worker=0")
+
+
 def test_builds_of_one_version_are_the_same() -> None:
     here = NodeInfo({"python": "3.11.7", "torch": "2.9.0+cpu"}, 0)
     assert preflight._versions(here, [("a", NodeInfo({"python": "3.11.2", "torch": "2.9.0+cu126"}, 0))]) == []

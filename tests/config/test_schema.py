@@ -11,8 +11,9 @@ from pydantic import BaseModel
 
 from olora_ray.common.errors import UserError
 from olora_ray.config.dotted import flatten, parse_assignments
+from olora_ray.config.evaluation import EvaluationConfig
 from olora_ray.config.load import build, dump, load, override
-from olora_ray.config.schema import IN_STORAGE, Config, Section, Source
+from olora_ray.config.schema import IN_STORAGE, Cluster, Config, Model, Section, Source
 from olora_ray.config.yaml_io import parse_yaml
 
 SHIPPED = sorted(Path(__file__).parents[2].glob("pipelines/configs/*.yaml"))
@@ -221,6 +222,34 @@ def test_eval_and_eval_fraction_exclude_each_other() -> None:
     assert "data.eval or data.eval_fraction, not both" in problem(
         data={"train": source, "eval": source, "eval_fraction": 0.1}
     )
+
+
+@pytest.mark.parametrize("gpus", [1.5, 2, 8.0])
+def test_more_gpus_than_a_worker_uses_are_refused(gpus: float) -> None:
+    message = problem(cluster={"gpus_per_worker": gpus, "workers": 1})
+    assert message == (
+        f"config: cluster.gpus_per_worker: a worker computes on one GPU, of {gpus:g} the others would be idle; use 1,"
+        " and more workers"
+    )
+
+
+@pytest.mark.parametrize("workers", [2, [1, 2]])
+def test_workers_that_could_share_a_gpu_are_refused(workers: Any) -> None:
+    message = problem(cluster={"gpus_per_worker": 0.5, "workers": workers})
+    assert message == (
+        "config: cluster.gpus_per_worker=0.5 with cluster.workers=2: workers that share a GPU cannot be connected"
+        " (NCCL); use gpus_per_worker=1, or workers=1"
+    )
+
+
+@pytest.mark.parametrize(("gpus", "workers"), [(0, 2), (1, 2), (0.6, 2), (0.25, 1), ("auto", 2)])
+def test_other_gpus_are_taken(gpus: Any, workers: int) -> None:
+    assert build(tree(cluster={"gpus_per_worker": gpus, "workers": workers})).cluster.gpus_per_worker == gpus
+
+
+def test_actors_of_an_evaluation_may_share_a_gpu() -> None:
+    found = EvaluationConfig(model=Model(name="m"), cluster=Cluster(gpus_per_worker=0.25, workers=4))
+    assert found.cluster.may_share_gpus()
 
 
 @pytest.mark.parametrize(("batch", "workers"), [(1, 2), (3, 4), (3, [2, 4])])

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from olora_ray.config.load import build
 from olora_ray.evaluation import lm_eval_tasks, pool
@@ -32,7 +31,6 @@ def in_turn(make: Callable[[], Any], works: Sequence[Any], *_: Any) -> list[Any]
 def test_every_number_is_the_same(folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("olora_ray.evaluation.lm_eval_model.PIECE", 5)
     monkeypatch.setattr(pool, "map_over_actors", in_turn)
-    monkeypatch.setattr(pool, "device", lambda: torch.device("cpu"))
     model, data = folders
     settings = build(project.settings(tmp_path, model))
     loaded = lm_eval_tasks.load(NAMES, str(data))

@@ -1,6 +1,8 @@
 """A base that is sharded over the workers trains and answers like one that every worker holds."""
 
-from collections.abc import Callable
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +12,8 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from olora_ray.config.schema import Config
+from olora_ray.tokens.collate import collate
+from olora_ray.train import parallel
 from olora_ray.train.generate import Question, answer, decoding
 from olora_ray.train.loader import StepLoader
 from olora_ray.train.loop import Trainer, evaluate
@@ -194,6 +198,48 @@ def test_an_answer_ends_before_its_end_token() -> None:
     whole = one_by_one(trainer, QUESTIONS[0], 5)
     (found,) = answer(trainer, QUESTIONS[:1], 5, [whole[2]])
     assert found == whole[: whole.index(whole[2])]
+
+
+def test_without_an_end_token_answers_have_the_most_tokens() -> None:
+    trainer = tiny.trainer(tiny.config())
+    whole = [one_by_one(trainer, question, 5) for question in QUESTIONS]
+    model: Any = trainer.loss.model
+    model.generation_config.eos_token_id = whole[0][1]  # what the model's folder says does not count
+    assert answer(trainer, QUESTIONS, 5, [], batch=2) == whole
+
+
+@pytest.fixture
+def group_of_one() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_answers_of_a_sharded_base_may_come_before_any_loss(group_of_one: None) -> None:
+    whole, sharded = (tiny.trainer(tiny.config()) for _ in range(2))
+    parallel._shard(sharded.loss, sharded.device)
+    batch = collate([tiny.pack(9, 7)], "segments")
+    for _ in range(2):
+        assert answer(sharded, QUESTIONS, 4, [EOS], batch=2) == answer(whole, QUESTIONS, 4, [EOS], batch=2)
+        for trainer in (whole, sharded):
+            trainer.loss(batch).backward()
+        assert torch.equal(sharded.flat.grad, whole.flat.grad)
+    assert not hasattr(sharded.loss, "nothing")
+    assert {type(part.data).__name__ for part in sharded.loss.parameters() if not part.requires_grad} == {"DTensor"}
+
+
+def test_the_smallest_torch_of_the_project_has_what_sharding_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    pyproject = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    (torch_range,) = [text for text in pyproject["project"]["dependencies"] if text.startswith("torch")]
+    assert parallel.strategy_problem("fsdp") is None
+    monkeypatch.setattr("torch.distributed.fsdp.fully_shard", lambda module, *, mesh=None: module)  # as in 2.6
+    monkeypatch.setattr(torch, "__version__", "2.6.0")
+    smallest = torch_range.removeprefix("torch>=").partition(",")[0]
+    assert parallel.strategy_problem("fsdp") == (
+        f"cluster.strategy: fsdp needs torch {smallest} or newer, this is 2.6.0; upgrade torch on all nodes, or set it"
+        " to ddp"
+    )
+    assert parallel.strategy_problem("ddp") is None
 
 
 def test_the_layers_that_are_sharded_are_the_blocks_of_the_model() -> None:

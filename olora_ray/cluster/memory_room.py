@@ -1,0 +1,129 @@
+"""Room for the workers by memory: of the GPUs, and of the nodes, which hold the base while it is loaded."""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from olora_ray.cluster import resources
+from olora_ray.cluster.node_facts import NodeInfo
+from olora_ray.cluster.resources import Resources
+from olora_ray.config.schema import Config
+from olora_ray.model.folder import weight_files
+from olora_ray.model.load import pick_dtype
+from olora_ray.model.source import BaseModel
+from olora_ray.train.estimate import PROCESS_BYTES, MemoryEstimate
+
+GIB = 2**30
+COPIES = 5
+"""Copies of the adapter that a worker with a GPU has in its node's memory at most: a checkpoint's factors, update, two
+moments and best update."""
+NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
+"""Precisions of a base as the headers of safetensors name them."""
+SMALLER = (
+    "use fewer workers, cluster.strategy=fsdp, model.dtype=bfloat16, or a smaller train.micro_batch or data.max_length"
+)
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node that has room for workers but for its memory, which is asked here."""
+
+    address: str
+    info: NodeInfo
+    fits: int
+    """Workers by CPUs and GPUs."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """Memory of one kind that each worker needs."""
+
+    kind: str
+    size: float
+    """Bytes."""
+    have: Callable[[Node], float]
+    """Bytes of a node, which all of its workers share, or `each` has for itself."""
+    advice: str
+    each: bool = False
+
+    def room(self, node: Node) -> int:
+        """Workers that fit on a node."""
+        if self.each:
+            return node.fits if self.have(node) >= self.size else 0
+        return min(node.fits, int(self.have(node) // self.size))
+
+
+def problems(
+    config: Config, base: BaseModel, size: MemoryEstimate, wanted: Resources, answers: Sequence[tuple[str, NodeInfo]]
+) -> Iterator[str]:
+    """What keeps the fewest workers of the config from fitting in memory, on the nodes that have room otherwise."""
+    if resources.room(wanted, resources.present()) < config.cluster.min_workers():
+        return
+    of_node = {node["NodeManagerAddress"]: node["Resources"] for node in resources.schedulable_nodes()}
+    nodes = [
+        Node(address, info, fits)
+        for address, info in answers
+        if (fits := resources.room(wanted, [resources.Nodes(of_node.get(address, {}), 1)]))
+    ]
+    for need in needs(config, base, size, wanted.get("GPU", 0.0)):
+        if problem := missing(config.cluster.min_workers(), need, nodes):
+            yield problem
+
+
+def needs(config: Config, base: BaseModel, size: MemoryEstimate, gpus: float) -> Iterator[Need]:
+    """What each worker needs that has `gpus` GPUs."""
+    running = size.total_bytes() + PROCESS_BYTES
+    stored, wanted = precisions(config, base, gpu=bool(gpus))
+    converted = 0 if stored == NAMES[wanted] else size.parameters * wanted.itemsize
+    if not gpus:
+        yield Need("memory", max(running, PROCESS_BYTES + converted), lambda node: node.info.memory, SMALLER)
+        return
+    yield Need("GPU memory", running, lambda node: _gpu_memory(node) * gpus, SMALLER, each=True)
+    advice = "use fewer workers on a node: raise cluster.cpus_per_worker"
+    if converted:
+        advice += f", or use a base that is stored in {NAMES[wanted]}: this one, in {stored}, is converted in memory"
+    held = PROCESS_BYTES + converted + COPIES * 4 * size.trainable
+    yield Need("memory beside its GPU", held, lambda node: node.info.memory, advice)
+
+
+def missing(fewest: int, need: Need, nodes: Sequence[Node]) -> str | None:
+    """The problem if fewer than so many workers fit on these nodes."""
+    room = sum(need.room(node) for node in nodes)
+    if room >= fewest:
+        return None
+    each = " for each" if need.each else ""
+    shown = ", ".join(f"node {node.address} has {need.have(node) / GIB:.1f} GiB{each}" for node in nodes[:4])
+    return (
+        f"cluster.workers={fewest}: each needs about {need.size / GIB:.1f} GiB of {need.kind}, so there is room for"
+        f" {room} ({shown}); {need.advice}"
+    )
+
+
+def _gpu_memory(node: Node) -> float:
+    """Bytes of each GPU of a node; without an end where nobody tells (AMD's)."""
+    return math.inf if node.info.gpu_memory is None else node.info.gpu_memory
+
+
+def precisions(config: Config, base: BaseModel, gpu: bool) -> tuple[str, torch.dtype]:
+    """How most of a base's weights are stored, as a header names it, and how they are loaded.
+
+    transformers maps the files where both are the same; otherwise each worker converts the whole base in memory of its
+    own, whatever the strategy.
+    """
+    auto_on_gpu = gpu and config.model.dtype == "auto"
+    wanted = torch.bfloat16 if auto_on_gpu else pick_dtype(config.model, torch.device("cpu"))
+    numbers: Counter[str] = Counter()
+    for file in weight_files(Path(base.folder)):
+        try:
+            with safe_open(file, "pt") as weights:
+                for name in weights.keys():  # noqa: SIM118  # not a dict
+                    part = weights.get_slice(name)
+                    numbers[part.get_dtype()] += math.prod(part.get_shape())
+        except (OSError, SafetensorError):
+            continue  # said when it is loaded
+    return max(numbers, key=numbers.__getitem__, default=NAMES[wanted]), wanted

@@ -1,0 +1,60 @@
+"""A process computes on the GPU that Ray gave it, never on one that merely is there."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+
+from olora_ray.cluster.device import assigned_device, device_of
+from olora_ray.common.errors import UserError
+
+PRODUCT = Path(__file__).parents[2] / "olora_ray"
+LOOKS_FOR_GPUS = {
+    "cluster/device.py": "whether the one that was given works",
+    "pipeline/export.py": "to be replaced by assigned_device",
+    "train/estimate.py": "precision and size on this machine, without Ray",
+    "train/pace.py": "measures nothing on a machine with GPUs",
+}
+"""The files that ask torch for GPUs, and why they may."""
+
+
+@pytest.mark.parametrize(
+    ("given", "environment", "expected"),
+    [
+        ([], {}, "cpu"),
+        ([], {"CUDA_VISIBLE_DEVICES": "0,1,2"}, "cpu"),
+        (["2"], {"CUDA_VISIBLE_DEVICES": "2"}, "cuda:0"),
+        (["3"], {"CUDA_VISIBLE_DEVICES": "1,3"}, "cuda:1"),
+        (["GPU-5e1b", "GPU-77aa"], {"CUDA_VISIBLE_DEVICES": "GPU-77aa,GPU-5e1b"}, "cuda:1"),
+        (["2"], {"HIP_VISIBLE_DEVICES": "2"}, "cuda:0"),
+        (["2"], {}, "cuda:2"),
+        (["2"], {"CUDA_VISIBLE_DEVICES": ""}, "cuda:2"),
+        (["2"], {"CUDA_VISIBLE_DEVICES": "0"}, "cuda:0"),
+    ],
+)
+def test_the_device_is_the_first_that_was_given(
+    given: list[str], environment: Mapping[str, str], expected: str
+) -> None:
+    assert device_of(given, environment) == torch.device(expected)
+
+
+def test_without_ray_it_is_the_cpu_whatever_torch_sees(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert assigned_device() == torch.device("cpu")
+
+
+def test_a_gpu_that_torch_cannot_use_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "get_gpu_ids", lambda: [3])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=r"^cluster.gpus_per_worker: this process was given GPU 3 [^\n]* set it to 0$"):
+        assigned_device()
+
+
+def test_no_other_code_takes_a_gpu_because_it_is_there() -> None:
+    looks = re.compile(r"torch\.(cuda|accelerator)\.is_available\(\)")
+    found = {str(file.relative_to(PRODUCT)) for file in PRODUCT.rglob("*.py") if looks.search(file.read_text())}
+    assert found == set(LOOKS_FOR_GPUS)

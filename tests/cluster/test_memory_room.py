@@ -1,0 +1,97 @@
+"""Workers are counted by the memory of their GPUs, and by that of their nodes, which the base goes through."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from olora_ray.cluster import preflight, resources
+from olora_ray.cluster.memory_room import COPIES, GIB, Node, missing, needs, precisions, problems
+from olora_ray.cluster.node_facts import NodeInfo
+from olora_ray.model.source import BaseModel
+from olora_ray.train.estimate import PROCESS_BYTES, MemoryEstimate
+from tests import tiny
+
+SIZE = MemoryEstimate(
+    {}, trainable=10**6, parameters=2 * 10**9, base_bytes=4 * 10**9, adapter_bytes=0, activation_bytes=GIB
+)
+
+
+@pytest.fixture(params=[torch.float32, torch.float16, torch.bfloat16], ids=["F32", "F16", "BF16"])
+def base(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, BaseModel]:
+    """Name of a precision, and a base that is stored in it but for a few numbers."""
+    weights = {"large": torch.zeros(64, 4, dtype=request.param), "norm": torch.zeros(4)}
+    save_file(weights, tmp_path / "model.safetensors")
+    name = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}[request.param]
+    return name, BaseModel("base", str(tmp_path), "")
+
+
+def node(fits: int, memory: float, gpu_memory: float | None = None) -> Node:
+    return Node("10.0.0.1", NodeInfo({}, int(memory), None if gpu_memory is None else int(gpu_memory)), fits)
+
+
+def test_a_base_of_another_precision_is_whole_in_memory_while_it_is_loaded(base: tuple[str, BaseModel]) -> None:
+    stored, folder = base
+    assert precisions(tiny.config(), folder, gpu=True) == (stored, torch.bfloat16)
+    assert precisions(tiny.config(model__dtype="float32"), folder, gpu=True) == (stored, torch.float32)
+    on_gpu, beside = needs(tiny.config(), folder, SIZE, 1.0)
+    assert on_gpu.size == SIZE.total_bytes() + PROCESS_BYTES
+    converted = 0 if stored == "BF16" else 2 * SIZE.parameters
+    assert beside.size == PROCESS_BYTES + converted + COPIES * 4 * SIZE.trainable
+    assert ("stored in BF16" in beside.advice) == (stored != "BF16")
+
+
+def test_workers_on_a_cpu_need_the_larger_of_both(base: tuple[str, BaseModel]) -> None:
+    stored, folder = base
+    settings = tiny.config(model__dtype="bfloat16", cluster__strategy="fsdp")
+    (ddp,) = needs(settings, folder, SIZE, 0.0)
+    assert ddp.size == SIZE.total_bytes() + PROCESS_BYTES
+    (fsdp,) = needs(settings, folder, replace(SIZE, base_bytes=0, activation_bytes=0), 0.0)
+    assert fsdp.size == PROCESS_BYTES + (0 if stored == "BF16" else 2 * SIZE.parameters)
+
+
+@pytest.mark.parametrize("base", [torch.float16], indirect=True)
+def test_workers_that_fit_on_their_gpus_may_not_fit_on_the_node(base: tuple[str, BaseModel]) -> None:
+    on_gpu, beside = needs(tiny.config(), base[1], SIZE, 1.0)
+    nodes = [node(8, memory=24 * GIB, gpu_memory=80 * GIB)]
+    assert missing(8, on_gpu, nodes) is None
+    assert missing(4, beside, nodes) is None
+    assert missing(8, beside, nodes) == (
+        "cluster.workers=8: each needs about 4.7 GiB of memory beside its GPU, so there is room for 5 (node 10.0.0.1"
+        " has 24.0 GiB); use fewer workers on a node: raise cluster.cpus_per_worker, or use a base that is stored in"
+        " BF16: this one, in F16, is converted in memory"
+    )
+
+
+@pytest.mark.parametrize("base", [torch.bfloat16], indirect=True)
+def test_a_part_of_a_gpu_has_a_part_of_its_memory(base: tuple[str, BaseModel]) -> None:
+    nodes = [node(1, memory=99 * GIB, gpu_memory=8 * GIB)]
+    whole, _ = needs(tiny.config(), base[1], SIZE, 1.0)
+    half, _ = needs(tiny.config(), base[1], SIZE, 0.5)
+    assert missing(1, whole, nodes) is None
+    assert "GiB of GPU memory, so there is room for 0 (node 10.0.0.1 has 4.0 GiB for each)" in str(
+        missing(1, half, nodes)
+    )
+    assert missing(1, half, [node(1, memory=99 * GIB)]) is None  # nobody tells how large it is
+
+
+@pytest.mark.parametrize("base", [torch.float16], indirect=True)
+def test_only_nodes_with_room_for_workers_are_counted(
+    base: tuple[str, BaseModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes = [("10.0.0.1", {"CPU": 8.0, "GPU": 8.0}), ("10.0.0.2", {"CPU": 64.0})]
+    entries = [{"NodeManagerAddress": address, "Resources": has} for address, has in nodes]
+    monkeypatch.setattr(resources, "schedulable_nodes", lambda: entries)
+    gpus, cpus = NodeInfo({"torch": "2.13.0+cpu"}, 24 * GIB, 80 * GIB), NodeInfo({"torch": "2.13.0+cpu"}, 999 * GIB)
+    answers, wanted = [("10.0.0.1", gpus), ("10.0.0.2", cpus)], {"CPU": 1.0, "GPU": 1.0}
+    settings = tiny.config(cluster__workers=8, train__global_batch=8)
+    (problem,) = problems(settings, base[1], SIZE, wanted, answers)
+    assert "room for 5 (node 10.0.0.1 has 24.0 GiB)" in problem
+    assert list(problems(tiny.config(cluster__workers=4), base[1], SIZE, wanted, answers)) == []
+    too_many = tiny.config(cluster__workers=9, train__global_batch=9)  # told by another check
+    assert list(problems(too_many, base[1], SIZE, wanted, answers)) == []
+    (unusable,) = preflight._gpus(wanted, answers)
+    assert unusable.startswith("node 10.0.0.1: has GPUs, and torch 2.13.0+cpu")
+    assert preflight._gpus({"CPU": 1.0}, answers) == []

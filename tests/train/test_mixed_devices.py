@@ -1,0 +1,149 @@
+"""A training mixes no tensors of a GPU with those of the CPU: found on a GPU that is not there.
+
+In a process of its own, which takes seconds; so this belongs to `make quick` all the same.
+"""
+
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.utils.backend_registration as registration
+
+from olora_ray.train import checkpoint
+from olora_ray.train.checkpoint import Checkpoint
+from olora_ray.train.loop import Trainer
+from tests import crew, device_walk, fake_device, tiny
+from tests.device_walk import LIMIT, QUESTIONS, STEPS, Seen
+from tests.fake_device import FakeDevice
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(registration, "_setup_privateuseone_for_python_backend"), reason="needs a newer torch"
+)
+
+IN_STEPS = ("adapter/layer.py", "train/loop.py", "train/loss.py", "train/fast_norm.py", "train/optim.py")
+"""The files that a step runs through."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and how it is trained."""
+
+    model: Callable[..., Any] = tiny.llama
+    attention: str = "sdpa"
+    dtype: torch.dtype = torch.float32
+    method: str = "olora"
+    dropout: float = 0.1
+    on_device: bool = False
+
+
+CASES = {
+    "sdpa": Case(),
+    "sdpa, bfloat16": Case(dtype=torch.bfloat16, dropout=0.0),
+    "eager, bfloat16": Case(attention="eager", dtype=torch.bfloat16),
+    "eager on a shared base": Case(attention="eager", on_device=True),
+    "GPT-2, plain LoRA": Case(tiny.gpt2, method="lora"),
+}
+
+
+@pytest.fixture(scope="module")
+def child() -> Iterator[ProcessPoolExecutor]:
+    """A process that may be spoilt."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(crew.IMPORTED)
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        yield pool
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_training_on_a_device_mixes_nothing(child: ProcessPoolExecutor, name: str) -> None:
+    seen, waits = child.submit(_walk, CASES[name]).result()
+    assert seen.losses == [1.0] * (STEPS + 1)
+    assert len(seen.answers) == len(QUESTIONS)
+    assert max(map(len, seen.answers)) > 2  # with a cache, then
+    # A step waits for its loss and for the norm of its gradient, an evaluation once: more would keep a GPU waiting.
+    assert sum(waits[place] for place in waits if place.startswith(IN_STEPS)) <= 2 * (STEPS + 1) + 2, waits
+
+
+def test_the_walk_is_a_training(tmp_path: Path) -> None:
+    trainer = device_walk.start(tiny.llama(), torch.device("cpu"))
+    seen = device_walk.walk(trainer, device_walk.kept_in(tmp_path))
+    assert seen.before != seen.after < 10
+    assert len(set(seen.losses)) == STEPS + 1
+    assert {len(one) for one in seen.answers} == {LIMIT}
+
+
+@pytest.mark.parametrize(
+    ("left", "file"),
+    [("b0", "adapter/layer.py"), ("moment", "train/optim.py"), ("labels", "train/loss.py")],
+)
+def test_a_tensor_that_was_left_on_the_cpu_is_found_with_its_place(
+    child: ProcessPoolExecutor, left: str, file: str
+) -> None:
+    error = child.submit(_spoilt, left).result()
+    assert "FakeTensorDeviceMismatchError" in error
+    assert f'olora_ray/{file}", line ' in error
+
+
+def _walk(case: Case) -> tuple[Seen, Counter[str]]:
+    """In the child: a whole walk, and where it waited for the device."""
+    torch.set_num_threads(1)
+    with FakeDevice() as fake, mock.patch.object(checkpoint, "save", _keep):
+        model = case.model(attention=case.attention, dtype=case.dtype)
+        trainer = device_walk.start(model, fake.device, case.method, case.dropout, case.on_device)
+        frozen = [part for part in trainer.loss.parameters() if not part.requires_grad]
+        assert {(part.device.type, part.dtype) for part in frozen} == {(fake_device.NAME, case.dtype)}
+        fake.true_every = 8  # whether all answers have ended is asked at every token
+        return device_walk.walk(trainer, _read_back), fake.waits
+
+
+_kept: list[Checkpoint] = []
+
+
+def _keep(folder: Path, adapter: Any, best: Any, optimizer: Any, state: Any, identity: Any, config_yaml: str) -> None:
+    """Stands in for checkpoint.save: there are no numbers to be written."""
+    factors = [part for one in adapter.values() for part in (one.factors.a0, one.factors.b0, one.da, one.db)]
+    for part in (*factors, *optimizer.values(), *best.values()):
+        assert part is None or part.device.type == "cpu"
+    _kept.append(Checkpoint(dict(adapter), dict(best), dict(optimizer), state, {}))
+
+
+def _read_back(write: Callable[[Path], None]) -> Checkpoint:
+    write(Path())
+    return _kept.pop()
+
+
+def _spoilt(left: str) -> str:
+    """In the child: the traceback of a training that has one tensor on the CPU."""
+    torch.set_num_threads(1)
+    with FakeDevice() as fake:
+        trainer = device_walk.start(tiny.llama(), fake.device)
+        _leave(trainer, left)
+        try:
+            device_walk.steps(trainer, 0)
+        except Exception:
+            return traceback.format_exc()
+    return ""
+
+
+def _leave(trainer: Trainer, left: str) -> None:
+    """Put one of the tensors that a step needs on the CPU."""
+    layer = next(iter(trainer.adapted.values()))
+    if left == "b0":
+        assert layer.b0 is not None
+        layer.b0 = layer.b0.cpu()
+    elif left == "moment":
+        state = trainer.optimizer.inner.state[trainer.optimizer.parameter]
+        state["exp_avg"] = state["exp_avg"].cpu()
+    else:
+        whole = trainer.loss.forward
+        trainer.loss.forward = lambda batch: whole(  # type: ignore[method-assign]
+            type(batch)(batch.inputs, batch.predicts, batch.labels.cpu(), batch.tokens)
+        )
