@@ -236,11 +236,21 @@ class Tracking(Section):
     """MLflow experiment of the run."""
 
 
+class Export(Section):
+    """What is written, and registered, when training has ended: the adapter always, with or without a merged model."""
+
+    merged: bool = True
+    """true: the base with the adapter merged in is written too, and registered; false: the adapter alone is, with its
+    base model by reference (an adapter-only version)."""
+    rank: PositiveInt | None = None
+    """Compress the exported adapter to this rank, for servers with a limit; null: as it is (olora: 2 x rank)."""
+
+
 class Registry(Section):
     """The registered model."""
 
     model: Annotated[str, Field(pattern=MODEL_NAME)] | None = None
-    """Name under which the merged model is registered: letters, digits, ' ', '.', '_', '-'; null: not registered."""
+    """Name under which the model is registered: letters, digits, ' ', '.', '_', '-'; null: not registered."""
     alias: Name = "candidate"
     """Alias that the new version gets."""
 
@@ -312,6 +322,7 @@ class Config(Section):
     cluster: Cluster = Cluster()
     evaluation: Evaluation = Evaluation()
     tracking: Tracking = Tracking()
+    export: Export = Export()
     registry: Registry = Registry()
     gate: Gate = Gate()
     retrain: Retrain = Retrain()
