@@ -18,6 +18,7 @@ from importlib.metadata import version as installed
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from olora_ray.common.errors import UserError
 from olora_ray.tracking.contents import Contents
 
 if TYPE_CHECKING:
@@ -45,6 +46,17 @@ def write(folder: Path, contents: Contents, logged: "LoggedModel", run_id: str) 
     model = _mlmodel(contents, logged, run_id)
     model.saved_input_example_info = _write_example(folder, contents)
     model.save(str(folder / FILE))
+
+
+def check_adapter_only() -> None:
+    """Raise UserError if this MLflow cannot load an adapter whose base is a folder: it can since spring 2026."""
+    from mlflow.transformers.flavor_config import FlavorKey
+
+    if not hasattr(FlavorKey, "MODEL_LOCAL_BASE"):
+        raise UserError(
+            f"export.merged: MLflow {installed('mlflow')} loads no adapter on a base in a folder; install a newer one, or"
+            " leave export.merged at true"
+        )
 
 
 def has_chat_template(folder: Path) -> bool:
