@@ -54,7 +54,7 @@ def check_adapter_only() -> None:
 
     if not hasattr(FlavorKey, "MODEL_LOCAL_BASE"):
         raise UserError(
-            f"export.merged: MLflow {installed('mlflow')} loads no adapter on a base in a folder; install a newer one, or"
+            f"export.merged: MLflow {installed('mlflow')} loads no adapter on a base folder; install a newer one, or"
             " leave export.merged at true"
         )
 

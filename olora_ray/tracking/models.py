@@ -22,6 +22,7 @@ from olora_ray.tracking import checksums, mlmodel, record
 from olora_ray.tracking.aliases import CHAMPION, Aliases
 from olora_ray.tracking.client import is_unavailable
 from olora_ray.tracking.contents import ADAPTER_ONLY, EXPORT, Contents
+from olora_ray.tracking.mlmodel import has_chat_template as has_chat_template
 from olora_ray.tracking.run import Tracker
 
 if TYPE_CHECKING:

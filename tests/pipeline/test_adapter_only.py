@@ -69,7 +69,7 @@ def logits(target: targets.Target) -> torch.Tensor:
     return export_parts.logits(held_out.load(target.base, target.adapter, target.config, torch.device("cpu")))
 
 
-def named(run: FinishedRun, name: str = "models:/small@candidate") -> Config:
+def named(run: FinishedRun, name: str = "models:/small/1") -> Config:
     return override(run.config, {"model.name": name})
 
 
@@ -136,7 +136,7 @@ def test_the_run_itself_is_evaluated_as_its_exported_adapter(run: FinishedRun) -
 
 def test_the_gate_compares_it_with_a_merged_version(run: FinishedRun, tmp_path: Path) -> None:
     """Both see the same tokens and are the same model, and the adapter needs no merging."""
-    number = finished_run.make(tmp_path).registered()
+    number = finished_run.make(tmp_path, registry__alias="merged").registered()
     alone, merged = (compare._opened(run.config, run.aliases.version(each)) for each in ("1", number))
     assert (alone.adapter is None, merged.adapter is None) == (False, True)
     compare._same_tokens([alone.base, merged.base])
@@ -147,7 +147,7 @@ def test_the_gate_compares_it_with_a_merged_version(run: FinishedRun, tmp_path: 
 def test_as_a_base_it_is_merged_once(run: FinishedRun) -> None:
     first = find_model(named(run))
     files = {file: file.stat().st_mtime_ns for file in Path(first.folder).iterdir()}
-    assert find_model(named(run, "models:/small/1")).digest == first.digest
+    assert find_model(named(run, "models:/small@candidate")).digest == first.digest
     assert {file: file.stat().st_mtime_ns for file in Path(first.folder).iterdir()} == files
     found = targets.Target("merged", first, None, named(run))
     torch.testing.assert_close(logits(found), run.case.logits, **CLOSE)
