@@ -24,7 +24,10 @@ def read(folder: Path) -> tuple[dict[str, AdapterWeights], float]:
     """
     fields = read_json(folder / CONFIG)
     if fields.get("peft_type") != "LORA" or fields.get("bias", "none") != "none" or any(map(fields.get, _MORE)):
-        raise UserError(f"model.name: {folder} is not a plain LoRA of linear layers, so it cannot be merged here")
+        raise UserError(
+            f"model.name: {folder} is not a plain LoRA of linear layers, so it cannot be merged here;"
+            " evaluate it as it is, or register it with export.merged: true to train on top of it"
+        )
     tensors = load_file(folder / WEIGHTS)
     names = [name.removeprefix(_PREFIX).removesuffix(_A) for name in tensors if name.endswith(_A)]
     if set(tensors) != {f"{_PREFIX}{name}{end}" for name in names for end in (_A, _B)}:

@@ -1,11 +1,13 @@
 """Contents of the version that a run registers: its merged model, or its adapter with the base by reference."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from olora_ray.cluster.spec import TrainResult, TrainSpec
 from olora_ray.common import storage
+from olora_ray.common.errors import UserError
 from olora_ray.model.source import BaseModel
 from olora_ray.pipeline.answers import Scores
 from olora_ray.pipeline.description import describe
@@ -22,14 +24,20 @@ def of_run(spec: TrainSpec, folder: RunFolder, result: TrainResult, scores: Scor
     config = spec.config
     with storage.fetched(folder.merged if config.export.merged else folder.adapter) as place:
         base = None if config.export.merged else _reference(spec, place)
-        prompt = result.answers[0].prompt if result.answers else ()
         yield Contents(
             place,
             base,
             answers_as=config.registry.model or config.run.name,
             description=describe(spec, result, scores, base),
-            example=request(spec, place, prompt) if prompt else None,
+            example=_example(spec, place, result),
         )
+
+
+def _example(spec: TrainSpec, place: Path, result: TrainResult) -> dict[str, Any] | None:
+    """The input example; a tokenizer that does not load here is no reason not to register."""
+    with suppress(UserError):
+        return request(spec, place, result.answers[0].prompt) if result.answers else None
+    return None
 
 
 def _reference(spec: TrainSpec, adapter: Path) -> BaseOfAdapter:

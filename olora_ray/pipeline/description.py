@@ -59,10 +59,12 @@ def describe(spec: TrainSpec, result: TrainResult, scores: Scores, base: BaseOfA
 def _origin(spec: TrainSpec) -> str:
     adapter = spec.config.adapter
     targets = adapter.targets if isinstance(adapter.targets, str) else ", ".join(adapter.targets)
+    rank = spec.config.export.rank
+    compressed = "" if rank is None else f", compressed to rank {rank} for the export"
     start = "; training began with the adapter of an earlier run" if spec.start else ""
     return (
         f"Fine-tuned from {_code(_short(spec.base.name))}: {adapter.method}, rank {adapter.rank}, alpha"
-        f" {adapter.alpha:g}, on {_code(targets)}{start}."
+        f" {adapter.alpha:g}, on {_code(targets)}{compressed}{start}."
     )
 
 

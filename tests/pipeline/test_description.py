@@ -91,6 +91,12 @@ def test_many_sources_and_odd_names_stay_readable(run: FinishedRun) -> None:
     assert len(text) < models.DESCRIPTION_LENGTH // 2
 
 
+def test_a_compressed_adapter_and_one_that_continues_another_say_so(run: FinishedRun) -> None:
+    assert "on `all-linear`, compressed to rank 4 for the export." in text_of(run, export__rank=4)
+    text = describe(replace(run.spec, start="cafe"), run.result, {}, None)
+    assert "on `all-linear`; training began with the adapter of an earlier run." in text
+
+
 def test_without_held_out_rows_there_is_no_table(run: FinishedRun) -> None:
     assert run.result.state is not None
     result = replace(run.result, state=replace(run.result.state, history=[], best_loss=None, best_step=None))
