@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from olora_ray.cluster.spec import TrainResult, TrainSpec
 from olora_ray.common import storage
+from olora_ray.common.secrets import mask
 from olora_ray.common.text import plural
 from olora_ray.config.schema import Source
 from olora_ray.pipeline.answers import Scores
@@ -149,6 +150,6 @@ def _code(text: str) -> str:
 
 
 def _clean(text: str) -> str:
-    """Without what Markdown would take for something else, and not too long."""
-    flat = " ".join(text.replace("`", "'").replace("|", "/").split())
+    """Without what Markdown would take for something else, without secrets, and not too long."""
+    flat = " ".join(mask(text).replace("`", "'").replace("|", "/").split())
     return flat if len(flat) <= LONGEST else f"{flat[: LONGEST - 3]}..."

@@ -128,6 +128,15 @@ def test_it_is_evaluated_as_adapter_on_its_base(run: FinishedRun, name: str) -> 
     torch.testing.assert_close(logits(found), run.case.logits, **CLOSE)
 
 
+def test_where_the_storage_has_an_address_the_adapter_is_put_there_for_all_nodes(
+    run: FinishedRun, tmp_path: Path
+) -> None:
+    found = targets.resolve("models:/small/1", override(run.config, {"run.storage": f"file://{tmp_path}"}))
+    assert found.adapter is not None
+    assert found.adapter.startswith(f"file://{tmp_path}/adapters/small-1-")
+    torch.testing.assert_close(logits(found), run.case.logits, **CLOSE)
+
+
 def test_the_run_itself_is_evaluated_as_its_exported_adapter(run: FinishedRun) -> None:
     found = targets.resolve(run.folder.root, run.config)
     assert found.adapter == run.folder.adapter
