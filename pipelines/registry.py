@@ -19,7 +19,7 @@ from olora_ray.common.errors import UserError
 from olora_ray.common.quiet import quiet_environment
 from olora_ray.common.text import aligned
 from olora_ray.config import command_line
-from olora_ray.tracking import checksums
+from olora_ray.tracking import checksums, verdicts
 from olora_ray.tracking.aliases import GATE, Aliases
 from olora_ray.tracking.client import check, connect, reachable, shown_uri
 from olora_ray.tracking.version import Version
@@ -86,6 +86,7 @@ def promote(aliases: Aliases, which: str) -> None:
     """Let a version become the champion."""
     number = _number(aliases, which)
     old = aliases.promote(number, "promoted by hand")
+    _tell(aliases, number, "**promoted** by hand")
     after = f", version {old} is previous" if old else ""
     print(f"{aliases.name}: version {number} is the champion{after}")
 
@@ -93,6 +94,7 @@ def promote(aliases: Aliases, which: str) -> None:
 def rollback(aliases: Aliases) -> None:
     """Give the champion back to the version before."""
     bad, good = aliases.rollback("by hand")
+    _tell(aliases, bad, f"**rolled back** by hand, to version {good}")
     print(f"{aliases.name}: version {good} is the champion again, version {bad} is tagged as rolled back")
 
 
@@ -102,6 +104,11 @@ ACTIONS: dict[str, tuple[Callable[..., None], Sequence[str]]] = {
     "promote": (promote, ["NAME", "VERSION"]),
     "rollback": (rollback, ["NAME"]),
 }
+
+
+def _tell(aliases: Aliases, number: str, what: str) -> None:
+    """Write what was decided by hand into the version's description."""
+    verdicts.add(aliases.uri, aliases.name, number, f"{time.strftime('%Y-%m-%d %H:%M')}: {what}")
 
 
 def _tracking_uri(given: str | None) -> str:

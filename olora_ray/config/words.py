@@ -30,7 +30,7 @@ PLAIN = {
     "data.train.0.format": "format template dataset_format data_format conversation_format prompt_style",
     "data.train.0.fields": "fields columns column_mapping dataset_text_field text_column prompt_column field_mapping",
     "adapter.method": "init_lora_weights peft_type peft_method finetuning_type lora_init",
-    "adapter.rank": "r lora_r lora_rank lora_dim peft_rank",
+    "adapter.rank": "rank r lora_r lora_rank lora_dim peft_rank",
     "adapter.alpha": "lora_alpha",
     "adapter.dropout": "lora_dropout",
     "adapter.targets": "target_modules lora_target lora_target_modules modules lora_target_linear",
@@ -58,6 +58,7 @@ PLAIN = {
     "evaluation.max_new_tokens": "generation_max_length",
     "tracking.uri": "tracking_uri mlflow_tracking_uri mlflow_uri",
     "tracking.experiment": "experiment_name mlflow_experiment_name wandb_project project",
+    "export.merged": "merge merge_lora merge_adapter save_merged merge_and_unload export_merged",
     "registry.model": "registered_model_name model_registry_name hub_model_id",
 }
 """Field -> the words that mean the same elsewhere."""

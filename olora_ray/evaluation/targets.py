@@ -1,8 +1,8 @@
 """Resolves the MODEL argument of evaluate.py to base model, adapter and config.
 
 a base model         hub id, folder, package://PACKAGE/FILE
-a registered model   models:/NAME@ALIAS or models:/NAME/VERSION
-a run's folder       runs/NAME: its merged export, else its best checkpoint
+a registered model   models:/NAME@ALIAS or models:/NAME/VERSION: merged, or an adapter on its base
+a run's folder       runs/NAME: its merged export, else its exported adapter, else its best checkpoint
 a checkpoint         runs/NAME/checkpoints/step-0000100: the adapter of that step
 an adapter           a folder with adapter_config.json, such as runs/NAME/export/adapter
 """
@@ -27,8 +27,9 @@ from olora_ray.config.yaml_io import parse_yaml
 from olora_ray.evaluation.held_out import ADAPTER_CONFIG
 from olora_ray.model import identity
 from olora_ray.model.source import BaseModel
-from olora_ray.pipeline.base import find_model
+from olora_ray.pipeline.find_model import find_model, parts
 from olora_ray.pipeline.run_folder import RunFolder
+from olora_ray.tracking import registered
 from olora_ray.train import checkpoint, checkpoints
 from olora_ray.train.checkpoint import Checkpoint
 
@@ -110,8 +111,7 @@ def resolve(name: str, shared: AnyConfig) -> Target:
         case "adapter":
             return _of_adapter(name, shared)
         case "model":
-            config = _with_model(shared, name)
-            return Target(name, find_model(config), None, config)
+            return _of_name(name, _with_model(shared, name))
 
 
 def kind_of(name: str) -> Kind:
@@ -126,13 +126,25 @@ def kind_of(name: str) -> Kind:
     return "run" if _exists(place, SETTINGS) and not _exists(place, "config.json") else "model"
 
 
+def _of_name(name: str, config: AnyConfig) -> Target:
+    found = registered.of_config(config)
+    if found is not None and found.base is not None:
+        own, base, adapter = parts(found, found.base, config)
+        return Target(name, base, adapter, own)
+    return Target(name, find_model(config, found), None, config)
+
+
 def _of_run(name: str, shared: AnyConfig) -> Target:
     root = _absolute(name)
     storage_path, _, run = root.rpartition("/")  # it may have been moved
     own = override(_read(storage.join(root, SETTINGS)), {"run.storage": storage_path, "run.name": run})
     folder = RunFolder(own)
     newest = checkpoints.latest_good(folder.checkpoints)
-    if folder.finished() or (newest and folder.exported(newest[1].state.step)):
+    done = folder.finished()
+    if done or (newest and folder.exported(newest[1].state.step)):
+        if not (own.export.merged and _exists(folder.merged, "config.json")):
+            known = newest[1].identity.get("base model") if newest else ((done or {}).get("base") or {}).get("digest")
+            return _of_exported_adapter(name, folder.adapter, known, own, shared)
         config = _with_model(shared, folder.merged)
         return Target(name, find_model(config), None, config)
     if newest is None:
@@ -141,13 +153,26 @@ def _of_run(name: str, shared: AnyConfig) -> Target:
     return _of_checkpoint(name, newest[1], newest[1].best_adapter(), own, shared)
 
 
+def _of_exported_adapter(name: str, place: str, known: str | None, own: Config, shared: AnyConfig) -> Target:
+    """The adapter that a run has exported without a merged model, on the base with the digest `known`."""
+    config = _with_model(shared, own.model.name, own.model.revision)
+    base = find_model(config)
+    _same_base(name, known, base, own)
+    return Target(name, base, place, config)
+
+
+def _same_base(name: str, known: str | None, base: BaseModel, own: Config) -> None:
+    """Raise UserError if the base of a run is another by now."""
+    if not identity.same(known, base.digest):
+        raise UserError(f"{name}: was trained on another base model than {own.model.name} is now; set model.revision")
+
+
 def _of_checkpoint(
     name: str, found: Checkpoint, adapter: Mapping[str, AdapterWeights], own: Config, shared: AnyConfig
 ) -> Target:
     config = _with_model(shared, own.model.name, own.model.revision)
     base = find_model(config)
-    if not identity.same(found.identity.get("base model"), base.digest):
-        raise UserError(f"{name}: was trained on another base model than {own.model.name} is now; set model.revision")
+    _same_base(name, found.identity.get("base model"), base, own)
     text = json.dumps([name, found.state.step, found.identity, own.adapter.model_dump_json()])
     key = hashlib.sha256(text.encode()).hexdigest()[:16]
     place = storage.join(config.run.storage, "adapters", f"{Path(name).name}-{found.state.step}-{key}")

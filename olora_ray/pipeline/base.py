@@ -4,13 +4,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from olora_ray.common.errors import UserError, as_user_error, short_reason
+from olora_ray.common.errors import UserError
 from olora_ray.config.evaluation import AnyConfig
 from olora_ray.data.tokenize import TokenizerSpec, spec_from_pretrained
 from olora_ray.model.load import end_tokens, load_tokenizer, skeleton
 from olora_ray.model.packing import why_apart
-from olora_ray.model.source import BaseModel, obtain
-from olora_ray.tracking.models import registered_folder
+from olora_ray.model.source import BaseModel
+from olora_ray.pipeline.find_model import find_model
 
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 """Files of which each tokenizer has at least one."""
@@ -27,20 +27,6 @@ class Base:
     """What tokenising in other processes needs of it."""
     eos: tuple[int, ...]
     """Token ids that end an answer."""
-
-
-def find_model(config: AnyConfig) -> BaseModel:
-    """The base model that a config names: downloaded, fetched from the registry or converted if need be.
-
-    Raises UserError for a name that leads nowhere, a folder that is no model, or no place to write a converted one.
-    """
-    with as_user_error(f"model.name: {config.model.name} cannot be prepared", OSError, reason=_place_and_reason):
-        return obtain(config, registered_folder(config))
-
-
-def _place_and_reason(error: BaseException) -> str:
-    place = getattr(error, "filename", None)
-    return f"{place}: {short_reason(error)}" if place else short_reason(error)
 
 
 def open_base(config: AnyConfig) -> Base:

@@ -49,7 +49,7 @@ class Fingerprint:
 
 
 def settings_digest(config: Config) -> str:
-    """Digest of the settings that decide what training gives: seed, precision, attention, adapter and train.
+    """Digest of the settings that decide what comes out: seed, precision, attention, adapter, train and export.rank.
 
     Paths and names are not in it (contents are, in the other digests), nor what is left at its default: a new
     release with a new field does not change it.
@@ -60,4 +60,6 @@ def settings_digest(config: Config) -> str:
         "model": config.model.model_dump(mode="json", exclude_defaults=True, include={"dtype", "attention"}),
         "seed": config.run.seed,
     }
+    if config.export.rank is not None:  # a compressed adapter computes something else; a merged one does not
+        sections["export"] = {"rank": config.export.rank}
     return hashlib.sha256(json.dumps(sections, sort_keys=True).encode()).hexdigest()[:32]

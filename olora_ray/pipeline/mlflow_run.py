@@ -9,17 +9,20 @@ from olora_ray.config.schema import Config
 from olora_ray.pipeline.run_folder import RunFolder
 from olora_ray.tracking import client, run
 from olora_ray.tracking.mlflow_run import mlflow_run
+from olora_ray.tracking.mlmodel import check_adapter_only
 from olora_ray.tracking.start import check_artifacts, resolve_uri
 
 LATER = "nothing is lost: run the same command again when it does, to finish logging and registering"
 
 
 def check_tracking(config: Config, folder: RunFolder) -> None:
-    """Raise UserError if MLflow does not answer, or its files cannot be written.
+    """Raise UserError if MLflow does not answer, its files cannot be written, or it cannot load what is exported.
 
     A run that is there already may continue without it for a while.
     """
     uri = resolve_uri(config)
+    if not config.export.merged:
+        check_adapter_only()
     if folder.tracking_run(uri) is None:
         client.check(uri)
         check_artifacts(config, uri)

@@ -7,13 +7,16 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from olora_ray.cluster.spec import TrainResult, TrainSpec
-from olora_ray.common import storage
+from olora_ray.config.schema import Config
+from olora_ray.pipeline import contents
 from olora_ray.pipeline.answers import Sample, Scores, score
 from olora_ray.pipeline.fingerprint import Fingerprint, settings_digest
 from olora_ray.pipeline.mlflow_run import log_data
 from olora_ray.pipeline.run_folder import RunFolder
 from olora_ray.tracking import client, models
+from olora_ray.tracking.record import RUN
 from olora_ray.tracking.run import Tracker
+from olora_ray.train.state import TrainState
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +55,9 @@ def publish(
     result: TrainResult,
     parity: dict[str, Any],
     more_tags: Mapping[str, str],
+    scores: Scores | None = None,
 ) -> int | None:
-    """Log the metrics that MLflow lacks, the parity report and the merged model; register it, if it is to be.
+    """Log the metrics that MLflow lacks, the parity report and the model; register it, if it is to be.
 
     Returns the version. Safe to repeat; raises TrackingUnavailable if MLflow does not answer.
     """
@@ -62,25 +66,33 @@ def publish(
     tracker.metrics({int(row["step"]): {k: v for k, v in row.items() if k != "step"} for row in state.history})
     log_data(tracker, spec)
     tracker.text(json.dumps(parity, indent=2), "parity.json")
-    made_of = Fingerprint(
-        spec.base.digest, spec.train.digest, spec.eval.digest if spec.eval else "", settings_digest(config)
-    )
-    tags = {
+    name, alias, what = config.registry.model, config.registry.alias, _what(config)
+    with contents.of_run(spec, folder, result, scores or {}) as found, client.reachable(tracker.uri, upload=True):
+        tags = {**_tags(spec, folder, state), **more_tags}
+        if name is None:
+            logger.info(f"logging the {what}")
+            models.log_model(tracker, found, tags)
+            return None
+        logger.info(f"registering the {what} as {name}@{alias}")
+        return models.register(tracker, found, name, alias, tags)
+
+
+def _what(config: Config) -> str:
+    return "merged model" if config.export.merged else "adapter, without its base model,"
+
+
+def _tags(spec: TrainSpec, folder: RunFolder, state: TrainState) -> dict[str, object]:
+    """The tags of a version: a few for people, and those of its record."""
+    config = spec.config
+    held_out = spec.eval.digest if spec.eval else ""
+    made_of = Fingerprint(spec.base.digest, spec.train.digest, held_out, settings_digest(config))
+    return {
         **made_of.tags(),
-        "olora.run_folder": folder.root,
+        RUN: folder.root,
         "olora.method": config.adapter.method,
         "olora.rank": config.adapter.rank,
         "olora.eval_loss": "" if state.best_loss is None else f"{state.best_loss:.6f}",
-        **more_tags,
     }
-    name, alias = config.registry.model, config.registry.alias
-    with storage.fetched(folder.merged) as merged, client.reachable(tracker.uri, upload=True):
-        if name is None:
-            logger.info("logging the merged model")
-            models.log_model(tracker, merged, tags, base_name=config.run.name)
-            return None
-        logger.info(f"registering the merged model as {name}@{alias}")
-        return models.register(tracker, merged, name, alias, tags)
 
 
 def finish(

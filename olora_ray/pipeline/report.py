@@ -89,7 +89,9 @@ def _summary(
     for name, value in scores.get("after", {}).items():
         before = f"{scores['before'][name]:.3f} before, " if name in scores["before"] else ""
         lines.append(f"held-out {name}: {before}{value:.3f} after ({len(answers)} rows)")
-    lines += [f"adapter (PEFT, vLLM): {folder.adapter}", f"merged model:         {folder.merged}"]
+    lines.append(f"adapter (PEFT, vLLM): {folder.adapter}")
+    if folder.config.export.merged:
+        lines.append(f"merged model:         {folder.merged}")
     return lines + next_steps(published.result, published.page)
 
 

@@ -63,7 +63,7 @@ def _run(config: Config, folder: RunFolder, driver: Driver, tags: Mapping[str, s
                 answers = answered(result, base.tokenizer)
                 scores = publish.log_results(spec, tracker, result, answers)
                 driver.check()
-                version = publish.publish(spec, folder, tracker, result, parity, tags)
+                version = publish.publish(spec, folder, tracker, result, parity, tags, scores)
                 published = publish.finish(spec, tracker, result, scores, parity, version)
                 driver.check()
             folder.write_result(published.result)  # nothing is left to be logged

@@ -14,7 +14,7 @@ from olora_ray.common.errors import UserError, short_reason
 from olora_ray.common.secrets import mask
 from olora_ray.config.dotted import flatten
 from olora_ray.config.load import build, dump
-from olora_ray.config.schema import Config
+from olora_ray.config.schema import Config, Export
 from olora_ray.config.yaml_io import parse_yaml
 from olora_ray.train import checkpoint, checkpoints
 
@@ -23,6 +23,7 @@ FREE_TO_CHANGE = (
     "run.wait",
     "cluster.",
     "tracking.",
+    "export.",
     "registry.",
     "gate.",
     "retrain.",
@@ -112,13 +113,20 @@ class RunFolder:
         return found if found and _is_result(found) else None
 
     def exported(self, step: int) -> dict[str, Any] | None:
-        """The parity report of exports that are complete and were made of the best adapter after `step` steps."""
+        """The parity report of exports that are complete and were made of the best adapter after `step` steps.
+
+        None also for exports of another form than the config's: export.merged may have been changed since.
+        """
         found = _read_json(self.parity)
-        return found if found and found.get("ok") is True and found.get("step") == step else None
+        if not found or found.get("ok") is not True or found.get("step") != step:
+            return None
+        form = found.pop("export", Export().model_dump())
+        return found if form == self.config.export.model_dump() else None
 
     def write_parity(self, measured: dict[str, Any]) -> None:
         """Write export/parity.json, the last file of the exports."""
-        storage.write_text(self.parity, json.dumps(measured, indent=2) + "\n")
+        content = {**measured, "export": self.config.export.model_dump()}
+        storage.write_text(self.parity, json.dumps(content, indent=2) + "\n")
 
     def trained(self) -> str | None:
         """The text of training.json, if training has ended."""

@@ -1,25 +1,29 @@
 """Comparison of challenger and champion on the same held-out rows, each as it lies in the registry."""
 
 import logging
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from olora_ray.common import storage
 from olora_ray.common.digests import digest_json
 from olora_ray.common.errors import UserError
+from olora_ray.config.evaluation import AnyConfig
 from olora_ray.config.load import override
 from olora_ray.config.schema import Config
 from olora_ray.evaluation.groups import group_numbers
 from olora_ray.evaluation.held_out import measure
 from olora_ray.evaluation.rows import RowResults
 from olora_ray.pipeline import connection
-from olora_ray.pipeline.base import Base, open_base
+from olora_ray.pipeline.base import Base, with_tokenizer
+from olora_ray.pipeline.find_model import find_model, parts
 from olora_ray.retrain import known_files
 from olora_ray.retrain.changes import Inputs
 from olora_ray.retrain.gate import HeldOut
-from olora_ray.retrain.recipe import RUN
 from olora_ray.tokens.prepare import prepare
+from olora_ray.tracking import registered
 from olora_ray.tracking.aliases import Aliases
+from olora_ray.tracking.contents import ADAPTER_ONLY, EXPORT
+from olora_ray.tracking.record import RUN
 from olora_ray.tracking.start import resolve_uri
 from olora_ray.tracking.version import Version
 
@@ -50,32 +54,48 @@ def measured(config: Config, inputs: Inputs, versions: list[Version]) -> list[Ro
     known = [_read(note) for note in notes]
     if None in known:
         with connection.connect(config):
-            found = [_as_base(config, version) for version in versions]
-            _same_tokens([base for _, base in found])
+            found = [_opened(config, version) for version in versions]
+            _same_tokens([each.base for each in found])
             held_out = prepare(config, inputs.base.spec, "eval")
-            for place, (version, note, (own, base)) in enumerate(zip(versions, notes, found, strict=True)):
+            for place, (version, note, each) in enumerate(zip(versions, notes, found, strict=True)):
                 if known[place] is not None:
                     continue
                 logger.info(f"measuring version {version.number} on the held-out rows")
                 with connection.user_errors():
                     # Answers of both end with the same tokens: those of the config's base.
-                    rows = measure(replace(inputs.base, model=base.model), None, held_out, own)
+                    base = replace(inputs.base, model=each.base.model)
+                    rows = measure(base, each.adapter, held_out, each.config)
                 storage.write_text(note, rows.to_json())
                 known[place] = rows
     return [rows for rows in known if rows is not None]
 
 
-def _as_base(config: Config, version: Version) -> tuple[Config, Base]:
-    """The config that names a registered version as its model, and that model."""
+@dataclass(frozen=True)
+class _Opened:
+    """A registered version, ready to be measured."""
+
+    config: AnyConfig
+    """Names the model of `base`."""
+    base: Base
+    adapter: str | None
+    """Of an adapter-only version."""
+
+
+def _opened(config: Config, version: Version) -> _Opened:
     name, folder = f"models:/{version.name}/{version.number}", version.tags.get(RUN, "")
-    fetched = storage.is_uri(config.run.storage) and storage.is_uri(folder)
+    merged = version.tags.get(EXPORT) != ADAPTER_ONLY
+    fetched = merged and storage.is_uri(config.run.storage) and storage.is_uri(folder)
     if fetched:
         name = storage.join(folder, "export", "merged")  # each node fetches it by itself
     config = override(config, {"model.name": name, "model.revision": None})
-    base = open_base(config)
+    found = registered.of_config(config)
+    if found is not None and found.base is not None:
+        own, model, adapter = parts(found, found.base, config)
+        return _Opened(own, with_tokenizer(model, own), adapter)
+    base = with_tokenizer(find_model(config, found), config)
     if fetched:
         Aliases(resolve_uri(config), version.name).verify_copy(version.number, Path(base.model.folder))
-    return config, base
+    return _Opened(config, base, None)
 
 
 def _same_tokens(bases: list[Base]) -> None:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from olora_ray.config.schema import Config
 from olora_ray.retrain.changes import AGAINST
+from olora_ray.tracking import verdicts
 from olora_ray.tracking.aliases import CHAMPION, GATE
 from olora_ray.tracking.client import connect, reachable
 from olora_ray.tracking.start import resolve_uri, start_run
@@ -71,8 +72,15 @@ def of_version(config: Config, version: Version) -> None:
     entry = Entry(decision, reason, version.number, tags[AGAINST] or None, details)
     run_id = write(config, entry, _begun(config, entry))
     uri = resolve_uri(config)
+    verdicts.add(uri, version.name, version.number, _verdict(entry))
     with reachable(uri):
         connect(uri).set_model_version_tag(version.name, version.number, RECORDED, run_id)
+
+
+def _verdict(entry: Entry) -> str:
+    """The gate's decision as a line of the version's description."""
+    against = f"against version {entry.champion}" if entry.champion else "without a champion to compare with"
+    return f"The gate, {against}: **{entry.decision}**. {entry.reason}"
 
 
 def unchanged(config: Config, entry: Entry) -> None:

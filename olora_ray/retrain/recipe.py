@@ -28,13 +28,12 @@ from olora_ray.retrain import known_files
 from olora_ray.retrain.changes import Inputs
 from olora_ray.tokens.plan import Plan
 from olora_ray.tracking.aliases import CHALLENGER
+from olora_ray.tracking.record import RUN
 from olora_ray.tracking.version import Version
 from olora_ray.train import checkpoints
 
 logger = logging.getLogger(__name__)
 
-RUN = "olora.run_folder"
-"""Tag of a version: the folder of the run that made it."""
 ORIGIN = "olora.retrained_from"
 _CONTINUED = "champion, version "
 

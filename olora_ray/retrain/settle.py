@@ -13,6 +13,7 @@ from olora_ray.retrain.changes import AGAINST
 from olora_ray.retrain.decision_run import DETAILS, RECORDED
 from olora_ray.retrain.gate import Decision
 from olora_ray.retrain.recipe import continued_version
+from olora_ray.tracking import record
 from olora_ray.tracking.aliases import GATE, ROLLED_BACK, Aliases, Overtaken
 from olora_ray.tracking.version import Version
 
@@ -67,7 +68,7 @@ def _rolled_back(aliases: Aliases, number: str) -> bool:
 
 
 def _apply(aliases: Aliases, number: str, champion: Version | None, against: str, decision: Decision) -> None:
-    tags = {AGAINST: against, DETAILS: json.dumps(decision.details), RECORDED: ""}
+    tags = record.folded({AGAINST: against, DETAILS: json.dumps(decision.details), RECORDED: ""})
     now = champion.number if champion else ""
     if not decision.passed:
         aliases.refuse(number, f"refused: {decision.reason}", tags, instead_of=now)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from olora_ray.common.errors import UserError
+from olora_ray.tracking import record
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -19,7 +20,7 @@ def name_filter(name: str) -> str:
 
 @dataclass(frozen=True)
 class Version:
-    """One version, with its tags as they were when it was read."""
+    """One version, with its tags as they were when it was read, and the entries of its record among them."""
 
     name: str
     """Of the registered model."""
@@ -34,4 +35,4 @@ class Version:
     def of(cls, found: "ModelVersion") -> "Version":
         """MLflow's version as ours."""
         seconds = (found.creation_timestamp or 0) / 1000
-        return cls(found.name, str(found.version), dict(found.tags), found.run_id, seconds)
+        return cls(found.name, str(found.version), record.unfolded(found.tags), found.run_id, seconds)

@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 from olora_ray.common.errors import UserError
 from olora_ray.config.load import build
 from olora_ray.model.source import BaseModel
-from olora_ray.pipeline.base import find_model, with_tokenizer
+from olora_ray.pipeline.base import with_tokenizer
+from olora_ray.pipeline.find_model import find_model
 from tests.export_parts import save_tokenizer
 from tests.pipelines import project
 

@@ -9,7 +9,14 @@ from tests import tiny
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("adapter.rank", 8), ("train.lr", 1e-3), ("train.eval_every", 7), ("run.seed", 4), ("model.dtype", "float32")],
+    [
+        ("adapter.rank", 8),
+        ("train.lr", 1e-3),
+        ("train.eval_every", 7),
+        ("run.seed", 4),
+        ("model.dtype", "float32"),
+        ("export.rank", 4),
+    ],
 )
 def test_settings_that_change_the_model_change_the_digest(field: str, value: Any) -> None:
     config = tiny.config()
@@ -29,6 +36,7 @@ def test_settings_that_change_the_model_change_the_digest(field: str, value: Any
         ("cluster.cpus_per_worker", 2),
         ("tracking.experiment", "other"),
         ("gate.must_improve_by", 0.5),
+        ("export.merged", False),
         ("train.schedule", "cosine"),  # its default, spelled out
     ],
 )

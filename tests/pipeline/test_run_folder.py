@@ -145,7 +145,13 @@ def test_a_run_that_never_trained_does_not_hold_its_name(config: Config) -> None
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("cluster.max_failures", 0), ("tracking.experiment", "x"), ("registry.model", "m"), ("train.keep", 5)],
+    [
+        ("cluster.max_failures", 0),
+        ("tracking.experiment", "x"),
+        ("registry.model", "m"),
+        ("train.keep", 5),
+        ("export.merged", False),
+    ],
 )
 def test_what_does_not_change_the_numbers_may_change(config: Config, field: str, value: Any) -> None:
     begin(config)
@@ -177,6 +183,18 @@ def test_exports_count_for_the_step_they_were_made_of(config: Config) -> None:
     assert folder.exported(4) is None
     folder.write_parity({"step": 6, "ok": False})
     assert folder.exported(6) is None
+
+
+def test_exports_of_another_form_are_made_again(config: Config) -> None:
+    RunFolder(config).write_parity({"step": 6, "ok": True})
+    for field, value in (("export.merged", False), ("export.rank", 4)):
+        other = RunFolder(override(config, {field: value}))
+        assert other.exported(6) is None
+        other.write_parity({"step": 6, "ok": True})
+        assert other.exported(6) == {"step": 6, "ok": True}
+        assert RunFolder(config).exported(6) is None
+        Path(other.parity).write_text('{"step": 6, "ok": true}')  # of a release before there was a choice
+        assert RunFolder(config).exported(6) == {"step": 6, "ok": True}
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "\xff"])

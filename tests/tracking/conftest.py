@@ -9,6 +9,7 @@ import torch
 from olora_ray.adapter import export
 from olora_ray.config.schema import Adapter
 from olora_ray.tracking import models
+from olora_ray.tracking.contents import Contents
 from olora_ray.tracking.start import start_run
 from tests import mlflow_database, tiny
 from tests.export_parts import Case, make_case, save_tokenizer
@@ -44,6 +45,6 @@ def add(database: Path, merged: Path, monkeypatch: pytest.MonkeyPatch) -> Callab
     def register(name: str) -> tuple[str, str]:
         tracker = start_run(tiny.config(run__storage=str(database)), "test", {})
         tags = {"olora.eval_loss": "1.5000", "olora.data_digest": "0123456789abcdef"}
-        return tracker.uri, str(models.register(tracker, merged, name, "challenger", tags))
+        return tracker.uri, str(models.register(tracker, Contents(merged), name, "challenger", tags))
 
     return register

@@ -8,8 +8,9 @@ import pytest
 from olora_ray.common import s3, storage
 from olora_ray.common.errors import TryAgain, UserError
 from olora_ray.config.schema import Config
-from olora_ray.tracking import artifacts, models, start
+from olora_ray.tracking import artifacts, models, registered, start
 from olora_ray.tracking.client import TrackingUnavailable, connect
+from olora_ray.tracking.contents import Contents
 from tests import mlflow_database, tiny
 from tests.s3_server import Faults, Server, within
 
@@ -36,11 +37,11 @@ def test_a_runs_files_and_model_lie_in_the_bucket(
     check(config)
     tracker = start.start_run(config, "test", {})
     tracker.text("{}", "parity.json")
-    version = models.register(tracker, merged, "on-s3", "challenger", {"olora.eval_loss": "1.5"})
+    version = models.register(tracker, Contents(merged), "on-s3", "challenger", {"olora.eval_loss": "1.5"})
     keys = s3_server.keys(storage.join(bucket, "mlartifacts"))
     assert any(key.endswith("/parity.json") for key in keys)
     assert any(key.endswith("/model/model.safetensors") for key in keys)
-    found = models.resolve_model_uri(f"models:/on-s3/{version}", tracker.uri, tmp_path / "cache")
+    found = registered.find(f"models:/on-s3/{version}", tracker.uri, tmp_path / "cache").folder
     assert (found / "model.safetensors").read_bytes() == (merged / "model.safetensors").read_bytes()
 
 

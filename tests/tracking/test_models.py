@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from olora_ray.common.errors import UserError
-from olora_ray.tracking import checksums, models, run
+from olora_ray.tracking import checksums, mlmodel, models, record, run
 from olora_ray.tracking.aliases import Aliases
+from olora_ray.tracking.contents import Contents
 from olora_ray.tracking.start import start_run
 from tests import mlflow_database, tiny
 from tests.export_parts import Case, logits
-from tests.said import said
 
 TAGS = {"olora.method": "olora", "olora.rank": 4, "olora.eval_loss": ""}
 QUESTION = [{"role": "user", "content": "hello"}]
@@ -32,7 +32,7 @@ def tracker(storage: Path, monkeypatch: pytest.MonkeyPatch) -> run.Tracker:
 def registered(storage: Path, merged: Path) -> run.Tracker:
     """A run with version 1 of `triage`, alias candidate."""
     tracker = start_run(tiny.config(run__storage=str(storage)), "test", {})
-    assert models.register(tracker, merged, "triage", "candidate", TAGS, base_name="org/base") == 1
+    assert models.register(tracker, Contents(merged, answers_as="org/base"), "triage", "candidate", TAGS) == 1
     return tracker
 
 
@@ -45,7 +45,8 @@ def test_the_version_has_alias_tags_run_and_model(registered: run.Tracker) -> No
     version = registered.client().get_model_version_by_alias("triage", "candidate")
     assert version.run_id == registered.run_id
     text = (Path(version.source) / checksums.FILE).read_text()
-    assert version.tags == {name: str(value) for name, value in TAGS.items()} | {checksums.TAG: checksums.digest(text)}
+    shown = {name: str(value) for name, value in TAGS.items() if value != ""}
+    assert version.tags == shown | {record.TAG: json.dumps({checksums.TAG: checksums.digest(text)})}
     (output,) = registered.client().get_run(registered.run_id).outputs.model_outputs
     model = registered.client().get_logged_model(output.model_id)
     assert str(model.status) == "READY"
@@ -103,7 +104,7 @@ def test_one_copy_of_the_weights(registered: run.Tracker, merged: Path, storage:
 def test_registering_again_gives_the_same_version(registered: run.Tracker, merged: Path) -> None:
     client = registered.client()
     client.delete_registered_model_alias("triage", "candidate")  # killed before it was set
-    assert models.register(registered, merged, "triage", "candidate", TAGS) == 1
+    assert models.register(registered, Contents(merged), "triage", "candidate", TAGS) == 1
     assert client.get_model_version_by_alias("triage", "candidate").version in ("1", 1)
     assert len(client.search_model_versions("name = 'triage'")) == 1
 
@@ -115,18 +116,18 @@ def test_a_copy_that_was_interrupted_is_filled_again(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(models, "_write_description", killed)
+        patch.setattr(mlmodel, "write", killed)
         with pytest.raises(KeyboardInterrupt):
-            models.register(tracker, merged, "other", "candidate", TAGS)
-    version = models.register(tracker, merged, "other", "candidate", TAGS)
+            models.register(tracker, Contents(merged), "other", "candidate", TAGS)
+    version = models.register(tracker, Contents(merged), "other", "candidate", TAGS)
     experiment = tracker.client().get_run(tracker.run_id).info.experiment_id
     logged = tracker.client().search_logged_models([experiment], f"source_run_id = '{tracker.run_id}'")
     assert [str(item.status) for item in logged] == ["READY"]
-    assert (models.resolve_model_uri(f"models:/other/{version}", tracker.uri).parent / "MLmodel").is_file()
+    assert (Path(tracker.client().get_model_version("other", str(version)).source) / "MLmodel").is_file()
 
 
 def test_another_run_gives_another_version(registered: run.Tracker, tracker: run.Tracker, merged: Path) -> None:
-    version = models.register(tracker, merged, "triage", "second", TAGS)
+    version = models.register(tracker, Contents(merged), "triage", "second", TAGS)
     assert version > 1
     client = tracker.client()
     assert int(client.get_model_version_by_alias("triage", "second").version) == version
@@ -137,15 +138,15 @@ def test_a_version_that_is_registered_as_champion_takes_over_as_by_a_promotion(
     registered: run.Tracker, tracker: run.Tracker, merged: Path
 ) -> None:
     for place, one in enumerate((registered, tracker), 1):
-        assert models.register(one, merged, "direct", "champion", TAGS) == place
+        assert models.register(one, Contents(merged), "direct", "champion", TAGS) == place
     assert Aliases(tracker.uri, "direct").current() == {"champion": "2", "previous": "1"}
-    assert models.register(tracker, merged, "direct", "champion", TAGS) == 2
+    assert models.register(tracker, Contents(merged), "direct", "champion", TAGS) == 2
     assert Aliases(tracker.uri, "direct").current() == {"champion": "2", "previous": "1"}, "repeating changes nothing"
 
 
 def test_logging_without_registering(tracker: run.Tracker, merged: Path) -> None:
-    model_id = models.log_model(tracker, merged, TAGS)
-    assert models.log_model(tracker, merged, TAGS) == model_id
+    model_id = models.log_model(tracker, Contents(merged), TAGS)
+    assert models.log_model(tracker, Contents(merged), TAGS) == model_id
     assert tracker.client().search_model_versions(f"run_id = '{tracker.run_id}'") == []
 
 
@@ -154,7 +155,7 @@ def test_a_base_model_without_a_chat_template_completes(tracker: run.Tracker, me
 
     plain = shutil.copytree(merged, tmp_path / "plain")
     (plain / "chat_template.jinja").unlink()
-    model = mlflow.pyfunc.load_model(_folder_of(tracker, models.log_model(tracker, plain, {})))
+    model = mlflow.pyfunc.load_model(_folder_of(tracker, models.log_model(tracker, Contents(plain), {})))
     (answer,) = model.predict({"prompt": "hello", "max_tokens": 4})
     assert answer["object"] == "text_completion"
 
@@ -165,80 +166,4 @@ def _folder_of(tracker: run.Tracker, model_id: str) -> str:
 
 def test_a_name_mlflow_refuses(tracker: run.Tracker, merged: Path) -> None:
     with pytest.raises(UserError, match=r"^registry\.model=a/b: "):
-        models.register(tracker, merged, "a/b", "candidate", {})
-
-
-@pytest.mark.parametrize("name", ["models:/triage@candidate", "models:/triage/1"])
-def test_a_registered_model_as_a_base_model(registered: run.Tracker, merged: Path, tmp_path: Path, name: str) -> None:
-    folder = models.resolve_model_uri(name, registered.uri, tmp_path)
-    assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in merged.iterdir())
-    assert json.loads((folder / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
-    assert list(tmp_path.iterdir()) == [], "local artifacts are used where they lie"
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("models:/triage@nobody", r"triage has versions 1.* and aliases @candidate = 1"),
-        ("models:/triage/77", r"triage has versions 1"),
-        ("models:/nothing@candidate", "no model 'nothing' is registered"),
-        ("models:/triage", "expected models:/NAME@ALIAS or models:/NAME/VERSION"),
-        ("models:/triage/Production", "expected models:/NAME@ALIAS"),
-    ],
-)
-def test_a_registered_model_that_is_not_there(registered: run.Tracker, name: str, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        models.resolve_model_uri(name, registered.uri)
-
-
-def test_a_version_that_is_no_transformers_model(tracker: run.Tracker, tmp_path: Path) -> None:
-    (tmp_path / "model.pkl").write_text("")
-    tracker.client().create_registered_model("sklearn")
-    tracker.client().create_model_version("sklearn", str(tmp_path))
-    with pytest.raises(UserError, match=r"has no config\.json"):
-        models.resolve_model_uri("models:/sklearn/1", tracker.uri)
-
-
-def test_artifacts_elsewhere_are_downloaded_once_and_checked_each_time(
-    registered: run.Tracker, merged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import mlflow.artifacts
-
-    fetched = []
-    client = registered.client()
-    source = Path(client.get_model_version("triage", "1").source)
-
-    def download(artifact_uri: str, dst_path: str, tracking_uri: str) -> str:
-        fetched.append((artifact_uri, tracking_uri))
-        shutil.copytree(source, Path(dst_path) / "artifacts")
-        return f"{dst_path}/artifacts"
-
-    monkeypatch.setattr(client, "get_model_version_download_uri", lambda *_: "s3://bucket/model")
-    monkeypatch.setattr(mlflow.artifacts, "download_artifacts", download)
-    folders = {models.resolve_model_uri("models:/triage/1", registered.uri, tmp_path) for _ in range(2)}
-    assert fetched == [("s3://bucket/model", registered.uri)]
-    (folder,) = folders
-    assert not list(tmp_path.rglob("*.tmp"))
-    (folder / "adapter_config.json").write_text("{}")
-    assert models.resolve_model_uri("models:/triage/1", registered.uri, tmp_path) == folder
-    assert len(fetched) == 2, "a copy that is damaged is fetched again"
-    assert not (folder / "adapter_config.json").exists()
-
-
-@pytest.mark.parametrize("name", ["model/adapter_config.json", "model/chat_template.jinja", "config.json", "x/y"])
-def test_a_version_with_added_or_changed_files_is_not_loaded(tracker: run.Tracker, merged: Path, name: str) -> None:
-    version = models.register(tracker, merged, "spoilt", "candidate", TAGS)
-    uri = f"models:/spoilt/{version}"
-    file = models.resolve_model_uri(uri, tracker.uri).parent / name
-    file.parent.mkdir(exist_ok=True)
-    file.write_text("{}")
-    with pytest.raises(UserError, match=rf"^spoilt version {version}: {name} (was added|has other content)"):
-        models.resolve_model_uri(uri, tracker.uri)
-
-
-def test_a_version_of_others_is_loaded_with_a_warning(tracker: run.Tracker, merged: Path) -> None:
-    tracker.client().create_registered_model("others")
-    tracker.client().create_model_version("others", str(merged))
-    with said() as lines:
-        assert models.resolve_model_uri("models:/others/1", tracker.uri) == merged
-    assert "has no checksums: its files are not checked" in "".join(lines)
+        models.register(tracker, Contents(merged), "a/b", "candidate", {})

@@ -1,0 +1,78 @@
+"""A run that has ended, but for the training: all that publishing, evaluating and the gate find of one, without Ray."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from olora_ray.adapter import export
+from olora_ray.cluster.spec import AnswerPair, TrainResult, TrainSpec
+from olora_ray.config.load import build
+from olora_ray.config.schema import Config
+from olora_ray.pipeline import publish
+from olora_ray.pipeline.base import open_base
+from olora_ray.pipeline.export import _complete
+from olora_ray.pipeline.run_folder import RunFolder
+from olora_ray.tokens.prepare import prepare
+from olora_ray.tracking.aliases import Aliases
+from olora_ray.tracking.start import resolve_uri, start_run
+from olora_ray.train.generate import questions
+from olora_ray.train.state import TrainState
+from tests import mlflow_database
+from tests.export_parts import Case, make_case
+from tests.pipelines import project
+
+SCORES = {"before": {"exact_match": 0.0}, "after": {"exact_match": 0.5}}
+
+
+@dataclass
+class FinishedRun:
+    """What a training has left, and its exports."""
+
+    spec: TrainSpec
+    folder: RunFolder
+    result: TrainResult
+    case: Case
+
+    @property
+    def config(self) -> Config:
+        return self.spec.config
+
+    @property
+    def aliases(self) -> Aliases:
+        return Aliases(resolve_uri(self.config), str(self.config.registry.model))
+
+    def registered(self, tags: Mapping[str, str] | None = None) -> str:
+        """Register it once more, by another run of MLflow; returns the version."""
+        tracker = start_run(self.config, "test", {})
+        return str(publish.publish(self.spec, self.folder, tracker, self.result, {}, tags or {}, SCORES))
+
+
+def make(folder: Path, **changes: Any) -> FinishedRun:
+    """A run in `folder` on a tiny model and corpus, with changes as project.settings has them."""
+    from transformers import AutoModelForCausalLM
+
+    project.make_tiny(folder)
+    config = build(project.settings(folder, folder / "model", **changes))
+    mlflow_database.place(Path(config.run.storage))
+    case = make_case(folder / "model", AutoModelForCausalLM.from_pretrained(folder / "model"), config.adapter)
+    base = open_base(config)
+    train, held_out = prepare(config, base.spec, "train"), prepare(config, base.spec, "eval")
+    spec = TrainSpec(config, base.model, base.spec.digest, base.eos, train, held_out)
+    state = TrainState(6, 1.25, 6, history=[{"step": 0.0, "eval/loss": 2.5}, {"step": 6.0, "eval/loss": 1.25}])
+    question = questions(held_out, 1)[0]
+    result = TrainResult(state=state, answers=(AnswerPair(question.prompt, question.reference, (), ()),))
+    run = FinishedRun(spec, RunFolder(config), result, case)
+    _export(run, state)
+    return run
+
+
+def _export(run: FinishedRun, state: TrainState) -> None:
+    case, base = run.case, run.spec.base
+    complete = partial(_complete, run.config, base, state)
+    export.write_adapter(case.adapter, case.settings, base.folder, Path(run.folder.adapter), complete=complete)
+    if run.config.export.merged:
+        export.write_merged(case.base, case.adapter, case.scale, Path(run.folder.merged))
+    run.folder.claim()
+    run.folder.write_result({"metrics": {}, "base": {"digest": base.digest}})

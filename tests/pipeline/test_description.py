@@ -1,0 +1,105 @@
+"""A version's description says in words what it is, and nothing of the machine that trained it."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from olora_ray.config.load import override
+from olora_ray.pipeline.description import describe
+from olora_ray.tracking import models
+from olora_ray.tracking.client import connect
+from olora_ray.tracking.contents import BaseOfAdapter
+from olora_ray.tracking.start import resolve_uri
+from tests import finished_run
+from tests.finished_run import FinishedRun
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        found = finished_run.make(tmp_path_factory.mktemp("run"))
+        assert found.registered({"olora.retrained_from": "base"}) == "1"
+    return found
+
+
+def text_of(run: FinishedRun, base: BaseOfAdapter | None = None, **changes: Any) -> str:
+    config = override(run.config, {name.replace("__", "."): value for name, value in changes.items()})
+    return describe(replace(run.spec, config=config), run.result, finished_run.SCORES, base)
+
+
+def test_the_page_of_a_version(run: FinishedRun) -> None:
+    version = connect(resolve_uri(run.config)).get_model_version("small", "1")
+    text = version.description
+    assert text.startswith("Fine-tuned from `model`: olora, rank 4, alpha 8, on `all-linear`.\n")
+    assert "| loss per held-out token | 2.5000 | **1.2500** |" in text
+    assert "| exact_match (1 row) | 0.000 | **0.500** |" in text
+    assert "**Trained on** 60 rows, " in text
+    assert "of `train.jsonl` (messages): 6 steps; a step has 4 sequences of at most 64 tokens." in text
+    assert "**Held out** 7 rows, " in text
+    assert 'mlflow.transformers.load_model("models:/small/1")' in text
+    assert str(Path(run.config.run.storage).parent) not in text
+    assert sorted(version.tags) == [
+        "olora.eval_loss",
+        "olora.method",
+        "olora.rank",
+        "olora.record",
+        "olora.retrained_from",
+    ]
+    assert max(len(value) for name, value in version.tags.items() if name != "olora.record") < 20
+
+
+def test_the_page_of_the_registered_model_says_what_its_aliases_mean(run: FinishedRun) -> None:
+    client = connect(resolve_uri(run.config))
+    assert "`champion`: the version in use" in client.get_registered_model("small").description
+    client.update_registered_model("small", "by hand")
+    run.registered()
+    assert client.get_registered_model("small").description == "by hand"
+
+
+def test_registering_again_leaves_a_description_that_has_changed(run: FinishedRun) -> None:
+    client = connect(resolve_uri(run.config))
+    number = run.registered()
+    version = client.get_model_version("small", number)
+    client.update_model_version("small", number, f"{version.description}\n\nby hand")
+    tracker = models.Tracker(resolve_uri(run.config), version.run_id)
+    from olora_ray.pipeline import publish
+
+    publish.publish(run.spec, run.folder, tracker, run.result, {}, {})
+    assert client.get_model_version("small", number).description.endswith("by hand")
+
+
+def test_an_adapter_alone_says_what_else_is_needed(run: FinishedRun) -> None:
+    folder = "/home/somebody/models/base"
+    text = text_of(run, BaseOfAdapter(folder, "cafe", folder))
+    assert 'load_model("{uri}", base_model_path="FOLDER_OF_THE_BASE")' in text
+    assert "`base`" in text
+    assert "/home" not in text
+    text = text_of(run, BaseOfAdapter("org/base", "cafe", folder, "0123", True))
+    assert '.from_pretrained("org/base", revision="0123"), f"{folder}/peft")' in text
+    assert "`org/base` at commit `0123`" in text
+
+
+def test_many_sources_and_odd_names_stay_readable(run: FinishedRun) -> None:
+    sources = [{"path": f"/data/`odd`|\n{number}.jsonl", "weight": 2.0} for number in range(40)]
+    text = text_of(run, data__train=sources, data__eval=[], data__eval_fraction=0.25)
+    assert "`'odd'/ 0.jsonl` (messages, weight 2)" in text
+    assert "`'odd'/ 5.jsonl` (messages, weight 2), 34 more:" in text
+    assert "0.25 of these rows" in text
+    assert len(text) < models.DESCRIPTION_LENGTH // 2
+
+
+def test_a_compressed_adapter_and_one_that_continues_another_say_so(run: FinishedRun) -> None:
+    assert "on `all-linear`, compressed to rank 4 for the export." in text_of(run, export__rank=4)
+    text = describe(replace(run.spec, start="cafe"), run.result, {}, None)
+    assert "on `all-linear`; training began with the adapter of an earlier run." in text
+
+
+def test_without_held_out_rows_there_is_no_table(run: FinishedRun) -> None:
+    assert run.result.state is not None
+    result = replace(run.result, state=replace(run.result.state, history=[], best_loss=None, best_step=None))
+    text = describe(replace(run.spec, eval=None), result, {}, None)
+    assert "|---|" not in text
+    assert "Held out" not in text

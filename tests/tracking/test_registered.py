@@ -1,0 +1,109 @@
+"""From a name of the registry to checked files."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from olora_ray.common.errors import UserError
+from olora_ray.tracking import models, registered, run
+from olora_ray.tracking.contents import Contents
+from olora_ray.tracking.start import start_run
+from tests import mlflow_database, tiny
+from tests.said import said
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return mlflow_database.place(tmp_path_factory.mktemp("registry") / "runs")
+
+
+@pytest.fixture
+def tracker(storage: Path, monkeypatch: pytest.MonkeyPatch) -> run.Tracker:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return start_run(tiny.config(run__storage=str(storage)), "test", {})
+
+
+@pytest.fixture(scope="module")
+def known(storage: Path, merged: Path) -> run.Tracker:
+    """A run with version 1 of `triage`, alias candidate."""
+    tracker = start_run(tiny.config(run__storage=str(storage)), "test", {})
+    assert models.register(tracker, Contents(merged), "triage", "candidate", {}) == 1
+    return tracker
+
+
+@pytest.mark.parametrize("name", ["models:/triage@candidate", "models:/triage/1"])
+def test_a_registered_model_as_a_base_model(known: run.Tracker, merged: Path, tmp_path: Path, name: str) -> None:
+    folder = registered.find(name, known.uri, tmp_path).folder
+    assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in merged.iterdir())
+    assert json.loads((folder / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+    assert list(tmp_path.iterdir()) == [], "local artifacts are used where they lie"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("models:/triage@nobody", r"triage has versions 1.* and aliases @candidate = 1"),
+        ("models:/triage/77", r"triage has versions 1"),
+        ("models:/nothing@candidate", "no model 'nothing' is registered"),
+        ("models:/triage", "expected models:/NAME@ALIAS or models:/NAME/VERSION"),
+        ("models:/triage/Production", "expected models:/NAME@ALIAS"),
+    ],
+)
+def test_a_registered_model_that_is_not_there(known: run.Tracker, name: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        registered.find(name, known.uri)
+
+
+def test_a_version_that_is_no_transformers_model(tracker: run.Tracker, tmp_path: Path) -> None:
+    (tmp_path / "model.pkl").write_text("")
+    tracker.client().create_registered_model("sklearn")
+    tracker.client().create_model_version("sklearn", str(tmp_path))
+    with pytest.raises(UserError, match=r"has no config\.json"):
+        registered.find("models:/sklearn/1", tracker.uri)
+
+
+def test_artifacts_elsewhere_are_downloaded_once_and_checked_each_time(
+    known: run.Tracker, merged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlflow.artifacts
+
+    fetched = []
+    client = known.client()
+    source = Path(client.get_model_version("triage", "1").source)
+
+    def download(artifact_uri: str, dst_path: str, tracking_uri: str) -> str:
+        fetched.append((artifact_uri, tracking_uri))
+        shutil.copytree(source, Path(dst_path) / "artifacts")
+        return f"{dst_path}/artifacts"
+
+    monkeypatch.setattr(client, "get_model_version_download_uri", lambda *_: "s3://bucket/model")
+    monkeypatch.setattr(mlflow.artifacts, "download_artifacts", download)
+    folders = {registered.find("models:/triage/1", known.uri, tmp_path).folder for _ in range(2)}
+    assert fetched == [("s3://bucket/model", known.uri)]
+    (folder,) = folders
+    assert not list(tmp_path.rglob("*.tmp"))
+    (folder / "adapter_config.json").write_text("{}")
+    assert registered.find("models:/triage/1", known.uri, tmp_path).folder == folder
+    assert len(fetched) == 2, "a copy that is damaged is fetched again"
+    assert not (folder / "adapter_config.json").exists()
+
+
+@pytest.mark.parametrize("name", ["model/adapter_config.json", "model/chat_template.jinja", "config.json", "x/y"])
+def test_a_version_with_added_or_changed_files_is_not_loaded(tracker: run.Tracker, merged: Path, name: str) -> None:
+    version = models.register(tracker, Contents(merged), "spoilt", "candidate", {})
+    uri = f"models:/spoilt/{version}"
+    file = registered.find(uri, tracker.uri).folder.parent / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("{}")
+    with pytest.raises(UserError, match=rf"^spoilt version {version}: {name} (was added|has other content)"):
+        registered.find(uri, tracker.uri)
+
+
+def test_a_version_of_others_is_loaded_with_a_warning(tracker: run.Tracker, merged: Path) -> None:
+    tracker.client().create_registered_model("others")
+    tracker.client().create_model_version("others", str(merged))
+    with said() as lines:
+        assert registered.find("models:/others/1", tracker.uri).folder == merged
+    assert "has no checksums: its files are not checked" in "".join(lines)
