@@ -13,6 +13,7 @@ from torch import nn
 from olora_ray.adapter.factors import Factors
 from olora_ray.adapter.initialise import InitReport, assign, initialise
 from olora_ray.adapter.methods import METHODS
+from olora_ray.adapter.targets import Target
 from olora_ray.common.errors import UserError
 from tests.crew import Crew
 
@@ -21,9 +22,9 @@ RANK = 4
 WORKERS = pytest.mark.parametrize("workers", [1, 2, 3])
 
 
-def layers(poisoned: str | None = None, flat: str | None = None, count: int = 7) -> dict[str, nn.Module]:
+def layers(poisoned: str | None = None, flat: str | None = None, count: int = 7) -> dict[str, Target]:
     generator = torch.Generator().manual_seed(4)
-    made: dict[str, nn.Module] = {}
+    made: dict[str, Target] = {}
     for number in range(count):
         name = f"block.{number}"
         linear = nn.Linear(8 + 5 * number, 24 - number, bias=False)
@@ -32,7 +33,7 @@ def layers(poisoned: str | None = None, flat: str | None = None, count: int = 7)
             linear.weight.data[3, 5] = torch.nan
         if name == flat:
             linear.weight.data[:, 1] = 0.0
-        made[name] = linear
+        made[name] = Target(linear, "weight", stored_transposed=False)
     return made
 
 
@@ -94,7 +95,7 @@ def test_random_starts_do_not_depend_on_the_workers(crew: Callable[[int], Crew])
 
 
 def test_layers_of_one_shape_start_differently() -> None:
-    twins: dict[str, nn.Module] = {"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)}
+    twins = {name: Target(nn.Linear(8, 8), "weight", stored_transposed=False) for name in "ab"}
     found, _ = initialise(twins, "lora", RANK, 0, CPU)
     assert not torch.equal(found["a"].a0, found["b"].a0)
 
