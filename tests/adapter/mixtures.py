@@ -1,6 +1,7 @@
 """Tiny random mixtures of experts, one of each family that transformers keeps in a way of its own."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -162,3 +163,10 @@ def make(family: str, dtype: torch.dtype = torch.float32, experts: str | None = 
     if experts is not None and model._can_set_experts_implementation():
         model.set_experts_implementation(experts)
     return model.to(dtype).eval().requires_grad_(False)
+
+
+def save(family: str, folder: Path) -> None:
+    """A model folder with as much of a tokenizer as counts as one."""
+    make(family).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_text("{}")

@@ -8,13 +8,16 @@ from pathlib import Path
 
 import pytest
 
+from olora_ray.config.load import override
 from olora_ray.config.schema import Config
 from olora_ray.model.source import obtain
 from olora_ray.train.estimate import estimate
 from tests import tiny
+from tests.adapter import mixtures
 from tests.pipelines import project
 
 LENGTH = 64
+PLACE = {"qwen3_moe": "mlp", "llama4": "feed_forward"}
 MIB = 2**20
 
 
@@ -77,6 +80,21 @@ def test_gpus_that_are_not_here_are_taken_to_use_bfloat16(tmp_path: Path) -> Non
     base = obtain(config)
     size = estimate(config, base, gpu=True)
     assert size.base_bytes == 2 * size.parameters
+
+
+@pytest.mark.parametrize(("family", "chosen"), [("qwen3_moe", 2), ("llama4", mixtures.EXPERTS)])
+def test_experts_count_with_those_that_a_token_meets(tmp_path: Path, family: str, chosen: int) -> None:
+    mixtures.save(family, tmp_path)
+    sizes = {}
+    for targets in (("self_attn.q_proj",), ("self_attn.q_proj", "experts.down_proj")):
+        config = override(settings(tmp_path, 4), {"adapter.targets": targets})
+        sizes[targets] = estimate(config, obtain(config))
+    few, all_of_them = sizes.values()
+    m, n = 32, 24 if family == "qwen3_moe" else 48
+    assert all_of_them.targets[f"model.layers.0.{PLACE[family]}.experts.down_proj"] == (4, m, n)
+    assert all_of_them.trainable - few.trainable == 2 * mixtures.EXPERTS * (m + n) * 4
+    assert all_of_them.activation_bytes - few.activation_bytes == 2 * LENGTH * chosen * (m + n + 2 * 4) * 4
+    assert few.coverage.share < all_of_them.coverage.share
 
 
 def _status(field: str) -> int:
