@@ -29,11 +29,12 @@ def direct_reads(module: nn.Module) -> set[str]:
 
     Branches that the module's own attributes turn off (`if self.slow_but_exact:`) do not count.
     """
-    return {path for path, place in _weight_reads(type(module)) if not _turned_off(place, module)}
+    module_class: type = type(module)
+    return {path for path, place in _weight_reads(module_class) if not _turned_off(place, module)}
 
 
 @cache
-def _weight_reads(module_class: type[nn.Module]) -> tuple[tuple[str, tuple[ast.AST, ...]], ...]:
+def _weight_reads(module_class: type) -> tuple[tuple[str, tuple[ast.AST, ...]], ...]:
     found = []
     for node, parents in _nodes(module_class):
         if isinstance(node, ast.Attribute) and node.attr == "weight" and not _only_a_fact(parents):
@@ -69,9 +70,13 @@ def _truth(test: ast.expr, module: nn.Module) -> bool | None:
     return None
 
 
-@cache
-def product(module_class: type[nn.Module], parameter: str) -> Product | None:
+def product(module_class: type, parameter: str) -> Product | None:
     """How the class multiplies with its parameter, expert by expert or with all at once; None if it is not clear."""
+    return _product(module_class, parameter)
+
+
+@cache
+def _product(module_class: type, parameter: str) -> Product | None:
     kinds: set[Product | None] = set()
     for node, parents in _nodes(module_class):
         if isinstance(node, ast.Attribute) and _path_from_self(node) == parameter and not _only_a_fact(parents):
@@ -106,7 +111,7 @@ def _path_from_self(node: ast.expr) -> str | None:
     return ".".join(parts) if isinstance(node, ast.Name) and node.id == "self" else None
 
 
-def _nodes(module_class: type[nn.Module]) -> Iterator[tuple[ast.AST, tuple[ast.AST, ...]]]:
+def _nodes(module_class: type) -> Iterator[tuple[ast.AST, tuple[ast.AST, ...]]]:
     """Every node of the methods that run in training, with the nodes that it is in, outermost first."""
     seen: set[str] = set(_BEFORE)
     for owner in module_class.__mro__[: module_class.__mro__.index(nn.Module)]:
