@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from olora_ray.adapter.candidates import HEAD, candidates, other_parts, part_of
 from olora_ray.adapter.coverage import Coverage, coverage
 from olora_ray.adapter.targets import Selection, Target, select
 from olora_ray.config.schema import Config
@@ -72,13 +73,18 @@ def _dtype(config: Config, gpu: bool) -> torch.dtype:
 
 
 def _activations(config: Config, model: Any, selection: Selection, width: int) -> int:
-    """What a backward pass keeps: input, output and hidden of adapted layers, norms and sums of blocks."""
+    """What a backward pass keeps: input, output and hidden of adapted layers, norms and sums of blocks.
+
+    Of other layers of the language model it keeps the output, for what comes after them.
+    """
     tokens = config.train.micro_batch * config.data.max_length
-    shape = model.config.get_text_config()
-    linear = 0
-    for target in selection.targets.values():
-        m, n = target.shape
-        linear += (m + n + 2 * config.adapter.rank) * (1 if target.experts is None else _experts_a_token(shape, target))
+    shape, parts, linear = model.config.get_text_config(), other_parts(model), 0
+    for name, item in candidates(model).items():
+        if item.refused is HEAD or part_of(name, parts):
+            continue
+        m, n = item.target.shape
+        kept = m + n + 2 * config.adapter.rank if name in selection.targets else m
+        linear += kept * (1 if item.target.experts is None else _experts_a_token(shape, item.target))
     blocks = shape.num_hidden_layers * shape.hidden_size * 8
     return int(tokens * (linear + blocks) * width + 3 * 4 * CHUNK_LOGITS)
 
