@@ -175,15 +175,29 @@ def test_a_subclass_counts_as_linear_if_it_computes_a_linear_map(device: str) ->
     ]
 
 
+class Crop(torch.autograd.Function):
+    """A kernel that computes more rows than are asked for, and returns a view."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, whole: Tensor) -> Tensor:
+        return whole[: len(x)]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0][:, :8] * 0, None
+
+
 class Packed(nn.Linear):
     """Four bits a weight, as quantisers keep them."""
 
     def __init__(self, n: int, m: int) -> None:
         super().__init__(n, m)
         self.weight = nn.Parameter(torch.zeros(n * m // 2, 1, dtype=torch.uint8), requires_grad=False)
+        self.kept = torch.ones(5, m)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.new_ones(*x.shape[:-1], self.out_features)[..., :]
+        result: Tensor = Crop.apply(x, self.kept)  # type: ignore[no-untyped-call]
+        return result
 
 
 def test_packed_weights_are_refused_by_name_and_left_out_otherwise() -> None:
@@ -201,7 +215,12 @@ def test_an_adapter_on_packed_weights_has_the_layers_size_and_does_not_touch_wha
     base = Packed(8, 12)
     layer = AdaptedLinear(base, METHODS["lora"](torch.zeros(12, 8), 4, 0), 2.0)
     assert layer.db.shape == (12, 4)
-    assert torch.equal(layer(torch.rand(3, 8)), torch.ones(3, 12))
+    layer.db.data.fill_(1.0)
+    y = layer(torch.rand(3, 8, requires_grad=True))
+    assert not torch.equal(y, torch.ones(3, 12))
+    y.sum().backward()
+    assert layer.db.grad is not None
+    assert torch.equal(base.kept, torch.ones(5, 12))
 
 
 def test_the_weight_of_an_adapted_layer_tells_facts_and_nothing_else() -> None:
