@@ -1,8 +1,9 @@
 """Adapters for the experts of a mixture whose weights are one parameter: E x m x n, or E x n x m.
 
 Such a parameter is multiplied with by the code of its module, in one of several ways: expert by expert in a loop, or
-with all experts at once over rows that are sorted by expert (transformers' "eager" and "grouped_mm"). The module is
-left as it is: while it runs, a stand-in takes the place of the parameter. The stand-in knows products only. It has
+with all experts at once over rows that are sorted by expert, or with an expert's weight for each row (transformers'
+"eager", "grouped_mm", and "batched_mm", to which it changes by itself when it generates on a GPU). The module is left
+as it is: while it runs, a stand-in takes the place of the parameter. The stand-in knows products only. It has
 torch compute the very product that the base would, with the parameter itself, and adds the low-rank path to the
 result; all other uses fail. So the start equals the base exactly whichever way the base multiplies, biases, gates and
 norms are the base's, and nothing passes an adapter by in silence.
@@ -71,13 +72,14 @@ class _StandIn:
         cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Tensor:
         """See torch's documentation, "Extending torch with a Tensor-like type"."""
-        known = _PRODUCTS.get(getattr(func, "__name__", ""))
-        inputs = [arg for arg in args if not isinstance(arg, _StandIn)]
         stand_ins = [arg for arg in (*args, *(kwargs or {}).values()) if isinstance(arg, _StandIn)]
-        if known is None or len(stand_ins) != 1 or len(args) < 2 or args[1] is not stand_ins[0]:
-            raise NotImplementedError(f"{stand_ins[0].name}: an adapter cannot follow {func} of experts' weights")
-        weight = stand_ins[0]
-        return known(weight, func(inputs[0], weight.weight, *args[2:], **(kwargs or {})), inputs[0], kwargs or {})
+        weight, named = stand_ins[0], kwargs or {}
+        place = next((place for place, arg in enumerate(args[:2]) if arg is weight), None)
+        known = _PRODUCTS.get((getattr(func, "__name__", ""), place))
+        if known is None or place is None or len(stand_ins) > 1 or len(args) < 2:
+            raise NotImplementedError(f"{weight.name}: an adapter cannot follow {func} of experts' weights")
+        y = func(*(weight.weight if arg is weight else arg for arg in args), **named)
+        return known(weight, y, args[1 - place], named)
 
     def size(self, dim: int | None = None) -> Any:
         """As a tensor's."""
@@ -115,9 +117,9 @@ class _Stack(_StandIn):
         super().__init__(weight, stack, name, transposed=stack.stored_transposed)
         self._pieces: tuple[Sequence[Tensor], Sequence[Tensor]] | None = None
 
-    def __getitem__(self, index: Any) -> _Expert:
-        if isinstance(index, Tensor) and index.dim() > 0:
-            raise NotImplementedError(f"{self.name}: an adapter cannot follow a gather of experts' weights")
+    def __getitem__(self, index: Any) -> "_Expert | _Gathered":
+        if isinstance(index, Tensor) and index.dim() == 1 and index.dtype == torch.int64:
+            return _Gathered(self, index)
         return _Expert(self, int(index))
 
     def trained(self, expert: int) -> tuple[Tensor, Tensor]:
@@ -140,6 +142,22 @@ class _Stack(_StandIn):
         low_rank: Any = _GroupedLowRank  # torch leaves `apply` untyped
         result: Tensor = low_rank.apply(y, inner, stack.da, stack.db, stack.a0, stack.b0, rows, stack.scale)
         return result
+
+
+class _Gathered(_StandIn):
+    """The weights of one expert for each row."""
+
+    def __init__(self, whole: _Stack, experts: Tensor) -> None:
+        super().__init__(whole.weight[experts], whole.stack, whole.name, transposed=whole.transposed)
+        self._whole, self._experts = whole, experts
+
+    def add(self, y: Tensor, x: Tensor) -> Tensor:
+        """y (T x m) plus the low-rank paths of x (T x n): with the rows sorted by expert, and put back."""
+        order = self._experts.argsort(stable=True)
+        hit, counts = self._experts[order].unique_consecutive(return_counts=True)
+        ends = counts.cumsum(0).tolist()
+        rows = list(zip(hit.tolist(), [0, *ends[:-1]], ends, strict=True))
+        return self._whole.add(y[order], x[order], rows)[order.argsort()]
 
 
 class _GroupedLowRank(torch.autograd.Function):
@@ -210,11 +228,20 @@ def _matmul(weight: _StandIn, y: Tensor, x: Tensor, named: Mapping[str, Any]) ->
     return weight.add(y, x) if isinstance(weight, _Expert) else _batched(weight, y, x, named)
 
 
+def _gathered(weight: _StandIn, y: Tensor, x: Tensor, named: Mapping[str, Any]) -> Tensor:
+    """Gathered weights (T x m x n) times x (T x n x 1)."""
+    assert isinstance(weight, _Gathered)
+    weight.must_be(transposed=False)
+    return weight.add(y.squeeze(-1), x.squeeze(-1)).unsqueeze(-1)
+
+
 def _batched(weight: _StandIn, y: Tensor, x: Tensor, named: Mapping[str, Any]) -> Tensor:
-    """x (E x T x n) times a stack: every expert has as many rows."""
-    assert isinstance(weight, _Stack)
+    """x (E x T x n) times a stack: every expert has as many rows; or x (T x 1 x n) times gathered weights."""
     assert x.dim() == 3
     weight.must_be(transposed=True)
+    if isinstance(weight, _Gathered):
+        return weight.add(y.squeeze(1), x.squeeze(1)).unsqueeze(1)
+    assert isinstance(weight, _Stack)
     count, size = x.shape[:2]
     rows = [(expert, expert * size, (expert + 1) * size) for expert in range(count)] if size else []
     return weight.add(y.flatten(0, 1), x.flatten(0, 1), rows).view(y.shape)
@@ -232,12 +259,13 @@ def _grouped(weight: _StandIn, y: Tensor, x: Tensor, named: Mapping[str, Any]) -
     return weight.add(y, x, rows)
 
 
-_PRODUCTS: dict[str, Callable[[Any, Tensor, Tensor, Mapping[str, Any]], Tensor]] = {
-    "linear": _linear,
-    "matmul": _matmul,
-    "bmm": _batched,
-    "_grouped_mm": _grouped,
-    "grouped_mm": _grouped,
-    "grouped_mm_fallback": _grouped,
+_PRODUCTS: dict[tuple[str, int | None], Callable[[Any, Tensor, Tensor, Mapping[str, Any]], Tensor]] = {
+    ("linear", 1): _linear,
+    ("matmul", 1): _matmul,
+    ("bmm", 1): _batched,
+    ("bmm", 0): _gathered,
+    ("_grouped_mm", 1): _grouped,
+    ("grouped_mm", 1): _grouped,
+    ("grouped_mm_fallback", 1): _grouped,
 }
-"""By the name that torch gives the function; `x @ W` is matmul, and grouped_mm_fallback is transformers' own."""
+"""By the name that torch gives the function and the weight's place; `x @ W` is matmul, the last is transformers'."""
