@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from olora_ray.adapter.candidates import other_parts, output_head, part_of
 from olora_ray.adapter.layer import is_linear
+from olora_ray.adapter.parts import other_parts, output_head, part_of
 from olora_ray.adapter.targets import Selection
 
 

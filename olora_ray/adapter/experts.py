@@ -86,8 +86,8 @@ class _StandIn:
         return self.weight.size() if dim is None else self.weight.size(dim)
 
     def data_ptr(self) -> int:
-        """As a tensor's: transformers looks at its alignment."""
-        return self.weight.data_ptr()
+        """The alignment of a tensor's, at which transformers looks; no address that a kernel could read from."""
+        return self.weight.data_ptr() % 16
 
     def must_be(self, *, transposed: bool) -> None:
         """Raise NotImplementedError if a product takes the weight the other way round than it is kept."""

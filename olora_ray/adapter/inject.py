@@ -4,10 +4,11 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from olora_ray.adapter.candidates import output_head, stack
+from olora_ray.adapter.candidates import stack
 from olora_ray.adapter.experts import AdaptedExperts, AdaptedStack
 from olora_ray.adapter.factors import Factors
 from olora_ray.adapter.layer import AdaptedLinear, AdaptedWeight
+from olora_ray.adapter.parts import output_head
 from olora_ray.adapter.targets import find_targets
 
 __all__ = ["find_targets", "inject", "install", "output_head", "remove", "wrap"]

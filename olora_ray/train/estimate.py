@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
-from olora_ray.adapter.candidates import HEAD, candidates, other_parts, part_of
+from olora_ray.adapter.candidates import HEAD, candidates
 from olora_ray.adapter.coverage import Coverage, coverage
+from olora_ray.adapter.parts import other_parts, part_of
 from olora_ray.adapter.targets import Selection, Target, select
 from olora_ray.config.schema import Config
 from olora_ray.model.folder import parameters
