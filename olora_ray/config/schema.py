@@ -127,7 +127,7 @@ class Adapter(Section):
     dropout: Fraction = 0.0
     """Dropout on the adapter's input during training."""
     targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
-    """all-linear (of the language model, with experts), or names, dotted suffixes or regular expressions of layers."""
+    """all-linear (language model with experts), or names, dotted suffixes or regexes of layers or experts' weights."""
     rank_stabilized: bool = False
     """Scale by alpha / sqrt(rank) instead of alpha / rank."""
 
