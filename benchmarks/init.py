@@ -22,8 +22,7 @@ from torch import Tensor, nn
 
 from olora_ray.adapter.factors import Factors
 from olora_ray.adapter.initialise import initialise
-from olora_ray.adapter.inject import find_targets
-from olora_ray.adapter.layer import weight_matrix
+from olora_ray.adapter.targets import Target, find_targets
 from olora_ray.common.quiet import quiet_transformers
 
 MATRICES = ((4096, 4096), (11008, 4096), (4096, 14336))
@@ -90,11 +89,11 @@ def compare(case: Case, repeats: int, peft_repeats: int) -> tuple[str, ...]:
     )
 
 
-def gaps(targets: dict[str, nn.Module], rank: int, ours: dict[str, Factors], theirs: Any) -> tuple[float, float, float]:
+def gaps(targets: dict[str, Target], rank: int, ours: dict[str, Factors], theirs: Any) -> tuple[float, float, float]:
     """Largest |ours - PEFT's|, |ours - exact| and |PEFT's - exact| over all factors."""
     largest = torch.zeros(3, dtype=torch.float64)
-    for name, module in targets.items():
-        weight = weight_matrix(module).double()
+    for name, target in targets.items():
+        weight = target.weight().double()
         b = torch.linalg.qr(weight[:, :rank]).Q
         triples = zip((ours[name].a0, ours[name].b0), theirs[name], (b.T @ weight, b), strict=True)
         for mine, other, exact in triples:

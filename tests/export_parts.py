@@ -8,8 +8,8 @@ import torch
 
 from olora_ray.adapter.factors import AdapterWeights, Factors
 from olora_ray.adapter.initialise import initialise
-from olora_ray.adapter.inject import find_targets, inject
-from olora_ray.adapter.layer import is_transposed
+from olora_ray.adapter.inject import inject
+from olora_ray.adapter.targets import Target, find_targets
 from olora_ray.config.schema import Adapter
 from tests import tiny
 
@@ -35,7 +35,7 @@ def make_case(folder: Path, model: Any, settings: Adapter, shard: str = "5GB") -
     """Save `model` to `folder` and make an adapter with random dA and dB."""
     model.save_pretrained(folder, max_shard_size=shard)
     targets = find_targets(model, settings.targets, settings.rank)
-    transposed = frozenset(name for name, module in targets.items() if is_transposed(module))
+    transposed = frozenset(name for name, target in targets.items() if target.stored_transposed)
     factors, _ = initialise(targets, settings.method, settings.rank, 3, torch.device("cpu"))
     adapter = {name: _trained(item, targets[name], i) for i, (name, item) in enumerate(factors.items())}
     for name, layer in inject(model, factors, settings.scale()).items():
@@ -65,8 +65,8 @@ def logits(model: Any) -> torch.Tensor:
     return found.float()
 
 
-def _trained(start: Factors, module: Any, seed: int) -> AdapterWeights:
+def _trained(start: Factors, target: Target, seed: int) -> AdapterWeights:
     generator = torch.Generator().manual_seed(seed)
-    m = module.weight.shape[1] if is_transposed(module) else module.weight.shape[0]
+    *experts, rank, _ = start.a0.shape
     da = torch.randn(start.a0.shape, generator=generator) * 0.02
-    return AdapterWeights(start, da, torch.randn(m, start.a0.shape[0], generator=generator) * 0.02)
+    return AdapterWeights(start, da, torch.randn(*experts, target.shape[0], rank, generator=generator) * 0.02)

@@ -1,6 +1,6 @@
 """Cache of factors: computed once for a search, and read by its trials.
 
-    factors.safetensors      NAME.a0 (R x n) and NAME.b0 (m x R), at the largest rank R of the search
+    factors.safetensors      NAME.a0 ((E x) R x n) and NAME.b0 ((E x) m x R), at the largest rank R of the search
     factors.json             what they were computed from; written last
 
 The factors of a smaller rank are a prefix of those of a larger one (the first columns of Q, the first rows of
@@ -11,6 +11,7 @@ import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -58,10 +59,18 @@ def read(place: str, origin: Mapping[str, str], rank: int, names: list[str]) -> 
             there = set(file.keys())
             return {
                 name: Factors(
-                    file.get_slice(f"{name}.a0")[:rank].contiguous(),
-                    file.get_slice(f"{name}.b0")[:, :rank].contiguous() if f"{name}.b0" in there else None,
+                    _first(file.get_slice(f"{name}.a0"), -2, rank),
+                    _first(file.get_slice(f"{name}.b0"), -1, rank) if f"{name}.b0" in there else None,
                 )
                 for name in names
             }
     except (OSError, SafetensorError):
         return None
+
+
+def _first(stored: Any, dim: int, rank: int) -> Tensor:
+    """The first `rank` of a stored tensor's dimension `dim`; nothing else of it is read."""
+    places = [slice(None)] * len(stored.get_shape())
+    places[dim] = slice(rank)
+    part: Tensor = stored[tuple(places)]
+    return part.contiguous()

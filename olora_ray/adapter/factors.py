@@ -8,6 +8,9 @@ For a target weight W (m x n), rank r and scale s = alpha / r:
 which equals the function W x + s (B A - B0 A0) x of OLoRA (arXiv 2406.01775, section 3) with
 A = A0 + dA and B = B0 + dB, but never subtracts two large numbers and leaves W alone. A method with
 B0 = 0 (plain LoRA) is the rank-r case y = W x + s dB (A0 + dA) x.
+
+The experts of a mixture whose weights are one parameter are E such maps with a factor each: a stack. All tensors
+then have a leading dimension of E. There is no stack of one expert: what has two dimensions is a linear layer.
 """
 
 from dataclasses import dataclass
@@ -18,28 +21,28 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Factors:
-    """The frozen start of one layer's adapter, in float32."""
+    """The frozen start of one layer's adapter, or of a stack's, in float32."""
 
     a0: Tensor
-    """r x n."""
+    """(E x) r x n."""
     b0: Tensor | None
-    """m x r; None stands for zeros."""
+    """(E x) m x r; None stands for zeros."""
     full_rank: bool = True
-    """False if the slice of the weight that the factors come from was rank-deficient."""
+    """False if the slice of the weight that the factors come from was rank-deficient, for any expert of a stack."""
 
 
 @dataclass(frozen=True)
 class AdapterWeights:
-    """One layer's adapter as trained, in float32."""
+    """One layer's adapter as trained, or a stack's, in float32."""
 
     factors: Factors
     da: Tensor
-    """r x n."""
+    """(E x) r x n."""
     db: Tensor
-    """m x r."""
+    """(E x) m x r."""
 
     def delta(self, scale: float) -> Tensor:
-        """The change of the weight, m x n, in float32."""
+        """The change of the weight, (E x) m x n, in float32."""
         a0, b0 = self.factors.a0, self.factors.b0
         b = self.db if b0 is None else b0 + self.db
         return scale * (self.db @ a0 + b @ self.da)
@@ -52,4 +55,4 @@ class AdapterWeights:
         a0, b0 = self.factors.a0, self.factors.b0
         if b0 is None:
             return a0 + self.da, self.db
-        return torch.cat([a0, self.da]), torch.cat([self.db, b0 + self.db], dim=1)
+        return torch.cat([a0, self.da], dim=-2), torch.cat([self.db, b0 + self.db], dim=-1)

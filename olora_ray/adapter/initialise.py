@@ -1,9 +1,9 @@
 """Distributed initialisation: each worker computes the factors of its share of the layers, in float32.
 
-Shares are balanced by cost (m r^2 + m n r multiplications for a short QR), and exchanged as one flat
-buffer per worker: one broadcast instead of two tensors per layer. Afterwards all workers hold the same
-bytes, which a digest over everything confirms (a QR's last bits depend on the number of threads, so
-computing the same layer everywhere would not do).
+Shares are balanced by cost (m r^2 + m n r multiplications for a short QR, E times that for a stack of
+experts), and exchanged as one flat buffer per worker: one broadcast instead of two tensors per layer.
+Afterwards all workers hold the same bytes, which a digest over everything confirms (a QR's last bits
+depend on the number of threads, so computing the same layer everywhere would not do).
 """
 
 import hashlib
@@ -14,16 +14,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from olora_ray.adapter.factors import Factors
-from olora_ray.adapter.layer import weight_matrix
 from olora_ray.adapter.methods import METHODS
+from olora_ray.adapter.targets import Target
 from olora_ray.common import collectives
 from olora_ray.common.errors import UserError
 
-Shape = tuple[int, int]
-"""(m, n) of a weight."""
+Shape = tuple[int, ...]
+"""(m, n) of a weight, or (E, m, n) of a stack of experts."""
+
+CHUNK = 2**26
+"""Numbers of a stack that are taken to float32 at once: 256 MiB, or one expert."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class InitReport:
 
 def assign(shapes: Mapping[str, Shape], rank: int, workers: int) -> list[list[str]]:
     """Names for each worker: the costliest layer first, to the least loaded worker; deterministic."""
-    cost = {name: m * rank**2 + m * n * rank for name, (m, n) in shapes.items()}
+    cost = {name: math.prod(experts) * (m * rank**2 + m * n * rank) for name, (*experts, m, n) in shapes.items()}
     load = [(0, worker) for worker in range(workers)]
     shares: list[list[str]] = [[] for _ in range(workers)]
     for name in sorted(shapes, key=lambda name: -cost[name]):
@@ -54,7 +57,7 @@ def assign(shapes: Mapping[str, Shape], rank: int, workers: int) -> list[list[st
 
 
 def initialise(
-    targets: Mapping[str, nn.Module], method: str, rank: int, seed: int, device: torch.device
+    targets: Mapping[str, Target], method: str, rank: int, seed: int, device: torch.device
 ) -> tuple[dict[str, Factors], InitReport]:
     """The factors of every target, computed by all workers of the default process group together.
 
@@ -62,7 +65,7 @@ def initialise(
     whose weight has NaN or infinite values.
     """
     here = collectives.rank()
-    shapes: dict[str, Shape] = {name: _shape(module) for name, module in targets.items()}
+    shapes: dict[str, Shape] = {name: tuple(target.weight().shape) for name, target in targets.items()}
     shares = assign(shapes, rank, collectives.world_size())
     start = time.perf_counter()
     own, problem = {}, None
@@ -95,20 +98,31 @@ def initialise(
     return {name: merged[name] for name in targets}, report
 
 
-def _shape(module: nn.Module) -> Shape:
-    m, n = weight_matrix(module).shape
-    return int(m), int(n)
-
-
 @torch.no_grad()
-def _compute(name: str, module: nn.Module, method: str, rank: int, seed: int, device: torch.device) -> Factors:
-    weight = weight_matrix(module).to(device, torch.float32)
+def _compute(name: str, target: Target, method: str, rank: int, seed: int, device: torch.device) -> Factors:
+    weight = target.weight()
     # A seed of its own for each layer, so that it does not matter who computes it.
     layer_seed = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7], "big")
-    found = METHODS[method](weight, rank, layer_seed)
+    if target.experts is None:
+        found = METHODS[method](weight.to(device, torch.float32), rank, layer_seed)
+    else:
+        size = max(1, CHUNK // weight[0].numel())
+        found = _together(
+            [
+                METHODS[method](weight[first : first + size].to(device, torch.float32), rank, layer_seed + first)
+                for first in range(0, len(weight), size)
+            ]
+        )
     if not all(torch.isfinite(part).all() for part in (found.a0, found.b0) if part is not None):
         raise UserError(f"model.name: the weight of {name} has NaN or infinite values")
     return found
+
+
+def _together(chunks: list[Factors]) -> Factors:
+    b0 = [chunk.b0 for chunk in chunks if chunk.b0 is not None]
+    return Factors(
+        torch.cat([chunk.a0 for chunk in chunks]), torch.cat(b0) if b0 else None, all(c.full_rank for c in chunks)
+    )
 
 
 def _has_b0(own: Mapping[str, Factors]) -> bool:
@@ -117,7 +131,11 @@ def _has_b0(own: Mapping[str, Factors]) -> bool:
 
 
 def _size(share: list[str], shapes: Mapping[str, Shape], rank: int, with_b0: bool) -> int:
-    return sum(rank * shapes[name][1] + (shapes[name][0] * rank if with_b0 else 0) + 1 for name in share)
+    total = 0
+    for name in share:
+        *experts, m, n = shapes[name]
+        total += math.prod(experts) * rank * (n + (m if with_b0 else 0)) + 1
+    return total
 
 
 def _pack(own: Mapping[str, Factors], share: list[str]) -> Tensor:
@@ -144,9 +162,9 @@ def _unpack(
         return part
 
     for name in share:
-        m, n = shapes[name]
-        a0 = take(rank, n)
-        b0 = take(m, rank) if with_b0 else None
+        *experts, m, n = shapes[name]
+        a0 = take(*experts, rank, n)
+        b0 = take(*experts, m, rank) if with_b0 else None
         result[name] = Factors(a0, b0, full_rank=bool(take(1).item()))
     return result
 

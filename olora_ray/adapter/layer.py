@@ -1,10 +1,13 @@
-"""AdaptedLinear: a frozen linear layer plus a low-rank path in delta form (see adapter/factors.py).
+"""Adapted weights: a frozen layer plus a low-rank path in delta form (see adapter/factors.py).
 
 Shapes: x is (..., n), y is (..., m), T the product of the leading dimensions, k = 2r with B0, else r.
 
     down = [A0; dA]  (k x n)        up = [dB, B0 + dB]  (m x k)        y = base(x) + s up (down x)
+
+Layers of their own are here; weights that the experts of a mixture share are in adapter/experts.py.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from olora_ray.adapter.factors import AdapterWeights, Factors
+
+
+def joined(da: Tensor, db: Tensor, a0: Tensor, b0: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(down, up) of one weight: taken in float32, rounded once to `dtype`."""
+    if b0 is None:
+        down, up = a0 + da, db
+    else:
+        down, up = torch.cat([a0, da]), torch.cat([db, b0 + db], dim=1)
+    return down.to(dtype), up.to(dtype)
 
 
 class _LowRank(torch.autograd.Function):
@@ -25,11 +37,7 @@ class _LowRank(torch.autograd.Function):
     def forward(
         ctx: Any, y: Tensor, x: Tensor, da: Tensor, db: Tensor, a0: Tensor, b0: Tensor | None, scale: float
     ) -> Tensor:
-        if b0 is None:
-            down, up = a0 + da, db
-        else:
-            down, up = torch.cat([a0, da]), torch.cat([db, b0 + db], dim=1)
-        down, up = down.to(x.dtype), up.to(x.dtype)
+        down, up = joined(da, db, a0, b0, x.dtype)
         hidden = x.reshape(-1, x.shape[-1]) @ down.T
         y.view(-1, y.shape[-1]).addmm_(hidden, up.T, alpha=scale)
         ctx.mark_dirty(y)
@@ -52,39 +60,84 @@ class _LowRank(torch.autograd.Function):
         return grad, grad_x, grad_da.float(), grad_db, None, None, None
 
 
-class AdaptedLinear(nn.Module):
-    """`base` (a linear layer, left as it is) plus a trainable low-rank path.
+def add_low_rank(y: Tensor, x: Tensor, da: Tensor, db: Tensor, a0: Tensor, b0: Tensor | None, scale: float) -> Tensor:
+    """y (..., m) plus s up (down x) for x (..., n), in place."""
+    low_rank: Any = _LowRank  # torch leaves `apply` untyped
+    result: Tensor = low_rank.apply(y, x, da, db, a0, b0, scale)
+    return result
 
-    `da` (r x n) and `db` (m x r) are the trainable parameters, float32, zero at the start, so that
-    the first output equals the base's exactly in every precision.
+
+class AdaptedWeight(nn.Module):
+    """What adapts one weight, or the weights of all experts of a mixture: frozen factors, and their change.
+
+    `da` and `db` are the trainable parameters, float32, zero at the start, so that the first output
+    equals the base's exactly in every precision. Shapes as in adapter/factors.py.
     """
 
     a0: Tensor
     b0: Tensor | None
 
-    def __init__(self, base: nn.Module, factors: Factors, scale: float, dropout: float = 0.0) -> None:
+    def __init__(self, factors: Factors, m: int, scale: float, dropout: float = 0.0) -> None:
         super().__init__()
-        self.base = base
         self.scale = scale
         self.dropout = dropout
         self.full_rank = factors.full_rank
         # Memory of their own: factors are views of the buffer in which they were exchanged.
         self.register_buffer("a0", factors.a0.clone(), persistent=False)
         self.register_buffer("b0", None if factors.b0 is None else factors.b0.clone(), persistent=False)
+        *experts, rank, _ = factors.a0.shape
         self.da = nn.Parameter(torch.zeros_like(factors.a0))
-        self.db = nn.Parameter(factors.a0.new_zeros(out_features(base), factors.a0.shape[0]))
+        self.db = nn.Parameter(factors.a0.new_zeros(*experts, m, rank))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., n) -> y (..., m)."""
-        y: Tensor = self.base(x)
-        inner = F.dropout(x, self.dropout) if self.training and self.dropout else x
-        low_rank: Any = _LowRank  # torch leaves `apply` untyped
-        result: Tensor = low_rank.apply(y, inner, self.da, self.db, self.a0, self.b0, self.scale)
-        return result
+    def dropped_out(self, x: Tensor) -> Tensor:
+        """What the low-rank path sees of x: dropout, while it trains."""
+        return F.dropout(x, self.dropout) if self.training and self.dropout else x
 
     def weights(self) -> AdapterWeights:
         """The adapter as it is now, detached."""
         return AdapterWeights(Factors(self.a0, self.b0, self.full_rank), self.da.detach(), self.db.detach())
+
+
+@dataclass(frozen=True)
+class WeightFacts:
+    """What code may ask of an adapted layer's weight without using it; a product with it is a TypeError."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+
+class AdaptedLinear(AdaptedWeight):
+    """`base` (a linear layer, left as it is) plus a trainable low-rank path."""
+
+    def __init__(self, base: nn.Module, factors: Factors, scale: float, dropout: float = 0.0) -> None:
+        super().__init__(factors, out_features(base), scale, dropout)
+        self.base = base
+
+    @property
+    def weight(self) -> WeightFacts:
+        """Facts alone: whoever multiplies with the weight itself would pass the adapter by."""
+        weight = self.base.weight
+        assert isinstance(weight, Tensor)
+        return WeightFacts(weight.shape, weight.dtype, weight.device)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base's, which no adapter changes."""
+        bias = self.base.bias
+        assert bias is None or isinstance(bias, Tensor)
+        return bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., n) -> y (..., m)."""
+        y: Tensor = self.base(x)
+        if not _makes_its_output(self.base):
+            y = y.clone()  # it may be a view, or memory that the layer keeps
+        return add_low_rank(y, self.dropped_out(x), self.da, self.db, self.a0, self.b0, self.scale)
+
+
+def _makes_its_output(module: nn.Module) -> bool:
+    return type(module) is nn.Linear or is_transposed(module)
 
 
 def is_transposed(module: nn.Module) -> bool:
@@ -93,7 +146,7 @@ def is_transposed(module: nn.Module) -> bool:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether an adapter can wrap the module."""
+    """Whether the module is a linear layer by its class."""
     return isinstance(module, nn.Linear) or is_transposed(module)
 
 
@@ -105,5 +158,5 @@ def weight_matrix(module: nn.Module) -> Tensor:
 
 
 def out_features(module: nn.Module) -> int:
-    """m of a linear module."""
-    return int(weight_matrix(module).shape[0])
+    """m of a linear module, also of one whose weight is packed."""
+    return int(module.out_features) if isinstance(module, nn.Linear) else int(weight_matrix(module).shape[0])

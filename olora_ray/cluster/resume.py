@@ -116,8 +116,9 @@ def factors(
     """The factors of every target: those of a known adapter, those that a search shares, or new ones."""
     adapter = spec.config.adapter
     targets = find_targets(model, adapter.targets, adapter.rank)
-    if known:
-        return {name: known[name].factors for name in targets}
+    if known:  # its layers may be others than "all-linear" means in this version
+        places = {name: place for place, name in enumerate(targets)}
+        return {name: known[name].factors for name in sorted(known, key=lambda name: places.get(name, len(places)))}
     if spec.shared:
         began = time.perf_counter()
         if found := factor_cache.read(spec.shared, spec.factor_origin(), adapter.rank, list(targets)):

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from olora_ray.adapter.inject import install, remove
-from olora_ray.adapter.layer import AdaptedLinear
+from olora_ray.adapter.layer import AdaptedWeight
 from olora_ray.cluster.preemption import NoPreemption, Preemption, RayPreemption
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.config.schema import Config
@@ -20,7 +20,7 @@ from olora_ray.model.source import on_this_node
 from olora_ray.train.loss import SupervisedLoss
 from olora_ray.train.malloc import keep_freed_memory
 
-Adapted = Mapping[str, AdaptedLinear]
+Adapted = Mapping[str, AdaptedWeight]
 
 
 class WorkerContext(Protocol):

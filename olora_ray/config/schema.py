@@ -132,7 +132,7 @@ class Adapter(Section):
     dropout: Fraction = 0.0
     """Dropout on the adapter's input during training."""
     targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
-    """all-linear (all but head and embeddings), or names, dotted suffixes or regular expressions of modules."""
+    """all-linear (language model with experts), or names, dotted suffixes or regexes of layers or experts' weights."""
     rank_stabilized: bool = False
     """Scale by alpha / sqrt(rank) instead of alpha / rank."""
 

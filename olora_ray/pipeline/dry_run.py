@@ -62,14 +62,14 @@ def dry_run(config: Config, show_config: bool = False) -> None:
         print(_shown(base.tokenizer, example))
 
 
-def layers(targets: Mapping[str, tuple[int, int]]) -> str:
+def layers(targets: Mapping[str, tuple[int, ...]]) -> str:
     """Adapted layers as `30 x 7 layers: q_proj 576 x 576, ...`: those that differ in numbers only are one kind."""
     kinds = Counter((_words(name), shape) for name, shape in targets.items())
     lasts = Counter(words[-1] for words, _ in kinds)
     by_count: dict[int, list[str]] = {}
-    for (words, (m, n)), count in kinds.items():
+    for (words, shape), count in kinds.items():
         label = words[-1] if lasts[words[-1]] == 1 else ".".join(words[-2:])
-        by_count.setdefault(count, []).append(f"{label} {m} x {n}")
+        by_count.setdefault(count, []).append(f"{label} {' x '.join(map(str, shape))}")
     parts = (f"{count} x {len(labels)} layers: {', '.join(labels)}" for count, labels in by_count.items())
     return "; ".join(parts)
 

@@ -8,6 +8,9 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
+from olora_ray.adapter.candidates import GATE, HEAD, ROUTER
+from olora_ray.adapter.coverage import Coverage
+from olora_ray.adapter.targets import Selection
 from olora_ray.cluster.spec import TrainResult, TrainSpec
 from olora_ray.config.schema import Config
 from olora_ray.model import source
@@ -21,6 +24,9 @@ from olora_ray.train.loader import total_steps
 
 logger = logging.getLogger(__name__)
 
+FULL_COVERAGE = 0.9
+"""Share of the parameters from which on it needs no saying what the rest is."""
+
 
 def plan(config: Config, base: source.BaseModel) -> MemoryEstimate:
     """Say and return the size of the run; raises UserError for targets, rank or scorer that cannot be."""
@@ -33,6 +39,8 @@ def plan(config: Config, base: source.BaseModel) -> MemoryEstimate:
             )
     size = estimate(config, base)
     logger.info(_model_line(config, size))
+    for line in _left_out(size.selection):
+        logger.info(line)
     logger.info(_memory_line(config, size))
     return size
 
@@ -123,10 +131,33 @@ def _scripts_folder() -> Path:
 
 def _model_line(config: Config, size: MemoryEstimate) -> str:
     share = size.trainable / size.parameters
+    stacks = [target.experts for target in size.selection.targets.values() if target.experts is not None]
+    experts = f" and {len(stacks)} stacks of {max(stacks)} experts" if stacks else ""
     return (
         f"model: {size.parameters / 1e6:,.1f} M parameters; {config.adapter.method} rank {config.adapter.rank} on"
-        f" {len(size.targets)} layers: {size.trainable / 1e6:,.2f} M trainable ({share:.2%})"
+        f" {len(size.targets) - len(stacks)} layers{experts}: {size.trainable / 1e6:,.2f} M trainable ({share:.2%});"
+        f" covers {_coverage(size.coverage)}"
     )
+
+
+def _coverage(found: Coverage) -> str:
+    """The share of the parameters behind an adapter; with the largest of the rest if that is more than a tenth."""
+    total = found.adapted + sum(found.others.values())
+    large = [kind for kind, count in found.others.items() if count > total / 100]
+    rest = f" (left out: {', '.join(large)})" if found.share < FULL_COVERAGE and large else ""
+    return f"{found.share:.0%} of the parameters{rest}"
+
+
+def _left_out(selection: Selection) -> list[str]:
+    """A line for each kind of layer that "all-linear" cannot take, and for parts that are no language model."""
+    kinds: dict[str, list[str]] = {}
+    for name, reason in selection.left_out.items():
+        if reason not in (HEAD, ROUTER, GATE):
+            kinds.setdefault(reason.kind, []).append(name)
+    return [
+        f"adapter.targets: all-linear leaves out {len(names)} layers: {kind} (for example {names[0]})"
+        for kind, names in kinds.items()
+    ]
 
 
 def length(config: Config, packs: int, about: bool = False) -> str:

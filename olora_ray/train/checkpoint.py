@@ -216,7 +216,8 @@ def _weights(parts: Mapping[str, Tensor]) -> dict[str, AdapterWeights]:
     }
     for name, weights in found.items():
         a0, b0, da, db = weights.factors.a0, weights.factors.b0, weights.da, weights.db
-        fits = da.dim() == db.dim() == 2 and a0.shape == da.shape and da.shape[0] == db.shape[1]
+        same = da.shape[:-2] == db.shape[:-2] and da.shape[-2:-1] == db.shape[-1:]  # of a stack: E as well
+        fits = da.dim() == db.dim() in (2, 3) and a0.shape == da.shape and same
         if not fits or (b0 is not None and b0.shape != db.shape):
             raise ValueError(f"{name}: its factors and changes do not fit each other")
     return found

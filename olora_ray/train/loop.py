@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from olora_ray.adapter.layer import AdaptedLinear
+from olora_ray.adapter.layer import AdaptedWeight
 from olora_ray.common import collectives
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
@@ -45,7 +45,7 @@ class Trainer:
     """What a worker trains."""
 
     loss: SupervisedLoss
-    adapted: dict[str, AdaptedLinear]
+    adapted: dict[str, AdaptedWeight]
     config: Config
     device: torch.device
     signal: bool = False
@@ -111,7 +111,7 @@ class Trainer:
             torch.manual_seed((self.config.run.seed * 1_000_003 + step) * 4099 + worker)
 
 
-def train_mode(adapted: dict[str, AdaptedLinear], on: bool) -> None:
+def train_mode(adapted: dict[str, AdaptedWeight], on: bool) -> None:
     """Turn adapter dropout on or off; the base stays in evaluation mode."""
     for layer in adapted.values():
         layer.training = on

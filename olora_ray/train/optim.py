@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from olora_ray.adapter.layer import AdaptedLinear
+from olora_ray.adapter.layer import AdaptedWeight
 from olora_ray.common import collectives
 from olora_ray.config.schema import Train
 
@@ -18,7 +18,7 @@ from olora_ray.config.schema import Train
 class FlatAdapters:
     """Parameters and gradients of all adapters, laid out in the order of the names."""
 
-    def __init__(self, adapted: Mapping[str, AdaptedLinear]) -> None:
+    def __init__(self, adapted: Mapping[str, AdaptedWeight]) -> None:
         self.slots: dict[str, Tensor] = {
             f"{name}.{part}": getattr(layer, part) for name, layer in adapted.items() for part in ("da", "db")
         }

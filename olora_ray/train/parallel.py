@@ -10,7 +10,7 @@ import inspect
 
 import torch
 
-from olora_ray.adapter.layer import AdaptedLinear
+from olora_ray.adapter.layer import AdaptedWeight
 from olora_ray.common import collectives
 from olora_ray.train.blocks import decoder_layers
 from olora_ray.train.loss import SupervisedLoss
@@ -32,7 +32,7 @@ def _shard(loss: SupervisedLoss, device: torch.device) -> None:
     adapters = {
         parameter
         for module in loss.modules()
-        if isinstance(module, AdaptedLinear)
+        if isinstance(module, AdaptedWeight)
         for parameter in (module.da, module.db)
     }
     for layer in decoder_layers(loss.model):

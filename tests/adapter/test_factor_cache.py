@@ -46,6 +46,20 @@ def test_what_is_kept_reads_back_at_any_rank_up_to_its_own(tmp_path: Path, place
     assert factor_cache.read(where, ORIGIN, 9, list(made)) is None
 
 
+def test_the_factors_of_experts_read_back_at_a_smaller_rank(tmp_path: Path) -> None:
+    weight = torch.randn(3, 20, 24, generator=torch.Generator().manual_seed(0))
+    made = {"experts.up": METHODS["olora"](weight, 8, 0)}
+    factor_cache.write(str(tmp_path), made, ORIGIN, 8)
+    found = factor_cache.read(str(tmp_path), ORIGIN, 3, ["experts.up"])
+    assert found is not None
+    whole, part = made["experts.up"], found["experts.up"]
+    assert whole.b0 is not None
+    assert part.b0 is not None
+    assert torch.equal(part.a0, whole.a0[:, :3])
+    assert torch.equal(part.b0, whole.b0[:, :, :3])
+    torch.testing.assert_close(part.a0, METHODS["olora"](weight, 3, 0).a0, rtol=0, atol=2e-6)
+
+
 def test_factors_without_b0_read_back(tmp_path: Path) -> None:
     made = {"layer": METHODS["lora"](torch.randn(20, 24), 8, 0)}
     factor_cache.write(str(tmp_path), made, ORIGIN, 8)

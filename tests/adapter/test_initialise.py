@@ -1,6 +1,7 @@
 """However many workers compute the factors, all end with the same bytes."""
 
 import hashlib
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import nn
 from olora_ray.adapter.factors import Factors
 from olora_ray.adapter.initialise import InitReport, assign, initialise
 from olora_ray.adapter.methods import METHODS
+from olora_ray.adapter.targets import Target
 from olora_ray.common.errors import UserError
 from tests.crew import Crew
 
@@ -21,9 +23,9 @@ RANK = 4
 WORKERS = pytest.mark.parametrize("workers", [1, 2, 3])
 
 
-def layers(poisoned: str | None = None, flat: str | None = None, count: int = 7) -> dict[str, nn.Module]:
+def layers(poisoned: str | None = None, flat: str | None = None, count: int = 7) -> dict[str, Target]:
     generator = torch.Generator().manual_seed(4)
-    made: dict[str, nn.Module] = {}
+    made: dict[str, Target] = {}
     for number in range(count):
         name = f"block.{number}"
         linear = nn.Linear(8 + 5 * number, 24 - number, bias=False)
@@ -32,7 +34,7 @@ def layers(poisoned: str | None = None, flat: str | None = None, count: int = 7)
             linear.weight.data[3, 5] = torch.nan
         if name == flat:
             linear.weight.data[:, 1] = 0.0
-        made[name] = linear
+        made[name] = Target(linear, "weight", stored_transposed=False)
     return made
 
 
@@ -94,22 +96,80 @@ def test_random_starts_do_not_depend_on_the_workers(crew: Callable[[int], Crew])
 
 
 def test_layers_of_one_shape_start_differently() -> None:
-    twins: dict[str, nn.Module] = {"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)}
+    twins = {name: Target(nn.Linear(8, 8), "weight", stored_transposed=False) for name in "ab"}
     found, _ = initialise(twins, "lora", RANK, 0, CPU)
     assert not torch.equal(found["a"].a0, found["b"].a0)
 
 
+def mixture(poisoned: bool = False) -> dict[str, Target]:
+    """Linear layers beside two stacks of experts, one of them kept as E x n x m."""
+    found = layers(count=3)
+    generator = torch.Generator().manual_seed(6)
+    for name, transposed in (("experts.up", False), ("experts.down", True)):
+        module = nn.Module()
+        module.weight = nn.Parameter(torch.randn(5, 12, 10, generator=generator), requires_grad=False)
+        if poisoned and transposed:
+            module.weight[4, 2, 1] = torch.inf
+        found[name] = Target(module, "weight", transposed, experts=5)
+    return found
+
+
+def of_mixture(method: str = "olora") -> tuple[str, dict[str, Factors], InitReport]:
+    factors, report = initialise(mixture(), method, RANK, 11, CPU)
+    return digest(factors), factors, report
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("numbers", [1, 300, 2**26], ids=["expert by expert", "in chunks", "at once"])
+def test_a_stack_is_computed_in_chunks_to_the_same_factors(
+    monkeypatch: pytest.MonkeyPatch, method: str, numbers: int
+) -> None:
+    whole = of_mixture(method)[1]
+    monkeypatch.setattr("olora_ray.adapter.initialise.CHUNK", numbers)
+    found = of_mixture(method)[1]
+    for name, target in mixture().items():
+        m, n = target.shape
+        experts = [] if target.experts is None else [5]
+        assert found[name].a0.shape == (*experts, RANK, n)
+        torch.testing.assert_close(found[name].a0, whole[name].a0)
+        b0 = found[name].b0
+        assert (b0 is None) == (method == "lora")
+        if b0 is not None:
+            assert b0.shape == (*experts, m, RANK)
+            torch.testing.assert_close(b0, whole[name].b0)
+            torch.testing.assert_close(found[name].a0, b0.mT @ target.weight())
+
+
+def test_an_expert_with_infinite_weights_names_its_stack() -> None:
+    with pytest.raises(UserError, match=r"the weight of experts\.down has NaN or infinite values"):
+        initialise(mixture(poisoned=True), "olora", RANK, 0, CPU)
+
+
+@WORKERS
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_every_worker_ends_with_the_same_stacks(crew: Callable[[int], Crew], method: str, workers: int) -> None:
+    answers = crew(workers).run(of_mixture, method)
+    assert len({own for own, _, _ in answers}) == 1
+    assert sum(answers[0][2].layers) == 5
+    alone = of_mixture(method)[1]
+    for name, expected in alone.items():
+        torch.testing.assert_close(answers[0][1][name].a0, expected.a0, atol=1e-5, rtol=1e-5)
+
+
+sizes = st.integers(4, 5000)
 shapes = st.dictionaries(
-    st.text("abc", min_size=1, max_size=4), st.tuples(st.integers(4, 5000), st.integers(4, 5000)), max_size=30
+    st.text("abc", min_size=1, max_size=4),
+    st.tuples(sizes, sizes) | st.tuples(st.integers(2, 64), sizes, sizes),
+    max_size=30,
 )
 
 
 @given(shapes, st.integers(1, 9))
-def test_all_layers_are_assigned_once_and_balanced(shapes: dict[str, tuple[int, int]], workers: int) -> None:
+def test_all_layers_are_assigned_once_and_balanced(shapes: dict[str, tuple[int, ...]], workers: int) -> None:
     shares = assign(shapes, RANK, workers)
     assert len(shares) == workers
     assert sorted(name for share in shares for name in share) == sorted(shapes)
-    cost = {name: m * RANK**2 + m * n * RANK for name, (m, n) in shapes.items()}
+    cost = {name: math.prod(e) * (m * RANK**2 + m * n * RANK) for name, (*e, m, n) in shapes.items()}
     loads = [sum(cost[name] for name in share) for share in shares]
     assert max(loads) - min(loads) <= max(cost.values(), default=0)
     assert shares == assign(dict(shapes), RANK, workers)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from olora_ray.adapter.factors import AdapterWeights, Factors
 from olora_ray.adapter.inject import find_targets, inject
-from olora_ray.adapter.layer import AdaptedLinear, _LowRank, weight_matrix
+from olora_ray.adapter.layer import AdaptedLinear, AdaptedWeight, _LowRank, weight_matrix
 from olora_ray.adapter.methods import METHODS
 from tests import tiny
 
@@ -20,12 +20,12 @@ def factors(weight: Tensor, method: str = "olora", rank: int = RANK) -> Factors:
     return METHODS[method](weight.float(), rank, 0)
 
 
-def adapt(model: nn.Module, method: str = "olora", dropout: float = 0.0) -> dict[str, AdaptedLinear]:
+def adapt(model: nn.Module, method: str = "olora", dropout: float = 0.0) -> dict[str, AdaptedWeight]:
     targets = find_targets(model, "all-linear", RANK)
-    return inject(model, {name: factors(weight_matrix(m), method) for name, m in targets.items()}, SCALE, dropout)
+    return inject(model, {name: factors(t.weight(), method) for name, t in targets.items()}, SCALE, dropout)
 
 
-def change(layer: AdaptedLinear, size: float, seed: int = 0) -> None:
+def change(layer: AdaptedWeight, size: float, seed: int = 0) -> None:
     """Move dA and dB by `size` relative to the factors."""
     generator = torch.Generator().manual_seed(seed)
     for parameter, start in ((layer.da, layer.a0), (layer.db, layer.a0 if layer.b0 is None else layer.b0)):

@@ -7,7 +7,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from olora_ray.adapter.factors import AdapterWeights
+from olora_ray.adapter.factors import AdapterWeights, Factors
 from olora_ray.adapter.methods import METHODS, lora, olora
 from olora_ray.config.schema import Adapter
 
@@ -138,3 +138,51 @@ def test_lora_starts_as_torch_initialises_a_linear_layer_with_b_at_zero() -> Non
     assert abs(float(found.a0.std()) * (3 * 400) ** 0.5 - 1) < 0.05
     change = AdapterWeights(found, torch.zeros(8, 400), torch.zeros(12, 8)).delta(2.0)
     assert not change.any()
+
+
+@given(st.integers(2, 5), st.integers(1, 20), st.integers(1, 20), st.data(), seeds)
+def test_the_qr_of_a_stack_is_that_of_each_expert(experts: int, m: int, n: int, data: st.DataObject, seed: int) -> None:
+    rank = data.draw(st.integers(1, min(m, n)))
+    stack = torch.randn(experts, m, n, generator=torch.Generator().manual_seed(seed))
+    found = olora.factors(stack, rank, 0)
+    alone = [olora.factors(weight, rank, 0) for weight in stack]
+    assert found.b0 is not None
+    assert found.b0.shape == (experts, m, rank)
+    assert found.a0.shape == (experts, rank, n)
+    for expert, one in enumerate(alone):
+        assert one.b0 is not None
+        torch.testing.assert_close(found.b0[expert], one.b0, atol=1e-6, rtol=0)
+        torch.testing.assert_close(found.a0[expert], one.a0, atol=1e-5, rtol=1e-5)
+    assert found.full_rank == all(one.full_rank for one in alone)
+
+
+def test_one_rank_deficient_expert_makes_a_stack_deficient() -> None:
+    stack = torch.randn(3, 24, 16, generator=torch.Generator().manual_seed(0))
+    assert olora.factors(stack, 4, 0).full_rank
+    stack[1] *= 1e-6
+    assert olora.factors(stack, 4, 0).full_rank, "an expert's size is measured by its own"
+    stack[1, :, 2] = 0
+    assert not olora.factors(stack, 4, 0).full_rank
+
+
+@given(st.integers(2, 5), seeds)
+def test_experts_start_with_random_matrices_of_their_own(experts: int, seed: int) -> None:
+    found = lora.factors(torch.zeros(experts, 12, 8), 4, seed)
+    for expert in range(experts):
+        assert torch.equal(found.a0[expert], lora.factors(torch.zeros(12, 8), 4, seed + expert).a0)
+    assert found.b0 is None
+
+
+@given(st.integers(2, 4), seeds)
+def test_the_change_of_a_stack_is_that_of_each_expert(experts: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    start = olora.factors(torch.randn(experts, 9, 7, generator=generator), 3, 0)
+    da, db = torch.randn(experts, 3, 7, generator=generator), torch.randn(experts, 9, 3, generator=generator)
+    whole = AdapterWeights(start, da, db)
+    lora_a, lora_b = whole.plain_lora()
+    for expert in range(experts):
+        assert start.b0 is not None
+        one = AdapterWeights(Factors(start.a0[expert], start.b0[expert]), da[expert], db[expert])
+        torch.testing.assert_close(whole.delta(1.5)[expert], one.delta(1.5))
+        assert torch.equal(lora_a[expert], one.plain_lora()[0])
+        assert torch.equal(lora_b[expert], one.plain_lora()[1])

@@ -149,6 +149,11 @@ def test_layers_are_grouped_by_kind() -> None:
     )
 
 
+def test_the_weights_of_experts_show_how_many_there_are() -> None:
+    found = {f"model.layers.{layer}.mlp.experts.gate_up_proj": (8, 48, 32) for layer in range(3)}
+    assert layers(found) == "3 x 1 layers: gate_up_proj 8 x 48 x 32"
+
+
 def test_a_data_mistake_is_told_before_the_model_is_looked_for(tmp_path: Path) -> None:
     file = project.write_config(tmp_path, project.settings(tmp_path, Path("/no/such/model")))
     with pytest.raises(UserError, match=r"^data\.train\.0\.path: .*train\.jsonl: no such file or folder"):

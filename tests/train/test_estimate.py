@@ -5,16 +5,23 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from olora_ray.config.load import override
 from olora_ray.config.schema import Config
 from olora_ray.model.source import obtain
+from olora_ray.tokens.collate import collate
 from olora_ray.train.estimate import estimate
+from olora_ray.train.loss import CHUNK_LOGITS
 from tests import tiny
+from tests.adapter import mixtures
 from tests.pipelines import project
 
 LENGTH = 64
+PLACE = {"qwen3_moe": "mlp", "llama4": "feed_forward"}
 MIB = 2**20
 
 
@@ -77,6 +84,45 @@ def test_gpus_that_are_not_here_are_taken_to_use_bfloat16(tmp_path: Path) -> Non
     base = obtain(config)
     size = estimate(config, base, gpu=True)
     assert size.base_bytes == 2 * size.parameters
+
+
+@pytest.mark.parametrize(("family", "chosen"), [("qwen3_moe", 2), ("llama4", mixtures.EXPERTS)])
+def test_experts_count_with_those_that_a_token_meets(tmp_path: Path, family: str, chosen: int) -> None:
+    mixtures.save(family, tmp_path)
+    sizes = {}
+    for targets in (("self_attn.q_proj",), ("self_attn.q_proj", "experts.down_proj")):
+        config = override(settings(tmp_path, 4), {"adapter.targets": targets})
+        sizes[targets] = estimate(config, obtain(config))
+    few, all_of_them = sizes.values()
+    m, n = 32, 24 if family == "qwen3_moe" else 48
+    assert all_of_them.targets[f"model.layers.0.{PLACE[family]}.experts.down_proj"] == (4, m, n)
+    assert all_of_them.trainable - few.trainable == 2 * mixtures.EXPERTS * (m + n) * 4
+    # The output is kept in both.
+    assert all_of_them.activation_bytes - few.activation_bytes == 2 * LENGTH * chosen * (n + 2 * 4) * 4
+    assert few.coverage.share < all_of_them.coverage.share
+
+
+@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), "all-linear"])
+def test_the_activations_are_near_what_autograd_keeps(model: Path, targets: Any) -> None:
+    from olora_ray.model.load import load_model
+
+    config = override(settings(model, 8), {"adapter.targets": targets, "data.max_length": 2 * LENGTH})
+    made = tiny.trainer(config, model=load_model(str(model), config.model, torch.device("cpu")))
+    weights = {parameter.untyped_storage().data_ptr() for parameter in made.loss.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = made.loss(collate([tiny.pack(2 * LENGTH)], "segments"))
+    loss.backward()
+    logits = 3 * 4 * CHUNK_LOGITS
+    share = (estimate(config, obtain(config)).activation_bytes - logits) / sum(kept.values())
+    assert 1.0 < share < 2.0
 
 
 def _status(field: str) -> int:

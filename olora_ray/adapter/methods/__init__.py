@@ -1,4 +1,4 @@
-"""The family: a method is one function from a weight (m x n, float32), a rank and a seed to Factors."""
+"""The family: a method is one function from a weight ((E x) m x n, float32), a rank and a seed to Factors."""
 
 from collections.abc import Callable
 

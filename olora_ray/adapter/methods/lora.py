@@ -11,9 +11,16 @@ from olora_ray.adapter.factors import Factors
 def factors(weight: Tensor, rank: int, seed: int) -> Factors:
     """A0 (r x n) as torch initialises a linear layer (Kaiming uniform, a = sqrt(5)); B0 = 0.
 
-    `weight` is m x n; the same `seed` gives the same A0 on every device.
+    `weight` is m x n; the same `seed` gives the same A0 on every device. Of a stack, E x m x n, expert
+    number e has the A0 of the seed `seed` + e.
     """
-    generator = torch.Generator().manual_seed(seed)
-    a0 = torch.empty(rank, weight.shape[1])
-    torch.nn.init.kaiming_uniform_(a0, a=math.sqrt(5), generator=generator)
+    if weight.dim() == 3:
+        a0 = torch.stack([_random(rank, weight.shape[-1], seed + expert) for expert in range(len(weight))])
+    else:
+        a0 = _random(rank, weight.shape[-1], seed)
     return Factors(a0.to(weight.device), None)
+
+
+def _random(rank: int, n: int, seed: int) -> Tensor:
+    a0 = torch.empty(rank, n)
+    return torch.nn.init.kaiming_uniform_(a0, a=math.sqrt(5), generator=torch.Generator().manual_seed(seed))

@@ -14,13 +14,14 @@ from olora_ray.adapter.factors import Factors
 def factors(weight: Tensor, rank: int, seed: int) -> Factors:
     """B0 = QR(W[:, :r]).Q (m x r, orthonormal columns) and A0 = B0^T W (r x n).
 
-    `weight` is m x n in float32 with r <= min(m, n); `seed` is not used. If the slice is
-    rank-deficient the Householder Q is still orthonormal and the start is still exact, but some of
-    its columns are arbitrary: `full_rank` is then False.
+    `weight` is m x n in float32 with r <= min(m, n), or E x m x n for a stack of experts, each with a
+    QR of its own; `seed` is not used. If the slice is rank-deficient the Householder Q is still
+    orthonormal and the start is still exact, but some of its columns are arbitrary: `full_rank` is
+    then False.
     """
     # The slice in float64: it costs next to nothing, and B0 is then orthonormal to float32's last bit.
-    q1, r1 = torch.linalg.qr(weight[:, :rank].double())
+    q1, r1 = torch.linalg.qr(weight[..., :rank].double())
     b0 = q1.to(weight.dtype)
-    pivots = r1.diagonal().abs()
-    tolerance = pivots.max() * max(weight.shape[0], rank) * torch.finfo(weight.dtype).eps
-    return Factors(b0.T @ weight, b0.contiguous(), full_rank=bool(pivots.min() > tolerance))
+    pivots = r1.diagonal(dim1=-2, dim2=-1).abs()
+    tolerance = pivots.amax(-1) * max(weight.shape[-2], rank) * torch.finfo(weight.dtype).eps
+    return Factors(b0.mT @ weight, b0.contiguous(), full_rank=bool((pivots.amin(-1) > tolerance).all()))

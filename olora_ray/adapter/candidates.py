@@ -1,0 +1,227 @@
+"""The linear maps of a model: which an adapter can take, and which of them "all-linear" means.
+
+A linear map is a linear layer, or the experts of a mixture whose weights are one parameter of E x m x n (or
+E x n x m): a stack. Not adapted at all: the output head, layers whose weight the model's code takes for itself, and
+weights that are packed. Not meant by "all-linear": what is not in the language model of a model that also sees or
+hears, routers, and layers with one input or output.
+"""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from olora_ray.adapter.code_reading import direct_reads, product
+from olora_ray.adapter.layer import is_linear, is_transposed
+from olora_ray.adapter.parts import other_parts, output_head, part_of
+
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A weight that can be adapted: a linear layer's, or that of all experts of a mixture."""
+
+    module: nn.Module
+    parameter: str
+    """The name of the weight in the module."""
+    stored_transposed: bool
+    """Whether it is kept as (E x) n x m instead of (E x) m x n."""
+    experts: int | None = None
+    """E of a stack; None of a linear layer."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n): output and input features, of each expert for a stack."""
+        *_, m, n = self.weight().shape
+        return int(m), int(n)
+
+    def weight(self) -> Tensor:
+        """The weight as it is stored, as m x n or E x m x n (a view), detached."""
+        weight = getattr(self.module, self.parameter).detach()
+        assert isinstance(weight, Tensor)
+        return weight.mT if self.stored_transposed else weight
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why a linear map is not adapted."""
+
+    what: str
+    """What it is, to follow "NAME is"."""
+    kind: str
+    """What such maps are together."""
+
+
+HEAD = Reason("the output head", "output head")
+ROUTER = Reason("a router", "routers")
+GATE = Reason("a gate of one row", "gates of one row")
+READ = Reason(
+    "a layer whose weight the model's code takes for itself", "layers whose weight the model's code takes for itself"
+)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A linear map of the model."""
+
+    target: Target
+    module_name: str
+    refused: Reason | None = None
+    """Why it cannot be adapted."""
+    aside: Reason | None = None
+    """Why "all-linear" does not mean it."""
+
+    def other_names(self) -> list[str]:
+        """Names that mean it beside its own: experts by their module's."""
+        return [] if self.target.experts is None else [self.module_name]
+
+
+def candidates(model: nn.Module) -> dict[str, Candidate]:
+    """The linear maps by name, in the model's order."""
+    head = output_head(model)
+    modules = dict(model.named_modules())
+    outside = other_parts(model)
+    read = {f"{name}.{path}".lstrip(".") for name, module in modules.items() for path in direct_reads(module)}
+    blocks = dict(_mixtures(modules))
+    found: dict[str, Candidate] = {}
+    for name, module in modules.items():
+        if is_linear(module):
+            item = Candidate(Target(module, "weight", is_transposed(module)), name)
+            refused = HEAD if module is head else _refused(module, name in read)
+            found[name] = replace(item, refused=refused, aside=_aside(name, modules, blocks))
+        for parameter, _ in _stacks(module):
+            found[f"{name}.{parameter}"] = _stack_candidate(module, name, parameter)
+        for parameter in _other_experts(module):
+            found[f"{name}.{parameter}"] = Candidate(Target(module, parameter, False), name, _unknown(module))
+    for name, item in found.items():
+        if part := part_of(name, outside):
+            found[name] = replace(item, aside=Reason(f"a part of the {part}", part))
+    return found
+
+
+def _refused(module: nn.Module, read: bool) -> Reason | None:
+    weight = module.weight
+    if read:
+        return READ
+    if isinstance(module, nn.Linear) and (
+        not isinstance(weight, Tensor)
+        or weight.dtype not in _FLOATS
+        or weight.shape != (module.out_features, module.in_features)
+    ):
+        kind = str(getattr(weight, "dtype", type(weight).__name__)).removeprefix("torch.")
+        return Reason(f"a layer with packed weights ({type(module).__name__}, {kind})", "layers with packed weights")
+    if not _computes_a_linear_map(module):
+        what = f"{type(module).__name__}, which computes more than a linear map"
+        return Reason(f"a {what}", what)
+    return None
+
+
+def _computes_a_linear_map(module: nn.Module) -> bool:
+    """Whether a subclass of Linear with a forward of its own returns W x + b: asked of a small copy of it."""
+    if not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward:
+        return True
+    generator = torch.Generator().manual_seed(0)
+    weight, x = torch.rand(6, 5, generator=generator), torch.rand(4, 5, generator=generator)
+    bias = None if module.bias is None else torch.rand(6, generator=generator)
+    small = copy.copy(module)
+    small.__dict__["_parameters"] = {"weight": weight, "bias": bias}
+    small.__dict__.update(in_features=5, out_features=6)
+    try:
+        with torch.no_grad():
+            y = small(x)
+    except Exception:  # whatever it expects, it is not what a linear layer does
+        return False
+    return isinstance(y, Tensor) and y.shape == (4, 6) and torch.allclose(y, F.linear(x, weight, bias), atol=1e-5)
+
+
+# What "all-linear" does not mean.
+
+
+def _aside(name: str, modules: dict[str, nn.Module], blocks: dict[str, tuple[str, set[int]]]) -> Reason | None:
+    weight = modules[name].weight
+    if isinstance(weight, Tensor) and weight.dim() == 2 and 1 in weight.shape:
+        return GATE
+    return ROUTER if _is_router(name, modules, blocks) else None
+
+
+def _is_router(name: str, modules: dict[str, nn.Module], blocks: dict[str, tuple[str, set[int]]]) -> bool:
+    path = name.split(".")
+    above = [".".join(path[:depth]) for depth in range(len(path), 0, -1)]
+    if any("Router" in type(modules[each]).__name__ or "Gating" in type(modules[each]).__name__ for each in above):
+        return True
+    module = modules[name]
+    if not isinstance(module, nn.Linear):
+        return False
+    for block in above[1:]:
+        experts, counts = blocks.get(block, ("", set()))
+        if module.out_features in counts and not name.startswith(f"{experts}."):
+            # Logits of the experts go no further; a hidden layer that has as many features does.
+            beside = [each for each in modules[above[1]].children() if isinstance(each, nn.Linear)]
+            return all(each.in_features != module.out_features for each in beside)
+    return False
+
+
+def _mixtures(modules: dict[str, nn.Module]) -> Iterator[tuple[str, tuple[str, set[int]]]]:
+    """The block around each mixture's experts -> (name of the experts, how many they may be)."""
+    for name, module in modules.items():
+        block, _, last = name.rpartition(".")
+        counts = {experts for _, experts in _stacks(module)}
+        if isinstance(module, nn.ModuleList) and "expert" in last:
+            counts.add(len(module))
+        if counts:
+            yield block, (name, counts)
+
+
+# Experts whose weights are one parameter.
+
+
+def _stacks(module: nn.Module) -> Iterator[tuple[str, int]]:
+    """(parameter, E) for each parameter of a module that holds the weights of E experts."""
+    count = getattr(module, "num_experts", None)
+    for name, parameter in module.named_parameters(recurse=False):
+        if parameter.dim() == 3 and len(parameter) > 1 and (len(parameter) == count or _named_experts(module)):
+            yield name, len(parameter)
+
+
+def _other_experts(module: nn.Module) -> Iterator[str]:
+    """Parameters of a module of experts that are neither stacks nor biases: a layout that is not known."""
+    stacks = {name for name, _ in _stacks(module)}
+    for name, parameter in module.named_parameters(recurse=False):
+        if _named_experts(module) and parameter.dim() > 1 and name not in stacks and "bias" not in name:
+            yield name
+
+
+def _unknown(module: nn.Module) -> Reason:
+    what = f"experts whose layout the code of {type(module).__name__} does not tell"
+    return Reason(f"a set of {what}", what)
+
+
+def _named_experts(module: nn.Module) -> bool:
+    return "Expert" in type(module).__name__
+
+
+def stack(module: nn.Module, parameter: str) -> Target:
+    """The target that a module's parameter is, which holds the weights of all experts."""
+    declared = _declared_transposed(module)
+    transposed = product(type(module), parameter) == "matmul" if declared is None else declared
+    return Target(module, parameter, transposed, len(getattr(module, parameter)))
+
+
+def _declared_transposed(module: nn.Module) -> bool | None:
+    """What transformers' interface for experts says of how they are kept; None of those that do not use it."""
+    return bool(module.is_transposed) if hasattr(module, "has_gate") and hasattr(module, "is_transposed") else None
+
+
+def _stack_candidate(module: nn.Module, name: str, parameter: str) -> Candidate:
+    target = stack(module, parameter)
+    dtype, refused = target.weight().dtype, None
+    if dtype not in _FLOATS:
+        kind = str(dtype).removeprefix("torch.")
+        refused = Reason(f"a set of experts with packed weights ({kind})", "experts with packed weights")
+    elif _declared_transposed(module) is None and product(type(module), parameter) is None:
+        refused = _unknown(module)
+    return Candidate(target, name, refused)

@@ -1,0 +1,235 @@
+"""Experts whose weights are one parameter: they start as the base, and are adapted by their formula."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from olora_ray.adapter.candidates import stack
+from olora_ray.adapter.experts import AdaptedExperts, AdaptedStack
+from olora_ray.adapter.factors import Factors
+from olora_ray.adapter.initialise import initialise
+from olora_ray.adapter.inject import inject, install, remove, wrap
+from olora_ray.adapter.layer import AdaptedLinear, AdaptedWeight
+from olora_ray.adapter.methods import METHODS
+from olora_ray.adapter.targets import find_targets
+from tests.adapter import mixtures
+
+RANK, SCALE = 4, 1.5
+CPU = torch.device("cpu")
+IDS = torch.arange(40).reshape(2, 20) * 7 % 94 + 2
+FAMILY = pytest.mark.parametrize("family", sorted(mixtures.FAMILIES))
+IMPLEMENTATION = pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
+
+
+def adapt(model: nn.Module, method: str = "olora", dropout: float = 0.0) -> dict[str, AdaptedWeight]:
+    factors, _ = initialise(find_targets(model, "all-linear", RANK), method, RANK, 0, CPU)
+    return inject(model, factors, SCALE, dropout)
+
+
+def change(adapted: dict[str, AdaptedWeight], size: float = 0.05) -> None:
+    generator = torch.Generator().manual_seed(3)
+    for layer in adapted.values():
+        for part in (layer.da, layer.db):
+            part.data = torch.randn(part.shape, generator=generator) * size
+
+
+def logits(model: Any) -> Tensor:
+    found: Tensor = model(input_ids=IDS, use_cache=False).logits
+    return found
+
+
+@FAMILY
+@IMPLEMENTATION
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_the_start_equals_the_base_exactly(family: str, implementation: str, dtype: torch.dtype) -> None:
+    model = mixtures.make(family, dtype, implementation)
+    base = logits(model)
+    adapted = adapt(model)
+    stacks = [name for name, layer in adapted.items() if isinstance(layer, AdaptedStack)]
+    assert {name.rpartition(".")[2] for name in stacks} == {"gate_up_proj", "down_proj"}
+    assert torch.equal(logits(model), base)
+    change({name: adapted[name] for name in stacks})
+    assert not torch.equal(logits(model), base)
+    remove(model)
+    assert torch.equal(logits(model), base)
+
+
+@FAMILY
+@IMPLEMENTATION
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_outputs_and_gradients_are_those_of_the_dense_formula(family: str, implementation: str, method: str) -> None:
+    """Every layer and expert against a base whose weights are W + s (B A - B0 A0), by autograd."""
+    model = mixtures.make(family, torch.float32, implementation)
+    targets = find_targets(model, "all-linear", RANK)
+    factors, _ = initialise(targets, method, RANK, 0, CPU)
+    reference = {
+        f"{name}.{part}": value
+        for name, item in factors.items()
+        for part, value in _random(item, targets[name].shape[0]).items()
+    }
+    weights: dict[str, Tensor] = {}
+    for name, target in targets.items():
+        a0, b0 = factors[name].a0, factors[name].b0
+        da, db = reference[f"{name}.da"], reference[f"{name}.db"]
+        b = db if b0 is None else b0 + db
+        delta = SCALE * (b @ (a0 + da) - (0 if b0 is None else b0 @ a0))
+        weight = target.weight() + delta
+        key = name if target.experts else f"{name}.weight"
+        weights[key] = weight.mT if target.stored_transposed else weight
+    expected = functional_call(model, weights, kwargs={"input_ids": IDS, "use_cache": False}).logits
+    _some_loss(expected).backward()
+
+    adapted = inject(model, factors, SCALE)
+    for name, layer in adapted.items():
+        layer.da.data.copy_(reference[f"{name}.da"])
+        layer.db.data.copy_(reference[f"{name}.db"])
+    found = logits(model)
+    torch.testing.assert_close(found, expected, atol=2e-4, rtol=2e-4)
+    _some_loss(found).backward()
+    for name, layer in adapted.items():
+        for part in ("da", "db"):
+            wanted = reference[f"{name}.{part}"].grad
+            got = getattr(layer, part).grad
+            assert wanted is not None
+            assert float((got - wanted).norm()) <= 1e-3 * float(wanted.norm()), f"{name}.{part}"
+
+
+def test_experts_without_tokens_get_no_gradient_and_the_others_do() -> None:
+    for implementation in ("eager", "grouped_mm", "batched_mm"):
+        model = mixtures.make("mixtral", torch.float32, implementation)
+        adapted = adapt(model)
+        seen: list[Tensor] = []
+        model.model.layers[0].mlp.gate.register_forward_hook(lambda _, __, out, seen=seen: seen.append(out[2]))
+        model(input_ids=IDS[:1, :1], use_cache=False).logits.square().sum().backward()
+        hit = set(seen[0].flatten().tolist())
+        assert 0 < len(hit) < mixtures.EXPERTS
+        for part in ("gate_up_proj", "down_proj"):
+            layer = adapted[f"model.layers.0.mlp.experts.{part}"]
+            for grad in (layer.da.grad, layer.db.grad):
+                assert grad is not None
+                assert {e for e in range(mixtures.EXPERTS) if grad[e].any()} == hit
+
+
+@IMPLEMENTATION
+def test_dropout_is_on_the_adapters_input_and_while_it_trains_only(implementation: str) -> None:
+    model = mixtures.make("qwen3_moe", torch.float32, implementation)
+    base = logits(model)
+    adapted = adapt(model, dropout=0.5)
+    for layer in adapted.values():
+        layer.training = True
+    assert torch.equal(logits(model), base), "the start equals the base with dropout as well"
+    stacks = {name: layer for name, layer in adapted.items() if isinstance(layer, AdaptedStack)}
+    change(stacks)
+    torch.manual_seed(0)
+    first, second = logits(model), logits(model)
+    assert not torch.equal(first, second)
+    torch.manual_seed(0)
+    assert torch.equal(logits(model), first)
+    for layer in adapted.values():
+        layer.training = False
+    assert torch.equal(logits(model), logits(model))
+
+
+def test_recomputed_activations_give_the_same_gradients() -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    model = mixtures.make("gpt_oss")
+    adapted = adapt(model)
+    change(adapted)
+    grads = []
+    for _ in range(2):
+        for layer in adapted.values():
+            layer.da.grad = layer.db.grad = None
+        _some_loss(logits(model)).backward()
+        grads.append([layer.db.grad for layer in adapted.values()])
+        for block in model.model.layers:
+            block.forward = lambda *args, run=block.forward, **named: checkpoint(
+                run, *args, use_reentrant=False, **named
+            )
+    assert all(torch.equal(one, two) for one, two in zip(*grads, strict=True))  # type: ignore[arg-type]
+
+
+def test_several_adapters_share_the_experts_of_one_base() -> None:
+    model = mixtures.make("olmoe")
+    base = logits(model)
+    factors, _ = initialise(find_targets(model, "all-linear", RANK), "olora", RANK, 0, CPU)
+    one, two = wrap(model, factors, SCALE), wrap(model, factors, SCALE)
+    change(two)
+    install(model, one)
+    assert torch.equal(logits(model), base)
+    install(model, two)
+    assert not torch.equal(logits(model), base)
+    install(model, one)
+    assert torch.equal(logits(model), base)
+
+
+def test_the_names_of_the_parameters_are_those_of_the_targets() -> None:
+    model = mixtures.make("mixtral")
+    adapted = adapt(model)
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trainable == {f"{name}.{part}" for name in adapted for part in ("da", "db")}
+
+
+class Own(nn.Module):
+    """Experts of a family that has its own ideas."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.num_experts = how, 2
+        self.weight = nn.Parameter(torch.rand(2, 4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "sum":
+            return x @ self.weight.sum(0)
+        if self.how == "slice":
+            return torch.bmm(x[:, None], self.weight[0:2])[:, 0]
+        if self.how == "einsum":
+            return torch.einsum("ti,eio->to", x, self.weight)
+        if self.how == "other way round":
+            return torch.nn.functional.linear(x, self.weight[0])
+        return x @ self.weight[0]
+
+
+@pytest.mark.parametrize("how", ["sum", "slice", "einsum", "other way round"])
+def test_a_use_that_an_adapter_cannot_follow_never_passes_it_by(how: str) -> None:
+    base = Own(how)
+    start = METHODS["olora"](base.weight.detach().mT, 2, 0)
+    adapted = AdaptedExperts(base, {"weight": AdaptedStack(start, 4, True, SCALE)})
+    assert base(torch.rand(2, 4)).shape == (2, 4)
+    with pytest.raises((NotImplementedError, AttributeError, TypeError)):
+        adapted(torch.rand(2, 4))
+    assert base(torch.rand(2, 4)).shape == (2, 4), "the base is as it was"
+    base.how = "matmul"
+    assert adapted(torch.rand(2, 4)).shape == (2, 4)
+
+
+def test_the_layout_is_read_in_the_code_where_nobody_declares_it() -> None:
+    for family, transposed in (("mixtral", False), ("gpt_oss", True), ("llama4", True)):
+        experts = next(m for m in mixtures.make(family).modules() if hasattr(m, "gate_up_proj"))
+        target = stack(experts, "gate_up_proj")
+        assert target.stored_transposed == transposed
+        assert target.experts == mixtures.EXPERTS
+        assert target.shape[1] == mixtures.SIZES["hidden_size"]
+        assert target.weight().data_ptr() == experts.gate_up_proj.data_ptr()
+
+
+def test_linear_layers_of_a_mixture_stay_linear_layers() -> None:
+    adapted = adapt(mixtures.make("deepseek_v3"))
+    assert isinstance(adapted["model.layers.1.mlp.shared_experts.up_proj"], AdaptedLinear)
+    assert isinstance(adapted["model.layers.0.mlp.up_proj"], AdaptedLinear)
+
+
+def _random(start: Factors, m: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(m)
+    *experts, rank, n = start.a0.shape
+    da = torch.randn(*experts, rank, n, generator=generator) * 0.05
+    db = torch.randn(*experts, m, rank, generator=generator) * 0.05
+    return {"da": da.requires_grad_(), "db": db.requires_grad_()}
+
+
+def _some_loss(found: Tensor) -> Tensor:
+    wanted = IDS.roll(-1).flatten()
+    return torch.nn.functional.cross_entropy(found.flatten(0, 1), wanted)

@@ -1,0 +1,33 @@
+"""A run that goes on keeps the layers that it began with."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from olora_ray.adapter.factors import AdapterWeights, Factors
+from olora_ray.adapter.initialise import initialise
+from olora_ray.adapter.targets import find_targets
+from olora_ray.cluster.resume import factors
+from tests import tiny
+from tests.adapter import mixtures
+
+
+def known(model: Any, targets: Any) -> dict[str, AdapterWeights]:
+    """An adapter as a checkpoint gives it: in another order than the model's."""
+    made, _ = initialise(find_targets(model, targets, 4), "olora", 4, 0, torch.device("cpu"))
+    weights = {name: AdapterWeights(start, torch.zeros(()), torch.zeros(())) for name, start in made.items()}
+    return dict(sorted(weights.items(), reverse=True))
+
+
+def test_an_adapter_of_before_keeps_its_layers_and_has_the_models_order() -> None:
+    model: Any = mixtures.make("mixtral")
+    spec: Any = SimpleNamespace(config=tiny.config())
+    before = known(model, ("q_proj", "v_proj"))  # what all-linear meant as long as experts were left out
+    before["model.vision_tower.fc1"] = AdapterWeights(
+        Factors(torch.zeros(4, 8), torch.zeros(8, 4)), torch.zeros(()), torch.zeros(())
+    )
+    found = factors(SimpleNamespace(), spec, model, before)  # type: ignore[arg-type]
+    order = [*find_targets(model, ("q_proj", "v_proj"), 4), "model.vision_tower.fc1"]
+    assert list(found) == order
+    assert all(found[name] is before[name].factors for name in order)
