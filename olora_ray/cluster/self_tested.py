@@ -30,7 +30,7 @@ def self_tested(
     train_mode(adapted, False)
     with context.activate(adapted):
         if loss.tested is None:
-            with bare(adapted):
+            with bare(loss.model):
                 loss.tested = choose_attention(loss, packs, spec.config, context.device)
             logger.info(loss.tested.line())
         name = loss.tested.attention

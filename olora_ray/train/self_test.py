@@ -26,6 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from olora_ray.adapter.experts import AdaptedExperts
+from olora_ray.adapter.layer import AdaptedLinear, AdaptedWeight
 from olora_ray.common.errors import UserError, first_line
 from olora_ray.config.evaluation import AnyConfig
 from olora_ray.model import attention
@@ -225,18 +227,37 @@ class _Trial:
 
 
 def check_adapters(
-    loss: SupervisedLoss, adapted: Mapping[str, Any], packs: Sequence[Pack], name: str, device: torch.device, new: bool
+    loss: SupervisedLoss,
+    adapted: Mapping[str, AdaptedWeight],
+    packs: Sequence[Pack],
+    name: str,
+    device: torch.device,
+    new: bool,
 ) -> None:
     """Raise UserError unless untrained (`new`) adapters change no bit of a loss, and each receives a gradient.
 
     `name` is the attention. The gradients are left at zero.
     """
+    try:
+        _check_adapters(loss, adapted, packs, name, device, new)
+    except NotImplementedError as error:  # of experts' weights that are used in a way that is not known here
+        raise UserError(f"adapter.targets: {first_line(error)}; leave the experts out of adapter.targets") from None
+
+
+def _check_adapters(
+    loss: SupervisedLoss,
+    adapted: Mapping[str, AdaptedWeight],
+    packs: Sequence[Pack],
+    name: str,
+    device: torch.device,
+    new: bool,
+) -> None:
     examples = list(_rows(packs, SHORT))[:3]
     batch = collate([_pack([ids]) for ids in examples], name).to(device)
     with _whole(loss, batch):
         if new:
             losses = loss.each(batch)
-            with bare(adapted):
+            with bare(loss.model):
                 base = loss.each(batch)
             if not torch.equal(losses, base):
                 raise UserError(
@@ -263,14 +284,15 @@ def _has_gradient(parameter: nn.Parameter) -> bool:
 
 
 @contextmanager
-def bare(adapted: Mapping[str, Any]) -> Iterator[None]:
+def bare(model: nn.Module) -> Iterator[None]:
     """Without their low-rank paths for now: a sharded base cannot be taken out of its adapters."""
-    for layer in adapted.values():
+    layers: list[Any] = [part for part in model.modules() if isinstance(part, AdaptedLinear | AdaptedExperts)]
+    for layer in layers:
         layer.__dict__["forward"] = layer.base.__call__  # as an attribute it would be a module of the layer
     try:
         yield
     finally:
-        for layer in adapted.values():
+        for layer in layers:
             del layer.__dict__["forward"]
 
 
