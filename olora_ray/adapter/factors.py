@@ -52,4 +52,4 @@ class AdapterWeights:
         a0, b0 = self.factors.a0, self.factors.b0
         if b0 is None:
             return a0 + self.da, self.db
-        return torch.cat([a0, self.da]), torch.cat([self.db, b0 + self.db], dim=1)
+        return torch.cat([a0, self.da], dim=-2), torch.cat([self.db, b0 + self.db], dim=-1)
