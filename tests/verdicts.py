@@ -51,8 +51,8 @@ class Draw:
     def __str__(self) -> str:
         settings = self.case.settings
         return (
-            f"{self.number} ({self.family}, {self.dtype}, {settings.method} r {settings.rank}, alpha {settings.alpha:g},"
-            f" {self.steps} steps at {self.rate:g})"
+            f"{self.number} ({self.family}, {self.dtype}, {settings.method}, r {settings.rank}, alpha"
+            f" {settings.alpha:g}, {self.steps} steps at {self.rate:g})"
         )
 
     def _trained(self, base: Path, settings: Adapter) -> dict[str, AdapterWeights]:

@@ -26,8 +26,8 @@ from olora_ray.model.source import BaseModel
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_RANK = 2
-"""Two directions tell the order of directions and experts; with B0 the folder has four."""
+_RANK = 1
+"""With B0 the folder has two directions, which is enough to tell their order from that of experts."""
 _LARGEST = 2**26
 """Numbers of a layer whose change is computed; larger ones are read, and their kind is another model's test."""
 
@@ -84,17 +84,17 @@ def _unreadable(model: "PreTrainedModel", config: Config, names: Sequence[str]) 
 
 
 def _remedy(line: str, names: Sequence[str]) -> str:
-    blamed = sorted(
-        {_last(name) for name in names if name in line or f"'{_last(name)}'" in line or _last(name) in line.split()}
-    )
+    """What to set instead: targets without those that the line names."""
+    words = set(re.split(r"[^\w.]+", line))
+    blamed = sorted({_last(name) for name in names if {name, _last(name)} & words})
     return f"leave {' and '.join(blamed)} out of adapter.targets" if blamed else "name other layers in adapter.targets"
 
 
 def _chosen(model: "PreTrainedModel", names: Sequence[str]) -> list[str]:
     """All linear layers, and of the stacks, which are large, the first and the last of each kind."""
-    stacks = [name for name in names if is_stack(model, name)]
-    modules = {name.rpartition(".")[0] for name in (*_ends(stacks),)}
-    return [name for name in names if name not in set(stacks) or name.rpartition(".")[0] in modules]
+    stacks = {name: name.rpartition(".")[0] for name in names if is_stack(model, name)}
+    modules = {stacks[name] for name in _ends(stacks)}  # PEFT wraps a module for all of its stacks together
+    return [name for name in names if name not in stacks or stacks[name] in modules]
 
 
 def _few_of_each_kind(model: "PreTrainedModel", names: Sequence[str]) -> list[str]:

@@ -57,7 +57,7 @@ def run_export(spec: TrainSpec, folder: RunFolder, result: TrainResult) -> dict[
     if (parity := folder.exported(step)) is not None:
         return parity
     wanted = worker_resources(spec.config)
-    logger.info("exporting the adapter and the merged model, and checking them")
+    logger.info("exporting adapter and merged model, and comparing them")
     with user_errors():
         job = ray.remote(_export).options(
             num_cpus=_export_cpus(spec.config, wanted),
