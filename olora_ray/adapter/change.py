@@ -37,6 +37,10 @@ class Change:
         factors = replace(start, a0=start.a0[0], b0=None if start.b0 is None else start.b0[0])
         return Change(AdapterWeights(factors, part.da[0], part.db[0]), self.scale, self.transposed)
 
+    def outputs(self, first: int, last: int) -> "Change":
+        """That of outputs first..last of a linear layer."""
+        return Change(_rows(self.weights, first, last), self.scale, self.transposed)
+
     def merged(self, first: int, last: int, device: torch.device) -> Tensor:
         """Rows first..last in float32, as they are added to the base."""
         delta = _moved(self._part(first, last), device, torch.float32).delta(self.scale)

@@ -29,6 +29,7 @@ BOUND = 1e-5
 """Relative error of a layer's change in PEFT, which computes it in float32."""
 _ADAPTER = "default"
 _AT_ONCE = 2**20
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -48,18 +49,17 @@ class AsPeftReads:
         return not self.problems and self.error <= BOUND
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def check_adapter(
     folder: Path,
     model: "PreTrainedModel",
     adapter: Mapping[str, AdapterWeights],
     scale: float,
-    only: Iterable[str] | None = None,
-    device: torch.device | None = None,
+    sample: Iterable[str] | None = None,
 ) -> AsPeftReads:
-    """Load the folder with PEFT on the model without weights; `only` names the layers whose changes are computed.
+    """Load the folder with PEFT on the model without weights, which stays as it is.
 
-    `model` stays as it is.
+    With `sample` only these layers' changes are computed, and of each its first outputs.
     """
     try:
         wrapped = _load(folder, model)
@@ -69,9 +69,9 @@ def check_adapter(
     if problems := _other_layers(folder, layers, adapter):
         return AsPeftReads(float("inf"), "", tuple(problems))
     where, worst = "", 0.0
-    for name in adapter if only is None else only:
+    for name in adapter if sample is None else sample:
         change = Change(adapter[name], scale, stored_transposed(model, name))
-        error = _error(layers[name], change, device or torch.device("cpu"))
+        error = _error(layers[name], change, sample is not None)
         if error != error or error > worst:
             where, worst = name, error
         if worst != worst:
@@ -137,30 +137,54 @@ def _matrices(layer: Any) -> tuple[Tensor, Tensor]:
     return layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight
 
 
-def _error(layer: Any, change: Change, device: torch.device) -> float:
-    """Relative error of a layer's change; of a stack, the largest of its experts."""
+def _error(layer: Any, change: Change, sample: bool) -> float:
+    """Relative error of a layer's change; of a stack, the largest of its experts. NaN if there is one."""
     if len(change.shape) == 2:
-        return _relative(layer.get_delta_weight(_ADAPTER), change, device)
+        return _of_linear(layer, change, sample)
     if layer.num_experts == 1:
-        return _relative(layer.get_delta_weight(_ADAPTER), change.expert(0), device)
-    worst = 0.0
+        return _of_linear(layer, change.expert(0), sample)
     left, right, scale = layer.get_delta_factors(_ADAPTER)
-    for number in range(layer.num_experts):
-        error = _relative(left[number] @ right[number] * scale, change.expert(number), device)
-        if error != error:
-            return error
-        worst = max(worst, error)
-    return worst
+    numbers = {0, 1, layer.num_experts - 1} if sample else range(layer.num_experts)
+    errors = [_of_expert(left[number], right[number] * scale, change.expert(number), sample) for number in numbers]
+    return max(errors, key=lambda error: (error != error, error))
 
 
-def _relative(found: Tensor, change: Change, device: torch.device) -> float:
-    if tuple(found.shape) != change.shape:
-        return float("inf")
-    wrong = size = 0.0
-    count = max(1, _AT_ONCE // found.shape[1])
-    for first in range(0, len(found), count):
-        last = min(first + count, len(found))
-        exact = change.exact(first, last, device)
-        wrong += float((found[first:last].to(device).double() - exact).square().sum())
-        size += float(exact.square().sum())
-    return (wrong / size) ** 0.5 if size else wrong**0.5
+def _of_linear(layer: Any, change: Change, sample: bool) -> float:
+    """PEFT computes the change of some outputs at a time: those that it has rows of lora_B for."""
+    up, total = layer.lora_B[_ADAPTER], _Total()
+    whole = up.weight
+    count = max(1, _AT_ONCE // change.weights.da.shape[-1])
+    try:
+        for first in range(0, count if sample else len(whole), count):
+            last = min(first + count, len(whole))
+            up.weight = nn.Parameter(whole[first:last], requires_grad=False)
+            part = change.outputs(first, last)
+            total.add(layer.get_delta_weight(_ADAPTER), part.exact(0, part.shape[0], _CPU))
+    finally:
+        up.weight = whole
+    return total.error()
+
+
+def _of_expert(left: Tensor, right: Tensor, change: Change, sample: bool) -> float:
+    total, count = _Total(), max(1, _AT_ONCE // right.shape[1])
+    for first in range(0, count if sample else len(left), count):
+        last = min(first + count, len(left))
+        total.add(left[first:last] @ right, change.exact(first, last, _CPU))
+    return total.error()
+
+
+class _Total:
+    """Relative error of a matrix that is seen some rows at a time."""
+
+    def __init__(self) -> None:
+        self.wrong = self.size = 0.0
+
+    def add(self, found: Tensor, exact: Tensor) -> None:
+        if found.shape != exact.shape:
+            self.wrong = float("inf")
+            return
+        self.wrong += float((found.double() - exact).square().sum())
+        self.size += float(exact.square().sum())
+
+    def error(self) -> float:
+        return float((self.wrong / self.size) ** 0.5) if self.size else float(self.wrong**0.5)

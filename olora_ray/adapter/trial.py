@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
 _RANK = 1
 """With B0 the folder has two directions, which is enough to tell their order from that of experts."""
-_LARGEST = 2**26
-"""Numbers of a layer whose change is computed; larger ones are read, and their kind is another model's test."""
 
 
 def problems(base: BaseModel, config: Config, targets: Iterable[str]) -> list[str]:
@@ -69,7 +67,7 @@ def _unreadable(model: "PreTrainedModel", config: Config, names: Sequence[str]) 
     with tempfile.TemporaryDirectory(prefix="olora-trial-") as temporary:
         folder = Path(temporary) / "adapter"
         write_adapter(adapter, settings, "base", folder, model)
-        found = check_adapter(folder, model, adapter, settings.scale(), _few_of_each_kind(model, chosen))
+        found = check_adapter(folder, model, adapter, settings.scale(), _ends(chosen))
     if found.ok:
         return []
     if not found.problems:
@@ -97,10 +95,6 @@ def _chosen(model: "PreTrainedModel", names: Sequence[str]) -> list[str]:
     return [name for name in names if name not in stacks or stacks[name] in modules]
 
 
-def _few_of_each_kind(model: "PreTrainedModel", names: Sequence[str]) -> list[str]:
-    return [name for name in _ends(names) if _size_of_one(model, name) <= _LARGEST]
-
-
 def _ends(names: Iterable[str]) -> list[str]:
     """The first and the last name of each kind."""
     kinds: dict[str, list[str]] = {}
@@ -116,12 +110,6 @@ def kind(name: str) -> str:
 
 def _last(name: str) -> str:
     return name.rpartition(".")[2]
-
-
-def _size_of_one(model: "PreTrainedModel", name: str) -> int:
-    """Numbers of a layer's matrix, of one expert's in a stack."""
-    shape = model.get_parameter(parameter_of(model, name)).shape
-    return int(shape[-1] * shape[-2])
 
 
 def _stand_in(model: "PreTrainedModel", name: str, seed: int) -> AdapterWeights:

@@ -71,7 +71,8 @@ class Group:
 
     def read(self, folder: Path, first: int, last: int) -> Tensor:
         """The numbers of the stored tensors that rows first..last come from, one after the other."""
-        return torch.cat([piece.stored.read(folder, *piece.rows).view(-1) for piece in self._pieces(first, last)])
+        found = [piece.stored.read(folder, *piece.rows).view(-1) for piece in self._pieces(first, last)]
+        return found[0] if len(found) == 1 else torch.cat(found)
 
     def write(self, folder: Path, numbers: Tensor, first: int, last: int) -> None:
         """Put back what `read` gives, in files that are there."""
