@@ -70,7 +70,8 @@ def make_case(folder: Path, model: Any, settings: Adapter, shard: str = "5GB") -
 def make_stacked_case(folder: Path, model: Any, settings: Adapter, names: list[str] | None = None) -> Case:
     """Like make_case, with every stack of experts adapted too; all factors are random, and `names` chooses layers."""
     model.save_pretrained(folder)
-    linear = find_targets(model, "all-linear", 1)
+    # A router that is a linear layer (Llama 4's) returns two things: no adapter can wrap it.
+    linear = [name for name in find_targets(model, "all-linear", 1) if not name.endswith("router")]
     stacks = [name for name, parameter in model.named_parameters() if parameter.ndim == 3 and "experts" in name]
     chosen = [*linear, *stacks] if names is None else names
     adapter = {name: random_adapter(model, name, settings.rank, i) for i, name in enumerate(chosen)}

@@ -94,6 +94,20 @@ def granitemoe() -> Any:
     return build("GraniteMoeForCausalLM", num_local_experts=4, num_experts_per_tok=2)
 
 
+def llama4() -> Any:
+    """Experts as n x m that do not say so."""
+    return build(
+        "Llama4ForCausalLM",
+        intermediate_size_mlp=48,
+        num_local_experts=4,
+        head_dim=8,
+        moe_layers=[1],
+        no_rope_layers=[1, 1],
+        attention_chunk_size=64,
+        layer_types=["full_attention", "full_attention"],
+    )
+
+
 def phi3() -> Any:
     """Fused projections."""
     return build("Phi3ForCausalLM")
@@ -118,5 +132,5 @@ def gemma3_multimodal() -> Any:
 
 MIXTURES: dict[str, Callable[[], Any]] = {
     found.__name__: found
-    for found in (mixtral, qwen3_moe, qwen2_moe, olmoe, deepseek_v3, glm4_moe, gpt_oss, granitemoe)
+    for found in (mixtral, qwen3_moe, qwen2_moe, olmoe, deepseek_v3, glm4_moe, gpt_oss, granitemoe, llama4)
 }

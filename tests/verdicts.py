@@ -105,7 +105,7 @@ class Draw:
         case, merged, plain = self.case, self.folder / "merged", self.folder / "adapter"
         found = weight_names.groups(case.base, case.model, case.adapter)
         worst = merge_check.check_weights(case.base, merged, found, case.adapter, case.scale)
-        changed = tuple(merge_check.changed_bytes(case.base, merged, found))
+        changed = tuple(merge_check.changed(case.base, merged, found))
         peft = check_adapter(plain, case.model, case.adapter, case.scale)
         if not logits:
             return Parity(MergedFolder(worst, changed), peft, "not asked for")

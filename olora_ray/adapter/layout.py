@@ -9,6 +9,9 @@ from torch import nn
 
 from olora_ray.adapter.layer import is_transposed
 
+_UNDECLARED = ("Llama4TextExperts",)
+"""Experts that multiply with E x n x m parameters and do not say so."""
+
 
 def parameter_of(model: nn.Module, layer: str) -> str:
     """The full name of a layer's parameter."""
@@ -28,6 +31,12 @@ def stored_transposed(model: nn.Module, layer: str) -> bool:
     """Whether the parameter is n x m (or E x n x m) instead of m x n."""
     if not is_stack(model, layer):
         return is_transposed(model.get_submodule(layer))
+    experts = model.get_submodule(layer.rpartition(".")[0])
+    return declares_transposed(model, layer) or type(experts).__name__ in _UNDECLARED
+
+
+def declares_transposed(model: nn.Module, layer: str) -> bool:
+    """What a stack's module says of itself in transformers' interface for experts, which PEFT goes by."""
     return bool(getattr(model.get_submodule(layer.rpartition(".")[0]), "is_transposed", False))
 
 

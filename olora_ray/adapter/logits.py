@@ -25,6 +25,7 @@ from torch import Tensor
 
 from olora_ray.adapter.factors import AdapterWeights
 from olora_ray.adapter.inject import inject
+from olora_ray.adapter.layout import parameter_of
 from olora_ray.adapter.merge import changes_of
 from olora_ray.adapter.weight_group import Group
 from olora_ray.common.errors import first_line
@@ -156,6 +157,8 @@ class _Adapted:
     def __init__(self, model: "PreTrainedModel", adapter: Mapping[str, AdapterWeights], scale: float) -> None:
         self.model: Any = model
         self.scale = scale
+        # Before they are wrapped: afterwards they go by other names.
+        self.weights = {name: model.get_parameter(parameter_of(model, name)).data for name in adapter}
         device = next(model.parameters()).device
         self.wrapped = inject(model, {name: weights.factors for name, weights in adapter.items()}, scale)
         for name, layer in self.wrapped.items():
@@ -178,21 +181,16 @@ class _Adapted:
                 for parameter, change in changes.items():
                     rows = group.rows(numbers, parameter, first, last)
                     exact = change.exact(first, last, torch.device("cpu"))
-                    _weight(self.wrapped[layers[parameter]])[first:last].copy_(rows.double() - exact)
+                    self.weights[layers[parameter]][first:last].copy_(rows.double() - exact)
 
     def shake(self) -> None:
         """Move every adapted weight and factor at random within its last place."""
         generator = torch.Generator().manual_seed(0)
         eps = torch.finfo(torch.float32).eps
-        for layer in self.wrapped.values():
-            for part in (_weight(layer), layer.da.data, layer.db.data, layer.a0, layer.b0):
+        for name, layer in self.wrapped.items():
+            for part in (self.weights[name], layer.da.data, layer.db.data, layer.a0, layer.b0):
                 if part is not None:
                     part.mul_((1 + eps * (torch.rand(part.shape, generator=generator) - 0.5)).to(part.device))
-
-
-def _weight(layer: Any) -> Tensor:
-    weight: Tensor = layer.base.weight.data
-    return weight
 
 
 def _load(folder: Path, folders: Folders, attention: str, device: torch.device) -> "PreTrainedModel":

@@ -93,33 +93,35 @@ def _power_of_two(numbers: Tensor) -> Tensor:
     return (numbers.view(torch.int64) & _EXPONENT).view(torch.float64)
 
 
-def changed_bytes(base: Path, merged: Path, found: Sequence[Group]) -> list[str]:
-    """What of the files differs from the base although no adapter changes it: one line each, at most one a file."""
-    lines = _other_files(base, merged)
-    if lines:
-        return lines
-    for name in weight_files(base):
+def changed(base: Path, merged: Path, found: Sequence[Group]) -> list[str]:
+    """What of a merged folder is not the base's although no adapter changes it: one line each."""
+    return changed_files(base, merged) or changed_bytes(base, merged, found, weight_files(base))
+
+
+def changed_files(base: Path, merged: Path) -> list[str]:
+    """Files of weights that are not the base's by name or size, and configs with another content."""
+    files, theirs = weight_files(base), sorted(file.name for file in merged.glob("*.safetensors"))
+    if theirs != files:
+        return [f"its files of weights are {', '.join(theirs) or 'missing'}; the base's are {', '.join(files)}"]
+    lines = []
+    for name in (INDEX, "config.json", "generation_config.json"):
+        before, after = _json(base / name), _json(merged / name)
+        if portable.portable_config(before) != after:
+            lines.append(f"{name} is not the base's")
+    sizes = [name for name in files if (base / name).stat().st_size != (merged / name).stat().st_size]
+    return lines + [f"{name} has another size than the base's" for name in sizes]
+
+
+def changed_bytes(base: Path, merged: Path, found: Sequence[Group], files: Sequence[str]) -> list[str]:
+    """The first byte in each of these files that differs outside of the adapted weights."""
+    lines = []
+    for name in files:
         adapted = sorted((entry.start, entry.end) for group in found for entry in group.stored if entry.file == name)
         if (place := _first_difference(base / name, merged / name, adapted)) is not None:
             entries = tensors(base).values()
             within = [entry.name for entry in entries if entry.file == name and entry.start <= place < entry.end]
             lines.append(f"{name}: byte {place} (of {within[0] if within else 'its header'}) is not the base's")
     return lines
-
-
-def _other_files(base: Path, merged: Path) -> list[str]:
-    theirs = sorted(file.name for file in merged.glob("*.safetensors"))
-    if theirs != weight_files(base):
-        return [
-            f"its files of weights are {', '.join(theirs) or 'missing'}; the base's are {', '.join(weight_files(base))}"
-        ]
-    lines = []
-    for name in (INDEX, "config.json", "generation_config.json"):
-        before, after = _json(base / name), _json(merged / name)
-        if portable.portable_config(before) != after:
-            lines.append(f"{name} is not the base's")
-    sizes = [name for name in theirs if (base / name).stat().st_size != (merged / name).stat().st_size]
-    return lines + [f"{name} has another size than the base's" for name in sizes]
 
 
 def _json(file: Path) -> object:

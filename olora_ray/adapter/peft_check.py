@@ -71,9 +71,9 @@ def check_adapter(
     where, worst = "", 0.0
     for name in adapter if sample is None else sample:
         change = Change(adapter[name], scale, stored_transposed(model, name))
-        error = _error(layers[name], change, sample is not None)
-        if error != error or error > worst:
-            where, worst = name, error
+        found = _error(layers[name], change, sample is not None)
+        if found != found or found > worst:
+            where, worst = name, found
         if worst != worst:
             break
     return AsPeftReads(worst, where, ())

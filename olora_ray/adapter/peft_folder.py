@@ -18,11 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from olora_ray.adapter.factors import AdapterWeights
-from olora_ray.adapter.layout import is_stack, transposed_layers
+from olora_ray.adapter.factors import AdapterWeights, Factors
+from olora_ray.adapter.layout import declares_transposed, is_stack, stored_transposed, transposed_layers
 from olora_ray.adapter.new_folder import replacing
 from olora_ray.config.schema import Adapter
 
@@ -66,6 +67,8 @@ def write_adapter(
         lora_a, lora_b = weights.plain_lora()
         ranks.add(lora_a.shape[-2])
         if lora_a.ndim == 3:
+            if _other_way_round(model, layer):
+                lora_a, lora_b = lora_b.mT, lora_a.mT
             lora_a, lora_b = lora_a.flatten(0, 1), lora_b.permute(1, 2, 0).flatten(1)
         key = _PREFIX + names.keys[layer]
         tensors[f"{key}.lora_A.weight"] = lora_a.float().cpu().contiguous()
@@ -79,6 +82,36 @@ def write_adapter(
         (folder / CONFIG).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
         if complete is not None:
             complete(folder, rank)
+
+
+def read_adapter(folder: Path, model: nn.Module) -> tuple[dict[str, AdapterWeights], float]:
+    """The adapter in a folder that `write_adapter` wrote for this model, and its scale.
+
+    Its change is all in dA and dB, with B0 = 0. Raises KeyError for a folder of another origin.
+    """
+    fields = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    parameters = fields.get("target_parameters") or []
+    layers = [
+        name if is_stack(model, name.removesuffix(".weight")) else name.removesuffix(".weight") for name in parameters
+    ]
+    layers += fields["target_modules"]
+    keys, tensors, found = names_of(model, layers).keys, load_file(folder / WEIGHTS), {}
+    for layer in layers:
+        lora_a, lora_b = (tensors[f"{_PREFIX}{keys[layer]}.lora_{part}.weight"] for part in "AB")
+        if is_stack(model, layer):
+            experts = len(model.get_parameter(layer))
+            lora_a = lora_a.unflatten(0, (experts, -1))
+            lora_b = lora_b.unflatten(1, (-1, experts)).permute(2, 0, 1)
+            if _other_way_round(model, layer):
+                lora_a, lora_b = lora_b.mT, lora_a.mT
+        found[layer] = AdapterWeights(Factors(torch.zeros_like(lora_a), None), lora_a, lora_b)
+    rank = fields["r"]
+    return found, fields["lora_alpha"] / (math.sqrt(rank) if fields["use_rslora"] else rank)
+
+
+def _other_way_round(model: nn.Module, layer: str) -> bool:
+    """Whether PEFT takes a stack's E x n x m parameter for E x m x n ones: what it calls A is B^T then."""
+    return stored_transposed(model, layer) != declares_transposed(model, layer)
 
 
 def _peft_fields(config: Adapter, rank: int, names: Names, base_name: str, fan_in_fan_out: bool) -> dict[str, object]:
@@ -134,8 +167,9 @@ def _key_of_stack(model: nn.Module, layer: str, layers: list[str]) -> str:
 def _mistaken(model: Any) -> frozenset[str]:
     """Last parts of names that PEFT takes for those of experts in models of this family."""
     try:
-        from peft.utils.transformers_weight_conversion import _MODEL_TO_CONVERSION_PATTERN, _MOE_TARGET_MODULE_MAPPING
+        from peft.utils import transformers_weight_conversion as conversion
     except ImportError:  # versions of before transformers 5 know no such names
         return frozenset()
-    family = _MODEL_TO_CONVERSION_PATTERN.get(getattr(getattr(model, "config", None), "model_type", None))
-    return frozenset(_MOE_TARGET_MODULE_MAPPING.get(family, ()))
+    tables: Any = conversion
+    family = tables._MODEL_TO_CONVERSION_PATTERN.get(getattr(getattr(model, "config", None), "model_type", None))
+    return frozenset(tables._MOE_TARGET_MODULE_MAPPING.get(family, ()))

@@ -97,4 +97,4 @@ def _header(path: Path) -> Iterator[Stored]:
 def _bytes(tensor: Tensor) -> memoryview:
     # A tensor of no dimension has no other view as bytes.
     flat = tensor.reshape(-1).view(torch.uint8) if math.prod(tensor.shape) else torch.empty(0, dtype=torch.uint8)
-    return memoryview(flat.numpy())
+    return flat.numpy().data

@@ -103,17 +103,17 @@ class Group:
         return _problems[kind]
 
     def _problem(self) -> str | None:
-        first, last = (0, self._rows) if self._way == "whole" else (0, min(2, self._rows))
+        first, last = 0, self._rows if self._way == "whole" else 1
         size = sum(piece.size for piece in self._pieces(first, last))
         if size > _LARGEST_TRIAL:
             return None
         try:
-            places = self._places(first, last)
+            found = torch.cat([place.reshape(-1) for place in self._places(first, last).values()])
         except Exception as error:  # of transformers' operations, whatever they meet
             return f"transformers' conversion of its stored tensors cannot be followed ({type(error).__name__})"
-        found = torch.cat([place.reshape(-1) for place in places.values()])
-        moved = found.numel() == size and torch.equal(found.sort().values, torch.arange(size))
-        return None if moved else "transformers does more than move the numbers of its stored tensors"
+        finally:
+            _cache.clear()
+        return None if _is_permutation(found, size) else "transformers does more than move the numbers of its parts"
 
     @cached_property
     def _rows(self) -> int:
@@ -190,6 +190,15 @@ def convert(converter: Any, key: str, tensors: Sequence[tuple[str, Tensor]], mod
 
 _cache: OrderedDict[tuple[str, str, str, int], list[Tensor]] = OrderedDict()
 _problems: dict[tuple[str, str, str, int], str | None] = {}
+
+
+def _is_permutation(places: Tensor, size: int) -> bool:
+    """Whether each of the places 0..size occurs once."""
+    if places.numel() != size or int(places.min()) < 0 or int(places.max()) >= size:
+        return False
+    seen = torch.zeros(size, dtype=torch.bool)
+    seen[places] = True
+    return bool(seen.all())
 
 
 def _within_experts(operations: Sequence[Any]) -> bool:

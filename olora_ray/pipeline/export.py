@@ -2,6 +2,7 @@
 
 import logging
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import ray
 import torch
 
-from olora_ray.adapter import memory, merge, merge_check, model_card, portable
+from olora_ray.adapter import memory, merge, model_card, portable
 from olora_ray.adapter.compress import compress
 from olora_ray.adapter.factors import AdapterWeights
 from olora_ray.adapter.logits import Folders, Logits, measure_logits
@@ -31,7 +32,7 @@ from olora_ray.model.load import load_tokenizer
 from olora_ray.model.source import BaseModel, on_this_node
 from olora_ray.pipeline import export_shares
 from olora_ray.pipeline.connection import user_errors
-from olora_ray.pipeline.export_shares import Part, Spread, Work
+from olora_ray.pipeline.export_shares import Spread, Work
 from olora_ray.pipeline.run_folder import RunFolder
 from olora_ray.tokens.store import TokenStore
 from olora_ray.tracking import models
@@ -137,9 +138,7 @@ def _write_merged(
         merge.copy_files(work.base, partial_folder)
         spread(export_shares.merge_part, parts)
         give_template(spec.config, on_this_node(spec.base, spec.config), partial_folder)
-    worst = spread(export_shares.check_part, [Part(spec, checkpoint, out, one.number, one.of) for one in parts])
-    changed = merge_check.changed_bytes(work.base, out, work.groups)
-    return MergedFolder(merge_check.worst_of(worst), tuple(changed))
+    return export_shares.check(work, [replace(part, folder=out) for part in parts], spread)
 
 
 def _logits(spec: TrainSpec, work: Work, merged: Path | None, plain: Path, compressed: bool) -> Logits | str:

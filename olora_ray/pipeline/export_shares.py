@@ -12,6 +12,8 @@ import torch
 
 from olora_ray.adapter import merge, merge_check
 from olora_ray.adapter.factors import AdapterWeights
+from olora_ray.adapter.parity import MergedFolder
+from olora_ray.adapter.stored import weight_files
 from olora_ray.adapter.weight_group import Group
 from olora_ray.adapter.weight_names import groups
 from olora_ray.cluster.spec import TrainSpec
@@ -83,11 +85,23 @@ def merge_part(part: Part) -> None:
     merge.merge(work.base, part.folder, share, work.adapter, part.spec.config.adapter.scale(), device)
 
 
-def check_part(part: Part) -> merge_check.Worst:
-    """The largest error in this share of the merged weights."""
+def check_part(part: Part) -> MergedFolder:
+    """What this share of the merged weights and of the files says."""
     work, share, device = _of(part)
     scale = part.spec.config.adapter.scale()
-    return merge_check.check_weights(work.base, part.folder, share, work.adapter, scale, device)
+    worst = merge_check.check_weights(work.base, part.folder, share, work.adapter, scale, device)
+    files = weight_files(work.base)[part.number :: part.of]
+    return MergedFolder(worst, tuple(merge_check.changed_bytes(work.base, part.folder, work.groups, files)))
+
+
+def check(work: Work, parts: Sequence[Part], spread: Spread[Any]) -> MergedFolder:
+    """What the merged folder of these parts says."""
+    folder = parts[0].folder
+    if lines := merge_check.changed_files(work.base, folder):
+        return MergedFolder(merge_check.Worst(0.0, "", "float32"), tuple(lines))
+    found = spread(check_part, parts)
+    lines = [line for one in found for line in one.changed]
+    return MergedFolder(merge_check.worst_of([one.weights for one in found]), tuple(lines))
 
 
 def in_turn(work: Callable[[Part], T], parts: Sequence[Part]) -> list[T]:
@@ -103,7 +117,7 @@ def over_cluster(cpus: float) -> Spread[Any]:
 
         from olora_ray.pipeline.connection import user_errors
 
-        job = ray.remote(_quietly).options(num_cpus=cpus, max_retries=3, retry_exceptions=[OSError])
+        job: Any = ray.remote(_quietly).options(num_cpus=cpus, max_retries=3, retry_exceptions=[OSError])
         others = [job.remote(work, part) for part in parts[1:]]
         first = work(parts[0])
         with user_errors():

@@ -33,7 +33,7 @@ def check(case: Case, folder: Path) -> merge_check.Worst:
 
 
 def changed(case: Case, folder: Path) -> list[str]:
-    return merge_check.changed_bytes(case.base, folder, weight_names.groups(case.base, case.model, case.adapter))
+    return merge_check.changed(case.base, folder, weight_names.groups(case.base, case.model, case.adapter))
 
 
 def test_a_right_merge_is_right(case: Case, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from olora_ray.adapter.peft_check import BOUND, check_adapter
-from olora_ray.adapter.peft_folder import write_adapter
+from olora_ray.adapter.peft_folder import read_adapter, write_adapter
 from olora_ray.config.schema import Adapter
 from tests import families, tiny
 from tests.export_parts import Case, logits, make_case, make_stacked_case
@@ -63,6 +63,10 @@ def test_experts_and_names_that_peft_rewrites_are_read_as_they_were_trained(tmp_
     found = check_adapter(folder, case.model, case.adapter, case.scale)
     assert found.ok, found
     torch.testing.assert_close(from_peft(case, folder), case.logits, atol=5e-5, rtol=0)
+    again, scale = read_adapter(folder, case.model)
+    assert again.keys() == case.adapter.keys()
+    for name, item in case.adapter.items():
+        torch.testing.assert_close(again[name].delta(scale), item.delta(case.scale), atol=1e-6, rtol=0)
 
 
 def test_some_of_the_names_that_peft_rewrites_are_enough(tmp_path: Path) -> None:

@@ -107,14 +107,7 @@ def test_a_conversion_that_does_more_than_move_numbers_is_refused(
     model.save_pretrained(tmp_path)
     monkeypatch.setattr(MergeModulelist, "convert", doubled)
     monkeypatch.setattr("olora_ray.adapter.weight_group._problems", {})
-    monkeypatch.setattr("olora_ray.adapter.weight_group._cache", type(trial_cache())())
     config = tiny.config(model__name=str(tmp_path))
     lines = trial.problems(BaseModel(str(tmp_path), str(tmp_path), ""), config, linear_and_stacks(model))
     assert len(lines) == 2, "one for each kind of stack"
     assert all("does more than move the numbers" in line for line in lines)
-
-
-def trial_cache() -> Any:
-    from olora_ray.adapter import weight_group
-
-    return weight_group._cache
