@@ -134,4 +134,4 @@ def test_arguments_that_make_no_sense_are_refused(words: list[str]) -> None:
 def test_it_runs_as_a_script() -> None:
     script = write_page.ROOT / "benchmarks" / "write_page.py"
     done = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, check=True)
-    assert "init, throughput, recovery, early, sweep" in done.stdout
+    assert "init, throughput, recovery, early, sweep, export" in done.stdout
