@@ -110,40 +110,59 @@ def measure_logits(
     """
     load = partial(_load, folders=folders, attention=attention_of(model), device=device)
     try:
-        ours = _Adapted(load(folders.base), adapter, scale)
-        before, reference = ours.logits(batches, on=False), ours.logits(batches)
-        if not bool(reference.isfinite().all()):
-            return "the adapted model's logits are not finite"
-        if folders.merged is not None:
-            ours.move(folders.merged, found, adapter)
-        moved = ours.logits(batches)
-        ours.shake()
-        noise = _median(moved, ours.logits(batches))
+        own = _own(_Adapted(load(folders.base), adapter, scale), folders.merged, found, adapter, batches)
     except Exception as error:  # of the model's own code: what it cannot do here says nothing of the export
         return f"the adapted model does not run here: {first_line(error)}"
-    del ours
+    if not bool(own.reference.isfinite().all()):
+        return "the adapted model's logits are not finite"
     gc.collect()
-    effect = _median(reference, before)
-    bound, merged = max(MARGIN * noise, SHARE * effect), None
+    bound, merged = max(MARGIN * own.noise, SHARE * own.effect), None
     if folders.merged is not None:
         with foreign("export: the merged model does not run"):
-            merged = Difference(_median(moved, _logits(load(folders.merged), batches)), bound)
+            merged = Difference(_median(own.moved, _logits(load(folders.merged), batches)), bound)
         gc.collect()
     peft, note = None, ""
     try:
-        peft = Difference(_median(reference, _logits(_with_peft(load(folders.base), folders.adapter), batches)), bound)
+        theirs = _logits(_with_peft(load(folders.base), folders.adapter), batches)
+        peft = Difference(_median(own.reference, theirs), bound)
     except Exception as error:  # what PEFT does not run it has read all the same
         note = f"PEFT does not run the adapter: {first_line(error)}"
     return Logits(
         tokens=sum(batch.numel() for batch in batches),
-        largest=float(reference.abs().max()),
-        effect=effect,
-        noise=noise,
-        rounding=None if merged is None else _median(reference, moved),
+        largest=float(own.reference.abs().max()),
+        effect=own.effect,
+        noise=own.noise,
+        rounding=None if merged is None else _median(own.reference, own.moved),
         merged=merged,
         peft=peft,
         note=note,
     )
+
+
+@dataclass(frozen=True)
+class _Own:
+    """What the adapted model says."""
+
+    reference: Tensor
+    moved: Tensor
+    """With the rounding of the merge in its base weights; the reference without a merged folder."""
+    effect: float
+    noise: float
+
+
+def _own(
+    ours: "_Adapted",
+    merged: Path | None,
+    found: Sequence[Group],
+    adapter: Mapping[str, AdapterWeights],
+    batches: Sequence[Tensor],
+) -> _Own:
+    before, reference = ours.logits(batches, on=False), ours.logits(batches)
+    if merged is not None:
+        ours.move(merged, found, adapter)
+    moved = ours.logits(batches)
+    ours.shake()
+    return _Own(reference, moved, _median(reference, before), _median(moved, ours.logits(batches)))
 
 
 def attention_of(model: "PreTrainedModel") -> str:

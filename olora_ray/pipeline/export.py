@@ -132,9 +132,8 @@ def _write_merged(
     spec: TrainSpec, work: Work, checkpoint: str, out: Path, place: str, spread: Spread[Any]
 ) -> MergedFolder:
     """Write the merged folder and check it; `place` is where it will be."""
-    size = sum(group.size for group in work.groups)
     with replacing(out) as partial_folder:
-        parts = export_shares.parts_of(spec, checkpoint, partial_folder, place, size)
+        parts = export_shares.parts_of(spec, checkpoint, partial_folder, place, work)
         merge.copy_files(work.base, partial_folder)
         spread(export_shares.merge_part, parts)
         give_template(spec.config, on_this_node(spec.base, spec.config), partial_folder)

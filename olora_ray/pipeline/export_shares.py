@@ -14,6 +14,7 @@ from olora_ray.adapter import merge, merge_check
 from olora_ray.adapter.factors import AdapterWeights
 from olora_ray.adapter.parity import MergedFolder
 from olora_ray.adapter.stored import weight_files
+from olora_ray.adapter.trial import wants_merged
 from olora_ray.adapter.weight_group import Group
 from olora_ray.adapter.weight_names import groups
 from olora_ray.cluster.spec import TrainSpec
@@ -36,19 +37,6 @@ Spread = Callable[[Callable[["Part"], T], Sequence["Part"]], list[T]]
 
 
 @dataclass(frozen=True)
-class Part:
-    """One worker's share of a merged folder."""
-
-    spec: TrainSpec
-    checkpoint: str
-    """Whose best adapter is merged."""
-    folder: Path
-    """The merged folder, or the one that will become it: the base's files are in it already."""
-    number: int
-    of: int
-
-
-@dataclass(frozen=True)
 class Work:
     """What a share needs, as it is on this node."""
 
@@ -60,18 +48,38 @@ class Work:
     """Of the whole model."""
 
 
+@dataclass(frozen=True)
+class Part:
+    """One worker's share of a merged folder."""
+
+    spec: TrainSpec
+    checkpoint: str
+    """Whose best adapter is merged."""
+    folder: Path
+    """The merged folder, or the one that will become it: the base's files are in it already."""
+    number: int
+    of: int
+    work: Work | None = None
+    """What it needs, if that is known in this process."""
+
+    def __reduce__(self) -> Any:
+        """Other processes read what they need themselves: there it may lie elsewhere, and it is large."""
+        return Part, (self.spec, self.checkpoint, self.folder, self.number, self.of)
+
+
 def prepare(spec: TrainSpec, checkpoint: str) -> Work:
-    """Read the adapter and find its weights; raises UserError if one cannot be merged."""
+    """Read the adapter and find its weights; raises UserError if one cannot be merged and is to be."""
     found = on_this_node(spec.base, spec.config)
     model, base = skeleton(found, spec.config.model), Path(found.folder)
     adapter = checkpoints.read(checkpoint).best_adapter()
-    return Work(base, model, adapter, groups(base, model, adapter))
+    return Work(base, model, adapter, groups(base, model, adapter) if wants_merged(spec.config) else [])
 
 
-def parts_of(spec: TrainSpec, checkpoint: str, folder: Path, place: str, size: int) -> list[Part]:
-    """As many parts as are worth it for so many bytes of adapted weights; `place` is where the folder will be."""
+def parts_of(spec: TrainSpec, checkpoint: str, folder: Path, place: str, work: Work) -> list[Part]:
+    """As many parts as are worth it; `place` is where the folder will be."""
+    size = sum(group.size for group in work.groups)
     count = 1 if storage.is_uri(place) else number_of_shares(spec.config, size)
-    return [Part(spec, checkpoint, folder, number, count) for number in range(count)]
+    return [Part(spec, checkpoint, folder, number, count, work) for number in range(count)]
 
 
 def number_of_shares(config: Config, size: int) -> int:
@@ -140,5 +148,5 @@ def _quietly(work: Callable[[Part], T], part: Part) -> T:
 
 
 def _of(part: Part) -> tuple[Work, list[Group], torch.device]:
-    work = prepare(part.spec, part.checkpoint)
+    work = part.work or prepare(part.spec, part.checkpoint)
     return work, merge.shares(work.groups, part.of)[part.number], device()

@@ -1,7 +1,9 @@
 """An export in shares is the export of one process, and what it says of itself is kept."""
 
 import json
+import pickle
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,13 +64,32 @@ def test_an_export_is_written_and_checked(run: Run) -> None:
     assert not list(Path(run.folder.merged).parent.glob(".*")), "no leftovers"
 
 
-def test_shares_are_worth_it_for_large_models_that_all_nodes_see(tmp_path: Path) -> None:
-    spec: Any = type("Spec", (), {"config": tiny.config(cluster__workers=4)})()
+def test_shares_are_worth_it_for_large_models_that_all_nodes_see(run: Run, tmp_path: Path) -> None:
+    config = tiny.config(cluster__workers=4)
     sizes = {0: 1, export_shares.SHARE_BYTES * 3 - 1: 2, export_shares.SHARE_BYTES * 100: 4}
-    for size, count in sizes.items():
-        parts = export_shares.parts_of(spec, "checkpoint", tmp_path, str(tmp_path), size)
+    assert {size: export_shares.number_of_shares(config, size) for size in sizes} == sizes
+    work = export_shares.prepare(run.spec, str(Path(run.folder.checkpoints) / f"step-{STEP:07d}"))
+    spec = replace(run.spec, config=config)
+    for place, count in ((str(tmp_path), 4), ("s3://bucket/run", 1)):
+        large = replace(work, groups=[FakeGroup(2**40)])
+        parts = export_shares.parts_of(spec, "checkpoint", tmp_path, place, large)
         assert [(part.number, part.of) for part in parts] == [(number, count) for number in range(count)]
-    assert len(export_shares.parts_of(spec, "checkpoint", tmp_path, "s3://bucket/run", 2**40)) == 1
+
+
+class FakeGroup:
+    """Only its size is looked at."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+
+def test_a_share_in_another_process_reads_what_it_needs_there(run: Run, tmp_path: Path) -> None:
+    checkpoint = str(Path(run.folder.checkpoints) / f"step-{STEP:07d}")
+    work = export_shares.prepare(run.spec, checkpoint)
+    (part,) = export_shares.parts_of(run.spec, checkpoint, tmp_path, str(tmp_path), work)
+    sent = pickle.loads(pickle.dumps(part))
+    assert (sent.work, part.work) == (None, work)
+    assert (sent.checkpoint, sent.folder, sent.number, sent.of) == (checkpoint, tmp_path, 0, 1)
 
 
 def test_three_shares_write_what_one_process_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,7 +100,8 @@ def test_three_shares_write_what_one_process_writes(tmp_path: Path, monkeypatch:
 
     def spread(work: Callable[[Part], Any], parts: Sequence[Part]) -> list[Any]:
         seen.extend((work.__name__, part.number, part.of) for part in parts)
-        return in_turn(work, list(reversed(parts)))[::-1]
+        # As in other processes, and in another order.
+        return in_turn(work, [pickle.loads(pickle.dumps(part)) for part in reversed(parts)])[::-1]
 
     measured = export.export_run(three.spec, three.folder, STEP, spread)
     assert seen == [(name, i, 3) for name in ("merge_part", "check_part") for i in range(3)]
@@ -123,7 +145,8 @@ def changed(run: Run, **fields: Any) -> TrainSpec:
     return TrainSpec(config, run.spec.base, "", (1,), run.spec.train, None)
 
 
-def test_an_adapter_alone(run: Run) -> None:
+def test_an_adapter_alone_needs_no_weights_that_can_be_merged(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(export_shares, "groups")
     measured = export.export_run(changed(run, merged=False), run.folder, STEP)
     assert measured["ok"] is True
     assert measured["merged"] is None
