@@ -65,7 +65,14 @@ def check_weights(
                 old = group.rows(before, parameter, first, last)
                 new = group.rows(after, parameter, first, last)
                 found.append(Worst(_error(old, new, change, first, device), names[parameter], kind))
+            for parameter in group.shapes.keys() - changes.keys():  # stored in one tensor with adapted ones
+                if not _same_bits(*(group.rows(part, parameter, first, last) for part in (before, after))):
+                    found.append(Worst(float("inf"), parameter, kind))
     return worst_of(found)
+
+
+def _same_bits(old: Tensor, new: Tensor) -> bool:
+    return torch.equal(*(part.contiguous().view(torch.uint8) for part in (old, new)))
 
 
 def _error(old: Tensor, new: Tensor, change: Change, first: int, device: torch.device) -> float:
