@@ -32,6 +32,7 @@ SECTIONS = {
     "recovery": "Recovery",
     "early": "Early start",
     "sweep": "Sweep",
+    "export": "Export",
 }
 """Script -> heading, in the order of the page."""
 INTRO = """\

@@ -1,6 +1,7 @@
 """Model folders with adapters, for the tests of export, parity and registry."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,14 @@ import torch
 from olora_ray.adapter.factors import AdapterWeights, Factors
 from olora_ray.adapter.initialise import initialise
 from olora_ray.adapter.inject import inject
+from olora_ray.adapter.layout import stored_transposed
+from olora_ray.adapter.merge import write_merged
+from olora_ray.adapter.peft_folder import write_adapter
 from olora_ray.adapter.targets import Target, find_targets
 from olora_ray.config.schema import Adapter
+from olora_ray.config.schema import Model as ModelConfig
+from olora_ray.model.load import skeleton
+from olora_ray.model.source import BaseModel
 from tests import tiny
 
 IDS = torch.arange(40).reshape(2, 20) * 7 % (tiny.VOCABULARY - 2) + 2
@@ -23,25 +30,71 @@ class Case:
     base: Path
     settings: Adapter
     adapter: dict[str, AdapterWeights]
-    transposed: frozenset[str]
     logits: torch.Tensor
 
     @property
     def scale(self) -> float:
         return self.settings.scale()
 
+    @cached_property
+    def model(self) -> Any:
+        """The base without weights."""
+        return skeleton_of(self.base)
+
+    def write_merged(self, out: Path) -> Path:
+        write_merged(self.base, self.adapter, self.scale, out, self.model)
+        return out
+
+    def write_adapter(self, out: Path) -> Path:
+        write_adapter(self.adapter, self.settings, "org/base", out, self.model)
+        return out
+
+
+def skeleton_of(folder: Path) -> Any:
+    """The model of a folder without weights."""
+    return skeleton(BaseModel(str(folder), str(folder), ""), ModelConfig(name=str(folder)))
+
 
 def make_case(folder: Path, model: Any, settings: Adapter, shard: str = "5GB") -> Case:
     """Save `model` to `folder` and make an adapter with random dA and dB."""
     model.save_pretrained(folder, max_shard_size=shard)
     targets = find_targets(model, settings.targets, settings.rank)
-    transposed = frozenset(name for name, target in targets.items() if target.stored_transposed)
     factors, _ = initialise(targets, settings.method, settings.rank, 3, torch.device("cpu"))
     adapter = {name: _trained(item, targets[name], i) for i, (name, item) in enumerate(factors.items())}
     for name, layer in inject(model, factors, settings.scale()).items():
         layer.da.data.copy_(adapter[name].da)
         layer.db.data.copy_(adapter[name].db)
-    return Case(folder, settings, adapter, transposed, logits(model))
+    return Case(folder, settings, adapter, logits(model))
+
+
+def make_stacked_case(folder: Path, model: Any, settings: Adapter, names: list[str] | None = None) -> Case:
+    """Like make_case, with every stack of experts adapted too; all factors are random, and `names` chooses layers."""
+    model.save_pretrained(folder)
+    # A router that is a linear layer (Llama 4's) returns two things: no adapter can wrap it.
+    linear = [name for name in find_targets(model, "all-linear", 1) if not name.endswith("router")]
+    stacks = [name for name, parameter in model.named_parameters() if parameter.ndim == 3 and "experts" in name]
+    chosen = [*linear, *stacks] if names is None else names
+    adapter = {name: random_adapter(model, name, settings.rank, i) for i, name in enumerate(chosen)}
+    for name, weights in adapter.items():
+        delta = weights.delta(settings.scale())
+        parameter = model.get_parameter(name if name in stacks else f"{name}.weight")
+        parameter.data.add_(delta.mT if stored_transposed(model, name) else delta)
+    return Case(folder, settings, adapter, logits(model))
+
+
+def random_adapter(model: Any, name: str, rank: int, seed: int = 0) -> AdapterWeights:
+    """An adapter of a linear layer or of a stack, as if trained."""
+    parameters = dict(model.named_parameters())
+    *experts, m, n = parameters[name if name in parameters else f"{name}.weight"].shape
+    if stored_transposed(model, name):
+        m, n = n, m
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*experts, *shape, generator=generator)
+
+    start = Factors(0.3 * draw(rank, n), 0.3 * draw(m, rank))
+    return AdapterWeights(start, 0.03 * draw(rank, n), 0.03 * draw(m, rank))
 
 
 def save_tokenizer(folder: Path) -> None:

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from olora_ray.adapter import export
 from olora_ray.adapter.factors import AdapterWeights
+from olora_ray.adapter.peft_folder import write_adapter
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError, as_user_error
 from olora_ray.config import paths
@@ -26,6 +26,7 @@ from olora_ray.config.schema import Config
 from olora_ray.config.yaml_io import parse_yaml
 from olora_ray.evaluation.held_out import ADAPTER_CONFIG
 from olora_ray.model import identity
+from olora_ray.model.load import skeleton
 from olora_ray.model.source import BaseModel
 from olora_ray.pipeline.find_model import find_model, parts
 from olora_ray.pipeline.run_folder import RunFolder
@@ -176,9 +177,8 @@ def _of_checkpoint(
     text = json.dumps([name, found.state.step, found.identity, own.adapter.model_dump_json()])
     key = hashlib.sha256(text.encode()).hexdigest()[:16]
     place = storage.join(config.run.storage, "adapters", f"{Path(name).name}-{found.state.step}-{key}")
-    transposed = export.transposed_layers(base, config, adapter.keys())
     with storage.local_folder(place) as folder:
-        export.write_adapter(adapter, own.adapter, base.folder, folder, transposed=transposed)
+        write_adapter(adapter, own.adapter, base.folder, folder, skeleton(base, config.model))
     return Target(name, base, place, config)
 
 

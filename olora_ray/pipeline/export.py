@@ -1,6 +1,8 @@
-"""Export of a finished training: adapter and merged model, written and compared in a Ray task."""
+"""Export of a finished training: adapter and merged model, written and checked in Ray tasks."""
 
 import logging
+from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -8,8 +10,15 @@ from typing import Any
 import ray
 import torch
 
-from olora_ray.adapter import export, sharing
-from olora_ray.adapter.parity import measure_parity
+from olora_ray.adapter import memory, merge, model_card, portable
+from olora_ray.adapter.compress import compress
+from olora_ray.adapter.factors import AdapterWeights
+from olora_ray.adapter.logits import Folders, Logits, measure_logits
+from olora_ray.adapter.new_folder import replacing
+from olora_ray.adapter.parity import MergedFolder, Parity
+from olora_ray.adapter.peft_check import check_adapter
+from olora_ray.adapter.peft_folder import write_adapter
+from olora_ray.adapter.trial import wants_merged
 from olora_ray.cluster.resources import worker_resources
 from olora_ray.cluster.spec import TrainResult, TrainSpec
 from olora_ray.common import storage
@@ -21,7 +30,9 @@ from olora_ray.data.tokenize import adds_begin_token
 from olora_ray.model.folder import parameters
 from olora_ray.model.load import load_tokenizer
 from olora_ray.model.source import BaseModel, on_this_node
+from olora_ray.pipeline import export_shares
 from olora_ray.pipeline.connection import user_errors
+from olora_ray.pipeline.export_shares import Spread, Work
 from olora_ray.pipeline.run_folder import RunFolder
 from olora_ray.tokens.store import TokenStore
 from olora_ray.tracking import models
@@ -32,10 +43,12 @@ logger = logging.getLogger(__name__)
 
 PARITY_TOKENS = 256
 """Held-out tokens on which the logits of the exports are compared."""
+LOGITS_MEMORY = 0.4
+"""Share of the free memory that a model in float32 may take for that."""
 
 
 def run_export(spec: TrainSpec, folder: RunFolder, result: TrainResult) -> dict[str, Any]:
-    """Write both exports and measure their parity, in a Ray task with the resources of a worker.
+    """Write both exports and check them, in a Ray task with the resources of a worker.
 
     Returns the content of parity.json, that of an earlier attempt if it is there; raises UserError if
     the exports disagree.
@@ -67,51 +80,86 @@ def _export_cpus(config: Config, wanted: dict[str, float]) -> float:
 
 def _export(spec: TrainSpec, folder: RunFolder, step: int) -> dict[str, Any]:
     quiet_transformers()
-    return export_run(spec, folder, step)
+    return export_run(spec, folder, step, export_shares.over_cluster(spec.config.cluster.cpus_per_worker))
 
 
-def export_run(spec: TrainSpec, folder: RunFolder, step: int) -> dict[str, Any]:
+def export_run(
+    spec: TrainSpec, folder: RunFolder, step: int, spread: Spread[Any] = export_shares.in_turn
+) -> dict[str, Any]:
     """Write export/adapter, export/merged and export/parity.json from the best adapter up to `step`.
 
-    Raises UserError if the checkpoint is not there, or if the adapted, merged and PEFT-loaded models
-    do not agree.
+    `spread` runs the shares of the merge. Raises UserError if the checkpoint is not there, if a weight cannot be
+    merged, or if the export is not right.
     """
-    config = spec.config
-    newest = checkpoints.read(storage.join(folder.checkpoints, checkpoints.name_of(step)))
-    best = newest.best_adapter()
-    found = on_this_node(spec.base, config)
-    base = Path(found.folder)
-    transposed = export.transposed_layers(found, config, best.keys())
-    with storage.local_folder(folder.adapter) as adapter_folder, storage.local_folder(folder.merged) as merged_folder:
-        name = _public_name(found)
-        export.write_adapter(
-            best,
-            config.adapter,
-            name,
-            adapter_folder,
-            transposed=transposed,
-            revision=config.model.revision if name == found.name else None,
-            complete=partial(_complete, config, found, newest.state),
-        )
-        export.write_merged(base, best, config.adapter.scale(), merged_folder, transposed=transposed)
-        give_template(config, found, merged_folder)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        parity = measure_parity(
-            base,
-            best,
-            config.adapter.scale(),
-            merged_folder,
-            adapter_folder,
-            _held_out(spec.eval or spec.train),
-            dtype=_parity_dtype(found, device),
-            device=device,
-            trust_remote_code=config.model.trust_remote_code,
+    config, checkpoint = spec.config, storage.join(folder.checkpoints, checkpoints.name_of(step))
+    work = export_shares.prepare(spec, checkpoint)
+    limit = getattr(getattr(config, "export", None), "rank", None)
+    written, lost = compress(work.adapter, limit) if limit else (work.adapter, 0.0)
+    with ExitStack() as stack:
+        plain = stack.enter_context(storage.local_folder(folder.adapter))
+        merged = stack.enter_context(storage.local_folder(folder.merged)) if wants_merged(config) else None
+        _write_adapter(spec, work, written, checkpoint, plain)
+        parity = Parity(
+            merged=None if merged is None else _write_merged(spec, work, checkpoint, merged, folder.merged, spread),
+            peft=check_adapter(plain, work.model, written, config.adapter.scale()),
+            logits=_logits(spec, work, merged, plain, compressed=lost > 0),
         )
     measured = {"step": step, **parity.to_json()}
+    if limit:
+        measured["compressed"] = {"rank": limit, "lost": lost}
+        logger.info(f"adapter of rank {limit}: {lost:.2%} of the change of the weights is lost")
     folder.write_parity(measured)
     if not parity.ok:
         raise UserError(f"export: {'; '.join(parity.problems())}; nothing is registered, see {folder.parity}")
     return measured
+
+
+def _write_adapter(spec: TrainSpec, work: Work, adapter: dict[str, AdapterWeights], checkpoint: str, out: Path) -> None:
+    config, base = spec.config, on_this_node(spec.base, spec.config)
+    state, name = checkpoints.read(checkpoint).state, _public_name(base)
+    write_adapter(
+        adapter,
+        config.adapter,
+        name,
+        out,
+        work.model,
+        revision=config.model.revision if name == base.name else None,
+        complete=partial(_complete, config, base, state),
+    )
+
+
+def _write_merged(
+    spec: TrainSpec, work: Work, checkpoint: str, out: Path, place: str, spread: Spread[Any]
+) -> MergedFolder:
+    """Write the merged folder and check it; `place` is where it will be."""
+    with replacing(out) as partial_folder:
+        parts = export_shares.parts_of(spec, checkpoint, partial_folder, place, work)
+        merge.copy_files(work.base, partial_folder)
+        spread(export_shares.merge_part, parts)
+        give_template(spec.config, on_this_node(spec.base, spec.config), partial_folder)
+    return export_shares.check(work, [replace(part, folder=out) for part in parts], spread)
+
+
+def _logits(spec: TrainSpec, work: Work, merged: Path | None, plain: Path, compressed: bool) -> Logits | str:
+    """Logits of all models on held-out tokens, or why they are not measured."""
+    device, need = export_shares.device(), 4 * parameters(str(work.base))
+    if compressed:
+        return "the adapter is compressed, which changes logits"
+    if need > LOGITS_MEMORY * memory.free(device):
+        return f"in float32 the model has {need / 2**30:.1f} GiB, too large for the memory of one {device.type}"
+    folders = Folders(work.base, merged, plain, spec.config.model.trust_remote_code)
+    found = measure_logits(
+        folders,
+        work.model,
+        work.groups,
+        work.adapter,
+        spec.config.adapter.scale(),
+        _held_out(spec.eval or spec.train),
+        device,
+    )
+    if isinstance(found, str):
+        logger.info(f"export: logits are not compared: {found}")
+    return found
 
 
 def _public_name(base: BaseModel) -> str:
@@ -122,9 +170,9 @@ def _public_name(base: BaseModel) -> str:
 
 def _complete(config: Config, base: BaseModel, state: TrainState, adapter: Path, rank: int) -> None:
     """Give an adapter's folder its tokenizer and its model card."""
-    sharing.copy_tokenizer(Path(base.folder), adapter)
+    portable.copy_tokenizer(Path(base.folder), adapter)
     give_template(config, base, adapter)
-    card = sharing.Card(
+    card = model_card.Card(
         base_name=_public_name(base),
         base_digest=base.digest,
         adapter=config.adapter,
@@ -134,7 +182,7 @@ def _complete(config: Config, base: BaseModel, state: TrainState, adapter: Path,
         steps=state.step if state.best_step is None else state.best_step,
         eval_loss=state.best_loss,
     )
-    (adapter / "README.md").write_text(sharing.model_card(card), encoding="utf-8")
+    (adapter / "README.md").write_text(model_card.model_card(card), encoding="utf-8")
 
 
 def give_template(config: Config, base: BaseModel, folder: Path) -> None:
@@ -145,13 +193,6 @@ def give_template(config: Config, base: BaseModel, folder: Path) -> None:
     if chats and not models.has_chat_template(folder):
         template = chat_template.default(adds_begin_token(load_tokenizer(base, config.model)))
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
-
-
-def _parity_dtype(base: BaseModel, device: torch.device) -> torch.dtype:
-    """float32, the sharpest, unless a model of that size does not fit on the GPU."""
-    if device.type == "cuda" and parameters(base.folder) * 4 > 0.7 * torch.cuda.mem_get_info(device)[0]:
-        return torch.bfloat16
-    return torch.float32
 
 
 def _held_out(store: TokenStore) -> list[torch.Tensor]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from olora_ray.adapter.export import write_adapter
+from olora_ray.adapter.peft_folder import write_adapter
 from olora_ray.common.errors import UserError
 from olora_ray.evaluation import held_out
 from olora_ray.evaluation.held_out import Measurer
@@ -90,7 +90,7 @@ def test_answers_of_an_adapter_are_those_of_the_adapted_model(model_folder: Path
     trainer = tiny.trainer(settings, "segments", held_out.load(base(model_folder), None, settings, torch.device("cpu")))
     trainer.flat.vector.copy_(0.1 * torch.randn(trainer.flat.vector.shape, generator=torch.Generator().manual_seed(0)))
     weights = {name: layer.weights() for name, layer in trainer.adapted.items()}
-    write_adapter(weights, settings.adapter, str(model_folder), tmp_path / "adapter")
+    write_adapter(weights, settings.adapter, str(model_folder), tmp_path / "adapter", trainer.loss.model)
 
     store: Any = tiny.store(2)
     packs, asked = tuple(store[i] for i in range(2)), tuple(questions(store, 5))

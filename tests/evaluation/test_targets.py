@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from olora_ray.adapter import export
+from olora_ray.adapter.peft_folder import write_adapter
 from olora_ray.common.errors import UserError
 from olora_ray.config.evaluation import EvaluationConfig
 from olora_ray.config.load import build, dump, override
@@ -67,7 +67,7 @@ def test_a_run_without_exports_is_its_best_adapter(case: export_parts.Case, run:
 
 def test_a_run_with_exports_is_its_merged_model_wherever_it_was_moved(case: export_parts.Case, run: Path) -> None:
     moved = run.rename(run.with_name("moved"))
-    export.write_merged(case.base, case.adapter, case.scale, moved / "export" / "merged")
+    case.write_merged(moved / "export" / "merged")
     (moved / "result.json").write_text("{}")
     assert not torch.allclose(logits(moved), case.logits, atol=1e-3)  # an empty result is none
     (moved / "result.json").write_text('{"run": "small"}')
@@ -77,7 +77,7 @@ def test_a_run_with_exports_is_its_merged_model_wherever_it_was_moved(case: expo
 @pytest.mark.parametrize("inside", [True, False])
 def test_an_exported_adapter_finds_its_base(case: export_parts.Case, run: Path, tmp_path: Path, inside: bool) -> None:
     place = (run / "export" if inside else tmp_path) / "adapter"
-    export.write_adapter(case.adapter, case.settings, "gone" if inside else str(case.base), place)
+    write_adapter(case.adapter, case.settings, "gone" if inside else str(case.base), place, case.model)
     shared = None if inside else targets.settings([str(place)], None, {"model.dtype": "float32"})
     torch.testing.assert_close(logits(place, shared), case.logits, atol=1e-4, rtol=1e-4)
 

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from olora_ray.adapter import export
 from olora_ray.config.schema import Adapter
 from olora_ray.tracking import models
 from olora_ray.tracking.contents import Contents
@@ -26,9 +25,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
 
 @pytest.fixture(scope="session")
 def merged(case: Case) -> Path:
-    out = case.base.parent / "merged"
-    export.write_merged(case.base, case.adapter, case.scale, out)
-    return out
+    return case.write_merged(case.base.parent / "merged")
 
 
 @pytest.fixture(scope="module")

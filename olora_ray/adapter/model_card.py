@@ -1,36 +1,11 @@
-"""What makes an exported folder usable by others: a tokenizer that other versions read, and a model card.
+"""The model card of an adapter's folder. It says nothing of the machine that trained: no path of a data file."""
 
-Neither says anything of the machine that trained: no absolute path of a data file, no trace of the folder that the
-tokenizer was loaded from.
-"""
-
-import json
 import posixpath
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from olora_ray.common import storage
 from olora_ray.config.schema import Adapter, Source
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "spiece.model",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-TEMPLATES = "additional_chat_templates"
-OF_A_MACHINE = ("local_files_only", "is_local", "name_or_path")
-"""Keys of tokenizer_config.json that say how and where from it was loaded."""
 
 CARD = """---
 {metadata}
@@ -75,33 +50,6 @@ class Card:
     steps: int
     eval_loss: float | None
     """Per supervised token of the held-out rows."""
-
-
-def copy_tokenizer(base: Path, out: Path) -> None:
-    """Copy the tokenizer's files of a model folder into another, in a form that transformers 4 reads too."""
-    for name in TOKENIZER_FILES:
-        if (base / name).is_file():
-            shutil.copyfile(base / name, out / name)
-    if (base / TEMPLATES).is_dir():
-        shutil.copytree(base / TEMPLATES, out / TEMPLATES, copy_function=shutil.copyfile)
-    make_portable(out)
-
-
-def make_portable(folder: Path) -> None:
-    """Rewrite tokenizer_config.json, if there is one, without traces of a machine or of transformers 5."""
-    file = folder / "tokenizer_config.json"
-    if not file.is_file():
-        return
-    fields: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    kept = {name: value for name, value in fields.items() if name not in OF_A_MACHINE}
-    # transformers 5 calls its class of fast tokenizers by a new name; it knows the old one, which 4 knows only.
-    if kept.get("tokenizer_class") == "TokenizersBackend":
-        kept["tokenizer_class"] = "PreTrainedTokenizerFast"
-    # In 4 this key is a mapping, and the list has the other name; 5 reads both.
-    if isinstance(kept.get("extra_special_tokens"), list):
-        kept["additional_special_tokens"] = kept.pop("extra_special_tokens")
-    if kept != fields:
-        file.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def model_card(card: Card) -> str:

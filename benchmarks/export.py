@@ -1,0 +1,164 @@
+"""Time and memory of an export, its merge and its checks, beside a plain copy of the model's file.
+
+A random Llama of 1.2 billion parameters in bfloat16, whose weights are made one by one, and a random adapter of all
+its linear layers. Nothing here or in an export holds the model: the peak of memory is printed with the times.
+
+    python benchmarks/export.py [--rank 16] [--folder /tmp/olora-export-benchmark] [--layers 16]
+"""
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import machine, table
+
+from olora_ray.adapter import merge, merge_check, trial, weight_names
+from olora_ray.adapter.factors import AdapterWeights, Factors
+from olora_ray.adapter.peft_check import check_adapter
+from olora_ray.adapter.peft_folder import write_adapter
+from olora_ray.common.quiet import quiet_transformers
+from olora_ray.config.load import build
+from olora_ray.model.load import skeleton
+from olora_ray.model.source import BaseModel
+
+GIB = 2**30
+
+
+def main() -> None:
+    """Make the model, export it, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--layers", type=int, default=16, help="16 are 1.2 billion parameters")
+    parser.add_argument("--folder", help="where 8 GB are written; removed afterwards")
+    args = parser.parse_args()
+    quiet_transformers()
+    print(machine())
+    with tempfile.TemporaryDirectory(dir=args.folder, prefix="olora-export-") as folder:
+        measure(Path(folder), args.rank, args.layers)
+
+
+def measure(folder: Path, rank: int, layers: int) -> None:
+    """Export into `folder`, step by step."""
+    base = folder / "base"
+    count = write_base(base, layers)
+    config = build(
+        {
+            "run": {"name": "benchmark"},
+            "model": {"name": str(base)},
+            "data": {"train": [{"path": "unused.jsonl"}]},
+            "adapter": {"rank": rank, "alpha": rank},
+        }
+    )
+    found, scale = BaseModel(str(base), str(base), ""), config.adapter.scale()
+    model = skeleton(found, config.model)
+    adapter = random_adapter(model, rank)
+    groups = weight_names.groups(base, model, adapter)
+    rows = [
+        timed("copy of the file", lambda: copy(base / "model.safetensors", folder / "copy")),
+        timed("trial before step 0", lambda: require(not trial.problems(found, config, adapter))),
+        timed("adapter folder", lambda: write_adapter(adapter, config.adapter, "base", folder / "adapter", model)),
+        timed("merge, with its copy", lambda: merge.write_merged(base, adapter, scale, folder / "merged", model)),
+        timed(
+            "merged weights against base + change",
+            lambda: require(merge_check.check_weights(base, folder / "merged", groups, adapter, scale).error <= 1),
+        ),
+        timed("all other bytes", lambda: require(not merge_check.changed(base, folder / "merged", groups))),
+        timed("adapter in PEFT", lambda: require(check_adapter(folder / "adapter", model, adapter, scale).ok)),
+    ]
+    seconds = [row[1] for row in rows]
+    rows.append(("all but copy and trial", sum(seconds[2:]), peak()))
+    size = (base / "model.safetensors").stat().st_size / GIB
+    print(f"{count / 1e9:.2f} billion parameters, {size:.2f} GiB; rank {rank}")
+    print(
+        table(
+            ("step", "seconds", "times the copy", "peak GiB"),
+            [(name, f"{each:.1f}", f"{each / seconds[0]:.1f}", f"{most:.2f}") for name, each, most in rows],
+        )
+    )
+
+
+def write_base(folder: Path, layers: int) -> int:
+    """A random model of the shape of Llama 3.2 1B; returns its number of parameters."""
+    from transformers import LlamaConfig
+
+    LlamaConfig(
+        vocab_size=128256,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=64,
+        tie_word_embeddings=True,
+        dtype="bfloat16",
+        architectures=["LlamaForCausalLM"],
+    ).save_pretrained(folder)
+    config = build({"run": {"name": "a"}, "model": {"name": str(folder)}, "data": {"train": [{"path": "a.jsonl"}]}})
+    shapes = {
+        name: part.shape
+        for name, part in skeleton(BaseModel(str(folder), str(folder), ""), config.model).state_dict().items()
+        if name != "lm_head.weight"
+    }
+    header: dict[str, Any] = {}
+    place = 0
+    for name, shape in shapes.items():
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [place, place + 2 * shape.numel()]}
+        place += 2 * shape.numel()
+    text, generator = json.dumps(header).encode(), torch.Generator().manual_seed(0)
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for shape in shapes.values():
+            for rows in torch.empty(shape, device="meta").split(8192):
+                part = torch.randn(rows.shape, generator=generator, dtype=torch.float32).mul_(0.02).bfloat16()
+                file.write(part.view(torch.int16).numpy().tobytes())
+    return place // 2
+
+
+def random_adapter(model: Any, rank: int) -> dict[str, AdapterWeights]:
+    """An adapter of every linear layer but the head, as if trained for a while."""
+    generator = torch.Generator().manual_seed(1)
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            m, n = module.weight.shape
+            a0, b0 = torch.randn(rank, n, generator=generator), torch.randn(m, rank, generator=generator) / m**0.5
+            da, db = torch.randn(rank, n, generator=generator), torch.randn(m, rank, generator=generator)
+            found[name] = AdapterWeights(Factors(a0 * 0.1, b0), da * 1e-3, db * 1e-3)
+    return found
+
+
+def copy(source: Path, target: Path) -> None:
+    """As a user would, and the file is on the disk."""
+    shutil.copyfile(source, target)
+    with target.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def timed(name: str, work: Callable[[], object]) -> tuple[str, float, float]:
+    """Name, seconds, and the peak of memory until then in GiB."""
+    start = time.perf_counter()
+    work()
+    return name, time.perf_counter() - start, peak()
+
+
+def peak() -> float:
+    """The most memory that this process has had, in GiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+
+
+def require(right: bool) -> None:
+    """The benchmark is of a right export."""
+    if not right:
+        raise SystemExit("the export is not right")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""The adapter folder: a plain LoRA for the untouched base, in the format of PEFT, which vLLM and others read too.
+
+    lora_A = [A0; dA] (2r x n), lora_B = [dB, B0 + dB] (m x 2r), the scale s kept
+
+A method with B0 = 0 gives rank r. A stack of E experts is one of PEFT's `target_parameters`: its lora_A (2rE x n) has
+the experts one after the other, its lora_B (m x 2rE) has, for each of the 2r directions, the experts side by side
+(peft.tuners.lora.layer.ParamWrapper.get_delta_weight).
+
+PEFT reads names of some families as those that their experts had in transformers 4: it takes "gate_proj" of any layer
+for a part of the experts, and would adapt these instead (peft.utils.transformers_weight_conversion). A linear layer of
+such a name is written as the parameter that it has, which PEFT leaves as it is.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from olora_ray.adapter.factors import AdapterWeights, Factors
+from olora_ray.adapter.layout import declares_transposed, is_stack, stored_transposed, transposed_layers
+from olora_ray.adapter.new_folder import replacing
+from olora_ray.config.schema import Adapter
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class Names:
+    """How PEFT is told which layers are adapted."""
+
+    modules: list[str]
+    """Linear layers."""
+    parameters: list[str]
+    """Stacks, and the weights of linear layers whose names PEFT would take for others."""
+    keys: dict[str, str]
+    """Layer -> the name in the file of its matrices, without `.lora_A.weight`."""
+
+
+def write_adapter(
+    adapter: Mapping[str, AdapterWeights],
+    config_adapter: Adapter,
+    base_name: str,
+    out: Path,
+    model: nn.Module,
+    *,
+    revision: str | None = None,
+    complete: Callable[[Path, int], None] | None = None,
+) -> None:
+    """Write a plain-LoRA folder for the untouched base; replaces `out` when complete.
+
+    `adapter` maps full names of layers to float32 weights; `model` is the base, whose weights are not looked at (a
+    skeleton will do); `base_name` is what readers see as the base model, and `revision` which of its commits.
+    `complete` adds further files: it gets the folder and the rank of the matrices. vLLM must be started with
+    `max_lora_rank` of at least the folder's `r` (2r of the run for OLoRA).
+    """
+    names = names_of(model, adapter)
+    tensors: dict[str, Tensor] = {}
+    ranks = set()
+    for layer, weights in adapter.items():
+        lora_a, lora_b = weights.plain_lora()
+        ranks.add(lora_a.shape[-2])
+        if lora_a.ndim == 3:
+            if _other_way_round(model, layer):
+                lora_a, lora_b = lora_b.mT, lora_a.mT
+            lora_a, lora_b = lora_a.flatten(0, 1), lora_b.permute(1, 2, 0).flatten(1)
+        key = _PREFIX + names.keys[layer]
+        tensors[f"{key}.lora_A.weight"] = lora_a.float().cpu().contiguous()
+        tensors[f"{key}.lora_B.weight"] = lora_b.float().cpu().contiguous()
+    assert len(ranks) == 1, f"one rank for all layers, not {sorted(ranks)}"
+    rank = ranks.pop()
+    fields = _peft_fields(config_adapter, rank, names, base_name, bool(transposed_layers(model, names.modules)))
+    with replacing(out) as folder:
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        fields["revision"] = revision
+        (folder / CONFIG).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+        if complete is not None:
+            complete(folder, rank)
+
+
+def read_adapter(folder: Path, model: nn.Module) -> tuple[dict[str, AdapterWeights], float]:
+    """The adapter in a folder that `write_adapter` wrote for this model, and its scale.
+
+    Its change is all in dA and dB, with B0 = 0. Raises KeyError for a folder of another origin.
+    """
+    fields = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    parameters = fields.get("target_parameters") or []
+    layers = [
+        name if is_stack(model, name.removesuffix(".weight")) else name.removesuffix(".weight") for name in parameters
+    ]
+    layers += fields["target_modules"]
+    keys, tensors, found = names_of(model, layers).keys, load_file(folder / WEIGHTS), {}
+    for layer in layers:
+        lora_a, lora_b = (tensors[f"{_PREFIX}{keys[layer]}.lora_{part}.weight"] for part in "AB")
+        if is_stack(model, layer):
+            experts = len(model.get_parameter(layer))
+            lora_a = lora_a.unflatten(0, (experts, -1))
+            lora_b = lora_b.unflatten(1, (-1, experts)).permute(2, 0, 1)
+            if _other_way_round(model, layer):
+                lora_a, lora_b = lora_b.mT, lora_a.mT
+        found[layer] = AdapterWeights(Factors(torch.zeros_like(lora_a), None), lora_a, lora_b)
+    rank = fields["r"]
+    return found, fields["lora_alpha"] / (math.sqrt(rank) if fields["use_rslora"] else rank)
+
+
+def _other_way_round(model: nn.Module, layer: str) -> bool:
+    """Whether PEFT takes a stack's E x n x m parameter for E x m x n ones: what it calls A is B^T then."""
+    return stored_transposed(model, layer) != declares_transposed(model, layer)
+
+
+def _peft_fields(config: Adapter, rank: int, names: Names, base_name: str, fan_in_fan_out: bool) -> dict[str, object]:
+    # s = alpha / r (or alpha / sqrt(r)) must stay the same at the stacked rank.
+    growth = rank / config.rank
+    alpha = config.alpha * (math.sqrt(growth) if config.rank_stabilized else growth)
+    fields = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_name,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
+        "lora_dropout": 0.0,
+        "use_rslora": config.rank_stabilized,
+        "use_dora": False,
+        "bias": "none",
+        "fan_in_fan_out": fan_in_fan_out,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "target_modules": names.modules,
+    }
+    return fields | ({"target_parameters": names.parameters} if names.parameters else {})
+
+
+def names_of(model: nn.Module, layers: Iterable[str]) -> Names:
+    """How PEFT is told that these layers of the model are adapted."""
+    layers = list(layers)
+    mistaken = _mistaken(model)
+    modules, parameters, keys = [], [], {}
+    for layer in layers:
+        if is_stack(model, layer):
+            parameters.append(layer)
+            keys[layer] = _key_of_stack(model, layer, layers)
+        else:
+            keys[layer] = layer
+            if layer.rpartition(".")[2] in mistaken:
+                parameters.append(f"{layer}.weight")
+            else:
+                modules.append(layer)
+    return Names(modules, parameters, keys)
+
+
+def _key_of_stack(model: nn.Module, layer: str, layers: list[str]) -> str:
+    """PEFT wraps a module once for each of its parameters, in their order: the last one's wrapper is the outermost."""
+    module, _, own = layer.rpartition(".")
+    chosen = set(layers)
+    names = [name for name, _ in model.get_submodule(module).named_parameters(recurse=False)]
+    adapted = [name for name in names if f"{module}.{name}" in chosen]
+    return module + ".base_layer" * (len(adapted) - 1 - adapted.index(own))
+
+
+def _mistaken(model: Any) -> frozenset[str]:
+    """Last parts of names that PEFT takes for those of experts in models of this family."""
+    try:
+        from peft.utils import transformers_weight_conversion as conversion
+    except ImportError:  # versions of before transformers 5 know no such names
+        return frozenset()
+    tables: Any = conversion
+    family = tables._MODEL_TO_CONVERSION_PATTERN.get(getattr(getattr(model, "config", None), "model_type", None))
+    return frozenset(tables._MOE_TARGET_MODULE_MAPPING.get(family, ()))

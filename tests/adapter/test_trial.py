@@ -1,0 +1,113 @@
+"""The export tried before step 0: what cannot be delivered is one line then, and nothing else is refused."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from olora_ray.adapter import trial
+from olora_ray.model.source import BaseModel
+from tests import families, tiny
+
+Q = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def linear_and_stacks(model: Any) -> list[str]:
+    head = model.get_output_embeddings()
+    linear = [
+        name
+        for name, module in model.named_modules()
+        if (isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D") and module is not head
+    ]
+    return linear + [name for name, part in model.named_parameters() if part.ndim == 3 and "experts" in name]
+
+
+def tried(folder: Path, model: Any, names: list[str] | None = None) -> list[str]:
+    model.save_pretrained(folder)
+    config = tiny.config(model__name=str(folder))
+    return trial.problems(BaseModel(str(folder), str(folder), ""), config, names or linear_and_stacks(model))
+
+
+@pytest.mark.parametrize("family", [*families.MIXTURES, "phi3", "gemma3_multimodal"])
+def test_what_can_be_delivered_is_not_refused(tmp_path: Path, family: str) -> None:
+    assert tried(tmp_path, getattr(families, family)()) == []
+
+
+def test_dense_families_pass(tmp_path: Path) -> None:
+    assert tried(tmp_path / "llama", tiny.llama()) == []
+    assert tried(tmp_path / "gpt2", tiny.gpt2()) == []
+
+
+def test_layers_that_peft_does_not_adapt_are_named_with_what_to_do(tmp_path: Path) -> None:
+    model = families.build(
+        "MambaForCausalLM", state_size=4, expand=2, conv_kernel=3, time_step_rank=4, num_hidden_layers=2
+    )
+    lines = tried(tmp_path, model)
+    assert len(lines) == 1
+    assert "out_proj" in lines[0]
+    assert "leave out_proj out of adapter.targets" in lines[0]
+    assert "\n" not in lines[0]
+    others = [name for name in linear_and_stacks(model) if not name.endswith("out_proj")]
+    assert tried(tmp_path, model, others) == []
+
+
+def rewritten(folder: Path, change: dict[str, torch.Tensor | None]) -> list[str]:
+    """The trial of a Llama whose file has other tensors."""
+    model = tiny.llama()
+    model.save_pretrained(folder)
+    file = folder / "model.safetensors"
+    tensors = load_file(file) | change
+    save_file({name: value for name, value in tensors.items() if value is not None}, file)
+    config = tiny.config(model__name=str(folder))
+    return trial.problems(BaseModel(str(folder), str(folder), ""), config, linear_and_stacks(model))
+
+
+def test_weights_that_cannot_be_merged_are_named(tmp_path: Path) -> None:
+    eight_bits = torch.zeros(64, 64).to(torch.float8_e4m3fn)
+    (line,) = rewritten(tmp_path, {f"{Q}.weight": eight_bits, f"{Q.replace('.0.', '.1.')}.weight": eight_bits.clone()})
+    assert line.startswith(f"adapter.targets: {Q} cannot be merged: {Q}.weight is stored as F8_E4M3")
+    assert line.endswith("; or set export.merged: false")
+    (line,) = rewritten(tmp_path, {f"{Q}.weight": None})
+    assert "has no weight" in line
+
+
+def test_it_reads_no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = families.qwen3_moe()
+    model.save_pretrained(tmp_path)
+
+    def fail(*_: object, **__: object) -> None:
+        raise AssertionError("a weight was read")
+
+    monkeypatch.setattr("olora_ray.adapter.stored.Stored.read", fail)
+    assert tried(tmp_path, model) == []
+
+
+def test_a_conversion_that_does_more_than_move_numbers_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.core_model_loading import MergeModulelist
+
+    real = MergeModulelist.convert
+
+    def doubled(self: Any, *arguments: Any, **named: Any) -> Any:
+        return {name: 2 * value for name, value in real(self, *arguments, **named).items()}
+
+    model = families.mixtral()
+    model.save_pretrained(tmp_path)
+    monkeypatch.setattr(MergeModulelist, "convert", doubled)
+    monkeypatch.setattr("olora_ray.adapter.weight_group._problems", {})
+    config = tiny.config(model__name=str(tmp_path))
+    lines = trial.problems(BaseModel(str(tmp_path), str(tmp_path), ""), config, linear_and_stacks(model))
+    assert len(lines) == 2, "one for each kind of stack"
+    assert all("does more than move the numbers" in line for line in lines)

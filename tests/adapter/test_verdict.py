@@ -1,0 +1,84 @@
+"""The verdict can be trusted both ways: no right export is refused, no error passes. Prints a table.
+
+The whole table takes minutes (make test-slow); the first rows of it are always looked at.
+"""
+
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import verdicts
+from tests.verdicts import PLANTED, Draw
+
+RIGHT_FEW, PLANTED_FEW, MANY = 6, 18, 200
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def refused(place: Path, numbers: range) -> list[str]:
+    """Right exports that are refused, and why."""
+    found = []
+    rows: Counter[tuple[str, str]] = Counter()
+    for number in numbers:
+        draw = Draw(number, place / f"right-{number}")
+        draw.export()
+        verdict = draw.verdict(logits=True)
+        rows[draw.family, str(draw.dtype)] += 1
+        if not verdict.ok:
+            found.append(f"{draw}: {'; '.join(verdict.problems())}")
+        shutil.rmtree(draw.folder)
+    _print("right exports", rows, len(found), "refused")
+    return found
+
+
+def missed(place: Path, numbers: range) -> list[str]:
+    """Planted errors that pass."""
+    found = []
+    rows: Counter[tuple[str, str]] = Counter()
+    for number in numbers:
+        plant = PLANTED[number % len(PLANTED)]
+        draw = Draw(number // len(PLANTED) + 7 * number, place / f"wrong-{number}", gross=True)
+        draw.export()
+        before = verdicts.contents(draw.folder)
+        plant(draw)
+        assert verdicts.contents(draw.folder) != before, f"{plant.__name__} changed nothing in {draw}"
+        rows[plant.__name__, draw.family] += 1
+        if draw.verdict().ok:
+            found.append(f"{plant.__name__} in {draw}")
+        shutil.rmtree(draw.folder)
+    _print("planted errors", rows, len(found), "missed")
+    return found
+
+
+def _print(title: str, rows: Counter[tuple[str, str]], wrong: int, word: str) -> None:
+    print(f"\n{title}: {rows.total()}, {wrong} {word}")
+    for (first, second), count in sorted(rows.items()):
+        print(f"  {first:<26} {second:<16} {count:>4}")
+
+
+def test_the_first_right_exports_pass(tmp_path: Path) -> None:
+    assert refused(tmp_path, range(RIGHT_FEW)) == []
+
+
+def test_the_first_planted_errors_are_caught(tmp_path: Path) -> None:
+    assert missed(tmp_path, range(PLANTED_FEW)) == []
+
+
+@pytest.mark.slow
+def test_of_200_right_exports_none_is_refused(tmp_path: Path) -> None:
+    assert refused(tmp_path, range(MANY)) == []
+
+
+@pytest.mark.slow
+def test_of_200_planted_errors_none_is_missed(tmp_path: Path) -> None:
+    assert missed(tmp_path, range(MANY)) == []

@@ -1,0 +1,80 @@
+"""Stored tensors that transformers cuts or shuffles at loading: a change goes back to where its numbers came from."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, conversion_mapping, modeling_utils
+from transformers.core_model_loading import Chunk, Interleave, Split, WeightConverter, WeightRenaming
+
+from olora_ray.adapter import merge_check, weight_names
+from olora_ray.config.schema import Adapter
+from tests import tiny
+from tests.export_parts import Case, logits, make_stacked_case
+
+QKV = [f"self_attn.{part}_proj.weight" for part in "qkv"]
+GATE_UP = ["mlp.gate_proj.weight", "mlp.up_proj.weight"]
+LAYERS = ["self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.down_proj"]
+
+
+def mapping(*_: Any, **__: Any) -> list[Any]:
+    """As families have it: fused projections, rows of gate and up in turn, and another name."""
+    return [
+        WeightRenaming(r"^backbone\.", "model."),
+        WeightConverter("self_attn.qkv.weight", list(QKV), [Split(dim=0)]),
+        WeightConverter("mlp.w13.weight", list(GATE_UP), [Interleave(dim=0), Chunk(dim=0)]),
+    ]
+
+
+def fused(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors as such a family stores them."""
+    found = {name.replace("model.", "backbone.", 1): part for name, part in tensors.items() if "layers" not in name}
+    for number in range(2):
+        place = f"model.layers.{number}."
+        own = {name.removeprefix(place): part for name, part in tensors.items() if name.startswith(place)}
+        own["self_attn.qkv.weight"] = torch.cat([own.pop(name) for name in QKV])
+        gate, up = (own.pop(name) for name in GATE_UP)
+        own["mlp.w13.weight"] = torch.stack([gate, up], 1).flatten(0, 1)
+        found |= {f"backbone.layers.{number}.{name}": part for name, part in own.items()}
+    return found
+
+
+@pytest.fixture
+def case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Case:
+    torch.set_num_threads(1)
+    names = [f"model.layers.{number}.{layer}" for number in range(2) for layer in LAYERS]
+    found = make_stacked_case(tmp_path / "base", tiny.llama(), Adapter(rank=3, alpha=6), names)
+    file = found.base / "model.safetensors"
+    save_file(fused(load_file(file)), file, metadata={"format": "pt"})
+    for module in (conversion_mapping, modeling_utils):
+        monkeypatch.setattr(module, "get_model_conversion_mapping", mapping)
+    return found
+
+
+def test_transformers_reads_the_merged_files_as_the_adapted_model(case: Case, tmp_path: Path) -> None:
+    case.write_merged(tmp_path / "merged")
+    found = weight_names.groups(case.base, case.model, case.adapter)
+    assert {layer for group in found for layer in group.layers} == set(case.adapter)
+    assert sum(len(group.layers) == 2 for group in found) == 2, "q and v are one stored tensor"
+    assert merge_check.check_weights(case.base, tmp_path / "merged", found, case.adapter, case.scale).error < 1
+    assert merge_check.changed(case.base, tmp_path / "merged", found) == []
+    merged = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
+    torch.testing.assert_close(merged, case.logits, atol=2e-5, rtol=0)
+
+
+def edit(file: Path, name: str, change: Callable[[torch.Tensor], object]) -> None:
+    tensors = load_file(file)
+    change(tensors[name])
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def test_what_shares_a_stored_tensor_with_an_adapted_layer_must_stay(case: Case, tmp_path: Path) -> None:
+    """k_proj, which no adapter changes, in the rows between q and v."""
+    file = case.write_merged(tmp_path / "merged") / "model.safetensors"
+    found = weight_names.groups(case.base, case.model, case.adapter)
+    edit(file, "backbone.layers.1.self_attn.qkv.weight", lambda part: part[70, 3].add_(1e-3))
+    worst = merge_check.check_weights(case.base, tmp_path / "merged", found, case.adapter, case.scale)
+    assert worst == merge_check.Worst(float("inf"), "model.layers.1.self_attn.k_proj.weight", "float32")
