@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from olora_ray.adapter import export
+from olora_ray.adapter.peft_folder import write_adapter
 from olora_ray.cluster.spec import AnswerPair, TrainResult, TrainSpec
 from olora_ray.config.load import build
 from olora_ray.config.schema import Config
@@ -71,8 +71,9 @@ def make(folder: Path, **changes: Any) -> FinishedRun:
 def _export(run: FinishedRun, state: TrainState) -> None:
     case, base = run.case, run.spec.base
     complete = partial(_complete, run.config, base, state)
-    export.write_adapter(case.adapter, case.settings, base.folder, Path(run.folder.adapter), complete=complete)
+    folder = Path(run.folder.adapter)
+    write_adapter(case.adapter, case.settings, base.folder, folder, case.model, complete=complete)
     if run.config.export.merged:
-        export.write_merged(case.base, case.adapter, case.scale, Path(run.folder.merged))
+        case.write_merged(Path(run.folder.merged))
     run.folder.claim()
     run.folder.write_result({"metrics": {}, "base": {"digest": base.digest}})

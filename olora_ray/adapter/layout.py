@@ -7,10 +7,8 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from olora_ray.adapter.candidates import stack
 from olora_ray.adapter.layer import is_transposed
-
-_UNDECLARED = ("Llama4TextExperts",)
-"""Experts that multiply with E x n x m parameters and do not say so."""
 
 
 def parameter_of(model: nn.Module, layer: str) -> str:
@@ -31,8 +29,8 @@ def stored_transposed(model: nn.Module, layer: str) -> bool:
     """Whether the parameter is n x m (or E x n x m) instead of m x n."""
     if not is_stack(model, layer):
         return is_transposed(model.get_submodule(layer))
-    experts = model.get_submodule(layer.rpartition(".")[0])
-    return declares_transposed(model, layer) or type(experts).__name__ in _UNDECLARED
+    experts, _, parameter = layer.rpartition(".")
+    return stack(model.get_submodule(experts), parameter).stored_transposed
 
 
 def declares_transposed(model: nn.Module, layer: str) -> bool:

@@ -1,4 +1,4 @@
-"""Reading of a plain-LoRA folder that was exported here (export.write_adapter), to merge it into its base."""
+"""Reading of a plain-LoRA folder that was exported here (peft_folder.write_adapter), to merge it into its base."""
 
 import math
 from pathlib import Path

@@ -9,7 +9,7 @@ import re
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -38,14 +38,9 @@ def problems(base: BaseModel, config: Config, targets: Iterable[str]) -> list[st
     names = list(targets)
     model = skeleton(base, config.model)
     found = _unreadable(model, config, names)
-    if wants_merged(config):
+    if config.export.merged:
         found += _unmergeable(Path(base.folder), model, names)
     return found
-
-
-def wants_merged(config: Any) -> bool:
-    """Whether a merged folder is written: unless `export.merged` is false."""
-    return bool(getattr(getattr(config, "export", None), "merged", True))
 
 
 def _unmergeable(folder: Path, model: "PreTrainedModel", names: Sequence[str]) -> list[str]:

@@ -18,7 +18,7 @@ from olora_ray.adapter.new_folder import replacing
 from olora_ray.adapter.parity import MergedFolder, Parity
 from olora_ray.adapter.peft_check import check_adapter
 from olora_ray.adapter.peft_folder import write_adapter
-from olora_ray.adapter.trial import wants_merged
+from olora_ray.cluster.device import assigned_device
 from olora_ray.cluster.resources import worker_resources
 from olora_ray.cluster.spec import TrainResult, TrainSpec
 from olora_ray.common import storage
@@ -93,11 +93,13 @@ def export_run(
     """
     config, checkpoint = spec.config, storage.join(folder.checkpoints, checkpoints.name_of(step))
     work = export_shares.prepare(spec, checkpoint)
-    limit = getattr(getattr(config, "export", None), "rank", None)
+    limit = config.export.rank
     written, lost = compress(work.adapter, limit) if limit else (work.adapter, 0.0)
     with ExitStack() as stack:
         plain = stack.enter_context(storage.local_folder(folder.adapter))
-        merged = stack.enter_context(storage.local_folder(folder.merged)) if wants_merged(config) else None
+        merged = stack.enter_context(storage.local_folder(folder.merged)) if config.export.merged else None
+        if merged is None:
+            storage.remove(folder.merged)  # of an earlier attempt, with other settings
         _write_adapter(spec, work, written, checkpoint, plain)
         parity = Parity(
             merged=None if merged is None else _write_merged(spec, work, checkpoint, merged, folder.merged, spread),
@@ -142,7 +144,7 @@ def _write_merged(
 
 def _logits(spec: TrainSpec, work: Work, merged: Path | None, plain: Path, compressed: bool) -> Logits | str:
     """Logits of all models on held-out tokens, or why they are not measured."""
-    device, need = export_shares.device(), 4 * parameters(str(work.base))
+    device, need = assigned_device(), 4 * parameters(str(work.base))
     if compressed:
         return "the adapter is compressed, which changes logits"
     if need > LOGITS_MEMORY * memory.free(device):

@@ -14,9 +14,9 @@ from olora_ray.adapter import merge, merge_check
 from olora_ray.adapter.factors import AdapterWeights
 from olora_ray.adapter.parity import MergedFolder
 from olora_ray.adapter.stored import weight_files
-from olora_ray.adapter.trial import wants_merged
 from olora_ray.adapter.weight_group import Group
 from olora_ray.adapter.weight_names import groups
+from olora_ray.cluster.device import assigned_device
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.common import storage
 from olora_ray.common.quiet import quiet_transformers
@@ -72,7 +72,7 @@ def prepare(spec: TrainSpec, checkpoint: str) -> Work:
     found = on_this_node(spec.base, spec.config)
     model, base = skeleton(found, spec.config.model), Path(found.folder)
     adapter = checkpoints.read(checkpoint).best_adapter()
-    return Work(base, model, adapter, groups(base, model, adapter) if wants_merged(spec.config) else [])
+    return Work(base, model, adapter, groups(base, model, adapter) if spec.config.export.merged else [])
 
 
 def parts_of(spec: TrainSpec, checkpoint: str, folder: Path, place: str, work: Work) -> list[Part]:
@@ -134,14 +134,6 @@ def over_cluster(cpus: float) -> Spread[Any]:
     return spread
 
 
-def device() -> torch.device:
-    """Where this task computes: on its GPU if it was given one."""
-    import ray
-
-    given = ray.is_initialized() and bool(ray.get_gpu_ids())
-    return torch.device("cuda" if given and torch.cuda.is_available() else "cpu")
-
-
 def _quietly(work: Callable[[Part], T], part: Part) -> T:
     quiet_transformers()
     return work(part)
@@ -149,4 +141,4 @@ def _quietly(work: Callable[[Part], T], part: Part) -> T:
 
 def _of(part: Part) -> tuple[Work, list[Group], torch.device]:
     work = part.work or prepare(part.spec, part.checkpoint)
-    return work, merge.shares(work.groups, part.of)[part.number], device()
+    return work, merge.shares(work.groups, part.of)[part.number], assigned_device()

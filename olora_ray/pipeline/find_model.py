@@ -10,12 +10,14 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
-from olora_ray.adapter import export, plain, sharing
+from olora_ray.adapter import plain, portable
+from olora_ray.adapter.merge import write_merged
 from olora_ray.common import digests, storage
 from olora_ray.common.errors import UserError, as_user_error, short_reason
 from olora_ray.config.evaluation import AnyConfig
 from olora_ray.config.load import override
 from olora_ray.model import identity
+from olora_ray.model.load import skeleton
 from olora_ray.model.source import BaseModel, obtain
 from olora_ray.tracking import checksums, registered
 from olora_ray.tracking.contents import BaseOfAdapter
@@ -89,10 +91,8 @@ def _merged(found: Registered, base: BaseOfAdapter, config: AnyConfig) -> Path:
 def _write_merged(found: Registered, model: BaseModel, config: AnyConfig, folder: Path) -> None:
     adapter, scale = plain.read(found.folder)
     merged = folder / "model"
-    export.write_merged(
-        Path(model.folder), adapter, scale, merged, transposed=export.transposed_layers(model, config, adapter)
-    )
-    sharing.copy_tokenizer(found.folder, merged)
+    write_merged(Path(model.folder), adapter, scale, merged, skeleton(model, config.model))
+    portable.copy_tokenizer(found.folder, merged)
     (folder / checksums.FILE).write_text(checksums.of_folders({"model": merged}), encoding="utf-8")
 
 

@@ -8,10 +8,12 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
+from olora_ray.adapter import trial
 from olora_ray.adapter.candidates import GATE, HEAD, ROUTER
 from olora_ray.adapter.coverage import Coverage
 from olora_ray.adapter.targets import Selection
 from olora_ray.cluster.spec import TrainResult, TrainSpec
+from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
 from olora_ray.model import source
 from olora_ray.pipeline.answers import Sample
@@ -38,6 +40,8 @@ def plan(config: Config, base: source.BaseModel) -> MemoryEstimate:
                 " data.eval_fraction"
             )
     size = estimate(config, base)
+    if found := trial.problems(base, config, size.targets):
+        raise UserError("; ".join(found))
     logger.info(_model_line(config, size))
     for line in _left_out(size.selection):
         logger.info(line)

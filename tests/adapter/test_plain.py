@@ -8,7 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from olora_ray.adapter import export, plain
+from olora_ray.adapter import plain
+from olora_ray.adapter.merge import write_merged
+from olora_ray.adapter.peft_folder import write_adapter
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Adapter
 from tests import tiny
@@ -18,7 +20,7 @@ from tests.export_parts import Case, make_case
 def exported(folder: Path, model: Any, settings: Adapter) -> tuple[Case, Path]:
     case = make_case(folder / "base", model, settings)
     out = folder / "adapter"
-    export.write_adapter(case.adapter, settings, "base", out, transposed=case.transposed)
+    write_adapter(case.adapter, settings, "base", out, case.model)
     return case, out
 
 
@@ -35,8 +37,8 @@ def test_merging_what_was_read_is_merging_what_was_trained(make: Any, settings: 
     case, folder = exported(tmp_path, make(), settings)
     adapter, scale = plain.read(folder)
     assert adapter.keys() == case.adapter.keys()
-    export.write_merged(case.base, adapter, scale, tmp_path / "again", transposed=case.transposed)
-    export.write_merged(case.base, case.adapter, case.scale, tmp_path / "merged", transposed=case.transposed)
+    write_merged(case.base, adapter, scale, tmp_path / "again", case.model)
+    write_merged(case.base, case.adapter, case.scale, tmp_path / "merged", case.model)
     again, merged, base = (load_file(tmp_path / name / "model.safetensors") for name in ("again", "merged", "base"))
     torch.testing.assert_close(again, merged, atol=1e-6, rtol=1e-5)
     assert any(not torch.allclose(merged[name], base[name], atol=1e-3) for name in merged)
