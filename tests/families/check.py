@@ -17,7 +17,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from olora_ray.cluster.resume import StartingPoint, starting_point
+from olora_ray.cluster.resume import starting_point
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.cluster.stop_requests import StopRequests
 from olora_ray.cluster.worker import Worker
@@ -61,7 +61,7 @@ class State:
     base: Base = field(init=False)
     spec: TrainSpec = field(init=False)
     context: SharedBaseContext = field(init=False)
-    start: StartingPoint = field(init=False)
+    worker: Worker = field(init=False)
     trained: Tensor = field(init=False)
     """Losses after training."""
     step: int = 0
@@ -138,8 +138,10 @@ def _start(state: State) -> None:
     held_out: Any = tiny.ListStore(HELD_OUT if row.packs else tiny.unpacked(HELD_OUT))
     state.spec = TrainSpec(config, base.model, base.spec.digest, base.eos, train, held_out)
     state.context = SharedBaseContext(SharedBase.of(state.spec, CPU))
-    state.start = starting_point(state.context, state.spec, RunFolder(config).checkpoints)
-    row.attention, row.adapters = state.start.attention, len(state.start.trainer.adapted)
+    checkpoints = RunFolder(config).checkpoints
+    start = starting_point(state.context, state.spec, checkpoints)
+    state.worker = Worker(state.context, state.spec, checkpoints, _Channel(state), start)
+    row.attention, row.adapters = state.worker.attention, len(state.worker.trainer.adapted)
 
 
 def _ask_model(state: State) -> Reference:
@@ -161,14 +163,14 @@ def _measure(reference: Reference, state: State) -> None:
     row = state.row
     with state.context.activate({}):
         untouched = _losses(state, state.packs)
-    with state.context.activate(state.start.trainer.adapted):
+    with state.context.activate(state.worker.trainer.adapted):
         found = _losses(state, state.packs)
         single = torch.cat([_losses(state, [example]) for example in tiny.unpacked(PACKS)])
         gradients = _gradients(state)
     row.start = torch.equal(found, untouched)
     row.loss, row.packed = oracle.difference(single, reference.losses), oracle.difference(found, single)
     row.gradients = oracle.distance(gradients, _expected(state, reference.slopes))
-    layers = state.start.trainer.adapted
+    layers = state.worker.trainer.adapted
     row.still = tuple(name for name in layers if not any(gradients[f"{name}.{part}"].any() for part in ("da", "db")))
     row.judge_start()
 
@@ -176,9 +178,8 @@ def _measure(reference: Reference, state: State) -> None:
 def _train(state: State) -> None:
     """The rest of the worker: evaluations, answers, steps and a checkpoint."""
     before = state.trained = _of_trainer(state)
-    checkpoints = RunFolder(state.config).checkpoints
     with _nobody_asks_to_stop():
-        result = Worker(state.context, state.spec, checkpoints, _Channel(state), state.start).run()
+        result = state.worker.run()
     if result.problem is not None:
         raise UserError(result.problem)
     state.trained = _of_trainer(state)
@@ -207,19 +208,19 @@ def _with_peft(state: State, folder: RunFolder) -> Any:
 
 
 def _of_trainer(state: State) -> Tensor:
-    with state.context.activate(state.start.trainer.adapted):
+    with state.context.activate(state.worker.trainer.adapted):
         return _losses(state, state.packs)
 
 
 def _losses(state: State, packs: list[Any]) -> Tensor:
     """The training loss of each supervised token, the packs as one micro-batch."""
-    return state.start.trainer.loss.each(collate(packs, state.start.attention))
+    return state.worker.trainer.loss.each(collate(packs, state.worker.attention))
 
 
 def _gradients(state: State) -> dict[str, Tensor]:
     """The gradients of one step over all packs; they are cleared again."""
-    trainer = state.start.trainer
-    batch = collate(state.packs, state.start.attention)
+    trainer = state.worker.trainer
+    batch = collate(state.packs, state.worker.attention)
     (trainer.loss(batch) / len(batch.labels)).backward()
     found = {name: part.clone() for name, part in trainer.flat.named(trainer.flat.grad).items()}
     trainer.flat.grad.zero_()
@@ -229,7 +230,7 @@ def _gradients(state: State) -> dict[str, Tensor]:
 def _expected(state: State, slopes: dict[str, Tensor]) -> dict[str, Tensor]:
     """What dA and dB should get from the gradients G of the weights: at the start s B0^T G and s G A0^T."""
     expected = {}
-    for name, layer in state.start.trainer.adapted.items():
+    for name, layer in state.worker.trainer.adapted.items():
         start, scale = layer.weights().factors, state.config.adapter.scale()
         assert start.b0 is not None
         expected[f"{name}.da"] = scale * start.b0.mT @ slopes[name]
@@ -240,7 +241,7 @@ def _expected(state: State, slopes: dict[str, Tensor]) -> dict[str, Tensor]:
 def _shapes(state: State) -> dict[str, tuple[int, ...]]:
     """(m, n) of each adapted layer, (experts, m, n) of many experts."""
     shapes = {}
-    for name, layer in state.start.trainer.adapted.items():
+    for name, layer in state.worker.trainer.adapted.items():
         weights = layer.weights()
         shapes[name] = (*weights.db.shape[:-1], weights.da.shape[-1])
     return shapes

@@ -6,7 +6,20 @@ from collections.abc import Iterable, Sequence
 from tests.families.row import Row
 from tests.families.variants import NAMED
 
-COLUMNS = ("model", "adapted", "experts", "start", "packed", "loss", "gradients", "export", "parity", "verdict")
+COLUMNS = (
+    "model",
+    "adapted",
+    "experts",
+    "attention",
+    "start",
+    "packed",
+    "by positions",
+    "loss",
+    "gradients",
+    "export",
+    "parity",
+    "verdict",
+)
 
 
 def table(rows: Iterable[Row]) -> str:
@@ -33,8 +46,10 @@ def _cells(row: Row) -> tuple[str, ...]:
         row.name,
         "–" if row.covered is None else f"{row.covered:.0%}",
         row.experts or "–",
+        row.attention or "–",
         "–" if row.start is None else "exact" if row.start else "differs",
-        "apart" if row.packs is False else shown(row.packed),
+        f"{'apart: ' if row.packs is False and row.packed is not None else ''}{shown(row.packed)}",
+        shown(row.leaks),
         shown(row.loss),
         shown(row.gradients),
         shown(row.export),
