@@ -250,7 +250,7 @@ def _shapes(state: State) -> dict[str, tuple[int, ...]]:
 def _covered(model: Any, names: Collection[str]) -> float:
     """Share of the parameters behind an adapter; embeddings and head, which nobody adapts, are left out."""
     ends = {id(part.weight) for part in (model.get_input_embeddings(), model.get_output_embeddings()) if part}
-    inner = {name: part.numel() for name, part in model.named_parameters() if id(part) not in ends}
+    inner: dict[str, int] = {name: part.numel() for name, part in model.named_parameters() if id(part) not in ends}
     return sum(inner.get(f"{name}.weight", inner.get(name, 0)) for name in names) / sum(inner.values())
 
 
