@@ -38,7 +38,7 @@ Each goes through a whole run on a CPU, with the defaults, rank 4 on `all-linear
 | start | whether the untrained adapter leaves every loss as it is, to the bit |
 | packed | loss of packed examples beside that of single ones; apart: each has a sequence of its own |
 | by positions | loss of the model's own forward if packed examples are told apart by positions alone |
-| loss | loss of single examples beside that of the model's own logits, in eager attention |
+| loss | loss of single examples beside that of the logits of the model's own forward |
 | gradients | gradients of all adapters beside those that follow from the model's own by automatic differentiation |
 | export | loss of the merged model, and of the adapter in PEFT, beside that of the trained model |
 | parity | the run's own comparison of both |
