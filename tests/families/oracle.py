@@ -20,11 +20,11 @@ from tests import tiny
 Shape = tuple[int, ...]
 
 
-def load(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """The model of a folder, frozen."""
+def load(folder: Path, dtype: torch.dtype = torch.float32, attention: str | None = None) -> Any:
+    """The model of a folder, frozen; with the attention that transformers picks unless it is named."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
     return model.eval().requires_grad_(False)
 
 

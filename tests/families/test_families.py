@@ -8,14 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.families import table, zoo
-from tests.families.check import check
+from tests.families import oracle, table, zoo
+from tests.families.check import PACKS, check
 from tests.families.row import PRECISIONS, Row
 from tests.families.variants import ALL, MORE, NAMED
 from tools import write_models
 
 QUICK = ("llama", "gpt2", "cohere", "gemma3_text", "opt 350m", "gpt_bigcode", "granite", "phi3")
 """Families whose layers, heads, positions or files differ in one way or another."""
+MOSTLY_SLOW = [pytest.param(name, marks=() if name in QUICK[:2] else pytest.mark.slow) for name in ALL]
 
 
 @cache
@@ -42,6 +43,15 @@ def test_what_came_before_matters_in_a_model_of_the_zoo(name: str) -> None:
     other[0, 0] = 50
     before, after = (model(input_ids=each, use_cache=False).logits[0, 8] for each in (ids, other))
     assert float((before - after).abs().max()) > 0.05
+
+
+@pytest.mark.parametrize("name", MOSTLY_SLOW)
+def test_two_attentions_of_transformers_say_the_same(name: str, tmp_path: Path) -> None:
+    """What the check holds a run against does not hang on the attention; see oracle.py for the exception."""
+    zoo.build(ALL[name], tmp_path)
+    picked, eager = oracle.load(tmp_path), oracle.load(tmp_path, attention="eager")
+    off = oracle.difference(oracle.losses(picked, PACKS), oracle.losses(eager, PACKS))
+    assert (off < 1e-6) is (name != "falcon alibi")
 
 
 @pytest.mark.parametrize("name", QUICK)
