@@ -2,7 +2,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart sweep-demo lifecycle-demo test test-slow quick check setup docs lock bench clean
+.PHONY: quickstart sweep-demo lifecycle-demo test test-slow quick check setup docs models lock bench clean
 
 quickstart: $(VENV)/.quickstart ## fine-tune SmolLM2-135M on this machine, from nothing
 	$(BIN)/python pipelines/finetune.py
@@ -35,6 +35,9 @@ setup: $(VENV)/.dev
 
 docs: $(VENV)/.dev ## docs/configuration.md, from the config's schema
 	$(BIN)/python tools/write_configuration.py
+
+models: $(VENV)/.dev ## docs/models.md: what becomes of a tiny model of each family, in some minutes
+	$(BIN)/python tools/write_models.py
 
 lock: $(VENV)/.dev build/lock/bin/uv ## deploy/requirements.lock: what nodes install, at the versions that are installed here
 	$(BIN)/python tools/write_lock.py build/lock/bin/uv

@@ -1,0 +1,53 @@
+"""The tiny models of the families in variants.py: random weights with which attention, state and experts matter.
+
+With the usual initialisation (standard deviation 0.02) a tiny model says about the same to whatever came before.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from olora_ray.common.quiet import quiet_transformers
+from tests.export_parts import save_tokenizer
+from tests.families.variants import Variant
+
+_STATE = ("A_log", "dt_bias", "recurrent_param", "time_step")
+"""Parts of the names of parameters whose values are times or rates, which a family draws in a range of its own."""
+
+
+def build(variant: Variant, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Write the model to `folder`: config, weights in `dtype` and a tokenizer; always the same bytes."""
+    model = make(variant).to(dtype)
+    model.save_pretrained(folder)
+    save_tokenizer(folder)
+    if not variant.chat:
+        (folder / "chat_template.jinja").unlink()
+    assert json.loads((folder / "config.json").read_text())["model_type"] == variant.model_type
+
+
+def make(variant: Variant) -> Any:
+    """The model in float32, frozen, in evaluation mode."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    quiet_transformers()
+    shape = AutoConfig.for_model(variant.model_type, **variant.sizes)
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        model = AutoModelForCausalLM.from_config(shape, dtype=torch.float32)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                _draw(name, parameter)
+    return model.eval().requires_grad_(False)
+
+
+def _draw(name: str, parameter: Tensor) -> None:
+    """Large matrices, and vectors off the values with which they do nothing."""
+    if any(part in name for part in _STATE):
+        return
+    if parameter.dim() < 2:  # norms, biases, sinks
+        parameter.add_(torch.randn_like(parameter) * 0.1)
+    else:
+        parameter.normal_(0.0, 0.3 if "conv1d" in name else 0.15)

@@ -1,0 +1,84 @@
+"""Writes docs/models.md: what becomes of a tiny model of each family of the zoo in tests/families, measured here.
+
+    .venv/bin/python tools/write_models.py          (make models; some minutes)
+
+Each model goes through a whole run without Ray, beside what the model itself says (tests/families/check.py).
+"""
+
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # the models and functions of this tree, whatever is installed
+
+from tests.families import table  # noqa: E402
+from tests.families.check import check  # noqa: E402
+from tests.families.row import PRECISIONS, Row  # noqa: E402
+from tests.families.variants import ALL, LONGEST, MORE, NAMED  # noqa: E402
+
+PAGE = ROOT / "docs" / "models.md"
+INTRO = """\
+# Models
+
+<!-- Written by `make models` from tests/families: change the words in tools/write_models.py. -->
+
+Any causal language model of transformers may be named in `model.name`. Whether it is trained right is measured before
+the first step, for whatever model came; what fails is refused in one line. This page shows what becomes of tiny random
+models of {families} variants of families: the {named} of a review in November 2026, and {more} others.
+
+Each goes through a whole run on a CPU, with the defaults, rank 4 on `all-linear`, and {longest} tokens at most:
+
+| column | what is measured |
+|---|---|
+| adapted | share of the parameters behind an adapter, embeddings and output head left out |
+| experts | whether the experts of a mixture are adapted; none: it has none |
+| attention | the implementation that the run has chosen |
+| start | whether the untrained adapter leaves every loss as it is, to the bit |
+| packed | loss of packed examples beside that of single ones; apart: each has a sequence of its own |
+| by positions | loss of the model's own forward if packed examples are told apart by positions alone |
+| loss | loss of single examples beside that of the logits of the model's own forward |
+| gradients | gradients of all adapters beside those that follow from the model's own by automatic differentiation |
+| export | loss of the merged model, and of the adapter in PEFT, beside that of the trained model |
+| parity | the run's own comparison of both |
+| verdict | right to the end; or refused before the first step, and why |
+
+Differences are relative, and bounds are exact ones in float32; in bfloat16 what counts is how far the model's own
+forward pass is from its float32 one.
+"""
+
+
+def main() -> int:
+    """Measure and write."""
+    parts = [INTRO.format(families=len(ALL), named=len(NAMED), more=len(MORE), longest=LONGEST)]
+    for precision in PRECISIONS:
+        parts += _section(precision, list(_rows(precision)))
+    PAGE.write_text("\n\n".join(part.strip() for part in parts) + "\n", encoding="utf-8")
+    print(f"written: {PAGE.relative_to(ROOT)}")
+    return 0
+
+
+def heading(precision: str) -> str:
+    """The line above what is said of a precision."""
+    return f"## {str(PRECISIONS[precision]).removeprefix('torch.')}"
+
+
+def _section(precision: str, rows: list[Row]) -> Iterator[str]:
+    named = table.of_review(rows)
+    others = [row for row in rows if row not in named]
+    yield heading(precision)
+    yield f"The variants of the review: {table.summary(named)}.\n\n{table.table(named)}"
+    yield f"Others: {table.summary(others)}.\n\n{table.table(others)}"
+
+
+def _rows(precision: str) -> Iterator[Row]:
+    for variant in ALL.values():
+        with tempfile.TemporaryDirectory() as folder:
+            row = check(variant, precision, Path(folder))
+        print(f"{precision} {row.name}: {row.verdict}", file=sys.stderr, flush=True)
+        yield row
+
+
+if __name__ == "__main__":
+    sys.exit(main())
