@@ -31,7 +31,8 @@ from olora_ray.adapter.layer import AdaptedLinear, AdaptedWeight
 from olora_ray.common.errors import UserError, first_line
 from olora_ray.config.evaluation import AnyConfig
 from olora_ray.model import attention
-from olora_ray.tokens.collate import Batch, collate
+from olora_ray.model.packing import why_apart
+from olora_ray.tokens.collate import FLAT_ATTENTION, Batch, collate
 from olora_ray.tokens.store import Pack
 from olora_ray.train.blocks import decoder_layers
 from olora_ray.train.loss import SupervisedLoss
@@ -107,7 +108,7 @@ def choose_attention(loss: SupervisedLoss, packs: Sequence[Pack], config: AnyCon
     """
     began, model = time.perf_counter(), loss.model
     dtype = next(model.parameters()).dtype
-    wanted = attention.candidates(model, config.model, dtype, device)
+    wanted = _not_flat(model, attention.candidates(model, config.model, dtype, device))
     trial = _Trial(loss, _examples(packs, config, model), any(len(pack.segments) > 1 for pack in packs), device)
     failed: dict[str, str] = {}
     with _whole(loss, trial.batch(attention.own(model))):
@@ -123,6 +124,18 @@ def choose_attention(loss: SupervisedLoss, packs: Sequence[Pack], config: AnyCon
         free = attention.candidates(model, config.model.model_copy(update={"attention": "auto"}), dtype, device)
         instead = next((name for name in free if name not in failed and trial.run(name)[0] is None), None)
     raise UserError(_refusal(type(model).__name__, failed, trial, instead))
+
+
+def _not_flat(model: Any, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Those for which examples are laid out apart, where the model's structure tells that they have to be."""
+    why = why_apart(model)
+    found = tuple(name for name in names if why is None or name not in FLAT_ATTENTION)
+    if not found:
+        raise UserError(
+            f"model.attention={names[0]}: it lays all examples of a micro-batch out in one row, and {type(model).__name__}"
+            f" {why}; set it to auto"
+        )
+    return found
 
 
 def _refusal(family: str, failed: Mapping[str, str], trial: "_Trial", instead: str | None) -> str:

@@ -25,11 +25,11 @@ from olora_ray.cluster.worker_context import SharedBase, SharedBaseContext
 from olora_ray.common.errors import UserError, first_line
 from olora_ray.common.quiet import quiet_transformers
 from olora_ray.config.schema import Config
+from olora_ray.pipeline import report
 from olora_ray.pipeline.base import Base, open_base
 from olora_ray.pipeline.export import export_run
 from olora_ray.pipeline.run_folder import RunFolder
 from olora_ray.tokens.collate import collate
-from olora_ray.train.estimate import estimate
 from tests import tiny
 from tests.families import oracle, zoo
 from tests.families.row import BEFORE, PRECISIONS, Row
@@ -126,7 +126,7 @@ def _shown(error: object, state: State) -> str:
 def _open(state: State) -> None:
     """What the driver does with a model before it starts anything."""
     state.base = open_base(state.config)
-    estimate(state.config, state.base.model, gpu=False)
+    report.plan(state.config, state.base.model)
 
 
 def _start(state: State) -> None:

@@ -74,6 +74,13 @@ def test_a_state_that_runs_over_the_borders_is_refused_with_what_helps(kind: str
     assert chosen(made, APART).attention in ("sdpa", "eager")
 
 
+def test_a_state_is_never_laid_out_in_one_row() -> None:
+    made = model("lfm2", SMALL | {"full_attn_idxs": [1]})
+    assert chosen(made, APART).passed_over == {}
+    with pytest.raises(UserError, match=r"^model\.attention=segments: .*keeps a state.*; set it to auto$"):
+        chosen(made, APART, model__attention="segments")
+
+
 def test_the_attention_that_is_named_is_refused_with_one_that_passes() -> None:
     with pytest.raises(UserError, match=r"^model\.attention=segments: with Mistral.*; set it to sdpa$"):
         chosen(model("mistral", SMALL | {"sliding_window": 8}), [tiny.pack(40, 7)], model__attention="segments")
