@@ -63,6 +63,12 @@ READ = Reason(
     "a layer whose weight the model's code takes for itself", "layers whose weight the model's code takes for itself"
 )
 
+NOT_IN_PEFT = Reason(
+    "a layer that PEFT takes no adapter for in such a model", "layers that PEFT takes no adapter for in such a model"
+)
+MAMBA_TYPES = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})
+"""Of these PEFT refuses the layers called out_proj, and with them the whole adapter (peft.tuners.tuners_utils)."""
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -92,7 +98,8 @@ def candidates(model: nn.Module) -> dict[str, Candidate]:
         if is_linear(module):
             item = Candidate(Target(module, "weight", is_transposed(module)), name)
             refused = HEAD if module is head else _refused(module, name in read)
-            found[name] = replace(item, refused=refused, aside=_aside(name, modules, blocks))
+            aside = NOT_IN_PEFT if _is_refused_by_peft(model, name) else _aside(name, modules, blocks)
+            found[name] = replace(item, refused=refused, aside=aside)
         for parameter, _ in _stacks(module):
             found[f"{name}.{parameter}"] = _stack_candidate(module, name, parameter)
         for parameter in _other_experts(module):
@@ -101,6 +108,11 @@ def candidates(model: nn.Module) -> dict[str, Candidate]:
         if part := part_of(name, outside):
             found[name] = replace(item, aside=Reason(f"a part of the {part}", part))
     return found
+
+
+def _is_refused_by_peft(model: nn.Module, name: str) -> bool:
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    return kind in MAMBA_TYPES and name.rpartition(".")[2] == "out_proj"
 
 
 def _refused(module: nn.Module, read: bool) -> Reason | None:

@@ -89,9 +89,9 @@ def _merged(found: Registered, base: BaseOfAdapter, config: AnyConfig) -> Path:
 
 
 def _write_merged(found: Registered, model: BaseModel, config: AnyConfig, folder: Path) -> None:
-    adapter, scale = plain.read(found.folder)
-    merged = folder / "model"
-    write_merged(Path(model.folder), adapter, scale, merged, skeleton(model, config.model))
+    shape, merged = skeleton(model, config.model), folder / "model"
+    adapter, scale = plain.read(found.folder, shape)
+    write_merged(Path(model.folder), adapter, scale, merged, shape)
     portable.copy_tokenizer(found.folder, merged)
     (folder / checksums.FILE).write_text(checksums.of_folders({"model": merged}), encoding="utf-8")
 

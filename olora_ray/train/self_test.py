@@ -132,8 +132,8 @@ def _not_flat(model: Any, names: tuple[str, ...]) -> tuple[str, ...]:
     found = tuple(name for name in names if why is None or name not in FLAT_ATTENTION)
     if not found:
         raise UserError(
-            f"model.attention={names[0]}: it lays all examples of a micro-batch out in one row, and {type(model).__name__}"
-            f" {why}; set it to auto"
+            f"model.attention={names[0]}: it lays all examples of a micro-batch out in one row, and"
+            f" {type(model).__name__} {why}; set it to auto"
         )
     return found
 

@@ -15,6 +15,8 @@ from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Adapter
 from tests import tiny
 from tests.export_parts import Case, make_case
+from tests.model.test_head import SMALL
+from tests.model.test_head import model as family
 
 
 def exported(folder: Path, model: Any, settings: Adapter) -> tuple[Case, Path]:
@@ -31,11 +33,12 @@ def exported(folder: Path, model: Any, settings: Adapter) -> tuple[Case, Path]:
         (tiny.llama, Adapter(rank=4, alpha=8, method="lora")),
         (tiny.llama, Adapter(rank=4, alpha=8, rank_stabilized=True)),
         (tiny.gpt2, Adapter(rank=4, alpha=6)),
+        (lambda: family("mixtral", SMALL | {"num_local_experts": 4}), Adapter(rank=4, alpha=6)),
     ],
 )
 def test_merging_what_was_read_is_merging_what_was_trained(make: Any, settings: Adapter, tmp_path: Path) -> None:
     case, folder = exported(tmp_path, make(), settings)
-    adapter, scale = plain.read(folder)
+    adapter, scale = plain.read(folder, case.model)
     assert adapter.keys() == case.adapter.keys()
     write_merged(case.base, adapter, scale, tmp_path / "again", case.model)
     write_merged(case.base, case.adapter, case.scale, tmp_path / "merged", case.model)
@@ -50,22 +53,21 @@ def test_merging_what_was_read_is_merging_what_was_trained(make: Any, settings: 
         {"peft_type": "LOHA"},
         {"bias": "all"},
         {"use_dora": True},
-        {"target_parameters": ["mlp.experts.gate_up_proj"]},
         {"modules_to_save": ["lm_head"]},
         {"rank_pattern": {"q_proj": 2}},
     ],
 )
 def test_an_adapter_of_another_form_is_refused(fields: dict[str, Any], tmp_path: Path) -> None:
-    _, folder = exported(tmp_path, tiny.llama(), Adapter(rank=4, alpha=8))
+    case, folder = exported(tmp_path, tiny.llama(), Adapter(rank=4, alpha=8))
     file = folder / plain.CONFIG
     file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
-    with pytest.raises(UserError, match="is not a plain LoRA of linear layers, so it cannot be merged here"):
-        plain.read(folder)
+    with pytest.raises(UserError, match="is not a plain LoRA, so it cannot be merged here"):
+        plain.read(folder, case.model)
 
 
 @pytest.mark.parametrize("change", ["one less", "one more"])
 def test_matrices_that_do_not_pair_up_are_refused(change: str, tmp_path: Path) -> None:
-    _, folder = exported(tmp_path, tiny.llama(), Adapter(rank=4, alpha=8))
+    case, folder = exported(tmp_path, tiny.llama(), Adapter(rank=4, alpha=8))
     tensors = load_file(folder / plain.WEIGHTS)
     if change == "one less":
         del tensors[next(name for name in tensors if "lora_B" in name)]
@@ -73,4 +75,4 @@ def test_matrices_that_do_not_pair_up_are_refused(change: str, tmp_path: Path) -
         tensors["base_model.model.lm_head.weight"] = torch.zeros(2, 2)
     save_file(tensors, folder / plain.WEIGHTS)
     with pytest.raises(UserError, match="does not have a lora_A and a lora_B of each layer, and no more"):
-        plain.read(folder)
+        plain.read(folder, case.model)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from olora_ray.adapter.candidates import Target, candidates
+from olora_ray.adapter.candidates import MAMBA_TYPES, Target, candidates
 from olora_ray.adapter.code_reading import direct_reads
 from olora_ray.adapter.factors import Factors
 from olora_ray.adapter.layer import AdaptedLinear
@@ -266,3 +266,18 @@ def test_a_target_knows_its_weight_as_output_by_input() -> None:
     assert found.stored_transposed
     assert found.experts is None
     assert torch.equal(found.weight(), conv.weight.T)
+
+
+def test_the_models_whose_output_projections_peft_refuses_are_those_of_peft() -> None:
+    from types import SimpleNamespace
+
+    from peft.tuners.tuners_utils import _check_lora_target_modules_mamba as of_peft
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    settings, refused = SimpleNamespace(peft_type="LORA"), set()
+    for kind in CONFIG_MAPPING_NAMES:
+        try:
+            of_peft(settings, SimpleNamespace(config=SimpleNamespace(model_type=kind)), "out_proj")
+        except ValueError:
+            refused.add(kind)
+    assert refused == MAMBA_TYPES

@@ -11,6 +11,7 @@ from olora_ray.config.load import build
 from olora_ray.model.source import BaseModel
 from olora_ray.pipeline.base import with_tokenizer
 from olora_ray.pipeline.find_model import find_model
+from tests import tiny
 from tests.export_parts import save_tokenizer
 from tests.pipelines import project
 
@@ -18,11 +19,10 @@ from tests.pipelines import project
 def test_a_folder_without_a_tokenizer_says_what_is_missing(tmp_path: Path) -> None:
     config = build({"run": {"name": "a"}, "model": {"name": str(tmp_path)}, "data": {"train": "a.jsonl"}})
     base = BaseModel(str(tmp_path), str(tmp_path), "")
-    (tmp_path / "config.json").write_text("{}")
+    tiny.llama().config.save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"has no tokenizer: none of tokenizer\.json, .* is there; copy the files"):
         with_tokenizer(base, config)
     save_tokenizer(tmp_path)
-    (tmp_path / "config.json").unlink()
     assert with_tokenizer(base, config).eos == (1,)
 
 

@@ -118,11 +118,12 @@ def test_the_plan_names_what_all_linear_cannot_take(tmp_path: Path) -> None:
         (tmp_path / name).write_text("{}")
     with said() as lines:
         plan(config, obtain(config))
-    [line] = [line for line in lines if "leaves out" in line]
-    assert line == (
+    assert [line for line in lines if "leaves out" in line] == [
         "adapter.targets: all-linear leaves out 2 layers: layers whose weight the model's code takes for itself"
-        " (for example backbone.layers.0.mixer.dt_proj)"
-    )
+        " (for example backbone.layers.0.mixer.dt_proj)",
+        "adapter.targets: all-linear leaves out 2 layers: layers that PEFT takes no adapter for in such a model"
+        " (for example backbone.layers.0.mixer.out_proj)",
+    ]
 
 
 def test_routers_are_not_worth_a_line(tmp_path: Path) -> None:
