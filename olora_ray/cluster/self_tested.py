@@ -8,9 +8,10 @@ from olora_ray.cluster.resume import StartingPoint
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.cluster.worker_context import WorkerContext
 from olora_ray.tokens.store import Pack, TokenStore
+from olora_ray.train.adapter_test import bare, check_adapters
 from olora_ray.train.loader import Waiting, until
 from olora_ray.train.loop import train_mode
-from olora_ray.train.self_test import bare, check_adapters, choose_attention
+from olora_ray.train.self_test import choose_attention
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ vocabulary) never exist for more than one chunk.
 """
 
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +18,7 @@ from torch import Tensor, nn
 from olora_ray.model.head import Head, backbone
 from olora_ray.tokens.collate import Batch
 from olora_ray.train.fast_norm import patch_rms_norm
-
-if TYPE_CHECKING:
-    from olora_ray.train.self_test import SelfTest
+from olora_ray.train.self_test_result import SelfTest
 
 CHUNK_LOGITS = 2**23
 """Logits in one chunk: 32 MiB in float32."""

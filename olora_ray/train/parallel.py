@@ -7,11 +7,15 @@ the same workers, and a checkpoint is the same file for both.
 """
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 
 from olora_ray.adapter.layer import AdaptedWeight
 from olora_ray.common import collectives
+from olora_ray.tokens.collate import Batch
 from olora_ray.train.blocks import decoder_layers
 from olora_ray.train.loss import SupervisedLoss
 
@@ -50,3 +54,18 @@ def strategy_problem(strategy: str) -> str | None:
             " or set it to ddp"
         )
     return None
+
+
+@contextmanager
+def gathered(loss: Any, batch: Batch) -> Iterator[None]:
+    """Of a sharded base, embeddings and head are gathered; its blocks gather themselves."""
+    if not hasattr(loss, "unshard"):
+        yield
+        return
+    with torch.no_grad():
+        loss(batch)  # FSDP must meet its root first
+    loss.unshard()
+    try:
+        yield
+    finally:
+        loss.reshard()

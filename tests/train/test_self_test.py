@@ -10,8 +10,10 @@ from olora_ray.common.errors import UserError
 from olora_ray.model import attention as attention_module
 from olora_ray.model import segment_attention
 from olora_ray.train import loss as loss_module
+from olora_ray.train.adapter_test import check_adapters
 from olora_ray.train.loss import SupervisedLoss
-from olora_ray.train.self_test import SelfTest, check_adapters, choose_attention
+from olora_ray.train.self_test import choose_attention
+from olora_ray.train.self_test_result import SelfTest
 from tests import tiny
 from tests.model.test_head import SMALL, model
 
@@ -137,3 +139,8 @@ def test_adapters_that_take_no_part_are_named() -> None:
     first.forward = lambda x: first.up_proj.base(x) @ first.down_proj.base.weight.T
     with pytest.raises(UserError, match=r"layers\.0\.mlp\.gate_proj, .* take no part .*; leave them out"):
         check_adapters(trainer.loss, trainer.adapted, PACKED, "segments", CPU, new=False)
+
+
+def test_examples_of_two_tokens_are_enough() -> None:
+    assert chosen(tiny.llama(), [tiny.pack(2, 2, prompt=1)]).attention == "segments"
+    assert chosen(tiny.llama(), [tiny.pack(2, prompt=1)], data__packing=False).attention == "segments"

@@ -1,0 +1,88 @@
+"""Test of a model's adapters before the first step: they change nothing yet, and each receives a gradient."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from olora_ray.adapter.experts import AdaptedExperts
+from olora_ray.adapter.layer import AdaptedLinear, AdaptedWeight
+from olora_ray.common.errors import UserError, first_line
+from olora_ray.tokens.collate import collate
+from olora_ray.tokens.store import Pack
+from olora_ray.train.examples import SHORT, examples_of, one_pack
+from olora_ray.train.loss import SupervisedLoss
+from olora_ray.train.parallel import gathered
+
+
+def check_adapters(
+    loss: SupervisedLoss,
+    adapted: Mapping[str, AdaptedWeight],
+    packs: Sequence[Pack],
+    name: str,
+    device: torch.device,
+    new: bool,
+) -> None:
+    """Raise UserError unless untrained (`new`) adapters change no bit of a loss, and each receives a gradient.
+
+    `name` is the attention. The gradients are left at zero.
+    """
+    try:
+        _check_adapters(loss, adapted, packs, name, device, new)
+    except NotImplementedError as error:  # of experts' weights that are used in a way that is not known here
+        raise UserError(f"adapter.targets: {first_line(error)}; leave the experts out of adapter.targets") from None
+
+
+def _check_adapters(
+    loss: SupervisedLoss,
+    adapted: Mapping[str, AdaptedWeight],
+    packs: Sequence[Pack],
+    name: str,
+    device: torch.device,
+    new: bool,
+) -> None:
+    examples = list(examples_of(packs, SHORT))[:3]
+    batch = collate([one_pack([ids]) for ids in examples], name).to(device)
+    with gathered(loss, batch):
+        if new:
+            losses = loss.each(batch)
+            with bare(loss.model):
+                base = loss.each(batch)
+            if not torch.equal(losses, base):
+                off = float((losses - base).abs().mean())
+                raise UserError(
+                    f"model.name: {type(loss.model).__name__} with untrained adapters differs by {off:.2g} from the"
+                    " base: one of adapter.targets is not a plain linear layer"
+                )
+    total: Tensor = loss(batch)
+    total.backward()
+    without = [layer for layer, module in adapted.items() if not any(map(_has_gradient, (module.da, module.db)))]
+    for module in adapted.values():
+        for parameter in (module.da, module.db):
+            if parameter.grad is not None:
+                parameter.grad.zero_()
+    if without:
+        more = f" and {len(without) - 3} more" if len(without) > 3 else ""
+        raise UserError(
+            f"adapter.targets: {', '.join(without[:3])}{more} take no part in what the model makes of text: no gradient"
+            " reaches them; leave them out"
+        )
+
+
+def _has_gradient(parameter: nn.Parameter) -> bool:
+    return parameter.grad is not None and bool((parameter.grad != 0).any())
+
+
+@contextmanager
+def bare(model: nn.Module) -> Iterator[None]:
+    """Without their low-rank paths for now: a sharded base cannot be taken out of its adapters."""
+    layers: list[Any] = [part for part in model.modules() if isinstance(part, AdaptedLinear | AdaptedExperts)]
+    for layer in layers:
+        layer.__dict__["forward"] = layer.base.__call__  # as an attribute it would be a module of the layer
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.__dict__["forward"]
