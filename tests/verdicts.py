@@ -19,10 +19,10 @@ from olora_ray.adapter.logits import Folders, measure_logits
 from olora_ray.adapter.parity import MergedFolder, Parity
 from olora_ray.adapter.peft_check import check_adapter
 from olora_ray.config.schema import Adapter
-from tests import families, tiny
+from tests import small_families, tiny
 from tests.export_parts import Case, random_adapter, skeleton_of
 
-FAMILIES: dict[str, Callable[[], Any]] = {"llama": tiny.llama, "gpt2": tiny.gpt2, "mixtral": families.mixtral}
+FAMILIES: dict[str, Callable[[], Any]] = {"llama": tiny.llama, "gpt2": tiny.gpt2, "mixtral": small_families.mixtral}
 RATES = (1e-5, 1e-4, 3e-4, 1e-3, 1e-2)
 MERGED, PLAIN = "model.safetensors", "adapter_model.safetensors"
 

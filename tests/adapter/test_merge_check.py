@@ -14,7 +14,7 @@ from olora_ray.adapter import merge, merge_check, stored, weight_names
 from olora_ray.adapter.change import Change
 from olora_ray.adapter.factors import AdapterWeights, Factors
 from olora_ray.config.schema import Adapter
-from tests import families, tiny
+from tests import small_families, tiny
 from tests.export_parts import Case, make_case, make_stacked_case
 
 SETTINGS = Adapter(method="olora", rank=4, alpha=6)
@@ -86,7 +86,7 @@ def test_no_number_is_no_right_number(tmp_path: Path, number: float) -> None:
 
 
 def test_one_experts_slice_is_caught(tmp_path: Path) -> None:
-    case = make_stacked_case(tmp_path / "base", families.qwen3_moe(), Adapter(rank=3, alpha=6))
+    case = make_stacked_case(tmp_path / "base", small_families.qwen3_moe(), Adapter(rank=3, alpha=6))
     file = case.write_merged(tmp_path / "merged") / "model.safetensors"
     tensors, name = load_file(file), "model.layers.1.mlp.experts.{}.up_proj.weight"
     tensors[name.format(2)] = load_file(case.base / "model.safetensors")[name.format(2)]

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from olora_ray.adapter import trial
 from olora_ray.model.source import BaseModel
-from tests import families, tiny
+from tests import small_families, tiny
 
 Q = "model.layers.0.self_attn.q_proj"
 
@@ -39,9 +39,9 @@ def tried(folder: Path, model: Any, names: list[str] | None = None) -> list[str]
     return trial.problems(BaseModel(str(folder), str(folder), ""), config, names or linear_and_stacks(model))
 
 
-@pytest.mark.parametrize("family", [*families.MIXTURES, "phi3", "gemma3_multimodal"])
+@pytest.mark.parametrize("family", [*small_families.MIXTURES, "phi3", "gemma3_multimodal"])
 def test_what_can_be_delivered_is_not_refused(tmp_path: Path, family: str) -> None:
-    assert tried(tmp_path, getattr(families, family)()) == []
+    assert tried(tmp_path, getattr(small_families, family)()) == []
 
 
 def test_dense_families_pass(tmp_path: Path) -> None:
@@ -50,7 +50,7 @@ def test_dense_families_pass(tmp_path: Path) -> None:
 
 
 def test_layers_that_peft_does_not_adapt_are_named_with_what_to_do(tmp_path: Path) -> None:
-    model = families.build(
+    model = small_families.build(
         "MambaForCausalLM", state_size=4, expand=2, conv_kernel=3, time_step_rank=4, num_hidden_layers=2
     )
     lines = tried(tmp_path, model)
@@ -83,7 +83,7 @@ def test_weights_that_cannot_be_merged_are_named(tmp_path: Path) -> None:
 
 
 def test_it_reads_no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = families.qwen3_moe()
+    model = small_families.qwen3_moe()
     model.save_pretrained(tmp_path)
 
     def fail(*_: object, **__: object) -> None:
@@ -103,7 +103,7 @@ def test_a_conversion_that_does_more_than_move_numbers_is_refused(
     def doubled(self: Any, *arguments: Any, **named: Any) -> Any:
         return {name: 2 * value for name, value in real(self, *arguments, **named).items()}
 
-    model = families.mixtral()
+    model = small_families.mixtral()
     model.save_pretrained(tmp_path)
     monkeypatch.setattr(MergeModulelist, "convert", doubled)
     monkeypatch.setattr("olora_ray.adapter.weight_group._problems", {})

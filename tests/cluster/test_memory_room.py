@@ -7,6 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from olora_ray.adapter.coverage import Coverage
+from olora_ray.adapter.targets import Selection
 from olora_ray.cluster import preflight, resources
 from olora_ray.cluster.memory_room import COPIES, GIB, Node, missing, needs, precisions, problems
 from olora_ray.cluster.node_facts import NodeInfo
@@ -15,7 +17,14 @@ from olora_ray.train.estimate import PROCESS_BYTES, MemoryEstimate
 from tests import tiny
 
 SIZE = MemoryEstimate(
-    {}, trainable=10**6, parameters=2 * 10**9, base_bytes=4 * 10**9, adapter_bytes=0, activation_bytes=GIB
+    {},
+    Selection({}, {}),
+    Coverage(0, {}),
+    trainable=10**6,
+    parameters=2 * 10**9,
+    base_bytes=4 * 10**9,
+    adapter_bytes=0,
+    activation_bytes=GIB,
 )
 
 
