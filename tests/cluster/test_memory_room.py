@@ -18,8 +18,8 @@ from tests import tiny
 
 SIZE = MemoryEstimate(
     {},
-    Selection({}, {}),
-    Coverage(0, {}),
+    selection=Selection({}, {}),
+    coverage=Coverage(0, {}),
     trainable=10**6,
     parameters=2 * 10**9,
     base_bytes=4 * 10**9,
