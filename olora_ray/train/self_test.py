@@ -64,9 +64,12 @@ def choose_attention(loss: SupervisedLoss, packs: Sequence[Pack], config: AnyCon
                     logger.info(f"attention {name} instead of {other}: {why}")
                 return SelfTest(name, loss.given_masks, failed, found, time.perf_counter() - began)
             failed[name] = problem
+        text = _refusal(type(model).__name__, failed, trial)
         free = attention.candidates(model, config.model.model_copy(update={"attention": "auto"}), dtype, device)
         instead = next((name for name in free if name not in failed and trial.run(name)[0] is None), None)
-    raise UserError(_refusal(type(model).__name__, failed, trial, instead))
+    if instead is not None:
+        text = f"model.attention={wanted[-1]}: with {type(model).__name__}, {failed[wanted[-1]]}; set it to {instead}"
+    raise UserError(text)
 
 
 def _not_flat(model: Any, names: tuple[str, ...]) -> tuple[str, ...]:
@@ -81,10 +84,8 @@ def _not_flat(model: Any, names: tuple[str, ...]) -> tuple[str, ...]:
     return found
 
 
-def _refusal(family: str, failed: Mapping[str, str], trial: "_Trial", instead: str | None) -> str:
+def _refusal(family: str, failed: Mapping[str, str], trial: "_Trial") -> str:
     name, why = list(failed.items())[-1]
-    if instead is not None:
-        return f"model.attention={name}: with {family}, {why}; set it to {instead}"
     if trial.only_beside and trial.packed:
         return f"data.packing: with {family}, {why}; set data.packing: false"
     if trial.only_beside:
@@ -99,8 +100,8 @@ class _Trial:
         self.loss, self.packed, self.device = loss, packed, device
         self.examples = examples
         self.explained, self.own = 0.0, torch.empty(0)
-        self.only_beside = True
-        """Whether every failure so far was of examples beside others."""
+        self.only_beside = False
+        """Whether what was wrong with the last attention is that examples are beside others."""
 
     def batch(self, name: str, examples: Sequence[Ids] | None = None) -> Batch:
         """The examples as training lays them out."""
@@ -122,8 +123,7 @@ class _Trial:
         """What is wrong with an attention, or None; and what was measured. The model may need to be given masks."""
         self.loss.given_masks = False
         problem, found = self._try(name)
-        if problem and (found is None or max(found.loss, found.alone) > found.explained):
-            self.only_beside = False
+        self.only_beside = found is not None and max(found.loss, found.alone) <= found.explained
         if problem is not None and found is not None and self.packed and name in ("sdpa", "eager"):
             self.loss.given_masks = True
             again, other = self._try(name)
