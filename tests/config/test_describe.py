@@ -58,7 +58,7 @@ def _names(section: Any) -> list[str]:
         ("revision", "(text or null) [null]"),
         ("eval", "(list of source) [[]]"),
         ("train", "(list of source, 1 or more) [required]"),
-        ("packing", "(true or false) [true]"),
+        ("allow_pickle", "(true or false) [false]"),
         ("rank", "(whole number (≥ 1)) [16]"),
     ],
 )

@@ -6,12 +6,13 @@ from typing import Any
 import pytest
 import torch
 
-from olora_ray.adapter import layer
+from olora_ray.adapter import layer, merge
+from olora_ray.cluster import self_tested
 from olora_ray.common.errors import UserError
 from olora_ray.model import segment_attention
-from olora_ray.pipeline import export as export_stage
 from olora_ray.pipeline.export import export_run
 from olora_ray.train.loss import SupervisedLoss
+from olora_ray.train.self_test_result import SelfTest
 from tests.families import check as check_module
 from tests.families import table
 from tests.families.check import check
@@ -28,6 +29,8 @@ def test_attention_over_borders_is_found(tmp_path: Path, monkeypatch: pytest.Mon
         return old(module, query, *rest, cu_seq_lens_q=torch.tensor([0, query.shape[2]]), **others)
 
     monkeypatch.setattr(segment_attention, "segment_attention", over_borders)
+    # The self-test would take another attention.
+    monkeypatch.setattr(self_tested, "choose_attention", lambda *_: SelfTest("segments"))
     row = check(LLAMA, "fp32", tmp_path)
     assert not row.right
     assert row.refused or "packed" in row.verdict
@@ -68,17 +71,17 @@ def test_an_adapter_without_a_gradient_is_found(tmp_path: Path, monkeypatch: pyt
 def test_a_wrong_export_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the product's own comparison says nothing."""
 
-    old = export_stage.export.write_merged
+    old = merge.merge
 
-    def merged(base: Path, adapter: Any, scale: float, *rest: Any, **others: Any) -> Any:
-        return old(base, adapter, scale * 1.02, *rest, **others)
+    def merged(base: Path, folder: Path, share: Any, adapter: Any, scale: float, *rest: Any) -> Any:
+        return old(base, folder, share, adapter, scale * 1.02, *rest)
 
     def blind(*arguments: Any) -> dict[str, Any]:
         with pytest.raises(UserError):
             export_run(*arguments)
         return {"ok": True, "problems": []}
 
-    monkeypatch.setattr(export_stage.export, "write_merged", merged)
+    monkeypatch.setattr(merge, "merge", merged)
     monkeypatch.setattr(check_module, "export_run", blind)
     row = check(LLAMA, "fp32", tmp_path)
     assert row.verdict.startswith("WRONG: export")
