@@ -33,7 +33,7 @@ def _place(model: nn.Module) -> str:
     )
 
 
-class Head:
+class OutputHead:
     """A model as a function from hidden states to logits; it shares all modules and parameters with the model."""
 
     def __init__(self, model: nn.Module) -> None:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from olora_ray.model.head import Head, backbone
+from olora_ray.model.head import OutputHead, backbone
 from olora_ray.tokens.collate import Batch
 from olora_ray.train.fast_norm import patch_rms_norm
 from olora_ray.train.self_test_result import SelfTest
@@ -35,7 +35,7 @@ class SupervisedLoss(nn.Module):
         """Raises UserError for a model that is not a backbone with an output head."""
         super().__init__()
         self.model = model
-        self.logits = Head(model)
+        self.logits = OutputHead(model)
         """Output head over rows of hidden states, with all that the family does to its logits."""
         self.tested: SelfTest | None = None
         """What the self-test has found of the base."""

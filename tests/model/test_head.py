@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from olora_ray.common.errors import UserError
-from olora_ray.model.head import Head, backbone
+from olora_ray.model.head import OutputHead, backbone
 from tests import tiny
 
 IDS = torch.randint(2, tiny.VOCABULARY, (1, 9), generator=torch.Generator().manual_seed(1))
@@ -46,7 +46,7 @@ def model(kind: str, sizes: dict[str, Any]) -> Any:
 def test_logits_are_those_of_the_model_to_the_bit(kind: str) -> None:
     made = model(kind, FAMILIES[kind])
     hidden = backbone(made)(input_ids=IDS).last_hidden_state[0]
-    head = Head(made)
+    head = OutputHead(made)
     assert torch.equal(head(hidden), made(input_ids=IDS).logits[0])
     rows = torch.stack([head(row[None])[0] for row in hidden])
     torch.testing.assert_close(rows, head(hidden))
@@ -54,7 +54,7 @@ def test_logits_are_those_of_the_model_to_the_bit(kind: str) -> None:
 
 def test_the_head_is_the_models_own_also_after_a_change() -> None:
     made = tiny.llama()
-    head, hidden = Head(made), torch.randn(3, 64)
+    head, hidden = OutputHead(made), torch.randn(3, 64)
     before = head(hidden)
     made.lm_head.weight.data.mul_(2)
     torch.testing.assert_close(head(hidden), 2 * before)
@@ -63,4 +63,4 @@ def test_the_head_is_the_models_own_also_after_a_change() -> None:
 
 def test_what_has_no_backbone_is_refused() -> None:
     with pytest.raises(UserError, match="Linear is not a backbone with an output head"):
-        Head(nn.Linear(2, 2))
+        OutputHead(nn.Linear(2, 2))

@@ -92,7 +92,7 @@ Break = Callable[[pytest.MonkeyPatch], None]
 
 
 def head_without_scale(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(loss_module, "Head", lambda made: made.get_output_embeddings())
+    patch.setattr(loss_module, "OutputHead", lambda made: made.get_output_embeddings())
 
 
 def no_mask(patch: pytest.MonkeyPatch) -> None:
