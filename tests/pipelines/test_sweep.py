@@ -251,7 +251,7 @@ def test_a_search_whose_driver_is_killed_resumes(corpus: Path, tiny_model: Path,
         seen = time.monotonic()
         second = sweep(*arguments)
         assert second.returncode == 75, second.stdout + second.stderr
-        assert second.stderr.startswith("error: the search small-space is already running (process ")
+        assert second.stderr.startswith("error: run.name: 'small-space' is already running (process ")
         time.sleep(max(0.0, 12 - (time.monotonic() - seen)))  # Tune writes its state every 10 s
         folder = corpus / "runs" / "small-space"
         while not any(trial["status"] == "unfinished" and trial["step"] for trial in trials(folder).values()):
