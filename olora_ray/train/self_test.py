@@ -49,12 +49,13 @@ def choose_attention(loss: SupervisedLoss, packs: Sequence[Pack], config: AnyCon
 
     All workers of a sharded base must call it together. Raises UserError if none passes, with what to set instead.
     """
-    began, model = time.perf_counter(), loss.model
+    model: Any = loss.model
+    began = time.perf_counter()
     dtype = next(model.parameters()).dtype
     wanted = _not_flat(model, attention.candidates(model, config.model, dtype, device))
     trial = _Trial(loss, three_examples(packs, config, model), any(len(pack.segments) > 1 for pack in packs), device)
     failed: dict[str, str] = {}
-    with gathered(loss, trial.batch(attention.own(model))):
+    with gathered(loss, trial.batch(model.config._attn_implementation)):
         trial.measure_own()
         for name in wanted:
             problem, found = trial.run(name)

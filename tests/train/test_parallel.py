@@ -14,11 +14,13 @@ from torch.distributed.fsdp import FSDPModule
 from olora_ray.config.schema import Config
 from olora_ray.tokens.collate import collate
 from olora_ray.train import parallel
+from olora_ray.train.adapter_test import bare, check_adapters
 from olora_ray.train.generate import Question, answer, decoding
 from olora_ray.train.loader import StepLoader
 from olora_ray.train.loop import Trainer, evaluate
 from olora_ray.train.parallel import decoder_layers
 from olora_ray.train.schedule import Schedule
+from olora_ray.train.self_test import choose_attention
 from tests import tiny
 from tests.crew import Crew
 
@@ -165,6 +167,25 @@ def one_by_one(trainer: Trainer, question: Question, tokens: int) -> list[int]:
             logits: Any = model(input_ids=torch.tensor([ids]), use_cache=False).logits  # type: ignore[operator]
             ids.append(int(logits[0, -1].argmax()))
     return ids[len(question.prompt) :]
+
+
+def _tested(strategy: str) -> tuple[str, float, list[float]]:
+    settings = tiny.config(cluster__workers=2, cluster__strategy=strategy, train__micro_batch=1)
+    trainer = tiny.trainer(settings, model=tiny.llama(attention="segments"), strategy=strategy)
+    packs: list[Any] = [tiny.pack(9, 7), tiny.pack(12)]
+    with bare(trainer.loss.model):
+        found = choose_attention(trainer.loss, packs, settings, trainer.device)
+    check_adapters(trainer.loss, trainer.adapted, packs, found.attention, trainer.device, new=True)
+    assert found.differences is not None
+    loader = StepLoader(tiny.store(), settings.train, settings.run.seed, found.attention, dist.get_rank(), 2)
+    losses = [result.loss for result in trainer.steps(loader, 0, _schedule(settings, 2))]
+    return found.attention, found.differences.beside, losses
+
+
+def test_the_self_test_of_a_sharded_base_is_that_of_a_whole_one(crew: Callable[[int], Crew]) -> None:
+    (whole, _), (sharded, other) = crew(2).run(_tested, "ddp"), crew(2).run(_tested, "fsdp")
+    assert whole[:2] == sharded[:2] == other[:2] == ("segments", 0.0)
+    assert sharded[2] == other[2] == pytest.approx(whole[2], rel=1e-5)
 
 
 @pytest.mark.parametrize("attention", ["segments", "sdpa", "eager"])
