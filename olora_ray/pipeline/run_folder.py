@@ -22,6 +22,7 @@ FREE_TO_CHANGE = (
     "run.storage",
     "run.wait",
     "cluster.",
+    "data.packing",
     "tracking.",
     "export.",
     "registry.",
@@ -30,7 +31,8 @@ FREE_TO_CHANGE = (
     "train.keep",
     "train.log_every",
 )
-"""Fields that may differ when a run is resumed: they do not change its numbers."""
+"""Fields that may differ when a run is resumed: they do not change its numbers. What follows from data.packing is in
+the digest of the tokens, and `auto` may be what was `true`."""
 PLACES = re.compile(r"model\.(name|revision)|data\.(train|eval)\.\d+\.(path|only)|train\.start")
 """Fields that say where something lies: what counts is what lies there."""
 
