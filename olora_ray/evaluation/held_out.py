@@ -31,6 +31,8 @@ from olora_ray.train.self_test import choose_attention
 logger = logging.getLogger(__name__)
 
 ANSWERS_AT_ONCE = 20
+TRIED = 8
+"""Sequences from which the self-test takes its examples."""
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
@@ -52,7 +54,7 @@ def measure(base: Base, adapter: str | None, store: TokenStore, config: AnyConfi
     works: list[Works] = [tuple(asked[i] for i in group) for group in groups]
     works += [tuple(packs[i : i + width]) for i in range(0, len(packs), width)]
     logger.info(f"held-out rows: {sum(len(pack.segments) for pack in packs)}, of which {len(asked)} are answered")
-    done = pool.map_over_actors(partial(Measurer, base.model, adapter, config, base.eos), works, config)
+    done = pool.map_over_actors(partial(Measurer, base.model, adapter, config, base.eos, packs[:TRIED]), works, config)
     answers = dict(pair for group, found in zip(groups, done, strict=False) for pair in zip(group, found, strict=True))
     return RowResults(
         data=store.digest,
@@ -70,11 +72,18 @@ Works = tuple[Pack, ...] | tuple[Question, ...]
 class Measurer:
     """One model in an actor, which gives losses and answers."""
 
-    def __init__(self, base: BaseModel, adapter: str | None, config: AnyConfig, eos: tuple[int, ...]) -> None:
-        """Load the model where this process computes; raises UserError if it does not load."""
+    def __init__(
+        self, base: BaseModel, adapter: str | None, config: AnyConfig, eos: tuple[int, ...], tried: Sequence[Pack]
+    ) -> None:
+        """Load the model where this process computes, and test it on sequences.
+
+        Raises UserError if it does not load, or does not pass its self-test.
+        """
         self.eos, self.limit, self.device = eos, config.evaluation.max_new_tokens, assigned_device()
         self.model = load(base, adapter, config, self.device)
-        self.config, self.loss = config, SupervisedLoss(self.model)
+        self.loss = SupervisedLoss(self.model)
+        # The same examples on every actor, so that all choose the same attention.
+        self.attention = choose_attention(self.loss, tried, config, self.device).attention
 
     def __call__(self, work: Works) -> list[Any]:
         """The summed loss of each example of the sequences, or an answer (token ids) to each question."""
@@ -85,9 +94,7 @@ class Measurer:
         return self._losses([item for item in work if isinstance(item, Pack)])
 
     def _losses(self, packs: Sequence[Pack]) -> list[float]:
-        if self.loss.tested is None:
-            self.loss.tested = choose_attention(self.loss, packs, self.config, self.device)
-        each = self.loss.each(collate(packs, self.loss.tested.attention).to(self.device)).double().cpu()
+        each = self.loss.each(collate(packs, self.attention).to(self.device)).double().cpu()
         return [float(part.sum()) for part in each.split([size for pack in packs for size in _supervised(pack)])]
 
 

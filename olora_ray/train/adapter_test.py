@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from olora_ray.adapter.experts import AdaptedExperts
 from olora_ray.adapter.layer import AdaptedLinear, AdaptedWeight
 from olora_ray.common.errors import UserError, first_line
-from olora_ray.tokens.collate import collate
+from olora_ray.tokens.collate import Batch, collate
 from olora_ray.tokens.store import Pack
 from olora_ray.train.examples import SHORT, examples_of, one_pack
 from olora_ray.train.loss import SupervisedLoss
@@ -29,22 +29,22 @@ def check_adapters(
 
     `name` is the attention. The gradients are left at zero.
     """
-    try:
-        _check_adapters(loss, adapted, packs, name, device, new)
-    except NotImplementedError as error:  # of experts' weights that are used in a way that is not known here
-        raise UserError(f"adapter.targets: {first_line(error)}; leave the experts out of adapter.targets") from None
-
-
-def _check_adapters(
-    loss: SupervisedLoss,
-    adapted: Mapping[str, AdaptedWeight],
-    packs: Sequence[Pack],
-    name: str,
-    device: torch.device,
-    new: bool,
-) -> None:
     examples = list(examples_of(packs, SHORT))[:3]
     batch = collate([one_pack([ids]) for ids in examples], name).to(device)
+    try:
+        without = _try(loss, adapted, batch, new)
+    except NotImplementedError as error:  # of experts' weights that are used in a way that is not known here
+        raise UserError(f"adapter.targets: {first_line(error)}; leave the experts out of adapter.targets") from None
+    if without:
+        more = f" and {len(without) - 3} more" if len(without) > 3 else ""
+        raise UserError(
+            f"adapter.targets: {', '.join(without[:3])}{more} take no part in what the model makes of text: no gradient"
+            " reaches them; leave them out"
+        )
+
+
+def _try(loss: SupervisedLoss, adapted: Mapping[str, AdaptedWeight], batch: Batch, new: bool) -> list[str]:
+    """The adapters that no gradient reaches; raises UserError if untrained ones change a loss."""
     with gathered(loss, batch):
         if new:
             losses = loss.each(batch)
@@ -63,12 +63,7 @@ def _check_adapters(
         for parameter in (module.da, module.db):
             if parameter.grad is not None:
                 parameter.grad.zero_()
-    if without:
-        more = f" and {len(without) - 3} more" if len(without) > 3 else ""
-        raise UserError(
-            f"adapter.targets: {', '.join(without[:3])}{more} take no part in what the model makes of text: no gradient"
-            " reaches them; leave them out"
-        )
+    return without
 
 
 def _has_gradient(parameter: nn.Parameter) -> bool:

@@ -79,7 +79,9 @@ def test_rows_of_the_store_that_come_from_one_row_of_a_file_are_one_group() -> N
 
 @pytest.mark.parametrize("attention", ["segments", "sdpa"])
 def test_each_example_has_the_loss_it_has_alone(model_folder: Path, attention: str) -> None:
-    measurer = Measurer(base(model_folder), None, tiny.config(model__attention=attention, model__dtype="float32"), (1,))
+    measurer = Measurer(
+        base(model_folder), None, tiny.config(model__attention=attention, model__dtype="float32"), (1,), TRIED
+    )
     packs = [tiny.pack(40, 30, 25, seed=1), tiny.pack(50, seed=2)]
     found = measurer(tuple(packs))
     assert found == pytest.approx([plain_loss(measurer.model, item) for item in tiny.unpacked(packs)], rel=1e-5)
@@ -94,8 +96,8 @@ def test_answers_of_an_adapter_are_those_of_the_adapted_model(model_folder: Path
 
     store: Any = tiny.store(2)
     packs, asked = tuple(store[i] for i in range(2)), tuple(questions(store, 5))
-    measurer = Measurer(base(model_folder), str(tmp_path / "adapter"), settings, (1,))
-    plain = Measurer(base(model_folder), None, settings, (1,))
+    measurer = Measurer(base(model_folder), str(tmp_path / "adapter"), settings, (1,), TRIED)
+    plain = Measurer(base(model_folder), None, settings, (1,), TRIED)
     expected = [plain_loss(trainer.loss.model, item) for item in tiny.unpacked(packs)]
     assert measurer(packs) == pytest.approx(expected, rel=1e-4)
     assert plain(packs) != pytest.approx(expected, rel=1e-2)
@@ -104,7 +106,10 @@ def test_answers_of_an_adapter_are_those_of_the_adapted_model(model_folder: Path
 
 def test_an_adapter_without_its_files_is_refused(model_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"adapter .*: no adapter_config\.json"):
-        Measurer(base(model_folder), str(tmp_path), tiny.config(), (1,))
+        Measurer(base(model_folder), str(tmp_path), tiny.config(), (1,), TRIED)
+
+
+TRIED = [tiny.pack(9, 7), tiny.pack(12)]
 
 
 def base(folder: Path) -> BaseModel:
