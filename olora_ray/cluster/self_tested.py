@@ -7,6 +7,8 @@ from dataclasses import replace
 from olora_ray.cluster.resume import StartingPoint
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.cluster.worker_context import WorkerContext
+from olora_ray.common import collectives
+from olora_ray.common.errors import UserError
 from olora_ray.tokens.store import Pack, TokenStore
 from olora_ray.train.adapter_test import bare, check_adapters
 from olora_ray.train.loader import Waiting, until
@@ -27,7 +29,18 @@ def self_tested(
     A base that several adapters share is tested once. `waiting` as of StepLoader. Raises UserError with what to set
     instead if the model, or this kind of training of it, is not right.
     """
-    loss, adapted, packs = start.trainer.loss, start.trainer.adapted, _sequences(spec, waiting)
+    problem, name = None, start.attention
+    try:
+        name = _attention(context, spec, start, _sequences(spec, waiting))
+    except UserError as error:
+        problem = str(error)
+    collectives.raise_together(problem)  # on other GPUs it may have gone well
+    return replace(start, attention=name)
+
+
+def _attention(context: WorkerContext, spec: TrainSpec, start: StartingPoint, packs: Sequence[Pack]) -> str:
+    """The one that has passed."""
+    loss, adapted = start.trainer.loss, start.trainer.adapted
     train_mode(adapted, False)
     with context.activate(adapted):
         if loss.tested is None:
@@ -36,7 +49,7 @@ def self_tested(
             logger.info(loss.tested.line())
         name = loss.tested.attention
         check_adapters(loss, adapted, packs, name, context.device, new=not start.trained)
-    return replace(start, attention=name)
+    return name
 
 
 def _sequences(spec: TrainSpec, waiting: Waiting | None) -> Sequence[Pack]:
