@@ -63,8 +63,7 @@ def environment(folder: Path, fault: Fault) -> dict[str, str]:
     """Variables for the driver, which Ray's processes inherit; `folder` marks them and takes their temporary files."""
     (folder / "t").mkdir(exist_ok=True)
     own = {
-        "PYTHONPATH": os.pathsep.join([str(FAULTS), *filter(None, [os.environ.get("PYTHONPATH")])]),
-        "OLORA_FAULT": fault.text(folder),
+        **fault_points(folder, fault),
         "TMPDIR": str(folder / "t"),
         "RAY_TMPDIR": str(folder),
         "OMP_NUM_THREADS": "1",
@@ -72,6 +71,12 @@ def environment(folder: Path, fault: Fault) -> dict[str, str]:
     }
     others = {name: value for name, value in os.environ.items() if name not in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS")}
     return others | own
+
+
+def fault_points(folder: Path, fault: Fault) -> dict[str, str]:
+    """Variables with which a process has the fault points and the small shards of these tests."""
+    path = os.pathsep.join([str(FAULTS), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {"PYTHONPATH": path, "OLORA_FAULT": fault.text(folder)}
 
 
 @dataclass
