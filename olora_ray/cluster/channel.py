@@ -97,10 +97,11 @@ class DriverChannel:
 
 
 def make_channel(node: str) -> Any:
-    """A channel pinned to the node with this id."""
+    """A channel on the node with this id, the driver's: it must not die with a host of workers."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    strategy = NodeAffinitySchedulingStrategy(node_id=node, soft=True)
+    # Ray takes a soft wish lightly: on a head without CPUs every second channel was put on another host.
+    strategy = NodeAffinitySchedulingStrategy(node_id=node, soft=False)
     return DriverChannel.options(scheduling_strategy=strategy).remote()  # type: ignore[attr-defined]
 
 

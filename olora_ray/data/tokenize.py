@@ -34,6 +34,8 @@ from olora_ray.data.example import Chat, Completion, Example, Rejected, Text
 log = logging.getLogger(__name__)
 
 Span = tuple[int, int]
+LARGEST_ID = 2**24
+"""Of a token; the largest vocabularies have some hundred thousand."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +87,8 @@ class Tokens:
 def spec_from_pretrained(tokenizer: Any, name: str | None = None) -> TokenizerSpec:
     """The spec of a transformers tokenizer.
 
-    Raises UserError if it is not a fast one or has no end token. A tokenizer without chat template
-    gets `template.default`, with a warning.
+    Raises UserError if it is not a fast one, has no end token, or a token of an absurd id. A tokenizer without
+    chat template gets `template.default`, with a warning.
     """
     name = name or str(getattr(tokenizer, "name_or_path", "") or "the model")
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -94,6 +96,7 @@ def spec_from_pretrained(tokenizer: Any, name: str | None = None) -> TokenizerSp
         raise UserError(f"model.name: the tokenizer of {name} is not a fast one (it needs a tokenizer.json)")
     if tokenizer.eos_token_id is None:
         raise UserError(f"model.name: the tokenizer of {name} has no end token (eos_token), so answers would never end")
+    _check_ids(backend, name)
     source = tokenizer.chat_template
     if isinstance(source, dict):
         source = source.get("default") or next(iter(source.values()), None)
@@ -112,6 +115,16 @@ def spec_from_pretrained(tokenizer: Any, name: str | None = None) -> TokenizerSp
         add_bos=add_bos,
         name=name,
     )
+
+
+def _check_ids(backend: Any, name: str) -> None:
+    """Writing a tokenizer as JSON takes memory for every id up to the largest, whether it is used or not."""
+    token, largest = max(backend.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1], default=("", 0))
+    if largest > LARGEST_ID:
+        raise UserError(
+            f"model.name: tokenizer.json of {name} gives the token {token[:40]!r} the id {largest}, above {LARGEST_ID}:"
+            " no model has so many; put the right tokenizer.json in its folder"
+        )
 
 
 def adds_begin_token(tokenizer: Any) -> bool:

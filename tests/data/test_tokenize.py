@@ -1,3 +1,4 @@
+import json
 import logging
 from pathlib import Path
 from types import SimpleNamespace
@@ -5,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
 from olora_ray.common.errors import UserError
 from olora_ray.data.example import Chat, Completion, Rejected, Text
@@ -236,7 +238,7 @@ def fake(**changes: Any) -> Any:
     settings: dict[str, Any] = {
         "name_or_path": "org/base",
         "is_fast": True,
-        "backend_tokenizer": SimpleNamespace(to_str=lambda: helpers.spec().json),
+        "backend_tokenizer": Tokenizer.from_str(helpers.spec().json),
         "eos_token_id": 2,
         "bos_token_id": 1,
         "chat_template": helpers.CHATML,
@@ -269,6 +271,14 @@ def test_tokenizers_that_cannot_be_used() -> None:
         spec_from_pretrained(fake(eos_token_id=None))
     with pytest.raises(UserError, match="tokenizer of org/base is not a fast one"):
         spec_from_pretrained(fake(is_fast=False, backend_tokenizer=None))
+
+
+def test_a_token_with_an_absurd_id_is_refused() -> None:
+    """Writing this one as JSON would take 8 GiB."""
+    content = json.loads(helpers.spec().json)
+    content["model"]["vocab"]["far"] = 2**31
+    with pytest.raises(UserError, match="gives the token 'far' the id 2147483648, above 16777216"):
+        spec_from_pretrained(fake(backend_tokenizer=Tokenizer.from_str(json.dumps(content))))
 
 
 def test_the_digest_covers_everything_but_the_name() -> None:
