@@ -22,8 +22,9 @@ quick: $(VENV)/.dev ## at every change, in some minutes: style, and the tests th
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not ray and not server and not browser and not process"
 
-test-slow: $(VENV)/.dev ## the long proofs: what is left out of make test
-	$(BIN)/python -m pytest -m slow
+test-slow: $(VENV)/.dev ## the long proofs, in about two hours: what is left out of make test; one Ray at a time
+	$(BIN)/python -m pytest -n 2 --dist loadfile -rP -m "slow and not ray"
+	$(BIN)/python -m pytest -m "slow and ray"
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .

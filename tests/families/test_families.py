@@ -72,11 +72,10 @@ def test_every_family_is_right_or_refused_before_the_first_step(name: str, preci
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_the_table(precision: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table(precision: str) -> None:
     found = rows(precision)
     named = table.of_review(found)
-    with capsys.disabled():
-        print(f"\n{precision}: {table.summary(named)}; with others: {table.summary(found)}\n{table.table(found)}")
+    print(f"\n{precision}: {table.summary(named)}; with others: {table.summary(found)}\n{table.table(found)}")
     assert [each.name for each in found if not (each.right or each.refused)] == []
     assert sum(each.right for each in named) >= 44
 
