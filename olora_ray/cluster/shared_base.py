@@ -35,8 +35,9 @@ class SharedBaseActor:
         self._shared: SharedBase | None = None
         self._guard = threading.Lock()
 
+    @ray.method(max_task_retries=-1)
     def busy(self) -> int:
-        """How many adapters are being trained."""
+        """How many adapters are being trained; who asks one that has died waits until it is there again."""
         return self.active
 
     def train(self, spec: TrainSpec, checkpoints: str, channel: Any) -> TrainResult:
