@@ -109,6 +109,18 @@ def test_three_shares_write_what_one_process_writes(tmp_path: Path, monkeypatch:
     assert all(torch.equal(part, three.merged()[name]) for name, part in one.merged().items())
 
 
+def test_shares_in_tasks_of_ray_write_what_one_process_writes(
+    ray_with: Callable[[int], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, three = Run(tmp_path / "one"), Run(tmp_path / "three", workers=3)
+    export.export_run(one.spec, one.folder, STEP)
+    monkeypatch.setattr(export_shares, "SHARE_BYTES", 1)
+    ray_with(1)
+    measured = export.export_run(three.spec, three.folder, STEP, export_shares.over_cluster(1))
+    assert measured["ok"] is True
+    assert all(torch.equal(part, three.merged()[name]) for name, part in one.merged().items())
+
+
 def test_a_share_that_was_not_merged_is_found(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export_shares, "SHARE_BYTES", 1)
     monkeypatch.setattr(export_shares, "number_of_shares", lambda config, size: 3)
