@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from olora_ray.config.schema import Adapter
-from olora_ray.tracking import models, run
+from olora_ray.tracking import client, models, run
 from olora_ray.tracking.contents import Contents
 from olora_ray.tracking.start import start_run
 from tests import mlflow_database, tiny
@@ -35,6 +35,14 @@ def merged(case: Case) -> Path:
 def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A storage with MLflow's database beside it."""
     return mlflow_database.place(tmp_path_factory.mktemp("versions") / "runs")
+
+
+@pytest.fixture
+def address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """MLflow's address of an empty database, which is asked in a hurry."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr(client, "_PROBE_SECONDS", 0.3)
+    return f"sqlite:///{mlflow_database.place(tmp_path)}/mlflow.db"
 
 
 @pytest.fixture
