@@ -44,11 +44,6 @@ def gpt2(attention: str = "sdpa", dtype: torch.dtype = torch.float32) -> Any:
     return _model(GPT2LMHeadModel, shape, attention, dtype)
 
 
-def build_model(model_class: Any, shape: Any, attention: str = "sdpa") -> Any:
-    """A frozen model of another family."""
-    return _model(model_class, shape, attention, torch.float32)
-
-
 def _model(model_class: Any, shape: Any, attention: str, dtype: torch.dtype) -> Any:
     from olora_ray.model import segment_attention
 

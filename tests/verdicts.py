@@ -19,10 +19,16 @@ from olora_ray.adapter.logits import Folders, measure_logits
 from olora_ray.adapter.parity import MergedFolder, Parity
 from olora_ray.adapter.peft_check import check_adapter
 from olora_ray.config.schema import Adapter
-from tests import small_families, tiny
+from tests import tiny
 from tests.export_parts import Case, random_adapter, skeleton_of
+from tests.families import zoo
+from tests.families.variants import ALL
 
-FAMILIES: dict[str, Callable[[], Any]] = {"llama": tiny.llama, "gpt2": tiny.gpt2, "mixtral": small_families.mixtral}
+FAMILIES: dict[str, Callable[[], Any]] = {
+    "llama": tiny.llama,
+    "gpt2": tiny.gpt2,
+    "mixtral": lambda: zoo.make(ALL["mixtral"]),
+}
 RATES = (1e-5, 1e-4, 3e-4, 1e-3, 1e-2)
 MERGED, PLAIN = "model.safetensors", "adapter_model.safetensors"
 

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from olora_ray.adapter.factors import Factors
-from olora_ray.common import storage
+from olora_ray.common import copies, storage
 
 TENSORS, DESCRIPTION = "factors.safetensors", "factors.json"
 
@@ -53,7 +53,7 @@ def read(place: str, origin: Mapping[str, str], rank: int, names: list[str]) -> 
         return None
     try:
         with (
-            storage.fetched(storage.join(place, TENSORS)) as local,
+            copies.fetched(storage.join(place, TENSORS)) as local,
             safe_open(local, "pt") as file,
         ):
             there = set(file.keys())

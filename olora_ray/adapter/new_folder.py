@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from olora_ray.common import storage
+from olora_ray.common import local_files
 
 
 @contextmanager
@@ -19,7 +19,7 @@ def replacing(out: Path) -> Iterator[Path]:
     try:
         yield partial
         for file in partial.rglob("*"):
-            storage.open_up(file)
+            local_files.open_up(file)
         if out.exists():
             os.replace(out, old)
         os.replace(partial, out)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from olora_ray.cluster.device import assigned_device
-from olora_ray.common import storage
+from olora_ray.common import copies
 from olora_ray.common.errors import UserError, first_line, short_reason
 from olora_ray.config.evaluation import AnyConfig
 from olora_ray.evaluation import pool
@@ -110,7 +110,7 @@ def load(base: BaseModel, adapter: str | None, config: AnyConfig, device: torch.
 
 def _adapted(base: nn.Module, adapter: str) -> nn.Module:
     try:
-        with storage.fetched(adapter) as folder:
+        with copies.fetched(adapter) as folder:
             return _with_adapter(base, folder, adapter)
     except OSError as error:
         raise UserError(f"adapter {adapter}: cannot be read: {short_reason(error)}") from None

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from olora_ray.adapter.factors import AdapterWeights
 from olora_ray.adapter.peft_folder import write_adapter
-from olora_ray.common import storage
+from olora_ray.common import copies, storage
 from olora_ray.common.errors import UserError, as_user_error
 from olora_ray.config import paths
 from olora_ray.config.evaluation import AnyConfig, EvaluationConfig
@@ -177,7 +177,7 @@ def _of_checkpoint(
     text = json.dumps([name, found.state.step, found.identity, own.adapter.model_dump_json()])
     key = hashlib.sha256(text.encode()).hexdigest()[:16]
     place = storage.join(config.run.storage, "adapters", f"{Path(name).name}-{found.state.step}-{key}")
-    with storage.local_folder(place) as folder:
+    with copies.local_folder(place) as folder:
         write_adapter(adapter, own.adapter, base.folder, folder, skeleton(base, config.model))
     return Target(name, base, place, config)
 

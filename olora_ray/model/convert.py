@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from olora_ray.common import digests, storage
+from olora_ray.common import copies, digests, local_files, storage
 from olora_ray.common.errors import UserError, as_user_error
 from olora_ray.common.quiet import quiet_gguf
 from olora_ray.config.evaluation import AnyConfig
@@ -49,12 +49,12 @@ def pickled(folder: Path, config: AnyConfig) -> Path:
 
 def _converted(write: Callable[[Path], None], name: str, key: str, config: AnyConfig, announcement: str) -> Path:
     """The folder beside the storage that `write` has filled, once for each `key`."""
-    root = config.run.storage if not storage.is_uri(config.run.storage) else storage.CACHE
+    root = config.run.storage if not storage.is_uri(config.run.storage) else copies.CACHE
     target = Path(root) / "models" / f"{name}-{digests.digest(key, length=16)}"
     if (target / "config.json").exists():
         return target
     logger.info(announcement)
-    with storage.staged(target) as unfinished:
+    with local_files.staged(target) as unfinished:
         write(unfinished)
     if not (target / "config.json").exists():
         raise UserError(f"model.name: {target} is there, but has no config.json; delete that folder")
@@ -150,4 +150,4 @@ def _unpickle(folder: Path, trust_remote_code: bool, out: Path) -> None:
 
 def _readable(folder: Path) -> None:
     for file in folder.iterdir():
-        storage.open_up(file)
+        local_files.open_up(file)

@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from olora_ray.common import digests, storage
+from olora_ray.common import copies, digests, storage
 from olora_ray.model.folder import weight_files
 
 KEPT_FROM = 2**30
@@ -49,7 +49,7 @@ def _digest_of_weights(file: Path) -> str:
     """Of a file's content; for a large file kept on this node, for as long as its size and time of change hold."""
     info = file.stat()
     key = digests.digest(file.resolve(), info.st_size, info.st_mtime_ns, length=32)
-    kept = storage.join(storage.CACHE, "digests", key)
+    kept = storage.join(copies.CACHE, "digests", key)
     if info.st_size >= KEPT_FROM and storage.exists(kept):
         return storage.read_text(kept)
     found = digests.digest_file(file)

@@ -8,7 +8,7 @@ all of them. Workers and the export read that folder.
 from dataclasses import dataclass
 from pathlib import Path
 
-from olora_ray.common import digests, node_cache, storage
+from olora_ray.common import copies, digests, node_cache, storage
 from olora_ray.common.errors import UserError, as_user_error, first_line, short_reason
 from olora_ray.common.quiet import quiet_transformers
 from olora_ray.config import paths
@@ -51,7 +51,7 @@ def obtain(config: AnyConfig, registered: Path | None = None) -> BaseModel:
 
 def _keep(source: Path) -> None:
     """Of a model in this node's cache: keep it while this process lives, and make room where others are."""
-    root = Path(storage.CACHE) / "models"
+    root = Path(copies.CACHE) / "models"
     if root in source.parents:
         node_cache.hold(root / source.relative_to(root).parts[0])
         node_cache.make_room(root, (entry for entry in root.iterdir() if not entry.name.startswith(".")))
@@ -85,7 +85,7 @@ def _source_folder(config: AnyConfig) -> Path:
         with as_user_error(f"model.name: {name}", OSError, reason=short_reason):
             # A folder for each address and what lies there now: a model may be replaced by another.
             key = digests.digest(name, storage.version(name), length=16)
-            return storage.local_copy(name, f"{storage.CACHE}/models/{key}")
+            return copies.local_copy(name, f"{copies.CACHE}/models/{key}")
     path = Path(name).expanduser()
     if path.exists():
         return path

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from olora_ray.cluster.spec import TrainResult, TrainSpec
-from olora_ray.common import storage
+from olora_ray.common import copies
 from olora_ray.common.errors import UserError
 from olora_ray.model.source import BaseModel
 from olora_ray.pipeline.answers import Scores
@@ -22,7 +22,7 @@ from olora_ray.tracking.mlmodel import has_chat_template
 def of_run(spec: TrainSpec, folder: RunFolder, result: TrainResult, scores: Scores) -> Iterator[Contents]:
     """What a finished run registers, as files on this machine for the block."""
     config = spec.config
-    with storage.fetched(folder.merged if config.export.merged else folder.adapter) as place:
+    with copies.fetched(folder.merged if config.export.merged else folder.adapter) as place:
         base = None if config.export.merged else _reference(spec, place)
         yield Contents(
             place,

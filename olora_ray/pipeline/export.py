@@ -21,7 +21,7 @@ from olora_ray.adapter.peft_folder import write_adapter
 from olora_ray.cluster.device import assigned_device
 from olora_ray.cluster.resources import worker_resources
 from olora_ray.cluster.spec import TrainResult, TrainSpec
-from olora_ray.common import storage
+from olora_ray.common import copies, storage
 from olora_ray.common.errors import UserError
 from olora_ray.common.quiet import quiet_transformers
 from olora_ray.config.schema import Config
@@ -96,8 +96,8 @@ def export_run(
     limit = config.export.rank
     written, lost = compress(work.adapter, limit) if limit else (work.adapter, 0.0)
     with ExitStack() as stack:
-        plain = stack.enter_context(storage.local_folder(folder.adapter))
-        merged = stack.enter_context(storage.local_folder(folder.merged)) if config.export.merged else None
+        plain = stack.enter_context(copies.local_folder(folder.adapter))
+        merged = stack.enter_context(copies.local_folder(folder.merged)) if config.export.merged else None
         if merged is None:
             storage.remove(folder.merged)  # of an earlier attempt, with other settings
         _write_adapter(spec, work, written, checkpoint, plain)

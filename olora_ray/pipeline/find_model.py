@@ -12,7 +12,7 @@ from pathlib import Path
 
 from olora_ray.adapter import plain, portable
 from olora_ray.adapter.merge import write_merged
-from olora_ray.common import digests, storage
+from olora_ray.common import copies, digests, local_files, storage
 from olora_ray.common.errors import UserError, as_user_error, short_reason
 from olora_ray.config.evaluation import AnyConfig
 from olora_ray.config.load import override
@@ -47,7 +47,7 @@ def parts(found: Registered, base: BaseOfAdapter, config: AnyConfig) -> tuple[An
         return own, model, str(found.folder)
     key = digests.digest_file(found.folder / plain.WEIGHTS)[:16]
     place = storage.join(config.run.storage, "adapters", f"{found.version.name}-{found.version.number}-{key}")
-    storage.upload(found.folder, place, last=plain.CONFIG)
+    copies.upload(found.folder, place, last=plain.CONFIG)
     return own, model, place
 
 
@@ -83,7 +83,7 @@ def _merged(found: Registered, base: BaseOfAdapter, config: AnyConfig) -> Path:
         storage.remove(str(target))
     if not target.is_dir():
         logger.info(f"model.name: merging {found.version.name} version {found.version.number} into its base, once")
-        with storage.staged(target) as folder:
+        with local_files.staged(target) as folder:
             _write_merged(found, model, own, folder)
     return target / "model"
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from olora_ray.cluster.spec import TrainResult
-from olora_ray.common import storage
+from olora_ray.common import copies, storage
 from olora_ray.common.errors import UserError
 from olora_ray.common.text import plural
 from olora_ray.config.load import dump, override
@@ -66,7 +66,7 @@ def conclude(config: Config, sweep_spec: SweepSpec, found: SearchRecord, tracker
     place = storage.join(sweep_spec.folder, "best.yaml")
     storage.write_text(place, dump(best_config(config, sweep_spec, best)))
     for file in [*write.write(found, sweep_spec.folder), place]:
-        with storage.fetched(file) as local:
+        with copies.fetched(file) as local:
             tracker.artifact(local)
     tracker.table("leaderboard", *leaderboard.table(found))
     tracker.metrics({0: {f"best/{found.metric}": best.value or 0.0}})

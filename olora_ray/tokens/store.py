@@ -23,7 +23,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from pyarrow import ipc
 
-from olora_ray.common import node_cache, sealed, storage
+from olora_ray.common import local_files, node_cache, sealed, storage
 from olora_ray.common.digests import digest_file
 from olora_ray.common.errors import UserError
 from olora_ray.tokens import rng
@@ -219,7 +219,7 @@ class TokenStore:
         uri = storage.join(self.uri, shard_name(number))
         if not storage.is_uri(uri):
             return Path(uri)
-        root = storage.private_folder("olora_ray") / "tokens"
+        root = local_files.private_folder("olora_ray") / "tokens"
         folder = root / self.digest
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / shard_name(number)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import TypeAdapter
 
-from olora_ray.common import storage
+from olora_ray.common import local_files, storage
 from olora_ray.common.digests import digest
 from olora_ray.common.errors import UserError, first_line
 from olora_ray.config.evaluation import AnyConfig
@@ -170,7 +170,7 @@ def _fetch(place: str, tracking_uri: str, target: Path) -> Path:
         return target
     try:
         with (
-            storage.staged(target) as folder,
+            local_files.staged(target) as folder,
             tempfile.TemporaryDirectory(prefix=".olora-", dir=target.parent) as parts,
         ):
             downloads = str(Path(parts) / "files")

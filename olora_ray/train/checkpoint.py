@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from olora_ray.adapter.factors import AdapterWeights, Factors
-from olora_ray.common import storage
+from olora_ray.common import local_files
 from olora_ray.common.errors import UserError, first_line
 from olora_ray.common.fault_points import reached
 from olora_ray.model import identity as model_identity
@@ -201,8 +201,8 @@ def _on_cpu(factors: Factors) -> Factors:
 
 def _publish(file: Path) -> None:
     """Let others read a file, and have it on the disk."""
-    storage.open_up(file)
-    storage.flush_to_disk(file)
+    local_files.open_up(file)
+    local_files.flush_to_disk(file)
 
 
 def _weights(parts: Mapping[str, Tensor]) -> dict[str, AdapterWeights]:

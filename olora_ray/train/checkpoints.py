@@ -21,7 +21,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from olora_ray.common import s3, storage
+from olora_ray.common import copies, local_files, s3, storage
 from olora_ray.common.errors import TryAgain, UserError, short_reason
 from olora_ray.common.text import plural
 from olora_ray.train import checkpoint
@@ -192,7 +192,7 @@ def copy_from(source: str, place: str, step: int, seconds: float) -> None:
         time.sleep(0.2)
     read(wanted)
     if source != place:
-        with storage.fetched(wanted) as local:
+        with copies.fetched(wanted) as local:
             _put(lambda folder: shutil.copytree(local, folder, dirs_exist_ok=True), storage.join(place, name_of(step)))
     for found in _steps(place):
         if found > step:
@@ -202,7 +202,7 @@ def copy_from(source: str, place: str, step: int, seconds: float) -> None:
 def read(folder: str) -> Checkpoint:
     """The checkpoint in a folder; raises UserError if it is not whole, TryAgain if it cannot be fetched now."""
     try:
-        with storage.fetched(folder) as local:
+        with copies.fetched(folder) as local:
             return checkpoint.load(local)
     except FileNotFoundError as error:
         raise UserError(f"checkpoint {folder}: not there: {short_reason(error)}") from None
@@ -234,11 +234,11 @@ def _put(write: Callable[[Path], object], target: str) -> None:
                 target
             ):  # as below; nor may files of an upload that was cut stay among those of this
                 _drop(target)
-            storage.upload(Path(local), target, last=checkpoint.MANIFEST)
+            copies.upload(Path(local), target, last=checkpoint.MANIFEST)
         return
     final = Path(target)
     final.parent.mkdir(parents=True, exist_ok=True)
-    folder = storage.beside(final)
+    folder = local_files.beside(final)
     try:
         write(folder)
         # What lies there has the same step: a damaged one that was passed over, or one that an earlier
@@ -246,7 +246,7 @@ def _put(write: Callable[[Path], object], target: str) -> None:
         if final.exists():
             _drop(target)
         os.rename(folder, final)
-        storage.flush_to_disk(final.parent)
+        local_files.flush_to_disk(final.parent)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -258,7 +258,7 @@ def _drop(target: str) -> None:
         storage.remove(target)
         return
     final = Path(target)
-    away = storage.beside(final)
+    away = local_files.beside(final)
     try:
         os.rename(final, away)
     except FileNotFoundError:

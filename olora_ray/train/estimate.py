@@ -67,10 +67,13 @@ def estimate(config: Config, base: BaseModel, gpu: bool | None = None) -> Memory
 
 
 def _dtype(config: Config, gpu: bool) -> torch.dtype:
-    """Precision of the base on a worker; GPUs that this machine does not have are taken to be fast at bfloat16."""
-    if gpu and not torch.cuda.is_available() and config.model.dtype == "auto":
+    """Precision of the base on a worker; GPUs are taken to be fast at bfloat16.
+
+    To ask one of this machine, torch would take memory on it, which is for the workers; and theirs may be elsewhere.
+    """
+    if gpu and config.model.dtype == "auto":
         return torch.bfloat16
-    return pick_dtype(config.model, torch.device("cuda" if gpu else "cpu"))
+    return pick_dtype(config.model, torch.device("cpu"))
 
 
 def _activations(config: Config, model: Any, selection: Selection, width: int) -> int:

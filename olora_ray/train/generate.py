@@ -109,13 +109,21 @@ def _gathered(root: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def decoding(model: Any) -> Iterator[None]:
-    """Attention that takes masks, which decoding with a cache needs; not every family has sdpa (Gemma 2)."""
-    previous = model.config._attn_implementation
+    """Attention that takes masks, which decoding with a cache needs, and none of the model's own generation settings.
+
+    Not every family has sdpa (Gemma 2). The settings are those of its generation_config.json, by which transformers
+    completes those of a call: beams, penalties, tokens that are suppressed or forced.
+    """
+    from transformers import GenerationConfig
+
+    attention, settings = model.config._attn_implementation, model.generation_config
     model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+    model.generation_config = GenerationConfig()
     try:
         yield
     finally:
-        model.set_attn_implementation(previous)
+        model.generation_config = settings
+        model.set_attn_implementation(attention)
 
 
 @torch.no_grad()
@@ -129,7 +137,8 @@ def greedy(
 ) -> list[list[int]]:
     """Greedy continuations of token ids, without prompt and end token; call it inside `decoding(model)`.
 
-    Without end tokens (`eos` is empty) each has `max_new_tokens`.
+    Each token is the likeliest one, whatever the model's generation_config.json says. Without end tokens (`eos` is
+    empty) each continuation has `max_new_tokens`.
     `together`: all workers run until the last of them is done, because each holds a part of the model.
     """
     longest = max(len(prompt) for prompt in prompts)
@@ -143,10 +152,8 @@ def greedy(
         attention_mask=mask.to(device),
         max_new_tokens=max_new_tokens,
         do_sample=False,
-        temperature=None,
-        top_p=None,
-        top_k=None,
-        eos_token_id=list(eos) or None,  # not what the model's own config says
+        num_beams=1,
+        eos_token_id=list(eos) or None,
         pad_token_id=eos[0] if eos else 0,
         synced_gpus=together,
     )

@@ -5,8 +5,8 @@ import pytest
 from olora_ray.adapter.coverage import coverage
 from olora_ray.adapter.targets import select
 from tests import tiny
-from tests.adapter import mixtures
-from tests.adapter.test_targets import multimodal
+from tests.families import zoo
+from tests.families.variants import ALL, MIXTURES
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -23,9 +23,9 @@ def test_every_parameter_counts_once(tied: bool) -> None:
     assert found.share == layers / sum(parameter.numel() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("family", sorted(mixtures.FAMILIES))
+@pytest.mark.parametrize("family", [*MIXTURES, "granitemoehybrid"])
 def test_the_experts_of_every_family_are_covered(family: str) -> None:
-    model = mixtures.make(family)
+    model = zoo.on_meta(ALL[family])
     found = coverage(model, select(model, "all-linear", 4))
     total = found.adapted + sum(found.others.values())
     assert total == sum(parameter.numel() for parameter in model.parameters())
@@ -35,7 +35,7 @@ def test_the_experts_of_every_family_are_covered(family: str) -> None:
 
 
 def test_what_is_not_named_is_said() -> None:
-    model = mixtures.make("mixtral")
+    model = zoo.on_meta(ALL["mixtral"])
     found = coverage(model, select(model, ("q_proj", "v_proj"), 4))
     assert next(iter(found.others)) == "experts"
     assert "layers that adapter.targets does not name" in found.others
@@ -43,7 +43,7 @@ def test_what_is_not_named_is_said() -> None:
 
 
 def test_a_tower_counts_whole() -> None:
-    model = multimodal()
+    model = zoo.on_meta(ALL["gemma3"])
     found = coverage(model, select(model, "all-linear", 4))
     tower = model.model.vision_tower
     assert found.others["vision tower"] == sum(parameter.numel() for parameter in tower.parameters())

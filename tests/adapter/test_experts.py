@@ -15,12 +15,13 @@ from olora_ray.adapter.inject import inject, install, remove, wrap
 from olora_ray.adapter.layer import AdaptedLinear, AdaptedWeight
 from olora_ray.adapter.methods import METHODS
 from olora_ray.adapter.targets import find_targets
-from tests.adapter import mixtures
+from tests.families import zoo
+from tests.families.variants import ALL, COMMON, EXPERTS, MIXTURES
 
 RANK, SCALE = 4, 1.5
 CPU = torch.device("cpu")
 IDS = torch.arange(40).reshape(2, 20) * 7 % 94 + 2
-FAMILY = pytest.mark.parametrize("family", sorted(mixtures.FAMILIES))
+FAMILY = pytest.mark.parametrize("family", [*MIXTURES, "granitemoehybrid"])
 IMPLEMENTATION = pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
 
 
@@ -45,7 +46,7 @@ def logits(model: Any) -> Tensor:
 @IMPLEMENTATION
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_the_start_equals_the_base_exactly(family: str, implementation: str, dtype: torch.dtype) -> None:
-    model = mixtures.make(family, dtype, implementation)
+    model = zoo.make(ALL[family], dtype, experts=implementation)
     base = logits(model)
     adapted = adapt(model)
     stacks = [name for name, layer in adapted.items() if isinstance(layer, AdaptedStack)]
@@ -62,7 +63,7 @@ def test_the_start_equals_the_base_exactly(family: str, implementation: str, dty
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_outputs_and_gradients_are_those_of_the_dense_formula(family: str, implementation: str, method: str) -> None:
     """Every layer and expert against a base whose weights are W + s (B A - B0 A0), by autograd."""
-    model = mixtures.make(family, torch.float32, implementation)
+    model = zoo.make(ALL[family], experts=implementation)
     targets = find_targets(model, "all-linear", RANK)
     factors, _ = initialise(targets, method, RANK, 0, CPU)
     reference = {
@@ -99,23 +100,23 @@ def test_outputs_and_gradients_are_those_of_the_dense_formula(family: str, imple
 
 def test_experts_without_tokens_get_no_gradient_and_the_others_do() -> None:
     for implementation in ("eager", "grouped_mm", "batched_mm"):
-        model = mixtures.make("mixtral", torch.float32, implementation)
+        model = zoo.make(ALL["mixtral"], experts=implementation)
         adapted = adapt(model)
         seen: list[Tensor] = []
         model.model.layers[0].mlp.gate.register_forward_hook(lambda _, __, out, seen=seen: seen.append(out[2]))
         model(input_ids=IDS[:1, :1], use_cache=False).logits.square().sum().backward()
         hit = set(seen[0].flatten().tolist())
-        assert 0 < len(hit) < mixtures.EXPERTS
+        assert 0 < len(hit) < EXPERTS["num_experts"]
         for part in ("gate_up_proj", "down_proj"):
             layer = adapted[f"model.layers.0.mlp.experts.{part}"]
             for grad in (layer.da.grad, layer.db.grad):
                 assert grad is not None
-                assert {e for e in range(mixtures.EXPERTS) if grad[e].any()} == hit
+                assert {e for e in range(EXPERTS["num_experts"]) if grad[e].any()} == hit
 
 
 @IMPLEMENTATION
 def test_dropout_is_on_the_adapters_input_and_while_it_trains_only(implementation: str) -> None:
-    model = mixtures.make("qwen3_moe", torch.float32, implementation)
+    model = zoo.make(ALL["qwen3_moe"], experts=implementation)
     base = logits(model)
     adapted = adapt(model, dropout=0.5)
     for layer in adapted.values():
@@ -136,7 +137,7 @@ def test_dropout_is_on_the_adapters_input_and_while_it_trains_only(implementatio
 def test_recomputed_activations_give_the_same_gradients() -> None:
     from torch.utils.checkpoint import checkpoint
 
-    model = mixtures.make("gpt_oss")
+    model = zoo.make(ALL["gpt_oss"])
     adapted = adapt(model)
     change(adapted)
     grads = []
@@ -153,7 +154,7 @@ def test_recomputed_activations_give_the_same_gradients() -> None:
 
 
 def test_several_adapters_share_the_experts_of_one_base() -> None:
-    model = mixtures.make("olmoe")
+    model = zoo.make(ALL["olmoe"])
     base = logits(model)
     factors, _ = initialise(find_targets(model, "all-linear", RANK), "olora", RANK, 0, CPU)
     one, two = wrap(model, factors, SCALE), wrap(model, factors, SCALE)
@@ -167,7 +168,7 @@ def test_several_adapters_share_the_experts_of_one_base() -> None:
 
 
 def test_the_names_of_the_parameters_are_those_of_the_targets() -> None:
-    model = mixtures.make("mixtral")
+    model = zoo.make(ALL["mixtral"])
     adapted = adapt(model)
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trainable == {f"{name}.{part}" for name in adapted for part in ("da", "db")}
@@ -207,17 +208,17 @@ def test_a_use_that_an_adapter_cannot_follow_never_passes_it_by(how: str) -> Non
 
 
 def test_the_layout_is_read_in_the_code_where_nobody_declares_it() -> None:
-    for family, transposed in (("mixtral", False), ("gpt_oss", True), ("llama4", True)):
-        experts = next(m for m in mixtures.make(family).modules() if hasattr(m, "gate_up_proj"))
+    for family, transposed in (("mixtral", False), ("gpt_oss", True), ("llama4_text", True)):
+        experts = next(m for m in zoo.make(ALL[family]).modules() if hasattr(m, "gate_up_proj"))
         target = stack(experts, "gate_up_proj")
         assert target.stored_transposed == transposed
-        assert target.experts == mixtures.EXPERTS
-        assert target.shape[1] == mixtures.SIZES["hidden_size"]
+        assert target.experts == EXPERTS["num_experts"]
+        assert target.shape[1] == COMMON["hidden_size"]
         assert target.weight().data_ptr() == experts.gate_up_proj.data_ptr()
 
 
 def test_linear_layers_of_a_mixture_stay_linear_layers() -> None:
-    adapted = adapt(mixtures.make("deepseek_v3"))
+    adapted = adapt(zoo.make(ALL["deepseek_v3"]))
     assert isinstance(adapted["model.layers.1.mlp.shared_experts.up_proj"], AdaptedLinear)
     assert isinstance(adapted["model.layers.0.mlp.up_proj"], AdaptedLinear)
 

@@ -16,8 +16,10 @@ from olora_ray.adapter.merge import write_merged
 from olora_ray.adapter.peft_folder import write_adapter
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Adapter
-from tests import small_families, tiny
+from tests import tiny
 from tests.export_parts import IDS, Case, make_case
+from tests.families import zoo
+from tests.families.variants import ALL
 
 SETTINGS = Adapter(method="olora", rank=4, alpha=6)
 
@@ -98,7 +100,7 @@ def test_an_adapter_that_took_no_part_in_the_training_is_caught(
 
 
 def test_a_family_without_sdpa_is_compared_in_its_own_attention(tmp_path: Path) -> None:
-    model = small_families.build("Gemma2ForCausalLM", head_dim=8, sliding_window=64)
+    model = zoo.make(ALL["gemma2"])
     assert not model._supports_sdpa, "what this is about"
     assert made(measure(make_case(tmp_path / "base", model, SETTINGS), tmp_path)).problems() == []
 

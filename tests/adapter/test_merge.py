@@ -14,8 +14,10 @@ from olora_ray.adapter import merge, merge_check, weight_names
 from olora_ray.adapter.factors import AdapterWeights, Factors
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Adapter
-from tests import small_families, tiny
+from tests import tiny
 from tests.export_parts import Case, logits, make_case, make_stacked_case, save_tokenizer, skeleton_of
+from tests.families import zoo
+from tests.families.variants import ALL, MIXTURES
 
 SETTINGS = Adapter(method="olora", rank=4, alpha=6)
 
@@ -52,10 +54,10 @@ def test_the_merged_model_says_what_the_adapted_model_says(tmp_path: Path, famil
     torch.testing.assert_close(logits(load(case.write_merged(tmp_path / "merged"))), case.logits, atol=2e-5, rtol=0)
 
 
-@pytest.mark.parametrize("family", [*small_families.MIXTURES, "phi3", "gemma3_multimodal"])
+@pytest.mark.parametrize("family", [*MIXTURES, "phi3", "gemma3"])
 def test_what_transformers_puts_together_is_taken_apart_again(tmp_path: Path, family: str) -> None:
     """Experts stored one by one, fused or transposed, other names: the files are the base's with the change."""
-    case = make_stacked_case(tmp_path / "base", getattr(small_families, family)(), Adapter(rank=3, alpha=6))
+    case = make_stacked_case(tmp_path / "base", zoo.make(ALL[family], attention="eager"), Adapter(rank=3, alpha=6))
     case.write_merged(tmp_path / "merged")
     found = weight_names.groups(case.base, case.model, case.adapter)
     assert {layer for group in found for layer in group.layers} == set(case.adapter)
@@ -69,7 +71,7 @@ def test_experts_are_merged_some_at_a_time_with_the_same_result(
 ) -> None:
     for family in ("mixtral", "gpt_oss", "granitemoe"):
         case = make_stacked_case(
-            tmp_path / family / "base", getattr(small_families, family)(), Adapter(rank=3, alpha=6)
+            tmp_path / family / "base", zoo.make(ALL[family], attention="eager"), Adapter(rank=3, alpha=6)
         )
         whole = load_file(case.write_merged(tmp_path / family / "whole") / "model.safetensors")
         monkeypatch.setattr("olora_ray.adapter.weight_group.AT_ONCE", 1)

@@ -14,8 +14,10 @@ from olora_ray.adapter import merge, merge_check, stored, weight_names
 from olora_ray.adapter.change import Change
 from olora_ray.adapter.factors import AdapterWeights, Factors
 from olora_ray.config.schema import Adapter
-from tests import small_families, tiny
+from tests import tiny
 from tests.export_parts import Case, make_case, make_stacked_case
+from tests.families import zoo
+from tests.families.variants import ALL
 
 SETTINGS = Adapter(method="olora", rank=4, alpha=6)
 LAYER = "model.layers.1.mlp.down_proj"
@@ -86,7 +88,7 @@ def test_no_number_is_no_right_number(tmp_path: Path, number: float) -> None:
 
 
 def test_one_experts_slice_is_caught(tmp_path: Path) -> None:
-    case = make_stacked_case(tmp_path / "base", small_families.qwen3_moe(), Adapter(rank=3, alpha=6))
+    case = make_stacked_case(tmp_path / "base", zoo.make(ALL["qwen3_moe mlp"]), Adapter(rank=3, alpha=6))
     file = case.write_merged(tmp_path / "merged") / "model.safetensors"
     tensors, name = load_file(file), "model.layers.1.mlp.experts.{}.up_proj.weight"
     tensors[name.format(2)] = load_file(case.base / "model.safetensors")[name.format(2)]

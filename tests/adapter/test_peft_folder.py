@@ -12,8 +12,10 @@ from torch import nn
 from olora_ray.adapter.peft_check import BOUND, check_adapter
 from olora_ray.adapter.peft_folder import read_adapter, write_adapter
 from olora_ray.config.schema import Adapter
-from tests import small_families, tiny
+from tests import tiny
 from tests.export_parts import Case, logits, make_case, make_stacked_case
+from tests.families import zoo
+from tests.families.variants import ALL, MIXTURES
 
 METHODS = [
     Adapter(method="olora", rank=4, alpha=6),
@@ -56,9 +58,9 @@ def test_peft_says_what_the_adapted_model_says(tmp_path: Path, family: str, sett
     assert check_adapter(folder, case.model, case.adapter, case.scale).ok
 
 
-@pytest.mark.parametrize("family", [*small_families.MIXTURES, "phi3", "gemma3_multimodal"])
+@pytest.mark.parametrize("family", [*MIXTURES, "phi3", "gemma3"])
 def test_experts_and_names_that_peft_rewrites_are_read_as_they_were_trained(tmp_path: Path, family: str) -> None:
-    case = make_stacked_case(tmp_path / "base", getattr(small_families, family)(), Adapter(rank=3, alpha=6))
+    case = make_stacked_case(tmp_path / "base", zoo.make(ALL[family], attention="eager"), Adapter(rank=3, alpha=6))
     folder = case.write_adapter(tmp_path / "adapter")
     found = check_adapter(folder, case.model, case.adapter, case.scale)
     assert found.ok, found
@@ -71,7 +73,7 @@ def test_experts_and_names_that_peft_rewrites_are_read_as_they_were_trained(tmp_
 
 def test_some_of_the_names_that_peft_rewrites_are_enough(tmp_path: Path) -> None:
     """PEFT refuses gate_proj without up_proj where it takes them for experts."""
-    model = small_families.deepseek_v3()
+    model = zoo.make(ALL["deepseek_v3"])
     names = [name for name, _ in model.named_modules() if name.endswith(("mlp.gate_proj", "shared_experts.down_proj"))]
     case = make_stacked_case(tmp_path / "base", model, Adapter(rank=3, alpha=6), names)
     found = check_adapter(case.write_adapter(tmp_path / "adapter"), case.model, case.adapter, case.scale)
@@ -139,7 +141,7 @@ def test_what_peft_does_not_load_is_one_line(llama: Case, tmp_path: Path) -> Non
 
 
 def test_one_experts_matrices_in_anothers_place_are_caught(tmp_path: Path) -> None:
-    case = make_stacked_case(tmp_path / "base", small_families.mixtral(), Adapter(rank=3, alpha=6))
+    case = make_stacked_case(tmp_path / "base", zoo.make(ALL["mixtral"]), Adapter(rank=3, alpha=6))
     file = case.write_adapter(tmp_path / "adapter") / "adapter_model.safetensors"
     tensors = load_file(file)
     key = "base_model.model.model.layers.1.mlp.experts.lora_A.weight"

@@ -14,35 +14,14 @@ from olora_ray.adapter.methods import METHODS
 from olora_ray.adapter.targets import find_targets, select
 from olora_ray.common.errors import UserError
 from tests import tiny
-from tests.adapter import mixtures
+from tests.families import zoo
+from tests.families.variants import ALL
 
 STACKS = [f"model.layers.{layer}.mlp.experts.{part}" for layer in (0, 1) for part in ("gate_up_proj", "down_proj")]
 
 
-def multimodal() -> Any:
-    """A Gemma 3 that sees, without weights."""
-    from transformers import AutoModelForCausalLM, Gemma3Config
-
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
-    shape = Gemma3Config(
-        text_config=sizes | {"vocab_size": 96, "num_hidden_layers": 2, "num_key_value_heads": 2, "head_dim": 8},
-        vision_config=sizes | {"num_hidden_layers": 3, "image_size": 28, "patch_size": 14},
-        mm_tokens_per_image=4,
-    )
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(shape)
-
-
-def on_meta(name: str, **sizes: Any) -> Any:
-    import transformers
-
-    shape = getattr(transformers, f"{name}Config")(vocab_size=96, hidden_size=32, num_hidden_layers=2, **sizes)
-    with torch.device("meta"):
-        return getattr(transformers, f"{name}ForCausalLM")(shape)
-
-
 def test_of_a_model_that_sees_the_language_model_alone_is_adapted() -> None:
-    model = multimodal()
+    model = zoo.on_meta(ALL["gemma3"])
     selection = select(model, "all-linear", 4)
     assert len(selection.targets) == 2 * 7
     assert all(name.startswith("model.language_model.layers.") for name in selection.targets)
@@ -56,10 +35,10 @@ def test_of_a_model_that_sees_the_language_model_alone_is_adapted() -> None:
 
 @pytest.mark.parametrize(
     ("family", "routers", "gates"),
-    [("phimoe", 2, 0), ("llama4", 2, 0), ("qwen2_moe", 0, 2), ("mixtral", 0, 0), ("deepseek_v3", 0, 0)],
+    [("phimoe", 2, 0), ("llama4_text", 1, 0), ("qwen2_moe", 0, 2), ("mixtral", 0, 0), ("deepseek_v3", 0, 0)],
 )
 def test_routers_and_gates_of_one_row_are_left_out(family: str, routers: int, gates: int) -> None:
-    left = [reason.kind for reason in select(mixtures.make(family), "all-linear", 1).left_out.values()]
+    left = [reason.kind for reason in select(zoo.on_meta(ALL[family]), "all-linear", 1).left_out.values()]
     assert left.count("routers") == routers
     assert left.count("gates of one row") == gates
     assert len(left) == routers + gates + 1  # the head
@@ -95,16 +74,16 @@ def test_a_linear_layer_with_one_output_for_each_expert_is_a_router() -> None:
     ],
 )
 def test_experts_are_named_by_their_module_or_their_parameter(entry: str, expected: list[str]) -> None:
-    assert list(find_targets(mixtures.make("mixtral"), (entry,), 4)) == expected
+    assert list(find_targets(zoo.on_meta(ALL["mixtral"]), (entry,), 4)) == expected
 
 
 def test_a_rank_too_large_for_an_expert_names_it() -> None:
-    with pytest.raises(UserError, match=r"adapter\.rank=25 .*experts\.gate_up_proj \(48 x 24\)|.*\(48 x 32\)"):
-        find_targets(mixtures.make("qwen3_moe"), ("experts",), 40)
+    with pytest.raises(UserError, match=r"adapter\.rank=40 .*experts\.down_proj \(64 x 24\)"):
+        find_targets(zoo.on_meta(ALL["qwen3_moe"]), ("experts",), 40)
 
 
 def test_layers_whose_weight_the_code_takes_are_left_out_and_refused_by_name() -> None:
-    model = on_meta("Mamba", state_size=8, time_step_rank=8)
+    model = zoo.on_meta(ALL["mamba"])
     found = select(model, "all-linear", 4)
     assert {name.rpartition(".")[2] for name in found.targets} == {"in_proj", "x_proj"}
     assert {name.rpartition(".")[2] for name in found.left_out} == {"dt_proj", "out_proj", "lm_head"}
@@ -138,9 +117,9 @@ def test_branches_that_are_off_and_facts_of_weights_do_not_count() -> None:
 
 
 def test_bloom_and_falcon_are_adapted_whole() -> None:
-    bloom = on_meta("Bloom", n_head=4)
+    bloom = zoo.on_meta(ALL["bloom"])
     assert {reason.kind for reason in select(bloom, "all-linear", 4).left_out.values()} == {"output head"}
-    assert len(select(on_meta("Falcon", num_attention_heads=4), "all-linear", 4).targets) == 2 * 4
+    assert len(select(zoo.on_meta(ALL["falcon"]), "all-linear", 4).targets) == 2 * 4
 
 
 class Scaled(nn.Linear):

@@ -10,7 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from olora_ray.adapter import trial
 from olora_ray.model.source import BaseModel
-from tests import small_families, tiny
+from tests import tiny
+from tests.families import zoo
+from tests.families.variants import ALL, MIXTURES
 
 Q = "model.layers.0.self_attn.q_proj"
 
@@ -39,9 +41,9 @@ def tried(folder: Path, model: Any, names: list[str] | None = None) -> list[str]
     return trial.problems(BaseModel(str(folder), str(folder), ""), config, names or linear_and_stacks(model))
 
 
-@pytest.mark.parametrize("family", [*small_families.MIXTURES, "phi3", "gemma3_multimodal"])
+@pytest.mark.parametrize("family", [*MIXTURES, "phi3", "gemma3"])
 def test_what_can_be_delivered_is_not_refused(tmp_path: Path, family: str) -> None:
-    assert tried(tmp_path, getattr(small_families, family)()) == []
+    assert tried(tmp_path, zoo.make(ALL[family])) == []
 
 
 def test_dense_families_pass(tmp_path: Path) -> None:
@@ -50,9 +52,7 @@ def test_dense_families_pass(tmp_path: Path) -> None:
 
 
 def test_layers_that_peft_does_not_adapt_are_named_with_what_to_do(tmp_path: Path) -> None:
-    model = small_families.build(
-        "MambaForCausalLM", state_size=4, expand=2, conv_kernel=3, time_step_rank=4, num_hidden_layers=2
-    )
+    model = zoo.make(ALL["mamba"])
     lines = tried(tmp_path, model)
     assert len(lines) == 1
     assert "out_proj" in lines[0]
@@ -83,7 +83,7 @@ def test_weights_that_cannot_be_merged_are_named(tmp_path: Path) -> None:
 
 
 def test_it_reads_no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = small_families.qwen3_moe()
+    model = zoo.make(ALL["qwen3_moe mlp"])
     model.save_pretrained(tmp_path)
 
     def fail(*_: object, **__: object) -> None:
@@ -103,7 +103,7 @@ def test_a_conversion_that_does_more_than_move_numbers_is_refused(
     def doubled(self: Any, *arguments: Any, **named: Any) -> Any:
         return {name: 2 * value for name, value in real(self, *arguments, **named).items()}
 
-    model = small_families.mixtral()
+    model = zoo.make(ALL["mixtral"])
     model.save_pretrained(tmp_path)
     monkeypatch.setattr(MergeModulelist, "convert", doubled)
     monkeypatch.setattr("olora_ray.adapter.weight_group._problems", {})

@@ -10,7 +10,8 @@ from olora_ray.adapter.initialise import initialise
 from olora_ray.adapter.targets import find_targets
 from olora_ray.cluster.resume import factors
 from tests import tiny
-from tests.adapter import mixtures
+from tests.families import zoo
+from tests.families.variants import ALL
 
 
 def known(model: Any, targets: Any) -> dict[str, AdapterWeights]:
@@ -21,7 +22,7 @@ def known(model: Any, targets: Any) -> dict[str, AdapterWeights]:
 
 
 def test_an_adapter_of_before_keeps_its_layers_and_has_the_models_order() -> None:
-    model: Any = mixtures.make("mixtral")
+    model: Any = zoo.make(ALL["mixtral"])
     spec: Any = SimpleNamespace(config=tiny.config())
     before = known(model, ("q_proj", "v_proj"))  # what all-linear meant as long as experts were left out
     before["model.vision_tower.fc1"] = AdapterWeights(

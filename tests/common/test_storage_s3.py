@@ -1,13 +1,11 @@
 """Every function of the storage module on a real S3 server, and what a server that misbehaves leads to."""
 
-import os
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
 
-from olora_ray.common import connections, patience, s3, storage
+from olora_ray.common import connections, copies, patience, s3, storage
 from olora_ray.common.errors import TryAgain, UserError
 from tests.s3_server import Faults, Server, dead_port, within
 from tests.said import said
@@ -21,13 +19,6 @@ def server(s3_server: Server) -> Server:
 @pytest.fixture
 def place(bucket: str) -> str:
     return bucket
-
-
-@pytest.fixture
-def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "t"))
-    (tmp_path / "t").mkdir()
-    return tmp_path / "t"
 
 
 @pytest.fixture
@@ -71,90 +62,11 @@ class TestFiles:
         storage.write_text(storage.join(place, name), "x")
         assert server.keys(place) == [name]
         assert storage.read_text(storage.join(place, name)) == "x"
-        assert storage.local_copy(storage.join(place, name), tmp_path).read_text() == "x"
+        assert copies.local_copy(storage.join(place, name), tmp_path).read_text() == "x"
 
     def test_nothing_is_below_an_address_with_a_query(self) -> None:
         with pytest.raises(UserError, match=r"s3://b/p: write it without '\?region=x'; .*AWS_ENDPOINT_URL"):
             storage.join("s3://b/p?region=x", "a")
-
-
-class TestCopies:
-    def test_a_file_is_fetched_once(self, server: Server, place: str, tmp_path: Path) -> None:
-        storage.write_text(storage.join(place, "a.txt"), "x")
-        for _ in range(2):
-            found = storage.local_copy(storage.join(place, "a.txt"), tmp_path / "deep" / "cache")
-            assert (found.name, found.read_text()) == ("a.txt", "x")
-        with server.counted() as requests:
-            storage.local_copy(storage.join(place, "a.txt"), tmp_path / "deep" / "cache")
-        assert requests == []
-
-    def test_a_folder_is_fetched_with_all_below_it(self, place: str, tmp_path: Path) -> None:
-        for name in ("a", "empty", "deep/down/b"):
-            storage.write_text(storage.join(place, "model", name), name if name != "empty" else "")
-        found = storage.local_copy(storage.join(place, "model"), tmp_path / "cache")
-        assert {str(file.relative_to(found)) for file in found.rglob("*") if file.is_file()} == {
-            "a",
-            "empty",
-            "deep/down/b",
-        }
-        assert (found / "deep" / "down" / "b").read_text() == "deep/down/b"
-
-    def test_a_folder_of_files_alone_is_fetched(self, place: str, tmp_path: Path) -> None:
-        """S1: nobody but the copy itself makes the folder."""
-        storage.write_text(storage.join(place, "adapter", "weights"), "x")
-        found = storage.local_copy(storage.join(place, "adapter"), tmp_path / "not" / "there")
-        assert [(file.name, file.read_text()) for file in found.iterdir()] == [("weights", "x")]
-
-    def test_what_is_not_there_is_an_error_and_leaves_nothing(self, place: str, tmp_path: Path) -> None:
-        with pytest.raises(FileNotFoundError):
-            storage.local_copy(storage.join(place, "none"), tmp_path)
-        assert list(tmp_path.iterdir()) == []
-
-    def test_a_key_does_not_lead_out_of_the_folder(self, server: Server, place: str, tmp_path: Path) -> None:
-        bucket, key = s3.split(place)
-        server.client().put_object(Bucket=bucket, Key=f"{key}/model/../../evil", Body=b"x")
-        with pytest.raises(OSError, match="leads out of the folder"):
-            storage.local_copy(storage.join(place, "model"), tmp_path / "cache")
-        assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == []
-
-    def test_a_copy_for_a_while_leaves_nothing(self, place: str, temporary: Path) -> None:
-        storage.write_text(storage.join(place, "model", "a"), "x")
-        with storage.fetched(storage.join(place, "model")) as folder:
-            assert folder.name == "model"
-            assert (folder / "a").read_text() == "x"
-        with pytest.raises(FileNotFoundError), storage.fetched(storage.join(place, "none")):
-            pass
-        assert list(temporary.iterdir()) == []
-
-    def test_a_folder_is_uploaded_the_named_file_last(self, server: Server, place: str, tmp_path: Path) -> None:
-        (tmp_path / "deep").mkdir()
-        for name in ("a", "b", "deep/c", "z"):
-            (tmp_path / name).write_text(name)
-        with server.counted() as requests:
-            storage.upload(tmp_path, storage.join(place, "up"), last="a")
-        assert [method for method, _ in requests] == ["PUT"] * 4
-        assert requests[-1][1].endswith("/up/a")
-        assert sorted(server.keys(storage.join(place, "up"))) == ["a", "b", "deep/c", "z"]
-        assert storage.read_text(storage.join(place, "up", "deep", "c")) == "deep/c"
-
-    def test_what_is_written_in_a_local_folder_arrives(self, server: Server, place: str, temporary: Path) -> None:
-        with storage.local_folder(storage.join(place, "export")) as folder:
-            folder.mkdir()
-            (folder / "a").write_text("x")
-        assert server.keys(storage.join(place, "export")) == ["a"]
-        assert list(temporary.iterdir()) == []
-
-    def test_a_large_file_comes_and_goes_in_large_parts(self, server: Server, place: str, tmp_path: Path) -> None:
-        size = 40 * 2**20
-        (tmp_path / "up").mkdir()
-        (tmp_path / "up" / "large").write_bytes(os.urandom(size))
-        with server.counted() as up:
-            storage.upload(tmp_path / "up", place)
-        assert len(up) <= 6  # parts of 10 MB, beginning and end
-        with server.counted() as down:
-            found = storage.local_copy(place, tmp_path / "down")
-        assert [path for method, path in down if method == "GET" and "large" in path] == [down[-1][1]] * 2
-        assert (found / "large").read_bytes() == (tmp_path / "up" / "large").read_bytes()
 
 
 class TestRequests:

@@ -234,6 +234,7 @@ MORE = _by_name(
     variant("biogpt", DENSE, chat=False),
     variant("xglm", IDS, d_model=64, ffn_dim=96, num_layers=2, attention_heads=4, max_position_embeddings=128),
     variant("smollm3 nope", DENSE, kind="smollm3", no_rope_layers=[1, 0]),
+    variant("qwen3_moe mlp", DENSE, HEADS, EXPERTS, SMALL_EXPERTS, kind="qwen3_moe", mlp_only_layers=[0]),
     variant("dots1", DENSE, ROUTED, GROUPS, sliding_window=None),
     variant("lfm2_moe", DENSE, EXPERTS, SMALL_EXPERTS, layer_types=["conv", "full_attention"], num_dense_layers=1),
     variant("jamba", DENSE, EXPERTS, attn_layer_period=2, attn_layer_offset=1, mamba_d_state=8, mamba_dt_rank=8),
@@ -268,3 +269,19 @@ MORE = _by_name(
 """Families that the review does not name."""
 
 ALL = NAMED | MORE
+
+MIXTURES = (
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+    "qwen3_moe mlp",
+    "olmoe",
+    "gpt_oss",
+    "deepseek_v2",
+    "deepseek_v3",
+    "glm4_moe",
+    "granitemoe",
+    "phimoe",
+    "llama4_text",
+)
+"""Mixtures of experts without a state, one of each way in which transformers keeps experts."""

@@ -20,7 +20,7 @@ _STATE = ("A_log", "dt_bias", "recurrent_param", "time_step")
 
 def build(variant: Variant, folder: Path, dtype: torch.dtype = torch.float32) -> None:
     """Write the model to `folder`: config, weights in `dtype` and a tokenizer; always the same bytes."""
-    model = make(variant).to(dtype)
+    model = make(variant, dtype)
     model.save_pretrained(folder)
     save_tokenizer(folder)
     if not variant.chat:
@@ -28,8 +28,13 @@ def build(variant: Variant, folder: Path, dtype: torch.dtype = torch.float32) ->
     assert json.loads((folder / "config.json").read_text())["model_type"] == variant.model_type
 
 
-def make(variant: Variant) -> Any:
-    """The model in float32, frozen, in evaluation mode."""
+def make(
+    variant: Variant, dtype: torch.dtype = torch.float32, attention: str | None = None, experts: str | None = None
+) -> Any:
+    """The model, frozen, in evaluation mode; always the same weights.
+
+    `attention` and `experts` are implementations of transformers', None for its own choice.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     quiet_transformers()
@@ -40,7 +45,17 @@ def make(variant: Variant) -> Any:
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 _draw(name, parameter)
-    return model.eval().requires_grad_(False)
+    if attention is not None:
+        model.set_attn_implementation(attention)
+    if experts is not None and model._can_set_experts_implementation():
+        model.set_experts_implementation(experts)
+    return model.to(dtype).eval().requires_grad_(False)
+
+
+def on_meta(variant: Variant) -> Any:
+    """The model without weights."""
+    with torch.device("meta"):
+        return make(variant)
 
 
 def _draw(name: str, parameter: Tensor) -> None:

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from olora_ray.common import node_cache, storage
+from olora_ray.common import copies, node_cache
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
 from olora_ray.model import convert, folder, identity, load, source
@@ -64,7 +64,7 @@ def test_the_digest_of_large_weights_is_kept_until_they_change(
     weights = copy / "model.safetensors"
     plain = obtain(copy).digest
     monkeypatch.setattr(identity, "KEPT_FROM", 1)
-    monkeypatch.setattr(storage, "CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(copies, "CACHE", str(tmp_path / "cache"))
     assert [obtain(copy).digest for _ in range(2)] == [plain, plain]
     (kept,) = (tmp_path / "cache" / "digests").iterdir()
     kept.write_text("0" * 64)
@@ -381,14 +381,14 @@ def test_a_node_that_does_not_see_the_drivers_folder_says_so(copy: Path) -> None
 class TestObjectStore:
     @pytest.fixture(autouse=True)
     def own_cache(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-        monkeypatch.setattr(storage, "CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(copies, "CACHE", str(tmp_path / "cache"))
         return tmp_path / "cache"
 
     def test_a_model_there_is_fetched_once_and_again_when_it_changes(
         self, s3_server: Server, bucket: str, copy: Path, own_cache: Path
     ) -> None:
         place = f"{bucket}/models/tiny"
-        storage.upload(copy, place)
+        copies.upload(copy, place)
         first = obtain(place)
         assert first.digest == obtain(copy).digest
         with s3_server.counted() as requests:
@@ -398,7 +398,7 @@ class TestObjectStore:
         name = next(iter(weights))
         save_file({**weights, name: weights[name] + 1}, copy / "model.safetensors", metadata={"format": "pt"})
         time.sleep(1.1)  # the times of S3 are whole seconds
-        storage.upload(copy, place)
+        copies.upload(copy, place)
         second = obtain(place)
         assert second.digest == obtain(copy).digest != first.digest
 
@@ -410,7 +410,7 @@ class TestObjectStore:
         (old / "model" / "weights").write_bytes(b"x")
         os.utime(old, (0, 0))
         monkeypatch.setattr(node_cache, "SHARE", 0.0)
-        storage.upload(copy, f"{bucket}/tiny")
+        copies.upload(copy, f"{bucket}/tiny")
         found = obtain(f"{bucket}/tiny")
         assert not old.exists()
         assert Path(found.folder, "config.json").exists()

@@ -12,7 +12,8 @@ import pytest
 from olora_ray.model.source import obtain
 from olora_ray.pipeline.report import next_steps, plan
 from tests import tiny
-from tests.adapter import mixtures
+from tests.families import zoo
+from tests.families.variants import ALL, Variant, variant
 from tests.said import said
 
 NAME = "my model"
@@ -91,8 +92,8 @@ def test_the_real_mlflow_understands_them(tmp_path: Path, monkeypatch: pytest.Mo
     assert "--backend-store-uri" in told
 
 
-def plan_lines(folder: Path, family: str, **changes: Any) -> list[str]:
-    mixtures.save(family, folder)
+def plan_lines(folder: Path, family: Variant, **changes: Any) -> list[str]:
+    zoo.build(family, folder)
     config = tiny.config(model__name=str(folder), model__dtype="float32", **changes)
     with said() as lines:
         plan(config, obtain(config))
@@ -100,24 +101,16 @@ def plan_lines(folder: Path, family: str, **changes: Any) -> list[str]:
 
 
 def test_the_plan_says_how_much_of_the_model_is_adapted_and_what_is_not(tmp_path: Path) -> None:
-    lines = plan_lines(tmp_path, "qwen3_moe")
+    lines = plan_lines(tmp_path, ALL["qwen3_moe"])
     assert "olora rank 4 on 8 layers and 4 stacks of 4 experts: " in lines[0]
     assert lines[0].endswith(
-        "; covers 79% of the parameters (left out: embeddings, output head, norms, biases and others)"
+        "; covers 82% of the parameters (left out: embeddings, output head, norms, biases and others)"
     )
     assert len(lines) == 2
 
 
 def test_the_plan_names_what_all_linear_cannot_take(tmp_path: Path) -> None:
-    from transformers import MambaConfig, MambaForCausalLM
-
-    shape = MambaConfig(vocab_size=96, hidden_size=32, num_hidden_layers=2, state_size=8, time_step_rank=8)
-    MambaForCausalLM(shape).save_pretrained(tmp_path)
-    config = tiny.config(model__name=str(tmp_path), model__dtype="float32")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (tmp_path / name).write_text("{}")
-    with said() as lines:
-        plan(config, obtain(config))
+    lines = plan_lines(tmp_path, ALL["mamba"])
     assert [line for line in lines if "leaves out" in line] == [
         "adapter.targets: all-linear leaves out 2 layers: layers whose weight the model's code takes for itself"
         " (for example backbone.layers.0.mixer.dt_proj)",
@@ -127,6 +120,7 @@ def test_the_plan_names_what_all_linear_cannot_take(tmp_path: Path) -> None:
 
 
 def test_routers_are_not_worth_a_line(tmp_path: Path) -> None:
-    lines = plan_lines(tmp_path, "llama4", adapter__rank=8)
+    wide = variant("llama4 wide", ALL["llama4_text"].sizes, kind="llama4_text", vocab_size=512)
+    lines = plan_lines(tmp_path, wide, adapter__rank=8)
     assert re.search(r"; covers \d\d% of the parameters \(left out: embeddings, output head", lines[0])
     assert not any("router" in line for line in lines[1:])

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from olora_ray.common import storage
+from olora_ray.common import copies, storage
 from olora_ray.tracking.aliases import Aliases
 from tests.pipelines import project
 from tests.recovery import processes, runs
@@ -56,7 +56,7 @@ def local(tiny_project: Path, tmp_path_factory: pytest.TempPathFactory) -> Clean
 def remote(bucket: str, tiny_project: Path, tmp_path: Path) -> dict[str, Any]:
     """The fields that put model, data and storage of a config in the bucket."""
     root = bucket.removesuffix("/runs")
-    storage.upload(tiny_project, f"{root}/project")
+    copies.upload(tiny_project, f"{root}/project")
     data = {
         "train": [{"path": f"{root}/project/train.jsonl"}],
         "eval": [{"path": f"{root}/project/eval.jsonl"}],

@@ -7,11 +7,14 @@ import pytest
 import torch
 
 from olora_ray.config.schema import Adapter
-from olora_ray.tracking import models
+from olora_ray.tracking import client, models, run
 from olora_ray.tracking.contents import Contents
 from olora_ray.tracking.start import start_run
 from tests import mlflow_database, tiny
 from tests.export_parts import Case, make_case, save_tokenizer
+
+TAGS = {"olora.method": "olora", "olora.rank": 4, "olora.eval_loss": ""}
+"""Of the version that `triage` has."""
 
 
 @pytest.fixture(scope="session")
@@ -32,6 +35,29 @@ def merged(case: Case) -> Path:
 def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A storage with MLflow's database beside it."""
     return mlflow_database.place(tmp_path_factory.mktemp("versions") / "runs")
+
+
+@pytest.fixture
+def address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """MLflow's address of an empty database, which is asked in a hurry."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr(client, "_PROBE_SECONDS", 0.3)
+    return f"sqlite:///{mlflow_database.place(tmp_path)}/mlflow.db"
+
+
+@pytest.fixture
+def tracker(database: Path, monkeypatch: pytest.MonkeyPatch) -> run.Tracker:
+    """A new run."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return start_run(tiny.config(run__storage=str(database)), "test", {})
+
+
+@pytest.fixture(scope="module")
+def triage(database: Path, merged: Path) -> run.Tracker:
+    """A run with version 1 of the model `triage`, alias candidate."""
+    found = start_run(tiny.config(run__storage=str(database)), "test", {})
+    assert models.register(found, Contents(merged, answers_as="org/base"), "triage", "candidate", TAGS) == 1
+    return found
 
 
 @pytest.fixture

@@ -9,46 +9,25 @@ from olora_ray.common.errors import UserError
 from olora_ray.tracking import checksums, mlmodel, models, record, run
 from olora_ray.tracking.aliases import Aliases
 from olora_ray.tracking.contents import Contents
-from olora_ray.tracking.start import start_run
-from tests import mlflow_database, tiny
 from tests.export_parts import Case, logits
+from tests.tracking.conftest import TAGS
 
-TAGS = {"olora.method": "olora", "olora.rank": 4, "olora.eval_loss": ""}
 QUESTION = [{"role": "user", "content": "hello"}]
 
 
-@pytest.fixture(scope="module")
-def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return mlflow_database.place(tmp_path_factory.mktemp("registry") / "runs")
-
-
 @pytest.fixture
-def tracker(storage: Path, monkeypatch: pytest.MonkeyPatch) -> run.Tracker:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    return start_run(tiny.config(run__storage=str(storage)), "test", {})
+def mlflow_there(triage: run.Tracker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", triage.uri)
 
 
-@pytest.fixture(scope="module")
-def registered(storage: Path, merged: Path) -> run.Tracker:
-    """A run with version 1 of `triage`, alias candidate."""
-    tracker = start_run(tiny.config(run__storage=str(storage)), "test", {})
-    assert models.register(tracker, Contents(merged, answers_as="org/base"), "triage", "candidate", TAGS) == 1
-    return tracker
-
-
-@pytest.fixture
-def mlflow_there(registered: run.Tracker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", registered.uri)
-
-
-def test_the_version_has_alias_tags_run_and_model(registered: run.Tracker) -> None:
-    version = registered.client().get_model_version_by_alias("triage", "candidate")
-    assert version.run_id == registered.run_id
+def test_the_version_has_alias_tags_run_and_model(triage: run.Tracker) -> None:
+    version = triage.client().get_model_version_by_alias("triage", "candidate")
+    assert version.run_id == triage.run_id
     text = (Path(version.source) / checksums.FILE).read_text()
     shown = {name: str(value) for name, value in TAGS.items() if value != ""}
     assert version.tags == shown | {record.TAG: json.dumps({checksums.TAG: checksums.digest(text)})}
-    (output,) = registered.client().get_run(registered.run_id).outputs.model_outputs
-    model = registered.client().get_logged_model(output.model_id)
+    (output,) = triage.client().get_run(triage.run_id).outputs.model_outputs
+    model = triage.client().get_logged_model(output.model_id)
     assert str(model.status) == "READY"
     assert model.artifact_location == version.source
     (there,) = json.loads(model.tags["mlflow.model.versions"])
@@ -87,7 +66,7 @@ def test_mlflow_serves_it_as_a_chat_model() -> None:
 
 
 @pytest.mark.usefixtures("mlflow_there")
-def test_the_requirements_are_those_of_serving(registered: run.Tracker) -> None:
+def test_the_requirements_are_those_of_serving(triage: run.Tracker) -> None:
     import mlflow.pyfunc
 
     needed = Path(mlflow.pyfunc.get_model_dependencies("models:/triage@candidate")).read_text().split()
@@ -95,16 +74,16 @@ def test_the_requirements_are_those_of_serving(registered: run.Tracker) -> None:
     assert not any("+" in line for line in needed), "no local version that an index does not have"
 
 
-def test_one_copy_of_the_weights(registered: run.Tracker, merged: Path, storage: Path) -> None:
-    (copy,) = list(storage.rglob("*.safetensors"))
+def test_one_copy_of_the_weights(triage: run.Tracker, merged: Path, database: Path) -> None:
+    (copy,) = list(database.rglob("*.safetensors"))
     assert copy.read_bytes() == (merged / "model.safetensors").read_bytes()
     assert copy.stat().st_mode & 0o777 == 0o644
 
 
-def test_registering_again_gives_the_same_version(registered: run.Tracker, merged: Path) -> None:
-    client = registered.client()
+def test_registering_again_gives_the_same_version(triage: run.Tracker, merged: Path) -> None:
+    client = triage.client()
     client.delete_registered_model_alias("triage", "candidate")  # killed before it was set
-    assert models.register(registered, Contents(merged), "triage", "candidate", TAGS) == 1
+    assert models.register(triage, Contents(merged), "triage", "candidate", TAGS) == 1
     assert client.get_model_version_by_alias("triage", "candidate").version in ("1", 1)
     assert len(client.search_model_versions("name = 'triage'")) == 1
 
@@ -126,7 +105,7 @@ def test_a_copy_that_was_interrupted_is_filled_again(
     assert (Path(tracker.client().get_model_version("other", str(version)).source) / "MLmodel").is_file()
 
 
-def test_another_run_gives_another_version(registered: run.Tracker, tracker: run.Tracker, merged: Path) -> None:
+def test_another_run_gives_another_version(triage: run.Tracker, tracker: run.Tracker, merged: Path) -> None:
     version = models.register(tracker, Contents(merged), "triage", "second", TAGS)
     assert version > 1
     client = tracker.client()
@@ -135,9 +114,9 @@ def test_another_run_gives_another_version(registered: run.Tracker, tracker: run
 
 
 def test_a_version_that_is_registered_as_champion_takes_over_as_by_a_promotion(
-    registered: run.Tracker, tracker: run.Tracker, merged: Path
+    triage: run.Tracker, tracker: run.Tracker, merged: Path
 ) -> None:
-    for place, one in enumerate((registered, tracker), 1):
+    for place, one in enumerate((triage, tracker), 1):
         assert models.register(one, Contents(merged), "direct", "champion", TAGS) == place
     assert Aliases(tracker.uri, "direct").current() == {"champion": "2", "previous": "1"}
     assert models.register(tracker, Contents(merged), "direct", "champion", TAGS) == 2

@@ -9,33 +9,12 @@ import pytest
 from olora_ray.common.errors import UserError
 from olora_ray.tracking import models, registered, run
 from olora_ray.tracking.contents import Contents
-from olora_ray.tracking.start import start_run
-from tests import mlflow_database, tiny
 from tests.said import said
 
 
-@pytest.fixture(scope="module")
-def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return mlflow_database.place(tmp_path_factory.mktemp("registry") / "runs")
-
-
-@pytest.fixture
-def tracker(storage: Path, monkeypatch: pytest.MonkeyPatch) -> run.Tracker:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    return start_run(tiny.config(run__storage=str(storage)), "test", {})
-
-
-@pytest.fixture(scope="module")
-def known(storage: Path, merged: Path) -> run.Tracker:
-    """A run with version 1 of `triage`, alias candidate."""
-    tracker = start_run(tiny.config(run__storage=str(storage)), "test", {})
-    assert models.register(tracker, Contents(merged), "triage", "candidate", {}) == 1
-    return tracker
-
-
 @pytest.mark.parametrize("name", ["models:/triage@candidate", "models:/triage/1"])
-def test_a_registered_model_as_a_base_model(known: run.Tracker, merged: Path, tmp_path: Path, name: str) -> None:
-    folder = registered.find(name, known.uri, tmp_path).folder
+def test_a_registered_model_as_a_base_model(triage: run.Tracker, merged: Path, tmp_path: Path, name: str) -> None:
+    folder = registered.find(name, triage.uri, tmp_path).folder
     assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in merged.iterdir())
     assert json.loads((folder / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
     assert list(tmp_path.iterdir()) == [], "local artifacts are used where they lie"
@@ -51,9 +30,9 @@ def test_a_registered_model_as_a_base_model(known: run.Tracker, merged: Path, tm
         ("models:/triage/Production", "expected models:/NAME@ALIAS"),
     ],
 )
-def test_a_registered_model_that_is_not_there(known: run.Tracker, name: str, message: str) -> None:
+def test_a_registered_model_that_is_not_there(triage: run.Tracker, name: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        registered.find(name, known.uri)
+        registered.find(name, triage.uri)
 
 
 def test_a_version_that_is_no_transformers_model(tracker: run.Tracker, tmp_path: Path) -> None:
@@ -65,12 +44,12 @@ def test_a_version_that_is_no_transformers_model(tracker: run.Tracker, tmp_path:
 
 
 def test_artifacts_elsewhere_are_downloaded_once_and_checked_each_time(
-    known: run.Tracker, merged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    triage: run.Tracker, merged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import mlflow.artifacts
 
     fetched = []
-    client = known.client()
+    client = triage.client()
     source = Path(client.get_model_version("triage", "1").source)
 
     def download(artifact_uri: str, dst_path: str, tracking_uri: str) -> str:
@@ -80,12 +59,12 @@ def test_artifacts_elsewhere_are_downloaded_once_and_checked_each_time(
 
     monkeypatch.setattr(client, "get_model_version_download_uri", lambda *_: "s3://bucket/model")
     monkeypatch.setattr(mlflow.artifacts, "download_artifacts", download)
-    folders = {registered.find("models:/triage/1", known.uri, tmp_path).folder for _ in range(2)}
-    assert fetched == [("s3://bucket/model", known.uri)]
+    folders = {registered.find("models:/triage/1", triage.uri, tmp_path).folder for _ in range(2)}
+    assert fetched == [("s3://bucket/model", triage.uri)]
     (folder,) = folders
     assert not list(tmp_path.rglob("*.tmp"))
     (folder / "adapter_config.json").write_text("{}")
-    assert registered.find("models:/triage/1", known.uri, tmp_path).folder == folder
+    assert registered.find("models:/triage/1", triage.uri, tmp_path).folder == folder
     assert len(fetched) == 2, "a copy that is damaged is fetched again"
     assert not (folder / "adapter_config.json").exists()
 

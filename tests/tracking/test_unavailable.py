@@ -3,30 +3,26 @@
 import contextlib
 import logging
 import os
-import random
 import socket
-import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import pytest
 
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
 from olora_ray.tracking import client as reach
-from olora_ray.tracking import poisoned, run, write_queue
-from olora_ray.tracking.seen_points import SeenPoints
+from olora_ray.tracking import run
 from olora_ray.tracking.start import start_run
-from tests import mlflow_database, tiny
+from tests import tiny
 from tests.mlflow_server import Server
+from tests.tracking.one_run import local, locked, rows, series, steps
 from tests.waiting import until
 
 CLOSED = "http://127.0.0.1:9"
 SYSTEM = "system/cpu_utilization_percentage"
-Series = list[tuple[int, float]]
 
 
 @pytest.fixture(autouse=True)
@@ -42,21 +38,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     running.kill()
 
 
-def series(tracker: run.Tracker, name: str) -> Series:
-    """In the order of the time stamps."""
-    return [(item.step, item.value) for item in tracker.client().get_metric_history(tracker.run_id, name)]
-
-
-def steps(tracker: run.Tracker, name: str) -> list[int]:
-    return [step for step, _ in series(tracker, name)]
-
-
 def times(tracker: run.Tracker, name: str) -> list[int]:
     return [item.timestamp for item in tracker.client().get_metric_history(tracker.run_id, name)]
-
-
-def rows(begin: int, end: int) -> dict[int, dict[str, float]]:
-    return {step: {"train/loss": 1 / (step + 1), "train/lr": 0.1 * step} for step in range(begin, end)}
 
 
 def settings(uri: str) -> Config:
@@ -257,42 +240,21 @@ def test_a_batch_whose_answer_was_lost_is_not_written_twice(server: Server, outa
     assert steps(tracker, "eval/loss") == [3]
 
 
-@pytest.fixture
-def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(reach, "_PROBE_SECONDS", 0.3)
-    return f"sqlite:///{mlflow_database.place(tmp_path)}/mlflow.db"
-
-
-def local(database: str, run_id: str | None = None) -> run.Tracker:
-    config = tiny.config(tracking__uri=database, run__storage=str(Path(database.removeprefix("sqlite:///")).parent))
-    return start_run(config, "local", {}, run_id)
-
-
-@contextlib.contextmanager
-def locked(database: str) -> Iterator[None]:
-    lock = sqlite3.connect(database.removeprefix("sqlite:///"), isolation_level=None)
-    lock.execute("BEGIN EXCLUSIVE")
-    try:
-        yield
-    finally:
-        lock.close()
-
-
 def test_a_locked_database_is_waited_for(
-    database: str, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+    address: str, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    first = local(database)
+    first = local(address)
     first.metrics(rows(0, 5))
     first.end()
-    going_on = local(database)
-    with locked(database):
+    going_on = local(address)
+    with locked(address):
         going_on.metrics(rows(0, 5))
-        again = local(database, first.run_id)
+        again = local(address, first.run_id)
         again.metrics(rows(0, 10))
         with pytest.raises(reach.TrackingUnavailable, match="database is locked"):
             again.text("x", "x.txt")
         with pytest.raises(reach.TrackingUnavailable, match="database is locked"):
-            local(database)
+            local(address)
         assert not again.flush(1.5)
         assert again.pending == 20
     for tracker, count in ((again, 10), (going_on, 5)):
@@ -301,131 +263,6 @@ def test_a_locked_database_is_waited_for(
         tracker.end()
     assert caplog.text.count("MLflow does not answer (database is locked)") == 2
     assert capfd.readouterr() == ("", "")
-
-
-def test_mlflow_keeps_one_of_two_identical_rows(database: str) -> None:
-    """What sending a batch again rests on."""
-    from mlflow.entities import Metric
-
-    tracker = local(database)
-    batch = [Metric("a", value, 1000, step) for step, value in enumerate([1.0, float("nan"), float("inf"), 0.1])]
-    for size in (2, 4, 4):
-        tracker.client().log_batch(tracker.run_id, metrics=batch[:size])
-    assert sorted(steps(tracker, "a")) == [0, 1, 2, 3]
-    tracker.end()
-
-
-def test_a_run_taken_up_again_ignores_what_mlflow_has(database: str) -> None:
-    first = local(database)
-    first.watch_system(0.1)
-    first.metrics(rows(0, 30))
-    first.metrics({7: {"eval/loss": 1.0}})
-    until(lambda: steps(first, SYSTEM))
-    first.end("KILLED")
-    before = steps(first, "system/cpu_utilization_percentage")
-    assert before == list(range(len(before)))
-    again = local(database, first.run_id)
-    again.watch_system(0.1)
-    again.metrics(rows(0, 30) | {7: {"train/loss": 99.0, "eval/loss": 99.0, "score/new": 1.0}})
-    again.metrics(rows(20, 40))
-    until(lambda: len(steps(again, SYSTEM)) > len(before))
-    again.end()
-    assert sorted(steps(again, "train/loss")) == list(range(40))
-    assert 99.0 not in dict(series(again, "train/loss")).values()
-    assert series(again, "eval/loss") == [(7, 1.0)]
-    assert series(again, "score/new") == [(7, 1.0)]
-    after = steps(again, "system/cpu_utilization_percentage")
-    assert after == list(range(len(after)))
-    assert len(after) > len(before) > 0
-
-
-def test_a_metric_that_mlflow_refuses_does_not_take_others_with_it(
-    database: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    tracker = local(database)
-    tracker.params({"not?allowed": 1})
-    tracker.metrics({step: {"a": 1.0, "not?allowed": 2.0, "b": 3.0} for step in range(3)})
-    tracker.metrics({3: {"a": 1.0, "not?allowed": 2.0}})
-    tracker.end()
-    assert (steps(tracker, "a"), steps(tracker, "b")) == ([0, 1, 2, 3], [0, 1, 2])
-    assert caplog.text.count("MLflow refuses the metric not?allowed: ") == 1
-    assert caplog.text.count("MLflow refuses parameters: ") == 1
-
-
-def test_a_value_that_mlflow_fails_at_is_left_out_and_all_others_are_written(
-    database: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    tracker = local(database)
-    tracker.metrics({step: {"a": 1.0 + step, "b": 2.0} for step in range(20)})
-    tracker.metrics({2**63: {"a": 1.0, "b": 2.0}, 2**63 + 1: {"a": 1.0}})  # no 64 bits: an INTERNAL_ERROR for ever
-    tracker.metrics({step: {"a": 1.0 + step, "b": 2.0} for step in range(20, 50)})
-    tracker.tags({"later": "x"})
-    tracker.end(seconds=30)
-    assert series(tracker, "a") == [(step, 1.0 + step) for step in range(50)]
-    assert steps(tracker, "b") == list(range(50))
-    run_data = tracker.client().get_run(tracker.run_id).data
-    assert run_data.tags["later"] == "x"
-    assert poisoned._TAG not in run_data.tags
-    lines = [record.getMessage() for record in caplog.records]
-    assert sum("MLflow fails at a of step 9223372036854775808 and 1 more each time" in line for line in lines) == 1
-    assert sum("MLflow fails at b of step 9223372036854775808 each time" in line for line in lines) == 1
-
-
-def test_a_write_that_mlflow_fails_at_is_left_out_and_the_next_is_written(
-    database: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    tracker = local(database)
-    tracker.tags({"bad": "\ud800"})  # which no database takes
-    tracker.tags({"good": "2"})
-    tracker.metrics(rows(0, 5))
-    tracker.end(seconds=30)
-    found = tracker.client().get_run(tracker.run_id).data.tags
-    assert found["good"] == "2"
-    assert "bad" not in found
-    assert steps(tracker, "train/loss") == list(range(5))
-    assert caplog.text.count("MLflow fails at tags each time (") == 1
-
-
-def test_nothing_is_left_out_while_mlflow_takes_nothing_else_either(
-    database: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(write_queue, "_FIRST_PAUSE", 0.05)
-    monkeypatch.setattr(write_queue, "_LAST_PAUSE", 0.05)
-    tracker = local(database)
-    with contextlib.closing(sqlite3.connect(database.removeprefix("sqlite:///"), isolation_level=None)) as file:
-        file.execute("CREATE TRIGGER refuse BEFORE INSERT ON tags BEGIN SELECT RAISE(ABORT, 'no'); END")
-        tracker.metrics({2**63: {"train/loss": 1.0}} | rows(0, 5))
-        assert not tracker.flush(3), "far more than poisoned.ATTEMPTS"
-        assert tracker.pending == 11
-        assert "left out" not in caplog.text
-        file.execute("DROP TRIGGER refuse")
-    tracker.end(seconds=30)
-    assert steps(tracker, "train/loss") == list(range(5))
-    assert caplog.text.count("left out") == 1
-
-
-def test_a_run_that_was_deleted_meanwhile(database: str, caplog: pytest.LogCaptureFixture) -> None:
-    tracker = local(database)
-    tracker.client().delete_run(tracker.run_id)
-    for gone in (tracker.run_id, "0" * 32):
-        other = run.Tracker(database, gone)
-        other.metrics(rows(0, 3))
-        assert other.flush(10)
-        assert caplog.text.count(f"MLflow run {gone} is gone: nothing more is tracked") == 1
-        other._queue.close()
-    tracker.end()
-
-
-def test_metrics_come_from_any_thread(database: str) -> None:
-    tracker = local(database)
-    writers = [threading.Thread(target=tracker.metrics, args=(rows(0, 1500),)) for _ in range(3)]
-    for writer in writers:
-        writer.start()
-    for writer in writers:
-        writer.join()
-    tracker.end()
-    tracker.metrics(rows(1500, 1510))  # too late
-    assert sorted(steps(tracker, "train/lr")) == list(range(1500))
 
 
 def test_the_end_says_so_when_mlflow_does_not_answer() -> None:
@@ -511,53 +348,20 @@ def test_a_reason_is_short(text: str, core: str) -> None:
     assert reach.reason(Exception(text)) == core
 
 
-def test_inside_reachable_other_errors_stay_as_they_are(database: str) -> None:
-    local(database).end()
-    with pytest.raises(OSError, match="No space"), reach.reachable(database):
+def test_inside_reachable_other_errors_stay_as_they_are(address: str) -> None:
+    local(address).end()
+    with pytest.raises(OSError, match="No space"), reach.reachable(address):
         raise OSError("No space left on device")
-    with pytest.raises(reach.TrackingUnavailable, match="reset by peer"), reach.reachable(database):
+    with pytest.raises(reach.TrackingUnavailable, match="reset by peer"), reach.reachable(address):
         raise ConnectionResetError("reset by peer")
 
 
-def test_uploads_get_more_time(database: str) -> None:
-    local(database).end()
+def test_uploads_get_more_time(address: str) -> None:
+    local(address).end()
     name = "MLFLOW_HTTP_REQUEST_TIMEOUT"
-    with reach.reachable(database, upload=True):
+    with reach.reachable(address, upload=True):
         assert os.environ[name] == "120"
-        with reach.reachable(database, upload=True):
+        with reach.reachable(address, upload=True):
             pass
         assert os.environ[name] == "120"
     assert os.environ[name] == "8"
-
-
-def test_what_there_is_no_room_for_may_come_again(
-    database: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(write_queue, "_MOST_VALUES", 10)
-    tracker = local(database)
-    with locked(database):
-        tracker.metrics(rows(0, 20))
-        tracker.metrics(rows(20, 40))
-        assert tracker.pending == 10
-    assert tracker.flush(10)
-    for begin in range(0, 40, 5):
-        tracker.metrics(rows(0, begin + 5))
-        assert tracker.flush(10)
-    tracker.end()
-    assert sorted(steps(tracker, "train/loss")) == list(range(40))
-    assert caplog.text.count("newer ones are not kept until it answers") == 1
-
-
-def test_pairs_are_a_set() -> None:
-    dice, pairs, expected = random.Random(0), SeenPoints(), set()
-    for _ in range(3000):
-        pair = dice.choice("ab"), dice.randrange(-1100, 1100)
-        assert (pair in pairs) == (pair in expected)
-        assert pairs.add(*pair) == (pair not in expected)
-        expected.add(pair)
-    both, other = SeenPoints(), SeenPoints()
-    other.add("a", 1 << 50)
-    both.update(pairs)
-    both.update(other)
-    assert ("a", 1 << 50) in both
-    assert all(pair in both for pair in expected)

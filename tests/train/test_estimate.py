@@ -17,11 +17,11 @@ from olora_ray.tokens.collate import collate
 from olora_ray.train.estimate import estimate
 from olora_ray.train.loss import CHUNK_LOGITS
 from tests import tiny
-from tests.adapter import mixtures
+from tests.families import zoo
+from tests.families.variants import ALL, COMMON, EXPERTS
 from tests.pipelines import project
 
 LENGTH = 64
-PLACE = {"qwen3_moe": "mlp", "llama4": "feed_forward"}
 MIB = 2**20
 
 
@@ -79,26 +79,42 @@ def test_the_estimate_is_near_what_a_worker_takes(model: Path) -> None:
     assert large - small == pytest.approx(measured[64] - measured[8], rel=0.5)
 
 
-def test_gpus_that_are_not_here_are_taken_to_use_bfloat16(tmp_path: Path) -> None:
-    config = tiny.config(model__name=str(project.make_model(tmp_path / "tiny")))
-    base = obtain(config)
-    size = estimate(config, base, gpu=True)
-    assert size.base_bytes == 2 * size.parameters
+@pytest.mark.parametrize("here", [False, True])
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_no_gpu_is_asked_and_bfloat16_is_assumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, here: bool, dtype: str
+) -> None:
+    """What asks one of this machine starts CUDA in the driver, which takes memory from the workers."""
+
+    def started() -> None:
+        raise AssertionError("CUDA was started")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: here)
+    monkeypatch.setattr(torch.cuda, "_lazy_init", started)
+    config = tiny.config(model__name=str(project.make_model(tmp_path / "tiny")), model__dtype=dtype)
+    for gpu in (True, None) if here else (True,):
+        size = estimate(config, obtain(config), gpu)
+        assert size.base_bytes == 2 * size.parameters
 
 
-@pytest.mark.parametrize(("family", "chosen"), [("qwen3_moe", 2), ("llama4", mixtures.EXPERTS)])
-def test_experts_count_with_those_that_a_token_meets(tmp_path: Path, family: str, chosen: int) -> None:
-    mixtures.save(family, tmp_path)
+@pytest.mark.parametrize(
+    ("family", "stack", "n", "layers", "chosen"),
+    [("qwen3_moe", "model.layers.0.mlp", 24, 2, 2), ("llama4_text", "model.layers.1.feed_forward", 96, 1, 4)],
+)
+def test_experts_count_with_those_that_a_token_meets(
+    tmp_path: Path, family: str, stack: str, n: int, layers: int, chosen: int
+) -> None:
+    zoo.build(ALL[family], tmp_path)
     sizes = {}
     for targets in (("self_attn.q_proj",), ("self_attn.q_proj", "experts.down_proj")):
         config = override(settings(tmp_path, 4), {"adapter.targets": targets})
         sizes[targets] = estimate(config, obtain(config))
     few, all_of_them = sizes.values()
-    m, n = 32, 24 if family == "qwen3_moe" else 48
-    assert all_of_them.targets[f"model.layers.0.{PLACE[family]}.experts.down_proj"] == (4, m, n)
-    assert all_of_them.trainable - few.trainable == 2 * mixtures.EXPERTS * (m + n) * 4
+    experts, m = EXPERTS["num_experts"], COMMON["hidden_size"]
+    assert all_of_them.targets[f"{stack}.experts.down_proj"] == (experts, m, n)
+    assert all_of_them.trainable - few.trainable == layers * experts * (m + n) * 4
     # The output is kept in both.
-    assert all_of_them.activation_bytes - few.activation_bytes == 2 * LENGTH * chosen * (n + 2 * 4) * 4
+    assert all_of_them.activation_bytes - few.activation_bytes == layers * LENGTH * chosen * (n + 2 * 4) * 4
     assert few.coverage.share < all_of_them.coverage.share
 
 

@@ -1,15 +1,26 @@
-"""A held-out prompt is asked as a server asks it: in the form, and with the tokens, that were trained."""
+"""A held-out prompt is asked as a server asks it: in the form, and with the tokens, that were trained.
 
+Answers are greedy.
+"""
+
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from olora_ray.data.tokenize import spec_from_pretrained
+from olora_ray.model.load import load_model
 from olora_ray.tokens.prepare import prepare
-from olora_ray.train.generate import questions
+from olora_ray.train.generate import decoding, greedy, questions
+from tests import tiny
 from tests.data import small_tokenizers
+from tests.families import zoo
+from tests.families.variants import ALL
 from tests.tokens import helpers
+
+CPU = torch.device("cpu")
 
 ROWS = [
     {"prompt": "Sentiment: ", "completion": "positive"},
@@ -41,3 +52,45 @@ def test_questions_are_what_a_server_makes_of_the_prompt(kind: str, chat: bool, 
         wanted = [ids for ids in wanted if len(ids) > 1]
     assert sorted(question.prompt for question in asked) == sorted(map(tuple, wanted))
     assert all(tokenizer.decode(question.reference, skip_special_tokens=True) for question in asked)
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"repetition_penalty": 5.0},
+        {"num_beams": 4, "length_penalty": 2.0},
+        {"no_repeat_ngram_size": 1},
+        {"guidance_scale": 5.0},
+        {"suppress_tokens": list(range(0, tiny.VOCABULARY, 2))},
+        {"forced_eos_token_id": 1},
+    ],
+    ids=lambda own: next(iter(own)),
+)
+def test_answers_are_greedy_whatever_generation_config_says(own: dict[str, Any], tmp_path: Path) -> None:
+    zoo.build(ALL["llama"], tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps(own))
+    config = tiny.config(model__name=str(tmp_path), model__dtype="float32").model
+    model: Any = load_model(tmp_path, config, CPU)
+    prompts = [tuple(range(5, 14)), (7, 8, 9)]
+    with decoding(model):
+        found = greedy(model, prompts, 8, [], CPU)
+        assert found == [likeliest(model, prompt, 8) for prompt in prompts]
+    assert model.generation_config.to_dict().items() >= own.items(), "they are the model's again"
+    assert found[0] != its_own_way(model, prompts[0], 8), "what this is about"
+
+
+def likeliest(model: Any, prompt: tuple[int, ...], tokens: int) -> list[int]:
+    """Without a cache, padding or transformers' generate."""
+    ids = list(prompt)
+    for _ in range(tokens):
+        ids.append(int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+def its_own_way(model: Any, prompt: tuple[int, ...], tokens: int) -> list[int]:
+    """As transformers generates where nothing is said but that nothing be drawn."""
+    ids = torch.tensor([prompt])
+    model.set_attn_implementation("sdpa")
+    made = model.generate(input_ids=ids, max_new_tokens=tokens, do_sample=False, eos_token_id=None)
+    answer: list[int] = made[0, len(prompt) :].tolist()
+    return answer

@@ -1,6 +1,5 @@
 """The loss is plain cross-entropy over supervised tokens, and packing does not change it."""
 
-from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -15,42 +14,11 @@ from olora_ray.tokens.store import Pack
 from olora_ray.train import loss as loss_module
 from olora_ray.train.loss import SupervisedLoss
 from tests import tiny
+from tests.families import zoo
+from tests.families.variants import ALL
 
 ATTENTION = pytest.mark.parametrize("attention", ["segments", "sdpa", "eager"])
 PACKS = [tiny.pack(40, 30, 25, seed=1), tiny.pack(50, seed=2), tiny.pack(20, 21, seed=3)]
-
-
-def gemma() -> Any:
-    from transformers import Gemma2Config, Gemma2ForCausalLM
-
-    shape = Gemma2Config(**SMALL, head_dim=8, final_logit_softcapping=1.5, query_pre_attn_scalar=8)
-    return tiny.build_model(Gemma2ForCausalLM, shape, attention="eager")
-
-
-def granite() -> Any:
-    from transformers import GraniteConfig, GraniteForCausalLM
-
-    return tiny.build_model(GraniteForCausalLM, GraniteConfig(**SMALL, logits_scaling=3.0))
-
-
-def cohere() -> Any:
-    from transformers import CohereConfig, CohereForCausalLM
-
-    return tiny.build_model(CohereForCausalLM, CohereConfig(**SMALL, logit_scale=0.25))
-
-
-SMALL: dict[str, Any] = {
-    "vocab_size": tiny.VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.2,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 0,
-}
 
 
 def plain_loss(model: Any, packs: list[Pack]) -> Tensor:
@@ -73,12 +41,12 @@ def with_gradient(model: Any, value: Tensor) -> tuple[float, Tensor]:
 
 
 @pytest.mark.parametrize("chunk", [1, 2**24], ids=["many chunks", "one chunk"])
-@pytest.mark.parametrize("make", [tiny.llama, tiny.gpt2, gemma, granite, cohere])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "granite", "cohere"])
 def test_loss_and_gradient_are_those_of_the_full_logits(
-    make: Callable[[], Any], chunk: int, monkeypatch: pytest.MonkeyPatch
+    family: str, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loss_module, "CHUNK_LOGITS", chunk)
-    model = make().requires_grad_(True)
+    model = zoo.make(ALL[family]).requires_grad_(True)
     # A tied head would add its own gradient to the embedding's: the head is frozen in this project.
     head = model.get_output_embeddings()
     head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=True)

@@ -15,15 +15,16 @@ from olora_ray.train.loop import Trainer, evaluate
 from olora_ray.train.schedule import Schedule
 from olora_ray.train.state import TrainState
 from tests import tiny
-from tests.adapter import mixtures
 from tests.crew import Crew
+from tests.families import zoo
+from tests.families.variants import ALL
 
 STEPS = 4
 
 
 def trainer(family: str = "qwen3_moe", dropout: float = 0.0) -> Trainer:
     settings = tiny.config(train__steps=STEPS, train__lr=2e-2, adapter__dropout=dropout)
-    made = tiny.trainer(settings, model=mixtures.make(family))
+    made = tiny.trainer(settings, model=zoo.make(ALL[family]))
     assert isinstance(made, Trainer)
     return made
 
@@ -72,7 +73,7 @@ def _step(strategy: str) -> tuple[float, Tensor]:
     settings = tiny.config(
         train__micro_batch=1, train__clip=None, cluster__workers=2, cluster__strategy=strategy, train__steps=1
     )
-    made = tiny.trainer(settings, model=mixtures.make("qwen3_moe"), strategy=strategy)
+    made = tiny.trainer(settings, model=zoo.make(ALL["qwen3_moe"]), strategy=strategy)
     noise = torch.randn(made.flat.vector.shape, generator=torch.Generator().manual_seed(0))
     made.flat.vector.copy_(0.1 * noise)
     gradients: list[Tensor] = []

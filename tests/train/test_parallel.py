@@ -23,6 +23,8 @@ from olora_ray.train.schedule import Schedule
 from olora_ray.train.self_test import choose_attention
 from tests import tiny
 from tests.crew import Crew
+from tests.families import zoo
+from tests.families.variants import ALL
 
 EOS = 1
 QUESTIONS = [Question(tuple(range(5, 5 + length)), ()) for length in (4, 9, 2, 6, 3)]
@@ -197,19 +199,8 @@ def test_answers_are_greedy_whatever_their_batch_and_order(attention: str) -> No
 
 
 def test_a_family_without_sdpa_answers_too() -> None:
-    from transformers import Gemma2Config, Gemma2ForCausalLM
-
-    shape = Gemma2Config(
-        vocab_size=tiny.VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        initializer_range=0.2,
-    )
-    gemma = tiny.build_model(Gemma2ForCausalLM, shape, attention="eager")
+    gemma = zoo.make(ALL["gemma2"])
+    assert not gemma._supports_sdpa, "what this is about"
     trainer = tiny.trainer(tiny.config(), model=gemma)
     assert answer(trainer, QUESTIONS[:2], 3, [EOS]) == [one_by_one(trainer, asked, 3) for asked in QUESTIONS[:2]]
 

@@ -1,4 +1,4 @@
-"""Who may read and write what is stored."""
+"""Files of this machine: who may read and write them, and that they are there as a whole or not at all."""
 
 import os
 import subprocess
@@ -7,18 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from olora_ray.common import storage
+from olora_ray.common import local_files, storage
 
 MODES = """
 import os, sys
 from pathlib import Path
 os.umask(int(sys.argv[1], 8))
-from olora_ray.common import storage
+from olora_ray.common import local_files, storage
 from safetensors.torch import save_file
 import torch
 folder = Path(sys.argv[2])
 save_file({"a": torch.zeros(1)}, folder / "weights.safetensors")
-storage.open_up(folder / "weights.safetensors")
+local_files.open_up(folder / "weights.safetensors")
 storage.write_text(str(folder / "deep" / "text.json"), "{}")
 print(*(oct((folder / name).stat().st_mode & 0o777) for name in ("weights.safetensors", "deep/text.json", "deep")))
 """
@@ -37,10 +37,10 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_folder_among_those_of_others_is_private(temporary: Path) -> None:
-    folder = storage.private_folder("ours")
+    folder = local_files.private_folder("ours")
     assert folder.parent == temporary
     assert folder.stat().st_mode & 0o777 == 0o700
-    assert storage.private_folder("ours") == folder
+    assert local_files.private_folder("ours") == folder
 
 
 def test_a_folder_that_somebody_else_has_put_there_is_refused(temporary: Path) -> None:
@@ -48,16 +48,16 @@ def test_a_folder_that_somebody_else_has_put_there_is_refused(temporary: Path) -
     (temporary / "elsewhere").mkdir()
     place.symlink_to(temporary / "elsewhere")
     with pytest.raises(PermissionError, match="not this user's own folder"):
-        storage.private_folder("ours")
+        local_files.private_folder("ours")
     place.unlink()
     place.mkdir()
     place.chmod(0o777)
     with pytest.raises(PermissionError, match="not this user's own folder"):
-        storage.private_folder("ours")
+        local_files.private_folder("ours")
 
 
 def _cut_off(target: Path) -> None:
-    with storage.staged(target) as partial:
+    with local_files.staged(target) as partial:
         (partial / "half").mkdir(parents=True)
         raise KeyboardInterrupt
 
@@ -67,7 +67,7 @@ def test_what_is_staged_is_there_as_a_whole_or_not_at_all(tmp_path: Path) -> Non
     with pytest.raises(KeyboardInterrupt):
         _cut_off(target)
     assert list(target.parent.iterdir()) == []
-    with storage.staged(target) as partial:
+    with local_files.staged(target) as partial:
         partial.mkdir()
         (partial / "whole").write_text("x")
         assert not target.exists()
@@ -76,10 +76,10 @@ def test_what_is_staged_is_there_as_a_whole_or_not_at_all(tmp_path: Path) -> Non
 
 def test_of_two_that_stage_the_same_the_faster_stays(tmp_path: Path) -> None:
     target = tmp_path / "model"
-    with storage.staged(target) as slower:
+    with local_files.staged(target) as slower:
         slower.mkdir()
         (slower / "slower").touch()
-        with storage.staged(target) as faster:
+        with local_files.staged(target) as faster:
             faster.mkdir()
             (faster / "faster").touch()
     assert [file.name for file in target.iterdir()] == ["faster"]
@@ -87,7 +87,7 @@ def test_of_two_that_stage_the_same_the_faster_stays(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_put_in_place_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError), storage.staged(tmp_path / "model"):
+    with pytest.raises(FileNotFoundError), local_files.staged(tmp_path / "model"):
         pass
 
 
@@ -96,6 +96,6 @@ def test_files_and_folders_are_flushed_to_disk(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(os, "fsync", lambda descriptor: flushed.append(os.readlink(f"/proc/self/fd/{descriptor}")))
     storage.write_text(str(tmp_path / "file"), "x")
     del flushed[:]
-    storage.flush_to_disk(tmp_path / "file")
-    storage.flush_to_disk(tmp_path)
+    local_files.flush_to_disk(tmp_path / "file")
+    local_files.flush_to_disk(tmp_path)
     assert flushed == [str(tmp_path / "file"), str(tmp_path)]
