@@ -111,6 +111,7 @@ def _note(config: Config, inputs: Inputs, version: Version) -> str:
         config.evaluation.model_dump_json(),
         config.model.dtype,
         config.model.attention,
+        "greedy",  # older releases let a model's generation_config change the answers
     ]
     key = digest_json(parts, length=32)
     return storage.join(config.run.storage, "retraining", "rows", f"{key}.json")
