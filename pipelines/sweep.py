@@ -24,18 +24,18 @@ def main(argv: list[str]) -> None:
     from olora_ray.sweep.load_space import load
 
     space = load(file, config)
-    from olora_ray.pipeline import report, run
+    from olora_ray.pipeline import run
     from olora_ray.pipeline.base import open_base
     from olora_ray.pipeline.connection import connect
     from olora_ray.pipeline.driver import only_driver
-    from olora_ray.sweep import outcome, settings
+    from olora_ray.sweep import outcome, plan, settings
     from olora_ray.sweep import run as sweep
 
     search = settings.search_config(config, space, file, registers="--register" in flags)
     settings.check(search, space)
     with only_driver(search) as driver:
         base = open_base(search)
-        report.plan(search, base.model)
+        plan.plan(search, space, base.model)
 
         with connect(search, base.model) as stop, driver.watch(stop):
             spec, seconds = sweep.train_spec(search, base)

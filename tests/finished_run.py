@@ -2,11 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from olora_ray.adapter.peft_folder import write_adapter
+from olora_ray.adapter.peft_folder import new_adapter
 from olora_ray.cluster.spec import AnswerPair, TrainResult, TrainSpec
 from olora_ray.config.load import build
 from olora_ray.config.schema import Config
@@ -70,9 +69,8 @@ def make(folder: Path, **changes: Any) -> FinishedRun:
 
 def _export(run: FinishedRun, state: TrainState) -> None:
     case, base = run.case, run.spec.base
-    complete = partial(_complete, run.config, base, state)
-    folder = Path(run.folder.adapter)
-    write_adapter(case.adapter, case.settings, base.folder, folder, case.model, complete=complete)
+    with new_adapter(case.adapter, case.settings, base.folder, Path(run.folder.adapter), case.model) as (folder, rank):
+        _complete(run.config, base, state, folder, rank)
     if run.config.export.merged:
         case.write_merged(Path(run.folder.merged))
     run.folder.claim()

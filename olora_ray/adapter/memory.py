@@ -5,7 +5,18 @@ from pathlib import Path
 
 import torch
 
+SHARE = 0.4
+"""Share of the free memory that a model may take which is loaded to measure something."""
 _PROC, _GROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+
+
+def too_large(parameters: int, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why a model of so many parameters is not to be loaded on the device, or None."""
+    need = parameters * dtype.itemsize
+    if need <= SHARE * free(device):
+        return None
+    kind = str(dtype).removeprefix("torch.")
+    return f"in {kind} the model has {need / 2**30:.1f} GiB, too large for the memory of one {device.type}"
 
 
 def free(device: torch.device) -> int:

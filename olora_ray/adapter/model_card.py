@@ -49,7 +49,11 @@ class Card:
     max_length: int
     steps: int
     eval_loss: float | None
-    """Per supervised token of the held-out rows."""
+    """Per supervised token of the held-out rows, of the adapter as trained."""
+    checked: str = ""
+    """What the checks of the export have found."""
+    compressed: str = ""
+    """What was lost, where the matrices have a smaller rank than those that were trained."""
 
 
 def model_card(card: Card) -> str:
@@ -67,6 +71,8 @@ def model_card(card: Card) -> str:
         f"Training data: {', '.join(map(_source, card.sources))}",
         f"Training: {card.steps} steps, sequences of at most {card.max_length} tokens",
         *([f"Held-out loss: {card.eval_loss:.4f} per supervised token"] if card.eval_loss is not None else []),
+        *([f"Compressed to rank {card.rank}: {card.compressed}"] if card.compressed else []),
+        *([f"Checked when it was exported: {card.checked}"] if card.checked else []),
     ]
     return CARD.format(
         metadata=f"base_model: {base}" if hub else "# base_model: the hub id of the base, if it has one",

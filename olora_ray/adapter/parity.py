@@ -66,6 +66,29 @@ class Parity:
         # Logits of a folder that is known to be wrong say nothing more.
         return found or ([] if isinstance(self.logits, str) else self.logits.problems())
 
+    def in_words(self) -> str:
+        """What was found, for a reader of the adapter: bounds that are kept, since figures differ by machine."""
+        if not self.ok:
+            return "NOT right, see parity.json; do not use it"
+        found = [f"PEFT computes each layer's change within {BOUND:g} of its size"]
+        if self.merged is not None:
+            found.append(
+                f"each merged weight is base + change within one rounding to {self.merged.weights.stored}, and all"
+                " others are the base's"
+            )
+        return "; ".join([*found, _logits_in_words(self.logits)])
+
     def to_json(self) -> dict[str, Any]:
         """The content of parity.json."""
         return {**asdict(self), "ok": self.ok}
+
+
+def _logits_in_words(logits: Logits | str) -> str:
+    if isinstance(logits, str):
+        return "logits were not compared"
+    models = [
+        name for name, item in (("the merged model", logits.merged), ("the adapter in PEFT", logits.peft)) if item
+    ]
+    if not models:
+        return "logits were not compared"
+    return f"the logits of {' and of '.join(models)} are those of the training but for rounding"

@@ -13,7 +13,8 @@ such a name is written as the parameter that it has, which PEFT leaves as it is.
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,17 +50,39 @@ def write_adapter(
     base_name: str,
     out: Path,
     model: nn.Module,
-    *,
-    revision: str | None = None,
-    complete: Callable[[Path, int], None] | None = None,
 ) -> None:
-    """Write a plain-LoRA folder for the untouched base; replaces `out` when complete.
+    """Write a plain-LoRA folder for the untouched base; replaces `out` when complete. Arguments as of `new_adapter`."""
+    with new_adapter(adapter, config_adapter, base_name, out, model):
+        pass
 
+
+@contextmanager
+def new_adapter(
+    adapter: Mapping[str, AdapterWeights],
+    config_adapter: Adapter,
+    base_name: str,
+    out: Path,
+    model: nn.Module,
+    revision: str | None = None,
+) -> Iterator[tuple[Path, int]]:
+    """A plain-LoRA folder for the untouched base that takes the place of `out` when the block ends well.
+
+    Yields the folder, which PEFT can read and to which the block may add files, and the rank of its matrices.
     `adapter` maps full names of layers to float32 weights; `model` is the base, whose weights are not looked at (a
-    skeleton will do); `base_name` is what readers see as the base model, and `revision` which of its commits.
-    `complete` adds further files: it gets the folder and the rank of the matrices. vLLM must be started with
-    `max_lora_rank` of at least the folder's `r` (2r of the run for OLoRA).
+    skeleton will do); `base_name` is what readers see as the base model, and `revision` which of its commits. vLLM
+    must be started with `max_lora_rank` of at least the folder's `r` (2r of the run for OLoRA).
     """
+    tensors, rank, names = _tensors(adapter, model)
+    fields = _peft_fields(config_adapter, rank, names, base_name, bool(transposed_layers(model, names.modules)))
+    with replacing(out) as folder:
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        fields["revision"] = revision
+        (folder / CONFIG).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+        yield folder, rank
+
+
+def _tensors(adapter: Mapping[str, AdapterWeights], model: nn.Module) -> tuple[dict[str, Tensor], int, Names]:
+    """The matrices by their names in the file, their rank, and how PEFT is told of their layers."""
     names = names_of(model, adapter)
     tensors: dict[str, Tensor] = {}
     ranks = set()
@@ -74,14 +97,7 @@ def write_adapter(
         tensors[f"{key}.lora_A.weight"] = lora_a.float().cpu().contiguous()
         tensors[f"{key}.lora_B.weight"] = lora_b.float().cpu().contiguous()
     assert len(ranks) == 1, f"one rank for all layers, not {sorted(ranks)}"
-    rank = ranks.pop()
-    fields = _peft_fields(config_adapter, rank, names, base_name, bool(transposed_layers(model, names.modules)))
-    with replacing(out) as folder:
-        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-        fields["revision"] = revision
-        (folder / CONFIG).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
-        if complete is not None:
-            complete(folder, rank)
+    return tensors, ranks.pop(), names
 
 
 def read_adapter(folder: Path, model: nn.Module) -> tuple[dict[str, AdapterWeights], float]:

@@ -3,7 +3,6 @@
 import logging
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,11 @@ import torch
 
 from olora_ray.adapter import memory, merge, model_card, portable
 from olora_ray.adapter.compress import compress
-from olora_ray.adapter.factors import AdapterWeights
 from olora_ray.adapter.logits import Folders, Logits, measure_logits
 from olora_ray.adapter.new_folder import replacing
 from olora_ray.adapter.parity import MergedFolder, Parity
 from olora_ray.adapter.peft_check import check_adapter
-from olora_ray.adapter.peft_folder import write_adapter
+from olora_ray.adapter.peft_folder import new_adapter
 from olora_ray.cluster.device import assigned_device
 from olora_ray.cluster.resources import worker_resources
 from olora_ray.cluster.spec import TrainResult, TrainSpec
@@ -31,6 +29,7 @@ from olora_ray.model.folder import parameters
 from olora_ray.model.load import load_tokenizer
 from olora_ray.model.source import BaseModel, on_this_node
 from olora_ray.pipeline import export_shares
+from olora_ray.pipeline.compressed import Compressed, measure
 from olora_ray.pipeline.connection import user_errors
 from olora_ray.pipeline.export_shares import Spread, Work
 from olora_ray.pipeline.run_folder import RunFolder
@@ -43,8 +42,6 @@ logger = logging.getLogger(__name__)
 
 PARITY_TOKENS = 256
 """Held-out tokens on which the logits of the exports are compared."""
-LOGITS_MEMORY = 0.4
-"""Share of the free memory that a model in float32 may take for that."""
 
 
 def run_export(spec: TrainSpec, folder: RunFolder, result: TrainResult) -> dict[str, Any]:
@@ -93,41 +90,41 @@ def export_run(
     """
     config, checkpoint = spec.config, storage.join(folder.checkpoints, checkpoints.name_of(step))
     work = export_shares.prepare(spec, checkpoint)
-    limit = config.export.rank
-    written, lost = compress(work.adapter, limit) if limit else (work.adapter, 0.0)
     with ExitStack() as stack:
         plain = stack.enter_context(copies.local_folder(folder.adapter))
         merged = stack.enter_context(copies.local_folder(folder.merged)) if config.export.merged else None
         if merged is None:
             storage.remove(folder.merged)  # of an earlier attempt, with other settings
-        _write_adapter(spec, work, written, checkpoint, plain)
-        parity = Parity(
-            merged=None if merged is None else _write_merged(spec, work, checkpoint, merged, folder.merged, spread),
-            peft=check_adapter(plain, work.model, written, config.adapter.scale()),
-            logits=_logits(spec, work, merged, plain, compressed=lost > 0),
-        )
+        found = None if merged is None else _write_merged(spec, work, checkpoint, merged, folder.merged, spread)
+        parity, compressed = _write_adapter(spec, work, checkpoint, plain, merged, found)
     measured = {"step": step, **parity.to_json()}
-    if limit:
-        measured["compressed"] = {"rank": limit, "lost": lost}
-        logger.info(f"adapter of rank {limit}: {lost:.2%} of the change of the weights is lost")
+    if compressed is not None:
+        measured["compressed"] = compressed.to_json()
+        logger.info(f"adapter of rank {compressed.rank}: {compressed.in_words()}")
     folder.write_parity(measured)
     if not parity.ok:
         raise UserError(f"export: {'; '.join(parity.problems())}; nothing is registered, see {folder.parity}")
     return measured
 
 
-def _write_adapter(spec: TrainSpec, work: Work, adapter: dict[str, AdapterWeights], checkpoint: str, out: Path) -> None:
-    config, base = spec.config, on_this_node(spec.base, spec.config)
-    state, name = checkpoints.read(checkpoint).state, _public_name(base)
-    write_adapter(
-        adapter,
-        config.adapter,
-        name,
-        out,
-        work.model,
-        revision=config.model.revision if name == base.name else None,
-        complete=partial(_complete, config, base, state),
-    )
+def _write_adapter(
+    spec: TrainSpec, work: Work, checkpoint: str, out: Path, merged: Path | None, found: MergedFolder | None
+) -> tuple[Parity, Compressed | None]:
+    """Write the adapter folder, and check it before its card is written, which tells what was found.
+
+    `found` is of the merged folder, at `merged`.
+    """
+    config, base, limit = spec.config, on_this_node(spec.base, spec.config), spec.config.export.rank
+    written, lost = compress(work.adapter, limit) if limit else (work.adapter, 0.0)
+    name, state = _public_name(base), checkpoints.read(checkpoint).state
+    revision = config.model.revision if name == base.name else None
+    with new_adapter(written, config.adapter, name, out, work.model, revision) as (folder, rank):
+        peft = check_adapter(folder, work.model, written, config.adapter.scale())
+        parity = Parity(found, peft, _logits(spec, work, merged, folder, compressed=lost > 0))
+        loss = measure(spec, work, written, assigned_device()) if lost else None
+        compressed = Compressed(limit, lost, loss) if limit else None
+        _complete(config, base, state, folder, rank, parity.in_words(), compressed)
+    return parity, compressed
 
 
 def _write_merged(
@@ -144,11 +141,11 @@ def _write_merged(
 
 def _logits(spec: TrainSpec, work: Work, merged: Path | None, plain: Path, compressed: bool) -> Logits | str:
     """Logits of all models on held-out tokens, or why they are not measured."""
-    device, need = assigned_device(), 4 * parameters(str(work.base))
+    device = assigned_device()
     if compressed:
         return "the adapter is compressed, which changes logits"
-    if need > LOGITS_MEMORY * memory.free(device):
-        return f"in float32 the model has {need / 2**30:.1f} GiB, too large for the memory of one {device.type}"
+    if why := memory.too_large(parameters(str(work.base)), torch.float32, device):
+        return why
     folders = Folders(work.base, merged, plain, spec.config.model.trust_remote_code)
     found = measure_logits(
         folders,
@@ -170,7 +167,15 @@ def _public_name(base: BaseModel) -> str:
     return base.folder if elsewhere else base.name
 
 
-def _complete(config: Config, base: BaseModel, state: TrainState, adapter: Path, rank: int) -> None:
+def _complete(
+    config: Config,
+    base: BaseModel,
+    state: TrainState,
+    adapter: Path,
+    rank: int,
+    checked: str = "",
+    compressed: Compressed | None = None,
+) -> None:
     """Give an adapter's folder its tokenizer and its model card."""
     portable.copy_tokenizer(Path(base.folder), adapter)
     give_template(config, base, adapter)
@@ -183,6 +188,8 @@ def _complete(config: Config, base: BaseModel, state: TrainState, adapter: Path,
         max_length=config.data.max_length,
         steps=state.step if state.best_step is None else state.best_step,
         eval_loss=state.best_loss,
+        checked=checked,
+        compressed=compressed.in_words(reasons=False) if compressed and compressed.lost else "",
     )
     (adapter / "README.md").write_text(model_card.model_card(card), encoding="utf-8")
 

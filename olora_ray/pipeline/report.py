@@ -32,21 +32,36 @@ FULL_COVERAGE = 0.9
 
 def plan(config: Config, base: source.BaseModel) -> MemoryEstimate:
     """Say and return the size of the run; raises UserError for targets, rank or scorer that cannot be."""
-    if config.evaluation.scorer:
-        scoring.resolve(config.evaluation.scorer)
-        if not config.data.holds_out():
-            logger.warning(
-                "evaluation.scorer: no answer will be scored, because no rows are held out; set data.eval or"
-                " data.eval_fraction"
-            )
+    check_scorer(config)
+    size = deliverable(config, base)
+    say(config, size)
+    return size
+
+
+def check_scorer(config: Config) -> None:
+    """Raise UserError for a scorer that there is not; warn of one that will have nothing to do."""
+    if not config.evaluation.scorer:
+        return
+    scoring.resolve(config.evaluation.scorer)
+    if not config.data.holds_out():
+        logger.warning(
+            "evaluation.scorer: no answer will be scored, because no rows are held out; set data.eval or"
+            " data.eval_fraction"
+        )
+
+
+def deliverable(config: Config, base: source.BaseModel) -> MemoryEstimate:
+    """The size of a training; raises UserError for what cannot be trained, or be exported afterwards."""
     size = estimate(config, base)
     if found := trial.problems(base, config, size.targets):
         raise UserError("; ".join(found))
-    logger.info(_model_line(config, size))
-    for line in _left_out(size.selection):
-        logger.info(line)
-    logger.info(_memory_line(config, size))
     return size
+
+
+def say(config: Config, size: MemoryEstimate, where: str = "") -> None:
+    """The lines of a plan: what is adapted, what is left out, memory. `where` comes before each."""
+    for line in (_model_line(config, size), *_left_out(size.selection), _memory_line(config, size)):
+        logger.info(f"{where}{line}")
 
 
 def steps(spec: TrainSpec) -> None:

@@ -60,7 +60,7 @@ def check(space: Space, config: Config, where: str = "space") -> None:
     known = flatten(base)
     for field, changes in _probes(space):
         _override(base, changes, f"{where}: search.{field}")
-        if not any(_overlap(field, name) for name in known):  # e.g. data.train.00.weight
+        if not any(overlap(field, name) for name in known):  # e.g. data.train.00.weight
             raise UserError(f"{where}: search.{field}: unknown field; --help lists the fields")
     if space.searcher != "tpe":
         for number in range(min(space.count(), MOST_CHECKED)):
@@ -68,7 +68,7 @@ def check(space: Space, config: Config, where: str = "space") -> None:
     _check_metric(space, base, where)
 
 
-def _overlap(one: str, other: str) -> bool:
+def overlap(one: str, other: str) -> bool:
     """Whether one field is the other, or a part of it."""
     return one == other or one.startswith(f"{other}.") or other.startswith(f"{one}.")
 

@@ -170,6 +170,7 @@ def test_a_compressed_adapter_says_what_is_lost(run: Run) -> None:
     assert measured["ok"] is True
     assert measured["compressed"]["rank"] == 2
     assert 0.1 < measured["compressed"]["lost"] < 1
+    assert measured["compressed"]["loss"] == "no rows are held out"
     config = json.loads((Path(run.folder.adapter) / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"]) == (2, 4)
     same = export.export_run(changed(run, rank=8), run.folder, STEP)

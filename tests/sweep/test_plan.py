@@ -1,0 +1,124 @@
+"""The plan of a search: what a trial could train and not export is one line before anything is prepared."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from olora_ray.common.errors import UserError
+from olora_ray.model.source import BaseModel
+from olora_ray.pipeline import connection
+from olora_ray.sweep.plan import plan
+from olora_ray.sweep.space import Space
+from pipelines import sweep
+from tests import mlflow_database, tiny
+from tests.pipelines import project
+from tests.said import said
+
+PACKED = ("q_proj", "v_proj")
+"""Layers whose weights are stored as what no change can be added to."""
+
+
+def spoil(folder: Path) -> Path:
+    """Store the weights of PACKED in 8 bits."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    packed = {name: value.to(torch.float8_e4m3fn) for name, value in tensors.items() if name.split(".")[-2] in PACKED}
+    save_file(tensors | packed, file)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of which some layers can be exported, and PACKED cannot."""
+    folder = tmp_path_factory.mktemp("model")
+    tiny.llama().save_pretrained(folder)
+    return spoil(folder)
+
+
+def planned(model: Path, space: dict[str, Any], **changes: Any) -> list[str]:
+    """What is said of a search over the model, or the error."""
+    config = tiny.config(model__name=str(model), model__dtype="float32", **changes)
+    with said() as lines:
+        plan(config, Space.model_validate(space), BaseModel(str(model), str(model), ""))
+    return lines
+
+
+def over(*targets: Any, **more: Any) -> dict[str, Any]:
+    """A space over adapter.targets."""
+    return {"search": {"adapter.targets": {"choice": list(targets)}}, **more}
+
+
+def test_a_setting_that_only_some_trials_have_is_refused(model: Path) -> None:
+    space = over(["up_proj"], ["q_proj", "up_proj"], ["v_proj"])
+    with pytest.raises(UserError) as found:
+        planned(model, space, adapter__targets=["down_proj"])
+    text = str(found.value)
+    assert "\n" not in text
+    first, second = text.split("; search.")
+    assert first.startswith("search.adapter.targets=['q_proj', 'up_proj']: adapter.targets: model.layers.0.self_attn.q")
+    assert second.startswith("adapter.targets=['v_proj']: adapter.targets: model.layers.0.self_attn.v_proj cannot")
+    assert second.endswith("or set export.merged: false")
+
+
+def test_the_config_counts_where_it_is_a_trial(model: Path) -> None:
+    lr = {"search": {"train.lr": {"choice": [1e-3, 1e-4]}}}
+    for space in (over(["up_proj"]), lr, lr | {"include_default": False}):
+        with pytest.raises(UserError, match=r"^adapter\.targets: model\.layers\.0\.self_attn\.q_proj cannot be merged"):
+            planned(model, space)
+    assert planned(model, over(["up_proj"], include_default=False))
+    assert planned(model, lr, export__merged=False)
+
+
+def test_whether_it_is_merged_may_be_searched(model: Path) -> None:
+    space = {"search": {"export.merged": {"choice": [False, True]}}, "include_default": False}
+    with pytest.raises(UserError, match=r"^search\.export\.merged=True: adapter\.targets: .*q_proj cannot be merged"):
+        planned(model, space)
+
+
+def test_a_rank_or_a_layer_that_is_not_there_is_refused_with_the_rest(model: Path) -> None:
+    space = over(["up_proj"], ["o_prj"], ["v_proj"])
+    space["search"]["adapter.rank"] = {"choice": [4, 200]}
+    with pytest.raises(UserError) as found:
+        planned(model, space, adapter__targets=["down_proj"])
+    for part in ("adapter.rank=200 is too large", "'o_prj'", "search.adapter.targets=['o_prj']: "):
+        assert part in str(found.value), part
+
+
+def test_each_setting_is_planned_at_the_largest_rank(model: Path) -> None:
+    space = over(["up_proj"], ["gate_proj", "up_proj"])
+    space["search"]["adapter.rank"] = {"choice": [2, 16]}
+    lines = planned(model, space, adapter__targets=["down_proj"])
+    sizes = [line for line in lines if "model: " in line]
+    assert [line.partition("model: ")[0] for line in sizes] == [
+        "",
+        "search.adapter.targets=['up_proj']: ",
+        "search.adapter.targets=['gate_proj', 'up_proj']: ",
+    ]
+    assert ["rank 16 on 2 layers" in line for line in sizes] == [True, True, False]
+    assert "rank 16 on 4 layers" in sizes[2]
+    assert sum("memory per worker" in line for line in lines) == 3
+
+
+def test_a_scorer_that_there_is_not_is_refused(model: Path) -> None:
+    with pytest.raises(UserError, match="no scorer is called 'nonsense'"):
+        planned(model, over(["up_proj"]), evaluation__scorer="nonsense", adapter__targets=["up_proj"])
+
+
+def test_the_command_refuses_before_it_starts_a_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def connected(*_: object) -> None:
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr(connection, "connect", connected)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    project.make_tiny(tmp_path)
+    mlflow_database.place(tmp_path / "runs")
+    spoil(tmp_path / "model")
+    tree = project.settings(tmp_path, tmp_path / "model", adapter__targets=["up_proj"], evaluation={})
+    (tmp_path / "space.yaml").write_text(yaml.safe_dump(over(["up_proj"], ["q_proj"])))
+    with pytest.raises(UserError, match=r"^search\.adapter\.targets=\['q_proj'\]: .*q_proj cannot be merged"):
+        sweep.main([str(project.write_config(tmp_path, tree)), str(tmp_path / "space.yaml")])
+    assert not (tmp_path / "runs" / "tokens").exists()
