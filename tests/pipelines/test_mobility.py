@@ -69,7 +69,9 @@ def test_the_same_bytes_again(records: Path, tmp_path: Path) -> None:
     )
 
 
-def test_bad_records_end_before_anything_is_written(records: Path, tmp_path: Path) -> None:
+def test_bad_records_end_before_anything_is_written(
+    records: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     lines = (records / "check_ins.csv").read_text().splitlines()
     lines[5] = lines[5].rsplit(",", 2)[0] + ",25:00,1"
     (records / "check_ins.csv").write_text("\n".join(lines))
@@ -79,6 +81,9 @@ def test_bad_records_end_before_anything_is_written(records: Path, tmp_path: Pat
         prepare.main(command)
     assert not out.exists()
     prepare.main([*command, "--repair", "broken"])
+    said = capsys.readouterr().out
+    assert "1 record broken: left out" in said
+    assert "no targets: 48 stays with fewer than 6 before them" in said  # one more than the context, of 8 people
     assert (out / "train.jsonl").exists()
 
 
