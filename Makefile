@@ -2,7 +2,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart sweep-demo lifecycle-demo test test-slow quick check setup docs models lock bench clean
+.PHONY: quickstart sweep-demo lifecycle-demo mobility-demo test test-slow quick check setup docs models lock bench clean
 
 quickstart: $(VENV)/.quickstart ## fine-tune SmolLM2-135M on this machine, from nothing
 	$(BIN)/python pipelines/finetune.py
@@ -12,6 +12,19 @@ sweep-demo: $(VENV)/.quickstart ## search rank, alpha and learning rate, and reg
 
 lifecycle-demo: $(VENV)/.dev ## five nights: train, nothing changed, new data, poisoned data, rollback; real parts only
 	$(BIN)/python -m tests.demos.lifecycle --picture docs/registry.png
+
+# Two weeks of 300 people. The run is finished at the second call, and only the table is made again.
+mobility-demo: $(VENV)/.quickstart ## next places of generated people: train, test, and compare with simple baselines
+	$(BIN)/python pipelines/mobility/generate.py --out runs/mobility-demo-records --people 300 --days 14 \
+	    --busy 0.22 --explore 0.2 --variety 0.5
+	$(BIN)/python pipelines/mobility/prepare.py runs/mobility-demo-records/check_ins.csv --format checkins \
+	    --form hours --history 20 --context 4 --rows train=1500,eval=60,test=500 \
+	    --config pipelines/configs/mobility-demo.yaml --out runs/mobility-demo-data
+	$(BIN)/python pipelines/finetune.py pipelines/configs/mobility-demo.yaml
+	$(BIN)/python pipelines/evaluate.py runs/mobility-demo --config pipelines/configs/mobility-demo.yaml \
+	    data.eval=runs/mobility-demo-data/test.jsonl evaluation.rows=500 --out runs/mobility-demo-data
+	$(BIN)/python pipelines/mobility/report.py runs/mobility-demo-data runs/mobility-demo-data/answers.jsonl \
+	    --law runs/mobility-demo-records/law.csv
 
 test: check ## all checks and tests that fit in 20 minutes; one Ray at a time
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not ray"

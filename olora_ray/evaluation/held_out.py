@@ -1,7 +1,8 @@
 """Held-out loss and answers of one model, row by row, spread over the cluster."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,28 @@ TRIED = 8
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What a model wrote to a held-out prompt."""
+
+    row: int
+    """Number of the example in the store."""
+    origin: str
+    """FILE:LINE of the row."""
+    text: str
+    reference: str
+    scores: Mapping[str, float]
+
+
 def measure(base: Base, adapter: str | None, store: TokenStore, config: AnyConfig) -> RowResults:
-    """Loss of each held-out example in `store`, and scores of the first evaluation.rows of them.
+    """The numbers of `measure_and_answer` alone."""
+    return measure_and_answer(base, adapter, store, config)[0]
+
+
+def measure_and_answer(
+    base: Base, adapter: str | None, store: TokenStore, config: AnyConfig
+) -> tuple[RowResults, tuple[Answer, ...]]:
+    """Loss of each held-out example in `store`, and scored answers to the first evaluation.rows of them.
 
     `base` may be a merged model; `adapter` is an exported plain-LoRA folder for it, or None; both lie where
     every node sees them. Uses the config's model, cluster and evaluation sections and train.micro_batch.
@@ -56,13 +77,18 @@ def measure(base: Base, adapter: str | None, store: TokenStore, config: AnyConfi
     logger.info(f"held-out rows: {sum(len(pack.segments) for pack in packs)}, of which {len(asked)} are answered")
     done = pool.map_over_actors(partial(Measurer, base.model, adapter, config, base.eos, packs[:TRIED]), works, config)
     answers = dict(pair for group, found in zip(groups, done, strict=False) for pair in zip(group, found, strict=True))
-    return RowResults(
+    judged = _judged(config, store, asked, [answers[i] for i in range(len(asked))], base.tokenizer)
+    results = RowResults(
         data=store.digest,
         tokens=tuple(size for pack in packs for size in _supervised(pack)),
         losses=tuple(loss for found in done[len(groups) :] for loss in found),
-        scores=_scores(config, asked, [answers[i] for i in range(len(asked))], base.tokenizer),
+        scores={
+            name: {item.row: item.scores[name] for item in judged if name in item.scores}
+            for name in scoring.means([item.scores for item in judged])
+        },
         origins=origins(store),
     )
+    return results, judged
 
 
 Works = tuple[Pack, ...] | tuple[Question, ...]
@@ -140,18 +166,18 @@ def _supervised(pack: Pack) -> list[int]:
     return counts
 
 
-def _scores(
-    config: AnyConfig, asked: Sequence[Question], answers: Sequence[Sequence[int]], tokenizer: Any
-) -> dict[str, dict[int, float]]:
-    """Name of a score -> number of a row -> its score."""
+def _judged(
+    config: AnyConfig, store: TokenStore, asked: Sequence[Question], answers: Sequence[Sequence[int]], tokenizer: Any
+) -> tuple[Answer, ...]:
+    """The answers as text, with their scores."""
     if not asked or config.evaluation.scorer is None:
-        return {}
+        return ()
     judge = scoring.Judge(config.evaluation.scorer)
-    text = partial(as_text, tokenizer)
-    found = [judge(text(answer), text(item.reference)) for item, answer in zip(asked, answers, strict=True)]
-    for line in scoring.partial_scores(found):
+    places = [name for index in range(len(store)) for name in store.origins(index)]
+    found = []
+    for item, ids in zip(asked, answers, strict=True):
+        text, reference = as_text(tokenizer, ids), as_text(tokenizer, item.reference)
+        found.append(Answer(item.row, places[item.row], text, reference, judge(text, reference)))
+    for line in scoring.partial_scores([item.scores for item in found]):
         logger.info(line)
-    return {
-        name: {item.row: row[name] for item, row in zip(asked, found, strict=True) if name in row}
-        for name in scoring.means(found)
-    }
+    return tuple(found)

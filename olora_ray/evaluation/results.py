@@ -15,7 +15,7 @@ from olora_ray.evaluation import rows
 from olora_ray.evaluation.bootstrap import Interval, difference
 from olora_ray.evaluation.command_line import Request
 from olora_ray.evaluation.groups import group_numbers
-from olora_ray.evaluation.held_out import measure
+from olora_ray.evaluation.held_out import Answer, measure_and_answer
 from olora_ray.evaluation.lm_eval_tasks import TaskResult, Tasks
 from olora_ray.evaluation.rows import RowResults
 from olora_ray.evaluation.targets import Target
@@ -35,6 +35,8 @@ class Evaluation:
     tasks: Mapping[str, TaskResult]
     groups: Sequence[int] | None = None
     """Number of the group of each held-out row, by gate.group; None: each row of a file is one."""
+    answers: Sequence[Answer] = ()
+    """To the held-out prompts, where there is a scorer."""
 
     def metrics(self) -> dict[str, float]:
         """eval/loss, eval/perplexity, eval/SCORE, TASK/acc, TASK/acc_norm, ... -> value."""
@@ -79,13 +81,14 @@ def evaluate(target: Target, sets: Tasks, limit: int | None) -> Evaluation:
     logger.info(f"evaluating {target.name}")
     config, adapter = target.config, target.adapter
     held_out, groups = None, None
+    answers: Sequence[Answer] = ()
     if config.data.holds_out():
         base = with_tokenizer(target.base, config)
-        held_out = measure(base, adapter, prepare.prepare(config, base.spec, "eval"), config)
+        held_out, answers = measure_and_answer(base, adapter, prepare.prepare(config, base.spec, "eval"), config)
         if isinstance(config, Config) and config.gate.group is not None:
             plan = prepare.plan_here(config, base.spec, "eval")
             groups = group_numbers(config.gate.group, plan, held_out.origins)
-    return Evaluation(target, held_out, tasks.run(sets, limit, target.base, adapter, config), groups)
+    return Evaluation(target, held_out, tasks.run(sets, limit, target.base, adapter, config), groups, answers)
 
 
 def differences(first: Evaluation, second: Evaluation) -> dict[str, Interval]:

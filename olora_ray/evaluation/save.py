@@ -1,9 +1,9 @@
-"""Saves results: in evaluation.json, and in an MLflow run per model."""
+"""Saves results: in evaluation.json, answers line by line in answers.jsonl, and in an MLflow run per model."""
 
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,6 +19,8 @@ from olora_ray.tracking.start import resolve_uri, start_run
 logger = logging.getLogger(__name__)
 
 FILE = "evaluation.json"
+ANSWERS = "answers.jsonl"
+"""One line for each answer that was scored."""
 
 
 def address(request: Request, targets: Sequence[Target]) -> str | None:
@@ -48,13 +50,22 @@ def write(
     folder = str(Path(request.out).absolute()) if request.out and not storage.is_uri(request.out) else request.out
     folder = folder or run_of(request.models[0])
     if folder:
-        storage.write_text(storage.join(folder, FILE), text)
-        logger.info(f"written: {storage.join(folder, FILE)}")
+        lines = "".join(_answers(results))
+        for name, content in ((FILE, text), (ANSWERS, lines)) if lines else ((FILE, text),):
+            storage.write_text(storage.join(folder, name), content)
+            logger.info(f"written: {storage.join(folder, name)}")
     if uri is None:
         return
     for result in results:
         _track(result, text)
     logger.info(f"logged: {len(results)} run(s) with the tag olora.kind=evaluation in {client.shown_uri(uri)}")
+
+
+def _answers(results: Sequence[Evaluation]) -> Iterator[str]:
+    for result in results:
+        for item in result.answers:
+            tree = {"model": result.target.name, **asdict(item)}
+            yield json.dumps(tree) + "\n"
 
 
 def _text(request: Request, results: Sequence[Evaluation], intervals: Mapping[str, Interval]) -> str:

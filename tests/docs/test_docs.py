@@ -11,7 +11,7 @@ import pytest
 from olora_ray.config.schema import Config, Section
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
@@ -69,7 +69,9 @@ def test_the_readme_is_short() -> None:
 
 def test_the_index_lists_every_page() -> None:
     index = set(links(ROOT / "docs" / "README.md"))
-    assert [page.name for page in PAGES[2:] if page.name not in index | {"README.md"}] == []
+    assert [
+        name for page in PAGES[2:] if (name := str(page.relative_to(ROOT / "docs"))) not in index | {"README.md"}
+    ] == []
 
 
 @pages
@@ -107,7 +109,7 @@ def test_config_fields_exist(page: Path) -> None:
     sections = "|".join(fields())
     for piece in code(page.read_text(encoding="utf-8")):
         for field in re.findall(rf"(?<![\w/.-])((?:{sections})(?:\.[a-z]\w*)+)(?![\w/*(])", piece):
-            assert field.endswith((".py", ".yaml", ".json", ".env", ".log")) or is_field(field), field
+            assert field.endswith((".py", ".yaml", ".json", ".jsonl", ".env", ".log")) or is_field(field), field
 
 
 def test_the_checks_above_find_something() -> None:

@@ -55,6 +55,9 @@ def test_a_base_model_is_evaluated_on_rows_that_the_command_line_names(
     [found] = json.loads((tmp_path / "evaluation.json").read_text())["models"]
     assert found["held_out"]["rows"] == 7
     assert list(found["metrics"]) == ["eval/loss", "eval/perplexity", "eval/exact_match"]
+    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert sorted(int(item["origin"].rpartition(":")[2]) for item in answers) == list(range(1, 8))
+    assert {item["reference"] for item in answers} == {str(number) for number in range(101, 108)}
     assert not (tmp_path / "runs" / "mlflow.db").exists()
 
 

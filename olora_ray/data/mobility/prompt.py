@@ -1,0 +1,127 @@
+"""The question that a model is asked about a person's next place: one template for training and for serving.
+
+    system  <what is asked, and the form of the answer>
+    user    <history>: Mon 07:30 12, Mon 12:15 4, ...
+            <context>: Tue 09:00 7, ...
+            <target>: Tue 12:10
+
+History and context are the latest stays before the target, so what has no room is cut off at the left, where it is
+oldest, and never at the right, where the question is. `rows.py` writes the training rows with `example`, which is
+`question` and the answer after it; a server calls `question` with the same settings.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from olora_ray.common.errors import UserError, first_line
+from olora_ray.data.mobility import answer
+from olora_ray.data.mobility.stay import DAYS, Stay, When
+
+Form = Literal["short", "hours", "tuple"]
+FORMS: dict[str, str] = {
+    "short": "Mon 07:30 12",
+    "hours": "Mon 7h 12",
+    "tuple": "('07:30 AM', 'Monday', 12), with the minutes of the stay before the place where they are known",
+}
+TASK = (
+    "Predict the next place of a person. <history> has earlier stays, <context> the latest, each as {stay}, oldest"
+    ' first. Answer for the time in <target> with one JSON object: {{"prediction": place}}'
+)
+SHORT = {"short": "weekday, time, place", "hours": "weekday, hour, place"}
+TUPLES = {False: "(time, weekday, place)", True: "(time, weekday, minutes, place)"}
+Message = dict[str, str]
+Fits = Callable[[Sequence[Message]], bool]
+"""Whether a question, with its answer, has room in a model's sequence."""
+
+
+@dataclass(frozen=True)
+class Template:
+    """How the stays before a target become a question."""
+
+    form: Form = "short"
+    history: int = 40
+    """Most stays of the history."""
+    context: int = 5
+    """Stays of the context, the latest ones."""
+    duration: bool = False
+    """Whether stays of the form `tuple` have their minutes."""
+
+    def __post_init__(self) -> None:
+        """Raise UserError for what cannot be a template."""
+        if self.form not in FORMS:
+            raise UserError(f"argument --form: {self.form!r} is not known; there are {', '.join(FORMS)}")
+        if self.history < 0 or self.context < 1:
+            raise UserError("arguments --history, --context: a history of 0 or more and a context of 1 or more needed")
+
+    def question(self, past: Sequence[Stay], when: When, fits: Fits | None = None) -> list[Message]:
+        """The messages that ask for the place of a stay at `when`, after the stays `past`, oldest first.
+
+        With `fits` the oldest stays are left out until it holds. Raises UserError if it does not hold without any.
+        """
+        return self._messages(past[len(past) - self.room(past, when, fits) :], when)
+
+    def room(self, past: Sequence[Stay], when: When, fits: Fits | None = None) -> int:
+        """The number of stays, the latest of `past`, that the question shows; raises UserError as `question`."""
+        shown = min(len(past), self.history + self.context)
+
+        def fit(count: int) -> bool:
+            return fits is None or fits(self._messages(past[len(past) - count :], when))
+
+        if fit(shown):
+            return shown
+        least, most = 0, max(0, shown - 1)
+        while least < most:
+            middle = (least + most + 1) // 2
+            least, most = (middle, most) if fit(middle) else (least, middle - 1)
+        if not fit(least):
+            raise UserError("data.max_length: a question without any stay has no room; set a larger one")
+        return least
+
+    def example(self, past: Sequence[Stay], target: Stay, fits: Fits | None = None) -> list[Message]:
+        """The question about `target`, and the answer."""
+        return [*self.question(past, target.when, fits), {"role": "assistant", "content": answer.write(target.place)}]
+
+    def save(self, file: Path) -> None:
+        """Write the settings, for a server."""
+        file.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, file: Path) -> "Template":
+        """Read `save` back; raises UserError for another file."""
+        try:
+            return cls(**json.loads(file.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"{file}: no template of mobility: {first_line(error)}") from None
+
+    def _messages(self, kept: Sequence[Stay], when: When) -> list[Message]:
+        split = max(0, len(kept) - self.context)
+        earlier, latest = (self._stays(part) for part in (kept[:split], kept[split:]))
+        told = SHORT.get(self.form) or TUPLES[self.duration]
+        lines = f"<history>: {earlier}\n<context>: {latest}\n<target>: {self._target(when)}"
+        return [{"role": "system", "content": TASK.format(stay=told)}, {"role": "user", "content": lines}]
+
+    def _stays(self, stays: Sequence[Stay]) -> str:
+        if self.form == "tuple":
+            return f"[{', '.join(self._tuple(stay) for stay in stays)}]"
+        return ", ".join(f"{self._time(stay.when)} {stay.place}" for stay in stays) or "none"
+
+    def _time(self, when: When) -> str:
+        hour, minute = divmod(when.minute, 60)
+        return f"{DAYS[when.weekday][:3]} " + (f"{hour}h" if self.form == "hours" else f"{hour:02d}:{minute:02d}")
+
+    def _tuple(self, stay: Stay) -> str:
+        minutes = f"{stay.duration}, " if self.duration else ""
+        return f"({_clock(stay.when)}, {minutes}{stay.place})"
+
+    def _target(self, when: When) -> str:
+        if self.form != "tuple":
+            return self._time(when)
+        return f"({_clock(when)}, {'None, ' if self.duration else ''}<next_place>)"
+
+
+def _clock(when: When) -> str:
+    hour, minute = divmod(when.minute, 60)
+    return f"'{(hour + 11) % 12 + 1:02d}:{minute:02d} {'PM' if hour >= 12 else 'AM'}', '{DAYS[when.weekday]}'"

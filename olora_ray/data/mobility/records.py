@@ -1,0 +1,122 @@
+"""Records of mobility, read into the stays of each person, with every record accounted for.
+
+A record that cannot be used stops the reading with its file and line, before anything is made of the others. What
+may be put right instead is asked for by name (REPAIRS), counted, and said.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+
+from olora_ray.common.errors import UserError
+from olora_ray.common.text import plural
+from olora_ray.data.mobility.stay import Stay
+
+BROKEN, UNSORTED, DUPLICATES = "broken", "unsorted", "duplicates"
+REPAIRS = {
+    BROKEN: "left out",
+    UNSORTED: "put in the order of time",
+    DUPLICATES: "left out",
+}
+"""What may be wrong with a record -> what is done about it where that is asked for."""
+
+
+class Broken(ValueError):
+    """A record that cannot be read; the message says why."""
+
+
+@dataclass
+class Repairs:
+    """Which faults of records are put right, and how many were."""
+
+    wanted: Collection[str] = ()
+    counts: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        """Raise UserError for a fault that there is not."""
+        for name in self.wanted:
+            if name not in REPAIRS:
+                raise UserError(f"argument --repair: {name!r} is not known; there are {', '.join(REPAIRS)}")
+
+    def found(self, fault: str, file: str, line: int, reason: str) -> None:
+        """Count a fault; raises UserError that names the line unless its repair is wanted."""
+        if fault not in self.wanted:
+            raise UserError(f"{file}:{line}: {reason}; correct it, or --repair {fault}: {REPAIRS[fault]}, and counted")
+        self.counts[fault] += 1
+
+    def lines(self) -> list[str]:
+        """What was done, a line for each fault that was found."""
+        return [f"{plural(count, 'record')} {fault}: {REPAIRS[fault]}" for fault, count in self.counts.items()]
+
+
+Named = tuple[str, str, Stay]
+"""Name of a person, name of the place, and the stay; `Stay.place` counts only where the name of the place is empty."""
+Reader = Callable[[Sequence[Path], Repairs], Iterator[Named]]
+"""Reads files, record by record, in their order; raises UserError by way of the repairs."""
+
+
+@dataclass(frozen=True)
+class Records:
+    """All that was read."""
+
+    people: dict[str, list[Stay]]
+    """Name of a person -> stays, oldest first; people in the order of their names, numbers before words."""
+    places: dict[str, int]
+    """Name of a place -> its number, by first appearance; empty where the records have numbers."""
+
+    def __len__(self) -> int:
+        return sum(map(len, self.people.values()))
+
+
+def collect(named: Iterator[Named], repairs: Repairs) -> Records:
+    """The stays of each person from records in any order of people.
+
+    Raises UserError for what is unsorted or there twice, unless that is to be repaired, and if there is nothing.
+    """
+    people: dict[str, list[Stay]] = {}
+    places: dict[str, int] = {}
+    for person, place, stay in named:
+        if place:
+            number = places.setdefault(place, len(places) + 1)
+            stay = Stay(number, stay.at, stay.when, stay.duration, stay.file, stay.line)
+        people.setdefault(person, []).append(stay)
+    if not people:
+        raise UserError("argument RECORDS: no record is there that can be used")
+    for person in sorted(people, key=_natural):
+        people[person] = _distinct(_ordered(people.pop(person), person, repairs), person, repairs)
+    return Records(people, places)
+
+
+def _ordered(stays: list[Stay], person: str, repairs: Repairs) -> list[Stay]:
+    for before, stay in pairwise(stays):
+        if stay.at < before.at:
+            what = f"person {person}: the time lies before that of the record at {before.file}:{before.line}"
+            repairs.found(UNSORTED, stay.file, stay.line, what)
+    return sorted(stays, key=lambda stay: stay.at)
+
+
+def _distinct(stays: list[Stay], person: str, repairs: Repairs) -> list[Stay]:
+    """The stays without those of the same time and place; the first of them stays."""
+    seen: dict[tuple[int, int], Stay] = {}
+    for stay in stays:
+        first = seen.setdefault((stay.at, stay.place), stay)
+        if first is not stay:
+            what = f"person {person}: the same time and place as the record at {first.file}:{first.line}"
+            repairs.found(DUPLICATES, stay.file, stay.line, what)
+    return list(seen.values())
+
+
+def _natural(name: str) -> tuple[bool, int, str]:
+    return (False, int(name), name) if name.isascii() and name.isdigit() else (True, 0, name)
+
+
+def number(text: str, what: str, least: int, most: int) -> int:
+    """A whole number within bounds; raises Broken that says what is wrong with it."""
+    value = text.strip()
+    if not value.removeprefix("-").isascii() or not value.removeprefix("-").isdigit() or len(value) > 18:
+        raise Broken(f"{what} is {text!r}, not a whole number")
+    if not least <= int(value) <= most:
+        raise Broken(f"{what} is {value}, not {least} to {most}")
+    return int(value)

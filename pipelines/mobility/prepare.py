@@ -1,0 +1,88 @@
+"""Turn records of where people were into rows that ask for the next place, for pipelines/finetune.py.
+
+    python pipelines/mobility/prepare.py RECORDS [RECORDS ...] --format checkins|foursquare|geolife --out FOLDER
+        [--history 40] [--context 5] [--form short|hours|tuple] [--config CONFIG.yaml]
+        [--rows train=2000,eval=64,test=600] [--least N] [--seed 0] [--repair broken,unsorted,duplicates]
+
+RECORDS    files or folders: csv of processed check-ins, TSMC2014's text files, or Geolife's Data folder
+--out      gets train.jsonl, eval.jsonl, test.jsonl (rows of format messages with a column user), stays.csv, places.csv
+           and template.json
+--history  most earlier stays in a question, before the --context latest ones
+--form     of a stay: short: Mon 07:30 12; hours: Mon 7h 12; tuple: ('07:30 AM', 'Monday', 12), as MoBLLM has it
+--config   the oldest stays are left out of questions that would be longer than data.max_length of this config, counted
+           by its model's tokenizer
+--rows     draw so many rows of a split; default: all
+--least    stays that a target needs before it; default: one more than --context
+--repair   what is put right instead of stopping: broken and duplicates are left out, unsorted is sorted; all is counted
+
+Each person's first 60 % of stays are targets of training, the next 20 % of eval.jsonl, the last of test.jsonl.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from olora_ray.common.errors import UserError
+from olora_ray.common.text import plural
+from olora_ray.config import command_line
+from olora_ray.data.mobility import files, rows
+from olora_ray.data.mobility.prompt import Fits, Template
+from olora_ray.data.mobility.records import Repairs
+
+OPTIONS = (
+    "--format", "--out", "--history", "--context", "--form", "--config", "--rows", "--least", "--seed", "--repair",
+)  # fmt: skip
+
+
+def main(argv: list[str]) -> None:
+    """Read the arguments and all records, then write the rows."""
+    found = command_line.parse(argv, __doc__ or "", options=OPTIONS)
+    paths, options = found.names(), found.options
+    if not paths or "--out" not in options or "--format" not in options:
+        raise UserError("arguments RECORDS, --format and --out: needed; --help shows how")
+    history, context = whole(options, "--history", 40), whole(options, "--context", 5)
+    least, seed = whole(options, "--least", context + 1), whole(options, "--seed", 0)
+    limits = row_limits(options.get("--rows", ""))
+    repairs = Repairs([name for name in options.get("--repair", "").split(",") if name])
+    settings = {"form": options.get("--form", "short"), "history": history, "context": context}
+    Template(**settings)  # type: ignore[arg-type]  # refused before the records are read
+    records = files.read(paths, options["--format"], repairs)
+    timed = all(stay.duration is not None for stays in records.people.values() for stay in stays)
+    template = Template(**settings, duration=timed and settings["form"] == "tuple")  # type: ignore[arg-type]
+    fits = fitting(options["--config"]) if "--config" in options else None
+    selection = rows.select(records.people, least, limits, seed)
+    if empty := [name for name in rows.SPLITS if not selection.targets[name]]:
+        raise UserError(f"argument RECORDS: no row for {empty[0]}.jsonl: nobody has enough stays; see --least")
+    print("\n".join([f"read: {plural(len(records), 'stay')} of {len(records.people)} people", *repairs.lines()]))
+    written = rows.write(Path(options["--out"]), records, selection, template, fits)
+    print("\n".join([*written, f"no targets: {selection.too_early} stays with fewer than {least} before them"]))
+
+
+def fitting(config_file: str) -> Fits:
+    """Whether a question and the longest answer are no longer than data.max_length, by the model's tokenizer."""
+    from olora_ray.config.load import load
+    from olora_ray.config.paths import resolved
+    from olora_ray.data.mobility.room import fits
+    from olora_ray.pipeline.base import open_base
+
+    config = resolved(load(config_file, {}), Path.cwd())
+    return fits(open_base(config).spec, config.data.max_length)
+
+
+def whole(options: Mapping[str, str], name: str, default: int) -> int:
+    """The number of an option; raises UserError for what is none."""
+    text = options.get(name, str(default))
+    if not text.isascii() or not text.isdigit() or len(text) > 9:
+        raise UserError(f"argument {name}: expected a whole number from 0 on, not {text!r}")
+    return int(text)
+
+
+def row_limits(text: str) -> dict[str, int]:
+    """`train=2000,test=600` -> numbers of rows; raises UserError for another form."""
+    pairs = [part.partition("=") for part in text.split(",") if part]
+    if wrong := [name for name, _, _ in pairs if name not in rows.SPLITS]:
+        raise UserError(f"argument --rows: {wrong[0]!r} is no split; expected one like train=2000,eval=64,test=600")
+    return {name: whole({"--rows": count}, "--rows", 0) for name, _, count in pairs}
+
+
+if __name__ == "__main__":
+    command_line.run(main)

@@ -1,0 +1,228 @@
+"""Records become stays, each of them accounted for; what is wrong with one is a line that names it."""
+
+import csv
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from olora_ray.common.errors import UserError
+from olora_ray.data.mobility.files import read
+from olora_ray.data.mobility.records import Records, Repairs
+from olora_ray.data.mobility.stay import Stay, When
+
+HEADER = "id,user_id,location_id,latitude,longitude,start_day,start_min,weekday\n"
+GEOLIFE = "id,user_id,location_id,duration,start_day,end_day,start_min,end_min,weekday\n"
+VENUE = "40\t{venue}\tc1\tCaf\xe9\t40.7\t-74.0\t{minutes}\t{time}\n"
+
+
+def check_ins(folder: Path, text: str, *repairs: str) -> Records:
+    file = folder / "a.csv"
+    file.write_text(text)
+    return read([str(file)], "checkins", Repairs(repairs))
+
+
+def foursquare(folder: Path, text: str, *repairs: str) -> Records:
+    file = folder / "a.txt"
+    file.write_bytes(text.encode("latin-1"))
+    return read([str(file)], "foursquare", Repairs(repairs))
+
+
+def test_check_ins_of_both_kinds(tmp_path: Path) -> None:
+    found = check_ins(tmp_path, HEADER + "0,10,7,40.7,-74.0,3,450,4\n1,9,8,,,0,0,6\n\n2,10,8,1,1,3,1439,4\n")
+    assert list(found.people) == ["9", "10"]
+    assert found.people["10"] == [
+        Stay(7, 3 * 1440 + 450, When(4, 450)),
+        Stay(8, 3 * 1440 + 1439, When(4, 1439)),
+    ]
+    assert (found.people["10"][1].file, found.people["10"][1].line) == (str(tmp_path / "a.csv"), 5)
+    assert not found.places
+    assert check_ins(tmp_path, GEOLIFE + "0,1,2,30.6,0,0,60,91,5\n").people["1"] == [Stay(2, 60, When(5, 60), 31)]
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ("0,1,2,,,0,1440,0", ":2: start_min is 1440, not 0 to 1439"),
+        ("0,1,2,,,0,7:30,0", ":2: start_min is '7:30', not a whole number"),
+        ("0,1,2,,,-1,0,0", ":2: start_day is -1, not 0 to"),
+        ("0,1,2,,,0,0,7", ":2: weekday is 7, not 0 to 6"),
+        ("0,1,,,,0,0,0", ":2: unknown place: location_id is ''"),
+        ("0,1,-1,,,0,0,0", ":2: unknown place: location_id is '-1'"),
+        ("0,1,2.5,,,0,0,0", ":2: unknown place: location_id is '2.5'"),
+        ("0,,2,,,0,0,0", ":2: user_id is empty"),
+        ("0,1,2,,,0,0", ":2: 7 cells, but the first line names more columns"),
+    ],
+)
+def test_a_broken_check_in_names_its_line_and_can_be_left_out(tmp_path: Path, row: str, expected: str) -> None:
+    with pytest.raises(UserError) as caught:
+        check_ins(tmp_path, HEADER + row + "\n")
+    assert str(caught.value).startswith(f"{tmp_path}/a.csv{expected}")
+    assert "--repair broken" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    repairs = Repairs(["broken"])
+    (tmp_path / "a.csv").write_text(HEADER + row + "\n0,5,5,,,0,0,0\n")
+    kept = read([str(tmp_path / "a.csv")], "checkins", repairs)
+    assert list(kept.people) == ["5"]
+    assert repairs.lines() == ["1 record broken: left out"]
+
+
+def test_a_broken_duration_is_refused(tmp_path: Path) -> None:
+    for text in ("long", "nan", "-3", "inf"):
+        with pytest.raises(UserError, match=r":2: duration is .*, not a number of minutes"):
+            check_ins(tmp_path, f"{GEOLIFE}0,1,2,{text},0,0,60,91,5\n")
+
+
+def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"a\.csv:1: no column 'user_id' in the first line; it has nothing"):
+        check_ins(tmp_path, "")
+    with pytest.raises(UserError, match=r"a\.csv:1: no column 'weekday'"):
+        check_ins(tmp_path, "user_id,location_id,start_day,start_min\n")
+    with pytest.raises(UserError, match=r"a\.csv:1: the column 'weekday' is there twice"):
+        check_ins(tmp_path, HEADER.replace("id,user_id", "weekday,user_id"))
+    with pytest.raises(UserError, match="no record is there"):
+        check_ins(tmp_path, HEADER)
+    (tmp_path / "a.csv").write_bytes(HEADER.encode() + b"0,1,2,\xff,,0,0,0\n")
+    with pytest.raises(UserError, match=r"a\.csv:\d+: no csv in UTF-8"):
+        read([str(tmp_path)], "checkins", Repairs())
+    with pytest.raises(UserError, match="no such file or folder"):
+        read([str(tmp_path / "no")], "checkins", Repairs())
+    with pytest.raises(UserError, match=r"no file ends in \.plt"):
+        read([str(tmp_path)], "geolife", Repairs())
+    with pytest.raises(
+        UserError, match="argument --format: 'gpx' is not known; there are checkins, foursquare, geolife"
+    ):
+        read([str(tmp_path)], "gpx", Repairs())
+    with pytest.raises(
+        UserError, match="argument --repair: 'all' is not known; there are broken, unsorted, duplicates"
+    ):
+        Repairs(["all"])
+
+
+def test_unsorted_records_and_duplicates(tmp_path: Path) -> None:
+    text = HEADER + "0,1,2,,,1,0,1\n1,1,3,,,0,0,0\n2,2,2,,,0,0,0\n3,1,2,,,1,0,1\n4,1,9,,,1,0,1\n"
+    with pytest.raises(UserError, match=r"a\.csv:3: person 1: the time lies before that of the record at .*a\.csv:2;"):
+        check_ins(tmp_path, text)
+    with pytest.raises(UserError, match=r"a\.csv:5: person 1: the same time and place as the record at .*a\.csv:2;"):
+        check_ins(tmp_path, text, "unsorted")
+    repairs = Repairs(["unsorted", "duplicates"])
+    found = read([str(tmp_path / "a.csv")], "checkins", repairs)
+    assert [stay.place for stay in found.people["1"]] == [3, 2, 9]
+    assert repairs.lines() == ["1 record unsorted: put in the order of time", "1 record duplicates: left out"]
+
+
+def test_foursquare_has_local_times_and_numbers_for_venues(tmp_path: Path) -> None:
+    first = VENUE.format(venue="b", minutes=-240, time="Tue Apr 03 18:00:09 +0000 2012")
+    second = VENUE.format(venue="a", minutes=-240, time="Wed Apr 04 02:30:00 +0000 2012")
+    third = VENUE.format(venue="b", minutes=600, time="Wed Apr 04 18:30:00 +0000 2012")
+    found = foursquare(tmp_path, first + second + third)
+    assert found.places == {"b": 1, "a": 2}
+    stays = found.people["40"]
+    assert [stay.place for stay in stays] == [1, 2, 1]
+    assert [stay.when for stay in stays] == [When(1, 14 * 60), When(1, 22 * 60 + 30), When(3, 4 * 60 + 30)]
+    assert stays[1].at - stays[0].at == 510
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        (VENUE.format(venue="", minutes=0, time="Tue Apr 03 18:00:09 +0000 2012"), "unknown place: the venue is empty"),
+        (VENUE.format(venue="a", minutes=0, time="Tue Apr 31 18:00:09 +0000 2012"), "the time is 'Tue Apr 31"),
+        (VENUE.format(venue="a", minutes=0, time="2012-04-03 18:00:09"), "the time is '2012-04-03"),
+        (VENUE.format(venue="a", minutes=0, time="Tue Apr 03 25:00:09 +0000 2012"), "the time is 'Tue Apr 03 25"),
+        (VENUE.format(venue="a", minutes=9999, time="Tue Apr 03 18:00:09 +0000 2012"), "the minutes from UTC is 9999"),
+        ("40\tb\n", "2 columns with tabs between them, not 8"),
+    ],
+)
+def test_a_broken_line_of_foursquare_is_named(tmp_path: Path, line: str, expected: str) -> None:
+    good = VENUE.format(venue="b", minutes=-240, time="Tue Apr 03 18:00:09 +0000 2012")
+    with pytest.raises(UserError) as caught:
+        foursquare(tmp_path, good + line)
+    assert str(caught.value).startswith(f"{tmp_path}/a.txt:2: {expected}")
+
+
+def plt(folder: Path, user: str, name: str, points: list[tuple[float, float, datetime]]) -> None:
+    lines = [f"{lat},{lon},0,492,39744.1,{t:%Y-%m-%d},{t:%H:%M:%S}" for lat, lon, t in points]
+    file = folder / user / "Trajectory" / f"{name}.plt"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("Geolife trajectory\nWGS 84\nAltitude is in Feet\nReserved 3\n0,2,255\n0\n" + "\n".join(lines))
+
+
+START = datetime(2008, 10, 23, 2, 53, 4, tzinfo=UTC)
+
+
+def after(minutes: float) -> datetime:
+    return START + timedelta(minutes=minutes)
+
+
+def test_points_of_geolife_become_stays(tmp_path: Path) -> None:
+    home, work = (39.9, 116.3), (39.95, 116.35)
+    way = [(39.9 + i / 200, 116.3 + i / 200, after(30 + i)) for i in range(1, 10)]
+    first = [(*home, after(minute)) for minute in (0, 10, 25, 30)]
+    second = [(*work, after(100)), (39.9505, 116.3505, after(110)), (*work, after(119))]
+    plt(tmp_path, "003", "a", first + way)
+    plt(tmp_path, "003", "b", [*second, (*home, after(400)), (*home, after(430))])
+    found = read([str(tmp_path)], "geolife", Repairs())
+    stays = found.people["003"]
+    assert [stay.duration for stay in stays] == [30, 30]  # 19 minutes at work are too short
+    assert stays[0].place == stays[1].place == 1
+    assert stays[0].when == When(3, 10 * 60 + 53)  # in Beijing
+    assert (stays[0].line, stays[1].line) == (7, 10)
+
+
+def test_a_night_between_two_files_is_part_of_a_stay_but_no_week(tmp_path: Path) -> None:
+    for name, minute in (("a", 0.0), ("b", 700.0), ("c", 700.0 + 7 * 1440)):
+        plt(tmp_path, "1", name, [(39.9, 116.3, after(minute)), (39.9, 116.3, after(minute + 21))])
+    assert [stay.duration for stay in read([str(tmp_path)], "geolife", Repairs()).people["1"]] == [721, 21]
+
+
+@pytest.mark.parametrize(
+    ("point", "expected"),
+    [
+        ("400.1,116.3,0,1,1,2008-10-23,03:00:00", "unknown place: latitude '400.1'"),
+        ("nan,116.3,0,1,1,2008-10-23,03:00:00", "unknown place"),
+        ("39.9,116.3,0,1,1,2008-10-23,24:00:00", "the time is '2008-10-23', '24:00:00'"),
+        ("39.9,116.3,0,1,1,2008-10-22,03:00:00", "the time lies before that of the point at"),
+        ("39.9,116.3", "2 cells with commas"),
+    ],
+)
+def test_a_broken_point_is_named_and_can_be_left_out(tmp_path: Path, point: str, expected: str) -> None:
+    plt(tmp_path, "1", "a", [(39.9, 116.3, after(0))])
+    file = tmp_path / "1" / "Trajectory" / "a.plt"
+    file.write_text(f"{file.read_text()}\n{point}\n39.9,116.3,0,1,1,2008-10-23,04:00:00\n")
+    with pytest.raises(UserError) as caught:
+        read([str(tmp_path)], "geolife", Repairs())
+    assert str(caught.value).startswith(f"{file}:8: {expected}")
+    repairs = Repairs(["broken"])
+    assert len(read([str(tmp_path)], "geolife", repairs)) == 1
+    assert repairs.counts["broken"] == 1
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 3), st.integers(0, 99), st.integers(0, 20), st.integers(0, 1439)),
+        min_size=1,
+        max_size=30,
+    )
+)
+def test_no_record_is_lost_and_every_order_gives_the_same(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[int, int, int, int]]
+) -> None:
+    folder = tmp_path_factory.mktemp("records")
+    found = []
+    for number, order in enumerate((rows, sorted(rows, reverse=True))):
+        file = folder / f"{number}.csv"
+        with file.open("w", newline="") as out:
+            writer = csv.writer(out)
+            writer.writerow(["user_id", "location_id", "start_day", "start_min", "weekday"])
+            writer.writerows((user, place, day, minute, day % 7) for user, place, day, minute in order)
+        repairs = Repairs(["unsorted", "duplicates"])
+        records = read([str(file)], "checkins", repairs)
+        assert len(records) + repairs.counts["duplicates"] == len(rows)
+        found.append({user: {(s.at, s.place) for s in stays} for user, stays in records.people.items()})
+        for stays in records.people.values():
+            assert [stay.at for stay in stays] == sorted(stay.at for stay in stays)
+    assert found[0] == found[1]
+    assert sum(map(len, found[0].values())) == len(set(rows))

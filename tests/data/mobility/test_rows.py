@@ -1,0 +1,99 @@
+"""Each person is split in time, draws do not depend on the order of records, and rows say all that a report needs."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from olora_ray.common.errors import UserError
+from olora_ray.data.mobility import rows
+from olora_ray.data.mobility.prompt import Message, Template
+from olora_ray.data.mobility.records import Records
+from olora_ray.data.mobility.stay import Stay, When
+
+People = dict[str, list[Stay]]
+
+
+def people(counts: list[int]) -> People:
+    """Stays in which place and number are the same, of persons called 0, 1, ..."""
+    return {
+        str(person): [Stay(n, n * 500 + person, When(n % 7, (n * 500) % 1440)) for n in range(count)]
+        for person, count in enumerate(counts)
+    }
+
+
+counts = st.lists(st.integers(1, 60), min_size=1, max_size=6)
+
+
+@given(counts, st.integers(0, 8))
+def test_every_stay_is_a_target_once_or_counted(sizes: list[int], least: int) -> None:
+    found = rows.select(people(sizes), least)
+    targets = [target for name in rows.SPLITS for target in found.targets[name]]
+    assert len(set(targets)) == len(targets)
+    assert len(targets) + found.too_early == sum(sizes)
+    assert all(target.number >= least for target in targets)
+    assert found.not_drawn == {"train": 0, "eval": 0, "test": 0}
+
+
+@given(counts)
+def test_training_lies_before_the_rest_in_time(sizes: list[int]) -> None:
+    found = rows.select(people(sizes), 0)
+    for person, size in enumerate(sizes):
+        numbers = [[t.number for t in found.targets[name] if t.person == str(person)] for name in rows.SPLITS]
+        assert sum(numbers, []) == list(range(size))  # noqa: RUF017
+        assert abs(len(numbers[0]) - 0.6 * size) < 1
+        assert abs(len(numbers[2]) - 0.2 * size) < 1
+
+
+@given(counts, st.integers(0, 30), st.integers(0, 3))
+def test_a_draw_is_that_of_any_order_of_people(sizes: list[int], limit: int, seed: int) -> None:
+    known = people(sizes)
+    turned = dict(reversed(known.items()))
+    found, again = (rows.select(each, 1, {"train": limit}, seed) for each in (known, turned))
+    assert set(found.targets["train"]) == set(again.targets["train"])
+    everything = rows.select(known, 1)
+    assert len(found.targets["train"]) == min(limit, len(everything.targets["train"]))
+    assert len(found.targets["train"]) + found.not_drawn["train"] == len(everything.targets["train"])
+    more = rows.select(known, 1, {"train": limit + 1}, seed)
+    assert set(found.targets["train"]) <= set(more.targets["train"])
+
+
+def six(messages: Sequence[Message]) -> bool:
+    """Room for six stays: each has a colon, and so have the target and the three names."""
+    return messages[1]["content"].count(":") <= 10
+
+
+def test_the_files(tmp_path: Path) -> None:
+    known = people([30, 20])
+    selection = rows.select(known, 4, {"test": 5})
+    template = Template("short", 6, 3)
+    records = Records(known, {"cafe, corner": 1})
+    said = rows.write(tmp_path, records, selection, template, six)
+    assert said[0] == "train: 22 rows of 2 people, of 16 the oldest stays had no room"
+    assert said[2] == "test: 5 rows of 2 people, 5 more were not drawn, of 5 the oldest stays had no room"
+    lines = (tmp_path / "train.jsonl").read_text().splitlines()
+    row = json.loads(lines[0])
+    assert (row["user"], row["stay"], row["shown"]) == ("0", 4, 4)
+    assert row["messages"][:2] == template.question(known["0"][:4], known["0"][4].when)
+    assert row["messages"][2]["content"] == '{"prediction": 4}'
+    late = json.loads(lines[13])
+    assert late["shown"] == 6 < 9
+    assert late["messages"] == template.example(known["0"][:17][-6:], known["0"][17])
+    assert rows.read_stays(tmp_path) == known
+    assert (tmp_path / "places.csv").read_text() == 'location_id,name\n1,"cafe, corner"\n'
+    assert Template.load(tmp_path / "template.json") == template
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    assert sorted(before) == ["eval.jsonl", "places.csv", "stays.csv", "template.json", "test.jsonl", "train.jsonl"]
+    rows.write(tmp_path, records, selection, template, six)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_stays_that_are_not_ours_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"stays\.csv: not as prepare\.py writes it: .*No such file"):
+        rows.read_stays(tmp_path)
+    (tmp_path / "stays.csv").write_text("user,place\n1,2\n")
+    with pytest.raises(UserError, match=r"stays\.csv: not as prepare\.py writes it"):
+        rows.read_stays(tmp_path)

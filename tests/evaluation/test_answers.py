@@ -1,0 +1,74 @@
+"""What a model answers is kept line by line, and leads back to its row and, for the recipe, to its person."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from olora_ray.config.load import build
+from olora_ray.config.schema import Config
+from olora_ray.data.mobility import rows
+from olora_ray.data.mobility.law import Law, Settings, visits
+from olora_ray.data.mobility.prompt import Template
+from olora_ray.data.mobility.records import Records
+from olora_ray.data.mobility.stay import Stay, When
+from olora_ray.evaluation import command_line, held_out, next_place, pool, results, save
+from olora_ray.evaluation.groups import group_numbers
+from olora_ray.evaluation.results import Evaluation
+from olora_ray.evaluation.targets import Target
+from olora_ray.pipeline.base import open_base
+from olora_ray.tokens import prepare
+from tests.pipelines.project import make_model, settings
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    people: dict[str, list[Stay]] = {}
+    for visit in visits(Law(Settings(people=3, days=10))):
+        at = visit.day * 1440 + visit.minute
+        people.setdefault(f"p{visit.person}", []).append(Stay(visit.place, at, When(visit.day % 7, visit.minute)))
+    selection = rows.select(people, 4, {"train": 4, "eval": 4, "test": 9})
+    rows.write(tmp_path, Records(people, {}), selection, Template("hours", 3, 2), None)
+    tree = settings(tmp_path, make_model(tmp_path / "model"), data__max_length=600, gate={"group": "user"})
+    tree["data"]["eval"] = [{"path": str(tmp_path / "test.jsonl")}]
+    tree["evaluation"] |= {"scorer": "olora_ray.data.mobility.answer:next_place", "rows": 7}
+    return build(tree)
+
+
+def test_answers_lead_to_their_rows_and_rows_to_people(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool, "map_over_actors", lambda make, works, config: list(map(make(), works)))  # without Ray
+    base = open_base(config)
+    store = prepare.prepare(config, base.spec, "eval")
+    found, answers = held_out.measure_and_answer(base, None, store, config)
+    lines = [json.loads(line) for line in (tmp_path / "test.jsonl").read_text().splitlines()]
+    assert len(found.losses) == 9
+    assert len(answers) == 7
+    for item in answers:
+        name, _, line = item.origin.rpartition(":")
+        assert name.endswith("test.jsonl")
+        assert item.reference == lines[int(line) - 1]["messages"][-1]["content"]
+        assert item.scores == {"acc_at_1": 0.0, "valid": 0.0}  # a random model writes no JSON
+    assert found.scores["acc_at_1"] == {item.row: 0.0 for item in answers}
+    groups = group_numbers("user", prepare.plan_here(config, base.spec, "eval"), found.origins)
+    people = [lines[place]["user"] for _, place in found.origins]
+    assert groups is not None
+    assert len(set(zip(groups, people, strict=True))) == len(set(people)) == len(set(groups)) > 1
+
+    target = Target("runs/small", base.model, None, config)
+    request = command_line.read(["runs/small", "--out", str(tmp_path / "out")], "")
+    save.write(request, [Evaluation(target, found, {}, groups, answers)], {}, None)
+    report = next_place.report(tmp_path, tmp_path / "out" / "answers.jsonl")
+    assert report.model.places == (next_place.NOWHERE,) * 7
+    assert report.truth == tuple(
+        json.loads(item.reference)["prediction"]
+        for item in sorted(answers, key=lambda item: int(item.origin.rpartition(":")[2]))
+    )
+
+
+def test_without_a_scorer_there_is_no_file_of_answers(config: Config, tmp_path: Path) -> None:
+    request = command_line.read(["m", "--out", str(tmp_path / "out")], "")
+    base = open_base(config).model
+    save.write(request, [results.Evaluation(Target("m", base, None, config), None, {})], {}, None)
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["evaluation.json"]

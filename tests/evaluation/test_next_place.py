@@ -1,0 +1,139 @@
+"""A model beside the simple baselines: the same rows, people drawn as wholes, the best possible from the law."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from olora_ray.common.errors import UserError
+from olora_ray.data.mobility import answer, rows
+from olora_ray.data.mobility.prompt import Template
+from olora_ray.data.mobility.records import Records
+from olora_ray.data.mobility.stay import Stay, When
+from olora_ray.evaluation import next_place
+from olora_ray.evaluation.next_place import Asked, Best, Predictor, Report
+
+
+def write(folder: Path, people: int = 6) -> None:
+    """Everybody is at 1 and 2 in turn, at noon, but for the last 8 stays: always at 3, at midnight."""
+    known = {
+        str(person): [
+            Stay(3 if n >= 32 else 1 + n % 2, n * 1440, When(n % 5, 0 if n >= 32 else 720)) for n in range(40)
+        ]
+        for person in range(people)
+    }
+    rows.write(folder, Records(known, {}), rows.select(known, 5), Template("short", 2, 2), None)
+
+
+def answers(folder: Path, *texts: str, skip: int = 0) -> Path:
+    """Answers to the rows of test.jsonl after the first `skip`; the last text is given to all that remain."""
+    lines = (folder / "test.jsonl").read_text().splitlines()
+    given = []
+    for number, line in enumerate(lines[skip:], skip + 1):
+        reference = json.loads(line)["messages"][-1]["content"]
+        text = texts[min(number - skip, len(texts)) - 1]
+        given.append({"model": "m", "row": number, "origin": f"x/test.jsonl:{number}", "text": text})
+        given[-1] |= {"reference": reference, "scores": {}}
+    file = folder / "answers.jsonl"
+    file.write_text("".join(json.dumps(each) + "\n" for each in reversed(given)))
+    return file
+
+
+def test_the_model_and_each_baseline_on_the_same_rows(tmp_path: Path) -> None:
+    write(tmp_path)
+    found = next_place.report(tmp_path, answers(tmp_path, "nowhere", answer.write(3)))
+    assert found.truth == (3,) * 48
+    assert found.model.places == (next_place.NOWHERE, *[3] * 47)
+    assert found.accuracy(found.model.places) == pytest.approx(47 / 48)
+    by_name = {(each.name, each.sees): found.accuracy(each.places) for each in found.baselines}
+    # Of the 8 rows of a person the first sees no 3; the last place is one from the second on.
+    assert by_name["last", "full past"] == by_name["last", "stays shown"] == 7 / 8
+    assert by_name["most frequent", "stays shown"] == 6 / 8  # of 4 stays 2, the later of equals
+    assert by_name["most frequent", "full past"] == 0
+    assert by_name["time kernel", "full past"] == 7 / 8
+    assert by_name[next_place.MOVING, "full past"] == 0
+    assert {each.name for each in found.baselines if not each.simple} == {next_place.MOVING}
+
+
+def test_rows_that_were_not_answered_are_not_compared(tmp_path: Path) -> None:
+    write(tmp_path)
+    found = next_place.report(tmp_path, answers(tmp_path, answer.write(3), skip=40))
+    assert len(found.asked) == 8
+    assert {row.person for row in found.asked} == {"5"}
+    assert all(len(each.places) == 8 for each in found.baselines)
+
+
+def test_the_best_possible_comes_from_the_law(tmp_path: Path) -> None:
+    write(tmp_path, people=1)
+    law = tmp_path / "law.csv"
+    law.write_text("user_id,stay,best,chance\n" + "".join(f"0,{n},{3 if n % 2 else 9},0.5\n" for n in range(40)))
+    found = next_place.report(tmp_path, answers(tmp_path, answer.write(3)), law)
+    assert found.best == Best((9, 3) * 4, (0.5,) * 8)
+    assert found.lines()[-1] == (
+        "Whoever knows the law is right on 0.500 of such rows (on these: 0.500), the model on 1.000."
+    )
+    law.write_text("user_id,stay,best,chance\n")
+    with pytest.raises(UserError, match=r"law\.csv: not as generate\.py writes it"):
+        next_place.report(tmp_path, answers(tmp_path, answer.write(3)), law)
+
+
+def refused(folder: Path, text: str) -> str:
+    (folder / "answers.jsonl").write_text(text)
+    with pytest.raises(UserError) as caught:
+        next_place.report(folder, folder / "answers.jsonl")
+    return str(caught.value)
+
+
+def test_files_that_do_not_fit_together_are_refused(tmp_path: Path) -> None:
+    write(tmp_path)
+    text = answers(tmp_path, answer.write(3)).read_text()
+    found = refused(tmp_path, text.replace('"reference": "{\\"prediction\\": 3', '"reference": "{\\"prediction\\": 4'))
+    assert f"{tmp_path}/test.jsonl:1: the answers are to other rows: evaluate on this file" in found
+    assert "answers.jsonl:49: x/test.jsonl:48 was answered before; give the answers of one" in refused(
+        tmp_path, 2 * text
+    )
+    last = text.splitlines()[0].replace("jsonl:48", "jsonl:99")
+    assert "test.jsonl: 49 rows were answered, but it has 48 of them" in refused(tmp_path, text + last)
+    assert "answers.jsonl: no answers; evaluate with a scorer" in refused(tmp_path, "")
+    assert "answers.jsonl:1: no line of answers.jsonl" in refused(tmp_path, '{"origin": 3}\n')
+    with pytest.raises(UserError, match=r"none\.jsonl: .*No such file"):
+        next_place.report(tmp_path, tmp_path / "none.jsonl")
+
+
+def made(right: list[list[bool]], simple: list[list[bool]], other: list[list[bool]]) -> Report:
+    """A report in which place 1 is right; a list for each person."""
+    asked = [Asked(str(person), n, 4) for person, own in enumerate(right) for n in range(len(own))]
+
+    def predictor(name: str, found: list[list[bool]], simple: bool) -> Predictor:
+        return Predictor(name, "full past", tuple(int(each) for own in found for each in own), simple)
+
+    model = predictor("model", right, False)
+    return Report(
+        asked, (1,) * len(asked), model, [predictor("last", simple, True), predictor("x", other, False)], None
+    )
+
+
+def test_people_are_drawn_not_rows() -> None:
+    # 10 people of 100 rows each, the model right on all rows of 7 of them, the baseline of 3: by rows that is sure.
+    people = [[person < 7] * 100 for person in range(10)]
+    theirs = [[person >= 7] * 100 for person in range(10)]
+    report = made(people, theirs, people)
+    interval = report.over(report.baselines[0])
+    assert interval.mean == pytest.approx(0.4)
+    assert interval.low < 0 < interval.high
+    assert report.verdict()[0].startswith("It is not shown that the model beats the best simple baseline, last on full")
+
+
+def test_the_verdict_says_who_wins() -> None:
+    rng = np.random.default_rng(0)
+    good, poor = ([(rng.random(10) < share).tolist() for _ in range(60)] for share in (0.8, 0.4))
+    assert made(good, poor, good).verdict()[0].startswith("The model beats the best simple baseline, last on full past")
+    assert made(poor, good, good).verdict()[0].startswith("The model loses to the best simple baseline")
+    assert made(good, poor, good).verdict()[1].startswith("It is not shown that the model beats a rule less simple, x")
+
+
+def test_weighted_f1_by_hand() -> None:
+    report = Report([Asked("a", n, 1) for n in range(4)], (1, 1, 1, 2), Predictor("m", "", (1, 1, 2, -1)), [], None)
+    # 1: precision 1, recall 2/3, F1 0.8, three rows; 2: nothing right, one row.
+    assert report.weighted_f1(report.model.places) == pytest.approx(0.6)

@@ -1,0 +1,199 @@
+"""The scripts of the mobility recipe: from nothing to rows and a table, and lines for what is wrong."""
+
+import csv
+import json
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+
+from olora_ray.common.errors import UserError
+from olora_ray.config.load import load
+from olora_ray.data.formats import to_example
+from olora_ray.data.mobility import answer
+from olora_ray.data.mobility.prompt import Template
+from olora_ray.data.tokenize import ExampleTokenizer
+from olora_ray.pipeline.base import open_base
+from pipelines.mobility import generate, mat_data, prepare, report
+from tests.pipelines import project
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def records(tmp_path: Path) -> Path:
+    generate.main(["--out", str(tmp_path / "records"), "--people", "8", "--days", "14", "--explore", "0.2"])
+    return tmp_path / "records"
+
+
+def test_from_nothing_to_a_table(records: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = tmp_path / "data"
+    prepare.main(
+        [
+            *(str(records / "check_ins.csv"), "--format=checkins", "--out", str(data)),
+            *("--rows", "train=30,eval=10,test=40", "--form", "hours"),
+            *("--history", "10", "--context", "3", "--least", "6"),
+        ]
+    )
+    said = capsys.readouterr().out
+    assert "train: 30 rows of 8 people" in said
+    assert "no targets: 48 stays with fewer than 6 before them" in said
+    rows = [json.loads(line) for line in (data / "test.jsonl").read_text().splitlines()]
+    assert len(rows) == 40
+    template = Template.load(data / "template.json")
+    assert template == Template("hours", 10, 3)
+    with (data / "answers.jsonl").open("w") as out:
+        for number, row in enumerate(rows, 1):
+            reference = row["messages"][-1]["content"]
+            out.write(json.dumps({"origin": f"t:{number}", "text": reference, "reference": reference}) + "\n")
+    report.main([str(data), str(data / "answers.jsonl"), "--law", str(records / "law.csv")])
+    table = capsys.readouterr().out.splitlines()
+    assert table[0] == "40 rows of 8 people"
+    assert any(line.startswith("model ") and "1.000        1.000" in line for line in table)
+    assert sum("full past" in line for line in table) >= 5
+    assert any(line.startswith("best possible") for line in table)
+    assert any(line.startswith("The model beats the best simple baseline") for line in table)
+
+
+def test_the_same_bytes_again(records: Path, tmp_path: Path) -> None:
+    before = {file.name: file.read_bytes() for file in records.iterdir()}
+    generate.main(["--out", str(records), "--people", "8", "--days", "14", "--explore", "0.2"])
+    assert {file.name: file.read_bytes() for file in records.iterdir()} == before
+    with (records / "law.csv").open() as opened:
+        law = list(csv.DictReader(opened))
+    with (records / "check_ins.csv").open() as opened:
+        stays = list(csv.DictReader(opened))
+    assert [row["user_id"] for row in law] == [row["user_id"] for row in stays]
+    assert [int(row["stay"]) for row in law if row["user_id"] == "3"] == list(
+        range(sum(row["user_id"] == "3" for row in stays))
+    )
+
+
+def test_bad_records_end_before_anything_is_written(
+    records: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = (records / "check_ins.csv").read_text().splitlines()
+    lines[5] = lines[5].rsplit(",", 2)[0] + ",25:00,1"
+    (records / "check_ins.csv").write_text("\n".join(lines))
+    out = tmp_path / "data"
+    command = [str(records / "check_ins.csv"), "--format", "checkins", "--out", str(out)]
+    with pytest.raises(UserError, match=r"check_ins\.csv:6: start_min is '25:00', not a whole number"):
+        prepare.main(command)
+    assert not out.exists()
+    prepare.main([*command, "--repair", "broken"])
+    said = capsys.readouterr().out
+    assert "1 record broken: left out" in said
+    assert "no targets: 48 stays with fewer than 6 before them" in said  # one more than the context, of 8 people
+    assert (out / "train.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], "arguments RECORDS, --format and --out: needed"),
+        (["RECORDS", "--format", "gpx", "--out", "OUT"], "argument --format: 'gpx' is not known"),
+        (["RECORDS", "--format", "checkins", "--out", "OUT", "--history", "many"], "argument --history: expected a"),
+        (["RECORDS", "--format", "checkins", "--out", "OUT", "--rows", "dev=3"], "argument --rows: 'dev' is no split"),
+        (["RECORDS", "--format", "checkins", "--out", "OUT", "--rows", "eval="], "argument --rows: expected a whole"),
+        (["RECORDS", "--format", "checkins", "--out", "OUT", "--form", "long"], "argument --form: 'long' is not known"),
+        (["RECORDS", "--format", "checkins", "--out", "OUT", "--least", "999"], "no row for train.jsonl"),
+        (["RECORDS", "--format", "checkins", "--out", "OUT", "--repair", "x"], "argument --repair: 'x' is not known"),
+    ],
+)
+def test_arguments_that_cannot_be_are_refused(
+    records: Path, tmp_path: Path, arguments: list[str], expected: str
+) -> None:
+    places = {"RECORDS": str(records / "check_ins.csv"), "OUT": str(tmp_path / "out")}
+    with pytest.raises(UserError) as caught:
+        prepare.main([places.get(word, word) for word in arguments])
+    assert expected in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_questions_are_cut_to_the_config(records: Path, tmp_path: Path, tiny_model: Path) -> None:
+    config = project.write_config(tmp_path, project.settings(tmp_path, tiny_model, data__max_length=520))
+    out = tmp_path / "data"
+    prepare.main(
+        [
+            *(str(records / "check_ins.csv"), "--format", "checkins", "--out", str(out), "--config", str(config)),
+            *("--rows", "train=20,eval=2,test=20"),
+        ]
+    )
+    shown = [json.loads(line)["shown"] for line in (out / "test.jsonl").read_text().splitlines()]
+    assert 0 < max(shown) < 45
+    tokens = ExampleTokenizer(open_base(load(config)).spec, 520)
+    for line in (out / "train.jsonl").read_text().splitlines():
+        assert tokens(to_example("messages", json.loads(line), {}))  # else Rejected
+
+
+def test_the_scripts_refuse_what_they_do_not_know(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="argument --people: expected a number, not 'many'"):
+        generate.main(["--out", str(tmp_path), "--people", "many"])
+    with pytest.raises(UserError, match="argument --out: missing"):
+        generate.main([])
+    with pytest.raises(UserError, match="arguments FOLDER and ANSWERS"):
+        report.main([str(tmp_path)])
+    with pytest.raises(UserError, match=r"arguments FILE\.csv and --out: needed"):
+        mat_data.main([])
+
+
+HEAD = "date_time,time,rating,price,weather,day,type,lat,lon,tid,label\n"
+LINE = "{time},1,-1.0,-1,Clear,Monday,Office,{lat},-73.9,{tid},Food\n"
+
+
+def test_people_are_put_together_from_their_weeks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weeks = [
+        (10, "2012-05-07 08:00:00", "40.1"),
+        (10, "2012-05-08 09:30:00", "40.2"),
+        (11, "2012-05-14 08:00:00", "40.2"),  # later, and shares a venue: the same person
+        (12, "2012-05-21 08:00:00", "40.3"),  # shares none
+        (13, "2012-05-07 08:00:00", "40.3"),  # earlier
+        (14, "2012-06-07 08:00:00", "40.3"),
+    ]
+    for name, part in (("b", weeks[::2]), ("a", weeks[1::2])):
+        lines = [LINE.format(time=time, lat=lat, tid=tid) for tid, time, lat in part]
+        (tmp_path / f"{name}.csv").write_text(HEAD + "".join(lines))
+    out = tmp_path / "check_ins.csv"
+    mat_data.main([str(tmp_path / "b.csv"), str(tmp_path / "a.csv"), "--out", str(out)])
+    assert "written: 6 check-ins of 3 people" in capsys.readouterr().out
+    with out.open() as opened:
+        rows = list(csv.DictReader(opened))
+    assert [row["user_id"] for row in rows] == ["0", "0", "0", "1", "2", "2"]
+    assert [row["location_id"] for row in rows] == ["1", "2", "2", "3", "3", "3"]
+    assert (rows[1]["start_day"], rows[1]["start_min"], rows[1]["weekday"]) == ("1", "570", "1")
+    assert datetime(2012, 5, 8).weekday() == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("time,tid\n1,2\n", "a.csv:1: no column 'date_time' in the first line; it has time, tid"),
+        (HEAD + LINE.format(time="8 o'clock", lat="40", tid=1), "a.csv:2: no check-in: Invalid isoformat string"),
+        (HEAD + LINE.format(time="2012-05-07 08:00:00", lat="140", tid=1), "a.csv:2: no check-in: latitude 140"),
+        (HEAD + LINE.format(time="2012-05-07 08:00:00", lat="40", tid="x"), "a.csv:2: no check-in: invalid literal"),
+        (HEAD + "2012-05-07 08:00:00,1\n", "a.csv:2: no check-in"),
+        (HEAD, "argument FILE.csv: no check-ins"),
+    ],
+)
+def test_a_broken_sample_is_named(tmp_path: Path, text: str, expected: str) -> None:
+    (tmp_path / "a.csv").write_text(text)
+    with pytest.raises(UserError) as caught:
+        mat_data.main([str(tmp_path / "a.csv"), "--out", str(tmp_path / "out.csv")])
+    assert expected in str(caught.value)
+    assert not (tmp_path / "out.csv").exists()
+
+
+def test_a_venue_may_be_one_column(tmp_path: Path) -> None:
+    text = "date_time,lat_lon,tid\n2012-05-07 08:00:00,40.1 -73.9,1\n2012-05-07 09:00:00,40.2 -73.9,1\n"
+    (tmp_path / "a.csv").write_text(text)
+    mat_data.main([str(tmp_path / "a.csv"), "--out", str(tmp_path / "out.csv")])
+    assert (tmp_path / "out.csv").read_text().splitlines()[1] == "0,0,1,40.1,-73.9,0,480,0"
+
+
+@pytest.mark.parametrize("name", ["mobility", "mobility-demo"])
+def test_the_configs_score_by_place_and_group_by_person(name: str) -> None:
+    config = load(ROOT / "pipelines" / "configs" / f"{name}.yaml")
+    assert config.gate.group == "user"
+    assert config.gate.metric == "eval/acc_at_1"
+    module, _, function = (config.evaluation.scorer or "").partition(":")
+    assert (module, function) == (answer.__name__, answer.next_place.__name__)
