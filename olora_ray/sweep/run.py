@@ -91,12 +91,7 @@ def run(spec: TrainSpec, space: Space, spared: float, tracker: Tracker) -> tuple
     """
     config = spec.config
     sweep_spec = SweepSpec(config.run.name, config.folder(), spec, space, tracker.run_id, spared)
-    if not state.can_resume(sweep_spec.folder):
-        logger.info("search: another version of olora_ray has ended it; its trials are reported, none is run")
-    elif progress.read(sweep_spec.folder).complete and state.begun(sweep_spec.folder):
-        logger.info("search: it has ended; its trials are reported, none is run")
-    else:
-        _search(sweep_spec)
+    search(sweep_spec)
     found = outcome.record(sweep_spec)
     if found.best() is None:
         raise UserError(
@@ -113,6 +108,19 @@ def _reasons(found: SearchRecord) -> str:
         return f"{plural(len(found.trials), 'trial')} ran"
     shown = [f"{reason} ({plural(number, 'trial')})" for reason, number in counts[:REASONS]]
     return "; ".join([*shown, *([f"{len(counts) - REASONS} other reasons"] if len(counts) > REASONS else [])])
+
+
+def search(sweep_spec: SweepSpec) -> None:
+    """Run the trials that have not ended; none of a search that is over.
+
+    Raises UserError if not even one trial fits in the cluster.
+    """
+    if not state.can_resume(sweep_spec.folder):
+        logger.info("search: another version of olora_ray has ended it; its trials are reported, none is run")
+    elif progress.read(sweep_spec.folder).complete and state.begun(sweep_spec.folder):
+        logger.info("search: it has ended; its trials are reported, none is run")
+    else:
+        _search(sweep_spec)
 
 
 def _search(sweep_spec: SweepSpec) -> None:

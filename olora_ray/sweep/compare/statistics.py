@@ -113,8 +113,8 @@ def holm_levels(p_values: Sequence[float], level: float = 0.95) -> list[float]:
     """
     count = len(p_values)
     order = {place: rank for rank, place in enumerate(sorted(range(count), key=lambda place: p_values[place]))}
-    adjusted = _stepped(p_values)
-    factors = [new / p if p > 0 else count - order[place] for place, (new, p) in enumerate(zip(adjusted, p_values))]
+    pairs = zip(_stepped(p_values), p_values, strict=True)
+    factors = [new / p if p > 0 else count - order[place] for place, (new, p) in enumerate(pairs)]
     return [1 - (1 - level) / factor for factor in factors]
 
 
