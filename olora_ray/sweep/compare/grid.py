@@ -33,6 +33,12 @@ class Arm:
         """The learning rate at a power of 2; exact, so that it can be a key."""
         return self.centre * 2.0**power
 
+    def has(self, cell: "Cell") -> bool:
+        """Whether a cell is a point of this grid."""
+        if (self.method, self.alpha) != (cell.method, cell.alpha):
+            return False
+        return self.rate(round(math.log2(cell.lr / self.centre))) == cell.lr
+
 
 @dataclass(frozen=True)
 class Cell:

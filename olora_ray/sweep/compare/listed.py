@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from olora_ray.config.schema import Config
-from olora_ray.sweep.domain import Chooser
-from olora_ray.sweep.space import Draws, Space
+from olora_ray.sweep.domain import Chooser, Domain
+from olora_ray.sweep.space import Draws, Scheduler, Space
 
 PLACE = "place"
 """The only draw: the place in the list."""
@@ -18,14 +18,14 @@ class Listed(Space):
     """Dotted field -> value of each trial."""
 
     @classmethod
-    def of(cls, trials: Sequence[Mapping[str, Any]], common: Mapping[str, Any]) -> "Listed":
-        """The space of these trials; `common` is set for all of them. They all name the same fields."""
+    def of(cls, trials: Sequence[Mapping[str, Any]]) -> "Listed":
+        """The space of these trials, which all name the same fields."""
         values = {field: list(dict.fromkeys(trial[field] for trial in trials)) for field in trials[0]}
         return cls(
-            search={field: {"choice": found} for field, found in values.items()},  # type: ignore[arg-type]
-            set=dict(common),
+            search={field: Domain(choice=tuple(found)) for field, found in values.items()},
+            set={},
             searcher="grid",
-            scheduler={"kind": "none"},  # type: ignore[arg-type]
+            scheduler=Scheduler(kind="none"),
             include_default=False,
             listed=tuple(dict(trial) for trial in trials),
         )

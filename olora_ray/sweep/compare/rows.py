@@ -56,10 +56,14 @@ class RowSets:
     """Where the rows of a comparison lie."""
 
     sources: Mapping[Kind, tuple[Source, ...]]
-    counts: Mapping[Kind, int]
-    digests: Mapping[Kind, str]
+    counts: Mapping[str, int]
+    digests: Mapping[str, str]
     groups: Mapping[str, tuple[int, ...]]
     """Name of a file of test rows -> number of the group of each of its lines."""
+
+    def contents(self) -> dict[str, str]:
+        """The digests, by what they are of."""
+        return {f"{kind} rows": digest for kind, digest in self.digests.items()}
 
     def config(self, config: Config, held_out: Literal["tuning", "test"]) -> Config:
         """The config with these training rows, and one of the two other sets held out."""
