@@ -9,7 +9,7 @@ from olora_ray.cluster.spec import TrainResult
 from olora_ray.common import storage
 from olora_ray.pipeline import answers
 from olora_ray.sweep.compare.arguments import LEVEL
-from olora_ray.sweep.compare.grid import BASELINE
+from olora_ray.sweep.compare.grid import BASELINE, tried
 from olora_ray.sweep.compare.record import Against, ComparisonRecord, MethodRecord, Point, Training
 from olora_ray.sweep.compare.run import Final, Run, Tuning
 from olora_ray.sweep.compare.speed import Course, Reached, reached
@@ -133,9 +133,6 @@ def _result(folder: str) -> TrainResult | None:
 
 def _points(run: Run, tuning: Tuning) -> tuple[Point, ...]:
     """The trials of the tuning, those of the grids first."""
-    arms = run.comparison.arms()
-    found = [
-        Point(cell.method, cell.alpha, cell.lr, loss, any(arm.has(cell) for arm in arms))
-        for cell, loss in tuning.losses.items()
-    ]
+    on_grid = tried(run.comparison.arms(), tuning.losses)
+    found = [Point(cell.method, cell.alpha, cell.lr, loss, cell in on_grid) for cell, loss in tuning.losses.items()]
     return tuple(sorted(found, key=lambda point: (not point.grid, point.method, point.alpha, point.lr)))

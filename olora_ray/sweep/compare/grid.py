@@ -33,12 +33,6 @@ class Arm:
         """The learning rate at a power of 2; exact, so that it can be a key."""
         return self.centre * 2.0**power
 
-    def has(self, cell: "Cell") -> bool:
-        """Whether a cell is a point of this grid."""
-        if (self.method, self.alpha) != (cell.method, cell.alpha):
-            return False
-        return self.rate(round(math.log2(cell.lr / self.centre))) == cell.lr
-
 
 @dataclass(frozen=True)
 class Cell:
@@ -117,10 +111,20 @@ def tuned(method: str, grids: Sequence[Arm], losses: Losses, base: float, releva
     )
 
 
+def tried(grids: Sequence[Arm], losses: Losses) -> set[Cell]:
+    """The cells that are points of a grid; others were tried beside it."""
+    return {cell(arm, power) for arm in grids for power in _powers(arm, losses)}
+
+
 def _powers(arm: Arm, losses: Losses) -> dict[int, float]:
-    """The points of a grid that have been tried: power of 2 -> loss."""
-    powers = range(-MOST, MOST + max(START) + 1)
-    return {power: losses[cell(arm, power)] for power in powers if cell(arm, power) in losses}
+    """The points of a grid that have been tried, without a gap between them: power of 2 -> loss."""
+    found = [power for power in START if cell(arm, power) in losses]
+    for first, step in ((min(START) - 1, -1), (max(START) + 1, 1)):
+        power = first
+        while len(found) >= len(START) and cell(arm, power) in losses:
+            found.append(power)
+            power += step
+    return {power: losses[cell(arm, power)] for power in sorted(found)}
 
 
 def _best(found: Mapping[int, float]) -> int | None:

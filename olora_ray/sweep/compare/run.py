@@ -42,7 +42,7 @@ from olora_ray.train.estimate import MemoryEstimate
 
 logger = logging.getLogger(__name__)
 
-QUIET = {"evaluation.scorer": None, "evaluation.samples": 0, "gate.metric": "eval/loss", "gate.and": []}
+QUIET: dict[str, Any] = {"evaluation.scorer": None, "evaluation.samples": 0, "gate.metric": "eval/loss", "gate.and": []}
 """Of trainings whose answers nobody looks at."""
 INIT = "init.json"
 

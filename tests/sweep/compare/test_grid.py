@@ -143,3 +143,17 @@ def test_of_equal_losses_the_smaller_rate_is_taken() -> None:
     assert found is not None
     assert found.cell.lr == min(cell.lr for cell in losses)
     assert len(losses) == MOST
+
+
+def test_a_point_beside_the_grid_is_none_of_it_until_the_grid_comes_there() -> None:
+    grids = [Arm("lora", 16.0, 1e-3)]
+    beside = {Cell("lora", 16.0, 2.5e-4): 0.0, Cell("lora", 16.0, 1.1e-3): 0.0}
+    started = beside | {Cell("lora", 16.0, 1e-3 * 2**power): 2.0 + abs(power - 1) for power in range(3)}
+    assert following(grids, started) == []
+    found = tuned("lora", grids, started, 9.0, 0.01)
+    assert found is not None
+    assert (found.cell.lr, found.points) == (2e-3, 3)
+    lowest_first = beside | {Cell("lora", 16.0, 1e-3 * 2**power): 2.0 + power for power in range(3)}
+    assert following(grids, lowest_first) == [Cell("lora", 16.0, 5e-4)]
+    arrived = lowest_first | {Cell("lora", 16.0, 5e-4): 1.0}
+    assert following(grids, arrived) == [Cell("lora", 16.0, 1.25e-4)]
