@@ -141,20 +141,22 @@ def _concurrent_trials(spec: TrainSpec, space: Space) -> tuple[int, tuple[Any, .
     """How many trials run at the same time, and the actors that train them where several share one base model."""
     config, count = spec.config, space.count()
     wanted, workers = worker_resources(config), config.cluster.min_workers()
-    room = _room(wanted)
-    if room < workers:
-        raise UserError(f"cluster.workers={workers}: a trial needs {workers} workers, and there is room for {room} now")
+    fitting = room(wanted)
+    if fitting < workers:
+        raise UserError(
+            f"cluster.workers={workers}: a trial needs {workers} workers, and there is room for {fitting} now"
+        )
     each = min(space.trials_per_worker, count)
     if each == 1:
-        concurrent = min(room // workers, space.concurrency or count, count)
+        concurrent = min(fitting // workers, space.concurrency or count, count)
         logger.info(f"search: {count} trials, {concurrent} at the same time, {workers} worker(s) each")
         return concurrent, ()
-    number = min(room, -(-min(space.concurrency or count, count) // each))
+    number = min(fitting, -(-min(space.concurrency or count, count) // each))
     logger.info(f"search: {count} trials, up to {each} side by side on each of {number} copies of the base model")
     return min(number * each, count), shared_base.start_actors(spec, wanted, number, each)
 
 
-def _room(wanted: Mapping[str, float]) -> int:
+def room(wanted: Mapping[str, float]) -> int:
     """Workers that fit; tasks that have ended give back what they held a moment later."""
     seen = []
     for _ in range(8):

@@ -15,7 +15,7 @@ from typing import Any
 import ray
 
 from olora_ray.adapter import factor_cache
-from olora_ray.cluster.resources import free_workers, worker_resources
+from olora_ray.cluster.resources import worker_resources
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.common import storage
 from olora_ray.common.text import plural
@@ -26,6 +26,7 @@ from olora_ray.pipeline import connection, report
 from olora_ray.pipeline.base import Base
 from olora_ray.pipeline.prepare import prepare_tokens
 from olora_ray.pipeline.run_folder import RunFolder
+from olora_ray.sweep import run as search
 from olora_ray.sweep import shared_work
 from olora_ray.sweep.compare import estimate, phase, row_losses
 from olora_ray.sweep.compare.arguments import Comparison
@@ -195,7 +196,7 @@ class Run:
         return phase.ended(spec)
 
     def _estimate(self, spec: TrainSpec) -> None:
-        side_by_side = max(1, free_workers(worker_resources(self.config)) // self.config.cluster.min_workers())
+        side_by_side = max(1, search.room(worker_resources(self.config)) // self.config.cluster.min_workers())
         self._pace = estimate.measured(spec, self.sizes[BASELINE], side_by_side)
         logger.info(estimate.line(self.comparison, self._pace, []))
         if not storage.exists(storage.join(self.folder, tuning_name(1))):
@@ -230,7 +231,7 @@ class Run:
             return
         logger.info(f"measuring {plural(len(left), 'adapter')} on each of the test rows")
         wanted = worker_resources(self.config)
-        number = max(1, min(len(left), free_workers(wanted)))
+        number = max(1, min(len(left), search.room(wanted)))
         task = ray.remote(row_losses.measure).options(num_cpus=wanted["CPU"], num_gpus=wanted.get("GPU", 0))
         with connection.user_errors():
             ray.get([task.remote(left[first::number]) for first in range(number)])
