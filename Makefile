@@ -2,13 +2,16 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart sweep-demo lifecycle-demo mobility-demo test test-slow quick check setup docs models lock bench clean
+.PHONY: quickstart sweep-demo compare-demo lifecycle-demo mobility-demo test test-slow quick check setup docs models lock bench clean
 
 quickstart: $(VENV)/.quickstart ## fine-tune SmolLM2-135M on this machine, from nothing
 	$(BIN)/python pipelines/finetune.py
 
 sweep-demo: $(VENV)/.quickstart ## search rank, alpha and learning rate, and register the best model
 	$(BIN)/python pipelines/sweep.py pipelines/configs/quickstart.yaml tune_spaces/demo.yaml --register
+
+compare-demo: $(VENV)/.quickstart ## OLoRA against LoRA on the quickstart's model and corpus, each tuned, in about 20 minutes
+	$(BIN)/python pipelines/compare.py pipelines/configs/compare-demo.yaml --methods lora,olora --seeds 4
 
 lifecycle-demo: $(VENV)/.dev ## five nights: train, nothing changed, new data, poisoned data, rollback; real parts only
 	$(BIN)/python -m tests.demos.lifecycle --picture docs/registry.png

@@ -38,7 +38,8 @@ and a run's folder has its configuration in `config.yaml` with every default fil
 
 ## On the command line
 
-`finetune.py`, `sweep.py`, `retrain.py` and `evaluate.py` take `section.field=value` words, which override the file:
+`finetune.py`, `sweep.py`, `compare.py`, `retrain.py` and `evaluate.py` take `section.field=value` words, which
+override the file:
 
     .venv/bin/python pipelines/finetune.py my_run.yaml train.lr=2.0e-4 adapter.rank=32 cluster.workers='[2, 8]'
     .venv/bin/python pipelines/finetune.py my_run.yaml registry.model=null data.train.0.weight=2

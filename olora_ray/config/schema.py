@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from olora_ray.config.compare import Compare as Compare
 from olora_ray.config.delivery import Condition as Condition
 from olora_ray.config.delivery import Export as Export
 from olora_ray.config.delivery import Gate as Gate
@@ -271,6 +272,7 @@ class Config(Section):
     registry: Registry = Registry()
     gate: Gate = Gate()
     retrain: Retrain = Retrain()
+    compare: Compare = Compare()
 
     @model_validator(mode="after")
     def _gate_can_be_measured(self) -> "Config":

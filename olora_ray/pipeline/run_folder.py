@@ -28,6 +28,7 @@ FREE_TO_CHANGE = (
     "registry.",
     "gate.",
     "retrain.",
+    "compare.",
     "train.keep",
     "train.log_every",
 )

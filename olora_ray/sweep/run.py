@@ -91,12 +91,7 @@ def run(spec: TrainSpec, space: Space, spared: float, tracker: Tracker) -> tuple
     """
     config = spec.config
     sweep_spec = SweepSpec(config.run.name, config.folder(), spec, space, tracker.run_id, spared)
-    if not state.can_resume(sweep_spec.folder):
-        logger.info("search: another version of olora_ray has ended it; its trials are reported, none is run")
-    elif progress.read(sweep_spec.folder).complete and state.begun(sweep_spec.folder):
-        logger.info("search: it has ended; its trials are reported, none is run")
-    else:
-        _search(sweep_spec)
+    search(sweep_spec)
     found = outcome.record(sweep_spec)
     if found.best() is None:
         raise UserError(
@@ -113,6 +108,19 @@ def _reasons(found: SearchRecord) -> str:
         return f"{plural(len(found.trials), 'trial')} ran"
     shown = [f"{reason} ({plural(number, 'trial')})" for reason, number in counts[:REASONS]]
     return "; ".join([*shown, *([f"{len(counts) - REASONS} other reasons"] if len(counts) > REASONS else [])])
+
+
+def search(sweep_spec: SweepSpec) -> None:
+    """Run the trials that have not ended; none of a search that is over.
+
+    Raises UserError if not even one trial fits in the cluster.
+    """
+    if not state.can_resume(sweep_spec.folder):
+        logger.info("search: another version of olora_ray has ended it; its trials are reported, none is run")
+    elif progress.read(sweep_spec.folder).complete and state.begun(sweep_spec.folder):
+        logger.info("search: it has ended; its trials are reported, none is run")
+    else:
+        _search(sweep_spec)
 
 
 def _search(sweep_spec: SweepSpec) -> None:
@@ -133,20 +141,22 @@ def _concurrent_trials(spec: TrainSpec, space: Space) -> tuple[int, tuple[Any, .
     """How many trials run at the same time, and the actors that train them where several share one base model."""
     config, count = spec.config, space.count()
     wanted, workers = worker_resources(config), config.cluster.min_workers()
-    room = _room(wanted)
-    if room < workers:
-        raise UserError(f"cluster.workers={workers}: a trial needs {workers} workers, and there is room for {room} now")
+    fitting = room(wanted)
+    if fitting < workers:
+        raise UserError(
+            f"cluster.workers={workers}: a trial needs {workers} workers, and there is room for {fitting} now"
+        )
     each = min(space.trials_per_worker, count)
     if each == 1:
-        concurrent = min(room // workers, space.concurrency or count, count)
+        concurrent = min(fitting // workers, space.concurrency or count, count)
         logger.info(f"search: {count} trials, {concurrent} at the same time, {workers} worker(s) each")
         return concurrent, ()
-    number = min(room, -(-min(space.concurrency or count, count) // each))
+    number = min(fitting, -(-min(space.concurrency or count, count) // each))
     logger.info(f"search: {count} trials, up to {each} side by side on each of {number} copies of the base model")
     return min(number * each, count), shared_base.start_actors(spec, wanted, number, each)
 
 
-def _room(wanted: Mapping[str, float]) -> int:
+def room(wanted: Mapping[str, float]) -> int:
     """Workers that fit; tasks that have ended give back what they held a moment later."""
     seen = []
     for _ in range(8):

@@ -1,7 +1,7 @@
 """Specification of a search: what all its trials have in common, and the config and folder of each."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from olora_ray.cluster.spec import TrainSpec
@@ -56,6 +56,10 @@ class SweepSpec:
     def config(self, number: int, draws: Mapping[str, Any]) -> Config:
         """The config of a trial."""
         return override(self.train_spec.config, self.values(number, draws) | self._own(number))
+
+    def spec_of(self, config: Config) -> TrainSpec:
+        """The specification of a trial with this config, where all trials have the same base model and tokens."""
+        return replace(self.train_spec, config=config)
 
     def trial_folder(self, number: int, config: Config) -> RunFolder:
         """The run folder of a trial."""

@@ -138,7 +138,7 @@ class TrialRun:
     def _train_spec(self) -> TrainSpec:
         config, sweep_spec = self.config, self.sweep_spec
         if sweep_spec.shares_data():
-            return replace(sweep_spec.train_spec, config=config)
+            return sweep_spec.spec_of(config)
         held = ray.cluster_resources().get("CPU", 0.0)  # by other trials
         spec, _ = prepare_tokens(config, open_base(config), wait=True, cpus_held=held)
         return spec

@@ -104,7 +104,7 @@ def test_no_secret_is_repeated() -> None:
     assert str(caught.value) == "argument --trackinguri=http://me:***@host: not known; did you mean --tracking-uri?"
 
 
-@pytest.mark.parametrize("script", ["finetune", "sweep", "retrain", "evaluate", "registry"])
+@pytest.mark.parametrize("script", ["finetune", "sweep", "compare", "retrain", "evaluate", "registry"])
 def test_every_script_has_help(script: str, capsys: pytest.CaptureFixture[str]) -> None:
     main = importlib.import_module(f"pipelines.{script}").main
     with pytest.raises(SystemExit) as caught:

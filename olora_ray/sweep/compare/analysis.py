@@ -1,0 +1,138 @@
+"""The analysis of a comparison: from the losses on each test row to differences with their intervals."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from olora_ray.cluster.spec import TrainResult
+from olora_ray.common import storage
+from olora_ray.pipeline import answers
+from olora_ray.sweep.compare.arguments import LEVEL
+from olora_ray.sweep.compare.grid import BASELINE, tried
+from olora_ray.sweep.compare.record import Against, ComparisonRecord, MethodRecord, Point, Training
+from olora_ray.sweep.compare.run import Final, Run, Tuning
+from olora_ray.sweep.compare.speed import Course, Reached, reached
+from olora_ray.sweep.compare.statistics import Difference, Values, crossed, holm, holm_levels, per_token
+
+
+def record(run: Run, tuning: Tuning, finals: Sequence[Final], machine: str) -> ComparisonRecord:
+    """All that was measured, and what follows."""
+    comparison, config = run.comparison, run.config
+    against = differences(comparison.methods, finals, run.rows.groups)
+    bases = [base for each in finals if (base := each.ended.base()) is not None]
+    some = next((each for each in finals if each.losses), None)
+    return ComparisonRecord(
+        name=config.run.name,
+        model=run.base.model.name,
+        task=", ".join(source.path.rstrip("/").rpartition("/")[2] for source in config.data.train),
+        machine=machine,
+        seconds=run.seconds(),
+        tuning_seed=config.run.seed,
+        seeds=comparison.seeds,
+        rank=config.adapter.rank,
+        alpha=float(config.adapter.alpha),
+        lr=config.train.lr,
+        steps=some.ended.record.total if some else 0,
+        global_batch=config.train.global_batch,
+        rows=dict(run.rows.counts),
+        groups=len({number for numbers in run.rows.groups.values() for number in numbers}),
+        relevant=config.compare.relevant,
+        level=LEVEL,
+        base_tuning=tuning.base,
+        base_test=bases[0] if bases else math.inf,
+        points=_points(run, tuning),
+        methods=tuple(_method(run, tuning, method, finals, against.get(method)) for method in comparison.methods),
+    )
+
+
+def differences(
+    methods: Sequence[str], finals: Sequence[Final], groups: Mapping[str, Sequence[int]]
+) -> dict[str, Against]:
+    """Method -> its difference to the baseline, of those that have losses with every seed, as the baseline has."""
+    found = {method: measured for method in methods if (measured := _losses(finals, method, groups)) is not None}
+    if BASELINE not in found:
+        return {}
+    losses, tokens = found.pop(BASELINE)
+    against = {method: crossed(per_token(own - losses, tokens)) for method, (own, _) in found.items()}
+    p_values = [each.p() for each in against.values()]
+    adjusted = zip(against.items(), p_values, holm(p_values), holm_levels(p_values, LEVEL), strict=True)
+    return {method: _against(each, p, p_holm, level) for (method, each), p, p_holm, level in adjusted}
+
+
+def _against(found: Difference, p: float, p_holm: float, level: float) -> Against:
+    return Against(
+        mean=found.mean,
+        error=found.error,
+        freedom=found.freedom,
+        interval=found.interval(LEVEL),
+        adjusted=found.interval(level),
+        p=p,
+        p_holm=p_holm,
+    )
+
+
+def _losses(finals: Sequence[Final], method: str, groups: Mapping[str, Sequence[int]]) -> tuple[Values, Values] | None:
+    """(losses (seeds, groups), tokens (groups,)) of a method; None unless every training has come to its end."""
+    rows = [each.losses for each in sorted(finals, key=lambda each: each.seed) if each.method == method]
+    if not rows or None in rows:
+        return None
+    summed = [each.by_group(groups) for each in rows if each is not None]
+    return np.stack([losses for losses, _ in summed]), summed[0][1]
+
+
+def _method(run: Run, tuning: Tuning, method: str, finals: Sequence[Final], against: Against | None) -> MethodRecord:
+    own = _losses(finals, method, run.rows.groups)
+    mean = crossed(per_token(*own)) if own else None
+    init, exchanged = run.initialisation(method)
+    targets = {each.seed: each.ended.loss for each in finals if each.method == BASELINE}
+    trained = sorted((each for each in finals if each.method == method), key=lambda each: each.seed)
+    return MethodRecord(
+        method=method,
+        tuned=tuning.best.get(method),
+        trainings=tuple(_training(run, each, targets[each.seed], init) for each in trained),
+        loss=mean.mean if mean else None,
+        half=mean.half(LEVEL) if mean else None,
+        against=against,
+        init_seconds=init,
+        exchanged=exchanged,
+        trainable=run.sizes[method].trainable,
+    )
+
+
+def _training(run: Run, final: Final, target: float, init: float) -> Training:
+    found = final.ended.record
+    result = _result(found.folder)
+    course = Course.of(result.state.history if result and result.state else ())
+    loss = final.losses.mean() if final.losses else math.inf
+    scored = result and run.config.evaluation.scorer
+    return Training(
+        seed=final.seed,
+        loss=loss,
+        curve=course.points() or found.curve,
+        reached=_reached(course, target, init) if math.isfinite(loss) and math.isfinite(target) else None,
+        scores=answers.score(final.spec.config, answers.answered(result, run.base.tokenizer)).get("after", {})
+        if scored and result
+        else {},
+        folder=found.folder,
+        mlflow_run=found.mlflow_run,
+    )
+
+
+def _reached(course: Course, target: float, init: float) -> Reached | None:
+    return reached(course, target, init) if course.steps else None
+
+
+def _result(folder: str) -> TrainResult | None:
+    """What a training has left; None of one that broke off."""
+    try:
+        return TrainResult.from_json(storage.read_text(storage.join(folder, "training.json")))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _points(run: Run, tuning: Tuning) -> tuple[Point, ...]:
+    """The trials of the tuning, those of the grids first."""
+    on_grid = tried(run.comparison.arms(), tuning.losses)
+    found = [Point(cell.method, cell.alpha, cell.lr, loss, cell in on_grid) for cell, loss in tuning.losses.items()]
+    return tuple(sorted(found, key=lambda point: (not point.grid, point.method, point.alpha, point.lr)))

@@ -1,0 +1,120 @@
+"""The command line of pipelines/compare.py: a comparison as it is asked for; imports nothing heavy."""
+
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+from olora_ray.common.errors import UserError
+from olora_ray.config import command_line
+from olora_ray.config.dotted import flatten
+from olora_ray.config.load import load, override
+from olora_ray.config.paths import resolved
+from olora_ray.config.schema import Adapter, Config
+from olora_ray.sweep.compare import grid
+
+logger = logging.getLogger(__name__)
+
+OPTIONS = ("--methods", "--seeds", "--budget")
+FEWEST_SEEDS, SEEDS, MOST_SEEDS = 2, 4, 100
+LEVEL = 0.95
+"""Confidence of all intervals."""
+SAME = {
+    "adapter.dropout": 0.0,
+    "train.weight_decay": 0.0,
+    "train.early_stop": None,
+    "registry.model": None,
+}
+"""What all trainings of a comparison have in common, whatever the config says."""
+UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A comparison as it is asked for."""
+
+    config: Config
+    """Under the comparison's own name, with what all trainings have in common."""
+    methods: tuple[str, ...]
+    seeds: tuple[int, ...]
+    """run.seed of the trainings that are compared; the tuning has that of the config, which is none of them."""
+    budget: float | None
+    """Seconds that it may take."""
+
+    def arms(self) -> list[grid.Arm]:
+        """The grids of learning rates."""
+        adapter = self.config.adapter
+        return grid.arms(self.methods, adapter.alpha, adapter.rank, self.config.compare.centres)
+
+    def untuned(self) -> list[grid.Cell]:
+        """The points at the config's own learning rate; none if they are not wanted."""
+        if not self.config.compare.untuned:
+            return []
+        return [grid.Cell(each, float(self.config.adapter.alpha), self.config.train.lr) for each in self.methods]
+
+
+def read(argv: Sequence[str], usage: str) -> Comparison:
+    """The comparison in `CONFIG.yaml [section.field=value ...] --methods A,B [--seeds 4] [--budget 3h]`.
+
+    --help prints `usage` and the fields, and exits. Raises UserError for anything it does not know.
+    """
+    found = command_line.parse(argv, usage, options=OPTIONS, fields=True)
+    if len(files := found.names()) != 1:
+        raise UserError(f"arguments {' '.join(files) or '(none)'}: expected a config file; --help shows how")
+    config = resolved(load(files[0], found.changes()), Path.cwd())
+    methods = _methods(found.options.get("--methods", "lora,olora"))
+    seeds = _seeds(config, found.options.get("--seeds", str(SEEDS)))
+    budget = _seconds(found.options["--budget"]) if "--budget" in found.options else None
+    _check_config(config, methods)
+    own = {"run.name": f"{config.run.name}-compare", "cluster.workers": config.cluster.min_workers()}
+    return Comparison(override(config, {**SAME, **own}), methods, seeds, budget)
+
+
+def _methods(text: str) -> tuple[str, ...]:
+    known = known_methods()
+    names = tuple(dict.fromkeys(name for part in text.split(",") if (name := part.strip())))
+    if unknown := [name for name in names if name not in known]:
+        raise UserError(f"argument --methods: {unknown[0]!r} is no adapter.method; there are {', '.join(known)}")
+    if grid.BASELINE not in names:
+        raise UserError(f"argument --methods: {grid.BASELINE} is missing, which the others are compared with")
+    if len(names) < 2:
+        raise UserError(f"argument --methods: name at least one besides {grid.BASELINE}, e.g. lora,olora")
+    return names
+
+
+def known_methods() -> tuple[str, ...]:
+    """The values that adapter.method may have."""
+    return get_args(Adapter.model_fields["method"].annotation)
+
+
+def _seeds(config: Config, text: str) -> tuple[int, ...]:
+    if not text.isdecimal() or not FEWEST_SEEDS <= int(text) <= MOST_SEEDS:
+        raise UserError(
+            f"argument --seeds: expected {FEWEST_SEEDS} to {MOST_SEEDS} seeds, not {text!r}: one alone cannot tell a"
+            " method from luck"
+        )
+    return tuple((config.run.seed + number) % 2**31 for number in range(1, int(text) + 1))
+
+
+def _seconds(text: str) -> float:
+    """`3h`, `1h30m`, `90m` or `5400` in seconds."""
+    parts = re.findall(r"(\d+(?:\.\d+)?)([hms]?)", text)
+    seconds = sum(float(number) * UNITS[unit or "s"] for number, unit in parts)
+    if "".join(map("".join, parts)) != text or not seconds > 0:
+        raise UserError(f"argument --budget: expected a time such as 3h, 90m or 1h30m, not {text!r}")
+    return seconds
+
+
+def _check_config(config: Config, methods: Sequence[str]) -> None:
+    if config.train.start is not None:
+        raise UserError("train.start: a comparison is of ways to start, so it must be null")
+    for name in config.compare.centres:
+        if name not in known_methods():
+            raise UserError(f"compare.centres: {name!r} is no adapter.method; there are {', '.join(known_methods())}")
+    flat = flatten(config)
+    for field, value in SAME.items():
+        if field != "registry.model" and flat[field] != value:
+            shown = "null" if value is None else f"{value:g}"
+            logger.info(f"{field}: {shown} in all trainings of a comparison, instead of {flat[field]}")

@@ -1,0 +1,106 @@
+"""How long a comparison will take: the number of its trainings, and the seconds of one, measured."""
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from olora_ray.cluster.spec import TrainSpec
+from olora_ray.common.errors import UserError
+from olora_ray.common.text import duration, plural
+from olora_ray.config.load import override
+from olora_ray.sweep.compare.arguments import Comparison
+from olora_ray.sweep.compare.grid import BASELINE, MOST, START, Cell, cell
+from olora_ray.sweep.record import TrialRecord
+from olora_ray.train import pace
+from olora_ray.train.estimate import MemoryEstimate
+from olora_ray.train.loader import total_steps
+
+LIKELY = len(START) + 1
+"""Points of a grid, as most need."""
+START_SECONDS = 15.0
+"""Of a training before its first step: processes, model, self-test."""
+LATE = 1.2
+"""A comparison that is under way may exceed its budget by this factor before it is ended."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """What is known of the time of one training."""
+
+    seconds: float | None
+    """None: not known before the first have run."""
+    side_by_side: int
+    """Trainings at the same time."""
+    why_not: str = ""
+
+
+def measured(spec: TrainSpec, size: MemoryEstimate, side_by_side: int) -> Pace:
+    """From one micro-batch forward and backward, on this machine's CPU."""
+    config = override(spec.config, {"adapter.method": BASELINE})
+    elsewhere = os.environ.get("RAY_ADDRESS", "").strip() not in ("", "auto", "local")
+    if why := pace.not_measured(size, elsewhere):
+        return Pace(None, side_by_side, why)
+    assert spec.eval is not None
+    train, workers = config.train, config.cluster.max_workers()
+    width = min(train.micro_batch, -(-train.global_batch // workers))
+    packs = [spec.train[number % len(spec.train)] for number in range(width)]
+    once = pace.seconds_per_micro_batch(config, spec.base, packs)
+    steps = total_steps(train, len(spec.train))
+    # Forward only, which is a third of forward and backward.
+    evaluation = -(-len(spec.eval) // (width * workers)) * once / 3
+    evaluations = -(-steps // train.eval_every) + 1
+    return Pace(START_SECONDS + steps * config.accumulation() * once + evaluations * evaluation, side_by_side)
+
+
+def of_records(records: Sequence[TrialRecord], before: Pace) -> Pace:
+    """From trainings that have run to their end."""
+    whole = [record.seconds for record in records if record.status == "finished"]
+    return Pace(sum(whole) / len(whole), before.side_by_side) if whole else before
+
+
+def trainings(comparison: Comparison, tried: Sequence[Cell], final: int = 0) -> tuple[int, int]:
+    """(likely, at most) trainings that are left, after these of the tuning and so many of the final phase."""
+    arms, left = comparison.arms(), len(comparison.methods) * len(comparison.seeds) - final
+    if final:
+        return left, left
+    extra = len([each for each in comparison.untuned() if each not in tried and not _on_a_start(comparison, each)])
+    done = [sum(each.method == arm.method and each.alpha == arm.alpha for each in tried) for arm in arms]
+    likely, most = (sum(max(0, points - count) for count in done) for points in (LIKELY, MOST))
+    return likely + extra + left, most + extra + left
+
+
+def line(comparison: Comparison, found: Pace, tried: Sequence[Cell], final: int = 0) -> str:
+    """What is left to do, for the log."""
+    likely, most = trainings(comparison, tried, final)
+    count = plural(likely, "training") if likely == most else f"{likely} to {most} trainings"
+    if found.seconds is None:
+        return f"left to do: {count}, {found.side_by_side} at a time; their time is not estimated: {found.why_not}"
+    low, high = (duration(_seconds(number, found) or 0.0) for number in (likely, most))
+    times = low if likely == most else f"{low}, at most {high}"
+    return f"left to do: {count} of about {duration(found.seconds)}, {found.side_by_side} at a time: about {times}"
+
+
+def check_budget(
+    comparison: Comparison, found: Pace, spent: float, tried: Sequence[Cell], final: int = 0, began: bool = False
+) -> None:
+    """Raise UserError if the comparison likely takes longer than its budget; one that has begun may a little."""
+    seconds = _seconds(trainings(comparison, tried, final)[0], found)
+    if comparison.budget is None or seconds is None or spent + seconds <= comparison.budget * (LATE if began else 1.0):
+        return
+    so_far = f" after the {duration(spent)} so far" if spent else ""
+    raise UserError(
+        f"argument --budget: the comparison takes about {duration(seconds)} more{so_far}, and may take"
+        f" {duration(comparison.budget)} in all; raise it, or compare less (train.steps, --seeds, --methods,"
+        " compare.untuned) under another run.name"
+    )
+
+
+def _seconds(number: int, found: Pace) -> float | None:
+    if found.seconds is None:
+        return None
+    return math.ceil(number / max(1, found.side_by_side)) * found.seconds
+
+
+def _on_a_start(comparison: Comparison, wanted: Cell) -> bool:
+    return wanted in [cell(arm, power) for arm in comparison.arms() for power in START]

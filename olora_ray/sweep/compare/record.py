@@ -1,0 +1,167 @@
+"""Record of a comparison: what was tuned, trained and measured, and what follows; the content of comparison.json."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from olora_ray.sweep.compare.grid import BASELINE, Tuned
+from olora_ray.sweep.compare.speed import Ratio, Reached
+from olora_ray.sweep.compare.statistics import Interval
+
+
+@dataclass(frozen=True)
+class Point:
+    """A trial of the tuning."""
+
+    method: str
+    alpha: float
+    lr: float
+    loss: float
+    """On the tuning rows; infinite if the training broke off."""
+    grid: bool = True
+    """False: the untuned point, at the config's own learning rate."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """A training of a method at its tuned learning rate, with a fresh seed."""
+
+    seed: int
+    loss: float
+    """On the test rows, after the last step; infinite if the training broke off."""
+    curve: tuple[tuple[int, float], ...]
+    """(step, loss on the test rows)."""
+    reached: Reached | None
+    """When it came to the baseline's last loss of the same seed; None if one of the two broke off."""
+    scores: Mapping[str, float]
+    """Of the answers of its best adapter, if the config has a scorer."""
+    folder: str = ""
+    mlflow_run: str = ""
+
+
+@dataclass(frozen=True)
+class Against:
+    """A method against the baseline: loss - the baseline's, in nats per supervised token."""
+
+    mean: float
+    error: float
+    """Standard error of the mean over seeds and rows."""
+    freedom: float
+    interval: Interval
+    """Of 95%, for this comparison alone."""
+    adjusted: Interval
+    """Such that it excludes 0 exactly where Holm's procedure rejects."""
+    p: float
+    p_holm: float
+
+
+@dataclass(frozen=True)
+class MethodRecord:
+    """All of one method."""
+
+    method: str
+    tuned: Tuned | None
+    """None: every trial of the tuning broke off."""
+    trainings: tuple[Training, ...]
+    loss: float | None
+    """Mean over seeds and test rows, per supervised token; None unless every training has come to its end."""
+    half: float | None
+    """Half of its interval's width."""
+    against: Against | None
+    """None for the baseline, and where one of the two has no loss."""
+    init_seconds: float
+    """Of the initialisation, in one process."""
+    exchanged: int
+    """Bytes of the factors, which worker sends to worker."""
+    trainable: int
+    """Numbers that are trained."""
+
+    def broke_off(self) -> int:
+        """Trainings that broke off."""
+        return sum(not math.isfinite(each.loss) for each in self.trainings)
+
+    def scores(self) -> dict[str, float]:
+        """Mean over the seeds of each score."""
+        names = dict.fromkeys(name for each in self.trainings for name in each.scores)
+        return {
+            name: sum(values) / len(values)
+            for name in names
+            if (values := [each.scores[name] for each in self.trainings if name in each.scores])
+        }
+
+
+@dataclass(frozen=True)
+class ComparisonRecord:
+    """A whole comparison."""
+
+    name: str
+    model: str
+    task: str
+    """The training sources."""
+    machine: str
+    seconds: float
+    """Of all trainings, over all attempts."""
+    tuning_seed: int
+    seeds: tuple[int, ...]
+    rank: int
+    alpha: float
+    lr: float
+    """The config's own, of the untuned points."""
+    steps: int
+    global_batch: int
+    rows: Mapping[str, int]
+    """Number of train, tuning and test rows."""
+    groups: int
+    """Independent groups of test rows; without gate.group each row is one."""
+    relevant: float
+    level: float
+    base_tuning: float
+    """Loss of the base model on the tuning rows."""
+    base_test: float
+    points: tuple[Point, ...]
+    methods: tuple[MethodRecord, ...]
+    """In the order of the command line."""
+    notes: tuple[str, ...] = ()
+
+    def of(self, method: str) -> MethodRecord:
+        """The record of a method."""
+        return next(each for each in self.methods if each.method == method)
+
+    def others(self) -> list[MethodRecord]:
+        """All but the baseline."""
+        return [each for each in self.methods if each.method != BASELINE]
+
+    def untuned(self, method: str) -> Point | None:
+        """The point at the config's own learning rate and alpha."""
+        own = [point for point in self.points if point.method == method]
+        return next((point for point in own if (point.lr, point.alpha) == (self.lr, self.alpha)), None)
+
+    def ratio(self, method: str) -> Ratio | None:
+        """Steps to the baseline's last loss / those of the baseline; None if a training broke off."""
+        pairs = list(zip(self.of(method).trainings, self.of(BASELINE).trainings, strict=True))
+        own, base = [mine.reached for mine, _ in pairs], [other.reached for _, other in pairs]
+        if None in own or None in base:
+            return None
+        return Ratio.of([each for each in own if each], [each for each in base if each])
+
+    def typical(self, method: str) -> Reached | None:
+        """When a training of a method comes to the baseline's last loss: that with the median number of steps."""
+        found = [each.reached for each in self.of(method).trainings]
+        if not found or None in found:
+            return None
+        ordered = sorted((each for each in found if each), key=lambda each: (not each.reached, each.steps))
+        return ordered[(len(ordered) - 1) // 2]
+
+    def to_json(self) -> str:
+        """The text of comparison.json; infinity becomes null, as JSON has none."""
+        return json.dumps(_finite(asdict(self)), indent=1, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(name): _finite(item) for name, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value

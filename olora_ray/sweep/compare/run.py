@@ -1,0 +1,250 @@
+"""A comparison of methods: learning rates are tuned for each, then all are trained with fresh seeds and compared.
+
+Every phase is a search of listed trials, so what has ended is never run again: a comparison that was interrupted
+asks the grid anew, gets the same trials, and finds them in their folders.
+"""
+
+import contextlib
+import json
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import ray
+
+from olora_ray.adapter import factor_cache
+from olora_ray.cluster.resources import worker_resources
+from olora_ray.cluster.spec import TrainSpec
+from olora_ray.common import storage
+from olora_ray.common.text import plural
+from olora_ray.config.dotted import flatten
+from olora_ray.config.load import override
+from olora_ray.config.schema import Config
+from olora_ray.pipeline import connection, report
+from olora_ray.pipeline.base import Base
+from olora_ray.pipeline.prepare import prepare_tokens
+from olora_ray.pipeline.run_folder import RunFolder
+from olora_ray.sweep import run as search
+from olora_ray.sweep import shared_work
+from olora_ray.sweep.compare import estimate, phase, row_losses
+from olora_ray.sweep.compare.arguments import Comparison
+from olora_ray.sweep.compare.estimate import Pace
+from olora_ray.sweep.compare.grid import BASELINE, Cell, Tuned, following, tuned
+from olora_ray.sweep.compare.listed import Listed
+from olora_ray.sweep.compare.phase import Ended
+from olora_ray.sweep.compare.row_losses import RowLosses
+from olora_ray.sweep.compare.rows import RowSets
+from olora_ray.sweep.compare.spec import FINAL, PhaseSpec, shared_place, tuning_name
+from olora_ray.tracking import mlflow_run as tracking
+from olora_ray.tracking.run import Tracker
+from olora_ray.train.estimate import MemoryEstimate
+
+logger = logging.getLogger(__name__)
+
+QUIET: dict[str, Any] = {"evaluation.scorer": None, "evaluation.samples": 0, "gate.metric": "eval/loss", "gate.and": []}
+"""Of trainings whose answers nobody looks at."""
+INIT = "init.json"
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """The tuning at its end."""
+
+    losses: Mapping[Cell, float]
+    base: float
+    """Loss of the base model on the tuning rows."""
+    best: Mapping[str, Tuned]
+    """Method -> its best point; without methods whose every trial broke off."""
+
+
+@dataclass(frozen=True)
+class Final:
+    """A training of the final phase at its end."""
+
+    method: str
+    seed: int
+    spec: TrainSpec
+    ended: Ended
+    losses: RowLosses | None
+    """On the test rows; None if it broke off."""
+
+
+@contextlib.contextmanager
+def tracked(comparison: Comparison, base: Base) -> Iterator[Tracker]:
+    """The comparison's own MLflow run, the parent of all trainings' runs."""
+    config = comparison.config
+    tags = {"olora.kind": "comparison", "olora.base_digest": base.model.digest}
+    params = flatten(config) | {"methods": ",".join(comparison.methods), "seeds": len(comparison.seeds)}
+    with tracking.mlflow_run(config, tags, RunFolder(config), params, after_error="KILLED") as tracker:
+        yield tracker
+
+
+def sizes(comparison: Comparison, base: Base) -> dict[str, MemoryEstimate]:
+    """Method -> the size of a training; raises UserError for a method that the model or the rank does not allow."""
+    return {
+        method: report.plan(override(comparison.config, {"adapter.method": method}), base.model)
+        for method in comparison.methods
+    }
+
+
+def machine() -> str:
+    """What the cluster has, for the record; needs ray.init."""
+    found = ray.cluster_resources()
+    gpus = f", {found['GPU']:g} GPUs" if found.get("GPU") else ""
+    return f"{found.get('CPU', 0):g} CPUs{gpus}"
+
+
+class Run:
+    """The work of a comparison, in its order."""
+
+    def __init__(
+        self, comparison: Comparison, base: Base, rows: RowSets, sizes: Mapping[str, MemoryEstimate], parent: str
+    ) -> None:
+        """`sizes` by method, `parent` is the id of the comparison's MLflow run; needs ray.init."""
+        self.comparison, self.base, self.rows, self.sizes, self.parent = comparison, base, rows, sizes, parent
+        self.config, self.folder = comparison.config, comparison.config.folder()
+        self._pace = Pace(None, 1)
+        self._phases: list[str] = []
+
+    def seconds(self) -> float:
+        """Seconds of all phases so far, over all attempts."""
+        return phase.seconds(self._phases)
+
+    def tune(self) -> Tuning:
+        """Rounds of trials until every grid is complete."""
+        spec = self._tokens(self.rows.config(override(self.config, QUIET), "tuning"))
+        self._share(spec)
+        self._estimate(spec)
+        losses: dict[Cell, float] = {}
+        bases: list[float] = []
+        extra = self.comparison.untuned()
+        while wanted := following(self.comparison.arms(), losses):
+            cells = [*wanted, *(each for each in extra if each not in wanted and each not in losses)]
+            extra = []
+            number = len(self._phases) + 1
+            logger.info(f"tuning, round {number}: {plural(len(cells), 'trial')}")
+            found = self._phase(tuning_name(number), [each.changes() for each in cells], {spec.config.run.seed: spec})
+            losses |= {cell: each.loss for cell, each in zip(cells, found, strict=True)}
+            bases += [base for each in found if (base := each.base()) is not None]
+            self._again(found, list(losses))
+        return self._tuned(losses, bases[0] if bases else math.inf)
+
+    def train(self, tuning: Tuning) -> list[Final]:
+        """Every method at its best point, with every seed; their losses on the test rows."""
+        cells = {method: found.cell for method, found in tuning.best.items()}
+        if BASELINE not in cells or len(cells) < 2:
+            return []  # there is nothing to be compared with
+        pairs = [(seed, method) for seed in self.comparison.seeds for method in cells]
+        specs = {seed: self._tokens(self._seeded(seed)) for seed in self.comparison.seeds}
+        trials = [{**cells[method].changes(), "run.seed": seed} for seed, method in pairs]
+        logger.info(f"final trainings: {', '.join(cells)} with {plural(len(specs), 'fresh seed')} each")
+        found = self._phase(FINAL, trials, specs)
+        trained = [
+            Final(method, seed, replace(specs[seed], config=override(specs[seed].config, trial)), each, None)
+            for (seed, method), trial, each in zip(pairs, trials, found, strict=True)
+        ]
+        self._measure([each for each in trained if math.isfinite(each.ended.loss)])
+        return [replace(each, losses=_read(each)) for each in trained]
+
+    def initialisation(self, method: str) -> tuple[float, int]:
+        """(seconds, bytes of the factors) of a method's initialisation."""
+        place = shared_place(self.folder, method)
+        seconds = float(json.loads(storage.read_text(storage.join(place, INIT)))["seconds"])
+        return seconds, storage.size(storage.join(place, factor_cache.TENSORS)) or 0
+
+    def _seeded(self, seed: int) -> Config:
+        return override(self.rows.config(self.config, "test"), {"run.seed": seed})
+
+    def _tokens(self, config: Config) -> TrainSpec:
+        spec, _ = prepare_tokens(config, self.base, wait=True)
+        return spec
+
+    def _share(self, spec: TrainSpec) -> None:
+        """The factors of each method, and the base model's loss, made once for all rounds."""
+        wanted = worker_resources(spec.config)
+        make = ray.remote(shared_work.make).options(num_cpus=wanted["CPU"], num_gpus=wanted.get("GPU", 0))
+        baseline = ""
+        for method in self.comparison.methods:
+            place = shared_place(self.folder, method)
+            if not storage.exists(storage.join(place, INIT)):
+                storage.remove(place)  # else the factors of an attempt that was cut would take no time
+                if baseline:
+                    storage.write_text(storage.join(place, "baseline.json"), baseline)
+                own = replace(spec, config=override(spec.config, {"adapter.method": method}))
+                with connection.user_errors():
+                    seconds, _ = ray.get(make.remote(own, place, self.config.adapter.rank))
+                storage.write_text(storage.join(place, INIT), json.dumps({"seconds": seconds}) + "\n")
+                logger.info(f"{method} factors, shared by the trials of the tuning: {seconds:.2f} s")
+            baseline = baseline or _text(storage.join(place, "baseline.json"))
+
+    def _phase(self, name: str, trials: Sequence[Mapping[str, Any]], specs: Mapping[int, TrainSpec]) -> list[Ended]:
+        folder = storage.join(self.folder, name)
+        self._phases.append(folder)
+        space = Listed.of(trials)
+        spec = PhaseSpec(
+            name=f"{self.config.run.name}-{name}",
+            folder=folder,
+            train_spec=next(iter(specs.values())),
+            space=space,
+            parent=self.parent,
+            spared=0.0,
+            root=self.folder,
+            specs=specs,
+        )
+        return phase.ended(spec)
+
+    def _estimate(self, spec: TrainSpec) -> None:
+        side_by_side = max(1, search.room(worker_resources(self.config)) // self.config.cluster.min_workers())
+        self._pace = estimate.measured(spec, self.sizes[BASELINE], side_by_side)
+        logger.info(estimate.line(self.comparison, self._pace, []))
+        if not storage.exists(storage.join(self.folder, tuning_name(1))):
+            estimate.check_budget(self.comparison, self._pace, 0.0, [])
+
+    def _again(self, found: Sequence[Ended], tried: Sequence[Cell]) -> None:
+        """The estimate, with the time that trainings really take."""
+        self._pace = estimate.of_records([each.record for each in found], self._pace)
+        logger.info(estimate.line(self.comparison, self._pace, tried))
+        if not storage.exists(storage.join(self.folder, FINAL)):
+            estimate.check_budget(self.comparison, self._pace, self.seconds(), tried, began=True)
+
+    def _tuned(self, losses: Mapping[Cell, float], base: float) -> Tuning:
+        best = {}
+        for method in self.comparison.methods:
+            found = tuned(method, self.comparison.arms(), losses, base, self.config.compare.relevant)
+            if found is None:
+                logger.warning(f"{method}: every trial broke off, so it is not trained further")
+                continue
+            best[method] = found
+            edge = "" if found.inside else "; it lies at the end of the grid, so a better one may lie beyond"
+            logger.info(
+                f"{method}: best of {found.points} trials at train.lr={found.cell.lr:g}"
+                f" adapter.alpha={found.cell.alpha:g} with {found.loss:.4f} on the tuning rows{edge}"
+            )
+        return Tuning(losses, base, best)
+
+    def _measure(self, trained: Sequence[Final]) -> None:
+        """Have the losses on each test row measured where they are not known yet, spread over the cluster."""
+        left = [(each.ended.record.folder, each.spec) for each in trained if _read(each) is None]
+        if not left:
+            return
+        logger.info(f"measuring {plural(len(left), 'adapter')} on each of the test rows")
+        wanted = worker_resources(self.config)
+        number = max(1, min(len(left), search.room(wanted)))
+        task = ray.remote(row_losses.measure).options(num_cpus=wanted["CPU"], num_gpus=wanted.get("GPU", 0))
+        with connection.user_errors():
+            ray.get([task.remote(left[first::number]) for first in range(number)])
+
+
+def _read(trained: Final) -> RowLosses | None:
+    assert trained.spec.eval is not None
+    return RowLosses.read(trained.ended.record.folder, trained.spec.eval.digest)
+
+
+def _text(place: str) -> str:
+    """The text of a file; empty if it is not there: a sharded base is measured by the trials."""
+    try:
+        return storage.read_text(place)
+    except OSError:
+        return ""

@@ -1,0 +1,153 @@
+"""A comparison through its entry script, with real Ray Tune, real trainings and MLflow."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.pipelines import project
+
+pytestmark = pytest.mark.ray
+SCRIPT = str(project.ROOT / "pipelines" / "compare.py")
+SMALL: dict[str, Any] = {
+    "cluster__workers": 1,
+    "cluster__cpus_per_worker": 1,
+    "train__steps": 8,
+    "train__eval_every": 2,
+    "train__checkpoint_every": 4,
+    "evaluation__scorer": None,
+    "evaluation__samples": 0,
+    "compare": {"tuning_rows": 6, "test_rows": 10, "untuned": False, "centres": {"lora": 0.02, "olora": 0.002}},
+}
+
+
+def write(folder: Path, model: Path, **changes: Any) -> str:
+    tree = project.settings(folder, model, **{**SMALL, **changes})
+    tree["data"].pop("eval")
+    return str(project.write_config(folder, tree))
+
+
+def compare(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment.pop("MLFLOW_TRACKING_URI", None)
+    return subprocess.run(
+        [sys.executable, SCRIPT, *arguments],
+        cwd=project.ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=1500,
+        check=False,
+    )
+
+
+def times(folder: Path) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in folder.glob("*/trials/*/training.json")}
+
+
+@pytest.mark.slow
+def test_a_comparison_from_rows_to_verdict_and_again(corpus: Path, tiny_model: Path) -> None:
+    file = write(corpus, tiny_model)
+    done = compare(file, "--methods", "lora,olora", "--seeds", "2", "--budget", "5h")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    folder = corpus / "runs" / "small-compare"
+    found = json.loads((folder / "comparison.json").read_text())
+    assert found["rows"] == {"train": 44, "tuning": 6, "test": 10}
+    lora, olora = found["methods"]
+    assert (lora["method"], olora["method"]) == ("lora", "olora")
+    assert lora["tuned"]["points"] >= 6
+    assert lora["tuned"]["points"] >= olora["tuned"]["points"] >= 3
+    for method in (lora, olora):
+        assert [each["seed"] for each in method["trainings"]] == [4, 5]
+        for each in method["trainings"]:
+            # Measured once by the training, once on each row.
+            assert each["loss"] == pytest.approx(each["curve"][-1][1], rel=1e-4)
+            assert each["curve"][0][1] == pytest.approx(found["base_test"])
+            assert each["loss"] < found["base_test"]
+        assert method["init_seconds"] > 0
+        assert method["exchanged"] > 0
+        assert (folder / "shared" / method["method"] / "factors.safetensors").is_file()
+    against = olora["against"]
+    assert against["adjusted"] == against["interval"]
+    assert against["interval"]["low"] < against["mean"] < against["interval"]["high"]
+    assert all(math.isfinite(each["reached"]["steps"]) for each in lora["trainings"])
+    page = (folder / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 3
+    assert "verdict: olora - lora = " in done.stdout
+    assert "left to do: " in done.stdout
+    _mlflow(folder)
+
+    before = times(folder)
+    again = compare(file, "--methods", "lora,olora", "--seeds", "2")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert times(folder) == before
+    kept = json.loads((folder / "comparison.json").read_text())
+    assert {**kept, "seconds": 0} == {**found, "seconds": 0}
+    other = compare(file, "--methods", "lora,olora", "--seeds", "3")
+    assert other.returncode == 2
+    assert "--seeds was 2, is 3" in other.stderr
+
+
+def _mlflow(folder: Path) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{folder.parent}/mlflow.db")
+    runs = client.search_runs([client.get_experiment_by_name("olora").experiment_id])
+    [parent] = [run for run in runs if run.data.tags.get("olora.kind") == "comparison"]
+    assert parent.info.status == "FINISHED"
+    assert "olora - lora" in parent.data.tags["olora.verdict.olora"]
+    assert {"loss/lora", "loss/olora", "difference/olora"} <= parent.data.metrics.keys()
+    children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+    assert len(children) == len(runs) - 1 == len(list(folder.glob("*/trials/*")))
+    names = {item.path for item in client.list_artifacts(parent.info.run_id)}
+    assert names >= {"report.html", "comparison.json", "learning_rates.png"}
+
+
+@pytest.mark.slow
+def test_a_training_that_is_deleted_is_the_only_one_that_runs_again(corpus: Path, tiny_model: Path) -> None:
+    """A killed comparison goes on: what has ended is found, what is missing is trained."""
+    file = write(corpus, tiny_model)
+    arguments = (file, "--methods", "lora,olora", "--seeds", "2")
+    done = compare(*arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    folder = corpus / "runs" / "small-compare"
+    before, found = times(folder), json.loads((folder / "comparison.json").read_text())
+    lost = folder / "final" / "trials" / "trial-003"
+    for name in ("trial.json", "training.json", "rows.json"):
+        (lost / name).unlink()
+    (folder / "comparison.json").unlink()
+    again = compare(*arguments)
+    assert again.returncode == 0, again.stdout + again.stderr
+    after = times(folder)
+    assert {path for path in before if after[path] != before[path]} == {str(lost / "training.json")}
+    kept = json.loads((folder / "comparison.json").read_text())
+    assert kept["methods"][1]["against"] == found["methods"][1]["against"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--methods", "lora,pisa"), "error: argument --methods: 'pisa' is no adapter.method"),
+        (
+            ("compare.test_rows=90",),
+            "error: data.train: its 60 different rows do not suffice for compare.test_rows = 90",
+        ),
+        (("compare.test_rows=53",), "error: data.train: 1 row left to train on beside 6 tuning and 53 test rows"),
+        (("adapter.rank=4000",), "error: adapter.rank"),
+        (("--budget", "2s"), "error: argument --budget: the comparison takes about"),
+    ],
+)
+def test_mistakes_are_one_line_before_any_training(
+    words: tuple[str, ...], message: str, corpus: Path, tiny_model: Path
+) -> None:
+    done = compare(write(corpus, tiny_model), *words)
+    assert done.returncode == 2, done.stdout + done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(message), done.stderr
+    assert not (corpus / "runs" / "small-compare" / "tuning-1").exists()

@@ -1,0 +1,162 @@
+"""Comparisons whose trainings are made up: the files that trainings leave, written as they would write them."""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from olora_ray.cluster.spec import TrainResult
+from olora_ray.config.load import override
+from olora_ray.config.schema import Config
+from olora_ray.sweep import progress, run, state
+from olora_ray.sweep.compare import run as comparing
+from olora_ray.sweep.compare.arguments import Comparison
+from olora_ray.sweep.compare.row_losses import FILE, RowLosses
+from olora_ray.sweep.compare.rows import RowSets
+from olora_ray.sweep.compare.run import Run
+from olora_ray.sweep.compare.spec import PhaseSpec, shared_place
+from olora_ray.sweep.record import TrialRecord
+from olora_ray.sweep.spec import trial_place
+from olora_ray.train.state import TrainState
+from tests import tiny
+
+STEPS, EVERY, BASE, ROWS = 40, 5, 1.637, 60
+Loss = Callable[[Config], float]
+"""The last loss of a training with this config; infinite: it breaks off."""
+BEST = {"lora": (1.6e-3 * 2, 0.92), "olora": (2e-4, 0.93)}
+"""Method -> the best learning rate, and the loss there."""
+
+
+def loss(config: Config) -> float:
+    """As measured: each method has its best elsewhere, and breaks off above."""
+    best, floor = BEST[config.adapter.method]
+    if config.train.lr > 16 * best:
+        return math.inf
+    luck = 0.003 * np.random.default_rng(config.run.seed).standard_normal()
+    return float(floor + 0.04 * math.log2(config.train.lr / best) ** 2 + 0.01 * (config.adapter.alpha < 16) + luck)
+
+
+def comparison(
+    folder: Path, methods: tuple[str, ...] = ("lora", "olora"), seeds: int = 4, **changes: Any
+) -> Comparison:
+    config = tiny.config(adapter__rank=16, adapter__alpha=16, train__lr=1e-3, train__steps=STEPS)
+    named = {"run.name": "task-compare", "run.storage": str(folder), "data.train.0.path": "data/gsm.jsonl"}
+    config = override(config, {**named, **changes})
+    return Comparison(config, methods, tuple(range(4, 4 + seeds)), None)
+
+
+def row_sets(rows: int = ROWS) -> RowSets:
+    counts = {"train": 1000, "tuning": rows, "test": rows}
+    return RowSets({}, counts, {}, {"test-0.jsonl": tuple(range(rows))})
+
+
+def course(last: float, total: int = STEPS) -> list[dict[str, float]]:
+    """The history of a training that comes to a loss."""
+    history = [{"step": 0.0, "eval/loss": BASE}]
+    for step in range(1, total + 1):
+        row = {"step": float(step), "train/step_seconds": 0.5, "train/tokens_per_second": 200.0}
+        if step % EVERY == 0:
+            row["eval/loss"] = last + (BASE - last) * math.exp(-6 * step / total) * (step < total)
+        history.append(row)
+    return history
+
+
+def rows_of(config: Config, mean: float, rows: int = ROWS) -> RowLosses:
+    """Losses of each row around a mean; a row is as hard for one method as for the other, but for a little."""
+    tokens = np.random.default_rng(1).integers(5, 40, rows)
+    hard = 0.3 * np.random.default_rng(2).standard_normal(rows)
+    own = 0.05 * np.random.default_rng([config.run.seed, len(config.adapter.method)]).standard_normal(rows)
+    losses = (hard + own - np.average(hard + own, weights=tokens) + mean) * tokens
+    places = tuple(f"test-0.jsonl:{line + 1}" for line in range(rows))
+    return RowLosses("test", places, tuple(map(int, tokens)), tuple(map(float, losses)))
+
+
+@dataclass
+class Cluster:
+    """Stands for Ray in tests of the order of things: writes what the trainings of a phase would leave."""
+
+    last: Loss = loss
+    trained: list[dict[str, Any]] = field(default_factory=list)
+    """The values of every training that was run."""
+    stop_after: int | None = None
+    """Trainings after which the driver is killed."""
+    reasons: dict[int, str] = field(default_factory=dict)
+    """Number of a trial of a phase -> why it fails, once."""
+
+    def search(self, spec: PhaseSpec) -> None:
+        """In place of olora_ray.sweep.run.search."""
+        if progress.read(spec.folder).complete and state.begun(spec.folder):
+            return
+        for number in range(spec.space.count()):
+            values = spec.space.values(spec.space.drawn(number))
+            folder = Path(trial_place(spec.folder, number))
+            if (folder / "training.json").exists():
+                self._record(folder, number, values, "finished", json.loads((folder / "training.json").read_text()))
+                continue
+            if self.stop_after is not None and len(self.trained) >= self.stop_after:
+                raise KeyboardInterrupt
+            self.trained.append(values)
+            self._train(spec, folder, number, values)
+        (Path(spec.folder) / "tune").mkdir(exist_ok=True)
+        (Path(spec.folder) / "tune" / "tuner.pkl").touch()
+        state.begin(spec.folder)
+        progress.write(spec.folder, progress.Progress(60.0, complete=True))
+
+    def _train(self, spec: PhaseSpec, folder: Path, number: int, values: dict[str, Any]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        config = spec.config(number, spec.space.drawn(number))
+        reason = self.reasons.pop(number, "")
+        last = self.last(config)
+        if reason or not math.isfinite(last):
+            self._record(
+                folder, number, values, "failed", None, reason or "step 9: the loss is not finite; it comes from"
+            )
+            return
+        result = TrainResult(state=TrainState(step=STEPS, history=course(last)))
+        (folder / "training.json").write_text(result.to_json())
+        self._record(folder, number, values, "finished", json.loads(result.to_json()))
+
+    def _record(
+        self, folder: Path, number: int, values: dict[str, Any], status: Any, result: Any, reason: str = ""
+    ) -> None:
+        history = result["state"]["history"] if result else [{"step": 0, "eval/loss": BASE}]
+        curve = tuple((int(row["step"]), row["eval/loss"]) for row in history if "eval/loss" in row)
+        record = TrialRecord(
+            number, values, status, curve[-1][1], curve[-1][0], STEPS, curve, 30.0, folder=str(folder), reason=reason
+        )
+        (folder / "trial.json").write_text(json.dumps(asdict(record)))
+
+
+def running(monkeypatch: pytest.MonkeyPatch, found: Comparison, cluster: Cluster) -> Run:
+    """The work of a comparison without Ray, tokens and models: what is tested is what it asks for and concludes."""
+
+    def tokens(self: Run, config: Config) -> Any:
+        store = SimpleNamespace(digest="test", total=400)
+        return comparing.TrainSpec(config, SimpleNamespace(digest="b"), "t", (0,), store, store)  # type: ignore[arg-type]
+
+    def share(self: Run, spec: Any) -> None:
+        for place in (Path(shared_place(self.folder, method)) for method in self.comparison.methods):
+            place.mkdir(parents=True, exist_ok=True)
+            (place / "init.json").write_text('{"seconds": 0.8}')
+            (place / "factors.safetensors").write_bytes(bytes(2_000_000))
+
+    def measure(self: Run, trained: Any) -> None:
+        for each in trained:
+            rows = rows_of(each.spec.config, each.ended.loss)
+            (Path(each.ended.record.folder) / FILE).write_text(json.dumps(asdict(rows)))
+
+    monkeypatch.setattr(run, "search", cluster.search)
+    monkeypatch.setattr(Run, "_tokens", tokens)
+    monkeypatch.setattr(Run, "_share", share)
+    monkeypatch.setattr(Run, "_measure", measure)
+    monkeypatch.setattr(Run, "_estimate", lambda self, spec: None)
+    monkeypatch.setattr(RowSets, "config", lambda self, config, held_out: config)
+    base: Any = SimpleNamespace(model=SimpleNamespace(name="SmolLM2-135M"), tokenizer=None)
+    sizes: Any = {method: SimpleNamespace(trainable=4_884_480) for method in found.methods}
+    return Run(found, base, row_sets(), sizes, "parent")

@@ -1,0 +1,177 @@
+"""The three sets of rows: disjoint, decided by content alone, enough of them, and written as they were."""
+
+import json
+import random
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from olora_ray.common.errors import UserError
+from olora_ray.config.load import override
+from olora_ray.config.schema import Config
+from olora_ray.sweep.compare import rows
+from olora_ray.tokens import prepare
+from olora_ray.tokens.plan import make_plan
+from tests import tiny
+
+SPEC: Any = SimpleNamespace(digest="tokenizer", packing=lambda setting: True)
+
+
+@pytest.fixture(autouse=True)
+def without_a_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What rows there are has nothing to do with tokens; the digest of a plan is not asked for."""
+
+    def plan(config: Any, spec: Any, split: Any) -> Any:
+        scans = prepare.scan
+        root = config.run.storage
+        return make_plan(
+            config, spec, split, lambda sources: [[scans(file, root) for file in each] for each in sources]
+        )
+
+    monkeypatch.setattr(rows, "plan_here", plan)
+
+
+def row(number: int, user: str | None = None) -> dict[str, str]:
+    return {"prompt": f"what is {number}?", "completion": str(number)} | ({"user": user} if user else {})
+
+
+def written(path: Path, found: list[dict[str, str]]) -> Path:
+    path.write_text("".join(json.dumps(each) + "\n" for each in found))
+    return path
+
+
+def config(folder: Path, train: Path, held: Path | None = None, **changes: Any) -> Config:
+    source = {"format": "prompt_completion"}
+    found = tiny.config(
+        data__train=[{"path": str(train), **source}],
+        data__eval=[{"path": str(held), **source}] if held else [],
+        compare__tuning_rows=changes.pop("tuning", 4),
+        compare__test_rows=changes.pop("test", 6),
+    )
+    return override(found, {"run.storage": str(folder), **changes})
+
+
+def lines(found: rows.RowSets, kind: rows.Kind) -> list[dict[str, str]]:
+    return [json.loads(line) for source in found.sources[kind] for line in Path(source.path).read_text().splitlines()]
+
+
+def numbers(found: rows.RowSets, kind: rows.Kind) -> set[str]:
+    return {each["completion"] for each in lines(found, kind)}
+
+
+KINDS: tuple[rows.Kind, ...] = ("train", "tuning", "test")
+
+
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.integers(0, 30), min_size=40, max_size=60), st.integers(0, 2**16))
+def test_sets_are_disjoint_and_follow_from_content(tmp_path: Path, drawn: list[int], seed: int) -> None:
+    found = [row(number) for number in [*drawn, *range(40, 60)]]  # with rows that are equal
+    mixed = random.Random(seed).sample(found, len(found))
+    sets = []
+    for name, order in (("one", found), ("two", mixed)):
+        folder = tmp_path / f"{seed}-{len(drawn)}-{sum(drawn)}-{name}"
+        folder.mkdir(exist_ok=True)
+        sets.append(rows.split(config(folder, written(folder / "rows.jsonl", order)), SPEC))
+    first, second = sets
+    for kind in KINDS:
+        assert numbers(first, kind) == numbers(second, kind)
+    assert not numbers(first, "train") & numbers(first, "tuning")
+    assert not numbers(first, "train") & numbers(first, "test")
+    assert not numbers(first, "tuning") & numbers(first, "test")
+    assert set().union(*(numbers(first, kind) for kind in KINDS)) == {each["completion"] for each in found}
+    assert (first.counts["tuning"], first.counts["test"]) == (4, 6) == (len(lines(first, "tuning")), 6)
+
+
+def test_held_out_rows_are_those_of_the_config_and_never_trained_on(tmp_path: Path) -> None:
+    train = written(tmp_path / "train.jsonl", [row(number) for number in range(30)])
+    held = written(tmp_path / "held.jsonl", [row(number) for number in range(25, 40)])
+    found = rows.split(config(tmp_path, train, held), SPEC)
+    assert numbers(found, "tuning") | numbers(found, "test") <= {str(number) for number in range(25, 40)}
+    assert not (numbers(found, "tuning") | numbers(found, "test")) & numbers(found, "train")
+    assert {str(number) for number in range(25)} <= numbers(found, "train")
+
+
+def test_a_config_of_a_phase_reads_the_files(tmp_path: Path) -> None:
+    given = config(tmp_path, written(tmp_path / "a.jsonl", [row(n) for n in range(30)]), **{"data.eval_fraction": 0.1})
+    given = override(given, {"data.train.0.weight": 2.0, "data.train.0.fields": {"prompt": "prompt"}})
+    found = rows.split(given, SPEC)
+    tuning = found.config(given, "tuning").data
+    assert [source.path for source in tuning.eval] == [f"{given.folder()}/rows/tuning-0.jsonl"]
+    assert tuning.eval[0].weight == 1.0
+    assert tuning.train[0].weight == 2.0
+    assert (tuning.train[0].format, tuning.train[0].fields) == ("prompt_completion", {"prompt": "prompt"})
+    assert found.config(given, "test").data.eval[0].path.endswith("test-0.jsonl")
+
+
+def test_the_rows_of_a_group_stay_together_and_count_as_one(tmp_path: Path) -> None:
+    of_users = [row(number, user=f"user {number % 7}") for number in range(70)]
+    given = config(tmp_path, written(tmp_path / "a.jsonl", of_users), test=15, **{"gate.group": "user"})
+    found = rows.split(given, SPEC)
+    users = [{each["user"] for each in lines(found, kind)} for kind in KINDS]
+    assert sum(map(len, users)) == 7
+    assert found.counts["test"] == 20  # whole groups
+    test = lines(found, "test")
+    groups = found.groups["test-0.jsonl"]
+    assert len({(each["user"], group) for each, group in zip(test, groups, strict=True)}) == len(users[2])
+
+
+def test_groups_of_held_out_rows_may_be_those_of_training(tmp_path: Path) -> None:
+    """Split by time: all users are in all sets, and users are what is drawn."""
+    train = written(tmp_path / "train.jsonl", [row(number, f"user {number % 5}") for number in range(20)])
+    held = written(tmp_path / "held.jsonl", [row(100 + number, f"user {number % 5}") for number in range(30)])
+    found = rows.split(config(tmp_path, train, held, test=8, **{"gate.group": "user"}), SPEC)
+    assert len(numbers(found, "train")) == 20
+
+
+@pytest.mark.parametrize(
+    ("count", "changes", "message"),
+    [
+        (
+            12,
+            {"test": 20},
+            r"data\.train: its 12 different rows do not suffice for compare\.test_rows = 20 and compare",
+        ),
+        (12, {}, r"data\.train: 2 rows left to train on beside 4 tuning and 6 test rows, fewer than train\.global_b"),
+        (40, {"gate.group": "@file"}, r"data\.train: its 40 different rows do not suffice"),
+    ],
+)
+def test_too_few_rows_are_one_line(tmp_path: Path, count: int, changes: dict[str, Any], message: str) -> None:
+    given = config(tmp_path, written(tmp_path / "a.jsonl", [row(number) for number in range(count)]), **changes)
+    with pytest.raises(UserError, match=message) as error:
+        rows.split(given, SPEC)
+    assert "\n" not in str(error.value)
+    assert not (Path(given.folder()) / "rows").exists()
+
+
+def test_one_group_says_nothing_of_others(tmp_path: Path) -> None:
+    file = written(tmp_path / "a.jsonl", [row(number, f"user {number % 3}") for number in range(40)])
+    with pytest.raises(UserError, match=r"gate\.group: all of the 1\d test rows are of one group"):
+        rows.split(config(tmp_path, file, **{"gate.group": "user"}), SPEC)
+
+
+def test_rows_that_cannot_be_read_are_said_or_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = written(tmp_path / "a.jsonl", [row(number) for number in range(200)])
+    file.write_text(file.read_text() + "{broken\n")
+    rows.split(config(tmp_path, file), SPEC)
+    assert "data.train: rows that cannot be read, and are in no set: 1" in caplog.text
+    file.write_text(file.read_text() + "{broken\n" * 40)
+    with pytest.raises(UserError, match=r"data\.train\.0: 41 of 241 rows cannot be used"):
+        rows.split(override(config(tmp_path, file), {"run.name": "other"}), SPEC)
+
+
+def test_the_same_rows_are_found_again_and_others_refused(tmp_path: Path) -> None:
+    file = written(tmp_path / "a.jsonl", [row(number) for number in range(30)])
+    given = config(tmp_path, file)
+    first = rows.split(given, SPEC)
+    times = {path: path.stat().st_mtime_ns for path in (Path(given.folder()) / "rows").iterdir()}
+    assert rows.split(given, SPEC) == first
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+    (Path(given.folder()) / "rows" / "test-0.jsonl").unlink()
+    assert lines(rows.split(given, SPEC), "test")
+    written(file, [row(number) for number in range(31)])
+    with pytest.raises(UserError, match="rows are not those that this comparison was begun with"):
+        rows.split(given, SPEC)

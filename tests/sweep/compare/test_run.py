@@ -1,0 +1,173 @@
+"""A comparison from its first trial to its page, on made-up trainings that leave real files."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from olora_ray.common.errors import UserError
+from olora_ray.config.schema import Config
+from olora_ray.sweep.compare import analysis, page, table, verdict
+from olora_ray.sweep.compare.arguments import Comparison
+from olora_ray.sweep.compare.record import ComparisonRecord
+from tests.sweep.compare import made
+from tests.sweep.compare.made import Cluster
+
+
+def compared(monkeypatch: pytest.MonkeyPatch, found: Comparison, cluster: Cluster) -> ComparisonRecord:
+    work = made.running(monkeypatch, found, cluster)
+    tuning = work.tune()
+    return analysis.record(work, tuning, work.train(tuning), "2 CPUs")
+
+
+def test_each_method_is_tuned_and_then_compared_with_fresh_seeds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster, asked = Cluster(), made.comparison(tmp_path)
+    record = compared(monkeypatch, asked, cluster)
+    lora, olora = record.of("lora"), record.of("olora")
+    assert lora.tuned is not None
+    assert olora.tuned is not None
+    assert (lora.tuned.cell.lr, olora.tuned.cell.lr) == (3.2e-3, 2e-4)
+    assert lora.tuned.inside
+    assert olora.tuned.inside
+    final = [values for values in cluster.trained if values.get("run.seed")]
+    assert len(final) == 8
+    assert {values["run.seed"] for values in final} == {4, 5, 6, 7}  # the tuning had seed 3
+    assert {(values["adapter.method"], values["train.lr"]) for values in final} == {("lora", 3.2e-3), ("olora", 2e-4)}
+    tuning = [values for values in cluster.trained if "run.seed" not in values]
+    assert len(tuning) == len({json.dumps(values) for values in tuning})
+    folder = Path(asked.config.folder())
+    assert sorted(path.name for path in folder.iterdir() if path.name != "shared") == ["final", "tuning-1", "tuning-2"]
+
+
+def test_the_difference_is_that_of_the_losses_with_its_interval(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = compared(monkeypatch, made.comparison(tmp_path), Cluster())
+    against = record.of("olora").against
+    assert against is not None
+    assert against.mean == pytest.approx(0.01, abs=1e-6)  # the luck of a seed is in both
+    assert against.interval == against.adjusted  # one comparison
+    assert against.interval.low < 0.01 < against.interval.high
+    lora = record.of("lora")
+    assert lora.loss is not None
+    assert lora.loss == pytest.approx(sum(each.loss for each in lora.trainings) / 4)
+    assert record.base_test == record.base_tuning == made.BASE
+
+
+def test_steps_to_the_baselines_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = compared(monkeypatch, made.comparison(tmp_path), Cluster())
+    own, other = record.typical("lora"), record.typical("olora")
+    assert own is not None
+    assert other is not None
+    assert own.reached
+    assert own.steps == made.STEPS
+    assert own.seconds == pytest.approx(0.8 + 0.5 * made.STEPS)
+    assert own.tokens == pytest.approx(100 * made.STEPS)
+    assert not other.reached  # it ends 0.01 above
+    ratio = record.ratio("olora")
+    assert ratio is not None
+    assert ratio.shown() == "never (never .. never)"
+    row = dict(zip(table.HEAD, table.cells(record, record.of("olora")), strict=True))
+    assert row["steps to lora's loss"] == ">40"
+
+
+def test_an_interrupted_comparison_trains_nothing_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = Cluster()
+    record = compared(monkeypatch, made.comparison(tmp_path / "a"), whole)
+    ran = []
+    for stop_after in range(1, len(whole.trained), 6):
+        cluster = Cluster(stop_after=stop_after)
+        with pytest.raises(KeyboardInterrupt):
+            compared(monkeypatch, made.comparison(tmp_path / f"b{stop_after}"), cluster)
+        cluster.stop_after = None
+        again = compared(monkeypatch, made.comparison(tmp_path / f"b{stop_after}"), cluster)
+        finished = [json.dumps(values) for values in cluster.trained if not _breaks(values)]
+        assert len(finished) == len(set(finished))
+        assert {json.dumps(values) for values in cluster.trained} == {json.dumps(values) for values in whole.trained}
+        assert [each.against for each in again.methods] == [each.against for each in record.methods]
+        ran.append(len(cluster.trained))
+    assert len(ran) > 2
+
+
+def _breaks(values: dict[str, float]) -> bool:
+    best, _ = made.BEST[str(values["adapter.method"])]
+    return values["train.lr"] > 16 * best
+
+
+def test_a_trial_that_fails_for_another_reason_ends_the_command_and_runs_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = Cluster(reasons={2: "CUDA out of memory"})
+    with pytest.raises(
+        UserError, match=r"tuning-1: trial-002 failed: CUDA out of memory; remove the cause and run the"
+    ):
+        compared(monkeypatch, made.comparison(tmp_path), cluster)
+    first = list(cluster.trained)
+    compared(monkeypatch, made.comparison(tmp_path), cluster)
+    again = cluster.trained[len(first) :]
+    assert first[2] in again
+    assert not [values for number, values in enumerate(first) if number != 2 and values in again]
+
+
+def test_a_method_that_breaks_off_with_a_seed_has_no_difference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def last(config: Config) -> float:
+        broken = config.adapter.method == "olora" and config.run.seed == 6
+        return math.inf if broken else made.loss(config)
+
+    record = compared(monkeypatch, made.comparison(tmp_path), Cluster(last))
+    assert record.of("olora").against is None
+    assert record.of("olora").broke_off() == 1
+    assert verdict.sentences(record) == [
+        "olora against lora: no difference can be named: 1 training of 4 of olora broke off."
+    ]
+    assert "1 of 4 broke off" in table.cells(record, record.of("olora"))
+    page.write(record, str(tmp_path))
+
+
+def test_where_every_trial_breaks_off_nothing_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def last(config: Config) -> float:
+        return math.inf if config.adapter.method == "lora" else made.loss(config)
+
+    cluster = Cluster(last)
+    record = compared(monkeypatch, made.comparison(tmp_path), cluster)
+    assert not [values for values in cluster.trained if "run.seed" in values]
+    assert verdict.sentences(record) == [
+        "olora against lora: no difference can be named: every trial of lora broke off in the tuning."
+    ]
+    page.write(record, str(tmp_path))
+    table.summary(record)
+
+
+def test_the_untuned_points_are_trained_once_and_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = Cluster()
+    record = compared(monkeypatch, made.comparison(tmp_path), cluster)
+    assert [(point.method, point.lr) for point in record.points if not point.grid] == [("lora", 1e-3), ("olora", 1e-3)]
+    assert table.untuned(record).startswith("at train.lr=0.001 for all, one seed, on the tuning rows: lora 1.0")
+    on_grid = compared(monkeypatch, made.comparison(tmp_path, **{"run.name": "x", "train.lr": 4e-4}), Cluster())
+    assert [point.method for point in on_grid.points if not point.grid] == ["lora"]
+    assert on_grid.untuned("olora") is not None
+    without = {"run.name": "y", "compare.untuned": False}
+    assert all(point.grid for point in compared(monkeypatch, made.comparison(tmp_path, **without), Cluster()).points)
+
+
+def test_the_page_the_figures_and_the_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = compared(monkeypatch, made.comparison(tmp_path), Cluster())
+    names = [Path(file).name for file in page.write(record, str(tmp_path / "out"))]
+    assert names == ["learning_rates.png", "curves.png", "differences.png", "comparison.json", "report.html"]
+    text = (tmp_path / "out" / "report.html").read_text()
+    assert text.count("data:image/png;base64,") == 3
+    assert "http" not in text.replace("http-equiv", "")
+    for sentence in verdict.sentences(record):
+        assert sentence.replace("'", "&#x27;") in text
+    tree = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert tree["methods"][1]["against"]["adjusted"]["low"] == record.of("olora").against.adjusted.low  # type: ignore[union-attr]
+    assert len(tree["methods"][0]["trainings"]) == 4
+    assert tree["methods"][0]["tuned"]["cell"]["lr"] == 3.2e-3
+    shown = "\n".join([*table.lines(record), *table.summary(record)])
+    assert "0.0032" in shown
+    assert "verdict: olora - lora = +0.0100 nats per token, 95% interval" in shown

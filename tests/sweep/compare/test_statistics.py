@@ -1,0 +1,148 @@
+"""The interval of a comparison: its algebra, and how often it holds the truth."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from olora_ray.evaluation import bootstrap
+from olora_ray.sweep.compare.statistics import Difference, Interval, crossed, holm, holm_levels, per_token
+
+P = st.lists(st.floats(0.0, 1.0), min_size=1, max_size=6)
+
+
+def drawn(
+    rng: np.random.Generator,
+    seeds: int = 4,
+    rows: int = 192,
+    seed: float = 0.003,
+    row: float = 0.03,
+    rest: float = 0.05,
+) -> NDArray[np.float64]:
+    """Differences around 0, with these standard deviations."""
+    parts = seed * rng.standard_normal((seeds, 1)) + row * rng.standard_normal((1, rows))
+    return np.asarray(parts + rest * rng.standard_normal((seeds, rows)))
+
+
+def coverage(times: int, **spread: float | int) -> dict[str, float]:
+    """How often each interval of 95% holds the truth, which is 0."""
+    rng, held = np.random.default_rng(17), dict.fromkeys(("crossed", "rows alone", "seeds alone"), 0)
+    for _ in range(times):
+        values = drawn(rng, **spread)  # type: ignore[arg-type]
+        held["crossed"] += crossed(values).interval().holds(0.0)
+        held["seeds alone"] += over_seeds(values).interval().holds(0.0)
+        rows = values.mean(axis=0)
+        found = bootstrap.difference(rows, np.zeros(len(rows)), draws=300, seed=1)
+        held["rows alone"] += found.low <= 0.0 <= found.high
+    return {name: count / times for name, count in held.items()}
+
+
+def over_seeds(values: NDArray[np.float64]) -> Difference:
+    means = values.mean(axis=1)
+    return Difference(float(means.mean()), float(means.std(ddof=1)) / math.sqrt(len(means)), len(means) - 1)
+
+
+def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
+    found = coverage(200, seed=0.01)
+    assert 0.90 <= found["crossed"] <= 0.99
+    assert found["rows alone"] < 0.80  # 4 seeds move the mean further than 192 rows do
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0.0, 0.003, 0.01])
+@pytest.mark.parametrize(("seeds", "rows"), [(4, 192), (4, 40), (8, 192)])
+def test_coverage_over_many_worlds(seed: float, seeds: int, rows: int) -> None:
+    found = coverage(1500, seed=seed, seeds=seeds, rows=rows)
+    print(f"sd of a seed {seed}, {seeds} seeds x {rows} rows: {found}")
+    assert 0.93 <= found["crossed"] <= 0.99
+    assert found["rows alone"] < found["crossed"]
+
+
+def test_the_protocols_example_can_see_what_matters() -> None:
+    """4 seeds x 192 rows of the spread that was measured: half of the width is below 0.01 nats."""
+    rng = np.random.default_rng(0)
+    halves = [crossed(drawn(rng)).half() for _ in range(100)]
+    assert 0.005 < float(np.median(halves)) < 0.009
+
+
+@given(st.integers(2, 6), st.integers(2, 9), st.integers(0, 2**20), st.floats(-3, 3), st.floats(0.1, 10))
+def test_shifts_and_scales(seeds: int, rows: int, seed: int, shift: float, scale: float) -> None:
+    values = drawn(np.random.default_rng(seed), seeds, rows)
+    found, moved = crossed(values), crossed(scale * values + shift)
+    assert moved.mean == pytest.approx(scale * found.mean + shift, abs=1e-9)
+    assert moved.error == pytest.approx(scale * found.error, rel=1e-6)
+    assert moved.freedom == pytest.approx(found.freedom, rel=1e-4)
+    assert 1.0 <= found.freedom <= (seeds - 1) * (rows - 1)
+
+
+@given(st.integers(2, 6), st.integers(2, 9), st.integers(0, 2**20))
+def test_seeds_and_rows_are_treated_alike_and_none_is_forgotten(seeds: int, rows: int, seed: int) -> None:
+    values = drawn(np.random.default_rng(seed), seeds, rows, seed=0.05)
+    found, turned = crossed(values), crossed(values.T)
+    assert (found.mean, found.error) == pytest.approx((turned.mean, turned.error))
+    assert found.error >= over_seeds(values).error * (1 - 1e-9)
+    assert found.error >= over_seeds(values.T).error * (1 - 1e-9)
+
+
+def test_equal_differences_are_certain() -> None:
+    certain = crossed(np.full((3, 5), 0.25))
+    assert certain.interval() == Interval(0.25, 0.25)
+    assert certain.p() == 0.0
+    assert crossed(np.zeros((3, 5))).p() == 1.0
+
+
+@pytest.mark.parametrize("shape", [(1, 5), (5, 1)])
+def test_one_seed_says_nothing_of_others(shape: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match="at least two seeds and two rows"):
+        crossed(np.zeros(shape))
+
+
+def test_p_and_interval_agree() -> None:
+    found = Difference(0.02, 0.01, 5.0)
+    assert found.interval(1 - found.p()).low == pytest.approx(0.0, abs=1e-9)
+
+
+@given(st.integers(2, 5), st.integers(2, 8), st.integers(0, 2**20))
+def test_contributions_have_the_mean_per_token(seeds: int, rows: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(1, 50, rows).astype(float)
+    losses = rng.standard_normal((seeds, rows)) * tokens
+    assert per_token(losses, tokens).mean(axis=1) == pytest.approx(losses.sum(axis=1) / tokens.sum())
+
+
+def test_a_long_row_does_not_spread_the_mean_for_being_long() -> None:
+    tokens = np.array([1.0, 100.0, 3.0])
+    assert per_token(0.5 * np.stack([tokens, tokens]), tokens) == pytest.approx(np.full((2, 3), 0.5))
+
+
+def test_holm_by_hand() -> None:
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.5, 0.9]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+@given(P)
+def test_holm_rejects_what_bonferroni_does_and_keeps_the_order(p_values: list[float]) -> None:
+    found = holm(p_values)
+    assert all(p <= new <= min(1.0, len(p_values) * p) + 1e-12 for p, new in zip(p_values, found, strict=True))
+    ordered = [new for _, new in sorted(zip(p_values, found, strict=True))]
+    assert ordered == sorted(ordered)
+
+
+@given(st.lists(st.tuples(st.floats(-4, 4), st.floats(2, 30)), min_size=1, max_size=5))
+def test_an_adjusted_interval_excludes_zero_where_holm_rejects(found: list[tuple[float, float]]) -> None:
+    differences = [Difference(mean, 1.0, freedom) for mean, freedom in found]
+    p_values = [one.p() for one in differences]
+    for one, adjusted, level in zip(differences, holm(p_values), holm_levels(p_values), strict=True):
+        assert level >= 0.95 - 1e-9
+        if abs(adjusted - 0.05) > 1e-6:
+            assert one.interval(level).holds(0.0) == (adjusted > 0.05)
+
+
+def test_equivalence_is_an_interval_inside_the_bounds() -> None:
+    assert Interval(-0.004, 0.009).inside(0.01)
+    assert not Interval(-0.004, 0.011).inside(0.01)
+    assert not Interval(-0.010, 0.0).inside(0.01)

@@ -1,0 +1,74 @@
+"""Sentences that a statistician would sign."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from olora_ray.sweep.compare import analysis, verdict
+from olora_ray.sweep.compare.record import Against, ComparisonRecord
+from olora_ray.sweep.compare.statistics import Interval
+from tests.sweep.compare import made
+
+
+def against(low: float, high: float) -> Against:
+    interval = Interval(low, high)
+    return Against((low + high) / 2, 0.01, 5.0, interval, interval, 0.02, 0.02)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "said"),
+    [
+        (-0.05, -0.02, "the loss is lower, by 0.01 or more"),
+        (0.02, 0.05, "the loss is higher, by 0.01 or more"),
+        (-0.03, -0.002, "the loss is lower; whether by the 0.01 that matters is undecided"),
+        (0.002, 0.03, "the loss is higher; whether by the 0.01 that matters is undecided"),
+        (-0.006, 0.008, "equivalent within the 0.01 that was fixed beforehand as the smallest difference that matters"),
+        (-0.006, -0.001, "as the smallest difference that matters; the loss is lower by less than that"),
+        (-0.02, 0.008, "undecided: neither a difference nor equivalence within 0.01 is shown"),
+        (float("-inf"), float("inf"), "undecided"),
+    ],
+)
+def test_conclusions(low: float, high: float, said: str) -> None:
+    assert said in verdict.conclusion(against(low, high), 0.01)
+
+
+@pytest.fixture(scope="module")
+def record(tmp_path_factory: pytest.TempPathFactory) -> ComparisonRecord:
+    folder: Path = tmp_path_factory.mktemp("made")
+    with pytest.MonkeyPatch.context() as patch:
+        work = made.running(patch, made.comparison(folder), made.Cluster())
+        tuning = work.tune()
+        return analysis.record(work, tuning, work.train(tuning), "2 CPUs")
+
+
+def test_a_sentence_names_all_that_it_is_of(record: ComparisonRecord) -> None:
+    [said] = verdict.sentences(record)
+    for part in (
+        "nats per token",
+        "95% interval",
+        "4 seeds x 60 test rows",
+        "gsm.jsonl",
+        "SmolLM2-135M",
+        "60 other rows",
+    ):
+        assert part in said
+    assert "better" not in said
+    assert "But" not in said
+
+
+def test_reservations(record: ComparisonRecord) -> None:
+    lora, olora = record.methods
+    assert olora.tuned is not None
+    edge = replace(olora, tuned=replace(olora.tuned, inside=False))
+    few = replace(record, seeds=(4, 5), methods=(lora, edge), base_test=0.5)
+    said = verdict.sentence(few, edge)
+    assert "But lora ends above the base model; the best learning rate of olora lies at the end of its grid" in said
+    assert "2 seeds are few." in said
+
+
+def test_groups_and_corrections_are_said(record: ComparisonRecord) -> None:
+    third = replace(record.methods[1], method="third")
+    said = verdict.sentence(replace(record, groups=12, methods=(*record.methods, third)), third)
+    assert "4 seeds x 12 groups of 60 test rows" in said
+    assert "adjusted for 2 comparisons (Holm)" in said
