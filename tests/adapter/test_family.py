@@ -1,6 +1,7 @@
 """What every method of the family promises, and what each says of itself."""
 
 import contextlib
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from tests import tiny
 
 EACH = pytest.mark.parametrize("method", sorted(METHODS))
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[2]
 sizes, seeds = st.integers(2, 40), st.integers(0, 2**31)
 
 
@@ -191,7 +193,9 @@ def test_what_a_method_says_of_itself_fits_in_three_lines(method: str) -> None:
     assert use.name == method
     assert 1 <= len(lines) <= 3
     assert all(len(line) <= 120 for line in lines)
-    assert use.source
+    page = " ".join((ROOT / "docs" / "method.md").read_text(encoding="utf-8").split())
+    assert f"- **{method}** ({use.source}): {' '.join(lines)}" in page
+    assert f"{method}: " in (Adapter.model_fields["method"].description or "")
 
 
 def test_settings_of_methods_are_those_of_the_config_with_the_same_defaults() -> None:
