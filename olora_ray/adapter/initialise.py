@@ -1,9 +1,9 @@
 """Distributed initialisation: each worker computes the factors of its share of the layers, in float32.
 
-Shares are balanced by cost (m r^2 + m n r multiplications for a short QR, E times that for a stack of
-experts), and exchanged as one flat buffer per worker: one broadcast instead of two tensors per layer.
-Afterwards all workers hold the same bytes, which a digest over everything confirms (a QR's last bits
-depend on the number of threads, so computing the same layer everywhere would not do).
+Shares are balanced by the method's cost (E times that for a stack of experts), and exchanged as one flat
+buffer per worker: one broadcast instead of two tensors per layer. Afterwards all workers hold the same bytes,
+which a digest over everything confirms (a QR's last bits depend on the number of threads, so computing the
+same layer everywhere would not do).
 """
 
 import hashlib
@@ -11,16 +11,18 @@ import heapq
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 from olora_ray.adapter.factors import Factors
-from olora_ray.adapter.methods import METHODS
+from olora_ray.adapter.methods import METHODS, Method, Options
+from olora_ray.adapter.methods.method import DEFAULTS
 from olora_ray.adapter.targets import Target
 from olora_ray.common import collectives
 from olora_ray.common.errors import UserError
+from olora_ray.config.schema import Adapter
 
 Shape = tuple[int, ...]
 """(m, n) of a weight, or (E, m, n) of a stack of experts."""
@@ -39,15 +41,28 @@ class InitReport:
     """Time of each worker's share."""
     exchange_seconds: float
     deficient: tuple[str, ...]
-    """Layers whose slice W[:, :r] does not have full column rank."""
+    """Layers of which a part of the factors is arbitrary, since the weight does not decide it."""
     digest: str
     """SHA-256 over all factors."""
 
 
-def assign(shapes: Mapping[str, Shape], rank: int, workers: int) -> list[list[str]]:
+def options_of(adapter: Adapter) -> Options:
+    """The settings of methods in a config."""
+    return Options(**{field.name: getattr(adapter, field.name) for field in fields(Options)})
+
+
+def check(shapes: Mapping[str, Shape], method: str, rank: int) -> None:
+    """Raise UserError that names the first layer in which the method cannot have this rank."""
+    for name, (*_, m, n) in shapes.items():
+        if problem := METHODS[method].problem(m, n, rank, name):
+            raise UserError(problem)
+
+
+def assign(shapes: Mapping[str, Shape], rank: int, workers: int, method: str = "olora") -> list[list[str]]:
     """Names for each worker: the costliest layer first, to the least loaded worker; deterministic."""
-    cost = {name: math.prod(experts) * (m * rank**2 + m * n * rank) for name, (*experts, m, n) in shapes.items()}
-    load = [(0, worker) for worker in range(workers)]
+    each = METHODS[method].cost
+    cost = {name: math.prod(experts) * each(m, n, rank) for name, (*experts, m, n) in shapes.items()}
+    load = [(0.0, worker) for worker in range(workers)]
     shares: list[list[str]] = [[] for _ in range(workers)]
     for name in sorted(shapes, key=lambda name: -cost[name]):
         total, worker = heapq.heappop(load)
@@ -57,36 +72,37 @@ def assign(shapes: Mapping[str, Shape], rank: int, workers: int) -> list[list[st
 
 
 def initialise(
-    targets: Mapping[str, Target], method: str, rank: int, seed: int, device: torch.device
+    targets: Mapping[str, Target], method: str, rank: int, seed: int, device: torch.device, options: Options = DEFAULTS
 ) -> tuple[dict[str, Factors], InitReport]:
-    """The factors of every target, computed by all workers of the default process group together.
+    """A~ and B~ of every target (for scale 1, see `at_scale`), computed by all workers of the process group together.
 
-    Without a process group this process computes them all. Raises UserError that names a layer
-    whose weight has NaN or infinite values.
+    Without a process group this process computes them all. Raises UserError that names a layer in which the method
+    cannot have this rank, or whose weight has NaN or infinite values.
     """
     here = collectives.rank()
     shapes: dict[str, Shape] = {name: tuple(target.weight().shape) for name, target in targets.items()}
-    shares = assign(shapes, rank, collectives.world_size())
+    check(shapes, method, rank)
+    shares = assign(shapes, rank, collectives.world_size(), method)
+    use = METHODS[method]
     start = time.perf_counter()
     own, problem = {}, None
     try:
-        own = {name: _compute(name, targets[name], method, rank, seed, device) for name in shares[here]}
+        own = {name: _compute(name, targets[name], use, rank, seed, device, options) for name in shares[here]}
     except UserError as error:
         problem = str(error)
     collectives.raise_together(problem)
     seconds = time.perf_counter() - start
 
     start = time.perf_counter()
-    with_b0 = _has_b0(own)
     merged: dict[str, Factors] = {}
     hasher = hashlib.sha256()
     for worker, share in enumerate(shares):
-        buffer = _pack(own, share) if worker == here else torch.empty(_size(share, shapes, rank, with_b0))
+        buffer = _pack(own, share) if worker == here else torch.empty(_size(share, shapes, rank, use.has_b0))
         buffer = buffer.to(device)
         collectives.broadcast_in_place(buffer, worker)
         buffer = buffer.cpu()
         hasher.update(buffer.numpy().tobytes())
-        merged.update(_unpack(buffer, share, shapes, rank, with_b0))
+        merged.update(_unpack(buffer, share, shapes, rank, use.has_b0))
     _check_same(hasher.digest())
     report = InitReport(
         layers=tuple(len(share) for share in shares),
@@ -98,18 +114,28 @@ def initialise(
     return {name: merged[name] for name in targets}, report
 
 
+def at_scale(found: Mapping[str, Factors], adapter: Adapter) -> dict[str, Factors]:
+    """A0 and B0 of an adapter with these settings, from its A~ and B~."""
+    use, options = METHODS[adapter.method], options_of(adapter)
+    return {name: use.at_scale(item, adapter.scale(), options) for name, item in found.items()}
+
+
 @torch.no_grad()
-def _compute(name: str, target: Target, method: str, rank: int, seed: int, device: torch.device) -> Factors:
+def _compute(
+    name: str, target: Target, method: Method, rank: int, seed: int, device: torch.device, options: Options
+) -> Factors:
     weight = target.weight()
     # A seed of its own for each layer, so that it does not matter who computes it.
     layer_seed = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7], "big")
     if target.experts is None:
-        found = METHODS[method](weight.to(device, torch.float32), rank, layer_seed)
+        found = method.factors(weight.to(device, torch.float32), rank, layer_seed, options)
     else:
         size = max(1, CHUNK // weight[0].numel())
         found = _together(
             [
-                METHODS[method](weight[first : first + size].to(device, torch.float32), rank, layer_seed + first)
+                method.factors(
+                    weight[first : first + size].to(device, torch.float32), rank, layer_seed + first, options
+                )
                 for first in range(0, len(weight), size)
             ]
         )
@@ -123,11 +149,6 @@ def _together(chunks: list[Factors]) -> Factors:
     return Factors(
         torch.cat([chunk.a0 for chunk in chunks]), torch.cat(b0) if b0 else None, all(c.full_rank for c in chunks)
     )
-
-
-def _has_b0(own: Mapping[str, Factors]) -> bool:
-    # A worker without layers (more workers than layers) cannot tell by itself.
-    return any(collectives.gather(any(item.b0 is not None for item in own.values())))
 
 
 def _size(share: list[str], shapes: Mapping[str, Shape], rank: int, with_b0: bool) -> int:

@@ -6,6 +6,8 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from olora_ray.adapter.methods import METHODS
+from olora_ray.common import storage
 from olora_ray.config.schema import Config
 from olora_ray.model.source import BaseModel
 from olora_ray.tokens.store import TokenStore
@@ -37,7 +39,7 @@ class TrainSpec:
             "tokenizer": self.tokenizer,
             "training data": self.train.digest,
             "held-out data": self.eval.digest if self.eval else "",
-            "adapter": self.config.adapter.model_dump_json(),
+            "adapter": self.config.adapter.identity(),
         } | ({"start": self.start} if self.start else {})
 
     def base_identity(self) -> dict[str, str]:
@@ -45,7 +47,7 @@ class TrainSpec:
         return {what: digest for what, digest in self.identity().items() if what != "adapter"}
 
     def factor_origin(self) -> dict[str, str]:
-        """What decides the factors, but for their rank."""
+        """What decides A~ and B~, but for their rank."""
         adapter = self.config.adapter
         targets = json.dumps(adapter.targets)
         return {
@@ -53,7 +55,14 @@ class TrainSpec:
             "method": adapter.method,
             "targets": targets,
             "seed": str(self.config.run.seed),
-        }
+        } | {name: str(value) for name, value in adapter.options().items()}
+
+    def factor_place(self) -> str:
+        """Folder of the factors that a search shares, for this method and, if others do not follow from it, rank."""
+        assert self.shared is not None
+        adapter = self.config.adapter
+        prefix = METHODS[adapter.method].prefix
+        return storage.join(self.shared, adapter.method if prefix else f"{adapter.method}-{adapter.rank}")
 
 
 @dataclass(frozen=True)

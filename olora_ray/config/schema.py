@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from olora_ray.config.adapter import Adapter as Adapter
 from olora_ray.config.compare import Compare as Compare
 from olora_ray.config.delivery import Condition as Condition
 from olora_ray.config.delivery import Export as Export
@@ -121,32 +122,6 @@ class Data(Section):
         return bool(self.eval or self.eval_fraction)
 
 
-class Adapter(Section):
-    """The adapter that is trained."""
-
-    method: Literal["olora", "lora"] = "olora"
-    """Initialisation of the adapter: olora (QR of the weight) or lora (random A, zero B)."""
-    rank: PositiveInt = 16
-    """Rank r of the update."""
-    alpha: Annotated[float, Field(gt=0.0)] = 16
-    """The update is scaled by alpha / rank."""
-    dropout: Fraction = 0.0
-    """Dropout on the adapter's input during training."""
-    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
-    """all-linear (language model with experts), or names, dotted suffixes or regexes of layers or experts' weights."""
-    rank_stabilized: bool = False
-    """Scale by alpha / sqrt(rank) instead of alpha / rank."""
-
-    @field_validator("targets", mode="before")
-    @classmethod
-    def _single_name(cls, value: object) -> object:
-        return (value,) if isinstance(value, str) and value != "all-linear" else value
-
-    def scale(self) -> float:
-        """The factor s of the low-rank update."""
-        return self.alpha / (self.rank**0.5 if self.rank_stabilized else self.rank)
-
-
 class Train(Section):
     """Length, batches, optimizer, evaluations and checkpoints of the training."""
 
@@ -160,12 +135,17 @@ class Train(Section):
     """Sequences that a worker runs through the model at once; a smaller number needs less memory."""
     lr: Annotated[float, Field(gt=0.0)] = 3.0e-4
     """Peak learning rate of AdamW."""
+    lr_ratio: Annotated[float, Field(gt=0.0)] = 1.0
+    """Learning rate of B divided by that of A, which is `lr` (LoRA+, arXiv 2402.12354, has 16); 1: one for both."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Course of the learning rate after the warm-up."""
     warmup: Fraction = 0.03
     """Share of the steps at the start in which the learning rate rises to its peak."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     """AdamW's weight decay; it pulls the adapter back to its initial values."""
+    precondition: bool = False
+    """Multiply the gradient of A by (B^T B)^-1 and that of B by (A A^T)^-1, each scaled to length 1, before clipping
+    (as NoRA+, arXiv 2410.18965, and Riemannian preconditioned LoRA, 2402.02347)."""
     clip: Annotated[float, Field(gt=0.0)] | None = 1.0
     """Largest norm of the gradient; null: no clipping."""
     eval_every: PositiveInt = 50

@@ -14,6 +14,7 @@ from olora_ray.config.schema import Config
 from olora_ray.model.source import BaseModel
 from olora_ray.pipeline import report
 from olora_ray.pipeline.base import open_base
+from olora_ray.sweep import shared_work
 from olora_ray.sweep.load_space import overlap
 from olora_ray.sweep.space import Space
 
@@ -37,7 +38,9 @@ def plan(config: Config, space: Space, base: BaseModel) -> None:
         try:
             trial = override(config, changes)
             model = base if trial.model == config.model else open_base(trial).model
-            found.append((where, trial, report.deliverable(trial, model)))
+            size = report.deliverable(trial, model)
+            shared_work.check_ranks(trial, space, size.targets)
+            found.append((where, trial, size))
         except UserError as error:
             problems.setdefault(str(error), f"{where}{error}")  # of several settings the same once
     if problems:

@@ -1,13 +1,9 @@
-"""The family: a method is one function from a weight ((E x) m x n, float32), a rank and a seed to Factors."""
+"""The family: one file per method, in the terms of method.py."""
 
-from collections.abc import Callable
+from olora_ray.adapter.methods import lora, milora, nora, olora, orthogonal, pissa, pissa_fast
+from olora_ray.adapter.methods.method import Method as Method
+from olora_ray.adapter.methods.method import Options as Options
 
-from torch import Tensor
-
-from olora_ray.adapter.factors import Factors
-from olora_ray.adapter.methods import lora, olora
-
-METHODS: dict[str, Callable[[Tensor, int, int], Factors]] = {
-    "olora": olora.factors,
-    "lora": lora.factors,
+METHODS: dict[str, Method] = {
+    module.METHOD.name: module.METHOD for module in (olora, lora, pissa, pissa_fast, milora, orthogonal, nora)
 }

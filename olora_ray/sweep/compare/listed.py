@@ -14,7 +14,7 @@ PLACE = "place"
 class Listed(Space):
     """A search without a choice: every trial of a list once, each to its end."""
 
-    listed: tuple[dict[str, Any], ...]
+    of_trials: tuple[dict[str, Any], ...]
     """Dotted field -> value of each trial."""
 
     @classmethod
@@ -27,16 +27,16 @@ class Listed(Space):
             searcher="grid",
             scheduler=Scheduler(kind="none"),
             include_default=False,
-            listed=tuple(dict(trial) for trial in trials),
+            of_trials=tuple(dict(trial) for trial in trials),
         )
 
     def count(self) -> int:
         """Number of trials."""
-        return len(self.listed)
+        return len(self.of_trials)
 
     def cells(self) -> int:
         """The same: what is crossed is not the values of the fields."""
-        return len(self.listed)
+        return len(self.of_trials)
 
     def drawn(self, number: int) -> dict[str, Any]:
         """The place of a trial."""
@@ -52,7 +52,7 @@ class Listed(Space):
 
     def values(self, draws: Draws) -> dict[str, Any]:
         """Field -> value at a place."""
-        return dict(self.listed[draws[PLACE]]) if PLACE in draws else {}
+        return dict(self.of_trials[draws[PLACE]]) if PLACE in draws else {}
 
     def as_draws(self, config: Config) -> None:
         """Whether one of them is the config as it is makes no difference here."""

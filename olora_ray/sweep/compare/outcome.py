@@ -3,7 +3,7 @@
 import logging
 import math
 
-from olora_ray.common import storage
+from olora_ray.common import copies, storage
 from olora_ray.sweep.compare import page, table, verdict
 from olora_ray.sweep.compare.record import ComparisonRecord
 from olora_ray.tracking.run import Tracker
@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 def conclude(record: ComparisonRecord, folder: str, tracker: Tracker) -> None:
     """Write page, figures and comparison.json, log them to MLflow, and say what came out."""
     for file in page.write(record, folder):
-        with storage.fetched(file) as local:
+        with copies.fetched(file) as local:
             tracker.artifact(local)
     tracker.table("methods", list(table.HEAD), [table.cells(record, each) for each in record.methods])
     tracker.metrics({0: metrics(record)})

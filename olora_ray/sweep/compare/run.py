@@ -151,8 +151,8 @@ class Run:
     def initialisation(self, method: str) -> tuple[float, int]:
         """(seconds, bytes of the factors) of a method's initialisation."""
         place = shared_place(self.folder, method)
-        seconds = float(json.loads(storage.read_text(storage.join(place, INIT)))["seconds"])
-        return seconds, storage.size(storage.join(place, factor_cache.TENSORS)) or 0
+        found = json.loads(storage.read_text(storage.join(place, INIT)))
+        return float(found["seconds"]), int(found["bytes"])
 
     def _seeded(self, seed: int) -> Config:
         return override(self.rows.config(self.config, "test"), {"run.seed": seed})
@@ -172,10 +172,11 @@ class Run:
                 storage.remove(place)  # else the factors of an attempt that was cut would take no time
                 if baseline:
                     storage.write_text(storage.join(place, "baseline.json"), baseline)
-                own = replace(spec, config=override(spec.config, {"adapter.method": method}))
+                own = replace(spec, config=override(spec.config, {"adapter.method": method}), shared=place)
                 with connection.user_errors():
-                    seconds, _ = ray.get(make.remote(own, place, self.config.adapter.rank))
-                storage.write_text(storage.join(place, INIT), json.dumps({"seconds": seconds}) + "\n")
+                    seconds, _ = ray.get(make.remote(own, place, [(method, self.config.adapter.rank)]))
+                size = storage.size(storage.join(own.factor_place(), factor_cache.TENSORS)) or 0
+                storage.write_text(storage.join(place, INIT), json.dumps({"seconds": seconds, "bytes": size}) + "\n")
                 logger.info(f"{method} factors, shared by the trials of the tuning: {seconds:.2f} s")
             baseline = baseline or _text(storage.join(place, "baseline.json"))
 

@@ -143,8 +143,7 @@ def running(monkeypatch: pytest.MonkeyPatch, found: Comparison, cluster: Cluster
     def share(self: Run, spec: Any) -> None:
         for place in (Path(shared_place(self.folder, method)) for method in self.comparison.methods):
             place.mkdir(parents=True, exist_ok=True)
-            (place / "init.json").write_text('{"seconds": 0.8}')
-            (place / "factors.safetensors").write_bytes(bytes(2_000_000))
+            (place / "init.json").write_text('{"seconds": 0.8, "bytes": 2000000}')
 
     def measure(self: Run, trained: Any) -> None:
         for each in trained:
