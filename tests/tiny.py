@@ -188,3 +188,24 @@ def trainer(settings: Config, attention: str = "segments", model: Any = None, st
     loss = SupervisedLoss(model)
     place_model(loss, strategy, device)
     return Trainer(loss, adapted, settings, device)
+
+
+SMALL: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+}
+"""Sizes that most families take."""
+
+
+def of_kind(kind: str, sizes: dict[str, Any]) -> Any:
+    """A model of a family, with the family's own initialisation; those of tests/families draw theirs."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes)).eval().requires_grad_(False)

@@ -15,8 +15,8 @@ from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Adapter
 from tests import tiny
 from tests.export_parts import Case, make_case
-from tests.model.test_head import SMALL
-from tests.model.test_head import model as family
+from tests.tiny import SMALL
+from tests.tiny import of_kind as family
 
 
 def exported(folder: Path, model: Any, settings: Adapter) -> tuple[Case, Path]:

@@ -8,9 +8,11 @@ import torch
 from olora_ray.common.errors import UserError
 from olora_ray.model.attention import candidates, own
 from tests import tiny
-from tests.model.test_head import FAMILIES, SMALL, model
+from tests.tiny import SMALL, of_kind
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+BLOOM = {"vocab_size": tiny.VOCABULARY, "hidden_size": 32, "n_layer": 2, "n_head": 4}
 
 
 def tried(made: Any, wanted: str = "auto", dtype: torch.dtype = torch.float32, device: torch.device = CPU) -> Any:
@@ -19,9 +21,9 @@ def tried(made: Any, wanted: str = "auto", dtype: torch.dtype = torch.float32, d
 
 def test_what_the_family_has_the_fastest_first() -> None:
     assert tried(tiny.llama()) == ("segments", "sdpa", "eager")
-    assert tried(model("falcon", SMALL)) == ("sdpa", "eager")
-    assert tried(model("bloom", FAMILIES["bloom"])) == ("eager",)
-    assert [own(made) for made in (tiny.llama(), model("bloom", FAMILIES["bloom"]))] == ["sdpa", "eager"]
+    assert tried(of_kind("falcon", SMALL)) == ("sdpa", "eager")
+    assert tried(of_kind("bloom", BLOOM)) == ("eager",)
+    assert [own(made) for made in (tiny.llama(), of_kind("bloom", BLOOM))] == ["sdpa", "eager"]
 
 
 def test_the_one_that_is_named_alone() -> None:
@@ -40,7 +42,7 @@ def test_what_the_family_does_not_have_is_refused(
     wanted: str, dtype: torch.dtype, device: torch.device, why: str
 ) -> None:
     with pytest.raises(UserError, match=rf"{wanted}: {why}; set it to auto$"):
-        tried(model("bloom", FAMILIES["bloom"]), wanted, dtype, device)
+        tried(of_kind("bloom", BLOOM), wanted, dtype, device)
 
 
 def test_flash_needs_a_gpu_its_package_and_half_a_precision(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import torch
 
 from olora_ray.model.packing import why_apart
 from tests import tiny
-from tests.model.test_head import SMALL, model
+from tests.tiny import SMALL, of_kind
 
 APART: dict[str, tuple[dict[str, Any], str]] = {
     "mamba": ({"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}, "keeps a state"),
@@ -22,7 +22,7 @@ APART: dict[str, tuple[dict[str, Any], str]] = {
 def test_models_that_carry_something_over(kind: str) -> None:
     sizes, reason = APART[kind]
     with torch.device("meta"):
-        assert reason in str(why_apart(model(kind, sizes)))
+        assert reason in str(why_apart(of_kind(kind, sizes)))
 
 
 def test_convolutions_of_an_unknown_family() -> None:
@@ -33,13 +33,13 @@ def test_convolutions_of_an_unknown_family() -> None:
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2", "mixtral", "falcon"])
 def test_attention_alone_is_kept_inside_of_an_example(kind: str) -> None:
-    assert why_apart(model(kind, SMALL)) is None
+    assert why_apart(of_kind(kind, SMALL)) is None
     assert why_apart(tiny.gpt2()) is None
 
 
 def test_a_tower_for_images_may_have_convolutions() -> None:
     vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
     with torch.device("meta"):
-        made = model("gemma3", {"text_config": SMALL | {"head_dim": 8}, "vision_config": vision})
+        made = of_kind("gemma3", {"text_config": SMALL | {"head_dim": 8}, "vision_config": vision})
         assert any(isinstance(module, torch.nn.Conv2d) for module in made.modules())
         assert why_apart(made) is None

@@ -15,7 +15,7 @@ from olora_ray.train.loss import SupervisedLoss
 from olora_ray.train.self_test import choose_attention
 from olora_ray.train.self_test_result import SelfTest
 from tests import tiny
-from tests.model.test_head import SMALL, model
+from tests.tiny import SMALL, of_kind
 
 CPU = torch.device("cpu")
 PACKED = [tiny.pack(9, 7), tiny.pack(12)]
@@ -41,7 +41,7 @@ def test_a_llama_passes_with_the_fastest(dtype: torch.dtype) -> None:
 def test_attention_that_is_not_told_the_borders_is_passed_over(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = model("nemotron", SMALL | {"initializer_range": 0.2}).to(dtype)  # it hands positions on, no borders
+    made = of_kind("nemotron", SMALL | {"initializer_range": 0.2}).to(dtype)  # it hands positions on, no borders
     assert chosen(made).attention == "segments"
     monkeypatch.setattr(segment_attention, "_borders", lambda positions: [0, positions.shape[1]])
     found = chosen(made)
@@ -53,13 +53,13 @@ def test_attention_that_is_not_told_the_borders_is_passed_over(
 def test_a_model_that_makes_its_masks_of_nothing_is_given_them(dtype: torch.dtype) -> None:
     sizes = SMALL | {"num_local_experts": 4, "head_dim": 8, "layer_types": ["sliding_attention", "full_attention"]}
     sizes["initializer_range"] = 0.2
-    found = chosen(model("gpt_oss", sizes).to(dtype))
+    found = chosen(of_kind("gpt_oss", sizes).to(dtype))
     assert (found.attention, found.given_masks) == ("eager", True)
 
 
 def test_a_window_that_is_shorter_than_an_example_is_kept() -> None:
     packs = [tiny.pack(40, 7), tiny.pack(12)]
-    found = chosen(model("mistral", SMALL | {"sliding_window": 8}), packs)
+    found = chosen(of_kind("mistral", SMALL | {"sliding_window": 8}), packs)
     assert found.attention == "sdpa"
     assert "windows" in found.passed_over["segments"]
 
@@ -68,7 +68,7 @@ def test_a_window_that_is_shorter_than_an_example_is_kept() -> None:
 @pytest.mark.parametrize("kind", ["lfm2", "mamba"])
 def test_a_state_that_runs_over_the_borders_is_refused_with_what_helps(kind: str, dtype: torch.dtype) -> None:
     sizes = SMALL | {"full_attn_idxs": [1]} if kind == "lfm2" else {**SMALL, "state_size": 4}
-    made = model(kind, sizes).to(dtype)
+    made = of_kind(kind, sizes).to(dtype)
     for parameter in made.parameters():  # so that what is carried over matters
         parameter.data.mul_(3 if parameter.dim() > 1 else 1)
     with pytest.raises(UserError, match=r"^data\.packing: with .* set data\.packing: false$"):
@@ -77,7 +77,7 @@ def test_a_state_that_runs_over_the_borders_is_refused_with_what_helps(kind: str
 
 
 def test_a_state_is_never_laid_out_in_one_row() -> None:
-    made = model("lfm2", SMALL | {"full_attn_idxs": [1]})
+    made = of_kind("lfm2", SMALL | {"full_attn_idxs": [1]})
     assert chosen(made, APART).passed_over == {}
     with pytest.raises(UserError, match=r"^model\.attention=segments: .*keeps a state.*; set it to auto$"):
         chosen(made, APART, model__attention="segments")
@@ -85,7 +85,7 @@ def test_a_state_is_never_laid_out_in_one_row() -> None:
 
 def test_the_attention_that_is_named_is_refused_with_one_that_passes() -> None:
     with pytest.raises(UserError, match=r"^model\.attention=segments: with Mistral.*; set it to sdpa$"):
-        chosen(model("mistral", SMALL | {"sliding_window": 8}), [tiny.pack(40, 7)], model__attention="segments")
+        chosen(of_kind("mistral", SMALL | {"sliding_window": 8}), [tiny.pack(40, 7)], model__attention="segments")
 
 
 Break = Callable[[pytest.MonkeyPatch], None]
@@ -108,7 +108,7 @@ def no_mask(patch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("broken", [head_without_scale, no_mask])
 def test_what_is_broken_here_is_found(broken: Break, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = model("granite", SMALL | {"logits_scaling": 3.0, "initializer_range": 0.2})
+    made = of_kind("granite", SMALL | {"logits_scaling": 3.0, "initializer_range": 0.2})
     assert chosen(made).attention == "segments"
     broken(monkeypatch)
     with pytest.raises(UserError, match="GraniteForCausalLM"):
