@@ -2,9 +2,10 @@
 
     lora_A = [A0; dA] (2r x n), lora_B = [dB, B0 + dB] (m x 2r), the scale s kept
 
-A method with B0 = 0 gives rank r. A stack of E experts is one of PEFT's `target_parameters`: its lora_A (2rE x n) has
-the experts one after the other, its lora_B (m x 2rE) has, for each of the 2r directions, the experts side by side
-(peft.tuners.lora.layer.ParamWrapper.get_delta_weight).
+A method with B0 = 0 gives rank r. Layers whose ranks are smaller than the largest are padded with zeros to it, so that
+the folder has one rank and one scale, which every reader knows. A stack of E experts is one of PEFT's
+`target_parameters`: its lora_A (2rE x n) has the experts one after the other, its lora_B (m x 2rE) has, for each of the
+2r directions, the experts side by side (peft.tuners.lora.layer.ParamWrapper.get_delta_weight).
 
 PEFT reads names of some families as those that their experts had in transformers 4: it takes "gate_proj" of any layer
 for a part of the experts, and would adapt these instead (peft.utils.transformers_weight_conversion). A linear layer of
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -57,15 +59,14 @@ def write_adapter(
 
     `adapter` maps full names of layers to float32 weights; `model` is the base, whose weights are not looked at (a
     skeleton will do); `base_name` is what readers see as the base model, and `revision` which of its commits.
-    `complete` adds further files: it gets the folder and the rank of the matrices. vLLM must be started with
-    `max_lora_rank` of at least the folder's `r` (2r of the run for OLoRA).
+    `complete` adds further files: it gets the folder and the rank of the matrices, the largest of all layers. vLLM
+    must be started with `max_lora_rank` of at least the folder's `r` (2r of the run for OLoRA).
     """
     names = names_of(model, adapter)
     tensors: dict[str, Tensor] = {}
-    ranks = set()
+    rank = max(weights.plain_rank() for weights in adapter.values())
     for layer, weights in adapter.items():
-        lora_a, lora_b = weights.plain_lora()
-        ranks.add(lora_a.shape[-2])
+        lora_a, lora_b = _padded(weights, rank)
         if lora_a.ndim == 3:
             if _other_way_round(model, layer):
                 lora_a, lora_b = lora_b.mT, lora_a.mT
@@ -73,8 +74,6 @@ def write_adapter(
         key = _PREFIX + names.keys[layer]
         tensors[f"{key}.lora_A.weight"] = lora_a.float().cpu().contiguous()
         tensors[f"{key}.lora_B.weight"] = lora_b.float().cpu().contiguous()
-    assert len(ranks) == 1, f"one rank for all layers, not {sorted(ranks)}"
-    rank = ranks.pop()
     fields = _peft_fields(config_adapter, rank, names, base_name, bool(transposed_layers(model, names.modules)))
     with replacing(out) as folder:
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
@@ -82,6 +81,13 @@ def write_adapter(
         (folder / CONFIG).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
         if complete is not None:
             complete(folder, rank)
+
+
+def _padded(weights: AdapterWeights, rank: int) -> tuple[Tensor, Tensor]:
+    """The matrices of a layer, with rows and columns of zeros up to the folder's rank, which add nothing."""
+    lora_a, lora_b = weights.plain_lora()
+    spare = rank - weights.plain_rank()
+    return F.pad(lora_a, (0, 0, 0, spare)), F.pad(lora_b, (0, spare))
 
 
 def read_adapter(folder: Path, model: nn.Module) -> tuple[dict[str, AdapterWeights], float]:
