@@ -1,10 +1,11 @@
 """Cache of factors: computed once for a search, and read by its trials.
 
-    factors.safetensors      NAME.a0 ((E x) R x n) and NAME.b0 ((E x) m x R), at the largest rank R of the search
+    factors.safetensors      NAME.a0 ((E x) R x n) and NAME.b0 ((E x) m x R) at the largest rank R of the search
     factors.json             what they were computed from; written last
 
-The factors of a smaller rank are a prefix of those of a larger one (the first columns of Q, the first rows of
-R; for plain LoRA the first rows of A), so that one file serves all ranks up to R, and alpha does not enter.
+Where a method promises that the factors of a smaller rank are a prefix of those of a larger one (the first columns of
+Q, the first rows of R; for plain LoRA the first rows of A), one file serves all ranks up to R; else R alone. They are
+those for scale 1 (adapter/methods/method.py), so that alpha does not enter.
 """
 
 import json
@@ -23,8 +24,10 @@ from olora_ray.common import storage
 TENSORS, DESCRIPTION = "factors.safetensors", "factors.json"
 
 
-def write(place: str, factors: Mapping[str, Factors], origin: Mapping[str, str], rank: int) -> None:
-    """Keep factors in the folder `place`; `origin` says what they were computed from."""
+def write(
+    place: str, factors: Mapping[str, Factors], origin: Mapping[str, str], rank: int, prefix: bool = True
+) -> None:
+    """Keep factors in the folder `place`; `origin` says what they were computed from, `prefix` is the method's."""
     parts: dict[str, Tensor] = {}
     for name, found in factors.items():
         parts[f"{name}.a0"] = found.a0
@@ -35,14 +38,17 @@ def write(place: str, factors: Mapping[str, Factors], origin: Mapping[str, str],
         storage.write_bytes(storage.join(place, TENSORS), (Path(folder) / TENSORS).read_bytes())
     # A prefix of a completed slice need not be what the smaller slice is completed to.
     whole = all(found.full_rank for found in factors.values())
-    storage.write_text(storage.join(place, DESCRIPTION), json.dumps({**origin, "rank": rank, "full_rank": whole}))
+    described = {**origin, "rank": rank, "full_rank": whole, "prefix": prefix}
+    storage.write_text(storage.join(place, DESCRIPTION), json.dumps(described))
 
 
 def has(place: str, origin: Mapping[str, str], rank: int) -> bool:
-    """Whether factors of this origin and at least this rank are kept there."""
+    """Whether factors of this origin are kept there from which those of this rank follow."""
     try:
         found = json.loads(storage.read_text(storage.join(place, DESCRIPTION)))
-        return bool(found["full_rank"]) and found["rank"] >= rank and {**found, **origin} == found
+        # Without the word they are of a version whose methods all promised it.
+        enough = found["rank"] >= rank if found.get("prefix", True) else found["rank"] == rank
+        return bool(found["full_rank"] and enough) and {**found, **origin} == found
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

@@ -1,9 +1,8 @@
 """Distributed initialisation: each worker computes the factors of its share of the layers, in float32.
 
-Shares are balanced by cost (m r^2 + m n r multiplications for a short QR, E times that for a stack of
-experts), and exchanged (adapter/exchange.py). Afterwards all workers hold the same bytes, which a digest over
-everything confirms (a QR's last bits depend on the number of threads, so computing the same layer everywhere would
-not do).
+Shares are balanced by the method's cost (E times that for a stack of experts), and exchanged (adapter/exchange.py).
+Afterwards all workers hold the same bytes, which a digest over everything confirms (a QR's last bits depend on the
+number of threads, so computing the same layer everywhere would not do).
 """
 
 import hashlib
@@ -11,16 +10,18 @@ import heapq
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
 from olora_ray.adapter.exchange import Shape, exchange
 from olora_ray.adapter.factors import Factors
-from olora_ray.adapter.methods import METHODS
+from olora_ray.adapter.methods import METHODS, Method, Options
+from olora_ray.adapter.methods.method import DEFAULTS
 from olora_ray.adapter.targets import Target
 from olora_ray.common import collectives
 from olora_ray.common.errors import UserError
+from olora_ray.config.schema import Adapter
 
 CHUNK = 2**26
 """Numbers of a stack that are taken to float32 at once: 256 MiB, or one expert."""
@@ -36,15 +37,28 @@ class InitReport:
     """Time of each worker's share."""
     exchange_seconds: float
     deficient: tuple[str, ...]
-    """Layers whose slice W[:, :r] does not have full column rank."""
+    """Layers of which a part of the factors is arbitrary, since the weight does not decide it."""
     digest: str
     """SHA-256 over all factors."""
 
 
-def assign(shapes: Mapping[str, Shape], rank: int, workers: int) -> list[list[str]]:
+def options_of(adapter: Adapter) -> Options:
+    """The settings of methods in a config."""
+    return Options(**{field.name: getattr(adapter, field.name) for field in fields(Options)})
+
+
+def check(shapes: Mapping[str, Shape], method: str, rank: int) -> None:
+    """Raise UserError that names the first layer in which the method cannot have this rank."""
+    for name, (*_, m, n) in shapes.items():
+        if problem := METHODS[method].problem(m, n, rank, name):
+            raise UserError(problem)
+
+
+def assign(shapes: Mapping[str, Shape], rank: int, workers: int, method: str = "olora") -> list[list[str]]:
     """Names for each worker: the costliest layer first, to the least loaded worker; deterministic."""
-    cost = {name: math.prod(experts) * (m * rank**2 + m * n * rank) for name, (*experts, m, n) in shapes.items()}
-    load = [(0, worker) for worker in range(workers)]
+    each = METHODS[method].cost
+    cost = {name: math.prod(experts) * each(m, n, rank) for name, (*experts, m, n) in shapes.items()}
+    load = [(0.0, worker) for worker in range(workers)]
     shares: list[list[str]] = [[] for _ in range(workers)]
     for name in sorted(shapes, key=lambda name: -cost[name]):
         total, worker = heapq.heappop(load)
@@ -54,19 +68,21 @@ def assign(shapes: Mapping[str, Shape], rank: int, workers: int) -> list[list[st
 
 
 def initialise(
-    targets: Mapping[str, Target], method: str, rank: int, seed: int, device: torch.device
+    targets: Mapping[str, Target], method: str, rank: int, seed: int, device: torch.device, options: Options = DEFAULTS
 ) -> tuple[dict[str, Factors], InitReport]:
-    """The factors of every target, computed by all workers of the default process group together.
+    """A~ and B~ of every target (for scale 1, see `at_scale`), computed by all workers of the process group together.
 
-    Without a process group this process computes them all. Raises UserError that names a layer
-    whose weight has NaN or infinite values.
+    Without a process group this process computes them all. Raises UserError that names a layer in which the method
+    cannot have this rank, or whose weight has NaN or infinite values.
     """
     shapes: dict[str, Shape] = {name: tuple(target.weight().shape) for name, target in targets.items()}
-    shares = assign(shapes, rank, collectives.world_size())
+    check(shapes, method, rank)
+    shares = assign(shapes, rank, collectives.world_size(), method)
+    use = METHODS[method]
     start = time.perf_counter()
-    own, problem = {}, None
+    own, problem, here = {}, None, collectives.rank()
     try:
-        own = {name: _compute(name, targets[name], method, rank, seed, device) for name in shares[collectives.rank()]}
+        own = {name: _compute(name, targets[name], use, rank, seed, device, options) for name in shares[here]}
     except UserError as error:
         problem = str(error)
     collectives.raise_together(problem)
@@ -85,18 +101,28 @@ def initialise(
     return found, report
 
 
+def at_scale(found: Mapping[str, Factors], adapter: Adapter) -> dict[str, Factors]:
+    """A0 and B0 of an adapter with these settings, from its A~ and B~."""
+    use, options = METHODS[adapter.method], options_of(adapter)
+    return {name: use.at_scale(item, adapter.scale(), options) for name, item in found.items()}
+
+
 @torch.no_grad()
-def _compute(name: str, target: Target, method: str, rank: int, seed: int, device: torch.device) -> Factors:
+def _compute(
+    name: str, target: Target, method: Method, rank: int, seed: int, device: torch.device, options: Options
+) -> Factors:
     weight = target.weight()
     # A seed of its own for each layer, so that it does not matter who computes it.
     layer_seed = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7], "big")
     if target.experts is None:
-        found = METHODS[method](weight.to(device, torch.float32), rank, layer_seed)
+        found = method.factors(weight.to(device, torch.float32), rank, layer_seed, options)
     else:
         size = max(1, CHUNK // weight[0].numel())
         found = _together(
             [
-                METHODS[method](weight[first : first + size].to(device, torch.float32), rank, layer_seed + first)
+                method.factors(
+                    weight[first : first + size].to(device, torch.float32), rank, layer_seed + first, options
+                )
                 for first in range(0, len(weight), size)
             ]
         )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from olora_ray.adapter import factor_cache
 from olora_ray.adapter.factors import AdapterWeights, Factors
-from olora_ray.adapter.initialise import InitReport, initialise
+from olora_ray.adapter.initialise import InitReport, at_scale, initialise, options_of
 from olora_ray.adapter.inject import find_targets, wrap
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.cluster.worker_context import WorkerContext
@@ -125,11 +125,13 @@ def factors(
             logger.info(
                 f"{adapter.method} factors taken from those of the search in {time.perf_counter() - began:.2f} s"
             )
-            return found
-    made, report = initialise(targets, adapter.method, adapter.rank, spec.config.run.seed, context.device)
+            return at_scale(found, adapter)
+    made, report = initialise(
+        targets, adapter.method, adapter.rank, spec.config.run.seed, context.device, options_of(adapter)
+    )
     reached("initialise", rank=context.rank)
     logger.info(describe(adapter.method, report))
-    return made
+    return at_scale(made, adapter)
 
 
 def resume(trainer: Trainer, found: Checkpoint) -> Tensor | None:
@@ -160,5 +162,5 @@ def describe(method: str, report: InitReport) -> str:
     line = f"{method} initialisation: {shares}; exchange {report.exchange_seconds:.2f} s; digest {report.digest[:12]}"
     if report.deficient:
         names = ", ".join(report.deficient[:4]) + (" ..." if len(report.deficient) > 4 else "")
-        line += f"; rank-deficient, completed with orthonormal columns: {names}"
+        line += f"; rank-deficient, a part of their factors is arbitrary: {names}"
     return line

@@ -37,7 +37,7 @@ class TrainSpec:
             "tokenizer": self.tokenizer,
             "training data": self.train.digest,
             "held-out data": self.eval.digest if self.eval else "",
-            "adapter": self.config.adapter.model_dump_json(),
+            "adapter": self.config.adapter.identity(),
         } | ({"start": self.start} if self.start else {})
 
     def base_identity(self) -> dict[str, str]:
@@ -45,7 +45,7 @@ class TrainSpec:
         return {what: digest for what, digest in self.identity().items() if what != "adapter"}
 
     def factor_origin(self) -> dict[str, str]:
-        """What decides the factors, but for their rank."""
+        """What decides A~ and B~, but for their rank."""
         adapter = self.config.adapter
         targets = json.dumps(adapter.targets)
         return {
@@ -53,7 +53,7 @@ class TrainSpec:
             "method": adapter.method,
             "targets": targets,
             "seed": str(self.config.run.seed),
-        }
+        } | {name: str(value) for name, value in adapter.options().items()}
 
 
 @dataclass(frozen=True)

@@ -120,6 +120,10 @@ class Data(Section):
         return bool(self.eval or self.eval_fraction)
 
 
+METHOD_OPTIONS: dict[str, tuple[str, ...]] = {"nora": ("sigma",)}
+"""Fields of `adapter` that one method alone has: they count for nothing with another."""
+
+
 class Adapter(Section):
     """The adapter that is trained."""
 
@@ -135,6 +139,9 @@ class Adapter(Section):
     """all-linear (language model with experts), or names, dotted suffixes or regexes of layers or experts' weights."""
     rank_stabilized: bool = False
     """Scale by alpha / sqrt(rank) instead of alpha / rank."""
+    sigma: Annotated[float, Field(gt=0.0)] | Literal["matched"] = 0.02
+    """nora: size of A0 = sigma / scale x noise x W; matched: rows as long as plain LoRA's, so that the direction alone
+    differs."""
 
     @field_validator("targets", mode="before")
     @classmethod
@@ -144,6 +151,15 @@ class Adapter(Section):
     def scale(self) -> float:
         """The factor s of the low-rank update."""
         return self.alpha / (self.rank**0.5 if self.rank_stabilized else self.rank)
+
+    def options(self) -> dict[str, Any]:
+        """The settings that the method alone has."""
+        return {name: getattr(self, name) for name in METHOD_OPTIONS.get(self.method, ())}
+
+    def identity(self) -> str:
+        """The settings as JSON, without those of other methods: the same text for the same adapter."""
+        others = {name for names in METHOD_OPTIONS.values() for name in names} - self.options().keys()
+        return self.model_dump_json(exclude=others)
 
 
 class Train(Section):

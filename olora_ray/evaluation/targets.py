@@ -174,7 +174,7 @@ def _of_checkpoint(
     config = _with_model(shared, own.model.name, own.model.revision)
     base = find_model(config)
     _same_base(name, found.identity.get("base model"), base, own)
-    text = json.dumps([name, found.state.step, found.identity, own.adapter.model_dump_json()])
+    text = json.dumps([name, found.state.step, found.identity, own.adapter.identity()])
     key = hashlib.sha256(text.encode()).hexdigest()[:16]
     place = storage.join(config.run.storage, "adapters", f"{Path(name).name}-{found.state.step}-{key}")
     with storage.local_folder(place) as folder:

@@ -125,7 +125,7 @@ def _continued(config: Config, inputs: Inputs, champion: Version) -> _Start | st
     if found is None:
         return f"there is no checkpoint of it in {folder or 'its run folder'}"
     place, checkpoint = found
-    if checkpoint.identity.get("adapter") != config.adapter.model_dump_json():
+    if checkpoint.identity.get("adapter") != config.adapter.identity():
         return "its adapter has other settings"
     sources = _split(config, inputs.plan, known.digests)
     return _Start(place, sources, champion.number) if sources else "there is no new file"

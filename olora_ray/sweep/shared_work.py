@@ -9,8 +9,9 @@ from dataclasses import replace
 
 from olora_ray.adapter import factor_cache
 from olora_ray.adapter.factors import Factors
-from olora_ray.adapter.initialise import initialise
+from olora_ray.adapter.initialise import at_scale, initialise, options_of
 from olora_ray.adapter.inject import find_targets, inject
+from olora_ray.adapter.methods import METHODS
 from olora_ray.cluster.device import assigned_device
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.cluster.worker_context import SharedBase
@@ -45,8 +46,8 @@ def make(spec: TrainSpec, place: str, rank: int) -> tuple[float, float]:
     began = time.perf_counter()
     adapter = spec.config.adapter
     targets = find_targets(shared.loss.model, adapter.targets, rank)
-    factors, _ = initialise(targets, adapter.method, rank, spec.config.run.seed, device)
-    factor_cache.write(place, factors, spec.factor_origin(), rank)
+    factors, _ = initialise(targets, adapter.method, rank, spec.config.run.seed, device, options_of(adapter))
+    factor_cache.write(place, factors, spec.factor_origin(), rank, METHODS[adapter.method].prefix)
     between = time.perf_counter()
     if not known and not sharded:
         _measure(spec, shared, factors, place)
@@ -57,7 +58,7 @@ def _measure(spec: TrainSpec, shared: SharedBase, factors: dict[str, Factors], p
     """An adapter at its start changes nothing: with it the base measures as without."""
     config = spec.config
     model = shared.loss.model
-    adapted = inject(model, factors, config.adapter.scale())
+    adapted = inject(model, at_scale(factors, config.adapter), config.adapter.scale())
     shared.loss.to(shared.device)
     trainer = Trainer(shared.loss, adapted, config, shared.device)
     attention = str(model.config._attn_implementation)  # type: ignore[union-attr]

@@ -8,6 +8,8 @@ import torch
 
 from olora_ray.adapter.candidates import HEAD, candidates
 from olora_ray.adapter.coverage import Coverage, coverage
+from olora_ray.adapter.initialise import check
+from olora_ray.adapter.methods import METHODS
 from olora_ray.adapter.parts import other_parts, part_of
 from olora_ray.adapter.targets import Selection, Target, select
 from olora_ray.config.schema import Config
@@ -41,18 +43,19 @@ class MemoryEstimate:
 
 
 def estimate(config: Config, base: BaseModel, gpu: bool | None = None) -> MemoryEstimate:
-    """The size of a run; raises UserError for targets that the model does not have.
+    """The size of a run; raises UserError for targets or a rank that the model does not have.
 
     `gpu` says whether the workers have GPUs; None: if this machine has.
     """
     model: Any = skeleton(base, config.model)
     selection = select(model, config.adapter.targets, config.adapter.rank)
     targets = {name: tuple(target.weight().shape) for name, target in selection.targets.items()}
+    check(targets, config.adapter.method, config.adapter.rank)
     trainable = sum(math.prod(experts) * (m + n) * config.adapter.rank for *experts, m, n in targets.values())
     width = _dtype(config, torch.cuda.is_available() if gpu is None else gpu).itemsize
     count = parameters(base.folder)
     shards = config.cluster.min_workers() if config.cluster.strategy == "fsdp" else 1
-    stored = 1 if config.adapter.method == "lora" else 2
+    stored = 2 if METHODS[config.adapter.method].has_b0 else 1
     return MemoryEstimate(
         targets,
         trainable,

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from olora_ray.adapter.initialise import initialise
+from olora_ray.adapter.initialise import at_scale, initialise, options_of
 from olora_ray.adapter.inject import find_targets, inject
 from olora_ray.config.schema import Config
 from olora_ray.model.load import load_model
@@ -42,8 +42,9 @@ def seconds_per_micro_batch(config: Config, base: BaseModel, packs: Sequence[Pac
     try:
         model: Any = load_model(base.folder, config.model, device)
         targets = find_targets(model, config.adapter.targets, config.adapter.rank)
-        factors, _ = initialise(targets, config.adapter.method, config.adapter.rank, config.run.seed, device)
-        inject(model, factors, config.adapter.scale())
+        adapter = config.adapter
+        factors, _ = initialise(targets, adapter.method, adapter.rank, config.run.seed, device, options_of(adapter))
+        inject(model, at_scale(factors, adapter), adapter.scale())
         loss, batch = SupervisedLoss(model), collate(packs, model.config._attn_implementation)
         times = []
         for _ in range(2):  # the first has to get its memory

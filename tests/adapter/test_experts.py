@@ -196,7 +196,7 @@ class Own(nn.Module):
 @pytest.mark.parametrize("how", ["sum", "slice", "einsum", "other way round"])
 def test_a_use_that_an_adapter_cannot_follow_never_passes_it_by(how: str) -> None:
     base = Own(how)
-    start = METHODS["olora"](base.weight.detach().mT, 2, 0)
+    start = METHODS["olora"].factors(base.weight.detach().mT, 2, 0)
     adapted = AdaptedExperts(base, {"weight": AdaptedStack(start, 4, True, SCALE)})
     assert base(torch.rand(2, 4)).shape == (2, 4)
     with pytest.raises((NotImplementedError, AttributeError, TypeError)):

@@ -16,7 +16,7 @@ ORIGIN = {"base model": "abc", "method": "olora", "targets": '"all-linear"', "se
 @given(m=st.integers(12, 40), n=st.integers(12, 40), rank=st.integers(1, 12), seed=st.integers(0, 9))
 def test_the_factors_of_a_smaller_rank_are_a_prefix(method: str, m: int, n: int, rank: int, seed: int) -> None:
     weight = torch.randn(m, n, generator=torch.Generator().manual_seed(seed))
-    large, small = METHODS[method](weight, 12, seed), METHODS[method](weight, rank, seed)
+    large, small = METHODS[method].factors(weight, 12, seed), METHODS[method].factors(weight, rank, seed)
     torch.testing.assert_close(large.a0[:rank], small.a0, rtol=0, atol=2e-6)
     assert (large.b0 is None) == (small.b0 is None)
     if large.b0 is not None and small.b0 is not None:
@@ -27,7 +27,7 @@ def factors(full_rank: bool = True) -> dict[str, Factors]:
     made = {}
     for number in range(3):
         weight = torch.randn(20 + number, 24, generator=torch.Generator().manual_seed(number))
-        found = METHODS["olora"](weight, 8, 0)
+        found = METHODS["olora"].factors(weight, 8, 0)
         made[f"layer{number}"] = Factors(found.a0, found.b0, full_rank or number != 1)
     return made
 
@@ -48,7 +48,7 @@ def test_what_is_kept_reads_back_at_any_rank_up_to_its_own(tmp_path: Path, place
 
 def test_the_factors_of_experts_read_back_at_a_smaller_rank(tmp_path: Path) -> None:
     weight = torch.randn(3, 20, 24, generator=torch.Generator().manual_seed(0))
-    made = {"experts.up": METHODS["olora"](weight, 8, 0)}
+    made = {"experts.up": METHODS["olora"].factors(weight, 8, 0)}
     factor_cache.write(str(tmp_path), made, ORIGIN, 8)
     found = factor_cache.read(str(tmp_path), ORIGIN, 3, ["experts.up"])
     assert found is not None
@@ -57,11 +57,11 @@ def test_the_factors_of_experts_read_back_at_a_smaller_rank(tmp_path: Path) -> N
     assert part.b0 is not None
     assert torch.equal(part.a0, whole.a0[:, :3])
     assert torch.equal(part.b0, whole.b0[:, :, :3])
-    torch.testing.assert_close(part.a0, METHODS["olora"](weight, 3, 0).a0, rtol=0, atol=2e-6)
+    torch.testing.assert_close(part.a0, METHODS["olora"].factors(weight, 3, 0).a0, rtol=0, atol=2e-6)
 
 
 def test_factors_without_b0_read_back(tmp_path: Path) -> None:
-    made = {"layer": METHODS["lora"](torch.randn(20, 24), 8, 0)}
+    made = {"layer": METHODS["lora"].factors(torch.randn(20, 24), 8, 0)}
     factor_cache.write(str(tmp_path), made, ORIGIN, 8)
     found = factor_cache.read(str(tmp_path), ORIGIN, 4, ["layer"])
     assert found is not None

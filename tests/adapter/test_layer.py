@@ -17,7 +17,7 @@ RANK, SCALE = 4, 1.5
 
 
 def factors(weight: Tensor, method: str = "olora", rank: int = RANK) -> Factors:
-    return METHODS[method](weight.float(), rank, 0)
+    return METHODS[method].factors(weight.float(), rank, 0)
 
 
 def adapt(model: nn.Module, method: str = "olora", dropout: float = 0.0) -> dict[str, AdaptedWeight]:

@@ -213,7 +213,7 @@ def test_packed_weights_are_refused_by_name_and_left_out_otherwise() -> None:
 
 def test_an_adapter_on_packed_weights_has_the_layers_size_and_does_not_touch_what_it_returns() -> None:
     base = Packed(8, 12)
-    layer = AdaptedLinear(base, METHODS["lora"](torch.zeros(12, 8), 4, 0), 2.0)
+    layer = AdaptedLinear(base, METHODS["lora"].factors(torch.zeros(12, 8), 4, 0), 2.0)
     assert layer.db.shape == (12, 4)
     layer.db.data.fill_(1.0)
     y = layer(torch.rand(3, 8, requires_grad=True))

@@ -1,13 +1,7 @@
-"""The family: a method is one function from a weight ((E x) m x n, float32), a rank and a seed to Factors."""
+"""The family: one file per method, in the terms of method.py."""
 
-from collections.abc import Callable
-
-from torch import Tensor
-
-from olora_ray.adapter.factors import Factors
 from olora_ray.adapter.methods import lora, olora
+from olora_ray.adapter.methods.method import Method as Method
+from olora_ray.adapter.methods.method import Options as Options
 
-METHODS: dict[str, Callable[[Tensor, int, int], Factors]] = {
-    "olora": olora.factors,
-    "lora": lora.factors,
-}
+METHODS: dict[str, Method] = {method.name: method for method in (olora.METHOD, lora.METHOD)}

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from olora_ray.adapter.factors import Factors
+from olora_ray.adapter.methods.method import DEFAULTS, Method, Options
 
 
-def factors(weight: Tensor, rank: int, seed: int) -> Factors:
+def factors(weight: Tensor, rank: int, seed: int, options: Options = DEFAULTS) -> Factors:
     """A0 (r x n) as torch initialises a linear layer (Kaiming uniform, a = sqrt(5)); B0 = 0.
 
     `weight` is m x n; the same `seed` gives the same A0 on every device. Of a stack, E x m x n, expert
@@ -24,3 +25,13 @@ def factors(weight: Tensor, rank: int, seed: int) -> Factors:
 def _random(rank: int, n: int, seed: int) -> Tensor:
     a0 = torch.empty(rank, n)
     return torch.nn.init.kaiming_uniform_(a0, a=math.sqrt(5), generator=torch.Generator().manual_seed(seed))
+
+
+METHOD = Method(
+    name="lora",
+    source="arXiv 2106.09685, section 4.1",
+    about="Plain LoRA: A0 as torch initialises a linear layer (Kaiming uniform), B0 = 0.\nWhat every other is compared to.",
+    factors=factors,
+    cost=lambda m, n, rank: m * rank**2 + m * n * rank,  # as olora's: it is next to nothing
+    has_b0=False,
+)

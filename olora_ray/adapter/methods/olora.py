@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from olora_ray.adapter.factors import Factors
+from olora_ray.adapter.methods.method import DEFAULTS, Method, Options
 
 
-def factors(weight: Tensor, rank: int, seed: int) -> Factors:
+def factors(weight: Tensor, rank: int, seed: int, options: Options = DEFAULTS) -> Factors:
     """B0 = QR(W[:, :r]).Q (m x r, orthonormal columns) and A0 = B0^T W (r x n).
 
     `weight` is m x n in float32 with r <= min(m, n), or E x m x n for a stack of experts, each with a
@@ -25,3 +26,13 @@ def factors(weight: Tensor, rank: int, seed: int) -> Factors:
     pivots = r1.diagonal(dim1=-2, dim2=-1).abs()
     tolerance = pivots.amax(-1) * max(weight.shape[-2], rank) * torch.finfo(weight.dtype).eps
     return Factors(b0.mT @ weight, b0.contiguous(), full_rank=bool((pivots.amin(-1) > tolerance).all()))
+
+
+METHOD = Method(
+    name="olora",
+    source="arXiv 2406.01775, algorithm 1",
+    about="B0 and A0 are the first r columns of Q and rows of R in W = Q R: B0 is orthonormal, B0 A0 projects W.\n"
+    "Made from the m x r slice of W that decides them, so that it costs seconds for any model.",
+    factors=factors,
+    cost=lambda m, n, rank: m * rank**2 + m * n * rank,
+)
