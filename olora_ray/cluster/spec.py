@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from olora_ray.adapter.methods import FROM_WEIGHTS
 from olora_ray.config.schema import Config
 from olora_ray.model.source import BaseModel
 from olora_ray.tokens.store import TokenStore
@@ -47,13 +48,15 @@ class TrainSpec:
     def factor_origin(self) -> dict[str, str]:
         """What decides A~ and B~, but for their rank."""
         adapter = self.config.adapter
-        targets = json.dumps(adapter.targets)
-        return {
+        origin = {
             "base model": self.base.digest,
             "method": adapter.method,
-            "targets": targets,
+            "targets": json.dumps(adapter.targets),
             "seed": str(self.config.run.seed),
         } | {name: str(value) for name, value in adapter.options().items()}
+        if adapter.method not in FROM_WEIGHTS:  # what the base computes of the data, in its precision
+            origin |= {"training data": self.train.digest, "dtype": self.config.model.dtype}
+        return origin
 
 
 @dataclass(frozen=True)

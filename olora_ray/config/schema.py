@@ -120,15 +120,16 @@ class Data(Section):
         return bool(self.eval or self.eval_fraction)
 
 
-METHOD_OPTIONS: dict[str, tuple[str, ...]] = {"nora": ("sigma",)}
+METHOD_OPTIONS: dict[str, tuple[str, ...]] = {"nora": ("sigma",), "eva": ("rho", "eva_tokens")}
 """Fields of `adapter` that one method alone has: they count for nothing with another."""
 
 
 class Adapter(Section):
     """The adapter that is trained."""
 
-    method: Literal["olora", "lora"] = "olora"
-    """Initialisation of the adapter: olora (QR of the weight) or lora (random A, zero B)."""
+    method: Literal["olora", "lora", "eva"] = "olora"
+    """Initialisation of the adapter: olora (QR of the weight), lora (random A, zero B) or eva (principal components of
+    the layers' inputs on the training data, which also decide each layer's rank)."""
     rank: PositiveInt = 16
     """Rank r of the update."""
     alpha: Annotated[float, Field(gt=0.0)] = 16
@@ -142,6 +143,11 @@ class Adapter(Section):
     sigma: Annotated[float, Field(gt=0.0)] | Literal["matched"] = 0.02
     """nora: size of A0 = sigma / scale x noise x W; matched: rows as long as plain LoRA's, so that the direction alone
     differs."""
+
+    rho: Annotated[float, Field(ge=1.0)] = 2.0
+    """eva: a layer's rank is at most rho x rank, with the same sum over all layers; 1: the same rank for all."""
+    eva_tokens: PositiveInt = 1024
+    """eva: how many supervised tokens of the training data are looked at, at most."""
 
     @field_validator("targets", mode="before")
     @classmethod

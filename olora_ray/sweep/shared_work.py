@@ -9,11 +9,12 @@ from dataclasses import replace
 
 from olora_ray.adapter import factor_cache
 from olora_ray.adapter.factors import Factors
-from olora_ray.adapter.initialise import at_scale, initialise, options_of
+from olora_ray.adapter.initialise import at_scale
 from olora_ray.adapter.inject import find_targets, inject
-from olora_ray.adapter.methods import METHODS
+from olora_ray.adapter.methods import FROM_WEIGHTS, METHODS
 from olora_ray.cluster.device import assigned_device
 from olora_ray.cluster.spec import TrainSpec
+from olora_ray.cluster.tested_base import check_base
 from olora_ray.cluster.worker_context import SharedBase
 from olora_ray.common import storage
 from olora_ray.common.quiet import quiet_transformers
@@ -21,6 +22,7 @@ from olora_ray.config.load import override
 from olora_ray.train.baseline import Baseline
 from olora_ray.train.generate import answer, wanted_questions
 from olora_ray.train.loop import Trainer, evaluate
+from olora_ray.train.new_factors import new_factors
 
 
 def make(spec: TrainSpec, place: str, rank: int) -> tuple[float, float]:
@@ -46,7 +48,9 @@ def make(spec: TrainSpec, place: str, rank: int) -> tuple[float, float]:
     began = time.perf_counter()
     adapter = spec.config.adapter
     targets = find_targets(shared.loss.model, adapter.targets, rank)
-    factors, _ = initialise(targets, adapter.method, rank, spec.config.run.seed, device, options_of(adapter))
+    if adapter.method not in FROM_WEIGHTS:
+        check_base(shared.loss, spec, device)
+    factors, *_ = new_factors(shared.loss, targets, spec.config, spec.train, device)
     factor_cache.write(place, factors, spec.factor_origin(), rank, METHODS[adapter.method].prefix)
     between = time.perf_counter()
     if not known and not sharded:

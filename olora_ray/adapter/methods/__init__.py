@@ -1,7 +1,10 @@
 """The family: one file per method, in the terms of method.py."""
 
-from olora_ray.adapter.methods import lora, olora
+from olora_ray.adapter.methods import eva, lora, olora
 from olora_ray.adapter.methods.method import Method as Method
 from olora_ray.adapter.methods.method import Options as Options
 
-METHODS: dict[str, Method] = {method.name: method for method in (olora.METHOD, lora.METHOD)}
+METHODS: dict[str, Method] = {method.name: method for method in (olora.METHOD, lora.METHOD, eva.METHOD)}
+
+FROM_WEIGHTS = tuple(name for name, method in METHODS.items() if method.needs == "weight")
+"""Those whose factors follow from the weight alone."""
