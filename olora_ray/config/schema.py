@@ -158,6 +158,10 @@ class Adapter(Section):
         """The factor s of the low-rank update."""
         return self.alpha / (self.rank**0.5 if self.rank_stabilized else self.rank)
 
+    def largest_rank(self) -> int:
+        """The largest that a layer's rank can become; on average layers have `rank`."""
+        return round(self.rho * self.rank) if self.method == "eva" else self.rank
+
     def options(self) -> dict[str, Any]:
         """The settings that the method alone has."""
         return {name: getattr(self, name) for name in METHOD_OPTIONS.get(self.method, ())}

@@ -76,11 +76,6 @@ def refuse(targets: Mapping[str, Target], method: str) -> None:
             )
 
 
-def components(adapter: Adapter) -> int:
-    """How many components a layer offers, the largest rank that one may get."""
-    return round(adapter.rho * adapter.rank)
-
-
 def eva_factors(
     loss: SupervisedLoss,
     targets: Mapping[str, Target],
@@ -96,7 +91,7 @@ def eva_factors(
     and for activations that are not finite.
     """
     refuse(targets, adapter.method)
-    began, count = time.perf_counter(), components(adapter)
+    began, count = time.perf_counter(), adapter.largest_rank()
     pieces = _pieces(store, adapter, count, waiting)
     inputs = inputs_of(loss, targets, _probe(loss, store[0]).to(device))
     found = Activations(loss, targets, inputs, _owners(inputs, targets, adapter), store, device)

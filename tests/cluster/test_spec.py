@@ -36,3 +36,21 @@ def test_a_run_that_starts_with_an_adapter_is_another_than_one_that_does_not() -
     assert identity("digest", train__start="/a") != identity("another", train__start="/a")
     assert identity("digest", train__start="/a") == identity("digest", train__start="/moved")
     assert identity("digest", train__start="/a") != identity(None)
+
+
+def origin(**changes: Any) -> dict[str, str]:
+    store: Any = tiny.store()
+    return TrainSpec(
+        tiny.config(**changes), BaseModel("m", "/m", "base"), "tokenizer", (0,), store, None
+    ).factor_origin()
+
+
+def test_factors_of_the_data_are_those_of_these_tokens_only() -> None:
+    assert origin().keys() == {"base model", "method", "targets", "seed"}, "as kept factors of before have it"
+    eva = {"adapter__method": "eva"}
+    found = origin(**eva)
+    assert found["training data"] == "list"
+    assert (found["rho"], found["eva_tokens"]) == ("2.0", "1024")
+    assert origin(**eva, adapter__alpha=3) == found
+    for other in ({"adapter__rho": 1.5}, {"adapter__eva_tokens": 64}, {"model__dtype": "bfloat16"}):
+        assert origin(**eva, **other) != found

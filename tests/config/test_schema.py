@@ -72,7 +72,7 @@ def test_an_unknown_field_suggests_the_nearest(changes: dict[str, Any], expected
     [
         ({"adapter": {"rank": "many"}}, ["config: adapter.rank: ", "integer", "(got 'many')"]),
         ({"adapter": {"rank": 0}}, ["adapter.rank: ", "greater than or equal to 1", "(got 0)"]),
-        ({"adapter": {"method": "pissa"}}, ["adapter.method: ", "'olora' or 'lora'", "(got 'pissa')"]),
+        ({"adapter": {"method": "dora"}}, ["adapter.method: ", "'olora', 'lora'", "(got 'dora')"]),
         ({"adapter": {"targets": 3}}, ["adapter.targets: ", "(got 3)"]),
         ({"adapter": {"dropout": 1.0}}, ["adapter.dropout: ", "less than 1"]),
         ({"train": {"lr": -1.0}}, ["train.lr: ", "greater than 0"]),

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from olora_ray.common.errors import UserError
 from olora_ray.config.load import override
 from olora_ray.config.schema import Config
 from olora_ray.model.source import obtain
@@ -159,3 +160,25 @@ def _train(folder: str, rank: int) -> tuple[int, int]:
 
 if __name__ == "__main__":
     print(json.dumps(_train(sys.argv[1], int(sys.argv[2]))))
+
+
+def test_ranks_that_move_between_layers_are_counted_at_their_most(model: Path) -> None:
+    even = settings(model, 8)
+    sizes = {
+        rho: estimate(override(even, {"adapter.method": "eva", "adapter.rho": rho}), obtain(even)).trainable
+        for rho in (1.0, 2.0)
+    }
+    assert sizes[1.0] == estimate(even, obtain(even)).trainable == 12 * 8 * (4 * 2 * 768 + 3 * (768 + 2048))
+    # Of 7 layers a block the three wide ones have twice the rank, and of the others the rest.
+    assert sizes[2.0] == 12 * (3 * 16 * (768 + 2048) + 8 * 2 * 768)
+
+
+def test_experts_are_refused_for_a_method_that_sees_activations(tmp_path: Path) -> None:
+    mixtures.make("mixtral").save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_text("{}")
+    config = override(settings(tmp_path, 4), {"adapter.method": "eva"})
+    with pytest.raises(
+        UserError, match=r"adapter\.method=eva: model\.layers\.0\.mlp\.experts\.\w+ is a stack of experts"
+    ):
+        estimate(config, obtain(config))
