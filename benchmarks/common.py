@@ -33,7 +33,7 @@ def model_folder(model: str, storage: str) -> str:
 
 def our_trainer(cfg: Config, folder: str) -> tuple[Any, str]:
     """What a worker builds, and the attention that the model took."""
-    from olora_ray.adapter.initialise import initialise
+    from olora_ray.adapter.initialise import at_scale, initialise, options_of
     from olora_ray.adapter.inject import find_targets, inject
     from olora_ray.model.load import load_model
     from olora_ray.train.loop import Trainer
@@ -44,8 +44,8 @@ def our_trainer(cfg: Config, folder: str) -> tuple[Any, str]:
     device, adapter = torch.device("cpu"), cfg.adapter
     model: Any = load_model(folder, cfg.model, device)
     targets = find_targets(model, adapter.targets, adapter.rank)
-    factors, _ = initialise(targets, adapter.method, adapter.rank, 0, device)
-    adapted = inject(model, factors, adapter.scale())
+    factors, _ = initialise(targets, adapter.method, adapter.rank, 0, device, options_of(adapter))
+    adapted = inject(model, at_scale(factors, adapter), adapter.scale())
     return Trainer(SupervisedLoss(model), adapted, cfg, device), model.config._attn_implementation
 
 

@@ -28,14 +28,15 @@ def main(argv: list[str]) -> None:
     from olora_ray.pipeline.base import open_base
     from olora_ray.pipeline.connection import connect
     from olora_ray.pipeline.driver import only_driver
-    from olora_ray.sweep import outcome, settings
+    from olora_ray.sweep import outcome, settings, shared_work
     from olora_ray.sweep import run as sweep
 
     search = settings.search_config(config, space, file, registers="--register" in flags)
     settings.check(search, space)
     with only_driver(search) as driver:
         base = open_base(search)
-        report.plan(search, base.model)
+        size = report.plan(search, base.model)
+        shared_work.check_ranks(search, space, size.targets)
 
         with connect(search, base.model) as stop, driver.watch(stop):
             spec, seconds = sweep.train_spec(search, base)

@@ -177,8 +177,8 @@ def store(count: int = 8, seed: int = 0) -> ListStore:
 
 
 def trainer(settings: Config, attention: str = "segments", model: Any = None, strategy: str = "ddp") -> Any:
-    """A Trainer over a tiny Llama with OLoRA on all linear layers."""
-    from olora_ray.adapter.initialise import initialise
+    """A Trainer over a tiny Llama with adapters on all linear layers."""
+    from olora_ray.adapter.initialise import at_scale, initialise, options_of
     from olora_ray.adapter.inject import find_targets, inject
     from olora_ray.train.loop import Trainer
     from olora_ray.train.loss import SupervisedLoss
@@ -187,8 +187,9 @@ def trainer(settings: Config, attention: str = "segments", model: Any = None, st
     model = model or llama(attention=attention)
     adapter, device = settings.adapter, torch.device("cpu")
     targets = find_targets(model, adapter.targets, adapter.rank)
-    factors, _ = initialise(targets, adapter.method, adapter.rank, settings.run.seed, device)
-    adapted = inject(model, factors, adapter.scale(), adapter.dropout)
+    options = options_of(adapter)
+    factors, _ = initialise(targets, adapter.method, adapter.rank, settings.run.seed, device, options)
+    adapted = inject(model, at_scale(factors, adapter), adapter.scale(), adapter.dropout)
     loss = SupervisedLoss(model)
     place_model(loss, strategy, device)
     return Trainer(loss, adapted, settings, device)

@@ -132,7 +132,7 @@ def factors(
         return {name: known[name].factors for name in sorted(known, key=lambda name: places.get(name, len(places)))}
     if spec.shared:
         began = time.perf_counter()
-        if found := factor_cache.read(spec.shared, spec.factor_origin(), adapter.rank, list(targets)):
+        if found := factor_cache.read(spec.factor_place(), spec.factor_origin(), adapter.rank, list(targets)):
             logger.info(
                 f"{adapter.method} factors taken from those of the search in {time.perf_counter() - began:.2f} s"
             )

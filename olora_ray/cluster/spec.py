@@ -6,7 +6,8 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from olora_ray.adapter.methods import FROM_WEIGHTS
+from olora_ray.adapter.methods import FROM_WEIGHTS, METHODS
+from olora_ray.common import storage
 from olora_ray.config.schema import Config
 from olora_ray.model.source import BaseModel
 from olora_ray.tokens.store import TokenStore
@@ -57,6 +58,13 @@ class TrainSpec:
         if adapter.method not in FROM_WEIGHTS:  # what the base computes of the data, in its precision
             origin |= {"training data": self.train.digest, "dtype": self.config.model.dtype}
         return origin
+
+    def factor_place(self) -> str:
+        """Folder of the factors that a search shares, for this method and, if others do not follow from it, rank."""
+        assert self.shared is not None
+        adapter = self.config.adapter
+        prefix = METHODS[adapter.method].prefix
+        return storage.join(self.shared, adapter.method if prefix else f"{adapter.method}-{adapter.rank}")
 
 
 @dataclass(frozen=True)

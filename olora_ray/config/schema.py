@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from olora_ray.config.adapter import Adapter as Adapter
 from olora_ray.config.delivery import Condition as Condition
 from olora_ray.config.delivery import Export as Export
 from olora_ray.config.delivery import Gate as Gate
@@ -120,58 +121,6 @@ class Data(Section):
         return bool(self.eval or self.eval_fraction)
 
 
-METHOD_OPTIONS: dict[str, tuple[str, ...]] = {"nora": ("sigma",), "eva": ("rho", "eva_tokens")}
-"""Fields of `adapter` that one method alone has: they count for nothing with another."""
-
-
-class Adapter(Section):
-    """The adapter that is trained."""
-
-    method: Literal["olora", "lora", "eva"] = "olora"
-    """Initialisation of the adapter: olora (QR of the weight), lora (random A, zero B) or eva (principal components of
-    the layers' inputs on the training data, which also decide each layer's rank)."""
-    rank: PositiveInt = 16
-    """Rank r of the update."""
-    alpha: Annotated[float, Field(gt=0.0)] = 16
-    """The update is scaled by alpha / rank."""
-    dropout: Fraction = 0.0
-    """Dropout on the adapter's input during training."""
-    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
-    """all-linear (language model with experts), or names, dotted suffixes or regexes of layers or experts' weights."""
-    rank_stabilized: bool = False
-    """Scale by alpha / sqrt(rank) instead of alpha / rank."""
-    sigma: Annotated[float, Field(gt=0.0)] | Literal["matched"] = 0.02
-    """nora: size of A0 = sigma / scale x noise x W; matched: rows as long as plain LoRA's, so that the direction alone
-    differs."""
-
-    rho: Annotated[float, Field(ge=1.0)] = 2.0
-    """eva: a layer's rank is at most rho x rank, with the same sum over all layers; 1: the same rank for all."""
-    eva_tokens: PositiveInt = 1024
-    """eva: how many supervised tokens of the training data are looked at, at most."""
-
-    @field_validator("targets", mode="before")
-    @classmethod
-    def _single_name(cls, value: object) -> object:
-        return (value,) if isinstance(value, str) and value != "all-linear" else value
-
-    def scale(self) -> float:
-        """The factor s of the low-rank update."""
-        return self.alpha / (self.rank**0.5 if self.rank_stabilized else self.rank)
-
-    def largest_rank(self) -> int:
-        """The largest that a layer's rank can become; on average layers have `rank`."""
-        return round(self.rho * self.rank) if self.method == "eva" else self.rank
-
-    def options(self) -> dict[str, Any]:
-        """The settings that the method alone has."""
-        return {name: getattr(self, name) for name in METHOD_OPTIONS.get(self.method, ())}
-
-    def identity(self) -> str:
-        """The settings as JSON, without those of other methods: the same text for the same adapter."""
-        others = {name for names in METHOD_OPTIONS.values() for name in names} - self.options().keys()
-        return self.model_dump_json(exclude=others)
-
-
 class Train(Section):
     """Length, batches, optimizer, evaluations and checkpoints of the training."""
 
@@ -185,12 +134,17 @@ class Train(Section):
     """Sequences that a worker runs through the model at once; a smaller number needs less memory."""
     lr: Annotated[float, Field(gt=0.0)] = 3.0e-4
     """Peak learning rate of AdamW."""
+    lr_ratio: Annotated[float, Field(gt=0.0)] = 1.0
+    """Learning rate of B divided by that of A, which is `lr` (LoRA+, arXiv 2402.12354, has 16); 1: one for both."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Course of the learning rate after the warm-up."""
     warmup: Fraction = 0.03
     """Share of the steps at the start in which the learning rate rises to its peak."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     """AdamW's weight decay; it pulls the adapter back to its initial values."""
+    precondition: bool = False
+    """Multiply the gradient of A by (B^T B)^-1 and that of B by (A A^T)^-1, each scaled to length 1, before clipping
+    (as NoRA+, arXiv 2410.18965, and Riemannian preconditioned LoRA, 2402.02347)."""
     clip: Annotated[float, Field(gt=0.0)] | None = 1.0
     """Largest norm of the gradient; null: no clipping."""
     eval_every: PositiveInt = 50

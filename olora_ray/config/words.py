@@ -38,6 +38,7 @@ PLAIN = {
     "train.epochs": "num_epochs num_train_epochs n_epochs max_epochs epoch",
     "train.steps": "max_steps num_steps total_steps train_steps iters",
     "train.lr": "learning_rate",
+    "train.lr_ratio": "loraplus_lr_ratio lora_plus_lr_ratio",
     "train.schedule": "lr_scheduler_type lr_scheduler scheduler lr_schedule",
     "train.clip": "max_grad_norm gradient_clipping grad_clip clip_grad_norm",
     "train.micro_batch": "per_device_train_batch_size per_device_batch_size micro_batch_size"

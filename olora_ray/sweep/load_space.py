@@ -18,6 +18,8 @@ MEASURE = ("data.eval", "data.max_rejected", "evaluation.")
 """Fields that a space can set, but not search: all trials are measured in the same way, on the same rows."""
 IDLE = ("train.keep", "train.log_every")
 """Fields that a space can set, but not search: they change no number of a training."""
+METHOD, RANK = "adapter.method", "adapter.rank"
+"""Fields that are checked together."""
 MOST_CHECKED = 200
 """Trials whose whole config is checked before a search begins; of the others each field is."""
 MOST_PAIRS = 1_000
@@ -90,13 +92,26 @@ def _check_metric(space: Space, config: Config, where: str) -> None:
 
 def _probes(space: Space) -> Iterator[tuple[str, dict[str, Any]]]:
     """(field, changes) such that all values are valid if these are: each field at its extremes, and between them."""
-    for field, domain in space.search.items():
-        if domain.of is None:
-            for value in domain.probes():
-                yield field, {field: value}
-            continue
-        for base, factor in _pairs(space.search[domain.of].extremes(), domain.factors()):
-            yield field, {domain.of: base, field: multiple(base, factor)}
+    by_method = METHOD in space.search
+    for field in space.search:
+        if field == METHOD:  # a method may have something against a rank
+            ranks = list(_changes(space, RANK)) if RANK in space.search else [{}]
+            for one, other in itertools.product(_changes(space, METHOD), ranks):
+                yield field, one | other
+        elif field != RANK or not by_method:
+            for changes in _changes(space, field):
+                yield field, changes
+
+
+def _changes(space: Space, field: str) -> Iterator[dict[str, Any]]:
+    """One field at its extremes, and between them."""
+    domain = space.search[field]
+    if domain.of is None:
+        for value in domain.probes():
+            yield {field: value}
+        return
+    for base, factor in _pairs(space.search[domain.of].extremes(), domain.factors()):
+        yield {domain.of: base, field: multiple(base, factor)}
 
 
 def _pairs(bases: Sequence[Any], factors: Sequence[float]) -> Iterator[tuple[Any, float]]:

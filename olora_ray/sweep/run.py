@@ -2,7 +2,7 @@
 
 <storage>/<name>/
     trials/trial-007/                          a run folder like any other
-    shared/                                    factors at the largest rank, what the base model does
+    shared/                                    factors of each method, what the base model does
     tune/ tune.json                            Tune's state, from which an interrupted search resumes; its format
     search.json progress.json                  what it was begun with; how long it has run, and whether it is over
     best.yaml leaderboard.json report.html *.png
@@ -12,7 +12,7 @@ import contextlib
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -60,17 +60,21 @@ def share(spec: TrainSpec, space: Space, seconds: float) -> tuple[TrainSpec, flo
     """
     settings.begin(spec.config, space, spec.base_identity())
     place = storage.join(spec.config.folder(), "shared")
-    rank = max(space.possible("adapter.rank", spec.config.adapter.rank))
+    kinds = shared_work.kinds(spec.config, space)
     wanted = worker_resources(spec.config)
     make = ray.remote(shared_work.make).options(num_cpus=wanted["CPU"], num_gpus=wanted.get("GPU", 0))
     with connection.user_errors():
-        init, base = ray.get(make.remote(spec, place, rank))
-    spared = seconds + init + base
+        init, base = ray.get(make.remote(spec, place, kinds))
+    spared = seconds + init / max(1, len(kinds)) + base
     logger.info(
-        f"shared by all trials: tokens {seconds:.1f} s, {spec.config.adapter.method} factors at rank {rank}"
-        f" {init:.1f} s, the base model on the held-out rows {base:.1f} s; each trial is spared {spared:.1f} s"
+        f"shared by all trials: tokens {seconds:.1f} s, {_shown(kinds)} {init:.1f} s, the base model on the held-out"
+        f" rows {base:.1f} s; each trial is spared {spared:.1f} s"
     )
     return replace(spec, shared=place), spared
+
+
+def _shown(kinds: Sequence[shared_work.Kind]) -> str:
+    return ", ".join(f"{method} factors at rank {rank}" for method, rank in kinds) or "no factors"
 
 
 @contextlib.contextmanager

@@ -1,15 +1,17 @@
 """Work that the trials of a search share beside the tokens: done once, before the first of them.
 
-<search>/shared/factors.safetensors, factors.json     at the largest rank of the space
-<search>/shared/baseline.json                         what the base model does on the held-out rows
+<search>/shared/METHOD/factors.safetensors, factors.json     of each method of the space, at the largest rank
+<search>/shared/METHOD-RANK/ ...                             of a method whose smaller ranks do not follow from that
+<search>/shared/baseline.json                                what the base model does on the held-out rows
 """
 
 import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from olora_ray.adapter import factor_cache
-from olora_ray.adapter.factors import Factors
-from olora_ray.adapter.initialise import at_scale
+from olora_ray.adapter.exchange import Shape
+from olora_ray.adapter.initialise import check, initialise
 from olora_ray.adapter.inject import find_targets, inject
 from olora_ray.adapter.methods import FROM_WEIGHTS, METHODS
 from olora_ray.cluster.device import assigned_device
@@ -19,14 +21,37 @@ from olora_ray.cluster.worker_context import SharedBase
 from olora_ray.common import storage
 from olora_ray.common.quiet import quiet_transformers
 from olora_ray.config.load import override
+from olora_ray.config.schema import Config
+from olora_ray.sweep.space import Space
 from olora_ray.train.baseline import Baseline
 from olora_ray.train.generate import answer, wanted_questions
 from olora_ray.train.loop import Trainer, evaluate
 from olora_ray.train.new_factors import new_factors
 
+Kind = tuple[str, int]
+"""Method and rank of factors."""
 
-def make(spec: TrainSpec, place: str, rank: int) -> tuple[float, float]:
-    """Factors at `rank` and the base's held-out loss and answers, in the folder `place`.
+
+def kinds(config: Config, space: Space) -> list[Kind]:
+    """The factors that are made for all trials: of each method, at the largest rank.
+
+    Of a method whose smaller ranks are no prefix, at every rank; at none if the space has a range of them.
+    """
+    ranks = sorted(space.possible("adapter.rank", config.adapter.rank))
+    every = [] if space.is_range("adapter.rank") else ranks
+    methods = dict.fromkeys(space.listed("adapter.method", config.adapter.method))
+    return [(name, rank) for name in methods for rank in (ranks[-1:] if METHODS[name].prefix else dict.fromkeys(every))]
+
+
+def check_ranks(config: Config, space: Space, shapes: Mapping[str, Shape]) -> None:
+    """Raise UserError that names the layer in which a method cannot have the largest rank of the space."""
+    rank = max(space.possible("adapter.rank", config.adapter.rank))
+    for method in space.listed("adapter.method", config.adapter.method):
+        check(shapes, method, rank)
+
+
+def make(spec: TrainSpec, place: str, wanted: Sequence[Kind]) -> tuple[float, float]:
+    """Factors of these kinds and the base's held-out loss and answers, in the folder `place`.
 
     Returns the seconds that each took; 0 for what was there. Needs the memory of one worker. Raises UserError
     for targets or a rank that the model does not have.
@@ -36,33 +61,50 @@ def make(spec: TrainSpec, place: str, rank: int) -> tuple[float, float]:
     quiet_transformers()
     if spec.config.train.start:
         return 0.0, 0.0  # then the factors are those of another run
-    spec = replace(spec, config=override(spec.config, {"adapter.rank": rank}), shared=place)
+    spec = replace(spec, shared=place)
+    missing = [one for one in _of_kinds(spec, wanted) if not _is_there(one)]
     asked = wanted_questions(spec.config.evaluation, spec.eval)
     known = Baseline.read(storage.join(place, "baseline.json"), spec.base_identity(), len(asked))
-    if known and factor_cache.has(place, spec.factor_origin(), rank):
+    if known and not missing:
         return 0.0, 0.0
     # A base that is to be spread over several GPUs need not fit on one.
     sharded = spec.config.cluster.strategy == "fsdp"
     device = torch.device("cpu") if sharded else assigned_device()
     shared = SharedBase.of(spec, device)
     began = time.perf_counter()
-    adapter = spec.config.adapter
-    targets = find_targets(shared.loss.model, adapter.targets, rank)
-    if adapter.method not in FROM_WEIGHTS:
-        check_base(shared.loss, spec, device)
-    factors, *_ = new_factors(shared.loss, targets, spec.config, spec.train, device)
-    factor_cache.write(place, factors, spec.factor_origin(), rank, METHODS[adapter.method].prefix)
+    for one in missing:
+        _make_factors(one, shared)
     between = time.perf_counter()
     if not known and not sharded:
-        _measure(spec, shared, factors, place)
+        _measure(spec, shared, place)
     return between - began, time.perf_counter() - between
 
 
-def _measure(spec: TrainSpec, shared: SharedBase, factors: dict[str, Factors], place: str) -> None:
-    """An adapter at its start changes nothing: with it the base measures as without."""
-    config = spec.config
-    model = shared.loss.model
-    adapted = inject(model, at_scale(factors, config.adapter), config.adapter.scale())
+def _of_kinds(spec: TrainSpec, wanted: Sequence[Kind]) -> Iterator[TrainSpec]:
+    for method, rank in wanted:
+        yield replace(spec, config=override(spec.config, {"adapter.method": method, "adapter.rank": rank}))
+
+
+def _is_there(spec: TrainSpec) -> bool:
+    return factor_cache.has(spec.factor_place(), spec.factor_origin(), spec.config.adapter.rank)
+
+
+def _make_factors(spec: TrainSpec, shared: SharedBase) -> None:
+    adapter = spec.config.adapter
+    targets = find_targets(shared.loss.model, adapter.targets, adapter.rank)
+    if adapter.method not in FROM_WEIGHTS:
+        check_base(shared.loss, spec, shared.device)
+    factors, *_ = new_factors(shared.loss, targets, spec.config, spec.train, shared.device)
+    prefix = METHODS[adapter.method].prefix
+    factor_cache.write(spec.factor_place(), factors, spec.factor_origin(), adapter.rank, prefix)
+
+
+def _measure(spec: TrainSpec, shared: SharedBase, place: str) -> None:
+    """An adapter at its start changes nothing: with it, here the smallest, the base measures as without."""
+    config, model = spec.config, shared.loss.model
+    targets = find_targets(model, config.adapter.targets, 1)
+    factors, _ = initialise(targets, "lora", 1, 0, shared.device)
+    adapted = inject(model, factors, 1.0)
     shared.loss.to(shared.device)
     trainer = Trainer(shared.loss, adapted, config, shared.device)
     attention = str(model.config._attn_implementation)  # type: ignore[union-attr]

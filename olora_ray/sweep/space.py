@@ -174,6 +174,19 @@ class Space(Section):
         found = [multiple(value, factor) for value in base.extremes() for factor in domain.factors()]  # else times 1
         return [*found, configured] if self.has_default() else found
 
+    def listed(self, field: str, configured: Any) -> list[Any]:
+        """The values that a field without a range may have; `configured` is that of the config."""
+        domain = self.search.get(field)
+        if domain is None:
+            return [configured]
+        return [*domain.options(), *([configured] if self.has_default() else [])]
+
+    def is_range(self, field: str) -> bool:
+        """Whether the values of a field come from a range, or are multiples of such."""
+        domain = self.search.get(field)
+        base = self.search[domain.of] if domain and domain.of else domain
+        return base is not None and base.interval() is not None
+
     def as_draws(self, config: Config) -> dict[str, Any] | None:
         """The draws that give the config as it is; None if the space does not contain it."""
         there = flatten(config)

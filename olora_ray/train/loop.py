@@ -17,6 +17,7 @@ from olora_ray.tokens.store import TokenStore
 from olora_ray.train.loader import StepData, StepLoader
 from olora_ray.train.loss import SupervisedLoss
 from olora_ray.train.optim import AdamW, FlatAdapters
+from olora_ray.train.precondition import precondition
 from olora_ray.train.schedule import Schedule
 
 
@@ -30,7 +31,7 @@ class StepResult:
     """Mean loss per supervised token of the global batch, before the update."""
     lr: float
     grad_norm: float
-    """Before clipping."""
+    """Before clipping, of what is clipped: after the preconditioner if there is one."""
     supervised: int
     """Supervised tokens of the global batch."""
     seconds: float
@@ -52,7 +53,7 @@ class Trainer:
     """May be set at any time, on any worker: the result of the next step tells all workers."""
 
     def __post_init__(self) -> None:
-        self.flat = FlatAdapters(self.adapted)
+        self.flat = FlatAdapters(self.adapted, apart=self.config.train.lr_ratio != 1)
         self.optimizer = AdamW(self.flat, self.config.train)
 
     def steps(self, loader: StepLoader, start: int, schedule: Schedule) -> Iterator[StepResult]:
@@ -65,6 +66,8 @@ class Trainer:
             self._seed(number, loader.worker)
             loss, signal = self._accumulate(number, data, loader)
             lr = schedule.lr(number)
+            if self.config.train.precondition:
+                precondition(self.adapted)
             norm = self.optimizer.step(lr)
             if not math.isfinite(norm):
                 raise UserError(f"step {number + 1}: the gradient is not finite (norm {norm}); lower train.lr")

@@ -2,6 +2,7 @@
 
 All dA and dB of a model are views of one float32 vector, and so are their gradients: the exchange
 between workers is one all-reduce, clipping one norm, the optimizer one tensor, whatever the layers.
+With another learning rate for B than for A (LoRA+, arXiv 2402.12354) it is two: all dA, then all dB.
 """
 
 import math
@@ -16,18 +17,25 @@ from olora_ray.config.schema import Train
 
 
 class FlatAdapters:
-    """Parameters and gradients of all adapters, laid out in the order of the names."""
+    """Parameters and gradients of all adapters, laid out in the order of the names.
 
-    def __init__(self, adapted: Mapping[str, AdaptedWeight]) -> None:
-        self.slots: dict[str, Tensor] = {
-            f"{name}.{part}": getattr(layer, part) for name, layer in adapted.items() for part in ("da", "db")
-        }
+    `apart`: all dA come before all dB; else each dB follows its dA.
+    """
+
+    def __init__(self, adapted: Mapping[str, AdaptedWeight], apart: bool = False) -> None:
+        pairs = [(name, part) for name in adapted for part in ("da", "db")]
+        if apart:
+            pairs.sort(key=lambda pair: pair[1])
+        self.slots: dict[str, Tensor] = {f"{name}.{part}": getattr(adapted[name], part) for name, part in pairs}
         first = next(iter(self.slots.values()))
         self.vector = torch.cat([slot.detach().reshape(-1) for slot in self.slots.values()])
         self.grad = torch.zeros_like(self.vector, device=first.device)
         for name, slot in self.slots.items():
             slot.data = self.view(self.vector, name)
             slot.grad = self.view(self.grad, name)
+        size, of_a = self.vector.numel(), sum(layer.da.numel() for layer in adapted.values())
+        self.groups = [slice(0, of_a), slice(of_a, size)] if apart else [slice(0, size)]
+        """Parts of the vector with a learning rate each."""
 
     def view(self, vector: Tensor, name: str) -> Tensor:
         """The part of a flat vector that belongs to the parameter `name`, in its shape."""
@@ -54,45 +62,49 @@ class FlatAdapters:
 
 
 class AdamW:
-    """AdamW (arXiv 1711.05101) on the flat vector; decay pulls the adapter towards its start."""
+    """AdamW (arXiv 1711.05101) on the flat vector; decay pulls the adapter towards its start.
+
+    The vector is laid out `apart` if `config.lr_ratio` is not 1.
+    """
 
     def __init__(self, flat: FlatAdapters, config: Train) -> None:
         self.flat, self.config = flat, config
-        self.parameter = torch.nn.Parameter(flat.vector)
-        self.parameter.grad = flat.grad
-        self.inner = torch.optim.AdamW([self.parameter], lr=config.lr, weight_decay=config.weight_decay)
-        self.inner.state[self.parameter] = {
-            "step": torch.tensor(0.0),
-            "exp_avg": torch.zeros_like(flat.vector),
-            "exp_avg_sq": torch.zeros_like(flat.vector),
-        }
+        self.moments = {key: torch.zeros_like(flat.vector) for key in ("exp_avg", "exp_avg_sq")}
+        self.parameters = [torch.nn.Parameter(flat.vector[group]) for group in flat.groups]
+        groups = [{"params": [parameter]} for parameter in self.parameters]
+        self.inner = torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay)
+        for parameter, group in zip(self.parameters, flat.groups, strict=True):
+            parameter.grad = flat.grad[group]
+            moments = {key: moment[group] for key, moment in self.moments.items()}
+            self.inner.state[parameter] = {"step": torch.tensor(0.0), **moments}
+        self.ratios = [1.0] if config.lr_ratio == 1 else [1.0, config.lr_ratio]
 
     def step(self, lr: float) -> float:
-        """Clip, update with learning rate `lr`, clear the gradients; returns the norm before clipping."""
+        """Clip, update with learning rate `lr` (of dA), clear the gradients; returns the norm before clipping."""
         norm = float(self.flat.grad.norm())
         if self.config.clip is not None and norm > self.config.clip:
             self.flat.grad.mul_(self.config.clip / norm)
-        self.inner.param_groups[0]["lr"] = lr
+        for group, ratio in zip(self.inner.param_groups, self.ratios, strict=True):
+            group["lr"] = lr * ratio
         self.inner.step()
         self.flat.grad.zero_()
         return norm
 
     def state(self) -> dict[str, Tensor]:
         """The moments as named tensors (views), without the step count."""
-        moments = self.inner.state[self.parameter]
         return {
             f"{name}.{key}": part
-            for key in ("exp_avg", "exp_avg_sq")
-            for name, part in self.flat.named(moments[key]).items()
+            for key, moment in self.moments.items()
+            for name, part in self.flat.named(moment).items()
         }
 
     def load(self, named: Mapping[str, Tensor], step: int) -> None:
         """Resume with the moments of `state` after `step` updates."""
-        moments = self.inner.state[self.parameter]
-        moments["step"].fill_(float(step))
-        for key in ("exp_avg", "exp_avg_sq"):
+        for parameter in self.parameters:
+            self.inner.state[parameter]["step"].fill_(float(step))
+        for key, moment in self.moments.items():
             part = {name: named[f"{name}.{key}"] for name in self.flat.slots}
-            self.flat.load(moments[key], part)
+            self.flat.load(moment, part)
 
 
 def lr_at(step: int, steps: int, config: Train) -> float:

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -7,20 +8,45 @@ from hypothesis import strategies as st
 
 from olora_ray.adapter import factor_cache
 from olora_ray.adapter.factors import Factors
-from olora_ray.adapter.methods import METHODS
+from olora_ray.adapter.methods import FROM_WEIGHTS, METHODS
+from olora_ray.adapter.methods.method import DEFAULTS
 
 ORIGIN = {"base model": "abc", "method": "olora", "targets": '"all-linear"', "seed": "3"}
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", sorted(name for name in FROM_WEIGHTS if METHODS[name].prefix))
 @given(m=st.integers(12, 40), n=st.integers(12, 40), rank=st.integers(1, 12), seed=st.integers(0, 9))
 def test_the_factors_of_a_smaller_rank_are_a_prefix(method: str, m: int, n: int, rank: int, seed: int) -> None:
     weight = torch.randn(m, n, generator=torch.Generator().manual_seed(seed))
-    large, small = METHODS[method].factors(weight, 12, seed), METHODS[method].factors(weight, rank, seed)
+    large, small = (METHODS[method].factors(weight, size, seed, DEFAULTS) for size in (12, rank))
     torch.testing.assert_close(large.a0[:rank], small.a0, rtol=0, atol=2e-6)
     assert (large.b0 is None) == (small.b0 is None)
     if large.b0 is not None and small.b0 is not None:
         torch.testing.assert_close(large.b0[:, :rank], small.b0, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("method", sorted(name for name in FROM_WEIGHTS if not METHODS[name].prefix))
+def test_what_promises_no_prefix_has_none(method: str) -> None:
+    weight = torch.randn(200, 150, generator=torch.Generator().manual_seed(0))
+    large, small = (METHODS[method].factors(weight, size, 3, DEFAULTS) for size in (6, 4))
+    assert float((large.a0[:4] - small.a0).abs().max()) > 1e-4
+
+
+def test_without_a_prefix_the_rank_must_be_that_of_the_factors(tmp_path: Path) -> None:
+    factor_cache.write(str(tmp_path), factors(), ORIGIN, 8, prefix=False)
+    assert factor_cache.read(str(tmp_path), ORIGIN, 4, ["layer0"]) is None
+    found = factor_cache.read(str(tmp_path), ORIGIN, 8, ["layer0"])
+    assert found is not None
+    assert torch.equal(found["layer0"].a0, factors()["layer0"].a0)
+
+
+def test_factors_of_a_version_before_methods_said_so_serve_smaller_ranks(tmp_path: Path) -> None:
+    factor_cache.write(str(tmp_path), factors(), ORIGIN, 8)
+    place = tmp_path / factor_cache.DESCRIPTION
+    place.write_text(
+        json.dumps({key: value for key, value in json.loads(place.read_text()).items() if key != "prefix"})
+    )
+    assert factor_cache.has(str(tmp_path), ORIGIN, 4)
 
 
 def factors(full_rank: bool = True) -> dict[str, Factors]:

@@ -13,7 +13,7 @@ from torch import nn
 
 from olora_ray.adapter.factors import Factors
 from olora_ray.adapter.initialise import InitReport, assign, initialise
-from olora_ray.adapter.methods import FROM_WEIGHTS
+from olora_ray.adapter.methods import FROM_WEIGHTS, METHODS
 from olora_ray.adapter.targets import Target
 from olora_ray.common.errors import UserError
 from tests.crew import Crew
@@ -90,9 +90,23 @@ def test_workers_without_a_layer_get_the_factors_too(crew: Callable[[int], Crew]
     assert answers[0][2].layers == (1, 0, 0)
 
 
-def test_random_starts_do_not_depend_on_the_workers(crew: Callable[[int], Crew]) -> None:
-    digests = {found for workers in (1, 2, 3) for found in crew(workers).run(_digest_only, "lora")}
-    assert len(digests) == 1
+@pytest.mark.parametrize("method", FROM_WEIGHTS)
+def test_the_factors_do_not_depend_on_the_number_of_workers(crew: Callable[[int], Crew], method: str) -> None:
+    for work in (_digest_only, _digest_of_mixture):
+        digests = {found for workers in (1, 2, 3) for found in crew(workers).run(work, method)}
+        assert len(digests) == 1, work.__name__
+
+
+@WORKERS
+def test_a_rank_that_a_layer_is_too_small_for_stops_all_workers(crew: Callable[[int], Crew], workers: int) -> None:
+    line = "adapter.rank=12 is too large for block.0 (24 x 8) with adapter.method=pissa: use at most 8, or leave"
+    answers = crew(workers).run(_too_large)
+    assert {str(answer)[: len(line)] for answer in answers} == {line}
+    assert len(set(crew(workers).run(_digest_only))) == 1
+
+
+def _too_large() -> None:
+    initialise(layers(), "pissa", 12, 0, CPU)
 
 
 def test_layers_of_one_shape_start_differently() -> None:
@@ -133,11 +147,12 @@ def test_a_stack_is_computed_in_chunks_to_the_same_factors(
         assert found[name].a0.shape == (*experts, RANK, n)
         torch.testing.assert_close(found[name].a0, whole[name].a0)
         b0 = found[name].b0
-        assert (b0 is None) == (method == "lora")
+        assert (b0 is not None) == METHODS[method].has_b0
         if b0 is not None:
             assert b0.shape == (*experts, m, RANK)
             torch.testing.assert_close(b0, whole[name].b0)
-            torch.testing.assert_close(found[name].a0, b0.mT @ target.weight())
+            if method == "olora":
+                torch.testing.assert_close(found[name].a0, b0.mT @ target.weight())
 
 
 def test_an_expert_with_infinite_weights_names_its_stack() -> None:
@@ -185,6 +200,10 @@ def _deficient() -> tuple[str, ...]:
 
 def _digest_only(method: str = "olora") -> str:
     return compute(method)[0]
+
+
+def _digest_of_mixture(method: str) -> str:
+    return of_mixture(method)[0]
 
 
 def _one_layer(method: str) -> tuple[str, dict[str, Factors], InitReport]:

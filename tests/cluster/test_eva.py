@@ -86,9 +86,10 @@ def test_the_trials_of_a_search_take_the_factors_that_were_made_for_it(
     place = str(tmp_path / "shared")
     monkeypatch.setattr(shared_work, "assigned_device", lambda: torch.device("cpu"))
     monkeypatch.setattr(SharedBase, "of", classmethod(lambda cls, spec, device: base()))
-    shared_work.make(spec(None), place, 4)
-    assert factor_cache.has(place, spec(place).factor_origin(), 4)
-    assert not factor_cache.has(place, spec(place).factor_origin(), 2), "ranks of another budget are others"
+    shared_work.make(spec(None), place, [("lora", 4), ("eva", 4)])
+    mine = spec(place)
+    assert factor_cache.has(mine.factor_place(), mine.factor_origin(), 4)
+    assert not factor_cache.has(mine.factor_place(), mine.factor_origin(), 2), "ranks of another budget are others"
     monkeypatch.setattr("olora_ray.cluster.resume.new_factors", None)
     result = train_at(SharedBaseContext(base()), spec(place), str(tmp_path / "trial"), Channel())
     assert result.problem is None

@@ -72,7 +72,12 @@ def test_an_unknown_field_suggests_the_nearest(changes: dict[str, Any], expected
     [
         ({"adapter": {"rank": "many"}}, ["config: adapter.rank: ", "integer", "(got 'many')"]),
         ({"adapter": {"rank": 0}}, ["adapter.rank: ", "greater than or equal to 1", "(got 0)"]),
-        ({"adapter": {"method": "dora"}}, ["adapter.method: ", "'olora', 'lora'", "(got 'dora')"]),
+        ({"adapter": {"method": "svd"}}, ["adapter.method: ", "'olora', 'lora', 'pissa'", "(got 'svd')"]),
+        ({"adapter": {"method": "orthogonal", "rank": 7}}, ["adapter: rank=7 is odd", "use 6 or 8"]),
+        ({"adapter": {"method": "orthogonal", "rank": 1}}, ["adapter: rank=1 is odd", "use 2"]),
+        ({"adapter": {"sigma": 0}}, ["adapter.sigma: "]),
+        ({"adapter": {"sigma": "big"}}, ["adapter.sigma: "]),
+        ({"train": {"lr_ratio": 0}}, ["train.lr_ratio: ", "greater than 0"]),
         ({"adapter": {"targets": 3}}, ["adapter.targets: ", "(got 3)"]),
         ({"adapter": {"dropout": 1.0}}, ["adapter.dropout: ", "less than 1"]),
         ({"train": {"lr": -1.0}}, ["train.lr: ", "greater than 0"]),

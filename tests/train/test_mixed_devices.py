@@ -140,7 +140,7 @@ def _leave(trainer: Trainer, left: str) -> None:
         assert layer.b0 is not None
         layer.b0 = layer.b0.cpu()
     elif left == "moment":
-        state = trainer.optimizer.inner.state[trainer.optimizer.parameter]
+        state = trainer.optimizer.inner.state[trainer.optimizer.parameters[0]]
         state["exp_avg"] = state["exp_avg"].cpu()
     else:
         whole = trainer.loss.forward

@@ -75,14 +75,22 @@ def test_a_vector_goes_out_by_name_and_comes_back() -> None:
         flat.load(copy, {})
 
 
+def flat_for(config: Train) -> FlatAdapters:
+    return FlatAdapters(adapted(), apart=config.lr_ratio != 1)
+
+
+@pytest.mark.parametrize("ratio", [1.0, 16.0, 0.25])
 @pytest.mark.parametrize("decay", [0.0, 0.1])
-def test_adamw_equals_torchs_on_separate_tensors(decay: float) -> None:
-    flat = FlatAdapters(adapted())
-    ours = AdamW(flat, Train(weight_decay=decay, clip=None, lr=0.01))
+def test_adamw_equals_torchs_on_separate_tensors(decay: float, ratio: float) -> None:
+    config = Train(weight_decay=decay, clip=None, lr=0.01, lr_ratio=ratio)
+    flat = flat_for(config)
+    ours = AdamW(flat, config)
     separate = {name: nn.Parameter(slot.detach().clone()) for name, slot in flat.slots.items()}
-    theirs = torch.optim.AdamW(separate.values(), lr=0.01, weight_decay=decay)
+    groups = [{"params": [p for name, p in separate.items() if name.endswith(part)]} for part in (".da", ".db")]
+    theirs = torch.optim.AdamW(groups, lr=0.01, weight_decay=decay)
     for step in range(4):
-        theirs.param_groups[0]["lr"] = 0.01 / (step + 1)
+        for group, factor in zip(theirs.param_groups, (1.0, ratio), strict=True):
+            group["lr"] = factor * 0.01 / (step + 1)
         for name, gradient in random_gradients(flat, step).items():
             separate[name].grad = gradient
             flat.view(flat.grad, name).copy_(gradient)
@@ -90,6 +98,20 @@ def test_adamw_equals_torchs_on_separate_tensors(decay: float) -> None:
         ours.step(0.01 / (step + 1))
         for name, parameter in separate.items():
             torch.testing.assert_close(flat.slots[name].detach(), parameter.detach())
+
+
+def test_one_rate_for_both_leaves_every_bit_as_a_single_vector_has_it() -> None:
+    flat = FlatAdapters(adapted())
+    assert list(flat.slots) == ["first.da", "first.db", "second.da", "second.db"]
+    ours, alone = AdamW(flat, Train(clip=1.0)), nn.Parameter(flat.vector.clone())
+    theirs = torch.optim.AdamW([alone], lr=0.01, weight_decay=0.0)
+    for step in range(5):
+        gradient = torch.cat([part.reshape(-1) for part in random_gradients(flat, step).values()])
+        flat.grad.copy_(gradient)
+        alone.grad = gradient * (1.0 / float(gradient.norm()))
+        theirs.step()
+        ours.step(0.01)
+        assert torch.equal(flat.vector, alone)
 
 
 @pytest.mark.parametrize("size", [0.01, 1.0, 100.0])
@@ -125,23 +147,25 @@ def test_decay_pulls_towards_the_start() -> None:
     torch.testing.assert_close(flat.vector, torch.full_like(flat.vector, 0.95))
 
 
-def test_the_state_comes_back_exactly() -> None:
+@pytest.mark.parametrize("config", [Train(), Train(lr_ratio=4.0)], ids=["one rate", "two rates"])
+def test_the_state_comes_back_exactly(config: Train) -> None:
     def run(optimizer: AdamW, steps: range) -> None:
         for step in steps:
             for name, gradient in random_gradients(optimizer.flat, step).items():
                 optimizer.flat.view(optimizer.flat.grad, name).copy_(gradient)
             optimizer.step(0.01)
 
-    whole = AdamW(FlatAdapters(adapted()), Train())
+    whole = AdamW(flat_for(config), config)
     run(whole, range(6))
-    first = AdamW(FlatAdapters(adapted()), Train())
+    first = AdamW(flat_for(config), config)
     run(first, range(3))
-    second = AdamW(FlatAdapters(adapted()), Train())
+    second = AdamW(flat_for(config), config)
     second.flat.vector.copy_(first.flat.vector)
     second.load({name: value.clone() for name, value in first.state().items()}, 3)
     run(second, range(3, 6))
     assert torch.equal(second.flat.vector, whole.flat.vector)
     assert all(torch.equal(value, second.state()[name]) for name, value in whole.state().items())
+    assert whole.state().keys() == AdamW(FlatAdapters(adapted()), Train()).state().keys()
 
 
 schedules = st.sampled_from(["cosine", "linear", "constant"])

@@ -1,4 +1,4 @@
-"""PEFT's OLoRA in float32 is the oracle: same gradients, same first steps."""
+"""PEFT in float32 is the oracle: same gradients, same first steps, for every method and with LoRA+."""
 
 from typing import Any
 
@@ -7,6 +7,7 @@ import peft
 import pytest
 import torch
 
+from olora_ray.adapter.methods import FROM_WEIGHTS
 from olora_ray.tokens.collate import collate
 from tests import tiny
 
@@ -22,8 +23,7 @@ def pair() -> tuple[Any, Any, torch.optim.Optimizer]:
         r=RANK, lora_alpha=ALPHA, target_modules="all-linear", init_lora_weights="olora", task_type="CAUSAL_LM"
     )
     oracle = peft.get_peft_model(tiny.llama(), shape)
-    trainable = [parameter for parameter in oracle.parameters() if parameter.requires_grad]
-    return tiny.trainer(settings, "sdpa"), oracle, torch.optim.AdamW(trainable, lr=RATE, weight_decay=0.0)
+    return tiny.trainer(settings, "sdpa"), oracle, torch.optim.AdamW(trainable(oracle), lr=RATE, weight_decay=0.0)
 
 
 def oracle_loss(oracle: Any) -> torch.Tensor:
@@ -38,11 +38,71 @@ def layer_of(oracle: Any, name: str) -> Any:
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float(((found - expected).norm() / expected.norm()).detach())
+    size = expected.norm() if expected.any() else 1.0  # a gradient may be 0 exactly
+    return float(((found - expected).norm() / size).detach())
 
 
 def test_three_steps_equal_pefts(pair: tuple[Any, Any, torch.optim.Optimizer]) -> None:
-    trainer, oracle, optimizer = pair
+    follow(*pair)
+
+
+@pytest.mark.parametrize("method", FROM_WEIGHTS)
+def test_three_steps_equal_those_of_a_changed_base(method: str) -> None:
+    """As the papers write it: W - s B0 A0 in the base, and A and B trained from A0 and B0."""
+    settings = tiny.config(adapter__method=method, adapter__rank=RANK, adapter__alpha=ALPHA, train__clip=None)
+    trainer = tiny.trainer(settings, "sdpa")
+    oracle = peft_from(trainer)
+    follow(trainer, oracle, torch.optim.AdamW(trainable(oracle), lr=RATE, weight_decay=0.0))
+
+
+def test_five_steps_of_lora_plus_with_the_same_gradients_equal_pefts() -> None:
+    from peft.optimizers import create_loraplus_optimizer
+
+    settings = tiny.config(
+        adapter__method="lora",
+        adapter__rank=RANK,
+        adapter__alpha=ALPHA,
+        train__clip=None,
+        train__lr_ratio=16.0,
+        train__weight_decay=0.0,
+    )
+    trainer = tiny.trainer(settings, "sdpa")
+    oracle = peft_from(trainer)
+    optimizer = create_loraplus_optimizer(oracle, torch.optim.AdamW, lr=RATE, loraplus_lr_ratio=16.0)
+    batch = collate(BATCH, "sdpa")
+    for _ in range(5):
+        (trainer.loss(batch) / len(batch.labels)).backward()
+        for name, layer in trainer.adapted.items():
+            layer_of(oracle, name).lora_A["default"].weight.grad = layer.da.grad.clone()
+            layer_of(oracle, name).lora_B["default"].weight.grad = layer.db.grad.clone()
+        trainer.optimizer.step(RATE)
+        optimizer.step()
+    for name, layer in trainer.adapted.items():
+        theirs = layer_of(oracle, name)
+        assert relative(layer.a0 + layer.da, theirs.lora_A["default"].weight) < 1e-6, name
+        assert relative(layer.db, theirs.lora_B["default"].weight) < 1e-6, name
+        assert float(layer.db.detach().abs().max()) > 10 * RATE, name
+
+
+def peft_from(trainer: Any) -> Any:
+    """PEFT's plain LoRA on the base that is changed such that it starts where the trainer does."""
+    shape = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
+    oracle = peft.get_peft_model(tiny.llama(), shape)
+    for name, layer in trainer.adapted.items():
+        theirs = layer_of(oracle, name)
+        theirs.lora_A["default"].weight.data = layer.a0.clone()
+        if layer.b0 is not None:
+            theirs.lora_B["default"].weight.data = layer.b0.clone()
+            theirs.base_layer.weight.data -= layer.scale * layer.b0 @ layer.a0
+    return oracle
+
+
+def trainable(oracle: Any) -> list[torch.nn.Parameter]:
+    return [parameter for parameter in oracle.parameters() if parameter.requires_grad]
+
+
+def follow(trainer: Any, oracle: Any, optimizer: torch.optim.Optimizer) -> None:
+    """Three steps of both, compared all along."""
     batch = collate(BATCH, "sdpa")
     starts = {name: layer.base.weight.clone() for name, layer in trainer.adapted.items()}
     losses = []

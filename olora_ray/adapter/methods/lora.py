@@ -30,7 +30,8 @@ def _random(rank: int, n: int, seed: int) -> Tensor:
 METHOD = Method(
     name="lora",
     source="arXiv 2106.09685, section 4.1",
-    about="Plain LoRA: A0 as torch initialises a linear layer (Kaiming uniform), B0 = 0.\nWhat every other is compared to.",
+    about="Plain LoRA: A0 as torch initialises a linear layer (Kaiming uniform), B0 = 0.\n"
+    "What every other is compared to.",
     factors=factors,
     cost=lambda m, n, rank: m * rank**2 + m * n * rank,  # as olora's: it is next to nothing
     has_b0=False,

@@ -23,6 +23,10 @@ class Options:
 
     sigma: float | Literal["matched"] = 0.02
     """nora: size of A0."""
+    rho: float = 2.0
+    """eva: a layer's rank is at most rho times the rank."""
+    eva_tokens: int = 1024
+    """eva: tokens that are looked at, at most."""
 
 
 DEFAULTS = Options()

@@ -1,0 +1,62 @@
+"""NoRA: A0 is a random mixture of the weight's rows, B0 = 0 (arXiv 2410.18965; formula of the authors' code).
+
+    A0 = sigma / s  Omega W        Omega ~ N(0, 1)^(r x m)
+
+A row of A0 is about sigma / s times as long as all of W (its Frobenius norm): with the same sigma, models and scales
+start differently. sigma "matched" makes rows as long as plain LoRA's, 1 / sqrt(3), whatever W and s are. NoRA+ is this
+method with `train.precondition`.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from olora_ray.adapter.factors import Factors
+from olora_ray.adapter.methods.method import DEFAULTS, Method, Options
+
+ROW = 1 / math.sqrt(3)
+"""Length of a row of plain LoRA's A0, whatever its width: n numbers of variance 1 / (3 n)."""
+
+
+def factors(weight: Tensor, rank: int, seed: int, options: Options = DEFAULTS) -> Factors:
+    """A~ (r x n), for s = 1, or for any s where sigma is matched; B~ = 0.
+
+    `weight` is m x n in float32, or E x m x n. `full_rank` is False for a weight of zeros, which gives A~ = 0: such an
+    adapter never trains.
+    """
+    mixed = _omega(weight, rank, seed) @ weight
+    norm = weight.flatten(-2).norm(dim=-1)[..., None, None]
+    size = ROW / torch.where(norm > 0, norm, 1.0) if options.sigma == "matched" else options.sigma
+    return Factors(size * mixed, None, full_rank=bool((norm > 0).all()))
+
+
+def _omega(weight: Tensor, rank: int, seed: int) -> Tensor:
+    """(E x) r x m."""
+    m = weight.shape[-2]
+    if weight.dim() == 2:
+        return _rows(rank, m, seed).to(weight)
+    return torch.stack([_rows(rank, m, seed + expert) for expert in range(len(weight))]).to(weight)
+
+
+def _rows(rank: int, m: int, seed: int) -> Tensor:
+    """Row by row, so that a smaller rank has the first of them."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.stack([torch.randn(m, generator=generator) for _ in range(rank)])
+
+
+def _powers(options: Options) -> tuple[float, float]:
+    return (0.0, 0.0) if options.sigma == "matched" else (1.0, 0.0)
+
+
+METHOD = Method(
+    name="nora",
+    source="arXiv 2410.18965, formula of the authors' code",
+    about="A0 = sigma / s Omega W with random Omega, B0 = 0: a start in the row space of W, in the proportions of W.\n"
+    "adapter.sigma: 0.02 is the authors' for LLaMA; matched gives A0 the size that plain LoRA's has, so that only\n"
+    "its directions differ. With train.precondition it is NoRA+.",
+    factors=factors,
+    cost=lambda m, n, rank: m * n * rank,
+    has_b0=False,
+    scale_powers=_powers,
+)

@@ -1,0 +1,74 @@
+"""Factors from singular vectors: W = U S V^T, and of some of them A~ = sqrt(S) V^T and B~ = U sqrt(S).
+
+The vectors of the smaller side are eigenvectors of the smaller Gram matrix (W W^T or W^T W), in float64; those of the
+other side follow by a product with W. Singular values down to sigma_max sqrt(max(m, n) eps) are told apart so, about
+1e-6 of the largest. Each vector's sign is chosen such that its largest entry is positive.
+"""
+
+import torch
+from torch import Tensor
+
+from olora_ray.adapter.factors import Factors
+
+
+def exact_cost(m: int, n: int, rank: int) -> int:
+    """Multiplications of `exact`, about: the Gram matrix, its eigenvectors, one product."""
+    small, large = sorted((m, n))
+    return small**2 * large + 9 * small**3 + m * n * rank
+
+
+def exact(weight: Tensor, rank: int, smallest: bool = False) -> Factors:
+    """A~ (r x n) and B~ (m x r) of the `rank` largest, or smallest, singular values, the most extreme first.
+
+    `weight` is m x n in float32 with r <= min(m, n), or E x m x n for a stack. `full_rank` is False if a chosen
+    singular value is too small for its vectors to be known. A weight with NaN or infinite values gives NaN.
+    """
+    wide = weight.shape[-2] <= weight.shape[-1]
+    w = (weight if wide else weight.mT).double()
+    values, vectors = _eigen(w @ w.mT)
+    chosen = vectors[..., :rank] if smallest else vectors.flip(-1)[..., :rank]
+    a, b, sizes = split(w, _signed(chosen))
+    found = (a, b) if wide else (b.mT, a.mT)
+    limit = (values[..., -1].clamp_min(0) * max(weight.shape[-2:]) * torch.finfo(w.dtype).eps).sqrt()
+    known = bool((sizes.amin(-1) > limit).all())
+    a0, b0 = (part.to(weight.dtype).contiguous() for part in found)
+    return Factors(a0, b0, full_rank=known)
+
+
+def within(weight: Tensor, basis: Tensor, rank: int) -> Factors:
+    """The same of the largest singular values of the part of W in the space of `basis` (m x q, orthonormal)."""
+    inside = (basis.mT @ weight).double()
+    _, vectors = _eigen(inside @ inside.mT)
+    rotation = vectors.flip(-1)[..., :rank]
+    a, b, sizes = split(inside, rotation)
+    signs = _signs(basis.double() @ rotation)
+    a, b = a * signs.mT, basis.double() @ (b * signs)
+    known = bool((sizes.amin(-1) > sizes.amax(-1) * torch.finfo(weight.dtype).eps).all())
+    return Factors(a.to(weight.dtype).contiguous(), b.to(weight.dtype).contiguous(), full_rank=known)
+
+
+def split(w: Tensor, left: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(A~, B~, S) for left singular vectors (m x r) of w (m x n): B~ A~ is the projection of w onto them."""
+    right = left.mT @ w
+    sizes = right.norm(dim=-1)
+    roots = sizes.sqrt()
+    return right / torch.where(roots > 0, roots, 1.0)[..., None], left * roots[..., None, :], sizes
+
+
+def _eigen(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, ascending, and vectors of a Gram matrix; NaN if it has values that are not finite."""
+    if not torch.isfinite(gram).all():
+        return torch.full_like(gram[..., 0], torch.nan), torch.full_like(gram, torch.nan)
+    values, vectors = torch.linalg.eigh(gram)
+    return values, vectors
+
+
+def _signed(vectors: Tensor) -> Tensor:
+    return vectors * _signs(vectors)
+
+
+def _signs(vectors: Tensor) -> Tensor:
+    """(1 x r): the sign of each column's entry of the largest size; 1 for a column of zeros."""
+    places = vectors.abs().argmax(dim=-2, keepdim=True)
+    signs = vectors.gather(-2, places).sign()
+    return torch.where(signs == 0, 1.0, signs)
