@@ -280,6 +280,12 @@ def test_ranks_are_a_count_of_the_largest_shares(shares: list[list[float]], budg
     assert not kept or not left or min(kept) >= max(left)
 
 
+def test_of_equal_shares_the_earlier_component_goes_first_then_the_earlier_layer() -> None:
+    shares = [0.3, 0.3, 0.2]
+    assert eva.ranks({"b": shares, "a": shares}, 3) == {"b": 2, "a": 1}
+    assert eva.ranks({"b": shares, "a": shares[:1]}, 2) == {"b": 1, "a": 1}
+
+
 @given(st.integers(2, 12), st.integers(2, 12), st.integers(1, 12), st.integers(0, 100))
 def test_components_are_those_of_the_svd(tokens: int, n: int, count: int, seed: int) -> None:
     rows = torch.randn(tokens, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
