@@ -1,13 +1,13 @@
 """A walk of a small training over a device: initialisation, evaluation, steps, checkpoint, resumption, answers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from olora_ray.adapter.initialise import initialise
+from olora_ray.adapter.initialise import at_scale, initialise, options_of
 from olora_ray.adapter.inject import find_targets, install, wrap
 from olora_ray.cluster import resume
 from olora_ray.tokens.collate import collate
@@ -44,16 +44,23 @@ class Seen:
 
 
 def start(
-    model: Any, device: torch.device, method: str = "olora", dropout: float = 0.0, on_device: bool = False
+    model: Any,
+    device: torch.device,
+    method: str = "olora",
+    dropout: float = 0.0,
+    on_device: bool = False,
+    changes: Mapping[str, Any] = {},
 ) -> Trainer:
     """A trainer as a worker makes it; `on_device`: the base lies there already, as one that adapters share."""
-    settings = tiny.config(adapter__method=method, adapter__dropout=dropout, train__steps=STEPS, train__global_batch=2)
+    own = {f"train__{name}": value for name, value in {"steps": STEPS, "global_batch": 2, **changes}.items()}
+    settings = tiny.config(adapter__method=method, adapter__dropout=dropout, **own)
     adapter, loss = settings.adapter, SupervisedLoss(model)
     if on_device:
         loss.to(device)
     targets = find_targets(model, adapter.targets, adapter.rank)
-    factors, _ = initialise(targets, adapter.method, adapter.rank, settings.run.seed, device)
-    adapted = wrap(model, factors, adapter.scale(), adapter.dropout)
+    options = options_of(adapter)
+    factors, _ = initialise(targets, adapter.method, adapter.rank, settings.run.seed, device, options)
+    adapted = wrap(model, at_scale(factors, adapter), adapter.scale(), adapter.dropout)
     install(model, adapted)
     place_model(loss, "ddp", device)
     return Trainer(loss, adapted, settings, device)

@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 ORIGIN = "olora.retrained_from"
 _CONTINUED = "champion, version "
+_LATER = {"adapter": ("sigma", "rho", "eva_tokens"), "train": ("lr_ratio", "precondition")}
+"""Fields that are younger than the names of runs: at its default none of them changes a name."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +87,13 @@ def make(config: Config, inputs: Inputs, champion: Version | None) -> Recipe:
 
 def _digest(config: Config, inputs: Inputs, start: _Start | None) -> str:
     """Of contents, of the version to start from, and of all settings that a run's folder is bound to."""
-    parts = [inputs.fingerprint.tags(), start.version if start else None, bound_settings(flatten(config))]
-    return digest_json(parts, length=8)
+    bound = bound_settings(flatten(config))
+    for section, names in _LATER.items():
+        fields = type(getattr(config, section)).model_fields
+        for name in names:
+            if bound[f"{section}.{name}"] == fields[name].default:
+                del bound[f"{section}.{name}"]
+    return digest_json([inputs.fingerprint.tags(), start.version if start else None, bound], length=8)
 
 
 def continued_version(version: Version) -> str | None:

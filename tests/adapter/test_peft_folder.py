@@ -19,6 +19,9 @@ METHODS = [
     Adapter(method="olora", rank=4, alpha=6),
     Adapter(method="olora", rank=4, alpha=6, rank_stabilized=True),
     Adapter(method="lora", rank=4, alpha=6),
+    Adapter(method="pissa", rank=4, alpha=6),
+    Adapter(method="orthogonal", rank=4, alpha=6),
+    Adapter(method="nora", rank=4, alpha=6),
 ]
 
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from olora_ray.adapter.methods import METHODS
 from olora_ray.cluster.spec import AnswerPair, TrainResult, TrainSpec
 from olora_ray.model.source import BaseModel
 from olora_ray.train.state import TrainState
@@ -38,19 +39,40 @@ def test_a_run_that_starts_with_an_adapter_is_another_than_one_that_does_not() -
     assert identity("digest", train__start="/a") != identity(None)
 
 
-def origin(**changes: Any) -> dict[str, str]:
+def spec(shared: str | None = None, **changes: Any) -> TrainSpec:
     store: Any = tiny.store()
-    return TrainSpec(
-        tiny.config(**changes), BaseModel("m", "/m", "base"), "tokenizer", (0,), store, None
-    ).factor_origin()
+    return TrainSpec(tiny.config(**changes), BaseModel("m", "/m", "base"), "tokenizer", (0,), store, None, None, shared)
+
+
+@pytest.mark.parametrize("method", ["olora", "lora"])
+def test_the_identity_of_an_adapter_of_before_is_the_same_text(method: str) -> None:
+    """Checkpoints, versions and names of exports hold it: settings of other methods are not in it."""
+    found = spec(adapter__method=method, adapter__rank=4, adapter__alpha=8, adapter__sigma=0.5).identity()["adapter"]
+    assert found == (
+        f'{{"method":"{method}","rank":4,"alpha":8.0,"dropout":0.0,"targets":"all-linear","rank_stabilized":false}}'
+    )
+    assert spec(adapter__method=method).factor_origin().keys() == {"base model", "method", "targets", "seed"}
+
+
+def test_sigma_is_in_the_identity_of_nora_and_of_its_factors() -> None:
+    one, two = spec(adapter__method="nora"), spec(adapter__method="nora", adapter__sigma="matched")
+    assert one.identity() != two.identity()
+    assert (one.factor_origin()["sigma"], two.factor_origin()["sigma"]) == ("0.02", "matched")
+    assert one.factor_origin() == spec(adapter__method="nora", adapter__alpha=99).factor_origin()
+
+
+def test_factors_without_a_prefix_have_a_place_for_each_rank() -> None:
+    places = {(m, r): spec("s", adapter__method=m, adapter__rank=r).factor_place() for m in METHODS for r in (4, 8)}
+    for name, method in METHODS.items():
+        assert (places[name, 4] == places[name, 8]) == method.prefix
+    assert len(set(places.values())) == sum(1 if method.prefix else 2 for method in METHODS.values())
 
 
 def test_factors_of_the_data_are_those_of_these_tokens_only() -> None:
-    assert origin().keys() == {"base model", "method", "targets", "seed"}, "as kept factors of before have it"
     eva = {"adapter__method": "eva"}
-    found = origin(**eva)
+    found = spec(**eva).factor_origin()
     assert found["training data"] == "list"
     assert (found["rho"], found["eva_tokens"]) == ("2.0", "1024")
-    assert origin(**eva, adapter__alpha=3) == found
+    assert spec(**eva, adapter__alpha=3).factor_origin() == found
     for other in ({"adapter__rho": 1.5}, {"adapter__eva_tokens": 64}, {"model__dtype": "bfloat16"}):
-        assert origin(**eva, **other) != found
+        assert spec(**eva, **other).factor_origin() != found

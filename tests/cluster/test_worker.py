@@ -107,6 +107,22 @@ def test_a_resumed_run_ends_with_the_same_bytes(
     assert channel.metrics("eval/loss").items() <= whole[2].metrics("eval/loss").items()
 
 
+@pytest.mark.parametrize("method", ["pissa", "nora", "orthogonal"])
+def test_a_run_with_two_rates_and_a_preconditioner_resumes_to_the_same_bytes(tmp_path: Path, method: str) -> None:
+    settings = {"adapter__method": method, "train__lr_ratio": 4.0, "train__precondition": True}
+    train(tmp_path / "whole", **settings)
+    train(tmp_path / "cut", **settings)
+    (tmp_path / "cut" / checkpoints.name_of(6) / "manifest.json").unlink()
+    _, channel = train(tmp_path / "cut", **settings)
+    assert [message.step for message in channel.messages if isinstance(message, Resumed)] == [3]
+    cut, whole = (checkpoints.read(str(tmp_path / name / checkpoints.name_of(6))) for name in ("cut", "whole"))
+    for name, weights in whole.adapter.items():
+        assert weights.db.any()
+        assert torch.equal(cut.adapter[name].factors.a0, weights.factors.a0)
+        assert torch.equal(cut.adapter[name].da, weights.da)
+        assert torch.equal(cut.adapter[name].db, weights.db)
+
+
 def test_the_base_is_measured_once_in_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train(tmp_path)
     for step in (3, 6):

@@ -9,13 +9,16 @@ import pytest
 import torch
 
 from olora_ray.adapter.factors import AdapterWeights, Factors
+from olora_ray.common.digests import digest_json
 from olora_ray.common.errors import UserError
+from olora_ray.config.dotted import flatten
 from olora_ray.config.load import build, dump, override
 from olora_ray.config.schema import Config
 from olora_ray.data.tokenize import TokenizerSpec
 from olora_ray.model.source import BaseModel
 from olora_ray.pipeline.base import Base
 from olora_ray.pipeline.fingerprint import Fingerprint, settings_digest
+from olora_ray.pipeline.run_folder import bound_settings
 from olora_ray.retrain import recipe
 from olora_ray.retrain.changes import AGAINST, Inputs, find_decision
 from olora_ray.tokens import draws, prepare
@@ -96,7 +99,7 @@ def champion_of(config: Config, folder: Path, **identity: str) -> Version:
     found = inputs(config)
     recipe.make(config, found, None)  # notes the files
     weights = AdapterWeights(Factors(torch.ones(2, 3), torch.ones(4, 2)), torch.zeros(2, 3), torch.zeros(4, 2))
-    what = {"base model": "base", "adapter": config.adapter.model_dump_json()} | identity
+    what = {"base model": "base", "adapter": config.adapter.identity()} | identity
     place = folder / "checkpoints" / "step-0000005"
     checkpoint.save(place, {"layer": weights}, None, {}, TrainState(step=5), what, dump(config))
     return version(1, found.fingerprint, **{recipe.RUN: str(folder)})
@@ -121,10 +124,19 @@ def test_from_the_base_on_everything(config: Config) -> None:
 def test_the_run_has_the_same_name_until_something_changes(config: Config, tmp_path: Path) -> None:
     first = made(config, None)[0].config.run.name
     assert made(config, None)[0].config.run.name == first
-    assert made(override(config, {"train.lr": 1e-5}), None)[0].config.run.name != first
+    for change in ({"train.lr": 1e-5}, {"train.lr_ratio": 2.0}, {"train.precondition": True}, {"adapter.sigma": 0.1}):
+        assert made(override(config, change), None)[0].config.run.name != first
     assert made(override(config, {"gate.must_improve_by": 1, "cluster.workers": 1}), None)[0].config.run.name == first
     write(tmp_path / "chats" / "c.jsonl")
     assert made(config, None)[0].config.run.name != first
+
+
+def test_a_field_that_came_later_leaves_names_as_they_were(config: Config) -> None:
+    found = recipe._digest(config, inputs(config), None)
+    settings = bound_settings(flatten(config))
+    for field in ("adapter.sigma", "train.lr_ratio", "train.precondition"):
+        del settings[field]
+    assert found == digest_json([inputs(config).fingerprint.tags(), None, settings], length=8)
 
 
 def test_the_run_has_the_same_name_wherever_its_data_lie(config: Config, tmp_path: Path) -> None:

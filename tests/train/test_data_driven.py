@@ -12,6 +12,7 @@ from torch import Tensor
 
 from olora_ray.adapter.factors import Factors
 from olora_ray.adapter.initialise import InitReport
+from olora_ray.adapter.inject import inject
 from olora_ray.adapter.methods import eva
 from olora_ray.adapter.targets import find_targets
 from olora_ray.common import collectives
@@ -22,8 +23,11 @@ from olora_ray.train import activations, data_driven
 from olora_ray.train.data_driven import DataReport, eva_factors
 from olora_ray.train.first_tokens import Piece, first_tokens
 from olora_ray.train.layer_inputs import inputs_of
+from olora_ray.train.loader import StepLoader
+from olora_ray.train.loop import Trainer
 from olora_ray.train.loss import SupervisedLoss
 from olora_ray.train.parallel import place_model
+from olora_ray.train.schedule import Schedule
 from tests import small_families, tiny
 from tests.crew import Crew
 
@@ -173,6 +177,30 @@ def _placed(strategy: str) -> dict[str, Factors]:
     loss = _loss()
     place_model(loss, strategy, CPU)
     return eva_factors(loss, find_targets(loss.model, "all-linear", RANK), settings(), store(), CPU)[0]
+
+
+def test_adapters_are_put_into_a_base_that_is_sharded_already(crew: Callable[[int], Crew]) -> None:
+    (whole, trained), (sharded, other) = crew(2).run(_trained, "ddp"), crew(2).run(_trained, "fsdp")
+    assert whole == trained
+    assert sharded == other
+    assert sharded == pytest.approx(whole, rel=1e-4)
+    assert whole[2] < whole[0]
+
+
+def _trained(strategy: str) -> list[float]:
+    """Losses of three steps of an adapter whose factors are those of the placed base."""
+    config = tiny.config(
+        adapter__method="eva", adapter__eva_tokens=96, cluster__workers=2, cluster__strategy=strategy, train__lr=0.05
+    )
+    loss = _loss()
+    place_model(loss, strategy, CPU)
+    found, *_ = eva_factors(loss, find_targets(loss.model, "all-linear", RANK), config.adapter, store(), CPU)
+    adapted = inject(loss.model, found, config.adapter.scale())
+    place_model(loss, strategy, CPU)
+    trainer = Trainer(loss, adapted, config, CPU)
+    loader = StepLoader(store(), config.train, 0, "segments", collectives.rank(), 2)
+    schedule = Schedule(config.train.model_copy(update={"steps": 3}), store())
+    return [result.loss for result in trainer.steps(loader, 0, schedule)]
 
 
 def test_more_tokens_are_looked_at_until_they_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

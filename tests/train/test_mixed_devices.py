@@ -7,7 +7,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,14 @@ pytestmark = pytest.mark.skipif(
     not hasattr(registration, "_setup_privateuseone_for_python_backend"), reason="needs a newer torch"
 )
 
-IN_STEPS = ("adapter/layer.py", "train/loop.py", "train/loss.py", "train/fast_norm.py", "train/optim.py")
+IN_STEPS = (
+    "adapter/layer.py",
+    "train/loop.py",
+    "train/loss.py",
+    "train/fast_norm.py",
+    "train/optim.py",
+    "train/precondition.py",
+)
 """The files that a step runs through."""
 
 
@@ -42,6 +49,8 @@ class Case:
     method: str = "olora"
     dropout: float = 0.1
     on_device: bool = False
+    changes: dict[str, Any] = field(default_factory=dict)
+    """Of `train`."""
 
 
 CASES = {
@@ -50,6 +59,7 @@ CASES = {
     "eager, bfloat16": Case(attention="eager", dtype=torch.bfloat16),
     "eager on a shared base": Case(attention="eager", on_device=True),
     "GPT-2, plain LoRA": Case(tiny.gpt2, method="lora"),
+    "PiSSA, preconditioned, two rates": Case(method="pissa", changes={"lr_ratio": 4.0, "precondition": True}),
 }
 
 
@@ -97,7 +107,7 @@ def _walk(case: Case) -> tuple[Seen, Counter[str]]:
     torch.set_num_threads(1)
     with FakeDevice() as fake, mock.patch.object(checkpoint, "save", _keep):
         model = case.model(attention=case.attention, dtype=case.dtype)
-        trainer = device_walk.start(model, fake.device, case.method, case.dropout, case.on_device)
+        trainer = device_walk.start(model, fake.device, case.method, case.dropout, case.on_device, case.changes)
         frozen = [part for part in trainer.loss.parameters() if not part.requires_grad]
         assert {(part.device.type, part.dtype) for part in frozen} == {(fake_device.NAME, case.dtype)}
         fake.true_every = 8  # whether all answers have ended is asked at every token

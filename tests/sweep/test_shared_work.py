@@ -1,0 +1,140 @@
+"""A search makes the factors of each of its methods once; a trial starts with those that it would make itself."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from olora_ray.adapter import factor_cache
+from olora_ray.cluster import resume
+from olora_ray.cluster.spec import TrainSpec
+from olora_ray.cluster.worker_context import SharedBase, SharedBaseContext
+from olora_ray.common.errors import UserError
+from olora_ray.config.load import override
+from olora_ray.model.source import BaseModel
+from olora_ray.sweep import shared_work
+from olora_ray.sweep.space import Space
+from olora_ray.train.loss import SupervisedLoss
+from tests import tiny
+
+METHODS = ["lora", "olora", "pissa", "pissa_fast", "milora", "orthogonal", "nora"]
+
+
+@pytest.mark.parametrize(
+    ("search", "expected"),
+    [
+        ({"train.lr": {"choice": [1e-3]}}, [("olora", 8)]),
+        ({"adapter.rank": {"choice": [4, 16]}}, [("olora", 16)]),
+        ({"adapter.method": {"grid": ["lora", "nora"]}}, [("lora", 8), ("nora", 8), ("olora", 8)]),
+        (
+            {"adapter.method": {"choice": ["pissa", "orthogonal"]}, "adapter.rank": {"choice": [4, 16]}},
+            [("pissa", 16), ("orthogonal", 4), ("orthogonal", 8), ("orthogonal", 16), ("olora", 16)],
+        ),
+        (
+            {"adapter.method": {"choice": ["orthogonal", "lora"]}, "adapter.rank": {"quniform": [2, 32, 2]}},
+            [("lora", 32), ("olora", 32)],  # each trial makes its own
+        ),
+        (
+            {
+                "adapter.method": {"choice": ["orthogonal"]},
+                "adapter.alpha": {"choice": [4, 8]},
+                "adapter.rank": {"of": "adapter.alpha", "times": [1, 2]},
+            },
+            [("orthogonal", 4), ("orthogonal", 8), ("orthogonal", 16), ("olora", 16)],
+        ),
+    ],
+)
+def test_what_is_made_for_a_space(search: dict[str, Any], expected: list[tuple[str, int]]) -> None:
+    config = tiny.config(adapter__rank=8, adapter__alpha=8)
+    assert shared_work.kinds(config, Space.model_validate({"search": search})) == expected
+
+
+def test_a_method_that_only_the_config_has_is_left_out_where_the_config_is_no_trial() -> None:
+    space = Space.model_validate({"search": {"adapter.method": {"choice": ["lora"]}}, "include_default": False})
+    assert shared_work.kinds(tiny.config(), space) == [("lora", tiny.config().adapter.rank)]
+
+
+def test_a_rank_that_a_layer_does_not_allow_is_refused_for_every_method_of_the_space() -> None:
+    search = {"adapter.method": {"choice": ["lora", "pissa"]}, "adapter.rank": {"choice": [4, 24]}}
+    space = Space.model_validate({"search": search})
+    with pytest.raises(UserError, match=r"adapter.rank=24 is too large for up \(64 x 16\) with adapter.method=lora"):
+        shared_work.check_ranks(tiny.config(), space, {"down": (64, 64), "up": (64, 16)})
+    shared_work.check_ranks(tiny.config(), space, {"down": (64, 64), "up": (3, 64, 24)})
+
+
+@pytest.fixture
+def base(monkeypatch: pytest.MonkeyPatch) -> SharedBase:
+    """A base; one of its own for each call of `make`, which is a process of its own."""
+
+    def new() -> SharedBase:
+        return SharedBase(SupervisedLoss(tiny.llama(attention="segments")), torch.device("cpu"))
+
+    monkeypatch.setattr(SharedBase, "of", classmethod(lambda cls, spec, device: new()))
+    return new()
+
+
+def spec_of(**changes: Any) -> TrainSpec:
+    store: Any = tiny.store(4)
+    settings = tiny.config(evaluation__samples=0, adapter__rank=8, adapter__alpha=4, **changes)
+    return TrainSpec(settings, BaseModel("m", "/m", "base"), "tokenizer", (1,), store, store)
+
+
+def factors(base: SharedBase, spec: TrainSpec) -> dict[str, Any]:
+    return resume.factors(SharedBaseContext(base), spec, base.loss.model, None)
+
+
+@pytest.mark.parametrize("rank", [8, 4])
+def test_every_trial_starts_with_the_factors_that_it_would_make(
+    base: SharedBase, tmp_path: Path, rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space = Space.model_validate({"search": {"adapter.method": {"grid": METHODS}, "adapter.rank": {"choice": [4, 8]}}})
+    spec = spec_of()
+    shared_work.make(spec, str(tmp_path), shared_work.kinds(spec.config, space))
+    trials = [
+        replace(spec, config=override(spec.config, {"adapter.method": name, "adapter.rank": rank, "adapter.alpha": 3}))
+        for name in METHODS
+    ]
+    alone = [factors(base, trial) for trial in trials]
+    monkeypatch.setattr(resume, "initialise", _never)
+    for trial, own in zip(trials, alone, strict=True):
+        found = factors(base, replace(trial, shared=str(tmp_path)))
+        assert found.keys() == own.keys()
+        for name, item in own.items():
+            torch.testing.assert_close(found[name].a0, item.a0, rtol=0, atol=2e-6)
+            torch.testing.assert_close(found[name].b0, item.b0, rtol=0, atol=2e-6)
+
+
+def _never(*arguments: Any) -> None:
+    raise AssertionError("these factors are shared")
+
+
+def test_what_is_there_is_not_made_again_and_what_is_missing_is(
+    base: SharedBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+    whole: Callable[..., None] = factor_cache.write
+
+    def write(place: str, *arguments: Any) -> None:
+        made.append(Path(place).name)
+        whole(place, *arguments)
+
+    monkeypatch.setattr(factor_cache, "write", write)
+    spec = spec_of()
+    shared_work.make(spec, str(tmp_path), [("olora", 8)])
+    before = (tmp_path / "baseline.json").read_bytes()
+    assert shared_work.make(spec, str(tmp_path), [("olora", 8)]) == (0.0, 0.0)
+    shared_work.make(spec, str(tmp_path), [("olora", 8), ("orthogonal", 4)])
+    assert made == ["olora", "orthogonal-4"]
+    assert (tmp_path / "baseline.json").read_bytes() == before
+
+
+def test_another_sigma_makes_its_own(base: SharedBase, tmp_path: Path) -> None:
+    spec = spec_of(adapter__method="nora")
+    shared_work.make(spec, str(tmp_path), [("nora", 8)])
+    other = replace(spec, config=override(spec.config, {"adapter.sigma": "matched"}), shared=str(tmp_path))
+    found, own = factors(base, other), factors(base, replace(other, shared=None))
+    assert all(torch.equal(found[name].a0, own[name].a0) for name in own)
+    assert not torch.equal(next(iter(found.values())).a0, next(iter(factors(base, spec).values())).a0)
