@@ -7,19 +7,24 @@ from pydantic import Field, field_validator, model_validator
 from olora_ray.config.field_types import Fraction, PositiveInt
 from olora_ray.config.section import Section
 
-METHOD_OPTIONS: dict[str, tuple[str, ...]] = {"nora": ("sigma",), "eva": ("rho", "eva_tokens")}
-"""Fields of `adapter` that one method alone has: they count for nothing with another."""
+METHOD_OPTIONS: dict[str, tuple[str, ...]] = {
+    "nora": ("sigma",),
+    "eva": ("rho", "init_tokens"),
+    "lora_ga": ("gamma", "init_tokens"),
+}
+"""Fields of `adapter` that only these methods have: they count for nothing with another."""
 
 
 class Adapter(Section):
     """The adapter that is trained."""
 
-    method: Literal["olora", "lora", "pissa", "pissa_fast", "milora", "orthogonal", "nora", "eva"] = "olora"
+    method: Literal["olora", "lora", "pissa", "pissa_fast", "milora", "orthogonal", "nora", "eva", "lora_ga"] = "olora"
     """Where the adapter starts; docs/method.md says more of each. olora: Q and R of W (arXiv 2406.01775). lora: random
     A, zero B (2106.09685). pissa: largest singular values and vectors of W, exactly (2404.02948); pissa_fast: by a
     randomised SVD, for large layers. milora: the smallest (2406.09044). orthogonal: random A and B with B A = 0, as in
     PEFT; even rank. nora: random mixtures of the rows of W, zero B (2410.18965). eva: principal components of the
-    layer's inputs on the training data, zero B; ranks go to the layers where they explain most (2410.07170)."""
+    layer's inputs on the training data, zero B; ranks go to the layers where they explain most (2410.07170). lora_ga:
+    singular vectors of the weight's gradient on the training data (2407.05000)."""
     rank: PositiveInt = 16
     """Rank r of the update."""
     alpha: Annotated[float, Field(gt=0.0)] = 16
@@ -35,8 +40,10 @@ class Adapter(Section):
     differs."""
     rho: Annotated[float, Field(ge=1.0)] = 2.0
     """eva: a layer's rank is at most rho x rank, with the same sum over all layers; 1: the same rank for all."""
-    eva_tokens: PositiveInt = 1024
-    """eva: how many supervised tokens of the training data are looked at, at most."""
+    init_tokens: PositiveInt = 1024
+    """eva, lora_ga: how many supervised tokens of the training data are looked at, at most."""
+    gamma: Annotated[float, Field(gt=0.0)] = 16.0
+    """lora_ga: A0 and B0 are as large as 1 / sqrt(gamma)."""
 
     @field_validator("targets", mode="before")
     @classmethod

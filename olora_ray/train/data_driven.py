@@ -1,7 +1,7 @@
 """Factors that are made of the training data: EVA's (adapter/methods/eva.py), by all workers together.
 
 Looked at are the first T supervised tokens of the run's order, T = L / 4, L / 2 and L for the limit L =
-adapter.eva_tokens (or all there are): as soon as two successive T agree in the space that they find, or at L, it is
+adapter.init_tokens (or all there are): as soon as two successive T agree in the space that they find, or at L, it is
 done. Which worker computes what decides nothing but the time: the same bytes come of any number of workers.
 """
 
@@ -51,6 +51,8 @@ class DataReport:
     sent: int
     """Bytes between workers, over all of them."""
     ranks: Mapping[str, int]
+    what: str = "activations"
+    """What is held."""
 
     def line(self, method: str) -> str:
         """For the log."""
@@ -60,9 +62,9 @@ class DataReport:
         return (
             f"{method}: {plural(self.tokens, 'supervised token')} of {plural(self.sequences, 'sequence')}"
             + (f"{agree} at least)" if agree else "")
-            + f"; ranks {low} to {high}"
+            + (f"; ranks {low} to {high}" if low < high else "")
             + (f", none for {', '.join(without[:3])}{' ...' * (len(without) > 3)}" if without else "")
-            + f"; activations {self.held / 2**20:,.1f} MiB a worker, {self.sent / 2**20:,.1f} MiB sent"
+            + f"; {self.what} {self.held / 2**20:,.1f} MiB a worker, {self.sent / 2**20:,.1f} MiB sent"
         )
 
 
@@ -92,32 +94,33 @@ def eva_factors(
     """
     refuse(targets, adapter.method)
     began, count = time.perf_counter(), adapter.largest_rank()
-    pieces = _pieces(store, adapter, count, waiting)
-    inputs = inputs_of(loss, targets, _probe(loss, store[0]).to(device))
-    found = Activations(loss, targets, inputs, _owners(inputs, targets, adapter), store, device)
+    pieces = pieces_of(store, adapter, count, waiting)
+    inputs = inputs_of(loss, targets, probe(loss, store[0]).to(device))
+    owners = owners_of(inputs, targets, adapter)
+    found = Activations(loss, targets, inputs, owners, store, device)
     own, tokens, agreement = _until_stable(found, pieces, _stages(pieces[-1].end, count), count, adapter.rank)
     seconds = time.perf_counter() - began
 
     began = time.perf_counter()
     ranks = _ranks(targets, inputs, own, adapter, count)
     shares: list[list[str]] = [[] for _ in range(collectives.world_size())]
-    for each, owner in zip(inputs, found.owners, strict=True):
+    for each, owner in zip(inputs, owners, strict=True):
         shares[owner].extend(each.layers)
     merged, digest = exchange(_factors(inputs, own, ranks), shares, device)
     report = InitReport(
         tuple(map(len, shares)), tuple(collectives.gather(seconds)), time.perf_counter() - began, (), digest
     )
     used = [piece for piece in pieces if piece.first < tokens]
-    held, sent = zip(*collectives.gather((found.held(), found.sent)), strict=True)
+    held, sent = zip(*collectives.gather((found.held(), found.spread.sent)), strict=True)
     about = DataReport(tokens, len(used), agreement, max(held), sum(sent), ranks)
     return {name: merged[name] for name in targets}, report, about
 
 
-def _pieces(store: TokenStore, adapter: Adapter, count: int, waiting: Waiting | None) -> list[Piece]:
-    """What is looked at; raises UserError if it has fewer components than are wanted (the mean takes one)."""
+def pieces_of(store: TokenStore, adapter: Adapter, count: int, waiting: Waiting | None) -> list[Piece]:
+    """What is looked at; raises UserError if it is not more tokens than these components (the mean takes one)."""
     problem, pieces = None, []
     try:
-        pieces = first_tokens(store, adapter.eva_tokens, waiting)
+        pieces = first_tokens(store, adapter.init_tokens, waiting)
         problem = _too_few(pieces[-1].end if pieces else 0, count, adapter)
     except UserError as error:
         problem = str(error)
@@ -128,9 +131,9 @@ def _pieces(store: TokenStore, adapter: Adapter, count: int, waiting: Waiting | 
 def _too_few(total: int, count: int, adapter: Adapter) -> str | None:
     if total > count:
         return None
-    if adapter.eva_tokens <= count:
+    if adapter.init_tokens <= count:
         return (
-            f"adapter.eva_tokens={adapter.eva_tokens}: {count} components (rho x rank) need more than {count} tokens;"
+            f"adapter.init_tokens={adapter.init_tokens}: {count} components (rho x rank) need more than {count} tokens;"
             " raise it, or lower adapter.rank or adapter.rho"
         )
     return (
@@ -140,16 +143,17 @@ def _too_few(total: int, count: int, adapter: Adapter) -> str | None:
     )
 
 
-def _probe(loss: SupervisedLoss, pack: Pack) -> Batch:
+def probe(loss: SupervisedLoss, pack: Pack) -> Batch:
+    """A few tokens to see with which layers have an input in common."""
     length = min(PROBE, pack.segments[0])
     start = Pack(pack.input_ids[:length], np.arange(length) > 0, (length,))
     model: Any = loss.model
     return collate([start], str(model.config._attn_implementation))
 
 
-def _owners(inputs: Sequence[LayerInput], targets: Mapping[str, Target], adapter: Adapter) -> list[int]:
+def owners_of(inputs: Sequence[LayerInput], targets: Mapping[str, Target], adapter: Adapter) -> list[int]:
     """The worker of each input, so that all have about as much to do."""
-    shapes = {each.name: (targets[each.name].shape[0], each.size) for each in inputs}
+    shapes = {each.name: (sum(targets[name].shape[0] for name in each.layers), each.size) for each in inputs}
     shares = assign(shapes, adapter.rank, collectives.world_size(), adapter.method)
     owner = {name: worker for worker, share in enumerate(shares) for name in share}
     return [owner[each.name] for each in inputs]
@@ -168,9 +172,11 @@ def _until_stable(
     agreement, done = None, 0
     for tokens in stages:
         needed = [piece for piece in pieces if piece.first < tokens]
-        found.run(needed[done:])
+        found.spread.run(needed[done:])
         done = len(needed)
-        now = {number: eva.principal(found.rows(number, tokens).to(found.device), count) for number in found.own()}
+        now = {
+            number: eva.principal(found.rows(number, tokens).to(found.device), count) for number in found.spread.own()
+        }
         if before is not None:
             agreement = _agreement({number: eva.overlap(now[number], before[number], rank) for number in now})
             if agreement[1] >= AGREEMENT:

@@ -19,7 +19,7 @@ from olora_ray.train.loss import SupervisedLoss
 from tests import tiny
 from tests.cluster.test_worker import SETTINGS, Channel, adapter, same, train
 
-EVA: dict[str, Any] = {"adapter__method": "eva", "adapter__eva_tokens": 96}
+EVA: dict[str, Any] = {"adapter__method": "eva", "adapter__init_tokens": 96}
 
 
 @pytest.fixture(autouse=True)
@@ -54,6 +54,18 @@ def test_a_resumed_run_has_the_factors_of_its_checkpoint(
     assert min(ranks(whole)) < 4 < max(ranks(whole))
 
 
+def test_factors_of_gradients_are_made_and_kept_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"adapter__method": "lora_ga", "adapter__init_tokens": 60}
+    first, channel = train(tmp_path, **settings)
+    assert first.problem is None
+    assert any("lora_ga: 60 supervised tokens of" in str(message) for message in channel.messages)
+    before = adapter(tmp_path, 6)
+    (tmp_path / checkpoints.name_of(6) / "manifest.json").unlink()
+    monkeypatch.setattr("olora_ray.cluster.resume.new_factors", None)
+    assert train(tmp_path, **settings)[0].problem is None
+    assert same(adapter(tmp_path, 6), before)
+
+
 def test_the_log_says_what_was_looked_at(tmp_path: Path) -> None:
     _, channel = train(tmp_path, **EVA, train__steps=1)
     (line,) = [line for line in channel.messages if isinstance(line, str) and line.startswith("eva: ")]
@@ -65,7 +77,7 @@ def test_the_log_says_what_was_looked_at(tmp_path: Path) -> None:
 def test_too_few_supervised_tokens_end_the_run_before_it_trains(tmp_path: Path) -> None:
     result, channel = train(tmp_path, **EVA, adapter__rho=9.0, adapter__rank=32, adapter__alpha=32)
     assert result.problem is not None
-    assert result.problem.startswith("adapter.eva_tokens=96: 288 components")
+    assert result.problem.startswith("adapter.init_tokens=96: 288 components")
     assert Started(1) not in channel.messages
 
 

@@ -72,7 +72,7 @@ def test_factors_of_the_data_are_those_of_these_tokens_only() -> None:
     eva = {"adapter__method": "eva"}
     found = spec(**eva).factor_origin()
     assert found["training data"] == "list"
-    assert (found["rho"], found["eva_tokens"]) == ("2.0", "1024")
+    assert (found["rho"], found["init_tokens"]) == ("2.0", "1024")
     assert spec(**eva, adapter__alpha=3).factor_origin() == found
-    for other in ({"adapter__rho": 1.5}, {"adapter__eva_tokens": 64}, {"model__dtype": "bfloat16"}):
+    for other in ({"adapter__rho": 1.5}, {"adapter__init_tokens": 64}, {"model__dtype": "bfloat16"}):
         assert spec(**eva, **other).factor_origin() != found

@@ -19,7 +19,7 @@ from olora_ray.common import collectives
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Adapter
 from olora_ray.tokens.store import Pack
-from olora_ray.train import activations, data_driven
+from olora_ray.train import data_driven, spread
 from olora_ray.train.data_driven import DataReport, eva_factors
 from olora_ray.train.first_tokens import Piece, first_tokens
 from olora_ray.train.layer_inputs import inputs_of
@@ -37,13 +37,13 @@ Made = tuple[dict[str, Factors], InitReport, DataReport]
 
 
 def settings(**changes: Any) -> Adapter:
-    return Adapter(**({"method": "eva", "rank": RANK, "eva_tokens": 96} | changes))
+    return Adapter(**({"method": "eva", "rank": RANK, "init_tokens": 96} | changes))
 
 
 def make(attention: str = "segments", count: int = 8, at_once: int | None = None, **changes: Any) -> Made:
     model = tiny.llama(attention=attention)
     if at_once is not None:
-        activations.AT_ONCE = at_once
+        spread.AT_ONCE = at_once
     return eva_factors(
         SupervisedLoss(model), find_targets(model, "all-linear", RANK), settings(**changes), store(count), CPU
     )
@@ -126,7 +126,7 @@ def test_the_same_bytes_come_of_1_2_and_3_workers(crew: Callable[[int], Crew]) -
 
 def _in_small_parts() -> tuple[int, bytes]:
     whole, parts = _bytes(), _bytes(at_once=4096)
-    activations.AT_ONCE = 2**26
+    spread.AT_ONCE = 2**26
     return whole[2] - parts[2], b"" if whole[3] == parts[3] else parts[3]
 
 
@@ -139,7 +139,7 @@ def test_each_row_travels_once_and_only_to_its_owner(crew: Callable[[int], Crew]
     answers = crew(2).run(_bytes)
     model = tiny.llama()
     inputs = inputs_of(
-        SupervisedLoss(model), find_targets(model, "all-linear", RANK), data_driven._probe(_loss(), store()[0])
+        SupervisedLoss(model), find_targets(model, "all-linear", RANK), data_driven.probe(_loss(), store()[0])
     )
     rows = [piece.count for piece in first_tokens(store(), 96)]
     whole = 96 * sum(each.row_bytes for each in inputs)
@@ -154,7 +154,7 @@ def _loss() -> SupervisedLoss:
 def test_layers_with_one_input_share_its_components_and_compete_each() -> None:
     model = tiny.llama(attention="segments")
     found = inputs_of(
-        SupervisedLoss(model), find_targets(model, "all-linear", RANK), data_driven._probe(_loss(), store()[0])
+        SupervisedLoss(model), find_targets(model, "all-linear", RANK), data_driven.probe(_loss(), store()[0])
     )
     kinds = [tuple(name.rpartition(".")[2] for name in each.layers) for each in found]
     assert kinds == [("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)] * 2
@@ -190,7 +190,7 @@ def test_adapters_are_put_into_a_base_that_is_sharded_already(crew: Callable[[in
 def _trained(strategy: str) -> list[float]:
     """Losses of three steps of an adapter whose factors are those of the placed base."""
     config = tiny.config(
-        adapter__method="eva", adapter__eva_tokens=96, cluster__workers=2, cluster__strategy=strategy, train__lr=0.05
+        adapter__method="eva", adapter__init_tokens=96, cluster__workers=2, cluster__strategy=strategy, train__lr=0.05
     )
     loss = _loss()
     place_model(loss, strategy, CPU)
@@ -204,18 +204,18 @@ def _trained(strategy: str) -> list[float]:
 
 
 def test_more_tokens_are_looked_at_until_they_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    _, _, about = make(eva_tokens=128)
+    _, _, about = make(init_tokens=128)
     assert about.tokens == 128
     assert about.agreement is not None
     mean, least = about.agreement
     assert 0 < least <= mean < 0.99
     assert f"half of them span {mean:.0%} of its space ({least:.0%} at least)" in about.line("eva")
     monkeypatch.setattr(data_driven, "AGREEMENT", least / 2)
-    early, _, sooner = make(eva_tokens=128)
+    early, _, sooner = make(init_tokens=128)
     assert sooner.tokens == 64
     assert sooner.sequences < about.sequences
     monkeypatch.undo()
-    alone, _, _ = make(eva_tokens=64)
+    alone, _, _ = make(init_tokens=64)
     assert all(torch.equal(early[name].a0, item.a0) for name, item in alone.items())
 
 
@@ -223,8 +223,8 @@ def test_more_tokens_are_looked_at_until_they_change_nothing(monkeypatch: pytest
     ("changes", "line"),
     [
         (
-            {"eva_tokens": 8},
-            r"adapter\.eva_tokens=8: 8 components \(rho x rank\) need more than 8 tokens; raise it, or lower",
+            {"init_tokens": 8},
+            r"adapter\.init_tokens=8: 8 components \(rho x rank\) need more than 8 tokens; raise it, or lower",
         ),
         (
             {"count": 1, "rank": 16, "rho": 3.0},

@@ -55,7 +55,7 @@ def of_peft(rho: float) -> dict[str, Tensor]:
 def test_spaces_and_ranks_are_pefts_of_one_batch(rho: float) -> None:
     model: Any = tiny.llama(attention="segments")
     targets = find_targets(model, "all-linear", RANK)
-    settings = Adapter(method="eva", rank=RANK, rho=rho, eva_tokens=10_000)
+    settings = Adapter(method="eva", rank=RANK, rho=rho, init_tokens=10_000)
     ours, _, about = eva_factors(
         SupervisedLoss(model),
         targets,

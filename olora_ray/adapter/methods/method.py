@@ -25,8 +25,10 @@ class Options:
     """nora: size of A0."""
     rho: float = 2.0
     """eva: a layer's rank is at most rho times the rank."""
-    eva_tokens: int = 1024
-    """eva: tokens that are looked at, at most."""
+    init_tokens: int = 1024
+    """eva and lora_ga: tokens that are looked at, at most."""
+    gamma: float = 16.0
+    """lora_ga: the factors' size is that of 1 / sqrt(gamma)."""
 
 
 DEFAULTS = Options()
