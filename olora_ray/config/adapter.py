@@ -57,6 +57,15 @@ class Adapter(Section):
             raise ValueError(f"rank={self.rank} is odd, and orthogonal needs an even rank; use {near}")
         return self
 
+    @model_validator(mode="after")
+    def _enough_tokens_for_the_components(self) -> "Adapter":
+        if self.method == "eva" and self.init_tokens <= self.largest_rank():
+            raise ValueError(
+                f"init_tokens={self.init_tokens}: {self.largest_rank()} components (rho x rank) need more tokens; raise"
+                " it, or lower rank or rho"
+            )
+        return self
+
     def scale(self) -> float:
         """The factor s of the low-rank update."""
         return self.alpha / (self.rank**0.5 if self.rank_stabilized else self.rank)

@@ -131,11 +131,6 @@ def pieces_of(store: TokenStore, adapter: Adapter, count: int, waiting: Waiting 
 def _too_few(total: int, count: int, adapter: Adapter) -> str | None:
     if total > count:
         return None
-    if adapter.init_tokens <= count:
-        return (
-            f"adapter.init_tokens={adapter.init_tokens}: {count} components (rho x rank) need more than {count} tokens;"
-            " raise it, or lower adapter.rank or adapter.rho"
-        )
     return (
         f"adapter.method={adapter.method}: the training data has {plural(total, 'supervised token')}, and {count}"
         f" components (rho x rank) need more than {count}; use more data, lower adapter.rank or adapter.rho, or use"

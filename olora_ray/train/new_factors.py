@@ -24,9 +24,10 @@ def new_factors(
     device: torch.device,
     waiting: Waiting | None = None,
 ) -> tuple[dict[str, Factors], InitReport, DataReport | None]:
-    """A~ and B~ of every target; all workers must call it together. See `initialise`, `eva_factors` and `gradient_factors`.
+    """A~ and B~ of every target; all workers must call it together.
 
-    For a method that looks at data the base must be where it is trained, tested, and without adapters.
+    See `initialise`, `eva_factors` and `gradient_factors`. For a method that looks at data the base must be where it is
+    trained, tested, and without adapters.
     """
     adapter = config.adapter
     if adapter.method not in FROM_WEIGHTS:

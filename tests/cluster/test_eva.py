@@ -75,9 +75,9 @@ def test_the_log_says_what_was_looked_at(tmp_path: Path) -> None:
 
 
 def test_too_few_supervised_tokens_end_the_run_before_it_trains(tmp_path: Path) -> None:
-    result, channel = train(tmp_path, **EVA, adapter__rho=9.0, adapter__rank=32, adapter__alpha=32)
+    result, channel = train(tmp_path, **(EVA | {"adapter__init_tokens": 999}), adapter__rho=20.0, adapter__rank=32)
     assert result.problem is not None
-    assert result.problem.startswith("adapter.init_tokens=96: 288 components")
+    assert result.problem.startswith("adapter.method=eva: the training data has ")
     assert Started(1) not in channel.messages
 
 

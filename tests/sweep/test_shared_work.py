@@ -98,7 +98,7 @@ def test_every_trial_starts_with_the_factors_that_it_would_make(
         for name in METHODS
     ]
     alone = [factors(base, trial) for trial in trials]
-    monkeypatch.setattr(resume, "initialise", _never)
+    monkeypatch.setattr(resume, "new_factors", _never)
     for trial, own in zip(trials, alone, strict=True):
         found = factors(base, replace(trial, shared=str(tmp_path)))
         assert found.keys() == own.keys()

@@ -219,23 +219,12 @@ def test_more_tokens_are_looked_at_until_they_change_nothing(monkeypatch: pytest
     assert all(torch.equal(early[name].a0, item.a0) for name, item in alone.items())
 
 
-@pytest.mark.parametrize(
-    ("changes", "line"),
-    [
-        (
-            {"init_tokens": 8},
-            r"adapter\.init_tokens=8: 8 components \(rho x rank\) need more than 8 tokens; raise it, or lower",
-        ),
-        (
-            {"count": 1, "rank": 16, "rho": 3.0},
-            r"adapter\.method=eva: the training data has \d+ supervised tokens, and 48 components .* need more than",
-        ),
-    ],
-)
-def test_too_few_tokens_are_refused_in_one_line(changes: dict[str, Any], line: str) -> None:
-    with pytest.raises(UserError, match=line) as caught:
-        make(**changes)
-    assert "\n" not in str(caught.value)
+def test_too_few_tokens_are_refused_in_one_line() -> None:
+    with pytest.raises(UserError, match=r"the training data has \d+ supervised tokens, and 48 components") as caught:
+        make(count=1, rank=16, rho=3.0)
+    assert str(caught.value).endswith(
+        " (rho x rank) need more than 48; use more data, lower adapter.rank or adapter.rho, or use another method"
+    )
 
 
 def test_experts_are_refused_by_name() -> None:
