@@ -1,16 +1,22 @@
-"""Time to the OLoRA factors, beside PEFT's `init_lora_weights="olora"` on the same weights in the same run.
+"""Time to the factors of each method, beside PEFT's own initialisation on the same weights in the same run.
 
-Ours is the whole of `initialise`: factors of every layer, exchange buffers and digest. PEFT's is the
-time inside its `olora_init` alone, so making the wrapper modules counts for neither.
+Ours is the whole of `initialise`: factors of every layer, exchange buffers and digest. PEFT's is the time inside its
+`olora_init`, `pissa_init` .. alone, so making the wrapper modules counts for neither. The first table is OLoRA's, with
+the error of both; the second has a row for each method: seconds, how far the memory of the process rose above what it
+was, and the largest relative difference of B0 A0 over the layers. Of the randomised ones, which are approximations, it
+is that of each to the exact pissa.
 
-    python benchmarks/init.py [--repeats 5] [--peft-repeats 1] [--skip-model]
+    python benchmarks/init.py [--repeats 5] [--peft-repeats 1] [--skip-model] [--methods pissa,nora]
 """
 
 import argparse
+import contextlib
+import gc
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -22,11 +28,25 @@ from torch import Tensor, nn
 
 from olora_ray.adapter.factors import Factors
 from olora_ray.adapter.initialise import initialise
+from olora_ray.adapter.methods import FROM_WEIGHTS
 from olora_ray.adapter.targets import Target, find_targets
 from olora_ray.common.quiet import quiet_transformers
 
 MATRICES = ((4096, 4096), (11008, 4096), (4096, 14336))
 """Out x in features: square, the MLP of a 7B model, the MLP of an 8B model on its side."""
+
+THEIRS: dict[str, tuple[Any, str]] = {
+    "olora": ("olora", "olora_init"),
+    "lora": (True, "reset_lora_parameters"),
+    "pissa": ("pissa", "pissa_init"),
+    "pissa_fast": ("pissa_niter_16", "pissa_init"),
+    "orthogonal": ("orthogonal", "orthogonal_init"),
+}
+"""Our method -> PEFT's init_lora_weights, and the function of its layer that does the work."""
+RANDOM = ("lora", "orthogonal")
+"""Methods that draw random numbers, so that nothing can be compared but time and memory."""
+Pairs = dict[str, tuple[Tensor, Tensor]]
+"""(A, B) by layer."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +64,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="of ours; the median counts")
     parser.add_argument("--peft-repeats", type=int, default=1, help="of PEFT's, which take seconds each")
     parser.add_argument("--skip-model", action="store_true", help="single matrices only")
+    parser.add_argument("--methods", help="rows of the second table; default: all")
     parser.add_argument("--model", default=MODEL)
     parser.add_argument("--storage", default="./runs", help="where a GGUF model is dequantised to")
     args = parser.parse_args()
@@ -62,6 +83,10 @@ def main() -> None:
         )
     )
     print("largest absolute difference of the factors, and of both to factors computed in float64")
+    wanted = args.methods.split(",") if args.methods else list(FROM_WEIGHTS)
+    small = Case("one matrix, 1024 x 1024", 32, lambda: matrix(1024, 1024))
+    print(f"\n{family(small if args.skip_model else cases[0], wanted)}")
+    print("difference: largest of B0 A0, relative; of pissa_fast ours and PEFT's, each to the exact pissa")
 
 
 def compare(case: Case, repeats: int, peft_repeats: int) -> tuple[str, ...]:
@@ -75,7 +100,7 @@ def compare(case: Case, repeats: int, peft_repeats: int) -> tuple[str, ...]:
         ours.append(time.perf_counter() - start)
     theirs = []
     for _ in range(peft_repeats):
-        seconds, found = peft_olora(case, list(targets))
+        seconds, found, _ = peft_factors(case, list(targets), "olora")
         theirs.append(seconds)
     first, second = median(ours[1:]), median(theirs)  # our first call warms up
     return (
@@ -102,28 +127,103 @@ def gaps(targets: dict[str, Target], rank: int, ours: dict[str, Factors], theirs
     return tuple(largest.tolist())
 
 
-def peft_olora(case: Case, names: list[str]) -> tuple[float, dict[str, tuple[Tensor, Tensor]]]:
-    """Seconds inside PEFT's olora_init, and its factors (A, B) by layer."""
-    model, spent = case.make(), 0.0
-    original = LoraLayer.olora_init
+def family(case: Case, methods: Sequence[str]) -> str:
+    """The table with a row for each method."""
+    header = (case.name, "ours s", "PEFT s", "ratio", "ours MB", "PEFT MB", "difference", "PEFT's name")
+    return table(header, [of_method(case, method) for method in methods])
 
-    def timed(layer: LoraLayer, adapter: str) -> None:
+
+def of_method(case: Case, method: str) -> tuple[str, ...]:
+    """A row: ours, and PEFT's where it has the method."""
+    targets = find_targets(case.make(), "all-linear", case.rank)
+    initialise(targets, method, case.rank, 0, torch.device("cpu"))  # warms up
+    with Watch() as ours:
+        factors, _ = initialise(targets, method, case.rank, 0, torch.device("cpu"))
+    if method not in THEIRS:
+        return (method, f"{ours.seconds:.3f}", "-", "-", f"{ours.megabytes:.0f}", "-", "-", "not there")
+    seconds, found, megabytes = peft_factors(case, list(targets), method)
+    return (
+        *(method, f"{ours.seconds:.3f}", f"{seconds:.2f}", f"{seconds / ours.seconds:.1f}"),
+        *(f"{ours.megabytes:.0f}", f"{megabytes:.0f}", shown(method, targets, case.rank, factors, found)),
+        str(THEIRS[method][0]),
+    )
+
+
+def shown(method: str, targets: dict[str, Target], rank: int, ours: dict[str, Factors], theirs: Pairs) -> str:
+    """The cell of the difference."""
+    if method in RANDOM:
+        return "random"
+    mine = pairs(ours)
+    if method != "pissa_fast":
+        return f"{distance(mine, theirs):.1e}"
+    exact = pairs(initialise(targets, "pissa", rank, 0, torch.device("cpu"))[0])
+    return f"{distance(mine, exact):.1e} and {distance(theirs, exact):.1e}"
+
+
+class Watch:
+    """Seconds of a block, and by how many MB the resident memory of this process rose in it (Linux; else 0)."""
+
+    def __enter__(self) -> "Watch":
+        gc.collect()
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # the peak is that of now
+        self._before, self._began = resident("VmRSS"), time.perf_counter()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.seconds = time.perf_counter() - self._began
+        self.megabytes = max(0.0, resident("VmHWM") - self._before)
+
+
+def resident(kind: str) -> float:
+    """VmRSS (now) or VmHWM (peak) in MB; 0 where /proc is not there."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return 0.0
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith(kind)), 0.0)
+
+
+def pairs(factors: dict[str, Factors]) -> Pairs:
+    """(A, B) by layer."""
+    return {name: (item.a0, item.b0) for name, item in factors.items() if item.b0 is not None}
+
+
+def distance(one: Pairs, other: Pairs) -> float:
+    """Largest relative difference of B0 A0 over the layers; the scale is 1 for both."""
+    found = []
+    for name, (a, b) in other.items():
+        product = b.double() @ a.double()
+        mine_a, mine_b = one[name]
+        found.append(float((mine_b.double() @ mine_a.double() - product).norm() / product.norm()))
+    return max(found)
+
+
+def peft_factors(case: Case, names: list[str], method: str) -> tuple[float, Pairs, float]:
+    """Seconds inside PEFT's initialisation of a method, its factors (A, B) by layer, and the MB that it took."""
+    model, spent = case.make(), 0.0
+    init, function = THEIRS[method]
+    original = getattr(LoraLayer, function)
+
+    def timed(layer: LoraLayer, *arguments: Any) -> None:
         nonlocal spent
         start = time.perf_counter()
-        original(layer, adapter)
+        original(layer, *arguments)
         spent += time.perf_counter() - start
 
-    LoraLayer.olora_init = timed
+    setattr(LoraLayer, function, timed)
     try:
-        settings = LoraConfig(r=case.rank, lora_alpha=case.rank, target_modules=names, init_lora_weights="olora")
-        get_peft_model(model, settings)
+        settings = LoraConfig(r=case.rank, lora_alpha=case.rank, target_modules=names, init_lora_weights=init)
+        with Watch() as watch:
+            get_peft_model(model, settings)
     finally:
-        LoraLayer.olora_init = original
+        setattr(LoraLayer, function, original)
     layers = {name: model.get_submodule(name) for name in names}
-    return spent, {
+    found = {
         name: (layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach())
         for name, layer in layers.items()
     }
+    return spent, found, watch.megabytes
 
 
 def matrix(m: int, n: int) -> nn.Module:

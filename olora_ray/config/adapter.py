@@ -23,8 +23,8 @@ class Adapter(Section):
     A, zero B (2106.09685). pissa: largest singular values and vectors of W, exactly (2404.02948); pissa_fast: by a
     randomised SVD, for large layers. milora: the smallest (2406.09044). orthogonal: random A and B with B A = 0, as in
     PEFT; even rank. nora: random mixtures of the rows of W, zero B (2410.18965). eva: principal components of the
-    layer's inputs on the training data, zero B; ranks go to the layers where they explain most (2410.07170). lora_ga:
-    singular vectors of the weight's gradient on the training data (2407.05000)."""
+    layer's inputs on the training data, zero B; ranks go to the layers where they explain most (2410.07170).
+    lora_ga: singular vectors of the weight's gradient on the training data (2407.05000)."""
     rank: PositiveInt = 16
     """Rank r of the update."""
     alpha: Annotated[float, Field(gt=0.0)] = 16

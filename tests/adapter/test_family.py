@@ -1,6 +1,7 @@
 """What every method of the family promises, and what each says of itself."""
 
 import contextlib
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,13 +13,14 @@ from torch import Tensor
 from olora_ray.adapter.factors import AdapterWeights, Factors
 from olora_ray.adapter.initialise import at_scale, initialise, options_of
 from olora_ray.adapter.inject import find_targets, inject
-from olora_ray.adapter.methods import FROM_WEIGHTS, METHODS, Options
+from olora_ray.adapter.methods import FROM_WEIGHTS, METHODS, Options, pissa_fast
 from olora_ray.adapter.methods.nora import ROW
 from olora_ray.config.adapter import METHOD_OPTIONS, Adapter
 from tests import tiny
 
 EACH = pytest.mark.parametrize("method", sorted(FROM_WEIGHTS))
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[2]
 sizes, seeds = st.integers(2, 40), st.integers(0, 2**31)
 
 
@@ -191,7 +193,9 @@ def test_what_a_method_says_of_itself_fits_in_three_lines(method: str) -> None:
     assert use.name == method
     assert 1 <= len(lines) <= 3
     assert all(len(line) <= 120 for line in lines)
-    assert use.source
+    page = " ".join((ROOT / "docs" / "method.md").read_text(encoding="utf-8").split())
+    assert f"- **{method}** ({use.source}): {' '.join(lines)}" in page
+    assert f"{method}: " in (Adapter.model_fields["method"].description or "")
 
 
 def test_settings_of_methods_are_those_of_the_config_with_the_same_defaults() -> None:
@@ -206,3 +210,9 @@ def test_a_stack_at_its_start_changes_nothing_and_keeps_its_shapes() -> None:
         change = AdapterWeights(start, torch.zeros(3, 4, 10), torch.zeros(3, 12, 4)).delta(2.0)
         assert change.shape == (3, 12, 10)
         assert not change.any()
+
+
+def test_each_expert_is_searched_for_from_random_numbers_of_its_own() -> None:
+    stack = random_weight(3, 12, 10)
+    for expert in range(3):
+        assert torch.equal(pissa_fast._start(stack, 5, 7)[expert], pissa_fast._start(stack[expert], 5, 7 + expert))

@@ -78,6 +78,15 @@ def test_a_nan_weight_stops_all_workers_with_the_layers_name(crew: Callable[[int
     assert len(set(crew(workers).run(_digest_only))) == 1  # and none is left waiting
 
 
+@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"lora", "orthogonal"}))
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_reads_the_weight_names_the_layer_that_is_not_finite(method: str, value: float) -> None:
+    targets = layers()
+    targets["block.3"].weight()[2, 4] = value
+    with pytest.raises(UserError, match=r"the weight of block\.3 has NaN or infinite values"):
+        initialise(targets, method, RANK, 11, CPU)
+
+
 @WORKERS
 def test_a_rank_deficient_layer_is_reported_by_all(crew: Callable[[int], Crew], workers: int) -> None:
     assert crew(workers).run(_deficient) == [("block.2",)] * workers

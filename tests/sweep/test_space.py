@@ -32,7 +32,7 @@ def space(tmp_path: Path, **tree: Any) -> Space:
 
 
 def test_every_shipped_space_fits_the_config() -> None:
-    assert {path.stem for path in SPACES} >= {"smoke", "rank_alpha_lr", "lr_only", "population"}
+    assert {path.stem for path in SPACES} >= {"smoke", "rank_alpha_lr", "lr_only", "population", "methods"}
     for path in SPACES:
         found = load_space.load(path, CONFIG)
         for number in range(found.count()):
@@ -98,6 +98,33 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 
 
 LR = {"train.lr": {"choice": [1e-3]}}
+HALVES = {"adapter.method": {"choice": ["lora", "orthogonal"]}}
+
+
+@pytest.mark.parametrize("searcher", ["random", "tpe"])
+@pytest.mark.parametrize(
+    "ranks",
+    [
+        {"adapter.rank": {"choice": [8, 7]}},
+        {"adapter.rank": {"quniform": [8, 64, 3]}},
+        {"adapter.alpha": {"choice": [4, 16]}, "adapter.rank": {"of": "adapter.alpha", "times": [1, 0.25]}},
+    ],
+)
+def test_a_method_and_a_rank_that_do_not_go_together_are_found_before_a_trial_has_both(
+    ranks: dict[str, Any], searcher: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=r"search\.adapter\.method: adapter: rank=\d+ is odd"):
+        space(tmp_path, search=HALVES | ranks, searcher=searcher, trials=1)
+    only = {"adapter.method": {"choice": ["lora", "pissa"]}}
+    assert space(tmp_path, search=only | ranks, searcher=searcher, trials=1).count() == 1
+
+
+def test_the_configs_own_method_does_not_count_where_it_is_no_trial(tmp_path: Path) -> None:
+    file = tmp_path / "space.yaml"
+    search = {"adapter.method": {"choice": ["lora", "nora"]}, "adapter.rank": {"choice": [7, 9]}}
+    file.write_text(yaml.safe_dump({"search": search, "include_default": False}))
+    config = override(CONFIG, {"adapter.method": "orthogonal"})
+    assert load_space.load(file, config).values({"adapter.method": "nora", "adapter.rank": 7}) != {}
 
 
 def of(domain: Any, field: str = "train.lr") -> dict[str, Any]:

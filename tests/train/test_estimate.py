@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from olora_ray.adapter.methods import METHODS
 from olora_ray.common.errors import UserError
 from olora_ray.config.load import override
 from olora_ray.config.schema import Config
@@ -36,6 +37,22 @@ def settings(folder: Path, rank: int) -> Config:
         train__micro_batch=1,
         train__global_batch=1,
     )
+
+
+def test_a_method_that_a_layer_does_not_allow_is_refused_on_the_model_without_weights(model: Path) -> None:
+    for method in ("pissa", "nora"):
+        config = override(settings(model, 769), {"adapter.method": method})
+        with pytest.raises(UserError, match=r"adapter\.rank=769 is too large for .*\(768 x 768\)"):
+            estimate(config, obtain(config))
+
+
+def test_a_method_without_b0_needs_less_memory_whichever_it_is(model: Path) -> None:
+    size: dict[bool, set[int]] = {}
+    for method, use in METHODS.items():
+        config = override(settings(model, 8), {"adapter.method": method, "adapter.rho": 1.0})
+        size.setdefault(use.has_b0, set()).add(estimate(config, obtain(config)).adapter_bytes)
+    assert len(size[True]) == len(size[False]) == 1
+    assert max(size[False]) < min(size[True])
 
 
 @pytest.fixture(scope="module")
