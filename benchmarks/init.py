@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from olora_ray.adapter.factors import Factors
 from olora_ray.adapter.initialise import initialise
-from olora_ray.adapter.methods import METHODS
+from olora_ray.adapter.methods import FROM_WEIGHTS
 from olora_ray.adapter.targets import Target, find_targets
 from olora_ray.common.quiet import quiet_transformers
 
@@ -83,7 +83,7 @@ def main() -> None:
         )
     )
     print("largest absolute difference of the factors, and of both to factors computed in float64")
-    wanted = args.methods.split(",") if args.methods else list(METHODS)
+    wanted = args.methods.split(",") if args.methods else list(FROM_WEIGHTS)
     small = Case("one matrix, 1024 x 1024", 32, lambda: matrix(1024, 1024))
     print(f"\n{family(small if args.skip_model else cases[0], wanted)}")
     print("difference: largest of B0 A0, relative; of pissa_fast ours and PEFT's, each to the exact pissa")

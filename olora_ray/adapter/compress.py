@@ -19,7 +19,7 @@ def compress(adapter: Mapping[str, AdapterWeights], rank: int) -> tuple[dict[str
     The share is the Frobenius norm of what is lost relative to that of the change, over all layers together. An
     adapter whose matrices have no more than `rank` directions comes back as it is. Stacks keep `rank` an expert.
     """
-    if all(weights.plain_lora()[0].shape[-2] <= rank for weights in adapter.values()):
+    if all(weights.plain_rank() <= rank for weights in adapter.values()):
         return dict(adapter), 0.0
     found, lost, whole = {}, 0.0, 0.0
     for name, weights in adapter.items():

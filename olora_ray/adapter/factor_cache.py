@@ -44,19 +44,31 @@ def write(
 
 def has(place: str, origin: Mapping[str, str], rank: int) -> bool:
     """Whether factors of this origin are kept there from which those of this rank follow."""
+    return _description(place, origin, rank) is not None
+
+
+def _description(place: str, origin: Mapping[str, str], rank: int) -> dict[str, Any] | None:
+    """What is said of the factors there, if those of this origin and rank follow from them."""
     try:
         found = json.loads(storage.read_text(storage.join(place, DESCRIPTION)))
-        # Without the word they are of a version whose methods all promised it.
-        enough = found["rank"] >= rank if found.get("prefix", True) else found["rank"] == rank
-        return bool(found["full_rank"] and enough) and {**found, **origin} == found
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+        enough = found["rank"] >= rank if _is_prefix(found) else found["rank"] == rank
+        return found if found["full_rank"] and enough and {**found, **origin} == found else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _is_prefix(description: Mapping[str, Any]) -> bool:
+    """Whether the first rows and columns are those of a smaller rank; else layers may have ranks of their own."""
+    # Without the word they are of a version whose methods all promised it.
+    return bool(description.get("prefix", True))
 
 
 def read(place: str, origin: Mapping[str, str], rank: int, names: list[str]) -> dict[str, Factors] | None:
     """The factors of these layers at `rank`; None if they are not there, of another origin, or too small."""
-    if not has(place, origin, rank):
+    description = _description(place, origin, rank)
+    if description is None:
         return None
+    limit = rank if _is_prefix(description) else None
     try:
         with (
             copies.fetched(storage.join(place, TENSORS)) as local,
@@ -65,8 +77,8 @@ def read(place: str, origin: Mapping[str, str], rank: int, names: list[str]) -> 
             there = set(file.keys())
             return {
                 name: Factors(
-                    _first(file.get_slice(f"{name}.a0"), -2, rank),
-                    _first(file.get_slice(f"{name}.b0"), -1, rank) if f"{name}.b0" in there else None,
+                    _first(file.get_slice(f"{name}.a0"), -2, limit),
+                    _first(file.get_slice(f"{name}.b0"), -1, limit) if f"{name}.b0" in there else None,
                 )
                 for name in names
             }
@@ -74,8 +86,8 @@ def read(place: str, origin: Mapping[str, str], rank: int, names: list[str]) -> 
         return None
 
 
-def _first(stored: Any, dim: int, rank: int) -> Tensor:
-    """The first `rank` of a stored tensor's dimension `dim`; nothing else of it is read."""
+def _first(stored: Any, dim: int, rank: int | None) -> Tensor:
+    """The first `rank` (None: all) of a stored tensor's dimension `dim`; nothing else of it is read."""
     places = [slice(None)] * len(stored.get_shape())
     places[dim] = slice(rank)
     part: Tensor = stored[tuple(places)]

@@ -30,6 +30,11 @@ class Factors:
     full_rank: bool = True
     """False if the slice of the weight that the factors come from was rank-deficient, for any expert of a stack."""
 
+    @property
+    def rank(self) -> int:
+        """r of this layer; of a stack, each expert's. Layers may differ."""
+        return int(self.a0.shape[-2])
+
 
 @dataclass(frozen=True)
 class AdapterWeights:
@@ -46,6 +51,10 @@ class AdapterWeights:
         a0, b0 = self.factors.a0, self.factors.b0
         b = self.db if b0 is None else b0 + self.db
         return scale * (self.db @ a0 + b @ self.da)
+
+    def plain_rank(self) -> int:
+        """The rank of `plain_lora`: 2r with B0, r without."""
+        return self.factors.rank * (1 if self.factors.b0 is None else 2)
 
     def plain_lora(self) -> tuple[Tensor, Tensor]:
         """(lora_A, lora_B) of an ordinary LoRA with the same product on the untouched base.

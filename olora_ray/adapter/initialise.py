@@ -1,9 +1,8 @@
 """Distributed initialisation: each worker computes the factors of its share of the layers, in float32.
 
-Shares are balanced by the method's cost (E times that for a stack of experts), and exchanged as one flat
-buffer per worker: one broadcast instead of two tensors per layer. Afterwards all workers hold the same bytes,
-which a digest over everything confirms (a QR's last bits depend on the number of threads, so computing the
-same layer everywhere would not do).
+Shares are balanced by the method's cost (E times that for a stack of experts), and exchanged (adapter/exchange.py).
+Afterwards all workers hold the same bytes, which a digest over everything confirms (a QR's last bits depend on the
+number of threads, so computing the same layer everywhere would not do).
 """
 
 import hashlib
@@ -14,8 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 import torch
-from torch import Tensor
 
+from olora_ray.adapter.exchange import Shape, exchange
 from olora_ray.adapter.factors import Factors
 from olora_ray.adapter.methods import METHODS, Method, Options
 from olora_ray.adapter.methods.method import DEFAULTS
@@ -23,9 +22,6 @@ from olora_ray.adapter.targets import Target
 from olora_ray.common import collectives
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Adapter
-
-Shape = tuple[int, ...]
-"""(m, n) of a weight, or (E, m, n) of a stack of experts."""
 
 CHUNK = 2**26
 """Numbers of a stack that are taken to float32 at once: 256 MiB, or one expert."""
@@ -79,13 +75,13 @@ def initialise(
     Without a process group this process computes them all. Raises UserError that names a layer in which the method
     cannot have this rank, or whose weight has NaN or infinite values.
     """
-    here = collectives.rank()
     shapes: dict[str, Shape] = {name: tuple(target.weight().shape) for name, target in targets.items()}
     check(shapes, method, rank)
     shares = assign(shapes, rank, collectives.world_size(), method)
     use = METHODS[method]
+    assert use.needs == "weight", f"{method} is made of data: train/new_factors.py"
     start = time.perf_counter()
-    own, problem = {}, None
+    own, problem, here = {}, None, collectives.rank()
     try:
         own = {name: _compute(name, targets[name], use, rank, seed, device, options) for name in shares[here]}
     except UserError as error:
@@ -94,24 +90,16 @@ def initialise(
     seconds = time.perf_counter() - start
 
     start = time.perf_counter()
-    merged: dict[str, Factors] = {}
-    hasher = hashlib.sha256()
-    for worker, share in enumerate(shares):
-        buffer = _pack(own, share) if worker == here else torch.empty(_size(share, shapes, rank, use.has_b0))
-        buffer = buffer.to(device)
-        collectives.broadcast_in_place(buffer, worker)
-        buffer = buffer.cpu()
-        hasher.update(buffer.numpy().tobytes())
-        merged.update(_unpack(buffer, share, shapes, rank, use.has_b0))
-    _check_same(hasher.digest())
+    merged, digest = exchange(own, shares, device)
+    found = {name: merged[name] for name in targets}
     report = InitReport(
         layers=tuple(len(share) for share in shares),
         seconds=tuple(collectives.gather(seconds)),
         exchange_seconds=time.perf_counter() - start,
-        deficient=tuple(name for name in targets if not merged[name].full_rank),
-        digest=hasher.hexdigest(),
+        deficient=tuple(name for name, item in found.items() if not item.full_rank),
+        digest=digest,
     )
-    return {name: merged[name] for name in targets}, report
+    return found, report
 
 
 def at_scale(found: Mapping[str, Factors], adapter: Adapter) -> dict[str, Factors]:
@@ -149,47 +137,3 @@ def _together(chunks: list[Factors]) -> Factors:
     return Factors(
         torch.cat([chunk.a0 for chunk in chunks]), torch.cat(b0) if b0 else None, all(c.full_rank for c in chunks)
     )
-
-
-def _size(share: list[str], shapes: Mapping[str, Shape], rank: int, with_b0: bool) -> int:
-    total = 0
-    for name in share:
-        *experts, m, n = shapes[name]
-        total += math.prod(experts) * rank * (n + (m if with_b0 else 0)) + 1
-    return total
-
-
-def _pack(own: Mapping[str, Factors], share: list[str]) -> Tensor:
-    parts = [torch.empty(0)]
-    for name in share:
-        item = own[name]
-        parts.append(item.a0.reshape(-1).cpu())
-        if item.b0 is not None:
-            parts.append(item.b0.reshape(-1).cpu())
-        parts.append(torch.tensor([float(item.full_rank)]))
-    return torch.cat(parts)
-
-
-def _unpack(
-    buffer: Tensor, share: list[str], shapes: Mapping[str, Shape], rank: int, with_b0: bool
-) -> dict[str, Factors]:
-    result, place = {}, 0
-
-    def take(*shape: int) -> Tensor:
-        nonlocal place
-        size = math.prod(shape)
-        part = buffer[place : place + size].view(shape)
-        place += size
-        return part
-
-    for name in share:
-        *experts, m, n = shapes[name]
-        a0 = take(*experts, rank, n)
-        b0 = take(*experts, m, rank) if with_b0 else None
-        result[name] = Factors(a0, b0, full_rank=bool(take(1).item()))
-    return result
-
-
-def _check_same(digest: bytes) -> None:
-    if len(set(collectives.gather(digest))) > 1:
-        raise RuntimeError("workers hold different factors after the exchange: the network corrupted a broadcast")

@@ -17,7 +17,7 @@ __all__ = ["find_targets", "inject", "install", "output_head", "remove", "wrap"]
 def inject(
     model: nn.Module, factors: Mapping[str, Factors], scale: float, dropout: float = 0.0
 ) -> dict[str, AdaptedWeight]:
-    """Freeze the model and adapt each weight named in `factors`; returns the adapters by name."""
+    """Freeze the model and adapt each weight named in `factors`; returns the adapters by name, see `wrap`."""
     adapted = wrap(model, factors, scale, dropout)
     install(model, adapted)
     return adapted
@@ -28,10 +28,11 @@ def wrap(
 ) -> dict[str, AdaptedWeight]:
     """Freeze the model and make an adapter of each weight named in `factors`; the model does not use them yet.
 
+    Each has the rank of its factors; a weight whose factors have rank 0 gets none.
     Several sets of adapters may share one base: only the one that is installed last takes part.
     """
     model.requires_grad_(False)
-    return {name: _adapter(model, name, start, scale, dropout) for name, start in factors.items()}
+    return {name: _adapter(model, name, start, scale, dropout) for name, start in factors.items() if start.rank}
 
 
 def _adapter(model: nn.Module, name: str, start: Factors, scale: float, dropout: float) -> AdaptedWeight:

@@ -2,9 +2,10 @@
 
     lora_A = [A0; dA] (2r x n), lora_B = [dB, B0 + dB] (m x 2r), the scale s kept
 
-A method with B0 = 0 gives rank r. A stack of E experts is one of PEFT's `target_parameters`: its lora_A (2rE x n) has
-the experts one after the other, its lora_B (m x 2rE) has, for each of the 2r directions, the experts side by side
-(peft.tuners.lora.layer.ParamWrapper.get_delta_weight).
+A method with B0 = 0 gives rank r. Layers whose ranks are smaller than the largest are padded with zeros to it, so that
+the folder has one rank and one scale, which every reader knows. A stack of E experts is one of PEFT's
+`target_parameters`: its lora_A (2rE x n) has the experts one after the other, its lora_B (m x 2rE) has, for each of the
+2r directions, the experts side by side (peft.tuners.lora.layer.ParamWrapper.get_delta_weight).
 
 PEFT reads names of some families as those that their experts had in transformers 4: it takes "gate_proj" of any layer
 for a part of the experts, and would adapt these instead (peft.utils.transformers_weight_conversion). A linear layer of
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -85,10 +87,9 @@ def _tensors(adapter: Mapping[str, AdapterWeights], model: nn.Module) -> tuple[d
     """The matrices by their names in the file, their rank, and how PEFT is told of their layers."""
     names = names_of(model, adapter)
     tensors: dict[str, Tensor] = {}
-    ranks = set()
+    rank = max(weights.plain_rank() for weights in adapter.values())
     for layer, weights in adapter.items():
-        lora_a, lora_b = weights.plain_lora()
-        ranks.add(lora_a.shape[-2])
+        lora_a, lora_b = _padded(weights, rank)
         if lora_a.ndim == 3:
             if _other_way_round(model, layer):
                 lora_a, lora_b = lora_b.mT, lora_a.mT
@@ -96,8 +97,14 @@ def _tensors(adapter: Mapping[str, AdapterWeights], model: nn.Module) -> tuple[d
         key = _PREFIX + names.keys[layer]
         tensors[f"{key}.lora_A.weight"] = lora_a.float().cpu().contiguous()
         tensors[f"{key}.lora_B.weight"] = lora_b.float().cpu().contiguous()
-    assert len(ranks) == 1, f"one rank for all layers, not {sorted(ranks)}"
-    return tensors, ranks.pop(), names
+    return tensors, rank, names
+
+
+def _padded(weights: AdapterWeights, rank: int) -> tuple[Tensor, Tensor]:
+    """The matrices of a layer, with rows and columns of zeros up to the folder's rank, which add nothing."""
+    lora_a, lora_b = weights.plain_lora()
+    spare = rank - weights.plain_rank()
+    return F.pad(lora_a, (0, 0, 0, spare)), F.pad(lora_b, (0, spare))
 
 
 def read_adapter(folder: Path, model: nn.Module) -> tuple[dict[str, AdapterWeights], float]:

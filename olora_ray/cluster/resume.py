@@ -9,9 +9,11 @@ from torch import Tensor
 
 from olora_ray.adapter import factor_cache
 from olora_ray.adapter.factors import AdapterWeights, Factors
-from olora_ray.adapter.initialise import InitReport, at_scale, initialise, options_of
+from olora_ray.adapter.initialise import InitReport, at_scale
 from olora_ray.adapter.inject import find_targets, wrap
+from olora_ray.adapter.methods import FROM_WEIGHTS
 from olora_ray.cluster.spec import TrainSpec
+from olora_ray.cluster.tested_base import check_base
 from olora_ray.cluster.worker_context import WorkerContext
 from olora_ray.common import collectives
 from olora_ray.common.errors import TryAgain, UserError
@@ -19,7 +21,10 @@ from olora_ray.common.fault_points import reached
 from olora_ray.common.text import plural
 from olora_ray.train import checkpoint, checkpoints
 from olora_ray.train.checkpoint import Checkpoint
+from olora_ray.train.loader import Waiting
 from olora_ray.train.loop import Trainer
+from olora_ray.train.loss import SupervisedLoss
+from olora_ray.train.new_factors import new_factors
 from olora_ray.train.parallel import place_model
 from olora_ray.train.state import TrainState
 
@@ -42,8 +47,10 @@ class StartingPoint:
     """Whether the adapter was trained before, here or at train.start."""
 
 
-def starting_point(context: WorkerContext, spec: TrainSpec, folder: str) -> StartingPoint:
-    """Build what a worker trains; `folder` has the run's checkpoints.
+def starting_point(
+    context: WorkerContext, spec: TrainSpec, folder: str, waiting: Waiting | None = None
+) -> StartingPoint:
+    """Build what a worker trains; `folder` has the run's checkpoints, `waiting` is as of StepLoader.
 
     All workers must call it together. Raises UserError if a checkpoint, the adapter of train.start or the base
     model cannot be used.
@@ -54,9 +61,9 @@ def starting_point(context: WorkerContext, spec: TrainSpec, folder: str) -> Star
     with context.activate({}):
         loss = context.base(spec)
         model: Any = loss.model
-        attention: str = model.config._attn_implementation
         known = found.adapter if found else start
-        adapted = wrap(model, factors(context, spec, model, known), adapter.scale(), adapter.dropout)
+        adapted = wrap(model, factors(context, spec, loss, known, waiting), adapter.scale(), adapter.dropout)
+        attention: str = model.config._attn_implementation
     with context.activate(adapted):
         place_model(loss, spec.config.cluster.strategy, context.device)
         trainer = Trainer(loss, adapted, spec.config, context.device)
@@ -111,11 +118,15 @@ def start_adapter(spec: TrainSpec) -> dict[str, AdapterWeights] | None:
 
 
 def factors(
-    context: WorkerContext, spec: TrainSpec, model: Any, known: dict[str, AdapterWeights] | None
+    context: WorkerContext,
+    spec: TrainSpec,
+    loss: SupervisedLoss,
+    known: dict[str, AdapterWeights] | None,
+    waiting: Waiting | None = None,
 ) -> dict[str, Factors]:
     """The factors of every target: those of a known adapter, those that a search shares, or new ones."""
     adapter = spec.config.adapter
-    targets = find_targets(model, adapter.targets, adapter.rank)
+    targets = find_targets(loss.model, adapter.targets, adapter.rank)
     if known:  # its layers may be others than "all-linear" means in this version
         places = {name: place for place, name in enumerate(targets)}
         return {name: known[name].factors for name in sorted(known, key=lambda name: places.get(name, len(places)))}
@@ -126,11 +137,15 @@ def factors(
                 f"{adapter.method} factors taken from those of the search in {time.perf_counter() - began:.2f} s"
             )
             return at_scale(found, adapter)
-    made, report = initialise(
-        targets, adapter.method, adapter.rank, spec.config.run.seed, context.device, options_of(adapter)
-    )
+    if adapter.method not in FROM_WEIGHTS:
+        # It is run before it has adapters, by all workers together where it is sharded.
+        place_model(loss, spec.config.cluster.strategy, context.device)
+        check_base(loss, spec, context.device, waiting)
+    made, report, of_data = new_factors(loss, targets, spec.config, spec.train, context.device, waiting)
     reached("initialise", rank=context.rank)
     logger.info(describe(adapter.method, report))
+    if of_data:
+        logger.info(of_data.line(adapter.method))
     return at_scale(made, adapter)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from olora_ray.adapter.methods import METHODS
+from olora_ray.adapter.methods import FROM_WEIGHTS, METHODS
 from olora_ray.common import storage
 from olora_ray.config.schema import Config
 from olora_ray.model.source import BaseModel
@@ -49,13 +49,15 @@ class TrainSpec:
     def factor_origin(self) -> dict[str, str]:
         """What decides A~ and B~, but for their rank."""
         adapter = self.config.adapter
-        targets = json.dumps(adapter.targets)
-        return {
+        origin = {
             "base model": self.base.digest,
             "method": adapter.method,
-            "targets": targets,
+            "targets": json.dumps(adapter.targets),
             "seed": str(self.config.run.seed),
         } | {name: str(value) for name, value in adapter.options().items()}
+        if adapter.method not in FROM_WEIGHTS:  # what the base computes of the data, in its precision
+            origin |= {"training data": self.train.digest, "dtype": self.config.model.dtype}
+        return origin
 
     def factor_place(self) -> str:
         """Folder of the factors that a search shares, for this method and, if others do not follow from it, rank."""

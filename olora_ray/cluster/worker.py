@@ -34,8 +34,9 @@ def train_at(context: WorkerContext, spec: TrainSpec, checkpoints: str, channel:
     """Train a spec; what the user has to mend is in the result."""
     try:
         with sent_to(channel if context.rank == 0 else None):
-            start = starting_point(context, spec, checkpoints)
-            return Worker(context, spec, checkpoints, channel, start).run()
+            requests = StopRequests(channel, context.rank, context.preemption)
+            start = starting_point(context, spec, checkpoints, requests.waiting)
+            return Worker(context, spec, checkpoints, channel, start, requests).run()
     except UserError as error:
         # Returned, not raised: a retry would meet the same problem. All workers get here together.
         return TrainResult(problem=str(error))
@@ -45,13 +46,19 @@ class Worker:
     """One training process, from its starting point to its result."""
 
     def __init__(
-        self, context: WorkerContext, spec: TrainSpec, checkpoints: str, channel: Any, start: StartingPoint
+        self,
+        context: WorkerContext,
+        spec: TrainSpec,
+        checkpoints: str,
+        channel: Any,
+        start: StartingPoint,
+        stop_requests: StopRequests | None = None,
     ) -> None:
         """Raises UserError if the model does not pass its self-test; all workers must make one together."""
         self.context, self.spec, self.config = context, spec, spec.config
         self.checkpoints, self.channel = checkpoints, channel
         self.rank, self.world = context.rank, context.world
-        self.stop_requests = StopRequests(channel, self.rank, context.preemption)
+        self.stop_requests = stop_requests or StopRequests(channel, self.rank, context.preemption)
         start = self_tested(context, spec, start, self.stop_requests.waiting)
         self.trainer, self.state = start.trainer, start.state
         self.attention, self.resumed = start.attention, start.resumed

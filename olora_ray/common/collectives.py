@@ -4,8 +4,10 @@ Every function must be called by all workers, in the same order. In a process wi
 one, they return at once: one process is a group of one.
 """
 
+from collections.abc import Sequence
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -34,6 +36,24 @@ def broadcast_in_place(tensor: Tensor, source: int) -> None:
     """Replace a tensor by that of the worker `source`."""
     if world_size() > 1:
         dist.broadcast(tensor, src=source)
+
+
+def swap(outgoing: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+    """Send `outgoing[w]` (bytes, uint8, flat) to each worker w; what each worker w has sent here, of `sizes[w]` bytes.
+
+    All on one device; sizes are known beforehand, so that nothing but the bytes travels.
+    """
+    here, transfers = rank(), []
+    received = [torch.empty(size, dtype=torch.uint8, device=outgoing[here].device) for size in sizes]
+    received[here] = outgoing[here]
+    for other in range(world_size()):
+        if other != here and len(outgoing[other]):
+            transfers.append(dist.P2POp(dist.isend, outgoing[other], other))
+        if other != here and sizes[other]:
+            transfers.append(dist.P2POp(dist.irecv, received[other], other))
+    for transfer in dist.batch_isend_irecv(transfers) if transfers else ():
+        transfer.wait()
+    return received
 
 
 def from_first(value: Value) -> Value:

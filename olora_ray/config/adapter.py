@@ -7,18 +7,24 @@ from pydantic import Field, field_validator, model_validator
 from olora_ray.config.field_types import Fraction, PositiveInt
 from olora_ray.config.section import Section
 
-METHOD_OPTIONS: dict[str, tuple[str, ...]] = {"nora": ("sigma",)}
-"""Fields of `adapter` that one method alone has: they count for nothing with another."""
+METHOD_OPTIONS: dict[str, tuple[str, ...]] = {
+    "nora": ("sigma",),
+    "eva": ("rho", "init_tokens"),
+    "lora_ga": ("gamma", "init_tokens"),
+}
+"""Fields of `adapter` that only these methods have: they count for nothing with another."""
 
 
 class Adapter(Section):
     """The adapter that is trained."""
 
-    method: Literal["olora", "lora", "pissa", "pissa_fast", "milora", "orthogonal", "nora"] = "olora"
+    method: Literal["olora", "lora", "pissa", "pissa_fast", "milora", "orthogonal", "nora", "eva", "lora_ga"] = "olora"
     """Where the adapter starts; docs/method.md says more of each. olora: Q and R of W (arXiv 2406.01775). lora: random
     A, zero B (2106.09685). pissa: largest singular values and vectors of W, exactly (2404.02948); pissa_fast: by a
     randomised SVD, for large layers. milora: the smallest (2406.09044). orthogonal: random A and B with B A = 0, as in
-    PEFT; even rank. nora: random mixtures of the rows of W, zero B (2410.18965)."""
+    PEFT; even rank. nora: random mixtures of the rows of W, zero B (2410.18965). eva: principal components of the
+    layer's inputs on the training data, zero B; ranks go to the layers where they explain most (2410.07170).
+    lora_ga: singular vectors of the weight's gradient on the training data (2407.05000)."""
     rank: PositiveInt = 16
     """Rank r of the update."""
     alpha: Annotated[float, Field(gt=0.0)] = 16
@@ -32,6 +38,12 @@ class Adapter(Section):
     sigma: Annotated[float, Field(gt=0.0)] | Literal["matched"] = 0.02
     """nora: size of A0 = sigma / scale x noise x W; matched: rows as long as plain LoRA's, so that the direction alone
     differs."""
+    rho: Annotated[float, Field(ge=1.0)] = 2.0
+    """eva: a layer's rank is at most rho x rank, with the same sum over all layers; 1: the same rank for all."""
+    init_tokens: PositiveInt = 1024
+    """eva, lora_ga: how many supervised tokens of the training data are looked at, at most."""
+    gamma: Annotated[float, Field(gt=0.0)] = 16.0
+    """lora_ga: A0 and B0 are as large as 1 / sqrt(gamma)."""
 
     @field_validator("targets", mode="before")
     @classmethod
@@ -45,9 +57,22 @@ class Adapter(Section):
             raise ValueError(f"rank={self.rank} is odd, and orthogonal needs an even rank; use {near}")
         return self
 
+    @model_validator(mode="after")
+    def _enough_tokens_for_the_components(self) -> "Adapter":
+        if self.method == "eva" and self.init_tokens <= self.largest_rank():
+            raise ValueError(
+                f"init_tokens={self.init_tokens}: {self.largest_rank()} components (rho x rank) need more tokens; raise"
+                " it, or lower rank or rho"
+            )
+        return self
+
     def scale(self) -> float:
         """The factor s of the low-rank update."""
         return self.alpha / (self.rank**0.5 if self.rank_stabilized else self.rank)
+
+    def largest_rank(self) -> int:
+        """The largest that a layer's rank can become; on average layers have `rank`."""
+        return round(self.rho * self.rank) if self.method == "eva" else self.rank
 
     def options(self) -> dict[str, Any]:
         """The settings that the method alone has."""

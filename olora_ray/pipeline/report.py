@@ -152,10 +152,11 @@ def _model_line(config: Config, size: MemoryEstimate) -> str:
     share = size.trainable / size.parameters
     stacks = [target.experts for target in size.selection.targets.values() if target.experts is not None]
     experts = f" and {len(stacks)} stacks of {max(stacks)} experts" if stacks else ""
+    most = "up to " if config.adapter.largest_rank() > config.adapter.rank else ""
     return (
         f"model: {size.parameters / 1e6:,.1f} M parameters; {config.adapter.method} rank {config.adapter.rank} on"
-        f" {len(size.targets) - len(stacks)} layers{experts}: {size.trainable / 1e6:,.2f} M trainable ({share:.2%});"
-        f" covers {_coverage(size.coverage)}"
+        f" {len(size.targets) - len(stacks)} layers{experts}: {most}{size.trainable / 1e6:,.2f} M trainable"
+        f" ({share:.2%}); covers {_coverage(size.coverage)}"
     )
 
 

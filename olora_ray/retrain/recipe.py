@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 ORIGIN = "olora.retrained_from"
 _CONTINUED = "champion, version "
-_LATER = {"adapter": ("sigma",), "train": ("lr_ratio", "precondition")}
+_LATER = {"adapter": ("sigma", "rho", "init_tokens", "gamma"), "train": ("lr_ratio", "precondition")}
 """Fields that are younger than the names of runs: at its default none of them changes a name."""
 
 

@@ -10,11 +10,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from olora_ray.adapter import factor_cache
-from olora_ray.adapter.initialise import Shape, check, initialise, options_of
+from olora_ray.adapter.exchange import Shape
+from olora_ray.adapter.initialise import check, initialise
 from olora_ray.adapter.inject import find_targets, inject
-from olora_ray.adapter.methods import METHODS
+from olora_ray.adapter.methods import FROM_WEIGHTS, METHODS
 from olora_ray.cluster.device import assigned_device
 from olora_ray.cluster.spec import TrainSpec
+from olora_ray.cluster.tested_base import check_base
 from olora_ray.cluster.worker_context import SharedBase
 from olora_ray.common import storage
 from olora_ray.common.quiet import quiet_transformers
@@ -24,6 +26,7 @@ from olora_ray.sweep.space import Space
 from olora_ray.train.baseline import Baseline
 from olora_ray.train.generate import answer, wanted_questions
 from olora_ray.train.loop import Trainer, evaluate
+from olora_ray.train.new_factors import new_factors
 
 Kind = tuple[str, int]
 """Method and rank of factors."""
@@ -89,8 +92,9 @@ def _is_there(spec: TrainSpec) -> bool:
 def _make_factors(spec: TrainSpec, shared: SharedBase) -> None:
     adapter = spec.config.adapter
     targets = find_targets(shared.loss.model, adapter.targets, adapter.rank)
-    seed, options = spec.config.run.seed, options_of(adapter)
-    factors, _ = initialise(targets, adapter.method, adapter.rank, seed, shared.device, options)
+    if adapter.method not in FROM_WEIGHTS:
+        check_base(shared.loss, spec, shared.device)
+    factors, *_ = new_factors(shared.loss, targets, spec.config, spec.train, shared.device)
     prefix = METHODS[adapter.method].prefix
     factor_cache.write(spec.factor_place(), factors, spec.factor_origin(), adapter.rank, prefix)
 

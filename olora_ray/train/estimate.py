@@ -1,6 +1,7 @@
 """Estimate of a run: targets, coverage, trainable parameters, memory per worker. Needs no weights and no Ray."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,13 +10,14 @@ import torch
 from olora_ray.adapter.candidates import HEAD, candidates
 from olora_ray.adapter.coverage import Coverage, coverage
 from olora_ray.adapter.initialise import check
-from olora_ray.adapter.methods import METHODS
+from olora_ray.adapter.methods import FROM_WEIGHTS, METHODS
 from olora_ray.adapter.parts import other_parts, part_of
 from olora_ray.adapter.targets import Selection, Target, select
-from olora_ray.config.schema import Config
+from olora_ray.config.schema import Adapter, Config
 from olora_ray.model.folder import parameters
 from olora_ray.model.load import pick_dtype, skeleton
 from olora_ray.model.source import BaseModel
+from olora_ray.train.data_driven import refuse
 from olora_ray.train.loss import CHUNK_LOGITS
 
 PROCESS_BYTES = 2**30
@@ -29,6 +31,7 @@ class MemoryEstimate:
     targets: dict[str, tuple[int, ...]]
     """Adapted layers with their m x n, stacks of experts with their E x m x n."""
     trainable: int
+    """At most, where ranks differ from layer to layer."""
     parameters: int
     base_bytes: int
     adapter_bytes: int
@@ -51,7 +54,9 @@ def estimate(config: Config, base: BaseModel, gpu: bool | None = None) -> Memory
     selection = select(model, config.adapter.targets, config.adapter.rank)
     targets = {name: tuple(target.weight().shape) for name, target in selection.targets.items()}
     check(targets, config.adapter.method, config.adapter.rank)
-    trainable = sum(math.prod(experts) * (m + n) * config.adapter.rank for *experts, m, n in targets.values())
+    if config.adapter.method not in FROM_WEIGHTS:
+        refuse(selection.targets, config.adapter.method)
+    trainable = _trainable(targets.values(), config.adapter)
     width = _dtype(config, torch.cuda.is_available() if gpu is None else gpu).itemsize
     count = parameters(base.folder)
     shards = config.cluster.min_workers() if config.cluster.strategy == "fsdp" else 1
@@ -67,6 +72,16 @@ def estimate(config: Config, base: BaseModel, gpu: bool | None = None) -> Memory
         selection=selection,
         coverage=coverage(model, selection),
     )
+
+
+def _trainable(shapes: Iterable[tuple[int, ...]], adapter: Adapter) -> int:
+    """Trainable numbers, at most: where ranks move between layers, the widest get as much as they can."""
+    sizes = [(math.prod(experts) * (m + n), min(m, n, adapter.largest_rank())) for *experts, m, n in shapes]
+    left, total = adapter.rank * len(sizes), 0
+    for size, most in sorted(sizes, reverse=True):
+        total += size * min(most, left)
+        left -= min(most, left)
+    return total
 
 
 def _dtype(config: Config, gpu: bool) -> torch.dtype:
@@ -90,7 +105,7 @@ def _activations(config: Config, model: Any, selection: Selection, width: int) -
         if item.refused is HEAD or part_of(name, parts):
             continue
         m, n = item.target.shape
-        kept = m + n + 2 * config.adapter.rank if name in selection.targets else m
+        kept = m + n + 2 * config.adapter.largest_rank() if name in selection.targets else m
         linear += kept * (1 if item.target.experts is None else _experts_a_token(shape, item.target))
     blocks = shape.num_hidden_layers * shape.hidden_size * 8
     return int(tokens * (linear + blocks) * width + 3 * 4 * CHUNK_LOGITS)

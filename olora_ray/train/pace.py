@@ -11,6 +11,7 @@ import torch
 
 from olora_ray.adapter.initialise import at_scale, initialise, options_of
 from olora_ray.adapter.inject import find_targets, inject
+from olora_ray.adapter.methods import FROM_WEIGHTS
 from olora_ray.config.schema import Config
 from olora_ray.model.load import load_model
 from olora_ray.model.source import BaseModel
@@ -43,7 +44,8 @@ def seconds_per_micro_batch(config: Config, base: BaseModel, packs: Sequence[Pac
         model: Any = load_model(base.folder, config.model, device)
         targets = find_targets(model, config.adapter.targets, config.adapter.rank)
         adapter = config.adapter
-        factors, _ = initialise(targets, adapter.method, adapter.rank, config.run.seed, device, options_of(adapter))
+        method = adapter.method if adapter.method in FROM_WEIGHTS else "lora"  # as fast, and needs no data
+        factors, _ = initialise(targets, method, adapter.rank, config.run.seed, device, options_of(adapter))
         inject(model, at_scale(factors, adapter), adapter.scale())
         loss, batch = SupervisedLoss(model), collate(packs, model.config._attn_implementation)
         times = []

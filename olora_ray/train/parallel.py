@@ -21,8 +21,11 @@ from olora_ray.train.loss import SupervisedLoss
 
 
 def place_model(loss: SupervisedLoss, strategy: str, device: torch.device) -> None:
-    """Move the model to `device`, and shard the frozen base over the workers for "fsdp"."""
-    if strategy == "fsdp" and collectives.world_size() > 1:
+    """Move the model to `device`, and shard the frozen base over the workers for "fsdp".
+
+    May be called again with adapters in place: a base that is sharded stays so.
+    """
+    if strategy == "fsdp" and collectives.world_size() > 1 and not hasattr(loss, "unshard"):
         _shard(loss, device)
     # Sharding moves the base; adapters and buffers are ignored by it.
     loss.to(device)

@@ -13,7 +13,7 @@ from olora_ray.adapter.factors import Factors
 from olora_ray.adapter.initialise import initialise
 from olora_ray.adapter.inject import inject, install, remove, wrap
 from olora_ray.adapter.layer import AdaptedLinear, AdaptedWeight
-from olora_ray.adapter.methods import METHODS
+from olora_ray.adapter.methods import FROM_WEIGHTS, METHODS
 from olora_ray.adapter.targets import find_targets
 from tests.families import zoo
 from tests.families.variants import ALL, COMMON, EXPERTS, MIXTURES
@@ -60,7 +60,7 @@ def test_the_start_equals_the_base_exactly(family: str, implementation: str, dty
 
 @FAMILY
 @IMPLEMENTATION
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", FROM_WEIGHTS)
 def test_outputs_and_gradients_are_those_of_the_dense_formula(family: str, implementation: str, method: str) -> None:
     """Every layer and expert against a base whose weights are W + s (B A - B0 A0), by autograd."""
     model = zoo.make(ALL[family], experts=implementation)

@@ -8,13 +8,13 @@ from hypothesis import strategies as st
 
 from olora_ray.adapter import factor_cache
 from olora_ray.adapter.factors import Factors
-from olora_ray.adapter.methods import METHODS
+from olora_ray.adapter.methods import FROM_WEIGHTS, METHODS
 from olora_ray.adapter.methods.method import DEFAULTS
 
 ORIGIN = {"base model": "abc", "method": "olora", "targets": '"all-linear"', "seed": "3"}
 
 
-@pytest.mark.parametrize("method", sorted(name for name, method in METHODS.items() if method.prefix))
+@pytest.mark.parametrize("method", sorted(name for name in FROM_WEIGHTS if METHODS[name].prefix))
 @given(m=st.integers(12, 40), n=st.integers(12, 40), rank=st.integers(1, 12), seed=st.integers(0, 9))
 def test_the_factors_of_a_smaller_rank_are_a_prefix(method: str, m: int, n: int, rank: int, seed: int) -> None:
     weight = torch.randn(m, n, generator=torch.Generator().manual_seed(seed))
@@ -25,7 +25,7 @@ def test_the_factors_of_a_smaller_rank_are_a_prefix(method: str, m: int, n: int,
         torch.testing.assert_close(large.b0[:, :rank], small.b0, rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("method", sorted(name for name, method in METHODS.items() if not method.prefix))
+@pytest.mark.parametrize("method", sorted(name for name in FROM_WEIGHTS if not METHODS[name].prefix))
 def test_what_promises_no_prefix_has_none(method: str) -> None:
     weight = torch.randn(200, 150, generator=torch.Generator().manual_seed(0))
     large, small = (METHODS[method].factors(weight, size, 3, DEFAULTS) for size in (6, 4))

@@ -13,12 +13,12 @@ from torch import Tensor
 from olora_ray.adapter.factors import AdapterWeights, Factors
 from olora_ray.adapter.initialise import at_scale, initialise, options_of
 from olora_ray.adapter.inject import find_targets, inject
-from olora_ray.adapter.methods import METHODS, Options, pissa_fast
+from olora_ray.adapter.methods import FROM_WEIGHTS, METHODS, Options, pissa_fast
 from olora_ray.adapter.methods.nora import ROW
 from olora_ray.config.adapter import METHOD_OPTIONS, Adapter
 from tests import tiny
 
-EACH = pytest.mark.parametrize("method", sorted(METHODS))
+EACH = pytest.mark.parametrize("method", sorted(FROM_WEIGHTS))
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
 sizes, seeds = st.integers(2, 40), st.integers(0, 2**31)
@@ -176,7 +176,7 @@ def test_the_config_refuses_what_the_method_refuses_for_its_rank_alone(method: s
             Adapter(method=method, rank=rank)  # type: ignore[arg-type]
 
 
-@EACH
+@pytest.mark.parametrize("method", sorted(METHODS))
 def test_costs_grow_with_the_layer_and_are_never_nothing(method: str) -> None:
     cost = METHODS[method].cost
     assert 0 < cost(1, 1, 1) <= cost(8, 8, 2) <= cost(64, 8, 2) <= cost(64, 64, 8)
@@ -186,7 +186,7 @@ def test_an_svd_costs_more_than_a_short_qr() -> None:
     assert METHODS["pissa"].cost(4096, 4096, 16) > 100 * METHODS["olora"].cost(4096, 4096, 16)
 
 
-@EACH
+@pytest.mark.parametrize("method", sorted(METHODS))
 def test_what_a_method_says_of_itself_fits_in_three_lines(method: str) -> None:
     use = METHODS[method]
     lines = use.about.splitlines()
@@ -205,7 +205,7 @@ def test_settings_of_methods_are_those_of_the_config_with_the_same_defaults() ->
 
 
 def test_a_stack_at_its_start_changes_nothing_and_keeps_its_shapes() -> None:
-    for use in METHODS.values():
+    for use in map(METHODS.__getitem__, FROM_WEIGHTS):
         start = use.at_scale(use.factors(random_weight(3, 12, 10), 4, 0, Options()), 2.0, Options())
         change = AdapterWeights(start, torch.zeros(3, 4, 10), torch.zeros(3, 12, 4)).delta(2.0)
         assert change.shape == (3, 12, 10)

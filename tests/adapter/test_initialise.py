@@ -13,7 +13,7 @@ from torch import nn
 
 from olora_ray.adapter.factors import Factors
 from olora_ray.adapter.initialise import InitReport, assign, initialise
-from olora_ray.adapter.methods import METHODS
+from olora_ray.adapter.methods import FROM_WEIGHTS, METHODS
 from olora_ray.adapter.targets import Target
 from olora_ray.common.errors import UserError
 from tests.crew import Crew
@@ -53,7 +53,7 @@ def compute(method: str = "olora", **changes: Any) -> tuple[str, dict[str, Facto
 
 
 @WORKERS
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", FROM_WEIGHTS)
 def test_every_worker_ends_with_the_same_bytes(crew: Callable[[int], Crew], method: str, workers: int) -> None:
     answers = crew(workers).run(compute, method)
     assert len({own for own, _, _ in answers}) == 1
@@ -92,14 +92,14 @@ def test_a_rank_deficient_layer_is_reported_by_all(crew: Callable[[int], Crew], 
     assert crew(workers).run(_deficient) == [("block.2",)] * workers
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", FROM_WEIGHTS)
 def test_workers_without_a_layer_get_the_factors_too(crew: Callable[[int], Crew], method: str) -> None:
     answers = crew(3).run(_one_layer, method)
     assert len({own for own, _, _ in answers}) == 1
     assert answers[0][2].layers == (1, 0, 0)
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", FROM_WEIGHTS)
 def test_the_factors_do_not_depend_on_the_number_of_workers(crew: Callable[[int], Crew], method: str) -> None:
     for work in (_digest_only, _digest_of_mixture):
         digests = {found for workers in (1, 2, 3) for found in crew(workers).run(work, method)}
@@ -142,7 +142,7 @@ def of_mixture(method: str = "olora") -> tuple[str, dict[str, Factors], InitRepo
     return digest(factors), factors, report
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", FROM_WEIGHTS)
 @pytest.mark.parametrize("numbers", [1, 300, 2**26], ids=["expert by expert", "in chunks", "at once"])
 def test_a_stack_is_computed_in_chunks_to_the_same_factors(
     monkeypatch: pytest.MonkeyPatch, method: str, numbers: int
@@ -170,7 +170,7 @@ def test_an_expert_with_infinite_weights_names_its_stack() -> None:
 
 
 @WORKERS
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", FROM_WEIGHTS)
 def test_every_worker_ends_with_the_same_stacks(crew: Callable[[int], Crew], method: str, workers: int) -> None:
     answers = crew(workers).run(of_mixture, method)
     assert len({own for own, _, _ in answers}) == 1

@@ -28,7 +28,7 @@ def test_an_adapter_of_before_keeps_its_layers_and_has_the_models_order() -> Non
     before["model.vision_tower.fc1"] = AdapterWeights(
         Factors(torch.zeros(4, 8), torch.zeros(8, 4)), torch.zeros(()), torch.zeros(())
     )
-    found = factors(SimpleNamespace(), spec, model, before)  # type: ignore[arg-type]
+    found = factors(SimpleNamespace(), spec, SimpleNamespace(model=model), before)  # type: ignore[arg-type]
     order = [*find_targets(model, ("q_proj", "v_proj"), 4), "model.vision_tower.fc1"]
     assert list(found) == order
     assert all(found[name] is before[name].factors for name in order)

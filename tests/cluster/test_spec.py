@@ -66,3 +66,13 @@ def test_factors_without_a_prefix_have_a_place_for_each_rank() -> None:
     for name, method in METHODS.items():
         assert (places[name, 4] == places[name, 8]) == method.prefix
     assert len(set(places.values())) == sum(1 if method.prefix else 2 for method in METHODS.values())
+
+
+def test_factors_of_the_data_are_those_of_these_tokens_only() -> None:
+    eva = {"adapter__method": "eva"}
+    found = spec(**eva).factor_origin()
+    assert found["training data"] == "list"
+    assert (found["rho"], found["init_tokens"]) == ("2.0", "1024")
+    assert spec(**eva, adapter__alpha=3).factor_origin() == found
+    for other in ({"adapter__rho": 1.5}, {"adapter__init_tokens": 64}, {"model__dtype": "bfloat16"}):
+        assert spec(**eva, **other).factor_origin() != found

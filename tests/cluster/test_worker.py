@@ -96,7 +96,7 @@ def test_a_resumed_run_ends_with_the_same_bytes(
     for step in lost:
         (tmp_path / checkpoints.name_of(step) / "manifest.json").unlink()
     if 3 not in lost:  # the initialisation is in the checkpoint
-        monkeypatch.setattr("olora_ray.cluster.resume.initialise", None)
+        monkeypatch.setattr("olora_ray.cluster.resume.new_factors", None)
     result, channel = train(tmp_path)
     at = 0 if 3 in lost else 3
     resumed = [message for message in channel.messages if isinstance(message, Resumed)]

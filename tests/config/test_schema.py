@@ -75,6 +75,8 @@ def test_an_unknown_field_suggests_the_nearest(changes: dict[str, Any], expected
         ({"adapter": {"method": "svd"}}, ["adapter.method: ", "'olora', 'lora', 'pissa'", "(got 'svd')"]),
         ({"adapter": {"method": "orthogonal", "rank": 7}}, ["adapter: rank=7 is odd", "use 6 or 8"]),
         ({"adapter": {"method": "orthogonal", "rank": 1}}, ["adapter: rank=1 is odd", "use 2"]),
+        ({"adapter": {"method": "eva", "init_tokens": 32}}, ["adapter: init_tokens=32: 32 components", "need more"]),
+        ({"adapter": {"rho": 0.5}}, ["adapter.rho: ", "greater than or equal to 1"]),
         ({"adapter": {"sigma": 0}}, ["adapter.sigma: "]),
         ({"adapter": {"sigma": "big"}}, ["adapter.sigma: "]),
         ({"train": {"lr_ratio": 0}}, ["train.lr_ratio: ", "greater than 0"]),

@@ -134,7 +134,8 @@ def test_the_run_has_the_same_name_until_something_changes(config: Config, tmp_p
 def test_a_field_that_came_later_leaves_names_as_they_were(config: Config) -> None:
     found = recipe._digest(config, inputs(config), None)
     settings = bound_settings(flatten(config))
-    for field in ("adapter.sigma", "train.lr_ratio", "train.precondition"):
+    later = ("adapter.sigma", "adapter.rho", "adapter.init_tokens", "adapter.gamma")
+    for field in (*later, "train.lr_ratio", "train.precondition"):
         del settings[field]
     assert found == digest_json([inputs(config).fingerprint.tags(), None, settings], length=8)
 

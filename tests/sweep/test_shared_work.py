@@ -20,7 +20,7 @@ from olora_ray.sweep.space import Space
 from olora_ray.train.loss import SupervisedLoss
 from tests import tiny
 
-METHODS = ["lora", "olora", "pissa", "pissa_fast", "milora", "orthogonal", "nora"]
+METHODS = ["lora", "olora", "pissa", "pissa_fast", "milora", "orthogonal", "nora", "eva", "lora_ga"]
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def spec_of(**changes: Any) -> TrainSpec:
 
 
 def factors(base: SharedBase, spec: TrainSpec) -> dict[str, Any]:
-    return resume.factors(SharedBaseContext(base), spec, base.loss.model, None)
+    return resume.factors(SharedBaseContext(base), spec, base.loss, None)
 
 
 @pytest.mark.parametrize("rank", [8, 4])
@@ -98,7 +98,7 @@ def test_every_trial_starts_with_the_factors_that_it_would_make(
         for name in METHODS
     ]
     alone = [factors(base, trial) for trial in trials]
-    monkeypatch.setattr(resume, "initialise", _never)
+    monkeypatch.setattr(resume, "new_factors", _never)
     for trial, own in zip(trials, alone, strict=True):
         found = factors(base, replace(trial, shared=str(tmp_path)))
         assert found.keys() == own.keys()

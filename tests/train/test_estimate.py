@@ -49,7 +49,7 @@ def test_a_method_that_a_layer_does_not_allow_is_refused_on_the_model_without_we
 def test_a_method_without_b0_needs_less_memory_whichever_it_is(model: Path) -> None:
     size: dict[bool, set[int]] = {}
     for method, use in METHODS.items():
-        config = override(settings(model, 8), {"adapter.method": method})
+        config = override(settings(model, 8), {"adapter.method": method, "adapter.rho": 1.0})
         size.setdefault(use.has_b0, set()).add(estimate(config, obtain(config)).adapter_bytes)
     assert len(size[True]) == len(size[False]) == 1
     assert max(size[False]) < min(size[True])
@@ -193,3 +193,25 @@ def _train(folder: str, rank: int) -> tuple[int, int]:
 
 if __name__ == "__main__":
     print(json.dumps(_train(sys.argv[1], int(sys.argv[2]))))
+
+
+def test_ranks_that_move_between_layers_are_counted_at_their_most(model: Path) -> None:
+    even = settings(model, 8)
+    sizes = {
+        rho: estimate(override(even, {"adapter.method": "eva", "adapter.rho": rho}), obtain(even)).trainable
+        for rho in (1.0, 2.0)
+    }
+    assert sizes[1.0] == estimate(even, obtain(even)).trainable == 12 * 8 * (4 * 2 * 768 + 3 * (768 + 2048))
+    # Of 7 layers a block the three wide ones have twice the rank, and of the others the rest.
+    assert sizes[2.0] == 12 * (3 * 16 * (768 + 2048) + 8 * 2 * 768)
+
+
+def test_experts_are_refused_for_a_method_that_sees_activations(tmp_path: Path) -> None:
+    zoo.make(ALL["mixtral"]).save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_text("{}")
+    config = override(settings(tmp_path, 4), {"adapter.method": "eva"})
+    with pytest.raises(
+        UserError, match=r"adapter\.method=eva: model\.layers\.0\.mlp\.experts\.\w+ is a stack of experts"
+    ):
+        estimate(config, obtain(config))

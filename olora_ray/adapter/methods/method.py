@@ -23,6 +23,12 @@ class Options:
 
     sigma: float | Literal["matched"] = 0.02
     """nora: size of A0."""
+    rho: float = 2.0
+    """eva: a layer's rank is at most rho times the rank."""
+    init_tokens: int = 1024
+    """eva and lora_ga: tokens that are looked at, at most."""
+    gamma: float = 16.0
+    """lora_ga: the factors' size is that of 1 / sqrt(gamma)."""
 
 
 DEFAULTS = Options()

@@ -1,0 +1,93 @@
+"""EVA: A0 spans the directions in which a layer's inputs vary most (arXiv 2410.07170, section 3).
+
+The rows X (T x n) are a layer's inputs at T supervised tokens, mu their mean:
+
+    X - mu = U S V^T     A0 = V[:r]  (r x n, orthonormal rows)     B0 = 0
+
+The paper's text says SVD of the activations; its code and PEFT's take the mean away, and so does this. Ranks are
+redistributed: every layer offers its first rho r components, each with its share of the layer's variance,
+S_i^2 / sum_j S_j^2; of all layers' together the (layers x r) largest are kept (section 3.2). The scale s stays that of
+rank r for every layer, as in the paper, whose alpha_i is alpha r_i / r.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from olora_ray.adapter.factors import Factors
+from olora_ray.adapter.methods.method import DEFAULTS, Method, Options
+
+TYPICAL_TOKENS = 1024
+"""For the cost of a layer."""
+
+
+@dataclass(frozen=True)
+class Components:
+    """The first principal components of some rows."""
+
+    vectors: Tensor
+    """k x n, float64, orthonormal rows, the largest first; the largest entry of each is positive."""
+    shares: tuple[float, ...]
+    """Of the variance, one each."""
+
+
+def principal(rows: Tensor, count: int) -> Components:
+    """The first `count` components of rows (T x n), computed in float64; fewer where the rows vary in fewer.
+
+    Exact: by the eigenvectors of the smaller of the two Gram matrices, T x T or n x n.
+    """
+    x = rows.double()
+    x = x - x.mean(0)
+    dual = x.shape[0] < x.shape[1]
+    gram = x @ x.mT if dual else x.mT @ x
+    total = gram.trace()
+    values, vectors = (part.flip(-1)[..., :count] for part in torch.linalg.eigh(gram))
+    known = int((values > total * max(x.shape) * torch.finfo(x.dtype).eps).sum())
+    values, vectors = values[:known], vectors[:, :known]
+    if dual:
+        vectors = torch.linalg.qr(x.mT @ vectors).Q
+    largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
+    return Components((vectors * largest.sign()).mT, tuple((values / total).tolist()))
+
+
+def ranks(shares: Mapping[str, Sequence[float]], budget: int) -> dict[str, int]:
+    """How many of its components each layer keeps: the `budget` largest of all shares.
+
+    `shares` has each layer's, falling, in the order of the layers. Of equal ones the earlier component goes first,
+    then the earlier layer.
+    """
+    offers = [
+        (-share, index, place, name)
+        for place, (name, layer) in enumerate(shares.items())
+        for index, share in enumerate(layer)
+    ]
+    found = dict.fromkeys(shares, 0)
+    for *_, name in sorted(offers)[:budget]:
+        found[name] += 1
+    return found
+
+
+def overlap(now: Components, before: Components, rank: int) -> float:
+    """The share of the space of the first `rank` components of now that those of before span; 1: all of it."""
+    new, old = now.vectors[:rank], before.vectors[:rank]
+    return float((new @ old.mT).square().sum()) / max(1, len(new))
+
+
+def factors(rows: Tensor, rank: int, seed: int, options: Options = DEFAULTS) -> Factors:
+    """A0 (r x n) of a layer's inputs (T x n) without redistribution; `seed` is not used."""
+    return Factors(principal(rows, rank).vectors.to(torch.float32), None)
+
+
+METHOD = Method(
+    name="eva",
+    source="arXiv 2410.07170, section 3",
+    about="A0 spans the directions in which the layer's inputs vary most at supervised tokens of the data; B0 = 0.\n"
+    "Ranks go where few components explain much: up to rho x rank, the same sum over all layers.",
+    factors=factors,
+    cost=lambda m, n, rank: float(min(n, TYPICAL_TOKENS) ** 2 * (n + min(n, TYPICAL_TOKENS))),
+    needs="activations",
+    prefix=False,
+    has_b0=False,
+)

@@ -1,0 +1,194 @@
+"""Every layer has a rank of its own: in the exchange, the model, the export, the merge and a checkpoint."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from olora_ray.adapter import merge_check
+from olora_ray.adapter.compress import compress
+from olora_ray.adapter.exchange import exchange
+from olora_ray.adapter.factors import AdapterWeights, Factors
+from olora_ray.adapter.initialise import initialise
+from olora_ray.adapter.inject import inject, wrap
+from olora_ray.adapter.peft_check import check_adapter
+from olora_ray.adapter.peft_folder import read_adapter
+from olora_ray.adapter.weight_names import groups
+from olora_ray.cluster.resume import resume
+from olora_ray.common import collectives
+from olora_ray.config.schema import Adapter
+from olora_ray.train import checkpoint
+from olora_ray.train.loader import StepLoader
+from olora_ray.train.loop import Trainer
+from olora_ray.train.loss import SupervisedLoss
+from olora_ray.train.schedule import Schedule
+from olora_ray.train.state import TrainState
+from tests import small_families, tiny
+from tests.adapter.test_initialise import layers, mixture
+from tests.crew import Crew
+from tests.export_parts import Case, logits, random_adapter, skeleton_of
+
+CPU = torch.device("cpu")
+SHARES = (["a", "c"], ["b", "stack"], ["none"])
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def uneven(seed: int = 0) -> dict[str, Factors]:
+    """Layers of ranks 3, 5 and 0, with and without B0, and a stack of three experts."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    return {
+        "a": Factors(draw(3, 7), draw(6, 3)),
+        "b": Factors(draw(5, 7), None, full_rank=False),
+        "c": Factors(draw(0, 7), None),
+        "stack": Factors(draw(3, 2, 4), draw(3, 5, 2)),
+        "none": Factors(draw(1, 9), None),
+    }
+
+
+def _exchanged() -> tuple[dict[str, Factors], str]:
+    workers = collectives.world_size()
+    shares = [[name for share in SHARES[worker::workers] for name in share] for worker in range(workers)]
+    mine = {name: item for name, item in uneven().items() if name in shares[collectives.rank()]}
+    return exchange(mine, shares, CPU)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_ranks_and_shapes_go_ahead_of_the_numbers(crew: Callable[[int], Crew], workers: int) -> None:
+    answers = crew(workers).run(_exchanged)
+    assert len({digest for _, digest in answers}) == 1
+    for found, _ in answers:
+        assert found.keys() == uneven().keys()
+        for name, expected in uneven().items():
+            torch.testing.assert_close(found[name].a0, expected.a0, rtol=0, atol=0)
+            torch.testing.assert_close(found[name].b0, expected.b0, rtol=0, atol=0)
+            assert (found[name].rank, found[name].full_rank) == (expected.rank, expected.full_rank)
+
+
+def test_the_digest_of_one_rank_for_all_layers_is_that_of_before() -> None:
+    _, report = initialise({**layers(), **mixture()}, "lora", 4, 11, CPU)
+    assert report.digest == "a8048a145a09918039fc333d5044e1ca0bb9e5a882009a28027a7574ef4efb82"
+
+
+def test_a_layer_of_rank_0_is_not_wrapped() -> None:
+    start = {name: item for name, item in ranked_start(tiny.llama()).items() if name.endswith(("q_proj", "v_proj"))}
+    some = "model.layers.0.self_attn.v_proj"
+    start[some] = Factors(start[some].a0[:0], None)
+    assert list(wrap(tiny.llama(), start, 1.0)) == [name for name in start if name != some]
+
+
+def ranked_start(model: Any) -> dict[str, Factors]:
+    """Factors of the ranks 1, 2, ... 5 in turn; every third without B0."""
+    names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)][:-1]
+    found = {}
+    for number, name in enumerate(names):
+        start = random_adapter(model, name, 1 + number % 5, number).factors
+        found[name] = Factors(start.a0, None if number % 3 == 0 else start.b0)
+    return found
+
+
+def ranked_case(folder: Path, model: Any, settings: Adapter) -> Case:
+    """A base folder and an adapter of it, trained-looking, in which every layer has another rank."""
+    model.save_pretrained(folder)
+    stacks = [name for name, parameter in model.named_parameters() if parameter.ndim == 3 and "experts" in name]
+    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    names = [name for name in linear if name.endswith("proj")] + stacks
+    adapter = {name: random_adapter(model, name, 1 + number % 4, number) for number, name in enumerate(names)}
+    for number, (name, item) in enumerate(adapter.items()):
+        if number % 3 == 0:
+            adapter[name] = AdapterWeights(Factors(item.factors.a0, None), item.da, item.db)
+        model.get_parameter(name if name in stacks else f"{name}.weight").data.add_(
+            adapter[name].delta(settings.scale())
+        )
+    return Case(folder, settings, adapter, logits(model))
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+@pytest.mark.parametrize("stabilized", [False, True])
+def test_peft_reads_the_padded_folder_as_a_plain_lora(tmp_path: Path, family: str, stabilized: bool) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = tiny.llama() if family == "llama" else small_families.mixtral()
+    case = ranked_case(tmp_path / "base", model, Adapter(rank=4, alpha=6, rank_stabilized=stabilized))
+    folder = case.write_adapter(tmp_path / "adapter")
+    fields = json.loads((folder / "adapter_config.json").read_text())
+    largest = max(item.plain_rank() for item in case.adapter.values())
+    assert fields["r"] == largest == 8
+    assert fields["lora_alpha"] == pytest.approx(case.scale * (largest**0.5 if stabilized else largest))
+    assert not fields.keys() & {"rank_pattern", "alpha_pattern"}
+    assert check_adapter(folder, case.model, case.adapter, case.scale).ok
+    loaded = AutoModelForCausalLM.from_pretrained(case.base, attn_implementation="eager")
+    says = logits(PeftModel.from_pretrained(loaded, folder).eval())
+    torch.testing.assert_close(says, case.logits, atol=5e-5, rtol=0)
+    again, scale = read_adapter(folder, case.model)
+    for name, item in case.adapter.items():
+        torch.testing.assert_close(again[name].delta(scale), item.delta(case.scale), atol=1e-6, rtol=0)
+
+
+def test_the_merged_folder_is_right_to_the_last_rounding(tmp_path: Path) -> None:
+    case = ranked_case(tmp_path / "base", tiny.llama(), Adapter(rank=4, alpha=6))
+    merged = case.write_merged(tmp_path / "merged")
+    found = groups(case.base, skeleton_of(case.base), case.adapter)
+    assert merge_check.check_weights(case.base, merged, found, case.adapter, case.scale).error <= 1
+    assert merge_check.changed(case.base, merged, found) == []
+
+
+def test_compression_keeps_layers_of_a_smaller_rank_whole() -> None:
+    case = {"a": random_adapter(tiny.llama(), "model.layers.0.mlp.up_proj", 1), "b": _wide()}
+    found, lost = compress(case, 3)
+    assert {item.plain_rank() for item in found.values()} == {3}
+    torch.testing.assert_close(found["a"].delta(1.0), case["a"].delta(1.0), atol=1e-5, rtol=0)
+    assert lost > 0
+
+
+def _wide() -> AdapterWeights:
+    return random_adapter(tiny.llama(), "model.layers.1.mlp.up_proj", 6)
+
+
+def trainer(start: dict[str, Factors]) -> Trainer:
+    model = tiny.llama(attention="segments")
+    settings = tiny.config()
+    return Trainer(SupervisedLoss(model), inject(model, start, settings.adapter.scale()), settings, CPU)
+
+
+def train(one: Trainer, first: int, last: int) -> None:
+    store: Any = tiny.store()
+    loader = StepLoader(store, one.config.train, one.config.run.seed, "segments")
+    schedule = Schedule(one.config.train.model_copy(update={"steps": 4}), store)
+    for result in one.steps(loader, first, schedule):
+        if result.step == last:
+            break
+
+
+def test_a_run_with_a_rank_for_every_layer_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    start = ranked_start(tiny.llama())
+    whole = trainer(start)
+    train(whole, 0, 4)
+    cut = trainer(start)
+    train(cut, 0, 2)
+    state = TrainState(step=2, best_loss=1.0, best_step=1)
+    checkpoint.snapshot(cut, state, cut.flat.vector * 2, {"adapter": "x"}, "run: {}\n")(tmp_path / "step-2")
+    shapes = {name: tuple(part.shape) for name, part in load_file(tmp_path / "step-2" / checkpoint.ADAPTER).items()}
+    assert {shapes[f"{name}.a0"][0] for name in start} == {1, 2, 3, 4, 5}
+    found = checkpoint.load(tmp_path / "step-2")
+    again = trainer({name: found.adapter[name].factors for name in start})
+    best = resume(again, found)
+    assert torch.equal(best, cut.flat.vector * 2)  # type: ignore[arg-type]
+    train(again, 2, 4)
+    assert torch.equal(again.flat.vector, whole.flat.vector)

@@ -1,0 +1,108 @@
+"""A worker that trains EVA: made once, of the training data, and never again; ranks as they were found."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from olora_ray.adapter import factor_cache
+from olora_ray.cluster.channel import Started
+from olora_ray.cluster.spec import TrainSpec
+from olora_ray.cluster.stop_requests import StopRequests
+from olora_ray.cluster.worker import train_at
+from olora_ray.cluster.worker_context import SharedBase, SharedBaseContext
+from olora_ray.model.source import BaseModel
+from olora_ray.sweep import shared_work
+from olora_ray.train import checkpoints
+from olora_ray.train.loss import SupervisedLoss
+from tests import tiny
+from tests.cluster.test_worker import SETTINGS, Channel, adapter, same, train
+
+EVA: dict[str, Any] = {"adapter__method": "eva", "adapter__init_tokens": 96}
+
+
+@pytest.fixture(autouse=True)
+def nobody_asks_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(StopRequests, "_listen", lambda self: None)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StopRequests, "_listen", lambda self: None)
+        assert train(folder, **EVA)[0].problem is None
+    return folder
+
+
+def ranks(folder: Path) -> set[int]:
+    return {item.factors.rank for item in checkpoints.read(str(folder / checkpoints.name_of(6))).adapter.values()}
+
+
+@pytest.mark.parametrize("lost", [(6,), (6, 3, 0)])
+def test_a_resumed_run_has_the_factors_of_its_checkpoint(
+    whole: Path, tmp_path: Path, lost: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(tmp_path, **EVA)
+    for step in lost:
+        (tmp_path / checkpoints.name_of(step) / "manifest.json").unlink()
+    if 0 not in lost:
+        monkeypatch.setattr("olora_ray.cluster.resume.new_factors", None)
+    assert train(tmp_path, **EVA)[0].problem is None
+    assert same(adapter(tmp_path, 6), adapter(whole, 6))
+    assert min(ranks(whole)) < 4 < max(ranks(whole))
+
+
+def test_factors_of_gradients_are_made_and_kept_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"adapter__method": "lora_ga", "adapter__init_tokens": 60}
+    first, channel = train(tmp_path, **settings)
+    assert first.problem is None
+    assert any("lora_ga: 60 supervised tokens of" in str(message) for message in channel.messages)
+    before = adapter(tmp_path, 6)
+    (tmp_path / checkpoints.name_of(6) / "manifest.json").unlink()
+    monkeypatch.setattr("olora_ray.cluster.resume.new_factors", None)
+    assert train(tmp_path, **settings)[0].problem is None
+    assert same(adapter(tmp_path, 6), before)
+
+
+def test_the_log_says_what_was_looked_at(tmp_path: Path) -> None:
+    _, channel = train(tmp_path, **EVA, train__steps=1)
+    (line,) = [line for line in channel.messages if isinstance(line, str) and line.startswith("eva: ")]
+    assert "eva: 96 supervised tokens of" in line
+    assert "; half of them span" in line
+    assert "MiB a worker, 0.0 MiB sent" in line
+
+
+def test_too_few_supervised_tokens_end_the_run_before_it_trains(tmp_path: Path) -> None:
+    result, channel = train(tmp_path, **(EVA | {"adapter__init_tokens": 999}), adapter__rho=20.0, adapter__rank=32)
+    assert result.problem is not None
+    assert result.problem.startswith("adapter.method=eva: the training data has ")
+    assert Started(1) not in channel.messages
+
+
+def spec(shared: str | None) -> TrainSpec:
+    store: Any = tiny.store(8)
+    held_out: Any = tiny.store(3, seed=9)
+    base = BaseModel("m", "/m", "base")
+    return TrainSpec(tiny.config(**(SETTINGS | EVA)), base, "tokenizer", (1,), store, held_out, shared=shared)
+
+
+def base() -> SharedBase:
+    return SharedBase(SupervisedLoss(tiny.llama(attention="segments")), torch.device("cpu"))
+
+
+def test_the_trials_of_a_search_take_the_factors_that_were_made_for_it(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = str(tmp_path / "shared")
+    monkeypatch.setattr(shared_work, "assigned_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(SharedBase, "of", classmethod(lambda cls, spec, device: base()))
+    shared_work.make(spec(None), place, [("lora", 4), ("eva", 4)])
+    mine = spec(place)
+    assert factor_cache.has(mine.factor_place(), mine.factor_origin(), 4)
+    assert not factor_cache.has(mine.factor_place(), mine.factor_origin(), 2), "ranks of another budget are others"
+    monkeypatch.setattr("olora_ray.cluster.resume.new_factors", None)
+    result = train_at(SharedBaseContext(base()), spec(place), str(tmp_path / "trial"), Channel())
+    assert result.problem is None
+    assert same(adapter(tmp_path / "trial", 6), adapter(whole, 6))

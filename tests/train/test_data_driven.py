@@ -1,0 +1,327 @@
+"""EVA: the exact principal components of the run's first supervised tokens, whoever computes them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from olora_ray.adapter.factors import Factors
+from olora_ray.adapter.initialise import InitReport
+from olora_ray.adapter.inject import inject
+from olora_ray.adapter.methods import eva
+from olora_ray.adapter.targets import find_targets
+from olora_ray.common import collectives
+from olora_ray.common.errors import UserError
+from olora_ray.config.schema import Adapter
+from olora_ray.tokens.store import Pack
+from olora_ray.train import data_driven, spread
+from olora_ray.train.data_driven import DataReport, eva_factors
+from olora_ray.train.first_tokens import Piece, first_tokens
+from olora_ray.train.layer_inputs import inputs_of
+from olora_ray.train.loader import StepLoader
+from olora_ray.train.loop import Trainer
+from olora_ray.train.loss import SupervisedLoss
+from olora_ray.train.parallel import place_model
+from olora_ray.train.schedule import Schedule
+from tests import small_families, tiny
+from tests.crew import Crew
+
+CPU = torch.device("cpu")
+RANK = 4
+Made = tuple[dict[str, Factors], InitReport, DataReport]
+
+
+def settings(**changes: Any) -> Adapter:
+    return Adapter(**({"method": "eva", "rank": RANK, "init_tokens": 96} | changes))
+
+
+def make(attention: str = "segments", count: int = 8, at_once: int | None = None, **changes: Any) -> Made:
+    model = tiny.llama(attention=attention)
+    if at_once is not None:
+        spread.AT_ONCE = at_once
+    return eva_factors(
+        SupervisedLoss(model), find_targets(model, "all-linear", RANK), settings(**changes), store(count), CPU
+    )
+
+
+def store(count: int = 8) -> Any:
+    return tiny.store(count, seed=2)
+
+
+def exact(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Right singular vectors and shares of the variance, by the SVD of the centred rows."""
+    x = rows.double() - rows.double().mean(0)
+    _, values, right = torch.linalg.svd(x, full_matrices=False)
+    return right, values.square() / values.square().sum()
+
+
+def recorded(model: Any, packs: list[Pack], limit: int) -> dict[str, Tensor]:
+    """Each layer's inputs at the first `limit` supervised tokens, one example at a time through the whole model."""
+    seen: dict[str, list[Tensor]] = {}
+    mask: Tensor = torch.empty(0)
+    handles = [
+        module.register_forward_pre_hook(
+            lambda _, x, name=name: seen.setdefault(name, []).append(x[0][0][mask].clone())
+        )
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    ]
+    for pack in tiny.unpacked(packs):
+        mask = torch.from_numpy(pack.supervised)
+        model(torch.from_numpy(pack.input_ids.astype(np.int64))[None], use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return {name: torch.cat(parts)[:limit] for name, parts in seen.items()}
+
+
+def sine(a: Tensor, b: Tensor) -> float:
+    """Of the largest angle between the spaces of the rows."""
+    cosines = torch.linalg.svdvals(a.double() @ b.double().mT)
+    return float((1 - cosines.min().clamp(max=1) ** 2).sqrt())
+
+
+@pytest.mark.parametrize("attention", ["segments", "sdpa"])
+def test_a0_is_the_exact_pca_of_the_first_supervised_tokens_of_packed_sequences(attention: str) -> None:
+    found, _, about = make(attention)
+    packs = store()
+    rows = recorded(tiny.llama(), [packs[i] for i in range(8)], 96)
+    offers = {name: exact(rows[name])[1][: 2 * RANK].tolist() for name in found}
+    assert about.tokens == 96
+    assert about.ranks == eva.ranks(offers, len(found) * RANK)
+    assert min(about.ranks.values()) < RANK < max(about.ranks.values())
+    for name, item in found.items():
+        assert item.b0 is None
+        assert item.rank == about.ranks[name]
+        torch.testing.assert_close(item.a0 @ item.a0.mT, torch.eye(item.rank), atol=1e-6, rtol=0)
+        assert sine(item.a0, exact(rows[name])[0][: item.rank]) < 2e-4, name
+
+
+def test_rho_1_gives_every_layer_the_same_rank() -> None:
+    found, _, about = make(rho=1.0)
+    assert set(about.ranks.values()) == {RANK}
+    both, _, _ = make()
+    for name, item in both.items():
+        size = min(item.rank, RANK)
+        torch.testing.assert_close(item.a0[:size], found[name].a0[:size])
+
+
+def _bytes(**changes: Any) -> tuple[str, list[int], int, bytes]:
+    found, report, about = make(**changes)
+    parts = b"".join(item.a0.numpy().tobytes() for item in found.values())
+    return report.digest if collectives.world_size() == 1 else "", list(about.ranks.values()), about.sent, parts
+
+
+def test_the_same_bytes_come_of_1_2_and_3_workers(crew: Callable[[int], Crew]) -> None:
+    answers = [answer for workers in (1, 2, 3) for answer in crew(workers).run(_bytes)]
+    assert len({parts for *_, parts in answers}) == 1
+    assert len({tuple(ranks) for _, ranks, *_ in answers}) == 1
+    assert answers[0][2] == 0
+    assert answers[1][2] == answers[2][2] > 0
+
+
+def _in_small_parts() -> tuple[int, bytes]:
+    whole, parts = _bytes(), _bytes(at_once=4096)
+    spread.AT_ONCE = 2**26
+    return whole[2] - parts[2], b"" if whole[3] == parts[3] else parts[3]
+
+
+def test_parts_that_are_sent_after_each_other_make_the_same_bytes(crew: Callable[[int], Crew]) -> None:
+    assert crew(2).run(_in_small_parts) == [(0, b"")] * 2
+
+
+def test_each_row_travels_once_and_only_to_its_owner(crew: Callable[[int], Crew]) -> None:
+    """In all, each of T rows of each input goes to one owner, and about half of them are there already."""
+    answers = crew(2).run(_bytes)
+    model = tiny.llama()
+    inputs = inputs_of(
+        SupervisedLoss(model), find_targets(model, "all-linear", RANK), data_driven.probe(_loss(), store()[0])
+    )
+    rows = [piece.count for piece in first_tokens(store(), 96)]
+    whole = 96 * sum(each.row_bytes for each in inputs)
+    assert answers[0][2] <= whole
+    assert abs(answers[0][2] / whole - 0.5) < 0.5 * max(rows) / 96 + 0.2
+
+
+def _loss() -> SupervisedLoss:
+    return SupervisedLoss(tiny.llama(attention="segments"))
+
+
+def test_layers_with_one_input_share_its_components_and_compete_each() -> None:
+    model = tiny.llama(attention="segments")
+    found = inputs_of(
+        SupervisedLoss(model), find_targets(model, "all-linear", RANK), data_driven.probe(_loss(), store()[0])
+    )
+    kinds = [tuple(name.rpartition(".")[2] for name in each.layers) for each in found]
+    assert kinds == [("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)] * 2
+    made, *_ = make()
+    q, k, v = (made[f"model.layers.0.self_attn.{part}_proj"] for part in "qkv")
+    assert q.rank >= k.rank >= v.rank >= q.rank - 1, "equal shares: the earlier layer goes first"
+    assert torch.equal(q.a0[: v.rank], v.a0)
+
+
+def test_a_sharded_base_gives_the_same_factors(crew: Callable[[int], Crew]) -> None:
+    (whole, _), (sharded, other) = crew(2).run(_placed, "ddp"), crew(2).run(_placed, "fsdp")
+    assert sharded.keys() == other.keys() == whole.keys()
+    for name, item in whole.items():
+        assert torch.equal(sharded[name].a0, other[name].a0)
+        assert sharded[name].rank == item.rank
+        assert sine(sharded[name].a0, item.a0) < 1e-3
+
+
+def _placed(strategy: str) -> dict[str, Factors]:
+    loss = _loss()
+    place_model(loss, strategy, CPU)
+    return eva_factors(loss, find_targets(loss.model, "all-linear", RANK), settings(), store(), CPU)[0]
+
+
+def test_adapters_are_put_into_a_base_that_is_sharded_already(crew: Callable[[int], Crew]) -> None:
+    (whole, trained), (sharded, other) = crew(2).run(_trained, "ddp"), crew(2).run(_trained, "fsdp")
+    assert whole == trained
+    assert sharded == other
+    assert sharded == pytest.approx(whole, rel=1e-4)
+    assert whole[2] < whole[0]
+
+
+def _trained(strategy: str) -> list[float]:
+    """Losses of three steps of an adapter whose factors are those of the placed base."""
+    config = tiny.config(
+        adapter__method="eva", adapter__init_tokens=96, cluster__workers=2, cluster__strategy=strategy, train__lr=0.05
+    )
+    loss = _loss()
+    place_model(loss, strategy, CPU)
+    found, *_ = eva_factors(loss, find_targets(loss.model, "all-linear", RANK), config.adapter, store(), CPU)
+    adapted = inject(loss.model, found, config.adapter.scale())
+    place_model(loss, strategy, CPU)
+    trainer = Trainer(loss, adapted, config, CPU)
+    loader = StepLoader(store(), config.train, 0, "segments", collectives.rank(), 2)
+    schedule = Schedule(config.train.model_copy(update={"steps": 3}), store())
+    return [result.loss for result in trainer.steps(loader, 0, schedule)]
+
+
+def test_more_tokens_are_looked_at_until_they_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, _, about = make(init_tokens=128)
+    assert about.tokens == 128
+    assert about.agreement is not None
+    mean, least = about.agreement
+    assert 0 < least <= mean < 0.99
+    assert f"half of them span {mean:.0%} of its space ({least:.0%} at least)" in about.line("eva")
+    monkeypatch.setattr(data_driven, "AGREEMENT", least / 2)
+    early, _, sooner = make(init_tokens=128)
+    assert sooner.tokens == 64
+    assert sooner.sequences < about.sequences
+    monkeypatch.undo()
+    alone, _, _ = make(init_tokens=64)
+    assert all(torch.equal(early[name].a0, item.a0) for name, item in alone.items())
+
+
+def test_too_few_tokens_are_refused_in_one_line() -> None:
+    with pytest.raises(UserError, match=r"the training data has \d+ supervised tokens, and 48 components") as caught:
+        make(count=1, rank=16, rho=3.0)
+    assert str(caught.value).endswith(
+        " (rho x rank) need more than 48; use more data, lower adapter.rank or adapter.rho, or use another method"
+    )
+
+
+def test_experts_are_refused_by_name() -> None:
+    model = small_families.mixtral()
+    with pytest.raises(UserError, match=r"model\.layers\.0\.mlp\.experts\.\w+ is a stack of experts"):
+        eva_factors(SupervisedLoss(model), find_targets(model, "all-linear", 2), settings(rank=2), store(), CPU)
+    names = ("q_proj", "o_proj")
+    found, *_ = eva_factors(SupervisedLoss(model), find_targets(model, names, 2), settings(rank=2), store(), CPU)
+    assert len(found) == 4
+
+
+def test_a_layer_that_no_text_reaches_is_named() -> None:
+    model = tiny.llama(attention="segments")
+    targets = find_targets(model, ("q_proj",), RANK)
+    spare = torch.nn.Linear(8, 8)
+    targets["spare"] = type(next(iter(targets.values())))(spare, "weight", False)
+    with pytest.raises(UserError, match="the input of spare at each token, and that layer is not used for text"):
+        eva_factors(SupervisedLoss(model), targets, settings(), store(), CPU)
+
+
+def test_activations_that_are_not_finite_stop_every_worker(crew: Callable[[int], Crew]) -> None:
+    answers = crew(2).run(_poisoned)
+    assert [type(answer) for answer in answers] == [UserError] * 2
+    assert {str(answer) for answer in answers} == {
+        "model.name: the input of model.layers.1.self_attn.q_proj has NaN or infinite values on the training data"
+    }
+
+
+def _poisoned() -> None:
+    loss = _loss()
+    token = int(store()[1].input_ids[0])  # of the second sequence: the second worker's
+    embedding = loss.model.model.embed_tokens.weight  # type: ignore[union-attr]
+    embedding.data[token] = torch.nan
+    eva_factors(loss, find_targets(loss.model, ("layers.1.self_attn.q_proj",), RANK), settings(), store(), CPU)
+
+
+def test_the_first_tokens_are_those_of_the_stores_order() -> None:
+    packs = store()
+    pieces = first_tokens(packs, 60)
+    assert pieces[-1].end == 60
+    assert [piece.sequence for piece in pieces] == list(range(len(pieces)))
+    assert all(piece.count == packs.supervised([piece.sequence]) for piece in pieces[:-1])
+    assert first_tokens(packs, 10**6)[-1].end == packs.supervised(range(8))
+
+
+def test_a_growing_store_is_waited_for_and_decides_nothing() -> None:
+    packs = store()
+    growing = tiny.ListStore([packs[i] for i in range(8)], sizes=[1, 2, 5], arrived=1)
+    looks = []
+
+    def waiting(shard: int, shards: int) -> None:
+        looks.append((shard, shards))
+        growing.arrived = 3
+
+    assert first_tokens(growing, 60, waiting) == first_tokens(packs, 60)  # type: ignore[arg-type]
+    assert looks
+
+
+@given(
+    st.lists(st.lists(st.floats(0, 1).map(lambda x: round(x, 1)), max_size=6), min_size=1, max_size=5),
+    st.integers(0, 30),
+)
+def test_ranks_are_a_count_of_the_largest_shares(shares: list[list[float]], budget: int) -> None:
+    layers = {f"layer {i}": sorted(each, reverse=True) for i, each in enumerate(shares)}
+    found = eva.ranks(layers, budget)
+    assert list(found) == list(layers)
+    assert sum(found.values()) == min(budget, sum(map(len, layers.values())))
+    kept = [layers[name][i] for name in layers for i in range(found[name])]
+    left = [share for name in layers for share in layers[name][found[name] :]]
+    assert not kept or not left or min(kept) >= max(left)
+
+
+def test_of_equal_shares_the_earlier_component_goes_first_then_the_earlier_layer() -> None:
+    shares = [0.3, 0.3, 0.2]
+    assert eva.ranks({"b": shares, "a": shares}, 3) == {"b": 2, "a": 1}
+    assert eva.ranks({"b": shares, "a": shares[:1]}, 2) == {"b": 1, "a": 1}
+
+
+@given(st.integers(2, 12), st.integers(2, 12), st.integers(1, 12), st.integers(0, 100))
+def test_components_are_those_of_the_svd(tokens: int, n: int, count: int, seed: int) -> None:
+    rows = torch.randn(tokens, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    rows[:, 0] *= 3
+    found = eva.principal(rows, count)
+    _, shares = exact(rows)
+    size = min(count, tokens - 1, n)
+    assert found.vectors.shape == (size, n)
+    torch.testing.assert_close(torch.tensor(found.shares), shares[:size], atol=1e-6, rtol=0, check_dtype=False)
+    torch.testing.assert_close(found.vectors @ found.vectors.mT, torch.eye(size).double(), atol=1e-9, rtol=0)
+    projected = (found.vectors @ (rows - rows.mean(0)).mT).square().sum(1)
+    torch.testing.assert_close(projected / (rows - rows.mean(0)).square().sum(), shares[:size], atol=1e-9, rtol=0)
+
+
+def test_inputs_that_vary_in_few_directions_have_few_components() -> None:
+    rows = torch.randn(20, 3) @ torch.randn(3, 12) + 5
+    assert eva.principal(rows.double(), 8).vectors.shape == (3, 12)
+    assert eva.principal(torch.ones(20, 12), 8).vectors.shape == (0, 12)
+
+
+def test_pieces_know_their_end() -> None:
+    assert Piece(3, 10, 5).end == 15
