@@ -88,11 +88,12 @@ def check_budget(
     seconds = _seconds(trainings(comparison, tried, final)[0], found)
     if comparison.budget is None or seconds is None or spent + seconds <= comparison.budget * (LATE if began else 1.0):
         return
+    elsewhere = " under another run.name" if began else ""
     so_far = f" after the {duration(spent)} so far" if spent else ""
     raise UserError(
         f"argument --budget: the comparison takes about {duration(seconds)} more{so_far}, and may take"
         f" {duration(comparison.budget)} in all; raise it, or compare less (train.steps, --seeds, --methods,"
-        " compare.untuned) under another run.name"
+        f" compare.untuned){elsewhere}"
     )
 
 

@@ -26,6 +26,7 @@ from olora_ray.data.example import Rejected
 from olora_ray.data.formats import columns_of
 from olora_ray.data.reader import read_unit
 from olora_ray.data.tokenize import TokenizerSpec
+from olora_ray.sweep.compare.spec import has_begun
 from olora_ray.tokens.plan import Plan, Split
 from olora_ray.tokens.prepare import plan_here
 from olora_ray.tokens.totals import Limits
@@ -187,7 +188,7 @@ def _written(config: Config, sets: Mapping[Kind, Sequence[Row]]) -> RowSets:
         {kind: digest_json([[row.source, row.line] for row in rows], length=32) for kind, rows in sets.items()},
         _groups(sets["test"]),
     )
-    if _begun(storage.join(folder, "rows.json"), found):
+    if has_begun(config.folder()) and _there(storage.join(folder, "rows.json"), found):
         return found
     for kind, rows in sets.items():
         for number in {row.source for row in rows}:
@@ -198,7 +199,7 @@ def _written(config: Config, sets: Mapping[Kind, Sequence[Row]]) -> RowSets:
     return found
 
 
-def _begun(place: str, found: RowSets) -> bool:
+def _there(place: str, found: RowSets) -> bool:
     """Whether these rows are there already; raises UserError if the comparison was begun with others."""
     try:
         before = json.loads(storage.read_text(place))["digests"]

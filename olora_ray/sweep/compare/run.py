@@ -36,7 +36,7 @@ from olora_ray.sweep.compare.listed import Listed
 from olora_ray.sweep.compare.phase import Ended
 from olora_ray.sweep.compare.row_losses import RowLosses
 from olora_ray.sweep.compare.rows import RowSets
-from olora_ray.sweep.compare.spec import FINAL, PhaseSpec, shared_place, tuning_name
+from olora_ray.sweep.compare.spec import FINAL, PhaseSpec, has_begun, shared_place, tuning_name
 from olora_ray.tracking import mlflow_run as tracking
 from olora_ray.tracking.run import Tracker
 from olora_ray.train.estimate import MemoryEstimate
@@ -200,7 +200,7 @@ class Run:
         side_by_side = max(1, search.room(worker_resources(self.config)) // self.config.cluster.min_workers())
         self._pace = estimate.measured(spec, self.sizes[BASELINE], side_by_side)
         logger.info(estimate.line(self.comparison, self._pace, []))
-        if not storage.exists(storage.join(self.folder, tuning_name(1))):
+        if not has_begun(self.folder):
             estimate.check_budget(self.comparison, self._pace, 0.0, [])
 
     def _again(self, found: Sequence[Ended], tried: Sequence[Cell]) -> None:

@@ -16,6 +16,7 @@ from olora_ray.config.dotted import flatten
 from olora_ray.pipeline import mlflow_run
 from olora_ray.pipeline.run_folder import RunFolder, bound_settings
 from olora_ray.sweep.compare.arguments import SEEDS, Comparison
+from olora_ray.sweep.compare.spec import has_begun
 from olora_ray.train import checkpoint
 
 logger = logging.getLogger(__name__)
@@ -36,20 +37,24 @@ def check(comparison: Comparison) -> None:
 
 
 def begin(comparison: Comparison, contents: Mapping[str, str]) -> None:
-    """Keep what the comparison is begun with: from now on its folder is its own.
+    """Keep what the comparison is begun with: once it has a trial, its folder is its own.
 
     `contents` are digests of model and rows by their names. Raises UserError if it was begun with others.
     """
     _refuse_other(comparison, contents)
-    place = storage.join(comparison.config.folder(), _FILE)
-    if not storage.exists(place):
-        storage.write_text(place, json.dumps(_description(comparison, contents), indent=1, sort_keys=True) + "\n")
+    folder = comparison.config.folder()
+    text = json.dumps(_description(comparison, contents), indent=1, sort_keys=True) + "\n"
+    place = storage.join(folder, _FILE)
+    if has_begun(folder) or (storage.exists(place) and storage.read_text(place) == text):
+        return
+    storage.remove(storage.join(folder, "shared"))  # factors of an attempt with other settings
+    storage.write_text(place, text)
 
 
 def _refuse_other(comparison: Comparison, contents: Mapping[str, str]) -> None:
     folder = comparison.config.folder()
     place = storage.join(folder, _FILE)
-    if not storage.exists(place):
+    if not (has_begun(folder) and storage.exists(place)):
         return
     try:
         kept = json.loads(storage.read_text(place))

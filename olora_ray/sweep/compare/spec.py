@@ -27,6 +27,11 @@ def tuning_name(number: int) -> str:
     return f"tuning-{number}"
 
 
+def has_begun(root: str) -> bool:
+    """Whether a comparison has trials: until then its settings and rows may still be changed."""
+    return storage.exists(storage.join(root, tuning_name(1)))
+
+
 def shared_place(root: str, method_or_seed: str) -> str:
     """A folder of what trials share; `root` is the comparison's."""
     return storage.join(root, "shared", method_or_seed)

@@ -83,6 +83,7 @@ def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Comparison:
     monkeypatch.setattr(settings.mlflow_run, "check_tracking", lambda config, folder: None)
     found = made.comparison(tmp_path)
     settings.begin(found, {"test rows": "a", "base model": "b"})
+    (Path(found.config.folder()) / "tuning-1").mkdir()
     return found
 
 
@@ -110,6 +111,24 @@ def test_what_is_compared_is_fixed_before_it_begins(
     other = Comparison(override(begun.config, changes), methods, tuple(range(4, 4 + seeds)), None)
     with pytest.raises(UserError, match=message):
         settings.check(other)
+
+
+def test_until_the_first_trial_settings_and_rows_may_change(begun: Comparison) -> None:
+    """Refused for its budget, say."""
+    folder = Path(begun.config.folder())
+    (folder / "tuning-1").rmdir()
+    (folder / "shared" / "lora").mkdir(parents=True)
+    same = {"test rows": "a", "base model": "b"}
+    settings.begin(begun, same)
+    assert (folder / "shared" / "lora").exists()
+    other = Comparison(override(begun.config, {"train.steps": 5}), begun.methods, begun.seeds, None)
+    settings.check(other)
+    settings.begin(other, {**same, "test rows": "other"})
+    assert not (folder / "shared").exists()
+    (folder / "tuning-1").mkdir()
+    settings.check(other)
+    with pytest.raises(UserError, match=r"train\.steps was 5, is 40"):
+        settings.check(begun)
 
 
 def test_other_rows_and_damage_are_refused(begun: Comparison) -> None:
