@@ -78,7 +78,7 @@ def test_a_nan_weight_stops_all_workers_with_the_layers_name(crew: Callable[[int
     assert len(set(crew(workers).run(_digest_only))) == 1  # and none is left waiting
 
 
-@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"lora", "orthogonal"}))
+@pytest.mark.parametrize("method", sorted(set(FROM_WEIGHTS) - {"lora", "orthogonal"}))
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_what_reads_the_weight_names_the_layer_that_is_not_finite(method: str, value: float) -> None:
     targets = layers()

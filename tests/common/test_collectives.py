@@ -66,3 +66,16 @@ def _imports_distributed(file: Path) -> bool:
         if isinstance(node, ast.ImportFrom) and module == "torch" and "distributed" in names:
             return True
     return False
+
+
+def _swapped() -> list[list[int]]:
+    here, workers = collectives.rank(), collectives.world_size()
+    # Worker w sends w + o bytes to worker o: 0 from the first to itself.
+    outgoing = [torch.full((here + other,), 10 * here + other, dtype=torch.uint8) for other in range(workers)]
+    return [part.tolist() for part in collectives.swap(outgoing, [other + here for other in range(workers)])]
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_each_worker_gets_what_the_others_send_it(crew: Callable[[int], Crew], workers: int) -> None:
+    for here, found in enumerate(crew(workers).run(_swapped)):
+        assert found == [[10 * other + here] * (other + here) for other in range(workers)]
