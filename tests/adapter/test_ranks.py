@@ -28,10 +28,12 @@ from olora_ray.train.loop import Trainer
 from olora_ray.train.loss import SupervisedLoss
 from olora_ray.train.schedule import Schedule
 from olora_ray.train.state import TrainState
-from tests import small_families, tiny
+from tests import tiny
 from tests.adapter.test_initialise import layers, mixture
 from tests.crew import Crew
 from tests.export_parts import Case, logits, random_adapter, skeleton_of
+from tests.families import zoo
+from tests.families.variants import ALL
 
 CPU = torch.device("cpu")
 SHARES = (["a", "c"], ["b", "stack"], ["none"])
@@ -124,7 +126,7 @@ def test_peft_reads_the_padded_folder_as_a_plain_lora(tmp_path: Path, family: st
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    model = tiny.llama() if family == "llama" else small_families.mixtral()
+    model = tiny.llama() if family == "llama" else zoo.make(ALL["mixtral"])
     case = ranked_case(tmp_path / "base", model, Adapter(rank=4, alpha=6, rank_stabilized=stabilized))
     folder = case.write_adapter(tmp_path / "adapter")
     fields = json.loads((folder / "adapter_config.json").read_text())

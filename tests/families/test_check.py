@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from olora_ray.adapter import layer, merge
-from olora_ray.cluster import self_tested
+from olora_ray.cluster import tested_base
 from olora_ray.common.errors import UserError
 from olora_ray.model import segment_attention
 from olora_ray.pipeline.export import export_run
@@ -30,7 +30,7 @@ def test_attention_over_borders_is_found(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(segment_attention, "segment_attention", over_borders)
     # The self-test would take another attention.
-    monkeypatch.setattr(self_tested, "choose_attention", lambda *_: SelfTest("segments"))
+    monkeypatch.setattr(tested_base, "choose_attention", lambda *_: SelfTest("segments"))
     row = check(LLAMA, "fp32", tmp_path)
     assert not row.right
     assert row.refused or "packed" in row.verdict

@@ -28,8 +28,10 @@ from olora_ray.train.loop import Trainer
 from olora_ray.train.loss import SupervisedLoss
 from olora_ray.train.parallel import place_model
 from olora_ray.train.schedule import Schedule
-from tests import small_families, tiny
+from tests import tiny
 from tests.crew import Crew
+from tests.families import zoo
+from tests.families.variants import ALL
 
 CPU = torch.device("cpu")
 RANK = 4
@@ -228,7 +230,7 @@ def test_too_few_tokens_are_refused_in_one_line() -> None:
 
 
 def test_experts_are_refused_by_name() -> None:
-    model = small_families.mixtral()
+    model = zoo.make(ALL["mixtral"])
     with pytest.raises(UserError, match=r"model\.layers\.0\.mlp\.experts\.\w+ is a stack of experts"):
         eva_factors(SupervisedLoss(model), find_targets(model, "all-linear", 2), settings(rank=2), store(), CPU)
     names = ("q_proj", "o_proj")

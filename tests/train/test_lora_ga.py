@@ -22,8 +22,10 @@ from olora_ray.train.data_driven import DataReport
 from olora_ray.train.gradient_factors import gradient_factors
 from olora_ray.train.loss import SupervisedLoss
 from olora_ray.train.parallel import place_model
-from tests import small_families, tiny
+from tests import tiny
 from tests.crew import Crew
+from tests.families import zoo
+from tests.families.variants import ALL
 from tests.train.test_data_driven import sine
 
 CPU = torch.device("cpu")
@@ -146,7 +148,7 @@ def test_a_rank_above_half_of_a_layer_is_refused_in_one_line() -> None:
 
 
 def test_experts_and_data_without_supervised_tokens_are_refused() -> None:
-    model = small_families.mixtral()
+    model = zoo.make(ALL["mixtral"])
     with pytest.raises(UserError, match="is a stack of experts"):
         gradient_factors(SupervisedLoss(model), find_targets(model, "all-linear", 2), settings(), store(), CPU)
     empty: Any = tiny.ListStore([Pack(store()[0].input_ids, np.zeros(len(store()[0].input_ids), bool), (4,))])
