@@ -50,6 +50,7 @@ def test_a_run_continues_in_another_folder(tiny_project: Path, clean: Clean, tmp
         assert not here.exists()
 
 
+@pytest.mark.slow
 def test_two_drivers_of_one_run(tiny_project: Path, tmp_path: Path) -> None:
     """While the first stands still the second leaves; one that waits finds the work done. Nothing is there twice."""
     config = runs.written(tiny_project, tmp_path)
