@@ -12,7 +12,6 @@ import pytest
 
 from tests.pipelines import project
 
-pytestmark = pytest.mark.ray
 SCRIPT = str(project.ROOT / "pipelines" / "compare.py")
 SMALL: dict[str, Any] = {
     "cluster__workers": 1,
@@ -50,6 +49,7 @@ def times(folder: Path) -> dict[str, int]:
     return {str(path): path.stat().st_mtime_ns for path in folder.glob("*/trials/*/training.json")}
 
 
+@pytest.mark.ray
 @pytest.mark.slow
 def test_a_comparison_from_rows_to_verdict_and_again(corpus: Path, tiny_model: Path) -> None:
     file = write(corpus, tiny_model)
@@ -109,6 +109,7 @@ def _mlflow(folder: Path) -> None:
     assert names >= {"report.html", "comparison.json", "learning_rates.png"}
 
 
+@pytest.mark.ray
 @pytest.mark.slow
 def test_a_training_that_is_deleted_is_the_only_one_that_runs_again(corpus: Path, tiny_model: Path) -> None:
     """A killed comparison goes on: what has ended is found, what is missing is trained."""
@@ -140,7 +141,7 @@ def test_a_training_that_is_deleted_is_the_only_one_that_runs_again(corpus: Path
         ),
         (("compare.test_rows=53",), "error: data.train: 1 row left to train on beside 6 tuning and 53 test rows"),
         (("adapter.rank=4000",), "error: adapter.rank"),
-        (("--budget", "2s"), "error: argument --budget: the comparison takes about"),
+        pytest.param(("--budget", "2s"), "error: argument --budget: the comparison takes about", marks=pytest.mark.ray),
     ],
 )
 def test_mistakes_are_one_line_before_any_training(
