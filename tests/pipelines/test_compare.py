@@ -72,7 +72,7 @@ def test_a_comparison_from_rows_to_verdict_and_again(corpus: Path, tiny_model: P
             assert each["loss"] < found["base_test"]
         assert method["init_seconds"] > 0
         assert method["exchanged"] > 0
-        assert (folder / "shared" / method["method"] / "factors.safetensors").is_file()
+        assert (folder / "shared" / method["method"] / method["method"] / "factors.safetensors").is_file()
     against = olora["against"]
     assert against["adjusted"] == against["interval"]
     assert against["interval"]["low"] < against["mean"] < against["interval"]["high"]
