@@ -15,6 +15,8 @@ from olora_ray.sweep.plan import plan
 from olora_ray.sweep.space import Space
 from pipelines import sweep
 from tests import mlflow_database, tiny
+from tests.families import zoo
+from tests.families.variants import ALL
 from tests.pipelines import project
 from tests.said import said
 
@@ -101,6 +103,13 @@ def test_each_setting_is_planned_at_the_largest_rank(model: Path) -> None:
     assert ["rank 16 on 2 layers" in line for line in sizes] == [True, True, False]
     assert "rank 16 on 4 layers" in sizes[2]
     assert sum("memory per worker" in line for line in lines) == 3
+
+
+def test_a_method_that_cannot_have_a_layer_is_refused(tmp_path: Path) -> None:
+    zoo.build(ALL["mixtral"], tmp_path)
+    space = {"search": {"adapter.method": {"choice": ["olora", "eva"]}}, "include_default": False}
+    with pytest.raises(UserError, match=r"^search\.adapter\.method=eva: adapter\.method=eva: .* is a stack of experts"):
+        planned(tmp_path, space)
 
 
 def test_a_scorer_that_there_is_not_is_refused(model: Path) -> None:
