@@ -4,13 +4,13 @@ import io
 from html import escape
 from typing import TYPE_CHECKING
 
-from olora_ray.common import storage
 from olora_ray.sweep.compare import table, verdict
 from olora_ray.sweep.compare.figures import FIGURES
 from olora_ray.sweep.compare.grid import BASELINE
 from olora_ray.sweep.compare.record import ComparisonRecord, Point
 from olora_ray.sweep.report import html as tags
 from olora_ray.sweep.report import text
+from olora_ray.sweep.report.write import files
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,14 +26,7 @@ _DESCRIBED = {
 def write(record: ComparisonRecord, folder: str) -> list[str]:
     """Write report.html, the figures as PNG and comparison.json into `folder`, a path or URI; what was written."""
     pictures = {name: _png(draw(record)) for name, draw in FIGURES.items()}
-    written = []
-    for name, png in pictures.items():
-        written.append(storage.join(folder, f"{name}.png"))
-        storage.write_bytes(written[-1], png)
-    for name, content in (("comparison.json", record.to_json()), ("report.html", html(record, pictures))):
-        written.append(storage.join(folder, name))
-        storage.write_text(written[-1], content)
-    return written
+    return files(folder, pictures, {"comparison.json": record.to_json(), "report.html": html(record, pictures)})
 
 
 def html(record: ComparisonRecord, pictures: dict[str, bytes]) -> str:

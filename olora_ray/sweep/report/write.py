@@ -1,6 +1,7 @@
 """The report of a search: one page that needs nothing else, its figures as files, and leaderboard.json."""
 
 import io
+from collections.abc import Mapping
 from html import escape
 from typing import TYPE_CHECKING
 
@@ -35,11 +36,16 @@ def write(record: SearchRecord, folder: str) -> list[str]:
     Files of an earlier report are replaced, so it can be called while the search continues.
     """
     pictures = _pictures(record)
+    return files(folder, pictures, {"leaderboard.json": record.to_json(), "report.html": html(record, pictures)})
+
+
+def files(folder: str, pictures: Mapping[str, bytes], texts: Mapping[str, str]) -> list[str]:
+    """Write PNGs by the names of their figures, and texts by those of their files; what was written."""
     written = []
     for name, png in pictures.items():
         written.append(storage.join(folder, f"{name}.png"))
         storage.write_bytes(written[-1], png)
-    for name, content in (("leaderboard.json", record.to_json()), ("report.html", html(record, pictures))):
+    for name, content in texts.items():
         written.append(storage.join(folder, name))
         storage.write_text(written[-1], content)
     return written
