@@ -215,7 +215,9 @@ def test_stopped_trials_give_back_everything(corpus: Path, tiny_model: Path) -> 
         "scheduler": {"kind": "asha", "reduction": 2},
         "concurrency": 2,
     }
-    command = [sys.executable, "-c", WATCHED, SCRIPT, *write(corpus, tiny_model, space)]
+    # Long enough that Tune can stop a trial before it has ended by itself, on a busy machine too.
+    long = {"train__steps": 120, "train__eval_every": 10, "train__checkpoint_every": 40}
+    command = [sys.executable, "-c", WATCHED, SCRIPT, *write(corpus, tiny_model, space, **long)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command, cwd=project.ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False

@@ -26,6 +26,8 @@ POINTS: dict[str, tuple[str, int | None, int | None]] = {
 TRAINING = ("initialisation", "early step", "middle step", "last step", "evaluation", "checkpoint")
 UNDER_WAY = ("early step", "middle step", "evaluation", "checkpoint")
 """Points at which a checkpoint lies behind and steps lie ahead."""
+UNSAVED = ("preparation", "initialisation")
+"""Points that initialised factors may not outlive: workers begin while the tokens are made, and save at step 0."""
 HAPPENINGS = {
     "kill worker": [point for point in POINTS if point != "registration"],
     "exception in worker": [point for point in POINTS if point != "registration"],
@@ -136,9 +138,9 @@ def is_resumed(what: str, where: str) -> bool:
 
 
 def log_problems(run: Run, what: str, where: str) -> list[str]:
-    """What is wrong with the log: each attempt to train is told, and only the first one initialises."""
+    """What is wrong with the log: each attempt to train is told, and none initialises again what is saved."""
     found, resumptions = [], run.resumptions()
-    most = 2 if where == "initialisation" else 1
+    most = 2 if where in UNSAVED else 1
     if not 1 <= run.initialised() <= most or run.told_initialised() > most:
         found.append(f"initialised {run.initialised()} times, and the log says {run.told_initialised()}")
     if is_resumed(what, where) and len(resumptions) != 1:
