@@ -69,10 +69,10 @@ class MemoryStore(list[Pack]):
     complete = True
 
     @property
-    def packs(self) -> int:
+    def total(self) -> int:
         return len(self)
 
-    known = packs
+    available = total
 
     def refresh(self) -> None:
         """Nothing to look for."""

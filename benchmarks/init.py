@@ -4,7 +4,8 @@ Ours is the whole of `initialise`: factors of every layer, exchange buffers and 
 `olora_init`, `pissa_init` .. alone, so making the wrapper modules counts for neither. The first table is OLoRA's, with
 the error of both; the second has a row for each method: seconds, how far the memory of the process rose above what it
 was, and the largest relative difference of B0 A0 over the layers. Of the randomised ones, which are approximations, it
-is that of each to the exact pissa.
+is that of each to the exact pissa. The third has those that look at the training data, on one batch, with all that they
+take: forward and backward passes, hooks and decompositions; and the sine of the angle between the spaces of their A.
 
     python benchmarks/init.py [--repeats 5] [--peft-repeats 1] [--skip-model] [--methods pissa,nora]
 """
@@ -22,6 +23,7 @@ from typing import Any
 
 import torch
 from common import MODEL, machine, model_folder, table
+from init_from_data import from_data
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
@@ -43,6 +45,7 @@ THEIRS: dict[str, tuple[Any, str]] = {
     "orthogonal": ("orthogonal", "orthogonal_init"),
 }
 """Our method -> PEFT's init_lora_weights, and the function of its layer that does the work."""
+RANK_FROM_DATA = 16
 RANDOM = ("lora", "orthogonal")
 """Methods that draw random numbers, so that nothing can be compared but time and memory."""
 Pairs = dict[str, tuple[Tensor, Tensor]]
@@ -87,6 +90,9 @@ def main() -> None:
     small = Case("one matrix, 1024 x 1024", 32, lambda: matrix(1024, 1024))
     print(f"\n{family(small if args.skip_model else cases[0], wanted)}")
     print("difference: largest of B0 A0, relative; of pissa_fast ours and PEFT's, each to the exact pissa")
+    name, make = ("a Llama of 2 M", tiny_llama) if args.skip_model else (cases[0].name, cases[0].make)
+    print(f"\n{from_data(name, make, RANK_FROM_DATA, Watch)}")
+    print("median and largest: sine of the angle between ours and PEFT's, over the layers")
 
 
 def compare(case: Case, repeats: int, peft_repeats: int) -> tuple[str, ...]:
@@ -232,6 +238,15 @@ def matrix(m: int, n: int) -> nn.Module:
     model.add_module("proj", nn.Linear(n, m, bias=False, device="meta").to_empty(device="cpu"))
     model.proj.weight.data.normal_(std=0.02, generator=torch.Generator().manual_seed(0))
     return model
+
+
+def tiny_llama() -> nn.Module:
+    """A language model of random weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=2048, num_hidden_layers=4, **sizes)).eval()
 
 
 def load(folder: str) -> nn.Module:

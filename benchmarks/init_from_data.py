@@ -1,0 +1,136 @@
+"""Rows of benchmarks/init.py for the methods that look at the training data: EVA and LoRA-GA, beside PEFT's.
+
+Both look at the same batch, of rows of one length. With one batch PEFT's EVA is well defined (over several it depends
+on their order), and its LoRA-GA takes a step of the caller's for the gradient, which is one forward and backward here.
+"""
+
+import warnings
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from common import MemoryStore, table
+from torch import Tensor
+
+from olora_ray.adapter.targets import find_targets
+from olora_ray.config.adapter import Adapter
+from olora_ray.tokens.store import Pack
+from olora_ray.train.data_driven import eva_factors
+from olora_ray.train.gradient_factors import gradient_factors
+from olora_ray.train.loss import SupervisedLoss
+
+ROWS, LENGTH, PROMPT = 4, 80, 16
+"""Of the batch; the prompt's tokens are not supervised."""
+RATIO = 2.0
+"""EVA's rho."""
+GAMMA = 16
+Spaces = dict[str, Tensor]
+"""Rows of A by layer."""
+
+
+class Measure(Protocol):
+    """Seconds and MB of a block; `init.Watch`."""
+
+    seconds: float
+    megabytes: float
+
+    def __enter__(self) -> "Measure": ...
+    def __exit__(self, *error: object) -> None: ...
+
+
+def from_data(name: str, make: Callable[[], Any], rank: int, watch: Callable[[], Measure]) -> str:
+    """The table: a row for each method; `make` gives a language model with the same weights each time."""
+    rows = []
+    for method in ("eva", "lora_ga"):
+        ours, mine = of_ours(make(), method, rank, watch)
+        theirs, other = (eva_of_peft if method == "eva" else lora_ga_of_peft)(make(), rank, watch)
+        sines = sorted(sine(mine[layer], other[layer]) for layer in other)
+        rows.append(
+            (
+                *(method, f"{ours.seconds:.2f}", f"{theirs.seconds:.2f}", f"{theirs.seconds / ours.seconds:.1f}"),
+                *(f"{ours.megabytes:.0f}", f"{theirs.megabytes:.0f}"),
+                *(f"{sines[len(sines) // 2]:.1e}", f"{sines[-1]:.1e}"),
+            )
+        )
+    header = (
+        f"{name}, {ROWS} x {LENGTH} tokens",
+        "ours s",
+        "PEFT s",
+        "ratio",
+        "ours MB",
+        "PEFT MB",
+        "median",
+        "largest",
+    )
+    return table(header, rows)
+
+
+def of_ours(model: Any, method: str, rank: int, watch: Callable[[], Measure]) -> tuple[Measure, Spaces]:
+    """What it takes, forward passes included, and A0 of each layer."""
+    model.requires_grad_(False)
+    targets = find_targets(model, "all-linear", rank)
+    own: dict[str, Any] = {"rho": RATIO} if method == "eva" else {"gamma": GAMMA}
+    settings = Adapter(method=method, rank=rank, init_tokens=ROWS * LENGTH, **own)
+    store: Any = MemoryStore([Pack(ids, np.arange(LENGTH) >= PROMPT, (LENGTH,)) for ids in tokens(model)])
+    make = eva_factors if method == "eva" else gradient_factors
+    with watch() as used:
+        factors, _, _ = make(SupervisedLoss(model), targets, settings, store, torch.device("cpu"))
+    return used, {name: item.a0 for name, item in factors.items()}
+
+
+def eva_of_peft(model: Any, rank: int, watch: Callable[[], Measure]) -> tuple[Measure, Spaces]:
+    """PEFT's `get_eva_state_dict` on the batch."""
+    from peft import EvaConfig, LoraConfig, get_eva_state_dict
+
+    names = list(find_targets(model, "all-linear", rank))
+    config = LoraConfig(r=rank, init_lora_weights="eva", target_modules=names, eva_config=EvaConfig(rho=RATIO))
+    with warnings.catch_warnings(), watch() as used:
+        warnings.simplefilter("ignore")
+        found = get_eva_state_dict(model, [batch(model)], config, show_progress_bar=False)
+    return used, {
+        name.removeprefix("base_model.model.").removesuffix(".lora_A.weight"): part for name, part in found.items()
+    }
+
+
+def lora_ga_of_peft(model: Any, rank: int, watch: Callable[[], Measure]) -> tuple[Measure, Spaces]:
+    """PEFT's `preprocess_loraga` and the wrapping that follows it."""
+    from peft import LoraConfig, LoraGAConfig, get_peft_model
+    from peft.tuners.lora.loraga import preprocess_loraga
+
+    names = list(find_targets(model, "all-linear", rank))
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        target_modules=names,
+        init_lora_weights="lora_ga",
+        lora_ga_config=LoraGAConfig(direction="ArB2r", scale="stable", stable_gamma=GAMMA),
+    )
+    rows = batch(model)
+    with warnings.catch_warnings(), watch() as used:
+        warnings.simplefilter("ignore")
+        preprocess_loraga(model, config, lambda: model(**rows).loss.backward())
+        get_peft_model(model, config)
+    return used, {name: model.get_submodule(name).lora_A["default"].weight.detach() for name in names}
+
+
+def tokens(model: Any) -> np.ndarray:
+    """Token ids (ROWS x LENGTH, int32), some of them as frequent as the words of a text are."""
+    size = model.config.get_text_config().vocab_size
+    return (np.random.default_rng(0).zipf(1.3, (ROWS, LENGTH)) % (size - 2) + 2).astype(np.int32)
+
+
+def batch(model: Any) -> dict[str, Tensor]:
+    """The same rows for transformers and PEFT."""
+    ids = torch.from_numpy(tokens(model).astype(np.int64))
+    labels = ids.clone()
+    labels[:, :PROMPT] = -100
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+def sine(one: Tensor, other: Tensor) -> float:
+    """Sine of the largest angle between the spaces of the rows that both have, as many as the shorter has."""
+    size = min(len(one), len(other))
+    bases = [torch.linalg.qr(part[:size].double().T).Q for part in (one, other)]
+    left = bases[0] - bases[1] @ (bases[1].T @ bases[0])
+    return float(torch.linalg.matrix_norm(left, 2)) if size else 0.0

@@ -1,0 +1,40 @@
+"""What the benchmarks are made of works with the product as it is today: a rename would be noticed only when they run."""
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from olora_ray.config.schema import Train
+from olora_ray.train.loader import StepLoader
+from tests import tiny
+from tests.pipelines import project
+
+
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Imports a benchmark's module by name, as its scripts do."""
+    monkeypatch.syspath_prepend(str(Path(project.ROOT) / "benchmarks"))
+    return importlib.import_module
+
+
+def test_a_loader_reads_the_store_in_memory(benchmark: Any) -> None:
+    rows = [(np.arange(2, 8, dtype=np.int32), np.arange(6) > 1)] * 5
+    store = benchmark("common").memory_store(rows, 8)
+    loader = StepLoader(store, Train(steps=2, global_batch=2, micro_batch=1), 0, "segments")
+    steps = [data for data, _ in loader.steps(0, lambda done: done >= 3)]
+    assert len(steps) == 3  # into the second pass
+    assert [data.supervised for data in steps] == [8, 8, 8]
+
+
+def test_eva_and_lora_ga_find_on_a_batch_what_peft_finds(benchmark: Any) -> None:
+    module = benchmark("init_from_data")
+    watch = benchmark("init").Watch
+    for method, theirs in (("eva", module.eva_of_peft), ("lora_ga", module.lora_ga_of_peft)):
+        used, ours = module.of_ours(tiny.llama(), method, 4, watch)
+        _, other = theirs(tiny.llama(), 4, watch)
+        assert used.seconds > 0
+        assert set(other) <= set(ours)
+        assert max(module.sine(ours[name], other[name]) for name in other) < 0.02, method
