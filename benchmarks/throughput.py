@@ -1,4 +1,6 @@
-"""Training throughput beside PEFT with transformers' Trainer: same rows, threads, precision, rank, targets.
+"""Training throughput beside PEFT with transformers' Trainer and with TRL's SFTTrainer: the same rows and rank.
+
+All have the same threads, precision, targets and scale too.
 
 Rows are chats of random tokens (their cost does not depend on the ids) from a seeded generator: lengths
 log-normal with median 120 cut at 512, the second half supervised. Each contestant runs in processes of its
@@ -6,62 +8,52 @@ own, one after the other, for several rounds; medians count. A run is one warm-u
 over all rows, optimizer steps included, with nothing logged, evaluated or saved. Run it on an idle machine:
 threads that wait for each other suffer most from others' work; `--threads 1` and rows/CPU s suffer least.
 
+First each contestant's gradient of the mean loss over the first rows is compared with that of the rows one by one,
+each alone, in float32: a fast wrong answer does not count. TRL's packing "wrapped" lets rows see each other and cuts
+them, its "bfd" keeps them apart only where positions are looked at.
+
     python benchmarks/throughput.py [--rows 64] [--rounds 3]
-    python benchmarks/throughput.py --tune        settings of both beside each other, to choose the best
+    python benchmarks/throughput.py --tune        settings of all beside each other, to choose the best
+
+TRL takes part where it is installed: pip install -e '.[bench]'.
 """
 
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
-import time
-import warnings
-from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
 import torch
-from common import MODEL, config, machine, memory_store, model_folder, our_trainer, table
+from common import MODEL, machine, memory_store, model_folder, table
+from contestants import LONGEST, ROWS_A_STEP, Rows, Setting, make_rows, packs_a_step
 
-from olora_ray.config.schema import Config
-from olora_ray.tokens.store import order
-
-LONGEST, RANK, ROWS_A_STEP = 512, 16, 16
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One contestant."""
-
-    name: str
-    kind: str
-    """ours or peft."""
-    workers: int = 1
-    micro: int = 2
-    """Packs (ours) or rows (peft) in a micro-batch."""
-    float32_adapters: bool = False
-    """PEFT's autocast_adapter_dtype."""
-    allocator: bool = False
-    """Give PEFT the allocator setting of our workers too."""
-
+GRADIENT_ROWS = 16
+"""Of which gradients are compared."""
+CONTESTANT = str(Path(__file__).with_name("contestants.py"))
 
 OURS = (
     Setting("ours, 1 worker", "ours"),
     Setting("ours, 2 workers", "ours", workers=2),
 )
 PEFT_BEST = Setting("PEFT, batch 4, by length", "peft", micro=4)
+TRL = (
+    Setting("TRL, bfd, batch 1", "trl", micro=1, packing="bfd"),
+    Setting("TRL, wrapped, batch 2", "trl", micro=2, packing="wrapped"),
+)
 TRIED = (
     *(Setting(f"ours, {n} packs", "ours", micro=n) for n in (1, 2, 4)),
     *(Setting(f"PEFT, batch {n}", "peft", micro=n) for n in (2, 4, 8, 16)),
     Setting("PEFT, batch 4, allocator as ours", "peft", micro=4, allocator=True),
     Setting("PEFT, batch 4, float32 adapters", "peft", micro=4, float32_adapters=True),
+    *(Setting(f"TRL, {how}, batch {n}", "trl", micro=n, packing=how) for how in ("bfd", "wrapped") for n in (1, 2, 4)),
+    *(Setting(f"TRL, padded, batch {n}", "trl", micro=n) for n in (2, 4)),
 )
 
 
@@ -77,9 +69,13 @@ def main() -> None:
     parser.add_argument("--storage", default="./runs", help="where a GGUF model is dequantised to")
     args = parser.parse_args()
     folder = model_folder(args.model, args.storage)
-    settings = [s for s in (TRIED if args.tune else (*OURS, PEFT_BEST)) if s.workers <= args.threads]
+    settings = [s for s in (TRIED if args.tune else (*OURS, *TRL, PEFT_BEST)) if s.workers <= args.threads]
+    if find_spec("trl") is None:
+        settings = [setting for setting in settings if setting.kind != "trl"]
+        print("TRL is not installed: pip install -e '.[bench]'", file=sys.stderr)
     print(machine())
     print(_describe(make_rows(args.rows)))
+    print(f"\n{gradients(settings, folder, args)}\n")
     results: dict[str, list[dict[str, float]]] = {setting.name: [] for setting in settings}
     for turn in range(args.rounds):
         for setting in settings:
@@ -89,31 +85,28 @@ def main() -> None:
     _print(results, base=settings[-1].name)
 
 
-def make_rows(count: int, seed: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(input_ids, supervised) of each row."""
-    generator = np.random.default_rng(seed)
-    lengths = np.clip(generator.lognormal(np.log(120), 0.6, count), 16, LONGEST).astype(int)
-    return [(generator.integers(3, 40_000, n, dtype=np.int32), np.arange(n) >= n // 2) for n in lengths]
+def gradients(settings: Sequence[Setting], folder: str, args: argparse.Namespace) -> str:
+    """The table of relative distances to the gradient that is right."""
+    with tempfile.TemporaryDirectory() as scratch:
+        files = {}
+        for setting in (Setting("alone", "alone"), *settings):
+            files[setting.name] = file = str(Path(scratch) / f"{len(files)}.pt")
+            run(setting, {"folder": folder, "rows": GRADIENT_ROWS, "dtype": args.dtype, "gradient": file}, args.threads)
+        right = torch.load(files.pop("alone"))
+        rows = [(name, f"{distance(torch.load(file), right):.1e}") for name, file in files.items()]
+    return table(("gradient", "off by"), rows)
+
+
+def distance(found: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> float:
+    """|g - g'| / |g'| over all adapters."""
+    assert found.keys() == right.keys(), "other parameters have a gradient"
+    off = sum(float((found[name].double() - part.double()).square().sum()) for name, part in right.items())
+    return (off / sum(float(part.double().square().sum()) for part in right.values())) ** 0.5
 
 
 def contest(setting: Setting, folder: str, args: argparse.Namespace) -> dict[str, float]:
-    """Run one contestant in processes of its own; rows and supervised tokens a second, megabytes."""
-    threads = str(max(1, args.threads // setting.workers))
-    with tempfile.TemporaryDirectory() as scratch:
-        job = {"setting": vars(setting), "folder": folder, "rows": args.rows, "dtype": args.dtype, "scratch": scratch}
-        processes = [
-            subprocess.Popen(
-                [sys.executable, __file__, "contestant", json.dumps(job | {"rank": rank})],
-                stdout=subprocess.PIPE,
-                env={**os.environ, "OMP_NUM_THREADS": threads},
-                text=True,
-            )
-            for rank in range(setting.workers)
-        ]
-        outputs = [process.communicate()[0] for process in processes]
-    if any(process.returncode for process in processes):
-        raise SystemExit(f"{setting.name} failed")
-    parts = [json.loads(output.splitlines()[-1]) for output in outputs]
+    """Run one contestant; rows and supervised tokens a second, megabytes."""
+    parts = run(setting, {"folder": folder, "rows": args.rows, "dtype": args.dtype, "gradient": ""}, args.threads)
     seconds = max(part["seconds"] for part in parts)
     return {
         "rows": parts[0]["rows"] / seconds,
@@ -123,129 +116,26 @@ def contest(setting: Setting, folder: str, args: argparse.Namespace) -> dict[str
     }
 
 
-def contestant(job: dict[str, Any]) -> None:
-    """The child process: run, then print what was done and the peak of its memory."""
-    warnings.filterwarnings("ignore")
-    from olora_ray.common.quiet import quiet_transformers
-
-    quiet_transformers()
-    setting = Setting(**job["setting"])
-    run = run_ours if setting.kind == "ours" else run_peft
-    done = run(setting, job)
-    done["megabytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print("\n" + json.dumps(done))
-
-
-def run_ours(setting: Setting, job: dict[str, Any]) -> dict[str, float]:
-    """One pass with olora_ray's own feed, loss, adapters and optimizer."""
-    import torch.distributed as dist
-
-    from olora_ray.train.loader import StepLoader
-    from olora_ray.train.schedule import Schedule
-
-    if setting.workers > 1:
-        meeting = f"file://{job['scratch']}/meeting"
-        dist.init_process_group("gloo", init_method=meeting, rank=job["rank"], world_size=setting.workers)
-    store = memory_store(make_rows(job["rows"]), LONGEST)
-    size = packs_a_step(store, setting)
-    cfg = our_config(job, setting, size)
-    trainer, attention = our_trainer(cfg, job["folder"])
-    feed = StepLoader(store, cfg.train, cfg.run.seed, attention, job["rank"], setting.workers)
-    steps = -(-len(store) // size)  # the last is filled up from the next pass; what is done is counted
-    whole = Schedule(cfg.train.model_copy(update={"steps": steps}), store)
-    deque(islice(trainer.steps(feed, 0, whole), 1), maxlen=0)
-    taken = timed(lambda: deque(trainer.steps(feed, 0, whole), maxlen=0))
-    done = [int(i) for i in order(len(store), cfg.run.seed, 0, steps * size)]
-    rows = sum(len(store[i].segments) for i in done)
-    return {**taken, "rows": rows, "supervised": store.supervised(done)}
+def run(setting: Setting, job: dict[str, Any], threads: int) -> list[dict[str, float]]:
+    """Have a contestant's workers do a job, and collect what each printed."""
+    with tempfile.TemporaryDirectory() as scratch:
+        job = {**job, "setting": vars(setting), "scratch": scratch}
+        processes = [
+            subprocess.Popen(
+                [sys.executable, CONTESTANT, json.dumps(job | {"rank": rank})],
+                stdout=subprocess.PIPE,
+                env={**os.environ, "OMP_NUM_THREADS": str(max(1, threads // setting.workers))},
+                text=True,
+            )
+            for rank in range(setting.workers)
+        ]
+        outputs = [process.communicate()[0] for process in processes]
+    if any(process.returncode for process in processes):
+        raise SystemExit(f"{setting.name} failed")
+    return [json.loads(output.splitlines()[-1]) for output in outputs]
 
 
-def timed(run: Callable[[], object]) -> dict[str, float]:
-    """Seconds on the clock and of this process on a processor."""
-    start, used = time.perf_counter(), time.process_time()
-    run()
-    return {"seconds": time.perf_counter() - start, "cpu": time.process_time() - used}
-
-
-def packs_a_step(store: Any, setting: Setting) -> int:
-    """As near to ROWS_A_STEP rows as whole micro-batches allow."""
-    rows_a_pack = sum(len(found.segments) for found in store) / len(store)
-    share = setting.micro * setting.workers
-    return max(1, round(ROWS_A_STEP / rows_a_pack / share)) * share
-
-
-def our_config(job: dict[str, Any], setting: Setting, size: int) -> Config:
-    """OLoRA on all linear layers, learning rate and clipping as PEFT's run has them."""
-    return config(
-        job["scratch"],
-        {"name": job["folder"], "dtype": job["dtype"]},
-        adapter={"rank": RANK, "alpha": RANK},
-        train={"global_batch": size, "micro_batch": setting.micro, "lr": 1.0e-4, "schedule": "constant", "warmup": 0.0},
-        cluster={"workers": setting.workers},
-    )
-
-
-def run_peft(setting: Setting, job: dict[str, Any]) -> dict[str, float]:
-    """One pass of PEFT's OLoRA with transformers' Trainer, batches grouped by length."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    from olora_ray.model.load import pick_dtype
-    from olora_ray.train.malloc import keep_freed_memory
-
-    if setting.allocator:
-        keep_freed_memory()
-    cfg = our_config(job, setting, setting.micro)
-    dtype = pick_dtype(cfg.model, torch.device("cpu"))
-    model = AutoModelForCausalLM.from_pretrained(job["folder"], dtype=dtype, attn_implementation="sdpa")
-    model.config.use_cache = False
-    lora = LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear", init_lora_weights="olora")
-    model = get_peft_model(model, lora, autocast_adapter_dtype=setting.float32_adapters)
-    rows = make_rows(job["rows"])
-    peft_trainer(model, rows[:ROWS_A_STEP], setting, job).train()
-    trainer = peft_trainer(model, rows, setting, job)
-    return {**timed(trainer.train), "rows": len(rows), "supervised": sum(int(marked.sum()) for _, marked in rows)}
-
-
-def peft_trainer(
-    model: Any, rows: Sequence[tuple[np.ndarray, np.ndarray]], setting: Setting, job: dict[str, Any]
-) -> Any:
-    """transformers' Trainer with nothing beside the training."""
-    from datasets import Dataset
-    from transformers import Trainer, TrainingArguments
-
-    examples = [{"input_ids": ids, "labels": np.where(marked, ids, -100), "length": len(ids)} for ids, marked in rows]
-    arguments = TrainingArguments(
-        output_dir=job["scratch"],
-        per_device_train_batch_size=setting.micro,
-        gradient_accumulation_steps=max(1, ROWS_A_STEP // setting.micro),
-        train_sampling_strategy="group_by_length",
-        num_train_epochs=1,
-        learning_rate=1.0e-4,
-        lr_scheduler_type="constant",
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-        use_cpu=True,
-        report_to=[],
-        logging_strategy="no",
-        save_strategy="no",
-        disable_tqdm=True,
-    )
-    return Trainer(model, arguments, data_collator=pad, train_dataset=Dataset.from_list(examples))
-
-
-def pad(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Rows to the length of the longest."""
-    longest = max(len(row["input_ids"]) for row in rows)
-
-    def stack(name: str, filler: int) -> torch.Tensor:
-        return torch.tensor([list(row[name]) + [filler] * (longest - len(row[name])) for row in rows])
-
-    mask = torch.tensor([[1] * len(row["input_ids"]) + [0] * (longest - len(row["input_ids"])) for row in rows])
-    return {"input_ids": stack("input_ids", 0), "labels": stack("labels", -100), "attention_mask": mask}
-
-
-def _describe(rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> str:
+def _describe(rows: Rows) -> str:
     lengths = [len(ids) for ids, _ in rows]
     store = memory_store(rows, LONGEST)
     sizes = {setting.name: packs_a_step(store, setting) for setting in OURS}
@@ -276,9 +166,4 @@ def _print(results: dict[str, list[dict[str, float]]], base: str) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["contestant"]:
-        contestant(json.loads(sys.argv[2]))
-        # A process group's threads can crash at the interpreter's exit; everything is printed.
-        sys.stdout.flush()
-        os._exit(0)
     main()

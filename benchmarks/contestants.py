@@ -1,0 +1,194 @@
+"""The contestants of benchmarks/throughput.py, each in a process of its own: a timed pass over all rows, or a gradient.
+
+python benchmarks/contestants.py JOB        (json; throughput.py starts it)
+"""
+
+import json
+import os
+import resource
+import sys
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from common import config, memory_store, our_trainer
+from peers import model_of_peft, one_by_one, peft_trainer, trl_trainer
+from torch import Tensor
+
+from olora_ray.config.schema import Config
+from olora_ray.tokens.store import order
+
+LONGEST, RANK, ROWS_A_STEP = 512, 16, 16
+Rows = list[tuple[np.ndarray, np.ndarray]]
+"""(input_ids, supervised) of each row."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One contestant."""
+
+    name: str
+    kind: str
+    """ours, peft, trl, or alone: the rows one by one, for the gradient that is right."""
+    workers: int = 1
+    micro: int = 2
+    """Packs (ours, trl) or rows (peft, trl without packing) in a micro-batch."""
+    packing: str | None = None
+    """TRL's packing_strategy; None: padded rows."""
+    float32_adapters: bool = False
+    """PEFT's autocast_adapter_dtype."""
+    allocator: bool = False
+    """Give PEFT the allocator setting of our workers too."""
+
+
+def main() -> None:
+    """Do the job, then print what was done and the peak of memory."""
+    warnings.filterwarnings("ignore")
+    import datasets
+
+    from olora_ray.common.quiet import quiet_transformers
+
+    quiet_transformers()
+    datasets.disable_progress_bars()
+    job = json.loads(sys.argv[1])
+    setting = Setting(**job["setting"])
+    if job["gradient"]:
+        found = gradient(setting, job)
+        if job["rank"] == 0:
+            torch.save(found, job["gradient"])
+        done: dict[str, float] = {}
+    else:
+        done = (run_ours if setting.kind == "ours" else run_peer)(setting, job)
+    done["megabytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print("\n" + json.dumps(done), flush=True)
+
+
+def make_rows(count: int, seed: int = 0) -> Rows:
+    """Chats of random tokens."""
+    generator = np.random.default_rng(seed)
+    lengths = np.clip(generator.lognormal(np.log(120), 0.6, count), 16, LONGEST).astype(int)
+    return [(generator.integers(3, 40_000, n, dtype=np.int32), np.arange(n) >= n // 2) for n in lengths]
+
+
+def run_ours(setting: Setting, job: dict[str, Any]) -> dict[str, float]:
+    """One pass with olora_ray's own loader, loss, adapters and optimizer."""
+    from olora_ray.train.loader import StepLoader
+    from olora_ray.train.schedule import Schedule
+
+    join(setting, job)
+    store = memory_store(make_rows(job["rows"]), LONGEST)
+    size = packs_a_step(store, setting)
+    cfg = our_config(job, setting, size)
+    trainer, attention = our_trainer(cfg, job["folder"])
+    loader = StepLoader(store, cfg.train, cfg.run.seed, attention, job["rank"], setting.workers)
+    steps = -(-len(store) // size)  # the last is filled up from the next pass; what is done is counted
+    whole = Schedule(cfg.train.model_copy(update={"steps": steps}), store)
+    deque(islice(trainer.steps(loader, 0, whole), 1), maxlen=0)
+    taken = timed(lambda: deque(trainer.steps(loader, 0, whole), maxlen=0))
+    done = [int(i) for i in order(len(store), cfg.run.seed, 0, steps * size)]
+    rows = sum(len(store[i].segments) for i in done)
+    return {**taken, "rows": rows, "supervised": store.supervised(done)}
+
+
+def run_peer(setting: Setting, job: dict[str, Any]) -> dict[str, float]:
+    """One pass of PEFT's OLoRA with transformers' Trainer or TRL's."""
+    model, rows = peer(setting, job), make_rows(job["rows"])
+    make = trl_trainer if setting.kind == "trl" else peft_trainer
+    make(model, rows[:ROWS_A_STEP], setting, job).train()
+    trainer = make(model, rows, setting, job)
+    return {**timed(trainer.train), "rows": len(rows), "supervised": sum(int(marked.sum()) for _, marked in rows)}
+
+
+def gradient(setting: Setting, job: dict[str, Any]) -> dict[str, Tensor]:
+    """The gradient of the mean loss per supervised token over all rows, in one step, by LAYER.da and LAYER.db."""
+    rows = make_rows(job["rows"])
+    if setting.kind == "ours":
+        return gradient_of_ours(setting, job, rows)
+    model = peer(setting, job)
+    if setting.kind == "alone":
+        return one_by_one(model, rows)
+    make = trl_trainer if setting.kind == "trl" else peft_trainer
+    found: dict[str, Tensor] = {}
+    make(model, rows, setting, job, found).train()
+    return found
+
+
+def gradient_of_ours(setting: Setting, job: dict[str, Any], rows: Rows) -> dict[str, Tensor]:
+    """What the optimizer of a step over all rows is given, on worker 0."""
+    from olora_ray.train.loader import StepLoader
+    from olora_ray.train.schedule import Schedule
+
+    join(setting, job)
+    store = memory_store(rows, LONGEST)
+    cfg = our_config(job, setting, len(store))
+    trainer, attention = our_trainer(cfg, job["folder"])
+    found: dict[str, Tensor] = {}
+
+    def keep(lr: float) -> float:
+        found.update({name: part.clone() for name, part in trainer.flat.named(trainer.flat.grad).items()})
+        return 0.0
+
+    trainer.optimizer.step = keep
+    loader = StepLoader(store, cfg.train, cfg.run.seed, attention, job["rank"], setting.workers)
+    deque(trainer.steps(loader, 0, Schedule(cfg.train.model_copy(update={"steps": 1}), store)), maxlen=0)
+    return found
+
+
+def join(setting: Setting, job: dict[str, Any]) -> None:
+    """Meet the other workers."""
+    import torch.distributed as dist
+
+    if setting.workers > 1:
+        meeting = f"file://{job['scratch']}/meeting"
+        dist.init_process_group("gloo", init_method=meeting, rank=job["rank"], world_size=setting.workers)
+
+
+def peer(setting: Setting, job: dict[str, Any]) -> Any:
+    """PEFT's model, in the precision that ours has here; to tell what is right, in float32."""
+    from olora_ray.model.load import pick_dtype
+    from olora_ray.train.malloc import keep_freed_memory
+
+    if setting.allocator:
+        keep_freed_memory()
+    dtype = pick_dtype(our_config(job, setting, setting.micro).model, torch.device("cpu"))
+    return model_of_peft(
+        job["folder"], torch.float32 if setting.kind == "alone" else dtype, RANK, setting.float32_adapters
+    )
+
+
+def timed(run: Callable[[], object]) -> dict[str, float]:
+    """Seconds on the clock and of this process on a processor."""
+    start, used = time.perf_counter(), time.process_time()
+    run()
+    return {"seconds": time.perf_counter() - start, "cpu": time.process_time() - used}
+
+
+def packs_a_step(store: Sequence[Any], setting: Setting) -> int:
+    """As near to ROWS_A_STEP rows as whole micro-batches allow."""
+    rows_a_pack = sum(len(found.segments) for found in store) / len(store)
+    share = setting.micro * setting.workers
+    return max(1, round(ROWS_A_STEP / rows_a_pack / share)) * share
+
+
+def our_config(job: dict[str, Any], setting: Setting, size: int) -> Config:
+    """OLoRA on all linear layers, learning rate and clipping as the peers' runs have them."""
+    return config(
+        job["scratch"],
+        {"name": job["folder"], "dtype": job["dtype"]},
+        adapter={"rank": RANK, "alpha": RANK},
+        train={"global_batch": size, "micro_batch": setting.micro, "lr": 1.0e-4, "schedule": "constant", "warmup": 0.0},
+        cluster={"workers": setting.workers},
+    )
+
+
+if __name__ == "__main__":
+    main()
+    # A process group's threads can crash at the interpreter's exit; everything is printed.
+    sys.stdout.flush()
+    os._exit(0)

@@ -1,0 +1,147 @@
+"""The peers of benchmarks/throughput.py: PEFT's OLoRA, trained by transformers' Trainer or by TRL's SFTTrainer."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LONGEST, ROWS_A_STEP = 512, 16
+Row = tuple[np.ndarray, np.ndarray]
+"""(input_ids, supervised)."""
+
+
+def model_of_peft(folder: str, dtype: torch.dtype, rank: int, float32_adapters: bool = False) -> Any:
+    """The language model with PEFT's OLoRA on all linear layers."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+    model.config.use_cache = False
+    lora = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", init_lora_weights="olora")
+    return get_peft_model(model, lora, autocast_adapter_dtype=float32_adapters)
+
+
+def one_by_one(model: Any, rows: Sequence[Row]) -> dict[str, Tensor]:
+    """The gradient that all should have: each row alone, its loss by the plain formula."""
+    count = sum(int(marked[1:].sum()) for _, marked in rows)
+    for ids, marked in rows:
+        tokens = torch.from_numpy(ids.astype(np.int64))
+        places = torch.from_numpy(np.flatnonzero(marked[1:]))
+        logits = model(input_ids=tokens[None]).logits[0, places].float()
+        (F.cross_entropy(logits, tokens[places + 1], reduction="sum") / count).backward()
+    return gradients_of(model)
+
+
+def gradients_of(model: Any) -> dict[str, Tensor]:
+    """By LAYER.da (of A) and LAYER.db (of B), as they are called here."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            layer, _, which = name.removeprefix("base_model.model.").partition(".lora_")
+            found[f"{layer}.d{which[0].lower()}"] = parameter.grad.detach().clone()
+    return found
+
+
+def arguments(setting: Any, job: dict[str, Any], whole: bool, rows: int) -> dict[str, Any]:
+    """What both trainers are told; `whole`: one step over all rows, without clipping."""
+    return {
+        "output_dir": job["scratch"],
+        "per_device_train_batch_size": setting.micro,
+        "gradient_accumulation_steps": rows if whole else max(1, ROWS_A_STEP // setting.micro),
+        "num_train_epochs": 1,
+        "learning_rate": 1.0e-4,
+        "lr_scheduler_type": "constant",
+        "weight_decay": 0.0,
+        "max_grad_norm": 0.0 if whole else 1.0,
+        "use_cpu": True,
+        "report_to": [],
+        "logging_strategy": "no",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+
+
+def peft_trainer(
+    model: Any, rows: Sequence[Row], setting: Any, job: dict[str, Any], found: dict[str, Tensor] | None = None
+) -> Any:
+    """transformers' Trainer with nothing beside the training, batches grouped by length.
+
+    Gradients of a step over all rows go into `found`.
+    """
+    from datasets import Dataset
+    from transformers import Trainer, TrainingArguments
+
+    examples = [{"input_ids": ids, "labels": np.where(marked, ids, -100), "length": len(ids)} for ids, marked in rows]
+    told = arguments(setting, job, found is not None, len(rows))
+    trainer = Trainer(
+        model,
+        TrainingArguments(**told, train_sampling_strategy="group_by_length"),
+        data_collator=pad,
+        train_dataset=Dataset.from_list(examples),
+    )
+    return keeping(trainer, found)
+
+
+def trl_trainer(
+    model: Any, rows: Sequence[Row], setting: Any, job: dict[str, Any], found: dict[str, Tensor] | None = None
+) -> Any:
+    """TRL's SFTTrainer, with its packing if the setting has one; else as `peft_trainer`."""
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    told = arguments(setting, job, found is not None, len(rows))
+    if setting.packing is not None and found is None:
+        told["gradient_accumulation_steps"] = packs_a_step(rows, setting.micro) // setting.micro
+    trainer = SFTTrainer(
+        model,
+        args=SFTConfig(
+            **told,
+            max_length=LONGEST,
+            packing=setting.packing is not None,
+            packing_strategy=setting.packing or "bfd",
+            completion_only_loss=True,
+            gradient_checkpointing=False,
+            bf16=False,
+        ),
+        train_dataset=Dataset.from_list(
+            [{"input_ids": ids.tolist(), "completion_mask": marked.astype(int).tolist()} for ids, marked in rows]
+        ),
+        processing_class=AutoTokenizer.from_pretrained(job["folder"]),
+    )
+    return keeping(trainer, found)
+
+
+def packs_a_step(rows: Sequence[Row], micro: int) -> int:
+    """As near to ROWS_A_STEP rows as whole micro-batches of full packs allow."""
+    rows_a_pack = LONGEST * len(rows) / sum(len(ids) for ids, _ in rows)
+    return max(1, round(ROWS_A_STEP / rows_a_pack / micro)) * micro
+
+
+def keeping(trainer: Any, found: dict[str, Tensor] | None) -> Any:
+    """The trainer; what its optimizer is given goes into `found`."""
+    from transformers import TrainerCallback
+
+    class Keep(TrainerCallback):
+        def on_pre_optimizer_step(self, *arguments: Any, model: Any = None, **others: Any) -> None:
+            assert not found, "more than one step"
+            assert found is not None
+            found.update(gradients_of(model))
+
+    if found is not None:
+        trainer.add_callback(Keep())
+    return trainer
+
+
+def pad(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    """Rows to the length of the longest."""
+    longest = max(len(row["input_ids"]) for row in rows)
+
+    def stack(name: str, filler: int) -> Tensor:
+        return torch.tensor([list(row[name]) + [filler] * (longest - len(row[name])) for row in rows])
+
+    mask = torch.tensor([[1] * len(row["input_ids"]) + [0] * (longest - len(row["input_ids"])) for row in rows])
+    return {"input_ids": stack("input_ids", 0), "labels": stack("labels", -100), "attention_mask": mask}
