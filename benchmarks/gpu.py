@@ -37,8 +37,6 @@ from gpu_training import initialisation, ours, peft  # noqa: E402
 from olora_ray.common.quiet import quiet_transformers  # noqa: E402
 
 PARTS = ("checks", "init", "training")
-PEFT_TRIED = ((1, False), (2, False), (4, True), (8, True))
-"""(rows of a batch, activations recomputed)."""
 TARGETS = {"share of the peak": 0.45, "times PEFT": 1.5, "tokens a second": 12_500.0}
 """On one H100, with 8b."""
 WORK = {"checks": lambda job: checks(torch.device(job["device"])), "init": initialisation, "ours": ours, "peft": peft}
@@ -94,7 +92,7 @@ def contest(args: argparse.Namespace, length: int, top: float) -> Found:
         if "tokens a second" in mine[-1]:
             break
     theirs = [
-        _tried(_job("peft", args, length=length, batch=batch, recompute=recompute)) for batch, recompute in PEFT_TRIED
+        _tried(_job("peft", args, length=length, batch=batch, recompute=recompute)) for batch, recompute in size.peft
     ]
     work = mine[-1].get("operations a token")
     for each in (*mine, *theirs):

@@ -25,6 +25,8 @@ class Size:
     """Of an optimizer step."""
     pass_tokens: int
     """Of the rows of a timed pass."""
+    peft: tuple[tuple[int, bool], ...] = ((1, False), (2, False), (4, True), (8, True))
+    """Settings of PEFT that are tried: rows of a batch, and whether activations are recomputed."""
 
 
 def _shape(vocabulary: int, hidden: int, inner: int, layers: int, heads: int, groups: int) -> dict[str, int]:
@@ -39,7 +41,7 @@ def _shape(vocabulary: int, hidden: int, inner: int, layers: int, heads: int, gr
 
 
 SIZES = {
-    "tiny": Size(_shape(512, 64, 128, 2, 4, 2), (64, 128), 128, 256, 1024),
+    "tiny": Size(_shape(512, 64, 128, 2, 4, 2), (64, 128), 128, 256, 1024, ((2, False), (4, True))),
     "1b": Size(_shape(128256, 2048, 8192, 16, 32, 8), (4096, 8192), 16384, 65536, 262144),
     "8b": Size(_shape(128256, 4096, 14336, 32, 32, 8), (4096, 8192), 8192, 32768, 131072),
 }

@@ -99,7 +99,7 @@ def simulate(costs: Costs, workers: int, largest_share: Callable[[int], float]) 
         checkpoint=checkpoint,
         recovery=recovery,
         lost={
-            "initialisation": (begun + starting(costs, workers)) / (costs.hours * HOUR),
+            "start and factors": (begun + starting(costs, workers)) / (costs.hours * HOUR),
             "exchange": exchange / costs.step,
             "checkpoints": checkpoint / (costs.checkpoint_every * costs.step),
             "recovery": _share(rate * recovery),
@@ -142,7 +142,7 @@ def first_limit(costs: Costs, largest_share: Callable[[int], float], most: int =
 def without(costs: Costs, cause: str) -> Costs:
     """The costs if one cause took no time: to see what would be the limit after it."""
     gone = {
-        "initialisation": {"factors": 0.0, "factor_bytes": 0, "hours": math.inf},
+        "start and factors": {"factors": 0.0, "factor_bytes": 0, "hours": math.inf},
         "exchange": {"gradient_bytes": 0, "latency": 0.0},
         "checkpoints": {"blocked": 0.0, "written": 0.0},
         "recovery": {"between_failures": math.inf},
