@@ -15,6 +15,7 @@ measurement has a process of its own.
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import warnings
@@ -31,7 +32,7 @@ if missing := [n for n in ("torch", "transformers", "peft", "accelerate", "pydan
 import torch  # noqa: E402
 from common import machine, table  # noqa: E402
 from gpu_checks import checks  # noqa: E402
-from gpu_models import SIZES, card, matrix_rate, peak  # noqa: E402
+from gpu_models import SIZES, facts  # noqa: E402
 from gpu_training import initialisation, ours, peft  # noqa: E402
 
 from olora_ray.common.quiet import quiet_transformers  # noqa: E402
@@ -39,7 +40,13 @@ from olora_ray.common.quiet import quiet_transformers  # noqa: E402
 PARTS = ("checks", "init", "training")
 TARGETS = {"share of the peak": 0.45, "times PEFT": 1.5, "tokens a second": 12_500.0}
 """On one H100, with 8b."""
-WORK = {"checks": lambda job: checks(torch.device(job["device"])), "init": initialisation, "ours": ours, "peft": peft}
+WORK = {
+    "card": facts,
+    "checks": lambda job: checks(torch.device(job["device"])),
+    "init": initialisation,
+    "ours": ours,
+    "peft": peft,
+}
 Found = dict[str, Any]
 
 
@@ -51,36 +58,33 @@ def main(argv: Sequence[str]) -> int:
     if args.job:
         print("\n" + json.dumps(WORK[json.loads(args.job)["kind"]](json.loads(args.job))), flush=True)
         return 0
-    device = torch.device(args.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("not measured: torch sees no GPU here; --size tiny --device cpu shows that the kit runs")
-    dtype = getattr(torch, args.dtype)
-    top, source = peak(device, dtype)
-    found: Found = {
-        "machine": machine(),
-        "card": card(device),
-        "size": args.size,
-        "dtype": args.dtype,
-        "peak": {"operations a second": top, "source": source, "torch.matmul": matrix_rate(device, dtype)},
-    }
-    print(f"{found['machine']}\n{found['card']}: peak {top / 1e12:.1f} TFLOP/s ({source})")
-    if "checks" in args.parts:
-        found["checks"] = run({"kind": "checks", "device": args.device})
-        print(f"\n{checks_table(found['checks'])}")
-    if "init" in args.parts:
-        found["init"] = run(_job("init", args))
-        print(f"\n{init_line(found['init'])}")
-    if "training" in args.parts:
+    found: Found = {"machine": machine(), "size": args.size, "dtype": args.dtype, "card": run(_job("card", args))}
+    for part in ("card", *args.parts):
+        print(f"{SHOWN[part](measured(part, found, args))}\n", flush=True)
+        if args.json:  # what has been measured is kept when something later fails
+            args.json.write_text(json.dumps(found, indent=2) + "\n")
+    return 0 if all_passed(found) else 1
+
+
+def measured(part: str, found: Found, args: argparse.Namespace) -> Any:
+    """A part of the kit, which is kept in what was found."""
+    if part == "training":
         lengths = args.lengths or SIZES[args.size].lengths
-        found["training"] = [contest(args, length, top) for length in lengths]
-        print(f"\n{training_table(found['training'])}")
-        print("\n".join(verdict(each) for each in found["training"]))
-    if args.json:
-        args.json.write_text(json.dumps(found, indent=2) + "\n")
-    return 0 if all(each.get("ok") for each in found.get("checks", {}).values()) else 1
+        found[part] = [contest(args, length, found["card"].get("peak")) for length in lengths]
+    elif part not in found:
+        found[part] = run(_job(part, args))
+    return found[part]
 
 
-def contest(args: argparse.Namespace, length: int, top: float) -> Found:
+def all_passed(found: Found) -> bool:
+    """Whether no check has failed, and none is missing that should be there."""
+    checks = found.get("checks", {})
+    return "failed" not in checks and all(check["ok"] for check in checks.values())
+
+
+def contest(args: argparse.Namespace, length: int, top: float | None) -> Found:
     """Ours and PEFT's passes at one length, with the share of the peak of each."""
     size = SIZES[args.size]
     batches = [max(1, size.micro_tokens // length)]
@@ -96,7 +100,7 @@ def contest(args: argparse.Namespace, length: int, top: float) -> Found:
     ]
     work = mine[-1].get("operations a token")
     for each in (*mine, *theirs):
-        if work and "tokens a second" in each:
+        if work and top and "tokens a second" in each:
             each["share of the peak"] = each["tokens a second"] * work / top
     return {"length": length, "ours": mine, "peft": theirs}
 
@@ -106,7 +110,10 @@ def run(job: Found) -> Found:
     if job["device"] == "cpu":
         return WORK[job["kind"]](job)
     command = [sys.executable, __file__, "--job", json.dumps(job)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    # transformers' Trainer would split its batches over all GPUs that it sees.
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": first}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         last = [line for line in done.stderr.splitlines() if line.strip()][-1:]
         return {"failed": last[0][:300] if last else f"exit code {done.returncode}"}
@@ -122,6 +129,16 @@ def _tried(job: Found) -> Found:
 def _job(kind: str, args: argparse.Namespace, **others: Any) -> Found:
     own = {"kind": kind, "device": args.device, "size": args.size, "dtype": args.dtype, "rank": args.rank}
     return {**own, "step_tokens": SIZES[args.size].step_tokens, **others}
+
+
+def card_line(found: Found) -> str:
+    """The card, its peak and what a product reaches."""
+    if "failed" in found:
+        return f"{machine()}\nthe card: {found['failed']}"
+    return (
+        f"{machine()}\n{found['name']}: peak {found['peak'] / 1e12:.1f} TFLOP/s ({found['source']}), torch.matmul"
+        f" {found['torch.matmul'] / 1e12:.1f}"
+    )
 
 
 def checks_table(found: Found) -> str:
@@ -159,7 +176,8 @@ def training_table(contests: Sequence[Found]) -> str:
                 how = f", batch {each['batch']}{', recomputed' if each['recomputed'] else ''}"
                 title = f"{contest['length']}: {'ours' if name == 'ours' else 'PEFT + Trainer'}{how}"
                 rows.append((title, *_cells(each)))
-    return table(("length", "tokens/s", "share of the peak", "GiB", "attention"), rows)
+    lines = table(("length", "tokens/s", "share of the peak", "GiB", "attention"), rows)
+    return "\n".join((lines, *map(verdict, contests)))
 
 
 def _cells(found: Found) -> tuple[str, str, str, str]:
@@ -195,6 +213,10 @@ def against_targets(found: Found) -> str:
 def best(passes: Sequence[Found]) -> Found | None:
     """The fastest pass that has ended."""
     return max((each for each in passes if "tokens a second" in each), key=lambda e: e["tokens a second"], default=None)
+
+
+SHOWN = {"card": card_line, "checks": checks_table, "init": init_line, "training": training_table}
+"""Part -> what is printed of it."""
 
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:

@@ -62,16 +62,18 @@ def start_exact(folder: str, dtype: str, device: torch.device) -> Found:
 
 def attentions(folder: str, dtype: str, device: torch.device) -> dict[str, Found]:
     """What the product's own self-test says of each implementation, and which one `auto` takes."""
-    done: dict[str, Found] = {}
-    for name in get_args(Model.model_fields["attention"].annotation):
-        settings = _settings(folder, dtype, attention=name)
-        try:
-            model: Any = load_model(folder, settings.model, device).to(device)
-            tested = choose_attention(SupervisedLoss(model), _packs(), settings, device)
-            done[name] = {"ok": True, **tested.to_json()}
-        except UserError as error:  # not there, or not right and said so: both are what a user would meet
-            done[name] = {"ok": name != "auto", "refused": str(error)}
-    return done
+    names = get_args(Model.model_fields["attention"].annotation)
+    return {name: _guarded(lambda n=name: attention_of(n, folder, dtype, device)) for name in names}
+
+
+def attention_of(name: str, folder: str, dtype: str, device: torch.device) -> Found:
+    """One of them."""
+    settings = _settings(folder, dtype, attention=name)
+    try:
+        model: Any = load_model(folder, settings.model, device).to(device)
+        return {"ok": True, **choose_attention(SupervisedLoss(model), _packs(), settings, device).to_json()}
+    except UserError as error:  # not there, or not right and said so: both are what a user would meet
+        return {"ok": name != "auto", "refused": str(error)}
 
 
 def packed(folder: str, dtype: str, device: torch.device) -> Found:

@@ -82,15 +82,18 @@ def peak(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     return matrix_rate(device, dtype), "measured: the largest product of torch.matmul"
 
 
+def facts(job: dict[str, Any]) -> dict[str, Any]:
+    """The card, its peak, and what a large product reaches."""
+    device, dtype = torch.device(job["device"]), getattr(torch, job["dtype"])
+    top, source = peak(device, dtype)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    return {"name": name, "peak": top, "source": source, "torch.matmul": matrix_rate(device, dtype)}
+
+
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Operations a second of a large square product."""
     side = 8192 if device.type == "cuda" else 512
     return max(rates([(side, side, side)], dtype, device).values())
-
-
-def card(device: torch.device) -> str:
-    """The GPU's name; of a CPU none, which tells nothing here."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
 def random_llama(size: str, dtype: torch.dtype, device: torch.device, attention: str = "sdpa") -> Any:

@@ -26,7 +26,6 @@ from olora_ray.tokens.store import order
 from olora_ray.train.loader import StepLoader
 from olora_ray.train.loop import Trainer
 from olora_ray.train.loss import SupervisedLoss
-from olora_ray.train.malloc import keep_freed_memory
 from olora_ray.train.parallel import place_model
 from olora_ray.train.schedule import Schedule
 from olora_ray.train.self_test import choose_attention
@@ -64,7 +63,6 @@ def initialisation(job: dict[str, Any]) -> Found:
 
 def ours(job: dict[str, Any]) -> Found:
     """A pass of this project's training over packed chats."""
-    keep_freed_memory()
     device, store = torch.device(job["device"]), memory_store(_rows(job), job["length"])
     settings = _settings(job)
     trainer, tested = _our_trainer(job, settings, store)

@@ -54,6 +54,7 @@ def main() -> None:
     parser.add_argument("--storage", default="./runs", help="where a GGUF model is dequantised to")
     args = parser.parse_args()
     model_folder(args.model, args.storage)
+    Path(args.storage, "models").mkdir(parents=True, exist_ok=True)
     print(machine())
     runs: dict[str, list[Run]] = {"Ray Train": [], "torchrun": []}
     with tempfile.TemporaryDirectory(dir=args.storage) as scratch:

@@ -31,7 +31,7 @@ from olora_ray.adapter.methods import METHODS
 
 WORKER = str(Path(__file__).with_name("scaling_worker.py"))
 SIMULATED = (8, 64, 512, 4096)
-STATED = ("bandwidth", "latency", "storage", "notice", "between_failures", "checkpoint_every", "hours")
+STATED = ("bandwidth", "latency", "storage_rate", "notice", "between_failures", "checkpoint_every", "hours")
 """Costs that are stated, not measured; each is an option."""
 Found = dict[str, Any]
 
@@ -39,7 +39,7 @@ Found = dict[str, Any]
 def main() -> None:
     """Measure, simulate and print."""
     args = _arguments()
-    folder = model_folder(args.model, args.storage_folder)
+    folder = model_folder(args.model, args.storage)
     print(machine())
     measured = {workers: measure(workers, folder, args) for workers in args.workers}
     print(measured_table(measured))
@@ -141,7 +141,7 @@ def stated(costs: Costs) -> str:
     """What the simulation takes as given."""
     return (
         f"stated: {costs.bandwidth / 1e9:g} GB/s and {costs.latency * 1e6:g} us a message between workers; storage"
-        f" {costs.storage / 1e9:g} GB/s in all; a failure is noticed after {costs.notice:g} s, one a worker in"
+        f" {costs.storage_rate / 1e9:g} GB/s in all; a failure is noticed after {costs.notice:g} s, one a worker in"
         f" {costs.between_failures / 86400:g} days; a checkpoint every {costs.checkpoint_every} steps; a run of"
         f" {costs.hours:g} h; {costs.step:.2f} s a step"
     )
@@ -188,7 +188,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--accumulated", type=int, default=1, help="micro-batches of a worker in a step")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     parser.add_argument("--model", default=MODEL)
-    parser.add_argument("--storage-folder", dest="storage_folder", default="./runs", help="for a GGUF model")
+    parser.add_argument("--storage", default="./runs", help="where a GGUF model is dequantised to")
     for name in STATED:
         default = getattr(Costs, name)
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, help="simulated")

@@ -42,7 +42,7 @@ class Costs:
     """Bytes a second between two workers; 100 Gbit/s."""
     latency: float = 30e-6
     """Seconds of a message."""
-    storage: float = 5e9
+    storage_rate: float = 5e9
     """Bytes a second of the storage, for all workers together."""
     notice: float = 30.0
     """Seconds until a failure is noticed."""
@@ -125,7 +125,7 @@ def ring(costs: Costs, workers: int, size: int) -> float:
 
 def starting(costs: Costs, workers: int) -> float:
     """Seconds to start all workers, whose base comes from one storage."""
-    return costs.start + workers * costs.base_bytes / costs.storage
+    return costs.start + workers * costs.base_bytes / costs.storage_rate
 
 
 def first_limit(costs: Costs, largest_share: Callable[[int], float], most: int = 2**20) -> Times | None:

@@ -31,6 +31,7 @@ def test_the_whole_kit_runs_on_a_cpu(benchmark: Any, tmp_path: Path, capsys: pyt
         assert 0 < each["share of the peak"] < 1
     printed = capsys.readouterr().out
     for part in (
+        "CPU: peak",
         "attention segments, bfloat16",
         "initialisation: 14 layers",
         "64: PEFT + Trainer, batch 4, recomputed",
@@ -53,10 +54,30 @@ def test_a_job_that_dies_is_told_and_the_others_go_on(benchmark: Any, monkeypatc
     module = benchmark("gpu")
     died = subprocess.CompletedProcess([], 1, "", "Traceback\ntorch.OutOfMemoryError: CUDA out of memory\n\n")
     monkeypatch.setattr(module.subprocess, "run", lambda *given, **named: died)
-    found = module.contest(module._arguments([]), 4096, 1e15)
+    found = module.contest(module._arguments([]), 4096, None)
     assert [each["batch"] for each in found["ours"]] == [2, 1]
     assert "out of memory" in module.training_table([found])
     assert module.verdict(found) == "4096 tokens: no pass of ours has ended"
+
+
+def test_a_job_in_a_process_of_its_own_prints_what_it_gives(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    module = benchmark("gpu")
+    assert module.main(["--job", json.dumps({"kind": "card", "device": "cpu", "dtype": "float32"})]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["name"] == "CPU"
+    assert found["peak"] > 0
+    assert module.card_line(found).splitlines()[1].startswith("CPU: peak ")
+
+
+@pytest.mark.parametrize(
+    ("checks", "passed"),
+    [({"a": {"ok": True}}, True), ({"a": {"ok": True}, "b": {"ok": False}}, False), ({"failed": "died"}, False)],
+)
+def test_a_check_that_fails_or_does_not_run_fails_the_kit(benchmark: Any, checks: Any, passed: bool) -> None:
+    module = benchmark("gpu")
+    assert module.all_passed({"checks": checks}) is passed
+    assert module.all_passed({})  # checks were not asked for
+    assert module.checks_table(checks)
 
 
 def test_a_machine_without_a_gpu_is_told_so(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:
