@@ -109,7 +109,11 @@ def _our_trainer(job: dict[str, Any], settings: Config, store: Any) -> tuple[Tra
     """What a worker builds, with the attention that has passed the self-test."""
     device, adapter = torch.device(job["device"]), settings.adapter
     model = random_llama(job["size"], getattr(torch, job["dtype"]), device)
-    loss = SupervisedLoss(model)
+    loss: Any = SupervisedLoss(model)
+    if job["recompute"]:
+        if not hasattr(loss, "recompute"):
+            raise SystemExit("this version of the project does not recompute activations")
+        loss.recompute = True  # place_model reads it
     tested = choose_attention(loss, store[:4], settings, device)
     targets = find_targets(model, adapter.targets, adapter.rank)
     factors, _ = initialise(targets, adapter.method, adapter.rank, 0, device, options_of(adapter))
