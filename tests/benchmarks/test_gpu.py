@@ -61,6 +61,21 @@ def test_a_job_that_dies_is_told_and_the_others_go_on(benchmark: Any, monkeypatc
     assert module.verdict(found) == "4096 tokens: no pass of ours has ended"
 
 
+def test_a_start_that_is_not_the_base_is_told(benchmark: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = benchmark("gpu_checks")
+    right = module.inject
+
+    def moved(*given: Any) -> Any:
+        adapted = right(*given)
+        next(iter(adapted.values())).db.data.fill_(1e-3)
+        return adapted
+
+    folder = str(module._model_folder(tmp_path))
+    assert module.start_exact(folder, "float32", torch.device("cpu"))["ok"]
+    monkeypatch.setattr(module, "inject", moved)
+    assert not module.start_exact(folder, "float32", torch.device("cpu"))["ok"]
+
+
 def test_a_job_in_a_process_of_its_own_prints_what_it_gives(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> None:
     module = benchmark("gpu")
     assert module.main(["--job", json.dumps({"kind": "card", "device": "cpu", "dtype": "float32"})]) == 0
