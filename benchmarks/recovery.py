@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from common import MODEL, config, machine, memory_store, model_folder, our_trainer, processes_below, table
 
-from olora_ray.model.source import parameters
+from olora_ray.model.folder import parameters
 from olora_ray.train.checkpoint import snapshot
 from olora_ray.train.checkpoints import CheckpointManager, name_of
 from olora_ray.train.loader import StepLoader

@@ -29,12 +29,18 @@ PAGE = ROOT / "docs" / "benchmarks.md"
 SECTIONS = {
     "init": "Initialisation",
     "throughput": "Throughput",
+    "roofline": "Roofline",
+    "overhead": "Overhead of Ray",
+    "scaling": "Scaling",
+    "gpu": "On a GPU",
     "recovery": "Recovery",
     "early": "Early start",
     "sweep": "Sweep",
     "export": "Export",
 }
 """Script -> heading, in the order of the page."""
+NEEDS_GPU = ("gpu",)
+"""Left out where there is no GPU, unless they are named."""
 INTRO = """\
 # Benchmarks
 
@@ -173,14 +179,23 @@ def _arguments(argv: Sequence[str]) -> tuple[list[str], list[str], Path | None]:
     own = list(argv[: argv.index("--")] if "--" in argv else argv)
     options = list(argv[len(own) + 1 :])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(SECTIONS)}; none: all of them")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"of {', '.join(SECTIONS)}; none: all that can run here"
+    )
     parser.add_argument("--output", type=Path, metavar="FILE", help="what it has printed on this machine; runs nothing")
     args = parser.parse_args(own)
     if unknown := [name for name in args.names if name not in SECTIONS]:
         parser.error(f"{unknown[0]}: not one of {', '.join(SECTIONS)}")
     if (options or args.output) and len(args.names) != 1:
         parser.error("--output and options after -- are for one benchmark: name it")
-    return args.names or list(SECTIONS), options, args.output
+    return args.names or _all(), options, args.output
+
+
+def _all() -> list[str]:
+    """Those that can run here."""
+    import torch
+
+    return [name for name in SECTIONS if name not in NEEDS_GPU or torch.cuda.is_available()]
 
 
 if __name__ == "__main__":

@@ -1,7 +1,5 @@
 """What the benchmarks are made of works with the product as it is: nothing else would notice a rename."""
 
-import importlib
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,11 +11,9 @@ from tests import tiny
 from tests.pipelines import project
 
 
-@pytest.fixture
-def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Imports a benchmark's module by name, as its scripts do."""
-    monkeypatch.syspath_prepend(str(Path(project.ROOT) / "benchmarks"))
-    return importlib.import_module
+@pytest.mark.parametrize("name", sorted(file.stem for file in (project.ROOT / "benchmarks").glob("*.py")))
+def test_every_script_finds_what_it_imports(benchmark: Any, name: str) -> None:
+    assert benchmark(name).__doc__
 
 
 def test_a_loader_reads_the_store_in_memory(benchmark: Any) -> None:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import write_page
 from benchmarks.write_page import MISSING, SECTIONS, Measured
@@ -26,7 +27,8 @@ def measured(output: str = PRINTED, date: str = "2026-11-26") -> Measured:
 def test_a_new_page_has_a_section_for_each_benchmark() -> None:
     before, sections = write_page.split(write_page.renewed("", "init", measured()))
     assert before == write_page.INTRO.strip()
-    assert list(sections) == ["Initialisation", "Throughput", "Recovery", "Early start", "Sweep", "Export"]
+    assert list(sections) == list(SECTIONS.values())
+    assert list(sections)[:3] == ["Initialisation", "Throughput", "Roofline"]
     assert sections["Initialisation"].endswith(f"```text\n{PRINTED.strip()}\n```")
     assert "`python benchmarks/init.py`, 2026-11-26, on 2 cores of a test:" in sections["Initialisation"]
     assert "beside PEFT's" in sections["Initialisation"]  # from the script's docstring
@@ -73,8 +75,25 @@ def test_every_benchmark_is_there_and_says_what_it_measures(name: str) -> None:
     text = write_page.description(name)
     assert len(text) > 100
     assert "python benchmarks" not in text
-    scripts = {file.stem for file in (write_page.ROOT / "benchmarks").glob("*.py")}
-    assert scripts - {"common", "write_page", "__init__"} == set(SECTIONS)
+
+
+def test_every_script_that_is_run_by_hand_has_a_section() -> None:
+    # The others are parts of these: their docstrings show no command of their own.
+    scripts = {
+        file.stem
+        for file in (write_page.ROOT / "benchmarks").glob("*.py")
+        if f"\n    python benchmarks/{file.name}" in file.read_text(encoding="utf-8")
+    }
+    assert scripts - {"write_page"} == set(SECTIONS)
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_what_needs_a_gpu_runs_where_there_is_one_or_when_it_is_named(
+    there: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    assert ("gpu" in write_page._arguments([])[0]) is there
+    assert write_page._arguments(["gpu"])[0] == ["gpu"]
 
 
 def test_the_machine_is_described_without_its_name() -> None:
@@ -109,6 +128,7 @@ def test_what_ran_before_a_failure_is_written_and_the_failure_is_told(
 ) -> None:
     monkeypatch.setattr(write_page, "ROOT", tmp_path)
     monkeypatch.setattr(write_page, "PAGE", tmp_path / "benchmarks.md")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     (tmp_path / "benchmarks").mkdir()
     for name in SECTIONS:
         ending = "raise SystemExit(3)" if name == "recovery" else ""
@@ -118,9 +138,11 @@ def test_what_ran_before_a_failure_is_written_and_the_failure_is_told(
     assert write_page.main([]) == 3
     _, sections = write_page.split((tmp_path / "benchmarks.md").read_text())
     written = [heading for heading, text in sections.items() if "table of" in text]
-    assert written == ["Initialisation", "Throughput"]
+    before = list(SECTIONS)[: list(SECTIONS).index("recovery")]
+    before.remove("gpu")
+    assert written == [SECTIONS[name] for name in before]
     out, err = capsys.readouterr()
-    assert out.splitlines() == ["table of init", "table of throughput", "table of recovery"]  # shown as they run
+    assert out.splitlines() == [f"table of {name}" for name in (*before, "recovery")]  # shown as they run
     assert "python benchmarks/recovery.py: exit code 3; its section stays as it was" in err
 
 
@@ -134,4 +156,4 @@ def test_arguments_that_make_no_sense_are_refused(words: list[str]) -> None:
 def test_it_runs_as_a_script() -> None:
     script = write_page.ROOT / "benchmarks" / "write_page.py"
     done = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, check=True)
-    assert "init, throughput, recovery, early, sweep, export" in done.stdout
+    assert ", ".join(SECTIONS) in " ".join(done.stdout.split())

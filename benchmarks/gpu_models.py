@@ -1,0 +1,118 @@
+"""What benchmarks/gpu.py trains: Llamas of random weights, chats of random tokens, and the peak of known cards."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from multiplications import rates
+
+Row = tuple[np.ndarray, np.ndarray]
+"""(input_ids, supervised)."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """A Llama, and what it is measured with."""
+
+    shape: dict[str, int]
+    """Arguments of LlamaConfig."""
+    lengths: tuple[int, ...]
+    """Of packed sequences."""
+    micro_tokens: int
+    """Of a micro-batch."""
+    step_tokens: int
+    """Of an optimizer step."""
+    pass_tokens: int
+    """Of the rows of a timed pass."""
+    peft: tuple[tuple[int, bool], ...] = ((1, False), (2, False), (4, True), (8, True))
+    """Settings of PEFT that are tried: rows of a batch, and whether activations are recomputed."""
+
+
+def _shape(vocabulary: int, hidden: int, inner: int, layers: int, heads: int, groups: int) -> dict[str, int]:
+    return {
+        "vocab_size": vocabulary,
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": groups,
+    }
+
+
+SIZES = {
+    "tiny": Size(_shape(512, 64, 128, 2, 4, 2), (64, 128), 128, 256, 1024, ((2, False), (4, True))),
+    "1b": Size(_shape(128256, 2048, 8192, 16, 32, 8), (4096, 8192), 16384, 65536, 262144),
+    "8b": Size(_shape(128256, 4096, 14336, 32, 32, 8), (4096, 8192), 8192, 32768, 131072),
+}
+"""Llama 3's shapes, and one for a test on a CPU."""
+
+PEAKS = {
+    "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
+    "H100": 989.0,
+    "H200": 989.0,
+    "H800": 989.0,
+    "GH200": 989.0,
+    "B200": 2250.0,
+    "A100": 312.0,
+    "A800": 312.0,
+    "A40": 149.7,
+    "A10G": 125.0,
+    "A10": 125.0,
+    "L40S": 362.0,
+    "L40": 181.0,
+    "L4": 121.0,
+    "RTX 4090": 165.2,
+}
+"""Part of a card's name -> TFLOP/s in bfloat16, dense, as its maker states it."""
+
+
+def peak(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
+    """Operations a second that count as 100 %, and where the number is from.
+
+    Of a card that is not in the table, of a CPU and in another precision it is the rate of a large product.
+    """
+    if device.type == "cuda" and dtype is torch.bfloat16:
+        name = torch.cuda.get_device_name(device)
+        # The longest name: "L40S" is no "L4".
+        for part in sorted(PEAKS, key=len, reverse=True):
+            if part.lower() in name.lower():
+                return PEAKS[part] * 1e12, f"stated by the maker for {part}"
+    return matrix_rate(device, dtype), "measured: the largest product of torch.matmul"
+
+
+def facts(job: dict[str, Any]) -> dict[str, Any]:
+    """The card, its peak, and what a large product reaches."""
+    device, dtype = torch.device(job["device"]), getattr(torch, job["dtype"])
+    top, source = peak(device, dtype)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    return {"name": name, "peak": top, "source": source, "torch.matmul": matrix_rate(device, dtype)}
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of a large square product."""
+    side = 8192 if device.type == "cuda" else 512
+    return max(rates([(side, side, side)], dtype, device).values())
+
+
+def random_llama(size: str, dtype: torch.dtype, device: torch.device, attention: str = "sdpa") -> Any:
+    """A frozen Llama with the same random weights each time, made on the device."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    shape = LlamaConfig(**SIZES[size].shape, max_position_embeddings=16384, pad_token_id=0, rope_theta=500000.0)
+    torch.manual_seed(0)
+    with torch.device(device):
+        model: Any = AutoModelForCausalLM.from_config(shape, dtype=dtype, attn_implementation=attention)
+    return model.requires_grad_(False).eval()
+
+
+def chats(size: str, length: int, tokens: int, seed: int = 0) -> list[Row]:
+    """Chats of random tokens, about `tokens` in all; lengths log-normal, an eighth of `length` in the middle."""
+    generator = np.random.default_rng(seed)
+    vocabulary, rows, left = SIZES[size].shape["vocab_size"], list[Row](), tokens
+    while left > 0:
+        count = int(np.clip(generator.lognormal(np.log(length / 8), 0.8), 8, length))
+        rows.append((generator.integers(3, vocabulary, count, dtype=np.int32), np.arange(count) >= count // 2))
+        left -= count
+    return rows

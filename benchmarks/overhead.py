@@ -1,0 +1,173 @@
+"""What Ray costs while it trains: the loop inside Ray Train beside the same loop under torchrun.
+
+Both train the same config on the same token store with the same code (cluster/worker.py): pipelines/finetune.py as a
+user runs it, with driver, progress, MLflow and checkpoints; and processes that torchrun starts, which meet the same
+Worker in a context of their own, where nobody is told anything. Two numbers of each: the seconds of a step as the
+worker records them, and those between two checkpoints divided by the steps between them, which contain what happens
+between steps too; the ratio is of the latter. The first steps do not count. SmolLM2-135M, in turn, medians count. Run
+it on an idle machine: on two cores Ray's own processes share them with the workers, as they do for a user.
+
+    python benchmarks/overhead.py [--rounds 3] [--steps 40] [--workers 2]
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, median
+
+import numpy as np
+from common import MODEL, machine, model_folder, table
+
+from olora_ray.cluster.spec import TrainResult
+from olora_ray.train.checkpoint import MANIFEST
+from olora_ray.train.checkpoints import name_of
+
+ROOT = Path(__file__).resolve().parent.parent
+UNDER_TORCHRUN = str(Path(__file__).with_name("under_torchrun.py"))
+MOST_OVERHEAD, MOST_WAITING = 0.03, 0.01
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run has recorded, without its first steps."""
+
+    step: float
+    """Seconds of a step, the mean."""
+    whole: float
+    """Seconds from step to step, with what lies between."""
+    waiting: float
+    """Share of the steps' time that was spent waiting for data."""
+
+
+def main() -> None:
+    """Run both in turn and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=40, help="of which the first quarter does not count")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--model", default=MODEL)
+    parser.add_argument("--storage", default="./runs", help="where a GGUF model is dequantised to")
+    args = parser.parse_args()
+    model_folder(args.model, args.storage)
+    Path(args.storage, "models").mkdir(parents=True, exist_ok=True)
+    print(machine())
+    runs: dict[str, list[Run]] = {"Ray Train": [], "torchrun": []}
+    with tempfile.TemporaryDirectory(dir=args.storage) as scratch:
+        storage = Path(scratch)
+        (storage / "models").symlink_to(Path(args.storage).resolve() / "models")
+        write_corpus(storage / "corpus.jsonl", rows=args.steps * 16)
+        for turn in range(args.rounds):
+            # Ray's comes first: it leaves the token store that both read.
+            for name in runs:
+                file = settings(storage, f"{name.split()[0].lower()}-{turn}", args)
+                run(name, file, args.workers)
+                runs[name].append(recorded(storage / file.stem, args.steps))
+                print(f"round {turn + 1}: {name}: {runs[name][-1].whole:.3f} s a step", file=sys.stderr, flush=True)
+    print(runs_table(runs))
+    print(verdict(runs))
+
+
+def write_corpus(file: Path, rows: int) -> None:
+    """Chats of generated words, of about a hundred tokens and more."""
+    generator = np.random.default_rng(0)
+    words = ["".join(chr(97 + c) for c in generator.integers(0, 26, n)) for n in generator.integers(2, 10, 5_000)]
+    with file.open("w") as out:
+        for _ in range(rows):
+            ask, answer = (
+                " ".join(words[i] for i in generator.integers(0, len(words), int(count)))
+                for count in np.clip(generator.lognormal(np.log(20), 0.5, 2), 4, 40)
+            )
+            messages = [{"role": "user", "content": ask}, {"role": "assistant", "content": answer}]
+            out.write(json.dumps({"messages": messages}) + "\n")
+
+
+def settings(storage: Path, name: str, args: argparse.Namespace) -> Path:
+    """The config of a run; all have the same but for their names."""
+    tree = {
+        "run": {"name": name, "storage": str(storage)},
+        "model": {"name": args.model},
+        "data": {"train": [{"path": str(storage / "corpus.jsonl")}], "max_length": 512},
+        "train": {
+            "steps": args.steps,
+            "global_batch": 2 * args.workers,
+            "micro_batch": 1,
+            "schedule": "constant",
+            "checkpoint_every": counted_from(args.steps),
+            "keep": 99,
+            "log_every": 5,
+        },
+        "cluster": {"workers": args.workers, "cpus_per_worker": 1},
+        "evaluation": {"samples": 0},
+        "export": {"merged": False},
+    }
+    file = storage / f"{name}.yaml"
+    file.write_text(json.dumps(tree))  # JSON is YAML
+    return file
+
+
+def run(name: str, file: Path, workers: int) -> None:
+    """Train; what is printed is shown on the standard error."""
+    command, environment = [sys.executable, "pipelines/finetune.py", str(file)], dict(os.environ)
+    if name == "torchrun":
+        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={workers}"]
+        command = [sys.executable, *launch, UNDER_TORCHRUN, str(file)]
+        environment["OMP_NUM_THREADS"] = "1"  # as Ray sets it for a worker with one CPU
+    if subprocess.run(command, cwd=ROOT, stdout=sys.stderr, env=environment).returncode:
+        raise SystemExit(f"{name}: the run has failed")
+
+
+def recorded(folder: Path, steps: int) -> Run:
+    """What a run's folder tells, from the first checkpoint after the start to the last."""
+    first = counted_from(steps)
+    state = TrainResult.from_json((folder / "training.json").read_text()).state
+    assert state is not None
+    rows = [row for row in state.history if row["step"] > first and "train/step_seconds" in row]
+    assert len(rows) == steps - first, "a step is missing: was the run resumed?"
+    seconds = [row["train/step_seconds"] for row in rows]
+    began, ended = ((folder / "checkpoints" / name_of(step) / MANIFEST).stat().st_mtime for step in (first, steps))
+    waited = sum(row["data/wait_fraction"] * row["train/step_seconds"] for row in rows)
+    return Run(mean(seconds), (ended - began) / (steps - first), waited / sum(seconds))
+
+
+def counted_from(steps: int) -> int:
+    """The steps up to this one do not count; after it there is a checkpoint."""
+    return max(1, steps // 4)
+
+
+def runs_table(runs: dict[str, list[Run]]) -> str:
+    """A row for each way to train."""
+    rows = [
+        (
+            name,
+            f"{median(each.step for each in done):.3f}",
+            f"{median(each.whole for each in done):.3f}",
+            f"{min(each.whole for each in done):.3f} to {max(each.whole for each in done):.3f}",
+            f"{median(each.waiting for each in done):.2%}",
+        )
+        for name, done in runs.items()
+    ]
+    return table(("", "a step s", "step to step s", "all rounds", "waiting for data"), rows)
+
+
+def verdict(runs: dict[str, list[Run]]) -> str:
+    """Both numbers beside their targets."""
+    pairs = [mine.whole / other.whole - 1 for mine, other in zip(runs["Ray Train"], runs["torchrun"], strict=True)]
+    over, waiting = median(pairs), median(each.waiting for each in runs["Ray Train"])
+    return (
+        f"Ray Train over torchrun: {over:+.1%} (pairs from {min(pairs):+.1%} to {max(pairs):+.1%}), target below"
+        f" {MOST_OVERHEAD:.0%}: {_met(over < MOST_OVERHEAD)}; waiting for data {waiting:.2%}, target below"
+        f" {MOST_WAITING:.0%}: {_met(waiting < MOST_WAITING)}"
+    )
+
+
+def _met(yes: bool) -> str:
+    return "met" if yes else "missed"
+
+
+if __name__ == "__main__":
+    main()

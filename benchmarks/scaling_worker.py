@@ -1,0 +1,119 @@
+"""A worker of benchmarks/scaling.py: initialisation, steps, exchange and a checkpoint, each measured by itself.
+
+python benchmarks/scaling_worker.py JOB        (json; scaling.py starts it)
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from common import memory_store, our_trainer
+from contestants import LONGEST, RANK, Setting, join, make_rows, our_config
+from recovery import written_state
+
+from olora_ray.adapter.initialise import InitReport, initialise, options_of
+from olora_ray.adapter.inject import find_targets
+from olora_ray.common.quiet import quiet_transformers
+from olora_ray.config.schema import Config
+from olora_ray.model.load import load_model
+from olora_ray.train.checkpoints import CheckpointManager
+from olora_ray.train.loader import StepLoader
+from olora_ray.train.loop import Trainer
+from olora_ray.train.schedule import Schedule
+
+CPU = torch.device("cpu")
+REPEATS = 5
+"""Of an exchange; the median counts."""
+
+
+def main() -> None:
+    """Measure and print."""
+    quiet_transformers()
+    job = json.loads(sys.argv[1])
+    setting = Setting("ours", "ours", workers=job["workers"], micro=job["micro"])
+    join(setting, job)
+    settings = our_config(job, setting, job["workers"] * job["micro"] * job["accumulated"])
+    # Starting a worker is what is over by now, and the loading that follows; the base lies in the page cache.
+    report, shapes, loaded = initialisation(settings, job["folder"])
+    found: dict[str, Any] = {
+        "start": loaded - job["launched"],
+        "factors": report.seconds,
+        "factor exchange": report.exchange_seconds,
+        "shapes": shapes,
+    }
+    trainer, attention = our_trainer(settings, job["folder"])
+    found |= steps(trainer, attention, settings, job)
+    found |= exchanges(trainer.flat.vector.numel())
+    if job["rank"] == 0:
+        found |= checkpoint(trainer, Path(job["scratch"]))
+    print("\n" + json.dumps(found), flush=True)
+
+
+def initialisation(settings: Config, folder: str) -> tuple[InitReport, dict[str, tuple[int, ...]], float]:
+    """The report of a second one, which finds all warm; the layers' shapes; and when the model was loaded."""
+    model: Any = load_model(folder, settings.model, CPU)
+    loaded = time.time()
+    targets = find_targets(model, settings.adapter.targets, RANK)
+    for _ in range(2):
+        _, report = initialise(targets, "olora", RANK, 0, CPU, options_of(settings.adapter))
+    return report, {name: tuple(target.weight().shape) for name, target in targets.items()}, loaded
+
+
+def steps(trainer: Trainer, attention: str, settings: Config, job: dict[str, Any]) -> dict[str, Any]:
+    """Seconds of a step, the median after one that warms up, and how many sequences it takes."""
+    store = memory_store(make_rows(job["rows"]), LONGEST)
+    loader = StepLoader(store, settings.train, settings.run.seed, attention, job["rank"], job["workers"])
+    schedule = Schedule(settings.train.model_copy(update={"steps": job["steps"] + 1}), store)
+    _, *counted = islice(trainer.steps(loader, 0, schedule), job["steps"] + 1)
+    return {"step": median(result.seconds for result in counted), "sequences": settings.train.global_batch}
+
+
+def exchanges(numbers: int) -> dict[str, float]:
+    """Seconds of an all-reduce of the gradient, and of one number."""
+    return {
+        "gradient bytes": 4.0 * numbers,
+        "exchange": repeated(lambda: all_reduce(torch.zeros(numbers))),
+        "message": repeated(lambda: all_reduce(torch.zeros(1))),
+    }
+
+
+def all_reduce(tensor: torch.Tensor) -> None:
+    """Sum it over the workers, if there are others."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+
+
+def repeated(run: Callable[[], None]) -> float:
+    """Seconds, the median; workers begin together."""
+    taken = []
+    for _ in range(REPEATS):
+        all_reduce(torch.zeros(1))
+        began = time.perf_counter()
+        run()
+        taken.append(time.perf_counter() - began)
+    return median(taken)
+
+
+def checkpoint(trainer: Trainer, scratch: Path) -> dict[str, float]:
+    """How long it stops the training, and until it is written."""
+    files = CheckpointManager(str(scratch / "checkpoints"), 2)
+    began = time.perf_counter()
+    files.save(1, written_state(trainer, 1))
+    blocked = time.perf_counter() - began
+    files.finish()
+    return {"blocked": blocked, "written": time.perf_counter() - began}
+
+
+if __name__ == "__main__":
+    main()
+    # A process group's threads can crash at the interpreter's exit; everything is printed.
+    sys.stdout.flush()
+    os._exit(0)

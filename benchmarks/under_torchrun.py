@@ -1,0 +1,87 @@
+"""A worker of benchmarks/overhead.py under torchrun: the training of cluster/worker.py without Ray.
+
+python -m torch.distributed.run --standalone --nproc-per-node=2 benchmarks/under_torchrun.py CONFIG
+
+It trains what pipelines/finetune.py would with the config, on the token store that an earlier run has left (a small one
+is made), and leaves the run's checkpoints and training.json.
+"""
+
+import os
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from olora_ray.cluster.preemption import NoPreemption
+from olora_ray.cluster.resume import starting_point
+from olora_ray.cluster.spec import TrainResult, TrainSpec
+from olora_ray.cluster.worker import Worker
+from olora_ray.cluster.worker_context import RayTrainContext, use_cpus
+from olora_ray.common.quiet import quiet_transformers
+from olora_ray.config.load import load
+from olora_ray.config.schema import Config
+from olora_ray.pipeline.base import open_base
+from olora_ray.pipeline.run_folder import RunFolder
+from olora_ray.tokens.prepare import begin
+from olora_ray.tokens.store import TokenStore
+
+
+class TorchrunContext(RayTrainContext):
+    """A worker of torchrun, on a CPU: base model and adapters as under Ray Train."""
+
+    def __init__(self, config: Config) -> None:
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.device, self.preemption = torch.device("cpu"), NoPreemption()
+        self._loss, self._installed = None, False
+        use_cpus(config, self.device)
+
+
+class NobodyAsks:
+    """In place of StopRequests: there is no driver that could ask to stop."""
+
+    def waiting(self, shard: int, shards: int) -> None:
+        """The store is complete."""
+
+    def pending(self) -> bool:
+        """No."""
+        return False
+
+    def reason(self) -> tuple[str, bool]:
+        """There is none."""
+        raise AssertionError("nobody has asked")
+
+
+def main() -> None:
+    """Train."""
+    quiet_transformers()
+    config = load(sys.argv[1])
+    dist.init_process_group("gloo")
+    result = train(TorchrunContext(config), config)
+    if result.problem or result.state is None:
+        raise SystemExit(f"training has failed: {result.problem}")
+    if dist.get_rank() == 0:
+        RunFolder(config).write_training(result.to_json())
+    dist.barrier()
+
+
+def train(context: TorchrunContext, config: Config) -> TrainResult:
+    """What `train_at` does, with nobody to tell and nobody who asks."""
+    base, folder, requests = open_base(config), RunFolder(config), NobodyAsks()
+    if context.rank == 0:
+        begin(config, base.spec, "train").run()
+    dist.barrier()
+    store = TokenStore.open(begin(config, base.spec, "train").store.uri)
+    spec = TrainSpec(config, base.model, base.spec.digest, base.eos, store, None)
+    nobody: Any = SimpleNamespace(send=SimpleNamespace(remote=lambda message: None))
+    start = starting_point(context, spec, folder.checkpoints, requests.waiting)
+    asked: Any = requests
+    return Worker(context, spec, folder.checkpoints, nobody, start, asked).run()
+
+
+if __name__ == "__main__":
+    main()
+    # A process group's threads can crash at the interpreter's exit; everything is written.
+    sys.stdout.flush()
+    os._exit(0)

@@ -1,0 +1,128 @@
+"""The GPU kit runs whole on a CPU; on a GPU the same code runs with other sizes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.pipelines import project
+
+
+def test_the_whole_kit_runs_on_a_cpu(benchmark: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "gpu.json"
+    code = benchmark("gpu").main(["--size", "tiny", "--device", "cpu", "--lengths", "64", "--json", str(file)])
+    found = json.loads(file.read_text())
+    checks = found["checks"]
+    assert [name for name, check in checks.items() if not check["ok"]] == []
+    assert code == 0
+    assert checks["start equals the base, bfloat16"]["difference"] == 0.0
+    assert "refused" in checks["attention flash_attention_2, float32"]
+    assert checks["gradients equal PEFT's, float32"]["difference"] < 1e-4
+    assert found["init"]["layers"] == 14
+    assert found["init"]["difference"] < 1e-2
+    (contest,) = found["training"]
+    assert [each["recomputed"] for each in contest["peft"]] == [False, True]
+    for each in (*contest["ours"], *contest["peft"]):
+        assert each["tokens a second"] > 0
+        assert 0 < each["share of the peak"] < 1
+    printed = capsys.readouterr().out
+    for part in (
+        "CPU: peak",
+        "attention segments, bfloat16",
+        "initialisation: 14 layers",
+        "64: PEFT + Trainer, batch 4, recomputed",
+    ):
+        assert part in printed
+
+
+def test_other_gradients_than_pefts_are_told(benchmark: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = benchmark("gpu_checks")
+    right = module.one_by_one
+    monkeypatch.setattr(
+        module, "one_by_one", lambda *given: {name: 1.01 * part for name, part in right(*given).items()}
+    )
+    found = module.like_peft(str(module._model_folder(tmp_path)), torch.device("cpu"))
+    assert not found["ok"]
+    assert found["difference"] == pytest.approx(0.01, rel=0.05)
+
+
+def test_a_job_that_dies_is_told_and_the_others_go_on(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = benchmark("gpu")
+    died = subprocess.CompletedProcess([], 1, "", "Traceback\ntorch.OutOfMemoryError: CUDA out of memory\n\n")
+    monkeypatch.setattr(module.subprocess, "run", lambda *given, **named: died)
+    found = module.contest(module._arguments([]), 4096, None)
+    tried = [(each["recomputed"], each["batch"]) for each in found["ours"]]
+    assert tried == [(False, 2), (False, 1), (True, 2), (True, 1)]
+    assert "out of memory" in module.training_table([found])
+    assert module.verdict(found) == "4096 tokens: no pass of ours has ended"
+
+
+def test_a_start_that_is_not_the_base_is_told(benchmark: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = benchmark("gpu_checks")
+    right = module.inject
+
+    def moved(*given: Any) -> Any:
+        adapted = right(*given)
+        next(iter(adapted.values())).db.data.fill_(1e-3)
+        return adapted
+
+    folder = str(module._model_folder(tmp_path))
+    assert module.start_exact(folder, "float32", torch.device("cpu"))["ok"]
+    monkeypatch.setattr(module, "inject", moved)
+    assert not module.start_exact(folder, "float32", torch.device("cpu"))["ok"]
+
+
+def test_a_job_in_a_process_of_its_own_prints_what_it_gives(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    module = benchmark("gpu")
+    assert module.main(["--job", json.dumps({"kind": "card", "device": "cpu", "dtype": "float32"})]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["name"] == "CPU"
+    assert found["peak"] > 0
+    assert module.card_line(found).splitlines()[1].startswith("CPU: peak ")
+
+
+@pytest.mark.parametrize(
+    ("checks", "passed"),
+    [({"a": {"ok": True}}, True), ({"a": {"ok": True}, "b": {"ok": False}}, False), ({"failed": "died"}, False)],
+)
+def test_a_check_that_fails_or_does_not_run_fails_the_kit(benchmark: Any, checks: Any, passed: bool) -> None:
+    module = benchmark("gpu")
+    assert module.all_passed({"checks": checks}) is passed
+    assert module.all_passed({})  # checks were not asked for
+    assert module.checks_table(checks)
+
+
+def test_a_machine_without_a_gpu_is_told_so(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="not measured: torch sees no GPU"):
+        benchmark("gpu").main([])
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA L40S", 362e12), ("NVIDIA L4", 121e12)],
+)
+def test_the_peak_is_that_of_the_card(benchmark: Any, monkeypatch: pytest.MonkeyPatch, name: str, peak: float) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    found, source = benchmark("gpu_models").peak(torch.device("cuda"), torch.bfloat16)
+    assert found == peak
+    assert "maker" in source
+
+
+def test_the_peak_of_another_card_is_measured(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = benchmark("gpu_models")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A card of next year")
+    monkeypatch.setattr(module, "matrix_rate", lambda device, dtype: 5e12)
+    assert module.peak(torch.device("cuda"), torch.bfloat16)[0] == 5e12
+
+
+def test_the_kit_needs_neither_ray_nor_mlflow_nor_datasets() -> None:
+    code = "import sys\nfor name in ('ray', 'mlflow', 'datasets', 'trl'): sys.modules[name] = None\nimport gpu"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=project.ROOT / "benchmarks", capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

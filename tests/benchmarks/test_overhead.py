@@ -1,0 +1,88 @@
+"""The overhead is read from what runs leave; the side without Ray trains as a run of the product does."""
+
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from olora_ray.cluster.spec import TrainResult
+from olora_ray.config.load import load
+from olora_ray.pipeline.run_folder import RunFolder
+from olora_ray.train.checkpoint import MANIFEST
+from olora_ray.train.checkpoints import name_of, names
+from olora_ray.train.state import TrainState
+from tests.pipelines import project
+
+
+def make_run(folder: Path, steps: int, seconds: float, between: float, waited: float) -> Path:
+    """What a run of so many steps leaves; checkpoints every quarter."""
+    state = TrainState(steps)
+    for step in range(1, steps + 1):
+        slow = 10.0 if step == 1 else 1.0
+        state.record(step, {"train/step_seconds": seconds * slow, "data/wait_fraction": waited})
+    state.record(steps, {"eval/loss": 1.0})
+    for step in (0, steps // 4, steps):
+        place = folder / "checkpoints" / name_of(step)
+        place.mkdir(parents=True)
+        (place / MANIFEST).write_text("{}")
+        os.utime(place / MANIFEST, (0, 1000.0 + step * (seconds + between)))
+    (folder / "training.json").write_text(TrainResult(state=state).to_json())
+    return folder
+
+
+def test_what_lies_between_steps_counts_and_the_first_steps_do_not(benchmark: Any, tmp_path: Path) -> None:
+    module = benchmark("overhead")
+    found = module.recorded(make_run(tmp_path / "a", 8, 0.5, 0.1, 0.004), 8)
+    assert found == module.Run(step=0.5, whole=pytest.approx(0.6), waiting=pytest.approx(0.004))
+
+
+def test_both_targets_are_told_met_or_missed(benchmark: Any) -> None:
+    module = benchmark("overhead")
+    fast, slow = module.Run(1.0, 1.02, 0.001), module.Run(1.0, 1.10, 0.02)
+    base = module.Run(1.0, 1.0, 0.001)
+    good = module.verdict({"Ray Train": [fast], "torchrun": [base]})
+    bad = module.verdict({"Ray Train": [slow], "torchrun": [base]})
+    assert "+2.0%" in good
+    assert (good.count("met"), good.count("missed")) == (2, 0)
+    assert (bad.count("met"), bad.count("missed")) == (0, 2)
+    assert "torchrun" in module.runs_table({"Ray Train": [fast, slow], "torchrun": [base, base]})
+
+
+def test_the_config_of_both_is_one_that_the_product_takes(benchmark: Any, tmp_path: Path) -> None:
+    module = benchmark("overhead")
+    args = SimpleNamespace(steps=8, workers=2, model="package://a/b.gguf")
+    one, two = (load(module.settings(tmp_path, name, args)) for name in ("ray-0", "torchrun-0"))
+    assert one.model_copy(update={"run": two.run}) == two
+    assert one.train.checkpoint_every == module.counted_from(8) == 2
+
+
+def test_the_side_without_ray_trains_and_leaves_what_is_read(
+    benchmark: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, overhead = benchmark("under_torchrun"), benchmark("overhead")
+    project.make_tiny(tmp_path)
+    overhead.write_corpus(tmp_path / "train.jsonl", 40)
+    tree = project.settings(tmp_path, tmp_path / "model", cluster={"workers": 1})
+    tree["data"] |= {"eval": [], "max_length": 1024}
+    tree["train"] |= {"steps": 4, "checkpoint_every": 1, "keep": 9}
+    tree["evaluation"] = {"samples": 0}
+    file = tmp_path / "config.yaml"
+    file.write_text(json.dumps(tree))
+    monkeypatch.setattr("sys.argv", ["under_torchrun.py", str(file)])
+    monkeypatch.setattr(module, "use_cpus", lambda config, device: None)  # it is for good in this process
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(name, value)
+    try:
+        module.main()
+    finally:
+        dist.destroy_process_group()
+    folder = RunFolder(load(file))
+    assert names(folder.checkpoints) == [name_of(step) for step in range(5)]
+    found = overhead.recorded(Path(folder.root), 4)
+    assert found.step > 0
+    assert found.whole > 0
+    assert 0 <= found.waiting < 1
