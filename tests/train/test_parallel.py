@@ -229,7 +229,7 @@ def group_of_one() -> Iterator[None]:
 
 def test_answers_of_a_sharded_base_may_come_before_any_loss(group_of_one: None) -> None:
     whole, sharded = (tiny.trainer(tiny.config()) for _ in range(2))
-    parallel._shard(sharded.loss, sharded.device)
+    parallel.shard(sharded.loss, sharded.device)
     batch = collate([tiny.pack(9, 7)], "segments")
     for _ in range(2):
         assert answer(sharded, QUESTIONS, 4, [EOS], batch=2) == answer(whole, QUESTIONS, 4, [EOS], batch=2)
