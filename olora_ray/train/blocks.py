@@ -27,13 +27,14 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 def blocks_to_shard(model: nn.Module) -> list[nn.Module]:
     """The modules that are gathered one at a time: those that the model itself says are not to be split.
 
-    Without such a list, or where it passes by the blocks of the language model, only these. A module that shares a
-    weight with another outside of it (an embedding with the head) is left to the whole.
+    Without such a list, or where it does not tell the blocks of the language model apart, only these. A module that
+    shares a weight with another outside of it (an embedding with the head) is left to the whole.
     """
     layers = decoder_layers(model)
     named = [module for module in _outermost(model) if _is_closed(model, module)]
-    inside = {id(part) for module in named for part in module.modules()}
-    return named if all(id(layer) in inside for layer in layers) else layers
+    inside = [{id(part) for part in module.modules()} for module in named]
+    held = [sum(id(layer) in parts for layer in layers) for parts in inside]
+    return named if sum(held) == len(layers) and max(held, default=0) <= 1 else layers
 
 
 def _outermost(model: nn.Module) -> Iterator[nn.Module]:
