@@ -45,6 +45,4 @@ def _whole(loss: SupervisedLoss, targets: Mapping[str, Target]) -> dict[str, Tar
     if loss.files is None:
         return dict(targets)
     parameters = {name: parameter_of(loss.model, name) for name in targets}
-    return {
-        name: replace(target, read=partial(loss.files.rows, parameters[name])) for name, target in targets.items()
-    }
+    return {name: replace(target, read=partial(loss.files.rows, parameters[name])) for name, target in targets.items()}

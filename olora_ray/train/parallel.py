@@ -23,23 +23,28 @@ from olora_ray.train.blocks import blocks_to_shard
 from olora_ray.train.loss import SupervisedLoss
 
 
-def place_model(loss: SupervisedLoss, strategy: str, device: torch.device) -> None:
-    """Move the model to `device`, and shard the frozen base over the workers for "fsdp".
+def place_model(loss: SupervisedLoss, strategy: str, device: torch.device, replicas: int = 1) -> None:
+    """Move the model to `device`, and shard the frozen base over the workers for "fsdp", in so many copies.
 
     May be called again with adapters in place: a base that is sharded stays so.
     """
     if strategy == "fsdp" and collectives.world_size() > 1 and not hasattr(loss, "unshard"):
-        shard(loss, device)
+        shard(loss, device, replicas)
     # Sharding moves the base; adapters and buffers are ignored by it.
     loss.to(device)
 
 
-def shard(loss: SupervisedLoss, device: torch.device) -> None:
-    """Shard the frozen base over all workers; adapters stay whole. Weights may still be on the meta device."""
+def shard(loss: SupervisedLoss, device: torch.device, replicas: int = 1) -> None:
+    """Shard the frozen base; adapters stay whole. Weights may still be on the meta device.
+
+    Each of the copies is spread over workers of consecutive ranks, which Ray gives to the workers of a node.
+    """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    mesh = init_device_mesh(device.type, (collectives.world_size(),))
+    world = collectives.world_size()
+    shape, names = ((world,), ("shards",)) if replicas == 1 else ((replicas, world // replicas), ("copies", "shards"))
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
     adapters = {
         parameter
         for module in loss.modules()

@@ -55,12 +55,13 @@ def _sharded(folder: str, config: Config, device: torch.device) -> SupervisedLos
     collectives.raise_together(problem)
     if why := next((each for each in collectives.gather(found if isinstance(found, str) else None) if each), None):
         return why
-    assert model is not None and isinstance(found, BaseFiles)
+    assert model is not None
+    assert isinstance(found, BaseFiles)
     try:
         _read_small(model, found)
         loss = SupervisedLoss(model)
         loss.files = found
-        shard(loss, device)
+        shard(loss, device, config.cluster.fsdp_replicas)
         # What is on the meta device becomes memory, shards of weights above all; the rest has its values.
         loss._apply(lambda part: torch.empty_like(part, device=device) if part.is_meta else part.to(device))
         _read_shards(model, found)

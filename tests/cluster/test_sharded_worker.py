@@ -1,4 +1,4 @@
-"""Workers that hold a part of the base each, from their start to their result: the same bytes as with the whole base."""
+"""Workers that hold a part of the base each, from start to result: the same bytes as with the whole base."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -53,7 +53,8 @@ def run(model: Path, storage: Path, strategy: str, changes: dict[str, Any]) -> t
 
 
 @pytest.mark.parametrize(
-    ("family", "changes"), [("llama", {}), ("mixtral", {}), ("gpt2", {"adapter__method": "eva", "adapter__init_tokens": 96})]
+    ("family", "changes"),
+    [("llama", {}), ("mixtral", {}), ("gpt2", {"adapter__method": "eva", "adapter__init_tokens": 96})],
 )
 def test_a_run_on_parts_of_the_base(
     crew: Callable[[int], Crew], tmp_path: Path, family: str, changes: dict[str, Any]

@@ -32,7 +32,19 @@ SCALED: dict[str, dict[str, Any]] = {
         "long_factor": [2.0 + i for i in range(8)],
     },
 }
-USUAL = ["llama", "gemma3_text", "gemma3", "gpt2", "phi3", "gptj", "falcon", "deepseek_v3", "mamba2", "qwen3_next", "minimax"]
+USUAL = [
+    "llama",
+    "gemma3_text",
+    "gemma3",
+    "gpt2",
+    "phi3",
+    "gptj",
+    "falcon",
+    "deepseek_v3",
+    "mamba2",
+    "qwen3_next",
+    "minimax",
+]
 
 
 def assert_alike(folder: Path, dtype: str) -> None:

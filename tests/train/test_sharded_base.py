@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,8 @@ FAMILIES = [
     "deepseek_v3",  # a stored buffer
     "gemma3",  # a tower for images, names that differ
 ]
+
+UNEVEN = ["llama tied", "gemma3_text", "gpt2", "mixtral", "deepseek_v3"]
 
 
 @dataclass(frozen=True)
@@ -151,8 +154,10 @@ def assert_same(one: Outcome, two: Outcome) -> None:
     assert torch.equal(one.adapter, two.adapter)
 
 
-@pytest.mark.parametrize(("workers", "dtype"), [(2, "float32"), (3, "bfloat16")])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "workers", "dtype"),
+    [(family, 2, "float32") for family in FAMILIES] + [(family, 3, "bfloat16") for family in UNEVEN],
+)
 def test_bytes_are_those_of_ddp(
     crew: Callable[[int], Crew], tmp_path: Path, family: str, workers: int, dtype: str
 ) -> None:
@@ -185,10 +190,12 @@ def test_other_methods_start_as_with_ddp(crew: Callable[[int], Crew], tmp_path: 
     assert_same(sharded, whole)
 
 
-def _parts(folder: Path) -> tuple[int, int, int, dict[str, tuple[int, int, int]]]:
+def _parts(
+    folder: Path, changes: dict[str, Any] | None = None
+) -> tuple[int, int, int, dict[str, tuple[int, int, int]]]:
     """Bytes that this worker has read by calls, bytes of its memory for weights, the whole; rows of each weight."""
     before = _read_so_far()
-    loss = load_base(str(folder), config(folder, "fsdp"), CPU)
+    loss = load_base(str(folder), config(folder, "fsdp", **(changes or {})), CPU)
     read = _read_so_far() - before
     parameters = {name: parameter.data for name, parameter in loss.model.named_parameters()}
     local = sum(part.to_local().nbytes for part in parameters.values() if isinstance(part, DTensor))
@@ -219,7 +226,23 @@ def test_a_worker_reads_and_keeps_its_part_alone(crew: Callable[[int], Crew], tm
             assert rows == found[0][3][name][1] - found[0][3][name][0]
             ranges = [each[3][name][:2] for each in found]
             assert ranges[0][0] == 0
-            assert all(stop == start for (_, stop), (start, _) in zip(ranges, ranges[1:], strict=False))
+            assert all(stop == start for (_, stop), (start, _) in pairwise(ranges))
+
+
+def test_copies_of_a_sharded_base(crew: Callable[[int], Crew], tmp_path: Path) -> None:
+    zoo.build(ALL["mixtral"], tmp_path)
+    wide = {"train__global_batch": 8, "cluster__fsdp_replicas": 2}
+    whole = crew(4).run(trained, tmp_path, "ddp", "float32", {"train__global_batch": 8})
+    for one, other in zip(whole, crew(4).run(trained, tmp_path, "fsdp", "float32", wide), strict=True):
+        assert other.by_rows
+        assert_same(other, one)
+    found = crew(4).run(_parts, tmp_path, wide)
+    for read, _, size, _ in found:
+        assert read > size / 2
+    assert found[0][3] == found[2][3]
+    assert found[1][3] == found[3][3]
+    assert found[0][3] != found[1][3]
+    assert found[0][1] + found[1][1] == pytest.approx(found[0][2], rel=0.01)
 
 
 def _twice(folder: Path) -> None:
