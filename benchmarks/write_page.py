@@ -33,6 +33,7 @@ SECTIONS = {
     "early": "Early start",
     "sweep": "Sweep",
     "export": "Export",
+    "sharded": "Sharded base",
 }
 """Script -> heading, in the order of the page."""
 INTRO = """\

@@ -93,6 +93,11 @@ class Group:
         else:
             numbers[self._places(first, last)[parameter]] = rows
 
+    @property
+    def in_parts(self) -> bool:
+        """Whether some rows of a parameter can be read without the others."""
+        return self.converter is None or self._way != "whole"
+
     def take(self, folder: Path, parameter: str, first: int, last: int, dtype: torch.dtype) -> Tensor:
         """Rows first..last of a parameter in `dtype`, as from_pretrained makes them: rounded first, then converted.
 
@@ -100,7 +105,7 @@ class Group:
         """
         if self.converter is None:
             return self.stored[0].read(folder, first, last).to(dtype)
-        whole = self._way == "whole"
+        whole = not self.in_parts
         count = max(1, AT_ONCE // max(math.prod(self.shapes[parameter][1:]), 1))
         spans = [(0, self._rows)] if whole else [(at, min(at + count, last)) for at in range(first, last, count)]
         found = []

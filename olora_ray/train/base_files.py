@@ -43,6 +43,10 @@ class BaseFiles:
         own = self.names[name]
         return self.groups[own].take(self.folder, own, first, last, self.dtypes[name])
 
+    def in_parts(self, name: str) -> bool:
+        """Whether some rows of a parameter can be read without the others."""
+        return self.groups[self.names[name]].in_parts
+
     def whole(self, name: str) -> Tensor:
         """All of a parameter, or of a stored buffer."""
         shape = self.shapes[name]

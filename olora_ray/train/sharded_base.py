@@ -6,7 +6,9 @@ the base is sharded (train/fast_norm.py).
 
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +25,8 @@ from olora_ray.train.loss import SupervisedLoss
 from olora_ray.train.parallel import own_rows, shard
 
 logger = logging.getLogger(__name__)
+
+Value = TypeVar("Value")
 
 AT_ONCE = 2**26
 """Bytes of a parameter that are read at once, or one of its rows."""
@@ -46,36 +50,37 @@ def load_base(folder: str, config: Config, device: torch.device) -> SupervisedLo
 
 def _sharded(folder: str, config: Config, device: torch.device) -> SupervisedLoss | str:
     """The base with this worker's part of it, or why its files cannot be read by rows; the same on all workers."""
-    problem, found, model = None, "", None
-    try:
-        model = empty_model(folder, config.model, device)
-        found = base_files.find(Path(folder), model)
-    except UserError as error:
-        problem = str(error)
-    collectives.raise_together(problem)
-    if why := next((each for each in collectives.gather(found if isinstance(found, str) else None) if each), None):
-        return why
-    assert model is not None
-    assert isinstance(found, BaseFiles)
-    try:
-        _read_small(model, found)
-        loss = SupervisedLoss(model)
-        loss.files = found
-        shard(loss, device, config.cluster.fsdp_replicas)
-        # What is on the meta device becomes memory, shards of weights above all; the rest has its values.
-        loss._apply(lambda part: torch.empty_like(part, device=device) if part.is_meta else part.to(device))
-        _read_shards(model, found)
-    except UserError as error:
-        problem = str(error)
-    collectives.raise_together(problem)
+    model = _together(lambda: empty_model(folder, config.model, device))
+    found = _together(lambda: base_files.find(Path(folder), model))
+    problems = collectives.gather(found if isinstance(found, str) else None)
+    if isinstance(found, str) or any(problems):
+        return next(problem for problem in problems if problem)
+    _together(lambda: _read_small(model, found))
+    loss = SupervisedLoss(model)
+    loss.files = found
+    shard(loss, device, config.cluster.fsdp_replicas)
+    # What is on the meta device becomes memory, shards of weights above all; the rest has its values.
+    loss._apply(lambda part: torch.empty_like(part, device=device) if part.is_meta else part.to(device))
+    _together(lambda: _read_shards(model, found))
     return loss
+
+
+def _together(work: Callable[[], Value]) -> Value:
+    """What `work` returns; the UserError that one worker meets is raised on all."""
+    problem, found = None, []
+    try:
+        found.append(work())
+    except UserError as error:
+        problem = str(error)
+    collectives.raise_together(problem)
+    return found[0]
 
 
 @torch.no_grad()
 def _read_small(model: nn.Module, files: BaseFiles) -> None:
     """Read all weights of one dimension, and the stored buffers."""
     own: dict[int, nn.Parameter] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):  # all alive: an id is not used again
         if parameter.dim() < 2:
             if id(parameter) not in own:
                 own[id(parameter)] = nn.Parameter(files.whole(name), requires_grad=False)
@@ -98,7 +103,8 @@ def _read_shards(model: nn.Module, files: BaseFiles) -> None:
         shard_of: Tensor = parameter.data.to_local()
         first, last = own_rows(parameter.data)
         assert shard_of.shape[0] == last - first
-        count = max(1, AT_ONCE * len(shard_of) // max(shard_of.nbytes, 1))
+        rows = max(1, AT_ONCE * len(shard_of) // max(shard_of.nbytes, 1))
+        count = rows if files.in_parts(name) else max(1, last - first)
         for start in range(first, last, count):
             stop = min(start + count, last)
             shard_of[start - first : stop - first].copy_(files.rows(name, start, stop))
