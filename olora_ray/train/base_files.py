@@ -4,8 +4,9 @@ What is read is what `from_pretrained` would make of the files, name by name (ad
 precision of the model. Whatever this cannot promise is said by `problem`, and then the base is to be loaded whole.
 """
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,9 @@ from olora_ray.model.buffers import stored_buffers
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+AT_ONCE = 2**24
+"""Numbers of a tensor that are compared at once."""
+
 
 @dataclass(frozen=True)
 class BaseFiles:
@@ -37,11 +41,29 @@ class BaseFiles:
     """In the model."""
     names: Mapping[str, str]
     """The name under which the files have a tensor, which may be another name of the same."""
+    twice: Sequence[tuple[str, str]]
+    """Names under which the files have the same tensor, if it is the same: see `differs`."""
 
     def rows(self, name: str, first: int, last: int) -> Tensor:
         """Rows first..last of a parameter as the model keeps it; raises UserError for a file that is cut off."""
-        own = self.names[name]
-        return self.groups[own].take(self.folder, own, first, last, self.dtypes[name])
+        return self._rows(self.names[name], first, last)
+
+    def _rows(self, own: str, first: int, last: int) -> Tensor:
+        return self.groups[own].take(self.folder, own, first, last, self.dtypes[own])
+
+    def differs(self, part: int, parts: int) -> str | None:
+        """Why tensors that the model shares are not the same in the files, as far as this part of their rows tells.
+
+        from_pretrained would not share them then.
+        """
+        for one, other in self.twice:
+            rows = self.shapes[one][0]
+            size = max(1, AT_ONCE // max(1, math.prod(self.shapes[one][1:])))
+            for first in range(part * rows // parts, (part + 1) * rows // parts, size):
+                last = min(first + size, (part + 1) * rows // parts)
+                if not torch.equal(self._rows(one, first, last), self._rows(other, first, last)):
+                    return f"{one} and {other} are one weight, and stored with different values"
+        return None
 
     def in_parts(self, name: str) -> bool:
         """Whether some rows of a parameter can be read without the others."""
@@ -63,19 +85,23 @@ def find(folder: Path, model: "PreTrainedModel") -> BaseFiles | str:
     except (UserError, AttributeError, ImportError, KeyError, TypeError) as error:  # of another version's conversions
         return f"the names in its files cannot be followed ({type(error).__name__}: {first_line(error)})"
     names: dict[str, str] = {}
+    twice: list[tuple[str, str]] = []
     for alike in _alike(tensors):
         there = [name for name in alike if name in groups]
-        if len(there) != 1:
-            return f"{alike[0]} is {'stored twice' if there else 'not stored'}"
+        if not there:
+            return f"{alike[0]} is not stored"
         names.update(dict.fromkeys(alike, there[0]))
-        if problem := _unreadable(groups[there[0]], there[0], tensors[there[0]]):
-            return f"{there[0]} {problem}"
+        twice.extend((there[0], other) for other in there[1:])
+        for name in there:
+            if problem := _unreadable(groups[name], name, tensors[name]):
+                return f"{name} {problem}"
     return BaseFiles(
         folder,
         groups,
         {name: tensor.dtype for name, tensor in tensors.items()},
         {name: tuple(tensor.shape) for name, tensor in tensors.items()},
         names,
+        twice,
     )
 
 

@@ -7,6 +7,7 @@ the base is sharded (train/fast_norm.py).
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -52,9 +53,8 @@ def _sharded(folder: str, config: Config, device: torch.device) -> SupervisedLos
     """The base with this worker's part of it, or why its files cannot be read by rows; the same on all workers."""
     model = _together(lambda: empty_model(folder, config.model, device))
     found = _together(lambda: base_files.find(Path(folder), model))
-    problems = collectives.gather(found if isinstance(found, str) else None)
-    if isinstance(found, str) or any(problems):
-        return next(problem for problem in problems if problem)
+    if isinstance(found := _agreed(found), str):
+        return found
     _together(lambda: _read_small(model, found))
     loss = SupervisedLoss(model)
     loss.files = found
@@ -63,6 +63,16 @@ def _sharded(folder: str, config: Config, device: torch.device) -> SupervisedLos
     loss._apply(lambda part: torch.empty_like(part, device=device) if part.is_meta else part.to(device))
     _together(lambda: _read_shards(model, found))
     return loss
+
+
+def _agreed(found: BaseFiles | str) -> BaseFiles | str:
+    """The files, if all workers have found that they can be read by rows; else the first reason why not."""
+    problems = collectives.gather(found if isinstance(found, str) else None)
+    if isinstance(found, BaseFiles) and not any(problems):
+        differs = partial(found.differs, collectives.rank(), collectives.world_size())
+        problems = collectives.gather(_together(differs))
+    first = next((problem for problem in problems if problem), None)
+    return found if first is None else first
 
 
 def _together(work: Callable[[], Value]) -> Value:
