@@ -265,9 +265,10 @@ def test_what_a_model_does_not_split_is_sharded_by_itself() -> None:
     layers = decoder_layers(model)
     model._no_split_modules = {"LlamaDecoderLayer", "LlamaMLP", "Embedding"}  # a part of a block; a weight of two
     assert blocks_to_shard(model) == layers
-    model._no_split_modules = {"LlamaModel"}  # all of the blocks
-    assert blocks_to_shard(model) == layers
     model._no_split_modules = {"LlamaRMSNorm"}  # none of the blocks
     assert blocks_to_shard(model) == layers
     model._no_split_modules = None
     assert blocks_to_shard(model) == layers
+    model = tiny.llama()
+    model._no_split_modules = {"LlamaModel"}  # all of the blocks
+    assert blocks_to_shard(model) == decoder_layers(model)
