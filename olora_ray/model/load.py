@@ -108,7 +108,8 @@ def empty_model(folder: str | Path, config: ModelConfig, device: torch.device) -
                 shape, dtype=dtype, attn_implementation=first_attention, trust_remote_code=remote
             )
         computed_buffers(model)
-    return model.requires_grad_(False).eval()
+    frozen: PreTrainedModel = model.requires_grad_(False).eval()
+    return frozen
 
 
 def _start(folder: str | Path, config: ModelConfig, device: torch.device) -> tuple[torch.dtype, str]:

@@ -120,7 +120,7 @@ def _not_plain(folder: Path, model: Any) -> str | None:
 
 def _kept_precise(model: Any) -> str | None:
     """Whether from_pretrained would keep a weight in another precision than the empty model has it."""
-    plan = getattr(model, "_get_dtype_plan", lambda dtype: {})(model.dtype)
+    plan: dict[str, torch.dtype] = getattr(model, "_get_dtype_plan", lambda dtype: {})(model.dtype)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         for pattern, dtype in plan.items():
             if tensor.dtype != dtype and re.search(pattern.replace("*", ".*"), name):

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -56,13 +56,14 @@ def _sharded(folder: str, config: Config, device: torch.device) -> SupervisedLos
     if isinstance(found := _agreed(found), str):
         return found
     _together(lambda: _read_small(model, found))
-    loss = SupervisedLoss(model)
+    loss: Any = SupervisedLoss(model)  # torch leaves `_apply` untyped
     loss.files = found
     shard(loss, device, config.cluster.fsdp_replicas)
     # What is on the meta device becomes memory, shards of weights above all; the rest has its values.
     loss._apply(lambda part: torch.empty_like(part, device=device) if part.is_meta else part.to(device))
     _together(lambda: _read_shards(model, found))
-    return loss
+    sharded: SupervisedLoss = loss
+    return sharded
 
 
 def _agreed(found: BaseFiles | str) -> BaseFiles | str:
