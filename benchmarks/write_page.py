@@ -37,6 +37,7 @@ SECTIONS = {
     "early": "Early start",
     "sweep": "Sweep",
     "export": "Export",
+    "sharded": "Sharded base",
 }
 """Script -> heading, in the order of the page."""
 NEEDS_GPU = ("gpu",)

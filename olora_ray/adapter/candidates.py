@@ -7,7 +7,7 @@ hears, routers, and layers with one input or output.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -32,6 +32,8 @@ class Target:
     """Whether it is kept as (E x) n x m instead of (E x) m x n."""
     experts: int | None = None
     """E of a stack; None of a linear layer."""
+    read: Callable[[int, int], Tensor] | None = None
+    """Reads rows first..last of the parameter from where all of it is, if the module holds only a part of it."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -44,6 +46,14 @@ class Target:
         weight = getattr(self.module, self.parameter).detach()
         assert isinstance(weight, Tensor)
         return weight.mT if self.stored_transposed else weight
+
+    def numbers(self, first: int = 0, last: int | None = None) -> Tensor:
+        """The weight as `weight` gives it, of a stack only experts first..last, all of it on this worker."""
+        if self.read is None:
+            return self.weight() if self.experts is None else self.weight()[first:last]
+        rows = len(getattr(self.module, self.parameter))
+        found = self.read(first, rows if last is None else min(last, rows))
+        return found.mT if self.stored_transposed else found
 
 
 @dataclass(frozen=True)

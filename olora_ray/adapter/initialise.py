@@ -112,19 +112,18 @@ def at_scale(found: Mapping[str, Factors], adapter: Adapter) -> dict[str, Factor
 def _compute(
     name: str, target: Target, method: Method, rank: int, seed: int, device: torch.device, options: Options
 ) -> Factors:
-    weight = target.weight()
     # A seed of its own for each layer, so that it does not matter who computes it.
     layer_seed = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7], "big")
     if target.experts is None:
-        found = method.factors(weight.to(device, torch.float32), rank, layer_seed, options)
+        found = method.factors(target.numbers().to(device, torch.float32), rank, layer_seed, options)
     else:
-        size = max(1, CHUNK // weight[0].numel())
+        size = max(1, CHUNK // math.prod(target.shape))
         found = _together(
             [
                 method.factors(
-                    weight[first : first + size].to(device, torch.float32), rank, layer_seed + first, options
+                    target.numbers(first, first + size).to(device, torch.float32), rank, layer_seed + first, options
                 )
-                for first in range(0, len(weight), size)
+                for first in range(0, target.experts, size)
             ]
         )
     if not all(torch.isfinite(part).all() for part in (found.a0, found.b0) if part is not None):

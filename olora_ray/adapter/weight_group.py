@@ -93,6 +93,28 @@ class Group:
         else:
             numbers[self._places(first, last)[parameter]] = rows
 
+    @property
+    def in_parts(self) -> bool:
+        """Whether some rows of a parameter can be read without the others."""
+        return self.converter is None or self._way != "whole"
+
+    def take(self, folder: Path, parameter: str, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        """Rows first..last of a parameter in `dtype`, as from_pretrained makes them: rounded first, then converted.
+
+        Of a stack only its experts first..last are read; other conversions need all that they are made of.
+        """
+        if self.converter is None:
+            return self.stored[0].read(folder, first, last).to(dtype)
+        whole = not self.in_parts
+        count = max(1, AT_ONCE // max(math.prod(self.shapes[parameter][1:]), 1))
+        spans = [(0, self._rows)] if whole else [(at, min(at + count, last)) for at in range(first, last, count)]
+        found = []
+        for span in spans:
+            pieces = self._pieces(*span)
+            named = [(piece.pattern, piece.stored.read(folder, *piece.rows).to(dtype)) for piece in pieces]
+            found.append(convert(self.converter, self.key, named, self.model)[parameter])
+        return found[0][first:last] if whole else torch.cat(found)
+
     def problem(self) -> str | None:
         """Why a change of the parameters cannot be brought back to the stored tensors; None if it can."""
         if self.converter is None:

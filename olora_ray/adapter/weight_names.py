@@ -37,7 +37,7 @@ def find(base: Path, model: "PreTrainedModel", layers: Iterable[str]) -> tuple[l
     """The groups of stored tensors that hold these layers, and why layers that are in none cannot be merged."""
     wanted = {parameter_of(model, layer): layer for layer in layers}
     places, problems = stored.tensors(base), _tied(model, wanted)
-    read = _as_transformers_reads(places, model)
+    read = as_transformers_reads(places, model)
     found: dict[str, Group] = {}
     for parameter, layer in wanted.items():
         if layer in problems:
@@ -64,7 +64,7 @@ def _tied(model: "PreTrainedModel", wanted: Mapping[str, str]) -> dict[str, str]
     }
 
 
-def _as_transformers_reads(places: Mapping[str, Stored], model: "PreTrainedModel") -> dict[str, Group]:
+def as_transformers_reads(places: Mapping[str, Stored], model: "PreTrainedModel") -> dict[str, Group]:
     """Parameter -> the group that it is read from."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key

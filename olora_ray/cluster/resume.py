@@ -65,7 +65,8 @@ def starting_point(
         adapted = wrap(model, factors(context, spec, loss, known, waiting), adapter.scale(), adapter.dropout)
         attention: str = model.config._attn_implementation
     with context.activate(adapted):
-        place_model(loss, spec.config.cluster.strategy, context.device)
+        cluster = spec.config.cluster
+        place_model(loss, cluster.strategy, context.device, cluster.fsdp_replicas)
         trainer = Trainer(loss, adapted, spec.config, context.device)
     if found:
         return StartingPoint(trainer, attention, found.state, resume(trainer, found), resumed=True, trained=True)
@@ -139,7 +140,8 @@ def factors(
             return at_scale(found, adapter)
     if adapter.method not in FROM_WEIGHTS:
         # It is run before it has adapters, by all workers together where it is sharded.
-        place_model(loss, spec.config.cluster.strategy, context.device)
+        cluster = spec.config.cluster
+        place_model(loss, cluster.strategy, context.device, cluster.fsdp_replicas)
         check_base(loss, spec, context.device, waiting)
     made, report, of_data = new_factors(loss, targets, spec.config, spec.train, context.device, waiting)
     reached("initialise", rank=context.rank)

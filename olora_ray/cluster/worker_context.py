@@ -6,7 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Mapping
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -15,10 +15,10 @@ from olora_ray.adapter.layer import AdaptedWeight
 from olora_ray.cluster.preemption import NoPreemption, Preemption, RayPreemption
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.config.schema import Config
-from olora_ray.model.load import load_model
 from olora_ray.model.source import on_this_node
 from olora_ray.train.loss import SupervisedLoss
 from olora_ray.train.malloc import keep_freed_memory
+from olora_ray.train.sharded_base import load_base
 
 Adapted = Mapping[str, AdaptedWeight]
 
@@ -132,10 +132,9 @@ class Turns:
 
 
 def load(spec: TrainSpec, device: torch.device) -> SupervisedLoss:
-    """The base model of a spec, frozen."""
+    """The base model of a spec, frozen; of a sharded one this worker's part, and then all workers must call it."""
     base = on_this_node(spec.base, spec.config)
-    model: Any = load_model(base.folder, spec.config.model, device)
-    return SupervisedLoss(model)
+    return load_base(base.folder, spec.config, device)
 
 
 def use_cpus(config: Config, device: torch.device, threads_take_turns: bool = False) -> None:

@@ -175,7 +175,10 @@ class Cluster(Section):
     cpus_per_worker: Annotated[float, Field(gt=0.0)] = 1
     """CPUs per worker, and its number of threads."""
     strategy: Literal["ddp", "fsdp"] = "ddp"
-    """ddp: every worker holds the whole base model; fsdp: each holds a part of it."""
+    """ddp: every worker holds the whole base model; fsdp: each reads and holds a part of it."""
+    fsdp_replicas: PositiveInt = 1
+    """With fsdp: copies of the base model, each over workers / fsdp_replicas workers; for several nodes that are fast
+    inside, the number of nodes: then weights never travel between them."""
     max_failures: Annotated[int, Field(ge=-1)] = 3
     """Restarts after failures before the run gives up; -1: no limit. Preempted nodes do not count."""
 
@@ -275,6 +278,20 @@ class Config(Section):
                 f" cluster.workers={self.cluster.max_workers()}: workers that share a GPU cannot be connected (NCCL);"
                 " use gpus_per_worker=1, or workers=1"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _replicas_divide_the_workers(self) -> "Config":
+        workers, replicas = self.cluster.workers, self.cluster.fsdp_replicas
+        if self.cluster.strategy != "fsdp" or replicas == 1 or workers == 1:
+            return self
+        what = f"cluster.fsdp_replicas={replicas} with cluster.workers={workers}"
+        if not isinstance(workers, int):
+            raise ValueError(f"{what}: some numbers of workers cannot be split so; use one number of workers")
+        if workers % replicas:
+            raise ValueError(f"{what}: the workers cannot be split so; use a divisor of the number of workers")
+        if workers == replicas:
+            raise ValueError(f"{what}: each worker would hold the whole base; use strategy: ddp, or fewer replicas")
         return self
 
     @model_validator(mode="after")

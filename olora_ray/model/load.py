@@ -8,6 +8,7 @@ import torch
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Model as ModelConfig
 from olora_ray.model import attention, convert, segment_attention
+from olora_ray.model.buffers import computed_buffers
 from olora_ray.model.folder import check, parameters, read_json
 from olora_ray.model.foreign import foreign
 from olora_ray.model.source import BaseModel
@@ -74,17 +75,13 @@ def load_model(folder: str | Path, config: ModelConfig, device: torch.device) ->
     """
     from transformers import AutoModelForCausalLM
 
-    segment_attention.register()
     from_pretrained: Any = AutoModelForCausalLM.from_pretrained  # its type does not know output_loading_info
-    check(Path(folder))
-    base, dtype = BaseModel(str(folder), str(folder), ""), pick_dtype(config, device)
-    shape = skeleton(base, config)
-    _check_size(base, shape)
+    dtype, first_attention = _start(folder, config, device)
     with foreign(f"model.name: {folder} does not load"):
         model, report = from_pretrained(
             Path(folder),
             dtype=dtype,
-            attn_implementation=attention.candidates(shape, config, dtype, device)[0],
+            attn_implementation=first_attention,
             trust_remote_code=config.trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
@@ -93,6 +90,36 @@ def load_model(folder: str | Path, config: ModelConfig, device: torch.device) ->
         raise UserError(f"model.name: {folder} does not load: it has no weights for {', '.join(missing[:3])}")
     frozen: PreTrainedModel = model.requires_grad_(False).eval()
     return frozen
+
+
+def empty_model(folder: str | Path, config: ModelConfig, device: torch.device) -> "PreTrainedModel":
+    """What `load_model` returns, but with weights and stored buffers on the meta device; other buffers are there.
+
+    Raises UserError as `load_model`, but for weights.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    dtype, first_attention = _start(folder, config, device)
+    remote = config.trust_remote_code
+    with foreign(f"model.name: {folder} does not load"):
+        shape = AutoConfig.from_pretrained(Path(folder), trust_remote_code=remote)
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                shape, dtype=dtype, attn_implementation=first_attention, trust_remote_code=remote
+            )
+        computed_buffers(model)
+    frozen: PreTrainedModel = model.requires_grad_(False).eval()
+    return frozen
+
+
+def _start(folder: str | Path, config: ModelConfig, device: torch.device) -> tuple[torch.dtype, str]:
+    """Precision and first attention of a base, which is checked as far as its files tell without being loaded."""
+    segment_attention.register()
+    check(Path(folder))
+    base, dtype = BaseModel(str(folder), str(folder), ""), pick_dtype(config, device)
+    shape = skeleton(base, config)
+    _check_size(base, shape)
+    return dtype, attention.candidates(shape, config, dtype, device)[0]
 
 
 def pick_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:

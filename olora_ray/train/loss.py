@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from olora_ray.model.head import OutputHead, backbone
 from olora_ray.tokens.collate import Batch
+from olora_ray.train.base_files import BaseFiles
 from olora_ray.train.fast_norm import patch_rms_norm
 from olora_ray.train.self_test_result import SelfTest
 
@@ -39,6 +40,8 @@ class SupervisedLoss(nn.Module):
         """Output head over rows of hidden states, with all that the family does to its logits."""
         self.tested: SelfTest | None = None
         """What the self-test has found of the base."""
+        self.files: BaseFiles | None = None
+        """Where whole weights are read of a base that no worker holds whole."""
         self.given_masks = False
         """Whether the model is given masks made of the positions: some families make theirs of nothing."""
         self._takes = _arguments(backbone(model))

@@ -1,11 +1,14 @@
 """New factors for a training, by whichever way its method makes them: of the weights, or of the training data."""
 
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 
 import torch
 
 from olora_ray.adapter.factors import Factors
 from olora_ray.adapter.initialise import InitReport, initialise, options_of
+from olora_ray.adapter.layout import parameter_of
 from olora_ray.adapter.methods import FROM_WEIGHTS, METHODS
 from olora_ray.adapter.targets import Target
 from olora_ray.config.schema import Config
@@ -34,4 +37,12 @@ def new_factors(
         make = gradient_factors if METHODS[adapter.method].needs == "gradients" else eva_factors
         return make(loss, targets, adapter, store, device, waiting)
     seed, options = config.run.seed, options_of(adapter)
-    return *initialise(targets, adapter.method, adapter.rank, seed, device, options), None
+    return *initialise(_whole(loss, targets), adapter.method, adapter.rank, seed, device, options), None
+
+
+def _whole(loss: SupervisedLoss, targets: Mapping[str, Target]) -> dict[str, Target]:
+    """The targets, with all of their numbers: a sharded base has them in its files, each layer for whom it is asked."""
+    if loss.files is None:
+        return dict(targets)
+    parameters = {name: parameter_of(loss.model, name) for name in targets}
+    return {name: replace(target, read=partial(loss.files.rows, parameters[name])) for name, target in targets.items()}

@@ -1,50 +1,70 @@
 """Placement of a model on the workers: ddp or fsdp.
 
-ddp: every worker holds the whole base. fsdp: FSDP2 shards the frozen base, layer by layer. In both the
+ddp: every worker holds the whole base. fsdp: FSDP2 shards the frozen base, block by block; train/sharded_base.py
+loads it so that nobody ever holds the whole. In both the
 adapters are whole on every worker (they are small) and their gradients are summed by one flat
 all-reduce per step (train/optim.py), so accumulation needs no `no_sync`, a step has the same bits for
 the same workers, and a checkpoint is the same file for both.
 """
 
 import inspect
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from olora_ray.adapter.layer import AdaptedWeight
 from olora_ray.common import collectives
 from olora_ray.tokens.collate import Batch
-from olora_ray.train.blocks import decoder_layers
+from olora_ray.train.blocks import blocks_to_shard
 from olora_ray.train.loss import SupervisedLoss
 
 
-def place_model(loss: SupervisedLoss, strategy: str, device: torch.device) -> None:
-    """Move the model to `device`, and shard the frozen base over the workers for "fsdp".
+def place_model(loss: SupervisedLoss, strategy: str, device: torch.device, replicas: int = 1) -> None:
+    """Move the model to `device`, and shard the frozen base over the workers for "fsdp", in so many copies.
 
     May be called again with adapters in place: a base that is sharded stays so.
     """
     if strategy == "fsdp" and collectives.world_size() > 1 and not hasattr(loss, "unshard"):
-        _shard(loss, device)
+        shard(loss, device, replicas)
     # Sharding moves the base; adapters and buffers are ignored by it.
     loss.to(device)
 
 
-def _shard(loss: SupervisedLoss, device: torch.device) -> None:
+def shard(loss: SupervisedLoss, device: torch.device, replicas: int = 1) -> None:
+    """Shard the frozen base; adapters stay whole. Weights may still be on the meta device.
+
+    Each of the copies is spread over workers of consecutive ranks, which Ray gives to the workers of a node.
+    """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    mesh = init_device_mesh(device.type, (collectives.world_size(),))
+    world = collectives.world_size()
+    shape, names = ((world,), ("shards",)) if replicas == 1 else ((replicas, world // replicas), ("copies", "shards"))
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
     adapters = {
         parameter
         for module in loss.modules()
         if isinstance(module, AdaptedWeight)
         for parameter in (module.da, module.db)
     }
-    for layer in decoder_layers(loss.model):
-        fully_shard(layer, mesh=mesh, ignored_params=adapters)
+    for block in blocks_to_shard(loss.model):
+        fully_shard(block, mesh=mesh, ignored_params=adapters)
     fully_shard(loss, mesh=mesh, ignored_params=adapters)
+
+
+def own_rows(parameter: DTensor) -> tuple[int, int]:
+    """The rows first..last of a sharded parameter that this worker has; none where there are fewer rows than workers.
+
+    As torch.chunk cuts them: all parts but the last have the same size.
+    """
+    mesh, rows = parameter.device_mesh, parameter.shape[0]
+    size = math.ceil(rows / mesh.size(-1))
+    first = min(size * mesh.get_local_rank(mesh.ndim - 1), rows)
+    return first, min(first + size, rows)
 
 
 def strategy_problem(strategy: str) -> str | None:

@@ -259,6 +259,24 @@ def test_actors_of_an_evaluation_may_share_a_gpu() -> None:
     assert found.cluster.may_share_gpus()
 
 
+@pytest.mark.parametrize(
+    ("workers", "why"),
+    [
+        (6, "the workers cannot be split so; use a divisor of the number of workers"),
+        (4, "each worker would hold the whole base; use strategy: ddp, or fewer replicas"),
+        ([4, 8], "some numbers of workers cannot be split so; use one number of workers"),
+    ],
+)
+def test_copies_of_a_sharded_base_divide_the_workers(workers: int | list[int], why: str) -> None:
+    cluster = {"workers": workers, "fsdp_replicas": 4}
+    message = problem(cluster={"strategy": "fsdp", **cluster})
+    shown = tuple(workers) if isinstance(workers, list) else workers
+    assert message == f"config: cluster.fsdp_replicas=4 with cluster.workers={shown}: {why}"
+    assert build(tree(cluster=cluster)).cluster.fsdp_replicas == 4
+    for number in (1, 8):
+        assert build(tree(cluster={"workers": number, "fsdp_replicas": 4, "strategy": "fsdp"}))
+
+
 @pytest.mark.parametrize(("batch", "workers"), [(1, 2), (3, 4), (3, [2, 4])])
 def test_a_batch_with_less_than_a_sequence_a_worker_is_refused(batch: int, workers: Any) -> None:
     message = problem(train={"global_batch": batch}, cluster={"workers": workers})

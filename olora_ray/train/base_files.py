@@ -1,0 +1,150 @@
+"""Parameters of a base read from its files by rows: a worker of a sharded base reads its own rows, and no others.
+
+What is read is what `from_pretrained` would make of the files, name by name (adapter/weight_names.py), in the
+precision of the model. Whatever this cannot promise is said by `problem`, and then the base is to be loaded whole.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from olora_ray.adapter import stored
+from olora_ray.adapter.stored import DTYPES
+from olora_ray.adapter.weight_group import Group
+from olora_ray.adapter.weight_names import as_transformers_reads
+from olora_ray.common.errors import UserError, first_line
+from olora_ray.model.buffers import stored_buffers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+AT_ONCE = 2**24
+"""Numbers of a tensor that are compared at once."""
+
+
+@dataclass(frozen=True)
+class BaseFiles:
+    """Where each parameter and stored buffer of a model lies in its folder."""
+
+    folder: Path
+    groups: Mapping[str, Group]
+    """By all names of parameters and buffers; those that share a tensor are there under each of its names."""
+    dtypes: Mapping[str, torch.dtype]
+    """In the model."""
+    shapes: Mapping[str, tuple[int, ...]]
+    """In the model."""
+    names: Mapping[str, str]
+    """The name under which the files have a tensor, which may be another name of the same."""
+    twice: Sequence[tuple[str, str]]
+    """Names under which the files have the same tensor, if it is the same: see `differs`."""
+
+    def rows(self, name: str, first: int, last: int) -> Tensor:
+        """Rows first..last of a parameter as the model keeps it; raises UserError for a file that is cut off."""
+        return self._rows(self.names[name], first, last)
+
+    def _rows(self, own: str, first: int, last: int) -> Tensor:
+        return self.groups[own].take(self.folder, own, first, last, self.dtypes[own])
+
+    def differs(self, part: int, parts: int) -> str | None:
+        """Why tensors that the model shares are not the same in the files, as far as this part of their rows tells.
+
+        from_pretrained would not share them then.
+        """
+        for one, other in self.twice:
+            rows = self.shapes[one][0]
+            size = max(1, AT_ONCE // max(1, math.prod(self.shapes[one][1:])))
+            for first in range(part * rows // parts, (part + 1) * rows // parts, size):
+                last = min(first + size, (part + 1) * rows // parts)
+                if not torch.equal(self._rows(one, first, last), self._rows(other, first, last)):
+                    return f"{one} and {other} are one weight, and stored with different values"
+        return None
+
+    def in_parts(self, name: str) -> bool:
+        """Whether some rows of a parameter can be read without the others."""
+        return self.groups[self.names[name]].in_parts
+
+    def whole(self, name: str) -> Tensor:
+        """All of a parameter, or of a stored buffer."""
+        shape = self.shapes[name]
+        return self.rows(name, 0, shape[0] if shape else 1)
+
+
+def find(folder: Path, model: "PreTrainedModel") -> BaseFiles | str:
+    """The files of a model that has no weights yet; or why they cannot be read by rows."""
+    if problem := _not_plain(folder, model):
+        return problem
+    tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False)) | stored_buffers(model)
+    try:
+        groups = as_transformers_reads(stored.tensors(folder), model)
+    except (UserError, AttributeError, ImportError, KeyError, TypeError) as error:  # of another version's conversions
+        return f"the names in its files cannot be followed ({type(error).__name__}: {first_line(error)})"
+    names: dict[str, str] = {}
+    twice: list[tuple[str, str]] = []
+    for alike in _alike(tensors):
+        there = [name for name in alike if name in groups]
+        if not there:
+            return f"{alike[0]} is not stored"
+        names.update(dict.fromkeys(alike, there[0]))
+        twice.extend((there[0], other) for other in there[1:])
+        for name in there:
+            if problem := _unreadable(groups[name], name, tensors[name]):
+                return f"{name} {problem}"
+    return BaseFiles(
+        folder,
+        groups,
+        {name: tensor.dtype for name, tensor in tensors.items()},
+        {name: tuple(tensor.shape) for name, tensor in tensors.items()},
+        names,
+        twice,
+    )
+
+
+def _not_plain(folder: Path, model: Any) -> str | None:
+    """What from_pretrained does beyond reading floating-point weights into a model of transformers' own."""
+    if not type(model).__module__.startswith("transformers."):
+        return f"{type(model).__name__} is no model of transformers itself"
+    if getattr(model.config, "quantization_config", None) is not None:
+        return "it is quantised"
+    if getattr(model.config, "transformers_weights", None) or getattr(type(model.config), "extra_files", None):
+        return "its config names files of weights"
+    if (folder / stored.INDEX).exists() and (folder / stored.SINGLE).exists():
+        return f"it has {stored.SINGLE} beside {stored.INDEX}"
+    return _kept_precise(model)
+
+
+def _kept_precise(model: Any) -> str | None:
+    """Whether from_pretrained would keep a weight in another precision than the empty model has it."""
+    plan: dict[str, torch.dtype] = getattr(model, "_get_dtype_plan", lambda dtype: {})(model.dtype)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        for pattern, dtype in plan.items():
+            if tensor.dtype != dtype and re.search(pattern.replace("*", ".*"), name):
+                return f"{name} stays in {str(dtype).removeprefix('torch.')}"
+    return None
+
+
+def _alike(tensors: Mapping[str, Tensor]) -> list[list[str]]:
+    """The names of each tensor."""
+    found: dict[int, list[str]] = {}
+    for name, tensor in tensors.items():
+        found.setdefault(id(tensor), []).append(name)
+    return list(found.values())
+
+
+def _unreadable(group: Group, name: str, tensor: Tensor) -> str | None:
+    """Why rows of a tensor cannot be read; None if they can."""
+    entries = group.stored
+    if group.converter is None and len(entries) > 1:
+        return f"is stored twice, as {entries[0].name} and {entries[1].name}"
+    if odd := next((entry for entry in entries if entry.dtype not in DTYPES), None):
+        return f"is stored as {odd.dtype}"
+    if group.shapes.get(name) != tuple(tensor.shape):
+        return f"is stored in another shape than the model's {tuple(tensor.shape)}"
+    if not isinstance(tensor, nn.Parameter) and group.converter is not None:
+        return "is a buffer that is put together"
+    return None

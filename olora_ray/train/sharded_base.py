@@ -1,0 +1,121 @@
+"""A base that no worker ever holds whole: built without weights, sharded, and filled from its files, rows by rows.
+
+Weights of one dimension (norms, biases) are read by every worker: they are small, and some norms are looked at before
+the base is sharded (train/fast_norm.py).
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from olora_ray.common import collectives
+from olora_ray.common.errors import UserError
+from olora_ray.config.schema import Config
+from olora_ray.model.buffers import stored_buffers
+from olora_ray.model.load import empty_model, load_model
+from olora_ray.train import base_files
+from olora_ray.train.base_files import BaseFiles
+from olora_ray.train.loss import SupervisedLoss
+from olora_ray.train.parallel import own_rows, shard
+
+logger = logging.getLogger(__name__)
+
+Value = TypeVar("Value")
+
+AT_ONCE = 2**26
+"""Bytes of a parameter that are read at once, or one of its rows."""
+
+
+def load_base(folder: str, config: Config, device: torch.device) -> SupervisedLoss:
+    """The frozen base of a worker: sharded if the config says so, there are several, and its files can be read so.
+
+    All workers must call it together. Raises UserError as `load_model`.
+    """
+    if config.cluster.strategy != "fsdp" or collectives.world_size() == 1:
+        return SupervisedLoss(load_model(folder, config.model, device))
+    began = time.perf_counter()
+    loss = _sharded(folder, config, device)
+    if isinstance(loss, str):
+        logger.info(f"fsdp: each worker loads the whole base before it is sharded: {loss}")
+        return SupervisedLoss(load_model(folder, config.model, device))
+    logger.info(f"fsdp: each worker has read its part of the base, in {time.perf_counter() - began:.2f} s")
+    return loss
+
+
+def _sharded(folder: str, config: Config, device: torch.device) -> SupervisedLoss | str:
+    """The base with this worker's part of it, or why its files cannot be read by rows; the same on all workers."""
+    model = _together(lambda: empty_model(folder, config.model, device))
+    found = _together(lambda: base_files.find(Path(folder), model))
+    if isinstance(found := _agreed(found), str):
+        return found
+    _together(lambda: _read_small(model, found))
+    loss: Any = SupervisedLoss(model)  # torch leaves `_apply` untyped
+    loss.files = found
+    shard(loss, device, config.cluster.fsdp_replicas)
+    # What is on the meta device becomes memory, shards of weights above all; the rest has its values.
+    loss._apply(lambda part: torch.empty_like(part, device=device) if part.is_meta else part.to(device))
+    _together(lambda: _read_shards(model, found))
+    sharded: SupervisedLoss = loss
+    return sharded
+
+
+def _agreed(found: BaseFiles | str) -> BaseFiles | str:
+    """The files, if all workers have found that they can be read by rows; else the first reason why not."""
+    problems = collectives.gather(found if isinstance(found, str) else None)
+    if isinstance(found, BaseFiles) and not any(problems):
+        differs = partial(found.differs, collectives.rank(), collectives.world_size())
+        problems = collectives.gather(_together(differs))
+    first = next((problem for problem in problems if problem), None)
+    return found if first is None else first
+
+
+def _together(work: Callable[[], Value]) -> Value:
+    """What `work` returns; the UserError that one worker meets is raised on all."""
+    problem, found = None, []
+    try:
+        found.append(work())
+    except UserError as error:
+        problem = str(error)
+    collectives.raise_together(problem)
+    return found[0]
+
+
+@torch.no_grad()
+def _read_small(model: nn.Module, files: BaseFiles) -> None:
+    """Read all weights of one dimension, and the stored buffers."""
+    own: dict[int, nn.Parameter] = {}
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):  # all alive: an id is not used again
+        if parameter.dim() < 2:
+            if id(parameter) not in own:
+                own[id(parameter)] = nn.Parameter(files.whole(name), requires_grad=False)
+            _owner(model, name)._parameters[name.rpartition(".")[2]] = own[id(parameter)]
+    for name in stored_buffers(model):
+        _owner(model, name)._buffers[name.rpartition(".")[2]] = files.whole(name)
+
+
+def _owner(model: nn.Module, name: str) -> nn.Module:
+    return model.get_submodule(name.rpartition(".")[0])
+
+
+@torch.no_grad()
+def _read_shards(model: nn.Module, files: BaseFiles) -> None:
+    """Fill this worker's rows of all other weights."""
+    for name, parameter in model.named_parameters():
+        if parameter.dim() < 2:
+            continue
+        assert isinstance(parameter.data, DTensor)
+        shard_of: Tensor = parameter.data.to_local()
+        first, last = own_rows(parameter.data)
+        assert shard_of.shape[0] == last - first
+        rows = max(1, AT_ONCE * len(shard_of) // max(shard_of.nbytes, 1))
+        count = rows if files.in_parts(name) else max(1, last - first)
+        for start in range(first, last, count):
+            stop = min(start + count, last)
+            shard_of[start - first : stop - first].copy_(files.rows(name, start, stop))

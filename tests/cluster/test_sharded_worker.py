@@ -1,0 +1,73 @@
+"""Workers that hold a part of the base each, from start to result: the same bytes as with the whole base."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from olora_ray.cluster.preemption import NoPreemption
+from olora_ray.cluster.spec import TrainSpec
+from olora_ray.cluster.stop_requests import StopRequests
+from olora_ray.cluster.worker import train_at
+from olora_ray.cluster.worker_context import RayTrainContext
+from olora_ray.model.source import BaseModel
+from olora_ray.train import checkpoints
+from tests import tiny
+from tests.cluster.test_worker import SETTINGS, Channel, adapter, same
+from tests.crew import Crew
+from tests.families import zoo
+from tests.families.variants import ALL
+
+
+class Context(RayTrainContext):
+    """That of a worker of Ray Train, with what Ray would say of it."""
+
+    def __init__(self) -> None:
+        self.rank, self.world, self.device = dist.get_rank(), dist.get_world_size(), torch.device("cpu")
+        self.preemption = NoPreemption()
+        self._loss, self._installed = None, False
+
+
+def run(model: Path, storage: Path, strategy: str, changes: dict[str, Any]) -> tuple[Any, Any, Any, bool]:
+    """Told losses, answers and self-test of a run, and whether the base was read by rows."""
+    sizes = {"cluster__workers": dist.get_world_size(), "cluster__strategy": strategy, "train__micro_batch": 1}
+    settings = tiny.config(**(SETTINGS | {"model__name": str(model), "model__dtype": "bfloat16"} | sizes | changes))
+    train: Any = tiny.store(8)
+    held_out: Any = tiny.store(3, seed=9)
+    spec = TrainSpec(settings, BaseModel("m", str(model), "base"), "tokenizer", (1,), train, held_out)
+    channel, context = Channel(), Context()
+    listen = StopRequests._listen
+    StopRequests._listen = lambda self: None  # type: ignore[method-assign]
+    try:
+        result = train_at(context, spec, str(storage), channel)
+    finally:
+        StopRequests._listen = listen  # type: ignore[method-assign]
+    assert (result.problem, result.interrupted) == (None, None)
+    told = [channel.metrics(name) for name in ("train/loss", "eval/loss", "train/grad_norm")]
+    assert context._loss is not None
+    differences = {name: value for name, value in (result.self_test or {}).items() if "seconds" not in name}
+    return told, result.answers, differences, context._loss.files is not None
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [("llama", {}), ("mixtral", {}), ("gpt2", {"adapter__method": "eva", "adapter__init_tokens": 96})],
+)
+def test_a_run_on_parts_of_the_base(
+    crew: Callable[[int], Crew], tmp_path: Path, family: str, changes: dict[str, Any]
+) -> None:
+    model, whole, parts = (tmp_path / name for name in ("model", "whole", "parts"))
+    zoo.build(ALL[family], model)
+    (first, _), (second, other) = (
+        crew(2).run(run, model, folder, strategy, changes) for folder, strategy in ((whole, "ddp"), (parts, "fsdp"))
+    )
+    assert (first[3], second[3], other[3]) == (False, True, True)
+    assert second[:3] == first[:3]
+    assert same(adapter(parts, 6), adapter(whole, 6))
+    (parts / checkpoints.name_of(6) / "manifest.json").unlink()
+    resumed, _ = crew(2).run(run, model, parts, "fsdp", changes)
+    assert list(resumed[0][0]) == [4, 5, 6]
+    assert same(adapter(parts, 6), adapter(whole, 6))

@@ -1,0 +1,328 @@
+"""A base of which each worker reads its own rows is, bit for bit, the one that every worker loads whole."""
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from olora_ray.adapter.initialise import at_scale
+from olora_ray.adapter.inject import find_targets, install, wrap
+from olora_ray.common.errors import UserError
+from olora_ray.config.schema import Config
+from olora_ray.train import base_files, sharded_base
+from olora_ray.train.fast_norm import LightRMSNorm
+from olora_ray.train.loader import StepLoader
+from olora_ray.train.loop import Trainer, evaluate
+from olora_ray.train.loss import SupervisedLoss
+from olora_ray.train.new_factors import new_factors
+from olora_ray.train.parallel import own_rows, place_model
+from olora_ray.train.schedule import Schedule
+from olora_ray.train.sharded_base import load_base
+from tests import tiny
+from tests.crew import Crew
+from tests.families import zoo
+from tests.families.variants import ALL
+
+CPU = torch.device("cpu")
+FAMILIES = [
+    "llama",
+    "llama tied",
+    "qwen2",  # biases
+    "qwen3",
+    "gemma3_text",  # scaled embeddings, two kinds of frequencies
+    "gpt2",  # transposed, tied, stored with another prefix
+    "phi3",  # fused
+    "mixtral",  # experts stored one by one
+    "granitemoe",  # stacks of experts, stored as they are
+    "deepseek_v3",  # a stored buffer
+    "gemma3",  # a tower for images, names that differ
+]
+
+UNEVEN = ["llama tied", "gemma3_text", "gpt2", "mixtral", "deepseek_v3"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a worker had and did."""
+
+    by_rows: bool
+    digest: str
+    """Of the factors."""
+    targets: list[tuple[Any, ...]]
+    losses: list[float]
+    gradients: list[Tensor]
+    adapter: Tensor
+    held_out: float
+    base: dict[str, Tensor]
+    """Weights and buffers, put together again."""
+    light: int
+    """Norms with a backward pass of our own."""
+    lines: list[str]
+    """Of the log."""
+
+
+def config(folder: Path, strategy: str, dtype: str = "float32", **changes: Any) -> Config:
+    settings = {
+        "model__name": str(folder),
+        "model__dtype": dtype,
+        "cluster__workers": dist.get_world_size(),
+        "cluster__strategy": strategy,
+        "adapter__rank": 2,
+        "train__micro_batch": 1,
+        "train__clip": None,
+        "train__steps": 3,
+    }
+    return tiny.config(**(settings | changes))
+
+
+def trained(folder: Path, strategy: str, dtype: str = "float32", changes: dict[str, Any] | None = None) -> Outcome:
+    """Load a base, make factors, and train three steps: what a worker does, without its self-test."""
+    settings, rank, world = config(folder, strategy, dtype, **(changes or {})), dist.get_rank(), dist.get_world_size()
+    lines: list[str] = []
+    loss = _listening(lines, lambda: load_base(str(folder), settings, CPU))
+    model: Any = loss.model
+    by_rows, adapter, store = loss.files is not None, settings.adapter, tiny.store()
+    targets = find_targets(model, adapter.targets, adapter.rank)
+    factors, report, _ = new_factors(loss, targets, settings, store, CPU)
+    adapted = wrap(model, at_scale(factors, adapter), adapter.scale(), adapter.dropout)
+    install(model, adapted)
+    place_model(loss, strategy, CPU)
+    trainer = Trainer(loss, adapted, settings, CPU)
+    gradients: list[Tensor] = []
+    trainer.optimizer.inner.register_step_pre_hook(lambda *_: gradients.append(trainer.flat.grad.clone()))
+    attention = str(model.config._attn_implementation)
+    loader = StepLoader(store, settings.train, settings.run.seed, attention, rank, world)
+    losses = [result.loss for result in trainer.steps(loader, 0, Schedule(settings.train, store))]
+    return Outcome(
+        by_rows,
+        report.digest,
+        [(name, target.shape, target.stored_transposed, target.experts) for name, target in targets.items()],
+        losses,
+        gradients,
+        trainer.flat.vector.clone(),
+        evaluate(trainer, tiny.store(5, seed=9), attention, rank, world),
+        _base(loss),
+        sum(isinstance(module, LightRMSNorm) for module in model.modules()),
+        lines,
+    )
+
+
+@torch.no_grad()
+def _base(loss: SupervisedLoss) -> dict[str, Tensor]:
+    found = {}
+    for name, part in (*loss.model.named_parameters(), *loss.model.named_buffers()):
+        if not name.endswith((".da", ".db", ".a0", ".b0")):
+            whole = part.data.full_tensor() if isinstance(part.data, DTensor) else part.data
+            found[name] = whole.clone()
+    return found
+
+
+def _listening(lines: list[str], work: Callable[[], SupervisedLoss]) -> SupervisedLoss:
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(record.getMessage())
+
+    handler, logger = Keep(), sharded_base.logger
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        return work()
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+def assert_same(one: Outcome, two: Outcome) -> None:
+    assert (one.digest, one.targets, one.light) == (two.digest, two.targets, two.light)
+    assert one.base.keys() == two.base.keys()
+    for name in one.base:
+        assert one.base[name].dtype == two.base[name].dtype, name
+        assert torch.equal(one.base[name], two.base[name]), name
+    assert (one.losses, one.held_out) == (two.losses, two.held_out)
+    assert all(torch.equal(a, b) for a, b in zip(one.gradients, two.gradients, strict=True))
+    assert torch.equal(one.adapter, two.adapter)
+
+
+@pytest.mark.parametrize(
+    ("family", "workers", "dtype"),
+    [(family, 2, "float32") for family in FAMILIES] + [(family, 3, "bfloat16") for family in UNEVEN],
+)
+def test_bytes_are_those_of_ddp(
+    crew: Callable[[int], Crew], tmp_path: Path, family: str, workers: int, dtype: str
+) -> None:
+    zoo.build(ALL[family], tmp_path, torch.float32)  # in bfloat16 it is rounded on the way, slice by slice
+    for whole, sharded in zip(
+        crew(workers).run(trained, tmp_path, "ddp", dtype),
+        crew(workers).run(trained, tmp_path, "fsdp", dtype),
+        strict=True,
+    ):
+        assert (whole.by_rows, sharded.by_rows) == (False, True)
+        assert_same(sharded, whole)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"adapter__method": "pissa"},
+        {"adapter__method": "lora"},
+        {"adapter__method": "eva", "adapter__init_tokens": 96},
+        {"adapter__method": "lora_ga", "adapter__init_tokens": 60},
+    ],
+    ids=lambda changes: changes["adapter__method"],
+)
+def test_other_methods_start_as_with_ddp(crew: Callable[[int], Crew], tmp_path: Path, changes: dict[str, Any]) -> None:
+    zoo.build(ALL["llama"], tmp_path)
+    (whole, _), (sharded, _) = (
+        crew(2).run(trained, tmp_path, strategy, "float32", changes) for strategy in ("ddp", "fsdp")
+    )
+    assert sharded.by_rows
+    assert_same(sharded, whole)
+
+
+def _parts(
+    folder: Path, changes: dict[str, Any] | None = None
+) -> tuple[int, int, int, dict[str, tuple[int, int, int]]]:
+    """Bytes that this worker has read by calls, bytes of its memory for weights, the whole; rows of each weight."""
+    before = _read_so_far()
+    loss = load_base(str(folder), config(folder, "fsdp", **(changes or {})), CPU)
+    read = _read_so_far() - before
+    parameters = {name: parameter.data for name, parameter in loss.model.named_parameters()}
+    local = sum(part.to_local().nbytes for part in parameters.values() if isinstance(part, DTensor))
+    rows = {
+        name: (*own_rows(part), part.to_local().shape[0])
+        for name, part in parameters.items()
+        if isinstance(part, DTensor)
+    }
+    assert len(rows) == len(parameters)
+    return read, local, sum(part.nbytes for part in parameters.values()), rows
+
+
+def _read_so_far() -> int:
+    return int(Path("/proc/self/io").read_text().split("rchar: ")[1].split()[0])
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="the system does not count what a process reads")
+def test_a_worker_reads_and_keeps_its_part_alone(crew: Callable[[int], Crew], tmp_path: Path) -> None:
+    model = tiny.llama(vocab_size=4096, hidden_size=256, intermediate_size=512, num_hidden_layers=4)
+    model.save_pretrained(tmp_path, max_shard_size="10MB")
+    for workers in (2, 3):
+        crew(workers).run(_parts, tmp_path)  # imports are files as well
+        found = crew(workers).run(_parts, tmp_path)
+        for read, local, whole, _ in found:
+            assert local == pytest.approx(whole / workers, rel=0.01)
+            assert local < read < local + 0.05 * whole
+        for name, (*_, rows) in found[0][3].items():
+            assert rows == found[0][3][name][1] - found[0][3][name][0]
+            ranges = [each[3][name][:2] for each in found]
+            assert ranges[0][0] == 0
+            assert all(stop == start for (_, stop), (start, _) in pairwise(ranges))
+
+
+def test_copies_of_a_sharded_base(crew: Callable[[int], Crew], tmp_path: Path) -> None:
+    zoo.build(ALL["mixtral"], tmp_path)
+    wide = {"train__global_batch": 8, "cluster__fsdp_replicas": 2}
+    whole = crew(4).run(trained, tmp_path, "ddp", "float32", {"train__global_batch": 8})
+    for one, other in zip(whole, crew(4).run(trained, tmp_path, "fsdp", "float32", wide), strict=True):
+        assert other.by_rows
+        assert_same(other, one)
+    found = crew(4).run(_parts, tmp_path, wide)
+    for read, _, size, _ in found:
+        assert read > size / 2
+    assert found[0][3] == found[2][3]
+    assert found[1][3] == found[3][3]
+    assert found[0][3] != found[1][3]
+    assert found[0][1] + found[1][1] == pytest.approx(found[0][2], rel=0.01)
+
+
+def _twice(folder: Path, changed: float = 0.0) -> None:
+    """The head of a tied model, stored beside its embeddings, as some do; its last number may be another."""
+    zoo.build(ALL["llama tied"], folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    weights["lm_head.weight"][-1, -1] += changed
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def test_a_tied_weight_that_is_stored_twice(crew: Callable[[int], Crew], tmp_path: Path) -> None:
+    _twice(tmp_path)
+    (whole, _), (sharded, _) = (crew(2).run(trained, tmp_path, strategy) for strategy in ("ddp", "fsdp"))
+    assert sharded.by_rows
+    assert_same(sharded, whole)
+
+
+def _both_layouts(folder: Path) -> None:
+    """One file of all weights, and an index of others."""
+    zoo.build(ALL["llama"], folder)
+    names = load_file(folder / "model.safetensors")
+    save_file(names, folder / "other.safetensors", {"format": "pt"})
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, "other.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("build", "why"),
+    [
+        (
+            partial(_twice, changed=1.0),
+            "model.embed_tokens.weight and lm_head.weight are one weight, and stored with different values",
+        ),
+        (_both_layouts, "it has model.safetensors beside model.safetensors.index.json"),
+    ],
+    ids=["not tied", "two layouts"],
+)
+def test_a_base_that_cannot_be_read_by_rows_is_loaded_whole(
+    crew: Callable[[int], Crew], tmp_path: Path, build: Callable[[Path], None], why: str
+) -> None:
+    build(tmp_path)
+    (whole, _), (sharded, other) = (crew(2).run(trained, tmp_path, strategy) for strategy in ("ddp", "fsdp"))
+    assert sharded.lines == [f"fsdp: each worker loads the whole base before it is sharded: {why}"]
+    assert not sharded.by_rows
+    for one in (sharded, other):
+        assert_same(one, whole)
+
+
+def _loaded_from_places(places: list[Path]) -> Any:
+    return load_base(str(places[dist.get_rank()]), config(places[0], "fsdp"), CPU)
+
+
+def test_what_one_worker_cannot_read_all_workers_say(crew: Callable[[int], Crew], tmp_path: Path) -> None:
+    good, cut = tmp_path / "good", tmp_path / "cut"
+    for folder in (good, cut):
+        zoo.build(ALL["llama"], folder)
+    file = cut / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    answers = crew(2).run(_loaded_from_places, [good, cut])
+    assert all(isinstance(answer, UserError) for answer in answers)
+    assert str(answers[0]) == str(answers[1])
+    assert "is cut off" in str(answers[0])
+
+
+def _reason(folder: Path) -> str | None:
+    found = base_files.find(folder, sharded_base.empty_model(str(folder), tiny.config().model, CPU))
+    return found if isinstance(found, str) else None
+
+
+def test_files_that_do_not_say_all_are_named(tmp_path: Path) -> None:
+    zoo.build(ALL["llama"], tmp_path)
+    assert _reason(tmp_path) is None
+    weights = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    for changed, why in (
+        ({key: part for key, part in weights.items() if key != name}, f"{name} is not stored"),
+        (weights | {name: weights[name][:8].clone()}, f"{name} is stored in another shape than the model's (64, 64)"),
+        (weights | {name: weights[name].to(torch.float8_e4m3fn)}, f"{name} is stored as F8_E4M3"),
+    ):
+        save_file(changed, tmp_path / "model.safetensors", {"format": "pt"})
+        assert _reason(tmp_path) == why
