@@ -58,7 +58,7 @@ def drawn(number: int) -> Case:
         "train__precondition": chance.random() < 0.3,
         "train__lr_ratio": chance.choice([1.0, 4.0]),
     }
-    batch, micro = chance.randint(1, 18), chance.choice([1, 1, 2, 3])
+    batch, micro = chance.randint(1, 18), chance.choice([1, 2, 3])
     return Case(batch, micro, number % 3 > 0, chance.randint(1, 9), changes, chance.randint(1, STOP - 1))
 
 
