@@ -132,7 +132,7 @@ def batch_split(config: Config, workers: int) -> str:
     shares = sorted({min(part.stop * micro, size) - min(part.start * micro, size) for part in parts})
     idle = workers - count
     return (
-        f"{size} sequences per step = {plural(workers, 'worker')} x {' or '.join(map(str, shares))}"
+        f"{plural(size, 'sequence')} per step = {plural(workers, 'worker')} x {' or '.join(map(str, shares))}"
         f" ({min(micro, size)} at once, {config.accumulation(workers)} accumulated)"
         + (f"; {_idle(config, workers, idle)}" if idle > 0 else "")
     )

@@ -137,3 +137,10 @@ def test_a_sum_that_was_given_up_is_forgotten() -> None:
             gradient.whole.add_(leaf + 1.0)
     gradient.finish()
     assert gradient.whole.tolist() == [3.0] * 3
+
+
+def test_two_workers_with_one_or_two_leaves_each_add_up_as_one_buffer_and_an_all_reduce() -> None:
+    """As before there was a tree: runs of that kind, the quickstart's among them, keep their bytes."""
+    values = torch.randn(4, 1000, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(tree.total(values[:2]), values[0] + values[1])
+    assert torch.equal(tree.total(values), (values[0] + values[1]) + (values[2] + values[3]))
