@@ -5,6 +5,7 @@ from typing import Any
 
 from olora_ray.cluster.channel import Resumed, Saved, Started, sent_to
 from olora_ray.cluster.evaluator import Evaluator
+from olora_ray.cluster.kind import note_kinds
 from olora_ray.cluster.quiet import quiet_train_worker
 from olora_ray.cluster.resume import StartingPoint, starting_point
 from olora_ray.cluster.self_tested import self_tested
@@ -62,6 +63,7 @@ class Worker:
         start = self_tested(context, spec, start, self.stop_requests.waiting)
         self.trainer, self.state = start.trainer, start.state
         self.attention, self.resumed = start.attention, start.resumed
+        self.state.kinds = note_kinds(self.state.kinds, context.device)
         self.evaluator = Evaluator(context, spec, start)
         self.schedule = Schedule(self.config.train, spec.train, self.stop_requests.waiting)
         self.manager = self._checkpoint_manager() if self.rank == 0 else None

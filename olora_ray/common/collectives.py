@@ -43,17 +43,24 @@ def swap(outgoing: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
 
     All on one device; sizes are known beforehand, so that nothing but the bytes travels.
     """
-    here, transfers = rank(), []
+    here = rank()
     received = [torch.empty(size, dtype=torch.uint8, device=outgoing[here].device) for size in sizes]
     received[here] = outgoing[here]
-    for other in range(world_size()):
-        if other != here and len(outgoing[other]):
-            transfers.append(dist.P2POp(dist.isend, outgoing[other], other))
-        if other != here and sizes[other]:
-            transfers.append(dist.P2POp(dist.irecv, received[other], other))
-    for transfer in dist.batch_isend_irecv(transfers) if transfers else ():
-        transfer.wait()
+    others = [worker for worker in range(world_size()) if worker != here]
+    transfer([(worker, outgoing[worker]) for worker in others], [(worker, received[worker]) for worker in others])
     return received
+
+
+def transfer(outgoing: Sequence[tuple[int, Tensor]], incoming: Sequence[tuple[int, Tensor]]) -> None:
+    """Send tensors to the workers named beside them, and fill tensors with what these workers send here.
+
+    Flat and contiguous, all on one device. Several between the same two workers arrive in the order in which they are
+    listed, so both must list the same sizes; empty ones do not travel.
+    """
+    operations = [dist.P2POp(dist.isend, tensor, worker) for worker, tensor in outgoing if len(tensor)]
+    operations += [dist.P2POp(dist.irecv, tensor, worker) for worker, tensor in incoming if len(tensor)]
+    for operation in dist.batch_isend_irecv(operations) if operations else ():
+        operation.wait()
 
 
 def from_first(value: Value) -> Value:

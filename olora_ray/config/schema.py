@@ -132,7 +132,8 @@ class Train(Section):
     global_batch: PositiveInt = 16
     """Sequences (packs) per optimizer step, over all workers."""
     micro_batch: PositiveInt = 4
-    """Sequences that a worker runs through the model at once; a smaller number needs less memory."""
+    """Sequences that a worker runs through the model at once; a smaller number needs less memory, and feeds more
+    workers: each takes whole micro-batches."""
     lr: Annotated[float, Field(gt=0.0)] = 3.0e-4
     """Peak learning rate of AdamW."""
     lr_ratio: Annotated[float, Field(gt=0.0)] = 1.0
@@ -160,6 +161,10 @@ class Train(Section):
     """Steps between progress lines and reports to Ray."""
     start: Folder | None = None
     """Checkpoint folder of a run with the same base and adapter settings: training starts from its best adapter."""
+
+    def micro_batches(self) -> int:
+        """Micro-batches of an optimizer step, over all workers."""
+        return -(-self.global_batch // self.micro_batch)
 
 
 class Cluster(Section):
@@ -294,20 +299,9 @@ class Config(Section):
             raise ValueError(f"{what}: each worker would hold the whole base; use strategy: ddp, or fewer replicas")
         return self
 
-    @model_validator(mode="after")
-    def _batch_is_large_enough(self) -> "Config":
-        if self.train.global_batch < self.cluster.max_workers():
-            raise ValueError(
-                f"train.global_batch={self.train.global_batch} is smaller than"
-                f" cluster.workers={self.cluster.max_workers()}: a worker would have nothing to do;"
-                " use fewer workers or a larger batch"
-            )
-        return self
-
     def accumulation(self, workers: int | None = None) -> int:
         """Micro-batches that a worker runs in one optimizer step, at most; `workers` defaults to the most."""
-        share = -(-self.train.global_batch // (workers or self.cluster.max_workers()))
-        return -(-share // self.train.micro_batch)
+        return -(-self.train.micro_batches() // (workers or self.cluster.max_workers()))
 
     def folder(self) -> str:
         """The run's folder: `<storage>/<name>`."""

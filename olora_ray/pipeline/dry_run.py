@@ -121,7 +121,7 @@ def _time(config: Config, base: BaseModel, size: MemoryEstimate, train: Preview,
     if why := pace.not_measured(size, elsewhere):
         return f"not estimated: {why}"
     workers = config.cluster.max_workers()
-    width = min(config.train.micro_batch, -(-config.train.global_batch // workers))
+    width = min(config.train.micro_batch, config.train.global_batch)
     packs = [train.some_packs[number % len(train.some_packs)] for number in range(width)]
     once = pace.seconds_per_micro_batch(config, base, packs)
     steps, step = total_steps(config.train, train.packs), once * config.accumulation()
@@ -130,7 +130,7 @@ def _time(config: Config, base: BaseModel, size: MemoryEstimate, train: Preview,
     if held_out is not None:
         # Forward only, which is a third of forward and backward.
         rounds = -(-steps // config.train.eval_every) + 1
-        seconds += rounds * -(-held_out.packs // (width * workers)) * once / 3
+        seconds += rounds * -(-held_out.packs // (config.train.micro_batch * workers)) * once / 3
         words += f" and {rounds} evaluations"
     return (
         f"about {duration(seconds)} for {words}, by one micro-batch measured here; start, answers and export add to it"

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from olora_ray.common import logs
 from olora_ray.common.text import clock, plural
 from olora_ray.config.schema import Config
+from olora_ray.train import tree
 
 logger = logging.getLogger(__name__)
 
@@ -125,11 +126,21 @@ def _is_pipe(stream: TextIO) -> bool:
 
 
 def batch_split(config: Config, workers: int) -> str:
-    """`16 sequences per step = 4 workers x 2 at once x 2 accumulated`, or what comes close to it."""
-    size, micro = config.train.global_batch, config.train.micro_batch
-    low, high = size // workers, -(-size // workers)
-    shares = f"{high}" if low == high else f"{low} or {high}"
+    """`16 sequences per step = 2 workers x 8 (4 at once, 2 accumulated)`, and how many workers have nothing to do."""
+    size, micro, count = config.train.global_batch, config.train.micro_batch, config.train.micro_batches()
+    parts = [tree.share(count, worker, workers) for worker in range(workers)]
+    shares = sorted({min(part.stop * micro, size) - min(part.start * micro, size) for part in parts})
+    idle = workers - count
     return (
-        f"{size} sequences per step = {plural(workers, 'worker')} x {shares}"
-        f" ({min(micro, high)} at once, {config.accumulation(workers)} accumulated)"
+        f"{plural(size, 'sequence')} per step = {plural(workers, 'worker')} x {' or '.join(map(str, shares))}"
+        f" ({min(micro, size)} at once, {config.accumulation(workers)} accumulated)"
+        + (f"; {_idle(config, workers, idle)}" if idle > 0 else "")
     )
+
+
+def _idle(config: Config, workers: int, idle: int) -> str:
+    """What to set so that all workers have something to do."""
+    advice = f"train.micro_batch={config.train.global_batch // workers}"
+    if config.train.global_batch < workers:
+        advice = f"train.global_batch={workers} and train.micro_batch=1"
+    return f"{plural(idle, 'worker')} without a micro-batch: use fewer workers, or {advice}"

@@ -1,7 +1,6 @@
 """Greedy answers to held-out prompts, spread over the workers."""
 
 import contextlib
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -69,17 +68,20 @@ def answer(
     workers: int = 1,
     batch: int = 20,
 ) -> list[list[int]]:
-    """Greedy continuations in the order of `asked`, without prompt and end token; all workers get all."""
+    """Greedy continuations in the order of `asked`, without prompt and end token; all workers get all.
+
+    `batch` prompts are answered together, the same ones for any number of workers.
+    """
     model: Any = trainer.loss.model
     own: list[tuple[int, list[int]]] = []
-    # Similar lengths together: less padding. All workers run equally many rounds (a sharded base needs it).
+    # Similar lengths together: less padding. With a sharded base all workers run equally many rounds.
     by_length = sorted(range(len(asked)), key=lambda i: len(asked[i].prompt))
-    mine = by_length[worker::workers]
-    rounds = math.ceil(math.ceil(len(asked) / workers) / batch)
-    sharded = hasattr(trainer.loss, "unshard")
+    groups = [by_length[first : first + batch] for first in range(0, len(asked), batch)]
+    mine, sharded = groups[worker::workers], hasattr(trainer.loss, "unshard")
+    rounds = -(-len(groups) // workers) if sharded else len(mine)
     with decoding(model), _gathered(trainer.loss) if sharded else contextlib.nullcontext():
         for turn in range(rounds):
-            group = mine[turn * batch : (turn + 1) * batch]
+            group = mine[turn] if turn < len(mine) else []
             prompts = [asked[i].prompt for i in group or [0]]
             outputs = greedy(model, prompts, max_new_tokens, eos, trainer.device, together=sharded)
             own.extend(zip(group, outputs, strict=False))

@@ -1,8 +1,9 @@
 """Loader of one worker: reads its micro-batches of global step k from the token store.
 
-Global step k takes sequences [k G, (k + 1) G) of the order; of these, worker w of W takes those from
-w G // W to (w + 1) G // W, in micro-batches of which the last may be shorter. The last step of a run is
-filled up from the next pass, so no step is short.
+Global step k takes sequences [k G, (k + 1) G) of the order, cut into M micro-batches of which the last may be shorter:
+what is computed together depends on the step alone. Worker w of W takes whole micro-batches, those from w M // W to
+(w + 1) M // W; of more workers than micro-batches some have none. The last step of a run is filled up from the next
+pass, so no step is short.
 
 The store may still be growing: the first pass goes through it in its own order, so a step needs the shards
 up to its own only; a later pass needs all.
@@ -11,7 +12,7 @@ up to its own only; a later pass needs all.
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ import numpy as np
 from olora_ray.config.schema import Train
 from olora_ray.tokens.collate import Batch, collate
 from olora_ray.tokens.store import TokenStore, order
+from olora_ray.train import tree
 
 Waiting = Callable[[int, int], None]
 """Told about once a second what is waited for: number of the shard, shards of the store. May raise to give up."""
@@ -37,10 +39,16 @@ class StepData:
     micro: tuple[Batch, ...]
     sequences: tuple[tuple[int, ...], ...]
     """Indices in the store, one group per micro-batch."""
+    first: int
+    """Number of the first of these micro-batches among those of the step."""
+    count: int
+    """Micro-batches of the step, over all workers."""
     supervised: int
     """Supervised tokens of the global batch, over all workers."""
     padding_batches: int
     """Micro-batches fewer than the worker that has the most."""
+    padding: Batch
+    """A micro-batch of this step, to be run in their place where all workers must run the model equally often."""
 
 
 class StepLoader:
@@ -56,8 +64,8 @@ class StepLoader:
         workers: int = 1,
         waiting: Waiting | None = None,
     ) -> None:
-        """`waiting` is called while a step waits for shards of a growing store; needs 1 <= workers <= global_batch."""
-        assert 0 <= worker < workers <= train.global_batch
+        """`waiting` is called while a step waits for shards of a growing store."""
+        assert 0 <= worker < workers
         self.store, self.train, self.seed, self.attention = store, train, seed, attention
         self.worker, self.workers, self.waiting = worker, workers, waiting
 
@@ -107,15 +115,21 @@ class StepLoader:
     def _read(self, step: int) -> StepData:
         size, width = self.train.global_batch, self.train.micro_batch
         sequences = [int(i) for i in self._order(step * size, (step + 1) * size)]
-        own = sequences[self.worker * size // self.workers : (self.worker + 1) * size // self.workers]
-        groups = tuple(tuple(own[i : i + width]) for i in range(0, len(own), width))
-        largest = -(-size // self.workers)
+        every = [tuple(sequences[i : i + width]) for i in range(0, size, width)]
+        own = tree.share(len(every), self.worker, self.workers)
+        micro = tuple(self._batch(group) for group in every[own.start : own.stop])
         return StepData(
-            micro=tuple(collate([self.store[i] for i in group], self.attention) for group in groups),
-            sequences=groups,
+            micro=micro,
+            sequences=tuple(every[own.start : own.stop]),
+            first=own.start,
+            count=len(every),
             supervised=self.store.supervised(sequences),
-            padding_batches=-(-largest // width) - len(groups),
+            padding_batches=-(-len(every) // self.workers) - len(own),
+            padding=micro[-1] if micro else self._batch(every[0]),
         )
+
+    def _batch(self, group: Sequence[int]) -> Batch:
+        return collate([self.store[i] for i in group], self.attention)
 
     def _order(self, start: int, stop: int) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
         if self.store.total is None:

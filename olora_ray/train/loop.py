@@ -12,8 +12,10 @@ from olora_ray.adapter.layer import AdaptedWeight
 from olora_ray.common import collectives
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
+from olora_ray.tokens import rng
 from olora_ray.tokens.collate import Batch, collate
 from olora_ray.tokens.store import TokenStore
+from olora_ray.train import tree
 from olora_ray.train.loader import StepData, StepLoader
 from olora_ray.train.loss import SupervisedLoss
 from olora_ray.train.optim import AdamW, FlatAdapters
@@ -55,6 +57,7 @@ class Trainer:
     def __post_init__(self) -> None:
         self.flat = FlatAdapters(self.adapted, apart=self.config.train.lr_ratio != 1)
         self.optimizer = AdamW(self.flat, self.config.train)
+        self.gradient = tree.TreeSum(self.flat.grad)
 
     def steps(self, loader: StepLoader, start: int, schedule: Schedule) -> Iterator[StepResult]:
         """Run the steps from number `start` (from 0) to the end of the schedule.
@@ -63,7 +66,6 @@ class Trainer:
         """
         began = time.perf_counter()
         for number, (data, waited) in enumerate(loader.steps(start, schedule.ends), start):
-            self._seed(number, loader.worker)
             loss, signal = self._accumulate(number, data, loader)
             lr = schedule.lr(number)
             if self.config.train.precondition:
@@ -78,40 +80,53 @@ class Trainer:
     def _accumulate(self, number: int, data: StepData, loader: StepLoader) -> tuple[float, bool]:
         """Gradients of the global mean loss, summed over micro-batches and workers; that loss, and any signal."""
         train_mode(self.adapted, True)
-        losses = []
-        for batch in data.micro:
-            loss: Tensor = self.loss(batch.to(self.device)) / data.supervised
-            if loss.requires_grad:
-                loss.backward()
-            losses.append(loss.detach())
         self._keep_up(data)
+        self.gradient.begin(data.count)
+        losses = []
+        for micro_batch, batch in enumerate(data.micro, data.first):
+            self._seed(number, micro_batch)
+            with self.gradient.leaf(micro_batch):
+                losses.append(self._backward(batch, data.supervised))
         train_mode(self.adapted, False)
-        total = torch.stack(losses).sum()
-        # The signal travels with the loss: a second exchange per step would cost more.
-        shared = torch.stack([total, torch.full_like(total, float(self.signal))])
-        collectives.sum_in_place(shared)
-        mean, signals = shared.tolist()
+        each, signal = self._shared(losses, data)
+        mean = float(tree.total(each))
         if not math.isfinite(mean):
             raise UserError(f"step {number + 1}: {_diverged(losses, data, loader)}")
-        self.flat.reduce()
-        return mean, signals > 0
+        self.gradient.finish()
+        return mean, signal
+
+    def _backward(self, batch: Batch, supervised: int) -> Tensor:
+        """Add to the gradient that of a micro-batch's part of the loss; returns that part."""
+        loss: Tensor = self.loss(batch.to(self.device)) / supervised
+        if loss.requires_grad:
+            loss.backward()
+        return loss.detach()
+
+    def _shared(self, losses: list[Tensor], data: StepData) -> tuple[Tensor, bool]:
+        """The losses of the step's micro-batches, on the CPU, and whether some worker has a signal."""
+        # The signal travels with the losses: a second exchange per step would cost more. One worker has the loss of a
+        # micro-batch and all others zero, so that no order of this sum changes it.
+        shared = torch.zeros(data.count + 1, device=self.device)
+        for place, loss in enumerate(losses, data.first):
+            shared[place] = loss
+        shared[-1] = float(self.signal)
+        collectives.sum_in_place(shared)
+        every = shared.cpu()
+        return every[:-1], bool(every[-1] > 0)
 
     def _keep_up(self, data: StepData) -> None:
-        """With a sharded base all workers must run the model equally often: run it for the sake of the others."""
+        """With a sharded base all workers must run the model equally often: run it for the sake of the others.
+
+        It comes before the micro-batches, each of which begins with a gradient and random numbers of its own.
+        """
         if self.config.cluster.strategy != "fsdp" or collectives.world_size() == 1:
             return
         for _ in range(data.padding_batches):
-            self.blank(data.micro[-1])
+            self._backward(data.padding, data.supervised)
 
-    def blank(self, batch: Batch) -> None:
-        """Run the model forward and backward without an effect: +0.0 is added to the gradients."""
-        loss: Tensor = self.loss(batch.to(self.device)) * 0.0
-        if loss.requires_grad:
-            loss.backward()
-
-    def _seed(self, step: int, worker: int) -> None:
+    def _seed(self, step: int, micro_batch: int) -> None:
         if self.config.adapter.dropout:
-            torch.manual_seed((self.config.run.seed * 1_000_003 + step) * 4099 + worker)
+            torch.manual_seed(rng.key("dropout", self.config.run.seed, step, micro_batch) >> 1)  # of 63 bits
 
 
 def train_mode(adapted: dict[str, AdaptedWeight], on: bool) -> None:
@@ -122,20 +137,22 @@ def train_mode(adapted: dict[str, AdaptedWeight], on: bool) -> None:
 
 @torch.no_grad()
 def evaluate(trainer: Trainer, store: TokenStore, attention: str, worker: int = 0, workers: int = 1) -> float:
-    """Mean loss per supervised token over the whole store, its sequences spread over the workers."""
+    """Mean loss per supervised token over the whole store, its groups of micro_batch sequences spread over the workers.
+
+    The groups and the order in which they are summed do not depend on the workers.
+    """
     width = trainer.config.train.micro_batch
-    own = list(range(worker, len(store), workers))
-    total = torch.zeros(1, dtype=torch.float64, device=trainer.device)
-    # With a sharded base all workers must run the model equally often: the shorter share repeats its last group.
-    rounds = math.ceil(math.ceil(len(store) / workers) / width)
-    for turn in range(rounds):
-        group = own[turn * width : (turn + 1) * width]
-        batch = collate([store[i] for i in group or [0]], attention).to(trainer.device)
-        loss = trainer.loss(batch)
-        if group:
-            total += loss.double()
-    collectives.sum_in_place(total)
-    return float(total.item()) / store.manifest.supervised
+    groups = [range(len(store))[first : first + width] for first in range(0, len(store), width)]
+    losses = torch.zeros(len(groups), dtype=torch.float64, device=trainer.device)
+    # With a sharded base all workers must run the model equally often: who has fewer groups repeats the first of all.
+    rounds = -(-len(groups) // workers) if hasattr(trainer.loss, "unshard") else len(groups[worker::workers])
+    for number in range(worker, worker + rounds * workers, workers):
+        group = groups[number] if number < len(groups) else groups[0]
+        loss = trainer.loss(collate([store[i] for i in group], attention).to(trainer.device))
+        if number < len(groups):
+            losses[number] = loss
+    collectives.sum_in_place(losses)
+    return float(tree.total(losses.cpu())) / store.manifest.supervised
 
 
 def _diverged(losses: list[Tensor], data: StepData, loader: StepLoader) -> str:

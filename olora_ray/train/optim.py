@@ -1,7 +1,7 @@
 """The trainable parameters as one flat vector, AdamW over it, and the learning-rate schedule.
 
-All dA and dB of a model are views of one float32 vector, and so are their gradients: the exchange
-between workers is one all-reduce, clipping one norm, the optimizer one tensor, whatever the layers.
+All dA and dB of a model are views of one float32 vector, and so are their gradients: what is summed over micro-batches
+and workers (train/tree.py) is one vector, clipping one norm, the optimizer one tensor, whatever the layers.
 With another learning rate for B than for A (LoRA+, arXiv 2402.12354) it is two: all dA, then all dB.
 """
 
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from olora_ray.adapter.layer import AdaptedWeight
-from olora_ray.common import collectives
 from olora_ray.config.schema import Train
 
 
@@ -56,10 +55,6 @@ class FlatAdapters:
         for name in self.slots:
             self.view(vector, name).copy_(named[name])
 
-    def reduce(self) -> None:
-        """Sum the gradients of all workers: one all-reduce, always in the same order of elements."""
-        collectives.sum_in_place(self.grad)
-
 
 class AdamW:
     """AdamW (arXiv 1711.05101) on the flat vector; decay pulls the adapter towards its start.
@@ -80,14 +75,13 @@ class AdamW:
         self.ratios = [1.0] if config.lr_ratio == 1 else [1.0, config.lr_ratio]
 
     def step(self, lr: float) -> float:
-        """Clip, update with learning rate `lr` (of dA), clear the gradients; returns the norm before clipping."""
+        """Clip and update with learning rate `lr` (of dA); returns the norm before clipping."""
         norm = float(self.flat.grad.norm())
         if self.config.clip is not None and norm > self.config.clip:
             self.flat.grad.mul_(self.config.clip / norm)
         for group, ratio in zip(self.inner.param_groups, self.ratios, strict=True):
             group["lr"] = lr * ratio
         self.inner.step()
-        self.flat.grad.zero_()
         return norm
 
     def state(self) -> dict[str, Tensor]:

@@ -8,8 +8,8 @@ class TrainState:
     """Where a run is.
 
     The data cursor is `step` alone: global step k reads sequences [k G, (k + 1) G) of the order. Random
-    numbers (dropout) are seeded anew from (seed, step, worker) at each step, so there is no generator
-    state to keep.
+    numbers (dropout) are seeded anew from (seed, step, micro-batch) for each micro-batch, so there is no
+    generator state to keep.
     """
 
     step: int = 0
@@ -22,6 +22,8 @@ class TrainState:
     """Evaluations since then."""
     history: list[dict[str, float]] = field(default_factory=list)
     """Every metric logged so far, one row per step, `step` among the columns."""
+    kinds: list[dict[str, str]] = field(default_factory=list)
+    """The kinds of the workers that have trained last (cluster/kind.py)."""
     before: list[list[int]] | None = None
     """Answers to held-out prompts before training, as token ids; None until they were made."""
 

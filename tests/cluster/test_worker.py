@@ -107,6 +107,24 @@ def test_a_resumed_run_ends_with_the_same_bytes(
     assert channel.metrics("eval/loss").items() <= whole[2].metrics("eval/loss").items()
 
 
+def test_a_run_that_other_workers_go_on_with_says_so(tmp_path: Path) -> None:
+    def kinds(result: TrainResult) -> list[str]:
+        assert result.state is not None
+        return [found["threads"] for found in result.state.kinds]
+
+    assert kinds(train(tmp_path)[0]) == ["1"]
+    (tmp_path / checkpoints.name_of(6) / "manifest.json").unlink()
+    torch.set_num_threads(2)
+    try:
+        result, channel = train(tmp_path)
+    finally:
+        torch.set_num_threads(1)
+    assert kinds(result) == ["2"]
+    said = [message for message in channel.messages if "other workers than those of the checkpoint" in str(message)]
+    assert len(said) == 1
+    assert "(threads: 1, 2)" in str(said[0])
+
+
 @pytest.mark.parametrize("method", ["pissa", "nora", "orthogonal"])
 def test_a_run_with_two_rates_and_a_preconditioner_resumes_to_the_same_bytes(tmp_path: Path, method: str) -> None:
     settings = {"adapter__method": method, "train__lr_ratio": 4.0, "train__precondition": True}
@@ -147,7 +165,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
 
 def test_the_best_adapter_is_kept_and_resumed(tmp_path: Path) -> None:
     # A rate at which the held-out loss soon grows, by a clear margin: on other processors sums round differently.
-    settings = {"train__lr": 0.05, "train__schedule": "constant"}
+    settings = {"train__lr": 0.2, "train__schedule": "constant"}
     first, _ = train(tmp_path / "whole", **settings)
     assert first.state is not None
     assert first.state.best_step is not None

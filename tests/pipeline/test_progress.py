@@ -13,8 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from olora_ray.pipeline.progress import Progress
+from olora_ray.pipeline.progress import Progress, batch_split
+from tests import tiny
 from tests.said import said
 
 
@@ -35,6 +38,44 @@ def lines(total: int, every: int, *rows: dict[str, float]) -> list[str]:
         for item in rows:
             progress.row(item)
     return told
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "workers", "expected"),
+    [
+        (16, 4, 2, "16 sequences per step = 2 workers x 8 (4 at once, 2 accumulated)"),
+        (16, 4, 3, "16 sequences per step = 3 workers x 4 or 8 (4 at once, 2 accumulated)"),
+        (10, 4, 2, "10 sequences per step = 2 workers x 4 or 6 (4 at once, 2 accumulated)"),
+        (2, 4, 1, "2 sequences per step = 1 worker x 2 (2 at once, 1 accumulated)"),
+        (
+            16,
+            8,
+            5,
+            "16 sequences per step = 5 workers x 0 or 8 (8 at once, 1 accumulated); 3 workers without a micro-batch:"
+            " use fewer workers, or train.micro_batch=3",
+        ),
+        (
+            1,
+            1,
+            2,
+            "1 sequence per step = 2 workers x 0 or 1 (1 at once, 1 accumulated); 1 worker without a micro-batch: use"
+            " fewer workers, or train.global_batch=2 and train.micro_batch=1",
+        ),
+    ],
+)
+def test_the_split_of_a_batch_says_who_has_nothing_to_do(batch: int, micro: int, workers: int, expected: str) -> None:
+    config = tiny.config(train__global_batch=batch, train__micro_batch=micro)
+    assert batch_split(config, workers) == expected
+
+
+@given(st.integers(1, 64), st.integers(1, 70), st.integers(1, 9))
+def test_what_is_advised_gives_all_workers_something_to_do(batch: int, workers: int, micro: int) -> None:
+    config = tiny.config(train__global_batch=batch, train__micro_batch=micro)
+    _, _, advice = batch_split(config, workers).partition("or train.")
+    assert bool(advice) == (config.train.micro_batches() < workers)
+    settings = {name: int(value) for name, value in re.findall(r"(\w+)=(\d+)", advice)}
+    changed = config.train.model_copy(update=settings)
+    assert changed.micro_batches() >= workers or not advice
 
 
 def test_a_line_every_few_steps_and_at_the_end() -> None:

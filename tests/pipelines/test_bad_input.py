@@ -57,7 +57,6 @@ def with_marks(cases: Iterable[str]) -> list[Any]:
 CONFIG_MISTAKES = {
     "unknown field": (change("adapter", "rnk", 3), ["adapter.rnk", "adapter.rank"]),
     "wrong type": (change("train", "lr", "fast"), ["train.lr", "number"]),
-    "impossible batch": (change("train", "global_batch", 1), ["train.global_batch=1", "cluster.workers=2"]),
     "no such folder": (change("model", "name", "/no/such/model"), ["model.name", "/no/such/model"]),
     "no such package": (change("model", "name", "package://nothing_here/x.gguf"), ["nothing_here", "not installed"]),
     "too many workers": (change("cluster", "cpus_per_worker", 64), ["cluster.workers=2", "the cluster has"]),

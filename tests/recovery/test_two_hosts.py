@@ -9,12 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load
 
 from tests.recovery import hosts, processes, runs, table
 from tests.recovery.hosts import Host
-from tests.recovery.runs import Clean, EndState, Fault, Run
+from tests.recovery.runs import Clean, Fault, Run
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -69,8 +67,8 @@ def cluster(tiny_project: Path, folder: Path, fault: Fault, others: int, **chang
         yield Cluster(head, (rest[0], rest[1]), Run(config, scratch, fault, head.enter, extra))
 
 
-def finish(found: Cluster, folder: Path, clean: Clean, row: table.Row) -> EndState:
-    """Wait for the run's end, fill in the row, and check all but the numbers."""
+def finish(found: Cluster, folder: Path, clean: Clean, row: table.Row) -> None:
+    """Wait for the run's end, fill in the row, and check all: another number of workers changes nothing, either."""
     code = found.run.wait()
     row.again = found.run.again()
     row.lost = found.run.seconds - clean.seconds
@@ -78,16 +76,7 @@ def finish(found: Cluster, folder: Path, clean: Clean, row: table.Row) -> EndSta
     end = runs.end_state(folder)
     row.same_bytes = end.adapter == clean.end.adapter
     assert found.run.initialised() == 1, found.run.tail()
-    assert runs.record_differences(end, clean.end) == [], found.run.tail()
-    return end
-
-
-def assert_close(end: EndState, clean: Clean) -> None:
-    """Another number of workers adds up in another order."""
-    have, want = load(end.adapter), load(clean.end.adapter)
-    assert have.keys() == want.keys()
-    for name, tensor in want.items():
-        assert torch.allclose(have[name], tensor, rtol=1e-3, atol=1e-4), name
+    assert runs.differences(end, clean.end) == [], found.run.tail()
 
 
 def test_a_run_continues_without_a_host_that_died(
@@ -98,7 +87,7 @@ def test_a_run_continues_without_a_host_that_died(
     with cluster(tiny_project, tmp_path, MIDDLE, others=2, cluster__workers=[1, 2]) as found:
         found.run.start()
         found.host_of(found.run.wait_for_fault()["pid"]).kill()
-        assert_close(finish(found, tmp_path, clean, row), clean)
+        finish(found, tmp_path, clean, row)
         assert [one.workers for one in found.run.resumptions()] == [1], found.run.tail()
     row.recovered = True
 
@@ -116,8 +105,7 @@ def test_a_run_waits_for_a_host_whose_link_is_cut(
         time.sleep(CUT_SECONDS)
         host.link("up")
         found.run.wait_until(lambda: ended_or_revived(found, host), "the run does not end")
-        end = finish(found, tmp_path, clean, row)
-        assert runs.differences(end, clean.end) == [], found.run.tail()
+        finish(found, tmp_path, clean, row)
         assert all(one.workers == 2 for one in found.run.resumptions()), found.run.tail()
     row.recovered = True
 
@@ -141,7 +129,7 @@ def test_a_run_grows_when_a_host_joins(clean: Clean, tiny_project: Path, tmp_pat
         found.run.start()
         found.wait_for_step(4)
         found.others[1].start_ray()
-        assert_close(finish(found, tmp_path, clean, row), clean)
+        finish(found, tmp_path, clean, row)
         assert [one.workers for one in found.run.resumptions()] == [2], found.run.tail()
     row.recovered = True
 
@@ -158,7 +146,7 @@ def test_no_step_is_lost_when_a_host_is_taken_away_with_notice(
         drain(found, found.others[1], NOTICE_SECONDS)
         time.sleep(NOTICE_SECONDS)
         found.others[1].kill()
-        assert_close(finish(found, tmp_path, clean, row), clean)
+        finish(found, tmp_path, clean, row)
         assert [(one.workers, one.again) for one in found.run.resumptions()] == [(1, 0)], found.run.tail()
     row.recovered = True
 

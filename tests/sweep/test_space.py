@@ -309,13 +309,12 @@ def test_files_that_hold_no_space_are_one_line(text: str, tmp_path: Path) -> Non
 
 
 def test_values_are_checked_with_the_rest_of_the_config(tmp_path: Path) -> None:
-    """A batch of 1 is enough for one worker only."""
-    config = override(CONFIG, {"cluster.workers": 1, "train.global_batch": 1})
+    """A method with even ranks only."""
     file = tmp_path / "space.yaml"
-    file.write_text(yaml.safe_dump({"search": {"train.global_batch": {"choice": [1, 2]}}}))
-    load_space.load(file, config)
-    with pytest.raises(UserError, match=r"search\.train\.global_batch: .*smaller than cluster\.workers=2"):
-        load_space.load(file, override(config, {"cluster.workers": 2, "train.global_batch": 8}))
+    file.write_text(yaml.safe_dump({"search": {"adapter.rank": {"choice": [2, 3]}}}))
+    load_space.load(file, CONFIG)
+    with pytest.raises(UserError, match=r"search\.adapter\.rank: .*rank=3 is odd"):
+        load_space.load(file, override(CONFIG, {"adapter.method": "orthogonal"}))
 
 
 def test_a_field_that_is_null_in_the_config_can_be_the_base_of_another(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from itertools import islice
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -26,19 +27,26 @@ def reader(found: Any, train: Train, worker: int = 0, workers: int = 1, waiting:
 
 
 @given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 5))
-def test_shares_are_even_to_one_and_blanks_make_them_equal(batch: int, workers: int, micro: int) -> None:
-    workers = min(workers, batch)
+def test_micro_batches_follow_from_the_step_and_shares_are_even_to_one(batch: int, workers: int, micro: int) -> None:
     train = Train(global_batch=batch, micro_batch=micro)
     parts = [reader(store([20]), train, w, workers).read(2) for w in range(workers)]
-    met = [index for part in parts for group in part.sequences for index in group]
-    assert met == order(20, SEED, 2 * batch, 3 * batch).tolist()
-    shares = [sum(map(len, part.sequences)) for part in parts]
+    groups = [group for part in parts for group in part.sequences]
+    wanted = order(20, SEED, 2 * batch, 3 * batch).tolist()
+    assert groups == [tuple(wanted[place : place + micro]) for place in range(0, batch, micro)]
+    shares = [len(part.sequences) for part in parts]
     assert max(shares) - min(shares) <= 1
-    assert all(len(group) == micro for part in parts for group in part.sequences[:-1])
-    assert all(1 <= len(part.sequences[-1]) <= micro for part in parts)
-    most = max(len(part.micro) for part in parts)
-    assert [part.padding_batches for part in parts] == [most - len(part.micro) for part in parts]
+    assert [part.first for part in parts] == [sum(shares[:w]) for w in range(workers)]
+    assert {part.count for part in parts} == {len(groups)} == {train.micro_batches()}
+    assert [part.padding_batches for part in parts] == [max(shares) - share for share in shares]
+    assert [len(part.micro) for part in parts] == shares
     assert len({part.supervised for part in parts}) == 1
+
+
+def test_a_worker_without_micro_batches_has_one_of_the_step_to_run_for_the_others() -> None:
+    train = Train(global_batch=2, micro_batch=2)
+    idle, busy = (reader(store([20]), train, w, 2).read(0) for w in range(2))
+    assert (idle.micro, idle.padding_batches, busy.padding_batches) == ((), 1, 0)
+    assert torch.equal(idle.padding.labels, busy.micro[0].labels)
 
 
 @settings(max_examples=60)
@@ -63,7 +71,6 @@ def test_interrupted_runs_meet_exactly_the_orders_sequences(
     lives = [*lives, (10_000, 1, True)]
     met: list[list[int]] = []
     for most, workers, grows in lives:
-        workers = min(workers, batch)
         streams = []
         for worker in range(workers):
             found, waiting = arriving(sizes) if grows else (store(sizes), None)

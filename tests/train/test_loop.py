@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from olora_ray.common import collectives
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
-from olora_ray.train import checkpoint
+from olora_ray.train import checkpoint, tree
 from olora_ray.train.loader import StepLoader, total_steps
 from olora_ray.train.loop import StepResult, Trainer, evaluate
 from olora_ray.train.schedule import Schedule
@@ -126,12 +127,12 @@ def test_a_signal_of_one_worker_reaches_all_and_changes_nothing(crew: Callable[[
     signalled = crew(workers).run(_signals, {1: workers - 1, 3: 0})
     assert {tuple(signals) for signals, *_ in signalled} == {(False, True, False, True, False)}
     assert [rest for _, *rest in signalled] == [rest for _, *rest in plain]
-    # The loss is the sum that an exchange of the loss alone gives, to the bit.
+    # The loss is the sum of what the workers have computed, to the bit.
     assert all(losses == alone for _, losses, alone, _ in plain)
 
 
 def _signals(by_step: dict[int, int]) -> tuple[list[bool], list[float], list[float], bytes]:
-    """Signals, losses, losses exchanged alone, and the adapter, with a signal of a worker at some steps."""
+    """Signals, losses, sums of what was computed, and the adapter, with a signal of a worker at some steps."""
     rank, workers = torch.distributed.get_rank(), torch.distributed.get_world_size()
     settings, store = settings_for(1, workers), tiny.store(8)
     trainer = tiny.trainer(settings)
@@ -144,11 +145,10 @@ def _signals(by_step: dict[int, int]) -> tuple[list[bool], list[float], list[flo
         parts.clear()
         trainer.signal = by_step.get(number) == rank
         result = next(steps)
-        total = torch.stack([part / supervised for part in parts]).sum()
-        torch.distributed.all_reduce(total)
+        every = [part for own in collectives.gather([part / supervised for part in parts]) for part in own]
         signals.append(result.signal)
         losses.append(result.loss)
-        alone.append(float(total))
+        alone.append(float(tree.total(torch.stack(every))))
     return signals, losses, alone, adapter_bytes(trainer)
 
 
@@ -271,7 +271,8 @@ def test_an_infinite_gradient_stops_with_the_step() -> None:
     store = tiny.store()
     steps = trainer.steps(loader(store, trainer.config), 0, schedule(store, trainer.config))
     next(steps)
-    trainer.flat.grad[3] = torch.inf
+    first: Any = next(iter(trainer.flat.slots.values()))
+    first.register_hook(lambda gradient: torch.full_like(gradient, torch.inf))
     with pytest.raises(UserError, match="step 2: the gradient is not finite"):
         next(steps)
 

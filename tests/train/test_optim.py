@@ -129,7 +129,6 @@ def test_clipping_is_that_of_torch_and_reports_the_norm_before(size: float) -> N
     assert norm == pytest.approx(float(nn.utils.clip_grad_norm_(separate, 1.0)))
     clipped = torch.cat([part.grad.reshape(-1) for part in separate if part.grad is not None])
     torch.testing.assert_close(seen[0], clipped)
-    assert not flat.grad.any()
 
 
 def test_an_update_moves_the_layers() -> None:

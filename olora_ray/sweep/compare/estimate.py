@@ -43,7 +43,7 @@ def measured(spec: TrainSpec, size: MemoryEstimate, side_by_side: int) -> Pace:
         return Pace(None, side_by_side, why)
     assert spec.eval is not None
     train, workers = config.train, config.cluster.max_workers()
-    width = min(train.micro_batch, -(-train.global_batch // workers))
+    width = min(train.micro_batch, train.global_batch)
     packs = [spec.train[number % len(spec.train)] for number in range(width)]
     once = pace.seconds_per_micro_batch(config, spec.base, packs)
     steps = total_steps(train, len(spec.train))

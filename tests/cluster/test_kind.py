@@ -1,0 +1,75 @@
+"""Of what kind workers are, and what is said when it changes: their number is not part of it."""
+
+import logging
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from olora_ray.cluster import kind
+from olora_ray.cluster.kind import Kind, kind_of, note_kinds, said
+from tests.crew import Crew
+
+CPU = torch.device("cpu")
+ONE: Kind = {"device": "cpu", "processor": "A (AVX512)", "threads": "1", "torch": "2.9.0"}
+OTHER = ONE | {"processor": "B (AVX2)"}
+
+
+def test_a_worker_tells_device_processor_threads_and_torch() -> None:
+    found = kind_of(CPU)
+    assert found.keys() == ONE.keys()
+    assert all(found.values())
+    assert (found["device"], found["threads"], found["torch"]) == ("cpu", "1", torch.__version__)
+    torch.set_num_threads(2)
+    try:
+        assert kind_of(CPU)["threads"] == "2"
+    finally:
+        torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "words"),
+    [
+        ([], [ONE], None),
+        ([ONE], [ONE], None),
+        ([ONE], [ONE | {"threads": "2"}], "other workers than those of the checkpoint (threads: 1, 2)"),
+        ([ONE], [OTHER | {"torch": "3.0"}], "(processor: A (AVX512), B (AVX2); torch: 2.9.0, 3.0)"),
+        ([ONE, OTHER], [ONE], "other workers than those of the checkpoint (processor: B (AVX2), A (AVX512))"),
+        ([ONE], [ONE, OTHER], "workers of 2 kinds (processor: A (AVX512), B (AVX2))"),
+        ([{}], [ONE], "(device: ?, cpu; processor: ?, A (AVX512); threads: ?, 1; torch: ?, 2.9.0)"),
+    ],
+)
+def test_what_changes_is_said_in_one_line(before: list[Kind], now: list[Kind], words: str | None) -> None:
+    line = said(before, now)
+    assert (line is None) == (words is None)
+    assert words is None or (line is not None and words in line and "\n" not in line)
+
+
+def test_a_change_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        now = note_kinds([], CPU)
+        assert note_kinds(now, CPU) == now == [kind_of(CPU)]
+        assert not caplog.records
+        note_kinds([now[0] | {"threads": "64"}], CPU)
+    (record,) = caplog.records
+    assert "(threads: 64, 1)" in record.getMessage()
+
+
+def test_all_workers_note_the_kinds_of_all(crew: Callable[[int], Crew]) -> None:
+    alike, other = crew(2).run(_noted, (1, 1)), crew(2).run(_noted, (1, 2))
+    assert [len(found) for found in alike] == [1, 1]
+    assert other[0] == other[1]
+    assert [found["threads"] for found in other[0]] == ["1", "2"]
+
+
+def _noted(threads: tuple[int, ...]) -> list[Kind]:
+    torch.set_num_threads(threads[torch.distributed.get_rank()])
+    try:
+        return note_kinds([], CPU)
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_a_machine_without_that_file_names_its_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kind, "CPU_INFORMATION", kind.CPU_INFORMATION.with_name("no such file"))
+    assert kind_of(CPU)["processor"].partition("(")[0].strip()

@@ -1,0 +1,146 @@
+"""One order of the sum over a step's micro-batches, whoever has computed which."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from olora_ray.common import collectives
+from olora_ray.train import tree
+from olora_ray.train.tree import TreeSum
+from tests.crew import Crew
+
+some_leaves = st.integers(1, 70)
+some_workers = st.integers(1, 12)
+
+
+def written(start: int, stop: int) -> str:
+    """The sum in brackets, by the definition: a node splits at the largest power of two below its leaves."""
+    if stop - start == 1:
+        return str(start)
+    middle = start + 2 ** ((stop - start - 1).bit_length() - 1)
+    return f"({written(start, middle)}+{written(middle, stop)})"
+
+
+def folded(leaves: int, own: range) -> list[tuple[range, str]]:
+    return tree.fold([(range(leaf, leaf + 1), str(leaf)) for leaf in own], leaves, lambda a, b: f"({a}+{b})")
+
+
+@given(some_leaves)
+def test_leaves_are_summed_as_the_definition_says(leaves: int) -> None:
+    assert folded(leaves, range(leaves)) == [(range(leaves), written(0, leaves))]
+
+
+@given(some_leaves, some_workers)
+def test_the_nodes_of_all_workers_are_summed_to_the_same(leaves: int, workers: int) -> None:
+    shares = [tree.share(leaves, worker, workers) for worker in range(workers)]
+    assert [leaf for own in shares for leaf in own] == list(range(leaves))
+    parts = [folded(leaves, own) for own in shares]
+    assert tree.nodes_of(leaves, workers) == tuple(tuple(node for node, _ in part) for part in parts)
+    every = [pair for part in parts for pair in part]
+    assert tree.fold(every, leaves, lambda a, b: f"({a}+{b})") == [(range(leaves), written(0, leaves))]
+
+
+@given(some_leaves, st.integers(0, 99))
+def test_the_sum_of_numbers_has_that_order(leaves: int, seed: int) -> None:
+    values = torch.randn(leaves, 3, generator=torch.Generator().manual_seed(seed))
+    assert torch.equal(tree.total(values), evaluated(written(0, leaves), values))
+
+
+def evaluated(text: str, values: Tensor) -> Tensor:
+    """What is written in brackets, with the values of leaves."""
+    found: list[Any] = []
+    for word in text.replace("(", " ").replace("+", " ").replace(")", " ) ").split():
+        if word == ")":
+            right = found.pop()
+            found.append(found.pop() + right)
+        else:
+            found.append(values[int(word)])
+    (result,) = found
+    assert isinstance(result, Tensor)
+    return result
+
+
+def test_another_order_gives_other_bits() -> None:
+    """Else nothing here would test anything."""
+    values = torch.randn(7, 100, generator=torch.Generator().manual_seed(0))
+    assert not torch.equal(tree.total(values), tree.total(values.flip(0)))
+
+
+@given(st.integers(1, 300), st.integers(1, 64))
+def test_few_vectors_are_held(leaves: int, workers: int) -> None:
+    held = tree.most_held(leaves, workers)
+    each = -(-leaves // workers)
+    assert held <= 2 * math.floor(math.log2(each)) + (workers > 1)
+    if each <= 5:
+        assert held <= 3
+    if leaves % workers == 0 and each & (each - 1) == 0:  # every share is a node
+        assert held == max(int(math.log2(each)), int(workers > 1))
+
+
+SIZES = (1, 3, 4, 1000)
+"""Numbers of a vector: fewer than workers, too."""
+LEAVES = (1, 2, 3, 5, 6, 8, 13, 21)
+
+
+def _summed(size: int, leaves: int) -> tuple[Tensor, int]:
+    """The sum over all workers, twice with the same TreeSum, and how many vectors that has held beside the exchange."""
+    gradient = TreeSum(torch.full((size,), 7.0))
+    results = []
+    for _ in range(2):
+        gradient.begin(leaves)
+        for leaf in tree.share(leaves, collectives.rank(), collectives.world_size()):
+            with gradient.leaf(leaf):
+                gradient.whole.add_(value(leaf, size))
+        gradient.finish()
+        results.append(gradient.whole.clone())
+    assert torch.equal(*results)
+    return results[0], len(gradient._spare)
+
+
+def value(leaf: int, size: int) -> Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(leaf))
+
+
+def _all_sums() -> list[tuple[Tensor, int]]:
+    return [_summed(size, leaves) for size in SIZES for leaves in LEAVES]
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 5])
+def test_vectors_of_all_workers_are_summed_in_the_trees_order(workers: int) -> None:
+    crew = Crew(workers)
+    try:
+        found = crew.run(_all_sums)
+    finally:
+        crew.close()
+    cases = [(size, leaves) for size in SIZES for leaves in LEAVES]
+    for results in found:
+        for (size, leaves), (result, held) in zip(cases, results, strict=True):
+            wanted = tree.total(torch.stack([value(leaf, size) for leaf in range(leaves)]))
+            assert torch.equal(result, wanted), (size, leaves)
+            assert held <= tree.most_held(leaves, workers)
+
+
+def test_a_sum_that_was_given_up_is_forgotten() -> None:
+    gradient = TreeSum(torch.zeros(3))
+    gradient.begin(4)
+    for leaf in range(3):
+        with gradient.leaf(leaf):
+            gradient.whole.fill_(torch.nan)
+    gradient.begin(2)
+    for leaf in range(2):
+        with gradient.leaf(leaf):
+            gradient.whole.add_(leaf + 1.0)
+    gradient.finish()
+    assert gradient.whole.tolist() == [3.0] * 3
+
+
+def test_two_workers_with_one_or_two_leaves_each_add_up_as_one_buffer_and_an_all_reduce() -> None:
+    """As before there was a tree: runs of that kind, the quickstart's among them, keep their bytes."""
+    values = torch.randn(4, 1000, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(tree.total(values[:2]), values[0] + values[1])
+    assert torch.equal(tree.total(values), (values[0] + values[1]) + (values[2] + values[3]))
