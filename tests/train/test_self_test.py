@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -9,12 +10,14 @@ import torch
 from olora_ray.common.errors import UserError
 from olora_ray.model import attention as attention_module
 from olora_ray.model import segment_attention, varlen_attention
+from olora_ray.tokens.collate import collate
 from olora_ray.train import loss as loss_module
-from olora_ray.train.adapter_test import check_adapters
+from olora_ray.train.adapter_test import bare, check_adapters
 from olora_ray.train.loss import SupervisedLoss
 from olora_ray.train.self_test import choose_attention
 from olora_ray.train.self_test_result import SelfTest
 from tests import tiny
+from tests.crew import Crew
 from tests.tiny import SMALL, of_kind
 from tests.varlen_on_cpu import varlen_on_cpu
 
@@ -79,6 +82,22 @@ def test_a_kernel_that_fails_in_the_first_forward_is_passed_over(dtype: torch.dt
     found = chosen(tiny.llama(attention="varlen", dtype=dtype))  # this kernel has no version for CPUs
     assert found.attention == "sdpa"
     assert "its forward fails: NotImplementedError: Could not run" in found.passed_over["varlen"]
+
+
+@NEWER
+def test_a_sharded_base_lives_on_when_a_kernel_fails(crew: Callable[[int], Crew]) -> None:
+    whole = tiny.trainer(tiny.config())
+    found = crew(2).run(_of_a_sharded_base, None)
+    assert [name for name, _ in found] == ["sdpa", "sdpa"]
+    assert [loss for _, loss in found] == [float(whole.loss(collate(PACKED, "segments")).detach())] * 2
+
+
+def _of_a_sharded_base(_: None) -> tuple[str, float]:
+    trainer = tiny.trainer(tiny.config(), model=tiny.llama(attention="varlen"), strategy="fsdp")
+    with mock.patch.object(attention_module, "candidates", lambda *_: ("varlen", "sdpa")), bare(trainer.loss.model):
+        name = choose_attention(trainer.loss, PACKED, tiny.config(), CPU).attention
+    trainer.loss.model.set_attn_implementation("segments")
+    return name, float(trainer.loss(collate(PACKED, "segments")).detach())
 
 
 @NEWER
