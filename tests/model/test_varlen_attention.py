@@ -131,8 +131,10 @@ def test_it_is_the_second_on_a_gpu_where_its_kernel_works(monkeypatch: pytest.Mo
     def tried(wanted: str = "auto", dtype: torch.dtype = torch.bfloat16) -> tuple[str, ...]:
         return candidates(tiny.llama(), tiny.config(model__attention=wanted).model, dtype, gpu)
 
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     monkeypatch.setattr(varlen_attention, "trial", lambda dtype, device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    assert tried() == ("sdpa", "eager")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     assert tried() == ("varlen", "sdpa", "eager")
     assert tried("varlen") == ("varlen",)
     assert tried(dtype=torch.float32) == ("sdpa", "eager")
@@ -145,8 +147,6 @@ def test_it_is_the_second_on_a_gpu_where_its_kernel_works(monkeypatch: pytest.Mo
     monkeypatch.setattr(varlen_attention, "kernel", lambda: None)
     with pytest.raises(UserError, match=r"varlen: torch has it since 2\.12, this is"):
         tried("varlen")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
-    assert tried() == ("sdpa", "eager")
 
 
 def test_it_needs_a_gpu() -> None:
