@@ -106,7 +106,8 @@ class _Expert(_StandIn):
     def add(self, y: Tensor, x: Tensor) -> Tensor:
         """y (..., m) plus the low-rank path of x (..., n)."""
         inner = self.stack.dropped_out(x)
-        return add_low_rank(y, inner, self.da, self.db, *self.stack.joined(inner.dtype, self.expert), self.stack.scale)
+        down, up = self.stack.joined(inner.dtype, self.expert)
+        return add_low_rank(y, inner, self.da, self.db, down, up, self.stack.scale)
 
 
 class _Stack(_StandIn):

@@ -93,7 +93,7 @@ class AdaptedWeight(nn.Module):
         self._stand_still = False
 
     @property
-    def training(self) -> bool:  # type: ignore[override]
+    def training(self) -> bool:
         """Whether adapters train: with dropout, and with dA and dB that stand still since it was set."""
         return self._training
 

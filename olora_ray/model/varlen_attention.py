@@ -111,7 +111,7 @@ def _difference(dtype: torch.dtype, device: torch.device, window: int | None) ->
         nn.Module(), q, k, v, None, cu_seq_lens_q=borders, max_length_q=max(_LENGTHS), sliding_window=window
     )
     exact = [x.detach().float().requires_grad_() for x in (q, k, v)]
-    expected = _definition(*exact, window)
+    expected = _definition(*exact, window=window)
     w = weights.detach().transpose(1, 2)
     pairs = zip(
         (found, *torch.autograd.grad(found, (q, k, v), w)),
@@ -132,4 +132,5 @@ def _definition(query: Tensor, key: Tensor, value: Tensor, window: int | None) -
     ways = query.shape[1] // key.shape[1]
     scores = query @ key.repeat_interleave(ways, 1).mT * query.shape[-1] ** -0.5
     weights = scores.masked_fill(~sees, float("-inf")).softmax(-1)
-    return (weights @ value.repeat_interleave(ways, 1)).transpose(1, 2)
+    found: Tensor = weights @ value.repeat_interleave(ways, 1)
+    return found.transpose(1, 2)

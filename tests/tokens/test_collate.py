@@ -79,7 +79,9 @@ def _form(part: object) -> tuple[str, torch.Size, torch.dtype]:
 class _Copies(TorchDispatchMode):
     """Counts copies to another device."""
 
-    count = 0
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
@@ -108,7 +110,9 @@ def test_nothing_that_is_made_for_a_batch_is_quadratic(attention: str) -> None:
 class _Largest(TorchDispatchMode):
     """The numbers of the largest tensor that is made."""
 
-    numbers = 0
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))

@@ -94,7 +94,7 @@ def test_a_sharded_base_lives_on_when_a_kernel_fails(crew: Callable[[int], Crew]
 
 def _of_a_sharded_base(_: None) -> tuple[str, float]:
     trainer = tiny.trainer(tiny.config(), model=tiny.llama(attention="varlen"), strategy="fsdp")
-    with mock.patch.object(attention_module, "candidates", lambda *_: ("varlen", "sdpa")), bare(trainer.loss.model):
+    with mock.patch.object(attention_module, "candidates", return_value=("varlen", "sdpa")), bare(trainer.loss.model):
         name = choose_attention(trainer.loss, PACKED, tiny.config(), CPU).attention
     trainer.loss.model.set_attn_implementation("segments")
     return name, float(trainer.loss(collate(PACKED, "segments")).detach())
