@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from olora_ray.adapter.factors import Factors
-from olora_ray.adapter.layer import AdaptedWeight, add_low_rank, joined
+from olora_ray.adapter.layer import AdaptedWeight, add_low_rank
 
 Rows = list[tuple[int, int, int]]
 """(expert, first row, row after the last) of each expert that has rows."""
@@ -101,13 +101,13 @@ class _Expert(_StandIn):
     def __init__(self, whole: "_Stack", expert: int) -> None:
         super().__init__(whole.weight[expert], whole.stack, whole.name, transposed=whole.transposed)
         self.da, self.db = whole.trained(expert)
-        self.a0 = whole.stack.a0[expert]
-        self.b0 = None if whole.stack.b0 is None else whole.stack.b0[expert]
+        self.expert = expert
 
     def add(self, y: Tensor, x: Tensor) -> Tensor:
         """y (..., m) plus the low-rank path of x (..., n)."""
         inner = self.stack.dropped_out(x)
-        return add_low_rank(y, inner, self.da, self.db, self.a0, self.b0, self.stack.scale)
+        down, up = self.stack.joined(inner.dtype, self.expert)
+        return add_low_rank(y, inner, self.da, self.db, down, up, self.stack.scale)
 
 
 class _Stack(_StandIn):
@@ -140,7 +140,7 @@ class _Stack(_StandIn):
         stack = self.stack
         inner = stack.dropped_out(x)
         low_rank: Any = _GroupedLowRank  # torch leaves `apply` untyped
-        result: Tensor = low_rank.apply(y, inner, stack.da, stack.db, stack.a0, stack.b0, rows, stack.scale)
+        result: Tensor = low_rank.apply(y, inner, stack.da, stack.db, stack, rows)
         return result
 
 
@@ -163,55 +163,40 @@ class _Gathered(_StandIn):
 class _GroupedLowRank(torch.autograd.Function):
     """The low-rank path of adapter/layer.py for rows that are sorted by expert; an expert without rows is not touched.
 
-    Down and up are joined anew in the backward pass: kept, they would take E/k times what k experts a token need.
+    Down and up are not kept for the backward pass, but asked for again: unless the stack itself keeps them for the
+    step, they would take E/k times what k experts a token need.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        y: Tensor,
-        x: Tensor,
-        da: Tensor,
-        db: Tensor,
-        a0: Tensor,
-        b0: Tensor | None,
-        rows: Rows,
-        scale: float,
-    ) -> Tensor:
-        hidden = x.new_zeros(len(x), da.shape[1] * (1 if b0 is None else 2))
+    def forward(ctx: Any, y: Tensor, x: Tensor, da: Tensor, db: Tensor, stack: AdaptedStack, rows: Rows) -> Tensor:
+        hidden = x.new_zeros(len(x), da.shape[1] * (1 if stack.b0 is None else 2))
         for expert, start, stop in rows:
-            down, up = _joined(expert, da, db, a0, b0, x.dtype)
+            down, up = stack.joined(x.dtype, expert)
             hidden[start:stop] = x[start:stop] @ down.T
-            y[start:stop].addmm_(hidden[start:stop], up.T, alpha=scale)
+            y[start:stop].addmm_(hidden[start:stop], up.T, alpha=stack.scale)
         ctx.mark_dirty(y)
-        ctx.save_for_backward(x, hidden, da, db, a0, b0)
-        ctx.rows, ctx.scale = rows, scale
+        ctx.save_for_backward(x, hidden, da, db)
+        ctx.stack, ctx.rows, ctx.scale = stack, rows, stack.scale
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        x, hidden, da, db, a0, b0 = ctx.saved_tensors
+        x, hidden, da, db = ctx.saved_tensors
         rank = da.shape[1]
         grad_x = torch.zeros_like(x) if ctx.needs_input_grad[1] else None
         grad_da, grad_db = torch.zeros_like(da), torch.zeros_like(db)
         for expert, start, stop in ctx.rows:
-            down, up = _joined(expert, da, db, a0, b0, x.dtype)
+            down, up = ctx.stack.joined(x.dtype, expert)
             g, h = grad[start:stop], hidden[start:stop]
             grad_hidden = (g @ up) * ctx.scale
             if grad_x is not None:
                 grad_x[start:stop] = grad_hidden @ down
-            if b0 is not None:
+            if len(down) > rank:
                 grad_hidden, h = grad_hidden[:, rank:], h[:, :rank] + h[:, rank:]
             grad_da[expert] = grad_hidden.T @ x[start:stop]
             grad_db[expert] = (g.T @ h).float() * ctx.scale
-        return grad, grad_x, grad_da, grad_db, None, None, None, None
-
-
-def _joined(
-    expert: int, da: Tensor, db: Tensor, a0: Tensor, b0: Tensor | None, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    return joined(da[expert], db[expert], a0[expert], None if b0 is None else b0[expert], dtype)
+        return grad, grad_x, grad_da, grad_db, None, None
 
 
 # Products: of a stand-in, the base's y, x, and the named arguments.

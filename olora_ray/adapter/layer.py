@@ -27,22 +27,20 @@ def joined(da: Tensor, db: Tensor, a0: Tensor, b0: Tensor | None, dtype: torch.d
 
 
 class _LowRank(torch.autograd.Function):
-    """y += s up (down x), with gradients for x, dA and dB only.
+    """y += s up (down x), with gradients for x, dA and dB only; down and up are those of dA and dB.
 
-    One node instead of a dozen: sums and concatenations are taken in float32 and rounded once to the
-    precision of x, and the frozen halves of `down` and `up` get no gradient products.
+    One node instead of a dozen: the frozen halves of `down` and `up` get no gradient products.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, y: Tensor, x: Tensor, da: Tensor, db: Tensor, a0: Tensor, b0: Tensor | None, scale: float
+        ctx: Any, y: Tensor, x: Tensor, da: Tensor, db: Tensor, down: Tensor, up: Tensor, scale: float
     ) -> Tensor:
-        down, up = joined(da, db, a0, b0, x.dtype)
         hidden = x.reshape(-1, x.shape[-1]) @ down.T
         y.view(-1, y.shape[-1]).addmm_(hidden, up.T, alpha=scale)
         ctx.mark_dirty(y)
         ctx.save_for_backward(x, hidden, down, up)
-        ctx.scale, ctx.rank, ctx.stacked = scale, da.shape[0], b0 is not None
+        ctx.scale, ctx.rank = scale, da.shape[0]
         return y
 
     @staticmethod
@@ -52,7 +50,7 @@ class _LowRank(torch.autograd.Function):
         g = grad.reshape(-1, grad.shape[-1])
         grad_hidden = (g @ up) * ctx.scale
         grad_x = (grad_hidden @ down).view(x.shape) if ctx.needs_input_grad[1] else None
-        if ctx.stacked:
+        if len(down) > ctx.rank:
             grad_hidden = grad_hidden[:, ctx.rank :]
             hidden = hidden[:, : ctx.rank] + hidden[:, ctx.rank :]
         grad_da = grad_hidden.T @ x.reshape(-1, x.shape[-1])
@@ -60,10 +58,10 @@ class _LowRank(torch.autograd.Function):
         return grad, grad_x, grad_da.float(), grad_db, None, None, None
 
 
-def add_low_rank(y: Tensor, x: Tensor, da: Tensor, db: Tensor, a0: Tensor, b0: Tensor | None, scale: float) -> Tensor:
-    """y (..., m) plus s up (down x) for x (..., n), in place."""
+def add_low_rank(y: Tensor, x: Tensor, da: Tensor, db: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
+    """y (..., m) plus s up (down x) for x (..., n), in place; down and up as `joined` makes them of da and db."""
     low_rank: Any = _LowRank  # torch leaves `apply` untyped
-    result: Tensor = low_rank.apply(y, x, da, db, a0, b0, scale)
+    result: Tensor = low_rank.apply(y, x, da, db, down, up, scale)
     return result
 
 
@@ -72,6 +70,10 @@ class AdaptedWeight(nn.Module):
 
     `da` and `db` are the trainable parameters, float32, zero at the start, so that the first output
     equals the base's exactly in every precision. Shapes as in adapter/factors.py.
+
+    Whoever sets `training` says that dA and dB stand still until it is set again, as they do while a step adds up the
+    gradients of its micro-batches: down and up are made once in that time. Versions of tensors do not tell by
+    themselves: an optimizer that works on one vector of all dA and dB (train/optim.py) leaves theirs as they were.
     """
 
     a0: Tensor
@@ -88,6 +90,35 @@ class AdaptedWeight(nn.Module):
         *experts, rank, _ = factors.a0.shape
         self.da = nn.Parameter(torch.zeros_like(factors.a0))
         self.db = nn.Parameter(factors.a0.new_zeros(*experts, m, rank))
+        self._stand_still = False
+
+    @property
+    def training(self) -> bool:
+        """Whether adapters train: with dropout, and with dA and dB that stand still since it was set."""
+        return self._training
+
+    @training.setter
+    def training(self, on: bool) -> None:
+        self._training = self._stand_still = on
+        self._made: dict[object, tuple[Tensor, Tensor]] = {}
+
+    def joined(self, dtype: torch.dtype, expert: int | None = None) -> tuple[Tensor, Tensor]:
+        """(down, up) of the weight, or of one expert's, in `dtype`; they must not be changed."""
+        if not self._stand_still:
+            return self._join(dtype, expert)
+        # With its versions: a parameter that is changed itself, against the promise, is still seen as it is.
+        key = (dtype, expert, self.da.device, self.da._version, self.db._version)
+        if key not in self._made:
+            self._made[key] = self._join(dtype, expert)
+        return self._made[key]
+
+    @torch.no_grad()
+    def _join(self, dtype: torch.dtype, expert: int | None = None) -> tuple[Tensor, Tensor]:
+        def part(whole: Tensor) -> Tensor:
+            return whole if expert is None else whole[expert]
+
+        b0 = None if self.b0 is None else part(self.b0)
+        return joined(part(self.da), part(self.db), part(self.a0), b0, dtype)
 
     def dropped_out(self, x: Tensor) -> Tensor:
         """What the low-rank path sees of x: dropout, while it trains."""
@@ -133,7 +164,8 @@ class AdaptedLinear(AdaptedWeight):
         y: Tensor = self.base(x)
         if not _makes_its_output(self.base):
             y = y.clone()  # it may be a view, or memory that the layer keeps
-        return add_low_rank(y, self.dropped_out(x), self.da, self.db, self.a0, self.b0, self.scale)
+        inner = self.dropped_out(x)
+        return add_low_rank(y, inner, self.da, self.db, *self.joined(inner.dtype), self.scale)
 
 
 def _makes_its_output(module: nn.Module) -> bool:

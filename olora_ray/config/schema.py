@@ -48,8 +48,9 @@ class Model(Section):
     """Branch, tag or commit of a hub id."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the frozen base; auto: bfloat16 where the device is fast at it, else float32."""
-    attention: Literal["auto", "flash_attention_2", "segments", "sdpa", "eager"] = "auto"
-    """Attention kernel; auto: flash_attention_2 if installed on a GPU, sdpa on other GPUs, segments on CPUs."""
+    attention: Literal["auto", "flash_attention_2", "varlen", "segments", "sdpa", "eager"] = "auto"
+    """Attention kernel; auto: on a GPU flash_attention_2 if installed, else varlen (torch's own), on CPUs segments;
+    where that does not compute what the model does, sdpa, then eager."""
     trust_remote_code: bool = False
     """Run Python code that comes with a hub model. Leave off unless you have read that code."""
     allow_pickle: bool = False

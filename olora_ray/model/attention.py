@@ -11,10 +11,12 @@ from torch import nn
 
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Model as ModelConfig
+from olora_ray.model import varlen_attention
 
-FLASH = "flash_attention_2"
+FLASH, VARLEN = "flash_attention_2", varlen_attention.NAME
 _SUPPORT = {
     "segments": "_supports_attention_backend",
+    VARLEN: "_supports_attention_backend",
     FLASH: "_supports_flash_attn",
     "sdpa": "_supports_sdpa",
 }
@@ -30,7 +32,7 @@ def candidates(model: nn.Module, config: ModelConfig, dtype: torch.dtype, device
         if problem := _unusable(model, config.attention, dtype, device):
             raise UserError(f"model.attention={config.attention}: {problem}; set it to auto")
         return (config.attention,)
-    wanted = ("segments", "sdpa", "eager") if device.type == "cpu" else (FLASH, "sdpa", "eager")
+    wanted = ("segments", "sdpa", "eager") if device.type == "cpu" else (FLASH, VARLEN, "sdpa", "eager")
     return tuple(name for name in wanted if not _unusable(model, name, dtype, device))
 
 
@@ -43,16 +45,23 @@ def _unusable(model: nn.Module, name: str, dtype: torch.dtype, device: torch.dev
     """Why an implementation cannot be used, or None."""
     if not getattr(model, _SUPPORT.get(name, ""), True):
         return f"{type(model).__name__} does not have it"
-    if name != FLASH:
+    if name not in (FLASH, VARLEN):
         return None
-    from transformers.utils.import_utils import is_flash_attn_2_available
-
     if device.type != "cuda":
         return "it needs a GPU"
-    if not is_flash_attn_2_available():
-        return "the package flash-attn is not installed"
+    if missing := _missing(name):
+        return missing
     if dtype not in (torch.bfloat16, torch.float16):
         return f"it does not compute in {str(dtype).removeprefix('torch.')}; set model.dtype to bfloat16"
     if torch.cuda.get_device_capability(device) < (8, 0):
         return "it needs a GPU of the Ampere generation or later"
-    return None
+    return varlen_attention.trial(dtype, device) if name == VARLEN else None
+
+
+def _missing(name: str) -> str | None:
+    """The code that an implementation needs and that is not here, or None."""
+    from transformers.utils.import_utils import is_flash_attn_2_available
+
+    if name == VARLEN:
+        return None if varlen_attention.kernel() else f"torch has it since 2.12, this is {torch.__version__}"
+    return None if is_flash_attn_2_available() else "the package flash-attn is not installed"

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from olora_ray.common.errors import UserError
+from olora_ray.model import varlen_attention
 
 NAME = "segments"
 SHORT = 512
@@ -32,12 +33,13 @@ STEP = 16
 
 
 def register() -> None:
-    """Make `attn_implementation="segments"` known to transformers."""
+    """Make `attn_implementation="segments"` known to transformers, and "varlen": neither takes a mask."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 
-    AttentionInterface.register(NAME, segment_attention)
-    AttentionMaskInterface.register(NAME, _no_mask)
+    for name, attend in ((NAME, segment_attention), (varlen_attention.NAME, varlen_attention.varlen_attention)):
+        AttentionInterface.register(name, attend)
+        AttentionMaskInterface.register(name, _no_mask)
 
 
 def segment_attention(

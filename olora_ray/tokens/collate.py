@@ -16,7 +16,7 @@ from torch import Tensor
 
 from olora_ray.tokens.store import Pack
 
-FLAT_ATTENTION = ("segments", "flash_attention_2")
+FLAT_ATTENTION = ("segments", "varlen", "flash_attention_2")
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,22 @@ class Batch:
     """Tokens without padding."""
 
     def to(self, device: torch.device) -> "Batch":
-        """The batch on another device."""
-        inputs = {
-            name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-            for name, value in self.inputs.items()
-        }
-        return Batch(inputs, self.predicts.to(device), self.labels.to(device), self.tokens)
+        """The batch on another device: all of it is one copy, which the program does not wait for."""
+        if device.type == "cpu":
+            return self
+        named = {name: value for name, value in self.inputs.items() if isinstance(value, Tensor)}
+        each = {id(part): part for part in (*named.values(), self.predicts, self.labels)}  # borders stand there twice
+        moved = dict(zip(each, _moved(list(each.values()), device), strict=True))
+        inputs = self.inputs | {name: moved[id(part)] for name, part in named.items()}
+        return Batch(inputs, moved[id(self.predicts)], moved[id(self.labels)], self.tokens)
+
+
+def _moved(parts: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Integers on a device, each of its own type, through one buffer; for CUDA in memory from which it can copy."""
+    whole = torch.empty(sum(part.numel() for part in parts), dtype=torch.int64, pin_memory=device.type == "cuda")
+    torch.cat([part.reshape(-1) for part in parts], out=whole)
+    cut = whole.to(device, non_blocking=True).split([part.numel() for part in parts])
+    return [piece.view(part.shape).to(part.dtype) for piece, part in zip(cut, parts, strict=True)]
 
 
 def collate(packs: Sequence[Pack], attention: str) -> Batch:

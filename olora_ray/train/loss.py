@@ -22,7 +22,15 @@ from olora_ray.train.fast_norm import patch_rms_norm
 from olora_ray.train.self_test_result import SelfTest
 
 CHUNK_LOGITS = 2**23
-"""Logits in one chunk: 32 MiB in float32."""
+"""Logits in one chunk on a CPU: 32 MiB in float32. They decide its rows, and so the bits of the loss."""
+ROWS_ON_GPU = 1024
+"""At least so many rows in one chunk on a GPU: each chunk reads the head's weights, twice, and a GPU can do 300
+multiplications for each byte that it reads. The logits of a large vocabulary, 128k, take 512 MiB then in float32."""
+
+
+def chunk_rows(vocabulary: int, device: torch.device) -> int:
+    """How many positions go through an output head at once."""
+    return max(ROWS_ON_GPU if device.type == "cuda" else 64, CHUNK_LOGITS // vocabulary)
 
 
 class SupervisedLoss(nn.Module):
@@ -60,16 +68,16 @@ class SupervisedLoss(nn.Module):
         """The loss of each supervised token in float32, in the order of `batch.labels`."""
         hidden = self.hidden(batch)
         rows = hidden.reshape(-1, hidden.shape[-1])[batch.predicts]
-        size = self.chunk()
+        size = self.chunk(rows.device)
         parts = zip(rows.split(size), batch.labels.split(size), strict=True)
         return torch.cat(
             [F.cross_entropy(self.logits(part).float(), target, reduction="none") for part, target in parts]
         )
 
-    def chunk(self) -> int:
+    def chunk(self, device: torch.device) -> int:
         """How many positions go through the output head at once."""
         model: Any = self.model
-        return max(64, CHUNK_LOGITS // int(model.config.get_text_config().vocab_size))
+        return chunk_rows(int(model.config.get_text_config().vocab_size), device)
 
     def hidden(self, batch: Batch) -> Tensor:
         """The backbone's output for every position."""
@@ -106,7 +114,7 @@ class _ChunkedLoss(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         wants_grad = ctx.needs_input_grad[0]
         grads = []
-        rows = head.chunk()
+        rows = head.chunk(hidden.device)
         for part, target in zip(hidden.split(rows), labels.split(rows), strict=True):
             with torch.set_grad_enabled(wants_grad):
                 part = part.detach().requires_grad_(wants_grad)

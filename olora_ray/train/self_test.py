@@ -55,7 +55,9 @@ def choose_attention(loss: SupervisedLoss, packs: Sequence[Pack], config: AnyCon
     wanted = _not_flat(model, attention.candidates(model, config.model, dtype, device))
     trial = _Trial(loss, three_examples(packs, config, model), any(len(pack.segments) > 1 for pack in packs), device)
     failed: dict[str, str] = {}
-    with gathered(loss, trial.batch(model.config._attn_implementation)):
+    own = attention.own(model)
+    _set(model, own)  # the first to run: with one that fails, a sharded base would fail with it
+    with gathered(loss, trial.batch(own)):
         trial.measure_own()
         for name in wanted:
             problem, found = trial.run(name)

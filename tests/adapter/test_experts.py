@@ -15,6 +15,7 @@ from olora_ray.adapter.inject import inject, install, remove, wrap
 from olora_ray.adapter.layer import AdaptedLinear, AdaptedWeight
 from olora_ray.adapter.methods import FROM_WEIGHTS, METHODS
 from olora_ray.adapter.targets import find_targets
+from olora_ray.train.loop import train_mode
 from tests.families import zoo
 from tests.families.variants import ALL, COMMON, EXPERTS, MIXTURES
 
@@ -119,18 +120,17 @@ def test_dropout_is_on_the_adapters_input_and_while_it_trains_only(implementatio
     model = zoo.make(ALL["qwen3_moe"], experts=implementation)
     base = logits(model)
     adapted = adapt(model, dropout=0.5)
-    for layer in adapted.values():
-        layer.training = True
+    train_mode(adapted, True)
     assert torch.equal(logits(model), base), "the start equals the base with dropout as well"
-    stacks = {name: layer for name, layer in adapted.items() if isinstance(layer, AdaptedStack)}
-    change(stacks)
+    train_mode(adapted, False)
+    change({name: layer for name, layer in adapted.items() if isinstance(layer, AdaptedStack)})
+    train_mode(adapted, True)
     torch.manual_seed(0)
     first, second = logits(model), logits(model)
     assert not torch.equal(first, second)
     torch.manual_seed(0)
     assert torch.equal(logits(model), first)
-    for layer in adapted.values():
-        layer.training = False
+    train_mode(adapted, False)
     assert torch.equal(logits(model), logits(model))
 
 

@@ -1,5 +1,6 @@
 """The adapted layer starts as its base, has the gradients of its formula, and exports what it computes."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from olora_ray.adapter.factors import AdapterWeights, Factors
 from olora_ray.adapter.inject import find_targets, inject
-from olora_ray.adapter.layer import AdaptedLinear, AdaptedWeight, _LowRank, weight_matrix
+from olora_ray.adapter.layer import AdaptedLinear, AdaptedWeight, add_low_rank, joined, weight_matrix
 from olora_ray.adapter.methods import METHODS
 from tests import tiny
 
@@ -71,7 +72,8 @@ def test_output_and_gradients_are_those_of_the_formula(with_b0: bool, leading: t
     inputs = y, x, da, db = leaf(*leading, m), leaf(*leading, n), leaf(RANK, n), leaf(m, RANK)
     a0, b0 = leaf(RANK, n).detach(), leaf(m, RANK).detach() if with_b0 else None
     weights = torch.randn(*leading, m, dtype=torch.float64)
-    found = _LowRank.apply(y.clone(), x, da, db, a0, b0, SCALE)
+    down, up = joined(da.detach(), db.detach(), a0, b0, torch.float64)
+    found = add_low_rank(y.clone(), x, da, db, down, up, SCALE)
     expected = formula(y, x, da, db, a0, b0)
     torch.testing.assert_close(found, expected)
     gradients = torch.autograd.grad((found * weights).sum(), inputs)
@@ -182,3 +184,42 @@ def test_what_is_exported_is_detached() -> None:
     weights: AdapterWeights = one_layer(9, 6).weights()
     assert not weights.da.requires_grad
     assert not weights.db.requires_grad
+
+
+def test_a_layer_is_seen_as_it_is_by_whoever_changes_it() -> None:
+    layer, x = one_layer(9, 6), torch.randn(5, 6)
+    layer.train()
+    seen = [layer(x)]
+    with torch.no_grad():
+        layer.db.fill_(0.1)  # while it trains
+    seen.append(layer(x))
+    layer.da.grad, layer.db.grad = torch.ones_like(layer.da), torch.ones_like(layer.db)
+    torch.optim.SGD(layer.parameters(), lr=0.1).step()
+    seen.append(layer(x))
+    layer.eval()
+    layer.db.data.fill_(0.3)  # which leaves no trace
+    seen.append(layer(x))
+    layer.db.data = torch.full_like(layer.db, 0.4)
+    seen.append(layer(x))
+    layer.train()
+    seen.append(layer(x))
+    values = [part.detach().sum().item() for part in seen]
+    assert values[-1] == values[-2]
+    assert len(set(values)) == len(values) - 1
+    assert torch.equal(seen[-1], one_layer_with(layer)(x))
+
+
+def one_layer_with(other: AdaptedLinear) -> AdaptedLinear:
+    """A new layer with the same numbers."""
+    layer = one_layer(9, 6)
+    layer.da.data, layer.db.data = other.da.data, other.db.data
+    return layer
+
+
+def test_a_copy_of_a_layer_is_a_layer_of_its_own() -> None:
+    layer, x = one_layer(9, 6).train(), torch.randn(5, 6)
+    layer(x)
+    other = copy.deepcopy(layer)
+    change(other.eval(), 0.1)
+    assert torch.equal(layer(x), layer.base(x))
+    assert not torch.equal(other(x), layer(x))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
@@ -10,6 +11,7 @@ import torch
 from olora_ray.cluster.device import assigned_device
 from olora_ray.model.attention import candidates
 from olora_ray.model.load import pick_dtype
+from olora_ray.model.varlen_attention import kernel
 from olora_ray.tokens.collate import collate
 from tests import device_walk, tiny
 
@@ -40,6 +42,50 @@ def test_the_attention_that_is_picked_keeps_segments_apart() -> None:
         packed = trainer.loss(collate(packs, attention).to(device))
         alone = sum(trainer.loss(collate([single], attention).to(device)) for single in tiny.unpacked(packs))
     assert torch.allclose(packed, torch.as_tensor(alone), rtol=2e-2)
+
+
+WINDOW = 8
+
+
+@pytest.mark.parametrize("window", [None, WINDOW])
+def test_losses_and_gradients_do_not_depend_on_the_attention(window: int | None) -> None:
+    def model(attention: str, dtype: torch.dtype) -> Any:
+        if window is None:
+            return tiny.llama(attention=attention, dtype=dtype)
+        made = tiny.of_kind("mistral", tiny.SMALL | {"sliding_window": window, "initializer_range": 0.1}).to(dtype)
+        made.set_attn_implementation(attention)
+        return made
+
+    def measured(attention: str, dtype: torch.dtype) -> tuple[float, torch.Tensor]:
+        torch.manual_seed(0)
+        trainer = tiny.trainer(tiny.config(), attention=attention, model=model(attention, dtype))
+        trainer.flat.vector.copy_(0.05 * torch.randn(trainer.flat.vector.shape))
+        trainer.loss.cuda()
+        adapters = [part.requires_grad_() for layer in trainer.adapted.values() for part in (layer.da, layer.db)]
+        loss = trainer.loss(collate([tiny.pack(40, 7, 12), tiny.pack(23)], attention).to(torch.device("cuda")))
+        return float(loss.detach()), torch.cat([part.reshape(-1) for part in torch.autograd.grad(loss, adapters)])
+
+    exact, right = measured("eager", torch.float32)
+    for attention in ("varlen", "sdpa", "eager") + (("segments",) if window is None else ()):
+        if attention == "varlen" and kernel() is None:
+            continue
+        found, gradient = measured(attention, torch.bfloat16)
+        assert found == pytest.approx(exact, rel=1e-2), attention
+        assert float((gradient - right).norm() / right.norm()) < 5e-2, attention
+
+
+@pytest.mark.parametrize("attention", ["segments", "sdpa"])
+def test_a_batch_comes_whole_to_the_gpu(attention: str) -> None:
+    for seed in range(50):  # the memory that is copied from is used again
+        batch = collate([tiny.pack(40, 7, seed=seed), tiny.pack(12, seed=seed + 1)], attention)
+        moved = batch.to(torch.device("cuda"))
+        for name, value in batch.inputs.items():
+            other = moved.inputs[name]
+            if isinstance(value, torch.Tensor) and isinstance(other, torch.Tensor):
+                assert torch.equal(value, other.cpu())
+                assert value.dtype == other.dtype
+        assert torch.equal(batch.labels, moved.labels.cpu())
+        assert torch.equal(batch.predicts, moved.predicts.cpu())
 
 
 def test_a_training_on_a_gpu_is_that_on_a_cpu(tmp_path: Path) -> None:

@@ -1,16 +1,20 @@
 """Packs become batches whose positions restart and whose labels are the supervised tokens."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from olora_ray.tokens import collate as collate_module
 from olora_ray.tokens.collate import Batch, collate
 from olora_ray.tokens.store import Pack
 from tests import tiny
 
-LAYOUTS = pytest.mark.parametrize("attention", ["segments", "flash_attention_2", "sdpa", "eager"])
+LAYOUTS = pytest.mark.parametrize("attention", ["segments", "varlen", "flash_attention_2", "sdpa", "eager"])
 lengths = st.lists(st.lists(st.integers(4, 9), min_size=1, max_size=4), min_size=1, max_size=4)
 
 
@@ -51,11 +55,70 @@ def test_positions_of_the_padded_layout_start_anew_with_each_example_and_go_on_i
     assert "attention_mask" not in batch.inputs  # the model makes it of the positions
 
 
-def test_a_batch_moves_to_a_device_whole() -> None:
-    moved = collate([tiny.pack(6)], "segments").to(torch.device("meta"))
-    tensors = [value for value in moved.inputs.values() if isinstance(value, torch.Tensor)]
-    assert {tensor.device.type for tensor in [*tensors, moved.predicts, moved.labels]} == {"meta"}
-    assert moved.inputs["max_length_q"] == 6
+@pytest.mark.parametrize("attention", ["segments", "sdpa"])
+def test_a_batch_moves_to_a_device_in_one_copy(attention: str) -> None:
+    batch = collate([tiny.pack(6), tiny.pack(3, 8)], attention)
+    with _Copies() as copies:
+        moved = batch.to(torch.device("meta"))
+    assert copies.count == 1
+    for name, value in batch.inputs.items():
+        if isinstance(value, torch.Tensor):
+            assert _form(moved.inputs[name]) == ("meta", value.shape, value.dtype)
+        else:
+            assert moved.inputs[name] == value
+    for part, other in ((moved.predicts, batch.predicts), (moved.labels, batch.labels)):
+        assert _form(part) == ("meta", other.shape, other.dtype)
+    assert moved.tokens == batch.tokens
+
+
+def _form(part: object) -> tuple[str, torch.Size, torch.dtype]:
+    assert isinstance(part, torch.Tensor)
+    return part.device.type, part.shape, part.dtype
+
+
+class _Copies(TorchDispatchMode):
+    """Counts copies to another device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if isinstance(found, torch.Tensor) and isinstance(args[0], torch.Tensor):
+            self.count += found.device != args[0].device
+        return found
+
+
+@pytest.mark.parametrize("attention", ["segments", "sdpa"])
+def test_what_a_batch_says_comes_through_the_copy(attention: str) -> None:
+    batch = collate([tiny.pack(6), tiny.pack(3, 8)], attention)
+    parts = [*(value for value in batch.inputs.values() if isinstance(value, torch.Tensor)), batch.labels]
+    for part, moved in zip(parts, collate_module._moved(parts, torch.device("cpu")), strict=True):
+        assert torch.equal(part, moved)
+        assert part.dtype == moved.dtype
+
+
+@LAYOUTS
+def test_nothing_that_is_made_for_a_batch_is_quadratic(attention: str) -> None:
+    length = 300
+    with _Largest() as seen:
+        collate([tiny.pack(*[length // 3] * 3), tiny.pack(length)], attention)
+    assert 0 < seen.numbers <= 2 * length
+
+
+class _Largest(TorchDispatchMode):
+    """The numbers of the largest tensor that is made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if isinstance(found, torch.Tensor):
+            self.numbers = max(self.numbers, found.numel())
+        return found
 
 
 @LAYOUTS

@@ -12,6 +12,7 @@ from torch import Tensor
 from olora_ray.common import collectives
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
+from olora_ray.model import varlen_attention
 from olora_ray.train import checkpoint, tree
 from olora_ray.train.loader import StepLoader, total_steps
 from olora_ray.train.loop import StepResult, Trainer, evaluate
@@ -19,6 +20,7 @@ from olora_ray.train.schedule import Schedule
 from olora_ray.train.state import TrainState
 from tests import tiny
 from tests.crew import Crew
+from tests.varlen_on_cpu import varlen_on_cpu
 
 STEPS = 5
 
@@ -86,6 +88,12 @@ def test_micro_batch_and_accumulation_do_not_matter(whole: tuple[float, Tensor],
     settings = settings_for(micro)
     assert settings.accumulation() == 8 // micro
     assert_same(first_gradient(settings, tiny.store(8), attention), whole)
+
+
+@pytest.mark.skipif(varlen_attention.kernel() is None, reason="needs a newer torch")
+def test_attention_of_variable_lengths_does_not_matter(whole: tuple[float, Tensor]) -> None:
+    with varlen_on_cpu():
+        assert_same(first_gradient(settings_for(micro=4), tiny.store(8), "varlen"), whole)
 
 
 @pytest.mark.parametrize("attention", ["segments", "sdpa", "eager"])

@@ -67,6 +67,12 @@ def test_only_one_chunk_of_logits_exists_at_a_time(monkeypatch: pytest.MonkeyPat
     assert sum(seen) == len(batch.labels)
 
 
+def test_a_chunk_keeps_a_gpu_busy_and_a_cpu_as_it_was() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert [loss_module.chunk_rows(size, cpu) for size in (96, 49152, 128256, 262144)] == [87381, 170, 65, 64]
+    assert [loss_module.chunk_rows(size, gpu) for size in (96, 49152, 128256, 262144)] == [87381, 1024, 1024, 1024]
+
+
 @ATTENTION
 def test_packed_logits_equal_unpacked_ones(attention: str) -> None:
     loss = SupervisedLoss(tiny.llama(attention=attention))

@@ -16,7 +16,11 @@ from unittest import mock
 import pytest
 import torch
 import torch.utils.backend_registration as registration
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from olora_ray.model.varlen_attention import kernel
+from olora_ray.tokens.collate import collate
 from olora_ray.train import checkpoint
 from olora_ray.train.checkpoint import Checkpoint
 from olora_ray.train.loop import Trainer
@@ -30,6 +34,8 @@ pytestmark = pytest.mark.skipif(
 
 IN_STEPS = (
     "adapter/layer.py",
+    "model/varlen_attention.py",
+    "tokens/collate.py",
     "train/loop.py",
     "train/loss.py",
     "train/fast_norm.py",
@@ -37,6 +43,8 @@ IN_STEPS = (
     "train/precondition.py",
 )
 """The files that a step runs through."""
+LENGTH = 500
+"""Tokens of a sequence: its square is more than any vector of the tiny model has."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +64,7 @@ class Case:
 CASES = {
     "sdpa": Case(),
     "sdpa, bfloat16": Case(dtype=torch.bfloat16, dropout=0.0),
+    "varlen, bfloat16": Case(attention="varlen", dtype=torch.bfloat16),
     "eager, bfloat16": Case(attention="eager", dtype=torch.bfloat16),
     "eager on a shared base": Case(attention="eager", on_device=True),
     "GPT-2, plain LoRA": Case(tiny.gpt2, method="lora"),
@@ -72,7 +81,7 @@ def child() -> Iterator[ProcessPoolExecutor]:
         yield pool
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name for name in CASES if kernel() or "varlen" not in name])
 def test_a_training_on_a_device_mixes_nothing(child: ProcessPoolExecutor, name: str) -> None:
     seen, waits = child.submit(_walk, CASES[name]).result()
     assert seen.losses == [1.0] * (STEPS + 1)
@@ -88,6 +97,13 @@ def test_the_walk_is_a_training(tmp_path: Path) -> None:
     assert seen.before != seen.after < 10
     assert len(set(seen.losses)) == STEPS + 1
     assert {len(one) for one in seen.answers} == {LIMIT}
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_masks_are_made_on_the_device(child: ProcessPoolExecutor, attention: str) -> None:
+    here, there = child.submit(_made, attention).result()
+    assert there >= LENGTH**2
+    assert here < 8 * LENGTH
 
 
 @pytest.mark.parametrize(
@@ -112,6 +128,33 @@ def _walk(case: Case) -> tuple[Seen, Counter[str]]:
         assert {(part.device.type, part.dtype) for part in frozen} == {(fake_device.NAME, case.dtype)}
         fake.true_every = 8  # whether all answers have ended is asked at every token
         return device_walk.walk(trainer, _read_back), fake.waits
+
+
+def _made(attention: str) -> tuple[int, int]:
+    """In the child: the numbers of the largest tensor that a packed micro-batch makes on the CPU, and on the device."""
+    torch.set_num_threads(1)
+    with FakeDevice() as fake:
+        trainer = device_walk.start(tiny.llama(attention=attention, max_position_embeddings=LENGTH), fake.device)
+        trainer.loss.given_masks = attention == "eager"
+        with _Largest() as seen:
+            batch = collate([tiny.pack(LENGTH - 9, 9), tiny.pack(LENGTH)], attention)
+            trainer.loss(batch.to(fake.device)).backward()
+    return seen.numbers["cpu"], seen.numbers[fake_device.NAME]
+
+
+class _Largest(TorchDispatchMode):
+    """By device, the numbers of the largest tensor that is made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for part in tree_leaves(found):
+            if isinstance(part, torch.Tensor):
+                self.numbers[part.device.type] = max(self.numbers[part.device.type], part.numel())
+        return found
 
 
 _kept: list[Checkpoint] = []

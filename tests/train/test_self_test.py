@@ -2,24 +2,29 @@
 
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 from olora_ray.common.errors import UserError
 from olora_ray.model import attention as attention_module
-from olora_ray.model import segment_attention
+from olora_ray.model import segment_attention, varlen_attention
+from olora_ray.tokens.collate import collate
 from olora_ray.train import loss as loss_module
-from olora_ray.train.adapter_test import check_adapters
+from olora_ray.train.adapter_test import bare, check_adapters
 from olora_ray.train.loss import SupervisedLoss
 from olora_ray.train.self_test import choose_attention
 from olora_ray.train.self_test_result import SelfTest
 from tests import tiny
+from tests.crew import Crew
 from tests.tiny import SMALL, of_kind
+from tests.varlen_on_cpu import varlen_on_cpu
 
 CPU = torch.device("cpu")
 PACKED = [tiny.pack(9, 7), tiny.pack(12)]
 APART = [tiny.pack(9), tiny.pack(7), tiny.pack(12)]
+NEWER = pytest.mark.skipif(varlen_attention.kernel() is None, reason="needs a newer torch")
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
 
@@ -62,6 +67,58 @@ def test_a_window_that_is_shorter_than_an_example_is_kept() -> None:
     found = chosen(of_kind("mistral", SMALL | {"sliding_window": 8}), packs)
     assert found.attention == "sdpa"
     assert "windows" in found.passed_over["segments"]
+
+
+@pytest.fixture
+def varlen_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU without flash-attn."""
+    monkeypatch.setattr(attention_module, "candidates", lambda *_: ("varlen", "sdpa", "eager"))
+
+
+@NEWER
+@DTYPES
+@pytest.mark.usefixtures("varlen_first")
+def test_a_kernel_that_fails_in_the_first_forward_is_passed_over(dtype: torch.dtype) -> None:
+    found = chosen(tiny.llama(attention="varlen", dtype=dtype))  # this kernel has no version for CPUs
+    assert found.attention == "sdpa"
+    assert "its forward fails: NotImplementedError: Could not run" in found.passed_over["varlen"]
+
+
+@NEWER
+def test_a_sharded_base_lives_on_when_a_kernel_fails(crew: Callable[[int], Crew]) -> None:
+    whole = tiny.trainer(tiny.config())
+    found = crew(2).run(_of_a_sharded_base, None)
+    assert [name for name, _ in found] == ["sdpa", "sdpa"]
+    assert [loss for _, loss in found] == [float(whole.loss(collate(PACKED, "segments")).detach())] * 2
+
+
+def _of_a_sharded_base(_: None) -> tuple[str, float]:
+    trainer = tiny.trainer(tiny.config(), model=tiny.llama(attention="varlen"), strategy="fsdp")
+    with mock.patch.object(attention_module, "candidates", return_value=("varlen", "sdpa")), bare(trainer.loss.model):
+        name = choose_attention(trainer.loss, PACKED, tiny.config(), CPU).attention
+    trainer.loss.model.set_attn_implementation("segments")
+    return name, float(trainer.loss(collate(PACKED, "segments")).detach())
+
+
+@NEWER
+@DTYPES
+@pytest.mark.usefixtures("varlen_first")
+def test_varlen_passes_where_it_does_what_the_model_does(dtype: torch.dtype) -> None:
+    long = [tiny.pack(40, 7), tiny.pack(30, 12)]
+    soft = SMALL | {"head_dim": 8, "sliding_window": 4096, "layer_types": ["sliding_attention", "full_attention"]}
+    with varlen_on_cpu():
+        assert chosen(tiny.llama(attention="varlen", dtype=dtype)).attention == "varlen"
+        window = chosen(of_kind("mistral", SMALL | {"sliding_window": 8}).to(dtype), long)
+        capped = chosen(of_kind("gemma2", soft).to(dtype), long)
+        untold = chosen(of_kind("nemotron", SMALL | {"initializer_range": 0.2}).to(dtype))
+    with varlen_on_cpu(wider=3):
+        wrong = chosen(of_kind("mistral", SMALL | {"sliding_window": 8, "initializer_range": 0.2}).to(dtype), long)
+    assert (window.attention, window.passed_over) == ("varlen", {})
+    assert capped.attention in ("sdpa", "eager")
+    assert "caps or sinks its attention" in capped.passed_over["varlen"]
+    assert "does not tell its attention where examples begin" in untold.passed_over["varlen"]
+    assert wrong.attention == "sdpa"
+    assert "losses differ by" in wrong.passed_over["varlen"]
 
 
 @DTYPES
