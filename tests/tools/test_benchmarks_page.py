@@ -26,7 +26,15 @@ def measured(output: str = PRINTED, date: str = "2026-11-26") -> Measured:
 def test_a_new_page_has_a_section_for_each_benchmark() -> None:
     before, sections = write_page.split(write_page.renewed("", "init", measured()))
     assert before == write_page.INTRO.strip()
-    assert list(sections) == ["Initialisation", "Throughput", "Recovery", "Early start", "Sweep", "Export"]
+    assert list(sections) == [
+        "Initialisation",
+        "Throughput",
+        "Recovery",
+        "Early start",
+        "Sweep",
+        "Export",
+        "Sharded base",
+    ]
     assert sections["Initialisation"].endswith(f"```text\n{PRINTED.strip()}\n```")
     assert "`python benchmarks/init.py`, 2026-11-26, on 2 cores of a test:" in sections["Initialisation"]
     assert "beside PEFT's" in sections["Initialisation"]  # from the script's docstring
