@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -206,10 +207,30 @@ def build_model(base: Path) -> Any:
     return build(tree).model
 
 
-def random_store(count: int, length: int) -> MemoryStore:
+class Rows(MemoryStore):
+    """Sequences that are all there, for training and evaluation."""
+
+    digest = "random"
+
+    @property
+    def available(self) -> int:
+        return len(self)
+
+    total = available
+
+    @property
+    def manifest(self) -> Any:
+        return SimpleNamespace(supervised=self.supervised(range(len(self))), packs=len(self))
+
+    def locate(self, index: int) -> tuple[int, int, int]:
+        """Shard, place in it, sequences of the shard."""
+        return 0, index, len(self)
+
+
+def random_store(count: int, length: int) -> Rows:
     """Sequences of random tokens, all supervised but the first."""
     rng = np.random.default_rng(0)
-    return MemoryStore(
+    return Rows(
         Pack(rng.integers(2, 128000, length).astype(np.int32), np.arange(length) > 0, (length,)) for _ in range(count)
     )
 
