@@ -110,8 +110,8 @@ def _difference(dtype: torch.dtype, device: torch.device, window: int | None) ->
     found, _ = varlen_attention(
         nn.Module(), q, k, v, None, cu_seq_lens_q=borders, max_length_q=max(_LENGTHS), sliding_window=window
     )
-    exact = [x.detach().float().requires_grad_() for x in (q, k, v)]
-    expected = _definition(*exact, window=window)
+    exact = q_, k_, v_ = tuple(x.detach().float().requires_grad_() for x in (q, k, v))
+    expected = _definition(q_, k_, v_, window)
     w = weights.detach().transpose(1, 2)
     pairs = zip(
         (found, *torch.autograd.grad(found, (q, k, v), w)),
