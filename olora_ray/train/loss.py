@@ -41,6 +41,8 @@ class SupervisedLoss(nn.Module):
         """What the self-test has found of the base."""
         self.given_masks = False
         """Whether the model is given masks made of the positions: some families make theirs of nothing."""
+        self.recompute = False
+        """Whether the blocks are run again in the backward pass, once `recompute.install` was called."""
         self._takes = _arguments(backbone(model))
         patch_rms_norm(model)
 

@@ -16,6 +16,7 @@ import torch
 from olora_ray.adapter.layer import AdaptedWeight
 from olora_ray.common import collectives
 from olora_ray.tokens.collate import Batch
+from olora_ray.train import recompute
 from olora_ray.train.blocks import decoder_layers
 from olora_ray.train.loss import SupervisedLoss
 
@@ -25,6 +26,7 @@ def place_model(loss: SupervisedLoss, strategy: str, device: torch.device) -> No
 
     May be called again with adapters in place: a base that is sharded stays so.
     """
+    recompute.install(loss)
     if strategy == "fsdp" and collectives.world_size() > 1 and not hasattr(loss, "unshard"):
         _shard(loss, device)
     # Sharding moves the base; adapters and buffers are ignored by it.
