@@ -1,7 +1,7 @@
 """Recomputation of activations: of each block the input alone is kept, and the backward pass runs the block again.
 
 What a block keeps for its backward pass is most of a training's memory at long sequences; with this it is one hidden
-state a block, and all that one block keeps, for about a third more time. The second run sees the same inputs, weights
+state a block, and all that one block keeps, for up to half more time. The second run sees the same inputs, weights
 and random numbers (dropout), so that losses and gradients are the same bits; check_same looks before step 0.
 
 torch.utils.checkpoint is put around the blocks here: transformers' own switch asks whether the model is in training

@@ -9,14 +9,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from olora_ray.adapter.layer import AdaptedLinear
+from olora_ray.adapter.targets import find_targets
 from olora_ray.common.errors import UserError
 from olora_ray.tokens.collate import Batch, collate
-from olora_ray.train import recompute
+from olora_ray.train import gradients, recompute
 from olora_ray.train.adapter_test import check_adapters
 from olora_ray.train.blocks import decoder_layers
 from olora_ray.train.generate import Question, answer
 from olora_ray.train.loader import StepLoader
 from olora_ray.train.loop import Trainer, evaluate, train_mode
+from olora_ray.train.loss import SupervisedLoss
 from olora_ray.train.parallel import place_model
 from olora_ray.train.schedule import Schedule
 from tests import tiny
@@ -133,6 +135,19 @@ def test_a_cache_is_filled_once_even_where_gradients_are_on() -> None:
     output.logits.sum().backward()
     assert len(count) == 1
     assert output.past_key_values.get_seq_length() == 3
+
+
+def test_what_flows_through_layers_is_the_same_before_there_are_adapters() -> None:
+    batch, found = collate([tiny.pack(9, 7)], "segments"), []
+    for on in (False, True):
+        loss = SupervisedLoss(tiny.llama(attention="segments"))
+        loss.recompute = on
+        recompute.install(loss)
+        modules = {name: target.module for name, target in find_targets(loss.model, "all-linear", 4).items()}
+        found.append(gradients._flows(loss, modules, set(modules), batch))
+    for one, other in zip(*found, strict=True):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_it_can_be_switched_and_is_put_on_once() -> None:
