@@ -153,4 +153,5 @@ def _activations(
 def _gathered(model: Any) -> int:
     """Numbers of a sharded base that are whole on each worker at once: two blocks, and all that is in no block."""
     sizes = [sum(weight.numel() for weight in block.parameters()) for block in decoder_layers(model)]
-    return sum(weight.numel() for weight in model.parameters()) - sum(sizes) + 2 * max(sizes, default=0)
+    root = sum(weight.numel() for weight in model.parameters()) - sum(sizes)
+    return int(root + 2 * max(sizes, default=0))

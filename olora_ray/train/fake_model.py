@@ -91,12 +91,11 @@ class FakeModel:
 
         The borders of segments stay: segment attention is a program of their values.
         """
-        fake = {
-            name: torch.empty_like(value, device="cpu")
+        inputs = {
+            name: torch.empty_like(value) if isinstance(value, Tensor) and value.dtype == torch.int64 else value
             for name, value in batch.inputs.items()
-            if isinstance(value, Tensor) and value.dtype == torch.int64
         }
-        return replace(batch, inputs=batch.inputs | fake)
+        return replace(batch, inputs=inputs)
 
     def run_again(self, on: bool) -> None:
         """Whether blocks are run again in the backward pass, see train/recompute.py."""

@@ -60,8 +60,11 @@ def _same(module: nn.Module) -> bool:
     if not isinstance(weight, Tensor) or eps is None or weight.requires_grad:
         return False
     if weight.is_meta:  # a model without weights: a copy is asked that has some
-        weight, module = torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)), copy.copy(module)
-        weight = weight.to(module.weight.dtype)
+        weight, module = _some_like(weight), copy.copy(module)
         module._parameters = {"weight": nn.Parameter(weight, requires_grad=False)}
     x = torch.randn(4, *weight.shape, generator=torch.Generator().manual_seed(0)).to(weight)
     return torch.equal(module(x), _RMSNorm.apply(x, weight, eps))  # type: ignore[no-untyped-call]
+
+
+def _some_like(weight: Tensor) -> Tensor:
+    return torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)).to(weight.dtype)

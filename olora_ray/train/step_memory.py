@@ -60,7 +60,7 @@ def measure(
 
 def _implementations(model: Any, config: Config, dtype: torch.dtype, gpu: bool) -> tuple[str, ...]:
     """Attentions that may be used, the likeliest first; nobody asks a GPU, which may be on another machine."""
-    wanted = config.model.attention
+    wanted: str = config.model.attention
     if not gpu:
         try:
             return attention.candidates(model, config.model, dtype, torch.device("cpu"))

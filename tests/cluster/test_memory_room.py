@@ -153,8 +153,11 @@ def test_auto_has_blocks_run_again_only_where_a_step_does_not_fit(model: str, mo
     assert again.activation_bytes < plain.activation_bytes / 2
     for memory, wanted in ((2 * plain.total_bytes(), False), ((plain.total_bytes() + again.total_bytes()) // 2, True)):
         answers = one_node(monkeypatch, memory + PROCESS_BYTES)
-        for setting, expected in (("auto", wanted), (False, False)):
+        monkeypatch.setattr(resources, "worker_resources", lambda config: {"CPU": 1.0})
+        monkeypatch.setattr(preflight, "_ask", lambda config, nodes, answers=answers: (answers, []))
+        for setting, expected in (("auto", wanted), (False, False), (True, True)):
             config, _, size = sized(model, setting)
+            assert preflight.recomputes(config, base) is expected
             found = with_recomputation(config, base, size, {"CPU": 1.0}, answers)
             assert found.recompute is expected
             fitting = not list(problems(config, base, found, {"CPU": 1.0}, answers))
