@@ -71,7 +71,7 @@ def sections_of(changes: dict[str, Any], folder: str) -> dict[str, Any]:
         "model": {"name": folder, "dtype": "float32"},
         "data": {"train": [{"path": "unused.jsonl"}], "max_length": 512},
         "adapter": {"rank": 8, "alpha": 8},
-        "train": {"micro_batch": 4, "global_batch": 4, "steps": 3},
+        "train": {"micro_batch": 4, "global_batch": 4},
         "cluster": {"workers": 1},
     }
     return {name: section | changes.get(name, {}) for name, section in sections.items()}
@@ -107,9 +107,9 @@ def grown(sections: dict[str, Any]) -> int:
     import numpy as np
     from common import our_trainer
 
+    from olora_ray.tokens.collate import collate
     from olora_ray.train import malloc, recompute
-    from olora_ray.train.loader import StepLoader
-    from olora_ray.train.schedule import Schedule
+    from olora_ray.train.loop import train_mode
 
     malloc.keep_freed_memory = lambda *_: None  # what is freed is to be seen to be free
     ctypes.CDLL(None).mallopt(-3, 2**16)  # M_MMAP_THRESHOLD: larger blocks go back to the system
@@ -124,7 +124,11 @@ def grown(sections: dict[str, Any]) -> int:
     trainer.loss.recompute = cfg.train.activation_checkpointing is True
     recompute.install(trainer.loss)
     best = None
-    for _ in trainer.steps(StepLoader(store, cfg.train, 0, attention), 0, Schedule(cfg.train, store)):
+    batch = collate(list(store)[: cfg.train.micro_batch], attention)
+    train_mode(trainer.adapted, True)
+    for _ in range(3):
+        (trainer.loss(batch) / len(batch.labels)).backward()
+        trainer.optimizer.step(cfg.train.lr)
         best = trainer.flat.vector.clone()
     assert best is not None
     return resident("VmHWM") - before
