@@ -3,8 +3,9 @@
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -12,11 +13,12 @@ from safetensors import SafetensorError, safe_open
 from olora_ray.cluster import resources
 from olora_ray.cluster.node_facts import NodeInfo
 from olora_ray.cluster.resources import Resources
+from olora_ray.config.load import override
 from olora_ray.config.schema import Config
 from olora_ray.model.folder import weight_files
 from olora_ray.model.load import pick_dtype
 from olora_ray.model.source import BaseModel
-from olora_ray.train.estimate import PROCESS_BYTES, MemoryEstimate
+from olora_ray.train.estimate import PROCESS_BYTES, MemoryEstimate, estimate
 
 GIB = 2**30
 COPIES = 5
@@ -24,9 +26,10 @@ COPIES = 5
 moments and best update."""
 NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 """Precisions of a base as the headers of safetensors name them."""
-SMALLER = (
-    "use fewer workers, cluster.strategy=fsdp, model.dtype=bfloat16, or a smaller train.micro_batch or data.max_length"
-)
+SHORTEST = 256
+"""Tokens to which no sequence is advised to be shortened further."""
+SPARE = 1.1
+"""What a step may take of what it is planned to take, before `auto` has blocks run again."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,8 @@ class Need:
     """Bytes."""
     have: Callable[[Node], float]
     """Bytes of a node, which all of its workers share, or `each` has for itself."""
-    advice: str
+    advice: str | None
+    """What to do where it is missing; None: it depends on the size of the training."""
     each: bool = False
 
     def room(self, node: Node) -> int:
@@ -62,28 +66,90 @@ def problems(
     config: Config, base: BaseModel, size: MemoryEstimate, wanted: Resources, answers: Sequence[tuple[str, NodeInfo]]
 ) -> Iterator[str]:
     """What keeps the fewest workers of the config from fitting in memory, on the nodes that have room otherwise."""
+    gpus = wanted.get("GPU", 0.0)
+    nodes = with_room(config, wanted, answers)
+    for need in needs(config, base, size, gpus) if nodes else ():
+        if problem := missing(config.cluster.min_workers(), need, nodes):
+            yield f"{problem}; {need.advice or smaller(config, base, gpus, nodes)}"
+
+
+def with_recomputation(
+    config: Config, base: BaseModel, size: MemoryEstimate, wanted: Resources, answers: Sequence[tuple[str, NodeInfo]]
+) -> MemoryEstimate:
+    """The size if train.activation_checkpointing is auto and a step does not fit without; else the size as it is."""
+    gpus, nodes = wanted.get("GPU", 0.0), with_room(config, wanted, answers)
+    if config.train.activation_checkpointing != "auto" or not nodes:
+        return size
+    ample = replace(size, activation_bytes=int(size.activation_bytes * SPARE))
+    if fits(config, base, ample, gpus, nodes):
+        return size
+    less = estimate(override(config, {"train.activation_checkpointing": True}), base, bool(gpus))
+    return min(size, less, key=lambda one: one.activation_bytes)
+
+
+def with_room(config: Config, wanted: Resources, answers: Sequence[tuple[str, NodeInfo]]) -> list[Node]:
+    """The nodes that have room for workers by CPUs and GPUs; none if that is too little for the fewest."""
     if resources.room(wanted, resources.present()) < config.cluster.min_workers():
-        return
+        return []
     of_node = {node["NodeManagerAddress"]: node["Resources"] for node in resources.schedulable_nodes()}
-    nodes = [
+    return [
         Node(address, info, fits)
         for address, info in answers
         if (fits := resources.room(wanted, [resources.Nodes(of_node.get(address, {}), 1)]))
     ]
-    for need in needs(config, base, size, wanted.get("GPU", 0.0)):
-        if problem := missing(config.cluster.min_workers(), need, nodes):
-            yield problem
+
+
+def fits(config: Config, base: BaseModel, size: MemoryEstimate, gpus: float, nodes: Sequence[Node]) -> bool:
+    """Whether the fewest workers of the config have what they need that depends on the size of the training."""
+    needed = (need for need in needs(config, base, size, gpus) if need.advice is None)
+    return all(missing(config.cluster.min_workers(), need, nodes) is None for need in needed)
+
+
+def smaller(config: Config, base: BaseModel, gpus: float, nodes: Sequence[Node]) -> str:
+    """The first of `changes` with which the workers fit, in words."""
+    for change in changes(config):
+        other = override(config, change)
+        if fits(other, base, estimate(other, base, bool(gpus)), gpus, nodes):
+            return f"it fits with {', '.join(f'{field}={str(value).lower()}' for field, value in change.items())}"
+    return (
+        "use nodes with more memory or a smaller model: none of train.activation_checkpointing, a smaller"
+        " train.micro_batch or data.max_length, cluster.strategy=fsdp and model.dtype=bfloat16 is enough"
+    )
+
+
+def changes(config: Config) -> Iterator[dict[str, Any]]:
+    """What needs less memory than the config, what costs least first; each on top of those before it."""
+    change: dict[str, Any] = {}
+    if config.train.activation_checkpointing is not True:
+        change["train.activation_checkpointing"] = True
+        yield dict(change)
+    micro = config.train.micro_batch
+    while micro > 1:
+        micro //= 2
+        change["train.micro_batch"] = micro
+        yield dict(change)
+    if config.cluster.strategy == "ddp" and config.cluster.min_workers() > 1:
+        change["cluster.strategy"] = "fsdp"
+        yield dict(change)
+    if config.model.dtype == "float32":
+        change["model.dtype"] = "bfloat16"
+        yield dict(change)
+    length = config.data.max_length
+    while length >= 2 * SHORTEST:
+        length //= 2
+        change["data.max_length"] = length
+        yield dict(change)
 
 
 def needs(config: Config, base: BaseModel, size: MemoryEstimate, gpus: float) -> Iterator[Need]:
     """What each worker needs that has `gpus` GPUs."""
     running = size.total_bytes() + PROCESS_BYTES
     stored, wanted = precisions(config, base, gpu=bool(gpus))
-    converted = 0 if stored == NAMES[wanted] else size.parameters * wanted.itemsize
+    converted = 0 if stored == NAMES[wanted] or size.by_rows else size.parameters * wanted.itemsize
     if not gpus:
-        yield Need("memory", max(running, PROCESS_BYTES + converted), lambda node: node.info.memory, SMALLER)
+        yield Need("memory", max(running, PROCESS_BYTES + converted), lambda node: node.info.memory, None)
         return
-    yield Need("GPU memory", running, lambda node: _gpu_memory(node) * gpus, SMALLER, each=True)
+    yield Need("GPU memory", running, lambda node: _gpu_memory(node) * gpus, None, each=True)
     advice = "use fewer workers on a node: raise cluster.cpus_per_worker"
     if converted:
         advice += f", or use a base that is stored in {NAMES[wanted]}: this one, in {stored}, is converted in memory"
@@ -100,7 +166,7 @@ def missing(fewest: int, need: Need, nodes: Sequence[Node]) -> str | None:
     shown = ", ".join(f"node {node.address} has {need.have(node) / GIB:.1f} GiB{each}" for node in nodes[:4])
     return (
         f"cluster.workers={fewest}: each needs about {need.size / GIB:.1f} GiB of {need.kind}, so there is room for"
-        f" {room} ({shown}); {need.advice}"
+        f" {room} ({shown})"
     )
 
 

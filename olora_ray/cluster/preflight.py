@@ -42,11 +42,36 @@ def check(config: AnyConfig, base: BaseModel | None) -> None:
     problems += _strategy(config)
     problems += _storage(config, answers)
     if base is not None and isinstance(config, Config):
-        size = estimate(config, base, gpu="GPU" in wanted)
+        size = _size(config, base, wanted, answers)
         problems += memory_room.problems(config, base, size, wanted, answers)
         problems += _disk(config, size, base)
     if problems:
         raise UserError("; ".join(problems))
+
+
+def recomputes(config: Config, base: BaseModel) -> bool:
+    """Whether blocks are run again in the backward pass, on this cluster; needs ray.init."""
+    if config.train.activation_checkpointing != "auto":
+        return config.train.activation_checkpointing
+    wanted = resources.worker_resources(config)
+    answers, _ = _ask(config, resources.schedulable_nodes())
+    size = estimate(config, base, gpu="GPU" in wanted)
+    return memory_room.with_recomputation(config, base, size, wanted, answers).recompute
+
+
+def _size(config: Config, base: BaseModel, wanted: Resources, answers: Answers) -> MemoryEstimate:
+    """What a worker needs; a line says what is not as people have been told."""
+    planned = estimate(config, base, gpu="GPU" in wanted)
+    size = memory_room.with_recomputation(config, base, planned, wanted, answers)
+    if size.problem:
+        logger.info(f"memory: activations by a formula, rather too much: the model's code cannot tell ({size.problem})")
+    if size is not planned:
+        logger.info(
+            f"train.activation_checkpointing: auto: blocks are run again in the backward pass: a step takes"
+            f" {size.activation_bytes / GIB:.2f} GiB instead of {planned.activation_bytes / GIB:.2f}, which"
+            " would not fit"
+        )
+    return size
 
 
 def _workers(config: AnyConfig, wanted: Resources) -> Iterator[str]:

@@ -31,6 +31,9 @@ class TrainSpec:
     """Digest of the checkpoint at train.start, if there is one."""
     shared: str | None = None
     """Folder of what the trials of a search share: the factors, and what the base model does on the held-out rows."""
+    recompute: bool = False
+    """Whether blocks are run again in the backward pass: train.activation_checkpointing, on this cluster. No part of
+    the identity: it changes no number."""
 
     def identity(self) -> dict[str, str]:
         """What decides the numbers of a run: digests of contents, wherever they lie, and the adapter's settings."""

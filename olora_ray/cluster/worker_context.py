@@ -57,6 +57,7 @@ class RayTrainContext:
         """See WorkerContext."""
         if self._loss is None:
             self._loss = load(spec, self.device)
+        self._loss.recompute = spec.recompute
         return self._loss
 
     @contextlib.contextmanager
@@ -94,6 +95,7 @@ class SharedBaseContext:
 
     def base(self, spec: TrainSpec) -> SupervisedLoss:
         """See WorkerContext."""
+        self._shared.loss.recompute = spec.recompute
         return self._shared.loss
 
     @contextlib.contextmanager

@@ -135,6 +135,9 @@ class Train(Section):
     micro_batch: PositiveInt = 4
     """Sequences that a worker runs through the model at once; a smaller number needs less memory, and feeds more
     workers: each takes whole micro-batches."""
+    activation_checkpointing: Literal["auto"] | bool = "auto"
+    """Run each block again in the backward pass instead of keeping what it computed: less memory, up to half more
+    time, the same result. auto: where a step would not fit in the memory of the workers otherwise."""
     lr: Annotated[float, Field(gt=0.0)] = 3.0e-4
     """Peak learning rate of AdamW."""
     lr_ratio: Annotated[float, Field(gt=0.0)] = 1.0

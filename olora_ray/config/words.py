@@ -43,6 +43,8 @@ PLAIN = {
     "train.clip": "max_grad_norm gradient_clipping grad_clip clip_grad_norm",
     "train.micro_batch": "per_device_train_batch_size per_device_batch_size micro_batch_size"
     " train_micro_batch_size_per_gpu per_gpu_train_batch_size",
+    "train.activation_checkpointing": "gradient_checkpointing use_gradient_checkpointing activation_checkpoint"
+    " enable_activation_checkpointing recompute",
     "train.global_batch": "batch_size train_batch_size global_batch_size total_batch_size effective_batch_size",
     "train.eval_every": "eval_steps eval_interval evaluation_steps val_check_interval",
     "train.checkpoint_every": "save_steps save_interval checkpoint_interval",
@@ -71,7 +73,6 @@ EXPLAINED = {
     "warmup_ratio": "use train.warmup, a share of the steps",
     "warmup_steps": "use train.warmup, a share of the steps (0.03), not their number",
     "num_warmup_steps": "use train.warmup, a share of the steps (0.03), not their number",
-    "gradient_checkpointing": "where memory is short, lower train.micro_batch",
     "load_in_4bit": "the base model is not quantised; see model.dtype",
     "load_in_8bit": "the base model is not quantised; see model.dtype",
     "quantization": "the base model is not quantised; see model.dtype",

@@ -86,6 +86,12 @@ def _borders(positions: Tensor | None) -> list[int]:
     return [0, *starts.tolist(), positions.shape[1]]
 
 
+def forget() -> None:
+    """Drop the layouts that are kept: after a run with fake tensors, which no real one can use."""
+    _layout.cache_clear()
+    _causal.cache_clear()
+
+
 def _no_mask(*_: Any, **__: Any) -> None:
     return None
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from olora_ray.config.schema import Config
 from olora_ray.model import identity
 
-NEUTRAL = frozenset({"keep", "log_every", "checkpoint_every", "start"})
+NEUTRAL = frozenset({"activation_checkpointing", "keep", "log_every", "checkpoint_every", "start"})
 """Fields of the train section that do not change what comes out, or say where it started."""
 TAGS = {
     "base": "olora.base_digest",

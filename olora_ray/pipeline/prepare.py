@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Mapping
 
+from olora_ray.cluster import preflight
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.common import storage
 from olora_ray.common.digests import digest
@@ -50,7 +51,8 @@ def prepare_tokens(
             logger.info("tokens: train: in the making; training starts with the first shards")
             build.start(config.cluster.max_workers() * config.cluster.cpus_per_worker)
     store = TokenStore.open(build.store.uri) if wait else build.store
-    return TrainSpec(config, base.model, base.spec.digest, base.eos, store, held_out, start), build
+    again = preflight.recomputes(config, base.model)
+    return TrainSpec(config, base.model, base.spec.digest, base.eos, store, held_out, start, recompute=again), build
 
 
 def contents(config: Config, base: Base) -> dict[str, str]:

@@ -190,9 +190,10 @@ def _memory_line(config: Config, size: MemoryEstimate) -> str:
     parts = (
         (size.base_bytes, "base"),
         (size.adapter_bytes, "adapter and optimizer"),
+        (size.gathered_bytes, "gathered"),
         (size.activation_bytes, "activations"),
     )
-    shown = ", ".join(f"{name} {value / 2**30:.2f}" for value, name in parts)
+    shown = ", ".join(f"{name} {value / 2**30:.2f}" for value, name in parts if value or name != "gathered")
     return (
         f"memory per worker, estimated: {size.total_bytes() / 2**30:.2f} GiB ({shown}),"
         " plus about 1 GiB for the process"

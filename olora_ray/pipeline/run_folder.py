@@ -29,6 +29,7 @@ FREE_TO_CHANGE = (
     "gate.",
     "retrain.",
     "compare.",
+    "train.activation_checkpointing",
     "train.keep",
     "train.log_every",
 )

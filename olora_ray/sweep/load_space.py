@@ -16,7 +16,7 @@ FIXED = ("run.", "tracking.", "registry.", "cluster.", "gate.", "retrain.", "com
 """Sections that a space cannot change: they say where and under which name, not what comes out."""
 MEASURE = ("data.eval", "data.max_rejected", "evaluation.")
 """Fields that a space can set, but not search: all trials are measured in the same way, on the same rows."""
-IDLE = ("train.keep", "train.log_every")
+IDLE = ("train.activation_checkpointing", "train.keep", "train.log_every")
 """Fields that a space can set, but not search: they change no number of a training."""
 METHOD, RANK = "adapter.method", "adapter.rank"
 """Fields that are checked together."""

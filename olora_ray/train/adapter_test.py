@@ -12,6 +12,7 @@ from olora_ray.adapter.layer import AdaptedLinear, AdaptedWeight
 from olora_ray.common.errors import UserError, first_line
 from olora_ray.tokens.collate import Batch, collate
 from olora_ray.tokens.store import Pack
+from olora_ray.train import recompute
 from olora_ray.train.examples import SHORT, examples_of, one_pack
 from olora_ray.train.loss import SupervisedLoss
 from olora_ray.train.parallel import gathered
@@ -56,18 +57,28 @@ def _try(loss: SupervisedLoss, adapted: Mapping[str, AdaptedWeight], batch: Batc
                     f"model.name: {type(loss.model).__name__} with untrained adapters differs by {off:.2g} from the"
                     " base: one of adapter.targets is not a plain linear layer"
                 )
+    gradients = _gradients(loss, adapted, batch)
+    if loss.recompute:
+        with recompute.switched(loss, on=False):
+            other = _gradients(loss, adapted, batch)
+        recompute.check_same(
+            type(loss.model).__name__,
+            *([part for pair in parts.values() for part in pair] for parts in (gradients, other)),
+        )
+    return [layer for layer, parts in gradients.items() if not any(bool((part != 0).any()) for part in parts)]
+
+
+def _gradients(loss: SupervisedLoss, adapted: Mapping[str, AdaptedWeight], batch: Batch) -> dict[str, list[Tensor]]:
+    """What reaches dA and dB of each adapter; zeros are left where it was."""
     total: Tensor = loss(batch)
     total.backward()
-    without = [layer for layer, module in adapted.items() if not any(map(_has_gradient, (module.da, module.db)))]
-    for module in adapted.values():
-        for parameter in (module.da, module.db):
-            if parameter.grad is not None:
-                parameter.grad.zero_()
-    return without
-
-
-def _has_gradient(parameter: nn.Parameter) -> bool:
-    return parameter.grad is not None and bool((parameter.grad != 0).any())
+    found: dict[str, list[Tensor]] = {}
+    for layer, module in adapted.items():
+        parts = [part.grad for part in (module.da, module.db) if part.grad is not None]
+        found[layer] = [part.clone() for part in parts]
+        for part in parts:
+            part.zero_()
+    return found
 
 
 @contextmanager

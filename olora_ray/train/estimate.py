@@ -2,24 +2,33 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from olora_ray.adapter.candidates import HEAD, candidates
+from olora_ray.adapter.candidates import candidates
 from olora_ray.adapter.coverage import Coverage, coverage
 from olora_ray.adapter.initialise import check
 from olora_ray.adapter.methods import FROM_WEIGHTS, METHODS
-from olora_ray.adapter.parts import other_parts, part_of
-from olora_ray.adapter.targets import Selection, Target, select
+from olora_ray.adapter.targets import Selection, select
+from olora_ray.common.errors import first_line
 from olora_ray.config.schema import Adapter, Config
 from olora_ray.model.folder import parameters
 from olora_ray.model.load import pick_dtype, skeleton
 from olora_ray.model.source import BaseModel
+from olora_ray.train import base_files
+from olora_ray.train.activation_formula import by_formula, held_by_experts
+from olora_ray.train.blocks import decoder_layers
 from olora_ray.train.data_driven import refuse
-from olora_ray.train.loss import CHUNK_LOGITS
+from olora_ray.train.step_memory import measure
+from olora_ray.train.tree import most_held
 
+COPIES = 8
+"""Float32 copies of the trainable numbers beside the factors: update, gradient, AdamW's two moments and the best update
+so far; and three more while AdamW computes, or while a checkpoint is written on a CPU."""
 PROCESS_BYTES = 2**30
 """What Python, torch and Ray take for themselves in a worker, or CUDA on its GPU; about."""
 
@@ -35,14 +44,23 @@ class MemoryEstimate:
     parameters: int
     base_bytes: int
     adapter_bytes: int
-    """Factors, update, gradient, AdamW's two moments and the best update so far, and what a step makes of them."""
+    """Factors, `COPIES` of what is trained, and what the sum of a step's gradients sets aside."""
     activation_bytes: int
+    """Of a forward and backward pass."""
     selection: Selection
     coverage: Coverage
+    recompute: bool = False
+    """Whether blocks are run again in it."""
+    gathered_bytes: int = 0
+    """Of a sharded base, what is whole on each worker at once."""
+    problem: str | None = None
+    """Why activations are by a formula; None: the model's code has told."""
+    by_rows: bool = False
+    """Whether each worker reads its part of a sharded base alone, and none ever has the whole."""
 
     def total_bytes(self) -> int:
         """All of it but `PROCESS_BYTES`."""
-        return self.base_bytes + self.adapter_bytes + self.activation_bytes
+        return self.base_bytes + self.gathered_bytes + self.adapter_bytes + self.activation_bytes
 
 
 def estimate(config: Config, base: BaseModel, gpu: bool | None = None) -> MemoryEstimate:
@@ -50,6 +68,27 @@ def estimate(config: Config, base: BaseModel, gpu: bool | None = None) -> Memory
 
     `gpu` says whether the workers have GPUs; None: if this machine has.
     """
+    gpu = torch.cuda.is_available() if gpu is None else gpu
+    asked = (config.model, config.adapter, config.data.max_length, config.data.packing, config.train.micro_batch)
+    again = config.train.activation_checkpointing is True
+    key = f"{base} {gpu} {asked!r} {again} {_shards(config)} {_set_aside(config)}"
+    question = _Question(key, config, base, gpu)
+    return _estimate(question) if base.digest else _estimate.__wrapped__(question)
+
+
+@dataclass(frozen=True)
+class _Question:
+    """Equal to another if the answer is the same."""
+
+    key: str
+    config: Config = field(compare=False)
+    base: BaseModel = field(compare=False)
+    gpu: bool = field(compare=False)
+
+
+@lru_cache(maxsize=16)  # it is asked for people, for the cluster, and for the workers
+def _estimate(question: _Question) -> MemoryEstimate:
+    config, base = question.config, question.base
     model: Any = skeleton(base, config.model)
     selection = select(model, config.adapter.targets, config.adapter.rank)
     targets = {name: tuple(target.weight().shape) for name, target in selection.targets.items()}
@@ -57,21 +96,38 @@ def estimate(config: Config, base: BaseModel, gpu: bool | None = None) -> Memory
     if config.adapter.method not in FROM_WEIGHTS:
         refuse(selection.targets, config.adapter.method)
     trainable = _trainable(targets.values(), config.adapter)
-    width = _dtype(config, torch.cuda.is_available() if gpu is None else gpu).itemsize
-    count = parameters(base.folder)
-    shards = config.cluster.min_workers() if config.cluster.strategy == "fsdp" else 1
+    dtype = _dtype(config, question.gpu)
+    count, width = parameters(base.folder), dtype.itemsize
     stored = 2 if METHODS[config.adapter.method].has_b0 else 1
+    covered = coverage(model, selection)
+    gathered = _gathered(model) * width if _shards(config) > 1 else 0
+    by_rows = _shards(config) > 1 and not isinstance(base_files.find(Path(base.folder), model), str)
+    activations, problem = _activations(config, model, selection, dtype, question.gpu)
     return MemoryEstimate(
         targets,
         trainable,
         count,
-        base_bytes=count * width // shards,
-        # Float32. A step joins each layer's factors with its update, and AdamW needs room of its own.
-        adapter_bytes=trainable * 4 * (8 + stored),
-        activation_bytes=_activations(config, model, selection, width),
+        base_bytes=count * width // _shards(config),
+        adapter_bytes=trainable * 4 * (COPIES + _set_aside(config) + stored),
+        activation_bytes=activations,
         selection=selection,
-        coverage=coverage(model, selection),
+        coverage=covered,
+        recompute=config.train.activation_checkpointing is True,
+        gathered_bytes=gathered,
+        problem=problem,
+        by_rows=by_rows,
     )
+
+
+def _set_aside(config: Config) -> int:
+    """Gradients of parts of a step that a worker holds beside their sum (train/tree.py)."""
+    return most_held(config.train.micro_batches(), config.cluster.min_workers())
+
+
+def _shards(config: Config) -> int:
+    """Parts of the base, of which each worker holds one."""
+    cluster = config.cluster
+    return max(1, cluster.min_workers() // cluster.fsdp_replicas) if cluster.strategy == "fsdp" else 1
 
 
 def _trainable(shapes: Iterable[tuple[int, ...]], adapter: Adapter) -> int:
@@ -94,28 +150,21 @@ def _dtype(config: Config, gpu: bool) -> torch.dtype:
     return pick_dtype(config.model, torch.device("cpu"))
 
 
-def _activations(config: Config, model: Any, selection: Selection, width: int) -> int:
-    """What a backward pass keeps: input, output and hidden of adapted layers, norms and sums of blocks.
-
-    Of other layers of the language model it keeps the output, for what comes after them.
-    """
-    tokens = config.train.micro_batch * config.data.max_length
-    shape, parts, linear = model.config.get_text_config(), other_parts(model), 0
-    for name, item in candidates(model).items():
-        if item.refused is HEAD or part_of(name, parts):
-            continue
-        m, n = item.target.shape
-        kept = m + n + 2 * config.adapter.largest_rank() if name in selection.targets else m
-        linear += kept * (1 if item.target.experts is None else _experts_a_token(shape, item.target))
-    blocks = shape.num_hidden_layers * shape.hidden_size * 8
-    return int(tokens * (linear + blocks) * width + 3 * 4 * CHUNK_LOGITS)
+def _activations(
+    config: Config, model: Any, selection: Selection, dtype: torch.dtype, gpu: bool
+) -> tuple[int, str | None]:
+    """Bytes of the activations of a step, and why they are by a formula if they are; uses the model up."""
+    found = candidates(model)
+    formula = by_formula(config, model, found, selection, dtype.itemsize)
+    held = held_by_experts(config, model, found, selection)
+    try:
+        return measure(model, selection.targets, held, config, dtype, gpu), None
+    except RuntimeError as error:
+        return formula, first_line(error)
 
 
-def _experts_a_token(shape: Any, target: Target) -> int:
-    """Experts that see a token: as many as the config says, or all where a module takes no choice."""
-    names = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "top_k_experts", "num_selects")
-    chosen = next((int(value) for name in names if isinstance(value := getattr(shape, name, None), int)), None)
-    # Experts outside of transformers' interface may compute every token and leave most of it unused (Llama 4).
-    known = chosen is not None and hasattr(target.module, "has_gate")
-    assert target.experts is not None
-    return min(chosen, target.experts) if known and chosen is not None else target.experts
+def _gathered(model: Any) -> int:
+    """Numbers of a sharded base that are whole on each worker at once: two blocks, and all that is in no block."""
+    sizes = [sum(weight.numel() for weight in block.parameters()) for block in decoder_layers(model)]
+    root = sum(weight.numel() for weight in model.parameters()) - sum(sizes)
+    return int(root + 2 * max(sizes, default=0))

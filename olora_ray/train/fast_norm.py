@@ -7,6 +7,7 @@ The forward pass is the one of transformers' Llama family, bit for bit. Autograd
 passes over the data and keep x in float32 twice; this keeps x as it is and one number per row.
 """
 
+import copy
 from typing import Any
 
 import torch
@@ -56,7 +57,14 @@ class _RMSNorm(torch.autograd.Function):
 @torch.no_grad()
 def _same(module: nn.Module) -> bool:
     weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", None)
-    if not isinstance(weight, Tensor) or eps is None or weight.is_meta or weight.requires_grad:
+    if not isinstance(weight, Tensor) or eps is None or weight.requires_grad:
         return False
+    if weight.is_meta:  # a model without weights: a copy is asked that has some
+        weight, module = _some_like(weight), copy.copy(module)
+        module._parameters = {"weight": nn.Parameter(weight, requires_grad=False)}
     x = torch.randn(4, *weight.shape, generator=torch.Generator().manual_seed(0)).to(weight)
     return torch.equal(module(x), _RMSNorm.apply(x, weight, eps))  # type: ignore[no-untyped-call]
+
+
+def _some_like(weight: Tensor) -> Tensor:
+    return torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)).to(weight.dtype)

@@ -52,6 +52,8 @@ class SupervisedLoss(nn.Module):
         """Where whole weights are read of a base that no worker holds whole."""
         self.given_masks = False
         """Whether the model is given masks made of the positions: some families make theirs of nothing."""
+        self.recompute = False
+        """Whether the blocks are run again in the backward pass, once `recompute.install` was called."""
         self._takes = _arguments(backbone(model))
         patch_rms_norm(model)
 

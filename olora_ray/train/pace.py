@@ -17,6 +17,7 @@ from olora_ray.model.load import load_model
 from olora_ray.model.source import BaseModel
 from olora_ray.tokens.collate import collate
 from olora_ray.tokens.store import Pack
+from olora_ray.train import recompute
 from olora_ray.train.estimate import MemoryEstimate
 from olora_ray.train.loss import SupervisedLoss
 
@@ -48,6 +49,8 @@ def seconds_per_micro_batch(config: Config, base: BaseModel, packs: Sequence[Pac
         factors, _ = initialise(targets, method, adapter.rank, config.run.seed, device, options_of(adapter))
         inject(model, at_scale(factors, adapter), adapter.scale())
         loss, batch = SupervisedLoss(model), collate(packs, model.config._attn_implementation)
+        loss.recompute = config.train.activation_checkpointing is True
+        recompute.install(loss)
         times = []
         for _ in range(2):  # the first has to get its memory
             began = time.perf_counter()

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from olora_ray.adapter.layer import AdaptedWeight
 from olora_ray.common import collectives
 from olora_ray.tokens.collate import Batch
+from olora_ray.train import recompute
 from olora_ray.train.blocks import blocks_to_shard
 from olora_ray.train.loss import SupervisedLoss
 
@@ -28,6 +29,7 @@ def place_model(loss: SupervisedLoss, strategy: str, device: torch.device, repli
 
     May be called again with adapters in place: a base that is sharded stays so.
     """
+    recompute.install(loss)
     if strategy == "fsdp" and collectives.world_size() > 1 and not hasattr(loss, "unshard"):
         shard(loss, device, replicas)
     # Sharding moves the base; adapters and buffers are ignored by it.

@@ -10,10 +10,20 @@ from safetensors.torch import save_file
 from olora_ray.adapter.coverage import Coverage
 from olora_ray.adapter.targets import Selection
 from olora_ray.cluster import preflight, resources
-from olora_ray.cluster.memory_room import COPIES, GIB, Node, missing, needs, precisions, problems
+from olora_ray.cluster.memory_room import (
+    COPIES,
+    GIB,
+    Node,
+    missing,
+    needs,
+    precisions,
+    problems,
+    with_recomputation,
+)
 from olora_ray.cluster.node_facts import NodeInfo
-from olora_ray.model.source import BaseModel
-from olora_ray.train.estimate import PROCESS_BYTES, MemoryEstimate
+from olora_ray.config.schema import Config
+from olora_ray.model.source import BaseModel, obtain
+from olora_ray.train.estimate import PROCESS_BYTES, MemoryEstimate, estimate
 from tests import tiny
 
 SIZE = MemoryEstimate(
@@ -49,7 +59,7 @@ def test_a_base_of_another_precision_is_whole_in_memory_while_it_is_loaded(base:
     assert on_gpu.size == SIZE.total_bytes() + PROCESS_BYTES
     converted = 0 if stored == "BF16" else 2 * SIZE.parameters
     assert beside.size == PROCESS_BYTES + converted + COPIES * 4 * SIZE.trainable
-    assert ("stored in BF16" in beside.advice) == (stored != "BF16")
+    assert ("stored in BF16" in str(beside.advice)) == (stored != "BF16")
 
 
 def test_workers_on_a_cpu_need_the_larger_of_both(base: tuple[str, BaseModel]) -> None:
@@ -69,8 +79,11 @@ def test_workers_that_fit_on_their_gpus_may_not_fit_on_the_node(base: tuple[str,
     assert missing(4, beside, nodes) is None
     assert missing(8, beside, nodes) == (
         "cluster.workers=8: each needs about 4.7 GiB of memory beside its GPU, so there is room for 5 (node 10.0.0.1"
-        " has 24.0 GiB); use fewer workers on a node: raise cluster.cpus_per_worker, or use a base that is stored in"
-        " BF16: this one, in F16, is converted in memory"
+        " has 24.0 GiB)"
+    )
+    assert beside.advice == (
+        "use fewer workers on a node: raise cluster.cpus_per_worker, or use a base that is stored in BF16: this one, in"
+        " F16, is converted in memory"
     )
 
 
@@ -104,3 +117,63 @@ def test_only_nodes_with_room_for_workers_are_counted(
     (unusable,) = preflight._gpus(wanted, answers)
     assert unusable.startswith("node 10.0.0.1: has GPUs, and torch 2.13.0+cpu")
     assert preflight._gpus({"CPU": 1.0}, answers) == []
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("llama")
+    tiny.llama(num_hidden_layers=6, max_position_embeddings=1024).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_text("{}")
+    return str(folder)
+
+
+def sized(model: str, again: bool | str, micro: int = 8) -> tuple[Config, BaseModel, MemoryEstimate]:
+    config = tiny.config(
+        model__name=model,
+        model__dtype="float32",
+        train__global_batch=8,
+        train__micro_batch=micro,
+        train__activation_checkpointing=again,
+    )
+    found = obtain(config)
+    return config, found, estimate(config, found, gpu=False)
+
+
+def one_node(monkeypatch: pytest.MonkeyPatch, memory: int) -> list[tuple[str, NodeInfo]]:
+    monkeypatch.setattr(
+        resources, "schedulable_nodes", lambda: [{"NodeManagerAddress": "10.0.0.1", "Resources": {"CPU": 1.0}}]
+    )
+    return [("10.0.0.1", NodeInfo({}, memory))]
+
+
+def test_auto_has_blocks_run_again_only_where_a_step_does_not_fit(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, base, plain = sized(model, "auto")
+    again = sized(model, again=True)[2]
+    assert again.activation_bytes < plain.activation_bytes / 2
+    for memory, wanted in ((2 * plain.total_bytes(), False), ((plain.total_bytes() + again.total_bytes()) // 2, True)):
+        answers = one_node(monkeypatch, memory + PROCESS_BYTES)
+        monkeypatch.setattr(resources, "worker_resources", lambda config: {"CPU": 1.0})
+        monkeypatch.setattr(preflight, "_ask", lambda config, nodes, answers=answers: (answers, []))
+        for setting, expected in (("auto", wanted), (False, False), (True, True)):
+            config, _, size = sized(model, setting)
+            assert preflight.recomputes(config, base) is expected
+            found = with_recomputation(config, base, size, {"CPU": 1.0}, answers)
+            assert found.recompute is expected
+            fitting = not list(problems(config, base, found, {"CPU": 1.0}, answers))
+            assert fitting is (expected or not wanted)
+
+
+def test_a_refusal_names_the_change_that_makes_it_fit(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    room = sized(model, again=True, micro=2)[2].total_bytes()
+    answers = one_node(monkeypatch, room + PROCESS_BYTES)
+    for setting, words in (
+        (False, "train.activation_checkpointing=true, train.micro_batch=2"),
+        (True, "train.micro_batch=2"),
+    ):
+        config, base, size = sized(model, setting)
+        (problem,) = problems(config, base, size, {"CPU": 1.0}, answers)
+        assert problem.endswith(f"; it fits with {words}")
+    answers = one_node(monkeypatch, PROCESS_BYTES)
+    (problem,) = problems(config, base, size, {"CPU": 1.0}, answers)
+    assert "; use nodes with more memory or a smaller model: none of" in problem

@@ -14,7 +14,7 @@ from olora_ray.cluster.stop_requests import StopRequests
 from olora_ray.cluster.worker import train_at
 from olora_ray.cluster.worker_context import SharedBase, SharedBaseContext
 from olora_ray.model.source import BaseModel
-from olora_ray.train import checkpoints
+from olora_ray.train import checkpoint, checkpoints, recompute
 from olora_ray.train.loss import SupervisedLoss
 from tests import tiny
 
@@ -48,11 +48,11 @@ def nobody_asks_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(StopRequests, "_listen", lambda self: None)
 
 
-def train(folder: Path, **changes: Any) -> tuple[TrainResult, Channel]:
+def train(folder: Path, again: bool = False, **changes: Any) -> tuple[TrainResult, Channel]:
     store: Any = tiny.store(8)
     held_out: Any = tiny.store(3, seed=9)
     settings = tiny.config(**(SETTINGS | changes))
-    spec = TrainSpec(settings, BaseModel("m", "/m", "base"), "tokenizer", (1,), store, held_out)
+    spec = TrainSpec(settings, BaseModel("m", "/m", "base"), "tokenizer", (1,), store, held_out, recompute=again)
     channel = Channel()
     shared = SharedBase(SupervisedLoss(tiny.llama(attention="segments")), torch.device("cpu"))
     return train_at(SharedBaseContext(shared), spec, str(folder), channel), channel
@@ -202,3 +202,18 @@ def test_a_run_may_start_with_the_adapter_of_another(tmp_path: Path) -> None:
 def whole_losses(folder: Path) -> dict[int, float]:
     rows = checkpoints.read(str(folder / checkpoints.name_of(6))).state.history
     return {int(row["step"]): row["eval/loss"] for row in rows if "eval/loss" in row}
+
+
+def test_blocks_that_are_run_again_change_no_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: dict[bool, int] = {}
+    inner, found = recompute.checkpoint, []
+    for on in (False, True):
+        again: list[int] = []
+        monkeypatch.setattr(recompute, "checkpoint", lambda *a, again=again, **k: (again.append(1), inner(*a, **k))[1])
+        result, _ = train(tmp_path / str(on), again=on)
+        assert result.problem is None
+        runs[on] = len(again)
+        (place, _) = checkpoints.latest_good(str(tmp_path / str(on))) or ("", None)
+        found.append([(Path(place) / name).read_bytes() for name in (checkpoint.ADAPTER, checkpoint.OPTIMIZER)])
+    assert found[0] == found[1]
+    assert runs[False] == 0 < runs[True]

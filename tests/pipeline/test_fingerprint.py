@@ -30,6 +30,7 @@ def test_settings_that_change_the_model_change_the_digest(field: str, value: Any
         ("run.storage", "/elsewhere"),
         ("data.max_length", 128),  # in the digest of the data
         ("train.keep", 5),
+        ("train.activation_checkpointing", True),
         ("train.log_every", 1),
         ("train.checkpoint_every", 7),
         ("train.start", "/a/checkpoint"),

@@ -150,6 +150,7 @@ def test_a_run_that_never_trained_does_not_hold_its_name(config: Config) -> None
         ("tracking.experiment", "x"),
         ("registry.model", "m"),
         ("train.keep", 5),
+        ("train.activation_checkpointing", True),
         ("export.merged", False),
     ],
 )

@@ -1,0 +1,183 @@
+"""A model without memory that trains: fake tensors instead of weights, and only as many blocks as differ.
+
+The other blocks hand their input on. Experts, whose work depends on which tokens are sent to them, are not run: what
+they would keep is held in their place.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from olora_ray.adapter.factors import Factors
+from olora_ray.adapter.inject import inject
+from olora_ray.adapter.methods import METHODS
+from olora_ray.adapter.targets import Target
+from olora_ray.config.schema import Adapter
+from olora_ray.tokens.collate import Batch
+from olora_ray.train import recompute
+from olora_ray.train.blocks import decoder_layers
+from olora_ray.train.loop import train_mode
+from olora_ray.train.loss import SupervisedLoss
+
+_NUMBERS = frozenset({"layer_idx", "layer_id", "layer_number", "layer_index", "block_idx"})
+"""What families call the number of a block, by which blocks that are the same differ."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """Numbers that experts have in memory."""
+
+    kept: int
+    """From the forward to the backward pass."""
+    moved: int
+    """In the backward pass alone."""
+
+
+class FakeModel:
+    """A model on the meta device, made to train with fake tensors; it is used up by that."""
+
+    def __init__(
+        self, model: Any, targets: Mapping[str, Target], adapter: Adapter, dtype: torch.dtype, held: Mapping[str, Held]
+    ) -> None:
+        """`held` is what modules named so take, instead of being run."""
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
+        self.loss = SupervisedLoss(model.requires_grad_(False).eval())
+        self.blocks = decoder_layers(model)
+        self._choose(model)
+        hidden = {id(part) for place in self.skipped for part in self.blocks[place].modules()}
+        run = {name for name, module in model.named_modules() if id(module) not in hidden}
+        with self.mode:
+            for name in run:
+                _materialise(model.get_submodule(name))
+            factors = {
+                name: _factors(target, adapter)
+                for name, target in targets.items()
+                if name in run and target.experts is None
+            }
+            adapted = inject(model, factors, adapter.scale(), adapter.dropout)
+            for layer in adapted.values():
+                for part in (layer.da, layer.db):
+                    part.grad = torch.empty_like(part)
+        train_mode(adapted, True)
+        for name in held.keys() & run:
+            model.get_submodule(name).__dict__["forward"] = _Holding(held[name])
+
+    def _choose(self, model: Any) -> None:
+        """Which blocks are run: the first, whose input wants no gradient, and one of each kind of the others."""
+        kinds = [_kind(model, place, block) for place, block in enumerate(self.blocks)]
+        first: dict[Any, int] = {}
+        for place, kind in enumerate(kinds[1:], 1):
+            first.setdefault(kind, place)
+        counts = Counter(kinds[1:])
+        self.more = {place: counts[kind] - 1 for kind, place in first.items()}
+        """Place of a block that is run -> how many more there are of its kind."""
+        self.skipped = sorted(set(range(1, len(self.blocks))) - set(self.more))
+
+    def tensors(self) -> list[Tensor]:
+        """Weights, buffers and gradients: what is there before a step."""
+        found = [*self.loss.parameters(), *self.loss.buffers()]
+        return found + [part.grad for part in found if part.grad is not None]
+
+    def without_numbers(self, batch: Batch) -> Batch:
+        """The batch with fake tokens and positions, by which transformers knows not to look at their values.
+
+        The borders of segments stay: segment attention is a program of their values.
+        """
+        inputs = {
+            name: torch.empty_like(value) if isinstance(value, Tensor) and value.dtype == torch.int64 else value
+            for name, value in batch.inputs.items()
+        }
+        return replace(batch, inputs=inputs)
+
+    def run_again(self, on: bool) -> None:
+        """Whether blocks are run again in the backward pass, see train/recompute.py."""
+        self.loss.recompute = on
+        recompute.install(self.loss)
+        for place in self.skipped:
+            self.blocks[place].__dict__["forward"] = _Skipped(self.blocks[place - 1])
+
+
+def _materialise(module: nn.Module) -> None:
+    """Own weights and buffers become fake tensors on a CPU."""
+    for name, weight in module._parameters.items():
+        if weight is not None:
+            fake = torch.empty(weight.shape, dtype=weight.dtype, device="cpu")
+            module._parameters[name] = nn.Parameter(fake, requires_grad=False)
+    for name, buffer in module._buffers.items():
+        if buffer is not None:
+            module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu")
+
+
+def _factors(target: Target, adapter: Adapter) -> Factors:
+    (m, n), rank = target.shape, adapter.rank
+    return Factors(torch.empty(rank, n), torch.empty(m, rank) if METHODS[adapter.method].has_b0 else None)
+
+
+def _kind(model: Any, place: int, block: nn.Module) -> tuple[Any, ...]:
+    """The same for blocks that do the same: classes, sizes and settings of their parts, and what the config says."""
+    types = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    parts = tuple(
+        (
+            name,
+            type(part),
+            tuple((key, weight.shape) for key, weight in part.named_parameters(recurse=False)),
+            tuple(
+                (key, value)
+                for key, value in vars(part).items()
+                if isinstance(value, bool | int | float | str) and key not in _NUMBERS
+            ),
+        )
+        for name, part in block.named_modules()
+    )
+    return parts, types[place] if place < len(types) else None
+
+
+class _Skipped:
+    """The forward of a block that is not run: its input, in the form in which the block before it answers."""
+
+    def __init__(self, before: nn.Module) -> None:
+        self.length: int | None = None
+        """Of the tuple that the block before returns; None: it returns a tensor."""
+        before.register_forward_hook(self._look)
+
+    def _look(self, _module: nn.Module, _inputs: object, output: Any) -> None:
+        self.length = len(output) if isinstance(output, tuple) else None
+
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        """The hidden states that it is given."""
+        hidden = inputs[0] if inputs else named["hidden_states"]
+        return hidden if self.length is None else (hidden, *[None] * (self.length - 1))
+
+
+class _Holding:
+    """The forward of experts that are not run."""
+
+    def __init__(self, held: Held) -> None:
+        self._held = held
+
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        """Something of the form of their input, which takes as much as they would."""
+        hidden = inputs[0] if inputs else named["hidden_states"]
+        return _Experts.apply(hidden, self._held)  # type: ignore[no-untyped-call]
+
+
+class _Experts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, held: Held) -> Tensor:
+        ctx.save_for_backward(hidden.new_empty(held.kept))
+        ctx.moved = held.moved
+        return torch.zeros_like(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (kept,) = ctx.saved_tensors
+        moved = kept.new_empty(ctx.moved)
+        return grads[0].clone() + moved.sum(), None

@@ -1,0 +1,181 @@
+"""Blocks that are run again in the backward pass change no bit of a training."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from olora_ray.adapter.layer import AdaptedLinear
+from olora_ray.adapter.targets import find_targets
+from olora_ray.common.errors import UserError
+from olora_ray.tokens.collate import Batch, collate
+from olora_ray.train import gradients, recompute
+from olora_ray.train.adapter_test import check_adapters
+from olora_ray.train.blocks import decoder_layers
+from olora_ray.train.generate import Question, answer
+from olora_ray.train.loader import StepLoader
+from olora_ray.train.loop import Trainer, evaluate, train_mode
+from olora_ray.train.loss import SupervisedLoss
+from olora_ray.train.parallel import place_model
+from olora_ray.train.schedule import Schedule
+from tests import tiny
+from tests.crew import Crew
+from tests.families import zoo
+from tests.families.variants import ALL
+
+FAMILIES = ["llama", "qwen3", "gemma3_text", "gemma2", "gpt2", "bloom", "mixtral", "qwen3_moe", "gpt_oss", "mamba2"]
+FAMILIES += ["falcon", "phi3", "opt", "olmo2", "cohere", "deepseek_v3", "recurrent_gemma", "lfm2"]
+CPU = torch.device("cpu")
+
+
+def trainer(model: Any, on: bool, **changes: Any) -> Trainer:
+    """A trainer of a model whose blocks are run again if `on`."""
+    made: Trainer = tiny.trainer(tiny.config(**changes), model=model)
+    made.loss.recompute = on
+    place_model(made.loss, "ddp", CPU)
+    noise = torch.randn(made.flat.vector.shape, generator=torch.Generator().manual_seed(0))
+    made.flat.vector.copy_(0.1 * noise)  # at the start half of the gradients are zero
+    return made
+
+
+def gradient(made: Trainer, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss, all gradients, and what the generator of random numbers gives next."""
+    train_mode(made.adapted, True)
+    torch.manual_seed(1)
+    total = made.loss(batch)
+    total.backward()
+    train_mode(made.adapted, False)
+    found = made.flat.grad.clone()
+    made.flat.grad.zero_()
+    assert found.any()
+    return total.detach(), found, torch.rand(3)
+
+
+def runs(model: Any) -> list[int]:
+    """Filled with a number for each time that the first adapted layer of the last block runs."""
+    count: list[int] = []
+    part = next(part for part in decoder_layers(model)[-1].modules() if isinstance(part, AdaptedLinear))
+    part.register_forward_hook(lambda *_: count.append(1))
+    return count
+
+
+def same(one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("attention", ["segments", "sdpa", "eager"])
+def test_packed_sequences_have_the_same_bits(attention: str, dtype: torch.dtype, dropout: float) -> None:
+    batch = collate([tiny.pack(9, 7, 4), tiny.pack(12)], attention)
+    found = []
+    for on in (False, True):
+        made = trainer(tiny.llama(attention=attention, dtype=dtype), on, adapter__dropout=dropout)
+        count = runs(made.loss.model)
+        found.append(gradient(made, batch))
+        assert len(count) == (2 if on else 1)
+    assert same(*found)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_kind_of_block_has_the_same_bits(family: str) -> None:
+    batch = collate([tiny.pack(9), tiny.pack(12, seed=1)], "sdpa")
+    found = []
+    for on in (False, True):
+        made = trainer(zoo.make(ALL[family]), on, adapter__dropout=0.1)
+        count = runs(made.loss.model)
+        found.append(gradient(made, batch))
+        assert len(count) == (2 if on else 1)
+    assert same(*found)
+
+
+def _steps(strategy: str, on: bool) -> tuple[list[float], Tensor, float, list[list[int]], list[int]]:
+    settings = tiny.config(
+        cluster__workers=2,
+        cluster__strategy=strategy,
+        train__micro_batch=1,
+        train__global_batch=3,
+        adapter__dropout=0.2,
+    )
+    made: Trainer = tiny.trainer(settings, model=tiny.llama(attention="segments"))
+    made.loss.recompute = on
+    place_model(made.loss, strategy, CPU)
+    rank = dist.get_rank()
+    loader = StepLoader(tiny.store(), settings.train, settings.run.seed, "segments", rank, 2)
+    schedule = Schedule(settings.train.model_copy(update={"steps": 3}), tiny.store())
+    count = runs(made.loss.model)
+    losses = [result.loss for result in made.steps(loader, 0, schedule)]
+    runs_of_steps = len(count)
+    held_out = evaluate(made, tiny.store(3, seed=9), "segments", rank, 2)
+    answers = answer(made, [Question((5, 6, 7), ()), Question((8, 9), ())], 4, [1], rank, 2, batch=2)
+    return losses, made.flat.vector.clone(), held_out, answers, [runs_of_steps, len(count)]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_workers_train_to_the_same_bits(crew: Callable[[int], Crew], strategy: str) -> None:
+    without, with_it = (crew(2).run(_steps, strategy, on) for on in (False, True))
+    for one, other in zip(without, with_it, strict=True):
+        assert one[0] == other[0]
+        assert torch.equal(one[1], other[1])
+        assert one[2:4] == other[2:4]
+        assert other[4][0] == 2 * one[4][0]
+        # Evaluation and answers run each block once.
+        assert other[4][1] - other[4][0] == one[4][1] - one[4][0]
+
+
+def test_a_cache_is_filled_once_even_where_gradients_are_on() -> None:
+    made = trainer(tiny.llama(attention="sdpa"), on=True)
+    count, model = runs(made.loss.model), made.loss.model
+    with torch.enable_grad():
+        output: Any = model(input_ids=torch.tensor([[5, 6, 7]]), use_cache=True)
+    assert output.past_key_values.get_seq_length() == 3
+    output.logits.sum().backward()
+    assert len(count) == 1
+    assert output.past_key_values.get_seq_length() == 3
+
+
+def test_what_flows_through_layers_is_the_same_before_there_are_adapters() -> None:
+    batch, found = collate([tiny.pack(9, 7)], "segments"), []
+    for on in (False, True):
+        loss = SupervisedLoss(tiny.llama(attention="segments"))
+        loss.recompute = on
+        recompute.install(loss)
+        modules = {name: target.module for name, target in find_targets(loss.model, "all-linear", 4).items()}
+        found.append(gradients._flows(loss, modules, set(modules), batch))
+    for one, other in zip(*found, strict=True):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_it_can_be_switched_and_is_put_on_once() -> None:
+    made = trainer(tiny.llama(), on=True)
+    before = [block.forward for block in decoder_layers(made.loss.model)]
+    place_model(made.loss, "ddp", CPU)
+    assert [block.forward for block in decoder_layers(made.loss.model)] == before
+    count, batch = runs(made.loss.model), collate([tiny.pack(9)], "sdpa")
+    with recompute.switched(made.loss, on=False):
+        made.loss(batch).backward()
+    assert len(count) == 1
+    made.loss(batch).backward()
+    assert len(count) == 3
+
+
+def test_a_block_that_does_something_twice_is_refused_before_the_first_step() -> None:
+    made = trainer(tiny.llama(attention="segments"), on=True)
+    made.flat.vector.zero_()
+    packs = [tiny.pack(9, 7), tiny.pack(12)]
+    check_adapters(made.loss, made.adapted, packs, "segments", CPU, new=True)
+    block: Any = decoder_layers(made.loss.model)[0]
+    inner, seen = block.mlp.forward, []
+
+    def counting(x: Tensor) -> Tensor:
+        seen.append(1)
+        result: Tensor = inner(x) * (1.0 + 0.001 * len(seen) * torch.is_grad_enabled())
+        return result
+
+    block.mlp.forward = counting
+    with pytest.raises(UserError, match=r"train\.activation_checkpointing: the gradients of LlamaForCausalLM differ"):
+        check_adapters(made.loss, made.adapted, packs, "segments", CPU, new=False)

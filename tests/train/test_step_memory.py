@@ -1,0 +1,115 @@
+"""The memory plan of a step is what its tensors take, as they are made and freed in a real one."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from olora_ray.adapter.candidates import candidates
+from olora_ray.adapter.targets import select
+from olora_ray.config.schema import Config
+from olora_ray.model import segment_attention
+from olora_ray.tokens.collate import Batch, collate
+from olora_ray.train import step_memory
+from olora_ray.train.activation_formula import by_formula, held_by_experts
+from olora_ray.train.live_bytes import LiveBytes
+from olora_ray.train.loop import Trainer, train_mode
+from olora_ray.train.parallel import place_model
+from tests import tiny
+from tests.families import zoo
+from tests.families.variants import ALL
+
+CPU = torch.device("cpu")
+
+
+def settings(on: bool = False, **changes: Any) -> Config:
+    wanted = {"data__max_length": 64, "train__micro_batch": 4, "train__activation_checkpointing": on}
+    return tiny.config(**(wanted | changes))
+
+
+def planned(config: Config, meta: Any, dtype: torch.dtype = torch.float32) -> int:
+    chosen = select(meta, config.adapter.targets, config.adapter.rank)
+    held = held_by_experts(config, meta, candidates(meta), chosen)
+    return step_memory.measure(meta, chosen.targets, held, config, dtype, gpu=False)
+
+
+def taken(config: Config, model: Any, batch: Batch) -> int:
+    """Bytes of a real forward and backward pass at their most."""
+    made: Trainer = tiny.trainer(config, model=model)
+    made.loss.recompute = config.train.activation_checkpointing is True
+    place_model(made.loss, "ddp", CPU)
+    train_mode(made.adapted, True)
+    made.loss(batch).backward()  # whatever is kept from the first on
+    live = LiveBytes([*made.loss.parameters(), *made.loss.buffers(), made.flat.grad, made.flat.vector])
+    with live:
+        made.loss(batch).backward()
+    return live.most
+
+
+def full(config: Config, attention: str) -> Batch:
+    pack = tiny.pack(config.data.max_length, prompt=1)
+    return collate([pack] * config.train.micro_batch, attention)
+
+
+@pytest.mark.parametrize("on", [False, True])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2", "mixtral"])
+def test_the_plan_is_what_a_step_takes(family: str, on: bool) -> None:
+    config, meta = settings(on, adapter__dropout=0.1), zoo.on_meta(ALL[family])
+    plan = planned(config, meta)
+    attention = meta.config._attn_implementation
+    model = zoo.make(ALL[family], attention=attention)
+    share = plan / taken(config, model, full(config, attention))
+    # Experts are reckoned, not run.
+    assert share == pytest.approx(1.0, rel=0.1 if family == "mixtral" else 0.06 if on else 0.02)
+
+
+@pytest.mark.parametrize("on", [False, True])
+def test_blocks_that_are_not_run_count(on: bool) -> None:
+    config, sizes = settings(on), {"num_hidden_layers": 7}
+    with torch.device("meta"):
+        meta = tiny.llama(**sizes)
+    plan = planned(config, meta)
+    assert plan == pytest.approx(
+        taken(config, tiny.llama(attention="segments", **sizes), full(config, "segments")), rel=0.02
+    )
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_sequence_of_one_example_needs_no_mask(packing: bool) -> None:
+    config = settings(data__packing=packing, model__attention="sdpa", data__max_length=128)
+    with torch.device("meta"):
+        meta = tiny.llama()
+    lengths = (64, 64) if packing else (128,)
+    batch = collate([tiny.pack(*lengths, prompt=1)] * config.train.micro_batch, "sdpa")
+    assert planned(config, meta) == pytest.approx(taken(config, tiny.llama(attention="sdpa"), batch), rel=0.03)
+
+
+def test_a_run_without_numbers_leaves_nothing_behind() -> None:
+    config, model = settings(), tiny.llama(attention="segments", dtype=torch.bfloat16)
+    made: Trainer = tiny.trainer(config, model=model)
+    batch, state = full(config, "segments"), torch.get_rng_state()
+    before = made.loss(batch).detach()
+    segment_attention.forget()
+    with torch.device("meta"):
+        meta = tiny.llama(dtype=torch.bfloat16)
+    planned(config, meta, torch.bfloat16)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(made.loss(batch).detach(), before)
+
+
+def test_code_that_looks_at_numbers_cannot_be_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    old = LlamaMLP.forward
+
+    def looks(self: Any, x: torch.Tensor) -> Any:
+        return old(self, x.abs() if x.sum() > 0 else x)
+
+    monkeypatch.setattr(LlamaMLP, "forward", looks)
+    with torch.device("meta"):
+        meta = tiny.llama(num_hidden_layers=7)
+    config = settings()
+    chosen, found = select(meta, "all-linear", 4), candidates(meta)
+    assert by_formula(config, meta, found, chosen, 4) > by_formula(settings(on=True), meta, found, chosen, 4)
+    with pytest.raises(RuntimeError, match="DataDependent"):
+        planned(config, meta)
