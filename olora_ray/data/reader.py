@@ -11,7 +11,6 @@ import json
 import lzma
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -23,6 +22,7 @@ from olora_ray.data.example import Rejected
 from olora_ray.data.json_file import BOM, read_whole, rows_of
 from olora_ray.data.sources import File
 from olora_ray.data.unchanged import Changed, as_scanned
+from olora_ray.data.units import Unit
 
 SKIP = 8 * 2**20
 """Bytes at a time when a compressed file is read up to the piece that is wanted."""
@@ -31,24 +31,6 @@ CELL_LIMIT = 2**31 - 1
 DELIMITERS = {"csv": ",", "tsv": "\t"}
 UNREADABLE = (pa.ArrowInvalid, OSError, EOFError, lzma.LZMAError)
 """What a damaged container or compression raises."""
-
-
-@dataclass(frozen=True, slots=True)
-class Unit:
-    """A piece of a file: the smallest thing that is read at once."""
-
-    first: int
-    """Place of its first row."""
-    rows: int
-    """Rows, blank lines included."""
-    offset: int
-    """First byte, in files of lines; elsewhere 0."""
-    size: int
-    """Its bytes, uncompressed (an estimate where rows cannot be told apart without reading)."""
-    before: int = 0
-    """CRC-32 of everything before it, in files of lines; elsewhere 0."""
-    after: int = 0
-    """CRC-32 of everything up to its end, in files of lines; elsewhere of the whole file, uncompressed."""
 
 
 Located = tuple[int, Any]

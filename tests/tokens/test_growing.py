@@ -13,6 +13,7 @@ from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
 from olora_ray.data.tokenize import TokenizerSpec
 from olora_ray.tokens import totals, writer
+from olora_ray.tokens.plan import Part
 from olora_ray.tokens.prepare import begin, prepare
 from olora_ray.tokens.store import Pack, TokenStore
 from tests.said import said
@@ -129,10 +130,10 @@ def test_a_stopped_preparation_is_finished_by_the_next(
     preparation = begin(corpus, tiny_spec, "train")
     make = writer.make_shard
 
-    def slow(job: writer.StoreSpec, number: int) -> dict[str, Any]:
-        if number == 4:
+    def slow(job: writer.ShardSpec, part: Part) -> dict[str, Any]:
+        if part.number == 4:
             preparation.stop()
-        return make(job, number)
+        return make(job, part)
 
     monkeypatch.setattr(writer, "make_shard", slow)
     preparation.start()
