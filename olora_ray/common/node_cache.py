@@ -33,9 +33,9 @@ def hold(entry: Path) -> None:
 
 
 def used(entry: Path) -> None:
-    """Note that an entry is used now."""
+    """Note that an entry is used now, in a file beside it: its own times tell whether its content has changed."""
     with contextlib.suppress(OSError):
-        os.utime(entry)
+        _note_of(entry).touch()
 
 
 def make_room(root: Path, entries: Iterable[Path], limit: int | None = None) -> None:
@@ -43,7 +43,7 @@ def make_room(root: Path, entries: Iterable[Path], limit: int | None = None) -> 
     _sweep(root)
     if limit is None:
         limit = int(shutil.disk_usage(root).total * SHARE)
-    found = [(entry.stat().st_mtime, entry, _bytes(entry)) for entry in entries if entry.exists()]
+    found = [(_last_used(entry), entry, _bytes(entry)) for entry in entries if entry.exists()]
     total = sum(size for _, _, size in found)
     for last_used, entry, size in sorted(found):
         if total <= limit:
@@ -59,6 +59,7 @@ def _removed(entry: Path) -> bool:
             away = entry.with_name(f".{entry.name}.{os.getpid()}.tmp")
             entry.rename(away)
             _delete(away)
+            _delete(_note_of(entry))
     except OSError:  # held, or another process was faster
         return False
     return True
@@ -83,6 +84,15 @@ def _bytes(entry: Path) -> int:
     if not entry.is_dir():
         return entry.stat().st_size
     return sum(file.lstat().st_size for file in entry.rglob("*") if file.is_file())
+
+
+def _last_used(entry: Path) -> float:
+    note = _note_of(entry)
+    return max(path.stat().st_mtime for path in (entry, note) if path.exists())
+
+
+def _note_of(entry: Path) -> Path:
+    return entry.with_name(f".{entry.name}.used")
 
 
 def _lock_of(entry: Path) -> Path:
