@@ -31,7 +31,6 @@ import torch
 from common import MODEL, config, machine, memory_store, model_folder, our_trainer, table
 
 from olora_ray.config.schema import Config
-from olora_ray.tokens.store import order
 
 LONGEST, RANK, ROWS_A_STEP = 512, 16, 16
 
@@ -155,7 +154,7 @@ def run_ours(setting: Setting, job: dict[str, Any]) -> dict[str, float]:
     whole = Schedule(cfg.train.model_copy(update={"steps": steps}), store)
     deque(islice(trainer.steps(feed, 0, whole), 1), maxlen=0)
     taken = timed(lambda: deque(trainer.steps(feed, 0, whole), maxlen=0))
-    done = [int(i) for i in order(len(store), cfg.run.seed, 0, steps * size)]
+    done = [int(i) for i in store.order(cfg.run.seed, 0, steps * size)]
     rows = sum(len(store[i].segments) for i in done)
     return {**taken, "rows": rows, "supervised": store.supervised(done)}
 

@@ -43,12 +43,12 @@ def make_room(root: Path, entries: Iterable[Path], limit: int | None = None) -> 
     _sweep(root)
     if limit is None:
         limit = int(shutil.disk_usage(root).total * SHARE)
-    found = [(_last_used(entry), entry, _bytes(entry)) for entry in entries if entry.exists()]
+    found = [(last_used(entry), entry, _bytes(entry)) for entry in entries if entry.exists()]
     total = sum(size for _, _, size in found)
-    for last_used, entry, size in sorted(found):
+    for at, entry, size in sorted(found):
         if total <= limit:
             return
-        if time.time() - last_used > MOMENT and _removed(entry):
+        if time.time() - at > MOMENT and _removed(entry):
             total -= size
 
 
@@ -86,9 +86,13 @@ def _bytes(entry: Path) -> int:
     return sum(file.lstat().st_size for file in entry.rglob("*") if file.is_file())
 
 
-def _last_used(entry: Path) -> float:
-    note = _note_of(entry)
-    return max(path.stat().st_mtime for path in (entry, note) if path.exists())
+def last_used(entry: Path) -> float:
+    """Time of its last use, or of its making."""
+    times = [0.0]
+    for path in (entry, _note_of(entry)):
+        with contextlib.suppress(OSError):
+            times.append(path.stat().st_mtime)
+    return max(times)
 
 
 def _note_of(entry: Path) -> Path:
