@@ -33,6 +33,7 @@ SECTIONS = {
     "early": "Early start",
     "sweep": "Sweep",
     "export": "Export",
+    "scale": "A billion rows",
 }
 """Script -> heading, in the order of the page."""
 INTRO = """\

@@ -4,6 +4,7 @@ A shard is a fixed list of units, so any process can make any shard, in any orde
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -151,15 +152,9 @@ def make_plan(config: AnyConfig, spec: TokenizerSpec, split: Split, scan: Scanne
     if not sources:
         raise UserError(f"{setting}: no source is set")
     listed = [list_files(source, f"{setting}.{n}", config.run.storage) for n, source in enumerate(sources)]
-    files: list[PlannedFile] = []
-    units: list[Units] = []
-    borders = [0]
-    for number, (found, scans) in enumerate(zip(listed, scan(listed), strict=True)):
-        for file, result in zip(found, scans, strict=True):
-            units.append(result.units)
-            files.append(PlannedFile(file, number, result.sha256, result.columns))
-        borders.append(borders[-1] + sum(len(each.units) for each in scans))
-        if borders[-1] == borders[-2]:
+    files, units, borders = _planned(listed, scan(listed))
+    for number, (low, high) in enumerate(itertools.pairwise(borders)):
+        if low == high:
             raise UserError(f"{setting}.{number}.path: {sources[number].path} is empty: it has no rows")
     table, weights = layout.joined(units), [source.weight for source in sources]
     if split == "train":
@@ -179,6 +174,18 @@ def make_plan(config: AnyConfig, spec: TokenizerSpec, split: Split, scan: Scanne
         last_turn_only=config.data.last_turn_only,
         draw=digest_json([each.sha256 for each in files], length=16) if split == "train" else "",
     )
+
+
+def _planned(
+    listed: Sequence[Sequence[File]], scanned: Sequence[Sequence[FileScan]]
+) -> tuple[list[PlannedFile], list[Units], list[int]]:
+    """The files of all sources, the units of each, and how many units come before each source, and in all."""
+    files, units, borders = list[PlannedFile](), list[Units](), [0]
+    for number, (found, scans) in enumerate(zip(listed, scanned, strict=True)):
+        files += [PlannedFile(file, number, each.sha256, each.columns) for file, each in zip(found, scans, strict=True)]
+        units += [each.units for each in scans]
+        borders.append(borders[-1] + sum(len(each.units) for each in scans))
+    return files, units, borders
 
 
 def _shards(pieces: Pieces) -> Shards:
