@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -92,7 +93,7 @@ class Plan(Rules):
         """The plan without its files and shards."""
         return Rules(**{each.name: getattr(self, each.name) for each in dataclasses.fields(Rules)})
 
-    @property
+    @cached_property
     def rows(self) -> float:
         """Rows that will be read, about: blank lines and what the draws choose are not known yet."""
         return float(self.shards.pieces.rows.sum()) * self.kept_share

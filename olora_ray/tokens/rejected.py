@@ -33,7 +33,7 @@ class RejectedRows:
         """Start and end of each shard's lines in the file."""
 
     def put(self, number: int, entries: Sequence[dict[str, Any]]) -> None:
-        """Take the rejected rows of a shard, as its sidecar has them."""
+        """Take the rejected rows of a shard, as its sidecar has them, in place of those that it had."""
         lines = dict.fromkeys(json.dumps(entry, ensure_ascii=True) for entry in self._first(number, entries))
         content = "".join(f"{line}\n" for line in lines).encode()
         self._file.seek(self._end)
@@ -42,10 +42,6 @@ class RejectedRows:
         self._end += len(content)
         if self._end > IN_MEMORY and isinstance(self._file, io.BytesIO):
             self._file = _on_disk(self, self._file)
-
-    def drop(self, number: int) -> None:
-        """Leave a shard out again; it will be made anew."""
-        self._places.pop(number, None)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """The entries."""

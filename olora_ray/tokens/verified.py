@@ -60,28 +60,26 @@ class Verified:
 
     @contextlib.contextmanager
     def _alone(self, sha256: str) -> Iterator[None]:
-        if self._notes is None:
-            yield
-            return
-        with self._notes.with_suffix(".lock").open("a") as lock:
-            fcntl.lockf(lock, fcntl.LOCK_EX, 1, int(sha256[:6], 16))
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(OSError):
+                if self._notes is not None:
+                    lock = stack.enter_context((self._notes.parent / "lock").open("a"))
+                    fcntl.lockf(lock, fcntl.LOCK_EX, 1, int(sha256[:6], 16))
             yield
 
 
 def _notes_of(name: str) -> Path | None:
-    """The file of the notes, made if needed; None where nothing can be noted."""
+    """The file of the notes, which need not be there yet; None where nothing can be noted."""
     try:
         boot = BOOT.read_text(encoding="ascii").strip()
         folder = local_files.private_folder("olora_ray") / "verified"
         folder.mkdir(exist_ok=True)
-        for old in folder.glob("*"):
+        for old in folder.glob("*.txt"):
             if boot not in old.name:
                 old.unlink(missing_ok=True)
-        notes = folder / f"{name}-{boot}.txt"
-        notes.touch()
     except OSError:
         return None
-    return notes
+    return folder / f"{name}-{boot}.txt"
 
 
 def _line(path: Path, sha256: str) -> str:

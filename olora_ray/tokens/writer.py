@@ -126,7 +126,6 @@ def store_status(job: StoreSpec) -> StoreStatus:
     for number, size in enumerate(wanted):
         if size is None or sizes.get(shard_name(number)) != size:
             found.done.pop(number, None)
-            found.rejected.drop(number)
             found.missing.append(number)
             found.damaged += [shard_name(number)] if size is not None else []
     return found

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,17 @@ def test_without_a_folder_for_notes_each_opening_is_checked(
     assert here.intact(path, digest_bytes(CONTENT))
     assert not here.intact(path, digest_bytes(b"other"))
     assert len(hashed) == 3
+
+
+def test_notes_that_a_cleaner_of_temporary_files_takes_away_are_not_missed(
+    path: Path, hashed: list[str], tmp_path: Path
+) -> None:
+    here = Verified("x")
+    [folder] = Path(tmp_path, "temporary").glob("*/verified")
+    shutil.rmtree(folder)
+    assert here.intact(path, digest_bytes(CONTENT))
+    assert here.intact(path, digest_bytes(CONTENT))
+    assert len(hashed) == 2
 
 
 def _verify(path: str, folder: str, start: Any, answers: Any) -> None:
