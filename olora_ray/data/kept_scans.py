@@ -19,6 +19,7 @@ import numpy as np
 from olora_ray.common import storage
 from olora_ray.common.digests import digest
 from olora_ray.common.sealed import read_sealed, seal
+from olora_ray.data.addresses import open_filesystem
 from olora_ray.data.sources import File
 from olora_ray.data.units import UNIT, FileScan, Units
 
@@ -54,9 +55,9 @@ def find_all(files: Sequence[File], storage_root: str) -> list[FileScan | None]:
 
 def state_of(file: File) -> list[int] | None:
     """Inode and the time of its last change, of a local file."""
-    path = storage.local_path(file.uri)
+    system, path = open_filesystem(file.uri)
     with contextlib.suppress(OSError):
-        if path is not None:
+        if system.type_name == "local":
             found = os.stat(path)
             return [found.st_ino, found.st_ctime_ns]
     return None
