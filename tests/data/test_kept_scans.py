@@ -49,7 +49,11 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-def test_an_unchanged_corpus_is_not_read_again(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("large_from", [1, 2**40], ids=["large files", "small files"])
+def test_an_unchanged_corpus_is_not_read_again(
+    large_from: int, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kept_scans, "BELIEVED_FROM", large_from)
     first = digest(config)
     assert len(kept(config)) == 5
     names = read(monkeypatch)
