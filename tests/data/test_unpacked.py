@@ -6,6 +6,7 @@ import json
 import lzma
 import multiprocessing
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -163,7 +164,7 @@ def test_without_a_folder_a_file_is_read_as_before(tmp_path: Path, monkeypatch: 
 def _read_all(path: str, start: Any, answers: Any) -> None:
     names: list[str] = []
     made = unpacked._write
-    unpacked._write = lambda *arguments: names.append("made") or made(*arguments)
+    unpacked._write = lambda *arguments: names.append("made") or time.sleep(0.5) or made(*arguments)
     file, units = scanned(Path(path))
     start.wait(30)
     assert read(file, reversed(units)) == [row for unit in reversed(units) for row in ROWS[unit.first :][: unit.rows]]
