@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from olora_ray.config.schema import Config
+from olora_ray.tokens.order import order
 from olora_ray.tokens.packing import pack
 from olora_ray.tokens.store import Pack
 
@@ -67,12 +68,16 @@ class MemoryStore(list[Pack]):
 
     available_shards = shard_count = 1
     complete = True
+    windowed = False
 
     @property
     def total(self) -> int:
         return len(self)
 
     available = total
+
+    def order(self, seed: int, start: int, stop: int) -> Any:
+        return order(len(self), seed, start, stop)
 
     def refresh(self) -> None:
         """Nothing to look for."""

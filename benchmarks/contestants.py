@@ -22,7 +22,7 @@ from peers import model_of_peft, one_by_one, peft_trainer, trl_trainer
 from torch import Tensor
 
 from olora_ray.config.schema import Config
-from olora_ray.tokens.store import order
+from olora_ray.tokens.order import order
 
 LONGEST, RANK, ROWS_A_STEP = 512, 16, 16
 Rows = list[tuple[np.ndarray, np.ndarray]]

@@ -22,7 +22,7 @@ from olora_ray.adapter.inject import find_targets, inject
 from olora_ray.adapter.targets import Target
 from olora_ray.config.schema import Config
 from olora_ray.tokens.collate import collate
-from olora_ray.tokens.store import order
+from olora_ray.tokens.order import order
 from olora_ray.train.loader import StepLoader
 from olora_ray.train.loop import Trainer
 from olora_ray.train.loss import SupervisedLoss

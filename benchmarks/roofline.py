@@ -26,7 +26,7 @@ from multiplications import Shapes, needed, products, rates, shapes_of, timed
 from profiled import where
 
 from olora_ray.tokens.collate import collate
-from olora_ray.tokens.store import order
+from olora_ray.tokens.order import order
 from olora_ray.train.loader import StepLoader
 from olora_ray.train.schedule import Schedule
 

@@ -38,6 +38,9 @@ SECTIONS = {
     "sweep": "Sweep",
     "export": "Export",
     "sharded": "Sharded base",
+    "tree": "Gradient tree",
+    "memory": "Memory plan",
+    "scale": "A billion rows",
 }
 """Script -> heading, in the order of the page."""
 NEEDS_GPU = ("gpu",)

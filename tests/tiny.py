@@ -9,6 +9,7 @@ import torch
 
 from olora_ray.config.load import build
 from olora_ray.config.schema import Config
+from olora_ray.tokens.order import order
 
 VOCABULARY = 96
 
@@ -110,6 +111,7 @@ class ListStore:
     """
 
     digest = "list"
+    windowed = False
 
     def __init__(self, packs: Sequence[Any], sizes: Sequence[int] = (), arrived: int | None = None) -> None:
         self._packs = list(packs)
@@ -138,6 +140,12 @@ class ListStore:
     def refresh(self) -> None:
         """Look for more shards."""
         self.available_shards = self.arrived
+
+    def order(self, seed: int, start: int, stop: int) -> Any:
+        """The sequences at places of the training order."""
+        if self.total is None:
+            return np.arange(start, stop, dtype=np.int64)
+        return order(self.total, seed, start, stop)
 
     def locate(self, index: int) -> tuple[int, int, int]:
         """Shard, place in it, packs of the shard."""

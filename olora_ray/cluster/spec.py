@@ -37,13 +37,17 @@ class TrainSpec:
 
     def identity(self) -> dict[str, str]:
         """What decides the numbers of a run: digests of contents, wherever they lie, and the adapter's settings."""
-        return {
-            "base model": self.base.digest,
-            "tokenizer": self.tokenizer,
-            "training data": self.train.digest,
-            "held-out data": self.eval.digest if self.eval else "",
-            "adapter": self.config.adapter.identity(),
-        } | ({"start": self.start} if self.start else {})
+        return (
+            {
+                "base model": self.base.digest,
+                "tokenizer": self.tokenizer,
+                "training data": self.train.digest,
+                "held-out data": self.eval.digest if self.eval else "",
+                "adapter": self.config.adapter.identity(),
+            }
+            | ({"start": self.start} if self.start else {})
+            | ({"order": "windows"} if self.train.windowed else {})
+        )
 
     def base_identity(self) -> dict[str, str]:
         """What decides the numbers before the first step: the base model's, or those of the adapter to start from."""

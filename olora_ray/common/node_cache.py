@@ -33,9 +33,9 @@ def hold(entry: Path) -> None:
 
 
 def used(entry: Path) -> None:
-    """Note that an entry is used now."""
+    """Note that an entry is used now, in a file beside it: its own times tell whether its content has changed."""
     with contextlib.suppress(OSError):
-        os.utime(entry)
+        _note_of(entry).touch()
 
 
 def make_room(root: Path, entries: Iterable[Path], limit: int | None = None) -> None:
@@ -43,12 +43,12 @@ def make_room(root: Path, entries: Iterable[Path], limit: int | None = None) -> 
     _sweep(root)
     if limit is None:
         limit = int(shutil.disk_usage(root).total * SHARE)
-    found = [(entry.stat().st_mtime, entry, _bytes(entry)) for entry in entries if entry.exists()]
+    found = [(last_used(entry), entry, _bytes(entry)) for entry in entries if entry.exists()]
     total = sum(size for _, _, size in found)
-    for last_used, entry, size in sorted(found):
+    for at, entry, size in sorted(found):
         if total <= limit:
             return
-        if time.time() - last_used > MOMENT and _removed(entry):
+        if time.time() - at > MOMENT and _removed(entry):
             total -= size
 
 
@@ -59,6 +59,7 @@ def _removed(entry: Path) -> bool:
             away = entry.with_name(f".{entry.name}.{os.getpid()}.tmp")
             entry.rename(away)
             _delete(away)
+            _delete(_note_of(entry))
     except OSError:  # held, or another process was faster
         return False
     return True
@@ -83,6 +84,19 @@ def _bytes(entry: Path) -> int:
     if not entry.is_dir():
         return entry.stat().st_size
     return sum(file.lstat().st_size for file in entry.rglob("*") if file.is_file())
+
+
+def last_used(entry: Path) -> float:
+    """Time of its last use, or of its making."""
+    times = [0.0]
+    for path in (entry, _note_of(entry)):
+        with contextlib.suppress(OSError):
+            times.append(path.stat().st_mtime)
+    return max(times)
+
+
+def _note_of(entry: Path) -> Path:
+    return entry.with_name(f".{entry.name}.used")
 
 
 def _lock_of(entry: Path) -> Path:

@@ -8,7 +8,7 @@ import errno
 import hashlib
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,6 +19,8 @@ from olora_ray.common.errors import TryAgain, UserError, short_reason
 from olora_ray.common.patience import passes, patiently
 
 Found = TypeVar("Found")
+CHUNK = 8 * 2**20
+"""Bytes of a large file that are read at once."""
 
 
 def is_uri(place: str) -> bool:
@@ -152,12 +154,34 @@ def read_bytes(place: str) -> bytes:
     return ask(place, read)
 
 
-def write_bytes(place: str, content: bytes) -> None:
-    """Write a file atomically; makes the folder. A small file is one request to an object store."""
+def digest_of(place: str) -> str:
+    """SHA-256 of a file of any size; raises FileNotFoundError."""
+
+    def read(system: fs.FileSystem, path: str) -> str:
+        found = hashlib.sha256()
+        with system.open_input_stream(path, compression=None) as stream:
+            while chunk := stream.read(CHUNK):
+                found.update(chunk)
+        return found.hexdigest()
+
+    return ask(place, read)
+
+
+def write_bytes(place: str, content: bytes, durable: bool = True) -> None:
+    """Write a file atomically; makes the folder. A small file is one request to an object store.
+
+    What is not `durable` may be lost or cut by a power failure: for what is sealed and can be made again.
+    """
+    write_chunks(place, lambda: (content,), durable)
+
+
+def write_chunks(place: str, content: Callable[[], Iterable[bytes]], durable: bool = True) -> None:
+    """As `write_bytes`, for what is too large to be held; `content` gives all of it whenever it is called."""
 
     def write(system: fs.FileSystem, path: str) -> None:
         with system.open_output_stream(path, compression=None) as stream:
-            stream.write(content)
+            for chunk in content():
+                stream.write(chunk)
 
     if (path := local_path(place)) is None:
         ask(place, write)
@@ -166,18 +190,20 @@ def write_bytes(place: str, content: bytes) -> None:
     temporary = local_files.beside(path)
     try:
         with temporary.open("wb") as file:
-            file.write(content)
+            for chunk in content():
+                file.write(chunk)
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
 
 
-def write_text(place: str, text: str) -> None:
-    """Write UTF-8 text atomically."""
-    write_bytes(place, text.encode())
+def write_text(place: str, text: str, durable: bool = True) -> None:
+    """Write UTF-8 text atomically; see `write_bytes`."""
+    write_bytes(place, text.encode(), durable)
 
 
 def read_text(place: str) -> str:

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from olora_ray.common.errors import UserError
-from olora_ray.data.reader import Unit
 from olora_ray.data.sources import File
+from olora_ray.data.units import Unit
 
 CHUNK = 8 * 2**20
 STEP = 16

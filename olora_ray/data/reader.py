@@ -5,24 +5,26 @@ byte ranges of their uncompressed content, the others by row numbers. What is re
 lines and json files are checked by CRC-32, the others by size and time of change, and by CRC-32 where these differ.
 """
 
+import contextlib
 import csv
 import io
 import json
 import lzma
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 from pyarrow import ipc, parquet
 
 from olora_ray.common.errors import UserError, first_line
+from olora_ray.data import unpacked
 from olora_ray.data.addresses import open_filesystem
 from olora_ray.data.example import Rejected
 from olora_ray.data.json_file import BOM, read_whole, rows_of
 from olora_ray.data.sources import File
 from olora_ray.data.unchanged import Changed, as_scanned
+from olora_ray.data.units import Unit
 
 SKIP = 8 * 2**20
 """Bytes at a time when a compressed file is read up to the piece that is wanted."""
@@ -31,24 +33,6 @@ CELL_LIMIT = 2**31 - 1
 DELIMITERS = {"csv": ",", "tsv": "\t"}
 UNREADABLE = (pa.ArrowInvalid, OSError, EOFError, lzma.LZMAError)
 """What a damaged container or compression raises."""
-
-
-@dataclass(frozen=True, slots=True)
-class Unit:
-    """A piece of a file: the smallest thing that is read at once."""
-
-    first: int
-    """Place of its first row."""
-    rows: int
-    """Rows, blank lines included."""
-    offset: int
-    """First byte, in files of lines; elsewhere 0."""
-    size: int
-    """Its bytes, uncompressed (an estimate where rows cannot be told apart without reading)."""
-    before: int = 0
-    """CRC-32 of everything before it, in files of lines; elsewhere 0."""
-    after: int = 0
-    """CRC-32 of everything up to its end, in files of lines; elsewhere of the whole file, uncompressed."""
 
 
 Located = tuple[int, Any]
@@ -102,11 +86,30 @@ def _range(file: File, unit: Unit) -> bytes:
         with system.open_input_file(path) as stream:
             stream.seek(unit.offset)
             return bytes(stream.read(unit.size))
+    if (found := _from_copy(file, unit)) is not None:
+        return found
     with open_stream(file) as stream:
         left = unit.offset
         while left > 0 and (skipped := len(stream.read(min(SKIP, left)))):
             left -= skipped
         return bytes(stream.read(unit.size))
+
+
+def _from_copy(file: File, unit: Unit) -> bytes | None:
+    """The bytes of a unit from this node's copy of a compressed file; None if there is none with the right bytes."""
+    path = unpacked.find(file)
+    if path is None and unit.offset >= unpacked.WORTH_IT:
+        with open_stream(file) as stream:
+            path = unpacked.make(file, stream)
+    if path is None:
+        return None
+    with contextlib.suppress(FileNotFoundError), path.open("rb") as copy:
+        copy.seek(unit.offset)
+        content = copy.read(unit.size)
+        if zlib.crc32(content, unit.before) == unit.after:
+            return content
+        unpacked.drop(file)
+    return None
 
 
 def _jsonl(file: File, unit: Unit, header: Sequence[str], columns: Sequence[str]) -> Iterator[Located]:

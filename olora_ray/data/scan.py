@@ -1,7 +1,6 @@
 """Scan of a file in one pass: the digest of its content, and the units by which it can be read from anywhere.
 
-Scanning costs about as much as reading. The result for a large file is kept under the storage path,
-and holds as long as the file's size and time of change do.
+Scanning costs about as much as reading, so the results are kept (kept_scans.py).
 """
 
 import contextlib
@@ -10,82 +9,37 @@ import hashlib
 import itertools
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from pyarrow import parquet
 
-from olora_ray.common import storage
-from olora_ray.common.digests import digest
 from olora_ray.common.errors import UserError
-from olora_ray.common.sealed import read_sealed, seal
-from olora_ray.data import csv_records, json_file, lines, reader
+from olora_ray.data import csv_records, json_file, kept_scans, lines, reader
 from olora_ray.data.addresses import open_filesystem
-from olora_ray.data.reader import Unit
 from olora_ray.data.sources import File
 from olora_ray.data.unchanged import steady
+from olora_ray.data.units import FileScan, Unit, Units
 
 UNITS_WANTED = 64
 """Of a file that `datasets` has saved."""
 SLOW_UNITS = 8
 """Of a file each of whose units costs a pass over all of it, or over its row group."""
-CACHED_FROM = 64 * 2**20
-"""Bytes from which the scan of a file is kept."""
-KEPT_VERSION = 3
-"""Changes whenever a kept scan would be another."""
 
 
-@dataclass(frozen=True)
-class FileScan:
-    """Digest, size and units of a file."""
-
-    sha256: str
-    rows: int
-    """Rows, blank lines included."""
-    columns: tuple[str, ...]
-    """Names of the columns where the file has a header or schema."""
-    units: tuple[Unit, ...]
-
-
-def scan(file: File, storage_root: str) -> FileScan:
+def scan(file: File, storage_root: str, keep: bool = True) -> FileScan:
     """Scan a file, or take the kept result; raises UserError for a file that is broken as a whole."""
-    kept = _kept_at(file, storage_root)
-    if kept is None:
-        return _scan(file)
-    if (tree := read_sealed(kept)) is not None:
-        return _from_json(tree)
+    if (kept := kept_scans.find(file, storage_root)) is not None:
+        return kept
+    state = kept_scans.state_of(file)
     result = _scan(file)
-    storage.write_text(kept, seal(_to_json(result)))
+    if keep:
+        kept_scans.keep(file, storage_root, result, state)
     return result
-
-
-def forget(file: File, storage_root: str) -> None:
-    """Drop the kept scan of a file that has other content, though size and time of change are the same."""
-    if (kept := _kept_at(file, storage_root)) is not None:
-        storage.remove(kept)
 
 
 def head(file: File) -> FileScan:
     """A cheap look at a file: without digest, with the units at its start, and an estimate of its rows."""
     return dataclasses.replace(_scan(file, limit=lines.CHUNK), sha256="")
-
-
-def _kept_at(file: File, storage_root: str) -> str | None:
-    """Where the scan of a file is kept; None if it is not."""
-    if file.size < CACHED_FROM or not file.modified:
-        return None
-    key = digest(KEPT_VERSION, file.uri, file.size, file.modified, length=32)
-    return storage.join(storage_root, "tokens", "scans", f"{key}.json")
-
-
-def _to_json(scan: FileScan) -> dict[str, Any]:
-    units = [[unit.first, unit.rows, unit.offset, unit.size, unit.before, unit.after] for unit in scan.units]
-    return {"sha256": scan.sha256, "rows": scan.rows, "columns": scan.columns, "units": units}
-
-
-def _from_json(tree: dict[str, Any]) -> FileScan:
-    units = tuple(Unit(*numbers) for numbers in tree["units"])
-    return FileScan(tree["sha256"], tree["rows"], tuple(tree["columns"]), units)
 
 
 def _scan(file: File, limit: int | None = None) -> FileScan:
@@ -181,8 +135,8 @@ def _lines(file: File, limit: int | None = None) -> FileScan:
         seen = hashed.bytes
         if limit is None:
             hashed.finish()
-    units = tuple(lines.documents(marks) if file.kind == "text" else lines.row_units(marks, file))
-    rows = sum(unit.rows for unit in units)
+    units = Units.of(lines.documents(marks) if file.kind == "text" else lines.row_units(marks, file))
+    rows = units.rows
     if limit is not None:
         rows = round(rows * max(1.0, file.size / max(seen, 1)))
     return FileScan(hashed.sha256.hexdigest(), rows, columns, units)
@@ -194,7 +148,7 @@ def _json(file: File) -> FileScan:
         hashed.finish()
     rows, crc = len(json_file.rows_of(file, content)), zlib.crc32(content)
     units = (dataclasses.replace(unit, after=crc) for unit in _slices(0, rows, file.size, SLOW_UNITS))
-    return FileScan(hashed.sha256.hexdigest(), rows, (), tuple(units))
+    return FileScan(hashed.sha256.hexdigest(), rows, (), Units.of(units))
 
 
 def _slices(first: int, rows: int, size: int, wanted: int) -> Iterator[Unit]:
@@ -230,4 +184,4 @@ def _arrow(file: File, whole: bool) -> FileScan:
 
 def _with_digests(file: File, rows: int, columns: tuple[str, ...], units: Iterable[Unit], whole: bool) -> FileScan:
     sha256, crc = _digests(file) if whole else ("", 0)
-    return FileScan(sha256, rows, columns, tuple(dataclasses.replace(unit, after=crc) for unit in units))
+    return FileScan(sha256, rows, columns, Units.of(dataclasses.replace(unit, after=crc) for unit in units))

@@ -15,8 +15,9 @@ from olora_ray.config.schema import Config, Source
 from olora_ray.data import reader, suggest
 from olora_ray.data.example import Rejected
 from olora_ray.data.formats import columns_of, to_example
-from olora_ray.data.scan import FileScan, head
+from olora_ray.data.scan import head
 from olora_ray.data.sources import File, list_files
+from olora_ray.data.units import FileScan
 
 ROWS = 10
 """Rows of a place that are looked at."""

@@ -5,8 +5,9 @@ A shard is a fixed list of units, so any process can make any shard, in any orde
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -16,11 +17,11 @@ from olora_ray.common.errors import UserError
 from olora_ray.config.evaluation import AnyConfig
 from olora_ray.config.schema import Source
 from olora_ray.data.form import digest_inputs
-from olora_ray.data.reader import Unit
-from olora_ray.data.scan import FileScan
 from olora_ray.data.sources import File, list_files
 from olora_ray.data.tokenize import TokenizerSpec
-from olora_ray.tokens import rng
+from olora_ray.data.units import FileScan, Units
+from olora_ray.tokens import layout
+from olora_ray.tokens.layout import Pieces, Shards
 
 VERSION = 1
 """Changes whenever the same input would give other shards; the next two do so for some inputs only."""
@@ -40,19 +41,6 @@ Scanner = Callable[[Sequence[Sequence[File]]], list[list[FileScan]]]
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """One entry of the plan: a unit, and what of it is taken."""
-
-    file: int
-    """Index into `Plan.files`."""
-    unit: Unit
-    turn: int
-    """Number of the pass over the source."""
-    share: float
-    """Of the rows; below 1 they are drawn by a hash of their place, see draws.py."""
-
-
-@dataclass(frozen=True)
 class PlannedFile:
     """A file and how its rows are read."""
 
@@ -62,15 +50,13 @@ class PlannedFile:
     columns: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Everything that the shards of a store follow from."""
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """How rows become sequences: what all shards of a store have in common."""
 
     split: Split
     spec: TokenizerSpec
     sources: tuple[Source, ...]
-    files: tuple[PlannedFile, ...]
-    shards: tuple[tuple[Piece, ...], ...]
     max_length: int
     packing: bool
     seed: int
@@ -79,10 +65,38 @@ class Plan:
     draw: str = ""
     """Digest of all files: other data, as every night, draw other rows where a weight is not whole."""
 
-    @property
+
+@dataclass(frozen=True)
+class Part:
+    """One shard of a plan and the files that it reads: all that a task needs beside the rules."""
+
+    number: int
+    """Of the shard."""
+    pieces: Pieces
+    files: Mapping[int, PlannedFile]
+    """By their numbers in the plan."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan(Rules):
+    """Everything that the shards of a store follow from."""
+
+    files: tuple[PlannedFile, ...]
+    shards: Shards
+
+    def part(self, number: int) -> Part:
+        """What one shard is made of."""
+        pieces = self.shards[number].compact()
+        return Part(number, pieces, {file: self.files[file] for file in np.unique(pieces.files).tolist()})
+
+    def rules(self) -> Rules:
+        """The plan without its files and shards."""
+        return Rules(**{each.name: getattr(self, each.name) for each in dataclasses.fields(Rules)})
+
+    @cached_property
     def rows(self) -> float:
         """Rows that will be read, about: blank lines and what the draws choose are not known yet."""
-        return sum(_rows(piece) for shard in self.shards for piece in shard) * self.kept_share
+        return float(self.shards.pieces.rows.sum()) * self.kept_share
 
     @property
     def kept_share(self) -> float:
@@ -139,22 +153,21 @@ def make_plan(config: AnyConfig, spec: TokenizerSpec, split: Split, scan: Scanne
     if not sources:
         raise UserError(f"{setting}: no source is set")
     listed = [list_files(source, f"{setting}.{n}", config.run.storage) for n, source in enumerate(sources)]
-    files: list[PlannedFile] = []
-    units: list[list[tuple[int, Unit]]] = []
-    for number, (found, scans) in enumerate(zip(listed, scan(listed), strict=True)):
-        units.append([])
-        for file, result in zip(found, scans, strict=True):
-            units[-1].extend((len(files), unit) for unit in result.units)
-            files.append(PlannedFile(file, number, result.sha256, result.columns))
-        if not units[-1]:
+    files, units, borders = _planned(listed, scan(listed))
+    for number, (low, high) in enumerate(itertools.pairwise(borders)):
+        if low == high:
             raise UserError(f"{setting}.{number}.path: {sources[number].path} is empty: it has no rows")
-    pieces = _mixed(sources, units, config.run.seed) if split == "train" else _in_turn(sources, units)
+    table, weights = layout.joined(units), [source.weight for source in sources]
+    if split == "train":
+        pieces = layout.mixed(table, borders, weights, config.run.seed)
+    else:
+        pieces = layout.in_turn(table, borders, weights)
     return Plan(
         split=split,
         spec=spec,
         sources=sources,
         files=tuple(files),
-        shards=tuple(_shards(pieces)),
+        shards=_shards(pieces),
         max_length=config.data.max_length,
         packing=spec.packing(config.data.packing),
         seed=config.run.seed,
@@ -164,64 +177,31 @@ def make_plan(config: AnyConfig, spec: TokenizerSpec, split: Split, scan: Scanne
     )
 
 
-def _turns(weight: float) -> list[float]:
-    """The share of the rows in each pass: 2.5 -> 1, 1, 0.5."""
-    whole = int(weight)
-    rest = weight - whole
-    return [1.0] * whole + ([rest] if rest > 1e-9 or not whole else [])
+def _planned(
+    listed: Sequence[Sequence[File]], scanned: Sequence[Sequence[FileScan]]
+) -> tuple[list[PlannedFile], list[Units], list[int]]:
+    """The files of all sources, the units of each, and how many units come before each source, and in all."""
+    files, units, borders = list[PlannedFile](), list[Units](), [0]
+    for number, (found, scans) in enumerate(zip(listed, scanned, strict=True)):
+        files += [PlannedFile(file, number, each.sha256, each.columns) for file, each in zip(found, scans, strict=True)]
+        units += [each.units for each in scans]
+        borders.append(borders[-1] + sum(len(each.units) for each in scans))
+    return files, units, borders
 
 
-def _pieces(units: list[tuple[int, Unit]], weight: float, seed: tuple[int, int] | None) -> list[Piece]:
-    """The units of a source as often as its weight says; each turn in an order of its own, if there is a seed."""
-    pieces: list[Piece] = []
-    for turn, share in enumerate(_turns(weight)):
-        order = range(len(units)) if seed is None else rng.permutation(len(units), rng.key("units", *seed, turn))
-        pieces.extend(Piece(*units[index], turn, share) for index in order)
-    return pieces
-
-
-def _in_turn(sources: Sequence[Source], units: list[list[tuple[int, Unit]]]) -> list[Piece]:
-    """The sources one after the other, in the order of their files."""
-    return [
-        piece for source, found in zip(sources, units, strict=True) for piece in _pieces(found, source.weight, None)
-    ]
-
-
-def _mixed(sources: Sequence[Source], units: list[list[tuple[int, Unit]]], seed: int) -> list[Piece]:
-    """Each source shuffled, then all interleaved so that each is spread evenly over the whole."""
-    spread: list[tuple[float, int, Piece]] = []
-    for number, (source, found) in enumerate(zip(sources, units, strict=True)):
-        pieces = _pieces(found, source.weight, (seed, number))
-        rows = np.array([_rows(piece) for piece in pieces])
-        middles = (np.cumsum(rows) - rows / 2) / rows.sum()
-        spread.extend((middle, number, piece) for middle, piece in zip(middles.tolist(), pieces, strict=True))
-    spread.sort(key=lambda entry: entry[:2])
-    return [piece for _, _, piece in spread]
-
-
-def _rows(piece: Piece) -> float:
-    return piece.unit.rows * piece.share
-
-
-def _shards(pieces: list[Piece]) -> list[tuple[Piece, ...]]:
+def _shards(pieces: Pieces) -> Shards:
     """Consecutive pieces, cut by rows and bytes into shards of about equal size."""
-    rows = np.array([_rows(piece) for piece in pieces])
-    size = np.array([piece.unit.size * piece.share for piece in pieces])
+    rows, size = pieces.rows, pieces.sizes
     wanted = float(np.clip(rows.sum() / SHARDS_WANTED, *SHARD_ROWS))
     count = max(1, round(float(max(rows.sum() / wanted, size.sum() / SHARD_BYTES))))
     cost = np.maximum(rows / rows.sum(), size / max(size.sum(), 1.0))
     shard = np.minimum((np.cumsum(cost) - cost / 2) / cost.sum() * count, count - 1).astype(int)
-    cuts = [0, *(np.flatnonzero(np.diff(shard)) + 1).tolist(), len(pieces)]
-    return [tuple(pieces[low:high]) for low, high in itertools.pairwise(cuts)]
+    return Shards(pieces, np.array([0, *(np.flatnonzero(np.diff(shard)) + 1).tolist(), len(pieces)]))
 
 
 def sample(plan: Plan, limit: int) -> Plan:
     """The plan cut down to about `limit` rows from its front, as one shard."""
-    kept: list[Piece] = []
-    rows = 0.0
-    for shard in plan.shards:
-        for piece in shard:
-            if rows < limit:
-                kept.append(piece)
-                rows += _rows(piece) * plan.kept_share
-    return dataclasses.replace(plan, shards=(tuple(kept),))
+    pieces = plan.shards.pieces
+    before = (np.cumsum(pieces.rows) - pieces.rows) * plan.kept_share
+    kept = pieces[: int(np.searchsorted(before, limit))]
+    return dataclasses.replace(plan, shards=Shards(kept, np.array([0, len(kept)])))

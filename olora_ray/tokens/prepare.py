@@ -4,15 +4,17 @@ import contextlib
 import itertools
 import logging
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError
 from olora_ray.config.evaluation import AnyConfig
-from olora_ray.data.scan import FileScan, scan
+from olora_ray.data.kept_scans import find_all
+from olora_ray.data.scan import scan
 from olora_ray.data.sources import File, total_bytes
 from olora_ray.data.tokenize import TokenizerSpec
+from olora_ray.data.units import FileScan
 from olora_ray.tokens import notes, ray_map, writer
 from olora_ray.tokens.draws import warn_of_empty
 from olora_ray.tokens.manifest import Manifest
@@ -119,7 +121,7 @@ def begin(config: AnyConfig, spec: TokenizerSpec, split: Split) -> StoreBuild:
     Reads all data once unless it was read before, with Ray if it is large. Raises UserError for data that
     cannot be used, as far as that is known before tokenising.
     """
-    plan = make_plan(config, spec, split, lambda found: _scan_all(found, config.run.storage))
+    plan = make_plan(config, spec, split, lambda found: _scan_all(found, config.run.storage, _scan_there))
     root = config.run.storage
     job = writer.StoreSpec(plan, storage.join(root, "tokens", plan.digest()), root)
     limits = Limits.of(config, split)
@@ -153,36 +155,46 @@ def prepare(config: AnyConfig, spec: TokenizerSpec, split: Split) -> TokenStore:
 def plan_here(config: AnyConfig, spec: TokenizerSpec, split: Split) -> Plan:
     """The plan of a split's store, whose digest says what it is made of; all data is looked at here, without Ray.
 
-    Large files that were scanned before are not read again. Raises UserError for missing or empty sources.
+    Files that were scanned before are not read again. Raises UserError for missing or empty sources.
     """
     root = config.run.storage
-    return make_plan(config, spec, split, lambda sources: [[scan(file, root) for file in files] for files in sources])
+    return make_plan(config, spec, split, lambda found: _scan_all(found, root, _scan_here))
 
 
-def scan_file(job: tuple[Sequence[File], str], number: int) -> FileScan | str:
+def scan_file(storage_root: str, file: File) -> FileScan | str:
     """Scan one file; an error for the user is returned as text."""
-    files, storage_root = job
     try:
-        return scan(files[number], storage_root)
+        return scan(file, storage_root)
     except UserError as error:
         return str(error)
 
 
-def _scan_all(sources: Sequence[Sequence[File]], storage_root: str) -> list[list[FileScan]]:
+Results = Generator[FileScan | str, None, None]
+
+
+def _scan_here(files: Sequence[File], storage_root: str) -> Results:
+    return (scan_file(storage_root, file) for file in files)
+
+
+def _scan_there(files: Sequence[File], storage_root: str) -> Results:
+    """Scans by tasks of Ray, if they would take long here."""
+    if (size := total_bytes(files)) <= SCAN_HERE:
+        return _scan_here(files, storage_root)
+    logger.info(f"tokens: scanning {len(files):,} files, {size / 1e9:,.1f} GB")
+    return ray_map.map_ordered(scan_file, storage_root, files)
+
+
+def _scan_all(
+    sources: Sequence[Sequence[File]], storage_root: str, scan_files: Callable[[Sequence[File], str], Results]
+) -> list[list[FileScan]]:
+    """The scans of the files of each source; only those that are not kept are made, by `scan_files`."""
     files = [file for source in sources for file in source]
-    job = (files, storage_root)
-    numbers = list(range(len(files)))
-    size = total_bytes(files)
-    if size <= SCAN_HERE:
-        found: Generator[FileScan | str, None, None] = (scan_file(job, number) for number in numbers)
-    else:
-        logger.info(f"tokens: scanning {len(files):,} files, {size / 1e9:,.1f} GB")
-        found = ray_map.map_ordered(scan_file, job, numbers)
-    scans = []
-    with contextlib.closing(found):
-        for result in found:
+    scans = find_all(files, storage_root)
+    missing = [number for number, found in enumerate(scans) if found is None]
+    with contextlib.closing(scan_files([files[number] for number in missing], storage_root)) as results:
+        for number, result in zip(missing, results, strict=True):
             if isinstance(result, str):
                 raise UserError(result)
-            scans.append(result)
-    rest = iter(scans)
+            scans[number] = result
+    rest = (found for found in scans if found is not None)
     return [list(itertools.islice(rest, len(source))) for source in sources]

@@ -13,12 +13,14 @@ from numpy.typing import NDArray
 
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config, Source
-from olora_ray.data.scan import FileScan, head, scan
+from olora_ray.data.scan import head, scan
 from olora_ray.data.sources import File, total_bytes
 from olora_ray.data.tokenize import TokenizerSpec, Tokens
+from olora_ray.data.units import FileScan, Units
 from olora_ray.tokens import manifest, notes
 from olora_ray.tokens import shard as shards
 from olora_ray.tokens.plan import Plan, Split, make_plan, sample, sources_of
+from olora_ray.tokens.rejected import RejectedRows
 from olora_ray.tokens.store import Pack
 from olora_ray.tokens.totals import Limits, Totals
 
@@ -91,9 +93,9 @@ def describe(config: Config, spec: TokenizerSpec, split: Split = "train", limit:
     """
     look = _Look(config, split)
     plan = make_plan(config, spec, split, look)
-    whole = look.complete and sum(piece.unit.size for pieces in plan.shards for piece in pieces) <= READ_ALL
+    whole = look.complete and plan.shards.pieces.bytes <= READ_ALL
     part = plan if whole else sample(plan, limit)
-    exact = look.complete and sum(map(len, part.shards)) == sum(map(len, plan.shards))
+    exact = look.complete and len(part.shards.pieces) == len(plan.shards.pieces)
     limits = Limits.of(config, split)
     if split == "train" or config.data.eval:
         for line in notes.form_lines(plan):
@@ -107,9 +109,9 @@ def describe(config: Config, spec: TokenizerSpec, split: Split = "train", limit:
 
 def _made(plan: Plan, limits: Limits, exact: bool) -> tuple[list[shards.Shard], Totals]:
     """The shards of the plan, in memory, judged as `tokens.writer.make` judges them."""
-    totals, made = Totals(plan), []
+    totals, made = Totals(plan, RejectedRows(plan)), []
     for number in range(len(plan.shards)):
-        made.append(shards.build(plan, number))
+        made.append(shards.build(plan, plan.part(number)))
         totals.add(made[-1].sidecar(b""), fresh=True)
         if totals.hopeless(limits):
             break
@@ -193,6 +195,6 @@ class _Look:
 
     def _source(self, files: Sequence[File]) -> list[FileScan]:
         if self.complete:
-            return [scan(file, self._storage) for file in files]
-        unseen = FileScan("", 0, (), ())
+            return [scan(file, self._storage, keep=False) for file in files]
+        unseen = FileScan("", 0, (), Units.of(()))
         return [head(file) if number < FILES_LOOKED_AT else unseen for number, file in enumerate(files)]

@@ -3,23 +3,37 @@
 import contextlib
 import logging
 import pickle
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, TypeVar
 
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 TASKS = 4000
-"""Tasks at most; with more numbers than that a task works on several."""
+"""Tasks at most; with more items than that a task works on several."""
+
+
+class Lazy(Sequence[Item]):
+    """Items that are made one at a time, when they are looked at."""
+
+    def __init__(self, make: Callable[[Any], Item], sources: Sequence[Any]) -> None:
+        self._make, self._sources = make, sources
+
+    def __len__(self) -> int:
+        return len(self._sources)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._make(self._sources[index])
 
 
 def map_ordered(
-    work: Callable[[Any, int], Result], shared: Any, numbers: list[int], cpus_held: float = 0.0
+    work: Callable[[Any, Item], Result], shared: Any, items: Sequence[Item], cpus_held: float = 0.0
 ) -> Generator[Result, None, None]:
-    """The results of `work(shared, number)`, in the order of `numbers`, made by Ray Data's tasks.
+    """The results of `work(shared, item)`, in the order of `items`, made by Ray Data's tasks.
 
-    `shared` travels once to each node. `work` must be a module's function and give the same result
-    whenever it is repeated: Ray repeats it after a failure. `cpus_held` are CPUs that others hold all the
-    time. Needs ray.init; close the generator to stop early.
+    `shared` travels once to each node and is unpacked once in each process, an item to its own task only. `work`
+    must be a module's function and give the same result whenever it is repeated: Ray repeats it after a failure.
+    `cpus_held` are CPUs that others hold all the time. Needs ray.init; close the generator to stop early.
     """
     import ray
     import ray.data
@@ -27,11 +41,14 @@ def map_ordered(
     reference = ray.put(shared)
 
     def task(row: dict[str, Any]) -> dict[str, Any]:
-        return {"result": pickle.dumps(work(_fetched(reference), int(row["item"])))}
+        item = pickle.loads(row["item"])  # noqa: S301 - made by the driver a moment ago
+        return {"result": pickle.dumps(work(_fetched(reference), item))}
 
+    # Ray packs them block by block, so that the driver never holds all of them.
+    packed: Any = Lazy(lambda item: {"item": pickle.dumps(item)}, items)
     with quiet_stream():
-        blocks = min(len(numbers), TASKS)
-        results = ray.data.from_items(numbers, override_num_blocks=blocks).map(task, **_resources(cpus_held))
+        blocks = min(len(items), TASKS)
+        results = ray.data.from_items(packed, override_num_blocks=blocks).map(task, **_resources(cpus_held))
         # Closed here, in the thread that reads: Ray Data cannot stop its threads from a collector's call.
         stream: Any = iter(results.iter_batches(batch_size=None, batch_format="pyarrow"))
         with contextlib.closing(stream) as batches:

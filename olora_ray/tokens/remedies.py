@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 MEND = "mend or remove them"
@@ -10,7 +10,7 @@ COLUMNS = ("missing_field", "wrong_type", "not_an_object")
 """Reasons that mean that a format does not fit the file."""
 
 
-def remedy(reasons: Mapping[str, int], rejected: Sequence[dict[str, Any]], rows: int, where: str) -> str:
+def remedy(reasons: Mapping[str, int], rejected: Iterable[dict[str, Any]], rows: int, where: str) -> str:
     """What mends most of the rejected rows; where some of the `rows` can be used, also how to allow as many.
 
     `where` names the setting of their sources.
@@ -26,10 +26,11 @@ def remedy(reasons: Mapping[str, int], rejected: Sequence[dict[str, Any]], rows:
     return first if bad == rows else f"{first}, or allow as many with data.max_rejected={_at_least(bad / rows):g}"
 
 
-def _longer(rejected: Sequence[dict[str, Any]]) -> str:
+def _longer(rejected: Iterable[dict[str, Any]]) -> str:
     """The length at which no row is too long; it stands in the messages of those that are."""
-    lengths = [int(found[1]) for entry in rejected if (found := re.match(r"(\d+) tokens", str(entry["message"])))]
-    return f"raise data.max_length, to {max(lengths)} for all of them" if lengths else "raise data.max_length"
+    lengths = (int(found[1]) for entry in rejected if (found := re.match(r"(\d+) tokens", str(entry["message"]))))
+    longest = max(lengths, default=None)
+    return f"raise data.max_length, to {longest} for all of them" if longest else "raise data.max_length"
 
 
 def _at_least(share: float) -> float:

@@ -18,9 +18,10 @@ from olora_ray.data.reader import read_unit
 from olora_ray.data.tokenize import ExampleTokenizer, Tokens
 from olora_ray.tokens import notes, rng
 from olora_ray.tokens.draws import taken
+from olora_ray.tokens.layout import Piece
 from olora_ray.tokens.manifest import PLACE_BITS
 from olora_ray.tokens.packing import pack
-from olora_ray.tokens.plan import Piece, Plan
+from olora_ray.tokens.plan import Part, PlannedFile, Rules
 
 SCHEMA = pa.schema(
     [
@@ -87,13 +88,13 @@ class Shard:
         }
 
 
-def build(plan: Plan, number: int) -> Shard:
-    """Make shard `number` of the plan, in memory; raises UserError for a broken file, tokenizer or template."""
+def build(rules: Rules, part: Part) -> Shard:
+    """Make a shard in memory; raises UserError for a broken file, tokenizer or template."""
     shard = Shard()
-    tokenize = ExampleTokenizer(plan.spec, plan.max_length, plan.last_turn_only)
-    for piece in plan.shards[number]:
-        _add(shard, plan, piece, tokenize)
-    _arrange(shard, plan, number)
+    tokenize = ExampleTokenizer(rules.spec, rules.max_length, rules.last_turn_only)
+    for piece in part.pieces:
+        _add(shard, rules, part.files[piece.file], piece, tokenize)
+    _arrange(shard, rules, part.number)
     return shard
 
 
@@ -106,11 +107,10 @@ def file_bytes(table: pa.Table) -> bytes:
     return sink.getvalue()
 
 
-def _add(shard: Shard, plan: Plan, piece: Piece, tokenize: ExampleTokenizer) -> None:
-    planned = plan.files[piece.file]
-    source = plan.sources[planned.source]
-    chat = as_chat(source, plan.spec)
-    for place, row in _rows(plan, piece):
+def _add(shard: Shard, rules: Rules, planned: PlannedFile, piece: Piece, tokenize: ExampleTokenizer) -> None:
+    source = rules.sources[planned.source]
+    chat = as_chat(source, rules.spec)
+    for place, row in _rows(rules, planned, piece):
         shard.rows += 1
         shard.rows_of[planned.source] += 1
         try:
@@ -134,13 +134,12 @@ def _add(shard: Shard, plan: Plan, piece: Piece, tokenize: ExampleTokenizer) -> 
         shard.origins.extend([(piece.file << PLACE_BITS) + place] * len(found))
 
 
-def _rows(plan: Plan, piece: Piece) -> Iterator[tuple[int, Any]]:
-    planned = plan.files[piece.file]
-    source = plan.sources[planned.source]
+def _rows(rules: Rules, planned: PlannedFile, piece: Piece) -> Iterator[tuple[int, Any]]:
+    source = rules.sources[planned.source]
     wanted = columns_of(source.format, source.fields)
     rows = read_unit(planned.file, piece.unit, planned.columns, wanted)
     first = piece.unit.first
-    keep = taken(plan, piece, np.arange(first, first + piece.unit.rows, dtype=np.int64))
+    keep = taken(rules, planned, piece, np.arange(first, first + piece.unit.rows, dtype=np.int64))
     for place, row in rows:
         if keep[place - first]:
             yield place, _with_columns(row, planned.columns)
@@ -153,22 +152,22 @@ def _with_columns(row: Any, columns: Sequence[str]) -> Any:
     return {**dict.fromkeys(columns), **row}
 
 
-def _arrange(shard: Shard, plan: Plan, number: int) -> None:
+def _arrange(shard: Shard, rules: Rules, number: int) -> None:
     """Shuffle (training) and pack the examples; evaluation keeps the order of the rows as far as packing lets it."""
     count = len(shard.examples)
     order = np.arange(count, dtype=np.int64)
-    if plan.split == "train":
-        order = rng.permutation(count, rng.key("rows", plan.seed, number))
-    if plan.packing:
+    if rules.split == "train":
+        order = rng.permutation(count, rng.key("rows", rules.seed, number))
+    if rules.packing:
         lengths = [len(shard.examples[index].ids) for index in order]
-        chosen = [sorted(members) for members in pack(lengths, plan.max_length)]
+        chosen = [sorted(members) for members in pack(lengths, rules.max_length)]
     else:
         chosen = [[place] for place in range(count)]
     chosen.sort()
     packs = [[int(order[place]) for place in members] for members in chosen]
-    if plan.split == "train":
+    if rules.split == "train":
         # Packing filled the packs from the longest example down: shuffle what the sort has left of that.
-        packs = [packs[index] for index in rng.permutation(len(packs), rng.key("packs", plan.seed, number))]
+        packs = [packs[index] for index in rng.permutation(len(packs), rng.key("packs", rules.seed, number))]
     shard.packs = packs
 
 

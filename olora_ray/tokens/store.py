@@ -10,23 +10,20 @@ A store is read while it grows: shards are made in order, and those at its front
 the last. Reading needs neither Ray nor the tokenizer.
 """
 
-import fcntl
+import itertools
 import threading
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
-from pyarrow import ipc
 
-from olora_ray.common import local_files, node_cache, sealed, storage
-from olora_ray.common.digests import digest_file
+from olora_ray.common import sealed, storage
 from olora_ray.common.errors import UserError
-from olora_ray.tokens import rng
+from olora_ray.tokens.front import Front
 from olora_ray.tokens.manifest import (
     Manifest,
     Outline,
@@ -37,9 +34,14 @@ from olora_ray.tokens.manifest import (
     shard_name,
     sidecar_name,
 )
+from olora_ray.tokens.order import FEW_SHARDS, WINDOW, WindowedPass
+from olora_ray.tokens.order import order as order
+from olora_ray.tokens.shard_files import ShardFiles
 
-OPEN_SHARDS = 512
+OPEN_SHARDS = max(FEW_SHARDS, 2 * WINDOW)
 """Shards that a process keeps mapped."""
+LOOKS_AT_ONCE = 32
+"""Shards of a growing store that are looked for at the same time."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +70,11 @@ class TokenStore:
         self.uri, self.digest, self.shard_count = uri, outline.digest, outline.shards
         self.max_length, self.files = outline.max_length, outline.files
         self._outline, self._manifest = outline, manifest
-        self._known = _Known.of(manifest.shards if manifest else shards)
+        self._known = Front.of(manifest.shards if manifest else shards, outline.shards)
         self._lock = threading.Lock()
+        self._files = ShardFiles(uri, outline.digest)
         self._map = lru_cache(OPEN_SHARDS)(self._opened)
+        self._pass = lru_cache(2)(self._windowed)  # a step may lie in two
 
     @classmethod
     def open(cls, uri: str) -> "TokenStore":
@@ -94,7 +98,7 @@ class TokenStore:
 
     def __reduce__(self) -> tuple[Callable[..., "TokenStore"], tuple[Any, ...]]:
         """The address and what is known; shards are mapped again where it arrives."""
-        shards = () if self._manifest else self._known.shards
+        shards = () if self._manifest else self._known.all()
         return TokenStore, (self.uri, self._outline, shards, self._manifest)
 
     @property
@@ -105,7 +109,7 @@ class TokenStore:
     @property
     def available_shards(self) -> int:
         """Number of shards at the front that were there at the last look."""
-        return len(self._known.shards)
+        return len(self._known)
 
     @property
     def available(self) -> int:
@@ -116,7 +120,7 @@ class TokenStore:
     def total(self) -> int | None:
         """Number of sequences of the store; None while shards are missing."""
         known = self._known
-        return int(known.ends[-1]) if len(known.shards) == self.shard_count else None
+        return int(known.ends[-1]) if len(known) == self.shard_count else None
 
     @property
     def manifest(self) -> Manifest:
@@ -127,12 +131,44 @@ class TokenStore:
         return self._manifest
 
     def refresh(self) -> None:
-        """Look for the manifest and for more shards; two requests to the storage when there is nothing new."""
+        """Look for the manifest and for more shards; two requests to the storage when there is nothing new.
+
+        A shard that is new costs two or three requests, of which many are under way at the same time.
+        """
         with self._lock:
             if self._manifest is None and (found := self._found_manifest()):
-                self._known, self._manifest = _Known.of(found.shards), found
-            while self._manifest is None and (info := self._next_shard()):
-                self._known = _Known.of((*self._known.shards, info))
+                self._known, self._manifest = Front.of(found.shards, self.shard_count), found
+            found_all, width = self._manifest is not None, 1
+            while not found_all:
+                infos = self._next_shards(width)
+                self._known = self._known.more(infos)
+                found_all, width = len(infos) < width, min(2 * width, LOOKS_AT_ONCE)
+
+    def order(self, seed: int, start: int, stop: int) -> NDArray[np.int64]:
+        """The sequences at places start..stop-1 of the endless training order, (stop - start,); see order.py.
+
+        Any range costs about its own length. While shards are missing only the first pass is known.
+        """
+        if self.total is None:
+            return np.arange(start, stop, dtype=np.int64)
+        if not self.windowed:
+            return order(self.total, seed, start, stop)
+        epoch, place = np.divmod(np.arange(start, stop, dtype=np.int64), self.total)
+        for number in np.unique(epoch[epoch > 0]).tolist():
+            inside = epoch == number
+            place[inside] = self._pass(seed, number).at(place[inside])
+        return place
+
+    @property
+    def windowed(self) -> bool:
+        """Whether later passes go through the store window by window."""
+        return self.shard_count > FEW_SHARDS
+
+    def _opened(self, number: int) -> Any:
+        return self._files.open(number, self._known.shards[number])
+
+    def _windowed(self, seed: int, number: int) -> WindowedPass:
+        return WindowedPass(self._known.ends, seed, number)
 
     def __len__(self) -> int:
         """Number of sequences, once all shards are there."""
@@ -182,68 +218,22 @@ class TokenStore:
         fits = found.digest == self.digest and len(found.shards) == self.shard_count
         return found if fits and not _wrong_size(self.uri, found) else None
 
-    def _next_shard(self) -> ShardInfo | None:
-        number = self.available_shards
-        if number == self.shard_count:
-            return None
+    def _next_shards(self, width: int) -> list[ShardInfo]:
+        """The next shards that are there, at most `width`."""
+        front = self.available_shards
+        numbers = range(front, min(front + width, self.shard_count))
+        if len(numbers) < 2:
+            found = [self._shard_info(number) for number in numbers]
+        else:
+            with ThreadPoolExecutor(len(numbers)) as pool:
+                found = list(pool.map(self._shard_info, numbers))
+        return [info for info in itertools.takewhile(lambda info: info is not None, found) if info]
+
+    def _shard_info(self, number: int) -> ShardInfo | None:
         sidecar = sealed.read_sealed(storage.join(self.uri, sidecar_name(number)))
         if sidecar is None or file_size(self.uri, shard_name(number)) != sidecar["bytes"]:
             return None
         return ShardInfo.of(sidecar)
-
-    def _opened(self, number: int) -> Any:
-        try:
-            path = self._local(number)
-            # This node's copy may be damaged while the store's file is good: fetch it once more before giving up.
-            if not self._intact(path, number) and storage.is_uri(self.uri):
-                path = self._local(number, again=True)
-            intact = self._intact(path, number)
-        except FileNotFoundError:
-            raise UserError(
-                f"token store {self.uri}: {shard_name(number)} is missing (does every node see this folder?)"
-            ) from None
-        if not intact:
-            raise UserError(
-                f"token store {self.uri}: {shard_name(number)} is damaged; delete this file and start the run again"
-            )
-        batch = ipc.open_file(pa.memory_map(str(path))).get_batch(0)
-        if batch.num_rows != self._known.shards[number].packs:
-            raise UserError(f"token store {self.uri}: {shard_name(number)} does not belong to its manifest.json")
-        return batch
-
-    def _intact(self, path: Path, number: int) -> bool:
-        return digest_file(path) == self._known.shards[number].sha256
-
-    def _local(self, number: int, again: bool = False) -> Path:
-        """The shard as a local file; a remote one is downloaded once for all processes of the node."""
-        uri = storage.join(self.uri, shard_name(number))
-        if not storage.is_uri(uri):
-            return Path(uri)
-        root = local_files.private_folder("olora_ray") / "tokens"
-        folder = root / self.digest
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / shard_name(number)
-        # All workers of the node meet here: one downloads, the others wait and find the file.
-        with open(f"{path}.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if again or not path.exists() or path.stat().st_size != self._known.shards[number].bytes:
-                storage.write_bytes(str(path), storage.read_bytes(uri))
-                node_cache.make_room(root, root.glob("*/*.arrow"))
-        node_cache.used(path)
-        return path
-
-
-@dataclass(frozen=True)
-class _Known:
-    """The shards at the front of a store; replaced as a whole, since threads read while another looks for more."""
-
-    shards: tuple[ShardInfo, ...]
-    ends: NDArray[np.int64]
-    """(shards + 1,) sequences before each shard, and in all."""
-
-    @classmethod
-    def of(cls, shards: tuple[ShardInfo, ...]) -> "_Known":
-        return cls(shards, np.cumsum([0, *[shard.packs for shard in shards]], dtype=np.int64))
 
 
 def _wrong_size(uri: str, wanted: Manifest) -> str | None:
@@ -256,19 +246,6 @@ def _wrong_size(uri: str, wanted: Manifest) -> str | None:
         if size != shard.bytes:
             return f"{shard_name(number)} has {size} bytes instead of {shard.bytes}"
     return None
-
-
-def order(num_packs: int, seed: int, start: int, stop: int) -> NDArray[np.int64]:
-    """The sequences at places start..stop-1 of the endless training order, (stop - start,).
-
-    The first epoch is the order of the store, which is shuffled; epoch e > 0 is a permutation that
-    depends on (seed, e). Any range costs only its own length.
-    """
-    epoch, place = np.divmod(np.arange(start, stop, dtype=np.int64), num_packs)
-    for number in np.unique(epoch[epoch > 0]):
-        inside = epoch == number
-        place[inside] = rng.permute_at(place[inside], num_packs, rng.key("order", seed, number))
-    return place
 
 
 def _slice(batch: Any, column: str, row: int) -> Any:

@@ -1,19 +1,19 @@
 """Totals over a store's shards: manifest, rejected rows, periodic progress."""
 
-import json
+import itertools
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from olora_ray.common.digests import digest
 from olora_ray.common.errors import UserError
 from olora_ray.config.evaluation import AnyConfig
 from olora_ray.tokens import remedies
 from olora_ray.tokens.manifest import Manifest, ShardInfo
 from olora_ray.tokens.plan import Plan, Split, sources_of
+from olora_ray.tokens.rejected import RejectedRows
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class Limits:
         """Whether more than the allowed number of `rows` was rejected."""
         return sum(reasons.values()) > self.allowed(rows)
 
-    def check(self, reasons: Mapping[str, int], rows: int, listed: Callable[[], Sequence[dict[str, Any]]]) -> None:
+    def check(self, reasons: Mapping[str, int], rows: int, listed: Callable[[], Iterable[dict[str, Any]]]) -> None:
         """Raise UserError, with counts, examples of those `listed` and a remedy, if too many rows were rejected."""
         bad = sum(reasons.values())
         if rows and bad == rows:
@@ -58,11 +58,11 @@ class Limits:
             what = f"{bad:,} of {rows:,} rows cannot be used, more than data.max_rejected = {self.share:g} allows"
         else:
             return
-        rejected = listed()
-        first = "; ".join(f"{e['file']}:{e['line']}: {e['reason']}: {e['message']}" for e in rejected[:EXAMPLES])
-        sources = {entry["source"] for entry in rejected}
+        shown = itertools.islice(listed(), EXAMPLES)
+        first = "; ".join(f"{e['file']}:{e['line']}: {e['reason']}: {e['message']}" for e in shown)
+        sources = {entry["source"] for entry in listed()}
         where = f"{self.setting}.{sources.pop()}" if len(sources) == 1 else self.setting
-        remedy = remedies.remedy(reasons, rejected, rows, where)
+        remedy = remedies.remedy(reasons, listed(), rows, where)
         raise UserError(f"{where}: {what} ({reason_counts(reasons)}); {first}; {remedy}")
 
 
@@ -76,10 +76,10 @@ class Totals:
     """Sums over the shards, added in their order."""
 
     plan: Plan
+    rejected: RejectedRows
     infos: list[ShardInfo] = field(default_factory=list)
     total: "Counter[str]" = field(default_factory=Counter)
     reasons: "Counter[str]" = field(default_factory=Counter)
-    rejected: list[dict[str, Any]] = field(default_factory=list)
     notes: "Counter[str]" = field(default_factory=Counter)
     fresh_rows: int = 0
     """Rows of the shards that were made now."""
@@ -92,11 +92,12 @@ class Totals:
         return self.total["rows"]
 
     def add(self, sidecar: dict[str, Any], fresh: bool) -> None:
-        """Count a shard; `fresh` if it was made now."""
+        """Count a shard; `fresh` if it was made now, so that its rejected rows are taken as well."""
+        if fresh:
+            self.rejected.put(len(self.infos), sidecar["rejected"])
         self.infos.append(ShardInfo.of(sidecar))
         self.total.update({name: sidecar[name] for name in ("rows", "examples", "packs", "tokens", "supervised")})
         self.reasons.update(sidecar["reasons"])
-        self.rejected.extend(sidecar["rejected"])
         self.notes.update(sidecar.get("notes", {}))  # a shard that was made before there were any has none
         self.fresh_rows += sidecar["rows"] * fresh
         now = time.monotonic()
@@ -106,7 +107,7 @@ class Totals:
 
     def check(self, limits: Limits) -> None:
         """Raise UserError if, of all the rows, too many were rejected or none is left."""
-        limits.check(self.reasons, self.rows, lambda: parsed(rejected_text(self.rejected)))
+        limits.check(self.reasons, self.rows, lambda: self.rejected)
         if not self.total["packs"]:
             cause = f" (data.eval_fraction = {self.plan.eval_fraction:g})" if self.plan.eval_fraction else ""
             raise UserError(f"{limits.setting}: no row is left for {self.plan.split}{cause}")
@@ -121,7 +122,7 @@ class Totals:
         return Manifest(
             digest=self.plan.digest(),
             rejected=dict(sorted(self.reasons.items())),
-            rejected_sha256=digest(rejected_text(self.rejected)),
+            rejected_sha256=self.rejected.sha256(),
             fill=round(self._fill(), 4),
             max_length=self.plan.max_length,
             files=tuple(each.file.uri for each in self.plan.files),
@@ -141,17 +142,6 @@ class Totals:
             f"tokens: {self.rows:,} rows, {len(self.infos):,} of {len(self.plan.shards):,} shards,"
             f" fill {self._fill():.2f}, {speed:,.0f} rows/s, ETA {left:,.0f} s"
         )
-
-
-def rejected_text(rejected: Sequence[dict[str, Any]]) -> str:
-    """The content of rejected.jsonl; a row that weights repeat is in it once."""
-    lines = dict.fromkeys(json.dumps(entry, ensure_ascii=True) for entry in rejected)
-    return "".join(f"{line}\n" for line in lines)
-
-
-def parsed(text: str) -> list[dict[str, Any]]:
-    """The rows that the content of rejected.jsonl lists."""
-    return [json.loads(line) for line in text.splitlines()]
 
 
 def summary(manifest: Manifest) -> str:

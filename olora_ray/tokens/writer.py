@@ -5,17 +5,19 @@ killed is finished by the next one, and two at the same time do each other no ha
 """
 
 import contextlib
+import json
 import logging
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 from olora_ray.common import storage
-from olora_ray.common.digests import digest_bytes
+from olora_ray.common.copies import fetched
 from olora_ray.common.errors import UserError
 from olora_ray.common.fault_points import reached
 from olora_ray.common.sealed import read_sealed, seal
-from olora_ray.data.scan import forget
+from olora_ray.data.kept_scans import forget
 from olora_ray.data.unchanged import Changed
 from olora_ray.tokens import ray_map
 from olora_ray.tokens import shard as shards
@@ -30,25 +32,42 @@ from olora_ray.tokens.manifest import (
     shard_name,
     sidecar_name,
 )
-from olora_ray.tokens.plan import Plan
-from olora_ray.tokens.totals import Limits, Totals, parsed, rejected_text
+from olora_ray.tokens.plan import Part, Plan, Rules
+from olora_ray.tokens.rejected import RejectedRows
+from olora_ray.tokens.totals import Limits, Totals
 
 logger = logging.getLogger(__name__)
 
 MAKE_HERE = 4 * 2**20
 """Bytes up to which the driver tokenises by itself: starting Ray Data would take longer."""
+SIDECARS_AT_ONCE = 32
+"""Sidecars that are read at the same time: in an object store each is a request."""
 SHOWN = 4
 """Damaged files that a line names."""
 
 
 @dataclass(frozen=True)
+class ShardSpec:
+    """What the tasks that make the shards of a store have in common; each gets its own `Part` of the plan."""
+
+    rules: Rules
+    uri: str
+    storage_root: str
+    """`run.storage`, where scans of files are kept."""
+
+
+@dataclass(frozen=True)
 class StoreSpec:
-    """A store to be made, as tasks get it."""
+    """A store to be made."""
 
     plan: Plan
     uri: str
     storage_root: str
-    """`run.storage`, where scans of files are kept."""
+    """`run.storage`."""
+
+    def for_tasks(self) -> ShardSpec:
+        """Without the plan, which is large."""
+        return ShardSpec(self.plan.rules(), self.uri, self.storage_root)
 
     def outline(self) -> Outline:
         """The store's outline, known before it is made."""
@@ -60,9 +79,11 @@ class StoreSpec:
 class StoreStatus:
     """The good parts of a store, by sizes and seals; readers check the digests of shards."""
 
+    rejected: RejectedRows
+    """Those of the shards that are done."""
     manifest: Manifest | None = None
     done: dict[int, dict[str, Any]] = field(default_factory=dict)
-    """Sidecars of the good shards; none is read while manifest and rejected.jsonl are good."""
+    """Sidecars of the good shards without their rejected rows; none while manifest and rejected.jsonl are good."""
     missing: list[int] = field(default_factory=list)
     """Numbers of the shards to be made."""
     damaged: list[str] = field(default_factory=list)
@@ -76,7 +97,7 @@ class StoreStatus:
 
     def size(self, plan: Plan) -> int:
         """Bytes of input from which the missing shards are made."""
-        return sum(piece.unit.size for number in self.missing for piece in plan.shards[number])
+        return sum(plan.shards[number].bytes for number in self.missing)
 
     def lines(self, count: int) -> list[str]:
         """Log lines about damaged and finished shards."""
@@ -91,22 +112,22 @@ class StoreStatus:
 
 def store_status(job: StoreSpec) -> StoreStatus:
     """Look at what is there of a store."""
-    found = StoreStatus()
+    found = StoreStatus(RejectedRows(job.plan))
     sizes = storage.files_below(job.uri)
     if MANIFEST in sizes:
         found.manifest = _good_manifest(job)
         found.rejected_good = found.manifest is not None and _rejected_good(job, found.manifest)
         found.damaged += [] if found.manifest else [MANIFEST]
         found.damaged += [] if found.rejected_good or not found.manifest else [REJECTED]
-    for number in range(len(job.plan.shards)):
-        if found.manifest and found.rejected_good:
-            wanted: int | None = found.manifest.shards[number].bytes
-        else:
-            wanted = _take_sidecar(job, number, sizes, found)
-        if wanted is None or sizes.get(shard_name(number)) != wanted:
+    if found.manifest and found.rejected_good:
+        wanted: Iterable[int | None] = (shard.bytes for shard in found.manifest.shards)
+    else:
+        wanted = _take_sidecars(job, sizes, found)
+    for number, size in enumerate(wanted):
+        if size is None or sizes.get(shard_name(number)) != size:
             found.done.pop(number, None)
             found.missing.append(number)
-            found.damaged += [shard_name(number)] if wanted is not None else []
+            found.damaged += [shard_name(number)] if size is not None else []
     return found
 
 
@@ -121,7 +142,7 @@ def make(
     if found.manifest and found.rejected_good:
         # The totals are known: only lost shards are made again, and no other sidecar is read.
         return _mend(job, found, found.manifest, stopped, cpus_held)
-    totals = Totals(job.plan)
+    totals = Totals(job.plan, found.rejected)
     with contextlib.closing(_made(job, found, cpus_held)) as made:
         for number in range(len(job.plan.shards)):
             if stopped():
@@ -132,25 +153,26 @@ def make(
             # Bad data ends the preparation here, not after hours of tokenising; the manifest comes last.
             if totals.hopeless(limits):
                 break
-    storage.write_text(storage.join(job.uri, REJECTED), rejected_text(totals.rejected))
-    if totals.rejected:
+    totals.rejected.write(storage.join(job.uri, REJECTED))
+    if totals.reasons:
         logger.info(f"tokens: {job.plan.split}: rejected rows are listed in {storage.join(job.uri, REJECTED)}")
     totals.check(limits)
     storage.write_text(storage.join(job.uri, MANIFEST), totals.manifest().to_json())
     return True
 
 
-def make_shard(job: StoreSpec, number: int) -> dict[str, Any]:
+def make_shard(job: ShardSpec, part: Part) -> dict[str, Any]:
     """Make one shard of a store and its sidecar, and return the sidecar; an error for the user is its "error".
 
     A shard that another preparation has finished meanwhile is taken as it is.
     """
+    number = part.number
     reached("shard", number)
     sidecar = read_sealed(storage.join(job.uri, sidecar_name(number)))
     if sidecar is not None and file_size(job.uri, shard_name(number)) == sidecar["bytes"]:
         return sidecar
     try:
-        shard = shards.build(job.plan, number)
+        shard = shards.build(job.rules, part)
     except Changed as error:
         forget(error.file, job.storage_root)
         return {"error": str(error)}
@@ -179,8 +201,10 @@ def _mend(
 def _made(job: StoreSpec, found: StoreStatus, cpus_held: float) -> Generator[dict[str, Any], None, None]:
     """The sidecars of the missing shards, in their order, as they are made."""
     if small(job, found):
-        return (make_shard(job, number) for number in found.missing)
-    return ray_map.map_ordered(make_shard, job, found.missing, cpus_held)
+        shared = job.for_tasks()
+        return (make_shard(shared, job.plan.part(number)) for number in found.missing)
+    parts = ray_map.Lazy(job.plan.part, found.missing)
+    return ray_map.map_ordered(make_shard, job.for_tasks(), parts, cpus_held)
 
 
 def small(job: StoreSpec, found: StoreStatus) -> bool:
@@ -210,25 +234,32 @@ def _good_manifest(job: StoreSpec) -> Manifest | None:
 
 def _rejected_good(job: StoreSpec, manifest: Manifest) -> bool:
     try:
-        content = storage.read_bytes(storage.join(job.uri, REJECTED))
+        return storage.digest_of(storage.join(job.uri, REJECTED)) == manifest.rejected_sha256
     except FileNotFoundError:
         return False
-    return digest_bytes(content) == manifest.rejected_sha256
 
 
-def rejected_rows(job: StoreSpec) -> list[dict[str, Any]]:
+def rejected_rows(job: StoreSpec) -> Iterator[dict[str, Any]]:
     """The rejected rows of a store that is there."""
-    return parsed(storage.read_text(storage.join(job.uri, REJECTED)))
+    with fetched(storage.join(job.uri, REJECTED)) as path, path.open(encoding="utf-8") as lines:
+        yield from map(json.loads, lines)
 
 
-def _take_sidecar(job: StoreSpec, number: int, sizes: dict[str, int], found: StoreStatus) -> int | None:
-    """Keep the shard's sidecar as done; returns the bytes that the shard should have, None without a good sidecar."""
-    name = sidecar_name(number)
-    if name not in sizes:
-        return None
-    sidecar = read_sealed(storage.join(job.uri, name))
-    if sidecar is None:
-        found.damaged.append(name)
-        return None
-    found.done[number] = sidecar
-    return int(sidecar["bytes"])
+def _take_sidecars(job: StoreSpec, sizes: dict[str, int], found: StoreStatus) -> Iterator[int | None]:
+    """Keep the sidecars that are there as done; yields the bytes that each shard should have, None without a good one.
+
+    Several are read at the same time, and no more than those held: each may list many rejected rows.
+    """
+    names = [sidecar_name(number) for number in range(len(job.plan.shards))]
+    with ThreadPoolExecutor(SIDECARS_AT_ONCE) as pool:
+        for start in range(0, len(names), SIDECARS_AT_ONCE):
+            some = names[start : start + SIDECARS_AT_ONCE]
+            read = pool.map(lambda name: read_sealed(storage.join(job.uri, name)) if name in sizes else None, some)
+            for number, (name, sidecar) in enumerate(zip(some, read, strict=True), start):
+                if sidecar is None:
+                    found.damaged += [name] if name in sizes else []
+                    yield None
+                    continue
+                found.rejected.put(number, sidecar.pop("rejected"))
+                found.done[number] = sidecar
+                yield int(sidecar["bytes"])

@@ -20,7 +20,7 @@ import numpy as np
 
 from olora_ray.config.schema import Train
 from olora_ray.tokens.collate import Batch, collate
-from olora_ray.tokens.store import TokenStore, order
+from olora_ray.tokens.store import TokenStore
 from olora_ray.train import tree
 
 Waiting = Callable[[int, int], None]
@@ -134,7 +134,7 @@ class StepLoader:
     def _order(self, start: int, stop: int) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
         if self.store.total is None:
             return np.arange(start, stop, dtype=np.int64)  # within the first pass, see `_there`
-        return order(self.store.total, self.seed, start, stop)
+        return self.store.order(self.seed, start, stop)
 
 
 def until(

@@ -6,7 +6,12 @@ import pytest
 
 from olora_ray.adapter.methods import METHODS
 from olora_ray.cluster.spec import AnswerPair, TrainResult, TrainSpec
+from olora_ray.common.errors import UserError
 from olora_ray.model.source import BaseModel
+from olora_ray.tokens.manifest import Outline
+from olora_ray.tokens.order import FEW_SHARDS
+from olora_ray.tokens.store import TokenStore
+from olora_ray.train.checkpoint import require_same
 from olora_ray.train.state import TrainState
 from tests import tiny
 
@@ -37,6 +42,17 @@ def test_a_run_that_starts_with_an_adapter_is_another_than_one_that_does_not() -
     assert identity("digest", train__start="/a") != identity("another", train__start="/a")
     assert identity("digest", train__start="/a") == identity("digest", train__start="/moved")
     assert identity("digest", train__start="/a") != identity(None)
+
+
+def test_a_store_of_many_shards_is_gone_through_in_another_order_than_once() -> None:
+    """A run from before it would repeat some of its rows and miss others: it is not continued."""
+    few, many = (TokenStore("/a", Outline("digest", shards, 8, ())) for shards in (FEW_SHARDS, FEW_SHARDS + 1))
+    base = BaseModel("m", "/m", "base")
+    before, now = (TrainSpec(tiny.config(), base, "tokenizer", (0,), store, None).identity() for store in (few, many))
+    assert "order" not in before, "runs of before are resumed"
+    assert now == {**before, "order": "windows"}
+    with pytest.raises(UserError, match=r"was trained with another order \(none then, windows now\); use a new run"):
+        require_same(before, now, "step-5")
 
 
 def spec(shared: str | None = None, **changes: Any) -> TrainSpec:

@@ -10,9 +10,10 @@ import pytest
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Source
 from olora_ray.data import json_file, lines, scan, sources
+from olora_ray.data.units import FileScan
 
 
-def scanned(path: Path) -> scan.FileScan:
+def scanned(path: Path) -> FileScan:
     [file] = sources.list_files(Source(path=str(path), format="text"), "data.train.0", "")
     return scan.scan(file, "")
 

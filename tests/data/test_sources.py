@@ -18,9 +18,10 @@ from pyarrow import parquet
 
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Source
-from olora_ray.data import lines, reader, scan, sources
+from olora_ray.data import kept_scans, lines, reader, scan, sources
 from olora_ray.data.example import Rejected
 from olora_ray.data.tokenize import TokenizerSpec
+from olora_ray.data.units import Units
 from olora_ray.tokens.prepare import prepare
 from tests.tokens import helpers
 
@@ -126,7 +127,7 @@ def test_units_cover_a_file_exactly_and_know_their_places(
 
 
 def test_a_large_file_has_many_units_and_a_small_one_small_ones(tmp_path: Path) -> None:
-    def units(rows: int) -> tuple[reader.Unit, ...]:
+    def units(rows: int) -> Units:
         path = helpers.write_jsonl(tmp_path / "a.jsonl", [{"n": n} for n in range(rows)])
         [file] = sources.list_files(source(path), "x", "")
         return scan.scan(file, "").units
@@ -299,17 +300,14 @@ def test_the_digest_of_a_file_is_that_of_its_bytes(tmp_path: Path) -> None:
             assert scan.scan(file, "").sha256 == hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
 
 
-def test_the_scan_of_a_large_file_is_kept_until_the_file_changes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(scan, "CACHED_FROM", 1)
+def test_the_scan_of_a_file_is_kept_until_the_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept_scans, "SETTLED", -60.0)
     path = helpers.write_jsonl(tmp_path / "a.jsonl", ROWS)
     [file] = sources.list_files(source(path), "x", "")
     first = scan.scan(file, str(tmp_path))
     monkeypatch.setattr(scan, "_scan", lambda file: pytest.fail("scanned again"))
     assert scan.scan(file, str(tmp_path)) == first
     monkeypatch.undo()
-    monkeypatch.setattr(scan, "CACHED_FROM", 1)
     helpers.write_jsonl(path, list(reversed(ROWS)))
     [file] = sources.list_files(source(path), "x", "")
     assert scan.scan(file, str(tmp_path)).sha256 != first.sha256

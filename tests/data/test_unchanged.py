@@ -6,7 +6,7 @@ import json
 import lzma
 import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,11 @@ from pyarrow import parquet
 
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Source
-from olora_ray.data import scan, sources
-from olora_ray.data.reader import Unit, read_unit
+from olora_ray.data import kept_scans, scan, sources
+from olora_ray.data.reader import read_unit
 from olora_ray.data.sources import File
 from olora_ray.data.unchanged import Changed
+from olora_ray.data.units import Unit
 from olora_ray.tokens import prepare
 from tests.tokens import helpers
 
@@ -59,7 +60,7 @@ def only(path: Path) -> File:
     return file
 
 
-def read(file: File, units: tuple[Unit, ...], columns: tuple[str, ...]) -> list[str]:
+def read(file: File, units: Sequence[Unit], columns: tuple[str, ...]) -> list[str]:
     return [row["text"] for unit in units for _, row in read_unit(file, unit, columns, ["text"])]
 
 
@@ -132,11 +133,12 @@ def test_no_store_gets_rows_that_its_name_does_not_cover(tmp_path: Path) -> None
     assert all("new" in text for text in helpers.texts(store))
 
 
-def test_a_kept_scan_does_not_outlive_other_content_of_the_same_size_and_time(
+def test_the_kept_scan_of_a_large_file_does_not_outlive_other_content_of_the_same_size_and_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As `cp -p` and `rsync -t` leave it: without forgetting, the same command would fail for ever."""
-    monkeypatch.setattr(scan, "CACHED_FROM", 1)
+    monkeypatch.setattr(kept_scans, "SETTLED", -60.0)
+    monkeypatch.setattr(kept_scans, "BELIEVED_FROM", 1)
     path = tmp_path / "a.jsonl"
     lines_of("old")(path)
     before = path.stat()
@@ -152,14 +154,13 @@ def test_a_kept_scan_does_not_outlive_other_content_of_the_same_size_and_time(
 def test_a_scan_that_was_kept_by_an_earlier_version_is_not_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scan, "CACHED_FROM", 1)
+    monkeypatch.setattr(kept_scans, "SETTLED", -60.0)
     lines_of("old")(tmp_path / "a.jsonl")
     file = only(tmp_path / "a.jsonl")
-    monkeypatch.setattr(scan, "KEPT_VERSION", 2)
+    monkeypatch.setattr(kept_scans, "VERSION", 3)
     first = scan.scan(file, str(tmp_path))
     [kept] = (tmp_path / "tokens" / "scans").iterdir()
-    monkeypatch.undo()
-    monkeypatch.setattr(scan, "CACHED_FROM", 1)
+    monkeypatch.setattr(kept_scans, "VERSION", 4)
     assert scan.scan(file, str(tmp_path)) == first
     assert len(list(kept.parent.iterdir())) == 2
 

@@ -52,7 +52,7 @@ def used(plan: Plan) -> Counter[str]:
     for piece in (piece for shard in plan.shards for piece in shard):
         planned = plan.files[piece.file]
         first, rows = piece.unit.first, piece.unit.rows
-        keep = taken(plan, piece, np.arange(first, first + rows, dtype=np.int64))
+        keep = taken(plan, planned, piece, np.arange(first, first + rows, dtype=np.int64))
         for place, row in read_unit(planned.file, piece.unit, planned.columns, ["text"]):
             found[row["text"].split("\n")[0]] += int(keep[place - first])
     return found

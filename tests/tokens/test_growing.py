@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 
+from olora_ray.common import sealed
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
 from olora_ray.data.tokenize import TokenizerSpec
 from olora_ray.tokens import totals, writer
+from olora_ray.tokens.plan import Part
 from olora_ray.tokens.prepare import begin, prepare
 from olora_ray.tokens.store import Pack, TokenStore
 from tests.said import said
@@ -129,10 +131,10 @@ def test_a_stopped_preparation_is_finished_by_the_next(
     preparation = begin(corpus, tiny_spec, "train")
     make = writer.make_shard
 
-    def slow(job: writer.StoreSpec, number: int) -> dict[str, Any]:
-        if number == 4:
+    def slow(job: writer.ShardSpec, part: Part) -> dict[str, Any]:
+        if part.number == 4:
             preparation.stop()
-        return make(job, number)
+        return make(job, part)
 
     monkeypatch.setattr(writer, "make_shard", slow)
     preparation.start()
@@ -247,3 +249,32 @@ def _look(uri: str) -> dict[str, bytes] | None:
     except FileNotFoundError:  # it got its final name meanwhile
         return None
     return None if any(name.endswith(".tmp") for name in found) else found
+
+
+def test_a_late_reader_asks_for_each_shard_once(
+    corpus: Config, tiny_spec: TokenizerSpec, made: TokenStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then nearly nothing, however many are known."""
+    store = begin(corpus, tiny_spec, "train").store
+    put(made, store, *(f"shard-{n:05d}.{kind}" for n in range(11) for kind in ("arrow", "json")))
+    asked: list[str] = []
+    read = sealed.read_sealed
+
+    def noted(place: str) -> dict[str, Any] | None:
+        asked.append(Path(place).name)
+        return read(place)
+
+    monkeypatch.setattr(sealed, "read_sealed", noted)
+    store.refresh()
+    assert store.available_shards == 11
+    assert len(asked) == len(set(asked)) == 12
+    asked.clear()
+    store.refresh()
+    assert asked == ["shard-00011.json"]
+    before = store._known
+    put(made, store, "shard-00011.arrow", "shard-00011.json")
+    store.refresh()
+    assert asked == ["shard-00011.json"] * 2
+    assert store.total == len(made)
+    assert (len(before), before.ends[-1]) == (11, before.ends[11])  # what another thread holds stays as it was
+    assert store._known.shards is before.shards  # nothing is copied

@@ -1,0 +1,74 @@
+"""rejected.jsonl is written from a temporary file: the same lines, without holding them."""
+
+import json
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from olora_ray.config.schema import Config
+from olora_ray.data.tokenize import TokenizerSpec
+from olora_ray.tokens import rejected
+from olora_ray.tokens.prepare import begin, plan_here, prepare
+from olora_ray.tokens.rejected import RejectedRows
+from tests.tokens import helpers
+
+
+@pytest.fixture
+def config(tmp_path: Path, small_shards: None) -> Config:
+    """Many bad rows, of sources that are used one, three and a half times."""
+    rows = [row for one in helpers.rows(300) for row in (one, {"x": one})]
+    sources = [
+        {"path": str(helpers.write_jsonl(tmp_path / f"{weight}.jsonl", rows)), "weight": weight}
+        for weight in (1, 3, 2.5, 0.5)
+    ]
+    return helpers.config(tmp_path / "runs", *sources, max_rejected=1.0)
+
+
+def expected(uri: str) -> str:
+    """The entries of all sidecars in their order, each line where it comes first."""
+    sidecars = [json.loads(path.read_text()) for path in sorted(Path(uri).glob("shard-*.json"))]
+    lines = dict.fromkeys(json.dumps(entry) for sidecar in sidecars for entry in sidecar["rejected"])
+    return "".join(f"{line}\n" for line in lines)
+
+
+@pytest.mark.parametrize("in_memory", [0, 2**20], ids=["on disk", "in memory"])
+def test_a_row_that_weights_repeat_is_listed_once_where_it_comes_first(
+    in_memory: int, config: Config, tiny_spec: TokenizerSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rejected, "IN_MEMORY", in_memory)
+    store = prepare(config, tiny_spec, "train")
+    found = Path(store.uri, "rejected.jsonl").read_text()
+    assert found == expected(store.uri)
+    assert 3 * 300 < len(found.splitlines()) < 4 * 300
+    assert sum(store.manifest.rejected.values()) > 6 * 300  # each use counts
+
+
+def test_shards_of_an_earlier_attempt_and_new_ones_are_listed_in_their_order(
+    config: Config, tiny_spec: TokenizerSpec
+) -> None:
+    folder = Path(prepare(config, tiny_spec, "train").uri)
+    whole = helpers.content(str(folder))
+    for number in (0, 3, 4, 20):
+        (folder / f"shard-{number:05d}.arrow").unlink()
+    (folder / "manifest.json").unlink()
+    preparation = begin(config, tiny_spec, "train")
+    assert preparation._found.missing == [0, 3, 4, 20]
+    assert not any("rejected" in sidecar for sidecar in preparation._found.done.values())
+    preparation.run()
+    assert helpers.content(str(folder)) == whole
+
+
+def test_memory_does_not_grow_with_the_rows(tmp_path: Path, tiny_spec: TokenizerSpec, small_shards: None) -> None:
+    path = helpers.write_jsonl(tmp_path / "a.jsonl", helpers.rows(3000))
+    rows = RejectedRows(plan_here(helpers.config(tmp_path / "runs", path), tiny_spec, "train"))
+    entry: dict[str, Any] = {"source": 0, "file": str(path), "reason": "too_long", "message": "x" * 200}
+    tracemalloc.start()
+    for number in range(40):
+        rows.put(number, [{**entry, "line": line} for line in range(number * 500, (number + 1) * 500)])
+    assert [found["line"] for found in rows] == list(range(20_000))
+    assert sum(map(len, rows.chunks())) > 5 * 10**6
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < rejected.IN_MEMORY + 2**21

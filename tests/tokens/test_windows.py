@@ -1,0 +1,161 @@
+"""Later passes over a store of many shards: exact, the same whenever they are asked for, few shards open, and random.
+
+How random is measured as a reader of the loss would notice it: where a sequence lies, what lies beside it, and whether
+what was beside it in one pass still is in the next.
+"""
+
+import itertools
+from collections import OrderedDict
+from functools import cache
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from olora_ray.tokens import order as orders
+from olora_ray.tokens.manifest import Outline, ShardInfo
+from olora_ray.tokens.order import FEW_SHARDS, WINDOW, WindowedPass, order
+from olora_ray.tokens.store import OPEN_SHARDS, TokenStore
+from tests.tokens.test_order import GOLDEN_ORDER
+
+SEED = 17
+
+
+def store(packs: list[int]) -> TokenStore:
+    """A store with so many sequences in each of its shards, whose files nobody opens."""
+    infos = tuple(ShardInfo(count, count, count, 1, "") for count in packs)
+    return TokenStore("/nowhere", Outline("0" * 32, len(packs), 8, ("a",)), infos)
+
+
+@cache
+def large() -> TokenStore:
+    """2,000 shards of uneven size; some are empty, as those of bad rows are."""
+    return store([int(count) for count in np.random.default_rng(0).integers(0, 12, 2000)])
+
+
+def pass_of(number: int, seed: int = SEED) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
+    total = len(large())
+    return large().order(seed, number * total, (number + 1) * total)
+
+
+def shards_of(sequences: "np.ndarray[tuple[int], np.dtype[np.int64]]") -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
+    return np.searchsorted(large()._known.ends, sequences, side="right") - 1
+
+
+def test_a_store_of_few_shards_keeps_its_order() -> None:
+    """Runs of before go on as they began."""
+    few = store([3] * FEW_SHARDS)
+    assert not few.windowed
+    total = len(few)
+    assert (few.order(SEED, 0, 3 * total) == order(total, SEED, 0, 3 * total)).all()
+    assert store([10]).order(SEED, 10, 20).tolist() == GOLDEN_ORDER
+    many = store([3] * (FEW_SHARDS + 1))
+    assert many.windowed
+    assert (many.order(SEED, 0, len(many)) == np.arange(len(many))).all()
+    assert (many.order(SEED, len(many), 2 * len(many)) != order(len(many), SEED, len(many), 2 * len(many))).any()
+
+
+@given(
+    st.lists(st.integers(0, 9), min_size=1, max_size=40).filter(any),
+    st.integers(0, 2**31 - 1),
+    st.integers(1, 12),
+    st.integers(1, 5),
+)
+def test_each_pass_is_a_permutation(packs: list[int], seed: int, window: int, number: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(orders, "WINDOW", window)
+        ends = np.cumsum([0, *packs])
+        found = WindowedPass(ends, seed, number).at(np.arange(ends[-1]))
+    assert sorted(found.tolist()) == list(range(ends[-1]))
+
+
+@given(st.integers(0, 9), st.lists(st.integers(0, 2000), min_size=1, max_size=8))
+def test_any_split_into_ranges_gives_the_same_stream(seed: int, cuts: list[int]) -> None:
+    start = 2 * len(large()) - 1000  # the ranges lie in two passes, and in several windows
+    borders = [start, *(start + cut for cut in sorted(cuts)), start + 2000]
+    parts = [large().order(seed, low, high) for low, high in itertools.pairwise(borders)]
+    assert (np.concatenate(parts) == large().order(seed, start, start + 2000)).all()
+
+
+def test_orders_never_change() -> None:
+    """They are part of what makes a run repeatable: a new version must not change them."""
+    total = len(large())
+    assert large().order(SEED, total + 5_000, total + 5_004).tolist() == GOLDEN_FIRST
+    assert large().order(SEED, 5 * total - 4, 5 * total).tolist() == GOLDEN_FIFTH
+
+
+GOLDEN_FIRST = [4672, 7598, 11176, 7501]
+GOLDEN_FIFTH = [1547, 2206, 10152, 5636]
+
+
+def test_few_shards_are_open_at_a_time_and_each_is_opened_once() -> None:
+    """By a reader that keeps OPEN_SHARDS, and takes every third sequence, as one of three workers does."""
+    opened, kept = 0, OrderedDict[int, None]()
+    for shard in shards_of(pass_of(1))[::3].tolist():
+        if shard not in kept:
+            opened += 1
+            kept[shard] = None
+        kept.move_to_end(shard)
+        if len(kept) > OPEN_SHARDS:
+            kept.popitem(last=False)
+    assert opened <= large().shard_count
+    step = 1000
+    shards = shards_of(pass_of(1))
+    most = max(len(np.unique(shards[at : at + step])) for at in range(0, len(shards) - step, 97))
+    assert most <= 2 * WINDOW
+    # What this replaces:
+    whole = order(len(large()), SEED, len(large()), 2 * len(large()))
+    assert len(np.unique(shards_of(whole[:step]))) > 2.5 * WINDOW
+
+
+def test_a_sequence_may_lie_anywhere_in_a_pass() -> None:
+    """Its places in 100 passes, for each of 12 sequences: each tenth of the pass has a tenth of them."""
+    total = len(large())
+    chosen = np.linspace(0, total - 1, 12).astype(int)
+    counts = np.zeros((len(chosen), 10))
+    for number in range(1, 101):
+        inverse = np.empty(total, dtype=np.int64)
+        inverse[pass_of(number)] = np.arange(total)
+        counts[np.arange(len(chosen)), inverse[chosen] * 10 // total] += 1
+    chi_squared = ((counts - 10) ** 2 / 10).sum(axis=1)  # 9 degrees of freedom: above 27.9 once in a thousand
+    assert (chi_squared < 27.9).all()
+    assert 4 < chi_squared.mean() < 14
+
+
+def test_neighbours_of_the_store_are_far_apart() -> None:
+    """Within a shard: a third of a window on average, as in an urn of the window; across shards a third of all."""
+    total = len(large())
+    inverse = np.empty(total, dtype=np.int64)
+    inverse[pass_of(1)] = np.arange(total)
+    shard = shards_of(np.arange(total))
+    apart = np.abs(np.diff(inverse))
+    windows = -(-large().shard_count // WINDOW)
+    assert apart[np.diff(shard) == 0].mean() == pytest.approx(total / windows / 3, rel=0.05)
+    assert apart[np.diff(shard) > 0].mean() == pytest.approx(total / 3, rel=0.05)
+
+
+def test_rows_of_one_shard_do_not_stay_together() -> None:
+    """A shard's share of any stretch of a pass is what an urn of its window gives; the next one is another's."""
+    shard = shards_of(pass_of(1))
+    windows = -(-large().shard_count // WINDOW)
+    together = (shard[1:] == shard[:-1]).mean()
+    sizes = np.diff(large()._known.ends)
+    assert together == pytest.approx((sizes * (sizes - 1)).sum() / sizes.sum() ** 2 * windows, rel=0.1)
+
+
+def test_what_is_beside_a_sequence_changes_from_pass_to_pass() -> None:
+    total = len(large())
+    places = []
+    for number in (1, 2):
+        inverse = np.empty(total, dtype=np.int64)
+        inverse[pass_of(number)] = np.arange(total)
+        places.append(inverse)
+    # Of so many shards at random a correlation is 0 give or take 1 / sqrt(shards).
+    for one, other in ((places[0], places[1]), (places[0], np.arange(total)), (places[1], np.arange(total))):
+        assert abs(np.corrcoef(one, other)[0, 1]) < 4 / large().shard_count ** 0.5
+    after = pass_of(1)
+    beside = np.abs(np.diff(places[1][after]))  # neighbours of the first, in the second
+    assert beside.mean() == pytest.approx(total / 3, rel=0.05)
+    assert (beside == 1).sum() < 20
+    assert (pass_of(1, seed=18) != after).mean() > 0.99
