@@ -1,10 +1,9 @@
 """Placement of a model on the workers: ddp or fsdp.
 
 ddp: every worker holds the whole base. fsdp: FSDP2 shards the frozen base, block by block; train/sharded_base.py
-loads it so that nobody ever holds the whole. In both the
-adapters are whole on every worker (they are small) and their gradients are summed by one flat
-all-reduce per step (train/optim.py), so accumulation needs no `no_sync`, a step has the same bits for
-the same workers, and a checkpoint is the same file for both.
+loads it so that nobody ever holds the whole. In both the adapters are whole on every worker (they are small) and their
+gradients are summed once a step in one fixed tree (train/tree.py), so accumulation needs no `no_sync`, a step has the
+same bits whatever the number of workers, and a checkpoint is the same file for both.
 """
 
 import inspect
