@@ -71,6 +71,7 @@ def test_five_steps_of_lora_plus_with_the_same_gradients_equal_pefts() -> None:
     optimizer = create_loraplus_optimizer(oracle, torch.optim.AdamW, lr=RATE, loraplus_lr_ratio=16.0)
     batch = collate(BATCH, "sdpa")
     for _ in range(5):
+        trainer.flat.grad.zero_()
         (trainer.loss(batch) / len(batch.labels)).backward()
         for name, layer in trainer.adapted.items():
             layer_of(oracle, name).lora_A["default"].weight.grad = layer.da.grad.clone()
@@ -107,6 +108,7 @@ def follow(trainer: Any, oracle: Any, optimizer: torch.optim.Optimizer) -> None:
     starts = {name: layer.base.weight.clone() for name, layer in trainer.adapted.items()}
     losses = []
     for _ in range(3):
+        trainer.flat.grad.zero_()
         loss = trainer.loss(batch) / len(batch.labels)
         loss.backward()
         expected = oracle_loss(oracle)
