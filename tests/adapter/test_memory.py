@@ -71,6 +71,7 @@ except (RuntimeError, MemoryError, OSError):
 """
 
 
+@pytest.mark.slow
 def test_a_model_is_exported_and_checked_in_less_memory_than_it_has(tmp_path: Path) -> None:
     answer = subprocess.run(
         [sys.executable, "-c", LIMITED, str(tmp_path)],

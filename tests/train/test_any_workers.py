@@ -147,7 +147,7 @@ def test_the_cases_are_of_all_kinds(alone: Known) -> None:
     assert len({end.adapter.numpy().tobytes() for *_, end in alone}) == CASES
 
 
-@pytest.mark.parametrize("workers", [2, 3, 4, 5])
+@pytest.mark.parametrize("workers", [3, *(pytest.param(more, marks=pytest.mark.slow) for more in (2, 4, 5))])
 def test_any_number_of_workers_gives_the_same_bytes(alone: Known, workers: int) -> None:
     """From the start with ddp, and from the checkpoint with fsdp, so that any change on the way is one of these."""
     jobs = [(case, "ddp", None) for case, *_ in alone] + [(case, "fsdp", place) for case, place, _ in alone]

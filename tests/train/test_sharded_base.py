@@ -50,6 +50,8 @@ FAMILIES = [
 ]
 
 UNEVEN = ["llama tied", "gemma3_text", "gpt2", "mixtral", "deepseek_v3"]
+QUICK = {("llama", 2), ("gpt2", 2), ("mixtral", 3)}
+"""The others are long proofs."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,11 @@ def assert_same(one: Outcome, two: Outcome) -> None:
 
 @pytest.mark.parametrize(
     ("family", "workers", "dtype"),
-    [(family, 2, "float32") for family in FAMILIES] + [(family, 3, "bfloat16") for family in UNEVEN],
+    [
+        pytest.param(family, workers, dtype, marks=() if (family, workers) in QUICK else pytest.mark.slow)
+        for families, workers, dtype in ((FAMILIES, 2, "float32"), (UNEVEN, 3, "bfloat16"))
+        for family in families
+    ],
 )
 def test_bytes_are_those_of_ddp(
     crew: Callable[[int], Crew], tmp_path: Path, family: str, workers: int, dtype: str
