@@ -34,10 +34,12 @@ def rows(request: pytest.FixtureRequest) -> Iterator[list[tuple[str, str, str]]]
     found: list[tuple[str, str, str]] = []
     yield found
     if found:
-        show = request.config.pluginmanager.get_plugin("terminalreporter").write_line
-        show("")
-        for row in (HEADER, *found):
-            show("  " + "  ".join(word.ljust(20) for word in row).rstrip())
+        plugins = request.config.pluginmanager
+        show = plugins.get_plugin("terminalreporter").write_line
+        with plugins.get_plugin("capturemanager").global_and_fixture_disabled():
+            show("")
+            for row in (HEADER, *found):
+                show("  " + "  ".join(word.ljust(20) for word in row).rstrip())
 
 
 @pytest.fixture(scope="module")
