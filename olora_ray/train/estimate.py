@@ -29,6 +29,8 @@ from olora_ray.train.tree import most_held
 COPIES = 8
 """Float32 copies of the trainable numbers beside the factors: update, gradient, AdamW's two moments and the best update
 so far; and three more while AdamW computes, or while a checkpoint is written on a CPU."""
+MOST_TOKENS = 2**18
+"""Of a micro-batch that is tried without memory: its tokens and borders have memory and take time, few fit more."""
 PROCESS_BYTES = 2**30
 """What Python, torch and Ray take for themselves in a worker, or CUDA on its GPU; about."""
 
@@ -157,6 +159,8 @@ def _activations(
     found = candidates(model)
     formula = by_formula(config, model, found, selection, dtype.itemsize)
     held = held_by_experts(config, model, found, selection)
+    if (tokens := config.train.micro_batch * config.data.max_length) > MOST_TOKENS:
+        return formula, f"a micro-batch of {tokens:,} tokens is not tried"
     try:
         return measure(model, selection.targets, held, config, dtype, gpu), None
     except RuntimeError as error:

@@ -101,6 +101,15 @@ def test_the_estimate_is_near_what_a_worker_takes(model: Path) -> None:
     assert large - small == pytest.approx(measured[64] - measured[8], rel=0.5)
 
 
+def test_a_batch_that_is_far_too_large_is_not_tried(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its tokens alone would fill the driver's memory."""
+    monkeypatch.setattr("olora_ray.train.estimate.measure", lambda *_: pytest.fail("it was tried"))
+    config = override(settings(model, 8), {"data.max_length": 2**31 - 1, "train.micro_batch": 4})
+    found = estimate(config, obtain(config))
+    assert found.problem == "a micro-batch of 8,589,934,588 tokens is not tried"
+    assert found.activation_bytes > 2**31 * 4 * 768
+
+
 @pytest.mark.parametrize("here", [False, True])
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
 def test_no_gpu_is_asked_and_bfloat16_is_assumed(
