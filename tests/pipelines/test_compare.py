@@ -141,7 +141,11 @@ def test_a_training_that_is_deleted_is_the_only_one_that_runs_again(corpus: Path
         ),
         (("compare.test_rows=53",), "error: data.train: 1 row left to train on beside 6 tuning and 53 test rows"),
         (("adapter.rank=4000",), "error: adapter.rank"),
-        pytest.param(("--budget", "2s"), "error: argument --budget: the comparison takes about", marks=pytest.mark.ray),
+        pytest.param(
+            ("--budget", "2s"),
+            "error: argument --budget: the comparison takes about",
+            marks=[pytest.mark.ray, pytest.mark.slow],
+        ),
     ],
 )
 def test_mistakes_are_one_line_before_any_training(

@@ -162,6 +162,7 @@ def test_sources_may_be_relative_to_where_the_command_is_given(tiny_model: Path,
     assert os.listdir(corpus / "here" / "tokens")
 
 
+@pytest.mark.slow  # in make test the loop alone is asked
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_rows(tiny_model: Path, corpus: Path) -> None:
     tree = project.settings(
         corpus, tiny_model, train__lr=2e9, adapter__alpha=2e9, train__clip=None, data__eval=[], registry__model=None

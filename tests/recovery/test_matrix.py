@@ -35,7 +35,7 @@ HAPPENINGS = {
     "SIGTERM": list(POINTS),
     "kill everything": list(POINTS),
 }
-SHORT = {("kill worker", "middle step"), ("kill everything", "middle step")}
+SHORT = {("kill everything", "middle step")}
 CASES = [
     pytest.param(what, where, marks=() if (what, where) in SHORT else pytest.mark.slow, id=f"{what}, {where}")
     for what, points in HAPPENINGS.items()
