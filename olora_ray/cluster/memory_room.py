@@ -179,7 +179,7 @@ def precisions(config: Config, base: BaseModel, gpu: bool) -> tuple[str, torch.d
     """How most of a base's weights are stored, as a header names it, and how they are loaded.
 
     transformers maps the files where both are the same; otherwise each worker converts the whole base in memory of its
-    own, whatever the strategy.
+    own, unless it reads its part of a sharded one by rows.
     """
     auto_on_gpu = gpu and config.model.dtype == "auto"
     wanted = torch.bfloat16 if auto_on_gpu else pick_dtype(config.model, torch.device("cpu"))

@@ -34,8 +34,7 @@ from olora_ray.tokens.manifest import (
     shard_name,
     sidecar_name,
 )
-from olora_ray.tokens.order import FEW_SHARDS, WINDOW, WindowedPass
-from olora_ray.tokens.order import order as order
+from olora_ray.tokens.order import FEW_SHARDS, WINDOW, WindowedPass, order
 from olora_ray.tokens.shard_files import ShardFiles
 
 OPEN_SHARDS = max(FEW_SHARDS, 2 * WINDOW)

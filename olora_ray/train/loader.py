@@ -16,8 +16,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
-import numpy as np
-
 from olora_ray.config.schema import Train
 from olora_ray.tokens.collate import Batch, collate
 from olora_ray.tokens.store import TokenStore
@@ -114,7 +112,7 @@ class StepLoader:
 
     def _read(self, step: int) -> StepData:
         size, width = self.train.global_batch, self.train.micro_batch
-        sequences = [int(i) for i in self._order(step * size, (step + 1) * size)]
+        sequences = [int(i) for i in self.store.order(self.seed, step * size, (step + 1) * size)]
         every = [tuple(sequences[i : i + width]) for i in range(0, size, width)]
         own = tree.share(len(every), self.worker, self.workers)
         micro = tuple(self._batch(group) for group in every[own.start : own.stop])
@@ -130,11 +128,6 @@ class StepLoader:
 
     def _batch(self, group: Sequence[int]) -> Batch:
         return collate([self.store[i] for i in group], self.attention)
-
-    def _order(self, start: int, stop: int) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
-        if self.store.total is None:
-            return np.arange(start, stop, dtype=np.int64)  # within the first pass, see `_there`
-        return self.store.order(self.seed, start, stop)
 
 
 def until(

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from olora_ray.tokens import rng
-from olora_ray.tokens.store import order
+from olora_ray.tokens.order import order
 
 
 @given(st.integers(1, 300), st.integers(0, 2**31 - 1))

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from olora_ray.config.schema import Train
-from olora_ray.tokens.store import order
+from olora_ray.tokens.order import order
 from olora_ray.train import loader
 from olora_ray.train.loader import StepLoader, Waiting, total_steps
 from olora_ray.train.schedule import Schedule
