@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import ray
 from ray.exceptions import RayActorError
 from ray.train import ControllerError, PreemptionError, UserCallback, WorkerGroupError
 
@@ -26,7 +27,8 @@ class TellDriver(UserCallback):
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Called in the controller, before it decides what to do."""
-        self.channel.send.remote(Failure(describe(worker_exceptions)))
+        controller = ray.get_runtime_context().current_actor
+        self.channel.send.remote(Failure(describe(worker_exceptions), controller))
 
 
 def describe(exceptions: Mapping[int, Exception]) -> str:

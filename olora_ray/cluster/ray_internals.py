@@ -123,6 +123,15 @@ def preemption_noted() -> bool:
     return getattr(context, "preemption_info", None) is not None
 
 
+def actor_died(actor_id: str) -> bool:
+    """Whether the actor with this id (hex) is certainly dead. Asks the control store: about a millisecond.
+
+    Ray 2.60, _private/state.py. ray.util.state asks the dashboard, which a user may have turned off.
+    """
+    found: Any = ray._private.state.state.actor_table(actor_id)
+    return bool(found) and found["State"] == "DEAD"
+
+
 def train_worker_logger() -> logging.Logger:
     """The logger of a Train worker's reports.
 

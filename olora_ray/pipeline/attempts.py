@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,8 +14,9 @@ from ray.exceptions import RayActorError
 
 from olora_ray.cluster.channel import Failure, Resumed
 from olora_ray.cluster.failures import cause, counts
+from olora_ray.cluster.ray_internals import draining_nodes
 from olora_ray.cluster.resources import PlacementRequest, free_workers
-from olora_ray.cluster.spec import TrainResult, TrainSpec
+from olora_ray.cluster.spec import LEFT, TrainResult, TrainSpec
 from olora_ray.common.errors import UserError
 from olora_ray.common.text import plural
 from olora_ray.pipeline.connection import user_errors
@@ -26,8 +28,19 @@ from olora_ray.train.schedule import Schedule
 
 # Ray's stubs describe Train V1; V2, which runs, has more arguments.
 ray_train: Any = ray.train
-Fit = Callable[[int], TrainResult]
-"""Trains once with so many workers, from the latest checkpoint."""
+
+
+@dataclass(frozen=True)
+class WorkerGroup:
+    """Workers that one trainer of Ray's starts."""
+
+    workers: int
+    first_rank: int = 0
+    """The number of the first, where others train already."""
+
+
+Fit = Callable[[WorkerGroup], TrainResult]
+"""Trains once with these workers, from the latest checkpoint, or has them join those that train."""
 TICK = 0.2
 """Seconds between two looks at what has been asked for."""
 COLLECT = 1.0
@@ -35,6 +48,8 @@ COLLECT = 1.0
 SETTLE = 3.0
 """Seconds for which the room for workers must stay as it is: ended workers give theirs back one by one."""
 RESIZE = "the cluster has grown"
+ENDING = 10.0
+"""Seconds after the end of a training in which its trainers end; one that waits for room for a worker does not."""
 
 
 class Attempts:
@@ -52,11 +67,12 @@ class Attempts:
         stop: Stop,
         worker: Mapping[str, float],
         fit: Fit,
+        changing: bool = False,
     ) -> None:
-        """`worker` has the resources of one worker."""
+        """`worker` has the resources of one worker; `changing`: workers may come and go while they train."""
         self.spec, self.build, self.monitor, self.stop = spec, build, monitor, stop
         self.channel, self.progress, self.fit = monitor.channel, monitor.progress, fit
-        self.worker = worker
+        self.worker, self.changing = worker, changing
         self.schedule = Schedule(spec.config.train, build.store)
         self.workers: int | None = None
         """Of the group that trains, or trained last."""
@@ -65,6 +81,12 @@ class Attempts:
         self.cause: str | None = None
         """Why the next group will start; None once it has."""
         self._asked = self._warned = self._running = False
+        self._more: list[Future[TrainResult]] = []
+        """Of trainers that have started more workers, which join."""
+        self._supplied = 0
+        """Workers of all trainers."""
+        self._controllers: list[Any] = []
+        """Of the trainers of which workers have failed."""
         self._looked = time.monotonic()
         self._room = 0
 
@@ -74,9 +96,10 @@ class Attempts:
         while True:
             workers = self.spec.config.cluster.max_workers() if first and not elastic else self._wait_for_room()
             first = False
-            ray.get(self.channel.request_stop.remote(None))
+            ray.get([self.channel.request_stop.remote(None), self.channel.begin_anew.remote(workers)])
+            self._supplied = workers
             try:
-                result = self._follow(_in_thread(partial(self.fit, workers)))
+                result = self._follow(_in_thread(partial(self.fit, WorkerGroup(workers))))
             except (RayActorError, ray_train.TrainingFailedError) as error:
                 self._failed(error)
                 continue
@@ -88,7 +111,8 @@ class Attempts:
         cluster = self.spec.config.cluster
         self.failures += counts(error)
         # A group of fixed size was restarted by Ray already, except for the loss of its controller.
-        spent = isinstance(error, ray_train.WorkerGroupError) and not cluster.is_elastic()
+        restarting = self.changing or not cluster.is_elastic()
+        spent = isinstance(error, ray_train.WorkerGroupError) and restarting
         if spent or 0 <= cluster.max_failures < self.failures:
             tried = cluster.max_failures if spent else self.failures - 1
             raise UserError(f"training failed after {tried} restarts: {cause(error)}") from error
@@ -131,15 +155,42 @@ class Attempts:
     def _follow(self, training: "Future[TrainResult]") -> TrainResult:
         """Serve a group of workers until its training has ended; returns or raises what it did."""
         self._asked = self._running = False
-        collected = time.monotonic()
-        while not wait([training], TICK).done:
-            self._look()
-            if time.monotonic() - collected >= COLLECT:
-                self.monitor.collect(self._on_event)
-                collected = time.monotonic()
-        self.monitor.collect(self._on_event)
-        self.monitor.telemetry.ended()
-        return training.result()
+        self._more, self._controllers = [], []
+        collected, result = time.monotonic(), None
+        try:
+            while not self._ended(training, result):
+                self._look()
+                if time.monotonic() - collected >= COLLECT:
+                    self.monitor.collect(self._on_event)
+                    self._drain()
+                    result = ray.get(self.channel.result.remote())
+                    collected = time.monotonic()
+            self.monitor.collect(self._on_event)
+            result = result or ray.get(self.channel.result.remote())
+            return result or training.result()
+        finally:
+            self.monitor.telemetry.ended()
+            self._end([training, *self._more])
+
+    def _ended(self, training: "Future[TrainResult]", result: TrainResult | None) -> bool:
+        """Whether nobody trains any more; waits a little."""
+        wait([training], TICK)
+        if result or not training.done():
+            return result is not None
+        if training.exception() is None and training.result().interrupted == LEFT:
+            time.sleep(TICK)
+            return all(one.done() for one in self._more)  # its own workers have left, others train on
+        return True
+
+    def _end(self, trainers: "list[Future[TrainResult]]") -> None:
+        """Have all trainers end: nothing may hold resources that the export needs."""
+        if any(not one.done() for one in trainers):
+            self.channel.request_stop.remote("training has ended")
+            wait(trainers, ENDING)
+        if any(not one.done() for one in trainers):
+            for controller in self._controllers:
+                ray.kill(controller)
+            wait(trainers, ENDING)
 
     def _look(self) -> None:
         if self.stop.asked and not self._asked:
@@ -158,12 +209,28 @@ class Attempts:
     def _grow(self) -> None:
         """Ask the workers to end if more of them fit: the next group resumes where they were."""
         most = self.spec.config.cluster.max_workers()
-        missing = most - (self.workers or most)
+        missing = most - (self._supplied if self.changing else self.workers or most)
         quiet = self._running and not self._asked  # else what is free is about to be taken
         room = min(missing, free_workers(self.worker)) if missing and quiet else 0
         if room and self._room:  # twice in a row: others may use what is free for a moment
-            self._ask(RESIZE)
+            if self.changing:
+                self._add(room)
+            else:
+                self._ask(RESIZE)
         self._room = room
+
+    def _add(self, workers: int) -> None:
+        """Start more workers, which join those that train when they are ready."""
+        self.channel.want.remote(workers)
+        self._more.append(_in_thread(partial(self.fit, WorkerGroup(workers, self._supplied))))
+        self._supplied += workers
+
+    def _drain(self) -> None:
+        """Have the workers leave the nodes that are going to be taken away; with all of them, end."""
+        if not self.changing or self._asked or not self._running:
+            return
+        if (nodes := draining_nodes()) and not ray.get(self.channel.drain_nodes.remote(nodes)):
+            self._ask(f"node {', '.join(sorted(node[:8] for node in nodes))} is preempted")
 
     def _ask(self, why: str) -> None:
         self._asked = True
@@ -172,8 +239,11 @@ class Attempts:
     def _on_event(self, event: Event) -> None:
         if isinstance(event, Failure):
             self._note(event.what)
-        else:
-            self._started(event.step if isinstance(event, Resumed) else 0, event.workers, isinstance(event, Resumed))
+            self._controllers += [event.controller] if event.controller else []
+            return
+        if isinstance(event, Resumed) and event.why:  # known better than from Ray, which looks every two seconds
+            self.cause = event.why
+        self._started(event.step if isinstance(event, Resumed) else 0, event.workers, isinstance(event, Resumed))
 
     def _started(self, step: int, workers: int, resumed: bool) -> None:
         again = max(0, self.monitor.highest - step)
@@ -202,7 +272,7 @@ class Attempts:
 
     def _note(self, what: str) -> None:
         """Remember why a group ended: of several reasons the first is the cause."""
-        self.cause = self.cause or what
+        self.cause = what if self.changing else self.cause or what
 
     def _announce(self, what: str) -> None:
         """Tell what keeps the next group from starting."""
