@@ -31,7 +31,7 @@ def main() -> int:
     if os.geteuid() != 0 or not hosts.possible():
         raise SystemExit("needs root and network namespaces")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was started is removed then, too
-    say = soak.timed(lambda text: print(text, flush=True))
+    say = soak.timed(lambda text: print(text, file=sys.stderr, flush=True))
     with tempfile.TemporaryDirectory(prefix="olr-soak-", dir="/tmp") as folder:
         tiny = Path(folder) / "project"
         tiny.mkdir()

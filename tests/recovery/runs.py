@@ -201,8 +201,8 @@ class Run:
 
     def last_words(self) -> str:
         """The last line of the newest attempt, of its errors if there are any."""
-        files = (self._file(kind) for kind in ("out", "err"))
-        return [line for file in files for line in file.read_text(errors="replace").splitlines()][-1]
+        texts = [self._file(kind).read_text(errors="replace").strip() for kind in ("err", "out")]
+        return next((text.splitlines()[-1] for text in texts if text), "nothing was printed")
 
     def _done(self) -> list[str]:
         return [one.what for one in moments.read(self.folder)]

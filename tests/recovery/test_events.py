@@ -49,9 +49,11 @@ KILL, CUT = Happened("SIGKILL of a worker", 13.5), Happened("link cut", 20.5)
 
 def test_pauses_and_steps_done_again_go_to_what_has_caused_them() -> None:
     lines = done((1, 10), (2, 11), (3, 12), (4, 13), (4, 18), (5, 19), (6, 20), (7, 30), (8, 31), (9, 35), (10, 36))
-    assert tally.tally([KILL, CUT, Happened("link cut", 50)], lines) == {
+    late = Happened("SIGTERM of the driver", 21.5)
+    assert tally.tally([KILL, CUT, late, Happened("link cut", 50)], lines) == {
         "SIGKILL of a worker": Cost(times=1, again=1, pauses=[6], lost=5),
-        "link cut": Cost(times=2, again=0, pauses=[10, 4], lost=12),
+        "link cut": Cost(times=2, again=0, pauses=[10], lost=9),
+        "SIGTERM of the driver": Cost(times=1, again=0, pauses=[4], lost=3),
     }
 
 
@@ -92,12 +94,15 @@ for step in range(int(sys.argv[1]), 41):
 class StandIn(Run):
     """A program that does steps, and resumes one step earlier than it was; it fails once where `broken` lies."""
 
+    title: str = ""
+    """By which it may be taken for another process."""
+
     def start(self) -> None:
         self.attempts += 1
         first = max([0, *(one.step for one in moments.read(self.folder))]) or 1
         with self._file("out").open("wb") as out, self._file("err").open("wb") as err:
             self.driver = subprocess.Popen(
-                [sys.executable, "-c", PROGRAM, str(first), str(self.folder)],
+                [sys.executable, "-c", PROGRAM, str(first), str(self.folder), self.title],
                 env=runs.environment(self.folder, self.fault),
                 stdout=out,
                 stderr=err,
@@ -128,6 +133,27 @@ def test_the_command_is_given_until_its_work_is_done(monkeypatch: pytest.MonkeyP
     further, _ = moments.split(lines)
     assert [one.step for one in further] == list(range(1, STEPS + 1))
     assert tally.tally(found.happened, lines)["SIGTERM of the driver"].again >= 1
+
+
+def test_what_is_done_to_a_worker_reaches_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(disturbances, "LOOK", 0.1)
+    drawn = [
+        Event("SIGSTOP of a worker", 0.5, 3.0, 0),
+        Event("SIGKILL of a worker", 1, 0, 0),
+        Event("exception in a worker", 1, 0, 0),
+    ]
+    with processes.scratch() as folder:
+        run = StandIn(Path(), folder, Fault(pace=0.2), title="ray::RayTrainWorker")
+        found = on_no_hosts(run)
+        found.begin()
+        found.go_on(iter(drawn), 100)
+        found.finish(60)
+        costs = tally.tally(found.happened, moments.read(folder))
+    assert [one.what for one in found.happened] == [event.what for event in drawn]
+    assert max(costs["SIGSTOP of a worker"].pauses) >= 3.0
+    first, second = found.problems  # of a command that is a worker
+    assert first == "attempt 1 has ended with -9: nothing was printed"
+    assert second == "attempt 2 has ended with 1: RuntimeError: injected"
 
 
 def test_a_run_that_stands_still_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
