@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tests.pipelines import project
 from tests.recovery import hosts, moments, processes
 from tests.recovery.cluster import Cluster, cluster
+from tests.recovery.disturbances import send
 from tests.recovery.moments import Done
 from tests.recovery.runs import Fault, Run
 
@@ -138,10 +139,10 @@ def signal_worker(number: signal.Signals, first: bool, training: Training) -> Sa
     found = processes.workers(training.run.folder)
     worker = next(one for one in found if (one.pid == speaker) is first)
     at = training.mid_step()
-    worker.send_signal(number)
+    send(worker, number)
     back = training.next_step(at)
     if number == signal.SIGSTOP:
-        worker.send_signal(signal.SIGCONT)
+        send(worker, signal.SIGCONT)
     return training.sample(at, back.at - at)
 
 
