@@ -124,7 +124,12 @@ class Membership:
                 await asyncio.wait_for(changed.wait(), left)
 
     async def running(self) -> bool:
-        """Whether there is a group already that trains."""
+        """Whether there is a group that trains."""
+        for member in self._present():
+            if self.died(member):
+                self._lose(member.name, "died")
+                self._over = True
+        self._form()
         return self.group is not None
 
     async def leave(self, name: str, why: str = "left") -> None:

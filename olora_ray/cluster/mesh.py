@@ -1,5 +1,6 @@
 """A worker's side of the membership: it meets the others, is connected with them, and hears when a group is over."""
 
+import contextlib
 import logging
 import threading
 import time
@@ -106,7 +107,8 @@ class Mesh:
     def leave(self) -> None:
         """Go, and be missed by nobody."""
         self._closed.set()
-        self.meeting.leave(self.member.name)
+        with contextlib.suppress(RayError):  # the driver is gone
+            self.meeting.leave(self.member.name)
         self._disconnect()
 
     def _disconnect(self) -> None:

@@ -37,6 +37,8 @@ class WorkerGroup:
     workers: int
     first_rank: int = 0
     """The number of the first, where others train already."""
+    spare: bool = False
+    """Whether they stand by, and take nothing but memory until they are needed."""
 
 
 Fit = Callable[[WorkerGroup], TrainResult]
@@ -225,6 +227,12 @@ class Attempts:
         self._more.append(_in_thread(partial(self.fit, WorkerGroup(workers, self._supplied))))
         self._supplied += workers
 
+    def _stand_by(self) -> None:
+        """Start the spares, once they do not hold up the others' start."""
+        spares = self.spec.config.cluster.spares
+        if spares and self.changing and not self._more:
+            self._more.append(_in_thread(partial(self.fit, WorkerGroup(spares, self._supplied, spare=True))))
+
     def _drain(self) -> None:
         """Have the workers leave the nodes that are going to be taken away; with all of them, end."""
         if not self.changing or self._asked or not self._running:
@@ -262,6 +270,7 @@ class Attempts:
         elif workers != self.spec.config.cluster.max_workers():
             self.progress.line(f"training starts with {plural(workers, 'worker')}{self._split(workers)}")
         self.workers, self.cause, self._running = workers, None, True
+        self._stand_by()
 
     def _split(self, workers: int) -> str:
         """How the same global batch is split, if that is news."""

@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 # Ray's stubs describe Train V1; V2, which runs, has more arguments.
 ray_train: Any = ray.train
+SPARE = {"CPU": 0.0, "memory": 1.0}
+"""What Ray is to set aside for a spare: something, and no CPU."""
 FitOn = Callable[[Any, WorkerGroup], TrainResult]
 """Trains once: gets the driver's channel and the workers."""
 
@@ -112,7 +114,9 @@ def _fit(spec: TrainSpec, folder: RunFolder, worker: Mapping[str, float], channe
         },
         torch_config=InPlaceConfig() if changing else TorchConfig(),
         scaling_config=ray_train.ScalingConfig(
-            num_workers=group.workers, use_gpu="GPU" in worker, resources_per_worker=dict(worker)
+            num_workers=group.workers,
+            use_gpu="GPU" in worker,
+            resources_per_worker=SPARE if group.spare else dict(worker),
         ),
         run_config=ray_train.RunConfig(
             name="checkpoints",
