@@ -44,6 +44,8 @@ class Member:
     """Host and port of its TCPStore, at which a group meets whose first member it is."""
     node: str = ""
     """Id of its node."""
+    attempt: int = 0
+    """Which attempt of the driver has started it: those of an earlier one are as good as dead."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class Membership:
 
     def __init__(self, wanted: int, died: Died) -> None:
         """Groups have `wanted` members: the first waits for as many, later ones take fewer, but never more."""
-        self.wanted, self.died = wanted, died
+        self.wanted, self.died, self.attempt = wanted, died, 0
         self.group: Group | None = None
         self._number = 0
         self._seen: dict[str, float] = {}
@@ -101,6 +103,8 @@ class Membership:
         """
         if self._finished:
             raise Finished
+        if member.attempt != self.attempt:
+            raise ConnectionError("this worker is of an earlier attempt")
         self._begin_watch()
         self._seen[member.name] = time.monotonic()
         future: asyncio.Future[Group] = asyncio.get_running_loop().create_future()
@@ -160,9 +164,10 @@ class Membership:
                 future.set_exception(Finished())
         self._here = {}
 
-    async def begin_anew(self, wanted: int) -> None:
+    async def begin_anew(self, wanted: int, attempt: int) -> None:
         """Forget everybody: other workers start, `wanted` of them."""
-        self.wanted, self.group, self._over, self._finished = wanted, None, False, False
+        self.wanted, self.attempt = wanted, attempt
+        self.group, self._over, self._finished = None, False, False
         for name in list(self._here):
             self._lose(name, "was given up")
         self._seen, self._gone, self._leaving = {}, {}, frozenset()

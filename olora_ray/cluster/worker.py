@@ -59,7 +59,7 @@ def train_worker(parts: dict[str, Any]) -> TrainResult:
     context, channel = RayTrainContext(parts["spec"].config), parts["channel"]
     if not parts["in_place"]:
         return train_at(context, parts["spec"], parts["checkpoints"], channel)
-    mesh = Mesh(RayMeeting(channel), *identity(parts["first_rank"]))
+    mesh = Mesh(RayMeeting(channel), *identity(parts["first_rank"]), parts["attempt"])
     try:
         result = train_at(context, parts["spec"], parts["checkpoints"], channel, mesh)
         if result.interrupted != LEFT:

@@ -35,6 +35,8 @@ class WorkerGroup:
     """Workers that one trainer of Ray's starts."""
 
     workers: int
+    attempt: int
+    """Which of the driver's attempts they belong to, from 1."""
     first_rank: int = 0
     """The number of the first, where others train already."""
     spare: bool = False
@@ -85,8 +87,9 @@ class Attempts:
         self._asked = self._warned = self._running = False
         self._more: list[Future[TrainResult]] = []
         """Of trainers that have started more workers, which join."""
+        self._attempt = 0
         self._supplied = 0
-        """Workers of all trainers."""
+        """Workers of all trainers of this attempt."""
         self._controllers: list[Any] = []
         """Of the trainers of which workers have failed."""
         self._looked = time.monotonic()
@@ -96,12 +99,13 @@ class Attempts:
         """Train until done. Raises UserError with what went wrong in the end, and Stopped after a signal."""
         elastic, first = self.spec.config.cluster.is_elastic(), True
         while True:
+            self._attempt += 1
             workers = self.spec.config.cluster.max_workers() if first and not elastic else self._wait_for_room()
             first = False
-            ray.get([self.channel.request_stop.remote(None), self.channel.begin_anew.remote(workers)])
+            ray.get([self.channel.request_stop.remote(None), self.channel.begin_anew.remote(workers, self._attempt)])
             self._supplied = workers
             try:
-                result = self._follow(_in_thread(partial(self.fit, WorkerGroup(workers))))
+                result = self._follow(_in_thread(partial(self.fit, WorkerGroup(workers, self._attempt))))
             except (RayActorError, ray_train.TrainingFailedError) as error:
                 self._failed(error)
                 continue
@@ -224,14 +228,16 @@ class Attempts:
     def _add(self, workers: int) -> None:
         """Start more workers, which join those that train when they are ready."""
         self.channel.want.remote(workers)
-        self._more.append(_in_thread(partial(self.fit, WorkerGroup(workers, self._supplied))))
+        self._more.append(_in_thread(partial(self.fit, WorkerGroup(workers, self._attempt, self._supplied))))
         self._supplied += workers
 
     def _stand_by(self) -> None:
         """Start the spares, once they do not hold up the others' start."""
         spares = self.spec.config.cluster.spares
         if spares and self.changing and not self._more:
-            self._more.append(_in_thread(partial(self.fit, WorkerGroup(spares, self._supplied, spare=True))))
+            self._more.append(
+                _in_thread(partial(self.fit, WorkerGroup(spares, self._attempt, self._supplied, spare=True)))
+            )
 
     def _drain(self) -> None:
         """Have the workers leave the nodes that are going to be taken away; with all of them, end."""

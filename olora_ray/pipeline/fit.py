@@ -111,6 +111,7 @@ def _fit(spec: TrainSpec, folder: RunFolder, worker: Mapping[str, float], channe
             "channel": channel,
             "in_place": changing,
             "first_rank": group.first_rank,
+            "attempt": group.attempt,
         },
         torch_config=InPlaceConfig() if changing else TorchConfig(),
         scaling_config=ray_train.ScalingConfig(
