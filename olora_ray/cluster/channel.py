@@ -49,8 +49,6 @@ class Failure:
     """Workers have failed; Ray starts them again or gives up."""
 
     what: str
-    controller: Any = None
-    """The actor of Train's controller that says so."""
 
 
 @dataclass(frozen=True)

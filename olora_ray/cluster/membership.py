@@ -19,6 +19,8 @@ from olora_ray.common.text import plural
 
 SILENCE = 20.0
 """Seconds without a sign of life after which a member counts as lost."""
+DOUBT = 3.0
+"""Seconds without one after which it is looked whether it has died."""
 PATIENCE = 1.0
 """Seconds for which `beat` waits for something to tell."""
 TICK = 0.1
@@ -235,9 +237,10 @@ class Membership:
         now, lost = time.monotonic(), dict[str, str]()
         missed = bool(self._here) or self._over
         for member in [*self._present(), *(member for member, _ in self._here.values())]:
-            if now - self._seen.get(member.name, now) > SILENCE:
+            silent = now - self._seen.get(member.name, now)
+            if silent > SILENCE:
                 lost[member.name] = f"gave no sign of life for {SILENCE:.0f} s"
-            elif missed and member.name not in self._here and self.died(member):
+            elif (silent > DOUBT or (missed and member.name not in self._here)) and self.died(member):
                 lost[member.name] = "died"
         self._over |= any(self._is_member(name) for name in lost)
         for name, why in lost.items():

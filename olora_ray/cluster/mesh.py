@@ -15,6 +15,8 @@ from olora_ray.common.collectives import PeerLost
 
 logger = logging.getLogger(__name__)
 
+CONNECT = (10, 20, 40, 80, 160)
+"""Seconds within which a group has to be connected: one after the other, when others are lost meanwhile."""
 PAUSE = 0.2
 """Seconds after orders that are not followed yet, before they are asked for again."""
 
@@ -83,7 +85,7 @@ class Mesh:
 
         Raises Finished if there will be none, and ConnectionError if this worker was given up meanwhile.
         """
-        while True:
+        for seconds in CONNECT:
             self._disconnect()
             group = self.meeting.meet(self.member, lost)
             with self._guard:
@@ -91,10 +93,11 @@ class Mesh:
             try:
                 if len(group.members) > 1:
                     first, rank = group.members[0], group.rank_of(self.member.name)
-                    collectives.join_group(first.store, str(group.number), rank, len(group.members))
+                    collectives.join_group(first.store, str(group.number), rank, len(group.members), seconds)
                 return group
             except PeerLost:
                 lost = True
+        raise ConnectionError("the workers cannot be connected")
 
     def orders(self) -> Orders:
         """What is to be done after the step under way. A local read: may be called every step."""

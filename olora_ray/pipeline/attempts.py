@@ -12,9 +12,9 @@ import ray
 import ray.train
 from ray.exceptions import RayActorError
 
+from olora_ray.cluster import ray_internals
 from olora_ray.cluster.channel import Failure, Resumed
 from olora_ray.cluster.failures import cause, counts
-from olora_ray.cluster.ray_internals import draining_nodes
 from olora_ray.cluster.resources import PlacementRequest, free_workers
 from olora_ray.cluster.spec import LEFT, TrainResult, TrainSpec
 from olora_ray.common.errors import UserError
@@ -90,8 +90,6 @@ class Attempts:
         self._attempt = 0
         self._supplied = 0
         """Workers of all trainers of this attempt."""
-        self._controllers: list[Any] = []
-        """Of the trainers of which workers have failed."""
         self._looked = time.monotonic()
         self._room = 0
 
@@ -161,7 +159,7 @@ class Attempts:
     def _follow(self, training: "Future[TrainResult]") -> TrainResult:
         """Serve a group of workers until its training has ended; returns or raises what it did."""
         self._asked = self._running = False
-        self._more, self._controllers = [], []
+        self._more = []
         collected, result = time.monotonic(), None
         try:
             while not self._ended(training, result):
@@ -194,8 +192,7 @@ class Attempts:
             self.channel.request_stop.remote("training has ended")
             wait(trainers, ENDING)
         if any(not one.done() for one in trainers):
-            for controller in self._controllers:
-                ray.kill(controller)
+            ray_internals.end_train_controllers()  # and with them what they have reserved
             wait(trainers, ENDING)
 
     def _look(self) -> None:
@@ -243,7 +240,7 @@ class Attempts:
         """Have the workers leave the nodes that are going to be taken away; with all of them, end."""
         if not self.changing or self._asked or not self._running:
             return
-        if (nodes := draining_nodes()) and not ray.get(self.channel.drain_nodes.remote(nodes)):
+        if (nodes := ray_internals.draining_nodes()) and not ray.get(self.channel.drain_nodes.remote(nodes)):
             self._ask(f"node {', '.join(sorted(node[:8] for node in nodes))} is preempted")
 
     def _ask(self, why: str) -> None:
@@ -253,7 +250,6 @@ class Attempts:
     def _on_event(self, event: Event) -> None:
         if isinstance(event, Failure):
             self._note(event.what)
-            self._controllers += [event.controller] if event.controller else []
             return
         if isinstance(event, Resumed) and event.why:  # known better than from Ray, which looks every two seconds
             self.cause = event.why

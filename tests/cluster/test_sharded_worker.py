@@ -26,8 +26,7 @@ class Context(RayTrainContext):
     """That of a worker of Ray Train, with what Ray would say of it."""
 
     def __init__(self) -> None:
-        self.rank, self.world, self.device = dist.get_rank(), dist.get_world_size(), torch.device("cpu")
-        self.preemption = NoPreemption()
+        self.device, self.preemption = torch.device("cpu"), NoPreemption()
         self._loss, self._installed = None, False
 
 
