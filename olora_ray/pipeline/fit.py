@@ -13,12 +13,13 @@ from olora_ray.cluster.failures import TellDriver
 from olora_ray.cluster.in_place import InPlaceConfig, in_place
 from olora_ray.cluster.resources import worker_resources
 from olora_ray.cluster.spec import TrainResult, TrainSpec
-from olora_ray.cluster.worker import train_worker
-from olora_ray.pipeline.attempts import Attempts, WorkerGroup
+from olora_ray.cluster.train_worker import train_worker
+from olora_ray.pipeline.attempts import Attempts
 from olora_ray.pipeline.monitor import Monitor, OnRow
 from olora_ray.pipeline.progress import Progress
 from olora_ray.pipeline.run_folder import RunFolder
 from olora_ray.pipeline.signals import Stop
+from olora_ray.pipeline.trainers import WorkerGroup
 from olora_ray.tokens.prepare import CompleteStore, StoreBuild
 from olora_ray.tracking.prometheus import Telemetry
 from olora_ray.tracking.run import Tracker
