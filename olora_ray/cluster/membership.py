@@ -11,6 +11,7 @@ This is the logic, to be called in one event loop; a training has it in the acto
 
 import asyncio
 import contextlib
+import random
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ PATIENCE = 1.0
 """Seconds for which `beat` waits for something to tell."""
 TICK = 0.1
 """Seconds between two looks at members that are missed."""
+LOOKS = 16
+"""Members that are looked at each time: of hundreds that are missed at once most are only late."""
 
 Died = Callable[["Member"], bool]
 """Whether a member is certainly gone; called while it is missed, must not take long."""
@@ -236,11 +239,15 @@ class Membership:
         """Give up the members that are certainly gone, or silent for too long; whether there were some."""
         now, lost = time.monotonic(), dict[str, str]()
         missed = bool(self._here) or self._over
+        doubted = []
         for member in [*self._present(), *(member for member, _ in self._here.values())]:
             silent = now - self._seen.get(member.name, now)
             if silent > SILENCE:
                 lost[member.name] = f"gave no sign of life for {SILENCE:.0f} s"
-            elif (silent > DOUBT or (missed and member.name not in self._here)) and self.died(member):
+            elif silent > DOUBT or (missed and member.name not in self._here):
+                doubted.append(member)
+        for member in random.sample(doubted, min(LOOKS, len(doubted))):
+            if self.died(member):
                 lost[member.name] = "died"
         self._over |= any(self._is_member(name) for name in lost)
         for name, why in lost.items():
