@@ -207,6 +207,8 @@ class Case:
     """Seconds when every change of the workers was a restart of all of them."""
     again: int | None = None
     """Steps that may be done again."""
+    rest: float = 0.0
+    """Seconds before it happens, in which a spare gets ready."""
 
 
 KILL = partial(signal_worker, signal.SIGKILL)
@@ -220,6 +222,8 @@ ON_ONE_HOST: dict[tuple[str, ...], tuple[Case, ...]] = {
         Case("SIGTERM, to the end", terminate_driver, 5, again=0),
         Case("SIGKILL of the driver, same command", kill_driver, 12),
     ),
+    # Of the first one only: a spare is a worker process too, and may not be told from the others.
+    ("cluster.spares=1",): (Case("SIGKILL of the first worker, a spare", partial(KILL, True), 3, 14, 1, rest=60.0),),
 }
 """More settings of a run -> what happens to it."""
 ON_HOSTS = (
@@ -250,6 +254,7 @@ def _repeat(training: Training, cases: tuple[Case, ...], count: int, found: dict
         training.start()
         for _ in range(count):
             for case in cases:
+                time.sleep(case.rest)
                 sample = case.happen(training)
                 found.setdefault(case, []).append(sample)
                 _say(f"{case.what}: {sample.seconds:.1f} s, {sample.again} steps again, gap {sample.gap:.1f} s")

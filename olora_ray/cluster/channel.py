@@ -49,8 +49,6 @@ class Failure:
     """Workers have failed; Ray starts them again or gives up."""
 
     what: str
-    controller: Any = None
-    """The actor of Train's controller that says so."""
 
 
 @dataclass(frozen=True)
@@ -107,10 +105,10 @@ class DriverChannel:
         """Whether no more data will come."""
         return self._data_failed
 
-    async def begin_anew(self, workers: int) -> None:
-        """So many workers start, and are to form a group; those of before are gone."""
+    async def begin_anew(self, workers: int, attempt: int) -> None:
+        """So many workers start, and are to form a group; those of earlier attempts are gone."""
         self._result = None
-        await self._membership.begin_anew(workers)
+        await self._membership.begin_anew(workers, attempt)
 
     async def want(self, more: int) -> None:
         """So many more workers start, which are to come into the group that trains."""

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-import ray
 from ray.exceptions import RayActorError
 from ray.train import ControllerError, PreemptionError, UserCallback, WorkerGroupError
 
@@ -27,8 +26,7 @@ class TellDriver(UserCallback):
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Called in the controller, before it decides what to do."""
-        controller = ray.get_runtime_context().current_actor
-        self.channel.send.remote(Failure(describe(worker_exceptions), controller))
+        self.channel.send.remote(Failure(describe(worker_exceptions)))
 
 
 def describe(exceptions: Mapping[int, Exception]) -> str:

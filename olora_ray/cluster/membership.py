@@ -11,6 +11,7 @@ This is the logic, to be called in one event loop; a training has it in the acto
 
 import asyncio
 import contextlib
+import random
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -19,10 +20,14 @@ from olora_ray.common.text import plural
 
 SILENCE = 20.0
 """Seconds without a sign of life after which a member counts as lost."""
+DOUBT = 3.0
+"""Seconds without one after which it is looked whether it has died."""
 PATIENCE = 1.0
 """Seconds for which `beat` waits for something to tell."""
 TICK = 0.1
 """Seconds between two looks at members that are missed."""
+LOOKS = 16
+"""Members that are looked at each time: of hundreds that are missed at once most are only late."""
 
 Died = Callable[["Member"], bool]
 """Whether a member is certainly gone; called while it is missed, must not take long."""
@@ -44,6 +49,8 @@ class Member:
     """Host and port of its TCPStore, at which a group meets whose first member it is."""
     node: str = ""
     """Id of its node."""
+    attempt: int = 0
+    """Which attempt of the driver has started it: those of an earlier one are as good as dead."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +86,7 @@ class Membership:
 
     def __init__(self, wanted: int, died: Died) -> None:
         """Groups have `wanted` members: the first waits for as many, later ones take fewer, but never more."""
-        self.wanted, self.died = wanted, died
+        self.wanted, self.died, self.attempt = wanted, died, 0
         self.group: Group | None = None
         self._number = 0
         self._seen: dict[str, float] = {}
@@ -101,6 +108,8 @@ class Membership:
         """
         if self._finished:
             raise Finished
+        if member.attempt != self.attempt:
+            raise ConnectionError("this worker is of an earlier attempt")
         self._begin_watch()
         self._seen[member.name] = time.monotonic()
         future: asyncio.Future[Group] = asyncio.get_running_loop().create_future()
@@ -124,7 +133,12 @@ class Membership:
                 await asyncio.wait_for(changed.wait(), left)
 
     async def running(self) -> bool:
-        """Whether there is a group already that trains."""
+        """Whether there is a group that trains."""
+        for member in self._present():
+            if self.died(member):
+                self._lose(member.name, "died")
+                self._over = True
+        self._form()
         return self.group is not None
 
     async def leave(self, name: str, why: str = "left") -> None:
@@ -155,9 +169,10 @@ class Membership:
                 future.set_exception(Finished())
         self._here = {}
 
-    async def begin_anew(self, wanted: int) -> None:
+    async def begin_anew(self, wanted: int, attempt: int) -> None:
         """Forget everybody: other workers start, `wanted` of them."""
-        self.wanted, self.group, self._over, self._finished = wanted, None, False, False
+        self.wanted, self.attempt = wanted, attempt
+        self.group, self._over, self._finished = None, False, False
         for name in list(self._here):
             self._lose(name, "was given up")
         self._seen, self._gone, self._leaving = {}, {}, frozenset()
@@ -224,10 +239,15 @@ class Membership:
         """Give up the members that are certainly gone, or silent for too long; whether there were some."""
         now, lost = time.monotonic(), dict[str, str]()
         missed = bool(self._here) or self._over
+        doubted = []
         for member in [*self._present(), *(member for member, _ in self._here.values())]:
-            if now - self._seen.get(member.name, now) > SILENCE:
+            silent = now - self._seen.get(member.name, now)
+            if silent > SILENCE:
                 lost[member.name] = f"gave no sign of life for {SILENCE:.0f} s"
-            elif missed and member.name not in self._here and self.died(member):
+            elif silent > DOUBT or (missed and member.name not in self._here):
+                doubted.append(member)
+        for member in random.sample(doubted, min(LOOKS, len(doubted))):
+            if self.died(member):
                 lost[member.name] = "died"
         self._over |= any(self._is_member(name) for name in lost)
         for name, why in lost.items():

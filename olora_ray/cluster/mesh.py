@@ -1,5 +1,6 @@
 """A worker's side of the membership: it meets the others, is connected with them, and hears when a group is over."""
 
+import contextlib
 import logging
 import threading
 import time
@@ -14,6 +15,8 @@ from olora_ray.common.collectives import PeerLost
 
 logger = logging.getLogger(__name__)
 
+CONNECT = (10, 20, 40, 80, 160)
+"""Seconds within which a group has to be connected: one after the other, when others are lost meanwhile."""
 PAUSE = 0.2
 """Seconds after orders that are not followed yet, before they are asked for again."""
 
@@ -65,11 +68,11 @@ class RayMeeting:
 class Mesh:
     """The connections of this process with the others of its group, one group after the other."""
 
-    def __init__(self, meeting: Meeting, name: str, rank: int, host: str, node: str = "") -> None:
-        """`name`, `rank` and `node` are as of Member; the others reach this process at `host`."""
+    def __init__(self, meeting: Meeting, name: str, rank: int, host: str, node: str = "", attempt: int = 0) -> None:
+        """`name`, `rank`, `node` and `attempt` are as of Member; the others reach this process at `host`."""
         self.meeting = meeting
         self._store = collectives.meeting_place(host)
-        self.member = Member(name, rank, (host, self._store.port), node)
+        self.member = Member(name, rank, (host, self._store.port), node, attempt)
         self.group: Group | None = None
         self._orders = Orders()
         self._guard = threading.Lock()
@@ -82,7 +85,7 @@ class Mesh:
 
         Raises Finished if there will be none, and ConnectionError if this worker was given up meanwhile.
         """
-        while True:
+        for seconds in CONNECT:
             self._disconnect()
             group = self.meeting.meet(self.member, lost)
             with self._guard:
@@ -90,10 +93,11 @@ class Mesh:
             try:
                 if len(group.members) > 1:
                     first, rank = group.members[0], group.rank_of(self.member.name)
-                    collectives.join_group(first.store, str(group.number), rank, len(group.members))
+                    collectives.join_group(first.store, str(group.number), rank, len(group.members), seconds)
                 return group
             except PeerLost:
                 lost = True
+        raise ConnectionError("the workers cannot be connected")
 
     def orders(self) -> Orders:
         """What is to be done after the step under way. A local read: may be called every step."""
@@ -106,7 +110,8 @@ class Mesh:
     def leave(self) -> None:
         """Go, and be missed by nobody."""
         self._closed.set()
-        self.meeting.leave(self.member.name)
+        with contextlib.suppress(RayError):  # the driver is gone
+            self.meeting.leave(self.member.name)
         self._disconnect()
 
     def _disconnect(self) -> None:

@@ -6,26 +6,20 @@ from contextlib import closing
 from enum import Enum
 from typing import Any
 
-import ray
-import ray.train as ray_train
-
 from olora_ray.cluster.adopt import Progress, adopt
-from olora_ray.cluster.channel import Resumed, Saved, Started, sent_to
+from olora_ray.cluster.channel import Resumed, Saved, Started
 from olora_ray.cluster.evaluator import Evaluator
 from olora_ray.cluster.kind import note_kinds
-from olora_ray.cluster.membership import Finished
-from olora_ray.cluster.mesh import Mesh, RayMeeting
-from olora_ray.cluster.quiet import quiet_train_worker
-from olora_ray.cluster.resume import StartingPoint, starting_point
+from olora_ray.cluster.mesh import Mesh
+from olora_ray.cluster.resume import StartingPoint
 from olora_ray.cluster.self_tested import self_tested
 from olora_ray.cluster.spec import LEFT, TrainResult, TrainSpec
 from olora_ray.cluster.stop_requests import StopRequests
-from olora_ray.cluster.worker_context import RayTrainContext, WorkerContext
+from olora_ray.cluster.worker_context import WorkerContext
 from olora_ray.common import collectives, storage
 from olora_ray.common.collectives import PeerLost
 from olora_ray.common.errors import UserError
 from olora_ray.common.fault_points import reached
-from olora_ray.common.quiet import quiet_transformers
 from olora_ray.config.load import dump
 from olora_ray.train.checkpoint import snapshot
 from olora_ray.train.checkpoints import CheckpointManager
@@ -50,56 +44,6 @@ class After(Enum):
 
 class _Left(Exception):
     """This worker was ordered to leave."""
-
-
-def train_worker(parts: dict[str, Any]) -> TrainResult:
-    """Entry point under TorchTrainer; the same on every worker, only the first reports."""
-    quiet_transformers()
-    quiet_train_worker()
-    context, channel = RayTrainContext(parts["spec"].config), parts["channel"]
-    if not parts["in_place"]:
-        return train_at(context, parts["spec"], parts["checkpoints"], channel)
-    mesh = Mesh(RayMeeting(channel), *identity(parts["first_rank"]))
-    try:
-        result = train_at(context, parts["spec"], parts["checkpoints"], channel, mesh)
-        if result.interrupted != LEFT:
-            ray.get(channel.finish.remote(result))
-        return result
-    except Finished:
-        return TrainResult(interrupted=LEFT)
-    finally:
-        mesh.leave()
-
-
-def identity(first_rank: int) -> tuple[str, int, str, str]:
-    """Name, number, host and node of this worker of Ray Train, as Mesh takes them."""
-    from ray.util import get_node_ip_address
-
-    context = ray.get_runtime_context()
-    rank = first_rank + ray_train.get_context().get_world_rank()
-    return context.get_actor_id() or "", rank, get_node_ip_address(), context.get_node_id()
-
-
-def train_at(
-    context: WorkerContext, spec: TrainSpec, checkpoints: str, channel: Any, mesh: Mesh | None = None
-) -> TrainResult:
-    """Train a spec; what the user has to mend is in the result.
-
-    With a mesh, the workers form the groups of its membership; without, those of the process group that is there.
-    """
-    late = mesh is not None and mesh.meeting.running()
-    try:
-        with sent_to(channel, mesh.leads if mesh else lambda: context.rank == 0):
-            if mesh and not late and not mesh.meet().begins:
-                raise RuntimeError("the training has begun meanwhile")  # Ray starts this worker again
-            requests = StopRequests(channel, context, mesh)
-            start = starting_point(context, spec, checkpoints, requests.waiting)
-            return Worker(context, spec, checkpoints, channel, start, requests, mesh, late).run()
-    except UserError as error:
-        if late:
-            raise RuntimeError(str(error)) from error  # the others train on
-        # Returned, not raised: a retry would meet the same problem. All workers get here together.
-        return TrainResult(problem=str(error))
 
 
 class Worker:

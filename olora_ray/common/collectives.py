@@ -23,8 +23,6 @@ Value = TypeVar("Value")
 
 PATIENCE = timedelta(minutes=30)
 """Within which an exchange ends, the waiting for slower workers included."""
-CONNECT = timedelta(seconds=20)
-"""Within which the members of a group have to be connected."""
 ABORT = timedelta(milliseconds=1)
 NOBODY = 2**20 + 1
 """A tag that no message has."""
@@ -39,15 +37,16 @@ def meeting_place(host: str) -> TCPStore:
     return TCPStore(host, 0, is_master=True, wait_for_workers=False)
 
 
-def join_group(address: tuple[str, int], name: str, rank: int, size: int) -> None:
-    """Connect with the other workers of a new group over gloo; all must call it together.
+def join_group(address: tuple[str, int], name: str, rank: int, size: int, seconds: float) -> None:
+    """Connect with the other workers of a new group over gloo; all must call it together, within so many seconds.
 
     They meet at the TCPStore at `address`; no other group that does so has this name. Raises PeerLost.
     """
+    limit = timedelta(seconds=seconds)
     with _peers():
-        store = TCPStore(*address, is_master=False, wait_for_workers=False, timeout=CONNECT)
+        store = TCPStore(*address, is_master=False, wait_for_workers=False, timeout=limit)
         prefixed = PrefixStore(name, store)
-        dist.init_process_group("gloo", store=prefixed, rank=rank, world_size=size, timeout=CONNECT)
+        dist.init_process_group("gloo", store=prefixed, rank=rank, world_size=size, timeout=limit)
         dist.distributed_c10d._set_pg_timeout(PATIENCE, dist.group.WORLD)
 
 

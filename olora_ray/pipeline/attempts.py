@@ -1,28 +1,25 @@
 """Attempts of one training: decides how many workers each gets, and whether another one follows."""
 
-import threading
 import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future, wait
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Mapping
 from typing import Any
 
 import ray
 import ray.train
 from ray.exceptions import RayActorError
 
+from olora_ray.cluster import ray_internals
 from olora_ray.cluster.channel import Failure, Resumed
 from olora_ray.cluster.failures import cause, counts
-from olora_ray.cluster.ray_internals import draining_nodes
 from olora_ray.cluster.resources import PlacementRequest, free_workers
-from olora_ray.cluster.spec import LEFT, TrainResult, TrainSpec
+from olora_ray.cluster.spec import TrainResult, TrainSpec
 from olora_ray.common.errors import UserError
 from olora_ray.common.text import plural
 from olora_ray.pipeline.connection import user_errors
 from olora_ray.pipeline.monitor import Event, Monitor
 from olora_ray.pipeline.progress import batch_split
 from olora_ray.pipeline.signals import Stop
+from olora_ray.pipeline.trainers import Fit, Trainers, given
 from olora_ray.tokens.prepare import CompleteStore, StoreBuild
 from olora_ray.train.schedule import Schedule
 
@@ -30,26 +27,11 @@ from olora_ray.train.schedule import Schedule
 ray_train: Any = ray.train
 
 
-@dataclass(frozen=True)
-class WorkerGroup:
-    """Workers that one trainer of Ray's starts."""
-
-    workers: int
-    first_rank: int = 0
-    """The number of the first, where others train already."""
-
-
-Fit = Callable[[WorkerGroup], TrainResult]
-"""Trains once with these workers, from the latest checkpoint, or has them join those that train."""
-TICK = 0.2
-"""Seconds between two looks at what has been asked for."""
 COLLECT = 1.0
 """Seconds between two looks at the channel."""
 SETTLE = 3.0
 """Seconds for which the room for workers must stay as it is: ended workers give theirs back one by one."""
 RESIZE = "the cluster has grown"
-ENDING = 10.0
-"""Seconds after the end of a training in which its trainers end; one that waits for room for a worker does not."""
 
 
 class Attempts:
@@ -81,12 +63,8 @@ class Attempts:
         self.cause: str | None = None
         """Why the next group will start; None once it has."""
         self._asked = self._warned = self._running = False
-        self._more: list[Future[TrainResult]] = []
-        """Of trainers that have started more workers, which join."""
-        self._supplied = 0
-        """Workers of all trainers."""
-        self._controllers: list[Any] = []
-        """Of the trainers of which workers have failed."""
+        self._attempt = 0
+        self._trainers: Trainers | None = None
         self._looked = time.monotonic()
         self._room = 0
 
@@ -94,12 +72,13 @@ class Attempts:
         """Train until done. Raises UserError with what went wrong in the end, and Stopped after a signal."""
         elastic, first = self.spec.config.cluster.is_elastic(), True
         while True:
+            self._attempt += 1
             workers = self.spec.config.cluster.max_workers() if first and not elastic else self._wait_for_room()
             first = False
-            ray.get([self.channel.request_stop.remote(None), self.channel.begin_anew.remote(workers)])
-            self._supplied = workers
+            ray.get([self.channel.request_stop.remote(None), self.channel.begin_anew.remote(workers, self._attempt)])
+            self._trainers = Trainers(self.fit, self.channel, self._attempt, workers)
             try:
-                result = self._follow(_in_thread(partial(self.fit, WorkerGroup(workers))))
+                result = self._follow(self._trainers)
             except (RayActorError, ray_train.TrainingFailedError) as error:
                 self._failed(error)
                 continue
@@ -152,45 +131,23 @@ class Attempts:
                     raise self.stop.stopped("stopped while waiting for the cluster")
                 time.sleep(0.5)
 
-    def _follow(self, training: "Future[TrainResult]") -> TrainResult:
-        """Serve a group of workers until its training has ended; returns or raises what it did."""
+    def _follow(self, trainers: Trainers) -> TrainResult:
+        """Serve the workers until their training has ended; returns or raises what it did."""
         self._asked = self._running = False
-        self._more, self._controllers = [], []
         collected, result = time.monotonic(), None
         try:
-            while not self._ended(training, result):
+            while not trainers.ended(result):
                 self._look()
                 if time.monotonic() - collected >= COLLECT:
                     self.monitor.collect(self._on_event)
                     self._drain()
-                    result = ray.get(self.channel.result.remote())
+                    result = given(self.channel)
                     collected = time.monotonic()
             self.monitor.collect(self._on_event)
-            result = result or ray.get(self.channel.result.remote())
-            return result or training.result()
+            return result or given(self.channel) or trainers.result()
         finally:
             self.monitor.telemetry.ended()
-            self._end([training, *self._more])
-
-    def _ended(self, training: "Future[TrainResult]", result: TrainResult | None) -> bool:
-        """Whether nobody trains any more; waits a little."""
-        wait([training], TICK)
-        if result or not training.done():
-            return result is not None
-        if training.exception() is None and training.result().interrupted == LEFT:
-            time.sleep(TICK)
-            return all(one.done() for one in self._more)  # its own workers have left, others train on
-        return True
-
-    def _end(self, trainers: "list[Future[TrainResult]]") -> None:
-        """Have all trainers end: nothing may hold resources that the export needs."""
-        if any(not one.done() for one in trainers):
-            self.channel.request_stop.remote("training has ended")
-            wait(trainers, ENDING)
-        if any(not one.done() for one in trainers):
-            for controller in self._controllers:
-                ray.kill(controller)
-            wait(trainers, ENDING)
+            trainers.end()
 
     def _look(self) -> None:
         if self.stop.asked and not self._asked:
@@ -208,28 +165,23 @@ class Attempts:
 
     def _grow(self) -> None:
         """Ask the workers to end if more of them fit: the next group resumes where they were."""
+        assert self._trainers is not None
         most = self.spec.config.cluster.max_workers()
-        missing = most - (self._supplied if self.changing else self.workers or most)
+        missing = most - (self._trainers.workers if self.changing else self.workers or most)
         quiet = self._running and not self._asked  # else what is free is about to be taken
         room = min(missing, free_workers(self.worker)) if missing and quiet else 0
         if room and self._room:  # twice in a row: others may use what is free for a moment
             if self.changing:
-                self._add(room)
+                self._trainers.add(room)
             else:
                 self._ask(RESIZE)
         self._room = room
-
-    def _add(self, workers: int) -> None:
-        """Start more workers, which join those that train when they are ready."""
-        self.channel.want.remote(workers)
-        self._more.append(_in_thread(partial(self.fit, WorkerGroup(workers, self._supplied))))
-        self._supplied += workers
 
     def _drain(self) -> None:
         """Have the workers leave the nodes that are going to be taken away; with all of them, end."""
         if not self.changing or self._asked or not self._running:
             return
-        if (nodes := draining_nodes()) and not ray.get(self.channel.drain_nodes.remote(nodes)):
+        if (nodes := ray_internals.draining_nodes()) and not ray.get(self.channel.drain_nodes.remote(nodes)):
             self._ask(f"node {', '.join(sorted(node[:8] for node in nodes))} is preempted")
 
     def _ask(self, why: str) -> None:
@@ -239,7 +191,6 @@ class Attempts:
     def _on_event(self, event: Event) -> None:
         if isinstance(event, Failure):
             self._note(event.what)
-            self._controllers += [event.controller] if event.controller else []
             return
         if isinstance(event, Resumed) and event.why:  # known better than from Ray, which looks every two seconds
             self.cause = event.why
@@ -261,6 +212,9 @@ class Attempts:
             self.progress.back_to(step)
         elif workers != self.spec.config.cluster.max_workers():
             self.progress.line(f"training starts with {plural(workers, 'worker')}{self._split(workers)}")
+        spares = self.spec.config.cluster.spares
+        if spares and self.changing and self._trainers and not self._running:
+            self._trainers.stand_by(spares)  # not before: they would hold up the others' start
         self.workers, self.cause, self._running = workers, None, True
 
     def _split(self, workers: int) -> str:
@@ -277,17 +231,3 @@ class Attempts:
     def _announce(self, what: str) -> None:
         """Tell what keeps the next group from starting."""
         self.progress.line(f"{self.cause}: {what}" if self.cause else what)
-
-
-def _in_thread(work: Callable[[], TrainResult]) -> "Future[TrainResult]":
-    """Run `work` in a thread that does not keep the process alive; the main thread stays free for signals."""
-    future: Future[TrainResult] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(work())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, name="train", daemon=True).start()
-    return future

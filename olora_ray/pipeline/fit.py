@@ -13,12 +13,13 @@ from olora_ray.cluster.failures import TellDriver
 from olora_ray.cluster.in_place import InPlaceConfig, in_place
 from olora_ray.cluster.resources import worker_resources
 from olora_ray.cluster.spec import TrainResult, TrainSpec
-from olora_ray.cluster.worker import train_worker
-from olora_ray.pipeline.attempts import Attempts, WorkerGroup
+from olora_ray.cluster.train_worker import train_worker
+from olora_ray.pipeline.attempts import Attempts
 from olora_ray.pipeline.monitor import Monitor, OnRow
 from olora_ray.pipeline.progress import Progress
 from olora_ray.pipeline.run_folder import RunFolder
 from olora_ray.pipeline.signals import Stop
+from olora_ray.pipeline.trainers import WorkerGroup
 from olora_ray.tokens.prepare import CompleteStore, StoreBuild
 from olora_ray.tracking.prometheus import Telemetry
 from olora_ray.tracking.run import Tracker
@@ -29,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 # Ray's stubs describe Train V1; V2, which runs, has more arguments.
 ray_train: Any = ray.train
+SPARE = {"CPU": 0.0, "memory": 1.0}
+"""What Ray is to set aside for a spare: something, and no CPU."""
 FitOn = Callable[[Any, WorkerGroup], TrainResult]
 """Trains once: gets the driver's channel and the workers."""
 
@@ -109,10 +112,13 @@ def _fit(spec: TrainSpec, folder: RunFolder, worker: Mapping[str, float], channe
             "channel": channel,
             "in_place": changing,
             "first_rank": group.first_rank,
+            "attempt": group.attempt,
         },
         torch_config=InPlaceConfig() if changing else TorchConfig(),
         scaling_config=ray_train.ScalingConfig(
-            num_workers=group.workers, use_gpu="GPU" in worker, resources_per_worker=dict(worker)
+            num_workers=group.workers,
+            use_gpu="GPU" in worker,
+            resources_per_worker=SPARE if group.spare else dict(worker),
         ),
         run_config=ray_train.RunConfig(
             name="checkpoints",

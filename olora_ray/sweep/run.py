@@ -130,7 +130,7 @@ def search(sweep_spec: SweepSpec) -> None:
 def _search(sweep_spec: SweepSpec) -> None:
     """Run the trials that have not ended."""
     folder, space = sweep_spec.folder, sweep_spec.space
-    concurrent, shared_bases = _concurrent_trials(sweep_spec.train_spec, space)
+    concurrent, shared_bases = _concurrent_trials(sweep_spec)
     callback = SweepCallback(folder, space)
     tuner.build(replace(sweep_spec, shared_bases=shared_bases), callback, concurrent).fit()
     note = f"The search ended early: {callback.over}." if callback.over else ""
@@ -141,8 +141,13 @@ def _search(sweep_spec: SweepSpec) -> None:
     shared_base.end_actors(shared_bases)
 
 
-def _concurrent_trials(spec: TrainSpec, space: Space) -> tuple[int, tuple[Any, ...]]:
-    """How many trials run at the same time, and the actors that train them where several share one base model."""
+def _concurrent_trials(sweep_spec: SweepSpec) -> tuple[int, tuple[Any, ...]]:
+    """How many trials run at the same time, and the actors that train them where several share one base model.
+
+    Side by side, or one after the other: then what is saved is the start of each, which takes longer than a short
+    training.
+    """
+    spec, space = sweep_spec.train_spec, sweep_spec.space
     config, count = spec.config, space.count()
     wanted, workers = worker_resources(config), config.cluster.min_workers()
     fitting = room(wanted)
@@ -151,12 +156,14 @@ def _concurrent_trials(spec: TrainSpec, space: Space) -> tuple[int, tuple[Any, .
             f"cluster.workers={workers}: a trial needs {workers} workers, and there is room for {fitting} now"
         )
     each = min(space.trials_per_worker, count)
-    if each == 1:
+    if config.cluster.max_workers() > 1 or not sweep_spec.shares_data():
         concurrent = min(fitting // workers, space.concurrency or count, count)
         logger.info(f"search: {count} trials, {concurrent} at the same time, {workers} worker(s) each")
         return concurrent, ()
     number = min(fitting, -(-min(space.concurrency or count, count) // each))
-    logger.info(f"search: {count} trials, up to {each} side by side on each of {number} copies of the base model")
+    side = f"up to {each} side by side" if each > 1 else "one after the other"
+    copies = "one copy" if number == 1 else f"each of {number} copies"
+    logger.info(f"search: {count} trials, {side} on {copies} of the base model")
     return min(number * each, count), shared_base.start_actors(spec, wanted, number, each)
 
 

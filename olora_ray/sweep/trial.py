@@ -15,11 +15,11 @@ from olora_ray.common import logs, storage
 from olora_ray.common.errors import Stopped, UserError
 from olora_ray.model import load
 from olora_ray.pipeline import fit, mlflow_run
-from olora_ray.pipeline.attempts import WorkerGroup
 from olora_ray.pipeline.base import open_base
 from olora_ray.pipeline.monitor import OnRow
 from olora_ray.pipeline.prepare import prepare_tokens
 from olora_ray.pipeline.signals import Stop
+from olora_ray.pipeline.trainers import WorkerGroup
 from olora_ray.sweep import trial_file
 from olora_ray.sweep.record import Status, TrialRecord
 from olora_ray.sweep.spec import SweepSpec, trial_place

@@ -37,12 +37,15 @@ def test_every_case_has_a_line(benchmark: Any) -> None:
     module = benchmark("back_at_work")
     (kill, *_), *_ = module.ON_ONE_HOST.values()
     lines = module.targets({kill: [module.Sample(3.0, 0, 4.0)]}).splitlines()[2:]
-    assert len(lines) == len(module.ON_HOSTS) + sum(map(len, module.ON_ONE_HOST.values())) == 8
-    assert [" not measured " in line for line in lines] == [False] + 7 * [True]
+    assert len(lines) == len(module.ON_HOSTS) + sum(map(len, module.ON_ONE_HOST.values())) == 9
+    assert [" not measured " in line for line in lines] == [False] + 8 * [True]
 
 
 def test_the_settings_are_those_of_a_run(benchmark: Any, tmp_path: Path) -> None:
     module = benchmark("back_at_work")
+    _, spares = module.ON_ONE_HOST
+    words = module._settings(tmp_path / "two", tmp_path / "models", spares)
+    assert read_arguments([str(module.CONFIG), *words], module.CONFIG, usage="")[0].cluster.spares == 1
     words = module._settings(tmp_path / "one", tmp_path / "models", module.ELASTIC)
     config, _ = read_arguments([str(module.CONFIG), *words], module.CONFIG, usage="")
     assert config.run.storage == str(tmp_path / "one")

@@ -23,7 +23,7 @@ from olora_ray.cluster.mesh import Mesh
 from olora_ray.cluster.preemption import NoPreemption
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.cluster.stop_requests import StopRequests
-from olora_ray.cluster.worker import train_at
+from olora_ray.cluster.train_worker import train_at
 from olora_ray.cluster.worker_context import RayTrainContext
 from olora_ray.common import fault_points
 from olora_ray.model.source import BaseModel

@@ -65,6 +65,10 @@ def test_memory_is_that_of_this_machine() -> None:
     assert all(size > 2**30 for size in ray_internals.gpu_memory())
 
 
+class TrainController:
+    """As Ray Train calls its own."""
+
+
 @pytest.mark.ray
 def test_what_a_running_ray_says(ray_with: Callable[[int], None]) -> None:
     import ray
@@ -93,6 +97,16 @@ def test_what_a_running_ray_says(ray_with: Callable[[int], None]) -> None:
         assert time.monotonic() < end
         time.sleep(0.2)
     assert [group.bundle_specs for group in found] == [[{"CPU": 1}]]
+    assert ray_internals.actor_died(dies._actor_id.hex())
+
+    others = [ray.remote(kind).options(num_cpus=0).remote() for kind in (TrainController, Maker)]
+    ray.get([one.__ray_ready__.remote() for one in others])
+    ray_internals.end_train_controllers()
+    while not ray_internals.actor_died(others[0]._actor_id.hex()):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    assert not ray_internals.actor_died(others[1]._actor_id.hex())
+    assert not ray_internals.actor_died("0" * 32)
 
 
 @pytest.mark.ray

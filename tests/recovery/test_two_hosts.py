@@ -74,7 +74,7 @@ def test_a_run_continues_without_a_host_that_died(
     row.recovered = True
 
 
-def test_a_run_waits_for_a_host_whose_link_is_cut(
+def test_a_run_goes_on_when_the_link_of_a_host_is_cut(
     clean: Clean, tiny_project: Path, tmp_path: Path, rows: list[table.Row]
 ) -> None:
     row = table.Row(f"link cut for {CUT_SECONDS:.0f} s, workers 2")
@@ -88,7 +88,7 @@ def test_a_run_waits_for_a_host_whose_link_is_cut(
         host.link("up")
         found.run.wait_until(lambda: ended_or_revived(found, host), "the run does not end")
         finish(found, tmp_path, clean, row)
-        assert all(one.workers == 2 for one in found.run.resumptions()), found.run.tail()
+        assert found.run.resumptions(), found.run.tail()
     row.recovered = True
 
 
