@@ -16,7 +16,7 @@ from typing import Any
 import ray
 
 from olora_ray.cluster import ray_internals
-from olora_ray.cluster.membership import Group, Member, Membership, Orders
+from olora_ray.cluster.membership import Absent, Group, Member, Membership, Orders
 from olora_ray.common import logs
 
 CALLS = 20_000
@@ -129,6 +129,10 @@ class DriverChannel:
     async def running(self) -> bool:
         """See Membership."""
         return await self._membership.running()
+
+    async def absent(self) -> Absent:
+        """See Membership."""
+        return await self._membership.absent()
 
     async def leave(self, name: str) -> None:
         """See Membership."""

@@ -70,6 +70,16 @@ class Group:
 
 
 @dataclass(frozen=True)
+class Absent:
+    """Who is missing, as the driver has to know it."""
+
+    hung: tuple[str, ...] = ()
+    """Names of members that were given up since the last time this was asked, and may still hold their places."""
+    nobody_for: float = 0.0
+    """Seconds since the last member of a group was lost, if nobody has come since."""
+
+
+@dataclass(frozen=True)
 class Orders:
     """What a member has to do."""
 
@@ -94,6 +104,8 @@ class Membership:
         """Who waits for the next group."""
         self._gone: dict[str, str] = {}
         """Members of the group that are gone, and why."""
+        self._hung: list[str] = []
+        self._empty_since: float | None = None
         self._leaving: frozenset[str] = frozenset()
         """Ids of nodes that are going to be taken away."""
         self._over = self._finished = False
@@ -161,6 +173,12 @@ class Membership:
         self._form()
         self._tell()
 
+    async def absent(self) -> Absent:
+        """Who is missing."""
+        hung, self._hung = tuple(self._hung), []
+        nobody = self._empty_since is not None and not self._here
+        return Absent(hung, time.monotonic() - self._empty_since if nobody and self._empty_since else 0.0)
+
     async def finish(self) -> None:
         """The training has ended: who waits here waits for nothing."""
         self._finished = True
@@ -175,7 +193,7 @@ class Membership:
         self.group, self._over, self._finished = None, False, False
         for name in list(self._here):
             self._lose(name, "was given up")
-        self._seen, self._gone, self._leaving = {}, {}, frozenset()
+        self._seen, self._gone, self._leaving, self._hung, self._empty_since = {}, {}, frozenset(), [], None
 
     def _present(self) -> list[Member]:
         members = self.group.members if self.group else ()
@@ -210,8 +228,9 @@ class Membership:
     def _form(self) -> None:
         """Make the next group if all are here that it needs."""
         present = self._present()
-        if not present:  # all are gone: those that come begin anew
+        if not present and self.group is not None:  # all are gone: those that come begin anew
             self.group, self._gone, self._over = None, {}, False
+            self._empty_since = time.monotonic()
         for name in [member.name for member in self._entering() if self.died(member)]:
             self._lose(name, "died")
         come = self._entering()
@@ -228,7 +247,7 @@ class Membership:
 
     def _set(self, members: list[Member], begins: bool, why: str) -> None:
         self._number += 1
-        self.group = Group(self._number, tuple(members), begins, why)
+        self.group, self._empty_since = Group(self._number, tuple(members), begins, why), None
         self._gone, self._over = {}, False
         for member in members:
             _, future = self._here.pop(member.name)
@@ -244,6 +263,7 @@ class Membership:
             silent = now - self._seen.get(member.name, now)
             if silent > SILENCE:
                 lost[member.name] = f"gave no sign of life for {SILENCE:.0f} s"
+                self._hung.append(member.name)
             elif silent > DOUBT or (missed and member.name not in self._here):
                 doubted.append(member)
         for member in random.sample(doubted, min(LOOKS, len(doubted))):

@@ -119,8 +119,11 @@ class Worker:
             except PeerLost:
                 lost = True
         self.trainer.signal = False
+        led = self.manager is not None
         self._take_office()
         self._tell_where(group.why)
+        if not led and not self.progress.pending:
+            self._checkpoint()  # the first worker of before may have been lost with it
 
     def _take_office(self) -> None:
         """The first worker writes the checkpoints, which one that was it before does no longer."""

@@ -31,6 +31,8 @@ COLLECT = 1.0
 """Seconds between two looks at the channel."""
 SETTLE = 3.0
 """Seconds for which the room for workers must stay as it is: ended workers give theirs back one by one."""
+DESERTED = 45.0
+"""Seconds after the loss of the last worker in which Ray has to bring others."""
 RESIZE = "the cluster has grown"
 
 
@@ -140,7 +142,7 @@ class Attempts:
                 self._look()
                 if time.monotonic() - collected >= COLLECT:
                     self.monitor.collect(self._on_event)
-                    self._drain()
+                    self._watch()
                     result = given(self.channel)
                     collected = time.monotonic()
             self.monitor.collect(self._on_event)
@@ -177,9 +179,16 @@ class Attempts:
                 self._ask(RESIZE)
         self._room = room
 
-    def _drain(self) -> None:
-        """Have the workers leave the nodes that are going to be taken away; with all of them, end."""
-        if not self.changing or self._asked or not self._running:
+    def _watch(self) -> None:
+        """Help where Ray does not: with workers that hang, with none at all, and with nodes that are taken away."""
+        if not self.changing or not self._running:
+            return
+        absent = ray.get(self.channel.absent.remote())
+        for name in absent.hung:  # else it keeps its place for ten minutes
+            ray_internals.kill_actor(name)
+        if absent.nobody_for > DESERTED:  # Ray's controller waits for room on a node that is gone
+            ray_internals.end_train_controllers()
+        if self._asked:
             return
         if (nodes := ray_internals.draining_nodes()) and not ray.get(self.channel.drain_nodes.remote(nodes)):
             self._ask(f"node {', '.join(sorted(node[:8] for node in nodes))} is preempted")

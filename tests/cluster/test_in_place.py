@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from olora_ray.cluster import membership
+from olora_ray.train import checkpoints
 from tests import tiny
 from tests.cluster.gathering import Fault, Outcome, Workers, workers
 
@@ -43,6 +44,9 @@ def test_the_others_train_on_when_the_first_dies(
         assert outcomes == [untouched, untouched]
         assert [line.partition(" after ")[0] for line in found.told()] == ["worker 0 died: 2"]
         assert found.processes[0].exitcode == -signal.SIGKILL
+    newest = checkpoints.latest_good(str(tmp_path / "checkpoints"))
+    assert newest is not None
+    assert newest[1].state.step == 8  # whoever was to write it
 
 
 def test_all_but_one_die_one_after_the_other(model: Path, untouched: Outcome, tmp_path: Path) -> None:

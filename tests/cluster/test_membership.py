@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from olora_ray.cluster.membership import Finished, Group, Member, Membership, Orders
+from olora_ray.cluster import membership
+from olora_ray.cluster.membership import Absent, Finished, Group, Member, Membership, Orders
 
 
 def member(rank: int, node: str = "") -> Member:
@@ -164,5 +165,29 @@ def test_nobody_waits_for_a_group_that_will_not_come() -> None:
             await spare
         with pytest.raises(Finished):
             await hall.membership.meet(member(2))
+
+    run(work())
+
+
+def test_the_driver_hears_of_members_that_hang_and_of_their_being_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(membership, "SILENCE", 0.2)
+
+    async def work() -> None:
+        hall = Hall(2)
+        assert await hall.membership.absent() == Absent()
+        group = await hall.group(0, 1)
+        for _ in range(4):
+            await asyncio.sleep(0.1)
+            await asyncio.wait_for(hall.membership.beat("w0", group.number), 1)
+        assert await hall.membership.absent() == Absent(hung=("w1",))
+        assert await hall.membership.absent() == Absent()
+        await hall.membership.leave("w0")
+        await asyncio.sleep(0.1)
+        assert 0.1 <= (await hall.membership.absent()).nobody_for < 5
+        waiting = await hall.comes(2)
+        assert (await hall.membership.absent()).nobody_for == 0
+        await hall.group(3)
+        assert (await waiting).begins
+        assert await hall.membership.absent() == Absent()
 
     run(work())
