@@ -110,7 +110,7 @@ class Membership:
         """Ids of nodes that are going to be taken away."""
         self._over = self._finished = False
         self._changed = asyncio.Event()
-        self._watch: asyncio.Task[None] | None = None
+        self._watching = False
 
     async def meet(self, member: Member, lost: bool = False) -> Group:
         """Wait for the others; the next group. `lost`: because an exchange with them has failed.
@@ -275,15 +275,16 @@ class Membership:
         return bool(lost)
 
     def _begin_watch(self) -> None:
-        if self._watch is None:
-            self._watch = asyncio.get_running_loop().create_task(self._watch_on())
+        if not self._watching:
+            self._watching = True
+            # No task: one that is pending when the actor is ended would be complained of.
+            asyncio.get_running_loop().call_later(TICK, self._watch)
 
-    async def _watch_on(self) -> None:
-        while True:
-            await asyncio.sleep(TICK)
-            if self._look():
-                self._form()
-                self._tell()
+    def _watch(self) -> None:
+        if self._look():
+            self._form()
+            self._tell()
+        asyncio.get_running_loop().call_later(TICK, self._watch)
 
     def _tell(self) -> None:
         """Wake all that wait for something to do."""
