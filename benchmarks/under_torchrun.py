@@ -32,7 +32,6 @@ class TorchrunContext(RayTrainContext):
     """A worker of torchrun, on a CPU: base model and adapters as under Ray Train."""
 
     def __init__(self, config: Config) -> None:
-        self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.device, self.preemption = torch.device("cpu"), NoPreemption()
         self._loss, self._installed = None, False
         use_cpus(config, self.device)
@@ -47,6 +46,10 @@ class NobodyAsks:
     def pending(self) -> bool:
         """No."""
         return False
+
+    def decided(self) -> bool:
+        """Nothing is asked."""
+        raise AssertionError("nobody has asked")
 
     def reason(self) -> tuple[str, bool]:
         """There is none."""

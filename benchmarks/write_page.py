@@ -41,10 +41,13 @@ SECTIONS = {
     "tree": "Gradient tree",
     "memory": "Memory plan",
     "scale": "A billion rows",
+    "soak": "Soak",
 }
 """Script -> heading, in the order of the page."""
 NEEDS_GPU = ("gpu",)
 """Left out where there is no GPU, unless they are named."""
+TAKES_HOURS = ("soak",)
+"""Left out unless they are named."""
 INTRO = """\
 # Benchmarks
 
@@ -184,7 +187,10 @@ def _arguments(argv: Sequence[str]) -> tuple[list[str], list[str], Path | None]:
     options = list(argv[len(own) + 1 :])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "names", nargs="*", metavar="NAME", help=f"of {', '.join(SECTIONS)}; none: all that can run here"
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help=f"of {', '.join(SECTIONS)}; none: all that can run here and take no hours",
     )
     parser.add_argument("--output", type=Path, metavar="FILE", help="what it has printed on this machine; runs nothing")
     args = parser.parse_args(own)
@@ -196,10 +202,11 @@ def _arguments(argv: Sequence[str]) -> tuple[list[str], list[str], Path | None]:
 
 
 def _all() -> list[str]:
-    """Those that can run here."""
+    """Those that can run here and take no hours."""
     import torch
 
-    return [name for name in SECTIONS if name not in NEEDS_GPU or torch.cuda.is_available()]
+    left_out = TAKES_HOURS if torch.cuda.is_available() else TAKES_HOURS + NEEDS_GPU
+    return [name for name in SECTIONS if name not in left_out]
 
 
 if __name__ == "__main__":

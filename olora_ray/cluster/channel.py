@@ -1,25 +1,31 @@
 """Channel of a training: metrics, log lines and events from the workers to the driver, stop requests back.
 
-A Ray actor on the driver's node; rank 0 pushes without waiting, the driver collects. Losing it costs
-progress output, never training: every row is also in the checkpoint's history.
+A Ray actor on the driver's node; rank 0 pushes without waiting, the driver collects. Losing its messages costs
+progress output, never training: every row is also in the checkpoint's history. The membership of a training whose
+workers may change on the way lies in it too (cluster/membership.py).
 """
 
 import asyncio
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 
+from olora_ray.cluster import ray_internals
+from olora_ray.cluster.membership import Absent, Group, Member, Membership, Orders
 from olora_ray.common import logs
+
+CALLS = 20_000
+"""Calls that the actor has at most at a time: of each worker there are two that wait."""
 
 
 @dataclass(frozen=True)
 class Resumed:
-    """A group of workers resumes from a checkpoint."""
+    """A group of workers resumes from a checkpoint, or goes on as another group."""
 
     step: int
     total: int | None
@@ -27,6 +33,8 @@ class Resumed:
     workers: int
     history: list[dict[str, float]]
     """Rows of all steps up to here."""
+    why: str = ""
+    """What has changed the group, if its workers know."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,8 @@ class DriverChannel:
         self._reason: str | None = None
         self._stop_requested = asyncio.Event()
         self._data_failed = False
+        self._membership = Membership(1, lambda member: ray_internals.actor_died(member.name))
+        self._result: Any = None
 
     async def send(self, message: Message) -> None:
         """Add a message."""
@@ -95,6 +105,48 @@ class DriverChannel:
         """Whether no more data will come."""
         return self._data_failed
 
+    async def begin_anew(self, workers: int, attempt: int) -> None:
+        """So many workers start, and are to form a group; those of earlier attempts are gone."""
+        self._result = None
+        await self._membership.begin_anew(workers, attempt)
+
+    async def want(self, more: int) -> None:
+        """So many more workers start, which are to come into the group that trains."""
+        await self._membership.want(more)
+
+    async def drain_nodes(self, nodes: Collection[str]) -> bool:
+        """See Membership."""
+        return await self._membership.drain(nodes)
+
+    async def meet(self, member: Member, lost: bool) -> Group:
+        """See Membership."""
+        return await self._membership.meet(member, lost)
+
+    async def beat(self, name: str, number: int) -> Orders:
+        """See Membership."""
+        return await self._membership.beat(name, number)
+
+    async def running(self) -> bool:
+        """See Membership."""
+        return await self._membership.running()
+
+    async def absent(self) -> Absent:
+        """See Membership."""
+        return await self._membership.absent()
+
+    async def leave(self, name: str) -> None:
+        """See Membership."""
+        await self._membership.leave(name)
+
+    async def finish(self, result: Any) -> None:
+        """Give the driver what training gave; every worker does so, with the same result, since any of them may die."""
+        self._result = self._result or result
+        await self._membership.finish()
+
+    async def result(self) -> Any:
+        """What training gave; None while it has not ended."""
+        return self._result
+
 
 def make_channel(node: str) -> Any:
     """A channel on the node with this id, the driver's: it must not die with a host of workers."""
@@ -102,7 +154,7 @@ def make_channel(node: str) -> Any:
 
     # Ray takes a soft wish lightly: on a head without CPUs every second channel was put on another host.
     strategy = NodeAffinitySchedulingStrategy(node_id=node, soft=False)
-    return DriverChannel.options(scheduling_strategy=strategy).remote()  # type: ignore[attr-defined]
+    return DriverChannel.options(scheduling_strategy=strategy, max_concurrency=CALLS).remote()  # type: ignore[attr-defined]
 
 
 _sender: ContextVar["_Sender | None"] = ContextVar("sender", default=None)
@@ -111,19 +163,19 @@ _sender: ContextVar["_Sender | None"] = ContextVar("sender", default=None)
 class _Sender(logging.Handler):
     """Sends the log lines of one training over its channel; several trainings may share a process."""
 
-    def __init__(self, channel: Any | None) -> None:
+    def __init__(self, channel: Any, speaks: Callable[[], bool]) -> None:
         super().__init__()
-        self.channel = channel
+        self.channel, self.speaks = channel, speaks
 
     def emit(self, record: logging.LogRecord) -> None:
-        if self.channel is not None and _sender.get() is self:
+        if _sender.get() is self and self.speaks():
             self.channel.send.remote(logs.line(record))
 
 
 @contextlib.contextmanager
-def sent_to(channel: Any | None) -> Iterator[None]:
-    """Let what is logged in this context go to the driver; with None, as on all workers but the first, nowhere."""
-    handler = _Sender(channel)
+def sent_to(channel: Any, speaks: Callable[[], bool]) -> Iterator[None]:
+    """Let what is logged in this context go to the driver, while `speaks()`: on the first worker only."""
+    handler = _Sender(channel, speaks)
     token = _sender.set(handler)
     try:
         with logs.handled_by(handler):

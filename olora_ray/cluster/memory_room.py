@@ -69,6 +69,8 @@ def problems(
     gpus = wanted.get("GPU", 0.0)
     nodes = with_room(config, wanted, answers)
     for need in needs(config, base, size, gpus) if nodes else ():
+        if problem := no_room_for_spares(config, need, nodes):
+            yield problem
         if problem := missing(config.cluster.min_workers(), need, nodes):
             yield f"{problem}; {need.advice or smaller(config, base, gpus, nodes)}"
 
@@ -167,6 +169,17 @@ def missing(fewest: int, need: Need, nodes: Sequence[Node]) -> str | None:
     return (
         f"cluster.workers={fewest}: each needs about {need.size / GIB:.1f} GiB of {need.kind}, so there is room for"
         f" {room} ({shown})"
+    )
+
+
+def no_room_for_spares(config: Config, need: Need, nodes: Sequence[Node]) -> str | None:
+    """The problem if the spares have no room beside the fewest workers: they take memory, but no CPU."""
+    cluster, room = config.cluster, sum(int(need.have(node) // need.size) for node in nodes)
+    if need.each or not cluster.min_workers() <= room < cluster.min_workers() + cluster.spares:
+        return None
+    return (
+        f"cluster.spares={cluster.spares}: each process needs about {need.size / GIB:.1f} GiB of {need.kind}, and"
+        f" beside {cluster.min_workers()} workers there is room for {room - cluster.min_workers()}"
     )
 
 

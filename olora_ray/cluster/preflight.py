@@ -40,6 +40,7 @@ def check(config: AnyConfig, base: BaseModel | None) -> None:
     problems += _versions(node_facts.node_info(), answers)
     problems += _gpus(wanted, answers)
     problems += _strategy(config)
+    problems += _spares(config, wanted)
     problems += _storage(config, answers)
     if base is not None and isinstance(config, Config):
         size = _size(config, base, wanted, answers)
@@ -132,6 +133,15 @@ def _public(package: str, version: str | None) -> str | None:
 def _strategy(config: AnyConfig) -> list[str]:
     problem = isinstance(config, Config) and strategy_problem(config.cluster.strategy)
     return [problem] if problem else []
+
+
+def _spares(config: AnyConfig, wanted: Resources) -> list[str]:
+    if config.cluster.spares and "GPU" in wanted:
+        return [
+            f"cluster.spares={config.cluster.spares}: workers on GPUs are started again all together, and a spare has"
+            " no GPU; use spares: 0"
+        ]
+    return []
 
 
 def _storage(config: AnyConfig, answers: Answers) -> list[str]:

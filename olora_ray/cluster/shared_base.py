@@ -16,7 +16,7 @@ from ray.exceptions import RayActorError
 from olora_ray.cluster.device import assigned_device
 from olora_ray.cluster.failures import SharedBaseDied
 from olora_ray.cluster.spec import TrainResult, TrainSpec
-from olora_ray.cluster.worker import train_at
+from olora_ray.cluster.train_worker import train_at
 from olora_ray.cluster.worker_context import SharedBase, SharedBaseContext
 from olora_ray.common.errors import UserError
 from olora_ray.common.quiet import quiet_transformers

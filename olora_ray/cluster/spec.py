@@ -13,6 +13,9 @@ from olora_ray.model.source import BaseModel
 from olora_ray.tokens.store import TokenStore
 from olora_ray.train.state import TrainState
 
+LEFT = "left"
+"""`TrainResult.interrupted` of a worker that has left a training which goes on without it, or came when it was over."""
+
 
 @dataclass(frozen=True)
 class TrainSpec:

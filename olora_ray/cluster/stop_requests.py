@@ -1,11 +1,13 @@
-"""Stop requests as a worker sees them: from the driver, or from Ray when its node is preempted."""
+"""Requests to end or to change the group as a worker sees them: from the driver, from Ray when its node is preempted,
+and from the membership."""
 
 import contextlib
-from typing import Any
+from typing import Any, Protocol
 
 import ray
 from ray.exceptions import RayError
 
+from olora_ray.cluster.mesh import Mesh
 from olora_ray.cluster.preemption import Preemption
 from olora_ray.common import collectives
 from olora_ray.common.errors import UserError
@@ -13,25 +15,40 @@ from olora_ray.common.errors import UserError
 SECONDS_BETWEEN_LINES = 15
 
 
+class HasRank(Protocol):
+    """What is needed of a WorkerContext."""
+
+    @property
+    def rank(self) -> int:
+        """Of this worker, in the group of now."""
+
+    preemption: Preemption
+
+
 class StopRequests:
     """Listens for stop requests between two steps, without waiting; one per worker."""
 
-    def __init__(self, channel: Any, rank: int, preemption: Preemption) -> None:
-        self.channel, self.rank, self.preemption = channel, rank, preemption
+    def __init__(self, channel: Any, worker: HasRank, mesh: Mesh | None = None) -> None:
+        self.channel, self.worker, self.mesh = channel, worker, mesh
         self.from_driver: str | None = None
-        self._answer = channel.wait_for_stop.remote() if rank == 0 else None  # answered when the driver asks to stop
+        self._answer: Any = None  # of a call that is answered when the driver asks to stop
         self._looks = 0
         self._data_failed = False
 
     def pending(self) -> bool:
-        """Whether this worker knows of a reason to end: all end together once one does (StepResult.signal)."""
-        if self.rank == 0:
+        """Whether this worker knows of a reason to end or to meet: all do, once one does (StepResult.signal)."""
+        if self.worker.rank == 0:
             self._listen()
-        return self.from_driver is not None or self.preemption.announced()
+        meet = self.mesh is not None and self.mesh.orders().meet
+        return meet or self.from_driver is not None or self.worker.preemption.announced()
+
+    def decided(self) -> bool:
+        """Whether the training is to end, not only the group to change; all must ask after a step with a signal."""
+        return self.mesh is None or collectives.from_first(self.from_driver) is not None
 
     def reason(self) -> tuple[str, bool]:
         """The reason, and whether it is a preemption; all workers must ask, after a step with a signal."""
-        preempted = self.preemption.node_ids()
+        preempted = self.worker.preemption.node_ids()
         if asked := collectives.from_first(self.from_driver):
             return asked, False
         return f"node {', '.join(node[:8] for node in preempted) or '?'} is preempted", True
@@ -49,11 +66,13 @@ class StopRequests:
             self._data_failed = bool(ray.get(self.channel.data_failed.remote(), timeout=30))
         except RayError:
             self._data_failed = False  # Ray ends the workers of a driver that is gone
-        if self.rank == 0 and self._looks % SECONDS_BETWEEN_LINES == 0:
+        if self.worker.rank == 0 and self._looks % SECONDS_BETWEEN_LINES == 0:
             self.channel.send.remote(f"waiting for shard {shard + 1} of {shards} of the token store")
         self._looks += 1
 
     def _listen(self) -> None:
+        if self._answer is None:
+            self._answer = self.channel.wait_for_stop.remote()
         ready, _ = ray.wait([self._answer], timeout=0)
         if ready:
             with contextlib.suppress(RayError):  # the channel is gone, and with it the driver: Ray ends its workers

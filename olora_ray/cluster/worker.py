@@ -1,46 +1,49 @@
 """The process of a Ray Train worker: trains step by step, checkpoints, tells the driver, and ends when asked to."""
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Generator
+from contextlib import closing
+from enum import Enum
 from typing import Any
 
-from olora_ray.cluster.channel import Resumed, Saved, Started, sent_to
+from olora_ray.cluster.adopt import Progress, adopt
+from olora_ray.cluster.channel import Resumed, Saved, Started
 from olora_ray.cluster.evaluator import Evaluator
 from olora_ray.cluster.kind import note_kinds
-from olora_ray.cluster.quiet import quiet_train_worker
-from olora_ray.cluster.resume import StartingPoint, starting_point
+from olora_ray.cluster.mesh import Mesh
+from olora_ray.cluster.resume import StartingPoint
 from olora_ray.cluster.self_tested import self_tested
-from olora_ray.cluster.spec import TrainResult, TrainSpec
+from olora_ray.cluster.spec import LEFT, TrainResult, TrainSpec
 from olora_ray.cluster.stop_requests import StopRequests
-from olora_ray.cluster.worker_context import RayTrainContext, WorkerContext
+from olora_ray.cluster.worker_context import WorkerContext
 from olora_ray.common import collectives, storage
+from olora_ray.common.collectives import PeerLost
 from olora_ray.common.errors import UserError
 from olora_ray.common.fault_points import reached
-from olora_ray.common.quiet import quiet_transformers
 from olora_ray.config.load import dump
 from olora_ray.train.checkpoint import snapshot
 from olora_ray.train.checkpoints import CheckpointManager
 from olora_ray.train.loader import StepLoader
 from olora_ray.train.loop import StepResult
 from olora_ray.train.schedule import Schedule
+from olora_ray.train.state import TrainState
+
+logger = logging.getLogger(__name__)
 
 
-def train_worker(parts: dict[str, Any]) -> TrainResult:
-    """Entry point under TorchTrainer; the same on every worker, only rank 0 reports."""
-    quiet_transformers()
-    quiet_train_worker()
-    return train_at(RayTrainContext(parts["spec"].config), parts["spec"], parts["checkpoints"], parts["channel"])
+class After(Enum):
+    """What follows a step."""
+
+    STEP = 1
+    CHANGE = 2
+    """Of the group."""
+    STOP = 3
+    """The driver or Ray has asked for it."""
+    END = 4
 
 
-def train_at(context: WorkerContext, spec: TrainSpec, checkpoints: str, channel: Any) -> TrainResult:
-    """Train a spec; what the user has to mend is in the result."""
-    try:
-        with sent_to(channel if context.rank == 0 else None):
-            requests = StopRequests(channel, context.rank, context.preemption)
-            start = starting_point(context, spec, checkpoints, requests.waiting)
-            return Worker(context, spec, checkpoints, channel, start, requests).run()
-    except UserError as error:
-        # Returned, not raised: a retry would meet the same problem. All workers get here together.
-        return TrainResult(problem=str(error))
+class _Left(Exception):
+    """This worker was ordered to leave."""
 
 
 class Worker:
@@ -54,31 +57,84 @@ class Worker:
         channel: Any,
         start: StartingPoint,
         stop_requests: StopRequests | None = None,
+        mesh: Mesh | None = None,
+        late: bool = False,
     ) -> None:
-        """Raises UserError if the model does not pass its self-test; all workers must make one together."""
+        """Raises UserError if the model does not pass its self-test; all workers must make one together.
+
+        One that comes `late`, into a training that is under way, does so alone.
+        """
         self.context, self.spec, self.config = context, spec, spec.config
-        self.checkpoints, self.channel = checkpoints, channel
-        self.rank, self.world = context.rank, context.world
-        self.stop_requests = stop_requests or StopRequests(channel, self.rank, context.preemption)
+        self.checkpoints, self.channel, self.mesh, self.late = checkpoints, channel, mesh, late
+        self.stop_requests = stop_requests or StopRequests(channel, context)
         start = self_tested(context, spec, start, self.stop_requests.waiting)
-        self.trainer, self.state = start.trainer, start.state
+        self.trainer, self.progress = start.trainer, Progress(start.state)
         self.attention, self.resumed = start.attention, start.resumed
         self.state.kinds = note_kinds(self.state.kinds, context.device)
         self.evaluator = Evaluator(context, spec, start)
         self.schedule = Schedule(self.config.train, spec.train, self.stop_requests.waiting)
-        self.manager = self._checkpoint_manager() if self.rank == 0 else None
+        self.manager: CheckpointManager | None = None
+
+    @property
+    def state(self) -> TrainState:
+        """Of the training."""
+        return self.progress.state
 
     def run(self) -> TrainResult:
         """The whole of a worker's work."""
-        if self.resumed:
-            total = self.schedule.total()
-            self._tell_driver(Resumed(self.state.step, total, self.world, list(self.state.history)))
+        if self.late:
+            self._meet()
         else:
-            self._tell_driver(Started(self.world))
+            self._begin()
+        while True:
+            try:
+                return self._finish(self._train())
+            except PeerLost as lost:
+                if self.mesh is None:
+                    raise
+                logger.debug(f"the group is over: {lost}")
+                self._meet(lost=True)
+            except _Left:
+                return TrainResult(interrupted=LEFT)
+
+    def _begin(self) -> None:
+        self._take_office()
+        if self.resumed:
+            self._tell_where()
+        else:
+            self._tell_driver(Started(self.context.world))
             self._checkpoint()  # what the initialisation made is never made again
-        if self.state.step == 0 and not self.state.history:
-            self._measure_base()
-        return self._finish(self._train())
+
+    def _meet(self, lost: bool = False) -> None:
+        """Go on in the next group, with the state of the worker that is furthest."""
+        assert self.mesh is not None
+        while True:
+            try:
+                group = self.mesh.meet(lost)
+                if group.begins:
+                    raise RuntimeError("all other workers are gone")  # Ray starts this one again, with others
+                self.progress = adopt(self.progress, self.trainer, self.evaluator)
+                self.state.kinds = note_kinds(self.state.kinds, self.context.device)
+                break
+            except PeerLost:
+                lost = True
+        self.trainer.signal = False
+        led = self.manager is not None
+        self._take_office()
+        self._tell_where(group.why)
+        if not led and not self.progress.pending:
+            self._checkpoint()  # the first worker of before may have been lost with it
+
+    def _take_office(self) -> None:
+        """The first worker writes the checkpoints, which one that was it before does no longer."""
+        if self.context.rank > 0:
+            self.manager = None
+        elif self.manager is None:
+            self.manager = self._checkpoint_manager()
+
+    def _tell_where(self, why: str = "") -> None:
+        total = self.schedule.total()
+        self._tell_driver(Resumed(self.state.step, total, self.context.world, list(self.state.history), why))
 
     def _measure_base(self) -> None:
         found = self.evaluator.baseline(storage.join(self.spec.shared or self.checkpoints, "baseline.json"))
@@ -88,35 +144,67 @@ class Worker:
 
     def _train(self) -> bool:
         """Steps, evaluations and checkpoints until the end; True if the driver or Ray has asked to stop."""
+        if self.state.step == 0 and not self.state.history and not self.progress.pending:
+            self._measure_base()
+        while (after := self._train_in_group()) is After.CHANGE:
+            self._change_group()
+        return after is After.STOP
+
+    def _train_in_group(self) -> After:
+        """Steps until something else follows."""
+        pending = self.progress.pending
+        if pending and (after := self._after_step(pending)) is not After.STEP:
+            return after
+        # A run that had stopped early and is resumed has nothing left to train.
+        if self._stale():
+            return After.END
         loader = StepLoader(
             self.spec.train,
             self.config.train,
             self.config.run.seed,
             self.attention,
-            self.rank,
-            self.world,
+            self.context.rank,
+            self.context.world,
             waiting=self.stop_requests.waiting,
         )
-        # A run that had stopped early and is resumed has nothing left to train.
-        if self._stale():
-            return False
-        steps = self.trainer.steps(loader, self.state.step, self.schedule)
-        while (result := self._next(steps)) is not None:
-            self.state.step = result.step
-            metrics = _metrics(result)
-            last = self.schedule.last(result.step)
-            if self.spec.eval and (last or result.step % self.config.train.eval_every == 0):
-                metrics |= self.evaluator.measure(self.state)
-            self._tell(metrics)
-            end = last or self._stale()
-            if end or result.signal or result.step % self.config.train.checkpoint_every == 0:
-                self._checkpoint()
-            if end or result.signal:
-                return not end
-            self.trainer.signal = self.stop_requests.pending()
-        return False
+        with closing(self.trainer.steps(loader, self.state.step, self.schedule)) as steps:
+            while (result := self._next(steps)) is not None:
+                self.state.step, self.progress.pending = result.step, result
+                if (after := self._after_step(result)) is not After.STEP:
+                    return after
+                self.trainer.signal = self.stop_requests.pending()
+        return After.END
 
-    def _next(self, steps: Iterator[StepResult]) -> StepResult | None:
+    def _after_step(self, result: StepResult) -> After:
+        """Evaluate, tell and save what is due after a step; what follows."""
+        metrics = _metrics(result)
+        last = self.schedule.last(result.step)
+        if self.spec.eval and (last or result.step % self.config.train.eval_every == 0):
+            metrics |= self.evaluator.measure(self.state)
+        self.progress.pending = None
+        self._tell(metrics)
+        end = last or self._stale()
+        due = end or result.step % self.config.train.checkpoint_every == 0
+        if due:
+            self._checkpoint()
+        if end or not result.signal:
+            return After.END if end else After.STEP
+        if not self.stop_requests.decided():
+            return After.CHANGE
+        if not due:
+            self._checkpoint()
+        return After.STOP
+
+    def _change_group(self) -> None:
+        """Leave, or meet the others, as was ordered."""
+        assert self.mesh is not None
+        if self.mesh.orders().leave:
+            if self.manager:
+                self.manager.finish()
+            raise _Left
+        self._meet()
+
+    def _next(self, steps: Generator[StepResult]) -> StepResult | None:
         with self.context.activate(self.trainer.adapted):
             return next(steps, None)
 
@@ -160,10 +248,10 @@ class Worker:
 
     def _tell(self, metrics: dict[str, float]) -> None:
         self._tell_driver(self.state.record(self.state.step, metrics))
-        reached("step", self.state.step, self.rank)
+        reached("step", self.state.step, self.context.rank)
 
     def _tell_driver(self, message: Any) -> None:
-        if self.rank == 0:
+        if self.context.rank == 0:
             self.channel.send.remote(message)
 
 

@@ -14,6 +14,7 @@ from olora_ray.adapter.inject import install, remove
 from olora_ray.adapter.layer import AdaptedWeight
 from olora_ray.cluster.preemption import NoPreemption, Preemption, RayPreemption
 from olora_ray.cluster.spec import TrainSpec
+from olora_ray.common import collectives
 from olora_ray.config.schema import Config
 from olora_ray.model.source import on_this_node
 from olora_ray.train.loss import SupervisedLoss
@@ -26,10 +27,16 @@ Adapted = Mapping[str, AdaptedWeight]
 class WorkerContext(Protocol):
     """What a Worker needs to know of the process it runs in."""
 
-    rank: int
-    world: int
     device: torch.device
     preemption: Preemption
+
+    @property
+    def rank(self) -> int:
+        """Of this worker in the group of now."""
+
+    @property
+    def world(self) -> int:
+        """Workers of it."""
 
     def base(self, spec: TrainSpec) -> SupervisedLoss:
         """The base model; to be used inside `activate` only."""
@@ -45,13 +52,21 @@ class RayTrainContext:
         import ray.train
         import ray.train.torch
 
-        context = ray.train.get_context()
-        self.rank, self.world = context.get_world_rank(), context.get_world_size()
         self.device: torch.device = ray.train.torch.get_device()
         self.preemption: Preemption = RayPreemption()
         self._loss: SupervisedLoss | None = None
         self._installed = False
         use_cpus(config, self.device)
+
+    @property
+    def rank(self) -> int:
+        """See WorkerContext."""
+        return collectives.rank()
+
+    @property
+    def world(self) -> int:
+        """See WorkerContext."""
+        return collectives.world_size()
 
     def base(self, spec: TrainSpec) -> SupervisedLoss:
         """See WorkerContext."""

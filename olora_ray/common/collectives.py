@@ -2,18 +2,78 @@
 
 Every function must be called by all workers, in the same order. In a process without a process group, or alone in
 one, they return at once: one process is a group of one.
+
+Where an exchange fails because another worker is gone, PeerLost is raised; what was received is worthless then. Which
+of the others notice is not certain, so all have to end what they are at (`abort`), and form another group.
 """
 
-from collections.abc import Sequence
-from typing import TypeVar
+import contextlib
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from olora_ray.common.errors import UserError
 
 Value = TypeVar("Value")
+
+PATIENCE = timedelta(minutes=30)
+"""Within which an exchange ends, the waiting for slower workers included."""
+ABORT = timedelta(milliseconds=1)
+NOBODY = 2**20 + 1
+"""A tag that no message has."""
+
+
+class PeerLost(Exception):
+    """Another worker is gone, or the connection to it."""
+
+
+def meeting_place(host: str) -> TCPStore:
+    """A store at a free port of this host, at which groups can meet (`join_group`) while this process lives."""
+    return TCPStore(host, 0, is_master=True, wait_for_workers=False)
+
+
+def join_group(address: tuple[str, int], name: str, rank: int, size: int, seconds: float) -> None:
+    """Connect with the other workers of a new group over gloo; all must call it together, within so many seconds.
+
+    They meet at the TCPStore at `address`; no other group that does so has this name. Raises PeerLost.
+    """
+    limit = timedelta(seconds=seconds)
+    with _peers():
+        store = TCPStore(*address, is_master=False, wait_for_workers=False, timeout=limit)
+        prefixed = PrefixStore(name, store)
+        dist.init_process_group("gloo", store=prefixed, rank=rank, world_size=size, timeout=limit)
+        dist.distributed_c10d._set_pg_timeout(PATIENCE, dist.group.WORLD)
+
+
+def abort() -> None:
+    """End what this process is exchanging, from another thread: it raises PeerLost there, and soon on the others too.
+
+    gloo has no such call, but a receiver that has waited for too long closes all connections of the group.
+    """
+    if world_size() > 1:
+        with contextlib.suppress(RuntimeError, ValueError):
+            nothing: Any = dist.irecv(torch.empty(1), (rank() + 1) % world_size(), tag=NOBODY)
+            nothing.wait(ABORT)
+
+
+def leave_group() -> None:
+    """Close all connections, so that the others notice; then this process is alone."""
+    if dist.is_initialized():
+        abort()
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _peers() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # torch has no narrower one for gloo
+        raise PeerLost(str(error).partition("\n")[0]) from error
 
 
 def rank() -> int:
@@ -29,13 +89,15 @@ def world_size() -> int:
 def sum_in_place(tensor: Tensor) -> None:
     """Replace a tensor by its sum over all workers."""
     if world_size() > 1:
-        dist.all_reduce(tensor)
+        with _peers():
+            dist.all_reduce(tensor)
 
 
 def broadcast_in_place(tensor: Tensor, source: int) -> None:
     """Replace a tensor by that of the worker `source`."""
     if world_size() > 1:
-        dist.broadcast(tensor, src=source)
+        with _peers():
+            dist.broadcast(tensor, src=source)
 
 
 def swap(outgoing: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
@@ -59,15 +121,22 @@ def transfer(outgoing: Sequence[tuple[int, Tensor]], incoming: Sequence[tuple[in
     """
     operations = [dist.P2POp(dist.isend, tensor, worker) for worker, tensor in outgoing if len(tensor)]
     operations += [dist.P2POp(dist.irecv, tensor, worker) for worker, tensor in incoming if len(tensor)]
-    for operation in dist.batch_isend_irecv(operations) if operations else ():
-        operation.wait()
+    with _peers():
+        for operation in dist.batch_isend_irecv(operations) if operations else ():
+            operation.wait()
 
 
 def from_first(value: Value) -> Value:
     """The value of worker 0; it is pickled on the way."""
+    return from_one(value, 0)
+
+
+def from_one(value: Value, source: int) -> Value:
+    """The value of the worker `source`; it is pickled on the way."""
     values = [value]
     if world_size() > 1:
-        dist.broadcast_object_list(values, src=0)
+        with _peers():
+            dist.broadcast_object_list(values, src=source)
     return values[0]
 
 
@@ -75,7 +144,8 @@ def gather(value: Value) -> list[Value]:
     """The values of all workers in the order of their ranks; they are pickled on the way."""
     values = [value] * world_size()
     if world_size() > 1:
-        dist.all_gather_object(values, value)
+        with _peers():
+            dist.all_gather_object(values, value)
     return values
 
 

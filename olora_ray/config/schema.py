@@ -190,6 +190,9 @@ class Cluster(Section):
     inside, the number of nodes: then weights never travel between them."""
     max_failures: Annotated[int, Field(ge=-1)] = 3
     """Restarts after failures before the run gives up; -1: no limit. Preempted nodes do not count."""
+    spares: Annotated[int, Field(ge=0)] = 0
+    """Processes that stand by with the base model loaded and take the place of workers that die; with ddp on CPUs,
+    where they take memory and no time."""
 
     @field_validator("workers", mode="before")
     @classmethod
@@ -301,6 +304,15 @@ class Config(Section):
             raise ValueError(f"{what}: the workers cannot be split so; use a divisor of the number of workers")
         if workers == replicas:
             raise ValueError(f"{what}: each worker would hold the whole base; use strategy: ddp, or fewer replicas")
+        return self
+
+    @model_validator(mode="after")
+    def _spares_hold_the_whole_base(self) -> "Config":
+        if self.cluster.spares and self.cluster.strategy != "ddp":
+            raise ValueError(
+                f"cluster.spares={self.cluster.spares} with cluster.strategy={self.cluster.strategy}: a spare cannot"
+                " take the place of a part of the base; use spares: 0, or strategy: ddp"
+            )
         return self
 
     def accumulation(self, workers: int | None = None) -> int:

@@ -1,16 +1,14 @@
 """Attempts of one training: decides how many workers each gets, and whether another one follows."""
 
-import threading
 import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future, wait
-from functools import partial
+from collections.abc import Mapping
 from typing import Any
 
 import ray
 import ray.train
 from ray.exceptions import RayActorError
 
+from olora_ray.cluster import ray_internals
 from olora_ray.cluster.channel import Failure, Resumed
 from olora_ray.cluster.failures import cause, counts
 from olora_ray.cluster.resources import PlacementRequest, free_workers
@@ -21,19 +19,20 @@ from olora_ray.pipeline.connection import user_errors
 from olora_ray.pipeline.monitor import Event, Monitor
 from olora_ray.pipeline.progress import batch_split
 from olora_ray.pipeline.signals import Stop
+from olora_ray.pipeline.trainers import Fit, Trainers, given
 from olora_ray.tokens.prepare import CompleteStore, StoreBuild
 from olora_ray.train.schedule import Schedule
 
 # Ray's stubs describe Train V1; V2, which runs, has more arguments.
 ray_train: Any = ray.train
-Fit = Callable[[int], TrainResult]
-"""Trains once with so many workers, from the latest checkpoint."""
-TICK = 0.2
-"""Seconds between two looks at what has been asked for."""
+
+
 COLLECT = 1.0
 """Seconds between two looks at the channel."""
 SETTLE = 3.0
 """Seconds for which the room for workers must stay as it is: ended workers give theirs back one by one."""
+DESERTED = 45.0
+"""Seconds after the loss of the last worker in which Ray has to bring others."""
 RESIZE = "the cluster has grown"
 
 
@@ -52,11 +51,12 @@ class Attempts:
         stop: Stop,
         worker: Mapping[str, float],
         fit: Fit,
+        changing: bool = False,
     ) -> None:
-        """`worker` has the resources of one worker."""
+        """`worker` has the resources of one worker; `changing`: workers may come and go while they train."""
         self.spec, self.build, self.monitor, self.stop = spec, build, monitor, stop
         self.channel, self.progress, self.fit = monitor.channel, monitor.progress, fit
-        self.worker = worker
+        self.worker, self.changing = worker, changing
         self.schedule = Schedule(spec.config.train, build.store)
         self.workers: int | None = None
         """Of the group that trains, or trained last."""
@@ -65,6 +65,8 @@ class Attempts:
         self.cause: str | None = None
         """Why the next group will start; None once it has."""
         self._asked = self._warned = self._running = False
+        self._attempt = 0
+        self._trainers: Trainers | None = None
         self._looked = time.monotonic()
         self._room = 0
 
@@ -72,11 +74,13 @@ class Attempts:
         """Train until done. Raises UserError with what went wrong in the end, and Stopped after a signal."""
         elastic, first = self.spec.config.cluster.is_elastic(), True
         while True:
+            self._attempt += 1
             workers = self.spec.config.cluster.max_workers() if first and not elastic else self._wait_for_room()
             first = False
-            ray.get(self.channel.request_stop.remote(None))
+            ray.get([self.channel.request_stop.remote(None), self.channel.begin_anew.remote(workers, self._attempt)])
+            self._trainers = Trainers(self.fit, self.channel, self._attempt, workers)
             try:
-                result = self._follow(_in_thread(partial(self.fit, workers)))
+                result = self._follow(self._trainers)
             except (RayActorError, ray_train.TrainingFailedError) as error:
                 self._failed(error)
                 continue
@@ -88,7 +92,8 @@ class Attempts:
         cluster = self.spec.config.cluster
         self.failures += counts(error)
         # A group of fixed size was restarted by Ray already, except for the loss of its controller.
-        spent = isinstance(error, ray_train.WorkerGroupError) and not cluster.is_elastic()
+        restarting = self.changing or not cluster.is_elastic()
+        spent = isinstance(error, ray_train.WorkerGroupError) and restarting
         if spent or 0 <= cluster.max_failures < self.failures:
             tried = cluster.max_failures if spent else self.failures - 1
             raise UserError(f"training failed after {tried} restarts: {cause(error)}") from error
@@ -128,18 +133,23 @@ class Attempts:
                     raise self.stop.stopped("stopped while waiting for the cluster")
                 time.sleep(0.5)
 
-    def _follow(self, training: "Future[TrainResult]") -> TrainResult:
-        """Serve a group of workers until its training has ended; returns or raises what it did."""
+    def _follow(self, trainers: Trainers) -> TrainResult:
+        """Serve the workers until their training has ended; returns or raises what it did."""
         self._asked = self._running = False
-        collected = time.monotonic()
-        while not wait([training], TICK).done:
-            self._look()
-            if time.monotonic() - collected >= COLLECT:
-                self.monitor.collect(self._on_event)
-                collected = time.monotonic()
-        self.monitor.collect(self._on_event)
-        self.monitor.telemetry.ended()
-        return training.result()
+        collected, result = time.monotonic(), None
+        try:
+            while not trainers.ended(result):
+                self._look()
+                if time.monotonic() - collected >= COLLECT:
+                    self.monitor.collect(self._on_event)
+                    self._watch()
+                    result = given(self.channel)
+                    collected = time.monotonic()
+            self.monitor.collect(self._on_event)
+            return result or given(self.channel) or trainers.result()
+        finally:
+            self.monitor.telemetry.ended()
+            trainers.end()
 
     def _look(self) -> None:
         if self.stop.asked and not self._asked:
@@ -157,13 +167,31 @@ class Attempts:
 
     def _grow(self) -> None:
         """Ask the workers to end if more of them fit: the next group resumes where they were."""
+        assert self._trainers is not None
         most = self.spec.config.cluster.max_workers()
-        missing = most - (self.workers or most)
+        missing = most - (self._trainers.workers if self.changing else self.workers or most)
         quiet = self._running and not self._asked  # else what is free is about to be taken
         room = min(missing, free_workers(self.worker)) if missing and quiet else 0
         if room and self._room:  # twice in a row: others may use what is free for a moment
-            self._ask(RESIZE)
+            if self.changing:
+                self._trainers.add(room)
+            else:
+                self._ask(RESIZE)
         self._room = room
+
+    def _watch(self) -> None:
+        """Help where Ray does not: with workers that hang, with none at all, and with nodes that are taken away."""
+        if not self.changing or not self._running:
+            return
+        absent = ray.get(self.channel.absent.remote())
+        for name in absent.hung:  # else it keeps its place for ten minutes
+            ray_internals.kill_actor(name)
+        if absent.nobody_for > DESERTED:  # Ray's controller waits for room on a node that is gone
+            ray_internals.end_train_controllers()
+        if self._asked:
+            return
+        if (nodes := ray_internals.draining_nodes()) and not ray.get(self.channel.drain_nodes.remote(nodes)):
+            self._ask(f"node {', '.join(sorted(node[:8] for node in nodes))} is preempted")
 
     def _ask(self, why: str) -> None:
         self._asked = True
@@ -172,8 +200,10 @@ class Attempts:
     def _on_event(self, event: Event) -> None:
         if isinstance(event, Failure):
             self._note(event.what)
-        else:
-            self._started(event.step if isinstance(event, Resumed) else 0, event.workers, isinstance(event, Resumed))
+            return
+        if isinstance(event, Resumed) and event.why:  # known better than from Ray, which looks every two seconds
+            self.cause = event.why
+        self._started(event.step if isinstance(event, Resumed) else 0, event.workers, isinstance(event, Resumed))
 
     def _started(self, step: int, workers: int, resumed: bool) -> None:
         again = max(0, self.monitor.highest - step)
@@ -191,6 +221,9 @@ class Attempts:
             self.progress.back_to(step)
         elif workers != self.spec.config.cluster.max_workers():
             self.progress.line(f"training starts with {plural(workers, 'worker')}{self._split(workers)}")
+        spares = self.spec.config.cluster.spares
+        if spares and self.changing and self._trainers and not self._running:
+            self._trainers.stand_by(spares)  # not before: they would hold up the others' start
         self.workers, self.cause, self._running = workers, None, True
 
     def _split(self, workers: int) -> str:
@@ -202,22 +235,8 @@ class Attempts:
 
     def _note(self, what: str) -> None:
         """Remember why a group ended: of several reasons the first is the cause."""
-        self.cause = self.cause or what
+        self.cause = what if self.changing else self.cause or what
 
     def _announce(self, what: str) -> None:
         """Tell what keeps the next group from starting."""
         self.progress.line(f"{self.cause}: {what}" if self.cause else what)
-
-
-def _in_thread(work: Callable[[], TrainResult]) -> "Future[TrainResult]":
-    """Run `work` in a thread that does not keep the process alive; the main thread stays free for signals."""
-    future: Future[TrainResult] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(work())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, name="train", daemon=True).start()
-    return future

@@ -10,14 +10,16 @@ import ray.train
 
 from olora_ray.cluster.channel import make_channel
 from olora_ray.cluster.failures import TellDriver
+from olora_ray.cluster.in_place import InPlaceConfig, in_place
 from olora_ray.cluster.resources import worker_resources
 from olora_ray.cluster.spec import TrainResult, TrainSpec
-from olora_ray.cluster.worker import train_worker
+from olora_ray.cluster.train_worker import train_worker
 from olora_ray.pipeline.attempts import Attempts
 from olora_ray.pipeline.monitor import Monitor, OnRow
 from olora_ray.pipeline.progress import Progress
 from olora_ray.pipeline.run_folder import RunFolder
 from olora_ray.pipeline.signals import Stop
+from olora_ray.pipeline.trainers import WorkerGroup
 from olora_ray.tokens.prepare import CompleteStore, StoreBuild
 from olora_ray.tracking.prometheus import Telemetry
 from olora_ray.tracking.run import Tracker
@@ -28,8 +30,10 @@ logger = logging.getLogger(__name__)
 
 # Ray's stubs describe Train V1; V2, which runs, has more arguments.
 ray_train: Any = ray.train
-FitOn = Callable[[Any, int], TrainResult]
-"""Trains once: gets the driver's channel and the number of workers."""
+SPARE = {"CPU": 0.0, "memory": 1.0}
+"""What Ray is to set aside for a spare: something, and no CPU."""
+FitOn = Callable[[Any, WorkerGroup], TrainResult]
+"""Trains once: gets the driver's channel and the workers."""
 
 
 def train(
@@ -54,7 +58,8 @@ def train(
         with Progress(Schedule(config.train, build.store).total(), config.train.log_every) as progress:
             monitor = Monitor(channel, tracker, progress, Telemetry(config.run.name), on_row)
             fit = partial(fit_on or partial(_fit, spec, folder, worker), channel)
-            result = Attempts(spec, build, monitor, stop, worker, fit).run()
+            changing = fit_on is None and in_place(config, worker)
+            result = Attempts(spec, build, monitor, stop, worker, fit, changing).run()
     finally:
         stop.gentle = False
     folder.write_training(result.to_json())
@@ -87,20 +92,33 @@ def finished_training(spec: TrainSpec, folder: RunFolder) -> TrainResult | None:
     return result
 
 
-def _fit(spec: TrainSpec, folder: RunFolder, worker: Mapping[str, float], channel: Any, workers: int) -> TrainResult:
-    from ray.train.torch import TorchTrainer
+def _fit(spec: TrainSpec, folder: RunFolder, worker: Mapping[str, float], channel: Any, group: WorkerGroup) -> Any:
+    """One trainer of Ray's, to its end; what its first worker returned."""
+    from ray.train.torch import TorchConfig, TorchTrainer
 
-    # Elastic runs choose a new number of workers for each attempt, so Ray must not retry: every failure returns
-    # to `Attempts`.
-    cluster = spec.config.cluster
+    # Groups that do not change in place are of another size at each attempt where they are elastic, so Ray must not
+    # retry: every failure returns to `Attempts`, as does any of a group's whole if its room is gone.
+    cluster, changing = spec.config.cluster, in_place(spec.config, worker)
     limits = {"max_failures": cluster.max_failures}
     if cluster.is_elastic():
-        limits = {"max_failures": 0, "max_preemption_failures": 0, "controller_failure_limit": 0}
+        limits |= {"controller_failure_limit": 0}
+    if cluster.is_elastic() and not changing:
+        limits |= {"max_failures": 0, "max_preemption_failures": 0}
     trainer = TorchTrainer(
         cast("Any", train_worker),  # Ray's types forget that a loop may return
-        train_loop_config={"spec": spec, "checkpoints": folder.checkpoints, "channel": channel},
+        train_loop_config={
+            "spec": spec,
+            "checkpoints": folder.checkpoints,
+            "channel": channel,
+            "in_place": changing,
+            "first_rank": group.first_rank,
+            "attempt": group.attempt,
+        },
+        torch_config=InPlaceConfig() if changing else TorchConfig(),
         scaling_config=ray_train.ScalingConfig(
-            num_workers=workers, use_gpu="GPU" in worker, resources_per_worker=dict(worker)
+            num_workers=group.workers,
+            use_gpu="GPU" in worker,
+            resources_per_worker=SPARE if group.spare else dict(worker),
         ),
         run_config=ray_train.RunConfig(
             name="checkpoints",

@@ -19,6 +19,7 @@ from olora_ray.pipeline.base import open_base
 from olora_ray.pipeline.monitor import OnRow
 from olora_ray.pipeline.prepare import prepare_tokens
 from olora_ray.pipeline.signals import Stop
+from olora_ray.pipeline.trainers import WorkerGroup
 from olora_ray.sweep import trial_file
 from olora_ray.sweep.record import Status, TrialRecord
 from olora_ray.sweep.spec import SweepSpec, trial_place
@@ -130,7 +131,7 @@ class TrialRun:
         return fit.train(spec, self.folder, CompleteStore(spec.train), tracker, self._stop, on_row, fit_on)
 
     def _fit_on_shared_base(self, spec: TrainSpec) -> fit.FitOn:
-        def fit_on(channel: Any, workers: int) -> TrainResult:
+        def fit_on(channel: Any, group: WorkerGroup) -> TrainResult:
             return shared_base.train_on(self.sweep_spec.shared_bases, spec, self.folder.checkpoints, channel)
 
         return fit_on

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 
 import torch
@@ -59,7 +59,7 @@ class Trainer:
         self.optimizer = AdamW(self.flat, self.config.train)
         self.gradient = tree.TreeSum(self.flat.grad)
 
-    def steps(self, loader: StepLoader, start: int, schedule: Schedule) -> Iterator[StepResult]:
+    def steps(self, loader: StepLoader, start: int, schedule: Schedule) -> Generator[StepResult]:
         """Run the steps from number `start` (from 0) to the end of the schedule.
 
         Raises UserError when the loss or the gradient is not finite, naming step and sources.

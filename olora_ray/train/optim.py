@@ -92,10 +92,14 @@ class AdamW:
             for name, part in self.flat.named(moment).items()
         }
 
-    def load(self, named: Mapping[str, Tensor], step: int) -> None:
-        """Resume with the moments of `state` after `step` updates."""
+    def at(self, step: int) -> None:
+        """Count `step` updates as done."""
         for parameter in self.parameters:
             self.inner.state[parameter]["step"].fill_(float(step))
+
+    def load(self, named: Mapping[str, Tensor], step: int) -> None:
+        """Resume with the moments of `state` after `step` updates."""
+        self.at(step)
         for key, moment in self.moments.items():
             part = {name: named[f"{name}.{key}"] for name in self.flat.slots}
             self.flat.load(moment, part)

@@ -10,7 +10,7 @@ from olora_ray.adapter import factor_cache
 from olora_ray.cluster.channel import Started
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.cluster.stop_requests import StopRequests
-from olora_ray.cluster.worker import train_at
+from olora_ray.cluster.train_worker import train_at
 from olora_ray.cluster.worker_context import SharedBase, SharedBaseContext
 from olora_ray.model.source import BaseModel
 from olora_ray.sweep import shared_work

@@ -16,6 +16,7 @@ from olora_ray.cluster.memory_room import (
     Node,
     missing,
     needs,
+    no_room_for_spares,
     precisions,
     problems,
     with_recomputation,
@@ -97,6 +98,18 @@ def test_a_part_of_a_gpu_has_a_part_of_its_memory(base: tuple[str, BaseModel]) -
         missing(1, half, nodes)
     )
     assert missing(1, half, [node(1, memory=99 * GIB)]) is None  # nobody tells how large it is
+
+
+@pytest.mark.parametrize("base", [torch.bfloat16], indirect=True)
+def test_spares_need_memory_and_no_cpus(base: tuple[str, BaseModel]) -> None:
+    settings = tiny.config(cluster__workers=2, cluster__spares=1)
+    (need,) = needs(settings, base[1], SIZE, 0.0)
+    each = int(need.size / GIB + 1)
+    assert no_room_for_spares(settings, need, [node(2, memory=3 * each * GIB)]) is None
+    assert no_room_for_spares(settings, need, [node(2, memory=int(2.5 * need.size))]) == (
+        f"cluster.spares=1: each process needs about {need.size / GIB:.1f} GiB of memory, and beside 2 workers there is"
+        " room for 0"
+    )
 
 
 @pytest.mark.parametrize("base", [torch.float16], indirect=True)

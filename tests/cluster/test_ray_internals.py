@@ -2,6 +2,8 @@
 
 import ast
 import logging
+import os
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -65,6 +67,10 @@ def test_memory_is_that_of_this_machine() -> None:
     assert all(size > 2**30 for size in ray_internals.gpu_memory())
 
 
+class TrainController:
+    """As Ray Train calls its own."""
+
+
 @pytest.mark.ray
 def test_what_a_running_ray_says(ray_with: Callable[[int], None]) -> None:
     import ray
@@ -79,6 +85,9 @@ def test_what_a_running_ray_says(ray_with: Callable[[int], None]) -> None:
     assert not ray_internals.joined_running_node(), "it is this process that has started it"
 
     class Maker:
+        def number(self) -> int:
+            return os.getpid()
+
         def take(self) -> bool:
             self.group = ray.util.placement_group([{"CPU": 1}])
             return bool(self.group.wait(30))
@@ -93,6 +102,21 @@ def test_what_a_running_ray_says(ray_with: Callable[[int], None]) -> None:
         assert time.monotonic() < end
         time.sleep(0.2)
     assert [group.bundle_specs for group in found] == [[{"CPU": 1}]]
+    assert ray_internals.actor_died(dies._actor_id.hex())
+
+    others = [ray.remote(kind).options(num_cpus=0).remote() for kind in (TrainController, Maker)]
+    ray.get([one.__ray_ready__.remote() for one in others])
+    ray_internals.end_train_controllers()
+    while not ray_internals.actor_died(others[0]._actor_id.hex()):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    assert not ray_internals.actor_died(others[1]._actor_id.hex())
+    assert not ray_internals.actor_died("0" * 32)
+    os.kill(ray.get(others[1].number.remote()), signal.SIGSTOP)
+    ray_internals.kill_actor(others[1]._actor_id.hex())
+    while not ray_internals.actor_died(others[1]._actor_id.hex()):
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
 
 @pytest.mark.ray

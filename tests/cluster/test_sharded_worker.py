@@ -11,7 +11,7 @@ import torch.distributed as dist
 from olora_ray.cluster.preemption import NoPreemption
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.cluster.stop_requests import StopRequests
-from olora_ray.cluster.worker import train_at
+from olora_ray.cluster.train_worker import train_at
 from olora_ray.cluster.worker_context import RayTrainContext
 from olora_ray.model.source import BaseModel
 from olora_ray.train import checkpoints
@@ -26,8 +26,7 @@ class Context(RayTrainContext):
     """That of a worker of Ray Train, with what Ray would say of it."""
 
     def __init__(self) -> None:
-        self.rank, self.world, self.device = dist.get_rank(), dist.get_world_size(), torch.device("cpu")
-        self.preemption = NoPreemption()
+        self.device, self.preemption = torch.device("cpu"), NoPreemption()
         self._loss, self._installed = None, False
 
 

@@ -11,7 +11,7 @@ import torch
 from olora_ray.cluster.channel import Resumed, Started
 from olora_ray.cluster.spec import TrainResult, TrainSpec
 from olora_ray.cluster.stop_requests import StopRequests
-from olora_ray.cluster.worker import train_at
+from olora_ray.cluster.train_worker import train_at
 from olora_ray.cluster.worker_context import SharedBase, SharedBaseContext
 from olora_ray.model.source import BaseModel
 from olora_ray.train import checkpoint, checkpoints, recompute

@@ -507,3 +507,12 @@ def test_a_message_has_an_end_whatever_it_is_about() -> None:
     assert "c4n4ry" not in message
     assert "more" in message.rpartition(";")[2]
     assert "(got 'xxx" in message
+
+
+def test_spares_hold_the_whole_base() -> None:
+    message = problem(cluster={"strategy": "fsdp", "spares": 1})
+    assert message == (
+        "config: cluster.spares=1 with cluster.strategy=fsdp: a spare cannot take the place of a part of the base; use"
+        " spares: 0, or strategy: ddp"
+    )
+    assert build(tree(cluster={"spares": 2})).cluster.spares == 2

@@ -55,7 +55,16 @@ def kill_all(mark: Path) -> None:
 
 def controllers(mark: Path) -> list[psutil.Process]:
     """The processes that hold the run's Train controller."""
-    return [process for process in processes_of(mark) if "TrainController" in " ".join(command(process))]
+    return _titled(mark, "TrainController")
+
+
+def workers(mark: Path) -> list[psutil.Process]:
+    """The run's training workers, those included that are still on their way; in the order of their pids."""
+    return sorted(_titled(mark, "RayTrainWorker"), key=lambda process: process.pid)
+
+
+def _titled(mark: Path, title: str) -> list[psutil.Process]:
+    return [process for process in processes_of(mark) if title in " ".join(command(process))]
 
 
 def command(process: psutil.Process) -> list[str]:

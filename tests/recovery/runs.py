@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.pipelines import project
-from tests.recovery import processes
+from tests.recovery import moments, processes
 
 FAULTS = Path(__file__).parent / "faults"
 NAME = "small"
@@ -125,10 +125,10 @@ class Run:
         self.seconds += time.monotonic() - self._began
         return code
 
-    def attempt(self) -> int:
+    def attempt(self, seconds: float = ATTEMPT_SECONDS) -> int:
         """Give the command and wait for its end."""
         self.start()
-        return self.wait()
+        return self.wait(seconds)
 
     def wait_for_fault(self, seconds: float = ATTEMPT_SECONDS) -> dict[str, Any]:
         """Who reached the chosen point, once somebody has."""
@@ -199,9 +199,13 @@ class Run:
         absent = f"\nnot in the product: {missing.read_text()}" if missing.exists() else ""
         return "\n".join(f"--- {file.name}\n{text}" for file, text in zip(files, shown, strict=True)) + absent
 
+    def last_words(self) -> str:
+        """The last line of the newest attempt, of its errors if there are any."""
+        texts = [self._file(kind).read_text(errors="replace").strip() for kind in ("err", "out")]
+        return next((text.splitlines()[-1] for text in texts if text), "nothing was printed")
+
     def _done(self) -> list[str]:
-        file = self.folder / "done"
-        return file.read_text().splitlines() if file.exists() else []
+        return [one.what for one in moments.read(self.folder)]
 
     def _file(self, kind: str, number: int | None = None) -> Path:
         return self.folder / f"attempt-{number or self.attempts}.{kind}"
@@ -215,11 +219,11 @@ class Clean:
     seconds: float
 
 
-def run_clean(tiny_project: Path, folder: Path, **changes: Any) -> Clean:
-    """Run in peace what is interrupted elsewhere."""
+def run_clean(tiny_project: Path, folder: Path, seconds: float = ATTEMPT_SECONDS, **changes: Any) -> Clean:
+    """Run in peace what is interrupted elsewhere, within so many seconds."""
     with processes.scratch() as scratch:
         run = Run(written(tiny_project, folder, **changes), scratch)
-        assert run.attempt() == 0, run.tail()
+        assert run.attempt(seconds) == 0, run.tail()
         assert not (scratch / "missing").exists(), run.tail()
         assert (run.initialised(), run.told_initialised(), run.resumptions()) == (1, 1, []), run.tail()
     return Clean(end_state(folder), run.seconds)

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from tests import mlflow_database
-from tests.recovery import processes, runs, table
+from tests.recovery import moments, processes, runs, table
 from tests.recovery.runs import EndState, Fault, Run
 from tests.waiting import until
 
@@ -102,8 +102,14 @@ def test_the_log_lines_are_read(tmp_path: Path) -> None:
 def test_what_was_done_is_counted(tmp_path: Path) -> None:
     run = Run(tmp_path / "config.yaml", tmp_path)
     assert (run.initialised(), run.again()) == (0, 0)
-    (tmp_path / "done").write_text("initialisation\nstep 1\nstep 2\nstep 3\nstep 2\nstep 3\nstep 4\n")
+    what = ["initialisation", *(f"step {number}" for number in (1, 2, 3, 2, 3, 4))]
+    lines = [f"{one}\t{moment}.5\t77\n" for moment, one in enumerate(what)]
+    (tmp_path / "done").write_text("".join(lines) + "step 5\t7")  # the last one is being written
     assert (run.initialised(), run.again(), run.last_step()) == (1, 2, 4)
+    further, again = moments.split(moments.read(tmp_path))
+    assert [(one.step, one.at, one.pid) for one in further] == [(1, 1.5, 77), (2, 2.5, 77), (3, 3.5, 77), (4, 6.5, 77)]
+    assert [(one.step, one.at) for one in again] == [(2, 4.5), (3, 5.5)]
+    assert moments.typical(further) == 1.0
 
 
 SAVES = """
@@ -143,6 +149,32 @@ def test_a_point_that_the_product_no_longer_has_is_told(tmp_path: Path) -> None:
     code = "import olora_fault_points as p, types; p._replace(types.ModuleType('m'), 'gone', lambda old: old)"
     assert python(tmp_path, Fault(), code).returncode == 0
     assert (tmp_path / "missing").read_text() == "m.gone"
+
+
+REACHES = """
+import os, pathlib
+from olora_ray.common.fault_points import reached
+reached("step", 1, 0)
+(pathlib.Path.cwd() / f"raise-{os.getpid()}").touch()
+reached("step", 2, 0)
+"""
+
+
+def test_a_process_fails_when_it_is_told_to(tmp_path: Path) -> None:
+    done = python(tmp_path, Fault(), REACHES)
+    assert "RuntimeError: injected" in done.stderr
+    assert [one.step for one in moments.read(tmp_path)] == [1, 2]
+    assert not list(tmp_path.glob("raise-*"))
+
+
+def test_steps_are_drawn_out_until_it_hurries(tmp_path: Path) -> None:
+    code = "from olora_ray.common.fault_points import reached; [reached('step', step, 0) for step in (1, 2, 3)]"
+    assert python(tmp_path, Fault(pace=0.4), code).returncode == 0
+    assert moments.typical(moments.read(tmp_path)) >= 0.4
+    (tmp_path / "hurry").touch()
+    (tmp_path / "done").unlink()
+    assert python(tmp_path, Fault(pace=0.4), code).returncode == 0
+    assert moments.typical(moments.read(tmp_path)) < 0.4
 
 
 def test_a_hidden_sitecustomize_still_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

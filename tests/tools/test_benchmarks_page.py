@@ -77,6 +77,13 @@ def test_every_benchmark_is_there_and_says_what_it_measures(name: str) -> None:
     assert "python benchmarks" not in text
 
 
+def test_what_takes_hours_runs_when_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for gpu, left_out in ((True, {"soak"}), (False, {"soak", "gpu"})):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=gpu: there)
+        assert set(SECTIONS) - set(write_page._arguments([])[0]) == left_out
+    assert write_page._arguments(["soak", "--", "--minutes", "5"])[:2] == (["soak"], ["--minutes", "5"])
+
+
 def test_every_script_that_is_run_by_hand_has_a_section() -> None:
     # The others are parts of these: their docstrings show no command of their own.
     scripts = {

@@ -1,13 +1,16 @@
 """Makes one of a run's processes die, fail or stand still at a chosen point, once over all processes and attempts.
 
 OLORA_FAULT="phase=step;step=5;rank=1;kind=kill;dir=/tmp/x" in the environment of the driver reaches all processes
-of a local Ray. `kind` is kill (SIGKILL of the process that gets there), raise (a RuntimeError) or hold (it waits
-until the file `release` appears in dir). Who comes first claims the file `marker` in dir and writes there who
-he is. The points are those of olora_ray.common.fault_points; a module that lacks what is to be replaced here is
-named in the file `missing`.
+of a local Ray. `kind` is kill (SIGKILL of the process that gets there), raise (a RuntimeError), hold (it waits until
+the file `release` appears in dir) or watch (what is done is noted, and nothing else changes). Who comes first claims
+the file `marker` in dir and writes there who he is. The points are those of olora_ray.common.fault_points; a module
+that lacks what is to be replaced here is named in the file `missing`.
 
-Every initialisation and every step that worker 0 has done is a line of the file `done`: the log may miss the last
-second before the driver dies.
+Every initialisation and every step that worker 0 has done is a line of the file `done`, with the time and the process
+(tests/recovery/moments.py reads it): the log may miss the last second before the driver dies.
+
+While a run goes on, a file in dir changes what happens: `raise-PID` lets that process fail after its next step, and
+with `hurry` steps take no longer than they need.
 """
 
 import functools
@@ -41,7 +44,8 @@ def handle(point: str, step: int | None, rank: int | None) -> None:
     if point == "step":
         if rank == 0 and step:
             _note(f"step {step}")
-        time.sleep(float(FAULT.get("pace", 0)))
+        _draw_out()
+        _fail_if_asked()
     _act(point, step, rank)
 
 
@@ -61,9 +65,22 @@ def _act(phase: str, step: int | None, rank: int | None) -> None:
         _hold()
 
 
+def _draw_out() -> None:
+    pace = float(FAULT.get("pace", 0))
+    if pace and not (Path(FAULT["dir"]) / "hurry").exists():
+        time.sleep(pace)
+
+
+def _fail_if_asked() -> None:
+    asked = Path(FAULT["dir"]) / f"raise-{os.getpid()}"
+    if asked.exists():
+        asked.unlink()
+        raise RuntimeError("injected")
+
+
 def _note(what: str) -> None:
     with (Path(FAULT["dir"]) / "done").open("a") as file:
-        file.write(f"{what}\n")
+        file.write(f"{what}\t{time.time():.3f}\t{os.getpid()}\n")
 
 
 def _claimed(who: dict[str, Any]) -> bool:
@@ -98,7 +115,8 @@ def _patch_fault_points(module: ModuleType) -> None:
 
 
 def _patch_plan(module: ModuleType) -> None:
-    _replace(module, "SHARD_ROWS", lambda _: (20, 32768))  # several shards of a small corpus
+    if FAULT["kind"] != "watch":
+        _replace(module, "SHARD_ROWS", lambda _: (20, 32768))  # several shards of a small corpus
 
 
 def _patch_writer(module: ModuleType) -> None:

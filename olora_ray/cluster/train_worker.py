@@ -1,0 +1,68 @@
+"""A Ray Train worker from its entry point to its result: alone, in the group it finds, or in one after the other."""
+
+from typing import Any
+
+import ray
+import ray.train as ray_train
+
+from olora_ray.cluster.channel import sent_to
+from olora_ray.cluster.membership import Finished
+from olora_ray.cluster.mesh import Mesh, RayMeeting
+from olora_ray.cluster.quiet import quiet_train_worker
+from olora_ray.cluster.resume import starting_point
+from olora_ray.cluster.spec import LEFT, TrainResult, TrainSpec
+from olora_ray.cluster.stop_requests import StopRequests
+from olora_ray.cluster.worker import Worker
+from olora_ray.cluster.worker_context import RayTrainContext, WorkerContext
+from olora_ray.common.errors import UserError
+from olora_ray.common.quiet import quiet_transformers
+
+
+def train_worker(parts: dict[str, Any]) -> TrainResult:
+    """Entry point under TorchTrainer; the same on every worker, only the first reports."""
+    quiet_transformers()
+    quiet_train_worker()
+    context, channel = RayTrainContext(parts["spec"].config), parts["channel"]
+    if not parts["in_place"]:
+        return train_at(context, parts["spec"], parts["checkpoints"], channel)
+    mesh = Mesh(RayMeeting(channel), *identity(parts["first_rank"]), parts["attempt"])
+    try:
+        result = train_at(context, parts["spec"], parts["checkpoints"], channel, mesh)
+        if result.interrupted != LEFT:
+            ray.get(channel.finish.remote(result))
+        return result
+    except Finished:
+        return TrainResult(interrupted=LEFT)
+    finally:
+        mesh.leave()
+
+
+def identity(first_rank: int) -> tuple[str, int, str, str]:
+    """Name, number, host and node of this worker of Ray Train, as Mesh takes them."""
+    from ray.util import get_node_ip_address
+
+    context = ray.get_runtime_context()
+    rank = first_rank + ray_train.get_context().get_world_rank()
+    return context.get_actor_id() or "", rank, get_node_ip_address(), context.get_node_id()
+
+
+def train_at(
+    context: WorkerContext, spec: TrainSpec, checkpoints: str, channel: Any, mesh: Mesh | None = None
+) -> TrainResult:
+    """Train a spec; what the user has to mend is in the result.
+
+    With a mesh, the workers form the groups of its membership; without, those of the process group that is there.
+    """
+    late = mesh is not None and mesh.meeting.running()
+    try:
+        with sent_to(channel, mesh.leads if mesh else lambda: context.rank == 0):
+            if mesh and not late and not mesh.meet().begins:
+                raise RuntimeError("the training has begun meanwhile")  # Ray starts this worker again
+            requests = StopRequests(channel, context, mesh)
+            start = starting_point(context, spec, checkpoints, requests.waiting)
+            return Worker(context, spec, checkpoints, channel, start, requests, mesh, late).run()
+    except UserError as error:
+        if late:
+            raise RuntimeError(str(error)) from error  # the others train on
+        # Returned, not raised: a retry would meet the same problem. All workers get here together.
+        return TrainResult(problem=str(error))

@@ -1,0 +1,93 @@
+"""The times of recovery.py are read from what a run leaves; every case has a line of the table."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from olora_ray.config.command_line import read_arguments
+from tests.recovery.moments import Done
+from tests.recovery.runs import Run
+
+
+def done(*when: tuple[int, float]) -> list[Done]:
+    return [Done(f"step {step}", at, 1) for step, at in when]
+
+
+def test_what_came_before_an_event_is_not_its_cost(benchmark: Any) -> None:
+    module = benchmark("back_at_work")
+    steps = done((1, 1), (2, 7), (2, 8), (3, 9), (4, 10), (4, 13), (5, 14), (6, 18), (7, 19))
+    assert module.summary(steps, 10.5, 2.5) == module.Sample(seconds=2.5, again=1, gap=4.0)
+
+
+def test_the_median_and_the_most_of_the_rest_are_shown(benchmark: Any) -> None:
+    module = benchmark("back_at_work")
+    (kill, *_), *_ = module.ON_ONE_HOST.values()
+    good = [module.Sample(3.0, 0, 4.0), module.Sample(9.0, 1, 10.0), module.Sample(4.25, 0, 5.0)]
+    assert module.row(kill, good) == (kill.what, "4.2", "3.0 - 9.0", "14", "5", "met", "1", "10.0")
+    slow, twice = [module.Sample(5.1, 0, 6.0)], [module.Sample(1.0, 2, 3.0)]
+    assert [module.row(kill, samples)[5] for samples in (slow, twice, [])] == ["missed", "missed", "not measured"]
+
+
+def test_every_case_has_a_line(benchmark: Any) -> None:
+    module = benchmark("back_at_work")
+    (kill, *_), *_ = module.ON_ONE_HOST.values()
+    lines = module.targets({kill: [module.Sample(3.0, 0, 4.0)]}).splitlines()[2:]
+    assert len(lines) == len(module.ON_HOSTS) + sum(map(len, module.ON_ONE_HOST.values())) == 9
+    assert [" not measured " in line for line in lines] == [False] + 8 * [True]
+
+
+def test_the_settings_are_those_of_a_run(benchmark: Any, tmp_path: Path) -> None:
+    module = benchmark("back_at_work")
+    _, spares = module.ON_ONE_HOST
+    words = module._settings(tmp_path / "two", tmp_path / "models", spares)
+    assert read_arguments([str(module.CONFIG), *words], module.CONFIG, usage="")[0].cluster.spares == 1
+    words = module._settings(tmp_path / "one", tmp_path / "models", module.ELASTIC)
+    config, _ = read_arguments([str(module.CONFIG), *words], module.CONFIG, usage="")
+    assert config.run.storage == str(tmp_path / "one")
+    assert (config.cluster.workers, config.cluster.max_failures) == ((1, 2), -1)
+    assert (config.train.log_every, config.train.checkpoint_every) == (1, 10)
+
+
+PROGRAM = """
+import pathlib, sys, time
+folder = pathlib.Path(sys.argv[1])
+groups = {6: (1, "worker 1 died"), 12: (2, "1 worker joined"), 30: (1, "worker 0 left"), 31: (2, "1 worker joined")}
+for step in range(1, 1000):
+    with (folder / "done").open("a") as file:
+        file.write(f"step {step}\\t{time.time()}\\t{77 if step < 30 else 78}\\n")
+    if step in groups:
+        workers, why = groups[step]
+        print(f"10:00:00 {why}: training continues after step {step} of ? with {workers} worker"
+              f"{'s' * (workers > 1)}; 0 steps done again", flush=True)
+    time.sleep(0.1)
+"""
+
+
+@pytest.fixture
+def running(tmp_path: Path) -> Iterator[Run]:
+    """A run of which a worker dies after step 6, another joins after 12, and the group changes twice after 30."""
+    run = Run(Path(), tmp_path, attempts=1)
+    with (tmp_path / "attempt-1.out").open("wb") as out:
+        run.driver = subprocess.Popen([sys.executable, "-S", "-c", PROGRAM, str(tmp_path)], stdout=out)
+    yield run
+    run.driver.kill()
+    run.driver.wait()
+
+
+def test_a_run_has_settled_when_all_workers_have_trained_for_some_steps(benchmark: Any, running: Run) -> None:
+    module = benchmark("back_at_work")
+    training = module.Training(running)
+    began = time.time()
+    assert training.next_group(began, workers=1).step == 7
+    training.settle(2)
+    assert training.steps()[-1].step >= 12 + module.SETTLED
+    at = training.mid_step()
+    after = training.next_step(at)
+    assert after == next(one for one in training.steps() if one.at > at)
+    assert training.next_group(at, workers=2).step == 32
+    assert training.next_step(at, [77]).step == 30

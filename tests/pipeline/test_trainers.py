@@ -1,0 +1,97 @@
+"""When an attempt has ended, and that its trainers do; without Ray."""
+
+import threading
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from olora_ray.cluster import ray_internals
+from olora_ray.cluster.spec import LEFT, TrainResult
+from olora_ray.pipeline import trainers
+from olora_ray.pipeline.trainers import Trainers, WorkerGroup
+
+
+class Fit:
+    """Trainers that end when they are told."""
+
+    def __init__(self) -> None:
+        self.groups: list[WorkerGroup] = []
+        self.ends: list[threading.Event] = []
+        self.results: list[Any] = []
+        self.asked: list[Any] = []
+        remote = SimpleNamespace(remote=self.asked.append)
+        self.channel = SimpleNamespace(want=remote, request_stop=remote)
+
+    def __call__(self, group: WorkerGroup) -> TrainResult:
+        number = len(self.groups)
+        self.groups.append(group)
+        self.ends.append(threading.Event())
+        self.ends[number].wait(30)
+        result = self.results[number]
+        if isinstance(result, Exception):
+            raise result
+        assert isinstance(result, TrainResult)
+        return result
+
+    def end(self, number: int, result: Any) -> None:
+        self.results += [None] * (number + 1 - len(self.results))
+        self.results[number] = result
+        self.ends[number].set()
+
+
+@pytest.fixture
+def fit() -> Fit:
+    return Fit()
+
+
+def started(fit: Fit, count: int) -> None:
+    while len(fit.ends) < count:
+        threading.Event().wait(0.01)
+
+
+def test_it_ends_with_what_the_first_returns_or_raises(fit: Fit) -> None:
+    found = Trainers(fit, fit.channel, 1, 2)
+    assert not found.ended(None)
+    fit.end(0, TrainResult(problem="x"))
+    assert found.ended(None)
+    assert found.result().problem == "x"
+    other = Trainers(fit, fit.channel, 2, 2)
+    started(fit, 2)
+    fit.end(1, RuntimeError("broken"))
+    while not other.ended(None):
+        pass
+    with pytest.raises(RuntimeError, match="broken"):
+        other.result()
+
+
+def test_others_train_on_when_the_first_ones_workers_have_left(fit: Fit) -> None:
+    found = Trainers(fit, fit.channel, 3, 1)
+    started(fit, 1)
+    found.add(2)
+    found.stand_by(1)
+    started(fit, 3)
+    assert sorted(fit.groups, key=lambda group: group.first_rank) == [
+        WorkerGroup(1, 3),
+        WorkerGroup(2, 3, 1),
+        WorkerGroup(1, 3, 3, spare=True),
+    ]
+    assert (found.workers, fit.asked) == (3, [2])
+    fit.end(0, TrainResult(interrupted=LEFT))
+    for _ in range(3):
+        assert not found.ended(None)
+    assert found.ended(TrainResult())
+    for number in (1, 2):
+        fit.end(number, TrainResult(interrupted=LEFT))
+    found.end()
+    assert found.ended(None)
+
+
+def test_a_trainer_that_does_not_end_is_ended(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = Trainers(fit, fit.channel, 1, 2)
+    started(fit, 1)
+    monkeypatch.setattr(trainers, "ENDING", 0.2)
+    monkeypatch.setattr(ray_internals, "end_train_controllers", lambda: fit.end(0, RuntimeError("killed")))
+    found.end()
+    assert found.ended(None)
+    assert fit.asked == ["training has ended"]
