@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from olora_ray.config.field_types import PositiveInt
 from olora_ray.config.section import Section
@@ -25,6 +25,9 @@ class Cluster(Section):
     fsdp_replicas: PositiveInt = 1
     """With fsdp: copies of the base model, each over workers / fsdp_replicas workers; for several nodes that are fast
     inside, the number of nodes: then weights never travel between them."""
+    fsdp_offload: bool = False
+    """With fsdp, on GPUs: blocks of the base model lie in the memory of the node, and are copied to the GPU as they are
+    needed: room there for a longer step, the same result."""
     max_failures: Annotated[int, Field(ge=-1)] = 3
     """Restarts after failures before the run gives up; -1: no limit. Preempted nodes do not count."""
 
@@ -45,6 +48,14 @@ class Cluster(Section):
                 f"a worker computes on one GPU, of {value:g} the others would be idle; use 1, and more workers"
             )
         return value
+
+    @model_validator(mode="after")
+    def _sharded_if_offloaded(self) -> "Cluster":
+        if self.fsdp_offload and self.strategy != "fsdp":
+            raise ValueError(
+                f"fsdp_offload=true with strategy={self.strategy}: only a sharded base is; use strategy=fsdp"
+            )
+        return self
 
     def may_share_gpus(self) -> bool:
         """Whether Ray may put several workers on one GPU."""
