@@ -35,10 +35,14 @@ def answer_bytes(fake: FakeModel, config: Config) -> int:
 
 
 def cache_bytes(config: Config, model: Any, width: int) -> int:
-    """The cache at the last token, from the model's sizes: where its code cannot be asked."""
+    """The cache at the last token, from the model's sizes: where its code cannot be asked.
+
+    Of a model without heads, what its hidden states would take: rather too much.
+    """
     shape = model.config.get_text_config()
-    heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
-    size = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
+    asked = getattr(shape, "num_attention_heads", None) or 1
+    heads = getattr(shape, "num_key_value_heads", None) or asked
+    size = getattr(shape, "head_dim", None) or shape.hidden_size // asked
     tokens = answers_at_once(config) * (config.data.max_length + config.evaluation.max_new_tokens)
     return int(tokens * shape.num_hidden_layers * 2 * heads * size * width)
 

@@ -1,5 +1,6 @@
 """The memory plan of answers is what their tensors take, as they are made and freed in real ones."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -75,6 +76,14 @@ def test_the_formula_has_the_cache() -> None:
     cache = cache_bytes(config, meta, 4)
     plan = planned(config, meta)
     assert 0.4 * plan < cache < plan
+
+
+def test_the_formula_has_a_number_for_every_family() -> None:
+    from transformers import AutoConfig
+
+    for variant in ALL.values():
+        model = SimpleNamespace(config=AutoConfig.for_model(variant.model_type, **variant.sizes))
+        assert cache_bytes(settings(), model, 4) > 0, variant.name
 
 
 def test_only_what_is_answered_counts() -> None:
