@@ -32,6 +32,11 @@ class AdaptedStack(AdaptedWeight):
         super().__init__(factors, m, scale, dropout)
         self.stored_transposed = stored_transposed
 
+    def ends(self, rows: int, offsets: Tensor) -> list[int]:
+        """Where each expert's rows end, of `rows` that are sorted by expert; `offsets` says it, on the device."""
+        found: list[int] = offsets.tolist()
+        return found
+
 
 class AdaptedExperts(nn.Module):
     """`base`, the module of a mixture's experts, whose parameters named in `stacks` are adapted."""
@@ -236,7 +241,7 @@ def _grouped(weight: _StandIn, y: Tensor, x: Tensor, named: Mapping[str, Any]) -
     """x (T x n) with rows sorted by expert, of which `offs` has the ends, times a stack."""
     assert isinstance(weight, _Stack)
     weight.must_be(transposed=True)
-    ends = named["offs"].tolist()
+    ends = weight.stack.ends(len(x), named["offs"])
     starts = [0, *ends[:-1]]
     rows = [
         (expert, start, stop) for expert, (start, stop) in enumerate(zip(starts, ends, strict=True)) if stop > start

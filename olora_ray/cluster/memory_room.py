@@ -18,6 +18,7 @@ from olora_ray.config.schema import Config
 from olora_ray.model.folder import weight_files
 from olora_ray.model.load import pick_dtype
 from olora_ray.model.source import BaseModel
+from olora_ray.train.answer_memory import answers_at_once
 from olora_ray.train.estimate import PROCESS_BYTES, MemoryEstimate, estimate
 
 GIB = 2**30
@@ -103,24 +104,30 @@ def with_room(config: Config, wanted: Resources, answers: Sequence[tuple[str, No
 
 def fits(config: Config, base: BaseModel, size: MemoryEstimate, gpus: float, nodes: Sequence[Node]) -> bool:
     """Whether the fewest workers of the config have what they need that depends on the size of the training."""
-    needed = (need for need in needs(config, base, size, gpus) if need.advice is None)
+    apart = size.offloaded_bytes > 0
+    needed = (need for need in needs(config, base, size, gpus) if apart or need.advice is None)
     return all(missing(config.cluster.min_workers(), need, nodes) is None for need in needed)
 
 
 def smaller(config: Config, base: BaseModel, gpus: float, nodes: Sequence[Node]) -> str:
     """The first of `changes` with which the workers fit, in words."""
-    for change in changes(config):
+    for change in changes(config, gpus):
         other = override(config, change)
         if fits(other, base, estimate(other, base, bool(gpus)), gpus, nodes):
             return f"it fits with {', '.join(f'{field}={str(value).lower()}' for field, value in change.items())}"
     return (
         "use nodes with more memory or a smaller model: none of train.activation_checkpointing, a smaller"
-        " train.micro_batch or data.max_length, cluster.strategy=fsdp and model.dtype=bfloat16 is enough"
+        " train.micro_batch or data.max_length, cluster.strategy=fsdp, cluster.fsdp_offload and model.dtype=bfloat16 is"
+        " enough"
     )
 
 
-def changes(config: Config) -> Iterator[dict[str, Any]]:
-    """What needs less memory than the config, what costs least first; each on top of those before it."""
+def changes(config: Config, gpus: float = 0.0) -> Iterator[dict[str, Any]]:
+    """What needs less memory than the config, what costs least first; each on top of those before it.
+
+    Not another number of workers: the problem says for how many there is room. Fewer answers at once, alone or last.
+    """
+    yield from _fewer_answers(config)
     change: dict[str, Any] = {}
     if config.train.activation_checkpointing is not True:
         change["train.activation_checkpointing"] = True
@@ -133,6 +140,9 @@ def changes(config: Config) -> Iterator[dict[str, Any]]:
     if config.cluster.strategy == "ddp" and config.cluster.min_workers() > 1:
         change["cluster.strategy"] = "fsdp"
         yield dict(change)
+    if gpus and config.cluster.min_workers() > 1 and not config.cluster.fsdp_offload:
+        change["cluster.fsdp_offload"] = True
+        yield dict(change)
     if config.model.dtype == "float32":
         change["model.dtype"] = "bfloat16"
         yield dict(change)
@@ -141,6 +151,16 @@ def changes(config: Config) -> Iterator[dict[str, Any]]:
         length //= 2
         change["data.max_length"] = length
         yield dict(change)
+    yield from (change | fewer for fewer in _fewer_answers(config))
+
+
+def _fewer_answers(config: Config) -> Iterator[dict[str, Any]]:
+    """Held-out prompts that are answered and scored, so few that fewer are answered at once."""
+    asked, count = config.evaluation, answers_at_once(config)
+    while count > 1:
+        count //= 2
+        scored = {"evaluation.rows": min(asked.rows, count)} if asked.scorer else {}
+        yield {"evaluation.samples": min(asked.samples, count), **scored}
 
 
 def needs(config: Config, base: BaseModel, size: MemoryEstimate, gpus: float) -> Iterator[Need]:
@@ -153,9 +173,11 @@ def needs(config: Config, base: BaseModel, size: MemoryEstimate, gpus: float) ->
         return
     yield Need("GPU memory", running, lambda node: _gpu_memory(node) * gpus, None, each=True)
     advice = "use fewer workers on a node: raise cluster.cpus_per_worker"
+    if size.offloaded_bytes:
+        advice += ", or set cluster.fsdp_offload=false"
     if converted:
         advice += f", or use a base that is stored in {NAMES[wanted]}: this one, in {stored}, is converted in memory"
-    held = PROCESS_BYTES + converted + COPIES * 4 * size.trainable
+    held = PROCESS_BYTES + converted + size.offloaded_bytes + COPIES * 4 * size.trainable
     yield Need("memory beside its GPU", held, lambda node: node.info.memory, advice)
 
 

@@ -66,7 +66,7 @@ def starting_point(
         attention: str = model.config._attn_implementation
     with context.activate(adapted):
         cluster = spec.config.cluster
-        place_model(loss, cluster.strategy, context.device, cluster.fsdp_replicas)
+        place_model(loss, cluster.strategy, context.device, cluster.fsdp_replicas, cluster.fsdp_offload)
         trainer = Trainer(loss, adapted, spec.config, context.device)
     if found:
         return StartingPoint(trainer, attention, found.state, resume(trainer, found), resumed=True, trained=True)
@@ -141,7 +141,7 @@ def factors(
     if adapter.method not in FROM_WEIGHTS:
         # It is run before it has adapters, by all workers together where it is sharded.
         cluster = spec.config.cluster
-        place_model(loss, cluster.strategy, context.device, cluster.fsdp_replicas)
+        place_model(loss, cluster.strategy, context.device, cluster.fsdp_replicas, cluster.fsdp_offload)
         check_base(loss, spec, context.device, waiting)
     made, report, of_data = new_factors(loss, targets, spec.config, spec.train, context.device, waiting)
     reached("initialise", rank=context.rank)

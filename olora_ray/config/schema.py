@@ -1,19 +1,21 @@
 """Every setting of a run: frozen, typed, validated once; nothing here imports what it configures."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from olora_ray.config.adapter import Adapter as Adapter
+from olora_ray.config.cluster import Cluster as Cluster
 from olora_ray.config.compare import Compare as Compare
 from olora_ray.config.delivery import Condition as Condition
 from olora_ray.config.delivery import Export as Export
 from olora_ray.config.delivery import Gate as Gate
 from olora_ray.config.delivery import Registry as Registry
 from olora_ray.config.delivery import Retrain as Retrain
-from olora_ray.config.field_types import EXPERIMENT, Folder, Fraction, Name, Place, PositiveInt
+from olora_ray.config.field_types import EXPERIMENT, Folder, Name, Place, PositiveInt
 from olora_ray.config.section import AnySection as AnySection
 from olora_ray.config.section import Section as Section
+from olora_ray.config.train import Train as Train
 
 IN_STORAGE = ("tokens", "models", "locks", "mlartifacts", "mlflow.db")
 """Names in `run.storage` that a run's folder cannot have."""
@@ -121,113 +123,6 @@ class Data(Section):
     def holds_out(self) -> bool:
         """Whether rows are held out for evaluation."""
         return bool(self.eval or self.eval_fraction)
-
-
-class Train(Section):
-    """Length, batches, optimizer, evaluations and checkpoints of the training."""
-
-    epochs: Annotated[float, Field(gt=0.0)] = 1
-    """Passes over the training sequences."""
-    steps: PositiveInt | None = None
-    """Train this many optimizer steps instead of `epochs`."""
-    global_batch: PositiveInt = 16
-    """Sequences (packs) per optimizer step, over all workers."""
-    micro_batch: PositiveInt = 4
-    """Sequences that a worker runs through the model at once; a smaller number needs less memory, and feeds more
-    workers: each takes whole micro-batches."""
-    activation_checkpointing: Literal["auto"] | bool = "auto"
-    """Run each block again in the backward pass instead of keeping what it computed: less memory, up to half more
-    time, the same result. auto: where a step would not fit in the memory of the workers otherwise."""
-    lr: Annotated[float, Field(gt=0.0)] = 3.0e-4
-    """Peak learning rate of AdamW."""
-    lr_ratio: Annotated[float, Field(gt=0.0)] = 1.0
-    """Learning rate of B divided by that of A, which is `lr` (LoRA+, arXiv 2402.12354, has 16); 1: one for both."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Course of the learning rate after the warm-up."""
-    warmup: Fraction = 0.03
-    """Share of the steps at the start in which the learning rate rises to its peak."""
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
-    """AdamW's weight decay; it pulls the adapter back to its initial values."""
-    precondition: bool = False
-    """Multiply the gradient of A by (B^T B)^-1 and that of B by (A A^T)^-1, each scaled to length 1, before clipping
-    (as NoRA+, arXiv 2410.18965, and Riemannian preconditioned LoRA, 2402.02347)."""
-    clip: Annotated[float, Field(gt=0.0)] | None = 1.0
-    """Largest norm of the gradient; null: no clipping."""
-    eval_every: PositiveInt = 50
-    """Steps between evaluations; the last step is always evaluated."""
-    checkpoint_every: PositiveInt = 50
-    """Steps between checkpoints; the start and the last step always have one."""
-    keep: PositiveInt = 2
-    """Number of checkpoints to keep, the newest; each also holds the best adapter so far."""
-    early_stop: PositiveInt | None = None
-    """Stop after this many evaluations in a row without a better held-out loss; null: never."""
-    log_every: PositiveInt = 10
-    """Steps between progress lines and reports to Ray."""
-    start: Folder | None = None
-    """Checkpoint folder of a run with the same base and adapter settings: training starts from its best adapter."""
-
-    def micro_batches(self) -> int:
-        """Micro-batches of an optimizer step, over all workers."""
-        return -(-self.global_batch // self.micro_batch)
-
-
-class Cluster(Section):
-    """Workers: how many, with what, and what happens when one fails."""
-
-    workers: PositiveInt | tuple[PositiveInt, PositiveInt] = 2
-    """Training processes; [min, max]: at least min, and up to max as the cluster has room for them."""
-    resize_interval: Annotated[float, Field(gt=0.0)] = 60.0
-    """With [min, max] workers: seconds between checks whether more of them fit in the cluster."""
-    gpus_per_worker: Literal["auto"] | Annotated[float, Field(ge=0.0, le=1.0)] = "auto"
-    """GPUs per worker; auto: 1 if the cluster has GPUs, else 0. A fraction leaves the rest of a GPU to other runs and
-    trials; 0.5 or less needs workers=1, since NCCL does not connect workers that share a GPU."""
-    cpus_per_worker: Annotated[float, Field(gt=0.0)] = 1
-    """CPUs per worker, and its number of threads."""
-    strategy: Literal["ddp", "fsdp"] = "ddp"
-    """ddp: every worker holds the whole base model; fsdp: each reads and holds a part of it."""
-    fsdp_replicas: PositiveInt = 1
-    """With fsdp: copies of the base model, each over workers / fsdp_replicas workers; for several nodes that are fast
-    inside, the number of nodes: then weights never travel between them."""
-    max_failures: Annotated[int, Field(ge=-1)] = 3
-    """Restarts after failures before the run gives up; -1: no limit. Preempted nodes do not count."""
-    spares: Annotated[int, Field(ge=0)] = 0
-    """Processes that stand by with the base model loaded and take the place of workers that die; with ddp on CPUs,
-    where they take memory and no time."""
-
-    @field_validator("workers", mode="before")
-    @classmethod
-    def _number_or_range(cls, value: object) -> object:
-        numbers: list[Any] = list(value) if isinstance(value, list | tuple) else [value, value]
-        whole = all(isinstance(number, int) and not isinstance(number, bool) for number in numbers)
-        if not whole or len(numbers) != 2 or not 1 <= numbers[0] <= numbers[1]:
-            raise ValueError(f"expected a number of workers, or [min, max] with 1 <= min <= max, not {value!r}")
-        return value
-
-    @field_validator("gpus_per_worker", mode="before")
-    @classmethod
-    def _one_gpu_at_most(cls, value: object) -> object:
-        if isinstance(value, int | float) and value > 1:
-            raise ValueError(
-                f"a worker computes on one GPU, of {value:g} the others would be idle; use 1, and more workers"
-            )
-        return value
-
-    def may_share_gpus(self) -> bool:
-        """Whether Ray may put several workers on one GPU."""
-        gpus = self.gpus_per_worker
-        return isinstance(gpus, float) and 0 < gpus <= 0.5 and self.max_workers() > 1
-
-    def is_elastic(self) -> bool:
-        """Whether the number of workers may change."""
-        return self.min_workers() < self.max_workers()
-
-    def min_workers(self) -> int:
-        """Workers without which training waits."""
-        return self.workers if isinstance(self.workers, int) else self.workers[0]
-
-    def max_workers(self) -> int:
-        """Workers that are used at most."""
-        return self.workers if isinstance(self.workers, int) else self.workers[1]
 
 
 class Evaluation(Section):

@@ -57,6 +57,7 @@ PLAIN = {
     "cluster.cpus_per_worker": "num_cpus cpus num_cpus_per_worker",
     "cluster.strategy": "fsdp deepspeed ddp parallel_strategy distributed_strategy",
     "cluster.fsdp_replicas": "dp_replicate_size data_parallel_replicate_degree hsdp num_replicas",
+    "cluster.fsdp_offload": "cpu_offload offload offload_params fsdp_cpu_offload cpu_offload_policy",
     "cluster.max_failures": "max_retries retries max_restarts",
     "evaluation.scorer": "compute_metrics metric_for_best_model metrics",
     "evaluation.max_new_tokens": "generation_max_length",

@@ -193,6 +193,8 @@ def _memory_line(config: Config, size: MemoryEstimate) -> str:
         (size.gathered_bytes, "gathered"),
         (size.activation_bytes, "activations"),
     )
+    if size.answer_bytes > size.activation_bytes:
+        parts = (*parts[:-1], (size.answer_bytes, "answers to held-out prompts"))
     shown = ", ".join(f"{name} {value / 2**30:.2f}" for value, name in parts if value or name != "gathered")
     return (
         f"memory per worker, estimated: {size.total_bytes() / 2**30:.2f} GiB ({shown}),"

@@ -1,7 +1,7 @@
 """What a backward pass keeps, reckoned from the sizes of layers: where the model's code cannot be asked.
 
-That is whole families (train/step_memory.py says which), and of all families the experts, whose work depends on which
-tokens are sent to them.
+That is whole families (train/step_memory.py says which), and experts that are not run there: those whose code goes from
+one to the next and looks at which tokens are sent to each.
 """
 
 from collections import Counter
@@ -21,8 +21,8 @@ def held_by_experts(
 ) -> dict[str, Held]:
     """Module of experts -> about what its rows take, of which a token has as many as experts see it.
 
-    With I numbers inside an expert and H outside, transformers' experts keep 4 I + H of a row, and what adapters add to
-    that; their backward pass moves 4 H.
+    With I numbers inside an expert and H outside, transformers' experts keep 4 I + 2 H of a row (8 I with a gate of the
+    family's own, which limits and shifts), and what adapters add to that; their backward pass moves 4 H.
     """
     parts, shape = other_parts(model), model.config.get_text_config()
     kept: Counter[str] = Counter()
@@ -32,13 +32,19 @@ def held_by_experts(
             continue
         inside = sum(size for size in item.target.shape if size != shape.hidden_size)  # 3 I of all stacks
         rows[item.module_name] = tokens(config) * _experts_a_token(shape, item.target)
-        kept[item.module_name] += inside * 4 // 3
+        kept[item.module_name] += inside * (8 if _has_own_gate(item.target.module) else 4) // 3
         if name in selection.targets:
             kept[item.module_name] += 2 * config.adapter.largest_rank()
             # What is left of the input, and which numbers those are.
             kept[item.module_name] += item.target.shape[1] * 3 // 2 if config.adapter.dropout else 0
     hidden = int(shape.hidden_size)
-    return {name: Held(count * (kept[name] + hidden), count * 4 * hidden) for name, count in rows.items()}
+    return {name: Held(count * (kept[name] + 2 * hidden), count * 4 * hidden) for name, count in rows.items()}
+
+
+def _has_own_gate(experts: Any) -> bool:
+    """Whether the family's code says how the two halves of an expert's inside are multiplied."""
+    gate = getattr(type(experts), "_apply_gate", None)
+    return gate is not None and gate.__module__ == type(experts).__module__
 
 
 def by_formula(config: Config, model: Any, found: Mapping[str, Candidate], selection: Selection, width: int) -> int:

@@ -21,9 +21,10 @@ from olora_ray.model.load import pick_dtype, skeleton
 from olora_ray.model.source import BaseModel
 from olora_ray.train import base_files
 from olora_ray.train.activation_formula import by_formula, held_by_experts
+from olora_ray.train.answer_memory import answers_at_once, cache_bytes
 from olora_ray.train.blocks import decoder_layers
 from olora_ray.train.data_driven import refuse
-from olora_ray.train.step_memory import measure
+from olora_ray.train.step_memory import Taken, measure
 from olora_ray.train.tree import most_held
 
 COPIES = 8
@@ -51,18 +52,24 @@ class MemoryEstimate:
     """Of a forward and backward pass."""
     selection: Selection
     coverage: Coverage
+    answer_bytes: int = 0
+    """Of answers to held-out prompts, between steps."""
     recompute: bool = False
     """Whether blocks are run again in it."""
     gathered_bytes: int = 0
     """Of a sharded base, what is whole on each worker at once."""
     problem: str | None = None
     """Why activations are by a formula; None: the model's code has told."""
+    offloaded_bytes: int = 0
+    """Of a sharded base, what lies in the memory of the node instead of the GPU's; not in `base_bytes`."""
     by_rows: bool = False
     """Whether each worker reads its part of a sharded base alone, and none ever has the whole."""
 
     def total_bytes(self) -> int:
-        """All of it but `PROCESS_BYTES`."""
-        return self.base_bytes + self.gathered_bytes + self.adapter_bytes + self.activation_bytes
+        """All of it where the model is, but `PROCESS_BYTES`."""
+        return (
+            self.base_bytes + self.gathered_bytes + self.adapter_bytes + max(self.activation_bytes, self.answer_bytes)
+        )
 
 
 def estimate(config: Config, base: BaseModel, gpu: bool | None = None) -> MemoryEstimate:
@@ -72,8 +79,11 @@ def estimate(config: Config, base: BaseModel, gpu: bool | None = None) -> Memory
     """
     gpu = torch.cuda.is_available() if gpu is None else gpu
     asked = (config.model, config.adapter, config.data.max_length, config.data.packing, config.train.micro_batch)
+    answers = (answers_at_once(config), config.evaluation.max_new_tokens)
     again = config.train.activation_checkpointing is True
-    key = f"{base} {gpu} {asked!r} {again} {_shards(config)} {_set_aside(config)}"
+    key = (
+        f"{base} {gpu} {asked!r} {answers} {again} {_shards(config)} {_set_aside(config)} {config.cluster.fsdp_offload}"
+    )
     question = _Question(key, config, base, gpu)
     return _estimate(question) if base.digest else _estimate.__wrapped__(question)
 
@@ -102,21 +112,29 @@ def _estimate(question: _Question) -> MemoryEstimate:
     count, width = parameters(base.folder), dtype.itemsize
     stored = 2 if METHODS[config.adapter.method].has_b0 else 1
     covered = coverage(model, selection)
-    gathered = _gathered(model) * width if _shards(config) > 1 else 0
+    root, block = _sizes(model)
+    # Two blocks are whole at once; of those that are offloaded their shards, too.
+    gathered = (root + 2 * block) * width if _shards(config) > 1 else 0
+    offloaded = 0
+    if config.cluster.fsdp_offload and question.gpu and _shards(config) > 1:
+        offloaded = (count - root) * width // _shards(config)
+        gathered += 2 * block * width // _shards(config)
     by_rows = _shards(config) > 1 and not isinstance(base_files.find(Path(base.folder), model), str)
-    activations, problem = _activations(config, model, selection, dtype, question.gpu)
+    taken, problem = _taken(config, model, selection, dtype, question.gpu)
     return MemoryEstimate(
         targets,
         trainable,
         count,
-        base_bytes=count * width // _shards(config),
+        base_bytes=count * width // _shards(config) - offloaded,
         adapter_bytes=trainable * 4 * (COPIES + _set_aside(config) + stored),
-        activation_bytes=activations,
+        activation_bytes=taken.step,
+        answer_bytes=taken.answers,
         selection=selection,
         coverage=covered,
         recompute=config.train.activation_checkpointing is True,
         gathered_bytes=gathered,
         problem=problem,
+        offloaded_bytes=offloaded,
         by_rows=by_rows,
     )
 
@@ -152,12 +170,10 @@ def _dtype(config: Config, gpu: bool) -> torch.dtype:
     return pick_dtype(config.model, torch.device("cpu"))
 
 
-def _activations(
-    config: Config, model: Any, selection: Selection, dtype: torch.dtype, gpu: bool
-) -> tuple[int, str | None]:
-    """Bytes of the activations of a step, and why they are by a formula if they are; uses the model up."""
-    found = candidates(model)
-    formula = by_formula(config, model, found, selection, dtype.itemsize)
+def _taken(config: Config, model: Any, selection: Selection, dtype: torch.dtype, gpu: bool) -> tuple[Taken, str | None]:
+    """Bytes of a step and of answers, and why they are by a formula if they are; uses the model up."""
+    found, width = candidates(model), dtype.itemsize
+    formula = Taken(by_formula(config, model, found, selection, width), cache_bytes(config, model, width))
     held = held_by_experts(config, model, found, selection)
     if (tokens := config.train.micro_batch * config.data.max_length) > MOST_TOKENS:
         return formula, f"a micro-batch of {tokens:,} tokens is not tried"
@@ -167,8 +183,7 @@ def _activations(
         return formula, first_line(error)
 
 
-def _gathered(model: Any) -> int:
-    """Numbers of a sharded base that are whole on each worker at once: two blocks, and all that is in no block."""
+def _sizes(model: Any) -> tuple[int, int]:
+    """Numbers of the base that are in no block, and of its largest block."""
     sizes = [sum(weight.numel() for weight in block.parameters()) for block in decoder_layers(model)]
-    root = sum(weight.numel() for weight in model.parameters()) - sum(sizes)
-    return int(root + 2 * max(sizes, default=0))
+    return sum(weight.numel() for weight in model.parameters()) - sum(sizes), max(sizes, default=0)

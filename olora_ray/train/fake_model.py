@@ -1,18 +1,22 @@
 """A model without memory that trains: fake tensors instead of weights, and only as many blocks as differ.
 
-The other blocks hand their input on. Experts, whose work depends on which tokens are sent to them, are not run: what
-they would keep is held in their place.
+The other blocks hand their input on. Which tokens are sent to which expert, no fake tensor tells: where a mixture has
+all experts multiply at once, each is taken to get as many; where its code goes from expert to expert, they are not run,
+and what they would keep is held in their place.
 """
 
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from olora_ray.adapter.experts import AdaptedStack
 from olora_ray.adapter.factors import Factors
 from olora_ray.adapter.inject import inject
 from olora_ray.adapter.methods import METHODS
@@ -41,10 +45,7 @@ class Held:
 class FakeModel:
     """A model on the meta device, made to train with fake tensors; it is used up by that."""
 
-    def __init__(
-        self, model: Any, targets: Mapping[str, Target], adapter: Adapter, dtype: torch.dtype, held: Mapping[str, Held]
-    ) -> None:
-        """`held` is what modules named so take, instead of being run."""
+    def __init__(self, model: Any, targets: Mapping[str, Target], adapter: Adapter, dtype: torch.dtype) -> None:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         for parameter in model.parameters():
             if parameter.is_floating_point():
@@ -60,15 +61,16 @@ class FakeModel:
             factors = {
                 name: _factors(target, adapter)
                 for name, target in targets.items()
-                if name in run and target.experts is None
+                if (name if target.experts is None else name.rpartition(".")[0]) in run
             }
-            adapted = inject(model, factors, adapter.scale(), adapter.dropout)
-            for layer in adapted.values():
+            self.adapted = inject(model, factors, adapter.scale(), adapter.dropout)
+            for layer in self.adapted.values():
                 for part in (layer.da, layer.db):
                     part.grad = torch.empty_like(part)
-        train_mode(adapted, True)
-        for name in held.keys() & run:
-            model.get_submodule(name).__dict__["forward"] = _Holding(held[name])
+                if isinstance(layer, AdaptedStack):
+                    layer.__dict__["ends"] = partial(_even, experts=len(layer.da))
+        train_mode(self.adapted, True)
+        self._run = run
 
     def _choose(self, model: Any) -> None:
         """Which blocks are run: the first, whose input wants no gradient, and one of each kind of the others."""
@@ -80,6 +82,11 @@ class FakeModel:
         self.more = {place: counts[kind] - 1 for kind, place in first.items()}
         """Place of a block that is run -> how many more there are of its kind."""
         self.skipped = sorted(set(range(1, len(self.blocks))) - set(self.more))
+
+    def hold(self, held: Mapping[str, Held]) -> None:
+        """From now on, modules named so are not run, but take what is held."""
+        for name in held.keys() & self._run:
+            self.loss.model.get_submodule(name).__dict__["forward"] = _Holding(held[name])
 
     def tensors(self) -> list[Tensor]:
         """Weights, buffers and gradients: what is there before a step."""
@@ -118,7 +125,32 @@ def _materialise(module: nn.Module) -> None:
 
 def _factors(target: Target, adapter: Adapter) -> Factors:
     (m, n), rank = target.shape, adapter.rank
-    return Factors(torch.empty(rank, n), torch.empty(m, rank) if METHODS[adapter.method].has_b0 else None)
+    experts = () if target.experts is None else (target.experts,)
+    b0 = torch.empty(*experts, m, rank) if METHODS[adapter.method].has_b0 else None
+    return Factors(torch.empty(*experts, rank, n), b0)
+
+
+def _even(rows: int, _ends: Tensor, experts: int) -> list[int]:
+    """Where the rows of each expert end, if all have about as many."""
+    return [rows * (expert + 1) // experts for expert in range(experts)]
+
+
+class GroupedProducts(TorchDispatchMode):
+    """While it is entered, products of all experts at once give a result of their form in every precision.
+
+    torch refuses all but bfloat16 of tensors that have no numbers, and computes others of those that have.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(
+        self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """See torch's documentation, "Extending all torch API with Modes"."""
+        if func is torch.ops.aten._grouped_mm.default and args[0].dim() == 2 and args[1].dim() == 3:
+            return args[0].new_empty(len(args[0]), args[1].shape[-1])
+        return func(*args, **(kwargs or {}))
 
 
 def _kind(model: Any, place: int, block: nn.Module) -> tuple[Any, ...]:

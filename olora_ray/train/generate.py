@@ -13,6 +13,9 @@ from olora_ray.config.schema import Evaluation
 from olora_ray.tokens.store import TokenStore
 from olora_ray.train.loop import Trainer
 
+AT_ONCE = 20
+"""Prompts that are answered together, the same ones for any number of workers."""
+
 
 @dataclass(frozen=True)
 class Question:
@@ -26,10 +29,12 @@ class Question:
 
 def wanted_questions(evaluation: Evaluation, store: TokenStore | None) -> list[Question]:
     """The held-out prompts that a run answers: as many as are scored or shown."""
-    wanted = evaluation.samples
-    if evaluation.scorer:
-        wanted = max(wanted, evaluation.rows)
-    return questions(store, wanted) if store else []
+    return questions(store, wanted(evaluation)) if store else []
+
+
+def wanted(evaluation: Evaluation) -> int:
+    """How many held-out prompts a run answers, if it has so many."""
+    return max(evaluation.samples, evaluation.rows) if evaluation.scorer else evaluation.samples
 
 
 def questions(store: TokenStore, limit: int) -> list[Question]:
@@ -66,11 +71,11 @@ def answer(
     eos: Sequence[int],
     worker: int = 0,
     workers: int = 1,
-    batch: int = 20,
+    batch: int = AT_ONCE,
 ) -> list[list[int]]:
     """Greedy continuations in the order of `asked`, without prompt and end token; all workers get all.
 
-    `batch` prompts are answered together, the same ones for any number of workers.
+    `batch` prompts are answered together.
     """
     model: Any = trainer.loss.model
     own: list[tuple[int, list[int]]] = []

@@ -66,19 +66,26 @@ class Trainer:
         """
         began = time.perf_counter()
         for number, (data, waited) in enumerate(loader.steps(start, schedule.ends), start):
-            loss, signal = self._accumulate(number, data, loader)
-            lr = schedule.lr(number)
+            losses = self._accumulate(number, data)
+            shared = self._shared(losses, data)
+            self.gradient.finish()
             if self.config.train.precondition:
                 precondition(self.adapted)
-            norm = self.optimizer.step(lr)
+            # The only time in a step that the device is waited for.
+            told = torch.cat([shared, self.flat.grad.norm()[None]]).cpu()
+            loss, (signal, norm) = float(tree.total(told[:-2])), told[-2:].tolist()
+            if not math.isfinite(loss):
+                raise UserError(f"step {number + 1}: {_diverged(losses, data, loader)}")
             if not math.isfinite(norm):
                 raise UserError(f"step {number + 1}: the gradient is not finite (norm {norm}); lower train.lr")
+            lr = schedule.lr(number)
+            self.optimizer.step(lr, norm)
             now = time.perf_counter()
-            yield StepResult(number + 1, loss, lr, norm, data.supervised, now - began, waited, signal)
+            yield StepResult(number + 1, loss, lr, norm, data.supervised, now - began, waited, signal > 0)
             began = time.perf_counter()
 
-    def _accumulate(self, number: int, data: StepData, loader: StepLoader) -> tuple[float, bool]:
-        """Gradients of the global mean loss, summed over micro-batches and workers; that loss, and any signal."""
+    def _accumulate(self, number: int, data: StepData) -> list[Tensor]:
+        """Sum up this worker's part of the gradient of the global mean loss; returns its micro-batches' parts of it."""
         train_mode(self.adapted, True)
         self._keep_up(data)
         self.gradient.begin(data.count)
@@ -88,12 +95,7 @@ class Trainer:
             with self.gradient.leaf(micro_batch):
                 losses.append(self._backward(batch, data.supervised))
         train_mode(self.adapted, False)
-        each, signal = self._shared(losses, data)
-        mean = float(tree.total(each))
-        if not math.isfinite(mean):
-            raise UserError(f"step {number + 1}: {_diverged(losses, data, loader)}")
-        self.gradient.finish()
-        return mean, signal
+        return losses
 
     def _backward(self, batch: Batch, supervised: int) -> Tensor:
         """Add to the gradient that of a micro-batch's part of the loss; returns that part."""
@@ -102,8 +104,8 @@ class Trainer:
             loss.backward()
         return loss.detach()
 
-    def _shared(self, losses: list[Tensor], data: StepData) -> tuple[Tensor, bool]:
-        """The losses of the step's micro-batches, on the CPU, and whether some worker has a signal."""
+    def _shared(self, losses: list[Tensor], data: StepData) -> Tensor:
+        """On the device: the losses of the step's micro-batches, and as its last number whether some worker signals."""
         # The signal travels with the losses: a second exchange per step would cost more. One worker has the loss of a
         # micro-batch and all others zero, so that no order of this sum changes it.
         shared = torch.zeros(data.count + 1, device=self.device)
@@ -111,8 +113,7 @@ class Trainer:
             shared[place] = loss
         shared[-1] = float(self.signal)
         collectives.sum_in_place(shared)
-        every = shared.cpu()
-        return every[:-1], bool(every[-1] > 0)
+        return shared
 
     def _keep_up(self, data: StepData) -> None:
         """With a sharded base all workers must run the model equally often: run it for the sake of the others.

@@ -50,6 +50,8 @@ class SupervisedLoss(nn.Module):
         """What the self-test has found of the base."""
         self.files: BaseFiles | None = None
         """Where whole weights are read of a base that no worker holds whole."""
+        self.offloaded: list[nn.Module] = []
+        """Of a sharded base, blocks that lie in the memory of the node instead of the GPU's."""
         self.given_masks = False
         """Whether the model is given masks made of the positions: some families make theirs of nothing."""
         self.recompute = False

@@ -8,11 +8,12 @@ same bits whatever the number of workers, and a checkpoint is the same file for 
 
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from olora_ray.adapter.layer import AdaptedWeight
@@ -23,25 +24,43 @@ from olora_ray.train.blocks import blocks_to_shard
 from olora_ray.train.loss import SupervisedLoss
 
 
-def place_model(loss: SupervisedLoss, strategy: str, device: torch.device, replicas: int = 1) -> None:
-    """Move the model to `device`, and shard the frozen base over the workers for "fsdp", in so many copies.
+def place_model(
+    loss: SupervisedLoss, strategy: str, device: torch.device, replicas: int = 1, offload: bool = False
+) -> None:
+    """Move the model to `device`, and shard the frozen base over the workers for "fsdp", `replicas` and `offload` as of
+    `shard`.
 
     May be called again with adapters in place: a base that is sharded stays so.
     """
     recompute.install(loss)
     if strategy == "fsdp" and collectives.world_size() > 1 and not hasattr(loss, "unshard"):
-        shard(loss, device, replicas)
+        shard(loss, device, replicas, offload)
     # Sharding moves the base; adapters and buffers are ignored by it.
-    loss.to(device)
+    root: Any = loss  # torch leaves `_apply` untyped
+    place = places(loss, device)
+    root._apply(lambda part: part.to(place(part)))
 
 
-def shard(loss: SupervisedLoss, device: torch.device, replicas: int = 1) -> None:
+def places(loss: Any, device: torch.device) -> Callable[[Tensor], torch.device]:
+    """Where a parameter or buffer of the model belongs: on `device`, but for shards of offloaded blocks.
+
+    Module.to would move these too, and FSDP then refuses to run.
+    """
+    for block in loss.offloaded:
+        block.reshard()
+    stay = {id(part) for block in loss.offloaded for part in block.parameters() if isinstance(part, DTensor)}
+    return lambda part: torch.device("cpu") if id(part) in stay else device
+
+
+def shard(loss: SupervisedLoss, device: torch.device, replicas: int = 1, offload: bool = False) -> None:
     """Shard the frozen base; adapters stay whole. Weights may still be on the meta device.
 
     Each of the copies is spread over workers of consecutive ranks, which Ray gives to the workers of a node.
+    `offload`: shards of blocks stay in the memory of the node, and are copied to the device each time they are
+    gathered; what is in no block is on the device all the same, for as long as a step takes.
     """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
     world = collectives.world_size()
     shape, names = ((world,), ("shards",)) if replicas == 1 else ((replicas, world // replicas), ("copies", "shards"))
@@ -52,9 +71,18 @@ def shard(loss: SupervisedLoss, device: torch.device, replicas: int = 1) -> None
         if isinstance(module, AdaptedWeight)
         for parameter in (module.da, module.db)
     }
+    apart = offload and has_own_memory(device)
+    # Pinned memory is copied to a GPU while it computes.
+    policy = CPUOffloadPolicy(pin_memory=device.type == "cuda") if apart else OffloadPolicy()
     for block in blocks_to_shard(loss.model):
-        fully_shard(block, mesh=mesh, ignored_params=adapters)
+        fully_shard(block, mesh=mesh, ignored_params=adapters, offload_policy=policy)
+        loss.offloaded += [block] if apart else []
     fully_shard(loss, mesh=mesh, ignored_params=adapters)
+
+
+def has_own_memory(device: torch.device) -> bool:
+    """Whether its tensors lie elsewhere than in the memory of the node."""
+    return device.type != "cpu"
 
 
 def own_rows(parameter: DTensor) -> tuple[int, int]:

@@ -23,7 +23,7 @@ from olora_ray.model.load import empty_model, load_model
 from olora_ray.train import base_files
 from olora_ray.train.base_files import BaseFiles
 from olora_ray.train.loss import SupervisedLoss
-from olora_ray.train.parallel import own_rows, shard
+from olora_ray.train.parallel import has_own_memory, own_rows, places, shard
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +40,8 @@ def load_base(folder: str, config: Config, device: torch.device) -> SupervisedLo
     """
     if config.cluster.strategy != "fsdp" or collectives.world_size() == 1:
         return SupervisedLoss(load_model(folder, config.model, device))
+    if config.cluster.fsdp_offload and not has_own_memory(device):
+        logger.info("cluster.fsdp_offload: without a GPU the base lies in the memory of the node as it is")
     began = time.perf_counter()
     loss = _sharded(folder, config, device)
     if isinstance(loss, str):
@@ -58,9 +60,10 @@ def _sharded(folder: str, config: Config, device: torch.device) -> SupervisedLos
     _together(lambda: _read_small(model, found))
     loss: Any = SupervisedLoss(model)  # torch leaves `_apply` untyped
     loss.files = found
-    shard(loss, device, config.cluster.fsdp_replicas)
+    shard(loss, device, config.cluster.fsdp_replicas, config.cluster.fsdp_offload)
+    place = places(loss, device)
     # What is on the meta device becomes memory, shards of weights above all; the rest has its values.
-    loss._apply(lambda part: torch.empty_like(part, device=device) if part.is_meta else part.to(device))
+    loss._apply(lambda part: torch.empty_like(part, device=place(part)) if part.is_meta else part.to(place(part)))
     _together(lambda: _read_shards(model, found))
     sharded: SupervisedLoss = loss
     return sharded

@@ -1,4 +1,4 @@
-"""What a step of training takes beside the base and the adapter: found by running one with fake tensors.
+"""What a training takes beside the base and the adapter: found by running a step, and answers, with fake tensors.
 
 The model's own code runs forward and backward on tensors that have shapes and no memory, with the adapters in place and
 a micro-batch of the largest sequences; the memory that its tensors would take is counted as they come and go. So
@@ -9,7 +9,7 @@ that are the same are run once and counted as often as there are.
 import importlib.util
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -22,7 +22,8 @@ from olora_ray.config.schema import Config
 from olora_ray.model import attention, segment_attention, varlen_attention
 from olora_ray.tokens.collate import Batch, collate
 from olora_ray.tokens.store import Pack
-from olora_ray.train.fake_model import FakeModel, Held
+from olora_ray.train.answer_memory import answer_bytes, cache_bytes
+from olora_ray.train.fake_model import FakeModel, GroupedProducts, Held
 from olora_ray.train.live_bytes import LiveBytes
 from olora_ray.train.loss import chunk_rows
 
@@ -30,35 +31,55 @@ CHUNKS = 2
 """Chunks of the head that are run: the second comes while what the first has made is there."""
 
 
+@dataclass(frozen=True)
+class Taken:
+    """Bytes at their most."""
+
+    step: int
+    """Of a forward and backward pass of a micro-batch; blocks are run again if that is on."""
+    answers: int
+    """Of answers to held-out prompts."""
+
+
 def measure(
     model: Any, targets: Mapping[str, Target], held: Mapping[str, Held], config: Config, dtype: torch.dtype, gpu: bool
-) -> int:
-    """Bytes that a forward and backward pass of a micro-batch takes at its most; blocks are run again if that is on.
+) -> Taken:
+    """What a training takes, by running it without memory.
 
-    The model is on the meta device, and used up by this; `held` is as of FakeModel. Raises RuntimeError if the model's
-    code does not run without numbers.
+    The model is on the meta device, and used up by this; `held` is what its experts take if they cannot be run. Raises
+    RuntimeError if the model's code does not run without numbers.
     """
     segment_attention.register()
     names = _implementations(model, config, dtype, gpu)
     problem = "there is no attention to try it with"
     try:
-        fake = FakeModel(model, targets, config.adapter, dtype, held)
+        fake = FakeModel(model, targets, config.adapter, dtype)
         rows = chunk_rows(int(model.config.get_text_config().vocab_size), torch.device("cuda" if gpu else "cpu"))
         fake.loss.__dict__["chunk"] = lambda _: rows  # fake tensors say that they are on a CPU
-        for name in names:
+        for place, name in enumerate((*names, *(names if held else ()))):
+            if place == len(names):
+                fake.hold(held)
             try:
                 model.set_attn_implementation(name)
-                return _bytes(
+                step = _bytes(
                     fake,
                     _batch(config, name),
                     recompute=config.train.activation_checkpointing is True,
                     apart=config.data.packing is False,
                 )
+                return Taken(step, _of_answers(fake, config, dtype))
             except Exception as error:  # the family's code may do anything
                 problem = f"{type(error).__name__}: {first_line(error)}"
     finally:
         segment_attention.forget()  # what it has kept of fake tensors
     raise RuntimeError(problem)
+
+
+def _of_answers(fake: FakeModel, config: Config, dtype: torch.dtype) -> int:
+    try:
+        return answer_bytes(fake, config)
+    except Exception:  # the family's code may do anything
+        return cache_bytes(config, fake.loss.model, dtype.itemsize)
 
 
 def _implementations(model: Any, config: Config, dtype: torch.dtype, gpu: bool) -> tuple[str, ...]:
@@ -105,7 +126,7 @@ def _bytes(fake: FakeModel, batch: Batch, recompute: bool, apart: bool = False) 
     try:
         with fake.mode:
             few = fake.without_numbers(few)
-            with live, _positions_unseen() if apart else nullcontext():
+            with live, GroupedProducts(), _positions_unseen() if apart else nullcontext():
                 fake.loss(few).backward()
     finally:
         for handle in handles:

@@ -14,6 +14,7 @@ from olora_ray.cluster.memory_room import (
     COPIES,
     GIB,
     Node,
+    changes,
     missing,
     needs,
     no_room_for_spares,
@@ -22,6 +23,7 @@ from olora_ray.cluster.memory_room import (
     with_recomputation,
 )
 from olora_ray.cluster.node_facts import NodeInfo
+from olora_ray.config.load import override
 from olora_ray.config.schema import Config
 from olora_ray.model.source import BaseModel, obtain
 from olora_ray.train.estimate import PROCESS_BYTES, MemoryEstimate, estimate
@@ -175,6 +177,38 @@ def test_auto_has_blocks_run_again_only_where_a_step_does_not_fit(model: str, mo
             assert found.recompute is expected
             fitting = not list(problems(config, base, found, {"CPU": 1.0}, answers))
             assert fitting is (expected or not wanted)
+
+
+def test_an_offloaded_base_lies_in_the_memory_of_the_node(model: str) -> None:
+    def of(offload: bool) -> tuple[Config, BaseModel, MemoryEstimate]:
+        cluster = {"cluster__strategy": "fsdp", "cluster__workers": 2, "cluster__fsdp_offload": offload}
+        config = tiny.config(model__name=model, **cluster)
+        found = obtain(config)
+        return config, found, estimate(config, found, gpu=True)
+
+    (config, base, plain), (_, _, apart) = of(offload=False), of(offload=True)
+    assert plain.offloaded_bytes == 0 < apart.offloaded_bytes
+    assert apart.base_bytes + apart.offloaded_bytes == plain.base_bytes
+    assert plain.gathered_bytes < apart.gathered_bytes < plain.gathered_bytes + apart.offloaded_bytes
+    (_, beside), (_, more) = needs(config, base, plain, 1.0), needs(config, base, apart, 1.0)
+    assert more.size == beside.size + apart.offloaded_bytes
+    assert "cluster.fsdp_offload=false" in str(more.advice)
+    assert estimate(config, base, gpu=False).offloaded_bytes == 0
+    assert {"cluster.fsdp_offload": True} in [
+        {field: value for field, value in change.items() if field == "cluster.fsdp_offload"}
+        for change in changes(config, 1.0)
+    ]
+    assert not any("cluster.fsdp_offload" in change for change in changes(config))
+
+
+def test_fewer_answers_at_once_may_be_what_makes_it_fit(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, base, _ = sized(model, again=True, micro=1)
+    config = override(config, {"data.eval_fraction": 0.1, "evaluation.samples": 16, "evaluation.max_new_tokens": 500})
+    size = estimate(config, base, gpu=False)
+    assert size.answer_bytes > 2 * size.activation_bytes
+    answers = one_node(monkeypatch, size.total_bytes() - size.answer_bytes // 3 + PROCESS_BYTES)
+    (problem,) = problems(config, base, size, {"CPU": 1.0}, answers)
+    assert problem.endswith("; it fits with evaluation.samples=8")
 
 
 def test_a_refusal_names_the_change_that_makes_it_fit(model: str, monkeypatch: pytest.MonkeyPatch) -> None:

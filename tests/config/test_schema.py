@@ -277,6 +277,14 @@ def test_copies_of_a_sharded_base_divide_the_workers(workers: int | list[int], w
         assert build(tree(cluster={"workers": number, "fsdp_replicas": 4, "strategy": "fsdp"}))
 
 
+def test_only_a_sharded_base_is_offloaded() -> None:
+    message = problem(cluster={"fsdp_offload": True})
+    assert message == (
+        "config: cluster: fsdp_offload=true with strategy=ddp: only a sharded base is; use strategy=fsdp"
+    )
+    assert build(tree(cluster={"fsdp_offload": True, "strategy": "fsdp"})).cluster.fsdp_offload
+
+
 @given(st.integers(1, 64), st.integers(1, 8), st.integers(1, 8))
 def test_accumulation_follows_from_the_batch(batch: int, micro: int, workers: int) -> None:
     config = build(tree(train={"global_batch": batch, "micro_batch": micro}, cluster={"workers": workers}))

@@ -281,8 +281,10 @@ def test_an_infinite_gradient_stops_with_the_step() -> None:
     next(steps)
     first: Any = next(iter(trainer.flat.slots.values()))
     first.register_hook(lambda gradient: torch.full_like(gradient, torch.inf))
+    before = trainer.flat.vector.clone()
     with pytest.raises(UserError, match="step 2: the gradient is not finite"):
         next(steps)
+    assert torch.equal(trainer.flat.vector, before)
 
 
 def test_dropout_is_off_outside_steps() -> None:

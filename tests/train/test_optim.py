@@ -11,6 +11,7 @@ from torch import nn
 from olora_ray.adapter.factors import Factors
 from olora_ray.adapter.layer import AdaptedLinear
 from olora_ray.config.schema import Train
+from olora_ray.train import optim
 from olora_ray.train.optim import AdamW, FlatAdapters, lr_at
 
 SHAPES = {"first": (5, 3), "second": (4, 7)}
@@ -165,6 +166,53 @@ def test_the_state_comes_back_exactly(config: Train) -> None:
     assert torch.equal(second.flat.vector, whole.flat.vector)
     assert all(torch.equal(value, second.state()[name]) for name, value in whole.state().items())
     assert whole.state().keys() == AdamW(FlatAdapters(adapted()), Train()).state().keys()
+
+
+def moved(device: str) -> tuple[AdamW, list[float]]:
+    """An optimizer after a few steps on a device, some of them clipped, and the norms."""
+    layers = {name: layer.to(device) for name, layer in adapted().items()}
+    config = Train(weight_decay=0.1, lr_ratio=4.0, clip=10.0)
+    optimizer = AdamW(FlatAdapters(layers, apart=True), config)
+    norms = []
+    for step in range(6):
+        for name, gradient in random_gradients(optimizer.flat, step).items():
+            optimizer.flat.view(optimizer.flat.grad, name).copy_(gradient * (step + 1) / 3)
+        norms.append(optimizer.step(0.01))
+        if step == 2:  # as from a checkpoint
+            optimizer.load({name: value.clone() for name, value in optimizer.state().items()}, 3)
+    return optimizer, norms
+
+
+def test_cpus_have_the_plain_update() -> None:
+    optimizer, norms = moved("cpu")
+    assert min(norms) < 10.0 < max(norms)
+    assert optimizer.inner.defaults["fused"] is None
+    assert {float(state["step"]) for state in optimizer.inner.state.values()} == {6.0}
+
+
+def test_the_update_in_one_kernel_is_the_plain_one_but_for_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, _ = moved("cpu")
+    monkeypatch.setattr(optim, "has_fused_kernel", lambda device: True)
+    fused, _ = moved("cpu")
+    assert fused.inner.defaults["fused"]
+    torch.testing.assert_close(fused.flat.vector, plain.flat.vector)
+    for name, moment in plain.state().items():
+        torch.testing.assert_close(fused.state()[name], moment)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_updates_in_one_kernel_and_is_not_waited_for() -> None:
+    plain, norms = moved("cpu")
+    fused, found = moved("cuda")
+    assert fused.inner.defaults["fused"]
+    assert found == pytest.approx(norms)
+    torch.testing.assert_close(fused.flat.vector.cpu(), plain.flat.vector)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        fused.step(0.01, norms[-1])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 schedules = st.sampled_from(["cosine", "linear", "constant"])
