@@ -24,11 +24,11 @@ from olora_ray.train.loop import StepResult
 from olora_ray.train.schedule import Schedule
 
 
-def train_worker(parts: dict[str, Any]) -> TrainResult:
+def train_worker(spec: TrainSpec, checkpoints: str, channel: Any) -> TrainResult:
     """Entry point under TorchTrainer; the same on every worker, only rank 0 reports."""
     quiet_transformers()
     quiet_train_worker()
-    return train_at(RayTrainContext(parts["spec"].config), parts["spec"], parts["checkpoints"], parts["channel"])
+    return train_at(RayTrainContext(spec.config), spec, checkpoints, channel)
 
 
 def train_at(context: WorkerContext, spec: TrainSpec, checkpoints: str, channel: Any) -> TrainResult:

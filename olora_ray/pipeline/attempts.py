@@ -73,8 +73,9 @@ class Attempts:
         elastic, first = self.spec.config.cluster.is_elastic(), True
         while True:
             workers = self.spec.config.cluster.max_workers() if first and not elastic else self._wait_for_room()
+            if not first:  # else nothing has been asked for: the channel may still be starting, beside the workers
+                ray.get(self.channel.request_stop.remote(None))
             first = False
-            ray.get(self.channel.request_stop.remote(None))
             try:
                 result = self._follow(_in_thread(partial(self.fit, workers)))
             except (RayActorError, ray_train.TrainingFailedError) as error:

@@ -8,8 +8,10 @@ from typing import Any, cast
 import ray
 import ray.train
 
+from olora_ray.cluster import ray_internals
 from olora_ray.cluster.channel import make_channel
 from olora_ray.cluster.failures import TellDriver
+from olora_ray.cluster.process_group import ProcessGroup
 from olora_ray.cluster.resources import worker_resources
 from olora_ray.cluster.spec import TrainResult, TrainSpec
 from olora_ray.cluster.worker import train_worker
@@ -87,7 +89,8 @@ def finished_training(spec: TrainSpec, folder: RunFolder) -> TrainResult | None:
     return result
 
 
-def _fit(spec: TrainSpec, folder: RunFolder, worker: Mapping[str, float], channel: Any, workers: int) -> TrainResult:
+def trainer(spec: TrainSpec, folder: RunFolder, worker: Mapping[str, float], channel: Any, workers: int) -> Any:
+    """Ray's trainer for so many workers with the resources of `worker`."""
     from ray.train.torch import TorchTrainer
 
     # Elastic runs choose a new number of workers for each attempt, so Ray must not retry: every failure returns
@@ -96,9 +99,11 @@ def _fit(spec: TrainSpec, folder: RunFolder, worker: Mapping[str, float], channe
     limits = {"max_failures": cluster.max_failures}
     if cluster.is_elastic():
         limits = {"max_failures": 0, "max_preemption_failures": 0, "controller_failure_limit": 0}
-    trainer = TorchTrainer(
-        cast("Any", train_worker),  # Ray's types forget that a loop may return
-        train_loop_config={"spec": spec, "checkpoints": folder.checkpoints, "channel": channel},
+    torch_config: Any = ProcessGroup()
+    made = TorchTrainer(
+        # Not as train_loop_config, which the controller unpacks too: it would import torch for the spec.
+        cast("Any", partial(train_worker, spec, folder.checkpoints, channel)),  # Ray's types forget that it may return
+        torch_config=torch_config,
         scaling_config=ray_train.ScalingConfig(
             num_workers=workers, use_gpu="GPU" in worker, resources_per_worker=dict(worker)
         ),
@@ -110,7 +115,11 @@ def _fit(spec: TrainSpec, folder: RunFolder, worker: Mapping[str, float], channe
             logging_config=ray_train.LoggingConfig(log_level="WARNING"),
         ),
     )
-    result = getattr(trainer.fit(), "return_value", None)
+    return ray_internals.without_datasets(made)
+
+
+def _fit(spec: TrainSpec, folder: RunFolder, worker: Mapping[str, float], channel: Any, workers: int) -> TrainResult:
+    result = getattr(trainer(spec, folder, worker, channel, workers).fit(), "return_value", None)
     if not isinstance(result, TrainResult):
         raise RuntimeError(f"training returned {result!r}")
     return result

@@ -10,10 +10,9 @@ import inspect
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from olora_ray.adapter.layer import AdaptedWeight
 from olora_ray.common import collectives
@@ -21,6 +20,9 @@ from olora_ray.tokens.collate import Batch
 from olora_ray.train import recompute
 from olora_ray.train.blocks import blocks_to_shard
 from olora_ray.train.loss import SupervisedLoss
+
+if TYPE_CHECKING:  # it takes as long as a quarter of torch
+    from torch.distributed.tensor import DTensor
 
 
 def place_model(loss: SupervisedLoss, strategy: str, device: torch.device, replicas: int = 1) -> None:
@@ -57,7 +59,7 @@ def shard(loss: SupervisedLoss, device: torch.device, replicas: int = 1) -> None
     fully_shard(loss, mesh=mesh, ignored_params=adapters)
 
 
-def own_rows(parameter: DTensor) -> tuple[int, int]:
+def own_rows(parameter: "DTensor") -> tuple[int, int]:
     """The rows first..last of a sharded parameter that this worker has; none where there are fewer rows than workers.
 
     As torch.chunk cuts them: all parts but the last have the same size.
@@ -70,9 +72,11 @@ def own_rows(parameter: DTensor) -> tuple[int, int]:
 
 def strategy_problem(strategy: str) -> str | None:
     """Why this torch cannot place a model so; None if it can. Nothing but fsdp needs the newest that is used here."""
+    if strategy != "fsdp":
+        return None
     from torch.distributed.fsdp import fully_shard
 
-    if strategy == "fsdp" and "ignored_params" not in inspect.signature(fully_shard).parameters:
+    if "ignored_params" not in inspect.signature(fully_shard).parameters:
         return (
             f"cluster.strategy: fsdp needs torch 2.7 or newer, this is {torch.__version__}; upgrade torch on all nodes,"
             " or set it to ddp"
