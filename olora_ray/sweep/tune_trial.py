@@ -38,7 +38,7 @@ class SearchTrial(tune.Trainable):
         self.sweep_spec = sweep_spec
         self._begin(config)
 
-    def reset_config(self, new_config: dict[str, Any]) -> bool:  # type: ignore[override]  # as setup's
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Become another trial, where the one of before has ended: what it has imported need not be imported again."""
         self.trial_run.end()
         self._begin(new_config)

@@ -20,12 +20,12 @@ from tests import tiny
 
 def spec(folder: Path, **changes: Any) -> SweepSpec:
     config = tiny.config(run__storage=str(folder), train__steps=2)
-    nothing: Any = None
+    store: Any = tiny.store()
     search = {"train.lr": {"loguniform": [1e-4, 1e-2]}}
     space = Space.model_validate(
         {"search": search, "metric": "train/loss", "trials": 3, "include_default": False, **changes}
     )
-    train_spec = TrainSpec(config, BaseModel("tiny", str(folder), "digest"), "digest", (0,), nothing, None)
+    train_spec = TrainSpec(config, BaseModel("tiny", str(folder), "digest"), "digest", (0,), store, None)
     return SweepSpec("search", str(folder / "search"), train_spec, space, "", 0.0)
 
 
