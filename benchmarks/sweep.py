@@ -30,6 +30,8 @@ import yaml
 from common import machine, table
 
 ROOT = Path(__file__).resolve().parent.parent
+Space = dict[str, Any]
+"""What a space file has."""
 CONFIG = "pipelines/configs/quickstart.yaml"
 HELD_OUT = 10
 
@@ -130,7 +132,7 @@ class Bench:
         first = next(line for line in lines if "step 1/" in line)
         return seconds_of(first) - seconds_of(begun)
 
-    def _space(self, scheduler: str, adapters: int) -> dict[str, Any]:
+    def _space(self, scheduler: str, adapters: int) -> Space:
         every = self.steps // 3
         return {
             "search": {

@@ -30,6 +30,7 @@ SECTIONS = {
     "init": "Initialisation",
     "throughput": "Throughput",
     "roofline": "Roofline",
+    "start": "Start of a run",
     "overhead": "Overhead of Ray",
     "scaling": "Scaling",
     "gpu": "On a GPU",

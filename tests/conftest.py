@@ -14,6 +14,7 @@ import hypothesis
 import pytest
 import torch
 
+from olora_ray.common import copies
 from olora_ray.data.tokenize import TokenizerSpec
 from tests import marks, tiny
 from tests.crew import Crew
@@ -48,6 +49,14 @@ def what_is_imported_is_no_garbage() -> None:
     """A full collection of garbage takes 0.3 s if it looks at all that torch, transformers and MLflow import."""
     gc.collect(1)
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What a node keeps is not the developer's."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(copies, "CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ from olora_ray.adapter.factors import AdapterWeights, Factors
 from olora_ray.adapter.layout import is_stack, parameter_of, stored_transposed
 from olora_ray.adapter.peft_check import BOUND, check_adapter
 from olora_ray.adapter.peft_folder import write_adapter
+from olora_ray.common import kept
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
 from olora_ray.model.load import skeleton
@@ -26,6 +27,7 @@ from olora_ray.model.source import BaseModel
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_PASSED = "passed\n"
 _RANK = 1
 """With B0 the folder has two directions, which is enough to tell their order from that of experts."""
 
@@ -33,9 +35,19 @@ _RANK = 1
 def problems(base: BaseModel, config: Config, targets: Iterable[str]) -> list[str]:
     """One line for each kind of layer that could be trained and not be exported, and what to set instead.
 
-    `targets` are the full names of the layers that adapters are to be put in.
+    `targets` are the full names of the layers that adapters are to be put in. That there are none is kept on this node.
     """
     names = list(targets)
+    place = kept.place("export-trials", *map(repr, (base, config.model, config.adapter, config.export)), *names)
+    if base.digest and kept.read(place) == _PASSED:
+        return []
+    found = _found(base, config, names)
+    if base.digest and not found:
+        kept.keep(place, _PASSED)
+    return found
+
+
+def _found(base: BaseModel, config: Config, names: Sequence[str]) -> list[str]:
     model = skeleton(base, config.model)
     found = _unreadable(model, config, names)
     if config.export.merged:

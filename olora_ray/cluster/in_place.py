@@ -1,15 +1,13 @@
 """Groups of Ray Train in which a worker is replaced while the others train on."""
 
-from typing import Any
-
 from ray.train.backend import Backend
-from ray.train.torch import TorchConfig
 
+from olora_ray.cluster.process_group import ProcessGroup
 from olora_ray.cluster.resources import Resources
 from olora_ray.config.schema import Config
 
 
-class _InPlaceBackend(Backend):
+class _Untouched(Backend):
     """Ray replaces a worker that failed and leaves the rest alone; the workers connect by themselves (mesh.py)."""
 
     # Ray 2.60, train/v2/_internal/execution/controller: meant for torchft, and read from the backend's class.
@@ -17,13 +15,13 @@ class _InPlaceBackend(Backend):
     share_cuda_visible_devices = True
 
 
-class InPlaceConfig(TorchConfig):
-    """As TorchConfig, without a process group of Ray's."""
+class InPlaceGroups(ProcessGroup):
+    """As ProcessGroup, but none is made for the workers."""
 
     @property
-    def backend_cls(self) -> Any:
+    def backend_cls(self) -> type[Backend]:
         """See BackendConfig."""
-        return _InPlaceBackend
+        return _Untouched
 
 
 def in_place(config: Config, worker: Resources) -> bool:

@@ -68,11 +68,9 @@ class RayMeeting:
 class Mesh:
     """The connections of this process with the others of its group, one group after the other."""
 
-    def __init__(self, meeting: Meeting, name: str, rank: int, host: str, node: str = "", attempt: int = 0) -> None:
-        """`name`, `rank`, `node` and `attempt` are as of Member; the others reach this process at `host`."""
-        self.meeting = meeting
-        self._store = collectives.meeting_place(host)
-        self.member = Member(name, rank, (host, self._store.port), node, attempt)
+    def __init__(self, meeting: Meeting, member: Member) -> None:
+        """`member` is this process."""
+        self.meeting, self.member = meeting, member
         self.group: Group | None = None
         self._orders = Orders()
         self._guard = threading.Lock()

@@ -159,6 +159,40 @@ def end_train_controllers() -> None:
             kill_actor(actor.actor_id.hex())
 
 
+def meeting_place() -> tuple[str, int]:
+    """Address and a free port of this worker's node, at which the workers of a group meet.
+
+    Ray 2.60, train/_internal/utils.py, as Ray's own backend for torch asks for it.
+    """
+    from ray.train._internal.utils import get_address_and_port
+
+    address, port = get_address_and_port()
+    return str(address), int(port)
+
+
+def join_process_group(backend: str, rank: int, world: int, place: tuple[str, int]) -> None:
+    """Join torch's process group in this worker, and set what torchrun would in its environment; all must call it.
+
+    Ray 2.60, train/torch/config.py: what _TorchBackend.on_start asks of the workers. The public way there is
+    TorchConfig, with which the controller imports torch too, before it starts them.
+    """
+    from ray.train.torch import config
+
+    address, port = place
+    os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
+    config._set_torch_distributed_env_vars()
+    config._setup_torch_process_group(
+        backend=backend, world_rank=rank, world_size=world, init_method="env://", timeout_s=config.TorchConfig.timeout_s
+    )
+
+
+def leave_process_group(several: bool) -> None:
+    """Leave it, where several workers have joined. Ray 2.60, train/torch/config.py: _TorchBackend.on_shutdown."""
+    from ray.train.torch.config import _shutdown_torch
+
+    _shutdown_torch(destroy_process_group=several)
+
+
 def train_worker_logger() -> logging.Logger:
     """The logger of a Train worker's reports.
 
@@ -177,6 +211,35 @@ def token_logger() -> logging.Logger:
     Ray 2.60, _private/authentication/authentication_token_setup.py.
     """
     return logging.getLogger("ray._private.authentication.authentication_token_setup")
+
+
+def without_datasets(trainer: Any) -> Any:
+    """The trainer, which starts no process for datasets of Ray's: it is given none.
+
+    Ray 2.60, train/v2/api/data_parallel_trainer.py and _internal/callbacks/datasets.py: its DatasetManager is a process
+    with all imports of Ray Data that comes up beside the workers, and takes their time on a machine with few CPUs.
+    """
+    from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+
+    callbacks = trainer._create_default_callbacks
+    trainer._create_default_callbacks = lambda: [each for each in callbacks() if not isinstance(each, DatasetsCallback)]
+    return trainer
+
+
+def driver_logger() -> logging.Logger:
+    """The logger of ray.init. Ray 2.60, _private/worker.py."""
+    return logging.getLogger("ray._private.worker")
+
+
+def begin_autoscaling_coordinator() -> None:
+    """Have the actor started that Train's controller waits for before it asks for room for workers.
+
+    Ray 2.60, data/_internal/cluster_autoscaler/default_autoscaling_coordinator.py: the controller makes it on its own
+    node, the driver's, if it is not there. By then it has started, beside other work.
+    """
+    from ray.data._internal.cluster_autoscaler import default_autoscaling_coordinator
+
+    default_autoscaling_coordinator.get_or_create_autoscaling_coordinator()
 
 
 def system_memory() -> int:

@@ -1,12 +1,13 @@
 """A Ray Train worker from its entry point to its result: alone, in the group it finds, or in one after the other."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 import ray.train as ray_train
 
 from olora_ray.cluster.channel import sent_to
-from olora_ray.cluster.membership import Finished
+from olora_ray.cluster.membership import Finished, Member
 from olora_ray.cluster.mesh import Mesh, RayMeeting
 from olora_ray.cluster.quiet import quiet_train_worker
 from olora_ray.cluster.resume import starting_point
@@ -14,20 +15,34 @@ from olora_ray.cluster.spec import LEFT, TrainResult, TrainSpec
 from olora_ray.cluster.stop_requests import StopRequests
 from olora_ray.cluster.worker import Worker
 from olora_ray.cluster.worker_context import RayTrainContext, WorkerContext
+from olora_ray.common import collectives
 from olora_ray.common.errors import UserError
 from olora_ray.common.quiet import quiet_transformers
 
 
-def train_worker(parts: dict[str, Any]) -> TrainResult:
-    """Entry point under TorchTrainer; the same on every worker, only the first reports."""
+@dataclass(frozen=True)
+class Entry:
+    """How a worker comes into a training whose workers may change."""
+
+    first_rank: int
+    """The number of the first that its trainer has started."""
+    attempt: int
+    """Of the driver."""
+
+
+def train_worker(spec: TrainSpec, checkpoints: str, channel: Any, entry: Entry | None = None) -> TrainResult:
+    """Entry point under TorchTrainer; the same on every worker, only the first reports.
+
+    Without an `entry` the workers are, and stay, those of the process group that is there.
+    """
     quiet_transformers()
     quiet_train_worker()
-    context, channel = RayTrainContext(parts["spec"].config), parts["channel"]
-    if not parts["in_place"]:
-        return train_at(context, parts["spec"], parts["checkpoints"], channel)
-    mesh = Mesh(RayMeeting(channel), *identity(parts["first_rank"]), parts["attempt"])
+    context = RayTrainContext(spec.config)
+    if entry is None:
+        return train_at(context, spec, checkpoints, channel)
+    mesh = Mesh(RayMeeting(channel), _member(entry))
     try:
-        result = train_at(context, parts["spec"], parts["checkpoints"], channel, mesh)
+        result = train_at(context, spec, checkpoints, channel, mesh)
         if result.interrupted != LEFT:
             ray.get(channel.finish.remote(result))
         return result
@@ -37,13 +52,14 @@ def train_worker(parts: dict[str, Any]) -> TrainResult:
         mesh.leave()
 
 
-def identity(first_rank: int) -> tuple[str, int, str, str]:
-    """Name, number, host and node of this worker of Ray Train, as Mesh takes them."""
+def _member(entry: Entry) -> Member:
+    """This worker of Ray Train."""
     from ray.util import get_node_ip_address
 
     context = ray.get_runtime_context()
-    rank = first_rank + ray_train.get_context().get_world_rank()
-    return context.get_actor_id() or "", rank, get_node_ip_address(), context.get_node_id()
+    rank = entry.first_rank + ray_train.get_context().get_world_rank()
+    place = collectives.meeting_place(get_node_ip_address())
+    return Member(context.get_actor_id() or "", rank, place, context.get_node_id(), entry.attempt)
 
 
 def train_at(

@@ -21,6 +21,7 @@ from olora_ray.common.errors import UserError
 
 Value = TypeVar("Value")
 
+_stores: list[TCPStore] = []
 PATIENCE = timedelta(minutes=30)
 """Within which an exchange ends, the waiting for slower workers included."""
 ABORT = timedelta(milliseconds=1)
@@ -32,9 +33,11 @@ class PeerLost(Exception):
     """Another worker is gone, or the connection to it."""
 
 
-def meeting_place(host: str) -> TCPStore:
-    """A store at a free port of this host, at which groups can meet (`join_group`) while this process lives."""
-    return TCPStore(host, 0, is_master=True, wait_for_workers=False)
+def meeting_place(host: str) -> tuple[str, int]:
+    """Host and port of a store at which groups can meet (`join_group`), as long as this process lives."""
+    store = TCPStore(host, 0, is_master=True, wait_for_workers=False)
+    _stores.append(store)
+    return host, store.port
 
 
 def join_group(address: tuple[str, int], name: str, rank: int, size: int, seconds: float) -> None:

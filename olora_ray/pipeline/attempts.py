@@ -76,8 +76,10 @@ class Attempts:
         while True:
             self._attempt += 1
             workers = self.spec.config.cluster.max_workers() if first and not elastic else self._wait_for_room()
+            told = [self.channel.request_stop.remote(None), self.channel.begin_anew.remote(workers, self._attempt)]
+            if not first:  # else the channel may still be starting, beside the workers
+                ray.get(told)
             first = False
-            ray.get([self.channel.request_stop.remote(None), self.channel.begin_anew.remote(workers, self._attempt)])
             self._trainers = Trainers(self.fit, self.channel, self._attempt, workers)
             try:
                 result = self._follow(self._trainers)

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -9,27 +10,48 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from olora_ray.cluster import address, preflight, setup_hook, token
-from olora_ray.cluster.quiet import quiet_ray
+from olora_ray.cluster import address, preflight, ray_internals, setup_hook, token
+from olora_ray.cluster.quiet import quiet_ray, quiet_ray_in_a_thread
 from olora_ray.common.errors import UserError
 from olora_ray.common.quiet import ENVIRONMENT
 from olora_ray.config.evaluation import AnyConfig
 from olora_ray.model.source import BaseModel
+from olora_ray.pipeline.early_ray import RayStart, starting
 from olora_ray.pipeline.signals import Stop
 
 logger = logging.getLogger(__name__)
 
+_PRESTART = "RAY_prestart_worker_first_driver"
+
 
 @contextlib.contextmanager
-def connect(config: AnyConfig, base: BaseModel | None = None) -> Iterator[Stop]:
-    """A connection to the Ray that `address.find` names, or to a new one of the run's own.
+def begun() -> Iterator[RayStart | None]:
+    """A Ray of a training's own begins to start beside the block, for `connect` in it; on leaving it is ended.
+
+    None where a Ray is to be joined, which takes a moment. Raises UserError as `address.find`.
+    """
+    if address.find() != address.OWN:
+        yield None
+        return
+    quiet_ray()
+    quiet_ray_in_a_thread()
+    with starting(_init_for_training) as start:
+        yield start
+
+
+@contextlib.contextmanager
+def connect(config: AnyConfig, base: BaseModel | None = None, start: RayStart | None = None) -> Iterator[Stop]:
+    """A connection to the Ray that `start` has begun, else to the one that `address.find` names or a new one.
 
     Yields what takes the signals meanwhile. Raises UserError if it does not answer or the run cannot work there;
     with `base`, its memory and the disk are looked at too. On leaving, the connection is closed,
     and a Ray of the run's own with it.
     """
-    quiet_ray()
-    _init(address.find())
+    if start is None:
+        quiet_ray()
+        _init(address.find())
+    else:
+        start.join()
     try:
         with Stop() as stop:  # after ray.init, which sets a handler of its own
             resources = ray.cluster_resources()
@@ -53,6 +75,9 @@ def _init(found: str) -> None:
     shared: dict[str, Any] = {"logging_level": logging.WARNING, "runtime_env": environment}
     if found == address.OWN:
         token.make_own()
+        # It would start a process for each CPU and wait for all of them, and then use none: what runs here has an
+        # environment of its own.
+        os.environ.setdefault(_PRESTART, "0")
         # Ray Train frees the resources of a stopped run through the dashboard's State API. The dashboard can
         # start jobs, so it must answer this machine only.
         ray.init(address=found, dashboard_host="127.0.0.1", **shared)
@@ -62,6 +87,12 @@ def _init(found: str) -> None:
         ray.init(address=found, **shared)
     except (ConnectionError, RuntimeError, RayError) as error:  # another Python, or this machine is none of its nodes
         raise UserError(f"{address.name(found)}: cannot be joined: {' '.join(str(error).split())}") from error
+
+
+def _init_for_training() -> None:
+    _init(address.OWN)
+    with contextlib.suppress(Exception):  # Train makes it itself where it is missing
+        ray_internals.begin_autoscaling_coordinator()
 
 
 @contextlib.contextmanager

@@ -8,12 +8,14 @@ from typing import Any, cast
 import ray
 import ray.train
 
+from olora_ray.cluster import ray_internals
 from olora_ray.cluster.channel import make_channel
 from olora_ray.cluster.failures import TellDriver
-from olora_ray.cluster.in_place import InPlaceConfig, in_place
+from olora_ray.cluster.in_place import InPlaceGroups, in_place
+from olora_ray.cluster.process_group import ProcessGroup
 from olora_ray.cluster.resources import worker_resources
 from olora_ray.cluster.spec import TrainResult, TrainSpec
-from olora_ray.cluster.train_worker import train_worker
+from olora_ray.cluster.train_worker import Entry, train_worker
 from olora_ray.pipeline.attempts import Attempts
 from olora_ray.pipeline.monitor import Monitor, OnRow
 from olora_ray.pipeline.progress import Progress
@@ -92,9 +94,9 @@ def finished_training(spec: TrainSpec, folder: RunFolder) -> TrainResult | None:
     return result
 
 
-def _fit(spec: TrainSpec, folder: RunFolder, worker: Mapping[str, float], channel: Any, group: WorkerGroup) -> Any:
-    """One trainer of Ray's, to its end; what its first worker returned."""
-    from ray.train.torch import TorchConfig, TorchTrainer
+def trainer(spec: TrainSpec, folder: RunFolder, worker: Mapping[str, float], channel: Any, group: WorkerGroup) -> Any:
+    """Ray's trainer for a group of workers, each with the resources of `worker`."""
+    from ray.train.torch import TorchTrainer
 
     # Groups that do not change in place are of another size at each attempt where they are elastic, so Ray must not
     # retry: every failure returns to `Attempts`, as does any of a group's whole if its room is gone.
@@ -104,17 +106,12 @@ def _fit(spec: TrainSpec, folder: RunFolder, worker: Mapping[str, float], channe
         limits |= {"controller_failure_limit": 0}
     if cluster.is_elastic() and not changing:
         limits |= {"max_failures": 0, "max_preemption_failures": 0}
-    trainer = TorchTrainer(
-        cast("Any", train_worker),  # Ray's types forget that a loop may return
-        train_loop_config={
-            "spec": spec,
-            "checkpoints": folder.checkpoints,
-            "channel": channel,
-            "in_place": changing,
-            "first_rank": group.first_rank,
-            "attempt": group.attempt,
-        },
-        torch_config=InPlaceConfig() if changing else TorchConfig(),
+    torch_config: Any = InPlaceGroups() if changing else ProcessGroup()
+    entry = Entry(group.first_rank, group.attempt) if changing else None
+    made = TorchTrainer(
+        # Not as train_loop_config, which the controller unpacks too: it would import torch for the spec.
+        cast("Any", partial(train_worker, spec, folder.checkpoints, channel, entry)),  # Ray's types forget its result
+        torch_config=torch_config,
         scaling_config=ray_train.ScalingConfig(
             num_workers=group.workers,
             use_gpu="GPU" in worker,
@@ -128,7 +125,13 @@ def _fit(spec: TrainSpec, folder: RunFolder, worker: Mapping[str, float], channe
             logging_config=ray_train.LoggingConfig(log_level="WARNING"),
         ),
     )
-    result = getattr(trainer.fit(), "return_value", None)
+    return ray_internals.without_datasets(made)
+
+
+def _fit(
+    spec: TrainSpec, folder: RunFolder, worker: Mapping[str, float], channel: Any, group: WorkerGroup
+) -> TrainResult:
+    result = getattr(trainer(spec, folder, worker, channel, group).fit(), "return_value", None)
     if not isinstance(result, TrainResult):
         raise RuntimeError(f"training returned {result!r}")
     return result

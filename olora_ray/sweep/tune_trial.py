@@ -35,9 +35,19 @@ class SearchTrial(tune.Trainable):
         # The trial's lines are in its own log.txt; what is the same for all trials, the driver says.
         logging.getLogger(logs.PACKAGE).addHandler(logging.NullHandler())
         logging.getLogger(logs.PACKAGE).propagate = False
+        self.sweep_spec = sweep_spec
+        self._begin(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Become another trial, where the one of before has ended: what it has imported need not be imported again."""
+        self.trial_run.end()
+        self._begin(new_config)
+        return True
+
+    def _begin(self, config: dict[str, Any]) -> None:
         draws = {name: value for name, value in config.items() if name != NUMBER}
         # PBT copies the other trial's config, number included; only trial_name still identifies this one.
-        self.trial_run = TrialRun(sweep_spec, number_of(self.trial_name), draws)
+        self.trial_run = TrialRun(self.sweep_spec, number_of(self.trial_name), draws)
         self.last: dict[str, Any] = {}
 
     def step(self) -> dict[str, Any]:

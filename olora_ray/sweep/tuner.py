@@ -47,6 +47,9 @@ def build(sweep_spec: SweepSpec, callback: SweepCallback, max_concurrent_trials:
         scheduler=scheduler(sweep_spec),
         num_samples=space.count() if space.searcher == "tpe" else 1,
         max_concurrent_trials=max_concurrent_trials,
+        # Where trials end by themselves, the next one takes over the process. One that a scheduler has stopped would
+        # train on in a process that waits for another.
+        reuse_actors=space.scheduler.kind == "none",
         trial_name_creator=_name,
         trial_dirname_creator=_name,
     )

@@ -1,5 +1,6 @@
 """Estimate of a run: targets, coverage, trainable parameters, memory per worker. Needs no weights and no Ray."""
 
+import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -8,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 
 from olora_ray.adapter.candidates import candidates
 from olora_ray.adapter.coverage import Coverage, coverage
 from olora_ray.adapter.initialise import check
 from olora_ray.adapter.methods import FROM_WEIGHTS, METHODS
 from olora_ray.adapter.targets import Selection, select
+from olora_ray.common import kept
 from olora_ray.common.errors import first_line
 from olora_ray.config.schema import Adapter, Config
 from olora_ray.model.folder import parameters
@@ -34,6 +37,7 @@ MOST_TOKENS = 2**18
 """Of a micro-batch that is tried without memory: its tokens and borders have memory and take time, few fit more."""
 PROCESS_BYTES = 2**30
 """What Python, torch and Ray take for themselves in a worker, or CUDA on its GPU; about."""
+_TAKEN = TypeAdapter(tuple[int, int, str | None])
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,7 @@ def _estimate(question: _Question) -> MemoryEstimate:
         offloaded = (count - root) * width // _shards(config)
         gathered += 2 * block * width // _shards(config)
     by_rows = _shards(config) > 1 and not isinstance(base_files.find(Path(base.folder), model), str)
-    taken, problem = _taken(config, model, selection, dtype, question.gpu)
+    taken, problem = _kept(question, model, selection, dtype)
     return MemoryEstimate(
         targets,
         trainable,
@@ -168,6 +172,21 @@ def _dtype(config: Config, gpu: bool) -> torch.dtype:
     if gpu and config.model.dtype == "auto":
         return torch.bfloat16
     return pick_dtype(config.model, torch.device("cpu"))
+
+
+def _kept(question: _Question, model: Any, selection: Selection, dtype: torch.dtype) -> tuple[Taken, str | None]:
+    """As `_taken`; what it finds of a model is kept on this node."""
+    place = kept.place("memory-plans", question.key, dtype, *selection.targets)
+    if question.base.digest and (text := kept.read(place)):
+        try:
+            step, answers, problem = _TAKEN.validate_json(text)
+            return Taken(step, answers), problem
+        except ValueError:
+            pass  # damaged
+    found, problem = _taken(question.config, model, selection, dtype, question.gpu)
+    if question.base.digest:
+        kept.keep(place, json.dumps([found.step, found.answers, problem]))
+    return found, problem
 
 
 def _taken(config: Config, model: Any, selection: Selection, dtype: torch.dtype, gpu: bool) -> tuple[Taken, str | None]:

@@ -10,11 +10,10 @@ import inspect
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from olora_ray.adapter.layer import AdaptedWeight
 from olora_ray.common import collectives
@@ -22,6 +21,9 @@ from olora_ray.tokens.collate import Batch
 from olora_ray.train import recompute
 from olora_ray.train.blocks import blocks_to_shard
 from olora_ray.train.loss import SupervisedLoss
+
+if TYPE_CHECKING:  # it takes as long as a quarter of torch
+    from torch.distributed.tensor import DTensor
 
 
 def place_model(
@@ -46,6 +48,8 @@ def places(loss: Any, device: torch.device) -> Callable[[Tensor], torch.device]:
 
     Module.to would move these too, and FSDP then refuses to run.
     """
+    from torch.distributed.tensor import DTensor
+
     for block in loss.offloaded:
         block.reshard()
     stay = {id(part) for block in loss.offloaded for part in block.parameters() if isinstance(part, DTensor)}
@@ -85,7 +89,7 @@ def has_own_memory(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
-def own_rows(parameter: DTensor) -> tuple[int, int]:
+def own_rows(parameter: "DTensor") -> tuple[int, int]:
     """The rows first..last of a sharded parameter that this worker has; none where there are fewer rows than workers.
 
     As torch.chunk cuts them: all parts but the last have the same size.
@@ -98,9 +102,11 @@ def own_rows(parameter: DTensor) -> tuple[int, int]:
 
 def strategy_problem(strategy: str) -> str | None:
     """Why this torch cannot place a model so; None if it can. Nothing but fsdp needs the newest that is used here."""
+    if strategy != "fsdp":
+        return None
     from torch.distributed.fsdp import fully_shard
 
-    if strategy == "fsdp" and "ignored_params" not in inspect.signature(fully_shard).parameters:
+    if "ignored_params" not in inspect.signature(fully_shard).parameters:
         return (
             f"cluster.strategy: fsdp needs torch 2.7 or newer, this is {torch.__version__}; upgrade torch on all nodes,"
             " or set it to ddp"

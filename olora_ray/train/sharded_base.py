@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from olora_ray.common import collectives
 from olora_ray.common.errors import UserError
@@ -110,6 +109,8 @@ def _owner(model: nn.Module, name: str) -> nn.Module:
 @torch.no_grad()
 def _read_shards(model: nn.Module, files: BaseFiles) -> None:
     """Fill this worker's rows of all other weights."""
+    from torch.distributed.tensor import DTensor
+
     for name, parameter in model.named_parameters():
         if parameter.dim() < 2:
             continue

@@ -25,7 +25,7 @@ from olora_ray.cluster.spec import TrainSpec
 from olora_ray.cluster.stop_requests import StopRequests
 from olora_ray.cluster.train_worker import train_at
 from olora_ray.cluster.worker_context import RayTrainContext
-from olora_ray.common import fault_points
+from olora_ray.common import collectives, fault_points
 from olora_ray.model.source import BaseModel
 from tests import tiny
 from tests.crew import IMPORTED
@@ -209,7 +209,8 @@ def _work(
     held_out: Any = tiny.store(5, seed=9)
     spec = TrainSpec(settings, BaseModel("m", str(model), "base"), "tokenizer", (1,), train, held_out)
     StopRequests._listen = lambda self: None  # type: ignore[method-assign]
-    mesh = Mesh(SocketMeeting(address), str(os.getpid()), rank, "127.0.0.1", node)
+    member = Member(str(os.getpid()), rank, collectives.meeting_place("127.0.0.1"), node)
+    mesh = Mesh(SocketMeeting(address), member)
     kept: dict[str, Any] = {}
     _keep_trainer(kept)
     try:

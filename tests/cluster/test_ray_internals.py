@@ -156,3 +156,45 @@ def _is_private(name: str) -> bool:
     parts = name.split(".")
     hidden = any(part.startswith("_") and part != "__version__" for part in parts)
     return hidden or "v2" in parts or "generated" in parts
+
+
+def test_the_process_group_is_set_up_with_what_rays_own_backend_uses() -> None:
+    import inspect
+
+    from ray.train.torch import config
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+    from olora_ray.cluster.process_group import ProcessGroups
+
+    asked = {"backend", "world_rank", "world_size", "init_method", "timeout_s"}
+    assert set(inspect.signature(config._setup_torch_process_group).parameters) == asked
+    assert list(inspect.signature(config._set_torch_distributed_env_vars).parameters) == []
+    assert list(inspect.signature(config._shutdown_torch).parameters) == ["destroy_process_group"]
+    assert config._TorchBackend.share_cuda_visible_devices is ProcessGroups.share_cuda_visible_devices
+    assert "backend_config.train_func_context" in inspect.getsource(DataParallelTrainer._get_train_func)
+    address, port = ray_internals.meeting_place()
+    assert address
+    assert 0 < port < 2**16
+
+
+def test_the_coordinator_is_the_one_that_trains_controller_asks_for() -> None:
+    from ray.data._internal.cluster_autoscaler import default_autoscaling_coordinator
+    from ray.train.v2._internal.execution.scaling_policy import autoscaling_coordinator_client
+
+    ours = default_autoscaling_coordinator.get_or_create_autoscaling_coordinator
+    assert autoscaling_coordinator_client.get_or_create_autoscaling_coordinator is ours
+
+
+def test_ray_says_in_a_thread_that_it_takes_no_signals_to_the_logger_that_is_quietened() -> None:
+    import inspect
+
+    from ray._private import worker
+
+    from olora_ray.cluster.quiet import quiet_ray_in_a_thread
+
+    assert worker.logger is ray_internals.driver_logger()
+    assert '"SIGTERM handler is not set' in inspect.getsource(worker.init)
+    quiet_ray_in_a_thread()
+    record = logging.LogRecord("", logging.WARNING, "", 0, "SIGTERM handler is not set because", None, None)
+    other = logging.LogRecord("", logging.WARNING, "", 0, "The node with node id 1 has died", None, None)
+    assert [bool(worker.logger.filter(each)) for each in (record, other)] == [False, True]

@@ -1,0 +1,218 @@
+"""What the start of a run takes: pipelines/finetune.py to its first step, where tokens and base model are prepared.
+
+SmolLM2-135M, rank 16 on all linear layers, several runs one after the other, medians. What a run is doing is seen from
+outside: by the lines of its log as they come, by its workers' processes as they appear, and by the files of its
+checkpoints. A peer does the least that a script with PEFT and transformers' Trainer does until its first step, in one
+process. Then what the imports of each process cost, in seconds of a processor, and the start of a trial in a search
+whose base is loaded already: from the end of the trial before it to its first step.
+
+    python benchmarks/start.py [--rounds 5] [--workers 2] [--no-search]
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import median
+
+import torch
+from common import MODEL, machine, model_folder, processes_below, table
+from overhead import write_corpus
+from sweep import Bench, Space
+
+from olora_ray.config.schema import Model
+from olora_ray.model.load import pick_dtype
+from olora_ray.train.checkpoint import MANIFEST
+from olora_ray.train.checkpoints import name_of
+
+ROOT = Path(__file__).resolve().parent.parent
+PEER = str(Path(__file__).with_name("start_of_peft.py"))
+LINES = {"imports, checks, plan": " model: ", "Ray": " ray: ", "tokens, MLflow": " training: "}
+"""What ends with the first line that has this."""
+PLACED, LOADED, STEP = "workers' processes", "imports, process group, model, adapter", "self-test, first step"
+ITEMS = (*LINES, PLACED, LOADED, STEP)
+IMPORTS = {
+    "driver": "olora_ray.pipeline.run",
+    "driver, MLflow": "mlflow",
+    "Train's controller": "olora_ray.cluster.failures, olora_ray.cluster.process_group",
+    "channel": "olora_ray.cluster.channel",
+    "worker": "olora_ray.cluster.worker",
+    "trial of a search": "olora_ray.sweep.tune_trial",
+    "torch alone": "torch",
+    "Ray alone": "ray",
+}
+
+
+def main() -> None:
+    """Run and print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--storage", default="./runs", help="where a GGUF model is dequantised to")
+    parser.add_argument("--no-search", dest="search", action="store_false")
+    args = parser.parse_args()
+    folder = model_folder(MODEL, args.storage)
+    Path(args.storage, "models").mkdir(parents=True, exist_ok=True)
+    print(machine())
+    with tempfile.TemporaryDirectory(dir=args.storage) as scratch:
+        storage = Path(scratch)
+        (storage / "models").symlink_to(Path(args.storage).resolve() / "models")
+        write_corpus(storage / "corpus.jsonl", rows=400)
+        print(starts_table(*starts(storage, folder, args)), flush=True)
+        print(f"\n{imports_table(args.rounds)}", flush=True)
+        if args.search:
+            print(f"\n{trials_line(Warm(storage, Path(args.storage).resolve(), trials=6, steps=3).starts())}")
+
+
+def starts(storage: Path, folder: str, args: argparse.Namespace) -> tuple[list[dict[str, float]], list[float]]:
+    """Seconds of each item of our runs, and those of the peer; the first round makes what is prepared."""
+    ours, theirs = list[dict[str, float]](), list[float]()
+    for turn in range(args.rounds + 1):
+        seen = start(settings(storage, f"start-{turn}", args.workers), storage / f"start-{turn}")
+        peer = start_of_peer(folder)
+        print(f"round {turn}: {sum(seen.values()):.1f} s, PEFT {peer:.1f} s", file=sys.stderr, flush=True)
+        if turn:
+            ours.append(seen)
+            theirs.append(peer)
+    return ours, theirs
+
+
+def settings(storage: Path, name: str, workers: int) -> Path:
+    """The config of a run of one step; all have the same but for their names."""
+    tree = {
+        "run": {"name": name, "storage": str(storage)},
+        "model": {"name": MODEL},
+        "data": {"train": [{"path": str(storage / "corpus.jsonl")}], "max_length": 512},
+        "train": {"steps": 1, "global_batch": 2, "micro_batch": 1, "log_every": 1},
+        "cluster": {"workers": workers, "cpus_per_worker": 1},
+        "tracking": {"uri": f"sqlite:///{storage.resolve()}/mlflow.db"},
+        "evaluation": {"samples": 0},
+        "export": {"merged": False},
+    }
+    file = storage / f"{name}.yaml"
+    file.write_text(json.dumps(tree))  # JSON is YAML
+    return file
+
+
+def start(file: Path, folder: Path) -> dict[str, float]:
+    """Seconds of each item of one run."""
+    began = time.time()
+    marks: dict[str, float] = {}
+    command = [sys.executable, "pipelines/finetune.py", str(file)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        watch = threading.Thread(target=_watch, args=(process, marks), daemon=True)
+        watch.start()
+        assert process.stdout
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            for item, part in LINES.items():
+                if part in line:
+                    marks.setdefault(item, time.time())
+    watch.join()
+    if process.returncode:
+        raise SystemExit("".join([*lines[-20:], f"{file.stem}: the run has failed\n"]))
+    for item, step in ((LOADED, 0), (STEP, 1)):
+        marks[item] = (folder / "checkpoints" / name_of(step) / MANIFEST).stat().st_mtime
+    return items(began, marks)
+
+
+def items(began: float, marks: Mapping[str, float]) -> dict[str, float]:
+    """Seconds of each item, from the times at which they ended."""
+    times = [began, *(marks[item] for item in ITEMS)]
+    return {item: after - before for item, before, after in zip(ITEMS, times, times[1:], strict=False)}
+
+
+def _watch(process: "subprocess.Popen[str]", marks: dict[str, float]) -> None:
+    """Note when the first worker's process is there: Ray gives it its name once it has begun."""
+    while process.poll() is None:
+        if processes_below(process.pid, "RayTrainWorker"):
+            marks[PLACED] = time.time()
+            return
+        time.sleep(0.1)
+
+
+def start_of_peer(folder: str) -> float:
+    """Seconds from the start of a script with PEFT and Trainer to the end of its first step, in our precision."""
+    dtype = str(pick_dtype(Model(name=folder), torch.device("cpu"))).removeprefix("torch.")
+    command = [sys.executable, PEER, folder, dtype]
+    began = time.time()
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    return float(done.stdout.split()[-1]) - began
+
+
+def starts_table(ours: Sequence[Mapping[str, float]], theirs: Sequence[float]) -> str:
+    """Each item with its median and extremes, and the whole beside the peer's."""
+    rows = [(item, *_spread([each[item] for each in ours])) for item in ITEMS]
+    rows.append(("to the first step", *_spread([sum(each.values()) for each in ours])))
+    rows.append(("PEFT and Trainer, one process", *_spread(theirs)))
+    return table(("start of a run", "seconds", "least", "most"), rows)
+
+
+def _spread(values: Sequence[float]) -> tuple[str, str, str]:
+    return f"{median(values):.2f}", f"{min(values):.2f}", f"{max(values):.2f}"
+
+
+def imports_table(rounds: int) -> str:
+    """Seconds of a processor that the imports of each process take."""
+    rows = [(name, f"{median(processor_seconds(what) for _ in range(rounds)):.2f}") for name, what in IMPORTS.items()]
+    return table(("imports", "CPU seconds"), rows)
+
+
+def processor_seconds(modules: str) -> float:
+    """Those that a process takes which imports modules and ends, without those of Python's own start."""
+    return _used(f"import {modules}") - _used("pass")
+
+
+def _used(code: str) -> float:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+class Warm(Bench):
+    """A search whose trials share a base, two side by side."""
+
+    def starts(self) -> list[float]:
+        """Seconds from the end of a trial to the first step of the one in its place."""
+        self.search("warm", scheduler="none", adapters=2)
+        trials = self.scratch / "warm" / "quickstart-warm" / "trials"
+        found = [(file.stat().st_mtime, json.loads(file.read_text())) for file in trials.glob("*/trial.json")]
+        return waits([(ended, ended - each["seconds"], each["first_step"]) for ended, each in found])
+
+    def _space(self, scheduler: str, adapters: int) -> Space:
+        space = super()._space(scheduler, adapters)
+        return {**space, "search": {"train.lr": {"loguniform": [1e-4, 2e-3]}}, "concurrency": 2}
+
+
+def waits(trials: Sequence[tuple[float, float, float]]) -> list[float]:
+    """Seconds from the end before it to the first step, of each trial that took another's place.
+
+    `trials` has (end, begin, seconds from the begin to the first step).
+    """
+    found = []
+    for _, begun, first in trials:
+        before = [ended for ended, _, _ in trials if ended <= begun]
+        if before:
+            found.append(begun + first - max(before))
+    return found
+
+
+def trials_line(found: Sequence[float]) -> str:
+    """The trials' starts, in one line."""
+    middle, least, most = _spread(found)
+    return (
+        f"a trial in the place of another, on a base that is loaded: {middle} s to its first step ({least} to {most})"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+"""What each process imports before it can do its work: the time to the first step is made of that."""
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.pipelines import project
+
+TORCH = ("torch", "transformers", "peft", "mlflow", "datasets", "sklearn")
+
+
+@pytest.mark.parametrize(
+    ("what", "modules", "unwanted"),
+    [
+        ("entry script", "pipelines.finetune", ("ray", "pandas", *TORCH)),
+        ("first look at the data", "olora_ray.pipeline.first_look", ("ray", "pandas", *TORCH)),
+        ("setup of each of Ray's processes", "olora_ray.cluster.setup_hook", ("ray.train", "ray.data", *TORCH)),
+        ("channel", "olora_ray.cluster.channel", ("ray.train", "ray.data", "pandas", *TORCH)),
+        (
+            "Train's controller",
+            "olora_ray.cluster.failures, olora_ray.cluster.process_group,"
+            " ray.train.v2._internal.execution.controller.controller",
+            TORCH,
+        ),
+        ("worker", "olora_ray.cluster.worker", ("torch.distributed.tensor", "mlflow", "datasets", "peft", "sklearn")),
+        ("driver", "olora_ray.pipeline.run", ("torch.distributed.tensor", "mlflow", "datasets", "peft", "sklearn")),
+    ],
+)
+def test_nothing_heavy_is_imported_before_it_is_needed(what: str, modules: str, unwanted: tuple[str, ...]) -> None:
+    code = f"import {modules}, sys\nprint(*(name for name in {unwanted!r} if name in sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=project.ROOT, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [], what

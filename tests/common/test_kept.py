@@ -1,0 +1,94 @@
+"""What is kept is found again for the same inputs and the same code only."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from olora_ray.adapter import trial
+from olora_ray.common import copies, kept
+from olora_ray.model.source import BaseModel
+from olora_ray.train import estimate
+from tests import tiny
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(copies, "CACHE", str(tmp_path / "cache"))
+    estimate._estimate.cache_clear()
+    return tmp_path / "cache"
+
+
+def test_it_is_found_by_its_inputs_and_by_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = kept.place("plans", "a", 1)
+    assert kept.read(here) is None
+    kept.keep(here, "found")
+    assert kept.read(kept.place("plans", "a", 1)) == "found"
+    assert kept.place("plans", "a", 2) != here
+    monkeypatch.setattr(kept, "_code", lambda: "another line of code, or another torch")
+    assert kept.place("plans", "a", 1) != here
+
+
+def test_the_code_is_all_of_ours_and_the_libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "module.py").write_text("x = 1\n")
+    monkeypatch.setattr(kept, "PACKAGE", tmp_path)
+    before = kept._code.__wrapped__()
+    (tmp_path / "module.py").write_text("x = 2\n")
+    after = kept._code.__wrapped__()
+    assert after != before
+    monkeypatch.setattr(kept, "version", lambda name: "99")
+    assert kept._code.__wrapped__() != after
+
+
+def test_where_nothing_can_be_written_nothing_is_kept(cache: Path) -> None:
+    cache.write_text("a file in its place")
+    kept.keep(kept.place("plans", 1), "found")
+    assert kept.read(kept.place("plans", 1)) is None
+
+
+def base(folder: Path) -> BaseModel:
+    tiny.llama().save_pretrained(folder)
+    return BaseModel(str(folder), str(folder), "digest")
+
+
+def test_an_export_that_has_passed_is_not_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, names = base(tmp_path / "model"), ["model.layers.0.self_attn.q_proj"]
+    tries: list[Any] = []
+    real = trial.check_adapter
+    monkeypatch.setattr(trial, "check_adapter", lambda *given: tries.append(given) or real(*given))
+    config = tiny.config(model__name=model.folder)
+    assert [trial.problems(model, config, names) for _ in range(2)] == [[], []]
+    assert len(tries) == 1
+    assert trial.problems(model, tiny.config(model__name=model.folder, adapter__rank=2), names) == []
+    assert trial.problems(model, config, [names[0].replace("q_proj", "k_proj")]) == []
+    assert len(tries) == 3
+
+
+def test_an_export_that_has_failed_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, names = base(tmp_path / "model"), ["model.layers.0.self_attn.q_proj"]
+    config = tiny.config(model__name=model.folder)
+    with monkeypatch.context() as patched:
+        patched.setattr(trial, "_found", lambda *given: ["adapter.targets: no"])
+        assert [trial.problems(model, config, names) for _ in range(2)] == [["adapter.targets: no"]] * 2
+    assert trial.problems(model, config, names) == []
+
+
+def test_a_memory_plan_is_found_again_and_a_damaged_one_is_made_anew(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, measured = base(tmp_path / "model"), list[Any]()
+    real = estimate.measure
+    monkeypatch.setattr(estimate, "measure", lambda *given: measured.append(given) or real(*given))
+    config = tiny.config(model__name=model.folder)
+
+    def planned() -> int:
+        estimate._estimate.cache_clear()  # as in another process
+        return estimate.estimate(config, model, gpu=False).activation_bytes
+
+    first = planned()
+    assert planned() == first
+    assert len(measured) == 1
+    (file,) = (cache / "memory-plans").iterdir()
+    file.write_text("[")
+    assert planned() == first
+    assert len(measured) == 2
