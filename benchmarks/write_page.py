@@ -40,6 +40,7 @@ SECTIONS = {
     "sharded": "Sharded base",
     "tree": "Gradient tree",
     "memory": "Memory plan",
+    "quantised": "Quantised base",
     "scale": "A billion rows",
 }
 """Script -> heading, in the order of the page."""
