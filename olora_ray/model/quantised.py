@@ -157,8 +157,8 @@ class QuantisedLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """x (..., n) -> y (..., m)."""
         product: Any = _Product  # torch leaves `apply` untyped
-        y: Tensor = product.apply(input, self)
-        return y
+        y: Tensor = product.apply(input.reshape(-1, self.in_features), self)
+        return y.view(*input.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         """As Linear's, with the kind."""
@@ -166,7 +166,10 @@ class QuantisedLinear(nn.Linear):
 
 
 class _Product(torch.autograd.Function):
-    """y = W' x + b, with a gradient for x only. W' is made again for it: autograd would keep it until then."""
+    """y (T x m) = W' x + b of x (T x n), with a gradient for x only. W' is made again for that: autograd would keep it.
+
+    With more dimensions torch would return a view, to which nothing may be added in place (adapter/layer.py).
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: QuantisedLinear) -> Tensor:
@@ -176,5 +179,4 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (grad,) = grads
-        weight = ctx.layer.weight
-        return (grad.reshape(-1, grad.shape[-1]) @ weight).view(*grad.shape[:-1], weight.shape[1]), None
+        return grad @ ctx.layer.weight, None
