@@ -65,7 +65,7 @@ def to_pack(model: nn.Module) -> list[str]:
     shared = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
     found = []
     for name, item in candidates(model).items():
-        module = item.target.module
+        module: Any = item.target.module
         plain = type(module) is nn.Linear and item.refused is None and item.aside not in (ROUTER, GATE)
         even = plain and module.weight.numel() % 2 == 0  # two numbers share a byte
         if even and id(module) in inside and shared[id(module.weight)] == 1:
@@ -80,7 +80,7 @@ def to_pack(model: nn.Module) -> list[str]:
 
 def packed_size(model: nn.Module, kind: str, dtype: torch.dtype) -> tuple[int, int, int]:
     """(numbers that are packed, their bytes, bytes that the largest layer takes while it is unpacked)."""
-    shapes = [module.weight.shape for module in map(model.get_submodule, to_pack(model))]
+    shapes = [tuple(model.get_parameter(f"{name}.weight").shape) for name in to_pack(model)]
     use = KINDS[kind]
     return (
         sum(m * n for m, n in shapes),
