@@ -19,7 +19,7 @@ from olora_ray.model.quantised import QuantisedLinear
 from olora_ray.model.source import BaseModel, obtain
 from olora_ray.pipeline.fingerprint import settings_digest
 from olora_ray.tokens.collate import collate
-from olora_ray.train import base_files, checkpoints
+from olora_ray.train import base_files, checkpoints, quantised_base
 from olora_ray.train.estimate import estimate
 from olora_ray.train.live_bytes import LiveBytes
 from olora_ray.train.loop import train_mode
@@ -95,8 +95,11 @@ class Numbers(LiveBytes):
             super()._note(tensor)
 
 
-def test_the_whole_base_is_never_in_memory(tmp_path: Path) -> None:
-    tiny.llama(hidden_size=128, intermediate_size=512, num_hidden_layers=6).save_pretrained(tmp_path)
+def test_the_whole_base_is_never_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantised_base, "load_model", None)
+    tiny.llama(dtype=torch.bfloat16, hidden_size=128, intermediate_size=512, num_hidden_layers=6).save_pretrained(
+        tmp_path
+    )
     with Numbers() as live:
         model = loaded(tmp_path, "fp8")
     packed = sum(module.codes.numel() for module in model.modules() if isinstance(module, QuantisedLinear))
@@ -180,7 +183,13 @@ def test_a_model_without_layers_to_pack_is_refused(tmp_path: Path) -> None:
         loaded(tmp_path, "fp8")
 
 
-def test_routers_and_gates_stay(tmp_path: Path) -> None:
+def test_what_is_not_in_the_language_models_blocks_stays() -> None:
+    names = to_pack(zoo.make(ALL["gemma3"]))
+    assert any(name.endswith("self_attn.q_proj") for name in names)
+    assert not any("vision" in name for name in names)
+
+
+def test_routers_and_gates_stay() -> None:
     model = zoo.make(ALL["qwen2_moe"])
     names = to_pack(model)
     assert "model.layers.0.self_attn.q_proj" in names
