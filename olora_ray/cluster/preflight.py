@@ -39,7 +39,7 @@ def check(config: AnyConfig, base: BaseModel | None) -> None:
     answers, silent = _ask(config, resources.schedulable_nodes())
     problems += silent
     kind = KINDS.get(config.model.quantization)
-    problems += _versions(node_facts.node_info(), answers, kind and kind.library)
+    problems += _versions(node_facts.node_info(), answers, None if kind is None else kind.library)
     problems += _gpus(wanted, answers)
     problems += _strategy(config)
     problems += _storage(config, answers)
