@@ -36,14 +36,14 @@ def our_trainer(cfg: Config, folder: str) -> tuple[Any, str]:
     """What a worker builds, and the attention that the model took."""
     from olora_ray.adapter.initialise import at_scale, initialise, options_of
     from olora_ray.adapter.inject import find_targets, inject
-    from olora_ray.model.load import load_model
     from olora_ray.train.loop import Trainer
     from olora_ray.train.loss import SupervisedLoss
     from olora_ray.train.malloc import keep_freed_memory
+    from olora_ray.train.quantised_base import load_frozen
 
     keep_freed_memory()
     device, adapter = torch.device("cpu"), cfg.adapter
-    model: Any = load_model(folder, cfg.model, device)
+    model: Any = load_frozen(folder, cfg.model, device)
     targets = find_targets(model, adapter.targets, adapter.rank)
     factors, _ = initialise(targets, adapter.method, adapter.rank, 0, device, options_of(adapter))
     adapted = inject(model, at_scale(factors, adapter), adapter.scale())

@@ -41,6 +41,7 @@ SECTIONS = {
     "sharded": "Sharded base",
     "tree": "Gradient tree",
     "memory": "Memory plan",
+    "quantised": "Quantised base",
     "scale": "A billion rows",
     "soak": "Soak",
 }

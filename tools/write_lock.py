@@ -22,11 +22,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 LOCK = ROOT / "deploy" / "requirements.lock"
 MANIFESTS = ROOT / "deploy" / "kuberay"
-EXTRAS = ("gguf", "eval", "s3")
+EXTRAS = ("gguf", "eval", "quant", "s3")
 PLATFORM, PYTHON = "x86_64-manylinux_2_28", "3.11"
 HEADER = """\
-# What every node installs: pyproject.toml's packages and its extras gguf, eval and s3, for Linux on x86-64
-# and Python 3.11, at the versions that the tests ran with. Written by `make lock`.
+# What every node installs: pyproject.toml's packages and its extras gguf, eval, quant and s3, for Linux on
+# x86-64 and Python 3.11, at the versions that the tests ran with. Written by `make lock`.
 """
 
 

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from olora_ray.adapter.code_reading import direct_reads, product
-from olora_ray.adapter.layer import is_linear, is_transposed
+from olora_ray.adapter.layer import is_linear, is_transposed, weight_facts
 from olora_ray.adapter.parts import other_parts, output_head, part_of
+from olora_ray.model.quantised import QuantisedLinear
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -38,8 +39,15 @@ class Target:
     @property
     def shape(self) -> tuple[int, int]:
         """(m, n): output and input features, of each expert for a stack."""
-        *_, m, n = self.weight().shape
-        return int(m), int(n)
+        *_, m, n = self.whole_shape
+        return m, n
+
+    @property
+    def whole_shape(self) -> tuple[int, ...]:
+        """(m, n), or (E, m, n) of a stack."""
+        if isinstance(self.module, QuantisedLinear):
+            return tuple(weight_facts(self.module).shape)
+        return tuple(self.weight().shape)
 
     def weight(self) -> Tensor:
         """The weight as it is stored, as m x n or E x m x n (a view), detached."""
@@ -126,9 +134,11 @@ def _is_refused_by_peft(model: nn.Module, name: str) -> bool:
 
 
 def _refused(module: nn.Module, read: bool) -> Reason | None:
-    weight = module.weight
     if read:
         return READ
+    if isinstance(module, QuantisedLinear):
+        return None
+    weight = module.weight
     if isinstance(module, nn.Linear) and (
         not isinstance(weight, Tensor)
         or weight.dtype not in _FLOATS
@@ -164,8 +174,9 @@ def _computes_a_linear_map(module: nn.Module) -> bool:
 
 
 def _aside(name: str, modules: dict[str, nn.Module], blocks: dict[str, tuple[str, set[int]]]) -> Reason | None:
-    weight = modules[name].weight
-    if isinstance(weight, Tensor) and weight.dim() == 2 and 1 in weight.shape:
+    module = modules[name]
+    shape = getattr(weight_facts(module) if isinstance(module, QuantisedLinear) else module.weight, "shape", ())
+    if len(shape) == 2 and 1 in shape:
         return GATE
     return ROUTER if _is_router(name, modules, blocks) else None
 

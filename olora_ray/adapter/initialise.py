@@ -75,7 +75,7 @@ def initialise(
     Without a process group this process computes them all. Raises UserError that names a layer in which the method
     cannot have this rank, or whose weight has NaN or infinite values.
     """
-    shapes: dict[str, Shape] = {name: tuple(target.weight().shape) for name, target in targets.items()}
+    shapes: dict[str, Shape] = {name: target.whole_shape for name, target in targets.items()}
     check(shapes, method, rank)
     shares = assign(shapes, rank, collectives.world_size(), method)
     use = METHODS[method]

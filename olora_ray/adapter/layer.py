@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from olora_ray.adapter.factors import AdapterWeights, Factors
+from olora_ray.model.quantised import QuantisedLinear
 
 
 def joined(da: Tensor, db: Tensor, a0: Tensor, b0: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -148,9 +149,7 @@ class AdaptedLinear(AdaptedWeight):
     @property
     def weight(self) -> WeightFacts:
         """Facts alone: whoever multiplies with the weight itself would pass the adapter by."""
-        weight = self.base.weight
-        assert isinstance(weight, Tensor)
-        return WeightFacts(weight.shape, weight.dtype, weight.device)
+        return weight_facts(self.base)
 
     @property
     def bias(self) -> Tensor | None:
@@ -169,7 +168,7 @@ class AdaptedLinear(AdaptedWeight):
 
 
 def _makes_its_output(module: nn.Module) -> bool:
-    return type(module) is nn.Linear or is_transposed(module)
+    return type(module) in (nn.Linear, QuantisedLinear) or is_transposed(module)
 
 
 def is_transposed(module: nn.Module) -> bool:
@@ -180,6 +179,16 @@ def is_transposed(module: nn.Module) -> bool:
 def is_linear(module: nn.Module) -> bool:
     """Whether the module is a linear layer by its class."""
     return isinstance(module, nn.Linear) or is_transposed(module)
+
+
+def weight_facts(module: nn.Module) -> WeightFacts:
+    """Of a linear module's weight, as it is stored; a packed one is not unpacked for it."""
+    if isinstance(module, QuantisedLinear):
+        shape = torch.Size((module.out_features, module.in_features))
+        return WeightFacts(shape, module.dtype, module.codes.device)
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return WeightFacts(weight.shape, weight.dtype, weight.device)
 
 
 def weight_matrix(module: nn.Module) -> Tensor:

@@ -54,6 +54,8 @@ class Card:
     """What the checks of the export have found."""
     compressed: str = ""
     """What was lost, where the matrices have a smaller rank than those that were trained."""
+    quantised: str = ""
+    """What it changes that the base was quantised in the training, where it was."""
 
 
 def model_card(card: Card) -> str:
@@ -71,6 +73,7 @@ def model_card(card: Card) -> str:
         f"Training data: {', '.join(map(_source, card.sources))}",
         f"Training: {card.steps} steps, sequences of at most {card.max_length} tokens",
         *([f"Held-out loss: {card.eval_loss:.4f} per supervised token"] if card.eval_loss is not None else []),
+        *([f"Base in the training: {card.quantised}"] if card.quantised else []),
         *([f"Compressed to rank {card.rank}: {card.compressed}"] if card.compressed else []),
         *([f"Checked when it was exported: {card.checked}"] if card.checked else []),
     ]

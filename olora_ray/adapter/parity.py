@@ -66,8 +66,11 @@ class Parity:
         # Logits of a folder that is known to be wrong say nothing more.
         return found or ([] if isinstance(self.logits, str) else self.logits.problems())
 
-    def in_words(self) -> str:
-        """What was found, for a reader of the adapter: bounds that are kept, since figures differ by machine."""
+    def in_words(self, quantised: bool = False) -> str:
+        """What was found, for a reader of the adapter: bounds that are kept, since figures differ by machine.
+
+        `quantised`: the training had its base quantised, which no export has.
+        """
         if not self.ok:
             return "NOT right, see parity.json; do not use it"
         found = [f"PEFT computes each layer's change within {BOUND:g} of its size"]
@@ -76,14 +79,14 @@ class Parity:
                 f"each merged weight is base + change within one rounding to {self.merged.weights.stored}, and all"
                 " others are the base's"
             )
-        return "; ".join([*found, _logits_in_words(self.logits)])
+        return "; ".join([*found, _logits_in_words(self.logits, quantised)])
 
     def to_json(self) -> dict[str, Any]:
         """The content of parity.json."""
         return {**asdict(self), "ok": self.ok}
 
 
-def _logits_in_words(logits: Logits | str) -> str:
+def _logits_in_words(logits: Logits | str, quantised: bool) -> str:
     if isinstance(logits, str):
         return "logits were not compared"
     models = [
@@ -91,4 +94,5 @@ def _logits_in_words(logits: Logits | str) -> str:
     ]
     if not models:
         return "logits were not compared"
-    return f"the logits of {' and of '.join(models)} are those of the training but for rounding"
+    theirs = "the trained adapter on the original weights" if quantised else "the training"
+    return f"the logits of {' and of '.join(models)} are those of {theirs} but for rounding"

@@ -137,7 +137,8 @@ def changes(config: Config, gpus: float = 0.0) -> Iterator[dict[str, Any]]:
         micro //= 2
         change["train.micro_batch"] = micro
         yield dict(change)
-    if config.cluster.strategy == "ddp" and config.cluster.min_workers() > 1:
+    may_shard = config.cluster.strategy == "ddp" and config.model.quantization == "none"
+    if may_shard and config.cluster.min_workers() > 1:
         change["cluster.strategy"] = "fsdp"
         yield dict(change)
     if gpus and config.cluster.min_workers() > 1 and not config.cluster.fsdp_offload:
@@ -214,7 +215,7 @@ def precisions(config: Config, base: BaseModel, gpu: bool) -> tuple[str, torch.d
     """How most of a base's weights are stored, as a header names it, and how they are loaded.
 
     transformers maps the files where both are the same; otherwise each worker converts the whole base in memory of its
-    own, unless it reads its part of a sharded one by rows.
+    own, unless it reads its part of a sharded one by rows, or packs it layer by layer.
     """
     auto_on_gpu = gpu and config.model.dtype == "auto"
     wanted = torch.bfloat16 if auto_on_gpu else pick_dtype(config.model, torch.device("cpu"))

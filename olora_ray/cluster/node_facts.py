@@ -14,6 +14,8 @@ from olora_ray.cluster import ray_internals
 from olora_ray.common import storage
 
 PACKAGES = ("ray", "torch", "transformers")
+FOR_SOME = ("bitsandbytes",)
+"""Packages that only some runs need."""
 WAIT = 60.0
 """Seconds that the nodes have to answer: a new one starts its first Python process."""
 
@@ -33,7 +35,7 @@ class NodeInfo:
 
 def node_info() -> NodeInfo:
     """Facts about this node; imports neither torch nor transformers."""
-    versions = {name: _version(name) for name in PACKAGES}
+    versions = {name: _version(name) for name in (*PACKAGES, *FOR_SOME)}
     memory, gpu_memory = ray_internals.system_memory(), min(ray_internals.gpu_memory(), default=None)
     return NodeInfo({"python": platform.python_version(), **versions}, memory, gpu_memory)
 

@@ -16,6 +16,7 @@ from olora_ray.common.errors import UserError
 from olora_ray.common.text import plural
 from olora_ray.config.evaluation import AnyConfig
 from olora_ray.config.schema import Config
+from olora_ray.model.quantised import KINDS
 from olora_ray.model.source import BaseModel
 from olora_ray.train.estimate import MemoryEstimate, estimate
 from olora_ray.train.parallel import strategy_problem
@@ -37,7 +38,8 @@ def check(config: AnyConfig, base: BaseModel | None) -> None:
     problems = list(_workers(config, wanted))
     answers, silent = _ask(config, resources.schedulable_nodes())
     problems += silent
-    problems += _versions(node_facts.node_info(), answers)
+    kind = KINDS.get(config.model.quantization)
+    problems += _versions(node_facts.node_info(), answers, None if kind is None else kind.library)
     problems += _gpus(wanted, answers)
     problems += _strategy(config)
     problems += _spares(config, wanted)
@@ -112,11 +114,16 @@ def _ask(config: AnyConfig, nodes: Sequence[dict[str, Any]]) -> tuple[Answers, l
     return answers, _grouped([(address, answer) for address, answer in named if isinstance(answer, str)])
 
 
-def _versions(here: NodeInfo, answers: Answers) -> list[str]:
-    """Other versions than here; Python's last number and a build's tag (+cpu) may differ."""
+def _versions(here: NodeInfo, answers: Answers, library: str | None = None) -> list[str]:
+    """Other versions than here; Python's last number and a build's tag (+cpu) may differ.
+
+    Of the packages that only some runs need this one needs `library`.
+    """
     found = []
     for address, info in answers:
         for package, version in info.versions.items():
+            if package in node_facts.FOR_SOME and package != library:
+                continue
             wanted = here.versions[package]
             if _public(package, version) != _public(package, wanted):
                 shown = f"has {package} {version}" if version else f"has no {package}"

@@ -48,9 +48,16 @@ class TrainSpec:
                 "held-out data": self.eval.digest if self.eval else "",
                 "adapter": self.config.adapter.identity(),
             }
+            | self._packed()
             | ({"start": self.start} if self.start else {})
             | ({"order": "windows"} if self.train.windowed else {})
         )
+
+    def _packed(self) -> dict[str, str]:
+        """How the base's weights are packed, and in which precision unpacked; empty if they are not."""
+        model = self.config.model
+        packed = {"quantization": model.quantization, "dtype": model.dtype}
+        return {"quantised base": json.dumps(packed)} if model.quantization != "none" else {}
 
     def base_identity(self) -> dict[str, str]:
         """What decides the numbers before the first step: the base model's, or those of the adapter to start from."""
@@ -65,6 +72,7 @@ class TrainSpec:
             "targets": json.dumps(adapter.targets),
             "seed": str(self.config.run.seed),
         } | {name: str(value) for name, value in adapter.options().items()}
+        origin |= self._packed()
         if adapter.method not in FROM_WEIGHTS:  # what the base computes of the data, in its precision
             origin |= {"training data": self.train.digest, "dtype": self.config.model.dtype}
         return origin

@@ -50,6 +50,9 @@ class Model(Section):
     """Branch, tag or commit of a hub id."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the frozen base; auto: bfloat16 where the device is fast at it, else float32."""
+    quantization: Literal["none", "nf4", "int8", "fp8"] = "none"
+    """How the linear layers of the frozen base are kept while it is trained: nf4 in 4 bits a number (QLoRA's), int8 and
+    fp8 in 8. The export is for the weights as they were. nf4 and int8 need pip install 'olora-ray[quant]'."""
     attention: Literal["auto", "flash_attention_2", "varlen", "segments", "sdpa", "eager"] = "auto"
     """Attention kernel; auto: on a GPU flash_attention_2 if installed, else varlen (torch's own), on CPUs segments;
     where that does not compute what the model does, sdpa, then eager."""
@@ -174,6 +177,15 @@ class Config(Section):
                     f"gate: metric {metric} is not measured: use eval/loss, eval/perplexity, or eval/NAME of a score"
                     " that evaluation.scorer gives"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _packed_weights_are_not_sharded(self) -> "Config":
+        if self.model.quantization != "none" and self.cluster.strategy == "fsdp":
+            raise ValueError(
+                f"model.quantization={self.model.quantization} with cluster.strategy=fsdp: packed weights are not"
+                " sharded; use strategy: ddp, or quantization: none"
+            )
         return self
 
     @model_validator(mode="after")

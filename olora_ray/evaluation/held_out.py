@@ -127,6 +127,7 @@ class Measurer:
 def load(base: BaseModel, adapter: str | None, config: AnyConfig, device: torch.device) -> Any:
     """The frozen model, with the plain-LoRA adapter in its layers if one is given, on `device`.
 
+    With its weights as they are stored, whatever `model.quantization` says: exports are for these.
     Raises UserError if either does not load or they do not fit.
     """
     folder = source.on_this_node(base, config).folder

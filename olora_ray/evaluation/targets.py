@@ -60,6 +60,14 @@ def settings(names: Sequence[str], file: str | None, changes: Mapping[str, Any])
     """
     for name in names:
         _refuse_nowhere(name)
+    found = _settings(names, file, changes)
+    if (kind := found.model.quantization) != "none":
+        logger.info(f"model.quantization: models are measured on their weights as they are stored, not as {kind}")
+        return override(found, {"model.quantization": "none"})
+    return found
+
+
+def _settings(names: Sequence[str], file: str | None, changes: Mapping[str, Any]) -> AnyConfig:
     if file is not None:
         return paths.resolved(load(file, changes), Path.cwd())
     if run := next(filter(None, map(run_of, names)), None):

@@ -62,10 +62,12 @@ def _origin(spec: TrainSpec) -> str:
     targets = adapter.targets if isinstance(adapter.targets, str) else ", ".join(adapter.targets)
     rank = spec.config.export.rank
     compressed = "" if rank is None else f", compressed to rank {rank} for the export"
+    kind = spec.config.model.quantization
+    quantised = "" if kind == "none" else f", trained on the base as {kind} and exported for its original weights"
     start = "; training began with the adapter of an earlier run" if spec.start else ""
     return (
         f"Fine-tuned from {_code(_short(spec.base.name))}: {adapter.method}, rank {adapter.rank}, alpha"
-        f" {adapter.alpha:g}, on {_code(targets)}{compressed}{start}."
+        f" {adapter.alpha:g}, on {_code(targets)}{quantised}{compressed}{start}."
     )
 
 

@@ -28,10 +28,11 @@ from olora_ray.data.tokenize import adds_begin_token
 from olora_ray.model.folder import parameters
 from olora_ray.model.load import load_tokenizer
 from olora_ray.model.source import BaseModel, on_this_node
-from olora_ray.pipeline import export_shares
+from olora_ray.pipeline import export_shares, original_weights
 from olora_ray.pipeline.compressed import Compressed, measure
 from olora_ray.pipeline.connection import user_errors
 from olora_ray.pipeline.export_shares import Spread, Work
+from olora_ray.pipeline.original_weights import OnOriginal
 from olora_ray.pipeline.run_folder import RunFolder
 from olora_ray.tokens.store import TokenStore
 from olora_ray.tracking import models
@@ -96,8 +97,12 @@ def export_run(
         if merged is None:
             storage.remove(folder.merged)  # of an earlier attempt, with other settings
         found = None if merged is None else _write_merged(spec, work, checkpoint, merged, folder.merged, spread)
-        parity, compressed = _write_adapter(spec, work, checkpoint, plain, merged, found)
+        quantised = original_weights.measure(spec, work, assigned_device())
+        parity, compressed = _write_adapter(spec, work, checkpoint, plain, merged, found, quantised)
     measured = {"step": step, **parity.to_json()}
+    if quantised is not None:
+        measured["quantised"] = quantised.to_json()
+        logger.info(f"adapter: {quantised.in_words()}")
     if compressed is not None:
         measured["compressed"] = compressed.to_json()
         logger.info(f"adapter of rank {compressed.rank}: {compressed.in_words()}")
@@ -108,11 +113,17 @@ def export_run(
 
 
 def _write_adapter(
-    spec: TrainSpec, work: Work, checkpoint: str, out: Path, merged: Path | None, found: MergedFolder | None
+    spec: TrainSpec,
+    work: Work,
+    checkpoint: str,
+    out: Path,
+    merged: Path | None,
+    found: MergedFolder | None,
+    quantised: OnOriginal | None,
 ) -> tuple[Parity, Compressed | None]:
     """Write the adapter folder, and check it before its card is written, which tells what was found.
 
-    `found` is of the merged folder, at `merged`.
+    `found` is of the merged folder, at `merged`. All is compared on the original weights, which it is exported for.
     """
     config, base, limit = spec.config, on_this_node(spec.base, spec.config), spec.config.export.rank
     written, lost = compress(work.adapter, limit) if limit else (work.adapter, 0.0)
@@ -123,7 +134,7 @@ def _write_adapter(
         parity = Parity(found, peft, _logits(spec, work, merged, folder, compressed=lost > 0))
         loss = measure(spec, work, written, assigned_device()) if lost else None
         compressed = Compressed(limit, lost, loss) if limit else None
-        _complete(config, base, state, folder, rank, parity.in_words(), compressed)
+        _complete(config, base, state, folder, rank, parity.in_words(quantised is not None), compressed, quantised)
     return parity, compressed
 
 
@@ -175,6 +186,7 @@ def _complete(
     rank: int,
     checked: str = "",
     compressed: Compressed | None = None,
+    quantised: OnOriginal | None = None,
 ) -> None:
     """Give an adapter's folder its tokenizer and its model card."""
     portable.copy_tokenizer(Path(base.folder), adapter)
@@ -190,6 +202,7 @@ def _complete(
         eval_loss=state.best_loss,
         checked=checked,
         compressed=compressed.in_words(reasons=False) if compressed and compressed.lost else "",
+        quantised=quantised.in_words(reasons=False) if quantised else "",
     )
     (adapter / "README.md").write_text(model_card.model_card(card), encoding="utf-8")
 

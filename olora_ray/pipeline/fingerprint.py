@@ -49,7 +49,7 @@ class Fingerprint:
 
 
 def settings_digest(config: Config) -> str:
-    """Digest of the settings that decide what comes out: seed, precision, attention, adapter, train and export.rank.
+    """Digest of the settings that decide what comes out: seed, precisions, attention, adapter, train and export.rank.
 
     Paths and names are not in it (contents are, in the other digests), nor what is left at its default: a new
     release with a new field does not change it.
@@ -57,7 +57,9 @@ def settings_digest(config: Config) -> str:
     sections = {
         "adapter": config.adapter.model_dump(mode="json", exclude_defaults=True),
         "train": config.train.model_dump(mode="json", exclude_defaults=True, exclude=set(NEUTRAL)),
-        "model": config.model.model_dump(mode="json", exclude_defaults=True, include={"dtype", "attention"}),
+        "model": config.model.model_dump(
+            mode="json", exclude_defaults=True, include={"dtype", "attention", "quantization"}
+        ),
         "seed": config.run.seed,
     }
     if config.export.rank is not None:  # a compressed adapter computes something else; a merged one does not

@@ -116,6 +116,8 @@ def _summary(
     for name, value in scores.get("after", {}).items():
         before = f"{scores['before'][name]:.3f} before, " if name in scores["before"] else ""
         lines.append(f"held-out {name}: {before}{value:.3f} after ({len(answers)} rows)")
+    if quantised := (published.result.get("parity") or {}).get("quantised"):
+        lines.append(f"adapter: {quantised['in_words']}")
     lines.append(f"adapter (PEFT, vLLM): {folder.adapter}")
     if folder.config.export.merged:
         lines.append(f"merged model:         {folder.merged}")
@@ -187,10 +189,11 @@ def length(config: Config, packs: int, about: bool = False) -> str:
 
 
 def _memory_line(config: Config, size: MemoryEstimate) -> str:
+    packed = config.model.quantization
     parts = (
-        (size.base_bytes, "base"),
+        (size.base_bytes, "base" if packed == "none" else f"base as {packed}"),
         (size.adapter_bytes, "adapter and optimizer"),
-        (size.gathered_bytes, "gathered"),
+        (size.gathered_bytes, "gathered" if packed == "none" else "a layer unpacked"),
         (size.activation_bytes, "activations"),
     )
     if size.answer_bytes > size.activation_bytes:

@@ -18,7 +18,7 @@ from olora_ray.sweep import shared_work
 from olora_ray.sweep.load_space import overlap
 from olora_ray.sweep.space import Space
 
-DECIDE = ("model.name", "model.revision", "adapter.method", "adapter.targets", "export.merged")
+DECIDE = ("model.name", "model.revision", "model.quantization", "adapter.method", "adapter.targets", "export.merged")
 """Fields on which it depends whether something can be trained and exported: not every method takes every layer."""
 MOST_TRIED = 50
 """Combinations of their values that are tried: each takes as long as the same look at a single run."""

@@ -6,7 +6,7 @@ precision of the model. Whatever this cannot promise is said by `problem`, and t
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,6 +73,23 @@ class BaseFiles:
         """All of a parameter, or of a stored buffer."""
         shape = self.shapes[name]
         return self.rows(name, 0, shape[0] if shape else 1)
+
+
+@torch.no_grad()
+def fill(model: nn.Module, files: BaseFiles, wanted: Callable[[nn.Parameter], bool]) -> None:
+    """Read the wanted weights of a model that has none, and all stored buffers; weights that it shares stay shared."""
+    own: dict[int, nn.Parameter] = {}
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):  # all alive: an id is not used again
+        if wanted(parameter):
+            if id(parameter) not in own:
+                own[id(parameter)] = nn.Parameter(files.whole(name), requires_grad=False)
+            _owner(model, name)._parameters[name.rpartition(".")[2]] = own[id(parameter)]
+    for name in stored_buffers(model):
+        _owner(model, name)._buffers[name.rpartition(".")[2]] = files.whole(name)
+
+
+def _owner(model: nn.Module, name: str) -> nn.Module:
+    return model.get_submodule(name.rpartition(".")[0])
 
 
 def find(folder: Path, model: "PreTrainedModel") -> BaseFiles | str:

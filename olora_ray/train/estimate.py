@@ -21,12 +21,14 @@ from olora_ray.common.errors import first_line
 from olora_ray.config.schema import Adapter, Config
 from olora_ray.model.folder import parameters
 from olora_ray.model.load import pick_dtype, skeleton
+from olora_ray.model.quantised import require
 from olora_ray.model.source import BaseModel
 from olora_ray.train import base_files
 from olora_ray.train.activation_formula import by_formula, held_by_experts
 from olora_ray.train.answer_memory import answers_at_once, cache_bytes
 from olora_ray.train.blocks import decoder_layers
 from olora_ray.train.data_driven import refuse
+from olora_ray.train.quantised_base import packed_size
 from olora_ray.train.step_memory import Taken, measure
 from olora_ray.train.tree import most_held
 
@@ -61,13 +63,13 @@ class MemoryEstimate:
     recompute: bool = False
     """Whether blocks are run again in it."""
     gathered_bytes: int = 0
-    """Of a sharded base, what is whole on each worker at once."""
+    """Of a sharded base, what is whole on each worker at once; of a packed one, its largest layer while unpacked."""
     problem: str | None = None
     """Why activations are by a formula; None: the model's code has told."""
     offloaded_bytes: int = 0
     """Of a sharded base, what lies in the memory of the node instead of the GPU's; not in `base_bytes`."""
     by_rows: bool = False
-    """Whether each worker reads its part of a sharded base alone, and none ever has the whole."""
+    """Whether each worker reads its part of a sharded base alone, or packs layer by layer: none ever has the whole."""
 
     def total_bytes(self) -> int:
         """All of it where the model is, but `PROCESS_BYTES`."""
@@ -107,29 +109,24 @@ def _estimate(question: _Question) -> MemoryEstimate:
     config, base = question.config, question.base
     model: Any = skeleton(base, config.model)
     selection = select(model, config.adapter.targets, config.adapter.rank)
-    targets = {name: tuple(target.weight().shape) for name, target in selection.targets.items()}
+    targets = {name: target.whole_shape for name, target in selection.targets.items()}
     check(targets, config.adapter.method, config.adapter.rank)
     if config.adapter.method not in FROM_WEIGHTS:
         refuse(selection.targets, config.adapter.method)
     trainable = _trainable(targets.values(), config.adapter)
     dtype = _dtype(config, question.gpu)
-    count, width = parameters(base.folder), dtype.itemsize
+    count = parameters(base.folder)
     stored = 2 if METHODS[config.adapter.method].has_b0 else 1
     covered = coverage(model, selection)
-    root, block = _sizes(model)
-    # Two blocks are whole at once; of those that are offloaded their shards, too.
-    gathered = (root + 2 * block) * width if _shards(config) > 1 else 0
-    offloaded = 0
-    if config.cluster.fsdp_offload and question.gpu and _shards(config) > 1:
-        offloaded = (count - root) * width // _shards(config)
-        gathered += 2 * block * width // _shards(config)
-    by_rows = _shards(config) > 1 and not isinstance(base_files.find(Path(base.folder), model), str)
+    in_parts = _shards(config) > 1 or config.model.quantization != "none"
+    by_rows = in_parts and not isinstance(base_files.find(Path(base.folder), model), str)
+    base_bytes, gathered, offloaded = _base_bytes(config, model, count, dtype, question.gpu)
     taken, problem = _kept(question, model, selection, dtype)
     return MemoryEstimate(
         targets,
         trainable,
         count,
-        base_bytes=count * width // _shards(config) - offloaded,
+        base_bytes=base_bytes,
         adapter_bytes=trainable * 4 * (COPIES + _set_aside(config) + stored),
         activation_bytes=taken.step,
         answer_bytes=taken.answers,
@@ -141,6 +138,26 @@ def _estimate(question: _Question) -> MemoryEstimate:
         offloaded_bytes=offloaded,
         by_rows=by_rows,
     )
+
+
+def _base_bytes(config: Config, model: Any, count: int, dtype: torch.dtype, gpu: bool) -> tuple[int, int, int]:
+    """(bytes of a worker's part of the base, of what of it is whole beside that, of what lies in the node's memory).
+
+    `count` are the numbers in the files.
+    """
+    kind, width, shards = config.model.quantization, dtype.itemsize, _shards(config)
+    if kind != "none":
+        require(kind)
+        numbers, size, unpacked = packed_size(model, kind, dtype)
+        return (count - numbers) * width + size, unpacked, 0
+    if shards == 1:
+        return count * width, 0, 0
+    root, block = _sizes(model)
+    whole = (root + 2 * block) * width  # two blocks at once
+    if not (config.cluster.fsdp_offload and gpu):
+        return count * width // shards, whole, 0
+    offloaded = (count - root) * width // shards
+    return count * width // shards - offloaded, whole + 2 * block * width // shards, offloaded
 
 
 def _set_aside(config: Config) -> int:

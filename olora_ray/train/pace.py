@@ -13,13 +13,13 @@ from olora_ray.adapter.initialise import at_scale, initialise, options_of
 from olora_ray.adapter.inject import find_targets, inject
 from olora_ray.adapter.methods import FROM_WEIGHTS
 from olora_ray.config.schema import Config
-from olora_ray.model.load import load_model
 from olora_ray.model.source import BaseModel
 from olora_ray.tokens.collate import collate
 from olora_ray.tokens.store import Pack
 from olora_ray.train import recompute
 from olora_ray.train.estimate import MemoryEstimate
 from olora_ray.train.loss import SupervisedLoss
+from olora_ray.train.quantised_base import load_frozen
 
 LARGEST = 2 * 2**30
 """Bytes of a training up to which it is measured: a larger one takes minutes, or more memory than there is."""
@@ -42,7 +42,7 @@ def seconds_per_micro_batch(config: Config, base: BaseModel, packs: Sequence[Pac
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
     try:
-        model: Any = load_model(base.folder, config.model, device)
+        model: Any = load_frozen(base.folder, config.model, device)
         targets = find_targets(model, config.adapter.targets, config.adapter.rank)
         adapter = config.adapter
         method = adapter.method if adapter.method in FROM_WEIGHTS else "lora"  # as fast, and needs no data

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from olora_ray.common import collectives
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
-from olora_ray.model.buffers import stored_buffers
-from olora_ray.model.load import empty_model, load_model
+from olora_ray.model.load import empty_model
 from olora_ray.train import base_files
 from olora_ray.train.base_files import BaseFiles
 from olora_ray.train.loss import SupervisedLoss
 from olora_ray.train.parallel import has_own_memory, own_rows, places, shard
+from olora_ray.train.quantised_base import load_frozen
 
 logger = logging.getLogger(__name__)
 
@@ -35,17 +35,17 @@ AT_ONCE = 2**26
 def load_base(folder: str, config: Config, device: torch.device) -> SupervisedLoss:
     """The frozen base of a worker: sharded if the config says so, there are several, and its files can be read so.
 
-    All workers must call it together. Raises UserError as `load_model`.
+    All workers must call it together. Raises UserError as `load_frozen`.
     """
     if config.cluster.strategy != "fsdp" or collectives.world_size() == 1:
-        return SupervisedLoss(load_model(folder, config.model, device))
+        return SupervisedLoss(load_frozen(folder, config.model, device))
     if config.cluster.fsdp_offload and not has_own_memory(device):
         logger.info("cluster.fsdp_offload: without a GPU the base lies in the memory of the node as it is")
     began = time.perf_counter()
     loss = _sharded(folder, config, device)
     if isinstance(loss, str):
         logger.info(f"fsdp: each worker loads the whole base before it is sharded: {loss}")
-        return SupervisedLoss(load_model(folder, config.model, device))
+        return SupervisedLoss(load_frozen(folder, config.model, device))
     logger.info(f"fsdp: each worker has read its part of the base, in {time.perf_counter() - began:.2f} s")
     return loss
 
@@ -56,7 +56,7 @@ def _sharded(folder: str, config: Config, device: torch.device) -> SupervisedLos
     found = _together(lambda: base_files.find(Path(folder), model))
     if isinstance(found := _agreed(found), str):
         return found
-    _together(lambda: _read_small(model, found))
+    _together(lambda: base_files.fill(model, found, lambda weight: weight.dim() < 2))
     loss: Any = SupervisedLoss(model)  # torch leaves `_apply` untyped
     loss.files = found
     shard(loss, device, config.cluster.fsdp_replicas, config.cluster.fsdp_offload)
@@ -87,23 +87,6 @@ def _together(work: Callable[[], Value]) -> Value:
         problem = str(error)
     collectives.raise_together(problem)
     return found[0]
-
-
-@torch.no_grad()
-def _read_small(model: nn.Module, files: BaseFiles) -> None:
-    """Read all weights of one dimension, and the stored buffers."""
-    own: dict[int, nn.Parameter] = {}
-    for name, parameter in list(model.named_parameters(remove_duplicate=False)):  # all alive: an id is not used again
-        if parameter.dim() < 2:
-            if id(parameter) not in own:
-                own[id(parameter)] = nn.Parameter(files.whole(name), requires_grad=False)
-            _owner(model, name)._parameters[name.rpartition(".")[2]] = own[id(parameter)]
-    for name in stored_buffers(model):
-        _owner(model, name)._buffers[name.rpartition(".")[2]] = files.whole(name)
-
-
-def _owner(model: nn.Module, name: str) -> nn.Module:
-    return model.get_submodule(name.rpartition(".")[0])
 
 
 @torch.no_grad()

@@ -224,3 +224,12 @@ def test_a_refusal_names_the_change_that_makes_it_fit(model: str, monkeypatch: p
     answers = one_node(monkeypatch, PROCESS_BYTES)
     (problem,) = problems(config, base, size, {"CPU": 1.0}, answers)
     assert "; use nodes with more memory or a smaller model: none of" in problem
+
+
+@pytest.mark.parametrize("kind", ["none", "fp8"])
+def test_a_packed_base_is_not_advised_to_be_sharded(kind: str) -> None:
+    advised = {
+        field for change in changes(tiny.config(model__quantization=kind, cluster__workers=2)) for field in change
+    }
+    assert ("cluster.strategy" in advised) is (kind == "none")
+    assert "train.micro_batch" in advised

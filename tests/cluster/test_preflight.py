@@ -183,3 +183,11 @@ def test_builds_of_one_version_are_the_same() -> None:
     python, torch = preflight._versions(here, others)
     assert python.startswith("nodes a, b, c and 2 more: has python 3.12.0, here it is 3.11.7")
     assert "has no torch" in torch
+
+
+def test_only_a_run_that_needs_a_package_wants_it_on_all_nodes() -> None:
+    here = NodeInfo({"torch": "2.9.0", "bitsandbytes": "0.50.2"}, 0)
+    others = [("a", NodeInfo({"torch": "2.9.0", "bitsandbytes": None}, 0))]
+    assert preflight._versions(here, others) == []
+    [line] = preflight._versions(here, others, "bitsandbytes")
+    assert line == "node a: has no bitsandbytes, here it is 0.50.2: install the same version on all nodes"

@@ -18,6 +18,7 @@ from olora_ray.train import checkpoint
 from olora_ray.train.state import TrainState
 from tests import export_parts, tiny
 from tests.pipelines.project import settings
+from tests.said import said
 
 STEP = 4
 
@@ -55,6 +56,21 @@ def logits(name: str | Path, shared: Config | None = None) -> torch.Tensor:
     shared = shared or targets.settings([str(name)], None, {})
     found = targets.resolve(str(name), shared)
     return export_parts.logits(held_out.load(found.base, found.adapter, found.config, torch.device("cpu")))
+
+
+def test_models_are_measured_on_the_weights_that_they_are_exported_for(case: export_parts.Case, tmp_path: Path) -> None:
+    mine = override(config(case.base, tmp_path), {"model.quantization": "fp8"})
+    RunFolder(mine).claim()
+    (Path(mine.folder()) / "checkpoints").mkdir()
+    with said() as lines:
+        found = targets.settings([mine.folder()], None, {})
+    assert found == override(mine, {"model.quantization": "none"})
+    assert lines == ["model.quantization: models are measured on their weights as they are stored, not as fp8"]
+    # Where nobody has asked for it, as the gate of a retraining, too.
+    loaded = held_out.load(obtain(mine), None, mine, torch.device("cpu"))
+    assert torch.equal(
+        export_parts.logits(loaded), export_parts.logits(held_out.load(obtain(mine), None, found, torch.device("cpu")))
+    )
 
 
 def test_a_checkpoint_is_the_adapter_of_its_step(case: export_parts.Case, run: Path) -> None:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.common.errors import UserError
 from olora_ray.config.load import override
-from olora_ray.pipeline import compressed, export
+from olora_ray.pipeline import export, held_out_loss
 from olora_ray.pipeline.compressed import Compressed
 from tests import tiny
 from tests.pipeline.test_export_shares import STEP, Run
@@ -34,10 +34,10 @@ def spec_of(run: Run, packs: int = 3, **changes: Any) -> TrainSpec:
 
 
 @torch.no_grad()
-def by_peft(run: Run, adapter: Path, packs: Sequence[Any]) -> float:
-    """The loss of an adapter folder on its base, by transformers and PEFT, one example at a time."""
-    base = AutoModelForCausalLM.from_pretrained(run.case.base, dtype=torch.float32)
-    model, losses = PeftModel.from_pretrained(base, str(adapter)), []
+def by_peft(run: Run, adapter: Path, packs: Sequence[Any], base: Path | None = None) -> float:
+    """The loss of an adapter folder on its base, or another, by transformers and PEFT, one example at a time."""
+    plain = AutoModelForCausalLM.from_pretrained(base or run.case.base, dtype=torch.float32)
+    model, losses = PeftModel.from_pretrained(plain, str(adapter)), []
     for example in tiny.unpacked(packs):
         ids = torch.tensor(example.input_ids, dtype=torch.int64)
         each = F.cross_entropy(model(input_ids=ids[None]).logits[0, :-1], ids[1:], reduction="none")
@@ -64,7 +64,7 @@ def test_the_loss_is_that_of_both_adapters(run: Run, tmp_path: Path) -> None:
 
 def test_it_is_measured_on_so_many_rows(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = spec_of(run, export__rank=2)
-    monkeypatch.setattr(compressed, "LOSS_TOKENS", 1)
+    monkeypatch.setattr(held_out_loss, "LOSS_TOKENS", 1)
     found = export.export_run(spec, run.folder, STEP)["compressed"]["loss"]
     assert found["tokens"] == spec.eval.supervised([0])  # type: ignore[union-attr]
 
@@ -75,7 +75,7 @@ def test_what_cannot_be_measured_says_why(run: Run, monkeypatch: pytest.MonkeyPa
     )
     spec = spec_of(run, export__rank=2)
     with monkeypatch.context() as patch:
-        patch.setattr(compressed, "choose_attention", lambda *_: {}["/home/someone/model"])
+        patch.setattr(held_out_loss, "choose_attention", lambda *_: {}["/home/someone/model"])
         failed = export.export_run(spec, run.folder, STEP)
     assert (failed["ok"], failed["compressed"]["loss"]) == (True, "the model does not run here: '/home/someone/model'")
     card = (Path(run.folder.adapter) / "README.md").read_text()

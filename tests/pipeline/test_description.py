@@ -103,3 +103,8 @@ def test_without_held_out_rows_there_is_no_table(run: FinishedRun) -> None:
     text = describe(replace(run.spec, eval=None), result, {}, None)
     assert "|---|" not in text
     assert "Held out" not in text
+
+
+def test_a_quantised_base_is_told(run: FinishedRun) -> None:
+    text = text_of(run, model__quantization="nf4")
+    assert ", on `all-linear`, trained on the base as nf4 and exported for its original weights.\n" in text

@@ -124,3 +124,11 @@ def test_routers_are_not_worth_a_line(tmp_path: Path) -> None:
     lines = plan_lines(tmp_path, wide, adapter__rank=8)
     assert re.search(r"; covers \d\d% of the parameters \(left out: embeddings, output head", lines[0])
     assert not any("router" in line for line in lines[1:])
+
+
+def test_the_plan_of_a_quantised_base_says_as_what_it_is_kept(tmp_path: Path) -> None:
+    zoo.build(ALL["llama"], tmp_path)
+    config = tiny.config(model__name=str(tmp_path), model__quantization="fp8", adapter__rank=2)
+    with said() as lines:
+        plan(config, obtain(config))
+    assert re.search(r"estimated: \d\.\d\d GiB \(base as fp8 \d.*, a layer unpacked \d", lines[-1])

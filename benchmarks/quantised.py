@@ -1,0 +1,192 @@
+"""A quantised base beside the one it was made of, and beside PEFT's QLoRA: memory, and loss on the same rows.
+
+Each contestant trains an adapter on the same sequences in a process of its own, with AdamW and one constant rate. The
+base is what its weights and buffers take; the peak is that of the process's resident memory from its imports on, and
+freed memory goes back at once. Losses are of the first step, and on average of the last five. QLoRA is PEFT's LoRA on a
+base that transformers loads with bitsandbytes' nf4. Target: after the same steps a loss within 1 % of QLoRA's, with the
+same method (lora), in no more memory.
+
+    python benchmarks/quantised.py [--tiny] [--steps 60]
+"""
+
+import argparse
+import ctypes
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from common import MODEL, config, machine, memory_store, model_folder, our_trainer, table
+from memory import MIB, make_model, resident
+
+CORPUS = Path(__file__).resolve().parent.parent / "pipelines" / "quickstart" / "train.jsonl"
+CONTESTANTS: dict[str, tuple[str, str]] = {
+    "ours, olora, no quantisation": ("none", "olora"),
+    "ours, olora, int8": ("int8", "olora"),
+    "ours, olora, fp8": ("fp8", "olora"),
+    "ours, olora, nf4": ("nf4", "olora"),
+    "ours, lora, nf4": ("nf4", "lora"),
+    "PEFT's QLoRA, nf4": ("nf4", "peft"),
+}
+"""Name -> quantisation, and the method or whose it is."""
+RANK, LENGTH, BATCH, RATE = 8, 256, 4, 3.0e-4
+
+
+def main() -> None:
+    """Print a row for each contestant."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiny", action="store_true", help="a small random model, for a look at whether it works")
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        print(json.dumps(trained(**json.loads(args.child))))
+        return
+    print(machine())
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch:
+        if args.tiny:
+            folder = str(Path(scratch) / "model")
+            make_model("llama", 8192, True, folder)
+        else:
+            folder = model_folder(MODEL, scratch)
+        for name, (kind, method) in CONTESTANTS.items():
+            found = apart(
+                {"folder": folder, "kind": kind, "method": method, "steps": args.steps, "text": not args.tiny}
+            )
+            rows.append(
+                (
+                    name,
+                    f"{found['base'] / MIB:.1f}",
+                    f"{found['peak'] / MIB:.0f}",
+                    f"{found['first']:.4f}",
+                    f"{found['last']:.4f}",
+                    f"{found['seconds']:.2f}",
+                )
+            )
+    print(table(("contestant", "base MiB", "peak MiB", "first loss", "last loss", "s a step"), rows))
+
+
+def apart(job: dict[str, Any]) -> dict[str, float]:
+    """What `trained` gives in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, __file__, "--child", json.dumps(job)], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def trained(folder: str, kind: str, method: str, steps: int, text: bool) -> dict[str, float]:
+    """In the child: train, and say what it took."""
+    ctypes.CDLL(None).mallopt(-3, 2**16)  # M_MMAP_THRESHOLD: larger blocks go back to the system
+    batches = batches_of(folder, steps, text)
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
+    step, base = of_peft(folder) if method == "peft" else of_ours(folder, kind, method)
+    began, losses = time.perf_counter(), [step(number, rows) for number, rows in enumerate(batches)]
+    taken = time.perf_counter() - began
+    last = losses[-5:]
+    return {
+        "base": base,
+        "peak": resident("VmHWM") - before,
+        "first": losses[0],
+        "last": sum(last) / len(last),
+        "seconds": taken / len(losses),
+    }
+
+
+def batches_of(folder: str, steps: int, text: bool) -> list[Any]:
+    """For each step BATCH x LENGTH token ids of the quickstart's corpus; of a random model its bytes."""
+    import numpy as np
+
+    if text:
+        from transformers import AutoTokenizer
+
+        ids = AutoTokenizer.from_pretrained(folder)(CORPUS.read_text(), verbose=False)["input_ids"]
+    else:
+        ids = [byte + 2 for byte in CORPUS.read_bytes()]
+    size = BATCH * LENGTH
+    ids = np.resize(np.array(ids, dtype=np.int32), steps * size)
+    return list(ids.reshape(steps, BATCH, LENGTH))
+
+
+def of_ours(folder: str, kind: str, method: str) -> tuple[Any, int]:
+    """(one step: its number and rows -> its loss, bytes of the base)."""
+    import numpy as np
+
+    from olora_ray.adapter.layer import AdaptedLinear
+    from olora_ray.tokens.collate import collate
+    from olora_ray.train import malloc
+    from olora_ray.train.loop import train_mode
+
+    malloc.keep_freed_memory = lambda *_: None  # what is freed is to be seen to be free
+    settings = config(
+        "unused",
+        {"name": folder, "dtype": "float32", "quantization": kind},
+        adapter={"method": method, "rank": RANK, "alpha": RANK},
+        train={"micro_batch": BATCH, "global_batch": BATCH, "lr": RATE, "weight_decay": 0.0},
+    )
+    trainer, attention = our_trainer(settings, folder)
+    own = {id(part) for layer in trainer.adapted.values() for part in (layer.da, layer.db, layer.a0, layer.b0)}
+    assert all(isinstance(layer, AdaptedLinear) for layer in trainer.adapted.values())
+    train_mode(trainer.adapted, True)
+
+    def step(_: int, rows: Any) -> float:
+        store = memory_store([(row, np.arange(LENGTH) > 0) for row in rows], LENGTH)
+        batch = collate(list(store), attention)
+        loss = trainer.loss(batch) / len(batch.labels)
+        loss.backward()
+        trainer.optimizer.step(RATE)
+        trainer.flat.grad.zero_()
+        train_mode(trainer.adapted, True)  # dA and dB have moved
+        return float(loss.detach())
+
+    return step, held(trainer.loss.model, own)
+
+
+def of_peft(folder: str) -> tuple[Any, int]:
+    """The same of PEFT's QLoRA."""
+    import torch
+    import torch.nn.functional as F
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    torch.manual_seed(0)
+    packed = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, quantization_config=packed, device_map={"": "cpu"}, attn_implementation="sdpa"
+    )
+    model.config.use_cache = False
+    model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear"))
+    model.train()
+    trained_ones = [part for part in model.parameters() if part.requires_grad]
+    optimizer = torch.optim.AdamW(trained_ones, lr=RATE, weight_decay=0.0)
+
+    def step(_: int, rows: Any) -> float:
+        ids = torch.from_numpy(rows).long()
+        logits = model(input_ids=ids).logits[:, :-1]
+        loss = F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained_ones, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(loss.detach())
+
+    return step, held(model, {id(part) for part in trained_ones})
+
+
+def held(model: Any, without: set[int]) -> int:
+    """Bytes of the weights and buffers, and of what bitsandbytes keeps beside a weight, but for an adapter's own."""
+    found = {id(part): part for part in (*model.parameters(), *model.buffers()) if id(part) not in without}
+    beside = [state.absmax for part in model.parameters() if (state := getattr(part, "quant_state", None)) is not None]
+    return sum(part.nbytes for part in (*found.values(), *beside))
+
+
+if __name__ == "__main__":
+    main()

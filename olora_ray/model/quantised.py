@@ -1,0 +1,182 @@
+"""Linear layers whose weight is kept packed, in 4 or 8 bits a number, and unpacked for each product.
+
+    W (m x n)  ->  codes, scales  ->  W' (m x n, in the model's precision)        y = W' x + b
+
+All that computes with such a layer computes with W': its forward and backward pass, and whoever asks for its weight.
+
+    nf4    the 16 codes of QLoRA (arXiv 2305.14314, section 3), a float32 scale for each 64 numbers    4.5 bits a number
+    int8   -127 ... 127, a float32 scale for each row                                                  8 bits
+    fp8    float8 e4m3, a float32 scale for each row                                                   8 bits
+
+nf4 and int8 are bitsandbytes'; fp8 is a type of torch. A weight is packed on the CPU, so that its bytes are the same
+whatever device it is for.
+"""
+
+import importlib.util
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from olora_ray.common.errors import UserError
+
+BLOCK = 64
+"""Numbers of a weight, row after row, that share a scale in nf4."""
+AT_ONCE = 2**24
+"""Numbers that are packed at once: packing takes several times their memory. Rows are taken by the block, so that each
+scale sees the numbers that it would see in the whole weight."""
+LARGEST_FP8 = torch.finfo(torch.float8_e4m3fn).max
+
+Packed = tuple[Tensor, Tensor]
+"""Codes and scales."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One way to pack weights."""
+
+    pack: Callable[[Tensor], Packed]
+    """A weight (m x n, float32, on the CPU) -> its codes and scales; parts of whole blocks of rows may be joined."""
+    unpack: Callable[[Tensor, Tensor, torch.Size, torch.dtype], Tensor]
+    """(codes, scales, (m, n), precision) -> the weight."""
+    size: Callable[[int, int], int]
+    """(m, n) -> bytes of codes and scales."""
+    unpacking: Callable[[int], int]
+    """Bytes a number of the model's precision -> bytes a number that unpacking takes at its most, with the result."""
+    library: str | None = None
+    """The package that it needs."""
+
+
+def _nf4(weight: Tensor) -> Packed:
+    codes, state = _functional().quantize_4bit(weight, blocksize=BLOCK, quant_type="nf4", compress_statistics=False)
+    return codes, state.absmax
+
+
+def _from_nf4(codes: Tensor, scales: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    library, count = _functional(), shape.numel()
+    # On CPUs bitsandbytes (0.50) begins a block anew with each row, though it was packed without regard to rows: the
+    # weight is unpacked as rows of one block, or as a single row.
+    rows = torch.Size((count // BLOCK, BLOCK) if count % BLOCK == 0 else (1, count))
+    state = library.QuantState(absmax=scales, shape=rows, dtype=dtype, blocksize=BLOCK, quant_type="nf4")
+    weight: Tensor = library.dequantize_4bit(codes, state)
+    return weight.view(shape)
+
+
+def _int8(weight: Tensor) -> Packed:
+    codes, scales, _ = _functional().int8_vectorwise_quant(weight)
+    return codes, scales
+
+
+def _from_int8(codes: Tensor, scales: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    weight: Tensor = _functional().int8_vectorwise_dequant(codes, scales)
+    return weight.to(dtype)
+
+
+def _fp8(weight: Tensor) -> Packed:
+    # A row of zeros has no size to divide by.
+    scales = (weight.abs().amax(dim=1) / LARGEST_FP8).clamp_(min=torch.finfo(torch.float32).tiny)
+    return (weight / scales[:, None]).to(torch.float8_e4m3fn), scales
+
+
+def _from_fp8(codes: Tensor, scales: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    return codes.float().mul_(scales[:, None]).to(dtype)
+
+
+def _by_rows(m: int, n: int) -> int:
+    return m * n + 4 * m
+
+
+KINDS = {
+    "nf4": Kind(
+        _nf4, _from_nf4, lambda m, n: -(-m * n // 2) + 4 * -(-m * n // BLOCK), lambda width: width, "bitsandbytes"
+    ),
+    "int8": Kind(_int8, _from_int8, _by_rows, lambda width: 8, "bitsandbytes"),
+    "fp8": Kind(_fp8, _from_fp8, _by_rows, lambda width: 4 if width == 4 else 4 + width),
+}
+"""By the names of `model.quantization`."""
+
+
+def require(kind: str) -> None:
+    """Raise UserError if the package that a kind needs is not installed; it is not imported."""
+    library = KINDS[kind].library
+    if library is not None and importlib.util.find_spec(library) is None:
+        raise UserError(
+            f"model.quantization: {kind} needs {library}, which is not installed; pip install 'olora-ray[quant]' on all"
+            " nodes, or set it to fp8"
+        )
+
+
+def _functional() -> Any:
+    """bitsandbytes' functions; imported when a weight is packed, since that takes seconds."""
+    told = logging.getLogger("bitsandbytes")
+    before = told.level
+    told.setLevel(logging.ERROR)  # it warns of a kernel for inference that is not used here
+    try:
+        import bitsandbytes.functional as functional
+    finally:
+        told.setLevel(before)
+    return functional
+
+
+def pack(weight: Tensor, kind: str) -> Packed:
+    """Codes and scales of a weight (m x n), on the CPU."""
+    rows = BLOCK * max(1, AT_ONCE // (BLOCK * max(1, weight.shape[1])))
+    parts = [KINDS[kind].pack(part.to("cpu", torch.float32).contiguous()) for part in weight.detach().split(rows)]
+    codes, scales = zip(*parts, strict=True)
+    return (codes[0], scales[0]) if len(parts) == 1 else (torch.cat(codes), torch.cat(scales))
+
+
+class QuantisedLinear(nn.Linear):
+    """A frozen linear layer with a packed weight; `weight` is what that unpacks to, made anew each time."""
+
+    codes: Tensor
+    scales: Tensor
+
+    def __init__(
+        self, weight: Tensor, bias: nn.Parameter | None, kind: str, device: torch.device | None = None
+    ) -> None:
+        """Pack a weight (m x n), for `device`; the layer computes in the weight's precision."""
+        nn.Module.__init__(self)  # not that of Linear, which makes a weight
+        self.out_features, self.in_features = weight.shape
+        self.kind, self.dtype = kind, weight.dtype
+        codes, scales = pack(weight, kind)
+        self.register_buffer("codes", codes.to(device), persistent=False)
+        self.register_buffer("scales", scales.to(device), persistent=False)
+        self.register_parameter("bias", bias)
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]  # of Linear it can be set
+        """W' (m x n) in the precision of the model, in new memory."""
+        shape = torch.Size((self.out_features, self.in_features))
+        return KINDS[self.kind].unpack(self.codes, self.scales, shape, self.dtype)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """x (..., n) -> y (..., m)."""
+        product: Any = _Product  # torch leaves `apply` untyped
+        y: Tensor = product.apply(input.reshape(-1, self.in_features), self)
+        return y.view(*input.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        """As Linear's, with the kind."""
+        return f"{super().extra_repr()}, {self.kind}"
+
+
+class _Product(torch.autograd.Function):
+    """y (T x m) = W' x + b of x (T x n), with a gradient for x only. W' is made again for that: autograd would keep it.
+
+    With more dimensions torch would return a view, to which nothing may be added in place (adapter/layer.py).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: QuantisedLinear) -> Tensor:
+        ctx.layer = layer
+        return F.linear(x, layer.weight, layer.bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (grad,) = grads
+        return grad @ ctx.layer.weight, None
