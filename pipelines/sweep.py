@@ -26,7 +26,7 @@ def main(argv: list[str]) -> None:
     space = load(file, config)
     from olora_ray.pipeline import run
     from olora_ray.pipeline.base import open_base
-    from olora_ray.pipeline.connection import begun, connect
+    from olora_ray.pipeline.connection import connect
     from olora_ray.pipeline.driver import only_driver
     from olora_ray.sweep import outcome, plan, settings
     from olora_ray.sweep import run as sweep
@@ -34,19 +34,18 @@ def main(argv: list[str]) -> None:
     search = settings.search_config(config, space, file, registers="--register" in flags)
     settings.check(search, space)
     with only_driver(search) as driver:
-        with begun() as start:
-            base = open_base(search)
-            plan.plan(search, space, base.model)
+        base = open_base(search)
+        plan.plan(search, space, base.model)
 
-            with connect(search, base.model, start) as stop, driver.watch(stop):
-                spec, seconds = sweep.train_spec(search, base)
-                spec, spared = sweep.share(spec, space, seconds)
-                with sweep.tracked(spec, space) as tracker:
-                    sweep_spec, found = sweep.run(spec, space, spared, tracker)
-                    driver.check()
-                    outcome.conclude(config, sweep_spec, found, tracker)
-                    if "--register" in flags:
-                        outcome.register(sweep_spec, found)
+        with connect(search, base.model) as stop, driver.watch(stop):
+            spec, seconds = sweep.train_spec(search, base)
+            spec, spared = sweep.share(spec, space, seconds)
+            with sweep.tracked(spec, space) as tracker:
+                sweep_spec, found = sweep.run(spec, space, spared, tracker)
+                driver.check()
+                outcome.conclude(config, sweep_spec, found, tracker)
+                if "--register" in flags:
+                    outcome.register(sweep_spec, found)
         if "--refit" in flags:
             run.run(outcome.best_config(config, sweep_spec, found.ranked()[0], refit=True))
 

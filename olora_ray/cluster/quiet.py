@@ -17,14 +17,3 @@ def quiet_ray() -> None:
 def quiet_train_worker() -> None:
     """No line for each report in this worker."""
     ray_internals.train_worker_logger().setLevel(logging.WARNING)
-
-
-def quiet_ray_in_a_thread() -> None:
-    """No advice that ray.init takes no signals where it runs in a thread: the driver does (pipeline/signals.py)."""
-    logger = ray_internals.driver_logger()
-    if _is_no_advice not in logger.filters:
-        logger.addFilter(_is_no_advice)
-
-
-def _is_no_advice(record: logging.LogRecord) -> bool:
-    return not record.getMessage().startswith("SIGTERM handler is not set")

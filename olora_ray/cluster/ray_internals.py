@@ -226,11 +226,6 @@ def without_datasets(trainer: Any) -> Any:
     return trainer
 
 
-def driver_logger() -> logging.Logger:
-    """The logger of ray.init. Ray 2.60, _private/worker.py."""
-    return logging.getLogger("ray._private.worker")
-
-
 def begin_autoscaling_coordinator() -> None:
     """Have the actor started that Train's controller waits for before it asks for room for workers.
 

@@ -11,12 +11,11 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from olora_ray.cluster import address, preflight, ray_internals, setup_hook, token
-from olora_ray.cluster.quiet import quiet_ray, quiet_ray_in_a_thread
+from olora_ray.cluster.quiet import quiet_ray
 from olora_ray.common.errors import UserError
 from olora_ray.common.quiet import ENVIRONMENT
 from olora_ray.config.evaluation import AnyConfig
 from olora_ray.model.source import BaseModel
-from olora_ray.pipeline.early_ray import RayStart, starting
 from olora_ray.pipeline.signals import Stop
 
 logger = logging.getLogger(__name__)
@@ -25,33 +24,19 @@ _PRESTART = "RAY_prestart_worker_first_driver"
 
 
 @contextlib.contextmanager
-def begun() -> Iterator[RayStart | None]:
-    """A Ray of a training's own begins to start beside the block, for `connect` in it; on leaving it is ended.
-
-    None where a Ray is to be joined, which takes a moment. Raises UserError as `address.find`.
-    """
-    if address.find() != address.OWN:
-        yield None
-        return
-    quiet_ray()
-    quiet_ray_in_a_thread()
-    with starting(_init_for_training) as start:
-        yield start
-
-
-@contextlib.contextmanager
-def connect(config: AnyConfig, base: BaseModel | None = None, start: RayStart | None = None) -> Iterator[Stop]:
-    """A connection to the Ray that `start` has begun, else to the one that `address.find` names or a new one.
+def connect(config: AnyConfig, base: BaseModel | None = None) -> Iterator[Stop]:
+    """A connection to the Ray that `address.find` names, or to a new one of the run's own.
 
     Yields what takes the signals meanwhile. Raises UserError if it does not answer or the run cannot work there;
     with `base`, its memory and the disk are looked at too. On leaving, the connection is closed,
     and a Ray of the run's own with it.
     """
-    if start is None:
-        quiet_ray()
-        _init(address.find())
-    else:
-        start.join()
+    quiet_ray()
+    found = address.find()
+    _init(found)
+    if found == address.OWN and base is not None:
+        with contextlib.suppress(Exception):  # Train makes it itself where it is missing
+            ray_internals.begin_autoscaling_coordinator()
     try:
         with Stop() as stop:  # after ray.init, which sets a handler of its own
             resources = ray.cluster_resources()
@@ -87,12 +72,6 @@ def _init(found: str) -> None:
         ray.init(address=found, **shared)
     except (ConnectionError, RuntimeError, RayError) as error:  # another Python, or this machine is none of its nodes
         raise UserError(f"{address.name(found)}: cannot be joined: {' '.join(str(error).split())}") from error
-
-
-def _init_for_training() -> None:
-    _init(address.OWN)
-    with contextlib.suppress(Exception):  # Train makes it itself where it is missing
-        ray_internals.begin_autoscaling_coordinator()
 
 
 @contextlib.contextmanager

@@ -12,9 +12,8 @@ from olora_ray.config.schema import Config
 from olora_ray.pipeline import export, fit, publish, report
 from olora_ray.pipeline.answers import answered
 from olora_ray.pipeline.base import open_base
-from olora_ray.pipeline.connection import begun, connect
+from olora_ray.pipeline.connection import connect
 from olora_ray.pipeline.driver import Driver, only_driver
-from olora_ray.pipeline.early_ray import RayStart
 from olora_ray.pipeline.mlflow_run import check_tracking, tracked
 from olora_ray.pipeline.prepare import contents, prepare_tokens
 from olora_ray.pipeline.run_folder import RunFolder
@@ -35,10 +34,7 @@ def run(config: Config, tags: Mapping[str, str] | None = None) -> dict[str, Any]
     address.find()
     with only_driver(config) as driver:
         folder.check()  # another driver may have worked on it until now
-        if done := _finished(config, folder):
-            return done
-        with begun() as start:
-            return _run(config, folder, driver, start, tags or {})
+        return _finished(config, folder) or _run(config, folder, driver, tags or {})
 
 
 def _finished(config: Config, folder: RunFolder) -> dict[str, Any] | None:
@@ -50,14 +46,12 @@ def _finished(config: Config, folder: RunFolder) -> dict[str, Any] | None:
     return done
 
 
-def _run(
-    config: Config, folder: RunFolder, driver: Driver, start: RayStart | None, tags: Mapping[str, str]
-) -> dict[str, Any]:
+def _run(config: Config, folder: RunFolder, driver: Driver, tags: Mapping[str, str]) -> dict[str, Any]:
     base = open_base(config)
     folder.require_same({"base model": base.model.digest, "tokenizer": base.spec.digest})
     report.plan(config, base.model)
 
-    with connect(config, base.model, start) as stop, driver.watch(stop):
+    with connect(config, base.model) as stop, driver.watch(stop):
         spec, build = prepare_tokens(config, base, check=folder.require_same)
         with build:
             report.steps(spec)

@@ -183,18 +183,3 @@ def test_the_coordinator_is_the_one_that_trains_controller_asks_for() -> None:
 
     ours = default_autoscaling_coordinator.get_or_create_autoscaling_coordinator
     assert autoscaling_coordinator_client.get_or_create_autoscaling_coordinator is ours
-
-
-def test_ray_says_in_a_thread_that_it_takes_no_signals_to_the_logger_that_is_quietened() -> None:
-    import inspect
-
-    from ray._private import worker
-
-    from olora_ray.cluster.quiet import quiet_ray_in_a_thread
-
-    assert worker.logger is ray_internals.driver_logger()
-    assert '"SIGTERM handler is not set' in inspect.getsource(worker.init)
-    quiet_ray_in_a_thread()
-    record = logging.LogRecord("", logging.WARNING, "", 0, "SIGTERM handler is not set because", None, None)
-    other = logging.LogRecord("", logging.WARNING, "", 0, "The node with node id 1 has died", None, None)
-    assert [bool(worker.logger.filter(each)) for each in (record, other)] == [False, True]
