@@ -7,7 +7,7 @@ from olora_ray.cluster.resources import Resources
 from olora_ray.config.schema import Config
 
 
-class _Untouched(Backend):
+class InPlaceBackend(Backend):
     """Ray replaces a worker that failed and leaves the rest alone; the workers connect by themselves (mesh.py)."""
 
     # Ray 2.60, train/v2/_internal/execution/controller: meant for torchft, and read from the backend's class.
@@ -21,7 +21,7 @@ class InPlaceGroups(ProcessGroup):
     @property
     def backend_cls(self) -> type[Backend]:
         """See BackendConfig."""
-        return _Untouched
+        return InPlaceBackend
 
 
 def in_place(config: Config, worker: Resources) -> bool:

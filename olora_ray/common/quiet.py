@@ -22,6 +22,7 @@ def quiet_environment() -> None:
     """Set the variables that Ray and the hub client read when they are imported."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    quiet_bitsandbytes()
     # How soon a dead worker is noticed: 2 s by default.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
     # How long new workers may take to appear before the cluster is looked at again: a node may have gone.
@@ -32,10 +33,16 @@ def quiet_transformers() -> None:
     """No loading bars and no advice from transformers in this process."""
     from transformers.utils import logging as transformers_logging
 
+    quiet_bitsandbytes()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     # PEFT asks for it by its old name.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+
+
+def quiet_bitsandbytes() -> None:
+    """No word of a kernel that it looks for on the hub when it is imported; PEFT imports it wherever it is there."""
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def quiet_gguf() -> None:

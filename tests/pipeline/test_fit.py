@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import cloudpickle
+import pytest
 
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.model.source import BaseModel
 from olora_ray.pipeline import fit
 from olora_ray.pipeline.run_folder import RunFolder
+from olora_ray.pipeline.trainers import WorkerGroup
 from tests import tiny
 from tests.pipelines import project
 
@@ -24,14 +26,15 @@ print(*(type(each).__name__ for each in rest[0]))
 """
 
 
-def test_the_controller_needs_no_torch(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("strategy", "backend"), [("ddp", "InPlaceBackend"), ("fsdp", "ProcessGroups")])
+def test_the_controller_needs_no_torch(tmp_path: Path, strategy: str, backend: str) -> None:
     from ray.train.v2._internal.execution.failure_handling import create_failure_policy
     from ray.train.v2._internal.execution.scaling_policy import create_scaling_policy
 
-    config = tiny.config(run__storage=str(tmp_path))
+    config = tiny.config(run__storage=str(tmp_path), cluster__strategy=strategy)
     nothing: Any = None
     spec = TrainSpec(config, BaseModel("tiny", str(tmp_path), "digest"), "digest", (0,), nothing, None)
-    found = fit.trainer(spec, RunFolder(config), {"CPU": 1.0}, None, 2)
+    found = fit.trainer(spec, RunFolder(config), {"CPU": 1.0}, None, WorkerGroup(2, 1))
     given = (
         found.train_run_context,
         found._create_default_callbacks(),
@@ -42,6 +45,6 @@ def test_the_controller_needs_no_torch(tmp_path: Path) -> None:
     command = [sys.executable, "-c", UNPACK, str(tmp_path / "given")]
     done = subprocess.run(command, cwd=project.ROOT, capture_output=True, text=True, timeout=300, check=False)
     first, callbacks = done.stdout.splitlines()
-    assert first.split() == ["gloo", "ProcessGroups", "False"], done.stderr
+    assert first.split() == ["gloo", backend, "False"], done.stderr
     assert "BackendSetupCallback" in callbacks
     assert "DatasetsCallback" not in callbacks, "a process for datasets that there are not"
