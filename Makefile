@@ -2,7 +2,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart sweep-demo compare-demo lifecycle-demo mobility-demo test test-slow quick check setup docs models lock bench clean
+.PHONY: quickstart sweep-demo compare-demo lifecycle-demo mobility-demo test test-ray test-slow quick check style types setup docs models lock bench clean
 
 quickstart: $(VENV)/.quickstart ## fine-tune SmolLM2-135M on this machine, from nothing
 	$(BIN)/python pipelines/finetune.py
@@ -29,8 +29,12 @@ mobility-demo: $(VENV)/.quickstart ## next places of generated people: train, te
 	$(BIN)/python pipelines/mobility/report.py runs/mobility-demo-data runs/mobility-demo-data/answers.jsonl \
 	    --law runs/mobility-demo-records/law.csv
 
-test: check ## all checks and tests that fit in 20 minutes; one Ray at a time
+test: style ## all checks and tests that fit in 20 minutes; one Ray at a time
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not ray"
+	$(MAKE) --jobs=2 types test-ray
+
+# Its processes wait for each other most of the time: the type checker runs beside it.
+test-ray: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "ray and not slow"
 
 quick: $(VENV)/.dev ## at every change, in some minutes: style, and the tests that start no Ray, server or process
@@ -42,11 +46,15 @@ test-slow: $(VENV)/.dev ## the long proofs, in about two hours: what is left out
 	$(BIN)/python -m pytest -n 2 --dist loadfile -rP -m "slow and not ray"
 	$(BIN)/python -m pytest -m "slow and ray"
 
-check: $(VENV)/.dev
+check: style types
+
+style: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
 
 setup: $(VENV)/.dev
 

@@ -31,6 +31,7 @@ def measured(config: Config) -> RowResults:
     return measure(base, None, prepare(config, base.spec, "eval"), config)
 
 
+@pytest.mark.slow
 def test_results_do_not_depend_on_the_number_of_actors(ray_with: Callable[[int], None], config: Config) -> None:
     ray_with(2)
     four = measured(override(config, {"cluster.workers": 4}))  # half a CPU each

@@ -139,7 +139,11 @@ def test_a_training_that_is_deleted_is_the_only_one_that_runs_again(corpus: Path
             ("compare.test_rows=90",),
             "error: data.train: its 60 different rows do not suffice for compare.test_rows = 90",
         ),
-        (("compare.test_rows=53",), "error: data.train: 1 row left to train on beside 6 tuning and 53 test rows"),
+        pytest.param(
+            ("compare.test_rows=53",),
+            "error: data.train: 1 row left to train on beside 6 tuning and 53 test rows",
+            marks=pytest.mark.slow,
+        ),
         (("adapter.rank=4000",), "error: adapter.rank"),
         pytest.param(
             ("--budget", "2s"),

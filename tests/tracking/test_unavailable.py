@@ -240,6 +240,7 @@ def test_a_batch_whose_answer_was_lost_is_not_written_twice(server: Server, outa
     assert steps(tracker, "eval/loss") == [3]
 
 
+@pytest.mark.slow  # SQLite's own patience, three times
 def test_a_locked_database_is_waited_for(
     address: str, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
