@@ -27,6 +27,7 @@ from olora_ray.cluster.train_worker import train_at
 from olora_ray.cluster.worker_context import RayTrainContext
 from olora_ray.common import collectives, fault_points
 from olora_ray.model.source import BaseModel
+from olora_ray.train import checkpoints
 from tests import tiny
 from tests.crew import IMPORTED
 
@@ -221,13 +222,21 @@ def _work(
     trainer = kept["trainer"]
     rows = [] if result.state is None else [[row["step"], *_repeatable(row)] for row in result.state.history]
     outcome = Outcome(
-        _digest([trainer.flat.vector]),
+        _digest([trainer.flat.vector, *_last_adapter(folder)]),
         _digest(list(trainer.optimizer.moments.values())),
         rows,
         [[list(pair.before), list(pair.after)] for pair in result.answers],
         result.interrupted,
     )
     (folder / f"outcome-{rank}.json").write_text(json.dumps(vars(outcome)))
+
+
+def _last_adapter(folder: Path) -> list[torch.Tensor]:
+    """That of the last checkpoint: the trainer has the best one, which may be that of the start."""
+    newest = checkpoints.latest_good(str(folder / "checkpoints"))
+    parts = [] if newest is None else [part for one in newest[1].adapter.values() for part in (one.da, one.db)]
+    assert any(part.any() for part in parts)
+    return parts
 
 
 def _keep_trainer(kept: dict[str, Any]) -> None:
