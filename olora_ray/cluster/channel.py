@@ -134,9 +134,9 @@ class DriverChannel:
         """See Membership."""
         return await self._membership.absent()
 
-    async def leave(self, name: str) -> None:
+    async def leave(self, name: str, why: str) -> None:
         """See Membership."""
-        await self._membership.leave(name)
+        await self._membership.leave(name, why)
 
     async def finish(self, result: Any) -> None:
         """Give the driver what training gave; every worker does so, with the same result, since any of them may die."""

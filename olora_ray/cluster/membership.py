@@ -26,6 +26,8 @@ PATIENCE = 1.0
 """Seconds for which `beat` waits for something to tell."""
 TICK = 0.1
 """Seconds between two looks at members that are missed."""
+BLOCKED = 1.0
+"""Seconds without a look in which this process stood still, and not the members."""
 LOOKS = 16
 """Members that are looked at each time: of hundreds that are missed at once most are only late."""
 
@@ -111,6 +113,7 @@ class Membership:
         self._over = self._finished = False
         self._changed = asyncio.Event()
         self._watching = False
+        self._looked = time.monotonic()
 
     async def meet(self, member: Member, lost: bool = False) -> Group:
         """Wait for the others; the next group. `lost`: because an exchange with them has failed.
@@ -153,8 +156,8 @@ class Membership:
         self._form()
         return self.group is not None
 
-    async def leave(self, name: str, why: str = "left") -> None:
-        """A member goes."""
+    async def leave(self, name: str, why: str) -> None:
+        """A member goes, which has `left` or `failed`."""
         self._lose(name, why)
         self._form()
         self._tell()
@@ -257,6 +260,9 @@ class Membership:
     def _look(self) -> bool:
         """Give up the members that are certainly gone, or silent for too long; whether there were some."""
         now, lost = time.monotonic(), dict[str, str]()
+        if now - self._looked > BLOCKED:  # nobody could be heard
+            self._seen = {name: seen + now - self._looked for name, seen in self._seen.items()}
+        self._looked = now
         missed = bool(self._here) or self._over
         doubted = []
         for member in [*self._present(), *(member for member, _ in self._here.values())]:

@@ -33,7 +33,7 @@ class Meeting(Protocol):
     def running(self) -> bool:
         """Whether there is a group already."""
 
-    def leave(self, name: str) -> None:
+    def leave(self, name: str, why: str) -> None:
         """Go."""
 
 
@@ -60,13 +60,13 @@ class RayMeeting:
         """See Meeting."""
         return bool(ray.get(self.channel.running.remote()))
 
-    def leave(self, name: str) -> None:
+    def leave(self, name: str, why: str) -> None:
         """See Meeting."""
-        ray.get(self.channel.leave.remote(name))
+        ray.get(self.channel.leave.remote(name, why))
 
 
 class Mesh:
-    """The connections of this process with the others of its group, one group after the other."""
+    """The connections of this process with the others of its group, one group after the other, while it is entered."""
 
     def __init__(self, meeting: Meeting, member: Member) -> None:
         """`member` is this process."""
@@ -105,11 +105,14 @@ class Mesh:
         """Whether this worker is the first of a group, which speaks for it."""
         return self.group is not None and self.group.members[0] == self.member
 
-    def leave(self) -> None:
-        """Go, and be missed by nobody."""
+    def __enter__(self) -> "Mesh":
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        """Go; the others train on without this worker."""
         self._closed.set()
         with contextlib.suppress(RayError):  # the driver is gone
-            self.meeting.leave(self.member.name)
+            self.meeting.leave(self.member.name, "failed" if error else "left")
         self._disconnect()
 
     def _disconnect(self) -> None:

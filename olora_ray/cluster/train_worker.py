@@ -40,16 +40,14 @@ def train_worker(spec: TrainSpec, checkpoints: str, channel: Any, entry: Entry |
     context = RayTrainContext(spec.config)
     if entry is None:
         return train_at(context, spec, checkpoints, channel)
-    mesh = Mesh(RayMeeting(channel), _member(entry))
-    try:
-        result = train_at(context, spec, checkpoints, channel, mesh)
+    with Mesh(RayMeeting(channel), _member(entry)) as mesh:
+        try:
+            result = train_at(context, spec, checkpoints, channel, mesh)
+        except Finished:
+            return TrainResult(interrupted=LEFT)
         if result.interrupted != LEFT:
             ray.get(channel.finish.remote(result))
         return result
-    except Finished:
-        return TrainResult(interrupted=LEFT)
-    finally:
-        mesh.leave()
 
 
 def _member(entry: Entry) -> Member:
@@ -78,7 +76,7 @@ def train_at(
             start = starting_point(context, spec, checkpoints, requests.waiting)
             return Worker(context, spec, checkpoints, channel, start, requests, mesh, late).run()
     except UserError as error:
-        if late:
-            raise RuntimeError(str(error)) from error  # the others train on
+        if mesh and mesh.group is None:
+            raise RuntimeError(str(error)) from error  # it came late and alone: the others train on
         # Returned, not raised: a retry would meet the same problem. All workers get here together.
         return TrainResult(problem=str(error))

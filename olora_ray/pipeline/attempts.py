@@ -31,6 +31,8 @@ COLLECT = 1.0
 """Seconds between two looks at the channel."""
 SETTLE = 3.0
 """Seconds for which the room for workers must stay as it is: ended workers give theirs back one by one."""
+JOINED = 10.0
+"""Seconds between two looks for room at most, where more workers cost the others nothing."""
 DESERTED = 45.0
 """Seconds after the loss of the last worker in which Ray has to bring others."""
 RESIZE = "the cluster has grown"
@@ -163,7 +165,8 @@ class Attempts:
             self._ask("the preparation of the training data has failed")
         if self.progress.total is None:
             self.progress.set_total(self.schedule.total())
-        if time.monotonic() - self._looked >= self.spec.config.cluster.resize_interval / 2:
+        interval = self.spec.config.cluster.resize_interval
+        if time.monotonic() - self._looked >= (min(interval, JOINED) if self.changing else interval) / 2:
             self._looked = time.monotonic()
             self._grow()
 

@@ -108,8 +108,8 @@ class SocketMeeting:
     def running(self) -> bool:
         return bool(self.call("running"))
 
-    def leave(self, name: str) -> None:
-        self.call("leave", name)
+    def leave(self, name: str, why: str) -> None:
+        self.call("leave", name, why)
 
 
 class Context(RayTrainContext):
@@ -211,13 +211,10 @@ def _work(
     spec = TrainSpec(settings, BaseModel("m", str(model), "base"), "tokenizer", (1,), train, held_out)
     StopRequests._listen = lambda self: None  # type: ignore[method-assign]
     member = Member(str(os.getpid()), rank, collectives.meeting_place("127.0.0.1"), node)
-    mesh = Mesh(SocketMeeting(address), member)
     kept: dict[str, Any] = {}
     _keep_trainer(kept)
-    try:
+    with Mesh(SocketMeeting(address), member) as mesh:
         result = train_at(Context(), spec, str(folder / "checkpoints"), _channel(folder), mesh)
-    finally:
-        mesh.leave()
     assert result.problem is None, result.problem
     trainer = kept["trainer"]
     rows = [] if result.state is None else [[row["step"], *_repeatable(row)] for row in result.state.history]

@@ -107,7 +107,7 @@ def test_a_worker_that_fails_leaves_the_others(model: Path, untouched: Outcome, 
         found.start()
         found.start(Fault("step", 4, "raise"))
         assert found.wait(0) == [untouched]
-        assert found.told() == ["worker 1 left: 1 after 4"]
+        assert found.told() == ["worker 1 failed: 1 after 4"]
 
 
 def test_workers_leave_a_node_with_notice(model: Path, untouched: Outcome, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Who is in a group: the rules, without processes (those are in test_in_place.py)."""
 
 import asyncio
+import time
 from collections.abc import Awaitable
 from typing import Any
 
@@ -129,7 +130,7 @@ def test_a_member_of_an_old_group_has_to_come_again() -> None:
     async def work() -> None:
         hall = Hall(2)
         old = await hall.group(0, 1)
-        await hall.membership.leave("w1")
+        await hall.membership.leave("w1", "left")
         new = await hall.comes(0, lost=True)
         assert ranks(await new) == [0]
         assert await hall.membership.beat("w1", old.number) == Orders(over=True)
@@ -181,7 +182,7 @@ def test_the_driver_hears_of_members_that_hang_and_of_their_being_none(monkeypat
             await asyncio.wait_for(hall.membership.beat("w0", group.number), 1)
         assert await hall.membership.absent() == Absent(hung=("w1",))
         assert await hall.membership.absent() == Absent()
-        await hall.membership.leave("w0")
+        await hall.membership.leave("w0", "left")
         await asyncio.sleep(0.1)
         assert 0.1 <= (await hall.membership.absent()).nobody_for < 5
         waiting = await hall.comes(2)
@@ -189,5 +190,20 @@ def test_the_driver_hears_of_members_that_hang_and_of_their_being_none(monkeypat
         await hall.group(3)
         assert (await waiting).begins
         assert await hall.membership.absent() == Absent()
+
+    run(work())
+
+
+def test_members_are_not_given_up_when_nobody_could_be_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(membership, "SILENCE", 1.5)
+
+    async def work() -> None:
+        hall = Hall(2)
+        group = await hall.group(0, 1)
+        await asyncio.sleep(0.2)
+        time.sleep(2)  # the process of the membership stands still
+        await asyncio.sleep(0.2)
+        assert await hall.membership.absent() == Absent()
+        assert await hall.membership.beat("w0", group.number) == Orders()
 
     run(work())
