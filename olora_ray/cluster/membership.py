@@ -51,6 +51,8 @@ class Member:
     """Host and port of its TCPStore, at which a group meets whose first member it is."""
     node: str = ""
     """Id of its node."""
+    process: int = 0
+    """Its number there."""
     attempt: int = 0
     """Which attempt of the driver has started it: those of an earlier one are as good as dead."""
 
@@ -75,8 +77,8 @@ class Group:
 class Absent:
     """Who is missing, as the driver has to know it."""
 
-    hung: tuple[str, ...] = ()
-    """Names of members that were given up since the last time this was asked, and may still hold their places."""
+    hung: tuple[Member, ...] = ()
+    """Members that were given up since the last time this was asked, and may still hold their places."""
     nobody_for: float = 0.0
     """Seconds since the last member of a group was lost, if nobody has come since."""
 
@@ -106,7 +108,7 @@ class Membership:
         """Who waits for the next group."""
         self._gone: dict[str, str] = {}
         """Members of the group that are gone, and why."""
-        self._hung: list[str] = []
+        self._hung: list[Member] = []
         self._empty_since: float | None = None
         self._leaving: frozenset[str] = frozenset()
         """Ids of nodes that are going to be taken away."""
@@ -269,7 +271,7 @@ class Membership:
             silent = now - self._seen.get(member.name, now)
             if silent > SILENCE:
                 lost[member.name] = f"gave no sign of life for {SILENCE:.0f} s"
-                self._hung.append(member.name)
+                self._hung.append(member)
             elif silent > DOUBT or (missed and member.name not in self._here):
                 doubted.append(member)
         for member in random.sample(doubted, min(LOOKS, len(doubted))):

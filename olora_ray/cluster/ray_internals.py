@@ -132,31 +132,22 @@ def actor_died(actor_id: str) -> bool:
     return bool(found) and found["State"] == "DEAD"
 
 
-def kill_actor(actor_id: str) -> None:
-    """SIGKILL for the process of an actor, by its id (hex), also if it stands still.
-
-    Ray 2.60, _private/worker.py: `ray.kill` wants a handle, and those of Train's workers are its controller's.
-    """
-    from ray._raylet import ActorID
-
-    worker: Any = ray._private.worker.global_worker
-    worker.core_worker.kill_actor(ActorID(bytes.fromhex(actor_id)), True)
-
-
 def end_train_controllers() -> None:
     """Kill the controllers of all trainers that this process has started, with their workers.
 
     Ray 2.60, train/v2/api/data_parallel_trainer.py: `fit` keeps the actor to itself, and has no end of its own while a
     worker waits for room.
     """
+    from ray._raylet import ActorID
     from ray.core.generated import gcs_pb2
 
     table: Any = vars(gcs_pb2)["ActorTableData"]
+    worker: Any = ray._private.worker.global_worker
     here = ray.get_runtime_context().get_worker_id()
     stored = ray._private.state.state._connect_and_get_accessor().get_actor_table(None, "ALIVE")
     for actor in map(table.FromString, stored):
         if actor.class_name == "TrainController" and actor.owner_address.worker_id.hex() == here:
-            kill_actor(actor.actor_id.hex())
+            worker.core_worker.kill_actor(ActorID(actor.actor_id), True)
 
 
 def meeting_place() -> tuple[str, int]:

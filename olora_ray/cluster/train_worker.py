@@ -1,5 +1,6 @@
 """A Ray Train worker from its entry point to its result: alone, in the group it finds, or in one after the other."""
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,7 +58,8 @@ def _member(entry: Entry) -> Member:
     context = ray.get_runtime_context()
     rank = entry.first_rank + ray_train.get_context().get_world_rank()
     place = collectives.meeting_place(get_node_ip_address())
-    return Member(context.get_actor_id() or "", rank, place, context.get_node_id(), entry.attempt)
+    name, node = context.get_actor_id() or "", context.get_node_id()
+    return Member(name, rank, place, node, process=os.getpid(), attempt=entry.attempt)
 
 
 def train_at(

@@ -11,6 +11,7 @@ from ray.exceptions import RayActorError
 from olora_ray.cluster import ray_internals
 from olora_ray.cluster.channel import Failure, Resumed
 from olora_ray.cluster.failures import cause, counts
+from olora_ray.cluster.hung import end_hung
 from olora_ray.cluster.resources import PlacementRequest, free_workers
 from olora_ray.cluster.spec import TrainResult, TrainSpec
 from olora_ray.common.errors import UserError
@@ -189,8 +190,8 @@ class Attempts:
         if not self.changing or not self._running:
             return
         absent = ray.get(self.channel.absent.remote())
-        for name in absent.hung:  # else it keeps its place for ten minutes
-            ray_internals.kill_actor(name)
+        for member in absent.hung:  # else it keeps its place for ten minutes
+            end_hung(member)
         if absent.nobody_for > DESERTED:  # Ray's controller waits for room on a node that is gone
             ray_internals.end_train_controllers()
         if self._asked:

@@ -180,7 +180,7 @@ def test_the_driver_hears_of_members_that_hang_and_of_their_being_none(monkeypat
         for _ in range(4):
             await asyncio.sleep(0.1)
             await asyncio.wait_for(hall.membership.beat("w0", group.number), 1)
-        assert await hall.membership.absent() == Absent(hung=("w1",))
+        assert await hall.membership.absent() == Absent(hung=(member(1),))
         assert await hall.membership.absent() == Absent()
         await hall.membership.leave("w0", "left")
         await asyncio.sleep(0.1)
