@@ -20,7 +20,7 @@ from olora_ray.pipeline.connection import user_errors
 from olora_ray.pipeline.monitor import Event, Monitor
 from olora_ray.pipeline.progress import batch_split
 from olora_ray.pipeline.signals import Stop
-from olora_ray.pipeline.trainers import Fit, Trainers, given
+from olora_ray.pipeline.trainers import Fit, Trainers, answer, given
 from olora_ray.tokens.prepare import CompleteStore, StoreBuild
 from olora_ray.train.schedule import Schedule
 
@@ -81,7 +81,8 @@ class Attempts:
             workers = self.spec.config.cluster.max_workers() if first and not elastic else self._wait_for_room()
             told = [self.channel.request_stop.remote(None), self.channel.begin_anew.remote(workers, self._attempt)]
             if not first:  # else the channel may still be starting, beside the workers
-                ray.get(told)
+                for call in told:
+                    answer(call)
             first = False
             self._trainers = Trainers(self.fit, self.channel, self._attempt, workers)
             try:
@@ -189,14 +190,14 @@ class Attempts:
         """Help where Ray does not: with workers that hang, with none at all, and with nodes that are taken away."""
         if not self.changing or not self._running:
             return
-        absent = ray.get(self.channel.absent.remote())
+        absent = answer(self.channel.absent.remote())
         for member in absent.hung:  # else it keeps its place for ten minutes
             end_hung(member)
         if absent.nobody_for > DESERTED:  # Ray's controller waits for room on a node that is gone
             ray_internals.end_train_controllers()
         if self._asked:
             return
-        if (nodes := ray_internals.draining_nodes()) and not ray.get(self.channel.drain_nodes.remote(nodes)):
+        if (nodes := ray_internals.draining_nodes()) and not answer(self.channel.drain_nodes.remote(nodes)):
             self._ask(f"node {', '.join(sorted(node[:8] for node in nodes))} is preempted")
 
     def _ask(self, why: str) -> None:

@@ -9,9 +9,11 @@ from functools import partial
 from typing import Any
 
 import ray
+from ray.exceptions import RayActorError
 
 from olora_ray.cluster import ray_internals
 from olora_ray.cluster.spec import LEFT, TrainResult
+from olora_ray.common.errors import TryAgain
 
 TICK = 0.2
 """Seconds for which `ended` waits."""
@@ -89,9 +91,19 @@ class Trainers:
 
 
 def given(channel: Any) -> TrainResult | None:
-    """What the workers have given the driver at their end, if they do so and have ended."""
-    found: TrainResult | None = ray.get(channel.result.remote())
+    """What the workers have given the driver at their end, if they do so and have ended. Raises as `answer`."""
+    found: TrainResult | None = answer(channel.result.remote())
     return found
+
+
+def answer(call: Any) -> Any:
+    """What a channel has answered; raises TryAgain if it has died: without it workers do not find each other."""
+    try:
+        return ray.get(call)
+    except RayActorError as error:
+        raise TryAgain(
+            "the process between the driver and its workers died; the same command resumes the run"
+        ) from error
 
 
 def _in_thread(work: Callable[[], TrainResult]) -> "Future[TrainResult]":

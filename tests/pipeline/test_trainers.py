@@ -1,13 +1,16 @@
 """When an attempt has ended, and that its trainers do; without Ray."""
 
 import threading
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from olora_ray.cluster import ray_internals
+from olora_ray.cluster.channel import make_channel
 from olora_ray.cluster.spec import LEFT, TrainResult
+from olora_ray.common.errors import TryAgain
 from olora_ray.pipeline import trainers
 from olora_ray.pipeline.trainers import Trainers, WorkerGroup
 
@@ -95,3 +98,15 @@ def test_a_trainer_that_does_not_end_is_ended(fit: Fit, monkeypatch: pytest.Monk
     found.end()
     assert found.ended(None)
     assert fit.asked == ["training has ended"]
+
+
+@pytest.mark.ray
+def test_a_channel_that_died_is_one_line(ray_with: Callable[[int], None]) -> None:
+    import ray
+
+    ray_with(1)
+    channel = make_channel(ray.get_runtime_context().get_node_id())
+    assert trainers.given(channel) is None
+    ray.kill(channel)
+    with pytest.raises(TryAgain, match="the same command resumes the run"):
+        trainers.given(channel)
