@@ -16,7 +16,8 @@ from typing import Any
 import ray
 
 from olora_ray.cluster import ray_internals
-from olora_ray.cluster.membership import Absent, Group, Member, Membership, Orders
+from olora_ray.cluster.groups import Absent, Group, Member, Orders
+from olora_ray.cluster.membership import Membership
 from olora_ray.common import logs
 
 CALLS = 20_000

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import ray
 
-from olora_ray.cluster.membership import Member
+from olora_ray.cluster.groups import Member
 
 WORKER = b"RayTrainWorker"
 """In the command line of a worker of Ray Train, as Ray writes it."""

@@ -14,8 +14,8 @@ import contextlib
 import random
 import time
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
 
+from olora_ray.cluster.groups import Absent, Finished, Group, Member, Orders
 from olora_ray.common.text import plural
 
 SILENCE = 20.0
@@ -31,68 +31,8 @@ BLOCKED = 1.0
 LOOKS = 16
 """Members that are looked at each time: of hundreds that are missed at once most are only late."""
 
-Died = Callable[["Member"], bool]
+Died = Callable[[Member], bool]
 """Whether a member is certainly gone; called while it is missed, must not take long."""
-
-
-class Finished(Exception):
-    """The training has ended: there will be no other group."""
-
-
-@dataclass(frozen=True)
-class Member:
-    """A worker process."""
-
-    name: str
-    """Of this process, never used again: the id of its actor."""
-    rank: int
-    """Ray's number of it, for people."""
-    store: tuple[str, int]
-    """Host and port of its TCPStore, at which a group meets whose first member it is."""
-    node: str = ""
-    """Id of its node."""
-    process: int = 0
-    """Its number there."""
-    attempt: int = 0
-    """Which attempt of the driver has started it: those of an earlier one are as good as dead."""
-
-
-@dataclass(frozen=True)
-class Group:
-    """Those that take part for a time; their places are the ranks."""
-
-    number: int
-    members: tuple[Member, ...]
-    begins: bool
-    """Whether none of them has trained before: they begin together, from the newest checkpoint or from nothing."""
-    why: str = ""
-    """What has ended the one before: `worker 1 died`."""
-
-    def rank_of(self, name: str) -> int:
-        """The place of a member; raises StopIteration for a stranger."""
-        return next(place for place, member in enumerate(self.members) if member.name == name)
-
-
-@dataclass(frozen=True)
-class Absent:
-    """Who is missing, as the driver has to know it."""
-
-    hung: tuple[Member, ...] = ()
-    """Members that were given up since the last time this was asked, and may still hold their places."""
-    nobody_for: float = 0.0
-    """Seconds since the last member of a group was lost, if nobody has come since."""
-
-
-@dataclass(frozen=True)
-class Orders:
-    """What a member has to do."""
-
-    over: bool = False
-    """A member of its group is gone: end the exchange that is under way, and meet the others."""
-    meet: bool = False
-    """Meet the others after this step."""
-    leave: bool = False
-    """Leave after this step instead of meeting them: its node is going to be taken away."""
 
 
 class Membership:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from olora_ray.cluster.membership import Group, Member, Orders
+from olora_ray.cluster.groups import Group, Member, Orders
 from olora_ray.common import collectives
 from olora_ray.common.collectives import PeerLost
 

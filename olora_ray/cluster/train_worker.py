@@ -8,7 +8,7 @@ import ray
 import ray.train as ray_train
 
 from olora_ray.cluster.channel import sent_to
-from olora_ray.cluster.membership import Finished, Member
+from olora_ray.cluster.groups import Finished, Member
 from olora_ray.cluster.mesh import Mesh, RayMeeting
 from olora_ray.cluster.quiet import quiet_train_worker
 from olora_ray.cluster.resume import starting_point

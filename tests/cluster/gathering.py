@@ -18,7 +18,8 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
-from olora_ray.cluster.membership import Finished, Group, Member, Membership, Orders
+from olora_ray.cluster.groups import Finished, Group, Member, Orders
+from olora_ray.cluster.membership import Membership
 from olora_ray.cluster.mesh import Mesh
 from olora_ray.cluster.preemption import NoPreemption
 from olora_ray.cluster.spec import TrainSpec

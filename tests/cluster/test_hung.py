@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 import pytest
 
+from olora_ray.cluster.groups import Member
 from olora_ray.cluster.hung import end_hung, kill_worker
-from olora_ray.cluster.membership import Member
 
 SLEEP = "import sys, time; time.sleep(60)"
 

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from olora_ray.cluster import membership
-from olora_ray.cluster.membership import Absent, Finished, Group, Member, Membership, Orders
+from olora_ray.cluster.groups import Absent, Finished, Group, Member, Orders
+from olora_ray.cluster.membership import Membership
 
 
 def member(rank: int, node: str = "") -> Member:
