@@ -14,7 +14,7 @@ import torch
 from olora_ray.config.schema import Config
 from olora_ray.train.fake_model import FakeModel, GroupedProducts
 from olora_ray.train.generate import AT_ONCE, decoding, wanted
-from olora_ray.train.live_bytes import LiveBytes
+from olora_ray.train.live_bytes import LiveBytes, at_blocks
 from olora_ray.train.loop import train_mode
 
 
@@ -51,27 +51,15 @@ def _most(fake: FakeModel, rows: int, tokens: int, *, decode: bool) -> int:
     """The most that is alive while so many tokens are read; `decode`: while one more is, after these."""
     model: Any = fake.loss.model
     live = LiveBytes(fake.tensors())
-    before: list[int] = []
-    """Bytes that are alive as each block begins, and after the last."""
-
-    def note(*_: object) -> None:
-        before.append(live.now)
-
-    handles = [block.register_forward_pre_hook(note) for block in fake.blocks]
-    handles.append(fake.blocks[-1].register_forward_hook(note))
     takes = inspect.signature(model.forward).parameters
     last = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
     name = "cache" if "cache" in takes else "past_key_values"  # its older word, and that of the output
-    try:
-        with live, GroupedProducts():
-            ids = torch.zeros(rows, tokens, dtype=torch.int64)
-            cache = model(ids, attention_mask=torch.ones_like(ids), use_cache=True, **last).past_key_values
-            if decode:
-                live.most = live.now
-                mask = torch.ones(rows, tokens + 1, dtype=torch.int64)
-                model(ids[:, :1], attention_mask=mask, use_cache=True, **{name: cache})
-    finally:
-        for handle in handles:
-            handle.remove()
+    with at_blocks(fake.blocks, live) as before, live, GroupedProducts():
+        ids = torch.zeros(rows, tokens, dtype=torch.int64)
+        cache = model(ids, attention_mask=torch.ones_like(ids), use_cache=True, **last).past_key_values
+        if decode:
+            live.most = live.now
+            mask = torch.ones(rows, tokens + 1, dtype=torch.int64)
+            model(ids[:, :1], attention_mask=mask, use_cache=True, **{name: cache})
     kept = [stop - start for start, stop in pairwise(before[: len(fake.blocks) + 1])]
     return live.most + sum(more * kept[place] for place, more in fake.more.items())

@@ -1,11 +1,12 @@
 """Bytes of the tensors that are alive while something runs: how many now, and how many at most."""
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -47,3 +48,20 @@ class LiveBytes(TorchDispatchMode):
     def _freed(self, number: int, size: int, _: object) -> None:
         del self._seen[number]
         self.now -= size
+
+
+@contextmanager
+def at_blocks(blocks: Sequence[nn.Module], live: LiveBytes) -> Iterator[list[int]]:
+    """While it is entered, the list gets the bytes that are alive as each block begins, and after the last."""
+    before: list[int] = []
+
+    def note(*_: object) -> None:
+        before.append(live.now)
+
+    handles = [block.register_forward_pre_hook(note) for block in blocks]
+    handles.append(blocks[-1].register_forward_hook(note))
+    try:
+        yield before
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -24,7 +24,7 @@ from olora_ray.tokens.collate import Batch, collate
 from olora_ray.tokens.store import Pack
 from olora_ray.train.answer_memory import answer_bytes, cache_bytes
 from olora_ray.train.fake_model import FakeModel, GroupedProducts, Held
-from olora_ray.train.live_bytes import LiveBytes
+from olora_ray.train.live_bytes import LiveBytes, at_blocks
 from olora_ray.train.loss import chunk_rows
 
 CHUNKS = 2
@@ -115,22 +115,10 @@ def _bytes(fake: FakeModel, batch: Batch, recompute: bool, apart: bool = False) 
     fake.run_again(recompute)
     few, left_out = _few_labels(fake, batch)
     live = LiveBytes(fake.tensors())
-    before: list[int] = []
-    """Bytes that are alive as each block begins, and after the last."""
-
-    def note(*_: object) -> None:
-        before.append(live.now)
-
-    handles = [block.register_forward_pre_hook(note) for block in fake.blocks]
-    handles.append(fake.blocks[-1].register_forward_hook(note))
-    try:
-        with fake.mode:
-            few = fake.without_numbers(few)
-            with live, GroupedProducts(), _positions_unseen() if apart else nullcontext():
-                fake.loss(few).backward()
-    finally:
-        for handle in handles:
-            handle.remove()
+    with at_blocks(fake.blocks, live) as before, fake.mode:
+        few = fake.without_numbers(few)
+        with live, GroupedProducts(), _positions_unseen() if apart else nullcontext():
+            fake.loss(few).backward()
     kept = [stop - start for start, stop in pairwise(before)]
     # The most comes when all blocks have kept theirs: at the head, or in the last block's backward pass.
     return live.most + sum(more * kept[place] for place, more in fake.more.items()) + left_out
