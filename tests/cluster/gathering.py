@@ -61,6 +61,8 @@ class Place:
         self.loop = asyncio.new_event_loop()
         threading.Thread(target=self.loop.run_forever, daemon=True).start()
         self.membership = Membership(wanted, died)
+        self.asked_to_leave = 0
+        """How often a worker was answered that it has to leave; it asks again only when it has noted the answer."""
         self._listener = Listener()
         self.address: Any = self._listener.address
         threading.Thread(target=self._accept, daemon=True).start()
@@ -81,6 +83,7 @@ class Place:
                 answer = self.do(name, *arguments)
             except (Finished, ConnectionError) as error:
                 answer = error
+            self.asked_to_leave += isinstance(answer, Orders) and answer.leave
             connection.send(answer)
 
 

@@ -118,6 +118,7 @@ def test_workers_leave_a_node_with_notice(model: Path, untouched: Outcome, tmp_p
         assert found.place.do("drain", {"leaving"})
         assert not found.place.do("drain", {"leaving", "staying"})
         assert found.place.do("drain", {"leaving"})
+        found.wait_for(lambda: found.place.asked_to_leave >= 2)  # or the few steps are over before it has heard
         (tmp_path / "go").touch()
         left, stayed = found.wait(1, 0)
         assert stayed == untouched
