@@ -6,6 +6,8 @@ of Ray, tests/cluster/test_ray_internals.py shows what no longer holds.
 
 import logging
 import os
+import sys
+import traceback
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -148,6 +150,19 @@ def end_train_controllers() -> None:
     for actor in map(table.FromString, stored):
         if actor.class_name == "TrainController" and actor.owner_address.worker_id.hex() == here:
             worker.core_worker.kill_actor(ActorID(actor.actor_id), True)
+
+
+def reads_data() -> bool:
+    """Whether a thread of this process is at work for Ray Data.
+
+    Ray 2.60: its threads have several names, but all of them run code of its package.
+    """
+    package = os.path.join(os.path.dirname(ray.__file__), "data", "")
+    return any(
+        package in frame.f_code.co_filename
+        for current in sys._current_frames().values()
+        for frame, _ in traceback.walk_stack(current)
+    )
 
 
 def meeting_place() -> tuple[str, int]:

@@ -69,6 +69,7 @@ class Worker:
         self.stop_requests = stop_requests or StopRequests(channel, context)
         start = self_tested(context, spec, start, self.stop_requests.waiting)
         self.trainer, self.progress = start.trainer, Progress(start.state)
+        self.trainer.signal = self.stop_requests.pending
         self.attention, self.resumed = start.attention, start.resumed
         self.state.kinds = note_kinds(self.state.kinds, context.device)
         self.evaluator = Evaluator(context, spec, start)
@@ -118,7 +119,6 @@ class Worker:
                 break
             except PeerLost:
                 lost = True
-        self.trainer.signal = False
         led = self.manager is not None
         self._take_office()
         self._tell_where(group.why)
@@ -172,7 +172,6 @@ class Worker:
                 self.state.step, self.progress.pending = result.step, result
                 if (after := self._after_step(result)) is not After.STEP:
                     return after
-                self.trainer.signal = self.stop_requests.pending()
         return After.END
 
     def _after_step(self, result: StepResult) -> After:

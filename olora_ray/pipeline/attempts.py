@@ -146,16 +146,16 @@ class Attempts:
         try:
             while not trainers.ended(result):
                 self._look()
+                result = given(self.channel)
                 if time.monotonic() - collected >= COLLECT:
                     self.monitor.collect(self._on_event)
                     self._watch()
-                    result = given(self.channel)
                     collected = time.monotonic()
             self.monitor.collect(self._on_event)
             return result or given(self.channel) or trainers.result()
         finally:
             self.monitor.telemetry.ended()
-            trainers.end()
+            trainers.end(at_once=self.stop.asked is not None)
 
     def _look(self) -> None:
         if self.stop.asked and not self._asked:

@@ -20,6 +20,8 @@ from olora_ray.pipeline.signals import Stop
 
 logger = logging.getLogger(__name__)
 
+DATA_ENDS = 1.0
+"""Seconds in which Ray Data's threads end, when what they read is wanted no longer."""
 _PRESTART = "RAY_prestart_worker_first_driver"
 
 
@@ -46,12 +48,18 @@ def connect(config: AnyConfig, base: BaseModel | None = None) -> Iterator[Stop]:
             preflight.check(config, base)
             yield stop
     except BaseException:
-        # Give Ray Data's prefetch threads time to end: one that calls Ray after shutdown kills the process
-        # silently, and the real error with it.
-        time.sleep(1)
+        _let_ray_data_end()
         raise
     finally:
         ray.shutdown()
+
+
+def _let_ray_data_end() -> None:
+    """Give Ray Data's threads time to end: one that calls Ray after shutdown kills the process silently, and the real
+    error with it."""
+    end = time.monotonic() + DATA_ENDS
+    while ray_internals.reads_data() and time.monotonic() < end:
+        time.sleep(0.02)
 
 
 def _init(found: str) -> None:

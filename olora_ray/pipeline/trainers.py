@@ -74,10 +74,10 @@ class Trainers:
         """What the first returned; raises what it raised."""
         return self._first.result()
 
-    def end(self) -> None:
-        """Have all of them end: none may hold what comes after the training needs."""
+    def end(self, at_once: bool = False) -> None:
+        """Have all of them end: none may hold what comes after the training needs. `at_once`: Ray takes seconds."""
         every = [self._first, *self._others]
-        if any(not one.done() for one in every):
+        if any(not one.done() for one in every) and not at_once:
             self.channel.request_stop.remote("training has ended")
             wait(every, ENDING)
         if any(not one.done() for one in every):

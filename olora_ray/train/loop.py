@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
 import torch
@@ -40,7 +40,7 @@ class StepResult:
     waited: float
     """Seconds of it spent waiting for data."""
     signal: bool
-    """Whether some worker had its `Trainer.signal` set."""
+    """Whether some worker's `Trainer.signal` said so when it had computed its part of the step."""
 
 
 @dataclass
@@ -51,8 +51,8 @@ class Trainer:
     adapted: dict[str, AdaptedWeight]
     config: Config
     device: torch.device
-    signal: bool = False
-    """May be set at any time, on any worker: the result of the next step tells all workers."""
+    signal: Callable[[], bool] = lambda: False
+    """Asked in each step, on each worker, as late as all workers can still be told by the result of that step."""
 
     def __post_init__(self) -> None:
         self.flat = FlatAdapters(self.adapted, apart=self.config.train.lr_ratio != 1)
@@ -111,7 +111,7 @@ class Trainer:
         shared = torch.zeros(data.count + 1, device=self.device)
         for place, loss in enumerate(losses, data.first):
             shared[place] = loss
-        shared[-1] = float(self.signal)
+        shared[-1] = float(self.signal())
         collectives.sum_in_place(shared)
         return shared
 

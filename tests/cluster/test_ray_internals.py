@@ -49,6 +49,22 @@ def test_a_preemption_is_noted_where_trains_watcher_writes_it(monkeypatch: pytes
     assert ray_internals.preemption_noted()
 
 
+@pytest.mark.ray
+def test_a_thread_that_reads_data_is_found(ray_with: Callable[[int], None]) -> None:
+    import ray.data
+
+    ray_with(1)
+    assert not ray_internals.reads_data()
+    batches = iter(ray.data.range(1000).iter_batches(batch_size=10))
+    next(batches)
+    assert ray_internals.reads_data()
+    assert list(batches)
+    end = time.monotonic() + 20
+    while ray_internals.reads_data() and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not ray_internals.reads_data()
+
+
 def test_the_loggers_are_those_that_ray_writes_to() -> None:
     from ray._private.authentication import authentication_token_setup
     from ray.train.v2._internal.execution import context

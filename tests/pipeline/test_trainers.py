@@ -100,6 +100,15 @@ def test_a_trainer_that_does_not_end_is_ended(fit: Fit, monkeypatch: pytest.Monk
     assert fit.asked == ["training has ended"]
 
 
+def test_those_of_a_stopped_driver_are_ended_without_waiting(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = Trainers(fit, fit.channel, 1, 2)
+    started(fit, 1)
+    monkeypatch.setattr(ray_internals, "end_train_controllers", lambda: fit.end(0, RuntimeError("killed")))
+    found.end(at_once=True)
+    assert found.ended(None)
+    assert fit.asked == []
+
+
 @pytest.mark.ray
 def test_a_channel_that_died_is_one_line(ray_with: Callable[[int], None]) -> None:
     import ray

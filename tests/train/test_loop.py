@@ -149,9 +149,9 @@ def _signals(by_step: dict[int, int]) -> tuple[list[bool], list[float], list[flo
     parts: list[Tensor] = []
     supervised = loader(store, settings, worker=rank).read(0).supervised
     steps = trainer.steps(loader(store, settings, worker=rank), 0, schedule(store, settings))
-    for number in range(STEPS):
+    trainer.signal = lambda: by_step.get(len(signals)) == rank
+    for _ in range(STEPS):
         parts.clear()
-        trainer.signal = by_step.get(number) == rank
         result = next(steps)
         every = [part for own in collectives.gather([part / supervised for part in parts]) for part in own]
         signals.append(result.signal)
@@ -165,8 +165,17 @@ def test_a_signal_without_workers() -> None:
     store = tiny.store()
     steps = trainer.steps(loader(store, trainer.config), 0, schedule(store, trainer.config))
     assert not next(steps).signal
-    trainer.signal = True
+    trainer.signal = lambda: True
     assert next(steps).signal
+
+
+def test_what_happens_while_a_step_is_computed_is_in_its_result() -> None:
+    trainer = tiny.trainer(tiny.config())
+    store = tiny.store()
+    asked: list[bool] = []
+    trainer.loss.register_forward_hook(lambda *_: asked.append(True))
+    trainer.signal = lambda: bool(asked)
+    assert next(trainer.steps(loader(store, trainer.config), 0, schedule(store, trainer.config))).signal
 
 
 def adapter_bytes(trainer: Trainer) -> bytes:
