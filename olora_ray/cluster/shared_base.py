@@ -20,6 +20,7 @@ from olora_ray.cluster.train_worker import train_at
 from olora_ray.cluster.worker_context import SharedBase, SharedBaseContext
 from olora_ray.common.errors import UserError
 from olora_ray.common.quiet import quiet_transformers
+from olora_ray.train.malloc import ONE_POOL
 
 SPARE_THREADS = 8
 """Threads of an actor beyond those that train: to answer `busy`, and for a trial that ends while another starts."""
@@ -65,6 +66,7 @@ def start_actors(spec: TrainSpec, wanted: Mapping[str, float], number: int, adap
         "num_cpus": wanted.get("CPU", 0),
         "num_gpus": wanted.get("GPU", 0),
         "max_concurrency": adapters + SPARE_THREADS,
+        "runtime_env": {"env_vars": ONE_POOL},
         "max_restarts": -1,  # the trials of an actor that died resume from their checkpoints
     }
     return tuple(actor.options(**options).remote(spec) for _ in range(number))

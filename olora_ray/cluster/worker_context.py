@@ -95,7 +95,7 @@ class SharedBase:
     @classmethod
     def of(cls, spec: TrainSpec, device: torch.device) -> "SharedBase":
         """The base model of a spec, in this process."""
-        use_cpus(spec.config, device, threads_take_turns=True)
+        use_cpus(spec.config, device)
         return cls(load(spec, device), device)
 
 
@@ -154,8 +154,8 @@ def load(spec: TrainSpec, device: torch.device) -> SupervisedLoss:
     return load_base(base.folder, spec.config, device)
 
 
-def use_cpus(config: Config, device: torch.device, threads_take_turns: bool = False) -> None:
+def use_cpus(config: Config, device: torch.device) -> None:
     """As many threads as the process has CPUs of Ray's, at least one."""
     if device.type == "cpu":
         torch.set_num_threads(max(1, math.floor(config.cluster.cpus_per_worker)))
-        keep_freed_memory(threads_take_turns)
+        keep_freed_memory()

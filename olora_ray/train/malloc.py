@@ -9,18 +9,16 @@ import ctypes
 import sys
 
 # mallopt's parameters, from malloc.h.
-_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
+ONE_POOL = {"MALLOC_ARENA_MAX": "1"}
+"""Environment of a process whose threads take turns: else each of them keeps the memory of a step for itself. glibc
+looks at it when the process starts; later, threads that are there have pools already."""
 
 
-def keep_freed_memory(threads_take_turns: bool = False) -> None:
-    """Let this process reuse freed memory instead of returning it; does nothing without glibc.
-
-    With `threads_take_turns` all threads share one pool: else each keeps the memory of a step for itself.
-    """
+def keep_freed_memory() -> None:
+    """Let this process reuse freed memory instead of returning it; does nothing without glibc."""
     if sys.platform != "linux" or not hasattr(library := ctypes.CDLL(None), "gnu_get_libc_version"):
         return
     library.mallopt(_MMAP_MAX, 0)
     library.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
     library.mallopt(_TOP_PAD, 2**26)
-    if threads_take_turns:
-        library.mallopt(_ARENA_MAX, 1)

@@ -2,15 +2,22 @@
 
 import os
 import signal
+import threading
 from collections.abc import Callable
 from typing import Any
 
+import psutil
 import ray
+import torch
 from ray.exceptions import RayActorError
 
 from olora_ray.cluster import shared_base
+from olora_ray.train.malloc import keep_freed_memory
 from tests import tiny
 from tests.waiting import until
+
+BLOCKS, BLOCK = 100, 2**20
+"""Blocks of so many bytes that a training takes and frees."""
 
 
 def test_who_asks_a_process_that_has_died_waits_for_its_successor(ray_with: Callable[[int], None]) -> None:
@@ -23,6 +30,24 @@ def test_who_asks_a_process_that_has_died_waits_for_its_successor(ray_with: Call
     until(lambda: unavailable(actor))
     assert ray.get(actor.busy.remote()) == 0
     assert ray.get(actor.__ray_call__.remote(lambda _: os.getpid())) != first
+
+
+def test_threads_use_the_memory_that_others_have_freed(ray_with: Callable[[int], None]) -> None:
+    """Each trial of a search trains in another thread; else the process would grow by a step's memory with each."""
+    ray_with(1)
+    spec: Any = tiny.config()
+    [actor] = shared_base.start_actors(spec, {"CPU": 1}, 1, 1)
+    ray.get(actor.__ray_call__.remote(lambda _: keep_freed_memory()))
+    found = [ray.get(actor.__ray_call__.remote(_use_memory)) for _ in range(12)]
+    assert len({thread for thread, _ in found}) > 4
+    assert found[-1][1] - found[0][1] < BLOCKS * BLOCK
+
+
+def _use_memory(_: Any) -> tuple[int, int]:
+    """The thread, and the bytes of the process once what it has taken is free again."""
+    taken = [torch.ones(BLOCK // 4) for _ in range(BLOCKS)]
+    del taken
+    return threading.get_ident(), psutil.Process().memory_info().rss
 
 
 def unavailable(actor: Any) -> bool:

@@ -127,8 +127,10 @@ def stop(run: Run, where: str) -> None:
     run.release()
     assert run.wait() == 143, run.tail()
     if is_resumed("SIGTERM", where):
-        late = run.last_step() - (POINTS[where][1] or 0)
-        assert late <= 1, f"{late} steps were done after the signal\n{run.tail()}"
+        _, step, rank = POINTS[where]
+        late = run.last_step() - (step or 0)
+        # The step under way; where another worker stands still, the first has asked for this one already.
+        assert late <= 1 + (rank == 1), f"{late} steps were done after the signal\n{run.tail()}"
 
 
 def is_resumed(what: str, where: str) -> bool:
