@@ -19,9 +19,9 @@ lifecycle-demo: $(VENV)/.dev ## five nights: train, nothing changed, new data, p
 # Two weeks of 300 people. The run is finished at the second call, and only the table is made again.
 mobility-demo: $(VENV)/.quickstart ## next places of generated people: train, test, and compare with simple baselines
 	$(BIN)/python pipelines/mobility/generate.py --out runs/mobility-demo-records --people 300 --days 14 \
-	    --busy 0.22 --explore 0.2 --variety 0.5
+	    --places 24 --busy 0.22 --explore 0.1 --variety 0.5
 	$(BIN)/python pipelines/mobility/prepare.py runs/mobility-demo-records/check_ins.csv --format checkins \
-	    --form hours --history 20 --context 4 --rows train=1500,eval=60,test=500 \
+	    --form hours --history 10 --context 4 --turns 10 --rows train=450,eval=60,test=500 \
 	    --config pipelines/configs/mobility-demo.yaml --out runs/mobility-demo-data
 	$(BIN)/python pipelines/finetune.py pipelines/configs/mobility-demo.yaml
 	$(BIN)/python pipelines/evaluate.py runs/mobility-demo --config pipelines/configs/mobility-demo.yaml \

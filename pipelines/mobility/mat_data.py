@@ -23,6 +23,7 @@ from pathlib import Path
 
 from olora_ray.common.errors import UserError, as_user_error
 from olora_ray.config import command_line
+from olora_ray.data.mobility.records import numbered
 from olora_ray.data.mobility.stay import MINUTES
 
 HEADER = ("id", "user_id", "location_id", "latitude", "longitude", "start_day", "start_min", "weekday")
@@ -92,14 +93,14 @@ def _venue(row: Row) -> tuple[str, str]:
 
 def _write(file: Path, people: Sequence[Sequence[CheckIn]]) -> None:
     start = min(line.time for lines in people for line in lines).date().toordinal()
-    places: dict[tuple[str, str], int] = {}
+    places = numbered({" ".join(line.venue) for lines in people for line in lines})
     with file.open("w", encoding="utf-8", newline="") as out:
         writer = csv.writer(out, lineterminator="\n")
         writer.writerow(HEADER)
         number = 0
         for person, lines in enumerate(people):
             for line in lines:
-                place = places.setdefault(line.venue, len(places) + 1)
+                place = places[" ".join(line.venue)]
                 day, minute = line.time.date().toordinal() - start, (line.time.hour * 60 + line.time.minute) % MINUTES
                 writer.writerow((number, person, place, *line.venue, day, minute, line.time.weekday()))
                 number += 1

@@ -2,7 +2,8 @@
 
     python pipelines/mobility/prepare.py RECORDS [RECORDS ...] --format checkins|foursquare|geolife --out FOLDER
         [--history 40] [--context 5] [--form short|hours|tuple] [--config CONFIG.yaml]
-        [--rows train=2000,eval=64,test=600] [--least N] [--seed 0] [--repair broken,unsorted,duplicates]
+        [--rows train=2000,eval=64,test=600] [--turns 1] [--least N] [--seed 0]
+        [--repair broken,unsorted,duplicates]
 
 RECORDS    files or folders: csv of processed check-ins, TSMC2014's text files, or Geolife's Data folder
 --out      gets train.jsonl, eval.jsonl, test.jsonl (rows of format messages with a column user), stays.csv, places.csv
@@ -12,6 +13,8 @@ RECORDS    files or folders: csv of processed check-ins, TSMC2014's text files, 
 --config   the oldest stays are left out of questions that would be longer than data.max_length of this config, counted
            by its model's tokenizer
 --rows     draw so many rows of a split; default: all
+--turns    stays that a row of train.jsonl asks for, one after the other: each is trained on as if it had a row of its
+           own, at a fraction of the tokens; rows of the other files ask for one, as a server does
 --least    stays that a target needs before it; default: one more than --context
 --repair   what is put right instead of stopping: broken and duplicates are left out, unsorted is sorted; all is counted
 
@@ -29,7 +32,8 @@ from olora_ray.data.mobility.prompt import Fits, Template
 from olora_ray.data.mobility.records import Repairs
 
 OPTIONS = (
-    "--format", "--out", "--history", "--context", "--form", "--config", "--rows", "--least", "--seed", "--repair",
+    "--format", "--out", "--history", "--context", "--form", "--config", "--rows", "--turns", "--least", "--seed",
+    "--repair",
 )  # fmt: skip
 
 
@@ -41,6 +45,8 @@ def main(argv: list[str]) -> None:
         raise UserError("arguments RECORDS, --format and --out: needed; --help shows how")
     history, context = whole(options, "--history", 40), whole(options, "--context", 5)
     least, seed = whole(options, "--least", context + 1), whole(options, "--seed", 0)
+    if not (turns := whole(options, "--turns", 1)):
+        raise UserError("argument --turns: a row asks for one stay at least")
     limits = row_limits(options.get("--rows", ""))
     repairs = Repairs([name for name in options.get("--repair", "").split(",") if name])
     settings = {"form": options.get("--form", "short"), "history": history, "context": context}
@@ -49,7 +55,7 @@ def main(argv: list[str]) -> None:
     timed = all(stay.duration is not None for stays in records.people.values() for stay in stays)
     template = Template(**settings, duration=timed and settings["form"] == "tuple")  # type: ignore[arg-type]
     fits = fitting(options["--config"]) if "--config" in options else None
-    selection = rows.select(records.people, least, limits, seed)
+    selection = rows.select(records.people, least, limits, seed, turns)
     if empty := [name for name in rows.SPLITS if not selection.targets[name]]:
         raise UserError(f"argument RECORDS: no row for {empty[0]}.jsonl: nobody has enough stays; see --least")
     print("\n".join([f"read: {plural(len(records), 'stay')} of {len(records.people)} people", *repairs.lines()]))

@@ -12,6 +12,7 @@ from olora_ray.config.load import load
 from olora_ray.data.formats import to_example
 from olora_ray.data.mobility import answer
 from olora_ray.data.mobility.prompt import Template
+from olora_ray.data.mobility.records import numbered
 from olora_ray.data.tokenize import ExampleTokenizer
 from olora_ray.pipeline.base import open_base
 from pipelines.mobility import generate, mat_data, prepare, report
@@ -159,7 +160,11 @@ def test_people_are_put_together_from_their_weeks(tmp_path: Path, capsys: pytest
     with out.open() as opened:
         rows = list(csv.DictReader(opened))
     assert [row["user_id"] for row in rows] == ["0", "0", "0", "1", "2", "2"]
-    assert [row["location_id"] for row in rows] == ["1", "2", "2", "3", "3", "3"]
+    places = numbered({f"{row['latitude']} {row['longitude']}" for row in rows})
+    assert [places[f"{row['latitude']} {row['longitude']}"] for row in rows] == [
+        int(row["location_id"]) for row in rows
+    ]
+    assert [row["latitude"] for row in rows] == ["40.1", "40.2", "40.2", "40.3", "40.3", "40.3"]
     assert (rows[1]["start_day"], rows[1]["start_min"], rows[1]["weekday"]) == ("1", "570", "1")
     assert datetime(2012, 5, 8).weekday() == 1
 

@@ -7,7 +7,8 @@
 
 History and context are the latest stays before the target, so what has no room is cut off at the left, where it is
 oldest, and never at the right, where the question is. `rows.py` writes the training rows with `example`, which is
-`question` and the answer after it; a server calls `question` with the same settings.
+`question` and the answer after it; a server calls `question` with the same settings. A training row may go on: the
+next turns of the chat have a <target> alone, the stay after the one that was asked for.
 """
 
 import json
@@ -63,12 +64,15 @@ class Template:
         """
         return self._messages(past[len(past) - self.room(past, when, fits) :], when)
 
-    def room(self, past: Sequence[Stay], when: When, fits: Fits | None = None) -> int:
-        """The number of stays, the latest of `past`, that the question shows; raises UserError as `question`."""
+    def room(self, past: Sequence[Stay], when: When, fits: Fits | None = None, rest: Sequence[Message] = ()) -> int:
+        """The number of stays, the latest of `past`, that the question shows; raises UserError as `question`.
+
+        With `rest` there must be room for these messages after the question too.
+        """
         shown = min(len(past), self.history + self.context)
 
         def fit(count: int) -> bool:
-            return fits is None or fits(self._messages(past[len(past) - count :], when))
+            return fits is None or fits([*self._messages(past[len(past) - count :], when), *rest])
 
         if fit(shown):
             return shown
@@ -80,9 +84,20 @@ class Template:
             raise UserError("data.max_length: a question without any stay has no room; set a larger one")
         return least
 
-    def example(self, past: Sequence[Stay], target: Stay, fits: Fits | None = None) -> list[Message]:
-        """The question about `target`, and the answer."""
-        return [*self.question(past, target.when, fits), {"role": "assistant", "content": answer.write(target.place)}]
+    def example(self, past: Sequence[Stay], *targets: Stay, fits: Fits | None = None) -> list[Message]:
+        """The question about the first of `targets` and the answer, then the others, each in a turn of its own."""
+        rest = self.turns(targets)
+        shown = self.room(past, targets[0].when, fits, rest[:-1])
+        return [*self._messages(past[len(past) - shown :], targets[0].when), *rest]
+
+    def turns(self, targets: Sequence[Stay]) -> list[Message]:
+        """What follows the question about the first of `targets`: answers, and questions about the others."""
+        found: list[Message] = []
+        for target in targets:
+            if found:
+                found.append({"role": "user", "content": f"<target>: {self._target(target.when)}"})
+            found.append({"role": "assistant", "content": answer.write(target.place)})
+        return found
 
     def save(self, file: Path) -> None:
         """Write the settings, for a server."""

@@ -4,9 +4,10 @@ A record that cannot be used stops the reading with its file and line, before an
 may be put right instead is asked for by name (REPAIRS), counted, and said.
 """
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -64,7 +65,7 @@ class Records:
     people: dict[str, list[Stay]]
     """Name of a person -> stays, oldest first; people in the order of their names, numbers before words."""
     places: dict[str, int]
-    """Name of a place -> its number, by first appearance; empty where the records have numbers."""
+    """Name of a place -> its number (see `numbered`); empty where the records have numbers."""
 
     def __len__(self) -> int:
         return sum(map(len, self.people.values()))
@@ -75,18 +76,26 @@ def collect(named: Iterator[Named], repairs: Repairs) -> Records:
 
     Raises UserError for what is unsorted or there twice, unless that is to be repaired, and if there is nothing.
     """
-    people: dict[str, list[Stay]] = {}
-    places: dict[str, int] = {}
+    found: dict[str, list[tuple[str, Stay]]] = {}
     for person, place, stay in named:
-        if place:
-            number = places.setdefault(place, len(places) + 1)
-            stay = Stay(number, stay.at, stay.when, stay.duration, stay.file, stay.line)
-        people.setdefault(person, []).append(stay)
-    if not people:
+        found.setdefault(person, []).append((place, stay))
+    if not found:
         raise UserError("argument RECORDS: no record is there that can be used")
-    for person in sorted(people, key=_natural):
-        people[person] = _distinct(_ordered(people.pop(person), person, repairs), person, repairs)
+    places = numbered({place for stays in found.values() for place, _ in stays if place})
+    people: dict[str, list[Stay]] = {}
+    for person in sorted(found, key=_natural):
+        stays = [replace(stay, place=places[place]) if place else stay for place, stay in found.pop(person)]
+        people[person] = _distinct(_ordered(stays, person, repairs), person, repairs)
     return Records(people, places)
+
+
+def numbered(names: Collection[str]) -> dict[str, int]:
+    """Numbers from 1 on for places, in an order that says nothing of them.
+
+    By first appearance a place where nobody has been yet would have the next number: whoever counts would know it.
+    """
+    order = sorted(names, key=lambda name: hashlib.blake2b(name.encode(), digest_size=16).digest())
+    return {name: number for number, name in enumerate(order, 1)}
 
 
 def _ordered(stays: list[Stay], person: str, repairs: Repairs) -> list[Stay]:

@@ -33,6 +33,8 @@ class Target:
     person: str
     number: int
     """Of the stay among the person's, from 0."""
+    count: int = 1
+    """So many stays are asked for in one row, from that one on."""
 
 
 @dataclass(frozen=True)
@@ -53,16 +55,27 @@ def split_of(number: int, count: int) -> str:
 
 
 def select(
-    people: Mapping[str, Sequence[Stay]], least: int, limits: Mapping[str, int] | None = None, seed: int = 0
+    people: Mapping[str, Sequence[Stay]],
+    least: int,
+    limits: Mapping[str, int] | None = None,
+    seed: int = 0,
+    turns: int = 1,
 ) -> Selection:
-    """The targets of each split: all stays with at least `least` before them, of a split with a limit so many of them.
+    """The targets of each split: all stays with at least `least` before them, of a split with a limit so many rows.
 
-    Those are drawn by a hash of seed, person and number: the same for any order of the records.
+    Those are drawn by a hash of seed, person and number: the same for any order of the records. A row of train asks for
+    up to `turns` stays, one after the other.
     """
     found: dict[str, list[Target]] = {name: [] for name in SPLITS}
     for person, stays in people.items():
-        for number in range(least, len(stays)):
-            found[split_of(number, len(stays))].append(Target(person, number))
+        splits = [split_of(number, len(stays)) for number in range(len(stays))]
+        ends = {name: len(stays) - splits[::-1].index(name) for name in set(splits)}
+        number = least
+        while number < len(stays):
+            name = splits[number]
+            count = min(turns if name == "train" else 1, ends[name] - number)
+            found[name].append(Target(person, number, count))
+            number += count
     kept = {name: _drawn(targets, (limits or {}).get(name), seed) for name, targets in found.items()}
     return Selection(
         kept,
@@ -108,9 +121,9 @@ def read_stays(folder: Path) -> dict[str, list[Stay]]:
 def _row(records: Records, target: Target, template: Template, fits: Fits | None) -> dict[str, Any]:
     """A row: its messages, and what a report needs to know of it."""
     stays = records.people[target.person]
-    past, asked = stays[: target.number], stays[target.number]
-    shown = template.room(past, asked.when, fits)
-    messages = template.example(past[len(past) - shown :], asked)
+    past, asked = stays[: target.number], stays[target.number : target.number + target.count]
+    shown = template.room(past, asked[0].when, fits, template.turns(asked)[:-1])
+    messages = template.example(past[len(past) - shown :], *asked)
     return {"messages": messages, "user": target.person, "stay": target.number, "shown": shown}
 
 
@@ -135,6 +148,8 @@ def _line(name: str, selection: Selection, cut: int) -> str:
     targets = selection.targets[name]
     people = len({target.person for target in targets})
     parts = [f"{name}: {plural(len(targets), 'row')} of {people} people"]
+    asked = sum(target.count for target in targets)
+    parts += [f"which ask for {asked} stays"] if asked > len(targets) else []
     parts += [f"{left} more were not drawn"] if (left := selection.not_drawn[name]) else []
     parts += [f"of {cut} the oldest stays had no room"] if cut else []
     return ", ".join(parts)

@@ -64,6 +64,34 @@ def test_a_training_row_begins_with_the_tokens_of_the_served_question() -> None:
     assert supervised == '{"prediction": 5}<|im_end|>'
 
 
+def test_further_turns_ask_for_the_stays_that_follow() -> None:
+    spec = helpers.spec()
+    template = Template("hours", 10, 3)
+    targets = [Stay(5, 10**6, WHEN), Stay(7, 10**6 + 60, When(1, 13 * 60)), Stay(9, 10**6 + 600, When(2, 0))]
+    messages = template.example(PAST, *targets)
+    assert messages[:3] == template.example(PAST, targets[0])
+    assert [message["content"] for message in messages[3:]] == [
+        "<target>: Tue 13h",
+        '{"prediction": 7}',
+        "<target>: Wed 0h",
+        '{"prediction": 9}',
+    ]
+    tokens = ExampleTokenizer(spec, 4096)(to_example("messages", {"messages": messages}, {}))[0]
+    answers = helpers.decode(tokens.ids[tokens.supervised])
+    assert answers == "".join(f'{{"prediction": {place}}}<|im_end|>' for place in (5, 7, 9))
+
+
+def test_turns_have_room_too() -> None:
+    spec, template = helpers.spec(), Template("short", 40, 5)
+    targets = [Stay(5 + n, 10**6 + n, WHEN) for n in range(8)]
+    fits = room.fits(spec, 900)
+    asked = template.example(PAST, *targets, fits=fits)
+    assert len(ExampleTokenizer(spec, 900)(Chat(tuple(asked)))[0].ids) <= 900
+    shown = template.room(PAST, WHEN, fits, template.turns(targets)[:-1])
+    assert 0 < shown < template.room(PAST, WHEN, fits)
+    assert asked[:2] == template.question(PAST[-shown:], WHEN)
+
+
 @given(st.integers(0, 40), st.integers(1, 6), st.integers(1, 60), st.integers(0, 900))
 def test_what_is_cut_is_the_oldest_and_as_little_as_needed(history: int, context: int, count: int, budget: int) -> None:
     template = Template("hours", history, context)
@@ -105,7 +133,7 @@ def test_the_room_is_that_of_the_model() -> None:
     template = Template("short", 40, 5)
     for length in (600, 700, 800):
         fits = room.fits(spec, length)
-        asked = template.example(PAST, Stay(5, 10**6, WHEN), fits)
+        asked = template.example(PAST, Stay(5, 10**6, WHEN), fits=fits)
         tokens = ExampleTokenizer(spec, length)(Chat(tuple(asked)))[0]
         longest = {"role": "assistant", "content": json.dumps({"prediction": room.LONGEST_PLACE})}
         assert len(tokens.ids) <= length

@@ -2,6 +2,7 @@
 
 import csv
 from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from olora_ray.common.errors import UserError
 from olora_ray.data.mobility.files import read
-from olora_ray.data.mobility.records import Records, Repairs
+from olora_ray.data.mobility.records import Records, Repairs, numbered
 from olora_ray.data.mobility.stay import Stay, When
 
 HEADER = "id,user_id,location_id,latitude,longitude,start_day,start_min,weekday\n"
@@ -113,14 +114,25 @@ def test_unsorted_records_and_duplicates(tmp_path: Path) -> None:
     assert repairs.lines() == ["1 record unsorted: put in the order of time", "1 record duplicates: left out"]
 
 
+def test_a_places_number_does_not_tell_when_it_was_seen_first(tmp_path: Path) -> None:
+    """Else whoever counts names places where nobody has been yet."""
+    lines = [
+        VENUE.format(venue=f"v{n:03d}", minutes=0, time=f"Tue Apr 03 {n // 60:02d}:{n % 60:02d}:00 +0000 2012")
+        for n in range(200)
+    ]
+    numbers = [stay.place for stay in foursquare(tmp_path, "".join(lines)).people["40"]]
+    assert sorted(numbers) == list(range(1, 201))
+    assert sum(after == before + 1 for before, after in pairwise(numbers)) < 10
+
+
 def test_foursquare_has_local_times_and_numbers_for_venues(tmp_path: Path) -> None:
     first = VENUE.format(venue="b", minutes=-240, time="Tue Apr 03 18:00:09 +0000 2012")
     second = VENUE.format(venue="a", minutes=-240, time="Wed Apr 04 02:30:00 +0000 2012")
     third = VENUE.format(venue="b", minutes=600, time="Wed Apr 04 18:30:00 +0000 2012")
     found = foursquare(tmp_path, first + second + third)
-    assert found.places == {"b": 1, "a": 2}
+    assert found.places == numbered(["a", "b"])
     stays = found.people["40"]
-    assert [stay.place for stay in stays] == [1, 2, 1]
+    assert [stay.place for stay in stays] == [found.places[name] for name in "bab"]
     assert [stay.when for stay in stays] == [When(1, 14 * 60), When(1, 22 * 60 + 30), When(3, 4 * 60 + 30)]
     assert stays[1].at - stays[0].at == 510
 

@@ -38,6 +38,16 @@ def test_every_stay_is_a_target_once_or_counted(sizes: list[int], least: int) ->
     assert found.not_drawn == {"train": 0, "eval": 0, "test": 0}
 
 
+@given(counts, st.integers(0, 8), st.integers(1, 9))
+def test_rows_with_turns_ask_for_the_same_stays(sizes: list[int], least: int, turns: int) -> None:
+    alone, together = rows.select(people(sizes), least), rows.select(people(sizes), least, turns=turns)
+    for name in rows.SPLITS:
+        asked = [(t.person, t.number + n) for t in together.targets[name] for n in range(t.count)]
+        assert asked == [(t.person, t.number) for t in alone.targets[name]]
+        assert all(t.count <= (turns if name == "train" else 1) for t in together.targets[name])
+    assert together.too_early == alone.too_early
+
+
 @given(counts)
 def test_training_lies_before_the_rest_in_time(sizes: list[int]) -> None:
     found = rows.select(people(sizes), 0)
@@ -89,6 +99,16 @@ def test_the_files(tmp_path: Path) -> None:
     assert sorted(before) == ["eval.jsonl", "places.csv", "stays.csv", "template.json", "test.jsonl", "train.jsonl"]
     rows.write(tmp_path, records, selection, template, six)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_a_row_with_turns(tmp_path: Path) -> None:
+    known = people([30])
+    template = Template("short", 6, 3)
+    said = rows.write(tmp_path, Records(known, {}), rows.select(known, 4, turns=5), template, None)
+    assert said[0] == "train: 3 rows of 1 people, which ask for 14 stays"
+    row = json.loads((tmp_path / "train.jsonl").read_text().splitlines()[1])
+    assert (row["stay"], row["shown"]) == (9, 9)
+    assert row["messages"] == template.example(known["0"][:9], *known["0"][9:14])
 
 
 def test_stays_that_are_not_ours_are_refused(tmp_path: Path) -> None:
