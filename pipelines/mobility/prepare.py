@@ -59,6 +59,11 @@ def main(argv: list[str]) -> None:
     if empty := [name for name in rows.SPLITS if not selection.targets[name]]:
         raise UserError(f"argument RECORDS: no row for {empty[0]}.jsonl: nobody has enough stays; see --least")
     print("\n".join([f"read: {plural(len(records), 'stay')} of {len(records.people)} people", *repairs.lines()]))
+    if records.counted():
+        print(
+            "places: numbered as they first appear, so that a model that counts names places where nobody has been yet;"
+            " number them in another order"
+        )
     written = rows.write(Path(options["--out"]), records, selection, template, fits)
     print("\n".join([*written, f"no targets: {selection.too_early} stays with fewer than {least} before them"]))
 

@@ -8,7 +8,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from itertools import accumulate, islice, pairwise
 from pathlib import Path
 
 from olora_ray.common.errors import UserError
@@ -22,6 +22,10 @@ REPAIRS = {
     DUPLICATES: "left out",
 }
 """What may be wrong with a record -> what is done about it where that is asked for."""
+
+
+MANY = 20
+"""Places, of fewer than which the order of their numbers says nothing."""
 
 
 class Broken(ValueError):
@@ -69,6 +73,14 @@ class Records:
 
     def __len__(self) -> int:
         return sum(map(len, self.people.values()))
+
+    def counted(self) -> bool:
+        """Whether most places have the number after all that were there before: new ones can be told by counting."""
+        order = dict.fromkeys(stay.place for stays in self.people.values() for stay in stays)
+        following = sum(
+            place == highest + 1 for place, highest in zip(islice(order, 1, None), accumulate(order, max), strict=False)
+        )
+        return len(order) > MANY and following > len(order) / 2
 
 
 def collect(named: Iterator[Named], repairs: Repairs) -> Records:
