@@ -11,6 +11,7 @@ import pytest
 
 from olora_ray.cluster import ray_internals
 from tests.ray_head import free_port
+from tests.waiting import until
 
 PACKAGE = Path(ray_internals.__file__).parents[1]
 
@@ -59,10 +60,7 @@ def test_a_thread_that_reads_data_is_found(ray_with: Callable[[int], None]) -> N
     next(batches)
     assert ray_internals.reads_data()
     assert list(batches)
-    end = time.monotonic() + 20
-    while ray_internals.reads_data() and time.monotonic() < end:
-        time.sleep(0.1)
-    assert not ray_internals.reads_data()
+    until(lambda: not ray_internals.reads_data())
 
 
 def test_the_loggers_are_those_that_ray_writes_to() -> None:

@@ -11,6 +11,8 @@ from typing import Any
 
 import yaml
 
+from olora_ray.common import copies
+
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
@@ -69,6 +71,19 @@ def make_tiny(folder: Path) -> Path:
     make_corpus(folder / "train.jsonl", 60)
     make_corpus(folder / "eval.jsonl", 7, first=100)
     return folder
+
+
+def on_s3(folder: Path, bucket: str, database: Path) -> dict[str, Any]:
+    """Copy a tiny project into a bucket; the fields that put model, data and storage of a config there."""
+    root = f"{bucket.removesuffix('/runs')}/project"
+    copies.upload(folder, root)
+    data = {"train": [{"path": f"{root}/train.jsonl"}], "eval": [{"path": f"{root}/eval.jsonl"}], "max_length": 64}
+    return {
+        "run__storage": bucket,
+        "model__name": f"{root}/model",
+        "data": data,
+        "tracking": {"uri": f"sqlite:///{database}"},
+    }
 
 
 def settings(folder: Path, model: Path, **changes: Any) -> dict[str, Any]:

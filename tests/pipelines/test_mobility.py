@@ -96,6 +96,7 @@ def test_bad_records_end_before_anything_is_written(
         (["RECORDS", "--format", "checkins", "--out", "OUT", "--history", "many"], "argument --history: expected a"),
         (["RECORDS", "--format", "checkins", "--out", "OUT", "--rows", "dev=3"], "argument --rows: 'dev' is no split"),
         (["RECORDS", "--format", "checkins", "--out", "OUT", "--rows", "eval="], "argument --rows: expected a whole"),
+        (["RECORDS", "--format", "checkins", "--out", "OUT", "--turns", "0"], "argument --turns: a row asks for one"),
         (["RECORDS", "--format", "checkins", "--out", "OUT", "--form", "long"], "argument --form: 'long' is not known"),
         (["RECORDS", "--format", "checkins", "--out", "OUT", "--least", "999"], "no row for train.jsonl"),
         (["RECORDS", "--format", "checkins", "--out", "OUT", "--repair", "x"], "argument --repair: 'x' is not known"),
@@ -109,6 +110,19 @@ def test_arguments_that_cannot_be_are_refused(
         prepare.main([places.get(word, word) for word in arguments])
     assert expected in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_turns_and_places_that_can_be_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Records of somebody else, whose places have the numbers in which they appear."""
+    rows = [f"{n},7,{n + 1},{n // 10},{n % 10 * 60},{n // 10 % 7}" for n in range(60)]
+    file, out = tmp_path / "check_ins.csv", tmp_path / "data"
+    file.write_text("\n".join(["id,user_id,location_id,start_day,start_min,weekday", *rows]) + "\n")
+    prepare.main([str(file), "--format", "checkins", "--out", str(out), "--turns", "10"])
+    said = capsys.readouterr().out
+    assert "places: numbered as they first appear" in said
+    assert "train: 3 rows of 1 people, which ask for 30 stays" in said
+    first = json.loads((out / "train.jsonl").read_text().splitlines()[0])["messages"]
+    assert [message["role"] for message in first] == ["system", *["user", "assistant"] * 10]
 
 
 def test_questions_are_cut_to_the_config(records: Path, tmp_path: Path, tiny_model: Path) -> None:

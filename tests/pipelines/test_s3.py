@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from olora_ray.common import copies, storage
+from olora_ray.common import storage
 from olora_ray.tracking.aliases import Aliases
 from tests.pipelines import project
 from tests.recovery import processes, runs
@@ -57,19 +57,7 @@ def local(tiny_project: Path, tmp_path_factory: pytest.TempPathFactory) -> Clean
 @pytest.fixture
 def remote(bucket: str, tiny_project: Path, tmp_path: Path) -> dict[str, Any]:
     """The fields that put model, data and storage of a config in the bucket."""
-    root = bucket.removesuffix("/runs")
-    copies.upload(tiny_project, f"{root}/project")
-    data = {
-        "train": [{"path": f"{root}/project/train.jsonl"}],
-        "eval": [{"path": f"{root}/project/eval.jsonl"}],
-        "max_length": 64,
-    }
-    return {
-        "run__storage": bucket,
-        "model__name": f"{root}/project/model",
-        "data": data,
-        "tracking": {"uri": f"sqlite:///{tmp_path}/mlflow.db"},
-    }
+    return project.on_s3(tiny_project, bucket, tmp_path / "mlflow.db")
 
 
 def killed_and_resumed(tiny_project: Path, folder: Path, remote: dict[str, Any], fault: Fault) -> str:

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from olora_ray.common import copies, storage
+from olora_ray.common import storage
+from tests.pipelines import project
 from tests.recovery import processes, runs, table
 from tests.recovery.runs import Clean, Fault, Run
 from tests.recovery.test_methods import project_of
@@ -48,18 +49,7 @@ def clean(tiny_project: Path, tmp_path_factory: pytest.TempPathFactory) -> Clean
 
 
 def test_on_an_object_store(bucket: str, clean: Clean, tiny_project: Path, tmp_path: Path) -> None:
-    root = bucket.removesuffix("/runs")
-    copies.upload(tiny_project, f"{root}/project")
-    remote = {
-        "run__storage": bucket,
-        "model__name": f"{root}/project/model",
-        "data": {
-            "train": [{"path": f"{root}/project/train.jsonl"}],
-            "eval": [{"path": f"{root}/project/eval.jsonl"}],
-            "max_length": 64,
-        },
-        "tracking": {"uri": f"sqlite:///{tmp_path}/mlflow.db"},
-    }
+    remote = project.on_s3(tiny_project, bucket, tmp_path / "mlflow.db")
     with processes.scratch() as scratch:
         run = Run(runs.written(tiny_project, tmp_path, **remote), scratch, FIRST, extra={"HOME": str(scratch)})
         loses_a_worker(run)
