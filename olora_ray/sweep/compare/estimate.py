@@ -33,10 +33,15 @@ class Pace:
     side_by_side: int
     """Trainings at the same time."""
     why_not: str = ""
+    curve: float = 0.0
+    """Seconds that a training of the final phase takes more: it is evaluated on its way, one of the tuning is not."""
 
 
-def measured(spec: TrainSpec, size: MemoryEstimate, side_by_side: int) -> Pace:
-    """From one micro-batch forward and backward, on this machine's CPU."""
+def measured(spec: TrainSpec, size: MemoryEstimate, side_by_side: int, eval_every: int) -> Pace:
+    """From one micro-batch forward and backward, on this machine's CPU.
+
+    `spec` is of the tuning; `eval_every` are the steps from one evaluation to the next in the final phase.
+    """
     config = override(spec.config, {"adapter.method": BASELINE})
     elsewhere = os.environ.get("RAY_ADDRESS", "").strip() not in ("", "auto", "local")
     if why := pace.not_measured(size, elsewhere):
@@ -49,19 +54,19 @@ def measured(spec: TrainSpec, size: MemoryEstimate, side_by_side: int) -> Pace:
     steps = total_steps(train, len(spec.train))
     # Forward only, which is a third of forward and backward.
     evaluation = -(-len(spec.eval) // (width * workers)) * once / 3
-    evaluations = -(-steps // train.eval_every) + 1
-    return Pace(START_SECONDS + steps * config.accumulation() * once + evaluations * evaluation, side_by_side)
+    seconds = START_SECONDS + steps * config.accumulation() * once + evaluation
+    return Pace(seconds, side_by_side, curve=-(-steps // eval_every) * evaluation)
 
 
 def of_records(records: Sequence[TrialRecord], before: Pace) -> Pace:
     """From trainings that have run to their end."""
     whole = [record.seconds for record in records if record.status == "finished"]
-    return Pace(sum(whole) / len(whole), before.side_by_side) if whole else before
+    return Pace(sum(whole) / len(whole), before.side_by_side, curve=before.curve) if whole else before
 
 
 def trainings(comparison: Comparison, tried: Sequence[Cell], final: int = 0) -> tuple[int, int]:
     """(likely, at most) trainings that are left, after these of the tuning and so many of the final phase."""
-    arms, left = comparison.arms(), len(comparison.methods) * len(comparison.seeds) - final
+    arms, left = comparison.arms(), _final(comparison, final)
     if final:
         return left, left
     extra = len([each for each in comparison.untuned() if each not in tried and not _on_a_start(comparison, each)])
@@ -76,7 +81,7 @@ def line(comparison: Comparison, found: Pace, tried: Sequence[Cell], final: int 
     count = plural(likely, "training") if likely == most else f"{likely} to {most} trainings"
     if found.seconds is None:
         return f"left to do: {count}, {found.side_by_side} at a time; their time is not estimated: {found.why_not}"
-    low, high = (duration(_seconds(number, found) or 0.0) for number in (likely, most))
+    low, high = (duration(_seconds(number, _final(comparison, final), found) or 0.0) for number in (likely, most))
     times = low if likely == most else f"{low}, at most {high}"
     return f"left to do: {count} of about {duration(found.seconds)}, {found.side_by_side} at a time: about {times}"
 
@@ -85,7 +90,7 @@ def check_budget(
     comparison: Comparison, found: Pace, spent: float, tried: Sequence[Cell], final: int = 0, began: bool = False
 ) -> None:
     """Raise UserError if the comparison likely takes longer than its budget; one that has begun may a little."""
-    seconds = _seconds(trainings(comparison, tried, final)[0], found)
+    seconds = _seconds(trainings(comparison, tried, final)[0], _final(comparison, final), found)
     if comparison.budget is None or seconds is None or spent + seconds <= comparison.budget * (LATE if began else 1.0):
         return
     elsewhere = " under another run.name" if began else ""
@@ -97,10 +102,17 @@ def check_budget(
     )
 
 
-def _seconds(number: int, found: Pace) -> float | None:
+def _final(comparison: Comparison, done: int) -> int:
+    """Trainings of the final phase that are left."""
+    return len(comparison.methods) * len(comparison.seeds) - done
+
+
+def _seconds(number: int, final: int, found: Pace) -> float | None:
+    """Of so many trainings, `final` of them of the final phase."""
     if found.seconds is None:
         return None
-    return math.ceil(number / max(1, found.side_by_side)) * found.seconds
+    at_once = max(1, found.side_by_side)
+    return math.ceil(number / at_once) * found.seconds + math.ceil(final / at_once) * found.curve
 
 
 def _on_a_start(comparison: Comparison, wanted: Cell) -> bool:

@@ -40,6 +40,7 @@ from olora_ray.sweep.compare.spec import FINAL, PhaseSpec, has_begun, shared_pla
 from olora_ray.tracking import mlflow_run as tracking
 from olora_ray.tracking.run import Tracker
 from olora_ray.train.estimate import MemoryEstimate
+from olora_ray.train.loader import total_steps
 
 logger = logging.getLogger(__name__)
 
@@ -115,6 +116,9 @@ class Run:
     def tune(self) -> Tuning:
         """Rounds of trials until every grid is complete."""
         spec = self._tokens(self.rows.config(override(self.config, QUIET), "tuning"))
+        steps = total_steps(spec.config.train, len(spec.train))
+        # The loss after the last step decides, so none is measured on the way: half the time of a training, or more.
+        spec = replace(spec, config=override(spec.config, {"train.eval_every": steps}))
         self._share(spec)
         self._estimate(spec)
         losses: dict[Cell, float] = {}
@@ -198,7 +202,8 @@ class Run:
 
     def _estimate(self, spec: TrainSpec) -> None:
         side_by_side = max(1, search.room(worker_resources(self.config)) // self.config.cluster.min_workers())
-        self._pace = estimate.measured(spec, self.sizes[BASELINE], side_by_side)
+        curve_every = self.config.train.eval_every
+        self._pace = estimate.measured(spec, self.sizes[BASELINE], side_by_side, curve_every)
         logger.info(estimate.line(self.comparison, self._pace, []))
         if not has_begun(self.folder):
             estimate.check_budget(self.comparison, self._pace, 0.0, [])

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -84,6 +85,8 @@ class Cluster:
     last: Loss = loss
     trained: list[dict[str, Any]] = field(default_factory=list)
     """The values of every training that was run."""
+    eval_every: dict[str, set[int]] = field(default_factory=lambda: defaultdict(set))
+    """Name of a phase's folder -> train.eval_every of its trainings."""
     stop_after: int | None = None
     """Trainings after which the driver is killed."""
     reasons: dict[int, str] = field(default_factory=dict)
@@ -111,6 +114,7 @@ class Cluster:
     def _train(self, spec: PhaseSpec, folder: Path, number: int, values: dict[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         config = spec.config(number, spec.space.drawn(number))
+        self.eval_every[Path(spec.folder).name].add(config.train.eval_every)
         reason = self.reasons.pop(number, "")
         last = self.last(config)
         if reason or not math.isfinite(last):
@@ -133,11 +137,22 @@ class Cluster:
         (folder / "trial.json").write_text(json.dumps(asdict(record)))
 
 
+@dataclass
+class Tokens:
+    """Stands for a store of tokens, of which only the size is asked."""
+
+    digest: str = "test"
+    total: int = 400
+
+    def __len__(self) -> int:
+        return self.total
+
+
 def running(monkeypatch: pytest.MonkeyPatch, found: Comparison, cluster: Cluster) -> Run:
     """The work of a comparison without Ray, tokens and models: what is tested is what it asks for and concludes."""
 
     def tokens(self: Run, config: Config) -> Any:
-        store = SimpleNamespace(digest="test", total=400)
+        store = Tokens()
         return comparing.TrainSpec(config, SimpleNamespace(digest="b"), "t", (0,), store, store)  # type: ignore[arg-type]
 
     def share(self: Run, spec: Any) -> None:

@@ -28,6 +28,8 @@ def test_the_line_and_the_budget(tmp_path: Path) -> None:
     assert line(asked, pace, []) == (
         "left to do: 22 to 31 trainings of about 1 min 40 s, 2 at a time: about 18 min 20 s, at most 26 min 40 s"
     )
+    curves = replace(pace, curve=60.0)  # of the eight final trainings, two at a time
+    assert line(asked, curves, []).endswith("about 22 min 20 s, at most 30 min 40 s")
     check_budget(asked, pace, 0.0, [])
     check_budget(replace(asked, budget=1101.0), pace, 0.0, [])
     with pytest.raises(UserError, match=r"--budget: the comparison takes about 18 min 20 s more, and may take"):
@@ -43,5 +45,5 @@ def test_without_a_measurement_the_first_trainings_tell(tmp_path: Path) -> None:
     assert line(asked, unknown, []).endswith("4 at a time; their time is not estimated: it is measured on CPUs only")
     check_budget(asked, unknown, 0.0, [])
     records = [TrialRecord(0, {}, "finished", seconds=50.0), TrialRecord(1, {}, "failed", seconds=2.0)]
-    assert of_records(records, unknown) == Pace(50.0, 4)
+    assert of_records(records, replace(unknown, curve=9.0)) == Pace(50.0, 4, curve=9.0)
     assert of_records(records[1:], unknown) == unknown

@@ -42,6 +42,14 @@ def test_each_method_is_tuned_and_then_compared_with_fresh_seeds(
     assert sorted(path.name for path in folder.iterdir() if path.name != "shared") == ["final", "tuning-1", "tuning-2"]
 
 
+def test_only_the_trainings_that_are_compared_are_evaluated_on_their_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = Cluster()
+    compared(monkeypatch, made.comparison(tmp_path, **{"train.eval_every": made.EVERY}), cluster)
+    assert cluster.eval_every == {"tuning-1": {made.STEPS}, "tuning-2": {made.STEPS}, "final": {made.EVERY}}
+
+
 def test_the_difference_is_that_of_the_losses_with_its_interval(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
