@@ -219,16 +219,18 @@ def token_logger() -> logging.Logger:
     return logging.getLogger("ray._private.authentication.authentication_token_setup")
 
 
-def without_datasets(trainer: Any) -> Any:
-    """The trainer, which starts no process for datasets of Ray's: it is given none.
+def without_helpers(trainer: Any) -> Any:
+    """The trainer, which starts no process for datasets of Ray's, and none that gives back a dead controller's room.
 
-    Ray 2.60, train/v2/api/data_parallel_trainer.py and _internal/callbacks/datasets.py: its DatasetManager is a process
-    with all imports of Ray Data that comes up beside the workers, and takes their time on a machine with few CPUs.
+    Ray 2.60, train/v2/api/data_parallel_trainer.py and _internal/callbacks: both have all imports of Ray Data or
+    Train and come up beside the workers, which takes their time on a machine with few CPUs. No dataset is
+    given, and the driver gives the room back (placement_groups.py), without the dashboard that the helper asks.
     """
     from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
-    callbacks = trainer._create_default_callbacks
-    trainer._create_default_callbacks = lambda: [each for each in callbacks() if not isinstance(each, DatasetsCallback)]
+    callbacks, without = trainer._create_default_callbacks, (DatasetsCallback, PlacementGroupCleanerCallback)
+    trainer._create_default_callbacks = lambda: [each for each in callbacks() if not isinstance(each, without)]
     return trainer
 
 

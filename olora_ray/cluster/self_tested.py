@@ -1,8 +1,20 @@
-"""The self-test of a worker's model, between its start and the first step."""
+"""The self-test of a worker's model, between its start and the first step; once for a run on workers of one kind.
 
+It takes as long as some steps. A worker that resumes from a checkpoint, after a death or an interruption, finds there
+what was tested, and tests again only where something else could compute otherwise: another device, processor, version
+or setting.
+"""
+
+import json
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
+import transformers
+from pydantic import TypeAdapter, ValidationError
+
+from olora_ray.cluster.kind import kind_of
 from olora_ray.cluster.resume import StartingPoint
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.cluster.tested_base import first_sequences, tested
@@ -13,6 +25,11 @@ from olora_ray.tokens.store import Pack
 from olora_ray.train.adapter_test import check_adapters
 from olora_ray.train.loader import Waiting
 from olora_ray.train.loop import train_mode
+from olora_ray.train.self_test_result import SelfTest
+
+logger = logging.getLogger(__name__)
+
+_FOUND = TypeAdapter(SelfTest)
 
 
 def self_tested(
@@ -23,13 +40,55 @@ def self_tested(
     A base that several adapters share is tested once. `waiting` as of StepLoader. Raises UserError with what to set
     instead if the model, or this kind of training of it, is not right.
     """
+    used = what_computes(context, spec)
+    known = passed(start, used)
+    if all(collectives.gather(known is not None)):  # a sharded base needs all of them for a test
+        assert known is not None
+        return replace(start, attention=_adopt(context, start, known))
     problem, name = None, start.attention
     try:
         name = _attention(context, spec, start, first_sequences(spec, waiting))
     except UserError as error:
         problem = str(error)
     collectives.raise_together(problem)  # on other GPUs it may have gone well
+    found = start.trainer.loss.tested
+    assert found is not None
+    start.state.self_test = {"with": used, "found": found.to_json()}
     return replace(start, attention=name)
+
+
+def what_computes(context: WorkerContext, spec: TrainSpec) -> dict[str, str]:
+    """All that decides, beside a run's identity, what a worker's model makes of its data."""
+    model = spec.config.model.model_dump(mode="json", exclude={"name"})
+    return kind_of(context.device) | {
+        "transformers": transformers.__version__,
+        "model": json.dumps(model, sort_keys=True),
+        "strategy": spec.config.cluster.strategy,
+        "recompute": str(spec.recompute),
+    }
+
+
+def passed(start: StartingPoint, used: dict[str, str]) -> SelfTest | None:
+    """What was found before with just this; None if that was something else, or never."""
+    kept: Any = start.state.self_test
+    if not start.resumed or not isinstance(kept, dict) or kept.get("with") != used:
+        return None
+    try:
+        return _FOUND.validate_python(kept.get("found"))
+    except ValidationError:
+        return None
+
+
+def _adopt(context: WorkerContext, start: StartingPoint, known: SelfTest) -> str:
+    """Give the base the attention that has passed, unless another adapter has done so; its name."""
+    loss: Any = start.trainer.loss
+    train_mode(start.trainer.adapted, False)
+    if loss.tested is None:
+        with context.activate(start.trainer.adapted):
+            loss.model.set_attn_implementation(known.attention)
+        loss.given_masks, loss.tested = known.given_masks, known
+        logger.info(f"self-test: passed before on such a worker, with attention={known.attention}")
+    return str(loss.tested.attention)
 
 
 def _attention(context: WorkerContext, spec: TrainSpec, start: StartingPoint, packs: Sequence[Pack]) -> str:

@@ -12,6 +12,7 @@ from olora_ray.cluster import ray_internals
 from olora_ray.cluster.channel import Failure, Resumed
 from olora_ray.cluster.failures import cause, counts
 from olora_ray.cluster.hung import end_hung
+from olora_ray.cluster.placement_groups import free_abandoned
 from olora_ray.cluster.resources import PlacementRequest, free_workers
 from olora_ray.cluster.spec import TrainResult, TrainSpec
 from olora_ray.common.errors import UserError
@@ -128,6 +129,7 @@ class Attempts:
         free, since, told = -1, time.monotonic(), False
         with PlacementRequest(self.worker, fewest, after=3 * SETTLE) as request:
             while True:
+                free_abandoned()
                 if (now := min(free_workers(self.worker), most)) != free:
                     free, since = now, time.monotonic()
                 if free == most or (free >= fewest and time.monotonic() - since >= SETTLE):
@@ -178,6 +180,8 @@ class Attempts:
         most = self.spec.config.cluster.max_workers()
         missing = most - (self._trainers.workers if self.changing else self.workers or most)
         quiet = self._running and not self._asked  # else what is free is about to be taken
+        if missing and quiet:
+            free_abandoned()
         room = min(missing, free_workers(self.worker)) if missing and quiet else 0
         if room and self._room:  # twice in a row: others may use what is free for a moment
             if self.changing:

@@ -10,7 +10,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from olora_ray.cluster import address, preflight, ray_internals, setup_hook, token
+from olora_ray.cluster import address, preflight, ray_internals, token
 from olora_ray.cluster.quiet import quiet_ray
 from olora_ray.common.errors import UserError
 from olora_ray.common.quiet import ENVIRONMENT
@@ -64,16 +64,16 @@ def _let_ray_data_end() -> None:
 
 def _init(found: str) -> None:
     """Join the Ray at an address, or start one; raises UserError if the former does not let us in."""
-    environment = {"env_vars": ENVIRONMENT, "worker_process_setup_hook": setup_hook.NAME}
+    environment = {"env_vars": ENVIRONMENT}
     shared: dict[str, Any] = {"logging_level": logging.WARNING, "runtime_env": environment}
     if found == address.OWN:
         token.make_own()
         # It would start a process for each CPU and wait for all of them, and then use none: what runs here has an
         # environment of its own.
         os.environ.setdefault(_PRESTART, "0")
-        # Ray Train frees the resources of a stopped run through the dashboard's State API. The dashboard can
-        # start jobs, so it must answer this machine only.
-        ray.init(address=found, dashboard_host="127.0.0.1", **shared)
+        # Ten processes, which take six seconds of a processor to start, and could start jobs for whoever asks them.
+        # Who wants to look at it starts Ray themselves.
+        ray.init(address=found, include_dashboard=False, **shared)
         return
     token.join(found, address.PATIENCE)
     try:

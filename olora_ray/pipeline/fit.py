@@ -125,7 +125,7 @@ def trainer(spec: TrainSpec, folder: RunFolder, worker: Mapping[str, float], cha
             logging_config=ray_train.LoggingConfig(log_level="WARNING"),
         ),
     )
-    return ray_internals.without_datasets(made)
+    return ray_internals.without_helpers(made)
 
 
 def _fit(

@@ -12,6 +12,7 @@ import ray
 from ray.exceptions import RayActorError
 
 from olora_ray.cluster import ray_internals
+from olora_ray.cluster.placement_groups import free_abandoned
 from olora_ray.cluster.spec import LEFT, TrainResult
 from olora_ray.common.errors import TryAgain
 
@@ -81,8 +82,9 @@ class Trainers:
             self.channel.request_stop.remote("training has ended")
             wait(every, ENDING)
         if any(not one.done() for one in every):
-            ray_internals.end_train_controllers()  # and with them what they have reserved
+            ray_internals.end_train_controllers()
             wait(every, ENDING)
+            free_abandoned()  # what they had reserved
 
     def _start(self, workers: int, spare: bool) -> None:
         group = WorkerGroup(workers, self.attempt, self._named, spare)

@@ -1,6 +1,7 @@
 """State of a run: all that resuming needs beside the tensors of adapter and optimizer."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass
@@ -24,6 +25,8 @@ class TrainState:
     """Every metric logged so far, one row per step, `step` among the columns."""
     kinds: list[dict[str, str]] = field(default_factory=list)
     """The kinds of the workers that have trained last (cluster/kind.py)."""
+    self_test: dict[str, Any] | None = None
+    """What the self-test of the model has found, and with what (cluster/self_tested.py)."""
     before: list[list[int]] | None = None
     """Answers to held-out prompts before training, as token ids; None until they were made."""
 

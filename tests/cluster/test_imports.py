@@ -15,7 +15,6 @@ TORCH = ("torch", "transformers", "peft", "mlflow", "datasets", "sklearn")
     [
         ("entry script", "pipelines.finetune", ("ray", "pandas", *TORCH)),
         ("first look at the data", "olora_ray.pipeline.first_look", ("ray", "pandas", *TORCH)),
-        ("setup of each of Ray's processes", "olora_ray.cluster.setup_hook", ("ray.train", "ray.data", *TORCH)),
         ("channel", "olora_ray.cluster.channel", ("ray.train", "ray.data", "pandas", *TORCH)),
         (
             "Train's controller",

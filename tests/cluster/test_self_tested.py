@@ -1,20 +1,26 @@
 """The self-test of a group of workers: what fails on one of them ends all, with its line."""
 
 import contextlib
+import json
 from collections.abc import Callable
+from dataclasses import asdict
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+import pytest
 import torch.distributed as dist
 
 from olora_ray.cluster.resume import StartingPoint
+from olora_ray.cluster import self_tested as module
 from olora_ray.cluster.self_tested import self_tested
 from olora_ray.common import collectives
 from olora_ray.common.errors import UserError
 from olora_ray.train.state import TrainState
 from tests import tiny
 from tests.crew import Crew
+
+CONTEXT: Any = SimpleNamespace(activate=lambda adapted: contextlib.nullcontext(), device=torch.device("cpu"))
 
 
 def _tested(wrong: int | None) -> tuple[str, list[int]]:
@@ -24,9 +30,8 @@ def _tested(wrong: int | None) -> tuple[str, list[int]]:
     if dist.get_rank() == wrong:
         trainer.flat.vector[3] = 0.5
     start = StartingPoint(trainer, "segments", TrainState(), None, resumed=False)
-    context: Any = SimpleNamespace(activate=lambda adapted: contextlib.nullcontext(), device=torch.device("cpu"))
-    spec: Any = SimpleNamespace(config=settings, train=tiny.store(3))
-    found = self_tested(context, spec, start)
+    spec: Any = SimpleNamespace(config=settings, train=tiny.store(3), recompute=False)
+    found = self_tested(CONTEXT, spec, start)
     return found.attention, collectives.gather(dist.get_rank())
 
 
@@ -41,3 +46,62 @@ def test_what_fails_on_one_worker_ends_all_with_its_line(crew: Callable[[int], C
         assert "with untrained adapters differs by" in str(errors[0])
         assert str(errors[0]) == str(errors[1])
     assert crew(2).run(collectives.rank) == [0, 1], "nobody waits for another"
+
+
+def _resumed(monkeypatch: pytest.MonkeyPatch, state: TrainState, **settings: Any) -> tuple[StartingPoint, list[str]]:
+    """A worker that resumes with this state, as a checkpoint keeps it; and the tests that it does."""
+    done: list[str] = []
+    test = module._attention
+    monkeypatch.setattr(module, "_attention", lambda *given: done.append("tested") or test(*given))
+    config = tiny.config(**settings)
+    state = TrainState(**json.loads(json.dumps(asdict(state))))
+    start = StartingPoint(tiny.trainer(config), "eager", state, None, resumed=state.self_test is not None)
+    recompute = config.train.activation_checkpointing is True
+    spec: Any = SimpleNamespace(config=config, train=tiny.store(3), recompute=recompute)
+    return self_tested(CONTEXT, spec, start), done
+
+
+def test_what_has_passed_is_not_tested_again_by_a_worker_that_resumes(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, done = _resumed(monkeypatch, TrainState())
+    assert done == ["tested"]
+    again, done = _resumed(monkeypatch, first.state)
+    assert done == []
+    before, after = first.trainer.loss, again.trainer.loss
+    assert again.attention == first.attention == "segments"
+    model: Any = after.model
+    assert model.config._attn_implementation == "segments", "and not the one that it was loaded with"
+    assert after.tested == before.tested
+    assert after.given_masks == before.given_masks
+    assert not any(layer.training for layer in again.trainer.adapted.values())
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"model__attention": "sdpa"},
+        {"model__dtype": "bfloat16"},
+        {"train__activation_checkpointing": True},
+        {"cluster__strategy": "fsdp"},
+    ],
+)
+def test_other_settings_are_tested_again(monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any]) -> None:
+    first, _ = _resumed(monkeypatch, TrainState())
+    assert _resumed(monkeypatch, first.state, **changed)[1] == ["tested"]
+
+
+@pytest.mark.parametrize("what", ["device", "processor", "threads", "torch", "transformers"])
+def test_another_worker_or_version_tests_again(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    first, _ = _resumed(monkeypatch, TrainState())
+    assert first.state.self_test is not None
+    first.state.self_test["with"][what] = "another"
+    again, done = _resumed(monkeypatch, first.state)
+    assert done == ["tested"]
+    assert again.state.self_test is not None
+    assert again.state.self_test["with"][what] != "another"
+
+
+def test_what_cannot_be_read_is_tested_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, _ = _resumed(monkeypatch, TrainState())
+    assert first.state.self_test is not None
+    for damaged in ({**first.state.self_test, "found": {"attention": 3}}, {"with": {}}, {"found": None}):
+        assert _resumed(monkeypatch, TrainState(self_test=damaged))[1] == ["tested"]

@@ -1,4 +1,4 @@
-"""A Ray of our own is not open to others, nor mixed up with theirs; one that is joined gets its token or says no."""
+"""A Ray of our own has no dashboard, and is not mixed up with others'; one that is joined gets its token or says no."""
 
 import os
 import re
@@ -17,26 +17,27 @@ pytestmark = pytest.mark.ray
 SCRIPT = """
 from olora_ray.common.quiet import quiet_environment
 quiet_environment()
-import ray, requests, sys
+import ray, sys
+from olora_ray.cluster import ray_internals
 from olora_ray.config import command_line
 from olora_ray.pipeline.connection import connect
 from tests import tiny
 
 class Actor:
     def look(self):
-        import os
-        from ray.util.state import get_actor
-        own = ray.get_runtime_context()
-        return os.environ["RAY_ADDRESS"], get_actor(own.get_actor_id(), timeout=30).state
+        return ray.get_runtime_context().gcs_address
 
 def main(argv):
     with connect(tiny.config()):
         own = ray.get_runtime_context().gcs_address
         page = ray._private.worker.global_worker.node.address_info["webui_url"]
-        print("page", page, requests.get(f"http://{page}/api/jobs/", timeout=10).status_code)
+        try:
+            print("page", repr(page), "open to", ray_internals.version_at(own, None, timeout=30))
+        except PermissionError:
+            print("page", repr(page), "asks for a token")
         actor = ray.remote(num_cpus=0)(Actor).remote()
-        address, state = ray.get(actor.look.remote(), timeout=60)
-        print("own", own, address == own, state, flush=True)
+        address = ray.get(actor.look.remote(), timeout=60)
+        print("own", own, address == own, flush=True)
         if argv:
             print("ready", flush=True)
             sys.stdin.readline()
@@ -63,12 +64,11 @@ def home() -> Iterator[Path]:
         yield folder
 
 
-def test_a_local_dashboard_answers_this_machine_only_and_asks_for_a_token(home: Path) -> None:
+def test_a_ray_of_our_own_has_no_dashboard_and_asks_for_a_token(home: Path) -> None:
     done = connected(environment(home))
     assert done.returncode == 0, done.stdout + done.stderr
     [page] = [line for line in done.stdout.splitlines() if line.startswith("page ")]
-    assert page.startswith("page 127.0.0.1:")
-    assert page.endswith(" 401")
+    assert page == "page '' asks for a token"
     token = home / ".ray" / "auth_token"
     assert token.read_text() not in done.stdout + done.stderr
     assert token.stat().st_mode & 0o077 == 0
@@ -95,7 +95,7 @@ def test_beside_another_programs_ray_a_run_has_its_own_and_its_processes_know_it
         for lines in (second.stdout.splitlines(), before)
     )
     assert ours[1] != theirs[1]
-    assert ours[2:] == theirs[2:] == ["True", "ALIVE"]
+    assert ours[2:] == theirs[2:] == ["True"]
 
 
 def test_a_head_with_a_token_is_joined_or_refused_in_one_line(home: Path) -> None:
@@ -104,9 +104,7 @@ def test_a_head_with_a_token_is_joined_or_refused_in_one_line(home: Path) -> Non
     there = {**environment(home), "RAY_ADDRESS": f"127.0.0.1:{head.port}"}
     done = connected({**there, "RAY_AUTH_TOKEN_PATH": str(home / "ray_token")})
     assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(
-        rf"^own \S+:{head.port} True ALIVE$", done.stdout, re.MULTILINE
-    )  # Ray may name 127.0.0.1 otherwise
+    assert re.search(rf"^own \S+:{head.port} True$", done.stdout, re.MULTILINE)  # Ray may name 127.0.0.1 otherwise
     for change, problem in (
         ({}, "asks for a token, and there is none in "),
         ({"RAY_AUTH_TOKEN": "another"}, "does not take the token of RAY_AUTH_TOKEN"),

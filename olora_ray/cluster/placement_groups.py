@@ -1,7 +1,8 @@
-"""Abandoned placement groups of a search, given back: those whose Train controller has died.
+"""Placement groups whose Train controller has died, given back.
 
-Train frees them with a cleaner that asks the dashboard's State API, which may be missing or confused; Ray
-itself frees them only when the whole job ends. A search would wait for their resources for ever.
+Ray itself frees them only when the whole job ends, so whoever waits for room would wait for ever. Train has a process
+of its own for it beside each controller, which asks the dashboard: slow to start, and blind where no dashboard
+runs. Our trainers go without (ray_internals.without_helpers), and the driver does it.
 """
 
 from olora_ray.cluster import ray_internals
