@@ -7,12 +7,12 @@ from dataclasses import asdict
 from types import SimpleNamespace
 from typing import Any
 
-import torch
 import pytest
+import torch
 import torch.distributed as dist
 
-from olora_ray.cluster.resume import StartingPoint
 from olora_ray.cluster import self_tested as module
+from olora_ray.cluster.resume import StartingPoint
 from olora_ray.cluster.self_tested import self_tested
 from olora_ray.common import collectives
 from olora_ray.common.errors import UserError
