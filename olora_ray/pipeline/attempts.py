@@ -35,6 +35,8 @@ SETTLE = 3.0
 """Seconds for which the room for workers must stay as it is: ended workers give theirs back one by one."""
 JOINED = 10.0
 """Seconds between two looks for room at most, where more workers cost the others nothing."""
+AGAIN = 2.0
+"""The same after a look that has found some."""
 DESERTED = 45.0
 """Seconds after the loss of the last worker in which Ray has to bring others."""
 RESIZE = "the cluster has grown"
@@ -169,10 +171,16 @@ class Attempts:
             self._ask("the preparation of the training data has failed")
         if self.progress.total is None:
             self.progress.set_total(self.schedule.total())
-        interval = self.spec.config.cluster.resize_interval
-        if time.monotonic() - self._looked >= (min(interval, JOINED) if self.changing else interval) / 2:
+        if time.monotonic() - self._looked >= self._pause():
             self._looked = time.monotonic()
             self._grow()
+
+    def _pause(self) -> float:
+        """Seconds from one look for room to the next."""
+        interval = self.spec.config.cluster.resize_interval
+        if not self.changing:
+            return interval / 2
+        return min(interval, AGAIN if self._room else JOINED) / 2
 
     def _grow(self) -> None:
         """Ask the workers to end if more of them fit: the next group resumes where they were."""

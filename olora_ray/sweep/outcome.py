@@ -17,6 +17,7 @@ from olora_ray.sweep.progress import Progress
 from olora_ray.sweep.record import SearchRecord, TrialRecord
 from olora_ray.sweep.report import leaderboard, write
 from olora_ray.sweep.spec import SweepSpec, trial_name
+from olora_ray.sweep.trial_spec import trial_spec
 from olora_ray.tracking.run import Tracker
 from olora_ray.train import checkpoints
 
@@ -96,7 +97,7 @@ def register(sweep_spec: SweepSpec, found: SearchRecord) -> int:
     trial = override(
         sweep_spec.train_spec.config, {**best.params, "run.name": f"{sweep_spec.name}-{trial_name(best.number)}"}
     )
-    spec = replace(sweep_spec.train_spec, config=trial)
+    spec = trial_spec(sweep_spec, trial)
     folder = RunFolder(trial, best.folder)
     result = fit.finished_training(spec, folder) or _stopped(folder)
     with mlflow_run.tracked(spec, folder, sweep_spec.parent) as tracker:

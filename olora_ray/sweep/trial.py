@@ -15,14 +15,13 @@ from olora_ray.common import logs, storage
 from olora_ray.common.errors import Stopped, UserError
 from olora_ray.model import load
 from olora_ray.pipeline import fit, mlflow_run
-from olora_ray.pipeline.base import open_base
 from olora_ray.pipeline.monitor import OnRow
-from olora_ray.pipeline.prepare import prepare_tokens
 from olora_ray.pipeline.signals import Stop
 from olora_ray.pipeline.trainers import WorkerGroup
 from olora_ray.sweep import trial_file
 from olora_ray.sweep.record import Status, TrialRecord
 from olora_ray.sweep.spec import SweepSpec, trial_place
+from olora_ray.sweep.trial_spec import trial_spec
 from olora_ray.tokens.prepare import CompleteStore
 from olora_ray.tracking.run import Tracker
 from olora_ray.train.checkpoints import copy_from
@@ -108,7 +107,7 @@ class TrialRun:
         self._items.put(ended)
 
     def _train(self) -> None:
-        spec = self._train_spec()
+        spec = trial_spec(self.sweep_spec, self.config, cpus_held=ray.cluster_resources().get("CPU", 0.0))
         self.total = self.sweep_spec.steps(self.config, spec.train)
         self._file.record = replace(self._file.record, total=self.total)
         with (
@@ -135,14 +134,6 @@ class TrialRun:
             return shared_base.train_on(self.sweep_spec.shared_bases, spec, self.folder.checkpoints, channel)
 
         return fit_on
-
-    def _train_spec(self) -> TrainSpec:
-        config, sweep_spec = self.config, self.sweep_spec
-        if sweep_spec.shares_data():
-            return sweep_spec.spec_of(config)
-        held = ray.cluster_resources().get("CPU", 0.0)  # by other trials
-        spec, _ = prepare_tokens(config, open_base(config), wait=True, cpus_held=held)
-        return spec
 
     def _on_row(self, step: int, row: dict[str, float]) -> None:
         if step and "train/loss" in row:

@@ -141,6 +141,15 @@ def test_the_same_command_again_trains_nothing(searched: tuple[Path, str], tiny_
     assert said[1] in again.stdout
 
 
+@pytest.mark.slow
+def test_the_best_of_trials_with_tokens_of_their_own_is_registered(corpus: Path, tiny_model: Path) -> None:
+    """The search itself has other tokens than any of its trials."""
+    space = {"search": {"data.max_length": {"grid": [48, 64]}}, "searcher": "grid", "scheduler": {"kind": "none"}}
+    done = sweep(*write(corpus, tiny_model, space, data__max_length=96), "--register")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"registered: small version 1 .*, trial [01]$", done.stdout, re.MULTILINE)
+
+
 def test_a_search_of_other_settings_is_refused(searched: tuple[Path, str]) -> None:
     project_folder = searched[0].parents[1]
     other = sweep(str(project_folder / "config.yaml"), str(project_folder / "space.yaml"), "train.weight_decay=0.1")
