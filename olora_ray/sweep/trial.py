@@ -74,6 +74,7 @@ class TrialRun:
     def next(self) -> Measured | Ended:
         """Wait for the next evaluation or the end; starts the training."""
         if self._thread is None:
+            self._file.begin()
             self._thread = threading.Thread(target=self._work, name="trial", daemon=True)
             self._thread.start()
         return self._items.get()

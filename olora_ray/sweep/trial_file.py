@@ -20,7 +20,11 @@ class TrialFile:
     """Writes the record of one trial, from the trial's process."""
 
     def __init__(self, place: str, record: TrialRecord, mode: Mode) -> None:
-        """`record` has what is known at the start; seconds of earlier attempts are taken over from the file."""
+        """`record` has what is known at the start; seconds of earlier attempts are taken over from the file.
+
+        Nothing is written before the trial begins: Tune starts a process for it, and runs it in another one that is free
+        earlier; the process that comes late would write over what the trial has come to.
+        """
         self.place, self.mode = storage.join(place, FILE), mode
         self._began = time.monotonic()
         self._previous = read(place)
@@ -28,6 +32,9 @@ class TrialFile:
         if self._previous and self._previous.first_step is not None:
             record = replace(record, first_step=self._previous.first_step)
         self.record = record
+
+    def begin(self) -> None:
+        """The trial begins, or goes on."""
         self._write()
 
     def resume_from(self, step: int, other: TrialRecord | None = None) -> None:

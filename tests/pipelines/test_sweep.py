@@ -283,7 +283,7 @@ def test_a_search_whose_driver_is_killed_resumes(corpus: Path, tiny_model: Path,
     assert again.returncode == 0, again.stdout + again.stderr
     found = {f"trial-{number:03d}": trial for number, trial in records(folder).items()}
     assert sorted(found) == [f"trial-{number:03d}" for number in range(7)]
-    assert {trial["status"] for trial in found.values()} <= {"finished", "failed"}
+    assert {trial["status"] for trial in found.values()} <= {"finished", "failed"}, again.stdout
     for name, trial in ended.items():
         assert found[name]["curve"] == trial["curve"]
         assert found[name]["params"] == trial["params"]

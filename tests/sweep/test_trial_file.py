@@ -63,7 +63,20 @@ def test_a_trial_that_takes_over_another_has_its_values(tmp_path: Path) -> None:
     assert second.record.value == 0.9
 
 
+def test_a_process_that_comes_late_leaves_the_record_as_it_is(tmp_path: Path) -> None:
+    """Tune runs a trial in a process that is free before the one that it has started for it."""
+    kept = trial_file.TrialFile(str(tmp_path), record(), "min")
+    kept.begin()
+    kept.ended("failed", "step 2: the loss is not finite")
+    late = trial_file.TrialFile(str(tmp_path), record(), "min")
+    assert trial_file.read(str(tmp_path)) == kept.record
+    late.begin()
+    found = trial_file.read(str(tmp_path))
+    assert found is not None
+    assert found.status == "unfinished"
+
+
 def test_a_damaged_record_counts_as_missing(tmp_path: Path) -> None:
-    trial_file.TrialFile(str(tmp_path), record(), "min")
+    trial_file.TrialFile(str(tmp_path), record(), "min").begin()
     (tmp_path / trial_file.FILE).write_text('{"number": 1}')
     assert trial_file.read(str(tmp_path)) is None

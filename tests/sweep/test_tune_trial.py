@@ -41,6 +41,8 @@ def test_the_next_trial_takes_over_with_a_record_of_its_own(tmp_path: Path) -> N
     assert trial.reset_config({NUMBER: 2, "train.lr": 2e-3})
     assert trial.last == {}
     assert first._stop.asked, "its workers would train on"
+    for run in (first, trial.trial_run):
+        run._file.begin()
     found = read_all(str(tmp_path / "search"))
     assert {number: record.params["train.lr"] for number, record in found.items()} == {0: 1e-3, 2: 2e-3}
     assert trial.trial_run.config.train.lr == 2e-3
