@@ -22,8 +22,8 @@ class TrialFile:
     def __init__(self, place: str, record: TrialRecord, mode: Mode) -> None:
         """`record` has what is known at the start; seconds of earlier attempts are taken over from the file.
 
-        Nothing is written before the trial begins: Tune starts a process for it, and runs it in another one that is free
-        earlier; the process that comes late would write over what the trial has come to.
+        Nothing is written before the trial begins: Tune starts a process for it, and runs it in another one that is
+        free earlier; the process that comes late would write over what the trial has come to.
         """
         self.place, self.mode = storage.join(place, FILE), mode
         self._began = time.monotonic()
