@@ -60,6 +60,7 @@ def measure(folder: Path, rows: int, files: int, sequences: int) -> list[tuple[s
     os.environ["TMPDIR"] = str(folder / "temporary")
     Path(os.environ["TMPDIR"]).mkdir()
     write_files(folder / "corpus", files)
+    write_files(folder / "few" / "corpus", files)  # whose scans are not kept yet: they will say that there are few rows
     first = alone(plan_it, folder, rows, files)
     shards = int(first.found["shards"])
     look = alone(plan_it, folder, rows, files)
@@ -131,7 +132,7 @@ def resident(field: str) -> int:
 
 def write_files(folder: Path, files: int) -> None:
     """Files that nobody has changed for an hour."""
-    folder.mkdir()
+    folder.mkdir(parents=True)
     at = time.time() - 3600
     for number in range(files):
         path = folder / f"{number:05d}.jsonl"
@@ -196,7 +197,7 @@ def write_shards(folder: Path, shards: int) -> None:
     content = file_bytes(shard.table())
     sidecar = seal(shard.sidecar(content))
     assert json.loads(sidecar)["sha256"] == digest_bytes(content)
-    folder.mkdir()
+    folder.mkdir(parents=True)
     at = time.time() - 3600
     for number in range(shards):
         (folder / shard_name(number)).write_bytes(content)
@@ -253,7 +254,7 @@ def reject(folder: Path, rows: int, files: int) -> dict[str, float]:
     """The rejected rows of all shards, as they come in, and the file of them; the plan is a small one."""
     from olora_ray.tokens.rejected import RejectedRows
 
-    found = RejectedRows(made(folder, files * UNIT_ROWS, files))
+    found = RejectedRows(made(folder / "few", files * UNIT_ROWS, files))
     total = int(rows * WRITTEN["rejected"])
     entry = {"source": 0, "file": "/data/corpus/00000.jsonl", "reason": "too_long", "message": "4711 tokens"}
     for number, start in enumerate(range(0, total, 400)):

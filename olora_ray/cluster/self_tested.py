@@ -1,8 +1,8 @@
-"""The self-test of a worker's model, between its start and the first step; once for a run on workers of one kind.
+"""The self-test of a worker's model, between its start and the first step; not again where it has passed before.
 
-It takes as long as some steps. A worker that resumes from a checkpoint, after a death or an interruption, finds there
-what was tested, and tests again only where something else could compute otherwise: another device, processor, version
-or setting.
+It takes as long as some steps. What was found with the same model, data, adapter and settings, on such a device and
+processor and by the same versions, stands in the checkpoint from which a worker resumes, and is kept on the node
+for the next run. Anything else could compute otherwise, and is tested.
 """
 
 import json
@@ -19,7 +19,7 @@ from olora_ray.cluster.resume import StartingPoint
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.cluster.tested_base import first_sequences, tested
 from olora_ray.cluster.worker_context import WorkerContext
-from olora_ray.common import collectives
+from olora_ray.common import collectives, kept
 from olora_ray.common.errors import UserError
 from olora_ray.tokens.store import Pack
 from olora_ray.train.adapter_test import check_adapters
@@ -41,7 +41,8 @@ def self_tested(
     instead if the model, or this kind of training of it, is not right.
     """
     used = what_computes(context, spec)
-    known = passed(start, used)
+    place = _place(spec, used)
+    known = passed(start, used) or _kept(place)
     if all(collectives.gather(known is not None)):  # a sharded base needs all of them for a test
         assert known is not None
         return replace(start, attention=_adopt(context, start, known))
@@ -54,6 +55,8 @@ def self_tested(
     found = start.trainer.loss.tested
     assert found is not None
     start.state.self_test = {"with": used, "found": found.to_json()}
+    if place is not None:
+        kept.keep(place, json.dumps(found.to_json()))
     return replace(start, attention=name)
 
 
@@ -69,12 +72,28 @@ def what_computes(context: WorkerContext, spec: TrainSpec) -> dict[str, str]:
 
 
 def passed(start: StartingPoint, used: dict[str, str]) -> SelfTest | None:
-    """What was found before with just this; None if that was something else, or never."""
-    kept: Any = start.state.self_test
-    if not start.resumed or not isinstance(kept, dict) or kept.get("with") != used:
+    """What a checkpoint says was found with just this; None if that was something else, or never."""
+    noted: Any = start.state.self_test
+    if not start.resumed or not isinstance(noted, dict) or noted.get("with") != used:
         return None
     try:
-        return _FOUND.validate_python(kept.get("found"))
+        return _FOUND.validate_python(noted.get("found"))
+    except ValidationError:
+        return None
+
+
+def _place(spec: TrainSpec, used: dict[str, str]) -> str | None:
+    """The file of this node that keeps what was found; None for a model of which it is not known which it is."""
+    if not spec.base.digest:
+        return None
+    return kept.place("self-tests", *(json.dumps(part, sort_keys=True) for part in (used, spec.identity())))
+
+
+def _kept(place: str | None) -> SelfTest | None:
+    """What an earlier run on this node has found."""
+    text = kept.read(place) if place is not None else None
+    try:
+        return None if text is None else _FOUND.validate_json(text)
     except ValidationError:
         return None
 
@@ -87,7 +106,7 @@ def _adopt(context: WorkerContext, start: StartingPoint, known: SelfTest) -> str
         with context.activate(start.trainer.adapted):
             loss.model.set_attn_implementation(known.attention)
         loss.given_masks, loss.tested = known.given_masks, known
-        logger.info(f"self-test: passed before on such a worker, with attention={known.attention}")
+        logger.info(f"self-test: has passed before, with attention={known.attention}")
     return str(loss.tested.attention)
 
 

@@ -12,6 +12,7 @@ from typing import Literal
 
 import numpy as np
 
+from olora_ray.common import freed_memory
 from olora_ray.common.digests import digest_json
 from olora_ray.common.errors import UserError
 from olora_ray.config.evaluation import AnyConfig
@@ -158,16 +159,19 @@ def make_plan(config: AnyConfig, spec: TokenizerSpec, split: Split, scan: Scanne
         if low == high:
             raise UserError(f"{setting}.{number}.path: {sources[number].path} is empty: it has no rows")
     table, weights = layout.joined(units), [source.weight for source in sources]
+    freed_memory.give_back()  # of a billion rows, the scans of the files take as much as all the rest
     if split == "train":
         pieces = layout.mixed(table, borders, weights, config.run.seed)
     else:
         pieces = layout.in_turn(table, borders, weights)
+    shards = _shards(pieces)
+    freed_memory.give_back()
     return Plan(
         split=split,
         spec=spec,
         sources=sources,
         files=tuple(files),
-        shards=_shards(pieces),
+        shards=shards,
         max_length=config.data.max_length,
         packing=spec.packing(config.data.packing),
         seed=config.run.seed,
@@ -192,10 +196,20 @@ def _planned(
 def _shards(pieces: Pieces) -> Shards:
     """Consecutive pieces, cut by rows and bytes into shards of about equal size."""
     rows, size = pieces.rows, pieces.sizes
-    wanted = float(np.clip(rows.sum() / SHARDS_WANTED, *SHARD_ROWS))
-    count = max(1, round(float(max(rows.sum() / wanted, size.sum() / SHARD_BYTES))))
-    cost = np.maximum(rows / rows.sum(), size / max(size.sum(), 1.0))
-    shard = np.minimum((np.cumsum(cost) - cost / 2) / cost.sum() * count, count - 1).astype(int)
+    all_rows, all_bytes = rows.sum(), size.sum()
+    wanted = float(np.clip(all_rows / SHARDS_WANTED, *SHARD_ROWS))
+    count = max(1, round(float(max(all_rows / wanted, all_bytes / SHARD_BYTES))))
+    # In place: of a billion rows each array takes 31 MB.
+    rows /= all_rows
+    size /= max(all_bytes, 1.0)
+    cost = np.maximum(rows, size, out=rows)
+    del size
+    middle, whole = np.cumsum(cost), cost.sum()
+    cost /= 2
+    middle -= cost
+    middle /= whole
+    middle *= count
+    shard = np.minimum(middle, count - 1, out=middle).astype(int)
     return Shards(pieces, np.array([0, *(np.flatnonzero(np.diff(shard)) + 1).tolist(), len(pieces)]))
 
 

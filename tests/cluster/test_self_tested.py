@@ -4,6 +4,7 @@ import contextlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,13 +15,22 @@ import torch.distributed as dist
 from olora_ray.cluster import self_tested as module
 from olora_ray.cluster.resume import StartingPoint
 from olora_ray.cluster.self_tested import self_tested
-from olora_ray.common import collectives
+from olora_ray.cluster.spec import TrainSpec
+from olora_ray.common import collectives, copies, kept
 from olora_ray.common.errors import UserError
+from olora_ray.config.schema import Config
+from olora_ray.model.source import BaseModel
 from olora_ray.train.state import TrainState
 from tests import tiny
 from tests.crew import Crew
 
 CONTEXT: Any = SimpleNamespace(activate=lambda adapted: contextlib.nullcontext(), device=torch.device("cpu"))
+
+
+def spec_of(config: Config, digest: str = "") -> TrainSpec:
+    store: Any = tiny.store(3)
+    recompute = config.train.activation_checkpointing is True
+    return TrainSpec(config, BaseModel("tiny", "", digest), "digest", (0,), store, None, recompute=recompute)
 
 
 def _tested(wrong: int | None) -> tuple[str, list[int]]:
@@ -30,8 +40,7 @@ def _tested(wrong: int | None) -> tuple[str, list[int]]:
     if dist.get_rank() == wrong:
         trainer.flat.vector[3] = 0.5
     start = StartingPoint(trainer, "segments", TrainState(), None, resumed=False)
-    spec: Any = SimpleNamespace(config=settings, train=tiny.store(3), recompute=False)
-    found = self_tested(CONTEXT, spec, start)
+    found = self_tested(CONTEXT, spec_of(settings), start)
     return found.attention, collectives.gather(dist.get_rank())
 
 
@@ -48,17 +57,20 @@ def test_what_fails_on_one_worker_ends_all_with_its_line(crew: Callable[[int], C
     assert crew(2).run(collectives.rank) == [0, 1], "nobody waits for another"
 
 
-def _resumed(monkeypatch: pytest.MonkeyPatch, state: TrainState, **settings: Any) -> tuple[StartingPoint, list[str]]:
-    """A worker that resumes with this state, as a checkpoint keeps it; and the tests that it does."""
+def _resumed(
+    monkeypatch: pytest.MonkeyPatch, state: TrainState, digest: str = "", **settings: Any
+) -> tuple[StartingPoint, list[str]]:
+    """A worker that resumes with this state, as a checkpoint keeps it; and the tests that it does.
+
+    What is found of a base without a digest is not kept on the node.
+    """
     done: list[str] = []
     test = module._attention
     monkeypatch.setattr(module, "_attention", lambda *given: done.append("tested") or test(*given))
     config = tiny.config(**settings)
     state = TrainState(**json.loads(json.dumps(asdict(state))))
     start = StartingPoint(tiny.trainer(config), "eager", state, None, resumed=state.self_test is not None)
-    recompute = config.train.activation_checkpointing is True
-    spec: Any = SimpleNamespace(config=config, train=tiny.store(3), recompute=recompute)
-    return self_tested(CONTEXT, spec, start), done
+    return self_tested(CONTEXT, spec_of(config, digest), start), done
 
 
 def test_what_has_passed_is_not_tested_again_by_a_worker_that_resumes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,3 +117,32 @@ def test_what_cannot_be_read_is_tested_again(monkeypatch: pytest.MonkeyPatch) ->
     assert first.state.self_test is not None
     for damaged in ({**first.state.self_test, "found": {"attention": 3}}, {"with": {}}, {"found": None}):
         assert _resumed(monkeypatch, TrainState(self_test=damaged))[1] == ["tested"]
+
+
+@pytest.fixture
+def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A node that has kept nothing yet."""
+    monkeypatch.setattr(copies, "CACHE", str(tmp_path))
+    return tmp_path
+
+
+def test_the_node_keeps_what_has_passed_for_the_next_run(node: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, done = _resumed(monkeypatch, TrainState(), "base")
+    assert done == ["tested"]
+    again, done = _resumed(monkeypatch, TrainState(), "base")
+    assert done == []
+    assert again.attention == first.attention
+    assert again.trainer.loss.tested == first.trainer.loss.tested
+    assert _resumed(monkeypatch, TrainState(), "another base")[1] == ["tested"]
+    assert _resumed(monkeypatch, TrainState(), "base", adapter__rank=2)[1] == ["tested"]
+    assert _resumed(monkeypatch, TrainState(), "base", model__attention="sdpa")[1] == ["tested"]
+    assert _resumed(monkeypatch, TrainState(), "base")[1] == []
+    monkeypatch.setattr(kept, "_code", lambda: "another version")
+    assert _resumed(monkeypatch, TrainState(), "base")[1] == ["tested"]
+
+
+def test_what_a_node_has_kept_of_a_broken_disk_is_tested_again(node: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _resumed(monkeypatch, TrainState(), "base")
+    [file] = (node / "self-tests").iterdir()
+    file.write_text(file.read_text()[:20])
+    assert _resumed(monkeypatch, TrainState(), "base")[1] == ["tested"]
