@@ -4,7 +4,7 @@ SmolLM2-135M, rank 16 on all linear layers, several runs one after the other, me
 outside: by the lines of its log as they come, by its workers' processes as they appear, and by the files of its
 checkpoints. A peer does the least that a script with PEFT and transformers' Trainer does until its first step, in one
 process. Then what the imports of each process cost, in seconds of a processor, and the start of a trial in a search
-whose base is loaded already: from the end of the trial before it to its first step.
+whose base is loaded already: from the end of the trial before it to the begin of its first step.
 
     python benchmarks/start.py [--rounds 5] [--workers 2] [--no-search]
 """
@@ -181,36 +181,47 @@ def _used(code: str) -> float:
 class Warm(Bench):
     """A search whose trials share a base, two side by side."""
 
-    def starts(self) -> list[float]:
-        """Seconds from the end of a trial to the first step of the one in its place."""
+    def starts(self) -> list[tuple[float, float]]:
+        """Seconds from the end of a trial until the first step of the one in its place begins; and the step's."""
         self.search("warm", scheduler="none", adapters=2)
         trials = self.scratch / "warm" / "quickstart-warm" / "trials"
-        found = [(file.stat().st_mtime, json.loads(file.read_text())) for file in trials.glob("*/trial.json")]
-        return waits([(ended, ended - each["seconds"], each["first_step"]) for ended, each in found])
+        found = [(file.stat().st_mtime, json.loads(file.read_text()), _first(file.parent)) for file in _files(trials)]
+        return waits([(ended, ended - each["seconds"], each["first_step"], step) for ended, each, step in found])
 
     def _space(self, scheduler: str, adapters: int) -> Space:
         space = super()._space(scheduler, adapters)
         return {**space, "search": {"train.lr": {"loguniform": [1e-4, 2e-3]}}, "concurrency": 2}
 
 
-def waits(trials: Sequence[tuple[float, float, float]]) -> list[float]:
-    """Seconds from the end before it to the first step, of each trial that took another's place.
+def _files(trials: Path) -> list[Path]:
+    return sorted(trials.glob("*/trial.json"))
 
-    `trials` has (end, begin, seconds from the begin to the first step).
+
+def _first(trial: Path) -> float:
+    """Seconds of a trial's first step, in which it may wait for its turn with the base."""
+    history = json.loads((trial / "training.json").read_text())["state"]["history"]
+    return next(float(row["train/step_seconds"]) for row in history if row["step"] == 1)
+
+
+def waits(trials: Sequence[tuple[float, float, float, float]]) -> list[tuple[float, float]]:
+    """Of each trial in another's place: seconds from the end of that to the begin of its first step, and the step's.
+
+    `trials` has (end, begin, seconds from the begin to the end of the first step, seconds of that step).
     """
     found = []
-    for _, begun, first in trials:
-        before = [ended for ended, _, _ in trials if ended <= begun]
+    for _, begun, first, step in trials:
+        before = [ended for ended, *_ in trials if ended <= begun]
         if before:
-            found.append(begun + first - max(before))
+            found.append((begun + first - step - max(before), step))
     return found
 
 
-def trials_line(found: Sequence[float]) -> str:
+def trials_line(found: Sequence[tuple[float, float]]) -> str:
     """The trials' starts, in one line."""
-    middle, least, most = _spread(found)
+    middle, least, most = _spread([before for before, _ in found])
     return (
-        f"a trial in the place of another, on a base that is loaded: {middle} s to its first step ({least} to {most})"
+        f"a trial in the place of another, on a base that is loaded: {middle} s until its first step begins"
+        f" ({least} to {most}); the step takes {_spread([step for _, step in found])[0]} s"
     )
 
 
