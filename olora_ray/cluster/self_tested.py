@@ -45,6 +45,7 @@ def self_tested(
     known = passed(start, used) or _kept(place)
     if all(collectives.gather(known is not None)):  # a sharded base needs all of them for a test
         assert known is not None
+        start.state.self_test = {"with": used, "found": known.to_json()}
         return replace(start, attention=_adopt(context, start, known))
     problem, name = None, start.attention
     try:
@@ -68,6 +69,7 @@ def what_computes(context: WorkerContext, spec: TrainSpec) -> dict[str, str]:
         "model": json.dumps(model, sort_keys=True),
         "strategy": spec.config.cluster.strategy,
         "recompute": str(spec.recompute),
+        "micro-batch": str(spec.config.train.micro_batch),
     }
 
 
@@ -83,8 +85,8 @@ def passed(start: StartingPoint, used: dict[str, str]) -> SelfTest | None:
 
 
 def _place(spec: TrainSpec, used: dict[str, str]) -> str | None:
-    """The file of this node that keeps what was found; None for a model of which it is not known which it is."""
-    if not spec.base.digest:
+    """The file of this node that keeps what was found; None for a model that may change without its digest."""
+    if not spec.base.digest or spec.config.model.trust_remote_code:
         return None
     return kept.place("self-tests", *(json.dumps(part, sort_keys=True) for part in (used, spec.identity())))
 

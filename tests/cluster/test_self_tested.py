@@ -94,6 +94,7 @@ def test_what_has_passed_is_not_tested_again_by_a_worker_that_resumes(monkeypatc
         {"model__dtype": "bfloat16"},
         {"train__activation_checkpointing": True},
         {"cluster__strategy": "fsdp"},
+        {"train__micro_batch": 1},
     ],
 )
 def test_other_settings_are_tested_again(monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any]) -> None:
@@ -133,9 +134,12 @@ def test_the_node_keeps_what_has_passed_for_the_next_run(node: Path, monkeypatch
     assert done == []
     assert again.attention == first.attention
     assert again.trainer.loss.tested == first.trainer.loss.tested
+    assert again.state.self_test == first.state.self_test, "another node that resumes the run need not test it either"
     assert _resumed(monkeypatch, TrainState(), "another base")[1] == ["tested"]
     assert _resumed(monkeypatch, TrainState(), "base", adapter__rank=2)[1] == ["tested"]
     assert _resumed(monkeypatch, TrainState(), "base", model__attention="sdpa")[1] == ["tested"]
+    for _ in range(2):  # its code lies beside its weights, and may change without them
+        assert _resumed(monkeypatch, TrainState(), "base", model__trust_remote_code=True)[1] == ["tested"]
     assert _resumed(monkeypatch, TrainState(), "base")[1] == []
     monkeypatch.setattr(kept, "_code", lambda: "another version")
     assert _resumed(monkeypatch, TrainState(), "base")[1] == ["tested"]
