@@ -5,6 +5,7 @@ What they follow from is in the name of the file: the inputs, the versions of th
 
 import contextlib
 import platform
+import time
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -12,6 +13,8 @@ from pathlib import Path
 from olora_ray.common import copies, digests, storage
 
 LIBRARIES = ("torch", "transformers", "peft", "safetensors", "flash-attn", "kernels")
+OLD = 90 * 24 * 3600.0
+"""Seconds after which a result is found anew: most are of another version then, and nobody asks for them."""
 PACKAGE = Path(__file__).resolve().parents[1]
 
 
@@ -29,9 +32,12 @@ def read(place: str) -> str | None:
 
 
 def keep(place: str, result: str) -> None:
-    """Keep a result; where nothing can be written it is found anew each time."""
+    """Keep a result; where nothing can be written it is found anew each time. Old ones beside it are removed."""
     with contextlib.suppress(OSError):
         storage.write_text(place, result)
+        for file in Path(place).parent.iterdir():
+            if time.time() - file.stat().st_mtime > OLD:
+                file.unlink()
 
 
 @cache

@@ -1,5 +1,7 @@
 """What is kept is found again for the same inputs and the same code only."""
 
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,18 @@ def test_it_is_found_by_its_inputs_and_by_the_code(monkeypatch: pytest.MonkeyPat
     assert kept.place("plans", "a", 2) != here
     monkeypatch.setattr(kept, "_code", lambda: "another line of code, or another torch")
     assert kept.place("plans", "a", 1) != here
+
+
+def test_what_is_old_goes_when_something_is_kept(cache: Path) -> None:
+    old, young = kept.place("plans", "old"), kept.place("plans", "young")
+    for place, days in ((old, 91), (young, 89)):
+        kept.keep(place, "found")
+        at = time.time() - days * 24 * 3600
+        os.utime(place, (at, at))
+    kept.keep(kept.place("plans", "new"), "found")
+    assert kept.read(old) is None
+    assert kept.read(young) == "found"
+    assert len(list((cache / "plans").iterdir())) == 2
 
 
 def test_the_code_is_all_of_ours_and_the_libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
