@@ -9,9 +9,9 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.metadata import version
 from typing import Any
 
-import transformers
 from pydantic import TypeAdapter, ValidationError
 
 from olora_ray.cluster.kind import kind_of
@@ -65,7 +65,7 @@ def what_computes(context: WorkerContext, spec: TrainSpec) -> dict[str, str]:
     """All that decides, beside a run's identity, what a worker's model makes of its data."""
     model = spec.config.model.model_dump(mode="json", exclude={"name"})
     return kind_of(context.device) | {
-        "transformers": transformers.__version__,
+        "transformers": version("transformers"),
         "model": json.dumps(model, sort_keys=True),
         "strategy": spec.config.cluster.strategy,
         "recompute": str(spec.recompute),

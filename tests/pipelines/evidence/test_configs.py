@@ -58,7 +58,7 @@ def test_no_comparison_has_weight_decay(file: Path) -> None:
 @pytest.mark.parametrize("name", ON_TWO_CORES)
 def test_the_two_of_two_cores_have_the_protocols_settings(name: str) -> None:
     config = load(ROOT / "pipelines" / "configs" / "evidence" / f"{name}.yaml")
-    assert (config.train.steps, config.train.global_batch, config.data.packing) == (32, 8, False)
+    assert (config.train.steps, config.train.global_batch, config.data.packing) == (24, 8, False)
     assert (config.adapter.rank, config.adapter.alpha, config.adapter.targets) == (16, 16.0, "all-linear")
     assert config.adapter.dropout == 0.0
     assert config.gate.group == "group"
