@@ -48,3 +48,4 @@ def test_the_controller_needs_no_torch(tmp_path: Path, strategy: str, backend: s
     assert first.split() == ["gloo", backend, "False"], done.stderr
     assert "BackendSetupCallback" in callbacks
     assert "DatasetsCallback" not in callbacks, "a process for datasets that there are not"
+    assert "PlacementGroupCleaner" not in callbacks, "a process that asks a dashboard which there is not"
