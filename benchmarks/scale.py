@@ -197,7 +197,7 @@ def write_shards(folder: Path, shards: int) -> None:
     content = file_bytes(shard.table())
     sidecar = seal(shard.sidecar(content))
     assert json.loads(sidecar)["sha256"] == digest_bytes(content)
-    folder.mkdir(parents=True)
+    folder.mkdir()
     at = time.time() - 3600
     for number in range(shards):
         (folder / shard_name(number)).write_bytes(content)

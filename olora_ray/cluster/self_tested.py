@@ -9,7 +9,6 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib.metadata import version
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -65,7 +64,7 @@ def what_computes(context: WorkerContext, spec: TrainSpec) -> dict[str, str]:
     """All that decides, beside a run's identity, what a worker's model makes of its data."""
     model = spec.config.model.model_dump(mode="json", exclude={"name"})
     return kind_of(context.device) | {
-        "transformers": version("transformers"),
+        "code": kept.code(),
         "model": json.dumps(model, sort_keys=True),
         "strategy": spec.config.cluster.strategy,
         "recompute": str(spec.recompute),
@@ -85,7 +84,7 @@ def passed(start: StartingPoint, used: dict[str, str]) -> SelfTest | None:
 
 
 def _place(spec: TrainSpec, used: dict[str, str]) -> str | None:
-    """The file of this node that keeps what was found; None for a model that may change without its digest."""
+    """The file of this node that keeps what was found; None for a model whose digest may not have all its code."""
     if not spec.base.digest or spec.config.model.trust_remote_code:
         return None
     return kept.place("self-tests", *(json.dumps(part, sort_keys=True) for part in (used, spec.identity())))

@@ -20,7 +20,7 @@ PACKAGE = Path(__file__).resolve().parents[1]
 
 def place(what: str, *inputs: object) -> str:
     """The file in which a result is kept; another for any other input, library or line of code."""
-    return storage.join(copies.CACHE, what, digests.digest(_code(), *inputs, length=32))
+    return storage.join(copies.CACHE, what, digests.digest(code(), *inputs, length=32))
 
 
 def read(place: str) -> str | None:
@@ -41,8 +41,8 @@ def keep(place: str, result: str) -> None:
 
 
 @cache
-def _code() -> str:
-    """Digest of what computes here."""
+def code() -> str:
+    """Digest of what computes here: this project's code, and the versions of Python and the libraries."""
     found = [f"{name} {_version(name)}" for name in LIBRARIES]
     files = sorted(PACKAGE.rglob("*.py"))
     return digests.digest(platform.python_version(), platform.machine(), *found, *map(digests.digest_file, files))

@@ -102,7 +102,7 @@ def test_other_settings_are_tested_again(monkeypatch: pytest.MonkeyPatch, change
     assert _resumed(monkeypatch, first.state, **changed)[1] == ["tested"]
 
 
-@pytest.mark.parametrize("what", ["device", "processor", "threads", "torch", "transformers"])
+@pytest.mark.parametrize("what", ["device", "processor", "threads", "torch", "code"])
 def test_another_worker_or_version_tests_again(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     first, _ = _resumed(monkeypatch, TrainState())
     assert first.state.self_test is not None
@@ -138,10 +138,10 @@ def test_the_node_keeps_what_has_passed_for_the_next_run(node: Path, monkeypatch
     assert _resumed(monkeypatch, TrainState(), "another base")[1] == ["tested"]
     assert _resumed(monkeypatch, TrainState(), "base", adapter__rank=2)[1] == ["tested"]
     assert _resumed(monkeypatch, TrainState(), "base", model__attention="sdpa")[1] == ["tested"]
-    for _ in range(2):  # its code lies beside its weights, and may change without them
+    for _ in range(2):  # its code may lie elsewhere, and change there
         assert _resumed(monkeypatch, TrainState(), "base", model__trust_remote_code=True)[1] == ["tested"]
     assert _resumed(monkeypatch, TrainState(), "base")[1] == []
-    monkeypatch.setattr(kept, "_code", lambda: "another version")
+    monkeypatch.setattr(kept, "code", lambda: "another version")
     assert _resumed(monkeypatch, TrainState(), "base")[1] == ["tested"]
 
 

@@ -27,7 +27,7 @@ def test_it_is_found_by_its_inputs_and_by_the_code(monkeypatch: pytest.MonkeyPat
     kept.keep(here, "found")
     assert kept.read(kept.place("plans", "a", 1)) == "found"
     assert kept.place("plans", "a", 2) != here
-    monkeypatch.setattr(kept, "_code", lambda: "another line of code, or another torch")
+    monkeypatch.setattr(kept, "code", lambda: "another line of code, or another torch")
     assert kept.place("plans", "a", 1) != here
 
 
@@ -46,12 +46,12 @@ def test_what_is_old_goes_when_something_is_kept(cache: Path) -> None:
 def test_the_code_is_all_of_ours_and_the_libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "module.py").write_text("x = 1\n")
     monkeypatch.setattr(kept, "PACKAGE", tmp_path)
-    before = kept._code.__wrapped__()
+    before = kept.code.__wrapped__()
     (tmp_path / "module.py").write_text("x = 2\n")
-    after = kept._code.__wrapped__()
+    after = kept.code.__wrapped__()
     assert after != before
     monkeypatch.setattr(kept, "version", lambda name: "99")
-    assert kept._code.__wrapped__() != after
+    assert kept.code.__wrapped__() != after
 
 
 def test_where_nothing_can_be_written_nothing_is_kept(cache: Path) -> None:
