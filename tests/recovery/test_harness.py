@@ -170,11 +170,11 @@ def test_a_process_fails_when_it_is_told_to(tmp_path: Path) -> None:
 def test_steps_are_drawn_out_until_it_hurries(tmp_path: Path) -> None:
     code = "from olora_ray.common.fault_points import reached; [reached('step', step, 0) for step in (1, 2, 3)]"
     assert python(tmp_path, Fault(pace=0.4), code).returncode == 0
-    assert moments.typical(moments.read(tmp_path)) >= 0.4
+    assert moments.typical(moments.read(tmp_path)) > 0.395  # the file has whole milliseconds
     (tmp_path / "hurry").touch()
     (tmp_path / "done").unlink()
     assert python(tmp_path, Fault(pace=0.4), code).returncode == 0
-    assert moments.typical(moments.read(tmp_path)) < 0.4
+    assert moments.typical(moments.read(tmp_path)) < 0.395
 
 
 def test_a_hidden_sitecustomize_still_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
