@@ -118,7 +118,7 @@ def _rows(preview: Preview) -> str:
 def _time(config: Config, base: BaseModel, size: MemoryEstimate, train: Preview, held_out: Preview | None) -> str:
     """An estimate from one measured micro-batch, or why there is none."""
     elsewhere = os.environ.get("RAY_ADDRESS", "").strip() not in ("", "auto", "local")
-    if why := pace.not_measured(size, elsewhere):
+    if why := pace.not_measured(config, size, elsewhere):
         return f"not estimated: {why}"
     workers = config.cluster.max_workers()
     width = min(config.train.micro_batch, config.train.global_batch)

@@ -16,8 +16,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import ray
-
 from olora_ray.cluster import shared_base
 from olora_ray.cluster.resources import free_workers, worker_resources
 from olora_ray.cluster.spec import TrainSpec
@@ -26,11 +24,10 @@ from olora_ray.common.errors import UserError
 from olora_ray.common.text import plural
 from olora_ray.config.dotted import flatten
 from olora_ray.config.schema import Config
-from olora_ray.pipeline import connection
 from olora_ray.pipeline.base import Base
 from olora_ray.pipeline.prepare import prepare_tokens
 from olora_ray.pipeline.run_folder import RunFolder
-from olora_ray.sweep import outcome, progress, settings, shared_work, state, tuner
+from olora_ray.sweep import outcome, progress, settings, shared_work, sharing, state, tuner
 from olora_ray.sweep.callback import SweepCallback
 from olora_ray.sweep.progress import Progress
 from olora_ray.sweep.record import SearchRecord
@@ -61,14 +58,11 @@ def share(spec: TrainSpec, space: Space, seconds: float) -> tuple[TrainSpec, flo
     settings.begin(spec.config, space, spec.base_identity())
     place = storage.join(spec.config.folder(), "shared")
     kinds = shared_work.kinds(spec.config, space)
-    wanted = worker_resources(spec.config)
-    make = ray.remote(shared_work.make).options(num_cpus=wanted["CPU"], num_gpus=wanted.get("GPU", 0))
-    with connection.user_errors():
-        init, base = ray.get(make.remote(spec, place, kinds))
-    spared = seconds + init / max(1, len(kinds)) + base
+    made = sharing.made(spec, place, kinds, "what all trials share")
+    spared = seconds + made.init / max(1, len(kinds)) + made.base
     logger.info(
-        f"shared by all trials: tokens {seconds:.1f} s, {_shown(kinds)} {init:.1f} s, the base model on the held-out"
-        f" rows {base:.1f} s; each trial is spared {spared:.1f} s"
+        f"shared by all trials: tokens {seconds:.1f} s, {_shown(kinds)} {made.init:.1f} s, the base model on the"
+        f" held-out rows {made.base:.1f} s; each trial is spared {spared:.1f} s"
     )
     return replace(spec, shared=place), spared
 

@@ -7,7 +7,7 @@
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from olora_ray.adapter import factor_cache
 from olora_ray.adapter.exchange import Shape
@@ -32,6 +32,18 @@ Kind = tuple[str, int]
 """Method and rank of factors."""
 
 
+@dataclass(frozen=True)
+class Shared:
+    """What the work has come to."""
+
+    init: float = 0.0
+    """Seconds of all factors; 0 if they were there."""
+    base: float = 0.0
+    """Seconds of what the base model does on the held-out rows."""
+    told: tuple[str, ...] = ()
+    """Of each method that looks at data, how much it has looked at; for the log."""
+
+
 def kinds(config: Config, space: Space) -> list[Kind]:
     """The factors that are made for all trials: of each method, at the largest rank.
 
@@ -50,34 +62,32 @@ def check_ranks(config: Config, space: Space, shapes: Mapping[str, Shape]) -> No
         check(shapes, method, rank)
 
 
-def make(spec: TrainSpec, place: str, wanted: Sequence[Kind]) -> tuple[float, float]:
+def make(spec: TrainSpec, place: str, wanted: Sequence[Kind]) -> Shared:
     """Factors of these kinds and the base's held-out loss and answers, in the folder `place`.
 
-    Returns the seconds that each took; 0 for what was there. Needs the memory of one worker. Raises UserError
-    for targets or a rank that the model does not have.
+    Needs the memory of one worker. Raises UserError for targets or a rank that the model does not have.
     """
     import torch
 
     quiet_transformers()
     if spec.config.train.start:
-        return 0.0, 0.0  # then the factors are those of another run
+        return Shared()  # then the factors are those of another run
     spec = replace(spec, shared=place)
     missing = [one for one in _of_kinds(spec, wanted) if not _is_there(one)]
     asked = wanted_questions(spec.config.evaluation, spec.eval)
     known = Baseline.read(storage.join(place, "baseline.json"), spec.base_identity(), len(asked))
     if known and not missing:
-        return 0.0, 0.0
+        return Shared()
     # A base that is to be spread over several GPUs need not fit on one.
     sharded = spec.config.cluster.strategy == "fsdp"
     device = torch.device("cpu") if sharded else assigned_device()
     shared = SharedBase.of(spec, device)
     began = time.perf_counter()
-    for one in missing:
-        _make_factors(one, shared)
+    told = [line for one in missing if (line := _make_factors(one, shared))]
     between = time.perf_counter()
     if not known and not sharded:
         _measure(spec, shared, place)
-    return between - began, time.perf_counter() - between
+    return Shared(between - began, time.perf_counter() - between, tuple(told))
 
 
 def _of_kinds(spec: TrainSpec, wanted: Sequence[Kind]) -> Iterator[TrainSpec]:
@@ -89,14 +99,16 @@ def _is_there(spec: TrainSpec) -> bool:
     return factor_cache.has(spec.factor_place(), spec.factor_origin(), spec.config.adapter.rank)
 
 
-def _make_factors(spec: TrainSpec, shared: SharedBase) -> None:
+def _make_factors(spec: TrainSpec, shared: SharedBase) -> str | None:
+    """Makes and keeps them; returns how much data was looked at, if any was."""
     adapter = spec.config.adapter
     targets = find_targets(shared.loss.model, adapter.targets, adapter.rank)
     if adapter.method not in FROM_WEIGHTS:
         check_base(shared.loss, spec, shared.device)
-    factors, *_ = new_factors(shared.loss, targets, spec.config, spec.train, shared.device)
+    factors, _, of_data = new_factors(shared.loss, targets, spec.config, spec.train, shared.device)
     prefix = METHODS[adapter.method].prefix
     factor_cache.write(spec.factor_place(), factors, spec.factor_origin(), adapter.rank, prefix)
+    return of_data.line(adapter.method) if of_data else None
 
 
 def _measure(spec: TrainSpec, shared: SharedBase, place: str) -> None:

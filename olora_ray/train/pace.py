@@ -21,18 +21,18 @@ from olora_ray.train.estimate import MemoryEstimate
 from olora_ray.train.loss import SupervisedLoss
 from olora_ray.train.quantised_base import load_frozen
 
-LARGEST = 2 * 2**30
-"""Bytes of a training up to which it is measured: a larger one takes minutes, or more memory than there is."""
+MOST_WORK = 5e11
+"""Weights times tokens of a micro-batch, up to which it is measured: half a minute on a slow core, and that twice."""
 
 
-def not_measured(size: MemoryEstimate, elsewhere: bool) -> str | None:
+def not_measured(config: Config, size: MemoryEstimate, elsewhere: bool) -> str | None:
     """Why a training of this size is not measured here; None if it is. `elsewhere`: it runs on other machines."""
     if elsewhere:
         return "the workers run on another machine"
     if torch.cuda.is_available():
         return "it is measured on CPUs only"
-    if size.total_bytes() > LARGEST:
-        return f"it is measured for trainings of up to {LARGEST / 2**30:.0f} GiB only"
+    if size.parameters * config.train.micro_batch * config.data.max_length > MOST_WORK:
+        return "one micro-batch of this model and length would take a minute or more"
     return None
 
 

@@ -4,6 +4,8 @@ The model runs on one sequence at a time, so that a row has the same bits whoeve
 the order of the sequences: what an owner makes of it depends on no number of workers.
 """
 
+import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -14,8 +16,12 @@ from olora_ray.common import collectives
 from olora_ray.common.errors import UserError
 from olora_ray.train.first_tokens import Piece
 
+logger = logging.getLogger(__name__)
+
 AT_ONCE = 2**26
 """Bytes that a worker sends at once."""
+STILL = 30.0
+"""Seconds from one line of the log to the next while it lasts."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +64,12 @@ class Spread:
 
     def run(self, pieces: Sequence[Piece]) -> None:
         """Make the rows of these sequences and bring them to their owners; raises what `make` raises, everywhere."""
+        told = time.monotonic()
         for turn in range(0, len(pieces), self._workers):
             self._round(pieces[turn : turn + self._workers])
+            if time.monotonic() - told > STILL:
+                told, done = time.monotonic(), min(turn + self._workers, len(pieces))
+                logger.info(f"initialisation: {done:,} of {len(pieces):,} sequences looked at")
 
     def _round(self, pieces: Sequence[Piece]) -> None:
         """One sequence for each worker, as far as there are some."""

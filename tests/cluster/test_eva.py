@@ -98,7 +98,8 @@ def test_the_trials_of_a_search_take_the_factors_that_were_made_for_it(
     place = str(tmp_path / "shared")
     monkeypatch.setattr(shared_work, "assigned_device", lambda: torch.device("cpu"))
     monkeypatch.setattr(SharedBase, "of", classmethod(lambda cls, spec, device: base()))
-    shared_work.make(spec(None), place, [("lora", 4), ("eva", 4)])
+    made = shared_work.make(spec(None), place, [("lora", 4), ("eva", 4)])
+    assert [line.partition(" supervised tokens")[0] for line in made.told] == ["eva: 96"], "only eva looks at data"
     mine = spec(place)
     assert factor_cache.has(mine.factor_place(), mine.factor_origin(), 4)
     assert not factor_cache.has(mine.factor_place(), mine.factor_origin(), 2), "ranks of another budget are others"

@@ -125,7 +125,7 @@ def test_what_is_there_is_not_made_again_and_what_is_missing_is(
     spec = spec_of()
     shared_work.make(spec, str(tmp_path), [("olora", 8)])
     before = (tmp_path / "baseline.json").read_bytes()
-    assert shared_work.make(spec, str(tmp_path), [("olora", 8)]) == (0.0, 0.0)
+    assert shared_work.make(spec, str(tmp_path), [("olora", 8)]) == shared_work.Shared()
     shared_work.make(spec, str(tmp_path), [("olora", 8), ("orthogonal", 4)])
     assert made == ["olora", "orthogonal-4"]
     assert (tmp_path / "baseline.json").read_bytes() == before

@@ -1,5 +1,6 @@
 """EVA: the exact principal components of the run's first supervised tokens, whoever computes them."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -219,6 +220,17 @@ def test_more_tokens_are_looked_at_until_they_change_nothing(monkeypatch: pytest
     monkeypatch.undo()
     alone, _, _ = make(init_tokens=64)
     assert all(torch.equal(early[name].a0, item.a0) for name, item in alone.items())
+
+
+def test_a_long_look_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    make()
+    assert not caplog.messages
+    monkeypatch.setattr(spread, "STILL", 0.0)
+    make()
+    parts = [re.fullmatch(r"initialisation: (\d+) of (\d+) sequences looked at", line) for line in caplog.messages]
+    assert sum(int(part[1]) == int(part[2]) for part in parts if part) >= 1
+    assert all(parts)
 
 
 def test_too_few_tokens_are_refused_in_one_line() -> None:

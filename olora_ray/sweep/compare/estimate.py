@@ -44,7 +44,7 @@ def measured(spec: TrainSpec, size: MemoryEstimate, side_by_side: int, eval_ever
     """
     config = override(spec.config, {"adapter.method": BASELINE})
     elsewhere = os.environ.get("RAY_ADDRESS", "").strip() not in ("", "auto", "local")
-    if why := pace.not_measured(size, elsewhere):
+    if why := pace.not_measured(config, size, elsewhere):
         return Pace(None, side_by_side, why)
     assert spec.eval is not None
     train, workers = config.train, config.cluster.max_workers()

@@ -27,7 +27,7 @@ from olora_ray.pipeline.base import Base
 from olora_ray.pipeline.prepare import prepare_tokens
 from olora_ray.pipeline.run_folder import RunFolder
 from olora_ray.sweep import run as search
-from olora_ray.sweep import shared_work
+from olora_ray.sweep import sharing
 from olora_ray.sweep.compare import estimate, phase, row_losses
 from olora_ray.sweep.compare.arguments import Comparison
 from olora_ray.sweep.compare.estimate import Pace
@@ -167,8 +167,6 @@ class Run:
 
     def _share(self, spec: TrainSpec) -> None:
         """The factors of each method, and the base model's loss, made once for all rounds."""
-        wanted = worker_resources(spec.config)
-        make = ray.remote(shared_work.make).options(num_cpus=wanted["CPU"], num_gpus=wanted.get("GPU", 0))
         baseline = ""
         for method in self.comparison.methods:
             place = shared_place(self.folder, method)
@@ -177,8 +175,8 @@ class Run:
                 if baseline:
                     storage.write_text(storage.join(place, "baseline.json"), baseline)
                 own = replace(spec, config=override(spec.config, {"adapter.method": method}), shared=place)
-                with connection.user_errors():
-                    seconds, _ = ray.get(make.remote(own, place, [(method, self.config.adapter.rank)]))
+                kinds = [(method, self.config.adapter.rank)]
+                seconds = sharing.made(own, place, kinds, f"{method} factors, shared by the trials of the tuning").init
                 size = storage.size(storage.join(own.factor_place(), factor_cache.TENSORS)) or 0
                 storage.write_text(storage.join(place, INIT), json.dumps({"seconds": seconds, "bytes": size}) + "\n")
                 logger.info(f"{method} factors, shared by the trials of the tuning: {seconds:.2f} s")

@@ -2,12 +2,15 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from olora_ray.config.load import load
 from olora_ray.config.schema import Config
 from olora_ray.data.formats import check_fields
+from olora_ray.train import pace
 from olora_ray.train.scoring import Judge
 
 ROOT = Path(__file__).parents[3]
@@ -58,11 +61,20 @@ def test_no_comparison_has_weight_decay(file: Path) -> None:
 @pytest.mark.parametrize("name", ON_TWO_CORES)
 def test_the_two_of_two_cores_have_the_protocols_settings(name: str) -> None:
     config = load(ROOT / "pipelines" / "configs" / "evidence" / f"{name}.yaml")
-    assert (config.train.steps, config.train.global_batch, config.data.packing) == (24, 8, False)
+    assert (config.train.steps, config.train.global_batch, config.data.packing) == (20, 8, False)
     assert (config.adapter.rank, config.adapter.alpha, config.adapter.targets) == (16, 16.0, "all-linear")
     assert config.adapter.dropout == 0.0
     assert config.gate.group == "group"
     assert config.model == load(ROOT / "pipelines" / "configs" / "quickstart.yaml").model
+
+
+@pytest.mark.parametrize("name", ON_TWO_CORES)
+def test_the_time_of_the_two_is_estimated_on_cpus_and_that_of_a_large_model_is_not(name: str) -> None:
+    config, size = load(ROOT / "pipelines" / "configs" / "evidence" / f"{name}.yaml"), SimpleNamespace()
+    for parameters, measured in ((134_515_008, True), (8_000_000_000, False)):
+        size.parameters = parameters
+        found: Any = size
+        assert (pace.not_measured(config, found, elsewhere=False) is None) == measured
 
 
 def test_both_differ_in_the_data_and_the_answers_alone() -> None:
