@@ -6,7 +6,10 @@ random numbers of its own. What is shared is the memory of the base, and the tim
 """
 
 import gc
+import math
 import threading
+import time
+import uuid
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,6 +27,8 @@ from olora_ray.train.malloc import ONE_POOL
 
 SPARE_THREADS = 8
 """Threads of an actor beyond those that train: to answer `busy`, and for a trial that ends while another starts."""
+EXPECTED = 30.0
+"""Seconds for which a place is kept for a trial that has taken it and does not train yet: it may have died since."""
 
 
 class SharedBaseActor:
@@ -32,28 +37,47 @@ class SharedBaseActor:
     def __init__(self, spec: TrainSpec) -> None:
         quiet_transformers()
         self.spec = spec
-        self.active = 0
         self._shared: SharedBase | None = None
-        self._guard = threading.Lock()
+        self._loading = threading.Lock()
+        self._until: dict[str, float] = {}
+        """Who trains here, or is expected to, and until when they are counted."""
+        self._counting = threading.Lock()
 
     @ray.method(max_task_retries=-1)
     def busy(self) -> int:
         """How many adapters are being trained; who asks one that has died waits until it is there again."""
-        return self.active
+        with self._counting:
+            return self._busy()
 
-    def train(self, spec: TrainSpec, checkpoints: str, channel: Any) -> TrainResult:
+    @ray.method(max_task_retries=-1)
+    def take(self, name: str, seen: int) -> bool:
+        """Count somebody who is about to train, unless others have come or gone since `busy` was `seen`."""
+        with self._counting:
+            if name not in self._until and self._busy() != seen:
+                return False
+            self._until[name] = time.monotonic() + EXPECTED
+            return True
+
+    def train(self, name: str, spec: TrainSpec, checkpoints: str, channel: Any) -> TrainResult:
         """Train one adapter from the start or from its last checkpoint; returns when it has ended."""
-        self.active += 1
+        with self._counting:
+            self._until[name] = math.inf
         try:
             return train_at(SharedBaseContext(self._base()), spec, checkpoints, channel)
         except UserError as error:
             return TrainResult(problem=str(error))
         finally:
-            self.active -= 1
+            with self._counting:
+                del self._until[name]
             gc.collect()  # a Worker refers to itself: else its adapter and optimizer would stay in memory for long
 
+    def _busy(self) -> int:
+        now = time.monotonic()
+        self._until = {name: end for name, end in self._until.items() if end > now}
+        return len(self._until)
+
     def _base(self) -> SharedBase:
-        with self._guard:
+        with self._loading:
             if self._shared is None:
                 self._shared = SharedBase.of(self.spec, assigned_device())
             return self._shared
@@ -80,9 +104,19 @@ def end_actors(actors: tuple[Any, ...]) -> None:
 
 def train_on(actors: tuple[Any, ...], spec: TrainSpec, checkpoints: str, channel: Any) -> TrainResult:
     """Train one adapter on the actor with the fewest; raises SharedBaseDied."""
+    name = uuid.uuid4().hex
     try:
-        loads = ray.get([actor.busy.remote() for actor in actors])
-        result: TrainResult = ray.get(actors[loads.index(min(loads))].train.remote(spec, checkpoints, channel))
+        result: TrainResult = ray.get(place_on(actors, name).train.remote(name, spec, checkpoints, channel))
     except RayActorError as error:
         raise SharedBaseDied from error
     return result
+
+
+def place_on(actors: tuple[Any, ...], name: str) -> Any:
+    """The actor with the fewest, which from now on counts `name` too: those who ask at the same time share them out."""
+    while True:
+        loads = ray.get([actor.busy.remote() for actor in actors])
+        fewest = min(loads)
+        actor = actors[loads.index(fewest)]
+        if ray.get(actor.take.remote(name, fewest)):
+            return actor

@@ -149,16 +149,16 @@ def _concurrent_trials(sweep_spec: SweepSpec) -> tuple[int, tuple[Any, ...]]:
         raise UserError(
             f"cluster.workers={workers}: a trial needs {workers} workers, and there is room for {fitting} now"
         )
-    each = min(space.trials_per_worker, count)
+    each, asked = min(space.trials_per_worker, count), min(space.concurrency or count, count)
     if config.cluster.max_workers() > 1 or not sweep_spec.shares_data():
-        concurrent = min(fitting // workers, space.concurrency or count, count)
+        concurrent = min(fitting // workers, asked)
         logger.info(f"search: {count} trials, {concurrent} at the same time, {workers} worker(s) each")
         return concurrent, ()
-    number = min(fitting, -(-min(space.concurrency or count, count) // each))
+    number = min(fitting, -(-asked // each))
     side = f"up to {each} side by side" if each > 1 else "one after the other"
     copies = "one copy" if number == 1 else f"each of {number} copies"
     logger.info(f"search: {count} trials, {side} on {copies} of the base model")
-    return min(number * each, count), shared_base.start_actors(spec, wanted, number, each)
+    return min(number * each, asked), shared_base.start_actors(spec, wanted, number, each)
 
 
 def room(wanted: Mapping[str, float]) -> int:

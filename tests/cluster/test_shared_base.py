@@ -4,9 +4,12 @@ import os
 import signal
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import psutil
+import pytest
 import ray
 import torch
 from ray.exceptions import RayActorError
@@ -30,6 +33,27 @@ def test_who_asks_a_process_that_has_died_waits_for_its_successor(ray_with: Call
     until(lambda: unavailable(actor))
     assert ray.get(actor.busy.remote()) == 0
     assert ray.get(actor.__ray_call__.remote(lambda _: os.getpid())) != first
+
+
+def test_those_who_come_at_the_same_time_are_shared_out(ray_with: Callable[[int], None]) -> None:
+    """The first trials of a search do: both would train on one process, turn by turn, beside one with nothing to do."""
+    ray_with(2)
+    spec: Any = tiny.config()
+    actors = shared_base.start_actors(spec, {"CPU": 1}, 2, 4)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(partial(shared_base.place_on, actors), map(str, range(8))))
+    assert ray.get([actor.busy.remote() for actor in actors]) == [4, 4]
+
+
+def test_a_place_is_not_kept_for_one_that_never_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec: Any = tiny.config()
+    actor = shared_base.SharedBaseActor(spec)
+    assert actor.take("a", 0)
+    assert not actor.take("b", 0), "somebody has come meanwhile"
+    assert (actor.take("b", 1), actor.busy()) == (True, 2)
+    monkeypatch.setattr(shared_base, "EXPECTED", 0.0)
+    assert actor.take("b", 2)
+    assert actor.busy() == 1
 
 
 def test_threads_use_the_memory_that_others_have_freed(ray_with: Callable[[int], None]) -> None:
