@@ -10,8 +10,10 @@ from typing import Any
 from olora_ray.config.schema import Source
 from olora_ray.data.tokenize import TokenizerSpec
 
-RULES = {"text": 2, "prompt_completion": 2, "alpaca": 2, "sharegpt": 2}
+RULES = {"text": 2, "prompt_completion": 3, "alpaca": 2, "sharegpt": 2}
 """Counts how often the tokens of a format's rows have changed; 1 for those that are not named."""
+WITH_TOOLS = ("messages", "prompt_completion", "sharegpt")
+"""Formats whose messages may have tool calls."""
 COLUMNS_OF_STRUCTS = {"parquet", "arrow"}
 """Kinds of files in which an object has the keys of all rows."""
 
@@ -35,6 +37,9 @@ def digest_inputs(source: Source, spec: TokenizerSpec, kinds: Collection[str]) -
         found["rules"] = 2
     if source.format == "prompt_completion":
         found["chat"] = as_chat(source, spec)
+    chats = source.format in WITH_TOOLS and found.get("chat", True)
+    if chats and any(spec.parses_arguments(tools) for tools in (False, True)):
+        found["arguments"] = "objects"
     return found
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from olora_ray.common.errors import UserError
 from olora_ray.data.example import Completion, Example, Rejected, Text
-from olora_ray.data.messages import chat, from_sharegpt, kind, listed, sequence
+from olora_ray.data.messages import chat, from_sharegpt, in_a_cell, kind, listed, sequence
 
 
 @dataclass(frozen=True)
@@ -121,11 +121,9 @@ def _history(row: Row) -> list[Any]:
 
 
 def _prompt_completion(row: Row) -> Example:
-    prompt, completion = row.value("prompt"), row.value("completion")
+    prompt, completion = (in_a_cell(row.value(name)) for name in ("prompt", "completion"))
     if isinstance(prompt, list) and isinstance(completion, list):
-        if not row.as_chat:
-            raise Rejected("wrong_type", "prompt and completion are lists of messages: a chat, which needs chat: true")
-        return chat([*prompt, *completion], "role", "content", row.optional("tools"))
+        return _messages_of_two(row, prompt, completion)
     prompt, completion = row.text("prompt"), row.text("completion")
     if not completion.strip():
         raise Rejected("empty_answer", f"field {row.column('completion')!r} is empty")
@@ -134,6 +132,20 @@ def _prompt_completion(row: Row) -> Example:
     if row.optional("tools") not in (None, "", "[]", []):
         raise Rejected("wrong_type", f"field {row.column('tools')!r}: a text without chat template has no place for it")
     return Completion(prompt, completion)
+
+
+def _messages_of_two(row: Row, prompt: list[Any], completion: list[Any]) -> Example:
+    """The chat of a prompt's messages and a completion's: what the prompt has of the assistant is not trained on."""
+    if not row.as_chat:
+        raise Rejected("wrong_type", "prompt and completion are lists of messages: a chat, which needs chat: true")
+    if not any(_is_answer(turn) for turn in completion):
+        raise Rejected("no_answer", f"field {row.column('completion')!r} has no message of the assistant")
+    given = [{**turn, "weight": 0} if _is_answer(turn) else turn for turn in prompt]
+    return chat([*given, *completion], "role", "content", row.optional("tools"))
+
+
+def _is_answer(turn: Any) -> bool:
+    return isinstance(turn, Mapping) and turn.get("role") == "assistant"
 
 
 def _turns(question: str, answer: str) -> list[dict[str, str]]:

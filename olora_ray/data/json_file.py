@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from olora_ray.common.errors import UserError
+from olora_ray.common.errors import UserError, first_line
 from olora_ray.data.sources import File
 
 BOM = b"\xef\xbb\xbf"
@@ -38,6 +38,8 @@ def rows_of(file: File, content: bytes) -> list[Any]:
         raise UserError(f"{file.uri}: not UTF-8 text") from None
     except RecursionError:
         raise UserError(f"{file.uri}: broken JSON: nested too deeply") from None
+    except ValueError as error:  # a number of more digits than Python takes
+        raise UserError(f"{file.uri}: broken JSON: {first_line(error)}") from None
     except MemoryError:
         raise UserError(
             f"{file.uri}: not enough memory for its {len(content) / 1e6:,.0f} MB of JSON, which are read as a whole;"

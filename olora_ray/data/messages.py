@@ -53,6 +53,21 @@ def sequence(value: Any, name: str) -> list[Any]:
     return value
 
 
+def in_a_cell(value: Any) -> Any:
+    """The messages in a JSON text, as csv holds them; any other value as it is."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    try:
+        found = json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+    return found if isinstance(found, list) and found and all(map(_has_role, found)) else value
+
+
+def _has_role(turn: Any) -> bool:
+    return isinstance(turn, dict) and "role" in turn and "content" in turn
+
+
 def kind(value: Any) -> str:
     """The type of a value in a person's words."""
     names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}

@@ -31,6 +31,7 @@ SKIP = 8 * 2**20
 CELL_LIMIT = 2**31 - 1
 """Limit of csv.reader, which is of the whole process: none, since the scan has its own."""
 DELIMITERS = {"csv": ",", "tsv": "\t"}
+ESCAPED = '\\"'
 UNREADABLE = (pa.ArrowInvalid, OSError, EOFError, lzma.LZMAError)
 """What a damaged container or compression raises."""
 
@@ -129,23 +130,42 @@ def _parsed(line: bytes) -> Any:
         return Rejected("not_utf8", "not UTF-8 text")
     except RecursionError:
         return Rejected("broken_json", "nested too deeply")
+    except ValueError as error:  # a number of more digits than Python takes
+        return Rejected("broken_json", first_line(error))
 
 
 def _csv(file: File, unit: Unit, header: Sequence[str], columns: Sequence[str]) -> Iterator[Located]:
     csv.field_size_limit(CELL_LIMIT)
-    lines = io.StringIO(_bytes(file, unit).decode("utf-8", "surrogateescape"), newline="")
-    reader = csv.reader(lines, delimiter=DELIMITERS[file.kind])
+    text = _bytes(file, unit).decode("utf-8", "surrogateescape")
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=DELIMITERS[file.kind])
+    lines = list(io.StringIO(text, newline="")) if ESCAPED in text else []
     start = 0
     for cells in reader:
-        place, start = unit.first + start, reader.line_num
+        place, first, start = unit.first + start, start, reader.line_num
         if not cells:
             continue
         if len(cells) != len(header):
             yield place, Rejected("broken_csv", f"{len(cells)} cells, but the header has {len(header)}")
+        elif lines and (problem := _strictly("".join(lines[first:start]), file)):
+            yield place, problem
         elif not all(map(_is_utf8, cells)):
             yield place, Rejected("not_utf8", "not UTF-8 text")
         else:
             yield place, dict(zip(header, cells, strict=True))
+
+
+def _strictly(record: str, file: File) -> Rejected | None:
+    """What is wrong with a record that csv.reader reads all the same: a quoted cell that ends before its end.
+
+    Spark and MySQL write a quote inside a quoted cell with a backslash, where csv has it doubled.
+    """
+    if ESCAPED not in record:
+        return None
+    try:
+        list(csv.reader(io.StringIO(record, newline=""), delimiter=DELIMITERS[file.kind], strict=True))
+    except csv.Error:
+        return Rejected("broken_csv", f'a quote inside a quoted cell is written as {ESCAPED}, not doubled as ""')
+    return None
 
 
 def _is_utf8(cell: str) -> bool:

@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import lru_cache
 from typing import Any
 
@@ -186,19 +187,20 @@ def _remote(uri: str, field: str) -> list[File]:
         info = system.get_file_info(path)
         if info.type == fs.FileType.Directory and (saved := saved_files(system, path, split, field)):
             return [_remote_file(item, fixed + suffix, ("arrow", None)) for item in saved]
-        pattern = _pattern(path + base[len(fixed) :]) if wildcard else None
+        pattern = base[len(fixed) :].strip("/") if wildcard else ""
         found = [info] if info.is_file else _listed(system, path, pattern, base, field)
         files = [_remote_file(item, fixed + suffix, _known(item.path, field)) for item in found]
     return _some(files, uri, field)
 
 
-def _listed(system: Any, path: str, pattern: re.Pattern[str] | None, place: str, field: str) -> list[Any]:
-    """The files below a path that match the pattern; without one those whose kind is known."""
+def _listed(system: Any, path: str, pattern: str, place: str, field: str) -> list[Any]:
+    """The files below a path that match the glob below it; without one those whose kind is known."""
     listing = system.get_file_info(fs.FileSelector(path, recursive=True, allow_not_found=True))
     files = sorted((item for item in listing if item.is_file), key=lambda item: item.path)
+    below = [(item, item.path[len(path) :].strip("/")) for item in files]
     if pattern:
-        return [item for item in files if pattern.fullmatch(item.path)]
-    files = [item for item in files if _visible(item.path[len(path) :].strip("/"))]
+        return [item for item, name in below if _matches(name.split("/"), pattern.split("/"))]
+    files = [item for item, name in below if _visible(name)]
     _say_passed_over([item.path for item in files if not _kind(item.path)], 0, place, field)
     return [item for item in files if _kind(item.path)]
 
@@ -208,12 +210,14 @@ def _remote_file(info: Any, uri: str, kind: tuple[str, str | None]) -> File:
     return File(uri_beside(uri, info.path), *kind, info.size, info.mtime_ns or 0)
 
 
-def _pattern(wildcards: str) -> re.Pattern[str]:
-    parts = re.split(r"(\*\*/?|\*|\[[^]]+\])", wildcards)
-    meaning = {"**": ".*", "**/": "(?:.*/)?", "*": "[^/]*"}
-    return re.compile(
-        "".join(meaning.get(part) or (part if part.startswith("[") else re.escape(part)) for part in parts)
-    )
+def _matches(names: Sequence[str], parts: Sequence[str]) -> bool:
+    """Whether the parts of a path match those of a glob, as `glob.glob` takes both: a hidden name by its dot alone."""
+    if not parts or not names:
+        return not names and all(part == "**" for part in parts)
+    hidden = names[0].startswith(".") and not parts[0].startswith(".")
+    if parts[0] == "**":
+        return _matches(names, parts[1:]) or (not hidden and _matches(names[1:], parts))
+    return not hidden and fnmatchcase(names[0], parts[0]) and _matches(names[1:], parts[1:])
 
 
 def _some(files: list[File], path: str, field: str) -> list[File]:

@@ -17,6 +17,7 @@ without a supervised token of its own answer is rejected; the end token alone do
 """
 
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -27,7 +28,7 @@ from numpy.typing import NDArray
 from olora_ray.common.digests import digest_json
 from olora_ray.common.errors import UserError, first_line
 from olora_ray.data import chat_template as template
-from olora_ray.data import template_trial
+from olora_ray.data import template_trial, tool_calls
 from olora_ray.data.encoder import Encoder
 from olora_ray.data.example import Chat, Completion, Example, Rejected, Text
 
@@ -53,6 +54,8 @@ class TokenizerSpec:
     bos_id: int | None = None
     add_bos: bool = False
     """Whether plain text starts with the begin token."""
+    tool_template: str | None = None
+    """Jinja source for conversations with tools, where that is another."""
     name: str = field(default="the model", compare=False)
     """Name of the model in messages; not part of the digest."""
     apart: str | None = field(default=None, compare=False)
@@ -72,7 +75,17 @@ class TokenizerSpec:
         """SHA-256 over everything that has an influence on tokens."""
         content = asdict(self)
         del content["name"], content["apart"]
+        if self.tool_template is None:  # so that others are called as they were before there was this field
+            del content["tool_template"]
         return digest_json(content)
+
+    def template(self, tools: bool) -> str:
+        """The Jinja source for conversations with tools, or without."""
+        return self.tool_template or self.chat_template if tools else self.chat_template
+
+    def parses_arguments(self, tools: bool) -> bool:
+        """Whether arguments of tool calls that are JSON text are given to that template as objects."""
+        return tool_calls.wants_objects(self.template(tools), self.special_tokens, self.name)
 
 
 @dataclass(frozen=True)
@@ -97,9 +110,9 @@ def spec_from_pretrained(tokenizer: Any, name: str | None = None) -> TokenizerSp
     if tokenizer.eos_token_id is None:
         raise UserError(f"model.name: the tokenizer of {name} has no end token (eos_token), so answers would never end")
     _check_ids(backend, name)
-    source = tokenizer.chat_template
+    source, for_tools = tokenizer.chat_template, None
     if isinstance(source, dict):
-        source = source.get("default") or next(iter(source.values()), None)
+        source, for_tools = source.get("default") or next(iter(source.values()), None), source.get("tool_use")
     add_bos = adds_begin_token(tokenizer)
     if not source:
         log.warning("%s has no chat template: conversations are written as 'User: ...' and 'Assistant: ...'", name)
@@ -113,6 +126,7 @@ def spec_from_pretrained(tokenizer: Any, name: str | None = None) -> TokenizerSp
         eos_id=int(tokenizer.eos_token_id),
         bos_id=tokenizer.bos_token_id,
         add_bos=add_bos,
+        tool_template=str(for_tools) if for_tools and for_tools != source else None,
         name=name,
     )
 
@@ -146,8 +160,11 @@ class ExampleTokenizer:
         self._encoder = Encoder(spec.json, spec.name)
         self._special = self._encoder.special_ids() | {spec.eos_id}
         self._unknown = self._encoder.id_of(spec.special_tokens.get("unk_token"))
-        template_trial.check(spec.chat_template, spec.special_tokens, spec.name)
-        self._template = template.ChatTemplate(spec.chat_template, spec.special_tokens, spec.name)
+        for source in {spec.template(tools) for tools in (False, True)}:
+            template_trial.check(source, spec.special_tokens, spec.name)
+        self._templates = [
+            template.ChatTemplate(spec.template(tools), spec.special_tokens, spec.name) for tools in (False, True)
+        ]
 
     def __call__(self, example: Example) -> list[Tokens]:
         """The tokens of an example: one piece, or several for a long text.
@@ -190,17 +207,21 @@ class ExampleTokenizer:
             same = next((i for i, pair in enumerate(zip(before, text, strict=False)) if pair[0] != pair[1]), len(text))
             raise Rejected(
                 "template",
-                f"the chat template of {self._template.name} does not continue its own generation prompt,"
+                f"the chat template of {self._spec.name} does not continue its own generation prompt,"
                 f" so the answers cannot be told from the prompt: message {number + 1} should start after"
                 f" {before[max(0, same - 20) :][:60]!r}, but is {text[max(0, same - 20) :][:60]!r}",
             )
         return text, (len(before), len(text.rstrip()))
 
     def _render(self, chat: Chat, stop: int, add_generation_prompt: bool = False) -> str:
+        tools = chat.tools is not None
+        messages: Sequence[template.Message] = chat.messages[:stop]
+        if self._spec.parses_arguments(tools):
+            messages = tool_calls.with_objects(messages)
         try:
-            return self._template.render(chat.messages[:stop], add_generation_prompt, chat.tools)
+            return self._templates[tools].render(messages, add_generation_prompt, chat.tools)
         except Exception as error:  # a template is code: it may raise anything
-            what = f"the chat template of {self._template.name} refuses the conversation"
+            what = f"the chat template of {self._spec.name} refuses the conversation"
             raise Rejected("template", f"{what}: {first_line(error)}") from None
 
     def _masked(self, text: str, answers: list[Span]) -> Tokens:

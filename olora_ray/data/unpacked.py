@@ -11,7 +11,7 @@ import shutil
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from olora_ray.common import local_files, node_cache
 from olora_ray.common.digests import digest
@@ -50,7 +50,7 @@ def make(file: File, stream: Any) -> Path | None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if path.exists():
             return path
-        return path if _write(path, iter(lambda: stream.read(CHUNK), b""), _room(path.parent)) else None
+        return path if _write(path, iter(lambda: stream.read(CHUNK), b"")) else None
 
 
 def drop(file: File) -> None:
@@ -64,25 +64,49 @@ def _place(file: File) -> Path:
     return local_files.private_folder("olora_ray") / "unpacked" / f"{name}.raw"
 
 
-def _room(folder: Path) -> int:
-    """Bytes that a copy may have, once those that were left behind are removed."""
-    found = list(folder.glob("*.raw"))
-    old = [each for each in found if time.time() - node_cache.last_used(each) > LEFT_BEHIND]
-    node_cache.make_room(folder, old, limit=0)
-    disk = shutil.disk_usage(folder)
-    used = sum(each.stat().st_size for each in folder.glob("*.raw"))
-    return min(int(disk.total * node_cache.SHARE) - used, disk.free // 2)
+class _Room:
+    """The room for copies on a disk, of which several files may take at the same time."""
+
+    def __init__(self, folder: Path) -> None:
+        """Removes those that were left behind."""
+        self._folder = folder
+        found = list(folder.glob("*.raw"))
+        old = [each for each in found if time.time() - node_cache.last_used(each) > LEFT_BEHIND]
+        node_cache.make_room(folder, old, limit=0)
+        self._kept_free = shutil.disk_usage(folder).free // 2
+
+    def left(self) -> int:
+        """Bytes that may still be written: by all together at most a part of the disk, and half of what was free."""
+        disk = shutil.disk_usage(self._folder)
+        used = sum(map(_size, [*self._folder.glob("*.raw"), *self._folder.glob(".*.raw.*.tmp")]))
+        return min(int(disk.total * node_cache.SHARE) - used, disk.free - self._kept_free)
 
 
-def _write(path: Path, chunks: Iterable[bytes], room: int) -> bool:
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:  # removed, or complete and renamed by now
+        return 0
+
+
+def _has_taken(copy: BinaryIO, chunk: bytes) -> bool:
+    """Whether a copy took a chunk: a disk without room, or a quota, takes a part of it, or fails."""
+    try:
+        return copy.write(chunk) == len(chunk)
+    except OSError:
+        return False
+
+
+def _write(path: Path, chunks: Iterable[bytes]) -> bool:
     """Whether the chunks had room; a file that had none is remembered by an empty one beside it."""
     full = path.with_suffix(".full")
     if full.exists() and time.time() - full.stat().st_mtime < LEFT_BEHIND:
         return False
+    room = _Room(path.parent)
     try:
         with local_files.staged(path) as partial, partial.open("wb", buffering=0) as copy:
             for chunk in chunks:
-                if copy.tell() + len(chunk) > room or copy.write(chunk) != len(chunk):
+                if len(chunk) > room.left() or not _has_taken(copy, chunk):
                     raise _NoRoomError
     except _NoRoomError:
         with contextlib.suppress(OSError):

@@ -12,7 +12,7 @@ from olora_ray.config.schema import Config
 from olora_ray.pipeline import answers
 from olora_ray.pipeline.base import Base
 from olora_ray.pipeline.connection import user_errors
-from olora_ray.tokens.prepare import StoreBuild, begin, plan_here
+from olora_ray.tokens.prepare import StoreBuild, begin, look_here, look_there, plan_here
 from olora_ray.tokens.store import TokenStore
 from olora_ray.train import checkpoint
 
@@ -35,8 +35,9 @@ def prepare_tokens(
     """
     start = _digest_of_start(config)
     with user_errors():
-        build = begin(config, base.spec, "train")
-        other = begin(config, base.spec, "eval") if config.data.holds_out() else None
+        look = look_there(config)
+        build = begin(config, base.spec, "train", look)
+        other = begin(config, base.spec, "eval", look) if config.data.holds_out() else None
         check({"training data": build.store.digest, "held-out data": other.store.digest if other else ""})
         check({"start": start} if start else {})
         if wait:
@@ -60,12 +61,12 @@ def contents(config: Config, base: Base) -> dict[str, str]:
 
     Raises UserError for data that cannot be used.
     """
-    start = _digest_of_start(config)
+    start, look = _digest_of_start(config), look_here(config)
     return {
         "base model": base.model.digest,
         "tokenizer": base.spec.digest,
-        "training data": plan_here(config, base.spec, "train").digest(),
-        "held-out data": plan_here(config, base.spec, "eval").digest() if config.data.holds_out() else "",
+        "training data": plan_here(config, base.spec, "train", look).digest(),
+        "held-out data": plan_here(config, base.spec, "eval", look).digest() if config.data.holds_out() else "",
     } | ({"start": start} if start else {})
 
 

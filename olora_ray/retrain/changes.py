@@ -35,9 +35,9 @@ def look(config: Config) -> Inputs:
     """
     if not config.data.holds_out():
         raise UserError("data.eval: retraining compares with the champion on held-out rows; set it, or eval_fraction")
-    base = open_base(config)
-    plan = prepare.plan_here(config, base.spec, "train")
-    held_out = prepare.plan_here(config, base.spec, "eval")
+    base, seen = open_base(config), prepare.look_here(config)
+    plan = prepare.plan_here(config, base.spec, "train", seen)
+    held_out = prepare.plan_here(config, base.spec, "eval", seen)
     made_of = Fingerprint(base.model.digest, plan.digest(), held_out.digest(), settings_digest(config))
     return Inputs(base, plan, held_out, made_of)
 

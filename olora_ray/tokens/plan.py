@@ -26,7 +26,7 @@ from olora_ray.tokens.layout import Pieces, Shards
 
 VERSION = 1
 """Changes whenever the same input would give other shards; the next two do so for some inputs only."""
-READ_ANEW = {"csv": "csv 2"}
+READ_ANEW = {"csv": "csv 3", "tsv": "tsv 2"}
 """Kinds of files that once were read in another way, and what they are called in the digest since."""
 DRAWN_BY = "hash"
 """How rows are chosen where a weight is not whole."""
@@ -39,6 +39,10 @@ SHARD_BYTES = 64 * 2**20
 Split = Literal["train", "eval"]
 Scanner = Callable[[Sequence[Sequence[File]]], list[list[FileScan]]]
 """Scans the files of each source."""
+Found = tuple[list[list[File]], list[list[FileScan]]]
+"""The files of each source, and their scans."""
+Look = Callable[[str, Sequence[Source]], Found]
+"""Lists and scans the files of sources; the text is the setting that holds them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,13 +152,35 @@ def sources_of(config: AnyConfig, split: Split) -> tuple[str, tuple[Source, ...]
     return "data.eval", config.data.eval
 
 
-def make_plan(config: AnyConfig, spec: TokenizerSpec, split: Split, scan: Scanner) -> Plan:
-    """List and scan the files of a split and lay out the shards; raises UserError for missing or empty sources."""
+def looking(storage_root: str, scan: Scanner) -> Look:
+    """A look at the files as they are now."""
+
+    def look(setting: str, sources: Sequence[Source]) -> Found:
+        listed = [list_files(source, f"{setting}.{n}", storage_root) for n, source in enumerate(sources)]
+        return listed, scan(listed)
+
+    return look
+
+
+def once(look: Look) -> Look:
+    """The same look for both splits of the same sources: a file that grows meanwhile would be split in two ways."""
+    kept: dict[str, Found] = {}
+
+    def kept_look(setting: str, sources: Sequence[Source]) -> Found:
+        if setting in kept:
+            return kept.pop(setting)
+        kept[setting] = look(setting, sources)
+        return kept[setting]
+
+    return kept_look
+
+
+def make_plan(config: AnyConfig, spec: TokenizerSpec, split: Split, look: Look) -> Plan:
+    """Look at the files of a split and lay out the shards; raises UserError for missing or empty sources."""
     setting, sources = sources_of(config, split)
     if not sources:
         raise UserError(f"{setting}: no source is set")
-    listed = [list_files(source, f"{setting}.{n}", config.run.storage) for n, source in enumerate(sources)]
-    files, units, borders = _planned(listed, scan(listed))
+    files, units, borders = _planned(*look(setting, sources))
     for number, (low, high) in enumerate(itertools.pairwise(borders)):
         if low == high:
             raise UserError(f"{setting}.{number}.path: {sources[number].path} is empty: it has no rows")

@@ -18,7 +18,7 @@ from olora_ray.data.units import FileScan
 from olora_ray.tokens import notes, ray_map, writer
 from olora_ray.tokens.draws import warn_of_empty
 from olora_ray.tokens.manifest import Manifest
-from olora_ray.tokens.plan import Plan, Split, make_plan
+from olora_ray.tokens.plan import Look, Plan, Split, looking, make_plan, once
 from olora_ray.tokens.store import TokenStore
 from olora_ray.tokens.totals import Limits, summary
 
@@ -115,13 +115,23 @@ class StoreBuild:
             self.problem = error
 
 
-def begin(config: AnyConfig, spec: TokenizerSpec, split: Split) -> StoreBuild:
+def look_there(config: AnyConfig) -> Look:
+    """A look at the data, which reads what was not read before, with Ray if it is large."""
+    return _look(config, _scan_there)
+
+
+def look_here(config: AnyConfig) -> Look:
+    """A look at the data by this process, without Ray; files that were scanned before are not read again."""
+    return _look(config, _scan_here)
+
+
+def begin(config: AnyConfig, spec: TokenizerSpec, split: Split, look: Look | None = None) -> StoreBuild:
     """Look at the data and at what is there of its token store; the StoreBuild makes the rest.
 
-    Reads all data once unless it was read before, with Ray if it is large. Raises UserError for data that
+    Whoever makes both splits gives the same `look` (by default `look_there`) to both. Raises UserError for data that
     cannot be used, as far as that is known before tokenising.
     """
-    plan = make_plan(config, spec, split, lambda found: _scan_all(found, config.run.storage, _scan_there))
+    plan = make_plan(config, spec, split, look or look_there(config))
     root = config.run.storage
     job = writer.StoreSpec(plan, storage.join(root, "tokens", plan.digest()), root)
     limits = Limits.of(config, split)
@@ -152,13 +162,19 @@ def prepare(config: AnyConfig, spec: TokenizerSpec, split: Split) -> TokenStore:
     return TokenStore.open(preparation.store.uri)
 
 
-def plan_here(config: AnyConfig, spec: TokenizerSpec, split: Split) -> Plan:
-    """The plan of a split's store, whose digest says what it is made of; all data is looked at here, without Ray.
+def plan_here(config: AnyConfig, spec: TokenizerSpec, split: Split, look: Look | None = None) -> Plan:
+    """The plan of a split's store, whose digest says what it is made of.
 
-    Files that were scanned before are not read again. Raises UserError for missing or empty sources.
+    Whoever makes both splits gives the same `look` (by default `look_here`) to both. Raises UserError for missing or
+    empty sources.
     """
+    return make_plan(config, spec, split, look or look_here(config))
+
+
+def _look(config: AnyConfig, scan_files: Callable[[Sequence[File], str], "Results"]) -> Look:
     root = config.run.storage
-    return make_plan(config, spec, split, lambda found: _scan_all(found, root, _scan_here))
+    look = looking(root, lambda found: _scan_all(found, root, scan_files))
+    return look if config.data.eval_fraction is None else once(look)
 
 
 def scan_file(storage_root: str, file: File) -> FileScan | str:

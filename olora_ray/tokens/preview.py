@@ -19,7 +19,7 @@ from olora_ray.data.tokenize import TokenizerSpec, Tokens
 from olora_ray.data.units import FileScan, Units
 from olora_ray.tokens import manifest, notes
 from olora_ray.tokens import shard as shards
-from olora_ray.tokens.plan import Plan, Split, make_plan, sample, sources_of
+from olora_ray.tokens.plan import Plan, Split, looking, make_plan, sample, sources_of
 from olora_ray.tokens.rejected import RejectedRows
 from olora_ray.tokens.store import Pack
 from olora_ray.tokens.totals import Limits, Totals
@@ -92,7 +92,7 @@ def describe(config: Config, spec: TokenizerSpec, split: Split = "train", limit:
     Of large data too many rejected rows are an error if they are too many of those that were read.
     """
     look = _Look(config, split)
-    plan = make_plan(config, spec, split, look)
+    plan = make_plan(config, spec, split, looking(config.run.storage, look))
     whole = look.complete and plan.shards.pieces.bytes <= READ_ALL
     part = plan if whole else sample(plan, limit)
     exact = look.complete and len(part.shards.pieces) == len(plan.shards.pieces)

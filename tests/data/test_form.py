@@ -117,6 +117,17 @@ def test_the_store_of_messages_has_the_name_that_it_had(tmp_path: Path) -> None:
     assert inputs(tmp_path, "auto", "messages", helpers.spec(), last_turn_only=True)["last_turn_only"] is True
 
 
+def test_a_template_that_writes_objects_is_in_the_name_of_a_store(tmp_path: Path) -> None:
+    """Only there have JSON texts been quoted twice; all others find their tokens."""
+    call = "{% for call in message.tool_calls or [] %}{{ call.function.arguments | tojson }}{% endfor %}"
+    writes = f"{{% for message in messages %}}{call}{{% endfor %}}"
+    for format in ("messages", "sharegpt", "prompt_completion"):
+        assert inputs(tmp_path, "auto", format, helpers.spec(writes))["arguments"] == "objects"
+        assert "arguments" not in inputs(tmp_path, "auto", format, helpers.spec())
+    assert "arguments" not in inputs(tmp_path, False, "prompt_completion", helpers.spec(writes))
+    assert "arguments" not in inputs(tmp_path, "auto", "text", helpers.spec(writes))
+
+
 def test_the_form_is_in_the_name_of_a_store_where_it_changes_tokens(tmp_path: Path) -> None:
     found = [inputs(tmp_path, chat, "prompt_completion", helpers.spec()) for chat in ("auto", True, False)]
     assert found[0] == found[1]

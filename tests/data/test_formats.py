@@ -66,6 +66,22 @@ def test_prompt_completion_as_a_chat() -> None:
     assert to_example("prompt_completion", {**row, "tools": "[]"}, fields) == Completion("q ", "a")
 
 
+def test_answers_in_a_prompt_of_messages_are_given_and_one_of_the_completion_is_needed() -> None:
+    turns = [*chat("2 + 2", "4")["messages"], *chat("3 + 3", "6")["messages"]]
+    lists = {"prompt": turns[:3], "completion": turns[3:]}
+    in_cells = {name: json.dumps(value) for name, value in lists.items()}  # as csv has them
+    for row in (lists, in_cells):
+        example = to_example("prompt_completion", row, {}, as_chat=True)
+        assert isinstance(example, Chat)
+        assert [message.get("weight", 1) for message in example.messages if message["role"] == "assistant"] == [0, 1]
+    for none in ([], turns[2:3]):
+        with pytest.raises(Rejected, match="no_answer: field 'completion' has no message of the assistant"):
+            to_example("prompt_completion", {"prompt": turns[:2], "completion": none}, {}, as_chat=True)
+    for text in ("[1, 2]", "[{]", '[{"role": "user"}]', "[]"):
+        example = to_example("prompt_completion", {"prompt": text, "completion": "x"}, {}, as_chat=True)
+        assert roles(example) == [("user", text), ("assistant", "x")]
+
+
 def test_alpaca() -> None:
     row = {"instruction": "Sum up.", "input": "A text.", "output": "Short."}
     assert roles(to_example("alpaca", row, {})) == [("user", "Sum up.\n\nA text."), ("assistant", "Short.")]

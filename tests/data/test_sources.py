@@ -2,6 +2,7 @@
 
 import bz2
 import csv
+import glob
 import gzip
 import json
 import lzma
@@ -147,14 +148,40 @@ def test_blank_lines_bom_and_windows_line_ends(tmp_path: Path) -> None:
 
 def test_lines_that_cannot_be_read_do_not_harm_others(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
-    path.write_bytes(b'{"prompt": 1}\n{"prompt": \n\xff\xfe\n[' + b"[" * 99999 + b'\n{"prompt": 2}\n')
+    digits = b'{"id": ' + b"1" * 5000 + b"}"
+    path.write_bytes(b'{"prompt": 1}\n{"prompt": \n\xff\xfe\n[' + b"[" * 99999 + b"\n" + digits + b'\n{"prompt": 2}\n')
     found = places(path)
     reasons = [row.reason if isinstance(row, Rejected) else row for _, row in found]
-    assert reasons == [{"prompt": 1}, "broken_json", "not_utf8", "broken_json", {"prompt": 2}]
+    assert reasons == [{"prompt": 1}, "broken_json", "not_utf8", "broken_json", "broken_json", {"prompt": 2}]
     path = tmp_path / "a.csv"
     path.write_bytes(b"prompt,completion\na,b\nc\nd,\xff\ne,f\n")
     reasons = [row.reason if isinstance(row, Rejected) else row["prompt"] for _, row in places(path)]
     assert reasons == ["a", "broken_csv", "not_utf8", "e"]
+
+
+@pytest.mark.parametrize(("kind", "mark"), [("csv", ","), ("tsv", "\t")])
+def test_quotes_that_are_written_with_backslashes_are_refused(kind: str, mark: str, tmp_path: Path) -> None:
+    """As Spark's and MySQL's exports have them: csv.reader takes letters away and moves quotes, and says nothing."""
+    path = tmp_path / f"a.{kind}"
+    lines = [
+        "prompt|completion",
+        r'"He said \"hi\" to me"|"ok"',
+        '"a ""b"" c"|"two\nlines"',
+        r'"ends with C:\"|x',
+        'a 5" pipe|"x\ry"',
+        r'"again \"|\" here"|y',
+        r"no \" quoted|z",
+    ]
+    path.write_text("".join(line.replace("|", mark) + "\r\n" for line in lines), newline="")
+    found = [row.message if isinstance(row, Rejected) else row["prompt"] for _, row in places(path)]
+    assert found == [
+        r'a quote inside a quoted cell is written as \", not doubled as ""',
+        'a "b" c',
+        "ends with C:\\",
+        'a 5" pipe',
+        "3 cells, but the header has 2",
+        r"no \" quoted",
+    ]
 
 
 def test_a_text_of_a_parquet_file_that_is_none_rejects_its_row_alone(tmp_path: Path) -> None:
@@ -186,6 +213,26 @@ def test_folders_and_globs(scheme: str, tmp_path: Path) -> None:
     assert names(f"{root}/*.jsonl") == ["b.jsonl"]
     assert names(f"{root}/[ab].*") == ["a.csv", "b.jsonl"]
     assert "c.jsonl.gz" in names(f"{root}/**/*.gz")
+    assert names(f"{root}/[!b].*") == ["a.csv"]
+
+
+PLACES = ["a.csv", "b-0.csv", "b-1.csv", "[a].csv", "x/c.csv", "x/y/d.csv"]
+HIDDEN = [".x/e.csv", "x/.f.csv", "_x/g.csv", "x/.y/h.csv"]
+GLOBS = ["*.csv", "b-[!0].csv", "b-[01].csv", "[[]a].csv", "**/*.csv", "*/*.csv", "x/**/*.csv", "x/**"]
+HIDDEN_GLOBS = ["x/.*", ".x/*", "**/.*/*.csv"]
+
+
+@pytest.mark.parametrize("pattern", GLOBS + HIDDEN_GLOBS)
+def test_a_glob_means_the_same_on_a_disk_and_on_an_object_store(pattern: str, tmp_path: Path) -> None:
+    for name in PLACES + HIDDEN:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    local = [name for name in glob.glob(f"{tmp_path}/{pattern}", recursive=True) if Path(name).is_file()]
+    found = [
+        file.uri.removeprefix("file://") for file in sources.list_files(source(f"file://{tmp_path}/{pattern}"), "x", "")
+    ]
+    assert local
+    assert found == sorted(local)
 
 
 def test_splits_of_a_saved_data_set(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from olora_ray.common.errors import UserError
+from olora_ray.data import tool_calls
 from olora_ray.data.example import Chat, Completion, Rejected, Text
 from olora_ray.data.tokenize import ExampleTokenizer, TokenizerSpec, Tokens, spec_from_pretrained
 from tests.data.test_chat_template import ALL, conversation
@@ -251,6 +252,60 @@ def test_spec_from_a_tokenizer() -> None:
     assert spec_from_pretrained(fake()) == helpers.spec(name="org/base")
     named = {"tool_use": "x", "default": helpers.CHATML}
     assert spec_from_pretrained(fake(chat_template=named)).chat_template == helpers.CHATML
+
+
+TOOLS = "{% if tools %}{{ tools | tojson }}{% endif %}" + helpers.CHATML
+
+
+def test_a_conversation_with_tools_is_rendered_by_the_template_for_tools() -> None:
+    """As transformers and servers choose among named templates; the other one knows nothing of tools."""
+    spec = spec_from_pretrained(fake(chat_template={"tool_use": TOOLS, "default": helpers.CHATML}))
+    assert (spec.chat_template, spec.tool_template) == (helpers.CHATML, TOOLS)
+    assert spec.digest != helpers.spec().digest
+    same = spec_from_pretrained(fake(chat_template={"tool_use": helpers.CHATML, "default": helpers.CHATML}))
+    assert same.digest == helpers.spec().digest
+    encode, plain = ExampleTokenizer(spec, 1000), chat("hi", "hello")
+    assert marked(encode(Chat(plain.messages, ({"name": "f"},)))[0]).startswith('[{"name": "f"}]<|im_start|>')
+    assert marked(encode(plain)[0]).startswith("<|im_start|>")
+
+
+def _calling(arguments: str, tail: str = "") -> str:
+    written = "{% for call in message['tool_calls'] %}{{ " + arguments + " }}{% endfor %}"
+    return helpers.CHATML.replace("message['content']", f"message['content'] }}}}{written}{{{{ ''", 1) + tail
+
+
+CALL = '{"city": "X", "days": null}'
+AS_OBJECT = "call.function.arguments | tojson"
+AS_TEXT = "call.function.arguments + ''"
+
+
+@pytest.mark.parametrize(("written", "parsed"), [(AS_OBJECT, True), (AS_TEXT, False)])
+def test_arguments_of_tool_calls_have_the_form_that_the_template_writes(written: str, parsed: bool) -> None:
+    """As vLLM and others serve them: JSON text within a template that quotes texts would be quoted twice."""
+    spec = helpers.spec(_calling(written))
+    assert spec.parses_arguments(tools=False) is parsed
+    call: dict[str, Any] = {"type": "function", "function": {"name": "f", "arguments": CALL}}
+    messages = [*conversation("hi"), {"role": "assistant", "content": "", "tool_calls": [call]}]
+    [tokens] = ExampleTokenizer(spec, 1000)(Chat(tuple(messages)))
+    assert f"[[{CALL}<|im_end|>]]" in marked(tokens)
+    assert call["function"]["arguments"] == CALL, "the row stays as it is"
+
+
+def test_arguments_that_are_no_object_stay() -> None:
+    calls: list[Any] = [
+        {"function": {"arguments": "[1]"}},
+        {"arguments": "{"},
+        {"function": None},
+        "f",
+        {"arguments": {}},
+    ]
+    assert tool_calls.with_objects([{"tool_calls": calls}, {"content": "x"}]) == [
+        {"tool_calls": calls},
+        {"content": "x"},
+    ]
+    assert tool_calls.with_objects([{"tool_calls": [{"arguments": '{"a": 1}'}]}]) == [
+        {"tool_calls": [{"arguments": {"a": 1}}]}
+    ]
 
 
 def test_a_tokenizer_without_template_gets_a_plain_one_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,6 +1,7 @@
 """A large compressed file is decompressed once a node, and a copy of it is never trusted."""
 
 import bz2
+import errno
 import gzip
 import json
 import lzma
@@ -8,6 +9,7 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -124,10 +126,27 @@ def test_a_file_that_is_damaged_in_its_middle_is_named(tmp_path: Path, temporary
     assert [each.name for each in temporary.glob("*/unpacked/*") if not each.name.endswith(".lock")] == []
 
 
+def _small_part(room: unpacked._Room) -> int:
+    return 20_000 - sum(each.stat().st_size for each in room._folder.glob(".*.tmp"))
+
+
+class _FullDisk:
+    def write(self, chunk: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def _on_a_full_disk(taken: Callable[[Any, bytes], bool], copy: Any, chunk: bytes) -> bool:
+    return taken(copy if copy.tell() < 20_000 else _FullDisk(), chunk)
+
+
+@pytest.mark.parametrize("full", [False, True])
 def test_without_room_a_file_is_read_as_before(
-    tmp_path: Path, temporary: Path, passes: list[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, temporary: Path, passes: list[str], monkeypatch: pytest.MonkeyPatch, full: bool
 ) -> None:
-    monkeypatch.setattr(unpacked, "_room", lambda folder: 20_000)
+    if full:
+        monkeypatch.setattr(unpacked, "_has_taken", partial(_on_a_full_disk, unpacked._has_taken))
+    else:
+        monkeypatch.setattr(unpacked._Room, "left", _small_part)
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(content(ROWS)))
     file, units = scanned(tmp_path / "a.jsonl.gz")
     passes.clear()
@@ -135,6 +154,18 @@ def test_without_room_a_file_is_read_as_before(
     assert copies(temporary) == []
     tries = sum(unit.offset >= unpacked.WORTH_IT for unit in units)
     assert len(passes) == len(units) + tries  # each opened in vain, but read through at most once
+
+
+def test_what_others_are_writing_takes_room_too(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = type("Usage", (), {"total": int(1000 / node_cache.SHARE), "free": 10_000})
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: usage)
+    room = unpacked._Room(temporary)
+    assert room.left() == 1000
+    (temporary / ".other.raw.0.tmp").write_bytes(bytes(300))
+    (temporary / "third.raw").write_bytes(bytes(200))
+    assert room.left() == 500
+    usage.free = 5_100  # others have taken the rest
+    assert room.left() == 100
 
 
 def test_only_what_was_left_behind_makes_room(tmp_path: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Weights, mixing and the draw of held-out rows."""
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,12 @@ import pytest
 
 from olora_ray.config.schema import Config
 from olora_ray.data.scan import scan
+from olora_ray.data.sources import File
 from olora_ray.data.tokenize import TokenizerSpec
+from olora_ray.data.units import FileScan
 from olora_ray.tokens import plan
-from olora_ray.tokens.prepare import prepare
+from olora_ray.tokens.prepare import begin, look_here, plan_here, prepare
+from olora_ray.tokens.store import TokenStore
 from tests.tokens import helpers
 
 
@@ -27,6 +31,26 @@ def rows(config: Config, spec: TokenizerSpec, split: Any = "train") -> list[str]
     return [row.removeprefix("<s>").removesuffix("</s>") for row in helpers.texts(prepare(config, spec, split))]
 
 
+def scanned(found: Sequence[Sequence[File]]) -> list[list[FileScan]]:
+    return [[scan(file, "") for file in files] for files in found]
+
+
+def test_a_file_that_grows_between_the_splits_is_split_once(tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
+    """Which rows are held out depends on the file's content: of two states of it, most would be in both splits."""
+    path = corpus(tmp_path / "a.jsonl", "a", 400)
+    config, seen = helpers.config(tmp_path / "runs", text(path), eval_fraction=0.2), []
+    look = look_here(config)
+    for split in ("train", "eval"):
+        build = begin(config, tiny_spec, split, look)
+        build.run()
+        seen.append(set(helpers.texts(TokenStore.open(build.store.uri))))
+        corpus(path, "a", 500)
+    assert not seen[0] & seen[1]
+    assert len(seen[0] | seen[1]) == 400
+    digests = [plan_here(config, tiny_spec, "train", look).digest(), plan_here(config, tiny_spec, "train").digest()]
+    assert digests[0] == digests[1] != build.store.digest, "the next run looks again"
+
+
 def test_a_weight_says_how_often_a_row_is_used(tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
     a, b, c = (corpus(tmp_path / f"{letter}.jsonl", letter, 300) for letter in "abc")
     config = helpers.config(tmp_path / "runs", text(a), text(b, 2.5), text(c, 0.25))
@@ -39,7 +63,7 @@ def test_a_weight_says_how_often_a_row_is_used(tmp_path: Path, tiny_spec: Tokeni
 def test_sources_are_mixed_evenly(tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
     a, b = corpus(tmp_path / "a.jsonl", "a", 40_000), corpus(tmp_path / "b.jsonl", "b", 2_000)
     config = helpers.config(tmp_path / "runs", text(a), text(b))
-    made = plan.make_plan(config, tiny_spec, "train", lambda found: [[scan(f, "") for f in files] for files in found])
+    made = plan.make_plan(config, tiny_spec, "train", plan.looking("", scanned))
     assert len(made.shards) == round(42_000 / 4096)
     shares = []
     for pieces in made.shards:
@@ -108,9 +132,7 @@ def test_the_digest_covers_what_matters(change: dict[str, Any], tmp_path: Path, 
 
     def digest(source: dict[str, Any], spec: TokenizerSpec, **data: Any) -> str:
         config = helpers.config(tmp_path / "runs", source, **data)
-        return plan.make_plan(
-            config, spec, "train", lambda found: [[scan(f, "") for f in files] for files in found]
-        ).digest()
+        return plan.make_plan(config, spec, "train", plan.looking("", scanned)).digest()
 
     base = digest(text(a), tiny_spec)
     sources = {"weight": text(a, 2.0), "content": text(b), "fields": {**text(a), "fields": {"text": "body"}}}

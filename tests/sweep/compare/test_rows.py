@@ -15,7 +15,7 @@ from olora_ray.config.load import override
 from olora_ray.config.schema import Config
 from olora_ray.sweep.compare import rows
 from olora_ray.tokens import prepare
-from olora_ray.tokens.plan import make_plan
+from olora_ray.tokens.plan import looking, make_plan
 from tests import tiny
 
 SPEC: Any = SimpleNamespace(digest="tokenizer", packing=lambda setting: True)
@@ -28,9 +28,8 @@ def without_a_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
     def plan(config: Any, spec: Any, split: Any) -> Any:
         scans = prepare.scan
         root = config.run.storage
-        return make_plan(
-            config, spec, split, lambda sources: [[scans(file, root) for file in each] for each in sources]
-        )
+        look = looking(root, lambda sources: [[scans(file, root) for file in each] for each in sources])
+        return make_plan(config, spec, split, look)
 
     monkeypatch.setattr(rows, "plan_here", plan)
 

@@ -1,0 +1,65 @@
+"""Arguments of tool calls, in the form that a chat template writes as JSON.
+
+Rows have them as an object, or as JSON text, which is the form of OpenAI's API. Most templates write
+`arguments | tojson`, which of a text makes a quoted one with escaped quotes: servers parse texts before they render, so
+a model that was trained on those would see another form when it is served. A few templates take texts as they are.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+from olora_ray.data import template_trial
+from olora_ray.data.chat_template import ChatTemplate, Message
+
+_NAME = "olora_argument"
+_WRITTEN = f'"{_NAME}":'
+
+
+def wants_objects(source: str, special_tokens: Mapping[str, str], name: str) -> bool:
+    """Whether a template writes arguments as JSON if they are an object, but not if they are JSON text.
+
+    Raises UserError that names the model for a template that cannot be used.
+    """
+    return "arguments" in source and _wants_objects(source, tuple(sorted(special_tokens.items())), name)
+
+
+@lru_cache(maxsize=64)
+def _wants_objects(source: str, special_tokens: tuple[tuple[str, str], ...], name: str) -> bool:
+    template_trial.check(source, dict(special_tokens), name)
+    template = ChatTemplate(source, dict(special_tokens), name)
+    arguments = {_NAME: 1}
+    return _WRITTEN in _rendered(template, arguments) and _WRITTEN not in _rendered(template, json.dumps(arguments))
+
+
+def _rendered(template: ChatTemplate, arguments: Any) -> str:
+    """A conversation with a tool call; "" where the template refuses it."""
+    call = {"id": "call00000", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    question = {"role": "user", "content": "Hello"}
+    try:
+        return template.render([question, {"role": "assistant", "content": "", "tool_calls": [call]}])
+    except Exception:  # a template is code: it may raise anything
+        return ""
+
+
+def with_objects(messages: Sequence[Message]) -> list[Message]:
+    """The messages with the arguments of their tool calls as objects, where they are JSON text of one."""
+    return [
+        {**message, "tool_calls": [_with_object(call) for call in message["tool_calls"]]}
+        if isinstance(message.get("tool_calls"), list)
+        else message
+        for message in messages
+    ]
+
+
+def _with_object(call: Any) -> Any:
+    if not isinstance(call, Mapping):
+        return call
+    if "function" in call:
+        return {**call, "function": _with_object(call["function"])}
+    try:
+        found = json.loads(call["arguments"]) if isinstance(call.get("arguments"), str) else None
+    except (ValueError, RecursionError):
+        return call
+    return {**call, "arguments": found} if isinstance(found, dict) else call
