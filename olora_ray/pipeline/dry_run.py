@@ -17,6 +17,7 @@ from olora_ray.config.schema import Config
 from olora_ray.model.source import BaseModel
 from olora_ray.pipeline import report
 from olora_ray.pipeline.base import open_base
+from olora_ray.pipeline.prepare import warn_of_both
 from olora_ray.pipeline.run_folder import RunFolder
 from olora_ray.tokens.preview import Example, Preview, describe
 from olora_ray.tokens.totals import reason_counts
@@ -46,6 +47,7 @@ def dry_run(config: Config, show_config: bool = False) -> None:
     size = report.plan(config, base.model)
     held_out = describe(config, base.spec, "eval", HELD_OUT_ROWS) if config.data.holds_out() else None
     train = describe(config, base.spec, "train")
+    warn_of_both(config, train.contents, held_out.contents if held_out else {})
     if show_config:
         print(dump(config))
     table = [

@@ -12,6 +12,7 @@ from olora_ray.config.schema import Config
 from olora_ray.pipeline import answers
 from olora_ray.pipeline.base import Base
 from olora_ray.pipeline.connection import user_errors
+from olora_ray.tokens import notes
 from olora_ray.tokens.prepare import StoreBuild, begin, look_here, look_there, plan_here
 from olora_ray.tokens.store import TokenStore
 from olora_ray.train import checkpoint
@@ -38,6 +39,7 @@ def prepare_tokens(
         look = look_there(config)
         build = begin(config, base.spec, "train", look)
         other = begin(config, base.spec, "eval", look) if config.data.holds_out() else None
+        warn_of_both(config, build.contents(), other.contents() if other else {})
         check({"training data": build.store.digest, "held-out data": other.store.digest if other else ""})
         check({"start": start} if start else {})
         if wait:
@@ -54,6 +56,12 @@ def prepare_tokens(
     store = TokenStore.open(build.store.uri) if wait else build.store
     again = preflight.recomputes(config, base.model)
     return TrainSpec(config, base.model, base.spec.digest, base.eos, store, held_out, start, recompute=again), build
+
+
+def warn_of_both(config: Config, train: Mapping[str, str], held_out: Mapping[str, str]) -> None:
+    """Say so where files of `data.eval` are files of `data.train` too; both by content."""
+    if config.data.eval_fraction is None and (line := notes.in_both(train, held_out)):
+        logger.warning(line)
 
 
 def contents(config: Config, base: Base) -> dict[str, str]:

@@ -56,3 +56,15 @@ def form_lines(plan: Plan) -> list[str]:
     setting = f"data.{plan.split}"
     found = (form_line(source, plan.spec, f"{setting}.{n}") for n, source in enumerate(plan.sources))
     return [line for line in found if line]
+
+
+def in_both(train: Mapping[str, str], held_out: Mapping[str, str]) -> str | None:
+    """What to say where the held-out files, by content, are files of the training data too; None if they are not."""
+    found = [held_out[content] for content in held_out if content in train]
+    if not found:
+        return None
+    more = f" and {len(found) - 1:,} more" if len(found) > 1 else ""
+    return (
+        f"data.eval: {found[0]}{more} is trained on too, so the held-out loss, the best step and the gate look better"
+        " than they are; leave it out of data.train (a folder and a glob take all that is there)"
+    )

@@ -63,6 +63,10 @@ class StoreBuild:
         with contextlib.suppress(Exception):
             self.join()
 
+    def contents(self) -> dict[str, str]:
+        """See Plan."""
+        return self._job.plan.contents()
+
     @property
     def complete(self) -> bool:
         """Whether there was nothing left to do when it began."""

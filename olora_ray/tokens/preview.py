@@ -5,7 +5,7 @@ and what they say is scaled up.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -83,7 +83,8 @@ class Preview:
     """The first that is trained on, and the next from another source if there is one."""
     some_packs: tuple[Pack, ...]
     """The first sequences."""
-    files: int
+    contents: Mapping[str, str]
+    """The file of each content that was looked at, by its digest."""
 
 
 def describe(config: Config, spec: TokenizerSpec, split: Split = "train", limit: int = 2000) -> Preview:
@@ -141,7 +142,7 @@ def _preview(
         sources=tuple(_source(limits, plan, made, number) for number in range(len(plan.sources))),
         examples=_examples(plan, made[0]),
         some_packs=tuple(_pack(made[0], members) for members in made[0].packs[:8]),
-        files=len(plan.files),
+        contents=plan.contents(),
     )
 
 

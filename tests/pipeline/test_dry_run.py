@@ -104,6 +104,16 @@ def test_without_held_out_rows_it_says_so_and_that_nothing_will_be_scored(shown:
     assert not [line for line in lines if "evaluation.scorer" in line]
 
 
+def test_held_out_files_that_are_trained_on_too_are_named(shown: Shown, tmp_path: Path) -> None:
+    wanted = "warning: data.eval: "
+    assert not [line for line in shown()[1] if line.startswith(wanted)]
+    [line] = [line for line in shown(data__train=[str(tmp_path / "*.jsonl")])[1] if line.startswith(wanted)]
+    assert line.startswith(f"{wanted}{tmp_path / 'eval.jsonl'} is trained on too")
+    (tmp_path / "copy.jsonl").write_bytes((tmp_path / "eval.jsonl").read_bytes())
+    _, lines = shown(data__train=[str(tmp_path / "train.jsonl"), str(tmp_path / "copy.jsonl")])
+    assert [line for line in lines if line.startswith(wanted)], "by content, not by name"
+
+
 def test_the_config_is_shown_when_asked_for(shown: Shown) -> None:
     assert "micro_batch: 1" not in shown()[0]
     assert "micro_batch: 1" in shown(show_config=True)[0]
