@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from olora_ray.common.errors import UserError, first_line
 from olora_ray.common.fault_points import reached
 from olora_ray.tracking import checksums, mlmodel, record
-from olora_ray.tracking.aliases import CHAMPION, Aliases
+from olora_ray.tracking.aliases import CHAMPION, GATE, Aliases
 from olora_ray.tracking.client import is_unavailable
 from olora_ray.tracking.contents import ADAPTER_ONLY, EXPORT, Contents
 from olora_ray.tracking.mlmodel import has_chat_template as has_chat_template
@@ -47,8 +47,8 @@ ABOUT = """The versions of this model were trained by olora_ray. Each has a desc
 def register(tracker: Tracker, contents: Contents, name: str, alias: str, tags: Mapping[str, object]) -> int:
     """Log `contents` as a model of the tracker's run, register it under `name`, set `alias`; returns the version.
 
-    Safe to repeat: whatever an interrupted call has made for this run is resumed. Raises UserError for a name MLflow
-    refuses.
+    Safe to repeat: whatever an interrupted call has made for this run is resumed. An alias never goes back from a newer
+    version, nor to one that was judged or rolled back. Raises UserError for a name MLflow refuses.
     """
     client = tracker.client()
     texts = _texts(contents, tags)
@@ -68,10 +68,7 @@ def register(tracker: Tracker, contents: Contents, name: str, alias: str, tags: 
     number = str(found.version)
     if contents.description and not found.description:  # else the gate may have added its verdict
         client.update_model_version(name, number, _description(contents, f"models:/{name}/{number}"))
-    if alias == CHAMPION:  # `previous` follows, and a gate that decides now decides again
-        Aliases(tracker.uri, name).promote(number, "registered with registry.alias=champion")
-    else:
-        client.set_registered_model_alias(name, alias, number)
+    _set_alias(Aliases(tracker.uri, name), alias, number)
     return int(number)
 
 
@@ -109,6 +106,24 @@ def version_of(client: "MlflowClient", name: str, run_id: str) -> "ModelVersion 
     """The version of `name` that an MLflow run has registered."""
     found = client.search_model_versions(f"run_id = '{run_id}'")
     return next((item for item in found if item.name == name), None)
+
+
+def _set_alias(aliases: Aliases, alias: str, number: str) -> None:
+    """Let the alias name the version, unless that would undo what was done since the version was registered."""
+    aliases.repair()  # a promotion that was cut off behind the alias has its verdict to come
+    now = aliases.current().get(alias)
+    verdict = aliases.version(number).tags.get(GATE)
+    if alias == CHAMPION and verdict is not None:
+        if now != number:
+            logger.info(
+                f"version {number} does not become {alias} by being registered again, it has a verdict: {verdict}"
+            )
+    elif now is not None and int(now) > int(number):
+        logger.info(f"{alias} stays version {now}, which is newer than version {number}")
+    elif alias == CHAMPION:  # `previous` follows, and a gate that decides now decides again
+        aliases.promote(number, "registered with registry.alias=champion")
+    else:
+        aliases.client.set_registered_model_alias(aliases.name, alias, number)
 
 
 def _texts(contents: Contents, tags: Mapping[str, object]) -> dict[str, str]:

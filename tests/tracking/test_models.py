@@ -7,8 +7,10 @@ import torch
 
 from olora_ray.common.errors import UserError
 from olora_ray.tracking import checksums, mlmodel, models, record, run
-from olora_ray.tracking.aliases import Aliases
+from olora_ray.tracking.aliases import GATE, Aliases
 from olora_ray.tracking.contents import Contents
+from olora_ray.tracking.start import start_run
+from tests import tiny
 from tests.export_parts import Case, logits
 from tests.tracking.conftest import TAGS
 
@@ -121,6 +123,52 @@ def test_a_version_that_is_registered_as_champion_takes_over_as_by_a_promotion(
     assert Aliases(tracker.uri, "direct").current() == {"champion": "2", "previous": "1"}
     assert models.register(tracker, Contents(merged), "direct", "champion", TAGS) == 2
     assert Aliases(tracker.uri, "direct").current() == {"champion": "2", "previous": "1"}, "repeating changes nothing"
+
+
+def another_run(database: Path) -> run.Tracker:
+    return start_run(tiny.config(run__storage=str(database)), "test", {})
+
+
+def test_registering_again_undoes_no_rollback_and_pushes_out_no_newer_version(
+    tracker: run.Tracker, database: Path, merged: Path
+) -> None:
+    first, second = tracker, another_run(database)
+    aliases = Aliases(tracker.uri, "again")
+    for one in (first, second):
+        models.register(one, Contents(merged), "again", "champion", TAGS)
+    assert models.register(first, Contents(merged), "again", "champion", TAGS) == 1
+    assert aliases.current() == {"champion": "2", "previous": "1"}, "the newer champion stays"
+    aliases.rollback("bad")
+    assert models.register(second, Contents(merged), "again", "champion", TAGS) == 2
+    assert aliases.current() == {"champion": "1"}, "the rollback stands"
+    assert aliases.version("2").tags[GATE] == "rolled back: bad"
+
+
+def test_another_alias_does_not_go_back_from_a_newer_version(
+    tracker: run.Tracker, database: Path, merged: Path
+) -> None:
+    second = another_run(database)
+    for one in (tracker, second, tracker):
+        models.register(one, Contents(merged), "back", "candidate", TAGS)
+    assert Aliases(tracker.uri, "back").current() == {"candidate": "2"}
+
+
+def test_a_promotion_that_was_cut_off_is_finished_by_registering_again(
+    tracker: run.Tracker, merged: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    aliases = Aliases(tracker.uri, "cut-off")
+    for method in ("promote", "_finish"):  # before the alias, and behind it
+        with monkeypatch.context() as patch:
+            patch.setattr(Aliases, method, killed)
+            with pytest.raises(KeyboardInterrupt):
+                models.register(tracker, Contents(merged), "cut-off", "champion", TAGS)
+        assert GATE not in aliases.version("1").tags
+    models.register(tracker, Contents(merged), "cut-off", "champion", TAGS)
+    assert aliases.current() == {"champion": "1"}
+    assert aliases.version("1").tags[GATE].startswith("registered")
 
 
 def test_logging_without_registering(tracker: run.Tracker, merged: Path) -> None:
