@@ -4,7 +4,10 @@ import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from olora_ray.common import storage
+import torch
+
+from olora_ray.cluster.kind import kind_of
+from olora_ray.common import kept, storage
 from olora_ray.common.digests import digest_json
 from olora_ray.common.errors import UserError
 from olora_ray.config.evaluation import AnyConfig
@@ -13,6 +16,7 @@ from olora_ray.config.schema import Config
 from olora_ray.evaluation.groups import group_numbers
 from olora_ray.evaluation.held_out import measure
 from olora_ray.evaluation.rows import RowResults
+from olora_ray.model.load import pick_dtype
 from olora_ray.pipeline import connection
 from olora_ray.pipeline.base import Base, with_tokenizer
 from olora_ray.pipeline.find_model import find_model, parts
@@ -20,12 +24,13 @@ from olora_ray.retrain import known_files
 from olora_ray.retrain.changes import Inputs
 from olora_ray.retrain.gate import HeldOut
 from olora_ray.tokens.prepare import prepare
-from olora_ray.tracking import registered
+from olora_ray.tracking import checksums, registered
 from olora_ray.tracking.aliases import Aliases
 from olora_ray.tracking.contents import ADAPTER_ONLY, EXPORT
 from olora_ray.tracking.record import RUN
 from olora_ray.tracking.start import resolve_uri
 from olora_ray.tracking.version import Version
+from olora_ray.train import scoring
 
 logger = logging.getLogger(__name__)
 
@@ -105,16 +110,29 @@ def _same_tokens(bases: list[Base]) -> None:
 
 def _note(config: Config, inputs: Inputs, version: Version) -> str:
     """The file of a version's results; its name is a hash of all that they depend on."""
+    scorer = config.evaluation.scorer
     parts = [
-        version.run_id,
+        [version.name, version.number, version.run_id, version.tags.get(checksums.TAG)],
         inputs.fingerprint.held_out,
         config.evaluation.model_dump_json(),
-        config.model.dtype,
-        config.model.attention,
-        "greedy",  # older releases let a model's generation_config change the answers
+        scoring.source_digest(scorer) if scorer else None,
+        kept.code(),
+        _computed_by(config),
     ]
     key = digest_json(parts, length=32)
     return storage.join(config.run.storage, "retraining", "rows", f"{key}.json")
+
+
+def _computed_by(config: Config) -> list[str]:
+    """Precision, attention, and what they are computed on, as far as that is known before Ray is asked.
+
+    Two that were measured by bfloat16 on a GPU and by float32 on a CPU are not measured by one yardstick.
+    """
+    gpus = config.cluster.gpus_per_worker
+    device = torch.device("cuda", 0) if gpus and torch.cuda.is_available() else torch.device("cpu")
+    kind = {what: text for what, text in kind_of(device).items() if what != "threads"}
+    # Which attention follows from `auto` is the same for the same device, precision, libraries and files.
+    return [str(pick_dtype(config.model, device)), config.model.attention, str(gpus), *kind.values()]
 
 
 def _read(note: str) -> RowResults | None:

@@ -4,9 +4,13 @@ A scorer may leave a name out where it does not apply: the mean of that score is
 """
 
 import importlib
+import inspect
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
+from olora_ray.common.digests import digest, digest_file
 from olora_ray.common.errors import UserError, first_line
 
 Scorer = Callable[[str, str], dict[str, float]]
@@ -59,6 +63,18 @@ def resolve(name: str) -> Scorer:
     if not callable(scorer):
         raise UserError(f"evaluation.scorer: {name!r}: {module_name!r} has no function {function_name!r}")
     return scorer  # type: ignore[no-any-return]
+
+
+def source_digest(name: str) -> str:
+    """Digest of the files that have the scorer: the module of its name, and the one that the function is written in.
+
+    A module that these import is not looked at. Raises UserError as `resolve`.
+    """
+    scorer = resolve(name)
+    named = name.rpartition(":" if ":" in name else ".")[0]
+    modules = [sys.modules.get(each) for each in (named, getattr(inspect.unwrap(scorer), "__module__", None)) if each]
+    files = [Path(file) for each in modules if (file := getattr(each, "__file__", None))]
+    return digest(*(digest_file(file) for file in files if file.is_file()), length=16)
 
 
 class Judge:
