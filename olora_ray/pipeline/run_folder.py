@@ -147,6 +147,10 @@ class RunFolder:
         """Write result.json, the last file of a run."""
         storage.write_text(self.result, json.dumps(result, indent=2) + "\n")
 
+    def drop_result(self) -> None:
+        """Let the run be unfinished: the next call publishes and registers what it has made, and trains nothing."""
+        storage.remove(self.result)
+
     def tracking_run(self, uri: str) -> str | None:
         """The id of this run in the MLflow at `uri`, if it was started there before."""
         kept = _read_json(self._tracking) or {}

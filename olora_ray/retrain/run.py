@@ -11,11 +11,14 @@ the registry, the measured rows, the gate's verdict as a tag. So the next call r
 
 import contextlib
 import logging
+from collections.abc import Mapping
+from typing import Any
 
 from olora_ray.common import lock, storage
 from olora_ray.common.errors import TryAgain, UserError
 from olora_ray.config.schema import Config
 from olora_ray.pipeline.fingerprint import Fingerprint
+from olora_ray.pipeline.run_folder import RunFolder
 from olora_ray.retrain import changes, decision_run, gate, recipe
 from olora_ray.retrain.changes import Inputs
 from olora_ray.retrain.decision_run import Entry
@@ -96,9 +99,25 @@ def _trained(config: Config, aliases: Aliases, inputs: Inputs, champion: Version
     from olora_ray.pipeline import run as pipeline  # with Ray, which a call that finds nothing changed does not need
 
     wanted = recipe.make(config, inputs, champion)
+    folder = RunFolder(wanted.config)
+    if (done := folder.finished()) and _version_of(aliases, done) is None:
+        logger.info(f"the version of the finished run {done.get('run')} is not in this registry: it is registered anew")
+        folder.drop_result()
     result = pipeline.run(wanted.config, wanted.tags)
     learned = wanted.config.train.start is None or result["best_step"] > 0
-    return aliases.version(str(result["registered"]["version"])), learned
+    version = _version_of(aliases, result)
+    assert version is not None
+    return version, learned
+
+
+def _version_of(aliases: Aliases, result: Mapping[str, Any]) -> Version | None:
+    """The version of a finished run in the registry of now.
+
+    Not by its number in result.json: tracking.uri or registry.model may have been changed since, and that number be
+    another model's.
+    """
+    run_id = (result.get("mlflow") or {}).get("run_id")
+    return aliases.of_run(str(run_id)) if run_id else None
 
 
 def _decide(config: Config, inputs: Inputs, challenger: Version, champion: Version | None) -> Decision:

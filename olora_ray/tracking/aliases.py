@@ -86,6 +86,10 @@ class Aliases:
                 if not token:
                     return sorted(found, key=lambda item: int(item.number))
 
+    def of_run(self, run_id: str) -> Version | None:
+        """The version that an MLflow run has registered; None if it has none here, or it was deleted."""
+        return next((each for each in reversed(self.versions()) if each.run_id == run_id), None)
+
     def verify(self, number: str) -> int:
         """Check that a version's files are those of its registration, return how many there are; raises UserError."""
         version = self.version(number)

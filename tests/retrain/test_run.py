@@ -1,0 +1,72 @@
+"""Which version a finished run has made, in the registry of now; without a training."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from olora_ray.config.schema import Config
+from olora_ray.pipeline import run as pipeline
+from olora_ray.pipeline.run_folder import RunFolder
+from olora_ray.retrain import recipe
+from olora_ray.retrain import run as retraining
+from olora_ray.retrain.recipe import Recipe
+from olora_ray.tracking.aliases import Aliases
+from tests import mlflow_database, registered, tiny
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
+    """Of a run whose training registers a version, and is over at once."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    found = tiny.config(run__storage=str(mlflow_database.place(tmp_path / "runs")), registry__model="m")
+    folder = RunFolder(found)
+
+    def run(_: Config, __: object) -> dict[str, Any]:
+        if folder.finished() is None:
+            made = add(found, "ours")
+            folder.write_result(result("ours", made))
+        return folder.finished() or {}
+
+    monkeypatch.setattr(recipe, "make", lambda *_: Recipe(found, {}))
+    monkeypatch.setattr(pipeline, "run", run)
+    registered.model(tmp_path / "runs", "m", 0)
+    return found
+
+
+def add(config: Config, run_id: str) -> str:
+    """A version that the MLflow run has registered; its number."""
+    client = Aliases(f"sqlite:///{config.run.storage}/mlflow.db", "m").client
+    return str(client.create_model_version("m", "/nowhere", run_id).version)
+
+
+def result(run_id: str, version: str) -> dict[str, Any]:
+    return {"run": "test", "mlflow": {"run_id": run_id}, "registered": {"version": version}, "best_step": 1}
+
+
+def trained(config: Config) -> tuple[str, str | None]:
+    """Number and MLflow run of the version that a night judges."""
+    aliases = Aliases(f"sqlite:///{config.run.storage}/mlflow.db", "m")
+    inputs: Any = None
+    version, _ = retraining._trained(config, aliases, inputs, None)
+    return version.number, version.run_id
+
+
+def test_the_version_of_a_finished_run_is_not_registered_again(config: Config) -> None:
+    assert trained(config) == ("1", "ours")
+    assert trained(config) == ("1", "ours")
+
+
+def test_a_finished_run_whose_version_is_not_here_is_registered(config: Config) -> None:
+    add(config, "of another model")
+    RunFolder(config).write_result(result("ours", "1"))  # in another registry, or under another name
+    assert trained(config) == ("2", "ours")
+    Aliases(f"sqlite:///{config.run.storage}/mlflow.db", "m").client.delete_model_version("m", "2")
+    assert trained(config) == ("3", "ours")
+
+
+def test_its_number_may_be_another_by_now(config: Config) -> None:
+    for run_id in ("of another model", "ours"):
+        add(config, run_id)
+    RunFolder(config).write_result(result("ours", "1"))
+    assert trained(config) == ("2", "ours")
