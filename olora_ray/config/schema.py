@@ -177,6 +177,17 @@ class Config(Section):
                     f"gate: metric {metric} is not measured: use eval/loss, eval/perplexity, or eval/NAME of a score"
                     " that evaluation.scorer gives"
                 )
+            if self.evaluation.rows == 0:
+                raise ValueError(
+                    f"gate: metric {metric} is not measured: with evaluation.rows=0 no answer is scored; set it to"
+                    f" gate.min_rows={self.gate.min_rows} at least"
+                )
+            held_out = self.data.eval or (self.data.train if self.data.eval_fraction else ())
+            if held_out and all(source.format == "text" for source in held_out):
+                raise ValueError(
+                    f"gate: metric {metric} is not measured: held-out rows of format text have no question to answer;"
+                    " use eval/loss or eval/perplexity"
+                )
         return self
 
     @model_validator(mode="after")

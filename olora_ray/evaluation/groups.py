@@ -2,13 +2,18 @@
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
+
+import numpy as np
 
 from olora_ray.common.errors import UserError
 from olora_ray.common.text import plural
 from olora_ray.data.reader import read_unit
+from olora_ray.data.units import Unit
 from olora_ray.evaluation.rows import Origin, numbered
+from olora_ray.tokens import draws
+from olora_ray.tokens.layout import Piece
 from olora_ray.tokens.plan import Plan
 from olora_ray.tokens.store import TokenStore
 
@@ -45,14 +50,49 @@ def group_numbers(setting: str | None, plan: Plan, origins: Sequence[Origin]) ->
     return numbered([(values[origin],) if origin in values else origin for origin in origins])
 
 
+def count_planned(setting: str | None, plan: Plan, enough: int, files: Collection[int] | None = None) -> int:
+    """How many groups the rows of a plan are, at most, before one is tokenised; counting ends at `enough`.
+
+    Rows that cannot be used count too. `files` are the numbers of those whose rows count; None: all.
+    """
+    found: set[object] = set()
+    for piece in (piece for shard in plan.shards for piece in shard if files is None or piece.file in files):
+        for group in _groups(setting, plan, piece):
+            found.add(group)
+            if len(found) >= enough:
+                return enough
+    return len(found)
+
+
+def _groups(setting: str | None, plan: Plan, piece: Piece) -> Iterator[object]:
+    """The group of each held-out row of a piece; a row of a file is one, and so is each without the column."""
+    first = piece.unit.first
+    places = np.arange(first, first + piece.unit.rows, dtype=np.int64)
+    chosen: list[int] = places[draws.taken(plan, plan.files[piece.file], piece, places)].tolist()
+    if setting == FILE:
+        yield from [piece.file][: len(chosen)]
+    elif setting is None:
+        yield from ((piece.file, place) for place in chosen)
+    else:
+        wanted = set(chosen)
+        for (number, place), value in _column(setting, plan, piece.file, piece.unit):
+            if place in wanted:
+                yield (number, place) if value is None else (value,)
+
+
 def _values(setting: str, plan: Plan) -> Iterator[tuple[Origin, str | None]]:
     """The column of every row of the held-out files, as JSON text."""
     pieces = {(piece.file, piece.unit) for shard in plan.shards for piece in shard}
     for number, unit in sorted(pieces, key=lambda item: (item[0], item[1].first)):
-        planned = plan.files[number]
-        column = plan.sources[planned.source].fields.get(setting, setting)
-        for place, row in read_unit(planned.file, unit, planned.columns, [column]):
-            yield (number, place), _text(row.get(column) if isinstance(row, dict) else None)
+        yield from _column(setting, plan, number, unit)
+
+
+def _column(setting: str, plan: Plan, number: int, unit: Unit) -> Iterator[tuple[Origin, str | None]]:
+    """The column of every row of a part of a file, as JSON text."""
+    planned = plan.files[number]
+    column = plan.sources[planned.source].fields.get(setting, setting)
+    for place, row in read_unit(planned.file, unit, planned.columns, [column]):
+        yield (number, place), _text(row.get(column) if isinstance(row, dict) else None)
 
 
 def _text(value: Any) -> str | None:

@@ -58,16 +58,16 @@ def score(config: Config, answers: Sequence[Sample]) -> Scores:
 def check(config: AnyConfig, held_out: TokenStore | None, tokenizer: Any) -> None:
     """Have the scorer score each reference that it will see, before anything expensive.
 
-    Raises UserError that names the first row with a reference that it cannot score. Without rows to score there is a
-    warning.
+    Raises UserError that names the first row with a reference that it cannot score, and for a gate that asks for what
+    is not scored. Without rows to score there is a warning.
     """
     if config.evaluation.scorer is None:
         return
     judge = scoring.Judge(config.evaluation.scorer)
     asked = questions(held_out, config.evaluation.rows) if held_out else []
     names: set[str] = set()
+    why = "no held-out row has a question and an answer" if held_out else "no rows are held out"
     if not asked and config.evaluation.rows:
-        why = "no held-out row has a question and an answer" if held_out else "no rows are held out"
         logger.warning(f"evaluation.scorer: nothing is scored: {why}")
     for question in asked:
         reference = as_text(tokenizer, question.reference)
@@ -76,8 +76,8 @@ def check(config: AnyConfig, held_out: TokenStore | None, tokenizer: Any) -> Non
         except UserError as error:
             assert held_out is not None
             raise UserError(f"{_place(held_out, question.row)}: {error}") from error
-    if asked and isinstance(config, Config):
-        _check_gate(config, names)
+    if held_out and config.evaluation.rows and isinstance(config, Config):
+        _check_gate(config, names, "" if asked else why)
 
 
 def as_text(tokenizer: Any, ids: Sequence[int], special: bool = False) -> str:
@@ -85,12 +85,15 @@ def as_text(tokenizer: Any, ids: Sequence[int], special: bool = False) -> str:
     return str(tokenizer.decode(list(ids), skip_special_tokens=not special)).strip()
 
 
-def _check_gate(config: Config, names: Collection[str]) -> None:
-    """Raise UserError if the gate asks for a score that the scorer does not even give for its own references."""
+def _check_gate(config: Config, names: Collection[str], why: str) -> None:
+    """Raise UserError if the gate asks for a score that the scorer does not even give for its own references.
+
+    `why` nothing is scored, if that is so.
+    """
     for metric in (config.gate.metric, *(condition.metric for condition in config.gate.conditions)):
         if metric not in ("eval/loss", "eval/perplexity") and metric.removeprefix("eval/") not in names:
             given = ", ".join(f"eval/{name}" for name in sorted(names)) or "nothing"
-            raise UserError(f"gate: {metric} is not measured: {config.evaluation.scorer} gives {given}")
+            raise UserError(f"gate: {metric} is not measured: {why or f'{config.evaluation.scorer} gives {given}'}")
 
 
 def _place(store: TokenStore, row: int) -> str:

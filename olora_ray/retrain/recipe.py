@@ -21,6 +21,8 @@ from olora_ray.common.errors import UserError
 from olora_ray.common.text import plural
 from olora_ray.config.dotted import flatten
 from olora_ray.config.schema import Config, Source
+from olora_ray.evaluation.groups import count_planned
+from olora_ray.evaluation.rows import LOSS, PERPLEXITY
 from olora_ray.model import identity
 from olora_ray.pipeline.fingerprint import TAGS
 from olora_ray.pipeline.run_folder import bound_settings, where_now
@@ -62,7 +64,8 @@ def make(config: Config, inputs: Inputs, champion: Version | None) -> Recipe:
     """Build the recipe. The run name is a hash of its inputs, so an interrupted run is found and resumed."""
     known_files.note(config, inputs.plan)
     if champion is not None:
-        _refuse_if_all_is_seen(config, inputs, champion)
+        unseen = _unseen(config, inputs, champion)
+        _refuse_if_too_few(config, inputs, unseen)
     start = None  # from the base, unless the champion can be continued
     if config.retrain.origin == "champion" and champion is not None:
         found = _continued(config, inputs, champion)
@@ -102,8 +105,11 @@ def continued_version(version: Version) -> str | None:
     return origin.removeprefix(_CONTINUED) if origin.startswith(_CONTINUED) else None
 
 
-def _refuse_if_all_is_seen(config: Config, inputs: Inputs, champion: Version) -> None:
-    """Raise UserError if the gate could not compare on any row: it would refuse whatever is trained."""
+def _unseen(config: Config, inputs: Inputs, champion: Version) -> frozenset[int] | None:
+    """Numbers of the held-out files on which the gate compares; None: on all.
+
+    Raises UserError if there is none: it would refuse whatever is trained.
+    """
     unseen = known_files.unseen(config, inputs.held_out, known_files.of_version(config, champion))
     why = (
         f"data.eval_fraction: version {champion.number}, the champion, may have been trained on rows that are held out"
@@ -116,6 +122,25 @@ def _refuse_if_all_is_seen(config: Config, inputs: Inputs, champion: Version) ->
         )
     if unseen is not None:
         logger.warning(f"{why}; the gate compares on those of {plural(len(unseen), 'unchanged file')} only")
+    return unseen
+
+
+def _refuse_if_too_few(config: Config, inputs: Inputs, unseen: frozenset[int] | None) -> None:
+    """Raise UserError if there are fewer independent held-out rows than the gate asks for: it would refuse anything."""
+    gate, scored = config.gate, config.gate.metric not in (LOSS, PERPLEXITY)
+    asked = f"gate.min_rows asks for {gate.min_rows}"
+    if scored and config.evaluation.rows < gate.min_rows:
+        raise UserError(
+            f"evaluation.rows: {plural(config.evaluation.rows, 'row')} with {gate.metric}, but {asked}, so that nothing"
+            " could be promoted; set it higher, or gate.min_rows lower"
+        )
+    found = count_planned(gate.group, inputs.held_out, gate.min_rows, unseen)
+    if found < gate.min_rows:
+        what = plural(found, "held-out row") if gate.group is None else f"{plural(found, 'group')} of held-out rows"
+        raise UserError(
+            f"gate.min_rows: the champion is compared with on {what}, but it asks for {gate.min_rows}, so that nothing"
+            " could be promoted; hold out more, or set it lower"
+        )
 
 
 def _continued(config: Config, inputs: Inputs, champion: Version) -> _Start | str:

@@ -92,6 +92,18 @@ def test_an_unknown_field_suggests_the_nearest(changes: dict[str, Any], expected
         ({"gate": {"and": [{"metric": "eval/loss"}]}}, ["gate.and.0: set at_least or at_most"]),
         ({"gate": {"metric": "eval/exact_match"}}, ["gate: metric eval/exact_match is not measured", "scorer"]),
         ({"evaluation": {"scorer": "exact_match"}, "gate": {"metric": "exact_match"}}, ["gate: metric exact_match"]),
+        (
+            {"evaluation": {"scorer": "exact_match", "rows": 0}, "gate": {"metric": "eval/exact_match"}},
+            ["gate: metric eval/exact_match is not measured: with evaluation.rows=0", "set it to gate.min_rows=20"],
+        ),
+        (
+            {
+                "data": {"train": [{"path": "a"}], "eval": [{"path": "b", "format": "text"}]},
+                "evaluation": {"scorer": "exact_match"},
+                "gate": {"and": [{"metric": "eval/exact_match", "at_least": 1}]},
+            },
+            ["gate: metric eval/exact_match is not measured: held-out rows of format text have no question"],
+        ),
         ({"retrain": {"from": "challenger"}}, ["retrain.from: ", "'base' or 'champion'"]),
     ],
     ids=lambda value: str(value)[:40],

@@ -64,6 +64,13 @@ def test_a_gate_on_a_score_that_the_scorer_does_not_give() -> None:
         check(evaluation__scorer="exact_match", **gate)
 
 
+def test_a_gate_on_a_score_of_rows_that_have_no_question() -> None:
+    config = tiny.config(evaluation__scorer="exact_match", gate__metric="eval/exact_match")
+    text: Any = tiny.ListStore([tiny.pack(8, prompt=1)])
+    with pytest.raises(UserError, match=r"^gate: eval/exact_match is not measured: no held-out row has a question"):
+        answers.check(config, text, Tokenizer())
+
+
 def test_the_mean_of_a_score_is_over_the_rows_that_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(
         scoring.SCORERS, "some", lambda found, wanted: {"all": 1.0} | ({"yes": float(found == "y")} if found else {})

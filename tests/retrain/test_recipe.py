@@ -201,7 +201,7 @@ def test_a_file_that_moved_is_known_and_one_that_has_grown_is_new(config: Config
 
 
 def test_where_all_held_out_rows_may_have_been_trained_on_nothing_is_trained(config: Config, tmp_path: Path) -> None:
-    drawn = override(config, {"data.eval_fraction": 0.2})
+    drawn = override(config, {"data.eval_fraction": 0.2, "gate.min_rows": 2})
     champion = champion_of(drawn, tmp_path / "run")
     write(tmp_path / "chats" / "c.jsonl")
     assert "warning" not in made(drawn, champion)[1]
@@ -217,6 +217,41 @@ def test_where_all_held_out_rows_may_have_been_trained_on_nothing_is_trained(con
             made(override(drawn, changed), champion)
     with pytest.raises(UserError, match="no row is left to compare on"):
         made(drawn, version(1, Fingerprint("base", "unheard of", "held", "s")))
+
+
+def test_where_too_few_rows_are_held_out_for_the_gate_nothing_is_trained(config: Config, tmp_path: Path) -> None:
+    held_out = tmp_path / "held_out.jsonl"
+    write(held_out)
+    apart = override(config, {"data.eval": [{"path": str(held_out)}], "retrain.from": "base"})
+    champion = champion_of(apart, tmp_path / "run")
+    made(apart, champion)  # 20 rows are enough
+    with pytest.raises(
+        UserError, match=r"gate\.min_rows: the champion is compared with on 20 held-out rows, but it asks for 21"
+    ):
+        made(override(apart, {"gate.min_rows": 21}), champion)
+    made(override(apart, {"gate.min_rows": 21}), None)  # there is nothing to compare with
+    one_file, one_row = {"gate.group": "@file"}, {"gate.group": "text"}
+    with pytest.raises(UserError, match=r"on 1 group of held-out rows"):
+        made(override(apart, one_file), champion)
+    made(override(apart, one_row), champion)
+    held_out.write_text("".join(json.dumps({"text": f"{number % 7}"}) + "\n" for number in range(40)))
+    with pytest.raises(UserError, match=r"on 7 groups of held-out rows"):
+        made(override(apart, one_row), champion)
+    made(override(apart, one_row | {"gate.min_rows": 7}), champion)
+    score = {"evaluation.scorer": "exact_match", "gate.metric": "eval/exact_match", "evaluation.rows": 19}
+    with pytest.raises(UserError, match=r"evaluation\.rows: 19 rows with eval/exact_match, but gate\.min_rows asks"):
+        made(override(apart, score), champion)
+    made(override(apart, score | {"evaluation.rows": 20}), champion)
+
+
+def test_of_drawn_rows_those_count_that_are_held_out(config: Config, tmp_path: Path) -> None:
+    drawn = override(config, {"data.eval_fraction": 0.2, "retrain.from": "base"})
+    champion = champion_of(drawn, tmp_path / "run")
+    with pytest.raises(
+        UserError, match=r"gate\.min_rows: the champion is compared with on \d+ held-out rows"
+    ):  # 12 of 60 or about that
+        made(drawn, champion)
+    made(override(drawn, {"gate.min_rows": 5}), champion)
 
 
 def test_the_champions_run_is_found_where_the_storage_lies_now(config: Config, tmp_path: Path) -> None:
