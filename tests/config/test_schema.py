@@ -1,5 +1,6 @@
 """The config is read whole, and every problem in it is named at once."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from olora_ray.config.evaluation import EvaluationConfig
 from olora_ray.config.load import build, dump, load, override
 from olora_ray.config.schema import IN_STORAGE, Cluster, Config, Model, Section, Source
 from olora_ray.config.yaml_io import parse_yaml
+from tests import tiny
 
 SHIPPED = sorted(Path(__file__).parents[2].glob("pipelines/configs/*.yaml"))
 
@@ -111,6 +113,42 @@ def test_an_unknown_field_suggests_the_nearest(changes: dict[str, Any], expected
 def test_a_wrong_value_is_named_with_its_field(changes: dict[str, Any], expected: list[str]) -> None:
     message = problem(**changes)
     assert all(part in message for part in expected), message
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        "run.seed",
+        "train.early_stop",
+        "train.steps",
+        "adapter.rank",
+        "adapter.alpha",
+        "adapter.sigma",
+        "evaluation.rows",
+        "gate.must_improve_by",
+        "gate.and.0.at_least",
+        "data.eval_fraction",
+        "data.train.0.weight",
+        "cluster.gpus_per_worker",
+        "cluster.cpus_per_worker",
+        "export.rank",
+    ],
+)
+@pytest.mark.parametrize("switch", [True, False])
+def test_a_switch_is_no_number(field: str, switch: bool) -> None:
+    config = tiny.config(gate__and=[{"metric": "eval/loss", "at_least": 0}])
+    with pytest.raises(UserError, match=rf"^config: {re.escape(field)}: expected a number, not {str(switch).lower()}$"):
+        override(config, {field: switch})
+
+
+def test_a_switch_in_a_list_is_no_number_and_where_switches_are_taken_they_stay() -> None:
+    for workers in ([1, True], True, [True, True]):
+        with pytest.raises(UserError, match=r"^config: cluster\.workers: expected a number"):
+            tiny.config(cluster__workers=workers)
+    with pytest.raises(UserError, match=r"^config: compare\.centres: expected a number, not true$"):
+        tiny.config(compare__centres={"olora": True})
+    config = tiny.config(data__packing=True, data__train=[{"path": "a", "format": "prompt_completion", "chat": False}])
+    assert (config.data.packing, config.data.train[0].chat) == (True, False)
 
 
 @pytest.mark.parametrize(

@@ -145,7 +145,7 @@ ODD: dict[str, tuple[dict[str, Any], str]] = {
     "range of one number": (of({"uniform": 3}), "search.train.lr.uniform: "),
     "range of the whole line": (of({"uniform": [-1.7e308, 1.7e308]}), "uniform: -1.7e+308 is larger than 2147483647"),
     "text as an end": (of({"uniform": ["0.1", 1]}), "search.train.lr.uniform.0: expected a number, not '0.1'"),
-    "true as an end": (of({"uniform": [0, True]}), "search.train.lr.uniform.1: expected a number, not True"),
+    "true as an end": (of({"uniform": [0, True]}), "search.train.lr.uniform: expected a number, not true"),
     "empty grid": (of({"grid": []}), "search.train.lr.grid: "),
     "no list": (of({"choice": 8}, "adapter.rank"), "search.adapter.rank.choice: "),
     "nothing but null": (of({"choice": None}), "needs exactly one of choice, grid"),
