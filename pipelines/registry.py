@@ -22,6 +22,7 @@ from olora_ray.config import command_line
 from olora_ray.tracking import checksums, verdicts
 from olora_ray.tracking.aliases import GATE, Aliases
 from olora_ray.tracking.client import check, connect, reachable, shown_uri
+from olora_ray.tracking.start import absolute
 from olora_ray.tracking.version import Version
 
 DATABASE = Path("runs/mlflow.db")
@@ -114,7 +115,7 @@ def _tell(aliases: Aliases, number: str, what: str) -> None:
 def _tracking_uri(given: str | None) -> str:
     uri = given if given is not None else os.environ.get("MLFLOW_TRACKING_URI")
     if uri:
-        return uri
+        return absolute(uri)
     if given is None and DATABASE.is_file():
         return f"sqlite:///{DATABASE.resolve()}"
     raise UserError("--tracking-uri: not set; give MLflow's address, or set MLFLOW_TRACKING_URI")

@@ -22,14 +22,13 @@ def resolved(config: Resolved, folder: Path) -> Resolved:
     Workers run elsewhere, so nothing relative may reach them. A job's own working directory is
     deleted after the job: a relative `run.storage` then lies under the home directory instead.
     """
-    base = Path.home() / "olora_ray" if JOB_FOLDER in folder.parts else folder
     name = config.model.name
     if (folder / name).exists():
         name = str((folder / name).absolute())
     start = config.train.start
     return _changed(
         config,
-        run=_changed(config.run, storage=absolute(config.run.storage, base)),
+        run=_changed(config.run, storage=absolute(config.run.storage, lasting(folder))),
         model=_changed(config.model, name=name),
         data=_changed(
             config.data,
@@ -38,6 +37,11 @@ def resolved(config: Resolved, folder: Path) -> Resolved:
         ),
         train=_changed(config.train, start=start and absolute(start, folder)),
     )
+
+
+def lasting(folder: Path) -> Path:
+    """Where what is written to a relative place lies, seen from `folder`: a job's own folder is deleted after it."""
+    return Path.home() / "olora_ray" if JOB_FOLDER in folder.parts else folder
 
 
 def _changed(section: AnySection, **values: object) -> AnySection:

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from olora_ray.common import storage
+from olora_ray.config import paths
 from olora_ray.config.dotted import flatten
 from olora_ray.evaluation.bootstrap import Interval
 from olora_ray.evaluation.command_line import Request
@@ -47,8 +48,8 @@ def write(
     Raises TrackingUnavailable if MLflow does not answer; the file is written by then.
     """
     text = _text(request, results, intervals)
-    folder = str(Path(request.out).absolute()) if request.out and not storage.is_uri(request.out) else request.out
-    folder = folder or run_of(request.models[0])
+    # In a job not below its own folder, which is deleted after it.
+    folder = paths.absolute(request.out, paths.lasting(Path.cwd())) if request.out else run_of(request.models[0])
     if folder:
         lines = "".join(_answers(results))
         for name, content in ((FILE, text), (ANSWERS, lines)) if lines else ((FILE, text),):

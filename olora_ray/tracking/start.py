@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError
 from olora_ray.common.secrets import looked_up
+from olora_ray.config import paths
 from olora_ray.config.evaluation import AnyConfig
 from olora_ray.tracking import artifacts, moved_storage
 from olora_ray.tracking.client import TrackingUnavailable, check, connect, reachable, reason
@@ -26,20 +27,34 @@ logger = logging.getLogger(__name__)
 def resolve_uri(config: AnyConfig) -> str:
     """The address of MLflow: `tracking.uri`, else MLFLOW_TRACKING_URI, else SQLite beside the storage.
 
-    A relative SQLite path is made absolute, because workers run in another folder. The address may hold a
+    A relative SQLite path is made absolute (see `absolute`). The address may hold a
     password: show it with `shown_uri` only. Raises UserError when nothing is set and the storage is a URI,
     beside which no database can lie, or when what env:NAME or file:/PATH means is not there.
     """
     named = looked_up(config.tracking.uri, "tracking.uri") if config.tracking.uri else None
     if uri := named or os.environ.get("MLFLOW_TRACKING_URI"):
-        relative = uri.startswith("sqlite:///") and not uri.startswith(("sqlite:////", "sqlite:///:memory:"))
-        return "sqlite:///" + os.path.abspath(uri.removeprefix("sqlite:///")) if relative else uri
+        return absolute(uri)
     if storage.is_uri(config.run.storage):
         raise UserError(
             f"tracking.uri: not set, and no database can lie beside run.storage={config.run.storage}; set it to an"
             " MLflow server, http://HOST:PORT, or to sqlite:////PATH/mlflow.db"
         )
     return f"sqlite:///{os.path.abspath(config.run.storage)}/mlflow.db"
+
+
+def absolute(uri: str) -> str:
+    """An address with a relative SQLite path as one with an absolute path, because workers run in another folder.
+
+    In a job it lies where a relative run.storage does: the job's own folder is deleted after it, with all runs and
+    registered models in it.
+    """
+    if not uri.startswith("sqlite:///") or uri.startswith(("sqlite:////", "sqlite:///:memory:")):
+        return uri
+    here = Path.cwd()
+    place = paths.absolute(uri.removeprefix("sqlite:///"), paths.lasting(here))
+    if paths.lasting(here) != here:
+        os.makedirs(os.path.dirname(place), exist_ok=True)
+    return f"sqlite:///{place}"
 
 
 def check_artifacts(config: AnyConfig, uri: str) -> None:

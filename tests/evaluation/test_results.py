@@ -75,6 +75,19 @@ def test_results_are_written_where_asked(tmp_path: Path) -> None:
     assert tree["limit"] == 2
 
 
+def test_results_outlast_the_job_that_asks_for_them_by_a_relative_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_1"
+    job.mkdir(parents=True)
+    monkeypatch.chdir(job)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    one = evaluation("tuned", (1.0, 1.0))
+    save.write(command_line.read(["tuned", "--out", "results"], ""), [one], {}, None)
+    assert (tmp_path / "home" / "olora_ray" / "results" / "evaluation.json").is_file()
+    assert not list(job.iterdir())
+
+
 def test_a_request_is_read(capsys: pytest.CaptureFixture[str]) -> None:
     words = [
         "runs/a",

@@ -70,6 +70,21 @@ def test_where_runs_are_tracked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert resolve_uri(tiny.config(tracking__uri="http://other")) == "http://other"
 
 
+def test_a_database_outlasts_the_job_that_names_it_by_a_relative_path(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    job = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_1"
+    job.mkdir(parents=True)
+    monkeypatch.chdir(job)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    lasting = tmp_path / "home" / "olora_ray"
+    assert resolve_uri(tiny.config(tracking__uri="sqlite:///x/a.db")) == f"sqlite:///{lasting}/x/a.db"
+    assert (lasting / "x").is_dir()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///b.db")
+    assert resolve_uri(tiny.config()) == f"sqlite:///{lasting}/b.db"
+    assert resolve_uri(tiny.config(tracking__uri=f"sqlite:///{job}/a.db")) == f"sqlite:///{job}/a.db"
+
+
 def test_a_remote_storage_needs_a_server() -> None:
     with pytest.raises(UserError, match=r"tracking\.uri: not set.*s3://bucket/runs"):
         resolve_uri(tiny.config(run__storage="s3://bucket/runs"))
