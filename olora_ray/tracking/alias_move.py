@@ -2,7 +2,10 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+
+LONGEST = 5000
+"""Characters of a registered model's tag: MLflow's column, which PostgreSQL and MySQL enforce."""
 
 
 @dataclass(frozen=True)
@@ -14,9 +17,19 @@ class Move:
     previous: str | None
     """Version that becomes `previous`; None: there is none any more."""
     tags: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-    """Version -> tags it gets."""
+    """Version -> tags it gets: its verdict. What that stands on is too long to be announced."""
     was: Mapping[str, str] | None = None
-    """The aliases before; None: not known, the move was announced by an older release."""
+    """The champion and `previous` before; None: not known, the move was announced by an older release."""
+
+    def to_json(self) -> str:
+        """The MOVING tag, with the tags' texts cut as far as it takes to be no longer than a tag can be."""
+        size = LONGEST
+        while True:
+            texts = {number: {key: text[:size] for key, text in each.items()} for number, each in self.tags.items()}
+            found = json.dumps(asdict(replace(self, tags=texts)))
+            if len(found) <= LONGEST or not size:
+                return found
+            size //= 2
 
     @classmethod
     def from_json(cls, text: str) -> "Move":

@@ -6,16 +6,15 @@
 
 All three look and write under the model's lock (registry_lock.py), whoever calls them: command line or retraining.
 A reader of `models:/NAME@champion` sees the old or the new version, never none: the alias is moved by one write,
-and that write is the move. What belongs to it is written down before, as the tag MOVING of the registered model. If
-the mover dies the next call finishes a move whose alias stands where it was to stand. Any other is dropped: either
-it had not begun, or somebody has moved the alias by hand since.
+and that write is the move. What belongs to it is written down before: what the verdict stands on at the version, where
+it counts with the verdict only, and the rest as the tag MOVING of the registered model. If the mover dies the next call
+finishes a move whose alias stands where it was to stand. Any other is dropped: either it had not begun, or somebody has
+moved the alias by hand since.
 """
 
-import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -115,10 +114,11 @@ class Aliases:
         self.verify(number)  # it may take minutes: before the lock
         with self._locked() as lock:
             self._unchanged(number, instead_of)
+            self._record(lock, number, tags or {})
             there = self._now()
             old = there.get(CHAMPION)
             kept = there.get(PREVIOUS) if old == number else old
-            self._move(lock, Move(number, kept, {number: {**(tags or {}), GATE: why}}, there))
+            self._move(lock, Move(number, kept, {number: {GATE: why}}, _pair(there)))
             return old if old != number else None
 
     def refuse(
@@ -127,9 +127,9 @@ class Aliases:
         """Let a version stay what it is, with the reason; the aliases do not move. Raises as `promote`."""
         with self._locked() as lock:
             self._unchanged(number, instead_of)
-            for name, text in {**(tags or {}), GATE: why}.items():  # the verdict last: it makes the rest count
-                lock.check()
-                self.client.set_model_version_tag(self.name, number, name, text)
+            self._record(lock, number, tags or {})
+            lock.check()
+            self.client.set_model_version_tag(self.name, number, GATE, why)
 
     def rollback(self, why: str) -> tuple[str, str]:
         """Give `champion` back to the version before, if its files are whole; returns (bad version, good version)."""
@@ -147,7 +147,7 @@ class Aliases:
                     f"{self.name}: the champion was moved at this moment, from version {bad} to"
                     f" {there.get(CHAMPION, 'none')}; look again with `list`, and roll back if it is still wanted"
                 )
-            self._move(lock, Move(good, None, {bad: {GATE: f"{ROLLED_BACK}: {why}"}}, there))
+            self._move(lock, Move(good, None, {bad: {GATE: f"{ROLLED_BACK}: {why}"}}, _pair(there)))
         return bad, good
 
     def repair(self) -> Move | None:
@@ -177,6 +177,15 @@ class Aliases:
             was = f"version {instead_of}" if instead_of else "none"
             raise Overtaken(f"the champion was {was}, and is {f'version {champion}' if champion else 'none'} by now")
 
+    def _record(self, lock: RegistryLock, number: str, tags: Mapping[str, str]) -> None:
+        """Write what a verdict stands on. The verdict comes last and makes it count; one of before does no longer."""
+        if tags and GATE in self._version(number).tags:
+            lock.check()
+            self.client.delete_model_version_tag(self.name, number, GATE)
+        for name, text in tags.items():
+            lock.check()
+            self.client.set_model_version_tag(self.name, number, name, text)
+
     def _repair(self, lock: RegistryLock) -> Move | None:
         found = self._model()
         text = found.tags.get(MOVING) if found is not None else None
@@ -202,7 +211,7 @@ class Aliases:
 
     def _move(self, lock: RegistryLock, move: Move) -> None:
         lock.check()
-        self.client.set_registered_model_tag(self.name, MOVING, json.dumps(asdict(move)))
+        self.client.set_registered_model_tag(self.name, MOVING, move.to_json())
         lock.check()
         self.client.set_registered_model_alias(self.name, CHAMPION, move.champion)
         self._finish(lock, move)
@@ -257,6 +266,10 @@ class Aliases:
         if not versions and self._model() is None:
             return f"no model {self.name!r} is registered in the tracking server"
         return f"it has {', '.join(versions) or 'none'}"
+
+
+def _pair(aliases: Mapping[str, str]) -> dict[str, str]:
+    return {alias: aliases[alias] for alias in (CHAMPION, PREVIOUS) if alias in aliases}
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import pytest
 
 from olora_ray.common.digests import digest_bytes
 from olora_ray.common.errors import UserError
-from olora_ray.tracking import checksums, registry_lock
+from olora_ray.tracking import checksums, record, registry_lock
 from olora_ray.tracking.aliases import GATE, MOVING, Aliases, Overtaken
 from olora_ray.tracking.client import connect
 from tests import registered
@@ -75,6 +75,7 @@ class Dying:
     WRITES = (
         "set_registered_model_tag",
         "set_model_version_tag",
+        "delete_model_version_tag",
         "set_registered_model_alias",
         "delete_registered_model_alias",
         "delete_registered_model_tag",
@@ -146,6 +147,63 @@ def test_a_crash_between_any_two_writes_is_repaired_by_the_next_call(
     assert all(state in (before, moved) for state in states), states
     assert before in states
     assert states.count(moved) >= 3, "every write was the last one once"
+
+
+def large(against: str) -> dict[str, str]:
+    """What a verdict stands on: two models with 80 scores each, more than a registered model's tag can have."""
+    scores = {f"eval/field/number_{number}": 0.123456789012345 for number in range(80)}
+    tags = {"olora.gate_against": against, "olora.gate_details": json.dumps({"challenger": scores, "champion": scores})}
+    return record.folded(tags)
+
+
+def test_what_is_announced_of_a_move_has_room_in_a_tag(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    aliases = registered.model(database, "large", 2)
+    client, written = aliases.client, list[str]()
+    monkeypatch.setattr(Aliases, "client", property(lambda _: client))
+    real = client.set_registered_model_tag
+
+    def write(name: str, key: str, value: str) -> None:
+        written.append(value)
+        real(name, key, value)
+
+    monkeypatch.setattr(client, "set_registered_model_tag", write)
+    why = "passed: " + "; ".join(f'eval/\u00e4"{number} 0.1234' for number in range(400))
+    aliases.promote("1", "passed", large(""), instead_of="")
+    aliases.promote("2", why, large("1"), instead_of="1")
+    aliases.rollback(why)
+    assert sum("champion" in text for text in written) == 3
+    assert max(map(len, written)) <= 5000
+    assert aliases.version("2").tags["olora.gate_against"] == "1"
+    assert len(json.loads(aliases.version("2").tags["olora.gate_details"])["challenger"]) == 80
+    assert aliases.version("2").tags[GATE] == f"rolled back: {why}"
+
+
+@pytest.mark.usefixtures("patient")
+def test_a_promotion_that_was_cut_off_counts_as_a_whole_or_not_at_all(
+    database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A verdict of before, against another champion, does not become one against the champion of now."""
+    aliases = registered.model(database, "cut-off-record", 2)
+    real, seen = connect(aliases.uri), set()
+    for left in range(20):
+        for tag, text in {**large("7"), GATE: "refused: before"}.items():
+            real.set_model_version_tag(aliases.name, "2", tag, text)
+        real.set_registered_model_alias(aliases.name, "champion", "1")
+        dying = Dying(real, aliases.name, left)
+        with monkeypatch.context() as patch:
+            patch.setattr(Aliases, "client", property(lambda _, dying=dying: dying))
+            try:
+                aliases.promote("2", "passed: now", large("1"), instead_of="1")
+            except Killed:
+                pass
+            else:
+                break
+        aliases.repair()
+        with registry_lock.held(real, aliases.name):
+            pass  # the dead one's tag is removed
+        tags = aliases.version("2").tags
+        seen.add((aliases.current()["champion"], tags.get(GATE), tags["olora.gate_against"] if GATE in tags else ""))
+    assert seen == {("1", "refused: before", "7"), ("1", None, ""), ("2", "passed: now", "1")}
 
 
 def announced(aliases: Aliases, text: str) -> None:
