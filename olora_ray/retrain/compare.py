@@ -1,14 +1,16 @@
 """Comparison of challenger and champion on the same held-out rows, each as it lies in the registry."""
 
+import json
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from olora_ray.cluster.kind import kind_of
-from olora_ray.common import kept, storage
-from olora_ray.common.digests import digest_json
+from olora_ray.common import copies, kept, storage
+from olora_ray.common.digests import digest, digest_json
 from olora_ray.common.errors import UserError
 from olora_ray.config.evaluation import AnyConfig
 from olora_ray.config.load import override
@@ -16,10 +18,12 @@ from olora_ray.config.schema import Config
 from olora_ray.evaluation.groups import group_numbers
 from olora_ray.evaluation.held_out import measure
 from olora_ray.evaluation.rows import RowResults
+from olora_ray.model.folder import CONFIG
 from olora_ray.model.load import pick_dtype
 from olora_ray.pipeline import connection
 from olora_ray.pipeline.base import Base, with_tokenizer
 from olora_ray.pipeline.find_model import find_model, parts
+from olora_ray.pipeline.run_folder import where_now
 from olora_ray.retrain import known_files
 from olora_ray.retrain.changes import Inputs
 from olora_ray.retrain.gate import HeldOut
@@ -53,26 +57,45 @@ class NotComparable(UserError):
 def measured(config: Config, inputs: Inputs, versions: list[Version]) -> list[RowResults]:
     """The held-out results of each version; what was measured before, by a run that was cut off too, is read again.
 
-    Starts Ray if anything is left to be measured. Raises NotComparable for versions with different tokenizers.
+    Starts Ray, and opens versions, if any are left to be measured. Raises NotComparable for versions with different
+    tokenizers.
     """
     notes = [_note(config, inputs, version) for version in versions]
     known = [_read(note) for note in notes]
+    _same_tokens([each.tokenizer for each in known if each])
     if None in known:
         with connection.connect(config):
-            found = [_opened(config, version) for version in versions]
-            _same_tokens([each.base for each in found])
+            found = {place: _opened(config, versions[place]) for place, each in enumerate(known) if each is None}
+            _same_tokens([*(each.tokenizer for each in known if each), *(each.tokenizer for each in found.values())])
             held_out = prepare(config, inputs.base.spec, "eval")
-            for place, (version, note, each) in enumerate(zip(versions, notes, found, strict=True)):
-                if known[place] is not None:
-                    continue
-                logger.info(f"measuring version {version.number} on the held-out rows")
+            for place, each in found.items():
+                logger.info(f"measuring version {versions[place].number} on the held-out rows")
                 with connection.user_errors():
                     # Answers of both end with the same tokens: those of the config's base.
                     base = replace(inputs.base, model=each.base.model)
                     rows = measure(base, each.adapter, held_out, each.config)
-                storage.write_text(note, rows.to_json())
-                known[place] = rows
-    return [rows for rows in known if rows is not None]
+                known[place] = done = _Measured(each.tokenizer, rows)
+                storage.write_text(notes[place], done.to_json())
+    return [each.rows for each in known if each is not None]
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """The results of a version, as they are kept."""
+
+    tokenizer: str
+    """Digest of the version's tokenizer: who knows the results need not open the version for it."""
+    rows: RowResults
+
+    def to_json(self) -> str:
+        """As JSON text."""
+        return json.dumps({"tokenizer": self.tokenizer, "rows": self.rows.to_json()})
+
+    @classmethod
+    def from_json(cls, text: str) -> "_Measured":
+        """Read `to_json` back; raises as RowResults.from_json for others."""
+        tree = json.loads(text)
+        return cls(str(tree["tokenizer"]), RowResults.from_json(tree["rows"]))
 
 
 @dataclass(frozen=True)
@@ -85,26 +108,52 @@ class _Opened:
     adapter: str | None
     """Of an adapter-only version."""
 
+    @property
+    def tokenizer(self) -> str:
+        """Digest of its tokenizer."""
+        return self.base.spec.digest
+
 
 def _opened(config: Config, version: Version) -> _Opened:
-    name, folder = f"models:/{version.name}/{version.number}", version.tags.get(RUN, "")
-    merged = version.tags.get(EXPORT) != ADAPTER_ONLY
-    fetched = merged and storage.is_uri(config.run.storage) and storage.is_uri(folder)
-    if fetched:
-        name = storage.join(folder, "export", "merged")  # each node fetches it by itself
-    config = override(config, {"model.name": name, "model.revision": None})
-    found = registered.of_config(config)
+    named = _with_model(config, f"models:/{version.name}/{version.number}")
+    if storage.is_uri(config.run.storage) and version.tags.get(EXPORT) != ADAPTER_ONLY:
+        # Each node fetches it by itself, and none but this one from MLflow.
+        named = _with_model(config, _in_run_folder(config, version) or _copied(named, version))
+        base = with_tokenizer(find_model(named), named)
+        if checksums.TAG in version.tags:
+            Aliases(resolve_uri(config), version.name).verify_copy(version.number, Path(base.model.folder))
+        return _Opened(named, base, None)
+    found = registered.of_config(named)
     if found is not None and found.base is not None:
-        own, model, adapter = parts(found, found.base, config)
+        own, model, adapter = parts(found, found.base, named)
         return _Opened(own, with_tokenizer(model, own), adapter)
-    base = with_tokenizer(find_model(config, found), config)
-    if fetched:
-        Aliases(resolve_uri(config), version.name).verify_copy(version.number, Path(base.model.folder))
-    return _Opened(config, base, None)
+    return _Opened(named, with_tokenizer(find_model(named, found), named), None)
 
 
-def _same_tokens(bases: list[Base]) -> None:
-    if len({base.spec.digest for base in bases}) > 1:
+def _with_model(config: Config, name: str) -> Config:
+    return override(config, {"model.name": name, "model.revision": None})
+
+
+def _in_run_folder(config: Config, version: Version) -> str | None:
+    """The address of a merged version in its run's folder; None if it is not there: that folder may be deleted."""
+    folder = where_now(version.tags.get(RUN, ""), config.run.storage)
+    place = storage.join(folder, "export", "merged")
+    return place if storage.is_uri(folder) and storage.exists(storage.join(place, CONFIG)) else None
+
+
+def _copied(named: Config, version: Version) -> str:
+    """The address of a copy of MLflow's files of a merged version in the storage; it is made once."""
+    key = digest(resolve_uri(named), version.name, version.number, version.tags.get(checksums.TAG, ""), length=16)
+    place = storage.join(named.run.storage, "models", key)
+    if not storage.exists(storage.join(place, CONFIG)):
+        found = registered.of_config(named)
+        assert found is not None
+        copies.upload(found.folder, place, last=CONFIG)
+    return place
+
+
+def _same_tokens(tokenizers: Sequence[str]) -> None:
+    if len(set(tokenizers)) > 1:
         raise NotComparable("the champion has another tokenizer, so nothing is measured on the same tokens")
 
 
@@ -135,8 +184,8 @@ def _computed_by(config: Config) -> list[str]:
     return [str(pick_dtype(config.model, device)), config.model.attention, str(gpus), *kind.values()]
 
 
-def _read(note: str) -> RowResults | None:
+def _read(note: str) -> _Measured | None:
     try:
-        return RowResults.from_json(storage.read_text(note))
+        return _Measured.from_json(storage.read_text(note))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
         return None  # not there, damaged, or of an older release

@@ -17,6 +17,7 @@ from olora_ray.pipeline.find_model import find_model
 from olora_ray.retrain import compare
 from olora_ray.tracking import checksums, registered
 from olora_ray.tracking.client import connect
+from olora_ray.tracking.record import RUN
 from olora_ray.tracking.start import resolve_uri
 from tests import export_parts, finished_run
 from tests.finished_run import FinishedRun
@@ -148,9 +149,31 @@ def test_the_gate_compares_it_with_a_merged_version(run: FinishedRun, tmp_path: 
     number = finished_run.make(tmp_path, registry__alias="merged").registered()
     alone, merged = (compare._opened(run.config, run.aliases.version(each)) for each in ("1", number))
     assert (alone.adapter is None, merged.adapter is None) == (False, True)
-    compare._same_tokens([alone.base, merged.base])
+    assert alone.tokenizer == merged.tokenizer
     both = [targets.Target("", each.base.model, each.adapter, each.config) for each in (alone, merged)]
     torch.testing.assert_close(logits(both[0]), logits(both[1]), **CLOSE)
+
+
+def test_where_the_storage_has_an_address_a_merged_version_is_read_from_it_by_all_nodes(
+    run: FinishedRun, tmp_path: Path
+) -> None:
+    """From the run's folder as long as that is there, then from a copy of MLflow's files."""
+    made = finished_run.make(tmp_path / "run", registry__alias="by-all")
+    version = run.aliases.version(made.registered())
+    config = override(run.config, {"run.storage": f"file://{tmp_path}/storage"})
+    folder = tmp_path / "elsewhere"
+    shutil.copytree(made.folder.merged, folder / "export" / "merged")
+    version = replace(version, tags={**version.tags, RUN: f"file://{folder}"})
+    assert compare._opened(config, version).config.model.name == f"file://{folder}/export/merged"
+    shutil.rmtree(folder)
+    found = compare._opened(config, version)
+    (copy,) = (tmp_path / "storage" / "models").iterdir()
+    assert found.config.model.name == f"file://{copy}"
+    target = targets.Target("", found.base.model, None, found.config)
+    torch.testing.assert_close(logits(target), run.case.logits, **CLOSE)
+    (copy / "config.json").write_text("{}")
+    with pytest.raises(UserError):
+        compare._opened(config, version)
 
 
 def test_as_a_base_it_is_merged_once(run: FinishedRun) -> None:

@@ -1,5 +1,6 @@
 """The comparison of challenger and champion: which results are kept for which, without Ray."""
 
+import contextlib
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -8,8 +9,13 @@ from typing import Any
 import pytest
 import torch
 
+from olora_ray.common import storage
 from olora_ray.config.load import override
 from olora_ray.config.schema import Config
+from olora_ray.data.tokenize import TokenizerSpec
+from olora_ray.evaluation.rows import RowResults
+from olora_ray.model.source import BaseModel
+from olora_ray.pipeline.base import Base
 from olora_ray.pipeline.fingerprint import Fingerprint
 from olora_ray.retrain import compare
 from olora_ray.tracking import checksums
@@ -23,6 +29,7 @@ class Inputs:
     fingerprint = Fingerprint("base", "data", "held", "s")
 
 
+BASE = Base(BaseModel("m", "", "base"), None, TokenizerSpec("{}", "", {}, 0), ())
 VERSION = Version("m", "1", {checksums.TAG: "abc"}, "run")
 
 
@@ -76,3 +83,38 @@ def test_another_precision_or_device_measures_anew(config: Config, monkeypatch: 
         assert note(config) != first
     monkeypatch.setattr(compare, "pick_dtype", lambda *_: torch.bfloat16)
     assert note(config) != first, "`auto` may be another one by now"
+
+
+def rows(data: str = "d") -> RowResults:
+    return RowResults(data, (1,), (0.5,), {}, ((0, 0),))
+
+
+def test_a_version_whose_results_are_known_is_not_opened(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its files may be gone; its tokenizer is still compared."""
+    inputs: Any = Inputs()
+    other = replace(VERSION, number="2")
+    storage.write_text(note(config), compare._Measured("tokenizer", rows()).to_json())
+    opened: list[str] = []
+
+    class Opened:
+        config, base, adapter, tokenizer = None, replace(BASE), None, "tokenizer"
+
+    def opens(_: Config, version: Version) -> Any:
+        opened.append(version.number)
+        return Opened
+
+    monkeypatch.setattr(compare, "_opened", opens)
+    monkeypatch.setattr(compare.connection, "connect", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(compare, "prepare", lambda *_: None)
+    monkeypatch.setattr(compare, "measure", lambda *_: rows())
+    inputs.base = BASE
+    assert compare.measured(config, inputs, [VERSION, other]) == [rows(), rows()]
+    assert opened == ["2"]
+    assert compare.measured(config, inputs, [other, VERSION]) == [rows(), rows()]
+    assert opened == ["2"], "both are known now"
+    Opened.tokenizer = "another"
+    with pytest.raises(compare.NotComparable):
+        compare.measured(config, inputs, [VERSION, replace(VERSION, number="3")])
+    storage.write_text(note(config), compare._Measured("another", rows()).to_json())
+    with pytest.raises(compare.NotComparable):
+        compare.measured(config, inputs, [VERSION, other])
