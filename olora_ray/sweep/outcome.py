@@ -1,6 +1,7 @@
 """The outcome of a search: its record, what is written and said of it, and the best trial as a registered model."""
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -20,11 +21,14 @@ from olora_ray.sweep.spec import SweepSpec, trial_name
 from olora_ray.sweep.trial_spec import trial_spec
 from olora_ray.tracking.run import Tracker
 from olora_ray.train import checkpoints
+from olora_ray.train.state import TrainState
 
 logger = logging.getLogger(__name__)
 
 LENGTH = ("train.steps", "train.epochs", "train.eval_every", "train.checkpoint_every", "evaluation.")
 """Fields that a space sets to have short trials."""
+SAME = 1e-3
+"""How far a loss may be, relatively, from that of the same step: after a failure other workers may measure it again."""
 
 
 def record(sweep_spec: SweepSpec) -> SearchRecord:
@@ -90,7 +94,7 @@ def best_config(config: Config, sweep_spec: SweepSpec, best: TrialRecord, refit:
 def register(sweep_spec: SweepSpec, found: SearchRecord) -> int:
     """Export, check and register the best trial's model as it is; returns the version.
 
-    Raises UserError if the exports disagree.
+    Raises UserError if the exports disagree, and for a trial whose best adapter is lost.
     """
     best = found.best()
     assert best is not None
@@ -99,7 +103,7 @@ def register(sweep_spec: SweepSpec, found: SearchRecord) -> int:
     )
     spec = trial_spec(sweep_spec, trial)
     folder = RunFolder(trial, best.folder)
-    result = fit.finished_training(spec, folder) or _stopped(folder)
+    result = fit.finished_training(spec, folder) or _stopped(folder, best, found.metric)
     with mlflow_run.tracked(spec, folder, sweep_spec.parent) as tracker:
         parity = export.run_export(spec, folder, result)
         tags = {"olora.search": sweep_spec.name, "olora.trial": str(best.number)}
@@ -110,14 +114,35 @@ def register(sweep_spec: SweepSpec, found: SearchRecord) -> int:
     return version
 
 
-def _stopped(folder: RunFolder) -> TrainResult:
-    """The result of a trial that was stopped: what its last checkpoint has."""
+def _stopped(folder: RunFolder, best: TrialRecord, metric: str) -> TrainResult:
+    """The result of a trial that did not come to its end: what its last checkpoint has.
+
+    Raises UserError if that is not what the trial is ranked by: one that has failed leaves the checkpoint before.
+    """
     found = checkpoints.latest_good(folder.checkpoints)
     if found is None:
         raise UserError(
             f"{folder.checkpoints}: the best trial has no checkpoint left; train best.yaml instead (--refit)"
         )
-    return TrainResult(state=found[1].state, stopped_early=True)
+    place, state = found[0], found[1].state
+    step, value = _measured_best(best)
+    if step > state.step or (metric == "eval/loss" and not _is_best(state, value)):
+        kept = "" if state.best_loss is None else f" with its best loss {state.best_loss:.4f} of step {state.best_step}"
+        raise UserError(
+            f"{place}: the last checkpoint of trial {best.number} is of step {state.step}{kept}, and the value that the"
+            f" trial is ranked by, {value:.4f}, is of step {step}; train best.yaml instead (--refit)"
+        )
+    return TrainResult(state=state, stopped_early=True)
+
+
+def _measured_best(trial: TrialRecord) -> tuple[int, float]:
+    """(step, value) of the trial's best evaluation."""
+    return next((point for point in trial.curve if point[0] and point[1] == trial.value), (trial.step, math.nan))
+
+
+def _is_best(state: TrainState, value: float) -> bool:
+    """Whether `value` is the loss of the best adapter that a checkpoint has; the base's own is none of a trial."""
+    return state.best_loss is not None and math.isclose(state.best_loss, value, rel_tol=SAME)
 
 
 def _default(sweep_spec: SweepSpec, trials: Sequence[TrialRecord]) -> int | None:

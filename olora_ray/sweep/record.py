@@ -63,10 +63,10 @@ class SearchRecord:
     """Sentences about the search as a whole, e.g. why it ended early."""
 
     def ranked(self) -> list[TrialRecord]:
-        """The trials that have a value, the best first."""
+        """The trials that have a value, the best first; those that failed come last, whatever they had measured."""
         sign = 1 if self.mode == "min" else -1
         measured = [trial for trial in self.trials if trial.measured()]
-        return sorted(measured, key=lambda trial: (sign * (trial.value or 0.0), trial.number))
+        return sorted(measured, key=lambda trial: (trial.status == "failed", sign * (trial.value or 0.0), trial.number))
 
     def ordered(self) -> list[TrialRecord]:
         """All trials: the ranked, then those without a value in the order of the search."""
@@ -74,7 +74,7 @@ class SearchRecord:
         return self.ranked() + sorted(rest, key=lambda trial: trial.number)
 
     def best(self) -> TrialRecord | None:
-        """The trial with the best value."""
+        """The trial with the best value, of those that did not fail if there is one."""
         return next(iter(self.ranked()), None)
 
     def thinned(self, most: int) -> "SearchRecord":

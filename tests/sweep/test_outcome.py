@@ -1,5 +1,6 @@
 """What a search leaves and says, from the files that its trials have written."""
 
+import contextlib
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -7,16 +8,22 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from olora_ray.adapter.factors import AdapterWeights, Factors
+from olora_ray.cluster.spec import TrainSpec
 from olora_ray.common.errors import UserError
 from olora_ray.config.load import load, override
 from olora_ray.config.schema import Config
+from olora_ray.model.source import BaseModel
 from olora_ray.sweep import outcome, progress, run, state, tuner
 from olora_ray.sweep.progress import Progress
 from olora_ray.sweep.record import TrialRecord
 from olora_ray.sweep.report import leaderboard
 from olora_ray.sweep.space import Space
-from olora_ray.sweep.spec import trial_name
+from olora_ray.sweep.spec import SweepSpec, trial_name
+from olora_ray.train import checkpoint, checkpoints
+from olora_ray.train.state import TrainState
 from tests import tiny
 from tests.said import said
 from tests.sweep.searches import realistic
@@ -139,3 +146,68 @@ def test_two_thousand_trials_are_read_ranked_and_reported(ended: tuple[Any, Any]
     best = realistic(2000).best()
     assert best is not None
     assert load(folder / "best.yaml").train.lr == best.params["train.lr"]
+
+
+CURVE = ((0, 2.0), (4, 1.5), (8, 0.9))
+
+
+def with_checkpoint(folder: Path, state: TrainState) -> SweepSpec:
+    """A search whose trial 0 has ended before its end with this state in its last checkpoint."""
+    store: Any = tiny.store()
+    config = tiny.config(run__storage=str(folder))
+    train_spec = TrainSpec(config, BaseModel("tiny", str(folder), "digest"), "digest", (0,), store, None)
+    spec = SweepSpec("search", str(folder / "search"), train_spec, SPACE, "", 0.0)
+    weights = {"q": AdapterWeights(Factors(torch.ones(2, 2), None), torch.ones(2, 2), torch.ones(2, 2))}
+    place = folder / "search" / "trials" / "trial-000" / "checkpoints" / checkpoints.name_of(state.step)
+    checkpoint.save(place, weights, None, {}, state, train_spec.identity(), "")
+    return spec
+
+
+def registered(spec: SweepSpec, metric: str = "eval/loss", **changes: Any) -> None:
+    """Register the best of a search of one trial that has ended before its end."""
+    one = trial(
+        0, 0.9, params={"adapter.rank": 4}, curve=CURVE, folder=str(Path(spec.folder, "trials", "trial-000")), **changes
+    )
+    record = replace(realistic(1), metric=metric, trials=(one,))
+    outcome.register(spec, record)
+
+
+@pytest.fixture
+def exported(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The steps of what was exported; nothing is."""
+    steps: list[int] = []
+    monkeypatch.setattr(outcome.export, "run_export", lambda spec, folder, result: steps.append(result.state.step))
+    monkeypatch.setattr(outcome.mlflow_run, "tracked", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(outcome.publish, "publish", lambda *_: 1)
+    return steps
+
+
+@pytest.mark.parametrize("status", ["failed", "unfinished", "stopped"])
+def test_no_other_adapter_is_registered_than_that_of_the_value(
+    tmp_path: Path, exported: list[int], status: str
+) -> None:
+    """A trial that failed after its best evaluation left the checkpoint before; that was registered."""
+    spec = with_checkpoint(tmp_path, TrainState(4, best_loss=1.5, best_step=4))
+    for metric in ("eval/loss", "train/loss"):
+        with pytest.raises(UserError) as error:
+            registered(spec, metric, status=status)
+        assert str(error.value).endswith(
+            "step-0000004: the last checkpoint of trial 0 is of step 4 with its best loss 1.5000 of step 4, and the"
+            " value that the trial is ranked by, 0.9000, is of step 8; train best.yaml instead (--refit)"
+        )
+    assert exported == []
+
+
+def test_an_untouched_base_is_not_registered(tmp_path: Path, exported: list[int]) -> None:
+    spec = with_checkpoint(tmp_path, TrainState(12, best_loss=0.8, best_step=0))
+    with pytest.raises(UserError, match=r"is of step 12 with its best loss 0\.8000 of step 0"):
+        registered(spec, status="stopped")
+    assert exported == []
+
+
+def test_a_stopped_trial_is_registered_whose_checkpoint_has_its_best(tmp_path: Path, exported: list[int]) -> None:
+    """Also where other workers have measured it again."""
+    spec = with_checkpoint(tmp_path, TrainState(9, best_loss=0.90001, best_step=8))
+    registered(spec, status="stopped")
+    registered(spec, "train/loss", status="stopped")
+    assert exported == [9, 9]

@@ -67,9 +67,11 @@ def against_default(record: SearchRecord) -> str:
         return f"the config as it is (trial {default.number}, {default.status}) has no value{_because(default)}"
     if default.number == best.number:
         return f"the config as it is (trial {default.number}) was beaten by no other trial"
-    gain = abs(best.value - default.value)
-    relative = f" ({gain / abs(default.value):.1%})" if default.value else ""
     other = f"the config as it is: {text.number(default.value)} (trial {default.number}{_cut(default)})"
+    gain = (default.value - best.value) * (1 if record.mode == "min" else -1)
+    if gain < 0:  # only what failed is ranked behind what is worse
+        return f"the best is not as good as {other}{_because(default)}"
+    relative = f" ({gain / abs(default.value):.1%})" if default.value else ""
     return f"the best is {text.number(gain)}{relative} better than {other}" if gain else f"no better than {other}"
 
 
@@ -118,8 +120,8 @@ def _best(record: SearchRecord) -> str:
 
 
 def _cut(trial: TrialRecord) -> str:
-    """Where a trial was cut, whose value could have become better."""
-    if trial.status not in ("stopped", "unfinished"):
+    """Where a trial was cut, whose value could have become better, or whose last adapter may be lost."""
+    if trial.status == "finished":
         return ""
     return f", {trial.status} at step {text.steps(trial.step, trial.total)}"
 

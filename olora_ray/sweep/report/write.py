@@ -93,8 +93,10 @@ def _cards(record: SearchRecord) -> str:
     else:
         params = [(name, text.value(item)) for name, item in best.params.items()]
         way = "lowest" if record.mode == "min" else "highest"
+        others = any(trial.measured() and trial.status == "failed" != best.status for trial in record.trials)
+        of = " of those that did not fail" if others else ""
         left = (
-            f'<div class="label">{way} {escape(record.metric)}, trial {best.number}</div>'
+            f'<div class="label">{way} {escape(record.metric)}{of}, trial {best.number}</div>'
             f'<div class="value">{escape(text.number(best.value, 5))}</div>{page.terms(params)}'
         )
     return f'<div class="cards"><div class="card best">{left}</div><div class="card">{page.terms(facts)}</div></div>'
@@ -117,9 +119,8 @@ def _table(record: SearchRecord) -> str:
         f'<div class="scroll"><table><thead><tr>{"".join(heads)}</tr></thead>\n<tbody>\n{rows}\n</tbody></table></div>'
     )
     left = len(ordered) - len(shown)
-    return table + (
-        f'<p class="about">{left:,} more, all worse or without a value, are in leaderboard.json.</p>' if left else ""
-    )
+    what = "all worse, failed or without a value"
+    return table + (f'<p class="about">{left:,} more, {what}, are in leaderboard.json.</p>' if left else "")
 
 
 def _row(record: SearchRecord, trial: TrialRecord, numeric: dict[str, bool], best: bool) -> str:

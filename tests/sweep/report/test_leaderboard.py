@@ -73,6 +73,18 @@ def test_trials_that_were_cut_are_marked_also_where_one_is_the_best() -> None:
     assert "60 of 60" not in "".join(leaderboard.lines(record))
 
 
+def test_a_best_that_failed_is_called_so_and_a_better_default_that_failed_too() -> None:
+    record = search([({"a": 1}, 1.0), ({"a": 2}, 2.0)], default=0)
+    failed = replace(record.trials[0], status="failed", step=4, total=8, reason="out of memory")
+    alone = replace(record, trials=(failed,))
+    assert said(alone)["best"].startswith("eval/loss 1 (trial 0, failed at step 4 of 8): ")
+    shown = said(replace(record, trials=(failed, record.trials[1])))
+    assert shown["best"].startswith("eval/loss 2 (trial 1): ")
+    assert shown["default"] == (
+        "the best is not as good as the config as it is: 1 (trial 0, failed at step 4 of 8): out of memory"
+    )
+
+
 def test_the_spread_counts_what_is_too_near_to_call() -> None:
     values = [1.0, 1.004, 1.005, 1.006, 1.2, 9.0]
     spread = said(search([({"a": i}, value) for i, value in enumerate(values)]))["spread"]

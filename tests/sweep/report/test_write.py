@@ -67,7 +67,7 @@ def test_the_page_of_a_large_search_has_a_bound_and_says_what_it_leaves_out(larg
     page = (large / "report.html").read_text()
     assert len(page) < 4e6
     assert page.count("<tr") == 1 + write.MOST_ROWS + 1  # the default is one of the others
-    assert "1,499 more, all worse or without a value, are in leaderboard.json" in page
+    assert "1,499 more, all worse, failed or without a value, are in leaderboard.json" in page
     assert f"Figures show {write.MOST_DRAWN} of 2,000 trials" in page
     assert len(json.loads((large / "leaderboard.json").read_text())["trials"]) == 2000
 
