@@ -1,5 +1,6 @@
 """One trial of a search: a training like any other, in a thread that hands its evaluations over one by one."""
 
+import contextlib
 import logging
 import queue
 import threading
@@ -104,8 +105,10 @@ class TrialRun:
             ended = Ended("failed", str(error))
         except Exception as error:
             ended = Ended("failed", f"{type(error).__name__}: {reason(error)}")
-        self._file.ended(ended.status, ended.reason)
-        self._items.put(ended)
+        try:
+            self._file.ended(ended.status, ended.reason)
+        finally:  # whatever happens: `next` would wait for ever
+            self._items.put(ended)
 
     def _train(self) -> None:
         spec = trial_spec(self.sweep_spec, self.config, cpus_held=ray.cluster_resources().get("CPU", 0.0))
@@ -193,6 +196,7 @@ class _LogFile(logging.Handler):
 
     def close(self) -> None:
         if self._lines:
-            storage.write_text(self.place, "".join(self._lines))
+            with contextlib.suppress(OSError):  # as above
+                storage.write_text(self.place, "".join(self._lines))
             self._lines = []
         super().close()

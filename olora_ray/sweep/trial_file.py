@@ -1,6 +1,7 @@
 """trial.json: the record of a trial so far, written by the trial in its folder and read by the driver."""
 
 import json
+import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
@@ -8,7 +9,10 @@ from dataclasses import asdict, replace
 from pydantic import TypeAdapter
 
 from olora_ray.common import storage
+from olora_ray.common.errors import short_reason
 from olora_ray.sweep.record import Mode, Status, TrialRecord
+
+logger = logging.getLogger(__name__)
 
 FILE = "trial.json"
 READERS = 16
@@ -68,7 +72,10 @@ class TrialFile:
 
     def _write(self) -> None:
         self.record = replace(self.record, seconds=self._seconds + time.monotonic() - self._began)
-        storage.write_text(self.place, json.dumps(asdict(self.record)))
+        try:
+            storage.write_text(self.place, json.dumps(asdict(self.record)))
+        except OSError as error:  # the next one has it all; the training does not depend on it
+            logger.warning(f"{self.place} cannot be written now, the trial continues: {short_reason(error)}")
 
 
 def read(place: str) -> TrialRecord | None:

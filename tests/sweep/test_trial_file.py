@@ -1,7 +1,11 @@
+import errno
 from pathlib import Path
+
+import pytest
 
 from olora_ray.sweep import trial_file
 from olora_ray.sweep.record import TrialRecord
+from tests.said import said
 
 
 def record(number: int = 3) -> TrialRecord:
@@ -74,6 +78,24 @@ def test_a_process_that_comes_late_leaves_the_record_as_it_is(tmp_path: Path) ->
     found = trial_file.read(str(tmp_path))
     assert found is not None
     assert found.status == "unfinished"
+
+
+def test_a_storage_that_refuses_a_write_does_not_end_the_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = trial_file.TrialFile(str(tmp_path), record(), "min")
+    with monkeypatch.context() as patch, said() as lines:
+        patch.setattr(trial_file.storage, "write_text", refuse)
+        kept.begin()
+        kept.measured(4, 0.5)
+    line = f"warning: {tmp_path}/trial.json cannot be written now, the trial continues: No space left on device"
+    assert lines == [line] * 2
+    kept.measured(8, 0.4)
+    found = trial_file.read(str(tmp_path))
+    assert found is not None
+    assert found.curve == ((4, 0.5), (8, 0.4))
+
+
+def refuse(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_a_damaged_record_counts_as_missing(tmp_path: Path) -> None:
