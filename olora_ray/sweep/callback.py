@@ -42,6 +42,7 @@ class SweepCallback(tune.Callback, tune.Stopper):
         self.cut: set[int] = set()
         """Trials that were under way when a limit ended the search."""
         self._ended: set[str] = set()
+        self._trials: list[Any] = []
         self._cleaned_at = 0.0
         self._before, self._began = progress.read(folder).seconds, time.monotonic()
         self._noted_at = self._began
@@ -66,8 +67,14 @@ class SweepCallback(tune.Callback, tune.Stopper):
         """Tune asks now and then whether the search is to end."""
         if not self.over and (reason := self._limit()):
             self.over = reason
+            # Tune stops all that have not ended, and tells no callback.
+            self.cut |= {_number(trial) for trial in self._trials if not trial.is_finished()}
             logger.info(f"the search ends: {self.over}")
         return self.over is not None
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Called all the time while trials run, before `stop_all`."""
+        self._trials = trials
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """Called all the time while trials run."""

@@ -53,13 +53,13 @@ def record(sweep_spec: SweepSpec) -> SearchRecord:
 
 
 def _with_reason(trial: TrialRecord, found: Progress, scheduler: str) -> TrialRecord:
-    """A trial that was stopped does not know by whom."""
+    """A trial that was stopped does not know by whom, and one whose process was ended could not say so."""
+    if trial.status == "stopped" and trial.total and trial.step >= trial.total:  # it was faster than the decision
+        return replace(trial, status="finished")
+    if trial.status in ("stopped", "unfinished") and trial.number in found.cut:
+        return replace(trial, status="unfinished", reason="the search ended before it")
     if trial.status != "stopped":
         return trial
-    if trial.total and trial.step >= trial.total:  # it was faster than the decision
-        return replace(trial, status="finished")
-    if trial.number in found.cut:
-        return replace(trial, status="unfinished", reason="the search ended before it")
     share = f" after {trial.step / trial.total:.0%} of its {plural(trial.total, 'step')}" if trial.total else ""
     return replace(trial, reason=f"{scheduler}{share}")
 

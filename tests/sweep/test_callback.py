@@ -24,7 +24,10 @@ class Trial:
     def __init__(self, number: int, **result: Any) -> None:
         self.trial_id, self.config = f"id{number}", {NUMBER: number, "train.lr": 1e-3}
         self.last_result = {"step": 8, "total": 8, ENDED: True, **result}
-        self.number = number
+        self.number, self.status = number, "RUNNING"
+
+    def is_finished(self) -> bool:
+        return self.status in ("ERROR", "TERMINATED")
 
     def __str__(self) -> str:
         return trial_name(self.number)
@@ -121,6 +124,23 @@ def test_the_time_budget_is_that_of_all_attempts(tmp_path: Path, clock: SimpleNa
     assert second.over == "the time budget of 60 s is used up"
     second.on_trial_complete(0, [], Trial(3, step=4, **{ENDED: False}))
     assert second.cut == {3}
+
+
+def test_what_a_limit_has_cut_is_known(tmp_path: Path, clock: SimpleNamespace) -> None:
+    """Tune stops these trials without a word to its callbacks: they were shown as stopped by the scheduler."""
+    watch = search(tmp_path, time_budget=60)
+    trials = [Trial(number) for number in range(5)]
+    watch.on_step_begin(0, trials)
+    for trial, status in zip(trials, ["TERMINATED", "RUNNING", "ERROR", "PAUSED", "PENDING"], strict=True):
+        trial.status = status
+    assert not watch.stop_all()
+    assert watch.cut == set()
+    clock.seconds += 60
+    assert watch.stop_all()
+    for trial in trials:
+        trial.status = "TERMINATED"
+    assert watch.stop_all()
+    assert watch.cut == {1, 3, 4}
 
 
 def test_progress_of_a_search_before_there_was_a_file_is_what_its_report_says(tmp_path: Path) -> None:

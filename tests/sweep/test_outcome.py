@@ -83,13 +83,16 @@ def test_trials_say_what_has_cut_them(ended: tuple[Any, Any]) -> None:
     folder = spec.config.folder()
     early = {"status": "stopped", "step": 4}
     keep(spec.config, trial(0, 1.0), trial(1, 0.5, **early), trial(2, 0.7, **early), trial(3, 0.9, status="stopped"))
-    progress.write(folder, Progress(9.0, complete=True, note="The search ended early: why.", cut=(2,)))
+    keep(spec.config, trial(4, 0.9, status="unfinished"), trial(5, 0.9, status="unfinished"))
+    progress.write(folder, Progress(9.0, complete=True, note="The search ended early: why.", cut=(2, 4)))
     _, found = run.run(spec, SPACE, 0.0, tracker)
     assert [(one.status, one.reason) for one in found.trials] == [
         ("finished", ""),
         ("stopped", "asha after 50% of its 8 steps"),
         ("unfinished", "the search ended before it"),
         ("finished", ""),  # all its steps were done before the decision reached it
+        ("unfinished", "the search ended before it"),
+        ("unfinished", ""),  # its process died
     ]
     assert found.notes == ("The search ended early: why.",)
     assert dict(leaderboard.facts(found))["best"].startswith("train/loss 0.5 (trial 1, stopped at step 4 of 8): ")
