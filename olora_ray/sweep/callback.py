@@ -9,7 +9,7 @@ from typing import Any
 from ray import tune
 
 from olora_ray.cluster.placement_groups import free_abandoned
-from olora_ray.sweep import progress, trial_file
+from olora_ray.sweep import progress, state, trial_file
 from olora_ray.sweep.record import TrialRecord
 from olora_ray.sweep.space import Space
 from olora_ray.sweep.spec import ENDED, NUMBER, number_of, trial_place
@@ -69,8 +69,19 @@ class SweepCallback(tune.Callback, tune.Stopper):
             self.over = reason
             # Tune stops all that have not ended, and tells no callback.
             self.cut |= {_number(trial) for trial in self._trials if not trial.is_finished()}
+            self._note_seconds()
             logger.info(f"the search ends: {self.over}")
         return self.over is not None
+
+    def setup(
+        self, stop: Any = None, num_samples: int | None = None, total_num_samples: int | None = None, **info: Any
+    ) -> None:
+        """Called before the first trial; raises UserError for a search that could not be resumed.
+
+        Tune begins that anew, with as many trials as a search has that says nothing: one of Optuna's.
+        """
+        if total_num_samples is not None and total_num_samples < self.space.count():
+            raise state.not_resumed(self.folder)
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """Called all the time while trials run, before `stop_all`."""

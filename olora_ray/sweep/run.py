@@ -122,11 +122,14 @@ def search(sweep_spec: SweepSpec) -> None:
 
 
 def _search(sweep_spec: SweepSpec) -> None:
-    """Run the trials that have not ended."""
+    """Run the trials that have not ended; raises UserError if Tune cannot resume."""
     folder, space = sweep_spec.folder, sweep_spec.space
     concurrent, shared_bases = _concurrent_trials(sweep_spec)
     callback = SweepCallback(folder, space)
-    tuner.build(replace(sweep_spec, shared_bases=shared_bases), callback, concurrent).fit()
+    ended = tuner.build(replace(sweep_spec, shared_bases=shared_bases), callback, concurrent).fit()
+    # A search may have come to its limit and been killed before that was noted: Tune resumes it with nothing to do.
+    if len(ended) < space.count() and not callback.stop_all():
+        raise state.not_resumed(folder)
     note = f"The search ended early: {callback.over}." if callback.over else ""
     cut = tuple(sorted(callback.cut))
     progress.write(folder, Progress(callback.seconds(), callback.complete(), note, cut))

@@ -132,6 +132,10 @@ class Space(Section):
         """Whether trial 0 is the config as it is, and not drawn."""
         return self.include_default and self.scheduler.kind != "population" and self.searcher != "tpe"
 
+    def follows_from_numbers(self) -> bool:
+        """Whether a trial's values follow from its number, and not from what others have measured."""
+        return self.searcher != "tpe" and self.scheduler.kind != "population"
+
     def count(self) -> int:
         """Number of trials."""
         return self.trials or (self.cells() + self.has_default() if self.searcher == "grid" else 16)

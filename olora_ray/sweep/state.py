@@ -4,6 +4,7 @@
 <search>/tune.json   the FORMAT of the code that began the search
 """
 
+import fnmatch
 import json
 
 from olora_ray.common import storage
@@ -13,6 +14,8 @@ FORMAT = 2
 """Raise it when what Tune pickles is moved, renamed, or has other attributes; tests/sweep/test_state.py lists it."""
 TUNE = "tune"
 _FILE = "tune.json"
+_STATES = "experiment_state-*.json"
+"""One for each attempt; Tune resumes from the last of them by name."""
 _PICKLE = f"{TUNE}/tuner.pkl"
 """Without it Tune begins anew."""
 _REPORT = "leaderboard.json"
@@ -32,6 +35,26 @@ def begun(folder: str) -> bool:
 def begin(folder: str) -> None:
     """Note the format of a search that begins; must come before Tune's first file."""
     storage.write_text(storage.join(folder, _FILE), json.dumps({"format": FORMAT}) + "\n")
+
+
+def lost(folder: str) -> bool:
+    """Whether Tune has begun a search and left nothing to resume from: it was killed before that, or in a write."""
+    if not begun(folder):
+        return False
+    states = fnmatch.filter(storage.names(place(folder)), _STATES)
+    try:
+        return not states or not json.loads(storage.read_text(storage.join(place(folder), max(states))))["trial_data"]
+    except (ValueError, KeyError, TypeError):
+        return True
+
+
+def not_resumed(folder: str) -> UserError:
+    """What to raise for a search that Tune cannot resume, which it says in its own log alone."""
+    return UserError(
+        f"run.name: Ray Tune cannot resume the search in {folder}: what it has kept is damaged, or of another version"
+        " of Ray or Optuna; choose another run.name (the trials of this one stay readable under"
+        f" {storage.join(folder, 'trials')}), or delete the folder"
+    )
 
 
 def can_resume(folder: str) -> bool:

@@ -25,7 +25,7 @@ from olora_ray.sweep.spec import SweepSpec, trial_place
 from olora_ray.sweep.trial_spec import trial_spec
 from olora_ray.tokens.prepare import CompleteStore
 from olora_ray.tracking.run import Tracker
-from olora_ray.train.checkpoints import copy_from
+from olora_ray.train.checkpoints import copy_from, last_step
 
 END_SECONDS = 120.0
 """How long a trial that is stopped may take for its last step and checkpoint."""
@@ -122,6 +122,7 @@ class TrialRun:
             self.folder.claim()
             result = fit.finished_training(spec, self.folder)
             if result is None:
+                self._file.goes_on(last_step(self.folder.checkpoints))
                 result = self._fitted(spec, tracker)
             assert result.state is not None
             for row in result.state.history:  # those of a training that had ended before

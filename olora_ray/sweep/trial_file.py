@@ -41,6 +41,11 @@ class TrialFile:
         """The trial begins, or goes on."""
         self._write()
 
+    def goes_on(self, step: int) -> None:
+        """The trial's own checkpoint of this step is there, which Tune need not know of: keep what it came from."""
+        if not self.record.curve and self._previous and self._previous.params == self.record.params:
+            self.resume_from(step)
+
     def resume_from(self, step: int, other: TrialRecord | None = None) -> None:
         """Keep what an earlier attempt has measured up to a step; or `other`, a trial whose checkpoint is taken over.
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from ray import tune
 
-from olora_ray.sweep import state
+from olora_ray.common import storage
+from olora_ray.sweep import state, trial_file
 from olora_ray.sweep.callback import SweepCallback
 from olora_ray.sweep.choosers import Suggested
 from olora_ray.sweep.schedulers import scheduler
@@ -16,12 +17,17 @@ from olora_ray.sweep.space import Space
 from olora_ray.sweep.spec import NUMBER, SweepSpec, trial_name
 from olora_ray.sweep.tune_trial import SearchTrial
 
+logger = logging.getLogger(__name__)
+
 NOTE_BYTES = 64 * 2**20
 """Memory that Tune counts for a trial's own process; its workers take the CPUs and GPUs."""
 
 
 def build(sweep_spec: SweepSpec, callback: SweepCallback, max_concurrent_trials: int) -> tune.Tuner:
-    """The Tuner of a search, with so many trials at the same time; one that was interrupted resumes."""
+    """The Tuner of a search, with so many trials at the same time; one that was interrupted resumes.
+
+    Raises UserError for one whose state is lost, and with it values that it would not draw again.
+    """
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Tune would end the search as if it were complete
     # Each failure is logged by `callback` in one line.
     for name in ("execution.tune_controller", "tune", "analysis.experiment_analysis"):
@@ -35,6 +41,8 @@ def build(sweep_spec: SweepSpec, callback: SweepCallback, max_concurrent_trials:
     trainable: Any = tune.with_resources(
         tune.with_parameters(SearchTrial, sweep_spec=sweep_spec), {"memory": NOTE_BYTES}
     )
+    if state.lost(sweep_spec.folder):
+        _forget(sweep_spec)
     place = state.place(sweep_spec.folder)
     if tune.Tuner.can_restore(place):
         return tune.Tuner.restore(place, trainable, resume_unfinished=True, param_space=_params(sweep_spec.space))
@@ -62,6 +70,21 @@ def build(sweep_spec: SweepSpec, callback: SweepCallback, max_concurrent_trials:
         verbose=0,
     )
     return tune.Tuner(trainable, param_space=_params(space), tune_config=settings, run_config=run)
+
+
+def _forget(sweep_spec: SweepSpec) -> None:
+    """Remove Tune's state, which is lost: the search begins anew, and its trials find what they have done.
+
+    Where values follow from what others have measured, a trial could find that of another one: only a search that has
+    measured nothing begins anew then. Raises UserError for the others.
+    """
+    folder = sweep_spec.folder
+    if not sweep_spec.space.follows_from_numbers():
+        if any(record.measured() for record in trial_file.read_all(folder).values()):
+            raise state.not_resumed(folder)
+        storage.remove(storage.join(folder, "trials"))
+    storage.remove(state.place(folder))
+    logger.warning("search: Ray Tune's state of it is lost; it begins anew, with what its trials have done so far")
 
 
 def _params(space: Space) -> dict[str, Any] | None:

@@ -149,6 +149,11 @@ def names(place: str) -> list[str]:
     return [name_of(step) for step in sorted(steps)]
 
 
+def last_step(place: str) -> int:
+    """The step of the newest checkpoint; 0 if there is none. Whether it is damaged is not looked at."""
+    return max((int(name.removeprefix(PREFIX)) for name in names(place)), default=0)
+
+
 def _steps(place: str) -> list[int]:
     """The steps of all folders that have the name of a checkpoint."""
     found = (name.removeprefix(PREFIX) for name in storage.names(place) if name.startswith(PREFIX))

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from olora_ray.common.errors import UserError
 from olora_ray.sweep import callback, progress, trial_file
 from olora_ray.sweep.callback import SweepCallback
 from olora_ray.sweep.record import TrialRecord
@@ -122,6 +123,7 @@ def test_the_time_budget_is_that_of_all_attempts(tmp_path: Path, clock: SimpleNa
     clock.seconds += 1
     assert second.stop_all()
     assert second.over == "the time budget of 60 s is used up"
+    assert progress.read(str(tmp_path)).seconds == 60, "the next attempt would not know that it is used up"
     second.on_trial_complete(0, [], Trial(3, step=4, **{ENDED: False}))
     assert second.cut == {3}
 
@@ -141,6 +143,14 @@ def test_what_a_limit_has_cut_is_known(tmp_path: Path, clock: SimpleNamespace) -
         trial.status = "TERMINATED"
     assert watch.stop_all()
     assert watch.cut == {1, 3, 4}
+
+
+def test_a_search_that_tune_begins_anew_with_too_few_trials_is_no_success(tmp_path: Path) -> None:
+    """A state that it cannot read is an error in its own log: it ran one trial, and the search was complete."""
+    watch = search(tmp_path, searcher="tpe")
+    watch.setup(stop=watch, num_samples=1, total_num_samples=16)
+    with pytest.raises(UserError, match=r"Ray Tune cannot resume the search in .*; choose another run.name"):
+        watch.setup(stop=watch, num_samples=1, total_num_samples=1)
 
 
 def test_progress_of_a_search_before_there_was_a_file_is_what_its_report_says(tmp_path: Path) -> None:

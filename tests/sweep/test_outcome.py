@@ -78,6 +78,46 @@ def test_a_search_that_has_ended_is_reported_with_the_seconds_that_it_took(
     assert dict(leaderboard.facts(found))["trials"] == "2 in 5 min 18 s: 2 finished"
 
 
+class Grid:
+    """What Tune gives in the end: so many trials."""
+
+    def __init__(self, trials: int) -> None:
+        self.trials = trials
+
+    def __len__(self) -> int:
+        return self.trials
+
+    def fit(self) -> "Grid":
+        return self
+
+
+@pytest.mark.parametrize(
+    ("over", "since_better", "trials"), [(None, 0, 2000), ("a limit", 0, 1), (None, 0, 1), (None, 5, 1)]
+)
+def test_a_search_that_lacks_trials_is_complete_at_a_limit_alone(
+    ended: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, over: str | None, since_better: int, trials: int
+) -> None:
+    """Also where it was killed at the limit, which is known from what Tune restores."""
+    spec, tracker = ended
+    space = SPACE.model_copy(update={"patience": 5})
+    Path(spec.config.folder(), "progress.json").unlink()
+    keep(spec.config, trial(0, 1.0))
+
+    def build(sweep_spec: Any, callback: Any, concurrent: int) -> Grid:
+        callback.over, callback.since_better = over, since_better
+        return Grid(trials)
+
+    monkeypatch.setattr(tuner, "build", build)
+    monkeypatch.setattr(run, "_concurrent_trials", lambda _: (1, ()))
+    if over or since_better or trials == 2000:
+        assert run.run(spec, space, 0.0, tracker)[1].best() is not None
+        assert bool(progress.read(spec.config.folder()).note) == (trials == 1)
+        return
+    with pytest.raises(UserError, match="Ray Tune cannot resume the search"):
+        run.run(spec, space, 0.0, tracker)
+    assert not progress.read(spec.config.folder()).complete
+
+
 def test_trials_say_what_has_cut_them(ended: tuple[Any, Any]) -> None:
     spec, tracker = ended
     folder = spec.config.folder()

@@ -1,4 +1,5 @@
 import errno
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,21 @@ def test_a_trial_that_resumes_keeps_what_was_measured_before(tmp_path: Path) -> 
     second.resume_from(8)
     assert second.record.curve == ((4, 1.5), (8, 1.0))
     assert second.record.value == 1.0
+
+
+def test_a_trial_that_begins_anew_keeps_what_led_to_its_checkpoint(tmp_path: Path) -> None:
+    """Its training goes on from there, and measures only what comes after it."""
+    first = trial_file.TrialFile(str(tmp_path), record(), "min")
+    for step, value in ((4, 0.5), (8, 1.0), (12, 0.8)):
+        first.measured(step, value)
+    second = trial_file.TrialFile(str(tmp_path), record(), "min")
+    second.goes_on(8)
+    second.measured(16, 0.9)
+    assert second.record.curve == ((4, 0.5), (8, 1.0), (16, 0.9))
+    assert second.record.value == 0.5
+    other = trial_file.TrialFile(str(tmp_path), replace(record(), params={"train.lr": 2e-3}), "min")
+    other.goes_on(16)
+    assert other.record.curve == ()
 
 
 def test_a_trial_that_takes_over_another_has_its_values(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """A process of Tune's becomes one trial after the other."""
 
+import contextlib
+import logging
 import threading
 from functools import partial
 from pathlib import Path
@@ -9,15 +11,20 @@ from typing import Any
 import pytest
 
 from olora_ray.cluster.spec import TrainSpec
+from olora_ray.common import logs
+from olora_ray.common.errors import UserError
 from olora_ray.model.source import BaseModel
+from olora_ray.sweep import trial as trials
 from olora_ray.sweep import trial_file, tuner
 from olora_ray.sweep.callback import SweepCallback
+from olora_ray.sweep.record import TrialRecord
 from olora_ray.sweep.space import Space
-from olora_ray.sweep.spec import NUMBER, SweepSpec
+from olora_ray.sweep.spec import NUMBER, SweepSpec, trial_place
 from olora_ray.sweep.trial import Ended, Measured, TrialRun
 from olora_ray.sweep.trial_file import read_all
 from olora_ray.sweep.tune_trial import SearchTrial
 from tests import tiny
+from tests.said import said
 
 
 def spec(folder: Path, **changes: Any) -> SweepSpec:
@@ -74,9 +81,86 @@ def test_the_end_of_a_trial_arrives_whatever_the_storage_does(
     assert found == ([Measured(2, 0.5), ended] if passes else [ended])
 
 
+def test_a_log_that_cannot_be_kept_does_not_fail_a_trial_that_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    def write_text(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(trials.storage, "write_text", write_text)
+    with logs.handled_by(trials._LogFile("s3://bucket/trial-000")):
+        logging.getLogger(logs.PACKAGE).warning("a line")
+
+
 @pytest.mark.parametrize(("kind", "reused"), [("none", True), ("asha", False), ("median", False)])
 def test_processes_are_kept_where_trials_end_by_themselves(tmp_path: Path, kind: str, reused: bool) -> None:
     search = spec(tmp_path, scheduler={"kind": kind})
     made = tuner.build(search, SweepCallback(search.folder, search.space), 1)
     settings: Any = made._local_tuner._tune_config
     assert settings.reuse_actors is reused
+
+
+def begun(search: SweepSpec, state: str | None, concurrent: int = 1) -> Any:
+    """Tune's settings of a search that was interrupted and left this state."""
+    tuner.build(search, SweepCallback(search.folder, search.space), concurrent)
+    if state is not None:
+        Path(search.folder, "tune", "experiment_state-2026-11-27_04-00-00.json").write_text(state)
+
+
+def again(search: SweepSpec, concurrent: int = 1) -> Any:
+    """The Tuner of the next attempt."""
+    made: Any = tuner.build(search, SweepCallback(search.folder, search.space), concurrent)
+    return made._local_tuner
+
+
+def test_a_trial_that_goes_on_from_its_own_checkpoint_keeps_its_values(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tune has forgotten it: it begins as if it were new, and its training resumes."""
+    first = TrialRun(spec(tmp_path), 1, {"train.lr": 1e-3})
+    for step, value in ((1, 0.5), (2, 0.6)):
+        first._file.measured(step, value)
+    Path(first.folder.checkpoints, "step-0000001").mkdir(parents=True)
+    second = TrialRun(spec(tmp_path), 1, {"train.lr": 1e-3})
+    monkeypatch.setattr(trials.ray, "cluster_resources", dict)
+    monkeypatch.setattr(trials.mlflow_run, "tracked", lambda *_: contextlib.nullcontext(SimpleNamespace(run_id="")))
+    monkeypatch.setattr(trials.fit, "finished_training", lambda *_: None)
+
+    def fitted(*_: object) -> Any:
+        second._on_row(2, {"train/loss": 0.7})
+        return SimpleNamespace(state=SimpleNamespace(history=[]))
+
+    monkeypatch.setattr(second, "_fitted", fitted)
+    second._train()
+    assert second._file.record.curve == ((1, 0.5), (2, 0.7))
+    assert second._file.record.value == 0.5
+
+
+@pytest.mark.parametrize("state", [None, '{"trial_data": [["{}", "', '{"trial_data": []}'])
+@pytest.mark.parametrize("searcher", ["random", "tpe"])
+def test_a_search_whose_state_is_lost_begins_anew(tmp_path: Path, searcher: str, state: str | None) -> None:
+    """Tune ran one trial of Optuna's and called the search complete."""
+    search = spec(tmp_path, searcher=searcher)
+    begun(search, state)
+    kept = Path(search.folder, "trials", "trial-000", "kept")
+    kept.parent.mkdir(parents=True)
+    kept.write_text("")
+    with said() as lines:
+        made = again(search)
+    assert not made._is_restored
+    assert made._tune_config.num_samples == (3 if searcher == "tpe" else 1)
+    assert not list(Path(search.folder, "tune").glob("experiment_state-*"))
+    assert lines == [
+        "warning: search: Ray Tune's state of it is lost; it begins anew, with what its trials have done so far"
+    ]
+    assert kept.exists() == (searcher == "random")
+
+
+@pytest.mark.parametrize("changes", [{"searcher": "tpe"}, {"scheduler": {"kind": "population"}}])
+def test_what_was_measured_is_not_given_to_other_values(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """Trials that begin anew draw others, and would find the results of those of before in their folders."""
+    search = spec(tmp_path, **changes)
+    begun(search, None)
+    kept = trial_file.TrialFile(trial_place(search.folder, 0), TrialRecord(0, {}, "unfinished"), "min")
+    kept.measured(2, 0.5)
+    with pytest.raises(UserError, match=r"Ray Tune cannot resume the search in .*; choose another run.name"):
+        again(search)
+    assert trial_file.read(trial_place(search.folder, 0)) == kept.record
