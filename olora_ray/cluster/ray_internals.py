@@ -125,6 +125,31 @@ def preemption_noted() -> bool:
     return getattr(context, "preemption_info", None) is not None
 
 
+def set_concurrency(tuner: Any, most: int) -> None:
+    """Let a restored Tuner run so many trials at the same time.
+
+    Ray 2.60, tune/impl/tuner_internal.py and tune/search: tuner.pkl has the number of the first attempt, and so have
+    the states from which the searchers restore all that they are.
+    """
+    from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter
+
+    settings = tuner._local_tuner._tune_config
+    if settings.search_alg is None:
+        settings.search_alg = _limited(BasicVariantGenerator, most)(max_concurrent=most)
+    else:
+        settings.search_alg = _limited(ConcurrencyLimiter, most)(settings.search_alg, max_concurrent=most)
+    settings.max_concurrent_trials = None  # as the searcher says
+
+
+def _limited(kind: Any, most: int) -> Any:
+    """The kind of searcher, which keeps its limit when it is restored; its state is found by the kind's name."""
+
+    def set_state(self: Any, state: Mapping[str, Any]) -> None:
+        kind.set_state(self, {**state, "max_concurrent": most})
+
+    return type(kind.__name__, (kind,), {"set_state": set_state})
+
+
 def actor_died(actor_id: str) -> bool:
     """Whether the actor with this id (hex) is certainly dead. Asks the control store: about a millisecond.
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from ray import tune
 
+from olora_ray.cluster import ray_internals
 from olora_ray.common import storage
 from olora_ray.sweep import state, trial_file
 from olora_ray.sweep.callback import SweepCallback
@@ -45,7 +46,9 @@ def build(sweep_spec: SweepSpec, callback: SweepCallback, max_concurrent_trials:
         _forget(sweep_spec)
     place = state.place(sweep_spec.folder)
     if tune.Tuner.can_restore(place):
-        return tune.Tuner.restore(place, trainable, resume_unfinished=True, param_space=_params(sweep_spec.space))
+        found = tune.Tuner.restore(place, trainable, resume_unfinished=True, param_space=_params(sweep_spec.space))
+        ray_internals.set_concurrency(found, max_concurrent_trials)
+        return found
     state.begin(sweep_spec.folder)
     space = sweep_spec.space
     settings = tune.TuneConfig(

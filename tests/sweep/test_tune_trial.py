@@ -9,6 +9,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter
+from ray.tune.search.search_generator import SearchGenerator
 
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.common import logs
@@ -164,3 +166,25 @@ def test_what_was_measured_is_not_given_to_other_values(tmp_path: Path, changes:
     with pytest.raises(UserError, match=r"Ray Tune cannot resume the search in .*; choose another run.name"):
         again(search)
     assert trial_file.read(trial_place(search.folder, 0)) == kept.record
+
+
+@pytest.mark.parametrize("searcher", ["random", "tpe"])
+def test_a_search_that_resumes_has_the_concurrency_of_today(tmp_path: Path, searcher: str) -> None:
+    """It kept that of its first attempt, and the log told the new one."""
+    search = spec(tmp_path, searcher=searcher)
+    begun(search, '{"trial_data": [["{}", "{}"]]}', concurrent=2)
+    made = again(search, concurrent=5)
+    assert made._is_restored
+    assert made._tune_config.max_concurrent_trials is None
+    found = made._tune_config.search_alg
+    first = BasicVariantGenerator(max_concurrent=2) if searcher == "random" else ConcurrencyLimiter(found.searcher, 2)
+    wrapped = SearchGenerator if searcher == "tpe" else lambda search: search
+    if searcher == "tpe":
+        first.live_trials.add("running")
+    place = tmp_path / "driver"
+    place.mkdir()
+    wrapped(first).save_to_dir(str(place), "2026-11-27_04-00-00")
+    wrapped(found).restore_from_dir(str(place))
+    assert found.max_concurrent == 5
+    if searcher == "tpe":
+        assert found.live_trials == {"running"}
