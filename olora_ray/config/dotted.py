@@ -42,6 +42,19 @@ def leaves(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
         yield from leaves(item, f"{prefix}.{key}" if prefix else str(key))
 
 
+def at(config: Section, field: str, default: Any = None) -> Any:
+    """The plain value of a dotted field, also of one that `flatten` enters: a section, a list of mappings."""
+    node: Any = config.model_dump(mode="json")
+    for part in field.split("."):
+        if isinstance(node, dict) and part in node:
+            node = node[part]
+        elif isinstance(node, list) and (place := _place(part, node)) is not None:
+            node = node[place]
+        else:
+            return default
+    return node
+
+
 def changed(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of a nested mapping with dotted fields set; raises UserError for a field that cannot be reached."""
     result: dict[str, Any] = {key: _copy(value) for key, value in tree.items()}

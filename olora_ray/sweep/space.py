@@ -18,8 +18,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from olora_ray.config.dotted import flatten
+from olora_ray.config.dotted import at
 from olora_ray.config.field_types import PositiveInt
+from olora_ray.config.load import override
 from olora_ray.config.schema import Config, Section
 from olora_ray.sweep.choosers import Seeded
 from olora_ray.sweep.domain import MISSING, TIMES, Chooser, Domain
@@ -193,18 +194,32 @@ class Space(Section):
 
     def as_draws(self, config: Config) -> dict[str, Any] | None:
         """The draws that give the config as it is; None if the space does not contain it."""
-        there = flatten(config)
         found: dict[str, Any] = {}
         for field, domain in self.search.items():
-            value: Any = there.get(field, MISSING)
+            value: Any = at(config, field, MISSING)
             if domain.of is not None:
-                base = there.get(domain.of)
+                base = at(config, domain.of)
                 # A base that is null (train.clip) has no multiple.
                 fitting = (factor for factor in domain.factors() if base is not None and base * factor == value)
                 found[field + TIMES] = next(fitting, MISSING)
             else:
-                found[field] = domain.draw_of(value)
+                found[field] = _draw_of(domain, config, field, value)
         return None if any(value is MISSING for value in found.values()) else found
+
+
+def _draw_of(domain: Domain, config: Config, field: str, value: Any) -> Any:
+    """The draw that gives `value`, which the config has; MISSING if there is none.
+
+    Of a section or a list of mappings an option need not have what is left at its default.
+    """
+    if not domain.options() or not (isinstance(value, dict) or any(isinstance(item, dict) for item in _items(value))):
+        return domain.draw_of(value)
+    same = (option for option in domain.options() if at(override(config, {field: option}), field) == value)
+    return next(same, MISSING)
+
+
+def _items(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def multiple(base: float, factor: float) -> float:

@@ -6,7 +6,7 @@ from typing import Any
 
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.common import storage
-from olora_ray.config.dotted import flatten
+from olora_ray.config.dotted import at
 from olora_ray.config.load import override
 from olora_ray.config.schema import Config
 from olora_ray.pipeline.run_folder import RunFolder
@@ -50,8 +50,7 @@ class SweepSpec:
 
     def shown(self, number: int, draws: Mapping[str, Any]) -> dict[str, Any]:
         """Dotted field -> value of everything that is searched, for people to read; of the default too."""
-        there = flatten(self.train_spec.config)
-        return self.values(number, draws) or {field: there.get(field) for field in self.space.search}
+        return self.values(number, draws) or {field: at(self.train_spec.config, field) for field in self.space.search}
 
     def config(self, number: int, draws: Mapping[str, Any]) -> Config:
         """The config of a trial."""

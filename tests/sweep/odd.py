@@ -56,6 +56,12 @@ ODD: dict[str, SearchRecord] = {
             )
         ]
     ),
+    "lists and sections": search(
+        [
+            ({"data.train": [{"path": f"{i % 3}.jsonl"}], "adapter": {"rank": 8, "method": f"m{i % 2}"}}, 1.0 + i / 7)
+            for i in range(7)
+        ]
+    ),
     "missing parameters": search(
         [({"train.lr": rate} if i % 2 else {"adapter.rank": 8}, 1.0) for i, rate in enumerate(RATES)]
     ),

@@ -191,6 +191,21 @@ def test_two_thousand_trials_are_read_ranked_and_reported(ended: tuple[Any, Any]
     assert load(folder / "best.yaml").train.lr == best.params["train.lr"]
 
 
+@pytest.mark.parametrize(
+    ("field", "other"), [("data.train", [{"path": "other.jsonl"}]), ("adapter", {"rank": 2}), ("train.lr", 1e-5)]
+)
+def test_a_default_that_is_a_list_or_a_section_can_win(tmp_path: Path, field: str, other: Any) -> None:
+    """It was null in the record: best.yaml could not be written after all trials had run."""
+    space = Space.model_validate({"search": {field: {"choice": [other]}}, "metric": "train/loss"})
+    config = tiny.config(run__storage=str(tmp_path))
+    store: Any = tiny.store()
+    train_spec = TrainSpec(config, BaseModel("tiny", str(tmp_path), "digest"), "digest", (0,), store, None)
+    spec = SweepSpec("search", str(tmp_path / "search"), train_spec, space, "", 0.0)
+    best = trial(0, 0.5, params=json.loads(json.dumps(spec.shown(0, {}))))
+    found = outcome.best_config(config, spec, best)
+    assert override(found, {"run.name": config.run.name}) == config
+
+
 CURVE = ((0, 2.0), (4, 1.5), (8, 0.9))
 
 

@@ -346,6 +346,28 @@ def test_the_config_is_in_the_space_only_where_a_trial_could_have_its_values(
     assert found.as_draws(override(CONFIG, {field: value})) == ({field: value} if contains else None)
 
 
+SOURCE = {"path": "pipelines/quickstart/train.jsonl"}
+
+
+@pytest.mark.parametrize(
+    ("field", "options", "own"),
+    [
+        ("data.train", [[{"path": "other.jsonl"}], [SOURCE]], [SOURCE]),
+        ("data.train", [[{"path": "other.jsonl"}], [{**SOURCE, "weight": 2.0}]], None),
+        ("data.train.0", [{"path": "other.jsonl"}, {**SOURCE, "weight": 1.0}], {**SOURCE, "weight": 1.0}),
+        ("adapter", [{"method": "lora", "rank": 16}, {"rank": 16}], {"rank": 16}),
+    ],
+)
+def test_a_list_or_a_section_of_the_config_is_found_among_the_options(
+    field: str, options: list[Any], own: Any, tmp_path: Path
+) -> None:
+    """They have their defaults in a config, and need not in a space."""
+    config = override(CONFIG, {"adapter": {"rank": 16}})
+    for searcher in ("random", "tpe"):
+        found = space(tmp_path, search={field: {"choice": options}}, searcher=searcher)
+        assert found.as_draws(config) == (None if own is None else {field: own})
+
+
 @pytest.mark.parametrize(
     ("search", "most"),
     [

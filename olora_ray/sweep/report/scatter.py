@@ -60,8 +60,8 @@ class _Looks:
         values = [trial.params[field] for trial in record.trials if field in trial.params] if field else []
         self._scale = axis.of(values)
         numeric = self._scale.kind != "category"
-        known = [item for item in values if axis.is_number(item)] if numeric else values
-        self._values = [text.value(item) for item in (sorted(set(known)) if numeric else dict.fromkeys(known))]
+        numbers = sorted({item for item in values if axis.is_number(item)}) if numeric else values
+        self._values = list(dict.fromkeys(map(text.value, numbers)))  # of lists and mappings too
 
     def of(self, trial: TrialRecord) -> tuple[Any, str]:
         """(colour, marker)."""
