@@ -25,6 +25,7 @@ from olora_ray.common.quiet import quiet_transformers
 from olora_ray.tokens.collate import collate
 from olora_ray.tokens.store import Pack, TokenStore
 from olora_ray.train import checkpoint, checkpoints
+from olora_ray.train.loader import total_steps
 from olora_ray.train.loop import Trainer, train_mode
 from olora_ray.train.self_test import choose_attention
 
@@ -93,10 +94,10 @@ def measure(trials: Sequence[tuple[str, TrainSpec]]) -> None:
 
 
 def of_trial(shared: SharedBase, spec: TrainSpec, folder: str, attention: str) -> RowLosses:
-    """The losses of one trial's last adapter."""
+    """The losses of one trial's last adapter, and of no earlier one."""
     place = storage.join(folder, "checkpoints")
     newest = checkpoints.latest_good(place)
-    if newest is None:
+    if newest is None or newest[1].state.step < total_steps(spec.config.train, len(spec.train)):
         raise UserError(f"{place}: the last checkpoint is lost; delete {folder} and run the same command again")
     found = newest[1]
     checkpoint.require_same(found.identity, spec.identity(), newest[0])

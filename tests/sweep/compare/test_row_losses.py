@@ -80,11 +80,13 @@ def test_a_lost_checkpoint_and_one_of_another_training_are_refused(
     other = TrainSpec(tiny.config(adapter__method="lora"), spec.base, spec.tokenizer, spec.eos, spec.train, spec.eval)
     with pytest.raises(UserError, match="another adapter"):
         row_losses.of_trial(shared(), other, str(tmp_path), "segments")
-    for place in (tmp_path / "checkpoints").glob("step-*"):
-        (place / "manifest.json").unlink()
     caplog.set_level(logging.ERROR)
-    with pytest.raises(UserError, match=r"the last checkpoint is lost; delete .* and run the same command again"):
-        row_losses.of_trial(shared(), spec, str(tmp_path), "segments")
+    places = sorted((tmp_path / "checkpoints").glob("step-*"), reverse=True)
+    assert len(places) > 1
+    for place in places:  # with the first of them an earlier adapter would be compared
+        (place / "manifest.json").unlink()
+        with pytest.raises(UserError, match=r"the last checkpoint is lost; delete .* and run the same command again"):
+            row_losses.of_trial(shared(), spec, str(tmp_path), "segments")
 
 
 def test_rows_of_a_group_are_summed() -> None:
