@@ -22,6 +22,7 @@ def record(run: Run, tuning: Tuning, finals: Sequence[Final], machine: str) -> C
     against = differences(comparison.methods, finals, run.rows.groups)
     bases = [base for each in finals if (base := each.ended.base()) is not None]
     some = next((each for each in finals if each.losses), None)
+    counts, groups = _counts(run, tuning, some)
     return ComparisonRecord(
         name=config.run.name,
         model=run.base.model.name,
@@ -35,8 +36,8 @@ def record(run: Run, tuning: Tuning, finals: Sequence[Final], machine: str) -> C
         lr=config.train.lr,
         steps=some.ended.record.total if some else 0,
         global_batch=config.train.global_batch,
-        rows=dict(run.rows.counts),
-        groups=len({number for numbers in run.rows.groups.values() for number in numbers}),
+        rows=counts,
+        groups=groups,
         relevant=config.compare.relevant,
         level=LEVEL,
         base_tuning=tuning.base,
@@ -44,6 +45,16 @@ def record(run: Run, tuning: Tuning, finals: Sequence[Final], machine: str) -> C
         points=_points(run, tuning),
         methods=tuple(_method(run, tuning, method, finals, against.get(method)) for method in comparison.methods),
     )
+
+
+def _counts(run: Run, tuning: Tuning, measured: Final | None) -> tuple[dict[str, int], int]:
+    """(rows of each set, groups of test rows); what is too long was not measured, and does not count."""
+    groups = run.rows.groups
+    if measured is None or measured.losses is None:
+        rows, independent = run.rows.counts["test"], len({number for each in groups.values() for number in each})
+    else:
+        rows, independent = measured.losses.counts(groups)
+    return {**run.rows.counts, "tuning": tuning.rows, "test": rows}, independent
 
 
 def differences(

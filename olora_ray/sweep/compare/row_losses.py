@@ -57,11 +57,14 @@ class RowLosses:
 
     def by_group(self, groups: Mapping[str, Sequence[int]]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """(losses, tokens), each (groups,), summed over the examples of a group; `groups` by file and line."""
-        numbers = [groups[name][int(line) - 1] for name, _, line in (place.rpartition(":") for place in self.places)]
-        there = np.unique(numbers, return_inverse=True)[1]
+        there = np.unique(group_numbers(self.places, groups), return_inverse=True)[1]
         columns = (np.asarray(each, dtype=np.float64) for each in (self.losses, self.tokens))
         losses, tokens = (np.bincount(there, column).astype(np.float64) for column in columns)
         return losses, tokens
+
+    def counts(self, groups: Mapping[str, Sequence[int]]) -> tuple[int, int]:
+        """(rows, groups of them) that it is of: what is too long has no tokens, and so no loss."""
+        return len(set(self.places)), len(set(group_numbers(self.places, groups)))
 
     @classmethod
     def read(cls, folder: str, data: str) -> "RowLosses | None":
@@ -74,6 +77,16 @@ class RowLosses:
             return None
         whole = len(found.places) == len(found.tokens) == len(found.losses)
         return found if whole and found.data == data else None
+
+
+def places_of(store: TokenStore) -> tuple[str, ...]:
+    """Place of each example of a store, as file:line without folders."""
+    return tuple(place.rpartition("/")[2] for number in range(len(store)) for place in store.origins(number))
+
+
+def group_numbers(places: Sequence[str], groups: Mapping[str, Sequence[int]]) -> list[int]:
+    """The group of each place; `groups` by file and line."""
+    return [groups[name][int(line) - 1] for name, _, line in (place.rpartition(":") for place in places)]
 
 
 def measure(trials: Sequence[tuple[str, TrainSpec]]) -> None:
@@ -127,8 +140,7 @@ def losses_of(trainer: Trainer, store: TokenStore, attention: str) -> RowLosses:
         each = trainer.loss.each(collate(packs, attention).to(trainer.device)).double().cpu()
         losses += [float(part.sum()) for part in each.split(sizes)]
         tokens += sizes
-    places = (place.rpartition("/")[2] for number in range(len(store)) for place in store.origins(number))
-    return RowLosses(store.digest, tuple(places), tuple(tokens), tuple(losses))
+    return RowLosses(store.digest, places_of(store), tuple(tokens), tuple(losses))
 
 
 def _supervised(pack: Pack) -> list[int]:

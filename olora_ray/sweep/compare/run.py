@@ -18,6 +18,7 @@ from olora_ray.adapter import factor_cache
 from olora_ray.cluster.resources import worker_resources
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.common import storage
+from olora_ray.common.errors import UserError
 from olora_ray.common.text import plural
 from olora_ray.config.dotted import flatten
 from olora_ray.config.load import override
@@ -58,6 +59,8 @@ class Tuning:
     """Loss of the base model on the tuning rows."""
     best: Mapping[str, Tuned]
     """Method -> its best point; without methods whose every trial broke off."""
+    rows: int
+    """Tuning rows that were measured."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,9 @@ class Run:
             losses |= {cell: each.loss for cell, each in zip(cells, found, strict=True)}
             bases += [base for each in found if (base := each.base()) is not None]
             self._again(found, list(losses))
-        return self._tuned(losses, bases[0] if bases else math.inf)
+        assert spec.eval is not None
+        rows = len(set(row_losses.places_of(spec.eval)))
+        return self._tuned(losses, bases[0] if bases else math.inf, rows)
 
     def train(self, tuning: Tuning) -> list[Final]:
         """Every method at its best point, with every seed; their losses on the test rows."""
@@ -142,6 +147,7 @@ class Run:
             return []  # there is nothing to be compared with
         pairs = [(seed, method) for seed in self.comparison.seeds for method in cells]
         specs = {seed: self._tokens(self._seeded(seed)) for seed in self.comparison.seeds}
+        self._check_groups(next(iter(specs.values())))
         trials = [{**cells[method].changes(), "run.seed": seed} for seed, method in pairs]
         logger.info(f"final trainings: {', '.join(cells)} with {plural(len(specs), 'fresh seed')} each")
         found = self._phase(FINAL, trials, specs)
@@ -151,6 +157,17 @@ class Run:
         ]
         self._measure([each for each in trained if math.isfinite(each.ended.loss)])
         return [replace(each, losses=_read(each)) for each in trained]
+
+    def _check_groups(self, spec: TrainSpec) -> None:
+        """Raise UserError if what is left of the test rows as tokens is of one group: nothing follows from that."""
+        assert spec.eval is not None
+        places = row_losses.places_of(spec.eval)
+        if len(set(row_losses.group_numbers(places, self.rows.groups))) < 2:
+            raise UserError(
+                f"compare.test_rows: {len(set(places))} of the {self.rows.counts['test']} test rows are left as tokens,"
+                " all of one group, which says nothing of others; set data.max_length or compare.test_rows higher, and"
+                " choose another run.name"
+            )
 
     def initialisation(self, method: str) -> tuple[float, int]:
         """(seconds, bytes of the factors) of a method's initialisation."""
@@ -213,7 +230,7 @@ class Run:
         if not storage.exists(storage.join(self.folder, FINAL)):
             estimate.check_budget(self.comparison, self._pace, self.seconds(), tried, began=True)
 
-    def _tuned(self, losses: Mapping[Cell, float], base: float) -> Tuning:
+    def _tuned(self, losses: Mapping[Cell, float], base: float, rows: int) -> Tuning:
         best = {}
         for method in self.comparison.methods:
             found = tuned(method, self.comparison.arms(), losses, base, self.config.compare.relevant)
@@ -226,7 +243,7 @@ class Run:
                 f"{method}: best of {found.points} trials at train.lr={found.cell.lr:g}"
                 f" adapter.alpha={found.cell.alpha:g} with {found.loss:.4f} on the tuning rows{edge}"
             )
-        return Tuning(losses, base, best)
+        return Tuning(losses, base, best, rows)
 
     def _measure(self, trained: Sequence[Final]) -> None:
         """Have the losses on each test row measured where they are not known yet, spread over the cluster."""

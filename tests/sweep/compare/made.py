@@ -87,6 +87,8 @@ class Cluster:
     """The values of every training that was run."""
     eval_every: dict[str, set[int]] = field(default_factory=lambda: defaultdict(set))
     """Name of a phase's folder -> train.eval_every of its trainings."""
+    left: int = ROWS
+    """Test and tuning rows that are not too long."""
     stop_after: int | None = None
     """Trainings after which the driver is killed."""
     reasons: dict[int, str] = field(default_factory=dict)
@@ -143,16 +145,21 @@ class Tokens:
 
     digest: str = "test"
     total: int = 400
+    rows: int = ROWS
 
     def __len__(self) -> int:
         return self.total
+
+    def origins(self, index: int) -> list[str]:
+        """A row of two examples for each of the first sequences."""
+        return [f"rows/test-0.jsonl:{index + 1}"] * 2 if index < self.rows else []
 
 
 def running(monkeypatch: pytest.MonkeyPatch, found: Comparison, cluster: Cluster) -> Run:
     """The work of a comparison without Ray, tokens and models: what is tested is what it asks for and concludes."""
 
     def tokens(self: Run, config: Config) -> Any:
-        store = Tokens()
+        store = Tokens(rows=cluster.left)
         return comparing.TrainSpec(config, SimpleNamespace(digest="b"), "t", (0,), store, store)  # type: ignore[arg-type]
 
     def share(self: Run, spec: Any) -> None:
@@ -162,7 +169,7 @@ def running(monkeypatch: pytest.MonkeyPatch, found: Comparison, cluster: Cluster
 
     def measure(self: Run, trained: Any) -> None:
         for each in trained:
-            rows = rows_of(each.spec.config, each.ended.loss)
+            rows = rows_of(each.spec.config, each.ended.loss, cluster.left)
             (Path(each.ended.record.folder) / FILE).write_text(json.dumps(asdict(rows)))
 
     monkeypatch.setattr(run, "search", cluster.search)

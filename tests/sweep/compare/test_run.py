@@ -65,6 +65,32 @@ def test_the_difference_is_that_of_the_losses_with_its_interval(
     assert record.base_test == record.base_tuning == made.BASE
 
 
+def test_the_rows_that_are_told_are_those_that_were_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not those that are too long for the model."""
+    cluster = Cluster(left=made.ROWS - 3)
+    record = compared(monkeypatch, made.comparison(tmp_path), cluster)
+    assert record.rows == {"train": 1000, "tuning": 57, "test": 57}
+    assert record.groups == 57
+    [said] = verdict.sentences(record)
+    assert "4 seeds x 57 test rows" in said
+    assert "57 other rows" in said
+    assert "rows 1,000 train, 57 tuning, 57 test" in table.about(record)
+
+
+@pytest.mark.parametrize("left", [0, 1])
+def test_rows_of_one_group_are_too_few_before_anything_is_trained_on_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: int
+) -> None:
+    work = made.running(monkeypatch, made.comparison(tmp_path), cluster := Cluster(left=left))
+    tuning = work.tune()
+    trained = len(cluster.trained)
+    with pytest.raises(
+        UserError, match=rf"compare\.test_rows: {left} of the 60 test rows are left as tokens, all of one"
+    ):
+        work.train(tuning)
+    assert len(cluster.trained) == trained
+
+
 def test_steps_to_the_baselines_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     record = compared(monkeypatch, made.comparison(tmp_path), Cluster())
     own, other = record.typical("lora"), record.typical("olora")
