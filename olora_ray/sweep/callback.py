@@ -157,7 +157,10 @@ class SweepCallback(tune.Callback, tune.Stopper):
 
     def _record(self, trial: Any) -> TrialRecord | None:
         """What the trial itself has written down, which is what the leaderboard will show."""
-        return trial_file.read(trial_place(self.folder, _number(trial)))
+        try:
+            return trial_file.read(trial_place(self.folder, _number(trial)))
+        except OSError:  # Tune would count the trial as failed; its line lacks the value
+            return None
 
     def _count(self, trial: Any) -> None:
         self._ended.add(trial.trial_id)

@@ -75,7 +75,9 @@ class Median(MedianStoppingRule):
 
 def _results(folder: str, metric: str, trial: Any) -> list[dict[str, Any]]:
     """What Tune was told of a trial before, in order."""
-    record = trial_file.read(trial_place(folder, number_of(str(trial))))
+    record = None
+    with contextlib.suppress(OSError):  # Tune would begin the search anew; so it is compared with less
+        record = trial_file.read(trial_place(folder, number_of(str(trial))))
     if record is None or not record.total:
         return []
     return [{PROGRESS: WHOLE * step / record.total, metric: value} for step, value in record.curve if step]

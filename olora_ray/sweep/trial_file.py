@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from pydantic import TypeAdapter
 
 from olora_ray.common import storage
-from olora_ray.common.errors import short_reason
+from olora_ray.common.errors import as_user_error, short_reason
 from olora_ray.sweep.record import Mode, Status, TrialRecord
 
 logger = logging.getLogger(__name__)
@@ -84,16 +84,23 @@ class TrialFile:
 
 
 def read(place: str) -> TrialRecord | None:
-    """The record of the trial in a folder; None if there is none, or it is damaged."""
+    """The record of the trial in a folder; None if there is none, or it is damaged.
+
+    Raises OSError if the storage does not give one that may be there.
+    """
     try:
         return _RECORD.validate_json(storage.read_text(storage.join(place, FILE)))
-    except (OSError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # the second: somebody's file beside the folders
         return None
 
 
 def read_all(folder: str) -> dict[int, TrialRecord]:
-    """Number -> record of all trials of the search in `folder`."""
+    """Number -> record of all trials of the search in `folder`.
+
+    Raises UserError if one cannot be read now, and TryAgain if an object store does not answer: a report would miss it.
+    """
     trials = storage.join(folder, "trials")
-    with ThreadPoolExecutor(READERS) as pool:
+    what = f"{trials}: the records of the trials cannot be read now"
+    with as_user_error(what, OSError, reason=short_reason), ThreadPoolExecutor(READERS) as pool:
         found = pool.map(read, [storage.join(trials, name) for name in storage.names(trials)])
         return {record.number: record for record in found if record}

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from olora_ray.common.errors import UserError
-from olora_ray.sweep import callback, progress, trial_file
+from olora_ray.sweep import callback, progress, schedulers, trial_file
 from olora_ray.sweep.callback import SweepCallback
 from olora_ray.sweep.record import TrialRecord
 from olora_ray.sweep.space import Space
@@ -79,6 +79,20 @@ def test_the_best_value_of_a_trial_counts_as_in_the_leaderboard(tmp_path: Path) 
         "trial 1 finished with eval/loss 0.6000; 2 of 16 trials have ended, the best of them trial 0 with 0.5000",
     ]
     assert trial_file.read_all(str(tmp_path))[0].value == 0.5
+
+
+def test_a_storage_that_fails_costs_a_value_in_a_line_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error of a callback is a failure of the trial to Tune."""
+    watch = search(tmp_path)
+
+    def fail(_: str) -> str:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(trial_file.storage, "read_text", fail)
+    with said() as lines:
+        watch.on_trial_complete(0, [], Trial(1))
+    assert lines == ["trial 1 finished; 1 of 16 trials have ended"]
+    assert schedulers._results(str(tmp_path), "eval/loss", Trial(1)) == []
 
 
 def test_a_failure_reads_the_record_of_its_trial_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from olora_ray.common.errors import StoreUnavailable, TryAgain, UserError
 from olora_ray.sweep import trial_file
 from olora_ray.sweep.record import TrialRecord
 from tests.said import said
@@ -112,6 +113,34 @@ def test_a_storage_that_refuses_a_write_does_not_end_the_trial(tmp_path: Path, m
 
 def refuse(*_: object) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "code"),
+    [(StoreUnavailable("no answer"), TryAgain, 75), (OSError(errno.EIO, "Input/output error"), UserError, 2)],
+)
+def test_a_record_that_cannot_be_read_now_does_not_count_as_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError, kind: type[UserError], code: int
+) -> None:
+    """A report that was made while the storage failed lacked trials without a word."""
+    place = tmp_path / "trials" / "trial-003"
+    trial_file.TrialFile(str(place), record(), "min").begin()
+
+    def fail(_: str) -> str:
+        raise error
+
+    monkeypatch.setattr(trial_file.storage, "read_text", fail)
+    with pytest.raises(OSError, match=str(error.args[-1])):
+        trial_file.read(str(place))
+    with pytest.raises(kind, match=r"trials: the records of the trials cannot be read now: ") as told:
+        trial_file.read_all(str(tmp_path))
+    assert told.value.exit_code == code
+
+
+def test_a_file_beside_the_trials_is_none(tmp_path: Path) -> None:
+    trial_file.TrialFile(str(tmp_path / "trials" / "trial-003"), record(), "min").begin()
+    (tmp_path / "trials" / ".DS_Store").write_text("")
+    assert list(trial_file.read_all(str(tmp_path))) == [3]
 
 
 def test_a_damaged_record_counts_as_missing(tmp_path: Path) -> None:
