@@ -44,11 +44,12 @@ class Evaluator:
             self.trainer.flat.vector.copy_(self.best)
 
     def loss(self, step: int) -> float:
-        """Mean held-out loss per supervised token, after `step` steps."""
+        """Mean held-out loss per supervised token, after `step` steps; raises UserError if it is not finite."""
         assert self.spec.eval is not None
         with self.context.activate(self.trainer.adapted):
             reached("evaluate", step, self.context.rank)
-            return evaluate(self.trainer, self.spec.eval, self.attention, self.context.rank, self.context.world)
+            rank, world = self.context.rank, self.context.world
+            return evaluate(self.trainer, self.spec.eval, self.attention, rank, world, step)
 
     def answers(self, answering: str) -> list[list[int]]:
         """Answers to the held-out prompts as token ids; `answering` names the model for the log."""

@@ -1,6 +1,7 @@
 """Baseline of a run: loss and answers of the untouched base model, measured once and kept beside the checkpoints."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -33,6 +34,8 @@ class Baseline:
             if tree["identity"] != dict(identity) or len(answers or []) != questions:
                 return None
             answers = None if answers is None else [[int(token) for token in line] for line in answers]
+            if loss is not None and not math.isfinite(loss):
+                return None  # it says so when it is measured
             return cls(None if loss is None else float(loss), answers)
         except (OSError, ValueError, KeyError, TypeError, OverflowError):  # the last: of 1e999
             return None

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -137,10 +137,13 @@ def train_mode(adapted: dict[str, AdaptedWeight], on: bool) -> None:
 
 
 @torch.no_grad()
-def evaluate(trainer: Trainer, store: TokenStore, attention: str, worker: int = 0, workers: int = 1) -> float:
+def evaluate(
+    trainer: Trainer, store: TokenStore, attention: str, worker: int = 0, workers: int = 1, step: int = 0
+) -> float:
     """Mean loss per supervised token over the whole store, its groups of micro_batch sequences spread over the workers.
 
-    The groups and the order in which they are summed do not depend on the workers.
+    The groups and the order in which they are summed do not depend on the workers. Raises UserError, the same on all
+    workers, when it is not finite, naming the step after which it is measured, and sources.
     """
     width = trainer.config.train.micro_batch
     groups = [range(len(store))[first : first + width] for first in range(0, len(store), width)]
@@ -153,7 +156,12 @@ def evaluate(trainer: Trainer, store: TokenStore, attention: str, worker: int = 
         if number < len(groups):
             losses[number] = loss
     collectives.sum_in_place(losses)
-    return float(tree.total(losses.cpu())) / store.manifest.supervised
+    found = losses.cpu()
+    if bad := (~found.isfinite()).nonzero().flatten().tolist():
+        origins = [origin for number in bad for index in groups[number] for origin in store.origins(index)]
+        # Before the first step there is nothing that another learning rate would change.
+        raise UserError(f"step {step}: the held-out {_not_finite(origins)}{', or lower train.lr' if step else ''}")
+    return float(tree.total(found)) / store.manifest.supervised
 
 
 def _diverged(losses: list[Tensor], data: StepData, loader: StepLoader) -> str:
@@ -165,6 +173,9 @@ def _diverged(losses: list[Tensor], data: StepData, loader: StepLoader) -> str:
         for origin in loader.store.origins(index)
     ]
     bad = [origin for part in collectives.gather(bad) for origin in part]
-    shown = ", ".join(bad[:8]) + (f" and {len(bad) - 8} more" if len(bad) > 8 else "")
-    where = shown or "the sum over all workers"
-    return f"the loss is not finite; it comes from {where}; look at these rows, or lower train.lr"
+    return f"the {_not_finite(bad)}, or lower train.lr"
+
+
+def _not_finite(origins: Sequence[str]) -> str:
+    shown = ", ".join(origins[:8]) + (f" and {len(origins) - 8} more" if len(origins) > 8 else "")
+    return f"loss is not finite; it comes from {shown or 'the sum over all workers'}; look at these rows"

@@ -1,5 +1,6 @@
 """State of a run: all that resuming needs beside the tensors of adapter and optimizer."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,8 +38,9 @@ class TrainState:
         return row
 
     def note_evaluation(self, loss: float) -> bool:
-        """Take in a held-out loss; True if it is the best so far."""
-        if self.best_loss is None or loss < self.best_loss:
+        """Take in a held-out loss; True if it is the best so far. One that is not finite never is, nor stays it."""
+        best = math.inf if self.best_loss is None or math.isnan(self.best_loss) else self.best_loss
+        if loss < best:
             self.best_loss, self.best_step, self.stale = loss, self.step, 0
             return True
         self.stale += 1

@@ -34,6 +34,7 @@ def test_a_run_without_questions_or_rows(tmp_path: Path) -> None:
         '{"identity": {}}',
         '{"identity": {"base model": "b", "adapter": "a"}}',
         '{"identity": {"base model": "b", "adapter": "a"}, "loss": 1, "answers": [[1e999]]}',
+        '{"identity": {"base model": "b", "adapter": "a"}, "loss": NaN, "answers": [[1]]}',
     ],
 )
 def test_a_damaged_one_is_measured_again(tmp_path: Path, text: str) -> None:

@@ -1,5 +1,6 @@
 """The loop gives the same numbers however the work is split, interrupted or repeated."""
 
+import math
 from collections.abc import Callable, Iterable
 from itertools import islice
 from pathlib import Path
@@ -281,6 +282,44 @@ def _poisoned_worker() -> None:
     settings, store = tiny.config(train__micro_batch=1, cluster__workers=2), tiny.store()
     trainer, _ = poisoned(settings, store)
     run(trainer, store, 0, STEPS, worker=torch.distributed.get_rank())
+
+
+@pytest.mark.parametrize("step", [0, 7])
+def test_a_held_out_loss_that_is_not_finite_names_the_step_and_the_rows(step: int) -> None:
+    settings, store = tiny.config(train__micro_batch=2), tiny.store(7)
+    trainer, index = poisoned(settings, store)
+    with pytest.raises(UserError, match=f"step {step}: the held-out loss is not finite; it comes from") as caught:
+        evaluate(trainer, store, "segments", step=step)
+    first = index - index % 2
+    assert all(origin in str(caught.value) for origin in store.origins(index))
+    others = {origin for i in range(len(store)) if i not in (first, first + 1) for origin in store.origins(i)}
+    assert not any(f"{origin}," in str(caught.value) for origin in others)
+    assert ("train.lr" in str(caught.value)) == (step > 0)
+
+
+def test_a_held_out_loss_that_is_not_finite_is_the_same_error_on_all_workers(crew: Callable[[int], Crew]) -> None:
+    one, two = crew(2).run(_evaluate_poisoned)
+    assert isinstance(one, UserError)
+    assert str(one) == str(two)
+    assert "held-out loss is not finite; it comes from rows.jsonl:" in str(one)
+
+
+def _evaluate_poisoned() -> float:
+    settings, store = tiny.config(train__micro_batch=1, cluster__workers=2), tiny.store()
+    return evaluate(poisoned(settings, store)[0], store, "segments", torch.distributed.get_rank(), 2)
+
+
+def test_a_loss_that_is_not_finite_is_no_best_one() -> None:
+    state = TrainState()
+    assert not state.note_evaluation(math.nan)
+    assert not state.note_evaluation(math.inf)
+    assert (state.best_loss, state.best_step, state.stale) == (None, None, 2)
+    state.best_loss, state.best_step = math.nan, 0  # as a checkpoint of before may have it
+    state.step = 50
+    assert state.note_evaluation(1.0)
+    assert (state.best_loss, state.best_step, state.stale) == (1.0, 50, 0)
+    assert not state.note_evaluation(math.nan)
+    assert (state.best_loss, state.best_step, state.stale) == (1.0, 50, 1)
 
 
 def test_an_infinite_gradient_stops_with_the_step() -> None:

@@ -13,6 +13,8 @@ from olora_ray.sweep.spec import trial_name
 
 BROKE_OFF = "not finite"
 """In the reason of a training whose loss or gradient became no number: the learning rate was too large for it."""
+UNTRAINED = "step 0:"
+"""Begins the reason if the loss was none before training: that is the base's, or the rows'."""
 
 
 @dataclass(frozen=True)
@@ -71,9 +73,13 @@ def _failures(records: Sequence[TrialRecord | None]) -> list[tuple[int, str]]:
     for number, record in enumerate(records):
         if record is None:
             failed.append((number, "it left no record"))
-        elif record.status != "finished" and not (record.status == "failed" and BROKE_OFF in record.reason):
+        elif record.status != "finished" and not _broke_off(record):
             failed.append((number, record.reason or f"it is {record.status}"))
     return failed
+
+
+def _broke_off(record: TrialRecord) -> bool:
+    return record.status == "failed" and BROKE_OFF in record.reason and not record.reason.startswith(UNTRAINED)
 
 
 def _open_again(folder: str) -> None:

@@ -131,13 +131,12 @@ def _breaks(values: dict[str, float]) -> bool:
     return values["train.lr"] > 16 * best
 
 
+@pytest.mark.parametrize("reason", ["CUDA out of memory", "step 0: the held-out loss is not finite"])
 def test_a_trial_that_fails_for_another_reason_ends_the_command_and_runs_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cluster = Cluster(reasons={2: "CUDA out of memory"})
-    with pytest.raises(
-        UserError, match=r"tuning-1: trial-002 failed: CUDA out of memory; remove the cause and run the"
-    ):
+    cluster = Cluster(reasons={2: reason})
+    with pytest.raises(UserError, match=f"tuning-1: trial-002 failed: {reason}; remove the cause and run the"):
         compared(monkeypatch, made.comparison(tmp_path), cluster)
     first = list(cluster.trained)
     compared(monkeypatch, made.comparison(tmp_path), cluster)
