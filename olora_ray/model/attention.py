@@ -4,12 +4,14 @@ Whether an implementation computes what the model's own does is not believed her
 (train/self_test.py).
 """
 
+import importlib
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import nn
 
-from olora_ray.common.errors import UserError
+from olora_ray.common.errors import UserError, first_line
 from olora_ray.config.schema import Model as ModelConfig
 from olora_ray.model import varlen_attention
 
@@ -64,4 +66,14 @@ def _missing(name: str) -> str | None:
 
     if name == VARLEN:
         return None if varlen_attention.kernel() else f"torch has it since 2.12, this is {torch.__version__}"
-    return None if is_flash_attn_2_available() else "the package flash-attn is not installed"
+    return _import_problem() if is_flash_attn_2_available() else "the package flash-attn is not installed"
+
+
+@lru_cache(maxsize=1)  # an import that fails is tried anew each time
+def _import_problem() -> str | None:
+    """Why the package flash-attn does not import, or None: it is built for one torch, and installed beside any."""
+    try:
+        importlib.import_module("flash_attn.flash_attn_interface")
+    except Exception as error:  # ImportError of a library, or whatever its code does there
+        return f"the package flash-attn does not import: {first_line(error)}"
+    return None

@@ -141,7 +141,7 @@ class _Trial:
             found = self._differences(name)
         except torch.OutOfMemoryError:
             raise
-        except (UserError, ValueError, RuntimeError, TypeError, KeyError, AttributeError, IndexError) as error:
+        except (UserError, ImportError, ValueError, RuntimeError, TypeError, AttributeError, LookupError) as error:
             why = first_line(error)
             if isinstance(error, UserError):
                 return why.partition(": ")[2].partition(";")[0], None

@@ -1,11 +1,13 @@
 """Which attention is tried, in which order."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from olora_ray.common.errors import UserError
+from olora_ray.model import attention
 from olora_ray.model.attention import candidates, own
 from tests import tiny
 from tests.tiny import SMALL, of_kind
@@ -52,8 +54,27 @@ def test_flash_needs_a_gpu_its_package_and_half_a_precision(monkeypatch: pytest.
         tried(tiny.llama(), "flash_attention_2", torch.bfloat16)
     assert tried(tiny.llama(), device=GPU) == ("sdpa", "eager")
     monkeypatch.setattr(import_utils, "is_flash_attn_2_available", lambda: True)
+    monkeypatch.setattr(attention, "_import_problem", lambda: None)
     with pytest.raises(UserError, match=r"does not compute in float32; set model\.dtype to bfloat16"):
         tried(tiny.llama(), "flash_attention_2", torch.float32, GPU)
     for capability, found in (((7, 5), ("sdpa", "eager")), ((8, 0), ("flash_attention_2", "sdpa", "eager"))):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
         assert tried(tiny.llama(), dtype=torch.bfloat16, device=GPU) == found
+
+
+def test_flash_of_another_torch_is_not_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.utils import import_utils
+
+    made, package = tiny.llama(), tmp_path / "flash_attn"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise ImportError('flash_attn_2_cuda.so: undefined symbol: _ZN3c1')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(import_utils, "is_flash_attn_2_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    attention._import_problem.cache_clear()
+    try:
+        assert tried(made, dtype=torch.bfloat16, device=GPU) == ("sdpa", "eager")
+        with pytest.raises(UserError, match=r"flash-attn does not import: .*undefined symbol.*; set it to auto$"):
+            tried(made, "flash_attention_2", torch.bfloat16, GPU)
+    finally:
+        attention._import_problem.cache_clear()

@@ -84,6 +84,16 @@ def test_a_kernel_that_fails_in_the_first_forward_is_passed_over(dtype: torch.dt
     assert "its forward fails: NotImplementedError: Could not run" in found.passed_over["varlen"]
 
 
+def test_an_attention_whose_code_does_not_import_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    def attend(*_: Any, **__: Any) -> Any:
+        raise ImportError("flash_attn_2_cuda.so: undefined symbol")
+
+    monkeypatch.setattr(segment_attention, "_fused", attend)
+    found = chosen(tiny.llama())
+    assert found.attention == "sdpa"
+    assert "its forward fails: ImportError: flash_attn_2_cuda.so" in found.passed_over["segments"]
+
+
 @NEWER
 def test_a_sharded_base_lives_on_when_a_kernel_fails(crew: Callable[[int], Crew]) -> None:
     whole = tiny.trainer(tiny.config())
