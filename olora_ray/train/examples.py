@@ -15,12 +15,18 @@ Ids = tuple[int, ...]
 
 
 def three_examples(packs: Sequence[Pack], config: AnyConfig, model: Any) -> tuple[Ids, Ids, Ids]:
-    """Three examples, cut; the second is as long as one can be where the model attends within a window."""
+    """Three examples, cut; the second goes beyond the windows of a model, as far as a sequence can."""
     rows = list(examples_of(packs, SHORT))
     second = rows[1]
-    if _is_limited(model.config.get_text_config(), config.data.max_length):
-        second = max(examples_of(packs, config.data.max_length), key=len)
+    if limits := _limits(model.config.get_text_config(), config.data.max_length):
+        second = _as_long_as(min(config.data.max_length, max(limits) + SHORT), packs)
     return rows[0], second, rows[2]
+
+
+def _as_long_as(length: int, packs: Sequence[Pack]) -> Ids:
+    """The longest example, again and again to just this length: those that come first may be short, and others not."""
+    ids = max(examples_of(packs, length), key=len)
+    return (ids * -(-length // len(ids)))[:length]
 
 
 def examples_of(packs: Sequence[Pack], longest: int) -> Iterator[Ids]:
@@ -31,10 +37,10 @@ def examples_of(packs: Sequence[Pack], longest: int) -> Iterator[Ids]:
     return iter([*long, *[ids[::-1] for ids in long], *long] if len(long) < 3 else long)
 
 
-def _is_limited(shape: Any, length: int) -> bool:
-    """Whether something in a model's config is a window or chunk of attention shorter than a sequence."""
-    named = {name: value for name, value in shape.to_dict().items() if "window" in name or "chunk" in name}
-    return any(type(value) is int and 0 < value < length for value in named.values())
+def _limits(shape: Any, length: int) -> list[int]:
+    """What in a model's config is a window or chunk of attention shorter than a sequence."""
+    named = [value for name, value in shape.to_dict().items() if "window" in name or "chunk" in name]
+    return [value for value in named if type(value) is int and 0 < value < length]
 
 
 def one_pack(examples: Sequence[Ids]) -> Pack:

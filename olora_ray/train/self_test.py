@@ -174,15 +174,20 @@ class _Trial:
         """The losses of a batch by the logits that the model's own forward gives for it."""
         model: Any = self.loss.model
         logits = model(**self.loss.taken(batch), use_cache=False).logits
-        rows = logits.reshape(-1, logits.shape[-1])[batch.predicts]
-        return F.cross_entropy(rows.float(), batch.labels, reduction="none")
+        return self._losses(logits.reshape(-1, logits.shape[-1]), batch.predicts, batch.labels)
 
     @torch.no_grad()
     def _own_losses(self) -> Tensor:
         model: Any = self.loss.model
         ids = torch.tensor([self.examples[1]], device=self.device)
-        logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
-        return F.cross_entropy(logits.float(), ids[0, 1:], reduction="none")
+        logits = model(input_ids=ids, use_cache=False).logits[0]
+        return self._losses(logits, torch.arange(len(logits) - 1, device=self.device), ids[0, 1:])
+
+    def _losses(self, logits: Tensor, predicts: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy of some rows of logits, a chunk at a time: all at once need several times their memory."""
+        size = self.loss.chunk(logits.device)
+        parts = zip(predicts.split(size), labels.split(size), strict=True)
+        return torch.cat([F.cross_entropy(logits[rows].float(), target, reduction="none") for rows, target in parts])
 
 
 @contextmanager

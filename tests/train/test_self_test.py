@@ -13,6 +13,8 @@ from olora_ray.model import segment_attention, varlen_attention
 from olora_ray.tokens.collate import collate
 from olora_ray.train import loss as loss_module
 from olora_ray.train.adapter_test import bare, check_adapters
+from olora_ray.train.examples import SHORT, three_examples
+from olora_ray.train.live_bytes import LiveBytes
 from olora_ray.train.loss import SupervisedLoss
 from olora_ray.train.self_test import choose_attention
 from olora_ray.train.self_test_result import SelfTest
@@ -67,6 +69,35 @@ def test_a_window_that_is_shorter_than_an_example_is_kept() -> None:
     found = chosen(of_kind("mistral", SMALL | {"sliding_window": 8}), packs)
     assert found.attention == "sdpa"
     assert "windows" in found.passed_over["segments"]
+
+
+def test_a_window_is_kept_although_the_first_examples_are_shorter() -> None:
+    made = of_kind("mistral", SMALL | {"sliding_window": 16, "max_position_embeddings": 64})
+    loss = SupervisedLoss(made)
+    found = choose_attention(loss, [tiny.pack(9, 7), tiny.pack(12)], tiny.config(data__max_length=64), CPU)
+    assert found.attention == "sdpa"
+    assert "windows" in found.passed_over["segments"]
+    assert torch.isfinite(loss(collate([tiny.pack(40)], found.attention)))
+    short = choose_attention(loss, [tiny.pack(9, 7), tiny.pack(12)], tiny.config(data__max_length=16), CPU)
+    assert short.attention == "segments"
+
+
+def test_the_self_test_of_a_window_goes_just_beyond_it() -> None:
+    made = of_kind("mistral", SMALL | {"sliding_window": 16})
+    packs = [tiny.pack(9, 40), tiny.pack(100)]
+    for most, length in ((20, 20), (100, 16 + SHORT)):
+        _, second, _ = three_examples(packs, tiny.config(data__max_length=most), made)
+        assert len(second) == length
+
+
+def test_logits_of_the_self_test_are_there_once() -> None:
+    vocabulary, length, window = 2**16, 256, 200
+    made = of_kind("mistral", SMALL | {"sliding_window": window, "vocab_size": vocabulary})
+    loss = SupervisedLoss(made)
+    with LiveBytes([*loss.parameters(), *loss.buffers()]) as live:
+        choose_attention(loss, [tiny.pack(128, 128)] * 3, tiny.config(data__max_length=length), CPU)
+    rows = 2 * (window + 2 * SHORT)  # two examples beside each other, and as much with padding
+    assert live.most < 1.7 * 4 * rows * vocabulary
 
 
 @pytest.fixture
