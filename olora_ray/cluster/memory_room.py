@@ -33,6 +33,10 @@ SPARE = 1.1
 """What a step may take of what it is planned to take, before `auto` has blocks run again."""
 
 
+AMPERE = (8, 0)
+"""Compute capability since which GPUs compute in bfloat16."""
+
+
 @dataclass(frozen=True)
 class Node:
     """A node that has room for workers but for its memory, which is asked here."""
@@ -61,6 +65,19 @@ class Need:
         if self.each:
             return node.fits if self.have(node) >= self.size else 0
         return min(node.fits, int(self.have(node) // self.size))
+
+
+def as_loaded(config: Config, wanted: Resources, answers: Sequence[tuple[str, NodeInfo]]) -> Config:
+    """The config with what `auto` stands for on these nodes, where a GPU is of before Ampere: float32, and sdpa.
+
+    A plan takes GPUs to compute in bfloat16, and to have flash attention (model/load.py, model/attention.py).
+    """
+    nodes = with_room(config, wanted, answers) if "GPU" in wanted else []
+    if min((node.info.gpu_generation or AMPERE for node in nodes), default=AMPERE) >= AMPERE:
+        return config
+    instead = {"model.dtype": "float32", "model.attention": "sdpa"}
+    auto = {"model.dtype": config.model.dtype, "model.attention": config.model.attention}
+    return override(config, {field: value for field, value in instead.items() if auto[field] == "auto"})
 
 
 def problems(

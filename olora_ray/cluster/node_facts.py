@@ -3,7 +3,7 @@
 import platform
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -31,13 +31,16 @@ class NodeInfo:
     gpu_memory: int | None = None
     """Bytes of the smallest GPU; None without one."""
     storage_problem: str | None = None
+    gpu_generation: tuple[int, int] | None = None
+    """Compute capability of the oldest GPU, (8, 0) is Ampere; None without one of NVIDIA's."""
 
 
 def node_info() -> NodeInfo:
     """Facts about this node; imports neither torch nor transformers."""
     versions = {name: _version(name) for name in (*PACKAGES, *FOR_SOME)}
     memory, gpu_memory = ray_internals.system_memory(), min(ray_internals.gpu_memory(), default=None)
-    return NodeInfo({"python": platform.python_version(), **versions}, memory, gpu_memory)
+    oldest = min(ray_internals.gpu_generations(), default=None)
+    return NodeInfo({"python": platform.python_version(), **versions}, memory, gpu_memory, gpu_generation=oldest)
 
 
 def query_nodes(nodes: Sequence[dict[str, Any]], place: str) -> list[NodeInfo | str]:
@@ -80,7 +83,7 @@ def _answer(folder: str, node: str) -> NodeInfo:
         problem = "is another place there than here: use a shared folder, s3:// or gs://"
     except (OSError, ValueError) as error:
         problem = f"cannot be read and written there: {_reason(error)}"
-    return NodeInfo(found.versions, found.memory, found.gpu_memory, problem)
+    return replace(found, storage_problem=problem)
 
 
 def _result(answer: Any, folder: str, node: str) -> NodeInfo | str:
@@ -93,7 +96,7 @@ def _result(answer: Any, folder: str, node: str) -> NodeInfo | str:
     except RayError as error:
         return f"did not answer: {_reason(error)}"
     if found.storage_problem is None and not storage.exists(storage.join(folder, node)):
-        return NodeInfo(found.versions, found.memory, found.gpu_memory, "what it writes does not arrive here")
+        return replace(found, storage_problem="what it writes does not arrive here")
     return found
 
 

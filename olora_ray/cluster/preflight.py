@@ -45,8 +45,9 @@ def check(config: AnyConfig, base: BaseModel | None) -> None:
     problems += _spares(config, wanted)
     problems += _storage(config, answers)
     if base is not None and isinstance(config, Config):
-        size = _size(config, base, wanted, answers)
-        problems += memory_room.problems(config, base, size, wanted, answers)
+        loaded = memory_room.as_loaded(config, wanted, answers)
+        size = _size(loaded, base, wanted, answers)
+        problems += memory_room.problems(loaded, base, size, wanted, answers)
         problems += _disk(config, size, base)
     if problems:
         raise UserError("; ".join(problems))
@@ -58,8 +59,9 @@ def recomputes(config: Config, base: BaseModel) -> bool:
         return config.train.activation_checkpointing
     wanted = resources.worker_resources(config)
     answers, _ = _ask(config, resources.schedulable_nodes())
-    size = estimate(config, base, gpu="GPU" in wanted)
-    return memory_room.with_recomputation(config, base, size, wanted, answers).recompute
+    loaded = memory_room.as_loaded(config, wanted, answers)
+    size = estimate(loaded, base, gpu="GPU" in wanted)
+    return memory_room.with_recomputation(loaded, base, size, wanted, answers).recompute
 
 
 def _size(config: Config, base: BaseModel, wanted: Resources, answers: Answers) -> MemoryEstimate:

@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -285,12 +285,21 @@ def gpu_memory() -> list[int]:
 
     Ray 2.60, _private/thirdparty/pynvml: torch would take memory on each GPU to say the same.
     """
+    return _of_each_gpu(lambda pynvml, handle: int(pynvml.nvmlDeviceGetMemoryInfo(handle).total))
+
+
+def gpu_generations() -> list[tuple[int, int]]:
+    """Compute capability of each GPU of this machine; as `gpu_memory`."""
+    return _of_each_gpu(lambda pynvml, handle: tuple(map(int, pynvml.nvmlDeviceGetCudaComputeCapability(handle))))
+
+
+def _of_each_gpu(told: Callable[[Any, Any], Any]) -> list[Any]:
     from ray._private.thirdparty import pynvml
 
     try:
         pynvml.nvmlInit()
         handles = [pynvml.nvmlDeviceGetHandleByIndex(number) for number in range(pynvml.nvmlDeviceGetCount())]
-        return [int(pynvml.nvmlDeviceGetMemoryInfo(handle).total) for handle in handles]
+        return [told(pynvml, handle) for handle in handles]
     except pynvml.NVMLError:
         return []
 

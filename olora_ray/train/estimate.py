@@ -182,7 +182,7 @@ def _trainable(shapes: Iterable[tuple[int, ...]], adapter: Adapter) -> int:
 
 
 def _dtype(config: Config, gpu: bool) -> torch.dtype:
-    """Precision of the base on a worker; GPUs are taken to be fast at bfloat16.
+    """Precision of the base on a worker; GPUs are taken to be fast at bfloat16 (cluster/memory_room.py: as_loaded).
 
     To ask one of this machine, torch would take memory on it, which is for the workers; and theirs may be elsewhere.
     """

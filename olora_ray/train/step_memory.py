@@ -91,7 +91,8 @@ def _implementations(model: Any, config: Config, dtype: torch.dtype, gpu: bool) 
         except UserError:  # said when it is loaded
             return (attention.own(model),)
     if wanted == "auto":
-        flat = importlib.util.find_spec("flash_attn") or varlen_attention.kernel()
+        there = importlib.util.find_spec("flash_attn") or varlen_attention.kernel()
+        flat = there and dtype in (torch.bfloat16, torch.float16)
         wanted = attention.FLASH if flat else "sdpa"
     # Flash attention, and torch's for variable lengths, keep what torch's fused kernel keeps, of the same layout.
     first = "segments" if wanted in (attention.FLASH, attention.VARLEN) else wanted

@@ -9,11 +9,12 @@ from safetensors.torch import save_file
 
 from olora_ray.adapter.coverage import Coverage
 from olora_ray.adapter.targets import Selection
-from olora_ray.cluster import preflight, resources
+from olora_ray.cluster import node_facts, preflight, ray_internals, resources
 from olora_ray.cluster.memory_room import (
     COPIES,
     GIB,
     Node,
+    as_loaded,
     changes,
     missing,
     needs,
@@ -177,6 +178,47 @@ def test_auto_has_blocks_run_again_only_where_a_step_does_not_fit(model: str, mo
             assert found.recompute is expected
             fitting = not list(problems(config, base, found, {"CPU": 1.0}, answers))
             assert fitting is (expected or not wanted)
+
+
+@pytest.mark.parametrize(
+    ("generation", "dtype", "attention"),
+    [((7, 5), "float32", "sdpa"), ((8, 0), "auto", "auto"), ((9, 0), "auto", "auto"), (None, "auto", "auto")],
+)
+def test_gpus_before_ampere_are_planned_as_they_load(
+    generation: tuple[int, int] | None, dtype: str, attention: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entries = [{"NodeManagerAddress": "a", "Resources": {"CPU": 4.0, "GPU": 1.0}}]
+    entries += [{"NodeManagerAddress": "b", "Resources": {"CPU": 4.0}}]
+    monkeypatch.setattr(resources, "schedulable_nodes", lambda: entries)
+    old = NodeInfo({}, GIB, GIB, gpu_generation=(6, 1))
+    answers = [("a", NodeInfo({}, GIB, GIB, gpu_generation=generation)), ("b", old)]  # b offers no GPU to workers
+    found = as_loaded(tiny.config(), {"CPU": 1.0, "GPU": 1.0}, answers).model
+    assert (found.dtype, found.attention) == (dtype, attention)
+    named = tiny.config(model__dtype="bfloat16", model__attention="eager")
+    assert as_loaded(named, {"CPU": 1.0, "GPU": 1.0}, answers) == named
+    assert as_loaded(tiny.config(), {"CPU": 1.0}, answers) == tiny.config()
+
+
+def test_a_step_that_fits_in_bfloat16_only_is_run_again_on_a_gpu_before_ampere(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = override(sized(model, "auto")[0], {"model.dtype": "auto", "model.attention": "sdpa"})
+    base = obtain(config)
+    wide = estimate(override(config, {"model.dtype": "float32"}), base, gpu=True)
+    too_little = wide.total_bytes() + PROCESS_BYTES  # by what is to be spare
+    entry = {"NodeManagerAddress": "a", "Resources": {"CPU": 1.0, "GPU": 1.0}}
+    monkeypatch.setattr(resources, "schedulable_nodes", lambda: [entry])
+    monkeypatch.setattr(resources, "worker_resources", lambda config: {"CPU": 1.0, "GPU": 1.0})
+    for generation, again in (((8, 0), False), ((7, 5), True)):
+        answers = [("a", NodeInfo({}, 99 * GIB, too_little, gpu_generation=generation))]
+        monkeypatch.setattr(preflight, "_ask", lambda config, nodes, answers=answers: (answers, []))
+        assert preflight.recomputes(config, base) is again
+
+
+def test_a_node_is_as_old_as_its_oldest_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert node_facts.node_info().gpu_generation == min(ray_internals.gpu_generations(), default=None)
+    monkeypatch.setattr(ray_internals, "gpu_generations", lambda: [(8, 0), (7, 5), (10, 0)])
+    assert node_facts.node_info().gpu_generation == (7, 5)
 
 
 def test_an_offloaded_base_lies_in_the_memory_of_the_node(model: str) -> None:

@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -77,6 +78,18 @@ def test_memory_is_that_of_this_machine() -> None:
 
     assert 2**28 < ray_internals.system_memory() <= psutil.virtual_memory().total
     assert all(size > 2**30 for size in ray_internals.gpu_memory())
+
+
+def test_gpus_tell_their_memory_and_generation(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray._private.thirdparty import pynvml
+
+    monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetCount", lambda: 2)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", lambda number: number)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", lambda handle: SimpleNamespace(total=(handle + 1) * 2**34))
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetCudaComputeCapability", lambda handle: (7 + handle, 5))
+    assert ray_internals.gpu_memory() == [2**34, 2**35]
+    assert ray_internals.gpu_generations() == [(7, 5), (8, 5)]
 
 
 class TrainController:

@@ -131,3 +131,12 @@ def test_code_that_looks_at_numbers_cannot_be_asked(monkeypatch: pytest.MonkeyPa
     assert by_formula(config, meta, found, chosen, 4) > by_formula(settings(on=True), meta, found, chosen, 4)
     with pytest.raises(RuntimeError, match="DataDependent"):
         planned(config, meta)
+
+
+def test_a_gpu_has_flash_attention_for_half_a_precision_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_memory.varlen_attention, "kernel", lambda: object())
+    tried = [
+        step_memory._implementations(zoo.on_meta(ALL["llama"]), settings(), dtype, gpu=True)[0]
+        for dtype in (torch.bfloat16, torch.float32)
+    ]
+    assert tried == ["segments", "sdpa"]
