@@ -11,7 +11,9 @@ attention over a mask costs T^2; attention per segment costs the sum of the squa
 Shapes: H query heads share H' key and value heads, G = H / H'; D is the size of a head.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby, pairwise
@@ -30,6 +32,9 @@ SHORT = 512
 """Longest segment for `_Batched`: its memory is quadratic, and it saves less than nothing beyond."""
 STEP = 16
 """Segments are padded to multiples of this: few shapes, so many segments per product."""
+
+_products: ContextVar[bool] = ContextVar("products", default=True)
+"""Whether `_Batched` may be used."""
 
 
 def register() -> None:
@@ -68,7 +73,7 @@ def segment_attention(
     if softcap is not None or s_aux is not None or (sliding_window is not None and sliding_window < max(lengths)):
         raise UserError("model.attention: this model caps, windows or sinks its attention; set it to eager")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    batched = query.device.type == "cpu" and query.dtype == torch.bfloat16
+    batched = _products.get() and query.device.type == "cpu" and query.dtype == torch.bfloat16
     parts, place = [], 0
     for short, run in groupby(lengths, lambda length: batched and length <= SHORT):
         sizes = tuple(run)
@@ -84,6 +89,16 @@ def _borders(positions: Tensor | None) -> list[int]:
         raise UserError("model.attention: this model does not tell its attention where examples begin; set it to sdpa")
     starts = (positions[0].diff() != 1).nonzero().flatten() + 1
     return [0, *starts.tolist(), positions.shape[1]]
+
+
+@contextmanager
+def as_on_gpu() -> Iterator[None]:
+    """While it is entered, this thread has no `_Batched`: fake tensors for a GPU say that they are on a CPU."""
+    before = _products.set(False)
+    try:
+        yield
+    finally:
+        _products.reset(before)
 
 
 def forget() -> None:

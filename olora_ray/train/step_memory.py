@@ -61,12 +61,13 @@ def measure(
                 fake.hold(held)
             try:
                 model.set_attn_implementation(name)
-                step = _bytes(
-                    fake,
-                    _batch(config, name),
-                    recompute=config.train.activation_checkpointing is True,
-                    apart=config.data.packing is False,
-                )
+                with segment_attention.as_on_gpu() if gpu else nullcontext():
+                    step = _bytes(
+                        fake,
+                        _batch(config, name),
+                        recompute=config.train.activation_checkpointing is True,
+                        apart=config.data.packing is False,
+                    )
                 return Taken(step, _of_answers(fake, config, dtype))
             except Exception as error:  # the family's code may do anything
                 problem = f"{type(error).__name__}: {first_line(error)}"

@@ -27,10 +27,10 @@ def settings(on: bool = False, **changes: Any) -> Config:
     return tiny.config(**(wanted | changes))
 
 
-def planned(config: Config, meta: Any, dtype: torch.dtype = torch.float32) -> int:
+def planned(config: Config, meta: Any, dtype: torch.dtype = torch.float32, gpu: bool = False) -> int:
     chosen = select(meta, config.adapter.targets, config.adapter.rank)
     held = held_by_experts(config, meta, candidates(meta), chosen)
-    return step_memory.measure(meta, chosen.targets, held, config, dtype, gpu=False).step
+    return step_memory.measure(meta, chosen.targets, held, config, dtype, gpu).step
 
 
 def taken(config: Config, model: Any, batch: Batch) -> int:
@@ -140,3 +140,14 @@ def test_a_gpu_has_flash_attention_for_half_a_precision_only(monkeypatch: pytest
         for dtype in (torch.bfloat16, torch.float32)
     ]
     assert tried == ["segments", "sdpa"]
+
+
+def test_a_gpu_is_planned_without_the_products_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_memory.varlen_attention, "kernel", lambda: object())
+
+    def plan(gpu: bool) -> int:
+        return planned(settings(), zoo.on_meta(ALL["llama"]), torch.bfloat16, gpu)
+
+    on_cpu, on_gpu = plan(gpu=False), plan(gpu=True)
+    monkeypatch.setattr(segment_attention, "_Batched", None)
+    assert plan(gpu=True) == on_gpu < on_cpu
