@@ -22,7 +22,9 @@ def too_large(parameters: int, dtype: torch.dtype, device: torch.device) -> str 
 def free(device: torch.device) -> int:
     """Bytes that are free on the device; of a CPU, what the machine has and a container's limit leaves."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        # What torch keeps of memory that it has given up counts as used, and is taken first.
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + kept
     found = _of_machine()
     try:
         limit, used = (int((_GROUP / name).read_text()) for name in ("memory.max", "memory.current"))

@@ -101,3 +101,9 @@ def test_free_memory_is_that_of_the_machine_or_less(monkeypatch: pytest.MonkeyPa
     assert memory.free(cpu) > 2**20
     monkeypatch.setattr(memory, "_PROC", tmp_path / "nowhere")
     assert memory.free(cpu) > 2**20
+
+
+def test_what_torch_keeps_of_a_gpus_memory_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, told in (("mem_get_info", (1000, 9000)), ("memory_reserved", 700), ("memory_allocated", 200)):
+        monkeypatch.setattr(torch.cuda, name, lambda device, told=told: told)
+    assert memory.free(torch.device("cuda")) == 1500
