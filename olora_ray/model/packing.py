@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import nn
 
+from olora_ray.common.errors import UserError
+from olora_ray.config.evaluation import AnyConfig
 from olora_ray.model.head import backbone
 
 _ATTENTION = ("full_attention", "sliding_attention", "chunked_attention", "attention", "dense", "sparse", "moe")
@@ -27,6 +29,66 @@ def why_apart(model: Any) -> str | None:
     if "position_ids" not in inspect.signature(backbone(model).forward).parameters or getattr(config, "alibi", False):
         return "takes no positions, so it cannot know where an example begins"
     return None
+
+
+def why_scaled(model: Any, tokens: int) -> str | None:
+    """As `why_apart`, of a row of so many tokens.
+
+    Where a layer of Llama 4 has no positions it takes the place in the row for them, whatever it is told.
+    """
+    shape = model.config.get_text_config()
+    step = getattr(shape, "floor_scale", None)
+    if not step or not getattr(shape, "attn_temperature_tuning", None) or tokens < step:
+        return None
+    return f"scales its attention by the place in a row, from {int(step)} tokens on"
+
+
+def why_not_in_one_row(model: Any, tokens: int) -> str | None:
+    """As `why_apart`, but for the examples of a micro-batch of so many tokens that follow each other in one row."""
+    return why_apart(model) or why_scaled(model, tokens)
+
+
+def check_lengths(model: Any, config: AnyConfig) -> None:
+    """Raise UserError where sequences may be so long that the loss of one of this model depends on its neighbours.
+
+    The self-test has too few tokens to see it.
+    """
+    family, most = type(model).__name__, config.data.max_length
+    packed = config.data.packing is True or (config.data.packing == "auto" and why_apart(model) is None)
+    for kind, limit in _limits_of_positions(model.config.get_text_config()):
+        if most <= limit:
+            continue
+        shorter = f"set data.max_length to {limit} at most"
+        if "dynamic" in kind:
+            raise UserError(
+                f"data.max_length={most}: {family} encodes positions by the longest sequence so far once one has more"
+                f" than {limit} tokens ({kind}), so that a loss would depend on the sequences before; {shorter}"
+            )
+        if packed or config.train.micro_batch > 1:
+            raise UserError(
+                f"data.max_length={most}: {family} encodes positions otherwise in all of a micro-batch if one of its"
+                f" examples has more than {limit} tokens ({kind}), so that a loss would depend on the neighbours;"
+                f" {shorter}, or train.micro_batch to 1 and data.packing to false"
+            )
+    if packed and (why := why_scaled(model, most)):
+        raise UserError(
+            f"data.packing: {family} {why}, so that a loss would depend on how many examples come before; set"
+            " data.packing: false"
+        )
+
+
+def _limits_of_positions(shape: Any) -> list[tuple[str, int]]:
+    """(kind, tokens) of rotary positions whose frequencies follow from the longest example, beyond so many tokens."""
+    stored = getattr(shape, "rope_parameters", None)
+    stored = stored if isinstance(stored, dict) else {}
+    found = []
+    for each in (stored, *stored.values()):  # of the model, or of each kind of its layers
+        kind = str(each.get("rope_type")) if isinstance(each, dict) else ""
+        if kind == "longrope":
+            found.append((kind, int(each["original_max_position_embeddings"])))
+        elif "dynamic" in kind:
+            found.append((kind, int(shape.max_position_embeddings)))
+    return found
 
 
 def _language(model: Any) -> nn.Module:

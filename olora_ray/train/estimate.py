@@ -21,6 +21,7 @@ from olora_ray.common.errors import first_line
 from olora_ray.config.schema import Adapter, Config
 from olora_ray.model.folder import parameters
 from olora_ray.model.load import pick_dtype, skeleton
+from olora_ray.model.packing import check_lengths
 from olora_ray.model.quantised import require
 from olora_ray.model.source import BaseModel
 from olora_ray.train import base_files
@@ -79,7 +80,7 @@ class MemoryEstimate:
 
 
 def estimate(config: Config, base: BaseModel, gpu: bool | None = None) -> MemoryEstimate:
-    """The size of a run; raises UserError for targets or a rank that the model does not have.
+    """The size of a run; raises UserError for targets, a rank or a length of sequences that are not for the model.
 
     `gpu` says whether the workers have GPUs; None: if this machine has.
     """
@@ -108,6 +109,7 @@ class _Question:
 def _estimate(question: _Question) -> MemoryEstimate:
     config, base = question.config, question.base
     model: Any = skeleton(base, config.model)
+    check_lengths(model, config)
     selection = select(model, config.adapter.targets, config.adapter.rank)
     targets = {name: target.whole_shape for name, target in selection.targets.items()}
     check(targets, config.adapter.method, config.adapter.rank)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from olora_ray.common.errors import UserError, first_line
 from olora_ray.config.evaluation import AnyConfig
 from olora_ray.model import attention
-from olora_ray.model.packing import why_apart
+from olora_ray.model.packing import check_lengths, why_not_in_one_row
 from olora_ray.tokens.collate import FLAT_ATTENTION, Batch, collate
 from olora_ray.tokens.store import Pack
 from olora_ray.train.blocks import decoder_layers
@@ -52,7 +52,9 @@ def choose_attention(loss: SupervisedLoss, packs: Sequence[Pack], config: AnyCon
     model: Any = loss.model
     began = time.perf_counter()
     dtype = next(model.parameters()).dtype
-    wanted = _not_flat(model, attention.candidates(model, config.model, dtype, device))
+    check_lengths(model, config)
+    tokens = config.train.micro_batch * config.data.max_length
+    wanted = _not_flat(model, attention.candidates(model, config.model, dtype, device), tokens)
     trial = _Trial(loss, three_examples(packs, config, model), any(len(pack.segments) > 1 for pack in packs), device)
     failed: dict[str, str] = {}
     own = attention.own(model)
@@ -75,9 +77,9 @@ def choose_attention(loss: SupervisedLoss, packs: Sequence[Pack], config: AnyCon
     raise UserError(text)
 
 
-def _not_flat(model: Any, names: tuple[str, ...]) -> tuple[str, ...]:
+def _not_flat(model: Any, names: tuple[str, ...], tokens: int) -> tuple[str, ...]:
     """Those for which examples are laid out apart, where the model's structure tells that they have to be."""
-    why = why_apart(model)
+    why = why_not_in_one_row(model, tokens)
     found = tuple(name for name in names if why is None or name not in FLAT_ATTENTION)
     if not found:
         raise UserError(

@@ -20,7 +20,8 @@ from olora_ray.adapter.targets import Target
 from olora_ray.common.errors import UserError, first_line
 from olora_ray.config.schema import Config
 from olora_ray.model import attention, segment_attention, varlen_attention
-from olora_ray.tokens.collate import Batch, collate
+from olora_ray.model.packing import why_scaled
+from olora_ray.tokens.collate import FLAT_ATTENTION, Batch, collate
 from olora_ray.tokens.store import Pack
 from olora_ray.train.answer_memory import answer_bytes, cache_bytes
 from olora_ray.train.fake_model import FakeModel, GroupedProducts, Held
@@ -86,14 +87,16 @@ def _of_answers(fake: FakeModel, config: Config, dtype: torch.dtype) -> int:
 def _implementations(model: Any, config: Config, dtype: torch.dtype, gpu: bool) -> tuple[str, ...]:
     """Attentions that may be used, the likeliest first; nobody asks a GPU, which may be on another machine."""
     wanted: str = config.model.attention
+    apart = why_scaled(model, config.train.micro_batch * config.data.max_length)
     if not gpu:
         try:
-            return attention.candidates(model, config.model, dtype, torch.device("cpu"))
+            found = attention.candidates(model, config.model, dtype, torch.device("cpu"))
         except UserError:  # said when it is loaded
-            return (attention.own(model),)
+            found = ()
+        return tuple(name for name in found if not apart or name not in FLAT_ATTENTION) or (attention.own(model),)
     if wanted == "auto":
         there = importlib.util.find_spec("flash_attn") or varlen_attention.kernel()
-        flat = there and dtype in (torch.bfloat16, torch.float16)
+        flat = there and not apart and dtype in (torch.bfloat16, torch.float16)
         wanted = attention.FLASH if flat else "sdpa"
     # Flash attention, and torch's for variable lengths, keep what torch's fused kernel keeps, of the same layout.
     first = "segments" if wanted in (attention.FLASH, attention.VARLEN) else wanted

@@ -27,7 +27,7 @@ NO_BORDERS = ("stablelm", "nemotron")
 @pytest.fixture(autouse=True)
 def nothing_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither which models keep a state, nor which have an attention of their own."""
-    monkeypatch.setattr(self_test, "why_apart", lambda model: None)
+    monkeypatch.setattr(self_test, "why_not_in_one_row", lambda model, tokens: None)
     monkeypatch.setattr(attention, "_SUPPORT", {"sdpa": "_supports_sdpa"})
 
 

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from olora_ray.model.packing import why_apart
+from olora_ray.common.errors import UserError
+from olora_ray.model.packing import check_lengths, why_apart, why_not_in_one_row
 from tests import tiny
 from tests.tiny import SMALL, of_kind
 
@@ -43,3 +44,68 @@ def test_a_tower_for_images_may_have_convolutions() -> None:
         made = of_kind("gemma3", {"text_config": SMALL | {"head_dim": 8}, "vision_config": vision})
         assert any(isinstance(module, torch.nn.Conv2d) for module in made.modules())
         assert why_apart(made) is None
+
+
+LONG = SMALL | {
+    "max_position_embeddings": 512,
+    "original_max_position_embeddings": 64,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * 4,
+        "long_factor": [4.0] * 4,
+        "original_max_position_embeddings": 64,
+    },
+}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+BY_LAYER = {"sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}, "full_attention": DYNAMIC}
+
+
+def refusal(kind: str, sizes: dict[str, Any], length: int, **changes: Any) -> str | None:
+    with torch.device("meta"):
+        made = of_kind(kind, sizes)
+    try:
+        check_lengths(made, tiny.config(data__max_length=length, **changes))
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def test_positions_that_are_encoded_by_the_longest_of_a_micro_batch_are_refused_beside_others() -> None:
+    alone = {"train__micro_batch": 1, "data__packing": False}
+    assert refusal("phi3", LONG, 64) is None
+    told = str(refusal("phi3", LONG, 65))
+    assert told.startswith("data.max_length=65: Phi3ForCausalLM encodes positions otherwise in all of a micro-batch")
+    assert told.endswith("set data.max_length to 64 at most, or train.micro_batch to 1 and data.packing to false")
+    assert refusal("phi3", LONG, 512, **alone) is None
+    assert refusal("phi3", LONG, 512, **(alone | {"data__packing": "auto"})) == told.replace("65", "512")
+    assert refusal("phi3", LONG, 512, **(alone | {"train__micro_batch": 2})) == told.replace("65", "512")
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes"), [("llama", {"rope_parameters": DYNAMIC}), ("gemma3_text", {"rope_parameters": BY_LAYER})]
+)
+def test_positions_that_are_encoded_by_the_longest_so_far_are_refused(kind: str, sizes: dict[str, Any]) -> None:
+    made = SMALL | {"head_dim": 8, "max_position_embeddings": 64} | sizes
+    assert refusal(kind, made, 64) is None
+    told = str(refusal(kind, made, 65, train__micro_batch=1, data__packing=False))
+    assert "by the longest sequence so far once one has more than 64 tokens (dynamic)" in told
+    assert told.endswith("; set data.max_length to 64 at most")
+
+
+def test_positions_as_most_models_have_them_have_no_limit() -> None:
+    assert refusal("llama", SMALL | {"max_position_embeddings": 64}, 4096) is None
+    with torch.device("meta"):
+        check_lengths(tiny.gpt2(), tiny.config(data__max_length=4096))
+
+
+def test_attention_that_is_scaled_by_the_place_in_a_row() -> None:
+    sizes = SMALL | {"floor_scale": 64, "num_local_experts": 2, "head_dim": 8, "no_rope_layers": [1, 0]}
+    with torch.device("meta"):
+        made, other = of_kind("llama4_text", sizes), of_kind("llama4_text", sizes | {"attn_temperature_tuning": False})
+    assert why_not_in_one_row(made, 63) is None
+    assert "scales its attention by the place in a row, from 64 tokens on" in str(why_not_in_one_row(made, 64))
+    assert why_not_in_one_row(other, 64) is None
+    assert refusal("llama4_text", sizes, 63) is None
+    assert str(refusal("llama4_text", sizes, 64)).endswith("; set data.packing: false")
+    assert refusal("llama4_text", sizes, 64, data__packing=False) is None

@@ -225,3 +225,11 @@ def test_experts_are_refused_for_a_method_that_sees_activations(tmp_path: Path) 
         UserError, match=r"adapter\.method=eva: model\.layers\.0\.mlp\.experts\.\w+ is a stack of experts"
     ):
         estimate(config, obtain(config))
+
+
+def test_sequences_that_are_too_long_for_the_model_are_refused_at_once(tmp_path: Path) -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    tiny.llama(max_position_embeddings=64, rope_parameters=rope).save_pretrained(tmp_path)
+    config = tiny.config(model__name=str(tmp_path), data__max_length=65)
+    with pytest.raises(UserError, match=r"set data\.max_length to 64 at most"):
+        estimate(config, obtain(config), gpu=False)

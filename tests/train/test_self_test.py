@@ -1,6 +1,7 @@
 """The self-test finds what is wrong with a model without knowing its family, and what helps."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -20,6 +21,8 @@ from olora_ray.train.self_test import choose_attention
 from olora_ray.train.self_test_result import SelfTest
 from tests import tiny
 from tests.crew import Crew
+from tests.families import zoo
+from tests.families.variants import ALL
 from tests.tiny import SMALL, of_kind
 from tests.varlen_on_cpu import varlen_on_cpu
 
@@ -242,3 +245,32 @@ def test_adapters_that_take_no_part_are_named() -> None:
 def test_examples_of_two_tokens_are_enough() -> None:
     assert chosen(tiny.llama(), [tiny.pack(2, 2, prompt=1)]).attention == "segments"
     assert chosen(tiny.llama(), [tiny.pack(2, prompt=1)], data__packing=False).attention == "segments"
+
+
+def test_a_row_beside_a_longer_one_of_other_positions_is_refused() -> None:
+    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "original_max_position_embeddings": 64}
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0} | factors
+    sizes = {"max_position_embeddings": 512, "original_max_position_embeddings": 64, "initializer_range": 0.2}
+    made = of_kind("phi3", SMALL | sizes | {"rope_parameters": rope})
+    loss, packs = SupervisedLoss(made), [tiny.pack(40, prompt=1), tiny.pack(128, prompt=1, seed=1)]
+    alone, beside = loss.each(collate(packs[:1], "sdpa")), loss.each(collate(packs, "sdpa"))[:39]
+    assert (alone - beside).abs().mean() > 0.01  # it does depend on it
+    with pytest.raises(UserError, match=r"^data\.max_length=128: Phi3ForCausalLM .* would depend on the neighbours"):
+        choose_attention(loss, packs, tiny.config(data__max_length=128), CPU)
+    apart = tiny.config(data__max_length=128, train__micro_batch=1, data__packing=False)
+    assert choose_attention(loss, packs, apart, CPU).attention == "segments"
+
+
+def test_attention_that_is_scaled_by_the_place_in_a_row_is_not_laid_out_in_one() -> None:
+    variant = ALL["llama4_text"]
+    made = zoo.make(replace(variant, sizes=variant.sizes | {"floor_scale": 64}), attention="sdpa")
+    loss, packs = SupervisedLoss(made), [tiny.pack(48, prompt=1, seed=seed) for seed in range(4)]
+    alone, beside = loss.each(collate(packs[3:], "sdpa")), loss.each(collate(packs, "segments"))[-47:]
+    assert (alone - beside).abs().mean() > 1e-3  # it does depend on the place
+    wide, narrow = tiny.config(data__max_length=48), tiny.config(data__max_length=48, train__micro_batch=1)
+    assert choose_attention(loss, packs, narrow, CPU).attention == "segments"
+    assert choose_attention(loss, packs, wide, CPU).attention == "sdpa"
+    assert torch.allclose(loss.each(collate(packs, "sdpa"))[-47:], alone, atol=1e-5)
+    named = tiny.config(data__max_length=48, model__attention="segments")
+    with pytest.raises(UserError, match=r"^model\.attention=segments: .* by the place in a row.*; set it to auto$"):
+        choose_attention(loss, packs, named, CPU)

@@ -1,5 +1,6 @@
 """The memory plan of a step is what its tensors take, as they are made and freed in a real one."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -151,3 +152,11 @@ def test_a_gpu_is_planned_without_the_products_of_a_cpu(monkeypatch: pytest.Monk
     on_cpu, on_gpu = plan(gpu=False), plan(gpu=True)
     monkeypatch.setattr(segment_attention, "_Batched", None)
     assert plan(gpu=True) == on_gpu < on_cpu
+
+
+def test_what_is_not_laid_out_in_one_row_is_not_planned_so() -> None:
+    variant = ALL["llama4_text"]
+    scaled = replace(variant, sizes=variant.sizes | {"floor_scale": 64})
+    meta, other = zoo.on_meta(scaled), zoo.on_meta(variant)
+    assert planned(settings(), meta) > planned(settings(), other)  # it has masks
+    assert (meta.config._attn_implementation, other.config._attn_implementation) == ("sdpa", "segments")
