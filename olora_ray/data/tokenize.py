@@ -110,9 +110,9 @@ def spec_from_pretrained(tokenizer: Any, name: str | None = None) -> TokenizerSp
     if tokenizer.eos_token_id is None:
         raise UserError(f"model.name: the tokenizer of {name} has no end token (eos_token), so answers would never end")
     _check_ids(backend, name)
-    source, for_tools = tokenizer.chat_template, None
-    if isinstance(source, dict):
-        source, for_tools = source.get("default") or next(iter(source.values()), None), source.get("tool_use")
+    named = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
+    source = (named.get("default") or next(iter(named.values()), None)) if named else tokenizer.chat_template
+    for_tools = named.get("tool_use")
     add_bos = adds_begin_token(tokenizer)
     if not source:
         log.warning("%s has no chat template: conversations are written as 'User: ...' and 'Assistant: ...'", name)
