@@ -12,7 +12,7 @@ class Preemption(Protocol):
         """True once Ray has announced a preemption. A local read: may be called every step."""
 
     def node_ids(self) -> tuple[str, ...]:
-        """Ids of the preempted nodes. A barrier: all workers must call it together."""
+        """Ids of the preempted nodes. A barrier: all workers of a trainer of Ray must call it together."""
 
 
 class RayPreemption:

@@ -48,7 +48,9 @@ class StopRequests:
 
     def reason(self) -> tuple[str, bool]:
         """The reason, and whether it is a preemption; all workers must ask, after a step with a signal."""
-        preempted = self.worker.preemption.node_ids()
+        # Where workers come and go the driver looks for such nodes, and asks: Ray's answer is a barrier of all workers
+        # that a trainer has started, and would wait for ever for one that is being replaced, or has left.
+        preempted = () if self.mesh else self.worker.preemption.node_ids()
         if asked := collectives.from_first(self.from_driver):
             return asked, False
         return f"node {', '.join(node[:8] for node in preempted) or '?'} is preempted", True
