@@ -28,6 +28,10 @@ POLL = 2.0
 logger = logging.getLogger(__name__)
 
 
+class LockUnreadable(TryAgain):
+    """Whether a lock still holds cannot be read now: nothing says that it is lost."""
+
+
 @dataclass(frozen=True)
 class Holder:
     """The content of a lock file."""
@@ -97,11 +101,15 @@ class Lock:
                 return None
 
     def check(self) -> None:
-        """Raise TryAgain if this lock is lost; call it before what must not be done twice."""
+        """Raise TryAgain if this lock is lost, LockUnreadable if that cannot be said now.
+
+        Call it before what must not be done twice.
+        """
         try:
             other = _holder(self._file.read())
         except OSError as error:
-            raise TryAgain(f"{self.what}: whether its lock still holds cannot be read: {short_reason(error)}") from None
+            reason = short_reason(error)
+            raise LockUnreadable(f"{self.what}: whether its lock still holds cannot be read: {reason}") from None
         if other is None:
             raise TryAgain(f"{self.what}: its lock {self.place} was removed, so another one may be running; try again")
         if other.token != self._mine.token:

@@ -24,11 +24,14 @@ class Driver:
         self._lease = lease
 
     def check(self) -> None:
-        """Raise TakenOver if another process works on the run by now; call it before what must not be done twice."""
+        """Raise TakenOver if another process works on the run by now, or may do so since that cannot be read.
+
+        Call it before what must not be done twice.
+        """
         try:
-            self._lease.check()
-        except TryAgain as error:
-            raise TakenOver(f"{error}; it goes on with the run", error.exit_code) from None
+            self._look()
+        except lock.LockUnreadable as error:
+            raise TakenOver(f"{error}; the same command goes on with the run", error.exit_code) from None
 
     @contextlib.contextmanager
     def watch(self, stop: Stop) -> Iterator[None]:
@@ -45,12 +48,21 @@ class Driver:
     def _watch(self, stop: Stop, ended: threading.Event) -> None:
         while not ended.wait(LOOK):
             try:
-                self.check()
+                self._look()
             except TakenOver as error:
                 stop.abandon(error)
                 return
-            except OSError:
+            except lock.LockUnreadable:
                 continue  # the storage does not answer: the training notices that by itself
+
+    def _look(self) -> None:
+        """Raise TakenOver if another process works on the run by now, LockUnreadable if that cannot be said."""
+        try:
+            self._lease.check()
+        except lock.LockUnreadable:
+            raise
+        except TryAgain as error:
+            raise TakenOver(f"{error}; it goes on with the run", error.exit_code) from None
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """One driver a run: the second leaves or waits, and one that has lost its run stops at once."""
 
+import errno
 import json
 import os
 import threading
@@ -10,12 +11,14 @@ import pytest
 
 from olora_ray.common import storage
 from olora_ray.common.errors import TakenOver, TryAgain
+from olora_ray.common.lock_file import Seen
 from olora_ray.config.load import override
 from olora_ray.config.schema import Config
 from olora_ray.pipeline import driver, run
 from olora_ray.pipeline.driver import only_driver
 from olora_ray.pipeline.signals import Stop
 from tests import tiny
+from tests.waiting import until
 
 
 @pytest.fixture
@@ -101,20 +104,37 @@ def test_who_has_lost_the_run_stops_at_once(config: Config, gentle: bool, monkey
     assert caught.value.exit_code == 75
 
 
+def away(mine: driver.Driver, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Let the storage of a run's lock not answer from now on; the looks at it."""
+    looks: list[int] = []
+
+    def read() -> Seen:
+        looks.append(1)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(mine._lease._file, "read", read)
+    return looks
+
+
 def test_a_storage_that_does_not_answer_for_a_while_ends_nothing(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(driver, "LOOK", 0.01)
-    looks: list[int] = []
-
-    def away() -> None:
-        looks.append(1)
-        raise OSError("no route")
-
     with only_driver(config) as mine, Stop() as stop:
-        monkeypatch.setattr(mine, "check", away)
+        looks = away(mine, monkeypatch)
         with mine.watch(stop):
-            end = time.monotonic() + 30
-            while len(looks) < 3 and time.monotonic() < end:
-                time.sleep(0.01)
-    assert len(looks) >= 3
+            until(lambda: len(looks) >= 3)
+
+
+def test_nothing_is_done_twice_while_nobody_can_say_whose_the_run_is(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with only_driver(config) as mine:
+        away(mine, monkeypatch)
+        with pytest.raises(TakenOver) as caught:
+            mine.check()
+    assert caught.value.exit_code == 75
+    assert str(caught.value) == (
+        "run.name: 'mine': whether its lock still holds cannot be read: Input/output error; the same command goes on"
+        " with the run"
+    )
