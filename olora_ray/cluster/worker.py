@@ -198,10 +198,17 @@ class Worker:
         """Leave, or meet the others, as was ordered."""
         assert self.mesh is not None
         if self.mesh.orders().leave:
-            if self.manager:
-                self.manager.finish()
+            self._finish_checkpoint()
             raise _Left
         self._meet()
+
+    def _finish_checkpoint(self) -> None:
+        """Wait for the last checkpoint before leaving; one that failed is no reason to end the others' training."""
+        try:
+            if self.manager:
+                self.manager.finish()
+        except UserError:  # the manager has said why
+            logger.warning("the worker that leaves could not write its last checkpoint; the next first one writes one")
 
     def _next(self, steps: Generator[StepResult]) -> StepResult | None:
         with self.context.activate(self.trainer.adapted):

@@ -1,5 +1,6 @@
 """A worker without Ray: it resumes where it was, with the best adapter, and measures the base model once."""
 
+import errno
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,14 +10,18 @@ import pytest
 import torch
 
 from olora_ray.cluster.channel import Resumed, Started
+from olora_ray.cluster.groups import Orders
 from olora_ray.cluster.spec import TrainResult, TrainSpec
 from olora_ray.cluster.stop_requests import StopRequests
 from olora_ray.cluster.train_worker import train_at
+from olora_ray.cluster.worker import Worker, _Left
 from olora_ray.cluster.worker_context import SharedBase, SharedBaseContext
 from olora_ray.model.source import BaseModel
 from olora_ray.train import checkpoint, checkpoints, recompute
+from olora_ray.train.checkpoints import CheckpointManager
 from olora_ray.train.loss import SupervisedLoss
 from tests import tiny
+from tests.said import said
 
 SETTINGS: dict[str, Any] = {
     "train__steps": 6,
@@ -221,3 +226,25 @@ def test_blocks_that_are_run_again_change_no_byte(tmp_path: Path, monkeypatch: p
         found.append([(Path(place) / name).read_bytes() for name in (checkpoint.ADAPTER, checkpoint.OPTIMIZER)])
     assert found[0] == found[1]
     assert runs[False] == 0 < runs[True]
+
+
+def test_a_first_worker_that_has_to_go_leaves_without_its_last_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it would end the training of all the others, which hold the whole state."""
+    monkeypatch.setattr(checkpoints, "PAUSES", ())
+    manager = CheckpointManager(str(tmp_path), 1)
+    leaving: Any = Worker.__new__(Worker)
+    leaving.mesh, leaving.manager = SimpleNamespace(orders=lambda: Orders(meet=True, leave=True)), manager
+
+    def full(folder: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with said() as lines:
+        manager.save(3, full)
+        with pytest.raises(_Left):
+            leaving._change_group()
+    assert "the checkpoint of step 3 cannot be written (No space left on device)" in lines[0]
+    assert lines[1:] == [
+        "warning: the worker that leaves could not write its last checkpoint; the next first one writes one"
+    ]
