@@ -112,7 +112,7 @@ class DriverChannel:
         await self._membership.begin_anew(workers, attempt)
 
     async def want(self, more: int) -> None:
-        """So many more workers start, which are to come into the group that trains."""
+        """So many more workers start, which are to come into the group that trains; below 0: so many come no more."""
         await self._membership.want(more)
 
     async def drain_nodes(self, nodes: Collection[str]) -> bool:

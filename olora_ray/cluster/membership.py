@@ -113,7 +113,7 @@ class Membership:
         return True
 
     async def want(self, more: int) -> None:
-        """From now on groups have so many more members."""
+        """From now on groups have so many more members; below 0: so many fewer, but at least one."""
         self.wanted += more
         self._form()
         self._tell()
@@ -152,7 +152,11 @@ class Membership:
         present = self._present()
         others = [member for name, (member, _) in self._here.items() if not self._is_member(name)]
         stay = [member for member in present if member.node not in self._leaving]
-        return sorted(others, key=lambda member: member.rank)[: max(0, self.wanted - len(stay))]
+        return sorted(others, key=lambda member: member.rank)[: max(0, self._size() - len(stay))]
+
+    def _size(self) -> int:
+        """Members that a group is to have: spares may train while nobody else is wanted."""
+        return max(1, self.wanted)
 
     def _orders(self, name: str, number: int) -> Orders:
         if self.group is None or number == 0:
@@ -179,7 +183,7 @@ class Membership:
         for name in [member.name for member in self._entering() if self.died(member)]:
             self._lose(name, "died")
         come = self._entering()
-        if self.group is None and len(come) >= self.wanted:
+        if self.group is None and len(come) >= self._size():
             self._set(come, begins=True, why="")
         elif self.group is not None and all(member.name in self._here for member in present):
             self._set([*present, *come], begins=False, why=self._why(len(come)))

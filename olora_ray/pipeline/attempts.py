@@ -185,8 +185,11 @@ class Attempts:
     def _grow(self) -> None:
         """Ask the workers to end if more of them fit: the next group resumes where they were."""
         assert self._trainers is not None
-        most = self.spec.config.cluster.max_workers()
+        cluster = self.spec.config.cluster
+        most = cluster.max_workers()
         missing = most - (self._trainers.workers if self.changing else self.workers or most)
+        if 0 <= cluster.max_failures < self._trainers.failures:
+            missing = 0  # those that join fail again and again: the others train on without them
         quiet = self._running and not self._asked  # else what is free is about to be taken
         if missing and quiet:
             free_abandoned()

@@ -1,5 +1,6 @@
 """The trainers of Ray's that supply one attempt with workers: the first, and those whose workers join it later."""
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -12,9 +13,13 @@ import ray
 from ray.exceptions import RayActorError
 
 from olora_ray.cluster import ray_internals
+from olora_ray.cluster.failures import cause, counts
 from olora_ray.cluster.placement_groups import free_abandoned
 from olora_ray.cluster.spec import LEFT, TrainResult
 from olora_ray.common.errors import TryAgain
+from olora_ray.common.text import plural
+
+logger = logging.getLogger(__name__)
 
 TICK = 0.2
 """Seconds for which `ended` waits."""
@@ -39,6 +44,16 @@ Fit = Callable[[WorkerGroup], TrainResult]
 """Trains once with these workers, from the latest checkpoint, or has them join those that train."""
 
 
+@dataclass(eq=False)
+class _Started:
+    """A trainer that was started."""
+
+    group: WorkerGroup
+    future: "Future[TrainResult]"
+    seen_ended: int = 0
+    """How often it was looked at since its end."""
+
+
 class Trainers:
     """Those of one attempt, each in a thread."""
 
@@ -46,38 +61,43 @@ class Trainers:
         """Start the first, with so many workers."""
         self.fit, self.channel, self.attempt = fit, channel, attempt
         self.workers = workers
-        """That were started to train, spares not counted."""
-        self._named = workers
-        self._first = _in_thread(partial(fit, WorkerGroup(workers, attempt)))
-        self._others: list[Future[TrainResult]] = []
+        """That were started to train and have not ended, spares not counted."""
+        self.failures = 0
+        """Of those that joined; the ones that count, as in `Attempts`."""
+        self._named = 0
+        self._others: list[_Started] = []
+        self._first = self._start(workers)
 
     def add(self, workers: int) -> None:
         """Start more workers, which join those that train when they are ready."""
         self.channel.want.remote(workers)
         self.workers += workers
-        self._start(workers, spare=False)
+        self._others.append(self._start(workers))
 
     def stand_by(self, spares: int) -> None:
         """Start spares."""
-        self._start(spares, spare=True)
+        self._others.append(self._start(spares, spare=True))
 
     def ended(self, result: TrainResult | None) -> bool:
         """Whether nobody trains any more, or the workers have given the `result`; waits a little."""
-        wait([self._first], TICK)
-        if result or not self._first.done():
+        first = self._first.future
+        wait([first], TICK)
+        if result is None:
+            self._look()
+        if result or not first.done():
             return result is not None
-        if self._first.exception() is None and self._first.result().interrupted == LEFT:
+        if first.exception() is None and first.result().interrupted == LEFT:
             time.sleep(TICK)
-            return all(one.done() for one in self._others)  # its own workers have left, others train on
+            return all(one.future.done() for one in self._others)  # its own workers have left, others train on
         return True
 
     def result(self) -> TrainResult:
         """What the first returned; raises what it raised."""
-        return self._first.result()
+        return self._first.future.result()
 
     def end(self, at_once: bool = False) -> None:
         """Have all of them end: none may hold what comes after the training needs. `at_once`: Ray takes seconds."""
-        every = [self._first, *self._others]
+        every = [one.future for one in (self._first, *self._others)]
         if any(not one.done() for one in every) and not at_once:
             self.channel.request_stop.remote("training has ended")
             wait(every, ENDING)
@@ -86,10 +106,27 @@ class Trainers:
             wait(every, ENDING)
             free_abandoned()  # what they had reserved
 
-    def _start(self, workers: int, spare: bool) -> None:
+    def _start(self, workers: int, spare: bool = False) -> _Started:
         group = WorkerGroup(workers, self.attempt, self._named, spare)
         self._named += workers
-        self._others.append(_in_thread(partial(self.fit, group)))
+        return _Started(group, _in_thread(partial(self.fit, group)))
+
+    def _look(self) -> None:
+        """Count out the trainers that have ended while others train on; called when there was no result yet."""
+        for one in (self._first, *self._others):
+            one.seen_ended += one.future.done()
+            if one.seen_ended == 2:  # else it may have been the end of the training, whose result comes before it
+                self._count_out(one)
+
+    def _count_out(self, one: _Started) -> None:
+        """Nobody waits for its workers any more, and there is room for others."""
+        workers, error = one.group.workers, one.future.exception()
+        if error is not None:
+            self.failures += counts(error)
+            logger.warning(f"{plural(workers, 'worker')} that had joined will not come back: {cause(error)}")
+        if not one.group.spare:
+            self.workers -= workers
+            self.channel.want.remote(-workers)
 
 
 def given(channel: Any) -> TrainResult | None:

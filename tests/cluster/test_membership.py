@@ -127,6 +127,36 @@ def test_when_all_are_gone_others_begin_anew() -> None:
     run(work())
 
 
+def test_nobody_waits_for_those_that_were_wanted_and_are_no_more() -> None:
+    async def work() -> None:
+        hall = Hall(2)
+        await hall.membership.begin_anew(1, 0)
+        await hall.group(0)
+        await hall.membership.want(1)
+        await hall.membership.want(-1)
+        hall.dead.add("w0")
+        assert not await hall.membership.running()
+        assert (await hall.group(2)).begins
+
+    run(work())
+
+
+def test_a_group_has_one_member_at_least() -> None:
+    async def work() -> None:
+        hall = Hall(1)
+        await hall.group(0)
+        await hall.membership.want(-1)  # a spare trains in its place
+        await hall.membership.leave("w0", "left")
+        group = await hall.group(1)
+        assert ranks(group) == [1]
+        waiting = await hall.comes(2)
+        await hall.membership.want(1)
+        assert await hall.membership.beat("w1", group.number) == Orders()  # the place is the spare's
+        assert not waiting.done()
+
+    run(work())
+
+
 def test_a_member_of_an_old_group_has_to_come_again() -> None:
     async def work() -> None:
         hall = Hall(2)

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from olora_ray.pipeline import attempts
 from olora_ray.pipeline.attempts import Attempts
 
 
@@ -25,3 +26,24 @@ def test_room_that_was_found_is_looked_at_again_soon(changing: bool, room: int, 
         spec=SimpleNamespace(config=SimpleNamespace(cluster=cluster)), changing=changing, _room=room
     )
     assert Attempts._pause(driver) == pause
+
+
+@pytest.mark.parametrize(("failures", "limit", "added"), [(0, 0, [1]), (3, 3, [1]), (4, 3, []), (9, -1, [1])])
+def test_workers_that_fail_each_time_that_they_join_are_given_up(
+    failures: int, limit: int, added: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attempts, "free_workers", lambda worker: 5)
+    monkeypatch.setattr(attempts, "free_abandoned", lambda: 0)
+    asked: list[int] = []
+    cluster = SimpleNamespace(max_workers=lambda: 2, max_failures=limit)
+    driver: Any = SimpleNamespace(
+        spec=SimpleNamespace(config=SimpleNamespace(cluster=cluster)),
+        changing=True,
+        worker={},
+        _trainers=SimpleNamespace(workers=1, failures=failures, add=asked.append),
+        _running=True,
+        _asked=False,
+        _room=1,
+    )
+    Attempts._grow(driver)
+    assert asked == added

@@ -13,6 +13,8 @@ from olora_ray.cluster.spec import LEFT, TrainResult
 from olora_ray.common.errors import TryAgain
 from olora_ray.pipeline import trainers
 from olora_ray.pipeline.trainers import Trainers, WorkerGroup
+from tests.said import said
+from tests.waiting import until
 
 
 class Fit:
@@ -88,6 +90,48 @@ def test_others_train_on_when_the_first_ones_workers_have_left(fit: Fit) -> None
         fit.end(number, TrainResult(interrupted=LEFT))
     found.end()
     assert found.ended(None)
+
+
+def test_one_that_joined_and_fails_is_said_and_makes_room_for_others(fit: Fit) -> None:
+    found = Trainers(fit, fit.channel, 1, 2)
+    started(fit, 1)
+    found.add(1)
+    started(fit, 2)
+    assert (found.workers, fit.asked) == (3, [1])
+    fit.end(1, RuntimeError("broken"))
+    with said() as lines:
+        until(lambda: found.ended(None) or found.workers == 2)
+        assert not found.ended(None)  # counted out once
+    assert (found.workers, found.failures, fit.asked) == (2, 1, [1, -1])
+    assert lines == ["warning: 1 worker that had joined will not come back: broken"]
+
+
+def test_workers_that_joined_and_have_left_make_room_for_others(fit: Fit) -> None:
+    found = Trainers(fit, fit.channel, 1, 1)
+    started(fit, 1)
+    found.add(2)
+    started(fit, 2)
+    found.stand_by(1)
+    started(fit, 3)
+    fit.end(2, TrainResult(interrupted=LEFT))
+    fit.end(1, TrainResult(interrupted=LEFT))
+    with said() as lines:
+        until(lambda: found.ended(None) or found.workers == 1)
+        assert not found.ended(None)
+    assert (found.workers, found.failures, fit.asked) == (1, 0, [2, -2])
+    assert lines == []
+
+
+def test_workers_that_end_with_the_training_are_not_missed(fit: Fit) -> None:
+    found = Trainers(fit, fit.channel, 1, 1)
+    started(fit, 1)
+    found.add(1)
+    started(fit, 2)
+    fit.end(1, TrainResult(interrupted=LEFT))
+    threading.Event().wait(0.1)
+    assert not found.ended(None)  # the driver asked for the result a moment too early
+    assert found.ended(TrainResult())
+    assert (found.workers, fit.asked) == (2, [1])
 
 
 def test_a_trainer_that_does_not_end_is_ended(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
