@@ -119,7 +119,11 @@ class Attempts:
             raise UserError(result.problem)
         if not result.interrupted:
             return True
-        assert result.state is not None
+        if result.state is None:  # the first workers have left, and those that trained on were lost later
+            if self.stop.asked:
+                raise self.stop.stopped("stopped while no worker was left")
+            self._note(self.cause or "no worker was left")
+            return False
         if self.stop.asked:
             raise self.stop.stopped(f"stopped after step {result.state.step} of {self.progress.total or '?'}")
         self._note(result.interrupted)

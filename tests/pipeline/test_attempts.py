@@ -1,12 +1,32 @@
-"""When the driver looks for room for more workers."""
+"""When the driver looks for room for more workers, and what it does when they are gone; without Ray."""
 
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from olora_ray.cluster.groups import Absent
+from olora_ray.cluster.spec import LEFT, TrainResult
+from olora_ray.common.errors import Stopped
 from olora_ray.pipeline import attempts
 from olora_ray.pipeline.attempts import Attempts
+from olora_ray.pipeline.signals import Stop
+from tests import tiny
+
+
+def attempts_of(**settings: Any) -> Attempts:
+    """Attempts at a training whose workers may change, with a channel that has nothing to tell."""
+    channel: Any = SimpleNamespace(
+        absent=SimpleNamespace(remote=Absent),
+        drain=SimpleNamespace(remote=list),
+        request_stop=SimpleNamespace(remote=lambda why: None),
+    )
+    told: list[str] = []
+    progress = SimpleNamespace(line=told.append, told=told, total=8)
+    monitor: Any = SimpleNamespace(channel=channel, progress=progress, highest=0)
+    build: Any = SimpleNamespace(store=tiny.store(8), problem=None, join=lambda: None)
+    spec: Any = SimpleNamespace(config=tiny.config(**settings))
+    return Attempts(spec, build, monitor, Stop(), {"CPU": 1.0}, lambda group: TrainResult(), changing=True)
 
 
 @pytest.mark.parametrize(
@@ -47,3 +67,15 @@ def test_workers_that_fail_each_time_that_they_join_are_given_up(
     )
     Attempts._grow(driver)
     assert asked == added
+
+
+@pytest.mark.parametrize(("before", "cause"), [(None, "no worker was left"), ("worker 1 died", "worker 1 died")])
+def test_when_the_first_have_left_and_the_others_are_lost_it_goes_on(before: str | None, cause: str) -> None:
+    driver = attempts_of()
+    driver.cause = before
+    assert not driver._is_final(TrainResult(interrupted=LEFT))
+    assert driver.cause == cause
+    driver.stop.asked = "SIGTERM"
+    with pytest.raises(Stopped, match="stopped while no worker was left") as caught:
+        driver._is_final(TrainResult(interrupted=LEFT))
+    assert caught.value.exit_code == 143
