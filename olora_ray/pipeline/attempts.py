@@ -37,8 +37,8 @@ JOINED = 10.0
 """Seconds between two looks for room at most, where more workers cost the others nothing."""
 AGAIN = 2.0
 """The same after a look that has found some."""
-DESERTED = 45.0
-"""Seconds after the loss of the last worker in which Ray has to bring others."""
+DESERTED = 120.0
+"""Seconds after the loss of the last worker in which Ray has to bring others: their imports alone may take 30."""
 RESIZE = "the cluster has grown"
 
 
@@ -71,6 +71,8 @@ class Attempts:
         self.cause: str | None = None
         """Why the next group will start; None once it has."""
         self._asked = self._warned = self._running = False
+        self._deserted = False
+        """Whether the driver itself has ended the trainers, since nobody came in place of lost workers."""
         self._attempt = 0
         self._trainers: Trainers | None = None
         self._looked = time.monotonic()
@@ -98,6 +100,10 @@ class Attempts:
 
     def _failed(self, error: Exception) -> None:
         """Count a failure; raises UserError if it was one too many."""
+        if self._deserted and isinstance(error, RayActorError):
+            self._note(self.cause or "all workers were lost")
+            self._announce("starting others")
+            return
         cluster = self.spec.config.cluster
         self.failures += counts(error)
         # A group of fixed size was restarted by Ray already, except for the loss of its controller.
@@ -149,7 +155,7 @@ class Attempts:
 
     def _follow(self, trainers: Trainers) -> TrainResult:
         """Serve the workers until their training has ended; returns or raises what it did."""
-        self._asked = self._running = False
+        self._asked = self._running = self._deserted = False
         collected, result = time.monotonic(), None
         try:
             while not trainers.ended(result):
@@ -213,6 +219,7 @@ class Attempts:
         for member in absent.hung:  # else it keeps its place for ten minutes
             end_hung(member)
         if absent.nobody_for > DESERTED:  # Ray's controller waits for room on a node that is gone
+            self._deserted = True
             ray_internals.end_train_controllers()
         if self._asked:
             return

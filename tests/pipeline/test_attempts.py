@@ -4,10 +4,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.exceptions import RayActorError
 
+from olora_ray.cluster import ray_internals
 from olora_ray.cluster.groups import Absent
 from olora_ray.cluster.spec import LEFT, TrainResult
-from olora_ray.common.errors import Stopped
+from olora_ray.common.errors import Stopped, UserError
 from olora_ray.pipeline import attempts
 from olora_ray.pipeline.attempts import Attempts
 from olora_ray.pipeline.signals import Stop
@@ -79,3 +81,26 @@ def test_when_the_first_have_left_and_the_others_are_lost_it_goes_on(before: str
     with pytest.raises(Stopped, match="stopped while no worker was left") as caught:
         driver._is_final(TrainResult(interrupted=LEFT))
     assert caught.value.exit_code == 143
+
+
+@pytest.mark.parametrize(("before", "cause"), [(None, "all workers were lost"), ("worker 0 died", "worker 0 died")])
+def test_trainers_that_the_driver_has_ended_itself_are_no_failure(
+    before: str | None, cause: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: list[int] = []
+    monkeypatch.setattr(attempts, "answer", lambda call: call)
+    monkeypatch.setattr(ray_internals, "end_train_controllers", lambda: ended.append(1))
+    monkeypatch.setattr(ray_internals, "draining_nodes", set)
+    driver = attempts_of(cluster__max_failures=0)
+    driver._running, driver.cause = True, before
+    driver._watch()
+    assert not ended
+    driver.channel.absent.remote = lambda: Absent(nobody_for=attempts.DESERTED + 1)
+    driver._watch()
+    assert ended
+    driver._failed(RayActorError())
+    assert (driver.failures, driver.cause) == (0, cause)
+    assert driver.progress.told == [f"{cause}: starting others"]
+    driver._deserted = False
+    with pytest.raises(UserError, match="training failed after 0 restarts: Train's controller died"):
+        driver._failed(RayActorError())
