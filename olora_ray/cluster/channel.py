@@ -131,6 +131,10 @@ class DriverChannel:
         """See Membership."""
         return await self._membership.running()
 
+    async def trains(self) -> bool:
+        """See Membership."""
+        return await self._membership.trains()
+
     async def absent(self) -> Absent:
         """See Membership."""
         return await self._membership.absent()

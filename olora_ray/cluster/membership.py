@@ -98,6 +98,10 @@ class Membership:
         self._form()
         return self.group is not None
 
+    async def trains(self) -> bool:
+        """Whether there is a group, as far as is known: `running` without a look at each member."""
+        return self.group is not None
+
     async def leave(self, name: str, why: str) -> None:
         """A member goes, which has `left` or `failed`."""
         self._lose(name, why)

@@ -39,6 +39,10 @@ AGAIN = 2.0
 """The same after a look that has found some."""
 DESERTED = 120.0
 """Seconds after the loss of the last worker in which Ray has to bring others: their imports alone may take 30."""
+NOBODY = 5.0
+"""Seconds without a group of workers after which the driver grants a stop itself."""
+SLOW = 30.0
+"""Seconds without one after which it says so."""
 RESIZE = "the cluster has grown"
 
 
@@ -73,6 +77,10 @@ class Attempts:
         self._asked = self._warned = self._running = False
         self._deserted = False
         """Whether the driver itself has ended the trainers, since nobody came in place of lost workers."""
+        self._nobody_since: float | None = None
+        """When the workers were first seen to form no group; None while they do."""
+        self._silent = False
+        """Whether it was said that they do not."""
         self._attempt = 0
         self._trainers: Trainers | None = None
         self._looked = time.monotonic()
@@ -155,7 +163,8 @@ class Attempts:
 
     def _follow(self, trainers: Trainers) -> TrainResult:
         """Serve the workers until their training has ended; returns or raises what it did."""
-        self._asked = self._running = self._deserted = False
+        self._asked = self._running = self._deserted = self._silent = False
+        self._nobody_since = None
         collected, result = time.monotonic(), None
         try:
             while not trainers.ended(result):
@@ -163,6 +172,7 @@ class Attempts:
                 result = given(self.channel)
                 if time.monotonic() - collected >= COLLECT:
                     self.monitor.collect(self._on_event)
+                    self._await_workers(trainers.workers)
                     self._watch()
                     collected = time.monotonic()
             self.monitor.collect(self._on_event)
@@ -210,6 +220,20 @@ class Attempts:
             else:
                 self._ask(RESIZE)
         self._room = room
+
+    def _await_workers(self, workers: int) -> None:
+        """Grant a stop while there is no group that could, and say what the first one waits for; raises Stopped."""
+        if not self.changing or (self._running and not self.stop.asked) or answer(self.channel.trains.remote()):
+            self._nobody_since = None
+            return
+        now = time.monotonic()
+        self._nobody_since = self._nobody_since or now
+        if self.stop.asked and now - self._nobody_since >= NOBODY:  # what is not in a checkpoint is lost already
+            raise self.stop.stopped("stopped while no workers trained")
+        if now - self._nobody_since >= SLOW and not self._silent:
+            self._silent = True
+            free = free_workers(self.worker)
+            self._announce(f"waiting for {plural(workers, 'worker')} to start: there is room for {free} more")
 
     def _watch(self) -> None:
         """Help where Ray does not: with workers that hang, with none at all, and with nodes that are taken away."""

@@ -51,10 +51,12 @@ def test_the_first_group_waits_for_as_many_as_are_wanted() -> None:
         hall = Hall(3)
         one, two = await hall.comes(2), await hall.comes(0)
         assert not await hall.membership.running()
+        assert not await hall.membership.trains()
         three = await hall.comes(1)
         assert ranks(await one) == ranks(await two) == ranks(await three) == [0, 1, 2]
         assert (await one).begins
         assert await hall.membership.running()
+        assert await hall.membership.trains()
 
     run(work())
 

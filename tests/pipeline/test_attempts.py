@@ -25,7 +25,13 @@ def attempts_of(**settings: Any) -> Attempts:
     )
     told: list[str] = []
     progress = SimpleNamespace(line=told.append, told=told, total=8)
-    monitor: Any = SimpleNamespace(channel=channel, progress=progress, highest=0)
+    monitor: Any = SimpleNamespace(
+        channel=channel,
+        progress=progress,
+        highest=0,
+        collect=lambda on_event: None,
+        telemetry=SimpleNamespace(ended=lambda: None),
+    )
     build: Any = SimpleNamespace(store=tiny.store(8), problem=None, join=lambda: None)
     spec: Any = SimpleNamespace(config=tiny.config(**settings))
     return Attempts(spec, build, monitor, Stop(), {"CPU": 1.0}, lambda group: TrainResult(), changing=True)
@@ -104,3 +110,73 @@ def test_trainers_that_the_driver_has_ended_itself_are_no_failure(
     driver._deserted = False
     with pytest.raises(UserError, match="training failed after 0 restarts: Train's controller died"):
         driver._failed(RayActorError())
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """What the driver takes for the time."""
+    found = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(attempts, "time", SimpleNamespace(monotonic=lambda: found.now, sleep=lambda seconds: None))
+    monkeypatch.setattr(attempts, "answer", lambda call: call)
+    monkeypatch.setattr(attempts, "free_workers", lambda worker: 1)
+    return found
+
+
+def test_a_stop_is_granted_where_no_worker_could_do_it(clock: SimpleNamespace) -> None:
+    driver = attempts_of()
+    trains = False
+    driver.channel.trains = SimpleNamespace(remote=lambda: trains)
+    driver._await_workers(2)
+    driver.stop.asked = "SIGTERM"
+    clock.now += attempts.NOBODY - 1
+    driver._await_workers(2)
+    trains = True  # the first group: it grants the stop after a step
+    clock.now += 60
+    driver._await_workers(2)
+    trains = False
+    driver._await_workers(2)
+    clock.now += attempts.NOBODY
+    with pytest.raises(Stopped) as caught:
+        driver._await_workers(2)
+    assert caught.value.exit_code == 143
+    assert str(caught.value) == "stopped while no workers trained (SIGTERM); the same command continues from there"
+
+
+def test_a_training_that_never_begins_can_be_stopped(clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attempts, "given", lambda channel: None)
+    driver = attempts_of()
+    driver.channel.trains = SimpleNamespace(remote=lambda: False)
+    driver.stop.asked = "SIGTERM"
+    ends: list[bool] = []
+
+    def ended(result: Any) -> bool:
+        clock.now += 1
+        assert clock.now < 1100, "nothing ends it"
+        return False
+
+    trainers: Any = SimpleNamespace(workers=2, failures=0, ended=ended, end=lambda at_once: ends.append(at_once))
+    driver._trainers = trainers
+    with pytest.raises(Stopped):
+        driver._follow(trainers)
+    assert ends == [True]
+
+
+def test_what_the_first_workers_wait_for_is_said_once(clock: SimpleNamespace) -> None:
+    driver = attempts_of()
+    driver.channel.trains = SimpleNamespace(remote=lambda: False)
+    for _ in range(4):
+        driver._await_workers(2)
+        clock.now += attempts.SLOW / 2
+    assert driver.progress.told == ["waiting for 2 workers to start: there is room for 1 more"]
+    driver._running = True  # who is lost later is replaced by Ray, or missed by _watch
+    clock.now += 1000
+    driver._await_workers(2)
+    assert len(driver.progress.told) == 1
+
+
+def test_only_workers_that_may_change_are_asked_for(clock: SimpleNamespace) -> None:
+    driver = attempts_of()
+    driver.changing, driver.stop.asked = False, "SIGTERM"
+    for _ in range(2):
+        driver._await_workers(2)  # would fail: their channel has no membership to ask
+        clock.now += 60
