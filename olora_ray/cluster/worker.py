@@ -128,6 +128,8 @@ class Worker:
     def _take_office(self) -> None:
         """The first worker writes the checkpoints, which one that was it before does no longer."""
         if self.context.rank > 0:
+            if self.manager:  # this worker was given up meanwhile
+                self.manager.abandon()
             self.manager = None
         elif self.manager is None:
             self.manager = self._checkpoint_manager()

@@ -38,6 +38,10 @@ ATTEMPT_SECONDS = 120.0
 PREFIX = "step-"
 
 
+class _AbandonedError(Exception):
+    """Another process writes the checkpoints by now."""
+
+
 class CheckpointManager:
     """Writes the checkpoints of a run, one at a time, in a thread."""
 
@@ -51,7 +55,9 @@ class CheckpointManager:
         self._thread: threading.Thread | None = None
         self._problem: OSError | SafetensorError | None = None
         self._bug: Exception | None = None
+        self._abandoned = threading.Event()
         _sweep(place)
+        self._found = _steps_now(place)  # those that were there before
 
     def save(self, step: int, write: Callable[[Path], None]) -> None:
         """Have `write` fill a folder, which becomes the checkpoint of `step`; waits for the one before.
@@ -74,6 +80,13 @@ class CheckpointManager:
                 " make room or repair the storage, and run the same command again"
             )
 
+    def abandon(self) -> None:
+        """Write nothing more, and remove nothing: another process writes the checkpoints. Does not wait.
+
+        What is being written gets no name, unless that is under way.
+        """
+        self._abandoned.set()
+
     def _join(self) -> None:
         if self._thread is not None:
             self._thread.join()
@@ -91,8 +104,12 @@ class CheckpointManager:
         began = time.perf_counter()
         for number, pause in enumerate((*PAUSES, None), 1):
             try:
-                _put(write, storage.join(self.place, name_of(step)))
+                _put(partial(self._fill, write), storage.join(self.place, name_of(step)))
+            except _AbandonedError:
+                return
             except (OSError, SafetensorError) as error:
+                if self._abandoned.is_set():
+                    return
                 if pause is None or time.perf_counter() - began > ATTEMPT_SECONDS:
                     self._problem = error
                     there = _names_now(self.place)
@@ -105,21 +122,34 @@ class CheckpointManager:
                 logger.warning(f"the checkpoint of step {step} is tried again: {short_reason(error)}")
                 time.sleep(pause)
             else:
+                if self._abandoned.is_set():
+                    return
                 self.saved(step, time.perf_counter() - began)
                 self._retire(step)
                 return
 
+    def _fill(self, write: Callable[[Path], None], folder: Path) -> None:
+        """Have `write` fill the folder, which gets its name if this returns."""
+        write(folder)
+        if self._abandoned.is_set():
+            raise _AbandonedError
+
     def _retire(self, step: int) -> None:
         """Remove what the checkpoint that was just written makes superfluous.
 
-        That is all but the newest `keep` good ones, and all of later steps: the training comes from an earlier one, so
-        they could not be used.
+        That is all but the newest `keep` good ones of steps until now, and damaged ones of later steps that were there
+        before: the training comes from an earlier one, since they could not be used. Other ones of later steps are of
+        whoever goes on with the run, should this process have been given up, or are good: the bytes are the same.
         """
         self._good.add(name_of(step))
         kept = 0
         try:
             for found in sorted(_steps(self.place), reverse=True):
                 name = name_of(found)
+                if found > step and (found not in self._found or self._is_good(name)):
+                    continue
+                if self._abandoned.is_set():
+                    return
                 if found > step or kept == self.keep or not self._is_good(name):
                     _drop(storage.join(self.place, name))
                     self._good.discard(name)
@@ -158,6 +188,13 @@ def _steps(place: str) -> list[int]:
     """The steps of all folders that have the name of a checkpoint."""
     found = (name.removeprefix(PREFIX) for name in storage.names(place) if name.startswith(PREFIX))
     return [int(number) for number in found if number.isdecimal()]
+
+
+def _steps_now(place: str) -> frozenset[int]:
+    try:
+        return frozenset(_steps(place))
+    except (OSError, UserError):
+        return frozenset()
 
 
 def _names_now(place: str) -> list[str]:

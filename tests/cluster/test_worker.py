@@ -248,3 +248,14 @@ def test_a_first_worker_that_has_to_go_leaves_without_its_last_checkpoint(
     assert lines[1:] == [
         "warning: the worker that leaves could not write its last checkpoint; the next first one writes one"
     ]
+
+
+def test_who_is_no_longer_the_first_writes_no_checkpoint(tmp_path: Path) -> None:
+    manager = CheckpointManager(str(tmp_path), 1)
+    given_up: Any = Worker.__new__(Worker)
+    given_up.context, given_up.manager = SimpleNamespace(rank=1), manager
+    given_up._take_office()
+    assert given_up.manager is None
+    manager.save(3, lambda folder: folder.mkdir())
+    manager.finish()
+    assert list(tmp_path.iterdir()) == []

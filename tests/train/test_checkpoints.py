@@ -242,6 +242,68 @@ def test_a_damaged_newer_one_displaces_no_good_one(place: str, keep: int) -> Non
     assert found[1].state.step == 30
 
 
+def slow(go_on: threading.Event, step: int) -> Callable[[Path], None]:
+    """Writes a checkpoint while the event is set."""
+
+    def write(folder: Path) -> None:
+        assert go_on.wait(30)
+        writer(step)(folder)
+
+    return write
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_who_was_given_up_and_comes_back_leaves_those_of_its_successor(place: str, half: bool) -> None:
+    """Its write of step 20 hung, as on a network's disk, while the next one has written 30 and writes 40."""
+    go_on = threading.Event()
+    mine = filled(place, 0, 10, keep=2)
+    mine.save(20, slow(go_on, 20))
+    filled(place, 30, 40, keep=9)
+    if half:  # as what is being uploaded
+        damage(place, 40, "manifest")
+    go_on.set()
+    mine.finish()
+    assert [step in checkpoints._steps(place) for step in (0, 10, 20, 30, 40)] == [False, True, True, True, True]
+    assert is_good(place, 30)
+
+
+def test_one_that_is_abandoned_gets_no_name_and_displaces_nothing(place: str, tmp_path: Path) -> None:
+    go_on = threading.Event()
+    told: list[int] = []
+    filled(place, 0, 10)
+    mine = CheckpointManager(place, 1, saved=lambda step, seconds: told.append(step))
+    mine.save(20, slow(go_on, 20))
+    mine.abandon()
+    go_on.set()
+    mine.finish()
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["step-0000000", "step-0000010"]
+    assert told == []
+
+
+def test_one_that_is_abandoned_is_not_tried_again(tmp_path: Path) -> None:
+    mine = CheckpointManager(str(tmp_path), 1)
+
+    def lost(folder: Path) -> None:
+        mine.abandon()
+        raise FileNotFoundError(folder)  # the next one has swept it away
+
+    with said() as lines:
+        mine.save(20, lost)
+        mine.finish()
+    assert lines == []
+
+
+def test_one_that_is_abandoned_after_it_has_its_name_displaces_nothing(
+    place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    filled(place, 0, 10)
+    mine, put = CheckpointManager(place, 1), checkpoints._put
+    monkeypatch.setattr(checkpoints, "_put", lambda write, target: (put(write, target), mine.abandon()))
+    mine.save(20, writer(20))
+    mine.finish()
+    assert checkpoints.names(place) == [checkpoints.name_of(step) for step in (0, 10, 20)]
+
+
 @settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     states=st.dictionaries(
@@ -264,10 +326,12 @@ def the_newest_good_ones_stay(place: str, states: dict[int, str], step: int, kee
     for each, how in states.items():
         if how != "good":
             damage(place, each, how)
-    good = sorted({each for each, how in states.items() if how == "good" and each < step} | {step})
+    whole = {each for each, how in states.items() if how == "good"}
+    good = sorted({each for each in whole if each < step} | {step})[-keep:]
+    good += sorted(each for each in whole if each > step)
     filled(place, step, keep=keep)
-    assert checkpoints.names(place) == [checkpoints.name_of(each) for each in good[-keep:]]
-    assert all(is_good(place, each) for each in good[-keep:])
+    assert checkpoints.names(place) == [checkpoints.name_of(each) for each in good]
+    assert all(is_good(place, each) for each in good)
 
 
 def test_a_good_one_is_looked_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
