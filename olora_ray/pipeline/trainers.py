@@ -11,6 +11,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayActorError
+from ray.train import ControllerError
 
 from olora_ray.cluster import ray_internals
 from olora_ray.cluster.failures import cause, counts
@@ -86,9 +87,9 @@ class Trainers:
             self._look()
         if result or not first.done():
             return result is not None
-        if first.exception() is None and first.result().interrupted == LEFT:
+        if _leaves_others(first):
             time.sleep(TICK)
-            return all(one.future.done() for one in self._others)  # its own workers have left, others train on
+            return all(one.future.done() for one in self._others)
         return True
 
     def result(self) -> TrainResult:
@@ -123,7 +124,8 @@ class Trainers:
         workers, error = one.group.workers, one.future.exception()
         if error is not None:
             self.failures += counts(error)
-            logger.warning(f"{plural(workers, 'worker')} that had joined will not come back: {cause(error)}")
+            why = "Ray has no room for them any more" if _no_room(error) else cause(error)
+            logger.warning(f"{plural(workers, 'worker')} will not come back: {why}")
         if not one.group.spare:
             self.workers -= workers
             self.channel.want.remote(-workers)
@@ -143,6 +145,22 @@ def answer(call: Any) -> Any:
         raise TryAgain(
             "the process between the driver and its workers died; the same command resumes the run"
         ) from error
+
+
+def _leaves_others(first: "Future[TrainResult]") -> bool:
+    """Whether others may train on without the first trainer, which has ended.
+
+    Its workers have left, or could not start again, since their node is gone.
+    """
+    error = first.exception()
+    if error is None:
+        return first.result().interrupted == LEFT
+    return _no_room(error)
+
+
+def _no_room(error: BaseException) -> bool:
+    """Whether a trainer has ended with this error because its workers could not start."""
+    return isinstance(error, ControllerError) and not counts(error)
 
 
 def _in_thread(work: Callable[[], TrainResult]) -> "Future[TrainResult]":

@@ -6,6 +6,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.train import ControllerError
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
 from olora_ray.cluster import ray_internals
 from olora_ray.cluster.channel import make_channel
@@ -103,7 +105,7 @@ def test_one_that_joined_and_fails_is_said_and_makes_room_for_others(fit: Fit) -
         until(lambda: found.ended(None) or found.workers == 2)
         assert not found.ended(None)  # counted out once
     assert (found.workers, found.failures, fit.asked) == (2, 1, [1, -1])
-    assert lines == ["warning: 1 worker that had joined will not come back: broken"]
+    assert lines == ["warning: 1 worker will not come back: broken"]
 
 
 def test_workers_that_joined_and_have_left_make_room_for_others(fit: Fit) -> None:
@@ -120,6 +122,37 @@ def test_workers_that_joined_and_have_left_make_room_for_others(fit: Fit) -> Non
         assert not found.ended(None)
     assert (found.workers, found.failures, fit.asked) == (1, 0, [2, -2])
     assert lines == []
+
+
+@pytest.mark.parametrize("there_again", [False, True])
+def test_others_train_on_when_the_first_ones_node_is_lost(fit: Fit, there_again: bool) -> None:
+    found = Trainers(fit, fit.channel, 1, 2)
+    started(fit, 1)
+    if there_again:
+        found.add(1)
+        started(fit, 2)
+    fit.end(0, ControllerError(WorkerGroupStartupTimeoutError(2)))
+    if there_again:
+        with said() as lines:
+            until(lambda: found.ended(None) or found.workers == 1)
+            assert not found.ended(None)
+        assert (found.workers, found.failures, fit.asked) == (1, 0, [1, -2])
+        assert lines == ["warning: 2 workers will not come back: Ray has no room for them any more"]
+        fit.end(1, RuntimeError("broken"))
+    until(lambda: found.ended(None))
+    with pytest.raises(ControllerError):
+        found.result()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("broken"), ControllerError(RuntimeError("broken"))])
+def test_any_other_failure_of_the_first_ends_the_attempt(fit: Fit, error: Exception) -> None:
+    found = Trainers(fit, fit.channel, 1, 2)
+    started(fit, 1)
+    found.add(1)
+    started(fit, 2)
+    fit.end(0, error)
+    until(lambda: found.ended(None))
+    assert found.workers == 3
 
 
 def test_workers_that_end_with_the_training_are_not_missed(fit: Fit) -> None:
