@@ -157,11 +157,13 @@ def evaluate(
             losses[number] = loss
     collectives.sum_in_place(losses)
     found = losses.cpu()
-    if bad := (~found.isfinite()).nonzero().flatten().tolist():
+    total = float(tree.total(found))
+    if not math.isfinite(total):
+        bad = [number for number, loss in enumerate(found.tolist()) if not math.isfinite(loss)]
         origins = [origin for number in bad for index in groups[number] for origin in store.origins(index)]
         # Before the first step there is nothing that another learning rate would change.
         raise UserError(f"step {step}: the held-out {_not_finite(origins)}{', or lower train.lr' if step else ''}")
-    return float(tree.total(found)) / store.manifest.supervised
+    return total / store.manifest.supervised
 
 
 def _diverged(losses: list[Tensor], data: StepData, loader: StepLoader) -> str:

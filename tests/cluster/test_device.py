@@ -14,6 +14,7 @@ from olora_ray.common.errors import UserError
 PRODUCT = Path(__file__).parents[2] / "olora_ray"
 LOOKS_FOR_GPUS = {
     "cluster/device.py": "whether the one that was given works",
+    "retrain/compare.py": "results that are kept are of what this machine has",
     "train/estimate.py": "size on this machine, without Ray",
     "train/pace.py": "measures nothing on a machine with GPUs",
 }
