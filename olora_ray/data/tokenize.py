@@ -17,8 +17,7 @@ without a supervised token of its own answer is rejected; the end token alone do
 """
 
 import logging
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -165,6 +164,7 @@ class ExampleTokenizer:
         self._templates = [
             template.ChatTemplate(spec.template(tools), spec.special_tokens, spec.name) for tools in (False, True)
         ]
+        self._parses = [spec.parses_arguments(tools) for tools in (False, True)]
 
     def __call__(self, example: Example) -> list[Tokens]:
         """The tokens of an example: one piece, or several for a long text.
@@ -184,6 +184,8 @@ class ExampleTokenizer:
         return int(tokens.ids[np.flatnonzero(tokens.supervised)[-1]]) in self._special
 
     def _chat(self, chat: Chat) -> list[Tokens]:
+        if self._parses[chat.tools is not None]:
+            chat = replace(chat, messages=tuple(tool_calls.with_objects(chat.messages)))
         trained = [
             number
             for number, message in enumerate(chat.messages)
@@ -214,12 +216,9 @@ class ExampleTokenizer:
         return text, (len(before), len(text.rstrip()))
 
     def _render(self, chat: Chat, stop: int, add_generation_prompt: bool = False) -> str:
-        tools = chat.tools is not None
-        messages: Sequence[template.Message] = chat.messages[:stop]
-        if self._spec.parses_arguments(tools):
-            messages = tool_calls.with_objects(messages)
+        chosen = self._templates[chat.tools is not None]
         try:
-            return self._templates[tools].render(messages, add_generation_prompt, chat.tools)
+            return chosen.render(chat.messages[:stop], add_generation_prompt, chat.tools)
         except Exception as error:  # a template is code: it may raise anything
             what = f"the chat template of {self._spec.name} refuses the conversation"
             raise Rejected("template", f"{what}: {first_line(error)}") from None

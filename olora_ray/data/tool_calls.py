@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import Any
 
 from olora_ray.data import template_trial
-from olora_ray.data.chat_template import ChatTemplate, Message
+from olora_ray.data.chat_template import ChatTemplate
 
 _NAME = "olora_argument"
 _WRITTEN = f'"{_NAME}":'
@@ -43,7 +43,7 @@ def _rendered(template: ChatTemplate, arguments: Any) -> str:
         return ""
 
 
-def with_objects(messages: Sequence[Message]) -> list[Message]:
+def with_objects(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The messages with the arguments of their tool calls as objects, where they are JSON text of one."""
     return [
         {**message, "tool_calls": [_with_object(call) for call in message["tool_calls"]]}
