@@ -28,7 +28,8 @@ from common import MODEL, config, machine, memory_store, model_folder, our_train
 
 from olora_ray.model.folder import parameters
 from olora_ray.train.checkpoint import snapshot
-from olora_ray.train.checkpoints import CheckpointManager, name_of
+from olora_ray.train.checkpoint_manager import CheckpointManager
+from olora_ray.train.checkpoints import name_of
 from olora_ray.train.loader import StepLoader
 from olora_ray.train.schedule import Schedule
 from olora_ray.train.state import TrainState

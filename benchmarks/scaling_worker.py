@@ -24,7 +24,7 @@ from olora_ray.adapter.inject import find_targets
 from olora_ray.common.quiet import quiet_transformers
 from olora_ray.config.schema import Config
 from olora_ray.model.load import load_model
-from olora_ray.train.checkpoints import CheckpointManager
+from olora_ray.train.checkpoint_manager import CheckpointManager
 from olora_ray.train.loader import StepLoader
 from olora_ray.train.loop import Trainer
 from olora_ray.train.schedule import Schedule

@@ -22,7 +22,7 @@ from olora_ray.common.errors import UserError
 from olora_ray.common.fault_points import reached
 from olora_ray.config.load import dump
 from olora_ray.train.checkpoint import snapshot
-from olora_ray.train.checkpoints import CheckpointManager
+from olora_ray.train.checkpoint_manager import CheckpointManager
 from olora_ray.train.loader import StepLoader
 from olora_ray.train.loop import StepResult
 from olora_ray.train.schedule import Schedule

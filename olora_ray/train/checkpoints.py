@@ -1,4 +1,4 @@
-"""The checkpoints of a run: written behind the training, the newest good one found again, old ones removed.
+"""The checkpoints of a run as folders: found, read, put in their place, removed.
 
     <run>/checkpoints/step-0000050/     see checkpoint.py
     <run>/checkpoints/.NAME.*.tmp       being written, or left by a process that was killed
@@ -8,161 +8,22 @@ uploading its manifest last, so that a folder without one is none. Ray's own rep
 for the controller, and resumes from the checkpoint that was reported last, whether it can be read or not.
 """
 
-import contextvars
 import logging
 import os
 import shutil
 import tempfile
-import threading
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-
-from safetensors import SafetensorError
 
 from olora_ray.common import copies, local_files, s3, storage
 from olora_ray.common.errors import TryAgain, UserError, short_reason
-from olora_ray.common.text import plural
 from olora_ray.train import checkpoint
 from olora_ray.train.checkpoint import Checkpoint
 
 logger = logging.getLogger(__name__)
 
-Saved = Callable[[int, float], None]
-"""Called with the step of a checkpoint that is written, and the seconds that it took."""
-PAUSES = (1.0, 2.0, 4.0, 8.0)
-"""Seconds between the attempts to write a checkpoint."""
-ATTEMPT_SECONDS = 120.0
-"""After so many seconds no other attempt is made: the training waits for the one that is under way."""
 PREFIX = "step-"
-
-
-class _AbandonedError(Exception):
-    """Another process writes the checkpoints by now."""
-
-
-class CheckpointManager:
-    """Writes the checkpoints of a run, one at a time, in a thread."""
-
-    def __init__(self, place: str, keep: int, saved: Saved = lambda step, seconds: None) -> None:
-        """`place` is the folder of the checkpoints, path or URI; `keep` the number of good ones that stay.
-
-        Removes what killed processes have left half-written there.
-        """
-        self.place, self.keep, self.saved = place, keep, saved
-        self._good: set[str] = set()  # names that this process has written or verified
-        self._thread: threading.Thread | None = None
-        self._problem: OSError | SafetensorError | None = None
-        self._bug: Exception | None = None
-        self._abandoned = threading.Event()
-        _sweep(place)
-        self._found = _steps_now(place)  # those that were there before
-
-    def save(self, step: int, write: Callable[[Path], None]) -> None:
-        """Have `write` fill a folder, which becomes the checkpoint of `step`; waits for the one before.
-
-        A checkpoint that cannot be written is reported, and the training continues without it.
-        """
-        self._join()
-        self._problem = None
-        # Its lines belong to the training that it writes for: several may share this process.
-        work = partial(contextvars.copy_context().run, self._save, step, write)
-        self._thread = threading.Thread(target=work, name="checkpoint")
-        self._thread.start()
-
-    def finish(self) -> None:
-        """Wait for the last checkpoint; raises UserError if it could not be written."""
-        self._join()
-        if self._problem is not None:
-            raise UserError(
-                f"run.storage: the last checkpoint cannot be written to {self.place}: {short_reason(self._problem)};"
-                " make room or repair the storage, and run the same command again"
-            )
-
-    def abandon(self) -> None:
-        """Write nothing more, and remove nothing: another process writes the checkpoints. Does not wait.
-
-        What is being written gets no name, unless that is under way.
-        """
-        self._abandoned.set()
-
-    def _join(self) -> None:
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        if self._bug is not None:
-            raise self._bug
-
-    def _save(self, step: int, write: Callable[[Path], None]) -> None:
-        try:
-            self._try(step, write)
-        except Exception as error:
-            self._bug = error  # raised in the thread that trains
-
-    def _try(self, step: int, write: Callable[[Path], None]) -> None:
-        began = time.perf_counter()
-        for number, pause in enumerate((*PAUSES, None), 1):
-            try:
-                _put(partial(self._fill, write), storage.join(self.place, name_of(step)))
-            except _AbandonedError:
-                return
-            except (OSError, SafetensorError) as error:
-                if self._abandoned.is_set():
-                    return
-                if pause is None or time.perf_counter() - began > ATTEMPT_SECONDS:
-                    self._problem = error
-                    there = _names_now(self.place)
-                    last = f"the last one is {there[-1]}" if there else "there is none yet"
-                    logger.warning(
-                        f"the checkpoint of step {step} cannot be written ({short_reason(error)}), given up after"
-                        f" {plural(number, 'attempt')}; training continues, {last}"
-                    )
-                    return
-                logger.warning(f"the checkpoint of step {step} is tried again: {short_reason(error)}")
-                time.sleep(pause)
-            else:
-                if self._abandoned.is_set():
-                    return
-                self.saved(step, time.perf_counter() - began)
-                self._retire(step)
-                return
-
-    def _fill(self, write: Callable[[Path], None], folder: Path) -> None:
-        """Have `write` fill the folder, which gets its name if this returns."""
-        write(folder)
-        if self._abandoned.is_set():
-            raise _AbandonedError
-
-    def _retire(self, step: int) -> None:
-        """Remove what the checkpoint that was just written makes superfluous.
-
-        That is all but the newest `keep` good ones of steps until now, and damaged ones of later steps that were there
-        before: the training comes from an earlier one, since they could not be used. Other ones of later steps are of
-        whoever goes on with the run, should this process have been given up, or are good: the bytes are the same.
-        """
-        self._good.add(name_of(step))
-        kept = 0
-        try:
-            for found in sorted(_steps(self.place), reverse=True):
-                name = name_of(found)
-                if found > step and (found not in self._found or self._is_good(name)):
-                    continue
-                if self._abandoned.is_set():
-                    return
-                if found > step or kept == self.keep or not self._is_good(name):
-                    _drop(storage.join(self.place, name))
-                    self._good.discard(name)
-                else:
-                    kept += 1
-        except OSError as error:
-            logger.warning(f"old checkpoints cannot be removed now: {short_reason(error)}")
-
-    def _is_good(self, name: str) -> bool:
-        """Whether the checkpoint is whole; each is looked at once. Raises OSError if that cannot be said now."""
-        if name not in self._good and _is_whole(storage.join(self.place, name)):
-            self._good.add(name)
-        return name in self._good
 
 
 def name_of(step: int) -> str:
@@ -172,7 +33,7 @@ def name_of(step: int) -> str:
 
 def names(place: str) -> list[str]:
     """Folder names of the checkpoints, the oldest first; whether they are damaged is not looked at."""
-    steps = _steps(place)
+    steps = steps_of(place)
     if storage.is_uri(place):
         files = storage.files_below(place)
         steps = [step for step in steps if f"{name_of(step)}/{checkpoint.MANIFEST}" in files]
@@ -184,20 +45,22 @@ def last_step(place: str) -> int:
     return max((int(name.removeprefix(PREFIX)) for name in names(place)), default=0)
 
 
-def _steps(place: str) -> list[int]:
+def steps_of(place: str) -> list[int]:
     """The steps of all folders that have the name of a checkpoint."""
     found = (name.removeprefix(PREFIX) for name in storage.names(place) if name.startswith(PREFIX))
     return [int(number) for number in found if number.isdecimal()]
 
 
-def _steps_now(place: str) -> frozenset[int]:
+def steps_now(place: str) -> frozenset[int]:
+    """The same, and none where that cannot be said now."""
     try:
-        return frozenset(_steps(place))
+        return frozenset(steps_of(place))
     except (OSError, UserError):
         return frozenset()
 
 
-def _names_now(place: str) -> list[str]:
+def names_now(place: str) -> list[str]:
+    """As `names`, and none where that cannot be said now."""
     try:
         return names(place)
     except OSError:
@@ -235,10 +98,10 @@ def copy_from(source: str, place: str, step: int, seconds: float) -> None:
     read(wanted)
     if source != place:
         with copies.fetched(wanted) as local:
-            _put(lambda folder: shutil.copytree(local, folder, dirs_exist_ok=True), storage.join(place, name_of(step)))
-    for found in _steps(place):
+            put(lambda folder: shutil.copytree(local, folder, dirs_exist_ok=True), storage.join(place, name_of(step)))
+    for found in steps_of(place):
         if found > step:
-            _drop(storage.join(place, name_of(found)))
+            drop(storage.join(place, name_of(found)))
 
 
 def read(folder: str) -> Checkpoint:
@@ -253,7 +116,7 @@ def read(folder: str) -> Checkpoint:
         raise kind(f"checkpoint {folder}: cannot be read: {short_reason(error)}") from None
 
 
-def _is_whole(folder: str) -> bool:
+def is_whole(folder: str) -> bool:
     """Whether a checkpoint is there as it was written; of one in an object store only the sizes are compared."""
     if not storage.is_uri(folder):
         try:
@@ -268,14 +131,16 @@ def _is_whole(folder: str) -> bool:
     return bool(wanted) and {name: files.get(name) for name in wanted} == wanted
 
 
-def _put(write: Callable[[Path], object], target: str) -> None:
+def put(write: Callable[[Path], object], target: str) -> None:
+    """Have `write` fill a folder, and give it the name of `target`, path or URI; what is there is replaced.
+
+    Raises OSError, or what `write` raises; nothing half-written is left under that name.
+    """
     if storage.is_uri(target):
         with tempfile.TemporaryDirectory(prefix="olora-checkpoint-") as local:
             write(Path(local))
-            if storage.files_below(
-                target
-            ):  # as below; nor may files of an upload that was cut stay among those of this
-                _drop(target)
+            if storage.files_below(target):  # as below; nor may files of an upload that was cut stay among these
+                drop(target)
             copies.upload(Path(local), target, last=checkpoint.MANIFEST)
         return
     final = Path(target)
@@ -286,14 +151,14 @@ def _put(write: Callable[[Path], object], target: str) -> None:
         # What lies there has the same step: a damaged one that was passed over, or one that an earlier
         # attempt of this run wrote while it was already given up.
         if final.exists():
-            _drop(target)
+            drop(target)
         os.rename(folder, final)
         local_files.flush_to_disk(final.parent)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _drop(target: str) -> None:
+def drop(target: str) -> None:
     """Delete a checkpoint: it loses its name or manifest first, so that a half-deleted one is never read."""
     if storage.is_uri(target):
         storage.remove(storage.join(target, checkpoint.MANIFEST))
@@ -308,7 +173,7 @@ def _drop(target: str) -> None:
     shutil.rmtree(away, ignore_errors=True)
 
 
-def _sweep(place: str) -> None:
+def sweep(place: str) -> None:
     """Remove what killed processes have left half-written."""
     if not storage.is_uri(place):
         for folder in Path(place).glob(".step-*.tmp"):
@@ -316,7 +181,7 @@ def _sweep(place: str) -> None:
         return
     try:
         whole = set(names(place))
-        for name in map(name_of, _steps(place)):
+        for name in map(name_of, steps_of(place)):
             if name not in whole:
                 storage.remove(storage.join(place, name))
         if s3.is_s3(place):

@@ -17,8 +17,8 @@ from olora_ray.cluster.train_worker import train_at
 from olora_ray.cluster.worker import Worker, _Left
 from olora_ray.cluster.worker_context import SharedBase, SharedBaseContext
 from olora_ray.model.source import BaseModel
-from olora_ray.train import checkpoint, checkpoints, recompute
-from olora_ray.train.checkpoints import CheckpointManager
+from olora_ray.train import checkpoint, checkpoint_manager, checkpoints, recompute
+from olora_ray.train.checkpoint_manager import CheckpointManager
 from olora_ray.train.loss import SupervisedLoss
 from tests import tiny
 from tests.said import said
@@ -232,7 +232,7 @@ def test_a_first_worker_that_has_to_go_leaves_without_its_last_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else it would end the training of all the others, which hold the whole state."""
-    monkeypatch.setattr(checkpoints, "PAUSES", ())
+    monkeypatch.setattr(checkpoint_manager, "PAUSES", ())
     manager = CheckpointManager(str(tmp_path), 1)
     leaving: Any = Worker.__new__(Worker)
     leaving.mesh, leaving.manager = SimpleNamespace(orders=lambda: Orders(meet=True, leave=True)), manager

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from olora_ray.adapter.factors import AdapterWeights, Factors
 from olora_ray.common import connections, patience, s3, storage
 from olora_ray.common.errors import TryAgain, UserError
-from olora_ray.train import checkpoint, checkpoints
-from olora_ray.train.checkpoints import CheckpointManager
+from olora_ray.train import checkpoint, checkpoint_manager, checkpoints
+from olora_ray.train.checkpoint_manager import CheckpointManager
 from olora_ray.train.state import TrainState
 from tests.s3_server import Faults, Server
 from tests.said import said
@@ -171,7 +171,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_is_tried_again_then_told_and_the_good_one_stays(
     small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoints, "PAUSES", (0.01, 0.01))
+    monkeypatch.setattr(checkpoint_manager, "PAUSES", (0.01, 0.01))
     filled(str(small_disk), 2)
     found = CheckpointManager(str(small_disk), 1)
     with said() as lines:
@@ -186,7 +186,7 @@ def test_a_full_disk_is_tried_again_then_told_and_the_good_one_stays(
 
 
 def test_room_that_comes_back_in_time_is_used(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoints, "PAUSES", (0.2, 0.2, 0.2, 0.2))
+    monkeypatch.setattr(checkpoint_manager, "PAUSES", (0.2, 0.2, 0.2, 0.2))
     ballast = small_disk / "ballast"
     ballast.write_bytes(b"x" * 190_000)
     found = CheckpointManager(str(small_disk), 1)
@@ -263,7 +263,7 @@ def test_who_was_given_up_and_comes_back_leaves_those_of_its_successor(place: st
         damage(place, 40, "manifest")
     go_on.set()
     mine.finish()
-    assert [step in checkpoints._steps(place) for step in (0, 10, 20, 30, 40)] == [False, True, True, True, True]
+    assert [step in checkpoints.steps_of(place) for step in (0, 10, 20, 30, 40)] == [False, True, True, True, True]
     assert is_good(place, 30)
 
 
@@ -297,8 +297,8 @@ def test_one_that_is_abandoned_after_it_has_its_name_displaces_nothing(
     place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     filled(place, 0, 10)
-    mine, put = CheckpointManager(place, 1), checkpoints._put
-    monkeypatch.setattr(checkpoints, "_put", lambda write, target: (put(write, target), mine.abandon()))
+    mine, put = CheckpointManager(place, 1), checkpoints.put
+    monkeypatch.setattr(checkpoints, "put", lambda write, target: (put(write, target), mine.abandon()))
     mine.save(20, writer(20))
     mine.finish()
     assert checkpoints.names(place) == [checkpoints.name_of(step) for step in (0, 10, 20)]
@@ -426,8 +426,8 @@ class TestObjectStore:
         self, s3_server: Server, place: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(patience, "PATIENCE", 0.0)
-        monkeypatch.setattr(checkpoints, "PAUSES", (0.01,) * 9)
-        monkeypatch.setattr(checkpoints, "ATTEMPT_SECONDS", 0.5)
+        monkeypatch.setattr(checkpoint_manager, "PAUSES", (0.01,) * 9)
+        monkeypatch.setattr(checkpoint_manager, "ATTEMPT_SECONDS", 0.5)
         found = filled(place, 2)
         s3_server.faults = Faults(refuse=-1)
         with said() as lines:
