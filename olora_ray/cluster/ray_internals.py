@@ -4,6 +4,7 @@ Each function says why no public way would do and names the version whose source
 of Ray, tests/cluster/test_ray_internals.py shows what no longer holds.
 """
 
+import copy
 import logging
 import os
 import sys
@@ -125,19 +126,22 @@ def preemption_noted() -> bool:
     return getattr(context, "preemption_info", None) is not None
 
 
-def set_concurrency(tuner: Any, most: int) -> None:
-    """Let a restored Tuner run so many trials at the same time.
+def go_on_with(tuner: Any, folder: str, most: int) -> None:
+    """Let a restored Tuner run so many trials at the same time, in the folder where the search lies now.
 
     Ray 2.60, tune/impl/tuner_internal.py and tune/search: tuner.pkl has the number of the first attempt, and so have
-    the states from which the searchers restore all that they are.
+    the states from which the searchers restore all that they are. These also say where the search lay then: the trials
+    that were made before are told of today's place, and those that are made now were not.
     """
     from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter
+    from ray.tune.search.search_generator import SearchGenerator
 
     settings = tuner._local_tuner._tune_config
     if settings.search_alg is None:
-        settings.search_alg = _limited(BasicVariantGenerator, most)(max_concurrent=most)
+        settings.search_alg = _placed(_limited(BasicVariantGenerator, most), folder)(max_concurrent=most)
     else:
-        settings.search_alg = _limited(ConcurrencyLimiter, most)(settings.search_alg, max_concurrent=most)
+        limited = _limited(ConcurrencyLimiter, most)(settings.search_alg, max_concurrent=most)
+        settings.search_alg = _placed(SearchGenerator, folder)(limited)
     settings.max_concurrent_trials = None  # as the searcher says
 
 
@@ -148,6 +152,21 @@ def _limited(kind: Any, most: int) -> Any:
         kind.set_state(self, {**state, "max_concurrent": most})
 
     return type(kind.__name__, (kind,), {"set_state": set_state})
+
+
+def _placed(kind: Any, folder: str) -> Any:
+    """The kind of searcher, whose trials write below a folder, path or URI."""
+    from ray.train._internal.storage import get_fs_and_path
+
+    def next_trial(self: Any) -> Any:
+        trial = kind.next_trial(self)
+        if trial is not None:
+            place = copy.copy(trial.storage)
+            place.storage_filesystem, place.storage_fs_path = get_fs_and_path(folder)
+            trial.set_storage(place)
+        return trial
+
+    return type(kind.__name__, (kind,), {"next_trial": next_trial})
 
 
 def actor_died(actor_id: str) -> bool:

@@ -21,15 +21,15 @@ CLEANUP_SECONDS = 1.0
 NOTE_SECONDS = 60.0
 """How often the seconds so far are written while no trial starts or ends."""
 
-_LIVE: dict[str, "SweepCallback"] = {}
-"""Folder of a search -> its callback in this process."""
+_LIVE: list["SweepCallback"] = []
+"""The callback of the search that this process runs: of several, one after the other, that of the last."""
 
 
 class SweepCallback(tune.Callback, tune.Stopper):
     """Logs one line per event, counts trials that bring nothing better, and ends the search at its limits.
 
     Tune pickles it with the search, once as callback and once as stopper. Both unpickle as the callback that the
-    process already has: there is one, with the limits of today's space file.
+    process already has: there is one, with the limits of today's space file, and the place of today.
     """
 
     def __init__(self, folder: str, space: Space) -> None:
@@ -46,7 +46,7 @@ class SweepCallback(tune.Callback, tune.Stopper):
         self._cleaned_at = 0.0
         self._before, self._began = progress.read(folder).seconds, time.monotonic()
         self._noted_at = self._began
-        _LIVE[folder] = self
+        _LIVE[:] = [self]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _live, (self.folder, self.space)
@@ -187,8 +187,8 @@ class SweepCallback(tune.Callback, tune.Stopper):
 
 
 def _live(folder: str, space: Space) -> SweepCallback:
-    """What a pickled callback becomes."""
-    return _LIVE.get(folder) or SweepCallback(folder, space)
+    """What a pickled callback becomes; `folder` is where the search was then."""
+    return _LIVE[0] if _LIVE else SweepCallback(folder, space)
 
 
 def described(values: Mapping[str, Any]) -> str:

@@ -68,7 +68,6 @@ class TrialRun:
             "unfinished",
             total=self.total,
             spared=sweep_spec.spared if sweep_spec.shares_data() else 0.0,
-            folder=self.folder.root,
         )
         self._file = trial_file.TrialFile(trial_place(sweep_spec.folder, number), record, sweep_spec.space.better())
 
@@ -80,13 +79,13 @@ class TrialRun:
             self._thread.start()
         return self._items.get()
 
-    def resume_from(self, checkpoints: str, step: int) -> None:
-        """Put a checkpoint, of this trial or another, where the training will find it; must come before `next`."""
+    def resume_from(self, number: int, step: int) -> None:
+        """Put a checkpoint of a trial, this or another, where the training will find it; must come before `next`."""
         self._reported = step
-        owner = checkpoints.rpartition("/")[0]
-        self._file.resume_from(step, trial_file.read(owner) if owner != self.folder.root else None)
+        owner = self.sweep_spec.trial_folder(number, self.config)
+        self._file.resume_from(step, trial_file.read(owner.root) if owner.root != self.folder.root else None)
         if step:
-            copy_from(checkpoints, self.folder.checkpoints, step, COPY_SECONDS)
+            copy_from(owner.checkpoints, self.folder.checkpoints, step, COPY_SECONDS)
         storage.remove(self.folder.training)
 
     def end(self) -> None:

@@ -35,7 +35,7 @@ class TrialFile:
         self._seconds = self._previous.seconds if self._previous else 0.0
         if self._previous and self._previous.first_step is not None:
             record = replace(record, first_step=self._previous.first_step)
-        self.record = record
+        self.record = replace(record, folder=place)
 
     def begin(self) -> None:
         """The trial begins, or goes on."""
@@ -86,10 +86,11 @@ class TrialFile:
 def read(place: str) -> TrialRecord | None:
     """The record of the trial in a folder; None if there is none, or it is damaged.
 
-    Raises OSError if the storage does not give one that may be there.
+    Its `folder` is this one: that of the file is where the search lay when it was written. Raises OSError if the
+    storage does not give one that may be there.
     """
     try:
-        return _RECORD.validate_json(storage.read_text(storage.join(place, FILE)))
+        return replace(_RECORD.validate_json(storage.read_text(storage.join(place, FILE))), folder=place)
     except (FileNotFoundError, NotADirectoryError, ValueError):  # the second: somebody's file beside the folders
         return None
 

@@ -75,7 +75,9 @@ class SearchTrial(tune.Trainable):
     def load_checkpoint(self, checkpoint: str) -> None:  # type: ignore[override]  # Tune gives the folder
         """Continue from a checkpoint of this trial, or take over that of a better one."""
         note = json.loads(Path(checkpoint, POINTER).read_text(encoding="utf-8"))
-        self.trial_run.resume_from(note["checkpoints"], int(note["step"]))
+        # By the trial's number: the search may lie elsewhere than when this was written.
+        owner = number_of(note["checkpoints"].rpartition("/")[0])
+        self.trial_run.resume_from(owner, int(note["step"]))
 
     def cleanup(self) -> None:
         """End the workers and wait for them."""

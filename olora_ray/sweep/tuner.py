@@ -47,7 +47,7 @@ def build(sweep_spec: SweepSpec, callback: SweepCallback, max_concurrent_trials:
     place = state.place(sweep_spec.folder)
     if tune.Tuner.can_restore(place):
         found = tune.Tuner.restore(place, trainable, resume_unfinished=True, param_space=_params(sweep_spec.space))
-        ray_internals.set_concurrency(found, max_concurrent_trials)
+        ray_internals.go_on_with(found, sweep_spec.folder, max_concurrent_trials)
         return found
     state.begin(sweep_spec.folder)
     space = sweep_spec.space

@@ -66,6 +66,8 @@ def test_what_tune_unpickles_is_the_one_callback_with_the_limits_of_today(tmp_pa
     today = SweepCallback(str(tmp_path), Space.model_validate({**SPACES["random"], "patience": 2}))
     restored = pickle.loads(kept)
     assert restored["callbacks"][0] is restored["stop"] is today
+    moved = SweepCallback(str(tmp_path / "moved"), Space.model_validate(SPACES["random"]))
+    assert pickle.loads(kept)["stop"] is moved  # the search lies elsewhere now
     today.since_better = 2
     assert restored["stop"].stop_all()
     assert today.over == "2 trials in a row have brought nothing better"

@@ -84,6 +84,14 @@ def test_a_trial_that_takes_over_another_has_its_values(tmp_path: Path) -> None:
     assert second.record.value == 0.9
 
 
+def test_the_folder_of_a_record_is_where_it_lies(tmp_path: Path) -> None:
+    """That of the file may be where the search was before it was moved: the best trial was exported from there."""
+    trial_file.TrialFile(str(tmp_path / "old" / "trials" / "trial-003"), record(), "min").begin()
+    (tmp_path / "old").rename(tmp_path / "new")
+    [found] = trial_file.read_all(str(tmp_path / "new")).values()
+    assert found.folder == f"{tmp_path}/new/trials/trial-003"
+
+
 def test_a_process_that_comes_late_leaves_the_record_as_it_is(tmp_path: Path) -> None:
     """Tune runs a trial in a process that is free before the one that it has started for it."""
     kept = trial_file.TrialFile(str(tmp_path), record(), "min")

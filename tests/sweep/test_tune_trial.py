@@ -1,6 +1,7 @@
 """A process of Tune's becomes one trial after the other."""
 
 import contextlib
+import json
 import logging
 import threading
 from functools import partial
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.tune.experiment import Experiment
 from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter
 from ray.tune.search.search_generator import SearchGenerator
 
@@ -177,14 +179,57 @@ def test_a_search_that_resumes_has_the_concurrency_of_today(tmp_path: Path, sear
     assert made._is_restored
     assert made._tune_config.max_concurrent_trials is None
     found = made._tune_config.search_alg
-    first = BasicVariantGenerator(max_concurrent=2) if searcher == "random" else ConcurrencyLimiter(found.searcher, 2)
-    wrapped = SearchGenerator if searcher == "tpe" else lambda search: search
+    first: Any = BasicVariantGenerator(max_concurrent=2)
     if searcher == "tpe":
-        first.live_trials.add("running")
-    place = tmp_path / "driver"
+        first = SearchGenerator(ConcurrencyLimiter(found.searcher.searcher, 2))
+        first.searcher.live_trials.add("running")
+    handed_on(first, found, tmp_path)
+    limiter = found.searcher if searcher == "tpe" else found
+    assert limiter.max_concurrent == 5
+    if searcher == "tpe":
+        assert limiter.live_trials == {"running"}
+
+
+def handed_on(first: Any, second: Any, folder: Path) -> None:
+    """Restore one of Tune's searchers from the state of another."""
+    place = folder / "driver"
     place.mkdir()
-    wrapped(first).save_to_dir(str(place), "2026-11-27_04-00-00")
-    wrapped(found).restore_from_dir(str(place))
-    assert found.max_concurrent == 5
+    first.save_to_dir(str(place), "2026-11-27_04-00-00")
+    second.restore_from_dir(str(place))
+
+
+@pytest.mark.parametrize("searcher", ["random", "tpe"])
+def test_trials_that_are_made_after_a_search_was_moved_write_where_it_lies_now(tmp_path: Path, searcher: str) -> None:
+    """Each was trained, and then counted as failed: Tune's note of it could not be written to the old place."""
+    search = spec(tmp_path, searcher=searcher)
+    begun(search, '{"trial_data": [["{}", "{}"]]}')
+    found = again(search)._tune_config.search_alg
+    first: Any = BasicVariantGenerator()
     if searcher == "tpe":
-        assert found.live_trials == {"running"}
+        first = SearchGenerator(ConcurrencyLimiter(found.searcher.searcher, 1))
+    old = tmp_path / "old"
+    first.add_configurations(
+        [Experiment("tune", SearchTrial, config={NUMBER: 0}, storage_path=str(old), num_samples=2)]
+    )
+    assert first.next_trial().storage.storage_fs_path == str(old)
+    handed_on(first, found, tmp_path)
+    trial = found.next_trial()
+    assert trial.storage.storage_fs_path == search.folder
+    assert trial.path == f"{search.folder}/tune/{trial.storage.trial_dir_name}"
+
+
+def test_a_trial_of_a_moved_search_goes_on_from_the_checkpoint_that_was_moved_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trial: Any = SearchTrial.__new__(SearchTrial)
+    trial._trial_info = SimpleNamespace(trial_name="trial-001")
+    trial.setup({NUMBER: 1, "train.lr": 1e-3}, sweep_spec=spec(tmp_path))
+    copied: list[Any] = []
+    monkeypatch.setattr(trials, "copy_from", lambda *arguments: copied.append(arguments))
+    (tmp_path / "checkpoint.json").write_text(
+        json.dumps({"checkpoints": "/old/place/search/trials/trial-001/checkpoints", "step": 8})
+    )
+    trial.load_checkpoint(str(tmp_path))
+    [(source, target, step, _)] = copied
+    assert source == target == f"{tmp_path}/search/trials/trial-001/checkpoints"
+    assert step == 8
