@@ -139,10 +139,9 @@ class ComparisonRecord:
         return next((point for point in own if (point.lr, point.alpha) == (self.lr, self.alpha)), None)
 
     def ratio(self, method: str) -> Ratio | None:
-        """Steps to the baseline's last loss / those of the baseline; None if a training broke off."""
-        pairs = list(zip(self.of(method).trainings, self.of(BASELINE).trainings, strict=True))
-        own, base = [mine.reached for mine, _ in pairs], [other.reached for _, other in pairs]
-        if None in own or None in base:
+        """Steps to the baseline's last loss / those of the baseline; None if a training broke off, or was not run."""
+        own, base = ([each.reached for each in self.of(name).trainings] for name in (method, BASELINE))
+        if not own or None in own or None in base:  # none: every trial of its tuning broke off
             return None
         return Ratio.of([each for each in own if each], [each for each in base if each])
 

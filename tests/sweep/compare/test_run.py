@@ -176,6 +176,28 @@ def test_where_every_trial_breaks_off_nothing_is_compared(tmp_path: Path, monkey
     table.summary(record)
 
 
+def test_a_method_whose_every_trial_breaks_off_leaves_the_others_their_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The table asked for as many trainings of it as of the baseline, and the comparison ended without its page."""
+
+    def last(config: Config) -> float:
+        return math.inf if config.adapter.method == "pissa" else made.loss(config)
+
+    asked = made.comparison(tmp_path, ("lora", "olora", "pissa"))
+    record = compared(monkeypatch, asked, Cluster(last))
+    pissa = record.of("pissa")
+    assert (pissa.trainings, pissa.against, record.ratio("pissa"), record.typical("pissa")) == ((), None, None, None)
+    assert table.cells(record, pissa)[-1] == "all broke off"
+    assert record.of("olora").against is not None
+    assert verdict.sentences(record)[1] == (
+        "pissa against lora: no difference can be named: every trial of pissa broke off in the tuning."
+    )
+    page.write(record, str(tmp_path / "out"))
+    assert "all broke off" in (tmp_path / "out" / "report.html").read_text()
+    table.summary(record)
+
+
 def test_the_untuned_points_are_trained_once_and_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cluster = Cluster()
     record = compared(monkeypatch, made.comparison(tmp_path), cluster)
