@@ -76,12 +76,14 @@ class RowSets:
 def split(config: Config, spec: TokenizerSpec) -> RowSets:
     """Read all rows, and write the three sets; the same rows give the same sets again.
 
-    Raises UserError if there are too few, if too many cannot be read, or if the comparison was begun with others.
+    Raises UserError if there are too few, if too many cannot be read, if none has the column of gate.group, or if the
+    comparison was begun with others.
     """
     setting = "data.eval" if config.data.eval else "data.train"
     config = override(config, {"data.eval_fraction": None})
     train = list(_read(config, spec, "train"))
     pool = list(_read(config, spec, "eval")) if config.data.eval else train
+    _check_groups(config, setting, pool)
     test, rest = _taken(pool, config.compare.test_rows)
     tuning, _ = _taken(rest, config.compare.tuning_rows)
     train = _without(train, [*test, *tuning], groups=not config.data.eval)
@@ -129,6 +131,21 @@ def _column(config: Config, source: Source) -> list[str]:
     """The column of gate.group in the files of a source."""
     group = config.gate.group
     return [source.fields.get(group, group)] if group and group != FILE else []
+
+
+def _check_groups(config: Config, setting: str, pool: Sequence[Row]) -> None:
+    """Raise UserError if gate.group is a column of no row: each row would count as independent of all others."""
+    alone = sum(row.group == row.content for row in pool)  # without the column, or empty there
+    if config.gate.group in (None, FILE) or not alone:
+        return
+    if alone == len(pool):
+        raise UserError(
+            f"gate.group: no row of {setting} has a column {config.gate.group!r}; set it to one that they have, or to"
+            " null where rows are independent"
+        )
+    logger.warning(
+        f"gate.group: {plural(alone, 'row')} of {setting} without {config.gate.group!r}: each is a group of its own"
+    )
 
 
 def _digest(value: Any) -> str:

@@ -152,6 +152,20 @@ def test_one_group_says_nothing_of_others(tmp_path: Path) -> None:
         rows.split(config(tmp_path, file, **{"gate.group": "user"}), SPEC)
 
 
+def test_a_column_that_no_row_has_is_refused_and_rows_without_it_are_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Else a slip in its name makes rows of one customer independent, lying in all three sets."""
+    some = [row(number, f"user {number % 20}" if number < 37 else None) for number in range(40)]
+    file = written(tmp_path / "a.jsonl", some)
+    with pytest.raises(UserError, match=r"gate\.group: no row of data\.train has a column 'usr'; set it to") as error:
+        rows.split(config(tmp_path, file, **{"gate.group": "usr"}), SPEC)
+    assert "\n" not in str(error.value)
+    assert "gate.group" not in caplog.text
+    rows.split(config(tmp_path, file, **{"gate.group": "user"}), SPEC)
+    assert "gate.group: 3 rows of data.train without 'user': each is a group of its own" in caplog.text
+
+
 def test_rows_that_cannot_be_read_are_said_or_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     file = written(tmp_path / "a.jsonl", [row(number) for number in range(200)])
     file.write_text(file.read_text() + "{broken\n")
