@@ -43,11 +43,23 @@ def group_numbers(setting: str | None, plan: Plan, origins: Sequence[Origin]) ->
     wanted = set(origins)
     values = {origin: value for origin, value in _values(setting, plan) if origin in wanted and value is not None}
     if not values:
-        seen = ", ".join(sorted({name for file in plan.files for name in file.columns})) or "other fields"
-        raise UserError(f"gate.group: no held-out row has a column {setting!r}; there are {seen}")
+        raise _no_column(setting, plan)
     if missing := len(wanted) - len(values):
         logger.warning(f"gate.group: {plural(missing, 'held-out row')} without {setting!r}: each is a group of its own")
     return numbered([(values[origin],) if origin in values else origin for origin in origins])
+
+
+def check_column(setting: str | None, plan: Plan) -> None:
+    """Raise UserError if no row of a plan's files has the column of gate.group, before anything is made of them.
+
+    Reads no further than to the first row that has it.
+    """
+    if setting is None or setting == FILE:
+        return
+    pieces = (piece for shard in plan.shards for piece in shard)
+    values = (value for piece in pieces for _, value in _column(setting, plan, piece.file, piece.unit))
+    if all(value is None for value in values):
+        raise _no_column(setting, plan)
 
 
 def count_planned(setting: str | None, plan: Plan, enough: int, files: Collection[int] | None = None) -> int:
@@ -93,6 +105,11 @@ def _column(setting: str, plan: Plan, number: int, unit: Unit) -> Iterator[tuple
     column = plan.sources[planned.source].fields.get(setting, setting)
     for place, row in read_unit(planned.file, unit, planned.columns, [column]):
         yield (number, place), _text(row.get(column) if isinstance(row, dict) else None)
+
+
+def _no_column(setting: str, plan: Plan) -> UserError:
+    seen = ", ".join(sorted({name for file in plan.files for name in file.columns})) or "other fields"
+    return UserError(f"gate.group: no held-out row has a column {setting!r}; there are {seen}")
 
 
 def _text(value: Any) -> str | None:

@@ -21,7 +21,7 @@ from olora_ray.common.errors import UserError
 from olora_ray.common.text import plural
 from olora_ray.config.dotted import flatten
 from olora_ray.config.schema import Config, Source
-from olora_ray.evaluation.groups import count_planned
+from olora_ray.evaluation.groups import check_column, count_planned
 from olora_ray.evaluation.rows import LOSS, PERPLEXITY
 from olora_ray.model import identity
 from olora_ray.pipeline.fingerprint import TAGS
@@ -61,7 +61,11 @@ class _Start:
 
 
 def make(config: Config, inputs: Inputs, champion: Version | None) -> Recipe:
-    """Build the recipe. The run name is a hash of its inputs, so an interrupted run is found and resumed."""
+    """Build the recipe. The run name is a hash of its inputs, so an interrupted run is found and resumed.
+
+    Raises UserError for a gate that nothing could pass, or that cannot be applied to the held-out rows.
+    """
+    check_column(config.gate.group, inputs.held_out)  # else the gate would say so, after the training
     known_files.note(config, inputs.plan)
     if champion is not None:
         unseen = _unseen(config, inputs, champion)

@@ -244,6 +244,17 @@ def test_where_too_few_rows_are_held_out_for_the_gate_nothing_is_trained(config:
     made(override(apart, score | {"evaluation.rows": 20}), champion)
 
 
+def test_a_group_that_is_no_column_is_refused_before_anything_is_trained(config: Config, tmp_path: Path) -> None:
+    """It was said by the gate, when the night's training was over and its version registered; the first one too."""
+    write(tmp_path / "held_out.jsonl")
+    apart = {"data.eval": [{"path": str(tmp_path / "held_out.jsonl")}], "retrain.from": "base"}
+    for held_out in (apart, {"data.eval_fraction": 0.2}):
+        with pytest.raises(UserError, match=r"gate\.group: no held-out row has a column 'txt'; there are other fields"):
+            made(override(config, {"gate.group": "txt", **held_out}), None)
+    for group in ("text", "@file", None):
+        made(override(config, {"gate.group": group, **apart}), None)
+
+
 def test_of_drawn_rows_those_count_that_are_held_out(config: Config, tmp_path: Path) -> None:
     drawn = override(config, {"data.eval_fraction": 0.2, "retrain.from": "base"})
     champion = champion_of(drawn, tmp_path / "run")
