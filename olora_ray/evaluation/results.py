@@ -14,7 +14,7 @@ from olora_ray.evaluation import lm_eval_tasks as tasks
 from olora_ray.evaluation import rows
 from olora_ray.evaluation.bootstrap import Interval, difference
 from olora_ray.evaluation.command_line import Request
-from olora_ray.evaluation.groups import group_numbers
+from olora_ray.evaluation.groups import group_numbers, origins
 from olora_ray.evaluation.held_out import Answer, measure_and_answer
 from olora_ray.evaluation.lm_eval_tasks import TaskResult, Tasks
 from olora_ray.evaluation.rows import RowResults
@@ -84,10 +84,11 @@ def evaluate(target: Target, sets: Tasks, limit: int | None) -> Evaluation:
     answers: Sequence[Answer] = ()
     if config.data.holds_out():
         base = with_tokenizer(target.base, config)
-        held_out, answers = measure_and_answer(base, adapter, prepare.prepare(config, base.spec, "eval"), config)
+        store = prepare.prepare(config, base.spec, "eval")
         if isinstance(config, Config) and config.gate.group is not None:
-            plan = prepare.plan_here(config, base.spec, "eval")
-            groups = group_numbers(config.gate.group, plan, held_out.origins)
+            # Before anything is measured: a column that no row has would cost all of it.
+            groups = group_numbers(config.gate.group, prepare.plan_here(config, base.spec, "eval"), origins(store))
+        held_out, answers = measure_and_answer(base, adapter, store, config)
     return Evaluation(target, held_out, tasks.run(sets, limit, target.base, adapter, config), groups, answers)
 
 

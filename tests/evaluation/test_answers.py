@@ -2,10 +2,12 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from olora_ray.config.load import build
+from olora_ray.common.errors import UserError
+from olora_ray.config.load import build, override
 from olora_ray.config.schema import Config
 from olora_ray.data.mobility import rows
 from olora_ray.data.mobility.law import Law, Settings, visits
@@ -65,6 +67,17 @@ def test_answers_lead_to_their_rows_and_rows_to_people(
         json.loads(item.reference)["prediction"]
         for item in sorted(answers, key=lambda item: int(item.origin.rpartition(":")[2]))
     )
+
+
+def test_a_group_that_is_no_column_is_refused_before_anything_is_measured(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[Any] = []
+    monkeypatch.setattr(results, "measure_and_answer", lambda *given: measured.append(given))
+    mistaken = override(config, {"gate.group": "person"})
+    with pytest.raises(UserError, match=r"gate\.group: no held-out row has a column 'person'"):
+        results.evaluate(Target("runs/small", open_base(config).model, None, mistaken), {}, None)
+    assert not measured
 
 
 def test_without_a_scorer_there_is_no_file_of_answers(config: Config, tmp_path: Path) -> None:
