@@ -2,6 +2,7 @@
 
 import difflib
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +47,7 @@ class TaskResult:
     stderr: Mapping[str, float]
     """Standard errors of those metrics that have one."""
     values: Mapping[str, tuple[float, ...]]
-    """The metrics of each row, in order, where they are numbers."""
+    """The metrics of each row, in order, where all rows have numbers and the metric is their mean."""
 
 
 def load(names: Sequence[str], data: str | None) -> Tasks:
@@ -136,8 +137,20 @@ def _result(task: Any, results: Mapping[str, Any], samples: Sequence[Mapping[str
         error = results.get(f"{name}_stderr,{filtered}")
         if isinstance(error, int | float):
             stderr[shown] = float(error)
-        rows = [sample[name] for sample in samples if sample["filter"] == filtered and name in sample]
-        if all(isinstance(row, int | float) for row in rows):
+        # None where a task leaves the metric out: of another model's rows it may be others.
+        rows = [sample.get(name) for sample in samples if sample["filter"] == filtered]
+        if _is_mean(metrics[shown], rows):
             values[shown] = tuple(map(float, rows))
     split = task.config.test_split if task.has_test_docs() else task.config.validation_split
     return TaskResult(f"{split}[:{len({sample['doc_id'] for sample in samples})}]", metrics, stderr, values)
+
+
+def _is_mean(value: float, rows: Sequence[Any]) -> bool:
+    """Whether a metric is the mean of what its rows have.
+
+    Others are made of their rows in another way: a perplexity, whose rows have log-likelihoods, or F1 over all of them.
+    The difference of the rows' means is no difference of those, and may even have the other sign.
+    """
+    if not rows or not all(isinstance(row, int | float) for row in rows):
+        return False
+    return math.isclose(value, math.fsum(rows) / len(rows), rel_tol=1e-9, abs_tol=1e-12)

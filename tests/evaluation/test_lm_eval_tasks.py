@@ -1,7 +1,9 @@
 """Tasks come from a local folder as from the hub, and what a user can mistake is said in one line."""
 
+import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -40,6 +42,23 @@ def test_the_test_split_is_used_where_there_is_one(tmp_path: Path) -> None:
 def test_a_task_is_named_as_its_folder_too(tmp_path: Path, folder: Path) -> None:
     (tmp_path / "arc_easy").symlink_to(folder / "ai2_arc" / "ARC-Easy")
     assert len(load(["arc_easy"], tmp_path)["arc_easy"].eval_docs) == sets.ROWS
+
+
+def test_rows_are_kept_only_of_metrics_that_are_their_mean() -> None:
+    """lambada's rows have log-likelihoods, its perplexity is their exponential: the interval was of the former."""
+    likely = [-1.0, -2.5, -0.5]
+    results = {"alias": "lambada_openai", "acc,none": 2 / 3, "perplexity,none": math.exp(4.0 / 3)}
+    samples = [
+        {"doc_id": number, "filter": "none", "acc": int(value > -2), "perplexity": value}
+        for number, value in enumerate(likely)
+    ]
+    task = SimpleNamespace(has_test_docs=lambda: True, config=SimpleNamespace(test_split="test"))
+    found = lm_eval_tasks._result(task, results, samples)
+    assert found.metrics == {"acc": 2 / 3, "perplexity": math.exp(4.0 / 3)}
+    assert found.values == {"acc": (1.0, 0.0, 1.0)}
+    assert found.rows == "test[:3]"
+    del samples[1]["acc"]  # nor of one that a row has not: with another model it may be another row
+    assert not lm_eval_tasks._result(task, results | {"acc,none": 1.0}, samples).values
 
 
 @pytest.mark.parametrize(
