@@ -101,7 +101,7 @@ def _differences(first: Evaluation, second: Evaluation) -> Iterator[tuple[str, I
     ours, theirs = first.held_out, second.held_out
     if ours and theirs and ours.data == theirs.data:  # else tokens differ, and losses per token cannot be compared
         for name in ours.names():
-            if name in theirs.names():
+            if rows.comparable(name, ours, theirs):
                 found = rows.compare(name, ours, theirs, groups=first.groups)
                 if found.groups > 1:  # one alone says nothing of the others
                     yield name, found.interval

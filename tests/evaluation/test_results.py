@@ -58,6 +58,19 @@ def test_other_tokens_stand_side_by_side_without_intervals() -> None:
     assert "not paired" in table.lines(pair, found)[-4]
 
 
+def test_a_score_that_no_row_has_of_both_models_costs_nothing_but_its_interval() -> None:
+    """A scorer leaves a name out where it does not apply: all that was measured was lost with an error."""
+    pair = [evaluation("tuned", (1.0, 1.0)), evaluation("base", (0.0, 1.0))]
+    for number, each in enumerate(pair):
+        assert each.held_out is not None
+        scores = {**each.held_out.scores, "first": {number: 1.0}, f"of {number}": {0: 1.0}}
+        pair[number] = replace(each, held_out=replace(each.held_out, scores=scores))
+    found = differences(*pair)
+    assert list(found) == ["eval/loss", "eval/perplexity", "eval/exact_match", "arc_easy/acc"]
+    [line] = [line for line in table.lines(pair, found) if line.startswith("eval/first")]
+    assert line.endswith("not paired")
+
+
 def test_one_group_alone_has_no_interval() -> None:
     first, second = evaluation("tuned", (1.0, 1.0)), evaluation("base", (0.0, 1.0))
     assert list(differences(replace(first, groups=[0, 0]), second)) == ["arc_easy/acc"]
