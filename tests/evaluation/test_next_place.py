@@ -56,6 +56,14 @@ def test_the_model_and_each_baseline_on_the_same_rows(tmp_path: Path) -> None:
     assert {each.name for each in found.baselines if not each.simple} == {next_place.MOVING}
 
 
+def test_a_model_that_repeats_a_digit_names_no_place(tmp_path: Path) -> None:
+    """The weighted F1 of a number that no array holds ended the report with a traceback."""
+    write(tmp_path)
+    found = next_place.report(tmp_path, answers(tmp_path, f'{{"prediction": {"1" * 40}}}', answer.write(3)))
+    assert found.model.places == (next_place.NOWHERE, *[3] * 47)
+    assert found.lines()[4].split()[:3] == ["model", "stays", "shown"]
+
+
 def test_rows_that_were_not_answered_are_not_compared(tmp_path: Path) -> None:
     write(tmp_path)
     found = next_place.report(tmp_path, answers(tmp_path, answer.write(3), skip=40))

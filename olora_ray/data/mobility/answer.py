@@ -9,6 +9,8 @@ from olora_ray.common.errors import UserError
 KEY = "prediction"
 LONGEST = 400
 """Characters of braces that are looked into: Python's parser is not for more of what a model may write."""
+BOUND = 10**18
+"""No place has so large a number: a model that repeats a digit names none, and arrays hold no larger ones."""
 
 
 def write(place: int) -> str:
@@ -20,7 +22,7 @@ def read(text: str) -> int | None:
     """The place that an answer names; None if it names none.
 
     The first {...} of the text is read as a Python or JSON object, and of several places with commas between them the
-    first counts. Whatever is not a whole number then is no place, and so is wrong.
+    first counts. Whatever is not a whole number of 18 digits at most then is no place, and so is wrong.
     """
     found = re.search(r"\{[^{}]*\}", text)
     if not found or len(found[0]) > LONGEST:
@@ -29,7 +31,7 @@ def read(text: str) -> int | None:
     if isinstance(value, str):
         value = value.split(",")[0].strip()
         return int(value) if re.fullmatch(r"-?[0-9]{1,18}", value) else None
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
+    return value if isinstance(value, int) and not isinstance(value, bool) and abs(value) < BOUND else None
 
 
 def next_place(prediction: str, reference: str) -> dict[str, float]:
