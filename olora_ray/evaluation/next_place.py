@@ -74,6 +74,10 @@ class Report:
         """The number of each row's person."""
         return numbered([row.person for row in self.asked])
 
+    def of_several(self) -> bool:
+        """Whether the rows are of more than one person; of one alone there is no interval over people."""
+        return len(set(self.groups)) > 1
+
     def accuracy(self, places: Sequence[int]) -> float:
         """Acc@1: the share of the rows whose place is named."""
         return float(np.mean(np.equal(places, self.truth)))
@@ -95,12 +99,13 @@ class Report:
         table.append((self.model.name, self.model.sees, *self._scores(self.model.places), "", ""))
         for each in self.baselines:
             found = self.over(each)
-            interval = f"[{found.low:+.3f}, {found.high:+.3f}]"
+            interval = f"[{found.low:+.3f}, {found.high:+.3f}]" if self.of_several() else "one person: none"
             table.append((each.name, each.sees, *self._scores(each.places), f"{found.mean:+.3f}", interval))
         if self.best:
             table.append(("best possible", "the law", *self._scores(self.best.places), "", ""))
         shown = aligned(table, right=[number > 1 for number in range(6)])
-        size = f"{plural(len(self.truth), 'row')} of {len(set(self.groups))} people"
+        people = f"{len(set(self.groups))} people" if self.of_several() else "one person"
+        size = f"{plural(len(self.truth), 'row')} of {people}"
         return [size, "", shown[0], "-" * len(shown[0]), *shown[1:], "", *self.verdict()]
 
     def verdict(self) -> list[str]:
@@ -122,6 +127,11 @@ class Report:
     def _against(self, other: Predictor) -> str:
         what = "the best simple baseline" if other.simple else "a rule less simple"
         found = self.over(other)
+        if not self.of_several():
+            return (
+                f"It is not shown that the model beats {what}, {other.name} on {other.sees}: Acc@1 {found.mean:+.3f},"
+                " but one person says nothing of others."
+            )
         bounds = f"{found.mean:+.3f} (95% interval over people {found.low:+.3f} to {found.high:+.3f})"
         lost = "The model loses to" if found.high < 0 else "It is not shown that the model beats"
         word = "The model beats" if found.low > 0 else lost

@@ -133,6 +133,20 @@ def test_people_are_drawn_not_rows() -> None:
     assert report.verdict()[0].startswith("It is not shown that the model beats the best simple baseline, last on full")
 
 
+def test_one_person_says_nothing_of_others(tmp_path: Path) -> None:
+    """The interval over one person has no width, and the verdict was that the model wins, or loses."""
+    for ours, theirs in ((True, False), (False, True)):
+        report = made([[ours] * 50], [[theirs] * 50], [[theirs] * 50])
+        assert report.verdict()[0] == (
+            "It is not shown that the model beats the best simple baseline, last on full past: Acc@1"
+            f" {1 if ours else -1:+.3f}, but one person says nothing of others."
+        )
+    write(tmp_path, people=1)
+    lines = next_place.report(tmp_path, answers(tmp_path, answer.write(3))).lines()
+    assert lines[0] == "8 rows of one person"
+    assert all(line.endswith("one person: none") for line in lines[5:15])
+
+
 def test_the_verdict_says_who_wins() -> None:
     rng = np.random.default_rng(0)
     good, poor = ([(rng.random(10) < share).tolist() for _ in range(60)] for share in (0.8, 0.4))
