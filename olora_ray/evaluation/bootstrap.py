@@ -7,6 +7,9 @@ come from one document or customer, are drawn together or not at all (the cluste
 The bounds are quantiles of the draws. With n groups these are too narrow by sqrt((n - 1) / n) and know nothing of
 Student's t, so the quantiles are moved outwards by both: Hesterberg, "What Teachers Should Know About the Bootstrap"
 (The American Statistician 69, 2015), section 5.3.
+
+No draw lies beyond the groups themselves, and all n of them are on one side of the truth by luck in 2 of 2^n cases: of
+two to five groups no quantile can hold it in 95 %. There the bounds are those of Student's t where these are wider.
 """
 
 import math
@@ -62,9 +65,13 @@ def difference(
     curve = of or (lambda means: means)
     drawn = curve(_means(sums, draws, rng))  # (2, draws)
     mean = curve(pair @ weight / weight.sum())
-    tail = _tail(level, sums.shape[1])
-    low, high = np.quantile(drawn[0] - drawn[1], [tail, 1 - tail])
-    return Interval(float(mean[0] - mean[1]), float(low), float(high))
+    found, middle, count = drawn[0] - drawn[1], float(mean[0] - mean[1]), sums.shape[1]
+    tail = _tail(level, count)
+    low, high = map(float, np.quantile(found, [tail, 1 - tail]))
+    if count > 1 and 2.0 ** (1 - count) > 1 - level:
+        half = _half(found, level, count)
+        low, high = min(low, middle - half), max(high, middle + half)
+    return Interval(middle, low, high)
 
 
 def _sums(rows: Values, group: NDArray[np.int64], rng: np.random.Generator) -> Values:
@@ -94,3 +101,10 @@ def _tail(level: float, count: int) -> float:
     if count < 2:
         return (1 - level) / 2
     return float(ndtr(math.sqrt(count / (count - 1)) * stdtrit(count - 1, (1 - level) / 2)))
+
+
+def _half(found: Values, level: float, count: int) -> float:
+    """Half of the width that Student's t gives an interval, with the spread of the draws."""
+    from scipy.special import stdtrit
+
+    return float(found.std() * math.sqrt(count / (count - 1)) * -stdtrit(count - 1, (1 - level) / 2))

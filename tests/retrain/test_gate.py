@@ -98,7 +98,7 @@ def test_the_interval_is_of_the_improvement() -> None:
 def test_all_conditions_must_hold() -> None:
     conditions = [{"metric": "eval/match", "at_least": 0.9}, {"metric": "eval/perplexity", "at_most": 3.0}]
     strict = gate(**{"and": conditions})
-    champion = results([3.0, 3.2])
+    champion = results([3.0, 3.02])
     assert decide(strict, results([1.0, 1.0], match=[1.0, 1.0]), champion).passed
     low = decide(strict, results([1.0, 1.0], match=[1.0, 0.0]), champion)
     assert (low.passed, low.reason) == (False, "eval/match 0.5000 is below 0.9")
@@ -149,6 +149,15 @@ def test_few_rows_or_groups_are_not_enough() -> None:
     assert not alike.passed
     assert "60 rows in 15 groups), but gate.min_rows asks for 20" in alike.reason
     assert decide(Gate(), *many, HeldOut(groups=[row // 3 for row in range(60)])).passed
+
+
+def test_a_challenger_that_is_as_good_rarely_passes_on_few_rows_either() -> None:
+    """Both of two rows are better by luck every fourth night, and that was enough where gate.min_rows is set so low."""
+    rng = np.random.default_rng(6)
+    for rows in (2, 3, 4, 5):
+        pairs = rng.normal(2.0, 0.3, (200, 2, rows))
+        passed = sum(decide(gate(min_rows=rows), results(ours), results(theirs)).passed for ours, theirs in pairs)
+        assert passed <= 14, rows  # 5 expected, 4 standard deviations
 
 
 def test_rows_that_are_alike_widen_the_interval() -> None:
