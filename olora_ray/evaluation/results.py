@@ -71,6 +71,8 @@ def check(request: Request, config: AnyConfig) -> None:
             f"{request.models[0]}: nothing to evaluate it on: give --tasks, or --config with data.eval or"
             " data.eval_fraction"
         )
+    if config.evaluation.scorer and not config.data.holds_out():
+        logger.warning("evaluation.scorer: nothing is scored: no rows are held out")
     if storage.is_uri(config.run.storage):
         storage.check(config.run.storage, "run.storage")
     address.find()

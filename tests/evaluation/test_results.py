@@ -16,6 +16,7 @@ from olora_ray.evaluation.rows import RowResults
 from olora_ray.evaluation.targets import Target
 from olora_ray.model.source import BaseModel
 from tests import mlflow_database, tiny
+from tests.said import said
 
 
 def evaluation(name: str, right: tuple[float, ...], data: str = "store") -> Evaluation:
@@ -146,6 +147,19 @@ def test_what_cannot_be_done_is_said_before_anything_starts(
     request = Request(("base",), None, {}, names, None, None, None)
     with pytest.raises(UserError, match=message):
         results.check(request, tiny.config(**changes))
+
+
+def test_a_scorer_without_rows_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As docs/evaluation.md promises; with tasks alone the answers were missing without a word."""
+    monkeypatch.setattr("olora_ray.evaluation.results.address.find", lambda: "local")
+    request = Request(("base",), None, {}, ("boolq",), None, None, None)
+    with said() as lines:
+        results.check(request, tiny.config())
+    assert not lines
+    with said() as lines:
+        results.check(request, tiny.config(evaluation__scorer="exact_match"))
+    assert len(lines) == 1
+    assert "evaluation.scorer: nothing is scored: no rows are held out" in lines[0]
 
 
 def test_without_a_config_nothing_is_tracked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
