@@ -55,6 +55,8 @@ def write(
         for name, content in ((FILE, text), (ANSWERS, lines)) if lines else ((FILE, text),):
             storage.write_text(storage.join(folder, name), content)
             logger.info(f"written: {storage.join(folder, name)}")
+        if not lines and storage.exists(left := storage.join(folder, ANSWERS)):
+            logger.warning(f"{left}: is of an earlier evaluation; this one has scored no answers")
     if uri is None:
         return
     for result in results:

@@ -21,6 +21,7 @@ from olora_ray.evaluation.targets import Target
 from olora_ray.pipeline.base import open_base
 from olora_ray.tokens import prepare
 from tests.pipelines.project import make_model, settings
+from tests.said import said
 
 
 @pytest.fixture
@@ -85,3 +86,13 @@ def test_without_a_scorer_there_is_no_file_of_answers(config: Config, tmp_path: 
     base = open_base(config).model
     save.write(request, [results.Evaluation(Target("m", base, None, config), None, {})], {}, None)
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["evaluation.json"]
+
+
+def test_answers_of_an_earlier_evaluation_are_not_taken_for_those_of_this_one(config: Config, tmp_path: Path) -> None:
+    request = command_line.read(["m", "--out", str(tmp_path)], "")
+    (tmp_path / "answers.jsonl").write_text("{}\n")
+    with said() as lines:
+        save.write(request, [Evaluation(Target("m", open_base(config).model, None, config), None, {})], {}, None)
+    expected = f"{tmp_path}/answers.jsonl: is of an earlier evaluation; this one has scored no answers"
+    assert [line for line in lines if expected in line]
+    assert (tmp_path / "answers.jsonl").read_text() == "{}\n"
