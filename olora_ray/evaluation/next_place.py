@@ -176,9 +176,14 @@ def _predict(
     pasts: Mapping[str, Past],
     targets: Iterable[tuple[str, int, int | None]],
 ) -> tuple[int, ...]:
-    """Predictions for (person, number of a stay, how many stays before it are seen; None: all)."""
+    """Predictions for (person, number of a stay, how many stays before it are seen; None: all).
+
+    Of a first stay (`prepare.py --least 0`) none names a place: nothing came before it.
+    """
     return tuple(
         baseline(pasts[person][max(0, stay - most) if most else 0 : stay], people[person][stay].when)
+        if stay
+        else NOWHERE
         for person, stay, most in targets
     )
 

@@ -64,6 +64,15 @@ def test_a_model_that_repeats_a_digit_names_no_place(tmp_path: Path) -> None:
     assert found.lines()[4].split()[:3] == ["model", "stays", "shown"]
 
 
+def test_a_first_stay_can_be_asked_for(tmp_path: Path) -> None:
+    """With --least 0 somebody with one stay is asked for it; the baselines looked for a stay before it."""
+    known = {str(person): [Stay(3, n * 1440, When(0, 0)) for n in range(1 + 9 * person)] for person in range(2)}
+    rows.write(tmp_path, Records(known, {}), rows.select(known, 0), Template("short", 2, 2), None)
+    found = next_place.report(tmp_path, answers(tmp_path, answer.write(3)))
+    assert [(row.person, row.stay, row.shown) for row in found.asked] == [("0", 0, 0), ("1", 8, 4), ("1", 9, 4)]
+    assert {each.places for each in found.baselines if each.simple} == {(next_place.NOWHERE, 3, 3)}
+
+
 def test_rows_that_were_not_answered_are_not_compared(tmp_path: Path) -> None:
     write(tmp_path)
     found = next_place.report(tmp_path, answers(tmp_path, answer.write(3), skip=40))
