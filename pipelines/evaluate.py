@@ -28,6 +28,7 @@ def main(argv: list[str]) -> None:
     request = arguments.read(argv, usage=__doc__ or "")
     config = targets.settings(request.models, request.config, request.changes)
     results.check(request, config)
+    save.check(request)
     sets = lm_eval_tasks.load(request.tasks, request.task_data)
     models = [targets.resolve(name, config) for name in request.models]
     uri = save.address(request, models)

@@ -24,6 +24,12 @@ ANSWERS = "answers.jsonl"
 """One line for each answer that was scored."""
 
 
+def check(request: Request) -> None:
+    """Raise UserError if results could not be written where they go: nothing is measured for a file that cannot be."""
+    if folder := _folder(request):
+        storage.check(folder, "argument --out")
+
+
 def address(request: Request, targets: Sequence[Target]) -> str | None:
     """The MLflow that results go to; None if none is configured: no config, no run, no MLFLOW_TRACKING_URI.
 
@@ -48,9 +54,7 @@ def write(
     Raises TrackingUnavailable if MLflow does not answer; the file is written by then.
     """
     text = _text(request, results, intervals)
-    # In a job not below its own folder, which is deleted after it.
-    folder = paths.absolute(request.out, paths.lasting(Path.cwd())) if request.out else run_of(request.models[0])
-    if folder:
+    if folder := _folder(request):
         lines = "".join(_answers(results))
         for name, content in ((FILE, text), (ANSWERS, lines)) if lines else ((FILE, text),):
             storage.write_text(storage.join(folder, name), content)
@@ -62,6 +66,12 @@ def write(
     for result in results:
         _track(result, text)
     logger.info(f"logged: {len(results)} run(s) with the tag olora.kind=evaluation in {client.shown_uri(uri)}")
+
+
+def _folder(request: Request) -> str | None:
+    """Where the files of an evaluation go; None: nowhere."""
+    # In a job not below its own folder, which is deleted after it.
+    return paths.absolute(request.out, paths.lasting(Path.cwd())) if request.out else run_of(request.models[0])
 
 
 def _answers(results: Sequence[Evaluation]) -> Iterator[str]:

@@ -84,6 +84,7 @@ def logged(database: Path) -> list[dict[str, float]]:
         (["{model}", "--tasks", "boolq", "--task-data", "nowhere"], "--task-data nowhere: no such folder"),
         (["{model}", "--tasks", "boolq", "--scorer", "nonsense"], "no scorer is called 'nonsense'"),
         (["./nowhere", "--config", "{config}"], "no such file or folder"),
+        (["{model}", "--config", "{config}", "--out", "{config}"], "argument --out: {config} cannot be written: "),
     ],
 )
 def test_mistakes_are_one_line(
@@ -104,5 +105,5 @@ def test_mistakes_are_one_line(
         command_line.run(evaluate.main)
     assert ended.value.code == 2
     errors = capsys.readouterr().err.strip().splitlines()
-    assert message in errors[-1]
+    assert message.format(config=file) in errors[-1]
     assert errors[-1].startswith("error: ")
