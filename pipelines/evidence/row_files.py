@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from olora_ray.common.errors import UserError
+from olora_ray.common.errors import UserError, as_user_error, short_reason
 
 
 @dataclass(frozen=True)
@@ -58,21 +58,22 @@ def shared(sets: Sets) -> list[str]:
 def write(folder: Path, sets: Sets, about: Mapping[str, object]) -> dict[str, str]:
     """Write both files and what is known of them; gives file name -> sha256.
 
-    Raises UserError rather than overwrite files that were not written here.
+    Raises UserError rather than overwrite files that were not written here, and for a folder that cannot be written.
     """
     assert not shared(sets), f"training and held-out rows share {shared(sets)[:3]}"
     names = ("train.jsonl", "heldout.jsonl")
     if not (folder / "rows.json").exists() and (theirs := [name for name in names if (folder / name).exists()]):
         raise UserError(f"--out {folder}: its {theirs[0]} was not written by this script; choose another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    digests = {
-        name: _written(folder / name, rows) for name, rows in zip(names, (sets.train, sets.heldout), strict=True)
-    }
-    files = {
-        name: {"rows": len(rows), "sha256": digests[name]}
-        for name, rows in zip(names, (sets.train, sets.heldout), strict=True)
-    }
-    _written_whole(folder / "rows.json", json.dumps({**about, "files": files}, indent=1) + "\n")
+    with as_user_error(f"--out {folder}: cannot be written", OSError, reason=short_reason):
+        folder.mkdir(parents=True, exist_ok=True)
+        digests = {
+            name: _written(folder / name, rows) for name, rows in zip(names, (sets.train, sets.heldout), strict=True)
+        }
+        files = {
+            name: {"rows": len(rows), "sha256": digests[name]}
+            for name, rows in zip(names, (sets.train, sets.heldout), strict=True)
+        }
+        _written_whole(folder / "rows.json", json.dumps({**about, "files": files}, indent=1) + "\n")
     return digests
 
 

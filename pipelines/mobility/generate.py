@@ -21,7 +21,7 @@ from dataclasses import fields
 from itertools import count
 from pathlib import Path
 
-from olora_ray.common.errors import UserError
+from olora_ray.common.errors import UserError, as_user_error, short_reason
 from olora_ray.config import command_line
 from olora_ray.data.mobility.law import Law, Settings, visits
 from olora_ray.data.mobility.stay import MINUTES
@@ -39,8 +39,11 @@ def main(argv: list[str]) -> None:
     changes = {name: _value(found.options, name, kind) for name, kind in kinds.items() if f"--{name}" in found.options}
     law = Law(Settings(**changes))  # type: ignore[arg-type]
     folder = Path(found.options["--out"])
-    folder.mkdir(parents=True, exist_ok=True)
-    chances = list(_write(folder, law))
+    with as_user_error(f"argument --out: {folder}: cannot be written", OSError, reason=short_reason):
+        folder.mkdir(parents=True, exist_ok=True)
+        chances = list(_write(folder, law))
+    if not chances:
+        raise UserError("argument --busy: no stay has come of it; set it, --days or --people higher")
     mean = sum(chances) / len(chances)
     print(f"written: {len(chances)} stays of {len(law.people)} people to {folder}; best possible Acc@1 {mean:.3f}")
 

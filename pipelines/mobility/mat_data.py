@@ -21,7 +21,7 @@ from datetime import datetime
 from itertools import groupby
 from pathlib import Path
 
-from olora_ray.common.errors import UserError, as_user_error
+from olora_ray.common.errors import UserError, as_user_error, short_reason
 from olora_ray.config import command_line
 from olora_ray.data.mobility.records import numbered
 from olora_ray.data.mobility.stay import MINUTES
@@ -50,8 +50,10 @@ def main(argv: list[str]) -> None:
     if not lines:
         raise UserError("argument FILE.csv: no check-ins are there")
     people = reconstructed(sorted(lines, key=lambda line: (line.trajectory, line.time)))
-    _write(Path(found.options["--out"]), people)
-    print(f"written: {len(lines)} check-ins of {len(people)} people to {found.options['--out']}")
+    out = found.options["--out"]
+    with as_user_error(f"argument --out: {out}: cannot be written", OSError, reason=short_reason):
+        _write(Path(out), people)
+    print(f"written: {len(lines)} check-ins of {len(people)} people to {out}")
 
 
 def reconstructed(lines: Sequence[CheckIn]) -> list[list[CheckIn]]:

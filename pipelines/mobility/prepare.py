@@ -24,7 +24,7 @@ Each person's first 60 % of stays are targets of training, the next 20 % of eval
 from collections.abc import Mapping
 from pathlib import Path
 
-from olora_ray.common.errors import UserError
+from olora_ray.common.errors import UserError, as_user_error, short_reason
 from olora_ray.common.text import plural
 from olora_ray.config import command_line
 from olora_ray.data.mobility import files, rows
@@ -64,7 +64,8 @@ def main(argv: list[str]) -> None:
             "places: numbered as they first appear, so that a model that counts names places where nobody has been yet;"
             " number them in another order"
         )
-    written = rows.write(Path(options["--out"]), records, selection, template, fits)
+    with as_user_error(f"argument --out: {options['--out']}: cannot be written", OSError, reason=short_reason):
+        written = rows.write(Path(options["--out"]), records, selection, template, fits)
     print("\n".join([*written, f"no targets: {selection.too_early} stays with fewer than {least} before them"]))
 
 

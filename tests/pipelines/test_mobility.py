@@ -144,12 +144,28 @@ def test_questions_are_cut_to_the_config(records: Path, tmp_path: Path, tiny_mod
 def test_the_scripts_refuse_what_they_do_not_know(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="argument --people: expected a number, not 'many'"):
         generate.main(["--out", str(tmp_path), "--people", "many"])
+    with pytest.raises(UserError, match="argument --seed: -1 is below 0"):
+        generate.main(["--out", str(tmp_path), "--seed", "-1"])
+    with pytest.raises(UserError, match="argument --busy: no stay has come of it; set it, --days or"):
+        generate.main(["--out", str(tmp_path), "--people", "1", "--days", "1", "--busy", "1e-12"])
     with pytest.raises(UserError, match="argument --out: missing"):
         generate.main([])
     with pytest.raises(UserError, match="arguments FOLDER and ANSWERS"):
         report.main([str(tmp_path)])
     with pytest.raises(UserError, match=r"arguments FILE\.csv and --out: needed"):
         mat_data.main([])
+
+
+def test_a_place_that_cannot_be_written_is_one_line(records: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    refused = r"argument --out: .*file/out: cannot be written: Not a directory"
+    with pytest.raises(UserError, match=refused):
+        generate.main(["--out", str(tmp_path / "file" / "out"), "--people", "1", "--days", "1"])
+    with pytest.raises(UserError, match=refused):
+        prepare.main([str(records / "check_ins.csv"), "--format=checkins", "--out", str(tmp_path / "file" / "out")])
+    (tmp_path / "a.csv").write_text(HEAD + LINE.format(time="2012-05-07 08:00:00", lat="40.1", tid=10))
+    with pytest.raises(UserError, match=refused):
+        mat_data.main([str(tmp_path / "a.csv"), "--out", str(tmp_path / "file" / "out")])
 
 
 HEAD = "date_time,time,rating,price,weather,day,type,lat,lon,tid,label\n"

@@ -4,7 +4,7 @@ One check-in a line, eight columns with tabs between them, in latin-1, without a
 
     user  venue  category id  category  latitude  longitude  minutes from UTC to local time  UTC time
 
-with times as `Tue Apr 03 18:00:09 +0000 2012`. Venues are numbered from 1 in the order in which they appear.
+with times as `Tue Apr 03 18:00:09 +0000 2012`. Venues are numbered from 1 in the order of a hash (records.py).
 """
 
 from collections.abc import Iterator, Sequence

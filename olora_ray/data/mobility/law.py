@@ -83,7 +83,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Raise UserError for numbers of which nothing can be generated."""
-        least = {"people": 1, "days": 1, "places": len(KINDS) * 3, "variety": 0, "explore": 0, "gamma": 0, "busy": 0}
+        least = {"people": 1, "days": 1, "places": len(KINDS) * 3, "variety": 0, "explore": 0, "gamma": 0, "busy": 0,
+                 "seed": 0}  # fmt: skip
         for name, bound in least.items():
             if not getattr(self, name) >= bound:
                 raise UserError(f"argument --{name}: {getattr(self, name):g} is below {bound}")

@@ -51,6 +51,12 @@ def test_files_of_somebody_else_are_not_overwritten(script: Script, tmp_path: Pa
     assert (tmp_path / "train.jsonl").read_text() == "mine"
 
 
+def test_a_folder_that_cannot_be_written_is_one_line(script: Script, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match=r"--out .*file/out: cannot be written: Not a directory"):
+        script("row_files").write(tmp_path / "file" / "out", sets(script, ("Four?", "d")), {})
+
+
 @given(text=st.text())
 def test_case_and_blanks_do_not_make_another_question(script: Script, text: str) -> None:
     normalised = script("row_files").normalised
