@@ -38,6 +38,8 @@ logger = logging.getLogger(__name__)
 
 Kind = Literal["run", "checkpoint", "adapter", "model"]
 SETTINGS = "config.yaml"
+NO_GATE: Mapping[str, Any] = {"gate.metric": "eval/loss", "gate.and": []}
+"""An evaluation decides nothing: with another scorer or other rows, what the gate asks for need not be measured."""
 
 
 @dataclass(frozen=True)
@@ -69,9 +71,9 @@ def settings(names: Sequence[str], file: str | None, changes: Mapping[str, Any])
 
 def _settings(names: Sequence[str], file: str | None, changes: Mapping[str, Any]) -> AnyConfig:
     if file is not None:
-        return paths.resolved(load(file, changes), Path.cwd())
+        return paths.resolved(load(file, {**NO_GATE, **changes}), Path.cwd())
     if run := next(filter(None, map(run_of, names)), None):
-        return override(_read(storage.join(run, SETTINGS)), changes)
+        return override(_read(storage.join(run, SETTINGS)), {**NO_GATE, **changes})
     defaults = validated(EvaluationConfig, {"model": {"name": names[0]}}, "config")
     return paths.resolved(override(defaults, changes), Path.cwd())
 

@@ -107,6 +107,21 @@ def test_settings_are_those_of_the_run_with_changes(run: Path) -> None:
     assert targets.run_of("org/base") is None
 
 
+def test_what_the_gate_asks_for_need_not_be_measured(case: export_parts.Case, tmp_path: Path) -> None:
+    """`--scorer` with another one than the gate's was refused, and so were rows without what the gate is about."""
+    asked = {"gate.metric": "eval/exact_match", "gate.and": [{"metric": "eval/exact_match", "at_least": 0.5}]}
+    mine = override(config(case.base, tmp_path), {**asked, "gate.group": "user"})
+    RunFolder(mine).claim()
+    (Path(mine.folder()) / "checkpoints").mkdir()
+    file = tmp_path / "config.yaml"
+    file.write_text(dump(mine))
+    for given in (None, str(file)):
+        for changes in ({"evaluation.scorer": "json_fields"}, {"evaluation.scorer": None}, {"evaluation.rows": 0}):
+            found = targets.settings([mine.folder()], given, changes)
+            assert isinstance(found, Config)
+            assert (found.gate.metric, found.gate.conditions, found.gate.group) == ("eval/loss", (), "user")
+
+
 def test_a_model_of_no_run_has_settings_without_a_training(tmp_path: Path) -> None:
     found = targets.settings(["org/base", "org/other"], None, {"run.storage": str(tmp_path), "cluster.workers": 3})
     assert isinstance(found, EvaluationConfig)
