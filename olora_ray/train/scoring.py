@@ -77,6 +77,10 @@ def source_digest(name: str) -> str:
     return digest(*(digest_file(file) for file in files if file.is_file()), length=16)
 
 
+TAKEN = ("loss", "perplexity")
+"""Names that no score can have: gate and evaluation call it eval/NAME, as they do what is no score."""
+
+
 class Judge:
     """A scorer by its name, whose mistakes are one line each."""
 
@@ -85,7 +89,7 @@ class Judge:
         self.name, self._scorer = name, resolve(name)
 
     def __call__(self, prediction: str, reference: str) -> dict[str, float]:
-        """The scores of an answer; raises UserError if the scorer fails, or what it gives are no named numbers."""
+        """The scores of an answer; raises UserError if the scorer fails, or gives no numbers by names of their own."""
         try:
             found = self._scorer(prediction, reference)
         except UserError:
@@ -99,9 +103,15 @@ class Judge:
         try:
             if not isinstance(found, Mapping) or not all(isinstance(name, str) and name for name in found):
                 raise TypeError
-            return {name: float(value) for name, value in found.items()}
-        except (TypeError, ValueError):
+            scores = {name: float(value) for name, value in found.items()}
+        except (TypeError, ValueError, OverflowError):
             raise UserError(f"evaluation.scorer: {self.name} must give {{name: number}}, not {_short(found)}") from None
+        if taken := [name for name in TAKEN if name in scores]:
+            raise UserError(
+                f"evaluation.scorer: {self.name} gives a score called {taken[0]!r}, but eval/{taken[0]} is that of the"
+                " held-out rows; give it another name"
+            )
+        return scores
 
 
 def means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:

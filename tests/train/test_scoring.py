@@ -89,7 +89,8 @@ def test_resolve_says_what_is_wrong(name: str, problem: str) -> None:
 
 def test_a_scorer_that_fails_or_gives_no_numbers_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     given: dict[str, object] = {
-        "7": 7, "{1: 2}": {1: 2}, "{'a': 'b'}": {"a": "b"}, "None": None, "{'': 1}": {"": 1}, "[1": [1]
+        "7": 7, "{1: 2}": {1: 2}, "{'a': 'b'}": {"a": "b"}, "None": None, "{'': 1}": {"": 1}, "[1": [1],
+        "1000": {"a": 10**400},
     }  # fmt: skip
     for text, value in given.items():
         monkeypatch.setitem(SCORERS, "mine", lambda *_, value=value: value)  # type: ignore[misc]
@@ -101,6 +102,16 @@ def test_a_scorer_that_fails_or_gives_no_numbers_is_one_line(monkeypatch: pytest
         Judge("mine")("a", "b")
     monkeypatch.setitem(SCORERS, "mine", lambda *_: {"a": True})
     assert Judge("mine")("a", "b") == {"a": 1.0}
+
+
+@pytest.mark.parametrize("name", ["loss", "perplexity"])
+def test_a_score_that_is_called_as_the_held_out_loss_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gate and evaluate.py showed, and compared, the loss in its place."""
+    monkeypatch.setitem(SCORERS, "mine", lambda *_: {"same": 1.0, name: 0.5})
+    with pytest.raises(
+        UserError, match=rf"mine gives a score called '{name}', but eval/{name} is that of the held-out"
+    ):
+        Judge("mine")("a", "b")
 
 
 def test_a_mean_is_over_the_answers_that_have_the_score() -> None:
