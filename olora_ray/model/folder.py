@@ -6,6 +6,7 @@ A model folder was often made by others. What it says of itself, its sizes above
 import json
 import math
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ _LARGEST_HEADER = 100 * 2**20
 _LARGEST_NUMBER = 2**31
 _MOST_LAYERS = 2000
 """Deeper models than any, and still built within seconds."""
+_COUNTS_LAYERS = re.compile(r"layers?$")
+"""Names of numbers of layers (num_hidden_layers, n_layer); others only say of what layers have (Gemma 3n's
+vocab_size_per_layer_input)."""
 
 
 def check(folder: Path) -> None:
@@ -91,7 +95,7 @@ def _check_numbers(tree: dict[str, Any], where: str) -> None:
             waiting.extend((str(key), item) for key, item in value.items())
         elif isinstance(value, list):
             waiting.extend((name, item) for item in value if isinstance(item, dict | list | int))
-        elif isinstance(value, int) and abs(value) > (_MOST_LAYERS if "layer" in name else _LARGEST_NUMBER):
+        elif isinstance(value, int) and abs(value) > (_MOST_LAYERS if _COUNTS_LAYERS.search(name) else _LARGEST_NUMBER):
             raise UserError(f"model.name: {where}: {name} cannot be {value:.0e}")
 
 

@@ -214,6 +214,22 @@ def test_sizes_beyond_reason_are_refused_before_the_model_is_built(
     assert problem in refusal(copy)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"vocab_size_per_layer_input": 262_144},  # Gemma 3n, Gemma 4
+        {"text_config": {"vocab_size_per_layer_input": 262_144, "hidden_size_per_layer_input": 256}},
+        {"num_hidden_layers": 2, "n_layer": 2000},
+    ],
+)
+def test_a_size_that_layers_have_is_not_a_number_of_layers(copy: Path, changes: dict[str, Any]) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | changes))
+    assert obtain(copy).folder == str(copy)
+    (copy / "config.json").write_text(json.dumps(config | changes | {"n_layer": 2001}))
+    assert "n_layer cannot be 2e+03" in refusal(copy)
+
+
 def test_a_config_of_a_far_larger_model_than_the_weights_is_refused_before_it_fills_the_memory(copy: Path) -> None:
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 500}))
