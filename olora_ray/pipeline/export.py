@@ -218,13 +218,19 @@ def give_template(config: Config, base: BaseModel, folder: Path) -> None:
 
 
 def _held_out(store: TokenStore) -> list[torch.Tensor]:
-    """Token ids (1, T) of single examples, PARITY_TOKENS in all at most."""
+    """Token ids (1, T) of single examples, PARITY_TOKENS in all at most: of a first one that is longer, its beginning.
+
+    Logits are a row of the vocabulary for each token, several times over: those of one example of 32,768 tokens would
+    take a hundred gigabytes.
+    """
     found: list[torch.Tensor] = []
+    room = PARITY_TOKENS
     for index in range(store.available):
         pack, place = store[index], 0
         for size in pack.segments:
-            if sum(ids.shape[1] for ids in found) + size > PARITY_TOKENS and found:
+            if size > room and found:
                 return found
-            found.append(torch.tensor(pack.input_ids[place : place + size], dtype=torch.int64)[None])
-            place += size
+            taken = min(size, room)
+            found.append(torch.tensor(pack.input_ids[place : place + taken], dtype=torch.int64)[None])
+            place, room = place + size, room - taken
     return found

@@ -7,7 +7,7 @@ import pytest
 
 from olora_ray.data import chat_template
 from olora_ray.model.source import BaseModel
-from olora_ray.pipeline.export import give_template
+from olora_ray.pipeline.export import PARITY_TOKENS, _held_out, give_template
 from tests import tiny
 from tests.data import small_tokenizers
 
@@ -39,3 +39,15 @@ def test_chats_get_the_template_that_was_trained(begin: bool, source: dict[str, 
 @pytest.mark.parametrize("source", [{"format": "text"}, {"format": "prompt_completion"}])
 def test_texts_get_none(source: dict[str, Any], tmp_path: Path) -> None:
     assert exported(tmp_path, False, **source) is None
+
+
+@pytest.mark.parametrize(
+    ("lengths", "taken"),
+    [((100, 100, 100), [100, 100]), ((3000, 10), [PARITY_TOKENS]), ((PARITY_TOKENS, 1), [PARITY_TOKENS])],
+)
+def test_logits_are_of_few_tokens_however_long_examples_are(lengths: tuple[int, ...], taken: list[int]) -> None:
+    item = tiny.pack(*lengths)
+    store: Any = tiny.ListStore([item, tiny.pack(5)])
+    found = _held_out(store)
+    assert [ids.shape for ids in found] == [(1, size) for size in taken]
+    assert found[0][0].tolist() == item.input_ids[: taken[0]].tolist()
