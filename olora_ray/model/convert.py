@@ -33,7 +33,8 @@ def gguf(file: Path, config: AnyConfig) -> Path:
     dtype = "float32" if config.model.dtype == "float32" else "bfloat16"
     announcement = f"model: dequantising {file.name} to {dtype}, once"
     write = partial(_dequantise, file, DTYPES[dtype])
-    return _converted(write, file.stem, f"{of_weights([file])}/{dtype}", config, announcement)
+    # The last word: conversions of before were without the scaling of positions, and are made again.
+    return _converted(write, file.stem, f"{of_weights([file])}/{dtype}/positions", config, announcement)
 
 
 def pickled(folder: Path, config: AnyConfig) -> Path:
@@ -98,7 +99,7 @@ def _dequantise(file: Path, dtype: torch.dtype, out: Path) -> None:
         as_user_error(f"model.name: reading {file.name} needs the package gguf", ImportError),
         foreign(f"model.name: {file} is not a GGUF model that loads"),
     ):
-        gguf_header.check(file)
+        scaling = gguf_header.check(file)
         model, report = from_pretrained(file.parent, gguf_file=file.name, dtype=dtype, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     if missing := sorted(report["missing_keys"]):
@@ -106,6 +107,8 @@ def _dequantise(file: Path, dtype: torch.dtype, out: Path) -> None:
     # The weights are dequantised, but transformers still marks the model as quantised and would
     # refuse to save it.
     plain: Any = model
+    if scaling is not None:
+        plain.config.rope_parameters = {**plain.config.rope_parameters, **scaling}
     plain.config.__dict__.pop("quantization_config", None)
     for mark in ("hf_quantizer", "quantization_method", "is_quantized"):
         if hasattr(plain, mark):

@@ -8,7 +8,7 @@ import math
 import os
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,22 +22,34 @@ _LARGEST_ALIGNMENT = 2**20
 _LARGEST_NUMBER = 2**31
 _LONGEST_NAME = 2**16
 _BLOCK = re.compile(r"blk\.(\d+)\.")
+_DIVISORS, _OTHER_DIVISORS = "rope_freqs.weight", ("rope_factors_long.weight", "rope_factors_short.weight")
+"""Tensors by which the frequencies of rotary positions are divided."""
+_MOST_DIVISORS = 2**16
+_READS_SCALING = "gpt-oss"
+"""The architecture whose scaled positions transformers reads."""
+_LOW, _HIGH, _ORIGINAL = 1.0, 4.0, 8192
+"""Of Llama 3.1 to 3.3, whose files have the divisors that follow from them, and a factor."""
+_ALIKE = 1e-3
 
 
 class _Broken(Exception):
     pass
 
 
-def check(file: Path) -> None:
-    """Raise UserError unless all that the header counts is there, and its sizes are those of its tensors."""
+def check(file: Path) -> dict[str, Any] | None:
+    """Raise UserError unless all that the header counts is there, and its sizes are those of its tensors.
+
+    Returns how the model scales its rotary positions, as a config of transformers says it; None: not at all. It is for
+    the caller to set, since transformers passes it by. Raises UserError also where it cannot be told.
+    """
     try:
         with file.open("rb") as stream:
-            _check(_Reader(stream, os.fstat(stream.fileno()).st_size))
+            return _check(_Reader(stream, os.fstat(stream.fileno()).st_size))
     except (_Broken, UnicodeDecodeError) as error:
         raise UserError(f"model.name: {file} is not a GGUF model that loads: {error}") from None
 
 
-def _check(reader: "_Reader") -> None:
+def _check(reader: "_Reader") -> dict[str, Any] | None:
     if reader.take(4) != b"GGUF":
         raise _Broken("it does not begin as one")
     if (version := reader.number("I")) not in _VERSIONS:
@@ -56,6 +68,7 @@ def _check(reader: "_Reader") -> None:
     for name, (_, offset, size) in shapes.items():
         if data + offset + size > reader.size:
             raise _Broken(f"it is cut off: {name[:60]!r} ends at byte {data + offset + size:,} of {reader.size:,}")
+    return _scaling(reader, values, shapes, data)
 
 
 def _tensors(reader: "_Reader", count: int) -> Iterator[tuple[str, tuple[list[int], int, int]]]:
@@ -95,6 +108,58 @@ def _check_sizes(values: dict[str, Any], tensors: dict[str, tuple[list[int], int
         value = values.get(f"{architecture}.{name}", 0)
         if not isinstance(value, int) or value > most:
             raise _Broken(f"{architecture}.{name} is {str(value)[:40]}, but its tensors have {most} {what}")
+
+
+def _scaling(
+    reader: "_Reader", values: dict[str, Any], tensors: dict[str, tuple[list[int], int, int]], data: int
+) -> dict[str, Any] | None:
+    """As `check`; the data of the tensors begin at byte `data`."""
+    architecture = values["general.architecture"]
+    rope = f"{architecture}.rope"
+    kind = values.get(f"{rope}.scaling.type", "linear")  # as llama.cpp takes it
+    factor = values.get(f"{rope}.scaling.factor", values.get(f"{rope}.scale_linear", 1))
+    if architecture != _READS_SCALING and kind != "none" and factor not in (0, 1):
+        raise _other_positions(str(kind)[:40])
+    if other := next((name for name in _OTHER_DIVISORS if name in tensors), None):
+        raise _other_positions(other)
+    if _DIVISORS not in tensors:
+        return None
+    shape, offset, size = tensors[_DIVISORS]
+    if len(shape) > 1 or shape[0] > _MOST_DIVISORS or size != 4 * shape[0]:
+        raise _other_positions(_DIVISORS)
+    divisors = reader.floats(data + offset, shape[0])
+    if all(each == 1 for each in divisors):
+        return None
+    theta, largest = values.get(f"{rope}.freq_base", 10_000.0), max(divisors)
+    if architecture != "llama" or not _are_of_llama3(divisors, theta, largest):
+        raise _other_positions(_DIVISORS)
+    return {
+        "rope_type": "llama3",
+        "factor": largest,
+        "low_freq_factor": _LOW,
+        "high_freq_factor": _HIGH,
+        "original_max_position_embeddings": _ORIGINAL,
+    }
+
+
+def _are_of_llama3(divisors: Sequence[float], theta: Any, factor: float) -> bool:
+    """Whether these are the divisors of Llama 3.1 (transformers.modeling_rope_utils) for this theta and factor."""
+    if not isinstance(theta, int | float) or not (1 < theta < 1e12 and 1 < factor < 1e6):
+        return False
+    for place, found in enumerate(divisors):
+        turns = _ORIGINAL / (2 * math.pi * theta ** (place / len(divisors)))  # of the angle in the original length
+        smooth = min(max((turns - _LOW) / (_HIGH - _LOW), 0.0), 1.0)
+        expected = 1 / ((1 - smooth) / factor + smooth)
+        if not abs(found - expected) <= _ALIKE * expected:
+            return False
+    return True
+
+
+def _other_positions(what: str) -> _Broken:
+    return _Broken(
+        f"it scales its rotary positions ({what}), which is not read from such a file; name the folder or hub id that"
+        " it was made from, with safetensors"
+    )
 
 
 class _Reader:
@@ -149,6 +214,11 @@ class _Reader:
                 self._list(depth + 1)
         else:
             raise _Broken(f"it has a list of values of type {kind}")
+
+    def floats(self, place: int, count: int) -> tuple[float, ...]:
+        """Numbers of 4 bytes each, at a place within the file; nothing more of the header is read then."""
+        self._stream.seek(place)
+        return struct.unpack(f"<{count}f", self._stream.read(4 * count))
 
     def _skip(self, count: int) -> None:
         self._stream.seek(count, os.SEEK_CUR)

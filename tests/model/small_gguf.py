@@ -1,5 +1,6 @@
 """A small GGUF file: a random Llama of one layer with a byte-level tokenizer."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -7,8 +8,13 @@ import numpy as np
 WIDTH, INNER, HEADS, KEYS = 32, 64, 4, 2
 
 
-def write(file: Path) -> Path:
-    """Write it; always the same bytes."""
+def write(
+    file: Path,
+    theta: float = 10000.0,
+    scaling: Mapping[str, str | float] | None = None,
+    more: Mapping[str, Sequence[float]] | None = None,
+) -> Path:
+    """Write it; always the same bytes. `scaling` are values of rope.*, `more` are tensors beside the model's."""
     import gguf
     from tokenizers import pre_tokenizers
 
@@ -22,7 +28,10 @@ def write(file: Path) -> Path:
     writer.add_head_count(HEADS)
     writer.add_head_count_kv(KEYS)
     writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(10000.0)
+    writer.add_rope_freq_base(theta)
+    for name, value in (scaling or {}).items():
+        add = writer.add_string if isinstance(value, str) else writer.add_float32
+        add(f"llama.rope.{name}", value)
     writer.add_vocab_size(len(tokens))
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens)
@@ -47,6 +56,8 @@ def write(file: Path) -> Path:
     }
     for name, shape in shapes.items():
         writer.add_tensor(name, random.normal(0, 0.1, shape).astype(np.float32))
+    for name, numbers in (more or {}).items():
+        writer.add_tensor(name, np.array(numbers, dtype=np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

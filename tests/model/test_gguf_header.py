@@ -1,10 +1,13 @@
 """A GGUF file whose header does not fit the file is refused before a reader believes it."""
 
+import json
 import struct
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from olora_ray.common.errors import UserError
 from olora_ray.model import gguf_header, source
@@ -100,3 +103,75 @@ def test_a_tensor_lies_within_the_file(
     (tmp_path / "model.gguf").write_bytes(with_number(whole, place, kind, number))
     with pytest.raises(UserError, match=problem):
         gguf_header.check(tmp_path / "model.gguf")
+
+
+THETA = 500_000.0
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def divisors() -> list[float]:
+    """By which Llama 3.1 divides the frequencies of the small model's heads, as transformers computes them."""
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    shape = LlamaConfig(
+        hidden_size=small_gguf.WIDTH,
+        num_attention_heads=small_gguf.HEADS,
+        max_position_embeddings=131_072,
+        rope_parameters={"rope_theta": THETA, **LLAMA3},
+    )
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](shape, torch.device("cpu"))
+    return [round(THETA ** (-place / len(scaled)) / float(each), 4) for place, each in enumerate(scaled)]
+
+
+def test_the_scaled_positions_of_llama_3_are_those_of_the_converted_model(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    found = divisors()
+    assert (found[0], found[-1]) == (1, 8)
+    assert 1 < found[2] < 8, "one between the two"
+    file = small_gguf.write(tmp_path / "model.gguf", THETA, more={"rope_freqs.weight": found})
+    base = source.obtain(tiny.config(model__name=str(file), run__storage=str(tmp_path / "runs")))
+    shape = json.loads((Path(base.folder) / "config.json").read_text())
+    assert shape["rope_parameters"] == {"rope_theta": THETA, **LLAMA3}
+
+
+@pytest.mark.parametrize(
+    ("scaling", "more", "what"),
+    [
+        ({"scaling.type": "linear", "scaling.factor": 8.0}, {}, "linear"),
+        ({"scaling.type": "yarn", "scaling.factor": 4.0}, {}, "yarn"),
+        ({"scaling.factor": 4.0}, {}, "linear"),
+        ({"scale_linear": 4.0}, {}, "linear"),
+        ({}, {"rope_freqs.weight": [1.0, 2.0, 4.0, 8.0]}, "rope_freqs.weight"),
+        ({}, {"rope_freqs.weight": [float("nan")] * 4}, "rope_freqs.weight"),
+        ({}, {"rope_factors_short.weight": [1.0] * 4}, "rope_factors_short.weight"),
+    ],
+)
+def test_positions_that_would_be_others_are_refused(
+    tmp_path: Path, scaling: dict[str, Any], more: dict[str, list[float]], what: str
+) -> None:
+    pytest.importorskip("gguf")
+    file = small_gguf.write(tmp_path / "model.gguf", THETA, scaling, more)
+    with pytest.raises(UserError, match=rf"model\.gguf .* it scales its rotary positions \({what}\), .*safetensors"):
+        gguf_header.check(file)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "more"),
+    [
+        ({"scaling.type": "none", "scaling.factor": 4.0}, {}),
+        ({"scaling.type": "linear", "scaling.factor": 1.0}, {}),
+        ({}, {"rope_freqs.weight": [1.0] * 4}),
+    ],
+)
+def test_positions_that_are_not_scaled_are_taken(
+    tmp_path: Path, scaling: dict[str, Any], more: dict[str, list[float]]
+) -> None:
+    pytest.importorskip("gguf")
+    assert gguf_header.check(small_gguf.write(tmp_path / "model.gguf", THETA, scaling, more)) is None
