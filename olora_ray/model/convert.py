@@ -18,7 +18,7 @@ from olora_ray.config.evaluation import AnyConfig
 from olora_ray.config.schema import Model
 from olora_ray.model import gguf_header
 from olora_ray.model.foreign import foreign
-from olora_ray.model.identity import of_weights
+from olora_ray.model.identity import of_folder, of_weights
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +44,10 @@ def pickled(folder: Path, config: AnyConfig) -> Path:
     """
     files = _pickles(folder, config.model)
     announcement = f"model: converting {files[0].name} to safetensors, once"
-    write = partial(_unpickle, folder, config.model.trust_remote_code)
-    return _converted(write, folder.name, of_weights(files), config, announcement)
+    trusted = config.model.trust_remote_code
+    # With the files that are copied: a config or a template that was mended since is a part of the model too.
+    key = f"{of_weights(files)}/{of_folder(folder, trusted)}"
+    return _converted(partial(_unpickle, folder, trusted), folder.name, key, config, announcement)
 
 
 def _converted(write: Callable[[Path], None], name: str, key: str, config: AnyConfig, announcement: str) -> Path:

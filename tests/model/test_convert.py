@@ -71,6 +71,19 @@ def test_asked_for_they_become_safetensors_once(folder: Path) -> None:
     assert all(name in expected for name, _ in loaded.named_parameters())
 
 
+def test_what_was_changed_beside_the_weights_is_converted_again(folder: Path) -> None:
+    config = named(folder, model__allow_pickle=True)
+    before = obtain(config)
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    shape = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(shape | {"rms_norm_eps": 0.5}))
+    after = obtain(config)
+    assert after.digest != before.digest
+    assert (Path(after.folder) / "chat_template.jinja").read_text() == "{{ messages }}"
+    assert json.loads((Path(after.folder) / "config.json").read_text())["rms_norm_eps"] == 0.5
+    assert obtain(config) == after
+
+
 def test_a_pickle_that_holds_more_than_tensors_runs_nothing(folder: Path, tmp_path: Path) -> None:
     mark = tmp_path / "it-ran"
     weights = torch.load(folder / "pytorch_model.bin", weights_only=True)
