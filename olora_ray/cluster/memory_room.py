@@ -15,7 +15,7 @@ from olora_ray.cluster.node_facts import NodeInfo
 from olora_ray.cluster.resources import Resources
 from olora_ray.config.load import override
 from olora_ray.config.schema import Config
-from olora_ray.model.folder import weight_files
+from olora_ray.model.folder import loaded_files
 from olora_ray.model.load import pick_dtype
 from olora_ray.model.source import BaseModel
 from olora_ray.train.answer_memory import answers_at_once
@@ -237,7 +237,7 @@ def precisions(config: Config, base: BaseModel, gpu: bool) -> tuple[str, torch.d
     auto_on_gpu = gpu and config.model.dtype == "auto"
     wanted = torch.bfloat16 if auto_on_gpu else pick_dtype(config.model, torch.device("cpu"))
     numbers: Counter[str] = Counter()
-    for file in weight_files(Path(base.folder)):
+    for file in loaded_files(Path(base.folder)):
         try:
             with safe_open(file, "pt") as weights:
                 for name in weights.keys():  # noqa: SIM118  # not a dict

@@ -14,6 +14,7 @@ from typing import Any
 from olora_ray.common.errors import UserError, short_reason
 
 CONFIG, INDEX, ADAPTER = "config.json", "model.safetensors.index.json", "adapter_config.json"
+SINGLE = "model.safetensors"
 _LARGEST_JSON = 200 * 2**20
 _LARGEST_HEADER = 100 * 2**20
 """Of the safetensors format."""
@@ -64,9 +65,19 @@ def weight_files(folder: Path) -> list[Path]:
     return sorted(file for file in folder.glob("*.safetensors") if file.is_file())
 
 
+def loaded_files(folder: Path) -> list[Path]:
+    """Those of them that transformers loads: others may hold the same weights again (consolidated.safetensors)."""
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    return [folder / name for name in indexed(folder) if (folder / name).is_file()] or weight_files(folder)
+
+
 def parameters(folder: str | Path) -> int:
-    """Number of parameters in a model folder, read from the safetensors' headers; raises UserError as `tensors`."""
-    return sum(math.prod(shape) for _, shape in tensors(Path(folder)))
+    """Number of parameters in a model folder, read from the headers of the files that are loaded.
+
+    Raises UserError as `tensors` and `indexed`.
+    """
+    return sum(math.prod(shape) for file in loaded_files(Path(folder)) for _, shape in _header(file))
 
 
 def read_json(file: Path) -> dict[str, Any]:

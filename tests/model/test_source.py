@@ -344,6 +344,17 @@ def test_parameters_are_counted_from_the_headers(model_folder: Path) -> None:
     assert folder.parameters(model_folder) == sum(p.numel() for p in tiny.llama().parameters())
 
 
+def test_weights_that_lie_there_twice_are_counted_once(model_folder: Path, copy: Path) -> None:
+    """As Mistral's are: in shards, and in one file for its own code."""
+    count = folder.parameters(model_folder)
+    shutil.copy(copy / "model.safetensors", copy / "consolidated.safetensors")
+    assert folder.parameters(copy) == count
+    indexed(copy, "model-00001-of-00001.safetensors")
+    (copy / "model.safetensors").rename(copy / "model-00001-of-00001.safetensors")
+    assert folder.parameters(copy) == count
+    assert [file.name for file in folder.loaded_files(copy)] == ["model-00001-of-00001.safetensors"]
+
+
 def test_a_folder_without_a_tokenizer_is_an_error(model_folder: Path) -> None:
     with pytest.raises(UserError, match="has no tokenizer that loads"):
         load.load_tokenizer(obtain(model_folder), named(model_folder).model)
