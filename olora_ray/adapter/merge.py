@@ -22,7 +22,7 @@ from olora_ray.adapter.change import Change
 from olora_ray.adapter.factors import AdapterWeights
 from olora_ray.adapter.layout import stored_transposed
 from olora_ray.adapter.new_folder import replacing
-from olora_ray.adapter.stored import weight_files
+from olora_ray.adapter.stored import is_stale_index, weight_files
 from olora_ray.adapter.weight_group import Group
 from olora_ray.adapter.weight_names import groups
 from olora_ray.common.errors import UserError
@@ -56,13 +56,17 @@ def write_merged(
 def copy_files(base: Path, folder: Path) -> None:
     """Copy all that a merged folder has of its base: files of weights as they are, config and tokenizer portable."""
     for entry in base.iterdir():
-        if entry.is_file() and not entry.name.endswith(_LEFT_OUT) and not entry.name.startswith("."):
+        if entry.is_file() and not _is_left_out(base, entry.name):
             shutil.copyfile(entry, folder / entry.name)
         elif entry.is_dir() and entry.name == portable.TEMPLATES:
             shutil.copytree(entry, folder / entry.name, copy_function=shutil.copyfile)
     portable.make_portable(folder)
     for name in weight_files(base):
         shutil.copyfile(base / name, folder / name)
+
+
+def _is_left_out(base: Path, name: str) -> bool:
+    return name.endswith(_LEFT_OUT) or name.startswith(".") or is_stale_index(base, name)
 
 
 @torch.inference_mode()

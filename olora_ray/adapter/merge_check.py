@@ -17,7 +17,7 @@ from olora_ray.adapter import portable
 from olora_ray.adapter.change import UNIT, Change
 from olora_ray.adapter.factors import AdapterWeights
 from olora_ray.adapter.merge import changes_of
-from olora_ray.adapter.stored import INDEX, tensors, weight_files
+from olora_ray.adapter.stored import INDEX, is_stale_index, tensors, weight_files
 from olora_ray.adapter.weight_group import Group
 
 AT_ONCE = 2**20
@@ -112,7 +112,8 @@ def changed_files(base: Path, merged: Path) -> list[str]:
         return [f"its files of weights are {', '.join(theirs) or 'missing'}; the base's are {', '.join(files)}"]
     lines = []
     for name in (INDEX, "config.json", "generation_config.json"):
-        before, after = _json(base / name), _json(merged / name)
+        before = None if is_stale_index(base, name) else _json(base / name)
+        after = _json(merged / name)
         if portable.portable_config(before) != after:
             lines.append(f"{name} is not the base's")
     sizes = [name for name in files if (base / name).stat().st_size != (merged / name).stat().st_size]

@@ -70,17 +70,31 @@ def tensors(folder: Path) -> dict[str, Stored]:
 
 
 def weight_files(folder: Path) -> list[str]:
-    """Names of the files of weights; raises UserError if one is not there, or lies elsewhere."""
-    index = folder / INDEX
-    if index.is_file():
-        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    else:
-        files = [SINGLE]
+    """Names of the files of weights; raises UserError if one is not there, or lies elsewhere.
+
+    Where one file lies beside an index it is that file, as for transformers, and not what the index names.
+    """
+    files = _indexed(folder) if _reads_index(folder) else [SINGLE]
     if outside := [name for name in files if name != os.path.basename(name)]:
         raise UserError(f"{folder}: {INDEX} names {outside[0]!r}, which is not a file in that folder")
     if missing := [name for name in files if not (folder / name).is_file()]:
         raise UserError(f"{folder}: no {missing[0]}; merging needs the base model's weights as safetensors")
     return files
+
+
+def is_stale_index(folder: Path, name: str) -> bool:
+    """Whether a file of the folder is an index of other files than those that are read."""
+    beside = (folder / INDEX).is_file() and (folder / SINGLE).is_file()
+    return name == INDEX and beside and _indexed(folder) != [SINGLE]
+
+
+def _reads_index(folder: Path) -> bool:
+    return (folder / INDEX).is_file() and not (folder / SINGLE).is_file()
+
+
+def _indexed(folder: Path) -> list[str]:
+    """The files that the index names."""
+    return sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
 
 
 def _header(path: Path) -> Iterator[Stored]:

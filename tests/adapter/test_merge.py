@@ -135,6 +135,31 @@ def test_shards_keep_their_layout_and_other_files_come_along(tmp_path: Path) -> 
     torch.testing.assert_close(logits(load(out)), case.logits, atol=2e-5, rtol=0)
 
 
+def test_of_two_sets_of_weights_the_one_is_merged_that_is_trained_on(tmp_path: Path) -> None:
+    """transformers loads model.safetensors where shards of an earlier save lie beside it."""
+    case = make_case(tmp_path / "base", tiny.llama(), SETTINGS)
+    tiny.llama(initializer_range=0.2).save_pretrained(tmp_path / "other", max_shard_size="100KB")
+    for file in list((tmp_path / "other").glob("model*")):
+        file.rename(case.base / file.name)
+    index = case.base / "model.safetensors.index.json"
+    assert index.is_file()
+    out = case.write_merged(tmp_path / "merged")
+    assert [path.name for path in sorted(out.glob("model*"))] == ["model.safetensors"]
+    found = weight_names.groups(case.base, case.model, case.adapter)
+    assert merge_check.changed(case.base, out, found) == []
+    torch.testing.assert_close(logits(load(out)), case.logits, atol=2e-5, rtol=0)
+
+
+def test_an_index_of_the_one_file_comes_along(llama: Case, tmp_path: Path) -> None:
+    index = llama.base / "model.safetensors.index.json"
+    names = load_file(llama.base / "model.safetensors")
+    index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, "model.safetensors")}))
+    out = llama.write_merged(tmp_path / "merged")
+    assert (out / index.name).read_bytes() == index.read_bytes()
+    found = weight_names.groups(llama.base, llama.model, llama.adapter)
+    assert merge_check.changed(llama.base, out, found) == []
+
+
 def test_an_index_that_leads_out_of_the_folder_is_refused(tmp_path: Path) -> None:
     case = make_case(tmp_path / "base", tiny.llama(), SETTINGS, shard="100KB")
     index = case.base / "model.safetensors.index.json"
