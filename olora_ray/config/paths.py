@@ -23,8 +23,9 @@ def resolved(config: Resolved, folder: Path) -> Resolved:
     deleted after the job: a relative `run.storage` then lies under the home directory instead.
     """
     name = config.model.name
-    if (folder / name).exists():
-        name = str((folder / name).absolute())
+    # With the home directory in the place of ~: what is exported names the base by a path that others can read.
+    if (place := folder / os.path.expanduser(name)).exists():
+        name = str(place.absolute())
     start = config.train.start
     return _changed(
         config,
@@ -50,7 +51,7 @@ def _changed(section: AnySection, **values: object) -> AnySection:
 
 def absolute(place: str, folder: Path) -> str:
     """`place` itself if it is a URI, else as an absolute path seen from `folder`."""
-    return place if is_uri(place) else os.path.normpath(folder / Path(place).expanduser())
+    return place if is_uri(place) else os.path.normpath(folder / os.path.expanduser(place))
 
 
 def package_file(name: str, field: str = "model.name") -> Path:

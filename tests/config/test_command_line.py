@@ -55,6 +55,18 @@ def test_relative_paths_are_seen_from_where_the_command_was_given(
     assert read.folder() == str(tmp_path / "runs" / "a")
 
 
+def test_the_home_directory_may_be_written_as_a_tilde(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "models" / "m").mkdir(parents=True)
+    words = ["model.name=~/models/m", "data.train.0.path=~/a.jsonl", "run.storage=~nobody-of-that-name/runs"]
+    read, _ = read_arguments(words, config, "usage")
+    assert read.model.name == str(tmp_path / "models" / "m")
+    assert read.data.train[0].path == str(tmp_path / "a.jsonl")
+    assert read.run.storage.endswith("/~nobody-of-that-name/runs"), "no such user: a path as any other"
+
+
 @pytest.mark.parametrize("place", ["s3://bucket/data", "gs://bucket/data", "hf://org/name?split=train"])
 def test_addresses_stay_as_they_are(config: Path, place: str) -> None:
     storage = place.partition("?")[0]
