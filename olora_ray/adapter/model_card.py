@@ -28,10 +28,14 @@ model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}")
 tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")
 ```
 
-With vLLM:
-
-    vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules tuned=THIS_FOLDER
+{serving}
 """
+SERVING = """With vLLM:
+
+    vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules tuned=THIS_FOLDER"""
+NOT_SERVED = "vLLM takes no adapter of rank {rank}, but up to {largest}: set `export.rank: {largest}` for it."
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM's max_lora_rank may be: it refuses all others."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +87,16 @@ def model_card(card: Card) -> str:
         title=base,
         facts="\n".join(f"- {fact}" for fact in facts),
         base=place,
-        rank=card.rank,
+        serving=_serving(place, card.rank),
     )
+
+
+def _serving(base: str, rank: int) -> str:
+    """How vLLM serves matrices of this rank."""
+    enough = next((each for each in VLLM_RANKS if each >= rank), None)
+    if enough is None:
+        return NOT_SERVED.format(rank=rank, largest=VLLM_RANKS[-1])
+    return SERVING.format(base=base, rank=enough)
 
 
 def _source(source: Source) -> str:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import pytest
 import yaml
 
 from olora_ray.adapter.model_card import Card, model_card
@@ -50,3 +51,16 @@ def test_a_card_tells_nothing_of_the_machine() -> None:
     assert not any(word in text for word in ("/home", "someone", "secret-bucket", "None"))
     assert "`SmolLM2`, untouched; a folder where this was trained" in text
     assert yaml.safe_load(text.split("---\n")[1]).get("base_model") is None
+
+
+@pytest.mark.parametrize(("rank", "taken"), [(1, 8), (8, 8), (27, 32), (48, 64), (129, 256), (257, 320), (512, 512)])
+def test_the_command_for_vllm_has_a_rank_that_it_takes(rank: int, taken: int) -> None:
+    text = model_card(replace(CARD, rank=rank))
+    assert f"--max-lora-rank {taken} " in text
+    assert f"a plain LoRA of rank {rank}\n" in text
+
+
+def test_a_rank_that_vllm_does_not_take_is_told() -> None:
+    text = model_card(replace(CARD, rank=1024))
+    assert "vLLM takes no adapter of rank 1024, but up to 512" in text
+    assert "vllm serve" not in text
