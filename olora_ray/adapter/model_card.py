@@ -24,7 +24,7 @@ With PEFT:
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "THIS_FOLDER")
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"{revision}), "THIS_FOLDER")
 tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")
 ```
 
@@ -32,7 +32,7 @@ tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")
 """
 SERVING = """With vLLM:
 
-    vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules tuned=THIS_FOLDER"""
+    vllm serve {base}{revision} --enable-lora --max-lora-rank {rank} --lora-modules tuned=THIS_FOLDER"""
 NOT_SERVED = "vLLM takes no adapter of rank {rank}, but up to {largest}: set `export.rank: {largest}` for it."
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM's max_lora_rank may be: it refuses all others."""
@@ -58,6 +58,8 @@ class Card:
     """What the checks of the export have found."""
     compressed: str = ""
     """What was lost, where the matrices have a smaller rank than those that were trained."""
+    revision: str | None = None
+    """Of a base from the hub: the commit, branch or tag that was trained on, if the config named one."""
     quantised: str = ""
     """What it changes that the base was quantised in the training, where it was."""
 
@@ -68,7 +70,9 @@ def model_card(card: Card) -> str:
     base = card.base_name if hub else posixpath.basename(card.base_name)
     place = card.base_name if hub else "PATH_OF_THE_BASE"
     facts = [
-        f"Base model: `{base}`, untouched"
+        f"Base model: `{base}`"
+        + (f" at revision `{card.revision}`" if card.revision else "")
+        + ", untouched"
         + ("" if hub else "; a folder where this was trained, any copy of it will do"),
         f"SHA-256 of the base's weights: `{card.base_digest}`",
         f"Method: {settings.method}, rank {settings.rank}, alpha {settings.alpha:g}"
@@ -87,16 +91,17 @@ def model_card(card: Card) -> str:
         title=base,
         facts="\n".join(f"- {fact}" for fact in facts),
         base=place,
-        serving=_serving(place, card.rank),
+        revision=f', revision="{card.revision}"' if card.revision else "",
+        serving=_serving(place, card),
     )
 
 
-def _serving(base: str, rank: int) -> str:
+def _serving(base: str, card: Card) -> str:
     """How vLLM serves matrices of this rank."""
-    enough = next((each for each in VLLM_RANKS if each >= rank), None)
+    enough = next((each for each in VLLM_RANKS if each >= card.rank), None)
     if enough is None:
-        return NOT_SERVED.format(rank=rank, largest=VLLM_RANKS[-1])
-    return SERVING.format(base=base, rank=enough)
+        return NOT_SERVED.format(rank=card.rank, largest=VLLM_RANKS[-1])
+    return SERVING.format(base=base, rank=enough, revision=f" --revision {card.revision}" if card.revision else "")
 
 
 def _source(source: Source) -> str:

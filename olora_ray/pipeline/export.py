@@ -128,7 +128,7 @@ def _write_adapter(
     config, base, limit = spec.config, on_this_node(spec.base, spec.config), spec.config.export.rank
     written, lost = compress(work.adapter, limit) if limit else (work.adapter, 0.0)
     name, state = _public_name(base), checkpoints.read(checkpoint).state
-    revision = config.model.revision if name == base.name else None
+    revision = _revision(config, base)
     with new_adapter(written, config.adapter, name, out, work.model, revision) as (folder, rank):
         peft = check_adapter(folder, work.model, written, config.adapter.scale())
         parity = Parity(found, peft, _logits(spec, work, merged, folder, compressed=lost > 0))
@@ -178,6 +178,11 @@ def _public_name(base: BaseModel) -> str:
     return base.folder if elsewhere else base.name
 
 
+def _revision(config: Config, base: BaseModel) -> str | None:
+    """Which of the commits of its base an adapter is for, where that is from the hub and the config says it."""
+    return None if Path(_public_name(base)).is_absolute() else config.model.revision
+
+
 def _complete(
     config: Config,
     base: BaseModel,
@@ -194,6 +199,7 @@ def _complete(
     card = model_card.Card(
         base_name=_public_name(base),
         base_digest=base.digest,
+        revision=_revision(config, base),
         adapter=config.adapter,
         rank=rank,
         sources=config.data.train,

@@ -64,3 +64,14 @@ def test_a_rank_that_vllm_does_not_take_is_told() -> None:
     text = model_card(replace(CARD, rank=1024))
     assert "vLLM takes no adapter of rank 1024, but up to 512" in text
     assert "vllm serve" not in text
+
+
+def test_a_base_of_a_certain_commit_is_loaded_as_that() -> None:
+    text = model_card(replace(CARD, revision="1f2e"))
+    for part in (
+        "`org/base` at revision `1f2e`, untouched",
+        'AutoModelForCausalLM.from_pretrained("org/base", revision="1f2e"), "THIS_FOLDER")',
+        "vllm serve org/base --revision 1f2e --enable-lora",
+    ):
+        assert part in text, part
+    assert "revision" not in model_card(CARD)

@@ -59,3 +59,16 @@ def test_an_adapters_folder_has_its_tokenizer_template_and_card(tmp_path: Path, 
     assert str(tmp_path) not in card
     assert "/home" not in card
     assert "is_local" not in json.loads((out / "tokenizer_config.json").read_text())
+
+
+def test_the_card_names_the_commit_of_a_base_from_the_hub_only(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    save_tokenizer(base)
+    for name, named in (("org/model", True), (str(base), False)):
+        settings = config(name)
+        model = settings.model.model_copy(update={"revision": "1f2e"})
+        out = tmp_path / f"adapter-{named}"
+        out.mkdir()
+        found = BaseModel(name, str(base), "cafe")
+        _complete(settings.model_copy(update={"model": model}), found, TrainState(step=1), out, 8)
+        assert ('revision="1f2e"' in (out / "README.md").read_text()) == named
