@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from olora_ray.common import copies, digests, storage
+from olora_ray.common import copies, digests, kept, storage
 from olora_ray.model.folder import weight_files
 
 KEPT_FROM = 2**30
@@ -49,12 +49,12 @@ def _digest_of_weights(file: Path) -> str:
     """Of a file's content; for a large file kept on this node, for as long as its size and time of change hold."""
     info = file.stat()
     key = digests.digest(file.resolve(), info.st_size, info.st_mtime_ns, length=32)
-    kept = storage.join(copies.CACHE, "digests", key)
-    if info.st_size >= KEPT_FROM and storage.exists(kept):
-        return storage.read_text(kept)
+    place = storage.join(copies.CACHE, "digests", key)
+    if info.st_size >= KEPT_FROM and (known := kept.read(place)):
+        return known
     found = digests.digest_file(file)
     if info.st_size >= KEPT_FROM:
-        storage.write_text(kept, found)
+        kept.keep(place, found)  # a home that is read-only, or full, is no reason not to train
     return found
 
 

@@ -73,6 +73,16 @@ def test_the_digest_of_large_weights_is_kept_until_they_change(
     assert obtain(copy).digest == plain
 
 
+def test_where_nothing_can_be_kept_the_digest_is_made_each_time(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = obtain(copy).digest
+    monkeypatch.setattr(identity, "KEPT_FROM", 1)
+    (tmp_path / "home").write_text("a file, below which there is no folder")
+    monkeypatch.setattr(copies, "CACHE", str(tmp_path / "home" / "cache"))
+    assert [obtain(copy).digest for _ in range(2)] == [plain, plain]
+
+
 def test_a_model_is_its_whole_folder(model_folder: Path, copy: Path) -> None:
     plain = obtain(model_folder).digest
     assert obtain(copy).digest == plain
