@@ -24,6 +24,8 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+OF_CODE = ("*.py", "*.model")
+"""What a tokenizer that brings its own code may need besides: the code, and a vocabulary by whatever name."""
 TEMPLATES = "additional_chat_templates"
 OF_A_MACHINE = ("local_files_only", "is_local", "name_or_path")
 """Keys of tokenizer_config.json that say how and where from it was loaded."""
@@ -32,12 +34,19 @@ _CONFIGS = ("config.json", "generation_config.json")
 
 def copy_tokenizer(base: Path, out: Path) -> None:
     """Copy the tokenizer's files of a model folder into another, in a form that transformers 4 reads too."""
-    for name in TOKENIZER_FILES:
+    names = set(TOKENIZER_FILES)
+    if _brings_code(base / "tokenizer_config.json"):
+        names |= {file.name for pattern in OF_CODE for file in base.glob(pattern)}
+    for name in sorted(names):
         if (base / name).is_file():
             shutil.copyfile(base / name, out / name)
     if (base / TEMPLATES).is_dir():
         shutil.copytree(base / TEMPLATES, out / TEMPLATES, copy_function=shutil.copyfile)
     make_portable(out)
+
+
+def _brings_code(settings: Path) -> bool:
+    return settings.is_file() and bool(json.loads(settings.read_text(encoding="utf-8")).get("auto_map"))
 
 
 def make_portable(folder: Path) -> None:

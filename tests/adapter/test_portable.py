@@ -38,6 +38,21 @@ def test_a_tokenizer_is_copied_without_traces_of_a_machine(base: Path, tmp_path:
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
 
 
+@pytest.mark.parametrize("code", [True, False])
+def test_a_tokenizer_with_code_of_its_own_is_copied_with_it(base: Path, tmp_path: Path, code: bool) -> None:
+    (tmp_path / "out").mkdir()
+    files = {"tokenization_ours.py", "sentencepiece.bpe.model"}
+    for name in files:
+        (base / name).write_text("x")
+    if code:
+        settings = base / "tokenizer_config.json"
+        fields = json.loads(settings.read_text())
+        settings.write_text(json.dumps({**fields, "auto_map": {"AutoTokenizer": ["tokenization_ours.Ours", None]}}))
+    portable.copy_tokenizer(base, tmp_path / "out")
+    there = {path.name for path in (tmp_path / "out").iterdir()}
+    assert there & files == (files if code else set())
+
+
 def test_the_copied_tokenizer_says_what_the_bases_says(base: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     portable.copy_tokenizer(base, tmp_path / "out")
