@@ -114,9 +114,8 @@ def read_adapter(folder: Path, model: nn.Module) -> tuple[dict[str, AdapterWeigh
     """
     fields = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     parameters = fields.get("target_parameters") or []
-    layers = [
-        name if is_stack(model, name.removesuffix(".weight")) else name.removesuffix(".weight") for name in parameters
-    ]
+    # A stack goes by its parameter's name, which may be "weight" too (JetMoE), a linear layer by its module's.
+    layers = [name if model.get_parameter(name).ndim == 3 else name.removesuffix(".weight") for name in parameters]
     layers += fields["target_modules"]
     keys, tensors, found = names_of(model, layers).keys, load_file(folder / WEIGHTS), {}
     for layer in layers:

@@ -13,7 +13,7 @@ from olora_ray.adapter.peft_check import BOUND, check_adapter
 from olora_ray.adapter.peft_folder import read_adapter, write_adapter
 from olora_ray.config.schema import Adapter
 from tests import tiny
-from tests.export_parts import Case, logits, make_case, make_stacked_case
+from tests.export_parts import Case, logits, make_case, make_stacked_case, random_adapter
 from tests.families import zoo
 from tests.families.variants import ALL, MIXTURES
 
@@ -72,6 +72,32 @@ def test_experts_and_names_that_peft_rewrites_are_read_as_they_were_trained(tmp_
     assert again.keys() == case.adapter.keys()
     for name, item in case.adapter.items():
         torch.testing.assert_close(again[name].delta(scale), item.delta(case.scale), atol=1e-6, rtol=0)
+
+
+class ParallelExperts(nn.Module):
+    """A stack as JetMoE has it: the parameter is called weight, as a linear layer's is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_experts = 3
+        self.weight = nn.Parameter(torch.zeros(3, 6, 5))
+
+    def forward(self, parts: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [nn.functional.linear(part, self.weight[i]) for i, part in enumerate(parts)]
+
+
+def test_a_stack_that_is_called_as_a_layer_is_read_back(tmp_path: Path) -> None:
+    model = nn.Module()
+    model.add_module("experts", ParallelExperts())
+    model.add_module("gate_proj", nn.Linear(5, 4))
+    names = ("experts.weight", "gate_proj")
+    adapter = {name: random_adapter(model, name, 2, seed) for seed, name in enumerate(names)}
+    settings = Adapter(rank=2, alpha=4)
+    write_adapter(adapter, settings, "base", tmp_path / "adapter", model)
+    again, scale = read_adapter(tmp_path / "adapter", model)
+    assert set(again) == set(names)
+    for name, item in adapter.items():
+        torch.testing.assert_close(again[name].delta(scale), item.delta(settings.scale()), atol=1e-6, rtol=0)
 
 
 def test_some_of_the_names_that_peft_rewrites_are_enough(tmp_path: Path) -> None:
