@@ -42,7 +42,7 @@ def dry_run(config: Config, show_config: bool = False) -> None:
     folder = RunFolder(config)
     folder.check()
     if done := folder.finished():
-        report.already_finished(config, done)
+        report.already_finished(folder, done)
     base = open_base(config)
     size = report.plan(config, base.model)
     held_out = describe(config, base.spec, "eval", HELD_OUT_ROWS) if config.data.holds_out() else None

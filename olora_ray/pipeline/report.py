@@ -79,14 +79,19 @@ def steps(spec: TrainSpec) -> None:
         logger.info(f"training: {steps}; {split}; tokens come in {spec.train.shard_count:,} shards")
 
 
-def already_finished(config: Config, result: dict[str, Any]) -> None:
-    """Say that there is nothing to do, and what came out."""
+def already_finished(folder: RunFolder, result: dict[str, Any]) -> None:
+    """Say that there is nothing to do, what came out, and what of it is not what the config asks for by now."""
     loss = result.get("metrics", {}).get("eval/loss")
     shown = f", eval loss {loss:.4f}" if loss is not None else ""
     logger.info(
-        f"run {config.run.name!r} is finished already{shown}: see {config.folder()};"
+        f"run {folder.config.run.name!r} is finished already{shown}: see {folder.config.folder()};"
         " to train again, set another run.name or delete that folder"
     )
+    if changes := folder.delivered_otherwise(result):
+        logger.warning(
+            f"it was exported and registered with other settings ({changes}); to have that done anew, without training,"
+            f" delete {folder.result} and give the command again: what MLflow has already stays as it is"
+        )
 
 
 def finished(

@@ -42,7 +42,7 @@ def _finished(config: Config, folder: RunFolder) -> dict[str, Any] | None:
     if done := folder.finished():
         if folder.moved():
             folder.require_same(contents(config, open_base(config)))
-        report.already_finished(config, done)
+        report.already_finished(folder, done)
     return done
 
 

@@ -127,6 +127,19 @@ class RunFolder:
         form = found.pop("export", Export().model_dump())
         return found if form == self.config.export.model_dump() else None
 
+    def delivered_otherwise(self, done: Mapping[str, Any]) -> str:
+        """The fields of exports and registry in which the finished run with the result `done` is not what the config
+        asks for by now, with both values; empty if there is none, or nobody knows.
+        """
+        now, form = self.config.export.model_dump(), (_read_json(self.parity) or {}).get("export")
+        then = {**Export().model_dump(), **form} if isinstance(form, dict) else now
+        old, new = ({f"export.{name}": value for name, value in each.items()} for each in (then, now))
+        if (wanted := self.config.registry.model) is not None:
+            registered = done.get("registered")
+            old["registry.model"] = registered.get("model") if isinstance(registered, dict) else None
+            new["registry.model"] = wanted
+        return _changes(old, new)
+
     def write_parity(self, measured: dict[str, Any]) -> None:
         """Write export/parity.json, the last file of the exports."""
         content = {**measured, "export": self.config.export.model_dump()}

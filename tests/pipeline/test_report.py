@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from olora_ray.model.source import obtain
-from olora_ray.pipeline.report import next_steps, plan
+from olora_ray.pipeline.report import already_finished, next_steps, plan
+from olora_ray.pipeline.run_folder import RunFolder
 from tests import tiny
 from tests.families import zoo
 from tests.families.variants import ALL, Variant, variant
@@ -90,6 +91,19 @@ def test_the_real_mlflow_understands_them(tmp_path: Path, monkeypatch: pytest.Mo
     lines = next_steps(result(tmp_path), None)
     told = output(command(lines, "MLflow").replace("  #", " --help  #"), tmp_path)
     assert "--backend-store-uri" in told
+
+
+def test_a_finished_run_says_that_its_exports_are_others_than_the_config_asks_for(tmp_path: Path) -> None:
+    config = tiny.config(run__name="mine", run__storage=str(tmp_path))
+    RunFolder(config).write_parity({"ok": True, "step": 4})
+    for changes, count in (({}, 1), ({"export__rank": 16}, 2)):
+        asked = RunFolder(tiny.config(run__name="mine", run__storage=str(tmp_path), **changes))
+        with said() as lines:
+            already_finished(asked, {"metrics": {"eval/loss": 0.5}})
+        assert "run 'mine' is finished already, eval loss 0.5000" in lines[0]
+        assert len(lines) == count
+    assert "(export.rank was None, is 16)" in lines[1]
+    assert f"delete {tmp_path}/mine/result.json and give the command again" in lines[1]
 
 
 def plan_lines(folder: Path, family: Variant, **changes: Any) -> list[str]:

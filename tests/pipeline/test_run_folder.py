@@ -273,3 +273,16 @@ def test_a_password_in_the_address_of_mlflow_is_not_kept(config: Config) -> None
     assert folder.tracking_run(uri) == "abc"
     assert folder.tracking_run("postgresql://ann:c4n4ry@other/mlflow") is None
     assert all("c4n4ry" not in file.read_text() for file in Path(folder.root).rglob("*") if file.is_file())
+
+
+def test_a_finished_run_tells_what_it_has_delivered_otherwise(config: Config) -> None:
+    folder = RunFolder(config)
+    done: dict[str, Any] = {"registered": {"model": "mine", "version": 1, "alias": "candidate"}}
+    assert folder.delivered_otherwise(done) == "", "before there is a report nobody knows"
+    folder.write_parity({"ok": True, "step": 4})
+    assert folder.delivered_otherwise(done) == ""
+    other = RunFolder(override(config, {"export.rank": 16, "registry.model": "mine"}))
+    assert other.delivered_otherwise(done) == "export.rank was None, is 16"
+    other = RunFolder(override(config, {"registry.model": "yours"}))
+    assert other.delivered_otherwise(done) == "registry.model was 'mine', is 'yours'"
+    assert other.delivered_otherwise({"registered": None}) == "registry.model was None, is 'yours'"

@@ -81,7 +81,7 @@ def read(content: tuple[str, bytes], place: Path, made: Any) -> None:
     (Path(folder.root) / name).write_bytes(changed)
     folder.check()
     if done := folder.finished():
-        report.already_finished(config, done)
+        report.already_finished(folder, done)
     folder.exported(6)
     folder.tracking_run("sqlite:///x")
     _tolerant(TrainResult.from_json, folder.trained() or "")
