@@ -102,9 +102,13 @@ def _from_hub(config: ModelConfig) -> Path:
         patterns.append("*.py")
     if config.allow_pickle:
         patterns += ["pytorch_model*.bin"]
+    # A pattern's * goes through folders too, and there lie the same weights in other forms (gpt-oss: original/).
+    others = ["*/*.safetensors", "*/*.bin"]
     what = f"model.name: {config.name}: not a folder here"
     with as_user_error(what, OSError, ValueError, RuntimeError, reason=_hub_problem):
-        return Path(snapshot_download(config.name, revision=config.revision, allow_patterns=patterns))
+        return Path(
+            snapshot_download(config.name, revision=config.revision, allow_patterns=patterns, ignore_patterns=others)
+        )
 
 
 def _hub_problem(error: BaseException) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
+from huggingface_hub.utils import filter_repo_objects
 
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Model
@@ -67,6 +68,24 @@ def refusal(name: str) -> str:
 def test_what_the_hub_answers_is_told_in_words(name: str, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", address)
     assert ANSWERS[name][2] in refusal(f"org/{name}")
+
+
+@pytest.mark.parametrize("pickles", [True, False])
+def test_weights_in_folders_of_a_repository_are_left_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pickles: bool
+) -> None:
+    wanted = ["config.json", "model-00001-of-00002.safetensors", "additional_chat_templates/tools.jinja"]
+    wanted += ["pytorch_model.bin"] * pickles
+    left = ["original/model.safetensors", "onnx/pytorch_model.bin", "README.md"] + ["pytorch_model.bin"] * (not pickles)
+    taken: list[str] = []
+
+    def download(name: str, revision: str | None, **patterns: list[str]) -> str:
+        taken.extend(filter_repo_objects([*wanted, *left], **patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert _from_hub(Model(name="org/model", allow_pickle=pickles)) == tmp_path
+    assert taken == wanted
 
 
 def test_a_hub_that_cannot_be_asked_is_no_wrong_name(monkeypatch: pytest.MonkeyPatch) -> None:
