@@ -4,6 +4,7 @@ A write is atomic: a reader sees the old file, the new file or none, never half 
 object store that has answered before is asked again for a while first (patience.py).
 """
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -21,6 +22,8 @@ from olora_ray.common.patience import passes, patiently
 Found = TypeVar("Found")
 CHUNK = 8 * 2**20
 """Bytes of a large file that are read at once."""
+_WITHOUT_FOLDERS = ("gs://", "gcs://")
+"""Stores of which pyarrow lists the objects in a folder, but not the folders in it unless it has made them itself."""
 
 
 def is_uri(place: str) -> bool:
@@ -111,6 +114,8 @@ def size(place: str) -> int | None:
 
 def names(place: str) -> list[str]:
     """Sorted names of what lies directly in a folder; empty if there is no such folder."""
+    if place.startswith(_WITHOUT_FOLDERS):
+        return sorted({path.partition("/")[0] for path in files_below(place)})
     return sorted(info.base_name for info in _infos(place))
 
 
@@ -222,6 +227,7 @@ def remove(place: str) -> None:
 def _remove(system: fs.FileSystem, path: str) -> None:
     kind = system.get_file_info(path).type
     if kind == fs.FileType.Directory:
-        system.delete_dir(path)
+        with contextlib.suppress(FileNotFoundError):  # of gs:// the object that stands for a folder: nobody makes it
+            system.delete_dir(path)
     elif kind == fs.FileType.File:
         system.delete_file(path)
