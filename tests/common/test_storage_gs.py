@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from olora_ray.common import copies, storage
+from olora_ray.common import copies, patience, storage
+from olora_ray.common.errors import StoreUnavailable, TryAgain
 from olora_ray.train import checkpoint, checkpoints
 from tests.gs_server import BUCKET, GsServer, gs_server
+from tests.said import said
 
 PLACE = f"gs://{BUCKET}/runs"
 
@@ -61,3 +63,31 @@ def test_checkpoints_are_found_again(server: GsServer) -> None:
     assert checkpoints.names(place) == ["step-0000050", "step-0000100"]
     checkpoints.drop(storage.join(place, "step-0000050"))
     assert checkpoints.names(place) == ["step-0000100"]
+
+
+def test_a_store_that_does_not_answer_may_answer_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patience, "_answered", set())
+    with (
+        gs_server(monkeypatch, seconds=0),
+        pytest.raises(TryAgain, match=r"^run\.storage: gs://bucket/runs cannot be written: .*DEADLINE_EXCEEDED"),
+    ):
+        storage.check(PLACE, "run.storage")
+
+
+def test_one_that_has_answered_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patience, "_answered", {f"gs://{BUCKET}"})
+    monkeypatch.setattr(patience, "PATIENCE", 0.2)
+    monkeypatch.setattr(patience, "PAUSES", (0.05,))
+    with gs_server(monkeypatch, seconds=0), said() as lines, pytest.raises(StoreUnavailable):
+        storage.exists(storage.join(PLACE, "a"))
+    assert lines[0].startswith(f"warning: gs://{BUCKET} does not answer (google::cloud::Status(")
+
+
+@pytest.mark.parametrize(
+    ("code", "later"),
+    [("UNAVAILABLE", True), ("INTERNAL", True), ("PERMISSION_DENIED", False), ("UNAUTHENTICATED", False)],
+)
+def test_what_passes_by_itself(code: str, later: bool) -> None:
+    assert (
+        patience.passes(OSError(f"google::cloud::Status({code}: Permanent error, with a last message of x)")) is later
+    )
