@@ -10,6 +10,7 @@ import errno
 import fcntl
 import os
 import time
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,16 +160,29 @@ class ConditionalFile(_StoreFile):
 class SettlingFile(_StoreFile):
     """In a store of which only writing and reading is known."""
 
+    def __init__(self, place: str) -> None:
+        super().__init__(place)
+        self._began: float | None = None
+        """The store's time at which this host's steady clock was 0."""
+
     def read(self) -> Seen:
-        """The file; its age is by the clocks of whoever wrote it and of this host."""
+        """The file; its age is by the store's clock."""
         self._looked = time.monotonic()
         try:
-            system, path = storage.filesystem(self.place)
             content = storage.read_bytes(self.place)
-            written = system.get_file_info(path).mtime_ns
         except FileNotFoundError:
             return Seen(None, 0.0, None)
-        return Seen(content, time.time() - written / 1e9 if written else 0.0, "there")
+        written = _written(self.place)
+        return Seen(content, self._now() - written if written else 0.0, "there")
+
+    def _now(self) -> float:
+        """The store's time, which a file that is written now tells, once."""
+        if self._began is None:
+            probe = f"{self.place}.{uuid.uuid4().hex}.clock"
+            storage.write_bytes(probe, b"")
+            self._began = (_written(probe) or 0.0) - time.monotonic()
+            storage.remove(probe)
+        return self._began + time.monotonic()
 
     def write(self, content: bytes, seen: Seen) -> bool:
         """Whoever writes last stands there."""
@@ -182,6 +196,12 @@ class SettlingFile(_StoreFile):
     def clear(self, seen: Seen) -> None:
         """Remove the file."""
         storage.remove(self.place)
+
+
+def _written(place: str) -> float | None:
+    """When a file was written, by the store's clock; None if the store does not tell, or it is not there."""
+    found = storage.ask(place, lambda system, path: system.get_file_info(path).mtime_ns)
+    return float(found) / 1e9 if found else None
 
 
 def _settled(file: LockFile, content: bytes, took: float) -> bool:

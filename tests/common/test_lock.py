@@ -363,3 +363,16 @@ class TestOtherStores:
         assert not first.stands(b"first")
         second.clear(second.read())
         assert second.read().content is None
+
+    def test_the_clock_of_a_host_does_not_matter(self, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A host that is ahead would take the lock of one that lives, one that is behind would never take any."""
+        Path(place).parent.mkdir()
+        lock_file.SettlingFile(place).write(b"first", Seen(None, 0.0, None))
+        now = time.time
+        for ahead in (10 * lock.EXPIRES, -10 * lock.EXPIRES):
+            with monkeypatch.context() as patch:
+                patch.setattr(time, "time", lambda ahead=ahead: now() + ahead)
+                assert abs(lock_file.SettlingFile(place).read().age) < lock.EXPIRES / 2
+        silent(place)
+        assert lock_file.SettlingFile(place).read().age > lock.EXPIRES
+        assert [file.name for file in Path(place).parent.iterdir()] == ["model.json"]
