@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 
 from olora_ray.common.errors import TryAgain, UserError, first_line
 from olora_ray.common.secrets import mask
+from olora_ray.tracking.denials import causes, is_denial
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -85,8 +86,8 @@ def connect(uri: str) -> "MlflowClient":
 def reachable(uri: str, *, upload: bool = False) -> Iterator[None]:
     """Raise TrackingUnavailable if MLflow does not answer: before the block within 16 s, or when a call in it fails so.
 
-    With `upload` MLflow may take 120 s for an answer inside the block: a server that stores a large file
-    answers when it has done so.
+    Raises UserError if a call is refused, by MLflow or the store of its files. With `upload` MLflow may take 120 s for
+    an answer inside the block: a server that stores a large file answers when it has done so.
     """
     try:
         _ask(uri)
@@ -95,6 +96,11 @@ def reachable(uri: str, *, upload: bool = False) -> Iterator[None]:
     except Exception as error:
         if is_unavailable(error):
             raise unavailable(uri, reason(error)) from None
+        if not isinstance(error, UserError) and is_denial(error):
+            raise UserError(
+                f"tracking.uri={shown_uri(uri)}: access is refused ({reason(error)}); correct the credentials or what"
+                " they may do, and run the same command again"
+            ) from None
         raise
 
 
@@ -131,13 +137,7 @@ def is_unavailable(error: BaseException) -> bool:
     kinds = (ConnectionError, TimeoutError, socket.gaierror, sqlite3.OperationalError)
     remote = (requests.ConnectionError, requests.Timeout, requests.exceptions.RetryError)
     broken = (requests.exceptions.ChunkedEncodingError, exc.OperationalError, exc.TimeoutError)
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, kinds + remote + broken) or _store_is_away(cause):
-            return True
-        # MLflow raises its own error inside `except`, without `from`.
-        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
-    return False
+    return any(isinstance(cause, kinds + remote + broken) or _store_is_away(cause) for cause in causes(error))
 
 
 def _store_is_away(error: BaseException) -> bool:

@@ -10,6 +10,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import pytest
+import requests
+from boto3.exceptions import S3UploadFailedError
+from botocore.exceptions import ClientError
+from mlflow.utils import request_utils, rest_utils
 
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
@@ -355,6 +359,43 @@ def test_inside_reachable_other_errors_stay_as_they_are(address: str) -> None:
         raise OSError("No space left on device")
     with pytest.raises(reach.TrackingUnavailable, match="reset by peer"), reach.reachable(address):
         raise ConnectionResetError("reset by peer")
+
+
+def answer(status: int, text: str) -> requests.Response:
+    """What a server says."""
+    found = requests.Response()
+    found.status_code, found._content = status, text.encode()
+    return found
+
+
+def sent_by_boto3() -> None:
+    """An upload with credentials that have expired."""
+    try:
+        raise ClientError({"Error": {"Code": "ExpiredToken", "Message": "expired"}}, "PutObject")
+    except ClientError:
+        raise S3UploadFailedError("Failed to upload a to b")  # noqa: B904  # as boto3 does
+
+
+DENIALS: dict[str, Callable[[], object]] = {
+    "MLflow's own users": lambda: rest_utils.verify_rest_response(answer(403, "Permission denied"), "/api/2.0/x"),
+    "a proxy": lambda: rest_utils.verify_rest_response(answer(401, "<html>log in</html>"), "/api/2.0/x"),
+    "Databricks": lambda: rest_utils.verify_rest_response(
+        answer(403, '{"error_code": "PERMISSION_DENIED", "message": "not yours"}'), "/api/2.0/x"
+    ),
+    "the server's files": lambda: request_utils.augmented_raise_for_status(answer(403, "Permission denied")),
+    "a bucket": sent_by_boto3,
+}
+
+
+@pytest.mark.parametrize("case", DENIALS)
+def test_a_refused_access_is_one_line(address: str, case: str) -> None:
+    """Not a bug with a traceback: a token may have expired while the run trained, or the rights not go so far."""
+    local(address).end()
+    expected = r"^tracking\.uri=sqlite.*: access is refused \("
+    with pytest.raises(UserError, match=expected) as caught, reach.reachable(address):
+        DENIALS[case]()
+    assert caught.value.exit_code == 2
+    assert "\n" not in str(caught.value)
 
 
 def test_uploads_get_more_time(address: str) -> None:
