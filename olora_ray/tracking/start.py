@@ -15,7 +15,7 @@ from olora_ray.common.secrets import looked_up
 from olora_ray.config import paths
 from olora_ray.config.evaluation import AnyConfig
 from olora_ray.tracking import artifacts, moved_storage
-from olora_ray.tracking.client import TrackingUnavailable, check, connect, reachable, reason
+from olora_ray.tracking.client import TrackingUnavailable, check, connect, reachable, reason, shown_uri
 from olora_ray.tracking.run import TAG_LENGTH, Tracker
 
 if TYPE_CHECKING:
@@ -58,14 +58,31 @@ def absolute(uri: str) -> str:
 
 
 def check_artifacts(config: AnyConfig, uri: str) -> None:
-    """Raise UserError within seconds if the files of the config's experiment cannot be written.
+    """Raise UserError within seconds if files of the config's experiment cannot be written, or models not be logged.
 
     Makes the experiment at `uri` if it is not there. Raises TrackingUnavailable if MLflow or the store does not answer.
     """
     with reachable(uri):
         client = connect(uri)
-        place = str(client.get_experiment(_experiment(client, config, uri)).artifact_location)
+        experiment = _experiment(client, config, uri)
+        _refuse_older(client, experiment, uri)
+        place = str(client.get_experiment(experiment).artifact_location)
     artifacts.check(place, uri)
+
+
+def _refuse_older(client: "MlflowClient", experiment: str, uri: str) -> None:
+    """A server of MLflow 2 takes runs, but not the model at their end."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.search_logged_models([experiment], max_results=1)
+    except MlflowException as error:
+        if error.error_code != "ENDPOINT_NOT_FOUND":
+            raise
+        raise UserError(
+            f"tracking.uri={shown_uri(uri)}: this server has no logged models, as those before MLflow 3;"
+            " install a newer one, or name another in tracking.uri"
+        ) from None
 
 
 def start_run(config: AnyConfig, run_name: str, tags: Mapping[str, str], run_id: str | None = None) -> "Tracker":

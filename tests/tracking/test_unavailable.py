@@ -19,7 +19,7 @@ from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
 from olora_ray.tracking import client as reach
 from olora_ray.tracking import run
-from olora_ray.tracking.start import start_run
+from olora_ray.tracking.start import check_artifacts, start_run
 from tests import tiny
 from tests.mlflow_server import Server
 from tests.tracking.one_run import local, locked, rows, series, steps
@@ -396,6 +396,21 @@ def test_a_refused_access_is_one_line(address: str, case: str) -> None:
         DENIALS[case]()
     assert caught.value.exit_code == 2
     assert "\n" not in str(caught.value)
+
+
+def test_a_server_of_mlflow_2_is_refused_before_a_training(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It knows no logged models, which was found out when the model was to be registered."""
+
+    def search(*_: object, **__: object) -> object:
+        return rest_utils.verify_rest_response(answer(404, "<!doctype html>"), "/api/2.0/mlflow/logged-models/search")
+
+    config = tiny.config(tracking__uri=address, run__storage="unused")
+    check_artifacts(config, address)
+    monkeypatch.setattr(reach.connect(address).__class__, "search_logged_models", search)
+    with pytest.raises(
+        UserError, match=r"^tracking\.uri=.*: this server has no logged models, as those before MLflow 3"
+    ):
+        check_artifacts(config, address)
 
 
 def test_uploads_get_more_time(address: str) -> None:
