@@ -12,7 +12,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from olora_ray.cluster import address, preflight, ray_internals, token
 from olora_ray.cluster.quiet import quiet_ray
-from olora_ray.common.errors import UserError
+from olora_ray.common.errors import StoreError, StoreUnavailable, TryAgain, UserError
 from olora_ray.common.quiet import ENVIRONMENT
 from olora_ray.config.evaluation import AnyConfig
 from olora_ray.model.source import BaseModel
@@ -84,10 +84,18 @@ def _init(found: str) -> None:
 
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
-    """Raise the UserError that a Ray task raised as itself, not wrapped."""
+    """Raise what a Ray task has raised for a person, not wrapped: UserError, or TryAgain for what may pass."""
     try:
         yield
     except RayTaskError as error:
-        if isinstance(error.cause, UserError):
-            raise UserError(str(error.cause)) from None
-        raise
+        if (found := _for_a_person(error.cause)) is None:
+            raise
+        raise found from None
+
+
+def _for_a_person(error: BaseException) -> UserError | None:
+    """The error of a task as one for a person; None for a bug."""
+    if not isinstance(error, UserError | StoreError):
+        return None
+    later = isinstance(error, TryAgain | StoreUnavailable)
+    return TryAgain(str(error)) if later else UserError(str(error))
