@@ -1,6 +1,7 @@
 """Exceptions that are meant for a person, and the words of those that are not."""
 
 import contextlib
+import errno
 from collections.abc import Callable, Iterator
 
 
@@ -57,6 +58,22 @@ def first_line(error: BaseException) -> str:
 def short_reason(error: BaseException) -> str:
     """The operating system's words for an OSError (`No such file or directory`), else the first line."""
     return error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+
+
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+_OF_A_PLACE = frozenset({errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE})
+
+
+def of_the_machine(error: BaseException) -> str | None:
+    """One line for an OSError that is nobody's bug: a full disk, or a file that may or can not be written or read."""
+    if not isinstance(error, OSError) or error.errno not in _FULL | _OF_A_PLACE:
+        return None
+    if error.errno in _FULL:
+        place = f"{error.filename}: " if error.filename else ""
+        return f"{place}{error.strerror}; make room, and run the same command again"
+    if not error.filename:
+        return None
+    return f"{error.filename}: {error.strerror}; mend that, and run the same command again"
 
 
 @contextlib.contextmanager

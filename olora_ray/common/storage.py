@@ -201,8 +201,10 @@ def write_chunks(place: str, content: Callable[[], Iterable[bytes]], durable: bo
             if durable:
                 os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = str(path)  # a full disk does not name it, and nobody knows the temporary one
         raise
 
 

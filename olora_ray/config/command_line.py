@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from olora_ray.common import logs
-from olora_ray.common.errors import Stopped, StoreError, UserError
+from olora_ray.common.errors import Stopped, StoreError, UserError, of_the_machine
 from olora_ray.common.secrets import mask
 from olora_ray.config.describe import help_text
 from olora_ray.config.dotted import parse_assignments
@@ -147,8 +147,10 @@ def run(main: Callable[[list[str]], None]) -> None:
         _end("stopped (SIGINT); the same command continues with what is done", 130)
     except BrokenPipeError:
         os._exit(141)
-    except Exception:  # a bug: with its traceback, but no secrets
-        _end(traceback.format_exc().rstrip(), 1)
+    except Exception as error:
+        if line := of_the_machine(error):
+            _end(f"error: {line}", UserError.exit_code)
+        _end(traceback.format_exc().rstrip(), 1)  # a bug: with its traceback, but no secrets
     finally:
         gc.freeze()  # else the interpreter collects all that torch and Ray have made before it ends: 1.5 s
 

@@ -12,7 +12,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from olora_ray.cluster import address, preflight, ray_internals, token
 from olora_ray.cluster.quiet import quiet_ray
-from olora_ray.common.errors import StoreError, StoreUnavailable, TryAgain, UserError
+from olora_ray.common.errors import StoreError, StoreUnavailable, TryAgain, UserError, of_the_machine
 from olora_ray.common.quiet import ENVIRONMENT
 from olora_ray.config.evaluation import AnyConfig
 from olora_ray.model.source import BaseModel
@@ -95,6 +95,8 @@ def user_errors() -> Iterator[None]:
 
 def _for_a_person(error: BaseException) -> UserError | None:
     """The error of a task as one for a person; None for a bug."""
+    if line := of_the_machine(error):
+        return UserError(line)
     if not isinstance(error, UserError | StoreError):
         return None
     later = isinstance(error, TryAgain | StoreUnavailable)

@@ -1,7 +1,12 @@
 """Exceptions in one line."""
 
+import errno
+import os
+from pathlib import Path
+
 import pytest
 
+from olora_ray.common import storage
 from olora_ray.common.errors import (
     StoreError,
     StoreUnavailable,
@@ -9,6 +14,7 @@ from olora_ray.common.errors import (
     UserError,
     as_user_error,
     first_line,
+    of_the_machine,
     short_reason,
 )
 
@@ -51,3 +57,32 @@ def test_a_store_that_does_not_answer_now_may_answer_later() -> None:
     with pytest.raises(UserError) as other, as_user_error("s3://b/a: cannot be read", OSError):
         raise StoreError("no such bucket")
     assert other.value.exit_code == 2
+
+
+def failed(number: int, place: str | None = None) -> OSError:
+    return OSError(number, os.strerror(number), place) if place else OSError(number, os.strerror(number))
+
+
+def test_what_is_wrong_with_a_disk_is_no_bug() -> None:
+    assert of_the_machine(failed(errno.ENOSPC, "/a")) == (
+        "/a: No space left on device; make room, and run the same command again"
+    )
+    assert of_the_machine(failed(errno.EDQUOT)) == "Disk quota exceeded; make room, and run the same command again"
+    assert of_the_machine(failed(errno.EACCES, "/a")) == (
+        "/a: Permission denied; mend that, and run the same command again"
+    )
+    for bug in (failed(errno.EPERM), failed(errno.ENOENT, "/a"), OSError("ours"), KeyError("ours")):
+        assert of_the_machine(bug) is None
+
+
+def test_a_write_that_fails_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system names none when a disk is full."""
+
+    def full(descriptor: int) -> None:
+        raise failed(errno.ENOSPC)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        storage.write_text(str(tmp_path / "result.json"), "{}")
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(tmp_path / "result.json"))
+    assert list(tmp_path.iterdir()) == []

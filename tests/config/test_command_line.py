@@ -161,6 +161,15 @@ def test_the_error_is_the_last_line_when_both_streams_meet(tmp_path: Path) -> No
     assert start(str(path)).stdout.splitlines() == ["begun", "error: broken"]
 
 
+def test_a_full_disk_or_a_file_of_another_user_is_one_line(tmp_path: Path) -> None:
+    done = script(tmp_path, "raise OSError(28, 'No space left on device', '/runs/result.json')")
+    line = "error: /runs/result.json: No space left on device; make room, and run the same command again\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "begun\n", line)
+    done = script(tmp_path, "raise PermissionError(13, 'Permission denied', '/runs/a/config.yaml')")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert done.stderr.startswith("error: /runs/a/config.yaml: Permission denied; ")
+
+
 def test_a_bug_keeps_its_traceback(tmp_path: Path) -> None:
     done = script(tmp_path, "raise KeyError('ours')")
     assert done.returncode == 1

@@ -1,5 +1,8 @@
 """What a Ray task raises for a person is one line with the exit code that it has without Ray."""
 
+import errno
+import os
+
 import pytest
 from ray.exceptions import RayTaskError
 
@@ -28,6 +31,11 @@ def test_the_line_and_the_exit_code_are_those_of_the_task(error: Exception, code
         raise raised_by_a_task(error)
     assert (str(caught.value), caught.value.exit_code) == (str(error), code)
     assert not isinstance(caught.value, RayTaskError)
+
+
+def test_a_full_disk_of_a_node_is_one_line() -> None:
+    with pytest.raises(UserError, match=r"^/runs/tokens/a: No space left on device; make room"), user_errors():
+        raise raised_by_a_task(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/runs/tokens/a"))
 
 
 def test_a_bug_of_a_task_stays_one() -> None:
