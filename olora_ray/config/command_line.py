@@ -2,6 +2,7 @@
 
 import difflib
 import gc
+import io
 import logging
 import os
 import sys
@@ -133,6 +134,7 @@ def run(main: Callable[[list[str]], None]) -> None:
     Exit code 75 means that the same command finishes the work later, 143 (SIGTERM) and 130 (Ctrl+C) that
     it was stopped and continues with the same command.
     """
+    _print_all_characters()
     handler = logging.StreamHandler()
     handler.setFormatter(_Masking("%(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
@@ -153,6 +155,15 @@ def run(main: Callable[[list[str]], None]) -> None:
         _end(traceback.format_exc().rstrip(), 1)  # a bug: with its traceback, but no secrets
     finally:
         gc.freeze()  # else the interpreter collects all that torch and Ray have made before it ends: 1.5 s
+
+
+def _print_all_characters() -> None:
+    """Let what the encoding of stdout does not have be written as \\u2713: rows and names of files may have anything.
+
+    Python does so on stderr; on stdout it raises, in a locale without UTF-8, and for names that are not UTF-8 in any.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _end(line: str, code: int) -> None:

@@ -170,6 +170,19 @@ def test_a_full_disk_or_a_file_of_another_user_is_one_line(tmp_path: Path) -> No
     assert done.stderr.startswith("error: /runs/a/config.yaml: Permission denied; ")
 
 
+def test_characters_that_the_locale_does_not_have_are_written_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An answer with a sign of its own, or a file whose name is not UTF-8, ended a finished run with a traceback."""
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    body = r"import logging; print('caf\u00e9'); logging.getLogger('olora_ray').info('%s', '\udce9.jsonl')"
+    done = script(tmp_path, body)
+    assert (done.returncode, done.stderr) == (0, "")
+    begun, printed, logged = done.stdout.splitlines()
+    assert (begun, printed) == ("begun", r"caf\xe9")
+    assert logged.endswith(r" \udce9.jsonl")
+
+
 def test_a_bug_keeps_its_traceback(tmp_path: Path) -> None:
     done = script(tmp_path, "raise KeyError('ours')")
     assert done.returncode == 1
