@@ -44,7 +44,7 @@ def _s3(bucket: str) -> fs.FileSystem:
         parts = urlsplit(endpoint if "://" in endpoint else f"https://{endpoint}")
         options |= {"scheme": parts.scheme, "endpoint_override": parts.netloc + parts.path.rstrip("/")}
     else:
-        options["region"] = fs.resolve_s3_region(bucket)
+        options["region"] = _region_of(bucket, options["region"])
     return fs.S3FileSystem(
         connect_timeout=CONNECT_SECONDS,
         request_timeout=ANSWER_SECONDS,
@@ -53,6 +53,19 @@ def _s3(bucket: str) -> fs.FileSystem:
         background_writes=False,  # else a file that is read faster than it is sent lies in memory as a whole
         **options,
     )
+
+
+def _region_of(bucket: str, named: str | None) -> str:
+    """The region of a bucket at AWS; where that cannot be asked for, the one that the variables name.
+
+    A private network may have no way to us-east-1, which knows the regions, and in China and GovCloud it knows none.
+    """
+    try:
+        return str(fs.resolve_s3_region(bucket))
+    except OSError:
+        if named is None:
+            raise
+        return named
 
 
 def s3_endpoint() -> str | None:

@@ -85,6 +85,29 @@ class TestRequests:
         assert storage.filesystem(storage.join(place, "a"))[0] is not first
 
 
+class TestRegion:
+    @pytest.fixture(autouse=True)
+    def at_aws(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """AWS, from a network that leads to its own region only."""
+
+        def away(bucket: str) -> str:
+            raise OSError(f"When resolving region for bucket '{bucket}': AWS Error NETWORK_CONNECTION")
+
+        for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_PROFILE"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        monkeypatch.setattr(connections.fs, "resolve_s3_region", away)
+        connections._connected.cache_clear()
+
+    def test_where_it_cannot_be_asked_for_the_one_that_is_set_counts(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("AWS_REGION", "cn-north-1")
+        assert storage.filesystem("s3://corpora/a")[0].region == "cn-north-1"
+
+    def test_without_one_the_reason_is_told(self) -> None:
+        with pytest.raises(OSError, match="When resolving region for bucket 'corpora'"):
+            storage.filesystem("s3://corpora/a")
+
+
 class TestCheck:
     def test_a_good_store_passes_and_nothing_is_left(self, server: Server, place: str) -> None:
         with said() as lines:
