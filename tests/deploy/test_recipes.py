@@ -36,7 +36,7 @@ def entrypoints() -> Iterator[tuple[str, list[str]]]:
         elif "spec" in spec:
             yield file.name, spec["spec"]["template"]["spec"]["containers"][0]["args"]
     line = (DEPLOY / "crontab").read_text().splitlines()[-1]
-    yield "crontab", shlex.split(line.partition(" -- ")[2].partition(">>")[0])
+    yield "crontab", shlex.split(line.partition(" -- ")[2].partition(";")[0])
 
 
 def test_the_image_copies_what_is_there_and_runs_as_a_user() -> None:
@@ -75,12 +75,11 @@ def test_the_crontab_has_five_fields_a_lock_and_a_log() -> None:
         text for text in (DEPLOY / "crontab").read_text().splitlines() if text and not text.startswith("#")
     ]
     assert all(re.fullmatch(r"[A-Z]+=\S+", text) for text in settings)
-    assert re.match(r"(\S+ ){5}cd \$PROJECT ", line)
+    assert re.match(r"(\S+ ){5}mkdir -p ~/log; exec >>~/log/retrain.log 2>&1; cd \$PROJECT ", line)
     assert "%" not in line  # cron takes it for the end of the line
     command = line.split(maxsplit=5)[5]
     assert "flock --nonblock" in command
     assert "RAY_AUTH_MODE=token" in command
-    assert command.count(">>~/log/retrain.log") == 2
     subprocess.run(["bash", "-n", "-c", command], check=True)
 
 
@@ -101,6 +100,16 @@ def test_the_crontabs_command_logs_its_end_and_does_not_run_twice(tmp_path: Path
     assert log.rstrip().endswith("exit code 1" if busy else "exit code 2")
     submitted = "http://mlflow.internal:5000 token job submit --working-dir . -- python pipelines/retrain.py c.yaml"
     assert (submitted in log) is not busy
+
+
+def test_the_crontab_says_in_its_log_why_nothing_began(tmp_path: Path) -> None:
+    """A wrong folder: cron's mail is read by nobody, and on the first night there was no log either."""
+    line = (DEPLOY / "crontab").read_text().splitlines()[-1]
+    environment = {"HOME": str(tmp_path), "PROJECT": str(tmp_path / "none"), "BIN": "/usr/bin", "PATH": "/usr/bin:/bin"}
+    subprocess.run(["bash", "-c", line.split(maxsplit=5)[5]], env=environment, check=True, timeout=60)
+    why, end = (tmp_path / "log" / "retrain.log").read_text().splitlines()
+    assert "none: No such file or directory" in why
+    assert end.endswith(" exit code 1")
 
 
 def recorder(file: Path, text: str) -> None:
