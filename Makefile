@@ -86,5 +86,5 @@ build/lock/bin/uv:
 	$(PYTHON) -m venv build/lock
 	build/lock/bin/pip install --quiet --disable-pip-version-check uv
 
-clean:
-	rm -rf $(VENV) runs build *.egg-info
+clean: ## what can be made again; runs/ has trained models and their registry, and stays
+	rm -rf $(VENV) build *.egg-info

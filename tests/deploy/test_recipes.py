@@ -112,6 +112,13 @@ def test_the_crontab_says_in_its_log_why_nothing_began(tmp_path: Path) -> None:
     assert end.endswith(" exit code 1")
 
 
+def test_make_clean_leaves_what_was_trained() -> None:
+    """The default run.storage is ./runs: models, checkpoints and the registry's database."""
+    recipe = (ROOT / "Makefile").read_text().partition("\nclean:")[2].splitlines()[1]
+    assert shlex.split(recipe)[:2] == ["rm", "-rf"]
+    assert "runs" not in shlex.split(recipe)
+
+
 def recorder(file: Path, text: str) -> None:
     """A program in place of another one."""
     file.parent.mkdir(parents=True, exist_ok=True)
