@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from olora_ray.common import storage
-from olora_ray.common.errors import UserError, short_reason
+from olora_ray.common.errors import StoreUnavailable, TryAgain, UserError, short_reason
 from olora_ray.common.secrets import mask
 from olora_ray.config.dotted import flatten
 from olora_ray.config.load import build, dump
@@ -85,7 +85,8 @@ class RunFolder:
         except UnicodeDecodeError:
             raise UserError(f"{self.settings}: not UTF-8 text; put it back, or delete {self.root}") from None
         except OSError as error:
-            raise UserError(f"run.storage: {self.root} cannot be read: {short_reason(error)}") from None
+            kind = TryAgain if isinstance(error, StoreUnavailable) else UserError
+            raise kind(f"run.storage: {self.root} cannot be read: {short_reason(error)}") from None
 
     def moved(self) -> bool:
         """Whether model or data lie elsewhere than when this run was last begun, so that they may be others."""
@@ -146,10 +147,10 @@ class RunFolder:
         storage.write_text(self.parity, json.dumps(content, indent=2) + "\n")
 
     def trained(self) -> str | None:
-        """The text of training.json, if training has ended."""
+        """The text of training.json, if training has ended. Raises OSError if it cannot be read now."""
         try:
             return storage.read_text(self.training)
-        except (OSError, UnicodeDecodeError):
+        except (FileNotFoundError, UnicodeDecodeError):
             return None
 
     def write_training(self, text: str) -> None:
@@ -232,9 +233,12 @@ def _is_result(tree: dict[str, Any]) -> bool:
 
 
 def _read_json(place: str) -> dict[str, Any] | None:
-    """The object in a JSON file of our own; None if it is not there, or damaged: it is then made again."""
+    """The object in a JSON file of our own; None if it is not there, or damaged: it is then made again.
+
+    Raises OSError if it cannot be read now: a run that has ended would be trained, and registered, once more.
+    """
     try:
         tree = json.loads(storage.read_text(place))
-    except (OSError, ValueError, RecursionError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return None
     return tree if isinstance(tree, dict) else None

@@ -1,12 +1,14 @@
 """A run's folder belongs to one config, and to the contents of its model and data."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from olora_ray.common.errors import UserError
+from olora_ray.common import storage
+from olora_ray.common.errors import StoreUnavailable, TryAgain, UserError
 from olora_ray.config.load import load, override
 from olora_ray.config.schema import Config
 from olora_ray.pipeline.run_folder import RunFolder
@@ -164,9 +166,9 @@ def test_what_does_not_change_the_numbers_may_change(config: Config, field: str,
 
 def test_a_storage_that_cannot_be_written_is_named(config: Config, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
-    storage = str(tmp_path / "file" / "runs")
-    with pytest.raises(UserError, match=rf"run\.storage: {storage} cannot be written: "):
-        RunFolder(override(config, {"run.storage": storage})).check()
+    place = str(tmp_path / "file" / "runs")
+    with pytest.raises(UserError, match=rf"run\.storage: {place} cannot be written: "):
+        RunFolder(override(config, {"run.storage": place})).check()
 
 
 def test_a_folder_with_a_config_that_does_not_read_is_refused(config: Config) -> None:
@@ -209,6 +211,34 @@ def test_a_damaged_note_of_ours_counts_as_missing(config: Config, text: str) -> 
     assert folder.exported(6) is None
     assert folder.tracking_run("sqlite:///a.db") is None
     assert folder.finished() is None
+
+
+def away(*_: object) -> str:
+    raise StoreUnavailable("no answer")
+
+
+READS: dict[str, Callable[[RunFolder], object]] = {
+    "result": RunFolder.finished,
+    "training": RunFolder.trained,
+    "MLflow's run": lambda folder: folder.tracking_run("sqlite:///a.db"),
+    "exports": lambda folder: folder.exported(6),
+}
+
+
+@pytest.mark.parametrize("what", READS)
+def test_a_note_that_cannot_be_read_now_is_not_missing(
+    config: Config, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """Else a finished run would get a second MLflow run, and a second version."""
+    monkeypatch.setattr(storage, "read_text", away)
+    with pytest.raises(StoreUnavailable):
+        READS[what](RunFolder(config))
+
+
+def test_a_storage_that_does_not_answer_may_answer_later(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RunFolder, "_has_checkpoints", away)
+    with pytest.raises(TryAgain, match=r"^run\.storage: .*/mine cannot be read: no answer$"):
+        RunFolder(config).check()
 
 
 def test_the_result_marks_the_end(config: Config) -> None:
