@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from pyarrow import ArrowException
+
 from olora_ray.common.errors import StoreError, StoreUnavailable, first_line
 from olora_ray.common.secrets import mask
 
@@ -35,7 +37,8 @@ def passes(error: BaseException) -> bool:
 def patiently(store: str, request: Callable[[], Found]) -> Found:
     """What `request` returns; repeats it for PATIENCE seconds if the store, which has answered before, fails.
 
-    Raises FileNotFoundError where nothing is there, and StoreError or StoreUnavailable for all else.
+    Raises FileNotFoundError where nothing is there, ValueError for what is no address, and StoreError or
+    StoreUnavailable for all else: not all that pyarrow raises for gs:// is an OSError.
     """
     end, number = None, 0
     while True:
@@ -44,7 +47,9 @@ def patiently(store: str, request: Callable[[], Found]) -> Found:
         except FileNotFoundError:
             _answered.add(store)
             raise
-        except OSError as error:
+        except (OSError, ArrowException) as error:
+            if isinstance(error, ValueError):  # what is no address
+                raise
             end = time.monotonic() + PATIENCE if end is None else end
             left = end - time.monotonic()
             if store not in _answered or not passes(error) or left <= 0:

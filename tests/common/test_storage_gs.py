@@ -3,10 +3,11 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from olora_ray.common import copies, patience, storage
-from olora_ray.common.errors import StoreUnavailable, TryAgain
+from olora_ray.common.errors import StoreError, StoreUnavailable, TryAgain
 from olora_ray.train import checkpoint, checkpoints
 from tests.gs_server import BUCKET, GsServer, gs_server
 from tests.said import said
@@ -91,3 +92,19 @@ def test_what_passes_by_itself(code: str, later: bool) -> None:
     assert (
         patience.passes(OSError(f"google::cloud::Status({code}: Permanent error, with a last message of x)")) is later
     )
+
+
+def test_what_pyarrow_raises_is_the_error_of_a_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread that renews a lock lives on with an OSError only."""
+    monkeypatch.setattr(patience, "_answered", set())
+
+    def unknown() -> None:
+        raise pa.ArrowException("Unknown error: google::cloud::Status(UNKNOWN: Permanent error)")
+
+    def no_address() -> None:
+        raise pa.ArrowInvalid("Path cannot start with a separator ('/a')")
+
+    with pytest.raises(StoreError, match="UNKNOWN: Permanent error"):
+        patience.patiently(PLACE, unknown)
+    with pytest.raises(ValueError, match="Path cannot start"):
+        patience.patiently(PLACE, no_address)
