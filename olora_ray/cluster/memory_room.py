@@ -154,11 +154,13 @@ def changes(config: Config, gpus: float = 0.0) -> Iterator[dict[str, Any]]:
         micro //= 2
         change["train.micro_batch"] = micro
         yield dict(change)
-    may_shard = config.cluster.strategy == "ddp" and config.model.quantization == "none"
-    if may_shard and config.cluster.min_workers() > 1:
+    if _may_shard(config):
         change["cluster.strategy"] = "fsdp"
+        if config.cluster.fsdp_replicas > 1:  # without a use so far, and perhaps for another number of workers
+            change["cluster.fsdp_replicas"] = 1
         yield dict(change)
-    if gpus and config.cluster.min_workers() > 1 and not config.cluster.fsdp_offload:
+    sharded = "cluster.strategy" in change or config.cluster.strategy == "fsdp"
+    if gpus and sharded and config.cluster.min_workers() > 1 and not config.cluster.fsdp_offload:
         change["cluster.fsdp_offload"] = True
         yield dict(change)
     if config.model.dtype == "float32":
@@ -170,6 +172,13 @@ def changes(config: Config, gpus: float = 0.0) -> Iterator[dict[str, Any]]:
         change["data.max_length"] = length
         yield dict(change)
     yield from (change | fewer for fewer in _fewer_answers(config))
+
+
+def _may_shard(config: Config) -> bool:
+    """Whether a base that each worker holds whole may be sharded instead; not a packed one, nor one with spares."""
+    cluster = config.cluster
+    whole = cluster.strategy == "ddp" and cluster.min_workers() > 1
+    return whole and config.model.quantization == "none" and not cluster.spares
 
 
 def _fewer_answers(config: Config) -> Iterator[dict[str, Any]]:

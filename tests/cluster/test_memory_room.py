@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -275,3 +276,26 @@ def test_a_packed_base_is_not_advised_to_be_sharded(kind: str) -> None:
     }
     assert ("cluster.strategy" in advised) is (kind == "none")
     assert "train.micro_batch" in advised
+
+
+@pytest.mark.parametrize("gpus", [0.0, 1.0])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"model__quantization": "fp8"},
+        {"cluster__spares": 1},
+        {"cluster__fsdp_replicas": 3},
+        {"cluster__workers": [2, 5], "cluster__fsdp_replicas": 2},
+        {"cluster__strategy": "fsdp", "cluster__workers": 4, "cluster__fsdp_replicas": 2},
+        {"model__dtype": "float32", "data__eval_fraction": 0.1, "evaluation__scorer": "exact_match"},
+    ],
+    ids=str,
+)
+def test_every_change_that_may_be_advised_is_one_that_can_be_made(settings: dict[str, Any], gpus: float) -> None:
+    """Where one is refused, the refusal of the memory would be a line about a field that nobody has set."""
+    config = tiny.config(**({"cluster__workers": 2} | settings))
+    made = [override(config, change) for change in changes(config, gpus)]
+    assert made[-1] != config
+    offloaded = any(each.cluster.fsdp_offload for each in made)
+    assert offloaded is (gpus > 0 and any(each.cluster.strategy == "fsdp" for each in made))
