@@ -10,6 +10,9 @@ from olora_ray.config import words
 from olora_ray.config.schema import Section
 from olora_ray.config.yaml_io import parse_yaml
 
+SOURCES = ("data.train.", "data.eval.")
+"""Fields of sources, which may be given as a path alone."""
+
 
 def parse_assignments(given: list[str]) -> dict[str, Any]:
     """`section.field=value` words of a command line as changes; values are YAML."""
@@ -73,13 +76,17 @@ def changed(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
 
 
 def _child(node: Any, part: str, field: str) -> Any:
+    found = None
     if isinstance(node, list) and (place := _place(part, node)) is not None:
-        return node[place]
-    if isinstance(node, dict):
+        found = node[place]
+    elif isinstance(node, dict):
         if node.get(part) is None:
             node[part] = {}
-        if isinstance(node[part], dict | list):
-            return node[part]
+        found = node[part]
+    if isinstance(found, dict | list):
+        return found
+    if isinstance(found, str) and field.startswith(SOURCES):
+        raise UserError(f"{field}: {part!r} is a path alone, without fields; write it as {{path: ...}}")
     raise UserError(f"{field}: {part!r} has no fields to set")
 
 

@@ -461,6 +461,25 @@ def test_a_change_is_validated_like_a_file(changes: dict[str, Any], expected: st
     assert expected in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("section", "word", "expected"),
+    [
+        (
+            "data: {train: [a.jsonl]}",
+            "data.train.0.weight=2",
+            "data.train.0.weight: '0' is a path alone, without fields",
+        ),
+        ("data: {train: a.jsonl}", "data.train.0.weight=2", "data.train.0.weight: 'train' is a path alone, without"),
+        ("cluster: {workers: [1, 2]}", "cluster.workers.0.x=3", "cluster.workers.0.x: '0' has no fields to set"),
+    ],
+)
+def test_a_field_of_what_has_none_is_one_line(tmp_path: Path, section: str, word: str, expected: str) -> None:
+    path = write(tmp_path, f"run: {{name: a}}\nmodel: {{name: m}}\n{section}\n")
+    with pytest.raises(UserError) as caught:
+        load(path, parse_assignments([word]))
+    assert str(caught.value).startswith(expected)
+
+
 def test_an_override_leaves_the_original_alone() -> None:
     config = build(tree())
     override(config, {"adapter.rank": 3, "data.train.0.path": "b"})
