@@ -2,10 +2,11 @@
 
 import importlib.util
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from olora_ray.common.errors import UserError
+from olora_ray.common.errors import UserError, as_user_error, short_reason
 from olora_ray.common.storage import is_uri
 from olora_ray.config.evaluation import AnyConfig
 from olora_ray.config.schema import AnySection, Source
@@ -20,24 +21,31 @@ def resolved(config: Resolved, folder: Path) -> Resolved:
     """The config with every relative path made absolute, seen from `folder`.
 
     Workers run elsewhere, so nothing relative may reach them. A job's own working directory is
-    deleted after the job: a relative `run.storage` then lies under the home directory instead.
+    deleted after the job: a relative `run.storage` then lies under the home directory instead. Raises UserError for
+    a place at which this user cannot look, or in a home folder that there is not.
     """
     name = config.model.name
     # With the home directory in the place of ~: what is exported names the base by a path that others can read.
-    if (place := folder / os.path.expanduser(name)).exists():
+    if not is_uri(name) and is_there(place := folder / at_home(name, "model.name"), "model.name"):
         name = str(place.absolute())
     start = config.train.start
     return _changed(
         config,
-        run=_changed(config.run, storage=absolute(config.run.storage, lasting(folder))),
+        run=_changed(config.run, storage=absolute(config.run.storage, lasting(folder), "run.storage")),
         model=_changed(config.model, name=name),
         data=_changed(
             config.data,
-            train=tuple(_source(source, folder) for source in config.data.train),
-            eval=tuple(_source(source, folder) for source in config.data.eval),
+            train=_sources(config.data.train, folder, "data.train"),
+            eval=_sources(config.data.eval, folder, "data.eval"),
         ),
-        train=_changed(config.train, start=start and absolute(start, folder)),
+        train=_changed(config.train, start=start and absolute(start, folder, "train.start")),
     )
+
+
+def is_there(place: Path, field: str) -> bool:
+    """Whether something lies at a path; raises UserError that names `field` where this user cannot look."""
+    with as_user_error(f"{field}: {place}", OSError, reason=short_reason):
+        return place.exists()
 
 
 def lasting(folder: Path) -> Path:
@@ -49,9 +57,18 @@ def _changed(section: AnySection, **values: object) -> AnySection:
     return section.model_copy(update=values)
 
 
-def absolute(place: str, folder: Path) -> str:
-    """`place` itself if it is a URI, else as an absolute path seen from `folder`."""
-    return place if is_uri(place) else os.path.normpath(folder / os.path.expanduser(place))
+def absolute(place: str, folder: Path, field: str = "") -> str:
+    """`place` itself if it is a URI, else as an absolute path seen from `folder`; raises UserError as `at_home`."""
+    return place if is_uri(place) else os.path.normpath(folder / at_home(place, field))
+
+
+def at_home(place: str, field: str = "") -> Path:
+    """A path with a home folder in the place of its `~`; raises UserError, that names `field`, if there is none."""
+    try:
+        return Path(place).expanduser()
+    except RuntimeError:
+        where = f"{field}: {place}" if field else place
+        raise UserError(f"{where}: there is no home folder for '{Path(place).parts[0]}'; write it out") from None
 
 
 def package_file(name: str, field: str = "model.name") -> Path:
@@ -67,6 +84,10 @@ def package_file(name: str, field: str = "model.name") -> Path:
     return path
 
 
-def _source(source: Source, folder: Path) -> Source:
-    only = tuple(absolute(name, folder) for name in source.only)
-    return _changed(source, path=absolute(source.path, folder), only=only)
+def _sources(sources: Sequence[Source], folder: Path, setting: str) -> tuple[Source, ...]:
+    return tuple(_source(source, folder, f"{setting}.{number}") for number, source in enumerate(sources))
+
+
+def _source(source: Source, folder: Path, where: str) -> Source:
+    only = tuple(absolute(name, folder, f"{where}.only") for name in source.only)
+    return _changed(source, path=absolute(source.path, folder, f"{where}.path"), only=only)

@@ -40,7 +40,7 @@ def obtain(config: AnyConfig, registered: Path | None = None) -> BaseModel:
     source = registered or _source_folder(config)
     if source.suffix == ".gguf":
         source = convert.gguf(source, config)
-    elif not (source / folder.CONFIG).is_file():
+    elif not paths.is_there(source / folder.CONFIG, "model.name"):
         raise UserError(f"model.name: {source} has no config.json, so it is not a model folder")
     elif not folder.weight_files(source):
         source = convert.pickled(source, config)
@@ -86,8 +86,8 @@ def _source_folder(config: AnyConfig) -> Path:
             # A folder for each address and what lies there now: a model may be replaced by another.
             key = digests.digest(name, storage.version(name), length=16)
             return copies.local_copy(name, f"{copies.CACHE}/models/{key}")
-    path = Path(name).expanduser()
-    if path.exists():
+    path = paths.at_home(name, "model.name")
+    if paths.is_there(path, "model.name"):
         return path
     if path.is_absolute() or name.startswith(".") or name.count("/") != 1:
         raise UserError(f"model.name: {name}: no such file or folder, and not a hub id (ORG/NAME)")

@@ -1,5 +1,6 @@
 """What a person meets at the command line: arguments, one-line errors, exit codes."""
 
+import errno
 import importlib
 import os
 import subprocess
@@ -10,6 +11,8 @@ import pytest
 
 from olora_ray.common.errors import UserError
 from olora_ray.config.command_line import parse, read_arguments
+from olora_ray.config.load import load
+from olora_ray.config.paths import resolved
 
 ROOT = Path(__file__).parents[2]
 FINETUNE = ROOT / "pipelines" / "finetune.py"
@@ -60,11 +63,29 @@ def test_the_home_directory_may_be_written_as_a_tilde(
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "models" / "m").mkdir(parents=True)
-    words = ["model.name=~/models/m", "data.train.0.path=~/a.jsonl", "run.storage=~nobody-of-that-name/runs"]
+    words = ["model.name=~/models/m", "data.train.0.path=~/a.jsonl"]
     read, _ = read_arguments(words, config, "usage")
     assert read.model.name == str(tmp_path / "models" / "m")
     assert read.data.train[0].path == str(tmp_path / "a.jsonl")
-    assert read.run.storage.endswith("/~nobody-of-that-name/runs"), "no such user: a path as any other"
+
+
+@pytest.mark.parametrize("field", ["run.storage", "data.train.0.path", "train.start"])
+def test_a_home_folder_that_there_is_not_is_one_line(config: Path, field: str) -> None:
+    with pytest.raises(UserError) as caught:
+        read_arguments([f"{field}=~nobody-here/x"], config, "usage")
+    assert str(caught.value) == f"{field}: ~nobody-here/x: there is no home folder for '~nobody-here'; write it out"
+
+
+def test_a_place_at_which_nobody_can_look_is_one_line(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"^model\.name: /.*x: File name too long$"):
+        read_arguments([f"model.name={'x' * 300}"], config, "usage")
+
+    def closed(path: Path, **_: bool) -> os.stat_result:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "stat", closed)  # root may look everywhere
+    with pytest.raises(UserError, match=r"^model\.name: /home/other/model: Permission denied$"):
+        resolved(load(config, {"model.name": "/home/other/model"}), Path("/"))
 
 
 @pytest.mark.parametrize("place", ["s3://bucket/data", "gs://bucket/data", "hf://org/name?split=train"])
