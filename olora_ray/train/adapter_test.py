@@ -1,6 +1,10 @@
-"""Test of a model's adapters before the first step: they change nothing yet, and each receives a gradient."""
+"""Test of a model's adapters before the first step: they change nothing yet, and each receives a gradient.
 
-from collections.abc import Iterator, Mapping, Sequence
+Of experts that are modules of their own some receive one: a few tokens are not sent to all of them.
+"""
+
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +20,9 @@ from olora_ray.train import recompute
 from olora_ray.train.examples import SHORT, examples_of, one_pack
 from olora_ray.train.loss import SupervisedLoss
 from olora_ray.train.parallel import gathered
+
+_EXPERT = re.compile(r"([^.]*expert[^.]*)\.(?:expert_)?\d+(?=\.)")
+"""The number of an expert that is a module of its own, as in `mlp.experts.3.up_proj`."""
 
 
 def check_adapters(
@@ -65,7 +72,14 @@ def _try(loss: SupervisedLoss, adapted: Mapping[str, AdaptedWeight], batch: Batc
             type(loss.model).__name__,
             *([part for pair in parts.values() for part in pair] for parts in (gradients, other)),
         )
-    return [layer for layer, parts in gradients.items() if not any(bool((part != 0).any()) for part in parts)]
+    reached = {layer for layer, parts in gradients.items() if any(bool((part != 0).any()) for part in parts)}
+    return _missed(gradients, reached)
+
+
+def _missed(adapted: Collection[str], reached: Collection[str]) -> list[str]:
+    """The adapters that no gradient has reached; no expert beside which another was: few tokens go to some alone."""
+    kinds = {_EXPERT.sub(r"\1.*", layer) for layer in reached}
+    return [layer for layer in adapted if layer not in reached and _EXPERT.sub(r"\1.*", layer) not in kinds]
 
 
 def _gradients(loss: SupervisedLoss, adapted: Mapping[str, AdaptedWeight], batch: Batch) -> dict[str, list[Tensor]]:

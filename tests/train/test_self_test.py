@@ -1,5 +1,6 @@
 """The self-test finds what is wrong with a model without knowing its family, and what helps."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -240,6 +241,31 @@ def test_adapters_that_take_no_part_are_named() -> None:
     first.forward = lambda x: first.up_proj.base(x) @ first.down_proj.base.weight.T
     with pytest.raises(UserError, match=r"layers\.0\.mlp\.gate_proj, .* take no part .*; leave them out"):
         check_adapters(trainer.loss, trainer.adapted, PACKED, "segments", CPU, new=False)
+
+
+class Mixture(torch.nn.Module):
+    """Experts that are modules of their own, as code that comes with a model has them; tokens go to `chosen`."""
+
+    def __init__(self, mlp: torch.nn.Module, chosen: int | None) -> None:
+        super().__init__()
+        self.experts = torch.nn.ModuleList(copy.deepcopy(mlp) for _ in range(4))
+        self.chosen = chosen
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return x if self.chosen is None else self.experts[self.chosen](x)
+
+
+def test_experts_to_which_no_token_of_the_examples_goes_are_no_mistake() -> None:
+    for chosen_expert in (2, None):
+        made = tiny.llama(attention="segments")
+        made.model.layers[0].mlp = Mixture(made.model.layers[0].mlp, chosen_expert)
+        trainer = tiny.trainer(tiny.config(), model=made)
+        assert "model.layers.0.mlp.experts.3.up_proj" in trainer.adapted
+        if chosen_expert is not None:
+            check_adapters(trainer.loss, trainer.adapted, PACKED, "segments", CPU, new=True)
+            continue
+        with pytest.raises(UserError, match=r"layers\.0\.mlp\.experts\.0\.gate_proj, .* and 9 more take no part"):
+            check_adapters(trainer.loss, trainer.adapted, PACKED, "segments", CPU, new=True)
 
 
 def test_examples_of_two_tokens_are_enough() -> None:
