@@ -51,9 +51,13 @@ def why_not_in_one_row(model: Any, tokens: int) -> str | None:
 def check_lengths(model: Any, config: AnyConfig) -> None:
     """Raise UserError where sequences may be so long that the loss of one of this model depends on its neighbours.
 
-    The self-test has too few tokens to see it.
+    Or longer than its positions. The self-test has too few tokens to see it.
     """
     family, most = type(model).__name__, config.data.max_length
+    if (there := positions(model)) is not None and most > there:
+        raise UserError(
+            f"data.max_length={most}: {family} has positions for {there} tokens; set data.max_length to {there} at most"
+        )
     packed = config.data.packing is True or (config.data.packing == "auto" and why_apart(model) is None)
     for kind, limit in _limits_of_positions(model.config.get_text_config()):
         if most <= limit:
@@ -75,6 +79,24 @@ def check_lengths(model: Any, config: AnyConfig) -> None:
             f"data.packing: {family} {why}, so that a loss would depend on how many examples come before; set"
             " data.packing: false"
         )
+
+
+def positions(model: Any) -> int | None:
+    """Tokens for which a model has positions, where it looks these up in a table; None where there is no end of them.
+
+    One token more is an index out of range: of learned positions (GPT-2, OPT), and of kept rotary ones (GPT-J).
+    """
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    language = _language(model)
+    tables: list[Any] = [part.weight for name, part in language.named_modules() if _is_table(name, part)]
+    tables += [kept for name, kept in language.named_buffers() if name.endswith("embed_positions")]
+    # Those of OPT and BioGPT have two rows more.
+    return most if type(most) is int and any(most <= table.shape[0] <= most + 2 for table in tables) else None
+
+
+def _is_table(name: str, module: nn.Module) -> bool:
+    last = name.rpartition(".")[2]
+    return isinstance(module, nn.Embedding) and ("pos" in last or last == "wpe")
 
 
 def _limits_of_positions(shape: Any) -> list[tuple[str, int]]:

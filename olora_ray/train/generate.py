@@ -10,6 +10,7 @@ import torch
 
 from olora_ray.common import collectives
 from olora_ray.config.schema import Evaluation
+from olora_ray.model.packing import positions
 from olora_ray.tokens.store import TokenStore
 from olora_ray.train.loop import Trainer
 
@@ -83,6 +84,8 @@ def answer(
     by_length = sorted(range(len(asked)), key=lambda i: len(asked[i].prompt))
     groups = [by_length[first : first + batch] for first in range(0, len(asked), batch)]
     mine, sharded = groups[worker::workers], hasattr(trainer.loss, "unshard")
+    if sharded:  # all run until the last is done
+        max_new_tokens = _within(model, [question.prompt for question in asked], max_new_tokens)
     rounds = -(-len(groups) // workers) if sharded else len(mine)
     with decoding(model), _gathered(trainer.loss) if sharded else contextlib.nullcontext():
         for turn in range(rounds):
@@ -145,7 +148,7 @@ def greedy(
     """Greedy continuations of token ids, without prompt and end token; call it inside `decoding(model)`.
 
     Each token is the likeliest one, whatever the model's generation_config.json says. Without end tokens (`eos` is
-    empty) each continuation has `max_new_tokens`.
+    empty) each continuation has `max_new_tokens`, or fewer where the model has no positions for more.
     `together`: all workers run until the last of them is done, because each holds a part of the model.
     """
     longest = max(len(prompt) for prompt in prompts)
@@ -157,7 +160,7 @@ def greedy(
     output = model.generate(
         input_ids=ids.to(device),
         attention_mask=mask.to(device),
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=_within(model, prompts, max_new_tokens),
         do_sample=False,
         num_beams=1,
         eos_token_id=list(eos) or None,
@@ -170,3 +173,13 @@ def greedy(
         stop = next((i for i, token in enumerate(row) if token in ends), len(row))
         results.append(row[:stop])
     return results
+
+
+def _within(model: Any, prompts: Sequence[tuple[int, ...]], wanted: int) -> int:
+    """So many new tokens, or as many as a model that looks positions up in a table has some for: at least one.
+
+    The last new token has no position, since nothing is made of it.
+    """
+    there = positions(model)
+    longest = max(map(len, prompts), default=0)
+    return wanted if there is None else max(1, min(wanted, there + 1 - longest))

@@ -53,7 +53,11 @@ def run(model: Path, storage: Path, strategy: str, changes: dict[str, Any]) -> t
 
 @pytest.mark.parametrize(
     ("family", "changes"),
-    [("llama", {}), ("mixtral", {}), ("gpt2", {"adapter__method": "eva", "adapter__init_tokens": 96})],
+    [
+        ("llama", {}),
+        ("mixtral", {}),
+        ("gpt2", {"adapter__method": "eva", "adapter__init_tokens": 96, "data__max_length": 64}),
+    ],
 )
 def test_a_run_on_parts_of_the_base(
     crew: Callable[[int], Crew], tmp_path: Path, family: str, changes: dict[str, Any]

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from olora_ray.common.errors import UserError
-from olora_ray.model.packing import check_lengths, why_apart, why_not_in_one_row
+from olora_ray.model.packing import check_lengths, positions, why_apart, why_not_in_one_row
 from tests import tiny
+from tests.families import zoo
+from tests.families.variants import ALL
 from tests.tiny import SMALL, of_kind
 
 APART: dict[str, tuple[dict[str, Any], str]] = {
@@ -95,8 +97,23 @@ def test_positions_that_are_encoded_by_the_longest_so_far_are_refused(kind: str,
 
 def test_positions_as_most_models_have_them_have_no_limit() -> None:
     assert refusal("llama", SMALL | {"max_position_embeddings": 64}, 4096) is None
-    with torch.device("meta"):
-        check_lengths(tiny.gpt2(), tiny.config(data__max_length=4096))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "opt 350m", "gpt_neo", "gpt_bigcode", "biogpt", "gptj", "codegen"])
+def test_positions_that_are_looked_up_in_a_table_end_with_it(family: str) -> None:
+    made = zoo.on_meta(ALL[family])
+    assert positions(made) == 128
+    check_lengths(made, tiny.config(data__max_length=128))
+    with pytest.raises(UserError) as caught:
+        check_lengths(made, tiny.config(data__max_length=129, data__packing=False, train__micro_batch=1))
+    assert str(caught.value) == (
+        f"data.max_length=129: {type(made).__name__} has positions for 128 tokens; set data.max_length to 128 at most"
+    )
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "falcon", "bloom", "mpt", "xglm", "phi", "gemma3", "mamba"])
+def test_other_positions_have_no_end(family: str) -> None:
+    assert positions(zoo.on_meta(ALL[family])) is None
 
 
 def test_attention_that_is_scaled_by_the_place_in_a_row() -> None:

@@ -79,6 +79,16 @@ def test_answers_are_greedy_whatever_generation_config_says(own: dict[str, Any],
     assert found[0] != its_own_way(model, prompts[0], 8), "what this is about"
 
 
+def test_answers_end_where_the_positions_of_a_model_end() -> None:
+    model = tiny.gpt2()  # has 128
+    prompts = [tuple(range(2, 92)) + tuple(range(2, 38)), (7, 8, 9)]
+    assert len(prompts[0]) == 126
+    with decoding(model):
+        found = greedy(model, prompts, 8, [], CPU)
+        assert found == [likeliest(model, prompt, 3) for prompt in prompts]
+        assert greedy(model, prompts[1:], 8, [], CPU) == [likeliest(model, prompts[1], 8)]
+
+
 def likeliest(model: Any, prompt: tuple[int, ...], tokens: int) -> list[int]:
     """Without a cache, padding or transformers' generate."""
     ids = list(prompt)
