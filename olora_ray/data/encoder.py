@@ -45,6 +45,11 @@ class Encoder:
         """The id of a token; None if there is none."""
         return None if token is None else self._tokenizer.token_to_id(token)
 
+    def token_of(self, number: int) -> str | None:
+        """The token of an id; None if there is none."""
+        token: str | None = self._tokenizer.id_to_token(number)
+        return token
+
     def special_ids(self) -> frozenset[int]:
         """The ids of special tokens: those that a decoder leaves out."""
         added = self._tokenizer.get_added_tokens_decoder()

@@ -55,6 +55,8 @@ class TokenizerSpec:
     """Whether plain text starts with the begin token."""
     tool_template: str | None = None
     """Jinja source for conversations with tools, where that is another."""
+    embeddings: int | None = None
+    """Rows of the model's embeddings, if the tokenizer has tokens beyond them; None: each token has one."""
     name: str = field(default="the model", compare=False)
     """Name of the model in messages; not part of the digest."""
     apart: str | None = field(default=None, compare=False)
@@ -76,6 +78,8 @@ class TokenizerSpec:
         del content["name"], content["apart"]
         if self.tool_template is None:  # so that others are called as they were before there was this field
             del content["tool_template"]
+        if self.embeddings is None:
+            del content["embeddings"]
         return digest_json(content)
 
     def template(self, tools: bool) -> str:
@@ -132,12 +136,22 @@ def spec_from_pretrained(tokenizer: Any, name: str | None = None) -> TokenizerSp
 
 def _check_ids(backend: Any, name: str) -> None:
     """Writing a tokenizer as JSON takes memory for every id up to the largest, whether it is used or not."""
-    token, largest = max(backend.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1], default=("", 0))
+    token, largest = _largest(backend)
     if largest > LARGEST_ID:
         raise UserError(
             f"model.name: tokenizer.json of {name} gives the token {token[:40]!r} the id {largest}, above {LARGEST_ID}:"
             " no model has so many; put the right tokenizer.json in its folder"
         )
+
+
+def has_tokens_beyond(tokenizer: Any, embeddings: int) -> bool:
+    """Whether a transformers tokenizer has tokens to which no row of so many embeddings belongs."""
+    return _largest(tokenizer.backend_tokenizer)[1] >= embeddings
+
+
+def _largest(backend: Any) -> tuple[str, int]:
+    """The token with the largest id."""
+    return max(backend.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1], default=("", 0))
 
 
 def adds_begin_token(tokenizer: Any) -> bool:
@@ -273,6 +287,9 @@ class ExampleTokenizer:
     def _checked(self, ids: NDArray[np.int32], supervised: NDArray[np.bool_]) -> Tokens:
         if len(ids) > self._max_length:
             raise Rejected("too_long", f"{len(ids)} tokens, more than data.max_length = {self._max_length}")
+        if (rows := self._spec.embeddings) is not None and (largest := int(ids.max(initial=0))) >= rows:
+            token = self._encoder.token_of(largest)
+            raise Rejected("no_embedding", f"the token {token!r} ({largest}) is beyond the model's {rows} embeddings")
         supervised[:1] = False
         if not supervised.any():
             raise Rejected("no_supervised_token", "no token of the answer itself is left to train on")

@@ -6,7 +6,7 @@ from typing import Any
 
 from olora_ray.common.errors import UserError
 from olora_ray.config.evaluation import AnyConfig
-from olora_ray.data.tokenize import TokenizerSpec, spec_from_pretrained
+from olora_ray.data.tokenize import TokenizerSpec, has_tokens_beyond, spec_from_pretrained
 from olora_ray.model.load import end_tokens, load_tokenizer, skeleton
 from olora_ray.model.packing import why_apart
 from olora_ray.model.source import BaseModel
@@ -42,5 +42,16 @@ def with_tokenizer(model: BaseModel, config: AnyConfig) -> Base:
             " the tokenizer that the model was trained with into the folder"
         )
     tokenizer = load_tokenizer(model, config.model)
-    spec = replace(spec_from_pretrained(tokenizer, model.name), apart=why_apart(skeleton(model, config.model)))
+    shape = skeleton(model, config.model)
+    spec = replace(spec_from_pretrained(tokenizer, model.name), apart=why_apart(shape))
+    if (rows := _embeddings(shape)) is not None and has_tokens_beyond(tokenizer, rows):
+        spec = replace(spec, embeddings=rows)
     return Base(model, tokenizer, spec, end_tokens(model, tokenizer))
+
+
+def _embeddings(shape: Any) -> int | None:
+    """Rows of a model's embeddings of tokens; None where its code does not tell."""
+    try:
+        return int(shape.get_input_embeddings().weight.shape[0])
+    except (NotImplementedError, AttributeError):
+        return None

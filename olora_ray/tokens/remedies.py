@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 MEND = "mend or remove them"
+TOKENIZER = "put the model's own tokenizer into its folder, or give it embeddings for all tokens of this one"
 COLUMNS = ("missing_field", "wrong_type", "not_an_object")
 """Reasons that mean that a format does not fit the file."""
 
@@ -19,6 +20,8 @@ def remedy(reasons: Mapping[str, int], rejected: Iterable[dict[str, Any]], rows:
     most = max(reasons, key=lambda reason: reasons[reason])
     if most == "too_long":
         first = _longer(rejected)
+    elif most == "no_embedding":
+        first = TOKENIZER
     elif most in COLUMNS:
         first = f"name the columns in the fields of {where.removeprefix('held out of ')}, or set another format there"
     else:

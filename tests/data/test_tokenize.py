@@ -175,6 +175,17 @@ def test_examples_that_cannot_be_used(example: Any, reason: str, message: str) -
     assert caught.value.reason == reason
 
 
+def test_a_token_that_the_model_has_no_embedding_for_is_rejected() -> None:
+    """As one that was added to the tokenizer alone; others of them that no row has are no harm."""
+    make = tokenizer(embeddings=100)
+    assert marked(make(Completion("AB", "C"))[0]) == "<s>AB[[C</s>]]"
+    for example in (Completion("AB", "z"), Completion("z", "C"), Text("ABz")):
+        with pytest.raises(Rejected, match=r"the token 'z' \(118\) is beyond the model's 100 embeddings") as caught:
+            make(example)
+        assert caught.value.reason == "no_embedding"
+    assert helpers.spec(embeddings=100).digest != helpers.spec().digest, "other rows are rejected"
+
+
 def test_what_the_template_refuses_is_rejected() -> None:
     with pytest.raises(Rejected, match="template of tiny refuses the conversation: System role not supported"):
         tokenizer(ALL["gemma"])(chat("hi", "one", system="x"))

@@ -26,6 +26,16 @@ def test_a_folder_without_a_tokenizer_says_what_is_missing(tmp_path: Path) -> No
     assert with_tokenizer(base, config).eos == (1,)
 
 
+@pytest.mark.parametrize(("vocabulary", "known"), [(90, 90), (96, None), (128, None)])
+def test_a_tokenizer_with_more_tokens_than_the_model_is_noticed(
+    tmp_path: Path, vocabulary: int, known: int | None
+) -> None:
+    tiny.llama(vocab_size=vocabulary).config.save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)  # has 96
+    config = build({"run": {"name": "a"}, "model": {"name": str(tmp_path)}, "data": {"train": "a.jsonl"}})
+    assert with_tokenizer(BaseModel(str(tmp_path), str(tmp_path), ""), config).spec.embeddings == known
+
+
 def test_no_place_for_a_converted_model_is_one_line(tmp_path: Path) -> None:
     folder = project.make_model(tmp_path / "model")
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")

@@ -80,6 +80,7 @@ def rejected(reason: str, message: str = "") -> dict[str, Any]:
 def test_the_remedy_is_that_of_the_most_frequent_reason() -> None:
     columns = remedy({"missing_field": 3, "too_long": 1}, [rejected("missing_field")], 100, "held out of data.train.2")
     assert columns.startswith("name the columns in the fields of data.train.2, or set another format there, or allow")
+    assert "own tokenizer" in remedy({"no_embedding": 2, "too_long": 1}, [rejected("no_embedding")], 3, "x")
     assert remedy({"broken_json": 2}, [rejected("broken_json")], 3, "x").startswith("mend or remove them, or allow")
     assert remedy({"empty_answer": 3}, [rejected("empty_answer")], 3, "x") == "mend or remove them"
 
