@@ -1,6 +1,7 @@
 """Files and folders of this machine: made in one step, flushed, with the modes that the user has set, or private."""
 
 import contextlib
+import errno
 import os
 import shutil
 import stat
@@ -9,6 +10,8 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+NOT_OF_FOLDERS = (errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.EOPNOTSUPP)
+"""What fsync says where it is not for folders."""
 _UMASK = os.umask(0o077)  # it can be read by setting it only: once, before there are threads
 os.umask(_UMASK)
 
@@ -47,10 +50,16 @@ def staged(target: Path) -> Iterator[Path]:
 
 
 def flush_to_disk(path: Path) -> None:
-    """Wait until the disk has a file's content, or a folder's list of names: a power cut does not undo it then."""
+    """Wait until the disk has a file's content, or a folder's list of names: a power cut does not undo it then.
+
+    Not every file system can be asked for that of a folder; what was done there is no failure.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NOT_OF_FOLDERS or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)
 

@@ -1,5 +1,7 @@
 """Files of this machine: who may read and write them, and that they are there as a whole or not at all."""
 
+import contextlib
+import errno
 import os
 import subprocess
 import sys
@@ -99,3 +101,21 @@ def test_files_and_folders_are_flushed_to_disk(tmp_path: Path, monkeypatch: pyte
     local_files.flush_to_disk(tmp_path / "file")
     local_files.flush_to_disk(tmp_path)
     assert flushed == [str(tmp_path / "file"), str(tmp_path)]
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EIO])
+def test_a_folder_that_cannot_be_flushed_at_all_is_no_failure(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As AFS and VirtualBox's shared folders: a checkpoint that was in its place counted as not written."""
+
+    def refused(descriptor: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(os, "fsync", refused)
+    with pytest.raises(OSError, match="argument" if number == errno.EINVAL else "error"):
+        local_files.flush_to_disk(tmp_path / "file")
+    for_folders = contextlib.nullcontext() if number == errno.EINVAL else pytest.raises(OSError, match="error")
+    with for_folders:
+        local_files.flush_to_disk(tmp_path)
