@@ -6,6 +6,7 @@ A scorer may leave a name out where it does not apply: the mean of that score is
 import importlib
 import inspect
 import json
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -89,7 +90,10 @@ class Judge:
         self.name, self._scorer = name, resolve(name)
 
     def __call__(self, prediction: str, reference: str) -> dict[str, float]:
-        """The scores of an answer; raises UserError if the scorer fails, or gives no numbers by names of their own."""
+        """The scores of an answer; raises UserError if the scorer fails, or gives no numbers by names of their own.
+
+        What is not finite is no number: it would be the mean of all answers.
+        """
         try:
             found = self._scorer(prediction, reference)
         except UserError:
@@ -110,6 +114,11 @@ class Judge:
             raise UserError(
                 f"evaluation.scorer: {self.name} gives a score called {taken[0]!r}, but eval/{taken[0]} is that of the"
                 " held-out rows; give it another name"
+            )
+        if odd := next((name for name, value in scores.items() if not math.isfinite(value)), None):
+            raise UserError(
+                f"evaluation.scorer: {self.name} gives {scores[odd]} as {odd!r} for the answer {_short(prediction)} to"
+                f" the reference {_short(reference)}; a score that does not apply to an answer is left out"
             )
         return scores
 

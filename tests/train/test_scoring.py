@@ -1,5 +1,7 @@
 import json
+import math
 
+import numpy as np
 import pytest
 
 from olora_ray.common.errors import UserError
@@ -112,6 +114,18 @@ def test_a_score_that_is_called_as_the_held_out_loss_is_refused(name: str, monke
         UserError, match=rf"mine gives a score called '{name}', but eval/{name} is that of the held-out"
     ):
         Judge("mine")("a", "b")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, np.float32("nan")])
+def test_a_score_that_is_not_finite_is_refused_with_its_answer(value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SCORERS, "mine", lambda prediction, _: {"whole": 1.0, "part": value if not prediction else 0.5})
+    assert Judge("mine")("a", "b") == {"whole": 1.0, "part": 0.5}
+    with pytest.raises(UserError) as caught:
+        Judge("mine")("", "b")
+    assert str(caught.value) == (
+        f"evaluation.scorer: mine gives {float(value)} as 'part' for the answer '' to the reference 'b'; a score that"
+        " does not apply to an answer is left out"
+    )
 
 
 def test_a_mean_is_over_the_answers_that_have_the_score() -> None:
