@@ -38,7 +38,7 @@ def main(argv: list[str]) -> None:
         plan.plan(search, space, base.model)
 
         with connect(search, base.model) as stop, driver.watch(stop):
-            spec, seconds = sweep.train_spec(search, base)
+            spec, seconds = sweep.train_spec(search, space, base)
             spec, spared = sweep.share(spec, space, seconds)
             with sweep.tracked(spec, space) as tracker:
                 sweep_spec, found = sweep.run(spec, space, spared, tracker)

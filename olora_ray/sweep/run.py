@@ -16,13 +16,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from olora_ray.cluster import shared_base
+from olora_ray.cluster import preflight, shared_base
 from olora_ray.cluster.resources import free_workers, worker_resources
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError
 from olora_ray.common.text import plural
 from olora_ray.config.dotted import flatten
+from olora_ray.config.load import override
 from olora_ray.config.schema import Config
 from olora_ray.pipeline.base import Base
 from olora_ray.pipeline.prepare import prepare_tokens
@@ -38,15 +39,26 @@ from olora_ray.tracking.run import Tracker
 
 logger = logging.getLogger(__name__)
 
+MICRO = "train.micro_batch"
 REASONS = 3
 """Reasons of failures that are told, where no trial has a value."""
 
 
-def train_spec(config: Config, base: Base) -> tuple[TrainSpec, float]:
+def train_spec(config: Config, space: Space, base: Base) -> tuple[TrainSpec, float]:
     """The specification that all trials vary, and the seconds its tokens took."""
     began = time.monotonic()
     spec, _ = prepare_tokens(config, base, wait=True)
-    return spec, time.monotonic() - began
+    seconds = time.monotonic() - began
+    largest = max(space.possible(MICRO, config.train.micro_batch))
+    if spec.recompute or largest <= config.train.micro_batch:
+        return spec, seconds
+    # In all trials or in none, since it changes no number; in one that does not need it, it costs time alone.
+    if again := preflight.recomputes(override(config, {MICRO: largest}), base.model):
+        logger.info(
+            "train.activation_checkpointing: auto: blocks are run again in the backward pass: a trial with"
+            f" {MICRO}={largest} would not fit"
+        )
+    return replace(spec, recompute=again), seconds
 
 
 def share(spec: TrainSpec, space: Space, seconds: float) -> tuple[TrainSpec, float]:

@@ -1,6 +1,7 @@
 """The plan of a search: what a trial could train and not export is one line before anything is prepared."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,9 +9,13 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from olora_ray.cluster import preflight
+from olora_ray.cluster.spec import TrainSpec
 from olora_ray.common.errors import UserError
+from olora_ray.config.schema import Config
 from olora_ray.model.source import BaseModel
 from olora_ray.pipeline import connection
+from olora_ray.sweep import run
 from olora_ray.sweep.plan import plan
 from olora_ray.sweep.space import Space
 from pipelines import sweep
@@ -20,6 +25,7 @@ from tests.families.variants import ALL
 from tests.pipelines import project
 from tests.said import said
 
+MICRO = "train.micro_batch"
 PACKED = ("q_proj", "v_proj")
 """Layers whose weights are stored as what no change can be added to."""
 
@@ -52,6 +58,36 @@ def planned(model: Path, space: dict[str, Any], **changes: Any) -> list[str]:
 def over(*targets: Any, **more: Any) -> dict[str, Any]:
     """A space over adapter.targets."""
     return {"search": {"adapter.targets": {"choice": list(targets)}}, **more}
+
+
+@pytest.mark.parametrize(
+    ("search", "again"),
+    [
+        ({MICRO: {"choice": [2, 8]}}, True),
+        ({MICRO: {"choice": [1, 3]}}, False),
+        ({"train.global_batch": {"choice": [8]}, MICRO: {"of": "train.global_batch", "times": [0.5, 1]}}, True),
+        ({"train.lr": {"choice": [1e-3]}}, False),
+    ],
+)
+def test_blocks_are_run_again_where_the_largest_micro_batch_of_a_search_needs_it(
+    search: dict[str, Any], again: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def needs(config: Config, _: object) -> bool:
+        asked.append(config.train.micro_batch)
+        return config.train.micro_batch > 4
+
+    def prepared(config: Config, base: Any, wait: bool) -> tuple[TrainSpec, None]:
+        store: Any = tiny.store()
+        return TrainSpec(config, base.model, "t", (1,), store, None, recompute=needs(config, base)), None
+
+    monkeypatch.setattr(run, "prepare_tokens", prepared)
+    monkeypatch.setattr(preflight, "recomputes", needs)
+    config, base = tiny.config(train__micro_batch=2), SimpleNamespace(model=BaseModel("m", "/m", ""))
+    spec, _ = run.train_spec(config, Space.model_validate({"search": search}), base)  # type: ignore[arg-type]
+    assert (spec.recompute, spec.config) == (again, config)
+    assert asked == ([2] if "train.lr" in search else [2, 8] if again else [2, 3])
 
 
 def test_a_setting_that_only_some_trials_have_is_refused(model: Path) -> None:
