@@ -33,6 +33,11 @@ FULL_COVERAGE = 0.9
 def plan(config: Config, base: source.BaseModel) -> MemoryEstimate:
     """Say and return the size of the run; raises UserError for targets, rank or scorer that cannot be."""
     check_scorer(config)
+    if config.train.early_stop and not config.data.holds_out():
+        logger.warning(
+            "train.early_stop: the training will not stop early, because no rows are held out; set data.eval or"
+            " data.eval_fraction"
+        )
     size = deliverable(config, base)
     say(config, size)
     return size
