@@ -30,6 +30,7 @@ _MOST_NODES = 50_000
 _MOST_CHARACTERS = 2_000_000
 _LONGEST_NUMBER = 64
 _LARGEST_INTEGER = 2**63 - 1
+_OCTAL = re.compile("[-+]?0[0-7_]+")
 _HALF = re.compile("[\ud800-\udfff]")
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
@@ -95,6 +96,12 @@ class Loader(yaml.SafeLoader):
             value = super().construct_object(node, deep)
         except (ValueError, ArithmeticError, LookupError, AttributeError, TypeError):
             raise _problem(node.start_mark, f"{_shown(node.value)} is no {kind}; quote it if it is a text") from None
+        if kind == "whole number" and _OCTAL.fullmatch(node.value) and value != int(node.value.replace("_", "")):
+            raise _problem(
+                node.start_mark,
+                f"{_shown(node.value)} would be {value}: with a 0 in front YAML counts in eights; write it without, or"
+                " quote it if it is a text",
+            )
         if isinstance(value, int) and abs(value) > _LARGEST_INTEGER:
             raise _problem(node.start_mark, f"{_shown(node.value)} is too large for a {kind}")
         if isinstance(value, str) and (_CONTROL.search(value) or not _is_unicode(value)):

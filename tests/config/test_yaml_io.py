@@ -31,6 +31,8 @@ def levels(count: int, line: str) -> str:
     [
         ("2026-13-45", "'2026-13-45' is no date or time; quote it if it is a text"),
         ("0b_", "'0b_' is no whole number"),
+        ("010", "'010' would be 8: with a 0 in front YAML counts in eights; write it without, or quote it"),
+        ("-0_100", "'-0_100' would be -64"),
         ("!!int x", "'x' is no whole number"),
         ("!!int", "'' is no whole number"),
         ("!!float x", "'x' is no number"),
@@ -91,6 +93,13 @@ def test_aliases_and_merges_of_an_ordinary_size_are_read() -> None:
 
 def test_a_text_that_is_far_too_long_is_not_read() -> None:
     assert refusal("# comment\n" * 300_000) == "run.yaml: 3,000,000 characters, more than 2,000,000: not a config"
+
+
+@pytest.mark.parametrize(
+    ("text", "number"), [("007", 7), ("0", 0), ("-00", 0), ("0x10", 16), ("10", 10), ("0.10", 0.1)]
+)
+def test_numbers_that_everybody_reads_alike_are_read(text: str, number: float) -> None:
+    assert parse_yaml(f"a: {text}", "here") == {"a": number}
 
 
 @pytest.mark.parametrize("key", ["on", "yes", "1", "1e-4", "2026-01-01", "null", "~", ".inf", "="])
