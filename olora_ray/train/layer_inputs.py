@@ -69,20 +69,30 @@ def rows_of(
 ) -> list[Tensor]:
     """The rows (tokens x n) of each input at flat places (int64) of the batch, on the CPU.
 
-    Raises UserError for a layer that does not see each token, or sees numbers that are not finite.
+    Raises UserError for a layer that does not see each token, or sees numbers that are not finite, once the model has
+    run: of a sharded one the other workers need this one for all of its layers.
     """
     found: dict[str, Tensor] = {}
+    problems: list[UserError] = []
 
     def see(name: str, x: Tensor) -> None:
-        _check_rows(name, x, batch)
-        rows = x.reshape(-1, x.shape[-1])[places]
-        if not torch.isfinite(rows).all():
-            raise UserError(f"model.name: the input of {name} has NaN or infinite values on the training data")
-        found[name] = rows.cpu()
+        try:
+            _check_rows(name, x, batch)
+            found[name] = _finite(name, x.reshape(-1, x.shape[-1])[places]).cpu()
+        except UserError as error:
+            problems.append(error)
 
     with _watched({each.name: targets[each.name].module for each in inputs}, see):
         loss(batch)
+    if problems:
+        raise problems[0]
     return [found[each.name] for each in inputs]
+
+
+def _finite(name: str, rows: Tensor) -> Tensor:
+    if not torch.isfinite(rows).all():
+        raise UserError(f"model.name: the input of {name} has NaN or infinite values on the training data")
+    return rows
 
 
 @contextmanager

@@ -259,20 +259,26 @@ def test_a_layer_that_no_text_reaches_is_named() -> None:
         eva_factors(SupervisedLoss(model), targets, settings(), store(), CPU)
 
 
-def test_activations_that_are_not_finite_stop_every_worker(crew: Callable[[int], Crew]) -> None:
-    answers = crew(2).run(_poisoned)
+@pytest.mark.parametrize(("strategy", "layer"), [("ddp", 1), ("fsdp", 0)])
+def test_activations_that_are_not_finite_stop_every_worker(
+    crew: Callable[[int], Crew], strategy: str, layer: int
+) -> None:
+    answers = crew(2).run(_poisoned, strategy, layer)
     assert [type(answer) for answer in answers] == [UserError] * 2
     assert {str(answer) for answer in answers} == {
-        "model.name: the input of model.layers.1.self_attn.q_proj has NaN or infinite values on the training data"
+        f"model.name: the input of model.layers.{layer}.self_attn.q_proj has NaN or infinite values on the training"
+        " data"
     }
 
 
-def _poisoned() -> None:
+def _poisoned(strategy: str, layer: int) -> None:
     loss = _loss()
     token = int(store()[1].input_ids[0])  # of the second sequence: the second worker's
     embedding = loss.model.model.embed_tokens.weight  # type: ignore[union-attr]
     embedding.data[token] = torch.nan
-    eva_factors(loss, find_targets(loss.model, ("layers.1.self_attn.q_proj",), RANK), settings(), store(), CPU)
+    place_model(loss, strategy, CPU)
+    targets = find_targets(loss.model, (f"layers.{layer}.self_attn.q_proj",), RANK)
+    eva_factors(loss, targets, settings(), store(), CPU)
 
 
 def test_the_first_tokens_are_those_of_the_stores_order() -> None:
