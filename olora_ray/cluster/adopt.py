@@ -7,6 +7,8 @@ from a checkpoint. Since all compute the same, workers that are equally far have
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from olora_ray.cluster.evaluator import Evaluator
 from olora_ray.common import collectives
 from olora_ray.train.loop import StepResult, Trainer
@@ -52,8 +54,9 @@ def adopt(here: Progress, trainer: Trainer, evaluator: Evaluator) -> Progress:
     flat = trainer.flat
     if not has_best:
         evaluator.best = None
-    elif evaluator.best is None:
-        evaluator.best = flat.vector.clone()
+    elif not own:
+        # A new one: a checkpoint that is being written may still have that of before.
+        evaluator.best = torch.empty_like(flat.vector)
     best = [] if evaluator.best is None else [evaluator.best]
     for tensor in [flat.vector, *trainer.optimizer.moments.values(), *best]:
         collectives.broadcast_in_place(tensor, source)
