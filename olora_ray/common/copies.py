@@ -89,7 +89,7 @@ def _send(file: Path, place: str) -> None:
 
 @contextlib.contextmanager
 def local_folder(place: str) -> Iterator[Path]:
-    """A local folder to write; uploaded afterwards if the storage is elsewhere."""
+    """A local folder to write; uploaded afterwards if the storage is elsewhere, where nothing else is left then."""
     if (path := storage.local_path(place)) is not None:
         yield path
         return
@@ -97,3 +97,7 @@ def local_folder(place: str) -> Iterator[Path]:
         folder = Path(temporary) / PurePosixPath(place).name
         yield folder
         upload(folder, place)
+        # Files of an earlier attempt: shards of weights beside a single file, and whoever loads takes the wrong ones.
+        for name in storage.files_below(place):
+            if not (folder / name).is_file():
+                storage.remove(storage.join(place, name))

@@ -67,7 +67,8 @@ def measured(config: Config, inputs: Inputs, versions: list[Version]) -> list[Ro
         with connection.connect(config):
             found = {place: _opened(config, versions[place]) for place, each in enumerate(known) if each is None}
             _same_tokens([*(each.tokenizer for each in known if each), *(each.tokenizer for each in found.values())])
-            held_out = prepare(config, inputs.base.spec, "eval")
+            with connection.user_errors():
+                held_out = prepare(config, inputs.base.spec, "eval")
             for place, each in found.items():
                 logger.info(f"measuring version {versions[place].number} on the held-out rows")
                 with connection.user_errors():

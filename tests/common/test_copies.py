@@ -90,6 +90,19 @@ def test_what_is_written_in_a_local_folder_arrives(s3_server: Server, bucket: st
     assert list(temporary.iterdir()) == []
 
 
+def test_what_an_earlier_attempt_left_does_not_stay_beside_it(bucket: str, s3_server: Server, temporary: Path) -> None:
+    """An export that was made anew with other settings had both kinds of files of weights."""
+    place = storage.join(bucket, "again")
+    for name in ("a", "deep/old"):
+        storage.write_text(storage.join(place, name), "old")
+    with copies.local_folder(place) as folder:
+        (folder / "deep").mkdir(parents=True)
+        for name in ("a", "deep/new"):
+            (folder / name).write_text("new")
+    assert sorted(s3_server.keys(place)) == ["a", "deep/new"]
+    assert storage.read_text(storage.join(place, "a")) == "new"
+
+
 def test_a_large_file_comes_and_goes_in_large_parts(s3_server: Server, bucket: str, tmp_path: Path) -> None:
     size = 40 * 2**20
     (tmp_path / "up").mkdir()

@@ -68,7 +68,7 @@ def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
 
 @pytest.mark.parametrize(("groups", "level"), [(2, 0.95), (3, 0.95), (4, 0.95), (5, 0.95), (6, 0.95), (6, 0.99)])
 def test_few_groups_are_covered_as_well(groups: int, level: float) -> None:
-    """By the quantiles alone the truth is held by two groups in half of the cases, by three in 74 %, by four in 87 %."""
+    """By the quantiles alone two groups hold the truth in half of the cases, three in 74 %, four in 87 %."""
     rng = np.random.default_rng(5)
     covered = 0
     for seed in range(200):
