@@ -12,6 +12,7 @@ import torch
 
 from olora_ray.adapter.inject import install, remove
 from olora_ray.adapter.layer import AdaptedWeight
+from olora_ray.cluster.device import multiply_exactly
 from olora_ray.cluster.preemption import NoPreemption, Preemption, RayPreemption
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.common import collectives
@@ -57,6 +58,7 @@ class RayTrainContext:
         self._loss: SupervisedLoss | None = None
         self._installed = False
         use_cpus(config, self.device)
+        multiply_exactly(self.device)
 
     @property
     def rank(self) -> int:

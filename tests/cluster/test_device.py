@@ -1,7 +1,7 @@
 """A process computes on the GPU that Ray gave it, never on one that merely is there."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -9,7 +9,9 @@ import ray
 import torch
 
 from olora_ray.cluster.device import assigned_device, device_of
+from olora_ray.cluster.worker_context import RayTrainContext
 from olora_ray.common.errors import UserError
+from tests import tiny
 
 PRODUCT = Path(__file__).parents[2] / "olora_ray"
 LOOKS_FOR_GPUS = {
@@ -52,6 +54,36 @@ def test_a_gpu_that_torch_cannot_use_is_refused(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match=r"^cluster.gpus_per_worker: this process was given GPU 3 [^\n]* set it to 0$"):
         assigned_device()
+
+
+@pytest.fixture
+def as_in_nvidias_images() -> Iterator[None]:
+    """torch as their environment has it when it starts: float32 is multiplied as TF32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.usefixtures("as_in_nvidias_images")
+def test_float32_is_multiplied_as_float32_in_a_process_with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "get_gpu_ids", list)
+    assert assigned_device() == torch.device("cpu")
+    assert torch.get_float32_matmul_precision() == "high", "nothing to do with us"
+    monkeypatch.setattr(ray, "get_gpu_ids", lambda: [0])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert assigned_device().type == "cuda"
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.mark.usefixtures("as_in_nvidias_images")
+def test_and_in_a_worker_of_a_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray.train.torch
+
+    monkeypatch.setattr(ray.train.torch, "get_device", lambda: torch.device("cuda", 1))
+    assert RayTrainContext(tiny.config()).device == torch.device("cuda", 1)
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_no_other_code_takes_a_gpu_because_it_is_there() -> None:
