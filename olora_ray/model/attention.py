@@ -47,6 +47,9 @@ def _unusable(model: nn.Module, name: str, dtype: torch.dtype, device: torch.dev
     """Why an implementation cannot be used, or None."""
     if not getattr(model, _SUPPORT.get(name, ""), True):
         return f"{type(model).__name__} does not have it"
+    # transformers would take one of these in its place: a kernel that it fetches from the hub, or fails to.
+    if name == FLASH and FLASH not in (getattr(model, "_compatible_flash_implementations", None) or (FLASH,)):
+        return f"{type(model).__name__} is made for other kernels"
     if name not in (FLASH, VARLEN):
         return None
     if device.type != "cuda":

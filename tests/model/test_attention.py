@@ -10,6 +10,8 @@ from olora_ray.common.errors import UserError
 from olora_ray.model import attention
 from olora_ray.model.attention import candidates, own
 from tests import tiny
+from tests.families import zoo
+from tests.families.variants import ALL
 from tests.tiny import SMALL, of_kind
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -60,6 +62,19 @@ def test_flash_needs_a_gpu_its_package_and_half_a_precision(monkeypatch: pytest.
     for capability, found in (((7, 5), ("sdpa", "eager")), ((8, 0), ("flash_attention_2", "sdpa", "eager"))):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
         assert tried(tiny.llama(), dtype=torch.bfloat16, device=GPU) == found
+
+
+def test_flash_is_not_tried_with_a_family_that_is_made_for_other_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.utils import import_utils
+
+    monkeypatch.setattr(import_utils, "is_flash_attn_2_available", lambda: True)
+    monkeypatch.setattr(attention, "_import_problem", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    made = zoo.on_meta(ALL["gpt_oss"])
+    assert tried(made, dtype=torch.bfloat16, device=GPU)[-1] == "eager"
+    assert "flash_attention_2" not in tried(made, dtype=torch.bfloat16, device=GPU)
+    with pytest.raises(UserError, match=r"flash_attention_2: GptOssForCausalLM is made for other kernels; set it to"):
+        tried(made, "flash_attention_2", torch.bfloat16, GPU)
 
 
 def test_flash_of_another_torch_is_not_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
