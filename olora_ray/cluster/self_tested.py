@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from pydantic import TypeAdapter, ValidationError
 
 from olora_ray.cluster.kind import kind_of
@@ -39,7 +40,7 @@ def self_tested(
     A base that several adapters share is tested once. `waiting` as of StepLoader. Raises UserError with what to set
     instead if the model, or this kind of training of it, is not right.
     """
-    used = what_computes(context, spec)
+    used = what_computes(context, spec, next(start.trainer.loss.model.parameters()).dtype)
     place = _place(spec, used)
     known = passed(start, used) or _kept(place)
     if all(collectives.gather(known is not None)):  # a sharded base needs all of them for a test
@@ -60,12 +61,13 @@ def self_tested(
     return replace(start, attention=name)
 
 
-def what_computes(context: WorkerContext, spec: TrainSpec) -> dict[str, str]:
-    """All that decides, beside a run's identity, what a worker's model makes of its data."""
+def what_computes(context: WorkerContext, spec: TrainSpec, dtype: torch.dtype) -> dict[str, str]:
+    """All that decides, beside a run's identity, what a worker's model, which is of this `dtype`, makes of its data."""
     model = spec.config.model.model_dump(mode="json", exclude={"name"})
     return kind_of(context.device) | {
         "code": kept.code(),
         "model": json.dumps(model, sort_keys=True),
+        "precision": str(dtype),  # of `auto` the other workers decide too
         "strategy": spec.config.cluster.strategy,
         "recompute": str(spec.recompute),
         "micro-batch": str(spec.config.train.micro_batch),

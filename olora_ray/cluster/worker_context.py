@@ -1,6 +1,7 @@
 """Context of one training process: rank, world size, device and the base model it may use."""
 
 import contextlib
+import logging
 import math
 import threading
 from collections import deque
@@ -16,11 +17,15 @@ from olora_ray.cluster.device import multiply_exactly
 from olora_ray.cluster.preemption import NoPreemption, Preemption, RayPreemption
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.common import collectives
+from olora_ray.config.load import override
 from olora_ray.config.schema import Config
+from olora_ray.model.load import pick_dtype
 from olora_ray.model.source import on_this_node
 from olora_ray.train.loss import SupervisedLoss
 from olora_ray.train.malloc import keep_freed_memory
 from olora_ray.train.sharded_base import load_base
+
+logger = logging.getLogger(__name__)
 
 Adapted = Mapping[str, AdaptedWeight]
 
@@ -151,9 +156,24 @@ class Turns:
 
 
 def load(spec: TrainSpec, device: torch.device) -> SupervisedLoss:
-    """The base model of a spec, frozen; of a sharded one this worker's part, and then all workers must call it."""
+    """The base model of a spec, frozen; all workers of a group must call it together."""
     base = on_this_node(spec.base, spec.config)
-    return load_base(base.folder, spec.config, device)
+    return load_base(base.folder, agreed(spec.config, device), device)
+
+
+def agreed(config: Config, device: torch.device) -> Config:
+    """The config, with float32 where `auto` means another precision for one worker than for another.
+
+    Else a micro-batch would have another loss here than there, and shards of a base another size.
+    """
+    found = [str(dtype).removeprefix("torch.") for dtype in collectives.gather(pick_dtype(config.model, device))]
+    if len(set(found)) == 1:
+        return config
+    logger.warning(
+        f"model.dtype: auto: float32: {found.count('float32')} of {len(found)} workers are not fast at"
+        f" {max(set(found) - {'float32'})}; use workers of one kind, or set it"
+    )
+    return override(config, {"model.dtype": "float32"})
 
 
 def use_cpus(config: Config, device: torch.device) -> None:

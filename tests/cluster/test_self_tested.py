@@ -102,7 +102,7 @@ def test_other_settings_are_tested_again(monkeypatch: pytest.MonkeyPatch, change
     assert _resumed(monkeypatch, first.state, **changed)[1] == ["tested"]
 
 
-@pytest.mark.parametrize("what", ["device", "processor", "threads", "torch", "code"])
+@pytest.mark.parametrize("what", ["device", "processor", "threads", "torch", "code", "precision"])
 def test_another_worker_or_version_tests_again(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     first, _ = _resumed(monkeypatch, TrainState())
     assert first.state.self_test is not None

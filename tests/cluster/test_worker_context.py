@@ -5,16 +5,21 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
+import torch.distributed as dist
 
 from olora_ray.adapter.initialise import initialise
 from olora_ray.adapter.inject import find_targets, wrap
-from olora_ray.cluster.worker_context import SharedBase, SharedBaseContext, Turns
+from olora_ray.cluster import worker_context
+from olora_ray.cluster.worker_context import SharedBase, SharedBaseContext, Turns, agreed
 from olora_ray.train.loader import StepLoader
 from olora_ray.train.loop import Trainer, evaluate
 from olora_ray.train.loss import SupervisedLoss
 from olora_ray.train.schedule import Schedule
 from tests import tiny
+from tests.crew import Crew
+from tests.said import said
 
 CPU = torch.device("cpu")
 STEPS = 5
@@ -107,3 +112,20 @@ def test_a_turn_is_given_back_after_an_error() -> None:
             pass
     with turns:
         pass
+
+
+def _agreed(fast: tuple[bool, bool], dtype: str) -> tuple[str, list[str]]:
+    """The precision that is loaded on a worker, where some are fast at bfloat16, and what is said."""
+    with pytest.MonkeyPatch.context() as patch, said() as lines:
+        own = torch.bfloat16 if fast[dist.get_rank()] else torch.float32
+        patch.setattr(worker_context, "pick_dtype", lambda model, _: own if model.dtype == "auto" else torch.bfloat16)
+        return agreed(tiny.config(model__dtype=dtype), CPU).model.dtype, lines
+
+
+def test_workers_of_several_kinds_compute_in_one_precision(crew: Callable[[int], Crew]) -> None:
+    for dtype, lines in crew(2).run(_agreed, (True, False), "auto"):
+        assert dtype == "float32"
+        [line] = lines
+        assert "1 of 2 workers are not fast at bfloat16" in line
+    assert crew(2).run(_agreed, (True, True), "auto") == [("auto", [])] * 2
+    assert crew(2).run(_agreed, (True, False), "bfloat16") == [("bfloat16", [])] * 2
