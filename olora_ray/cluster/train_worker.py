@@ -40,7 +40,10 @@ def train_worker(spec: TrainSpec, checkpoints: str, channel: Any, entry: Entry |
     quiet_train_worker()
     context = RayTrainContext(spec.config)
     if entry is None:
-        return train_at(context, spec, checkpoints, channel)
+        result = train_at(context, spec, checkpoints, channel)
+        if result.problem is not None:  # of this worker alone, perhaps: the others wait for it in an exchange then
+            ray.get(channel.finish.remote(result))
+        return result
     with Mesh(RayMeeting(channel), _member(entry)) as mesh:
         try:
             result = train_at(context, spec, checkpoints, channel, mesh)
@@ -80,5 +83,5 @@ def train_at(
     except UserError as error:
         if mesh and mesh.group is None:
             raise RuntimeError(str(error)) from error  # it came late and alone: the others train on
-        # Returned, not raised: a retry would meet the same problem. All workers get here together.
+        # Returned, not raised: a retry would meet the same problem.
         return TrainResult(problem=str(error))

@@ -7,8 +7,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
 import torch
 
+from olora_ray.cluster import train_worker
 from olora_ray.cluster.channel import Resumed, Started
 from olora_ray.cluster.groups import Orders
 from olora_ray.cluster.spec import TrainResult, TrainSpec
@@ -259,3 +261,19 @@ def test_who_is_no_longer_the_first_writes_no_checkpoint(tmp_path: Path) -> None
     manager.save(3, lambda folder: folder.mkdir())
     manager.finish()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("problem", ["model.name: /m is not on every node", None])
+def test_a_problem_that_one_worker_meets_alone_is_given_to_the_driver(
+    monkeypatch: pytest.MonkeyPatch, problem: str | None
+) -> None:
+    """The others wait for it in an exchange, over NCCL for half an hour, and the driver waits for them."""
+    given: list[TrainResult] = []
+    channel = SimpleNamespace(finish=SimpleNamespace(remote=given.append))
+    monkeypatch.setattr(ray, "get", lambda call: call)
+    monkeypatch.setattr(train_worker, "quiet_train_worker", lambda: None)
+    monkeypatch.setattr(train_worker, "RayTrainContext", lambda config: None)
+    monkeypatch.setattr(train_worker, "train_at", lambda *_: TrainResult(problem=problem))
+    spec: Any = SimpleNamespace(config=tiny.config())
+    assert train_worker.train_worker(spec, "", channel) == TrainResult(problem=problem)
+    assert given == ([] if problem is None else [TrainResult(problem=problem)])
