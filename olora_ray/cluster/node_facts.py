@@ -29,7 +29,7 @@ class NodeInfo:
     memory: int
     """Bytes, or the container's limit."""
     gpu_memory: int | None = None
-    """Bytes of the smallest GPU; None without one."""
+    """Bytes of the smallest GPU, or of the machine where it shares these; None without one."""
     storage_problem: str | None = None
     gpu_generation: tuple[int, int] | None = None
     """Compute capability of the oldest GPU, (8, 0) is Ampere; None without one of NVIDIA's."""
@@ -38,8 +38,9 @@ class NodeInfo:
 def node_info() -> NodeInfo:
     """Facts about this node; imports neither torch nor transformers."""
     versions = {name: _version(name) for name in (*PACKAGES, *FOR_SOME)}
-    memory, gpu_memory = ray_internals.system_memory(), min(ray_internals.gpu_memory(), default=None)
-    oldest = min(ray_internals.gpu_generations(), default=None)
+    memory, oldest = ray_internals.system_memory(), min(ray_internals.gpu_generations(), default=None)
+    # A GPU that is there and does not tell shares the machine's.
+    gpu_memory = min(ray_internals.gpu_memory(), default=None if oldest is None else memory)
     return NodeInfo({"python": platform.python_version(), **versions}, memory, gpu_memory, gpu_generation=oldest)
 
 

@@ -4,6 +4,7 @@ Each function says why no public way would do and names the version whose source
 of Ray, tests/cluster/test_ray_internals.py shows what no longer holds.
 """
 
+import contextlib
 import copy
 import logging
 import os
@@ -300,8 +301,9 @@ def system_memory() -> int:
 
 
 def gpu_memory() -> list[int]:
-    """Bytes of each GPU of this machine; empty without one.
+    """Bytes of each GPU of this machine that tells; empty without one.
 
+    Those that share the memory of the machine do not tell (GB10), nor do some of which a part alone is seen (MIG).
     Ray 2.60, _private/thirdparty/pynvml: torch would take memory on each GPU to say the same.
     """
     return _of_each_gpu(lambda pynvml, handle: int(pynvml.nvmlDeviceGetMemoryInfo(handle).total))
@@ -315,12 +317,16 @@ def gpu_generations() -> list[tuple[int, int]]:
 def _of_each_gpu(told: Callable[[Any, Any], Any]) -> list[Any]:
     from ray._private.thirdparty import pynvml
 
+    found: list[Any] = []
     try:
         pynvml.nvmlInit()
         handles = [pynvml.nvmlDeviceGetHandleByIndex(number) for number in range(pynvml.nvmlDeviceGetCount())]
-        return [told(pynvml, handle) for handle in handles]
     except pynvml.NVMLError:
         return []
+    for handle in handles:
+        with contextlib.suppress(pynvml.NVMLError):
+            found.append(told(pynvml, handle))
+    return found
 
 
 def abandoned_placement_groups() -> "list[PlacementGroup]":

@@ -4,13 +4,14 @@ import ast
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from olora_ray.cluster import ray_internals
+from olora_ray.cluster import node_facts, preflight, ray_internals
 from tests.ray_head import free_port
 from tests.waiting import until
 
@@ -90,6 +91,30 @@ def test_gpus_tell_their_memory_and_generation(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(pynvml, "nvmlDeviceGetCudaComputeCapability", lambda handle: (7 + handle, 5))
     assert ray_internals.gpu_memory() == [2**34, 2**35]
     assert ray_internals.gpu_generations() == [(7, 5), (8, 5)]
+
+
+def test_a_gpu_that_shares_the_machines_memory_has_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NVIDIA's driver says "Not Supported" of its memory (GB10), and all else."""
+    from ray._private.thirdparty import pynvml
+
+    told: list[Any] = [pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)]
+
+    def memory(handle: int) -> Any:
+        if isinstance(told[handle], Exception):
+            raise told[handle]
+        return told[handle]
+
+    monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetCount", lambda: len(told))
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", lambda number: number)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", memory)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetCudaComputeCapability", lambda handle: (12, 1))
+    found = node_facts.node_info()
+    assert found.gpu_generation == (12, 1)
+    assert found.gpu_memory == found.memory == ray_internals.system_memory()
+    assert preflight.unusable_gpu(replace(found, versions={"torch": "2.13.0+cu130"})) is None
+    told.append(SimpleNamespace(total=2**34))  # beside it is one with a memory of its own
+    assert node_facts.node_info().gpu_memory == 2**34
 
 
 class TrainController:
