@@ -86,6 +86,7 @@ def make(spec: TrainSpec, place: str, wanted: Sequence[Kind]) -> Shared:
     told = [line for one in missing if (line := _make_factors(one, shared))]
     between = time.perf_counter()
     if not known and not sharded:
+        check_base(shared.loss, spec, shared.device)  # with the attention that the trials will have
         _measure(spec, shared, place)
     return Shared(between - began, time.perf_counter() - between, tuple(told))
 

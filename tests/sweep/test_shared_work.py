@@ -14,11 +14,16 @@ from olora_ray.cluster.spec import TrainSpec
 from olora_ray.cluster.worker_context import SharedBase, SharedBaseContext
 from olora_ray.common.errors import UserError
 from olora_ray.config.load import override
+from olora_ray.model import segment_attention
 from olora_ray.model.source import BaseModel
 from olora_ray.sweep import shared_work
 from olora_ray.sweep.space import Space
+from olora_ray.tokens.collate import collate
+from olora_ray.train.baseline import Baseline
 from olora_ray.train.loss import SupervisedLoss
 from tests import tiny
+from tests.families import zoo
+from tests.families.variants import ALL
 
 METHODS = ["lora", "olora", "pissa", "pissa_fast", "milora", "orthogonal", "nora", "eva", "lora_ga"]
 
@@ -138,3 +143,23 @@ def test_another_sigma_makes_its_own(base: SharedBase, tmp_path: Path) -> None:
     found, own = factors(base, other), factors(base, replace(other, shared=None))
     assert all(torch.equal(found[name].a0, own[name].a0) for name in own)
     assert not torch.equal(next(iter(found.values())).a0, next(iter(factors(base, spec).values())).a0)
+
+
+def test_the_base_is_measured_with_an_attention_that_is_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gemma 2 caps its attention, which the one that is tried first does not."""
+    segment_attention.register()
+    device = torch.device("cpu")
+
+    def new() -> SharedBase:
+        return SharedBase(SupervisedLoss(zoo.make(ALL["gemma2"], attention="segments")), device)
+
+    monkeypatch.setattr(SharedBase, "of", classmethod(lambda cls, spec, device: new()))
+    spec = spec_of()
+    shared_work.make(spec, str(tmp_path), [])
+    found = Baseline.read(str(tmp_path / "baseline.json"), spec.base_identity(), 0)
+    own = SupervisedLoss(zoo.make(ALL["gemma2"], attention="eager"))
+    batches = [collate([single], "eager") for single in tiny.unpacked([spec.train[number] for number in range(4)])]
+    with torch.no_grad():
+        expected = sum(float(own(batch)) for batch in batches) / sum(len(batch.labels) for batch in batches)
+    assert found is not None
+    assert found.loss == pytest.approx(expected, rel=1e-4)
