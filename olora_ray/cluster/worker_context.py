@@ -6,6 +6,7 @@ import math
 import threading
 from collections import deque
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from types import TracebackType
 from typing import Protocol
 
@@ -19,6 +20,7 @@ from olora_ray.cluster.spec import TrainSpec
 from olora_ray.common import collectives
 from olora_ray.config.load import override
 from olora_ray.config.schema import Config
+from olora_ray.model import attention
 from olora_ray.model.load import pick_dtype
 from olora_ray.model.source import on_this_node
 from olora_ray.train.loss import SupervisedLoss
@@ -104,6 +106,16 @@ class SharedBase:
         """The base model of a spec, in this process."""
         use_cpus(spec.config, device)
         return cls(load(spec, device), device)
+
+
+def on_cpu(spec: TrainSpec) -> TrainSpec:
+    """The spec for a process that measures in the memory of a node what is trained on GPUs, as a sharded base is.
+
+    An attention that needs a GPU is left to choose there.
+    """
+    if spec.config.model.attention not in (attention.FLASH, attention.VARLEN):
+        return spec
+    return replace(spec, config=override(spec.config, {"model.attention": "auto"}))
 
 
 class SharedBaseContext:

@@ -17,7 +17,7 @@ from olora_ray.adapter.methods import FROM_WEIGHTS, METHODS
 from olora_ray.cluster.device import assigned_device
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.cluster.tested_base import check_base
-from olora_ray.cluster.worker_context import SharedBase
+from olora_ray.cluster.worker_context import SharedBase, on_cpu
 from olora_ray.common import storage
 from olora_ray.common.quiet import quiet_transformers
 from olora_ray.config.load import override
@@ -72,14 +72,14 @@ def make(spec: TrainSpec, place: str, wanted: Sequence[Kind]) -> Shared:
     quiet_transformers()
     if spec.config.train.start:
         return Shared()  # then the factors are those of another run
-    spec = replace(spec, shared=place)
+    # A base that is to be spread over several GPUs need not fit on one.
+    sharded = spec.config.cluster.strategy == "fsdp"
+    spec = replace(on_cpu(spec) if sharded else spec, shared=place)
     missing = [one for one in _of_kinds(spec, wanted) if not _is_there(one)]
     asked = wanted_questions(spec.config.evaluation, spec.eval)
     known = Baseline.read(storage.join(place, "baseline.json"), spec.base_identity(), len(asked))
-    if known and not missing:
+    if not missing and (known or sharded):
         return Shared()
-    # A base that is to be spread over several GPUs need not fit on one.
-    sharded = spec.config.cluster.strategy == "fsdp"
     device = torch.device("cpu") if sharded else assigned_device()
     shared = SharedBase.of(spec, device)
     began = time.perf_counter()

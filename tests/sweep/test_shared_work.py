@@ -163,3 +163,19 @@ def test_the_base_is_measured_with_an_attention_that_is_right(tmp_path: Path, mo
         expected = sum(float(own(batch)) for batch in batches) / sum(len(batch.labels) for batch in batches)
     assert found is not None
     assert found.loss == pytest.approx(expected, rel=1e-4)
+
+
+def test_what_a_sharded_base_shares_is_made_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With another attention than its trials', where they have one that needs a GPU."""
+    asked: list[tuple[str, str]] = []
+
+    def of(cls: type[SharedBase], spec: TrainSpec, device: torch.device) -> SharedBase:
+        asked.append((spec.config.model.attention, device.type))
+        return SharedBase(SupervisedLoss(tiny.llama(attention="segments")), device)
+
+    monkeypatch.setattr(SharedBase, "of", classmethod(of))
+    for number, attention in enumerate(("varlen", "flash_attention_2", "sdpa")):
+        spec = spec_of(cluster__strategy="fsdp", model__attention=attention)
+        shared_work.make(spec, str(tmp_path / str(number)), [("olora", 8), ("eva", 8)])  # for eva the model is run
+        shared_work.make(spec, str(tmp_path / str(number)), [("olora", 8), ("eva", 8)])  # there is nothing left to do
+    assert asked == [("auto", "cpu"), ("auto", "cpu"), ("sdpa", "cpu")]

@@ -18,7 +18,7 @@ from olora_ray.adapter.inject import install, remove, wrap
 from olora_ray.cluster.device import assigned_device
 from olora_ray.cluster.resume import named
 from olora_ray.cluster.spec import TrainSpec
-from olora_ray.cluster.worker_context import SharedBase
+from olora_ray.cluster.worker_context import SharedBase, on_cpu
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError
 from olora_ray.common.quiet import quiet_transformers
@@ -96,8 +96,11 @@ def measure(trials: Sequence[tuple[str, TrainSpec]]) -> None:
     """
     quiet_transformers()
     spec = trials[0][1]
-    sharded = spec.config.cluster.strategy == "fsdp"  # a base that is spread over several GPUs need not fit on one
-    shared = SharedBase.of(spec, torch.device("cpu") if sharded else assigned_device())
+    if spec.config.cluster.strategy == "fsdp":  # a base that is spread over several GPUs need not fit on one
+        spec, device = on_cpu(spec), torch.device("cpu")
+    else:
+        device = assigned_device()
+    shared = SharedBase.of(spec, device)
     assert spec.eval is not None
     packs = [spec.eval[number] for number in range(min(TRIED, len(spec.eval)))]
     attention = choose_attention(shared.loss, packs, spec.config, shared.device).attention

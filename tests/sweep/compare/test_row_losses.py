@@ -2,7 +2,7 @@
 
 import json
 import logging
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +16,7 @@ from olora_ray.cluster.stop_requests import StopRequests
 from olora_ray.cluster.train_worker import train_at
 from olora_ray.cluster.worker_context import SharedBase, SharedBaseContext
 from olora_ray.common.errors import UserError
+from olora_ray.config.load import override
 from olora_ray.model.source import BaseModel
 from olora_ray.sweep.compare import row_losses
 from olora_ray.sweep.compare.row_losses import FILE, RowLosses
@@ -67,6 +68,22 @@ def test_they_add_up_to_the_last_evaluation(
     row_losses._compare(found, [{"eval/loss": curve[-1] + 0.5}], "here")
     (line,) = warnings_of(caplog)
     assert "here: its rows have the loss" in line
+
+
+def test_those_of_a_sharded_base_are_measured_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the trainings have an attention that needs a GPU."""
+    spec, _ = trained(tmp_path, monkeypatch, "olora", 1e-3)
+    asked: list[tuple[str, str]] = []
+
+    def of(cls: type[SharedBase], spec: TrainSpec, device: torch.device) -> SharedBase:
+        asked.append((spec.config.model.attention, device.type))
+        return shared()
+
+    monkeypatch.setattr(SharedBase, "of", classmethod(of))
+    changes = {"cluster.strategy": "fsdp", "model.attention": "varlen"}
+    row_losses.measure([(str(tmp_path), replace(spec, config=override(spec.config, changes)))])
+    assert asked == [("auto", "cpu")]
+    assert RowLosses.read(str(tmp_path), "list") is not None
 
 
 def test_the_layout_changes_nothing_but_rounding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
