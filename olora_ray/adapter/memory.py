@@ -7,16 +7,23 @@ import torch
 
 SHARE = 0.4
 """Share of the free memory that a model may take which is loaded to measure something."""
+ON_THE_WAY = 0.8
+"""Share of a node's free memory that a model may take which goes on to a GPU: nothing more is made of it there."""
+_CPU = torch.device("cpu")
 _PROC, _GROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
 
 def too_large(parameters: int, dtype: torch.dtype, device: torch.device) -> str | None:
     """Why a model of so many parameters is not to be loaded on the device, or None."""
-    need = parameters * dtype.itemsize
-    if need <= SHARE * free(device):
+    need, where = parameters * dtype.itemsize, None
+    if need > SHARE * free(device):
+        where = f"the memory of one {device.type}"
+    elif device != _CPU and need > ON_THE_WAY * free(_CPU):
+        where = f"the memory of the node, by which it comes to the {device.type}"
+    if where is None:
         return None
     kind = str(dtype).removeprefix("torch.")
-    return f"in {kind} the model has {need / 2**30:.1f} GiB, too large for the memory of one {device.type}"
+    return f"in {kind} the model has {need / 2**30:.1f} GiB, too large for {where}"
 
 
 def free(device: torch.device) -> int:

@@ -107,3 +107,22 @@ def test_what_torch_keeps_of_a_gpus_memory_is_free(monkeypatch: pytest.MonkeyPat
     for name, told in (("mem_get_info", (1000, 9000)), ("memory_reserved", 700), ("memory_allocated", 200)):
         monkeypatch.setattr(torch.cuda, name, lambda device, told=told: told)
     assert memory.free(torch.device("cuda")) == 1500
+
+
+@pytest.mark.parametrize(
+    ("device", "gpu", "node", "where"),
+    [
+        ("cpu", 0, 100, None),
+        ("cpu", 0, 99, "the memory of one cpu"),
+        ("cuda", 100, 50, None),
+        ("cuda", 99, 999, "the memory of one cuda"),
+        ("cuda", 999, 49, "the memory of the node, by which it comes to the cuda"),
+    ],
+)
+def test_a_model_needs_room_where_it_runs_and_on_its_way_there(
+    monkeypatch: pytest.MonkeyPatch, device: str, gpu: int, node: int, where: str | None
+) -> None:
+    """One that is converted to float32 lies in the node's memory before it comes to a GPU."""
+    monkeypatch.setattr(memory, "free", lambda place: gpu if place.type == "cuda" else node)
+    found = memory.too_large(10, torch.float32, torch.device(device))  # 40 bytes
+    assert found == where if where is None else found and found.endswith(f"too large for {where}")
