@@ -139,5 +139,14 @@ def _size(kind: Mapping[str, Any]) -> tuple[float, float]:
 
 
 def _fit(wanted: Resources, free: Resources) -> int:
+    return min((_times(name, each, free.get(name, 0.0)) for name, each in wanted.items() if each), default=0)
+
+
+def _times(name: str, each: float, free: float) -> int:
+    """How often `each` of a resource fits in what is free of it."""
     # Fractions of a CPU add up to a little more or less than they should.
-    return min((int(free.get(name, 0.0) / each + 1e-6) for name, each in wanted.items() if each), default=0)
+    if name != "GPU" or each >= 1:
+        return int(free / each + 1e-6)
+    # A part of a GPU lies on one GPU: of 0.4 there are two on each, and not five on two.
+    whole, part = divmod(free + 1e-6, 1.0)
+    return int(whole) * int(1 / each + 1e-6) + int(part / each + 1e-6)

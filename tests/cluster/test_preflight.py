@@ -147,6 +147,17 @@ def test_the_launchers_limits_are_those_of_cluster_yaml() -> None:
     assert resources.room({"CPU": 2, "GPU": 0.5}, found) == 6
 
 
+@pytest.mark.parametrize(
+    ("each", "gpus", "fits"),
+    [(1.0, 2.0, 2), (0.5, 2.0, 4), (0.25, 1.0, 4), (0.3333, 2.0, 6), (0.4, 2.0, 4), (0.6, 3.0, 3), (0.4, 1.6, 3)],
+)
+def test_no_part_of_a_gpu_lies_on_two(each: float, gpus: float, fits: int) -> None:
+    """A search that counts on one more would wait for it for ever. The last: a worker is there already."""
+    node = resources.Nodes({"CPU": 64.0, "GPU": gpus}, 1)
+    assert resources.room({"CPU": 1.0, "GPU": each}, [node, node]) == 2 * fits
+    assert resources.room({"CPU": each}, [resources.Nodes({"CPU": 2.0}, 1)]) == int(2 / each + 1e-6)
+
+
 def test_uploads_need_room_in_the_temporary_folder(
     base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
