@@ -48,6 +48,11 @@ def why_not_in_one_row(model: Any, tokens: int) -> str | None:
     return why_apart(model) or why_scaled(model, tokens)
 
 
+def shares_sequences(model: Any, config: AnyConfig) -> bool:
+    """Whether data.packing puts several examples of this model in one sequence, where they have room."""
+    return config.data.packing is True or (config.data.packing == "auto" and why_apart(model) is None)
+
+
 def check_lengths(model: Any, config: AnyConfig) -> None:
     """Raise UserError where sequences may be so long that the loss of one of this model depends on its neighbours.
 
@@ -58,7 +63,7 @@ def check_lengths(model: Any, config: AnyConfig) -> None:
         raise UserError(
             f"data.max_length={most}: {family} has positions for {there} tokens; set data.max_length to {there} at most"
         )
-    packed = config.data.packing is True or (config.data.packing == "auto" and why_apart(model) is None)
+    packed = shares_sequences(model, config)
     for kind, limit in _limits_of_positions(model.config.get_text_config()):
         if most <= limit:
             continue

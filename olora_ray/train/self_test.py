@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from olora_ray.common.errors import UserError, first_line
 from olora_ray.config.evaluation import AnyConfig
 from olora_ray.model import attention
-from olora_ray.model.packing import check_lengths, why_not_in_one_row
+from olora_ray.model.packing import check_lengths, shares_sequences, why_not_in_one_row
 from olora_ray.tokens.collate import FLAT_ATTENTION, Batch, collate
 from olora_ray.tokens.store import Pack
 from olora_ray.train.blocks import decoder_layers
@@ -55,7 +55,9 @@ def choose_attention(loss: SupervisedLoss, packs: Sequence[Pack], config: AnyCon
     check_lengths(model, config)
     tokens = config.train.micro_batch * config.data.max_length
     wanted = _not_flat(model, attention.candidates(model, config.model, dtype, device), tokens)
-    trial = _Trial(loss, three_examples(packs, config, model), any(len(pack.segments) > 1 for pack in packs), device)
+    # Each of the few sequences that are looked at may have one example, and others have several all the same.
+    packed = shares_sequences(model, config) or any(len(pack.segments) > 1 for pack in packs)
+    trial = _Trial(loss, three_examples(packs, config, model), packed, device)
     failed: dict[str, str] = {}
     own = attention.own(model)
     _set(model, own)  # the first to run: with one that fails, a sharded base would fail with it

@@ -30,6 +30,13 @@ from tests.varlen_on_cpu import varlen_on_cpu
 CPU = torch.device("cpu")
 PACKED = [tiny.pack(9, 7), tiny.pack(12)]
 APART = [tiny.pack(9), tiny.pack(7), tiny.pack(12)]
+SINKS = SMALL | {
+    "num_local_experts": 4,
+    "head_dim": 8,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "initializer_range": 0.2,
+}
+"""Of a GPT-OSS, whose masks know nothing of positions."""
 NEWER = pytest.mark.skipif(varlen_attention.kernel() is None, reason="needs a newer torch")
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
@@ -62,10 +69,20 @@ def test_attention_that_is_not_told_the_borders_is_passed_over(
 
 @DTYPES
 def test_a_model_that_makes_its_masks_of_nothing_is_given_them(dtype: torch.dtype) -> None:
-    sizes = SMALL | {"num_local_experts": 4, "head_dim": 8, "layer_types": ["sliding_attention", "full_attention"]}
-    sizes["initializer_range"] = 0.2
-    found = chosen(of_kind("gpt_oss", sizes).to(dtype))
+    found = chosen(of_kind("gpt_oss", SINKS).to(dtype))
     assert (found.attention, found.given_masks) == ("eager", True)
+
+
+def test_examples_that_may_share_a_sequence_are_tested_so_although_the_first_ones_do_not() -> None:
+    segment_attention.register()
+    loss = SupervisedLoss(of_kind("gpt_oss", SINKS))
+    found = choose_attention(loss, APART, tiny.config(), CPU)
+    assert (found.attention, found.given_masks) == ("eager", True)
+    together = loss.each(collate([tiny.pack(9, 7, prompt=1)], found.attention))[8:]
+    alone = loss.each(collate(tiny.unpacked([tiny.pack(9, 7, prompt=1)])[1:], found.attention))
+    assert torch.allclose(together, alone, atol=1e-4), "a later sequence with two of them"
+    apart = choose_attention(loss, APART, tiny.config(data__packing=False), CPU)
+    assert (apart.attention, apart.given_masks) == ("eager", False)
 
 
 def test_a_window_that_is_shorter_than_an_example_is_kept() -> None:
