@@ -14,6 +14,7 @@ from olora_ray.model import attention as attention_module
 from olora_ray.model import segment_attention, varlen_attention
 from olora_ray.tokens.collate import collate
 from olora_ray.train import loss as loss_module
+from olora_ray.train import self_test
 from olora_ray.train.adapter_test import bare, check_adapters
 from olora_ray.train.examples import SHORT, three_examples
 from olora_ray.train.live_bytes import LiveBytes
@@ -71,6 +72,14 @@ def test_attention_that_is_not_told_the_borders_is_passed_over(
 def test_a_model_that_makes_its_masks_of_nothing_is_given_them(dtype: torch.dtype) -> None:
     found = chosen(of_kind("gpt_oss", SINKS).to(dtype))
     assert (found.attention, found.given_masks) == ("eager", True)
+
+
+def test_a_mixture_is_given_masks_even_if_rounding_would_explain_a_leak(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(self_test, "MARGIN_OF_EXPERTS", 1e9)
+    found = chosen(of_kind("gpt_oss", SINKS))
+    assert (found.attention, found.given_masks) == ("eager", True)
+    assert found.differences is not None
+    assert found.differences.beside < 1e-4, "and so nothing leaks"
 
 
 def test_examples_that_may_share_a_sequence_are_tested_so_although_the_first_ones_do_not() -> None:
