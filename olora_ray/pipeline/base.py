@@ -1,5 +1,6 @@
 """Opening of a run's base model: finds it once, with its tokenizer."""
 
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -7,10 +8,13 @@ from typing import Any
 from olora_ray.common.errors import UserError
 from olora_ray.config.evaluation import AnyConfig
 from olora_ray.data.tokenize import TokenizerSpec, has_tokens_beyond, spec_from_pretrained
+from olora_ray.data.turn_end import turn_end
 from olora_ray.model.load import end_tokens, load_tokenizer, skeleton
 from olora_ray.model.packing import why_apart
 from olora_ray.model.source import BaseModel
 from olora_ray.pipeline.find_model import find_model
+
+logger = logging.getLogger(__name__)
 
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 """Files of which each tokenizer has at least one."""
@@ -46,7 +50,20 @@ def with_tokenizer(model: BaseModel, config: AnyConfig) -> Base:
     spec = replace(spec_from_pretrained(tokenizer, model.name), apart=why_apart(shape))
     if (rows := _embeddings(shape)) is not None and has_tokens_beyond(tokenizer, rows):
         spec = replace(spec, embeddings=rows)
-    return Base(model, tokenizer, spec, end_tokens(model, tokenizer))
+    return Base(model, tokenizer, spec, _ends(model, tokenizer, spec))
+
+
+def _ends(model: BaseModel, tokenizer: Any, spec: TokenizerSpec) -> tuple[int, ...]:
+    """The ids that end an answer: end tokens, and what ends an answer in chats, which is trained on."""
+    found, last = end_tokens(model, tokenizer), turn_end(spec)
+    if last is None or last in found:
+        return found
+    token = tokenizer.convert_ids_to_tokens(last)
+    logger.warning(
+        f"model.name: the chat template of {model.name} ends an answer with {token!r}, which is no end token of its"
+        f" tokenizer or generation_config.json: answers end there here, and a server needs it as a stop token ({last})"
+    )
+    return tuple(sorted((*found, last)))
 
 
 def _embeddings(shape: Any) -> int | None:

@@ -1,5 +1,6 @@
 """A model folder needs a tokenizer."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,12 @@ from safetensors.torch import load_file
 from olora_ray.common.errors import UserError
 from olora_ray.config.load import build
 from olora_ray.model.source import BaseModel
-from olora_ray.pipeline.base import with_tokenizer
+from olora_ray.pipeline.base import open_base, with_tokenizer
 from olora_ray.pipeline.find_model import find_model
 from tests import tiny
 from tests.export_parts import save_tokenizer
 from tests.pipelines import project
+from tests.said import said
 
 
 def test_a_folder_without_a_tokenizer_says_what_is_missing(tmp_path: Path) -> None:
@@ -24,6 +26,24 @@ def test_a_folder_without_a_tokenizer_says_what_is_missing(tmp_path: Path) -> No
         with_tokenizer(base, config)
     save_tokenizer(tmp_path)
     assert with_tokenizer(base, config).eos == (1,)
+
+
+def test_what_ends_an_answer_in_chats_ends_answers(tmp_path: Path) -> None:
+    folder = project.make_model(tmp_path / "model")  # its template ends turns with <|end|>, token 0
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": "<|system|>"}))
+    (folder / "special_tokens_map.json").unlink(missing_ok=True)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 1}))
+    config = build(project.settings(tmp_path, folder))
+    with said() as lines:
+        assert open_base(config).eos == (0, 1)
+    [line] = [line for line in lines if "stop token" in line]
+    assert "ends an answer with '<|end|>'" in line
+    assert line.endswith("(0)")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 1]}))
+    with said() as lines:
+        assert open_base(config).eos == (0, 1)
+    assert not [line for line in lines if "stop token" in line]
 
 
 @pytest.mark.parametrize(("vocabulary", "known"), [(90, 90), (96, None), (128, None)])
