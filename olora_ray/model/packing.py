@@ -6,6 +6,7 @@ positions. What the structure does not tell, the self-test finds before the firs
 """
 
 import inspect
+import sys
 from typing import Any
 
 from torch import nn
@@ -16,19 +17,36 @@ from olora_ray.model.head import backbone
 
 _ATTENTION = ("full_attention", "sliding_attention", "chunked_attention", "attention", "dense", "sparse", "moe")
 """Kinds of layers, as configs of transformers list them, that carry nothing over but by attention."""
+_MASKS_PADDING = "apply_mask_to_padding_states"
+"""What transformers calls the function by which a family leaves padding out of all that is not attention."""
 
 
 def why_apart(model: Any) -> str | None:
     """Why every example of this model needs a row of its own, in words that follow "the model"; None: it does not."""
     config = model.config.get_text_config()
-    kinds = sorted(set(getattr(config, "layer_types", None) or ()) - set(_ATTENTION))
+    if why := _carries_over(model):
+        return why
+    if "position_ids" not in inspect.signature(backbone(model).forward).parameters or getattr(config, "alibi", False):
+        return "takes no positions, so it cannot know where an example begins"
+    return None
+
+
+def _carries_over(model: Any) -> str | None:
+    """What beside attention carries something from one token to the next, in words that follow "the model"."""
+    kinds = sorted(set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - set(_ATTENTION))
     if getattr(model, "_is_stateful", False) or kinds:
         return f"keeps a state from token to token ({', '.join(kinds) or type(model).__name__})"
     if any(isinstance(module, nn.Conv1d) for module in _language(model).modules()):
         return "has convolutions over the tokens"
-    if "position_ids" not in inspect.signature(backbone(model).forward).parameters or getattr(config, "alibi", False):
-        return "takes no positions, so it cannot know where an example begins"
     return None
+
+
+def takes_padding(model: Any) -> bool:
+    """Whether a prompt may have padding before it.
+
+    Attention leaves that out; a state or convolution does if the family's code sees to it (not RWKV's or xLSTM's).
+    """
+    return _carries_over(model) is None or hasattr(sys.modules.get(type(model).__module__), _MASKS_PADDING)
 
 
 def why_scaled(model: Any, tokens: int) -> str | None:

@@ -10,7 +10,7 @@ import torch
 
 from olora_ray.common import collectives
 from olora_ray.config.schema import Evaluation
-from olora_ray.model.packing import positions
+from olora_ray.model.packing import positions, takes_padding
 from olora_ray.tokens.store import TokenStore
 from olora_ray.train.loop import Trainer
 
@@ -80,10 +80,13 @@ def answer(
     """
     model: Any = trainer.loss.model
     own: list[tuple[int, list[int]]] = []
+    sharded = hasattr(trainer.loss, "unshard")
+    if sharded and not takes_padding(model):
+        batch = 1  # of other lengths than the others' a worker would run more often
     # Similar lengths together: less padding. With a sharded base all workers run equally many rounds.
     by_length = sorted(range(len(asked)), key=lambda i: len(asked[i].prompt))
     groups = [by_length[first : first + batch] for first in range(0, len(asked), batch)]
-    mine, sharded = groups[worker::workers], hasattr(trainer.loss, "unshard")
+    mine = groups[worker::workers]
     if sharded:  # all run until the last is done
         max_new_tokens = _within(model, [question.prompt for question in asked], max_new_tokens)
     rounds = -(-len(groups) // workers) if sharded else len(mine)
@@ -150,7 +153,16 @@ def greedy(
     Each token is the likeliest one, whatever the model's generation_config.json says. Without end tokens (`eos` is
     empty) each continuation has `max_new_tokens`, or fewer where the model has no positions for more.
     `together`: all workers run until the last of them is done, because each holds a part of the model.
+    Prompts of different lengths are answered one length after the other where the model would take padding for text.
     """
+    lengths = sorted({len(prompt) for prompt in prompts})
+    if len(lengths) > 1 and not takes_padding(model):
+        answers: dict[int, list[int]] = {}
+        for length in lengths:
+            places = [place for place, prompt in enumerate(prompts) if len(prompt) == length]
+            alike = [prompts[place] for place in places]
+            answers |= zip(places, greedy(model, alike, max_new_tokens, eos, device, together), strict=True)
+        return [answers[place] for place in range(len(prompts))]
     longest = max(len(prompt) for prompt in prompts)
     ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
     mask = torch.zeros_like(ids)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from olora_ray.common.errors import UserError
-from olora_ray.model.packing import check_lengths, positions, why_apart, why_not_in_one_row
+from olora_ray.model.packing import check_lengths, positions, takes_padding, why_apart, why_not_in_one_row
 from tests import tiny
 from tests.families import zoo
 from tests.families.variants import ALL
@@ -28,10 +28,18 @@ def test_models_that_carry_something_over(kind: str) -> None:
         assert reason in str(why_apart(of_kind(kind, sizes)))
 
 
+@pytest.mark.parametrize("kind", APART)
+def test_padding_is_for_models_that_leave_it_out(kind: str) -> None:
+    with torch.device("meta"):
+        assert takes_padding(of_kind(kind, APART[kind][0])) == (kind != "recurrent_gemma")
+
+
 def test_convolutions_of_an_unknown_family() -> None:
     made = tiny.llama()
+    assert takes_padding(made)
     made.model.layers[0].mixer = torch.nn.Conv1d(64, 64, 4)
     assert why_apart(made) == "has convolutions over the tokens"
+    assert not takes_padding(made)
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2", "mixtral", "falcon"])

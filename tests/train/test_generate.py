@@ -89,6 +89,18 @@ def test_answers_end_where_the_positions_of_a_model_end() -> None:
         assert greedy(model, prompts[1:], 8, [], CPU) == [likeliest(model, prompts[1], 8)]
 
 
+def test_a_model_that_takes_padding_for_text_is_given_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = zoo.make(ALL["recurrent_gemma"])  # its convolutions see what stands before a prompt
+    masks, generate = [], model.generate
+    monkeypatch.setattr(model, "generate", lambda **given: masks.append(given["attention_mask"]) or generate(**given))
+    prompts = [(7, 8, 9), tuple(range(5, 14)), (9, 8, 7)]
+    with decoding(model):
+        found = greedy(model, prompts, 4, [], CPU)
+        assert [mask.shape for mask in masks] == [(2, 3), (1, 9)]
+        assert all(mask.all() for mask in masks)
+        assert found == [greedy(model, [prompt], 4, [], CPU)[0] for prompt in prompts]
+
+
 def likeliest(model: Any, prompt: tuple[int, ...], tokens: int) -> list[int]:
     """Without a cache, padding or transformers' generate."""
     ids = list(prompt)
