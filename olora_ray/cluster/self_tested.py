@@ -25,6 +25,7 @@ from olora_ray.tokens.store import Pack
 from olora_ray.train.adapter_test import check_adapters
 from olora_ray.train.loader import Waiting
 from olora_ray.train.loop import train_mode
+from olora_ray.train.self_test import require_layout
 from olora_ray.train.self_test_result import SelfTest
 
 logger = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ def self_tested(
     if all(collectives.gather(known is not None)):  # a sharded base needs all of them for a test
         assert known is not None
         start.state.self_test = {"with": used, "found": known.to_json()}
-        return replace(start, attention=_adopt(context, start, known))
+        return replace(start, attention=_adopt(context, spec, start, known))
     problem, name = None, start.attention
     try:
         name = _attention(context, spec, start, first_sequences(spec, waiting))
@@ -101,7 +102,7 @@ def _kept(place: str | None) -> SelfTest | None:
         return None
 
 
-def _adopt(context: WorkerContext, start: StartingPoint, known: SelfTest) -> str:
+def _adopt(context: WorkerContext, spec: TrainSpec, start: StartingPoint, known: SelfTest) -> str:
     """Give the base the attention that has passed, unless another adapter has done so; its name."""
     loss: Any = start.trainer.loss
     train_mode(start.trainer.adapted, False)
@@ -110,6 +111,8 @@ def _adopt(context: WorkerContext, start: StartingPoint, known: SelfTest) -> str
             loss.model.set_attn_implementation(known.attention)
         loss.given_masks, loss.tested = known.given_masks, known
         logger.info(f"self-test: has passed before, with attention={known.attention}")
+    else:
+        require_layout(loss, spec.config)
     return str(loss.tested.attention)
 
 

@@ -12,7 +12,7 @@ from olora_ray.tokens.store import Pack, TokenStore
 from olora_ray.train.adapter_test import bare
 from olora_ray.train.loader import Waiting, until
 from olora_ray.train.loss import SupervisedLoss
-from olora_ray.train.self_test import choose_attention
+from olora_ray.train.self_test import choose_attention, require_layout
 from olora_ray.train.self_test_result import SelfTest
 
 logger = logging.getLogger(__name__)
@@ -37,6 +37,8 @@ def tested(loss: SupervisedLoss, spec: TrainSpec, packs: Sequence[Pack], device:
         with bare(loss.model):
             loss.tested = choose_attention(loss, packs, spec.config, device)
         logger.info(loss.tested.line())
+    else:
+        require_layout(loss, spec.config)
     return loss.tested
 
 

@@ -79,6 +79,22 @@ def choose_attention(loss: SupervisedLoss, packs: Sequence[Pack], config: AnyCon
     raise UserError(text)
 
 
+def require_layout(loss: SupervisedLoss, config: AnyConfig) -> None:
+    """Raise UserError where the attention that has passed with another adapter's settings does not do for these.
+
+    Trials of a search may share a base, and differ in how many sequences go through it at once.
+    """
+    model: Any = loss.model
+    check_lengths(model, config)
+    why = why_not_in_one_row(model, config.train.micro_batch * config.data.max_length)
+    if loss.tested is not None and loss.tested.attention in FLAT_ATTENTION and why:
+        raise UserError(
+            f"train.micro_batch={config.train.micro_batch}: other trials on this copy of the base lay all examples of a"
+            f" micro-batch out in one row, and {type(model).__name__} {why}; set trials_per_worker: 1 or"
+            " model.attention: sdpa"
+        )
+
+
 def _not_flat(model: Any, names: tuple[str, ...], tokens: int) -> tuple[str, ...]:
     """Those for which examples are laid out apart, where the model's structure tells that they have to be."""
     why = why_not_in_one_row(model, tokens)

@@ -3,7 +3,7 @@
 import contextlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,13 +16,18 @@ from olora_ray.cluster import self_tested as module
 from olora_ray.cluster.resume import StartingPoint
 from olora_ray.cluster.self_tested import self_tested
 from olora_ray.cluster.spec import TrainSpec
+from olora_ray.cluster.tested_base import tested
 from olora_ray.common import collectives, copies, kept
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
 from olora_ray.model.source import BaseModel
+from olora_ray.train.loss import SupervisedLoss
+from olora_ray.train.self_test_result import SelfTest
 from olora_ray.train.state import TrainState
 from tests import tiny
 from tests.crew import Crew
+from tests.families import zoo
+from tests.families.variants import ALL
 
 CONTEXT: Any = SimpleNamespace(activate=lambda adapted: contextlib.nullcontext(), device=torch.device("cpu"))
 
@@ -150,3 +155,35 @@ def test_what_a_node_has_kept_of_a_broken_disk_is_tested_again(node: Path, monke
     [file] = (node / "self-tests").iterdir()
     file.write_text(file.read_text()[:20])
     assert _resumed(monkeypatch, TrainState(), "base")[1] == ["tested"]
+
+
+LONG_ROPE = tiny.SMALL | {
+    "max_position_embeddings": 512,
+    "original_max_position_embeddings": 64,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * 4,
+        "long_factor": [4.0] * 4,
+        "original_max_position_embeddings": 64,
+    },
+}
+
+
+def test_a_base_that_has_passed_for_one_trial_is_looked_at_for_the_next() -> None:
+    def again(loss: SupervisedLoss, **settings: Any) -> SelfTest:
+        return tested(loss, spec_of(tiny.config(**settings)), [], CONTEXT.device)
+
+    neighbours = SupervisedLoss(tiny.of_kind("phi3", LONG_ROPE))
+    neighbours.tested = SelfTest("segments")
+    wide: dict[str, Any] = {"data__max_length": 128, "data__packing": False}
+    assert again(neighbours, **wide, train__micro_batch=1) == neighbours.tested
+    with pytest.raises(UserError, match=r"^data\.max_length=128: Phi3ForCausalLM .* would depend on the neighbours"):
+        again(neighbours, **wide, train__micro_batch=2)
+
+    variant = ALL["llama4_text"]
+    places = SupervisedLoss(zoo.make(replace(variant, sizes=variant.sizes | {"floor_scale": 64}), attention="sdpa"))
+    places.tested = SelfTest("segments")
+    assert again(places, data__max_length=48, train__micro_batch=1) == places.tested
+    with pytest.raises(UserError, match=r"^train\.micro_batch=2: .* by the place in a row.*; set trials_per_worker: 1"):
+        again(places, data__max_length=48, train__micro_batch=2)
