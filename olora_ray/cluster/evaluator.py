@@ -1,7 +1,6 @@
 """Evaluation during a training: held-out loss, answers to held-out prompts, and the best adapter so far."""
 
 import logging
-import math
 
 from torch import Tensor
 
@@ -14,7 +13,7 @@ from olora_ray.common.text import plural
 from olora_ray.train.baseline import Baseline
 from olora_ray.train.generate import answer, wanted_questions
 from olora_ray.train.loop import evaluate
-from olora_ray.train.state import TrainState
+from olora_ray.train.state import TrainState, perplexity
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +35,7 @@ class Evaluator:
         """Take in a held-out loss, and keep the adapter if it is the best so far; returns the metrics to be told."""
         if state.note_evaluation(loss):
             self.best = self.trainer.flat.vector.clone()
-        return {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 80.0))}
+        return {"eval/loss": loss, "eval/perplexity": perplexity(loss)}
 
     def use_best(self) -> None:
         """Put the best adapter in place of the last one; without evaluations that one stays."""

@@ -16,7 +16,7 @@ from olora_ray.pipeline.run_folder import RunFolder
 from olora_ray.tracking import client, models
 from olora_ray.tracking.record import RUN
 from olora_ray.tracking.run import Tracker
-from olora_ray.train.state import TrainState
+from olora_ray.train.state import TrainState, perplexity
 
 logger = logging.getLogger(__name__)
 
@@ -115,8 +115,8 @@ def _result(
     last: dict[str, float] = {}
     for row in state.history:
         last |= {name: value for name, value in row.items() if name != "step"}
-    if state.best_loss is not None:
-        last["eval/loss"] = state.best_loss
+    if state.best_loss is not None:  # that of the adapter that is exported
+        last |= {"eval/loss": state.best_loss, "eval/perplexity": perplexity(state.best_loss)}
     first = next((row["eval/loss"] for row in state.history if "eval/loss" in row), None)
     return {
         "run": spec.config.run.name,

@@ -4,6 +4,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+LARGEST_LOSS = 80.0
+"""From which on a perplexity stays the same: the exponential would soon not be a number."""
+
 
 @dataclass
 class TrainState:
@@ -45,3 +48,8 @@ class TrainState:
             return True
         self.stale += 1
         return False
+
+
+def perplexity(loss: float) -> float:
+    """Of a mean loss per token."""
+    return math.exp(min(loss, LARGEST_LOSS))
