@@ -108,6 +108,11 @@ def finished(
             logger.info(line)
         else:
             print()
+    if result.state is not None and result.state.best_step == 0 < result.state.step:
+        logger.warning(
+            "no step has made the held-out loss better: what is exported is the model that training started with,"
+            " unchanged; lower train.lr, or look whether the held-out rows are like those that are trained on"
+        )
 
 
 def _summary(

@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 
+from olora_ray.cluster.spec import TrainResult
 from olora_ray.model.source import obtain
-from olora_ray.pipeline.report import already_finished, next_steps, plan
+from olora_ray.pipeline.publish import Published
+from olora_ray.pipeline.report import already_finished, finished, next_steps, plan
 from olora_ray.pipeline.run_folder import RunFolder
+from olora_ray.train.state import TrainState
 from tests import tiny
 from tests.families import zoo
 from tests.families.variants import ALL, Variant, variant
@@ -104,6 +107,16 @@ def test_a_finished_run_says_that_its_exports_are_others_than_the_config_asks_fo
         assert len(lines) == count
     assert "(export.rank was None, is 16)" in lines[1]
     assert f"delete {tmp_path}/mine/result.json and give the command again" in lines[1]
+
+
+@pytest.mark.parametrize("best", [0, 2])
+def test_a_training_that_has_made_nothing_better_is_told(best: int, tmp_path: Path) -> None:
+    config = tiny.config(run__storage=str(tmp_path))
+    state = TrainState(4, 1.0, best, history=[{"step": 0.0, "eval/loss": 1.0}])
+    with said() as lines:
+        finished(config, RunFolder(config), TrainResult(state=state), [], Published(result(tmp_path), {}, None))
+    assert [line for line in lines if f"1.0000 after (step {best})" in line]
+    assert any("no step has made the held-out loss better" in line for line in lines) == (best == 0)
 
 
 def plan_lines(folder: Path, family: Variant, **changes: Any) -> list[str]:
