@@ -8,6 +8,7 @@ from typing import Any
 
 from olora_ray.cluster.spec import TrainResult
 from olora_ray.common.errors import UserError
+from olora_ray.common.text import plural
 from olora_ray.config.evaluation import AnyConfig
 from olora_ray.config.schema import Config
 from olora_ray.tokens.store import TokenStore
@@ -69,6 +70,8 @@ def check(config: AnyConfig, held_out: TokenStore | None, tokenizer: Any) -> Non
     why = "no held-out row has a question and an answer" if held_out else "no rows are held out"
     if not asked and config.evaluation.rows:
         logger.warning(f"evaluation.scorer: nothing is scored: {why}")
+    if line := _cut_off([len(question.reference) for question in asked], config.evaluation.max_new_tokens):
+        logger.warning(line)
     for question in asked:
         reference = as_text(tokenizer, question.reference)
         try:
@@ -78,6 +81,17 @@ def check(config: AnyConfig, held_out: TokenStore | None, tokenizer: Any) -> Non
             raise UserError(f"{_place(held_out, question.row)}: {error}") from error
     if held_out and config.evaluation.rows and isinstance(config, Config):
         _check_gate(config, names, "" if asked else why)
+
+
+def _cut_off(lengths: Sequence[int], most: int) -> str | None:
+    """What to say where references of so many tokens, their end token included, are longer than an answer can be."""
+    longer = [length for length in lengths if length - 1 > most]
+    if not longer:
+        return None
+    return (
+        f"evaluation.max_new_tokens={most}: {len(longer)} of {plural(len(lengths), 'reference')} that are scored have"
+        f" more tokens, so answers are cut off before they can be like these; set it to {max(longer)} for all of them"
+    )
 
 
 def as_text(tokenizer: Any, ids: Sequence[int], special: bool = False) -> str:

@@ -58,6 +58,17 @@ def test_a_scorer_with_nothing_to_score_is_told() -> None:
     assert "nothing is scored: no held-out row has a question" in "".join(lines)
 
 
+def test_references_that_no_answer_can_be_as_long_as_are_told() -> None:
+    store: Any = tiny.ListStore([tiny.pack(9, 7), tiny.pack(14)])  # after prompts of 3 tokens
+    for most, told in ((10, None), (9, "1 of 3 references"), (4, "2 of 3 references")):
+        config = tiny.config(evaluation__scorer="exact_match", evaluation__max_new_tokens=most)
+        with said() as lines:
+            answers.check(config, store, Tokenizer())
+        text = "".join(lines)
+        assert text == "" if told is None else f"max_new_tokens={most}: {told} that are scored have more" in text
+        assert told is None or text.endswith("set it to 11 for all of them")
+
+
 def test_a_gate_on_a_score_that_the_scorer_does_not_give() -> None:
     gate = {"gate__and": [{"metric": "eval/exact", "at_least": 1.0}]}
     with pytest.raises(UserError, match=r"^gate: eval/exact is not measured: exact_match gives eval/exact_match$"):
