@@ -72,8 +72,14 @@ def check(config: AnyConfig, held_out: TokenStore | None, tokenizer: Any) -> Non
         logger.warning(f"evaluation.scorer: nothing is scored: {why}")
     if line := _cut_off([len(question.reference) for question in asked], config.evaluation.max_new_tokens):
         logger.warning(line)
-    for question in asked:
-        reference = as_text(tokenizer, question.reference)
+    references = [as_text(tokenizer, question.reference) for question in asked]
+    if empty := references.count(""):
+        logger.warning(
+            f"evaluation.scorer: {empty} of {plural(len(asked), 'reference')} are empty without their special tokens,"
+            " which are left out of all that is scored, so that no answer at all counts as right; use answers in plain"
+            " text"
+        )
+    for question, reference in zip(asked, references, strict=True):
         try:
             names |= judge(reference, reference).keys()
         except UserError as error:

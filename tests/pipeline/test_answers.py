@@ -2,11 +2,13 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from olora_ray.common.errors import UserError
 from olora_ray.pipeline import answers
 from olora_ray.pipeline.answers import Sample
+from olora_ray.tokens.store import Pack
 from olora_ray.train import scoring
 from tests import tiny
 from tests.said import said
@@ -67,6 +69,21 @@ def test_references_that_no_answer_can_be_as_long_as_are_told() -> None:
         text = "".join(lines)
         assert text == "" if told is None else f"max_new_tokens={most}: {told} that are scored have more" in text
         assert told is None or text.endswith("set it to 11 for all of them")
+
+
+def test_references_of_special_tokens_alone_are_told() -> None:
+    class Special(Tokenizer):
+        """Some ids have no text."""
+
+        def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+            return super().decode([number for number in ids if number > 50], skip_special_tokens)
+
+    ids = np.array([60, 61, 62, 2, 3, 60, 61, 62, 70, 3], dtype=np.int32)
+    supervised = np.array([False, False, False, True, True] * 2)
+    store: Any = tiny.ListStore([Pack(ids, supervised, (5, 5))])
+    with said() as lines:
+        answers.check(tiny.config(evaluation__scorer="exact_match"), store, Special())
+    assert "1 of 2 references are empty without their special tokens" in "".join(lines)
 
 
 def test_a_gate_on_a_score_that_the_scorer_does_not_give() -> None:
