@@ -6,6 +6,7 @@ of Ray, tests/cluster/test_ray_internals.py shows what no longer holds.
 
 import contextlib
 import copy
+import json
 import logging
 import os
 import sys
@@ -103,6 +104,19 @@ def joined_running_node() -> bool:
     """
     node: Any = ray._private.worker._global_node
     return node is not None and not node.is_head()
+
+
+def job_variables() -> Mapping[str, str]:
+    """The environment variables that this job was submitted with; none in a process that is no job.
+
+    Ray 2.60, _private/worker.py: given one of these, ray.init ends in a traceback, whatever its value is, and shows all
+    of them in it. The runtime context tells them only after ray.init.
+    """
+    from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
+
+    told = json.loads(os.environ.get(RAY_JOB_CONFIG_JSON_ENV_VAR, "{}"))
+    found: Mapping[str, str] = (told.get("runtime_env") or {}).get("env_vars") or {}
+    return found
 
 
 def startup_failed(error: Exception) -> bool:

@@ -64,8 +64,9 @@ def _let_ray_data_end() -> None:
 
 def _init(found: str) -> None:
     """Join the Ray at an address, or start one; raises UserError if the former does not let us in."""
-    environment = {"env_vars": ENVIRONMENT}
-    shared: dict[str, Any] = {"logging_level": logging.WARNING, "runtime_env": environment}
+    given = ray_internals.job_variables()  # what a job was submitted with has the last word
+    variables = {name: value for name, value in ENVIRONMENT.items() if name not in given}
+    shared: dict[str, Any] = {"logging_level": logging.WARNING, "runtime_env": {"env_vars": variables}}
     if found == address.OWN:
         token.make_own()
         # It would start a process for each CPU and wait for all of them, and then use none: what runs here has an

@@ -1,6 +1,7 @@
 """Every private part of Ray that the product uses is still there, and still says what it said."""
 
 import ast
+import json
 import logging
 import time
 from collections.abc import Callable
@@ -12,6 +13,8 @@ from typing import Any
 import pytest
 
 from olora_ray.cluster import node_facts, preflight, ray_internals
+from olora_ray.common.quiet import ENVIRONMENT
+from olora_ray.pipeline import connection
 from tests.ray_head import free_port
 from tests.waiting import until
 
@@ -115,6 +118,34 @@ def test_a_gpu_that_shares_the_machines_memory_has_that(monkeypatch: pytest.Monk
     assert preflight.unusable_gpu(replace(found, versions={"torch": "2.13.0+cu130"})) is None
     told.append(SimpleNamespace(total=2**34))  # beside it is one with a memory of its own
     assert node_facts.node_info().gpu_memory == 2**34
+
+
+@pytest.mark.parametrize("given", [{}, {"TOKENIZERS_PARALLELISM": "true", "OURS": "1"}, None])
+def test_a_job_may_be_submitted_with_variables_that_the_project_sets_itself(
+    given: dict[str, str] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ray.init refused both with a traceback that showed every variable of the job, secrets too."""
+    from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
+    from ray.runtime_env.runtime_env import _merge_runtime_env
+
+    job: Any = {"working_dir": "gcs://package.zip", "env_vars": given}
+    monkeypatch.setenv(RAY_JOB_CONFIG_JSON_ENV_VAR, json.dumps({"runtime_env": job, "metadata": {}}))
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(connection.token, "join", lambda *_: None)
+    monkeypatch.setattr(connection.ray, "init", lambda **settings: asked.update(settings))
+    connection._init("127.0.0.1:6379")
+    merged = _merge_runtime_env({**job, "env_vars": given or {}}, asked["runtime_env"])
+    assert merged is not None
+    assert merged["env_vars"] == {**ENVIRONMENT, **(given or {})}
+
+
+def test_a_process_that_is_no_job_has_no_variables_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
+
+    monkeypatch.delenv(RAY_JOB_CONFIG_JSON_ENV_VAR, raising=False)
+    assert ray_internals.job_variables() == {}
+    monkeypatch.setenv(RAY_JOB_CONFIG_JSON_ENV_VAR, '{"metadata": {}}')
+    assert ray_internals.job_variables() == {}
 
 
 class TrainController:
