@@ -35,6 +35,7 @@ from olora_ray.sweep.record import SearchRecord
 from olora_ray.sweep.space import Space
 from olora_ray.sweep.spec import SweepSpec
 from olora_ray.tracking import mlflow_run as tracking
+from olora_ray.tracking import start as tracking_start
 from olora_ray.tracking.run import Tracker
 
 logger = logging.getLogger(__name__)
@@ -138,7 +139,9 @@ def _search(sweep_spec: SweepSpec) -> None:
     folder, space = sweep_spec.folder, sweep_spec.space
     concurrent, shared_bases = _concurrent_trials(sweep_spec)
     callback = SweepCallback(folder, space)
-    ended = tuner.build(replace(sweep_spec, shared_bases=shared_bases), callback, concurrent).fit()
+    place = tracking_start.everywhere(sweep_spec.train_spec.config)
+    travelling = replace(sweep_spec, shared_bases=shared_bases, tracking=place)
+    ended = tuner.build(travelling, callback, concurrent).fit()
     # A search may have come to its limit and been killed before that was noted: Tune resumes it with nothing to do.
     if len(ended) < space.count() and not callback.stop_all():
         raise state.not_resumed(folder)

@@ -43,6 +43,8 @@ class SweepSpec:
     """Seconds of work that were done once for all trials."""
     shared_bases: tuple[Any, ...] = ()
     """Actors that train several adapters on one base; none if every trial has workers of its own."""
+    tracking: str | None = None
+    """The search's MLflow, as each process of a trial finds it; None: as the config says."""
 
     def values(self, number: int, draws: Mapping[str, Any]) -> dict[str, Any]:
         """Dotted field -> value of a trial; nothing for the default."""
@@ -59,6 +61,16 @@ class SweepSpec:
     def spec_of(self, config: Config) -> TrainSpec:
         """The specification of a trial with this config, where all trials have the same base model and tokens."""
         return replace(self.train_spec, config=config)
+
+    def tracked(self, spec: TrainSpec) -> TrainSpec:
+        """The specification of a trial, which is tracked where the search is.
+
+        Tune has each trial work in a folder of its own, where a relative path would lead elsewhere, and its process has
+        the variables of its node. In the trial's own config, which it keeps, the setting stays as it was.
+        """
+        if self.tracking is None:
+            return spec
+        return replace(spec, config=override(spec.config, {"tracking.uri": self.tracking}))
 
     def trial_folder(self, number: int, config: Config) -> RunFolder:
         """The run folder of a trial."""

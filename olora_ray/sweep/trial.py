@@ -114,7 +114,7 @@ class TrialRun:
         self.total = self.sweep_spec.steps(self.config, spec.train)
         self._file.record = replace(self._file.record, total=self.total)
         with (
-            mlflow_run.tracked(spec, self.folder, self.sweep_spec.parent) as tracker,
+            mlflow_run.tracked(self.sweep_spec.tracked(spec), self.folder, self.sweep_spec.parent) as tracker,
             logs.handled_by(_LogFile(self.folder.root)),
         ):
             self._note_run(tracker)

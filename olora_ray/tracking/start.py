@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError
-from olora_ray.common.secrets import looked_up
+from olora_ray.common.secrets import in_uri, looked_up
 from olora_ray.config import paths
 from olora_ray.config.evaluation import AnyConfig
 from olora_ray.tracking import artifacts, moved_storage
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+VARIABLE = "MLFLOW_TRACKING_URI"
+"""Where MLflow itself looks for its address."""
+
 
 def resolve_uri(config: AnyConfig) -> str:
     """The address of MLflow: `tracking.uri`, else MLFLOW_TRACKING_URI, else SQLite beside the storage.
@@ -32,7 +35,7 @@ def resolve_uri(config: AnyConfig) -> str:
     beside which no database can lie, or when what env:NAME or file:/PATH means is not there.
     """
     named = looked_up(config.tracking.uri, "tracking.uri") if config.tracking.uri else None
-    if uri := named or os.environ.get("MLFLOW_TRACKING_URI"):
+    if uri := named or os.environ.get(VARIABLE):
         return absolute(uri)
     if storage.is_uri(config.run.storage):
         raise UserError(
@@ -40,6 +43,16 @@ def resolve_uri(config: AnyConfig) -> str:
             " MLflow server, http://HOST:PORT, or to sqlite:////PATH/mlflow.db"
         )
     return f"sqlite:///{os.path.abspath(config.run.storage)}/mlflow.db"
+
+
+def everywhere(config: AnyConfig) -> str:
+    """The `tracking.uri` that means this MLflow to other processes too, whatever their folder and variables are.
+
+    Of an address with a secret in it the place is named, which every node then must have. Raises UserError as
+    `resolve_uri`.
+    """
+    uri = resolve_uri(config)
+    return (config.tracking.uri or f"env:{VARIABLE}") if in_uri(uri) else uri
 
 
 def absolute(uri: str) -> str:

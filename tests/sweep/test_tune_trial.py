@@ -18,6 +18,7 @@ from olora_ray.cluster.spec import TrainSpec
 from olora_ray.common import logs
 from olora_ray.common.errors import UserError
 from olora_ray.model.source import BaseModel
+from olora_ray.sweep import run as search_run
 from olora_ray.sweep import trial as trials
 from olora_ray.sweep import trial_file, tuner
 from olora_ray.sweep.callback import SweepCallback
@@ -27,6 +28,7 @@ from olora_ray.sweep.spec import NUMBER, SweepSpec, trial_place
 from olora_ray.sweep.trial import Ended, Measured, TrialRun
 from olora_ray.sweep.trial_file import read_all
 from olora_ray.sweep.tune_trial import SearchTrial
+from olora_ray.tracking.start import resolve_uri
 from tests import tiny
 from tests.said import said
 
@@ -136,6 +138,41 @@ def test_a_trial_that_goes_on_from_its_own_checkpoint_keeps_its_values(
     second._train()
     assert second._file.record.curve == ((1, 0.5), (2, 0.7))
     assert second._file.record.value == 0.5
+
+
+def test_trials_are_tracked_where_the_search_is_wherever_they_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tune puts each into a folder of its own, whose mlflow.db went with it; other nodes have other variables."""
+    (driver := tmp_path / "driver").mkdir()
+    monkeypatch.chdir(driver)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
+    travelled: list[SweepSpec] = []
+
+    def build(handed_over: SweepSpec, *_: object) -> Any:
+        travelled.append(handed_over)
+        return SimpleNamespace(fit=lambda: range(handed_over.space.count()))
+
+    monkeypatch.setattr(search_run, "_concurrent_trials", lambda _: (1, ()))
+    monkeypatch.setattr(search_run.tuner, "build", build)
+    search_run._search(spec(tmp_path))
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://another:5000")
+    found: list[str] = []
+
+    def tracked(train_spec: TrainSpec, *_: object) -> Any:
+        found.append(resolve_uri(train_spec.config))
+        return contextlib.nullcontext(SimpleNamespace(run_id=""))
+
+    ended = SimpleNamespace(state=SimpleNamespace(history=[]))
+    monkeypatch.setattr(trials.ray, "cluster_resources", dict)
+    monkeypatch.setattr(trials.mlflow_run, "tracked", tracked)
+    monkeypatch.setattr(trials.fit, "finished_training", lambda *_: ended)
+    run = TrialRun(travelled[0], 1, {"train.lr": 1e-3})
+    run._train()
+    assert found == [f"sqlite:///{driver}/mlflow.db"]
+    assert run.folder.config.tracking.uri is None, "a storage that is moved takes its database along"
 
 
 @pytest.mark.parametrize("state", [None, '{"trial_data": [["{}", "', '{"trial_data": []}'])

@@ -16,7 +16,7 @@ from olora_ray.config.schema import Config
 from olora_ray.tracking import client as client_module
 from olora_ray.tracking import run as tracking
 from olora_ray.tracking import start
-from olora_ray.tracking.start import resolve_uri, start_run
+from olora_ray.tracking.start import everywhere, resolve_uri, start_run
 from tests import mlflow_database, tiny
 from tests.waiting import until
 
@@ -68,6 +68,23 @@ def test_where_runs_are_tracked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://server:5000")
     assert resolve_uri(tiny.config()) == "http://server:5000"
     assert resolve_uri(tiny.config(tracking__uri="http://other")) == "http://other"
+
+
+def test_another_process_is_told_where_runs_are_tracked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
+    for uri, told in (
+        (None, f"sqlite:///{tmp_path}/runs/mlflow.db"),
+        ("sqlite:///a.db", f"sqlite:///{tmp_path}/a.db"),
+        ("http://server:5000", "http://server:5000"),
+    ):
+        assert everywhere(tiny.config(run__storage="runs", tracking__uri=uri)) == told
+    secret = "postgresql://ann:c4n4ry@db/mlflow"
+    for name, value in {"MLFLOW_TRACKING_URI": secret, "OURS": secret, "PLAIN": "http://other:5000"}.items():
+        monkeypatch.setenv(name, value)
+    assert everywhere(tiny.config()) == "env:MLFLOW_TRACKING_URI"
+    assert everywhere(tiny.config(tracking__uri="env:OURS")) == "env:OURS"
+    assert everywhere(tiny.config(tracking__uri="env:PLAIN")) == "http://other:5000"
 
 
 def test_a_database_outlasts_the_job_that_names_it_by_a_relative_path(
