@@ -141,6 +141,18 @@ def preemption_noted() -> bool:
     return getattr(context, "preemption_info", None) is not None
 
 
+def keep_credentials() -> None:
+    """Have Tune leave the keys of AWS where they are: in the environment of this process, and of each node.
+
+    Ray 2.60, tune/execution/class_cache.py: Tune copies them from this process into the description of each trial's
+    process, which Ray shows to whoever asks it, and writes into the log of each node in clear.
+    """
+    from ray.tune.execution import class_cache
+
+    names = class_cache.ENV_VARS_TO_PROPAGATE
+    class_cache.ENV_VARS_TO_PROPAGATE = {name for name in names if not name.startswith("AWS_")}
+
+
 def go_on_with(tuner: Any, folder: str, most: int) -> None:
     """Let a restored Tuner run so many trials at the same time, in the folder where the search lies now.
 

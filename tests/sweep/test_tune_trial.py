@@ -104,6 +104,22 @@ def test_processes_are_kept_where_trials_end_by_themselves(tmp_path: Path, kind:
     assert settings.reuse_actors is reused
 
 
+def test_no_key_of_the_driver_is_told_to_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tune wrote them into what Ray shows of each trial's process, and from there they came into the nodes' logs."""
+    from ray.tune.execution import class_cache
+
+    monkeypatch.setattr(class_cache, "ENV_VARS_TO_PROPAGATE", class_cache.ENV_VARS_TO_PROPAGATE)  # put back afterwards
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN"):
+        monkeypatch.setenv(name, "c4n4ry")
+    monkeypatch.setenv("RAY_CHDIR_TO_TRIAL_DIR", "1")
+    search = spec(tmp_path)
+    tuner.build(search, SweepCallback(search.folder, search.space), 1)
+    told: Any = class_cache._ActorClassCache().get(SearchTrial)
+    variables = told._default_options["runtime_env"]["env_vars"]
+    assert "c4n4ry" not in variables.values()
+    assert variables["RAY_CHDIR_TO_TRIAL_DIR"] == "1"  # what Tune needs is told
+
+
 def begun(search: SweepSpec, state: str | None, concurrent: int = 1) -> Any:
     """Tune's settings of a search that was interrupted and left this state."""
     tuner.build(search, SweepCallback(search.folder, search.space), concurrent)
