@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from olora_ray.cluster import address
@@ -53,7 +53,7 @@ class Evaluation:
         """Plain values."""
         return {
             "model": self.target.name,
-            "base": asdict(self.target.base),
+            "base": self.target.base.to_json(),
             "adapter": self.target.adapter,
             "held_out": {"data": self.held_out.data, "rows": len(self.held_out.losses)} if self.held_out else None,
             "tasks": {name: item.rows for name, item in self.tasks.items()},

@@ -27,6 +27,12 @@ class BaseModel:
     """Local folder with config.json, safetensors and tokenizer files; see `on_this_node`."""
     digest: str
     """Of all its files that decide what it computes; compare it by `identity.same`."""
+    look: str = ""
+    """What a glance at the folder tells (`identity.look`), so that each process can compare; empty: none does."""
+
+    def to_json(self) -> dict[str, str]:
+        """For a result: which model it was."""
+        return {"name": self.name, "folder": self.folder, "digest": self.digest}
 
 
 def obtain(config: AnyConfig, registered: Path | None = None) -> BaseModel:
@@ -46,7 +52,8 @@ def obtain(config: AnyConfig, registered: Path | None = None) -> BaseModel:
         source = convert.pickled(source, config)
     folder.check(source)
     _keep(source)
-    return BaseModel(name, str(source), identity.of_folder(source, config.model.trust_remote_code))
+    code = config.model.trust_remote_code
+    return BaseModel(name, str(source), identity.of_folder(source, code), identity.look(source, code))
 
 
 def _keep(source: Path) -> None:
@@ -60,21 +67,31 @@ def _keep(source: Path) -> None:
 def on_this_node(base: BaseModel, config: AnyConfig) -> BaseModel:
     """The base model where this process can read it: the driver's folder if this node sees it, else fetched anew.
 
-    Raises UserError if it cannot be fetched here, or is not the same here.
+    That a folder is there says little: one of the hub's is from its first file on, while another process fetches the
+    rest, and one on a node's own disk may be another version. Raises UserError if it cannot be fetched here, or is not
+    the same here.
     """
-    if Path(base.folder).is_dir():
-        _keep(Path(base.folder))
+    place = Path(base.folder)
+    if _is_same(place, base, config):
+        _keep(place)
         return base
     if base.name.startswith("models:/") or Path(base.name).is_absolute():
-        raise UserError(
-            f"model.name: {base.folder} is not on every node; put it, or run.storage, where all nodes see it"
-        )
+        what = "has other files on this node than on the driver's" if place.is_dir() else "is not on every node"
+        raise UserError(f"model.name: {base.folder} {what}; put it, or run.storage, where all nodes see it")
     found = obtain(config)
     if found.digest != base.digest:
         raise UserError(
             f"model.name: {base.name} has other files on this node than on the driver's; set model.revision"
         )
     return found
+
+
+def _is_same(place: Path, base: BaseModel, config: AnyConfig) -> bool:
+    """Whether a folder of this node is that of the driver, as far as a glance tells."""
+    try:
+        return place.is_dir() and base.look in ("", identity.look(place, config.model.trust_remote_code))
+    except OSError:  # a file that is gone by now, or closed to this user
+        return False
 
 
 def _source_folder(config: AnyConfig) -> Path:

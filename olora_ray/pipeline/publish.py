@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from olora_ray.cluster.spec import TrainResult, TrainSpec
@@ -126,7 +126,7 @@ def _result(
         "metrics": last,
         "eval_loss_before": first,
         "scores": scores,
-        "base": asdict(spec.base),
+        "base": spec.base.to_json(),
         "data": {"train": spec.train.digest, "eval": spec.eval.digest if spec.eval else None},
         "self_test": result.self_test,
         "parity": parity,

@@ -415,6 +415,53 @@ def test_a_node_that_does_not_see_the_drivers_folder_says_so(copy: Path) -> None
         source.on_this_node(found, named(copy))
 
 
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_another_version_at_the_same_place_of_a_node_is_refused(copy: Path, name: str) -> None:
+    """Its workers trained the adapter on another base than the rest, in silence."""
+    found = source.obtain(named(copy))
+    content = bytearray((copy / name).read_bytes())
+    content[content.rindex(b"}") - 1 if name == "config.json" else -1] ^= 1
+    (copy / name).write_bytes(content)
+    refused = rf"^model\.name: {copy} has other files on this node than on the driver's; put it, or run\.storage, where"
+    with pytest.raises(UserError, match=refused):
+        source.on_this_node(found, named(copy))
+
+
+def test_a_hub_model_of_which_files_are_missing_on_a_node_is_fetched_to_its_end(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the workers of a node the first fetches it: those that came a second later took the folder for whole."""
+    config, fetched = named("org/model"), list[Path]()
+
+    def from_hub(_: object) -> Path:
+        if (tmp_path / "on its way").exists():
+            (tmp_path / "on its way").rename(copy / "model.safetensors")
+        fetched.append(copy)
+        return copy
+
+    monkeypatch.setattr(source, "_from_hub", from_hub)
+    found = source.obtain(config)
+    assert source.on_this_node(found, config) == found
+    assert len(fetched) == 1, "the driver's alone: what is whole is not asked for again"
+    (copy / "model.safetensors").rename(tmp_path / "on its way")
+    assert source.on_this_node(found, config) == found
+    assert len(fetched) == 2
+
+
+def test_a_glance_reads_little_of_large_weights(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(identity, "PIECES", 2)
+    monkeypatch.setattr(identity, "PIECE", 8)
+    weights = copy / "model.safetensors"
+    before, content = identity.look(copy, code=False), weights.read_bytes()
+    for place, seen in ((0, True), (len(content) // 2, True), (len(content) - 1, True), (len(content) // 4, False)):
+        other = bytearray(content)
+        other[place] ^= 1
+        weights.write_bytes(other)
+        assert (identity.look(copy, code=False) != before) is seen
+    weights.write_bytes(content + b"x")
+    assert identity.look(copy, code=False) != before
+
+
 class TestObjectStore:
     @pytest.fixture(autouse=True)
     def own_cache(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
