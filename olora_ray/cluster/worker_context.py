@@ -25,7 +25,7 @@ from olora_ray.model.load import pick_dtype
 from olora_ray.model.source import on_this_node
 from olora_ray.train.loss import SupervisedLoss
 from olora_ray.train.malloc import keep_freed_memory
-from olora_ray.train.sharded_base import load_base
+from olora_ray.train.sharded_base import load_base, together
 
 logger = logging.getLogger(__name__)
 
@@ -168,8 +168,11 @@ class Turns:
 
 
 def load(spec: TrainSpec, device: torch.device) -> SupervisedLoss:
-    """The base model of a spec, frozen; all workers of a group must call it together."""
-    base = on_this_node(spec.base, spec.config)
+    """The base model of a spec, frozen; of a sharded one this worker's part. All workers must call it together.
+
+    Raises the UserError that one of them meets, whose node does not see the model, say, on all.
+    """
+    base = together(lambda: on_this_node(spec.base, spec.config))
     return load_base(base.folder, agreed(spec.config, device), device)
 
 

@@ -38,32 +38,32 @@ def load_base(folder: str, config: Config, device: torch.device) -> SupervisedLo
     All workers must call it together. Raises UserError as `load_frozen`.
     """
     if config.cluster.strategy != "fsdp" or collectives.world_size() == 1:
-        return SupervisedLoss(load_frozen(folder, config.model, device))
+        return SupervisedLoss(together(lambda: load_frozen(folder, config.model, device)))
     if config.cluster.fsdp_offload and not has_own_memory(device):
         logger.info("cluster.fsdp_offload: without a GPU the base lies in the memory of the node as it is")
     began = time.perf_counter()
     loss = _sharded(folder, config, device)
     if isinstance(loss, str):
         logger.info(f"fsdp: each worker loads the whole base before it is sharded: {loss}")
-        return SupervisedLoss(load_frozen(folder, config.model, device))
+        return SupervisedLoss(together(lambda: load_frozen(folder, config.model, device)))
     logger.info(f"fsdp: each worker has read its part of the base, in {time.perf_counter() - began:.2f} s")
     return loss
 
 
 def _sharded(folder: str, config: Config, device: torch.device) -> SupervisedLoss | str:
     """The base with this worker's part of it, or why its files cannot be read by rows; the same on all workers."""
-    model = _together(lambda: empty_model(folder, config.model, device))
-    found = _together(lambda: base_files.find(Path(folder), model))
+    model = together(lambda: empty_model(folder, config.model, device))
+    found = together(lambda: base_files.find(Path(folder), model))
     if isinstance(found := _agreed(found), str):
         return found
-    _together(lambda: base_files.fill(model, found, lambda weight: weight.dim() < 2))
+    together(lambda: base_files.fill(model, found, lambda weight: weight.dim() < 2))
     loss: Any = SupervisedLoss(model)  # torch leaves `_apply` untyped
     loss.files = found
     shard(loss, device, config.cluster.fsdp_replicas, config.cluster.fsdp_offload)
     place = places(loss, device)
     # What is on the meta device becomes memory, shards of weights above all; the rest has its values.
     loss._apply(lambda part: torch.empty_like(part, device=place(part)) if part.is_meta else part.to(place(part)))
-    _together(lambda: _read_shards(model, found))
+    together(lambda: _read_shards(model, found))
     sharded: SupervisedLoss = loss
     return sharded
 
@@ -73,13 +73,13 @@ def _agreed(found: BaseFiles | str) -> BaseFiles | str:
     problems = collectives.gather(found if isinstance(found, str) else None)
     if isinstance(found, BaseFiles) and not any(problems):
         differs = partial(found.differs, collectives.rank(), collectives.world_size())
-        problems = collectives.gather(_together(differs))
+        problems = collectives.gather(together(differs))
     first = next((problem for problem in problems if problem), None)
     return found if first is None else first
 
 
-def _together(work: Callable[[], Value]) -> Value:
-    """What `work` returns; the UserError that one worker meets is raised on all."""
+def together(work: Callable[[], Value]) -> Value:
+    """What `work` returns; the UserError that one worker meets is raised on all, which would wait for it otherwise."""
     problem, found = None, []
     try:
         found.append(work())

@@ -3,6 +3,8 @@
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +14,10 @@ import torch.distributed as dist
 from olora_ray.adapter.initialise import initialise
 from olora_ray.adapter.inject import find_targets, wrap
 from olora_ray.cluster import worker_context
-from olora_ray.cluster.worker_context import SharedBase, SharedBaseContext, Turns, agreed
+from olora_ray.cluster.worker_context import SharedBase, SharedBaseContext, Turns, agreed, load
+from olora_ray.common import collectives
+from olora_ray.common.errors import UserError
+from olora_ray.model.source import BaseModel
 from olora_ray.train.loader import StepLoader
 from olora_ray.train.loop import Trainer, evaluate
 from olora_ray.train.loss import SupervisedLoss
@@ -80,6 +85,28 @@ def test_adapters_that_share_a_base_train_as_if_each_were_alone() -> None:
     after = shared.loss.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def load_what_lies_there(folders: list[str]) -> None:
+    """In a worker: load the model of its node."""
+    base = BaseModel("/models/m", folders[collectives.rank()], "digest")
+    spec: Any = SimpleNamespace(base=base, config=tiny.config(cluster__workers=2))
+    load(spec, CPU)
+
+
+@pytest.mark.parametrize("problem", ["is not on every node", "no such file or directory"])
+def test_a_model_that_one_node_does_not_have_ends_all_workers(
+    problem: str, crew: Callable[[int], Crew], tmp_path: Path
+) -> None:
+    """The others waited for its worker until their exchange timed out, and nobody told why."""
+    tiny.llama().save_pretrained(tmp_path / "whole")
+    other = tmp_path / "other"
+    if "directory" in problem:
+        other.mkdir()  # without the files
+    found = crew(2).run(load_what_lies_there, [str(tmp_path / "whole"), str(other)])
+    assert [type(each) for each in found] == [UserError, UserError]
+    assert problem in str(found[0]).lower()
+    assert str(found[0]) == str(found[1])
 
 
 def test_turns_go_to_whoever_has_waited_longest() -> None:
