@@ -10,6 +10,7 @@ import csv
 import io
 import json
 import lzma
+import socket
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -49,9 +50,17 @@ def read_unit(file: File, unit: Unit, header: Sequence[str], columns: Sequence[s
     try:
         yield from READERS[file.kind](file, unit, header, columns)
     except FileNotFoundError:
-        raise UserError(f"{file.uri}: gone while it was read") from None
+        raise not_here(file) from None
     except UNREADABLE as error:
         raise broken(file, error) from None
+
+
+def not_here(file: File) -> UserError:
+    """The message for a file that the driver has listed, and this process, on another node perhaps, does not find."""
+    return UserError(
+        f"{file.uri}: not there on node {socket.gethostname()}: it is gone since it was listed, or not every node sees"
+        " it by this path; put it where all nodes do"
+    )
 
 
 def broken(file: File, error: Exception) -> UserError:

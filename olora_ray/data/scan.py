@@ -54,7 +54,7 @@ def _scan(file: File, limit: int | None = None) -> FileScan:
                 with steady(file):
                     found = (_parquet if file.kind == "parquet" else _arrow)(file, whole=limit is None)
     except FileNotFoundError:
-        raise UserError(f"{file.uri}: no such file") from None
+        raise reader.not_here(file) from None
     except PermissionError:
         raise UserError(f"{file.uri}: no permission to read it") from None
     except (*reader.UNREADABLE, ValueError) as error:

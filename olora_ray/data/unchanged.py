@@ -16,7 +16,10 @@ class Changed(UserError):
     """A file, or what its storage returns of it, is not what the scan saw."""
 
     def __init__(self, file: File) -> None:
-        super().__init__(f"{file.uri}: changed since it was looked at; run the same command again")
+        super().__init__(
+            f"{file.uri}: changed since it was looked at; run the same command again, and if it says the same, give all"
+            " nodes the same file by this path"
+        )
         self.file = file
 
     def __reduce__(self) -> tuple[type["Changed"], tuple[File]]:

@@ -6,6 +6,7 @@ import json
 import lzma
 import os
 import pickle
+import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,10 @@ from olora_ray.data.units import Unit
 from olora_ray.tokens import prepare
 from tests.tokens import helpers
 
-MESSAGE = "changed since it was looked at; run the same command again"
+MESSAGE = (
+    "changed since it was looked at; run the same command again, and if it says the same, give all nodes the same file"
+    " by this path"
+)
 
 
 def lines_of(word: str, pack: Callable[[bytes], bytes] = bytes) -> Callable[[Path], Any]:
@@ -53,6 +57,22 @@ KINDS: dict[str, Callable[[str], Callable[[Path], Any]]] = {
     "a.parquet": lambda word: lambda path: parquet.write_table(table(word), path, compression="none"),
     "saved": saved,
 }
+
+
+def test_a_file_that_one_node_does_not_see_is_told_with_the_node(tmp_path: Path) -> None:
+    """It was "gone while it was read", and its owner saw it where it was."""
+    path = tmp_path / "a.jsonl"
+    lines_of("word")(path)
+    file = only(path)
+    unit = scan.scan(file, "").units[0]
+    path.unlink()
+    for attempt in (lambda: list(read_unit(file, unit, (), ("text",))), lambda: scan.scan(file, "")):
+        with pytest.raises(UserError) as caught:
+            attempt()
+        assert str(caught.value) == (
+            f"{path}: not there on node {socket.gethostname()}: it is gone since it was listed, or not every node sees"
+            " it by this path; put it where all nodes do"
+        )
 
 
 def only(path: Path) -> File:
