@@ -11,7 +11,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from olora_ray.cluster import ray_internals
-from olora_ray.common import storage
+from olora_ray.common import kept, storage
 
 PACKAGES = ("ray", "torch", "transformers")
 FOR_SOME = ("bitsandbytes",)
@@ -25,7 +25,7 @@ class NodeInfo:
     """What one node has."""
 
     versions: dict[str, str | None]
-    """python, ray, torch, transformers; None: not installed."""
+    """python, olora_ray (which code), ray, torch, transformers; None: not installed."""
     memory: int
     """Bytes, or the container's limit."""
     gpu_memory: int | None = None
@@ -41,7 +41,8 @@ def node_info() -> NodeInfo:
     memory, oldest = ray_internals.system_memory(), min(ray_internals.gpu_generations(), default=None)
     # A GPU that is there and does not tell shares the machine's.
     gpu_memory = min(ray_internals.gpu_memory(), default=None if oldest is None else memory)
-    return NodeInfo({"python": platform.python_version(), **versions}, memory, gpu_memory, gpu_generation=oldest)
+    versions = {"python": platform.python_version(), "olora_ray": f"code {kept.project()}", **versions}
+    return NodeInfo(versions, memory, gpu_memory, gpu_generation=oldest)
 
 
 def query_nodes(nodes: Sequence[dict[str, Any]], place: str) -> list[NodeInfo | str]:

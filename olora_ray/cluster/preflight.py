@@ -11,7 +11,7 @@ from typing import Any
 from olora_ray.cluster import memory_room, node_facts, resources
 from olora_ray.cluster.node_facts import NodeInfo
 from olora_ray.cluster.resources import Resources
-from olora_ray.common import storage
+from olora_ray.common import kept, storage
 from olora_ray.common.errors import UserError
 from olora_ray.common.text import plural
 from olora_ray.config.evaluation import AnyConfig
@@ -40,6 +40,7 @@ def check(config: AnyConfig, base: BaseModel | None) -> None:
     problems += silent
     kind = KINDS.get(config.model.quantization)
     problems += _versions(node_facts.node_info(), answers, None if kind is None else kind.library)
+    problems += _code()
     problems += _gpus(wanted, answers)
     problems += _strategy(config)
     problems += _spares(config, wanted)
@@ -123,14 +124,28 @@ def _versions(here: NodeInfo, answers: Answers, library: str | None = None) -> l
     """
     found = []
     for address, info in answers:
-        for package, version in info.versions.items():
+        for package, wanted in here.versions.items():
             if package in node_facts.FOR_SOME and package != library:
                 continue
-            wanted = here.versions[package]
+            version = info.versions.get(package)
             if _public(package, version) != _public(package, wanted):
                 shown = f"has {package} {version}" if version else f"has no {package}"
                 found.append((address, f"{shown}, here it is {wanted}: install the same version on all nodes"))
     return _grouped(found)
+
+
+def _code() -> list[str]:
+    """Another copy of the project in the folder of now: Ray's workers look there first, and the driver does not.
+
+    A checkout, say, from which a script is started that imports what was installed of an earlier one.
+    """
+    other = Path.cwd() / kept.PACKAGE.name
+    if not (other / "__init__.py").is_file() or kept.project(other) == kept.project():
+        return []
+    return [
+        f"{other} has other code than {kept.PACKAGE}, which this is, and the workers would take it: install it (pip"
+        " install --no-deps .), or start from another folder"
+    ]
 
 
 def _public(package: str, version: str | None) -> str | None:

@@ -48,6 +48,14 @@ def code() -> str:
     return digests.digest(platform.python_version(), platform.machine(), *found, *map(digests.digest_file, files))
 
 
+@cache
+def project(package: Path = PACKAGE) -> str:
+    """Digest of this project's code alone; of another copy of it, if `package` is the folder of one."""
+    files = sorted(package.rglob("*.py"))
+    lines = (f"{file.relative_to(package).as_posix()}:{digests.digest_file(file)}" for file in files)
+    return digests.digest(*lines, length=12)
+
+
 def _version(package: str) -> str:
     try:
         return version(package)
