@@ -16,8 +16,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from olora_ray.cluster import preflight, shared_base
-from olora_ray.cluster.resources import free_workers, worker_resources
+from olora_ray.cluster import preflight, resources, shared_base
+from olora_ray.cluster.resources import PlacementRequest, free_workers, worker_resources
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError
@@ -41,6 +41,8 @@ from olora_ray.tracking.run import Tracker
 logger = logging.getLogger(__name__)
 
 MICRO = "train.micro_batch"
+GROWS = 3.0
+"""Seconds without room for a trial after which the autoscaler is asked for it."""
 REASONS = 3
 """Reasons of failures that are told, where no trial has a value."""
 
@@ -162,11 +164,7 @@ def _concurrent_trials(sweep_spec: SweepSpec) -> tuple[int, tuple[Any, ...]]:
     spec, space = sweep_spec.train_spec, sweep_spec.space
     config, count = spec.config, space.count()
     wanted, workers = worker_resources(config), config.cluster.min_workers()
-    fitting = room(wanted)
-    if fitting < workers:
-        raise UserError(
-            f"cluster.workers={workers}: a trial needs {workers} workers, and there is room for {fitting} now"
-        )
+    fitting = _fitting(wanted, workers)
     each, asked = min(space.trials_per_worker, count), min(space.concurrency or count, count)
     if config.cluster.max_workers() > 1 or not sweep_spec.shares_data():
         concurrent = min(fitting // workers, asked)
@@ -177,6 +175,27 @@ def _concurrent_trials(sweep_spec: SweepSpec) -> tuple[int, tuple[Any, ...]]:
     copies = "one copy" if number == 1 else f"each of {number} copies"
     logger.info(f"search: {count} trials, {side} on {copies} of the base model")
     return min(number * each, asked), shared_base.start_actors(spec, wanted, number, each)
+
+
+def _fitting(wanted: Mapping[str, float], workers: int) -> int:
+    """Workers that fit; waits where a trial needs more nodes than there are, and the autoscaler may start them.
+
+    Raises UserError if not even one trial fits, and none will.
+    """
+    fitting = room(wanted)
+    if fitting >= workers:
+        return fitting
+    there, most = (resources.room(wanted, nodes) for nodes in (resources.present(), resources.maximum()))
+    if not there < workers <= most:
+        raise UserError(
+            f"cluster.workers={workers}: a trial needs {workers} workers, and there is room for {fitting} now"
+        )
+    logger.info(f"search: waits for the cluster to grow: a trial needs {workers} workers, there is room for {fitting}")
+    with PlacementRequest(wanted, workers, after=GROWS) as request:
+        while (fitting := free_workers(wanted)) < workers:
+            request.look()
+            time.sleep(0.5)
+    return fitting
 
 
 def room(wanted: Mapping[str, float]) -> int:
