@@ -133,7 +133,9 @@ def factors(
         return {name: known[name].factors for name in sorted(known, key=lambda name: places.get(name, len(places)))}
     if spec.shared:
         began = time.perf_counter()
-        if found := factor_cache.read(spec.factor_place(), spec.factor_origin(), adapter.rank, list(targets)):
+        found = factor_cache.read(spec.factor_place(), spec.factor_origin(), adapter.rank, list(targets))
+        # What one worker cannot read now is made by all together: it would wait for the others otherwise.
+        if all(collectives.gather(bool(found))) and found:
             logger.info(
                 f"{adapter.method} factors taken from those of the search in {time.perf_counter() - began:.2f} s"
             )

@@ -3,11 +3,13 @@
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 
 from olora_ray.adapter.factors import AdapterWeights, Factors
 from olora_ray.adapter.initialise import initialise
 from olora_ray.adapter.targets import find_targets
+from olora_ray.cluster import resume
 from olora_ray.cluster.resume import factors
 from tests import tiny
 from tests.families import zoo
@@ -32,3 +34,21 @@ def test_an_adapter_of_before_keeps_its_layers_and_has_the_models_order() -> Non
     order = [*find_targets(model, ("q_proj", "v_proj"), 4), "model.vision_tower.fc1"]
     assert list(found) == order
     assert all(found[name] is before[name].factors for name in order)
+
+
+@pytest.mark.parametrize(("others", "found"), [([], "shared"), ([True], "shared"), ([False], "made")])
+def test_shared_factors_that_one_worker_cannot_read_are_made_by_all(
+    others: list[bool], found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk of its node was full: it went to make them alone, and waited for the others, which trained already."""
+    monkeypatch.setattr(resume.factor_cache, "read", lambda *_: {"shared": None})
+    monkeypatch.setattr(resume.collectives, "gather", lambda value: [value, *others])
+    monkeypatch.setattr(resume, "new_factors", lambda *_: ({"made": None}, None, None))
+    monkeypatch.setattr(resume, "describe", lambda *_: "")
+    monkeypatch.setattr(resume, "at_scale", lambda made, adapter: made)
+    spec: Any = SimpleNamespace(
+        config=tiny.config(), shared="/search/shared", factor_place=str, factor_origin=dict, train=None
+    )
+    context: Any = SimpleNamespace(rank=0, device=torch.device("cpu"))
+    loss: Any = SimpleNamespace(model=tiny.llama())
+    assert list(factors(context, spec, loss, None)) == [found]
