@@ -8,7 +8,7 @@ from typing import Any
 
 from ray import tune
 
-from olora_ray.cluster import ray_internals
+from olora_ray.cluster import tune_internals
 from olora_ray.common import storage
 from olora_ray.sweep import state, trial_file
 from olora_ray.sweep.callback import SweepCallback
@@ -30,7 +30,7 @@ def build(sweep_spec: SweepSpec, callback: SweepCallback, max_concurrent_trials:
     Raises UserError for one whose state is lost, and with it values that it would not draw again.
     """
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Tune would end the search as if it were complete
-    ray_internals.keep_credentials()
+    tune_internals.keep_credentials()
     # Each failure is logged by `callback` in one line.
     for name in ("execution.tune_controller", "tune", "analysis.experiment_analysis"):
         logging.getLogger(f"ray.tune.{name}").setLevel(logging.CRITICAL)
@@ -48,7 +48,7 @@ def build(sweep_spec: SweepSpec, callback: SweepCallback, max_concurrent_trials:
     place = state.place(sweep_spec.folder)
     if tune.Tuner.can_restore(place):
         found = tune.Tuner.restore(place, trainable, resume_unfinished=True, param_space=_params(sweep_spec.space))
-        ray_internals.go_on_with(found, sweep_spec.folder, max_concurrent_trials)
+        tune_internals.go_on_with(found, sweep_spec.folder, max_concurrent_trials)
         return found
     state.begin(sweep_spec.folder)
     space = sweep_spec.space
