@@ -138,7 +138,7 @@ def _result(task: Any, results: Mapping[str, Any], samples: Sequence[Mapping[str
         if isinstance(error, int | float):
             stderr[shown] = float(error)
         # None where a task leaves the metric out: of another model's rows it may be others.
-        rows = [sample.get(name) for sample in samples if sample["filter"] == filtered]
+        rows: list[Any] = [sample.get(name) for sample in samples if sample["filter"] == filtered]
         if _is_mean(metrics[shown], rows):
             values[shown] = tuple(map(float, rows))
     split = task.config.test_split if task.has_test_docs() else task.config.validation_split

@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 
 from olora_ray.cluster import self_tested as module
+from olora_ray.cluster import tested_base
 from olora_ray.cluster.resume import StartingPoint
 from olora_ray.cluster.self_tested import self_tested
 from olora_ray.cluster.spec import TrainSpec
-from olora_ray.cluster.tested_base import tested
 from olora_ray.common import collectives, copies, kept
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
@@ -172,7 +172,7 @@ LONG_ROPE = tiny.SMALL | {
 
 def test_a_base_that_has_passed_for_one_trial_is_looked_at_for_the_next() -> None:
     def again(loss: SupervisedLoss, **settings: Any) -> SelfTest:
-        return tested(loss, spec_of(tiny.config(**settings)), [], CONTEXT.device)
+        return tested_base.tested(loss, spec_of(tiny.config(**settings)), [], CONTEXT.device)
 
     neighbours = SupervisedLoss(tiny.of_kind("phi3", LONG_ROPE))
     neighbours.tested = SelfTest("segments")
