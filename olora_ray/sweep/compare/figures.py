@@ -14,22 +14,26 @@ if TYPE_CHECKING:
 
 _DASHES: tuple[Any, ...] = ("-", (0, (4, 2)), (0, (1, 1.5)))
 """Of the grids of one method."""
+FAR = 3.0
+"""Times that the losses of all learning rates would have to lie one above the other to reach the base model's."""
 
 
 def rates(record: ComparisonRecord) -> "Figure":
     """Loss on the tuning rows against the learning rate, a line for each grid."""
+    points = [point for point in record.points if point.grid]
+    losses = [point.loss for point in points if math.isfinite(point.loss)]
+    far = bool(losses) and _is_far(record.base_tuning, losses)
+    above = f"; base model: {record.base_tuning:.3f}, above the picture" if far else ""
     figure, axes = style.empty(
         "Learning rate and loss",
-        f"tuning rows, seed {record.tuning_seed}; ring: the tuned point; x: broke off or above the picture",
+        f"tuning rows, seed {record.tuning_seed}; ring: the tuned point; x: broke off or above the picture{above}",
         width=12.0,
         height=4.8,
     )
-    points = [point for point in record.points if point.grid]
-    losses = [point.loss for point in points if math.isfinite(point.loss)]
     if not losses:
         style.say(axes, style.NOTHING)
         return figure
-    low, top = min(losses), _top(record.base_tuning, losses)
+    low, top = min(losses), max(losses) if far else _top(record.base_tuning, losses)
     handles = []
     for number, method in enumerate(each.method for each in record.methods):
         own = [point for point in points if point.method == method]
@@ -46,6 +50,12 @@ def rates(record: ComparisonRecord) -> "Figure":
     axes.set_ylim(low - 0.06 * (top - low or 1), top + 0.04 * (top - low or 1))
     _finish(axes, "train.lr", "loss per token", handles)
     return figure
+
+
+def _is_far(base: float, losses: Sequence[float]) -> bool:
+    """Whether the base model is so much worse that beside it all losses would lie on one line."""
+    spread = max(losses) - min(losses)
+    return math.isfinite(base) and spread > 0 and base > max(losses) + FAR * spread
 
 
 def _top(base: float, losses: Sequence[float]) -> float:
