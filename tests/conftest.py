@@ -1,6 +1,7 @@
 """Fixtures for all tests, and their threads: one a process, since the models are tiny and processes share cores."""
 
 import gc
+import logging
 import os
 import shutil
 import tempfile
@@ -14,7 +15,7 @@ import hypothesis
 import pytest
 import torch
 
-from olora_ray.common import copies
+from olora_ray.common import copies, logs
 from olora_ray.data.tokenize import TokenizerSpec
 from tests import marks, tiny
 from tests.crew import Crew
@@ -49,6 +50,16 @@ def what_is_imported_is_no_garbage() -> None:
     """A full collection of garbage takes 0.3 s if it looks at all that torch, transformers and MLflow import."""
     gc.collect(1)
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def what_is_told_is_each_tests_own() -> Iterator[None]:
+    """A test that lets its process speak as a driver, or be silent as a trial, does so for itself alone."""
+    package = logging.getLogger(logs.PACKAGE)
+    level, propagate, handlers = package.level, package.propagate, list(package.handlers)
+    yield
+    package.setLevel(level)
+    package.propagate, package.handlers = propagate, handlers
 
 
 @pytest.fixture(scope="session", autouse=True)
