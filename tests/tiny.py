@@ -208,6 +208,18 @@ SMALL: dict[str, Any] = {
     "pad_token_id": 0,
 }
 """Sizes that most families take."""
+LONG_ROPE: dict[str, Any] = SMALL | {
+    "max_position_embeddings": 512,
+    "original_max_position_embeddings": 64,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * 4,
+        "long_factor": [4.0] * 4,
+        "original_max_position_embeddings": 64,
+    },
+}
+"""Of a family whose frequencies are others beyond 64 tokens (Phi-3)."""
 
 
 def of_kind(kind: str, sizes: dict[str, Any]) -> Any:

@@ -157,24 +157,11 @@ def test_what_a_node_has_kept_of_a_broken_disk_is_tested_again(node: Path, monke
     assert _resumed(monkeypatch, TrainState(), "base")[1] == ["tested"]
 
 
-LONG_ROPE = tiny.SMALL | {
-    "max_position_embeddings": 512,
-    "original_max_position_embeddings": 64,
-    "rope_parameters": {
-        "rope_type": "longrope",
-        "rope_theta": 10000.0,
-        "short_factor": [1.0] * 4,
-        "long_factor": [4.0] * 4,
-        "original_max_position_embeddings": 64,
-    },
-}
-
-
 def test_a_base_that_has_passed_for_one_trial_is_looked_at_for_the_next() -> None:
     def again(loss: SupervisedLoss, **settings: Any) -> SelfTest:
         return tested_base.tested(loss, spec_of(tiny.config(**settings)), [], CONTEXT.device)
 
-    neighbours = SupervisedLoss(tiny.of_kind("phi3", LONG_ROPE))
+    neighbours = SupervisedLoss(tiny.of_kind("phi3", tiny.LONG_ROPE))
     neighbours.tested = SelfTest("segments")
     wide: dict[str, Any] = {"data__max_length": 128, "data__packing": False}
     assert again(neighbours, **wide, train__micro_batch=1) == neighbours.tested

@@ -10,7 +10,7 @@ from olora_ray.model.packing import check_lengths, positions, takes_padding, why
 from tests import tiny
 from tests.families import zoo
 from tests.families.variants import ALL
-from tests.tiny import SMALL, of_kind
+from tests.tiny import LONG_ROPE, SMALL, of_kind
 
 APART: dict[str, tuple[dict[str, Any], str]] = {
     "mamba": ({"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}, "keeps a state"),
@@ -56,17 +56,6 @@ def test_a_tower_for_images_may_have_convolutions() -> None:
         assert why_apart(made) is None
 
 
-LONG = SMALL | {
-    "max_position_embeddings": 512,
-    "original_max_position_embeddings": 64,
-    "rope_parameters": {
-        "rope_type": "longrope",
-        "rope_theta": 10000.0,
-        "short_factor": [1.0] * 4,
-        "long_factor": [4.0] * 4,
-        "original_max_position_embeddings": 64,
-    },
-}
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
 BY_LAYER = {"sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}, "full_attention": DYNAMIC}
 
@@ -83,13 +72,13 @@ def refusal(kind: str, sizes: dict[str, Any], length: int, **changes: Any) -> st
 
 def test_positions_that_are_encoded_by_the_longest_of_a_micro_batch_are_refused_beside_others() -> None:
     alone = {"train__micro_batch": 1, "data__packing": False}
-    assert refusal("phi3", LONG, 64) is None
-    told = str(refusal("phi3", LONG, 65))
+    assert refusal("phi3", LONG_ROPE, 64) is None
+    told = str(refusal("phi3", LONG_ROPE, 65))
     assert told.startswith("data.max_length=65: Phi3ForCausalLM encodes positions otherwise in all of a micro-batch")
     assert told.endswith("set data.max_length to 64 at most, or train.micro_batch to 1 and data.packing to false")
-    assert refusal("phi3", LONG, 512, **alone) is None
-    assert refusal("phi3", LONG, 512, **(alone | {"data__packing": "auto"})) == told.replace("65", "512")
-    assert refusal("phi3", LONG, 512, **(alone | {"train__micro_batch": 2})) == told.replace("65", "512")
+    assert refusal("phi3", LONG_ROPE, 512, **alone) is None
+    assert refusal("phi3", LONG_ROPE, 512, **(alone | {"data__packing": "auto"})) == told.replace("65", "512")
+    assert refusal("phi3", LONG_ROPE, 512, **(alone | {"train__micro_batch": 2})) == told.replace("65", "512")
 
 
 @pytest.mark.parametrize(
