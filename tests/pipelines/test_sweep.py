@@ -246,7 +246,7 @@ def test_stopped_trials_give_back_everything(corpus: Path, tiny_model: Path) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("end", ["SIGKILL of everything", "SIGINT"])
+@pytest.mark.parametrize("end", ["SIGKILL of everything", "SIGINT", "SIGINT, then it is moved"])
 def test_a_search_whose_driver_is_killed_resumes(corpus: Path, tiny_model: Path, scratch: Path, end: str) -> None:
     """It ends in the middle; the same command ends with the same trials, finished ones as they were."""
     space = {**SPACE, "scheduler": {"kind": "none"}, "concurrency": 2, "trials_per_worker": 2}
@@ -269,12 +269,16 @@ def test_a_search_whose_driver_is_killed_resumes(corpus: Path, tiny_model: Path,
         while not any(trial["status"] == "unfinished" and trial["step"] for trial in trials(folder).values()):
             assert driver.poll() is None, "the search has ended before it could be interrupted"
             time.sleep(0.1)
-        if end == "SIGINT":
+        if end.startswith("SIGINT"):
             driver.send_signal(signal.SIGINT)
             assert driver.wait(60) == 130
         else:
             os.killpg(driver.pid, signal.SIGSTOP)
             processes.kill_all(scratch)
+    if end.endswith("moved"):
+        (corpus / "runs").rename(corpus / "elsewhere")
+        folder = corpus / "elsewhere" / "small-space"
+        arguments.append(f"run.storage={corpus / 'elsewhere'}")
     before = trials(folder)
     assert all("not finite" in trial["reason"] for trial in before.values() if trial["status"] == "failed")
     ended = {name: trial for name, trial in before.items() if trial["status"] in ("finished", "failed")}
@@ -287,6 +291,8 @@ def test_a_search_whose_driver_is_killed_resumes(corpus: Path, tiny_model: Path,
     for name, trial in ended.items():
         assert found[name]["curve"] == trial["curve"]
         assert found[name]["params"] == trial["params"]
+    assert "its process died" not in again.stdout
+    assert (corpus / "runs").exists() == (not end.endswith("moved"))
     finished = [trial for trial in found.values() if trial["status"] == "finished"]
     assert all([step for step, _ in trial["curve"]] == [0, 10, 20, 30, 40, 50, 60] for trial in finished)
 
