@@ -163,10 +163,10 @@ class Membership:
         return max(1, self.wanted)
 
     def _orders(self, name: str, number: int) -> Orders:
-        if self.group is None or number == 0:
+        if number == 0:
             return Orders()
-        if number != self.group.number or not self._is_member(name):
-            return Orders(over=True)  # it has missed the meeting
+        if self.group is None or number != self.group.number or not self._is_member(name):
+            return Orders(over=True)  # it has missed the meeting, or was given up
         leaving = {member.name for member in self._present() if member.node in self._leaving}
         return Orders(over=self._over, meet=bool(leaving or self._entering()), leave=name in leaving)
 

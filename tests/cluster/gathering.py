@@ -174,7 +174,8 @@ class Workers:
         """Until something is so."""
         end = time.monotonic() + LIMIT
         while not condition():
-            assert time.monotonic() < end, self.told()
+            ended = [process.exitcode for process in self.processes]
+            assert time.monotonic() < end, f"the groups: {self.told()}, the workers' exit codes: {ended}"
             time.sleep(0.02)
 
     def close(self) -> None:

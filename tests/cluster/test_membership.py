@@ -175,6 +175,21 @@ def test_a_member_of_an_old_group_has_to_come_again() -> None:
     run(work())
 
 
+def test_those_that_were_all_given_up_hear_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(membership, "SILENCE", 0.2)
+
+    async def work() -> None:
+        hall = Hall(2)
+        group = await hall.group(0, 1)
+        await asyncio.sleep(0.5)
+        assert not await hall.membership.trains()
+        assert await hall.membership.beat("w0", group.number) == Orders(over=True)
+        again, _ = await hall.comes(0, lost=True), await hall.comes(1, lost=True)
+        assert (await again).begins
+
+    run(work())
+
+
 def test_members_leave_nodes_that_are_taken_away_unless_all_would() -> None:
     async def work() -> None:
         hall = Hall(2)
