@@ -9,7 +9,7 @@ import pytest
 from tests.recovery import processes, runs, table
 from tests.recovery.runs import Clean, Fault, Run
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]  # in make test: tests/pipelines/test_finetune.py
 
 # Where: (phase of the fault point, step, rank). Checkpoints lie at 0, 3, 6 and 8, evaluations at 0, 4 and 8.
 POINTS: dict[str, tuple[str, int | None, int | None]] = {
@@ -35,12 +35,7 @@ HAPPENINGS = {
     "SIGTERM": list(POINTS),
     "kill everything": list(POINTS),
 }
-SHORT = {("kill everything", "middle step")}
-CASES = [
-    pytest.param(what, where, marks=() if (what, where) in SHORT else pytest.mark.slow, id=f"{what}, {where}")
-    for what, points in HAPPENINGS.items()
-    for where in points
-]
+CASES = [pytest.param(what, where, id=f"{what}, {where}") for what, points in HAPPENINGS.items() for where in points]
 
 HEARD_SECONDS = 1.5
 """After which the driver has seen a signal; it looks once a second."""
@@ -70,7 +65,6 @@ def test_an_interrupted_run_ends_as_if_nothing_had_happened(
     row.recovered = True
 
 
-@pytest.mark.slow
 def test_answers_before_training_are_kept_too(tiny_project: Path, tmp_path: Path, rows: list[table.Row]) -> None:
     answered: dict[str, Any] = {"evaluation__scorer": "exact_match", "evaluation__samples": 2}
     for name in ("clean", "broken"):
