@@ -10,12 +10,13 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from olora_ray.common import connections, s3, storage
 from olora_ray.common.errors import UserError
 from olora_ray.config.evaluation import AnyConfig
 from olora_ray.tracking import moved_storage
-from olora_ray.tracking.client import TrackingUnavailable, is_unavailable, reason
+from olora_ray.tracking.client import TrackingUnavailable, is_unavailable, reason, shown_uri
 
 PROBE_SECONDS = 30.0
 PROBE = ".probe"
@@ -29,17 +30,41 @@ def default_place(config: AnyConfig) -> str:
 
 
 def check(place: str, uri: str) -> None:
-    """Write and delete a file in the artifact store at `place` of the MLflow at `uri`; a local folder is not tried.
+    """Write and delete a file in the artifact store at `place` of the MLflow at `uri`; a local folder is looked at.
 
     Raises UserError that says what to mend, or TrackingUnavailable if it does not answer, within PROBE_SECONDS.
     """
-    if storage.local_path(place) is not None:
+    if (folder := storage.local_path(place)) is not None:
+        _look_at(folder, uri)
         return
     use_paths()
     if s3.is_s3(place) and not os.environ.get("MLFLOW_S3_ENDPOINT_URL"):
         storage.check(place, FIELD)
     with _told(place):
         _within(PROBE_SECONDS, place, uri)
+
+
+def _look_at(folder: Path, uri: str) -> None:
+    """Raise UserError for a folder that is the server's own, on another machine, or that cannot be written; makes none.
+
+    A server that passes no files on names a folder, and MLflow makes that wherever the client runs.
+    """
+    if _is_elsewhere(uri) and not (os.path.exists(folder) or os.path.exists(folder.parent)):
+        raise UserError(
+            f"{FIELD}: the server at {shown_uri(uri)} keeps files in its folder {folder}, which is not there on this"
+            " machine: models would be written here, where nobody finds them; start it with --artifacts-destination"
+            " and without --no-serve-artifacts, and set another tracking.experiment, since one that is there keeps its"
+            " folder; or, if the folder is a shared one, make it here"
+        )
+    there = next(each for each in (folder, *folder.parents) if os.path.exists(each))
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{FIELD}: {folder} cannot be written: {there} is no folder in which this user may write")
+
+
+def _is_elsewhere(uri: str) -> bool:
+    """Whether MLflow is a server that may run on another machine than this one."""
+    host = urlsplit(uri).hostname or ""
+    return uri.startswith(("http://", "https://")) and host not in ("localhost", "::1") and not host.startswith("127.")
 
 
 def use_paths() -> None:

@@ -1,5 +1,6 @@
 """MLflow's files on an object store: they arrive there, and what keeps them away is told before a training."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -48,6 +49,31 @@ def test_a_runs_files_and_model_lie_in_the_bucket(
 def test_a_local_store_is_not_tried(config: Config, tmp_path: Path) -> None:
     artifacts.check(str(tmp_path / "mlartifacts"), "sqlite://")
     assert not (tmp_path / "mlartifacts").exists()
+
+
+def test_a_folder_of_the_servers_machine_is_told_before_a_training(tmp_path: Path) -> None:
+    """With --no-serve-artifacts MLflow makes the server's folder on the client: as root, that of a container."""
+    place = tmp_path / "server" / "artifacts" / "1"
+    with pytest.raises(UserError, match=rf"http://mlflow:5000 keeps files in its folder {place}, which is not there"):
+        artifacts.check(place.as_uri(), "http://mlflow:5000")
+    artifacts.check(str(place), "http://127.0.0.1:5000")
+    assert list(tmp_path.iterdir()) == []
+    place.parent.mkdir(parents=True)  # a shared folder
+    artifacts.check(str(place), "http://mlflow:5000")
+
+
+@pytest.mark.parametrize("why", ["a file", "rights"])
+def test_a_folder_that_cannot_be_written_is_told_before_a_training(
+    tmp_path: Path, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "theirs" / "mlartifacts"
+    if why == "a file":
+        (tmp_path / "theirs").write_text("")
+    else:
+        place.mkdir(parents=True)
+        monkeypatch.setattr(os, "access", lambda found, _: Path(found) != place)
+    with pytest.raises(UserError, match=rf"MLflow's artifact store: {place} cannot be written: .* may write$"):
+        artifacts.check(str(place), f"sqlite:///{tmp_path}/mlflow.db")
 
 
 def test_an_experiment_whose_bucket_is_gone(config: Config) -> None:
