@@ -62,7 +62,7 @@ def check(uri: str) -> None:
     except UserError:
         raise
     except (MlflowException, SQLAlchemyError, OSError, sqlite3.Error, ValueError) as error:  # [::1 is a ValueError
-        kind = TrackingUnavailable if is_unavailable(error) else UserError
+        kind = TrackingUnavailable if is_unavailable(error) and not is_denial(error) else UserError
         raise kind(f"tracking.uri={shown_uri(uri)}: {_reason(uri, error)}") from None
 
 
@@ -94,13 +94,14 @@ def reachable(uri: str, *, upload: bool = False) -> Iterator[None]:
         with _time_for_uploads() if upload else nullcontext():
             yield
     except Exception as error:
-        if is_unavailable(error):
-            raise unavailable(uri, reason(error)) from None
+        # A database's denial first: it is of the same kind as that nobody answers.
         if not isinstance(error, UserError) and is_denial(error):
             raise UserError(
                 f"tracking.uri={shown_uri(uri)}: access is refused ({reason(error)}); correct the credentials or what"
                 " they may do, and run the same command again"
             ) from None
+        if is_unavailable(error):
+            raise unavailable(uri, reason(error)) from None
         raise
 
 

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import socket
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +14,10 @@ import pytest
 import requests
 from boto3.exceptions import S3UploadFailedError
 from botocore.exceptions import ClientError
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
 from mlflow.utils import request_utils, rest_utils
+from sqlalchemy.exc import OperationalError
 
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
@@ -376,6 +380,18 @@ def sent_by_boto3() -> None:
         raise S3UploadFailedError("Failed to upload a to b")  # noqa: B904  # as boto3 does
 
 
+def said_by_a_database(text: str) -> Callable[[], None]:
+    """What SQLAlchemy raises for a database's driver; MLflow raises its own error for it, without `from`."""
+
+    def fail() -> None:
+        try:
+            raise OperationalError("SELECT 1", {}, sqlite3.OperationalError(text))
+        except OperationalError as error:
+            raise MlflowException(error, TEMPORARILY_UNAVAILABLE)  # noqa: B904
+
+    return fail
+
+
 DENIALS: dict[str, Callable[[], object]] = {
     "MLflow's own users": lambda: rest_utils.verify_rest_response(answer(403, "Permission denied"), "/api/2.0/x"),
     "a proxy": lambda: rest_utils.verify_rest_response(answer(401, "<html>log in</html>"), "/api/2.0/x"),
@@ -384,6 +400,9 @@ DENIALS: dict[str, Callable[[], object]] = {
     ),
     "the server's files": lambda: request_utils.augmented_raise_for_status(answer(403, "Permission denied")),
     "a bucket": sent_by_boto3,
+    "PostgreSQL": said_by_a_database('FATAL:  password authentication failed for user "mlflow"'),
+    "MySQL": said_by_a_database("(1045, \"Access denied for user 'mlflow'@'10.0.0.7' (using password: YES)\")"),
+    "a file of another user": said_by_a_database("attempt to write a readonly database"),
 }
 
 
@@ -396,6 +415,16 @@ def test_a_refused_access_is_one_line(address: str, case: str) -> None:
         DENIALS[case]()
     assert caught.value.exit_code == 2
     assert "\n" not in str(caught.value)
+
+
+def test_a_database_that_refuses_access_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With exit code 75 a night would be tried again, and the next, for a password that is wrong."""
+    uri = "postgresql://db/mlflow"
+    for text, later in (('FATAL:  database "mlfow" does not exist', False), ("FATAL:  too many clients already", True)):
+        monkeypatch.setattr(reach, "_ask", lambda _, text=text: said_by_a_database(text)())
+        with pytest.raises(UserError, match=r"^tracking\.uri=.*: the database cannot be used: .*FATAL: ") as caught:
+            reach.check(uri)
+        assert isinstance(caught.value, reach.TrackingUnavailable) is later
 
 
 def test_a_server_of_mlflow_2_is_refused_before_a_training(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
