@@ -19,7 +19,7 @@ from olora_ray.common.errors import UserError
 from olora_ray.common.quiet import quiet_environment
 from olora_ray.common.text import aligned
 from olora_ray.config import command_line
-from olora_ray.tracking import checksums, verdicts
+from olora_ray.tracking import checksums, moved_storage, verdicts
 from olora_ray.tracking.aliases import GATE, Aliases
 from olora_ray.tracking.client import check, connect, reachable, shown_uri
 from olora_ray.tracking.start import absolute
@@ -40,6 +40,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"usage: python pipelines/registry.py {' '.join([action, *wanted])} [--tracking-uri URI]")
     uri = _tracking_uri(found.options.get("--tracking-uri"))
     check(uri)
+    moved_storage.follow_address(uri)
     aliases = Aliases(uri, names[0])
     if not names[0].strip() or not aliases.versions():
         raise UserError(f"no model {names[0]!r} with a version is registered in {shown_uri(uri)}")

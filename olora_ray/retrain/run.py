@@ -24,7 +24,7 @@ from olora_ray.retrain.changes import Inputs
 from olora_ray.retrain.decision_run import Entry
 from olora_ray.retrain.gate import Decision
 from olora_ray.retrain.settle import settle
-from olora_ray.tracking import client
+from olora_ray.tracking import client, moved_storage
 from olora_ray.tracking.aliases import CHAMPION, GATE, Aliases
 from olora_ray.tracking.start import resolve_uri
 from olora_ray.tracking.version import Version
@@ -46,6 +46,7 @@ def run(config: Config) -> None:
     if name is None:
         raise UserError("registry.model: retraining compares with a registered model; set its name")
     client.check(resolve_uri(config))
+    moved_storage.follow(config)
     place = storage.join(config.run.storage, "locks", f"{name}.json")
     with lock.held(place, f"the retraining of {name}", config.retrain.wait, "set retrain.wait") as lease:
         try:

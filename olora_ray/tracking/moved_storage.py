@@ -17,6 +17,8 @@ logger = logging.getLogger(__name__)
 
 FOLDER = "mlartifacts"
 """The artifacts' folder in run.storage."""
+DATABASE = "mlflow.db"
+"""The database's name there."""
 COLUMNS = (
     ("experiments", "artifact_location"),
     ("runs", "artifact_uri"),
@@ -31,10 +33,22 @@ def follow(config: AnyConfig) -> None:
     """Let the SQLite database in run.storage name the artifacts in run.storage.
 
     Those that lie somewhere else, and are not here, are left where they are. Does nothing without such a database.
+    Call it before files are read, too: what the first run of the new place starts from may be registered.
     """
-    place = config.run.storage
-    file = Path(place) / "mlflow.db"
-    if storage.is_uri(place) or not file.is_file():
+    if not storage.is_uri(config.run.storage):
+        _follow(config.run.storage)
+
+
+def follow_address(uri: str) -> None:
+    """The same for the SQLite database at an address, if artifacts lie beside it."""
+    place, _, name = uri.removeprefix("sqlite:///").rpartition("/")
+    if uri.startswith("sqlite:////") and name == DATABASE and os.path.isdir(os.path.join(place, FOLDER)):
+        _follow(place)
+
+
+def _follow(place: str) -> None:
+    file = Path(place) / DATABASE
+    if not file.is_file():
         return
     now = os.path.join(os.path.abspath(place), FOLDER)
     with contextlib.closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=rw", uri=True, timeout=30)) as database:

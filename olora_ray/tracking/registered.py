@@ -12,7 +12,7 @@ from olora_ray.common import local_files, storage
 from olora_ray.common.digests import digest
 from olora_ray.common.errors import UserError, first_line
 from olora_ray.config.evaluation import AnyConfig
-from olora_ray.tracking import checksums, mlmodel
+from olora_ray.tracking import checksums, mlmodel, moved_storage
 from olora_ray.tracking.client import connect, is_unavailable, reachable
 from olora_ray.tracking.contents import ADAPTER_PLACE, BaseOfAdapter
 from olora_ray.tracking.start import resolve_uri
@@ -56,6 +56,7 @@ def of_config(config: AnyConfig) -> Registered | None:
     """The registered version that a config names as its model (models:/...) in this run's MLflow; else None."""
     if not config.model.name.startswith(SCHEME):
         return None
+    moved_storage.follow(config)
     return find(config.model.name, resolve_uri(config), cache(config))
 
 

@@ -10,8 +10,9 @@ from mlflow import MlflowClient
 from mlflow.tracking._tracking_service import utils
 
 from olora_ray.config.schema import Config
-from olora_ray.tracking import moved_storage
+from olora_ray.tracking import moved_storage, registered
 from olora_ray.tracking.mlflow_run import mlflow_run
+from pipelines import registry
 from tests import mlflow_database, tiny
 from tests.said import said
 from tests.tracking.test_mlflow_run import Ids
@@ -70,6 +71,28 @@ def test_the_run_continues_where_the_storage_lies_now(tmp_path: Path, ids: Ids, 
     with said() as lines:
         tracked(now, ids)
     assert lines == []
+
+
+def test_a_registered_model_is_found_where_the_storage_lies_now(tmp_path: Path, ids: Ids) -> None:
+    """Before any run there: it may be the base of that run, and no run could begin without it."""
+    before, now = mlflow_database.place(tmp_path / "before"), tmp_path / "now"
+    tracked(before, ids)
+    [version] = MlflowClient(f"sqlite:///{before}/mlflow.db").search_model_versions()
+    Path(version.source).mkdir(parents=True)
+    (Path(version.source) / "config.json").write_text("{}")
+    shutil.move(before, now)
+    found = registered.of_config(tiny.config(run__storage=str(now), model__name="models:/m/1"))
+    assert found is not None
+    assert str(found.folder) == version.source.replace(str(before), str(now))
+
+
+def test_the_registrys_command_finds_versions_where_the_storage_lies_now(tmp_path: Path, ids: Ids) -> None:
+    before, now = mlflow_database.place(tmp_path / "before"), tmp_path / "now"
+    tracked(before, ids)
+    shutil.move(before, now)
+    registry.main(["list", "m", "--tracking-uri", f"sqlite:///{now}/mlflow.db"])
+    [version] = MlflowClient(f"sqlite:///{now}/mlflow.db").search_model_versions()
+    assert version.source.startswith(f"{now}/mlartifacts/")
 
 
 def test_a_copy_without_artifacts_yet_gets_its_own(tmp_path: Path, ids: Ids) -> None:
