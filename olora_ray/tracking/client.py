@@ -240,6 +240,9 @@ def _reason(uri: str, error: Exception) -> str:
         return "MLflow keeps runs in a database or on a server; use sqlite:////PATH/mlflow.db or http://HOST:PORT"
     if "unsupported URI" in text:
         return "not an address MLflow knows; use http://HOST:PORT, sqlite:////PATH/mlflow.db or another database"
+    if uri.startswith("http") and "Invalid Host header" in text:
+        host = urlsplit(uri).netloc.rpartition("@")[2]
+        return f"MLflow there takes no requests under the name {host}; start it with --allowed-hosts '{host}'"
     if uri.startswith("http") and ("error code 401" in text or "error code 403" in text):
         return "the server refuses access; set MLFLOW_TRACKING_USERNAME and _PASSWORD, or MLFLOW_TRACKING_TOKEN"
     if uri.startswith("http") and ("error code" in text or "response body" in text):

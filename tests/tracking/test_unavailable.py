@@ -417,6 +417,14 @@ def test_a_refused_access_is_one_line(address: str, case: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_a_server_that_does_not_know_its_own_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLflow refuses other hosts than loopback with 403, as if a password were missing."""
+    said = answer(403, "Invalid Host header - possible DNS rebinding attack detected")
+    monkeypatch.setattr(reach, "_ask", lambda _: rest_utils.verify_rest_response(said, "/api/2.0/x"))
+    with pytest.raises(UserError, match=r"under the name mlflow:5000; start it with --allowed-hosts 'mlflow:5000'$"):
+        reach.check("http://mlflow:5000")
+
+
 def test_a_database_that_refuses_access_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """With exit code 75 a night would be tried again, and the next, for a password that is wrong."""
     uri = "postgresql://db/mlflow"
