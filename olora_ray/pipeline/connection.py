@@ -74,13 +74,27 @@ def _init(found: str) -> None:
         os.environ.setdefault(_PRESTART, "0")
         # Ten processes, which take six seconds of a processor to start, and could start jobs for whoever asks them.
         # Who wants to look at it starts Ray themselves.
-        ray.init(address=found, include_dashboard=False, **shared)
+        try:
+            ray.init(address=found, include_dashboard=False, **shared)
+        except OSError as error:
+            raise _too_long(error) from None
         return
     token.join(found, address.PATIENCE)
     try:
         ray.init(address=found, **shared)
     except (ConnectionError, RuntimeError, RayError) as error:  # another Python, or this machine is none of its nodes
         raise UserError(f"{address.name(found)}: cannot be joined: {' '.join(str(error).split())}") from error
+
+
+def _too_long(error: OSError) -> OSError | UserError:
+    """The error of a temporary folder in which no socket of Ray has room: the system's limit is 107 bytes of a path."""
+    if "AF_UNIX path length" not in str(error):
+        return error
+    folder = str(error).rpartition("bytes: ")[2].partition("/session_")[0]
+    return UserError(
+        f"RAY_TMPDIR: Ray's files would lie in {folder}, and that path is too long for its sockets; set RAY_TMPDIR to a"
+        " folder with a shorter one, as /tmp, which it takes before TMPDIR"
+    )
 
 
 @contextlib.contextmanager
