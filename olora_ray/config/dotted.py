@@ -12,6 +12,8 @@ from olora_ray.config.yaml_io import parse_yaml
 
 SOURCES = ("data.train.", "data.eval.")
 """Fields of sources, which may be given as a path alone."""
+NUMBERED = re.compile(r"data\.(train|eval)\.[0-9]+(\..+)?")
+"""A source by its number, or a field of it."""
 
 
 def parse_assignments(given: list[str]) -> dict[str, Any]:
@@ -62,6 +64,8 @@ def changed(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
     """A copy of a nested mapping with dotted fields set; raises UserError for a field that cannot be reached."""
     result: dict[str, Any] = {key: _copy(value) for key, value in tree.items()}
     for field, value in changes.items():
+        if found := NUMBERED.fullmatch(field):
+            _number_sources(result.get("data"), found[1])
         node: Any = result
         *parents, last = field.split(".")
         for part in parents:
@@ -73,6 +77,14 @@ def changed(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
         else:
             node[last] = value
     return result
+
+
+def _number_sources(data: Any, name: str) -> None:
+    """Write sources as a list of mappings, as the schema reads them: one alone is a list of one, a path a source."""
+    if isinstance(data, dict):
+        given = data.get(name)
+        sources = given if isinstance(given, list) else [given or {}]
+        data[name] = [{"path": source} if isinstance(source, str) else source for source in sources]
 
 
 def _child(node: Any, part: str, field: str) -> Any:

@@ -464,12 +464,9 @@ def test_a_change_is_validated_like_a_file(changes: dict[str, Any], expected: st
 @pytest.mark.parametrize(
     ("section", "word", "expected"),
     [
-        (
-            "data: {train: [a.jsonl]}",
-            "data.train.0.weight=2",
-            "data.train.0.weight: '0' is a path alone, without fields",
-        ),
-        ("data: {train: a.jsonl}", "data.train.0.weight=2", "data.train.0.weight: 'train' is a path alone, without"),
+        ("data: {train: a.jsonl}", "data.train.weight=2", "data.train.weight: 'train' is a path alone, without"),
+        ("data: {train: a.jsonl}", "data.train.1.weight=2", "data.train.1.weight: '1' has no fields to set"),
+        ("data: {train: a.jsonl}", "data.train.1=b.jsonl", "data.train.1: the list has 1 entries, counted from 0"),
         ("cluster: {workers: [1, 2]}", "cluster.workers.0.x=3", "cluster.workers.0.x: '0' has no fields to set"),
     ],
 )
@@ -478,6 +475,15 @@ def test_a_field_of_what_has_none_is_one_line(tmp_path: Path, section: str, word
     with pytest.raises(UserError) as caught:
         load(path, parse_assignments([word]))
     assert str(caught.value).startswith(expected)
+
+
+@pytest.mark.parametrize("train", ["a.jsonl", "[a.jsonl]", "{path: a.jsonl}", "[{path: a.jsonl}]"])
+def test_a_source_has_its_number_however_it_is_written(tmp_path: Path, train: str) -> None:
+    """--help and the messages name fields as data.train.0.format."""
+    path = write(tmp_path, f"run: {{name: a}}\nmodel: {{name: m}}\ndata: {{train: {train}}}\n")
+    data = load(path, parse_assignments(["data.train.0.weight=2", "data.eval.0.path=b.jsonl"])).data
+    assert [(source.path, source.weight) for source in (*data.train, *data.eval)] == [("a.jsonl", 2), ("b.jsonl", 1)]
+    assert load(path, parse_assignments(["data.train.0=c.jsonl"])).data.train[0].path == "c.jsonl"
 
 
 def test_an_override_leaves_the_original_alone() -> None:
