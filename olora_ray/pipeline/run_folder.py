@@ -135,10 +135,11 @@ class RunFolder:
         now, form = self.config.export.model_dump(), (_read_json(self.parity) or {}).get("export")
         then = {**Export().model_dump(), **form} if isinstance(form, dict) else now
         old, new = ({f"export.{name}": value for name, value in each.items()} for each in (then, now))
-        if (wanted := self.config.registry.model) is not None:
+        if (wanted := self.config.registry).model is not None:
             registered = done.get("registered")
-            old["registry.model"] = registered.get("model") if isinstance(registered, dict) else None
-            new["registry.model"] = wanted
+            there = registered if isinstance(registered, dict) else {}
+            old |= {"registry.model": there.get("model"), "registry.alias": there.get("alias", wanted.alias)}
+            new |= {"registry.model": wanted.model, "registry.alias": wanted.alias}
         return _changes(old, new)
 
     def write_parity(self, measured: dict[str, Any]) -> None:

@@ -316,3 +316,5 @@ def test_a_finished_run_tells_what_it_has_delivered_otherwise(config: Config) ->
     other = RunFolder(override(config, {"registry.model": "yours"}))
     assert other.delivered_otherwise(done) == "registry.model was 'mine', is 'yours'"
     assert other.delivered_otherwise({"registered": None}) == "registry.model was None, is 'yours'"
+    other = RunFolder(override(config, {"registry.model": "mine", "registry.alias": "champion"}))
+    assert other.delivered_otherwise(done) == "registry.alias was 'candidate', is 'champion'"
