@@ -4,9 +4,9 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Protocol
 
-from olora_ray.common.errors import TakenOver
+from olora_ray.common.errors import TakenOver, TryAgain
 from olora_ray.config.schema import Config
-from olora_ray.tracking.client import TrackingUnavailable
+from olora_ray.tracking.client import TrackingUnavailable, reachable, reason
 from olora_ray.tracking.run import Status, Tracker
 from olora_ray.tracking.start import resolve_uri, start_run
 
@@ -36,8 +36,10 @@ def mlflow_run(
     TakenOver as it is.
 
     `parent` is the id of the run that it is shown below. If MLflow is unreachable at the end the run stays open
-    until the next attempt, and TrackingUnavailable is raised, with `advice`.
+    until the next attempt, and TrackingUnavailable is raised, with `advice`; TryAgain if somebody has deleted the run.
     """
+    from mlflow.exceptions import MlflowException
+
     uri = resolve_uri(config)
     tags = {**tags, **({"mlflow.parentRunId": parent} if parent else {})}
     tracker = start_run(config, config.run.name, tags, ids.tracking_run(uri))
@@ -48,6 +50,26 @@ def mlflow_run(
             yield tracker
     except TrackingUnavailable as error:
         raise TrackingUnavailable(f"{error}; {advice}" if advice else str(error)) from None
+    except MlflowException as error:
+        if not _is_deleted(tracker):
+            raise
+        raise TryAgain(
+            f"tracking: the MLflow run {tracker.run_id} was deleted while it was written to ({reason(error)});"
+            " run the same command again: it goes on with what is done, in a new MLflow run"
+        ) from None
+
+
+def _is_deleted(tracker: Tracker) -> bool:
+    """Whether the run is there no more, or only in MLflow's trash, and its experiment perhaps with it."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        with reachable(tracker.uri):
+            return bool(tracker.client().get_run(tracker.run_id).info.lifecycle_stage == "deleted")
+    except TrackingUnavailable:
+        return False
+    except MlflowException as error:
+        return bool(error.error_code == "RESOURCE_DOES_NOT_EXIST")
 
 
 @contextlib.contextmanager

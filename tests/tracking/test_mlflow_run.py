@@ -3,13 +3,14 @@
 from pathlib import Path
 
 import pytest
+from mlflow.entities import LoggedModelOutput
 
-from olora_ray.common.errors import Stopped, TakenOver
+from olora_ray.common.errors import Stopped, TakenOver, TryAgain, UserError
 from olora_ray.config.schema import Config
 from olora_ray.tracking import client
 from olora_ray.tracking.mlflow_run import mlflow_run
 from olora_ray.tracking.run import Tracker
-from tests import tiny
+from tests import mlflow_database, tiny
 
 
 class Ids(dict[str, str]):
@@ -73,3 +74,31 @@ def test_who_cannot_reach_mlflow_is_told_what_to_do(config: Config) -> None:
         mlflow_run(config, {}, Ids(), {}, advice="call again"),
     ):
         raise client.TrackingUnavailable("away")
+
+
+def delete_and_write(tracker: Tracker, experiment: bool) -> None:
+    client = tracker.client()
+    if experiment:
+        client.delete_experiment(client.get_run(tracker.run_id).info.experiment_id)
+    else:
+        client.delete_run(tracker.run_id)
+    client.log_outputs(tracker.run_id, [LoggedModelOutput("m-1", step=0)])
+
+
+@pytest.mark.parametrize("experiment", [False, True])
+def test_a_run_that_somebody_deletes_is_one_line_and_the_next_attempt_has_a_new_one(
+    tmp_path: Path, experiment: bool
+) -> None:
+    """MLflow takes the model of no deleted run, which is found out when the training is done."""
+    config = tiny.config(run__storage=str(mlflow_database.place(tmp_path)))
+    ids = Ids()
+    expected = r"^tracking: the MLflow run \w+ was deleted while it was written to \(.*; run the same command again"
+    with pytest.raises(TryAgain, match=expected) as caught, mlflow_run(config, {}, ids, {}) as tracker:
+        delete_and_write(tracker, experiment)
+    assert caught.value.exit_code == 75
+    if experiment:
+        with pytest.raises(UserError, match="was deleted in MLflow; restore it"), mlflow_run(config, {}, ids, {}):
+            pass
+    else:
+        with mlflow_run(config, {}, ids, {}) as again:
+            assert again.run_id != tracker.run_id
