@@ -92,6 +92,8 @@ def read_arguments(
     Raises UserError for anything it does not know.
     """
     found = parse(argv, usage, flags, fields=True)
+    if "--show-config" in found.flags and "--dry-run" not in found.flags:
+        raise UserError("argument --show-config: give it with --dry-run; without it the run would begin")
     files = found.names()
     if len(files) > 1:
         raise UserError(

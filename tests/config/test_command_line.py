@@ -100,6 +100,7 @@ def test_addresses_stay_as_they_are(config: Path, place: str) -> None:
     ("argv", "expected"),
     [
         (["--dryrun"], "argument --dryrun: not known; did you mean --dry-run?"),
+        (["--show-config"], "argument --show-config: give it with --dry-run; without it the run would begin"),
         (["-x"], "argument -x: not known; there are --dry-run, --show-config and --help"),
         (["--dry-run=yes"], "argument --dry-run=yes: --dry-run has no value"),
         (["a.yaml", "b.yaml"], "one config file at a time"),
