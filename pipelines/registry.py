@@ -5,8 +5,9 @@
     python pipelines/registry.py promote NAME VERSION
     python pipelines/registry.py rollback NAME
 
-VERSION is a number or an alias. [--tracking-uri URI] names the MLflow server or database; else it is
-MLFLOW_TRACKING_URI, else ./runs/mlflow.db. `promote` and `rollback` check the files against their checksums.
+VERSION is a number or an alias. [--tracking-uri URI] names the MLflow server or database, or env:NAME or file:/PATH
+that holds it; else it is MLFLOW_TRACKING_URI, else ./runs/mlflow.db. `promote` and `rollback` check the files against
+their checksums.
 """
 
 import os
@@ -17,6 +18,7 @@ from pathlib import Path
 
 from olora_ray.common.errors import UserError
 from olora_ray.common.quiet import quiet_environment
+from olora_ray.common.secrets import looked_up
 from olora_ray.common.text import aligned
 from olora_ray.config import command_line
 from olora_ray.tracking import checksums, moved_storage, verdicts
@@ -116,7 +118,7 @@ def _tell(aliases: Aliases, number: str, what: str) -> None:
 def _tracking_uri(given: str | None) -> str:
     uri = given if given is not None else os.environ.get("MLFLOW_TRACKING_URI")
     if uri:
-        return absolute(uri)
+        return absolute(looked_up(uri, "--tracking-uri"))
     if given is None and DATABASE.is_file():
         return f"sqlite:///{DATABASE.resolve()}"
     raise UserError("--tracking-uri: not set; give MLflow's address, or set MLFLOW_TRACKING_URI")

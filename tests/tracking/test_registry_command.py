@@ -79,6 +79,20 @@ def test_an_address_that_is_none(uri: str) -> None:
         run("list", "m", "--tracking-uri", uri)
 
 
+def test_an_address_may_lie_in_a_variable_or_a_file(
+    add: Add, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in tracking.uri: with its password it stands neither in a config nor in the list of processes."""
+    uri, _ = add("kept")
+    monkeypatch.setenv("OUR_MLFLOW", uri)
+    (tmp_path / "uri").write_text(f"{uri}\n")
+    for place in ("env:OUR_MLFLOW", f"file:{tmp_path}/uri"):
+        run("list", "kept", "--tracking-uri", place)
+        assert "challenger" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"^--tracking-uri: env:NOWHERE: the variable NOWHERE is not set"):
+        run("list", "kept", "--tracking-uri", "env:NOWHERE")
+
+
 def test_without_an_address(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.chdir(str(tmp_path))
