@@ -10,6 +10,8 @@ from olora_ray.model import identity
 
 NEUTRAL = frozenset({"activation_checkpointing", "keep", "log_every", "checkpoint_every", "start"})
 """Fields of the train section that do not change what comes out, or say where it started."""
+MODEL = frozenset({"dtype", "attention", "quantization"})
+"""Fields of the model section that change it, beside the model itself."""
 TAGS = {
     "base": "olora.base_digest",
     "data": "olora.data_digest",
@@ -57,9 +59,7 @@ def settings_digest(config: Config) -> str:
     sections = {
         "adapter": config.adapter.model_dump(mode="json", exclude_defaults=True),
         "train": config.train.model_dump(mode="json", exclude_defaults=True, exclude=set(NEUTRAL)),
-        "model": config.model.model_dump(
-            mode="json", exclude_defaults=True, include={"dtype", "attention", "quantization"}
-        ),
+        "model": config.model.model_dump(mode="json", exclude_defaults=True, include=set(MODEL)),
         "seed": config.run.seed,
     }
     if config.export.rank is not None:  # a compressed adapter computes something else; a merged one does not

@@ -1,9 +1,11 @@
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from olora_ray.config.load import override
-from olora_ray.pipeline.fingerprint import Fingerprint, settings_digest
+from olora_ray.pipeline.fingerprint import MODEL, NEUTRAL, Fingerprint, settings_digest
 from tests import tiny
 
 
@@ -44,6 +46,13 @@ def test_settings_that_change_the_model_change_the_digest(field: str, value: Any
 def test_settings_that_do_not_change_the_model_do_not(field: str, value: Any) -> None:
     config = tiny.config()
     assert settings_digest(override(config, {field: value})) == settings_digest(config)
+
+
+def test_the_page_on_retraining_names_the_settings_that_count() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "retraining.md").read_text(encoding="utf-8")
+    told = page.partition("The settings that count are")[2].partition(": another gate")[0]
+    fields = {f"train.{name}" for name in NEUTRAL} | {f"model.{name}" for name in MODEL} | {"run.seed", "export.rank"}
+    assert fields | {"adapter", "train", "data"} == set(re.findall("`(.*?)`", told))
 
 
 def test_it_goes_through_tags() -> None:
