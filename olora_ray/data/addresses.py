@@ -4,11 +4,15 @@ A key of s3:// or gs:// is taken letter by letter, as `aws s3` and `gsutil` take
 it, and a '?' begins options. In file:// URIs '%20' is a blank, as everywhere.
 """
 
+from collections.abc import Callable
+from typing import TypeVar
 from urllib.parse import quote, unquote
 
 from pyarrow import fs
 
-from olora_ray.common import connections, storage
+from olora_ray.common import connections, patience, storage
+
+Found = TypeVar("Found")
 
 
 def open_filesystem(uri: str) -> tuple[fs.FileSystem, str]:
@@ -18,6 +22,13 @@ def open_filesystem(uri: str) -> tuple[fs.FileSystem, str]:
     scheme, bucket, key, query = _parts(uri)
     system, root = connections.connect(scheme, bucket, query)
     return system, root + (unquote(key) if scheme == "file" else key)
+
+
+def asked(uri: str, request: Callable[[], Found]) -> Found:
+    """What a request to the storage of a file returns; an object store that fails is asked again (patience.py)."""
+    if not storage.is_uri(uri) or uri.startswith("file://"):
+        return request()
+    return patience.patiently("/".join(uri.partition("?")[0].split("/")[:3]), request)
 
 
 def uri_beside(uri: str, path: str) -> str:

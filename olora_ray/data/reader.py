@@ -8,6 +8,7 @@ lines and json files are checked by CRC-32, the others by size and time of chang
 import contextlib
 import csv
 import io
+import itertools
 import json
 import lzma
 import socket
@@ -18,15 +19,17 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import ipc, parquet
 
-from olora_ray.common.errors import UserError, first_line
+from olora_ray.common.errors import StoreUnavailable, UserError, first_line
 from olora_ray.data import unpacked
-from olora_ray.data.addresses import open_filesystem
+from olora_ray.data.addresses import asked, open_filesystem
 from olora_ray.data.example import Rejected
 from olora_ray.data.json_file import BOM, read_whole, rows_of
 from olora_ray.data.sources import File
 from olora_ray.data.unchanged import Changed, as_scanned
 from olora_ray.data.units import Unit
 
+BATCH = 256
+"""Rows that are asked for at a time."""
 SKIP = 8 * 2**20
 """Bytes at a time when a compressed file is read up to the piece that is wanted."""
 CELL_LIMIT = 2**31 - 1
@@ -45,14 +48,33 @@ def read_unit(file: File, unit: Unit, header: Sequence[str], columns: Sequence[s
     """The rows of a unit.
 
     `header` names the columns of a csv file; of files that have columns only `columns` are read.
-    Raises UserError for a file that is broken as a whole, and Changed if it is not what the scan saw.
+    Raises UserError for a file that is broken as a whole, Changed if it is not what the scan saw, and StoreUnavailable.
     """
     try:
-        yield from READERS[file.kind](file, unit, header, columns)
+        yield from _patiently(file.uri, lambda: READERS[file.kind](file, unit, header, columns))
     except FileNotFoundError:
         raise not_here(file) from None
     except UNREADABLE as error:
         raise broken(file, error) from None
+
+
+def _patiently(uri: str, read: Callable[[], Iterator[Located]]) -> Iterator[Located]:
+    """The rows that `read` gives; where an object store fails on the way they are read anew, up to where they were."""
+    rows: Iterator[Located] | None = None
+    done = 0
+
+    def more() -> list[Located]:
+        nonlocal rows
+        rows = itertools.islice(read(), done, None) if rows is None else rows
+        try:
+            return list(itertools.islice(rows, BATCH))
+        except Exception:
+            rows = None
+            raise
+
+    while some := asked(uri, more):
+        yield from some
+        done += len(some)
 
 
 def not_here(file: File) -> UserError:
@@ -63,8 +85,10 @@ def not_here(file: File) -> UserError:
     )
 
 
-def broken(file: File, error: Exception) -> UserError:
-    """The message for a file whose container or compression is damaged."""
+def broken(file: File, error: Exception) -> UserError | StoreUnavailable:
+    """The error for a file whose container or compression is damaged, or whose store does not answer."""
+    if isinstance(error, StoreUnavailable):
+        return StoreUnavailable(f"{file.uri}: {error}")
     kind = file.compression or file.kind
     return UserError(f"{file.uri}: not a readable {kind} file: {first_line(error)}")
 
@@ -210,7 +234,7 @@ def _parquet(file: File, unit: Unit, header: Sequence[str], columns: Sequence[st
         for group in range(table.metadata.num_row_groups):
             size = table.metadata.row_group(group).num_rows
             if start <= unit.first < start + size:
-                batches = table.iter_batches(256, row_groups=[group], columns=_present(table.schema_arrow, columns))
+                batches = table.iter_batches(BATCH, row_groups=[group], columns=_present(table.schema_arrow, columns))
                 yield from _slice(batches, start, unit)
             start += size
 

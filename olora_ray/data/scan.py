@@ -15,7 +15,7 @@ from pyarrow import parquet
 
 from olora_ray.common.errors import UserError
 from olora_ray.data import csv_records, json_file, kept_scans, lines, reader
-from olora_ray.data.addresses import open_filesystem
+from olora_ray.data.addresses import asked, open_filesystem
 from olora_ray.data.sources import File
 from olora_ray.data.unchanged import steady
 from olora_ray.data.units import FileScan, Unit, Units
@@ -27,7 +27,7 @@ SLOW_UNITS = 8
 
 
 def scan(file: File, storage_root: str, keep: bool = True) -> FileScan:
-    """Scan a file, or take the kept result; raises UserError for a file that is broken as a whole."""
+    """Scan a file, or take the kept result; raises UserError for one that is broken, and StoreUnavailable."""
     if (kept := kept_scans.find(file, storage_root)) is not None:
         return kept
     state = kept_scans.state_of(file)
@@ -45,14 +45,7 @@ def head(file: File) -> FileScan:
 def _scan(file: File, limit: int | None = None) -> FileScan:
     """Scan a file; with a limit only about that many bytes of a file of lines, and no digest of others."""
     try:
-        match file.kind:
-            case "jsonl" | "csv" | "tsv" | "text":
-                found = _lines(file, limit)
-            case "json":
-                found = _json(file)
-            case _:
-                with steady(file):
-                    found = (_parquet if file.kind == "parquet" else _arrow)(file, whole=limit is None)
+        found = asked(file.uri, lambda: _scanned(file, limit))
     except FileNotFoundError:
         raise reader.not_here(file) from None
     except PermissionError:
@@ -66,6 +59,17 @@ def _scan(file: File, limit: int | None = None) -> FileScan:
         twice = next(name for name in named if named.count(name) > 1)
         raise UserError(f"{file.uri}: the column {twice!r} is there more than once; give each a name of its own")
     return found
+
+
+def _scanned(file: File, limit: int | None) -> FileScan:
+    match file.kind:
+        case "jsonl" | "csv" | "tsv" | "text":
+            return _lines(file, limit)
+        case "json":
+            return _json(file)
+        case _:
+            with steady(file):
+                return (_parquet if file.kind == "parquet" else _arrow)(file, whole=limit is None)
 
 
 class _Hashed:

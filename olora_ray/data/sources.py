@@ -23,7 +23,7 @@ from olora_ray.common.errors import UserError, as_user_error
 from olora_ray.common.text import plural
 from olora_ray.config.schema import Source
 from olora_ray.data import hub
-from olora_ray.data.addresses import open_filesystem, uri_beside
+from olora_ray.data.addresses import asked, open_filesystem, uri_beside
 from olora_ray.data.formats import check_fields
 from olora_ray.data.saved_dataset import saved_files
 
@@ -182,15 +182,18 @@ def _remote(uri: str, field: str) -> list[File]:
     suffix = "?" + "&".join(options) if options else ""
     wildcard = re.search(r"[*\[]", base)
     fixed = base[: wildcard.start()].rpartition("/")[0] if wildcard else base
-    with as_user_error(f"{field}: {uri}", OSError, ValueError):
+    pattern = base[len(fixed) :].strip("/") if wildcard else ""
+
+    def look() -> list[File]:
         system, path = open_filesystem(fixed + suffix)
         info = system.get_file_info(path)
         if info.type == fs.FileType.Directory and (saved := saved_files(system, path, split, field)):
             return [_remote_file(item, fixed + suffix, ("arrow", None)) for item in saved]
-        pattern = base[len(fixed) :].strip("/") if wildcard else ""
         found = [info] if info.is_file else _listed(system, path, pattern, base, field)
-        files = [_remote_file(item, fixed + suffix, _known(item.path, field)) for item in found]
-    return _some(files, uri, field)
+        return [_remote_file(item, fixed + suffix, _known(item.path, field)) for item in found]
+
+    with as_user_error(f"{field}: {uri}", OSError, ValueError):
+        return _some(asked(uri, look), uri, field)
 
 
 def _listed(system: Any, path: str, pattern: str, place: str, field: str) -> list[Any]:
@@ -227,9 +230,12 @@ def _some(files: list[File], path: str, field: str) -> list[File]:
 
 
 def _stored(uri: str) -> File:
-    system, path = open_filesystem(uri)
-    info = system.get_file_info(path)
-    return File(uri, "parquet", None, info.size, info.mtime_ns or 0)
+    def look() -> File:
+        system, path = open_filesystem(uri)
+        info = system.get_file_info(path)
+        return File(uri, "parquet", None, info.size, info.mtime_ns or 0)
+
+    return asked(uri, look)
 
 
 def total_bytes(files: Sequence[File]) -> int:

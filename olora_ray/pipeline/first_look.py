@@ -82,14 +82,7 @@ def _example(source: Source, row: Any) -> None:
 
 def _head(file: File) -> FileScan | None:
     """The start of a file; None if it is too large to look at."""
-    if file.kind == "json" and file.size > LARGEST_JSON:
-        return None
-    try:
-        return head(file)
-    except PermissionError:
-        raise UserError(f"{file.uri}: no permission to read it") from None
-    except (OSError, EOFError) as error:
-        raise reader.broken(file, error) from None
+    return None if file.kind == "json" and file.size > LARGEST_JSON else head(file)
 
 
 def _rows(source: Source, file: File, scanned: FileScan | None) -> Iterator[reader.Located]:
