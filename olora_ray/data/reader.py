@@ -270,12 +270,27 @@ def _slice(batches: Any, start: int, unit: Unit) -> Iterator[Located]:
 
 def _rows(batch: Any) -> list[Any]:
     """The rows of a batch; one with a text that is none is rejected alone: Arrow looks at texts only here."""
+    names = batch.schema.names
     try:
-        return batch.to_pylist()  # type: ignore[no-any-return]
+        return [dict(zip(names, row, strict=True)) for row in zip(*map(_values, batch.columns), strict=True)]
     except UnicodeDecodeError:
         if batch.num_rows == 1:
             return [Rejected("not_utf8", "not UTF-8 text")]
         return [row for number in range(batch.num_rows) for row in _rows(batch.slice(number, 1))]
+
+
+def _values(column: Any) -> list[Any]:
+    """The values of a column; where Python has none for a time (year 10000, a zone without rules) they are texts."""
+    try:
+        return column.to_pylist()  # type: ignore[no-any-return]
+    except UnicodeDecodeError:
+        raise
+    except (OverflowError, ValueError, LookupError) as error:
+        if pa.types.is_nested(column.type):
+            return [f"<{first_line(error)}>"] * len(column)
+        zoned = pa.types.is_timestamp(column.type)
+        plain = column.cast(pa.timestamp(column.type.unit)) if zoned else column
+        return plain.cast(pa.string()).to_pylist()  # type: ignore[no-any-return]
 
 
 READERS: dict[str, Callable[[File, Unit, Sequence[str], Sequence[str]], Iterator[Located]]] = {

@@ -1,0 +1,43 @@
+"""Values of parquet files that Python has no words of its own for."""
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from olora_ray.config.load import build
+from olora_ray.config.schema import Source
+from olora_ray.data import scan, sources
+from olora_ray.data.reader import read_unit
+from olora_ray.pipeline import first_look
+
+
+def rows(path: Path) -> list[Any]:
+    """All columns of all rows."""
+    [file] = sources.list_files(Source(path=str(path)), "data.train.0", "")
+    found = scan.scan(file, "")
+    return [row for unit in found.units for _, row in read_unit(file, unit, found.columns, found.columns)]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        pa.array([2**62, 0], pa.timestamp("us")),
+        pa.array([2**31 - 1, 0], pa.date32()),
+        pa.array([2**62, 0], pa.duration("s")),
+        pa.array([1, 0], pa.timestamp("us", "Mars/Phobos")),
+        pa.array([[2**62], [0]], pa.list_(pa.timestamp("us"))),
+    ],
+    ids=lambda values: str(values.type),
+)
+def test_a_time_that_python_does_not_have_is_a_text(values: pa.Array, tmp_path: Path) -> None:
+    """As a time without end in a database (infinity); the first look reads all columns."""
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pa.table({"text": ["a", "b"], "until": values}), path)
+    found = rows(path)
+    assert [row["text"] for row in found] == ["a", "b"]
+    assert isinstance(found[0]["until"], str)
+    data = {"train": [{"path": str(path), "format": "text"}]}
+    first_look.check(build({"run": {"name": "r", "storage": str(tmp_path)}, "model": {"name": "m"}, "data": data}))
