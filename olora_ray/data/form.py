@@ -35,6 +35,8 @@ def digest_inputs(source: Source, spec: TokenizerSpec, kinds: Collection[str]) -
         found["rules"] = RULES[source.format]
     elif COLUMNS_OF_STRUCTS.intersection(kinds):
         found["rules"] = 2
+    if source.format in WITH_TOOLS and COLUMNS_OF_STRUCTS.intersection(kinds):
+        found["maps"] = "objects"
     if source.format == "prompt_completion":
         found["chat"] = as_chat(source, spec)
     chats = source.format in WITH_TOOLS and found.get("chat", True)

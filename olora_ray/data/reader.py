@@ -282,7 +282,8 @@ def _rows(batch: Any) -> list[Any]:
 def _values(column: Any) -> list[Any]:
     """The values of a column; where Python has none for a time (year 10000, a zone without rules) they are texts."""
     try:
-        return column.to_pylist()  # type: ignore[no-any-return]
+        found = column.to_pylist()
+        return [_with_objects(value, column.type) for value in found] if _has_maps(column.type) else found
     except UnicodeDecodeError:
         raise
     except (OverflowError, ValueError, LookupError) as error:
@@ -291,6 +292,24 @@ def _values(column: Any) -> list[Any]:
         zoned = pa.types.is_timestamp(column.type)
         plain = column.cast(pa.timestamp(column.type.unit)) if zoned else column
         return plain.cast(pa.string()).to_pylist()  # type: ignore[no-any-return]
+
+
+def _has_maps(kind: Any) -> bool:
+    return pa.types.is_map(kind) or any(_has_maps(kind.field(number).type) for number in range(kind.num_fields))
+
+
+def _with_objects(value: Any, kind: Any) -> Any:
+    """A value of an Arrow type with its maps as objects; Spark makes one of each dict, pyarrow pairs of each."""
+    if value is None:
+        return None
+    if pa.types.is_map(kind):
+        return {key: _with_objects(each, kind.item_type) for key, each in value}
+    if pa.types.is_struct(kind):
+        inner = {field.name: field.type for field in kind}
+        return {name: _with_objects(each, inner[name]) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_with_objects(each, kind.value_type) for each in value]
+    return value
 
 
 READERS: dict[str, Callable[[File, Unit, Sequence[str], Sequence[str]], Iterator[Located]]] = {

@@ -10,6 +10,8 @@ from pyarrow import parquet
 from olora_ray.config.load import build
 from olora_ray.config.schema import Source
 from olora_ray.data import scan, sources
+from olora_ray.data.example import Chat
+from olora_ray.data.formats import to_example
 from olora_ray.data.reader import read_unit
 from olora_ray.pipeline import first_look
 
@@ -41,3 +43,34 @@ def test_a_time_that_python_does_not_have_is_a_text(values: pa.Array, tmp_path: 
     assert isinstance(found[0]["until"], str)
     data = {"train": [{"path": str(path), "format": "text"}]}
     first_look.check(build({"run": {"name": "r", "storage": str(tmp_path)}, "model": {"name": "m"}, "data": data}))
+
+
+def as_maps(of: pa.DataType) -> pa.DataType:
+    return pa.map_(pa.string(), of)
+
+
+TEXT = pa.string()
+
+
+def test_maps_are_objects(tmp_path: Path) -> None:
+    """Spark makes a map of each dict; pairs of key and value were no messages, and arguments of calls another JSON."""
+    function = pa.struct({"name": TEXT, "arguments": as_maps(TEXT)})
+    call = pa.struct({"type": TEXT, "function": function})
+    turn = pa.struct({"role": TEXT, "content": TEXT, "tool_calls": pa.list_(call)})
+    arguments = {"city": "Rome", "day": None}
+    calls = [{"type": "function", "function": {"name": "weather", "arguments": arguments}}]
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "tool_calls": calls}]
+    tools = [{"name": "weather", "parameters": {"city": {"type": "string"}}}]
+    path = tmp_path / "a.parquet"
+    columns = {
+        "messages": pa.array([turns], pa.list_(turn)),
+        "tools": pa.array([tools], pa.large_list(pa.struct({"name": TEXT, "parameters": as_maps(as_maps(TEXT))}))),
+        "plain": pa.array([[{"role": "user", "content": "?"}, None]], pa.list_(as_maps(TEXT))),
+    }
+    parquet.write_table(pa.table(columns), path)
+    [row] = rows(path)
+    assert row["tools"] == tools
+    assert row["plain"] == [{"role": "user", "content": "?"}, None]
+    chat = to_example("messages", row, {})
+    assert isinstance(chat, Chat)
+    assert chat.messages[1]["tool_calls"][0]["function"]["arguments"] == {"city": "Rome"}
