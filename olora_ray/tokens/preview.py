@@ -128,6 +128,7 @@ def _preview(
 ) -> Preview:
     total = totals.total
     lengths = [len(example.ids) for shard in made for example in shard.examples]
+    first = next(shard for shard in made if shard.packs)  # the first of all may have no held-out row
     return Preview(
         limits=limits,
         rows=round(total["rows"] * scale),
@@ -140,8 +141,8 @@ def _preview(
         exact=exact,
         lengths=tuple(int(n) for n in np.quantile(lengths, QUANTILES, method="closest_observation")),
         sources=tuple(_source(limits, plan, made, number) for number in range(len(plan.sources))),
-        examples=_examples(plan, made[0]),
-        some_packs=tuple(_pack(made[0], members) for members in made[0].packs[:8]),
+        examples=_examples(plan, first),
+        some_packs=tuple(_pack(first, members) for members in first.packs[:8]),
         contents=plan.contents(),
     )
 

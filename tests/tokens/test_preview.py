@@ -10,6 +10,7 @@ import pytest
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
 from olora_ray.data.tokenize import TokenizerSpec
+from olora_ray.tokens import plan
 from olora_ray.tokens.prepare import prepare
 from olora_ray.tokens.preview import describe
 from tests.tokens import helpers
@@ -38,6 +39,22 @@ def test_held_out_rows_are_described_as_they_are_prepared(tmp_path: Path, tiny_s
         for split in ("train", "eval"):
             preview, manifest = describe(config, tiny_spec, split), prepare(config, tiny_spec, split).manifest
             assert [getattr(preview, name) for name in NUMBERS] == [getattr(manifest, name) for name in NUMBERS]
+
+
+def test_held_out_rows_may_begin_in_a_later_shard(
+    tmp_path: Path, tiny_spec: TokenizerSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few are held out of many: the dry run ended with a traceback."""
+    monkeypatch.setattr(plan, "SHARD_ROWS", (32, 32))
+    path = helpers.write_jsonl(tmp_path / "a.jsonl", rows(400))
+    config = helpers.config(tmp_path / "runs", path, eval_fraction=0.01)
+    manifest = prepare(config, tiny_spec, "eval").manifest
+    assert manifest.packs
+    assert not manifest.shards[0].packs
+    preview = describe(config, tiny_spec, "eval")
+    assert [getattr(preview, name) for name in NUMBERS] == [getattr(manifest, name) for name in NUMBERS]
+    assert preview.examples
+    assert preview.some_packs
 
 
 def test_the_examples_are_of_two_sources_with_what_is_supervised(corpus: Config, tiny_spec: TokenizerSpec) -> None:
