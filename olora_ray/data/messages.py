@@ -97,6 +97,8 @@ def _message(turn: Any, number: int, role: str, content: str) -> dict[str, Any]:
     }
     if "tool_calls" in rest:
         rest["tool_calls"] = _tool_calls(rest["tool_calls"], f"message {number}: 'tool_calls'")
+        if not rest["tool_calls"]:  # servers write [] where there is none, and templates look for the key alone
+            del rest["tool_calls"]
     text = _content(turn.get(content), number, content)
     if not text.strip() and not rest.get("tool_calls"):
         if turn[role] == "assistant":
@@ -157,7 +159,9 @@ def _tools(value: Any) -> tuple[dict[str, Any], ...] | None:
 
 
 def _tool_calls(value: Any, what: str) -> list[dict[str, Any]]:
-    return _objects(_parsed(value, f"{what} is text, but not JSON") if isinstance(value, str) else value, what)
+    if isinstance(value, str):
+        value = _parsed(value, f"{what} is text, but not JSON") if value.strip() else []
+    return _objects(value, what)
 
 
 def _objects(values: Any, what: str) -> list[dict[str, Any]]:

@@ -44,6 +44,15 @@ def test_a_tool_call_is_an_answer() -> None:
     assert example.messages[1] == {"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}
 
 
+@pytest.mark.parametrize("none", [[], "", "[]", None])
+def test_no_tool_calls_are_no_key(none: Any) -> None:
+    """Servers answer with `"tool_calls": []`; Llama 3.1's template refuses each message with the key but one call."""
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "tool_calls": none}]
+    example = to_example("messages", {"messages": turns}, {})
+    assert isinstance(example, Chat)
+    assert example.messages[1] == {"role": "assistant", "content": "a"}
+
+
 def test_prompt_completion() -> None:
     fields = {"prompt": "question", "completion": "answer"}
     assert to_example("prompt_completion", {"question": "q", "answer": "a"}, fields) == Completion("q", "a")
