@@ -20,6 +20,8 @@ SHAREGPT_ROLES = {
     "observation": "tool",
 }
 """Other names of roles that rows of format sharegpt have."""
+TEXTS = (None, "text", "input_text", "output_text")
+"""Types of the parts of a content; pictures may have a `text` too, and reasoning is no part of an answer."""
 CALL = "function_call"
 """Role of a tool call in format sharegpt; its value is JSON text."""
 
@@ -144,6 +146,8 @@ def _content(value: Any, number: int, name: str) -> str:
     if isinstance(value, list) and all(
         isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in value
     ):
+        if other := next((part["type"] for part in value if part.get("type") not in TEXTS), None):
+            raise Rejected("wrong_type", f"message {number}: {name!r} has a part of type {other!r}, which is not text")
         return "".join(part["text"] for part in value)
     raise Rejected("wrong_type", f"message {number}: {name!r} is {kind(value)}, not text")
 

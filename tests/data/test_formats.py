@@ -228,6 +228,12 @@ ANSWER = {"role": "assistant", "content": "a"}
         ("messages", {"messages": DEEP}, "wrong_type", "nested too deeply"),
         ("messages", {"messages": "1" * 5000}, "wrong_type", "is text, not a list of messages"),
         ("messages", {"messages": [USER, {**ANSWER, "weight": 0.5}]}, "wrong_type", "message 2: weight is 0.5"),
+        (
+            "messages",
+            {"messages": [{"role": "user", "content": [{"type": "image", "text": "", "image": "a.png"}]}, ANSWER]},
+            "wrong_type",
+            "message 1: 'content' has a part of type 'image', which is not text",
+        ),
         ("messages", {"messages": [USER, {**ANSWER, "tool_calls": "f()"}]}, "wrong_type", "is text, but not JSON"),
         (
             "messages",
