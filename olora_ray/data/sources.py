@@ -125,6 +125,10 @@ def _file(path: str, field: str) -> File:
     if not os.path.lexists(path):
         raise UserError(f"{field}: {path}: no such file or folder")
     kind, compression = _known(path, field)
+    try:
+        path.encode()
+    except UnicodeEncodeError:  # pyarrow opens none, and no manifest can name it
+        raise UserError(f"{field}: {path!r}: a name that is not UTF-8; rename the file or folder") from None
     if not os.path.isfile(path):  # a pipe would be waited for, and can be read only once
         raise UserError(f"{field}: {path}: neither a file nor a link to one")
     info = os.stat(path)

@@ -216,6 +216,17 @@ def test_folders_and_globs(scheme: str, tmp_path: Path) -> None:
     assert names(f"{root}/[!b].*") == ["a.csv"]
 
 
+@pytest.mark.parametrize("name", [b"caf\xe9.jsonl", b"caf\xe9/a.jsonl"])
+def test_a_name_that_is_not_utf8_is_told(name: bytes, tmp_path: Path) -> None:
+    """Of many files the first look sees three: the scan of another ended with a traceback."""
+    path = os.fsencode(tmp_path) + b"/" + name
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "w") as file:
+        file.write("{}\n")
+    with pytest.raises(UserError, match=r"^data\.train\.0\.path: '.*/caf\\udce9.*': a name that is not UTF-8; rename"):
+        sources.list_files(source(tmp_path), "data.train.0", "")
+
+
 PLACES = ["a.csv", "b-0.csv", "b-1.csv", "[a].csv", "x/c.csv", "x/y/d.csv"]
 HIDDEN = [".x/e.csv", "x/.f.csv", "_x/g.csv", "x/.y/h.csv"]
 GLOBS = ["*.csv", "b-[!0].csv", "b-[01].csv", "[[]a].csv", "**/*.csv", "*/*.csv", "x/**/*.csv", "x/**"]
