@@ -6,18 +6,22 @@ from typing import Any
 
 from olora_ray.common.errors import UserError
 
+SPLITS, STATE = "dataset_dict.json", "state.json"
+SAVED = (SPLITS, STATE)
+"""Files of such a folder, one of which it has."""
+
 
 def saved_files(system: Any, folder: str, split: str, field: str) -> list[Any]:
     """The Arrow files of a folder that `datasets` has saved; empty if it is no such folder."""
     try:
-        if (splits := _json_file(system, f"{folder}/dataset_dict.json")) is not None:
+        if (splits := _json_file(system, f"{folder}/{SPLITS}")) is not None:
             there = [str(name) for name in splits["splits"]]
             if split not in there:
                 raise UserError(
                     f"{field}: {folder} has no split {split!r}; it has {', '.join(there)} (choose with ?split=...)"
                 )
             folder = f"{folder}/{_inside(split, folder, field)}"
-        state = _json_file(system, f"{folder}/state.json")
+        state = _json_file(system, f"{folder}/{STATE}")
         entries = [str(entry["filename"]) for entry in state["_data_files"]] if state is not None else []
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         if isinstance(error, UserError):

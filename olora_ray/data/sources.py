@@ -25,7 +25,7 @@ from olora_ray.config.schema import Source
 from olora_ray.data import hub
 from olora_ray.data.addresses import asked, open_filesystem, uri_beside
 from olora_ray.data.formats import check_fields
-from olora_ray.data.saved_dataset import saved_files
+from olora_ray.data.saved_dataset import SAVED, saved_files
 
 KINDS = {
     ".jsonl": "jsonl",
@@ -43,6 +43,9 @@ SUPPORTED = (
 )
 
 logger = logging.getLogger(__name__)
+
+Below = tuple[Any, str]
+"""A file of a listing, and its path below the folder that is listed."""
 
 
 @dataclass(frozen=True)
@@ -188,25 +191,50 @@ def _remote(uri: str, field: str) -> list[File]:
     fixed = base[: wildcard.start()].rpartition("/")[0] if wildcard else base
     pattern = base[len(fixed) :].strip("/") if wildcard else ""
 
+    def of_folder(system: Any, path: str, below: Sequence[Below]) -> list[File]:
+        if any(name in SAVED for _, name in below) and (saved := saved_files(system, path, split, field)):
+            return [_remote_file(item, fixed + suffix, ("arrow", None)) for item in saved]
+        found = _readable(below, base, field)
+        return [_remote_file(item, fixed + suffix, _known(item.path, field)) for item in found]
+
     def look() -> list[File]:
         system, path = open_filesystem(fixed + suffix)
         info = system.get_file_info(path)
-        if info.type == fs.FileType.Directory and (saved := saved_files(system, path, split, field)):
-            return [_remote_file(item, fixed + suffix, ("arrow", None)) for item in saved]
-        found = [info] if info.is_file else _listed(system, path, pattern, base, field)
-        return [_remote_file(item, fixed + suffix, _known(item.path, field)) for item in found]
+        if info.is_file:
+            return [_remote_file(info, fixed + suffix, _known(info.path, field))]
+        if not pattern:
+            return of_folder(system, path, _listed(system, path))
+        matching, folders = _matching(_listed(system, path), pattern)
+        files = [_remote_file(item, fixed + suffix, _known(item.path, field)) for item in matching]
+        files += [file for name, below in folders.items() for file in of_folder(system, f"{path}/{name}", below)]
+        return sorted(files, key=lambda file: file.uri)
 
     with as_user_error(f"{field}: {uri}", OSError, ValueError):
         return _some(asked(uri, look), uri, field)
 
 
-def _listed(system: Any, path: str, pattern: str, place: str, field: str) -> list[Any]:
-    """The files below a path that match the glob below it; without one those whose kind is known."""
+def _listed(system: Any, path: str) -> list[Below]:
+    """All files below a path."""
     listing = system.get_file_info(fs.FileSelector(path, recursive=True, allow_not_found=True))
     files = sorted((item for item in listing if item.is_file), key=lambda item: item.path)
-    below = [(item, item.path[len(path) :].strip("/")) for item in files]
-    if pattern:
-        return [item for item, name in below if _matches(name.split("/"), pattern.split("/"))]
+    return [(item, item.path[len(path) :].strip("/")) for item in files]
+
+
+def _matching(below: Sequence[Below], pattern: str) -> tuple[list[Any], dict[str, list[Below]]]:
+    """The files that match a glob, and by the names of the folders that match it what else lies in these."""
+    parts = pattern.split("/")
+    files, folders = list[Any](), dict[str, list[Below]]()
+    for item, name in below:
+        names = name.split("/")
+        if _matches(names, parts):
+            files.append(item)
+        elif end := next((end for end in range(1, len(names)) if _matches(names[:end], parts)), None):
+            folders.setdefault("/".join(names[:end]), []).append((item, "/".join(names[end:])))
+    return files, folders
+
+
+def _readable(below: Sequence[Below], place: str, field: str) -> list[Any]:
+    """The visible files of a folder whose kind is known; says which are passed over."""
     files = [item for item, name in below if _visible(name)]
     _say_passed_over([item.path for item in files if not _kind(item.path)], 0, place, field)
     return [item for item in files if _kind(item.path)]

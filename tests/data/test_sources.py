@@ -229,7 +229,7 @@ def test_a_name_that_is_not_utf8_is_told(name: bytes, tmp_path: Path) -> None:
 
 PLACES = ["a.csv", "b-0.csv", "b-1.csv", "[a].csv", "x/c.csv", "x/y/d.csv"]
 HIDDEN = [".x/e.csv", "x/.f.csv", "_x/g.csv", "x/.y/h.csv"]
-GLOBS = ["*.csv", "b-[!0].csv", "b-[01].csv", "[[]a].csv", "**/*.csv", "*/*.csv", "x/**/*.csv", "x/**"]
+GLOBS = ["*", "[xb]*", "*.csv", "b-[!0].csv", "b-[01].csv", "[[]a].csv", "**/*.csv", "*/*.csv", "x/**/*.csv", "x/**"]
 HIDDEN_GLOBS = ["x/.*", ".x/*", "**/.*/*.csv"]
 
 
@@ -238,12 +238,26 @@ def test_a_glob_means_the_same_on_a_disk_and_on_an_object_store(pattern: str, tm
     for name in PLACES + HIDDEN:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("")
-    local = [name for name in glob.glob(f"{tmp_path}/{pattern}", recursive=True) if Path(name).is_file()]
-    found = [
-        file.uri.removeprefix("file://") for file in sources.list_files(source(f"file://{tmp_path}/{pattern}"), "x", "")
-    ]
-    assert local
-    assert found == sorted(local)
+    matching = {name for name in glob.glob(f"{tmp_path}/{pattern}", recursive=True) if Path(name).is_file()}
+    local, remote = (
+        [
+            file.uri.removeprefix("file://")
+            for file in sources.list_files(source(f"{scheme}{tmp_path}/{pattern}"), "x", "")
+        ]
+        for scheme in ("", "file://")
+    )
+    assert matching <= set(local)
+    assert sorted(remote) == sorted(local)
+
+
+def test_saved_data_sets_that_match_a_glob(tmp_path: Path) -> None:
+    import datasets
+
+    for name in ("day-1", "day-2", "other"):
+        datasets.Dataset.from_list(ROWS[:3]).save_to_disk(tmp_path / name)
+    local, remote = (sources.list_files(source(f"{scheme}{tmp_path}/day-*"), "x", "") for scheme in ("", "file://"))
+    assert [file.kind for file in local] == ["arrow", "arrow"]
+    assert [file.uri for file in remote] == [f"file://{file.uri}" for file in local]
 
 
 def test_splits_of_a_saved_data_set(tmp_path: Path) -> None:
