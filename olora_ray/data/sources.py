@@ -37,6 +37,8 @@ KINDS = {
     ".txt": "text",
 }
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}
+TABLES = {"_delta_log": "Delta", ".hoodie": "Hudi"}
+"""Folders that make a table of a folder of Parquet files: they say which of these have its rows as they are now."""
 SUPPORTED = (
     ".jsonl, .json, .csv, .tsv and .txt (each also with .gz, .zst, .bz2 or .xz), .parquet,"
     " and folders of Dataset.save_to_disk"
@@ -101,6 +103,7 @@ def _local(path: str, split: str, field: str, alone: bool) -> list[File]:
         return [_file(path, field)]
     if saved := saved_files(fs.LocalFileSystem(), path, split, field):
         return [File(info.path, "arrow", None, info.size, info.mtime_ns) for info in saved]
+    _warn_of_table([name for name in TABLES if os.path.isdir(os.path.join(path, name))], path, field)
     names, linked = _below(path, field)
     known = sorted(name for name in names if _kind(name))
     if not known and alone:
@@ -148,8 +151,17 @@ def _say_passed_over(names: Sequence[str], linked: int, place: str, field: str) 
 
 
 @lru_cache(maxsize=1024)
-def _say_once(line: str) -> None:
-    logger.info(line)
+def _say_once(line: str, level: int = logging.INFO) -> None:
+    logger.log(level, line)
+
+
+def _warn_of_table(logs: Sequence[str], place: str, field: str) -> None:
+    for log in logs:
+        _say_once(
+            f"{field}: {place} is a table of {TABLES[log]} ({log}), and is read as the files that lie there: also those"
+            " of rows that were changed or deleted; write the rows as they are now to a folder of their own",
+            logging.WARNING,
+        )
 
 
 def _ending(name: str) -> str:
@@ -194,6 +206,7 @@ def _remote(uri: str, field: str) -> list[File]:
     def of_folder(system: Any, path: str, below: Sequence[Below]) -> list[File]:
         if any(name in SAVED for _, name in below) and (saved := saved_files(system, path, split, field)):
             return [_remote_file(item, fixed + suffix, ("arrow", None)) for item in saved]
+        _warn_of_table(sorted({name.split("/")[0] for _, name in below} & set(TABLES)), base, field)
         found = _readable(below, base, field)
         return [_remote_file(item, fixed + suffix, _known(item.path, field)) for item in found]
 

@@ -24,6 +24,7 @@ from olora_ray.data.example import Rejected
 from olora_ray.data.tokenize import TokenizerSpec
 from olora_ray.data.units import Units
 from olora_ray.tokens.prepare import prepare
+from tests.said import said
 from tests.tokens import helpers
 
 ROWS = [{"prompt": f"{n}+{n}=", "completion": f'{2 * n}, "süß"\nand {n}'} for n in range(700)]
@@ -225,6 +226,19 @@ def test_a_name_that_is_not_utf8_is_told(name: bytes, tmp_path: Path) -> None:
         file.write("{}\n")
     with pytest.raises(UserError, match=r"^data\.train\.0\.path: '.*/caf\\udce9.*': a name that is not UTF-8; rename"):
         sources.list_files(source(tmp_path), "data.train.0", "")
+
+
+@pytest.mark.parametrize(("log", "kind"), [("_delta_log", "Delta"), (".hoodie", "Hudi")])
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_a_table_whose_log_is_not_read_is_told(scheme: str, log: str, kind: str, tmp_path: Path) -> None:
+    """Files of earlier versions lie beside those of now: rows that were deleted are trained on."""
+    (tmp_path / "table" / log).mkdir(parents=True)
+    (tmp_path / "table" / log / "0.json").write_text("{}")
+    as_parquet(tmp_path / "table" / "part-0.parquet")
+    place = f"{scheme}{tmp_path}/table"
+    with said() as lines:
+        assert names(place) == ["part-0.parquet"]
+    assert lines[0].startswith(f"warning: data.train.0.path: {place} is a table of {kind} ({log}), and is read as")
 
 
 PLACES = ["a.csv", "b-0.csv", "b-1.csv", "[a].csv", "x/c.csv", "x/y/d.csv"]
