@@ -66,6 +66,11 @@ def _tied(model: "PreTrainedModel", wanted: Mapping[str, str]) -> dict[str, str]
 
 def as_transformers_reads(places: Mapping[str, Stored], model: "PreTrainedModel") -> dict[str, Group]:
     """Parameter -> the group that it is read from."""
+    return follow(places, model)[0]
+
+
+def follow(places: Mapping[str, Stored], model: "PreTrainedModel") -> tuple[dict[str, Group], dict[str, str]]:
+    """Parameter -> the group that it is read from; and of the tensors that nothing is read from the names they get."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
@@ -75,17 +80,20 @@ def as_transformers_reads(places: Mapping[str, Stored], model: "PreTrainedModel"
     by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
     known, prefix = model.state_dict(), model.base_model_prefix
     parts: dict[str, dict[str | None, list[Stored]]] = {}
+    unread: dict[str, str] = {}
     for name in sorted(places, key=dot_natural_key):
         key, pattern = rename_source_key(name, renamings, converters, prefix, known)
         if key not in known and name in known:  # it should not have been renamed
             key, pattern = rename_source_key(name, [], [], prefix, known)
         if key in known:
             parts.setdefault(key, {}).setdefault(pattern, []).append(places[name])
+        else:
+            unread[name] = key
     found: dict[str, Group] = {}
     for key, part in parts.items():
         group = _group(key, part, by_pattern, model)
         found.update(dict.fromkeys(group.shapes, group))
-    return found
+    return found, unread
 
 
 def _group(

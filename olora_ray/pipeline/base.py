@@ -5,7 +5,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from olora_ray.adapter import files_fit
 from olora_ray.common.errors import UserError
+from olora_ray.common.text import plural
 from olora_ray.config.evaluation import AnyConfig
 from olora_ray.data.tokenize import TokenizerSpec, has_tokens_beyond, spec_from_pretrained
 from olora_ray.data.turn_end import turn_end
@@ -47,10 +49,24 @@ def with_tokenizer(model: BaseModel, config: AnyConfig) -> Base:
         )
     tokenizer = load_tokenizer(model, config.model)
     shape = skeleton(model, config.model)
+    _check_fit(model, shape)
     spec = replace(spec_from_pretrained(tokenizer, model.name), apart=why_apart(shape))
     if (rows := _embeddings(shape)) is not None and has_tokens_beyond(tokenizer, rows):
         spec = replace(spec, embeddings=rows)
     return Base(model, tokenizer, spec, _ends(model, tokenizer, spec))
+
+
+def _check_fit(model: BaseModel, shape: Any) -> None:
+    """Raise UserError where what is loaded would be another model than the files hold; say what is left out."""
+    found = files_fit.look(Path(model.folder), shape)
+    if found.problem is not None:
+        raise UserError(f"model.name: {model.folder} {found.problem}")
+    if names := found.left_out:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        logger.warning(
+            f"model.name: {type(shape).__name__} has no place for {plural(len(names), 'tensor')} in the files of"
+            f" {model.name}, and is trained without: {', '.join(names[:3])}{more}"
+        )
 
 
 def _ends(model: BaseModel, tokenizer: Any, spec: TokenizerSpec) -> tuple[int, ...]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from olora_ray.common.errors import UserError
 from olora_ray.config.load import build
@@ -44,6 +44,21 @@ def test_what_ends_an_answer_in_chats_ends_answers(tmp_path: Path) -> None:
     with said() as lines:
         assert open_base(config).eos == (0, 1)
     assert not [line for line in lines if "stop token" in line]
+
+
+def test_files_that_do_not_fit_the_config_are_told_before_anything_is_prepared(tmp_path: Path) -> None:
+    folder = project.make_model(tmp_path / "model")
+    config, file = build(project.settings(tmp_path, folder)), folder / "model.safetensors"
+    tensors = load_file(file)
+    save_file(tensors | {"mtp.proj.weight": torch.ones(2, 2)}, file)
+    with said() as lines:
+        open_base(config)
+    [line] = [line for line in lines if "no place for" in line]
+    assert "1 tensor in the files" in line
+    assert line.endswith("mtp.proj.weight")
+    save_file(tensors | {"model.layers.0.self_attn.q_proj.bias": torch.ones(64)}, file)
+    with pytest.raises(UserError, match=r"model\.name: .*has no such bias"):
+        open_base(config)
 
 
 @pytest.mark.parametrize(("vocabulary", "known"), [(90, 90), (96, None), (128, None)])
