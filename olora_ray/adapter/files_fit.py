@@ -15,6 +15,7 @@ from olora_ray.adapter.stored import DTYPES, Stored
 from olora_ray.adapter.weight_group import Group
 from olora_ray.adapter.weight_names import follow
 from olora_ray.common.errors import UserError
+from olora_ray.model import turned_off
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -66,17 +67,9 @@ def _packed(groups: Mapping[str, Group], model: "PreTrainedModel") -> str | None
 def _biased(
     folder: Path, places: Mapping[str, Stored], left_out: Mapping[str, str], model: "PreTrainedModel"
 ) -> str | None:
-    """A bias other than zero of a layer that has none by the config."""
-    modules = dict(model.named_modules())
+    """What is wrong with a bias other than zero of a layer that has none by the config."""
     for name, key in left_out.items():
-        owner, _, last = key.rpartition(".")
-        module = modules.get(owner) or modules.get(f"{model.base_model_prefix}.{owner}")
-        if last != "bias" or module is None or module._parameters.get("bias", module) is not None:
-            continue
         entry = places[name]
-        if entry.dtype in DTYPES and bool(entry.read(folder).any()):
-            return (
-                f"has {name}, but by its config.json {type(model).__name__} has no such bias: it would be trained"
-                " without; correct config.json (attention_bias, mlp_bias), or name a model whose files fit it"
-            )
+        if turned_off.is_bias(model, key) and entry.dtype in DTYPES and bool(entry.read(folder).any()):
+            return turned_off.problem(model, name)
     return None

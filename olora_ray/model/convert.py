@@ -3,9 +3,9 @@
 import logging
 import pickle
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatch
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,17 @@ import torch
 from olora_ray.common import copies, digests, local_files, storage
 from olora_ray.common.errors import UserError, as_user_error
 from olora_ray.common.quiet import quiet_gguf
+from olora_ray.common.text import plural
 from olora_ray.config.evaluation import AnyConfig
 from olora_ray.config.schema import Model
-from olora_ray.model import gguf_header
+from olora_ray.model import gguf_header, turned_off
 from olora_ray.model.foreign import foreign
 from olora_ray.model.identity import of_folder, of_weights
 
 logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 PICKLES = ("pytorch_model*.bin", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 TEXTS = (".json", ".jinja", ".model", ".txt", ".py")
 """Files of a tokenizer, a generation config or, where that is allowed, code."""
@@ -46,7 +48,8 @@ def pickled(folder: Path, config: AnyConfig) -> Path:
     announcement = f"model: converting {files[0].name} to safetensors, once"
     trusted = config.model.trust_remote_code
     # With the files that are copied: a config or a template that was mended since is a part of the model too.
-    key = f"{of_weights(files)}/{of_folder(folder, trusted)}"
+    # The last word: conversions of before were in the config's precision, also where the weights have a higher one.
+    key = f"{of_weights(files)}/{of_folder(folder, trusted)}/precision"
     return _converted(partial(_unpickle, folder, trusted), folder.name, key, config, announcement)
 
 
@@ -133,7 +136,7 @@ def _unpickle(folder: Path, trust_remote_code: bool, out: Path) -> None:
         try:
             model, report = from_pretrained(
                 folder,
-                dtype="auto",
+                dtype=_precision(folder, trust_remote_code),
                 use_safetensors=False,
                 weights_only=True,
                 trust_remote_code=trust_remote_code,
@@ -146,11 +149,59 @@ def _unpickle(folder: Path, trust_remote_code: bool, out: Path) -> None:
             ) from None
     if missing := sorted(report["missing_keys"]):
         raise UserError(f"model.name: {folder} does not load: it has no weights for {', '.join(missing[:3])}")
+    _check_left_out(folder, model, sorted(report["unexpected_keys"]))
     model.save_pretrained(out)
     for file in folder.iterdir():
         if file.suffix in TEXTS and not (out / file.name).exists() and not file.name.endswith(".index.json"):
             shutil.copyfile(file, out / file.name)
     _readable(out)
+
+
+def _precision(folder: Path, trust_remote_code: bool) -> torch.dtype | str:
+    """The widest of the config's and of the weights': what config.json says need not be what they are stored in.
+
+    Raises UserError for numbers of 8 bits, or less, without what says how they are meant.
+    """
+    from transformers import AutoConfig
+
+    shape = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    if getattr(shape, "quantization_config", None) is not None:
+        return "auto"
+    found = {declared} if isinstance(declared := getattr(shape, "dtype", None), torch.dtype) else set()
+    for name, tensor in _tensors(folder, "meta"):
+        if tensor.dtype in _FLOATS:
+            found.add(tensor.dtype)
+        elif name.endswith("weight"):
+            raise UserError(
+                f"model.name: {folder} has {name} as {str(tensor.dtype).removeprefix('torch.')}, and no"
+                " quantization_config in its config.json that says what these numbers mean; name a model in bfloat16,"
+                " float16 or float32"
+            )
+    return reduce(torch.promote_types, found) if found else "auto"
+
+
+def _check_left_out(folder: Path, model: Any, names: Sequence[str]) -> None:
+    """Say which tensors have no place in the model; raises UserError for a bias that its config turns off."""
+    biases = tuple(name for name in names if turned_off.is_bias(model, name))
+    for name, tensor in _tensors(folder, "cpu") if biases else ():
+        if name.endswith(biases) and bool(tensor.any()):
+            raise UserError(f"model.name: {folder} {turned_off.problem(model, name)}")
+    if names:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        logger.warning(
+            f"model.name: {type(model).__name__} has no place for {plural(len(names), 'tensor')} in the files of"
+            f" {folder}, and is trained without: {', '.join(names[:3])}{more}"
+        )
+
+
+def _tensors(folder: Path, device: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of the pickles that are converted; from a file in torch's format of today none is read at once."""
+    from transformers.modeling_utils import load_state_dict
+
+    for file in sorted(folder.glob(PICKLES[0])):
+        for name, tensor in load_state_dict(file, map_location=device).items():
+            if isinstance(tensor, torch.Tensor):
+                yield name, tensor
 
 
 def _readable(folder: Path) -> None:

@@ -84,6 +84,31 @@ def test_what_was_changed_beside_the_weights_is_converted_again(folder: Path) ->
     assert obtain(config) == after
 
 
+def test_weights_keep_their_precision_whatever_the_config_says(folder: Path) -> None:
+    shape = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(shape | {"dtype": "float16"}))
+    base = obtain(named(folder, model__allow_pickle=True))
+    expected = tiny.llama(tie_word_embeddings=True).state_dict()
+    stored = load_file(Path(base.folder) / "model.safetensors")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in stored.items())
+
+
+def test_pickled_tensors_without_a_place_are_told_or_refused(folder: Path) -> None:
+    weights = torch.load(folder / "pytorch_model.bin", weights_only=True)
+    bias = "model.layers.0.self_attn.q_proj.bias"
+    torch.save(weights | {bias: torch.zeros(64), "mtp.weight": torch.ones(2)}, folder / "pytorch_model.bin")
+    with said() as lines:
+        obtain(named(folder, model__allow_pickle=True))
+    assert f"no place for 2 tensors in the files of {folder}" in lines[-1]
+    torch.save(weights | {bias: torch.ones(64)}, folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"q_proj\.bias, but by its config\.json LlamaForCausalLM has no such bias"):
+        obtain(named(folder, model__allow_pickle=True))
+    packed = {"model.layers.0.mlp.up_proj.weight": torch.ones(112, 64, dtype=torch.int8)}
+    torch.save(weights | packed, folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"up_proj\.weight as int8, and no quantization_config"):
+        obtain(named(folder, model__allow_pickle=True))
+
+
 def test_a_pickle_that_holds_more_than_tensors_runs_nothing(folder: Path, tmp_path: Path) -> None:
     mark = tmp_path / "it-ran"
     weights = torch.load(folder / "pytorch_model.bin", weights_only=True)
