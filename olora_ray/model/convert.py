@@ -35,8 +35,8 @@ def gguf(file: Path, config: AnyConfig) -> Path:
     dtype = "float32" if config.model.dtype == "float32" else "bfloat16"
     announcement = f"model: dequantising {file.name} to {dtype}, once"
     write = partial(_dequantise, file, DTYPES[dtype])
-    # The last word: conversions of before were without the scaling of positions, and are made again.
-    return _converted(write, file.stem, f"{of_weights([file])}/{dtype}/positions", config, announcement)
+    # The last words: conversions of before were without the scaling of positions, or biases, and are made again.
+    return _converted(write, file.stem, f"{of_weights([file])}/{dtype}/positions/biases", config, announcement)
 
 
 def pickled(folder: Path, config: AnyConfig) -> Path:
@@ -109,6 +109,7 @@ def _dequantise(file: Path, dtype: torch.dtype, out: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     if missing := sorted(report["missing_keys"]):
         raise UserError(f"model.name: {file} does not load: it has no weights for {', '.join(missing[:3])}")
+    _check_biases(file, model)
     # The weights are dequantised, but transformers still marks the model as quantised and would
     # refuse to save it.
     plain: Any = model
@@ -121,6 +122,24 @@ def _dequantise(file: Path, dtype: torch.dtype, out: Path) -> None:
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     _readable(out)
+
+
+def _check_biases(file: Path, model: Any) -> None:
+    """Raise UserError for a bias of a layer that transformers makes without: such a file has no word of it.
+
+    Granite's code models are of the architecture llama, and have them.
+    """
+    from gguf import GGUFReader
+    from transformers.modeling_gguf_pytorch_utils import TensorProcessor, get_gguf_hf_weights_map
+
+    known: Any = get_gguf_hf_weights_map(model, TensorProcessor())
+    for tensor in GGUFReader(file).tensors:
+        layer, _, last = tensor.name.rpartition(".")
+        if last == "bias" and tensor.name not in known and f"{layer}.weight" in known and tensor.data.any():
+            raise UserError(
+                f"model.name: {file} has {tensor.name}, which transformers does not read for {type(model).__name__}: it"
+                " would be trained without; name the folder or hub id that the file was made from, with safetensors"
+            )
 
 
 def _unpickle(folder: Path, trust_remote_code: bool, out: Path) -> None:

@@ -43,6 +43,17 @@ def test_a_whole_file_is_converted(whole: bytes, tmp_path: Path) -> None:
     assert obtain(tmp_path, whole) == base
 
 
+@pytest.mark.parametrize("layer", ["attn_q", "ffn_up"])
+def test_biases_that_transformers_leaves_out_are_refused(tmp_path: Path, layer: str) -> None:
+    size = {"attn_q": small_gguf.WIDTH, "ffn_up": small_gguf.INNER}[layer]
+    zeros, ones = ({f"blk.0.{layer}.bias": [number] * size} for number in (0.0, 1.0))
+    file = small_gguf.write(tmp_path / "zeros.gguf", more=zeros)
+    obtain(tmp_path, file.read_bytes())
+    file = small_gguf.write(tmp_path / "ones.gguf", more=ones)
+    with pytest.raises(UserError, match=rf"has blk\.0\.{layer}\.bias, which transformers does not read"):
+        obtain(tmp_path, file.read_bytes())
+
+
 @pytest.mark.parametrize(
     ("key", "kind", "number", "problem"),
     [
