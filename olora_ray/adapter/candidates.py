@@ -138,7 +138,7 @@ def _refused(module: nn.Module, read: bool) -> Reason | None:
         return READ
     if isinstance(module, QuantisedLinear):
         return None
-    weight = module.weight
+    weight = getattr(module, "weight", None)  # compressed-tensors has other parameters in its place
     if isinstance(module, nn.Linear) and (
         not isinstance(weight, Tensor)
         or weight.dtype not in _FLOATS
@@ -175,7 +175,8 @@ def _computes_a_linear_map(module: nn.Module) -> bool:
 
 def _aside(name: str, modules: dict[str, nn.Module], blocks: dict[str, tuple[str, set[int]]]) -> Reason | None:
     module = modules[name]
-    shape = getattr(weight_facts(module) if isinstance(module, QuantisedLinear) else module.weight, "shape", ())
+    weight = weight_facts(module) if isinstance(module, QuantisedLinear) else getattr(module, "weight", None)
+    shape = getattr(weight, "shape", ())
     if len(shape) == 2 and 1 in shape:
         return GATE
     return ROUTER if _is_router(name, modules, blocks) else None

@@ -54,7 +54,8 @@ def select(model: nn.Module, targets: str | tuple[str, ...], rank: int) -> Selec
             if refused := found[name].refused:
                 raise UserError(f"adapter.targets: {name!r} is {refused.what}, which is not adapted; leave it out")
     if not chosen:
-        raise UserError("adapter.targets: the model has no linear layer to adapt")
+        kinds = ", ".join(dict.fromkeys(reason.kind for reason in left_out.values()))
+        raise UserError(f"adapter.targets: the model has no linear layer to adapt{f', only {kinds}' if kinds else ''}")
     selected = {name: found[name].target for name in chosen}
     _check_rank(selected, rank)
     return Selection(selected, left_out)

@@ -9,11 +9,11 @@ import re
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from olora_ray.adapter import weight_names
+from olora_ray.adapter import stored, weight_names
 from olora_ray.adapter.factors import AdapterWeights, Factors
 from olora_ray.adapter.layout import is_stack, parameter_of, stored_transposed
 from olora_ray.adapter.peft_check import BOUND, check_adapter
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _PASSED = "passed\n"
+_STAY_PACKED = ("bitsandbytes", "gptq", "awq")
+"""Ways in which a model's files are quantised that transformers does not undo as it loads them."""
 _RANK = 1
 """With B0 the folder has two directions, which is enough to tell their order from that of experts."""
 
@@ -49,10 +51,34 @@ def problems(base: BaseModel, config: Config, targets: Iterable[str]) -> list[st
 
 def _found(base: BaseModel, config: Config, names: Sequence[str]) -> list[str]:
     model = skeleton(base, config.model)
+    if packed := _packed(Path(base.folder), model, names):
+        return packed
     found = _unreadable(model, config, names)
     if config.export.merged:
         found += _unmergeable(Path(base.folder), model, names)
     return found
+
+
+def _packed(folder: Path, model: "PreTrainedModel", names: Sequence[str]) -> list[str]:
+    """Layers of a quantised base that have no weight an adapter could be made for: a worker would find them so."""
+    settings: Any = getattr(model.config, "quantization_config", None)
+    method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
+    kind = str(getattr(method, "value", method))
+    if kind not in _STAY_PACKED:
+        return []
+    try:
+        places = stored.tensors(folder)
+    except UserError:  # loading says what is wrong
+        return []
+    read = weight_names.as_transformers_reads(places, model)
+    for name in names:
+        group = read.get(parameter_of(model, name))
+        if group is None or any(entry.dtype not in stored.DTYPES for entry in group.stored):
+            return [
+                f"model.name: {folder} is quantised ({kind}): {name} has no floating-point weight, which adapters are"
+                " made for; name the model that it was made from, and set model.quantization to keep that packed"
+            ]
+    return []
 
 
 def _unmergeable(folder: Path, model: "PreTrainedModel", names: Sequence[str]) -> list[str]:

@@ -1,5 +1,6 @@
 """The export tried before step 0: what cannot be delivered is one line then, and nothing else is refused."""
 
+import json
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
@@ -81,6 +82,24 @@ def test_weights_that_cannot_be_merged_are_named(tmp_path: Path) -> None:
     assert line.endswith("; or set export.merged: false")
     (line,) = rewritten(tmp_path, {f"{Q}.weight": None})
     assert "has no weight" in line
+
+
+@pytest.mark.parametrize("method", ["bitsandbytes", "gptq"])
+def test_a_base_that_stays_quantised_is_refused_whatever_is_exported(tmp_path: Path, method: str) -> None:
+    folder = tmp_path / "base"
+    rewritten(folder, {})
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(fields | {"quantization_config": {"quant_method": method}}))
+    base = BaseModel(str(folder), str(folder), "")
+    config = tiny.config(model__name=str(folder), export__merged=False)
+    assert trial.problems(base, config, [Q]) == [], "this layer was left as it is"
+    tensors = load_file(folder / "model.safetensors")
+    weight = tensors.pop(f"{Q}.weight")
+    name = f"{Q}.weight" if method == "bitsandbytes" else f"{Q}.qweight"
+    save_file(tensors | {name: torch.zeros(len(weight) * 32, 1, dtype=torch.uint8)}, folder / "model.safetensors")
+    (line,) = trial.problems(base, config, [Q])
+    assert line.startswith(f"model.name: {folder} is quantised ({method}): {Q} has no floating-point weight")
+    assert "model.quantization" in line
 
 
 def test_it_reads_no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
