@@ -41,7 +41,8 @@ def copy_tokenizer(base: Path, out: Path) -> None:
         if (base / name).is_file():
             shutil.copyfile(base / name, out / name)
     if (base / TEMPLATES).is_dir():
-        shutil.copytree(base / TEMPLATES, out / TEMPLATES, copy_function=shutil.copyfile)
+        # The base's are there already where an adapter's tokenizer goes into a merged folder.
+        shutil.copytree(base / TEMPLATES, out / TEMPLATES, copy_function=shutil.copyfile, dirs_exist_ok=True)
     make_portable(out)
 
 

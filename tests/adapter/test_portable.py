@@ -38,6 +38,15 @@ def test_a_tokenizer_is_copied_without_traces_of_a_machine(base: Path, tmp_path:
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
 
 
+def test_templates_that_are_there_already_are_replaced(base: Path, tmp_path: Path) -> None:
+    """As in the merged folder of an adapter-only version: its base has brought them."""
+    for folder, text in ((base, "new"), (tmp_path / "out", "old")):
+        (folder / "additional_chat_templates").mkdir(parents=True)
+        (folder / "additional_chat_templates" / "tools.jinja").write_text(text)
+    portable.copy_tokenizer(base, tmp_path / "out")
+    assert (tmp_path / "out" / "additional_chat_templates" / "tools.jinja").read_text() == "new"
+
+
 @pytest.mark.parametrize("code", [True, False])
 def test_a_tokenizer_with_code_of_its_own_is_copied_with_it(base: Path, tmp_path: Path, code: bool) -> None:
     (tmp_path / "out").mkdir()
