@@ -27,9 +27,15 @@ _DIVISORS, _OTHER_DIVISORS = "rope_freqs.weight", ("rope_factors_long.weight", "
 _MOST_DIVISORS = 2**16
 _READS_SCALING = "gpt-oss"
 """The architecture whose scaled positions transformers reads."""
+_PASSES_BASE_BY = ("starcoder2", "stablelm")
+"""Those whose base of the frequencies it passes by: it is 10,000 then, where StarCoder 2 has up to a million."""
+_GUESSES_SCALE, _SCALE = ("gemma2", "gemma3"), 256
+"""Those whose attention transformers divides by the root of this, since no such file says by what. It is the size of
+a head, but in the models of 27B: 144 and 168, with heads of 128."""
 _LOW, _HIGH, _ORIGINAL = 1.0, 4.0, 8192
 """Of Llama 3.1 to 3.3, whose files have the divisors that follow from them, and a factor."""
 _ALIKE = 1e-3
+_INSTEAD = "name the folder or hub id that it was made from, with safetensors"
 
 
 class _Broken(Exception):
@@ -39,8 +45,8 @@ class _Broken(Exception):
 def check(file: Path) -> dict[str, Any] | None:
     """Raise UserError unless all that the header counts is there, and its sizes are those of its tensors.
 
-    Returns how the model scales its rotary positions, as a config of transformers says it; None: not at all. It is for
-    the caller to set, since transformers passes it by. Raises UserError also where it cannot be told.
+    Returns what of the model's rotary positions transformers passes by, as a config of it says that, for the caller to
+    set; None: nothing. Raises UserError also where it cannot be told, or what else is passed by.
     """
     try:
         with file.open("rb") as stream:
@@ -68,7 +74,12 @@ def _check(reader: "_Reader") -> dict[str, Any] | None:
     for name, (_, offset, size) in shapes.items():
         if data + offset + size > reader.size:
             raise _Broken(f"it is cut off: {name[:60]!r} ends at byte {data + offset + size:,} of {reader.size:,}")
-    return _scaling(reader, values, shapes, data)
+    architecture = values["general.architecture"]
+    if architecture in _GUESSES_SCALE and values.get(f"{architecture}.attention.key_length", _SCALE) != _SCALE:
+        raise _Broken(f"by what its attention is divided is not in such a file; {_INSTEAD}")
+    scaling = _scaling(reader, values, shapes, data)
+    theta = values.get(f"{architecture}.rope.freq_base")
+    return {"rope_theta": theta} if theta is not None and architecture in _PASSES_BASE_BY else scaling
 
 
 def _tensors(reader: "_Reader", count: int) -> Iterator[tuple[str, tuple[list[int], int, int]]]:
@@ -156,10 +167,7 @@ def _are_of_llama3(divisors: Sequence[float], theta: Any, factor: float) -> bool
 
 
 def _other_positions(what: str) -> _Broken:
-    return _Broken(
-        f"it scales its rotary positions ({what}), which is not read from such a file; name the folder or hub id that"
-        " it was made from, with safetensors"
-    )
+    return _Broken(f"it scales its rotary positions ({what}), which is not read from such a file; {_INSTEAD}")
 
 
 class _Reader:

@@ -13,14 +13,19 @@ def write(
     theta: float = 10000.0,
     scaling: Mapping[str, str | float] | None = None,
     more: Mapping[str, Sequence[float]] | None = None,
+    architecture: str = "llama",
+    head: int | None = None,
 ) -> Path:
-    """Write it; always the same bytes. `scaling` are values of rope.*, `more` are tensors beside the model's."""
+    """Write it; always the same bytes. `scaling` are values of rope.*, `more` are tensors beside the model's.
+
+    With another `architecture` only the header is right.
+    """
     import gguf
     from tokenizers import pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = ["<s>", "</s>", *alphabet, "ab"]
-    writer = gguf.GGUFWriter(file, "llama")
+    writer = gguf.GGUFWriter(file, architecture)
     writer.add_block_count(1)
     writer.add_context_length(128)
     writer.add_embedding_length(WIDTH)
@@ -31,7 +36,9 @@ def write(
     writer.add_rope_freq_base(theta)
     for name, value in (scaling or {}).items():
         add = writer.add_string if isinstance(value, str) else writer.add_float32
-        add(f"llama.rope.{name}", value)
+        add(f"{architecture}.rope.{name}", value)
+    if head is not None:
+        writer.add_key_length(head)
     writer.add_vocab_size(len(tokens))
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens)
