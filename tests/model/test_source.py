@@ -157,7 +157,18 @@ def test_a_damaged_index_is_named(copy: Path, index: str) -> None:
 
 def test_weights_that_the_index_names_must_be_there(copy: Path) -> None:
     indexed(copy, "model-00001-of-00002.safetensors")
+    (copy / "model.safetensors").rename(copy / "model-00002-of-00002.safetensors")
     assert "has no 'model-00001-of-00002.safetensors', which model.safetensors.index.json names" in refusal(copy)
+
+
+def test_a_model_saved_as_one_file_over_its_shards_is_a_model(copy: Path) -> None:
+    """transformers removes the shards then, and leaves their index."""
+    tiny.llama().save_pretrained(copy, max_shard_size="100KB")
+    tiny.llama().save_pretrained(copy)
+    there = sorted(file.name for file in copy.glob("model*"))
+    assert there == ["model.safetensors", "model.safetensors.index.json"], "what this is about"
+    assert obtain(copy).digest
+    assert load.load_model(copy, named(copy).model, CPU) is not None
 
 
 def test_the_hub_s_cache_of_links_into_its_blobs_is_a_model(copy: Path, tmp_path: Path) -> None:
