@@ -104,7 +104,7 @@ def _dequantise(file: Path, dtype: torch.dtype, out: Path) -> None:
         as_user_error(f"model.name: reading {file.name} needs the package gguf", ImportError),
         foreign(f"model.name: {file} is not a GGUF model that loads"),
     ):
-        scaling = gguf_header.check(file)
+        passed_by = gguf_header.check(file)
         model, report = from_pretrained(file.parent, gguf_file=file.name, dtype=dtype, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     if missing := sorted(report["missing_keys"]):
@@ -113,8 +113,8 @@ def _dequantise(file: Path, dtype: torch.dtype, out: Path) -> None:
     # The weights are dequantised, but transformers still marks the model as quantised and would
     # refuse to save it.
     plain: Any = model
-    if scaling is not None:
-        plain.config.rope_parameters = {**plain.config.rope_parameters, **scaling}
+    for name, value in passed_by.items():
+        setattr(plain.config, name, {**getattr(plain.config, name), **value} if isinstance(value, dict) else value)
     plain.config.__dict__.pop("quantization_config", None)
     for mark in ("hf_quantizer", "quantization_method", "is_quantized"):
         if hasattr(plain, mark):

@@ -29,6 +29,8 @@ _READS_SCALING = "gpt-oss"
 """The architecture whose scaled positions transformers reads."""
 _PASSES_BASE_BY = ("starcoder2", "stablelm")
 """Those whose base of the frequencies it passes by: it is 10,000 then, where StarCoder 2 has up to a million."""
+_PASSES_WINDOW_BY = ("phi3",)
+"""Those whose window of attention it passes by: Phi-3's models of 4k see 2,047 tokens. Phi-4's says 0, for none."""
 _GUESSES_SCALE, _SCALE = ("gemma2", "gemma3"), 256
 """Those whose attention transformers divides by the root of this, since no such file says by what. It is the size of
 a head, but in the models of 27B: 144 and 168, with heads of 128."""
@@ -42,11 +44,11 @@ class _Broken(Exception):
     pass
 
 
-def check(file: Path) -> dict[str, Any] | None:
+def check(file: Path) -> dict[str, Any]:
     """Raise UserError unless all that the header counts is there, and its sizes are those of its tensors.
 
-    Returns what of the model's rotary positions transformers passes by, as a config of it says that, for the caller to
-    set; None: nothing. Raises UserError also where it cannot be told, or what else is passed by.
+    Returns what transformers passes by of the model's rotary positions and window, as fields of its config, for the
+    caller to set. Raises UserError also where they cannot be told.
     """
     try:
         with file.open("rb") as stream:
@@ -55,7 +57,7 @@ def check(file: Path) -> dict[str, Any] | None:
         raise UserError(f"model.name: {file} is not a GGUF model that loads: {error}") from None
 
 
-def _check(reader: "_Reader") -> dict[str, Any] | None:
+def _check(reader: "_Reader") -> dict[str, Any]:
     if reader.take(4) != b"GGUF":
         raise _Broken("it does not begin as one")
     if (version := reader.number("I")) not in _VERSIONS:
@@ -77,9 +79,15 @@ def _check(reader: "_Reader") -> dict[str, Any] | None:
     architecture = values["general.architecture"]
     if architecture in _GUESSES_SCALE and values.get(f"{architecture}.attention.key_length", _SCALE) != _SCALE:
         raise _Broken(f"by what its attention is divided is not in such a file; {_INSTEAD}")
-    scaling = _scaling(reader, values, shapes, data)
+    found: dict[str, Any] = {}
     theta = values.get(f"{architecture}.rope.freq_base")
-    return {"rope_theta": theta} if theta is not None and architecture in _PASSES_BASE_BY else scaling
+    rope = {"rope_theta": theta} if isinstance(theta, int | float) and architecture in _PASSES_BASE_BY else {}
+    if rope := rope | (_scaling(reader, values, shapes, data) or {}):
+        found["rope_parameters"] = rope
+    window = values.get(f"{architecture}.attention.sliding_window")
+    if architecture in _PASSES_WINDOW_BY and type(window) is int and window > 0:
+        found["sliding_window"] = window
+    return found
 
 
 def _tensors(reader: "_Reader", count: int) -> Iterator[tuple[str, tuple[list[int], int, int]]]:

@@ -15,6 +15,7 @@ def write(
     more: Mapping[str, Sequence[float]] | None = None,
     architecture: str = "llama",
     head: int | None = None,
+    window: int | None = None,
 ) -> Path:
     """Write it; always the same bytes. `scaling` are values of rope.*, `more` are tensors beside the model's.
 
@@ -39,6 +40,8 @@ def write(
         add(f"{architecture}.rope.{name}", value)
     if head is not None:
         writer.add_key_length(head)
+    if window is not None:
+        writer.add_sliding_window(window)
     writer.add_vocab_size(len(tokens))
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens)

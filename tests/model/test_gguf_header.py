@@ -185,7 +185,7 @@ def test_positions_that_are_not_scaled_are_taken(
     tmp_path: Path, scaling: dict[str, Any], more: dict[str, list[float]]
 ) -> None:
     pytest.importorskip("gguf")
-    assert gguf_header.check(small_gguf.write(tmp_path / "model.gguf", THETA, scaling, more)) is None
+    assert gguf_header.check(small_gguf.write(tmp_path / "model.gguf", THETA, scaling, more)) == {}
 
 
 def test_the_base_of_the_frequencies_is_told_where_transformers_passes_it_by(tmp_path: Path) -> None:
@@ -195,14 +195,24 @@ def test_the_base_of_the_frequencies_is_told_where_transformers_passes_it_by(tmp
     for family in ("starcoder2", "stablelm"):
         assert "rope.freq_base" not in GGUF_CONFIG_MAPPING[family], "what this is about"
         file = small_gguf.write(tmp_path / f"{family}.gguf", 2.0**20, architecture=family)
-        assert gguf_header.check(file) == {"rope_theta": 2.0**20}
+        assert gguf_header.check(file) == {"rope_parameters": {"rope_theta": 2.0**20}}
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3"])
 def test_an_attention_that_is_divided_by_what_the_file_does_not_say_is_refused(tmp_path: Path, family: str) -> None:
     pytest.importorskip("gguf")
     file = small_gguf.write(tmp_path / "small.gguf", architecture=family, head=256)
-    assert gguf_header.check(file) is None
+    assert gguf_header.check(file) == {}
     file = small_gguf.write(tmp_path / "27b.gguf", architecture=family, head=128)
     with pytest.raises(UserError, match=r"27b\.gguf .* by what its attention is divided is not in such a file; name"):
         gguf_header.check(file)
+
+
+def test_the_window_of_phi_3_is_told(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
+
+    assert "attention.sliding_window" not in GGUF_CONFIG_MAPPING["phi3"], "what this is about"
+    for window, told in ((2047, {"sliding_window": 2047}), (0, {}), (None, {})):
+        file = small_gguf.write(tmp_path / "phi.gguf", architecture="phi3", window=window)
+        assert gguf_header.check(file) == told
