@@ -67,6 +67,7 @@ def main() -> None:
                     f"{found['seconds']:.2f}",
                 )
             )
+            print(" | ".join(rows[-1]), file=sys.stderr, flush=True)
     print(table(("contestant", "base MiB", "peak MiB", "first loss", "last loss", "s a step"), rows))
 
 

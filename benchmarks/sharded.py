@@ -10,6 +10,7 @@ both have to be equal, to the bit.
 
 import argparse
 import hashlib
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from time import perf_counter
 from types import SimpleNamespace
 from typing import Any
 
@@ -238,7 +240,7 @@ def random_store(count: int, length: int) -> Rows:
 @contextmanager
 def peak(seen: Seen, phase: str, start: Memory) -> Iterator[None]:
     """Note the most memory of a phase above `start`."""
-    done, found = threading.Event(), [Memory.now()]
+    done, found, began = threading.Event(), [Memory.now()], perf_counter()
 
     def look() -> None:
         while not done.wait(LOOK_EVERY):
@@ -251,7 +253,9 @@ def peak(seen: Seen, phase: str, start: Memory) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
-        seen.peaks[phase] = found[0].most(Memory.now()).above(start)
+        most = seen.peaks[phase] = found[0].most(Memory.now()).above(start)
+        seconds = perf_counter() - began
+        print(f"{phase}: {most.own / GIB:.2f} GiB own, {seconds:.0f} s", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
