@@ -48,7 +48,7 @@ class Absent:
     hung: tuple[Member, ...] = ()
     """Members that were given up since the last time this was asked, and may still hold their places."""
     nobody_for: float = 0.0
-    """Seconds since the last member of a group was lost, if nobody has come since."""
+    """Seconds since the last member of a group was lost, or since one that waits for others has come."""
 
 
 @dataclass(frozen=True)

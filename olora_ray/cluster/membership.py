@@ -50,6 +50,7 @@ class Membership:
         """Members of the group that are gone, and why."""
         self._hung: list[Member] = []
         self._empty_since: float | None = None
+        """When the last member of the group was lost, or somebody has come since; None while there is a group."""
         self._leaving: frozenset[str] = frozenset()
         """Ids of nodes that are going to be taken away."""
         self._over = self._finished = False
@@ -71,6 +72,8 @@ class Membership:
         self._seen[member.name] = time.monotonic()
         future: asyncio.Future[Group] = asyncio.get_running_loop().create_future()
         self._here[member.name] = member, future
+        if self._empty_since is not None:
+            self._empty_since = time.monotonic()  # others may be on their way, too
         self._over |= lost and self._is_member(member.name)
         self._form()
         self._tell()
@@ -125,8 +128,7 @@ class Membership:
     async def absent(self) -> Absent:
         """Who is missing."""
         hung, self._hung = tuple(self._hung), []
-        nobody = self._empty_since is not None and not self._here
-        return Absent(hung, time.monotonic() - self._empty_since if nobody and self._empty_since else 0.0)
+        return Absent(hung, 0.0 if self._empty_since is None else time.monotonic() - self._empty_since)
 
     async def finish(self) -> None:
         """The training has ended: who waits here waits for nothing."""

@@ -38,7 +38,8 @@ JOINED = 10.0
 AGAIN = 2.0
 """The same after a look that has found some."""
 DESERTED = 120.0
-"""Seconds after the loss of the last worker in which Ray has to bring others: their imports alone may take 30."""
+"""Seconds after the loss of the last worker, or after the last that came since, in which Ray has to bring others: their
+imports alone may take 30."""
 NOBODY = 5.0
 """Seconds without a group of workers after which the driver grants a stop itself."""
 SLOW = 30.0
@@ -236,7 +237,7 @@ class Attempts:
             self._announce(f"waiting for {plural(workers, 'worker')} to start: there is room for {free} more")
 
     def _watch(self) -> None:
-        """Help where Ray does not: with workers that hang, with none at all, and with nodes that are taken away."""
+        """Help where Ray does not: with workers that hang, with none or too few, and with nodes that are taken away."""
         if not self.changing or not self._running:
             return
         absent = answer(self.channel.absent.remote())
