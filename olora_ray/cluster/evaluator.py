@@ -1,6 +1,8 @@
 """Evaluation during a training: held-out loss, answers to held-out prompts, and the best adapter so far."""
 
+import contextlib
 import logging
+from collections.abc import Iterator
 
 from torch import Tensor
 
@@ -37,10 +39,20 @@ class Evaluator:
             self.best = self.trainer.flat.vector.clone()
         return {"eval/loss": loss, "eval/perplexity": perplexity(loss)}
 
-    def use_best(self) -> None:
-        """Put the best adapter in place of the last one; without evaluations that one stays."""
-        if self.best is not None:
-            self.trainer.flat.vector.copy_(self.best)
+    @contextlib.contextmanager
+    def _best_in_place(self) -> Iterator[None]:
+        """The best adapter in place of the last one, for the block; without evaluations that one stays.
+
+        Where others are lost meanwhile, the last one is what a new group goes on with, and saves.
+        """
+        vector = self.trainer.flat.vector
+        last = vector.clone()
+        try:
+            if self.best is not None:
+                vector.copy_(self.best)
+            yield
+        finally:
+            vector.copy_(last)
 
     def loss(self, step: int) -> float:
         """Mean held-out loss per supervised token, after `step` steps; raises UserError if it is not finite."""
@@ -58,10 +70,12 @@ class Evaluator:
             return answer(self.trainer, self.questions, limit, self.spec.eos, self.context.rank, self.context.world)
 
     def answer_pairs(self, before: list[list[int]] | None) -> tuple[AnswerPair, ...]:
-        """The held-out prompts with the answers of before and of now."""
+        """The held-out prompts with the answers of before and of the best adapter."""
         if not self.questions:
             return ()
-        pairs = zip(self.questions, before or [], self.answers("fine-tuned model"), strict=True)
+        with self._best_in_place():
+            now = self.answers("fine-tuned model")
+        pairs = zip(self.questions, before or [], now, strict=True)
         return tuple(AnswerPair(each.prompt, each.reference, tuple(old), tuple(new)) for each, old, new in pairs)
 
     def baseline(self, place: str) -> Baseline:

@@ -231,7 +231,6 @@ class Worker:
         if interrupted:
             why, preempted = self.stop_requests.reason()
             return TrainResult(interrupted=why, preempted=preempted, state=self.state)
-        self.evaluator.use_best()
         answers = self.evaluator.answer_pairs(self.state.before)
         found = self.trainer.loss.tested
         return TrainResult(

@@ -217,14 +217,14 @@ def _work(
     StopRequests._listen = lambda self: None  # type: ignore[method-assign]
     member = Member(str(os.getpid()), rank, collectives.meeting_place("127.0.0.1"), node)
     kept: dict[str, Any] = {}
-    _keep_trainer(kept)
+    _keep_worker(kept)
     with Mesh(SocketMeeting(address), member) as mesh:
         result = train_at(Context(), spec, str(folder / "checkpoints"), _channel(folder), mesh)
     assert result.problem is None, result.problem
-    trainer = kept["trainer"]
+    trainer, best = kept["worker"].trainer, kept["worker"].evaluator.best
     rows = [] if result.state is None else [[row["step"], *_repeatable(row)] for row in result.state.history]
     outcome = Outcome(
-        _digest([trainer.flat.vector, *_last_adapter(folder)]),
+        _digest([trainer.flat.vector, *([] if best is None else [best]), *_last_adapter(folder)]),
         _digest(list(trainer.optimizer.moments.values())),
         rows,
         [[list(pair.before), list(pair.after)] for pair in result.answers],
@@ -234,21 +234,21 @@ def _work(
 
 
 def _last_adapter(folder: Path) -> list[torch.Tensor]:
-    """That of the last checkpoint: the trainer has the best one, which may be that of the start."""
+    """That of the last checkpoint."""
     newest = checkpoints.latest_good(str(folder / "checkpoints"))
     parts = [] if newest is None else [part for one in newest[1].adapter.values() for part in (one.da, one.db)]
     assert any(part.any() for part in parts)
     return parts
 
 
-def _keep_trainer(kept: dict[str, Any]) -> None:
+def _keep_worker(kept: dict[str, Any]) -> None:
     from olora_ray.cluster import worker
 
     make = worker.Worker.__init__
 
     def init(self: Any, *arguments: Any, **named: Any) -> None:
         make(self, *arguments, **named)
-        kept["trainer"] = self.trainer
+        kept["worker"] = self
 
     worker.Worker.__init__ = init  # type: ignore[method-assign]
 

@@ -12,12 +12,15 @@ import torch
 
 from olora_ray.cluster import train_worker
 from olora_ray.cluster.channel import Resumed, Started
+from olora_ray.cluster.evaluator import Evaluator
 from olora_ray.cluster.groups import Orders
+from olora_ray.cluster.resume import named
 from olora_ray.cluster.spec import TrainResult, TrainSpec
 from olora_ray.cluster.stop_requests import StopRequests
 from olora_ray.cluster.train_worker import train_at
 from olora_ray.cluster.worker import Worker, _Left
 from olora_ray.cluster.worker_context import SharedBase, SharedBaseContext
+from olora_ray.common.collectives import PeerLost
 from olora_ray.model.source import BaseModel
 from olora_ray.train import checkpoint, checkpoint_manager, checkpoints, recompute
 from olora_ray.train.checkpoint_manager import CheckpointManager
@@ -186,6 +189,34 @@ def test_the_best_adapter_is_kept_and_resumed(tmp_path: Path) -> None:
     assert again.state.best_step == first.state.best_step
     assert same(adapter(tmp_path / "cut", 6), adapter(tmp_path / "whole", 6))
     assert again.answers == first.answers
+
+
+def test_the_last_adapter_is_back_when_others_are_lost_while_the_best_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new first worker saves what it goes on with, and so the best would be the last one of the run."""
+    found: list[Worker] = []
+    make, answers = Worker.__init__, Evaluator.answers
+
+    def init(self: Worker, *arguments: Any, **named: Any) -> None:
+        make(self, *arguments, **named)
+        found.append(self)
+
+    def lost(self: Evaluator, answering: str) -> list[list[int]]:
+        if answering != "fine-tuned model":
+            return answers(self, answering)
+        assert self.best is not None
+        assert torch.equal(self.trainer.flat.vector, self.best)
+        raise PeerLost
+
+    monkeypatch.setattr(Worker, "__init__", init)
+    monkeypatch.setattr(Evaluator, "answers", lost)
+    with pytest.raises(PeerLost):
+        train(tmp_path, train__lr=0.2, train__schedule="constant")
+    flat = found[0].trainer.flat
+    saved = named(checkpoints.read(str(tmp_path / checkpoints.name_of(6))).adapter)
+    assert not torch.equal(flat.vector, found[0].evaluator.best)
+    assert all(torch.equal(flat.view(flat.vector, name), part) for name, part in saved.items())
 
 
 def test_another_base_is_a_problem_in_the_result(tmp_path: Path) -> None:
