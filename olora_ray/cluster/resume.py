@@ -93,11 +93,19 @@ def restored(spec: TrainSpec, folder: str) -> Checkpoint | None:
     try:
         found = found or checkpoints.read(place)
     except UserError as error:
-        problem = f"run.storage: worker {rank} cannot use what worker 0 can: {error}"
-    collectives.raise_together(problem)
+        problem = _named(error, f"run.storage: worker {rank} cannot use what worker 0 can")
+    try:
+        collectives.raise_together(problem)
+    except TryAgain as error:
+        raise OSError(str(error)) from None
     assert found is not None
     checkpoint.require_same(found.identity, spec.identity(), place)
     return found
+
+
+def _named(error: UserError, what: str) -> UserError:
+    """The same with what it is about: a TryAgain stays one."""
+    return (TryAgain if isinstance(error, TryAgain) else UserError)(f"{what}: {error}")
 
 
 def start_adapter(spec: TrainSpec) -> dict[str, AdapterWeights] | None:
@@ -110,9 +118,9 @@ def start_adapter(spec: TrainSpec) -> dict[str, AdapterWeights] | None:
         found = checkpoints.read(place)
         wanted = spec.identity()
         if other := [what for what in ("base model", "adapter") if found.identity.get(what) != wanted[what]]:
-            problem = f"train.start: {place} was trained with another {' and another '.join(other)}"
+            problem = UserError(f"train.start: {place} was trained with another {' and another '.join(other)}")
     except UserError as error:
-        problem = f"train.start: {error}"
+        problem = _named(error, "train.start")
     collectives.raise_together(problem)
     assert found is not None
     return found.best_adapter()

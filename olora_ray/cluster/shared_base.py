@@ -21,7 +21,7 @@ from olora_ray.cluster.failures import SharedBaseDied
 from olora_ray.cluster.spec import TrainResult, TrainSpec
 from olora_ray.cluster.train_worker import train_at
 from olora_ray.cluster.worker_context import SharedBase, SharedBaseContext
-from olora_ray.common.errors import UserError
+from olora_ray.common.errors import TryAgain, UserError
 from olora_ray.common.quiet import quiet_transformers
 from olora_ray.train.malloc import ONE_POOL
 
@@ -65,7 +65,7 @@ class SharedBaseActor:
         try:
             return train_at(SharedBaseContext(self._base()), spec, checkpoints, channel)
         except UserError as error:
-            return TrainResult(problem=str(error))
+            return TrainResult(problem=str(error), passes=isinstance(error, TryAgain))
         finally:
             with self._counting:
                 del self._until[name]

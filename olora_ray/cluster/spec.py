@@ -101,6 +101,8 @@ class TrainResult:
 
     problem: str | None = None
     """Why training stopped, if the user has to act."""
+    passes: bool = False
+    """Whether the problem passes by itself: a store did not answer a worker."""
     interrupted: str | None = None
     """Why training stopped between two steps, with a checkpoint, if it was asked to."""
     preempted: bool = False

@@ -17,7 +17,7 @@ from olora_ray.cluster.stop_requests import StopRequests
 from olora_ray.cluster.worker import Worker
 from olora_ray.cluster.worker_context import RayTrainContext, WorkerContext
 from olora_ray.common import collectives
-from olora_ray.common.errors import UserError
+from olora_ray.common.errors import TryAgain, UserError
 from olora_ray.common.quiet import quiet_transformers
 
 
@@ -84,4 +84,4 @@ def train_at(
         if mesh and mesh.group is None:
             raise RuntimeError(str(error)) from error  # it came late and alone: the others train on
         # Returned, not raised: a retry would meet the same problem.
-        return TrainResult(problem=str(error))
+        return TrainResult(problem=str(error), passes=isinstance(error, TryAgain))

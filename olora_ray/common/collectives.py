@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
-from olora_ray.common.errors import UserError
+from olora_ray.common.errors import TryAgain, UserError
 
 Value = TypeVar("Value")
 
@@ -152,7 +152,12 @@ def gather(value: Value) -> list[Value]:
     return values
 
 
-def raise_together(problem: str | None) -> None:
-    """Raise a UserError on all workers if one has a problem: alone, it would leave the others waiting."""
-    if found := next((each for each in gather(problem) if each), None):
-        raise UserError(found)
+def raise_together(problem: UserError | str | None) -> None:
+    """Raise a UserError on all workers if one has a problem: alone, it would leave the others waiting.
+
+    It is a TryAgain if that is one.
+    """
+    every = gather((str(problem), isinstance(problem, TryAgain)) if problem else None)
+    if found := next((each for each in every if each), None):
+        text, later = found
+        raise (TryAgain if later else UserError)(text)

@@ -15,7 +15,7 @@ from olora_ray.cluster.hung import end_hung
 from olora_ray.cluster.placement_groups import free_abandoned
 from olora_ray.cluster.resources import PlacementRequest, free_workers
 from olora_ray.cluster.spec import TrainResult, TrainSpec
-from olora_ray.common.errors import UserError
+from olora_ray.common.errors import TryAgain, UserError
 from olora_ray.common.text import plural
 from olora_ray.pipeline.connection import user_errors
 from olora_ray.pipeline.monitor import Event, Monitor
@@ -131,7 +131,7 @@ class Attempts:
             if self.build.problem is not None or self.build.store.total is not None:
                 self.build.join()  # that too many rows are unusable may turn out at the last of them
         if result.problem:
-            raise UserError(result.problem)
+            raise (TryAgain if result.passes else UserError)(result.problem)
         if not result.interrupted:
             return True
         if result.state is None:  # the first workers have left, and those that trained on were lost later

@@ -80,11 +80,12 @@ def _agreed(found: BaseFiles | str) -> BaseFiles | str:
 
 def together(work: Callable[[], Value]) -> Value:
     """What `work` returns; the UserError that one worker meets is raised on all, which would wait for it otherwise."""
-    problem, found = None, []
+    problem: UserError | None = None
+    found = []
     try:
         found.append(work())
     except UserError as error:
-        problem = str(error)
+        problem = error
     collectives.raise_together(problem)
     return found[0]
 

@@ -10,7 +10,8 @@ from olora_ray.adapter.factors import AdapterWeights, Factors
 from olora_ray.adapter.initialise import initialise
 from olora_ray.adapter.targets import find_targets
 from olora_ray.cluster import resume
-from olora_ray.cluster.resume import factors
+from olora_ray.cluster.resume import factors, restored, start_adapter
+from olora_ray.common.errors import TryAgain, UserError
 from tests import tiny
 from tests.families import zoo
 from tests.families.variants import ALL
@@ -52,3 +53,24 @@ def test_shared_factors_that_one_worker_cannot_read_are_made_by_all(
     context: Any = SimpleNamespace(rank=0, device=torch.device("cpu"))
     loss: Any = SimpleNamespace(model=tiny.llama())
     assert list(factors(context, spec, loss, None)) == [found]
+
+
+@pytest.mark.parametrize(("kind", "raised"), [(TryAgain, OSError), (UserError, UserError)])
+def test_a_checkpoint_that_a_worker_cannot_fetch_now_is_for_another_group_of_workers(
+    kind: type[UserError], raised: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that it cannot use ends the run."""
+
+    def read(place: str) -> None:
+        raise kind("slow down")
+
+    monkeypatch.setattr(resume.collectives, "rank", lambda: 1)
+    monkeypatch.setattr(resume.collectives, "from_first", lambda _: "s3://b/step-3")
+    monkeypatch.setattr(resume.checkpoints, "read", read)
+    spec: Any = SimpleNamespace(config=tiny.config(train__start="s3://b/step-3"))
+    with pytest.raises(Exception, match="worker 1 cannot use what worker 0 can: slow down") as caught:
+        restored(spec, "s3://b")
+    assert type(caught.value) is raised
+    with pytest.raises(UserError, match=r"^train.start: slow down$") as caught:
+        start_adapter(spec)
+    assert type(caught.value) is kind

@@ -21,6 +21,7 @@ from olora_ray.cluster.train_worker import train_at
 from olora_ray.cluster.worker import Worker, _Left
 from olora_ray.cluster.worker_context import SharedBase, SharedBaseContext
 from olora_ray.common.collectives import PeerLost
+from olora_ray.common.errors import TryAgain
 from olora_ray.model.source import BaseModel
 from olora_ray.train import checkpoint, checkpoint_manager, checkpoints, recompute
 from olora_ray.train.checkpoint_manager import CheckpointManager
@@ -228,6 +229,16 @@ def test_another_base_is_a_problem_in_the_result(tmp_path: Path) -> None:
     assert started.problem is not None
     assert started.problem.startswith("train.start: ")
     assert started.problem.endswith("was trained with another adapter")
+
+
+def test_a_store_that_does_not_answer_a_worker_is_told_as_what_passes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(place: str) -> None:
+        raise TryAgain("slow down")
+
+    monkeypatch.setattr(checkpoints, "read", read)
+    assert train(tmp_path, train__start="/a")[0] == TrainResult(problem="train.start: slow down", passes=True)
 
 
 def test_a_run_may_start_with_the_adapter_of_another(tmp_path: Path) -> None:

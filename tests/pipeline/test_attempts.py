@@ -89,6 +89,13 @@ def test_when_the_first_have_left_and_the_others_are_lost_it_goes_on(before: str
     assert caught.value.exit_code == 143
 
 
+@pytest.mark.parametrize(("passes", "code"), [(True, 75), (False, 2)])
+def test_what_passes_by_itself_on_a_worker_does_so_for_the_driver(passes: bool, code: int) -> None:
+    with pytest.raises(UserError, match=r"^the store does not answer$") as caught:
+        attempts_of()._is_final(TrainResult(problem="the store does not answer", passes=passes))
+    assert caught.value.exit_code == code
+
+
 @pytest.mark.parametrize(("before", "cause"), [(None, "all workers were lost"), ("worker 0 died", "worker 0 died")])
 def test_trainers_that_the_driver_has_ended_itself_are_no_failure(
     before: str | None, cause: str, monkeypatch: pytest.MonkeyPatch
