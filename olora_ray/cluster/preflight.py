@@ -214,7 +214,9 @@ def _disk(config: Config, size: MemoryEstimate, base: BaseModel) -> Iterator[str
         "checkpoints": (config.train.keep + 1) * checkpoint,
         "exports": exports,
     }
-    need = sum(parts.values()) - _used(place / config.run.name) - _used(place / "tokens")
+    # What lies there may be of other runs, and makes no room for the rest of this one.
+    tokens = max(0, parts["tokens"] - _used(place / "tokens"))
+    need = tokens + max(0, parts["checkpoints"] + parts["exports"] - _used(place / config.run.name))
     if (free := shutil.disk_usage(there).free) < need:
         shown = ", ".join(f"{name} {value / GIB:.2f}" for name, value in parts.items())
         yield (

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -168,6 +169,25 @@ def test_uploads_need_room_in_the_temporary_folder(
         found = list(preflight._disk(settings, replace(estimate(settings, base, gpu=False), trainable=trainable), base))
         assert bool(found) is refused
     assert found[0].startswith(f"run.storage: what is uploaded from {tmp_path} needs about ")
+
+
+def test_the_tokens_of_other_runs_are_no_room_for_this_one(
+    base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = tiny.config(run__storage=str(tmp_path))
+    size = replace(estimate(settings, base, gpu=False), trainable=10**8)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2**30))
+
+    def lies(name: str) -> None:
+        (tmp_path / name).mkdir()
+        with (tmp_path / name / "file").open("wb") as file:
+            file.truncate(2**36)  # without taking them
+
+    lies("tokens")
+    (problem,) = preflight._disk(settings, size, base)
+    assert "and 1.00 GiB are free" in problem
+    lies(settings.run.name)  # its checkpoints, from before
+    assert not list(preflight._disk(settings, size, base))
 
 
 @pytest.mark.parametrize(
