@@ -238,7 +238,7 @@ class Attempts:
 
     def _watch(self) -> None:
         """Help where Ray does not: with workers that hang, with none or too few, and with nodes that are taken away."""
-        if not self.changing or not self._running:
+        if not self.changing:
             return
         absent = answer(self.channel.absent.remote())
         for member in absent.hung:  # else it keeps its place for ten minutes
@@ -246,7 +246,7 @@ class Attempts:
         if absent.nobody_for > DESERTED:  # Ray's controller waits for room on a node that is gone
             self._deserted = True
             ray_internals.end_train_controllers()
-        if self._asked:
+        if self._asked or not self._running:
             return
         if (nodes := ray_internals.draining_nodes()) and not answer(self.channel.drain_nodes.remote(nodes)):
             self._ask(f"node {', '.join(sorted(node[:8] for node in nodes))} is preempted")

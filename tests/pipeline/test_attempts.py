@@ -96,16 +96,23 @@ def test_what_passes_by_itself_on_a_worker_does_so_for_the_driver(passes: bool, 
     assert caught.value.exit_code == code
 
 
-@pytest.mark.parametrize(("before", "cause"), [(None, "all workers were lost"), ("worker 0 died", "worker 0 died")])
+@pytest.mark.parametrize(
+    ("running", "before", "cause"),
+    [
+        (True, None, "all workers were lost"),
+        (True, "worker 0 died", "worker 0 died"),
+        (False, None, "all workers were lost"),  # while they loaded the model
+    ],
+)
 def test_trainers_that_the_driver_has_ended_itself_are_no_failure(
-    before: str | None, cause: str, monkeypatch: pytest.MonkeyPatch
+    running: bool, before: str | None, cause: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ended: list[int] = []
     monkeypatch.setattr(attempts, "answer", lambda call: call)
     monkeypatch.setattr(ray_internals, "end_train_controllers", lambda: ended.append(1))
     monkeypatch.setattr(ray_internals, "draining_nodes", set)
     driver = attempts_of(cluster__max_failures=0)
-    driver._running, driver.cause = True, before
+    driver._running, driver.cause = running, before
     driver._watch()
     assert not ended
     driver.channel.absent.remote = lambda: Absent(nobody_for=attempts.DESERTED + 1)
