@@ -10,6 +10,7 @@
 A directory whose manifest is missing or does not hold is not a checkpoint. Nothing in it is a pickle.
 """
 
+import errno
 import hashlib
 import json
 from collections.abc import Callable, Mapping
@@ -40,6 +41,8 @@ ADAPTER, BEST, OPTIMIZER, STATE, CONFIG, MANIFEST = (
     "manifest.json",
 )
 
+AWAY = frozenset({errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.EACCES, errno.EPERM})
+"""Errors of files that may be good: their mounted storage does not answer, or lets another user have them."""
 _NAMES = {ADAPTER, BEST, OPTIMIZER, STATE, CONFIG}
 _TEXTS = TypeAdapter(dict[str, str])
 _STATE = TypeAdapter(TrainState)
@@ -159,14 +162,19 @@ def _difference(old: str, new: str) -> str:
 
 
 def verify(folder: Path) -> None:
-    """Raise UserError unless the folder is a complete checkpoint with the bytes that were written."""
+    """Raise UserError unless the folder is a complete checkpoint with the bytes that were written.
+
+    Raises OSError if that cannot be said now.
+    """
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         files = dict(manifest["files"])
         whole = manifest["format"] == FORMAT and files.keys() >= {ADAPTER, OPTIMIZER, STATE, CONFIG}
     except FileNotFoundError:
         raise UserError(f"{folder}: not a complete checkpoint (no {MANIFEST})") from None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        if isinstance(error, OSError) and error.errno in AWAY:
+            raise
         raise UserError(f"{folder / MANIFEST}: not a checkpoint's manifest") from None
     if not whole or files.keys() - _NAMES or ((folder / BEST).exists() and BEST not in files):
         raise UserError(f"{folder / MANIFEST}: not the manifest of this checkpoint, or of another version of olora_ray")

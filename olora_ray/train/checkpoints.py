@@ -70,7 +70,7 @@ def names_now(place: str) -> list[str]:
 def latest_good(place: str) -> tuple[str, Checkpoint] | None:
     """The newest checkpoint that can be trusted, and its folder; damaged ones are passed over with a warning.
 
-    Raises TryAgain if an object store does not give one that is there: it may be good.
+    Raises TryAgain if the storage does not give one that is there: it may be good.
     """
     try:
         there = names(place)
@@ -112,7 +112,7 @@ def read(folder: str) -> Checkpoint:
     except FileNotFoundError as error:
         raise UserError(f"checkpoint {folder}: not there: {short_reason(error)}") from None
     except OSError as error:
-        kind = TryAgain if storage.is_uri(folder) else UserError
+        kind = TryAgain if storage.is_uri(folder) or error.errno in checkpoint.AWAY else UserError
         raise kind(f"checkpoint {folder}: cannot be read: {short_reason(error)}") from None
 
 

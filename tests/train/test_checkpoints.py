@@ -1,5 +1,6 @@
 """Checkpoints appear whole or not at all, and the newest good one is found."""
 
+import errno
 import os
 import shutil
 import subprocess
@@ -7,6 +8,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -111,6 +113,38 @@ def test_one_that_is_damaged_is_passed_over_with_a_warning(place: str, tmp_path:
     (line,) = lines
     assert line.startswith("warning: step-0000004 is passed over: ")
     assert "optimizer.safetensors" in line
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "adapter.safetensors"])
+@pytest.mark.parametrize(("number", "away"), [(errno.ESTALE, True), (errno.EACCES, True), (errno.EIO, False)])
+def test_one_that_a_mounted_folder_does_not_give_now_is_not_passed_over(
+    name: str, number: int, away: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with an object store; on a disk that is damaged there is nothing to wait for."""
+    place = str(tmp_path)
+    filled(place, 2, 4)
+    old = Path.open
+
+    def opened(self: Path, *arguments: Any, **named: Any) -> Any:
+        if self.match(f"step-0000004/{name}"):
+            raise OSError(number, os.strerror(number))
+        return old(self, *arguments, **named)
+
+    def read_text(self: Path, encoding: str) -> str:
+        with self.open(encoding=encoding) as file:
+            return str(file.read())
+
+    monkeypatch.setattr(Path, "open", opened)
+    monkeypatch.setattr(Path, "read_text", read_text)
+    if away:
+        with pytest.raises(TryAgain, match=f"step-0000004: cannot be read: {os.strerror(number)}"):
+            checkpoints.latest_good(place)
+        filled(place, 0, keep=1)  # nor is it removed
+        assert "step-0000004" in checkpoints.names(place)
+        return
+    found = checkpoints.latest_good(place)
+    assert found is not None
+    assert found[1].state.step == 2
 
 
 def test_a_damaged_one_is_replaced_when_its_step_comes_again(place: str, tmp_path: Path) -> None:
