@@ -8,7 +8,7 @@ search; here those two learn again from the trials' records what they knew when 
 
 import contextlib
 import random
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from functools import partial
 from typing import Any
 
@@ -103,10 +103,53 @@ class Population(PopulationBasedTraining):
         )
         self._seed = space.seed
 
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        """Tune has a trial: a new one, or one of before an interruption, which may be over."""
+        super().on_trial_add(tune_controller, trial)
+        if trial.is_finished():
+            del self._trial_state[trial]
+
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """A member has come to an evaluation; with the last of them all are compared."""
+        members: Any = _Members(tune_controller, self._trial_state)
         with _seeded(f"{self._seed} {result.get('step', 0)}"):
-            return str(super().on_trial_result(tune_controller, trial, result))
+            return str(super().on_trial_result(members, trial, result))
+
+    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
+        """A member has failed."""
+        self._leaves(tune_controller, trial)
+
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        """A member has come to its end."""
+        self._leaves(tune_controller, trial)
+
+    def _leaves(self, tune_controller: Any, trial: Any) -> None:
+        """Wait for this member no longer; if all others have waited for it alone, they are compared now."""
+        self._trial_state.pop(trial, None)
+        left = _Members(tune_controller, self._trial_state).get_live_trials()
+        if left and all(self._trial_state[each].last_train_time >= self._next_perturbation_sync for each in left):
+            self.on_trial_result(tune_controller, left[0], self._trial_state[left[0]].last_result or {})
+
+
+class _Members:
+    """Tune's controller, whose trials are the members that are left.
+
+    Ray 2.60, tune/schedulers/pbt.py: it waits for all trials that Tune calls live, and a failed one stays that.
+    """
+
+    def __init__(self, tune_controller: Any, members: Container[Any]) -> None:
+        self._controller, self._members = tune_controller, members
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._controller, name)
+
+    def get_trials(self) -> list[Any]:
+        """In Tune's order."""
+        return [trial for trial in self._controller.get_trials() if trial in self._members]
+
+    def get_live_trials(self) -> list[Any]:
+        """The same: who has left is no member."""
+        return self.get_trials()
 
 
 @contextlib.contextmanager

@@ -44,7 +44,7 @@ class Controller:
         return self.trials
 
     def get_live_trials(self) -> list[Trial]:
-        return [trial for trial in self.trials if not trial.is_finished()]
+        return [trial for trial in self.trials if trial.status != Trial.TERMINATED]
 
     def pause_trial(self, trial: Trial, should_checkpoint: bool = True) -> None:
         trial.set_status(Trial.PAUSED)
@@ -275,3 +275,57 @@ def test_a_population_explores_each_kind_of_range() -> None:
     for name in found.draw_names():
         # Whoever only takes over others has what one of them had at the start.
         assert {draws[name] for draws in rounds[-1]} - {draws[name] for draws in rounds[0]}, name
+
+
+def population(members: int) -> tuple[Any, Controller, list[Trial]]:
+    """Its scheduler, with looks at the others after each fourth step, and its members."""
+    found = space({"train.lr": {"loguniform": [1e-4, 1e-2]}}, scheduler={"kind": "population"}, trials=members)
+    trials = [tune_trial(number, found.drawn(number)) for number in range(members)]
+    controller, made = Controller(trials), Population(found, 4)
+    assert made.set_search_properties("eval/loss", "min")
+    return made, controller, trials
+
+
+def comes_to(made: Any, controller: Controller, trial: Trial, step: int, value: float = 1.0) -> None:
+    """A member reports an evaluation and, as Tune has it do then, pauses with a checkpoint."""
+    trial.set_status(Trial.RUNNING)
+    decided = made.on_trial_result(controller, trial, result(step, 20, value))
+    assert decided in (TrialScheduler.PAUSE, TrialScheduler.NOOP)  # the second: it takes over another, and is paused
+    trial.set_status(Trial.PAUSED)
+    trial.run_metadata.checkpoint_manager._latest_checkpoint_result = SimpleNamespace(
+        checkpoint=f"checkpoint of {trial}", metrics={}
+    )
+
+
+def ends(made: Any, controller: Controller, trial: Trial, fails: bool) -> None:
+    """As Tune does: the scheduler is told before the trial has its new state."""
+    trial.set_status(Trial.RUNNING)
+    if fails:
+        made.on_trial_error(controller, trial)
+    else:
+        made.on_trial_complete(controller, trial, {})
+    trial.set_status(Trial.ERROR if fails else Trial.TERMINATED)
+
+
+@pytest.mark.parametrize("fails", [True, False])
+@pytest.mark.parametrize("last", [True, False])
+def test_a_population_does_not_wait_for_a_member_that_has_left(last: bool, fails: bool) -> None:
+    """All others waited for it for ever: a failed trial stays live for Tune, and nobody looked at those that wait."""
+    made, controller, trials = population(4)
+    for trial in trials:
+        made.on_trial_add(controller, trial)
+    before = trials[2].config["train.lr"]
+    if not last:
+        ends(made, controller, trials[3], fails)
+    for number, trial in enumerate(trials[:3]):
+        comes_to(made, controller, trial, 4, float(number))
+    if last:
+        assert made.choose_trial_to_run(controller) is trials[3]
+        ends(made, controller, trials[3], fails)
+    assert trials[2].config["train.lr"] != before, "the worst of those that are left takes over the best"
+    for step in (8, 12):
+        for _ in range(3):
+            chosen = made.choose_trial_to_run(controller)
+            assert chosen in trials[:3]
+            comes_to(made, controller, chosen, step)
+    assert made.choose_trial_to_run(controller) in trials[:3]
