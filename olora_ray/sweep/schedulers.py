@@ -104,10 +104,17 @@ class Population(PopulationBasedTraining):
         self._seed = space.seed
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        """Tune has a trial: a new one, or one of before an interruption, which may be over."""
+        """Tune has a trial: a new one, or one of before an interruption, which may be over.
+
+        Those that go on are compared where the furthest of them comes to its next evaluation. Ray would compare them at
+        the first that any comes to, and then wait for one that is less far than all are by then.
+        """
         super().on_trial_add(tune_controller, trial)
         if trial.is_finished():
             del self._trial_state[trial]
+        elif step := (trial.last_result or {}).get("step"):
+            every = self._perturbation_interval
+            self._next_perturbation_sync = max(self._next_perturbation_sync, (step // every + 1) * every)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """A member has come to an evaluation; with the last of them all are compared."""

@@ -329,3 +329,21 @@ def test_a_population_does_not_wait_for_a_member_that_has_left(last: bool, fails
             assert chosen in trials[:3]
             comes_to(made, controller, chosen, step)
     assert made.choose_trial_to_run(controller) in trials[:3]
+
+
+@pytest.mark.parametrize("steps", [(4, 4, 4), (8, 8, 8), (8, 4, 8)])
+def test_a_population_that_is_resumed_goes_on_after_its_next_comparison(steps: tuple[int, ...]) -> None:
+    """Tune forgets its schedulers: after the first comparison nobody was behind, and all waited for ever."""
+    made, controller, trials = population(3)
+    for trial, step in zip(trials, steps, strict=True):
+        trial.run_metadata.last_result = result(step, 20, 1.0)
+        made.on_trial_add(controller, trial)
+    reached = list(steps)
+    while min(reached) < 16:
+        chosen = made.choose_trial_to_run(controller)
+        assert chosen is not None, reached
+        place = trials.index(chosen)
+        reached[place] += 4
+        comes_to(made, controller, chosen, reached[place])
+    assert reached == [16, 16, 16]
+    assert made.choose_trial_to_run(controller) is not None
