@@ -17,12 +17,13 @@ def keep_credentials() -> None:
     class_cache.ENV_VARS_TO_PROPAGATE = {name for name in names if not name.startswith("AWS_")}
 
 
-def go_on_with(tuner: Any, folder: str, most: int) -> None:
+def go_on_with(tuner: Any, folder: str, most: int, scheduler: Any) -> None:
     """Let a restored Tuner run so many trials at the same time, in the folder where the search lies now.
 
     Ray 2.60, tune/impl/tuner_internal.py and tune/search: tuner.pkl has the number of the first attempt, and so have
     the states from which the searchers restore all that they are. These also say where the search lay then: the trials
-    that were made before are told of today's place, and those that are made now were not.
+    that were made before are told of today's place, and those that are made now were not. So does the scheduler of
+    tuner.pkl, which is as new as `scheduler`: Tune keeps nothing of what one has learned.
     """
     from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter
     from ray.tune.search.search_generator import SearchGenerator
@@ -34,6 +35,7 @@ def go_on_with(tuner: Any, folder: str, most: int) -> None:
         limited = _limited(ConcurrencyLimiter, most)(settings.search_alg, max_concurrent=most)
         settings.search_alg = _placed(SearchGenerator, folder)(limited)
     settings.max_concurrent_trials = None  # as the searcher says
+    settings.scheduler = scheduler
 
 
 def _limited(kind: Any, most: int) -> Any:

@@ -48,7 +48,7 @@ def build(sweep_spec: SweepSpec, callback: SweepCallback, max_concurrent_trials:
     place = state.place(sweep_spec.folder)
     if tune.Tuner.can_restore(place):
         found = tune.Tuner.restore(place, trainable, resume_unfinished=True, param_space=_params(sweep_spec.space))
-        tune_internals.go_on_with(found, sweep_spec.folder, max_concurrent_trials)
+        tune_internals.go_on_with(found, sweep_spec.folder, max_concurrent_trials, scheduler(sweep_spec))
         return found
     state.begin(sweep_spec.folder)
     space = sweep_spec.space

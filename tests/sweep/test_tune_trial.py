@@ -20,8 +20,8 @@ from olora_ray.common import logs
 from olora_ray.common.errors import UserError
 from olora_ray.model.source import BaseModel
 from olora_ray.sweep import run as search_run
+from olora_ray.sweep import schedulers, trial_file, tuner
 from olora_ray.sweep import trial as trials
-from olora_ray.sweep import trial_file, tuner
 from olora_ray.sweep.callback import SweepCallback
 from olora_ray.sweep.record import TrialRecord
 from olora_ray.sweep.space import Space
@@ -297,6 +297,18 @@ def test_trials_that_are_made_after_a_search_was_moved_write_where_it_lies_now(t
     handed_on(first, found, tmp_path)
     trial = found.next_trial()
     assert trial.storage.storage_fs_path == search.folder
+
+
+@pytest.mark.parametrize("kind", ["asha", "median"])
+def test_a_search_that_was_moved_compares_with_what_was_measured_before(tmp_path: Path, kind: str) -> None:
+    """Its scheduler looked for the trials at the old place, found none, and compared with nothing."""
+    old, now = (spec(tmp_path / name, scheduler={"kind": kind}) for name in ("old", "now"))
+    begun(old, '{"trial_data": [["{}", "{}"]]}')
+    trial_file.TrialFile(trial_place(old.folder, 0), TrialRecord(0, {}, "finished", total=2), "min").measured(1, 0.5)
+    (tmp_path / "old").rename(tmp_path / "now")
+    made = again(now)
+    assert made._is_restored
+    assert schedulers._results(made._tune_config.scheduler._folder, "train/loss", "trial-000")
 
 
 def test_a_trial_of_a_moved_search_goes_on_from_the_checkpoint_that_was_moved_with_it(
