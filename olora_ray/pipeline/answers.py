@@ -13,7 +13,7 @@ from olora_ray.config.evaluation import AnyConfig
 from olora_ray.config.schema import Config
 from olora_ray.tokens.store import TokenStore
 from olora_ray.train import scoring
-from olora_ray.train.generate import questions
+from olora_ray.train.generate import questions, wanted_questions
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +87,19 @@ def check(config: AnyConfig, held_out: TokenStore | None, tokenizer: Any) -> Non
             raise UserError(f"{_place(held_out, question.row)}: {error}") from error
     if held_out and config.evaluation.rows and isinstance(config, Config):
         _check_gate(config, names, "" if asked else why)
+
+
+def given(config: Config, held_out: TokenStore | None, tokenizer: Any) -> set[str]:
+    """Names of the scores that a run's answers will have, as far as the scorer gives them for the references.
+
+    Raises UserError for a reference that it cannot score.
+    """
+    if config.evaluation.scorer is None:
+        return set()
+    judge = scoring.Judge(config.evaluation.scorer)
+    asked = wanted_questions(config.evaluation, held_out)
+    references = [as_text(tokenizer, question.reference) for question in asked]
+    return {name for reference in references for name in judge(reference, reference)}
 
 
 def _cut_off(lengths: Sequence[int], most: int) -> str | None:

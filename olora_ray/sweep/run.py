@@ -25,6 +25,7 @@ from olora_ray.common.text import plural
 from olora_ray.config.dotted import flatten
 from olora_ray.config.load import override
 from olora_ray.config.schema import Config
+from olora_ray.pipeline import answers
 from olora_ray.pipeline.base import Base
 from olora_ray.pipeline.prepare import prepare_tokens
 from olora_ray.pipeline.run_folder import RunFolder
@@ -48,10 +49,14 @@ REASONS = 3
 
 
 def train_spec(config: Config, space: Space, base: Base) -> tuple[TrainSpec, float]:
-    """The specification that all trials vary, and the seconds its tokens took."""
+    """The specification that all trials vary, and the seconds its tokens took.
+
+    Raises UserError for a score as the metric that no trial would have: each would say so after its training.
+    """
     began = time.monotonic()
     spec, _ = prepare_tokens(config, base, wait=True)
     seconds = time.monotonic() - began
+    _check_score(spec, space, base)
     largest = max(space.possible(MICRO, config.train.micro_batch))
     if spec.recompute or largest <= config.train.micro_batch:
         return spec, seconds
@@ -62,6 +67,17 @@ def train_spec(config: Config, space: Space, base: Base) -> tuple[TrainSpec, flo
             f" {MICRO}={largest} would not fit"
         )
     return replace(spec, recompute=again), seconds
+
+
+def _check_score(spec: TrainSpec, space: Space, base: Base) -> None:
+    wanted = space.metric.removeprefix("score/")
+    if wanted == space.metric or wanted in (names := answers.given(spec.config, spec.eval, base.tokenizer)):
+        return
+    given = ", ".join(f"score/{name}" for name in sorted(names)) or "nothing"
+    raise UserError(
+        f"metric: {space.metric} is not measured: {spec.config.evaluation.scorer} gives {given} for the held-out rows"
+        " that are answered"
+    )
 
 
 def share(spec: TrainSpec, space: Space, seconds: float) -> tuple[TrainSpec, float]:

@@ -90,6 +90,41 @@ def test_blocks_are_run_again_where_the_largest_micro_batch_of_a_search_needs_it
     assert asked == ([2] if "train.lr" in search else [2, 8] if again else [2, 3])
 
 
+@pytest.mark.parametrize(
+    ("metric", "rows", "given"),
+    [
+        ("score/exact_match", 5, None),
+        ("score/exactmatch", 5, "score/exact_match"),
+        ("score/exact_match", 0, "nothing"),
+        ("eval/loss", 0, None),
+    ],
+)
+def test_a_score_that_no_trial_would_have_is_refused_before_the_trainings(
+    metric: str, rows: int, given: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each trial was trained to its end, failed there, and the search ended with nothing."""
+
+    def prepared(config: Config, base: Any, wait: bool) -> tuple[TrainSpec, None]:
+        store: Any = tiny.store()
+        return TrainSpec(config, base.model, "t", (1,), store, store), None
+
+    monkeypatch.setattr(run, "prepare_tokens", prepared)
+    config = tiny.config(evaluation__scorer="exact_match", evaluation__rows=rows, evaluation__samples=0)
+    base: Any = SimpleNamespace(
+        model=BaseModel("m", "/m", ""), tokenizer=SimpleNamespace(decode=lambda ids, skip_special_tokens: str(ids))
+    )
+    lr = {"train.lr": {"choice": [1e-3]}}
+    space = Space.model_validate({"search": lr, "metric": metric, "scheduler": {"kind": "none"}})
+    if given is None:
+        assert run.train_spec(config, space, base)[0].config == config
+        return
+    with pytest.raises(UserError) as found:
+        run.train_spec(config, space, base)
+    assert str(found.value) == (
+        f"metric: {metric} is not measured: exact_match gives {given} for the held-out rows that are answered"
+    )
+
+
 def test_a_setting_that_only_some_trials_have_is_refused(model: Path) -> None:
     space = over(["up_proj"], ["q_proj", "up_proj"], ["v_proj"])
     with pytest.raises(UserError) as found:
