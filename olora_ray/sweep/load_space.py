@@ -58,6 +58,13 @@ def check(space: Space, config: Config, where: str = "space") -> None:
             raise UserError(f"{where}: search.{field}: it does not change what a training gives; put it under set")
         if space.trials_per_worker > 1 and not field.startswith(SAME_BASE):
             raise UserError(f"{where}: search.{field}: with trials_per_worker all trials share one base and its data")
+    for field, value in space.set.items():
+        if field in Config.model_fields:
+            part = next(iter(value), "FIELD") if isinstance(value, dict) else "FIELD"
+            raise UserError(
+                f"{where}: set.{field}: a whole section, of which all that is not named would be at its default; name"
+                f" fields, e.g. {field}.{part}"
+            )
     base = _override(config, space.set, f"{where}: set")
     known = flatten(base)
     for field, changes in _probes(space):

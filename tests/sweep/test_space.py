@@ -227,6 +227,11 @@ ODD: dict[str, tuple[dict[str, Any], str]] = {
         {"search": {**LR, "train": {"choice": [{"lr": 1}]}}},
         "search.train.lr: search.train sets it too; leave one out",
     ),
+    "a section set for all": (
+        {"search": LR, "set": {"data": {"max_length": 64}}},
+        "set.data: a whole section, of which all that is not named would be at its default; name fields, e.g."
+        " data.max_length",
+    ),
     "searched and set": (
         {"search": LR, "set": {"train.lr": 1e-4}},
         "set.train.lr: search.train.lr sets it too; leave one out",
