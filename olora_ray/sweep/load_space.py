@@ -1,12 +1,13 @@
 """Reader of space files: checks each against the config that it varies, before anything starts."""
 
 import itertools
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from olora_ray.common.errors import UserError
-from olora_ray.config.dotted import flatten
+from olora_ray.config.dotted import at, flatten
 from olora_ray.config.load import override, validated
 from olora_ray.config.schema import Config
 from olora_ray.config.yaml_io import parse_yaml
@@ -68,7 +69,7 @@ def check(space: Space, config: Config, where: str = "space") -> None:
     base = _override(config, space.set, f"{where}: set")
     known = flatten(base)
     for field, changes in _probes(space):
-        _override(base, changes, f"{where}: search.{field}")
+        _refuse_texts(_override(base, changes, f"{where}: search.{field}"), changes, where)
         if not any(overlap(field, name) for name in known):  # e.g. data.train.00.weight
             raise UserError(f"{where}: search.{field}: unknown field; --help lists the fields")
     if space.searcher != "tpe":
@@ -128,6 +129,14 @@ def _pairs(bases: Sequence[Any], factors: Sequence[float]) -> Iterator[tuple[Any
         return
     yield from itertools.product(bases, (min(factors), max(factors)))
     yield from itertools.product((min(bases), max(bases)), factors)
+
+
+def _refuse_texts(config: Config, changes: Mapping[str, Any], where: str) -> None:
+    """Raise UserError for a text that the config has taken for a number: here numbers are compared with others."""
+    for field, value in changes.items():
+        taken = at(config, field)
+        if isinstance(value, str) and isinstance(taken, int | float):
+            raise UserError(f"{where}: search.{field}: {value!r} is a text; write {json.dumps(taken)} without quotes")
 
 
 def _override(config: Config, changes: Mapping[str, Any], where: str) -> Config:

@@ -147,6 +147,15 @@ ODD: dict[str, tuple[dict[str, Any], str]] = {
     "text as an end": (of({"uniform": ["0.1", 1]}), "search.train.lr.uniform.0: expected a number, not '0.1'"),
     "true as an end": (of({"uniform": [0, True]}), "search.train.lr.uniform: expected a number, not true"),
     "empty grid": (of({"grid": []}), "search.train.lr.grid: "),
+    "a number as a text": (
+        of({"choice": ["8", "32"]}, "adapter.rank"),
+        "search.adapter.rank: '8' is a text; write 8 without quotes",
+    ),
+    "a rate as a text": (of({"choice": ["0.001", 2e-4]}), "search.train.lr: '0.001' is a text; write 0.001 without"),
+    "true as a text": (
+        of({"choice": ["true", "false"]}, "data.packing"),
+        "'true' is a text; write true without quotes",
+    ),
     "no list": (of({"choice": 8}, "adapter.rank"), "search.adapter.rank.choice: "),
     "nothing but null": (of({"choice": None}), "needs exactly one of choice, grid"),
     "null as a domain": (of(None), "search.train.lr: "),
