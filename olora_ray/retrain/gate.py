@@ -94,8 +94,9 @@ def _compared(
         left_out = f" (left out: {len(challenger.losses) - len(unseen)} that the champion may have been trained on)"
         challenger, champion = challenger.only(unseen), champion.only(unseen)
         groups = [groups[row] for row in unseen] if groups is not None else None
-    if unseen is not None and not len(unseen):
-        return False, f"{gate.metric}: there is no held-out row to compare on{left_out}", {"groups": 0}
+    if unseen is not None and not _shared_rows(gate.metric, challenger, champion):
+        of_those = "" if lower_is_better(gate.metric) else " of those that are answered (evaluation.rows)"
+        return False, f"{gate.metric}: there is no held-out row{of_those} to compare on{left_out}", {"groups": 0}
     found = improvement(gate, challenger, champion, groups)
     interval = found.interval
     rows = plural(found.rows, "row") + (f" in {plural(found.groups, 'group')}" if found.groups < found.rows else "")
@@ -112,6 +113,11 @@ def _compared(
     else:
         passed, missed = interval.mean >= gate.must_improve_by, "it must improve at least by"
     return passed, text if passed else f"{text}, but {missed} {gate.must_improve_by:g}", numbers
+
+
+def _shared_rows(metric: str, ours: RowResults, theirs: RowResults) -> set[int]:
+    """The rows on which both have a metric; raises UserError if one of them has it nowhere."""
+    return set(ours.column(metric).rows.tolist()) & set(theirs.column(metric).rows.tolist())
 
 
 def _check(condition: Condition, results: RowResults) -> tuple[bool, str]:

@@ -185,6 +185,21 @@ def test_rows_that_the_champion_was_trained_on_are_left_out() -> None:
     )
 
 
+def test_answers_to_rows_that_the_champion_was_trained_on_alone_are_a_refusal() -> None:
+    """The first file has changed, and all answers are to its rows: each night trained, and then ended with an error."""
+    better, champion = (results([1.0] * 70, first=[score] * 40) for score in (1.0, 0.0))
+    found = decide(Gate(metric="eval/first"), better, champion, HeldOut(unseen=list(range(40, 70))))
+    assert not found.passed
+    assert found.reason == (
+        "eval/first: there is no held-out row of those that are answered (evaluation.rows) to compare on (left out: 40"
+        " that the champion may have been trained on)"
+    )
+    some = decide(Gate(metric="eval/first"), better, champion, HeldOut(unseen=list(range(20, 70))))
+    assert some.passed
+    with pytest.raises(UserError, match="eval/match: not measured"):
+        decide(gate(metric="eval/match"), better, champion, HeldOut(unseen=[1]))
+
+
 def test_scores_are_paired_by_row_whatever_rows_have_them() -> None:
     """Fails where scores are lists: pairs of other rows, or lists of different lengths."""
 
