@@ -192,9 +192,14 @@ class RunFolder:
                     " where it leads"
                 )
 
+    def other_settings(self) -> str:
+        """The settings that decide numbers and were others when the name was claimed, with both values."""
+        if not storage.exists(self.settings):
+            return ""
+        return _changes(bound_settings(flatten(self._kept())), bound_settings(flatten(self.config)))
+
     def _refuse_other_settings(self) -> None:
-        old, new = bound_settings(flatten(self._kept())), bound_settings(flatten(self.config))
-        if shown := _changes(old, new):
+        if shown := self.other_settings():
             raise UserError(
                 f"run.name: {self.config.run.name!r} exists with other settings ({shown});"
                 f" choose another run.name or delete {self.root}"

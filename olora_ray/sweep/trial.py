@@ -27,6 +27,8 @@ from olora_ray.tokens.prepare import CompleteStore
 from olora_ray.tracking.run import Tracker
 from olora_ray.train.checkpoints import copy_from, last_step
 
+logger = logging.getLogger(__name__)
+
 END_SECONDS = 120.0
 """How long a trial that is stopped may take for its last step and checkpoint."""
 COPY_SECONDS = 60.0
@@ -110,6 +112,7 @@ class TrialRun:
             self._items.put(ended)
 
     def _train(self) -> None:
+        others = self._drop_other_values()
         spec = trial_spec(self.sweep_spec, self.config, cpus_held=ray.cluster_resources().get("CPU", 0.0))
         self.total = self.sweep_spec.steps(self.config, spec.train)
         self._file.record = replace(self._file.record, total=self.total)
@@ -118,6 +121,8 @@ class TrialRun:
             logs.handled_by(_LogFile(self.folder.root)),
         ):
             self._note_run(tracker)
+            if others:
+                logger.warning(f"this trial had other values before the search was resumed, and begins anew: {others}")
             self.folder.claim()
             result = fit.finished_training(spec, self.folder)
             if result is None:
@@ -127,6 +132,18 @@ class TrialRun:
             for row in result.state.history:  # those of a training that had ended before
                 self._on_row(int(row["step"]), row)
             self._score(spec, result)
+
+    def _drop_other_values(self) -> str:
+        """Remove what a trial of this number has left that had other values, if there was one; which these are.
+
+        Optuna draws anew what Tune had not noted when it was killed, after what others have measured by then. The
+        training would go on from a checkpoint of the other values.
+        """
+        if self.sweep_spec.space.searcher != "tpe" or not (others := self.folder.other_settings()):
+            return ""
+        storage.remove(self.folder.root)
+        self._file.begin()
+        return others
 
     def _fitted(self, spec: TrainSpec, tracker: Tracker) -> TrainResult:
         on_row: OnRow = self._on_row

@@ -185,6 +185,31 @@ def test_a_trial_that_goes_on_from_its_own_checkpoint_keeps_its_values(
     assert second._file.record.value == 0.5
 
 
+@pytest.mark.parametrize(("rate", "kept"), [(1e-3, True), (2e-3, False)])
+def test_a_trial_does_not_go_on_from_a_checkpoint_of_other_values(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rate: float, kept: bool
+) -> None:
+    """Optuna draws anew what Tune had not noted: the training went on from that of the other rate, in silence."""
+    search = spec(tmp_path, searcher="tpe")
+    first = TrialRun(search, 1, {"train.lr": 1e-3})
+    first.folder.claim()
+    first._file.begin()
+    (checkpoint := Path(first.folder.checkpoints, "step-0000001")).mkdir(parents=True)
+    ended = SimpleNamespace(state=SimpleNamespace(history=[]))
+    monkeypatch.setattr(trials.ray, "cluster_resources", dict)
+    monkeypatch.setattr(trials.mlflow_run, "tracked", lambda *_: contextlib.nullcontext(SimpleNamespace(run_id="run")))
+    monkeypatch.setattr(trials.fit, "finished_training", lambda *_: ended)
+    second = TrialRun(search, 1, {"train.lr": rate})
+    second._file.begin()
+    second._train()
+    assert checkpoint.exists() == kept
+    assert second.folder.other_settings() == ""
+    assert read_all(search.folder)[1].params == {"train.lr": rate}
+    log = Path(second.folder.root, "log.txt")
+    assert log.exists() != kept
+    assert kept or "begins anew: train.lr was 0.001, is 0.002" in log.read_text()
+
+
 def test_trials_are_tracked_where_the_search_is_wherever_they_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
