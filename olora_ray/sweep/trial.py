@@ -90,6 +90,11 @@ class TrialRun:
             copy_from(owner.checkpoints, self.folder.checkpoints, step, COPY_SECONDS)
         storage.remove(self.folder.training)
 
+    def last(self) -> Measured | None:
+        """The evaluation that it goes on from, or came to."""
+        step, value = self._file.record.curve[-1] if self._file.record.curve else (0, 0.0)
+        return Measured(step, value) if step else None
+
     def end(self) -> None:
         """Stop after the step that is under way, with a checkpoint; waits for that."""
         if self._thread is not None:

@@ -16,7 +16,7 @@ from ray import tune
 from olora_ray.cluster.quiet import quiet_ray
 from olora_ray.common import logs
 from olora_ray.sweep.spec import ENDED, NUMBER, PROGRESS, WHOLE, SweepSpec, number_of
-from olora_ray.sweep.trial import Ended, TrialRun
+from olora_ray.sweep.trial import Ended, Measured, TrialRun
 
 POINTER = "checkpoint.json"
 
@@ -57,15 +57,18 @@ class SearchTrial(tune.Trainable):
             if item.status == "failed":
                 raise TrialFailed(item.reason)
             return {**self.last, "done": True, ENDED: True}
+        self.last = self._result(item)
+        if item.step >= self.trial_run.total:
+            ended = isinstance(self.trial_run.next(), Ended)
+            return {**self.last, "done": ended, ENDED: ended}
+        return dict(self.last)
+
+    def _result(self, item: Measured) -> dict[str, Any]:
         space, total = self.trial_run.sweep_spec.space, self.trial_run.total
         # Of NaN schedulers make nothing, or the best: infinity is the worst value there is.
         worst = math.inf if space.better() == "min" else -math.inf
         value = worst if math.isnan(item.value) else item.value
-        self.last = {"step": item.step, "total": total, PROGRESS: WHOLE * item.step / total, space.metric: value}
-        if item.step >= total:
-            ended = isinstance(self.trial_run.next(), Ended)
-            return {**self.last, "done": ended, ENDED: ended}
-        return dict(self.last)
+        return {"step": item.step, "total": total, PROGRESS: WHOLE * item.step / total, space.metric: value}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Where the checkpoint of the last evaluation lies; Tune keeps this note, not the tensors."""
@@ -78,6 +81,9 @@ class SearchTrial(tune.Trainable):
         # By the trial's number: the search may lie elsewhere than when this was written.
         owner = number_of(note["checkpoints"].rpartition("/")[0])
         self.trial_run.resume_from(owner, int(note["step"]))
+        # A training that had stopped early measures nothing more, and a result without the metric ends Tune's search.
+        if (measured := self.trial_run.last()) is not None:
+            self.last = self._result(measured)
 
     def cleanup(self) -> None:
         """End the workers and wait for them."""

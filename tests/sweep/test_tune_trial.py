@@ -27,7 +27,7 @@ from olora_ray.sweep.record import TrialRecord
 from olora_ray.sweep.space import Space
 from olora_ray.sweep.spec import NUMBER, SweepSpec, trial_place
 from olora_ray.sweep.trial import Ended, Measured, TrialRun
-from olora_ray.sweep.trial_file import read_all
+from olora_ray.sweep.trial_file import TrialFile, read_all
 from olora_ray.sweep.tune_trial import SearchTrial
 from olora_ray.tracking.start import resolve_uri
 from tests import tiny
@@ -351,3 +351,25 @@ def test_a_trial_of_a_moved_search_goes_on_from_the_checkpoint_that_was_moved_wi
     [(source, target, step, _)] = copied
     assert source == target == f"{tmp_path}/search/trials/trial-001/checkpoints"
     assert step == 8
+
+
+def test_a_trial_that_had_stopped_early_ends_with_what_it_had_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A population pauses it first; then it had no result with the metric, for which Tune ended the whole search."""
+    search = spec(tmp_path, scheduler={"kind": "population"})
+    kept = TrialFile(trial_place(search.folder, 1), TrialRecord(1, {}, "unfinished", total=2), "min")
+    kept.measured(1, 0.5)
+    trial: Any = SearchTrial.__new__(SearchTrial)
+    trial._trial_info = SimpleNamespace(trial_name="trial-001")
+    trial.setup({NUMBER: 1, "train.lr": 1e-3}, sweep_spec=search)
+    monkeypatch.setattr(trials, "copy_from", lambda *_: None)
+    (tmp_path / "checkpoint.json").write_text(
+        json.dumps({"checkpoints": trial.trial_run.folder.checkpoints, "step": 1})
+    )
+    trial.load_checkpoint(str(tmp_path))
+    monkeypatch.setattr(trial.trial_run, "next", lambda: Ended("finished"))
+    found = trial.step()
+    assert found == {"step": 1, "total": 2, "progress": 50.0, "train/loss": 0.5, "done": True, "ended": True}
+    trial.save_checkpoint(str(tmp_path))
+    assert json.loads((tmp_path / "checkpoint.json").read_text())["step"] == 1
