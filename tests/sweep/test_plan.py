@@ -196,9 +196,8 @@ def test_the_command_refuses_before_it_starts_a_ray(tmp_path: Path, monkeypatch:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     project.make_tiny(tmp_path)
     mlflow_database.place(tmp_path / "runs")
-    spoil(tmp_path / "model")
     tree = project.settings(tmp_path, tmp_path / "model", adapter__targets=["up_proj"], evaluation={})
-    (tmp_path / "space.yaml").write_text(yaml.safe_dump(over(["up_proj"], ["q_proj"])))
-    with pytest.raises(UserError, match=r"^search\.adapter\.targets=\['q_proj'\]: .*q_proj cannot be merged"):
+    (tmp_path / "space.yaml").write_text(yaml.safe_dump(over(["up_proj"], ["lm_head"])))
+    with pytest.raises(UserError, match=r"^search\.adapter\.targets=\['lm_head'\]: .*the output head, which is not"):
         sweep.main([str(project.write_config(tmp_path, tree)), str(tmp_path / "space.yaml")])
     assert not (tmp_path / "runs" / "tokens").exists()
