@@ -49,6 +49,8 @@ class Absent:
     """Members that were given up since the last time this was asked, and may still hold their places."""
     nobody_for: float = 0.0
     """Seconds since the last member of a group was lost, or since one that waits for others has come."""
+    began: bool = True
+    """Whether there was a group before."""
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,9 @@ class Membership:
         """Members of the group that are gone, and why."""
         self._hung: list[Member] = []
         self._empty_since: float | None = None
-        """When the last member of the group was lost, or somebody has come since; None while there is a group."""
+        """When the last member of the group was lost, or somebody has come since, or for the first; else None."""
+        self._began = False
+        """Whether there was a group."""
         self._leaving: frozenset[str] = frozenset()
         """Ids of nodes that are going to be taken away."""
         self._over = self._finished = False
@@ -72,7 +74,7 @@ class Membership:
         self._seen[member.name] = time.monotonic()
         future: asyncio.Future[Group] = asyncio.get_running_loop().create_future()
         self._here[member.name] = member, future
-        if self._empty_since is not None:
+        if self.group is None:
             self._empty_since = time.monotonic()  # others may be on their way, too
         self._over |= lost and self._is_member(member.name)
         self._form()
@@ -128,7 +130,7 @@ class Membership:
     async def absent(self) -> Absent:
         """Who is missing."""
         hung, self._hung = tuple(self._hung), []
-        return Absent(hung, 0.0 if self._empty_since is None else time.monotonic() - self._empty_since)
+        return Absent(hung, 0.0 if self._empty_since is None else time.monotonic() - self._empty_since, self._began)
 
     async def finish(self) -> None:
         """The training has ended: who waits here waits for nothing."""
@@ -141,7 +143,7 @@ class Membership:
     async def begin_anew(self, wanted: int, attempt: int) -> None:
         """Forget everybody: other workers start, `wanted` of them."""
         self.wanted, self.attempt = wanted, attempt
-        self.group, self._over, self._finished = None, False, False
+        self.group, self._over, self._finished, self._began = None, False, False, False
         for name in list(self._here):
             self._lose(name, "was given up")
         self._seen, self._gone, self._leaving, self._hung, self._empty_since = {}, {}, frozenset(), [], None
@@ -203,7 +205,7 @@ class Membership:
     def _set(self, members: list[Member], begins: bool, why: str) -> None:
         self._number += 1
         self.group, self._empty_since = Group(self._number, tuple(members), begins, why), None
-        self._gone, self._over = {}, False
+        self._gone, self._over, self._began = {}, False, True
         for member in members:
             _, future = self._here.pop(member.name)
             if not future.done():  # the caller is gone

@@ -40,6 +40,8 @@ AGAIN = 2.0
 DESERTED = 120.0
 """Seconds after the loss of the last worker, or after the last that came since, in which Ray has to bring others: their
 imports alone may take 30."""
+UNMET = 600.0
+"""The same before the first group: a node may be lost while workers start, and their imports may come from far away."""
 NOBODY = 5.0
 """Seconds without a group of workers after which the driver grants a stop itself."""
 SLOW = 30.0
@@ -76,8 +78,8 @@ class Attempts:
         self.cause: str | None = None
         """Why the next group will start; None once it has."""
         self._asked = self._warned = self._running = False
-        self._deserted = False
-        """Whether the driver itself has ended the trainers, since nobody came in place of lost workers."""
+        self._deserted = ""
+        """Why the driver itself has ended the trainers, if it has: nobody came."""
         self._nobody_since: float | None = None
         """When the workers were first seen to form no group; None while they do."""
         self._silent = False
@@ -110,7 +112,7 @@ class Attempts:
     def _failed(self, error: Exception) -> None:
         """Count a failure; raises UserError if it was one too many."""
         if self._deserted and isinstance(error, RayActorError):
-            self._note(self.cause or "all workers were lost")
+            self._note(self.cause or self._deserted)
             self._announce("starting others")
             return
         cluster = self.spec.config.cluster
@@ -164,8 +166,8 @@ class Attempts:
 
     def _follow(self, trainers: Trainers) -> TrainResult:
         """Serve the workers until their training has ended; returns or raises what it did."""
-        self._asked = self._running = self._deserted = self._silent = False
-        self._nobody_since = None
+        self._asked = self._running = self._silent = False
+        self._deserted, self._nobody_since = "", None
         collected, result = time.monotonic(), None
         try:
             while not trainers.ended(result):
@@ -243,8 +245,8 @@ class Attempts:
         absent = answer(self.channel.absent.remote())
         for member in absent.hung:  # else it keeps its place for ten minutes
             end_hung(member)
-        if absent.nobody_for > DESERTED:  # Ray's controller waits for room on a node that is gone
-            self._deserted = True
+        if absent.nobody_for > (DESERTED if absent.began else UNMET):  # Ray waits for room on a node that is gone
+            self._deserted = "all workers were lost" if absent.began else "some workers did not come"
             ray_internals.end_train_controllers()
         if self._asked or not self._running:
             return

@@ -121,9 +121,24 @@ def test_trainers_that_the_driver_has_ended_itself_are_no_failure(
     driver._failed(RayActorError())
     assert (driver.failures, driver.cause) == (0, cause)
     assert driver.progress.told == [f"{cause}: starting others"]
-    driver._deserted = False
+    driver._deserted = ""
     with pytest.raises(UserError, match="training failed after 0 restarts: Train's controller died"):
         driver._failed(RayActorError())
+
+
+def test_a_first_group_that_is_not_complete_is_waited_for_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[int] = []
+    monkeypatch.setattr(attempts, "answer", lambda call: call)
+    monkeypatch.setattr(ray_internals, "end_train_controllers", lambda: ended.append(1))
+    driver = attempts_of()
+    driver.channel.absent.remote = lambda: Absent(nobody_for=attempts.DESERTED + 1, began=False)
+    driver._watch()
+    assert not ended
+    driver.channel.absent.remote = lambda: Absent(nobody_for=attempts.UNMET + 1, began=False)
+    driver._watch()
+    assert ended
+    driver._failed(RayActorError())
+    assert driver.progress.told == ["some workers did not come: starting others"]
 
 
 @pytest.fixture
