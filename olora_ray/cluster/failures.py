@@ -8,6 +8,7 @@ from ray.train import ControllerError, PreemptionError, UserCallback, WorkerGrou
 
 from olora_ray.cluster import ray_internals
 from olora_ray.cluster.channel import Failure
+from olora_ray.common.errors import StoreUnavailable, TryAgain
 
 # What the other workers report when one has died: consequences, not causes.
 CONSEQUENCES = ("connection closed by peer", "connection reset", "broken pipe", "gloo", "nccl", "timed out waiting")
@@ -55,6 +56,11 @@ def cause(error: BaseException) -> str:
     if isinstance(error, PreemptionError):
         return "workers were preempted"
     return reason(error)
+
+
+def passes(error: BaseException) -> bool:
+    """Whether it passes by itself: a store did not answer the worker to blame. Train hands on no more than its text."""
+    return any(f"{kind.__name__}: " in cause(error) for kind in (StoreUnavailable, TryAgain))
 
 
 def counts(error: BaseException) -> bool:

@@ -10,7 +10,7 @@ from ray.exceptions import RayActorError
 
 from olora_ray.cluster import ray_internals
 from olora_ray.cluster.channel import Failure, Resumed
-from olora_ray.cluster.failures import cause, counts
+from olora_ray.cluster.failures import cause, counts, passes
 from olora_ray.cluster.hung import end_hung
 from olora_ray.cluster.placement_groups import free_abandoned
 from olora_ray.cluster.resources import PlacementRequest, free_workers
@@ -110,7 +110,7 @@ class Attempts:
                 return result
 
     def _failed(self, error: Exception) -> None:
-        """Count a failure; raises UserError if it was one too many."""
+        """Count a failure; raises UserError if it was one too many, TryAgain if it is one that passes."""
         if self._deserted and isinstance(error, RayActorError):
             self._note(self.cause or self._deserted)
             self._announce("starting others")
@@ -122,7 +122,8 @@ class Attempts:
         spent = isinstance(error, ray_train.WorkerGroupError) and restarting
         if spent or 0 <= cluster.max_failures < self.failures:
             tried = cluster.max_failures if spent else self.failures - 1
-            raise UserError(f"training failed after {tried} restarts: {cause(error)}") from error
+            kind = TryAgain if passes(error) else UserError
+            raise kind(f"training failed after {tried} restarts: {cause(error)}") from error
         self._note(cause(error))
         if not counts(error):
             self._announce("trying again")

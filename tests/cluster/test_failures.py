@@ -10,7 +10,8 @@ from ray.train.v2._internal.exceptions import (
 from ray.train.v2.api.exceptions import ControllerError, PreemptionError, WorkerGroupError
 from ray.train.v2.api.preemption import PreemptionInfo
 
-from olora_ray.cluster.failures import SharedBaseDied, cause, counts, describe
+from olora_ray.cluster.failures import SharedBaseDied, cause, counts, describe, passes
+from olora_ray.common.errors import StoreUnavailable, TryAgain
 
 GLOO = RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1234")
 
@@ -62,6 +63,14 @@ def preempted() -> Exception:
 def test_what_counts_against_the_limit(error: BaseException, expected: str, counted: bool) -> None:
     assert cause(error) == expected
     assert counts(error) is counted
+
+
+def test_a_store_that_does_not_answer_is_told_apart() -> None:
+    away = StoreUnavailable("s3://b/runs: no answer for 60 s")
+    assert passes(WorkerGroupError("", {0: raised(GLOO), 1: raised(away)}))
+    assert passes(WorkerGroupError("", {0: raised(TryAgain("checkpoint s3://b/step-3: cannot be read"))}))
+    assert not passes(WorkerGroupError("", {0: raised(away), 1: dead()}))
+    assert not passes(WorkerGroupError("", {0: raised(ValueError("bad row"))}))
 
 
 def test_workers_that_could_not_start_do_not_count() -> None:

@@ -5,11 +5,13 @@ from typing import Any
 
 import pytest
 from ray.exceptions import RayActorError
+from ray.train import WorkerGroupError
+from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 
 from olora_ray.cluster import ray_internals
 from olora_ray.cluster.groups import Absent
 from olora_ray.cluster.spec import LEFT, TrainResult
-from olora_ray.common.errors import Stopped, UserError
+from olora_ray.common.errors import Stopped, StoreUnavailable, UserError
 from olora_ray.pipeline import attempts
 from olora_ray.pipeline.attempts import Attempts
 from olora_ray.pipeline.signals import Stop
@@ -124,6 +126,17 @@ def test_trainers_that_the_driver_has_ended_itself_are_no_failure(
     driver._deserted = ""
     with pytest.raises(UserError, match="training failed after 0 restarts: Train's controller died"):
         driver._failed(RayActorError())
+
+
+@pytest.mark.parametrize(("kind", "code"), [(StoreUnavailable, 75), (ValueError, 2)])
+def test_a_store_that_was_away_through_all_restarts_may_be_back_later(kind: type[Exception], code: int) -> None:
+    text = f"Traceback ...\n{kind.__module__}.{kind.__name__}: s3://b: no answer\n"
+    error = WorkerGroupError("", {0: UserExceptionWithTraceback(kind("s3://b: no answer"), traceback_str=text)})
+    with pytest.raises(
+        UserError, match=r"^training failed after 0 restarts: worker 0 failed \(.*no answer\)$"
+    ) as caught:
+        attempts_of(cluster__max_failures=0)._failed(error)
+    assert caught.value.exit_code == code
 
 
 def test_a_first_group_that_is_not_complete_is_waited_for_longer(monkeypatch: pytest.MonkeyPatch) -> None:
