@@ -37,6 +37,17 @@ class Pace:
     """Seconds that a training of the final phase takes more: it is evaluated on its way, one of the tuning is not."""
 
 
+@dataclass(frozen=True)
+class Before:
+    """Trainings that an attempt which was interrupted has ended, of the phases that are not over."""
+
+    tuning: int = 0
+    final: int = 0
+
+
+NOTHING = Before()
+
+
 def measured(spec: TrainSpec, size: MemoryEstimate, side_by_side: int, eval_every: int) -> Pace:
     """From one micro-batch forward and backward, on this machine's CPU.
 
@@ -64,33 +75,39 @@ def of_records(records: Sequence[TrialRecord], before: Pace) -> Pace:
     return Pace(sum(whole) / len(whole), before.side_by_side, curve=before.curve) if whole else before
 
 
-def trainings(comparison: Comparison, tried: Sequence[Cell], final: int = 0) -> tuple[int, int]:
-    """(likely, at most) trainings that are left, after these of the tuning and so many of the final phase."""
-    arms, left = comparison.arms(), _final(comparison, final)
-    if final:
+def trainings(comparison: Comparison, tried: Sequence[Cell], before: Before = NOTHING) -> tuple[int, int]:
+    """(likely, at most) trainings that are left, after these of the tuning and what an earlier attempt has done."""
+    arms, left = comparison.arms(), _final(comparison, before)
+    if before.final:
         return left, left
     extra = len([each for each in comparison.untuned() if each not in tried and not _on_a_start(comparison, each)])
     done = [sum(each.method == arm.method and each.alpha == arm.alpha for each in tried) for arm in arms]
-    likely, most = (sum(max(0, points - count) for count in done) for points in (LIKELY, MOST))
-    return likely + extra + left, most + extra + left
+    points = [sum(max(0, each - count) for count in done) + extra - before.tuning for each in (LIKELY, MOST)]
+    likely, most = (max(0, each) + left for each in points)
+    return likely, most
 
 
-def line(comparison: Comparison, found: Pace, tried: Sequence[Cell], final: int = 0) -> str:
+def line(comparison: Comparison, found: Pace, tried: Sequence[Cell], before: Before = NOTHING) -> str:
     """What is left to do, for the log."""
-    likely, most = trainings(comparison, tried, final)
+    likely, most = trainings(comparison, tried, before)
     count = plural(likely, "training") if likely == most else f"{likely} to {most} trainings"
     if found.seconds is None:
         return f"left to do: {count}, {found.side_by_side} at a time; their time is not estimated: {found.why_not}"
-    low, high = (duration(_seconds(number, _final(comparison, final), found) or 0.0) for number in (likely, most))
+    low, high = (duration(_seconds(number, _final(comparison, before), found) or 0.0) for number in (likely, most))
     times = low if likely == most else f"{low}, at most {high}"
     return f"left to do: {count} of about {duration(found.seconds)}, {found.side_by_side} at a time: about {times}"
 
 
 def check_budget(
-    comparison: Comparison, found: Pace, spent: float, tried: Sequence[Cell], final: int = 0, began: bool = False
+    comparison: Comparison,
+    found: Pace,
+    spent: float,
+    tried: Sequence[Cell],
+    before: Before = NOTHING,
+    began: bool = False,
 ) -> None:
     """Raise UserError if the comparison likely takes longer than its budget; one that has begun may a little."""
-    seconds = _seconds(trainings(comparison, tried, final)[0], _final(comparison, final), found)
+    seconds = _seconds(trainings(comparison, tried, before)[0], _final(comparison, before), found)
     if comparison.budget is None or seconds is None or spent + seconds <= comparison.budget * (LATE if began else 1.0):
         return
     elsewhere = " under another run.name" if began else ""
@@ -102,9 +119,9 @@ def check_budget(
     )
 
 
-def _final(comparison: Comparison, done: int) -> int:
+def _final(comparison: Comparison, before: Before) -> int:
     """Trainings of the final phase that are left."""
-    return len(comparison.methods) * len(comparison.seeds) - done
+    return len(comparison.methods) * len(comparison.seeds) - before.final
 
 
 def _seconds(number: int, final: int, found: Pace) -> float | None:

@@ -49,6 +49,11 @@ def ended(spec: PhaseSpec) -> list[Ended]:
     return [Ended(record, loss_of(record)) for record in records if record is not None]
 
 
+def ended_before(folder: str) -> int:
+    """How many trials of a phase have ended so far; 0 for one that has not begun."""
+    return sum(record.status in ("finished", "failed") for record in trial_file.read_all(folder).values())
+
+
 def loss_of(record: TrialRecord) -> float:
     """The loss after the last step; infinite for a training that broke off."""
     if record.status != "finished" or not record.curve or record.curve[-1][0] != record.total:

@@ -31,7 +31,7 @@ from olora_ray.sweep import run as search
 from olora_ray.sweep import sharing
 from olora_ray.sweep.compare import estimate, phase, row_losses
 from olora_ray.sweep.compare.arguments import Comparison
-from olora_ray.sweep.compare.estimate import Pace
+from olora_ray.sweep.compare.estimate import Before, Pace
 from olora_ray.sweep.compare.grid import BASELINE, Cell, Tuned, following, tuned
 from olora_ray.sweep.compare.listed import Listed
 from olora_ray.sweep.compare.phase import Ended
@@ -219,16 +219,24 @@ class Run:
         side_by_side = max(1, search.room(worker_resources(self.config)) // self.config.cluster.min_workers())
         curve_every = self.config.train.eval_every
         self._pace = estimate.measured(spec, self.sizes[BASELINE], side_by_side, curve_every)
-        logger.info(estimate.line(self.comparison, self._pace, []))
+        logger.info(estimate.line(self.comparison, self._pace, [], self._before()))
         if not has_begun(self.folder):
             estimate.check_budget(self.comparison, self._pace, 0.0, [])
 
     def _again(self, found: Sequence[Ended], tried: Sequence[Cell]) -> None:
         """The estimate, with the time that trainings really take."""
         self._pace = estimate.of_records([each.record for each in found], self._pace)
-        logger.info(estimate.line(self.comparison, self._pace, tried))
+        before = self._before()
+        logger.info(estimate.line(self.comparison, self._pace, tried, before))
         if not storage.exists(storage.join(self.folder, FINAL)):
-            estimate.check_budget(self.comparison, self._pace, self.seconds(), tried, began=True)
+            estimate.check_budget(self.comparison, self._pace, self.seconds(), tried, before, began=True)
+
+    def _before(self) -> Before:
+        """What an earlier attempt has done of the phases that come."""
+        number, tuning = len(self._phases) + 1, 0
+        while ended := phase.ended_before(storage.join(self.folder, tuning_name(number))):
+            number, tuning = number + 1, tuning + ended
+        return Before(tuning, phase.ended_before(storage.join(self.folder, FINAL)))
 
     def _tuned(self, losses: Mapping[Cell, float], base: float, rows: int) -> Tuning:
         best = {}

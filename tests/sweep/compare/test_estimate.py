@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from olora_ray.common.errors import UserError
-from olora_ray.sweep.compare.estimate import Pace, check_budget, line, of_records, trainings
+from olora_ray.sweep.compare.estimate import Before, Pace, check_budget, line, of_records, trainings
 from olora_ray.sweep.compare.grid import Cell, following
 from olora_ray.sweep.record import TrialRecord
 from tests.sweep.compare import made
@@ -18,7 +18,9 @@ def test_the_trainings_that_are_left(tmp_path: Path) -> None:
     assert trainings(asked, []) == (12 + 2 + 8, 21 + 2 + 8)
     first = [*following(asked.arms(), {}), *asked.untuned()]
     assert trainings(asked, first)[0] < trainings(asked, [])[0]
-    assert trainings(asked, first, final=3) == (5, 5)
+    assert trainings(asked, first, Before(final=3)) == (5, 5)
+    assert trainings(asked, [], Before(tuning=10)) == (4 + 8, 13 + 8)
+    assert trainings(asked, [], Before(tuning=20)) == (8, 3 + 8)
     on_grid = made.comparison(tmp_path, **{"train.lr": 4e-4})
     assert trainings(on_grid, [])[0] == 12 + 1 + 8
 

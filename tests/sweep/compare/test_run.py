@@ -10,6 +10,7 @@ from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
 from olora_ray.sweep.compare import analysis, page, table, verdict
 from olora_ray.sweep.compare.arguments import Comparison
+from olora_ray.sweep.compare.estimate import Before
 from olora_ray.sweep.compare.record import ComparisonRecord
 from tests.sweep.compare import made
 from tests.sweep.compare.made import Cluster
@@ -124,6 +125,18 @@ def test_an_interrupted_comparison_trains_nothing_twice(tmp_path: Path, monkeypa
         assert [each.against for each in again.methods] == [each.against for each in record.methods]
         ran.append(len(cluster.trained))
     assert len(ran) > 2
+
+
+def test_what_an_earlier_attempt_has_done_is_not_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = Cluster()
+    compared(monkeypatch, made.comparison(tmp_path / "whole"), whole)
+    tuning = len(whole.trained) - 8
+    for stop_after, before in ((5, Before(5)), (tuning, Before(tuning)), (tuning + 2, Before(tuning, 2))):
+        asked, cluster = made.comparison(tmp_path / str(stop_after)), Cluster(stop_after=stop_after)
+        work = made.running(monkeypatch, asked, cluster)
+        with pytest.raises(KeyboardInterrupt):
+            work.train(work.tune())
+        assert made.running(monkeypatch, asked, cluster)._before() == before
 
 
 def _breaks(values: dict[str, float]) -> bool:
