@@ -126,7 +126,7 @@ def _tracking_uri(given: str | None) -> str:
 
 def _number(aliases: Aliases, which: str) -> str:
     if re.fullmatch("[0-9]+", which):
-        return which
+        return which.lstrip("0") or "0"  # as MLflow writes it: two names of one version would be two versions
     there = aliases.current()
     if which not in there:
         raise UserError(f"{aliases.name} has no alias {which!r}; it has {', '.join(sorted(there)) or 'none'}")

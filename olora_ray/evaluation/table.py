@@ -12,14 +12,14 @@ def lines(results: Sequence[Evaluation], intervals: Mapping[str, Interval]) -> l
     if len(results) == 1:
         return _one(results[0])
     first, second = results
-    table = [("metric", "rows", "first", "second", "first - second", "95% interval")]
-    theirs = second.metrics()
-    for name, value in first.metrics().items():
+    table: list[tuple[str, ...]] = [("metric", "rows", "first", "second", "first - second", "95% interval")]
+    ours, theirs = first.metrics(), second.metrics()
+    for name in ours | theirs:
         found = intervals.get(name)
         interval = f"[{found.low:+.4f}, {found.high:+.4f}]" if found else "not paired"
-        shown = f"{theirs[name]:.4f}" if name in theirs else "-"
-        change = f"{value - theirs[name]:+.4f}" if name in theirs else "-"
-        table.append((name, _rows(first, name), f"{value:.4f}", shown, change, interval))
+        values = (f"{each[name]:.4f}" if name in each else "-" for each in (ours, theirs))
+        change = f"{ours[name] - theirs[name]:+.4f}" if name in ours and name in theirs else "-"
+        table.append((name, _rows(first if name in ours else second, name), *values, change, interval))
     return [f"first:  {first.target.name}", f"second: {second.target.name}", "", *_columns(table)]
 
 

@@ -73,9 +73,17 @@ def _settings(names: Sequence[str], file: str | None, changes: Mapping[str, Any]
     if file is not None:
         return paths.resolved(load(file, {**NO_GATE, **changes}), Path.cwd())
     if run := next(filter(None, map(run_of, names)), None):
-        return override(_read(storage.join(run, SETTINGS)), {**NO_GATE, **changes})
+        return override(_read_moved(run), {**NO_GATE, **changes})
     defaults = validated(EvaluationConfig, {"model": {"name": names[0]}}, "config")
     return paths.resolved(override(defaults, changes), Path.cwd())
+
+
+def _read_moved(run: str) -> Config:
+    """The settings of a run, with its storage where that lies now."""
+    found = _read(storage.join(run, SETTINGS))
+    place, _, name = run.rpartition("/")
+    moved = name == found.run.name and run != found.folder()
+    return override(found, {"run.storage": place}) if moved else found
 
 
 def _refuse_nowhere(name: str) -> None:

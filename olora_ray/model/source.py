@@ -47,13 +47,22 @@ def obtain(config: AnyConfig, registered: Path | None = None) -> BaseModel:
     if source.suffix == ".gguf":
         source = convert.gguf(source, config)
     elif not paths.is_there(source / folder.CONFIG, "model.name"):
-        raise UserError(f"model.name: {source} has no config.json, so it is not a model folder")
+        raise UserError(f"model.name: {source} has no config.json, so {_what_it_is(source)}")
     elif not folder.weight_files(source):
         source = convert.pickled(source, config)
     folder.check(source)
     _keep(source)
     code = config.model.trust_remote_code
     return BaseModel(name, str(source), identity.of_folder(source, code), identity.look(source, code))
+
+
+def _what_it_is(source: Path) -> str:
+    if not paths.is_there(source / folder.ADAPTER, "model.name"):
+        return "it is not a model folder"
+    return (
+        "it is an adapter, not a model; name its base, or its merged model (export/merged of a run); train.start takes"
+        " a checkpoint of a run to train on from"
+    )
 
 
 def _keep(source: Path) -> None:

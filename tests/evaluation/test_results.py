@@ -71,6 +71,8 @@ def test_a_score_that_no_row_has_of_both_models_costs_nothing_but_its_interval()
     assert list(found) == ["eval/loss", "eval/perplexity", "eval/exact_match", "arc_easy/acc"]
     [line] = [line for line in table.lines(pair, found) if line.startswith("eval/first")]
     assert line.endswith("not paired")
+    [line] = [line for line in table.lines(pair, found) if line.startswith("eval/of 1")]  # only the second has it
+    assert line.split()[2:] == ["held-out[:1]", "-", "1.0000", "-", "not", "paired"]
 
 
 def test_one_group_alone_has_no_interval() -> None:

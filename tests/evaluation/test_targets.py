@@ -107,6 +107,13 @@ def test_settings_are_those_of_the_run_with_changes(run: Path) -> None:
     assert targets.run_of("org/base") is None
 
 
+def test_a_storage_that_was_moved_is_written_to_where_it_lies_now(run: Path, tmp_path: Path) -> None:
+    storage = run.parent
+    assert targets.settings([str(run)], None, {}).run.storage == str(storage)
+    moved = storage.rename(tmp_path / "elsewhere") / run.name
+    assert targets.settings([str(moved)], None, {}).run.storage == str(tmp_path / "elsewhere")
+
+
 def test_what_the_gate_asks_for_need_not_be_measured(case: export_parts.Case, tmp_path: Path) -> None:
     """`--scorer` with another one than the gate's was refused, and so were rows without what the gate is about."""
     asked = {"gate.metric": "eval/exact_match", "gate.and": [{"metric": "eval/exact_match", "at_least": 0.5}]}

@@ -299,7 +299,9 @@ def test_a_registered_model_is_found_by_the_registry(model_folder: Path) -> None
 
 def test_a_folder_without_a_config_is_no_model(copy: Path) -> None:
     (copy / "config.json").unlink()
-    assert "has no config.json" in refusal(copy)
+    assert refusal(copy).endswith("has no config.json, so it is not a model folder")
+    (copy / "adapter_config.json").write_text("{}")
+    assert "has no config.json, so it is an adapter, not a model; name its base" in refusal(copy)
 
 
 def test_a_folder_without_weights_is_refused(copy: Path) -> None:

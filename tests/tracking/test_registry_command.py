@@ -25,6 +25,8 @@ def test_from_list_to_rollback(add: Add, capsys: pytest.CaptureFixture[str]) -> 
     (uri, _), _ = add("by-hand"), add("by-hand")
     at = ("--tracking-uri", uri)
     run("promote", "by-hand", "1", *at)
+    run("promote", "by-hand", "01", *at)
+    assert Aliases(uri, "by-hand").current() == {"challenger": "2", "champion": "1"}
     run("promote", "by-hand", "challenger", *at)
     assert "version 2 is the champion, version 1 is previous" in capsys.readouterr().out
     run("list", "by-hand", f"--tracking-uri={uri}")
