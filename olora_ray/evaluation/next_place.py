@@ -237,7 +237,7 @@ def _asked(
 def _best(file: Path, asked: Sequence[Asked]) -> Best:
     """The best answers to rows, from the law.csv of generate.py."""
     known: dict[tuple[str, int], tuple[int, float]] = {}
-    with as_user_error(f"{file}: not as generate.py writes it", OSError, ValueError, KeyError):
+    with as_user_error(f"{file}: not as generate.py writes it", OSError, ValueError, KeyError, TypeError, csv.Error):
         with file.open(encoding="utf-8") as opened:
             for row in csv.DictReader(opened):
                 known[row["user_id"], int(row["stay"])] = (int(row["best"]), float(row["chance"]))

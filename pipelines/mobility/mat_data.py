@@ -45,7 +45,7 @@ def main(argv: list[str]) -> None:
     found = command_line.parse(argv, __doc__ or "", options=("--out",))
     if not found.words or "--out" not in found.options:
         raise UserError("arguments FILE.csv and --out: needed; --help shows how")
-    with as_user_error("argument FILE.csv", OSError, UnicodeDecodeError):
+    with as_user_error("argument FILE.csv", OSError, UnicodeDecodeError, csv.Error):
         lines = [line for name in found.words for line in _read(Path(name))]
     if not lines:
         raise UserError("argument FILE.csv: no check-ins are there")

@@ -93,7 +93,10 @@ def row_limits(text: str) -> dict[str, int]:
     pairs = [part.partition("=") for part in text.split(",") if part]
     if wrong := [name for name, _, _ in pairs if name not in rows.SPLITS]:
         raise UserError(f"argument --rows: {wrong[0]!r} is no split; expected one like train=2000,eval=64,test=600")
-    return {name: whole({"--rows": count}, "--rows", 0) for name, _, count in pairs}
+    found = {name: whole({"--rows": count}, "--rows", 0) for name, _, count in pairs}
+    if none := [name for name, count in found.items() if not count]:
+        raise UserError(f"argument --rows: {none[0]}=0: each split needs a row; leave it out for all")
+    return found
 
 
 if __name__ == "__main__":

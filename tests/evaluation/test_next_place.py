@@ -90,9 +90,10 @@ def test_the_best_possible_comes_from_the_law(tmp_path: Path) -> None:
     assert found.lines()[-1] == (
         "Whoever knows the law is right on 0.500 of such rows (on these: 0.500), the model on 1.000."
     )
-    law.write_text("user_id,stay,best,chance\n")
-    with pytest.raises(UserError, match=r"law\.csv: not as generate\.py writes it"):
-        next_place.report(tmp_path, answers(tmp_path, answer.write(3)), law)
+    for cut in ("", "0,1", "x" * 200_000):
+        law.write_text(f"user_id,stay,best,chance\n{cut}")
+        with pytest.raises(UserError, match=r"law\.csv: not as generate\.py writes it"):
+            next_place.report(tmp_path, answers(tmp_path, answer.write(3)), law)
 
 
 def refused(folder: Path, text: str) -> str:

@@ -95,6 +95,10 @@ def test_bad_records_end_before_anything_is_written(
         (["RECORDS", "--format", "gpx", "--out", "OUT"], "argument --format: 'gpx' is not known"),
         (["RECORDS", "--format", "checkins", "--out", "OUT", "--history", "many"], "argument --history: expected a"),
         (["RECORDS", "--format", "checkins", "--out", "OUT", "--rows", "dev=3"], "argument --rows: 'dev' is no split"),
+        (
+            ["RECORDS", "--format", "checkins", "--out", "OUT", "--rows", "train=0"],
+            "argument --rows: train=0: each split",
+        ),
         (["RECORDS", "--format", "checkins", "--out", "OUT", "--rows", "eval="], "argument --rows: expected a whole"),
         (["RECORDS", "--format", "checkins", "--out", "OUT", "--turns", "0"], "argument --turns: a row asks for one"),
         (["RECORDS", "--format", "checkins", "--out", "OUT", "--form", "long"], "argument --form: 'long' is not known"),
@@ -208,6 +212,7 @@ def test_people_are_put_together_from_their_weeks(tmp_path: Path, capsys: pytest
         (HEAD + LINE.format(time="2012-05-07 08:00:00", lat="40", tid="x"), "a.csv:2: no check-in: invalid literal"),
         (HEAD + "2012-05-07 08:00:00,1\n", "a.csv:2: no check-in"),
         (HEAD, "argument FILE.csv: no check-ins"),
+        (HEAD + "x" * 200_000, "argument FILE.csv: field larger than field limit"),
     ],
 )
 def test_a_broken_sample_is_named(tmp_path: Path, text: str, expected: str) -> None:

@@ -110,7 +110,10 @@ def read_stays(folder: Path) -> dict[str, list[Stay]]:
     """The stays of each person as `write` left them; raises UserError if it did not."""
     people: dict[str, list[Stay]] = {}
     what = f"{folder / STAYS}: not as prepare.py writes it"
-    with as_user_error(what, OSError, ValueError, KeyError), (folder / STAYS).open(encoding="utf-8") as opened:
+    with (
+        as_user_error(what, OSError, ValueError, KeyError, TypeError, csv.Error),
+        (folder / STAYS).open(encoding="utf-8") as opened,
+    ):
         for row in csv.DictReader(opened):
             place, at, weekday, minute = (int(row[name]) for name in COLUMNS[1:5])
             duration = int(row["duration"]) if row["duration"] else None

@@ -117,3 +117,7 @@ def test_stays_that_are_not_ours_are_refused(tmp_path: Path) -> None:
     (tmp_path / "stays.csv").write_text("user,place\n1,2\n")
     with pytest.raises(UserError, match=r"stays\.csv: not as prepare\.py writes it"):
         rows.read_stays(tmp_path)
+    for cut in ("1,2", "x" * 200_000):
+        (tmp_path / "stays.csv").write_text(f"{','.join(rows.COLUMNS)}\n{cut}\n")
+        with pytest.raises(UserError, match=r"stays\.csv: not as prepare\.py writes it"):
+            rows.read_stays(tmp_path)
