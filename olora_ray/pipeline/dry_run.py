@@ -21,6 +21,7 @@ from olora_ray.pipeline.prepare import warn_of_both
 from olora_ray.pipeline.run_folder import RunFolder
 from olora_ray.tokens.preview import Example, Preview, describe
 from olora_ray.tokens.totals import reason_counts
+from olora_ray.tracking.start import resolve_uri
 from olora_ray.train import pace
 from olora_ray.train.estimate import MemoryEstimate
 from olora_ray.train.loader import total_steps
@@ -43,6 +44,7 @@ def dry_run(config: Config, show_config: bool = False) -> None:
     folder.check()
     if done := folder.finished():
         report.already_finished(folder, done)
+    resolve_uri(config)  # nobody is asked whether it answers
     base = open_base(config)
     size = report.plan(config, base.model)
     held_out = describe(config, base.spec, "eval", HELD_OUT_ROWS) if config.data.holds_out() else None

@@ -133,6 +133,12 @@ def test_storage_that_cannot_be_written_is_one_line(shown: Shown, tmp_path: Path
         shown(run__storage=str(tmp_path / "file" / "below"))
 
 
+def test_an_address_of_mlflow_that_is_not_there_is_one_line(shown: Shown, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OLORA_NO_ADDRESS", raising=False)
+    with pytest.raises(UserError, match=r"^tracking\.uri: .*OLORA_NO_ADDRESS"):
+        shown(tracking={"uri": "env:OLORA_NO_ADDRESS"})
+
+
 def test_it_ends_with_exit_code_2_where_the_run_would_be_stopped(tmp_path: Path, model: Path) -> None:
     project.make_corpus(tmp_path / "train.jsonl", 60)
     project.make_corpus(tmp_path / "eval.jsonl", 30, first=100)
