@@ -383,3 +383,21 @@ def test_a_population_takes_over_the_better_adapters(corpus: Path, tiny_model: P
     assert len(first) == 1
     assert values[-1] < first.pop() - 0.1
     assert "continues" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_population_goes_on_without_a_member_that_fails(corpus: Path, tiny_model: Path) -> None:
+    """Its others waited for it at the next comparison, without end."""
+    space = {
+        "search": {"train.lr": {"choice": [1e-2, 2e9]}},
+        "scheduler": {"kind": "population", "interval": 4},
+        "trials": 4,
+        "trials_per_worker": 2,
+        "seed": 1,
+    }
+    done = sweep(*write(corpus, tiny_model, space, train__steps=12))
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = records(corpus / "runs" / "small-space")
+    statuses = {number: trial["status"] for number, trial in found.items()}
+    assert set(statuses.values()) == {"failed", "finished"}, statuses
+    assert all(trial["step"] == 12 for trial in found.values() if trial["status"] == "finished")
