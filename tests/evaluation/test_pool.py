@@ -43,6 +43,7 @@ def test_results_do_not_depend_on_the_number_of_actors(ray_with: Callable[[int],
     assert four.losses == pytest.approx(one.losses, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_what_a_user_can_fix_comes_back_as_it_was_raised(ray_with: Callable[[int], None], config: Config) -> None:
     ray_with(2)
     with pytest.raises(UserError, match=r"^piece 2: broken$"):

@@ -74,6 +74,7 @@ def test_a_ray_of_our_own_has_no_dashboard_and_asks_for_a_token(home: Path) -> N
     assert token.stat().st_mode & 0o077 == 0
 
 
+@pytest.mark.slow
 def test_beside_another_programs_ray_a_run_has_its_own_and_its_processes_know_it(home: Path) -> None:
     command = [sys.executable, "-c", SCRIPT, "wait"]
     with subprocess.Popen(

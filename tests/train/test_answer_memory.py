@@ -1,5 +1,6 @@
 """The memory plan of answers is what their tensors take, as they are made and freed in real ones."""
 
+import itertools
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,6 +21,7 @@ from tests.families.variants import ALL
 
 CPU = torch.device("cpu")
 LENGTH, ROWS = 64, 4
+EXPERTS = ("gpt_oss", "qwen3_moe")
 
 
 def settings(**changes: Any) -> Config:
@@ -50,8 +52,14 @@ def taken(config: Config, model: Any) -> int:
     return live.most
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2", "gpt_oss", "qwen3_moe"])
-@pytest.mark.parametrize("new", [4, 200])
+@pytest.mark.parametrize(
+    ("family", "new"),
+    [
+        *itertools.product(("llama", "gemma3_text", "gpt2"), (4, 200)),
+        *itertools.product(EXPERTS, (4,)),
+        *(pytest.param(family, 200, marks=pytest.mark.slow) for family in EXPERTS),
+    ],
+)
 def test_the_plan_is_what_answers_take(family: str, new: int) -> None:
     """While prompts are read, or at the last token."""
     sizes = {"n_positions": 512} if family == "gpt2" else {"max_position_embeddings": 512}
