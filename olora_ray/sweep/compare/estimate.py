@@ -43,6 +43,8 @@ class Before:
 
     tuning: int = 0
     final: int = 0
+    tuned: bool = False
+    """Whether the tuning is over, however many points its grids could have had."""
 
 
 NOTHING = Before()
@@ -78,7 +80,7 @@ def of_records(records: Sequence[TrialRecord], before: Pace) -> Pace:
 def trainings(comparison: Comparison, tried: Sequence[Cell], before: Before = NOTHING) -> tuple[int, int]:
     """(likely, at most) trainings that are left, after these of the tuning and what an earlier attempt has done."""
     arms, left = comparison.arms(), _final(comparison, before)
-    if before.final:
+    if before.final or before.tuned:
         return left, left
     extra = len([each for each in comparison.untuned() if each not in tried and not _on_a_start(comparison, each)])
     done = [sum(each.method == arm.method and each.alpha == arm.alpha for each in tried) for arm in arms]

@@ -135,7 +135,7 @@ class Run:
             found = self._phase(tuning_name(number), [each.changes() for each in cells], {spec.config.run.seed: spec})
             losses |= {cell: each.loss for cell, each in zip(cells, found, strict=True)}
             bases += [base for each in found if (base := each.base()) is not None]
-            self._again(found, list(losses))
+            self._again(found, losses)
         assert spec.eval is not None
         rows = len(set(row_losses.places_of(spec.eval)))
         return self._tuned(losses, bases[0] if bases else math.inf, rows)
@@ -223,10 +223,11 @@ class Run:
         if not has_begun(self.folder):
             estimate.check_budget(self.comparison, self._pace, 0.0, [])
 
-    def _again(self, found: Sequence[Ended], tried: Sequence[Cell]) -> None:
+    def _again(self, found: Sequence[Ended], losses: Mapping[Cell, float]) -> None:
         """The estimate, with the time that trainings really take."""
+        tried = list(losses)
         self._pace = estimate.of_records([each.record for each in found], self._pace)
-        before = self._before()
+        before = replace(self._before(), tuned=not following(self.comparison.arms(), losses))
         logger.info(estimate.line(self.comparison, self._pace, tried, before))
         if not storage.exists(storage.join(self.folder, FINAL)):
             estimate.check_budget(self.comparison, self._pace, self.seconds(), tried, before, began=True)

@@ -19,6 +19,7 @@ def test_the_trainings_that_are_left(tmp_path: Path) -> None:
     first = [*following(asked.arms(), {}), *asked.untuned()]
     assert trainings(asked, first)[0] < trainings(asked, [])[0]
     assert trainings(asked, first, Before(final=3)) == (5, 5)
+    assert trainings(asked, first, Before(tuned=True)) == (8, 8)
     assert trainings(asked, [], Before(tuning=10)) == (4 + 8, 13 + 8)
     assert trainings(asked, [], Before(tuning=20)) == (8, 3 + 8)
     on_grid = made.comparison(tmp_path, **{"train.lr": 4e-4})

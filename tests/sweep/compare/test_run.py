@@ -12,6 +12,7 @@ from olora_ray.sweep.compare import analysis, page, table, verdict
 from olora_ray.sweep.compare.arguments import Comparison
 from olora_ray.sweep.compare.estimate import Before
 from olora_ray.sweep.compare.record import ComparisonRecord
+from tests.said import said
 from tests.sweep.compare import made
 from tests.sweep.compare.made import Cluster
 
@@ -125,6 +126,15 @@ def test_an_interrupted_comparison_trains_nothing_twice(tmp_path: Path, monkeypa
         assert [each.against for each in again.methods] == [each.against for each in record.methods]
         ran.append(len(cluster.trained))
     assert len(ran) > 2
+
+
+def test_after_the_tuning_the_final_trainings_are_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with said() as lines:
+        made.running(monkeypatch, made.comparison(tmp_path), Cluster()).tune()
+    told = [line for line in lines if line.startswith("left to do")]
+    assert len(told) == 2
+    assert " to " in told[0].partition(" of ")[0]
+    assert told[1].startswith("left to do: 8 trainings of about 30 s")
 
 
 def test_what_an_earlier_attempt_has_done_is_not_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
