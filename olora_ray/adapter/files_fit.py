@@ -15,7 +15,7 @@ from olora_ray.adapter.stored import DTYPES, Stored
 from olora_ray.adapter.weight_group import Group
 from olora_ray.adapter.weight_names import follow
 from olora_ray.common.errors import UserError
-from olora_ray.model import turned_off
+from olora_ray.model import misfits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -57,10 +57,7 @@ def _packed(groups: Mapping[str, Group], model: "PreTrainedModel") -> str | None
     for name, parameter in model.named_parameters():
         entries = groups[name].stored if name in groups and parameter.is_floating_point() else []
         if odd := next((entry for entry in entries if entry.dtype not in DTYPES), None):
-            return (
-                f"has {odd.name} as {odd.dtype}, and no quantization_config in its config.json that says what these"
-                " numbers mean; name a model in bfloat16, float16 or float32"
-            )
+            return misfits.packed(odd.name, odd.dtype)
     return None
 
 
@@ -70,6 +67,6 @@ def _biased(
     """What is wrong with a bias other than zero of a layer that has none by the config."""
     for name, key in left_out.items():
         entry = places[name]
-        if turned_off.is_bias(model, key) and entry.dtype in DTYPES and bool(entry.read(folder).any()):
-            return turned_off.problem(model, name)
+        if misfits.is_bias(model, key) and entry.dtype in DTYPES and bool(entry.read(folder).any()):
+            return misfits.bias(model, name)
     return None

@@ -14,10 +14,9 @@ import torch
 from olora_ray.common import copies, digests, local_files, storage
 from olora_ray.common.errors import UserError, as_user_error
 from olora_ray.common.quiet import quiet_gguf
-from olora_ray.common.text import plural
 from olora_ray.config.evaluation import AnyConfig
 from olora_ray.config.schema import Model
-from olora_ray.model import gguf_header, turned_off
+from olora_ray.model import gguf_header, misfits
 from olora_ray.model.foreign import foreign
 from olora_ray.model.identity import of_folder, of_weights
 
@@ -191,26 +190,19 @@ def _precision(folder: Path, trust_remote_code: bool) -> torch.dtype | str:
         if tensor.dtype in _FLOATS:
             found.add(tensor.dtype)
         elif name.endswith("weight"):
-            raise UserError(
-                f"model.name: {folder} has {name} as {str(tensor.dtype).removeprefix('torch.')}, and no"
-                " quantization_config in its config.json that says what these numbers mean; name a model in bfloat16,"
-                " float16 or float32"
-            )
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise UserError(f"model.name: {folder} {misfits.packed(name, kind)}")
     return reduce(torch.promote_types, found) if found else "auto"
 
 
 def _check_left_out(folder: Path, model: Any, names: Sequence[str]) -> None:
     """Say which tensors have no place in the model; raises UserError for a bias that its config turns off."""
-    biases = tuple(name for name in names if turned_off.is_bias(model, name))
+    biases = tuple(name for name in names if misfits.is_bias(model, name))
     for name, tensor in _tensors(folder, "cpu") if biases else ():
         if name.endswith(biases) and bool(tensor.any()):
-            raise UserError(f"model.name: {folder} {turned_off.problem(model, name)}")
+            raise UserError(f"model.name: {folder} {misfits.bias(model, name)}")
     if names:
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        logger.warning(
-            f"model.name: {type(model).__name__} has no place for {plural(len(names), 'tensor')} in the files of"
-            f" {folder}, and is trained without: {', '.join(names[:3])}{more}"
-        )
+        logger.warning(misfits.left_out(model, names, str(folder)))
 
 
 def _tensors(folder: Path, device: str) -> Iterator[tuple[str, torch.Tensor]]:

@@ -7,10 +7,10 @@ from typing import Any
 
 from olora_ray.adapter import files_fit
 from olora_ray.common.errors import UserError
-from olora_ray.common.text import plural
 from olora_ray.config.evaluation import AnyConfig
 from olora_ray.data.tokenize import TokenizerSpec, has_tokens_beyond, spec_from_pretrained
 from olora_ray.data.turn_end import turn_end
+from olora_ray.model import misfits
 from olora_ray.model.load import end_tokens, load_tokenizer, skeleton
 from olora_ray.model.packing import why_apart
 from olora_ray.model.source import BaseModel
@@ -62,11 +62,7 @@ def _check_fit(model: BaseModel, shape: Any) -> None:
     if found.problem is not None:
         raise UserError(f"model.name: {model.folder} {found.problem}")
     if names := found.left_out:
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        logger.warning(
-            f"model.name: {type(shape).__name__} has no place for {plural(len(names), 'tensor')} in the files of"
-            f" {model.name}, and is trained without: {', '.join(names[:3])}{more}"
-        )
+        logger.warning(misfits.left_out(shape, names, model.name))
 
 
 def _ends(model: BaseModel, tokenizer: Any, spec: TokenizerSpec) -> tuple[int, ...]:

@@ -31,6 +31,11 @@ SPACE: dict[str, Any] = {
     "scheduler": {"kind": "asha", "reduction": 2},
     "trials_per_worker": 4,
 }
+POPULATION: dict[str, Any] = {
+    "scheduler": {"kind": "population", "interval": 4},
+    "trials": 4,
+    "trials_per_worker": 2,
+}
 SHORT = {
     "cluster__workers": 1,
     "cluster__cpus_per_worker": 1,  # two shared bases take all of a small machine
@@ -364,9 +369,7 @@ def test_a_population_takes_over_the_better_adapters(corpus: Path, tiny_model: P
             "train.micro_batch": {"quniform": [1, 4, 1]},
             "train.schedule": {"choice": ["constant", "cosine"]},
         },
-        "scheduler": {"kind": "population", "interval": 4},
-        "trials": 4,
-        "trials_per_worker": 2,
+        **POPULATION,
         "seed": 3,
     }
     done = sweep(*write(corpus, tiny_model, space, train__steps=16))
@@ -388,13 +391,7 @@ def test_a_population_takes_over_the_better_adapters(corpus: Path, tiny_model: P
 @pytest.mark.slow
 def test_a_population_goes_on_without_a_member_that_fails(corpus: Path, tiny_model: Path) -> None:
     """Its others waited for it at the next comparison, without end."""
-    space = {
-        "search": {"train.lr": {"choice": [1e-2, 2e9]}},
-        "scheduler": {"kind": "population", "interval": 4},
-        "trials": 4,
-        "trials_per_worker": 2,
-        "seed": 1,
-    }
+    space = {"search": {"train.lr": {"choice": [1e-2, 2e9]}}, **POPULATION, "seed": 1}
     done = sweep(*write(corpus, tiny_model, space, train__steps=12))
     assert done.returncode == 0, done.stdout + done.stderr
     found = records(corpus / "runs" / "small-space")
