@@ -2,6 +2,7 @@
 
 import csv
 import json
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
@@ -172,6 +173,14 @@ def test_a_place_that_cannot_be_written_is_one_line(records: Path, tmp_path: Pat
         mat_data.main([str(tmp_path / "a.csv"), "--out", str(tmp_path / "file" / "out")])
 
 
+@pytest.fixture
+def cells_as_a_new_process_takes_them() -> Iterator[None]:
+    """csv.reader's limit is the whole process's, and the readers of training data raise it in tests before this."""
+    before = csv.field_size_limit(131_072)
+    yield
+    csv.field_size_limit(before)
+
+
 HEAD = "date_time,time,rating,price,weather,day,type,lat,lon,tid,label\n"
 LINE = "{time},1,-1.0,-1,Clear,Monday,Office,{lat},-73.9,{tid},Food\n"
 
@@ -215,6 +224,7 @@ def test_people_are_put_together_from_their_weeks(tmp_path: Path, capsys: pytest
         (HEAD + "x" * 200_000, "argument FILE.csv: field larger than field limit"),
     ],
 )
+@pytest.mark.usefixtures("cells_as_a_new_process_takes_them")
 def test_a_broken_sample_is_named(tmp_path: Path, text: str, expected: str) -> None:
     (tmp_path / "a.csv").write_text(text)
     with pytest.raises(UserError) as caught:
