@@ -76,18 +76,25 @@ def of_the_machine(error: BaseException) -> str | None:
     return f"{error.filename}: {error.strerror}; mend that, and run the same command again"
 
 
+def _store_is_away(error: BaseException) -> bool:
+    return isinstance(error, StoreUnavailable)
+
+
 @contextlib.contextmanager
 def as_user_error(
-    what: str, *kinds: type[Exception], reason: Callable[[BaseException], str] = first_line
+    what: str,
+    *kinds: type[Exception],
+    reason: Callable[[BaseException], str] = first_line,
+    passes: Callable[[BaseException], bool] = _store_is_away,
 ) -> Iterator[None]:
     """Raise an exception of these kinds as the UserError `what: reason`; a UserError passes as it is.
 
-    A store that does not answer now gives TryAgain.
+    One that `passes` by itself, by default a store that does not answer now, gives TryAgain.
     """
     try:
         yield
     except kinds as error:
         if isinstance(error, UserError):
             raise
-        kind = TryAgain if isinstance(error, StoreUnavailable) else UserError
+        kind = TryAgain if passes(error) else UserError
         raise kind(f"{what}: {reason(error)}") from None

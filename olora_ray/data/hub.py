@@ -14,6 +14,7 @@ from urllib.parse import parse_qs, urlsplit
 from olora_ray.common import storage
 from olora_ray.common.digests import digest
 from olora_ray.common.errors import UserError, as_user_error
+from olora_ray.common.hub import is_away
 
 ROWS_PER_FILE = 100_000
 OPTIONS = {"split", "name", "revision"}
@@ -25,7 +26,8 @@ def as_parquet(uri: str, field: str, storage_root: str) -> list[str]:
     Raises UserError that starts with `field` if the hub does not deliver it.
     """
     parts = urlsplit(uri)
-    options = {key: values[0] for key, values in parse_qs(parts.query).items()}
+    query = parts.query.replace("+", "%2B")  # of `split=train+test`: in a form's query it would be a space
+    options = {key: values[0] for key, values in parse_qs(query).items()}
     if unknown := sorted(set(options) - OPTIONS):
         raise UserError(f"{field}: {uri}: unknown option {unknown[0]!r}; there are {', '.join(sorted(OPTIONS))}")
     name = parts.netloc + parts.path
@@ -46,7 +48,7 @@ def _load(name: str, options: dict[str, str], uri: str, field: str) -> Any:
 
     datasets.disable_progress_bars()
     # Exception: the hub, the network and the data set's own files each raise their own kinds.
-    with as_user_error(f"{field}: {uri}", Exception):
+    with as_user_error(f"{field}: {uri}", Exception, passes=is_away):
         return datasets.load_dataset(
             name, options.get("name"), split=options.get("split", "train"), revision=options.get("revision")
         )

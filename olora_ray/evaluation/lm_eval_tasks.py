@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from olora_ray.common.errors import UserError, first_line
+from olora_ray.common.errors import TryAgain, UserError, first_line
+from olora_ray.common.hub import is_away
 from olora_ray.common.quiet import quiet_lm_eval
 from olora_ray.config.evaluation import AnyConfig
 from olora_ray.evaluation import lm_eval_data
@@ -66,8 +67,9 @@ def load(names: Sequence[str], data: str | None) -> Tasks:
         try:
             # As the member of a group: the one public way to change fields of a task that lm-eval knows.
             loaded = manager.load([{"group": "evaluation", "task": [changes]}])["tasks"]
-        except (OSError, ValueError, ImportError, RuntimeError) as error:
-            raise UserError(_why_not(name, data, error)) from None
+        except Exception as error:  # the hub's client has kinds of its own
+            kind = TryAgain if not data and is_away(error) else UserError
+            raise kind(_why_not(name, data, error)) from None
         if getattr(loaded[name], "UNSAFE_CODE", False):
             raise UserError(f"--tasks {name}: runs code that the model writes, which is not done here; use lm-eval")
         tasks[name] = loaded[name]

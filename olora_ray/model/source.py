@@ -10,6 +10,7 @@ from pathlib import Path
 
 from olora_ray.common import copies, digests, node_cache, storage
 from olora_ray.common.errors import UserError, as_user_error, first_line, short_reason
+from olora_ray.common.hub import is_away
 from olora_ray.common.quiet import quiet_transformers
 from olora_ray.config import paths
 from olora_ray.config.evaluation import AnyConfig
@@ -128,10 +129,12 @@ def _from_hub(config: ModelConfig) -> Path:
         patterns.append("*.py")
     if config.allow_pickle:
         patterns += ["pytorch_model*.bin"]
-    # A pattern's * goes through folders too, and there lie the same weights in other forms (gpt-oss: original/).
-    others = ["*/*.safetensors", "*/*.bin"]
+    # A pattern's * goes through folders too, and there lie the same weights in other forms (gpt-oss: original/);
+    # Mistral's lie beside them.
+    others = ["*/*.safetensors", "*/*.bin", "consolidated*.safetensors"]
     what = f"model.name: {config.name}: not a folder here"
-    with as_user_error(what, OSError, ValueError, RuntimeError, reason=_hub_problem):
+    # Exception: its client's errors about a broken connection are of no kind that Python knows.
+    with as_user_error(what, Exception, reason=_hub_problem, passes=is_away):
         return Path(
             snapshot_download(config.name, revision=config.revision, allow_patterns=patterns, ignore_patterns=others)
         )

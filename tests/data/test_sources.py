@@ -18,6 +18,7 @@ import zstandard
 from pyarrow import parquet
 
 from olora_ray.common.errors import UserError
+from olora_ray.config.load import override
 from olora_ray.config.schema import Source
 from olora_ray.data import kept_scans, lines, reader, scan, sources
 from olora_ray.data.example import Rejected
@@ -324,6 +325,9 @@ def test_a_data_set_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     assert store.manifest.rows == 50
     assert all(name.startswith(f"{tmp_path}/runs/tokens/hub/") for name in store.manifest.files)
     assert prepare(config, tiny_spec, "eval").manifest.rows == 10
+    both = config.data.train[0].model_copy(update={"path": "hf://org/name?split=train+test"})
+    config = override(config, {"data.train": [both.model_dump()]})
+    assert prepare(config, tiny_spec, "train").manifest.rows == 60
     with pytest.raises(UserError, match=r"data.train.0.path: hf://org/other: "):
         sources.list_files(source("hf://org/other"), "data.train.0", str(tmp_path))
     with pytest.raises(UserError, match="unknown option 'splits'; there are name, revision, split"):

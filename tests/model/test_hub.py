@@ -1,6 +1,8 @@
 """Why the hub does not deliver a model: asked of a server on this machine that answers as the hub does."""
 
+import json
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -9,24 +11,30 @@ import pytest
 from huggingface_hub import constants
 from huggingface_hub.utils import filter_repo_objects
 
-from olora_ray.common.errors import UserError
+from olora_ray.common.errors import TryAgain, UserError
 from olora_ray.config.schema import Model
 from olora_ray.model.source import _from_hub
 
+COMMIT = "0" * 40
 ANSWERS = {
     "none": (404, "RepoNotFound", "the model hub has no model of this name, or it is private: correct the name"),
     "unauthorised": (401, "", "the model hub has no model of this name, or it is private: correct the name"),
     "gated": (403, "GatedRepo", "to those only who were granted access"),
     "revision": (404, "RevisionNotFound", "the model hub has the model, but not this model.revision"),
     "broken": (500, "", "the model hub cannot be asked (Server error '500"),
+    "busy": (429, "", "the model hub cannot be asked ("),
 }
+PASS = ("broken", "busy")
+"""Those that another start may not meet."""
 
 
 class Hub(BaseHTTPRequestHandler):
     """Answers by the name of the model."""
 
     def do_GET(self) -> None:
-        """One of ANSWERS."""
+        """One of ANSWERS, or a model with a file of which only the half comes."""
+        if "/org/cut" in self.path:
+            return self.cut_off()
         status, code, _ = next(answer for name, answer in ANSWERS.items() if f"/org/{name}" in self.path)
         self.send_response(status)
         if code:
@@ -35,6 +43,28 @@ class Hub(BaseHTTPRequestHandler):
         self.end_headers()
 
     do_HEAD = do_GET
+
+    def cut_off(self) -> None:
+        """Say what there is, and then break off."""
+        if "/api/" in self.path:
+            content, length = json.dumps(self.what_there_is()).encode(), None
+        else:
+            content, length = b"half of it", 20
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("ETag", '"1234"')
+        self.send_header("Content-Length", str(length or len(content)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+        self.close_connection = True
+
+    def what_there_is(self) -> object:
+        """One file, as both of the hub's lists have it."""
+        if "/tree/" in self.path:
+            return [{"type": "file", "path": "config.json", "size": 20, "oid": "1234"}]
+        return {"id": "org/cut", "sha": COMMIT, "siblings": [{"rfilename": "config.json"}]}
 
     def log_message(self, *_: object) -> None:
         """Nothing."""
@@ -55,9 +85,10 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
 
 
-def refusal(name: str) -> str:
+def refusal(name: str, passes: bool = False) -> str:
     with pytest.raises(UserError) as caught:
         _from_hub(Model(name=name))
+    assert isinstance(caught.value, TryAgain) == passes
     message = str(caught.value)
     assert "\n" not in message
     assert message.startswith(f"model.name: {name}: not a folder here: ")
@@ -67,7 +98,15 @@ def refusal(name: str) -> str:
 @pytest.mark.parametrize("name", ANSWERS)
 def test_what_the_hub_answers_is_told_in_words(name: str, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", address)
-    assert ANSWERS[name][2] in refusal(f"org/{name}")
+    assert ANSWERS[name][2] in refusal(f"org/{name}", passes=name in PASS)
+
+
+def test_a_file_that_breaks_off_is_no_bug(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client's error is none of Python's kinds: it was a traceback."""
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(time, "sleep", lambda _: None)  # before its client asks again
+    assert "the model hub did not deliver it: " in refusal("org/cut", passes=True)
 
 
 @pytest.mark.parametrize("pickles", [True, False])
@@ -76,7 +115,9 @@ def test_weights_in_folders_of_a_repository_are_left_there(
 ) -> None:
     wanted = ["config.json", "model-00001-of-00002.safetensors", "additional_chat_templates/tools.jinja"]
     wanted += ["pytorch_model.bin"] * pickles
-    left = ["original/model.safetensors", "onnx/pytorch_model.bin", "README.md"] + ["pytorch_model.bin"] * (not pickles)
+    left = ["original/model.safetensors", "onnx/pytorch_model.bin", "consolidated.safetensors", "README.md"] + [
+        "pytorch_model.bin"
+    ] * (not pickles)
     taken: list[str] = []
 
     def download(name: str, revision: str | None, **patterns: list[str]) -> str:
@@ -90,7 +131,7 @@ def test_weights_in_folders_of_a_repository_are_left_there(
 
 def test_a_hub_that_cannot_be_asked_is_no_wrong_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    message = refusal("org/none")
+    message = refusal("org/none", passes=True)
     assert "the model hub cannot be asked (" in message
     assert "and this machine's cache does not have the model" in message
 
