@@ -47,18 +47,22 @@ def from_sharegpt(turns: list[Any], role: str, content: str) -> list[Any]:
 
 
 def sequence(value: Any, name: str) -> list[Any]:
-    """A list, or the list in a JSON text, as csv and some parquet files hold it; raises Rejected."""
+    """A list, or the list in a JSON text, as csv and some parquet files hold it; raises Rejected.
+
+    Also one that `datasets` has turned over, as its Sequence of objects is stored: {"role": [...], "content": [...]}.
+    """
     if isinstance(value, str):
         value = _parsed(value, f"field {name!r} is text, not a list of messages")
+    value = _turned_back(value)
     if not isinstance(value, list):
         raise Rejected("wrong_type", f"field {name!r} is {kind(value)}, not a list")
     return value
 
 
 def in_a_cell(value: Any) -> Any:
-    """The messages in a JSON text, as csv holds them; any other value as it is."""
+    """The messages in a JSON text, as csv holds them, or in lists of their parts; any other value as it is."""
     if not isinstance(value, str) or not value.lstrip().startswith("["):
-        return value
+        return _turned_back(value)
     try:
         found = json.loads(value)
     except (ValueError, RecursionError):
@@ -66,8 +70,17 @@ def in_a_cell(value: Any) -> Any:
     return found if isinstance(found, list) and found and all(map(_has_role, found)) else value
 
 
+def _turned_back(value: Any) -> Any:
+    """A list of objects, of an object of lists of one length; any other value as it is."""
+    if not isinstance(value, dict) or not value or not all(isinstance(part, list) for part in value.values()):
+        return value
+    if len({len(part) for part in value.values()}) > 1:
+        return value
+    return [dict(zip(value, parts, strict=True)) for parts in zip(*value.values(), strict=True)]
+
+
 def _has_role(turn: Any) -> bool:
-    return isinstance(turn, dict) and "role" in turn and "content" in turn
+    return isinstance(turn, dict) and "role" in turn and ("content" in turn or "tool_calls" in turn)
 
 
 def kind(value: Any) -> str:

@@ -1,7 +1,10 @@
 import json
+from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
+from pyarrow import parquet
 
 from olora_ray.common.errors import UserError
 from olora_ray.data.example import Chat, Completion, Rejected, Text
@@ -89,6 +92,38 @@ def test_answers_in_a_prompt_of_messages_are_given_and_one_of_the_completion_is_
     for text in ("[1, 2]", "[{]", '[{"role": "user"}]', "[]"):
         example = to_example("prompt_completion", {"prompt": text, "completion": "x"}, {}, as_chat=True)
         assert roles(example) == [("user", text), ("assistant", "x")]
+
+
+def test_an_answer_in_a_cell_may_be_a_call_alone() -> None:
+    """Its message has no content: it was trained as JSON text."""
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    cells = {
+        "prompt": json.dumps([{"role": "user", "content": "q"}]),
+        "completion": json.dumps([{"role": "assistant", "tool_calls": [call]}]),
+    }
+    example = to_example("prompt_completion", cells, {}, as_chat=True)
+    assert isinstance(example, Chat)
+    assert example.messages[1]["tool_calls"] == [call]
+
+
+def test_turns_as_a_sequence_of_datasets_are_stored(tmp_path: Path) -> None:
+    """An object of lists, in place of a list of objects."""
+    turns = {"role": ["user", "assistant"], "content": ["q", "a"]}
+    text = datasets.Value("string")
+    features = datasets.Features({"messages": datasets.Sequence({"role": text, "content": text})})
+    datasets.Dataset.from_list([{"messages": turns}], features=features).to_parquet(tmp_path / "a.parquet")
+    [row] = parquet.read_table(tmp_path / "a.parquet").to_pylist()
+    assert row == {"messages": turns}
+    assert roles(to_example("messages", row, {})) == [("user", "q"), ("assistant", "a")]
+    said = {"conversations": {"from": ["human", "gpt"], "value": ["q", "a"]}}
+    assert roles(to_example("sharegpt", said, {})) == [("user", "q"), ("assistant", "a")]
+    parts = {name: {key: [value] for key, value in zip(turns, each, strict=True)} for name, each in PARTS.items()}
+    assert roles(to_example("prompt_completion", parts, {}, as_chat=True)) == [("user", "q"), ("assistant", "a")]
+    with pytest.raises(Rejected, match="'messages' is an object, not a list"):
+        to_example("messages", {"messages": {"role": ["user", "assistant"], "content": ["q"]}}, {})
+
+
+PARTS = {"prompt": ("user", "q"), "completion": ("assistant", "a")}
 
 
 def test_alpaca() -> None:
