@@ -26,8 +26,8 @@ def resolved(config: Resolved, folder: Path) -> Resolved:
     """
     name = config.model.name
     # With the home directory in the place of ~: what is exported names the base by a path that others can read.
-    if not is_uri(name) and is_there(place := folder / at_home(name, "model.name"), "model.name"):
-        name = str(place.absolute())
+    if not is_uri(name) and is_there(place := Path(left(name, folder, "model.name")), "model.name"):
+        name = str(place)
     start = config.train.start
     return _changed(
         config,
@@ -38,7 +38,7 @@ def resolved(config: Resolved, folder: Path) -> Resolved:
             train=_sources(config.data.train, folder, "data.train"),
             eval=_sources(config.data.eval, folder, "data.eval"),
         ),
-        train=_changed(config.train, start=start and absolute(start, folder, "train.start")),
+        train=_changed(config.train, start=start and left(start, folder, "train.start")),
     )
 
 
@@ -60,6 +60,13 @@ def _changed(section: AnySection, **values: object) -> AnySection:
 def absolute(place: str, folder: Path, field: str = "") -> str:
     """`place` itself if it is a URI, else as an absolute path seen from `folder`; raises UserError as `at_home`."""
     return place if is_uri(place) else os.path.normpath(folder / at_home(place, field))
+
+
+def left(place: str, folder: Path, field: str = "") -> str:
+    """As `absolute`; in a job, of what is not in its own folder, the place where jobs before it have left theirs."""
+    found = absolute(place, folder, field)
+    kept = absolute(place, lasting(folder), field)
+    return kept if os.path.exists(kept) and not os.path.lexists(found) else found
 
 
 def at_home(place: str, field: str = "") -> Path:

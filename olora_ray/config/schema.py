@@ -1,6 +1,7 @@
 """Every setting of a run: frozen, typed, validated once; nothing here imports what it configures."""
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -17,8 +18,10 @@ from olora_ray.config.section import AnySection as AnySection
 from olora_ray.config.section import Section as Section
 from olora_ray.config.train import Train as Train
 
-IN_STORAGE = ("tokens", "models", "locks", "mlartifacts", "mlflow.db")
+IN_STORAGE = ("tokens", "models", "locks", "mlartifacts", "mlflow.db", "retraining", "adapters")
 """Names in `run.storage` that a run's folder cannot have."""
+NO_GATE: Mapping[str, Any] = {"gate.metric": "eval/loss", "gate.and": []}
+"""Changes for what decides nothing, an evaluation or a search: what the gate asks for need not be measured there."""
 
 
 class Run(Section):

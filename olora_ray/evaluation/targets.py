@@ -22,7 +22,7 @@ from olora_ray.common.errors import UserError, as_user_error
 from olora_ray.config import paths
 from olora_ray.config.evaluation import AnyConfig, EvaluationConfig
 from olora_ray.config.load import build, load, override, validated
-from olora_ray.config.schema import Config
+from olora_ray.config.schema import NO_GATE, Config
 from olora_ray.config.yaml_io import parse_yaml
 from olora_ray.evaluation.held_out import ADAPTER_CONFIG
 from olora_ray.model import identity
@@ -38,8 +38,6 @@ logger = logging.getLogger(__name__)
 
 Kind = Literal["run", "checkpoint", "adapter", "model"]
 SETTINGS = "config.yaml"
-NO_GATE: Mapping[str, Any] = {"gate.metric": "eval/loss", "gate.and": []}
-"""An evaluation decides nothing: with another scorer or other rows, what the gate asks for need not be measured."""
 
 
 @dataclass(frozen=True)
@@ -230,7 +228,7 @@ def _absolute(name: str) -> str:
     """The place a name means if it is a path or URI; '' for other names."""
     if name.startswith(("models:/", "package://", "hf://")):
         return ""
-    return paths.absolute(name, Path.cwd()).rstrip("/")
+    return paths.left(name, Path.cwd()).rstrip("/")
 
 
 def _readable(name: str, place: str) -> bool:

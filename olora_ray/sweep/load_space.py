@@ -9,7 +9,7 @@ from typing import Any
 from olora_ray.common.errors import UserError
 from olora_ray.config.dotted import at, flatten
 from olora_ray.config.load import override, validated
-from olora_ray.config.schema import Config
+from olora_ray.config.schema import NO_GATE, Config
 from olora_ray.config.yaml_io import parse_yaml
 from olora_ray.sweep.space import LOWER_IS_BETTER, SAME_BASE, Space, multiple
 
@@ -50,11 +50,17 @@ def check(space: Space, config: Config, where: str = "space") -> None:
     """Raise UserError unless every value the space can give is valid in the config, and its metric is reported."""
     for place, fields in (("search", space.search), ("set", space.set)):
         for field in fields:
-            if field.startswith(FIXED):
+            if f"{field}.".startswith(FIXED):
                 raise UserError(f"{where}: {place}.{field}: a search cannot vary {field.partition('.')[0]}.*")
     for field in space.search:
-        if field.startswith(MEASURE):
+        if field.startswith(MEASURE) or any(name.startswith(f"{field}.") for name in MEASURE):
             raise UserError(f"{where}: search.{field}: all trials are measured in the same way; put it under set")
+        if lost := _lost(config, field, space.search[field].options()):
+            raise UserError(
+                f"{where}: search.{field}: of a whole section all that an option does not name is at its default, and"
+                f" the config sets {', '.join(lost)}; name {'it' if len(lost) == 1 else 'them'} in each option, or"
+                " search fields"
+            )
         if field in IDLE:
             raise UserError(f"{where}: search.{field}: it does not change what a training gives; put it under set")
         if space.trials_per_worker > 1 and not field.startswith(SAME_BASE):
@@ -66,7 +72,7 @@ def check(space: Space, config: Config, where: str = "space") -> None:
                 f"{where}: set.{field}: a whole section, of which all that is not named would be at its default; name"
                 f" fields, e.g. {field}.{part}"
             )
-    base = _override(config, space.set, f"{where}: set")
+    base = _override(config, {**NO_GATE, **space.set}, f"{where}: set")
     known = flatten(base)
     for field, changes in _probes(space):
         _refuse_texts(_override(base, changes, f"{where}: search.{field}"), changes, where)
@@ -76,6 +82,20 @@ def check(space: Space, config: Config, where: str = "space") -> None:
         for number in range(min(space.count(), MOST_CHECKED)):
             _override(base, space.values(space.drawn(number)), f"{where}: search: trial {number}")
     _check_metric(space, base, where)
+
+
+def _lost(config: Config, field: str, options: Sequence[Any]) -> list[str]:
+    """What the config sets of a section, and an option of that section does not name."""
+    if field not in Config.model_fields:
+        return []
+    section = getattr(config, field)
+    changed = [
+        name
+        for name, info in type(section).model_fields.items()
+        if not info.is_required() and getattr(section, name) != info.get_default(call_default_factory=True)
+    ]
+    unnamed = [name for name in changed if any(isinstance(each, dict) and name not in each for each in options)]
+    return [f"{field}.{name}" for name in unnamed]
 
 
 def overlap(one: str, other: str) -> bool:

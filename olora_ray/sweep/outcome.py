@@ -25,8 +25,10 @@ from olora_ray.train.state import TrainState
 
 logger = logging.getLogger(__name__)
 
-LENGTH = ("train.steps", "train.epochs", "train.eval_every", "train.checkpoint_every", "evaluation.")
+LENGTH = ("train.steps", "train.epochs", "train.eval_every", "train.checkpoint_every")
 """Fields that a space sets to have short trials."""
+MEASURE = "evaluation."
+"""How its trials are looked at is the space's: the config's gate may ask for a score that they do without."""
 SAME = 1e-3
 """How far a loss may be, relatively, from that of the same step: after a failure other workers may measure it again."""
 
@@ -82,11 +84,12 @@ def conclude(config: Config, sweep_spec: SweepSpec, found: SearchRecord, tracker
 
 
 def best_config(config: Config, sweep_spec: SweepSpec, best: TrialRecord, refit: bool = False) -> Config:
-    """The config as it came, with the best trial's values and what the space sets for all.
+    """The config as it came, with the best trial's values and what the space sets for all but how they are measured.
 
     For a `refit` the space's short trainings are left out: it has the length of the config itself.
     """
-    common = {field: value for field, value in sweep_spec.space.set.items() if not (refit and field.startswith(LENGTH))}
+    left = (MEASURE, *LENGTH) if refit else MEASURE
+    common = {field: value for field, value in sweep_spec.space.set.items() if not field.startswith(left)}
     name = f"{sweep_spec.name}-{'refit' if refit else 'best'}"
     return override(config, {**common, **best.params, "run.name": name})
 

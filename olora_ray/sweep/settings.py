@@ -14,7 +14,7 @@ from olora_ray.common import storage
 from olora_ray.common.errors import UserError
 from olora_ray.config.dotted import flatten, leaves
 from olora_ray.config.load import build, override
-from olora_ray.config.schema import Config
+from olora_ray.config.schema import NO_GATE, Config
 from olora_ray.pipeline import mlflow_run
 from olora_ray.pipeline.run_folder import RunFolder, bound_settings
 from olora_ray.sweep import state
@@ -42,7 +42,7 @@ def search_config(config: Config, space: Space, space_file: str | Path, register
     own = {"run.name": f"{config.run.name}-{Path(space_file).stem}", "cluster.workers": config.cluster.min_workers()}
     if space.trials_per_worker > 1:
         own |= {"cluster.workers": 1}
-    return override(config, {**space.set, **own})
+    return override(config, {**NO_GATE, **space.set, **own})
 
 
 def check(config: Config, space: Space) -> None:

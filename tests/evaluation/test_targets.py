@@ -1,5 +1,6 @@
 """A name means the same model whether it is a run, a checkpoint, an adapter or a merged folder."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from olora_ray.adapter.peft_folder import write_adapter
 from olora_ray.common.errors import UserError
+from olora_ray.config import paths
 from olora_ray.config.evaluation import EvaluationConfig
 from olora_ray.config.load import build, dump, override
 from olora_ray.config.schema import Config
@@ -195,3 +197,18 @@ def test_an_address_that_cannot_be_looked_at_is_one_line(name: str) -> None:
     for look in (lambda: targets.settings([name], None, {}), lambda: targets.kind_of(name)):
         with pytest.raises(UserError, match=r"'\.\.'|cannot be looked at"):
             look()
+
+
+def test_a_job_finds_what_a_job_before_it_has_left(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own folder has no runs: the name was taken for one of the hub."""
+    job = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_1"
+    job.mkdir(parents=True)
+    kept = tmp_path / "home" / "olora_ray" / "runs" / "r"
+    shutil.copytree(run, kept)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(job)
+    assert targets.run_of("runs/r") == str(kept)
+    found = override(config(tmp_path / "base", tmp_path), {"train.start": "runs/r"})
+    assert paths.resolved(found, job).train.start == str(kept)
+    shutil.copytree(run, job / "runs" / "r")
+    assert targets.run_of("runs/r") == str(job / "runs" / "r")

@@ -2,6 +2,7 @@ import math
 import warnings
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from ray import cloudpickle
 from olora_ray.common.errors import UserError
 from olora_ray.config.dotted import flatten
 from olora_ray.config.load import build, load, override
-from olora_ray.sweep import load_space, tuner
+from olora_ray.sweep import load_space, outcome, settings, tuner
 from olora_ray.sweep.choosers import Suggested
 from olora_ray.sweep.domain import Domain
 from olora_ray.sweep.space import Space
@@ -37,6 +38,29 @@ def test_every_shipped_space_fits_the_config() -> None:
         found = load_space.load(path, CONFIG)
         for number in range(found.count()):
             override(CONFIG, {**found.set, **found.values(found.drawn(number))})
+
+
+GATED = override(
+    CONFIG,
+    {
+        "evaluation.scorer": "json_fields",
+        "gate.and": [{"metric": "eval/valid_json", "at_least": 0.9}],
+        "run.storage": "/nowhere",
+    },
+)
+
+
+@pytest.mark.parametrize("path", SPACES, ids=lambda path: path.stem)
+def test_every_shipped_space_fits_a_config_whose_gate_asks_for_a_score(path: Path) -> None:
+    """A search decides nothing, and some of them have no answers scored; the best config has its gate again."""
+    found = load_space.load(path, GATED)
+    search = settings.search_config(GATED, found, path, registers=False)
+    spec: Any = SimpleNamespace(space=found, name="search")
+    trial: Any = SimpleNamespace(params=found.values(found.drawn(0)) if found.searcher != "tpe" else {})
+    for refit in (False, True):
+        best = outcome.best_config(GATED, spec, trial, refit)
+        assert (best.gate, best.evaluation) == (GATED.gate, GATED.evaluation)
+    assert search.evaluation.scorer == found.set.get("evaluation.scorer", "json_fields")
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
@@ -241,6 +265,13 @@ ODD: dict[str, tuple[dict[str, Any], str]] = {
         "set.data: a whole section, of which all that is not named would be at its default; name fields, e.g."
         " data.max_length",
     ),
+    "a section of which the config sets more": (
+        of({"choice": [{"lr": 1e-4, "steps": 5}, {"lr": 1e-3}]}, "train"),
+        "search.train: of a whole section all that an option does not name is at its default, and the config sets"
+        " train.",
+    ),
+    "a section by which all are measured": (of({"choice": [{}]}, "evaluation"), "all trials are measured in the same"),
+    "a section that a search cannot vary": (of({"choice": [{}]}, "cluster"), "search.cluster: a search cannot vary"),
     "searched and set": (
         {"search": LR, "set": {"train.lr": 1e-4}},
         "set.train.lr: search.train.lr sets it too; leave one out",
