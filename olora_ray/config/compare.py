@@ -21,6 +21,6 @@ class Compare(Section):
     """Smallest difference of the held-out loss that matters, in nats per supervised token."""
     centres: dict[str, Rate] = {}  # noqa: RUF012 - pydantic copies it
     """Method -> learning rate at which its grid starts, e.g. {olora: 1.0e-4}; for those that are not named 2e-4
-    (olora, pissa, milora) or 1.6e-3."""
+    (olora, pissa, pissa_fast, milora) or 1.6e-3."""
     untuned: bool = True
     """Also train each method at train.lr as it is, to show what an untuned comparison would have said."""

@@ -8,12 +8,13 @@ import numpy as np
 from olora_ray.cluster.spec import TrainResult
 from olora_ray.common import storage
 from olora_ray.pipeline import answers
+from olora_ray.sweep.compare import code_used
 from olora_ray.sweep.compare.arguments import LEVEL
 from olora_ray.sweep.compare.grid import BASELINE, tried
 from olora_ray.sweep.compare.record import Against, ComparisonRecord, MethodRecord, Point, Training
 from olora_ray.sweep.compare.run import Final, Run, Tuning
 from olora_ray.sweep.compare.speed import Course, Reached, reached
-from olora_ray.sweep.compare.statistics import Difference, Values, crossed, holm, holm_levels, per_token
+from olora_ray.sweep.compare.statistics import Difference, Values, crossed, holm, per_token, simultaneous
 
 
 def record(run: Run, tuning: Tuning, finals: Sequence[Final], machine: str) -> ComparisonRecord:
@@ -44,6 +45,7 @@ def record(run: Run, tuning: Tuning, finals: Sequence[Final], machine: str) -> C
         base_test=bases[0] if bases else math.inf,
         points=_points(run, tuning),
         methods=tuple(_method(run, tuning, method, finals, against.get(method)) for method in comparison.methods),
+        notes=code_used.notes(config.folder()),
     )
 
 
@@ -67,8 +69,9 @@ def differences(
     losses, tokens = found.pop(BASELINE)
     against = {method: crossed(per_token(own - losses, tokens)) for method, (own, _) in found.items()}
     p_values = [each.p() for each in against.values()]
-    adjusted = zip(against.items(), p_values, holm(p_values), holm_levels(p_values, LEVEL), strict=True)
-    return {method: _against(each, p, p_holm, level) for (method, each), p, p_holm, level in adjusted}
+    together = simultaneous(LEVEL, len(against))
+    adjusted = zip(against.items(), p_values, holm(p_values), strict=True)
+    return {method: _against(each, p, p_holm, together) for (method, each), p, p_holm in adjusted}
 
 
 def _against(found: Difference, p: float, p_holm: float, level: float) -> Against:

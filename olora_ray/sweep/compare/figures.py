@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from olora_ray.sweep.compare import verdict
 from olora_ray.sweep.compare.grid import BASELINE
 from olora_ray.sweep.compare.record import ComparisonRecord, Point
 from olora_ray.sweep.report import style, text
@@ -130,7 +131,7 @@ def forest(record: ComparisonRecord) -> "Figure":
     """The difference of each method to the baseline with its adjusted interval."""
     figure, axes = style.empty(
         f"Difference to {BASELINE}",
-        f"nats per token, {record.level:.0%} intervals over seeds and rows (Holm); band: ±{record.relevant:g}",
+        f"nats per token, {record.level:.0%} intervals over seeds and rows, together; band: ±{record.relevant:g}",
     )
     found = [(each.method, each.against) for each in record.others() if each.against]
     if not found:
@@ -139,7 +140,7 @@ def forest(record: ComparisonRecord) -> "Figure":
     axes.axvspan(-record.relevant, record.relevant, color=style.GRID, zorder=0)
     axes.axvline(0, color=style.MUTED, linewidth=1)
     for place, (_, against) in enumerate(reversed(found)):
-        colour = style.GOOD if against.adjusted.holds(0.0) else style.BEST
+        colour = style.BEST if against.p_holm < verdict.ERROR else style.GOOD
         axes.plot([against.adjusted.low, against.adjusted.high], [place, place], color=colour, linewidth=2.4)
         axes.plot(against.mean, place, "o", color=colour, markersize=8)
     axes.set_yticks(range(len(found)), [style.plain(method) for method, _ in reversed(found)])

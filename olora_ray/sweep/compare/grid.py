@@ -15,7 +15,7 @@ START = (0, 1, 2)
 """Powers of 2 times the centre that are tried first."""
 MOST = 7
 """Points of one grid."""
-CENTRES = {"olora": 2.0e-4, "pissa": 2.0e-4, "milora": 2.0e-4}
+CENTRES = {"olora": 2.0e-4, "pissa": 2.0e-4, "pissa_fast": 2.0e-4, "milora": 2.0e-4}
 """Where the grid of a method starts: methods whose product B A starts at large values want small rates."""
 CENTRE = 1.6e-3
 """Of all other methods."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError
 from olora_ray.sweep import progress, run, state, trial_file
+from olora_ray.sweep.compare import code_used
 from olora_ray.sweep.compare.spec import PhaseSpec
 from olora_ray.sweep.record import TrialRecord
 from olora_ray.sweep.spec import trial_name
@@ -37,6 +38,8 @@ def ended(spec: PhaseSpec) -> list[Ended]:
     """
     if progress.read(spec.folder).complete and _failures(_records(spec)):
         _open_again(spec.folder)
+    if not progress.read(spec.folder).complete:
+        code_used.note(spec.root)
     run.search(spec)
     records = _records(spec)
     if failed := _failures(records):

@@ -52,7 +52,7 @@ class Against:
     interval: Interval
     """Of 95%, for this comparison alone."""
     adjusted: Interval
-    """Such that it excludes 0 exactly where Holm's procedure rejects."""
+    """Such that those of all comparisons hold together with 95%."""
     p: float
     p_holm: float
 
@@ -146,12 +146,15 @@ class ComparisonRecord:
         return Ratio.of([each for each in own if each], [each for each in base if each])
 
     def typical(self, method: str) -> Reached | None:
-        """When a training of a method comes to the baseline's last loss: that with the median number of steps."""
+        """When a training of a method comes to the baseline's last loss: that with the median number of steps.
+
+        Of an even number the later of the middle two: not reached if half of them did not reach it.
+        """
         found = [each.reached for each in self.of(method).trainings]
         if not found or None in found:
             return None
         ordered = sorted((each for each in found if each), key=lambda each: (not each.reached, each.steps))
-        return ordered[(len(ordered) - 1) // 2]
+        return ordered[len(ordered) // 2]
 
     def to_json(self) -> str:
         """The text of comparison.json; infinity becomes null, as JSON has none."""

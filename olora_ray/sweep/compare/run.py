@@ -22,7 +22,7 @@ from olora_ray.common.errors import UserError
 from olora_ray.common.text import plural
 from olora_ray.config.dotted import flatten
 from olora_ray.config.load import override
-from olora_ray.config.schema import Config
+from olora_ray.config.schema import NO_GATE, Config
 from olora_ray.pipeline import connection, report
 from olora_ray.pipeline.base import Base
 from olora_ray.pipeline.prepare import prepare_tokens
@@ -45,7 +45,7 @@ from olora_ray.train.loader import total_steps
 
 logger = logging.getLogger(__name__)
 
-QUIET: dict[str, Any] = {"evaluation.scorer": None, "evaluation.samples": 0, "gate.metric": "eval/loss", "gate.and": []}
+QUIET = {**NO_GATE, "evaluation.scorer": None, "evaluation.samples": 0}
 """Of trainings whose answers nobody looks at."""
 INIT = "init.json"
 

@@ -105,17 +105,13 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return [min(1.0, p) for p in _stepped(p_values)]
 
 
-def holm_levels(p_values: Sequence[float], level: float = 0.95) -> list[float]:
-    """Confidence of each comparison's interval such that it excludes 0 exactly where Holm's procedure rejects.
+def simultaneous(level: float, count: int) -> float:
+    """Confidence of each of `count` intervals such that all of them hold together with that of `level` (Bonferroni).
 
-    The error that is allowed, 1 - level, is divided by what Holm multiplies the p value with: the number of
-    comparisons for the smallest p, and less for the others.
+    Holm's steps do not serve here: they ask whether a difference is 0, and go easy on the one that is nearest to it,
+    which is the one that is called equivalent.
     """
-    count = len(p_values)
-    order = {place: rank for rank, place in enumerate(sorted(range(count), key=lambda place: p_values[place]))}
-    pairs = zip(_stepped(p_values), p_values, strict=True)
-    factors = [new / p if p > 0 else count - order[place] for place, (new, p) in enumerate(pairs)]
-    return [1 - (1 - level) / factor for factor in factors]
+    return 1 - (1 - level) / max(1, count)
 
 
 def _stepped(p_values: Sequence[float]) -> list[float]:

@@ -30,9 +30,10 @@ MEANS = (
     "adapter.alpha",
     "loss per supervised token after the last step, mean over seeds and test rows, with half of its 95% interval",
     "difference of the losses in nats per supervised token, on the same rows with the same seeds",
-    "of that difference, adjusted for the number of comparisons (Holm)",
+    "of that difference; those of all methods hold together with 95% (Bonferroni)",
     "p value of no difference, adjusted for the number of comparisons (Holm)",
-    f"steps until the lowest test loss so far is {BASELINE}'s last of the same seed: the median; > if not reached",
+    f"steps until the lowest test loss so far is {BASELINE}'s last of the same seed: the median, of an even"
+    " number of seeds the later of the middle two; > if not reached",
     f"the same, divided by {BASELINE}'s: median (lowest .. highest) over seeds",
     "seconds of the initialisation and of these steps, in that training",
     "seconds of the initialisation in one process",

@@ -5,6 +5,10 @@ import math
 from olora_ray.common.text import plural
 from olora_ray.sweep.compare.grid import BASELINE
 from olora_ray.sweep.compare.record import Against, ComparisonRecord, MethodRecord
+from olora_ray.sweep.report import text
+
+ERROR = 0.05
+"""p value below which a difference is named."""
 
 
 def sentences(record: ComparisonRecord) -> list[str]:
@@ -26,13 +30,13 @@ def sentence(record: ComparisonRecord, method: MethodRecord) -> str:
 
 
 def conclusion(found: Against, relevant: float) -> str:
-    """What the adjusted interval says, in words."""
+    """What the comparison shows, in words: that there is a difference by Holm's p value, how large by the interval."""
     low, high = found.adjusted.low, found.adjusted.high
-    bound, lower = f"{relevant:g}", found.mean < 0
+    bound, lower, differs = f"{relevant:g}", found.mean < 0, found.p_holm < ERROR
     if found.adjusted.inside(relevant):
-        which = "" if found.adjusted.holds(0.0) else f"; the loss is {'lower' if lower else 'higher'} by less than that"
+        which = f"; the loss is {'lower' if lower else 'higher'} by less than that" if differs else ""
         return f"equivalent within the {bound} that was fixed beforehand as the smallest difference that matters{which}"
-    if found.adjusted.holds(0.0):
+    if not differs:
         return f"undecided: neither a difference nor equivalence within {bound} is shown"
     word = "lower" if lower else "higher"
     if high <= -relevant or low >= relevant:
@@ -43,7 +47,7 @@ def conclusion(found: Against, relevant: float) -> str:
 def _interval(record: ComparisonRecord, found: Against) -> str:
     low, high = found.adjusted.low, found.adjusted.high
     others = len([each for each in record.others() if each.against])
-    adjusted = f", adjusted for {others} comparisons (Holm)" if others > 1 else ""
+    adjusted = f" for {others} comparisons together, p = {text.number(found.p_holm, 2)} (Holm)" if others > 1 else ""
     return f"{record.level:.0%} interval {low:+.4f} .. {high:+.4f}{adjusted}"
 
 

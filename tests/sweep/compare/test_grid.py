@@ -43,6 +43,9 @@ def test_the_first_round_is_three_points_each_and_both_alphas_of_lora() -> None:
     assert rates["lora", 16.0] == rates["lora", 32.0] == [1.6e-3, 3.2e-3, 6.4e-3]
     assert rates["olora", 16.0] == [2e-4, 4e-4, 8e-4]
     assert len(wanted) == 9
+    assert len({arm.centre for arm in arms(["pissa", "pissa_fast"], 16, 16, {})}) == 1, (
+        "the same factors, but for noise"
+    )
 
 
 def test_an_alpha_of_its_own_is_tried_too_and_centres_can_be_set() -> None:

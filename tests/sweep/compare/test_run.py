@@ -2,16 +2,18 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
-from olora_ray.sweep.compare import analysis, page, table, verdict
+from olora_ray.sweep.compare import analysis, code_used, page, table, verdict
 from olora_ray.sweep.compare.arguments import Comparison
 from olora_ray.sweep.compare.estimate import Before
 from olora_ray.sweep.compare.record import ComparisonRecord
+from olora_ray.sweep.compare.speed import Reached
 from tests.said import said
 from tests.sweep.compare import made
 from tests.sweep.compare.made import Cluster
@@ -41,7 +43,9 @@ def test_each_method_is_tuned_and_then_compared_with_fresh_seeds(
     tuning = [values for values in cluster.trained if "run.seed" not in values]
     assert len(tuning) == len({json.dumps(values) for values in tuning})
     folder = Path(asked.config.folder())
-    assert sorted(path.name for path in folder.iterdir() if path.name != "shared") == ["final", "tuning-1", "tuning-2"]
+    assert sorted(path.name for path in folder.iterdir() if path.name != "shared") == [
+        *("code.json", "final", "tuning-1", "tuning-2")
+    ]
 
 
 def test_only_the_trainings_that_are_compared_are_evaluated_on_their_way(
@@ -108,6 +112,35 @@ def test_steps_to_the_baselines_loss(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert ratio.shown() == "never (never .. never)"
     row = dict(zip(table.HEAD, table.cells(record, record.of("olora")), strict=True))
     assert row["steps to lora's loss"] == ">40"
+
+
+def test_what_half_of_the_seeds_do_not_reach_is_not_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = compared(monkeypatch, made.comparison(tmp_path), Cluster())
+    method = record.of("olora")
+    for reached, steps in (((True, True, False, False), ">40"), ((True, True, True, False), "14")):
+        each = [Reached(there, at, at, at) for there, at in zip(reached, (10.0, 12.0, 14.0, 40.0), strict=True)]
+        each = [one if one.reached else replace(one, steps=40.0) for one in each]
+        trainings = tuple(replace(one, reached=at) for one, at in zip(method.trainings, each, strict=True))
+        other = replace(record, methods=(record.of("lora"), replace(method, trainings=trainings)))
+        row = dict(zip(table.HEAD, table.cells(other, other.of("olora")), strict=True))
+        assert row["steps to lora's loss"] == steps
+
+
+def test_trainings_of_several_versions_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Losses of one version were compared with those of another, in silence."""
+    asked, cluster = made.comparison(tmp_path), Cluster(stop_after=5)
+    with pytest.raises(KeyboardInterrupt):
+        compared(monkeypatch, asked, cluster)
+    cluster.stop_after = None
+    monkeypatch.setattr(code_used.kept, "code", lambda: "another")
+    with said() as lines:
+        record = compared(monkeypatch, asked, cluster)
+    assert sum(code_used.MIXED in line for line in lines) == 1
+    assert record.notes == (code_used.MIXED,)
+    monkeypatch.setattr(code_used.kept, "code", lambda: "a third")
+    with said() as lines:  # there is nothing left to train
+        compared(monkeypatch, asked, cluster)
+    assert not any(code_used.MIXED in line for line in lines)
 
 
 def test_an_interrupted_comparison_trains_nothing_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from olora_ray.evaluation import bootstrap
-from olora_ray.sweep.compare.statistics import Difference, Interval, crossed, holm, holm_levels, per_token
+from olora_ray.sweep.compare.statistics import Difference, Interval, crossed, holm, per_token, simultaneous
 
 P = st.lists(st.floats(0.0, 1.0), min_size=1, max_size=6)
 
@@ -133,13 +133,13 @@ def test_holm_rejects_what_bonferroni_does_and_keeps_the_order(p_values: list[fl
 
 
 @given(st.lists(st.tuples(st.floats(-4, 4), st.floats(2, 30)), min_size=1, max_size=5))
-def test_an_adjusted_interval_excludes_zero_where_holm_rejects(found: list[tuple[float, float]]) -> None:
+def test_what_a_simultaneous_interval_excludes_holm_rejects(found: list[tuple[float, float]]) -> None:
     differences = [Difference(mean, 1.0, freedom) for mean, freedom in found]
-    p_values = [one.p() for one in differences]
-    for one, adjusted, level in zip(differences, holm(p_values), holm_levels(p_values), strict=True):
-        assert level >= 0.95 - 1e-9
-        if abs(adjusted - 0.05) > 1e-6:
-            assert one.interval(level).holds(0.0) == (adjusted > 0.05)
+    level = simultaneous(0.95, len(found))
+    assert (1 - level) * len(found) == pytest.approx(0.05)
+    for one, adjusted in zip(differences, holm([one.p() for one in differences]), strict=True):
+        if not one.interval(level).holds(0.0):
+            assert adjusted < 0.05 + 1e-6
 
 
 def test_equivalence_is_an_interval_inside_the_bounds() -> None:

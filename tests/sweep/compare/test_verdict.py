@@ -7,13 +7,14 @@ import pytest
 
 from olora_ray.sweep.compare import analysis, verdict
 from olora_ray.sweep.compare.record import Against, ComparisonRecord
-from olora_ray.sweep.compare.statistics import Interval
+from olora_ray.sweep.compare.statistics import Difference, Interval, holm, simultaneous
 from tests.sweep.compare import made
 
 
 def against(low: float, high: float) -> Against:
     interval = Interval(low, high)
-    return Against((low + high) / 2, 0.01, 5.0, interval, interval, 0.02, 0.02)
+    p = 0.3 if interval.holds(0.0) else 0.02
+    return Against((low + high) / 2, 0.01, 5.0, interval, interval, p, p)
 
 
 @pytest.mark.parametrize(
@@ -31,6 +32,20 @@ def against(low: float, high: float) -> Against:
 )
 def test_conclusions(low: float, high: float, said: str) -> None:
     assert said in verdict.conclusion(against(low, high), 0.01)
+
+
+def test_the_method_nearest_to_the_baseline_is_corrected_for_too() -> None:
+    """Holm's steps go easiest on it, and it was called equivalent by an interval of its own."""
+    three, near = Difference(0.02, 0.002, 30.0), Difference(0.0055, 0.002, 30.0)
+    p_values = [each.p() for each in (three, three, three, near)]
+    level = simultaneous(0.95, 4)
+    found = [
+        analysis._against(each, p, p_holm, level)
+        for each, p, p_holm in zip((three, three, three, near), p_values, holm(p_values), strict=True)
+    ]
+    assert near.interval(0.95).inside(0.01)
+    assert verdict.conclusion(found[3], 0.01) == "the loss is higher; whether by the 0.01 that matters is undecided"
+    assert verdict.conclusion(found[0], 0.01) == "the loss is higher, by 0.01 or more"
 
 
 @pytest.fixture(scope="module")
@@ -71,4 +86,4 @@ def test_groups_and_corrections_are_said(record: ComparisonRecord) -> None:
     third = replace(record.methods[1], method="third")
     said = verdict.sentence(replace(record, groups=12, methods=(*record.methods, third)), third)
     assert "4 seeds x 12 groups of 60 test rows" in said
-    assert "adjusted for 2 comparisons (Holm)" in said
+    assert "for 2 comparisons together, p = " in said
