@@ -11,6 +11,8 @@ Without a champion only the conditions count. Whatever is not a number passes no
 fewer than gate.min_rows independent rows.
 """
 
+import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -19,6 +21,9 @@ from olora_ray.common.text import plural
 from olora_ray.config.schema import Condition, Gate
 from olora_ray.evaluation.bootstrap import Interval
 from olora_ray.evaluation.rows import LOSS, PERPLEXITY, Comparison, RowResults, compare
+
+BY_CHANCE = 0.025
+"""Below this the challenger's fewer scores are no chance."""
 
 
 @dataclass(frozen=True)
@@ -97,10 +102,13 @@ def _compared(
     if unseen is not None and not _shared_rows(gate.metric, challenger, champion):
         of_those = "" if lower_is_better(gate.metric) else " of those that are answered (evaluation.rows)"
         return False, f"{gate.metric}: there is no held-out row{of_those} to compare on{left_out}", {"groups": 0}
+    if (less := _scored_less(gate.metric, challenger, champion, groups)) is not None:
+        return False, f"{less}{left_out}", {"groups": 0}
     found = improvement(gate, challenger, champion, groups)
     interval = found.interval
     rows = plural(found.rows, "row") + (f" in {plural(found.groups, 'group')}" if found.groups < found.rows else "")
-    ours, theirs = challenger.metric(gate.metric), champion.metric(gate.metric)
+    both = sorted(_shared_rows(gate.metric, challenger, champion))
+    ours, theirs = (each.only(both).metric(gate.metric) for each in (challenger, champion))
     text = (
         f"{gate.metric} {ours:.4f}, the champion's {theirs:.4f}: improved by {interval.mean:.4f}"
         f" ({gate.level:.0%} interval {interval.low:.4f} to {interval.high:.4f}, {rows}){left_out}"
@@ -113,6 +121,26 @@ def _compared(
     else:
         passed, missed = interval.mean >= gate.must_improve_by, "it must improve at least by"
     return passed, text if passed else f"{text}, but {missed} {gate.must_improve_by:g}", numbers
+
+
+def _scored_less(metric: str, challenger: RowResults, champion: RowResults, groups: Sequence[int] | None) -> str | None:
+    """Why the rows that both have a metric on tell nothing: the challenger has it on fewer, and not by chance.
+
+    A scorer may leave a score out where an answer cannot be read. On the rest alone whoever answers only what is easy
+    would win. By a sign test over groups of rows, one-sided, 2.5%.
+    """
+    ours, theirs = (set(each.column(metric).rows.tolist()) for each in (challenger, champion))
+    own = groups if groups is not None else range(len(challenger.losses))
+    net = Counter(own[row] for row in ours - theirs)
+    net.subtract(own[row] for row in theirs - ours)
+    more, fewer = (sum(sign * value > 0 for value in net.values()) for sign in (1, -1))
+    chance = sum(math.comb(more + fewer, count) for count in range(more + 1)) / 2 ** (more + fewer)
+    if chance > BY_CHANCE:
+        return None
+    return (
+        f"{metric}: the scorer gives it for {plural(len(theirs - ours), 'row')} of the champion's that the challenger"
+        " has none for; on the others alone nothing can be compared: have it give 0 for an answer that it cannot read"
+    )
 
 
 def _shared_rows(metric: str, ours: RowResults, theirs: RowResults) -> set[int]:

@@ -1,6 +1,7 @@
 """A model beside the simple baselines: the same rows, people drawn as wholes, the best possible from the law."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -163,6 +164,18 @@ def test_the_verdict_says_who_wins() -> None:
     assert made(good, poor, good).verdict()[0].startswith("The model beats the best simple baseline, last on full past")
     assert made(poor, good, good).verdict()[0].startswith("The model loses to the best simple baseline")
     assert made(good, poor, good).verdict()[1].startswith("It is not shown that the model beats a rule less simple, x")
+
+
+def test_a_baseline_that_was_chosen_of_several_has_to_be_further_ahead() -> None:
+    """The best of eight is ahead by luck more often than one time in forty."""
+    people = range(60)
+    ours = [[person < 30] * 9 + [person >= 56] for person in people]  # one row more on 4 people
+    theirs = [[person < 30] * 9 + [person < 14] for person in people]  # on 14
+    one = made(ours, theirs, ours)
+    assert one.verdict()[0].startswith("The model loses to the best simple baseline, last on full past")
+    others = [Predictor(f"o{number}", "full past", (0,) * len(one.truth), True) for number in range(7)]
+    several = replace(one, baselines=[*one.baselines, *others])
+    assert several.verdict()[0].startswith("It is not shown that the model beats the best simple baseline, last on")
 
 
 def test_weighted_f1_by_hand() -> None:

@@ -1,6 +1,7 @@
 """The gate: monotone in both models, deaf to noise only where it is told to be, and clear about why."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -214,3 +215,26 @@ def test_scores_are_paired_by_row_whatever_rows_have_them() -> None:
     decide(gate(metric="eval/first"), scored({0: 1.0, 1: 1.0, 2: 1.0}), scored({0: 1.0, 1: 0.0}))
     with pytest.raises(UserError, match="eval/first: there is no held-out row on which both models have it"):
         decide(gate(metric="eval/first"), scored({0: 1.0}), scored({1: 1.0}))
+
+
+def test_whoever_answers_only_what_is_easy_does_not_win() -> None:
+    """A scorer left out the answers that it could not read, and the two were compared on the few that were left."""
+    champion, challenger = results([1.0] * 200, acc=[1.0] * 150 + [0.0] * 50), results([1.0] * 200, acc=[1.0] * 200)
+    few = replace(challenger, scores={"acc": dict.fromkeys(range(0, 200, 7), 1.0)})
+    decision = decide(gate(metric="eval/acc"), few, champion)
+    assert not decision.passed
+    assert "for 171 rows of the champion's that the challenger has none for" in decision.reason
+    assert decide(gate(metric="eval/acc"), challenger, champion).passed
+    both = replace(champion, scores={"acc": {row: champion.scores["acc"][row] for row in few.scores["acc"]}})
+    assert decide(gate(metric="eval/acc"), few, both).passed
+    one = HeldOut(groups=[row // 100 for row in range(200)])  # two groups, fewer in both of them: may be chance
+    assert "the challenger has none for" not in decide(gate(metric="eval/acc"), few, champion, one).reason
+
+
+def test_the_means_that_are_told_are_of_the_rows_that_are_compared() -> None:
+    ours, theirs = results([1.0] * 8, acc=[1.0] * 8), results([1.0] * 8, acc=[0.0] * 6 + [1.0] * 2)
+    ours = replace(ours, scores={"acc": dict.fromkeys(range(6), 1.0)})
+    assert (
+        "eval/acc 1.0000, the champion's 0.0000: improved by 1.0000"
+        in decide(gate(metric="eval/acc"), ours, theirs).reason
+    )
