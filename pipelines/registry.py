@@ -42,7 +42,8 @@ def main(argv: list[str]) -> None:
         raise UserError(f"usage: python pipelines/registry.py {' '.join([action, *wanted])} [--tracking-uri URI]")
     uri = _tracking_uri(found.options.get("--tracking-uri"))
     check(uri)
-    moved_storage.follow_address(uri)
+    if act is not show_all:  # which reads no file
+        moved_storage.follow_address(uri)
     aliases = Aliases(uri, names[0])
     if not names[0].strip() or not aliases.versions():
         raise UserError(f"no model {names[0]!r} with a version is registered in {shown_uri(uri)}")

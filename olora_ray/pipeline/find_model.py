@@ -13,7 +13,7 @@ from pathlib import Path
 from olora_ray.adapter import plain, portable
 from olora_ray.adapter.merge import write_merged
 from olora_ray.common import copies, digests, local_files, storage
-from olora_ray.common.errors import UserError, as_user_error, short_reason
+from olora_ray.common.errors import TryAgain, UserError, as_user_error, short_reason
 from olora_ray.config.evaluation import AnyConfig
 from olora_ray.config.load import override
 from olora_ray.model import identity
@@ -57,20 +57,19 @@ def _folder(found: Registered, config: AnyConfig) -> Path:
 
 def _base(found: Registered, base: BaseOfAdapter, config: AnyConfig) -> tuple[AnyConfig, BaseModel]:
     """The base of an adapter: where it lay when the version was registered, else wherever its name leads now."""
-    own, why = override(config, {"model.name": base.name, "model.revision": base.revision}), ""
+    own, why, passes = override(config, {"model.name": base.name, "model.revision": base.revision}), "", False
     for place in (override(config, {"model.name": base.folder, "model.revision": None}), own):
         try:
             model = find_model(place)
         except UserError as error:
+            passes = isinstance(error, TryAgain)
             why = f"is not found ({str(error).removeprefix('model.name: ')})"
             continue
         if identity.same(base.digest, model.digest):
             return own, replace(model, name=base.name)
-        why = f"has other files than it was trained on, in {model.folder}"
-    raise UserError(
-        f"{found.version.name} version {found.version.number} is an adapter of {base.name}, which {why};"
-        " put the base back where it was"
-    )
+        why, passes = f"has other files than it was trained on, in {model.folder}", False
+    what = f"{found.version.name} version {found.version.number} is an adapter of {base.name}, which {why}"
+    raise TryAgain(what) if passes else UserError(f"{what}; put the base back where it was")
 
 
 def _merged(found: Registered, base: BaseOfAdapter, config: AnyConfig) -> Path:

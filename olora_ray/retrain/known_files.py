@@ -44,7 +44,7 @@ def of_version(config: Config, version: Version) -> KnownFiles | None:
     # No note under this storage: the version's training was not a retraining. Its token store may be left.
     try:
         inputs = manifest.read_manifest(storage.join(config.run.storage, "tokens", digest)).inputs
-    except (OSError, ValueError):
+    except (FileNotFoundError, ValueError):  # a storage that does not answer now is no store that is gone
         return None
     files = frozenset(sha256 for source in inputs["sources"] for _, sha256 in source["files"])
     return KnownFiles(files, (inputs["seed"], inputs["eval_fraction"]))

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from olora_ray.common import lock, storage
-from olora_ray.common.errors import TryAgain, UserError
+from olora_ray.common.errors import StoreUnavailable, TryAgain, UserError
 from olora_ray.config.schema import Config
 from olora_ray.pipeline.fingerprint import Fingerprint
 from olora_ray.pipeline.run_folder import RunFolder
@@ -52,7 +52,7 @@ def run(config: Config) -> None:
         try:
             _retrain(config, Aliases(resolve_uri(config), name), lease)
         except Exception as error:
-            if not isinstance(error, TryAgain):
+            if not isinstance(error, TryAgain | StoreUnavailable):
                 with contextlib.suppress(TryAgain):  # what happened matters more than that it cannot be recorded
                     decision_run.write(config, Entry("failed", f"{type(error).__name__}: {error}"))
             raise

@@ -97,7 +97,8 @@ def test_the_crontabs_command_logs_its_end_and_does_not_run_twice(tmp_path: Path
             subprocess.run(["flock", "--nonblock", str(lock.fileno())], pass_fds=[lock.fileno()], check=True)
         subprocess.run(["bash", "-c", line.split(maxsplit=5)[5]], env=environment, check=True, timeout=60)
     log = (tmp_path / "log" / "retrain.log").read_text()
-    assert log.rstrip().endswith("exit code 1" if busy else "exit code 2")
+    assert log.rstrip().endswith("exit code 75" if busy else "exit code 2")
+    assert ("failed to get lock" in log) is busy
     submitted = "http://mlflow.internal:5000 token job submit --working-dir . -- python pipelines/retrain.py c.yaml"
     assert (submitted in log) is not busy
 

@@ -5,18 +5,22 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from olora_ray.common.errors import UserError
+from olora_ray.common.errors import TryAgain, UserError
 from olora_ray.config.load import override
 from olora_ray.config.schema import Config
 from olora_ray.evaluation import held_out, targets
+from olora_ray.pipeline import find_model as find_model_module
 from olora_ray.pipeline.find_model import find_model
 from olora_ray.retrain import compare
 from olora_ray.tracking import checksums, registered
 from olora_ray.tracking.client import connect
+from olora_ray.tracking.contents import BaseOfAdapter
 from olora_ray.tracking.record import RUN
 from olora_ray.tracking.start import resolve_uri
 from tests import export_parts, finished_run
@@ -241,6 +245,22 @@ def hub(run: FinishedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
 def from_hub(run: FinishedRun, name: str) -> FinishedRun:
     config = override(run.config, {"model.name": "org/tiny", "registry.model": name})
     return replace(run, spec=replace(run.spec, config=config, base=find_model(config)))
+
+
+@pytest.mark.parametrize("answer", [TryAgain("the hub is away"), UserError("no such model")])
+def test_a_base_that_cannot_be_asked_for_now_is_not_gone(
+    run: FinishedRun, answer: UserError, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A night ended as with a user's mistake, and was not begun again."""
+
+    def find(config: Any) -> None:
+        raise UserError("model.name: /gone: no such folder") if config.model.name == "/gone" else answer
+
+    monkeypatch.setattr(find_model_module, "find_model", find)
+    version: Any = SimpleNamespace(version=SimpleNamespace(name="m", number="1"))
+    with pytest.raises(type(answer), match=r"m version 1 is an adapter of org/m, which is not found") as caught:
+        find_model_module._base(version, BaseOfAdapter("org/m", "digest", "/gone"), run.config)
+    assert ("put the base back" in str(caught.value)) == (type(answer) is UserError)
 
 
 def test_a_base_of_the_hub_is_kept_by_id_and_commit(run: FinishedRun, hub: Path) -> None:

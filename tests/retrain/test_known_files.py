@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from olora_ray.common.errors import StoreUnavailable
 from olora_ray.config.load import build, override
 from olora_ray.config.schema import Config
 from olora_ray.data.tokenize import TokenizerSpec
@@ -79,3 +80,16 @@ def test_another_draw_has_other_rows_in_all_files(config: Config) -> None:
 def test_rows_of_their_own_are_never_those_of_the_training(config: Config, tmp_path: Path) -> None:
     own = override(config, {"data.eval_fraction": None, "data.eval": config.data.model_dump()["train"]})
     assert known_files.unseen(own, plan(own), None) is None
+
+
+def test_a_store_that_does_not_answer_is_no_store_that_is_gone(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its files counted as not known, and the gate refused what the night had trained."""
+    version = Version("m", "1", {TAGS["data"]: "digest"})
+    assert known_files.of_version(config, version) is None
+
+    def away(_: str) -> None:
+        raise StoreUnavailable("the store does not answer")
+
+    monkeypatch.setattr(known_files.manifest, "read_manifest", away)
+    with pytest.raises(StoreUnavailable):
+        known_files.of_version(config, version)

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from olora_ray.common.errors import StoreUnavailable
 from olora_ray.config.schema import Config
 from olora_ray.pipeline import run as pipeline
 from olora_ray.pipeline.run_folder import RunFolder
@@ -70,3 +71,19 @@ def test_its_number_may_be_another_by_now(config: Config) -> None:
         add(config, run_id)
     RunFolder(config).write_result(result("ours", "1"))
     assert trained(config) == ("2", "ours")
+
+
+@pytest.mark.parametrize(("error", "noted"), [(StoreUnavailable("away"), False), (OSError("a bug"), True)])
+def test_a_night_that_is_to_be_called_again_has_not_failed(
+    config: Config, monkeypatch: pytest.MonkeyPatch, error: Exception, noted: bool
+) -> None:
+    found: list[Any] = []
+
+    def fails(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(retraining, "_retrain", fails)
+    monkeypatch.setattr(retraining.decision_run, "write", lambda *entry: found.append(entry))
+    with pytest.raises(type(error)):
+        retraining.run(config)
+    assert bool(found) is noted
