@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 
-
 TOO_MANY = 429
 FIRST_OF_THE_SERVER = 500
 """Statuses of HTTP: too many requests, and the first of those by which a server says that it is not well."""
@@ -21,8 +20,9 @@ def is_away(error: BaseException) -> bool:
         if isinstance(cause, errors.HfHubHTTPError):
             status = cause.response.status_code
             return status == TOO_MANY or status >= FIRST_OF_THE_SERVER
-        # All of the client's own errors but those about an answer are about the way to it.
-        if isinstance(cause, errors.HTTPError | ConnectionError | TimeoutError):
+        # All of the client's own errors but those about an answer are about the way to it. Which client it is changes.
+        client: type[Exception] = errors.HTTPError  # type: ignore[attr-defined]
+        if isinstance(cause, client | ConnectionError | TimeoutError):
             return True
     return False
 

@@ -5,6 +5,7 @@ first four at s3:// or gs://. All end up as files that every node can read.
 """
 
 import glob
+import itertools
 import logging
 import os
 import posixpath
@@ -85,11 +86,40 @@ def _all_files(source: Source, field: str, storage_root: str) -> list[File]:
     if storage.is_uri(source.path):
         return _remote(source.path, field)
     path, split = _split_of(source.path)
-    found = sorted(glob.glob(path, recursive=True)) if glob.has_magic(path) and not os.path.exists(path) else [path]
+    found = _globbed(path) if glob.has_magic(path) and not os.path.exists(path) else [path]
+    for table in sorted(set(map(_table, found))):
+        _warn_of_table([name for name in TABLES if os.path.isdir(os.path.join(table, name))], table, field)
     files = [file for name in found for file in _local(name, split, field, alone=len(found) == 1)]
     # A glob with ** matches a folder and also what lies in it.
     once = {os.path.normpath(file.uri): file for file in files}
     return _some(list(once.values()), source.path, field)
+
+
+def _globbed(path: str) -> list[str]:
+    """What matches a glob, by name."""
+    fixed, pattern = _fixed(path)
+    found = sorted(glob.glob(path, recursive=True))
+    return [name for name in found if not (os.path.isdir(name) and _unasked(name[len(fixed) :].strip("/"), pattern))]
+
+
+def _table(path: str) -> str:
+    """The folder that is a table if the file at `path` is one of its."""
+    table = os.path.dirname(path)
+    while "=" in os.path.basename(table):  # of a partition
+        table = os.path.dirname(table)
+    return table
+
+
+def _fixed(path: str) -> tuple[str, str]:
+    """The folder before the first wildcard of a glob, and the pattern behind it."""
+    wildcard = re.search(r"[*?\[]", path)
+    fixed = path[: wildcard.start()].rpartition("/")[0] if wildcard else path
+    return fixed, path[len(fixed) :].strip("/")
+
+
+def _unasked(name: str, pattern: str) -> bool:
+    """Whether a folder that matches a glob is passed over, as one in a folder is: `_delta_log`, unless it is named."""
+    return not _visible(name) and _visible(pattern)
 
 
 def _split_of(path: str) -> tuple[str, str]:
@@ -199,9 +229,7 @@ def _remote(uri: str, field: str) -> list[File]:
         )
     split = next((option[6:] for option in query.split("&") if option.startswith("split=")), "train")
     suffix = "?" + "&".join(options) if options else ""
-    wildcard = re.search(r"[*\[]", base)
-    fixed = base[: wildcard.start()].rpartition("/")[0] if wildcard else base
-    pattern = base[len(fixed) :].strip("/") if wildcard else ""
+    fixed, pattern = _fixed(base)
 
     def of_folder(system: Any, path: str, below: Sequence[Below]) -> list[File]:
         if any(name in SAVED for _, name in below) and (saved := saved_files(system, path, split, field)):
@@ -217,7 +245,10 @@ def _remote(uri: str, field: str) -> list[File]:
             return [_remote_file(info, fixed + suffix, _known(info.path, field))]
         if not pattern:
             return of_folder(system, path, _listed(system, path))
-        matching, folders = _matching(_listed(system, path), pattern)
+        below = _listed(system, path)
+        matching, folders = _matching(below, pattern)
+        for table, logs in _tables(below, matching, path).items():
+            _warn_of_table(logs, f"{fixed}/{table}".rstrip("/"), field)
         files = [_remote_file(item, fixed + suffix, _known(item.path, field)) for item in matching]
         files += [file for name, below in folders.items() for file in of_folder(system, f"{path}/{name}", below)]
         return sorted(files, key=lambda file: file.uri)
@@ -241,9 +272,26 @@ def _matching(below: Sequence[Below], pattern: str) -> tuple[list[Any], dict[str
         names = name.split("/")
         if _matches(names, parts):
             files.append(item)
-        elif end := next((end for end in range(1, len(names)) if _matches(names[:end], parts)), None):
+            continue
+        end = next((end for end in range(1, len(names)) if _matches(names[:end], parts)), 0)
+        if end and not _unasked("/".join(names[:end]), pattern):
             folders.setdefault("/".join(names[:end]), []).append((item, "/".join(names[end:])))
     return files, folders
+
+
+def _tables(below: Sequence[Below], files: Sequence[Any], path: str) -> dict[str, list[str]]:
+    """Of the folders that are tables those in which some of the files lie, with what makes them one."""
+    inside = [f"/{item.path[len(path) :].strip('/')}" for item in files]
+    found: dict[str, set[str]] = {}
+    for (_, name), log in itertools.product(below, TABLES):
+        folder, there, _ = f"/{name}".partition(f"/{log}/")
+        if there:
+            found.setdefault(folder, set()).add(log)
+    return {
+        folder.strip("/"): sorted(logs)
+        for folder, logs in found.items()
+        if any(each.startswith(f"{folder}/") for each in inside)
+    }
 
 
 def _readable(below: Sequence[Below], place: str, field: str) -> list[Any]:

@@ -175,6 +175,10 @@ def _unpickle(folder: Path, trust_remote_code: bool, out: Path) -> None:
     _readable(out)
 
 
+_COMPUTED = ("rotary_emb.inv_freq", "attn.masked_bias")
+"""Ends of names of what earlier versions of transformers stored, in float32, though it follows from the config."""
+
+
 def _precision(folder: Path, trust_remote_code: bool) -> torch.dtype | str:
     """The widest of the config's and of the weights': what config.json says need not be what they are stored in.
 
@@ -188,7 +192,8 @@ def _precision(folder: Path, trust_remote_code: bool) -> torch.dtype | str:
     found = {declared} if isinstance(declared := getattr(shape, "dtype", None), torch.dtype) else set()
     for name, tensor in _tensors(folder, "meta"):
         if tensor.dtype in _FLOATS:
-            found.add(tensor.dtype)
+            if tensor.dim() and not name.endswith(_COMPUTED):
+                found.add(tensor.dtype)
         elif name.endswith("weight"):
             kind = str(tensor.dtype).removeprefix("torch.")
             raise UserError(f"model.name: {folder} {misfits.packed(name, kind)}")

@@ -240,6 +240,12 @@ def test_a_table_whose_log_is_not_read_is_told(scheme: str, log: str, kind: str,
     with said() as lines:
         assert names(place) == ["part-0.parquet"]
     assert lines[0].startswith(f"warning: data.train.0.path: {place} is a table of {kind} ({log}), and is read as")
+    sources._say_once.cache_clear()
+    for pattern in ("*", "*.parquet", "part-*"):
+        with said() as lines:
+            assert names(f"{place}/{pattern}") == ["part-0.parquet"], "nor is the log read"
+        assert any(line.startswith("warning: ") and f"table is a table of {kind} ({log})" in line for line in lines)
+        sources._say_once.cache_clear()
 
 
 PLACES = ["a.csv", "b-0.csv", "b-1.csv", "[a].csv", "x/c.csv", "x/y/d.csv"]

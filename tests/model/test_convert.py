@@ -93,6 +93,18 @@ def test_weights_keep_their_precision_whatever_the_config_says(folder: Path) -> 
     assert all(torch.equal(tensor, expected[name]) for name, tensor in stored.items())
 
 
+def test_what_follows_from_the_config_does_not_widen_the_weights(folder: Path) -> None:
+    """Conversions of the first LLaMA have a table of float32 beside weights of float16: all became float32."""
+    shape = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(shape | {"dtype": "float16"}))
+    weights = torch.load(folder / "pytorch_model.bin", weights_only=True)
+    half = {name: tensor.half() for name, tensor in weights.items()}
+    table = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
+    torch.save(half | table, folder / "pytorch_model.bin")
+    stored = load_file(Path(obtain(named(folder, model__allow_pickle=True)).folder) / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
+
+
 def test_pickled_tensors_without_a_place_are_told_or_refused(folder: Path) -> None:
     weights = torch.load(folder / "pytorch_model.bin", weights_only=True)
     bias = "model.layers.0.self_attn.q_proj.bias"

@@ -34,7 +34,8 @@ class Hub(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         """One of ANSWERS, or a model with a file of which only the half comes."""
         if "/org/cut" in self.path:
-            return self.cut_off()
+            self.cut_off()
+            return
         status, code, _ = next(answer for name, answer in ANSWERS.items() if f"/org/{name}" in self.path)
         self.send_response(status)
         if code:
