@@ -23,6 +23,7 @@ BLOCKS, BLOCK = 100, 2**20
 """Blocks of so many bytes that a training takes and frees."""
 
 
+@pytest.mark.slow
 def test_who_asks_a_process_that_has_died_waits_for_its_successor(ray_with: Callable[[int], None]) -> None:
     """It takes its time to start; else a trial would use up all its restarts meanwhile."""
     ray_with(1)

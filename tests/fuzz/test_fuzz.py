@@ -6,7 +6,7 @@ import pytest
 
 from tests.fuzz import runner
 
-SMALL = dict.fromkeys(runner.READERS, 50) | {"gguf": 12, "model_folder": 25, "registry": 25}
+SMALL = dict.fromkeys(runner.READERS, 30) | {"gguf": 12, "model_folder": 25, "registry": 25}
 """Of these a second is a few."""
 
 

@@ -83,6 +83,7 @@ def test_a_broken_config_fails_the_job_with_one_line(head: Head, tiny_model: Pat
     assert not (corpus / "runs").exists()
 
 
+@pytest.mark.slow
 def test_a_submitter_follows_the_job_of_its_name_and_ends_as_that_does(head: Head, tmp_path: Path) -> None:
     go = tmp_path / "go"
     words = ["bash", "-c", f"echo began; until [ -e {go} ]; do sleep 0.1; done; exit 75"]

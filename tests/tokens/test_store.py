@@ -281,7 +281,10 @@ def test_reading_needs_no_ray_and_no_transformers() -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.parametrize(("cpus", "tasks"), [(4, 4000), pytest.param(1, 3, marks=pytest.mark.slow)])
 def test_any_number_of_cpus_and_tasks_gives_the_same_bytes(
+    cpus: int,
+    tasks: int,
     corpus: Config,
     tiny_spec: TokenizerSpec,
     tmp_path: Path,
@@ -293,15 +296,14 @@ def test_any_number_of_cpus_and_tasks_gives_the_same_bytes(
     monkeypatch.setattr(writer, "MAKE_HERE", 0)
     monkeypatch.setattr(preparation, "SCAN_HERE", 0)
     monkeypatch.setattr(totals, "SECONDS_BETWEEN_LINES", 0.0)
-    for cpus, tasks in ((1, 3), (4, 4000)):
-        ray_with(cpus)
-        monkeypatch.setattr(ray_map, "TASKS", tasks)
-        run = corpus.run.model_copy(update={"storage": str(tmp_path / f"runs-{cpus}")})
-        with said() as lines:
-            store = prepare(corpus.model_copy(update={"run": run}), tiny_spec, "train")
-        assert store.digest == here.digest
-        assert content(store.uri) == expected
-        assert any("of 12 shards, fill 0.9" in line and "rows/s, ETA" in line for line in lines)
+    ray_with(cpus)
+    monkeypatch.setattr(ray_map, "TASKS", tasks)
+    run = corpus.run.model_copy(update={"storage": str(tmp_path / "spread")})
+    with said() as lines:
+        store = prepare(corpus.model_copy(update={"run": run}), tiny_spec, "train")
+    assert store.digest == here.digest
+    assert content(store.uri) == expected
+    assert any("of 12 shards, fill 0.9" in line and "rows/s, ETA" in line for line in lines)
     # Bad input reaches the user as the same one line through Ray's tasks.
     Path(corpus.data.train[0].path).write_text('{"x": 1}\n' * 500)
     assert failure(corpus, tiny_spec).startswith("data.train.0: ")
