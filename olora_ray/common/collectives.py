@@ -8,6 +8,8 @@ of the others notice is not certain, so all have to end what they are at (`abort
 """
 
 import contextlib
+import itertools
+import time
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -25,6 +27,7 @@ _stores: list[TCPStore] = []
 PATIENCE = timedelta(minutes=30)
 """Within which an exchange ends, the waiting for slower workers included."""
 ABORT = timedelta(milliseconds=1)
+_meetings = itertools.count()
 NOBODY = 2**20 + 1
 """A tag that no message has."""
 
@@ -150,6 +153,22 @@ def gather(value: Value) -> list[Value]:
         with _peers():
             dist.all_gather_object(values, value)
     return values
+
+
+def wait_for_all(seconds: float = 0.5) -> None:
+    """Return once all workers are here, however long that takes: an exchange ends after PATIENCE.
+
+    For a group that is ended as a whole if one of it dies, as Ray does: nobody notices it here. Looks every so many
+    `seconds`. Raises PeerLost if the process that started the group is gone.
+    """
+    if world_size() == 1:
+        return
+    key = f"all-here-{next(_meetings)}"
+    with _peers():
+        store = dist.distributed_c10d._get_default_store()
+        store.add(key, 1)
+        while store.add(key, 0) < world_size():
+            time.sleep(seconds)
 
 
 def raise_together(problem: UserError | str | None) -> None:

@@ -227,7 +227,7 @@ class Attempts:
 
     def _await_workers(self, workers: int) -> None:
         """Grant a stop while there is no group that could, and say what the first one waits for; raises Stopped."""
-        if not self.changing or (self._running and not self.stop.asked) or answer(self.channel.trains.remote()):
+        if self._is_trained():
             self._nobody_since = None
             return
         now = time.monotonic()
@@ -237,7 +237,14 @@ class Attempts:
         if now - self._nobody_since >= SLOW and not self._silent:
             self._silent = True
             free = free_workers(self.worker)
-            self._announce(f"waiting for {plural(workers, 'worker')} to start: there is room for {free} more")
+            what = "start" if self.changing else "load the model, or to start"
+            self._announce(f"waiting for {plural(workers, 'worker')} to {what}: there is room for {free} more")
+
+    def _is_trained(self) -> bool:
+        """Whether there is a group that a stop reaches; if workers do not change, one that has begun and not failed."""
+        if not self.changing:
+            return self._running
+        return (self._running and not self.stop.asked) or bool(answer(self.channel.trains.remote()))
 
     def _watch(self) -> None:
         """Help where Ray does not: with workers that hang, with none or too few, and with nodes that are taken away."""
@@ -261,6 +268,8 @@ class Attempts:
     def _on_event(self, event: Event) -> None:
         if isinstance(event, Failure):
             self._note(event.what)
+            if not self.changing:  # Ray begins them all anew, once there is room
+                self._running = self._silent = False
             return
         if isinstance(event, Resumed) and event.why:  # known better than from Ray, which looks every two seconds
             self.cause = event.why

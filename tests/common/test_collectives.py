@@ -1,12 +1,14 @@
 """A group of workers exchanges values; a process alone gets its own back."""
 
 import ast
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from olora_ray.common import collectives
 from olora_ray.common.errors import UserError
@@ -79,3 +81,23 @@ def _swapped() -> list[list[int]]:
 def test_each_worker_gets_what_the_others_send_it(crew: Callable[[int], Crew], workers: int) -> None:
     for here, found in enumerate(crew(workers).run(_swapped)):
         assert found == [[10 * other + here] * (other + here) for other in range(workers)]
+
+
+def _waited(folder: Path) -> tuple[float, bool]:
+    """Seconds until all were here, and whether the last one was by then."""
+    began = time.monotonic()
+    if dist.get_rank() == 1:
+        time.sleep(0.5)
+        (folder / "there").touch()
+    collectives.wait_for_all(0.01)
+    return time.monotonic() - began, (folder / "there").exists()
+
+
+def test_all_wait_for_the_last_one(crew: Callable[[int], Crew], tmp_path: Path) -> None:
+    for number in range(2):  # each time anew
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        for seconds, there in crew(3).run(_waited, folder):
+            assert there
+            assert seconds >= 0.4
+    collectives.wait_for_all()  # alone there is nobody to wait for

@@ -9,6 +9,7 @@ from ray.train import WorkerGroupError
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 
 from olora_ray.cluster import ray_internals
+from olora_ray.cluster.channel import Failure
 from olora_ray.cluster.groups import Absent
 from olora_ray.cluster.spec import LEFT, TrainResult
 from olora_ray.common.errors import Stopped, StoreUnavailable, UserError
@@ -216,9 +217,21 @@ def test_what_the_first_workers_wait_for_is_said_once(clock: SimpleNamespace) ->
     assert len(driver.progress.told) == 1
 
 
-def test_only_workers_that_may_change_are_asked_for(clock: SimpleNamespace) -> None:
+def test_workers_that_do_not_change_are_waited_for_until_a_stop_is_asked_for(clock: SimpleNamespace) -> None:
+    """Of GPUs, of which one is lost: Ray waits for it without end, and nobody was left who heard of the stop."""
     driver = attempts_of()
-    driver.changing, driver.stop.asked = False, "SIGTERM"
+    driver.changing = False  # their channel has no membership to ask
+    for _ in range(3):
+        driver._await_workers(2)
+        clock.now += attempts.SLOW / 2
+    assert driver.progress.told == ["waiting for 2 workers to load the model, or to start: there is room for 1 more"]
+    driver._running = True
+    driver.stop.asked = "SIGTERM"
     for _ in range(2):
-        driver._await_workers(2)  # would fail: their channel has no membership to ask
+        driver._await_workers(2)
         clock.now += 60
+    driver._on_event(Failure("worker 1 died"))
+    driver._await_workers(2)
+    clock.now += attempts.NOBODY
+    with pytest.raises(Stopped):
+        driver._await_workers(2)
