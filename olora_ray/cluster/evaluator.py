@@ -80,7 +80,7 @@ class Evaluator:
 
     def baseline(self, place: str) -> Baseline:
         """Loss and answers before the first step: read from `place` if an earlier attempt has measured them."""
-        origin, first = self.spec.base_identity(), self.context.rank == 0
+        origin, first = self.spec.baseline_identity(), self.context.rank == 0
         found = collectives.from_first(Baseline.read(place, origin, len(self.questions)) if first else None)
         if found is None:
             loss = self.loss(0) if self.spec.eval else None

@@ -13,11 +13,13 @@ from safetensors import SafetensorError, safe_open
 from olora_ray.cluster import resources
 from olora_ray.cluster.node_facts import NodeInfo
 from olora_ray.cluster.resources import Resources
+from olora_ray.common import storage
 from olora_ray.config.load import override
 from olora_ray.config.schema import Config
 from olora_ray.model.folder import loaded_files
 from olora_ray.model.load import pick_dtype
 from olora_ray.model.source import BaseModel
+from olora_ray.train import checkpoints
 from olora_ray.train.answer_memory import answers_at_once
 from olora_ray.train.estimate import PROCESS_BYTES, MemoryEstimate, estimate
 
@@ -70,12 +72,15 @@ class Need:
 def as_loaded(config: Config, wanted: Resources, answers: Sequence[tuple[str, NodeInfo]]) -> Config:
     """The config with what `auto` stands for on these nodes, where a GPU is of before Ampere: float32, and sdpa.
 
-    A plan takes GPUs to compute in bfloat16, and to have flash attention (model/load.py, model/attention.py).
+    A run that is resumed stays in the precision that it began in (cluster/worker_context.py). A plan takes GPUs to
+    compute in bfloat16, and to have flash attention (model/load.py, model/attention.py).
     """
     nodes = with_room(config, wanted, answers) if "GPU" in wanted else []
-    if min((node.info.gpu_generation or AMPERE for node in nodes), default=AMPERE) >= AMPERE:
-        return config
-    instead = {"model.dtype": "float32", "model.attention": "sdpa"}
+    began = checkpoints.precision_now(storage.join(config.folder(), "checkpoints"))
+    before_ampere = min((node.info.gpu_generation or AMPERE for node in nodes), default=AMPERE) < AMPERE
+    instead = {"model.dtype": began} if began else {}
+    if before_ampere or ("GPU" in wanted and began == "float32"):
+        instead = {"model.dtype": "float32", "model.attention": "sdpa"} | instead
     auto = {"model.dtype": config.model.dtype, "model.attention": config.model.attention}
     return override(config, {field: value for field, value in instead.items() if auto[field] == "auto"})
 

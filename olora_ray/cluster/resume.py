@@ -2,7 +2,7 @@
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -14,9 +14,9 @@ from olora_ray.adapter.inject import find_targets, wrap
 from olora_ray.adapter.methods import FROM_WEIGHTS
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.cluster.tested_base import check_base
-from olora_ray.cluster.worker_context import WorkerContext
+from olora_ray.cluster.worker_context import WorkerContext, agreed
 from olora_ray.common import collectives
-from olora_ray.common.errors import TryAgain, UserError
+from olora_ray.common.errors import StoreUnavailable, TryAgain, UserError
 from olora_ray.common.fault_points import reached
 from olora_ray.common.text import plural
 from olora_ray.train import checkpoint, checkpoints
@@ -57,9 +57,11 @@ def starting_point(
     """
     found = restored(spec, folder)
     start = start_adapter(spec) if found is None else None
-    adapter = spec.config.adapter
+    state = found.state if found else TrainState()
+    adapter, config = spec.config.adapter, agreed(spec.config, context.device, state.precision)
+    state.precision = config.model.dtype
     with context.activate({}):
-        loss = context.base(spec)
+        loss = context.base(replace(spec, config=config))
         model: Any = loss.model
         known = found.adapter if found else start
         adapted = wrap(model, factors(context, spec, loss, known, waiting), adapter.scale(), adapter.dropout)
@@ -69,23 +71,23 @@ def starting_point(
         place_model(loss, cluster.strategy, context.device, cluster.fsdp_replicas, cluster.fsdp_offload)
         trainer = Trainer(loss, adapted, spec.config, context.device)
     if found:
-        return StartingPoint(trainer, attention, found.state, resume(trainer, found), resumed=True, trained=True)
+        return StartingPoint(trainer, attention, state, resume(trainer, found), resumed=True, trained=True)
     if start:
         trainer.flat.load(trainer.flat.vector, named(start))
-    return StartingPoint(trainer, attention, TrainState(), None, resumed=False, trained=start is not None)
+    return StartingPoint(trainer, attention, state, None, resumed=False, trained=start is not None)
 
 
 def restored(spec: TrainSpec, folder: str) -> Checkpoint | None:
     """The newest good checkpoint, the same on all workers; raises UserError if it is of another base, data or adapter.
 
-    Worker 0 chooses: the others might see an older state of the storage. Raises OSError, for another group of workers,
-    if the storage does not answer.
+    Worker 0 chooses: the others might see an older state of the storage. Raises StoreUnavailable, for another group of
+    workers, if the storage does not answer.
     """
     rank = collectives.rank()
     try:
         newest = checkpoints.latest_good(folder) if rank == 0 else None
     except TryAgain as error:
-        raise OSError(str(error)) from None
+        raise StoreUnavailable(str(error)) from None
     place = collectives.from_first(newest[0] if newest else None)
     if place is None:
         return None
@@ -97,7 +99,7 @@ def restored(spec: TrainSpec, folder: str) -> Checkpoint | None:
     try:
         collectives.raise_together(problem)
     except TryAgain as error:
-        raise OSError(str(error)) from None
+        raise StoreUnavailable(str(error)) from None
     assert found is not None
     checkpoint.require_same(found.identity, spec.identity(), place)
     return found

@@ -63,6 +63,11 @@ class TrainSpec:
         """What decides the numbers before the first step: the base model's, or those of the adapter to start from."""
         return {what: digest for what, digest in self.identity().items() if what != "adapter"}
 
+    def baseline_identity(self) -> dict[str, str]:
+        """What decides the loss and the answers before the first step (train/baseline.py)."""
+        settings = {"dtype": self.config.model.dtype, "max_new_tokens": self.config.evaluation.max_new_tokens}
+        return self.base_identity() | {"settings": json.dumps(settings)}
+
     def factor_origin(self) -> dict[str, str]:
         """What decides A~ and B~, but for their rank."""
         adapter = self.config.adapter

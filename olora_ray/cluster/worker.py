@@ -221,12 +221,12 @@ class Worker:
         return limit is not None and self.state.stale >= limit
 
     def _finish(self, interrupted: bool) -> TrainResult:
-        problem = None
+        problem: UserError | None = None
         try:
             if self.manager:
                 self.manager.finish()
         except UserError as error:
-            problem = str(error)
+            problem = error
         collectives.raise_together(problem)
         if interrupted:
             why, preempted = self.stop_requests.reason()

@@ -22,7 +22,7 @@ from olora_ray.config.load import override
 from olora_ray.config.schema import Config
 from olora_ray.model import attention
 from olora_ray.model.load import pick_dtype
-from olora_ray.model.source import on_this_node
+from olora_ray.model.source import BaseModel, on_this_node
 from olora_ray.train.loss import SupervisedLoss
 from olora_ray.train.malloc import keep_freed_memory
 from olora_ray.train.sharded_base import load_base, together
@@ -97,15 +97,16 @@ class RayTrainContext:
 class SharedBase:
     """A base model that several adapters are trained on, one step of each in turn."""
 
-    def __init__(self, loss: SupervisedLoss, device: torch.device) -> None:
-        self.loss, self.device = loss.to(device), device
+    def __init__(self, loss: SupervisedLoss, device: torch.device, dtype: str | None = None) -> None:
+        self.loss, self.device, self.dtype = loss.to(device), device, dtype
         self.turns = Turns()
 
     @classmethod
     def of(cls, spec: TrainSpec, device: torch.device) -> "SharedBase":
         """The base model of a spec, in this process."""
         use_cpus(spec.config, device)
-        return cls(load(spec, device), device)
+        config = agreed(spec.config, device)
+        return cls(load(replace(spec, config=config), device), device, config.model.dtype)
 
 
 def on_cpu(spec: TrainSpec) -> TrainSpec:
@@ -128,7 +129,12 @@ class SharedBaseContext:
         self._shared = shared
 
     def base(self, spec: TrainSpec) -> SupervisedLoss:
-        """See WorkerContext."""
+        """See WorkerContext. It is there already, in the precision that it has."""
+        if self._shared.dtype not in (None, wanted := spec.config.model.dtype):
+            logger.warning(
+                f"model.dtype: auto: {self._shared.dtype}, of the base that trials share here, though this one began"
+                f" in {wanted} elsewhere: its numbers are a mixture; use nodes of one kind, or set it"
+            )
         self._shared.loss.recompute = spec.recompute
         return self._shared.loss
 
@@ -172,23 +178,44 @@ def load(spec: TrainSpec, device: torch.device) -> SupervisedLoss:
 
     Raises the UserError that one of them meets, whose node does not see the model, say, on all.
     """
-    base = together(lambda: on_this_node(spec.base, spec.config))
+    base = together(lambda: _brought(spec, device))
     return load_base(base.folder, agreed(spec.config, device), device)
 
 
-def agreed(config: Config, device: torch.device) -> Config:
-    """The config, with float32 where `auto` means another precision for one worker than for another.
+def _brought(spec: TrainSpec, device: torch.device) -> BaseModel:
+    """The base on this node; on GPUs returns when all workers have theirs, or an error.
 
-    Else a micro-batch would have another loss here than there, and shards of a base another size.
+    From a hub a large model may take longer than an exchange waits, on nodes that do not have it yet. On CPUs workers
+    may be lost one by one, which only an exchange notices.
     """
-    found = [str(dtype).removeprefix("torch.") for dtype in collectives.gather(pick_dtype(config.model, device))]
-    if len(set(found)) == 1:
+    try:
+        return on_this_node(spec.base, spec.config)
+    finally:
+        if device.type == "cuda":
+            collectives.wait_for_all()
+
+
+def agreed(config: Config, device: torch.device, began: str | None = None) -> Config:
+    """The config with one precision for all workers in place of `auto`: `began`, if the run began in that.
+
+    It is float32 where `auto` means another one for one worker than for another. Else a micro-batch would have
+    another loss here than there, and shards of a base another size.
+    """
+    if config.model.dtype != "auto":
         return config
-    logger.warning(
-        f"model.dtype: auto: float32: {found.count('float32')} of {len(found)} workers are not fast at"
-        f" {max(set(found) - {'float32'})}; use workers of one kind, or set it"
-    )
-    return override(config, {"model.dtype": "float32"})
+    found = [str(dtype).removeprefix("torch.") for dtype in collectives.gather(pick_dtype(config.model, device))]
+    dtype = began or (found[0] if len(set(found)) == 1 else "float32")
+    if began and (other := set(found) - {began}):
+        logger.warning(
+            f"model.dtype: auto: {began}, in which this run began, though {min(other)} is what its workers of now"
+            " would begin with; it is the one way to the same result"
+        )
+    elif not began and len(set(found)) > 1:
+        logger.warning(
+            f"model.dtype: auto: float32: {found.count('float32')} of {len(found)} workers are not fast at"
+            f" {max(set(found) - {'float32'})}; use workers of one kind, or set it"
+        )
+    return override(config, {"model.dtype": dtype})
 
 
 def use_cpus(config: Config, device: torch.device) -> None:

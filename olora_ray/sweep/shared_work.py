@@ -77,7 +77,7 @@ def make(spec: TrainSpec, place: str, wanted: Sequence[Kind]) -> Shared:
     spec = replace(on_cpu(spec) if sharded else spec, shared=place)
     missing = [one for one in _of_kinds(spec, wanted) if not _is_there(one)]
     asked = wanted_questions(spec.config.evaluation, spec.eval)
-    known = Baseline.read(storage.join(place, "baseline.json"), spec.base_identity(), len(asked))
+    known = Baseline.read(storage.join(place, "baseline.json"), spec.baseline_identity(), len(asked))
     if not missing and (known or sharded):
         return Shared()
     device = torch.device("cpu") if sharded else assigned_device()
@@ -124,4 +124,4 @@ def _measure(spec: TrainSpec, shared: SharedBase, place: str) -> None:
     asked = wanted_questions(config.evaluation, spec.eval)
     loss = evaluate(trainer, spec.eval, attention) if spec.eval else None
     answers = answer(trainer, asked, config.evaluation.max_new_tokens, spec.eos) if asked else None
-    Baseline(loss, answers).write(storage.join(place, "baseline.json"), spec.base_identity())
+    Baseline(loss, answers).write(storage.join(place, "baseline.json"), spec.baseline_identity())

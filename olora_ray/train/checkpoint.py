@@ -41,8 +41,12 @@ ADAPTER, BEST, OPTIMIZER, STATE, CONFIG, MANIFEST = (
     "manifest.json",
 )
 
-AWAY = frozenset({errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.EACCES, errno.EPERM})
-"""Errors of files that may be good: their mounted storage does not answer, or lets another user have them."""
+AWAY = frozenset({errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN})
+"""Errors of files that may be good: their mounted storage does not answer."""
+CLOSED = frozenset({errno.EACCES, errno.EPERM})
+"""Those of files of another user."""
+UNREAD = AWAY | CLOSED | {errno.EIO}
+"""All that say nothing of what a file has; a mounted storage that is away may say EIO too, as a damaged disk does."""
 _NAMES = {ADAPTER, BEST, OPTIMIZER, STATE, CONFIG}
 _TEXTS = TypeAdapter(dict[str, str])
 _STATE = TypeAdapter(TrainState)
@@ -173,7 +177,7 @@ def verify(folder: Path) -> None:
     except FileNotFoundError:
         raise UserError(f"{folder}: not a complete checkpoint (no {MANIFEST})") from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        if isinstance(error, OSError) and error.errno in AWAY:
+        if isinstance(error, OSError) and error.errno in UNREAD:
             raise
         raise UserError(f"{folder / MANIFEST}: not a checkpoint's manifest") from None
     if not whole or files.keys() - _NAMES or ((folder / BEST).exists() and BEST not in files):

@@ -11,9 +11,9 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from olora_ray.common import storage
-from olora_ray.common.errors import UserError, short_reason
+from olora_ray.common.errors import StoreUnavailable, TryAgain, UserError, short_reason
 from olora_ray.common.text import plural
-from olora_ray.train import checkpoints
+from olora_ray.train import checkpoint, checkpoints
 
 logger = logging.getLogger(__name__)
 
@@ -59,10 +59,11 @@ class CheckpointManager:
         self._thread.start()
 
     def finish(self) -> None:
-        """Wait for the last checkpoint; raises UserError if it could not be written."""
+        """Wait for the last checkpoint; raises UserError if it could not be written, TryAgain if that passes."""
         self._join()
         if self._problem is not None:
-            raise UserError(
+            away = isinstance(self._problem, StoreUnavailable) or getattr(self._problem, "errno", 0) in checkpoint.AWAY
+            raise (TryAgain if away else UserError)(
                 f"run.storage: the last checkpoint cannot be written to {self.place}: {short_reason(self._problem)};"
                 " make room or repair the storage, and run the same command again"
             )

@@ -8,6 +8,7 @@ uploading its manifest last, so that a folder without one is none. Ray's own rep
 for the controller, and resumes from the checkpoint that was reported last, whether it can be read or not.
 """
 
+import json
 import logging
 import os
 import shutil
@@ -24,6 +25,15 @@ from olora_ray.train.checkpoint import Checkpoint
 logger = logging.getLogger(__name__)
 
 PREFIX = "step-"
+PRECISIONS = ("float32", "bfloat16", "float16")
+
+
+class Closed(UserError):
+    """A checkpoint is there that this user may not read."""
+
+
+class Unread(UserError):
+    """A checkpoint is there that the disk does not give; it may be damaged, or its storage away."""
 
 
 def name_of(step: int) -> str:
@@ -67,11 +77,24 @@ def names_now(place: str) -> list[str]:
         return []
 
 
+def precision_now(place: str) -> str | None:
+    """The precision that a run began in, as its newest checkpoint has it; None where that cannot be said now."""
+    for name in reversed(names_now(place)):
+        try:
+            state = json.loads(storage.read_text(storage.join(place, name, checkpoint.STATE)))
+            return str(state["precision"]) if state["precision"] in PRECISIONS else None
+        except (OSError, ValueError, KeyError, TypeError):  # of before it was kept, or damaged
+            continue
+    return None
+
+
 def latest_good(place: str) -> tuple[str, Checkpoint] | None:
     """The newest checkpoint that can be trusted, and its folder; damaged ones are passed over with a warning.
 
-    Raises TryAgain if the storage does not give one that is there: it may be good.
+    Raises TryAgain if the storage does not give one that is there, or of several none: it may be good. Raises Closed
+    for one that this user may not read.
     """
+    unread: Unread | None = None
     try:
         there = names(place)
     except OSError as error:
@@ -80,10 +103,13 @@ def latest_good(place: str) -> tuple[str, Checkpoint] | None:
         folder = storage.join(place, name)
         try:
             return folder, read(folder)
-        except TryAgain:
+        except (TryAgain, Closed):
             raise
         except UserError as error:
             logger.warning(f"{name} is passed over: {error}")
+            unread = error if isinstance(error, Unread) else unread
+    if unread is not None:  # to begin anew would be to lose all
+        raise TryAgain(f"{unread}, and no other one is good; if it stays so, the disk is damaged: remove {place}")
     return None
 
 
@@ -105,14 +131,18 @@ def copy_from(source: str, place: str, step: int, seconds: float) -> None:
 
 
 def read(folder: str) -> Checkpoint:
-    """The checkpoint in a folder; raises UserError if it is not whole, TryAgain if it cannot be fetched now."""
+    """The checkpoint in a folder; raises UserError if it is not whole, TryAgain if it cannot be fetched now.
+
+    Also Closed and Unread.
+    """
     try:
         with copies.fetched(folder) as local:
             return checkpoint.load(local)
     except FileNotFoundError as error:
         raise UserError(f"checkpoint {folder}: not there: {short_reason(error)}") from None
     except OSError as error:
-        kind = TryAgain if storage.is_uri(folder) or error.errno in checkpoint.AWAY else UserError
+        away = storage.is_uri(folder) or error.errno in checkpoint.AWAY
+        kind = TryAgain if away else Closed if error.errno in checkpoint.CLOSED else Unread
         raise kind(f"checkpoint {folder}: cannot be read: {short_reason(error)}") from None
 
 

@@ -29,6 +29,8 @@ class TrainState:
     """Every metric logged so far, one row per step, `step` among the columns."""
     kinds: list[dict[str, str]] = field(default_factory=list)
     """The kinds of the workers that have trained last (cluster/kind.py)."""
+    precision: str | None = None
+    """The base's, by torch's name: what `model.dtype: auto` meant where the run began."""
     self_test: dict[str, Any] | None = None
     """What the self-test of the model has found, and with what (cluster/self_tested.py)."""
     before: list[list[int]] | None = None

@@ -28,7 +28,9 @@ from olora_ray.cluster.node_facts import NodeInfo
 from olora_ray.config.load import override
 from olora_ray.config.schema import Config
 from olora_ray.model.source import BaseModel, obtain
+from olora_ray.train import checkpoint, checkpoints
 from olora_ray.train.estimate import PROCESS_BYTES, MemoryEstimate, estimate
+from olora_ray.train.state import TrainState
 from tests import tiny
 
 SIZE = MemoryEstimate(
@@ -198,6 +200,33 @@ def test_gpus_before_ampere_are_planned_as_they_load(
     named = tiny.config(model__dtype="bfloat16", model__attention="eager")
     assert as_loaded(named, {"CPU": 1.0, "GPU": 1.0}, answers) == named
     assert as_loaded(tiny.config(), {"CPU": 1.0}, answers) == tiny.config()
+
+
+@pytest.mark.parametrize(
+    ("generation", "began", "dtype", "attention"),
+    [
+        ((8, 0), "float32", "float32", "sdpa"),
+        ((8, 0), "bfloat16", "bfloat16", "auto"),
+        ((7, 5), "bfloat16", "bfloat16", "sdpa"),
+        ((8, 0), None, "auto", "auto"),
+    ],
+)
+def test_a_run_that_is_resumed_is_planned_in_the_precision_that_it_began_in(
+    generation: tuple[int, int],
+    began: str | None,
+    dtype: str,
+    attention: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    entry = {"NodeManagerAddress": "a", "Resources": {"CPU": 1.0, "GPU": 1.0}}
+    monkeypatch.setattr(resources, "schedulable_nodes", lambda: [entry])
+    config = tiny.config(run__storage=str(tmp_path))
+    place = Path(config.folder(), "checkpoints", checkpoints.name_of(3))
+    checkpoint.save(place, {}, None, {}, TrainState(3, precision=began), {}, "")
+    answers = [("a", NodeInfo({}, GIB, GIB, gpu_generation=generation))]
+    found = as_loaded(config, {"CPU": 1.0, "GPU": 1.0}, answers).model
+    assert (found.dtype, found.attention) == (dtype, attention)
 
 
 def test_a_step_that_fits_in_bfloat16_only_is_run_again_on_a_gpu_before_ampere(

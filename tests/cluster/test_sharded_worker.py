@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from olora_ray.cluster import worker_context
 from olora_ray.cluster.preemption import NoPreemption
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.cluster.stop_requests import StopRequests
@@ -74,3 +75,23 @@ def test_a_run_on_parts_of_the_base(
     resumed, _ = crew(2).run(run, model, parts, "fsdp", changes)
     assert list(resumed[0][0]) == [4, 5, 6]
     assert same(adapter(parts, 6), adapter(whole, 6))
+
+
+def _run_where(fast: bool, model: Path, storage: Path) -> None:
+    """A run with `model.dtype: auto` on processors that are, or are not, fast at bfloat16."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(worker_context, "pick_dtype", lambda *_: torch.bfloat16 if fast else torch.float32)
+        run(model, storage, "ddp", {"model__dtype": "auto"})
+
+
+def test_a_run_that_goes_on_on_other_processors_ends_with_the_same_bytes(
+    crew: Callable[[int], Crew], tmp_path: Path
+) -> None:
+    """`auto` meant another precision there, and the warning spoke of last bits."""
+    model, whole, moved = (tmp_path / name for name in ("model", "whole", "moved"))
+    zoo.build(ALL["llama"], model)
+    for folder in (whole, moved):
+        crew(1).run(_run_where, True, model, folder)
+    (moved / checkpoints.name_of(6) / "manifest.json").unlink()
+    crew(1).run(_run_where, False, model, moved)
+    assert same(adapter(moved, 6), adapter(whole, 6))

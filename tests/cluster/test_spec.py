@@ -92,3 +92,11 @@ def test_factors_of_the_data_are_those_of_these_tokens_only() -> None:
     assert spec(**eva, adapter__alpha=3).factor_origin() == found
     for other in ({"adapter__rho": 1.5}, {"adapter__init_tokens": 64}, {"model__dtype": "bfloat16"}):
         assert spec(**eva, **other).factor_origin() != found
+
+
+def test_what_the_base_does_is_measured_again_with_another_precision_or_length_of_answers() -> None:
+    one, other, longer = (
+        spec(**changes).baseline_identity()
+        for changes in ({}, {"model__dtype": "bfloat16"}, {"evaluation__max_new_tokens": 5})
+    )
+    assert one != other != longer != one

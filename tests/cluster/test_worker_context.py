@@ -1,5 +1,6 @@
 """Several adapters on one base: each comes out as if it had been alone, and the base is never changed."""
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable
@@ -141,12 +142,12 @@ def test_a_turn_is_given_back_after_an_error() -> None:
         pass
 
 
-def _agreed(fast: tuple[bool, bool], dtype: str) -> tuple[str, list[str]]:
+def _agreed(fast: tuple[bool, bool], dtype: str, began: str | None = None) -> tuple[str, list[str]]:
     """The precision that is loaded on a worker, where some are fast at bfloat16, and what is said."""
     with pytest.MonkeyPatch.context() as patch, said() as lines:
         own = torch.bfloat16 if fast[dist.get_rank()] else torch.float32
         patch.setattr(worker_context, "pick_dtype", lambda model, _: own if model.dtype == "auto" else torch.bfloat16)
-        return agreed(tiny.config(model__dtype=dtype), CPU).model.dtype, lines
+        return agreed(tiny.config(model__dtype=dtype), CPU, began).model.dtype, lines
 
 
 def test_workers_of_several_kinds_compute_in_one_precision(crew: Callable[[int], Crew]) -> None:
@@ -154,5 +155,36 @@ def test_workers_of_several_kinds_compute_in_one_precision(crew: Callable[[int],
         assert dtype == "float32"
         [line] = lines
         assert "1 of 2 workers are not fast at bfloat16" in line
-    assert crew(2).run(_agreed, (True, True), "auto") == [("auto", [])] * 2
+    assert crew(2).run(_agreed, (True, True), "auto") == [("bfloat16", [])] * 2
     assert crew(2).run(_agreed, (True, False), "bfloat16") == [("bfloat16", [])] * 2
+
+
+def test_a_run_stays_in_the_precision_that_it_began_in(crew: Callable[[int], Crew]) -> None:
+    """Resumed on other nodes, or joined by a worker of another kind, it went on in theirs."""
+    for fast, began, other in (((False, False), "bfloat16", "float32"), ((True, True), "float32", "bfloat16")):
+        for dtype, lines in crew(2).run(_agreed, fast, "auto", began):
+            assert dtype == began
+            [line] = lines
+            assert f"{began}, in which this run began, though {other}" in line
+    assert crew(2).run(_agreed, (True, True), "auto", "bfloat16") == [("bfloat16", [])] * 2
+    assert crew(2).run(_agreed, (False, False), "bfloat16", "float32") == [("bfloat16", [])] * 2
+
+
+@pytest.mark.parametrize("problem", [None, "the hub is away"])
+def test_workers_on_gpus_wait_for_those_that_still_fetch(monkeypatch: pytest.MonkeyPatch, problem: str | None) -> None:
+    """Without a limit, whatever came of it here; an exchange ends after half an hour."""
+    done: list[str] = []
+
+    def fetch(*_: object) -> str:
+        done.append("fetched")
+        if problem:
+            raise UserError(problem)
+        return "base"
+
+    monkeypatch.setattr(worker_context, "on_this_node", fetch)
+    monkeypatch.setattr(worker_context.collectives, "wait_for_all", lambda: done.append("all are here"))
+    spec: Any = SimpleNamespace(base=None, config=None)
+    for device in (torch.device("cuda"), CPU):
+        with pytest.raises(UserError) if problem else contextlib.nullcontext():
+            assert worker_context._brought(spec, device) == "base"
+    assert done == ["fetched", "all are here", "fetched"]

@@ -156,7 +156,7 @@ def test_the_base_is_measured_with_an_attention_that_is_right(tmp_path: Path, mo
     monkeypatch.setattr(SharedBase, "of", classmethod(lambda cls, spec, device: new()))
     spec = spec_of()
     shared_work.make(spec, str(tmp_path), [])
-    found = Baseline.read(str(tmp_path / "baseline.json"), spec.base_identity(), 0)
+    found = Baseline.read(str(tmp_path / "baseline.json"), spec.baseline_identity(), 0)
     own = SupervisedLoss(zoo.make(ALL["gemma2"], attention="eager"))
     batches = [collate([single], "eager") for single in tiny.unpacked([spec.train[number] for number in range(4)])]
     with torch.no_grad():

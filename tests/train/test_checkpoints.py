@@ -116,11 +116,13 @@ def test_one_that_is_damaged_is_passed_over_with_a_warning(place: str, tmp_path:
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "adapter.safetensors"])
-@pytest.mark.parametrize(("number", "away"), [(errno.ESTALE, True), (errno.EACCES, True), (errno.EIO, False)])
+@pytest.mark.parametrize(
+    ("number", "raised"), [(errno.ESTALE, TryAgain), (errno.EACCES, checkpoints.Closed), (errno.EIO, None)]
+)
 def test_one_that_a_mounted_folder_does_not_give_now_is_not_passed_over(
-    name: str, number: int, away: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, number: int, raised: type[UserError] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As with an object store; on a disk that is damaged there is nothing to wait for."""
+    """As with an object store; on a disk that is damaged an older one is better than to wait."""
     place = str(tmp_path)
     filled(place, 2, 4)
     old = Path.open
@@ -136,15 +138,19 @@ def test_one_that_a_mounted_folder_does_not_give_now_is_not_passed_over(
 
     monkeypatch.setattr(Path, "open", opened)
     monkeypatch.setattr(Path, "read_text", read_text)
-    if away:
-        with pytest.raises(TryAgain, match=f"step-0000004: cannot be read: {os.strerror(number)}"):
+    if raised:
+        with pytest.raises(raised, match=f"step-0000004: cannot be read: {os.strerror(number)}") as caught:
             checkpoints.latest_good(place)
-        filled(place, 0, keep=1)  # nor is it removed
-        assert "step-0000004" in checkpoints.names(place)
-        return
-    found = checkpoints.latest_good(place)
-    assert found is not None
-    assert found[1].state.step == 2
+        assert caught.value.exit_code == raised.exit_code
+    else:
+        found = checkpoints.latest_good(place)
+        assert found is not None
+        assert found[1].state.step == 2
+        checkpoints.drop(f"{place}/step-0000002")
+        with pytest.raises(TryAgain, match=r"step-0000004: cannot be read: .*, and no other one is good"):
+            checkpoints.latest_good(place)
+    filled(place, 0, keep=1)  # nor is it removed
+    assert "step-0000004" in checkpoints.names(place)
 
 
 def test_a_damaged_one_is_replaced_when_its_step_comes_again(place: str, tmp_path: Path) -> None:
@@ -466,7 +472,7 @@ class TestObjectStore:
         s3_server.faults = Faults(refuse=-1)
         with said() as lines:
             found.save(4, writer(4))
-            with pytest.raises(UserError, match=r"run\.storage: the last checkpoint cannot be written"):
+            with pytest.raises(TryAgain, match=r"run\.storage: the last checkpoint cannot be written"):
                 found.finish()
         assert "given up after" in lines[-1]
         s3_server.faults = Faults()
