@@ -48,6 +48,7 @@ logger = logging.getLogger(__name__)
 QUIET = {**NO_GATE, "evaluation.scorer": None, "evaluation.samples": 0}
 """Of trainings whose answers nobody looks at."""
 INIT = "init.json"
+SECONDS_BETWEEN_LINES = 30.0
 
 
 @dataclass(frozen=True)
@@ -263,8 +264,16 @@ class Run:
         wanted = worker_resources(self.config)
         number = max(1, min(len(left), search.room(wanted)))
         task = ray.remote(row_losses.measure).options(num_cpus=wanted["CPU"], num_gpus=wanted.get("GPU", 0))
+        tasks = [task.remote(left[first::number]) for first in range(number)]
+        going, told = tasks, 0
+        while going:
+            _, going = ray.wait(tasks, num_returns=len(tasks), timeout=SECONDS_BETWEEN_LINES)
+            done = sum(storage.exists(storage.join(folder, row_losses.FILE)) for folder, _ in left)
+            if going and done > told:
+                told = done
+                logger.info(f"measured {done} of {plural(len(left), 'adapter')}")
         with connection.user_errors():
-            ray.get([task.remote(left[first::number]) for first in range(number)])
+            ray.get(tasks)
 
 
 def _read(trained: Final) -> RowLosses | None:
