@@ -62,6 +62,8 @@ class Card:
     """Of a base from the hub: the commit, branch or tag that was trained on, if the config named one."""
     quantised: str = ""
     """What it changes that the base was quantised in the training, where it was."""
+    ends: str = ""
+    """Tokens, with their ids, that end an answer and are no end tokens of the base."""
 
 
 def model_card(card: Card) -> str:
@@ -82,6 +84,7 @@ def model_card(card: Card) -> str:
         f"Training: {card.steps} steps, sequences of at most {card.max_length} tokens",
         *([f"Held-out loss: {card.eval_loss:.4f} per supervised token"] if card.eval_loss is not None else []),
         *([f"Base in the training: {card.quantised}"] if card.quantised else []),
+        *([f"Answers end with {card.ends}: a server needs it as a stop token (`stop_token_ids`)"] if card.ends else []),
         *([f"Compressed to rank {card.rank}: {card.compressed}"] if card.compressed else []),
         *([f"Checked when it was exported: {card.checked}"] if card.checked else []),
     ]

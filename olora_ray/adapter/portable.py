@@ -7,7 +7,7 @@ import json
 import ntpath
 import posixpath
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,8 @@ OF_CODE = ("*.py", "*.model")
 TEMPLATES = "additional_chat_templates"
 OF_A_MACHINE = ("local_files_only", "is_local", "name_or_path")
 """Keys of tokenizer_config.json that say how and where from it was loaded."""
-_CONFIGS = ("config.json", "generation_config.json")
+GENERATION, ENDS = "generation_config.json", "eos_token_id"
+_CONFIGS = ("config.json", GENERATION)
 
 
 def copy_tokenizer(base: Path, out: Path) -> None:
@@ -46,6 +47,21 @@ def copy_tokenizer(base: Path, out: Path) -> None:
     make_portable(out)
 
 
+def name_class(folder: Path, name: str) -> None:
+    """Have tokenizer_config.json name this class of transformers."""
+    _rewrite(folder / "tokenizer_config.json", lambda fields: {**fields, "tokenizer_class": name})
+
+
+def end_with(folder: Path, ids: Sequence[int]) -> None:
+    """Have generation_config.json name these ids as those that end an answer."""
+    file = folder / GENERATION
+    if not file.is_file():
+        shape = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        kept = {name: shape[name] for name in ("bos_token_id", "pad_token_id") if shape.get(name) is not None}
+        file.write_text(json.dumps(kept), encoding="utf-8")
+    _rewrite(file, lambda fields: {**fields, ENDS: list(ids)})
+
+
 def _brings_code(settings: Path) -> bool:
     return settings.is_file() and bool(json.loads(settings.read_text(encoding="utf-8")).get("auto_map"))
 
@@ -57,11 +73,28 @@ def make_portable(folder: Path) -> None:
         _rewrite(folder / name, portable_config)
 
 
+_OLD_ROPE = ("rope_theta", "rope_scaling")
+
+
 def portable_config(tree: Any) -> Any:
-    """A model's config without the folders that it or a part of it was loaded from; hub ids stay."""
+    """A model's config without the folders that it or a part of it was loaded from; hub ids stay.
+
+    What transformers 5 says by new names is also there by those of 4, which would take its defaults for it, silently.
+    """
     if isinstance(tree, dict):
-        return {name: portable_config(value) for name, value in tree.items() if not _is_place(name, value)}
+        kept = {name: portable_config(value) for name, value in tree.items() if not _is_place(name, value)}
+        return {**kept, **_old_names(kept)}
     return [portable_config(value) for value in tree] if isinstance(tree, list) else tree
+
+
+def _old_names(fields: dict[str, Any]) -> dict[str, Any]:
+    """What a config says of rotary positions, by the names of transformers 4; 5 reads both."""
+    rope = fields.get("rope_parameters")
+    if not isinstance(rope, dict) or "rope_theta" not in rope or not fields.keys().isdisjoint(_OLD_ROPE):
+        return {}
+    rest = {name: value for name, value in rope.items() if name != "rope_theta"}
+    scaled = rest.get("rope_type", "default") != "default"
+    return {"rope_theta": rope["rope_theta"], **({"rope_scaling": rest} if scaled else {})}
 
 
 def _rewrite(file: Path, change: Callable[[Any], Any]) -> None:

@@ -22,13 +22,20 @@ _LARGEST_RATIO = 16
 
 def load_tokenizer(base: BaseModel, config: ModelConfig) -> "PreTrainedTokenizerBase":
     """The model's tokenizer; raises UserError if there is none."""
-    from transformers import AutoTokenizer
-
     with foreign(f"model.name: {base.name} has no tokenizer that loads"):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            Path(base.folder), trust_remote_code=config.trust_remote_code
-        )
-    return tokenizer
+        return tokenizer_in(Path(base.folder), config.trust_remote_code)
+
+
+def tokenizer_in(folder: Path, trust_remote_code: bool) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a folder as its tokenizer.json has it; raises what transformers raises."""
+    from transformers import AutoTokenizer
+    from transformers.models.auto import tokenization_auto
+
+    # Where mistral-common is installed, Mistral's own format would go first: another tokenizer than on other machines.
+    known = hasattr(tokenization_auto, "_use_mistral_format")
+    form = {"mistral_format": False} if known else {}
+    found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **form)
+    return found
 
 
 def end_tokens(base: BaseModel, tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:

@@ -23,10 +23,7 @@ from olora_ray.common import copies, storage
 from olora_ray.common.errors import UserError
 from olora_ray.common.quiet import quiet_transformers
 from olora_ray.config.schema import Config
-from olora_ray.data import chat_template
-from olora_ray.data.tokenize import adds_begin_token
 from olora_ray.model.folder import parameters
-from olora_ray.model.load import load_tokenizer
 from olora_ray.model.source import BaseModel, on_this_node
 from olora_ray.pipeline import export_shares, original_weights
 from olora_ray.pipeline.compressed import Compressed, measure
@@ -34,8 +31,8 @@ from olora_ray.pipeline.connection import user_errors
 from olora_ray.pipeline.export_shares import Spread, Work
 from olora_ray.pipeline.original_weights import OnOriginal
 from olora_ray.pipeline.run_folder import RunFolder
+from olora_ray.pipeline.served import give_template, keep_tokenizer, more_ends
 from olora_ray.tokens.store import TokenStore
-from olora_ray.tracking import models
 from olora_ray.train import checkpoints
 from olora_ray.train.state import TrainState
 
@@ -134,7 +131,9 @@ def _write_adapter(
         parity = Parity(found, peft, _logits(spec, work, merged, folder, compressed=lost > 0))
         loss = measure(spec, work, written, assigned_device()) if lost else None
         compressed = Compressed(limit, lost, loss) if limit else None
-        _complete(config, base, state, folder, rank, parity.in_words(quantised is not None), compressed, quantised)
+        ends = more_ends(spec, base)
+        words = parity.in_words(quantised is not None)
+        _complete(config, base, state, folder, rank, words, compressed, quantised, ends)
     return parity, compressed
 
 
@@ -146,7 +145,10 @@ def _write_merged(
         parts = export_shares.parts_of(spec, checkpoint, partial_folder, place, work)
         merge.copy_files(work.base, partial_folder)
         spread(export_shares.merge_part, parts)
-        give_template(spec.config, on_this_node(spec.base, spec.config), partial_folder)
+        base = on_this_node(spec.base, spec.config)
+        give_template(spec.config, base, partial_folder)
+        if more_ends(spec, base):
+            portable.end_with(partial_folder, spec.eos)
     return export_shares.check(work, [replace(part, folder=out) for part in parts], spread)
 
 
@@ -192,9 +194,11 @@ def _complete(
     checked: str = "",
     compressed: Compressed | None = None,
     quantised: OnOriginal | None = None,
+    ends: str = "",
 ) -> None:
-    """Give an adapter's folder its tokenizer and its model card."""
+    """Give an adapter's folder its tokenizer and its model card; `ends` as of `more_ends`."""
     portable.copy_tokenizer(Path(base.folder), adapter)
+    keep_tokenizer(config, base, adapter)
     give_template(config, base, adapter)
     card = model_card.Card(
         base_name=_public_name(base),
@@ -209,18 +213,9 @@ def _complete(
         checked=checked,
         compressed=compressed.in_words(reasons=False) if compressed and compressed.lost else "",
         quantised=quantised.in_words(reasons=False) if quantised else "",
+        ends=ends,
     )
     (adapter / "README.md").write_text(model_card.model_card(card), encoding="utf-8")
-
-
-def give_template(config: Config, base: BaseModel, folder: Path) -> None:
-    """A base without a chat template was trained with the default one: its users need it too."""
-    chats = any(
-        source.format not in ("text", "prompt_completion") or source.chat is True for source in config.data.train
-    )
-    if chats and not models.has_chat_template(folder):
-        template = chat_template.default(adds_begin_token(load_tokenizer(base, config.model)))
-        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
 def _held_out(store: TokenStore) -> list[torch.Tensor]:

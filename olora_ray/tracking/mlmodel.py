@@ -60,10 +60,13 @@ def check_adapter_only() -> None:
 
 
 def has_chat_template(folder: Path) -> bool:
-    """Whether the folder's tokenizer has a chat template: served as a chat, else as completions."""
+    """Whether the folder's tokenizer has a chat template: served as a chat, else as completions.
+
+    chat_template.json is a processor's, of pictures and text: no tokenizer reads it.
+    """
     settings = folder / "tokenizer_config.json"
     inside = settings.is_file() and bool(json.loads(settings.read_text(encoding="utf-8")).get("chat_template"))
-    return inside or any((folder / name).is_file() for name in ("chat_template.jinja", "chat_template.json"))
+    return inside or (folder / "chat_template.jinja").is_file()
 
 
 def _write_tokenizer(tokenizer: Path, contents: Contents) -> None:

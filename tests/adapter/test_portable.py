@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
-from olora_ray.adapter import portable
+from olora_ray.adapter import merge_check, portable
 from tests.export_parts import save_tokenizer
 
 
@@ -102,3 +104,36 @@ def test_a_config_without_places_keeps_its_bytes(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"hidden_size":   8}')
     portable.make_portable(tmp_path)
     assert (tmp_path / "config.json").read_text() == '{"hidden_size":   8}'
+
+
+def test_what_ends_an_answer_is_written_and_is_no_change_of_the_base(tmp_path: Path) -> None:
+    """A server goes on past the end of an answer that only the chat template names."""
+    for there in (True, False):
+        base, merged = tmp_path / f"base-{there}", tmp_path / f"merged-{there}"
+        for folder in (base, merged):
+            folder.mkdir()
+            (folder / "config.json").write_text('{"bos_token_id": 1}')
+            save_file({"weight": torch.zeros(1)}, folder / "model.safetensors")
+            if there:
+                (folder / "generation_config.json").write_text('{"eos_token_id": 2, "temperature": 0.5}')
+        portable.end_with(merged, (2, 7))
+        found = json.loads((merged / "generation_config.json").read_text())
+        assert found == (
+            {"eos_token_id": [2, 7], "temperature": 0.5} if there else {"bos_token_id": 1, "eos_token_id": [2, 7]}
+        )
+        assert merge_check.changed_files(base, merged) == []
+        (merged / "generation_config.json").write_text(json.dumps({**found, "temperature": 1.0}))
+        assert merge_check.changed_files(base, merged) == ["generation_config.json is not the base's"]
+
+
+def test_positions_are_told_by_the_names_of_transformers_4_too() -> None:
+    scaled = {"rope_theta": 5e5, "rope_type": "llama3", "factor": 8.0}
+    for rope, old in (
+        ({"rope_theta": 5e5, "rope_type": "default"}, {"rope_theta": 5e5}),
+        (scaled, {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", "factor": 8.0}}),
+        ({"full_attention": scaled}, {}),
+    ):
+        shape = {"hidden_size": 8, "rope_parameters": rope}
+        assert portable.portable_config(shape) == {**shape, **old}
+    named = {"rope_theta": 1.0, "rope_parameters": scaled}
+    assert portable.portable_config(named) == named

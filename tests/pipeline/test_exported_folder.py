@@ -4,7 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
+from tokenizers import Regex, Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from olora_ray.config.load import build
 from olora_ray.config.schema import Config
@@ -59,6 +62,37 @@ def test_an_adapters_folder_has_its_tokenizer_template_and_card(tmp_path: Path, 
     assert str(tmp_path) not in card
     assert "/home" not in card
     assert "is_local" not in json.loads((out / "tokenizer_config.json").read_text())
+
+
+def test_a_processors_template_is_none_of_the_tokenizer(tmp_path: Path) -> None:
+    """Of a base for pictures and text: no tokenizer reads it, so the training had the default one."""
+    base, out = tmp_path / "base", tmp_path / "adapter"
+    save_tokenizer(base)
+    (base / "chat_template.jinja").unlink()
+    (base / "chat_template.json").write_text(json.dumps({"chat_template": "another"}))
+    out.mkdir()
+    _complete(config(str(base)), BaseModel(str(base), str(base), "cafe"), TrainState(step=1), out, 8)
+    assert AutoTokenizer.from_pretrained(out).chat_template == chat_template.DEFAULT
+    assert not (out / "chat_template.json").exists()
+
+
+def test_an_adapters_tokenizer_cuts_text_as_the_bases(tmp_path: Path) -> None:
+    """OLMo, Granite and Phi-4 name GPT-2's class, which cuts in its own way without a config.json beside it."""
+    inner = Tokenizer(
+        BPE({"</s>": 0, **{byte: 1 + number for number, byte in enumerate(sorted(ByteLevel.alphabet()))}}, [])
+    )
+    inner.pre_tokenizer = Sequence([Split(Regex(r"\p{N}{1,3}"), "isolated"), ByteLevel(False, use_regex=False)])
+    inner.add_special_tokens(["</s>"])
+    base, out = tmp_path / "base", tmp_path / "adapter"
+    PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>").save_pretrained(base)
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    (base / "tokenizer_config.json").write_text(json.dumps({**settings, "tokenizer_class": "GPT2Tokenizer"}))
+    (base / "config.json").write_text(json.dumps({"model_type": "olmo2"}))
+    own = AutoTokenizer.from_pretrained(base).backend_tokenizer
+    assert json.loads(own.to_str())["pre_tokenizer"]["type"] == "Sequence", "what this is about"
+    out.mkdir()
+    _complete(config(str(base)), BaseModel(str(base), str(base), "cafe"), TrainState(step=1), out, 8)
+    assert AutoTokenizer.from_pretrained(out).backend_tokenizer.to_str() == own.to_str()
 
 
 def test_the_card_names_the_commit_of_a_base_from_the_hub_only(tmp_path: Path) -> None:
