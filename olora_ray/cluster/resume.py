@@ -14,11 +14,12 @@ from olora_ray.adapter.inject import find_targets, wrap
 from olora_ray.adapter.methods import FROM_WEIGHTS
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.cluster.tested_base import check_base
-from olora_ray.cluster.worker_context import WorkerContext, agreed
+from olora_ray.cluster.worker_context import SharedBaseContext, WorkerContext, agreed
 from olora_ray.common import collectives
 from olora_ray.common.errors import StoreUnavailable, TryAgain, UserError
 from olora_ray.common.fault_points import reached
 from olora_ray.common.text import plural
+from olora_ray.config.load import override
 from olora_ray.train import checkpoint, checkpoints
 from olora_ray.train.checkpoint import Checkpoint
 from olora_ray.train.loader import Waiting
@@ -58,8 +59,8 @@ def starting_point(
     found = restored(spec, folder)
     start = start_adapter(spec) if found is None else None
     state = found.state if found else TrainState()
-    adapter, config = spec.config.adapter, agreed(spec.config, context.device, state.precision)
-    state.precision = config.model.dtype
+    adapter, state.precision = spec.config.adapter, _precision(context, spec, state.precision)
+    config = override(spec.config, {"model.dtype": state.precision})
     with context.activate({}):
         loss = context.base(replace(spec, config=config))
         model: Any = loss.model
@@ -75,6 +76,19 @@ def starting_point(
     if start:
         trainer.flat.load(trainer.flat.vector, named(start))
     return StartingPoint(trainer, attention, state, None, resumed=False, trained=start is not None)
+
+
+def _precision(context: WorkerContext, spec: TrainSpec, began: str | None) -> str:
+    """The precision of the base, by torch's name: that of the base that trials share here, else as all agree on."""
+    shared = context.dtype if isinstance(context, SharedBaseContext) else None
+    if shared is None:
+        return str(agreed(spec.config, context.device, began).model.dtype)
+    if began not in (None, shared):
+        logger.warning(
+            f"model.dtype: auto: {shared}, of the base that trials share here, though this one began in {began}"
+            " elsewhere: its numbers are a mixture; use nodes of one kind, or set it"
+        )
+    return shared
 
 
 def restored(spec: TrainSpec, folder: str) -> Checkpoint | None:

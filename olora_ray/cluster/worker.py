@@ -72,6 +72,7 @@ class Worker:
         self.trainer.signal = self.stop_requests.pending
         self.attention, self.resumed = start.attention, start.resumed
         self.state.kinds = note_kinds(self.state.kinds, context.device)
+        self._precision = self.state.precision
         self.evaluator = Evaluator(context, spec, start)
         self.schedule = Schedule(self.config.train, spec.train, self.stop_requests.waiting)
         self.manager: CheckpointManager | None = None
@@ -115,6 +116,9 @@ class Worker:
                 if group.begins:
                     raise RuntimeError("all other workers are gone")  # Ray starts this one again, with others
                 self.progress = adopt(self.progress, self.trainer, self.evaluator)
+                if self.state.precision not in (None, self._precision):
+                    # It came before a checkpoint said so; started again it reads one that does.
+                    raise RuntimeError(f"the others compute in {self.state.precision}, not in {self._precision}")
                 self.state.kinds = note_kinds(self.state.kinds, self.context.device)
                 break
             except PeerLost:

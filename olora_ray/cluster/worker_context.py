@@ -124,17 +124,12 @@ class SharedBaseContext:
 
     def __init__(self, shared: SharedBase) -> None:
         self.rank, self.world = 0, 1
-        self.device = shared.device
+        self.device, self.dtype = shared.device, shared.dtype
         self.preemption: Preemption = NoPreemption()
         self._shared = shared
 
     def base(self, spec: TrainSpec) -> SupervisedLoss:
         """See WorkerContext. It is there already, in the precision that it has."""
-        if self._shared.dtype not in (None, wanted := spec.config.model.dtype):
-            logger.warning(
-                f"model.dtype: auto: {self._shared.dtype}, of the base that trials share here, though this one began"
-                f" in {wanted} elsewhere: its numbers are a mixture; use nodes of one kind, or set it"
-            )
         self._shared.loss.recompute = spec.recompute
         return self._shared.loss
 

@@ -99,7 +99,12 @@ def _globbed(path: str) -> list[str]:
     """What matches a glob, by name."""
     fixed, pattern = _fixed(path)
     found = sorted(glob.glob(path, recursive=True))
-    return [name for name in found if not (os.path.isdir(name) and _unasked(name[len(fixed) :].strip("/"), pattern))]
+    below = [(name, name[len(fixed) :].strip("/")) for name in found]
+    return [
+        name
+        for name, relative in below
+        if not _in_log(relative, pattern) and not (_unasked(relative, pattern) and os.path.isdir(name))
+    ]
 
 
 def _table(path: str) -> str:
@@ -120,6 +125,11 @@ def _fixed(path: str) -> tuple[str, str]:
 def _unasked(name: str, pattern: str) -> bool:
     """Whether a folder that matches a glob is passed over, as one in a folder is: `_delta_log`, unless it is named."""
     return not _visible(name) and _visible(pattern)
+
+
+def _in_log(name: str, pattern: str) -> bool:
+    """Whether what matches a glob belongs to what a table writes about itself, which the glob does not name."""
+    return any(f"/{log}/" in f"/{name}/" and log not in pattern.split("/") for log in TABLES)
 
 
 def _split_of(path: str) -> tuple[str, str]:
@@ -270,6 +280,8 @@ def _matching(below: Sequence[Below], pattern: str) -> tuple[list[Any], dict[str
     files, folders = list[Any](), dict[str, list[Below]]()
     for item, name in below:
         names = name.split("/")
+        if _in_log(name, pattern):
+            continue
         if _matches(names, parts):
             files.append(item)
             continue

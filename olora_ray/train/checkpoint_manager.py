@@ -134,7 +134,7 @@ class CheckpointManager:
         try:
             for found in sorted(checkpoints.steps_of(self.place), reverse=True):
                 name = checkpoints.name_of(found)
-                if found > step and (found not in self._found or self._is_good(name)):
+                if found > step and (found not in self._found or self._may_be_good(name)):
                     continue
                 if self._abandoned.is_set():
                     return
@@ -145,6 +145,13 @@ class CheckpointManager:
                     kept += 1
         except OSError as error:
             logger.warning(f"old checkpoints cannot be removed now: {short_reason(error)}")
+
+    def _may_be_good(self, name: str) -> bool:
+        """Whether the checkpoint is whole, or cannot be read now: then it stays, and the others are looked at."""
+        try:
+            return self._is_good(name)
+        except OSError:
+            return True
 
     def _is_good(self, name: str) -> bool:
         """Whether the checkpoint is whole; each is looked at once. Raises OSError if that cannot be said now."""

@@ -69,6 +69,20 @@ def train(folder: Path, again: bool = False, measured_on: Any = None, **changes:
     return train_at(SharedBaseContext(shared), spec, str(folder), channel), channel
 
 
+def test_a_trial_on_a_shared_base_has_the_precision_of_that(tmp_path: Path) -> None:
+    """And says once that it began in another, on another kind of node."""
+    with pytest.MonkeyPatch.context() as patch, said() as lines:
+        patch.setattr(SharedBase, "dtype", property(lambda _: "bfloat16", lambda *_: None), raising=False)
+        train(tmp_path)
+        assert checkpoints.precision_now(str(tmp_path)) == "bfloat16"
+        (tmp_path / checkpoints.name_of(6) / "manifest.json").unlink()
+        patch.setattr(SharedBase, "dtype", property(lambda _: "float32", lambda *_: None), raising=False)
+        assert not [line for line in lines if "mixture" in line]
+        train(tmp_path)
+    assert len([line for line in lines if "model.dtype: auto" in line]) == 1
+    assert checkpoints.precision_now(str(tmp_path)) == "float32"
+
+
 def adapter(folder: Path, step: int, best: bool = False) -> dict[str, torch.Tensor]:
     """The adapter after a step, or the best until then, which may be that of the start: zero."""
     found = checkpoints.read(str(folder / checkpoints.name_of(step)))

@@ -241,7 +241,8 @@ def test_a_table_whose_log_is_not_read_is_told(scheme: str, log: str, kind: str,
         assert names(place) == ["part-0.parquet"]
     assert lines[0].startswith(f"warning: data.train.0.path: {place} is a table of {kind} ({log}), and is read as")
     sources._say_once.cache_clear()
-    for pattern in ("*", "*.parquet", "part-*"):
+    as_parquet(tmp_path / "table" / log / "0.checkpoint.parquet")
+    for pattern in ("*", "*.parquet", "part-*", "**", "**/*", "**/*.parquet"):
         with said() as lines:
             assert names(f"{place}/{pattern}") == ["part-0.parquet"], "nor is the log read"
         assert any(line.startswith("warning: ") and f"table is a table of {kind} ({log})" in line for line in lines)

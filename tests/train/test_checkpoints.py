@@ -153,6 +153,23 @@ def test_one_that_a_mounted_folder_does_not_give_now_is_not_passed_over(
     assert "step-0000004" in checkpoints.names(place)
 
 
+def test_a_later_one_that_cannot_be_read_does_not_keep_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = str(tmp_path)
+    filled(place, 10, 20, 100, keep=9)
+    old = Path.read_text
+
+    def read_text(self: Path, encoding: str | None = None) -> str:
+        if self.match("step-0000100/manifest.json"):
+            raise OSError(errno.EIO, "Input/output error")
+        return old(self, encoding=encoding)
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    filled(place, 30, keep=1)
+    assert checkpoints.names(place) == ["step-0000030", "step-0000100"]
+
+
 def test_a_damaged_one_is_replaced_when_its_step_comes_again(place: str, tmp_path: Path) -> None:
     filled(place, 2, 4)
     (tmp_path / "checkpoints" / "step-0000004" / "manifest.json").write_text("{")

@@ -3,8 +3,10 @@
 <storage>/<name>/code.json    digests of the code and libraries of each attempt that trained something
 """
 
+import contextlib
 import json
 import logging
+from collections.abc import Callable, Iterator
 
 from olora_ray.common import kept, storage
 from olora_ray.sweep.compare.spec import has_begun
@@ -19,17 +21,20 @@ _FILE = "code.json"
 _BEFORE = "of a version that did not note it"
 
 
-def note(root: str) -> None:
-    """Keep with what the trainings that follow are made; says so if others before were made with other code.
+@contextlib.contextmanager
+def noted(root: str, trained: Callable[[], int]) -> Iterator[None]:
+    """Keep with what is trained in the block, if something is; says so if others before were made with other code.
 
-    `root` is the comparison's folder.
+    `root` is the comparison's folder; what `trained` returns grows with what is.
     """
-    known, now = _known(root), kept.code()
-    if now in known:
-        return
-    storage.write_text(storage.join(root, _FILE), json.dumps([*known, now]) + "\n")
-    if known:
-        logger.warning(f"{root}: {MIXED}; go on with the version that it was begun with, or begin another one")
+    known, now, before = _known(root), kept.code(), trained()
+    try:
+        yield
+    finally:
+        if now not in known and trained() != before:
+            storage.write_text(storage.join(root, _FILE), json.dumps([*known, now]) + "\n")
+            if known:
+                logger.warning(f"{root}: {MIXED}; choose another run.name to compare with one version")
 
 
 def notes(root: str) -> tuple[str, ...]:

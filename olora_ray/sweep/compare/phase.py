@@ -38,10 +38,10 @@ def ended(spec: PhaseSpec) -> list[Ended]:
     """
     if progress.read(spec.folder).complete and _failures(_records(spec)):
         _open_again(spec.folder)
-    if not progress.read(spec.folder).complete:
-        code_used.note(spec.root)
-    run.search(spec)
+    with code_used.noted(spec.root, lambda: trained(spec.folder)):
+        run.search(spec)
     records = _records(spec)
+    _check_values(spec, records)
     if failed := _failures(records):
         number, reason = failed[0]
         more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
@@ -50,6 +50,23 @@ def ended(spec: PhaseSpec) -> list[Ended]:
             " again: trials that have ended stay as they are"
         )
     return [Ended(record, loss_of(record)) for record in records if record is not None]
+
+
+def trained(folder: str) -> int:
+    """Changes with whatever is trained in a phase: its trials, and how far they are."""
+    return sum(1 + record.step for record in trial_file.read_all(folder).values())
+
+
+def _check_values(spec: PhaseSpec, records: Sequence[TrialRecord | None]) -> None:
+    """Raise UserError if a trial was another one: the learning rates that a grid begins with are a version's."""
+    for number, record in enumerate(records):
+        wanted = spec.space.values(spec.space.drawn(number))
+        if record is not None and any(record.params.get(field, value) != value for field, value in wanted.items()):
+            shown = ", ".join(f"{field}={value}" for field, value in wanted.items())
+            raise UserError(
+                f"{spec.folder}: {trial_name(number)} has other values than {shown}: another version began this"
+                " comparison; go on with that one, or choose another run.name"
+            )
 
 
 def ended_before(folder: str) -> int:

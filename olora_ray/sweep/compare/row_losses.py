@@ -116,6 +116,11 @@ def of_trial(shared: SharedBase, spec: TrainSpec, folder: str, attention: str) -
     if newest is None or newest[1].state.step < total_steps(spec.config.train, len(spec.train)):
         raise UserError(f"{place}: the last checkpoint is lost; delete {folder} and run the same command again")
     found = newest[1]
+    if shared.dtype not in (None, began := found.state.precision) and began is not None:
+        logger.warning(
+            f"{folder}: trained in {began}, and measured in {shared.dtype}, which model.dtype: auto means on this node;"
+            " differences of methods may be differences of nodes: use nodes of one kind, or set it"
+        )
     checkpoint.require_same(found.identity, spec.identity(), newest[0])
     model: Any = shared.loss.model
     factors = {name: weights.factors for name, weights in found.adapter.items()}

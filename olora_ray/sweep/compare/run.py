@@ -265,15 +265,15 @@ class Run:
         number = max(1, min(len(left), search.room(wanted)))
         task = ray.remote(row_losses.measure).options(num_cpus=wanted["CPU"], num_gpus=wanted.get("GPU", 0))
         tasks = [task.remote(left[first::number]) for first in range(number)]
-        going, told = tasks, 0
-        while going:
-            _, going = ray.wait(tasks, num_returns=len(tasks), timeout=SECONDS_BETWEEN_LINES)
+        told = 0
+        while tasks:
+            ready, tasks = ray.wait(tasks, timeout=SECONDS_BETWEEN_LINES)
+            with connection.user_errors():
+                ray.get(ready)
             done = sum(storage.exists(storage.join(folder, row_losses.FILE)) for folder, _ in left)
-            if going and done > told:
+            if tasks and done > told:
                 told = done
                 logger.info(f"measured {done} of {plural(len(left), 'adapter')}")
-        with connection.user_errors():
-            ray.get(tasks)
 
 
 def _read(trained: Final) -> RowLosses | None:

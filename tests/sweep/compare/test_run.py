@@ -9,7 +9,7 @@ import pytest
 
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
-from olora_ray.sweep.compare import analysis, code_used, page, table, verdict
+from olora_ray.sweep.compare import analysis, code_used, grid, page, table, verdict
 from olora_ray.sweep.compare.arguments import Comparison
 from olora_ray.sweep.compare.estimate import Before
 from olora_ray.sweep.compare.record import ComparisonRecord
@@ -141,6 +141,30 @@ def test_trainings_of_several_versions_are_told(tmp_path: Path, monkeypatch: pyt
     with said() as lines:  # there is nothing left to train
         compared(monkeypatch, asked, cluster)
     assert not any(code_used.MIXED in line for line in lines)
+
+
+def test_a_version_that_trains_nothing_is_not_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who was warned, and went back to the version of before, had a mixture noted for ever."""
+    asked, cluster, own = made.comparison(tmp_path), Cluster(stop_after=5), code_used.kept.code
+    for code, after in ((own, 5), (lambda: "another", 0)):
+        monkeypatch.setattr(code_used.kept, "code", code)
+        cluster.stop_after = len(cluster.trained) + after
+        with pytest.raises(KeyboardInterrupt):
+            compared(monkeypatch, asked, cluster)
+    cluster.stop_after = None
+    monkeypatch.setattr(code_used.kept, "code", own)
+    assert compared(monkeypatch, asked, cluster).notes == ()
+
+
+def test_trials_of_a_grid_that_began_elsewhere_are_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are found by their numbers: the loss of one rate was taken for that of another."""
+    asked, cluster = made.comparison(tmp_path), Cluster()
+    made.running(monkeypatch, asked, cluster).tune()
+    monkeypatch.setitem(grid.CENTRES, "olora", 1e-5)
+    with pytest.raises(
+        UserError, match=r"tuning-1: trial-\d+ has other values than .*; go on with that one, or choose"
+    ):
+        made.running(monkeypatch, asked, cluster).tune()
 
 
 def test_an_interrupted_comparison_trains_nothing_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
