@@ -65,11 +65,15 @@ class Attempts:
         worker: Mapping[str, float],
         fit: Fit,
         changing: bool = False,
+        placed: bool = False,
     ) -> None:
-        """`worker` has the resources of one worker; `changing`: workers may come and go while they train."""
+        """`worker` has the resources of one worker.
+
+        `changing`: workers may come and go while they train. `placed`: `fit` has a place for them, and waits for it.
+        """
         self.spec, self.build, self.monitor, self.stop = spec, build, monitor, stop
         self.channel, self.progress, self.fit = monitor.channel, monitor.progress, fit
-        self.worker, self.changing = worker, changing
+        self.worker, self.changing, self.placed = worker, changing, placed
         self.schedule = Schedule(spec.config.train, build.store)
         self.workers: int | None = None
         """Of the group that trains, or trained last."""
@@ -94,7 +98,9 @@ class Attempts:
         elastic, first = self.spec.config.cluster.is_elastic(), True
         while True:
             self._attempt += 1
-            workers = self.spec.config.cluster.max_workers() if first and not elastic else self._wait_for_room()
+            # What others hold until the end of a search, as processes do that several trials share, never becomes free.
+            at_once = self.placed or (first and not elastic)
+            workers = self.spec.config.cluster.max_workers() if at_once else self._wait_for_room()
             told = [self.channel.request_stop.remote(None), self.channel.begin_anew.remote(workers, self._attempt)]
             if not first:  # else the channel may still be starting, beside the workers
                 for call in told:
@@ -234,7 +240,7 @@ class Attempts:
         self._nobody_since = self._nobody_since or now
         if self.stop.asked and now - self._nobody_since >= NOBODY:  # what is not in a checkpoint is lost already
             raise self.stop.stopped("stopped while no workers trained")
-        if now - self._nobody_since >= SLOW and not self._silent:
+        if now - self._nobody_since >= SLOW and not self._silent and not self.placed:
             self._silent = True
             free = free_workers(self.worker)
             what = "start" if self.changing else "load the model, or to start"

@@ -49,8 +49,8 @@ def train(
 ) -> TrainResult:
     """Train until done, whatever dies meanwhile; keeps training.json.
 
-    `fit_on` trains once, by default under TorchTrainer. Raises UserError with what went wrong in the end, and
-    Stopped if a signal has asked for an end.
+    `fit_on` trains once, on workers that it has a place for; by default TorchTrainer does, where there is room. Raises
+    UserError with what went wrong in the end, and Stopped if a signal has asked for an end.
     """
     config = spec.config
     channel = make_channel(ray.get_runtime_context().get_node_id())
@@ -61,7 +61,7 @@ def train(
             monitor = Monitor(channel, tracker, progress, Telemetry(config.run.name), on_row)
             fit = partial(fit_on or partial(_fit, spec, folder, worker), channel)
             changing = fit_on is None and in_place(config, worker)
-            result = Attempts(spec, build, monitor, stop, worker, fit, changing).run()
+            result = Attempts(spec, build, monitor, stop, worker, fit, changing, placed=fit_on is not None).run()
     finally:
         stop.gentle = False
     folder.write_training(result.to_json())

@@ -10,12 +10,14 @@ from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 
 from olora_ray.cluster import ray_internals
 from olora_ray.cluster.channel import Failure
+from olora_ray.cluster.failures import SharedBaseDied
 from olora_ray.cluster.groups import Absent
 from olora_ray.cluster.spec import LEFT, TrainResult
 from olora_ray.common.errors import Stopped, StoreUnavailable, UserError
 from olora_ray.pipeline import attempts
 from olora_ray.pipeline.attempts import Attempts
 from olora_ray.pipeline.signals import Stop
+from olora_ray.pipeline.trainers import WorkerGroup
 from tests import tiny
 
 
@@ -153,6 +155,30 @@ def test_a_first_group_that_is_not_complete_is_waited_for_longer(monkeypatch: py
     assert ended
     driver._failed(RayActorError())
     assert driver.progress.told == ["some workers did not come: starting others"]
+
+
+def test_a_training_whose_place_is_kept_waits_for_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes that trials share may fill the cluster: nothing is free before the search ends, and its trials hung."""
+    monkeypatch.setattr(attempts, "answer", lambda call: call)
+    monkeypatch.setattr(attempts, "given", lambda channel: None)
+    monkeypatch.setattr(attempts, "free_workers", lambda worker: 0)
+    monkeypatch.setattr(attempts, "free_abandoned", lambda: pytest.fail("it waits for room"))
+    driver = attempts_of(cluster__max_failures=1)
+    driver.channel.begin_anew = SimpleNamespace(remote=lambda workers, attempt: None)
+    groups: list[WorkerGroup] = []
+
+    def fit(group: WorkerGroup) -> TrainResult:
+        groups.append(group)
+        if len(groups) == 1:
+            raise SharedBaseDied
+        return TrainResult()
+
+    again = Attempts(
+        driver.spec, driver.build, driver.monitor, driver.stop, driver.worker, fit, changing=False, placed=True
+    )
+    assert again.run() == TrainResult()
+    assert groups == [WorkerGroup(1, 1), WorkerGroup(1, 2)]
+    assert again.cause == "the process of several trials died"
 
 
 @pytest.fixture
