@@ -6,15 +6,17 @@ random numbers of its own. What is shared is the memory of the base, and the tim
 """
 
 import gc
+import logging
 import math
 import threading
 import time
 import uuid
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import GetTimeoutError, RayActorError
 
 from olora_ray.cluster.device import assigned_device
 from olora_ray.cluster.failures import SharedBaseDied
@@ -25,10 +27,17 @@ from olora_ray.common.errors import TryAgain, UserError
 from olora_ray.common.quiet import quiet_transformers
 from olora_ray.train.malloc import ONE_POOL
 
+logger = logging.getLogger(__name__)
+
 SPARE_THREADS = 8
 """Threads of an actor beyond those that train: to answer `busy`, and for a trial that ends while another starts."""
 EXPECTED = 30.0
 """Seconds for which a place is kept for a trial that has taken it and does not train yet: it may have died since."""
+ANSWERS = 10.0
+"""Seconds in which an actor tells its load. One whose node is lost does so when there is room for it on another one, if
+ever."""
+FULL = 0.5
+"""Seconds from one look for a place to the next where all are taken."""
 
 
 class SharedBaseActor:
@@ -102,21 +111,56 @@ def end_actors(actors: tuple[Any, ...]) -> None:
         ray.kill(one)
 
 
-def train_on(actors: tuple[Any, ...], spec: TrainSpec, checkpoints: str, channel: Any) -> TrainResult:
-    """Train one adapter on the actor with the fewest; raises SharedBaseDied."""
+def train_on(actors: tuple[Any, ...], adapters: int, spec: TrainSpec, checkpoints: str, channel: Any) -> TrainResult:
+    """Train one adapter on the actor with the fewest, of those with less than `adapters`; raises SharedBaseDied."""
     name = uuid.uuid4().hex
     try:
-        result: TrainResult = ray.get(place_on(actors, name).train.remote(name, spec, checkpoints, channel))
+        actor = place_on(actors, name, adapters)
+        result: TrainResult = ray.get(actor.train.remote(name, spec, checkpoints, channel))
     except RayActorError as error:
         raise SharedBaseDied from error
     return result
 
 
-def place_on(actors: tuple[Any, ...], name: str) -> Any:
-    """The actor with the fewest, which from now on counts `name` too: those who ask at the same time share them out."""
+def place_on(actors: tuple[Any, ...], name: str, adapters: int) -> Any:
+    """The actor with the fewest, which from now on counts `name` too: those who ask at the same time share them out.
+
+    Waits until one has less than `adapters`: it has no memory for more. Those that do not answer are passed over while
+    others do; where their node is lost, they wait for another one.
+    """
+    asked: dict[int, Any] = {}
     while True:
-        loads = ray.get([actor.busy.remote() for actor in actors])
-        fewest = min(loads)
-        actor = actors[loads.index(fewest)]
-        if ray.get(actor.take.remote(name, fewest)):
-            return actor
+        loads = _loads(actors, asked)
+        fewest, place = min(((load, place) for place, load in loads.items()), default=(adapters, 0))
+        if fewest >= adapters:
+            time.sleep(FULL)
+        elif _takes(actors[place], name, fewest):
+            return actors[place]
+
+
+def _loads(actors: tuple[Any, ...], asked: dict[int, Any]) -> dict[int, int]:
+    """Place in `actors` -> adapters, of those that answer; `asked` keeps the calls to the others."""
+    for place, actor in enumerate(actors):
+        if place not in asked:  # else its calls would pile up until it is there again
+            asked[place] = actor.busy.remote()
+    answered, _ = ray.wait(list(asked.values()), num_returns=len(asked), timeout=ANSWERS)
+    found = {place: asked.pop(place) for place in range(len(actors)) if asked[place] in answered}
+    if found and asked:
+        _tell_of_silent()
+    return {place: ray.get(call) for place, call in found.items()}
+
+
+def _takes(actor: Any, name: str, seen: int) -> bool:
+    """Whether the actor counts `name` now; not if it was lost since it told its load."""
+    try:
+        return bool(ray.get(actor.take.remote(name, seen), timeout=ANSWERS))
+    except GetTimeoutError:
+        return False
+
+
+@cache  # once a process, and not for each of its trials
+def _tell_of_silent() -> None:
+    logger.warning(
+        "search: not every process that holds the base model answers (its node is lost, or it still starts): trials go"
+        " to the others"
+    )

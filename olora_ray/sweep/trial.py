@@ -156,8 +156,10 @@ class TrialRun:
         return fit.train(spec, self.folder, CompleteStore(spec.train), tracker, self._stop, on_row, fit_on)
 
     def _fit_on_shared_base(self, spec: TrainSpec) -> fit.FitOn:
+        actors, adapters = self.sweep_spec.shared_bases, self.sweep_spec.space.trials_per_worker
+
         def fit_on(channel: Any, group: WorkerGroup) -> TrainResult:
-            return shared_base.train_on(self.sweep_spec.shared_bases, spec, self.folder.checkpoints, channel)
+            return shared_base.train_on(actors, adapters, spec, self.folder.checkpoints, channel)
 
         return fit_on
 

@@ -5,18 +5,21 @@ import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
 import ray
 import torch
-from ray.exceptions import RayActorError
+from ray.exceptions import GetTimeoutError, RayActorError
 
 from olora_ray.cluster import shared_base
 from olora_ray.train.malloc import keep_freed_memory
 from tests import tiny
+from tests.said import said
 from tests.waiting import until
 
 BLOCKS, BLOCK = 100, 2**20
@@ -42,8 +45,99 @@ def test_those_who_come_at_the_same_time_are_shared_out(ray_with: Callable[[int]
     spec: Any = tiny.config()
     actors = shared_base.start_actors(spec, {"CPU": 1}, 2, 4)
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(partial(shared_base.place_on, actors), map(str, range(8))))
+        list(pool.map(partial(shared_base.place_on, actors, adapters=4), map(str, range(8))))
     assert ray.get([actor.busy.remote() for actor in actors]) == [4, 4]
+
+
+class Actor:
+    """Stands for an actor with so many adapters; None: its node is lost."""
+
+    def __init__(self, load: int | None, takes: bool = True) -> None:
+        self.load, self.takes, self.asked = load, takes, 0
+        self.busy, self.take = SimpleNamespace(remote=self._busy), SimpleNamespace(remote=self._take)
+
+    def _busy(self) -> "Call":
+        self.asked += 1
+        return Call(self)
+
+    def _take(self, name: str, seen: int) -> "Call":
+        if not self.takes:  # it is lost in this moment
+            self.load = None
+        return Call(self, seen)
+
+
+@dataclass(eq=False)
+class Call:
+    """A call of `busy`, or one of `take` by somebody who has seen so many adapters."""
+
+    actor: Actor
+    seen: int | None = None
+
+
+@pytest.fixture
+def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """How long was slept each time, with actors that are no processes: one whose node is lost never answers."""
+
+    def wait(calls: list[Call], num_returns: int, timeout: float) -> tuple[list[Call], list[Call]]:
+        assert (num_returns, timeout) == (len(calls), shared_base.ANSWERS)
+        return [call for call in calls if call.actor.load is not None], []
+
+    def get(call: Call, timeout: float | None = None) -> Any:
+        if call.seen is None:
+            return call.actor.load
+        assert timeout == shared_base.ANSWERS
+        if call.actor.load is None:
+            raise GetTimeoutError
+        return call.actor.load == call.seen
+
+    found: list[float] = []
+    monkeypatch.setattr(shared_base, "ray", SimpleNamespace(wait=wait, get=get))
+    monkeypatch.setattr(shared_base, "time", SimpleNamespace(sleep=found.append))
+    shared_base._tell_of_silent.cache_clear()
+    return found
+
+
+def test_a_process_whose_node_is_lost_holds_up_no_trial(slept: list[float]) -> None:
+    """It answers when there is room for it on another node, if ever, and each new trial asked it first."""
+    actors = (Actor(None), Actor(3), Actor(1), Actor(0, takes=False))
+    with said() as lines:
+        assert shared_base.place_on(actors, "a", adapters=4) is actors[2]
+        assert shared_base.place_on(actors, "b", adapters=4) is actors[2]
+    assert not slept
+    assert [actor.asked for actor in actors] == [2, 3, 3, 3]
+    assert lines == [
+        "warning: search: not every process that holds the base model answers (its node is lost, or it still starts):"
+        " trials go to the others"
+    ]
+
+
+def test_no_process_gets_more_adapters_than_it_has_room_for(
+    slept: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where others are lost, theirs would come to it too."""
+    lost, full = Actor(None), Actor(2)
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        if len(slept) == 3:
+            full.load = 1
+
+    monkeypatch.setattr(shared_base, "time", SimpleNamespace(sleep=sleep))
+    assert shared_base.place_on((lost, full), "a", adapters=2) is full
+    assert slept == [shared_base.FULL] * 3
+    assert (lost.asked, full.asked) == (1, 4)
+
+
+def test_where_no_process_answers_the_first_is_waited_for(slept: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them start with the search."""
+    actors = (Actor(None), Actor(None))
+
+    def sleep(seconds: float) -> None:
+        actors[1].load = 0
+
+    monkeypatch.setattr(shared_base, "time", SimpleNamespace(sleep=sleep))
+    assert shared_base.place_on(actors, "a", adapters=1) is actors[1]
+    assert [actor.asked for actor in actors] == [1, 1]
 
 
 def test_a_place_is_not_kept_for_one_that_never_comes(monkeypatch: pytest.MonkeyPatch) -> None:
