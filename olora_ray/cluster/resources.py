@@ -18,6 +18,8 @@ Resources = Mapping[str, float]
 LAUNCHER_CONFIG = Path("~/ray_bootstrap_config.yaml")
 """Where Ray's cluster launcher puts cluster.yaml on the head: the open-source autoscaler tells nobody its limits."""
 UNLIMITED = 1_000_000
+LEAST = 0.0001
+"""The smallest amount of a resource that Ray counts."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,20 @@ def schedulable_nodes() -> list[dict[str, Any]]:
     """Ray's entries of the nodes that are alive and not being drained."""
     leaving = ray_internals.draining_nodes()
     return [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]
+
+
+def own_node(processes: int, memory: float) -> dict[str, float]:
+    """A resource that brings a process to the node of this one, if so many have room there, of `memory` bytes each.
+
+    Nothing if they have not, if the node is being drained, or if no Ray runs.
+    """
+    if not ray.is_initialized():
+        return {}
+    own = ray.get_runtime_context().get_node_id()
+    free = ray_internals.free_resources().get(own, {})
+    address = next((node["NodeManagerAddress"] for node in schedulable_nodes() if node["NodeID"] == own), "")
+    share = {f"node:{address}": LEAST}  # each node has 1 of its own
+    return share if _fit({**share, "memory": memory}, free) >= processes else {}
 
 
 def present() -> list[Nodes]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ray import tune
 
-from olora_ray.cluster import tune_internals
+from olora_ray.cluster import resources, tune_internals
 from olora_ray.common import storage
 from olora_ray.sweep import state, trial_file
 from olora_ray.sweep.callback import SweepCallback
@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 NOTE_BYTES = 64 * 2**20
 """Memory that Tune counts for a trial's own process; its workers take the CPUs and GPUs."""
+HELD_BYTES = 400 * 2**20
+"""Memory that this process may take in fact, with the channel and Train's controller, which lie beside it."""
 
 
 def build(sweep_spec: SweepSpec, callback: SweepCallback, max_concurrent_trials: int) -> tune.Tuner:
@@ -41,7 +43,7 @@ def build(sweep_spec: SweepSpec, callback: SweepCallback, max_concurrent_trials:
     # Of values that are lists; they matter to studies that Optuna itself stores.
     warnings.filterwarnings("ignore", message="Choices for a categorical distribution", category=UserWarning)
     trainable: Any = tune.with_resources(
-        tune.with_parameters(SearchTrial, sweep_spec=sweep_spec), {"memory": NOTE_BYTES}
+        tune.with_parameters(SearchTrial, sweep_spec=sweep_spec), _own_resources(max_concurrent_trials)
     )
     if state.lost(sweep_spec.folder):
         _forget(sweep_spec)
@@ -74,6 +76,15 @@ def build(sweep_spec: SweepSpec, callback: SweepCallback, max_concurrent_trials:
         verbose=0,
     )
     return tune.Tuner(trainable, param_space=_params(space), tune_config=settings, run_config=run)
+
+
+def _own_resources(trials: int) -> dict[str, float]:
+    """What the own process of a trial takes, of so many at the same time.
+
+    It lies on the driver's node, without which the search ends anyway, where that has memory for all: a trial ends for
+    good with its process, and any other node may be lost while its workers are elsewhere.
+    """
+    return {"memory": NOTE_BYTES, **resources.own_node(trials, HELD_BYTES)}
 
 
 def _forget(sweep_spec: SweepSpec) -> None:

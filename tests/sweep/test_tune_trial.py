@@ -14,6 +14,7 @@ from ray.tune.experiment import Experiment
 from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter
 from ray.tune.search.search_generator import SearchGenerator
 
+from olora_ray.cluster import ray_internals, resources
 from olora_ray.cluster.resources import Nodes
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.common import logs
@@ -103,6 +104,35 @@ def test_processes_are_kept_where_trials_end_by_themselves(tmp_path: Path, kind:
     made = tuner.build(search, SweepCallback(search.folder, search.space), 1)
     settings: Any = made._local_tuner._tune_config
     assert settings.reuse_actors is reused
+
+
+@pytest.mark.parametrize(
+    ("memory", "share", "own"),
+    [
+        (2 * tuner.HELD_BYTES, 1.0, True),
+        (2 * tuner.HELD_BYTES - 2**20, 1.0, False),  # another node may have more
+        (2 * tuner.HELD_BYTES, resources.LEAST, False),
+        (2 * tuner.HELD_BYTES, 0.0, False),
+    ],
+)
+def test_the_own_processes_of_trials_lie_on_the_drivers_node(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: float, share: float, own: bool
+) -> None:
+    """One that Ray had put on a host of workers was lost with it, and so was its trial; its workers were elsewhere."""
+    nodes = [{"NodeID": each, "Alive": True, "NodeManagerAddress": f"10.0.0.{each}"} for each in "12"]
+    context = SimpleNamespace(get_node_id=lambda: "2")
+    fake = SimpleNamespace(is_initialized=lambda: True, nodes=lambda: nodes, get_runtime_context=lambda: context)
+    free = {
+        "1": {"memory": 100.0 * tuner.HELD_BYTES, "node:10.0.0.1": 1.0},
+        "2": {"memory": memory, "node:10.0.0.2": share},
+    }
+    monkeypatch.setattr(resources, "ray", fake)
+    monkeypatch.setattr(ray_internals, "draining_nodes", set)
+    monkeypatch.setattr(ray_internals, "free_resources", lambda: free)
+    search = spec(tmp_path)
+    made: Any = tuner.build(search, SweepCallback(search.folder, search.space), 2)
+    asked = made._local_tuner.trainable.default_resource_request({}).required_resources
+    assert asked == {"memory": tuner.NOTE_BYTES} | ({"node:10.0.0.2": 0.0001} if own else {})
 
 
 @pytest.mark.parametrize(("present", "most", "waits"), [(1, 8, True), (0, 2, True), (1, 1, False), (4, 8, False)])
