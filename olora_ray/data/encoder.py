@@ -55,6 +55,16 @@ class Encoder:
         added = self._tokenizer.get_added_tokens_decoder()
         return frozenset(number for number, token in added.items() if token.special)
 
+    def is_blank(self, number: int) -> bool:
+        """Whether a token stands for blanks or line breaks alone."""
+        try:
+            text: str = self._tokenizer.decode([number], skip_special_tokens=False)
+        except BaseException as error:
+            if not _is_the_tokenizers_own(error):
+                raise
+            return False  # a broken decoder is no matter of training: it only reads what a model writes
+        return not text.strip()
+
     def encode(self, text: str, continues: bool = False) -> Piece:
         """The tokens of a text that starts anew, or continues another; raises Rejected for what has none."""
         if continues and self._prefixes and text:

@@ -17,6 +17,7 @@ without a supervised token of its own answer is rejected; the end token alone do
 """
 
 import logging
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -208,7 +209,9 @@ class ExampleTokenizer:
         if self._last_turn_only:
             trained = trained[-1:]
         full = self._render(chat, len(chat.messages))
-        spans = [self._answer(chat, number, full) for number in trained]
+        answers = {number: self._answer(chat, number, full) for number in trained}
+        self._require_calls(chat, answers)
+        spans = list(answers.values())
         if all(full.startswith(text) for text, _ in spans):
             return [self._masked(full, [span for _, span in spans])]
         # The template shows an answer differently once the conversation continues (it drops the reasoning
@@ -220,7 +223,7 @@ class ExampleTokenizer:
         before = self._render(chat, number, add_generation_prompt=True)
         text = self._render(chat, number + 1) if number + 1 < len(chat.messages) else full
         if not text.startswith(before):
-            same = next((i for i, pair in enumerate(zip(before, text, strict=False)) if pair[0] != pair[1]), len(text))
+            same = _same(before, text)
             raise Rejected(
                 "template",
                 f"the chat template of {self._spec.name} does not continue its own generation prompt,"
@@ -228,6 +231,23 @@ class ExampleTokenizer:
                 f" {before[max(0, same - 20) :][:60]!r}, but is {text[max(0, same - 20) :][:60]!r}",
             )
         return text, (len(before), len(text.rstrip()))
+
+    def _require_calls(self, chat: Chat, answers: Mapping[int, tuple[str, Span]]) -> None:
+        """Raise Rejected where the template leaves a tool call out, be it trained or context of a later answer."""
+        for number, message in enumerate(chat.messages):
+            if message["role"] != "assistant" or not message.get("tool_calls"):
+                continue
+            if number in answers:
+                text, (start, _) = answers[number]
+            else:
+                text = self._render(chat, number + 1)
+                start = _same(self._render(chat, number), text)
+            if (function := tool_calls.left_out(message, text[start:])) is not None:
+                raise Rejected(
+                    "template",
+                    f"message {number + 1}: the chat template of {self._spec.name} leaves the tool call out (of"
+                    f" {function!r}): take a base whose chat template writes it, or rows without tool calls",
+                )
 
     def _render(self, chat: Chat, stop: int, add_generation_prompt: bool = False) -> str:
         chosen = self._templates[chat.tools is not None]
@@ -249,7 +269,7 @@ class ExampleTokenizer:
             written = [number for number, inside in zip(piece.ids, mask, strict=True) if inside]
             if written and written[-1] in self._special:
                 written.pop()  # the end of the turn
-            self._require_own(written if ids else written[1:])
+            self._require_own(written, bool(ids))
             ids += piece.ids
             supervised.append(mask)
         return self._checked(np.asarray(ids, dtype=np.int32), np.concatenate(supervised))
@@ -258,7 +278,7 @@ class ExampleTokenizer:
         prompt = self._encoder.encode(example.prompt).ids
         answer = self._encoder.encode(example.completion, continues=bool(prompt)).ids
         asked = [*self._begin([*prompt, *answer]), *prompt]
-        self._require_own(answer if asked else answer[1:])
+        self._require_own(answer, bool(asked))
         ids = np.asarray([*asked, *answer, *self._end(answer)], dtype=np.int32)
         return self._checked(ids, np.arange(len(ids)) >= len(asked))
 
@@ -279,9 +299,15 @@ class ExampleTokenizer:
         """The end token, unless the text ends with it."""
         return [self._spec.eos_id] if ids[-1:] != [self._spec.eos_id] else []
 
-    def _require_own(self, written: list[int]) -> None:
-        """Raise Rejected if none of the tokens, the end of the turn left out, says anything."""
-        if all(number in (self._unknown, self._spec.eos_id) for number in written):
+    def _require_own(self, written: list[int], asked: bool) -> None:
+        """Raise Rejected if none of the tokens, the end of the turn left out, says anything.
+
+        `asked`: something stands before them, so that their first is trained on, too.
+        """
+        mute = (self._unknown, self._spec.eos_id)
+        trained = written if asked else written[1:]
+        says = any(number not in mute and not self._encoder.is_blank(number) for number in written)
+        if not says or all(number in mute for number in trained):
             raise Rejected("no_supervised_token", "no token of the answer itself is left to train on")
 
     def _checked(self, ids: NDArray[np.int32], supervised: NDArray[np.bool_]) -> Tokens:
@@ -294,3 +320,9 @@ class ExampleTokenizer:
         if not supervised.any():
             raise Rejected("no_supervised_token", "no token of the answer itself is left to train on")
         return Tokens(ids, supervised)
+
+
+def _same(text: str, other: str) -> int:
+    """How many characters two texts begin with together."""
+    pairs = enumerate(zip(text, other, strict=False))
+    return next((place for place, (one, another) in pairs if one != another), min(len(text), len(other)))

@@ -1,4 +1,4 @@
-"""Arguments of tool calls, in the form that a chat template writes as JSON.
+"""Tool calls: their arguments in the form that a chat template writes as JSON, and whether it writes them at all.
 
 Rows have them as an object, or as JSON text, which is the form of OpenAI's API. Most templates write
 `arguments | tojson`, which of a text makes a quoted one with escaped quotes: servers parse texts before they render, so
@@ -6,6 +6,7 @@ a model that was trained on those would see another form when it is served. A fe
 """
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -63,3 +64,21 @@ def _with_object(call: Any) -> Any:
     except (ValueError, RecursionError):
         return call
     return {**call, "arguments": found} if isinstance(found, dict) else call
+
+
+def left_out(message: Mapping[str, Any], text: str) -> str | None:
+    """The function of a tool call that does not stand in `text`, which a template made of the message; None if all do.
+
+    A template may write a call in any way, but writes the function's name: once for each call, beside the content,
+    which may name the function, too.
+    """
+    own = text.replace((message.get("content") or "").strip(), "", 1)
+    names = Counter(name for call in message["tool_calls"] if (name := _function(call)))
+    return next((name for name, calls in names.items() if own.count(name) < calls), None)
+
+
+def _function(call: Any) -> str:
+    """The name of the function that is called; "" where the call has none."""
+    found = call.get("function", call) if isinstance(call, Mapping) else None
+    name = found.get("name") if isinstance(found, Mapping) else None
+    return name.strip() if isinstance(name, str) else ""

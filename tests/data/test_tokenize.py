@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 
 from olora_ray.common.errors import UserError
 from olora_ray.data import tool_calls
+from olora_ray.data.chat_template import DEFAULT
 from olora_ray.data.example import Chat, Completion, Rejected, Text
 from olora_ray.data.tokenize import ExampleTokenizer, TokenizerSpec, Tokens, spec_from_pretrained
 from tests.data.test_chat_template import ALL, conversation
@@ -106,7 +107,7 @@ def test_only_the_last_answer() -> None:
     assert len(thinking(chat("hi", "<think>a</think>one", "more", "<think>b</think>two"))) == 1
 
 
-@pytest.mark.parametrize("content", ["", "message['content'][:0]"])
+@pytest.mark.parametrize("content", ["", "message['content'][:0]", "' '", "'\\n \\n'"])
 def test_a_template_that_leaves_the_answer_out_gives_no_example(content: str) -> None:
     """The end of the turn alone is nothing to train on."""
     silent = helpers.CHATML.replace(
@@ -281,7 +282,7 @@ def test_a_conversation_with_tools_is_rendered_by_the_template_for_tools() -> No
 
 
 def _calling(arguments: str, tail: str = "") -> str:
-    written = "{% for call in message['tool_calls'] %}{{ " + arguments + " }}{% endfor %}"
+    written = "{% for call in message['tool_calls'] %}{{ call.function.name }}{{ " + arguments + " }}{% endfor %}"
     return helpers.CHATML.replace("message['content']", f"message['content'] }}}}{written}{{{{ ''", 1) + tail
 
 
@@ -298,8 +299,47 @@ def test_arguments_of_tool_calls_have_the_form_that_the_template_writes(written:
     call: dict[str, Any] = {"type": "function", "function": {"name": "f", "arguments": CALL}}
     messages = [*conversation("hi"), {"role": "assistant", "content": "", "tool_calls": [call]}]
     [tokens] = ExampleTokenizer(spec, 1000)(Chat(tuple(messages)))
-    assert f"[[{CALL}<|im_end|>]]" in marked(tokens)
+    assert f"[[f{CALL}<|im_end|>]]" in marked(tokens)
     assert call["function"]["arguments"] == CALL, "the row stays as it is"
+
+
+def calls(*names: str) -> list[dict[str, Any]]:
+    return [{"type": "function", "function": {"name": name, "arguments": "{}"}} for name in names]
+
+
+def calling(*names: str, content: str = "", **more: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": content, "tool_calls": calls(*names), **more}
+
+
+@pytest.mark.parametrize("content", ["", "one moment", "I call weather"])
+@pytest.mark.parametrize("template", [DEFAULT, helpers.CHATML])
+def test_a_tool_call_that_the_template_leaves_out_is_rejected(template: str, content: str) -> None:
+    """A blank and the end token were trained in its place, or the text beside it alone."""
+    told = r"message 2: the chat template of tiny leaves the tool call out \(of 'weather'\)"
+    with pytest.raises(Rejected, match=told) as odd:
+        tokenizer(template)(Chat((*conversation("hi"), calling("weather", content=content))))
+    assert odd.value.reason == "template"
+
+
+@pytest.mark.parametrize(("last_turn_only", "more"), [(True, {}), (False, {"weight": 0})])
+def test_a_tool_call_that_is_missing_from_the_context_is_rejected(last_turn_only: bool, more: dict[str, Any]) -> None:
+    messages = (*conversation("hi"), calling("weather", **more), {"role": "tool", "content": "rain"})
+    encode = ExampleTokenizer(helpers.spec(DEFAULT), 1000, last_turn_only)
+    with pytest.raises(Rejected, match=r"message 2: .* leaves the tool call out"):
+        encode(Chat((*messages, *conversation("it rains", "it rains")[1:])))
+
+
+def test_all_tool_calls_of_a_message_must_be_written() -> None:
+    encode = tokenizer(_calling("''"))
+    text = marked(encode(Chat((*conversation("hi"), calling("f", "f", "weather", content="f: "))))[0])
+    assert text.endswith("[[f: ffweather<|im_end|>]]\n")
+    first = tokenizer(_calling("''").replace("in message['tool_calls']", "in (message['tool_calls'] or [])[:1]"))
+    for names in (("f", "weather"), ("f", "f")):
+        with pytest.raises(Rejected, match="leaves the tool call out"):
+            first(Chat((*conversation("hi"), calling(*names))))
+    flat = {"role": "assistant", "content": "", "tool_calls": [{"name": "weather"}]}
+    with pytest.raises(Rejected, match="leaves the tool call out"):
+        tokenizer()(Chat((*conversation("hi"), flat)))
 
 
 def test_arguments_that_are_no_object_stay() -> None:
