@@ -42,6 +42,8 @@ def digest_inputs(source: Source, spec: TokenizerSpec, kinds: Collection[str]) -
     chats = source.format in WITH_TOOLS and found.get("chat", True)
     if chats and any(spec.parses_arguments(tools) for tools in (False, True)):
         found["arguments"] = "objects"
+    if chats and any(spec.wants_null(tools) for tools in (False, True)):
+        found["calls_alone"] = "null"
     return found
 
 

@@ -91,6 +91,10 @@ class TokenizerSpec:
         """Whether arguments of tool calls that are JSON text are given to that template as objects."""
         return tool_calls.wants_objects(self.template(tools), self.special_tokens, self.name)
 
+    def wants_null(self, tools: bool) -> bool:
+        """Whether a message of tool calls alone is given to that template with null for its content."""
+        return tool_calls.wants_null(self.template(tools), self.special_tokens, self.name)
+
 
 @dataclass(frozen=True)
 class Tokens:
@@ -180,6 +184,7 @@ class ExampleTokenizer:
             template.ChatTemplate(spec.template(tools), spec.special_tokens, spec.name) for tools in (False, True)
         ]
         self._parses = [spec.parses_arguments(tools) for tools in (False, True)]
+        self._nulls = [spec.wants_null(tools) for tools in (False, True)]
 
     def __call__(self, example: Example) -> list[Tokens]:
         """The tokens of an example: one piece, or several for a long text.
@@ -199,8 +204,7 @@ class ExampleTokenizer:
         return int(tokens.ids[np.flatnonzero(tokens.supervised)[-1]]) in self._special
 
     def _chat(self, chat: Chat) -> list[Tokens]:
-        if self._parses[chat.tools is not None]:
-            chat = replace(chat, messages=tuple(tool_calls.with_objects(chat.messages)))
+        chat = self._for_template(chat)
         trained = [
             number
             for number, message in enumerate(chat.messages)
@@ -217,6 +221,15 @@ class ExampleTokenizer:
         # The template shows an answer differently once the conversation continues (it drops the reasoning
         # of earlier turns, say): what the model is asked to write then exists only at the end of a prefix.
         return [self._masked(text, [span]) for text, span in spans]
+
+    def _for_template(self, chat: Chat) -> Chat:
+        """The chat in the form that its template can write."""
+        tools, messages = chat.tools is not None, list(chat.messages)
+        if self._parses[tools]:
+            messages = tool_calls.with_objects(messages)
+        if self._nulls[tools]:
+            messages = tool_calls.with_null(messages)
+        return replace(chat, messages=tuple(messages))
 
     def _answer(self, chat: Chat, number: int, full: str) -> tuple[str, Span]:
         """The text up to answer `number`, and where the answer lies in it."""

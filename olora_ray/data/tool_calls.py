@@ -1,4 +1,4 @@
-"""Tool calls: their arguments in the form that a chat template writes as JSON, and whether it writes them at all.
+"""Tool calls in the form that a chat template writes: arguments, the content beside them; and whether it wrote them.
 
 Rows have them as an object, or as JSON text, which is the form of OpenAI's API. Most templates write
 `arguments | tojson`, which of a text makes a quoted one with escaped quotes: servers parse texts before they render, so
@@ -16,6 +16,7 @@ from olora_ray.data.chat_template import ChatTemplate
 
 _NAME = "olora_argument"
 _WRITTEN = f'"{_NAME}":'
+_FUNCTION = "olora_function"
 
 
 def wants_objects(source: str, special_tokens: Mapping[str, str], name: str) -> bool:
@@ -31,15 +32,36 @@ def _wants_objects(source: str, special_tokens: tuple[tuple[str, str], ...], nam
     template_trial.check(source, dict(special_tokens), name)
     template = ChatTemplate(source, dict(special_tokens), name)
     arguments = {_NAME: 1}
-    return _WRITTEN in _rendered(template, arguments) and _WRITTEN not in _rendered(template, json.dumps(arguments))
+    content = None if wants_null(source, dict(special_tokens), name) else ""
+    as_object, as_text = (_rendered(template, each, content) for each in (arguments, json.dumps(arguments)))
+    return _WRITTEN in as_object and _WRITTEN not in as_text
 
 
-def _rendered(template: ChatTemplate, arguments: Any) -> str:
+def wants_null(source: str, special_tokens: Mapping[str, str], name: str) -> bool:
+    """Whether a template writes a tool call only where the content beside it is null, not "" (DeepSeek's V3 and R1).
+
+    Raises UserError that names the model for a template that cannot be used.
+    """
+    return "tool_calls" in source and _wants_null(source, tuple(sorted(special_tokens.items())), name)
+
+
+@lru_cache(maxsize=64)
+def _wants_null(source: str, special_tokens: tuple[tuple[str, str], ...], name: str) -> bool:
+    template_trial.check(source, dict(special_tokens), name)
+    template = ChatTemplate(source, dict(special_tokens), name)
+    # As JSON text and as an object: some templates refuse one of them.
+    empty, null = (
+        any(_FUNCTION in _rendered(template, arguments, content) for arguments in ("{}", {})) for content in ("", None)
+    )
+    return null and not empty
+
+
+def _rendered(template: ChatTemplate, arguments: Any, content: str | None) -> str:
     """A conversation with a tool call; "" where the template refuses it."""
-    call = {"id": "call00000", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    call = {"id": "call00000", "type": "function", "function": {"name": _FUNCTION, "arguments": arguments}}
     question = {"role": "user", "content": "Hello"}
     try:
-        return template.render([question, {"role": "assistant", "content": "", "tool_calls": [call]}])
+        return template.render([question, {"role": "assistant", "content": content, "tool_calls": [call]}])
     except Exception:  # a template is code: it may raise anything
         return ""
 
@@ -64,6 +86,15 @@ def _with_object(call: Any) -> Any:
     except (ValueError, RecursionError):
         return call
     return {**call, "arguments": found} if isinstance(found, dict) else call
+
+
+def with_null(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages with null for the content of those that have tool calls and no text."""
+    return [{**message, "content": None} if _calls_alone(message) else message for message in messages]
+
+
+def _calls_alone(message: Mapping[str, Any]) -> bool:
+    return message["role"] == "assistant" and bool(message.get("tool_calls")) and not message["content"].strip()
 
 
 def left_out(message: Mapping[str, Any], text: str) -> str | None:

@@ -128,6 +128,16 @@ def test_a_template_that_writes_objects_is_in_the_name_of_a_store(tmp_path: Path
     assert "arguments" not in inputs(tmp_path, "auto", "text", helpers.spec(writes))
 
 
+def test_a_template_that_writes_calls_only_without_content_is_in_the_name_of_a_store(tmp_path: Path) -> None:
+    """All calls of its rows were left out; others find their tokens."""
+    call = "{% for call in message.tool_calls %}{{ call.function.name }}{% endfor %}"
+    writes = f"{{% for message in messages %}}{{% if message.content is none %}}{call}{{% endif %}}{{% endfor %}}"
+    for format in ("messages", "sharegpt", "prompt_completion"):
+        assert inputs(tmp_path, "auto", format, helpers.spec(writes))["calls_alone"] == "null"
+        assert "calls_alone" not in inputs(tmp_path, "auto", format, helpers.spec())
+    assert "calls_alone" not in inputs(tmp_path, "auto", "text", helpers.spec(writes))
+
+
 def test_the_form_is_in_the_name_of_a_store_where_it_changes_tokens(tmp_path: Path) -> None:
     found = [inputs(tmp_path, chat, "prompt_completion", helpers.spec()) for chat in ("auto", True, False)]
     assert found[0] == found[1]

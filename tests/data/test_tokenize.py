@@ -342,6 +342,41 @@ def test_all_tool_calls_of_a_message_must_be_written() -> None:
         tokenizer()(Chat((*conversation("hi"), flat)))
 
 
+BRANCHES = (
+    "{% for m in messages %}"
+    "{% if m['role'] == 'user' %}{{ '<|im_start|>' + m['content'] }}{% endif %}"
+    "{% if m['role'] == 'tool' %}{{ 'found: ' + m['content'] }}{% endif %}"
+    "{% if m['role'] == 'assistant' and m['content'] is none %}{% for call in m['tool_calls'] %}"
+    "{{ '<|im_end|>' + call['function']['name'] + ARGUMENTS }}{% endfor %}{{ eos_token }}{% endif %}"
+    "{% if m['role'] == 'assistant' and m['content'] is not none %}"
+    "{{ '<|im_end|>' + m['content'] + eos_token }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_end|>' }}{% endif %}"
+)
+"""Writes calls only where there is no content, as DeepSeek's V3 and R1."""
+
+
+@pytest.mark.parametrize("arguments", ["call['function']['arguments']", "(call['function']['arguments'] | tojson)"])
+@pytest.mark.parametrize("last_turn_only", [False, True])
+def test_a_template_that_writes_calls_only_without_content_gets_them_so(arguments: str, last_turn_only: bool) -> None:
+    encode = ExampleTokenizer(helpers.spec(BRANCHES.replace("ARGUMENTS", arguments)), 1000, last_turn_only)
+    found = {"role": "tool", "content": "rain"}
+    messages = (*conversation("hi"), calling("weather"), found, {"role": "assistant", "content": "it rains"})
+    [tokens] = encode(Chat(messages))
+    call = "weather{}</s>" if last_turn_only else "[[weather{}</s>]]"
+    assert marked(tokens) == f"<|im_start|>hi<|im_end|>{call}found: rain<|im_end|>[[it rains</s>]]"
+    assert messages[1]["content"] == "", "the row stays as it is"
+    [tokens] = encode(Chat(messages[:2]))
+    assert marked(tokens) == "<|im_start|>hi<|im_end|>[[weather{}</s>]]"
+    with pytest.raises(Rejected, match="leaves the tool call out"):  # a text beside it takes the call's place
+        encode(Chat((*conversation("hi"), calling("weather", content="I ask weather"))))
+
+
+def test_a_template_that_joins_texts_gets_an_empty_content() -> None:
+    assert not helpers.spec(_calling("''")).wants_null(tools=False)
+    [tokens] = tokenizer(_calling("''"))(Chat((*conversation("hi"), calling("weather"))))
+    assert marked(tokens).endswith("[[weather<|im_end|>]]\n")
+
+
 def test_arguments_that_are_no_object_stay() -> None:
     calls: list[Any] = [
         {"function": {"arguments": "[1]"}},
