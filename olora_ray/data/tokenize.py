@@ -18,7 +18,7 @@ without a supervised token of its own answer is rejected; the end token alone do
 
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
@@ -29,6 +29,7 @@ from olora_ray.common.digests import digest_json
 from olora_ray.common.errors import UserError, first_line
 from olora_ray.data import chat_template as template
 from olora_ray.data import template_trial, tool_calls
+from olora_ray.data.chat_form import ChatForm
 from olora_ray.data.encoder import Encoder
 from olora_ray.data.example import Chat, Completion, Example, Rejected, Text
 
@@ -183,8 +184,7 @@ class ExampleTokenizer:
         self._templates = [
             template.ChatTemplate(spec.template(tools), spec.special_tokens, spec.name) for tools in (False, True)
         ]
-        self._parses = [spec.parses_arguments(tools) for tools in (False, True)]
-        self._nulls = [spec.wants_null(tools) for tools in (False, True)]
+        self._forms = [ChatForm(spec.template(tools), spec.special_tokens, spec.name, tools) for tools in (False, True)]
 
     def __call__(self, example: Example) -> list[Tokens]:
         """The tokens of an example: one piece, or several for a long text.
@@ -204,7 +204,7 @@ class ExampleTokenizer:
         return int(tokens.ids[np.flatnonzero(tokens.supervised)[-1]]) in self._special
 
     def _chat(self, chat: Chat) -> list[Tokens]:
-        chat = self._for_template(chat)
+        chat = self._forms[chat.tools is not None](chat)
         trained = [
             number
             for number, message in enumerate(chat.messages)
@@ -221,15 +221,6 @@ class ExampleTokenizer:
         # The template shows an answer differently once the conversation continues (it drops the reasoning
         # of earlier turns, say): what the model is asked to write then exists only at the end of a prefix.
         return [self._masked(text, [span]) for text, span in spans]
-
-    def _for_template(self, chat: Chat) -> Chat:
-        """The chat in the form that its template can write."""
-        tools, messages = chat.tools is not None, list(chat.messages)
-        if self._parses[tools]:
-            messages = tool_calls.with_objects(messages)
-        if self._nulls[tools]:
-            messages = tool_calls.with_null(messages)
-        return replace(chat, messages=tuple(messages))
 
     def _answer(self, chat: Chat, number: int, full: str) -> tuple[str, Span]:
         """The text up to answer `number`, and where the answer lies in it."""

@@ -50,9 +50,8 @@ def _wants_null(source: str, special_tokens: tuple[tuple[str, str], ...], name: 
     template_trial.check(source, dict(special_tokens), name)
     template = ChatTemplate(source, dict(special_tokens), name)
     # As JSON text and as an object: some templates refuse one of them.
-    empty, null = (
-        any(_FUNCTION in _rendered(template, arguments, content) for arguments in ("{}", {})) for content in ("", None)
-    )
+    forms: tuple[Any, Any] = ("{}", {})
+    empty, null = (any(_FUNCTION in _rendered(template, each, content) for each in forms) for content in ("", None))
     return null and not empty
 
 

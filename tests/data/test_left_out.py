@@ -1,0 +1,112 @@
+"""What a chat template would leave out is written in another way, or its row is rejected."""
+
+from typing import Any
+
+import pytest
+
+from olora_ray.common.errors import UserError
+from olora_ray.data import left_out
+from olora_ray.data.example import Chat, Rejected
+from olora_ray.data.tokenize import ExampleTokenizer
+from tests.data.test_chat_template import ALL, conversation
+from tests.tokens import helpers
+
+TURNS = conversation("hi", "hello")
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {}}}
+
+
+def only(*roles: str) -> str:
+    """ChatML for messages of these roles alone, as Qwen's templates; others are passed over."""
+    begin, end = "{% for message in messages %}", "{% endfor %}"
+    inside = helpers.CHATML.split(begin)[1].split(end)[0]
+    return helpers.CHATML.replace(inside, f"{{% if message['role'] in {list(roles)} %}}{inside}{{% endif %}}")
+
+
+KNOWN = only("system", "user", "assistant")
+
+
+def text(template: str, *heads: tuple[str, str], tools: Any = None, **changes: Any) -> str:
+    messages: list[dict[str, Any]] = [{"role": role, "content": content} for role, content in heads]
+    [tokens] = ExampleTokenizer(helpers.spec(template, **changes), 1000)(Chat((*messages, *TURNS), tools))
+    return helpers.decode(tokens.ids)
+
+
+@pytest.mark.parametrize(
+    ("template", "role"),
+    [
+        (helpers.CHATML, "developer"),
+        (KNOWN, "system"),
+        (only("user", "assistant"), None),
+        ("{% if messages[0].role == 'developer' %}{{ raise_exception('no') }}{% endif %}" + KNOWN, "developer"),
+    ],
+)
+def test_the_role_under_which_a_template_writes_a_developer(template: str, role: str | None) -> None:
+    """One that refuses the role says why itself."""
+    assert left_out.developer_role(template, {}, "tiny") == role
+
+
+def test_a_developer_whom_the_template_does_not_know_is_the_system() -> None:
+    expected = "<|im_start|>system\nshort<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n"
+    assert text(KNOWN, ("developer", "short")).startswith(expected)
+    assert text(KNOWN, ("system", "short")).startswith(expected)
+    assert text(helpers.CHATML, ("developer", "short")).startswith(expected.replace("system", "developer"))
+
+
+def test_what_system_and_developer_say_becomes_one_message() -> None:
+    """Templates write the first message of the system, and not each writes a second one."""
+    found = text(KNOWN, ("system", "short"), ("developer", "in English"))
+    assert found.startswith("<|im_start|>system\nshort\n\nin English<|im_end|>\n<|im_start|>user\nhi")
+
+
+def test_a_developer_whom_no_role_writes_is_rejected() -> None:
+    silent = only("user", "assistant")
+    with pytest.raises(Rejected, match="of tiny leaves messages of the developer and of the system out: put") as caught:
+        text(silent, ("developer", "short"))
+    assert caught.value.reason == "template"
+    assert text(silent).startswith("<|im_start|>user\nhi")
+
+
+def test_a_template_that_refuses_a_developer_says_why() -> None:
+    with pytest.raises(Rejected, match="refuses the conversation: After the optional system message"):
+        text(ALL["mistral"], ("developer", "short"))
+
+
+@pytest.mark.parametrize("template", [helpers.CHATML, ALL["default"], "{% set tools = none %}" + helpers.CHATML])
+def test_tools_that_the_template_leaves_out_reject_the_row(template: str) -> None:
+    with pytest.raises(Rejected, match="of tiny leaves the tools out: take a base whose chat template") as caught:
+        text(template, tools=(TOOL,))
+    assert caught.value.reason == "template"
+    assert text(template).count("hello") == 1
+
+
+NESTED = "{% for tool in tools or [] %}{{ tool.function.name }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        NESTED,
+        "{% for tool in tools or [] %}{{ tool['name'] }}{% endfor %}",
+        "{{ tools | tojson }}",
+        f"{{% if messages[0].role == 'system' %}}{NESTED}{{% endif %}}",
+        f"{{% if messages[-1].role == 'user' %}}{NESTED}{{% endif %}}",
+    ],
+)
+def test_tools_that_a_template_writes_somewhere_are_not_left_out(written: str) -> None:
+    assert not left_out.leaves_tools_out(written + helpers.CHATML, {}, "tiny")
+
+
+def test_a_template_that_refuses_every_conversation_is_judged_by_rows() -> None:
+    refuses = "{{ raise_exception('no ' + (tools | string)) }}"
+    assert not left_out.leaves_tools_out(refuses, {}, "tiny")
+    assert left_out.developer_role(refuses, {}, "tiny") == "developer"
+
+
+def test_tools_are_looked_for_in_the_template_for_tools() -> None:
+    found = text(helpers.CHATML, tools=(TOOL,), tool_template=NESTED + helpers.CHATML)
+    assert found.startswith("weather<|im_start|>")
+
+
+def test_a_template_that_takes_too_much_is_not_looked_at() -> None:
+    with pytest.raises(UserError, match="takes more than 2 s or 1 GiB"):
+        left_out.developer_role("{{ 'a' * 3000000000 }}", {}, "tiny")
