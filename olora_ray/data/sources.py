@@ -5,7 +5,6 @@ first four at s3:// or gs://. All end up as files that every node can read.
 """
 
 import glob
-import itertools
 import logging
 import os
 import posixpath
@@ -13,7 +12,6 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from functools import lru_cache
 from typing import Any
 
@@ -23,7 +21,7 @@ from olora_ray.common import storage
 from olora_ray.common.errors import UserError, as_user_error
 from olora_ray.common.text import plural
 from olora_ray.config.schema import Source
-from olora_ray.data import hub
+from olora_ray.data import globs, hub
 from olora_ray.data.addresses import asked, open_filesystem, uri_beside
 from olora_ray.data.formats import check_fields
 from olora_ray.data.saved_dataset import SAVED, saved_files
@@ -38,17 +36,12 @@ KINDS = {
     ".txt": "text",
 }
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}
-TABLES = {"_delta_log": "Delta", ".hoodie": "Hudi"}
-"""Folders that make a table of a folder of Parquet files: they say which of these have its rows as they are now."""
 SUPPORTED = (
     ".jsonl, .json, .csv, .tsv and .txt (each also with .gz, .zst, .bz2 or .xz), .parquet,"
     " and folders of Dataset.save_to_disk"
 )
 
 logger = logging.getLogger(__name__)
-
-Below = tuple[Any, str]
-"""A file of a listing, and its path below the folder that is listed."""
 
 
 @dataclass(frozen=True)
@@ -86,50 +79,13 @@ def _all_files(source: Source, field: str, storage_root: str) -> list[File]:
     if storage.is_uri(source.path):
         return _remote(source.path, field)
     path, split = _split_of(source.path)
-    found = _globbed(path) if glob.has_magic(path) and not os.path.exists(path) else [path]
-    for table in sorted(set(map(_table, found))):
-        _warn_of_table([name for name in TABLES if os.path.isdir(os.path.join(table, name))], table, field)
+    found = globs.local(path) if glob.has_magic(path) and not os.path.exists(path) else [path]
+    for table in sorted(set(map(globs.table_of, found))):
+        _warn_of_table([name for name in globs.TABLES if os.path.isdir(os.path.join(table, name))], table, field)
     files = [file for name in found for file in _local(name, split, field, alone=len(found) == 1)]
     # A glob with ** matches a folder and also what lies in it.
     once = {os.path.normpath(file.uri): file for file in files}
     return _some(list(once.values()), source.path, field)
-
-
-def _globbed(path: str) -> list[str]:
-    """What matches a glob, by name."""
-    fixed, pattern = _fixed(path)
-    found = sorted(glob.glob(path, recursive=True))
-    below = [(name, name[len(fixed) :].strip("/")) for name in found]
-    return [
-        name
-        for name, relative in below
-        if not _in_log(relative, pattern) and not (_unasked(relative, pattern) and os.path.isdir(name))
-    ]
-
-
-def _table(path: str) -> str:
-    """The folder that is a table if the file at `path` is one of its."""
-    table = os.path.dirname(path)
-    while "=" in os.path.basename(table):  # of a partition
-        table = os.path.dirname(table)
-    return table
-
-
-def _fixed(path: str) -> tuple[str, str]:
-    """The folder before the first wildcard of a glob, and the pattern behind it."""
-    wildcard = re.search(r"[*?\[]", path)
-    fixed = path[: wildcard.start()].rpartition("/")[0] if wildcard else path
-    return fixed, path[len(fixed) :].strip("/")
-
-
-def _unasked(name: str, pattern: str) -> bool:
-    """Whether a folder that matches a glob is passed over, as one in a folder is: `_delta_log`, unless it is named."""
-    return not _visible(name) and _visible(pattern)
-
-
-def _in_log(name: str, pattern: str) -> bool:
-    """Whether what matches a glob belongs to what a table writes about itself, which the glob does not name."""
-    return any(f"/{log}/" in f"/{name}/" and log not in pattern.split("/") for log in TABLES)
 
 
 def _split_of(path: str) -> tuple[str, str]:
@@ -143,7 +99,7 @@ def _local(path: str, split: str, field: str, alone: bool) -> list[File]:
         return [_file(path, field)]
     if saved := saved_files(fs.LocalFileSystem(), path, split, field):
         return [File(info.path, "arrow", None, info.size, info.mtime_ns) for info in saved]
-    _warn_of_table([name for name in TABLES if os.path.isdir(os.path.join(path, name))], path, field)
+    _warn_of_table([name for name in globs.TABLES if os.path.isdir(os.path.join(path, name))], path, field)
     names, linked = _below(path, field)
     known = sorted(name for name in names if _kind(name))
     if not known and alone:
@@ -161,8 +117,8 @@ def _below(path: str, field: str) -> tuple[list[str], int]:
     names: list[str] = []
     linked = 0
     for folder, folders, here in os.walk(path, onerror=unreadable):
-        folders[:] = [name for name in folders if _visible(name)]
-        names += [os.path.join(folder, name) for name in here if _visible(name)]
+        folders[:] = [name for name in folders if globs.visible(name)]
+        names += [os.path.join(folder, name) for name in here if globs.visible(name)]
         linked += sum(os.path.islink(os.path.join(folder, name)) for name in folders)
     return names, linked
 
@@ -198,8 +154,8 @@ def _say_once(line: str, level: int = logging.INFO) -> None:
 def _warn_of_table(logs: Sequence[str], place: str, field: str) -> None:
     for log in logs:
         _say_once(
-            f"{field}: {place} is a table of {TABLES[log]} ({log}), and is read as the files that lie there: also those"
-            " of rows that were changed or deleted; write the rows as they are now to a folder of their own",
+            f"{field}: {place} is a table of {globs.TABLES[log]} ({log}), and is read as the files that lie there: also"
+            " those of rows that were changed or deleted; write the rows as they are now to a folder of their own",
             logging.WARNING,
         )
 
@@ -226,10 +182,6 @@ def _known(path: str, field: str) -> tuple[str, str | None]:
     return kind
 
 
-def _visible(relative: str) -> bool:
-    return not any(part.startswith((".", "_")) for part in relative.split("/"))
-
-
 def _remote(uri: str, field: str) -> list[File]:
     base, _, query = uri.partition("?")
     options = [option for option in query.split("&") if option and not option.startswith("split=")]
@@ -239,12 +191,12 @@ def _remote(uri: str, field: str) -> list[File]:
         )
     split = next((option[6:] for option in query.split("&") if option.startswith("split=")), "train")
     suffix = "?" + "&".join(options) if options else ""
-    fixed, pattern = _fixed(base)
+    fixed, pattern = globs.split(base)
 
-    def of_folder(system: Any, path: str, below: Sequence[Below]) -> list[File]:
+    def of_folder(system: Any, path: str, below: Sequence[globs.Below]) -> list[File]:
         if any(name in SAVED for _, name in below) and (saved := saved_files(system, path, split, field)):
             return [_remote_file(item, fixed + suffix, ("arrow", None)) for item in saved]
-        _warn_of_table(sorted({name.split("/")[0] for _, name in below} & set(TABLES)), base, field)
+        _warn_of_table(sorted({name.split("/")[0] for _, name in below} & set(globs.TABLES)), base, field)
         found = _readable(below, base, field)
         return [_remote_file(item, fixed + suffix, _known(item.path, field)) for item in found]
 
@@ -256,8 +208,8 @@ def _remote(uri: str, field: str) -> list[File]:
         if not pattern:
             return of_folder(system, path, _listed(system, path))
         below = _listed(system, path)
-        matching, folders = _matching(below, pattern)
-        for table, logs in _tables(below, matching, path).items():
+        matching, folders = globs.matching(below, pattern)
+        for table, logs in globs.tables_among(below, matching, path).items():
             _warn_of_table(logs, f"{fixed}/{table}".rstrip("/"), field)
         files = [_remote_file(item, fixed + suffix, _known(item.path, field)) for item in matching]
         files += [file for name, below in folders.items() for file in of_folder(system, f"{path}/{name}", below)]
@@ -267,48 +219,16 @@ def _remote(uri: str, field: str) -> list[File]:
         return _some(asked(uri, look), uri, field)
 
 
-def _listed(system: Any, path: str) -> list[Below]:
+def _listed(system: Any, path: str) -> list[globs.Below]:
     """All files below a path."""
     listing = system.get_file_info(fs.FileSelector(path, recursive=True, allow_not_found=True))
     files = sorted((item for item in listing if item.is_file), key=lambda item: item.path)
     return [(item, item.path[len(path) :].strip("/")) for item in files]
 
 
-def _matching(below: Sequence[Below], pattern: str) -> tuple[list[Any], dict[str, list[Below]]]:
-    """The files that match a glob, and by the names of the folders that match it what else lies in these."""
-    parts = pattern.split("/")
-    files, folders = list[Any](), dict[str, list[Below]]()
-    for item, name in below:
-        names = name.split("/")
-        if _in_log(name, pattern):
-            continue
-        if _matches(names, parts):
-            files.append(item)
-            continue
-        end = next((end for end in range(1, len(names)) if _matches(names[:end], parts)), 0)
-        if end and not _unasked("/".join(names[:end]), pattern):
-            folders.setdefault("/".join(names[:end]), []).append((item, "/".join(names[end:])))
-    return files, folders
-
-
-def _tables(below: Sequence[Below], files: Sequence[Any], path: str) -> dict[str, list[str]]:
-    """Of the folders that are tables those in which some of the files lie, with what makes them one."""
-    inside = [f"/{item.path[len(path) :].strip('/')}" for item in files]
-    found: dict[str, set[str]] = {}
-    for (_, name), log in itertools.product(below, TABLES):
-        folder, there, _ = f"/{name}".partition(f"/{log}/")
-        if there:
-            found.setdefault(folder, set()).add(log)
-    return {
-        folder.strip("/"): sorted(logs)
-        for folder, logs in found.items()
-        if any(each.startswith(f"{folder}/") for each in inside)
-    }
-
-
-def _readable(below: Sequence[Below], place: str, field: str) -> list[Any]:
+def _readable(below: Sequence[globs.Below], place: str, field: str) -> list[Any]:
     """The visible files of a folder whose kind is known; says which are passed over."""
-    files = [item for item, name in below if _visible(name)]
+    files = [item for item, name in below if globs.visible(name)]
     _say_passed_over([item.path for item in files if not _kind(item.path)], 0, place, field)
     return [item for item in files if _kind(item.path)]
 
@@ -316,16 +236,6 @@ def _readable(below: Sequence[Below], place: str, field: str) -> list[Any]:
 def _remote_file(info: Any, uri: str, kind: tuple[str, str | None]) -> File:
     """The file of an entry in a listing of `uri`."""
     return File(uri_beside(uri, info.path), *kind, info.size, info.mtime_ns or 0)
-
-
-def _matches(names: Sequence[str], parts: Sequence[str]) -> bool:
-    """Whether the parts of a path match those of a glob, as `glob.glob` takes both: a hidden name by its dot alone."""
-    if not parts or not names:
-        return not names and all(part == "**" for part in parts)
-    hidden = names[0].startswith(".") and not parts[0].startswith(".")
-    if parts[0] == "**":
-        return _matches(names, parts[1:]) or (not hidden and _matches(names[1:], parts))
-    return not hidden and fnmatchcase(names[0], parts[0]) and _matches(names[1:], parts[1:])
 
 
 def _some(files: list[File], path: str, field: str) -> list[File]:
