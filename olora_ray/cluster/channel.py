@@ -20,6 +20,8 @@ from olora_ray.cluster.groups import Absent, Group, Member, Orders
 from olora_ray.cluster.membership import Membership
 from olora_ray.common import logs
 
+STEP = 60.0
+"""Seconds for which a worker that starts waits at most until a step is done."""
 CALLS = 20_000
 """Calls that the actor has at most at a time: of each worker there are two that wait."""
 
@@ -75,10 +77,14 @@ class DriverChannel:
         self._data_failed = False
         self._membership = Membership(1, lambda member: ray_internals.actor_died(member.name))
         self._result: Any = None
+        self._step_done = asyncio.Event()
 
     async def send(self, message: Message) -> None:
         """Add a message."""
         self._messages.append(message)
+        if isinstance(message, dict):
+            self._step_done.set()
+            self._step_done = asyncio.Event()
 
     async def drain(self) -> list[Message]:
         """Everything since the last call, in order."""
@@ -134,6 +140,12 @@ class DriverChannel:
     async def trains(self) -> bool:
         """See Membership."""
         return await self._membership.trains()
+
+    async def moment_to_start(self) -> None:
+        """Wait until a worker may start: at once if it is needed, else when those that train have done a step."""
+        if await self._membership.complete():
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._step_done.wait(), STEP)
 
     async def absent(self) -> Absent:
         """See Membership."""

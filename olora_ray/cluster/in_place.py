@@ -1,5 +1,8 @@
 """Groups of Ray Train in which a worker is replaced while the others train on."""
 
+import contextlib
+from typing import Any
+
 from ray.train.backend import Backend
 
 from olora_ray.cluster.process_group import ProcessGroup
@@ -22,6 +25,11 @@ class InPlaceGroups(ProcessGroup):
     def backend_cls(self) -> type[Backend]:
         """See BackendConfig."""
         return InPlaceBackend
+
+    @property
+    def train_func_context(self) -> Any:
+        """See BackendConfig; a worker enters its device's later (LateStart), since that imports torch."""
+        return contextlib.nullcontext
 
 
 def in_place(config: Config, worker: Resources) -> bool:

@@ -107,6 +107,12 @@ class Membership:
         """Whether there is a group, as far as is known: `running` without a look at each member."""
         return self.group is not None
 
+    async def complete(self) -> bool:
+        """Whether as many as are wanted train, or are here to: another one would be a spare."""
+        others = [member for name, (member, _) in self._here.items() if not self._is_member(name)]
+        alive = [member for member in [*self._present(), *others] if not self.died(member)]
+        return self.group is not None and len(alive) >= self._size()
+
     async def leave(self, name: str, why: str) -> None:
         """A member goes, which has `left` or `failed`."""
         self._lose(name, why)

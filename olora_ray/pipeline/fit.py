@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import ray
 import ray.train
@@ -12,6 +12,7 @@ from olora_ray.cluster import ray_internals
 from olora_ray.cluster.channel import make_channel
 from olora_ray.cluster.failures import TellDriver
 from olora_ray.cluster.in_place import InPlaceGroups, in_place
+from olora_ray.cluster.late_start import LateStart
 from olora_ray.cluster.process_group import ProcessGroup
 from olora_ray.cluster.resources import worker_resources
 from olora_ray.cluster.spec import TrainResult, TrainSpec
@@ -107,10 +108,13 @@ def trainer(spec: TrainSpec, folder: RunFolder, worker: Mapping[str, float], cha
     if cluster.is_elastic() and not changing:
         limits |= {"max_failures": 0, "max_preemption_failures": 0}
     torch_config: Any = InPlaceGroups() if changing else ProcessGroup()
-    entry = Entry(group.first_rank, group.attempt) if changing else None
+    # Not as train_loop_config, which the controller unpacks too: it would import torch for the spec.
+    work: Any = partial(train_worker, spec, folder.checkpoints, channel)
+    if changing:
+        entry = Entry(group.first_rank, group.attempt)
+        work = LateStart(channel, ray.cloudpickle.dumps(partial(train_worker, spec, folder.checkpoints, entry=entry)))
     made = TorchTrainer(
-        # Not as train_loop_config, which the controller unpacks too: it would import torch for the spec.
-        cast("Any", partial(train_worker, spec, folder.checkpoints, channel, entry)),  # Ray's types forget its result
+        work,
         torch_config=torch_config,
         scaling_config=ray_train.ScalingConfig(
             num_workers=group.workers,

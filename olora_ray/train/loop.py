@@ -58,6 +58,10 @@ class Trainer:
         self.flat = FlatAdapters(self.adapted, apart=self.config.train.lr_ratio != 1)
         self.optimizer = AdamW(self.flat, self.config.train)
         self.gradient = tree.TreeSum(self.flat.grad)
+        self._under_way = -1
+        """The step whose gradient was summed up last."""
+        self._losses: dict[int, Tensor] = {}
+        """Of its micro-batches, those that were computed here."""
 
     def steps(self, loader: StepLoader, start: int, schedule: Schedule) -> Generator[StepResult]:
         """Run the steps from number `start` (from 0) to the end of the schedule.
@@ -85,17 +89,24 @@ class Trainer:
             began = time.perf_counter()
 
     def _accumulate(self, number: int, data: StepData) -> list[Tensor]:
-        """Sum up this worker's part of the gradient of the global mean loss; returns its micro-batches' parts of it."""
+        """Sum up this worker's part of the gradient of the global mean loss; returns its micro-batches' parts of it.
+
+        In a step that is done again, since a worker was lost in it, what was computed here is not computed again: it
+        depends on the step and the adapter alone, and workers that are at the same step have the same adapter.
+        """
+        own = range(data.first, data.first + len(data.micro))
+        again = number == self._under_way
+        self.gradient.begin(data.count, own if again else None)
+        self._under_way, self._losses = number, self._losses if again else {}
         train_mode(self.adapted, True)
         self._keep_up(data)
-        self.gradient.begin(data.count)
-        losses = []
-        for micro_batch, batch in enumerate(data.micro, data.first):
-            self._seed(number, micro_batch)
-            with self.gradient.leaf(micro_batch):
-                losses.append(self._backward(batch, data.supervised))
+        for micro_batch, batch in zip(own, data.micro, strict=True):
+            if not self.gradient.take_over(micro_batch):
+                self._seed(number, micro_batch)
+                with self.gradient.leaf(micro_batch):
+                    self._losses[micro_batch] = self._backward(batch, data.supervised)
         train_mode(self.adapted, False)
-        return losses
+        return [self._losses[micro_batch] for micro_batch in own]
 
     def _backward(self, batch: Batch, supervised: int) -> Tensor:
         """Add to the gradient that of a micro-batch's part of the loss; returns that part."""

@@ -22,6 +22,7 @@ TORCH = ("torch", "transformers", "peft", "mlflow", "datasets", "sklearn")
             " ray.train.v2._internal.execution.controller.controller",
             TORCH,
         ),
+        ("worker before it may start", "olora_ray.cluster.late_start, ray.train.v2._internal.util", TORCH),
         ("worker", "olora_ray.cluster.worker", ("torch.distributed.tensor", "mlflow", "datasets", "peft", "sklearn")),
         ("driver", "olora_ray.pipeline.run", ("torch.distributed.tensor", "mlflow", "datasets", "peft", "sklearn")),
     ],

@@ -118,6 +118,24 @@ def test_one_that_died_while_it_waited_does_not_come_in() -> None:
     run(work())
 
 
+def test_a_group_is_complete_when_another_one_would_be_a_spare() -> None:
+    async def work() -> None:
+        hall = Hall(2)
+        assert not await hall.membership.complete()
+        await hall.comes(9)
+        assert not await hall.membership.complete()  # those that begin wait for nobody's step
+        await hall.comes(0)
+        assert await hall.membership.complete()
+        hall.dead.add("w0")
+        assert not await hall.membership.complete()
+        await hall.comes(7)
+        assert await hall.membership.complete()
+        hall.dead.add("w7")
+        assert not await hall.membership.complete()
+
+    run(work())
+
+
 def test_when_all_are_gone_others_begin_anew() -> None:
     async def work() -> None:
         hall = Hall(2)

@@ -139,6 +139,74 @@ def test_a_sum_that_was_given_up_is_forgotten() -> None:
     assert gradient.whole.tolist() == [3.0] * 3
 
 
+@given(some_leaves, some_workers, some_workers, st.data())
+def test_what_was_summed_before_a_worker_was_lost_is_taken_over(
+    leaves: int, before: int, after: int, data: st.DataObject
+) -> None:
+    old = data.draw(st.integers(0, before - 1), "worker before")
+    own = tree.share(leaves, data.draw(st.integers(0, after - 1), "worker after"), after)
+    gradient = TreeSum(torch.zeros(3))
+    gradient.begin(leaves)
+    assert add_up(gradient, tree.share(leaves, old, before)) == list(tree.share(leaves, old, before))
+    gradient.begin(leaves, own)
+    written = add_up(gradient, own)
+
+    fresh = TreeSum(torch.zeros(3))
+    fresh.begin(leaves)
+    add_up(fresh, own)
+    assert summed(gradient) == summed(fresh)
+    known = [leaf for node in tree.nodes_of(leaves, before)[old] if set(node) <= set(own) for leaf in node]
+    assert written == [leaf for leaf in own if leaf not in known]
+
+
+def add_up(gradient: TreeSum, own: range) -> list[int]:
+    """Sum up these leaves; returns those that had to be written."""
+    written = []
+    for leaf in own:
+        if not gradient.take_over(leaf):
+            with gradient.leaf(leaf):
+                gradient.whole.add_(value(leaf, 3))
+            written.append(leaf)
+    return written
+
+
+def summed(gradient: TreeSum) -> list[tuple[range, list[float]]]:
+    return [(node, vector.tolist()) for node, vector in gradient._nodes]
+
+
+@pytest.mark.parametrize(("fails", "taken_over"), [(1, True), (2, False)])
+def test_what_an_exchange_has_changed_is_not_taken_over(
+    fails: int, taken_over: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first transfer only sends what is here, before the second the sums are written over it."""
+    calls = []
+
+    def transfer(_sent: Any, received: Any) -> None:
+        calls.append(1)
+        if len(calls) == fails:
+            raise collectives.PeerLost
+        for _, part in received:
+            part.fill_(100.0)
+
+    monkeypatch.setattr(collectives, "transfer", transfer)
+    monkeypatch.setattr(collectives, "world_size", lambda: 2)
+    gradient = TreeSum(torch.zeros(3))
+    gradient.begin(4)
+    add_up(gradient, range(2))
+    with pytest.raises(collectives.PeerLost):
+        gradient.finish()
+    gradient.begin(4, range(4))
+    assert add_up(gradient, range(4)) == ([2, 3] if taken_over else [0, 1, 2, 3])
+    assert summed(gradient) == [(range(4), tree.total(torch.stack([value(leaf, 3) for leaf in range(4)])).tolist())]
+
+
+def test_nothing_is_taken_over_from_another_sum() -> None:
+    gradient = TreeSum(torch.zeros(3))
+    for leaves, again in ((4, None), (8, range(8)), (8, None)):
+        gradient.begin(leaves, again)
+        assert add_up(gradient, range(2)) == [0, 1]
+
+
 def test_two_workers_with_one_or_two_leaves_each_add_up_as_one_buffer_and_an_all_reduce() -> None:
     """As before there was a tree: runs of that kind, the quickstart's among them, keep their bytes."""
     values = torch.randn(4, 1000, generator=torch.Generator().manual_seed(1))
