@@ -59,6 +59,8 @@ class Sample:
     """Steps that were done again."""
     gap: float
     """The longest time between two steps, until all was as before."""
+    step: float = 0.0
+    """Seconds of a step just before it happened."""
 
 
 @dataclass
@@ -130,7 +132,8 @@ def summary(steps: list[Done], at: float, seconds: float) -> Sample:
     """A sample from all steps that were done, for an event at this time."""
     _, again = moments.split(steps)
     gaps = [after.at - before.at for before, after in pairwise(steps) if after.at > at]
-    return Sample(seconds, sum(one.at > at for one in again), max(gaps, default=0.0))
+    step = moments.typical([one for one in steps if one.at <= at][-SETTLED - 1 :])
+    return Sample(seconds, sum(one.at > at for one in again), max(gaps, default=0.0), step)
 
 
 def signal_worker(number: signal.Signals, first: bool, training: Training) -> Sample:
@@ -230,7 +233,17 @@ ON_HOSTS = (
     Case("host is drained", drain_host, 10, 51, 0),
     Case("host joins", join_host, 10, 47, 0),
 )
-HEADER = ("SmolLM2-135M, 2 workers", "seconds", "from - to", "before", "target", "", "steps again", "longest gap")
+HEADER = (
+    "SmolLM2-135M, 2 workers",
+    "seconds",
+    "from - to",
+    "a step",
+    "before",
+    "target",
+    "",
+    "steps again",
+    "longest gap",
+)
 
 
 def measure(storage: Path, models: Path, count: int) -> dict[Case, list[Sample]]:
@@ -279,7 +292,7 @@ def row(case: Case, samples: list[Sample]) -> tuple[str, ...]:
     """A line: the median of the seconds, all of them, and the most of the rest."""
     before = "-" if case.before is None else f"{case.before:.0f}"
     if not samples:
-        return (case.what, "-", "-", before, f"{case.target:.0f}", "not measured", "-", "-")
+        return (case.what, "-", "-", "-", before, f"{case.target:.0f}", "not measured", "-", "-")
     seconds = [sample.seconds for sample in samples]
     again, gap = max(sample.again for sample in samples), max(sample.gap for sample in samples)
     met = median(seconds) <= case.target and (case.again is None or again <= case.again)
@@ -287,6 +300,7 @@ def row(case: Case, samples: list[Sample]) -> tuple[str, ...]:
         case.what,
         f"{median(seconds):.1f}",
         f"{min(seconds):.1f} - {max(seconds):.1f}",
+        f"{median(sample.step for sample in samples):.1f}",
         before,
         f"{case.target:.0f}",
         "met" if met else "missed",

@@ -5,9 +5,9 @@ or without, in turn, in one process that has all threads; medians count, and the
 the pairs. Then pipelines/finetune.py with two workers, to which one thing after the other happens, always in the
 middle of a step: the median of the seconds until the next step is done, or as the line says; those of a host run
 from its `ray start`, or from the end of `ray drain-node`, to the first step of the new group. "Before": 14 s as
-measured here when a lost worker was a restart of all; 51 and 47 s are what untouched runs were faster by. "Steps
-again" and "longest gap" (seconds between two steps, until all is as before) are the most of all times. Run it on an
-idle machine, as root.
+measured here when a lost worker was a restart of all; 51 and 47 s are what untouched runs were faster by. "A step":
+what one took just before. "Steps again" and "longest gap" (seconds between two steps, until all is as before) are the
+most of all times. Run it on an idle machine, as root.
 
     python benchmarks/recovery.py [--rounds 7] [--kills 3]
 """

@@ -21,16 +21,16 @@ def done(*when: tuple[int, float]) -> list[Done]:
 def test_what_came_before_an_event_is_not_its_cost(benchmark: Any) -> None:
     module = benchmark("back_at_work")
     steps = done((1, 1), (2, 7), (2, 8), (3, 9), (4, 10), (4, 13), (5, 14), (6, 18), (7, 19))
-    assert module.summary(steps, 10.5, 2.5) == module.Sample(seconds=2.5, again=1, gap=4.0)
+    assert module.summary(steps, 10.5, 2.5) == module.Sample(seconds=2.5, again=1, gap=4.0, step=1.0)
 
 
 def test_the_median_and_the_most_of_the_rest_are_shown(benchmark: Any) -> None:
     module = benchmark("back_at_work")
     (kill, *_), *_ = module.ON_ONE_HOST.values()
-    good = [module.Sample(3.0, 0, 4.0), module.Sample(9.0, 1, 10.0), module.Sample(4.25, 0, 5.0)]
-    assert module.row(kill, good) == (kill.what, "4.2", "3.0 - 9.0", "14", "5", "met", "1", "10.0")
+    good = [module.Sample(3.0, 0, 4.0, 1.0), module.Sample(9.0, 1, 10.0, 3.0), module.Sample(4.25, 0, 5.0, 1.5)]
+    assert module.row(kill, good) == (kill.what, "4.2", "3.0 - 9.0", "1.5", "14", "5", "met", "1", "10.0")
     slow, twice = [module.Sample(5.1, 0, 6.0)], [module.Sample(1.0, 2, 3.0)]
-    assert [module.row(kill, samples)[5] for samples in (slow, twice, [])] == ["missed", "missed", "not measured"]
+    assert [module.row(kill, samples)[6] for samples in (slow, twice, [])] == ["missed", "missed", "not measured"]
 
 
 def test_every_case_has_a_line(benchmark: Any) -> None:
