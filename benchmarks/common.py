@@ -12,6 +12,7 @@ import torch
 
 from olora_ray.common.quiet import quiet_bitsandbytes
 from olora_ray.config.schema import Config
+from olora_ray.model.load import pick_dtype
 from olora_ray.tokens.order import order
 from olora_ray.tokens.packing import pack
 from olora_ray.tokens.store import Pack
@@ -91,9 +92,11 @@ class MemoryStore(list[Pack]):
 def machine() -> str:
     """Processor, cores, threads and versions, in one line."""
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft"))
+    precision = str(pick_dtype(config("", {"name": "unused"}).model, torch.device("cpu"))).removeprefix("torch.")
     fast = "with" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "without"
     return (
-        f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {fast} native bfloat16; "
+        f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {fast} native bfloat16"
+        f" (dtype: auto is {precision}); "
         f"load {os.getloadavg()[0]:.1f}; {packages}"
     )
 

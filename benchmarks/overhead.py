@@ -58,7 +58,7 @@ def main() -> None:
     print(machine())
     runs: dict[str, list[Run]] = {"Ray Train": [], "torchrun": []}
     with tempfile.TemporaryDirectory(dir=args.storage) as scratch:
-        storage = Path(scratch)
+        storage = Path(scratch).resolve()
         (storage / "models").symlink_to(Path(args.storage).resolve() / "models")
         write_corpus(storage / "corpus.jsonl", rows=args.steps * 16)
         for turn in range(args.rounds):
@@ -100,6 +100,7 @@ def settings(storage: Path, name: str, args: argparse.Namespace) -> Path:
             "checkpoint_every": counted_from(args.steps),
             "keep": 99,
             "log_every": 5,
+            "activation_checkpointing": False,  # not decided by the memory that is free: it has to be the same for both
         },
         "cluster": {"workers": args.workers, "cpus_per_worker": 1},
         "evaluation": {"samples": 0},

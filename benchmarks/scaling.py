@@ -1,10 +1,11 @@
 """From one worker to thousands: what was measured on this machine, and a simulation from it.
 
-Measured are 1, 2 and 4 workers (gloo; more workers than cores share them), each with the same number of sequences a
-step: the factors of a share of the layers and their exchange, a step, an all-reduce of the gradient's size, a
-checkpoint. The formula of the exchange is fitted to two workers and shown beside what four have taken. The simulation
-(benchmarks/simulation.py says how) takes the costs of one worker, a network and a storage that are stated, and names
-for 8 to 4,096 workers what loses most of the time, and from where on less than 90 % of it is left for training.
+Measured are 1, 2 and 4 workers (gloo; more workers than cores share them), all of as many threads, each with the same
+number of sequences a step: the factors of a share of the layers and their exchange, a step, the exchange of the
+gradient (train/tree.py), a checkpoint. The formula of that exchange is fitted to two workers and shown beside what four
+have taken. The simulation (benchmarks/simulation.py says how) takes the costs of one worker, a network and a storage
+that are stated, and names for 8 to 4,096 workers what loses most of the time, and from where on less than 90 % of it is
+left for training.
 
     python benchmarks/scaling.py [--workers 1,2,4] [--steps 5] [--bandwidth 12.5e9] [--latency 30e-6]
 """
@@ -24,14 +25,14 @@ from typing import Any
 
 from common import MODEL, machine, model_folder, table
 from contestants import RANK
-from simulation import EFFICIENT, Costs, first_limit, ring, simulate, without
+from simulation import EFFICIENT, Costs, exchanged, first_limit, simulate, without
 
 from olora_ray.adapter.initialise import assign
 from olora_ray.adapter.methods import METHODS
 
 WORKER = str(Path(__file__).with_name("scaling_worker.py"))
 SIMULATED = (8, 64, 512, 4096)
-STATED = ("bandwidth", "latency", "storage_rate", "notice", "between_failures", "checkpoint_every", "hours")
+STATED = ("bandwidth", "latency", "message", "storage_rate", "notice", "between_failures", "checkpoint_every", "hours")
 """Costs that are stated, not measured; each is an option."""
 Found = dict[str, Any]
 
@@ -41,7 +42,9 @@ def main() -> None:
     args = _arguments()
     folder = model_folder(args.model, args.storage)
     print(machine())
-    measured = {workers: measure(workers, folder, args) for workers in args.workers}
+    cores = os.cpu_count() or 1
+    threads = max(1, cores // max([workers for workers in args.workers if workers <= cores], default=1))
+    measured = {workers: measure(workers, threads, folder, args) for workers in args.workers}
     print(measured_table(measured))
     costs = replace(costs_of(measured[min(measured)], folder), **{name: getattr(args, name) for name in STATED})
     print(f"\n{stated(costs)}")
@@ -50,7 +53,7 @@ def main() -> None:
     print("\n".join(limits(costs, share)))
 
 
-def measure(workers: int, folder: str, args: argparse.Namespace) -> Found:
+def measure(workers: int, threads: int, folder: str, args: argparse.Namespace) -> Found:
     """What worker 0 has found, with the slowest of all where they differ."""
     with tempfile.TemporaryDirectory() as scratch:
         job = {
@@ -60,7 +63,6 @@ def measure(workers: int, folder: str, args: argparse.Namespace) -> Found:
             "launched": time.time(),
             **{name: getattr(args, name) for name in ("dtype", "micro", "accumulated", "steps", "rows")},
         }
-        threads = max(1, (os.cpu_count() or 1) // workers)
         processes = [
             subprocess.Popen(
                 [sys.executable, WORKER, json.dumps(job | {"rank": rank})],
@@ -94,7 +96,7 @@ def measured_table(measured: Mapping[int, Found]) -> str:
     ]
     header = (
         *("workers", "start s", "factors s", "exchanged s", "step s", "of one's rate"),
-        *("all-reduce ms", "formula ms", "checkpoint stops ms", "written s"),
+        *("exchange ms", "formula ms", "checkpoint stops ms", "written s"),
     )
     return table(header, rows)
 
@@ -104,10 +106,9 @@ def _said(workers: int, measured: Mapping[int, Found]) -> str:
     two = measured.get(2)
     if two is None or workers <= 2:
         return "-"
-    latency = two["message"] / 2
     bandwidth = two["gradient bytes"] / max(1e-9, two["exchange"] - two["message"])
-    fitted = replace(costs_of(two, ""), latency=latency, bandwidth=bandwidth)
-    return f"{ring(fitted, workers, fitted.gradient_bytes) * 1000:.1f}"
+    fitted = replace(costs_of(two, ""), latency=0.0, message=two["message"] / 2, bandwidth=bandwidth)
+    return f"{exchanged(fitted, workers, fitted.gradient_bytes) * 1000:.1f}"
 
 
 def costs_of(one: Found, folder: str) -> Costs:
@@ -140,8 +141,10 @@ def largest_share(shapes: Mapping[str, Sequence[int]]) -> Callable[[int], float]
 def stated(costs: Costs) -> str:
     """What the simulation takes as given."""
     return (
-        f"stated: {costs.bandwidth / 1e9:g} GB/s and {costs.latency * 1e6:g} us a message between workers; storage"
-        f" {costs.storage_rate / 1e9:g} GB/s in all; a failure is noticed after {costs.notice:g} s, one a worker in"
+        f"stated: {costs.bandwidth / 1e9:g} GB/s and {costs.latency * 1e6:g} us a message between workers, of which a"
+        f" worker starts one in {costs.message * 1e6:g} us; storage"
+        f" {costs.storage_rate / 1e9:g} GB/s in all; workers that all start again after a failure, as on GPUs, which is"
+        f" noticed after {costs.notice:g} s, one a worker in"
         f" {costs.between_failures / 86400:g} days; a checkpoint every {costs.checkpoint_every} steps; a run of"
         f" {costs.hours:g} h; {costs.step:.2f} s a step"
     )

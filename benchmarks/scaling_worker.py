@@ -7,20 +7,19 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from common import memory_store, our_trainer
 from contestants import LONGEST, RANK, Setting, join, make_rows, our_config
 from recovery import written_state
 
 from olora_ray.adapter.initialise import InitReport, initialise, options_of
 from olora_ray.adapter.inject import find_targets
+from olora_ray.common import collectives
 from olora_ray.common.quiet import quiet_transformers
 from olora_ray.config.schema import Config
 from olora_ray.model.load import load_model
@@ -28,6 +27,7 @@ from olora_ray.train.checkpoint_manager import CheckpointManager
 from olora_ray.train.loader import StepLoader
 from olora_ray.train.loop import Trainer
 from olora_ray.train.schedule import Schedule
+from olora_ray.train.tree import TreeSum
 
 CPU = torch.device("cpu")
 REPEATS = 5
@@ -51,7 +51,7 @@ def main() -> None:
     }
     trainer, attention = our_trainer(settings, job["folder"])
     found |= steps(trainer, attention, settings, job)
-    found |= exchanges(trainer.flat.vector.numel())
+    found |= exchanges(trainer.gradient)
     if job["rank"] == 0:
         found |= checkpoint(trainer, Path(job["scratch"]))
     print("\n" + json.dumps(found), flush=True)
@@ -76,28 +76,25 @@ def steps(trainer: Trainer, attention: str, settings: Config, job: dict[str, Any
     return {"step": median(result.seconds for result in counted), "sequences": settings.train.global_batch}
 
 
-def exchanges(numbers: int) -> dict[str, float]:
-    """Seconds of an all-reduce of the gradient, and of one number."""
+def exchanges(gradient: TreeSum) -> dict[str, float]:
+    """Seconds of the exchange of a gradient, a leaf of each worker, and of that of a number for each."""
     return {
-        "gradient bytes": 4.0 * numbers,
-        "exchange": repeated(lambda: all_reduce(torch.zeros(numbers))),
-        "message": repeated(lambda: all_reduce(torch.zeros(1))),
+        "gradient bytes": 4.0 * gradient.whole.numel(),
+        "exchange": repeated(gradient),
+        "message": repeated(TreeSum(torch.zeros(collectives.world_size()))),
     }
 
 
-def all_reduce(tensor: torch.Tensor) -> None:
-    """Sum it over the workers, if there are others."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor)
-
-
-def repeated(run: Callable[[], None]) -> float:
+def repeated(gradient: TreeSum) -> float:
     """Seconds, the median; workers begin together."""
     taken = []
     for _ in range(REPEATS):
-        all_reduce(torch.zeros(1))
+        gradient.begin(collectives.world_size())
+        with gradient.leaf(collectives.rank()):
+            pass
+        collectives.sum_in_place(torch.zeros(1))
         began = time.perf_counter()
-        run()
+        gradient.finish()
         taken.append(time.perf_counter() - began)
     return median(taken)
 

@@ -2,10 +2,12 @@
 
     initialisation    the costliest share of the layers (as `assign` gives them out), then a broadcast for each worker
                       and three gatherings of small objects
-    exchange          a ring: 2 (W - 1) messages of latency, 2 (W - 1) / W times the bytes of the gradient
+    exchange          as train/tree.py does it: two turns of a latency, in each of which W - 1 messages are started; 2
+                      (W - 1) / W times the bytes of the gradient, where the share of a worker is one node of the tree
     checkpoint        worker 0 writes, all wait while it copies; writing that outlasts the interval is waited for
     recovery          failures come W times as often; each costs the notice, the start of all workers, who read the base
-                      from one storage, and half an interval of steps done again
+                      from one storage, and half an interval of steps done again: as on GPUs and with fsdp. With ddp on
+                      CPUs the others train on at once, and no step is done again: that is not simulated
 
 Work a worker is constant: the global batch grows with the workers. Nothing is measured here.
 """
@@ -42,6 +44,8 @@ class Costs:
     """Bytes a second between two workers; 100 Gbit/s."""
     latency: float = 30e-6
     """Seconds of a message."""
+    message: float = 60e-6
+    """Seconds to start a message; benchmarks/tree.py measures them."""
     storage_rate: float = 5e9
     """Bytes a second of the storage, for all workers together."""
     notice: float = 30.0
@@ -84,7 +88,7 @@ class Times:
 
 def simulate(costs: Costs, workers: int, largest_share: Callable[[int], float]) -> Times:
     """The times of so many workers; `largest_share` of the cost of all layers, which one worker has."""
-    exchange = ring(costs, workers, costs.gradient_bytes)
+    exchange = exchanged(costs, workers, costs.gradient_bytes)
     step = costs.step + exchange
     interval = costs.checkpoint_every * step
     checkpoint = costs.blocked + max(0.0, costs.written - interval)
@@ -118,9 +122,11 @@ def initialisation(costs: Costs, workers: int, largest_share: float) -> float:
     return costs.factors * largest_share + broadcasts + gatherings
 
 
-def ring(costs: Costs, workers: int, size: int) -> float:
-    """Seconds of a ring all-reduce of `size` bytes."""
-    return 2 * (workers - 1) * (costs.latency + size / workers / costs.bandwidth)
+def exchanged(costs: Costs, workers: int, size: int) -> float:
+    """Seconds in which slices of `size` bytes are sent to who adds them up, and back."""
+    if workers == 1:
+        return 0.0
+    return 2 * (costs.latency + (workers - 1) * (costs.message + size / workers / costs.bandwidth))
 
 
 def starting(costs: Costs, workers: int) -> float:
@@ -143,7 +149,7 @@ def without(costs: Costs, cause: str) -> Costs:
     """The costs if one cause took no time: to see what would be the limit after it."""
     gone = {
         "start and factors": {"factors": 0.0, "factor_bytes": 0, "hours": math.inf},
-        "exchange": {"gradient_bytes": 0, "latency": 0.0},
+        "exchange": {"gradient_bytes": 0, "latency": 0.0, "message": 0.0},
         "checkpoints": {"blocked": 0.0, "written": 0.0},
         "recovery": {"between_failures": math.inf},
     }

@@ -33,6 +33,7 @@ import torch.distributed as dist
 from common import MODEL, config, machine, memory_store, model_folder, our_trainer, table
 from torch import Tensor
 
+from olora_ray.common import collectives
 from olora_ray.train import tree
 
 LENGTH, EACH = 384, (1, 4)
@@ -53,15 +54,18 @@ class FlatSum:
     def __init__(self, whole: Tensor) -> None:
         self.whole = whole
 
-    def begin(self, leaves: int) -> None:
+    def begin(self, leaves: int, again: range | None = None) -> None:
         self.whole.zero_()
+
+    def take_over(self, leaf: int) -> bool:
+        return False
 
     @contextmanager
     def leaf(self, number: int) -> Iterator[None]:
         yield
 
     def finish(self) -> None:
-        if dist.get_world_size() > 1:
+        if collectives.world_size() > 1:
             dist.all_reduce(self.whole)
 
 

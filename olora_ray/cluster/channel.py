@@ -8,6 +8,7 @@ workers may change on the way lies in it too (cluster/membership.py).
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Callable, Collection, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -20,8 +21,9 @@ from olora_ray.cluster.groups import Absent, Group, Member, Orders
 from olora_ray.cluster.membership import Membership
 from olora_ray.common import logs
 
-STEP = 60.0
-"""Seconds for which a worker that starts waits at most until a step is done."""
+STEP, LOOK = 60.0, 1.0
+"""Seconds for which a worker that starts waits at most until a step is done, and between two looks whether it is
+needed meanwhile."""
 CALLS = 20_000
 """Calls that the actor has at most at a time: of each worker there are two that wait."""
 
@@ -82,9 +84,8 @@ class DriverChannel:
     async def send(self, message: Message) -> None:
         """Add a message."""
         self._messages.append(message)
-        if isinstance(message, dict):
-            self._step_done.set()
-            self._step_done = asyncio.Event()
+        if isinstance(message, dict) and "train/loss" in message:
+            self._wake()
 
     async def drain(self) -> list[Message]:
         """Everything since the last call, in order."""
@@ -141,11 +142,21 @@ class DriverChannel:
         """See Membership."""
         return await self._membership.trains()
 
-    async def moment_to_start(self) -> None:
-        """Wait until a worker may start: at once if it is needed, else when those that train have done a step."""
-        if await self._membership.complete():
+    async def moment_to_start(self) -> bool:
+        """Wait until a worker may start: at once if it is needed, else when those that train have done a step.
+
+        False if the training has ended.
+        """
+        step, end = self._step_done, time.monotonic() + STEP
+        while not step.is_set() and time.monotonic() < end and await self._membership.complete():
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._step_done.wait(), STEP)
+                await asyncio.wait_for(step.wait(), LOOK)
+        return self._result is None
+
+    def _wake(self) -> None:
+        """Let those go on that wait for a step."""
+        self._step_done.set()
+        self._step_done = asyncio.Event()
 
     async def absent(self) -> Absent:
         """See Membership."""
@@ -158,6 +169,7 @@ class DriverChannel:
     async def finish(self, result: Any) -> None:
         """Give the driver what training gave; every worker does so, with the same result, since any of them may die."""
         self._result = self._result or result
+        self._wake()
         await self._membership.finish()
 
     async def result(self) -> Any:

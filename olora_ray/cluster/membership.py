@@ -24,6 +24,8 @@ DOUBT = 3.0
 """Seconds without one after which it is looked whether it has died."""
 PATIENCE = 1.0
 """Seconds for which `beat` waits for something to tell."""
+MISSED = PATIENCE + 0.5
+"""Seconds after which a member would have given another sign of life."""
 TICK = 0.1
 """Seconds between two looks at members that are missed."""
 BLOCKED = 1.0
@@ -110,8 +112,13 @@ class Membership:
     async def complete(self) -> bool:
         """Whether as many as are wanted train, or are here to: another one would be a spare."""
         others = [member for name, (member, _) in self._here.items() if not self._is_member(name)]
-        alive = [member for member in [*self._present(), *others] if not self.died(member)]
-        return self.group is not None and len(alive) >= self._size()
+        found = [member for member in [*self._present(), *others] if member.node not in self._leaving]
+        if self.group is None or len(found) < self._size():
+            return False
+        long_ago = time.monotonic() - MISSED
+        missed = [member for member in found if self._seen.get(member.name, 0.0) < long_ago]
+        dead = sum(self.died(member) for member in random.sample(missed, min(LOOKS, len(missed))))
+        return len(found) - dead >= self._size()
 
     async def leave(self, name: str, why: str) -> None:
         """A member goes, which has `left` or `failed`."""

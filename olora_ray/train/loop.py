@@ -62,6 +62,8 @@ class Trainer:
         """The step whose gradient was summed up last."""
         self._losses: dict[int, Tensor] = {}
         """Of its micro-batches, those that were computed here."""
+        self._computing = 0.0
+        """Seconds that this took, in attempts that were broken off too."""
 
     def steps(self, loader: StepLoader, start: int, schedule: Schedule) -> Generator[StepResult]:
         """Run the steps from number `start` (from 0) to the end of the schedule.
@@ -70,7 +72,7 @@ class Trainer:
         """
         began = time.perf_counter()
         for number, (data, waited) in enumerate(loader.steps(start, schedule.ends), start):
-            losses = self._accumulate(number, data)
+            losses, earlier = self._accumulate(number, data)
             shared = self._shared(losses, data)
             self.gradient.finish()
             if self.config.train.precondition:
@@ -85,17 +87,21 @@ class Trainer:
             lr = schedule.lr(number)
             self.optimizer.step(lr, norm)
             now = time.perf_counter()
-            yield StepResult(number + 1, loss, lr, norm, data.supervised, now - began, waited, signal > 0)
+            seconds = now - began + earlier
+            yield StepResult(number + 1, loss, lr, norm, data.supervised, seconds, waited, signal > 0)
             began = time.perf_counter()
 
-    def _accumulate(self, number: int, data: StepData) -> list[Tensor]:
-        """Sum up this worker's part of the gradient of the global mean loss; returns its micro-batches' parts of it.
+    def _accumulate(self, number: int, data: StepData) -> tuple[list[Tensor], float]:
+        """Sum up this worker's part of the gradient of the global mean loss.
+
+        Returns its micro-batches' parts of it, and the seconds of attempts at this step that were broken off.
 
         In a step that is done again, since a worker was lost in it, what was computed here is not computed again: it
         depends on the step and the adapter alone, and workers that are at the same step have the same adapter.
         """
-        own = range(data.first, data.first + len(data.micro))
+        own, began = range(data.first, data.first + len(data.micro)), time.perf_counter()
         again = number == self._under_way
+        earlier = self._computing if again else 0.0
         self.gradient.begin(data.count, own if again else None)
         self._under_way, self._losses = number, self._losses if again else {}
         train_mode(self.adapted, True)
@@ -106,7 +112,8 @@ class Trainer:
                 with self.gradient.leaf(micro_batch):
                     self._losses[micro_batch] = self._backward(batch, data.supervised)
         train_mode(self.adapted, False)
-        return [self._losses[micro_batch] for micro_batch in own]
+        self._computing = earlier + time.perf_counter() - began
+        return [self._losses[micro_batch] for micro_batch in own], earlier
 
     def _backward(self, batch: Batch, supervised: int) -> Tensor:
         """Add to the gradient that of a micro-batch's part of the loss; returns that part."""

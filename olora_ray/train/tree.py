@@ -31,6 +31,9 @@ from torch import Tensor
 from olora_ray.common import collectives
 
 Value = TypeVar("Value")
+TAKEN_OVER = 2
+"""Nodes of a sum that was broken off which are taken over at most, the largest: each takes memory, and where shares are
+powers of two there is one."""
 
 
 def share(leaves: int, worker: int, workers: int) -> range:
@@ -80,8 +83,8 @@ class TreeSum:
     """Sums what is written into the vector `whole` for one leaf after the other; at the end it holds the sum of all.
 
     Beside `whole` it holds a vector of its size for each earlier node that is not yet a part of another, and in the
-    exchange one more (`most_held` counts them). They are kept for the next step. A sum that is begun again holds one
-    more for each node that it takes over, until that has its place.
+    exchange one more (`most_held` counts them). They are kept for the next step. A sum that is begun again holds up
+    to TAKEN_OVER more, until these have their places.
     """
 
     def __init__(self, whole: Tensor) -> None:
@@ -102,7 +105,8 @@ class TreeSum:
         """
         found = self._nodes if again is not None and leaves == self.leaves and self._intact else []
         inside = [(node, vector) for node, vector in found if again and again[0] <= node[0] and node[-1] <= again[-1]]
-        self._taken_over = {node: vector.clone() if vector is self.whole else vector for node, vector in inside}
+        largest = sorted(inside, key=lambda pair: len(pair[0]), reverse=True)[:TAKEN_OVER]
+        self._taken_over = {node: vector.clone() if vector is self.whole else vector for node, vector in largest}
         self._spare += [vector for node, vector in self._nodes[:-1] if node not in self._taken_over]
         self.leaves, self._nodes, self._intact = leaves, [], True
 

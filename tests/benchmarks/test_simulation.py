@@ -30,12 +30,13 @@ def test_one_worker_exchanges_nothing(benchmark: Any, costs: Any) -> None:
     assert found.step == costs.step
 
 
-def test_a_ring_moves_twice_the_gradient_whatever_the_workers(benchmark: Any, costs: Any) -> None:
-    free = replace(costs, latency=0.0, bandwidth=1e9)
-    ring = benchmark("simulation").ring
-    assert ring(free, 2, 10**9) == pytest.approx(1.0)
-    assert ring(free, 1000, 10**9) == pytest.approx(2.0, rel=0.01)
-    assert ring(replace(costs, bandwidth=1e30), 4096, 10**9) == pytest.approx(2 * 4095 * costs.latency)
+def test_an_exchange_moves_twice_the_gradient_whatever_the_workers(benchmark: Any, costs: Any) -> None:
+    free = replace(costs, latency=0.0, message=0.0, bandwidth=1e9)
+    exchanged = benchmark("simulation").exchanged
+    assert exchanged(free, 2, 10**9) == pytest.approx(1.0)
+    assert exchanged(free, 1000, 10**9) == pytest.approx(2.0, rel=0.01)
+    alone = 2 * (costs.latency + 4095 * costs.message)
+    assert exchanged(replace(costs, bandwidth=1e30), 4096, 10**9) == pytest.approx(alone)
 
 
 def test_more_workers_leave_less_for_training(benchmark: Any, costs: Any) -> None:
@@ -47,7 +48,7 @@ def test_more_workers_leave_less_for_training(benchmark: Any, costs: Any) -> Non
 
 def test_the_first_limit_is_named_and_the_next_one_without_it(benchmark: Any, costs: Any) -> None:
     module = benchmark("simulation")
-    slow = replace(costs, latency=0.01)  # a network of another century
+    slow = replace(costs, message=0.01)  # a network of another century
     first = module.first_limit(slow, even)
     assert first.limit == "exchange"
     assert module.simulate(slow, first.workers // 2, even).efficiency >= module.EFFICIENT > first.efficiency

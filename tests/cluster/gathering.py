@@ -218,6 +218,8 @@ def _work(
     member = Member(str(os.getpid()), rank, collectives.meeting_place("127.0.0.1"), node)
     kept: dict[str, Any] = {}
     _keep_worker(kept)
+    counted: list[object] = []
+    _count_micro_batches(counted)
     with Mesh(SocketMeeting(address), member) as mesh:
         result = train_at(Context(), spec, str(folder / "checkpoints"), _channel(folder), mesh)
     assert result.problem is None, result.problem
@@ -230,6 +232,7 @@ def _work(
         [[list(pair.before), list(pair.after)] for pair in result.answers],
         result.interrupted,
     )
+    (folder / f"micro-batches-{rank}").write_text(str(len(counted)))
     (folder / f"outcome-{rank}.json").write_text(json.dumps(vars(outcome)))
 
 
@@ -251,6 +254,18 @@ def _keep_worker(kept: dict[str, Any]) -> None:
         kept["worker"] = self
 
     worker.Worker.__init__ = init  # type: ignore[method-assign]
+
+
+def _count_micro_batches(counted: list[object]) -> None:
+    from olora_ray.train import loop
+
+    backward = loop.Trainer._backward
+
+    def one_more(self: Any, *arguments: Any) -> Any:
+        counted.append(None)
+        return backward(self, *arguments)
+
+    loop.Trainer._backward = one_more  # type: ignore[method-assign]
 
 
 def _repeatable(row: dict[str, float]) -> list[float]:

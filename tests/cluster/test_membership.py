@@ -118,7 +118,9 @@ def test_one_that_died_while_it_waited_does_not_come_in() -> None:
     run(work())
 
 
-def test_a_group_is_complete_when_another_one_would_be_a_spare() -> None:
+def test_a_group_is_complete_when_another_one_would_be_a_spare(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(membership, "MISSED", -1.0)  # nobody here gives signs of life
+
     async def work() -> None:
         hall = Hall(2)
         assert not await hall.membership.complete()
@@ -132,6 +134,18 @@ def test_a_group_is_complete_when_another_one_would_be_a_spare() -> None:
         assert await hall.membership.complete()
         hall.dead.add("w7")
         assert not await hall.membership.complete()
+
+    run(work())
+
+
+def test_nobody_looks_for_members_that_have_just_been_heard() -> None:
+    """A look at each of hundreds would hold up those that want to meet."""
+
+    async def work() -> None:
+        hall = Hall(1)
+        await hall.group(0)
+        hall.dead.add("w0")
+        assert await hall.membership.complete()
 
     run(work())
 
