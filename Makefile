@@ -67,7 +67,7 @@ models: $(VENV)/.dev ## docs/models.md: what becomes of a tiny model of each fam
 lock: $(VENV)/.dev build/lock/bin/uv ## deploy/requirements.lock: what nodes install, at the versions that are installed here
 	$(BIN)/python tools/write_lock.py build/lock/bin/uv
 
-bench: $(VENV)/.dev ## docs/benchmarks.md: what the benchmarks print, with date and machine
+bench: $(VENV)/.bench ## docs/benchmarks.md: what the benchmarks print, with date and machine, in about 90 minutes
 	$(BIN)/python benchmarks/write_page.py
 
 # A stamp is newer than pyproject.toml only if the installation finished.
@@ -79,6 +79,10 @@ $(VENV)/.quickstart: pyproject.toml
 
 $(VENV)/.dev: $(VENV)/.quickstart
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[gguf,eval,s3,dev]'
+	touch $@
+
+$(VENV)/.bench: $(VENV)/.dev
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[bench]'
 	touch $@
 
 # Beside the project's own environment, whose versions it locks.

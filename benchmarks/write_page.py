@@ -6,8 +6,9 @@
     python benchmarks/write_page.py early --output FILE      one of them, from what it has printed before
 
 Each has a section with the date, the machine and the command. Sections of benchmarks that did not run stay as they
-are, word for word, and so does text before the first section. The page is written after each benchmark: what has
-been measured is kept when a later one fails.
+are, word for word, and so does text before the first section. The page is written after each benchmark, and one that
+fails does not keep the others from running. All together take 90 minutes on two cores: some run with fewer rounds then
+than alone, and those that take longest only when they are named.
 """
 
 import argparse
@@ -48,8 +49,18 @@ SECTIONS = {
 """Script -> heading, in the order of the page."""
 NEEDS_GPU = ("gpu",)
 """Left out where there is no GPU, unless they are named."""
-TAKES_HOURS = ("soak",)
-"""Left out unless they are named."""
+NAMED_ONLY = ("recovery", "early", "sweep", "soak")
+"""Left out unless they are named: they take twenty minutes and more each."""
+TOGETHER = {
+    "throughput": ("--rows", "32", "--rounds", "2"),
+    "roofline": ("--rounds", "2"),
+    "start": ("--rounds", "3", "--no-search"),
+    "overhead": ("--steps", "12", "--rounds", "2"),
+    "scaling": ("--steps", "3"),
+    "tree": ("--pairs", "5"),
+    "quantised": ("--steps", "12"),
+}
+"""Options of those that take less time when all run."""
 INTRO = """\
 # Benchmarks
 
@@ -78,10 +89,11 @@ class Measured:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run and write; the exit code of the first benchmark that fails."""
+    """Run and write; the exit code of the first benchmark that has failed."""
     names, options, output = _arguments(argv)
-    for name in names:
-        command = ["python", f"benchmarks/{name}.py", *options]
+    failed = 0
+    for name in names or _all():
+        command = ["python", f"benchmarks/{name}.py", *(options if names else TOGETHER.get(name, ()))]
         if output:
             printed = output.read_text(encoding="utf-8")
             day = time.strftime("%Y-%m-%d", time.localtime(output.stat().st_mtime))
@@ -90,10 +102,11 @@ def main(argv: Sequence[str]) -> int:
             day = time.strftime("%Y-%m-%d")
             if code:
                 print(f"{' '.join(command)}: exit code {code}; its section stays as it was", file=sys.stderr)
-                return code
+                failed = failed or code
+                continue
         write(PAGE, name, Measured(shlex.join(command), printed, day, machine()))
         print(f"{PAGE.relative_to(ROOT)}: {SECTIONS[name]}", file=sys.stderr)
-    return 0
+    return failed
 
 
 def run(command: Sequence[str]) -> tuple[str, int]:
@@ -184,7 +197,7 @@ def _processor_information() -> Mapping[str, str]:
 
 
 def _arguments(argv: Sequence[str]) -> tuple[list[str], list[str], Path | None]:
-    """(names, options of the one benchmark, file of its output)."""
+    """(names; none: all that can run; options of the one benchmark; file of its output)."""
     own = list(argv[: argv.index("--")] if "--" in argv else argv)
     options = list(argv[len(own) + 1 :])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -192,7 +205,7 @@ def _arguments(argv: Sequence[str]) -> tuple[list[str], list[str], Path | None]:
         "names",
         nargs="*",
         metavar="NAME",
-        help=f"of {', '.join(SECTIONS)}; none: all that can run here and take no hours",
+        help=f"of {', '.join(SECTIONS)}; none: all that can run here, but {', '.join(NAMED_ONLY)}",
     )
     parser.add_argument("--output", type=Path, metavar="FILE", help="what it has printed on this machine; runs nothing")
     args = parser.parse_args(own)
@@ -200,14 +213,14 @@ def _arguments(argv: Sequence[str]) -> tuple[list[str], list[str], Path | None]:
         parser.error(f"{unknown[0]}: not one of {', '.join(SECTIONS)}")
     if (options or args.output) and len(args.names) != 1:
         parser.error("--output and options after -- are for one benchmark: name it")
-    return args.names or _all(), options, args.output
+    return args.names, options, args.output
 
 
 def _all() -> list[str]:
-    """Those that can run here and take no hours."""
+    """Those that can run here and take no long time."""
     import torch
 
-    left_out = TAKES_HOURS if torch.cuda.is_available() else TAKES_HOURS + NEEDS_GPU
+    left_out = NAMED_ONLY if torch.cuda.is_available() else NAMED_ONLY + NEEDS_GPU
     return [name for name in SECTIONS if name not in left_out]
 
 

@@ -77,10 +77,11 @@ def test_every_benchmark_is_there_and_says_what_it_measures(name: str) -> None:
     assert "python benchmarks" not in text
 
 
-def test_what_takes_hours_runs_when_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    for gpu, left_out in ((True, {"soak"}), (False, {"soak", "gpu"})):
+def test_what_takes_long_runs_when_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for gpu in (True, False):
         monkeypatch.setattr(torch.cuda, "is_available", lambda there=gpu: there)
-        assert set(SECTIONS) - set(write_page._arguments([])[0]) == left_out
+        left_out = {*write_page.NAMED_ONLY, *(() if gpu else write_page.NEEDS_GPU)}
+        assert set(SECTIONS) - set(write_page._all()) == left_out
     assert write_page._arguments(["soak", "--", "--minutes", "5"])[:2] == (["soak"], ["--minutes", "5"])
 
 
@@ -99,7 +100,7 @@ def test_what_needs_a_gpu_runs_where_there_is_one_or_when_it_is_named(
     there: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
-    assert ("gpu" in write_page._arguments([])[0]) is there
+    assert ("gpu" in write_page._all()) is there
     assert write_page._arguments(["gpu"])[0] == ["gpu"]
 
 
@@ -130,7 +131,14 @@ def test_captured_output_is_written_with_the_options_that_made_it(
     assert [file.name for file in tmp_path.iterdir() if file.name.startswith(".")] == []
 
 
-def test_what_ran_before_a_failure_is_written_and_the_failure_is_told(
+@pytest.mark.parametrize("name", list(write_page.TOGETHER))
+def test_the_options_with_which_all_run_are_known(name: str) -> None:
+    script = (write_page.ROOT / "benchmarks" / f"{name}.py").read_text(encoding="utf-8")
+    for option in write_page.TOGETHER[name]:
+        assert not option.startswith("--") or f'add_argument("{option}"' in script, option
+
+
+def test_one_that_fails_keeps_no_other_from_running_and_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(write_page, "ROOT", tmp_path)
@@ -138,19 +146,19 @@ def test_what_ran_before_a_failure_is_written_and_the_failure_is_told(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     (tmp_path / "benchmarks").mkdir()
     for name in SECTIONS:
-        ending = "raise SystemExit(3)" if name == "recovery" else ""
+        ending = "raise SystemExit(3)" if name == "scaling" else ""
         (tmp_path / "benchmarks" / f"{name}.py").write_text(
-            f'"""About {name}."""\nprint("table of {name}")\n{ending}\n'
+            f'"""About {name}."""\nimport sys\nprint("table of {name}", *sys.argv[1:])\n{ending}\n'
         )
     assert write_page.main([]) == 3
     _, sections = write_page.split((tmp_path / "benchmarks.md").read_text())
     written = [heading for heading, text in sections.items() if "table of" in text]
-    before = list(SECTIONS)[: list(SECTIONS).index("recovery")]
-    before.remove("gpu")
-    assert written == [SECTIONS[name] for name in before]
+    run = write_page._all()
+    assert written == [SECTIONS[name] for name in run if name != "scaling"]
     out, err = capsys.readouterr()
-    assert out.splitlines() == [f"table of {name}" for name in (*before, "recovery")]  # shown as they run
-    assert "python benchmarks/recovery.py: exit code 3; its section stays as it was" in err
+    shown = [" ".join(("table of", name, *write_page.TOGETHER.get(name, ()))) for name in run]
+    assert out.splitlines() == shown  # as they run
+    assert "python benchmarks/scaling.py --steps 3: exit code 3; its section stays as it was" in err
 
 
 @pytest.mark.parametrize("words", [["nosuch"], ["--output", "x"], ["init", "sweep", "--", "--fast"], ["--", "--fast"]])
