@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from common import config, memory_store, our_trainer
-from peers import model_of_peft, one_by_one, peft_trainer, trl_trainer
+from peers import model_of_peft, one_by_one, peft_trainer, timed_training, trl_trainer
 from torch import Tensor
 
 from olora_ray.config.schema import Config
@@ -102,7 +102,7 @@ def run_peer(setting: Setting, job: dict[str, Any]) -> dict[str, float]:
     make = trl_trainer if setting.kind == "trl" else peft_trainer
     make(model, rows[:ROWS_A_STEP], setting, job).train()
     trainer = make(model, rows, setting, job)
-    return {**timed(trainer.train), "rows": len(rows), "supervised": sum(int(marked.sum()) for _, marked in rows)}
+    return {**timed_training(trainer), "rows": len(rows), "supervised": sum(int(marked.sum()) for _, marked in rows)}
 
 
 def gradient(setting: Setting, job: dict[str, Any]) -> dict[str, Tensor]:

@@ -30,6 +30,16 @@ from olora_ray.model.load import skeleton
 from olora_ray.model.source import BaseModel
 
 GIB = 2**30
+LLAMA_1B = {
+    "vocab_size": 128256,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+}
+"""The shape of Llama 3.2 1B."""
 
 
 def main() -> None:
@@ -48,7 +58,8 @@ def main() -> None:
 def measure(folder: Path, rank: int, layers: int) -> None:
     """Export into `folder`, step by step."""
     base = folder / "base"
-    count = write_base(base, layers)
+    count = write_base(base, num_hidden_layers=layers)
+    os.sync()  # what is still to be written of it is not the copy's
     config = build(
         {
             "run": {"name": "benchmark"},
@@ -65,7 +76,7 @@ def measure(folder: Path, rank: int, layers: int) -> None:
         timed("copy of the file", lambda: copy(base / "model.safetensors", folder / "copy")),
         timed("trial before step 0", lambda: require(not trial.problems(found, config, adapter))),
         timed("adapter folder", lambda: write_adapter(adapter, config.adapter, "base", folder / "adapter", model)),
-        timed("merge, with its copy", lambda: merge.write_merged(base, adapter, scale, folder / "merged", model)),
+        timed("merge, with its copy", lambda: merged(base, adapter, scale, folder / "merged", model)),
         timed(
             "merged weights against base + change",
             lambda: require(merge_check.check_weights(base, folder / "merged", groups, adapter, scale).error <= 1),
@@ -85,22 +96,14 @@ def measure(folder: Path, rank: int, layers: int) -> None:
     )
 
 
-def write_base(folder: Path, layers: int) -> int:
-    """A random model of the shape of Llama 3.2 1B; returns its number of parameters."""
+def write_base(folder: Path, **shape: int) -> int:
+    """A random model of the shape of Llama 3.2 1B, but for what is given; returns its number of parameters."""
     from transformers import LlamaConfig
 
-    LlamaConfig(
-        vocab_size=128256,
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=layers,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=64,
-        tie_word_embeddings=True,
-        dtype="bfloat16",
-        architectures=["LlamaForCausalLM"],
-    ).save_pretrained(folder)
+    told: dict[str, Any] = LLAMA_1B | shape
+    LlamaConfig(**told, tie_word_embeddings=True, dtype="bfloat16", architectures=["LlamaForCausalLM"]).save_pretrained(
+        folder
+    )
     config = build({"run": {"name": "a"}, "model": {"name": str(folder)}, "data": {"train": [{"path": "a.jsonl"}]}})
     shapes = {
         name: part.shape
@@ -113,6 +116,7 @@ def write_base(folder: Path, layers: int) -> int:
         header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [place, place + 2 * shape.numel()]}
         place += 2 * shape.numel()
     text, generator = json.dumps(header).encode(), torch.Generator().manual_seed(0)
+    text += b" " * (-len(text) % 8)  # as safetensors writes it: numbers begin at multiples of their size
     with (folder / "model.safetensors").open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for shape in shapes.values():
@@ -138,6 +142,18 @@ def random_adapter(model: Any, rank: int) -> dict[str, AdapterWeights]:
 def copy(source: Path, target: Path) -> None:
     """As a user would, and the file is on the disk."""
     shutil.copyfile(source, target)
+    flush(target)
+
+
+def merged(base: Path, adapter: dict[str, AdapterWeights], scale: float, target: Path, model: Any) -> None:
+    """The merge, and its files are on the disk."""
+    merge.write_merged(base, adapter, scale, target, model)
+    for file in target.iterdir():
+        flush(file)
+
+
+def flush(target: Path) -> None:
+    """Wait until a file is on the disk."""
     with target.open("rb") as file:
         os.fsync(file.fileno())
 

@@ -1,12 +1,13 @@
 """A quantised base beside the one it was made of, and beside PEFT's QLoRA: memory, and loss on the same rows.
 
 Each contestant trains an adapter on the same sequences in a process of its own, with AdamW and one constant rate. The
-base is what its weights and buffers take; the peak is that of the process's resident memory from its imports on, and
-freed memory goes back at once. Losses are of the first step, and on average of the last five. QLoRA is PEFT's LoRA on a
+base is what its weights and buffers take; the peak is that of the process's resident memory after its imports, and
+freed memory goes back at once. Losses are of the first step, and on average of the last five. All compute in float32.
+"Start": whether the first loss is that of the quantised base without an adapter, to the bit. QLoRA is PEFT's LoRA on a
 base that transformers loads with bitsandbytes' nf4. Target: after the same steps a loss within 1 % of QLoRA's, with the
 same method (lora), in no more memory.
 
-    python benchmarks/quantised.py [--tiny] [--steps 60]
+    python benchmarks/quantised.py [--tiny] [--steps 60] [--only NAME]
 """
 
 import argparse
@@ -33,6 +34,8 @@ CONTESTANTS: dict[str, tuple[str, str]] = {
 }
 """Name -> quantisation, and the method or whose it is."""
 RANK, LENGTH, BATCH, RATE = 8, 256, 4, 3.0e-4
+OURS, QLORA, MOST_OFF = "ours, lora, nf4", "PEFT's QLoRA, nf4", 0.01
+"""The two that are compared, and by how much the loss of the first may be above the other's."""
 
 
 def main() -> None:
@@ -40,13 +43,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="a small random model, for a look at whether it works")
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--only", choices=list(CONTESTANTS), action="append", help="may be given several times")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         print(json.dumps(trained(**json.loads(args.child))))
         return
     print(machine())
-    rows = []
+    rows, results = [], dict[str, dict[str, float]]()
     with tempfile.TemporaryDirectory() as scratch:
         if args.tiny:
             folder = str(Path(scratch) / "model")
@@ -54,30 +58,59 @@ def main() -> None:
         else:
             folder = model_folder(MODEL, scratch)
         for name, (kind, method) in CONTESTANTS.items():
-            found = apart(
-                {"folder": folder, "kind": kind, "method": method, "steps": args.steps, "text": not args.tiny}
-            )
-            rows.append(
-                (
-                    name,
-                    f"{found['base'] / MIB:.1f}",
-                    f"{found['peak'] / MIB:.0f}",
-                    f"{found['first']:.4f}",
-                    f"{found['last']:.4f}",
-                    f"{found['seconds']:.2f}",
-                )
-            )
+            if args.only and name not in args.only:
+                continue
+            job = {"folder": folder, "kind": kind, "method": method, "steps": args.steps, "text": not args.tiny}
+            if (found := apart(job)) is None:
+                rows.append((name, "failed", *5 * ("-",)))
+                continue
+            results[name] = found
+            rows.append(row(name, found))
             print(" | ".join(rows[-1]), file=sys.stderr, flush=True)
-    print(table(("contestant", "base MiB", "peak MiB", "first loss", "last loss", "s a step"), rows))
+    print(table(("contestant", "base MiB", "peak MiB", "start", "first loss", "last loss", "s a step"), rows))
+    print(verdict(results))
+    if len(results) < len(rows):
+        raise SystemExit(1)
 
 
-def apart(job: dict[str, Any]) -> dict[str, float]:
-    """What `trained` gives in a process of its own."""
+def row(name: str, found: dict[str, float]) -> tuple[str, ...]:
+    """A line of the table."""
+    off = found["first"] - found["without"]
+    return (
+        name,
+        f"{found['base'] / MIB:.1f}",
+        f"{found['peak'] / MIB:.0f}",
+        "exact" if off == 0 else f"{off:+.1e}",
+        f"{found['first']:.4f}",
+        f"{found['last']:.4f}",
+        f"{found['seconds']:.2f}",
+    )
+
+
+def verdict(results: dict[str, dict[str, float]]) -> str:
+    """Ours beside QLoRA, and the targets."""
+    if not {OURS, QLORA} <= results.keys():
+        return f"{OURS} beside {QLORA}: not measured"
+    ours, theirs = results[OURS], results[QLORA]
+    off, memory = ours["last"] / theirs["last"] - 1, ours["peak"] / theirs["peak"]
+    return (
+        f"{OURS} beside {QLORA}: loss {off:+.2%}, target at most {MOST_OFF:+.0%}: {_met(off <= MOST_OFF)};"
+        f" {memory:.2f} of its memory, target at most 1: {_met(memory <= 1)}"
+    )
+
+
+def _met(yes: bool) -> str:
+    return "met" if yes else "missed"
+
+
+def apart(job: dict[str, Any]) -> dict[str, float] | None:
+    """What `trained` gives in a process of its own; None if that fails."""
     done = subprocess.run(
         [sys.executable, __file__, "--child", json.dumps(job)], capture_output=True, text=True, check=False
     )
     if done.returncode:
-        raise SystemExit(done.stderr)
+        print(done.stderr, file=sys.stderr)
+        return None
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found
 
@@ -86,19 +119,34 @@ def trained(folder: str, kind: str, method: str, steps: int, text: bool) -> dict
     """In the child: train, and say what it took."""
     ctypes.CDLL(None).mallopt(-3, 2**16)  # M_MMAP_THRESHOLD: larger blocks go back to the system
     batches = batches_of(folder, steps, text)
+    warm_up(folder)
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
-    step, base = of_peft(folder) if method == "peft" else of_ours(folder, kind, method)
+    step, bare, base = of_peft(folder) if method == "peft" else of_ours(folder, kind, method)
+    without = bare(batches[0])
     began, losses = time.perf_counter(), [step(number, rows) for number, rows in enumerate(batches)]
     taken = time.perf_counter() - began
     last = losses[-5:]
     return {
         "base": base,
         "peak": resident("VmHWM") - before,
+        "without": without,
         "first": losses[0],
         "last": sum(last) / len(last),
         "seconds": taken / len(losses),
     }
+
+
+def warm_up(folder: str) -> None:
+    """Import what any of them needs: 180 MB of modules, and PEFT's, are no one's memory of a training."""
+    import bitsandbytes  # noqa: F401
+    import peft  # noqa: F401
+    import torch
+
+    from olora_ray.model.load import empty_model
+
+    settings = config("unused", {"name": folder, "dtype": "float32"})
+    empty_model(folder, settings.model, torch.device("cpu"))
 
 
 def batches_of(folder: str, steps: int, text: bool) -> list[Any]:
@@ -116,13 +164,14 @@ def batches_of(folder: str, steps: int, text: bool) -> list[Any]:
     return list(ids.reshape(steps, BATCH, LENGTH))
 
 
-def of_ours(folder: str, kind: str, method: str) -> tuple[Any, int]:
-    """(one step: its number and rows -> its loss, bytes of the base)."""
+def of_ours(folder: str, kind: str, method: str) -> tuple[Any, Any, int]:
+    """(one step: its number and rows -> its loss, the same of the base alone: rows -> loss, bytes of the base)."""
     import numpy as np
+    import torch
 
     from olora_ray.adapter.layer import AdaptedLinear
     from olora_ray.tokens.collate import collate
-    from olora_ray.train import malloc
+    from olora_ray.train import adapter_test, malloc
     from olora_ray.train.loop import train_mode
 
     malloc.keep_freed_memory = lambda *_: None  # what is freed is to be seen to be free
@@ -137,20 +186,27 @@ def of_ours(folder: str, kind: str, method: str) -> tuple[Any, int]:
     assert all(isinstance(layer, AdaptedLinear) for layer in trainer.adapted.values())
     train_mode(trainer.adapted, True)
 
-    def step(_: int, rows: Any) -> float:
+    def mean_loss(rows: Any) -> Any:
         store = memory_store([(row, np.arange(LENGTH) > 0) for row in rows], LENGTH)
         batch = collate(list(store), attention)
-        loss = trainer.loss(batch) / len(batch.labels)
+        return trainer.loss(batch) / len(batch.labels)
+
+    def bare(rows: Any) -> float:
+        with torch.no_grad(), adapter_test.bare(trainer.loss.model):
+            return float(mean_loss(rows))
+
+    def step(_: int, rows: Any) -> float:
+        loss = mean_loss(rows)
         loss.backward()
         trainer.optimizer.step(RATE)
         trainer.flat.grad.zero_()
         train_mode(trainer.adapted, True)  # dA and dB have moved
         return float(loss.detach())
 
-    return step, held(trainer.loss.model, own)
+    return step, bare, held(trainer.loss.model, own)
 
 
-def of_peft(folder: str) -> tuple[Any, int]:
+def of_peft(folder: str) -> tuple[Any, Any, int]:
     """The same of PEFT's QLoRA."""
     import torch
     import torch.nn.functional as F
@@ -169,17 +225,24 @@ def of_peft(folder: str) -> tuple[Any, int]:
     trained_ones = [part for part in model.parameters() if part.requires_grad]
     optimizer = torch.optim.AdamW(trained_ones, lr=RATE, weight_decay=0.0)
 
-    def step(_: int, rows: Any) -> float:
+    def mean_loss(rows: Any) -> Any:
         ids = torch.from_numpy(rows).long()
         logits = model(input_ids=ids).logits[:, :-1]
-        loss = F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten())
+        return F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten())
+
+    def bare(rows: Any) -> float:
+        with torch.no_grad(), model.disable_adapter():
+            return float(mean_loss(rows))
+
+    def step(_: int, rows: Any) -> float:
+        loss = mean_loss(rows)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained_ones, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         return float(loss.detach())
 
-    return step, held(model, {id(part) for part in trained_ones})
+    return step, bare, held(model, {id(part) for part in trained_ones})
 
 
 def held(model: Any, without: set[int]) -> int:

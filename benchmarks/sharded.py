@@ -1,11 +1,13 @@
 """Memory of workers that hold a part of the base each, beside workers that hold all of it: both in the same run.
 
-A random Llama of 1.2 billion parameters in bfloat16, factors, steps of training, an evaluation, and the export's merge.
-Shown is the peak of each phase above what the process had before: of anonymous memory, which a process has for itself,
-and of all resident memory, with the pages of files that are mapped and that others may map too. Losses and adapters of
-both have to be equal, to the bit.
+A random Llama of 1.2 billion parameters in bfloat16, factors, steps of training, an evaluation, the adapter's folder,
+and the merge in a task of its own. Shown is the peak of each phase above what the process had before: of anonymous
+memory, which a process has for itself, and of all resident memory, with the pages of files that are mapped and that
+others may map too: ddp maps its base, fsdp copies its share. Losses, gradients and exported adapters of all have to be
+equal, to the bit, and of fsdp also where blocks are run again in the backward pass. Where the processor has no native
+bfloat16, sequences are short: a product takes a hundred times as long there.
 
-    python benchmarks/sharded.py [--workers 2] [--layers 16] [--length 256] [--steps 2] [--strategies fsdp,ddp]
+    python benchmarks/sharded.py [--workers 2] [--layers 16] [--length 256] [--steps 2] [--ways fsdp,fsdp-again,ddp]
 """
 
 import argparse
@@ -27,15 +29,16 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from common import MemoryStore, machine, table
-from export import GIB, random_adapter, write_base
+from export import GIB, LLAMA_1B, random_adapter, write_base
 
 from olora_ray.adapter import merge
 from olora_ray.adapter.initialise import at_scale
 from olora_ray.adapter.inject import find_targets, install, wrap
+from olora_ray.adapter.peft_folder import write_adapter
 from olora_ray.common.quiet import quiet_transformers
 from olora_ray.config.load import build
 from olora_ray.config.schema import Config
-from olora_ray.model.load import skeleton
+from olora_ray.model.load import empty_model, pick_dtype, skeleton
 from olora_ray.model.source import BaseModel
 from olora_ray.tokens.store import Pack
 from olora_ray.train.loader import StepLoader
@@ -49,6 +52,12 @@ from olora_ray.train.sharded_base import load_base
 CPU = torch.device("cpu")
 LOOK_EVERY = 0.002
 """Seconds between looks at the memory."""
+AGAIN = "-again"
+"""What a strategy's name ends with whose blocks are run again in the backward pass."""
+VECTORS = 6
+"""Of the adapter's size: itself, gradient, two moments, and what factors and exchange have for a while."""
+NEAR = 1.15
+"""What the share of the base, and what is gathered of it, may be exceeded by."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +71,8 @@ class Memory:
     def now(cls) -> "Memory":
         """That of this process."""
         status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-        own, mapped = (int(status[name].split()[0]) * 1024 for name in ("RssAnon", "RssFile"))
-        return cls(own, own + mapped)
+        own, *mapped = (int(status[name].split()[0]) * 1024 for name in ("RssAnon", "RssFile", "RssShmem"))
+        return cls(own, own + sum(mapped))
 
     def above(self, start: "Memory") -> "Memory":
         """What it is more than at the start."""
@@ -81,30 +90,34 @@ class Seen:
     peaks: dict[str, Memory] = field(default_factory=dict)
     """Phase -> memory above that before the first phase."""
     result: str = ""
-    """Losses, and a digest of the adapter."""
+    """Losses, and digests of the last gradient and of the exported adapter."""
+    adapter: int = 0
+    """Numbers that are trained."""
 
 
 def main() -> None:
-    """Make the model, train it in each way, and print the table."""
+    """Make the model, train it in each way, and print the table; 1 if the results differ."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--layers", type=int, default=16, help="16 are 1.2 billion parameters")
-    parser.add_argument("--length", type=int, default=256, help="tokens of a sequence; a micro-batch has one")
+    fast = pick_dtype(build_model(Path()), CPU) == torch.bfloat16
+    length = 256 if fast else 8
+    parser.add_argument("--length", type=int, default=length, help="tokens of a sequence; a micro-batch has one")
     parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--strategies", default="fsdp,ddp")
+    parser.add_argument("--ways", default=f"fsdp,fsdp{AGAIN},ddp")
     parser.add_argument("--folder", help="where 5 GB are written; removed afterwards")
     args = parser.parse_args()
     quiet_transformers()
     print(machine())
     with tempfile.TemporaryDirectory(dir=args.folder, prefix="olora-sharded-") as folder:
         base = Path(folder) / "base"
-        count = write_base(base, args.layers)
+        count = write_base(base, num_hidden_layers=args.layers)
         size = (base / "model.safetensors").stat().st_size
-        print(f"{count / 1e9:.2f} billion parameters, {size / GIB:.2f} GiB; {args.workers} workers")
-        seen = {
-            strategy: in_processes(partial(train, base, strategy, args), args.workers)
-            for strategy in args.strategies.split(",")
-        }
+        print(
+            f"{count / 1e9:.2f} billion parameters, {size / GIB:.2f} GiB; {args.workers} workers, {args.steps} steps of"
+            f" a sequence of {args.length} tokens each"
+        )
+        seen = {way: in_processes(partial(train, base, way, args), args.workers) for way in args.ways.split(",")}
         seen["one task"] = in_processes(partial(export, base), 1)
     rows = [
         row(f"{name}: {phase}", [each.peaks[phase] for each in found], size)
@@ -112,8 +125,27 @@ def main() -> None:
         for phase in found[0].peaks
     ]
     print(table(("phase", "own GiB", "of the base", "resident GiB", "of the base"), rows))
+    for way in args.ways.split(","):
+        if way.startswith("fsdp"):
+            print(near_a_share(way, seen[way], size, args))
     results = {each.result for found in seen.values() for each in found if each.result}
-    print(f"losses and adapters: {'equal' if len(results) == 1 else 'DIFFERENT'} ({' | '.join(sorted(results))})")
+    equal = len(results) == 1
+    print(f"losses, gradients and adapters: {'equal' if equal else 'DIFFERENT'} ({' | '.join(sorted(results))})")
+    if not equal:
+        raise SystemExit(1)
+
+
+def near_a_share(way: str, found: list[Seen], base: int, args: argparse.Namespace) -> str:
+    """What a worker has had at most of its own, beside its share of the base and what it has to have with it."""
+    embedding = 2 * LLAMA_1B["vocab_size"] * LLAMA_1B["hidden_size"]
+    gathered = embedding + (base - embedding) // args.layers
+    own, adapter = max(peak.own for each in found for peak in each.peaks.values()), 4 * VECTORS * found[0].adapter
+    planned = base // args.workers + gathered + adapter
+    return (
+        f"{way}: {own / GIB:.2f} GiB at most; its share of the base is {base / args.workers / GIB:.2f}, embeddings and"
+        f" a block, while they are gathered, {gathered / GIB:.2f}, adapter, gradient and moments {adapter / GIB:.2f}:"
+        f" {own / planned:.2f} of that, target {NEAR:g} at most: {'met' if own <= NEAR * planned else 'missed'}"
+    )
 
 
 def row(name: str, peaks: list[Memory], base: int) -> tuple[str, ...]:
@@ -166,14 +198,19 @@ def config(base: Path, strategy: str, args: argparse.Namespace) -> Config:
     )
 
 
-def train(base: Path, strategy: str, args: argparse.Namespace, rank: int) -> Seen:
-    """A worker from its base to an evaluation."""
+def train(base: Path, way: str, args: argparse.Namespace, rank: int) -> Seen:
+    """A worker from its base to the folder of its adapter."""
     keep_freed_memory()
+    strategy = way.removesuffix(AGAIN)
     settings, seen = config(base, strategy, args), Seen()
-    store: Any = random_store(4 * args.workers, args.length)
+    store: Any = random_store(args.workers, args.length)
+    import torch.distributed.fsdp  # noqa: F401  # modules are no one's memory of a model
+
+    empty_model(str(base), settings.model, CPU)
     start = Memory.now()
     with peak(seen, "load", start):
         loss = load_base(str(base), settings, CPU)
+        loss.recompute = way.endswith(AGAIN)
     with peak(seen, "factors", start):
         adapter = settings.adapter
         targets = find_targets(loss.model, adapter.targets, adapter.rank)
@@ -188,8 +225,15 @@ def train(base: Path, strategy: str, args: argparse.Namespace, rank: int) -> See
         losses = [result.loss for result in trainer.steps(loader, 0, Schedule(settings.train, store))]
     with peak(seen, "evaluate", start):
         losses.append(evaluate(trainer, store, "sdpa", rank, args.workers))
-    digest = hashlib.sha256(trainer.flat.vector.numpy().tobytes()).hexdigest()[:12]
-    seen.result = f"{', '.join(f'{loss:.6f}' for loss in losses)}; {digest}"
+    with peak(seen, "adapter folder", start):
+        weights = {name: layer.weights() for name, layer in adapted.items()}
+        model = skeleton(BaseModel(str(base), str(base), ""), settings.model)
+        folder = base.parent / f"adapter-{way}-{rank}"
+        write_adapter(weights, settings.adapter, "base", folder, model)
+    digests = (trainer.flat.grad.numpy().tobytes(), (folder / "adapter_model.safetensors").read_bytes())
+    told = ", ".join(hashlib.sha256(found).hexdigest()[:12] for found in digests)
+    seen.adapter = trainer.flat.vector.numel()
+    seen.result = f"{', '.join(f'{loss:.6f}' for loss in losses)}; {told}"
     return seen
 
 

@@ -1,6 +1,6 @@
 """Training throughput beside PEFT with transformers' Trainer and with TRL's SFTTrainer: the same rows and rank.
 
-All have the same threads, precision, targets and scale too.
+All have the same threads, precision, targets and scale too. SmolLM2-135M, or a larger model of random weights.
 
 Rows are chats of random tokens (their cost does not depend on the ids) from a seeded generator: lengths
 log-normal with median 120 cut at 512, the second half supervised. Each contestant runs in processes of its
@@ -12,7 +12,7 @@ First each contestant's gradient of the mean loss over the first rows is compare
 each alone, in float32: a fast wrong answer does not count. TRL's packing "wrapped" lets rows see each other and cuts
 them, its "bfd" keeps them apart only where positions are looked at.
 
-    python benchmarks/throughput.py [--rows 64] [--rounds 3]
+    python benchmarks/throughput.py [--rows 64] [--rounds 3] [--random 360m]
     python benchmarks/throughput.py --tune        settings of all beside each other, to choose the best
 
 TRL takes part where it is installed: pip install -e '.[bench]'.
@@ -21,6 +21,7 @@ TRL takes part where it is installed: pip install -e '.[bench]'.
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -33,6 +34,7 @@ from typing import Any
 import torch
 from common import MODEL, machine, memory_store, model_folder, table
 from contestants import LONGEST, ROWS_A_STEP, Rows, Setting, make_rows, packs_a_step
+from export import write_base
 
 GRADIENT_ROWS = 16
 """Of which gradients are compared."""
@@ -57,6 +59,23 @@ TRIED = (
 )
 
 
+TARGETS = {PEFT_BEST.name: 2.0, TRL[1].name: 2.5}
+"""Peer -> how many times its rows a second one worker of ours is to train, in less memory."""
+ANOTHER = 0.1
+"""Distance of a gradient from the one that is right from which on something else is trained."""
+RANDOM = {
+    "360m": {
+        "hidden_size": 960,
+        "intermediate_size": 2560,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 15,
+        "num_key_value_heads": 5,
+    },
+    "1b": {},
+}
+"""Shapes of random models, with SmolLM2's tokenizer: of SmolLM2-360M, and of Llama 3.2 1B."""
+
+
 def main() -> None:
     """Run the contestants in turn and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -66,35 +85,53 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--model", default=MODEL)
+    parser.add_argument("--random", choices=list(RANDOM), help="random weights of a larger shape")
     parser.add_argument("--storage", default="./runs", help="where a GGUF model is dequantised to")
     args = parser.parse_args()
-    folder = model_folder(args.model, args.storage)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = model_folder(args.model, args.storage)
+        compete(random_model(Path(scratch), folder, args.random) if args.random else folder, args)
+
+
+def random_model(scratch: Path, other: str, size: str) -> str:
+    """The folder of a random model with the tokenizer of another."""
+    for file in Path(other).glob("*token*"):
+        shutil.copy(file, scratch)
+    count = write_base(scratch, vocab_size=49152, **RANDOM[size])
+    print(f"random weights: {count / 1e6:,.0f} M parameters")
+    return str(scratch)
+
+
+def compete(folder: str, args: argparse.Namespace) -> None:
+    """Compare gradients, then speed."""
     settings = [s for s in (TRIED if args.tune else (*OURS, *TRL, PEFT_BEST)) if s.workers <= args.threads]
     if find_spec("trl") is None:
         settings = [setting for setting in settings if setting.kind != "trl"]
-        print("TRL is not installed: pip install -e '.[bench]'", file=sys.stderr)
+        print("without TRL, which is not installed: pip install -e '.[bench]'")
     print(machine())
     print(_describe(make_rows(args.rows)))
-    print(f"\n{gradients(settings, folder, args)}\n")
+    off = gradients(settings, folder, args)
+    print(f"\n{table(('gradient', 'off by'), [(name, f'{by:.1e}') for name, by in off.items()])}\n")
     results: dict[str, list[dict[str, float]]] = {setting.name: [] for setting in settings}
     for turn in range(args.rounds):
         for setting in settings:
             results[setting.name].append(contest(setting, folder, args))
             rate = results[setting.name][-1]["rows"]
             print(f"round {turn + 1}: {setting.name}: {rate:.2f} rows/s", file=sys.stderr, flush=True)
-    _print(results, base=settings[-1].name)
+    middle = {name: {key: median(run[key] for run in runs) for key in runs[0]} for name, runs in results.items()}
+    print(results_table(results, middle, base=settings[-1].name))
+    print("\n".join(verdicts(middle, off)))
 
 
-def gradients(settings: Sequence[Setting], folder: str, args: argparse.Namespace) -> str:
-    """The table of relative distances to the gradient that is right."""
+def gradients(settings: Sequence[Setting], folder: str, args: argparse.Namespace) -> dict[str, float]:
+    """Contestant -> relative distance of its gradient to the one that is right."""
     with tempfile.TemporaryDirectory() as scratch:
         files = {}
         for setting in (Setting("alone", "alone"), *settings):
             files[setting.name] = file = str(Path(scratch) / f"{len(files)}.pt")
             run(setting, {"folder": folder, "rows": GRADIENT_ROWS, "dtype": args.dtype, "gradient": file}, args.threads)
         right = torch.load(files.pop("alone"))
-        rows = [(name, f"{distance(torch.load(file), right):.1e}") for name, file in files.items()]
-    return table(("gradient", "off by"), rows)
+        return {name: distance(torch.load(file), right) for name, file in files.items()}
 
 
 def distance(found: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> float:
@@ -148,8 +185,8 @@ def _describe(rows: Rows) -> str:
     )
 
 
-def _print(results: dict[str, list[dict[str, float]]], base: str) -> None:
-    middle = {name: {key: median(run[key] for run in runs) for key in runs[0]} for name, runs in results.items()}
+def results_table(results: dict[str, list[dict[str, float]]], middle: dict[str, dict[str, float]], base: str) -> str:
+    """A row for each contestant."""
     rows = [
         (
             name,
@@ -162,7 +199,30 @@ def _print(results: dict[str, list[dict[str, float]]], base: str) -> None:
         )
         for name, found in middle.items()
     ]
-    print(table(("", "rows/s", "supervised tokens/s", "rows/CPU s", "peak MB", "ratio", "rows/s, all rounds"), rows))
+    return table(("", "rows/s", "supervised tokens/s", "rows/CPU s", "peak MB", "ratio", "rows/s, all rounds"), rows)
+
+
+def verdicts(middle: dict[str, dict[str, float]], off: dict[str, float]) -> list[str]:
+    """One worker of ours beside each peer: the targets, and whether the peer trains the same."""
+    ours = middle[OURS[0].name]
+    lines = []
+    for name, least in TARGETS.items():
+        if name not in middle:
+            lines.append(f"{name}: not measured")
+            continue
+        ratio, memory = ours["rows"] / middle[name]["rows"], ours["megabytes"] / middle[name]["megabytes"]
+        other = f"; its gradient is off by {off[name]:.0%}: it trains something else" if off[name] > ANOTHER else ""
+        lines.append(
+            f"ours, 1 worker, beside {name}: {ratio:.2f} times the rows/s, target {least:g}: {_met(ratio >= least)};"
+            f" {memory:.2f} of its memory, target below 1: {_met(memory < 1)}{other}"
+        )
+    if (own := max(off[one.name] for one in OURS if one.name in off)) > ANOTHER:
+        lines.append(f"OUR gradient is off by {own:.0%}: nothing of this counts")
+    return lines
+
+
+def _met(yes: bool) -> str:
+    return "met" if yes else "missed"
 
 
 if __name__ == "__main__":
