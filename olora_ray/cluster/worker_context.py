@@ -217,4 +217,7 @@ def use_cpus(config: Config, device: torch.device) -> None:
     """As many threads as the process has CPUs of Ray's, at least one."""
     if device.type == "cpu":
         torch.set_num_threads(max(1, math.floor(config.cluster.cpus_per_worker)))
-        keep_freed_memory()
+        # What of a sharded base is gathered is large, and comes and goes: kept, it would leave holes that nothing else
+        # fits in (a third more memory was measured), and who shards has no memory to spare.
+        if config.cluster.strategy != "fsdp":
+            keep_freed_memory()

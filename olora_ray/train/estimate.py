@@ -155,7 +155,9 @@ def _base_bytes(config: Config, model: Any, count: int, dtype: torch.dtype, gpu:
     if shards == 1:
         return count * width, 0, 0
     root, block = _sizes(model)
-    whole = (root + 2 * block) * width  # two blocks at once
+    # What is gathered is there twice for a moment, as it came and in the weights' own places; the next block is
+    # gathered while one is used.
+    whole = (root + max(root, 3 * block)) * width
     if not (config.cluster.fsdp_offload and gpu):
         return count * width // shards, whole, 0
     offloaded = (count - root) * width // shards
