@@ -35,6 +35,7 @@ from olora_ray.adapter import merge
 from olora_ray.adapter.initialise import at_scale
 from olora_ray.adapter.inject import find_targets, install, wrap
 from olora_ray.adapter.peft_folder import write_adapter
+from olora_ray.cluster.worker_context import use_cpus
 from olora_ray.common.quiet import quiet_transformers
 from olora_ray.config.load import build
 from olora_ray.config.schema import Config
@@ -43,7 +44,6 @@ from olora_ray.model.source import BaseModel
 from olora_ray.tokens.store import Pack
 from olora_ray.train.loader import StepLoader
 from olora_ray.train.loop import Trainer, evaluate
-from olora_ray.train.malloc import keep_freed_memory
 from olora_ray.train.new_factors import new_factors
 from olora_ray.train.parallel import place_model
 from olora_ray.train.schedule import Schedule
@@ -138,12 +138,13 @@ def main() -> None:
 def near_a_share(way: str, found: list[Seen], base: int, args: argparse.Namespace) -> str:
     """What a worker has had at most of its own, beside its share of the base and what it has to have with it."""
     embedding = 2 * LLAMA_1B["vocab_size"] * LLAMA_1B["hidden_size"]
-    gathered = embedding + (base - embedding) // args.layers
+    # Twice for a moment, as it came and in its own place; of the blocks another one comes meanwhile.
+    gathered = embedding + max(embedding, 3 * (base - embedding) // args.layers)
     own, adapter = max(peak.own for each in found for peak in each.peaks.values()), 4 * VECTORS * found[0].adapter
     planned = base // args.workers + gathered + adapter
     return (
         f"{way}: {own / GIB:.2f} GiB at most; its share of the base is {base / args.workers / GIB:.2f}, embeddings and"
-        f" a block, while they are gathered, {gathered / GIB:.2f}, adapter, gradient and moments {adapter / GIB:.2f}:"
+        f" blocks, while they are gathered, {gathered / GIB:.2f}, adapter, gradient and moments {adapter / GIB:.2f}:"
         f" {own / planned:.2f} of that, target {NEAR:g} at most: {'met' if own <= NEAR * planned else 'missed'}"
     )
 
@@ -200,9 +201,9 @@ def config(base: Path, strategy: str, args: argparse.Namespace) -> Config:
 
 def train(base: Path, way: str, args: argparse.Namespace, rank: int) -> Seen:
     """A worker from its base to the folder of its adapter."""
-    keep_freed_memory()
     strategy = way.removesuffix(AGAIN)
     settings, seen = config(base, strategy, args), Seen()
+    use_cpus(settings, CPU)
     store: Any = random_store(args.workers, args.length)
     import torch.distributed.fsdp  # noqa: F401  # modules are no one's memory of a model
 
