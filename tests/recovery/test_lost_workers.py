@@ -16,8 +16,8 @@ from tests.recovery.test_methods import project_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
-IDLE = 0.5
-"""Seconds on a processor that a worker uses at most within two seconds while it waits."""
+LONG, IDLE = 5.0, 0.5
+"""Seconds of watching a worker, and seconds on a processor that one which waits uses in them at most."""
 FIRST, OTHER = (Fault("step", "kill", step=5, rank=rank) for rank in (0, 1))
 ADAPTER = {"rank": 4, "alpha": 8}
 CASES: dict[str, tuple[str, dict[str, Any], Fault]] = {
@@ -82,8 +82,8 @@ def test_a_spare_takes_the_place_and_the_replacement_is_the_next_spare(
 ) -> None:
     """Twice: one that dies early, and one so late that its replacement still waits, or starts, when the run ends."""
     with processes.scratch() as scratch:
-        watched = Fault(kind="watch", pace=6.0)
-        run = Run(runs.written(tiny_project, tmp_path), scratch, watched, changes=("cluster.spares=1",))
+        paced = Fault(pace=10.0)
+        run = Run(runs.written(tiny_project, tmp_path), scratch, paced, changes=("cluster.spares=1",))
         run.start()
         for count in (1, runs.STEPS - 1):
             run.wait_until(lambda: ready(scratch, 3), "no spare stands by")
@@ -106,7 +106,7 @@ def done(scratch: Path) -> list[moments.Done]:
 def ready(scratch: Path, count: int) -> bool:
     """Whether so many workers are there, all of which have come as far as they get alone: steps are drawn out here."""
     before = {worker.pid: used(worker) for worker in processes.workers(scratch)}
-    time.sleep(2.0)
+    time.sleep(LONG)
     now = {worker.pid: used(worker) for worker in processes.workers(scratch)}
     return len(now) == count and all(
         has_torch(pid) and after - before.get(pid, 0.0) < IDLE for pid, after in now.items()
