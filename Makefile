@@ -67,7 +67,7 @@ models: $(VENV)/.dev ## docs/models.md: what becomes of a tiny model of each fam
 lock: $(VENV)/.dev build/lock/bin/uv ## deploy/requirements.lock: what nodes install, at the versions that are installed here
 	$(BIN)/python tools/write_lock.py build/lock/bin/uv
 
-bench: $(VENV)/.bench ## docs/benchmarks.md: what the benchmarks print, with date and machine, in about 90 minutes
+bench: $(VENV)/.bench ## docs/benchmarks.md: what the benchmarks print, with date and machine; planned for 90 minutes
 	$(BIN)/python benchmarks/write_page.py
 
 # A stamp is newer than pyproject.toml only if the installation finished.

@@ -137,6 +137,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join((lines[0], "-" * len(lines[0]), *lines[1:]))
 
 
+def met(yes: bool) -> str:
+    """How a target is told; what is not a number has met none."""
+    return "met" if yes else "missed"
+
+
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
     if info.exists():

@@ -21,7 +21,7 @@ from pathlib import Path
 from statistics import mean, median
 
 import numpy as np
-from common import MODEL, machine, model_folder, table
+from common import MODEL, machine, met, model_folder, table
 
 from olora_ray.cluster.spec import TrainResult
 from olora_ray.train.checkpoint import MANIFEST
@@ -161,13 +161,9 @@ def verdict(runs: dict[str, list[Run]]) -> str:
     over, waiting = median(pairs), median(each.waiting for each in runs["Ray Train"])
     return (
         f"Ray Train over torchrun: {over:+.1%} (pairs from {min(pairs):+.1%} to {max(pairs):+.1%}), target below"
-        f" {MOST_OVERHEAD:.0%}: {_met(over < MOST_OVERHEAD)}; waiting for data {waiting:.2%}, target below"
-        f" {MOST_WAITING:.0%}: {_met(waiting < MOST_WAITING)}"
+        f" {MOST_OVERHEAD:.0%}: {met(over < MOST_OVERHEAD)}; waiting for data {waiting:.2%}, target below"
+        f" {MOST_WAITING:.0%}: {met(waiting < MOST_WAITING)}"
     )
-
-
-def _met(yes: bool) -> str:
-    return "met" if yes else "missed"
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import MODEL, config, machine, memory_store, model_folder, our_trainer, table
+from common import MODEL, config, machine, memory_store, met, model_folder, our_trainer, table
 from memory import MIB, make_model, resident
 
 CORPUS = Path(__file__).resolve().parent.parent / "pipelines" / "quickstart" / "train.jsonl"
@@ -94,13 +94,9 @@ def verdict(results: dict[str, dict[str, float]]) -> str:
     ours, theirs = results[OURS], results[QLORA]
     off, memory = ours["last"] / theirs["last"] - 1, ours["peak"] / theirs["peak"]
     return (
-        f"{OURS} beside {QLORA}: loss {off:+.2%}, target at most {MOST_OFF:+.0%}: {_met(off <= MOST_OFF)};"
-        f" {memory:.2f} of its memory, target at most 1: {_met(memory <= 1)}"
+        f"{OURS} beside {QLORA}: loss {off:+.2%}, target at most {MOST_OFF:+.0%}: {met(off <= MOST_OFF)};"
+        f" {memory:.2f} of its memory, target at most 1: {met(memory <= 1)}"
     )
-
-
-def _met(yes: bool) -> str:
-    return "met" if yes else "missed"
 
 
 def apart(job: dict[str, Any]) -> dict[str, float] | None:

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from common import MemoryStore, machine, table
+from common import MemoryStore, machine, met, table
 from export import GIB, LLAMA_1B, random_adapter, write_base
 
 from olora_ray.adapter import merge
@@ -145,7 +145,7 @@ def near_a_share(way: str, found: list[Seen], base: int, args: argparse.Namespac
     return (
         f"{way}: {own / GIB:.2f} GiB at most; its share of the base is {base / args.workers / GIB:.2f}, embeddings and"
         f" blocks, while they are gathered, {gathered / GIB:.2f}, adapter, gradient and moments {adapter / GIB:.2f}:"
-        f" {own / planned:.2f} of that, target {NEAR:g} at most: {'met' if own <= NEAR * planned else 'missed'}"
+        f" {own / planned:.2f} of that, target {NEAR:g} at most: {met(own <= NEAR * planned)}"
     )
 
 

@@ -7,8 +7,8 @@
 
 Each has a section with the date, the machine and the command. Sections of benchmarks that did not run stay as they
 are, word for word, and so does text before the first section. The page is written after each benchmark, and one that
-fails does not keep the others from running. All together take 90 minutes on two cores: some run with fewer rounds then
-than alone, and those that take longest only when they are named.
+fails does not keep the others from running. All together are planned for 90 minutes on two cores: some run with fewer
+rounds then than alone, and those that take longest only when they are named.
 """
 
 import argparse
