@@ -130,7 +130,7 @@ def gradient_of_ours(setting: Setting, job: dict[str, Any], rows: Rows) -> dict[
     trainer, attention = our_trainer(cfg, job["folder"])
     found: dict[str, Tensor] = {}
 
-    def keep(lr: float) -> float:
+    def keep(lr: float, norm: float | None = None) -> float:
         found.update({name: part.clone() for name, part in trainer.flat.named(trainer.flat.grad).items()})
         return 0.0
 
