@@ -2,7 +2,7 @@
 
 Ray itself frees them only when the whole job ends, so whoever waits for room would wait for ever. Train has a process
 of its own for it beside each controller, which asks the dashboard: slow to start, and blind where no dashboard
-runs. Our trainers go without (ray_internals.without_helpers), and the driver does it.
+runs. Our trainers go without (train_internals.adapted), and the driver does it.
 """
 
 from olora_ray.cluster import ray_internals

@@ -1,4 +1,5 @@
-"""Ray's private parts: with tune_internals.py the only file that uses names which Ray may change without notice.
+"""Ray's private parts: with train_internals.py and tune_internals.py the only file that uses names which Ray may change
+without notice.
 
 Each function says why no public way would do and names the version whose source it was read from. After an upgrade
 of Ray, tests/cluster/test_ray_internals.py shows what no longer holds.
@@ -232,21 +233,6 @@ def token_logger() -> logging.Logger:
     Ray 2.60, _private/authentication/authentication_token_setup.py.
     """
     return logging.getLogger("ray._private.authentication.authentication_token_setup")
-
-
-def without_helpers(trainer: Any) -> Any:
-    """The trainer, which starts no process for datasets of Ray's, and none that gives back a dead controller's room.
-
-    Ray 2.60, train/v2/api/data_parallel_trainer.py and _internal/callbacks: both have all imports of Ray Data or
-    Train and come up beside the workers, which takes their time on a machine with few CPUs. No dataset is
-    given, and the driver gives the room back (placement_groups.py), without the dashboard that the helper asks.
-    """
-    from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
-    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
-
-    callbacks, without = trainer._create_default_callbacks, (DatasetsCallback, PlacementGroupCleanerCallback)
-    trainer._create_default_callbacks = lambda: [each for each in callbacks() if not isinstance(each, without)]
-    return trainer
 
 
 def begin_autoscaling_coordinator() -> None:

@@ -8,7 +8,6 @@ from typing import Any
 import ray
 import ray.train
 
-from olora_ray.cluster import ray_internals
 from olora_ray.cluster.channel import make_channel
 from olora_ray.cluster.failures import TellDriver
 from olora_ray.cluster.in_place import InPlaceGroups, in_place
@@ -99,6 +98,8 @@ def trainer(spec: TrainSpec, folder: RunFolder, worker: Mapping[str, float], cha
     """Ray's trainer for a group of workers, each with the resources of `worker`."""
     from ray.train.torch import TorchTrainer
 
+    from olora_ray.cluster import train_internals
+
     # Groups that do not change in place are of another size at each attempt where they are elastic, so Ray must not
     # retry: every failure returns to `Attempts`, as does any of a group's whole if its room is gone.
     cluster, changing = spec.config.cluster, in_place(spec.config, worker)
@@ -129,7 +130,7 @@ def trainer(spec: TrainSpec, folder: RunFolder, worker: Mapping[str, float], cha
             logging_config=ray_train.LoggingConfig(log_level="WARNING"),
         ),
     )
-    return ray_internals.without_helpers(made)
+    return train_internals.adapted(made)
 
 
 def _fit(
