@@ -138,13 +138,15 @@ def main() -> None:
 def near_a_share(way: str, found: list[Seen], base: int, args: argparse.Namespace) -> str:
     """What a worker has had at most of its own, beside its share of the base and what it has to have with it."""
     embedding = 2 * LLAMA_1B["vocab_size"] * LLAMA_1B["hidden_size"]
-    # Twice for a moment, as it came and in its own place; of the blocks another one comes meanwhile.
-    gathered = embedding + max(embedding, 3 * (base - embedding) // args.layers)
+    blocks = base - embedding
+    # Embeddings are the file's pages, as they are for ddp. A gathered block is there twice for a moment, as it came and
+    # in its own place, and the next one comes meanwhile.
+    gathered = 3 * blocks // args.layers
     own, adapter = max(peak.own for each in found for peak in each.peaks.values()), 4 * VECTORS * found[0].adapter
-    planned = base // args.workers + gathered + adapter
+    planned = blocks // args.workers + gathered + adapter
     return (
-        f"{way}: {own / GIB:.2f} GiB at most; its share of the base is {base / args.workers / GIB:.2f}, embeddings and"
-        f" blocks, while they are gathered, {gathered / GIB:.2f}, adapter, gradient and moments {adapter / GIB:.2f}:"
+        f"{way}: {own / GIB:.2f} GiB at most; its share of the blocks is {blocks / args.workers / GIB:.2f}, of blocks"
+        f" that are gathered {gathered / GIB:.2f}, adapter, gradient and moments {adapter / GIB:.2f}:"
         f" {own / planned:.2f} of that, target {NEAR:g} at most: {met(own <= NEAR * planned)}"
     )
 

@@ -1,6 +1,6 @@
 """The stored tensors of a model folder: where each one lies, and reading and writing some of its rows.
 
-Plain reads and writes at byte offsets: memory holds what was asked for, and never a mapping of a whole file.
+Plain reads and writes at byte offsets: memory holds what was asked for, and only who asks for it has a tensor mapped.
 """
 
 import json
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,6 +48,14 @@ class Stored:
             if file.readinto(_bytes(found)) != found.nbytes:
                 raise UserError(f"{folder / self.file} is cut off: {self.name} is not whole")
         return found
+
+    def mapped(self, folder: Path) -> Tensor | None:
+        """All of it as pages of the file; None if it does not lie in it as its precision needs it, or is cut off."""
+        file, dtype = folder / self.file, DTYPES[self.dtype]
+        if self.start % dtype.itemsize or not self.size or file.stat().st_size < self.end:
+            return None
+        pages = np.memmap(file, np.uint8, mode="c", offset=self.start, shape=(self.size,))
+        return torch.from_numpy(pages).view(dtype).view(self.shape)
 
     def write(self, folder: Path, tensor: Tensor, first: int = 0) -> None:
         """Put rows in the place of those from `first` on, in a file that is there."""

@@ -19,7 +19,7 @@ from olora_ray.tokens.store import Pack
 from olora_ray.train import recompute
 from olora_ray.train.examples import SHORT, examples_of, one_pack
 from olora_ray.train.loss import SupervisedLoss
-from olora_ray.train.parallel import gathered
+from olora_ray.train.parallel import begin_at_root
 
 _EXPERT = re.compile(r"([^.]*expert[^.]*)\.(?:expert_)?\d+(?=\.)")
 """The number of an expert that is a module of its own, as in `mlp.experts.3.up_proj`."""
@@ -53,17 +53,17 @@ def check_adapters(
 
 def _try(loss: SupervisedLoss, adapted: Mapping[str, AdaptedWeight], batch: Batch, new: bool) -> list[str]:
     """The adapters that no gradient reaches; raises UserError if untrained ones change a loss."""
-    with gathered(loss, batch):
-        if new:
-            losses = loss.each(batch)
-            with bare(loss.model):
-                base = loss.each(batch)
-            if not torch.equal(losses, base):
-                off = float((losses - base).abs().mean())
-                raise UserError(
-                    f"model.name: {type(loss.model).__name__} with untrained adapters differs by {off:.2g} from the"
-                    " base: one of adapter.targets is not a plain linear layer"
-                )
+    begin_at_root(loss)
+    if new:
+        losses = loss.each(batch)
+        with bare(loss.model):
+            base = loss.each(batch)
+        if not torch.equal(losses, base):
+            off = float((losses - base).abs().mean())
+            raise UserError(
+                f"model.name: {type(loss.model).__name__} with untrained adapters differs by {off:.2g} from the"
+                " base: one of adapter.targets is not a plain linear layer"
+            )
     gradients = _gradients(loss, adapted, batch)
     if loss.recompute:
         with recompute.switched(loss, on=False):

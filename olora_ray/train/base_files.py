@@ -51,6 +51,17 @@ class BaseFiles:
     def _rows(self, own: str, first: int, last: int) -> Tensor:
         return self.groups[own].take(self.folder, own, first, last, self.dtypes[own])
 
+    def mapped(self, name: str) -> Tensor | None:
+        """All of a parameter as the pages of its file, which are read when they are used; None if it is not stored so.
+
+        Not written to: a page that is has its own memory from then on.
+        """
+        own = self.names[name]
+        group = self.groups[own]
+        if group.converter is not None or group.dtype != self.dtypes[own]:
+            return None
+        return group.stored[0].mapped(self.folder)
+
     def differs(self, part: int, parts: int) -> str | None:
         """Why tensors that the model shares are not the same in the files, as far as this part of their rows tells.
 
@@ -76,13 +87,22 @@ class BaseFiles:
 
 
 @torch.no_grad()
-def fill(model: nn.Module, files: BaseFiles, wanted: Callable[[nn.Parameter], bool]) -> None:
-    """Read the wanted weights of a model that has none, and all stored buffers; weights that it shares stay shared."""
+def fill(
+    model: nn.Module,
+    files: BaseFiles,
+    wanted: Callable[[nn.Parameter], bool],
+    read: Callable[[str], Tensor] | None = None,
+) -> None:
+    """Give the wanted weights to a model that has none, and all stored buffers; weights that it shares stay shared.
+
+    They are what `read` makes of their names; by default they are read from the files.
+    """
+    read = read or files.whole
     own: dict[int, nn.Parameter] = {}
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):  # all alive: an id is not used again
         if wanted(parameter):
             if id(parameter) not in own:
-                own[id(parameter)] = nn.Parameter(files.whole(name), requires_grad=False)
+                own[id(parameter)] = nn.Parameter(read(name), requires_grad=False)
             _owner(model, name)._parameters[name.rpartition(".")[2]] = own[id(parameter)]
     for name in stored_buffers(model):
         _owner(model, name)._buffers[name.rpartition(".")[2]] = files.whole(name)

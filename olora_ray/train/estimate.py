@@ -27,7 +27,7 @@ from olora_ray.model.source import BaseModel
 from olora_ray.train import base_files
 from olora_ray.train.activation_formula import by_formula, held_by_experts
 from olora_ray.train.answer_memory import answers_at_once, cache_bytes
-from olora_ray.train.blocks import decoder_layers
+from olora_ray.train.blocks import blocks_to_shard
 from olora_ray.train.data_driven import refuse
 from olora_ray.train.quantised_base import packed_size
 from olora_ray.train.step_memory import Taken, measure
@@ -154,14 +154,13 @@ def _base_bytes(config: Config, model: Any, count: int, dtype: torch.dtype, gpu:
         return (count - numbers) * width + size, unpacked, 0
     if shards == 1:
         return count * width, 0, 0
-    root, block = _sizes(model)
+    root, block = (numbers * width for numbers in _sizes(model))
     # What is gathered is there twice for a moment, as it came and in the weights' own places; the next block is
     # gathered while one is used.
-    whole = (root + max(root, 3 * block)) * width
+    part = (count * width - root) // shards
     if not (config.cluster.fsdp_offload and gpu):
-        return count * width // shards, whole, 0
-    offloaded = (count - root) * width // shards
-    return count * width // shards - offloaded, whole + 2 * block * width // shards, offloaded
+        return root + part, 3 * block, 0
+    return root, 3 * block + 2 * block // shards, part
 
 
 def _set_aside(config: Config) -> int:
@@ -225,5 +224,5 @@ def _taken(config: Config, model: Any, selection: Selection, dtype: torch.dtype,
 
 def _sizes(model: Any) -> tuple[int, int]:
     """Numbers of the base that are in no block, and of its largest block."""
-    sizes = [sum(weight.numel() for weight in block.parameters()) for block in decoder_layers(model)]
+    sizes = [sum(weight.numel() for weight in block.parameters()) for block in blocks_to_shard(model)]
     return sum(weight.numel() for weight in model.parameters()) - sum(sizes), max(sizes, default=0)

@@ -13,6 +13,7 @@ from olora_ray.config.schema import Evaluation
 from olora_ray.model.packing import positions, takes_padding
 from olora_ray.tokens.store import TokenStore
 from olora_ray.train.loop import Trainer
+from olora_ray.train.parallel import begin_at_root
 
 AT_ONCE = 20
 """Prompts that are answered together, the same ones for any number of workers."""
@@ -90,34 +91,15 @@ def answer(
     if sharded:  # all run until the last is done
         max_new_tokens = _within(model, [question.prompt for question in asked], max_new_tokens)
     rounds = -(-len(groups) // workers) if sharded else len(mine)
-    with decoding(model), _gathered(trainer.loss) if sharded else contextlib.nullcontext():
+    if sharded:
+        begin_at_root(trainer.loss)
+    with decoding(model):
         for turn in range(rounds):
             group = mine[turn] if turn < len(mine) else []
             prompts = [asked[i].prompt for i in group or [0]]
             outputs = greedy(model, prompts, max_new_tokens, eos, trainer.device, together=sharded)
             own.extend(zip(group, outputs, strict=False))
     return [output for _, output in sorted(pair for part in collectives.gather(own) for pair in part)]
-
-
-@contextlib.contextmanager
-def _gathered(root: Any) -> Iterator[None]:
-    """Embeddings and head of a sharded base, for as long as it is entered; the blocks gather themselves.
-
-    FSDP takes the module that runs first for the root of the whole. Answers run the model inside the root, so that
-    before the first loss a block would be taken for it, and the first loss would fail: an empty method of the root runs
-    first.
-    """
-    from torch.distributed.fsdp import register_fsdp_forward_method
-
-    root.nothing = lambda: None
-    register_fsdp_forward_method(root, "nothing")
-    root.nothing()
-    root.unshard()
-    try:
-        yield
-    finally:
-        root.reshard()
-        del root.nothing
 
 
 @contextlib.contextmanager

@@ -1,23 +1,22 @@
 """Placement of a model on the workers: ddp or fsdp.
 
-ddp: every worker holds the whole base. fsdp: FSDP2 shards the frozen base, block by block; train/sharded_base.py
-loads it so that nobody ever holds the whole. In both the adapters are whole on every worker (they are small) and their
-gradients are summed once a step in one fixed tree (train/tree.py), so accumulation needs no `no_sync`, a step has the
-same bits whatever the number of workers, and a checkpoint is the same file for both.
+ddp: every worker holds the whole base. fsdp: FSDP2 shards the blocks of the frozen base; train/sharded_base.py loads
+them so that nobody ever holds the whole. What is in no block, embeddings and head above all, is whole on every worker:
+each needs it in every step, and gathering it would take room for it twice. In both the adapters are whole on every
+worker (they are small) and their gradients are summed once a step in one fixed tree (train/tree.py), so accumulation
+needs no `no_sync`, a step has the same bits whatever the number of workers, and a checkpoint is the same file for both.
 """
 
 import inspect
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from olora_ray.adapter.layer import AdaptedWeight
 from olora_ray.common import collectives
-from olora_ray.tokens.collate import Batch
 from olora_ray.train import recompute
 from olora_ray.train.blocks import blocks_to_shard
 from olora_ray.train.loss import SupervisedLoss
@@ -57,11 +56,10 @@ def places(loss: Any, device: torch.device) -> Callable[[Tensor], torch.device]:
 
 
 def shard(loss: SupervisedLoss, device: torch.device, replicas: int = 1, offload: bool = False) -> None:
-    """Shard the frozen base; adapters stay whole. Weights may still be on the meta device.
+    """Shard the blocks of the frozen base; adapters and what is in no block stay whole. Weights may still be meta.
 
     Each of the copies is spread over workers of consecutive ranks, which Ray gives to the workers of a node.
-    `offload`: shards of blocks stay in the memory of the node, and are copied to the device each time they are
-    gathered; what is in no block is on the device all the same, for as long as a step takes.
+    `offload`: shards stay in the memory of the node, and are copied to the device each time they are gathered.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
@@ -78,10 +76,18 @@ def shard(loss: SupervisedLoss, device: torch.device, replicas: int = 1, offload
     apart = offload and has_own_memory(device)
     # Pinned memory is copied to a GPU while it computes.
     policy = CPUOffloadPolicy(pin_memory=device.type == "cuda") if apart else OffloadPolicy()
-    for block in blocks_to_shard(loss.model):
+    blocks = blocks_to_shard(loss.model)
+    whole = adapters | outside(loss, blocks)
+    for block in blocks:
         fully_shard(block, mesh=mesh, ignored_params=adapters, offload_policy=policy)
         loss.offloaded += [block] if apart else []
-    fully_shard(loss, mesh=mesh, ignored_params=adapters)
+    fully_shard(loss, mesh=mesh, ignored_params=whole)
+
+
+def outside(model: nn.Module, blocks: Iterable[nn.Module]) -> set[nn.Parameter]:
+    """The parameters that are in none of the blocks."""
+    inside = {id(parameter) for block in blocks for parameter in block.parameters()}
+    return {parameter for parameter in model.parameters() if id(parameter) not in inside}
 
 
 def has_own_memory(device: torch.device) -> bool:
@@ -114,16 +120,16 @@ def strategy_problem(strategy: str) -> str | None:
     return None
 
 
-@contextmanager
-def gathered(loss: Any, batch: Batch) -> Iterator[None]:
-    """Of a sharded base, embeddings and head are gathered; its blocks gather themselves."""
+def begin_at_root(loss: Any) -> None:
+    """Before a part of a sharded base is asked alone: FSDP takes the module that runs first for the root of the whole.
+
+    Then the first loss would fail: an empty method of the root runs first.
+    """
     if not hasattr(loss, "unshard"):
-        yield
         return
-    with torch.no_grad():
-        loss(batch)  # FSDP must meet its root first
-    loss.unshard()
-    try:
-        yield
-    finally:
-        loss.reshard()
+    from torch.distributed.fsdp import register_fsdp_forward_method
+
+    loss.nothing = lambda: None
+    register_fsdp_forward_method(loss, "nothing")
+    loss.nothing()
+    del loss.nothing

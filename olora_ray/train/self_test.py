@@ -32,7 +32,7 @@ from olora_ray.tokens.store import Pack
 from olora_ray.train.blocks import decoder_layers
 from olora_ray.train.examples import Ids, one_pack, three_examples
 from olora_ray.train.loss import SupervisedLoss
-from olora_ray.train.parallel import gathered
+from olora_ray.train.parallel import begin_at_root
 from olora_ray.train.self_test_result import Differences, SelfTest
 
 logger = logging.getLogger(__name__)
@@ -61,19 +61,19 @@ def choose_attention(loss: SupervisedLoss, packs: Sequence[Pack], config: AnyCon
     failed: dict[str, str] = {}
     own = attention.own(model)
     _set(model, own)  # the first to run: with one that fails, a sharded base would fail with it
-    with gathered(loss, trial.batch(own)):
-        trial.measure_own()
-        for name in wanted:
-            problem, found = trial.run(name)
-            if problem is None:
-                _set(model, name)
-                for other, why in failed.items():
-                    logger.info(f"attention {name} instead of {other}: {why}")
-                return SelfTest(name, loss.given_masks, failed, found, time.perf_counter() - began)
-            failed[name] = problem
-        text = _refusal(type(model).__name__, failed, trial)
-        free = attention.candidates(model, config.model.model_copy(update={"attention": "auto"}), dtype, device)
-        instead = next((name for name in free if name not in failed and trial.run(name)[0] is None), None)
+    begin_at_root(loss)
+    trial.measure_own()
+    for name in wanted:
+        problem, found = trial.run(name)
+        if problem is None:
+            _set(model, name)
+            for other, why in failed.items():
+                logger.info(f"attention {name} instead of {other}: {why}")
+            return SelfTest(name, loss.given_masks, failed, found, time.perf_counter() - began)
+        failed[name] = problem
+    text = _refusal(type(model).__name__, failed, trial)
+    free = attention.candidates(model, config.model.model_copy(update={"attention": "auto"}), dtype, device)
+    instead = next((name for name in free if name not in failed and trial.run(name)[0] is None), None)
     if instead is not None:
         text = f"model.attention={wanted[-1]}: with {type(model).__name__}, {failed[wanted[-1]]}; set it to {instead}"
     raise UserError(text)

@@ -1,7 +1,8 @@
 """A base that no worker ever holds whole: built without weights, sharded, and filled from its files, rows by rows.
 
 Weights of one dimension (norms, biases) are read by every worker: they are small, and some norms are looked at before
-the base is sharded (train/fast_norm.py).
+the base is sharded (train/fast_norm.py). So is what is in no block (train/parallel.py): of embeddings and head as they
+lie in the files a worker without a GPU maps its own, and all workers of a node have the same memory for them.
 """
 
 import logging
@@ -20,8 +21,9 @@ from olora_ray.config.schema import Config
 from olora_ray.model.load import empty_model
 from olora_ray.train import base_files
 from olora_ray.train.base_files import BaseFiles
+from olora_ray.train.blocks import blocks_to_shard
 from olora_ray.train.loss import SupervisedLoss
-from olora_ray.train.parallel import has_own_memory, own_rows, places, shard
+from olora_ray.train.parallel import has_own_memory, outside, own_rows, places, shard
 from olora_ray.train.quantised_base import load_frozen
 
 logger = logging.getLogger(__name__)
@@ -56,7 +58,9 @@ def _sharded(folder: str, config: Config, device: torch.device) -> SupervisedLos
     found = together(lambda: base_files.find(Path(folder), model))
     if isinstance(found := _agreed(found), str):
         return found
+    whole = {weight for weight in outside(model, blocks_to_shard(model)) if weight.dim() >= 2}
     together(lambda: base_files.fill(model, found, lambda weight: weight.dim() < 2))
+    together(lambda: base_files.fill(model, found, whole.__contains__, partial(_whole, found, device)))
     loss: Any = SupervisedLoss(model)  # torch leaves `_apply` untyped
     loss.files = found
     shard(loss, device, config.cluster.fsdp_replicas, config.cluster.fsdp_offload)
@@ -96,14 +100,26 @@ def _read_shards(model: nn.Module, files: BaseFiles) -> None:
     from torch.distributed.tensor import DTensor
 
     for name, parameter in model.named_parameters():
-        if parameter.dim() < 2:
+        if parameter.dim() < 2 or not isinstance(parameter.data, DTensor):
             continue
-        assert isinstance(parameter.data, DTensor)
         shard_of: Tensor = parameter.data.to_local()
         first, last = own_rows(parameter.data)
         assert shard_of.shape[0] == last - first
-        rows = max(1, AT_ONCE * len(shard_of) // max(shard_of.nbytes, 1))
-        count = rows if files.in_parts(name) else max(1, last - first)
-        for start in range(first, last, count):
-            stop = min(start + count, last)
-            shard_of[start - first : stop - first].copy_(files.rows(name, start, stop))
+        _read_rows(files, name, first, shard_of)
+
+
+def _whole(files: BaseFiles, device: torch.device, name: str) -> Tensor:
+    """All of a weight on the device, of which the node's memory never holds more than some rows."""
+    if device.type == "cpu" and (mapped := files.mapped(name)) is not None:
+        return mapped
+    found = torch.empty(files.shapes[name], dtype=files.dtypes[name], device=device)
+    _read_rows(files, name, 0, found)
+    return found
+
+
+def _read_rows(files: BaseFiles, name: str, first: int, to: Tensor) -> None:
+    """Fill a tensor with as many rows of a weight, from row `first` on."""
+    count = max(1, AT_ONCE * len(to) // max(to.nbytes, 1)) if files.in_parts(name) else max(1, len(to))
+    for start in range(0, len(to), count):
+        stop = min(start + count, len(to))
+        to[start:stop].copy_(files.rows(name, first + start, first + stop))

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from olora_ray.config.schema import Config
 from olora_ray.tokens.collate import collate
@@ -60,7 +61,11 @@ def _train(strategy: str, tied: bool) -> tuple[list[float], Tensor, Tensor, floa
 def _layout(strategy: str) -> tuple[list[str], list[str]]:
     """The kind of every frozen weight, and the modules that are gathered one at a time."""
     trainer, *_ = trained(strategy, steps=1)
-    kinds = [type(p.data).__name__ for p in trainer.loss.parameters() if not p.requires_grad]
+    kinds = [
+        f"{type(p.data).__name__}, {'in a block' if '.layers.' in name else 'outside'}"
+        for name, p in trainer.loss.named_parameters()
+        if not p.requires_grad
+    ]
     return kinds, [name for name, module in trainer.loss.named_modules() if isinstance(module, FSDPModule)]
 
 
@@ -115,12 +120,12 @@ def test_fsdp_equals_ddp_with_uneven_shares(crew: Callable[[int], Crew], micro: 
     assert fsdp[2] == other_fsdp[2] == other[2]  # the smaller share runs one for the sake of the other
 
 
-def test_fsdp_shards_every_frozen_weight_block_by_block_and_ddp_none(crew: Callable[[int], Crew]) -> None:
+def test_fsdp_shards_every_frozen_weight_of_the_blocks_and_ddp_none(crew: Callable[[int], Crew]) -> None:
     kinds, units = crew(2).run(_layout, "fsdp")[0]
-    assert set(kinds) == {"DTensor"}
+    assert set(kinds) == {"DTensor, in a block", "Tensor, outside"}
     assert units == ["", "model.model.layers.0", "model.model.layers.1"]
     kinds, units = crew(2).run(_layout, "ddp")[0]
-    assert "DTensor" not in kinds
+    assert set(kinds) == {"Tensor, in a block", "Tensor, outside"}
     assert units == []
 
 
@@ -223,7 +228,8 @@ def test_answers_of_a_sharded_base_may_come_before_any_loss(group_of_one: None) 
             trainer.loss(batch).backward()
         assert torch.equal(sharded.flat.grad, whole.flat.grad)
     assert not hasattr(sharded.loss, "nothing")
-    assert {type(part.data).__name__ for part in sharded.loss.parameters() if not part.requires_grad} == {"DTensor"}
+    frozen = {name: part.data for name, part in sharded.loss.named_parameters() if not part.requires_grad}
+    assert all(isinstance(part, DTensor) is (".layers." in name) for name, part in frozen.items())
 
 
 def test_the_smallest_torch_of_the_project_has_what_sharding_needs(monkeypatch: pytest.MonkeyPatch) -> None:
