@@ -18,28 +18,31 @@ from tests.waiting import until
 
 pytestmark = pytest.mark.ray
 
-QUICK = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 10}
+QUICK = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 5}
+SMALL = 100 * 2**20
+"""Bytes of an object store."""
 QUIET = 20
 """Tries to place what is missing in two seconds: Ray makes some hundred thousand of a group with a hole in it."""
 
 
-@pytest.fixture
-def nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Any]:
     """A cluster of a head without CPUs and two nodes with one each."""
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    import ray
-    from ray.cluster_utils import Cluster
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        import ray
+        from ray.cluster_utils import Cluster
 
-    ray.shutdown()
-    small = {"include_dashboard": False, "object_store_memory": 100 * 2**20}
-    found: Any = Cluster(True, head_node_args={"num_cpus": 0, "_system_config": QUICK, **small})
-    for _ in range(2):
-        found.add_node(num_cpus=1, object_store_memory=100 * 2**20)
-    ray.init(found.address, log_to_driver=False)
-    yield found
-    ray.shutdown()
-    found.shutdown()
+        ray.shutdown()
+        small = {"include_dashboard": False, "object_store_memory": SMALL}
+        found: Any = Cluster(True, head_node_args={"num_cpus": 0, "_system_config": QUICK, **small})
+        for _ in range(2):
+            found.add_node(num_cpus=1, object_store_memory=SMALL)
+        ray.init(found.address, log_to_driver=False)
+        yield found
+        ray.shutdown()
+        found.shutdown()
 
 
 def _work(config: dict[str, Any]) -> None:
@@ -90,7 +93,7 @@ def test_a_worker_on_its_way_to_a_node_that_dies_goes_to_another(nodes: Any) -> 
         started = thread.submit(group._started, places, [1], one)
         threading.Event().wait(1)
         nodes.remove_node(dies, allow_graceful=False)
-        joined = nodes.add_node(num_cpus=1, object_store_memory=100 * 2**20)
+        joined = nodes.add_node(num_cpus=1, object_store_memory=SMALL)
         assert started.result(60)[1][1] == joined.node_id
     places.shutdown()
     until(lambda: ray.available_resources().get("CPU", 0) == 2)
@@ -133,7 +136,7 @@ def test_a_worker_whose_node_is_gone_waits_quietly_for_another(nodes: Any, tmp_p
     threading.Event().wait(2)
     assert _tries() - before < QUIET
     known = {one[2] for one in started()}
-    joined = nodes.add_node(num_cpus=1, object_store_memory=100 * 2**20)
+    joined = nodes.add_node(num_cpus=1, object_store_memory=SMALL)
     until(lambda: {one[2] for one in started()} - known, 60)
     assert [one[:2] for one in started() if one[2] not in known] == [(1, joined.node_id)]
     os.kill(first[2], 0)  # the other one has gone on
