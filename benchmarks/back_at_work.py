@@ -226,7 +226,7 @@ ON_ONE_HOST: dict[tuple[str, ...], tuple[Case, ...]] = {
         Case("SIGKILL of the driver, same command", kill_driver, 12),
     ),
     # Of the first one only: a spare is a worker process too, and may not be told from the others.
-    ("cluster.spares=1",): (Case("SIGKILL of the first worker, a spare", partial(KILL, True), 3, 14, 1, rest=60.0),),
+    ("cluster.spares=1",): (Case("SIGKILL of the first worker, a spare", partial(KILL, True), 3, 14, 1, rest=45.0),),
 }
 """More settings of a run -> what happens to it."""
 ON_HOSTS = (
@@ -246,9 +246,8 @@ HEADER = (
 )
 
 
-def measure(storage: Path, models: Path, count: int) -> dict[Case, list[Sample]]:
-    """Let every case happen so many times; one that fails ends those after it in its run, and is told."""
-    found: dict[Case, list[Sample]] = {}
+def measure(storage: Path, models: Path, count: int, found: dict[Case, list[Sample]]) -> None:
+    """Let every case happen so many times, and add what is found; one that fails ends those after it, and is told."""
     for number, (changes, cases) in enumerate(ON_ONE_HOST.items()):
         with processes.scratch() as folder:
             words = _settings(storage / f"one-{number}", models, changes)
@@ -259,7 +258,6 @@ def measure(storage: Path, models: Path, count: int) -> dict[Case, list[Sample]]
             _repeat(Training(several.run, several), ON_HOSTS, count, found)
     else:
         _say("hosts that are drained and join: needs root and network namespaces")
-    return found
 
 
 def _repeat(training: Training, cases: tuple[Case, ...], count: int, found: dict[Case, list[Sample]]) -> None:

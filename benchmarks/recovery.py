@@ -23,7 +23,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from back_at_work import measure, targets
+from back_at_work import Case, Sample, measure, targets
 from common import MODEL, config, machine, memory_store, model_folder, our_trainer, table
 
 from olora_ray.model.folder import parameters
@@ -51,8 +51,11 @@ def main() -> None:
         if args.rounds:
             _print_checkpoints(Path(scratch), folder, args.rounds)
         if args.kills:
-            found = measure(Path(scratch).resolve(), Path(args.storage).resolve() / "models", args.kills)
-            print(targets(found))
+            found: dict[Case, list[Sample]] = {}
+            try:
+                measure(Path(scratch).resolve(), Path(args.storage).resolve() / "models", args.kills, found)
+            finally:  # what is ended early has measured something too
+                print(targets(found))
 
 
 def _print_checkpoints(scratch: Path, folder: str, rounds: int) -> None:
