@@ -212,6 +212,8 @@ class Case:
     """Steps that may be done again."""
     rest: float = 0.0
     """Seconds before it happens, in which a spare gets ready."""
+    every: int = 1
+    """It happens every so many times: one that takes half a minute to be noticed, and always the same."""
 
 
 KILL = partial(signal_worker, signal.SIGKILL)
@@ -220,8 +222,8 @@ ON_ONE_HOST: dict[tuple[str, ...], tuple[Case, ...]] = {
     (): (
         Case("SIGKILL of the first worker", partial(KILL, True), 5, 14, 1),
         Case("SIGKILL of another worker", partial(KILL, False), 5, 14, 1),
-        Case("SIGSTOP of the first worker", partial(STOP, True), 30),
-        Case("SIGSTOP of another worker", partial(STOP, False), 30),
+        Case("SIGSTOP of the first worker", partial(STOP, True), 30, every=3),
+        Case("SIGSTOP of another worker", partial(STOP, False), 30, every=3),
         Case("SIGTERM, to the end", terminate_driver, 5, again=0),
         Case("SIGKILL of the driver, same command", kill_driver, 12),
     ),
@@ -247,7 +249,10 @@ HEADER = (
 
 
 def measure(storage: Path, models: Path, count: int, found: dict[Case, list[Sample]]) -> None:
-    """Let every case happen so many times, and add what is found; one that fails ends those after it, and is told."""
+    """Let every case happen so many times, or as its `every` says, and add what is found to `found`.
+
+    One that fails ends those after it in its run, and is told.
+    """
     for number, (changes, cases) in enumerate(ON_ONE_HOST.items()):
         with processes.scratch() as folder:
             words = _settings(storage / f"one-{number}", models, changes)
@@ -263,8 +268,8 @@ def measure(storage: Path, models: Path, count: int, found: dict[Case, list[Samp
 def _repeat(training: Training, cases: tuple[Case, ...], count: int, found: dict[Case, list[Sample]]) -> None:
     try:
         training.start()
-        for _ in range(count):
-            for case in cases:
+        for turn in range(count):
+            for case in (case for case in cases if turn % case.every == 0):
                 time.sleep(case.rest)
                 sample = case.happen(training)
                 found.setdefault(case, []).append(sample)

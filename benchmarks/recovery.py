@@ -41,7 +41,9 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7, help="blocks with and without a checkpoint; 0: none")
-    parser.add_argument("--kills", type=int, default=3, help="times that each thing happens; 0: none")
+    parser.add_argument(
+        "--kills", type=int, default=3, help="times that each thing happens, SIGSTOP every third; 0: none"
+    )
     parser.add_argument("--storage", default="./runs", help="where a GGUF model is dequantised to")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was started is removed then, too

@@ -14,6 +14,7 @@ import pytest
 
 from olora_ray.cluster import train_internals
 from olora_ray.cluster.in_place import InPlaceGroups
+from tests.recovery import processes
 from tests.waiting import until
 
 pytestmark = pytest.mark.ray
@@ -28,9 +29,9 @@ QUIET = 20
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Any]:
     """A cluster of a head without CPUs and two nodes with one each."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    with processes.scratch() as folder, pytest.MonkeyPatch.context() as patch:
+        for name, value in {"AUTH_MODE": "disabled", "USAGE_STATS_ENABLED": "0", "TMPDIR": str(folder)}.items():
+            patch.setenv(f"RAY_{name}", value)
         import ray
         from ray.cluster_utils import Cluster
 
