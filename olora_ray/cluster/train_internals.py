@@ -141,11 +141,11 @@ class Places(PlacementGroupHandle):
         return self._together.ready()
 
     def wait(self, timeout_seconds: float = 30) -> bool:
-        """See PlacementGroupHandle; false too if somebody else has taken the room in between."""
+        """See PlacementGroupHandle; false too if the room is gone again: others have taken it, or a node has died."""
         if not self._together.wait(timeout_seconds):
             return False
         self._each = _tied(self._together.placement_group, self._resources)
-        return _found(self._each)
+        return bool(self._each) and _found(self._each)
 
     def of(self, number: int) -> PlacementGroup:
         """The place of a worker; another one if its node is gone, once there is room for it."""
@@ -171,16 +171,19 @@ def _wherever(resources: Mapping[str, float]) -> PlacementGroup:
         anywhere = placement_group([dict(resources)])
         while not anywhere.wait(PATIENCE):
             pass
-        (tied,) = _tied(anywhere, resources)
-        if _found([tied]):
-            return tied
-        remove_placement_group(tied)
+        tied = _tied(anywhere, resources)
+        if tied and _found(tied):
+            return tied[0]
+        for each in tied:
+            remove_placement_group(each)
 
 
 def _tied(together: PlacementGroup, resources: Mapping[str, float]) -> list[PlacementGroup]:
-    """A placement group for each bundle of one that is there, in its stead, on the same nodes."""
+    """A placement group for each bundle of one that is there, in its stead, on the same nodes; none if one is gone."""
     nodes = placement_group_table(together)["bundles_to_node_id"]
     remove_placement_group(together)
+    if not all(nodes.values()):
+        return []
     time.sleep(RELEASED)
     labels = [{NODE_ID_LABEL_KEY: nodes[number]} for number in sorted(nodes)]
     return [placement_group([dict(resources)], bundle_label_selector=[label]) for label in labels]

@@ -145,3 +145,13 @@ def test_a_worker_whose_node_is_gone_waits_quietly_for_another(nodes: Any, tmp_p
     thread.join(60)
     assert not thread.is_alive()
     until(lambda: ray.available_resources().get("CPU", 0) == 2)
+
+
+def test_a_node_that_dies_before_a_place_is_tied_to_it_is_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    removed: list[Any] = []
+    table = {"bundles_to_node_id": {0: "a" * 56, 1: ""}}
+    monkeypatch.setattr(train_internals, "placement_group_table", lambda group: table)
+    monkeypatch.setattr(train_internals, "remove_placement_group", removed.append)
+    together: Any = SimpleNamespace(wait=lambda seconds: True, placement_group="both")
+    assert not train_internals.Places(together, {"CPU": 1}).wait(30)
+    assert removed == ["both"]
