@@ -228,7 +228,7 @@ ON_ONE_HOST: dict[tuple[str, ...], tuple[Case, ...]] = {
         Case("SIGKILL of the driver, same command", kill_driver, 12),
     ),
     # Of the first one only: a spare is a worker process too, and may not be told from the others.
-    ("cluster.spares=1",): (Case("SIGKILL of the first worker, a spare", partial(KILL, True), 3, 14, 1, rest=45.0),),
+    ("cluster.spares=1",): (Case("SIGKILL of the first worker, a spare", partial(KILL, True), 3, 14, 1, rest=60.0),),
 }
 """More settings of a run -> what happens to it."""
 ON_HOSTS = (
