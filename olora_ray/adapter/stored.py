@@ -1,6 +1,6 @@
 """The stored tensors of a model folder: where each one lies, and reading and writing some of its rows.
 
-Plain reads and writes at byte offsets: memory holds what was asked for, and only who asks for it has a tensor mapped.
+Plain reads and writes at byte offsets: memory holds what was asked for; only `mapped` maps, and one tensor.
 """
 
 import json

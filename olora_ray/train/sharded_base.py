@@ -58,9 +58,9 @@ def _sharded(folder: str, config: Config, device: torch.device) -> SupervisedLos
     found = together(lambda: base_files.find(Path(folder), model))
     if isinstance(found := _agreed(found), str):
         return found
-    whole = {weight for weight in outside(model, blocks_to_shard(model)) if weight.dim() >= 2}
-    together(lambda: base_files.fill(model, found, lambda weight: weight.dim() < 2))
-    together(lambda: base_files.fill(model, found, whole.__contains__, partial(_whole, found, device)))
+    whole = outside(model, blocks_to_shard(model))
+    wanted = {weight for weight in model.parameters() if weight.dim() < 2 or weight in whole}
+    together(lambda: base_files.fill(model, found, wanted.__contains__, partial(_whole, found, device)))
     loss: Any = SupervisedLoss(model)  # torch leaves `_apply` untyped
     loss.files = found
     shard(loss, device, config.cluster.fsdp_replicas, config.cluster.fsdp_offload)
@@ -109,7 +109,9 @@ def _read_shards(model: nn.Module, files: BaseFiles) -> None:
 
 
 def _whole(files: BaseFiles, device: torch.device, name: str) -> Tensor:
-    """All of a weight on the device, of which the node's memory never holds more than some rows."""
+    """All of a weight, a large one on the device: the node's memory never holds more than some rows of it."""
+    if len(files.shapes[name]) < 2:
+        return files.whole(name)
     if device.type == "cpu" and (mapped := files.mapped(name)) is not None:
         return mapped
     found = torch.empty(files.shapes[name], dtype=files.dtypes[name], device=device)
