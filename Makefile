@@ -70,8 +70,9 @@ lock: $(VENV)/.dev build/lock/bin/uv ## deploy/requirements.lock: what nodes ins
 bench: $(VENV)/.bench ## docs/benchmarks.md: what the benchmarks print, with date and machine; planned for 90 minutes
 	$(BIN)/python benchmarks/write_page.py
 
-# Modules are compiled when they are imported, which most never are: to compile all takes as long as to install them.
-INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
+# pip compiles all modules, which takes half of its time. Where PYTHONDONTWRITEBYTECODE is set nobody else would: each
+# process of each run would compile all that it imports, and a run started in 100 s instead of 39.
+INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check
 
 # A stamp is newer than pyproject.toml only if the installation finished.
 $(VENV)/.quickstart: pyproject.toml
