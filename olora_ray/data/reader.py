@@ -17,10 +17,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
-from pyarrow import ipc, parquet
+from pyarrow import parquet
 
 from olora_ray.common.errors import StoreUnavailable, UserError, first_line
-from olora_ray.data import arrow_values, unpacked
+from olora_ray.data import arrow_stream, arrow_values, unpacked
 from olora_ray.data.addresses import asked, open_filesystem
 from olora_ray.data.example import Rejected
 from olora_ray.data.json_file import BOM, read_whole, rows_of
@@ -240,15 +240,11 @@ def _parquet(file: File, unit: Unit, header: Sequence[str], columns: Sequence[st
 
 
 def _arrow(file: File, unit: Unit, header: Sequence[str], columns: Sequence[str]) -> Iterator[Located]:
-    with as_scanned(file, unit.after), arrow_batches(file) as batches:
-        present = _present(batches.schema, columns)
-        yield from _slice((batch.select(present) for batch in batches), 0, unit)
-
-
-def arrow_batches(file: File) -> Any:
-    """A reader of the batches of a file that `datasets` has saved (Arrow's stream form)."""
-    system, path = open_filesystem(file.uri)
-    return ipc.open_stream(pa.memory_map(path) if system.type_name == "local" else system.open_input_stream(path))
+    # Scans that were kept by an earlier version know of no place: then the file is read from its start.
+    start = unit.first - unit.before if unit.offset else 0
+    with as_scanned(file, unit.after), arrow_stream.opened(file, unit) as (schema, batches):
+        present = _present(schema, columns)
+        yield from _slice((batch.select(present) for batch in batches), start, unit)
 
 
 def _present(schema: Any, columns: Sequence[str]) -> list[str]:

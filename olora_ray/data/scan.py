@@ -14,7 +14,7 @@ from typing import Any
 from pyarrow import parquet
 
 from olora_ray.common.errors import UserError
-from olora_ray.data import csv_records, json_file, kept_scans, lines, reader
+from olora_ray.data import arrow_stream, csv_records, json_file, kept_scans, lines, reader
 from olora_ray.data.addresses import asked, open_filesystem
 from olora_ray.data.sources import File
 from olora_ray.data.unchanged import steady
@@ -69,26 +69,30 @@ def _scanned(file: File, limit: int | None) -> FileScan:
             return _json(file)
         case _:
             with steady(file):
-                return (_parquet if file.kind == "parquet" else _arrow)(file, whole=limit is None)
+                return _parquet(file, whole=limit is None) if file.kind == "parquet" else _arrow(file, limit)
 
 
 class _Hashed:
     """A stream that hashes what is read from it."""
 
-    def __init__(self, stream: Any) -> None:
+    def __init__(self, stream: Any, with_crc: bool = False) -> None:
         self._stream = stream
+        self._with_crc = with_crc
         self.sha256 = hashlib.sha256()
+        self.crc = 0
         self.bytes = 0
         self.closed = False
 
     def read(self, size: int = -1) -> bytes:
         content: bytes = self._stream.read(size if size >= 0 else None)
         self.sha256.update(content)
+        if self._with_crc:
+            self.crc = zlib.crc32(content, self.crc)
         self.bytes += len(content)
         return content
 
     def finish(self) -> None:
-        """Read on to the end: whatever stands after the compressed content."""
+        """Read on to the end: whatever stands after the content that was wanted."""
         while self.read(lines.CHUNK):
             pass
 
@@ -117,15 +121,6 @@ def _hashed(file: File) -> Iterator[tuple[Any, _Hashed]]:
 
     with reader.open_stream(file, wrap) as stream:
         yield stream, found[0]
-
-
-def _digests(file: File) -> tuple[str, int]:
-    """SHA-256 and CRC-32 of a file that is not compressed."""
-    crc = 0
-    with _hashed(file) as (stream, hashed):
-        while chunk := stream.read(lines.CHUNK):
-            crc = zlib.crc32(chunk, crc)
-        return hashed.sha256.hexdigest(), crc
 
 
 def _lines(file: File, limit: int | None = None) -> FileScan:
@@ -176,16 +171,34 @@ def _parquet(file: File, whole: bool) -> FileScan:
     for rows, size in sizes:
         units.extend(_slices(start, rows, size, -(-SLOW_UNITS // len(sizes))))
         start += rows
-    return _with_digests(file, start, columns, units, whole)
+    if not whole:
+        return FileScan("", start, columns, Units.of(units))
+    with _buffered(file) as hashed:
+        hashed.finish()
+    return _of_whole(hashed, start, columns, units)
 
 
-def _arrow(file: File, whole: bool) -> FileScan:
-    with reader.arrow_batches(file) as batches:
-        columns = tuple(batches.schema.names)
-        rows = sum(batch.num_rows for batch in batches)
-    return _with_digests(file, rows, columns, _slices(0, rows, file.size, UNITS_WANTED), whole)
+def _arrow(file: File, limit: int | None) -> FileScan:
+    """Scan a file that `datasets` has saved, in one pass; only about its first `limit` bytes if there is a limit."""
+    with _buffered(file) as hashed:
+        found = arrow_stream.look(hashed, lambda: hashed.bytes, limit)
+        seen = hashed.bytes
+        if limit is None:
+            hashed.finish()
+    rows = sum(found.rows)
+    if limit is None:
+        return _of_whole(hashed, rows, found.columns, found.placed(_slices(0, rows, file.size, UNITS_WANTED)))
+    units = found.placed(_slices(0, rows, seen, UNITS_WANTED))
+    return FileScan("", round(rows * max(1.0, file.size / max(seen, 1))), found.columns, Units.of(units))
 
 
-def _with_digests(file: File, rows: int, columns: tuple[str, ...], units: Iterable[Unit], whole: bool) -> FileScan:
-    sha256, crc = _digests(file) if whole else ("", 0)
-    return FileScan(sha256, rows, columns, Units.of(dataclasses.replace(unit, after=crc) for unit in units))
+def _buffered(file: File) -> _Hashed:
+    """A stream of a file that is not compressed, of which little may be asked at a time."""
+    system, path = open_filesystem(file.uri)
+    return _Hashed(arrow_stream.buffered(system.open_input_stream(path, compression=None)), with_crc=True)
+
+
+def _of_whole(hashed: _Hashed, rows: int, columns: tuple[str, ...], units: Iterable[Unit]) -> FileScan:
+    """The scan of a file whose units are checked by the CRC-32 of all that it has."""
+    units = (dataclasses.replace(unit, after=hashed.crc) for unit in units)
+    return FileScan(hashed.sha256.hexdigest(), rows, columns, Units.of(units))

@@ -32,11 +32,11 @@ class Unit:
     rows: int
     """Rows, blank lines included."""
     offset: int
-    """First byte, in files of lines; elsewhere 0."""
+    """First byte, in files of lines; in Arrow files that of the batch with its first row; elsewhere 0."""
     size: int
     """Its bytes, uncompressed (an estimate where rows cannot be told apart without reading)."""
     before: int = 0
-    """CRC-32 of everything before it, in files of lines; elsewhere 0."""
+    """CRC-32 of everything before it, in files of lines; rows of that batch before it, in Arrow files; elsewhere 0."""
     after: int = 0
     """CRC-32 of everything up to its end, in files of lines; elsewhere of the whole file, uncompressed."""
 

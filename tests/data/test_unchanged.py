@@ -21,7 +21,7 @@ from olora_ray.data import kept_scans, scan, sources
 from olora_ray.data.reader import read_unit
 from olora_ray.data.sources import File
 from olora_ray.data.unchanged import Changed
-from olora_ray.data.units import Unit
+from olora_ray.data.units import FileScan, Unit
 from olora_ray.tokens import prepare
 from tests.tokens import helpers
 
@@ -128,14 +128,13 @@ def test_a_storage_that_returns_another_range_is_noticed(tmp_path: Path) -> None
 def test_a_file_that_changes_while_it_is_looked_at(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     KINDS[name]("old")(tmp_path / name)
     file = only(tmp_path / name)
-    digests = scan._digests
+    of_whole = scan._of_whole
 
-    def late(file: File) -> tuple[str, int]:
-        found = digests(file)
+    def late(*arguments: Any) -> FileScan:
         KINDS[name]("other")(tmp_path / name)
-        return found
+        return of_whole(*arguments)
 
-    monkeypatch.setattr(scan, "_digests", late)
+    monkeypatch.setattr(scan, "_of_whole", late)
     with pytest.raises(UserError, match=MESSAGE):
         scan.scan(file, "")
 

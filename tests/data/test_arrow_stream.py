@@ -1,0 +1,109 @@
+"""Arrow files that `datasets` saves: each unit is read from where its first batch lies."""
+
+import dataclasses
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pyarrow import ipc
+
+from olora_ray.data import arrow_stream, lines, scan
+from olora_ray.data.reader import read_unit
+from olora_ray.data.sources import File
+from olora_ray.data.units import Unit, Units
+from tests.s3_server import Server
+
+
+def texts(rows: int) -> list[str]:
+    return [f"row {number:05d}" for number in range(rows)]
+
+
+def write(path: Path, batches: list[int], column: pa.Array) -> File:
+    """A stream of batches of so many rows each."""
+    schema = pa.schema([("text", column.type), ("number", pa.int64())])
+    borders = np.cumsum([0, *batches]).tolist()
+    with pa.OSFile(str(path), "wb") as file, ipc.new_stream(file, schema) as stream:
+        for low, high in pairwise(borders):
+            stream.write_batch(pa.record_batch([column[low:high], pa.array(range(low, high))], schema=schema))
+    return File(str(path), "arrow", None, path.stat().st_size, path.stat().st_mtime_ns)
+
+
+def read(file: File, units: Units | list[Unit]) -> list[tuple[int, Any]]:
+    return [found for unit in units for found in read_unit(file, unit, ("text", "number"), ["text"])]
+
+
+@given(batches=st.lists(st.integers(0, 9), max_size=12), dictionary=st.booleans())
+def test_units_are_all_rows_in_any_order(
+    batches: list[int], dictionary: bool, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Of batches of any lengths, and where the values of a column stand before all batches."""
+    wanted = texts(sum(batches))
+    column = pa.array(wanted, pa.string())
+    file = write(
+        tmp_path_factory.mktemp("arrow") / "a.arrow", batches, column.dictionary_encode() if dictionary else column
+    )
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(lines, "UNIT_ROWS", 2)
+        found = scan.scan(file, "")
+    rows = [(number, {"text": text}) for number, text in enumerate(wanted)]
+    assert read(file, found.units) == rows
+    assert sorted(read(file, list(found.units)[::-1]), key=lambda each: each[0]) == rows
+    assert all((unit.offset > 0) != dictionary for unit in found.units)
+    # As a scan has them that an earlier version kept.
+    assert read(file, [dataclasses.replace(unit, offset=0, before=0) for unit in found.units]) == rows
+
+
+def test_a_look_at_a_file_reads_its_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write(tmp_path / "a.arrow", [100] * 50, pa.array(texts(5000)))
+    whole = scan.scan(file, "")
+    monkeypatch.setattr(lines, "CHUNK", file.size // 10)
+    found = scan.head(file)
+    assert (found.sha256, found.columns) == ("", whole.columns)
+    assert found.rows == pytest.approx(whole.rows, rel=0.05)
+    assert 500 <= found.units.rows <= 700
+    assert read(file, found.units) == read(file, whole.units)[: found.units.rows]
+
+
+@pytest.mark.parametrize("cut", [-1, -9, -3000])
+def test_a_file_that_ends_too_early_is_refused(cut: int, tmp_path: Path) -> None:
+    """Eight bytes less, and it has all its rows still: they say that there are no more."""
+    whole = write(tmp_path / "a.arrow", [100] * 5, pa.array(texts(500)))
+    path = Path(whole.uri)
+    path.write_bytes(path.read_bytes()[:cut])
+    file = dataclasses.replace(whole, size=path.stat().st_size, modified=path.stat().st_mtime_ns)
+    with pytest.raises(scan.UserError, match="not a readable arrow file"):
+        scan.scan(file, "")
+
+
+def test_in_a_bucket_little_more_is_read_than_there_is(
+    s3_server: Server, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each unit was read from the start of the file: half of it for each of 64 units."""
+    local = write(tmp_path / "a.arrow", [100] * 100, pa.array([text * 100 for text in texts(10_000)]))
+    name, _, prefix = bucket.removeprefix("s3://").partition("/")
+    s3_server.client().put_object(Bucket=name, Key=f"{prefix}/a.arrow", Body=Path(local.uri).read_bytes())
+    file = dataclasses.replace(local, uri=f"{bucket}/a.arrow", modified=0)
+    app, asked = s3_server._app, list[int]()
+
+    def counting(environ: dict[str, Any], start: Any) -> Any:
+        if environ.get("HTTP_RANGE", "").startswith("bytes="):
+            low, _, high = environ["HTTP_RANGE"].removeprefix("bytes=").partition("-")
+            asked.append(min(int(high) + 1, file.size) - int(low))
+        return app(environ, start)
+
+    found = scan.scan(file, "")
+    monkeypatch.setattr(s3_server, "_app", counting)
+    units = list(found.units)
+    assert len(units) > 30
+    for unit in units:
+        assert [row["text"][:9] for _, row in read_unit(file, unit, found.columns, ["text"])] == texts(10_000)[
+            unit.first : unit.first + unit.rows
+        ]
+    assert sum(asked) < 4 * file.size
+    assert len(asked) < 6 * len(units)
+    assert file.size / len(units) > arrow_stream.LITTLE
