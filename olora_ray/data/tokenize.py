@@ -263,8 +263,8 @@ class ExampleTokenizer:
 
     def _masked(self, text: str, answers: list[Span]) -> Tokens:
         """The tokens of a text with its answers supervised; each part that begins with one is tokenised alone."""
-        before = self._encoder.encode(text[: answers[0][0]] if answers else text)
-        ids, supervised = list(before.ids), [np.zeros(len(before.ids), dtype=bool)]
+        ids = self._encoder.ids(text[: answers[0][0]] if answers else text)
+        supervised = [np.zeros(len(ids), dtype=bool)]
         starts = [start for start, _ in answers]
         for (start, stop), following in zip(answers, [*starts[1:], len(text)], strict=True):
             piece = self._encoder.encode(text[start:following], continues=start > 0)
@@ -279,15 +279,15 @@ class ExampleTokenizer:
         return self._checked(np.asarray(ids, dtype=np.int32), np.concatenate(supervised))
 
     def _completion(self, example: Completion) -> Tokens:
-        prompt = self._encoder.encode(example.prompt).ids
-        answer = self._encoder.encode(example.completion, continues=bool(prompt)).ids
+        prompt = self._encoder.ids(example.prompt)
+        answer = self._encoder.ids(example.completion, continues=bool(prompt))
         asked = [*self._begin([*prompt, *answer]), *prompt]
         self._require_own(answer, bool(asked))
         ids = np.asarray([*asked, *answer, *self._end(answer)], dtype=np.int32)
         return self._checked(ids, np.arange(len(ids)) >= len(asked))
 
     def _text(self, example: Text) -> list[Tokens]:
-        found = self._encoder.encode(example.text).ids
+        found = self._encoder.ids(example.text)
         ids = np.asarray([*self._begin(found), *found, *self._end(found)], dtype=np.int32)
         # A piece begins with the last token of the one before: each token but the first is predicted once.
         starts = range(0, max(len(ids) - 1, 1), self._max_length - 1)

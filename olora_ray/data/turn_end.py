@@ -19,7 +19,7 @@ def turn_end(spec: TokenizerSpec) -> int | None:
         text = ChatTemplate(spec.chat_template, spec.special_tokens, spec.name).render(template_trial.MESSAGES)
         _, answer, after = text.rpartition(_ANSWER)
         encoder = Encoder(spec.json, spec.name)
-        first = encoder.encode(after.strip()).ids[:1] if answer else []
+        first = encoder.ids(after.strip())[:1] if answer else []
     except Exception:  # a template is code and may raise anything; whoever makes tokens with it is told
         return None
     return first[0] if first and first[0] in encoder.special_ids() else None
