@@ -43,6 +43,7 @@ SECTIONS = {
     "tree": "Gradient tree",
     "memory": "Memory plan",
     "quantised": "Quantised base",
+    "prepare": "Preparation",
     "scale": "A billion rows",
     "soak": "Soak",
 }
@@ -55,10 +56,11 @@ TOGETHER = {
     "throughput": ("--rows", "32", "--rounds", "2"),
     "roofline": ("--rounds", "2"),
     "start": ("--rounds", "3", "--no-search"),
-    "overhead": ("--steps", "12", "--rounds", "2"),
+    "overhead": ("--steps", "8", "--rounds", "2"),
     "scaling": ("--steps", "3"),
     "tree": ("--pairs", "5"),
-    "quantised": ("--steps", "12"),
+    "quantised": ("--steps", "8"),
+    "prepare": ("--rows", "30000", "--rounds", "2"),
 }
 """Options of those that take less time when all run."""
 INTRO = """\

@@ -1,0 +1,227 @@
+"""Preparation of tokens: ours beside the tokenizer alone, and beside `datasets.map`, on the same rows.
+
+Short chats and longer texts in .jsonl files, no two of them equal, and the quickstart's tokenizer and template. Ours is
+all of a preparation: the look at the file, the template, the mask of the answers, packing, and shards with their
+digests; through Ray Data, which is running already, and in one process, shard by shard. `encode_batch` is the
+tokenizer's own call with as many threads, on texts that are rendered and in memory; it writes nothing. `datasets` loads
+the file, and maps batches to the ids of the rendered texts; it makes neither masks nor sequences. Medians of rounds,
+each in a process of its own. Targets: 0.8 of `encode_batch` with as many threads, and more than `datasets.map`.
+
+    python benchmarks/prepare.py [--rows 60000] [--rounds 3]
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from common import MODEL, config, machine, met, model_folder, table
+
+CORPUS = Path(__file__).resolve().parent.parent / "pipelines" / "quickstart" / "train.jsonl"
+PROCESSES = os.cpu_count() or 1
+BATCH = 1000
+"""Rows of a call of a tokenizer: the default of datasets.map."""
+LENGTH = 512
+"""Of our sequences; a longer text becomes several, each of which has the last token of the one before."""
+OF_RAW = 0.8
+Found = tuple[float, int]
+"""Seconds, and tokens."""
+
+
+def main() -> None:
+    """Print a table for each kind of rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=60_000, help="chats; of texts a tenth")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        name, corpus, folder = args.child
+        print(json.dumps(CONTESTANTS[name](corpus, folder)))
+        return
+    print(machine())
+    with tempfile.TemporaryDirectory(prefix="olora-prepare-") as scratch:
+        folder = model_folder(MODEL, scratch)
+        for kind, write in {"messages": write_messages, "text": write_texts}.items():
+            corpus = Path(scratch) / f"{kind}.jsonl"
+            rows = write(corpus, args.rows)
+            rounds = [{name: apart(name, corpus, folder) for name in CONTESTANTS} for _ in range(args.rounds)]
+            print(f"\n{rows:,} rows of {kind}, {corpus.stat().st_size / 1e6:.0f} MB")
+            show({name: [found[name] for found in rounds] for name in CONTESTANTS}, rows, corpus.stat().st_size)
+
+
+def show(found: dict[str, list[Found]], rows: int, size: int) -> None:
+    """A row for each contestant, and the targets."""
+    seconds = {name: statistics.median(each for each, _ in rounds) for name, rounds in found.items()}
+    lines = [
+        (
+            name,
+            f"{rows / seconds[name]:.0f}",
+            f"{size / 1e6 / seconds[name]:.2f}",
+            f"{rounds[0][1]}",
+            f"{seconds[OF[name]] / seconds[name]:.2f}",
+            f"{min(rounds)[0]:.1f} to {max(rounds)[0]:.1f}",
+        )
+        for name, rounds in found.items()
+    ]
+    print(table(("", "rows/s", "MB/s", "tokens", "of encode_batch", "seconds"), lines))
+    for name in (ONE, RAY):
+        share = seconds[OF[name]] / seconds[name]
+        print(f"{name}: {share:.2f} of encode_batch, target {OF_RAW:g}: {met(share >= OF_RAW)}")
+    ahead = seconds[MAP] / seconds[RAY]
+    print(f"{RAY}: {ahead:.2f} times {MAP}, target above 1: {met(ahead > 1)}")
+
+
+def contents() -> list[list[dict[str, str]]]:
+    """The messages of the quickstart's rows."""
+    return [json.loads(line)["messages"] for line in CORPUS.read_text(encoding="utf-8").splitlines()]
+
+
+def write_messages(file: Path, count: int) -> int:
+    """Rows as the quickstart's, with a sentence of their own in each question."""
+    found = contents()
+    with file.open("w", encoding="utf-8") as out:
+        for number in range(count):
+            system, question, answer = found[number % len(found)]
+            other = found[(number * 7 + number // len(found)) % len(found)][1]["content"]
+            text = f"{question['content']} Message {number}. {other.partition('.')[0]}."
+            messages = [system, {**question, "content": text}, answer]
+            out.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
+    return count
+
+
+def write_texts(file: Path, count: int) -> int:
+    """A tenth as many rows, of ten questions each."""
+    questions = [messages[1]["content"] for messages in contents()]
+    with file.open("w", encoding="utf-8") as out:
+        for number in range(count // 10):
+            some = [questions[(number * 10 + 7 * part + number // 45) % len(questions)] for part in range(10)]
+            out.write(json.dumps({"text": f"Part {number}.\n" + "\n\n".join(some)}, ensure_ascii=False) + "\n")
+    return count // 10
+
+
+def apart(name: str, corpus: Path, folder: str) -> Found:
+    """What a contestant takes, in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, __file__, "--child", name, corpus, folder], stdout=subprocess.PIPE, text=True, check=True
+    )
+    seconds, tokens = json.loads(done.stdout.splitlines()[-1])
+    print(f"{name}: {seconds:.1f} s", file=sys.stderr, flush=True)
+    return seconds, tokens
+
+
+def tokenizer_of(folder: str) -> Any:
+    """The quickstart's, as transformers loads it."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def rendered(tokenizer: Any, row: dict[str, Any]) -> str:
+    """The text of a row."""
+    if "text" in row:
+        return f"{row['text']}{tokenizer.eos_token}"
+    text: str = tokenizer.apply_chat_template(row["messages"], tokenize=False)
+    return text
+
+
+def raw(threads: int) -> Callable[[str, str], Found]:
+    """The tokenizer alone."""
+
+    def run(corpus: str, folder: str) -> Found:
+        os.environ.update(RAYON_NUM_THREADS=str(threads), TOKENIZERS_PARALLELISM="true")
+        tokenizer = tokenizer_of(folder)
+        lines = Path(corpus).read_text(encoding="utf-8").splitlines()
+        texts = [rendered(tokenizer, json.loads(line)) for line in lines]
+        encode, tokens = tokenizer.backend_tokenizer.encode_batch, 0
+        began = time.perf_counter()
+        for start in range(0, len(texts), BATCH):
+            tokens += sum(len(found.ids) for found in encode(texts[start : start + BATCH], add_special_tokens=False))
+        return time.perf_counter() - began, tokens
+
+    return run
+
+
+def mapped(corpus: str, folder: str) -> Found:
+    """The library datasets, with a process for each core."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    tokenizer = tokenizer_of(folder)
+
+    def ids(batch: dict[str, Any]) -> dict[str, Any]:
+        if "text" in batch:
+            texts = [f"{text}{tokenizer.eos_token}" for text in batch["text"]]
+        else:
+            texts = tokenizer.apply_chat_template(batch["messages"], tokenize=False)
+        return {"input_ids": tokenizer(texts, add_special_tokens=False)["input_ids"]}
+
+    with tempfile.TemporaryDirectory() as cache:
+        began = time.perf_counter()
+        rows = datasets.load_dataset("json", data_files=corpus, split="train", cache_dir=cache)
+        found = rows.map(ids, batched=True, batch_size=BATCH, num_proc=PROCESSES, remove_columns=rows.column_names)
+        seconds = time.perf_counter() - began
+        return seconds, sum(len(batch["input_ids"].flatten()) for batch in found.data.to_batches())
+
+
+def settings(corpus: str, folder: str, storage: str) -> Any:
+    """A config whose tokens are made of the rows."""
+    source = {"path": corpus, "format": Path(corpus).stem}
+    data = {"train": [source], "max_length": LENGTH}
+    return config(storage, {"name": folder}, data=data)
+
+
+def one_process(corpus: str, folder: str) -> Found:
+    """Ours, shard by shard in this process."""
+    from olora_ray.data.tokenize import spec_from_pretrained
+    from olora_ray.tokens import prepare, writer
+
+    spec = spec_from_pretrained(tokenizer_of(folder), "model")
+    with tempfile.TemporaryDirectory() as storage:
+        cfg = settings(corpus, folder, storage)
+        began = time.perf_counter()
+        plan = prepare.plan_here(cfg, spec, "train")
+        job = writer.StoreSpec(plan, f"{storage}/tokens", storage).for_tasks()
+        made = [writer.make_shard(job, plan.part(number)) for number in range(len(plan.shards))]
+        return time.perf_counter() - began, sum(each["tokens"] for each in made)
+
+
+def through_ray(corpus: str, folder: str) -> Found:
+    """Ours, as a run does it."""
+    from olora_ray.common.quiet import quiet_environment
+
+    quiet_environment()
+    from olora_ray.data.tokenize import spec_from_pretrained
+    from olora_ray.pipeline.connection import connect
+    from olora_ray.tokens.prepare import prepare
+
+    spec = spec_from_pretrained(tokenizer_of(folder), "model")
+    with tempfile.TemporaryDirectory() as storage:
+        cfg = settings(corpus, folder, storage)
+        with connect(cfg):
+            began = time.perf_counter()
+            store = prepare(cfg, spec, "train")
+            return time.perf_counter() - began, sum(shard.tokens for shard in store.manifest.shards)
+
+
+RAW_ONE, ONE = "encode_batch, 1 thread", "ours, one process"
+RAW, RAY, MAP = f"encode_batch, {PROCESSES} threads", "ours, Ray Data", f"datasets.map, {PROCESSES} processes"
+CONTESTANTS: dict[str, Callable[[str, str], Found]] = {
+    RAW_ONE: raw(1),
+    ONE: one_process,
+    RAW: raw(PROCESSES),
+    RAY: through_ray,
+    MAP: mapped,
+}
+OF = {RAW_ONE: RAW_ONE, ONE: RAW_ONE, RAW: RAW, RAY: RAW, MAP: RAW}
+"""Contestant -> the line that it is measured by."""
+
+if __name__ == "__main__":
+    main()
