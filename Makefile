@@ -2,7 +2,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart sweep-demo compare-demo lifecycle-demo mobility-demo test test-ray test-slow quick check style types setup docs models lock bench clean
+.PHONY: quickstart sweep-demo compare-demo lifecycle-demo mobility-demo test test-ray test-others test-slow quick check style types setup docs models lock bench clean
 
 quickstart: $(VENV)/.quickstart ## fine-tune SmolLM2-135M on this machine, from nothing
 	$(BIN)/python pipelines/finetune.py
@@ -29,13 +29,18 @@ mobility-demo: $(VENV)/.quickstart ## next places of generated people: train, te
 	$(BIN)/python pipelines/mobility/report.py runs/mobility-demo-data runs/mobility-demo-data/answers.jsonl \
 	    --law runs/mobility-demo-records/law.csv
 
+# Processes of Ray wait for each other most of the time, and what else is tested takes what they leave of the processors.
 test: style ## all checks and tests that fit in 20 minutes; one Ray at a time
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not ray"
-	$(MAKE) --jobs=2 types test-ray
+	$(MAKE) --jobs=3 --keep-going test-ray test-others types
 
-# Its processes wait for each other most of the time: the type checker runs beside it.
 test-ray: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "ray and not slow"
+
+# What it prints comes at its end, not between the lines of the one beside it.
+test-others: $(VENV)/.dev
+	mkdir -p build
+	nice -n 19 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not ray" > build/test-others.txt 2>&1; \
+	    code=$$?; cat build/test-others.txt; exit $$code
 
 quick: $(VENV)/.dev ## at every change, in some minutes: style, and the tests that start no Ray, server or process
 	$(BIN)/ruff format --check .
