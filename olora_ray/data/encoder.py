@@ -7,6 +7,7 @@ that SentencePiece-like tokenizers put before every text, also before one that c
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,7 @@ class Encoder:
     def __init__(self, content: str, name: str = "the model") -> None:
         """`content` is the tokenizer's JSON; raises UserError that names the model if it does not load."""
         self._tokenizer = _loaded(content, name)
+        self._ahead: dict[str, Encoding] = {}
         self._prefixes = self._puts_a_blank()
 
     def id_of(self, token: str | None) -> int | None:
@@ -81,6 +83,22 @@ class Encoder:
         ids: list[int] = self._encode(text).ids
         return ids
 
+    def ahead(self, texts: Sequence[str]) -> None:
+        """Encode texts together that will be asked for, one after the other, until this is called again.
+
+        What lies between two texts otherwise takes the tokenizer's tables out of the processor's cache.
+        """
+        self._ahead = {}
+        if self._prefixes:  # a text is encoded alone, or after an anchor: that is not known here
+            return
+        try:
+            found = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        except BaseException as error:  # which text it is shows when it is asked for
+            if not _is_the_tokenizers_own(error):
+                raise
+            return
+        self._ahead = dict(zip(texts, found, strict=True))
+
     def _after(self, anchor: str, text: str) -> Piece | None:
         """The tokens of `text` after `anchor`; None if a token spans the border."""
         alone, both = self._encode(anchor).ids, self._encode(anchor + text)
@@ -99,6 +117,8 @@ class Encoder:
             return False
 
     def _encode(self, text: str) -> "Encoding":
+        if (found := self._ahead.get(text)) is not None:
+            return found
         try:
             return self._tokenizer.encode(text, add_special_tokens=False)
         except (TypeError, UnicodeEncodeError):  # half a surrogate pair, which JSON can hold and UTF-8 cannot

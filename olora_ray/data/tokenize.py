@@ -17,9 +17,10 @@ without a supervised token of its own answer is rejected; the end token alone do
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -28,7 +29,7 @@ from numpy.typing import NDArray
 from olora_ray.common.digests import digest_json
 from olora_ray.common.errors import UserError, first_line
 from olora_ray.data import chat_template as template
-from olora_ray.data import template_trial, tool_calls
+from olora_ray.data import template_trial, token_ids, tool_calls
 from olora_ray.data.chat_form import ChatForm
 from olora_ray.data.encoder import Encoder
 from olora_ray.data.example import Chat, Completion, Example, Rejected, Text
@@ -36,8 +37,6 @@ from olora_ray.data.example import Chat, Completion, Example, Rejected, Text
 log = logging.getLogger(__name__)
 
 Span = tuple[int, int]
-LARGEST_ID = 2**24
-"""Of a token; the largest vocabularies have some hundred thousand."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,7 @@ def spec_from_pretrained(tokenizer: Any, name: str | None = None) -> TokenizerSp
         raise UserError(f"model.name: the tokenizer of {name} is not a fast one (it needs a tokenizer.json)")
     if tokenizer.eos_token_id is None:
         raise UserError(f"model.name: the tokenizer of {name} has no end token (eos_token), so answers would never end")
-    _check_ids(backend, name)
+    token_ids.check(backend, name)
     named = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
     source = (named.get("default") or next(iter(named.values()), None)) if named else tokenizer.chat_template
     for_tools = named.get("tool_use")
@@ -140,29 +139,19 @@ def spec_from_pretrained(tokenizer: Any, name: str | None = None) -> TokenizerSp
     )
 
 
-def _check_ids(backend: Any, name: str) -> None:
-    """Writing a tokenizer as JSON takes memory for every id up to the largest, whether it is used or not."""
-    token, largest = _largest(backend)
-    if largest > LARGEST_ID:
-        raise UserError(
-            f"model.name: tokenizer.json of {name} gives the token {token[:40]!r} the id {largest}, above {LARGEST_ID}:"
-            " no model has so many; put the right tokenizer.json in its folder"
-        )
-
-
-def has_tokens_beyond(tokenizer: Any, embeddings: int) -> bool:
-    """Whether a transformers tokenizer has tokens to which no row of so many embeddings belongs."""
-    return _largest(tokenizer.backend_tokenizer)[1] >= embeddings
-
-
-def _largest(backend: Any) -> tuple[str, int]:
-    """The token with the largest id."""
-    return max(backend.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1], default=("", 0))
-
-
 def adds_begin_token(tokenizer: Any) -> bool:
     """Whether a transformers tokenizer puts its begin token before a text."""
     return tokenizer.bos_token_id is not None and list(tokenizer("a")["input_ids"][:1]) == [tokenizer.bos_token_id]
+
+
+@dataclass(frozen=True)
+class Begun:
+    """An example of which it is known what is to be tokenised."""
+
+    example: Example
+    texts: list[str]
+    finish: Callable[[], list[Tokens]]
+    """Its tokens: one piece, or several for a long text; raises Rejected for an example that cannot be used."""
 
 
 class ExampleTokenizer:
@@ -191,19 +180,30 @@ class ExampleTokenizer:
 
         Raises Rejected for an example that cannot be used.
         """
+        return self.begin(example).finish()
+
+    def begin(self, example: Example) -> Begun:
+        """What of an example is to be tokenised; raises Rejected for one that cannot be used."""
         match example:
             case Chat():
-                return self._chat(example)
+                parts = self._parts(example)
+                texts = [cut for text, answers in parts for cut in _cuts(text, answers)]
+                return Begun(example, texts, lambda: [self._masked(text, answers) for text, answers in parts])
             case Completion():
-                return [self._completion(example)]
+                return Begun(example, [example.prompt, example.completion], lambda: [self._completion(example)])
             case Text():
-                return self._text(example)
+                return Begun(example, [example.text], lambda: self._text(example))
+
+    def ahead(self, texts: Sequence[str]) -> None:
+        """Tokenise texts of several examples together, which takes less time; the examples are finished then."""
+        self._encoder.ahead(texts)
 
     def ends(self, tokens: Tokens) -> bool:
         """Whether what is supervised ends with a special token, so that the model learns where to stop."""
         return int(tokens.ids[np.flatnonzero(tokens.supervised)[-1]]) in self._special
 
-    def _chat(self, chat: Chat) -> list[Tokens]:
+    def _parts(self, chat: Chat) -> list[tuple[str, list[Span]]]:
+        """Texts of a chat, and where the answers lie in each."""
         chat = self._forms[chat.tools is not None](chat)
         trained = [
             number
@@ -217,10 +217,10 @@ class ExampleTokenizer:
         self._require_calls(chat, answers)
         spans = list(answers.values())
         if all(full.startswith(text) for text, _ in spans):
-            return [self._masked(full, [span for _, span in spans])]
+            return [(full, [span for _, span in spans])]
         # The template shows an answer differently once the conversation continues (it drops the reasoning
         # of earlier turns, say): what the model is asked to write then exists only at the end of a prefix.
-        return [self._masked(text, [span]) for text, span in spans]
+        return [(text, [span]) for text, span in spans]
 
     def _answer(self, chat: Chat, number: int, full: str) -> tuple[str, Span]:
         """The text up to answer `number`, and where the answer lies in it."""
@@ -263,11 +263,11 @@ class ExampleTokenizer:
 
     def _masked(self, text: str, answers: list[Span]) -> Tokens:
         """The tokens of a text with its answers supervised; each part that begins with one is tokenised alone."""
-        ids = self._encoder.ids(text[: answers[0][0]] if answers else text)
+        before, *parts = _cuts(text, answers)
+        ids = self._encoder.ids(before)
         supervised = [np.zeros(len(ids), dtype=bool)]
-        starts = [start for start, _ in answers]
-        for (start, stop), following in zip(answers, [*starts[1:], len(text)], strict=True):
-            piece = self._encoder.encode(text[start:following], continues=start > 0)
+        for (start, stop), part in zip(answers, parts, strict=True):
+            piece = self._encoder.encode(part, continues=start > 0)
             # A token that begins in the answer is the model's to write, wherever it ends.
             mask = piece.starts < stop - start
             written = [number for number, inside in zip(piece.ids, mask, strict=True) if inside]
@@ -324,6 +324,11 @@ class ExampleTokenizer:
         if not supervised.any():
             raise Rejected("no_supervised_token", "no token of the answer itself is left to train on")
         return Tokens(ids, supervised)
+
+
+def _cuts(text: str, answers: Sequence[Span]) -> list[str]:
+    """What is before the first answer, and each answer with what follows it."""
+    return [text[low:high] for low, high in pairwise([0, *(start for start, _ in answers), len(text)])]
 
 
 def _same(text: str, other: str) -> int:

@@ -15,7 +15,7 @@ from olora_ray.data.example import Rejected
 from olora_ray.data.form import as_chat
 from olora_ray.data.formats import columns_of, to_example
 from olora_ray.data.reader import read_unit
-from olora_ray.data.tokenize import ExampleTokenizer, Tokens
+from olora_ray.data.tokenize import Begun, ExampleTokenizer, Tokens
 from olora_ray.tokens import notes, rng
 from olora_ray.tokens.draws import taken
 from olora_ray.tokens.layout import Piece
@@ -32,6 +32,9 @@ SCHEMA = pa.schema(
         ("supervised_count", pa.int32()),
     ]
 )
+
+TOGETHER = 2**17
+"""Characters that are tokenised together: their encodings are some dozen times as large."""
 
 
 @dataclass
@@ -108,30 +111,52 @@ def file_bytes(table: pa.Table) -> bytes:
 
 
 def _add(shard: Shard, rules: Rules, planned: PlannedFile, piece: Piece, tokenize: ExampleTokenizer) -> None:
+    for group in _begun(rules, planned, piece, tokenize):
+        tokenize.ahead([text for _, one in group if isinstance(one, Begun) for text in one.texts])
+        for place, one in group:
+            shard.rows += 1
+            shard.rows_of[planned.source] += 1
+            try:
+                if isinstance(one, Rejected):
+                    raise one
+                found = one.finish()
+            except Rejected as why:
+                shard.rejected.append(
+                    {
+                        "source": planned.source,
+                        "file": planned.file.uri,
+                        "line": place + 1,
+                        "reason": why.reason,
+                        "message": why.message,
+                    }
+                )
+                continue
+            notes.count(shard.notes, one.example, found, tokenize)
+            shard.examples.extend(found)
+            shard.origins.extend([(piece.file << PLACE_BITS) + place] * len(found))
+
+
+def _begun(
+    rules: Rules, planned: PlannedFile, piece: Piece, tokenize: ExampleTokenizer
+) -> Iterator[list[tuple[int, Begun | Rejected]]]:
+    """The places and examples of a piece, in groups whose texts are tokenised together."""
     source = rules.sources[planned.source]
     chat = as_chat(source, rules.spec)
+    group: list[tuple[int, Begun | Rejected]] = []
+    size = 0
     for place, row in _rows(rules, planned, piece):
-        shard.rows += 1
-        shard.rows_of[planned.source] += 1
         try:
             if isinstance(row, Rejected):
                 raise row
-            example = to_example(source.format, row, source.fields, chat)
-            found = tokenize(example)
+            one = tokenize.begin(to_example(source.format, row, source.fields, chat))
+            size += sum(map(len, one.texts))
+            group.append((place, one))
         except Rejected as why:
-            shard.rejected.append(
-                {
-                    "source": planned.source,
-                    "file": planned.file.uri,
-                    "line": place + 1,
-                    "reason": why.reason,
-                    "message": why.message,
-                }
-            )
-            continue
-        notes.count(shard.notes, example, found, tokenize)
-        shard.examples.extend(found)
-        shard.origins.extend([(piece.file << PLACE_BITS) + place] * len(found))
+            group.append((place, why))
+        if size >= TOGETHER:
+            yield group
+            group, size = [], 0
+    yield group
 
 
 def _rows(rules: Rules, planned: PlannedFile, piece: Piece) -> Iterator[tuple[int, Any]]:

@@ -2,7 +2,8 @@
 
 import json
 import unicodedata
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from olora_ray.common.errors import UserError
 from olora_ray.data.chat_template import ChatTemplate
 from olora_ray.data.encoder import Encoder
-from olora_ray.data.example import Chat, Completion, Rejected
+from olora_ray.data.example import Chat, Completion, Example, Rejected, Text
 from olora_ray.data.tokenize import ExampleTokenizer, Tokens
 from tests.data import small_tokenizers
 from tests.data.test_chat_template import conversation
@@ -99,6 +100,42 @@ def test_an_answer_of_a_chat_starts_where_its_prompt_ends(kind: str, asked: str,
         written = read(kind, [*first, *own[: ends[0]]]).removeprefix(read(kind, first))
         assert written == (unicodedata.normalize("NFC", answer) if kind == "byte-level-nfc" else answer)
         assert ends[0] > 0, "the end of the turn alone"
+
+
+@given(KINDS, st.lists(st.tuples(TEXTS, TEXTS), max_size=5), st.booleans())
+@example("byte-level", [("hi", "hello"), ("hi", "hello")], True)
+def test_what_is_tokenised_together_has_the_tokens_of_each_alone(
+    kind: str, pairs: list[tuple[str, str]], broken: bool
+) -> None:
+    """Also beside a text that no tokenizer takes."""
+    tokenizer = make(kind)
+    examples: list[Example] = [Completion(*pair) for pair in pairs]
+    examples += [Chat(tuple(conversation(*pair))) for pair in pairs] + [Text(prompt) for prompt, _ in pairs]
+    examples += [Completion("hi", "half \ud800")] if broken else []
+
+    def told(finish: Callable[[], list[Tokens]]) -> object:
+        try:
+            return [(tokens.ids.tolist(), tokens.supervised.tolist()) for tokens in finish()]
+        except Rejected as why:
+            return why.reason, why.message
+
+    alone = [told(partial(tokenizer, each)) for each in examples]
+    begun = [tokenizer.begin(each) for each in examples]
+    tokenizer.ahead([text for each in begun for text in each.texts])
+    assert [told(each.finish) for each in begun] == alone
+    assert ("bad_text" in str(alone)) == broken
+    tokenizer.ahead([])
+
+
+def test_texts_that_are_tokenised_together_are_not_tokenised_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = make("byte-level")
+    begun = tokenizer.begin(Chat(tuple(conversation("hi", "hello", "more", "bye"))))
+    tokenizer.ahead(begun.texts)
+    monkeypatch.setattr(tokenizer._encoder, "_tokenizer", None)
+    with pytest.raises(Rejected):
+        tokenizer._encoder.encode("another")
+    monkeypatch.setattr(tokenizer, "_require_own", lambda *_: None)  # which asks for texts of tokens
+    assert len(begun.finish()) == 1
 
 
 @pytest.mark.parametrize("kind", ["byte-level", "byte-level-trimmed"])
