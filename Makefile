@@ -76,7 +76,7 @@ bench: $(VENV)/.bench ## docs/benchmarks.md: what the benchmarks print, with dat
 	$(BIN)/python benchmarks/write_page.py
 
 # pip compiles all modules, which takes half of its time. Where PYTHONDONTWRITEBYTECODE is set nobody else would: each
-# process of each run would compile all that it imports, and a run started in 100 s instead of 39.
+# process of each run would compile all that it imports, and a run's first step came after 100 s instead of 37.
 INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check
 
 # A stamp is newer than pyproject.toml only if the installation finished.

@@ -235,7 +235,7 @@ def _parquet(file: File, unit: Unit, header: Sequence[str], columns: Sequence[st
             size = table.metadata.row_group(group).num_rows
             if start <= unit.first < start + size:
                 batches = table.iter_batches(BATCH, row_groups=[group], columns=_present(table.schema_arrow, columns))
-                yield from _slice(batches, start, unit)
+                yield from _slice(file, batches, start, unit)
             start += size
 
 
@@ -244,7 +244,7 @@ def _arrow(file: File, unit: Unit, header: Sequence[str], columns: Sequence[str]
     start = unit.first - unit.before if unit.offset else 0
     with as_scanned(file, unit.after), arrow_stream.opened(file, unit) as (schema, batches):
         present = _present(schema, columns)
-        yield from _slice((batch.select(present) for batch in batches), start, unit)
+        yield from _slice(file, (batch.select(present) for batch in batches), start, unit)
 
 
 def _present(schema: Any, columns: Sequence[str]) -> list[str]:
@@ -253,7 +253,8 @@ def _present(schema: Any, columns: Sequence[str]) -> list[str]:
     return present or list(schema.names)
 
 
-def _slice(batches: Any, start: int, unit: Unit) -> Iterator[Located]:
+def _slice(file: File, batches: Any, start: int, unit: Unit) -> Iterator[Located]:
+    """The rows of a unit, of batches from row `start` on; raises Changed where they end before it does."""
     stop = unit.first + unit.rows
     for batch in batches:
         if start >= stop:
@@ -262,6 +263,8 @@ def _slice(batches: Any, start: int, unit: Unit) -> Iterator[Located]:
         if low < high:
             yield from enumerate(arrow_values.rows(batch.slice(low, high - low)), start + low)
         start += batch.num_rows
+    if start < stop:
+        raise Changed(file)
 
 
 READERS: dict[str, Callable[[File, Unit, Sequence[str], Sequence[str]], Iterator[Located]]] = {

@@ -15,6 +15,7 @@ from pyarrow import ipc
 from olora_ray.data import arrow_stream, lines, scan
 from olora_ray.data.reader import read_unit
 from olora_ray.data.sources import File
+from olora_ray.data.unchanged import Changed
 from olora_ray.data.units import Unit, Units
 from tests.s3_server import Server
 
@@ -78,6 +79,15 @@ def test_a_file_that_ends_too_early_is_refused(cut: int, tmp_path: Path) -> None
     file = dataclasses.replace(whole, size=path.stat().st_size, modified=path.stat().st_mtime_ns)
     with pytest.raises(scan.UserError, match="not a readable arrow file"):
         scan.scan(file, "")
+
+
+def test_a_stream_that_ends_before_the_unit_does_is_no_end_of_rows(tmp_path: Path) -> None:
+    """A store that returns less than it was asked for: the rest of the unit's rows was lost in silence."""
+    file = write(tmp_path / "a.arrow", [100] * 50, pa.array(texts(5000)))
+    first, *_, last = scan.scan(file, "").units
+    for unit in (dataclasses.replace(last, rows=last.rows + 1), dataclasses.replace(first, offset=0, rows=5001)):
+        with pytest.raises(Changed):
+            read(file, [unit])
 
 
 def test_in_a_bucket_little_more_is_read_than_there_is(
