@@ -180,7 +180,7 @@ def settings(corpus: str, folder: str, storage: str) -> Any:
 
 def one_process(corpus: str, folder: str) -> Found:
     """Ours, shard by shard in this process."""
-    from olora_ray.data.tokenize import spec_from_pretrained
+    from olora_ray.data.tokenizer_spec import spec_from_pretrained
     from olora_ray.tokens import prepare, writer
 
     spec = spec_from_pretrained(tokenizer_of(folder), "model")
@@ -198,7 +198,7 @@ def through_ray(corpus: str, folder: str) -> Found:
     from olora_ray.common.quiet import quiet_environment
 
     quiet_environment()
-    from olora_ray.data.tokenize import spec_from_pretrained
+    from olora_ray.data.tokenizer_spec import spec_from_pretrained
     from olora_ray.pipeline.connection import connect
     from olora_ray.tokens.prepare import prepare
 

@@ -143,7 +143,7 @@ def write_files(folder: Path, files: int) -> None:
 def made(folder: Path, rows: int, files: int) -> Any:
     """The plan of the corpus; a scan that is not kept yet is made up, and kept."""
     from olora_ray.config.load import build
-    from olora_ray.data.tokenize import TokenizerSpec
+    from olora_ray.data.tokenizer_spec import TokenizerSpec
     from olora_ray.tokens import prepare
 
     data = {"train": [{"path": str(folder / "corpus"), "format": "text"}], "max_length": 2048}

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from olora_ray.common import copies, logs
-from olora_ray.data.tokenize import TokenizerSpec
+from olora_ray.data.tokenizer_spec import TokenizerSpec
 from tests import marks, tiny
 from tests.crew import Crew
 from tests.s3_server import bucket, s3_server  # noqa: F401  # fixtures

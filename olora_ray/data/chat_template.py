@@ -90,7 +90,10 @@ def _compiled(source: str) -> jinja2.Template:
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise
     environment.globals["strftime_now"] = TODAY.strftime
-    return environment.from_string(source)
+    template = environment.from_string(source)
+    # A chain of two, which would be gone through key by key for each rendering: a third of its time.
+    template.globals = dict(template.globals)
+    return template
 
 
 def _tojson(

@@ -8,7 +8,7 @@ from collections.abc import Collection
 from typing import Any
 
 from olora_ray.config.schema import Source
-from olora_ray.data.tokenize import TokenizerSpec
+from olora_ray.data.tokenizer_spec import TokenizerSpec
 
 RULES = {"text": 2, "prompt_completion": 3, "alpaca": 2, "sharegpt": 2}
 """Counts how often the tokens of a format's rows have changed; 1 for those that are not named."""

@@ -27,19 +27,34 @@ PATIENCE = 120.0
 TOO_MUCH = 3
 """Exit code of a trial that reached a limit without being killed."""
 MESSAGES = ({"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"})
+Tokens = tuple[tuple[str, str], ...]
+"""Names and texts of special tokens."""
+
+
+_tried_elsewhere: set[tuple[str, Tokens]] = set()
+
+
+def take_as_tried(source: str, special_tokens: Mapping[str, str]) -> None:
+    """Do not try a template in this process: another one, whose work this one does, has done it."""
+    _tried_elsewhere.add((source, _sorted(special_tokens)))
 
 
 def check(source: str, special_tokens: Mapping[str, str], name: str) -> None:
     """Raise UserError if rendering two messages takes too much; each template is tried once in a process."""
-    if not _comes_through(source, tuple(sorted(special_tokens.items()))):
+    key = (source, _sorted(special_tokens))
+    if key not in _tried_elsewhere and not _comes_through(*key):
         raise UserError(
             f"model.name: the chat template of {name} takes more than {SECONDS} s or {MEMORY // 2**30} GiB for two"
             " short messages, so it is not used: take another model, or put a right chat_template.jinja in its folder"
         )
 
 
+def _sorted(special_tokens: Mapping[str, str]) -> Tokens:
+    return tuple(sorted(special_tokens.items()))
+
+
 @lru_cache(maxsize=64)
-def _comes_through(source: str, special_tokens: tuple[tuple[str, str], ...]) -> bool:
+def _comes_through(source: str, special_tokens: Tokens) -> bool:
     # What this process imports from, and not (-P) whatever lies in the current folder.
     path = os.pathsep.join([str(Path(__file__).resolve().parents[2]), *filter(None, sys.path)])
     try:

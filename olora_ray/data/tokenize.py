@@ -16,84 +16,22 @@ before the answer exists: train/generate.py asks with just the tokens that stand
 without a supervised token of its own answer is rejected; the end token alone does not count.
 """
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from olora_ray.common.digests import digest_json
-from olora_ray.common.errors import UserError, first_line
+from olora_ray.common.errors import first_line
 from olora_ray.data import chat_template as template
-from olora_ray.data import template_trial, token_ids, tool_calls
+from olora_ray.data import tool_calls
 from olora_ray.data.chat_form import ChatForm
 from olora_ray.data.encoder import Encoder
 from olora_ray.data.example import Chat, Completion, Example, Rejected, Text
-
-log = logging.getLogger(__name__)
+from olora_ray.data.tokenizer_spec import TokenizerSpec
 
 Span = tuple[int, int]
-
-
-@dataclass(frozen=True)
-class TokenizerSpec:
-    """All that tokenising needs, as plain data: it travels to tasks that do not import transformers."""
-
-    json: str
-    """The tokenizer in the JSON form of the `tokenizers` package."""
-    chat_template: str
-    """Jinja source."""
-    special_tokens: dict[str, str]
-    """bos_token, eos_token and so on, as the template sees them."""
-    eos_id: int
-    """Ends an answer or a document."""
-    bos_id: int | None = None
-    add_bos: bool = False
-    """Whether plain text starts with the begin token."""
-    tool_template: str | None = None
-    """Jinja source for conversations with tools, where that is another."""
-    embeddings: int | None = None
-    """Rows of the model's embeddings, if the tokenizer has tokens beyond them; None: each token has one."""
-    name: str = field(default="the model", compare=False)
-    """Name of the model in messages; not part of the digest."""
-    apart: str | None = field(default=None, compare=False)
-    """Why data.packing=auto gives each example a sequence of its own; a plan's digest has what follows from it."""
-
-    def packing(self, wanted: Literal["auto"] | bool) -> bool:
-        """Whether several examples share a sequence, for data.packing."""
-        return self.apart is None if wanted == "auto" else wanted
-
-    @property
-    def has_template(self) -> bool:
-        """Whether the model comes with a chat template."""
-        return self.chat_template not in template.DEFAULTS
-
-    @cached_property
-    def digest(self) -> str:
-        """SHA-256 over everything that has an influence on tokens."""
-        content = asdict(self)
-        del content["name"], content["apart"]
-        if self.tool_template is None:  # so that others are called as they were before there was this field
-            del content["tool_template"]
-        if self.embeddings is None:
-            del content["embeddings"]
-        return digest_json(content)
-
-    def template(self, tools: bool) -> str:
-        """The Jinja source for conversations with tools, or without."""
-        return self.tool_template or self.chat_template if tools else self.chat_template
-
-    def parses_arguments(self, tools: bool) -> bool:
-        """Whether arguments of tool calls that are JSON text are given to that template as objects."""
-        return tool_calls.wants_objects(self.template(tools), self.special_tokens, self.name)
-
-    def wants_null(self, tools: bool) -> bool:
-        """Whether a message of tool calls alone is given to that template with null for its content."""
-        return tool_calls.wants_null(self.template(tools), self.special_tokens, self.name)
 
 
 @dataclass(frozen=True)
@@ -105,53 +43,22 @@ class Tokens:
     """Same length as `ids`."""
 
 
-def spec_from_pretrained(tokenizer: Any, name: str | None = None) -> TokenizerSpec:
-    """The spec of a transformers tokenizer.
-
-    Raises UserError if it is not a fast one, has no end token, or a token of an absurd id. A tokenizer without
-    chat template gets `template.default`, with a warning.
-    """
-    name = name or str(getattr(tokenizer, "name_or_path", "") or "the model")
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if not getattr(tokenizer, "is_fast", False) or backend is None:
-        raise UserError(f"model.name: the tokenizer of {name} is not a fast one (it needs a tokenizer.json)")
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"model.name: the tokenizer of {name} has no end token (eos_token), so answers would never end")
-    token_ids.check(backend, name)
-    named = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
-    source = (named.get("default") or next(iter(named.values()), None)) if named else tokenizer.chat_template
-    for_tools = named.get("tool_use")
-    add_bos = adds_begin_token(tokenizer)
-    if not source:
-        log.warning("%s has no chat template: conversations are written as 'User: ...' and 'Assistant: ...'", name)
-        source = template.default(add_bos)
-    return TokenizerSpec(
-        json=backend.to_str(),
-        chat_template=str(source),
-        special_tokens={
-            key: str(value) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)
-        },
-        eos_id=int(tokenizer.eos_token_id),
-        bos_id=tokenizer.bos_token_id,
-        add_bos=add_bos,
-        tool_template=str(for_tools) if for_tools and for_tools != source else None,
-        name=name,
-    )
-
-
-def adds_begin_token(tokenizer: Any) -> bool:
-    """Whether a transformers tokenizer puts its begin token before a text."""
-    return tokenizer.bos_token_id is not None and list(tokenizer("a")["input_ids"][:1]) == [tokenizer.bos_token_id]
-
-
 @dataclass(frozen=True)
 class Begun:
     """An example of which it is known what is to be tokenised."""
 
     example: Example
-    texts: list[str]
+    answers: Sequence[str]
+    """Texts that are tokenised with the places of their tokens: answers of a chat, with what follows them."""
+    texts: Sequence[str]
+    """Texts of which the tokens alone are needed."""
     finish: Callable[[], list[Tokens]]
     """Its tokens: one piece, or several for a long text; raises Rejected for an example that cannot be used."""
+
+    @property
+    def size(self) -> int:
+        """Characters to be tokenised."""
+        return sum(map(len, self.answers)) + sum(map(len, self.texts))
 
 
 class ExampleTokenizer:
@@ -168,8 +75,7 @@ class ExampleTokenizer:
         self._encoder = Encoder(spec.json, spec.name)
         self._special = self._encoder.special_ids() | {spec.eos_id}
         self._unknown = self._encoder.id_of(spec.special_tokens.get("unk_token"))
-        for source in {spec.template(tools) for tools in (False, True)}:
-            template_trial.check(source, spec.special_tokens, spec.name)
+        spec.try_templates()
         self._templates = [
             template.ChatTemplate(spec.template(tools), spec.special_tokens, spec.name) for tools in (False, True)
         ]
@@ -186,17 +92,20 @@ class ExampleTokenizer:
         """What of an example is to be tokenised; raises Rejected for one that cannot be used."""
         match example:
             case Chat():
-                parts = self._parts(example)
-                texts = [cut for text, answers in parts for cut in _cuts(text, answers)]
-                return Begun(example, texts, lambda: [self._masked(text, answers) for text, answers in parts])
+                parts = [(_cuts(text, spans), spans) for text, spans in self._parts(example)]
+                answers = [cut for (_, *cuts), _ in parts for cut in cuts]
+                before = [cuts[0] for cuts, _ in parts]
+                return Begun(example, answers, before, lambda: [self._masked(*part) for part in parts])
             case Completion():
-                return Begun(example, [example.prompt, example.completion], lambda: [self._completion(example)])
+                texts = (example.prompt, example.completion)
+                return Begun(example, (), texts, lambda: [self._completion(example)])
             case Text():
-                return Begun(example, [example.text], lambda: self._text(example))
+                return Begun(example, (), (example.text,), lambda: self._text(example))
 
-    def ahead(self, texts: Sequence[str]) -> None:
-        """Tokenise texts of several examples together, which takes less time; the examples are finished then."""
-        self._encoder.ahead(texts)
+    def ahead(self, begun: Sequence[Begun]) -> None:
+        """Tokenise the texts of several examples together, which takes less time; the examples are finished then."""
+        answers = [text for one in begun for text in one.answers]
+        self._encoder.ahead(answers, [text for one in begun for text in one.texts])
 
     def ends(self, tokens: Tokens) -> bool:
         """Whether what is supervised ends with a special token, so that the model learns where to stop."""
@@ -261,22 +170,27 @@ class ExampleTokenizer:
             what = f"the chat template of {self._spec.name} refuses the conversation"
             raise Rejected("template", f"{what}: {first_line(error)}") from None
 
-    def _masked(self, text: str, answers: list[Span]) -> Tokens:
-        """The tokens of a text with its answers supervised; each part that begins with one is tokenised alone."""
-        before, *parts = _cuts(text, answers)
-        ids = self._encoder.ids(before)
-        supervised = [np.zeros(len(ids), dtype=bool)]
-        for (start, stop), part in zip(answers, parts, strict=True):
+    def _masked(self, cuts: Sequence[str], spans: Sequence[Span]) -> Tokens:
+        """The tokens of a text that is cut where answers begin, each cut tokenised alone, with the answers supervised.
+
+        `spans`: where they lie in the whole text.
+        """
+        before, *parts = cuts
+        ids, written_at = self._encoder.ids(before), []
+        for (start, stop), part in zip(spans, parts, strict=True):
             piece = self._encoder.encode(part, continues=start > 0)
             # A token that begins in the answer is the model's to write, wherever it ends.
-            mask = piece.starts < stop - start
-            written = [number for number, inside in zip(piece.ids, mask, strict=True) if inside]
+            count = piece.starting_before(stop - start)
+            written = piece.ids[:count]
             if written and written[-1] in self._special:
                 written.pop()  # the end of the turn
             self._require_own(written, bool(ids))
+            written_at.append(slice(len(ids), len(ids) + count))
             ids += piece.ids
-            supervised.append(mask)
-        return self._checked(np.asarray(ids, dtype=np.int32), np.concatenate(supervised))
+        supervised = np.zeros(len(ids), dtype=bool)
+        for place in written_at:
+            supervised[place] = True
+        return self._checked(np.asarray(ids, dtype=np.int32), supervised)
 
     def _completion(self, example: Completion) -> Tokens:
         prompt = self._encoder.ids(example.prompt)

@@ -7,7 +7,7 @@ Qwen end a turn with <|im_end|>, and a text with <|endoftext|>).
 from olora_ray.data import template_trial
 from olora_ray.data.chat_template import ChatTemplate
 from olora_ray.data.encoder import Encoder
-from olora_ray.data.tokenize import TokenizerSpec
+from olora_ray.data.tokenizer_spec import TokenizerSpec
 
 _ANSWER = template_trial.MESSAGES[-1]["content"]
 

@@ -9,7 +9,7 @@ from olora_ray.adapter import files_fit
 from olora_ray.common.errors import UserError
 from olora_ray.config.evaluation import AnyConfig
 from olora_ray.data.token_ids import has_tokens_beyond
-from olora_ray.data.tokenize import TokenizerSpec, spec_from_pretrained
+from olora_ray.data.tokenizer_spec import TokenizerSpec, spec_from_pretrained
 from olora_ray.data.turn_end import turn_end
 from olora_ray.model import misfits
 from olora_ray.model.load import end_tokens, load_tokenizer, skeleton

@@ -9,7 +9,7 @@ from olora_ray.adapter import portable
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.config.schema import Config
 from olora_ray.data import chat_template
-from olora_ray.data.tokenize import adds_begin_token
+from olora_ray.data.tokenizer_spec import adds_begin_token
 from olora_ray.model.load import end_tokens, load_tokenizer, tokenizer_in
 from olora_ray.model.source import BaseModel
 from olora_ray.tracking import models

@@ -19,7 +19,7 @@ from olora_ray.config.evaluation import AnyConfig
 from olora_ray.config.schema import Source
 from olora_ray.data.form import digest_inputs
 from olora_ray.data.sources import File, list_files
-from olora_ray.data.tokenize import TokenizerSpec
+from olora_ray.data.tokenizer_spec import TokenizerSpec
 from olora_ray.data.units import FileScan, Units
 from olora_ray.tokens import layout
 from olora_ray.tokens.layout import Pieces, Shards

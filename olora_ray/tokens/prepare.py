@@ -13,7 +13,7 @@ from olora_ray.config.evaluation import AnyConfig
 from olora_ray.data.kept_scans import find_all
 from olora_ray.data.scan import scan
 from olora_ray.data.sources import File, total_bytes
-from olora_ray.data.tokenize import TokenizerSpec
+from olora_ray.data.tokenizer_spec import TokenizerSpec
 from olora_ray.data.units import FileScan
 from olora_ray.tokens import notes, ray_map, writer
 from olora_ray.tokens.draws import warn_of_empty

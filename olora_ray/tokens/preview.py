@@ -15,7 +15,8 @@ from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config, Source
 from olora_ray.data.scan import head, scan
 from olora_ray.data.sources import File, total_bytes
-from olora_ray.data.tokenize import TokenizerSpec, Tokens
+from olora_ray.data.tokenize import Tokens
+from olora_ray.data.tokenizer_spec import TokenizerSpec
 from olora_ray.data.units import FileScan, Units
 from olora_ray.tokens import manifest, notes
 from olora_ray.tokens import shard as shards

@@ -71,15 +71,16 @@ def _fetched(reference: Any) -> Any:
 
 
 def _resources(cpus_held: float) -> dict[str, Any]:
-    """Resources of a task: less on a small machine, and no CPU where the holders leave none.
+    """Resources of a task: half a CPU where others leave less than two, and none where they leave none.
 
-    They wait for the tasks then, so the tasks must not wait for them.
+    They wait for the tasks then, so the tasks must not wait for them. A process for each CPU and no more: each takes
+    seconds of a CPU to start.
     """
     import ray
     import ray.data
 
     cpus = float(ray.cluster_resources().get("CPU", 1.0))
-    each = 1.0 if cpus >= 4 else 0.5
+    each = 1.0 if cpus - cpus_held >= 2 else 0.5
     if cpus - cpus_held >= each:
         return {"num_cpus": each}
     return {"num_cpus": 0, "compute": ray.data.TaskPoolStrategy(max(1, int(cpus) // 4))}

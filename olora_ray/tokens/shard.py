@@ -112,7 +112,7 @@ def file_bytes(table: pa.Table) -> bytes:
 
 def _add(shard: Shard, rules: Rules, planned: PlannedFile, piece: Piece, tokenize: ExampleTokenizer) -> None:
     for group in _begun(rules, planned, piece, tokenize):
-        tokenize.ahead([text for _, one in group if isinstance(one, Begun) for text in one.texts])
+        tokenize.ahead([one for _, one in group if isinstance(one, Begun)])
         for place, one in group:
             shard.rows += 1
             shard.rows_of[planned.source] += 1
@@ -149,7 +149,7 @@ def _begun(
             if isinstance(row, Rejected):
                 raise row
             one = tokenize.begin(to_example(source.format, row, source.fields, chat))
-            size += sum(map(len, one.texts))
+            size += one.size
             group.append((place, one))
         except Rejected as why:
             group.append((place, why))

@@ -48,7 +48,10 @@ SHOWN = 4
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """What the tasks that make the shards of a store have in common; each gets its own `Part` of the plan."""
+    """What the tasks that make the shards of a store have in common; each gets its own `Part` of the plan.
+
+    Its chat templates were tried where it was made.
+    """
 
     rules: Rules
     uri: str
@@ -66,7 +69,8 @@ class StoreSpec:
     """`run.storage`."""
 
     def for_tasks(self) -> ShardSpec:
-        """Without the plan, which is large."""
+        """Without the plan, which is large; raises UserError for a chat template that is hostile."""
+        self.plan.spec.try_templates()
         return ShardSpec(self.plan.rules(), self.uri, self.storage_root)
 
     def outline(self) -> Outline:
@@ -171,6 +175,7 @@ def make_shard(job: ShardSpec, part: Part) -> dict[str, Any]:
     sidecar = read_sealed(storage.join(job.uri, sidecar_name(number)))
     if sidecar is not None and file_size(job.uri, shard_name(number)) == sidecar["bytes"]:
         return sidecar
+    job.rules.spec.take_templates_as_tried()
     try:
         shard = shards.build(job.rules, part)
     except Changed as error:

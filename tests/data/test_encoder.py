@@ -14,7 +14,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from olora_ray.common.errors import UserError
 from olora_ray.data.chat_template import ChatTemplate
-from olora_ray.data.encoder import Encoder
+from olora_ray.data.encoder import ANCHORS, Encoder
 from olora_ray.data.example import Chat, Completion, Example, Rejected, Text
 from olora_ray.data.tokenize import ExampleTokenizer, Tokens
 from tests.data import small_tokenizers
@@ -121,7 +121,7 @@ def test_what_is_tokenised_together_has_the_tokens_of_each_alone(
 
     alone = [told(partial(tokenizer, each)) for each in examples]
     begun = [tokenizer.begin(each) for each in examples]
-    tokenizer.ahead([text for each in begun for text in each.texts])
+    tokenizer.ahead(begun)
     assert [told(each.finish) for each in begun] == alone
     assert ("bad_text" in str(alone)) == broken
     tokenizer.ahead([])
@@ -130,7 +130,7 @@ def test_what_is_tokenised_together_has_the_tokens_of_each_alone(
 def test_texts_that_are_tokenised_together_are_not_tokenised_again(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = make("byte-level")
     begun = tokenizer.begin(Chat(tuple(conversation("hi", "hello", "more", "bye"))))
-    tokenizer.ahead(begun.texts)
+    tokenizer.ahead([begun])
     monkeypatch.setattr(tokenizer._encoder, "_tokenizer", None)
     with pytest.raises(Rejected):
         tokenizer._encoder.encode("another")
@@ -151,7 +151,29 @@ def test_a_token_starts_with_its_leading_blank() -> None:
     for kind in ("byte-level", "byte-level-trimmed"):
         piece = Encoder(small_tokenizers.spec(kind).json).encode("hello  there ")
         texts = [small_tokenizers.tokenizer(kind).id_to_token(number) for number in piece.ids]
-        assert piece.starts.tolist() == [sum(map(len, texts[:place])) for place in range(len(texts))]
+        starts = [sum(map(len, texts[:place])) for place in range(len(texts))]
+        for place in range(14):
+            assert piece.starting_before(place) == sum(start < place for start in starts)
+
+
+@given(KINDS, TEXTS, st.booleans(), st.integers(0, 16))
+@example("byte-level", "\U0001f600\U0001f389", False, 1)
+@example("prepend", "hello there", True, 6)
+@example("metaspace-always", "hello", True, 1)
+def test_tokens_that_start_before_a_place_are_the_first_ones(kind: str, text: str, continues: bool, place: int) -> None:
+    """They are found by halving, which needs the places in order; also those of a text that was put after another."""
+    encoder, tokenizer = Encoder(small_tokenizers.spec(kind).json), small_tokenizers.tokenizer(kind)
+    piece = encoder.encode(text, continues)
+    for anchor in ("", *ANCHORS):
+        found = tokenizer.encode(anchor + text, add_special_tokens=False)
+        first = len(found.ids) - len(piece.ids)
+        if found.ids[first:] == piece.ids and found.ids[:first] == plain(kind, anchor):
+            starts = [start - len(anchor) for start, _ in found.offsets[first:]]
+            assert starts == sorted(starts)
+            if kind != "byte-level-trimmed":  # whose own offsets leave blanks out
+                assert piece.starting_before(place) == sum(start < place for start in starts)
+            return
+    assert not text
 
 
 def test_sentencepiece_puts_no_blank_before_an_answer() -> None:

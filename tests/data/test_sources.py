@@ -22,7 +22,7 @@ from olora_ray.config.load import override
 from olora_ray.config.schema import Source
 from olora_ray.data import kept_scans, lines, reader, scan, sources
 from olora_ray.data.example import Rejected
-from olora_ray.data.tokenize import TokenizerSpec
+from olora_ray.data.tokenizer_spec import TokenizerSpec
 from olora_ray.data.units import Units
 from olora_ray.tokens.prepare import prepare
 from tests.said import said

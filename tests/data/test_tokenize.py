@@ -12,7 +12,8 @@ from olora_ray.common.errors import UserError
 from olora_ray.data import tool_calls
 from olora_ray.data.chat_template import DEFAULT
 from olora_ray.data.example import Chat, Completion, Rejected, Text
-from olora_ray.data.tokenize import ExampleTokenizer, TokenizerSpec, Tokens, spec_from_pretrained
+from olora_ray.data.tokenize import ExampleTokenizer, Tokens
+from olora_ray.data.tokenizer_spec import TokenizerSpec, spec_from_pretrained
 from tests.data.test_chat_template import ALL, conversation
 from tests.tokens import helpers
 

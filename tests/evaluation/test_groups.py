@@ -8,7 +8,7 @@ import pytest
 
 from olora_ray.common.errors import UserError
 from olora_ray.config.load import build
-from olora_ray.data.tokenize import TokenizerSpec
+from olora_ray.data.tokenizer_spec import TokenizerSpec
 from olora_ray.evaluation.groups import FILE, group_numbers, origins
 from olora_ray.tokens import prepare
 from olora_ray.tokens.plan import Plan

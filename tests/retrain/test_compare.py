@@ -12,7 +12,7 @@ import torch
 from olora_ray.common import storage
 from olora_ray.config.load import override
 from olora_ray.config.schema import Config
-from olora_ray.data.tokenize import TokenizerSpec
+from olora_ray.data.tokenizer_spec import TokenizerSpec
 from olora_ray.evaluation.rows import RowResults
 from olora_ray.model.source import BaseModel
 from olora_ray.pipeline.base import Base

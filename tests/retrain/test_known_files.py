@@ -8,7 +8,7 @@ import pytest
 from olora_ray.common.errors import StoreUnavailable
 from olora_ray.config.load import build, override
 from olora_ray.config.schema import Config
-from olora_ray.data.tokenize import TokenizerSpec
+from olora_ray.data.tokenizer_spec import TokenizerSpec
 from olora_ray.pipeline.fingerprint import TAGS
 from olora_ray.retrain import known_files
 from olora_ray.retrain.known_files import KnownFiles

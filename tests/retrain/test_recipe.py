@@ -14,7 +14,7 @@ from olora_ray.common.errors import UserError
 from olora_ray.config.dotted import flatten
 from olora_ray.config.load import build, dump, override
 from olora_ray.config.schema import Config
-from olora_ray.data.tokenize import TokenizerSpec
+from olora_ray.data.tokenizer_spec import TokenizerSpec
 from olora_ray.model.source import BaseModel
 from olora_ray.pipeline.base import Base
 from olora_ray.pipeline.fingerprint import Fingerprint, settings_digest

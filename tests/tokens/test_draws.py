@@ -12,7 +12,7 @@ import pytest
 
 from olora_ray.config.schema import Config
 from olora_ray.data.reader import read_unit
-from olora_ray.data.tokenize import TokenizerSpec
+from olora_ray.data.tokenizer_spec import TokenizerSpec
 from olora_ray.tokens import rng
 from olora_ray.tokens.draws import taken, warn_of_empty
 from olora_ray.tokens.plan import Plan

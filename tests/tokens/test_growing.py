@@ -12,7 +12,7 @@ import pytest
 from olora_ray.common import sealed
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
-from olora_ray.data.tokenize import TokenizerSpec
+from olora_ray.data.tokenizer_spec import TokenizerSpec
 from olora_ray.tokens import totals, writer
 from olora_ray.tokens.plan import Part
 from olora_ray.tokens.prepare import begin, prepare

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from olora_ray.data.tokenize import TokenizerSpec
+from olora_ray.data.tokenizer_spec import TokenizerSpec
 from olora_ray.tokens.notes import lines
 from olora_ray.tokens.prepare import prepare
 from olora_ray.tokens.preview import describe

@@ -11,7 +11,7 @@ import pytest
 from olora_ray.config.schema import Config
 from olora_ray.data.scan import scan
 from olora_ray.data.sources import File
-from olora_ray.data.tokenize import TokenizerSpec
+from olora_ray.data.tokenizer_spec import TokenizerSpec
 from olora_ray.data.units import FileScan
 from olora_ray.tokens import plan
 from olora_ray.tokens.prepare import begin, look_here, plan_here, prepare

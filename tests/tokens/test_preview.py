@@ -9,7 +9,7 @@ import pytest
 
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
-from olora_ray.data.tokenize import TokenizerSpec
+from olora_ray.data.tokenizer_spec import TokenizerSpec
 from olora_ray.tokens import plan
 from olora_ray.tokens.prepare import prepare
 from olora_ray.tokens.preview import describe

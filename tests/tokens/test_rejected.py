@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from olora_ray.config.schema import Config
-from olora_ray.data.tokenize import TokenizerSpec
+from olora_ray.data.tokenizer_spec import TokenizerSpec
 from olora_ray.tokens import rejected
 from olora_ray.tokens.prepare import begin, plan_here, prepare
 from olora_ray.tokens.rejected import RejectedRows

@@ -15,7 +15,7 @@ from olora_ray.common import sealed
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
 from olora_ray.data import kept_scans
-from olora_ray.data.tokenize import TokenizerSpec
+from olora_ray.data.tokenizer_spec import TokenizerSpec
 from olora_ray.tokens import plan, shard, writer
 from olora_ray.tokens.prepare import begin, prepare
 from olora_ray.tokens.store import TokenStore

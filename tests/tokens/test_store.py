@@ -14,7 +14,7 @@ from olora_ray.common import node_cache, storage
 from olora_ray.common.errors import UserError
 from olora_ray.config.load import override
 from olora_ray.config.schema import Config
-from olora_ray.data.tokenize import TokenizerSpec
+from olora_ray.data.tokenizer_spec import TokenizerSpec
 from olora_ray.tokens import prepare as preparation
 from olora_ray.tokens import preview, ray_map, totals, writer
 from olora_ray.tokens.manifest import shard_name

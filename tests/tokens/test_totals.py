@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from olora_ray.common.errors import UserError
-from olora_ray.data.tokenize import TokenizerSpec
+from olora_ray.data.tokenizer_spec import TokenizerSpec
 from olora_ray.tokens.prepare import prepare
 from olora_ray.tokens.remedies import remedy
 from olora_ray.tokens.totals import Limits

@@ -12,7 +12,7 @@ import pytest
 from olora_ray.common.digests import digest_bytes, digest_file
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
-from olora_ray.data.tokenize import TokenizerSpec
+from olora_ray.data.tokenizer_spec import TokenizerSpec
 from olora_ray.tokens import verified
 from olora_ray.tokens.prepare import prepare
 from olora_ray.tokens.store import TokenStore

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from olora_ray.data.tokenize import spec_from_pretrained
+from olora_ray.data.tokenizer_spec import spec_from_pretrained
 from olora_ray.model.load import load_model
 from olora_ray.tokens.prepare import prepare
 from olora_ray.train.generate import decoding, greedy, questions

@@ -6,7 +6,8 @@ from olora_ray.common.errors import UserError
 from olora_ray.data.example import Chat, Rejected
 from olora_ray.data.mobility import answer
 from olora_ray.data.mobility.prompt import Fits, Message
-from olora_ray.data.tokenize import ExampleTokenizer, TokenizerSpec
+from olora_ray.data.tokenize import ExampleTokenizer
+from olora_ray.data.tokenizer_spec import TokenizerSpec
 
 LONGEST_PLACE = 2**31 - 1
 """Stands for the answer, which a server does not know: the same stays are then shown in training and serving."""

@@ -25,7 +25,7 @@ from olora_ray.config.schema import Config, Source
 from olora_ray.data.example import Rejected
 from olora_ray.data.formats import columns_of
 from olora_ray.data.reader import read_unit
-from olora_ray.data.tokenize import TokenizerSpec
+from olora_ray.data.tokenizer_spec import TokenizerSpec
 from olora_ray.sweep.compare.spec import has_begun
 from olora_ray.tokens.plan import Plan, Split
 from olora_ray.tokens.prepare import plan_here

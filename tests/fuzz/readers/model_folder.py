@@ -9,7 +9,8 @@ from random import Random
 import torch
 
 from olora_ray.data.formats import to_example
-from olora_ray.data.tokenize import ExampleTokenizer, spec_from_pretrained
+from olora_ray.data.tokenize import ExampleTokenizer
+from olora_ray.data.tokenizer_spec import spec_from_pretrained
 from olora_ray.model import load, source
 from olora_ray.train.estimate import estimate
 from tests import tiny

@@ -7,7 +7,8 @@ from random import Random
 from typing import Any
 
 from olora_ray.data.formats import to_example
-from olora_ray.data.tokenize import ExampleTokenizer, TokenizerSpec, spec_from_pretrained
+from olora_ray.data.tokenize import ExampleTokenizer
+from olora_ray.data.tokenizer_spec import TokenizerSpec, spec_from_pretrained
 from olora_ray.model.load import load_tokenizer
 from olora_ray.model.source import BaseModel
 from tests import tiny
