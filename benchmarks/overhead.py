@@ -5,7 +5,8 @@ user runs it, with driver, progress, MLflow and checkpoints; and processes that 
 Worker in a context of their own, where nobody is told anything. Two numbers of each: the seconds of a step as the
 worker records them, and those between two checkpoints divided by the steps between them, which contain what happens
 between steps too; the ratio is of the latter. The first steps do not count. SmolLM2-135M, in turn, medians count. Run
-it on an idle machine: on two cores Ray's own processes share them with the workers, as they do for a user.
+it on an idle machine: on two cores Ray's own processes share them with the workers, as they do for a user. What all
+processes but the workers take of the machine's processors meanwhile is shown too: it varies less than the steps.
 
     python benchmarks/overhead.py [--rounds 3] [--steps 40] [--workers 2]
 """
@@ -16,12 +17,15 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
 
 import numpy as np
-from common import MODEL, machine, met, model_folder, table
+from common import MODEL, machine, met, model_folder, processes_below, table
 
 from olora_ray.cluster.spec import TrainResult
 from olora_ray.train.checkpoint import MANIFEST
@@ -30,6 +34,8 @@ from olora_ray.train.checkpoints import name_of
 ROOT = Path(__file__).resolve().parent.parent
 UNDER_TORCHRUN = str(Path(__file__).with_name("under_torchrun.py"))
 MOST_OVERHEAD, MOST_WAITING = 0.03, 0.01
+LOOK_EVERY = 1.0
+TICKS = os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,17 @@ class Run:
     """Seconds from step to step, with what lies between."""
     waiting: float
     """Share of the steps' time that was spent waiting for data."""
+    others: float = 0.0
+    """Share of the machine's processors that other processes than the workers took meanwhile."""
+
+
+@dataclass(frozen=True)
+class Busy:
+    """Seconds of processors, up to a time."""
+
+    time: float
+    all: float
+    workers: float
 
 
 def main() -> None:
@@ -65,8 +82,8 @@ def main() -> None:
             # Ray's comes first: it leaves the token store that both read.
             for name in runs:
                 file = settings(storage, f"{name.split()[0].lower()}-{turn}", args)
-                run(name, file, args.workers)
-                runs[name].append(recorded(storage / file.stem, args.steps))
+                seen = run(name, file, args.workers)
+                runs[name].append(recorded(storage / file.stem, args.steps, seen))
                 print(f"round {turn + 1}: {name}: {runs[name][-1].whole:.3f} s a step", file=sys.stderr, flush=True)
     print(runs_table(runs))
     print(verdict(runs))
@@ -111,18 +128,45 @@ def settings(storage: Path, name: str, args: argparse.Namespace) -> Path:
     return file
 
 
-def run(name: str, file: Path, workers: int) -> None:
-    """Train; what is printed is shown on the standard error."""
+def run(name: str, file: Path, workers: int) -> list[Busy]:
+    """Train, and look at the processors meanwhile; what is printed is shown on the standard error."""
     command, environment = [sys.executable, "pipelines/finetune.py", str(file)], dict(os.environ)
     if name == "torchrun":
         launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={workers}"]
         command = [sys.executable, *launch, UNDER_TORCHRUN, str(file)]
         environment["OMP_NUM_THREADS"] = "1"  # as Ray sets it for a worker with one CPU
-    if subprocess.run(command, cwd=ROOT, stdout=sys.stderr, env=environment).returncode:
+    seen = list[Busy]()
+    with subprocess.Popen(command, cwd=ROOT, stdout=sys.stderr, env=environment) as process:
+        while process.poll() is None:
+            seen.append(busy(process.pid, "RayTrainWorker" if name == "Ray Train" else f"-u\0{UNDER_TORCHRUN}"))
+            time.sleep(LOOK_EVERY)
+    if process.returncode:
         raise SystemExit(f"{name}: the run has failed")
+    return seen
 
 
-def recorded(folder: Path, steps: int) -> Run:
+def busy(ancestor: int, worker: str) -> Busy:
+    """What all processes, and the workers below `ancestor`, have taken of processors so far."""
+    user, nice, system, *_ = map(int, Path("/proc/stat").read_text().split(maxsplit=4)[1:4])
+    found = 0
+    for process in processes_below(ancestor, worker):
+        with suppress(OSError):  # gone meanwhile
+            fields = Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()
+            found += int(fields[11]) + int(fields[12])  # user and system, see proc_pid_stat(5)
+    return Busy(time.time(), (user + nice + system) / TICKS, found / TICKS)
+
+
+def taken_by_others(seen: Sequence[Busy], began: float, ended: float) -> float:
+    """The share of the processors' time between two times that others than the workers took; 0 of a short one."""
+    within = [each for each in seen if began <= each.time <= ended]
+    if len(within) < 2:
+        return 0.0
+    first, last = within[0], within[-1]
+    taken = last.all - first.all - (last.workers - first.workers)
+    return taken / (last.time - first.time) / (os.cpu_count() or 1)
+
+
+def recorded(folder: Path, steps: int, seen: Sequence[Busy] = ()) -> Run:
     """What a run's folder tells, from the first checkpoint after the start to the last."""
     first = counted_from(steps)
     state = TrainResult.from_json((folder / "training.json").read_text()).state
@@ -132,7 +176,8 @@ def recorded(folder: Path, steps: int) -> Run:
     seconds = [row["train/step_seconds"] for row in rows]
     began, ended = ((folder / "checkpoints" / name_of(step) / MANIFEST).stat().st_mtime for step in (first, steps))
     waited = sum(row["data/wait_fraction"] * row["train/step_seconds"] for row in rows)
-    return Run(mean(seconds), (ended - began) / (steps - first), waited / sum(seconds))
+    others = taken_by_others(seen, began, ended)
+    return Run(mean(seconds), (ended - began) / (steps - first), waited / sum(seconds), others)
 
 
 def counted_from(steps: int) -> int:
@@ -149,10 +194,11 @@ def runs_table(runs: dict[str, list[Run]]) -> str:
             f"{median(each.whole for each in done):.3f}",
             f"{min(each.whole for each in done):.3f} to {max(each.whole for each in done):.3f}",
             f"{median(each.waiting for each in done):.2%}",
+            f"{median(each.others for each in done):.1%}",
         )
         for name, done in runs.items()
     ]
-    return table(("", "a step s", "step to step s", "all rounds", "waiting for data"), rows)
+    return table(("", "a step s", "step to step s", "all rounds", "waiting for data", "others' processors"), rows)
 
 
 def verdict(runs: dict[str, list[Run]]) -> str:

@@ -4,7 +4,8 @@ SmolLM2-135M, rank 16 on all linear layers, several runs one after the other, me
 outside: by the lines of its log as they come, by its workers' processes as they appear, and by the files of its
 checkpoints. A peer does the least that a script with PEFT and transformers' Trainer does until its first step, in one
 process. Then what the imports of each process cost, in seconds of a processor, and the start of a trial in a search
-whose base is loaded already: from the end of the trial before it to the begin of its first step.
+whose base is loaded already, alone or beside another: from the end of the trial before it to the begin of its first
+step.
 
     python benchmarks/start.py [--rounds 5] [--workers 2] [--no-search]
 """
@@ -68,7 +69,10 @@ def main() -> None:
         print(starts_table(*starts(storage, folder, args)), flush=True)
         print(f"\n{imports_table(args.rounds)}", flush=True)
         if args.search:
-            print(f"\n{trials_line(Warm(storage, Path(args.storage).resolve(), trials=6, steps=3).starts())}")
+            warm = Warm(storage, Path(args.storage).resolve(), trials=6, steps=3)
+            print("\na trial in the place of another, on a base that is loaded")
+            for neighbours in (0, 1):
+                print(trials_line(neighbours, warm.starts(neighbours)), flush=True)
 
 
 def starts(storage: Path, folder: str, args: argparse.Namespace) -> tuple[list[dict[str, float]], list[float]]:
@@ -179,18 +183,21 @@ def _used(code: str) -> float:
 
 
 class Warm(Bench):
-    """A search whose trials share a base, two side by side."""
+    """Searches whose trials share a base, one after the other or two side by side."""
 
-    def starts(self) -> list[tuple[float, float]]:
+    side_by_side = 1
+
+    def starts(self, neighbours: int) -> list[tuple[float, float]]:
         """Seconds from the end of a trial until the first step of the one in its place begins; and the step's."""
-        self.search("warm", scheduler="none", adapters=2)
-        trials = self.scratch / "warm" / "quickstart-warm" / "trials"
+        self.side_by_side, name = neighbours + 1, f"warm-{neighbours}"
+        self.search(name, scheduler="none", adapters=2)
+        trials = self.scratch / name / f"quickstart-{name}" / "trials"
         found = [(file.stat().st_mtime, json.loads(file.read_text()), _first(file.parent)) for file in _files(trials)]
         return waits([(ended, ended - each["seconds"], each["first_step"], step) for ended, each, step in found])
 
     def _space(self, scheduler: str, adapters: int) -> Space:
         space = super()._space(scheduler, adapters)
-        return {**space, "search": {"train.lr": {"loguniform": [1e-4, 2e-3]}}, "concurrency": 2}
+        return {**space, "search": {"train.lr": {"loguniform": [1e-4, 2e-3]}}, "concurrency": self.side_by_side}
 
 
 def _files(trials: Path) -> list[Path]:
@@ -216,12 +223,12 @@ def waits(trials: Sequence[tuple[float, float, float, float]]) -> list[tuple[flo
     return found
 
 
-def trials_line(found: Sequence[tuple[float, float]]) -> str:
+def trials_line(neighbours: int, found: Sequence[tuple[float, float]]) -> str:
     """The trials' starts, in one line."""
     middle, least, most = _spread([before for before, _ in found])
     return (
-        f"a trial in the place of another, on a base that is loaded: {middle} s until its first step begins"
-        f" ({least} to {most}); the step takes {_spread([step for _, step in found])[0]} s"
+        f"  {'a neighbour trains meanwhile' if neighbours else 'alone'}: {middle} s until its first step begins"
+        f" ({least} to {most}), which takes {_spread([step for _, step in found])[0]} s"
     )
 
 

@@ -2,6 +2,9 @@
 
 import json
 import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -38,6 +41,23 @@ def test_what_lies_between_steps_counts_and_the_first_steps_do_not(benchmark: An
     module = benchmark("overhead")
     found = module.recorded(make_run(tmp_path / "a", 8, 0.5, 0.1, 0.004), 8)
     assert found == module.Run(step=0.5, whole=pytest.approx(0.6), waiting=pytest.approx(0.004))
+
+
+def test_what_others_take_of_the_processors_is_what_the_workers_do_not(benchmark: Any) -> None:
+    module = benchmark("overhead")
+    cores = os.cpu_count() or 1
+    seen = [module.Busy(1000.0 + at, 50.0 + 0.7 * cores * at, 20.0 + 0.6 * cores * at) for at in range(20)]
+    assert module.taken_by_others(seen, 1002.5, 1017.0) == pytest.approx(0.1)
+    assert module.taken_by_others(seen, 1002.5, 1003.5) == 0.0
+    with subprocess.Popen([sys.executable, "-c", "while True: pass", "a worker's title"]) as child:
+        try:
+            time.sleep(0.5)
+            first = module.busy(os.getpid(), "a worker's title")
+            time.sleep(0.5)
+            last = module.busy(os.getpid(), "a worker's title")
+        finally:
+            child.kill()
+    assert 0 < last.workers - first.workers <= last.all - first.all + 0.1
 
 
 def test_both_targets_are_told_met_or_missed(benchmark: Any) -> None:

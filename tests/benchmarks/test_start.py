@@ -24,9 +24,9 @@ def test_a_trial_waits_for_the_one_whose_place_it_takes(benchmark: Any) -> None:
     # Two side by side; the third takes the place of the first.
     trials = [(10.0, 0.0, 4.0, 3.0), (12.0, 0.5, 4.0, 3.0), (20.0, 10.8, 4.2, 3.0)]
     assert module.waits(trials) == [(pytest.approx(2.0), 3.0)]
-    line = module.trials_line(module.waits(trials))
-    assert "2.00 s until its first step begins" in line
-    assert "the step takes 3.00 s" in line
+    line = module.trials_line(1, module.waits(trials))
+    assert "a neighbour trains meanwhile: 2.00 s until its first step begins" in line
+    assert "which takes 3.00 s" in line
 
 
 def test_the_imports_of_a_process_are_seconds_of_a_processor(benchmark: Any) -> None:
