@@ -192,34 +192,36 @@ class Warm(Bench):
         self.side_by_side, name = neighbours + 1, f"warm-{neighbours}"
         self.search(name, scheduler="none", adapters=2)
         trials = self.scratch / name / f"quickstart-{name}" / "trials"
-        found = [(file.stat().st_mtime, json.loads(file.read_text()), _first(file.parent)) for file in _files(trials)]
-        return waits([(ended, ended - each["seconds"], each["first_step"], step) for ended, each, step in found])
+        return waits([_times(file.parent) for file in sorted(trials.glob("*/trial.json"))])
 
     def _space(self, scheduler: str, adapters: int) -> Space:
         space = super()._space(scheduler, adapters)
-        return {**space, "search": {"train.lr": {"loguniform": [1e-4, 2e-3]}}, "concurrency": self.side_by_side}
+        # The first step has a checkpoint, before which nothing is evaluated.
+        fixed = {**space["set"], "train.eval_every": self.steps, "train.checkpoint_every": 1, "train.keep": self.steps}
+        search = {"train.lr": {"loguniform": [1e-4, 2e-3]}}
+        return {**space, "search": search, "set": fixed, "concurrency": self.side_by_side}
 
 
-def _files(trials: Path) -> list[Path]:
-    return sorted(trials.glob("*/trial.json"))
-
-
-def _first(trial: Path) -> float:
-    """Seconds of a trial's first step, in which it may wait for its turn with the base."""
+def _times(trial: Path) -> tuple[float, float, float, float]:
+    """When a trial ended, when it began, when the checkpoint of its first step was there, and that step's seconds."""
+    record = trial / "trial.json"
+    ended = record.stat().st_mtime
     history = json.loads((trial / "training.json").read_text())["state"]["history"]
-    return next(float(row["train/step_seconds"]) for row in history if row["step"] == 1)
+    step = next(float(row["train/step_seconds"]) for row in history if row["step"] == 1)
+    first = (trial / "checkpoints" / name_of(1) / MANIFEST).stat().st_mtime
+    return ended, ended - json.loads(record.read_text())["seconds"], first, step
 
 
 def waits(trials: Sequence[tuple[float, float, float, float]]) -> list[tuple[float, float]]:
     """Of each trial in another's place: seconds from the end of that to the begin of its first step, and the step's.
 
-    `trials` has (end, begin, seconds from the begin to the end of the first step, seconds of that step).
+    `trials` has (end, begin, end of the first step, seconds of that step).
     """
     found = []
     for _, begun, first, step in trials:
         before = [ended for ended, *_ in trials if ended <= begun]
         if before:
-            found.append((begun + first - step - max(before), step))
+            found.append((first - step - max(before), step))
     return found
 
 

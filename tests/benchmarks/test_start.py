@@ -22,7 +22,7 @@ def test_items_add_up(benchmark: Any) -> None:
 def test_a_trial_waits_for_the_one_whose_place_it_takes(benchmark: Any) -> None:
     module = benchmark("start")
     # Two side by side; the third takes the place of the first.
-    trials = [(10.0, 0.0, 4.0, 3.0), (12.0, 0.5, 4.0, 3.0), (20.0, 10.8, 4.2, 3.0)]
+    trials = [(10.0, 0.0, 4.0, 3.0), (12.0, 0.5, 4.5, 3.0), (20.0, 10.8, 15.0, 3.0)]
     assert module.waits(trials) == [(pytest.approx(2.0), 3.0)]
     line = module.trials_line(1, module.waits(trials))
     assert "a neighbour trains meanwhile: 2.00 s until its first step begins" in line
