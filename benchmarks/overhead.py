@@ -13,6 +13,7 @@ processes but the workers take of the machine's processors meanwhile is shown to
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -48,8 +49,8 @@ class Run:
     """Seconds from step to step, with what lies between."""
     waiting: float
     """Share of the steps' time that was spent waiting for data."""
-    others: float = 0.0
-    """Share of the machine's processors that other processes than the workers took meanwhile."""
+    others: float = math.nan
+    """Share of the machine's processors that other processes than the workers took meanwhile; nan: not looked at."""
 
 
 @dataclass(frozen=True)
@@ -157,10 +158,10 @@ def busy(ancestor: int, worker: str) -> Busy:
 
 
 def taken_by_others(seen: Sequence[Busy], began: float, ended: float) -> float:
-    """The share of the processors' time between two times that others than the workers took; 0 of a short one."""
+    """The share of the processors' time between two times that others than the workers took; nan of a short one."""
     within = [each for each in seen if began <= each.time <= ended]
     if len(within) < 2:
-        return 0.0
+        return math.nan
     first, last = within[0], within[-1]
     taken = last.all - first.all - (last.workers - first.workers)
     return taken / (last.time - first.time) / (os.cpu_count() or 1)

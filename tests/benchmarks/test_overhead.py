@@ -1,6 +1,7 @@
 """The overhead is read from what runs leave; the side without Ray trains as a run of the product does."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -40,7 +41,8 @@ def make_run(folder: Path, steps: int, seconds: float, between: float, waited: f
 def test_what_lies_between_steps_counts_and_the_first_steps_do_not(benchmark: Any, tmp_path: Path) -> None:
     module = benchmark("overhead")
     found = module.recorded(make_run(tmp_path / "a", 8, 0.5, 0.1, 0.004), 8)
-    assert found == module.Run(step=0.5, whole=pytest.approx(0.6), waiting=pytest.approx(0.004))
+    assert (found.step, found.whole, found.waiting) == (0.5, pytest.approx(0.6), pytest.approx(0.004))
+    assert math.isnan(found.others)
 
 
 def test_what_others_take_of_the_processors_is_what_the_workers_do_not(benchmark: Any) -> None:
@@ -48,7 +50,7 @@ def test_what_others_take_of_the_processors_is_what_the_workers_do_not(benchmark
     cores = os.cpu_count() or 1
     seen = [module.Busy(1000.0 + at, 50.0 + 0.7 * cores * at, 20.0 + 0.6 * cores * at) for at in range(20)]
     assert module.taken_by_others(seen, 1002.5, 1017.0) == pytest.approx(0.1)
-    assert module.taken_by_others(seen, 1002.5, 1003.5) == 0.0
+    assert math.isnan(module.taken_by_others(seen, 1002.5, 1003.5))  # one look tells nothing
     with subprocess.Popen([sys.executable, "-c", "while True: pass", "a worker's title"]) as child:
         try:
             time.sleep(0.5)
