@@ -5,6 +5,7 @@ Object stores are spoken to through pyarrow. Where an S3 store is and who may us
 """
 
 import os
+import re
 from functools import lru_cache
 from typing import Any
 from urllib.parse import urlsplit
@@ -66,6 +67,21 @@ def _region_of(bucket: str, named: str | None) -> str:
         if named is None:
             raise
         return named
+
+
+UNTRUSTED = re.compile(r"certificate.verify.failed|curlCode: (?:35|60|77)|wrong.version.number", re.IGNORECASE)
+"""What requests, boto3 and pyarrow say of a TLS certificate that they do not trust, or of a server without TLS."""
+TRUST = (
+    "its certificate is not trusted here: set SSL_CERT_FILE, on all nodes, to a file with the certificates of your CA"
+    " and of the public ones"
+)
+
+
+def follow_certificates() -> None:
+    """Let requests and boto3 read the CA file of SSL_CERT_FILE, as pyarrow and the hub's client do by themselves."""
+    if file := os.environ.get("SSL_CERT_FILE"):
+        for name in ("REQUESTS_CA_BUNDLE", "AWS_CA_BUNDLE"):
+            os.environ.setdefault(name, file)
 
 
 def s3_endpoint() -> str | None:

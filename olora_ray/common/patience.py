@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from pyarrow import ArrowException
 
+from olora_ray.common.connections import TRUST, UNTRUSTED
 from olora_ray.common.errors import StoreError, StoreUnavailable, first_line
 from olora_ray.common.secrets import mask
 
@@ -28,7 +29,9 @@ _answered: set[str] = set()
 
 
 def passes(error: BaseException) -> bool:
-    """Whether the failure is one that passes by itself: no answer, or one that asks to come again."""
+    """True if the failure passes by itself: no answer, or one that asks to come again."""
+    if UNTRUSTED.search(str(error)):
+        return False
     return (
         isinstance(error, StoreUnavailable | TimeoutError | ConnectionError) or _PASSING.search(str(error)) is not None
     )
@@ -54,7 +57,8 @@ def patiently(store: str, request: Callable[[], Found]) -> Found:
             left = end - time.monotonic()
             if store not in _answered or not passes(error) or left <= 0:
                 kind = StoreUnavailable if passes(error) else StoreError
-                raise kind(mask(first_line(error))) from None
+                untrusted = UNTRUSTED.search(str(error))
+                raise kind(f"{mask(store)}: {TRUST}" if untrusted else mask(first_line(error))) from None
             logger.warning(f"{mask(store)} does not answer ({first_line(error)}); asked again for {left:.0f} s more")
             time.sleep(min(PAUSES[min(number, len(PAUSES) - 1)], left))
             number += 1

@@ -17,7 +17,7 @@ from functools import lru_cache
 from typing import Any
 
 from olora_ray.common import connections
-from olora_ray.common.connections import ANSWER_SECONDS, CONNECT_SECONDS
+from olora_ray.common.connections import ANSWER_SECONDS, CONNECT_SECONDS, TRUST, UNTRUSTED
 from olora_ray.common.errors import StoreError, StoreUnavailable, TryAgain, UserError, first_line
 
 logger = logging.getLogger(__name__)
@@ -135,6 +135,7 @@ def split(place: str) -> tuple[str, str]:
 
 
 def _client(attempts: int = 2) -> Any:
+    connections.follow_certificates()
     names = sorted(pair for pair in os.environ.items() if pair[0].startswith("AWS_"))
     return _made(attempts, tuple(names))
 
@@ -172,6 +173,8 @@ def _told() -> Iterator[None]:
             " a role"
         ) from None
     except (exceptions.ConnectionError, exceptions.HTTPClientError, exceptions.IncompleteReadError, OSError) as error:
+        if UNTRUSTED.search(str(error)):
+            raise StoreError(f"{_where()}: {TRUST}") from None
         why = re.sub(r"( on)?( endpoint| the endpoint)? URL: \S+$", "", first_line(error))  # it names the probe
         raise StoreUnavailable(f"{why}; is AWS_ENDPOINT_URL right?") from None
     except exceptions.BotoCoreError as error:

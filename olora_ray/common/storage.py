@@ -22,6 +22,8 @@ from olora_ray.common.patience import passes, patiently
 Found = TypeVar("Found")
 CHUNK = 8 * 2**20
 """Bytes of a large file that are read at once."""
+PART = 64 * 2**10
+"""Bytes of a file that `check` reads from its middle."""
 _WITHOUT_FOLDERS = ("gs://", "gcs://")
 """Stores of which pyarrow lists the objects in a folder, but not the folders in it unless it has made them itself."""
 
@@ -78,7 +80,7 @@ def ask(place: str, request: Callable[[fs.FileSystem, str], Found]) -> Found:
 
 
 def check(place: str, field: str) -> None:
-    """Write, read and delete a small file below `place`, before anything is done that takes long.
+    """Write, read and delete a file below `place`, before anything is done that takes long.
 
     Raises UserError that starts with `field`, the setting that names the place, and says what to mend; TryAgain for
     an object store that does not answer now. Leaves nothing behind.
@@ -86,15 +88,27 @@ def check(place: str, field: str) -> None:
     if s3.is_s3(place):
         s3.check(place, field)
     probe = join(place, f".probe-{uuid.uuid4().hex}")
+    content = os.urandom(4 * PART)
     try:
-        write_text(probe, place)
-        found = read_text(probe)
+        write_bytes(probe, content)
+        whole, part = read_bytes(probe), ask(probe, _part)
         remove(probe)
     except (OSError, ValueError) as error:
         kind = TryAgain if passes(error) else UserError
         raise kind(f"{field}: {place} cannot be written: {short_reason(error)}") from None
-    if found != place:
+    if whole != content:
         raise UserError(f"{field}: {place} gives something else than was written")
+    if part != content[PART : 2 * PART]:
+        raise UserError(
+            f"{field}: {place}: the store answers a read of a part of a file with other bytes (HTTP ranges): shards and"
+            " weights would be read wrongly; use another store, or another version of it"
+        )
+
+
+def _part(system: fs.FileSystem, path: str) -> bytes:
+    with system.open_input_file(path) as file:
+        file.seek(PART)
+        return bytes(file.read(PART))
 
 
 def exists(place: str) -> bool:

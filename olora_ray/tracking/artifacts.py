@@ -1,6 +1,7 @@
-"""MLflow's artifact store: where the files of an experiment go, and whether they can be written there.
+"""MLflow's artifact store: a test, before a training, that it takes files.
 
-MLflow finds that out at its first file, which is at the end of a training, and asks an object store for minutes.
+MLflow writes the model at the end of a training, and asks a store that does not answer for minutes. Where the files go,
+through which servers and proxies, only MLflow knows. So the test writes one file through MLflow itself.
 """
 
 import contextlib
@@ -10,61 +11,37 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from olora_ray.common import connections, s3, storage
 from olora_ray.common.errors import UserError
 from olora_ray.config.evaluation import AnyConfig
 from olora_ray.tracking import moved_storage
 from olora_ray.tracking.client import TrackingUnavailable, is_unavailable, reason, shown_uri
+from olora_ray.tracking.remedy import remedy
 
-PROBE_SECONDS = 30.0
 PROBE = ".probe"
+PROBE_BYTES = 4 * 2**20
+"""More than a proxy takes by default: 1 MB, for nginx."""
+PROBE_SECONDS = 30.0
 FIELD = "MLflow's artifact store"
 
 
 def default_place(config: AnyConfig) -> str:
-    """Where the files of a new experiment go if no server says so: beside the storage."""
+    """Return where the files of a new experiment lie if MLflow is a database: beside the storage."""
     place = config.run.storage
     return storage.join(place if storage.is_uri(place) else os.path.abspath(place), moved_storage.FOLDER)
 
 
 def check(place: str, uri: str) -> None:
-    """Write and delete a file in the artifact store at `place` of the MLflow at `uri`; a local folder is looked at.
+    """Write and delete a file of PROBE_BYTES at `place`, an experiment's artifact location in the MLflow at `uri`.
 
-    Raises UserError that says what to mend, or TrackingUnavailable if it does not answer, within PROBE_SECONDS.
+    Raises UserError that says what to mend, or TrackingUnavailable if the store does not answer, within PROBE_SECONDS.
     """
-    if (folder := storage.local_path(place)) is not None:
-        _look_at(folder, uri)
-        return
     use_paths()
     if s3.is_s3(place) and not os.environ.get("MLFLOW_S3_ENDPOINT_URL"):
         storage.check(place, FIELD)
-    with _told(place):
+    with _told(place, uri):
         _within(PROBE_SECONDS, place, uri)
-
-
-def _look_at(folder: Path, uri: str) -> None:
-    """Raise UserError for a folder that is the server's own, on another machine, or that cannot be written; makes none.
-
-    A server that passes no files on names a folder, and MLflow makes that wherever the client runs.
-    """
-    if _is_elsewhere(uri) and not (os.path.exists(folder) or os.path.exists(folder.parent)):
-        raise UserError(
-            f"{FIELD}: the server at {shown_uri(uri)} keeps files in its folder {folder}, which is not there on this"
-            " machine: models would be written here, where nobody finds them; start it with --artifacts-destination"
-            " and without --no-serve-artifacts, and set another tracking.experiment, since one that is there keeps its"
-            " folder; or, if the folder is a shared one, make it here"
-        )
-    there = next(each for each in (folder, *folder.parents) if os.path.exists(each))
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"{FIELD}: {folder} cannot be written: {there} is no folder in which this user may write")
-
-
-def _is_elsewhere(uri: str) -> bool:
-    """Whether MLflow is a server that may run on another machine than this one."""
-    host = urlsplit(uri).hostname or ""
-    return uri.startswith(("http://", "https://")) and host not in ("localhost", "::1") and not host.startswith("127.")
 
 
 def use_paths() -> None:
@@ -93,18 +70,34 @@ def _within(seconds: float, place: str, uri: str) -> None:
 
 def _write(place: str, uri: str) -> None:
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+    from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 
     repository: Any = get_artifact_repository(place, tracking_uri=uri)
+    if uri.startswith("http") and isinstance(repository, LocalArtifactRepository):
+        _refuse_a_folder_of_the_server(Path(repository.artifact_dir), uri)
     with tempfile.TemporaryDirectory(prefix="olora-") as folder:
         file = Path(folder) / PROBE
-        file.write_text("probe")
+        file.write_bytes(os.urandom(PROBE_BYTES))
         repository.log_artifact(str(file))
     with contextlib.suppress(Exception):  # who may write need not be allowed to delete
         repository.delete_artifacts(PROBE)
 
 
+def _refuse_a_folder_of_the_server(folder: Path, uri: str) -> None:
+    """Raise UserError for a server that names a folder which is not there on this machine.
+
+    MLflow's client would make it here, and nobody would find the model.
+    """
+    if not folder.exists() and not folder.parent.exists():
+        raise UserError(
+            f"{FIELD}: the server at {shown_uri(uri)} keeps files in its folder {folder}, which is not there on this"
+            " machine. If it is a shared folder, mount it here. Otherwise start the server with --artifacts-destination"
+            " and without --no-serve-artifacts, and set another tracking.experiment: an experiment keeps its folder"
+        )
+
+
 @contextlib.contextmanager
-def _told(place: str) -> Iterator[None]:
+def _told(place: str, uri: str) -> Iterator[None]:
     try:
         yield
     except UserError:
@@ -112,5 +105,7 @@ def _told(place: str) -> Iterator[None]:
     except ModuleNotFoundError as error:
         raise UserError(f"{FIELD}: {place} needs the Python package {error.name}: pip install {error.name}") from None
     except Exception as error:
-        kind = TrackingUnavailable if is_unavailable(error) else UserError
-        raise kind(f"{FIELD}: {place} cannot be written: {reason(error)}") from None
+        text = remedy(error)
+        kind = TrackingUnavailable if text is None and is_unavailable(error) else UserError
+        why = f"{text} ({reason(error)})" if text else reason(error)
+        raise kind(f"{FIELD}: {place} at {shown_uri(uri)} cannot be written: {why}") from None

@@ -19,9 +19,10 @@ from functools import cache
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from olora_ray.common import connections
 from olora_ray.common.errors import TryAgain, UserError, first_line
 from olora_ray.common.secrets import mask
-from olora_ray.tracking.denials import causes, is_denial
+from olora_ray.tracking.remedy import causes, remedy
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -62,13 +63,14 @@ def check(uri: str) -> None:
     except UserError:
         raise
     except (MlflowException, SQLAlchemyError, OSError, sqlite3.Error, ValueError) as error:  # [::1 is a ValueError
-        kind = TrackingUnavailable if is_unavailable(error) and not is_denial(error) else UserError
+        kind = TrackingUnavailable if is_unavailable(error) and remedy(error) is None else UserError
         raise kind(f"tracking.uri={shown_uri(uri)}: {_reason(uri, error)}") from None
 
 
 @cache
 def connect(uri: str) -> "MlflowClient":
     """MLflow's client for a server or database, kept quiet and impatient; what the user has set stays."""
+    connections.follow_certificates()
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient
@@ -94,12 +96,9 @@ def reachable(uri: str, *, upload: bool = False) -> Iterator[None]:
         with _time_for_uploads() if upload else nullcontext():
             yield
     except Exception as error:
-        # A database's denial first: it is of the same kind as that nobody answers.
-        if not isinstance(error, UserError) and is_denial(error):
-            raise UserError(
-                f"tracking.uri={shown_uri(uri)}: access is refused ({reason(error)}); correct the credentials or what"
-                " they may do, and run the same command again"
-            ) from None
+        # First: an untrusted certificate and a database's denial are of the same kind as that nobody answers.
+        if not isinstance(error, UserError) and (text := remedy(error)):
+            raise UserError(f"tracking.uri={shown_uri(uri)}: {text} ({reason(error)})") from None
         if is_unavailable(error):
             raise unavailable(uri, reason(error)) from None
         raise
@@ -245,6 +244,8 @@ def _reason(uri: str, error: Exception) -> str:
         return f"MLflow there takes no requests under the name {host}; start it with --allowed-hosts '{host}'"
     if uri.startswith("http") and ("error code 401" in text or "error code 403" in text):
         return "the server refuses access; set MLFLOW_TRACKING_USERNAME and _PASSWORD, or MLFLOW_TRACKING_TOKEN"
+    if found := remedy(error):
+        return f"{found} ({reason(error)})"
     if uri.startswith("http") and ("error code" in text or "response body" in text):
         return f"something answers, but not an MLflow server with this path: {reason(error)}"
     if uri.startswith("http"):
