@@ -145,6 +145,7 @@ def _made(attempts: int, environment: tuple[tuple[str, str], ...]) -> Any:
     import boto3
     from botocore.config import Config
 
+    logging.getLogger("botocore").setLevel(logging.WARNING)  # it tells where it has found the credentials
     # Stores other than AWS rarely have a host name for each bucket; pyarrow uses paths there too.
     style = "path" if connections.s3_endpoint() else "auto"
     return boto3.session.Session().client(

@@ -167,7 +167,7 @@ def is_refusal(error: Exception) -> bool:
 
 def reason(error: BaseException) -> str:
     """The first line of an error, and of MLflow's and urllib3's onion only the core; no password is in it."""
-    text = mask(first_line(error))
+    text = mask(first_line(error)).partition(" Response text: ")[0]
     if broken := re.search(r"""(['"])(Connection broken: .*?)\1, """, text):  # urllib3 says the rest twice
         return broken[2][:300]
     core = text.rpartition("(Caused by ")[2]

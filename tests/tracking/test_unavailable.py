@@ -1,6 +1,7 @@
 """MLflow goes away and comes back: with a real server that is killed, a cut connection, a locked database."""
 
 import contextlib
+import errno
 import logging
 import os
 import socket
@@ -370,7 +371,7 @@ def test_a_reason_is_short(text: str, core: str) -> None:
 def test_inside_reachable_other_errors_stay_as_they_are(address: str) -> None:
     local(address).end()
     with pytest.raises(OSError, match="No space"), reach.reachable(address):
-        raise OSError("No space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device")
     with pytest.raises(reach.TrackingUnavailable, match="reset by peer"), reach.reachable(address):
         raise ConnectionResetError("reset by peer")
 
