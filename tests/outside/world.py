@@ -230,11 +230,9 @@ class World:
 
     def sql(self, statement: str) -> None:
         """Run a statement as PostgreSQL's administrator."""
-        found = _postgres()
-        words = [*self._beside, f"{found}/psql", *"-h 127.0.0.1 -p 5544 -U mlflow -d postgres -c".split(), statement]
-        subprocess.run(
-            words, env={**os.environ, "PGPASSWORD": self._database_password}, check=True, capture_output=True
-        )
+        address = f"postgresql://mlflow:{self._database_password}@127.0.0.1:5544/postgres"
+        words = [*self._beside, f"{_postgres()}/psql", address, "-c", statement]
+        subprocess.run(words, check=True, capture_output=True)
 
     def mlflow(self) -> None:
         """Start MLflow on PostgreSQL, with users."""
