@@ -135,8 +135,13 @@ class World:
 
     @property
     def shared(self) -> Path:
-        """The folder that is /mnt on all machines."""
+        """The folder that is /mnt on all machines; they have it under this path too."""
         return self.folder / "shared"
+
+    @property
+    def full_disk(self) -> Path:
+        """A folder on all machines with hardly any room."""
+        return self.folder / "full"
 
     @property
     def tls(self) -> dict[str, str]:
@@ -366,7 +371,21 @@ class World:
             subprocess.run(["ip", "netns", "del", self._namespace(name)], check=False, capture_output=True)
         shutil.rmtree(Path("/etc/netns") / self._namespace("beside"), ignore_errors=True)
         time.sleep(0.5)
+        subprocess.run(["umount", str(self.full_disk)], check=False)
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def beside(self, *words: str, **variables: str) -> str:
+        """Run a command beside the machines, where the servers run; returns its output."""
+        done = subprocess.run(
+            [*self._beside, *words],
+            cwd=ROOT,
+            env={**os.environ, **variables},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
 
     @property
     def _beside(self) -> list[str]:
@@ -382,8 +401,10 @@ def world(*machines: str) -> Iterator[World]:
     folder = Path(tempfile.mkdtemp(prefix="olora-outside-", dir="/var/tmp"))  # PostgreSQL's user must reach it
     folder.chmod(0o755)
     (folder / "shared").mkdir()
+    (folder / "full").mkdir()
     made = World(folder, f"olr{os.getpid()}")
     try:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(made.full_disk)], check=True)
         made.network()
         made.certificates()
         made.database()
@@ -406,8 +427,7 @@ def show(made: World) -> None:
     for machine in made.machines.values():
         print(f"{machine.name}: {shlex.join(machine.command('exec bash -i'))}")
     with contextlib.suppress(KeyboardInterrupt):
-        while True:
-            time.sleep(1)
+        signal.pause()
 
 
 def _enter(namespace: int) -> None:
@@ -421,5 +441,7 @@ def _ip(*words: str) -> None:
 
 
 if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     with world("head", "worker1", "worker2", "laptop") as found:
         show(found)
