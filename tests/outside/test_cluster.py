@@ -5,6 +5,7 @@ In order: each test goes on with what the ones before have left.
 
 import hashlib
 import json
+import re
 import sys
 import time
 from collections.abc import Iterator
