@@ -2,7 +2,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart sweep-demo compare-demo lifecycle-demo mobility-demo test test-ray test-others test-slow quick check style types setup docs models lock bench clean
+.PHONY: outside quickstart sweep-demo compare-demo lifecycle-demo mobility-demo test test-ray test-others test-slow quick check style types setup docs models lock bench clean
 
 quickstart: $(VENV)/.quickstart ## fine-tune SmolLM2-135M on this machine, from nothing
 	$(BIN)/python pipelines/finetune.py
@@ -50,6 +50,9 @@ quick: $(VENV)/.dev ## at every change, in some minutes: style, and the tests th
 test-slow: $(VENV)/.dev ## the long proofs, in about two hours: what is left out of make test; one Ray at a time
 	$(BIN)/python -m pytest -n 2 --dist loadfile -rP -m "slow and not ray"
 	$(BIN)/python -m pytest -m "slow and ray"
+
+outside: $(VENV)/.dev ## a cluster over ssh, MLflow, S3 and TLS by name, on this machine, as root: tests/outside
+	$(BIN)/python -m pytest -rP -m ray tests/outside
 
 check: style types
 

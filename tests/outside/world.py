@@ -40,8 +40,8 @@ SERVICES = ("mlflow.internal", "s3.internal", "hooks.internal")
 SERVER = f"{NETWORK}.100"
 USER = "retraining"
 PROGRAMS = ("nginx", "sshd", "openssl", "ip", "nsenter", "unshare", "setpriv", "rsync", "curl")
-PACKAGES = "openssh-server rsync nginx-light postgresql openssl iproute2 curl"
-"""Debian's packages that have them; chromium and prometheus are for the pictures."""
+PACKAGES = Path(__file__).with_name("packages")
+"""The packages of Debian that have them; for the pictures chromium and prometheus as well."""
 
 
 def missing() -> str | None:
@@ -51,7 +51,7 @@ def missing() -> str | None:
     found = [name for name in PROGRAMS if shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin") is None]
     found += [] if (BIN / "weed").exists() else ["weed"]
     found += [] if _postgres() else ["postgresql"]
-    return f"a world outside needs {', '.join(found)}: apt-get install {PACKAGES}" if found else None
+    return f"a world outside needs {', '.join(found)}: apt-get install $(cat {PACKAGES})" if found else None
 
 
 def _postgres() -> Path | None:
