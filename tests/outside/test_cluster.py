@@ -122,9 +122,7 @@ class Nights:
     def night(self, options: str = "", more: str = "", **variables: str) -> tuple[int, str]:
         """One night: (exit code, what cron would mail)."""
         lines = (self.head.folder / "root/checkout/deploy/crontab").read_text().splitlines()
-        settings = dict(
-            line.split("=", 1) for line in lines if line and not line.startswith("#") and "=" in line.split()[0]
-        )
+        settings = dict(line.split("=", 1) for line in lines if re.match("[A-Z_]+=", line))
         settings |= {"PROJECT": "/root/checkout", "BIN": "/root/olora_env/bin", "LOG": "/root/retrain.log"}
         settings |= {"CONFIG": str(self.played.config), "PATH": "/usr/bin:/bin", **variables}
         command = lines[-1].split(maxsplit=5)[5]
