@@ -80,5 +80,7 @@ class Retrain(Section):
     """base: train from the start on all data; champion: continue its adapter on new files and some old rows."""
     replay: Annotated[float, Field(ge=0.0, le=1.0)] = 0.2
     """With `from: champion`: share of the rows of known files to train on again; others are drawn each night."""
+    may_shrink: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
+    """Stop if the files of data.train have lost more than this share of the rows that the champion's had; 1: never."""
     wait: Annotated[float, Field(ge=0.0)] = 0.0
     """Seconds to wait for another retraining of the same model before giving up."""
