@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from olora_ray.config.field_types import MODEL_NAME, Name, PositiveInt
+from olora_ray.config.field_types import AliasName, ModelName, PositiveInt
 from olora_ray.config.section import Section
 
 
@@ -22,9 +22,9 @@ class Export(Section):
 class Registry(Section):
     """The registered model."""
 
-    model: Annotated[str, Field(pattern=MODEL_NAME)] | None = None
-    """Name under which the model is registered: letters, digits, ' ', '.', '_', '-'; null: not registered."""
-    alias: Name = "candidate"
+    model: ModelName | None = None
+    """Name under which the model is registered: up to 200 letters, digits, ' ', '.', '_', '-'; null: not registered."""
+    alias: AliasName = "candidate"
     """Alias that the new version gets."""
 
     @field_validator("alias")

@@ -20,6 +20,7 @@ from olora_ray.common.digests import digest_json
 from olora_ray.common.errors import UserError
 from olora_ray.common.text import plural
 from olora_ray.config.dotted import flatten
+from olora_ray.config.field_types import extended
 from olora_ray.config.schema import Config, Source
 from olora_ray.evaluation.groups import check_column, count_planned
 from olora_ray.evaluation.rows import LOSS, PERPLEXITY
@@ -88,7 +89,7 @@ def make(config: Config, inputs: Inputs, champion: Version | None) -> Recipe:
         train = config.train.model_copy(update={"start": start.checkpoint})
         data = config.data.model_copy(update={"train": start.sources})
         wanted = wanted.model_copy(update={"train": train, "data": data})
-    name = f"{config.run.name}-{_digest(wanted, inputs, start)}"
+    name = extended(config.run.name, _digest(wanted, inputs, start))
     origin = f"{_CONTINUED}{start.version}" if start else "base"
     return Recipe(
         wanted.model_copy(update={"run": config.run.model_copy(update={"name": name})}),

@@ -132,6 +132,12 @@ def test_the_run_has_the_same_name_until_something_changes(config: Config, tmp_p
     assert made(config, None)[0].config.run.name != first
 
 
+def test_a_long_name_has_room_for_its_end(config: Config) -> None:
+    name = made(override(config, {"run.name": "n" * 200}), None)[0].config.run.name
+    assert name.startswith("n" * 191 + "-")
+    assert len(name) == 200
+
+
 def test_a_field_that_came_later_leaves_names_as_they_were(config: Config) -> None:
     found = recipe._digest(config, inputs(config), None)
     settings = bound_settings(flatten(config))
