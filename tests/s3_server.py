@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 
 SLOW_DOWN = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+FULL = b"<Error><Code>XMinioStorageFull</Code><Message>Storage backend has reached its minimum.</Message></Error>"
+"""MinIO's words where its disks are full."""
 REGION = "eu-west-1"
 KEYS = {"AWS_ACCESS_KEY_ID": "tester", "AWS_SECRET_ACCESS_KEY": "tested"}
 
@@ -32,6 +34,8 @@ class Faults:
     """Accept and never answer."""
     refuse: int | None = None
     """503 to so many requests from now on; -1: to all."""
+    full: bool = False
+    """507 to whoever writes."""
     ignore_conditions: bool = False
     """As an older Ceph: If-Match and If-None-Match count for nothing."""
 
@@ -123,11 +127,13 @@ class Server:
             if faults.hang:
                 self._closed.wait(300)
             self._closed.wait(faults.delay) if faults.delay else None
-            if faults.refuse:
-                faults.refuse -= 1
+            full = faults.full and method in ("PUT", "POST")
+            if faults.refuse or full:
+                faults.refuse = faults.refuse and faults.refuse - 1
                 environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
-                start("503 Slow Down", [("Content-Type", "application/xml"), ("Content-Length", str(len(SLOW_DOWN)))])
-                return [SLOW_DOWN]
+                status, text = ("507 Insufficient Storage", FULL) if full else ("503 Slow Down", SLOW_DOWN)
+                start(status, [("Content-Type", "application/xml"), ("Content-Length", str(len(text)))])
+                return [text]
             if faults.ignore_conditions:
                 environ.pop("HTTP_IF_MATCH", None)
                 environ.pop("HTTP_IF_NONE_MATCH", None)

@@ -4,7 +4,8 @@
 
 UV is the program uv. It resolves pyproject.toml with the extras that nodes need, for Linux on x86-64 and Python 3.11,
 where each package that is installed here keeps its version; what is not installed here (CUDA's libraries) follows.
-A build's tag such as torch's +cpu is cut off: the ordinary PyPI has the version without it. The manifests of KubeRay
+A build's tag such as torch's +cpu is cut off: the ordinary PyPI has the version without it. Each package has the
+SHA-256 of all its files, so that nodes install these files or fail. The manifests of KubeRay
 get the lock's Ray: in rayVersion, and in the tag of the image.
 
 To take newer versions: make clean setup test lock.
@@ -22,11 +23,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 LOCK = ROOT / "deploy" / "requirements.lock"
 MANIFESTS = ROOT / "deploy" / "kuberay"
-EXTRAS = ("gguf", "eval", "quant", "s3")
+EXTRAS = ("gguf", "eval", "quant", "s3", "postgresql")
 PLATFORM, PYTHON = "x86_64-manylinux_2_28", "3.11"
 HEADER = """\
-# What every node installs: pyproject.toml's packages and its extras gguf, eval, quant and s3, for Linux on
+# What every node installs: pyproject.toml's packages and its extras gguf, eval, quant, s3 and postgresql, for Linux on
 # x86-64 and Python 3.11, at the versions that the tests ran with. Written by `make lock`.
+# The hashes are those of PyPI's files: pip and uv refuse others. torch from its index for CPUs has others
+# (install_node.sh).
 """
 
 
@@ -56,7 +59,7 @@ def resolved(uv: str, limits: str) -> str:
         command = [uv, "pip", "compile", "pyproject.toml", "--quiet", "--constraint", file.name]
         command += [word for extra in EXTRAS for word in ("--extra", extra)]
         command += ["--python-platform", PLATFORM, "--python-version", PYTHON]
-        command += ["--no-header", "--no-annotate", "--no-emit-index-url", "--no-emit-find-links"]
+        command += ["--generate-hashes", "--no-header", "--no-annotate", "--no-emit-index-url", "--no-emit-find-links"]
         done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise SystemExit(done.returncode)  # uv has said why
@@ -65,8 +68,8 @@ def resolved(uv: str, limits: str) -> str:
 
 def locked(text: str) -> dict[str, str]:
     """Package -> version, of a lock's text."""
-    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
-    return {canonical(name): version for name, _, version in (line.partition("==") for line in lines)}
+    found = re.findall(r"^([\w.-]+)==(\S+)", text, re.MULTILINE)
+    return {canonical(name): version for name, version in found}
 
 
 def stamped(manifest: str, project: str, ray: str) -> str:

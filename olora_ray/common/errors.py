@@ -2,6 +2,8 @@
 
 import contextlib
 import errno
+import os
+import re
 from collections.abc import Callable, Iterator
 
 
@@ -62,10 +64,14 @@ def short_reason(error: BaseException) -> str:
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 _OF_A_PLACE = frozenset({errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE})
+_TOLD = re.compile(r"\(os error (\d+)\)$")
+"""The end of safetensors' messages, whose exception is no OSError."""
 
 
 def of_the_machine(error: BaseException) -> str | None:
     """One line for an OSError that is nobody's bug: a full disk, or a file that may or can not be written or read."""
+    if not isinstance(error, OSError) and (told := _TOLD.search(str(error))):
+        error = OSError(int(told[1]), os.strerror(int(told[1])))
     if not isinstance(error, OSError) or error.errno not in _FULL | _OF_A_PLACE:
         return None
     if error.errno in _FULL:

@@ -22,7 +22,8 @@ PATIENCE = 60.0
 """Seconds after the first failure in which a request is repeated."""
 PAUSES = (1.0, 2.0, 4.0, 8.0, 15.0)
 _PASSING = re.compile(
-    r"NETWORK_CONNECTION|SLOW_DOWN|THROTTLING|SERVICE_UNAVAILABLE|INTERNAL_FAILURE|REQUEST_TIMEOUT|HTTP status 5\d\d"
+    r"NETWORK_CONNECTION|SLOW_DOWN|THROTTLING|SERVICE_UNAVAILABLE|INTERNAL_FAILURE|REQUEST_TIMEOUT"
+    r"|HTTP status 5(?!07)\d\d"  # 507: the store is full
     r"|cloud::Status\((?:UNAVAILABLE|DEADLINE_EXCEEDED|INTERNAL|ABORTED|RESOURCE_EXHAUSTED):"  # gs://
 )
 _answered: set[str] = set()

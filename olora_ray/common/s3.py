@@ -27,6 +27,8 @@ SLOW_SECONDS = 5.0
 _REFUSED = ("AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "403")
 _TAKEN = ("PreconditionFailed", "ConditionalRequestConflict", "412", "409")
 _MISSING = ("NoSuchKey", "404")
+_FULL = 507
+"""Insufficient Storage, as MinIO answers where its disks are full: that does not pass by itself."""
 
 
 @dataclass(frozen=True)
@@ -198,6 +200,8 @@ def _error_of(error: Any) -> OSError:
             f"{_where()} refuses access ({code}); check the credentials (AWS_ACCESS_KEY_ID, AWS_PROFILE or the"
             " machine's role), which must be allowed to list, read, write and delete there"
         )
+    if status == _FULL:
+        return StoreError(f"{code} (HTTP {status}); make room in the store, and run the same command again")
     if status >= 500 or code in ("SlowDown", "RequestTimeout", "Throttling"):
         return StoreUnavailable(f"{code} (HTTP {status})")
     return StoreError(first_line(error))

@@ -43,6 +43,20 @@ _AFTER_COLON = re.compile(
 )
 _SCHEME = re.compile(r"\b(Bearer|Basic|Token|Digest|Negotiate|ApiKey)([ \t]++)([\w.~+/=-]++)", re.IGNORECASE)
 _AUTHORIZATION = re.compile(r"authorization\\?['\"]?[ \t]*+[:=][ \t]*+\\?['\"]?$", re.IGNORECASE)
+# --password x on a command line, also as Python shows its list of words: '--password', 'x'. The value may not begin
+# with a dash: then it is the next option.
+_OPTION = re.compile(r"(?<![\w.-])(--[\w-]++)((?:['\"],)?[ \t]++)(?:(')[^'\n]++|(\")[^\"\n]++|[^\s'\"-][^\s'\"]*+)")
+# curl -u user:password, -su user:password, -uuser:password, --user user:password; only in a line about curl, since
+# --user 1000:1000 of docker is no secret.
+_CURL_USER = re.compile(
+    r"(?<![\w.-])((?:-[A-Za-z]{0,5}u(?:['\"],)?[ \t]++|-u|--(?:proxy-)?user(?:=|(?:['\"],)?[ \t]++))"
+    r"(?P<quote>['\"])?[^\s:'\"]++:)(?(quote)[^'\"\n]++|[^\s'\"]++)"
+)
+# All of a Cookie: or Set-Cookie: header, whose values may be quoted themselves.
+_COOKIE = re.compile(
+    r"\b((?:set-)?cookie\\?['\"]?[ \t]*+:[ \t]*+\\?['\"]?)[\w.%$-]++=(?:(?<==)['\"][^'\"\n]*+['\"]?|[^'\"\\\n])*+",
+    re.IGNORECASE,
+)
 # Tokens that are known by their form: Hugging Face, AWS, Google, GitHub, GitLab, Databricks, Slack, OpenAI, JSON web
 # tokens.
 _FORMS = re.compile(
@@ -56,8 +70,9 @@ _IN_FORMS = ("hf_", "AKIA", "ASIA", "AIza", "gh", "glpat-", "dapi", "xox", "sk-"
 def mask(text: str) -> str:
     """The text with *** for secrets.
 
-    These are passwords and tokens in URIs; values of names such as secret_key, `=` or `:` before them; what follows
-    `Authorization:`; tokens that are known by their form, such as hf_...
+    These are passwords and tokens in URIs; values of names such as secret_key, `=` or `:` before them; values of
+    options such as --password; the password of `curl -u`; what follows `Authorization:`, `Cookie:` and `Set-Cookie:`;
+    tokens that are known by their form, such as hf_...
     """
     if "://" in text and "@" in text:
         text = _TOKEN.sub(rf"\1{_HIDDEN}@", _WORD_WITH_AT.sub(_without_password, text))
@@ -66,7 +81,14 @@ def mask(text: str) -> str:
     lower = text.lower()
     if "bearer" in lower or "authorization" in lower:
         text = _SCHEME.sub(_without_credentials, text)
-    return "".join(_fields_masked(text)) if any(part in lower for part in _IN_NAMES) else text
+    if "cookie" in lower:
+        text = _COOKIE.sub(rf"\1{_HIDDEN}", text)
+    if "curl" in lower:
+        text = _CURL_USER.sub(rf"\1{_HIDDEN}", text)
+    if any(part in lower for part in _IN_NAMES):
+        text = "".join(_fields_masked(text))
+        text = _OPTION.sub(_without_value, text) if "--" in text else text
+    return text
 
 
 def in_uri(text: str) -> bool:
@@ -93,6 +115,11 @@ def _without_credentials(found: re.Match[str]) -> str:
     before = found.string[max(0, found.start() - 40) : found.start()]
     bare = scheme.lower() == "bearer" and len(value) >= 16 and any(sign.isdigit() for sign in value)
     return f"{scheme}{blank}{_HIDDEN}" if bare or _AUTHORIZATION.search(before) else found[0]
+
+
+def _without_value(found: re.Match[str]) -> str:
+    option, blank, *quotes = found.groups()
+    return f"{option}{blank}{''.join(filter(None, quotes))}{_HIDDEN}" if is_name(option) else found[0]
 
 
 def _fields_masked(text: str) -> Iterator[str]:

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from olora_ray.config.field_types import MODEL_NAME, Name, PositiveInt
+from olora_ray.config.field_types import AliasName, ModelName, PositiveInt
 from olora_ray.config.section import Section
 
 
@@ -22,9 +22,9 @@ class Export(Section):
 class Registry(Section):
     """The registered model."""
 
-    model: Annotated[str, Field(pattern=MODEL_NAME)] | None = None
-    """Name under which the model is registered: letters, digits, ' ', '.', '_', '-'; null: not registered."""
-    alias: Name = "candidate"
+    model: ModelName | None = None
+    """Name under which the model is registered: up to 200 letters, digits, ' ', '.', '_', '-'; null: not registered."""
+    alias: AliasName = "candidate"
     """Alias that the new version gets."""
 
     @field_validator("alias")
@@ -80,5 +80,7 @@ class Retrain(Section):
     """base: train from the start on all data; champion: continue its adapter on new files and some old rows."""
     replay: Annotated[float, Field(ge=0.0, le=1.0)] = 0.2
     """With `from: champion`: share of the rows of known files to train on again; others are drawn each night."""
+    may_shrink: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
+    """Stop if the files of data.train have lost more than this share of the rows that the champion's had; 1: never."""
     wait: Annotated[float, Field(ge=0.0)] = 0.0
     """Seconds to wait for another retraining of the same model before giving up."""

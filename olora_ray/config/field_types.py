@@ -9,7 +9,29 @@ Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 NAME = r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9_-])?$"
 MODEL_NAME = r"^\w([\w .-]*\w)?$"
 EXPERIMENT = r"^[^\x00-\x1f\x7f]+$"
-Name = Annotated[str, Field(pattern=NAME)]
+LONGEST_NAME = 200
+"""Bytes of a name that files are called by. A file's name has at most 255, and lock files add up to 44."""
+LONGEST_EXPERIMENT = 256
+"""MLflow itself checks for 500 characters, but its column in PostgreSQL and MySQL has 256."""
+LONGEST_ALIAS = 255
+"""MLflow's own limit, in characters."""
+
+
+def _fits_a_file(name: str) -> str:
+    if (size := len(name.encode())) > LONGEST_NAME:
+        raise ValueError(f"{size} bytes long; at most {LONGEST_NAME} are possible, because files get this name")
+    return name
+
+
+def extended(name: str, end: str) -> str:
+    """`name-end`, with the name cut where both would be too long."""
+    return f"{name[: LONGEST_NAME - len(end) - 1]}-{end}"
+
+
+FileName = Annotated[str, Field(pattern=NAME), AfterValidator(_fits_a_file)]
+ModelName = Annotated[str, Field(pattern=MODEL_NAME), AfterValidator(_fits_a_file)]
+AliasName = Annotated[str, Field(pattern=NAME, max_length=LONGEST_ALIAS)]
+ExperimentName = Annotated[str, Field(pattern=EXPERIMENT, max_length=LONGEST_EXPERIMENT)]
 
 
 def _straight(place: str) -> str:

@@ -13,12 +13,15 @@ from olora_ray.config.delivery import Export as Export
 from olora_ray.config.delivery import Gate as Gate
 from olora_ray.config.delivery import Registry as Registry
 from olora_ray.config.delivery import Retrain as Retrain
-from olora_ray.config.field_types import EXPERIMENT, Folder, Name, Place, PositiveInt
+from olora_ray.config.field_types import ExperimentName, FileName, Folder, Place, PositiveInt
 from olora_ray.config.section import AnySection as AnySection
 from olora_ray.config.section import Section as Section
 from olora_ray.config.train import Train as Train
 
-IN_STORAGE = ("tokens", "models", "locks", "mlartifacts", "mlflow.db", "retraining", "adapters")
+IN_STORAGE = (
+    *("tokens", "models", "locks", "mlartifacts", "retraining", "adapters"),
+    *("mlflow.db", "mlflow.db-wal", "mlflow.db-shm", "mlflow.db-journal"),
+)
 """Names in `run.storage` that a run's folder cannot have."""
 NO_GATE: Mapping[str, Any] = {"gate.metric": "eval/loss", "gate.and": []}
 """Changes for what decides nothing, an evaluation or a search: what the gate asks for need not be measured there."""
@@ -27,8 +30,8 @@ NO_GATE: Mapping[str, Any] = {"gate.metric": "eval/loss", "gate.and": []}
 class Run(Section):
     """Name, place and seed."""
 
-    name: Name
-    """Name of the run and of its folder under `storage`: letters, digits, '.', '_' and '-'."""
+    name: FileName
+    """Name of the run and of its folder under `storage`: up to 200 letters, digits, '.', '_' and '-'."""
     storage: Folder = "./runs"
     """Folder or s3://, gs:// URI that every node can read and write."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 17
@@ -149,7 +152,7 @@ class Tracking(Section):
 
     uri: str | None = None
     """MLflow server or database, or env:NAME or file:/PATH that holds it; null: MLFLOW_TRACKING_URI, else SQLite."""
-    experiment: Annotated[str, Field(pattern=EXPERIMENT)] = "olora"
+    experiment: ExperimentName = "olora"
     """MLflow experiment of the run."""
 
 

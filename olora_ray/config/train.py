@@ -47,7 +47,7 @@ class Train(Section):
     early_stop: PositiveInt | None = None
     """Stop after this many evaluations in a row without a better held-out loss; null: never."""
     log_every: PositiveInt = 10
-    """Steps between progress lines and reports to Ray."""
+    """Steps between progress lines."""
     start: Folder | None = None
     """Checkpoint folder of a run with the same base and adapter settings: training starts from its best adapter."""
 

@@ -22,7 +22,7 @@ def mark_records(stream: Any, file: File, limit: int | None) -> tuple[Marks, tup
     """Mark the records of a stream, or those of about its first `limit` bytes, and read the header.
 
     The header is the first record that is not blank. Raises UserError for a record that is too long to be a row,
-    and for a quoted cell that is never closed.
+    for a quoted cell that is never closed, and for a file that ends in the middle of a row.
     """
     marks = _Marks(file)
     source = _Lines(stream, file, limit)
@@ -34,6 +34,8 @@ def mark_records(stream: Any, file: File, limit: int | None) -> tuple[Marks, tup
                 if limit is None:
                     raise _not_closed(file, source.record_line)
                 break
+            if source.unfinished and header and 0 < len(cells) < len(header):
+                raise lines.cut_off(file, source.record_line)
             if header is None:
                 header = cells or None
                 marks.skipped = marks.records + 1
@@ -53,6 +55,8 @@ class _Lines:
         self.lines = self.total = self.crc = 0
         self.record_line, self._record_start = 1, 0
         self.ended = False
+        self.unfinished = False
+        """True from the last line on if it has no line end."""
         self.has_row = False
         """Whether there is a row yet: without one a limit does not end the lines."""
         self._stream, self._file, self._limit = stream, file, limit
@@ -86,6 +90,7 @@ class _Lines:
             if self._limit is not None and seen >= self._limit and self.has_row:
                 return
         if rest:
+            self.unfinished = not rest.endswith(b"\r")
             yield rest
 
 

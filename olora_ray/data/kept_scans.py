@@ -23,7 +23,7 @@ from olora_ray.data.addresses import open_filesystem
 from olora_ray.data.sources import File
 from olora_ray.data.units import UNIT, FileScan, Units
 
-VERSION = 4
+VERSION = 5
 """Changes whenever a kept scan would be another."""
 SETTLED = 10.0
 """Seconds since its last change before which the scan of a file is not kept: clocks of storages are coarse, and a

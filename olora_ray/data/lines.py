@@ -4,6 +4,8 @@ At each such place the CRC-32 of everything before it is noted, so that a unit t
 what was seen here: `zlib.crc32(unit, crc before it) == crc after it`.
 """
 
+import json
+import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -32,6 +34,7 @@ LINE_BYTES = 128 * 2**20
 """Largest line or csv record: it is read as a whole, and a few MB of .gz unpack to gigabytes."""
 LINES = 2**25
 """Most lines of a compressed file, of which every one is noted until their number is known."""
+_BEGUN_ROW = re.compile(rb'(\xef\xbb\xbf)?\s*\{\s*("|\Z)')
 
 Numbers = NDArray[np.int64]
 
@@ -55,10 +58,12 @@ class Marks:
 def mark_lines(stream: Any, file: File, limit: int | None) -> Marks:
     """Mark the lines of a stream, or those of about its first `limit` bytes.
 
-    Raises UserError for a line that is too long to be a row, and for too many lines in a compressed file.
+    Raises UserError for a line that is too long to be a row, for too many lines in a compressed file, and for a jsonl
+    file that ends in the middle of a row.
     """
     parts: list[tuple[Numbers, Numbers, Numbers]] = []
     total = lines = crc = line_start = document = 0
+    open_line = b""
     while (limit is None or total < limit or not parts) and (chunk := stream.read(CHUNK)):
         ends = np.flatnonzero(np.frombuffer(chunk, dtype=np.uint8) == 10).astype(np.int64) + total + 1
         sizes = np.diff(ends, prepend=line_start)
@@ -74,6 +79,8 @@ def mark_lines(stream: Any, file: File, limit: int | None) -> Marks:
             parts.append((numbers[kept], ends[kept], crcs))
             document = int(ends[kept[-1]])
         check_sizes(sizes, file, lines)
+        if file.kind == "jsonl":
+            open_line = chunk[int(ends[-1]) - total :] if len(ends) else open_line + chunk
         lines += len(ends)
         total += len(chunk)
         line_start = int(ends[-1]) if len(ends) else line_start
@@ -81,6 +88,8 @@ def mark_lines(stream: Any, file: File, limit: int | None) -> Marks:
         check_count(lines, file)
     marked = int(parts[-1][1][-1]) if parts else 0
     if marked < total and (limit is None or total < limit or not parts):  # no newline at the end of the file
+        if is_cut_row(open_line):
+            raise cut_off(file, lines + 1)
         last = (lines + (total > line_start), total, crc)
         parts.append((np.array(last[:1]), np.array(last[1:2]), np.array(last[2:])))
     numbers, offsets, crcs = (
@@ -99,6 +108,29 @@ def too_long(file: File, line: int) -> UserError:
     """The message for a line, or a csv record that begins in it, that is too long to be a row."""
     hint = "" if file.kind in ("jsonl", "text") else " (is a quoted cell not closed?)"
     return UserError(f"{file.uri}:{line}: a row of more than {LINE_BYTES >> 20} MiB, which is not read{hint}")
+
+
+def is_cut_row(line: bytes) -> bool:
+    """True if the last line of a jsonl file, which has no newline, begins an object that does not end."""
+    try:
+        if _BEGUN_ROW.match(line):
+            json.loads(line.decode("utf-8-sig"))
+    except json.JSONDecodeError as error:
+        return error.msg != "Extra data"
+    except UnicodeDecodeError:
+        return True
+    except (RecursionError, ValueError):
+        pass  # The reader rejects the row and says why.
+    return False
+
+
+def cut_off(file: File, line: int | None = None) -> UserError:
+    """The message for a file whose last row is incomplete."""
+    place = file.uri if line is None else f"{file.uri}:{line}"
+    return UserError(
+        f"{place}: the file ends in the middle of a row: it is incomplete, or still being copied; copy it again, or"
+        " call again when it is whole"
+    )
 
 
 def check_count(lines: int, file: File) -> None:

@@ -24,6 +24,8 @@ UNITS_WANTED = 64
 """Of a file that `datasets` has saved."""
 SLOW_UNITS = 8
 """Of a file each of whose units costs a pass over all of it, or over its row group."""
+TAIL = 2**20
+"""Bytes at the end of a file that is not read as a whole, in which its last line is looked for."""
 
 
 def scan(file: File, storage_root: str, keep: bool = True) -> FileScan:
@@ -138,7 +140,18 @@ def _lines(file: File, limit: int | None = None) -> FileScan:
     rows = units.rows
     if limit is not None:
         rows = round(rows * max(1.0, file.size / max(seen, 1)))
+        if file.kind == "jsonl" and file.compression is None and lines.is_cut_row(_open_line(file)):
+            raise lines.cut_off(file)
     return FileScan(hashed.sha256.hexdigest(), rows, columns, units)
+
+
+def _open_line(file: File) -> bytes:
+    """The last line of a file if it has no newline; empty too if it is a long one."""
+    system, path = open_filesystem(file.uri)
+    with system.open_input_file(path) as stream:
+        stream.seek(max(0, stream.size() - TAIL))
+        _, newline, line = bytes(stream.read()).rpartition(b"\n")
+    return line if newline else b""
 
 
 def _json(file: File) -> FileScan:

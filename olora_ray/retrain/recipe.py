@@ -20,6 +20,7 @@ from olora_ray.common.digests import digest_json
 from olora_ray.common.errors import UserError
 from olora_ray.common.text import plural
 from olora_ray.config.dotted import flatten
+from olora_ray.config.field_types import extended
 from olora_ray.config.schema import Config, Source
 from olora_ray.evaluation.groups import check_column, count_planned
 from olora_ray.evaluation.rows import LOSS, PERPLEXITY
@@ -37,6 +38,8 @@ from olora_ray.train import checkpoints
 logger = logging.getLogger(__name__)
 
 ORIGIN = "olora.retrained_from"
+ROWS = "olora.data_rows"
+"""Tag of a version: rows of the files behind its data digest."""
 _CONTINUED = "champion, version "
 _LATER = {"adapter": ("sigma", "rho", "init_tokens", "gamma"), "train": ("lr_ratio", "precondition")}
 """Fields that are younger than the names of runs: at its default none of them changes a name."""
@@ -63,11 +66,13 @@ class _Start:
 def make(config: Config, inputs: Inputs, champion: Version | None) -> Recipe:
     """Build the recipe. The run name is a hash of its inputs, so an interrupted run is found and resumed.
 
-    Raises UserError for a gate that nothing could pass, or that cannot be applied to the held-out rows.
+    Raises UserError for a gate that nothing could pass, or that cannot be applied to the held-out rows, and for data of
+    which much is missing since the champion was made.
     """
     check_column(config.gate.group, inputs.held_out)  # else the gate would say so, after the training
     known_files.note(config, inputs.plan)
     if champion is not None:
+        _refuse_if_shrunk(config, inputs.plan.file_rows, champion)
         unseen = _unseen(config, inputs, champion)
         _refuse_if_too_few(config, inputs, unseen)
     start = None  # from the base, unless the champion can be continued
@@ -84,11 +89,11 @@ def make(config: Config, inputs: Inputs, champion: Version | None) -> Recipe:
         train = config.train.model_copy(update={"start": start.checkpoint})
         data = config.data.model_copy(update={"train": start.sources})
         wanted = wanted.model_copy(update={"train": train, "data": data})
-    name = f"{config.run.name}-{_digest(wanted, inputs, start)}"
+    name = extended(config.run.name, _digest(wanted, inputs, start))
     origin = f"{_CONTINUED}{start.version}" if start else "base"
     return Recipe(
         wanted.model_copy(update={"run": config.run.model_copy(update={"name": name})}),
-        {**inputs.fingerprint.tags(), ORIGIN: origin},
+        {**inputs.fingerprint.tags(), ROWS: str(inputs.plan.file_rows), ORIGIN: origin},
     )
 
 
@@ -107,6 +112,18 @@ def continued_version(version: Version) -> str | None:
     """The version whose adapter this one continues; None if it was made from the base."""
     origin = version.tags.get(ORIGIN, "")
     return origin.removeprefix(_CONTINUED) if origin.startswith(_CONTINUED) else None
+
+
+def _refuse_if_shrunk(config: Config, rows: int, champion: Version) -> None:
+    """Raise UserError if many rows are missing: a copy or an export of the data may have failed."""
+    if not (had := champion.tags.get(ROWS)):
+        return  # Its run was not a retraining, or one of an older release.
+    if rows < int(had) * (1 - config.retrain.may_shrink):
+        raise UserError(
+            f"data.train: {rows:,} rows, but the champion, version {champion.number}, had {int(had):,}: more than the"
+            f" share retrain.may_shrink={config.retrain.may_shrink:g} is missing; complete the files, or, if this is"
+            " right, call once with retrain.may_shrink=1"
+        )
 
 
 def _unseen(config: Config, inputs: Inputs, champion: Version) -> frozenset[int] | None:

@@ -7,6 +7,7 @@ from typing import Any
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.common import storage
 from olora_ray.config.dotted import at
+from olora_ray.config.field_types import extended
 from olora_ray.config.load import override
 from olora_ray.config.schema import Config
 from olora_ray.pipeline.run_folder import RunFolder
@@ -91,7 +92,7 @@ class SweepSpec:
         return total
 
     def _own(self, number: int) -> dict[str, Any]:
-        changes: dict[str, Any] = {"run.name": f"{self.name}-{trial_name(number)}", "registry.model": None}
+        changes: dict[str, Any] = {"run.name": extended(self.name, trial_name(number)), "registry.model": None}
         if self.space.scheduler.kind == "population":
             train = self.train_spec.config.train
             every = self.space.scheduler.interval or train.eval_every

@@ -104,6 +104,11 @@ class Plan(Rules):
         return float(self.shards.pieces.rows.sum()) * self.kept_share
 
     @property
+    def file_rows(self) -> int:
+        """Rows of all files, held-out rows and blank lines included, whatever the weights of their sources."""
+        return int(self.shards.pieces.units["rows"].sum())
+
+    @property
     def kept_share(self) -> float:
         """The share of the rows that belongs to this split."""
         if self.eval_fraction is None:

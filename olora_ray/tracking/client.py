@@ -59,7 +59,8 @@ def check(uri: str) -> None:
     try:
         _ask(uri)
     except ModuleNotFoundError as error:
-        raise UserError(f"tracking.uri={shown_uri(uri)}: needs the Python package {error.name}") from None
+        remedy = ": pip install 'olora-ray[postgresql]'" if urlsplit(uri).scheme == "postgresql" else ""
+        raise UserError(f"tracking.uri={shown_uri(uri)}: needs the Python package {error.name}{remedy}") from None
     except UserError:
         raise
     except (MlflowException, SQLAlchemyError, OSError, sqlite3.Error, ValueError) as error:  # [::1 is a ValueError

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from olora_ray.common import storage
 from olora_ray.common.errors import (
@@ -73,6 +74,11 @@ def test_what_is_wrong_with_a_disk_is_no_bug() -> None:
     )
     for bug in (failed(errno.EPERM), failed(errno.ENOENT, "/a"), OSError("ours"), KeyError("ours")):
         assert of_the_machine(bug) is None
+
+
+def test_a_disk_that_is_full_while_tensors_are_written_is_no_bug() -> None:
+    said = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    assert of_the_machine(said) == "No space left on device; make room, and run the same command again"
 
 
 def test_a_write_that_fails_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

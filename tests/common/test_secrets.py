@@ -57,6 +57,19 @@ FIELDS = [
     "AKIA" + "C4N4RY".ljust(16, "X"),
     "(ghp_c4n4ry" + "A" * 30 + ")",
     "eyJc4n4ryc4n4ry.eyJc4n4ryc4n4ry.c4n4ry",
+    "mlflow login --password c4n4ry --user ann",
+    "run --token c4n4ry",
+    "run --api-key 'c4n4ry and more' --hub-token \"it's c4n4ry\"",
+    "Command '['login', '--password', 'c4n4ry', '--verbose']' returned non-zero exit status 1",
+    "curl -u ann:c4n4ry https://host",
+    "curl -su 'ann:c4n4ry and c4n4ry' https://host",
+    "+ curl --user ann:c4n4ry https://host && curl -uann:c4n4ry https://host",
+    "Command '['curl', '-u', 'ann:c4n4ry', 'https://host']' returned non-zero exit status 22",
+    "Cookie: session=c4n4ry; other=c4n4ry",
+    'set-cookie: session="c4n4ry"; Path=/; HttpOnly; other=c4n4ry',
+    "{'Set-Cookie': 'session=c4n4ry; Path=/', 'Server': 'x'}",
+    '"{\\"Cookie\\": \\"session=c4n4ry; other=c4n4ry\\"}"',
+    "curl -H 'Cookie: session=c4n4ry' https://host",
 ]
 PLAIN = [
     "http://host:5000/#/models/support@champion",
@@ -78,6 +91,8 @@ PLAIN = [
     "special tokens: eos_token=</s> bos_token: <s> 'pad_token': '<pad>', eos_token_id: 2",
     '"password": null, token: None, "secret": ""',
     "The secretary: a token of thanks. Forgot the password: click here! Its signature: none",
+    "docker run --user 1000:1000; sort -u a:b; --max-new-tokens 5 --token --tokenizer x",
+    "A cookie: a small cake. Cookies: 5",
     "digest e7f837015eb5be4e, eyJ of no meaning, hf_hub, sk-learn, AKIAS and the bearer of news",
 ]
 WORDS = [
@@ -141,6 +156,19 @@ def test_a_secret_behind_its_name_is_masked(text: str) -> None:
     assert secrets.mask(masked) == masked
 
 
+def test_what_stands_around_an_option_a_user_and_a_cookie_stays() -> None:
+    for line in (
+        "login --password c4n4ry --user ann",
+        "login --password 'c4n4ry' --user ann",
+        "['login', '--password', 'c4n4ry', '--verbose']",
+        "curl -u ann:c4n4ry https://host",
+        "curl -H 'Cookie: c4n4ry' https://host",
+        "{'Set-Cookie': 'c4n4ry', 'Server': 'x'}",
+    ):
+        cookie = line.replace("c4n4ry", "session=c4n4ry; Path=/") if "ookie" in line else line
+        assert secrets.mask(cookie) == line.replace("c4n4ry", "***")
+
+
 def test_only_the_value_is_masked() -> None:
     line = '{"user": "ann", "password": "c4n4ry", "port": 5}; x-api-key: c4n4ry, password=c4n4ry&region=here'
     assert secrets.mask(line) == line.replace("c4n4ry", "***")
@@ -192,13 +220,26 @@ LONG = {
             " ",
             "-.",
             "\\",
+            "--",
+            "--token ",
+            "--token '",
+            "'--token', '",
+            "curl -u ",
+            "curl -u a:",
+            "curl -u 'a:",
+            "-uuuuu ",
+            "Cookie: ",
+            "Cookie: a=",
+            "Cookie: a='",
+            "cookie: \\'",
+            "set-cookie",
         )
     },
 }
 
 
 @pytest.mark.parametrize("name", LONG)
-@pytest.mark.parametrize("before", ["", "password: ", "key=", "x@y a://b:", 'token: "'])
+@pytest.mark.parametrize("before", ["", "password: ", "key=", "x@y a://b:", 'token: "', "curl "])
 def test_time_grows_with_the_length_only(name: str, before: str) -> None:
     """16 times as long: 16 times the time. Quadratic would be 256; 64 leaves room for a busy machine."""
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from olora_ray.common import connections, copies, patience, s3, storage
-from olora_ray.common.errors import TryAgain, UserError
+from olora_ray.common.errors import StoreError, TryAgain, UserError
 from tests.s3_server import Faults, Server, dead_port, within
 from tests.said import said
 
@@ -152,6 +152,15 @@ class TestCheck:
         says = "Read timeout" if fault == "hang" else r"SlowDown \(HTTP 503\)"
         with pytest.raises(TryAgain, match=f"does not answer: {says}"), within(15):
             storage.check(place, "run.storage")
+
+    def test_a_full_store_does_not_pass_by_itself(self, server: Server, place: str) -> None:
+        server.faults = Faults(full=True)
+        with pytest.raises(UserError, match=r"cannot be written: .*XMinioStorageFull.*make room") as caught:
+            storage.check(place, "run.storage")
+        assert caught.value.exit_code == 2
+        with pytest.raises(StoreError, match="507") as written:
+            storage.write_text(storage.join(place, "a"), "x")
+        assert written.value.exit_code == 2
 
     def test_a_slow_server_is_used_and_told_of(
         self, server: Server, place: str, monkeypatch: pytest.MonkeyPatch

@@ -213,6 +213,29 @@ def test_a_run_does_not_take_the_place_of_what_the_storage_keeps(name: str) -> N
     assert f"run.name: '{name}' is what the storage itself keeps" in problem(run={"name": name})
 
 
+@pytest.mark.parametrize("name", ["mlflow.db", "mlflow.db-wal", "mlflow.db-shm", "mlflow.db-journal", "locks"])
+def test_a_run_does_not_take_the_place_of_the_database_and_the_files_beside_it(name: str) -> None:
+    assert f"run.name: '{name}' is what the storage itself keeps" in problem(run={"name": name})
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "letter", "most"),
+    [
+        ("run", "name", "a", 200),
+        ("registry", "model", "a", 200),
+        ("registry", "model", "é", 100),
+        ("registry", "alias", "a", 255),
+        ("tracking", "experiment", "é", 256),
+    ],
+)
+def test_a_name_that_a_file_or_mlflow_cannot_have_is_refused(section: str, field: str, letter: str, most: int) -> None:
+    longest = letter * most
+    build(tree(**{section: {field: longest}}))
+    message = problem(**{section: {field: longest + "a"}})
+    assert f"{section}.{field}: " in message
+    assert "at most" in message
+
+
 @pytest.mark.parametrize("alias", ["latest", "Latest", "v3"])
 def test_an_alias_that_mlflow_keeps_for_itself_is_refused_before_the_training(alias: str) -> None:
     assert f"registry.alias: '{alias}' is a name that MLflow keeps" in problem(registry={"alias": alias})

@@ -63,6 +63,9 @@ def check(folder: Path, text: str, name: str = "a.csv", start: bytes = b"") -> N
             UserError, match=r"a\.[ct]sv:\d+: a quoted cell of the record that begins here is not closed"
         ):
             scan.scan(file, "")
+    elif rows and not text.endswith(("\n", "\r")) and len(rows[-1][1]) < len(header):
+        with pytest.raises(UserError, match=r"a\.[ct]sv:\d+: the file ends in the middle of a row"):
+            scan.scan(file, "")
     elif len(set(named)) < len(named):
         with pytest.raises(UserError, match="there more than once"):
             scan.scan(file, "")

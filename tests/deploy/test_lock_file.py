@@ -55,13 +55,13 @@ def below(requirement: Requirement) -> Iterator[Requirement]:
             yield inner
 
 
-def test_the_lock_is_a_list_of_exact_public_versions() -> None:
-    lines = [line for line in TEXT.splitlines() if not line.startswith("#")]
-    assert len(lines) == len(LOCKED) > 100
-    for line in lines:
+def test_the_lock_is_a_list_of_exact_public_versions_with_hashes() -> None:
+    entries = re.sub(r"(?m)^#.*\n", "", TEXT).replace(" \\\n", "").splitlines()
+    assert len(entries) == len(LOCKED) > 100
+    for entry in entries:
         # No index, no address, no path, no +cpu: it installs from whatever index the node uses.
-        assert re.fullmatch(r"[a-z0-9][a-z0-9._-]*==[0-9][0-9a-z.]*", line), line
-        assert Version(LOCKED[line.partition("==")[0]]).local is None
+        assert re.fullmatch(r"[a-z0-9][a-z0-9._-]*==[0-9][0-9a-z.]*(    --hash=sha256:[0-9a-f]{64})+", entry), entry
+        assert Version(LOCKED[entry.partition("==")[0]]).local is None
     assert not re.search(r"https?:|index-url|find-links|/tmp|/home|/work|/root", TEXT)
 
 

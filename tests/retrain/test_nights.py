@@ -37,7 +37,11 @@ def test_the_first_version_becomes_champion_and_the_same_again_does_nothing(fold
     assert "nothing changed since version 1" in again
     assert "ray:" not in again
     assert nightly.made() == 1
-    assert [run.data.tags["olora.decision"] for run in nightly.decisions()] == ["promoted", "unchanged"]
+    nightly.add("0-first", ["one", "two"], 19)  # of 40
+    refused = nightly.call(code=2)
+    assert "error: data.train: 19 rows, but the champion, version 1, had 40: more than the share" in refused
+    assert "ray:" not in refused
+    assert [run.data.tags["olora.decision"] for run in nightly.decisions()] == ["promoted", "unchanged", "failed"]
 
 
 @pytest.mark.slow

@@ -117,7 +117,8 @@ def test_from_the_base_on_everything(config: Config) -> None:
     assert found.config.train == config.train
     assert found.config.registry.alias == "challenger"
     assert found.config.run.name.startswith("nightly-")
-    assert found.tags == {**inputs(config).fingerprint.tags(), recipe.ORIGIN: "base"}
+    rows = {recipe.ROWS: "60"}
+    assert found.tags == {**inputs(config).fingerprint.tags(), **rows, recipe.ORIGIN: "base"}
     assert said == ""
 
 
@@ -129,6 +130,12 @@ def test_the_run_has_the_same_name_until_something_changes(config: Config, tmp_p
     assert made(override(config, {"gate.must_improve_by": 1, "cluster.workers": 1}), None)[0].config.run.name == first
     write(tmp_path / "chats" / "c.jsonl")
     assert made(config, None)[0].config.run.name != first
+
+
+def test_a_long_name_has_room_for_its_end(config: Config) -> None:
+    name = made(override(config, {"run.name": "n" * 200}), None)[0].config.run.name
+    assert name.startswith("n" * 191 + "-")
+    assert len(name) == 200
 
 
 def test_a_field_that_came_later_leaves_names_as_they_were(config: Config) -> None:
@@ -299,3 +306,23 @@ def test_a_champion_that_cannot_be_continued_is_not_and_the_log_says_why(config:
         assert found.config.train.start is None
         assert found.config.data == config.data
         assert found.tags[recipe.ORIGIN] == "base"
+
+
+def test_data_that_have_shrunk_by_more_than_a_share_are_not_trained_on(config: Config, tmp_path: Path) -> None:
+    known = champion_of(config, tmp_path / "run")
+    champion = version(1, Fingerprint.from_tags(known.tags), **made(config, None)[0].tags)
+    made(override(config, {"data.train.1.weight": 0.1}), champion)  # fewer rows of an epoch, all of the files
+    name = made(config, champion)[0].config.run.name
+    assert made(override(config, {"retrain.may_shrink": 0.1}), champion)[0].config.run.name == name
+    (tmp_path / "chats" / "a.jsonl").unlink()
+    made(config, champion)
+    (tmp_path / "chats" / "b.jsonl").write_text('{"text": "one"}\n' * 9)
+    for chosen in (config, override(config, {"retrain.from": "base"})):
+        with pytest.raises(UserError) as caught:
+            made(chosen, champion)
+        assert str(caught.value) == (
+            "data.train: 29 rows, but the champion, version 1, had 60: more than the share retrain.may_shrink=0.5 is"
+            " missing; complete the files, or, if this is right, call once with retrain.may_shrink=1"
+        )
+    made(override(config, {"retrain.may_shrink": 1}), champion)
+    made(config, known)  # made by an older release

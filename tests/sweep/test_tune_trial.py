@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import threading
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,6 +45,11 @@ def spec(folder: Path, **changes: Any) -> SweepSpec:
     )
     train_spec = TrainSpec(config, BaseModel("tiny", str(folder), "digest"), "digest", (0,), store, None)
     return SweepSpec("search", str(folder / "search"), train_spec, space, "", 0.0)
+
+
+def test_the_trials_of_a_search_with_a_long_name_have_names(tmp_path: Path) -> None:
+    config = replace(spec(tmp_path), name="n" * 200).config(7, {"train.lr": 1e-3})
+    assert config.run.name == "n" * 190 + "-trial-007"
 
 
 def test_the_next_trial_takes_over_with_a_record_of_its_own(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 import sqlite3
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -448,6 +449,16 @@ def test_a_database_that_refuses_access_is_not_waited_for(monkeypatch: pytest.Mo
         with pytest.raises(UserError, match=r"^tracking\.uri=.*(FATAL|full)") as caught:
             reach.check(uri)
         assert isinstance(caught.value, reach.TrackingUnavailable) is later
+
+
+def test_the_driver_of_a_database_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for driver in ("psycopg", "psycopg2"):  # SQLAlchemy before 2.1 takes the second one
+        monkeypatch.setitem(sys.modules, driver, None)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"postgresql://127.0.0.1:{server.getsockname()[1]}/mlflow"
+        with pytest.raises(UserError, match=r"psycopg2?: pip install 'olora-ray\[postgresql\]'$") as caught:
+            reach.check(address)
+    assert str(caught.value).startswith(f"tracking.uri={address}: needs the Python package psycopg")
 
 
 def test_a_server_of_mlflow_2_is_refused_before_a_training(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
