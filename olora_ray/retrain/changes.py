@@ -9,11 +9,11 @@ from olora_ray.pipeline.base import Base, open_base
 from olora_ray.pipeline.fingerprint import Fingerprint, settings_digest
 from olora_ray.tokens import prepare
 from olora_ray.tokens.plan import Plan
-from olora_ray.tracking.aliases import GATE, ROLLED_BACK
+from olora_ray.tracking.aliases import GATE, rolled_back
 from olora_ray.tracking.version import Version
 
 AGAINST = "olora.gate_against"
-"""Tag of a version: the champion's version when the gate decided; empty if there was none."""
+"""Tag of a version: the version that it had to beat when the gate decided; empty if there was none."""
 
 
 @dataclass(frozen=True)
@@ -45,16 +45,15 @@ def look(config: Config) -> Inputs:
 def find_decision(versions: Sequence[Version], champion: Version | None, now: Fingerprint) -> Version | None:
     """The version that makes another training of the same useless.
 
-    That is the champion if it was made of the same; else a version made of the same that was rolled back, or on
-    which the gate has decided against the champion of now. If that champion is another by now, the gate decides anew.
+    That is the champion, or its substitute, if it was made of the same; else a version made of the same that was rolled
+    back, or that was judged against this champion. If it was judged against another one, the gate decides again.
     """
     if champion is not None and not now.changes(Fingerprint.from_tags(champion.tags)):
         return champion
     against = champion.number if champion is not None else ""
     for version in reversed(versions):
-        verdict = version.tags.get(GATE)
-        if verdict is None or now.changes(Fingerprint.from_tags(version.tags)):
+        if GATE not in version.tags or now.changes(Fingerprint.from_tags(version.tags)):
             continue
-        if verdict.startswith(ROLLED_BACK) or version.tags.get(AGAINST) == against:
+        if rolled_back(version) or version.tags.get(AGAINST) == against:
             return version
     return None

@@ -24,8 +24,9 @@ from olora_ray.retrain.changes import Inputs
 from olora_ray.retrain.decision_run import Entry
 from olora_ray.retrain.gate import Decision
 from olora_ray.retrain.settle import settle
+from olora_ray.retrain.to_beat import ToBeat, version_to_beat
 from olora_ray.tracking import client, moved_storage
-from olora_ray.tracking.aliases import CHAMPION, GATE, Aliases
+from olora_ray.tracking.aliases import GATE, Aliases
 from olora_ray.tracking.start import resolve_uri
 from olora_ray.tracking.version import Version
 
@@ -61,14 +62,13 @@ def run(config: Config) -> None:
 def _retrain(config: Config, aliases: Aliases, lease: lock.Lock) -> None:
     aliases.repair()
     inputs = changes.look(config)
-    versions, number = aliases.versions(), aliases.current().get(CHAMPION)
-    champion = next((version for version in versions if version.number == number), None)
-    if (done := changes.find_decision(versions, champion, inputs.fingerprint)) is not None:
+    to_beat = version_to_beat(aliases)
+    if (done := changes.find_decision(to_beat.versions, to_beat.version, inputs.fingerprint)) is not None:
         decision_run.of_version(config, done)
-        _unchanged(config, done, number)
+        _unchanged(config, done, to_beat)
         return
-    logger.info(_what_changed(inputs, champion))
-    version, learned = _trained(config, aliases, inputs, champion)
+    logger.info(_what_changed(inputs, to_beat))
+    version, learned = _trained(config, aliases, inputs, to_beat.version)
 
     def decide(challenger: Version, against: Version | None) -> Decision:
         return _decide(config, inputs, challenger, against) if learned else NOTHING_LEARNED
@@ -77,18 +77,18 @@ def _retrain(config: Config, aliases: Aliases, lease: lock.Lock) -> None:
     decision_run.of_version(config, aliases.version(version.number))
 
 
-def _unchanged(config: Config, done: Version, champion: str | None) -> None:
-    which = "the champion" if done.number == champion else done.tags[GATE]
+def _unchanged(config: Config, done: Version, to_beat: ToBeat) -> None:
+    which = to_beat.role if done is to_beat.version else done.tags[GATE]
     reason = f"nothing changed since version {done.number} of {done.name} ({which})"
     logger.info(reason)
-    decision_run.unchanged(config, Entry("unchanged", reason, champion=champion))
+    decision_run.unchanged(config, Entry("unchanged", reason, champion=to_beat.champion or None))
 
 
-def _what_changed(inputs: Inputs, champion: Version | None) -> str:
-    if champion is None:
+def _what_changed(inputs: Inputs, to_beat: ToBeat) -> str:
+    if to_beat.version is None:
         return "no champion yet: training the first version"
-    changed = inputs.fingerprint.changes(Fingerprint.from_tags(champion.tags))
-    return f"changed since the champion, version {champion.number}: {', '.join(changed)}"
+    changed = inputs.fingerprint.changes(Fingerprint.from_tags(to_beat.version.tags))
+    return f"changed since {to_beat.role}, version {to_beat.version.number}: {', '.join(changed)}"
 
 
 def _trained(config: Config, aliases: Aliases, inputs: Inputs, champion: Version | None) -> tuple[Version, bool]:

@@ -34,9 +34,16 @@ CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"
 GATE = "olora.gate"
 """Tag of a version: passed, refused, promoted or rolled back, and why."""
 MOVING = "olora.moving"
+LAST = "olora.last_champion"
+"""Tag of a registered model: the champion. It outlives the alias and the version."""
 ROLLED_BACK = "rolled back"
 
 logger = logging.getLogger(__name__)
+
+
+def rolled_back(version: Version) -> bool:
+    """True if the version was the champion and was found to be bad."""
+    return version.tags.get(GATE, "").startswith(ROLLED_BACK)
 
 
 class Overtaken(Exception):
@@ -63,10 +70,18 @@ class Aliases:
         with reachable(self.uri):
             return self._now()
 
-    def champion(self) -> Version | None:
-        """The version that is the champion, if there is one."""
-        number = self.current().get(CHAMPION)
-        return None if number is None else self.version(number)
+    def last_champion(self) -> str | None:
+        """The champion, or the last one if the alias was deleted; a champion that was set by hand is recorded."""
+        with reachable(self.uri):
+            found, champion = self._model(), self._now().get(CHAMPION)
+            last = None if found is None else found.tags.get(LAST)
+        if champion is None or champion == last:
+            return last
+        with self._locked() as lock:
+            if champion := self._now().get(CHAMPION):
+                lock.check()
+                self.client.set_registered_model_tag(self.name, LAST, champion)
+            return champion or last
 
     def version(self, number: str) -> Version:
         """One version."""
@@ -104,21 +119,28 @@ class Aliases:
             checksums.verify_copy(version, place, self.uri, folder)
 
     def promote(
-        self, number: str, why: str, tags: Mapping[str, str] | None = None, *, instead_of: str | None = None
+        self,
+        number: str,
+        why: str,
+        tags: Mapping[str, str] | None = None,
+        *,
+        instead_of: str | None = None,
+        beaten: str | None = None,
     ) -> str | None:
         """Let a version become the champion if its files are whole; returns the version it takes over from.
 
         `instead_of` is the champion on which that was decided, "" for none; None: whichever it is. Raises Overtaken
-        if it is another by now, or the version itself was promoted or rolled back meanwhile.
+        if it is another by now, or the version itself was promoted or rolled back meanwhile. If there is no champion,
+        `beaten` becomes `previous`; without it `previous` stays.
         """
         self.verify(number)  # it may take minutes: before the lock
         with self._locked() as lock:
             self._unchanged(number, instead_of)
             self._record(lock, number, tags or {})
             there = self._now()
-            old = there.get(CHAMPION)
-            kept = there.get(PREVIOUS) if old == number else old
-            self._move(lock, Move(number, kept, {number: {GATE: why}}, _pair(there)))
+            old = there.get(CHAMPION, beaten)
+            kept = there.get(PREVIOUS) if old in (None, number) else old
+            self._move(lock, Move(number, kept if kept != number else None, {number: {GATE: why}}, _pair(there)))
             return old if old != number else None
 
     def refuse(
@@ -137,7 +159,8 @@ class Aliases:
         there = self.current()
         bad, good = there.get(CHAMPION), there.get(PREVIOUS)
         if bad is None or good is None:
-            named = "there is no champion" if bad is None else f"version {bad} is the first champion, or already back"
+            first = f"version {bad} is the first champion, or already back, or the version before it was deleted"
+            named = "there is no champion" if bad is None else first
             raise UserError(f"{self.name}: nothing to roll back to: {named}; `promote` sets any version")
         self.verify(good)
         with self._locked() as lock:
@@ -171,7 +194,7 @@ class Aliases:
         version, champion = self._version(number), self._now().get(CHAMPION)
         if instead_of is None:
             return
-        if champion == number or version.tags.get(GATE, "").startswith(ROLLED_BACK):
+        if champion == number or rolled_back(version):
             raise Overtaken(f"version {number} was promoted or rolled back by hand meanwhile")
         if (champion or "") != instead_of:
             was = f"version {instead_of}" if instead_of else "none"
@@ -225,6 +248,7 @@ class Aliases:
     def _rest(self, move: Move) -> Iterator[Callable[[], object]]:
         """All writes of a move but that of the champion; any number of them may have been done before."""
         client, name, there = self.client, self.name, self._now()
+        yield partial(client.set_registered_model_tag, name, LAST, move.champion)
         for number, tags in move.tags.items():
             for key, text in tags.items():
                 yield partial(client.set_model_version_tag, name, number, key, text)

@@ -11,6 +11,7 @@ from olora_ray.retrain.changes import AGAINST, find_decision
 from olora_ray.retrain.gate import Decision
 from olora_ray.retrain.recipe import ORIGIN
 from olora_ray.retrain.settle import settle
+from olora_ray.retrain.to_beat import version_to_beat
 from olora_ray.tracking.aliases import GATE, Aliases
 from olora_ray.tracking.version import Version
 from tests import mlflow_database, registered
@@ -93,7 +94,8 @@ def test_the_child_of_a_version_that_was_rolled_back_is_refused_and_another_is_t
     assert against == ["2"]
     assert "refused: it continues version 2, which was rolled back meanwhile" in log
     assert aliases.current() == {"champion": "1", "challenger": "3"}
-    assert find_decision(aliases.versions(), aliases.champion(), now) is None, "the next call trains from version 1"
+    found = version_to_beat(aliases)
+    assert find_decision(found.versions, found.version, now) is None, "the next call trains from version 1"
 
 
 def test_a_champion_that_never_rests_ends_it(aliases: Aliases) -> None:

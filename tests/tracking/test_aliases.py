@@ -11,7 +11,7 @@ import pytest
 from olora_ray.common.digests import digest_bytes
 from olora_ray.common.errors import UserError
 from olora_ray.tracking import checksums, record, registry_lock
-from olora_ray.tracking.aliases import GATE, MOVING, Aliases, Overtaken
+from olora_ray.tracking.aliases import GATE, LAST, MOVING, Aliases, Overtaken
 from olora_ray.tracking.client import connect
 from tests import registered
 from tests.said import said
@@ -143,7 +143,8 @@ def test_a_crash_between_any_two_writes_is_repaired_by_the_next_call(
         assert aliases.current() == moved
         with registry_lock.held(real, name):
             pass
-        assert not real.get_registered_model(name).tags, "nothing is left of the lock and of the announcement"
+        left_over = real.get_registered_model(name).tags
+        assert left_over == {LAST: moved["champion"]}, "nothing is left of the lock and of the announcement"
     assert all(state in (before, moved) for state in states), states
     assert before in states
     assert states.count(moved) >= 3, "every write was the last one once"

@@ -123,6 +123,9 @@ def test_a_version_that_is_registered_as_champion_takes_over_as_by_a_promotion(
     assert Aliases(tracker.uri, "direct").current() == {"champion": "2", "previous": "1"}
     assert models.register(tracker, Contents(merged), "direct", "champion", TAGS) == 2
     assert Aliases(tracker.uri, "direct").current() == {"champion": "2", "previous": "1"}, "repeating changes nothing"
+    tracker.client().delete_registered_model_alias("direct", "champion")
+    assert models.register(tracker, Contents(merged), "direct", "champion", TAGS) == 2
+    assert Aliases(tracker.uri, "direct").current() == {"previous": "1"}, "repeating sets no alias that was deleted"
 
 
 def another_run(database: Path) -> run.Tracker:

@@ -1,0 +1,304 @@
+"""Nights after the champion's alias or version was deleted in MLflow: a worse version never becomes champion.
+
+MLflow is a real one. Training and measuring are replaced: a night registers a version of one small file, and what it
+is to lose on the held-out rows is a tag of it.
+"""
+
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+
+from olora_ray.common.errors import UserError
+from olora_ray.config.load import load, override
+from olora_ray.config.schema import Config
+from olora_ray.evaluation.rows import RowResults
+from olora_ray.pipeline import run as pipeline
+from olora_ray.retrain import compare
+from olora_ray.retrain import run as retraining
+from olora_ray.retrain.changes import AGAINST
+from olora_ray.tracking import checksums, record
+from olora_ray.tracking.aliases import GATE, LAST, Aliases
+from olora_ray.tracking.version import Version
+from pipelines import registry
+from tests import mlflow_database
+from tests.retrain.nightly import Nightly, write
+from tests.said import said
+
+LOSS = "test.loss"
+NAME = "nightly"
+FIRST, SECOND, CHAMPION = 1.30, 1.20, 0.94
+"""Losses of the versions 1 to 3."""
+WORSE, BETTER = 1.41, 0.50
+
+
+class Nights:
+    """Nights of one model in a folder of their own."""
+
+    def __init__(self, folder: Path, config: Config) -> None:
+        self.folder = folder
+        self.config = override(config, {"run.storage": str(folder / "runs")})
+        self.aliases = Aliases(f"sqlite:///{folder}/runs/mlflow.db", NAME)
+        self.client: MlflowClient = self.aliases.client
+        self.loss = 0.0
+        self.meanwhile: Callable[[], object] = lambda: None
+        """Happens when the challenger is trained, and nothing is measured yet."""
+
+    def call(self, loss: float | None = None) -> str:
+        """A night on a new file, whose version is to have this loss; None: on the same files. Returns the log."""
+        if loss is not None:
+            self.loss = loss
+            file = self.folder / f"{len(self.config.data.train)}.jsonl"
+            write(file, [("one", str(loss))])
+            sources = [source.model_dump(mode="json") for source in self.config.data.train]
+            self.config = override(self.config, {"data.train": [*sources, {"path": str(file)}]})
+        with said() as lines:
+            retraining.run(self.config)
+        return "\n".join(lines)
+
+    def stops(self, loss: float | None = None) -> str:
+        """A night that ends in one line for a person."""
+        with pytest.raises(UserError) as caught:
+            self.call(loss)
+        assert caught.value.exit_code == 2
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    def register(self, loss: float, tags: dict[str, str], run_id: str | None = None) -> str:
+        """One more version, without an alias, as finetune.py registers it; returns its number."""
+        files = self.folder / "files" / f"{len(list(self.folder.glob('files/*')))}"
+        files.mkdir(parents=True)
+        (files / "MLmodel").write_text(str(loss))
+        text = checksums.of_folders({"": files})
+        (files / checksums.FILE).write_text(text)
+        folded = record.folded({**tags, LOSS: str(loss), checksums.TAG: checksums.digest(text)})
+        return str(self.client.create_model_version(NAME, str(files), run_id, folded).version)
+
+    def train(self, config: Config, tags: dict[str, str]) -> dict[str, Any]:
+        """Stands for pipeline.run."""
+        found = self.aliases.of_run(config.run.name)
+        number = found.number if found else self.register(self.loss, tags, config.run.name)
+        self.client.set_registered_model_alias(NAME, "challenger", number)
+        self.meanwhile()
+        return {"mlflow": {"run_id": config.run.name}, "best_step": 1}
+
+    def made(self) -> list[str]:
+        return [version.number for version in self.aliases.versions()]
+
+
+def measured(_: object, __: object, versions: list[Version]) -> list[RowResults]:
+    """Stands for compare.measured."""
+    rows, tokens = 24, 10
+    return [
+        RowResults(
+            "rows", (tokens,) * rows, (float(v.tags[LOSS]) * tokens,) * rows, {}, tuple((0, n) for n in range(rows))
+        )
+        for v in versions
+    ]
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A project whose three nights each made a better version."""
+
+    folder: Path
+    config: Config
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Begun:
+    folder = tmp_path_factory.mktemp("begun")
+    nights = Nights(folder, load(Nightly(folder, model).config))
+    mlflow_database.place(folder / "runs")
+    nights.client.create_registered_model(NAME)
+    with pytest.MonkeyPatch.context() as patch:
+        replaced(patch, nights)
+        for loss in (FIRST, SECOND, CHAMPION):
+            nights.call(loss)
+    assert nights.aliases.current() == {"champion": "3", "previous": "2"}
+    return Begun(folder, nights.config)
+
+
+def replaced(patch: pytest.MonkeyPatch, nights: Nights) -> None:
+    patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    patch.setattr(pipeline, "run", nights.train)
+    patch.setattr(compare, "measured", measured)
+
+
+@pytest.fixture
+def nights(begun: Begun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Nights:
+    """After three nights: champion 3, previous 2."""
+    shutil.copytree(begun.folder / "runs", tmp_path / "runs")
+    found = Nights(tmp_path, begun.config)
+    replaced(monkeypatch, found)
+    return found
+
+
+def without_alias(nights: Nights) -> None:
+    nights.client.delete_registered_model_alias(NAME, "champion")
+
+
+def without_version(*numbers: str) -> Callable[[Nights], None]:
+    def delete(nights: Nights) -> None:
+        for number in numbers:
+            nights.client.delete_model_version(NAME, number)
+
+    return delete
+
+
+def without_verdicts(nights: Nights) -> None:
+    for number in nights.made():
+        for tag in (GATE, record.GATE_TAG):
+            nights.client.delete_model_version_tag(NAME, number, tag)
+
+
+def without_record(nights: Nights) -> None:
+    """As a registry of an older release."""
+    nights.client.delete_registered_model_tag(NAME, LAST)
+
+
+def moved_by_hand(nights: Nights) -> None:
+    """In MLflow's page, to the oldest version; a night has seen it."""
+    nights.client.set_registered_model_alias(NAME, "champion", "1")
+    assert "changed since the champion, version 1" in nights.call(9.0)
+
+
+def rolled_back(nights: Nights) -> None:
+    registry.main(["rollback", NAME, "--tracking-uri", nights.aliases.uri])
+
+
+DELETED = {
+    "alias": ([without_alias], "3", "the alias champion is missing"),
+    "version": ([without_version("3")], "2", "the champion, version 3, was deleted"),
+    "version and previous": ([without_version("3", "2")], "1", "the champion, version 3, was deleted"),
+    "alias and verdicts": ([without_alias, without_verdicts], "3", "the alias champion is missing"),
+    "version and verdicts": ([without_version("3"), without_verdicts], "2", "the champion, version 3, was deleted"),
+    "alias and record": ([without_alias, without_record], "3", "the alias champion is missing"),
+    "version and record": ([without_version("3"), without_record], "2", "the alias champion is missing"),
+    "all but previous": ([without_alias, without_record, without_verdicts], "2", "the alias champion is missing"),
+    "alias of one set by hand": ([moved_by_hand, without_alias], "1", "the alias champion is missing"),
+    "alias after a rollback": ([rolled_back, without_alias], "2", "the alias champion is missing"),
+    "version after a rollback": ([rolled_back, without_version("2")], "1", "the champion, version 2, was deleted"),
+}
+
+
+@pytest.mark.parametrize(("deleted", "against", "why"), DELETED.values(), ids=DELETED)
+def test_a_version_must_still_beat_one(
+    nights: Nights, deleted: list[Callable[[Nights], None]], against: str, why: str
+) -> None:
+    for delete in deleted:
+        delete(nights)
+    before = nights.aliases.current()
+    log = nights.call(WORSE)
+    worse = nights.made()[-1]
+    assert re.search(f"{why}; a new version must beat version {against},", log), log
+    assert "refused: eval/loss 1.4100" in log
+    assert nights.aliases.version(worse).tags[AGAINST] == against
+    assert nights.aliases.current() == {**before, "challenger": worse}, "the deleted alias is not restored"
+    assert f"nothing changed since version {worse}" in nights.call(), "a refused version is not trained again"
+
+    log = nights.call(BETTER)
+    better = nights.made()[-1]
+    assert f"version {better} is the champion of {NAME}, version {against} is previous" in log
+    assert nights.aliases.current() == {"champion": better, "previous": against}
+    assert f"nothing changed since version {better} of nightly (the champion)" in nights.call()
+
+
+STOPS = {
+    "all versions": [without_version("1", "2", "3")],
+    "all but one that was rolled back": [rolled_back, without_version("1", "2")],
+    "version, previous and verdicts": [without_version("3", "2"), without_verdicts],
+}
+
+
+@pytest.mark.parametrize("deleted", STOPS.values(), ids=STOPS)
+def test_without_any_to_compare_with_a_night_ends_before_it_trains(
+    nights: Nights, deleted: list[Callable[[Nights], None]]
+) -> None:
+    for delete in deleted:
+        delete(nights)
+    before, versions = nights.aliases.current(), nights.made()
+    problem = nights.stops(WORSE)
+    assert re.match(r"registry.model=nightly: the champion, version \d, was deleted, and no other version", problem)
+    assert "promote nightly VERSION, or delete the registered model to begin anew" in problem
+    assert (nights.aliases.current(), nights.made()) == (before, versions)
+
+
+def test_a_registered_model_that_was_deleted_begins_anew(nights: Nights) -> None:
+    nights.client.delete_registered_model(NAME)
+    nights.client.create_registered_model(NAME)
+    assert "no champion yet: training the first version" in nights.call(WORSE)
+    assert nights.aliases.current() == {"champion": "1"}
+
+
+def test_versions_that_never_passed_are_no_champions(nights: Nights) -> None:
+    nights.client.delete_registered_model(NAME)
+    nights.client.create_registered_model(NAME)
+    nights.client.set_registered_model_alias(NAME, "candidate", nights.register(CHAMPION, {}))
+    strict = override(nights.config, {"gate.and": [{"metric": "eval/loss", "at_most": 1.0}]})
+    nights.config, usual = strict, nights.config
+    assert "refused: eval/loss 1.4100 is above 1" in nights.call(WORSE)
+    nights.config = usual
+    assert "no champion yet: training the first version" in nights.call(SECOND)
+    assert nights.aliases.current() == {"candidate": "1", "champion": "3"}
+
+
+@pytest.mark.parametrize("delete", [without_alias, without_version("3")], ids=["alias", "version"])
+def test_a_champion_that_is_deleted_while_a_night_trains(nights: Nights, delete: Callable[[Nights], None]) -> None:
+    nights.meanwhile = lambda: delete(nights)
+    assert "refused: eval/loss 1.4100" in nights.call(WORSE)
+    assert "champion" not in nights.aliases.current()
+
+
+@pytest.mark.parametrize("delete", [without_alias, without_version("3")], ids=["alias", "version"])
+def test_a_champion_that_is_deleted_while_it_is_measured(
+    nights: Nights, monkeypatch: pytest.MonkeyPatch, delete: Callable[[Nights], None]
+) -> None:
+    def measures(*arguments: Any) -> list[RowResults]:
+        if "champion" in nights.aliases.current():
+            delete(nights)
+        return measured(*arguments)
+
+    monkeypatch.setattr(compare, "measured", measures)
+    log = nights.call(1.0)  # better than version 2
+    assert "the champion was version 3, and is none by now: the gate decides again" in log
+    promoted = delete is not without_alias
+    assert nights.aliases.current().get("champion") == ("4" if promoted else None)
+    assert nights.aliases.current()["previous"] == "2"
+
+
+def test_a_challenger_that_is_deleted_before_it_is_judged_is_registered_again(
+    nights: Nights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measures(*arguments: Any) -> list[RowResults]:
+        nights.client.delete_model_version(NAME, "4")
+        return measured(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compare, "measured", measures)
+        assert "nightly has no version 4; it has 1, 2, 3" in nights.stops(BETTER)
+    assert nights.aliases.current() == {"champion": "3", "previous": "2"}
+    assert "version 5 is the champion" in nights.call()
+
+
+def test_by_hand_after_it_was_deleted(nights: Nights, capsys: pytest.CaptureFixture[str]) -> None:
+    """`promote` keeps `previous`, and a rollback needs it."""
+    at = ("--tracking-uri", nights.aliases.uri)
+    without_alias(nights)
+    with pytest.raises(UserError, match="nothing to roll back to: there is no champion"):
+        registry.main(["rollback", NAME, *at])
+    registry.main(["promote", NAME, "3", *at])
+    assert nights.aliases.current() == {"champion": "3", "previous": "2"}
+    without_alias(nights)
+    registry.main(["promote", NAME, "2", *at])
+    assert nights.aliases.current() == {"champion": "2"}, "no version is the one before itself"
+    registry.main(["promote", NAME, "3", *at])
+    without_version("2")(nights)
+    with pytest.raises(UserError, match=r"nothing to roll back to: .* the version before it was deleted"):
+        registry.main(["rollback", NAME, *at])
+    assert nights.aliases.current() == {"champion": "3"}
