@@ -1,5 +1,6 @@
 """Types of single fields: bounds, patterns of names, places."""
 
+import re
 from typing import Annotated
 
 from pydantic import AfterValidator, Field
@@ -34,7 +35,14 @@ AliasName = Annotated[str, Field(pattern=NAME, max_length=LONGEST_ALIAS)]
 ExperimentName = Annotated[str, Field(pattern=EXPERIMENT, max_length=LONGEST_EXPERIMENT)]
 
 
+_ONE_SLASH = re.compile(r"(?!models:)([A-Za-z][\w.+-]+):/(?!/)")
+"""The beginning of an address that lost a slash, which would be a folder called `s3:` in the current one."""
+
+
 def _straight(place: str) -> str:
+    if found := _ONE_SLASH.match(place):
+        slashes = "///" if found[1] == "file" else "//"
+        raise ValueError(f"an address has {slashes} behind the colon; write {found[1]}:{slashes}{place[found.end() :]}")
     if "://" in place and ".." in place.partition("?")[0].split("/"):
         raise ValueError("a URI cannot go up with '..'; write the address without it")
     return place

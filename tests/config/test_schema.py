@@ -257,6 +257,15 @@ def test_an_address_does_not_go_up() -> None:
         assert f"{field}: a URI cannot go up" in message
 
 
+@pytest.mark.parametrize(("place", "right"), [("s3:/b/runs", "s3://b/runs"), ("file:/mnt/runs", "file:///mnt/runs")])
+def test_an_address_that_lost_a_slash_is_no_folder(place: str, right: str) -> None:
+    message = problem(run={"name": "a", "storage": place}, data={"train": [{"path": place}]})
+    for field in ("run.storage", "data.train.0.path"):
+        assert f"{field}: an address has" in message
+    assert f"write {right}" in message
+    assert build(tree(model={"name": "models:/support/3"})).model.name == "models:/support/3"
+
+
 @pytest.mark.parametrize("place", ["s3://b/p?region=x", "s3://b/p#1", "gs://b/a%20b"])
 def test_an_address_that_others_lie_below_has_no_options(place: str) -> None:
     message = problem(run={"name": "a", "storage": place}, model={"name": place}, train={"start": place})
