@@ -98,7 +98,7 @@ def test_a_champion_that_is_lost(folder: Path, model: Path) -> None:
     shutil.rmtree(folder / "runs" / "retraining" / "rows")
     nightly.add("3-poison", ["one", "two", "three"], 240, shuffled=True)
     log = nightly.call(code=2)
-    assert "error: " in log.splitlines()[-1], log
+    assert "the registered model's files are not at" in log.splitlines()[-1], log
     assert nightly.aliases.current() == {"champion": "2", "previous": "1", "challenger": "4"}
 
 
