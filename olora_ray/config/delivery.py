@@ -1,11 +1,11 @@
-"""Sections of the config about what comes after a training: exports, the registry, the gate, the next training."""
+"""Sections of the config about what comes after a training: exports, registry, gate, next training, who is told."""
 
 import re
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from olora_ray.config.field_types import MODEL_NAME, Name, PositiveInt
+from olora_ray.config.field_types import MODEL_NAME, WEBHOOK, Name, PositiveInt
 from olora_ray.config.section import Section
 
 
@@ -82,3 +82,12 @@ class Retrain(Section):
     """With `from: champion`: share of the rows of known files to train on again; others are drawn each night."""
     wait: Annotated[float, Field(ge=0.0)] = 0.0
     """Seconds to wait for another retraining of the same model before giving up."""
+
+
+class Notify(Section):
+    """Notifications of a retraining: promoted, refused, failed, not finished."""
+
+    url: Annotated[str, Field(pattern=WEBHOOK)] | None = None
+    """Webhook that gets a POST of JSON: http(s)://..., or env:NAME or file:/PATH that holds it; null: none."""
+    command: str | None = None
+    """Shell command that gets the same JSON on its standard input; null: none."""

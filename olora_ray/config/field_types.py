@@ -9,6 +9,7 @@ Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 NAME = r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9_-])?$"
 MODEL_NAME = r"^\w([\w .-]*\w)?$"
 EXPERIMENT = r"^[^\x00-\x1f\x7f]+$"
+WEBHOOK = r"^(https?://|env:|file:/)."
 Name = Annotated[str, Field(pattern=NAME)]
 
 
