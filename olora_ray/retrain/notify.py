@@ -25,7 +25,7 @@ ANSWER_SECONDS, COMMAND_SECONDS = 5.0, 30.0
 def tell(config: Config, event: str, reason: str, version: str | None = None, champion: str | None = None) -> None:
     """Send an event to the config's webhook and command. Log a warning where that fails, and raise nothing."""
     reason = " ".join(mask(reason).split())
-    subject = f"version {version}" if version else "retraining"
+    subject = f"version {version} " if version else ""
     message = {
         "event": event,
         "model": config.registry.model,
@@ -34,7 +34,7 @@ def tell(config: Config, event: str, reason: str, version: str | None = None, ch
         "champion": champion,
         "run": config.run.name,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "text": f"{config.registry.model or config.run.name}: {subject} {event}: {reason}",
+        "text": f"{config.registry.model or config.run.name}: {subject}{event}: {reason}",
     }
     for field, value, send in (("url", config.notify.url, _post), ("command", config.notify.command, _run)):
         for pause in (*PAUSES, None) if value else ():
@@ -62,7 +62,7 @@ def _reason(error: Exception) -> str:
     """The reason of a failure, without the webhook's address: that is a secret, and errors of requests contain it."""
     if isinstance(error, UserError):
         return str(error)
-    if isinstance(error, requests.HTTPError):
+    if isinstance(error, requests.HTTPError) and error.response is not None:
         return f"HTTP status {error.response.status_code}"
     if isinstance(error, subprocess.CalledProcessError):
         return f"exit code {error.returncode}"

@@ -87,7 +87,7 @@ def test_a_command_gets_the_same_on_its_standard_input(tmp_path: Path, caplog: p
         config = tiny.config(notify__command=f"cat >{file}", notify__url=hook.url)
         assert told(config, caplog) == []
     assert [json.loads(file.read_text())] == hook.got
-    assert hook.got[0]["text"].endswith("retraining failed: tracking.uri=postgresql://user:***@server/db: no answer")
+    assert hook.got[0]["text"].endswith(": failed: tracking.uri=postgresql://user:***@server/db: no answer")
 
 
 def test_a_webhook_that_refuses_is_one_warning_without_its_address(
