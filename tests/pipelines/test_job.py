@@ -134,6 +134,16 @@ def test_a_submitter_that_is_stopped_stops_its_job_which_has_time_for_a_checkpoi
     assert jobs.get_job_logs("stopped").splitlines()[-1] == "here"
 
 
+@pytest.mark.slow
+def test_the_limit_of_a_night_stops_its_job_on_the_cluster(head: Head, tmp_path: Path) -> None:
+    night = [sys.executable, project.ROOT / "deploy" / "night.py", "--hours", "0.005", tmp_path / "no_config.yaml"]
+    command = [*night, "--", sys.executable, SUBMIT, "limited", "--", "sleep", "600"]
+    done = subprocess.run(command, env=head.submitter, capture_output=True, text=True, timeout=180, check=False)
+    assert done.returncode == 75, done.stdout + done.stderr
+    assert "NOT FINISHED: stopped after 0.005 hours" in done.stdout
+    assert head.client().get_job_status("limited") == JobStatus.STOPPED
+
+
 def submit(environment: dict[str, str], name: str, *words: str) -> tuple[int, list[str]]:
     """(exit code, lines on stderr)."""
     done = subprocess.run(

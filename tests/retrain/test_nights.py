@@ -24,7 +24,8 @@ def last(nightly: Nightly) -> dict[str, str]:
 
 @pytest.mark.slow
 def test_the_first_version_becomes_champion_and_the_same_again_does_nothing(folder: Path, model: Path) -> None:
-    nightly = Nightly(folder, model)
+    told = folder / "told.json"
+    nightly = Nightly(folder, model, notify={"command": f"cat >>{told}"})
     with lock.held(str(folder / "runs" / "locks" / "nightly.json"), "the test"):
         refused = nightly.call(code=75)
     assert "error: the retraining of nightly is already running (process" in refused
@@ -38,6 +39,8 @@ def test_the_first_version_becomes_champion_and_the_same_again_does_nothing(fold
     assert "ray:" not in again
     assert nightly.made() == 1
     assert [run.data.tags["olora.decision"] for run in nightly.decisions()] == ["promoted", "unchanged"]
+    message = json.loads(told.read_text())  # the promotion, and nothing else
+    assert (message["event"], message["version"], message["champion"]) == ("promoted", "1", None)
 
 
 @pytest.mark.slow
