@@ -51,8 +51,8 @@ space file.
 ## Secrets
 
 A configuration is copied into checkpoints and MLflow, so it holds no secrets: an address with a password or token in
-it is refused. `tracking.uri` may name a place instead, `env:NAME` for an environment variable or `file:/PATH` for a
-file of one line. It is looked up where it is used, and what it holds is never written:
+it is refused. `tracking.uri` and `notify.url` may name a place instead, `env:NAME` for an environment variable or
+`file:/PATH` for a file of one line. It is looked up where it is used, and what it holds is never written:
 
     .venv/bin/python pipelines/finetune.py my_run.yaml tracking.uri=env:MLFLOW_DATABASE
     .venv/bin/python pipelines/finetune.py my_run.yaml tracking.uri=file:/run/secrets/mlflow_uri

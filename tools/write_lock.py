@@ -5,8 +5,8 @@
 UV is the program uv. It resolves pyproject.toml with the extras that nodes need, for Linux on x86-64 and Python 3.11,
 where each package that is installed here keeps its version; what is not installed here (CUDA's libraries) follows.
 A build's tag such as torch's +cpu is cut off: the ordinary PyPI has the version without it. Each package has the
-SHA-256 of all its files, so that nodes install these files or fail. The manifests of KubeRay
-get the lock's Ray: in rayVersion, and in the tag of the image.
+SHA-256 of all its files, so that nodes install these files or fail. The manifests of KubeRay get the lock's Ray: in
+rayVersion, and in the image's tag, which kustomization.yaml has.
 
 To take newer versions: make clean setup test lock.
 """
@@ -73,9 +73,9 @@ def locked(text: str) -> dict[str, str]:
 
 
 def stamped(manifest: str, project: str, ray: str) -> str:
-    """A manifest whose clusters have this Ray, and whose images are of this project with this Ray."""
+    """A manifest whose clusters have this Ray, and whose image is of this project with this Ray."""
     manifest = re.sub(r'(\brayVersion: )"[^"]*"', rf'\g<1>"{ray}"', manifest)
-    return re.sub(r"(\bimage: \S+:)\S+", rf"\g<1>{project}-ray{ray}", manifest)
+    return re.sub(r"(\bnewTag: )\S+", rf"\g<1>{project}-ray{ray}", manifest)
 
 
 def canonical(name: str) -> str:

@@ -1,11 +1,11 @@
-"""Sections of the config about what comes after a training: exports, the registry, the gate, the next training."""
+"""Sections of the config about what comes after a training: exports, registry, gate, next training, who is told."""
 
 import re
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from olora_ray.config.field_types import AliasName, ModelName, PositiveInt
+from olora_ray.config.field_types import WEBHOOK, AliasName, ModelName, PositiveInt
 from olora_ray.config.section import Section
 
 
@@ -84,3 +84,12 @@ class Retrain(Section):
     """Stop if the files of data.train have lost more than this share of the rows that the champion's had; 1: never."""
     wait: Annotated[float, Field(ge=0.0)] = 0.0
     """Seconds to wait for another retraining of the same model before giving up."""
+
+
+class Notify(Section):
+    """Notifications of a retraining: promoted, refused, failed, not finished."""
+
+    url: Annotated[str, Field(pattern=WEBHOOK)] | None = None
+    """Webhook that gets a POST of JSON: http(s)://..., or env:NAME or file:/PATH that holds it; null: none."""
+    command: str | None = None
+    """Shell command that gets the same JSON on its standard input; null: none."""

@@ -10,6 +10,7 @@ Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 NAME = r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9_-])?$"
 MODEL_NAME = r"^\w([\w .-]*\w)?$"
 EXPERIMENT = r"^[^\x00-\x1f\x7f]+$"
+WEBHOOK = r"^(https?://|env:|file:/)."
 LONGEST_NAME = 200
 """Bytes of a name that files are called by. A file's name has at most 255, and lock files add up to 44."""
 LONGEST_EXPERIMENT = 256

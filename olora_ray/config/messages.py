@@ -11,7 +11,7 @@ from olora_ray.common import secrets
 from olora_ray.config import words
 from olora_ray.config.dotted import leaves
 from olora_ray.config.evaluation import EvaluationConfig
-from olora_ray.config.field_types import EXPERIMENT, MODEL_NAME, NAME
+from olora_ray.config.field_types import EXPERIMENT, MODEL_NAME, NAME, WEBHOOK
 from olora_ray.config.schema import Config, Section
 
 _UNION_TAG = re.compile(r"[\[\](){}]|^(tuple|literal|float|str|int|constrained-\w+)\b")
@@ -27,6 +27,7 @@ PATTERNS = {
     NAME: "a name has letters, digits, '.', '_' and '-' only, begins with a letter or digit and does not end with '.'",
     MODEL_NAME: "a name has letters, digits, ' ', '.', '_' and '-' only, and begins and ends with a letter or digit",
     EXPERIMENT: "a name of printable characters is expected",
+    WEBHOOK: "an address is expected: http://... or https://..., or env:NAME or file:/PATH that holds one",
 }
 """The patterns of texts in words."""
 
@@ -105,16 +106,16 @@ def texts(tree: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 def instead(field: str, text: str) -> str:
     """The way to give the secret that stands in a field."""
-    if field != "tracking.uri":
+    if field not in ("tracking.uri", "notify.url"):
         names = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, GOOGLE_APPLICATION_CREDENTIALS, HF_TOKEN"
         return f"has a secret in its address; write it without, and set the service's variables ({names})"
-    if text.startswith("http"):
+    if field == "tracking.uri" and text.startswith("http"):
         return (
             "has a secret in its address; write it without, and set MLFLOW_TRACKING_USERNAME and"
             " MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
         )
     return (
-        "has a password in its address; put the address in a variable or a file of one line, and write env:NAME"
+        "has a secret in its address; put the address in a variable or a file of one line, and write env:NAME"
         " or file:/PATH"
     )
 

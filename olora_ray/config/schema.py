@@ -11,6 +11,7 @@ from olora_ray.config.compare import Compare as Compare
 from olora_ray.config.delivery import Condition as Condition
 from olora_ray.config.delivery import Export as Export
 from olora_ray.config.delivery import Gate as Gate
+from olora_ray.config.delivery import Notify as Notify
 from olora_ray.config.delivery import Registry as Registry
 from olora_ray.config.delivery import Retrain as Retrain
 from olora_ray.config.field_types import ExperimentName, FileName, Folder, Place, PositiveInt
@@ -171,6 +172,7 @@ class Config(Section):
     registry: Registry = Registry()
     gate: Gate = Gate()
     retrain: Retrain = Retrain()
+    notify: Notify = Notify()
     compare: Compare = Compare()
 
     @model_validator(mode="after")

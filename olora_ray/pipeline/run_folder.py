@@ -28,6 +28,7 @@ FREE_TO_CHANGE = (
     "registry.",
     "gate.",
     "retrain.",
+    "notify.",
     "compare.",
     "train.activation_checkpointing",
     "train.keep",

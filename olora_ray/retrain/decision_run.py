@@ -61,11 +61,14 @@ def write(config: Config, entry: Entry, run_id: str | None = None) -> str:
     return tracker.run_id
 
 
-def of_version(config: Config, version: Version) -> None:
-    """Write the gate's decision on a version, once, from the version's own tags: a crash in between loses nothing."""
+def of_version(config: Config, version: Version) -> Entry | None:
+    """Write the gate's decision on a version, once, from the version's own tags: a crash in between loses nothing.
+
+    Returns the decision, or None if there is none or it is written already.
+    """
     tags = version.tags
     if GATE not in tags or AGAINST not in tags or tags.get(RECORDED):
-        return
+        return None
     decision: What = "refused" if tags[GATE].startswith("refused") else "promoted"
     reason = tags[GATE].partition(": ")[2] or tags[GATE]
     details = json.loads(tags.get(DETAILS, "{}"))
@@ -75,6 +78,7 @@ def of_version(config: Config, version: Version) -> None:
     verdicts.add(uri, version.name, version.number, _verdict(entry))
     with reachable(uri):
         connect(uri).set_model_version_tag(version.name, version.number, RECORDED, run_id)
+    return entry
 
 
 def _verdict(entry: Entry) -> str:

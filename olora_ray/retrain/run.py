@@ -15,11 +15,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from olora_ray.common import lock, storage
-from olora_ray.common.errors import StoreUnavailable, TryAgain, UserError
+from olora_ray.common.errors import StoreError, StoreUnavailable, TryAgain, UserError, of_the_machine
 from olora_ray.config.schema import Config
 from olora_ray.pipeline.fingerprint import Fingerprint
 from olora_ray.pipeline.run_folder import RunFolder
-from olora_ray.retrain import changes, decision_run, gate, recipe
+from olora_ray.retrain import changes, decision_run, gate, notify, recipe
 from olora_ray.retrain.changes import Inputs
 from olora_ray.retrain.decision_run import Entry
 from olora_ray.retrain.gate import Decision
@@ -38,11 +38,31 @@ NOTHING_LEARNED = Decision(
 
 
 def run(config: Config) -> None:
-    """Retrain the config's registered model if there is a reason to.
+    """Retrain the config's registered model if there is a reason to, and tell the config's notify section how it ended.
 
     Raises UserError for what the user can fix, TryAgain if another retraining of the model is running or
-    MLflow does not answer, and Stopped after a signal.
+    MLflow does not answer, and Stopped after a signal: of these two deploy/night.py tells.
     """
+    try:
+        decided = _locked(config)
+    except (TryAgain, StoreUnavailable):
+        raise
+    except Exception as error:
+        notify.tell(config, "failed", _reason(error))
+        raise
+    if decided is not None:
+        notify.tell(config, decided.decision, decided.reason, decided.challenger, decided.champion)
+
+
+def _reason(error: Exception) -> str:
+    """The message of the last line that the command prints."""
+    if isinstance(error, UserError | StoreError):
+        return str(error)
+    return of_the_machine(error) or f"{type(error).__name__}: {error}"
+
+
+def _locked(config: Config) -> Entry | None:
+    """Retrain under the model's lock; returns the decision on a version, if this call has recorded one."""
     name = config.registry.model
     if name is None:
         raise UserError("registry.model: retraining compares with a registered model; set its name")
@@ -51,22 +71,22 @@ def run(config: Config) -> None:
     place = storage.join(config.run.storage, "locks", f"{name}.json")
     with lock.held(place, f"the retraining of {name}", config.retrain.wait, "set retrain.wait") as lease:
         try:
-            _retrain(config, Aliases(resolve_uri(config), name), lease)
+            return _retrain(config, Aliases(resolve_uri(config), name), lease)
         except Exception as error:
             if not isinstance(error, TryAgain | StoreUnavailable):
-                with contextlib.suppress(TryAgain):  # what happened matters more than that it cannot be recorded
+                with contextlib.suppress(Exception):  # what happened matters more than that it cannot be recorded
                     decision_run.write(config, Entry("failed", f"{type(error).__name__}: {error}"))
             raise
 
 
-def _retrain(config: Config, aliases: Aliases, lease: lock.Lock) -> None:
+def _retrain(config: Config, aliases: Aliases, lease: lock.Lock) -> Entry | None:
     aliases.repair()
     inputs = changes.look(config)
     to_beat = version_to_beat(aliases)
     if (done := changes.find_decision(to_beat.versions, to_beat.version, inputs.fingerprint)) is not None:
-        decision_run.of_version(config, done)
+        late = decision_run.of_version(config, done)  # the call that decided was cut off before it told
         _unchanged(config, done, to_beat)
-        return
+        return late
     logger.info(_what_changed(inputs, to_beat))
     version, learned = _trained(config, aliases, inputs, to_beat.version)
 
@@ -74,7 +94,7 @@ def _retrain(config: Config, aliases: Aliases, lease: lock.Lock) -> None:
         return _decide(config, inputs, challenger, against) if learned else NOTHING_LEARNED
 
     settle(aliases, version.number, decide, lease.check)  # whoever has taken over decides by himself
-    decision_run.of_version(config, aliases.version(version.number))
+    return decision_run.of_version(config, aliases.version(version.number))
 
 
 def _unchanged(config: Config, done: Version, to_beat: ToBeat) -> None:

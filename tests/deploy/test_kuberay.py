@@ -1,6 +1,7 @@
 """The manifests fit KubeRay's schemas, hold no secret, and are careful with what they run."""
 
 import json
+import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,8 @@ ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "deploy" / "kuberay"
 SCHEMA: Tree = json.loads((Path(__file__).parent / "schemas" / "kuberay.json").read_text())
 CUSTOM = ("raycluster.yaml", "rayjob.yaml", "raycronjob.yaml")
+OTHERS = ("cronjob.yaml", "storage.yaml", "network.yaml")
+NIGHT = "/opt/olora_ray/deploy/night.py"
 
 
 def manifest(name: str) -> Tree:
@@ -60,8 +63,40 @@ def validate(tree: Tree) -> None:
 
 def test_there_are_no_other_manifests() -> None:
     assert sorted(file.name for file in FOLDER.iterdir()) == sorted(
-        [*CUSTOM, "cronjob.yaml", "storage.yaml", "network.yaml"]
+        [*CUSTOM, *OTHERS, "kustomization.yaml", "kueue.yaml"]
     )
+
+
+def test_the_kustomization_offers_every_manifest_and_names_image_and_mlflow_for_all() -> None:
+    tree = manifest("kustomization.yaml")
+    text = (FOLDER / "kustomization.yaml").read_text()
+    assert set(re.findall(r"^  (?:# )?- (\w+\.yaml)", text, re.MULTILINE)) == {*CUSTOM, *OTHERS}
+    assert set(tree["resources"]) < {*CUSTOM, *OTHERS}
+    (image,), (made,) = tree["images"], tree["configMapGenerator"]
+    assert [text.partition("=")[0] for text in made["literals"]] == ["MLFLOW_TRACKING_URI"]
+    # The names in Ray's kinds are not rewritten, so the ConfigMap must keep its own.
+    assert tree["generatorOptions"] == {"disableNameSuffixHash": True}
+    for name in (*CUSTOM, "cronjob.yaml"):
+        assert set(found_under(manifest(name), "image")) == {image["name"]}
+        maps = [each["name"] for each in found_under(manifest(name), "configMapRef")]
+        assert set(maps) <= {made["name"]}
+        assert len(maps) == len(list(pods(cluster(name)))) if name in CUSTOM else not maps
+
+
+def test_the_patch_for_kueue_gives_a_run_of_fixed_size_that_waits() -> None:
+    patch, job = manifest("kueue.yaml"), manifest("rayjob.yaml")
+    assert (patch["kind"], patch["metadata"].pop("name")) == (job["kind"], job["metadata"]["name"])
+    merged = merge(job, patch)
+    validate(merged)
+    assert "kueue.x-k8s.io/queue-name" in merged["metadata"]["labels"]
+    assert merged["spec"]["suspend"] is merged["spec"]["shutdownAfterJobFinishes"] is True  # Kueue asks for both
+    assert merged["spec"]["rayClusterSpec"]["enableInTreeAutoscaling"] is False
+
+
+def merge(tree: Tree, patch: Tree) -> Tree:
+    """What Kustomize makes of a patch without lists."""
+    both = {key: merge(tree[key], value) for key, value in patch.items() if isinstance(tree.get(key), dict)}
+    return {**tree, **patch, **both}
 
 
 @pytest.mark.parametrize("name", CUSTOM)
@@ -109,15 +144,16 @@ def test_pods_are_bounded_and_unprivileged_and_have_secrets_by_reference(name: s
         assert pod["securityContext"]["runAsNonRoot"] is True
         assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
         (container,) = pod["containers"]
-        assert container["image"].partition(":")[2] not in ("", "latest")
         assert container["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
         assert {"cpu", "memory"} <= container["resources"]["limits"].keys()
         assert {mount["name"] for mount in container.get("volumeMounts", [])} == {
             volume["name"] for volume in pod.get("volumes", [])
         }
         for variable in container.get("env", []):
-            secret = any(word in variable["name"] for word in ("TOKEN", "PASSWORD", "USERNAME", "KEY"))
+            secret = any(word in variable["name"] for word in ("TOKEN", "PASSWORD", "USERNAME", "KEY", "NOTIFY"))
             assert ("valueFrom" in variable and "secretKeyRef" in variable["valueFrom"]) is secret, variable["name"]
+        if container["name"].startswith("ray-") and container["name"] != "ray-job-submitter":
+            assert {"secretRef": {"name": "olora-ray-secrets", "optional": True}} in container["envFrom"]
     for options in found_under(manifest(name), "autoscalerOptions"):  # the container that KubeRay adds to the head
         assert options["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
 
@@ -132,8 +168,8 @@ def test_no_pod_but_the_head_which_scales_the_cluster_can_speak_to_kubernetes(na
 def test_the_claim_that_pods_use_is_there() -> None:
     claim = manifest("storage.yaml")
     assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
-    for name in CUSTOM:
-        for pod in pods(cluster(name)):
+    for pods_of in (*map(cluster, CUSTOM), manifest("cronjob.yaml")):
+        for pod in pods(pods_of):
             (volume,) = pod["volumes"]
             assert volume["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
 
@@ -147,7 +183,11 @@ def test_the_cronjob_submits_to_the_cluster_with_its_token() -> None:
     (pod,) = pods(tree)
     assert pod["restartPolicy"] == "Never"  # a podFailurePolicy needs it
     container = pod["containers"][0]
-    assert container["command"][2] == "$(JOB_NAME)", "a second submitter of the night follows the first one's job"
+    words = [*container["command"], *container["args"]]
+    submitted = words[words.index("--") + 1 :]
+    assert submitted[1:4] == ["/opt/olora_ray/deploy/submit.py", "$(JOB_NAME)", "--"], (
+        "a second submitter of the night follows the first one's job"
+    )
     (name,) = (variable["valueFrom"] for variable in container["env"] if variable["name"] == "JOB_NAME")
     assert name == {"fieldRef": {"fieldPath": "metadata.labels['job-name']"}}
     variables = {variable["name"]: variable for variable in pod["containers"][0]["env"]}
@@ -159,29 +199,41 @@ def test_the_cronjob_submits_to_the_cluster_with_its_token() -> None:
 @pytest.mark.parametrize("name", ["rayjob.yaml", "raycronjob.yaml"])
 def test_a_run_has_as_many_workers_as_its_cluster_has_gpus(name: str) -> None:
     spec = manifest(name)["spec"]
-    words = dict(word.split("=") for word in shlex.split(spec.get("jobTemplate", spec)["entrypoint"])[4:])
+    entrypoint = shlex.split(spec.get("jobTemplate", spec)["entrypoint"])
+    words = dict(word.split("=") for word in entrypoint if "=" in word)
     gpu = next(group for group in cluster(name)["workerGroupSpecs"] if group["groupName"] == "gpu")
     assert int(words["cluster.workers"]) == gpu["minReplicas"] == gpu["maxReplicas"]
     assert words["cluster.gpus_per_worker"] == "1"
 
 
 @pytest.mark.parametrize("name", ["rayjob.yaml", "raycronjob.yaml"])
-def test_a_cluster_is_not_started_again_because_a_command_says_later(name: str) -> None:
+def test_no_second_cluster_starts_and_the_night_ends_before_it_is_cut_off(name: str) -> None:
     spec = manifest(name)["spec"]
     spec = spec.get("jobTemplate", spec)
-    assert shlex.split(spec["entrypoint"])[0] == "/opt/olora_ray/deploy/patient.sh"
-    assert spec["backoffLimit"] <= 1
+    words = shlex.split(spec["entrypoint"])
+    assert words[:2] == ["python", NIGHT]
+    assert spec["backoffLimit"] == 0
+    hours = float(words[words.index("--hours") + 1]) if "--hours" in words else 20
+    assert hours * 3600 < spec["activeDeadlineSeconds"]
     if name == "raycronjob.yaml":
         assert spec["activeDeadlineSeconds"] < 24 * 3600
 
 
-def test_a_cronjob_that_says_later_is_no_failure_and_a_mistake_is_not_repeated() -> None:
+def test_a_night_of_the_cronjob_that_is_not_finished_or_a_mistake_fails_at_once() -> None:
     job = manifest("cronjob.yaml")["spec"]["jobTemplate"]["spec"]
     (pod,) = pods(job)
-    assert pod["containers"][0]["args"][0] == "/opt/olora_ray/deploy/patient.sh"
-    rules = job["podFailurePolicy"]["rules"]
-    assert {"action": "FailJob", "onExitCodes": {"operator": "In", "values": [2]}} in rules
-    assert {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget"}]} in rules
+    assert pod["containers"][0]["command"][:2] == ["python", NIGHT]
+    ignored, failed = job["podFailurePolicy"]["rules"]
+    assert ignored == {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget"}]}
+    assert failed == {"action": "FailJob", "onExitCodes": {"operator": "In", "values": [1, 2, 75, 143]}}
+
+
+@pytest.mark.parametrize("name", CUSTOM)
+def test_a_worker_that_is_taken_away_has_time_to_announce_it(name: str) -> None:
+    for group in cluster(name)["workerGroupSpecs"]:
+        script, *seconds = _container(group)["lifecycle"]["preStop"]["exec"]["command"][1:]
+        assert (ROOT / script.removeprefix("/opt/olora_ray/")).is_file()
+        assert 0 < int(*seconds) < group["template"]["spec"]["terminationGracePeriodSeconds"]
 
 
 def test_only_rays_pods_submitters_and_prometheus_reach_a_pod_of_ray() -> None:

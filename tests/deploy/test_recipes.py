@@ -3,6 +3,7 @@
 import re
 import shlex
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,20 +24,24 @@ def dockerfile() -> list[list[str]]:
     return [line.split() for line in text.splitlines() if line.strip() and not line.startswith("#")]
 
 
-PATIENT = f"{IMAGE}deploy/patient.sh"
-
-
-def entrypoints() -> Iterator[tuple[str, list[str]]]:
-    """(file, words) of each command of the project that a manifest or crontab runs, patiently or not."""
-    for file in sorted((DEPLOY / "kuberay").glob("*.yaml")):
+def commands() -> Iterator[tuple[str, list[str]]]:
+    """(file, words) of each command that a manifest or the crontab runs."""
+    for file in sorted((DEPLOY / "kuberay").glob("*job.yaml")):
         spec = yaml.safe_load(file.read_text())["spec"]
         spec = spec.get("jobTemplate", spec)
         if "entrypoint" in spec:
             yield file.name, shlex.split(spec["entrypoint"])
-        elif "spec" in spec:
-            yield file.name, spec["spec"]["template"]["spec"]["containers"][0]["args"]
-    line = (DEPLOY / "crontab").read_text().splitlines()[-1]
-    yield "crontab", shlex.split(line.partition(" -- ")[2].partition(";")[0])
+        else:
+            (container,) = spec["spec"]["template"]["spec"]["containers"]
+            yield file.name, [*container["command"], *container["args"]]
+    yield "crontab", shlex.split(crontab()[1].partition("exec ")[2].partition(")")[0])
+
+
+def crontab() -> tuple[list[str], str]:
+    """(settings, command without the five fields of the time)."""
+    lines = [text for text in (DEPLOY / "crontab").read_text().splitlines() if text and not text.startswith("#")]
+    assert re.match(r"(\S+ ){5}\(", lines[-1])
+    return lines[:-1], lines[-1].split(maxsplit=5)[5]
 
 
 def test_the_image_copies_what_is_there_and_runs_as_a_user() -> None:
@@ -57,60 +62,55 @@ def test_the_image_copies_what_is_there_and_runs_as_a_user() -> None:
 
 
 def test_jobs_call_scripts_of_the_project_with_fields_that_exist() -> None:
-    found = dict(entrypoints())
+    found = dict(commands())
     assert found.keys() == {"rayjob.yaml", "raycronjob.yaml", "cronjob.yaml", "crontab"}
     for name, words in found.items():
-        assert (words[0] == PATIENT) is (name != "crontab")
-        python, script, config, *changes = words if name == "crontab" else words[1:]
-        assert python == "python", name
-        assert (ROOT / script.removeprefix(IMAGE)).is_file(), f"{name}: {script}"
-        assert script.startswith(IMAGE) is (name != "crontab")
-        assert config.endswith(".yaml") or config == "$CONFIG"
+        where = "" if name == "crontab" else IMAGE
+        parts = " ".join(words).split(" -- ")
+        scripts = [part.split()[1] for part in parts]
+        submits = name in ("crontab", "cronjob.yaml")  # those run beside the cluster, the others on it
+        assert scripts[:-1] == [f"{where}deploy/night.py", *[f"{where}deploy/submit.py"] * submits], name
+        assert all(part.startswith("python ") for part in parts)
+        assert all((ROOT / script.removeprefix(IMAGE)).is_file() for script in scripts), name
+        config, *changes = parts[-1].split()[2:]
+        assert parts[0].split()[-1] == config, f"{name}: who is told stands in the config of the run"
         for field in parse_assignments(changes):
             assert field in ("run.storage", "cluster.workers", "cluster.gpus_per_worker")
 
 
-def test_the_crontab_has_five_fields_a_lock_and_a_log() -> None:
-    *settings, line = [
-        text for text in (DEPLOY / "crontab").read_text().splitlines() if text and not text.startswith("#")
-    ]
-    assert all(re.fullmatch(r"[A-Z]+=\S+", text) for text in settings)
-    assert re.match(r"(\S+ ){5}mkdir -p ~/log; exec >>~/log/retrain.log 2>&1; cd \$PROJECT ", line)
-    assert "%" not in line  # cron takes it for the end of the line
-    command = line.split(maxsplit=5)[5]
-    assert "flock --nonblock" in command
-    assert "RAY_AUTH_MODE=token" in command
-    subprocess.run(["bash", "-n", "-c", command], check=True)
+def cron(tmp_path: Path, code: int, config: str = "c.yaml", **changes: str) -> subprocess.CompletedProcess[str]:
+    """What cron does with the line; a stand-in for submit.py's job ends with `code`."""
+    settings, command = crontab()
+    assert "%" not in command  # cron takes it for the end of the line
+    recorder(
+        tmp_path / "bin" / "python",
+        f'case $1 in deploy/night.py) exec {sys.executable} "$@";; esac\n'
+        f'echo "$RAY_AUTH_MODE $RAY_ADDRESS $*"; exit {code}',
+    )
+    given = dict(text.split("=", 1) for text in settings)
+    mine = {"PROJECT": str(ROOT), "BIN": str(tmp_path / "bin"), "CONFIG": config, "LOG": str(tmp_path / "log")}
+    environment = {**given, **mine, **changes, "PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT)}
+    assert mine.keys() <= given.keys()
+    return subprocess.run(
+        [given["SHELL"], "-c", command], env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
 
 
-@pytest.mark.parametrize("busy", [False, True])
-def test_the_crontabs_command_logs_its_end_and_does_not_run_twice(tmp_path: Path, busy: bool) -> None:
-    line = (DEPLOY / "crontab").read_text().splitlines()[-1]
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "ray").write_text('#!/bin/bash\necho "$MLFLOW_TRACKING_URI $RAY_AUTH_MODE $*"; exit 2\n')
-    (tmp_path / "bin" / "ray").chmod(0o755)
-    environment = {"HOME": str(tmp_path), "PROJECT": str(ROOT), "BIN": str(tmp_path / "bin"), "CONFIG": "c.yaml"}
-    environment["PATH"] = "/usr/bin:/bin"
-    (tmp_path / "log").mkdir()
-    with open(tmp_path / "log" / "retrain.lock", "w") as lock:
-        if busy:
-            subprocess.run(["flock", "--nonblock", str(lock.fileno())], pass_fds=[lock.fileno()], check=True)
-        subprocess.run(["bash", "-c", line.split(maxsplit=5)[5]], env=environment, check=True, timeout=60)
-    log = (tmp_path / "log" / "retrain.log").read_text()
-    assert log.rstrip().endswith("exit code 75" if busy else "exit code 2")
-    assert ("failed to get lock" in log) is busy
-    submitted = "http://mlflow.internal:5000 token job submit --working-dir . -- python pipelines/retrain.py c.yaml"
-    assert (submitted in log) is not busy
+@pytest.mark.parametrize("code", [0, 2, 143])
+def test_cron_gets_the_code_of_the_night_and_mails_the_end_of_the_log_of_a_bad_one(tmp_path: Path, code: int) -> None:
+    done = cron(tmp_path, code)
+    log = (tmp_path / "log").read_text().splitlines()
+    job = "deploy/submit.py --working-dir . retrain -- python pipelines/retrain.py c.yaml"
+    assert f"token http://127.0.0.1:8265 {job}" in log
+    assert log[-1].endswith(f" exit code {code}")
+    assert (done.returncode, done.stdout.splitlines()) == (code, log if code else [])
 
 
-def test_the_crontab_says_in_its_log_why_nothing_began(tmp_path: Path) -> None:
-    """A wrong folder: cron's mail is read by nobody, and on the first night there was no log either."""
-    line = (DEPLOY / "crontab").read_text().splitlines()[-1]
-    environment = {"HOME": str(tmp_path), "PROJECT": str(tmp_path / "none"), "BIN": "/usr/bin", "PATH": "/usr/bin:/bin"}
-    subprocess.run(["bash", "-c", line.split(maxsplit=5)[5]], env=environment, check=True, timeout=60)
-    why, end = (tmp_path / "log" / "retrain.log").read_text().splitlines()
+def test_cron_mails_why_nothing_began(tmp_path: Path) -> None:
+    done = cron(tmp_path, 0, PROJECT=str(tmp_path / "none"))
+    why, end = done.stdout.splitlines()
     assert "none: No such file or directory" in why
-    assert end.endswith(" exit code 1")
+    assert (done.returncode, end.endswith(" exit code 1")) == (1, True)
 
 
 def test_make_clean_leaves_what_was_trained() -> None:
@@ -152,40 +152,15 @@ def test_a_node_installs_the_lock_and_without_a_gpu_no_cuda(tmp_path: Path, gpu:
     assert text == re.sub(r"(?m)^(torch==\S+) \\\n(?:    .*\n)+", r"\1\n", whole)
 
 
-def patient(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    environment = {"PATH": "/usr/bin:/bin", "PATIENT_PAUSE": "0", "PATIENT_TIMES": "3", **variables}
-    command = ["bash", str(DEPLOY / "patient.sh"), *words]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
-
-
-@pytest.mark.parametrize("code", [0, 1, 2, 143])
-def test_patience_is_for_exit_code_75_alone(code: int) -> None:
-    done = patient("bash", "-c", f"echo once; exit {code}")
-    assert (done.returncode, done.stdout) == (code, "once\n")
-
-
-def test_a_command_that_says_later_is_repeated_until_it_is_done(tmp_path: Path) -> None:
-    done = patient("bash", "-c", f"echo x >>{tmp_path}/n; [ $(wc -l <{tmp_path}/n) -ge 3 ] || exit 75; echo done")
-    assert done.returncode == 0
-    assert done.stdout.splitlines()[-1] == "done"
-    assert (tmp_path / "n").read_text() == "x\n" * 3
-
-
-def test_what_is_unfinished_in_the_end_is_said_and_no_failure() -> None:
-    done = patient("bash", "-c", "echo again; exit 75")
-    assert done.returncode == 0
-    assert done.stdout.splitlines().count("again") == 3
-    assert done.stdout.splitlines()[-1].startswith("NOT FINISHED: exit code 75 for 3 times")
-
-
-@pytest.mark.parametrize("busy", ["trap 'echo checkpoint; exit 143' TERM; echo began; sleep 3 & wait", "exit 75"])
-def test_a_stop_reaches_the_command_and_ends_the_waiting(busy: str) -> None:
-    environment = {"PATH": "/usr/bin:/bin", "PATIENT_PAUSE": "30"}
-    command = ["bash", str(DEPLOY / "patient.sh"), "bash", "-c", busy]
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout
-        lines = [process.stdout.readline()]  # that it has begun, or waits
-        process.terminate()
-        lines += process.stdout.read().splitlines()
-        assert process.wait(30) == 143
-    assert ("checkpoint" in lines) is (busy != "exit 75")
+def test_a_worker_pod_announces_its_own_node_before_it_is_stopped(tmp_path: Path) -> None:
+    inside = ["unshare", "--fork", "--pid", "--mount-proc"]  # a pod has no other raylet
+    if subprocess.run([*inside, "true"], check=False, capture_output=True).returncode:
+        pytest.skip("needs root and PID namespaces")
+    recorder(tmp_path / "ray", f"echo $* >>{tmp_path}/said")
+    pod = f"bash -c 'sleep 60; true' raylet --node_id=abc & bash {DEPLOY}/drain.sh 0"
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    subprocess.run([*inside, "bash", "-c", pod], env=environment, check=True, timeout=60)
+    drain, stop = (tmp_path / "said").read_text().splitlines()
+    assert drain.startswith("drain-node --node-id abc --reason DRAIN_NODE_REASON_PREEMPTION ")
+    assert drain.endswith(" --deadline-remaining-seconds 0")
+    assert stop == "stop --force"

@@ -39,6 +39,7 @@ def test_settings_that_change_the_model_change_the_digest(field: str, value: Any
         ("cluster.cpus_per_worker", 2),
         ("tracking.experiment", "other"),
         ("gate.must_improve_by", 0.5),
+        ("notify.command", "cat"),
         ("export.merged", False),
         ("train.schedule", "cosine"),  # its default, spelled out
     ],

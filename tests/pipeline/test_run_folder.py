@@ -151,6 +151,7 @@ def test_a_run_that_never_trained_does_not_hold_its_name(config: Config) -> None
         ("cluster.max_failures", 0),
         ("tracking.experiment", "x"),
         ("registry.model", "m"),
+        ("notify.command", "cat"),
         ("train.keep", 5),
         ("train.activation_checkpointing", True),
         ("export.merged", False),

@@ -19,6 +19,7 @@ from tests.waiting import until
 
 pytestmark = pytest.mark.ray
 SCRIPT = "pipelines/finetune.py"
+SUBMIT = project.ROOT / "deploy" / "submit.py"
 CANARY = "c4n4ryOfTheNode"
 """A hub token in the environment of the nodes."""
 
@@ -87,7 +88,7 @@ def test_a_broken_config_fails_the_job_with_one_line(head: Head, tiny_model: Pat
 def test_a_submitter_follows_the_job_of_its_name_and_ends_as_that_does(head: Head, tmp_path: Path) -> None:
     go = tmp_path / "go"
     words = ["bash", "-c", f"echo began; until [ -e {go} ]; do sleep 0.1; done; exit 75"]
-    command = [sys.executable, project.ROOT / "deploy" / "submit.py", "night", "--", *words]
+    command = [sys.executable, SUBMIT, "night", "--", *words]
 
     @contextlib.contextmanager
     def submitter() -> "Iterator[subprocess.Popen[str]]":
@@ -117,6 +118,64 @@ def first_lines(submitter: "subprocess.Popen[str]") -> list[str]:
     rays = ("Runtime env is setting up", "Running entrypoint for job")
     lines = (line for line in submitter.stdout if not any(text in line for text in rays))
     return [next(lines), next(lines)]
+
+
+@pytest.mark.slow
+def test_a_submitter_that_is_stopped_stops_its_job_which_has_time_for_a_checkpoint(head: Head, tmp_path: Path) -> None:
+    (tmp_path / "here").touch()
+    script = "trap 'sleep 5; ls; exit 0' TERM; echo began; while true; do sleep 0.1; done"  # longer than Ray's 3 s
+    command = [sys.executable, SUBMIT, "--working-dir", tmp_path, "stopped", "--", "bash", "-c", script]
+    with subprocess.Popen(command, env=head.submitter, stdout=subprocess.PIPE, text=True) as process:
+        assert first_lines(process) == ["job stopped: submitted\n", "began\n"]
+        process.terminate()
+        assert process.wait(60) == 143
+    jobs = head.client()
+    assert jobs.get_job_status("stopped") == JobStatus.STOPPED
+    assert jobs.get_job_logs("stopped").splitlines()[-1] == "here"
+
+
+@pytest.mark.slow
+def test_the_limit_of_a_night_stops_its_job_on_the_cluster(head: Head, tmp_path: Path) -> None:
+    night = [sys.executable, project.ROOT / "deploy" / "night.py", "--hours", "0.005", tmp_path / "no_config.yaml"]
+    command = [*night, "--", sys.executable, SUBMIT, "limited", "--", "sleep", "600"]
+    done = subprocess.run(command, env=head.submitter, capture_output=True, text=True, timeout=180, check=False)
+    assert done.returncode == 75, done.stdout + done.stderr
+    assert "NOT FINISHED: stopped after 0.005 hours" in done.stdout
+    assert head.client().get_job_status("limited") == JobStatus.STOPPED
+
+
+def submit(environment: dict[str, str], name: str, *words: str) -> tuple[int, list[str]]:
+    """(exit code, lines on stderr)."""
+    done = subprocess.run(
+        [sys.executable, SUBMIT, name, "--", *words],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    return done.returncode, done.stderr.splitlines()
+
+
+@pytest.mark.slow
+def test_a_submitter_says_later_for_a_job_that_was_killed_and_for_a_head_that_is_not_there(head: Head) -> None:
+    code, lines = submit(head.submitter, "killed", "bash", "-c", "kill -9 $$")
+    assert code == 75
+    assert lines[-1].startswith("error: job killed: killed, with no exit code of its own: ")
+    code, lines = submit({**head.submitter, "RAY_ADDRESS": "http://127.0.0.1:1"}, "night", "true")
+    assert (code, len(lines)) == (75, 1)
+    assert lines[0].startswith("error: RAY_ADDRESS=http://127.0.0.1:1: Ray's dashboard does not answer: ")
+
+
+@pytest.mark.slow
+def test_a_submitter_with_a_wrong_token_is_a_mistake(head: Head, tmp_path: Path) -> None:
+    wrong = tmp_path / "token"
+    wrong.write_text(secrets.token_hex(32))
+    code, lines = submit({**head.submitter, "RAY_AUTH_TOKEN_PATH": str(wrong)}, "night", "true")
+    assert (code, len(lines)) == (2, 1)
+    assert lines[0].startswith(f"error: RAY_AUTH_TOKEN, for RAY_ADDRESS={head.dashboard}: ")
+    code, lines = submit(head.submitter, "night")
+    assert (code, lines) == (2, ["error: arguments: expected NAME -- COMMAND [ARGUMENT ...]; --help shows how"])
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from olora_ray.common.errors import UserError
+from olora_ray.tracking.client import connect
 from pipelines import retrain
 from tests import mlflow_database
 from tests.retrain.nightly import Nightly
@@ -38,3 +39,15 @@ def test_mistakes_that_no_run_can_tell_of(folder: Path, model: Path) -> None:
         retrain.main([])
     with pytest.raises(UserError, match="argument --dry-run: not known; there is --help"):
         retrain.main([str(nightly.config), "--dry-run"])
+
+
+def test_a_failure_that_cannot_be_recorded_is_still_the_one_that_is_said(
+    folder: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    nightly = Nightly(folder, model)
+    mlflow_database.place(folder / "runs")
+    client = connect(nightly.aliases.uri)
+    client.delete_experiment(client.create_experiment("olora"))
+    (folder / "heldout.jsonl").unlink()
+    assert "heldout.jsonl: no such file" in refused(nightly)

@@ -25,7 +25,8 @@ def last(nightly: Nightly) -> dict[str, str]:
 
 @pytest.mark.slow
 def test_the_first_version_becomes_champion_and_the_same_again_does_nothing(folder: Path, model: Path) -> None:
-    nightly = Nightly(folder, model)
+    told = folder / "told.json"
+    nightly = Nightly(folder, model, notify={"command": f"cat >>{told}"})
     with lock.held(str(folder / "runs" / "locks" / "nightly.json"), "the test"):
         refused = nightly.call(code=75)
     assert "error: the retraining of nightly is already running (process" in refused
@@ -38,6 +39,8 @@ def test_the_first_version_becomes_champion_and_the_same_again_does_nothing(fold
     assert "nothing changed since version 1" in again
     assert "ray:" not in again
     assert nightly.made() == 1
+    message = json.loads(told.read_text())  # the promotion, and nothing else
+    assert (message["event"], message["version"], message["champion"]) == ("promoted", "1", None)
     nightly.add("0-first", ["one", "two"], 19)  # of 40
     refused = nightly.call(code=2)
     assert "error: data.train: 19 rows, but the champion, version 1, had 40: more than the share" in refused

@@ -250,6 +250,7 @@ ODD: dict[str, tuple[dict[str, Any], str]] = {
             "cluster.workers": "cluster",
             "gate.metric": "gate",
             "retrain.replay": "retrain",
+            "notify.command": "notify",
         }.items()
     },
     "a name set for all": ({"search": LR, "set": {"run.name": "x"}}, "set.run.name: a search cannot vary run.*"),

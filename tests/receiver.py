@@ -1,0 +1,45 @@
+"""A webhook on loopback that keeps what it is sent."""
+
+import contextlib
+import json
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from typing import Any
+
+
+@dataclass
+class Receiver:
+    """The address of the webhook, and the JSON of each request."""
+
+    url: str
+    status: int
+    got: list[dict[str, Any]] = field(default_factory=list)
+
+    def events(self) -> list[str]:
+        return [message["event"] for message in self.got]
+
+
+@contextlib.contextmanager
+def receiver(status: int = 200) -> Iterator[Receiver]:
+    """Answer each POST with `status` until the end of the block."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            found.got.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(found.status)
+            self.end_headers()
+
+        def log_message(self, format: str, *arguments: Any) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        found = Receiver(f"http://127.0.0.1:{server.server_port}/hook/s3cr3tOfTheHook", status)
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield found
+        finally:
+            server.shutdown()
+            thread.join()

@@ -1,0 +1,131 @@
+"""A webhook and a command are told how a retraining ended; through the entry script, without a training."""
+
+import json
+import logging
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+
+from olora_ray.common import lock
+from olora_ray.common.errors import TryAgain, UserError
+from olora_ray.config.load import load
+from olora_ray.config.schema import Config
+from olora_ray.retrain import changes, notify
+from olora_ray.retrain.changes import AGAINST
+from olora_ray.tracking.aliases import GATE
+from olora_ray.tracking.client import connect
+from pipelines import retrain
+from tests import mlflow_database, tiny
+from tests.receiver import receiver
+from tests.retrain.nightly import Nightly
+
+
+@pytest.fixture
+def nightly(folder: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> Nightly:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    mlflow_database.place(folder / "runs")
+    return Nightly(folder, model)
+
+
+@pytest.mark.parametrize(("event", "verdict"), [("promoted", "passed"), ("refused", "refused")])
+def test_a_decision_is_told_once_with_its_version(nightly: Nightly, event: str, verdict: str) -> None:
+    client = connect(nightly.aliases.uri)
+    client.create_registered_model("nightly")
+    now = changes.look(load(nightly.config)).fingerprint
+    # As a call leaves it that is cut off between the gate's decision and its record.
+    tags = {**now.tags(), GATE: f"{verdict}: eval/loss 0.5", AGAINST: ""}
+    client.create_model_version("nightly", "/nowhere", tags=tags)
+    with receiver() as hook:
+        for _ in range(2):  # the second finds nothing changed, which is not told
+            retrain.main([str(nightly.config), f"notify.url={hook.url}"])
+    (message,) = hook.got
+    assert datetime.fromisoformat(message.pop("time")).tzinfo
+    assert message == {
+        "event": event,
+        "model": "nightly",
+        "reason": "eval/loss 0.5",
+        "version": "1",
+        "champion": None,
+        "run": load(nightly.config).run.name,
+        "text": f"nightly: version 1 {event}: eval/loss 0.5",
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ("tracking.uri=nonsense://", "tracking.uri=nonsense://"),
+        ("registry.model=null", "registry.model: retraining compares with a registered model"),
+        ("data.eval=[]", "data.eval: retraining compares"),
+    ],
+)
+def test_a_failure_is_told_also_without_mlflow(nightly: Nightly, change: str, why: str) -> None:
+    with receiver() as hook, pytest.raises(UserError):
+        retrain.main([str(nightly.config), f"notify.url={hook.url}", change])
+    assert hook.events() == ["failed"]
+    assert hook.got[0]["reason"].startswith(why)
+
+
+def test_what_passes_by_itself_is_not_told(nightly: Nightly) -> None:
+    place = str(nightly.folder / "runs" / "locks" / "nightly.json")
+    with receiver() as hook, lock.held(place, "the test"), pytest.raises(TryAgain):
+        retrain.main([str(nightly.config), f"notify.url={hook.url}"])
+    assert hook.got == []
+
+
+def told(config: Config, caplog: pytest.LogCaptureFixture) -> list[str]:
+    """The warnings of a notification."""
+    with caplog.at_level(logging.WARNING, logger="olora_ray"):
+        notify.tell(config, "failed", "tracking.uri=postgresql://user:pa55word@server/db: no\nanswer")
+    return [record.getMessage() for record in caplog.records]
+
+
+def test_a_command_gets_the_same_on_its_standard_input(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "got.json"
+    with receiver() as hook:
+        config = tiny.config(notify__command=f"cat >{file}", notify__url=hook.url)
+        assert told(config, caplog) == []
+    assert [json.loads(file.read_text())] == hook.got
+    assert hook.got[0]["text"].endswith(": failed: tracking.uri=postgresql://user:***@server/db: no answer")
+
+
+def test_a_webhook_that_refuses_is_one_warning_without_its_address(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with receiver(status=500) as hook:
+        monkeypatch.setenv("NOTIFY_URL", hook.url)
+        (line,) = told(tiny.config(notify__url="env:NOTIFY_URL", notify__command="exit 3"), caplog)[:1]
+    assert hook.events() == ["failed"] * 3
+    assert line == "notify.url: nobody was told 'failed': HTTP status 500"
+    assert caplog.messages[1:] == ["notify.command: nobody was told 'failed': exit code 3"]
+
+
+@pytest.mark.parametrize(
+    ("address", "why"),
+    [
+        ("http://127.0.0.1:1/hook/s3cr3tOfTheHook", "ConnectionError"),
+        ("s3cr3tOfTheHook", "MissingSchema"),
+        ("", "its address: env:NOTIFY_URL: the variable NOTIFY_URL is not set where this runs"),
+    ],
+)
+def test_a_webhook_that_is_not_there_is_one_warning_without_its_address(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, address: str, why: str
+) -> None:
+    monkeypatch.setenv("NOTIFY_URL", address)
+    (line,) = told(tiny.config(notify__url="env:NOTIFY_URL"), caplog)
+    assert line == f"notify.url: nobody was told 'failed': {why}"
+
+
+@pytest.mark.parametrize(
+    ("address", "problem"),
+    [
+        ("https://user:pa55word@hooks.example.com", "notify.url: has a secret in its address; put the address in a"),
+        ("hooks.example.com/T0", "notify.url: an address is expected: http://... or https://..., or env:NAME"),
+    ],
+)
+def test_a_config_has_no_secret_address_and_no_other_word(address: str, problem: str) -> None:
+    with pytest.raises(UserError, match=r"notify\.url: ") as caught:
+        tiny.config(notify__url=address)
+    assert problem in str(caught.value)
+    assert "pa55word" not in str(caught.value)
