@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 
 import requests
 
+from olora_ray.common import connections
 from olora_ray.common.errors import UserError
 from olora_ray.common.secrets import looked_up, mask
 from olora_ray.config.schema import Config
@@ -49,6 +50,7 @@ def tell(config: Config, event: str, reason: str, version: str | None = None, ch
 
 
 def _post(url: str, body: str) -> None:
+    connections.follow_certificates()
     headers = {"Content-Type": "application/json"}
     found = looked_up(url, "its address")
     requests.post(found, data=body, headers=headers, timeout=ANSWER_SECONDS).raise_for_status()

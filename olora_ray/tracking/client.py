@@ -59,8 +59,8 @@ def check(uri: str) -> None:
     try:
         _ask(uri)
     except ModuleNotFoundError as error:
-        remedy = ": pip install 'olora-ray[postgresql]'" if urlsplit(uri).scheme == "postgresql" else ""
-        raise UserError(f"tracking.uri={shown_uri(uri)}: needs the Python package {error.name}{remedy}") from None
+        install = ": pip install 'olora-ray[postgresql]'" if urlsplit(uri).scheme == "postgresql" else ""
+        raise UserError(f"tracking.uri={shown_uri(uri)}: needs the Python package {error.name}{install}") from None
     except UserError:
         raise
     except (MlflowException, SQLAlchemyError, OSError, sqlite3.Error, ValueError) as error:  # [::1 is a ValueError
