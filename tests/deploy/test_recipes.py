@@ -88,7 +88,13 @@ def cron(tmp_path: Path, code: int, config: str = "c.yaml", **changes: str) -> s
         f'echo "$RAY_AUTH_MODE $RAY_ADDRESS $*"; exit {code}',
     )
     given = dict(text.split("=", 1) for text in settings)
-    mine = {"PROJECT": str(ROOT), "BIN": str(tmp_path / "bin"), "CONFIG": config, "LOG": str(tmp_path / "log")}
+    mine = {
+        "PROJECT": str(ROOT),
+        "BIN": str(tmp_path / "bin"),
+        "CONFIG": config,
+        "JOB": "nightly",
+        "LOG": str(tmp_path / "log"),
+    }
     environment = {**given, **mine, **changes, "PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT)}
     assert mine.keys() <= given.keys()
     return subprocess.run(
@@ -100,7 +106,7 @@ def cron(tmp_path: Path, code: int, config: str = "c.yaml", **changes: str) -> s
 def test_cron_gets_the_code_of_the_night_and_mails_the_end_of_the_log_of_a_bad_one(tmp_path: Path, code: int) -> None:
     done = cron(tmp_path, code)
     log = (tmp_path / "log").read_text().splitlines()
-    job = "deploy/submit.py --working-dir . retrain -- python pipelines/retrain.py c.yaml"
+    job = "deploy/submit.py --working-dir . nightly -- python pipelines/retrain.py c.yaml"
     assert f"token http://127.0.0.1:8265 {job}" in log
     assert log[-1].endswith(f" exit code {code}")
     assert (done.returncode, done.stdout.splitlines()) == (code, log if code else [])

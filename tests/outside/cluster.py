@@ -11,7 +11,7 @@ from tests.waiting import until
 
 JOBS = "export RAY_AUTH_MODE=token RAY_ADDRESS=http://127.0.0.1:8265"
 NODES = 3
-PACE = 0.2
+SECRETS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 
 
 def check_out(machine: Machine, folder: str) -> None:
@@ -26,9 +26,7 @@ def write_settings(world: World, folder: Path) -> None:
     """
     text = (folder / "cluster.yaml").read_text()
     tree = yaml.safe_load(text)
-    lines = "\n".join(
-        line.removeprefix("#   ") for line in text.splitlines() if re.match("#   (provider|auth): ", line)
-    )
+    lines = "\n".join(re.findall("^#   ((?:provider|auth): .*)", text, re.MULTILINE))
     for told, name in {"HEAD": "head", "WORKER_1": "worker1", "WORKER_2": "worker2", "ubuntu": "root"}.items():
         lines = lines.replace(told, name)
     (gone,) = re.findall(r"^# and delete ([^.]*)\.", text, re.MULTILINE)
@@ -41,14 +39,8 @@ def write_settings(world: World, folder: Path) -> None:
     (folder / "cluster.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
 
     variables = folder / "deploy" / "cluster.env"
-    wanted = {**world.tls, "GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1"}
-    for secret in (
-        "MLFLOW_TRACKING_USERNAME",
-        "MLFLOW_TRACKING_PASSWORD",
-        "AWS_ACCESS_KEY_ID",
-        "AWS_SECRET_ACCESS_KEY",
-    ):
-        del wanted[secret]
+    wanted = {name: value for name, value in world.tls.items() if name not in SECRETS}
+    wanted |= {"GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1"}
     variables.write_text(variables.read_text() + "".join(f"{name}={text}\n" for name, text in wanted.items()))
     home = folder.parent
     user, password = USER, world.password
@@ -95,5 +87,5 @@ def submitted(machine: Machine, *words: str, folder: str = "olora_ray", timeout:
 
 
 def pids(machine: Machine, title: str) -> list[str]:
-    """The processes on a machine whose command line has these words, as the machine counts them."""
-    return machine.run(f"pgrep -f '{title}'").stdout.split()
+    """The processes on a machine whose command line has this word, as the machine counts them."""
+    return machine.run(f"pgrep -f '[{title[0]}]{title[1:]}'").stdout.split()
