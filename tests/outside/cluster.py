@@ -9,7 +9,7 @@ import yaml
 from tests.outside.world import ROOT, USER, Machine, World
 from tests.waiting import until
 
-JOBS = "export RAY_AUTH_MODE=token RAY_ADDRESS=http://127.0.0.1:8265"
+JOBS = "export RAY_AUTH_MODE=token RAY_ADDRESS=http://127.0.0.1:8265 PYTHONUNBUFFERED=1"
 NODES = 3
 SECRETS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 
