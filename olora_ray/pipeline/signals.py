@@ -16,7 +16,7 @@ class Stop:
         self.asked: str | None = None
         """Name of the signal that came while `gentle`."""
         self.gentle = False
-        """True while somebody polls `asked`; a second signal ends the run at once all the same."""
+        """True while `asked` is polled. A second Ctrl+C ends the run at once all the same."""
         self._raised: Stopped | None = None
         self._lost: TakenOver | None = None
         self._before: dict[signal.Signals, object] = {}
@@ -50,8 +50,9 @@ class Stop:
             self._raised = self._lost
             raise self._lost
         name = signal.Signals(number).name
-        if self.gentle and self.asked is None:
-            self.asked = name
+        # `ray job stop` signals all processes of a job, and deploy/night.py passes its signal on: the driver gets two.
+        if self.gentle and (self.asked is None or name == "SIGTERM"):
+            self.asked = self.asked or name
             return
         self._raised = Stopped(f"stopped ({name}); the same command continues with what is done", 128 + number)
         raise self._raised

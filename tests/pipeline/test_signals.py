@@ -19,7 +19,7 @@ def test_a_signal_ends_at_once(number: signal.Signals, code: int) -> None:
     assert str(caught.value) == f"stopped ({number.name}); the same command continues with what is done"
 
 
-def test_while_training_the_first_is_a_wish_and_the_second_an_end() -> None:
+def test_while_training_a_signal_is_a_wish_and_a_second_ctrl_c_an_end() -> None:
     with Stop() as stop:
         stop.gentle = True
         os.kill(os.getpid(), signal.SIGTERM)
@@ -27,8 +27,9 @@ def test_while_training_the_first_is_a_wish_and_the_second_an_end() -> None:
         granted = stop.stopped("stopped after step 3 of 8")
         assert str(granted) == "stopped after step 3 of 8 (SIGTERM); the same command continues from there"
         assert granted.exit_code == 143
+        os.kill(os.getpid(), signal.SIGTERM)  # the same one, through a second process
         with pytest.raises(Stopped):
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_the_handlers_of_before_come_back() -> None:
