@@ -8,6 +8,7 @@ import contextlib
 import itertools
 import logging
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -36,6 +37,8 @@ class Faults:
     """503 to so many requests from now on; -1: to all."""
     full: bool = False
     """507 to whoever writes."""
+    wrong_ranges: bool = False
+    """Answer a request for a part of an object with its beginning."""
     ignore_conditions: bool = False
     """As an older Ceph: If-Match and If-None-Match count for nothing."""
 
@@ -134,6 +137,8 @@ class Server:
                 status, text = ("507 Insufficient Storage", FULL) if full else ("503 Slow Down", SLOW_DOWN)
                 start(status, [("Content-Type", "application/xml"), ("Content-Length", str(len(text)))])
                 return [text]
+            if faults.wrong_ranges and (asked := re.fullmatch(r"bytes=(\d+)-(\d+)", environ.get("HTTP_RANGE", ""))):
+                environ["HTTP_RANGE"] = f"bytes=0-{int(asked[2]) - int(asked[1])}"
             if faults.ignore_conditions:
                 environ.pop("HTTP_IF_MATCH", None)
                 environ.pop("HTTP_IF_NONE_MATCH", None)

@@ -109,6 +109,12 @@ class TestRegion:
 
 
 class TestCheck:
+    def test_a_store_that_reads_parts_of_files_wrongly(self, server: Server, place: str) -> None:
+        """As an RGW on dbstore does: shards and weights, which are read in parts, would be others."""
+        server.faults = Faults(wrong_ranges=True)
+        with pytest.raises(UserError, match=r"run.storage: s3://\S+: the store answers a read of a part"):
+            storage.check(place, "run.storage")
+
     def test_a_good_store_passes_and_nothing_is_left(self, server: Server, place: str) -> None:
         with said() as lines:
             storage.check(place, "run.storage")
