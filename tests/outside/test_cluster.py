@@ -6,6 +6,7 @@ In order: each test goes on with what the ones before have left.
 import hashlib
 import json
 import re
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -226,9 +227,8 @@ def test_bad_nights_are_told(nights: Nights) -> None:
     assert "night-6.jsonl:20" in nights.last()["reason"]
     (played.data / "night-6.jsonl").write_bytes(whole)
 
-    nights.head.start("python -m http.server --bind 127.0.0.1 9999 --directory /srv; sleep 999", "silent.log")
-    stop = nights.head.ok("sleep 1; pgrep -f [h]ttp.server").split()[0]
-    nights.head.ok(f"kill -STOP {stop}")  # it accepts and never answers
+    silent = 'import socket, time; server = socket.create_server(("127.0.0.1", 9999)); time.sleep(999)'
+    nights.head.start(f"python -c {shlex.quote(silent)}", "silent.log")  # it accepts and never answers
     code, mail = nights.night("--hours 0.01 --grace 5", RAY_ADDRESS="http://127.0.0.1:9999")
     assert (code, nights.last()["event"]) == (75, "not finished")
     assert "the limit of a night" in nights.last()["reason"]
