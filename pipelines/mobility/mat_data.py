@@ -21,10 +21,10 @@ from datetime import datetime
 from itertools import groupby
 from pathlib import Path
 
+from stays import MINUTES, numbered
+
 from olora_ray.common.errors import UserError, as_user_error, short_reason
 from olora_ray.config import command_line
-from olora_ray.data.mobility.records import numbered
-from olora_ray.data.mobility.stay import MINUTES
 
 HEADER = ("id", "user_id", "location_id", "latitude", "longitude", "start_day", "start_min", "weekday")
 Row = dict[str, str]

@@ -24,12 +24,14 @@ Each person's first 60 % of stays are targets of training, the next 20 % of eval
 from collections.abc import Mapping
 from pathlib import Path
 
+import prompt
+import readers
+import rows
+from stays import Repairs
+
 from olora_ray.common.errors import UserError, as_user_error, short_reason
 from olora_ray.common.text import plural
 from olora_ray.config import command_line
-from olora_ray.data.mobility import files, rows
-from olora_ray.data.mobility.prompt import Fits, Template
-from olora_ray.data.mobility.records import Repairs
 
 OPTIONS = (
     "--format", "--out", "--history", "--context", "--form", "--config", "--rows", "--turns", "--least", "--seed",
@@ -50,10 +52,10 @@ def main(argv: list[str]) -> None:
     limits = row_limits(options.get("--rows", ""))
     repairs = Repairs([name for name in options.get("--repair", "").split(",") if name])
     settings = {"form": options.get("--form", "short"), "history": history, "context": context}
-    Template(**settings)  # type: ignore[arg-type]  # refused before the records are read
-    records = files.read(paths, options["--format"], repairs)
+    prompt.Template(**settings)  # type: ignore[arg-type]  # refused before the records are read
+    records = readers.read(paths, options["--format"], repairs)
     timed = all(stay.duration is not None for stays in records.people.values() for stay in stays)
-    template = Template(**settings, duration=timed and settings["form"] == "tuple")  # type: ignore[arg-type]
+    template = prompt.Template(**settings, duration=timed and settings["form"] == "tuple")  # type: ignore[arg-type]
     fits = fitting(options["--config"]) if "--config" in options else None
     selection = rows.select(records.people, least, limits, seed, turns)
     if empty := [name for name in rows.SPLITS if not selection.targets[name]]:
@@ -69,15 +71,14 @@ def main(argv: list[str]) -> None:
     print("\n".join([*written, f"no targets: {selection.too_early} stays with fewer than {least} before them"]))
 
 
-def fitting(config_file: str) -> Fits:
-    """Whether a question and the longest answer are no longer than data.max_length, by the model's tokenizer."""
+def fitting(config_file: str) -> prompt.Fits:
+    """Return the test that a question has room in data.max_length, by the tokenizer of the config's model."""
     from olora_ray.config.load import load
     from olora_ray.config.paths import resolved
-    from olora_ray.data.mobility.room import fits
     from olora_ray.pipeline.base import open_base
 
     config = resolved(load(config_file, {}), Path.cwd())
-    return fits(open_base(config).spec, config.data.max_length)
+    return prompt.fits(open_base(config).spec, config.data.max_length)
 
 
 def whole(options: Mapping[str, str], name: str, default: int) -> int:

@@ -3,30 +3,362 @@
     python pipelines/mobility/report.py FOLDER ANSWERS.jsonl [--law LAW.csv]
 
 FOLDER         what prepare.py wrote
-ANSWERS.jsonl  what pipelines/evaluate.py wrote for FOLDER/test.jsonl with the scorer
-               olora_ray.data.mobility.answer:next_place
+ANSWERS.jsonl  what pipelines/evaluate.py wrote for FOLDER/test.jsonl with the scorer mobility.answer:next_place
 --law          law.csv of generate.py, if the records come from there
 
 The baselines look at exactly the stays that the model was shown, and at all that came before a target. The widths of
 the time kernel are chosen on the stays between training and test. Intervals draw people, not rows.
 """
 
+import csv
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-from olora_ray.common.errors import UserError
+import answer
+import numpy as np
+import rows
+from numpy.typing import NDArray
+from stays import MINUTES, Stay, When
+
+from olora_ray.common.errors import UserError, as_user_error
+from olora_ray.common.text import aligned, plural
 from olora_ray.config import command_line
+from olora_ray.evaluation.bootstrap import Interval, difference
+from olora_ray.evaluation.rows import numbered
+
+KERNEL, MOVING = "time kernel", "time kernel, never the last place"
+LEVEL = 0.95
+TUNED_ON = 2000
+"""Most stays on which a time kernel is chosen."""
+NOWHERE = -1
+"""Stands for an answer that names no place."""
 
 
 def main(argv: list[str]) -> None:
     """Read the files and print the table."""
-    from olora_ray.evaluation import next_place
-
     found = command_line.parse(argv, __doc__ or "", options=("--law",))
     names = found.names()
     if len(names) != 2:
         raise UserError("arguments FOLDER and ANSWERS.jsonl: both are needed, and no more; --help shows how")
     law = Path(found.options["--law"]) if "--law" in found.options else None
-    print("\n".join(next_place.report(Path(names[0]), Path(names[1]), law).lines()))
+    print("\n".join(make_report(Path(names[0]), Path(names[1]), law).lines()))
+
+
+# Simple predictors of the next place: what a model must beat before it has learned anything worth its cost. Each looks
+# at the stays before the one to be predicted and at nothing else, so it can be asked about exactly the stays that a
+# model sees, or about all that came before. Of equally good places the one visited last is named.
+
+
+@dataclass(frozen=True)
+class Past:
+    """The stays before one that is to be predicted, oldest first, at least one; all arrays (stays,)."""
+
+    places: NDArray[np.int64]
+    minutes: NDArray[np.int64]
+    weekend: NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, stays: Sequence[Stay]) -> "Past":
+        """The columns of a list of stays."""
+        minutes = np.array([stay.when.minute for stay in stays], dtype=np.int64)
+        return cls(np.array([stay.place for stay in stays]), minutes, np.array([stay.when.weekend for stay in stays]))
+
+    def __getitem__(self, part: slice) -> "Past":
+        return Past(self.places[part], self.minutes[part], self.weekend[part])
+
+
+Baseline = Callable[[Past, When], int]
+
+
+def last(past: Past, when: When) -> int:
+    """The place visited last."""
+    return int(past.places[-1])
+
+
+def most_frequent(past: Past, when: When) -> int:
+    """The place visited most often."""
+    return _heaviest(past.places, np.ones(len(past.places)))
+
+
+def markov(past: Past, when: When) -> int:
+    """The place that followed most often on the place visited last; without one, the most frequent."""
+    after = past.places[1:][past.places[:-1] == past.places[-1]]
+    return _heaviest(after, np.ones(len(after))) if len(after) else most_frequent(past, when)
+
+
+@dataclass(frozen=True)
+class TimeKernel:
+    """The place with the largest sum of weights over past stays: Gaussian in the hours between the times of day."""
+
+    hours: float = 1.0
+    """Standard deviation."""
+    other_days: float = 0.25
+    """Factor for weekdays where the weekend is asked for, and the other way round."""
+    moving: bool = False
+    """Never name the place visited last, where there is another: a rule that not everybody would call simple."""
+
+    def __call__(self, past: Past, when: When) -> int:
+        """The heaviest place."""
+        if self.moving and (elsewhere := past.places != past.places[-1]).any():
+            past = Past(past.places[elsewhere], past.minutes[elsewhere], past.weekend[elsewhere])
+        apart = np.abs(past.minutes - when.minute)
+        hours = np.minimum(apart, MINUTES - apart) / 60
+        exponent = -0.5 * (hours / self.hours) ** 2
+        exponent += np.where(past.weekend == when.weekend, 0.0, math.log(self.other_days))
+        return _heaviest(past.places, np.exp(exponent - exponent.max()))  # else all weights may be 0
+
+
+BASELINES: dict[str, Baseline] = {
+    "last": last,
+    "most frequent": most_frequent,
+    "Markov-1": markov,
+    "time kernel": TimeKernel(),
+}
+GRID = tuple(TimeKernel(hours, other_days) for hours in (0.5, 1.0, 2.0, 4.0) for other_days in (0.05, 0.25, 1.0))
+"""Time kernels of which the best on other rows is used, so that the baseline is not weak for want of a choice."""
+
+
+def _heaviest(places: NDArray[np.int64], weights: NDArray[np.float64]) -> int:
+    """The place with the largest sum of weights; of several the one that stands last."""
+    names, place = np.unique(places, return_inverse=True)
+    sums = np.bincount(place, weights)
+    best = np.flatnonzero(np.isclose(sums, sums.max(), rtol=1e-9, atol=0))
+    return int(names[place[np.flatnonzero(np.isin(place, best))[-1]]])
+
+
+# The model and the baselines on the same rows. Accuracies are compared by paired intervals in which people are drawn,
+# not rows: the rows of one person are alike.
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A row that was asked."""
+
+    person: str
+    stay: int
+    """Number of the target among the person's stays."""
+    shown: int
+    """Stays in the question."""
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A model or a baseline, and the places that it predicted."""
+
+    name: str
+    sees: str
+    places: tuple[int, ...]
+    simple: bool = True
+    """True for the simple baselines that a model must beat."""
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best possible answers, by the law that generated the rows."""
+
+    places: tuple[int, ...]
+    chances: tuple[float, ...]
+    """Probability of each to be right."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Predictions of the same rows."""
+
+    asked: Sequence[Asked]
+    truth: tuple[int, ...]
+    model: Predictor
+    baselines: Sequence[Predictor]
+    best: Best | None
+
+    @cached_property
+    def groups(self) -> list[int]:
+        """The number of each row's person."""
+        return numbered([row.person for row in self.asked])
+
+    def of_several(self) -> bool:
+        """True if the rows are of more than one person; of one alone there is no interval over people."""
+        return len(set(self.groups)) > 1
+
+    def accuracy(self, places: Sequence[int]) -> float:
+        """Acc@1: the share of the rows whose place is named."""
+        return float(np.mean(np.equal(places, self.truth)))
+
+    def weighted_f1(self, places: Sequence[int]) -> float:
+        """Mean of the F1 of the places that occur, weighted by how often they do."""
+        from sklearn.metrics import f1_score  # type: ignore[import-untyped]  # a second
+
+        return float(f1_score(self.truth, places, average="weighted", zero_division=0))
+
+    def over(self, other: Predictor, level: float = LEVEL) -> Interval:
+        """By how much the model's Acc@1 is above another's, with an interval over people."""
+        ours, theirs = (np.equal(each.places, self.truth).astype(float) for each in (self.model, other))
+        return difference(ours, theirs, level=level, groups=self.groups)
+
+    def lines(self) -> list[str]:
+        """The table and what follows from it."""
+        table = [("", "sees", "Acc@1", "weighted F1", "model - it", "95% interval over people")]
+        table.append((self.model.name, self.model.sees, *self._scores(self.model.places), "", ""))
+        for each in self.baselines:
+            found = self.over(each)
+            interval = f"[{found.low:+.3f}, {found.high:+.3f}]" if self.of_several() else "one person: none"
+            table.append((each.name, each.sees, *self._scores(each.places), f"{found.mean:+.3f}", interval))
+        if self.best:
+            table.append(("best possible", "the law", *self._scores(self.best.places), "", ""))
+        shown = aligned(table, right=[number > 1 for number in range(6)])
+        people = f"{len(set(self.groups))} people" if self.of_several() else "one person"
+        size = f"{plural(len(self.truth), 'row')} of {people}"
+        return [size, "", shown[0], "-" * len(shown[0]), *shown[1:], "", *self.verdict()]
+
+    def verdict(self) -> list[str]:
+        """Say in words if the model beats the best simple baseline, and the other rule."""
+        simple = [each for each in self.baselines if each.simple]
+        strongest = [max(simple, key=lambda each: self.accuracy(each.places))]
+        others = [each for each in self.baselines if not each.simple]
+        strongest += [max(others, key=lambda each: self.accuracy(each.places))] if others else []
+        lines = [self._against(each) for each in strongest]
+        if self.best:
+            expected, found = float(np.mean(self.best.chances)), self.accuracy(self.model.places)
+            right = self.accuracy(self.best.places)
+            lines.append(
+                f"Whoever knows the law is right on {expected:.3f} of such rows (on these: {right:.3f}), the model on"
+                f" {found:.3f}."
+            )
+        return lines
+
+    def _against(self, other: Predictor) -> str:
+        what = "the best simple baseline" if other.simple else "a rule less simple"
+        found = self.over(other)
+        if not self.of_several():
+            return (
+                f"It is not shown that the model beats {what}, {other.name} on {other.sees}: Acc@1 {found.mean:+.3f},"
+                " but one person says nothing of others."
+            )
+        bounds = f"{found.mean:+.3f} (95% interval over people {found.low:+.3f} to {found.high:+.3f})"
+        # The baseline was chosen on these very rows, which makes the best of several look better than it is.
+        alike = sum(each.simple == other.simple for each in self.baselines)
+        loses = found.high < 0 and self.over(other, 1 - (1 - LEVEL) / alike).high < 0
+        lost = "The model loses to" if loses else "It is not shown that the model beats"
+        word = "The model beats" if found.low > 0 else lost
+        return f"{word} {what}, {other.name} on {other.sees}: Acc@1 {bounds}."
+
+    def _scores(self, places: Sequence[int]) -> tuple[str, str]:
+        return f"{self.accuracy(places):.3f}", f"{self.weighted_f1(places):.3f}"
+
+
+def make_report(folder: Path, answers: Path, law: Path | None = None) -> Report:
+    """The report on the answers to FOLDER/test.jsonl in `answers` (answers.jsonl of pipelines/evaluate.py).
+
+    Raises UserError for files that are not there or do not fit together.
+    """
+    people = rows.read_stays(folder)
+    given = _answers(answers)
+    asked = _asked(folder / "test.jsonl", given, people)
+    truth = tuple(people[row.person][row.stay].place for row in asked)
+    places = tuple(given[line][0] for line in sorted(given))
+    model = Predictor("model", "stays shown", places, simple=False)
+    return Report(asked, truth, model, baselines(people, asked), _best(law, asked) if law else None)
+
+
+def baselines(people: Mapping[str, Sequence[Stay]], asked: Sequence[Asked]) -> list[Predictor]:
+    """Each simple baseline on exactly the stays that the model was shown, and on all before the target."""
+    pasts = {person: Past.of(stays) for person, stays in people.items()}
+    shown = max(1, *(row.shown for row in asked), 1)
+    found = []
+    for sees, most in (("stays shown", shown), ("full past", None)):
+        kernel = _tuned(people, pasts, most)
+        chosen: dict[str, Baseline] = {**BASELINES, KERNEL: kernel, MOVING: replace(kernel, moving=True)}
+        for name, baseline in chosen.items():
+            targets = [(row.person, row.stay, max(1, row.shown) if most else None) for row in asked]
+            guesses = _predict(baseline, people, pasts, targets)
+            found.append(Predictor(name, sees, guesses, simple=name != MOVING))
+    return found
+
+
+def _predict(
+    baseline: Baseline,
+    people: Mapping[str, Sequence[Stay]],
+    pasts: Mapping[str, Past],
+    targets: Iterable[tuple[str, int, int | None]],
+) -> tuple[int, ...]:
+    """Predictions for (person, number of a stay, how many stays before it are seen; None: all).
+
+    Of a first stay (`prepare.py --least 0`) none names a place: nothing came before it.
+    """
+    return tuple(
+        baseline(pasts[person][max(0, stay - most) if most else 0 : stay], people[person][stay].when)
+        if stay
+        else NOWHERE
+        for person, stay, most in targets
+    )
+
+
+def _tuned(people: Mapping[str, Sequence[Stay]], pasts: Mapping[str, Past], most: int | None) -> TimeKernel:
+    """The time kernel that is best on stays that are neither trained on nor tested."""
+    middle = rows.select(people, 1, {"eval": TUNED_ON}).targets["eval"]
+    if not middle:
+        return GRID[0]
+    targets = [(target.person, target.number, most) for target in middle]
+    truth = [people[target.person][target.number].place for target in middle]
+    return max(GRID, key=lambda kernel: float(np.mean(np.equal(_predict(kernel, people, pasts, targets), truth))))
+
+
+def _answers(file: Path) -> dict[int, tuple[int, int | None]]:
+    """Line of a row -> the place that was answered (NOWHERE for none) and that of the reference."""
+    given: dict[int, tuple[int, int | None]] = {}
+    for number, item in enumerate(_lines(file), 1):
+        with as_user_error(
+            f"{file}:{number}: no line of answers.jsonl", KeyError, TypeError, ValueError, AttributeError
+        ):
+            name, _, line = item["origin"].rpartition(":")
+            place, reference = answer.read(item["text"]), answer.read(item["reference"])
+            if int(line) in given:
+                raise UserError(f"{file}:{number}: {name}:{line} was answered before; give the answers of one model")
+            given[int(line)] = (NOWHERE if place is None else place, reference)
+    if not given:
+        raise UserError(f"{file}: no answers; evaluate with a scorer, and evaluation.rows above 0")
+    return dict(sorted(given.items()))
+
+
+def _asked(
+    file: Path, given: Mapping[int, tuple[int, int | None]], people: Mapping[str, Sequence[Stay]]
+) -> tuple[Asked, ...]:
+    """The rows that were answered, in their order."""
+    asked = []
+    for number, row in enumerate(_lines(file), 1):
+        if number not in given:
+            continue
+        with as_user_error(f"{file}:{number}: no row of prepare.py", KeyError, TypeError, ValueError, IndexError):
+            found = Asked(row["user"], int(row["stay"]), int(row["shown"]))
+            place = people[found.person][found.stay].place
+        if place != given[number][1]:
+            raise UserError(f"{file}:{number}: the answers are to other rows: evaluate on this file")
+        asked.append(found)
+    if len(asked) < len(given):
+        raise UserError(f"{file}: {len(given)} rows were answered, but it has {len(asked)} of them")
+    return tuple(asked)
+
+
+def _best(file: Path, asked: Sequence[Asked]) -> Best:
+    """The best answers to rows, from the law.csv of generate.py."""
+    known: dict[tuple[str, int], tuple[int, float]] = {}
+    with as_user_error(f"{file}: not as generate.py writes it", OSError, ValueError, KeyError, TypeError, csv.Error):
+        with file.open(encoding="utf-8") as opened:
+            for row in csv.DictReader(opened):
+                known[row["user_id"], int(row["stay"])] = (int(row["best"]), float(row["chance"]))
+        found = [known[row.person, row.stay] for row in asked]
+    return Best(tuple(place for place, _ in found), tuple(chance for _, chance in found))
+
+
+def _lines(file: Path) -> Iterator[dict[str, Any]]:
+    with as_user_error(f"{file}", OSError, ValueError), file.open(encoding="utf-8") as opened:
+        for line in opened:
+            yield json.loads(line)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a model answers is kept line by line, and leads back to its row and, for the recipe, to its person."""
+"""What a model answers is kept line by line, and leads back to its row and to the group of the row."""
 
 import json
 from pathlib import Path
@@ -9,12 +9,7 @@ import pytest
 from olora_ray.common.errors import UserError
 from olora_ray.config.load import build, override
 from olora_ray.config.schema import Config
-from olora_ray.data.mobility import rows
-from olora_ray.data.mobility.law import Law, Settings, visits
-from olora_ray.data.mobility.prompt import Template
-from olora_ray.data.mobility.records import Records
-from olora_ray.data.mobility.stay import Stay, When
-from olora_ray.evaluation import command_line, held_out, next_place, pool, results, save
+from olora_ray.evaluation import command_line, held_out, pool, results, save
 from olora_ray.evaluation.groups import group_numbers
 from olora_ray.evaluation.results import Evaluation
 from olora_ray.evaluation.targets import Target
@@ -26,15 +21,14 @@ from tests.said import said
 
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
-    people: dict[str, list[Stay]] = {}
-    for visit in visits(Law(Settings(people=3, days=10))):
-        at = visit.day * 1440 + visit.minute
-        people.setdefault(f"p{visit.person}", []).append(Stay(visit.place, at, When(visit.day % 7, visit.minute)))
-    selection = rows.select(people, 4, {"train": 4, "eval": 4, "test": 9})
-    rows.write(tmp_path, Records(people, {}), selection, Template("hours", 3, 2), None)
-    tree = settings(tmp_path, make_model(tmp_path / "model"), data__max_length=600, gate={"group": "user"})
+    with (tmp_path / "test.jsonl").open("w") as out:
+        for number in range(9):
+            question, answer = f"after {number}?", str(number + 1)
+            messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            out.write(json.dumps({"messages": messages, "user": f"p{number // 4}"}) + "\n")
+    tree = settings(tmp_path, make_model(tmp_path / "model"), gate={"group": "user"})
     tree["data"]["eval"] = [{"path": str(tmp_path / "test.jsonl")}]
-    tree["evaluation"] |= {"scorer": "olora_ray.data.mobility.answer:next_place", "rows": 7}
+    tree["evaluation"] |= {"scorer": "exact_match", "rows": 7}
     return build(tree)
 
 
@@ -52,8 +46,8 @@ def test_answers_lead_to_their_rows_and_rows_to_people(
         name, _, line = item.origin.rpartition(":")
         assert name.endswith("test.jsonl")
         assert item.reference == lines[int(line) - 1]["messages"][-1]["content"]
-        assert item.scores == {"acc_at_1": 0.0, "valid": 0.0}  # a random model writes no JSON
-    assert found.scores["acc_at_1"] == {item.row: 0.0 for item in answers}
+        assert item.scores == {"exact_match": 0.0}  # a random model
+    assert found.scores["exact_match"] == {item.row: 0.0 for item in answers}
     groups = group_numbers("user", prepare.plan_here(config, base.spec, "eval"), found.origins)
     people = [lines[place]["user"] for _, place in found.origins]
     assert groups is not None
@@ -62,12 +56,10 @@ def test_answers_lead_to_their_rows_and_rows_to_people(
     target = Target("runs/small", base.model, None, config)
     request = command_line.read(["runs/small", "--out", str(tmp_path / "out")], "")
     save.write(request, [Evaluation(target, found, {}, groups, answers)], {}, None)
-    report = next_place.report(tmp_path, tmp_path / "out" / "answers.jsonl")
-    assert report.model.places == (next_place.NOWHERE,) * 7
-    assert report.truth == tuple(
-        json.loads(item.reference)["prediction"]
-        for item in sorted(answers, key=lambda item: int(item.origin.rpartition(":")[2]))
-    )
+    kept = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
+    assert [(item["origin"], item["text"], item["reference"]) for item in kept] == [
+        (item.origin, item.text, item.reference) for item in answers
+    ]
 
 
 def test_a_group_that_is_no_column_is_refused_before_anything_is_measured(

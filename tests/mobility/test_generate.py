@@ -4,15 +4,15 @@ import math
 from collections import Counter
 from dataclasses import replace
 
+import generate
 import numpy as np
 import pytest
+from generate import AFTER, KINDS, OTHER_DAY, Law, Settings, visits
 from hypothesis import given
 from hypothesis import strategies as st
+from stays import When
 
 from olora_ray.common.errors import UserError
-from olora_ray.data.mobility import law as module
-from olora_ray.data.mobility.law import AFTER, KINDS, OTHER_DAY, Law, Settings, visits
-from olora_ray.data.mobility.stay import When
 
 SMALL = Settings(people=3, days=30, explore=0.3, seed=4)
 
@@ -40,7 +40,7 @@ def test_the_chances_are_the_formula_of_the_docstring(law: Law) -> None:
     when, previous = When(2, 13 * 60 + 10), next(iter(law.town["work"]))
     strength = {
         place: weight
-        * module._curve(kind, False, 13 - person.late)
+        * generate._curve(kind, False, 13 - person.late)
         * days[2]
         * AFTER.get(("work", kind), 1.0)
         * (place != previous)
@@ -52,8 +52,8 @@ def test_the_chances_are_the_formula_of_the_docstring(law: Law) -> None:
     found = law.probabilities(0, when, previous, 12)
     for place, value in strength.items():
         assert math.isclose(found.get(place, 0.0), (1 - explored) * value / sum(strength.values()), abs_tol=1e-12)
-    assert module._curve("lunch", False, 12.5) == pytest.approx(2.5 + 1e-3)
-    assert module._curve("home", False, 1) == pytest.approx(module._curve("home", False, 25))
+    assert generate._curve("lunch", False, 12.5) == pytest.approx(2.5 + 1e-3)
+    assert generate._curve("home", False, 1) == pytest.approx(generate._curve("home", False, 25))
 
 
 def test_people_have_favourites_of_each_kind_and_days_of_their_own(law: Law) -> None:

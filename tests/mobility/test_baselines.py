@@ -1,7 +1,7 @@
 from collections.abc import Sequence
 
-from olora_ray.data.mobility.baselines import BASELINES, Past, TimeKernel, last, markov, most_frequent
-from olora_ray.data.mobility.stay import Stay, When
+from report import BASELINES, Past, TimeKernel, last, markov, most_frequent
+from stays import Stay, When
 
 NOON = When(2, 12 * 60)
 

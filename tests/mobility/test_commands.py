@@ -6,20 +6,22 @@ from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
+import generate
+import mat_data
+import prepare
 import pytest
+import report
+from prompt import Template
+from stays import numbered
 
 from olora_ray.common.errors import UserError
 from olora_ray.config.load import load
 from olora_ray.data.formats import to_example
-from olora_ray.data.mobility import answer
-from olora_ray.data.mobility.prompt import Template
-from olora_ray.data.mobility.records import numbered
 from olora_ray.data.tokenize import ExampleTokenizer
 from olora_ray.pipeline.base import open_base
-from pipelines.mobility import generate, mat_data, prepare, report
+from olora_ray.train.scoring import Judge
+from tests.mobility.conftest import COMMANDS
 from tests.pipelines import project
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -55,6 +57,27 @@ def test_from_nothing_to_a_table(records: Path, tmp_path: Path, capsys: pytest.C
     assert sum("full past" in line for line in table) >= 5
     assert any(line.startswith("best possible") for line in table)
     assert any(line.startswith("The model beats the best simple baseline") for line in table)
+
+
+@pytest.mark.ray
+def test_the_answers_of_an_evaluation_lead_to_their_rows(records: Path, tmp_path: Path) -> None:
+    model = project.make_model(tmp_path / "model")
+    data, command = tmp_path / "data", [str(records / "check_ins.csv"), "--format=checkins"]
+    prepare.main([*command, "--out", str(data), "--rows", "train=2,eval=2,test=9", "--form=hours", "--history=2"])
+    tree = project.settings(tmp_path, model, data__max_length=600, gate={"group": "user"})
+    tree["data"]["eval"] = [{"path": str(data / "test.jsonl")}]
+    tree["evaluation"] |= {"scorer": "mobility.answer:next_place", "rows": 7}
+    file = project.write_config(tmp_path, tree)
+    ended = project.run_script("evaluate.py", model, "--config", file, "--out", data)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    answers = [json.loads(line) for line in (data / "answers.jsonl").read_text().splitlines()]
+    assert [item["scores"] for item in answers] == [
+        {"acc_at_1": 0.0, "valid": 0.0}
+    ] * 7  # a random model writes no JSON
+    found = report.make_report(data, data / "answers.jsonl")
+    assert found.model.places == (report.NOWHERE,) * 7
+    answers.sort(key=lambda item: int(item["origin"].rpartition(":")[2]))
+    assert found.truth == tuple(json.loads(item["reference"])["prediction"] for item in answers)
 
 
 def test_the_same_bytes_again(records: Path, tmp_path: Path) -> None:
@@ -130,8 +153,9 @@ def test_turns_and_places_that_can_be_counted(tmp_path: Path, capsys: pytest.Cap
     assert [message["role"] for message in first] == ["system", *["user", "assistant"] * 10]
 
 
-def test_questions_are_cut_to_the_config(records: Path, tmp_path: Path, tiny_model: Path) -> None:
-    config = project.write_config(tmp_path, project.settings(tmp_path, tiny_model, data__max_length=520))
+def test_questions_are_cut_to_the_config(records: Path, tmp_path: Path) -> None:
+    model = project.make_model(tmp_path / "model")
+    config = project.write_config(tmp_path, project.settings(tmp_path, model, data__max_length=520))
     out = tmp_path / "data"
     prepare.main(
         [
@@ -241,9 +265,10 @@ def test_a_venue_may_be_one_column(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["mobility", "mobility-demo"])
-def test_the_configs_score_by_place_and_group_by_person(name: str) -> None:
-    config = load(ROOT / "pipelines" / "configs" / f"{name}.yaml")
+def test_the_configs_score_by_place_and_group_by_person(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(COMMANDS)  # as Python does for a script there
+    config = load(COMMANDS / "configs" / f"{name}.yaml")
     assert config.gate.group == "user"
     assert config.gate.metric == "eval/acc_at_1"
-    module, _, function = (config.evaluation.scorer or "").partition(":")
-    assert (module, function) == (answer.__name__, answer.next_place.__name__)
+    given = '{"prediction": 12}'
+    assert Judge(config.evaluation.scorer or "")(given, given) == {"acc_at_1": 1.0, "valid": 1.0}

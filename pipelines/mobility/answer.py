@@ -1,4 +1,7 @@
-"""The answer that a model shall write, and how one is read: MoBLLM's (2503.16553) form and rule."""
+"""The answer that a model shall write, and how it is read: MoBLLM's (2503.16553) form and rule.
+
+The commands in pipelines/ import the scorer as mobility.answer:next_place, so this module imports none of its folder.
+"""
 
 import ast
 import json
@@ -35,7 +38,7 @@ def read(text: str) -> int | None:
 
 
 def next_place(prediction: str, reference: str) -> dict[str, float]:
-    """The scorer of next places: `acc_at_1` (Acc@1 of the row, 0 or 1) and `valid` (whether it names a place).
+    """The scorer of next places: `acc_at_1` (Acc@1 of the row, 0 or 1) and `valid` (1 if the answer names a place).
 
     Raises UserError for a reference that names none.
     """

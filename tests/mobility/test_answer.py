@@ -1,10 +1,11 @@
+import answer
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from olora_ray.common.errors import UserError
-from olora_ray.data.mobility import answer
 from olora_ray.train import scoring
+from tests.mobility.conftest import COMMANDS
 
 
 @given(st.integers(0, 2**40), st.text(max_size=20))
@@ -41,8 +42,9 @@ def test_the_first_braces_decide(text: str, place: int | None) -> None:
     assert answer.read(text) == place
 
 
-def test_the_scorer() -> None:
-    scorer = scoring.resolve("olora_ray.data.mobility.answer:next_place")
+def test_the_scorer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(COMMANDS)  # as Python does for a script there
+    scorer = scoring.resolve("mobility.answer:next_place")
     assert scorer('{"prediction": 12}', '{"prediction": 12}') == {"acc_at_1": 1.0, "valid": 1.0}
     assert scorer('{"prediction": 13}', '{"prediction": 12}') == {"acc_at_1": 0.0, "valid": 1.0}
     assert scorer("no idea", '{"prediction": 12}') == {"acc_at_1": 0.0, "valid": 0.0}

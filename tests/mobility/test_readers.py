@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from readers import read
+from stays import Records, Repairs, Stay, When, numbered
 
 from olora_ray.common.errors import UserError
-from olora_ray.data.mobility.files import read
-from olora_ray.data.mobility.records import Records, Repairs, numbered
-from olora_ray.data.mobility.stay import Stay, When
 
 HEADER = "id,user_id,location_id,latitude,longitude,start_day,start_min,weekday\n"
 GEOLIFE = "id,user_id,location_id,duration,start_day,end_day,start_min,end_min,weekday\n"

@@ -1,35 +1,62 @@
-"""Records of mobility, read into the stays of each person, with every record accounted for.
+"""Stays: a person was at a place from some time on. All records of mobility become the stays of each person.
 
-A record that cannot be used stops the reading with its file and line, before anything is made of the others. What
-may be put right instead is asked for by name (REPAIRS), counted, and said.
+Every record is accounted for. A record that cannot be used stops the reading with its file and line, before anything
+is made of the others. What may be put right instead is asked for by name (REPAIRS), counted, and said.
 """
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, islice, pairwise
-from pathlib import Path
 
 from olora_ray.common.errors import UserError
 from olora_ray.common.text import plural
-from olora_ray.data.mobility.stay import Stay
 
+DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
+MINUTES = 24 * 60
+"""Minutes of a day."""
+LARGEST_PLACE = 2**31 - 1
+"""No place of a record has a larger number."""
 BROKEN, UNSORTED, DUPLICATES = "broken", "unsorted", "duplicates"
 REPAIRS = {
     BROKEN: "left out",
     UNSORTED: "put in the order of time",
     DUPLICATES: "left out",
 }
-"""What may be wrong with a record -> what is done about it where that is asked for."""
-
-
+"""Fault of a record -> its repair, where that is asked for."""
 MANY = 20
 """Places, of fewer than which the order of their numbers says nothing."""
 
 
-class Broken(ValueError):
-    """A record that cannot be read; the message says why."""
+@dataclass(frozen=True, slots=True)
+class When:
+    """The local time at which a stay begins: all that is known of a stay that is to be predicted."""
+
+    weekday: int
+    """0 (Monday) to 6."""
+    minute: int
+    """Minute of the day, 0 to 1439."""
+
+    @property
+    def weekend(self) -> bool:
+        """True on Saturdays and Sundays."""
+        return self.weekday >= 5
+
+
+@dataclass(frozen=True, slots=True)
+class Stay:
+    """One stay of a person."""
+
+    place: int
+    at: int
+    """Minutes by which the stays of one person are ordered."""
+    when: When
+    duration: int | None = None
+    """Minutes; None: unknown, as for a check-in."""
+    file: str = field(default="", compare=False)
+    line: int = field(default=0, compare=False)
+    """Where the record stands, from 1."""
 
 
 @dataclass
@@ -52,14 +79,12 @@ class Repairs:
         self.counts[fault] += 1
 
     def lines(self) -> list[str]:
-        """What was done, a line for each fault that was found."""
+        """Return a line for each fault that was repaired."""
         return [f"{plural(count, 'record')} {fault}: {REPAIRS[fault]}" for fault, count in self.counts.items()]
 
 
 Named = tuple[str, str, Stay]
 """Name of a person, name of the place, and the stay; `Stay.place` counts only where the name of the place is empty."""
-Reader = Callable[[Sequence[Path], Repairs], Iterator[Named]]
-"""Reads files, record by record, in their order; raises UserError by way of the repairs."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +100,7 @@ class Records:
         return sum(map(len, self.people.values()))
 
     def counted(self) -> bool:
-        """Whether most places have the number after all that were there before: new ones can be told by counting."""
+        """True if most places have the number after the highest before them: a model that counts can name new ones."""
         order = dict.fromkeys(stay.place for stays in self.people.values() for stay in stays)
         following = sum(
             place == highest + 1 for place, highest in zip(islice(order, 1, None), accumulate(order, max), strict=False)
@@ -84,7 +109,7 @@ class Records:
 
 
 def collect(named: Iterator[Named], repairs: Repairs) -> Records:
-    """The stays of each person from records in any order of people.
+    """Return the stays of each person, from records in any order of people.
 
     Raises UserError for what is unsorted or there twice, unless that is to be repaired, and if there is nothing.
     """
@@ -131,13 +156,3 @@ def _distinct(stays: list[Stay], person: str, repairs: Repairs) -> list[Stay]:
 
 def _natural(name: str) -> tuple[bool, int, str]:
     return (False, int(name), name) if name.isascii() and name.isdigit() else (True, 0, name)
-
-
-def number(text: str, what: str, least: int, most: int) -> int:
-    """A whole number within bounds; raises Broken that says what is wrong with it."""
-    value = text.strip()
-    if not value.removeprefix("-").isascii() or not value.removeprefix("-").isdigit() or len(value) > 18:
-        raise Broken(f"{what} is {text!r}, not a whole number")
-    if not least <= int(value) <= most:
-        raise Broken(f"{what} is {value}, not {least} to {most}")
-    return int(value)

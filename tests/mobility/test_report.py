@@ -4,16 +4,16 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import answer
 import numpy as np
 import pytest
+import report
+import rows
+from prompt import Template
+from report import Asked, Best, Predictor, Report, make_report
+from stays import Records, Stay, When
 
 from olora_ray.common.errors import UserError
-from olora_ray.data.mobility import answer, rows
-from olora_ray.data.mobility.prompt import Template
-from olora_ray.data.mobility.records import Records
-from olora_ray.data.mobility.stay import Stay, When
-from olora_ray.evaluation import next_place
-from olora_ray.evaluation.next_place import Asked, Best, Predictor, Report
 
 
 def write(folder: Path, people: int = 6) -> None:
@@ -43,9 +43,9 @@ def answers(folder: Path, *texts: str, skip: int = 0) -> Path:
 
 def test_the_model_and_each_baseline_on_the_same_rows(tmp_path: Path) -> None:
     write(tmp_path)
-    found = next_place.report(tmp_path, answers(tmp_path, "nowhere", answer.write(3)))
+    found = make_report(tmp_path, answers(tmp_path, "nowhere", answer.write(3)))
     assert found.truth == (3,) * 48
-    assert found.model.places == (next_place.NOWHERE, *[3] * 47)
+    assert found.model.places == (report.NOWHERE, *[3] * 47)
     assert found.accuracy(found.model.places) == pytest.approx(47 / 48)
     by_name = {(each.name, each.sees): found.accuracy(each.places) for each in found.baselines}
     # Of the 8 rows of a person the first sees no 3; the last place is one from the second on.
@@ -53,15 +53,15 @@ def test_the_model_and_each_baseline_on_the_same_rows(tmp_path: Path) -> None:
     assert by_name["most frequent", "stays shown"] == 6 / 8  # of 4 stays 2, the later of equals
     assert by_name["most frequent", "full past"] == 0
     assert by_name["time kernel", "full past"] == 7 / 8
-    assert by_name[next_place.MOVING, "full past"] == 0
-    assert {each.name for each in found.baselines if not each.simple} == {next_place.MOVING}
+    assert by_name[report.MOVING, "full past"] == 0
+    assert {each.name for each in found.baselines if not each.simple} == {report.MOVING}
 
 
 def test_a_model_that_repeats_a_digit_names_no_place(tmp_path: Path) -> None:
     """The weighted F1 of a number that no array holds ended the report with a traceback."""
     write(tmp_path)
-    found = next_place.report(tmp_path, answers(tmp_path, f'{{"prediction": {"1" * 40}}}', answer.write(3)))
-    assert found.model.places == (next_place.NOWHERE, *[3] * 47)
+    found = make_report(tmp_path, answers(tmp_path, f'{{"prediction": {"1" * 40}}}', answer.write(3)))
+    assert found.model.places == (report.NOWHERE, *[3] * 47)
     assert found.lines()[4].split()[:3] == ["model", "stays", "shown"]
 
 
@@ -69,14 +69,14 @@ def test_a_first_stay_can_be_asked_for(tmp_path: Path) -> None:
     """With --least 0 somebody with one stay is asked for it; the baselines looked for a stay before it."""
     known = {str(person): [Stay(3, n * 1440, When(0, 0)) for n in range(1 + 9 * person)] for person in range(2)}
     rows.write(tmp_path, Records(known, {}), rows.select(known, 0), Template("short", 2, 2), None)
-    found = next_place.report(tmp_path, answers(tmp_path, answer.write(3)))
+    found = make_report(tmp_path, answers(tmp_path, answer.write(3)))
     assert [(row.person, row.stay, row.shown) for row in found.asked] == [("0", 0, 0), ("1", 8, 4), ("1", 9, 4)]
-    assert {each.places for each in found.baselines if each.simple} == {(next_place.NOWHERE, 3, 3)}
+    assert {each.places for each in found.baselines if each.simple} == {(report.NOWHERE, 3, 3)}
 
 
 def test_rows_that_were_not_answered_are_not_compared(tmp_path: Path) -> None:
     write(tmp_path)
-    found = next_place.report(tmp_path, answers(tmp_path, answer.write(3), skip=40))
+    found = make_report(tmp_path, answers(tmp_path, answer.write(3), skip=40))
     assert len(found.asked) == 8
     assert {row.person for row in found.asked} == {"5"}
     assert all(len(each.places) == 8 for each in found.baselines)
@@ -86,7 +86,7 @@ def test_the_best_possible_comes_from_the_law(tmp_path: Path) -> None:
     write(tmp_path, people=1)
     law = tmp_path / "law.csv"
     law.write_text("user_id,stay,best,chance\n" + "".join(f"0,{n},{3 if n % 2 else 9},0.5\n" for n in range(40)))
-    found = next_place.report(tmp_path, answers(tmp_path, answer.write(3)), law)
+    found = make_report(tmp_path, answers(tmp_path, answer.write(3)), law)
     assert found.best == Best((9, 3) * 4, (0.5,) * 8)
     assert found.lines()[-1] == (
         "Whoever knows the law is right on 0.500 of such rows (on these: 0.500), the model on 1.000."
@@ -94,13 +94,13 @@ def test_the_best_possible_comes_from_the_law(tmp_path: Path) -> None:
     for cut in ("", "0,1", "x" * 200_000):
         law.write_text(f"user_id,stay,best,chance\n{cut}")
         with pytest.raises(UserError, match=r"law\.csv: not as generate\.py writes it"):
-            next_place.report(tmp_path, answers(tmp_path, answer.write(3)), law)
+            make_report(tmp_path, answers(tmp_path, answer.write(3)), law)
 
 
 def refused(folder: Path, text: str) -> str:
     (folder / "answers.jsonl").write_text(text)
     with pytest.raises(UserError) as caught:
-        next_place.report(folder, folder / "answers.jsonl")
+        make_report(folder, folder / "answers.jsonl")
     return str(caught.value)
 
 
@@ -117,7 +117,7 @@ def test_files_that_do_not_fit_together_are_refused(tmp_path: Path) -> None:
     assert "answers.jsonl: no answers; evaluate with a scorer" in refused(tmp_path, "")
     assert "answers.jsonl:1: no line of answers.jsonl" in refused(tmp_path, '{"origin": 3}\n')
     with pytest.raises(UserError, match=r"none\.jsonl: .*No such file"):
-        next_place.report(tmp_path, tmp_path / "none.jsonl")
+        make_report(tmp_path, tmp_path / "none.jsonl")
 
 
 def made(right: list[list[bool]], simple: list[list[bool]], other: list[list[bool]]) -> Report:
@@ -137,23 +137,23 @@ def test_people_are_drawn_not_rows() -> None:
     # 10 people of 100 rows each, the model right on all rows of 7 of them, the baseline of 3: by rows that is sure.
     people = [[person < 7] * 100 for person in range(10)]
     theirs = [[person >= 7] * 100 for person in range(10)]
-    report = made(people, theirs, people)
-    interval = report.over(report.baselines[0])
+    found = made(people, theirs, people)
+    interval = found.over(found.baselines[0])
     assert interval.mean == pytest.approx(0.4)
     assert interval.low < 0 < interval.high
-    assert report.verdict()[0].startswith("It is not shown that the model beats the best simple baseline, last on full")
+    assert found.verdict()[0].startswith("It is not shown that the model beats the best simple baseline, last on full")
 
 
 def test_one_person_says_nothing_of_others(tmp_path: Path) -> None:
     """The interval over one person has no width, and the verdict was that the model wins, or loses."""
     for ours, theirs in ((True, False), (False, True)):
-        report = made([[ours] * 50], [[theirs] * 50], [[theirs] * 50])
-        assert report.verdict()[0] == (
+        found = made([[ours] * 50], [[theirs] * 50], [[theirs] * 50])
+        assert found.verdict()[0] == (
             "It is not shown that the model beats the best simple baseline, last on full past: Acc@1"
             f" {1 if ours else -1:+.3f}, but one person says nothing of others."
         )
     write(tmp_path, people=1)
-    lines = next_place.report(tmp_path, answers(tmp_path, answer.write(3))).lines()
+    lines = make_report(tmp_path, answers(tmp_path, answer.write(3))).lines()
     assert lines[0] == "8 rows of one person"
     assert all(line.endswith("one person: none") for line in lines[5:15])
 
@@ -179,6 +179,6 @@ def test_a_baseline_that_was_chosen_of_several_has_to_be_further_ahead() -> None
 
 
 def test_weighted_f1_by_hand() -> None:
-    report = Report([Asked("a", n, 1) for n in range(4)], (1, 1, 1, 2), Predictor("m", "", (1, 1, 2, -1)), [], None)
+    found = Report([Asked("a", n, 1) for n in range(4)], (1, 1, 1, 2), Predictor("m", "", (1, 1, 2, -1)), [], None)
     # 1: precision 1, recall 2/3, F1 0.8, three rows; 2: nothing right, one row.
-    assert report.weighted_f1(report.model.places) == pytest.approx(0.6)
+    assert found.weighted_f1(found.model.places) == pytest.approx(0.6)

@@ -13,17 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from prompt import Fits, Template
+from stays import Records, Stay, When
+
 from olora_ray.common.errors import as_user_error
 from olora_ray.common.text import plural
-from olora_ray.data.mobility.prompt import Fits, Template
-from olora_ray.data.mobility.records import Records
-from olora_ray.data.mobility.stay import Stay, When
 
 SPLITS = ("train", "eval", "test")
 SHARES = (0.6, 0.8)
 STAYS, PLACES, TEMPLATE = "stays.csv", "places.csv", "template.json"
 COLUMNS = ("user", "place", "at", "weekday", "minute", "duration")
-"""Of the stays, as in Stay."""
+"""Columns of stays.csv, as in Stay."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Target:
 
     person: str
     number: int
-    """Of the stay among the person's, from 0."""
+    """Number of the stay among the person's, from 0."""
     count: int = 1
     """So many stays are asked for in one row, from that one on."""
 

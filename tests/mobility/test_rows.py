@@ -5,14 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import rows
 from hypothesis import given
 from hypothesis import strategies as st
+from prompt import Message, Template
+from stays import Records, Stay, When
 
 from olora_ray.common.errors import UserError
-from olora_ray.data.mobility import rows
-from olora_ray.data.mobility.prompt import Message, Template
-from olora_ray.data.mobility.records import Records
-from olora_ray.data.mobility.stay import Stay, When
 
 People = dict[str, list[Stay]]
 

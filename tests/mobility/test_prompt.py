@@ -4,16 +4,16 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import prompt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from prompt import Form, Message, Template
+from stays import LARGEST_PLACE, Stay, When
 
 from olora_ray.common.errors import UserError
 from olora_ray.data.example import Chat
 from olora_ray.data.formats import to_example
-from olora_ray.data.mobility import room
-from olora_ray.data.mobility.prompt import Form, Message, Template
-from olora_ray.data.mobility.stay import Stay, When
 from olora_ray.data.tokenize import ExampleTokenizer
 from tests.tokens import helpers
 
@@ -84,7 +84,7 @@ def test_further_turns_ask_for_the_stays_that_follow() -> None:
 def test_turns_have_room_too() -> None:
     spec, template = helpers.spec(), Template("short", 40, 5)
     targets = [Stay(5 + n, 10**6 + n, WHEN) for n in range(8)]
-    fits = room.fits(spec, 900)
+    fits = prompt.fits(spec, 900)
     asked = template.example(PAST, *targets, fits=fits)
     assert len(ExampleTokenizer(spec, 900)(Chat(tuple(asked)))[0].ids) <= 900
     shown = template.room(PAST, WHEN, fits, template.turns(targets)[:-1])
@@ -132,17 +132,17 @@ def test_the_room_is_that_of_the_model() -> None:
     spec = helpers.spec()
     template = Template("short", 40, 5)
     for length in (600, 700, 800):
-        fits = room.fits(spec, length)
+        fits = prompt.fits(spec, length)
         asked = template.example(PAST, Stay(5, 10**6, WHEN), fits=fits)
         tokens = ExampleTokenizer(spec, length)(Chat(tuple(asked)))[0]
-        longest = {"role": "assistant", "content": json.dumps({"prediction": room.LONGEST_PLACE})}
+        longest = {"role": "assistant", "content": json.dumps({"prediction": LARGEST_PLACE})}
         assert len(tokens.ids) <= length
         shown = template.room(PAST, WHEN, fits)
         assert 0 < shown < 45
         more = [*template.question(PAST[len(PAST) - shown - 1 :], WHEN), longest]
         assert len(ExampleTokenizer(spec, 4096)(Chat(tuple(more)))[0].ids) > length
     with pytest.raises(UserError, match=r"data\.max_length: a question without any stay has no room"):
-        template.question(PAST, WHEN, room.fits(spec, 64))
+        template.question(PAST, WHEN, prompt.fits(spec, 64))
 
 
 def test_the_template_is_kept_for_a_server(tmp_path: Path) -> None:

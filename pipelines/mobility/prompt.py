@@ -7,8 +7,8 @@
 
 History and context are the latest stays before the target, so what has no room is cut off at the left, where it is
 oldest, and never at the right, where the question is. `rows.py` writes the training rows with `example`, which is
-`question` and the answer after it; a server calls `question` with the same settings. A training row may go on: the
-next turns of the chat have a <target> alone, the stay after the one that was asked for.
+`question` and the answer after it; a server calls `question` with the same settings. A training row may have
+further turns: each has a <target> alone, the stay after the one that was asked for.
 """
 
 import json
@@ -17,9 +17,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+import answer
+from stays import DAYS, LARGEST_PLACE, Stay, When
+
 from olora_ray.common.errors import UserError, first_line
-from olora_ray.data.mobility import answer
-from olora_ray.data.mobility.stay import DAYS, Stay, When
+from olora_ray.data.example import Chat, Rejected
+from olora_ray.data.tokenize import ExampleTokenizer
+from olora_ray.data.tokenizer_spec import TokenizerSpec
 
 Form = Literal["short", "hours", "tuple"]
 FORMS: dict[str, str] = {
@@ -35,7 +39,7 @@ SHORT = {"short": "weekday, time, place", "hours": "weekday, hour, place"}
 TUPLES = {False: "(time, weekday, place)", True: "(time, weekday, minutes, place)"}
 Message = dict[str, str]
 Fits = Callable[[Sequence[Message]], bool]
-"""Whether a question, with its answer, has room in a model's sequence."""
+"""True if a question, with its answer, has room in a model's sequence."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class Template:
     context: int = 5
     """Stays of the context, the latest ones."""
     duration: bool = False
-    """Whether stays of the form `tuple` have their minutes."""
+    """True if stays of the form `tuple` have their minutes."""
 
     def __post_init__(self) -> None:
         """Raise UserError for what cannot be a template."""
@@ -91,7 +95,7 @@ class Template:
         return [*self._messages(past[len(past) - shown :], targets[0].when), *rest]
 
     def turns(self, targets: Sequence[Stay]) -> list[Message]:
-        """What follows the question about the first of `targets`: answers, and questions about the others."""
+        """Return what follows the question about the first of `targets`: answers, and questions about the others."""
         found: list[Message] = []
         for target in targets:
             if found:
@@ -140,3 +144,25 @@ class Template:
 def _clock(when: When) -> str:
     hour, minute = divmod(when.minute, 60)
     return f"'{(hour + 11) % 12 + 1:02d}:{minute:02d} {'PM' if hour >= 12 else 'AM'}', '{DAYS[when.weekday]}'"
+
+
+def fits(spec: TokenizerSpec, max_length: int) -> Fits:
+    """Return the test that a question and the longest answer are at most `max_length` tokens.
+
+    The tokenizer and chat template are those of training. The longest answer stands for the real one, which a server
+    does not know, so that training and serving show the same stays. The test raises UserError for questions that the
+    tokenizer or its chat template refuses.
+    """
+    tokenize = ExampleTokenizer(spec, max_length)
+    last = {"role": "assistant", "content": answer.write(LARGEST_PLACE)}
+
+    def fit(question: Sequence[Message]) -> bool:
+        try:
+            tokenize(Chat((*question, last)))
+        except Rejected as rejected:
+            if rejected.reason != "too_long":
+                raise UserError(f"model.name: {spec.name} cannot be asked: {rejected.message}") from None
+            return False
+        return True
+
+    return fit
