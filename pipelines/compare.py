@@ -3,7 +3,8 @@
     python pipelines/compare.py CONFIG.yaml [section.field=value ...] --methods lora,olora
         [--seeds 4] [--budget 3h]
 
-CONFIG    is a run's config; its section `compare` fixes the rows and the smallest difference that matters
+CONFIG    is a run's config; its section `compare`, which other commands leave out, fixes the rows and the smallest
+          difference that matters
 --methods values of adapter.method; lora must be among them, which all others are compared with (default lora,olora)
 --seeds   trainings of each method that are compared, each with another seed than the tuning (default 4)
 --budget  ends before any training if the comparison is estimated to take longer
@@ -21,32 +22,32 @@ from olora_ray.config import command_line  # noqa: E402
 
 def main(argv: list[str]) -> None:
     """The whole comparison, in the order in which the data flows."""
-    from olora_ray.sweep.compare import arguments
+    from comparison import arguments
 
-    comparison = arguments.read(argv, usage=__doc__ or "")
+    asked = arguments.parse(argv, usage=__doc__ or "")
     from olora_ray.pipeline import first_look
 
-    first_look.check(comparison.config)
+    first_look.check(asked.config)
+    from comparison import analysis, folder, report, rows, run
     from olora_ray.pipeline.base import open_base
     from olora_ray.pipeline.connection import connect
     from olora_ray.pipeline.driver import only_driver
-    from olora_ray.sweep.compare import analysis, outcome, rows, run, settings
 
-    config = comparison.config
-    settings.check(comparison)
+    config = asked.config
+    folder.check(asked)
     with only_driver(config) as driver:
         base = open_base(config)
-        sizes = run.sizes(comparison, base)
-        sets = rows.split(config, base.spec)
-        settings.begin(comparison, {"base model": base.model.digest, "tokenizer": base.spec.digest, **sets.contents()})
+        sizes = run.sizes(asked, base)
+        sets = rows.split(config, asked.compare, base.spec)
+        folder.begin(asked, {"base model": base.model.digest, "tokenizer": base.spec.digest, **sets.contents()})
 
-        with connect(config, base.model) as stop, driver.watch(stop), run.tracked(comparison, base) as tracker:
-            work = run.Run(comparison, base, sets, sizes, tracker.run_id)
+        with connect(config, base.model) as stop, driver.watch(stop), run.tracked(asked, base) as tracker:
+            work = run.Run(asked, base, sets, sizes, tracker.run_id)
             tuning = work.tune()
             finals = work.train(tuning)
             driver.check()
             found = analysis.record(work, tuning, finals, run.machine())
-            outcome.conclude(found, config.folder(), tracker)
+            report.conclude(found, config.folder(), tracker)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ hypothesis.settings.load_profile("olora")
 
 def pytest_configure(config: pytest.Config) -> None:
     # Our own code and tests warn about nothing.
-    for module in ("olora_ray", "tests"):
+    for module in ("olora_ray", "comparison", "tests"):
         config.addinivalue_line("filterwarnings", f"error:::{module}")
 
 

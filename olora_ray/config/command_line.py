@@ -19,7 +19,7 @@ from olora_ray.config.describe import help_text
 from olora_ray.config.dotted import parse_assignments
 from olora_ray.config.load import load
 from olora_ray.config.paths import resolved
-from olora_ray.config.schema import Config
+from olora_ray.config.schema import Config, Section
 
 HELP = ("-h", "--help")
 
@@ -44,15 +44,19 @@ class Arguments:
 
 
 def parse(
-    argv: Sequence[str], usage: str, flags: Sequence[str] = (), options: Sequence[str] = (), fields: bool = False
+    argv: Sequence[str],
+    usage: str,
+    flags: Sequence[str] = (),
+    options: Sequence[str] = (),
+    fields: type[Section] | None = None,
 ) -> Arguments:
     """Sort the words of a command line: `flags` have no value, `options` have one (`--x y` or `--x=y`).
 
-    --help prints usage, with `fields` also every field of the config, and exits. Raises UserError for a flag that
+    --help prints usage, with `fields` also every field of that config, and exits. Raises UserError for a flag that
     is not known, with the nearest that is.
     """
     if set(HELP) & set(argv):
-        print(f"{usage.strip()}\n\nFields, with their defaults:\n\n{help_text()}" if fields else usage.strip())
+        print(f"{usage.strip()}\n\nFields, with their defaults:\n\n{help_text(fields)}" if fields else usage.strip())
         raise SystemExit(0)
     words, given, values = [], set(), dict[str, str]()
     rest = iter(argv)
@@ -91,7 +95,7 @@ def read_arguments(
 
     Raises UserError for anything it does not know.
     """
-    found = parse(argv, usage, flags, fields=True)
+    found = parse(argv, usage, flags, fields=Config)
     if "--show-config" in found.flags and "--dry-run" not in found.flags:
         raise UserError("argument --show-config: give it with --dry-run; without it the run would begin")
     files = found.names()
@@ -109,7 +113,7 @@ def read_search_arguments(argv: Sequence[str], usage: str) -> tuple[Config, str,
 
     Raises UserError for anything it does not know.
     """
-    found = parse(argv, usage, ("--register", "--refit"), fields=True)
+    found = parse(argv, usage, ("--register", "--refit"), fields=Config)
     files = found.names()
     if len(files) != 2:
         raise UserError(

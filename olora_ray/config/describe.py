@@ -50,10 +50,10 @@ def default(field: FieldInfo) -> str:
     return "required" if field.is_required() else plain(field.get_default(call_default_factory=True))
 
 
-def help_text() -> str:
-    """Every field with what it may hold, its default and its docstring, by section."""
+def help_text(config: type[Section] = Config) -> str:
+    """Every field of a config with what it may hold, its default and its docstring, by section."""
     lines = []
-    for name, field in Config.model_fields.items():
+    for name, field in config.model_fields.items():
         section = field.annotation
         assert isinstance(section, type)
         assert issubclass(section, Section)

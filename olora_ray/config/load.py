@@ -14,6 +14,8 @@ from olora_ray.config.messages import explain, instead, relevant, texts
 from olora_ray.config.schema import AnySection, Config
 from olora_ray.config.yaml_io import Dumper, parse_yaml
 
+ELSEWHERE = "compare"
+"""Section that pipelines/compare.py reads from the file of a run's config; no setting of a run."""
 _MOST_SHOWN = 20
 """Problems in one message."""
 
@@ -23,6 +25,11 @@ def load(path: str | Path, changes: Mapping[str, Any] | None = None) -> Config:
 
     Raises UserError that lists every problem with its field.
     """
+    return build(changed(read(path), changes or {}), str(path))
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """Read the sections of a config file, not validated yet."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
@@ -32,12 +39,15 @@ def load(path: str | Path, changes: Mapping[str, Any] | None = None) -> Config:
     tree = parse_yaml(text, str(path))
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected sections (run:, model:, data:, ...), found {type(tree).__name__}")
-    return build(changed(tree, changes or {}), str(path))
+    return tree
 
 
 def build(tree: Mapping[str, Any], where: str = "config") -> Config:
-    """Validate a nested mapping into a Config; raises UserError with all problems together, and no secret in it."""
-    return validated(Config, tree, where)
+    """Validate a nested mapping into a Config; raises UserError with all problems together, and no secret in it.
+
+    The section of another command may stand in the same file, and is left out.
+    """
+    return validated(Config, {name: section for name, section in tree.items() if name != ELSEWHERE}, where)
 
 
 def validated(section: type[AnySection], tree: Mapping[str, Any], where: str) -> AnySection:

@@ -74,7 +74,7 @@ def _instead_of(parts: Sequence[str], root: type[Section]) -> str:
     """What to do instead of an unknown field: the word of another tool, a typo, or a look at the list."""
     if secrets.is_name(parts[-1]):
         return "a config holds no secrets, they come from the environment or a file"
-    if root in (Config, EvaluationConfig) and (advice := words.advice(parts[-1], ".".join(parts))):
+    if issubclass(root, Config | EvaluationConfig) and (advice := words.advice(parts[-1], ".".join(parts))):
         return advice
     if near := difflib.get_close_matches(parts[-1], _names_beside(parts, root), n=1):
         return f"did you mean {'.'.join([*parts[:-1], near[0]])}?"

@@ -7,7 +7,6 @@ from pydantic import Field, field_validator, model_validator
 
 from olora_ray.config.adapter import Adapter as Adapter
 from olora_ray.config.cluster import Cluster as Cluster
-from olora_ray.config.compare import Compare as Compare
 from olora_ray.config.delivery import Condition as Condition
 from olora_ray.config.delivery import Export as Export
 from olora_ray.config.delivery import Gate as Gate
@@ -173,7 +172,6 @@ class Config(Section):
     gate: Gate = Gate()
     retrain: Retrain = Retrain()
     notify: Notify = Notify()
-    compare: Compare = Compare()
 
     @model_validator(mode="after")
     def _gate_can_be_measured(self) -> "Config":

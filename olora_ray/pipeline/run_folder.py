@@ -29,7 +29,6 @@ FREE_TO_CHANGE = (
     "gate.",
     "retrain.",
     "notify.",
-    "compare.",
     "train.activation_checkpointing",
     "train.keep",
     "train.log_every",

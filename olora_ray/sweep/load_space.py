@@ -13,7 +13,7 @@ from olora_ray.config.schema import NO_GATE, Config
 from olora_ray.config.yaml_io import parse_yaml
 from olora_ray.sweep.space import LOWER_IS_BETTER, SAME_BASE, Space, multiple
 
-FIXED = ("run.", "tracking.", "registry.", "cluster.", "gate.", "retrain.", "notify.", "compare.")
+FIXED = ("run.", "tracking.", "registry.", "cluster.", "gate.", "retrain.", "notify.")
 """Sections that a space cannot change: they say where and under which name, not what comes out."""
 MEASURE = ("data.eval", "data.max_rejected", "evaluation.")
 """Fields that a space can set, but not search: all trials are measured in the same way, on the same rows."""

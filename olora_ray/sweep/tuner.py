@@ -29,7 +29,8 @@ HELD_BYTES = 400 * 2**20
 def build(sweep_spec: SweepSpec, callback: SweepCallback, max_concurrent_trials: int) -> tune.Tuner:
     """The Tuner of a search, with so many trials at the same time; one that was interrupted resumes.
 
-    Raises UserError for one whose state is lost, and with it values that it would not draw again.
+    Raises UserError for one whose state is lost, and with it values that it would not draw again, and for one whose
+    state names code that is not there any more.
     """
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Tune would end the search as if it were complete
     tune_internals.keep_credentials()
@@ -49,7 +50,10 @@ def build(sweep_spec: SweepSpec, callback: SweepCallback, max_concurrent_trials:
         _forget(sweep_spec)
     place = state.place(sweep_spec.folder)
     if tune.Tuner.can_restore(place):
-        found = tune.Tuner.restore(place, trainable, resume_unfinished=True, param_space=_params(sweep_spec.space))
+        try:
+            found = tune.Tuner.restore(place, trainable, resume_unfinished=True, param_space=_params(sweep_spec.space))
+        except (ImportError, AttributeError):  # a class or function that Tune's pickles name is not there any more
+            raise state.not_resumed(sweep_spec.folder) from None
         tune_internals.go_on_with(found, sweep_spec.folder, max_concurrent_trials, scheduler(sweep_spec))
         return found
     state.begin(sweep_spec.folder)

@@ -139,7 +139,10 @@ def test_no_secret_is_repeated() -> None:
 
 
 @pytest.mark.parametrize("script", ["finetune", "sweep", "compare", "retrain", "evaluate", "registry"])
-def test_every_script_has_help(script: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_script_has_help(
+    script: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "pipelines")  # as Python does for a script there
     main = importlib.import_module(f"pipelines.{script}").main
     with pytest.raises(SystemExit) as caught:
         main(["--help", "--nonsense"])

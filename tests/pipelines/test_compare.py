@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 from tests.pipelines import project
+from tests.ray_head import Head
+from tests.recovery.processes import scratch
 
 SCRIPT = str(project.ROOT / "pipelines" / "compare.py")
 SMALL: dict[str, Any] = {
@@ -129,6 +131,20 @@ def test_a_training_that_is_deleted_is_the_only_one_that_runs_again(corpus: Path
     assert {path for path in before if after[path] != before[path]} == {str(lost / "training.json")}
     kept = json.loads((folder / "comparison.json").read_text())
     assert kept["methods"][1]["against"] == found["methods"][1]["against"]
+
+
+@pytest.mark.slow
+def test_a_comparison_as_a_job(corpus: Path, tiny_model: Path) -> None:
+    """Its own modules lie in the job's working directory."""
+    file = write(corpus, tiny_model, train__steps=2, train__eval_every=1, train__checkpoint_every=2)
+    with scratch() as folder:
+        head = Head(folder, {})
+        head.start()
+        code, log = head.submit("pipelines/compare.py", file, "--methods", "lora,olora", "--seeds", "2")
+    assert code == 0, log
+    assert "verdict: olora - lora = " in log
+    found = json.loads((corpus / "runs" / "small-compare" / "comparison.json").read_text())
+    assert all(len(each["trainings"]) == 2 for each in found["methods"])
 
 
 @pytest.mark.parametrize(

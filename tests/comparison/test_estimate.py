@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from comparison.estimate import Before, Pace, check_budget, line, of_records, trainings
+from comparison.grid import Cell, following
 from olora_ray.common.errors import UserError
-from olora_ray.sweep.compare.estimate import Before, Pace, check_budget, line, of_records, trainings
-from olora_ray.sweep.compare.grid import Cell, following
 from olora_ray.sweep.record import TrialRecord
-from tests.sweep.compare import made
+from tests.comparison import made
 
 
 def test_the_trainings_that_are_left(tmp_path: Path) -> None:

@@ -5,12 +5,12 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from comparison.arguments import Comparison
+from comparison.grid import BASELINE, MOST, START, Cell, cell
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.common.errors import UserError
 from olora_ray.common.text import duration, plural
 from olora_ray.config.load import override
-from olora_ray.sweep.compare.arguments import Comparison
-from olora_ray.sweep.compare.grid import BASELINE, MOST, START, Cell, cell
 from olora_ray.sweep.record import TrialRecord
 from olora_ray.train import pace
 from olora_ray.train.estimate import MemoryEstimate

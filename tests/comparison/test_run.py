@@ -7,16 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from comparison import analysis, folder, grid, report
+from comparison.arguments import Compare, Comparison
+from comparison.estimate import Before
+from comparison.record import ComparisonRecord, Reached
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
-from olora_ray.sweep.compare import analysis, code_used, grid, page, table, verdict
-from olora_ray.sweep.compare.arguments import Comparison
-from olora_ray.sweep.compare.estimate import Before
-from olora_ray.sweep.compare.record import ComparisonRecord
-from olora_ray.sweep.compare.speed import Reached
+from tests.comparison import made
+from tests.comparison.made import Cluster
 from tests.said import said
-from tests.sweep.compare import made
-from tests.sweep.compare.made import Cluster
 
 
 def compared(monkeypatch: pytest.MonkeyPatch, found: Comparison, cluster: Cluster) -> ComparisonRecord:
@@ -42,8 +41,8 @@ def test_each_method_is_tuned_and_then_compared_with_fresh_seeds(
     assert {(values["adapter.method"], values["train.lr"]) for values in final} == {("lora", 3.2e-3), ("olora", 2e-4)}
     tuning = [values for values in cluster.trained if "run.seed" not in values]
     assert len(tuning) == len({json.dumps(values) for values in tuning})
-    folder = Path(asked.config.folder())
-    assert sorted(path.name for path in folder.iterdir() if path.name != "shared") == [
+    place = Path(asked.config.folder())
+    assert sorted(path.name for path in place.iterdir() if path.name != "shared") == [
         *("code.json", "final", "tuning-1", "tuning-2")
     ]
 
@@ -77,10 +76,10 @@ def test_the_rows_that_are_told_are_those_that_were_measured(tmp_path: Path, mon
     record = compared(monkeypatch, made.comparison(tmp_path), cluster)
     assert record.rows == {"train": 1000, "tuning": 57, "test": 57}
     assert record.groups == 57
-    [said] = verdict.sentences(record)
+    [said] = report.sentences(record)
     assert "4 seeds x 57 test rows" in said
     assert "57 other rows" in said
-    assert "rows 1,000 train, 57 tuning, 57 test" in table.about(record)
+    assert "rows 1,000 train, 57 tuning, 57 test" in report.about(record)
 
 
 @pytest.mark.parametrize("left", [0, 1])
@@ -110,7 +109,7 @@ def test_steps_to_the_baselines_loss(tmp_path: Path, monkeypatch: pytest.MonkeyP
     ratio = record.ratio("olora")
     assert ratio is not None
     assert ratio.shown() == "never (never .. never)"
-    row = dict(zip(table.HEAD, table.cells(record, record.of("olora")), strict=True))
+    row = dict(zip(report.HEAD, report.cells(record, record.of("olora")), strict=True))
     assert row["steps to lora's loss"] == ">40"
 
 
@@ -122,7 +121,7 @@ def test_what_half_of_the_seeds_do_not_reach_is_not_reached(tmp_path: Path, monk
         each = [one if one.reached else replace(one, steps=40.0) for one in each]
         trainings = tuple(replace(one, reached=at) for one, at in zip(method.trainings, each, strict=True))
         other = replace(record, methods=(record.of("lora"), replace(method, trainings=trainings)))
-        row = dict(zip(table.HEAD, table.cells(other, other.of("olora")), strict=True))
+        row = dict(zip(report.HEAD, report.cells(other, other.of("olora")), strict=True))
         assert row["steps to lora's loss"] == steps
 
 
@@ -132,27 +131,27 @@ def test_trainings_of_several_versions_are_told(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(KeyboardInterrupt):
         compared(monkeypatch, asked, cluster)
     cluster.stop_after = None
-    monkeypatch.setattr(code_used.kept, "code", lambda: "another")
+    monkeypatch.setattr(folder.kept, "code", lambda: "another")
     with said() as lines:
         record = compared(monkeypatch, asked, cluster)
-    assert sum(code_used.MIXED in line for line in lines) == 1
-    assert record.notes == (code_used.MIXED,)
-    monkeypatch.setattr(code_used.kept, "code", lambda: "a third")
+    assert sum(folder.MIXED in line for line in lines) == 1
+    assert record.notes == (folder.MIXED,)
+    monkeypatch.setattr(folder.kept, "code", lambda: "a third")
     with said() as lines:  # there is nothing left to train
         compared(monkeypatch, asked, cluster)
-    assert not any(code_used.MIXED in line for line in lines)
+    assert not any(folder.MIXED in line for line in lines)
 
 
 def test_a_version_that_trains_nothing_is_not_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Who was warned, and went back to the version of before, had a mixture noted for ever."""
-    asked, cluster, own = made.comparison(tmp_path), Cluster(stop_after=5), code_used.kept.code
+    asked, cluster, own = made.comparison(tmp_path), Cluster(stop_after=5), folder.kept.code
     for code, after in ((own, 5), (lambda: "another", 0)):
-        monkeypatch.setattr(code_used.kept, "code", code)
+        monkeypatch.setattr(folder.kept, "code", code)
         cluster.stop_after = len(cluster.trained) + after
         with pytest.raises(KeyboardInterrupt):
             compared(monkeypatch, asked, cluster)
     cluster.stop_after = None
-    monkeypatch.setattr(code_used.kept, "code", own)
+    monkeypatch.setattr(folder.kept, "code", own)
     assert compared(monkeypatch, asked, cluster).notes == ()
 
 
@@ -235,11 +234,11 @@ def test_a_method_that_breaks_off_with_a_seed_has_no_difference(
     record = compared(monkeypatch, made.comparison(tmp_path), Cluster(last))
     assert record.of("olora").against is None
     assert record.of("olora").broke_off() == 1
-    assert verdict.sentences(record) == [
+    assert report.sentences(record) == [
         "olora against lora: no difference can be named: 1 training of 4 of olora broke off."
     ]
-    assert "1 of 4 broke off" in table.cells(record, record.of("olora"))
-    page.write(record, str(tmp_path))
+    assert "1 of 4 broke off" in report.cells(record, record.of("olora"))
+    report.write(record, str(tmp_path))
 
 
 def test_where_every_trial_breaks_off_nothing_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,11 +248,11 @@ def test_where_every_trial_breaks_off_nothing_is_compared(tmp_path: Path, monkey
     cluster = Cluster(last)
     record = compared(monkeypatch, made.comparison(tmp_path), cluster)
     assert not [values for values in cluster.trained if "run.seed" in values]
-    assert verdict.sentences(record) == [
+    assert report.sentences(record) == [
         "olora against lora: no difference can be named: every trial of lora broke off in the tuning."
     ]
-    page.write(record, str(tmp_path))
-    table.summary(record)
+    report.write(record, str(tmp_path))
+    report.summary(record)
 
 
 def test_a_method_whose_every_trial_breaks_off_leaves_the_others_their_report(
@@ -268,41 +267,41 @@ def test_a_method_whose_every_trial_breaks_off_leaves_the_others_their_report(
     record = compared(monkeypatch, asked, Cluster(last))
     pissa = record.of("pissa")
     assert (pissa.trainings, pissa.against, record.ratio("pissa"), record.typical("pissa")) == ((), None, None, None)
-    assert table.cells(record, pissa)[-1] == "all broke off"
+    assert report.cells(record, pissa)[-1] == "all broke off"
     assert record.of("olora").against is not None
-    assert verdict.sentences(record)[1] == (
+    assert report.sentences(record)[1] == (
         "pissa against lora: no difference can be named: every trial of pissa broke off in the tuning."
     )
-    page.write(record, str(tmp_path / "out"))
+    report.write(record, str(tmp_path / "out"))
     assert "all broke off" in (tmp_path / "out" / "report.html").read_text()
-    table.summary(record)
+    report.summary(record)
 
 
 def test_the_untuned_points_are_trained_once_and_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cluster = Cluster()
     record = compared(monkeypatch, made.comparison(tmp_path), cluster)
     assert [(point.method, point.lr) for point in record.points if not point.grid] == [("lora", 1e-3), ("olora", 1e-3)]
-    assert table.untuned(record).startswith("at train.lr=0.001 for all, one seed, on the tuning rows: lora 1.0")
+    assert report.untuned(record).startswith("at train.lr=0.001 for all, one seed, on the tuning rows: lora 1.0")
     on_grid = compared(monkeypatch, made.comparison(tmp_path, **{"run.name": "x", "train.lr": 4e-4}), Cluster())
     assert [point.method for point in on_grid.points if not point.grid] == ["lora"]
     assert on_grid.untuned("olora") is not None
-    without = {"run.name": "y", "compare.untuned": False}
-    assert all(point.grid for point in compared(monkeypatch, made.comparison(tmp_path, **without), Cluster()).points)
+    without = made.comparison(tmp_path, compare=Compare(untuned=False), **{"run.name": "y"})
+    assert all(point.grid for point in compared(monkeypatch, without, Cluster()).points)
 
 
 def test_the_page_the_figures_and_the_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     record = compared(monkeypatch, made.comparison(tmp_path), Cluster())
-    names = [Path(file).name for file in page.write(record, str(tmp_path / "out"))]
+    names = [Path(file).name for file in report.write(record, str(tmp_path / "out"))]
     assert names == ["learning_rates.png", "curves.png", "differences.png", "comparison.json", "report.html"]
     text = (tmp_path / "out" / "report.html").read_text()
     assert text.count("data:image/png;base64,") == 3
     assert "http" not in text.replace("http-equiv", "")
-    for sentence in verdict.sentences(record):
+    for sentence in report.sentences(record):
         assert sentence.replace("'", "&#x27;") in text
     tree = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert tree["methods"][1]["against"]["adjusted"]["low"] == record.of("olora").against.adjusted.low  # type: ignore[union-attr]
     assert len(tree["methods"][0]["trainings"]) == 4
     assert tree["methods"][0]["tuned"]["cell"]["lr"] == 3.2e-3
-    shown = "\n".join([*table.lines(record), *table.summary(record)])
+    shown = "\n".join([*report.lines(record), *report.summary(record)])
     assert "0.0032" in shown
     assert "verdict: olora - lora = +0.0100 nats per token, 95% interval" in shown

@@ -1,6 +1,9 @@
-"""A phase is a search of listed trials, as Tune, its trials and a resumed driver see it."""
+"""A phase is a search of fixed trials, as Tune, its trials and a resumed driver see it."""
 
 import pickle
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,16 +11,19 @@ from typing import Any
 import pytest
 from ray import cloudpickle
 
+from comparison import row_losses
+from comparison.folder import FINAL
+from comparison.phase import FixedTrials, PhaseSpec, loss_of
 from olora_ray.cluster.spec import TrainSpec
+from olora_ray.common.errors import UserError
 from olora_ray.model.source import BaseModel
-from olora_ray.sweep import tuner
+from olora_ray.sweep import state, tuner
 from olora_ray.sweep.callback import SweepCallback
-from olora_ray.sweep.compare.listed import Listed
-from olora_ray.sweep.compare.phase import loss_of
-from olora_ray.sweep.compare.spec import FINAL, PhaseSpec
 from olora_ray.sweep.record import TrialRecord
 from tests import tiny
+from tests.comparison import made
 
+ROOT = Path(__file__).parents[2]
 TRIALS: list[dict[str, Any]] = [
     {"adapter.method": "lora", "adapter.alpha": 16.0, "train.lr": 3.2e-3, "run.seed": 4},
     {"adapter.method": "olora", "adapter.alpha": 16.0, "train.lr": 2e-4, "run.seed": 4},
@@ -32,11 +38,13 @@ def spec(folder: Path, name: str) -> PhaseSpec:
         return TrainSpec(tiny.config(run__seed=seed), BaseModel("m", "/m", "base"), "t", (1,), store, None)
 
     specs = {seed: tokens(seed) for seed in (4, 5)}
-    return PhaseSpec("x", str(folder / name), specs[4], Listed.of(TRIALS), "parent", 0.0, root=str(folder), specs=specs)
+    return PhaseSpec(
+        "x", str(folder / name), specs[4], FixedTrials.of(TRIALS), "parent", 0.0, root=str(folder), specs=specs
+    )
 
 
-def test_tune_gets_each_listed_trial_once() -> None:
-    space = Listed.of(TRIALS)
+def test_tune_gets_each_fixed_trial_once() -> None:
+    space = FixedTrials.of(TRIALS)
     assert space.count() == 4
     assert not space.has_default()
     params = tuner._params(space)
@@ -48,7 +56,7 @@ def test_tune_gets_each_listed_trial_once() -> None:
 
 
 def test_the_space_survives_what_tune_does_to_it(tmp_path: Path) -> None:
-    space = Listed.of(TRIALS)
+    space = FixedTrials.of(TRIALS)
     callback = SweepCallback(str(tmp_path), space)
     assert pickle.loads(cloudpickle.dumps(space)) == space
     assert pickle.loads(cloudpickle.dumps(callback)) is callback
@@ -58,7 +66,7 @@ def test_the_space_survives_what_tune_does_to_it(tmp_path: Path) -> None:
 def test_a_hundred_seeds_are_no_grid() -> None:
     trials = [{**TRIALS[0], "run.seed": seed, "train.lr": 1e-4 * 2**seed} for seed in range(10)]
     many = [{**trial, "adapter.alpha": float(alpha + 1)} for trial in trials for alpha in range(120)]
-    assert Listed.of(many).count() == 1200
+    assert FixedTrials.of(many).count() == 1200
 
 
 def test_a_trial_has_the_tokens_of_its_seed_and_the_factors_of_its_method(tmp_path: Path) -> None:
@@ -72,6 +80,38 @@ def test_a_trial_has_the_tokens_of_its_seed_and_the_factors_of_its_method(tmp_pa
     assert final.spec_of(config).shared == f"{tmp_path}/shared/seed-5"
     assert final.shares_data()
     assert final.trial_folder(3, config).root == f"{tmp_path}/final/trials/trial-003"
+
+
+LOADS = """
+import pickle, sys
+spec, measure = pickle.load(open(sys.argv[1], "rb"))
+found = spec.spec_of(spec.config(3, {"place": 3}))
+print(found.config.adapter.method, found.train.digest, found.shared, measure.__name__, *map(spec.values, (0,), ({},)))
+"""
+
+
+def test_a_node_without_pipelines_runs_trials_and_measures_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made.running(monkeypatch, made.comparison(tmp_path), made.Cluster())
+    (tmp_path / "work.pkl").write_bytes(cloudpickle.dumps((spec(tmp_path, "tuning-1"), row_losses.measure)))
+    words = [sys.executable, "-c", LOADS, str(tmp_path / "work.pkl")]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout == f"olora order 5 {tmp_path}/shared/olora measure {{}}\n", done.stderr
+
+
+def test_a_phase_that_was_interrupted_when_its_code_lay_elsewhere_is_refused(
+    tmp_path: Path, ray_with: Callable[[int], None]
+) -> None:
+    ray_with(1)
+    phase = spec(tmp_path, "tuning-1")
+    tune = tmp_path / "tuning-1" / "tune"
+    tune.mkdir(parents=True)
+    (tune / "tuner.pkl").write_bytes(b"colora_ray.sweep.compare.listed\nListed\n.")
+    (tune / "experiment_state-2026-11-01_10-00-00.json").write_text('{"trial_data": ["of a trial"]}')
+    state.begin(phase.folder)
+    with pytest.raises(UserError, match=rf"cannot resume the search in {phase.folder}: .*; choose another run\.name"):
+        tuner.build(phase, SweepCallback(phase.folder, phase.space), 1)
 
 
 @pytest.mark.parametrize(

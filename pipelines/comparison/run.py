@@ -1,6 +1,6 @@
 """A comparison of methods: learning rates are tuned for each, then all are trained with fresh seeds and compared.
 
-Every phase is a search of listed trials, so what has ended is never run again: a comparison that was interrupted
+Every phase is a search of fixed trials, so what has ended is never run again: a comparison that was interrupted
 asks the grid anew, gets the same trials, and finds them in their folders.
 """
 
@@ -8,19 +8,28 @@ import contextlib
 import json
 import logging
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
 
+from comparison import estimate, phase, row_losses
+from comparison.arguments import Comparison
+from comparison.estimate import Before, Pace
+from comparison.folder import FINAL, has_begun, shared_place, tuning_name
+from comparison.grid import BASELINE, Cell, Tuned, following, tuned
+from comparison.phase import Ended, FixedTrials, PhaseSpec
+from comparison.row_losses import RowLosses
+from comparison.rows import RowSets
 from olora_ray.adapter import factor_cache
 from olora_ray.cluster.resources import worker_resources
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError
 from olora_ray.common.text import plural
-from olora_ray.config.dotted import flatten
+from olora_ray.config.dotted import flatten, leaves
 from olora_ray.config.load import override
 from olora_ray.config.schema import NO_GATE, Config
 from olora_ray.pipeline import connection, report
@@ -29,21 +38,12 @@ from olora_ray.pipeline.prepare import prepare_tokens
 from olora_ray.pipeline.run_folder import RunFolder
 from olora_ray.sweep import run as search
 from olora_ray.sweep import sharing
-from olora_ray.sweep.compare import estimate, phase, row_losses
-from olora_ray.sweep.compare.arguments import Comparison
-from olora_ray.sweep.compare.estimate import Before, Pace
-from olora_ray.sweep.compare.grid import BASELINE, Cell, Tuned, following, tuned
-from olora_ray.sweep.compare.listed import Listed
-from olora_ray.sweep.compare.phase import Ended
-from olora_ray.sweep.compare.row_losses import RowLosses
-from olora_ray.sweep.compare.rows import RowSets
-from olora_ray.sweep.compare.spec import FINAL, PhaseSpec, has_begun, shared_place, tuning_name
 from olora_ray.tracking import mlflow_run as tracking
 from olora_ray.tracking.run import Tracker
 from olora_ray.train.estimate import MemoryEstimate
 from olora_ray.train.loader import total_steps
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("olora_ray.comparison")
 
 QUIET = {**NO_GATE, "evaluation.scorer": None, "evaluation.samples": 0}
 """Of trainings whose answers nobody looks at."""
@@ -81,7 +81,8 @@ def tracked(comparison: Comparison, base: Base) -> Iterator[Tracker]:
     """The comparison's own MLflow run, the parent of all trainings' runs."""
     config = comparison.config
     tags = {"olora.kind": "comparison", "olora.base_digest": base.model.digest}
-    params = flatten(config) | {"methods": ",".join(comparison.methods), "seeds": len(comparison.seeds)}
+    asked = {"methods": ",".join(comparison.methods), "seeds": len(comparison.seeds)}
+    params = flatten(config) | dict(leaves(comparison.compare.model_dump(mode="json"), "compare")) | asked
     with tracking.mlflow_run(config, tags, RunFolder(config), params, after_error="KILLED") as tracker:
         yield tracker
 
@@ -108,6 +109,8 @@ class Run:
         self, comparison: Comparison, base: Base, rows: RowSets, sizes: Mapping[str, MemoryEstimate], parent: str
     ) -> None:
         """`sizes` by method, `parent` is the id of the comparison's MLflow run; needs ray.init."""
+        # Workers have olora_ray, and pipelines/ not at all or elsewhere: what they run of it travels with the tasks.
+        ray.cloudpickle.register_pickle_by_value(sys.modules["comparison"])
         self.comparison, self.base, self.rows, self.sizes, self.parent = comparison, base, rows, sizes, parent
         self.config, self.folder = comparison.config, comparison.config.folder()
         self._pace = Pace(None, 1)
@@ -203,7 +206,7 @@ class Run:
     def _phase(self, name: str, trials: Sequence[Mapping[str, Any]], specs: Mapping[int, TrainSpec]) -> list[Ended]:
         folder = storage.join(self.folder, name)
         self._phases.append(folder)
-        space = Listed.of(trials)
+        space = FixedTrials.of(trials)
         spec = PhaseSpec(
             name=f"{self.config.run.name}-{name}",
             folder=folder,
@@ -243,7 +246,7 @@ class Run:
     def _tuned(self, losses: Mapping[Cell, float], base: float, rows: int) -> Tuning:
         best = {}
         for method in self.comparison.methods:
-            found = tuned(method, self.comparison.arms(), losses, base, self.config.compare.relevant)
+            found = tuned(method, self.comparison.arms(), losses, base, self.comparison.compare.relevant)
             if found is None:
                 logger.warning(f"{method}: every trial broke off, so it is not trained further")
                 continue

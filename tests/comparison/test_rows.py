@@ -10,10 +10,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from comparison import rows
+from comparison.arguments import Compare
 from olora_ray.common.errors import UserError
 from olora_ray.config.load import override
 from olora_ray.config.schema import Config
-from olora_ray.sweep.compare import rows
 from olora_ray.tokens import prepare
 from olora_ray.tokens.plan import looking, make_plan
 from tests import tiny
@@ -43,13 +44,18 @@ def written(path: Path, found: list[dict[str, str]]) -> Path:
     return path
 
 
+WANTED = Compare(tuning_rows=4, test_rows=6)
+
+
+def split(config: Config, wanted: Compare = WANTED) -> rows.RowSets:
+    return rows.split(config, wanted, SPEC)
+
+
 def config(folder: Path, train: Path, held: Path | None = None, **changes: Any) -> Config:
     source = {"format": "prompt_completion"}
     found = tiny.config(
         data__train=[{"path": str(train), **source}],
         data__eval=[{"path": str(held), **source}] if held else [],
-        compare__tuning_rows=changes.pop("tuning", 4),
-        compare__test_rows=changes.pop("test", 6),
     )
     return override(found, {"run.storage": str(folder), **changes})
 
@@ -74,7 +80,7 @@ def test_sets_are_disjoint_and_follow_from_content(tmp_path: Path, drawn: list[i
     for name, order in (("one", found), ("two", mixed)):
         folder = tmp_path / f"{seed}-{len(drawn)}-{sum(drawn)}-{name}"
         folder.mkdir(exist_ok=True)
-        sets.append(rows.split(config(folder, written(folder / "rows.jsonl", order)), SPEC))
+        sets.append(split(config(folder, written(folder / "rows.jsonl", order))))
     first, second = sets
     for kind in KINDS:
         assert numbers(first, kind) == numbers(second, kind)
@@ -88,7 +94,7 @@ def test_sets_are_disjoint_and_follow_from_content(tmp_path: Path, drawn: list[i
 def test_held_out_rows_are_those_of_the_config_and_never_trained_on(tmp_path: Path) -> None:
     train = written(tmp_path / "train.jsonl", [row(number) for number in range(30)])
     held = written(tmp_path / "held.jsonl", [row(number) for number in range(25, 40)])
-    found = rows.split(config(tmp_path, train, held), SPEC)
+    found = split(config(tmp_path, train, held))
     assert numbers(found, "tuning") | numbers(found, "test") <= {str(number) for number in range(25, 40)}
     assert not (numbers(found, "tuning") | numbers(found, "test")) & numbers(found, "train")
     assert {str(number) for number in range(25)} <= numbers(found, "train")
@@ -97,7 +103,7 @@ def test_held_out_rows_are_those_of_the_config_and_never_trained_on(tmp_path: Pa
 def test_a_config_of_a_phase_reads_the_files(tmp_path: Path) -> None:
     given = config(tmp_path, written(tmp_path / "a.jsonl", [row(n) for n in range(30)]), **{"data.eval_fraction": 0.1})
     given = override(given, {"data.train.0.weight": 2.0, "data.train.0.fields": {"prompt": "prompt"}})
-    found = rows.split(given, SPEC)
+    found = split(given)
     tuning = found.config(given, "tuning").data
     assert [source.path for source in tuning.eval] == [f"{given.folder()}/rows/tuning-0.jsonl"]
     assert tuning.eval[0].weight == 1.0
@@ -108,8 +114,8 @@ def test_a_config_of_a_phase_reads_the_files(tmp_path: Path) -> None:
 
 def test_the_rows_of_a_group_stay_together_and_count_as_one(tmp_path: Path) -> None:
     of_users = [row(number, user=f"user {number % 7}") for number in range(70)]
-    given = config(tmp_path, written(tmp_path / "a.jsonl", of_users), test=15, **{"gate.group": "user"})
-    found = rows.split(given, SPEC)
+    given = config(tmp_path, written(tmp_path / "a.jsonl", of_users), **{"gate.group": "user"})
+    found = split(given, Compare(tuning_rows=4, test_rows=15))
     users = [{each["user"] for each in lines(found, kind)} for kind in KINDS]
     assert sum(map(len, users)) == 7
     assert found.counts["test"] == 20  # whole groups
@@ -122,26 +128,34 @@ def test_groups_of_held_out_rows_may_be_those_of_training(tmp_path: Path) -> Non
     """Split by time: all users are in all sets, and users are what is drawn."""
     train = written(tmp_path / "train.jsonl", [row(number, f"user {number % 5}") for number in range(20)])
     held = written(tmp_path / "held.jsonl", [row(100 + number, f"user {number % 5}") for number in range(30)])
-    found = rows.split(config(tmp_path, train, held, test=8, **{"gate.group": "user"}), SPEC)
+    found = split(config(tmp_path, train, held, **{"gate.group": "user"}), Compare(tuning_rows=4, test_rows=8))
     assert len(numbers(found, "train")) == 20
 
 
 @pytest.mark.parametrize(
-    ("count", "changes", "message"),
+    ("count", "test", "changes", "message"),
     [
         (
             12,
-            {"test": 20},
+            20,
+            {},
             r"data\.train: its 12 different rows do not suffice for compare\.test_rows = 20 and compare",
         ),
-        (12, {}, r"data\.train: 2 rows left to train on beside 4 tuning and 6 test rows, fewer than train\.global_b"),
-        (40, {"gate.group": "@file"}, r"data\.train: its 40 different rows do not suffice"),
+        (
+            12,
+            6,
+            {},
+            r"data\.train: 2 rows left to train on beside 4 tuning and 6 test rows, fewer than train\.global_b",
+        ),
+        (40, 6, {"gate.group": "@file"}, r"data\.train: its 40 different rows do not suffice"),
     ],
 )
-def test_too_few_rows_are_one_line(tmp_path: Path, count: int, changes: dict[str, Any], message: str) -> None:
+def test_too_few_rows_are_one_line(
+    tmp_path: Path, count: int, test: int, changes: dict[str, Any], message: str
+) -> None:
     given = config(tmp_path, written(tmp_path / "a.jsonl", [row(number) for number in range(count)]), **changes)
     with pytest.raises(UserError, match=message) as error:
-        rows.split(given, SPEC)
+        split(given, Compare(tuning_rows=4, test_rows=test))
     assert "\n" not in str(error.value)
     assert not (Path(given.folder()) / "rows").exists()
 
@@ -149,7 +163,7 @@ def test_too_few_rows_are_one_line(tmp_path: Path, count: int, changes: dict[str
 def test_one_group_says_nothing_of_others(tmp_path: Path) -> None:
     file = written(tmp_path / "a.jsonl", [row(number, f"user {number % 3}") for number in range(40)])
     with pytest.raises(UserError, match=r"gate\.group: all of the 1\d test rows are of one group"):
-        rows.split(config(tmp_path, file, **{"gate.group": "user"}), SPEC)
+        split(config(tmp_path, file, **{"gate.group": "user"}))
 
 
 def test_a_column_that_no_row_has_is_refused_and_rows_without_it_are_said(
@@ -159,34 +173,34 @@ def test_a_column_that_no_row_has_is_refused_and_rows_without_it_are_said(
     some = [row(number, f"user {number % 20}" if number < 37 else None) for number in range(40)]
     file = written(tmp_path / "a.jsonl", some)
     with pytest.raises(UserError, match=r"gate\.group: no row of data\.train has a column 'usr'; set it to") as error:
-        rows.split(config(tmp_path, file, **{"gate.group": "usr"}), SPEC)
+        split(config(tmp_path, file, **{"gate.group": "usr"}))
     assert "\n" not in str(error.value)
     assert "gate.group" not in caplog.text
-    rows.split(config(tmp_path, file, **{"gate.group": "user"}), SPEC)
+    split(config(tmp_path, file, **{"gate.group": "user"}))
     assert "gate.group: 3 rows of data.train without 'user': each is a group of its own" in caplog.text
 
 
 def test_rows_that_cannot_be_read_are_said_or_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     file = written(tmp_path / "a.jsonl", [row(number) for number in range(200)])
     file.write_text(file.read_text() + "{broken\n")
-    rows.split(config(tmp_path, file), SPEC)
+    split(config(tmp_path, file))
     assert "data.train: rows that cannot be read, and are in no set: 1" in caplog.text
     file.write_text(file.read_text() + "{broken\n" * 40)
     with pytest.raises(UserError, match=r"data\.train\.0: 41 of 241 rows cannot be used"):
-        rows.split(override(config(tmp_path, file), {"run.name": "other"}), SPEC)
+        split(override(config(tmp_path, file), {"run.name": "other"}))
 
 
 def test_the_same_rows_are_found_again_and_others_refused(tmp_path: Path) -> None:
     file = written(tmp_path / "a.jsonl", [row(number) for number in range(30)])
     given = config(tmp_path, file)
-    rows.split(config(tmp_path, file, test=7), SPEC)  # until there is a trial, others may follow
-    first = rows.split(given, SPEC)
+    split(config(tmp_path, file), Compare(tuning_rows=4, test_rows=7))  # until there is a trial, others may follow
+    first = split(given)
     (Path(given.folder()) / "tuning-1").mkdir()
     times = {path: path.stat().st_mtime_ns for path in (Path(given.folder()) / "rows").iterdir()}
-    assert rows.split(given, SPEC) == first
+    assert split(given) == first
     assert {path: path.stat().st_mtime_ns for path in times} == times
     (Path(given.folder()) / "rows" / "test-0.jsonl").unlink()
-    assert lines(rows.split(given, SPEC), "test")
+    assert lines(split(given), "test")
     written(file, [row(number) for number in range(31)])
     with pytest.raises(UserError, match="rows are not those that this comparison was begun with"):
-        rows.split(given, SPEC)
+        split(given)

@@ -5,16 +5,15 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from comparison.arguments import LEVEL
+from comparison.folder import notes
+from comparison.grid import BASELINE, tried
+from comparison.record import Against, ComparisonRecord, Course, MethodRecord, Point, Reached, Training, reached
+from comparison.run import Final, Run, Tuning
+from comparison.statistics import Difference, Values, crossed, holm, per_token, simultaneous
 from olora_ray.cluster.spec import TrainResult
 from olora_ray.common import storage
 from olora_ray.pipeline import answers
-from olora_ray.sweep.compare import code_used
-from olora_ray.sweep.compare.arguments import LEVEL
-from olora_ray.sweep.compare.grid import BASELINE, tried
-from olora_ray.sweep.compare.record import Against, ComparisonRecord, MethodRecord, Point, Training
-from olora_ray.sweep.compare.run import Final, Run, Tuning
-from olora_ray.sweep.compare.speed import Course, Reached, reached
-from olora_ray.sweep.compare.statistics import Difference, Values, crossed, holm, per_token, simultaneous
 
 
 def record(run: Run, tuning: Tuning, finals: Sequence[Final], machine: str) -> ComparisonRecord:
@@ -39,13 +38,13 @@ def record(run: Run, tuning: Tuning, finals: Sequence[Final], machine: str) -> C
         global_batch=config.train.global_batch,
         rows=counts,
         groups=groups,
-        relevant=config.compare.relevant,
+        relevant=comparison.compare.relevant,
         level=LEVEL,
         base_tuning=tuning.base,
         base_test=bases[0] if bases else math.inf,
         points=_points(run, tuning),
         methods=tuple(_method(run, tuning, method, finals, against.get(method)) for method in comparison.methods),
-        notes=code_used.notes(config.folder()),
+        notes=notes(config.folder()),
     )
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from olora_ray.sweep.compare.grid import BASELINE, MOST, Arm, Cell, arms, following, tuned
+from comparison.grid import BASELINE, MOST, Arm, Cell, arms, following, tuned
 
 Landscape = Callable[[Cell], float]
 

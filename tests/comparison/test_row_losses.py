@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from comparison import row_losses
+from comparison.row_losses import FILE, RowLosses
 from olora_ray.cluster.spec import TrainResult, TrainSpec
 from olora_ray.cluster.stop_requests import StopRequests
 from olora_ray.cluster.train_worker import train_at
@@ -18,8 +20,6 @@ from olora_ray.cluster.worker_context import SharedBase, SharedBaseContext
 from olora_ray.common.errors import UserError
 from olora_ray.config.load import override
 from olora_ray.model.source import BaseModel
-from olora_ray.sweep.compare import row_losses
-from olora_ray.sweep.compare.row_losses import FILE, RowLosses
 from olora_ray.train.loss import SupervisedLoss
 from tests import tiny
 

@@ -12,16 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 
+from comparison import run as comparing
+from comparison.arguments import Compare, Comparison
+from comparison.folder import shared_place
+from comparison.phase import PhaseSpec
+from comparison.row_losses import FILE, RowLosses
+from comparison.rows import RowSets
+from comparison.run import Run
 from olora_ray.cluster.spec import TrainResult
 from olora_ray.config.load import override
 from olora_ray.config.schema import Config
 from olora_ray.sweep import progress, run, state
-from olora_ray.sweep.compare import run as comparing
-from olora_ray.sweep.compare.arguments import Comparison
-from olora_ray.sweep.compare.row_losses import FILE, RowLosses
-from olora_ray.sweep.compare.rows import RowSets
-from olora_ray.sweep.compare.run import Run
-from olora_ray.sweep.compare.spec import PhaseSpec, shared_place
 from olora_ray.sweep.record import TrialRecord
 from olora_ray.sweep.spec import trial_place
 from olora_ray.train.state import TrainState
@@ -44,12 +45,16 @@ def loss(config: Config) -> float:
 
 
 def comparison(
-    folder: Path, methods: tuple[str, ...] = ("lora", "olora"), seeds: int = 4, **changes: Any
+    folder: Path,
+    methods: tuple[str, ...] = ("lora", "olora"),
+    seeds: int = 4,
+    compare: Compare = Compare(),  # noqa: B008 - it is frozen
+    **changes: Any,
 ) -> Comparison:
     config = tiny.config(adapter__rank=16, adapter__alpha=16, train__lr=1e-3, train__steps=STEPS)
     named = {"run.name": "task-compare", "run.storage": str(folder), "data.train.0.path": "data/gsm.jsonl"}
     config = override(config, {**named, **changes})
-    return Comparison(config, methods, tuple(range(4, 4 + seeds)), None)
+    return Comparison(config, compare, methods, tuple(range(4, 4 + seeds)), None)
 
 
 def row_sets(rows: int = ROWS) -> RowSets:

@@ -1,21 +1,23 @@
-"""The command line of pipelines/compare.py: a comparison as it is asked for; imports nothing heavy."""
+"""The command line of pipelines/compare.py and its section of the config; imports nothing heavy."""
 
 import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Annotated, get_args
 
+from pydantic import Field
+
+from comparison import grid
 from olora_ray.common.errors import UserError
 from olora_ray.config import command_line
-from olora_ray.config.dotted import flatten
-from olora_ray.config.load import load, override
+from olora_ray.config.dotted import changed, flatten
+from olora_ray.config.load import override, read, validated
 from olora_ray.config.paths import resolved
-from olora_ray.config.schema import Adapter, Config
-from olora_ray.sweep.compare import grid
+from olora_ray.config.schema import Adapter, Config, Section
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("olora_ray.comparison")
 
 OPTIONS = ("--methods", "--seeds", "--budget")
 FEWEST_SEEDS, SEEDS, MOST_SEEDS = 2, 4, 100
@@ -30,6 +32,31 @@ SAME = {
 """What all trainings of a comparison have in common, whatever the config says."""
 UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0}
 
+Rows = Annotated[int, Field(ge=2)]
+Rate = Annotated[float, Field(gt=0.0)]
+
+
+class Compare(Section):
+    """Comparison of methods by pipelines/compare.py; all of it is fixed before anything is measured."""
+
+    tuning_rows: Rows = 192
+    """Rows on which the learning rate of each method is chosen; never trained on, and none of the test rows."""
+    test_rows: Rows = 192
+    """Rows on which the methods are compared, each at its own learning rate and with other seeds."""
+    relevant: Annotated[float, Field(gt=0.0)] = 0.01
+    """Smallest difference of the held-out loss that matters, in nats per supervised token."""
+    centres: dict[str, Rate] = {}  # noqa: RUF012 - pydantic copies it
+    """Method -> learning rate at which its grid starts, e.g. {olora: 1.0e-4}; for those that are not named 2e-4
+    (olora, pissa, pissa_fast, milora) or 1.6e-3."""
+    untuned: bool = True
+    """Also train each method at train.lr as it is, to show what an untuned comparison would have said."""
+
+
+class ComparedConfig(Config):
+    """The file of pipelines/compare.py: the config of a run, and what the comparison adds."""
+
+    compare: Compare = Compare()
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -37,6 +64,7 @@ class Comparison:
 
     config: Config
     """Under the comparison's own name, with what all trainings have in common."""
+    compare: Compare
     methods: tuple[str, ...]
     seeds: tuple[int, ...]
     """run.seed of the trainings that are compared; the tuning has that of the config, which is none of them."""
@@ -46,30 +74,31 @@ class Comparison:
     def arms(self) -> list[grid.Arm]:
         """The grids of learning rates."""
         adapter = self.config.adapter
-        return grid.arms(self.methods, adapter.alpha, adapter.rank, self.config.compare.centres)
+        return grid.arms(self.methods, adapter.alpha, adapter.rank, self.compare.centres)
 
     def untuned(self) -> list[grid.Cell]:
         """The points at the config's own learning rate; none if they are not wanted."""
-        if not self.config.compare.untuned:
+        if not self.compare.untuned:
             return []
         return [grid.Cell(each, float(self.config.adapter.alpha), self.config.train.lr) for each in self.methods]
 
 
-def read(argv: Sequence[str], usage: str) -> Comparison:
+def parse(argv: Sequence[str], usage: str) -> Comparison:
     """The comparison in `CONFIG.yaml [section.field=value ...] --methods A,B [--seeds 4] [--budget 3h]`.
 
     --help prints `usage` and the fields, and exits. Raises UserError for anything it does not know.
     """
-    found = command_line.parse(argv, usage, options=OPTIONS, fields=True)
+    found = command_line.parse(argv, usage, options=OPTIONS, fields=ComparedConfig)
     if len(files := found.names()) != 1:
         raise UserError(f"arguments {' '.join(files) or '(none)'}: expected a config file; --help shows how")
-    config = resolved(load(files[0], found.changes()), Path.cwd())
+    whole = validated(ComparedConfig, changed(read(files[0]), found.changes()), files[0])
+    config = resolved(Config(**{name: getattr(whole, name) for name in Config.model_fields}), Path.cwd())
     methods = _methods(found.options.get("--methods", "lora,olora"))
     seeds = _seeds(config, found.options.get("--seeds", str(SEEDS)))
     budget = _seconds(found.options["--budget"]) if "--budget" in found.options else None
-    _check_config(config, methods)
+    _check(config, whole.compare)
     own = {"run.name": f"{config.run.name}-compare", "cluster.workers": config.cluster.min_workers()}
-    return Comparison(override(config, {**SAME, **own}), methods, seeds, budget)
+    return Comparison(override(config, {**SAME, **own}), whole.compare, methods, seeds, budget)
 
 
 def _methods(text: str) -> tuple[str, ...]:
@@ -107,10 +136,10 @@ def _seconds(text: str) -> float:
     return seconds
 
 
-def _check_config(config: Config, methods: Sequence[str]) -> None:
+def _check(config: Config, compare: Compare) -> None:
     if config.train.start is not None:
         raise UserError("train.start: a comparison is of ways to start, so it must be null")
-    for name in config.compare.centres:
+    for name in compare.centres:
         if name not in known_methods():
             raise UserError(f"compare.centres: {name!r} is no adapter.method; there are {', '.join(known_methods())}")
     flat = flatten(config)

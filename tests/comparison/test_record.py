@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from olora_ray.sweep.compare.speed import Course, Ratio, Reached, reached
+from comparison.record import Course, Ratio, Reached, reached
 
 HISTORY = [
     {"step": 0.0, "eval/loss": 2.0},

@@ -1,14 +1,16 @@
-"""Sentences that a statistician would sign."""
+"""Sentences that a statistician would sign, and figures in which differences are seen."""
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from olora_ray.sweep.compare import analysis, verdict
-from olora_ray.sweep.compare.record import Against, ComparisonRecord
-from olora_ray.sweep.compare.statistics import Difference, Interval, holm, simultaneous
-from tests.sweep.compare import made
+from comparison import analysis, report
+from comparison.record import Against, ComparisonRecord, Point
+from comparison.statistics import Difference, Interval, holm, simultaneous
+from tests.comparison import made
 
 
 def against(low: float, high: float) -> Against:
@@ -31,7 +33,7 @@ def against(low: float, high: float) -> Against:
     ],
 )
 def test_conclusions(low: float, high: float, said: str) -> None:
-    assert said in verdict.conclusion(against(low, high), 0.01)
+    assert said in report.conclusion(against(low, high), 0.01)
 
 
 def test_the_method_nearest_to_the_baseline_is_corrected_for_too() -> None:
@@ -44,8 +46,8 @@ def test_the_method_nearest_to_the_baseline_is_corrected_for_too() -> None:
         for each, p, p_holm in zip((three, three, three, near), p_values, holm(p_values), strict=True)
     ]
     assert near.interval(0.95).inside(0.01)
-    assert verdict.conclusion(found[3], 0.01) == "the loss is higher; whether by the 0.01 that matters is undecided"
-    assert verdict.conclusion(found[0], 0.01) == "the loss is higher, by 0.01 or more"
+    assert report.conclusion(found[3], 0.01) == "the loss is higher; whether by the 0.01 that matters is undecided"
+    assert report.conclusion(found[0], 0.01) == "the loss is higher, by 0.01 or more"
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +60,7 @@ def record(tmp_path_factory: pytest.TempPathFactory) -> ComparisonRecord:
 
 
 def test_a_sentence_names_all_that_it_is_of(record: ComparisonRecord) -> None:
-    [said] = verdict.sentences(record)
+    [said] = report.sentences(record)
     for part in (
         "nats per token",
         "95% interval",
@@ -77,13 +79,35 @@ def test_reservations(record: ComparisonRecord) -> None:
     assert olora.tuned is not None
     edge = replace(olora, tuned=replace(olora.tuned, inside=False))
     few = replace(record, seeds=(4, 5), methods=(lora, edge), base_test=0.5)
-    said = verdict.sentence(few, edge)
+    said = report.sentence(few, edge)
     assert "But lora ends above the base model; the best learning rate of olora lies at the end of its grid" in said
     assert "2 seeds are few." in said
 
 
 def test_groups_and_corrections_are_said(record: ComparisonRecord) -> None:
     third = replace(record.methods[1], method="third")
-    said = verdict.sentence(replace(record, groups=12, methods=(*record.methods, third)), third)
+    said = report.sentence(replace(record, groups=12, methods=(*record.methods, third)), third)
     assert "4 seeds x 12 groups of 60 test rows" in said
     assert "for 2 comparisons together, p = " in said
+
+
+LOSSES = (0.35, 0.33, 0.38)
+
+
+def drawn(base: float) -> Any:
+    """The axes of losses against learning rates, beside a base model with this loss."""
+    points = [Point("lora", 16.0, 2.0**number * 1e-3, loss, True) for number, loss in enumerate(LOSSES)]
+    methods = [SimpleNamespace(method="lora", tuned=None)]
+    record: Any = SimpleNamespace(tuning_seed=17, points=points, base_tuning=base, methods=methods)
+    return report.rates(record).axes[0]
+
+
+@pytest.mark.parametrize(("base", "shown"), [(0.45, True), (2.58, False), (float("inf"), False)])
+def test_learning_rates_can_be_told_apart_however_much_worse_the_base_model_is(base: float, shown: bool) -> None:
+    """Beside a base model with 2.58 all of them lay on one line."""
+    axes = drawn(base)
+    low, high = axes.get_ylim()
+    assert (high > base) == shown
+    assert (max(LOSSES) - min(LOSSES)) / (high - low) > (0.3 if shown else 0.8)
+    texts = " ".join(text.get_text() for text in axes.figure.findobj(lambda each: hasattr(each, "get_text")))
+    assert ("base model: 2.580, above the picture" in texts) == (base == 2.58)

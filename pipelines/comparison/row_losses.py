@@ -29,7 +29,7 @@ from olora_ray.train.loader import total_steps
 from olora_ray.train.loop import Trainer, train_mode
 from olora_ray.train.self_test import choose_attention
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("olora_ray.comparison")
 
 FILE = "rows.json"
 TRIED = 8

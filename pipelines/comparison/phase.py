@@ -1,21 +1,97 @@
-"""A phase of a comparison: its trials as one search, and what each of them came to."""
+"""A phase of a comparison: a search whose trials are fixed beforehand, and what each of them came to."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
+from comparison.folder import FINAL, noted, shared_place
+from olora_ray.cluster.spec import TrainSpec
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError
+from olora_ray.config.schema import Config
 from olora_ray.sweep import progress, run, state, trial_file
-from olora_ray.sweep.compare import code_used
-from olora_ray.sweep.compare.spec import PhaseSpec
+from olora_ray.sweep.domain import Chooser, Domain
 from olora_ray.sweep.record import TrialRecord
-from olora_ray.sweep.spec import trial_name
+from olora_ray.sweep.space import Draws, Scheduler, Space
+from olora_ray.sweep.spec import SweepSpec, trial_name
 
 BROKE_OFF = "not finite"
 """In the reason of a training whose loss or gradient became no number: the learning rate was too large for it."""
 UNTRAINED = "step 0:"
 """Begins the reason if the loss was none before training: that is the base's, or the rows'."""
+PLACE = "place"
+"""The only draw: the place in the list."""
+
+
+class FixedTrials(Space):
+    """A search without a choice: every trial of a list once, each to its end."""
+
+    of_trials: tuple[dict[str, Any], ...]
+    """Dotted field -> value of each trial."""
+
+    @classmethod
+    def of(cls, trials: Sequence[Mapping[str, Any]]) -> "FixedTrials":
+        """The space of these trials, which all name the same fields."""
+        values = {field: list(dict.fromkeys(trial[field] for trial in trials)) for field in trials[0]}
+        return cls(
+            search={field: Domain(choice=tuple(found)) for field, found in values.items()},
+            set={},
+            searcher="grid",
+            scheduler=Scheduler(kind="none"),
+            include_default=False,
+            of_trials=tuple(dict(trial) for trial in trials),
+        )
+
+    def count(self) -> int:
+        """Number of trials."""
+        return len(self.of_trials)
+
+    def cells(self) -> int:
+        """The same: what is crossed is not the values of the fields."""
+        return len(self.of_trials)
+
+    def drawn(self, number: int) -> dict[str, Any]:
+        """The place of a trial."""
+        return {PLACE: number}
+
+    def draw(self, chooser: Chooser) -> dict[str, Any]:
+        """Nothing is drawn."""
+        raise NotImplementedError("the trials are fixed")
+
+    def draw_names(self) -> list[str]:
+        """The key of the draws."""
+        return [PLACE]
+
+    def values(self, draws: Draws) -> dict[str, Any]:
+        """Field -> value at a place."""
+        return dict(self.of_trials[draws[PLACE]]) if PLACE in draws else {}
+
+    def as_draws(self, config: Config) -> None:
+        """None: it makes no difference here if one of them is the config as it is."""
+
+
+@dataclass(frozen=True)
+class PhaseSpec(SweepSpec):
+    """Specification of a phase, which travels to every trial; the trials have tokens by their seed."""
+
+    root: str = ""
+    """Folder of the comparison; `folder` is that of the phase."""
+    specs: Mapping[int, TrainSpec] = field(default_factory=dict)
+    """run.seed -> specification with the tokens in the order of that seed."""
+
+    def spec_of(self, config: Config) -> TrainSpec:
+        """The specification of a trial.
+
+        In the final phase a trial makes its factors itself, as a run would: they depend on the seed.
+        """
+        seed = config.run.seed
+        name = config.adapter.method if self.folder != storage.join(self.root, FINAL) else f"seed-{seed}"
+        return replace(self.specs[seed], config=config, shared=shared_place(self.root, name))
+
+    def shares_data(self) -> bool:
+        """The base model is the same for all, and so are the tokens of a seed."""
+        return True
 
 
 @dataclass(frozen=True)
@@ -38,7 +114,7 @@ def ended(spec: PhaseSpec) -> list[Ended]:
     """
     if progress.read(spec.folder).complete and _failures(_records(spec)):
         _open_again(spec.folder)
-    with code_used.noted(spec.root, lambda: trained(spec.folder)):
+    with noted(spec.root, lambda: trained(spec.folder)):
         run.search(spec)
     records = _records(spec)
     _check_values(spec, records)

@@ -16,6 +16,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from comparison.arguments import Compare
+from comparison.folder import has_begun
 from olora_ray.common import storage
 from olora_ray.common.digests import digest_json
 from olora_ray.common.errors import UserError
@@ -26,12 +28,11 @@ from olora_ray.data.example import Rejected
 from olora_ray.data.formats import columns_of
 from olora_ray.data.reader import read_unit
 from olora_ray.data.tokenizer_spec import TokenizerSpec
-from olora_ray.sweep.compare.spec import has_begun
 from olora_ray.tokens.plan import Plan, Split
 from olora_ray.tokens.prepare import plan_here
 from olora_ray.tokens.totals import Limits
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("olora_ray.comparison")
 
 Kind = Literal["train", "tuning", "test"]
 FILE = "@file"
@@ -73,7 +74,7 @@ class RowSets:
         return override(config, {"data.eval_fraction": None, **changes})
 
 
-def split(config: Config, spec: TokenizerSpec) -> RowSets:
+def split(config: Config, compare: Compare, spec: TokenizerSpec) -> RowSets:
     """Read all rows, and write the three sets; the same rows give the same sets again.
 
     Raises UserError if there are too few, if too many cannot be read, if none has the column of gate.group, or if the
@@ -84,11 +85,11 @@ def split(config: Config, spec: TokenizerSpec) -> RowSets:
     train = list(_read(config, spec, "train"))
     pool = list(_read(config, spec, "eval")) if config.data.eval else train
     _check_groups(config, setting, pool)
-    test, rest = _taken(pool, config.compare.test_rows)
-    tuning, _ = _taken(rest, config.compare.tuning_rows)
+    test, rest = _taken(pool, compare.test_rows)
+    tuning, _ = _taken(rest, compare.tuning_rows)
     train = _without(train, [*test, *tuning], groups=not config.data.eval)
-    _check(config, setting, pool, train, tuning, test)
-    return _written(config, {"train": train, "tuning": tuning, "test": test})
+    _check(config, compare, setting, pool, train, tuning, test)
+    return _written(config, compare, {"train": train, "tuning": tuning, "test": test})
 
 
 def _read(config: Config, spec: TokenizerSpec, split: Split) -> Iterator[Row]:
@@ -175,9 +176,14 @@ def _without(rows: Sequence[Row], others: Sequence[Row], groups: bool) -> list[R
 
 
 def _check(
-    config: Config, setting: str, pool: Sequence[Row], train: Sequence[Row], tuning: Sequence[Row], test: Sequence[Row]
+    config: Config,
+    wanted: Compare,
+    setting: str,
+    pool: Sequence[Row],
+    train: Sequence[Row],
+    tuning: Sequence[Row],
+    test: Sequence[Row],
 ) -> None:
-    wanted = config.compare
     distinct = len({row.content for row in pool})
     if len(tuning) < wanted.tuning_rows or len(test) < wanted.test_rows:
         raise UserError(
@@ -197,7 +203,7 @@ def _check(
         )
 
 
-def _written(config: Config, sets: Mapping[Kind, Sequence[Row]]) -> RowSets:
+def _written(config: Config, compare: Compare, sets: Mapping[Kind, Sequence[Row]]) -> RowSets:
     folder = storage.join(config.folder(), "rows")
     found = RowSets(
         {kind: tuple(_sources(config, folder, kind, rows)) for kind, rows in sets.items()},
@@ -211,7 +217,7 @@ def _written(config: Config, sets: Mapping[Kind, Sequence[Row]]) -> RowSets:
         for number in {row.source for row in rows}:
             text = "".join(f"{row.line}\n" for row in rows if row.source == number)
             storage.write_text(storage.join(folder, _name(kind, number)), text)
-    described = {"rows": found.counts, "digests": found.digests, "compare": config.compare.model_dump()}
+    described = {"rows": found.counts, "digests": found.digests, "compare": compare.model_dump()}
     storage.write_text(storage.join(folder, "rows.json"), json.dumps(described, indent=1) + "\n")
     return found
 

@@ -1,0 +1,453 @@
+"""The report of a comparison: its verdict in sentences, a table, figures, one page that needs nothing else, and MLflow.
+
+A difference is never named without its interval, and without the rows, seeds and model that it was measured on.
+"""
+
+import io
+import logging
+import math
+from collections.abc import Sequence
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+from comparison.grid import BASELINE
+from comparison.record import Against, ComparisonRecord, MethodRecord, Point
+from olora_ray.common import copies, storage
+from olora_ray.common.text import aligned, duration, plural
+from olora_ray.sweep.report import html as tags
+from olora_ray.sweep.report import style, text
+from olora_ray.sweep.report.write import files
+from olora_ray.tracking.run import Tracker
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+logger = logging.getLogger("olora_ray.comparison")
+
+ERROR = 0.05
+"""p value below which a difference is named."""
+HEAD = (
+    "method",
+    "tuned lr",
+    "alpha",
+    "test loss",
+    f"- {BASELINE}",
+    "interval",
+    "p (Holm)",
+    f"steps to {BASELINE}'s loss",
+    f"/ {BASELINE}'s",
+    "seconds",
+    "init",
+    "factors",
+    "trainable",
+    "tuning",
+)
+MEANS = (
+    "adapter.method",
+    "learning rate with the lowest loss on the tuning rows; * at the end of the grid",
+    "adapter.alpha",
+    "loss per supervised token after the last step, mean over seeds and test rows, with half of its 95% interval",
+    "difference of the losses in nats per supervised token, on the same rows with the same seeds",
+    "of that difference; those of all methods hold together with 95% (Bonferroni)",
+    "p value of no difference, adjusted for the number of comparisons (Holm)",
+    f"steps until the lowest test loss so far is {BASELINE}'s last of the same seed: the median, of an even"
+    " number of seeds the later of the middle two; > if not reached",
+    f"the same, divided by {BASELINE}'s: median (lowest .. highest) over seeds",
+    "seconds of the initialisation and of these steps, in that training",
+    "seconds of the initialisation in one process",
+    "megabytes of the factors, which workers exchange",
+    "numbers that are trained, in millions",
+    "trials; those that broke off or ended above the base model; largest / smallest rate as good as the best",
+)
+"""What each column has."""
+_DASHES: tuple[Any, ...] = ("-", (0, (4, 2)), (0, (1, 1.5)))
+"""Of the grids of one method."""
+FAR = 3.0
+"""Times that the losses of all learning rates would have to lie one above the other to reach the base model's."""
+
+
+def conclude(record: ComparisonRecord, folder: str, tracker: Tracker) -> None:
+    """Write page, figures and comparison.json, log them to MLflow, and say what came out."""
+    for file in write(record, folder):
+        with copies.fetched(file) as local:
+            tracker.artifact(local)
+    tracker.table("methods", list(HEAD), [cells(record, each) for each in record.methods])
+    tracker.metrics({0: metrics(record)})
+    tracker.tags({f"olora.verdict.{each.method}": sentence(record, each) for each in record.others()})
+    for line in [*lines(record), *summary(record)]:
+        logger.info(line)
+    logger.info(f"report: {storage.join(folder, 'report.html')}")
+
+
+def metrics(record: ComparisonRecord) -> dict[str, float]:
+    """Numbers for MLflow: loss/METHOD, difference/METHOD and the bounds of its adjusted interval."""
+    found = {f"loss/{each.method}": each.loss for each in record.methods if each.loss is not None}
+    for each in record.others():
+        if each.against is not None:
+            bounds = each.against.adjusted
+            found |= {f"difference/{each.method}": each.against.mean}
+            found |= {f"difference_low/{each.method}": bounds.low, f"difference_high/{each.method}": bounds.high}
+    return {name: value for name, value in found.items() if math.isfinite(value)}
+
+
+def sentences(record: ComparisonRecord) -> list[str]:
+    """One for each method but the baseline."""
+    return [sentence(record, each) for each in record.others()]
+
+
+def sentence(record: ComparisonRecord, method: MethodRecord) -> str:
+    """What the comparison says of a method, and of what it says it."""
+    if method.against is None:
+        return f"{method.method} against {BASELINE}: no difference can be named: {_why_not(record, method)}."
+    found = method.against
+    rates = f"each at the learning rate that was best on {record.rows['tuning']} other rows"
+    return (
+        f"{method.method} - {BASELINE} = {found.mean:+.4f} nats per token, {_interval(record, found)}, over"
+        f" {plural(len(record.seeds), 'seed')} x {_rows(record)} of {record.task} with {record.model}, {rates}:"
+        f" {conclusion(found, record.relevant)}.{_reservations(record, method)}"
+    )
+
+
+def conclusion(found: Against, relevant: float) -> str:
+    """What the comparison shows, in words: that there is a difference by Holm's p value, how large by the interval."""
+    low, high = found.adjusted.low, found.adjusted.high
+    bound, lower, differs = f"{relevant:g}", found.mean < 0, found.p_holm < ERROR
+    if found.adjusted.inside(relevant):
+        which = f"; the loss is {'lower' if lower else 'higher'} by less than that" if differs else ""
+        return f"equivalent within the {bound} that was fixed beforehand as the smallest difference that matters{which}"
+    if not differs:
+        return f"undecided: neither a difference nor equivalence within {bound} is shown"
+    word = "lower" if lower else "higher"
+    if high <= -relevant or low >= relevant:
+        return f"the loss is {word}, by {bound} or more"
+    return f"the loss is {word}; whether by the {bound} that matters is undecided"
+
+
+def _interval(record: ComparisonRecord, found: Against) -> str:
+    low, high = found.adjusted.low, found.adjusted.high
+    others = len([each for each in record.others() if each.against])
+    adjusted = f" for {others} comparisons together, p = {text.number(found.p_holm, 2)} (Holm)" if others > 1 else ""
+    return f"{record.level:.0%} interval {low:+.4f} .. {high:+.4f}{adjusted}"
+
+
+def _rows(record: ComparisonRecord) -> str:
+    rows = record.rows["test"]
+    return f"{rows} test rows" if record.groups == rows else f"{record.groups} groups of {rows} test rows"
+
+
+def _why_not(record: ComparisonRecord, method: MethodRecord) -> str:
+    for each in (record.of(BASELINE), method):
+        if each.tuned is None:
+            return f"every trial of {each.method} broke off in the tuning"
+        if broken := each.broke_off():
+            return f"{plural(broken, 'training')} of {len(each.trainings)} of {each.method} broke off"
+    return "nothing was measured"
+
+
+def _reservations(record: ComparisonRecord, method: MethodRecord) -> str:
+    """What weakens the sentence."""
+    found = []
+    for each in (record.of(BASELINE), method):
+        if each.tuned is not None and not each.tuned.inside:
+            found.append(f"the best learning rate of {each.method} lies at the end of its grid, so it is not tuned")
+        if each.loss is not None and math.isfinite(record.base_test) and each.loss > record.base_test:
+            found.append(f"{each.method} ends above the base model")
+    if len(record.seeds) < 4:
+        found.append(f"{len(record.seeds)} seeds are few")
+    return f" But {'; '.join(found)}." if found else ""
+
+
+def cells(record: ComparisonRecord, method: MethodRecord) -> list[str]:
+    """A method's row."""
+    tuned, against = method.tuned, method.against
+    reached, ratio = record.typical(method.method), record.ratio(method.method)
+    return [
+        method.method,
+        f"{text.number(tuned.cell.lr)}{'' if tuned.inside else '*'}" if tuned else "none",
+        f"{tuned.cell.alpha:g}" if tuned else "",
+        _loss(method),
+        f"{against.mean:+.4f}" if against else "",
+        f"{against.adjusted.low:+.4f} .. {against.adjusted.high:+.4f}" if against else "",
+        text.number(against.p_holm, 2) if against else "",
+        reached.shown(reached.steps) if reached else "",
+        ratio.shown() if ratio else "",
+        reached.shown(reached.seconds) if reached else "",
+        f"{method.init_seconds:.1f} s",
+        f"{method.exchanged / 1e6:.1f} MB",
+        f"{method.trainable / 1e6:.2f} M",
+        f"{tuned.points}, {tuned.diverged} diverged, x{tuned.width:g}" if tuned else "all broke off",
+    ]
+
+
+def _loss(method: MethodRecord) -> str:
+    if method.loss is None or method.half is None:
+        broken = method.broke_off()
+        return f"{broken} of {len(method.trainings)} broke off" if broken else ""
+    return f"{method.loss:.4f} ± {method.half:.4f}"
+
+
+def lines(record: ComparisonRecord) -> list[str]:
+    """The table for a terminal."""
+    rows = [list(HEAD), *(cells(record, each) for each in record.methods)]
+    return aligned(rows, [False, *[True] * (len(HEAD) - 1)])
+
+
+def summary(record: ComparisonRecord) -> list[str]:
+    """What it was of, the scores and the untuned points, and the verdict: a line each."""
+    return [
+        f"of: {about(record)}",
+        *(f"scores: {line}" for line in scores(record)),
+        *(f"untuned: {line}" for line in [untuned(record)] if line),
+        *(f"verdict: {sentence}" for sentence in sentences(record)),
+    ]
+
+
+def about(record: ComparisonRecord) -> str:
+    """Everything that the numbers are of."""
+    rows = ", ".join(f"{count:,} {kind}" for kind, count in record.rows.items())
+    return (
+        f"{record.model} on {record.task}; rows {rows}; {plural(record.steps, 'step')} of {record.global_batch}"
+        f" sequences, rank {record.rank}; tuned with seed {record.tuning_seed}, compared with seeds"
+        f" {record.seeds[0]} .. {record.seeds[-1]}; base model {record.base_test:.4f} on the test rows;"
+        f" {record.machine}, {duration(record.seconds)}"
+    )
+
+
+def scores(record: ComparisonRecord) -> list[str]:
+    """The mean scores of each method; descriptive, and of the best adapter of each training."""
+    found = {each.method: each.scores() for each in record.methods}
+    names = dict.fromkeys(name for of_method in found.values() for name in of_method)
+    return [
+        f"{name}: {', '.join(f'{method} {each[name]:.3f}' for method, each in found.items() if name in each)}"
+        for name in names
+    ]
+
+
+def untuned(record: ComparisonRecord) -> str:
+    """What a comparison at the config's own learning rate would have shown."""
+    points = [point for each in record.methods if (point := record.untuned(each.method))]
+    if len(points) < 2:
+        return ""
+    shown = (f"{point.method} {point.loss:.4f}" if math.isfinite(point.loss) else f"{point.method} broke off"
+             for point in points)  # fmt: skip
+    return f"at train.lr={text.number(record.lr)} for all, one seed, on the tuning rows: {', '.join(shown)}"
+
+
+def rates(record: ComparisonRecord) -> "Figure":
+    """Loss on the tuning rows against the learning rate, a line for each grid."""
+    points = [point for point in record.points if point.grid]
+    losses = [point.loss for point in points if math.isfinite(point.loss)]
+    far = bool(losses) and _is_far(record.base_tuning, losses)
+    above = f"; base model: {record.base_tuning:.3f}, above the picture" if far else ""
+    figure, axes = style.empty(
+        "Learning rate and loss",
+        f"tuning rows, seed {record.tuning_seed}; ring: the tuned point; x: broke off or above the picture{above}",
+        width=12.0,
+        height=4.8,
+    )
+    if not losses:
+        style.say(axes, style.NOTHING)
+        return figure
+    low, top = min(losses), max(losses) if far else _top(record.base_tuning, losses)
+    handles = []
+    for number, method in enumerate(each.method for each in record.methods):
+        own = [point for point in points if point.method == method]
+        for place, alpha in enumerate(dict.fromkeys(point.alpha for point in own)):
+            grid = sorted((point for point in own if point.alpha == alpha), key=lambda point: point.lr)
+            handles.append(_grid(axes, grid, number, place, top))
+    _base(axes, record.base_tuning, top)
+    _rings(axes, record)
+    axes.set_xscale("log")
+    ticks = sorted({point.lr for point in points})
+    shown = ticks[:: -(-len(ticks) // 12)]
+    axes.set_xticks(shown, [text.number(rate) for rate in shown])
+    axes.minorticks_off()
+    axes.set_ylim(low - 0.06 * (top - low or 1), top + 0.04 * (top - low or 1))
+    _finish(axes, "train.lr", "loss per token", handles)
+    return figure
+
+
+def _is_far(base: float, losses: Sequence[float]) -> bool:
+    """Whether the base model is so much worse that beside it all losses would lie on one line."""
+    spread = max(losses) - min(losses)
+    return math.isfinite(base) and spread > 0 and base > max(losses) + FAR * spread
+
+
+def _top(base: float, losses: Sequence[float]) -> float:
+    """The upper end of a picture: the base model, or what is only a little worse."""
+    low, high = min(losses), max(losses)
+    if not math.isfinite(base) or base <= low:
+        return high
+    return max(base, min(high, base + 0.15 * (base - low)))
+
+
+def _grid(axes: "Axes", grid: Sequence[Point], number: int, place: int, top: float) -> Any:
+    colour, marker = _look(number)
+    dash = _DASHES[place % len(_DASHES)]
+    inside = [point for point in grid if point.loss <= top]
+    label = style.plain(f"{grid[0].method}, alpha {grid[0].alpha:g}")
+    (line,) = axes.plot(
+        [point.lr for point in inside],
+        [point.loss for point in inside],
+        linestyle=dash,
+        color=colour,
+        marker=marker,
+        markersize=6,
+        linewidth=1.8,
+        label=label,
+    )
+    outside = [point.lr for point in grid if not point.loss <= top]
+    axes.plot(outside, [top] * len(outside), "x", color=colour, markersize=8, markeredgewidth=2)
+    return line
+
+
+def _rings(axes: "Axes", record: ComparisonRecord) -> None:
+    for each in record.methods:
+        if each.tuned is not None:
+            axes.plot(
+                each.tuned.cell.lr,
+                each.tuned.loss,
+                "o",
+                markersize=14,
+                markerfacecolor="none",
+                markeredgecolor=style.BEST,
+                markeredgewidth=2,
+            )
+
+
+def curves(record: ComparisonRecord) -> "Figure":
+    """Held-out loss over the steps at the tuned learning rates: mean and range over the seeds."""
+    figure, axes = style.empty(
+        "Learning curves", f"test rows; line: mean over {len(record.seeds)} seeds, band: their range"
+    )
+    handles, last = [], []
+    for number, method in enumerate(record.methods):
+        whole = [each.curve for each in method.trainings if math.isfinite(each.loss)]
+        steps = sorted(set.intersection(*({step for step, _ in curve} for curve in whole)) if whole else ())
+        if not steps:
+            continue
+        values = [[dict(curve)[step] for curve in whole] for step in steps]
+        colour, _ = _look(number)
+        means = [sum(each) / len(each) for each in values]
+        (line,) = axes.plot(steps, means, color=colour, linewidth=2, label=style.plain(method.method))
+        axes.fill_between(steps, [*map(min, values)], [*map(max, values)], color=colour, alpha=0.18, linewidth=0)
+        handles.append(line)
+        last += means[1:] or means
+    if not handles:
+        style.say(axes, style.NOTHING)
+        return figure
+    _base(axes, record.base_test, _top(record.base_test, last))
+    _finish(axes, "step", "loss per token", handles)
+    return figure
+
+
+def forest(record: ComparisonRecord) -> "Figure":
+    """The difference of each method to the baseline with its adjusted interval."""
+    figure, axes = style.empty(
+        f"Difference to {BASELINE}",
+        f"nats per token, {record.level:.0%} intervals over seeds and rows, together; band: ±{record.relevant:g}",
+    )
+    found = [(each.method, each.against) for each in record.others() if each.against]
+    if not found:
+        style.say(axes, "no difference was measured")
+        return figure
+    axes.axvspan(-record.relevant, record.relevant, color=style.GRID, zorder=0)
+    axes.axvline(0, color=style.MUTED, linewidth=1)
+    for place, (_, against) in enumerate(reversed(found)):
+        colour = style.BEST if against.p_holm < ERROR else style.GOOD
+        axes.plot([against.adjusted.low, against.adjusted.high], [place, place], color=colour, linewidth=2.4)
+        axes.plot(against.mean, place, "o", color=colour, markersize=8)
+    axes.set_yticks(range(len(found)), [style.plain(method) for method, _ in reversed(found)])
+    axes.set_ylim(-0.6, len(found) - 0.4)
+    ends = [abs(end) for _, each in found for end in (each.adjusted.low, each.adjusted.high) if math.isfinite(end)]
+    reach = 1.12 * max([record.relevant, *ends])
+    axes.set_xlim(-reach, reach)
+    style.label(axes, f"loss - {BASELINE}'s  (left of the band: lower by what matters)", "")
+    return figure
+
+
+def _base(axes: "Axes", base: float, top: float) -> None:
+    if math.isfinite(base) and base <= top:
+        axes.axhline(base, color=style.MUTED, linewidth=1.2, linestyle=(0, (5, 3)))
+        axes.annotate("base", (1.0, base), (-4, 3), xycoords=("axes fraction", "data"), textcoords="offset points",
+                      ha="right", size=9, color=style.MUTED)  # fmt: skip
+
+
+def _finish(axes: "Axes", x: str, y: str, handles: Sequence[Any]) -> None:
+    style.label(axes, x, y)
+    axes.grid(axis="y", color=style.GRID, linewidth=0.8)
+    style.legend(axes, handles)
+
+
+def _look(number: int) -> tuple[str, str]:
+    """Colour and marker of a method."""
+    return style.GROUPS[number % len(style.GROUPS)]
+
+
+FIGURES = {
+    "learning_rates": (rates, "Loss on the tuning rows against the learning rate, a line for each method", True),
+    "curves": (curves, "Held-out loss over the steps at the tuned learning rates", False),
+    "differences": (forest, f"Differences to {BASELINE} with their intervals", False),
+}
+"""File name without its ending -> (the function that draws it, text for screen readers, True if it has the page's
+width), in the order of the page."""
+
+
+def write(record: ComparisonRecord, folder: str) -> list[str]:
+    """Write report.html, the figures as PNG and comparison.json into `folder`, a path or URI; what was written."""
+    pictures = {name: _png(draw(record)) for name, (draw, *_) in FIGURES.items()}
+    return files(folder, pictures, {"comparison.json": record.to_json(), "report.html": html(record, pictures)})
+
+
+def html(record: ComparisonRecord, pictures: dict[str, bytes]) -> str:
+    """The page; `pictures` are PNGs by the names of FIGURES."""
+    figures = "\n".join(tags.image(png, *FIGURES[name][1:]) for name, png in pictures.items())
+    verdicts = "".join(f"<p>{escape(sentence)}</p>" for sentence in sentences(record))
+    also = [*((f"score {line.partition(':')[0]}", line.partition(": ")[2]) for line in scores(record))]
+    also += [("untuned", line) for line in [untuned(record)] if line]
+    also += [("note", note) for note in record.notes]
+    aside = f'<div class="card">{tags.terms(also)}</div>' if also else ""
+    return tags.document(
+        f"{record.name}: comparison",
+        f'<h1>{escape(record.name)}</h1>\n<p class="about">{escape(about(record))}</p>\n'
+        f'<div class="card best">{verdicts}</div>\n{aside}\n<h2>Methods</h2>\n{_methods(record)}\n'
+        f'<h2>Figures</h2>\n<div class="figures">\n{figures}\n</div>\n<h2>Tuning</h2>\n{_points(record)}\n'
+        "<footer>A click on a column's name sorts the first table, the pointer on it says what it has. All numbers,"
+        " also of each seed, are in comparison.json.</footer>",
+    )
+
+
+def _methods(record: ComparisonRecord) -> str:
+    heads = "".join(
+        tags.head(name, place > 0, means) for place, (name, means) in enumerate(zip(HEAD, MEANS, strict=True))
+    )
+    rows = "\n".join(
+        f"<tr>{''.join(tags.cell(shown, kind='number' if place else '') for place, shown in enumerate(row))}</tr>"
+        for row in (cells(record, each) for each in record.methods)
+    )
+    return f'<div class="scroll"><table><thead><tr>{heads}</tr></thead>\n<tbody>\n{rows}\n</tbody></table></div>'
+
+
+def _points(record: ComparisonRecord) -> str:
+    """Every trial of the tuning, so that a reader can judge the grids."""
+    names = ("method", "alpha", "train.lr", "loss on the tuning rows", "")
+    heads = "".join(f'<th scope="col">{escape(name)}</th>' for name in names)
+    rows = "\n".join(f"<tr>{''.join(map(tags.cell, _point(record, point)))}</tr>" for point in record.points)
+    return f'<div class="scroll"><table><thead><tr>{heads}</tr></thead>\n<tbody>\n{rows}\n</tbody></table></div>'
+
+
+def _point(record: ComparisonRecord, point: Point) -> list[str]:
+    tuned = record.of(point.method).tuned
+    chosen = tuned and (tuned.cell.alpha, tuned.cell.lr) == (point.alpha, point.lr)
+    word = "tuned" if chosen else "" if point.grid else "untuned"
+    loss = f"{point.loss:.4f}" if point.loss < float("inf") else "broke off"
+    if record.base_tuning < point.loss < float("inf"):
+        word = "above the base model"
+    return [point.method, f"{point.alpha:g}", text.number(point.lr), loss, word]
+
+
+def _png(figure: "Figure") -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
