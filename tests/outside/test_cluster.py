@@ -236,7 +236,7 @@ def test_bad_nights_are_told(nights: Nights) -> None:
     assert outside.password not in json.dumps(outside.heard) + mail
 
 
-def test_the_pages_show_it(outside: World, head: Machine) -> None:
+def test_the_pages_show_it(outside: World, head: Machine, config: Path) -> None:
     """MLflow's page of the model, and what Prometheus has of the runs: each series of the dashboard for Grafana."""
     pictures = ROOT / "build" / "outside"
     pictures.mkdir(parents=True, exist_ok=True)
@@ -253,7 +253,7 @@ def test_the_pages_show_it(outside: World, head: Machine) -> None:
     dashboard = json.loads((ROOT / "deploy/grafana/olora_ray.json").read_text())
     queries = [target["expr"].replace("$run", ".*") for panel in dashboard["panels"] for target in panel["targets"]]
     time.sleep(10)
-    submitted(outside.machines["laptop"], "pipelines/finetune.py", str(outside.shared / "config.yaml"), "run.name=seen")
+    submitted(outside.machines["laptop"], "pipelines/finetune.py", str(config), "run.name=seen")
     for query in queries:
         words = f"curl -sG http://head:9090/api/v1/query --data-urlencode 'query={query}'"
         found = json.loads(outside.machines["laptop"].ok(words.replace("$__rate_interval", "10m")))
