@@ -130,7 +130,7 @@ def _artefacts(runs: Path) -> Iterator[tuple[str, bytes]]:
     for name in ("result.json", "leaderboard.json"):
         for file in runs.glob(f"*/{name}"):
             yield name, _stable(file)
-    for file in runs.glob("*/best.yaml"):
+    for file in (*runs.glob("*/best.yaml"), *runs.glob("mlartifacts/*/artifacts/samples.json")):  # prompts and answers
         yield file.name, file.read_bytes()
 
 
