@@ -1,6 +1,6 @@
 """From nothing to the fourth night on a cluster over ssh, with nothing called localhost, as the pages say it.
 
-In order: each test goes on with what the ones before have left.
+The order counts: each test continues from what the tests before it have left.
 """
 
 import hashlib
