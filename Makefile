@@ -90,7 +90,7 @@ $(VENV)/.quickstart: pyproject.toml
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.quickstart
-	$(INSTALL) -e '.[gguf,eval,s3,dev]'
+	$(INSTALL) -e '.[gguf,eval,s3,postgresql,dev]'
 	touch $@
 
 $(VENV)/.bench: $(VENV)/.dev
