@@ -130,7 +130,7 @@ class Aliases:
         """Let a version become the champion if its files are whole; returns the version it takes over from.
 
         `instead_of` is the champion on which that was decided, "" for none; None: whichever it is. Raises Overtaken
-        if it is another by now, or the version itself was promoted or rolled back meanwhile. If there is no champion,
+        if it has changed, or the version itself was promoted or rolled back meanwhile. If there is no champion,
         `beaten` becomes `previous`; without it `previous` stays.
         """
         self.verify(number)  # it may take minutes: before the lock
