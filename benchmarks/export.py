@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from common import machine, table
 
-from olora_ray.adapter import merge, merge_check, trial, weight_names
-from olora_ray.adapter.factors import AdapterWeights, Factors
-from olora_ray.adapter.peft_check import check_adapter
+from olora_ray.adapter import export_preflight, merge, stored
+from olora_ray.adapter.layer import AdapterWeights, Factors
+from olora_ray.adapter.parity import check_adapter
 from olora_ray.adapter.peft_folder import write_adapter
-from olora_ray.common.quiet import quiet_transformers
+from olora_ray.common.logs import quiet_transformers
 from olora_ray.config.load import build
 from olora_ray.model.load import skeleton
 from olora_ray.model.source import BaseModel
@@ -71,17 +71,17 @@ def measure(folder: Path, rank: int, layers: int) -> None:
     found, scale = BaseModel(str(base), str(base), ""), config.adapter.scale()
     model = skeleton(found, config.model)
     adapter = random_adapter(model, rank)
-    groups = weight_names.groups(base, model, adapter)
+    groups = stored.groups(base, model, adapter)
     rows = [
         timed("copy of the file", lambda: copy(base / "model.safetensors", folder / "copy")),
-        timed("trial before step 0", lambda: require(not trial.problems(found, config, adapter))),
+        timed("trial before step 0", lambda: require(not export_preflight.problems(found, config, adapter))),
         timed("adapter folder", lambda: write_adapter(adapter, config.adapter, "base", folder / "adapter", model)),
         timed("merge, with its copy", lambda: merged(base, adapter, scale, folder / "merged", model)),
         timed(
             "merged weights against base + change",
-            lambda: require(merge_check.check_weights(base, folder / "merged", groups, adapter, scale).error <= 1),
+            lambda: require(merge.check_weights(base, folder / "merged", groups, adapter, scale).error <= 1),
         ),
-        timed("all other bytes", lambda: require(not merge_check.changed(base, folder / "merged", groups))),
+        timed("all other bytes", lambda: require(not merge.changed(base, folder / "merged", groups))),
         timed("adapter in PEFT", lambda: require(check_adapter(folder / "adapter", model, adapter, scale).ok)),
     ]
     seconds = [row[1] for row in rows]

@@ -36,7 +36,7 @@ from gpu_checks import checks  # noqa: E402
 from gpu_models import SIZES, facts  # noqa: E402
 from gpu_training import initialisation, ours, peft  # noqa: E402
 
-from olora_ray.common.quiet import quiet_transformers  # noqa: E402
+from olora_ray.common.logs import quiet_transformers  # noqa: E402
 
 PARTS = ("checks", "init", "training")
 TARGETS = {"share of the peak": 0.45, "times PEFT": 1.5, "tokens a second": 12_500.0}

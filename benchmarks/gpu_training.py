@@ -18,18 +18,16 @@ from peers import arguments, pad
 from torch import Tensor
 
 from olora_ray.adapter.initialise import at_scale, initialise, options_of
-from olora_ray.adapter.inject import find_targets, inject
-from olora_ray.adapter.targets import Target
+from olora_ray.adapter.inject import Target, find_targets, inject
 from olora_ray.config.schema import Config
 from olora_ray.tokens.collate import collate
-from olora_ray.tokens.order import order
+from olora_ray.tokens.store import order
 from olora_ray.train.loader import StepLoader
 from olora_ray.train.loop import Trainer
-from olora_ray.train.loss import SupervisedLoss
+from olora_ray.train.loss import SelfTest, SupervisedLoss
+from olora_ray.train.optim import Schedule
 from olora_ray.train.parallel import place_model
-from olora_ray.train.schedule import Schedule
 from olora_ray.train.self_test import choose_attention
-from olora_ray.train.self_test_result import SelfTest
 
 Found = dict[str, Any]
 

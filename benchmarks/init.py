@@ -28,11 +28,11 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
-from olora_ray.adapter.factors import Factors
 from olora_ray.adapter.initialise import initialise
+from olora_ray.adapter.inject import Target, find_targets
+from olora_ray.adapter.layer import Factors
 from olora_ray.adapter.methods import FROM_WEIGHTS
-from olora_ray.adapter.targets import Target, find_targets
-from olora_ray.common.quiet import quiet_transformers
+from olora_ray.common.logs import quiet_transformers
 
 MATRICES = ((4096, 4096), (11008, 4096), (4096, 14336))
 """Out x in features: square, the MLP of a 7B model, the MLP of an 8B model on its side."""

@@ -13,11 +13,10 @@ import torch
 from common import MemoryStore, table
 from torch import Tensor
 
-from olora_ray.adapter.targets import find_targets
-from olora_ray.config.adapter import Adapter
+from olora_ray.adapter.inject import find_targets
+from olora_ray.config.schema import Adapter
 from olora_ray.tokens.store import Pack
-from olora_ray.train.data_driven import eva_factors
-from olora_ray.train.gradient_factors import gradient_factors
+from olora_ray.train.data_driven import eva_factors, gradient_factors
 from olora_ray.train.loss import SupervisedLoss
 
 ROWS, LENGTH, PROMPT = 4, 80, 16

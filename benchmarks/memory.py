@@ -108,9 +108,10 @@ def grown(sections: dict[str, Any]) -> int:
     import torch
     from common import our_trainer
 
+    from olora_ray.common import malloc
     from olora_ray.model.load import empty_model
     from olora_ray.tokens.collate import collate
-    from olora_ray.train import malloc, recompute
+    from olora_ray.train import parallel
     from olora_ray.train.loop import train_mode
 
     malloc.keep_freed_memory = lambda *_: None  # what is freed is to be seen to be free
@@ -125,7 +126,7 @@ def grown(sections: dict[str, Any]) -> int:
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
     trainer, attention = our_trainer(cfg, cfg.model.name)
     trainer.loss.recompute = cfg.train.activation_checkpointing is True
-    recompute.install(trainer.loss)
+    parallel.install(trainer.loss)
     best = None
     batch = collate(list(store)[: cfg.train.micro_batch], attention)
     train_mode(trainer.adapted, True)

@@ -181,7 +181,8 @@ def settings(corpus: str, folder: str, storage: str) -> Any:
 def one_process(corpus: str, folder: str) -> Found:
     """Ours, shard by shard in this process."""
     from olora_ray.data.tokenizer_spec import spec_from_pretrained
-    from olora_ray.tokens import prepare, writer
+    from olora_ray.tokens import prepare
+    from olora_ray.tokens import prepare as writer
 
     spec = spec_from_pretrained(tokenizer_of(folder), "model")
     with tempfile.TemporaryDirectory() as storage:
@@ -195,7 +196,7 @@ def one_process(corpus: str, folder: str) -> Found:
 
 def through_ray(corpus: str, folder: str) -> Found:
     """Ours, as a run does it."""
-    from olora_ray.common.quiet import quiet_environment
+    from olora_ray.common.logs import quiet_environment
 
     quiet_environment()
     from olora_ray.data.tokenizer_spec import spec_from_pretrained

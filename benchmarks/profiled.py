@@ -12,7 +12,7 @@ from typing import Any
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from olora_ray.adapter.layer import AdaptedWeight
-from olora_ray.train.blocks import decoder_layers
+from olora_ray.train.base_files import decoder_layers
 
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::linear", "aten::matmul", "aten::_addmm")
 LOW_RANK = "low-rank elementwise"

@@ -166,8 +166,9 @@ def of_ours(folder: str, kind: str, method: str) -> tuple[Any, Any, int]:
     import torch
 
     from olora_ray.adapter.layer import AdaptedLinear
+    from olora_ray.common import malloc
     from olora_ray.tokens.collate import collate
-    from olora_ray.train import adapter_test, malloc
+    from olora_ray.train import self_test
     from olora_ray.train.loop import train_mode
 
     malloc.keep_freed_memory = lambda *_: None  # what is freed is to be seen to be free
@@ -188,7 +189,7 @@ def of_ours(folder: str, kind: str, method: str) -> tuple[Any, Any, int]:
         return trainer.loss(batch) / len(batch.labels)
 
     def bare(rows: Any) -> float:
-        with torch.no_grad(), adapter_test.bare(trainer.loss.model):
+        with torch.no_grad(), self_test.bare(trainer.loss.model):
             return float(mean_loss(rows))
 
     def step(_: int, rows: Any) -> float:

@@ -27,12 +27,10 @@ from back_at_work import Case, Sample, measure, targets
 from common import MODEL, config, machine, memory_store, model_folder, our_trainer, table
 
 from olora_ray.model.folder import parameters
-from olora_ray.train.checkpoint import snapshot
-from olora_ray.train.checkpoint_manager import CheckpointManager
-from olora_ray.train.checkpoints import name_of
+from olora_ray.train.checkpoint import TrainState, snapshot
+from olora_ray.train.checkpoints import CheckpointManager, name_of
 from olora_ray.train.loader import StepLoader
-from olora_ray.train.schedule import Schedule
-from olora_ray.train.state import TrainState
+from olora_ray.train.optim import Schedule
 
 BLOCK, LENGTH = 10, 384
 

@@ -26,9 +26,9 @@ from multiplications import Shapes, needed, products, rates, shapes_of, timed
 from profiled import where
 
 from olora_ray.tokens.collate import collate
-from olora_ray.tokens.order import order
+from olora_ray.tokens.store import order
 from olora_ray.train.loader import StepLoader
-from olora_ray.train.schedule import Schedule
+from olora_ray.train.optim import Schedule
 
 TARGET = 0.75
 CPU = torch.device("cpu")

@@ -155,7 +155,7 @@ def made(folder: Path, rows: int, files: int) -> Any:
 
 def made_up(file: Any, storage_root: str, units: int) -> Any:
     """What the scan of a file of so many units finds."""
-    from olora_ray.data import kept_scans
+    from olora_ray.data import units as kept_scans
     from olora_ray.data.units import UNIT, FileScan, Units
 
     table = np.zeros(units, UNIT)
@@ -186,8 +186,7 @@ def unpack_part(folder: Path) -> dict[str, float]:
 
 def write_shards(folder: Path, shards: int) -> None:
     """A store of so many shards, all with the same few sequences, without a manifest."""
-    from olora_ray.common.digests import digest_bytes
-    from olora_ray.common.sealed import seal
+    from olora_ray.common.storage import digest_bytes, seal
     from olora_ray.data.tokenize import Tokens
     from olora_ray.tokens.manifest import shard_name, sidecar_name
     from olora_ray.tokens.shard import Shard, file_bytes
@@ -222,10 +221,10 @@ def late_reader(folder: Path, shards: int) -> dict[str, float]:
 
 def look_at_store(folder: Path, rows: int, files: int) -> dict[str, float]:
     """What a preparation that is begun again finds."""
-    from olora_ray.tokens import writer
+    from olora_ray.tokens import prepare
 
     plan = made(folder, rows, files)
-    found = writer.store_status(writer.StoreSpec(plan, str(folder / "store"), str(folder / "runs")))
+    found = prepare.store_status(prepare.StoreSpec(plan, str(folder / "store"), str(folder / "runs")))
     assert not found.missing
     return {}
 
@@ -252,7 +251,7 @@ def read_later_pass(folder: Path, sequences: int) -> dict[str, float]:
 
 def reject(folder: Path, rows: int, files: int) -> dict[str, float]:
     """The rejected rows of all shards, as they come in, and the file of them; the plan is a small one."""
-    from olora_ray.tokens.rejected import RejectedRows
+    from olora_ray.tokens.manifest import RejectedRows
 
     found = RejectedRows(made(folder / "few", files * UNIT_ROWS, files))
     total = int(rows * WRITTEN["rejected"])
@@ -265,7 +264,7 @@ def reject(folder: Path, rows: int, files: int) -> dict[str, float]:
 
 def hash_shards(folder: Path) -> dict[str, float]:
     """SHA-256 of this machine."""
-    from olora_ray.common.digests import digest_file
+    from olora_ray.common.storage import digest_file
 
     path = folder / "shard"
     path.write_bytes(bytes(64 * 10**6))

@@ -20,13 +20,13 @@ from recovery import written_state
 from olora_ray.adapter.initialise import InitReport, initialise, options_of
 from olora_ray.adapter.inject import find_targets
 from olora_ray.common import collectives
-from olora_ray.common.quiet import quiet_transformers
+from olora_ray.common.logs import quiet_transformers
 from olora_ray.config.schema import Config
 from olora_ray.model.load import load_model
-from olora_ray.train.checkpoint_manager import CheckpointManager
+from olora_ray.train.checkpoints import CheckpointManager
 from olora_ray.train.loader import StepLoader
 from olora_ray.train.loop import Trainer
-from olora_ray.train.schedule import Schedule
+from olora_ray.train.optim import Schedule
 from olora_ray.train.tree import TreeSum
 
 CPU = torch.device("cpu")

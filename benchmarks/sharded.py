@@ -36,18 +36,17 @@ from olora_ray.adapter.initialise import at_scale
 from olora_ray.adapter.inject import find_targets, install, wrap
 from olora_ray.adapter.peft_folder import write_adapter
 from olora_ray.cluster.worker_context import use_cpus
-from olora_ray.common.quiet import quiet_transformers
+from olora_ray.common.logs import quiet_transformers
 from olora_ray.config.load import build
 from olora_ray.config.schema import Config
 from olora_ray.model.load import empty_model, pick_dtype, skeleton
 from olora_ray.model.source import BaseModel
 from olora_ray.tokens.store import Pack
+from olora_ray.train.data_driven import new_factors
 from olora_ray.train.loader import StepLoader
 from olora_ray.train.loop import Trainer, evaluate
-from olora_ray.train.new_factors import new_factors
-from olora_ray.train.parallel import place_model
-from olora_ray.train.schedule import Schedule
-from olora_ray.train.sharded_base import load_base
+from olora_ray.train.optim import Schedule
+from olora_ray.train.parallel import load_base, place_model
 
 CPU = torch.device("cpu")
 LOOK_EVERY = 0.002

@@ -45,7 +45,7 @@ IMPORTS = {
     "Train's controller": "olora_ray.cluster.failures, olora_ray.cluster.process_group",
     "channel": "olora_ray.cluster.channel",
     "worker": "olora_ray.cluster.worker",
-    "trial of a search": "olora_ray.sweep.tune_trial",
+    "trial of a search": "olora_ray.sweep.tuner",
     "torch alone": "torch",
     "Ray alone": "ray",
 }

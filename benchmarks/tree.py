@@ -141,9 +141,9 @@ def pairs_of(arguments: argparse.Namespace, folder: str, each: int, scratch: Pat
 
 def worker(job: dict[str, Any]) -> None:
     """One process: pairs of steps, which of them comes first in turns."""
-    from olora_ray.common.quiet import quiet_transformers
+    from olora_ray.common.logs import quiet_transformers
     from olora_ray.train.loader import StepLoader
-    from olora_ray.train.schedule import Schedule
+    from olora_ray.train.optim import Schedule
 
     quiet_transformers()
     torch.set_num_threads(1)

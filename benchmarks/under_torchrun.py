@@ -19,7 +19,7 @@ from olora_ray.cluster.resume import starting_point
 from olora_ray.cluster.spec import TrainResult, TrainSpec
 from olora_ray.cluster.worker import Worker
 from olora_ray.cluster.worker_context import RayTrainContext, use_cpus
-from olora_ray.common.quiet import quiet_transformers
+from olora_ray.common.logs import quiet_transformers
 from olora_ray.config.load import load
 from olora_ray.config.schema import Config
 from olora_ray.pipeline.base import open_base

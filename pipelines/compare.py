@@ -13,7 +13,7 @@ Rows are put in three sets: to train on, to choose each method's learning rate o
 again resumes a comparison that was interrupted; what has been trained is never trained again. See docs/comparisons.md.
 """
 
-from olora_ray.common.quiet import quiet_environment
+from olora_ray.common.logs import quiet_environment
 
 quiet_environment()  # before Ray is imported
 
@@ -31,7 +31,7 @@ def main(argv: list[str]) -> None:
     from comparison import analysis, folder, report, rows, run
     from olora_ray.pipeline.base import open_base
     from olora_ray.pipeline.connection import connect
-    from olora_ray.pipeline.driver import only_driver
+    from olora_ray.pipeline.run import only_driver
 
     config = asked.config
     folder.check(asked)

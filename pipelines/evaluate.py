@@ -13,7 +13,7 @@ MODEL        a base model (hub id, folder, package://PACKAGE/FILE), a run's fold
 --out        where evaluation.json goes; default: the folder of MODEL's run
 """
 
-from olora_ray.common.quiet import quiet_environment
+from olora_ray.common.logs import quiet_environment
 
 quiet_environment()  # before Ray is imported
 
@@ -22,24 +22,23 @@ from olora_ray.config import command_line  # noqa: E402
 
 def main(argv: list[str]) -> None:
     """Find the models, measure them, show and keep what came out."""
-    from olora_ray.evaluation import command_line as arguments
-    from olora_ray.evaluation import lm_eval_tasks, results, save, table, targets
+    from olora_ray.evaluation import lm_eval_tasks, results, targets
 
-    request = arguments.read(argv, usage=__doc__ or "")
+    request = results.read(argv, usage=__doc__ or "")
     config = targets.settings(request.models, request.config, request.changes)
     results.check(request, config)
-    save.check(request)
+    results.check_tracking(request)
     sets = lm_eval_tasks.load(request.tasks, request.task_data)
     models = [targets.resolve(name, config) for name in request.models]
-    uri = save.address(request, models)
+    uri = results.tracking_address(request, models)
 
     from olora_ray.pipeline import connection
 
     with connection.connect(config), connection.user_errors():
         found = [results.evaluate(target, sets, request.limit) for target in models]
     intervals = results.differences(*found) if len(found) == 2 else {}
-    print("\n".join(["", *table.lines(found, intervals), ""]), flush=True)
-    save.write(request, found, intervals, uri)
+    print("\n".join(["", *results.lines(found, intervals), ""]), flush=True)
+    results.write(request, found, intervals, uri)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ version, stand one below the other in olora_ray/pipeline/run.py.
 
 from pathlib import Path
 
-from olora_ray.common.quiet import quiet_environment
+from olora_ray.common.logs import quiet_environment
 
 quiet_environment()  # before Ray is imported
 

@@ -17,15 +17,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from olora_ray.common.errors import UserError
-from olora_ray.common.quiet import quiet_environment
+from olora_ray.common.logs import quiet_environment
 from olora_ray.common.secrets import looked_up
 from olora_ray.common.text import aligned
 from olora_ray.config import command_line
-from olora_ray.tracking import checksums, moved_storage, verdicts
+from olora_ray.tracking import checksums, models, start
 from olora_ray.tracking.aliases import GATE, Aliases
+from olora_ray.tracking.checksums import Version
 from olora_ray.tracking.client import check, connect, reachable, shown_uri
 from olora_ray.tracking.start import absolute
-from olora_ray.tracking.version import Version
 
 DATABASE = Path("runs/mlflow.db")
 
@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
     uri = _tracking_uri(found.options.get("--tracking-uri"))
     check(uri)
     if act is not show_all:  # which reads no file
-        moved_storage.follow_address(uri)
+        start.follow_address(uri)
     aliases = Aliases(uri, names[0])
     if not names[0].strip() or not aliases.versions():
         raise UserError(f"no model {names[0]!r} with a version is registered in {shown_uri(uri)}")
@@ -113,7 +113,7 @@ ACTIONS: dict[str, tuple[Callable[..., None], Sequence[str]]] = {
 
 def _tell(aliases: Aliases, number: str, what: str) -> None:
     """Write what was decided by hand into the version's description."""
-    verdicts.add(aliases.uri, aliases.name, number, f"{time.strftime('%Y-%m-%d %H:%M')}: {what}")
+    models.add(aliases.uri, aliases.name, number, f"{time.strftime('%Y-%m-%d %H:%M')}: {what}")
 
 
 def _tracking_uri(given: str | None) -> str:

@@ -8,7 +8,7 @@ it. A call that was cut off is continued by the next; of two at once one gives w
 means that all is decided, also if that is a refusal.
 """
 
-from olora_ray.common.quiet import quiet_environment
+from olora_ray.common.logs import quiet_environment
 
 quiet_environment()  # before Ray is imported
 

@@ -8,7 +8,7 @@ the best config as a run of its own, from the start and with all the steps of CO
 CONFIG says so. The same command again resumes a search that was interrupted.
 """
 
-from olora_ray.common.quiet import quiet_environment
+from olora_ray.common.logs import quiet_environment
 
 quiet_environment()  # before Ray is imported
 
@@ -21,21 +21,21 @@ def main(argv: list[str]) -> None:
     from olora_ray.pipeline import first_look
 
     first_look.check(config)
-    from olora_ray.sweep.load_space import load
+    from olora_ray.sweep.sharing import load
 
     space = load(file, config)
     from olora_ray.pipeline import run
     from olora_ray.pipeline.base import open_base
     from olora_ray.pipeline.connection import connect
-    from olora_ray.pipeline.driver import only_driver
-    from olora_ray.sweep import outcome, plan, settings
+    from olora_ray.pipeline.run import only_driver
+    from olora_ray.sweep import outcome, settings, sharing
     from olora_ray.sweep import run as sweep
 
     search = settings.search_config(config, space, file, registers="--register" in flags)
     settings.check(search, space)
     with only_driver(search) as driver:
         base = open_base(search)
-        plan.plan(search, space, base.model)
+        sharing.plan(search, space, base.model)
 
         with connect(search, base.model) as stop, driver.watch(stop):
             spec, seconds = sweep.train_spec(search, space, base)

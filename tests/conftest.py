@@ -15,7 +15,7 @@ import hypothesis
 import pytest
 import torch
 
-from olora_ray.common import copies, logs
+from olora_ray.common import logs, node_cache
 from olora_ray.data.tokenizer_spec import TokenizerSpec
 from tests import marks, tiny
 from tests.crew import Crew
@@ -66,7 +66,7 @@ def what_is_told_is_each_tests_own() -> Iterator[None]:
 def cache_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """What a node keeps is not the developer's."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(copies, "CACHE", str(tmp_path_factory.mktemp("cache")))
+        patched.setattr(node_cache, "CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
 
 

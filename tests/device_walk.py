@@ -12,14 +12,13 @@ from olora_ray.adapter.inject import find_targets, install, wrap
 from olora_ray.cluster import resume
 from olora_ray.tokens.collate import collate
 from olora_ray.train import checkpoint
-from olora_ray.train.checkpoint import Checkpoint, snapshot
+from olora_ray.train.checkpoint import Checkpoint, TrainState, snapshot
 from olora_ray.train.generate import Question, answer
 from olora_ray.train.loader import StepLoader
 from olora_ray.train.loop import Trainer, evaluate
 from olora_ray.train.loss import SupervisedLoss
+from olora_ray.train.optim import Schedule
 from olora_ray.train.parallel import place_model
-from olora_ray.train.schedule import Schedule
-from olora_ray.train.state import TrainState
 from tests import tiny
 
 Keep = Callable[[Callable[[Path], None]], Checkpoint]

@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 
-from olora_ray.adapter.factors import AdapterWeights, Factors
+from olora_ray.adapter.change import stored_transposed
 from olora_ray.adapter.initialise import initialise
-from olora_ray.adapter.inject import inject
-from olora_ray.adapter.layout import stored_transposed
+from olora_ray.adapter.inject import Target, find_targets, inject
+from olora_ray.adapter.layer import AdapterWeights, Factors
 from olora_ray.adapter.merge import write_merged
 from olora_ray.adapter.peft_folder import write_adapter
-from olora_ray.adapter.targets import Target, find_targets
 from olora_ray.config.schema import Adapter
 from olora_ray.config.schema import Model as ModelConfig
 from olora_ray.model.load import skeleton

@@ -16,8 +16,8 @@ from olora_ray.pipeline.run_folder import RunFolder
 from olora_ray.tokens.prepare import prepare
 from olora_ray.tracking.aliases import Aliases
 from olora_ray.tracking.start import resolve_uri, start_run
+from olora_ray.train.checkpoint import TrainState
 from olora_ray.train.generate import questions
-from olora_ray.train.state import TrainState
 from tests import mlflow_database
 from tests.export_parts import Case, make_case
 from tests.pipelines import project

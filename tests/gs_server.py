@@ -16,7 +16,7 @@ from urllib.parse import parse_qsl, quote, unquote, urlsplit
 import pytest
 from pyarrow import fs
 
-from olora_ray.common import connections
+from olora_ray.common import patience
 
 BUCKET = "bucket"
 MADE = "2026-11-27T07:00:00.000Z"
@@ -125,7 +125,7 @@ def gs_server(patch: pytest.MonkeyPatch, seconds: int = 5) -> Iterator[GsServer]
     server = GsServer()
     threading.Thread(target=server.serve_forever, args=(0.01,), name="gs", daemon=True).start()
     system = server.filesystem(seconds)
-    patch.setattr(connections, "connect", lambda scheme, bucket, query="": (system, bucket))
+    patch.setattr(patience, "connect", lambda scheme, bucket, query="": (system, bucket))
     try:
         yield server
     finally:

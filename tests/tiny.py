@@ -9,7 +9,7 @@ import torch
 
 from olora_ray.config.load import build
 from olora_ray.config.schema import Config
-from olora_ray.tokens.order import order
+from olora_ray.tokens.store import order
 
 VOCABULARY = 96
 
@@ -46,7 +46,7 @@ def gpt2(attention: str = "sdpa", dtype: torch.dtype = torch.float32) -> Any:
 
 
 def _model(model_class: Any, shape: Any, attention: str, dtype: torch.dtype) -> Any:
-    from olora_ray.model import segment_attention
+    from olora_ray.model import attention as segment_attention
 
     segment_attention.register()
     with torch.random.fork_rng():

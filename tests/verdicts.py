@@ -11,13 +11,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from olora_ray.adapter import merge_check, stored, weight_names
-from olora_ray.adapter.factors import AdapterWeights
+from olora_ray.adapter import merge, stored
 from olora_ray.adapter.initialise import initialise
 from olora_ray.adapter.inject import find_targets, inject
+from olora_ray.adapter.layer import AdapterWeights
 from olora_ray.adapter.logits import Folders, measure_logits
-from olora_ray.adapter.parity import MergedFolder, Parity
-from olora_ray.adapter.peft_check import check_adapter
+from olora_ray.adapter.parity import MergedFolder, Parity, check_adapter
 from olora_ray.config.schema import Adapter
 from tests import tiny
 from tests.export_parts import Case, random_adapter, skeleton_of
@@ -109,9 +108,9 @@ class Draw:
     def verdict(self, logits: bool = False) -> Parity:
         """As a run comes to it; the weights alone decide unless logits are asked for too."""
         case, merged, plain = self.case, self.folder / "merged", self.folder / "adapter"
-        found = weight_names.groups(case.base, case.model, case.adapter)
-        worst = merge_check.check_weights(case.base, merged, found, case.adapter, case.scale)
-        changed = tuple(merge_check.changed(case.base, merged, found))
+        found = stored.groups(case.base, case.model, case.adapter)
+        worst = merge.check_weights(case.base, merged, found, case.adapter, case.scale)
+        changed = tuple(merge.changed(case.base, merged, found))
         peft = check_adapter(plain, case.model, case.adapter, case.scale)
         if not logits:
             return Parity(MergedFolder(worst, changed), peft, "not asked for")
@@ -245,7 +244,7 @@ def one_byte_elsewhere(draw: Draw) -> None:
 
 
 def _groups(case: Case) -> list[Any]:
-    return weight_names.groups(case.base, case.model, case.adapter)
+    return stored.groups(case.base, case.model, case.adapter)
 
 
 PLANTED: tuple[Callable[[Draw], None], ...] = (

@@ -14,8 +14,9 @@ sys.path.insert(0, str(ROOT))  # the schema of this tree, whatever is installed
 
 from pydantic.fields import FieldInfo  # noqa: E402
 
-from olora_ray.config import describe  # noqa: E402
-from olora_ray.config.schema import Config, Section  # noqa: E402
+from olora_ray.config import command_line  # noqa: E402
+from olora_ray.config.schema import Config  # noqa: E402
+from olora_ray.config.section import Section  # noqa: E402
 
 PAGE = ROOT / "docs" / "configuration.md"
 INTRO = """\
@@ -84,8 +85,8 @@ def _section(name: str, field: FieldInfo) -> Iterator[str]:
 def _table(section: type[Section]) -> str:
     lines = ["| field | type | default | description |", "|---|---|---|---|"]
     for name, field in section.model_fields.items():
-        value = describe.default(field) if field.is_required() else f"`{describe.default(field)}`"
-        kind = describe.shape(field.annotation, field.metadata, _link)
+        value = command_line.default(field) if field.is_required() else f"`{command_line.default(field)}`"
+        kind = command_line.shape(field.annotation, field.metadata, _link)
         cells = (f"`{field.alias or name}`", kind, value, " ".join((field.description or "").split()))
         lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
     return "\n".join(lines)
@@ -111,11 +112,11 @@ def _is_section(annotation: Any) -> bool:
 
 
 def _link(section: type[Section]) -> str:
-    return f"[{describe.name_of(section)}](#{_anchor(_heading(section))})"
+    return f"[{command_line.name_of(section)}](#{_anchor(_heading(section))})"
 
 
 def _heading(section: type[Section]) -> str:
-    return f"Fields of a {describe.name_of(section)}"
+    return f"Fields of a {command_line.name_of(section)}"
 
 
 def _anchor(heading: str) -> str:

@@ -4,12 +4,14 @@ A parameter is m x n, or n x m where it is stored transposed (GPT-2's Conv1D); a
 E x n x m. Rows are what the first dimension counts: of a stack, experts.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from olora_ray.adapter.factors import AdapterWeights, Factors
+from olora_ray.adapter.candidates import stack
+from olora_ray.adapter.layer import AdapterWeights, Factors, is_transposed
 
 UNIT = torch.finfo(torch.float32).eps / 2
 """Relative error of one rounding in float32."""
@@ -98,3 +100,38 @@ def _moved(weights: AdapterWeights, device: torch.device, dtype: torch.dtype) ->
     b0 = None if start.b0 is None else start.b0.to(device, dtype)
     factors = Factors(start.a0.to(device, dtype), b0, start.full_rank)
     return AdapterWeights(factors, weights.da.to(device, dtype), weights.db.to(device, dtype))
+
+
+# How a model keeps the layers that adapters change: which parameter, and whether it is transposed.
+
+
+def parameter_of(model: nn.Module, layer: str) -> str:
+    """The full name of a layer's parameter."""
+    return layer if is_stack(model, layer) else f"{layer}.weight"
+
+
+def is_stack(model: nn.Module, layer: str) -> bool:
+    """Whether the name is that of a parameter, which holds several linear maps."""
+    try:
+        model.get_submodule(layer)
+    except AttributeError:
+        return True
+    return False
+
+
+def stored_transposed(model: nn.Module, layer: str) -> bool:
+    """Whether the parameter is n x m (or E x n x m) instead of m x n."""
+    if not is_stack(model, layer):
+        return is_transposed(model.get_submodule(layer))
+    experts, _, parameter = layer.rpartition(".")
+    return stack(model.get_submodule(experts), parameter).stored_transposed
+
+
+def declares_transposed(model: nn.Module, layer: str) -> bool:
+    """What a stack's module says of itself in transformers' interface for experts, which PEFT goes by."""
+    return bool(getattr(model.get_submodule(layer.rpartition(".")[0]), "is_transposed", False))
+
+
+def transposed_layers(model: nn.Module, layers: Iterable[str]) -> frozenset[str]:
+    """Those of the layers that are kept transposed."""
+    return frozenset(layer for layer in layers if stored_transposed(model, layer))

@@ -18,8 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from olora_ray.adapter.factors import Factors
-from olora_ray.adapter.layer import AdaptedWeight, add_low_rank
+from olora_ray.adapter.layer import AdaptedWeight, Factors, add_low_rank
 
 Rows = list[tuple[int, int, int]]
 """(expert, first row, row after the last) of each expert that has rows."""

@@ -7,21 +7,99 @@ number of threads, so computing the same layer everywhere would not do).
 
 import hashlib
 import heapq
+import json
 import math
+import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
-from olora_ray.adapter.exchange import Shape, exchange
-from olora_ray.adapter.factors import Factors
+from olora_ray.adapter.candidates import Target
+from olora_ray.adapter.layer import Factors
 from olora_ray.adapter.methods import METHODS, Method, Options
 from olora_ray.adapter.methods.method import DEFAULTS
-from olora_ray.adapter.targets import Target
-from olora_ray.common import collectives
+from olora_ray.common import collectives, node_cache, storage
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Adapter
+
+# Exchange of factors: each worker has computed those of its share; afterwards all hold all of them.
+
+
+Shape = tuple[int, ...]
+Shapes = tuple[Shape, Shape | None]
+"""Of a layer's A0 and B0."""
+
+
+def exchange(
+    own: Mapping[str, Factors], shares: Sequence[Sequence[str]], device: torch.device
+) -> tuple[dict[str, Factors], str]:
+    """The factors of all layers, the same bytes on every worker, and the SHA-256 over them.
+
+    `own` are those of this worker's share, `shares` the names of each worker's; the numbers travel by `device`. Raises
+    RuntimeError if the workers do not end with the same bytes.
+    """
+    here = collectives.rank()
+    shapes: dict[str, Shapes] = {}
+    for part in collectives.gather({name: _shapes(item) for name, item in own.items()}):
+        shapes |= part
+    merged: dict[str, Factors] = {}
+    hasher = hashlib.sha256()
+    for worker, share in enumerate(shares):
+        buffer = _pack(own, share) if worker == here else torch.empty(sum(_size(shapes[name]) for name in share))
+        buffer = buffer.to(device)
+        collectives.broadcast_in_place(buffer, worker)
+        buffer = buffer.cpu()
+        hasher.update(buffer.numpy().tobytes())
+        merged.update(_unpack(buffer, share, shapes))
+    if len(set(collectives.gather(hasher.digest()))) > 1:
+        raise RuntimeError("workers hold different factors after the exchange: the network corrupted a broadcast")
+    return merged, hasher.hexdigest()
+
+
+def _shapes(item: Factors) -> Shapes:
+    return tuple(item.a0.shape), None if item.b0 is None else tuple(item.b0.shape)
+
+
+def _size(shapes: Shapes) -> int:
+    a0, b0 = shapes
+    return math.prod(a0) + (0 if b0 is None else math.prod(b0)) + 1
+
+
+def _pack(own: Mapping[str, Factors], share: Sequence[str]) -> Tensor:
+    parts = [torch.empty(0)]
+    for name in share:
+        item = own[name]
+        parts.append(item.a0.reshape(-1).cpu())
+        if item.b0 is not None:
+            parts.append(item.b0.reshape(-1).cpu())
+        parts.append(torch.tensor([float(item.full_rank)]))
+    return torch.cat(parts)
+
+
+def _unpack(buffer: Tensor, share: Sequence[str], shapes: Mapping[str, Shapes]) -> dict[str, Factors]:
+    result, place = {}, 0
+
+    def take(shape: Shape) -> Tensor:
+        nonlocal place
+        size = math.prod(shape)
+        part = buffer[place : place + size].view(shape)
+        place += size
+        return part
+
+    for name in share:
+        of_a0, of_b0 = shapes[name]
+        a0 = take(of_a0)
+        b0 = None if of_b0 is None else take(of_b0)
+        result[name] = Factors(a0, b0, full_rank=bool(take((1,)).item()))
+    return result
+
 
 CHUNK = 2**26
 """Numbers of a stack that are taken to float32 at once: 256 MiB, or one expert."""
@@ -136,3 +214,79 @@ def _together(chunks: list[Factors]) -> Factors:
     return Factors(
         torch.cat([chunk.a0 for chunk in chunks]), torch.cat(b0) if b0 else None, all(c.full_rank for c in chunks)
     )
+
+
+# Cache of factors: computed once for a search, and read by its trials.
+
+
+TENSORS, DESCRIPTION = "factors.safetensors", "factors.json"
+
+
+def write(
+    place: str, factors: Mapping[str, Factors], origin: Mapping[str, str], rank: int, prefix: bool = True
+) -> None:
+    """Keep factors in the folder `place`; `origin` says what they were computed from, `prefix` is the method's."""
+    parts: dict[str, Tensor] = {}
+    for name, found in factors.items():
+        parts[f"{name}.a0"] = found.a0
+        if found.b0 is not None:
+            parts[f"{name}.b0"] = found.b0
+    with tempfile.TemporaryDirectory(prefix="olora-factors-") as folder:
+        save_file({name: part.contiguous().cpu() for name, part in parts.items()}, Path(folder) / TENSORS)
+        storage.write_bytes(storage.join(place, TENSORS), (Path(folder) / TENSORS).read_bytes())
+    # A prefix of a completed slice need not be what the smaller slice is completed to.
+    whole = all(found.full_rank for found in factors.values())
+    described = {**origin, "rank": rank, "full_rank": whole, "prefix": prefix}
+    storage.write_text(storage.join(place, DESCRIPTION), json.dumps(described))
+
+
+def has(place: str, origin: Mapping[str, str], rank: int) -> bool:
+    """Whether factors of this origin are kept there from which those of this rank follow."""
+    return _description(place, origin, rank) is not None
+
+
+def _description(place: str, origin: Mapping[str, str], rank: int) -> dict[str, Any] | None:
+    """What is said of the factors there, if those of this origin and rank follow from them."""
+    try:
+        found = json.loads(storage.read_text(storage.join(place, DESCRIPTION)))
+        enough = found["rank"] >= rank if _is_prefix(found) else found["rank"] == rank
+        return found if found["full_rank"] and enough and {**found, **origin} == found else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _is_prefix(description: Mapping[str, Any]) -> bool:
+    """Whether the first rows and columns are those of a smaller rank; else layers may have ranks of their own."""
+    # Without the word they are of a version whose methods all promised it.
+    return bool(description.get("prefix", True))
+
+
+def read(place: str, origin: Mapping[str, str], rank: int, names: list[str]) -> dict[str, Factors] | None:
+    """The factors of these layers at `rank`; None if they are not there, of another origin, or too small."""
+    description = _description(place, origin, rank)
+    if description is None:
+        return None
+    limit = rank if _is_prefix(description) else None
+    try:
+        with (
+            node_cache.fetched(storage.join(place, TENSORS)) as local,
+            safe_open(local, "pt") as file,
+        ):
+            there = set(file.keys())
+            return {
+                name: Factors(
+                    _first(file.get_slice(f"{name}.a0"), -2, limit),
+                    _first(file.get_slice(f"{name}.b0"), -1, limit) if f"{name}.b0" in there else None,
+                )
+                for name in names
+            }
+    except (OSError, SafetensorError):
+        return None
+
+
+def _first(stored: Any, dim: int, rank: int | None) -> Tensor:
+    """The first `rank` (None: all) of a stored tensor's dimension `dim`; nothing else of it is read."""
+    places = [slice(None)] * len(stored.get_shape())
+    places[dim] = slice(rank)
+    part: Tensor = stored[tuple(places)]
+    return part.contiguous()

@@ -1,17 +1,90 @@
 """Injection of adapters: wraps the layers to adapt, and takes the wrapping off again."""
 
-from collections.abc import Mapping
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 from torch import nn
 
-from olora_ray.adapter.candidates import stack
+from olora_ray.adapter.candidates import Candidate, Reason, Target, candidates, other_parts, output_head, part_of, stack
 from olora_ray.adapter.experts import AdaptedExperts, AdaptedStack
-from olora_ray.adapter.factors import Factors
-from olora_ray.adapter.layer import AdaptedLinear, AdaptedWeight
-from olora_ray.adapter.parts import output_head
-from olora_ray.adapter.targets import find_targets
+from olora_ray.adapter.layer import AdaptedLinear, AdaptedWeight, Factors, is_linear
+from olora_ray.common.errors import UserError
 
-__all__ = ["find_targets", "inject", "install", "output_head", "remove", "wrap"]
+# The weights that `adapter.targets` means.
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What is adapted, and what is not."""
+
+    targets: dict[str, Target]
+    """By name, in the model's order."""
+    left_out: dict[str, Reason]
+    """Linear layers and experts that "all-linear" leaves out, by name, with the reason; empty for named targets."""
+
+
+def find_targets(model: nn.Module, targets: str | tuple[str, ...], rank: int) -> dict[str, Target]:
+    """Name -> target for `adapter.targets`, in the model's order; raises UserError as `select` does."""
+    return select(model, targets, rank).targets
+
+
+def select(model: nn.Module, targets: str | tuple[str, ...], rank: int) -> Selection:
+    """What `adapter.targets` means in this model.
+
+    Each entry of a tuple is a name, a dotted suffix of one, or a regular expression for the whole of it;
+    for experts the name of their module, or a suffix of it, means all of its weights. Raises UserError for
+    an entry that matches nothing, for what cannot be adapted, and for a rank that a layer is too small for.
+    """
+    found = candidates(model)
+    if isinstance(targets, str):
+        reasons = {name: item.aside or item.refused for name, item in found.items()}
+        chosen = [name for name, reason in reasons.items() if reason is None]
+        left_out = {name: reason for name, reason in reasons.items() if reason is not None}
+    else:
+        named = {name for entry in targets for name in _matches(entry, found)}
+        chosen = [name for name in found if name in named]
+        left_out = {}
+        for name in chosen:
+            if refused := found[name].refused:
+                raise UserError(f"adapter.targets: {name!r} is {refused.what}, which is not adapted; leave it out")
+    if not chosen:
+        kinds = ", ".join(dict.fromkeys(reason.kind for reason in left_out.values()))
+        raise UserError(f"adapter.targets: the model has no linear layer to adapt{f', only {kinds}' if kinds else ''}")
+    selected = {name: found[name].target for name in chosen}
+    _check_rank(selected, rank)
+    return Selection(selected, left_out)
+
+
+def _check_rank(selected: Mapping[str, Target], rank: int) -> None:
+    for name, target in selected.items():
+        m, n = target.shape
+        if rank > min(m, n):
+            raise UserError(
+                f"adapter.rank={rank} is too large for {name} ({m} x {n}): use at most {min(m, n)}, or leave the"
+                " layer out of adapter.targets"
+            )
+
+
+def _matches(entry: str, found: Mapping[str, Candidate]) -> list[str]:
+    matched = [name for name, item in found.items() if _is_suffix(entry, [name, *item.other_names()])]
+    if not matched:
+        try:
+            matched = [name for name in found if re.fullmatch(entry, name)]
+        except re.error as error:
+            raise UserError(f"adapter.targets: {entry!r} is not a regular expression: {error}") from None
+    if not matched:
+        kinds = sorted({name.rpartition(".")[2] for name in found})
+        raise UserError(
+            f"adapter.targets: {entry!r} matches no linear layer; the model has {', '.join(kinds)}"
+            f" (for example {next(iter(found), 'none')})"
+        )
+    return matched
+
+
+def _is_suffix(entry: str, names: Iterable[str]) -> bool:
+    return any(name == entry or name.endswith("." + entry) for name in names)
 
 
 def inject(
@@ -68,3 +141,49 @@ def remove(model: nn.Module) -> None:
 
 def _base(module: nn.Module) -> nn.Module:
     return module.base if isinstance(module, AdaptedLinear | AdaptedExperts) else module
+
+
+# How much of a model lies behind an adapter, and what does not.
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """The parameters of a model by whether they are adapted; one that is used twice counts once."""
+
+    adapted: int
+    """Parameters of the adapted weights."""
+    others: dict[str, int]
+    """The other parameters by what they are ("embeddings"), most first."""
+
+    @property
+    def share(self) -> float:
+        """The adapted parameters' share of all."""
+        return self.adapted / (self.adapted + sum(self.others.values()))
+
+
+def coverage(model: nn.Module, selection: Selection) -> Coverage:
+    """The coverage of a model by what was selected of it; needs no weights."""
+    adapted = {id(getattr(target.module, target.parameter)) for target in selection.targets.values()}
+    parts, head, total = other_parts(model), output_head(model), 0
+    others: Counter[str] = Counter()
+    for name, parameter in model.named_parameters():
+        if id(parameter) in adapted:
+            total += parameter.numel()
+        else:
+            owner = name.rpartition(".")[0]
+            is_head = model.get_submodule(owner) is head
+            kind = "output head" if is_head else part_of(name, parts) or _kind(model, name, owner, selection)
+            others[kind] += parameter.numel()
+    return Coverage(total, dict(others.most_common()))
+
+
+def _kind(model: nn.Module, name: str, owner: str, selection: Selection) -> str:
+    module = model.get_submodule(owner)
+    if isinstance(module, nn.Embedding):
+        return "embeddings"
+    if reason := selection.left_out.get(name) or (selection.left_out.get(owner) if name.endswith(".weight") else None):
+        return reason.kind
+    if "Expert" in type(module).__name__ and not name.endswith("bias"):
+        return "experts"
+    linear = is_linear(module) and name.endswith(".weight")
+    return "layers that adapter.targets does not name" if linear else "norms, biases and others"

@@ -23,13 +23,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from olora_ray.adapter.factors import AdapterWeights
+from olora_ray.adapter.change import parameter_of
 from olora_ray.adapter.inject import inject
-from olora_ray.adapter.layout import parameter_of
+from olora_ray.adapter.layer import AdapterWeights
 from olora_ray.adapter.merge import changes_of
-from olora_ray.adapter.weight_group import Group
+from olora_ray.adapter.stored import Group
 from olora_ray.common.errors import first_line
-from olora_ray.model.foreign import foreign
+from olora_ray.model.folder import foreign
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

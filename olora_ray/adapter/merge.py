@@ -10,21 +10,21 @@ because what is read is the base.
 """
 
 import heapq
+import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from olora_ray.adapter import portable
-from olora_ray.adapter.change import Change
-from olora_ray.adapter.factors import AdapterWeights
-from olora_ray.adapter.layout import stored_transposed
-from olora_ray.adapter.new_folder import replacing
-from olora_ray.adapter.stored import is_stale_index, weight_files
-from olora_ray.adapter.weight_group import Group
-from olora_ray.adapter.weight_names import groups
+from olora_ray.adapter.change import UNIT, Change, stored_transposed
+from olora_ray.adapter.layer import AdapterWeights
+from olora_ray.adapter.peft_folder import replacing
+from olora_ray.adapter.stored import INDEX, Group, groups, is_stale_index, tensors, weight_files
 from olora_ray.common.errors import UserError
 from olora_ray.common.fault_points import reached
 
@@ -119,3 +119,159 @@ def shares(found: Sequence[Group], workers: int) -> list[list[Group]]:
         parts[worker].append(group)
         heapq.heappush(load, (total + group.size, worker))
     return parts
+
+
+# Whether a merged folder is the base with the change in it, from the files alone: this decides.
+
+
+AT_ONCE = 2**20
+"""Numbers that are compared together: in float64 they fit in a processor's cache."""
+_BYTES = 2**22
+_EXPONENT = 0x7FF0000000000000
+"""The bits of a float64 that are left of a number rounded down to a power of two."""
+_OF_ENDS = (portable.ENDS, "bos_token_id", "pad_token_id")
+"""What a generation_config.json has that an export has written for its ends."""
+
+
+@dataclass(frozen=True)
+class Worst:
+    """The largest error of the merged weights of a share."""
+
+    error: float
+    """In roundings."""
+    layer: str
+    stored: str
+    """The coarsest precision that one of them is stored in."""
+
+
+def worst_of(found: Sequence[Worst]) -> Worst:
+    """Of several shares; NaN is worse than any number."""
+    largest = max(found, key=lambda one: (one.error != one.error, one.error))
+    return Worst(largest.error, largest.layer, max((one.stored for one in found), key=_coarseness))
+
+
+@torch.inference_mode()
+def check_weights(
+    base: Path,
+    merged: Path,
+    share: Sequence[Group],
+    adapter: Mapping[str, AdapterWeights],
+    scale: float,
+    device: torch.device = _CPU,
+) -> Worst:
+    """The largest error of the merged weights of these groups."""
+    found = [Worst(0.0, "", "float32")]
+    for group, changes in changes_of(share, adapter, scale):
+        kind = str(group.dtype).removeprefix("torch.")
+        names = {parameter: layer for layer, parameter in group.layers.items()}
+        for first, last in group.steps():
+            before, after = group.read(base, first, last), group.read(merged, first, last)
+            for parameter, change in changes.items():
+                old = group.rows(before, parameter, first, last)
+                new = group.rows(after, parameter, first, last)
+                found.append(Worst(_error(old, new, change, first, device), names[parameter], kind))
+            for parameter in group.shapes.keys() - changes.keys():  # stored in one tensor with adapted ones
+                if not _same_bits(*(group.rows(part, parameter, first, last) for part in (before, after))):
+                    found.append(Worst(float("inf"), parameter, kind))
+    return worst_of(found)
+
+
+def _same_bits(old: Tensor, new: Tensor) -> bool:
+    return torch.equal(*(part.contiguous().view(torch.uint8) for part in (old, new)))
+
+
+def _error(old: Tensor, new: Tensor, change: Change, first: int, device: torch.device) -> float:
+    """Largest error in roundings of the rows from `first` on; NaN if there is one."""
+    if old.ndim == 3:
+        errors = [_error(old[i], new[i], change.expert(first + i), 0, device) for i in range(len(old))]
+        return max(errors, key=lambda error: (error != error, error))
+    worst, count = 0.0, max(1, AT_ONCE // max(1, old.shape[1]))
+    kind = torch.finfo(new.dtype)
+    for begin in range(0, len(old), count):
+        end = min(begin + count, len(old))
+        weight, found = (part[begin:end].to(device).double() for part in (old, new))
+        exact = weight + change.exact(begin, end, device)
+        unit = _power_of_two(exact).clamp_(min=kind.tiny).mul_(kind.eps / 2)
+        slack = change.slack(begin, end, device).double() + 2 * UNIT * exact.abs()
+        ratio = float((found - exact).abs_().div_(unit.add_(slack)).max())
+        if ratio != ratio:
+            return ratio
+        worst = max(worst, ratio)
+    return worst
+
+
+def _power_of_two(numbers: Tensor) -> Tensor:
+    """The largest power of two that is not above each number's size (float64)."""
+    return (numbers.view(torch.int64) & _EXPONENT).view(torch.float64)
+
+
+def changed(base: Path, merged: Path, found: Sequence[Group]) -> list[str]:
+    """What of a merged folder is not the base's although no adapter changes it: one line each."""
+    return changed_files(base, merged) or changed_bytes(base, merged, found, weight_files(base))
+
+
+def changed_files(base: Path, merged: Path) -> list[str]:
+    """Files of weights that are not the base's by name or size, and configs with another content."""
+    files, theirs = weight_files(base), sorted(file.name for file in merged.glob("*.safetensors"))
+    if theirs != files:
+        return [f"its files of weights are {', '.join(theirs) or 'missing'}; the base's are {', '.join(files)}"]
+    lines = []
+    for name in (INDEX, "config.json", "generation_config.json"):
+        before = None if is_stale_index(base, name) else _json(base / name)
+        after = _json(merged / name)
+        if _but_ends(name, portable.portable_config(before)) != _but_ends(name, after):
+            lines.append(f"{name} is not the base's")
+    sizes = [name for name in files if (base / name).stat().st_size != (merged / name).stat().st_size]
+    return lines + [f"{name} has another size than the base's" for name in sizes]
+
+
+def _but_ends(name: str, tree: Any) -> Any:
+    """A config without what ends an answer, in which an export may have more than its base, or a first file at all."""
+    if name != portable.GENERATION:
+        return tree
+    return {field: value for field, value in (tree or {}).items() if field not in _OF_ENDS}
+
+
+def changed_bytes(base: Path, merged: Path, found: Sequence[Group], files: Sequence[str]) -> list[str]:
+    """The first byte in each of these files that differs outside of the adapted weights."""
+    lines = []
+    for name in files:
+        adapted = sorted((entry.start, entry.end) for group in found for entry in group.stored if entry.file == name)
+        if (place := _first_difference(base / name, merged / name, adapted)) is not None:
+            entries = tensors(base).values()
+            within = [entry.name for entry in entries if entry.file == name and entry.start <= place < entry.end]
+            lines.append(f"{name}: byte {place} (of {within[0] if within else 'its header'}) is not the base's")
+    return lines
+
+
+def _json(file: Path) -> object:
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def _first_difference(before: Path, after: Path, left_out: Sequence[tuple[int, int]]) -> int | None:
+    """The first byte outside of these ranges that is not the same in both files."""
+    with before.open("rb") as old, after.open("rb") as new:
+        for start, end in _between(left_out, before.stat().st_size):
+            old.seek(start)
+            new.seek(start)
+            for place in range(start, end, _BYTES):
+                size = min(_BYTES, end - place)
+                first, second = old.read(size), new.read(size)
+                if first != second:
+                    pairs = zip(first, second, strict=False)
+                    return place + next((i for i, (one, other) in enumerate(pairs) if one != other), len(second))
+    return None
+
+
+def _between(ranges: Sequence[tuple[int, int]], size: int) -> Iterator[tuple[int, int]]:
+    place = 0
+    for start, end in ranges:
+        if start > place:
+            yield place, start
+        place = max(place, end)
+    if size > place:
+        yield place, size
+
+
+def _coarseness(dtype: str) -> float:
+    return float(torch.finfo(getattr(torch, dtype)).eps)

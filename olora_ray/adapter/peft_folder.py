@@ -14,6 +14,8 @@ such a name is written as the parameter that it has, which PEFT leaves as it is.
 
 import json
 import math
+import os
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,13 +24,38 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from olora_ray.adapter.factors import AdapterWeights, Factors
-from olora_ray.adapter.layout import declares_transposed, is_stack, stored_transposed, transposed_layers
-from olora_ray.adapter.new_folder import replacing
+from olora_ray.adapter.change import declares_transposed, is_stack, stored_transposed, transposed_layers
+from olora_ray.adapter.layer import AdapterWeights, Factors
+from olora_ray.common import storage
+from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Adapter
+from olora_ray.model.folder import read_json
+
+# A folder that is there when it is complete, and not before.
+
+
+@contextmanager
+def replacing(out: Path) -> Iterator[Path]:
+    """A new folder beside `out` that takes its place when the block ends well."""
+    partial, old = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.old")
+    for leftover in (partial, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        for file in partial.rglob("*"):
+            storage.open_up(file)
+        if out.exists():
+            os.replace(out, old)
+        os.replace(partial, out)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."
@@ -195,3 +222,70 @@ def _mistaken(model: Any) -> frozenset[str]:
     tables: Any = conversion
     family = tables._MODEL_TO_CONVERSION_PATTERN.get(getattr(getattr(model, "config", None), "model_type", None))
     return frozenset(tables._MOE_TARGET_MODULE_MAPPING.get(family, ()))
+
+
+# An adapter of rank 2r as one of a smaller rank, for servers that take no larger: the best in the Frobenius norm.
+
+
+def compress(adapter: Mapping[str, AdapterWeights], rank: int) -> tuple[dict[str, AdapterWeights], float]:
+    """The adapter with at most `rank` directions a layer, and the share of its change that is lost.
+
+    The share is the Frobenius norm of what is lost relative to that of the change, over all layers together. An
+    adapter whose matrices have no more than `rank` directions comes back as it is. Stacks keep `rank` an expert.
+    """
+    if all(weights.plain_rank() <= rank for weights in adapter.values()):
+        return dict(adapter), 0.0
+    found, lost, whole = {}, 0.0, 0.0
+    for name, weights in adapter.items():
+        lora_a, lora_b, values = _truncated(weights, rank)
+        # B0 = 0, so that the whole change is dB dA: export, merge and checks take it as any other adapter.
+        found[name] = AdapterWeights(Factors(torch.zeros_like(lora_a), None), lora_a, lora_b)
+        squares = values.square()
+        lost, whole = lost + float(squares[..., rank:].sum()), whole + float(squares.sum())
+    return found, (lost / whole) ** 0.5 if whole else 0.0
+
+
+def _truncated(weights: AdapterWeights, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """lora_A (rank x n) and lora_B (m x rank) in float32, and all singular values of their product in float64."""
+    lora_a, lora_b = (part.double() for part in weights.plain_lora())
+    q_up, r_up = torch.linalg.qr(lora_b)
+    q_down, r_down = torch.linalg.qr(lora_a.mT)
+    left, values, right = torch.linalg.svd(r_up @ r_down.mT, full_matrices=False)
+    root = values[..., :rank].sqrt()
+    up = q_up @ (left[..., :rank] * root.unsqueeze(-2))
+    down = (root.unsqueeze(-1) * right[..., :rank, :]) @ q_down.mT
+    spare = rank - root.shape[-1]  # a matrix may have fewer directions than the others keep
+    up, down = F.pad(up, (0, spare)), F.pad(down, (0, 0, 0, spare))
+    return down.float().contiguous(), up.float().contiguous(), values
+
+
+# Reading of an adapter folder that was exported here (peft_folder.write_adapter), to merge it into its base.
+
+
+_MORE = ("modules_to_save", "use_dora", "rank_pattern", "alpha_pattern", "layer_replication")
+"""Settings of PEFT with which an adapter is more than one product of two matrices a layer."""
+
+
+def read(folder: Path, model: nn.Module) -> tuple[dict[str, AdapterWeights], float]:
+    """Name of a layer -> its adapter in float32, and the scale of all; `model` is the base, weights or not.
+
+    Raises UserError for an adapter of another form, or of another model: PEFT itself may load these, but here they
+    are not merged.
+    """
+    fields = read_json(folder / CONFIG)
+    if fields.get("peft_type") != "LORA" or fields.get("bias", "none") != "none" or any(map(fields.get, _MORE)):
+        raise UserError(
+            f"model.name: {folder} is not a plain LoRA, so it cannot be merged here; evaluate it as it is, or register"
+            " it with export.merged: true to train on top of it"
+        )
+    try:
+        adapter, scale = read_adapter(folder, model)
+    except (KeyError, AttributeError, ValueError, RuntimeError, TypeError):
+        adapter, scale = {}, 0.0
+    with safe_open(folder / WEIGHTS, "pt") as file:
+        stored = len(list(file.keys()))
+    if not adapter or stored != 2 * len(adapter):
+        raise UserError(
+            f"model.name: {folder / WEIGHTS} does not have a lora_A and a lora_B of each layer, and no more"
+        )
+    return adapter, scale

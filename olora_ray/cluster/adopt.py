@@ -11,8 +11,8 @@ import torch
 
 from olora_ray.cluster.evaluator import Evaluator
 from olora_ray.common import collectives
+from olora_ray.train.checkpoint import TrainState
 from olora_ray.train.loop import StepResult, Trainer
-from olora_ray.train.state import TrainState
 
 
 @dataclass

@@ -12,10 +12,10 @@ from olora_ray.cluster.worker_context import WorkerContext
 from olora_ray.common import collectives
 from olora_ray.common.fault_points import reached
 from olora_ray.common.text import plural
-from olora_ray.train.baseline import Baseline
+from olora_ray.train.checkpoint import TrainState, perplexity
 from olora_ray.train.generate import answer, wanted_questions
 from olora_ray.train.loop import evaluate
-from olora_ray.train.state import TrainState, perplexity
+from olora_ray.train.scoring import Baseline
 
 logger = logging.getLogger(__name__)
 

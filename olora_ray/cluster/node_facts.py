@@ -11,7 +11,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from olora_ray.cluster import ray_internals
-from olora_ray.common import kept, storage
+from olora_ray.common import node_cache, storage
 
 PACKAGES = ("ray", "torch", "transformers")
 FOR_SOME = ("bitsandbytes",)
@@ -41,7 +41,7 @@ def node_info() -> NodeInfo:
     memory, oldest = ray_internals.system_memory(), min(ray_internals.gpu_generations(), default=None)
     # A GPU that is there and does not tell shares the machine's.
     gpu_memory = min(ray_internals.gpu_memory(), default=None if oldest is None else memory)
-    versions = {"python": platform.python_version(), "olora_ray": f"code {kept.project()}", **versions}
+    versions = {"python": platform.python_version(), "olora_ray": f"code {node_cache.project()}", **versions}
     return NodeInfo(versions, memory, gpu_memory, gpu_generation=oldest)
 
 

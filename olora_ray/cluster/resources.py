@@ -11,7 +11,7 @@ import ray
 import yaml
 
 from olora_ray.cluster import ray_internals
-from olora_ray.config.evaluation import AnyConfig
+from olora_ray.config.schema import AnyConfig
 
 Resources = Mapping[str, float]
 """Name -> amount."""
@@ -166,3 +166,16 @@ def _times(name: str, each: float, free: float) -> int:
     # A part of a GPU lies on one GPU: of 0.4 there are two on each, and not five on two.
     whole, part = divmod(free + 1e-6, 1.0)
     return int(whole) * int(1 / each + 1e-6) + int(part / each + 1e-6)
+
+
+# Placement groups whose Train controller has died, given back.
+
+
+def free_abandoned() -> int:
+    """Remove this job's placement groups whose creating actor is dead; returns how many there were."""
+    from ray.util.placement_group import remove_placement_group
+
+    found = ray_internals.abandoned_placement_groups()
+    for group in found:
+        remove_placement_group(group)
+    return len(found)

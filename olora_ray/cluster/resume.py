@@ -7,13 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
-from olora_ray.adapter import factor_cache
-from olora_ray.adapter.factors import AdapterWeights, Factors
+from olora_ray.adapter import initialise
 from olora_ray.adapter.initialise import InitReport, at_scale
 from olora_ray.adapter.inject import find_targets, wrap
+from olora_ray.adapter.layer import AdapterWeights, Factors
 from olora_ray.adapter.methods import FROM_WEIGHTS
-from olora_ray.cluster.spec import TrainSpec
-from olora_ray.cluster.tested_base import check_base
+from olora_ray.cluster.spec import TrainSpec, check_base
 from olora_ray.cluster.worker_context import SharedBaseContext, WorkerContext, agreed
 from olora_ray.common import collectives
 from olora_ray.common.errors import StoreUnavailable, TryAgain, UserError
@@ -21,13 +20,12 @@ from olora_ray.common.fault_points import reached
 from olora_ray.common.text import plural
 from olora_ray.config.load import override
 from olora_ray.train import checkpoint, checkpoints
-from olora_ray.train.checkpoint import Checkpoint
+from olora_ray.train.checkpoint import Checkpoint, TrainState
+from olora_ray.train.data_driven import new_factors
 from olora_ray.train.loader import Waiting
 from olora_ray.train.loop import Trainer
 from olora_ray.train.loss import SupervisedLoss
-from olora_ray.train.new_factors import new_factors
 from olora_ray.train.parallel import place_model
-from olora_ray.train.state import TrainState
 
 logger = logging.getLogger(__name__)
 
@@ -157,7 +155,7 @@ def factors(
         return {name: known[name].factors for name in sorted(known, key=lambda name: places.get(name, len(places)))}
     if spec.shared:
         began = time.perf_counter()
-        found = factor_cache.read(spec.factor_place(), spec.factor_origin(), adapter.rank, list(targets))
+        found = initialise.read(spec.factor_place(), spec.factor_origin(), adapter.rank, list(targets))
         # What one worker cannot read now is made by all together: it would wait for the others otherwise.
         if all(collectives.gather(bool(found))) and found:
             logger.info(

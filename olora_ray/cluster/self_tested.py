@@ -14,19 +14,17 @@ from typing import Any
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from olora_ray.cluster.kind import kind_of
 from olora_ray.cluster.resume import StartingPoint
-from olora_ray.cluster.spec import TrainSpec
-from olora_ray.cluster.tested_base import first_sequences, tested
+from olora_ray.cluster.spec import TrainSpec, first_sequences, tested
 from olora_ray.cluster.worker_context import WorkerContext
-from olora_ray.common import collectives, kept
+from olora_ray.cluster.worker_platforms import kind_of
+from olora_ray.common import collectives, node_cache
 from olora_ray.common.errors import UserError
 from olora_ray.tokens.store import Pack
-from olora_ray.train.adapter_test import check_adapters
 from olora_ray.train.loader import Waiting
 from olora_ray.train.loop import train_mode
-from olora_ray.train.self_test import require_layout
-from olora_ray.train.self_test_result import SelfTest
+from olora_ray.train.loss import SelfTest
+from olora_ray.train.self_test import check_adapters, require_layout
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +56,7 @@ def self_tested(
     assert found is not None
     start.state.self_test = {"with": used, "found": found.to_json()}
     if place is not None:
-        kept.keep(place, json.dumps(found.to_json()))
+        node_cache.keep(place, json.dumps(found.to_json()))
     return replace(start, attention=name)
 
 
@@ -66,7 +64,7 @@ def what_computes(context: WorkerContext, spec: TrainSpec, dtype: torch.dtype) -
     """All that decides, beside a run's identity, what a worker's model, which is of this `dtype`, makes of its data."""
     model = spec.config.model.model_dump(mode="json", exclude={"name"})
     return kind_of(context.device) | {
-        "code": kept.code(),
+        "code": node_cache.code(),
         "model": json.dumps(model, sort_keys=True),
         "precision": str(dtype),  # of `auto` the other workers decide too
         "strategy": spec.config.cluster.strategy,
@@ -90,12 +88,12 @@ def _place(spec: TrainSpec, used: dict[str, str]) -> str | None:
     """The file of this node that keeps what was found; None for a model whose digest may not have all its code."""
     if not spec.base.digest or spec.config.model.trust_remote_code:
         return None
-    return kept.place("self-tests", *(json.dumps(part, sort_keys=True) for part in (used, spec.identity())))
+    return node_cache.place("self-tests", *(json.dumps(part, sort_keys=True) for part in (used, spec.identity())))
 
 
 def _kept(place: str | None) -> SelfTest | None:
     """What an earlier run on this node has found."""
-    text = kept.read(place) if place is not None else None
+    text = node_cache.read(place) if place is not None else None
     try:
         return None if text is None else _FOUND.validate_json(text)
     except ValidationError:

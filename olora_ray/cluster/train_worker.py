@@ -10,15 +10,15 @@ import ray.train as ray_train
 from olora_ray.cluster.channel import sent_to
 from olora_ray.cluster.groups import Finished, Member
 from olora_ray.cluster.mesh import Mesh, RayMeeting
+from olora_ray.cluster.preemption import StopRequests
 from olora_ray.cluster.quiet import quiet_train_worker
 from olora_ray.cluster.resume import starting_point
 from olora_ray.cluster.spec import LEFT, TrainResult, TrainSpec
-from olora_ray.cluster.stop_requests import StopRequests
 from olora_ray.cluster.worker import Worker
 from olora_ray.cluster.worker_context import RayTrainContext, WorkerContext
 from olora_ray.common import collectives
 from olora_ray.common.errors import TryAgain, UserError
-from olora_ray.common.quiet import quiet_transformers
+from olora_ray.common.logs import quiet_transformers
 
 
 @dataclass(frozen=True)

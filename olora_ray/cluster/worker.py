@@ -9,24 +9,23 @@ from typing import Any
 from olora_ray.cluster.adopt import Progress, adopt
 from olora_ray.cluster.channel import Resumed, Saved, Started
 from olora_ray.cluster.evaluator import Evaluator
-from olora_ray.cluster.kind import note_kinds
 from olora_ray.cluster.mesh import Mesh
+from olora_ray.cluster.preemption import StopRequests
 from olora_ray.cluster.resume import StartingPoint
 from olora_ray.cluster.self_tested import self_tested
 from olora_ray.cluster.spec import LEFT, TrainResult, TrainSpec
-from olora_ray.cluster.stop_requests import StopRequests
 from olora_ray.cluster.worker_context import WorkerContext
+from olora_ray.cluster.worker_platforms import note_kinds
 from olora_ray.common import collectives, storage
 from olora_ray.common.collectives import PeerLost
 from olora_ray.common.errors import UserError
 from olora_ray.common.fault_points import reached
 from olora_ray.config.load import dump
-from olora_ray.train.checkpoint import snapshot
-from olora_ray.train.checkpoint_manager import CheckpointManager
+from olora_ray.train.checkpoint import TrainState, snapshot
+from olora_ray.train.checkpoints import CheckpointManager
 from olora_ray.train.loader import StepLoader
 from olora_ray.train.loop import StepResult
-from olora_ray.train.schedule import Schedule
-from olora_ray.train.state import TrainState
+from olora_ray.train.optim import Schedule
 
 logger = logging.getLogger(__name__)
 

@@ -3,31 +3,77 @@
 import contextlib
 import logging
 import math
+import os
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import Protocol
 
+import ray
 import torch
 
 from olora_ray.adapter.inject import install, remove
 from olora_ray.adapter.layer import AdaptedWeight
-from olora_ray.cluster.device import multiply_exactly
 from olora_ray.cluster.preemption import NoPreemption, Preemption, RayPreemption
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.common import collectives
+from olora_ray.common.errors import UserError
+from olora_ray.common.malloc import keep_freed_memory
 from olora_ray.config.load import override
 from olora_ray.config.schema import Config
 from olora_ray.model import attention
 from olora_ray.model.load import pick_dtype
 from olora_ray.model.source import BaseModel, on_this_node
 from olora_ray.train.loss import SupervisedLoss
-from olora_ray.train.malloc import keep_freed_memory
-from olora_ray.train.sharded_base import load_base, together
+from olora_ray.train.parallel import load_base, together
 
 logger = logging.getLogger(__name__)
+
+# Device of a Ray process: the GPU that it was given, else the CPU.
+
+
+VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
+"""Variables that hold the GPUs which a process sees, NVIDIA's and AMD's; torch counts these, from 0."""
+
+
+def assigned_device() -> torch.device:
+    """Where this task or actor computes; the CPU in a driver and in a process without Ray.
+
+    A worker of Ray Train asks `ray.train.torch.get_device` instead: it sees the GPUs of all workers on its node.
+    Raises UserError if torch cannot use the GPU that this process was given.
+    """
+    given = [str(each) for each in ray.get_gpu_ids()] if ray.is_initialized() else []
+    device = device_of(given, os.environ)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            f"cluster.gpus_per_worker: this process was given GPU {given[0]} of its node, which torch"
+            f" {torch.__version__} cannot use; install torch for CUDA there, or set it to 0"
+        )
+    multiply_exactly(device)
+    return device
+
+
+def multiply_exactly(device: torch.device) -> None:
+    """Have this process multiply float32 as float32 on its GPU, whatever its environment says.
+
+    NVIDIA's images for torch set TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1: products of float32 have three digits then, with
+    which a merged weight is not base + change within one rounding, as its check has it.
+    """
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("highest")
+
+
+def device_of(given: Sequence[str], environment: Mapping[str, str]) -> torch.device:
+    """The device of a process with this environment, which was given these GPUs of its node."""
+    if not given:
+        return torch.device("cpu")
+    seen = next((environment[name].split(",") for name in VISIBLE if environment.get(name)), None)
+    if seen is None:  # all of the node's: Ray was told not to hide them
+        return torch.device("cuda", int(given[0]))
+    return torch.device("cuda", seen.index(given[0]) if given[0] in seen else 0)
+
 
 Adapted = Mapping[str, AdaptedWeight]
 

@@ -16,9 +16,9 @@ from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from typing import Any
 
-from olora_ray.common import connections
-from olora_ray.common.connections import ANSWER_SECONDS, CONNECT_SECONDS, TRUST, UNTRUSTED
+from olora_ray.common import patience
 from olora_ray.common.errors import StoreError, StoreUnavailable, TryAgain, UserError, first_line
+from olora_ray.common.patience import ANSWER_SECONDS, CONNECT_SECONDS, TRUST, UNTRUSTED
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +137,7 @@ def split(place: str) -> tuple[str, str]:
 
 
 def _client(attempts: int = 2) -> Any:
-    connections.follow_certificates()
+    patience.follow_certificates()
     names = sorted(pair for pair in os.environ.items() if pair[0].startswith("AWS_"))
     return _made(attempts, tuple(names))
 
@@ -149,7 +149,7 @@ def _made(attempts: int, environment: tuple[tuple[str, str], ...]) -> Any:
 
     logging.getLogger("botocore").setLevel(logging.WARNING)  # it tells where it has found the credentials
     # Stores other than AWS rarely have a host name for each bucket; pyarrow uses paths there too.
-    style = "path" if connections.s3_endpoint() else "auto"
+    style = "path" if patience.s3_endpoint() else "auto"
     return boto3.session.Session().client(
         "s3",
         config=Config(
@@ -208,7 +208,7 @@ def _error_of(error: Any) -> OSError:
 
 
 def _where() -> str:
-    return connections.s3_endpoint() or "AWS"
+    return patience.s3_endpoint() or "AWS"
 
 
 def _now(answer: Any) -> datetime:

@@ -7,17 +7,96 @@ object store that has answered before is asked again for a while first (patience
 import contextlib
 import errno
 import hashlib
+import json
 import os
+import shutil
+import stat
+import tempfile
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pyarrow import fs
 
-from olora_ray.common import connections, local_files, s3
+from olora_ray.common import patience, s3
 from olora_ray.common.errors import TryAgain, UserError, short_reason
 from olora_ray.common.patience import passes, patiently
+
+# Files and folders of this machine: made in one step, flushed, with the modes that the user has set, or private.
+
+
+NOT_OF_FOLDERS = (errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.EOPNOTSUPP)
+"""What fsync says where it is not for folders."""
+_UMASK = os.umask(0o077)  # it can be read by setting it only: once, before there are threads
+os.umask(_UMASK)
+
+
+def remove_local(path: Path) -> None:
+    """Delete a file, a link or a folder with all in it, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def beside(target: Path) -> Path:
+    """An unused name in the same folder, hidden, for what is to become `target` or was it; ends in .tmp."""
+    return target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+
+
+@contextlib.contextmanager
+def staged(target: Path) -> Iterator[Path]:
+    """A name beside `target` for the block to write a file or folder at, which becomes `target` in one step.
+
+    Whatever the block has written is removed if it fails, and if another process has made `target` meanwhile.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = beside(target)
+    try:
+        yield partial
+        try:
+            os.replace(partial, target)
+        except OSError:  # a folder with files is not replaced: another process was faster
+            if not target.exists():
+                raise
+    finally:
+        with contextlib.suppress(OSError):
+            remove_local(partial)
+
+
+def flush_to_disk(path: Path) -> None:
+    """Wait until the disk has a file's content, or a folder's list of names: a power cut does not undo it then.
+
+    Not every file system can be asked for that of a folder; what was done there is no failure.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NOT_OF_FOLDERS or not path.is_dir():
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def open_up(path: Path) -> None:
+    """Give a file or folder the mode that new ones get: safetensors makes files that only their owner can read."""
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~_UMASK)
+
+
+def private_folder(name: str) -> Path:
+    """A folder of this user in the temporary folder, made if needed, in which nobody else can write.
+
+    Raises PermissionError if somebody else has made a folder or a link of that name.
+    """
+    folder = Path(tempfile.gettempdir()) / f"{name}-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise PermissionError(f"{folder} is not this user's own folder; delete it, or set TMPDIR to another place")
+    return folder
+
 
 Found = TypeVar("Found")
 CHUNK = 8 * 2**20
@@ -61,7 +140,7 @@ def filesystem(place: str) -> tuple[fs.FileSystem, str]:
     scheme, _, rest = place.partition("://")
     address, _, query = rest.partition("?")
     bucket, _, key = address.partition("/")
-    system, root = connections.connect(scheme, bucket, query)
+    system, root = patience.connect(scheme, bucket, query)
     return system, f"{root}/{key}".rstrip("/")
 
 
@@ -206,7 +285,7 @@ def write_chunks(place: str, content: Callable[[], Iterable[bytes]], durable: bo
         ask(place, write)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = local_files.beside(path)
+    temporary = beside(path)
     try:
         with temporary.open("wb") as file:
             for chunk in content():
@@ -235,7 +314,7 @@ def read_text(place: str) -> str:
 def remove(place: str) -> None:
     """Delete a file or folder if it is there."""
     if (path := local_path(place)) is not None:
-        local_files.remove(path)
+        remove_local(path)
         return
     ask(place, _remove)
 
@@ -247,3 +326,66 @@ def _remove(system: fs.FileSystem, path: str) -> None:
             system.delete_dir(path)
     elif kind == fs.FileType.File:
         system.delete_file(path)
+
+
+# SHA-256 digests as hex: they name stores, caches and runs, so the text behind each must never change.
+
+
+WHOLE = 64
+"""Hex digits of a whole digest."""
+
+
+def digest(*parts: object, length: int = WHOLE) -> str:
+    """The first `length` hex digits of the digest of the parts, with a space between them."""
+    return digest_bytes(" ".join(map(str, parts)).encode())[:length]
+
+
+def digest_json(value: object, length: int = WHOLE) -> str:
+    """As `digest`, of the value as JSON with sorted keys."""
+    return digest(json.dumps(value, sort_keys=True), length=length)
+
+
+def digest_bytes(content: bytes) -> str:
+    """The digest of bytes."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def digest_file(file: Path) -> str:
+    """The digest of a file's content."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def size_and_digest(file: Path) -> dict[str, Any]:
+    """The entry of a file in a manifest: {bytes, sha256}."""
+    return {"bytes": file.stat().st_size, "sha256": digest_file(file)}
+
+
+# JSON files with a digest of their content, so that a damaged one is noticed.
+
+
+def seal(tree: dict[str, Any], indent: int | None = None) -> str:
+    """The tree as JSON, with the digest of its content in it."""
+    return json.dumps({**tree, "seal": digest_json(tree)}, indent=indent)
+
+
+def unseal(text: str) -> dict[str, Any]:
+    """Read `seal` back; raises ValueError if it is not what was written."""
+    try:
+        tree = json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(tree, dict):
+        raise ValueError("not a JSON object")
+    found = tree.pop("seal", None)
+    if found != digest_json(tree):
+        raise ValueError("not what was written: its seal does not fit")
+    return tree
+
+
+def read_sealed(place: str) -> dict[str, Any] | None:
+    """A sealed file; None if it is damaged or not there."""
+    try:
+        return unseal(read_text(place))
+    except (FileNotFoundError, ValueError):
+        return None

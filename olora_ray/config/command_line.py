@@ -2,24 +2,209 @@
 
 import difflib
 import gc
+import importlib.util
 import io
+import json
 import logging
 import os
 import sys
+import textwrap
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+
+from pydantic.fields import FieldInfo
 
 from olora_ray.common import logs
-from olora_ray.common.errors import Stopped, StoreError, UserError, of_the_machine
+from olora_ray.common.errors import Stopped, StoreError, UserError, as_user_error, of_the_machine, short_reason
 from olora_ray.common.secrets import mask
-from olora_ray.config.describe import help_text
-from olora_ray.config.dotted import parse_assignments
-from olora_ray.config.load import load
-from olora_ray.config.paths import resolved
-from olora_ray.config.schema import Config, Section
+from olora_ray.common.storage import is_uri
+from olora_ray.config.load import load, parse_assignments
+from olora_ray.config.schema import AnyConfig, Condition, Config, Data, Source
+from olora_ray.config.section import AnySection, Section
+
+# The schema in words: what a field may hold, its default as it stands in a config, and the fields for --help.
+
+
+NAMES = {str: "text", int: "whole number", float: "number", bool: "`true` or `false`", NoneType: "`null`"}
+BOUNDS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
+WIDTH = 112
+"""Columns of --help."""
+
+
+def name_of(section: type[Section]) -> str:
+    """The name of a section that is an entry of a list, as `source`."""
+    return section.__name__.lower()
+
+
+def shape(annotation: Any, limits: Sequence[Any] = (), entry: Callable[[type[Section]], str] = name_of) -> str:
+    """What a field may hold, in words; `limits` are pydantic's constraints, `entry` names a section."""
+    kind, inner = get_origin(annotation), get_args(annotation)
+    if kind is Annotated:
+        found = [limit for one in inner[1:] for limit in (one.metadata if isinstance(one, FieldInfo) else [one])]
+        return shape(inner[0], [*limits, *found], entry)
+    if kind in (Union, UnionType):
+        return " or ".join(shape(part, (), entry) for part in inner)
+    if kind is Literal:
+        return ", ".join(f"`{choice}`" for choice in inner)
+    if kind is tuple:
+        return _tuple([shape(part, (), entry) for part in inner if part is not Ellipsis], Ellipsis in inner, limits)
+    if kind is dict:
+        return f"mapping of {shape(inner[0], (), entry)} to {shape(inner[1], (), entry)}"
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return entry(annotation)
+    return " ".join([NAMES[annotation], *_bounds(limits)])
+
+
+def plain(value: Any) -> str:
+    """A default as it would stand in a config."""
+    return value if isinstance(value, str) else json.dumps(value, default=list)
+
+
+def default(field: FieldInfo) -> str:
+    """A field's default as it would stand in a config, or `required`."""
+    return "required" if field.is_required() else plain(field.get_default(call_default_factory=True))
+
+
+def help_text(config: type[Section] = Config) -> str:
+    """Every field of a config with what it may hold, its default and its docstring, by section."""
+    lines = []
+    for name, field in config.model_fields.items():
+        section = field.annotation
+        assert isinstance(section, type)
+        assert issubclass(section, Section)
+        lines.append(f"{name}:")
+        lines.extend(_section(section, "  "))
+    return "\n".join(lines)
+
+
+def _section(section: type[Section], indent: str) -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        kind = shape(field.annotation, field.metadata).replace("`", "")
+        text = " ".join(f"{field.description} ({kind}) [{default(field)}]".split())
+        start = f"{indent}{field.alias or name:<18} "
+        yield textwrap.fill(
+            text, WIDTH, initial_indent=start, subsequent_indent=" " * len(start), break_on_hyphens=False
+        )
+        if name == "train" and section is Data:
+            yield from _section(Source, indent + "    ")
+        if name == "conditions":
+            yield from _section(Condition, indent + "    ")
+
+
+def _tuple(parts: Sequence[str], any_number: bool, limits: Sequence[Any]) -> str:
+    if not any_number:
+        return f"list [{', '.join(parts)}]"
+    least = next((limit.min_length for limit in limits if hasattr(limit, "min_length")), 0)
+    return f"list of {parts[0]}" + (f", {least} or more" if least else "")
+
+
+def _bounds(limits: Sequence[Any]) -> Iterator[str]:
+    """`(≥ 0, < 1)`; what has no bounds (patterns, validators) is told by the description."""
+    found = [
+        f"{sign} {getattr(limit, name):.10g}"
+        for limit in limits
+        for name, sign in BOUNDS.items()
+        if hasattr(limit, name)
+    ]
+    if found:
+        yield f"({', '.join(found)})"
+
+
+# Resolver of the places that a config names: paths, URIs, hub ids, package:// files.
+
+
+Resolved = TypeVar("Resolved", bound=AnyConfig)
+
+JOB_FOLDER = "runtime_resources"
+"""Part of the path under which Ray unpacks a submitted job's working directory."""
+
+
+def resolved(config: Resolved, folder: Path) -> Resolved:
+    """The config with every relative path made absolute, seen from `folder`.
+
+    Workers run elsewhere, so nothing relative may reach them. A job's own working directory is
+    deleted after the job: a relative `run.storage` then lies under the home directory instead. Raises UserError for
+    a place at which this user cannot look, or in a home folder that there is not.
+    """
+    name = config.model.name
+    # With the home directory in the place of ~: what is exported names the base by a path that others can read.
+    if not is_uri(name) and is_there(place := Path(left(name, folder, "model.name")), "model.name"):
+        name = str(place)
+    start = config.train.start
+    return _changed(
+        config,
+        run=_changed(config.run, storage=absolute(config.run.storage, lasting(folder), "run.storage")),
+        model=_changed(config.model, name=name),
+        data=_changed(
+            config.data,
+            train=_sources(config.data.train, folder, "data.train"),
+            eval=_sources(config.data.eval, folder, "data.eval"),
+        ),
+        train=_changed(config.train, start=start and left(start, folder, "train.start")),
+    )
+
+
+def is_there(place: Path, field: str) -> bool:
+    """Whether something lies at a path; raises UserError that names `field` where this user cannot look."""
+    with as_user_error(f"{field}: {place}", OSError, reason=short_reason):
+        return place.exists()
+
+
+def lasting(folder: Path) -> Path:
+    """Where what is written to a relative place lies, seen from `folder`: a job's own folder is deleted after it."""
+    return Path.home() / "olora_ray" if JOB_FOLDER in folder.parts else folder
+
+
+def _changed(section: AnySection, **values: object) -> AnySection:
+    return section.model_copy(update=values)
+
+
+def absolute(place: str, folder: Path, field: str = "") -> str:
+    """`place` itself if it is a URI, else as an absolute path seen from `folder`; raises UserError as `at_home`."""
+    return place if is_uri(place) else os.path.normpath(folder / at_home(place, field))
+
+
+def left(place: str, folder: Path, field: str = "") -> str:
+    """As `absolute`; in a job, of what is not in its own folder, the place where jobs before it have left theirs."""
+    found = absolute(place, folder, field)
+    kept = absolute(place, lasting(folder), field)
+    return kept if os.path.exists(kept) and not os.path.lexists(found) else found
+
+
+def at_home(place: str, field: str = "") -> Path:
+    """A path with a home folder in the place of its `~`; raises UserError, that names `field`, if there is none."""
+    try:
+        return Path(place).expanduser()
+    except RuntimeError:
+        where = f"{field}: {place}" if field else place
+        raise UserError(f"{where}: there is no home folder for '{Path(place).parts[0]}'; write it out") from None
+
+
+def package_file(name: str, field: str = "model.name") -> Path:
+    """The path of package://PACKAGE/FILE; raises UserError that names `field` if either is not there."""
+    package, _, inner = name.removeprefix("package://").partition("/")
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(f"{field}: {name}: Python package {package!r} is not installed")
+    path = Path(next(iter(spec.submodule_search_locations))) / inner
+    if not path.exists():
+        there = sorted(item.name for item in path.parent.glob("*")) if path.parent.is_dir() else []
+        raise UserError(f"{field}: {name}: no such file in the package; there is {', '.join(there) or 'nothing'}")
+    return path
+
+
+def _sources(sources: Sequence[Source], folder: Path, setting: str) -> tuple[Source, ...]:
+    return tuple(_source(source, folder, f"{setting}.{number}") for number, source in enumerate(sources))
+
+
+def _source(source: Source, folder: Path, where: str) -> Source:
+    only = tuple(absolute(name, folder, f"{where}.only") for name in source.only)
+    return _changed(source, path=absolute(source.path, folder, f"{where}.path"), only=only)
+
 
 HELP = ("-h", "--help")
 

@@ -1,18 +1,519 @@
 """Configs from YAML files and nested mappings, validated as a whole, and written back."""
 
-from collections.abc import Mapping
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+from yaml.constructor import ConstructorError
 
 from olora_ray.common import secrets
 from olora_ray.common.errors import UserError
-from olora_ray.config.dotted import changed
-from olora_ray.config.messages import explain, instead, relevant, texts
-from olora_ray.config.schema import AnySection, Config
-from olora_ray.config.yaml_io import Dumper, parse_yaml
+from olora_ray.config.schema import Config, EvaluationConfig
+from olora_ray.config.section import EXPERIMENT, MODEL_NAME, NAME, WEBHOOK, AnySection, Section
+
+# Words for settings that users of other tools type, and the fields that they mean here.
+
+
+PLAIN = {
+    "run.name": "run_name name_of_run experiment_id",
+    "run.storage": "output_dir out_dir save_dir storage_path output_path work_dir",
+    "run.seed": "random_seed data_seed random_state",
+    "model.name": "model_name_or_path base_model model_name pretrained_model_name_or_path model_id model_path"
+    " base_model_name",
+    "model.revision": "model_revision",
+    "model.dtype": "torch_dtype bf16 fp16 fp32 precision mixed_precision",
+    "model.quantization": "quantization_config quantize quantise bnb_4bit_quant_type qlora",
+    "model.attention": "attn_implementation flash_attn flash_attention use_flash_attention_2 attn",
+    "data.train": "dataset datasets dataset_name dataset_path dataset_dir train_file train_files train_data data_path"
+    " data_files training_data train_dataset",
+    "data.eval": "eval_dataset validation_file validation_files val_file val_data eval_data test_data valid validation"
+    " eval_file",
+    "data.eval_fraction": "val_set_size test_size validation_split val_size eval_split eval_size holdout",
+    "data.max_length": "max_seq_length max_seq_len cutoff_len sequence_len seq_length seq_len model_max_length"
+    " block_size max_len max_tokens context_length",
+    "data.packing": "sample_packing pack pack_sequences",
+    "data.train.0.path": "path file filename data_file",
+    "data.train.0.format": "format template dataset_format data_format conversation_format prompt_style",
+    "data.train.0.fields": "fields columns column_mapping dataset_text_field text_column prompt_column field_mapping",
+    "adapter.method": "init_lora_weights peft_type peft_method finetuning_type lora_init",
+    "adapter.rank": "rank r lora_r lora_rank lora_dim peft_rank",
+    "adapter.alpha": "lora_alpha",
+    "adapter.dropout": "lora_dropout",
+    "adapter.targets": "target_modules lora_target lora_target_modules modules lora_target_linear",
+    "adapter.rank_stabilized": "use_rslora rslora",
+    "train.epochs": "num_epochs num_train_epochs n_epochs max_epochs epoch",
+    "train.steps": "max_steps num_steps total_steps train_steps iters",
+    "train.lr": "learning_rate",
+    "train.lr_ratio": "loraplus_lr_ratio lora_plus_lr_ratio",
+    "train.schedule": "lr_scheduler_type lr_scheduler scheduler lr_schedule",
+    "train.clip": "max_grad_norm gradient_clipping grad_clip clip_grad_norm",
+    "train.micro_batch": "per_device_train_batch_size per_device_batch_size micro_batch_size"
+    " train_micro_batch_size_per_gpu per_gpu_train_batch_size",
+    "train.activation_checkpointing": "gradient_checkpointing use_gradient_checkpointing activation_checkpoint"
+    " enable_activation_checkpointing recompute",
+    "train.global_batch": "batch_size train_batch_size global_batch_size total_batch_size effective_batch_size",
+    "train.eval_every": "eval_steps eval_interval evaluation_steps val_check_interval",
+    "train.checkpoint_every": "save_steps save_interval checkpoint_interval",
+    "train.keep": "save_total_limit max_checkpoints keep_checkpoints",
+    "train.early_stop": "early_stopping_patience patience early_stopping",
+    "train.log_every": "logging_steps log_interval log_steps",
+    "train.start": "resume_from_checkpoint resume adapter_name_or_path peft_model_id",
+    "cluster.workers": "num_workers num_processes nproc_per_node world_size nprocs num_nodes nnodes",
+    "cluster.gpus_per_worker": "num_gpus gpus n_gpus use_gpu num_gpus_per_worker",
+    "cluster.cpus_per_worker": "num_cpus cpus num_cpus_per_worker",
+    "cluster.strategy": "fsdp deepspeed ddp parallel_strategy distributed_strategy",
+    "cluster.fsdp_replicas": "dp_replicate_size data_parallel_replicate_degree hsdp num_replicas",
+    "cluster.fsdp_offload": "cpu_offload offload offload_params fsdp_cpu_offload cpu_offload_policy",
+    "cluster.max_failures": "max_retries retries max_restarts",
+    "evaluation.scorer": "compute_metrics metric_for_best_model metrics",
+    "evaluation.max_new_tokens": "generation_max_length",
+    "tracking.uri": "tracking_uri mlflow_tracking_uri mlflow_uri",
+    "tracking.experiment": "experiment_name mlflow_experiment_name wandb_project project",
+    "export.merged": "merge merge_lora merge_adapter save_merged merge_and_unload export_merged",
+    "registry.model": "registered_model_name model_registry_name hub_model_id",
+}
+"""Field -> the words that mean the same elsewhere."""
+EXPLAINED = {
+    "gradient_accumulation_steps": "use train.global_batch, the sequences of a step over all workers; the accumulation"
+    " follows from it and train.micro_batch",
+    "per_device_eval_batch_size": "use train.micro_batch, for evaluations too",
+    "warmup_ratio": "use train.warmup, a share of the steps",
+    "warmup_steps": "use train.warmup, a share of the steps (0.03), not their number",
+    "num_warmup_steps": "use train.warmup, a share of the steps (0.03), not their number",
+    "load_in_4bit": "use model.quantization: nf4",
+    "load_in_8bit": "use model.quantization: int8",
+    "train_on_inputs": "only answers are supervised, and of format text everything",
+    "optim": "the optimizer is AdamW",
+    "optimizer": "the optimizer is AdamW",
+    "report_to": "runs are tracked in MLflow; see tracking.uri",
+}
+"""Words for which there is no field that means just the same -> what to do."""
+
+
+@cache
+def _fields() -> dict[str, str]:
+    """A word, in the form of `_plain`, -> the field that it means."""
+    own: dict[str, list[str]] = {}
+    for section, name in _own():
+        own.setdefault(name, []).append(f"{section}.{name}")
+    found = {_plain(name): places[0] for name, places in own.items() if len(places) == 1}
+    return found | {_plain(word): field for field, words in PLAIN.items() for word in words.split()}
+
+
+def _own() -> Iterator[tuple[str, str]]:
+    for section, field in Config.model_fields.items():
+        inner = next(iter(get_args(field.annotation)), field.annotation)
+        assert isinstance(inner, type)
+        assert issubclass(inner, Section)
+        yield from ((section, each.alias or name) for name, each in inner.model_fields.items())
+
+
+def _plain(word: str) -> str:
+    return word.lower().replace("-", "_").strip("_")
+
+
+def spelling_advice(word: str, place: str = "") -> str | None:
+    """What to do instead of a word that is no field at `place`, as `use adapter.rank`; None if that is not known."""
+    plain = _plain(word)
+    if plain in EXPLAINED:
+        return EXPLAINED[plain]
+    field = _fields().get(plain)
+    return f"use {field}" if field and field != place else None
+
+
+# YAML as configs are written: numbers such as 1e-4 are read, and texts that look like them are quoted.
+
+
+_STANDARD = "tag:yaml.org,2002:"
+_TEXT, _MERGE = f"{_STANDARD}str", f"{_STANDARD}merge"
+_KINDS = {
+    "str": "text",
+    "int": "whole number",
+    "float": "number",
+    "bool": "boolean",
+    "null": "null",
+    "timestamp": "date or time",
+    "seq": "list",
+    "map": "mapping",
+}
+_DEEPEST = 50
+_MOST_NODES = 50_000
+"""Values, lists and mappings, aliases unfolded: a few seconds. A source's 10,000 files are as many nodes."""
+_MOST_CHARACTERS = 2_000_000
+_LONGEST_NUMBER = 64
+_LARGEST_INTEGER = 2**63 - 1
+_OCTAL = re.compile("[-+]?0[0-7_]+")
+_HALF = re.compile("[\ud800-\udfff]")
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+
+
+class Loader(yaml.SafeLoader):
+    """SafeLoader that also reads 1e-4 as a number (YAML 1.1 wants 1.0e-4), and has bounds.
+
+    All it refuses is a MarkedYAMLError with the line.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._depth, self._nodes = 0, 0
+        self._sizes: dict[yaml.Node, int] = {}
+        """Nodes of those that are read whole, aliases unfolded."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """The next node; raises ComposerError beyond the bounds."""
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+        before = self._nodes
+        if isinstance(event, yaml.AliasEvent):
+            node = super().compose_node(parent, index)
+            if node not in self._sizes:
+                raise _problem(event.start_mark, f"*{event.anchor} stands inside of what it names")
+            self._nodes += self._sizes[node]
+        else:
+            if self._depth == _DEEPEST:
+                raise _problem(event.start_mark, f"more than {_DEEPEST} levels of lists and mappings")
+            self._nodes, self._depth = before + 1, self._depth + 1
+            node = super().compose_node(parent, index)
+            self._depth -= 1
+            if node is not None:
+                self._sizes[node] = self._nodes - before
+        if self._nodes > _MOST_NODES:
+            raise _problem(event.start_mark, f"more than {_MOST_NODES:,} values, aliases unfolded")
+        return node
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """The next mapping, its keys as texts; raises ComposerError for a key that is none, or comes twice."""
+        node = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        pairs = []
+        for key, value in node.value:
+            if key.tag != _MERGE:
+                key = _text_key(key)
+                if key.value in lines:
+                    raise _problem(
+                        key.start_mark, f"the key {_quoted(key.value)} stands in line {lines[key.value]} already"
+                    )
+                lines[key.value] = key.start_mark.line + 1
+            pairs.append((key, value))
+        node.value = pairs
+        return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """The value of a node; raises ConstructorError where it has none."""
+        kind = _KINDS.get(node.tag.removeprefix(_STANDARD))
+        if kind is None:
+            raise _problem(
+                node.start_mark, f"the tag or value {_quoted(node.tag.removeprefix(_STANDARD))} is not known"
+            )
+        if kind not in ("text", "list", "mapping") and len(node.value) > _LONGEST_NUMBER:
+            raise _problem(node.start_mark, f"{_quoted(node.value)} is too long for a {kind}; quote it if it is a text")
+        try:
+            value = super().construct_object(node, deep)
+        except (ValueError, ArithmeticError, LookupError, AttributeError, TypeError):
+            raise _problem(node.start_mark, f"{_quoted(node.value)} is no {kind}; quote it if it is a text") from None
+        if kind == "whole number" and _OCTAL.fullmatch(node.value) and value != int(node.value.replace("_", "")):
+            raise _problem(
+                node.start_mark,
+                f"{_quoted(node.value)} would be {value}: with a 0 in front YAML counts in eights; write it without, or"
+                " quote it if it is a text",
+            )
+        if isinstance(value, int) and abs(value) > _LARGEST_INTEGER:
+            raise _problem(node.start_mark, f"{_quoted(node.value)} is too large for a {kind}")
+        if isinstance(value, str) and (_CONTROL.search(value) or not _is_unicode(value)):
+            raise _problem(node.start_mark, f"{_quoted(value)} has a character that is no text in it")
+        return value
+
+
+class Dumper(yaml.SafeDumper):
+    """SafeDumper that quotes a text which `Loader` would read as a number."""
+
+
+for _kind in (Loader, Dumper):
+    _kind.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(?:\d[\d_]*)(?:\.\d*)?[eE][-+]?\d+$"),
+        list("-+0123456789"),
+    )
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """Read YAML; `where` names the text in the UserError, with the line, that broken YAML raises."""
+    if len(text) > _MOST_CHARACTERS:
+        raise UserError(f"{where}: {len(text):,} characters, more than {_MOST_CHARACTERS:,}: not a config")
+    try:
+        return yaml.load(text, Loader=Loader)  # noqa: S506 - a SafeLoader
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        problem = " ".join((error.problem or "").removeprefix("but ").split())
+        raise UserError(f"{where}{line}: not valid YAML: {problem[:200]}") from None
+    except yaml.reader.ReaderError as error:
+        line = f", line {text.count(chr(10), 0, error.position) + 1}"
+        raise UserError(
+            f"{where}{line}: not valid YAML: the character #x{error.character:04x} is not allowed"
+        ) from None
+
+
+def _text_key(key: yaml.Node) -> yaml.ScalarNode:
+    """The key as it is written."""
+    if not isinstance(key, yaml.ScalarNode):
+        raise _problem(key.start_mark, "a list or mapping cannot be a key")
+    if not key.value:
+        raise _problem(key.start_mark, "an empty key")
+    # A copy: the node may be the value of another key, through an alias.
+    return yaml.ScalarNode(_TEXT, key.value, key.start_mark, key.end_mark)
+
+
+def _problem(mark: Any, text: str) -> ConstructorError:
+    return ConstructorError(None, None, text, mark)
+
+
+def _quoted(value: object) -> str:
+    text = value if isinstance(value, str) else "this"
+    return ascii(text if len(text) <= 40 else f"{text[:37]}...")
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether it has no half of a surrogate pair in it, which no file can hold."""
+    return text.isascii() or not _HALF.search(text)
+
+
+# Dotted fields: a config as flat names and values, and changes given by such names.
+
+
+SOURCES = ("data.train.", "data.eval.")
+"""Fields of sources, which may be given as a path alone."""
+NUMBERED = re.compile(r"data\.(train|eval)\.[0-9]+(\..+)?")
+"""A source by its number, or a field of it."""
+
+
+def parse_assignments(given: list[str]) -> dict[str, Any]:
+    """`section.field=value` words of a command line as changes; values are YAML."""
+    changes = {}
+    for word in given:
+        field, equals, value = word.partition("=")
+        if not equals or "." not in field or "" in field.split("."):
+            meant = spelling_advice(field) if equals else None
+            hint = f"; {meant}" if meant else ""
+            raise UserError(f"argument {secrets.mask(word)!r}: expected section.field=value{hint}")
+        changes[field] = parse_yaml(value, f"argument {secrets.mask(word)!r}")
+    return changes
+
+
+def flatten(config: Section) -> dict[str, Any]:
+    """Dotted field -> plain value, for MLflow parameters and comparisons."""
+    return dict(leaves(config.model_dump(mode="json"), ""))
+
+
+def leaves(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    """Dotted name and plain value of all below `prefix`; of lists only those of mappings are entered."""
+    items: Any = ()
+    if isinstance(value, dict) and value:
+        items = value.items()
+    elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        items = enumerate(value)
+    else:
+        yield prefix, value
+    for key, item in items:
+        yield from leaves(item, f"{prefix}.{key}" if prefix else str(key))
+
+
+def at(config: Section, field: str, default: Any = None) -> Any:
+    """The plain value of a dotted field, also of one that `flatten` enters: a section, a list of mappings."""
+    node: Any = config.model_dump(mode="json")
+    for part in field.split("."):
+        if isinstance(node, dict) and part in node:
+            node = node[part]
+        elif isinstance(node, list) and (place := _place(part, node)) is not None:
+            node = node[place]
+        else:
+            return default
+    return node
+
+
+def changed(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a nested mapping with dotted fields set; raises UserError for a field that cannot be reached."""
+    result: dict[str, Any] = {key: _copy(value) for key, value in tree.items()}
+    for field, value in changes.items():
+        if found := NUMBERED.fullmatch(field):
+            _number_sources(result.get("data"), found[1])
+        node: Any = result
+        *parents, last = field.split(".")
+        for part in parents:
+            node = _child(node, part, field)
+        if isinstance(node, list):
+            if (place := _place(last, node)) is None:
+                raise UserError(f"{field}: the list has {len(node)} entries, counted from 0")
+            node[place] = value
+        else:
+            node[last] = value
+    return result
+
+
+def _number_sources(data: Any, name: str) -> None:
+    """Write sources as a list of mappings, as the schema reads them: one alone is a list of one, a path a source."""
+    if isinstance(data, dict):
+        given = data.get(name)
+        sources = given if isinstance(given, list) else [given or {}]
+        data[name] = [{"path": source} if isinstance(source, str) else source for source in sources]
+
+
+def _child(node: Any, part: str, field: str) -> Any:
+    found = None
+    if isinstance(node, list) and (place := _place(part, node)) is not None:
+        found = node[place]
+    elif isinstance(node, dict):
+        if node.get(part) is None:
+            node[part] = {}
+        found = node[part]
+    if isinstance(found, dict | list):
+        return found
+    if isinstance(found, str) and field.startswith(SOURCES):
+        raise UserError(f"{field}: {part!r} is a path alone, without fields; write it as {{path: ...}}")
+    raise UserError(f"{field}: {part!r} has no fields to set")
+
+
+def _place(part: str, node: list[Any]) -> int | None:
+    """The place in a list that a part of a field's name is, if it is one."""
+    return int(part) if re.fullmatch(r"[0-9]{1,9}", part) and int(part) < len(node) else None
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _copy(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_copy(item) for item in value]
+    return value
+
+
+# Messages for settings that cannot be: each names its field and says what to do.
+
+
+_UNION_TAG = re.compile(r"[\[\](){}]|^(tuple|literal|float|str|int|constrained-\w+)\b")
+PHRASES = {
+    "tuple_type": "expected a list, [...]",
+    "dict_type": "expected a mapping, {name: value}",
+    "too_short": "at least 1 item is needed",
+    "model_type": "expected a mapping of fields, {name: value}",
+    "model_attributes_type": "expected a mapping of fields, {name: value}",
+}
+"""pydantic's kinds of problems -> words for those who write YAML."""
+PATTERNS = {
+    NAME: "a name has letters, digits, '.', '_' and '-' only, begins with a letter or digit and does not end with '.'",
+    MODEL_NAME: "a name has letters, digits, ' ', '.', '_' and '-' only, and begins and ends with a letter or digit",
+    EXPERIMENT: "a name of printable characters is expected",
+    WEBHOOK: "an address is expected: http://... or https://..., or env:NAME or file:/PATH that holds one",
+}
+"""The patterns of texts in words."""
+
+_ITEMS = 8
+"""Items of a list that are shown."""
+
+
+def explain(item: ErrorDetails, root: type[Section]) -> str:
+    """One of pydantic's problems as `field: what is wrong`, with what the user may have meant; no secret is in it."""
+    return _short(_explain(item, root), 500)
+
+
+def _explain(item: ErrorDetails, root: type[Section]) -> str:
+    # pydantic puts the tags of unions into the location: only names and indices are the user's.
+    *outer, last = [str(part) for part in item["loc"]] or [""]
+    parts = [part for part in outer if not _UNION_TAG.search(part)]
+    unknown = item["type"] == "extra_forbidden"
+    if unknown or (last and not _UNION_TAG.search(last)):
+        parts.append(last)
+    field = _short(".".join(parts), 200)
+    if unknown:
+        return f"{field}: unknown field; {_instead_of(parts, root)}"
+    if item["type"] == "missing":
+        return f"{field}: required, but not set"
+    message = PHRASES.get(item["type"]) or item["msg"].removeprefix("Value error, ")
+    if item["type"] == "string_pattern_mismatch":
+        message = PATTERNS.get(item.get("ctx", {}).get("pattern", ""), message)
+    message = message[0].lower() + message[1:]
+    shown = "" if item["type"] == "value_error" else f" (got {_excerpt(item['input'])})"
+    return f"{field}: {message}{shown}" if field else message
+
+
+def relevant(items: Sequence[ErrorDetails]) -> list[ErrorDetails]:
+    """The problems without those that only follow from another: a list with a broken entry also counts as too short."""
+    return [
+        item
+        for item in items
+        if not (item["type"] == "too_short" and item["input"])
+        or not any(other is not item and other["loc"][: len(item["loc"])] == item["loc"] for other in items)
+    ]
+
+
+def _instead_of(parts: Sequence[str], root: type[Section]) -> str:
+    """What to do instead of an unknown field: the word of another tool, a typo, or a look at the list."""
+    if secrets.is_name(parts[-1]):
+        return "a config holds no secrets, they come from the environment or a file"
+    if issubclass(root, Config | EvaluationConfig) and (advice := spelling_advice(parts[-1], ".".join(parts))):
+        return advice
+    if near := difflib.get_close_matches(parts[-1], _names_beside(parts, root), n=1):
+        return f"did you mean {'.'.join([*parts[:-1], near[0]])}?"
+    return "--help lists the fields"
+
+
+def _excerpt(value: Any) -> str:
+    """A value in an error message; of a mapping no values, since its keys may be anything."""
+    if isinstance(value, dict):
+        return "a mapping"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join([*map(_excerpt, value[:_ITEMS]), *['...'] * (len(value) > _ITEMS)])}]"
+    return _short(repr(value), 80)
+
+
+def _short(text: str, length: int) -> str:
+    """One line without secrets, cut: they are masked first, because a part of one is not recognised."""
+    line = " ".join(secrets.mask(text).splitlines())
+    return line if len(line) <= length else f"{line[: length - 3]}..."
+
+
+def texts(tree: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Dotted field and text of every text in a tree."""
+    for field, value in leaves(tree, ""):
+        for item in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(item, str):
+                yield field, item
+
+
+def instead(field: str, text: str) -> str:
+    """The way to give the secret that stands in a field."""
+    if field not in ("tracking.uri", "notify.url"):
+        names = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, GOOGLE_APPLICATION_CREDENTIALS, HF_TOKEN"
+        return f"has a secret in its address; write it without, and set the service's variables ({names})"
+    if field == "tracking.uri" and text.startswith("http"):
+        return (
+            "has a secret in its address; write it without, and set MLFLOW_TRACKING_USERNAME and"
+            " MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+        )
+    return (
+        "has a secret in its address; put the address in a variable or a file of one line, and write env:NAME"
+        " or file:/PATH"
+    )
+
+
+def _names_beside(parts: Sequence[str], root: type[Section]) -> list[str]:
+    section = root
+    for part in parts[:-1]:
+        named = section.model_fields.items()
+        field = next((field for name, field in named if part in (name, field.alias)), None)
+        section = (_section_in(field.annotation) if field else None) or section
+    return [field.alias or name for name, field in section.model_fields.items()]
+
+
+def _section_in(annotation: Any) -> type[Section] | None:
+    """The section that an annotation is, or has inside, as tuple[Source, ...] does."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    return next((found for inner in get_args(annotation) if (found := _section_in(inner))), None)
+
 
 ELSEWHERE = "compare"
 """Section that pipelines/compare.py reads from the file of a run's config; no setting of a run."""

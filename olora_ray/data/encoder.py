@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from olora_ray.common.errors import UserError, first_line
-from olora_ray.data.example import Rejected
+from olora_ray.data.formats import Rejected
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer

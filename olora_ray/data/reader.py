@@ -7,26 +7,311 @@ lines and json files are checked by CRC-32, the others by size and time of chang
 
 import contextlib
 import csv
+import fcntl
 import io
 import itertools
 import json
 import lzma
+import shutil
 import socket
+import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import pyarrow as pa
-from pyarrow import parquet
+from pyarrow import ipc, parquet
 
+from olora_ray.common import node_cache, storage
 from olora_ray.common.errors import StoreUnavailable, UserError, first_line
-from olora_ray.data import arrow_stream, arrow_values, unpacked
-from olora_ray.data.addresses import asked, open_filesystem
-from olora_ray.data.example import Rejected
-from olora_ray.data.json_file import BOM, read_whole, rows_of
-from olora_ray.data.sources import File
-from olora_ray.data.unchanged import Changed, as_scanned
+from olora_ray.common.storage import digest
+from olora_ray.data.formats import Rejected
+from olora_ray.data.sources import Changed, File, as_scanned, asked, open_filesystem
 from olora_ray.data.units import Unit
+
+# Files of Arrow's stream form, as `datasets` saves them: where their batches begin, and reading from one of them on.
+
+
+LITTLE, MUCH = 2**16, 2**20
+"""Bytes that are asked for at a time, at least and at most: what stands around a batch are some bytes, and in a bucket
+each read is a request."""
+
+
+@dataclass
+class Batches:
+    """Where the batches of a file begin."""
+
+    columns: tuple[str, ...]
+    rows: list[int] = field(default_factory=list)
+    """Of each batch."""
+    offsets: list[int] = field(default_factory=list)
+    """First byte of each; empty if they cannot be read from the middle on."""
+
+    def placed(self, units: Iterable[Unit]) -> Iterator[Unit]:
+        """The units with the places of their first batches."""
+        starts = [0, *accumulate(self.rows)]
+        for unit in units:
+            number = bisect_right(starts, unit.first) - 1
+            place = (self.offsets[number], unit.first - starts[number]) if self.offsets else (0, 0)
+            yield replace(unit, offset=place[0], before=place[1])
+
+
+def look(stream: Any, position: Callable[[], int], most: int | None) -> Batches:
+    """Read a stream of which `position` tells how much has been read: all of it, or about `most` bytes."""
+    reader = ipc.open_stream(pa.PythonFile(stream, mode="r"))
+    found = Batches(tuple(reader.schema.names))
+    offsets = [position()]
+    for batch in reader:
+        found.rows.append(batch.num_rows)
+        offsets.append(position())
+        if most is not None and position() >= most:
+            break
+    # The values of a dictionary stand before the first batch alone.
+    if not any(map(_has_dictionary, reader.schema.types)):
+        found.offsets = offsets[:-1]
+    return found
+
+
+def _has_dictionary(kind: pa.DataType) -> bool:
+    parts = (kind.field(number).type for number in range(kind.num_fields))
+    return pa.types.is_dictionary(kind) or any(map(_has_dictionary, parts))
+
+
+@contextmanager
+def opened(file: File, unit: Unit) -> Iterator[tuple[pa.Schema, Iterator[pa.RecordBatch]]]:
+    """The schema of a file, and its batches from the first of the unit on; from its start where that is not known."""
+    system, path = open_filesystem(file.uri)
+    with pa.memory_map(path) if system.type_name == "local" else system.open_input_file(path) as stream:
+        reader = ipc.open_stream(buffered(stream, LITTLE if unit.offset else MUCH))
+        if not unit.offset:
+            yield reader.schema, iter(reader)
+            return
+        stream.seek(unit.offset)
+        yield reader.schema, _messages(buffered(stream, max(LITTLE, min(unit.size, MUCH))), reader.schema)
+
+
+def _messages(stream: Any, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    while True:
+        try:
+            message = ipc.read_message(stream)
+        except EOFError:
+            return
+        yield ipc.read_record_batch(message, schema)
+
+
+def buffered(stream: Any, at_once: int = MUCH) -> Any:
+    """A stream that asks for so much at a time, where each read may be a request."""
+    if isinstance(stream, pa.MemoryMappedFile):
+        return stream
+    native = stream if isinstance(stream, pa.NativeFile) else pa.PythonFile(stream, mode="r")
+    return pa.BufferedInputStream(native, at_once)
+
+
+# Rows of an Arrow batch, as plain values of Python.
+
+
+def rows(batch: Any) -> list[Any]:
+    """The rows of a batch; one with a text that is none is rejected alone: Arrow looks at texts only here."""
+    names = batch.schema.names
+    try:
+        return [dict(zip(names, row, strict=True)) for row in zip(*map(_values, batch.columns), strict=True)]
+    except UnicodeDecodeError:
+        if batch.num_rows == 1:
+            return [Rejected("not_utf8", "not UTF-8 text")]
+        return [row for number in range(batch.num_rows) for row in rows(batch.slice(number, 1))]
+
+
+def _values(column: Any) -> list[Any]:
+    """The values of a column; where Python has none for a time (year 10000, a zone without rules) they are texts."""
+    try:
+        found = column.to_pylist()
+        return [_with_objects(value, column.type) for value in found] if _has_maps(column.type) else found
+    except UnicodeDecodeError:
+        raise
+    except (OverflowError, ValueError, LookupError) as error:
+        if pa.types.is_nested(column.type):
+            return [f"<{first_line(error)}>"] * len(column)
+        zoned = pa.types.is_timestamp(column.type)
+        plain = column.cast(pa.timestamp(column.type.unit)) if zoned else column
+        return plain.cast(pa.string()).to_pylist()  # type: ignore[no-any-return]
+
+
+def _has_maps(kind: Any) -> bool:
+    return pa.types.is_map(kind) or any(_has_maps(kind.field(number).type) for number in range(kind.num_fields))
+
+
+def _with_objects(value: Any, kind: Any) -> Any:
+    """A value of an Arrow type with its maps as objects; Spark makes one of each dict, pyarrow pairs of each."""
+    if value is None:
+        return None
+    if pa.types.is_map(kind):
+        return {key: _with_objects(each, kind.item_type) for key, each in value}
+    if pa.types.is_struct(kind):
+        inner = {field.name: field.type for field in kind}
+        return {name: _with_objects(each, inner[name]) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_with_objects(each, kind.value_type) for each in value]
+    return value
+
+
+# json files: read as a whole, up to a limit.
+
+
+BOM = b"\xef\xbb\xbf"
+CHUNK = 8 * 2**20
+DOCUMENT_BYTES = 2**30
+"""Largest json file, uncompressed: as many processes as prepare it hold it, and its rows take several times more."""
+
+
+def read_whole(stream: Any, file: File) -> bytes:
+    """The content of a json file; raises UserError for one that is too large to be read as a whole."""
+    chunks: list[bytes] = []
+    total = 0
+    while chunk := stream.read(CHUNK):
+        chunks.append(chunk)
+        total += len(chunk)
+        if total > DOCUMENT_BYTES:
+            raise UserError(
+                f"{file.uri}: more than {DOCUMENT_BYTES >> 20} MiB of JSON, which is read as a whole;"
+                " write it as .jsonl, with one object a line"
+            )
+    return b"".join(chunks)
+
+
+def rows_of(file: File, content: bytes) -> list[Any]:
+    """The rows of a json file: a list of them, or an object of columns; raises UserError for anything else."""
+    try:
+        tree = json.loads(content.removeprefix(BOM).decode())
+    except json.JSONDecodeError as error:
+        hint = "; a file with one object a line is called .jsonl" if error.msg == "Extra data" else ""
+        raise UserError(f"{file.uri}:{error.lineno}: broken JSON: {error.msg}{hint}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{file.uri}: not UTF-8 text") from None
+    except RecursionError:
+        raise UserError(f"{file.uri}: broken JSON: nested too deeply") from None
+    except ValueError as error:  # a number of more digits than Python takes
+        raise UserError(f"{file.uri}: broken JSON: {first_line(error)}") from None
+    except MemoryError:
+        raise UserError(
+            f"{file.uri}: not enough memory for its {len(content) / 1e6:,.0f} MB of JSON, which are read as a whole;"
+            " write it as .jsonl, with one object a line"
+        ) from None
+    if isinstance(tree, list):
+        return tree
+    lists = isinstance(tree, dict) and all(isinstance(column, list) for column in tree.values())
+    if lists and len({len(column) for column in tree.values()}) == 1:
+        return [dict(zip(tree, values, strict=True)) for values in zip(*tree.values(), strict=True)]
+    raise UserError(f"{file.uri}: expected a list of rows, or an object of columns of equal length")
+
+
+# Copies of large compressed files, uncompressed: made once on a node, instead of a pass up to each unit.
+
+
+WORTH_IT = 256 * 2**20
+"""Bytes before a unit from which on a copy is made: tokenising takes several hundred times as long as decompressing."""
+LEFT_BEHIND = 6 * 3600.0
+"""Seconds after which a copy that nobody uses makes room for others. Until then it stays: making and removing them in
+turns would be slower than to have none."""
+
+
+def find(file: File) -> Path | None:
+    """The copy of a file, if there is one."""
+    with contextlib.suppress(OSError):
+        path = _place(file)
+        if path.exists():
+            node_cache.used(path)
+            return path
+    return None
+
+
+def make(file: File, stream: Any) -> Path | None:
+    """Write the copy of a file from the stream of its content; None where it finds no room.
+
+    Of several processes one writes it, and the others wait for that. Raises what reading the stream raises.
+    """
+    try:
+        path = _place(file)
+        path.parent.mkdir(exist_ok=True)
+        lock = path.with_name(f".{path.name}.lock").open("w")
+    except OSError:
+        return None
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if path.exists():
+            return path
+        return path if _write(path, iter(lambda: stream.read(CHUNK), b"")) else None
+
+
+def drop(file: File) -> None:
+    """Remove a copy that is damaged, or of other content."""
+    with contextlib.suppress(OSError):
+        _place(file).unlink(missing_ok=True)
+
+
+def _place(file: File) -> Path:
+    name = digest(file.uri, file.size, file.modified, length=32)
+    return storage.private_folder("olora_ray") / "unpacked" / f"{name}.raw"
+
+
+class _Room:
+    """The room for copies on a disk, of which several files may take at the same time."""
+
+    def __init__(self, folder: Path) -> None:
+        """Removes those that were left behind."""
+        self._folder = folder
+        found = list(folder.glob("*.raw"))
+        old = [each for each in found if time.time() - node_cache.last_used(each) > LEFT_BEHIND]
+        node_cache.make_room(folder, old, limit=0)
+        self._kept_free = shutil.disk_usage(folder).free // 2
+
+    def left(self) -> int:
+        """Bytes that may still be written: by all together at most a part of the disk, and half of what was free."""
+        disk = shutil.disk_usage(self._folder)
+        used = sum(map(_size, [*self._folder.glob("*.raw"), *self._folder.glob(".*.raw.*.tmp")]))
+        return min(int(disk.total * node_cache.SHARE) - used, disk.free - self._kept_free)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:  # removed, or complete and renamed by now
+        return 0
+
+
+def _has_taken(copy: BinaryIO, chunk: bytes) -> bool:
+    """Whether a copy took a chunk: a disk without room, or a quota, takes a part of it, or fails."""
+    try:
+        return copy.write(chunk) == len(chunk)
+    except OSError:
+        return False
+
+
+def _write(path: Path, chunks: Iterable[bytes]) -> bool:
+    """Whether the chunks had room; a file that had none is remembered by an empty one beside it."""
+    full = path.with_suffix(".full")
+    if full.exists() and time.time() - full.stat().st_mtime < LEFT_BEHIND:
+        return False
+    room = _Room(path.parent)
+    try:
+        with storage.staged(path) as partial, partial.open("wb", buffering=0) as copy:
+            for chunk in chunks:
+                if len(chunk) > room.left() or not _has_taken(copy, chunk):
+                    raise _NoRoomError
+    except _NoRoomError:
+        with contextlib.suppress(OSError):
+            full.touch()
+        return False
+    return True
+
+
+class _NoRoomError(Exception):
+    """A copy is larger than the room for it."""
+
 
 BATCH = 256
 """Rows that are asked for at a time."""
@@ -131,10 +416,10 @@ def _range(file: File, unit: Unit) -> bytes:
 
 def _from_copy(file: File, unit: Unit) -> bytes | None:
     """The bytes of a unit from this node's copy of a compressed file; None if there is none with the right bytes."""
-    path = unpacked.find(file)
-    if path is None and unit.offset >= unpacked.WORTH_IT:
+    path = find(file)
+    if path is None and unit.offset >= WORTH_IT:
         with open_stream(file) as stream:
-            path = unpacked.make(file, stream)
+            path = make(file, stream)
     if path is None:
         return None
     with contextlib.suppress(FileNotFoundError), path.open("rb") as copy:
@@ -142,7 +427,7 @@ def _from_copy(file: File, unit: Unit) -> bytes | None:
         content = copy.read(unit.size)
         if zlib.crc32(content, unit.before) == unit.after:
             return content
-        unpacked.drop(file)
+        drop(file)
     return None
 
 
@@ -242,7 +527,7 @@ def _parquet(file: File, unit: Unit, header: Sequence[str], columns: Sequence[st
 def _arrow(file: File, unit: Unit, header: Sequence[str], columns: Sequence[str]) -> Iterator[Located]:
     # Scans that were kept by an earlier version know of no place: then the file is read from its start.
     start = unit.first - unit.before if unit.offset else 0
-    with as_scanned(file, unit.after), arrow_stream.opened(file, unit) as (schema, batches):
+    with as_scanned(file, unit.after), opened(file, unit) as (schema, batches):
         present = _present(schema, columns)
         yield from _slice(file, (batch.select(present) for batch in batches), start, unit)
 
@@ -261,7 +546,7 @@ def _slice(file: File, batches: Any, start: int, unit: Unit) -> Iterator[Located
             return
         low, high = max(unit.first - start, 0), min(stop - start, batch.num_rows)
         if low < high:
-            yield from enumerate(arrow_values.rows(batch.slice(low, high - low)), start + low)
+            yield from enumerate(rows(batch.slice(low, high - low)), start + low)
         start += batch.num_rows
     if start < stop:
         raise Changed(file)

@@ -4,27 +4,275 @@ A source is a file, a folder, a glob, a folder of `Dataset.save_to_disk`, hf://O
 first four at s3:// or gs://. All end up as files that every node can read.
 """
 
+import contextlib
 import glob
+import itertools
+import json
 import logging
 import os
 import posixpath
 import re
+import shutil
+import tempfile
+import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import lru_cache
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 from pyarrow import fs
 
-from olora_ray.common import storage
+from olora_ray.common import patience, storage
 from olora_ray.common.errors import UserError, as_user_error
+from olora_ray.common.patience import is_away
+from olora_ray.common.storage import digest
 from olora_ray.common.text import plural
 from olora_ray.config.schema import Source
-from olora_ray.data import globs, hub
-from olora_ray.data.addresses import asked, open_filesystem, uri_beside
 from olora_ray.data.formats import check_fields
-from olora_ray.data.saved_dataset import SAVED, saved_files
+
+logger = logging.getLogger(__name__)
+
+# Addresses of source files: a path or URI to the filesystem and the path in it, and back.
+
+
+Found = TypeVar("Found")
+
+
+def open_filesystem(uri: str) -> tuple[fs.FileSystem, str]:
+    """The filesystem of a file and the path in it; connections are kept."""
+    if not storage.is_uri(uri):
+        return fs.LocalFileSystem(), uri
+    scheme, bucket, key, query = _parts(uri)
+    system, root = patience.connect(scheme, bucket, query)
+    return system, root + (unquote(key) if scheme == "file" else key)
+
+
+def asked(uri: str, request: Callable[[], Found]) -> Found:
+    """What a request to the storage of a file returns; an object store that fails is asked again (patience.py)."""
+    if not storage.is_uri(uri) or uri.startswith("file://"):
+        return request()
+    return patience.patiently("/".join(uri.partition("?")[0].split("/")[:3]), request)
+
+
+def uri_beside(uri: str, path: str) -> str:
+    """The URI of a path in the filesystem of `uri`; raises ValueError for a key that no URI can name."""
+    scheme, bucket, _, query = _parts(uri)
+    _, root = patience.connect(scheme, bucket, query)
+    key = path.removeprefix(root)
+    if scheme == "file":
+        key = key.replace("%", "%25").replace("?", quote("?"))
+    elif "?" in key:
+        raise ValueError(f"the key {key[1:]!r} has a '?', which begins options in a URI; rename it")
+    return f"{scheme}://{bucket}{key}{f'?{query}' if query else ''}"
+
+
+def _parts(uri: str) -> tuple[str, str, str, str]:
+    """Scheme, bucket, key with its leading slash, and query. `urlsplit` would end the key at '#'."""
+    scheme, _, rest = uri.partition("://")
+    place, _, query = rest.partition("?")
+    bucket, slash, key = place.partition("/")
+    return scheme, bucket, slash + key, query
+
+
+# What a glob matches, on a disk and in the listing of an object store: in both the same, as `glob.glob` has it.
+
+
+TABLES = {"_delta_log": "Delta", ".hoodie": "Hudi"}
+"""Folders that make a table of a folder of Parquet files: they say which of these have its rows as they are now."""
+
+Below = tuple[Any, str]
+"""A file of a listing, and its path below the folder that is listed."""
+
+
+def local(path: str) -> list[str]:
+    """What matches a glob, by name."""
+    fixed, pattern = split_pattern(path)
+    found = sorted(glob.glob(path, recursive=True))
+    below = [(name, name[len(fixed) :].strip("/")) for name in found]
+    return [
+        name
+        for name, relative in below
+        if not _in_log(relative, pattern) and not (_unasked(relative, pattern) and os.path.isdir(name))
+    ]
+
+
+def table_of(path: str) -> str:
+    """The folder that is a table if the file at `path` is one of its."""
+    table = os.path.dirname(path)
+    while "=" in os.path.basename(table):  # of a partition
+        table = os.path.dirname(table)
+    return table
+
+
+def split_pattern(path: str) -> tuple[str, str]:
+    """The folder before the first wildcard of a glob, and the pattern behind it."""
+    wildcard = re.search(r"[*?\[]", path)
+    fixed = path[: wildcard.start()].rpartition("/")[0] if wildcard else path
+    return fixed, path[len(fixed) :].strip("/")
+
+
+def _unasked(name: str, pattern: str) -> bool:
+    """Whether a folder that matches a glob is passed over, as one in a folder is: `_delta_log`, unless it is named."""
+    return not visible(name) and visible(pattern)
+
+
+def _in_log(name: str, pattern: str) -> bool:
+    """Whether what matches a glob belongs to what a table writes about itself, which the glob does not name."""
+    return any(f"/{log}/" in f"/{name}/" and log not in pattern.split("/") for log in TABLES)
+
+
+def files_matching(below: Sequence[Below], pattern: str) -> tuple[list[Any], dict[str, list[Below]]]:
+    """The files that match a glob, and by the names of the folders that match it what else lies in these."""
+    parts = pattern.split("/")
+    files, folders = list[Any](), dict[str, list[Below]]()
+    for item, name in below:
+        names = name.split("/")
+        if _in_log(name, pattern):
+            continue
+        if _matches(names, parts):
+            files.append(item)
+            continue
+        end = next((end for end in range(1, len(names)) if _matches(names[:end], parts)), 0)
+        if end and not _unasked("/".join(names[:end]), pattern):
+            folders.setdefault("/".join(names[:end]), []).append((item, "/".join(names[end:])))
+    return files, folders
+
+
+def tables_among(below: Sequence[Below], files: Sequence[Any], path: str) -> dict[str, list[str]]:
+    """Of the folders that are tables those in which some of the files lie, with what makes them one."""
+    inside = [f"/{item.path[len(path) :].strip('/')}" for item in files]
+    found: dict[str, set[str]] = {}
+    for (_, name), log in itertools.product(below, TABLES):
+        folder, there, _ = f"/{name}".partition(f"/{log}/")
+        if there:
+            found.setdefault(folder, set()).add(log)
+    return {
+        folder.strip("/"): sorted(logs)
+        for folder, logs in found.items()
+        if any(each.startswith(f"{folder}/") for each in inside)
+    }
+
+
+def _matches(names: Sequence[str], parts: Sequence[str]) -> bool:
+    """Whether the parts of a path match those of a glob, as `glob.glob` takes both: a hidden name by its dot alone."""
+    if not parts or not names:
+        return not names and all(part == "**" for part in parts)
+    hidden = names[0].startswith(".") and not parts[0].startswith(".")
+    if parts[0] == "**":
+        return _matches(names, parts[1:]) or (not hidden and _matches(names[1:], parts))
+    return not hidden and fnmatchcase(names[0], parts[0]) and _matches(names[1:], parts[1:])
+
+
+def visible(relative: str) -> bool:
+    """Whether no part of a path begins with a dot or an underscore."""
+    return not any(part.startswith((".", "_")) for part in relative.split("/"))
+
+
+# hf://ORG/NAME?split=...&name=...&revision=... as Parquet files that every node can read.
+
+
+ROWS_PER_FILE = 100_000
+OPTIONS = {"split", "name", "revision"}
+
+
+def as_parquet(uri: str, field: str, storage_root: str) -> list[str]:
+    """Write a data set of the hub below `storage_root`, unless it is there, and list its files.
+
+    Raises UserError that starts with `field` if the hub does not deliver it.
+    """
+    parts = urlsplit(uri)
+    query = parts.query.replace("+", "%2B")  # of `split=train+test`: in a form's query it would be a space
+    options = {key: values[0] for key, values in parse_qs(query).items()}
+    if unknown := sorted(set(options) - OPTIONS):
+        raise UserError(f"{field}: {uri}: unknown option {unknown[0]!r}; there are {', '.join(sorted(OPTIONS))}")
+    name = parts.netloc + parts.path
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+        # `datasets` would take a path for a folder of this machine.
+        raise UserError(f"{field}: {uri}: {name!r} is no data set of the hub; write hf://ORG/NAME")
+    dataset = _load(name, options, uri, field)
+    key = digest(uri, dataset._fingerprint, length=32)
+    place = storage.join(storage_root, "tokens", "hub", key)
+    listing = storage.join(place, "files.json")
+    if not storage.exists(listing):
+        storage.write_text(listing, json.dumps(_write(dataset, place)))
+    return [storage.join(place, name) for name in json.loads(storage.read_text(listing))]
+
+
+def _load(name: str, options: dict[str, str], uri: str, field: str) -> Any:
+    import datasets
+
+    datasets.disable_progress_bars()
+    # Exception: the hub, the network and the data set's own files each raise their own kinds.
+    with as_user_error(f"{field}: {uri}", Exception, passes=is_away):
+        return datasets.load_dataset(
+            name, options.get("name"), split=options.get("split", "train"), revision=options.get("revision")
+        )
+
+
+def _write(dataset: Any, place: str) -> list[str]:
+    pieces = max(1, -(-len(dataset) // ROWS_PER_FILE))
+    names = [f"part-{number:05d}.parquet" for number in range(pieces)]
+    temporary = tempfile.mkdtemp(prefix="olora-hub-")
+    try:
+        for number, name in enumerate(names):
+            file = Path(temporary, name)
+            dataset.shard(pieces, number, contiguous=True).to_parquet(str(file))
+            storage.write_bytes(storage.join(place, name), file.read_bytes())
+            file.unlink()
+    finally:
+        shutil.rmtree(temporary)
+    return names
+
+
+# Folders that `Dataset.save_to_disk` and `DatasetDict.save_to_disk` of the library `datasets` have written.
+
+
+SPLITS, STATE = "dataset_dict.json", "state.json"
+SAVED = (SPLITS, STATE)
+"""Files of such a folder, one of which it has."""
+
+
+def saved_files(system: Any, folder: str, split: str, field: str) -> list[Any]:
+    """The Arrow files of a folder that `datasets` has saved; empty if it is no such folder."""
+    try:
+        if (splits := _json_file(system, f"{folder}/{SPLITS}")) is not None:
+            there = [str(name) for name in splits["splits"]]
+            if split not in there:
+                raise UserError(
+                    f"{field}: {folder} has no split {split!r}; it has {', '.join(there)} (choose with ?split=...)"
+                )
+            folder = f"{folder}/{_inside(split, folder, field)}"
+        state = _json_file(system, f"{folder}/{STATE}")
+        entries = [str(entry["filename"]) for entry in state["_data_files"]] if state is not None else []
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{field}: {folder}: what Dataset.save_to_disk wrote there is damaged") from None
+    names = [_inside(name, folder, field) for name in entries]
+    infos = system.get_file_info([f"{folder}/{name}" for name in names])
+    for info in infos:
+        if not info.is_file:
+            raise UserError(f"{field}: {info.path} belongs to the saved data set, but is not there")
+    return list(infos)
+
+
+def _inside(name: str, folder: str, field: str) -> str:
+    """The name, if it is that of something in the folder: a data set may come from anybody."""
+    if name in (".", "..") or posixpath.basename(name) != name:
+        raise UserError(f"{field}: {folder} names {name!r}, which does not lie in it")
+    return name
+
+
+def _json_file(system: Any, path: str) -> Any:
+    if not system.get_file_info(path).is_file:
+        return None
+    with system.open_input_stream(path, compression=None) as stream:
+        return json.loads(stream.read())
+
 
 KINDS = {
     ".jsonl": "jsonl",
@@ -40,8 +288,6 @@ SUPPORTED = (
     ".jsonl, .json, .csv, .tsv and .txt (each also with .gz, .zst, .bz2 or .xz), .parquet,"
     " and folders of Dataset.save_to_disk"
 )
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -75,13 +321,13 @@ def list_files(source: Source, where: str, storage_root: str) -> list[File]:
 
 def _all_files(source: Source, field: str, storage_root: str) -> list[File]:
     if source.path.startswith("hf://"):
-        return [_stored(uri) for uri in hub.as_parquet(source.path, field, storage_root)]
+        return [_stored(uri) for uri in as_parquet(source.path, field, storage_root)]
     if storage.is_uri(source.path):
         return _remote(source.path, field)
     path, split = _split_of(source.path)
-    found = globs.local(path) if glob.has_magic(path) and not os.path.exists(path) else [path]
-    for table in sorted(set(map(globs.table_of, found))):
-        _warn_of_table([name for name in globs.TABLES if os.path.isdir(os.path.join(table, name))], table, field)
+    found = local(path) if glob.has_magic(path) and not os.path.exists(path) else [path]
+    for table in sorted(set(map(table_of, found))):
+        _warn_of_table([name for name in TABLES if os.path.isdir(os.path.join(table, name))], table, field)
     files = [file for name in found for file in _local(name, split, field, alone=len(found) == 1)]
     # A glob with ** matches a folder and also what lies in it.
     once = {os.path.normpath(file.uri): file for file in files}
@@ -99,7 +345,7 @@ def _local(path: str, split: str, field: str, alone: bool) -> list[File]:
         return [_file(path, field)]
     if saved := saved_files(fs.LocalFileSystem(), path, split, field):
         return [File(info.path, "arrow", None, info.size, info.mtime_ns) for info in saved]
-    _warn_of_table([name for name in globs.TABLES if os.path.isdir(os.path.join(path, name))], path, field)
+    _warn_of_table([name for name in TABLES if os.path.isdir(os.path.join(path, name))], path, field)
     names, linked = _below(path, field)
     known = sorted(name for name in names if _kind(name))
     if not known and alone:
@@ -117,8 +363,8 @@ def _below(path: str, field: str) -> tuple[list[str], int]:
     names: list[str] = []
     linked = 0
     for folder, folders, here in os.walk(path, onerror=unreadable):
-        folders[:] = [name for name in folders if globs.visible(name)]
-        names += [os.path.join(folder, name) for name in here if globs.visible(name)]
+        folders[:] = [name for name in folders if visible(name)]
+        names += [os.path.join(folder, name) for name in here if visible(name)]
         linked += sum(os.path.islink(os.path.join(folder, name)) for name in folders)
     return names, linked
 
@@ -154,7 +400,7 @@ def _say_once(line: str, level: int = logging.INFO) -> None:
 def _warn_of_table(logs: Sequence[str], place: str, field: str) -> None:
     for log in logs:
         _say_once(
-            f"{field}: {place} is a table of {globs.TABLES[log]} ({log}), and is read as the files that lie there: also"
+            f"{field}: {place} is a table of {TABLES[log]} ({log}), and is read as the files that lie there: also"
             " those of rows that were changed or deleted; write the rows as they are now to a folder of their own",
             logging.WARNING,
         )
@@ -191,12 +437,12 @@ def _remote(uri: str, field: str) -> list[File]:
         )
     split = next((option[6:] for option in query.split("&") if option.startswith("split=")), "train")
     suffix = "?" + "&".join(options) if options else ""
-    fixed, pattern = globs.split(base)
+    fixed, pattern = split_pattern(base)
 
-    def of_folder(system: Any, path: str, below: Sequence[globs.Below]) -> list[File]:
+    def of_folder(system: Any, path: str, below: Sequence[Below]) -> list[File]:
         if any(name in SAVED for _, name in below) and (saved := saved_files(system, path, split, field)):
             return [_remote_file(item, fixed + suffix, ("arrow", None)) for item in saved]
-        _warn_of_table(sorted({name.split("/")[0] for _, name in below} & set(globs.TABLES)), base, field)
+        _warn_of_table(sorted({name.split("/")[0] for _, name in below} & set(TABLES)), base, field)
         found = _readable(below, base, field)
         return [_remote_file(item, fixed + suffix, _known(item.path, field)) for item in found]
 
@@ -208,8 +454,8 @@ def _remote(uri: str, field: str) -> list[File]:
         if not pattern:
             return of_folder(system, path, _listed(system, path))
         below = _listed(system, path)
-        matching, folders = globs.matching(below, pattern)
-        for table, logs in globs.tables_among(below, matching, path).items():
+        matching, folders = files_matching(below, pattern)
+        for table, logs in tables_among(below, matching, path).items():
             _warn_of_table(logs, f"{fixed}/{table}".rstrip("/"), field)
         files = [_remote_file(item, fixed + suffix, _known(item.path, field)) for item in matching]
         files += [file for name, below in folders.items() for file in of_folder(system, f"{path}/{name}", below)]
@@ -219,16 +465,16 @@ def _remote(uri: str, field: str) -> list[File]:
         return _some(asked(uri, look), uri, field)
 
 
-def _listed(system: Any, path: str) -> list[globs.Below]:
+def _listed(system: Any, path: str) -> list[Below]:
     """All files below a path."""
     listing = system.get_file_info(fs.FileSelector(path, recursive=True, allow_not_found=True))
     files = sorted((item for item in listing if item.is_file), key=lambda item: item.path)
     return [(item, item.path[len(path) :].strip("/")) for item in files]
 
 
-def _readable(below: Sequence[globs.Below], place: str, field: str) -> list[Any]:
+def _readable(below: Sequence[Below], place: str, field: str) -> list[Any]:
     """The visible files of a folder whose kind is known; says which are passed over."""
-    files = [item for item, name in below if globs.visible(name)]
+    files = [item for item, name in below if visible(name)]
     _say_passed_over([item.path for item in files if not _kind(item.path)], 0, place, field)
     return [item for item in files if _kind(item.path)]
 
@@ -256,3 +502,62 @@ def _stored(uri: str) -> File:
 def total_bytes(files: Sequence[File]) -> int:
     """Bytes of all files as they lie on disk."""
     return sum(file.size for file in files)
+
+
+# Checks that a file is still what the scan saw.
+
+
+CHUNK = 8 * 2**20
+
+
+class Changed(UserError):
+    """A file, or what its storage returns of it, is not what the scan saw."""
+
+    def __init__(self, file: File) -> None:
+        super().__init__(
+            f"{file.uri}: changed since it was looked at; run the same command again, and if it says the same, give all"
+            " nodes the same file by this path"
+        )
+        self.file = file
+
+    def __reduce__(self) -> tuple[type["Changed"], tuple[File]]:
+        return Changed, (self.file,)
+
+
+@contextlib.contextmanager
+def steady(file: File) -> Iterator[tuple[int, int]]:
+    """Size and time of change of a file, which must not change within the block; raises Changed."""
+    state = _state(file)
+    yield state
+    if _state(file) != state:
+        raise Changed(file)
+
+
+def _state(file: File) -> tuple[int, int]:
+    system, path = open_filesystem(file.uri)
+    info = system.get_file_info(path)
+    if not info.is_file:
+        raise FileNotFoundError(path)
+    return info.size, info.mtime_ns or 0
+
+
+@contextlib.contextmanager
+def as_scanned(file: File, crc: int) -> Iterator[None]:
+    """Check that a file that is not read in bytes is what the scan saw, and stays so in the block; raises Changed."""
+    with steady(file) as (size, modified):
+        # A copy on another node may have another time: then its content decides.
+        known = size == file.size and modified and modified == file.modified
+        if not known and (size != file.size or _crc(file.uri, size, modified) != crc):
+            raise Changed(file)
+        yield
+
+
+@lru_cache(maxsize=4096)
+def _crc(uri: str, size: int, modified: int) -> int:
+    """CRC-32 of a whole file as it is now; size and time of change are there for the cache."""
+    system, path = open_filesystem(uri)
+    crc = 0
+    with system.open_input_stream(path, compression=None) as stream:
+        while chunk := stream.read(CHUNK):
+            crc = zlib.crc32(chunk, crc)
+    return crc

@@ -16,19 +16,22 @@ before the answer exists: train/generate.py asks with just the tokens that stand
 without a supervised token of its own answer is rejected; the end token alone does not count.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from olora_ray.common.errors import first_line
+from olora_ray.config.schema import Source
 from olora_ray.data import chat_template as template
-from olora_ray.data import tool_calls
-from olora_ray.data.chat_form import ChatForm
+from olora_ray.data import template_probe, template_trial
+from olora_ray.data.chat_template import ChatTemplate
 from olora_ray.data.encoder import Encoder
-from olora_ray.data.example import Chat, Completion, Example, Rejected, Text
+from olora_ray.data.formats import Chat, Completion, Example, Rejected, Text
+from olora_ray.data.template_probe import ChatForm
 from olora_ray.data.tokenizer_spec import TokenizerSpec
 
 Span = tuple[int, int]
@@ -155,7 +158,7 @@ class ExampleTokenizer:
             else:
                 text = self._render(chat, number + 1)
                 start = _same(self._render(chat, number), text)
-            if (function := tool_calls.left_out(message, text[start:])) is not None:
+            if (function := template_probe.left_out(message, text[start:])) is not None:
                 raise Rejected(
                     "template",
                     f"message {number + 1}: the chat template of {self._spec.name} leaves the tool call out (of"
@@ -249,3 +252,73 @@ def _same(text: str, other: str) -> int:
     """How many characters two texts begin with together."""
     pairs = enumerate(zip(text, other, strict=False))
     return next((place for place, (one, another) in pairs if one != another), min(len(text), len(other)))
+
+
+# The token with which a chat template ends an answer, and where a model that is trained on its chats stops writing.
+
+
+_ANSWER = template_trial.MESSAGES[-1]["content"]
+
+
+def turn_end(spec: TokenizerSpec) -> int | None:
+    """Its id; None where the template writes no special token right after an answer, or renders no plain chat."""
+    try:
+        template_trial.check(spec.chat_template, spec.special_tokens, spec.name)
+        text = ChatTemplate(spec.chat_template, spec.special_tokens, spec.name).render(template_trial.MESSAGES)
+        _, answer, after = text.rpartition(_ANSWER)
+        encoder = Encoder(spec.json, spec.name)
+        first = encoder.ids(after.strip())[:1] if answer else []
+    except Exception:  # a template is code and may raise anything; whoever makes tokens with it is told
+        return None
+    return first[0] if first and first[0] in encoder.special_ids() else None
+
+
+# The form in which a source's prompts and completions are trained: turns of a chat, or joined texts.
+
+
+RULES = {"text": 2, "prompt_completion": 3, "alpaca": 2, "sharegpt": 2}
+"""Counts how often the tokens of a format's rows have changed; 1 for those that are not named."""
+WITH_TOOLS = ("messages", "prompt_completion", "sharegpt")
+"""Formats whose messages may have tool calls."""
+COLUMNS_OF_STRUCTS = {"parquet", "arrow"}
+"""Kinds of files in which an object has the keys of all rows."""
+
+
+def as_chat(source: Source, spec: TokenizerSpec) -> bool:
+    """Whether the prompts and completions of a source are turns of a chat."""
+    if source.format != "prompt_completion":
+        return False
+    return spec.has_template if source.chat == "auto" else source.chat
+
+
+def digest_inputs(source: Source, spec: TokenizerSpec, kinds: Collection[str]) -> dict[str, Any]:
+    """What decides the tokens of a source beside its setting; `kinds` are those of its files.
+
+    Empty where the same rows have always had the same tokens.
+    """
+    found: dict[str, Any] = {}
+    if source.format in RULES:
+        found["rules"] = RULES[source.format]
+    elif COLUMNS_OF_STRUCTS.intersection(kinds):
+        found["rules"] = 2
+    if source.format in WITH_TOOLS and COLUMNS_OF_STRUCTS.intersection(kinds):
+        found["maps"] = "objects"
+    if source.format == "prompt_completion":
+        found["chat"] = as_chat(source, spec)
+    chats = source.format in WITH_TOOLS and found.get("chat", True)
+    if chats and any(spec.parses_arguments(tools) for tools in (False, True)):
+        found["arguments"] = "objects"
+    if chats and any(spec.wants_null(tools) for tools in (False, True)):
+        found["calls_alone"] = "null"
+    return found
+
+
+def form_line(source: Source, spec: TokenizerSpec, setting: str) -> str | None:
+    """Which form the rows of a source have, in a line; None where their format leaves no choice."""
+    if source.format != "prompt_completion":
+        return None
+    if as_chat(source, spec):
+        template = "its chat template" if spec.has_template else "the plain chat template, since it has none"
+        return f"{setting}: prompts and completions are turns of a chat; {spec.name} gets them through {template}"
+    warning = f", but {spec.name} has one and is served with it" if spec.has_template else f": {spec.name} has none"
+    return f"{setting}: prompts and completions are joined as they are, without a chat template{warning}"

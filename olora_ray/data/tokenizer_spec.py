@@ -5,10 +5,37 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
-from olora_ray.common.digests import digest_json
 from olora_ray.common.errors import UserError
+from olora_ray.common.storage import digest_json
 from olora_ray.data import chat_template as template
-from olora_ray.data import template_trial, token_ids, tool_calls
+from olora_ray.data import template_probe, template_trial
+
+# The ids of a tokenizer's tokens.
+
+
+LARGEST_ID = 2**24
+"""Of a token; the largest vocabularies have some hundred thousand."""
+
+
+def check(backend: Any, name: str) -> None:
+    """Raise UserError for an absurd id: a tokenizer as JSON takes memory for every id up to the largest."""
+    token, largest = _largest(backend)
+    if largest > LARGEST_ID:
+        raise UserError(
+            f"model.name: tokenizer.json of {name} gives the token {token[:40]!r} the id {largest}, above {LARGEST_ID}:"
+            " no model has so many; put the right tokenizer.json in its folder"
+        )
+
+
+def has_tokens_beyond(tokenizer: Any, embeddings: int) -> bool:
+    """Whether a transformers tokenizer has tokens to which no row of so many embeddings belongs."""
+    return _largest(tokenizer.backend_tokenizer)[1] >= embeddings
+
+
+def _largest(backend: Any) -> tuple[str, int]:
+    """The token with the largest id."""
+    return max(backend.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1], default=("", 0))
+
 
 log = logging.getLogger(__name__)
 
@@ -76,11 +103,11 @@ class TokenizerSpec:
 
     def parses_arguments(self, tools: bool) -> bool:
         """Whether arguments of tool calls that are JSON text are given to that template as objects."""
-        return tool_calls.wants_objects(self.template(tools), self.special_tokens, self.name)
+        return template_probe.wants_objects(self.template(tools), self.special_tokens, self.name)
 
     def wants_null(self, tools: bool) -> bool:
         """Whether a message of tool calls alone is given to that template with null for its content."""
-        return tool_calls.wants_null(self.template(tools), self.special_tokens, self.name)
+        return template_probe.wants_null(self.template(tools), self.special_tokens, self.name)
 
 
 def spec_from_pretrained(tokenizer: Any, name: str | None = None) -> TokenizerSpec:
@@ -95,7 +122,7 @@ def spec_from_pretrained(tokenizer: Any, name: str | None = None) -> TokenizerSp
         raise UserError(f"model.name: the tokenizer of {name} is not a fast one (it needs a tokenizer.json)")
     if tokenizer.eos_token_id is None:
         raise UserError(f"model.name: the tokenizer of {name} has no end token (eos_token), so answers would never end")
-    token_ids.check(backend, name)
+    check(backend, name)
     named = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
     source = (named.get("default") or next(iter(named.values()), None)) if named else tokenizer.chat_template
     for_tools = named.get("tool_use")

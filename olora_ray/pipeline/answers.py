@@ -9,8 +9,7 @@ from typing import Any
 from olora_ray.cluster.spec import TrainResult
 from olora_ray.common.errors import UserError
 from olora_ray.common.text import plural
-from olora_ray.config.evaluation import AnyConfig
-from olora_ray.config.schema import Config
+from olora_ray.config.schema import AnyConfig, Config
 from olora_ray.tokens.store import TokenStore
 from olora_ray.train import scoring
 from olora_ray.train.generate import questions, wanted_questions

@@ -19,10 +19,10 @@ from olora_ray.pipeline import report
 from olora_ray.pipeline.base import open_base
 from olora_ray.pipeline.prepare import warn_of_both
 from olora_ray.pipeline.run_folder import RunFolder
+from olora_ray.tokens.manifest import reason_counts
 from olora_ray.tokens.preview import Example, Preview, describe
-from olora_ray.tokens.totals import reason_counts
 from olora_ray.tracking.start import resolve_uri
-from olora_ray.train import pace
+from olora_ray.train import estimate
 from olora_ray.train.estimate import MemoryEstimate
 from olora_ray.train.loader import total_steps
 
@@ -122,12 +122,12 @@ def _rows(preview: Preview) -> str:
 def _time(config: Config, base: BaseModel, size: MemoryEstimate, train: Preview, held_out: Preview | None) -> str:
     """An estimate from one measured micro-batch, or why there is none."""
     elsewhere = os.environ.get("RAY_ADDRESS", "").strip() not in ("", "auto", "local")
-    if why := pace.not_measured(config, size, elsewhere):
+    if why := estimate.not_measured(config, size, elsewhere):
         return f"not estimated: {why}"
     workers = config.cluster.max_workers()
     width = min(config.train.micro_batch, config.train.global_batch)
     packs = [train.some_packs[number % len(train.some_packs)] for number in range(width)]
-    once = pace.seconds_per_micro_batch(config, base, packs)
+    once = estimate.seconds_per_micro_batch(config, base, packs)
     steps, step = total_steps(config.train, train.packs), once * config.accumulation()
     seconds = steps * step
     words = f"{steps} steps of about {step:.2g} s"

@@ -1,5 +1,6 @@
 """Export of a finished training: adapter and merged model, written and checked in Ray tasks."""
 
+import contextlib
 import logging
 from contextlib import ExitStack
 from dataclasses import replace
@@ -9,34 +10,86 @@ from typing import Any
 import ray
 import torch
 
-from olora_ray.adapter import memory, merge, model_card, portable
-from olora_ray.adapter.compress import compress
+from olora_ray.adapter import merge, portable
+from olora_ray.adapter import parity as memory
 from olora_ray.adapter.logits import Folders, Logits, measure_logits
-from olora_ray.adapter.new_folder import replacing
-from olora_ray.adapter.parity import MergedFolder, Parity
-from olora_ray.adapter.peft_check import check_adapter
-from olora_ray.adapter.peft_folder import new_adapter
-from olora_ray.cluster.device import assigned_device
+from olora_ray.adapter.parity import MergedFolder, Parity, check_adapter
+from olora_ray.adapter.peft_folder import compress, new_adapter, replacing
 from olora_ray.cluster.resources import worker_resources
 from olora_ray.cluster.spec import TrainResult, TrainSpec
-from olora_ray.common import copies, storage
+from olora_ray.cluster.worker_context import assigned_device
+from olora_ray.common import node_cache, storage
 from olora_ray.common.errors import UserError
-from olora_ray.common.quiet import quiet_transformers
+from olora_ray.common.logs import quiet_transformers
 from olora_ray.config.schema import Config
+from olora_ray.data import chat_template
+from olora_ray.data.tokenizer_spec import adds_begin_token
 from olora_ray.model.folder import parameters
+from olora_ray.model.load import end_tokens, load_tokenizer, tokenizer_in
 from olora_ray.model.source import BaseModel, on_this_node
-from olora_ray.pipeline import export_shares, original_weights
-from olora_ray.pipeline.compressed import Compressed, measure
+from olora_ray.pipeline import export_shares
 from olora_ray.pipeline.connection import user_errors
-from olora_ray.pipeline.export_shares import Spread, Work
-from olora_ray.pipeline.original_weights import OnOriginal
+from olora_ray.pipeline.export_shares import Compressed, OnOriginal, Spread, Work
+from olora_ray.pipeline.export_shares import compressed_loss as measure
 from olora_ray.pipeline.run_folder import RunFolder
-from olora_ray.pipeline.served import give_template, keep_tokenizer, more_ends
 from olora_ray.tokens.store import TokenStore
+from olora_ray.tracking import models
 from olora_ray.train import checkpoints
-from olora_ray.train.state import TrainState
+from olora_ray.train.checkpoint import TrainState
 
 logger = logging.getLogger(__name__)
+
+# What an exported folder needs so that others ask and answer as the training did: template, tokenizer, end tokens.
+
+
+def give_template(config: Config, base: BaseModel, folder: Path) -> None:
+    """A base without a chat template was trained with the default one: its users need it too."""
+    if _of_chats(config) and not models.has_chat_template(folder):
+        template = chat_template.default(adds_begin_token(load_tokenizer(base, config.model)))
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+        (folder / "chat_template.json").unlink(missing_ok=True)  # a processor's, which was not trained with
+
+
+def _of_chats(config: Config) -> bool:
+    """Whether some of the training data are chats."""
+    return any(
+        source.format not in ("text", "prompt_completion") or source.chat is True for source in config.data.train
+    )
+
+
+def more_ends(spec: TrainSpec, base: BaseModel) -> str:
+    """The tokens that end an answer here and not by the base's own files, with their ids; usually none."""
+    tokenizer = load_tokenizer(base, spec.config.model)
+    more = sorted(set(spec.eos) - set(end_tokens(base, tokenizer)))
+    return ", ".join(f"`{tokenizer.convert_ids_to_tokens(token)}` ({token})" for token in more)
+
+
+def keep_tokenizer(config: Config, base: BaseModel, folder: Path) -> None:
+    """Have the tokenizer of an adapter's folder be the base's.
+
+    By the model's type in config.json, which an adapter has not, transformers may take another class than the one that
+    tokenizer_config.json names, and some classes cut text in their own way whatever tokenizer.json says.
+    """
+    own, settings = load_tokenizer(base, config.model), folder / "tokenizer_config.json"
+    before = settings.read_bytes() if settings.is_file() else None
+    wanted = _as_text(own)
+    for name in ("", "PreTrainedTokenizerFast", type(own).__name__):
+        if name:
+            portable.name_class(folder, name)
+        with contextlib.suppress(Exception):  # of whatever a class has against the files
+            if _as_text(tokenizer_in(folder, config.model.trust_remote_code)) == wanted:
+                return
+    if before is not None:
+        settings.write_bytes(before)
+    logger.warning(
+        f"export: the tokenizer in the adapter's folder does not cut text as that of {base.name} does: load the base's"
+    )
+
+
+def _as_text(tokenizer: Any) -> str:
+    """What it makes of text, as tokenizer.json has it."""
+    return str(tokenizer.backend_tokenizer.to_str())
+
 
 PARITY_TOKENS = 256
 """Held-out tokens on which the logits of the exports are compared."""
@@ -89,12 +142,12 @@ def export_run(
     config, checkpoint = spec.config, storage.join(folder.checkpoints, checkpoints.name_of(step))
     work = export_shares.prepare(spec, checkpoint)
     with ExitStack() as stack:
-        plain = stack.enter_context(copies.local_folder(folder.adapter))
-        merged = stack.enter_context(copies.local_folder(folder.merged)) if config.export.merged else None
+        plain = stack.enter_context(node_cache.local_folder(folder.adapter))
+        merged = stack.enter_context(node_cache.local_folder(folder.merged)) if config.export.merged else None
         if merged is None:
             storage.remove(folder.merged)  # of an earlier attempt, with other settings
         found = None if merged is None else _write_merged(spec, work, checkpoint, merged, folder.merged, spread)
-        quantised = original_weights.measure(spec, work, assigned_device())
+        quantised = export_shares.loss_on_original(spec, work, assigned_device())
         parity, compressed = _write_adapter(spec, work, checkpoint, plain, merged, found, quantised)
     measured = {"step": step, **parity.to_json()}
     if quantised is not None:
@@ -200,7 +253,7 @@ def _complete(
     portable.copy_tokenizer(Path(base.folder), adapter)
     keep_tokenizer(config, base, adapter)
     give_template(config, base, adapter)
-    card = model_card.Card(
+    card = portable.Card(
         base_name=_public_name(base),
         base_digest=base.digest,
         revision=_revision(config, base),
@@ -215,7 +268,7 @@ def _complete(
         quantised=quantised.in_words(reasons=False) if quantised else "",
         ends=ends,
     )
-    (adapter / "README.md").write_text(model_card.model_card(card), encoding="utf-8")
+    (adapter / "README.md").write_text(portable.model_card(card), encoding="utf-8")
 
 
 def _held_out(store: TokenStore) -> list[torch.Tensor]:

@@ -12,9 +12,8 @@ from typing import Any, TypeVar
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config, Source
-from olora_ray.data import reader, suggest
-from olora_ray.data.example import Rejected
-from olora_ray.data.formats import columns_of, to_example
+from olora_ray.data import formats, reader
+from olora_ray.data.formats import Rejected, columns_of, to_example
 from olora_ray.data.scan import head
 from olora_ray.data.sources import File, list_files
 from olora_ray.data.units import FileScan
@@ -68,9 +67,9 @@ def _check(source: Source, where: str, storage_root: str) -> None:
 
 def _hint(source: Source, where: str, file: File, scanned: FileScan | None, row: Any) -> str:
     """What is odd about the file, or what to set instead, as the end of a message."""
-    if odd := suggest.file(file.kind, scanned.columns if scanned else (), _begin(file)):
+    if odd := formats.file(file.kind, scanned.columns if scanned else (), _begin(file)):
         return f"; {odd}"
-    words = suggest.columns(source.format, row)
+    words = formats.columns(source.format, row)
     return f"; set {words} in {where}" if words else ""
 
 

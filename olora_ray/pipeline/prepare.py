@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping
 from olora_ray.cluster import preflight
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.common import storage
-from olora_ray.common.digests import digest
 from olora_ray.common.errors import UserError, short_reason
+from olora_ray.common.storage import digest
 from olora_ray.config.schema import Config
 from olora_ray.pipeline import answers
 from olora_ray.pipeline.base import Base
 from olora_ray.pipeline.connection import user_errors
-from olora_ray.tokens import notes
+from olora_ray.tokens import manifest
 from olora_ray.tokens.prepare import StoreBuild, begin, look_here, look_there, plan_here
 from olora_ray.tokens.store import TokenStore
 from olora_ray.train import checkpoint
@@ -60,7 +60,7 @@ def prepare_tokens(
 
 def warn_of_both(config: Config, train: Mapping[str, str], held_out: Mapping[str, str]) -> None:
     """Say so where files of `data.eval` are files of `data.train` too; both by content."""
-    if config.data.eval_fraction is None and (line := notes.in_both(train, held_out)):
+    if config.data.eval_fraction is None and (line := manifest.in_both(train, held_out)):
         logger.warning(line)
 
 

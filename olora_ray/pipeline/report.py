@@ -8,10 +8,9 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from olora_ray.adapter import trial
+from olora_ray.adapter import export_preflight
 from olora_ray.adapter.candidates import GATE, HEAD, ROUTER
-from olora_ray.adapter.coverage import Coverage
-from olora_ray.adapter.targets import Selection
+from olora_ray.adapter.inject import Coverage, Selection
 from olora_ray.cluster.spec import TrainResult, TrainSpec
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
@@ -58,7 +57,7 @@ def check_scorer(config: Config) -> None:
 def deliverable(config: Config, base: source.BaseModel) -> MemoryEstimate:
     """The size of a training; raises UserError for what cannot be trained, or be exported afterwards."""
     size = estimate(config, base)
-    if found := trial.problems(base, config, size.targets):
+    if found := export_preflight.problems(base, config, size.targets):
         raise UserError("; ".join(found))
     return size
 

@@ -8,32 +8,29 @@ from pathlib import Path
 
 import torch
 
-from olora_ray.cluster.kind import kind_of
-from olora_ray.common import copies, kept, storage
-from olora_ray.common.digests import digest, digest_json
+from olora_ray.cluster.worker_platforms import kind_of
+from olora_ray.common import node_cache, storage
 from olora_ray.common.errors import UserError
-from olora_ray.config.evaluation import AnyConfig
+from olora_ray.common.storage import digest, digest_json
 from olora_ray.config.load import override
-from olora_ray.config.schema import Config
+from olora_ray.config.schema import AnyConfig, Config
 from olora_ray.evaluation.groups import group_numbers
 from olora_ray.evaluation.held_out import measure
 from olora_ray.evaluation.rows import RowResults
 from olora_ray.model.folder import CONFIG
 from olora_ray.model.load import pick_dtype
 from olora_ray.pipeline import connection
-from olora_ray.pipeline.base import Base, with_tokenizer
-from olora_ray.pipeline.find_model import find_model, parts
+from olora_ray.pipeline.base import Base, find_model, parts, with_tokenizer
 from olora_ray.pipeline.run_folder import where_now
-from olora_ray.retrain import known_files
-from olora_ray.retrain.changes import Inputs
+from olora_ray.retrain import recipe
 from olora_ray.retrain.gate import HeldOut
+from olora_ray.retrain.recipe import AGAINST, Inputs
 from olora_ray.tokens.prepare import prepare
 from olora_ray.tracking import checksums, registered
-from olora_ray.tracking.aliases import Aliases
-from olora_ray.tracking.contents import ADAPTER_ONLY, EXPORT
-from olora_ray.tracking.record import RUN
+from olora_ray.tracking.aliases import CHAMPION, GATE, PREVIOUS, Aliases, rolled_back
+from olora_ray.tracking.checksums import RUN, Version
+from olora_ray.tracking.models import ADAPTER_ONLY, EXPORT
 from olora_ray.tracking.start import resolve_uri
-from olora_ray.tracking.version import Version
 from olora_ray.train import scoring
 
 logger = logging.getLogger(__name__)
@@ -44,7 +41,7 @@ def about_rows(config: Config, inputs: Inputs, rows: RowResults, champion: Versi
     groups = group_numbers(config.gate.group, inputs.held_out, rows.origins)
     if champion is None:
         return HeldOut(groups)
-    files = known_files.unseen(config, inputs.held_out, known_files.of_version(config, champion))
+    files = recipe.unseen_rows(config, inputs.held_out, recipe.of_version(config, champion))
     if files is None:
         return HeldOut(groups)
     return HeldOut(groups, [row for row, (file, _) in enumerate(rows.origins) if file in files])
@@ -149,7 +146,7 @@ def _copied(named: Config, version: Version) -> str:
     if not storage.exists(storage.join(place, CONFIG)):
         found = registered.of_config(named)
         assert found is not None
-        copies.upload(found.folder, place, last=CONFIG)
+        node_cache.upload(found.folder, place, last=CONFIG)
     return place
 
 
@@ -166,7 +163,7 @@ def _note(config: Config, inputs: Inputs, version: Version) -> str:
         inputs.fingerprint.held_out,
         config.evaluation.model_dump_json(),
         scoring.source_digest(scorer) if scorer else None,
-        kept.code(),
+        node_cache.code(),
         _computed_by(config),
     ]
     key = digest_json(parts, length=32)
@@ -190,3 +187,55 @@ def _read(note: str) -> _Measured | None:
         return _Measured.from_json(storage.read_text(note))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
         return None  # not there, damaged, or of an older release
+
+
+# The version that a challenger must beat: the champion, or a substitute if its alias or its version was deleted.
+
+
+@dataclass(frozen=True)
+class ToBeat:
+    """The version that a challenger must beat, and the registry in which it was found."""
+
+    version: Version | None
+    """None: the model has never had a champion."""
+    role: str
+    """Of this version, for the log: the champion, or what it was."""
+    champion: str
+    """Version with the alias `champion`; empty if there is no such alias."""
+    versions: Sequence[Version]
+    """All versions of the model, the oldest first."""
+
+
+def version_to_beat(aliases: Aliases) -> ToBeat:
+    """Find the version that a challenger must beat; raises UserError if there was a champion and nothing is left."""
+    last, named, versions = aliases.last_champion(), aliases.current(), aliases.versions()
+    there, champion = {version.number: version for version in versions}, named.get(CHAMPION, "")
+    if champion in there:
+        return ToBeat(there[champion], "the champion", champion, versions)
+    passed = [version for version in versions if _passed(version)]
+    substitutes = {
+        "the last champion": there.get(last or ""),
+        "the newest that passed": next((version for version in reversed(passed) if not rolled_back(version)), None),
+        "the champion before": there.get(named.get(PREVIOUS, "")),
+    }
+    deleted = last is not None and last not in there
+    gone = f"the champion, version {last}, was deleted" if deleted else "the alias champion is missing"
+    for role, version in substitutes.items():
+        if version is not None and not rolled_back(version):
+            logger.warning(
+                f"registry: {aliases.name}: {gone}; a new version must beat version {version.number}, {role};"
+                f" set a champion with: pipelines/registry.py promote {aliases.name} VERSION"
+            )
+            return ToBeat(version, role, champion, versions)
+    if last or PREVIOUS in named or passed or any(version.tags.get(AGAINST) for version in versions):
+        raise UserError(
+            f"registry.model={aliases.name}: {gone}, and no other version that passed is left to compare with; set a"
+            f" champion with: pipelines/registry.py promote {aliases.name} VERSION, or delete the registered model to"
+            " begin anew"
+        )
+    return ToBeat(None, "no champion", champion, versions)
+
+
+def _passed(version: Version) -> bool:
+    """True if the version has been a champion, by its verdict: it passed, or a person promoted it."""
+    return GATE in version.tags and not version.tags[GATE].startswith("refused")

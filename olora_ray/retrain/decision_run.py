@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from olora_ray.config.schema import Config
-from olora_ray.retrain.changes import AGAINST
-from olora_ray.tracking import verdicts
+from olora_ray.retrain.recipe import AGAINST
+from olora_ray.tracking import models
 from olora_ray.tracking.aliases import CHAMPION, GATE
+from olora_ray.tracking.checksums import Version
 from olora_ray.tracking.client import connect, reachable
 from olora_ray.tracking.start import resolve_uri, start_run
-from olora_ray.tracking.version import Version
 
 DETAILS = "olora.gate_details"
 """Tag of a version: the numbers behind the gate's decision, as JSON."""
@@ -75,7 +75,7 @@ def of_version(config: Config, version: Version) -> Entry | None:
     entry = Entry(decision, reason, version.number, tags[AGAINST] or None, details)
     run_id = write(config, entry, _begun(config, entry))
     uri = resolve_uri(config)
-    verdicts.add(uri, version.name, version.number, _verdict(entry))
+    models.add(uri, version.name, version.number, _verdict(entry))
     with reachable(uri):
         connect(uri).set_model_version_tag(version.name, version.number, RECORDED, run_id)
     return entry

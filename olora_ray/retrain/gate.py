@@ -19,8 +19,7 @@ from typing import Any
 
 from olora_ray.common.text import plural
 from olora_ray.config.schema import Condition, Gate
-from olora_ray.evaluation.bootstrap import Interval
-from olora_ray.evaluation.rows import LOSS, PERPLEXITY, Comparison, RowResults, compare
+from olora_ray.evaluation.rows import LOSS, PERPLEXITY, Comparison, Interval, RowResults, compare
 
 BY_CHANCE = 0.025
 """Below this the challenger's fewer scores are no chance."""

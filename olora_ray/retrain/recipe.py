@@ -12,30 +12,138 @@ version is made from the base, and the log says why.
 """
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from olora_ray.common import storage
-from olora_ray.common.digests import digest_json
 from olora_ray.common.errors import UserError
+from olora_ray.common.storage import digest_json
 from olora_ray.common.text import plural
-from olora_ray.config.dotted import flatten
-from olora_ray.config.field_types import extended
+from olora_ray.config.load import flatten
 from olora_ray.config.schema import Config, Source
+from olora_ray.config.section import extended
 from olora_ray.evaluation.groups import check_column, count_planned
 from olora_ray.evaluation.rows import LOSS, PERPLEXITY
-from olora_ray.model import identity
-from olora_ray.pipeline.fingerprint import TAGS
-from olora_ray.pipeline.run_folder import bound_settings, where_now
-from olora_ray.retrain import known_files
-from olora_ray.retrain.changes import Inputs
+from olora_ray.model import folder as identity
+from olora_ray.pipeline.base import Base, open_base
+from olora_ray.pipeline.run_folder import TAGS, Fingerprint, bound_settings, settings_digest, where_now
+from olora_ray.tokens import manifest, prepare
 from olora_ray.tokens.plan import Plan
-from olora_ray.tracking.aliases import CHALLENGER
-from olora_ray.tracking.record import RUN
-from olora_ray.tracking.version import Version
+from olora_ray.tracking.aliases import CHALLENGER, GATE, rolled_back
+from olora_ray.tracking.checksums import RUN, Version
 from olora_ray.train import checkpoints
 
 logger = logging.getLogger(__name__)
+
+# Search for changes since the champion was made, by digests of contents and without Ray.
+
+
+AGAINST = "olora.gate_against"
+"""Tag of a version: the version that it had to beat when the gate decided; empty if there was none."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The inputs of a retraining, as they are now."""
+
+    base: Base
+    plan: Plan
+    """Of the training data."""
+    held_out: Plan
+    """Of the held-out rows."""
+    fingerprint: Fingerprint
+
+
+def look(config: Config) -> Inputs:
+    """Read base model and data as far as their digests need it; files that were scanned before are not read again.
+
+    Raises UserError for what training would refuse: missing files, a model that is none, nothing held out.
+    """
+    if not config.data.holds_out():
+        raise UserError("data.eval: retraining compares with the champion on held-out rows; set it, or eval_fraction")
+    base, seen = open_base(config), prepare.look_here(config)
+    plan = prepare.plan_here(config, base.spec, "train", seen)
+    held_out = prepare.plan_here(config, base.spec, "eval", seen)
+    made_of = Fingerprint(base.model.digest, plan.digest(), held_out.digest(), settings_digest(config))
+    return Inputs(base, plan, held_out, made_of)
+
+
+def find_decision(versions: Sequence[Version], champion: Version | None, now: Fingerprint) -> Version | None:
+    """The version that makes another training of the same useless.
+
+    That is the champion, or its substitute, if it was made of the same; else a version made of the same that was rolled
+    back, or that was judged against this champion. If it was judged against another one, the gate decides again.
+    """
+    if champion is not None and not now.changes(Fingerprint.from_tags(champion.tags)):
+        return champion
+    against = champion.number if champion is not None else ""
+    for version in reversed(versions):
+        if GATE not in version.tags or now.changes(Fingerprint.from_tags(version.tags)):
+            continue
+        if rolled_back(version) or version.tags.get(AGAINST) == against:
+            return version
+    return None
+
+
+# What a version was trained on: the files, by digest, and how the held-out rows were drawn from them.
+
+
+@dataclass(frozen=True)
+class KnownFiles:
+    """The files that a version was trained on."""
+
+    digests: frozenset[str]
+    """SHA-256 of each."""
+    draw: tuple[Any, Any] | None
+    """Seed and fraction by which rows were held out of them; None: not known, it was noted by an older release."""
+
+
+def note(config: Config, plan: Plan) -> None:
+    """Keep the files behind a data digest: continuing trains on a part of them only."""
+    place = _note(config, plan.digest())
+    if not storage.exists(place):
+        content = {"files": sorted({each.sha256 for each in plan.files}), "draw": list(_draw(plan))}
+        storage.write_text(place, storage.seal(content, indent=1))
+
+
+def of_version(config: Config, version: Version) -> KnownFiles | None:
+    """The files behind a version's data digest: as noted by an earlier retraining, or by its token store."""
+    digest = version.tags.get(TAGS["data"], "")
+    if noted := storage.read_sealed(_note(config, digest)):
+        draw = noted.get("draw")
+        return KnownFiles(frozenset(noted["files"]), (draw[0], draw[1]) if draw else None)
+    # No note under this storage: the version's training was not a retraining. Its token store may be left.
+    try:
+        inputs = manifest.read_manifest(storage.join(config.run.storage, "tokens", digest)).inputs
+    except (FileNotFoundError, ValueError):  # a storage that does not answer now is no store that is gone
+        return None
+    files = frozenset(sha256 for source in inputs["sources"] for _, sha256 in source["files"])
+    return KnownFiles(files, (inputs["seed"], inputs["eval_fraction"]))
+
+
+def unseen_rows(config: Config, held_out: Plan, known: KnownFiles | None) -> frozenset[int] | None:
+    """Numbers of the files in the plan of the held-out rows on whose rows a version was surely not trained.
+
+    None: on none of them all. `known` are the files it was trained on; None: that is not known.
+    """
+    if config.data.eval_fraction is None:
+        return None
+    if known is None or known.draw not in (None, _draw(held_out)):
+        return frozenset()
+    if known.digests <= {each.sha256 for each in held_out.files}:
+        return None  # files were added only: what is held out of the others is the same as then
+    # A file has changed or is gone. What is new may be it, under whatever name.
+    return frozenset(number for number, each in enumerate(held_out.files) if each.sha256 in known.digests)
+
+
+def _draw(plan: Plan) -> tuple[Any, Any]:
+    return (plan.seed, plan.eval_fraction)
+
+
+def _note(config: Config, digest: str) -> str:
+    return storage.join(config.run.storage, "retraining", "files", f"{digest}.json")
+
 
 ORIGIN = "olora.retrained_from"
 ROWS = "olora.data_rows"
@@ -70,7 +178,7 @@ def make(config: Config, inputs: Inputs, champion: Version | None) -> Recipe:
     which much is missing since the champion was made.
     """
     check_column(config.gate.group, inputs.held_out)  # else the gate would say so, after the training
-    known_files.note(config, inputs.plan)
+    note(config, inputs.plan)
     if champion is not None:
         _refuse_if_shrunk(config, inputs.plan.file_rows, champion)
         unseen = _unseen(config, inputs, champion)
@@ -131,7 +239,7 @@ def _unseen(config: Config, inputs: Inputs, champion: Version) -> frozenset[int]
 
     Raises UserError if there is none: it would refuse whatever is trained.
     """
-    unseen = known_files.unseen(config, inputs.held_out, known_files.of_version(config, champion))
+    unseen = unseen_rows(config, inputs.held_out, of_version(config, champion))
     why = (
         f"data.eval_fraction: version {champion.number}, the champion, may have been trained on rows that are held out"
         " now, because a file of its training data, run.seed or the fraction has changed or is not known any more"
@@ -168,10 +276,10 @@ def _continued(config: Config, inputs: Inputs, champion: Version) -> _Start | st
     """The champion, ready to be continued, or the reason why it cannot be."""
     if not identity.same(champion.tags.get(TAGS["base"]), inputs.base.model.digest):
         return "its base model is another"
-    known = known_files.of_version(config, champion)
+    known = of_version(config, champion)
     if known is None:
         return f"what it was trained on is not known under {config.run.storage}"
-    if known_files.unseen(config, inputs.held_out, known) is not None:
+    if unseen_rows(config, inputs.held_out, known) is not None:
         return "it may have been trained on rows that are held out now"
     folder = where_now(champion.tags.get(RUN, ""), config.run.storage)
     found = checkpoints.latest_good(storage.join(folder, "checkpoints")) if folder else None

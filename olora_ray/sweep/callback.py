@@ -8,8 +8,10 @@ from typing import Any
 
 from ray import tune
 
-from olora_ray.cluster.placement_groups import free_abandoned
-from olora_ray.sweep import progress, state, trial_file
+from olora_ray.cluster.resources import free_abandoned
+from olora_ray.sweep import record as trial_file
+from olora_ray.sweep import state
+from olora_ray.sweep import state as progress
 from olora_ray.sweep.record import TrialRecord
 from olora_ray.sweep.space import Space
 from olora_ray.sweep.spec import ENDED, NUMBER, number_of, trial_place

@@ -6,22 +6,23 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from olora_ray.cluster.spec import TrainResult
-from olora_ray.common import copies, storage
+from olora_ray.common import node_cache, storage
 from olora_ray.common.errors import UserError
 from olora_ray.common.text import plural
 from olora_ray.config.load import dump, override
 from olora_ray.config.schema import Config
-from olora_ray.pipeline import export, fit, mlflow_run, publish
+from olora_ray.pipeline import export, fit, publish
 from olora_ray.pipeline.run_folder import RunFolder
-from olora_ray.sweep import progress, trial_file
-from olora_ray.sweep.progress import Progress
+from olora_ray.sweep import record as trial_file
+from olora_ray.sweep import state as progress
 from olora_ray.sweep.record import SearchRecord, TrialRecord
 from olora_ray.sweep.report import leaderboard, write
 from olora_ray.sweep.spec import SweepSpec, trial_name
-from olora_ray.sweep.trial_spec import trial_spec
+from olora_ray.sweep.state import Progress
+from olora_ray.sweep.trial import trial_spec
 from olora_ray.tracking.run import Tracker
 from olora_ray.train import checkpoints
-from olora_ray.train.state import TrainState
+from olora_ray.train.checkpoint import TrainState
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +74,7 @@ def conclude(config: Config, sweep_spec: SweepSpec, found: SearchRecord, tracker
     place = storage.join(sweep_spec.folder, "best.yaml")
     storage.write_text(place, dump(best_config(config, sweep_spec, best)))
     for file in [*write.write(found, sweep_spec.folder), place]:
-        with copies.fetched(file) as local:
+        with node_cache.fetched(file) as local:
             tracker.artifact(local)
     tracker.table("leaderboard", *leaderboard.table(found))
     tracker.metrics({0: {f"best/{found.metric}": best.value or 0.0}})
@@ -107,7 +108,7 @@ def register(sweep_spec: SweepSpec, found: SearchRecord) -> int:
     spec = trial_spec(sweep_spec, trial)
     folder = RunFolder(trial, best.folder)
     result = fit.finished_training(spec, folder) or _stopped(folder, best, found.metric)
-    with mlflow_run.tracked(spec, folder, sweep_spec.parent) as tracker:
+    with publish.tracked(spec, folder, sweep_spec.parent) as tracker:
         parity = export.run_export(spec, folder, result)
         tags = {"olora.search": sweep_spec.name, "olora.trial": str(best.number)}
         version = publish.publish(spec, folder, tracker, result, parity, tags)

@@ -22,21 +22,19 @@ from olora_ray.cluster.spec import TrainSpec
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError
 from olora_ray.common.text import plural
-from olora_ray.config.dotted import flatten
-from olora_ray.config.load import override
+from olora_ray.config.load import flatten, override
 from olora_ray.config.schema import Config
 from olora_ray.pipeline import answers
 from olora_ray.pipeline.base import Base
 from olora_ray.pipeline.prepare import prepare_tokens
 from olora_ray.pipeline.run_folder import RunFolder
-from olora_ray.sweep import outcome, progress, settings, shared_work, sharing, state, tuner
+from olora_ray.sweep import outcome, settings, shared_work, sharing, state, tuner
 from olora_ray.sweep.callback import SweepCallback
-from olora_ray.sweep.progress import Progress
 from olora_ray.sweep.record import SearchRecord
 from olora_ray.sweep.space import Space
 from olora_ray.sweep.spec import SweepSpec
-from olora_ray.tracking import mlflow_run as tracking
-from olora_ray.tracking import start as tracking_start
+from olora_ray.sweep.state import Progress
+from olora_ray.tracking import start
 from olora_ray.tracking.run import Tracker
 
 logger = logging.getLogger(__name__)
@@ -108,7 +106,7 @@ def tracked(spec: TrainSpec, space: Space) -> Iterator[Tracker]:
     config = spec.config
     tags = {"olora.kind": "search", "olora.base_digest": spec.base.digest}
     params = flatten(config) | {f"space.{name}": str(value) for name, value in space.model_dump().items()}
-    with tracking.mlflow_run(config, tags, RunFolder(config), params, after_error="KILLED") as tracker:
+    with start.mlflow_run(config, tags, RunFolder(config), params, after_error="KILLED") as tracker:
         yield tracker
 
 
@@ -146,7 +144,7 @@ def search(sweep_spec: SweepSpec) -> None:
     """
     if not state.can_resume(sweep_spec.folder):
         logger.info("search: another version of olora_ray has ended it; its trials are reported, none is run")
-    elif progress.read(sweep_spec.folder).complete and state.begun(sweep_spec.folder):
+    elif state.read(sweep_spec.folder).complete and state.begun(sweep_spec.folder):
         logger.info("search: it has ended; its trials are reported, none is run")
     else:
         _search(sweep_spec)
@@ -157,7 +155,7 @@ def _search(sweep_spec: SweepSpec) -> None:
     folder, space = sweep_spec.folder, sweep_spec.space
     concurrent, shared_bases = _concurrent_trials(sweep_spec)
     callback = SweepCallback(folder, space)
-    place = tracking_start.everywhere(sweep_spec.train_spec.config)
+    place = start.everywhere(sweep_spec.train_spec.config)
     travelling = replace(sweep_spec, shared_bases=shared_bases, tracking=place)
     ended = tuner.build(travelling, callback, concurrent).fit()
     # A search may have come to its limit and been killed before that was noted: Tune resumes it with nothing to do.
@@ -165,7 +163,7 @@ def _search(sweep_spec: SweepSpec) -> None:
         raise state.not_resumed(folder)
     note = f"The search ended early: {callback.over}." if callback.over else ""
     cut = tuple(sorted(callback.cut))
-    progress.write(folder, Progress(callback.seconds(), callback.complete(), note, cut))
+    state.write(folder, Progress(callback.seconds(), callback.complete(), note, cut))
     # Not after an error or a signal: trials would find their shared base dead and end as failed before they
     # are ended with this process.
     shared_base.end_actors(shared_bases)

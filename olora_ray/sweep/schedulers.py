@@ -20,10 +20,9 @@ from ray.tune.schedulers import (
     TrialScheduler,
 )
 
-from olora_ray.sweep import trial_file
-from olora_ray.sweep.choosers import Seeded
+from olora_ray.sweep import record as trial_file
 from olora_ray.sweep.domain import Domain, rounded
-from olora_ray.sweep.space import Space
+from olora_ray.sweep.space import Seeded, Space
 from olora_ray.sweep.spec import PROGRESS, WHOLE, SweepSpec, number_of, trial_place
 
 

@@ -12,10 +12,9 @@ from typing import Any
 from olora_ray.cluster import address
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError
-from olora_ray.config.dotted import flatten, leaves
-from olora_ray.config.load import build, override
+from olora_ray.config.load import build, flatten, leaves, override
 from olora_ray.config.schema import NO_GATE, Config
-from olora_ray.pipeline import mlflow_run
+from olora_ray.pipeline import publish
 from olora_ray.pipeline.run_folder import RunFolder, bound_settings
 from olora_ray.sweep import state
 from olora_ray.sweep.space import Space
@@ -49,7 +48,7 @@ def check(config: Config, space: Space) -> None:
     """Raise UserError if storage, MLflow or Ray cannot be used, or what has this name is no search to resume."""
     folder = RunFolder(config)
     folder.check()
-    mlflow_run.check_tracking(config, folder)
+    publish.check_tracking(config, folder)
     place = storage.join(folder.root, _FILE)
     if storage.exists(place):
         _refuse_other_settings(folder.root, storage.read_text(place), description(config, space))

@@ -9,24 +9,21 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from olora_ray.adapter import factor_cache
-from olora_ray.adapter.exchange import Shape
-from olora_ray.adapter.initialise import check, initialise
+from olora_ray.adapter import initialise as factor_cache
+from olora_ray.adapter.initialise import Shape, check, initialise
 from olora_ray.adapter.inject import find_targets, inject
 from olora_ray.adapter.methods import FROM_WEIGHTS, METHODS
-from olora_ray.cluster.device import assigned_device
-from olora_ray.cluster.spec import TrainSpec
-from olora_ray.cluster.tested_base import check_base
-from olora_ray.cluster.worker_context import SharedBase, on_cpu
+from olora_ray.cluster.spec import TrainSpec, check_base
+from olora_ray.cluster.worker_context import SharedBase, assigned_device, on_cpu
 from olora_ray.common import storage
-from olora_ray.common.quiet import quiet_transformers
+from olora_ray.common.logs import quiet_transformers
 from olora_ray.config.load import override
 from olora_ray.config.schema import Config
 from olora_ray.sweep.space import Space
-from olora_ray.train.baseline import Baseline
+from olora_ray.train.data_driven import new_factors
 from olora_ray.train.generate import answer, wanted_questions
 from olora_ray.train.loop import Trainer, evaluate
-from olora_ray.train.new_factors import new_factors
+from olora_ray.train.scoring import Baseline
 
 Kind = tuple[str, int]
 """Method and rank of factors."""

@@ -1,17 +1,27 @@
 """The shared work of a search as a task in the place of one worker, with a line a minute while it lasts."""
 
+import itertools
+import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import ray
 
 from olora_ray.cluster.resources import worker_resources
 from olora_ray.cluster.spec import TrainSpec
+from olora_ray.common.errors import UserError
 from olora_ray.common.text import duration
-from olora_ray.pipeline import connection
+from olora_ray.config.load import at, flatten, override, parse_yaml, validated
+from olora_ray.config.schema import NO_GATE, Config
+from olora_ray.model.source import BaseModel
+from olora_ray.pipeline import connection, report
+from olora_ray.pipeline.base import open_base
 from olora_ray.sweep import shared_work
 from olora_ray.sweep.shared_work import Kind, Shared
+from olora_ray.sweep.space import LOWER_IS_BETTER, SAME_BASE, Space, multiple
 
 logger = logging.getLogger(__name__)
 
@@ -32,3 +42,211 @@ def made(spec: TrainSpec, place: str, wanted: Sequence[Kind], what: str) -> Shar
     for line in found.told:
         logger.info(line)
     return found
+
+
+# Reader of space files: checks each against the config that it varies, before anything starts.
+
+
+FIXED = ("run.", "tracking.", "registry.", "cluster.", "gate.", "retrain.", "notify.")
+"""Sections that a space cannot change: they say where and under which name, not what comes out."""
+MEASURE = ("data.eval", "data.max_rejected", "evaluation.")
+"""Fields that a space can set, but not search: all trials are measured in the same way, on the same rows."""
+IDLE = ("train.activation_checkpointing", "train.keep", "train.log_every")
+"""Fields that a space can set, but not search: they change no number of a training."""
+METHOD, RANK = "adapter.method", "adapter.rank"
+"""Fields that are checked together."""
+MOST_CHECKED = 200
+"""Trials whose whole config is checked before a search begins; of the others each field is."""
+MOST_PAIRS = 1_000
+"""Values of a field with `of` that are all checked."""
+
+
+def load(path: str | Path, config: Config) -> Space:
+    """Read a space file and check it against a config.
+
+    Raises UserError that names the field of the file for unknown fields, empty ranges, values that the config
+    refuses, and a metric that no trial would report.
+    """
+    try:
+        tree = parse_yaml(Path(path).read_text(encoding="utf-8"), str(path))
+    except OSError as error:
+        raise UserError(f"space file {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"space file {path}: not UTF-8 text") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected fields (search:, metric:, ...), found {type(tree).__name__}")
+    space = validated(Space, tree, str(path))
+    check(space, config, str(path))
+    return space
+
+
+def check(space: Space, config: Config, where: str = "space") -> None:
+    """Raise UserError unless every value the space can give is valid in the config, and its metric is reported."""
+    for place, fields in (("search", space.search), ("set", space.set)):
+        for field in fields:
+            if f"{field}.".startswith(FIXED):
+                raise UserError(f"{where}: {place}.{field}: a search cannot vary {field.partition('.')[0]}.*")
+    for field in space.search:
+        if field.startswith(MEASURE) or any(name.startswith(f"{field}.") for name in MEASURE):
+            raise UserError(f"{where}: search.{field}: all trials are measured in the same way; put it under set")
+        if lost := _lost(config, field, space.search[field].options()):
+            raise UserError(
+                f"{where}: search.{field}: of a whole section all that an option does not name is at its default, and"
+                f" the config sets {', '.join(lost)}; name {'it' if len(lost) == 1 else 'them'} in each option, or"
+                " search fields"
+            )
+        if field in IDLE:
+            raise UserError(f"{where}: search.{field}: it does not change what a training gives; put it under set")
+        if space.trials_per_worker > 1 and not field.startswith(SAME_BASE):
+            raise UserError(f"{where}: search.{field}: with trials_per_worker all trials share one base and its data")
+    for field, value in space.set.items():
+        if field in Config.model_fields:
+            part = next(iter(value), "FIELD") if isinstance(value, dict) else "FIELD"
+            raise UserError(
+                f"{where}: set.{field}: a whole section, of which all that is not named would be at its default; name"
+                f" fields, e.g. {field}.{part}"
+            )
+    base = _override(config, {**NO_GATE, **space.set}, f"{where}: set")
+    known = flatten(base)
+    for field, changes in _probes(space):
+        _refuse_texts(_override(base, changes, f"{where}: search.{field}"), changes, where)
+        if not any(overlap(field, name) for name in known):  # e.g. data.train.00.weight
+            raise UserError(f"{where}: search.{field}: unknown field; --help lists the fields")
+    if space.searcher != "tpe":
+        for number in range(min(space.count(), MOST_CHECKED)):
+            _override(base, space.values(space.drawn(number)), f"{where}: search: trial {number}")
+    _check_metric(space, base, where)
+
+
+def _lost(config: Config, field: str, options: Sequence[Any]) -> list[str]:
+    """What the config sets of a section, and an option of that section does not name."""
+    if field not in Config.model_fields:
+        return []
+    section = getattr(config, field)
+    changed = [
+        name
+        for name, info in type(section).model_fields.items()
+        if not info.is_required() and getattr(section, name) != info.get_default(call_default_factory=True)
+    ]
+    unnamed = [name for name in changed if any(isinstance(each, dict) and name not in each for each in options)]
+    return [f"{field}.{name}" for name in unnamed]
+
+
+def overlap(one: str, other: str) -> bool:
+    """Whether one field is the other, or a part of it."""
+    return one == other or one.startswith(f"{other}.") or other.startswith(f"{one}.")
+
+
+def _check_metric(space: Space, config: Config, where: str) -> None:
+    scorer = config.evaluation.scorer
+    held_out = config.data.holds_out()
+    if space.metric.startswith("score/") and space.metric != "score/":
+        if not scorer or not held_out:
+            raise UserError(f"{where}: metric: {space.metric} needs evaluation.scorer and held-out rows in the config")
+        if space.scheduler.kind != "none":
+            raise UserError(f"{where}: metric: {space.metric} is measured once, at the end: use scheduler.kind: none")
+    elif space.metric not in LOWER_IS_BETTER:
+        known = ", ".join(LOWER_IS_BETTER)
+        raise UserError(f"{where}: metric: {space.metric!r} is never reported; use {known} or score/NAME")
+    elif space.metric.startswith("eval/") and not held_out:
+        raise UserError(f"{where}: metric: {space.metric} needs held-out rows: set data.eval or data.eval_fraction")
+
+
+def _probes(space: Space) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(field, changes) such that all values are valid if these are: each field at its extremes, and between them."""
+    by_method = METHOD in space.search
+    for field in space.search:
+        if field == METHOD:  # a method may have something against a rank
+            ranks = list(_changes(space, RANK)) if RANK in space.search else [{}]
+            for one, other in itertools.product(_changes(space, METHOD), ranks):
+                yield field, one | other
+        elif field != RANK or not by_method:
+            for changes in _changes(space, field):
+                yield field, changes
+
+
+def _changes(space: Space, field: str) -> Iterator[dict[str, Any]]:
+    """One field at its extremes, and between them."""
+    domain = space.search[field]
+    if domain.of is None:
+        for value in domain.probes():
+            yield {field: value}
+        return
+    for base, factor in _pairs(space.search[domain.of].extremes(), domain.factors()):
+        yield {domain.of: base, field: multiple(base, factor)}
+
+
+def _pairs(bases: Sequence[Any], factors: Sequence[float]) -> Iterator[tuple[Any, float]]:
+    """Each with each; of very many, all of one side with the ends of the other."""
+    if len(bases) * len(factors) <= MOST_PAIRS:
+        yield from itertools.product(bases, factors)
+        return
+    yield from itertools.product(bases, (min(factors), max(factors)))
+    yield from itertools.product((min(bases), max(bases)), factors)
+
+
+def _refuse_texts(config: Config, changes: Mapping[str, Any], where: str) -> None:
+    """Raise UserError for a text that the config has taken for a number: here numbers are compared with others."""
+    for field, value in changes.items():
+        taken = at(config, field)
+        if isinstance(value, str) and isinstance(taken, int | float):
+            raise UserError(f"{where}: search.{field}: {value!r} is a text; write {json.dumps(taken)} without quotes")
+
+
+def _override(config: Config, changes: Mapping[str, Any], where: str) -> Config:
+    try:
+        return override(config, changes)
+    except UserError as error:
+        text = str(error).removeprefix("config: ")
+        hint = "; use quniform with whole numbers, or choice" if "fractional part" in text else ""
+        raise UserError(f"{where}: {text}{hint}") from None
+
+
+# The plan of a search, before tokens and factors are made: what its trials train, and whether it can be exported.
+
+
+DECIDE = ("model.name", "model.revision", "model.quantization", "adapter.method", "adapter.targets", "export.merged")
+"""Fields on which it depends whether something can be trained and exported: not every method takes every layer."""
+MOST_TRIED = 50
+"""Combinations of their values that are tried: each takes as long as the same look at a single run."""
+
+
+def plan(config: Config, space: Space, base: BaseModel) -> None:
+    """Say what the trials adapt and how large they are, at the largest rank of the space.
+
+    `base` is the model of the config. Raises one UserError with all that cannot be: a scorer that there is not, and
+    for each setting that trials have, targets or a rank that the model does not have, and layers that could be
+    trained and not be exported.
+    """
+    report.check_scorer(config)
+    problems: dict[str, str] = {}
+    found = []
+    for where, changes in _settings(config, space):
+        try:
+            trial = override(config, changes)
+            model = base if trial.model == config.model else open_base(trial).model
+            size = report.deliverable(trial, model)
+            shared_work.check_ranks(trial, space, size.targets)
+            found.append((where, trial, size))
+        except UserError as error:
+            problems.setdefault(str(error), f"{where}{error}")  # of several settings the same once
+    if problems:
+        raise UserError("; ".join(problems.values()))
+    for where, trial, size in found:
+        report.say(trial, size, where)
+
+
+def _settings(config: Config, space: Space) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each setting that is to be tried: its name for a message, and its changes of the config."""
+    searched = "adapter.rank" in space.search
+    largest = {"adapter.rank": max(space.possible("adapter.rank", config.adapter.rank))} if searched else {}
+    options = {field: domain.options() for field, domain in space.search.items() if _decides(field)}
+    drawn = [dict(zip(options, values, strict=True)) for values in itertools.product(*options.values())]
+    of_config: list[dict[str, Any]] = [{}] if space.has_default() and options else []
+    for changes in [*of_config, *drawn][:MOST_TRIED]:
+        shown = ", ".join(f"search.{field}={value}" for field, value in changes.items())
+        yield f"{shown}: " if shown else "", changes | largest
+
+
+def _decides(field: str) -> bool:
+    return any(overlap(field, name) for name in DECIDE)

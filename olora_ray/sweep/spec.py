@@ -6,14 +6,13 @@ from typing import Any
 
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.common import storage
-from olora_ray.config.dotted import at
-from olora_ray.config.field_types import extended
-from olora_ray.config.load import override
+from olora_ray.config.load import at, override
 from olora_ray.config.schema import Config
+from olora_ray.config.section import extended
 from olora_ray.pipeline.run_folder import RunFolder
 from olora_ray.sweep.space import SAME_BASE, Space
 from olora_ray.tokens.store import TokenStore
-from olora_ray.train.schedule import Schedule
+from olora_ray.train.optim import Schedule
 
 NUMBER = "number"
 """Key of a trial's number in its Tune config; the other keys are draws."""

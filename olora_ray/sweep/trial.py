@@ -14,20 +14,35 @@ from olora_ray.cluster.failures import reason
 from olora_ray.cluster.spec import TrainResult, TrainSpec
 from olora_ray.common import logs, storage
 from olora_ray.common.errors import Stopped, UserError
+from olora_ray.config.schema import Config
 from olora_ray.model import load
-from olora_ray.pipeline import fit, mlflow_run
-from olora_ray.pipeline.monitor import OnRow
-from olora_ray.pipeline.signals import Stop
-from olora_ray.pipeline.trainers import WorkerGroup
-from olora_ray.sweep import trial_file
+from olora_ray.pipeline import fit, publish
+from olora_ray.pipeline.base import open_base
+from olora_ray.pipeline.connection import Stop
+from olora_ray.pipeline.prepare import prepare_tokens
+from olora_ray.pipeline.trainers import OnRow, WorkerGroup
+from olora_ray.sweep import record as trial_file
 from olora_ray.sweep.record import Status, TrialRecord
 from olora_ray.sweep.spec import SweepSpec, trial_place
-from olora_ray.sweep.trial_spec import trial_spec
 from olora_ray.tokens.prepare import CompleteStore
 from olora_ray.tracking.run import Tracker
 from olora_ray.train.checkpoints import copy_from, last_step
 
 logger = logging.getLogger(__name__)
+
+# The training specification of one trial: that of the search, or with a base model and tokens of the trial's own.
+
+
+def trial_spec(sweep_spec: SweepSpec, config: Config, cpus_held: float = 0.0) -> TrainSpec:
+    """What a trial with this config trains; raises UserError as `open_base` and `prepare_tokens`.
+
+    Where `model.*` or `data.*` are searched the tokens are made if they are not there, beside what others hold.
+    """
+    if sweep_spec.shares_data():
+        return sweep_spec.spec_of(config)
+    spec, _ = prepare_tokens(config, open_base(config), wait=True, cpus_held=cpus_held)
+    return spec
+
 
 END_SECONDS = 120.0
 """How long a trial that is stopped may take for its last step and checkpoint."""
@@ -122,7 +137,7 @@ class TrialRun:
         self.total = self.sweep_spec.steps(self.config, spec.train)
         self._file.record = replace(self._file.record, total=self.total)
         with (
-            mlflow_run.tracked(self.sweep_spec.tracked(spec), self.folder, self.sweep_spec.parent) as tracker,
+            publish.tracked(self.sweep_spec.tracked(spec), self.folder, self.sweep_spec.parent) as tracker,
             logs.handled_by(_LogFile(self.folder.root)),
         ):
             self._note_run(tracker)

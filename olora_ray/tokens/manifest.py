@@ -4,15 +4,33 @@ Both are JSON with a *seal*, the digest of their own content: what a crash or a 
 never taken for good, whatever still parses.
 """
 
-from collections.abc import Sequence
+import hashlib
+import io
+import itertools
+import json
+import logging
+import math
+import re
+import tempfile
+import time
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import IO, Any
 
+import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError
-from olora_ray.common.sealed import seal, unseal
+from olora_ray.common.storage import seal, unseal
+from olora_ray.config.schema import AnyConfig
+from olora_ray.data.formats import Chat, Example, Text
+from olora_ray.data.tokenize import ExampleTokenizer, Tokens, form_line
+from olora_ray.tokens.plan import Plan, Split, sources_of
+
+logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 REJECTED = "rejected.jsonl"
@@ -125,3 +143,335 @@ def place_name(files: Sequence[str], origin: int) -> str:
     if not 0 <= origin >> PLACE_BITS < len(files):
         raise UserError(f"token store: an example comes from file {origin >> PLACE_BITS}, but {len(files)} are listed")
     return f"{files[origin >> PLACE_BITS]}:{(origin & (2**PLACE_BITS - 1)) + 1}"
+
+
+# Rejected rows of a store that is being made, in a temporary file: of a billion rows there may be millions.
+
+
+IN_MEMORY = 4 * 2**20
+"""Bytes from which on they are written to the disk."""
+CHUNK = 2**20
+
+
+class RejectedRows:
+    """The lines of rejected.jsonl, put in shard by shard in any order, and read in the order of the shards.
+
+    A row that weights repeat is listed once, where it comes first.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._repeats = any(turn for turn, _ in plan.shards.pieces.takes)
+        self._file: IO[bytes] = io.BytesIO()
+        self._end = 0
+        self._places: dict[int, tuple[int, int]] = {}
+        """Start and end of each shard's lines in the file."""
+
+    def put(self, number: int, entries: Sequence[dict[str, Any]]) -> None:
+        """Take the rejected rows of a shard, as its sidecar has them, in place of those that it had."""
+        lines = dict.fromkeys(json.dumps(entry, ensure_ascii=True) for entry in self._first(number, entries))
+        content = "".join(f"{line}\n" for line in lines).encode()
+        self._file.seek(self._end)
+        self._file.write(content)
+        self._places[number] = (self._end, self._end + len(content))
+        self._end += len(content)
+        if self._end > IN_MEMORY and isinstance(self._file, io.BytesIO):
+            self._file = _on_disk(self, self._file)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """The entries."""
+        for number in sorted(self._places):
+            for line in b"".join(self._read(number)).splitlines():
+                yield json.loads(line)
+
+    def chunks(self) -> Iterator[bytes]:
+        """The content of rejected.jsonl, in parts."""
+        for number in sorted(self._places):
+            yield from self._read(number)
+
+    def sha256(self) -> str:
+        """The digest of that content."""
+        found = hashlib.sha256()
+        for chunk in self.chunks():
+            found.update(chunk)
+        return found.hexdigest()
+
+    def write(self, place: str) -> None:
+        """Write rejected.jsonl."""
+        storage.write_chunks(place, self.chunks)
+
+    def _read(self, number: int) -> Iterator[bytes]:
+        start, end = self._places[number]
+        while start < end:
+            self._file.seek(start)
+            chunk = self._file.read(min(CHUNK, end - start))
+            start += len(chunk)
+            yield chunk
+
+    def _first(self, number: int, entries: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
+        """Those of the first turn over their source: it has every row that a later turn repeats, and comes before."""
+        if not (self._repeats and entries):
+            return entries
+        pieces = self._plan.shards[number]
+        first = np.array([turn == 0 for turn, _ in pieces.takes])[pieces.take]
+        spans: dict[tuple[int, str], list[tuple[int, int]]] = {}
+        for piece in pieces[np.flatnonzero(first)]:
+            planned, unit = self._plan.files[piece.file], piece.unit
+            spans.setdefault((planned.source, planned.file.uri), []).append((unit.first, unit.first + unit.rows))
+        return [
+            entry for entry in entries if _inside(entry["line"] - 1, spans.get((entry["source"], entry["file"]), ()))
+        ]
+
+
+def _on_disk(owner: RejectedRows, content: io.BytesIO) -> IO[bytes]:
+    """A temporary file that begins with the content; closed, and so removed, when its owner is gone."""
+    file = tempfile.TemporaryFile()  # noqa: SIM115
+    weakref.finalize(owner, file.close)
+    file.write(content.getbuffer())
+    return file
+
+
+def _inside(place: int, spans: Sequence[tuple[int, int]]) -> bool:
+    return any(low <= place < high for low, high in spans)
+
+
+# What to do about rows that were rejected, in words: the last part of the message that ends a run.
+
+
+MEND = "mend or remove them"
+TOKENIZER = "put the model's own tokenizer into its folder, or give it embeddings for all tokens of this one"
+COLUMNS = ("missing_field", "wrong_type", "not_an_object")
+"""Reasons that mean that a format does not fit the file."""
+
+
+def rejection_remedy(reasons: Mapping[str, int], rejected: Iterable[dict[str, Any]], rows: int, where: str) -> str:
+    """What mends most of the rejected rows; where some of the `rows` can be used, also how to allow as many.
+
+    `where` names the setting of their sources.
+    """
+    bad = sum(reasons.values())
+    most = max(reasons, key=lambda reason: reasons[reason])
+    if most == "too_long":
+        first = _longer(rejected)
+    elif most == "no_embedding":
+        first = TOKENIZER
+    elif most in COLUMNS:
+        first = f"name the columns in the fields of {where.removeprefix('held out of ')}, or set another format there"
+    else:
+        first = MEND
+    return first if bad == rows else f"{first}, or allow as many with data.max_rejected={_at_least(bad / rows):g}"
+
+
+def _longer(rejected: Iterable[dict[str, Any]]) -> str:
+    """The length at which no row is too long; it stands in the messages of those that are."""
+    lengths = (int(found[1]) for entry in rejected if (found := re.match(r"(\d+) tokens", str(entry["message"]))))
+    longest = max(lengths, default=None)
+    return f"raise data.max_length, to {longest} for all of them" if longest else "raise data.max_length"
+
+
+def _at_least(share: float) -> float:
+    """The share, rounded up to two digits that a person would type."""
+    unit = 10.0 ** (math.floor(math.log10(share)) - 1)
+    return min(1.0, round(math.ceil(share / unit - 1e-9) * unit, 12))
+
+
+# Totals over a store's shards: manifest, rejected rows, periodic progress.
+
+
+SECONDS_BETWEEN_LINES = 10.0
+EXAMPLES = 3
+"""Rejected rows that an error message shows."""
+ONE_OF = 10
+"""Rows of which a single one may be rejected, whatever share of them it is: a few held-out rows may have an odd one."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Limits of the rejected rows of a split."""
+
+    setting: str
+    """The sources of the rows, as messages name them."""
+    share: float
+    """`data.max_rejected`."""
+
+    @classmethod
+    def of(cls, config: AnyConfig, split: Split) -> "Limits":
+        """The limits of a split; held-out rows of `data.eval_fraction` are named as such."""
+        setting, _ = sources_of(config, split)
+        drawn = split == "eval" and config.data.eval_fraction is not None
+        return cls(f"held out of {setting}" if drawn else setting, config.data.max_rejected)
+
+    def allowed(self, rows: float) -> float:
+        """Rows of `rows` that may be rejected: the share of them, and a single one of ONE_OF rows or more."""
+        return max(self.share * rows, float(self.share > 0 and rows >= ONE_OF))
+
+    def passed(self, reasons: Mapping[str, int], rows: float) -> bool:
+        """Whether more than the allowed number of `rows` was rejected."""
+        return sum(reasons.values()) > self.allowed(rows)
+
+    def check(self, reasons: Mapping[str, int], rows: int, listed: Callable[[], Iterable[dict[str, Any]]]) -> None:
+        """Raise UserError, with counts, examples of those `listed` and a remedy, if too many rows were rejected."""
+        bad = sum(reasons.values())
+        if rows and bad == rows:
+            what = f"none of the {rows:,} rows can be used"
+        elif self.passed(reasons, rows):
+            what = f"{bad:,} of {rows:,} rows cannot be used, more than data.max_rejected = {self.share:g} allows"
+        else:
+            return
+        shown = itertools.islice(listed(), EXAMPLES)
+        first = "; ".join(f"{e['file']}:{e['line']}: {e['reason']}: {e['message']}" for e in shown)
+        sources = {entry["source"] for entry in listed()}
+        where = f"{self.setting}.{sources.pop()}" if len(sources) == 1 else self.setting
+        remedy = rejection_remedy(reasons, listed(), rows, where)
+        raise UserError(f"{where}: {what} ({reason_counts(reasons)}); {first}; {remedy}")
+
+
+def reason_counts(reasons: Mapping[str, int]) -> str:
+    """`no_answer 1, too_long 22`."""
+    return ", ".join(f"{reason} {count:,}" for reason, count in sorted(reasons.items()))
+
+
+@dataclass
+class Totals:
+    """Sums over the shards, added in their order."""
+
+    plan: Plan
+    rejected: RejectedRows
+    infos: list[ShardInfo] = field(default_factory=list)
+    total: "Counter[str]" = field(default_factory=Counter)
+    reasons: "Counter[str]" = field(default_factory=Counter)
+    notes: "Counter[str]" = field(default_factory=Counter)
+    fresh_rows: int = 0
+    """Rows of the shards that were made now."""
+    started: float = field(default_factory=time.monotonic)
+    last_line: float = field(default_factory=time.monotonic)
+
+    @property
+    def rows(self) -> int:
+        """Rows read so far."""
+        return self.total["rows"]
+
+    def add(self, sidecar: dict[str, Any], fresh: bool) -> None:
+        """Count a shard; `fresh` if it was made now, so that its rejected rows are taken as well."""
+        if fresh:
+            self.rejected.put(len(self.infos), sidecar["rejected"])
+        self.infos.append(ShardInfo.of(sidecar))
+        self.total.update({name: sidecar[name] for name in ("rows", "examples", "packs", "tokens", "supervised")})
+        self.reasons.update(sidecar["reasons"])
+        self.notes.update(sidecar.get("notes", {}))  # a shard that was made before there were any has none
+        self.fresh_rows += sidecar["rows"] * fresh
+        now = time.monotonic()
+        if now - self.last_line >= SECONDS_BETWEEN_LINES:
+            self.last_line = now
+            logger.info(self._line(now))
+
+    def check(self, limits: Limits) -> None:
+        """Raise UserError if, of all the rows, too many were rejected or none is left."""
+        limits.check(self.reasons, self.rows, lambda: self.rejected)
+        if not self.total["packs"]:
+            cause = f" (data.eval_fraction = {self.plan.eval_fraction:g})" if self.plan.eval_fraction else ""
+            raise UserError(f"{limits.setting}: no row is left for {self.plan.split}{cause}")
+
+    def hopeless(self, limits: Limits) -> bool:
+        """Whether more rows were rejected already than all the rows of the plan allow."""
+        return limits.passed(self.reasons, max(int(self.plan.rows), self.rows))
+
+    def manifest(self) -> Manifest:
+        """The manifest of the store, once all shards are added."""
+        assert len(self.infos) == len(self.plan.shards)
+        return Manifest(
+            digest=self.plan.digest(),
+            rejected=dict(sorted(self.reasons.items())),
+            rejected_sha256=self.rejected.sha256(),
+            fill=round(self._fill(), 4),
+            max_length=self.plan.max_length,
+            files=tuple(each.file.uri for each in self.plan.files),
+            shards=tuple(self.infos),
+            inputs=self.plan.inputs(),
+            notes=dict(sorted(self.notes.items())),
+            **{name: self.total[name] for name in ("rows", "examples", "packs", "tokens", "supervised")},
+        )
+
+    def _fill(self) -> float:
+        return self.total["tokens"] / max(1, self.total["packs"] * self.plan.max_length)
+
+    def _line(self, now: float) -> str:
+        speed = self.fresh_rows / max(now - self.started, 1e-3)
+        left = max(self.plan.rows - self.rows, 0) / max(speed, 1e-3)
+        return (
+            f"tokens: {self.rows:,} rows, {len(self.infos):,} of {len(self.plan.shards):,} shards,"
+            f" fill {self._fill():.2f}, {speed:,.0f} rows/s, ETA {left:,.0f} s"
+        )
+
+
+def summary(manifest: Manifest) -> str:
+    """A complete store in one line."""
+    rejected = sum(manifest.rejected.values())
+    return (
+        f"{manifest.rows:,} rows{f' ({rejected:,} rejected: {reason_counts(manifest.rejected)})' if rejected else ''},"
+        f" {manifest.packs:,} sequences, {manifest.tokens:,} tokens, {manifest.supervised:,} supervised,"
+        f" fill {manifest.fill:.2f}"
+    )
+
+
+# What is odd about the rows of a split: counted shard by shard, and said once.
+
+
+CHATS, SPLIT, SPLIT_TOKENS, WHOLE_TOKENS = "chats", "split", "split_tokens", "whole_tokens"
+SINGLE, UNENDED = "single", "unended"
+
+
+def count(notes: "Counter[str]", example: Example, found: Sequence[Tokens], tokenize: ExampleTokenizer) -> None:
+    """Add an example and its tokens to the notes of its shard."""
+    if isinstance(example, Text):
+        return
+    if isinstance(example, Chat):
+        notes[CHATS] += 1
+        if len(found) > 1:
+            notes[SPLIT] += 1
+            notes[SPLIT_TOKENS] += sum(len(each.ids) for each in found)
+            notes[WHOLE_TOKENS] += max(len(each.ids) for each in found)
+    if min(int(np.count_nonzero(each.supervised)) for each in found) == 1:
+        notes[SINGLE] += 1
+    if not all(tokenize.ends(each) for each in found):
+        notes[UNENDED] += 1
+
+
+def lines(notes: Mapping[str, int]) -> list[str]:
+    """The notes of a split, a line each."""
+    found = []
+    if split := notes.get(SPLIT, 0):
+        times = notes[SPLIT_TOKENS] / notes[WHOLE_TOKENS]
+        found.append(
+            f"{split:,} of {notes[CHATS]:,} chats were split by the chat template, one example an answer, into"
+            f" {times:.1f} times the tokens; with data.last_turn_only: true only the last answer of a chat is trained"
+        )
+    if single := notes.get(SINGLE, 0):
+        found.append(f"rows with a single supervised token: {single:,}")
+    if unended := notes.get(UNENDED, 0):
+        found.append(
+            f"rows whose answer does not end with an end token: {unended:,} (the chat template writes none), so the"
+            " model does not learn where to stop"
+        )
+    return found
+
+
+def form_lines(plan: Plan) -> list[str]:
+    """The form of each source that has a choice, a line each; once for rows of which some are held out."""
+    if plan.split == "eval" and plan.eval_fraction is not None:
+        return []
+    setting = f"data.{plan.split}"
+    found = (form_line(source, plan.spec, f"{setting}.{n}") for n, source in enumerate(plan.sources))
+    return [line for line in found if line]
+
+
+def in_both(train: Mapping[str, str], held_out: Mapping[str, str]) -> str | None:
+    """What to say where the held-out files, by content, are files of the training data too; None if they are not."""
+    found = [held_out[content] for content in held_out if content in train]
+    if not found:
+        return None
+    more = f" and {len(found) - 1:,} more" if len(found) > 1 else ""
+    return (
+        f"data.eval: {found[0]}{more} is trained on too, so the held-out loss, the best step and the gate look better"
+        " than they are; leave it out of data.train (a folder and a glob take all that is there)"
+    )

@@ -5,24 +5,27 @@ A shard is a fixed list of units, so any process can make any shard, in any orde
 
 import dataclasses
 import itertools
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
-from olora_ray.common import freed_memory
-from olora_ray.common.digests import digest_json
+from olora_ray.common import malloc
 from olora_ray.common.errors import UserError
-from olora_ray.config.evaluation import AnyConfig
-from olora_ray.config.schema import Source
-from olora_ray.data.form import digest_inputs
+from olora_ray.common.storage import digest_json
+from olora_ray.config.schema import AnyConfig, Source
 from olora_ray.data.sources import File, list_files
+from olora_ray.data.tokenize import digest_inputs
 from olora_ray.data.tokenizer_spec import TokenizerSpec
 from olora_ray.data.units import FileScan, Units
 from olora_ray.tokens import layout
-from olora_ray.tokens.layout import Pieces, Shards
+from olora_ray.tokens.layout import Piece, Pieces, Shards
+
+logger = logging.getLogger(__name__)
 
 VERSION = 1
 """Changes whenever the same input would give other shards; the next two do so for some inputs only."""
@@ -194,13 +197,13 @@ def make_plan(config: AnyConfig, spec: TokenizerSpec, split: Split, look: Look) 
         if low == high:
             raise UserError(f"{setting}.{number}.path: {sources[number].path} is empty: it has no rows")
     table, weights = layout.joined(units), [source.weight for source in sources]
-    freed_memory.give_back()  # of a billion rows, the scans of the files take as much as all the rest
+    malloc.give_back()  # of a billion rows, the scans of the files take as much as all the rest
     if split == "train":
         pieces = layout.mixed(table, borders, weights, config.run.seed)
     else:
         pieces = layout.in_turn(table, borders, weights)
     shards = _shards(pieces)
-    freed_memory.give_back()
+    malloc.give_back()
     return Plan(
         split=split,
         spec=spec,
@@ -254,3 +257,55 @@ def sample(plan: Plan, limit: int) -> Plan:
     before = (np.cumsum(pieces.rows) - pieces.rows) * plan.kept_share
     kept = pieces[: int(np.searchsorted(before, limit))]
     return dataclasses.replace(plan, shards=Shards(kept, np.array([0, len(kept)])))
+
+
+# Draws of rows: which are held out, and which are used where a weight is not whole.
+
+
+LIKELY = 50
+"""Rows to be expected from which on no draw leaves none of them."""
+
+
+def taken(rules: Rules, planned: PlannedFile, piece: Piece, places: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """The rows of a piece of a file that belong to the split and are used in its turn.
+
+    Whether a row is held out depends on the seed, the content of its file and its place there. Where a weight is
+    not whole, each row is drawn by itself, by a hash of its place: never by a rule that a file's layout could meet.
+    """
+    keep = np.ones(len(places), dtype=bool)
+    if rules.eval_fraction is not None:
+        held_out = layout.bernoulli_mask(rules.eval_fraction, layout.key("eval", rules.seed, planned.sha256), places)
+        keep = held_out if rules.split == "eval" else ~held_out
+    if piece.share < 1.0:
+        keep = keep & layout.bernoulli_mask(piece.share, _draw_key(rules, planned.sha256, piece), places)
+    return keep
+
+
+def _draw_key(rules: Rules, sha256: str, piece: Piece) -> int:
+    if rules.split == "eval":
+        # The same held-out rows with every seed, and whatever else is there: results are compared over time.
+        return layout.key("share", sha256, piece.turn)
+    return layout.key("share", rules.seed, rules.draw, piece.file, sha256, piece.turn)
+
+
+def warn_of_empty(plan: Plan, setting: str) -> None:
+    """Say so where the weight of a small source leaves nothing of it, which could be missed among other sources."""
+    files = np.array([each.source for each in plan.files])
+    for number, source in enumerate(plan.sources):
+        if source.weight >= 1.0:
+            continue
+        pieces = plan.shards.pieces
+        pieces = pieces[np.flatnonzero(files[pieces.files] == number)]
+        rows = int(pieces.units["rows"][pieces.unit].sum(dtype=np.int64))
+        if rows * source.weight * plan.kept_share < LIKELY and not any(_count(plan, piece) for piece in pieces):
+            logger.warning(
+                f"{setting}.{number}.weight: {source.weight:g} leaves no row of the {rows:,} of {source.path}"
+                f" in {plan.split}"
+            )
+
+
+def _count(plan: Plan, piece: Piece) -> int:
+    """The places of a piece that are taken; what is there is known once they are read."""
+    first = piece.unit.first
+    places = np.arange(first, first + piece.unit.rows, dtype=np.int64)
+    return int(taken(plan, plan.files[piece.file], piece, places).sum())

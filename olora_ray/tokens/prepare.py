@@ -2,27 +2,281 @@
 
 import contextlib
 import itertools
+import json
 import logging
 import threading
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
 
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError
-from olora_ray.config.evaluation import AnyConfig
-from olora_ray.data.kept_scans import find_all
+from olora_ray.common.fault_points import reached
+from olora_ray.common.node_cache import fetched
+from olora_ray.common.storage import read_sealed, seal
+from olora_ray.config.schema import AnyConfig
 from olora_ray.data.scan import scan
-from olora_ray.data.sources import File, total_bytes
+from olora_ray.data.sources import Changed, File, total_bytes
 from olora_ray.data.tokenizer_spec import TokenizerSpec
-from olora_ray.data.units import FileScan
-from olora_ray.tokens import notes, ray_map, writer
-from olora_ray.tokens.draws import warn_of_empty
-from olora_ray.tokens.manifest import Manifest
-from olora_ray.tokens.plan import Look, Plan, Split, looking, make_plan, once
+from olora_ray.data.units import FileScan, find_all, forget
+from olora_ray.tokens import manifest as notes
+from olora_ray.tokens import ray_map
+from olora_ray.tokens import shard as shards
+from olora_ray.tokens.manifest import (
+    MANIFEST,
+    REJECTED,
+    Limits,
+    Manifest,
+    Outline,
+    RejectedRows,
+    ShardInfo,
+    Totals,
+    file_size,
+    read_manifest,
+    shard_name,
+    sidecar_name,
+    summary,
+)
+from olora_ray.tokens.plan import Look, Part, Plan, Rules, Split, looking, make_plan, once, warn_of_empty
 from olora_ray.tokens.store import TokenStore
-from olora_ray.tokens.totals import Limits, summary
 
 logger = logging.getLogger(__name__)
+
+# Writer of token stores: finds the shards that are missing or damaged, and makes them, spread over the cluster.
+
+
+MAKE_HERE = 4 * 2**20
+"""Bytes up to which the driver tokenises by itself: starting Ray Data would take longer."""
+SIDECARS_AT_ONCE = 32
+"""Sidecars that are read at the same time: in an object store each is a request."""
+SHOWN = 4
+"""Damaged files that a line names."""
+
+
+@dataclass(frozen=True)
+class ShardSpec:
+    """What the tasks that make the shards of a store have in common; each gets its own `Part` of the plan.
+
+    Its chat templates were tried where it was made.
+    """
+
+    rules: Rules
+    uri: str
+    storage_root: str
+    """`run.storage`, where scans of files are kept."""
+
+
+@dataclass(frozen=True)
+class StoreSpec:
+    """A store to be made."""
+
+    plan: Plan
+    uri: str
+    storage_root: str
+    """`run.storage`."""
+
+    def for_tasks(self) -> ShardSpec:
+        """Without the plan, which is large; raises UserError for a chat template that is hostile."""
+        self.plan.spec.try_templates()
+        return ShardSpec(self.plan.rules(), self.uri, self.storage_root)
+
+    def outline(self) -> Outline:
+        """The store's outline, known before it is made."""
+        files = tuple(each.file.uri for each in self.plan.files)
+        return Outline(self.plan.digest(), len(self.plan.shards), self.plan.max_length, files)
+
+
+@dataclass
+class StoreStatus:
+    """The good parts of a store, by sizes and seals; readers check the digests of shards."""
+
+    rejected: RejectedRows
+    """Those of the shards that are done."""
+    manifest: Manifest | None = None
+    done: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """Sidecars of the good shards without their rejected rows; none while manifest and rejected.jsonl are good."""
+    missing: list[int] = field(default_factory=list)
+    """Numbers of the shards to be made."""
+    damaged: list[str] = field(default_factory=list)
+    """Files that are there, or should be, and are not good."""
+    rejected_good: bool = False
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is left to do."""
+        return self.manifest is not None and self.rejected_good and not self.missing
+
+    def size(self, plan: Plan) -> int:
+        """Bytes of input from which the missing shards are made."""
+        return sum(plan.shards[number].bytes for number in self.missing)
+
+    def lines(self, count: int) -> list[str]:
+        """Log lines about damaged and finished shards."""
+        lines = []
+        if self.damaged:
+            more = f" and {len(self.damaged) - SHOWN:,} more" if len(self.damaged) > SHOWN else ""
+            lines.append(f"tokens: damaged or lost, will be made again: {', '.join(self.damaged[:SHOWN])}{more}")
+        if 0 < len(self.missing) < count:
+            lines.append(f"tokens: {count - len(self.missing):,} of {count:,} shards are there already")
+        return lines
+
+
+def store_status(job: StoreSpec) -> StoreStatus:
+    """Look at what is there of a store."""
+    found = StoreStatus(RejectedRows(job.plan))
+    sizes = storage.files_below(job.uri)
+    if MANIFEST in sizes:
+        found.manifest = _good_manifest(job)
+        found.rejected_good = found.manifest is not None and _rejected_good(job, found.manifest)
+        found.damaged += [] if found.manifest else [MANIFEST]
+        found.damaged += [] if found.rejected_good or not found.manifest else [REJECTED]
+    if found.manifest and found.rejected_good:
+        wanted: Iterable[int | None] = (shard.bytes for shard in found.manifest.shards)
+    else:
+        wanted = _take_sidecars(job, sizes, found)
+    for number, size in enumerate(wanted):
+        if size is None or sizes.get(shard_name(number)) != size:
+            found.done.pop(number, None)
+            found.missing.append(number)
+            found.damaged += [shard_name(number)] if size is not None else []
+    return found
+
+
+def make(
+    job: StoreSpec, found: StoreStatus, limits: Limits, stopped: Callable[[], bool], cpus_held: float = 0.0
+) -> bool:
+    """Make what `found` lacks, in the order of the shards; False if `stopped` ended it between two.
+
+    `cpus_held` are CPUs of the cluster that others hold for as long as this takes. Raises UserError for data
+    that cannot be used, and for a shard that cannot be made again as it was.
+    """
+    if found.manifest and found.rejected_good:
+        # The totals are known: only lost shards are made again, and no other sidecar is read.
+        return _mend(job, found, found.manifest, stopped, cpus_held)
+    totals = Totals(job.plan, found.rejected)
+    with contextlib.closing(_made(job, found, cpus_held)) as made:
+        for number in range(len(job.plan.shards)):
+            if stopped():
+                return False
+            fresh = number not in found.done
+            sidecar = _checked(job, found.manifest, number, next(made) if fresh else found.done[number])
+            totals.add(sidecar, fresh)
+            # Bad data ends the preparation here, not after hours of tokenising; the manifest comes last.
+            if totals.hopeless(limits):
+                break
+    totals.rejected.write(storage.join(job.uri, REJECTED))
+    if totals.reasons:
+        logger.info(f"tokens: {job.plan.split}: rejected rows are listed in {storage.join(job.uri, REJECTED)}")
+    totals.check(limits)
+    storage.write_text(storage.join(job.uri, MANIFEST), totals.manifest().to_json())
+    return True
+
+
+def make_shard(job: ShardSpec, part: Part) -> dict[str, Any]:
+    """Make one shard of a store and its sidecar, and return the sidecar; an error for the user is its "error".
+
+    A shard that another preparation has finished meanwhile is taken as it is.
+    """
+    number = part.number
+    reached("shard", number)
+    sidecar = read_sealed(storage.join(job.uri, sidecar_name(number)))
+    if sidecar is not None and file_size(job.uri, shard_name(number)) == sidecar["bytes"]:
+        return sidecar
+    job.rules.spec.take_templates_as_tried()
+    try:
+        shard = shards.build(job.rules, part)
+    except Changed as error:
+        forget(error.file, job.storage_root)
+        return {"error": str(error)}
+    except UserError as error:
+        return {"error": str(error)}
+    # The sidecar after the shard: readers take a shard with a sidecar for whole.
+    content = shards.file_bytes(shard.table())
+    sidecar = shard.sidecar(content)
+    storage.write_bytes(storage.join(job.uri, shard_name(number)), content)
+    storage.write_text(storage.join(job.uri, sidecar_name(number)), seal(sidecar))
+    return sidecar
+
+
+def _mend(
+    job: StoreSpec, found: StoreStatus, manifest: Manifest, stopped: Callable[[], bool], cpus_held: float
+) -> bool:
+    """Make only the missing shards of a store whose manifest is good."""
+    with contextlib.closing(_made(job, found, cpus_held)) as made:
+        for number in found.missing:
+            if stopped():
+                return False
+            _checked(job, manifest, number, next(made))
+    return True
+
+
+def _made(job: StoreSpec, found: StoreStatus, cpus_held: float) -> Generator[dict[str, Any], None, None]:
+    """The sidecars of the missing shards, in their order, as they are made."""
+    if small(job, found):
+        shared = job.for_tasks()
+        return (make_shard(shared, job.plan.part(number)) for number in found.missing)
+    parts = ray_map.Lazy(job.plan.part, found.missing)
+    return ray_map.map_ordered(make_shard, job.for_tasks(), parts, cpus_held)
+
+
+def small(job: StoreSpec, found: StoreStatus) -> bool:
+    """Whether the missing shards are made in this process, without Ray."""
+    return len(found.missing) <= 1 or found.size(job.plan) <= MAKE_HERE
+
+
+def _checked(job: StoreSpec, manifest: Manifest | None, number: int, sidecar: dict[str, Any]) -> dict[str, Any]:
+    """The sidecar, if it is no error and what an earlier manifest says of the shard."""
+    if "error" in sidecar:
+        raise UserError(sidecar["error"])
+    if manifest and manifest.shards[number] != ShardInfo.of(sidecar):
+        raise UserError(
+            f"token store {job.uri}: {shard_name(number)}, made again, is not what it was (made by other versions of"
+            " the libraries?); delete the folder to make all of it again"
+        )
+    return sidecar
+
+
+def _good_manifest(job: StoreSpec) -> Manifest | None:
+    try:
+        found = read_manifest(job.uri)
+    except (FileNotFoundError, ValueError):
+        return None
+    return found if found.digest == job.plan.digest() and len(found.shards) == len(job.plan.shards) else None
+
+
+def _rejected_good(job: StoreSpec, manifest: Manifest) -> bool:
+    try:
+        return storage.digest_of(storage.join(job.uri, REJECTED)) == manifest.rejected_sha256
+    except FileNotFoundError:
+        return False
+
+
+def rejected_rows(job: StoreSpec) -> Iterator[dict[str, Any]]:
+    """The rejected rows of a store that is there."""
+    with fetched(storage.join(job.uri, REJECTED)) as path, path.open(encoding="utf-8") as lines:
+        yield from map(json.loads, lines)
+
+
+def _take_sidecars(job: StoreSpec, sizes: dict[str, int], found: StoreStatus) -> Iterator[int | None]:
+    """Keep the sidecars that are there as done; yields the bytes that each shard should have, None without a good one.
+
+    Several are read at the same time, and no more than those held: each may list many rejected rows.
+    """
+    names = [sidecar_name(number) for number in range(len(job.plan.shards))]
+    with ThreadPoolExecutor(SIDECARS_AT_ONCE) as pool:
+        for start in range(0, len(names), SIDECARS_AT_ONCE):
+            some = names[start : start + SIDECARS_AT_ONCE]
+            read = pool.map(lambda name: read_sealed(storage.join(job.uri, name)) if name in sizes else None, some)
+            for number, (name, sidecar) in enumerate(zip(some, read, strict=True), start):
+                if sidecar is None:
+                    found.damaged += [name] if name in sizes else []
+                    yield None
+                    continue
+                found.rejected.put(number, sidecar.pop("rejected"))
+                found.done[number] = sidecar
+                yield int(sidecar["bytes"])
+
 
 SCAN_HERE = 64 * 2**20
 """Bytes up to which the driver scans by itself."""
@@ -45,7 +299,7 @@ class StoreBuild:
     Either `run`, or `start` and later `join`; with the latter `stop` and `join` before Ray is shut down.
     """
 
-    def __init__(self, job: writer.StoreSpec, found: writer.StoreStatus, limits: Limits) -> None:
+    def __init__(self, job: StoreSpec, found: StoreStatus, limits: Limits) -> None:
         """Use `begin`."""
         self.store = TokenStore.growing(job.uri, job.outline())
         self.problem: Exception | None = None
@@ -75,7 +329,7 @@ class StoreBuild:
     @property
     def small(self) -> bool:
         """Whether `run` takes a moment and needs no Ray."""
-        return writer.small(self._job, self._found)
+        return small(self._job, self._found)
 
     @property
     def done(self) -> bool:
@@ -90,7 +344,7 @@ class StoreBuild:
         """
         try:
             # Ray Data's stream is made, read and closed in one thread: it cannot be closed from another.
-            if not self.complete and writer.make(self._job, self._found, self._limits, self._stop.is_set, cpus_held):
+            if not self.complete and make(self._job, self._found, self._limits, self._stop.is_set, cpus_held):
                 _say(self._job.plan.split, self.store.manifest)
         finally:
             self._ended.set()
@@ -137,14 +391,14 @@ def begin(config: AnyConfig, spec: TokenizerSpec, split: Split, look: Look | Non
     """
     plan = make_plan(config, spec, split, look or look_there(config))
     root = config.run.storage
-    job = writer.StoreSpec(plan, storage.join(root, "tokens", plan.digest()), root)
+    job = StoreSpec(plan, storage.join(root, "tokens", plan.digest()), root)
     limits = Limits.of(config, split)
     warn_of_empty(plan, limits.setting)
-    found = writer.store_status(job)
+    found = store_status(job)
     for line in (*notes.form_lines(plan), *found.lines(len(plan.shards))):
         logger.info(line)
     if found.manifest and found.rejected_good:
-        limits.check(found.manifest.rejected, found.manifest.rows, lambda: writer.rejected_rows(job))
+        limits.check(found.manifest.rejected, found.manifest.rows, lambda: rejected_rows(job))
     if found.manifest and found.complete:
         _say(split, found.manifest, " (made before)")
     return StoreBuild(job, found, limits)

@@ -18,12 +18,11 @@ from olora_ray.data.sources import File, total_bytes
 from olora_ray.data.tokenize import Tokens
 from olora_ray.data.tokenizer_spec import TokenizerSpec
 from olora_ray.data.units import FileScan, Units
-from olora_ray.tokens import manifest, notes
+from olora_ray.tokens import manifest
 from olora_ray.tokens import shard as shards
+from olora_ray.tokens.manifest import Limits, RejectedRows, Totals
 from olora_ray.tokens.plan import Plan, Split, looking, make_plan, sample, sources_of
-from olora_ray.tokens.rejected import RejectedRows
 from olora_ray.tokens.store import Pack
-from olora_ray.tokens.totals import Limits, Totals
 
 logger = logging.getLogger(__name__)
 
@@ -100,10 +99,10 @@ def describe(config: Config, spec: TokenizerSpec, split: Split = "train", limit:
     exact = look.complete and len(part.shards.pieces) == len(plan.shards.pieces)
     limits = Limits.of(config, split)
     if split == "train" or config.data.eval:
-        for line in notes.form_lines(plan):
+        for line in manifest.form_lines(plan):
             logger.info(line)
     made, totals = _made(part, limits, exact)
-    for line in notes.lines(totals.notes):
+    for line in manifest.lines(totals.notes):
         logger.info(f"of the rows that were read, {line}")
     scale = 1.0 if exact else look.rows * plan.kept_share / max(part.rows, 1.0)
     return _preview(part, limits, made, totals, exact, scale)

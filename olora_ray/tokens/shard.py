@@ -10,18 +10,58 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import ipc
 
-from olora_ray.common.digests import digest_bytes
-from olora_ray.data.example import Rejected
-from olora_ray.data.form import as_chat
-from olora_ray.data.formats import columns_of, to_example
+from olora_ray.common.storage import digest_bytes
+from olora_ray.data.formats import Rejected, columns_of, to_example
 from olora_ray.data.reader import read_unit
-from olora_ray.data.tokenize import Begun, ExampleTokenizer, Tokens
-from olora_ray.tokens import notes, rng
-from olora_ray.tokens.draws import taken
+from olora_ray.data.tokenize import Begun, ExampleTokenizer, Tokens, as_chat
+from olora_ray.tokens import layout, manifest
 from olora_ray.tokens.layout import Piece
 from olora_ray.tokens.manifest import PLACE_BITS
-from olora_ray.tokens.packing import pack
-from olora_ray.tokens.plan import Part, PlannedFile, Rules
+from olora_ray.tokens.plan import Part, PlannedFile, Rules, taken
+
+# Packing of examples into fixed-length packs: first-fit decreasing in O(n log n).
+
+
+def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Distribute items over as few packs of `capacity` as first-fit decreasing needs.
+
+    Returns the indices of the items in each pack, in the order in which they were put there. Equal
+    lengths keep their order, so the result depends on `lengths` alone. At most 11/9 of the optimum
+    + 1 packs. A length must lie in 1..capacity.
+    """
+    by_length = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    free = _FirstFit(len(lengths), capacity)
+    packs: list[list[int]] = []
+    for index in by_length:
+        assert 1 <= lengths[index] <= capacity, (lengths[index], capacity)
+        place = free.take(lengths[index])
+        if place == len(packs):
+            packs.append([])
+        packs[place].append(index)
+    return packs
+
+
+class _FirstFit:
+    """The free space of each pack, with the largest of every subtree: the first fit in O(log n)."""
+
+    def __init__(self, size: int, capacity: int) -> None:
+        self._leaves = 1 << max(0, (size - 1).bit_length())
+        self._free = [capacity] * (2 * self._leaves)
+
+    def take(self, length: int) -> int:
+        """Take `length` from the first pack that has it; returns the pack's number."""
+        node, free = 1, self._free
+        while node < self._leaves:
+            node *= 2
+            if free[node] < length:
+                node += 1
+        free[node] -= length
+        place = node - self._leaves
+        while node > 1:
+            node //= 2
+            free[node] = max(free[2 * node], free[2 * node + 1])
+        return place
+
 
 SCHEMA = pa.schema(
     [
@@ -131,7 +171,7 @@ def _add(shard: Shard, rules: Rules, planned: PlannedFile, piece: Piece, tokeniz
                     }
                 )
                 continue
-            notes.count(shard.notes, one.example, found, tokenize)
+            manifest.count(shard.notes, one.example, found, tokenize)
             shard.examples.extend(found)
             shard.origins.extend([(piece.file << PLACE_BITS) + place] * len(found))
 
@@ -182,7 +222,7 @@ def _arrange(shard: Shard, rules: Rules, number: int) -> None:
     count = len(shard.examples)
     order = np.arange(count, dtype=np.int64)
     if rules.split == "train":
-        order = rng.permutation(count, rng.key("rows", rules.seed, number))
+        order = layout.permutation(count, layout.key("rows", rules.seed, number))
     if rules.packing:
         lengths = [len(shard.examples[index].ids) for index in order]
         chosen = [sorted(members) for members in pack(lengths, rules.max_length)]
@@ -192,7 +232,7 @@ def _arrange(shard: Shard, rules: Rules, number: int) -> None:
     packs = [[int(order[place]) for place in members] for members in chosen]
     if rules.split == "train":
         # Packing filled the packs from the longest example down: shuffle what the sort has left of that.
-        packs = [packs[index] for index in rng.permutation(len(packs), rng.key("packs", rules.seed, number))]
+        packs = [packs[index] for index in layout.permutation(len(packs), layout.key("packs", rules.seed, number))]
     shard.packs = packs
 
 

@@ -10,20 +10,28 @@ A store is read while it grows: shards are made in order, and those at its front
 the last. Reading needs neither Ray nor the tokenizer.
 """
 
+import contextlib
+import fcntl
 import itertools
+import os
 import threading
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
+from pyarrow import ipc
 
-from olora_ray.common import sealed, storage
+from olora_ray.common import node_cache, storage
 from olora_ray.common.errors import UserError
-from olora_ray.tokens.front import Front
+from olora_ray.common.storage import digest_file
+from olora_ray.tokens import layout
 from olora_ray.tokens.manifest import (
     Manifest,
     Outline,
@@ -34,8 +42,235 @@ from olora_ray.tokens.manifest import (
     shard_name,
     sidecar_name,
 )
-from olora_ray.tokens.order import FEW_SHARDS, WINDOW, WindowedPass, order
-from olora_ray.tokens.shard_files import ShardFiles
+
+# Front of a token store: what is known of the shards at its start, while more are made.
+
+
+@dataclass(frozen=True)
+class Front:
+    """The known shards; replaced as a whole, since threads read while another looks for more."""
+
+    shards: list[ShardInfo]
+    """At least these: what `more` adds is shared with those that came before."""
+    ends: NDArray[np.int64]
+    """(shards + 1,) sequences before each shard, and in all; the front of an array that has room for all."""
+
+    @classmethod
+    def of(cls, shards: Sequence[ShardInfo], total: int) -> "Front":
+        """The first shards of `total`."""
+        room = np.zeros(max(total, len(shards)) + 1, dtype=np.int64)
+        return cls([], room[:1]).more(shards)
+
+    def more(self, shards: Sequence[ShardInfo]) -> "Front":
+        """With some more, in time that depends on these alone; of one `Front` this is asked once."""
+        assert len(self.shards) == len(self)
+        room = self.ends.base
+        assert isinstance(room, np.ndarray)
+        count = len(self) + len(shards)
+        room[len(self.ends) : count + 1] = self.ends[-1] + np.cumsum([shard.packs for shard in shards])
+        self.shards.extend(shards)
+        return Front(self.shards, room[: count + 1])
+
+    def all(self) -> tuple[ShardInfo, ...]:
+        """The shards."""
+        return tuple(self.shards[: len(self)])
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+
+# Order in which a training meets the sequences of a store: a function of the seed and the place, without state.
+
+
+FEW_SHARDS = 512
+"""Shards up to which every pass permutes the whole store. This and the next are a part of what a run is repeated by."""
+WINDOW = 256
+"""Shards of a window, at most."""
+
+Places = NDArray[np.int64]
+
+
+def order(num_packs: int, seed: int, start: int, stop: int) -> Places:
+    """The sequences at places start..stop-1 of the endless order over a store of few shards, (stop - start,).
+
+    Any range costs only its own length.
+    """
+    epoch, place = np.divmod(np.arange(start, stop, dtype=np.int64), num_packs)
+    for number in np.unique(epoch[epoch > 0]):
+        inside = epoch == number
+        place[inside] = layout.permute_at(place[inside], num_packs, layout.key("order", seed, number))
+    return place
+
+
+@dataclass(frozen=True, eq=False)
+class WindowedPass:
+    """A later pass over a store of many shards."""
+
+    ends: Places
+    """(shards + 1,) sequences before each shard, and in all."""
+    seed: int
+    number: int
+    """Of the pass, from 1."""
+
+    @cached_property
+    def shards(self) -> Places:
+        """(shards,) in the order of the pass."""
+        return layout.permutation(len(self.ends) - 1, layout.key("shards", self.seed, self.number))
+
+    @cached_property
+    def starts(self) -> Places:
+        """(shards + 1,) places before each of these, and in all."""
+        return np.concatenate([[0], np.cumsum(np.diff(self.ends)[self.shards])])
+
+    @cached_property
+    def windows(self) -> Places:
+        """(windows + 1,) the places at which windows begin, and the end."""
+        shards = len(self.shards)
+        count = -(-shards // WINDOW)
+        return self.starts[np.arange(count + 1) * shards // count]
+
+    def at(self, places: Places) -> Places:
+        """The sequences at places of the pass, each below the number of sequences of the store."""
+        window = np.searchsorted(self.windows, places, side="right") - 1
+        inside = np.empty_like(places)
+        for number in np.unique(window).tolist():
+            start, end = self.windows[number : number + 2].tolist()
+            own = window == number
+            key = layout.key("window", self.seed, self.number, number)
+            inside[own] = start + layout.permute_at(places[own] - start, end - start, key)
+        shard = np.searchsorted(self.starts, inside, side="right") - 1
+        return self.ends[self.shards[shard]] + inside - self.starts[shard]
+
+
+# Files of this node whose content was found to be right, so that each is hashed once a node and not at each opening.
+
+
+BOOT = Path("/proc/sys/kernel/random/boot_id")
+SETTLED = 10.0
+"""Seconds since its last change before which a file is not noted: one that changes twice within a tick of the file
+system's clock shows one time."""
+
+
+class Verified:
+    """The files that were verified on this node under one name; processes share them."""
+
+    def __init__(self, name: str) -> None:
+        self._known: set[str] = set()
+        self._read = 0
+        self._notes = _notes_of(name)
+
+    def intact(self, path: Path, sha256: str) -> bool:
+        """Whether the content of a file has this digest; raises FileNotFoundError."""
+        if self._is_known(_line(path, sha256)):
+            return True
+        with self._alone(sha256):  # all workers of a node come at the same time: one reads, the others find its note
+            line = _line(path, sha256)
+            if self._is_known(line):
+                return True
+            if digest_file(path) != sha256:
+                return False
+            if line == _line(path, sha256) and time.time() - path.stat().st_ctime >= SETTLED:
+                self._note(line)
+            return True
+
+    def _is_known(self, line: str) -> bool:
+        if line not in self._known and self._notes is not None:
+            with contextlib.suppress(OSError), self._notes.open("rb") as notes:
+                notes.seek(self._read)
+                content = notes.read()
+                whole = content.rfind(b"\n") + 1
+                self._known.update(content[:whole].decode("ascii", "replace").splitlines())
+                self._read += whole
+        return line in self._known
+
+    def _note(self, line: str) -> None:
+        if self._notes is not None:
+            with contextlib.suppress(OSError), self._notes.open("a", encoding="ascii") as notes:
+                notes.write(f"{line}\n")  # so short that it is appended as a whole
+
+    @contextlib.contextmanager
+    def _alone(self, sha256: str) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(OSError):
+                if self._notes is not None:
+                    lock = stack.enter_context((self._notes.parent / "lock").open("a"))
+                    fcntl.lockf(lock, fcntl.LOCK_EX, 1, int(sha256[:6], 16))
+            yield
+
+
+def _notes_of(name: str) -> Path | None:
+    """The file of the notes, which need not be there yet; None where nothing can be noted."""
+    try:
+        boot = BOOT.read_text(encoding="ascii").strip()
+        folder = storage.private_folder("olora_ray") / "verified"
+        folder.mkdir(exist_ok=True)
+        for old in folder.glob("*.txt"):
+            if boot not in old.name:
+                old.unlink(missing_ok=True)
+    except OSError:
+        return None
+    return folder / f"{name}-{boot}.txt"
+
+
+def _line(path: Path, sha256: str) -> str:
+    found = os.stat(path)
+    state = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+    return " ".join(map(str, (sha256, *state)))
+
+
+# Files of a store's shards on this node: fetched if the store is not local, verified, and mapped into memory.
+
+
+class ShardFiles:
+    """The shards of a store as files of this node."""
+
+    def __init__(self, uri: str, digest: str) -> None:
+        self.uri, self.digest = uri, digest
+
+    def open(self, number: int, info: ShardInfo) -> Any:
+        """The shard, mapped into memory; raises UserError if it is missing or not what `info` says."""
+        try:
+            path = self._local(number, info)
+            intact = self._verified.intact(path, info.sha256)
+            # This node's copy may be damaged while the store's file is good: fetch it once more before giving up.
+            if not intact and storage.is_uri(self.uri):
+                path = self._local(number, info, again=True)
+                intact = self._verified.intact(path, info.sha256)
+        except FileNotFoundError:
+            raise UserError(
+                f"token store {self.uri}: {shard_name(number)} is missing (does every node see this folder?)"
+            ) from None
+        if not intact:
+            raise UserError(
+                f"token store {self.uri}: {shard_name(number)} is damaged; delete this file and start the run again"
+            )
+        batch = ipc.open_file(pa.memory_map(str(path))).get_batch(0)
+        if batch.num_rows != info.packs:
+            raise UserError(f"token store {self.uri}: {shard_name(number)} does not belong to its manifest.json")
+        return batch
+
+    def _local(self, number: int, info: ShardInfo, again: bool = False) -> Path:
+        """The shard as a local file; a remote one is downloaded once for all processes of the node."""
+        uri = storage.join(self.uri, shard_name(number))
+        if not storage.is_uri(uri):
+            return Path(uri)
+        root = storage.private_folder("olora_ray") / "tokens"
+        folder = root / self.digest
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / shard_name(number)
+        # All workers of the node meet here: one downloads, the others wait and find the file.
+        with open(f"{path}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if again or not path.exists() or path.stat().st_size != info.bytes:
+                storage.write_bytes(str(path), storage.read_bytes(uri))
+                node_cache.make_room(root, root.glob("*/*.arrow"))
+        node_cache.used(path)
+        return path
+
+    @cached_property
+    def _verified(self) -> Verified:
+        return Verified(self.digest)
+
 
 OPEN_SHARDS = max(FEW_SHARDS, 2 * WINDOW)
 """Shards that a process keeps mapped."""
@@ -229,7 +464,7 @@ class TokenStore:
         return [info for info in itertools.takewhile(lambda info: info is not None, found) if info]
 
     def _shard_info(self, number: int) -> ShardInfo | None:
-        sidecar = sealed.read_sealed(storage.join(self.uri, sidecar_name(number)))
+        sidecar = storage.read_sealed(storage.join(self.uri, sidecar_name(number)))
         if sidecar is None or file_size(self.uri, shard_name(number)) != sidecar["bytes"]:
             return None
         return ShardInfo.of(sidecar)

@@ -12,23 +12,207 @@ finishes a move whose alias stands where it was to stand. Any other is dropped: 
 moved the alias by hand since.
 """
 
+import contextlib
+import json
 import logging
+import os
+import random
+import socket
+import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from olora_ray.common.errors import UserError
-from olora_ray.tracking import checksums, registry_lock
-from olora_ray.tracking.alias_move import Move
+from olora_ray.common.errors import TryAgain, UserError
+from olora_ray.tracking import checksums
+from olora_ray.tracking.checksums import Version, name_filter
 from olora_ray.tracking.client import connect, is_unavailable, reachable
-from olora_ray.tracking.registry_lock import RegistryLock
-from olora_ray.tracking.version import Version, name_filter
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import RegisteredModel
+
+logger = logging.getLogger(__name__)
+
+# A move of a registered model's aliases, as it is announced in MLflow before it is made.
+
+
+LONGEST = 5000
+"""Characters of a registered model's tag: MLflow's column, which PostgreSQL and MySQL enforce."""
+
+
+@dataclass(frozen=True)
+class Move:
+    """All that one move of the aliases writes."""
+
+    champion: str
+    """Version that becomes the champion."""
+    previous: str | None
+    """Version that becomes `previous`; None: there is none any more."""
+    tags: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """Version -> tags it gets: its verdict. What that stands on is too long to be announced."""
+    was: Mapping[str, str] | None = None
+    """The champion and `previous` before; None: not known, the move was announced by an older release."""
+
+    def to_json(self) -> str:
+        """The MOVING tag, with the tags' texts cut as far as it takes to be no longer than a tag can be."""
+        size = LONGEST
+        while True:
+            texts = {number: {key: text[:size] for key, text in each.items()} for number, each in self.tags.items()}
+            found = json.dumps(asdict(replace(self, tags=texts)))
+            if len(found) <= LONGEST or not size:
+                return found
+            size //= 2
+
+    @classmethod
+    def from_json(cls, text: str) -> "Move":
+        """Read a MOVING tag; raises ValueError for anything else."""
+        tree = json.loads(text)
+        if not isinstance(tree, dict):
+            raise ValueError("not a move")
+        tags, was, previous = tree.get("tags"), tree.get("was"), tree.get("previous")
+        if not isinstance(tags, dict) or not all(isinstance(each, dict) for each in tags.values()):
+            raise ValueError("not a move")
+        if not isinstance(was, dict | None) or not isinstance(tree.get("champion"), str):
+            raise ValueError("not a move")
+        texts = {str(number): {str(key): str(text) for key, text in each.items()} for number, each in tags.items()}
+        return cls(tree["champion"], None if previous is None else str(previous), texts, was)
+
+
+# Lock over a registered model, for the seconds in which its aliases are looked at and moved.
+
+
+LOCK = "olora.lock."
+"""Beginning of the tag's name; what follows grows with time."""
+LEASE, STALE = 40.0, 80.0
+RENEW = 10.0
+"""Seconds after which a tag that waits is replaced, so that most of the lease is left to who gets the lock."""
+WAIT = 2 * STALE
+
+
+class RegistryLock:
+    """The lock of one registered model, taken by `held`."""
+
+    def __init__(self, client: "MlflowClient", name: str) -> None:
+        self.client, self.name = client, name
+        self._tag, self._set = "", 0.0
+        self._first_seen: dict[str, float] = {}
+
+    def check(self) -> None:
+        """Raise TryAgain if the lock was held for too long to write anything more; call it before each write."""
+        if now() - self._set > LEASE:
+            raise TryAgain(f"{self.name}: MLflow is too slow: moving an alias took over {LEASE:g} s; try again later")
+
+    def take(self) -> None:
+        """Take the lock, within WAIT seconds; raises TryAgain that says who holds it, UserError without a model."""
+        end = now() + WAIT
+        try:
+            while (others := self._others()) is None or others:
+                if now() > end:
+                    raise TryAgain(f"{self.name}: its aliases are being moved by {_owner(others)}; try again later")
+                pause()
+        except BaseException:
+            self.release()
+            raise
+
+    def release(self) -> None:
+        """Let others take the lock."""
+        tag, self._tag = self._tag, ""
+        if tag:
+            self.client.delete_registered_model_tag(self.name, tag)
+
+    def _others(self) -> Mapping[str, str] | None:
+        """The tags of the others, of which this one waits for; None if its own has to be set again."""
+        if self._tag and now() - self._set > RENEW:
+            self.release()
+        if not self._tag:
+            self._raise()
+        there = self._look()
+        if self._tag not in there:  # somebody took this one for dead
+            self._tag = ""
+            return None
+        others = {tag: owner for tag, owner in there.items() if tag != self._tag}
+        for tag, owner in others.items():
+            if now() - self._first_seen.setdefault(tag, now()) > STALE or _has_ended(owner):
+                self.client.delete_registered_model_tag(self.name, tag)
+        if others and min(others) < self._tag:
+            self.release()
+        return others
+
+    def _raise(self) -> None:
+        self._set, self._tag = now(), f"{LOCK}{time.time():.6f}.{uuid.uuid4().hex[:8]}"
+        owner = {"host": socket.gethostname(), "machine": _machine(), "pid": os.getpid()}
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        self.client.set_registered_model_tag(self.name, self._tag, json.dumps({**owner, "since": since}))
+
+    def _look(self) -> dict[str, str]:
+        tags = self.client.get_registered_model(self.name).tags
+        return {tag: text for tag, text in tags.items() if tag.startswith(LOCK)}
+
+
+@contextlib.contextmanager
+def held(client: "MlflowClient", name: str) -> Iterator[RegistryLock]:
+    """Hold the lock of the registered model `name` for the block.
+
+    Raises TryAgain if others hold it for too long, UserError if there is no such model.
+    """
+    from mlflow.exceptions import MlflowException
+
+    lock = RegistryLock(client, name)
+    try:
+        lock.take()
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        raise UserError(f"no model {name!r} is registered in the tracking server") from None
+    try:
+        yield lock
+    finally:
+        lock.release()
+
+
+def now() -> float:
+    """Seconds by a clock of this machine that also runs while it is suspended."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+
+
+def pause() -> None:
+    """Wait before the next look, of two processes not for the same time."""
+    time.sleep(random.uniform(0.1, 0.3))
+
+
+def _owner(others: Mapping[str, str] | None) -> str:
+    try:
+        found = json.loads(others[min(others)]) if others else {}
+        return f"process {found['pid']} on {found['host']}, since {found['since']}"
+    except (ValueError, KeyError, TypeError):
+        return "somebody else"
+
+
+def _has_ended(owner: str) -> bool:
+    """Whether a tag's process ran on this machine and is gone."""
+    try:
+        found = json.loads(owner)
+        if found["machine"] != _machine():
+            return False
+        os.kill(int(found["pid"]), 0)
+    except ProcessLookupError:
+        return True
+    except (ValueError, KeyError, TypeError, OSError, OverflowError):  # the last: no number of a process
+        return False
+    return False
+
+
+def _machine() -> str:
+    """Names the boot and the process namespace in which a process number counts."""
+    with contextlib.suppress(OSError), open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        return f"{file.read().strip()} {os.readlink('/proc/self/ns/pid')}"
+    return uuid.uuid4().hex  # unknown: nobody's
+
 
 CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"
 GATE = "olora.gate"
@@ -37,8 +221,6 @@ MOVING = "olora.moving"
 LAST = "olora.last_champion"
 """Tag of a registered model: the champion. It outlives the alias and the version."""
 ROLLED_BACK = "rolled back"
-
-logger = logging.getLogger(__name__)
 
 
 def rolled_back(version: Version) -> bool:
@@ -179,13 +361,13 @@ class Aliases:
             found = self._model()
             if found is None or MOVING not in found.tags:
                 return None
-            with registry_lock.held(self.client, self.name) as lock:
+            with held(self.client, self.name) as lock:
                 return self._repair(lock)
 
     @contextmanager
     def _locked(self) -> Iterator[RegistryLock]:
         """The model's lock; what an earlier holder has left half-done is done."""
-        with reachable(self.uri), registry_lock.held(self.client, self.name) as lock:
+        with reachable(self.uri), held(self.client, self.name) as lock:
             self._repair(lock)
             yield lock
 

@@ -10,14 +10,93 @@ import json
 import os
 import tempfile
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from olora_ray.common import digests
-from olora_ray.common.digests import size_and_digest
+from olora_ray.common import storage
 from olora_ray.common.errors import UserError
+from olora_ray.common.storage import size_and_digest
 from olora_ray.tracking.client import is_unavailable, reason
-from olora_ray.tracking.version import Version
+
+if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion
+
+# The records of a version: what programs compare and nobody reads, in two tags of JSON beside the few for people.
+
+
+RECORD_TAG, GATE_TAG = "olora.record", "olora.gate_record"
+"""What the version is, written when it is registered, and what the gate has decided on."""
+RUN = "olora.run_folder"
+"""The folder of the run that made a version."""
+ENTRIES = {
+    RECORD_TAG: frozenset(
+        f"olora.{name}"
+        for name in ("base_digest", "data_digest", "held_out_digest", "settings_digest", "checksums", "run_folder")
+    ),
+    GATE_TAG: frozenset({"olora.gate_against", "olora.gate_details"}),
+}
+"""Tag of a record -> the tags that are its entries."""
+
+
+def folded(tags: Mapping[str, str], before: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The tags with those that nobody reads as records; entries that a version has had `before` stay."""
+    whole, found = unfolded(tags), {}
+    kept = unfolded(before or {})
+    for record, names in ENTRIES.items():
+        if new := {name: whole.pop(name) for name in names & whole.keys()}:
+            found[record] = json.dumps({name: kept[name] for name in names & kept.keys()} | new, sort_keys=True)
+    return whole | found
+
+
+def unfolded(tags: Mapping[str, str]) -> dict[str, str]:
+    """The tags with the entries of the records among them, instead of these; an entry counts before a tag of its own.
+
+    A record that is none, and what else is in one, is left out: somebody has written it by hand.
+    """
+    found = {name: text for name, text in tags.items() if name not in ENTRIES}
+    for record, names in ENTRIES.items():
+        found |= _entries(tags.get(record, "{}"), names)
+    return found
+
+
+def _entries(text: str, names: frozenset[str]) -> dict[str, str]:
+    try:
+        tree = json.loads(text)
+        return {name: value for name, value in tree.items() if name in names and isinstance(value, str)}
+    except (ValueError, AttributeError, RecursionError):
+        return {}
+
+
+# A version of a registered model, as the rest of the project sees it.
+
+
+def name_filter(name: str) -> str:
+    """MLflow's filter for the versions of a model; raises UserError for a name that MLflow cannot have."""
+    if not name.strip() or "/" in name or ":" in name or ("'" in name and '"' in name):
+        raise UserError(f"{name!r} is no name of a registered model: MLflow has none with '/' or ':', or both quotes")
+    return f'name = "{name}"' if "'" in name else f"name = '{name}'"
+
+
+@dataclass(frozen=True)
+class Version:
+    """One version, with its tags as they were when it was read, and the entries of its record among them."""
+
+    name: str
+    """Of the registered model."""
+    number: str
+    tags: Mapping[str, str]
+    run_id: str | None = None
+    """The MLflow run that registered it."""
+    created: float = 0.0
+    """Seconds since 1970."""
+
+    @classmethod
+    def of(cls, found: "ModelVersion") -> "Version":
+        """MLflow's version as ours."""
+        seconds = (found.creation_timestamp or 0) / 1000
+        return cls(found.name, str(found.version), unfolded(found.tags), found.run_id, seconds)
+
 
 FILE = "checksums.json"
 TAG = "olora.checksums"
@@ -41,7 +120,7 @@ def of_folders(folders: dict[str, Path]) -> str:
 
 def digest(text: str) -> str:
     """Digest of checksums.json, for the version's tag."""
-    return digests.digest(text)
+    return storage.digest(text)
 
 
 def read(version: Version, place: str, tracking_uri: str) -> Files:
@@ -57,7 +136,7 @@ def read(version: Version, place: str, tracking_uri: str) -> Files:
         )
     with tempfile.TemporaryDirectory(prefix="olora-") as folder:
         content = _local(FILE, version, place, tracking_uri, Path(folder)).read_bytes()
-    if digests.digest_bytes(content) != wanted:
+    if storage.digest_bytes(content) != wanted:
         raise UserError(f"{_name(version)}: {FILE} is not that of its registration")
     try:
         files: dict[str, dict[str, Any]] = json.loads(content.decode())["files"]

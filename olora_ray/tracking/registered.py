@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 
 from pydantic import TypeAdapter
 
-from olora_ray.common import local_files, storage
-from olora_ray.common.digests import digest
+from olora_ray.common import storage
 from olora_ray.common.errors import UserError, first_line
-from olora_ray.config.evaluation import AnyConfig
-from olora_ray.tracking import checksums, mlmodel, moved_storage
+from olora_ray.common.storage import digest
+from olora_ray.config.schema import AnyConfig
+from olora_ray.tracking import checksums, models, start
+from olora_ray.tracking.checksums import Version, name_filter
 from olora_ray.tracking.client import connect, is_unavailable, reachable
-from olora_ray.tracking.contents import ADAPTER_PLACE, BaseOfAdapter
+from olora_ray.tracking.models import ADAPTER_PLACE, BaseOfAdapter
 from olora_ray.tracking.start import resolve_uri
-from olora_ray.tracking.version import Version, name_filter
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -56,7 +56,7 @@ def of_config(config: AnyConfig) -> Registered | None:
     """The registered version that a config names as its model (models:/...) in this run's MLflow; else None."""
     if not config.model.name.startswith(SCHEME):
         return None
-    moved_storage.follow(config)
+    start.follow(config)
     return find(config.model.name, resolve_uri(config), cache(config))
 
 
@@ -109,7 +109,7 @@ def _base(uri: str, folder: Path) -> BaseOfAdapter:
     from mlflow.models import Model
 
     try:
-        return _BASE.validate_python((Model.load(str(folder / mlmodel.FILE)).metadata or {})[mlmodel.BASE])
+        return _BASE.validate_python((Model.load(str(folder / models.FILE)).metadata or {})[models.BASE])
     except Exception:  # others may have written anything
         raise UserError(
             f"model.name: {uri} is an adapter that was registered by something else, so its base model cannot be"
@@ -171,7 +171,7 @@ def _fetch(place: str, tracking_uri: str, target: Path) -> Path:
         return target
     try:
         with (
-            local_files.staged(target) as folder,
+            storage.staged(target) as folder,
             tempfile.TemporaryDirectory(prefix=".olora-", dir=target.parent) as parts,
         ):
             downloads = str(Path(parts) / "files")

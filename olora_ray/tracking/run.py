@@ -8,21 +8,74 @@ training continues; what is read or uploaded at the end of a run raises Tracking
 """
 
 import json
+import logging
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from olora_ray.common import storage
-from olora_ray.tracking.client import TrackingUnavailable, connect, reachable, shown_uri, unavailable
-from olora_ray.tracking.curve import Points, learning_curve_figure
-from olora_ray.tracking.system_metrics import watch_system
+from olora_ray.tracking.client import TrackingUnavailable, connect, reachable, reason, shown_uri, unavailable
 from olora_ray.tracking.write_queue import WriteQueue
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from mlflow import MlflowClient
+
+logger = logging.getLogger(__name__)
+
+# The learning curve of a run as a figure.
+
+
+Points = Sequence[tuple[int, float]]
+
+
+def learning_curve_figure(train: Points, evaluation: Points) -> "Figure":
+    """The losses over the steps; both are (step, loss) in order of steps."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    # With few points a line alone shows nothing.
+    axes.plot(*_columns(train), color="#9bb7d4", linewidth=1.2, label="train", marker="." if len(train) < 3 else None)
+    axes.plot(*_columns(evaluation), color="#c44e52", linewidth=1.8, label="eval", marker="o", markersize=4)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#e5e5e5")
+    axes.legend(frameon=False)
+    return figure
+
+
+def _columns(points: Points) -> tuple[list[int], list[float]]:
+    return [step for step, _ in points], [loss for _, loss in points]
+
+
+# System metrics of a run: CPU, memory, disk, network and GPUs of this machine, sampled until the run ends.
+
+
+def watch_system(uri: str, run_id: str, seconds: float, queue: WriteQueue, stop: threading.Event) -> None:
+    """Sample with MLflow's samplers every `seconds`. MLflow's own loop ends for good when one request fails."""
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+    make: Any = SystemMetricsMonitor
+    monitor: Any = None
+    while not stop.wait(seconds):
+        if not queue.online:
+            continue  # making the monitor would wait for a locked database
+        try:
+            monitor = monitor or make(run_id, seconds, tracking_uri=uri)
+            monitor.collect_metrics()
+            queue.system(monitor.aggregate_metrics())
+            for sampler in monitor.monitors:
+                sampler.clear_metrics()
+        except Exception as error:
+            logger.warning("no more metrics of this machine: %s", reason(error))
+            return
+
 
 # MLflow's own limits (mlflow/utils/validation.py): a longer request is refused.
 _PARAMS_PER_BATCH, _PARAM_LENGTH, TAG_LENGTH, _DIGEST_LENGTH = 100, 6000, 8000, 36

@@ -1,27 +1,218 @@
 """Start of an MLflow run: its address, its experiment, and the run itself, made or resumed."""
 
+import contextlib
 import getpass
 import logging
 import os
+import sqlite3
 import subprocess
 import sys
-from collections.abc import Mapping
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
-from olora_ray.common import storage
-from olora_ray.common.errors import UserError
+from olora_ray.common import patience, s3, storage
+from olora_ray.common.errors import TakenOver, TryAgain, UserError
 from olora_ray.common.secrets import in_uri, looked_up
-from olora_ray.config import paths
-from olora_ray.config.evaluation import AnyConfig
-from olora_ray.tracking import artifacts, moved_storage
-from olora_ray.tracking.client import TrackingUnavailable, check, connect, reachable, reason, shown_uri
-from olora_ray.tracking.run import TAG_LENGTH, Tracker
+from olora_ray.config import command_line
+from olora_ray.config.schema import AnyConfig, Config
+from olora_ray.tracking.client import (
+    TrackingUnavailable,
+    check,
+    connect,
+    is_unavailable,
+    reachable,
+    reason,
+    remedy,
+    shown_uri,
+)
+from olora_ray.tracking.run import TAG_LENGTH, Status, Tracker
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 logger = logging.getLogger(__name__)
+
+# The database beside run.storage when the storage lies elsewhere than before: MLflow keeps paths of artifacts in it.
+
+
+FOLDER = "mlartifacts"
+"""The artifacts' folder in run.storage."""
+DATABASE = "mlflow.db"
+"""The database's name there."""
+COLUMNS = (
+    ("experiments", "artifact_location"),
+    ("runs", "artifact_uri"),
+    ("logged_models", "artifact_location"),
+    ("model_versions", "source"),
+    ("model_versions", "storage_location"),
+)
+"""Where MLflow 3.17 keeps a path of an artifact; it has no call to change one."""
+
+
+def follow(config: AnyConfig) -> None:
+    """Let the SQLite database in run.storage name the artifacts in run.storage.
+
+    Those that lie somewhere else, and are not here, are left where they are. Does nothing without such a database.
+    Call it before files are read, too: what the first run of the new place starts from may be registered.
+    """
+    if not storage.is_uri(config.run.storage):
+        _follow(config.run.storage)
+
+
+def follow_address(uri: str) -> None:
+    """The same for the SQLite database at an address, if artifacts lie beside it."""
+    place, _, name = uri.removeprefix("sqlite:///").rpartition("/")
+    if uri.startswith("sqlite:////") and name == DATABASE and os.path.isdir(os.path.join(place, FOLDER)):
+        _follow(place)
+
+
+def _follow(place: str) -> None:
+    file = Path(place) / DATABASE
+    if not file.is_file():
+        return
+    now = os.path.join(os.path.abspath(place), FOLDER)
+    with contextlib.closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=rw", uri=True, timeout=30)) as database:
+        try:
+            moved = [before for before in _roots(database) if before != now and _is_copied(database, before, now)]
+        except sqlite3.DatabaseError:
+            return  # none of MLflow yet, or none at all, which MLflow itself says better
+        try:
+            with database:
+                for before in moved:
+                    _rename(database, before, now)
+        except sqlite3.DatabaseError as error:  # tables of another MLflow, or one that others hold for too long
+            logger.warning(f"run.storage has moved, but MLflow's artifacts keep their places, {moved[0]}: {error}")
+            return
+    for before in moved:
+        logger.info(f"run.storage has moved: MLflow's artifacts are in {now}, no longer in {before}")
+
+
+def _rename(database: sqlite3.Connection, before: str, now: str) -> None:
+    for table, column in COLUMNS:
+        database.execute(
+            f"UPDATE {table} SET {column} = ? || substr({column}, ?)"  # noqa: S608  # names of ours
+            f" WHERE {column} = ? OR substr({column}, 1, ?) = ?",
+            (now, len(before) + 1, before, len(before) + 1, f"{before}/"),
+        )
+
+
+def _roots(database: sqlite3.Connection) -> list[str]:
+    """The artifacts' folders of the experiments that were made for a run.storage."""
+    found = database.execute("SELECT DISTINCT artifact_location FROM experiments").fetchall()
+    return [place for (place,) in found if place and os.path.isabs(place) and os.path.basename(place) == FOLDER]
+
+
+def _is_copied(database: sqlite3.Connection, before: str, now: str) -> bool:
+    """Whether what the database calls `before` lies in `now`: it is not there any more, or some of it is here too."""
+    return not os.path.isdir(before) or any(
+        os.path.isdir(now + path.removeprefix(before)) for path in _paths(database, before)
+    )
+
+
+def _paths(database: sqlite3.Connection, root: str) -> Iterator[str]:
+    for table, column in COLUMNS[1:3]:
+        for (path,) in database.execute(f"SELECT {column} FROM {table}"):  # noqa: S608  # names of ours
+            if path and path.startswith(f"{root}/"):
+                yield path
+
+
+# MLflow's artifact store: a test, before a training, that it takes files.
+
+
+PROBE = ".probe"
+PROBE_BYTES = 4 * 2**20
+"""More than a proxy takes by default: 1 MB, for nginx."""
+PROBE_SECONDS = 30.0
+FIELD = "MLflow's artifact store"
+
+
+def default_place(config: AnyConfig) -> str:
+    """Return where the files of a new experiment lie if MLflow is a database: beside the storage."""
+    place = config.run.storage
+    return storage.join(place if storage.is_uri(place) else os.path.abspath(place), FOLDER)
+
+
+def probe(place: str, uri: str) -> None:
+    """Write and delete a file of PROBE_BYTES at `place`, an experiment's artifact location in the MLflow at `uri`.
+
+    Raises UserError that says what to mend, or TrackingUnavailable if the store does not answer, within PROBE_SECONDS.
+    """
+    use_paths()
+    if s3.is_s3(place) and not os.environ.get("MLFLOW_S3_ENDPOINT_URL"):
+        storage.check(place, FIELD)
+    with _told(place, uri):
+        _within(PROBE_SECONDS, place, uri)
+
+
+def use_paths() -> None:
+    """Let MLflow address buckets as the rest of this project does: by path, where the S3 store is not AWS."""
+    if patience.s3_endpoint():
+        os.environ.setdefault("MLFLOW_BOTO_CLIENT_ADDRESSING_STYLE", "path")
+
+
+def _within(seconds: float, place: str, uri: str) -> None:
+    failed: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            _write(place, uri)
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=work, name="artifacts", daemon=True)  # a call that hangs does not hold up the end
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        raise TimeoutError(f"no answer within {seconds:g} s")
+    if failed:
+        raise failed[0]
+
+
+def _write(place: str, uri: str) -> None:
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+    from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
+
+    repository: Any = get_artifact_repository(place, tracking_uri=uri)
+    if uri.startswith("http") and isinstance(repository, LocalArtifactRepository):
+        _refuse_a_folder_of_the_server(Path(repository.artifact_dir), uri)
+    with tempfile.TemporaryDirectory(prefix="olora-") as folder:
+        file = Path(folder) / PROBE
+        file.write_bytes(os.urandom(PROBE_BYTES))
+        repository.log_artifact(str(file))
+    with contextlib.suppress(Exception):  # who may write need not be allowed to delete
+        repository.delete_artifacts(PROBE)
+
+
+def _refuse_a_folder_of_the_server(folder: Path, uri: str) -> None:
+    """Raise UserError for a server that names a folder which is not there on this machine.
+
+    MLflow's client would make it here, and nobody would find the model.
+    """
+    if not folder.exists() and not folder.parent.exists():
+        raise UserError(
+            f"{FIELD}: the server at {shown_uri(uri)} keeps files in its folder {folder}, which is not there on this"
+            " machine. If it is a shared folder, mount it here. Otherwise start the server with --artifacts-destination"
+            " and without --no-serve-artifacts, and set another tracking.experiment: an experiment keeps its folder"
+        )
+
+
+@contextlib.contextmanager
+def _told(place: str, uri: str) -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    except ModuleNotFoundError as error:
+        raise UserError(f"{FIELD}: {place} needs the Python package {error.name}: pip install {error.name}") from None
+    except Exception as error:
+        text = remedy(error)
+        kind = TrackingUnavailable if text is None and is_unavailable(error) else UserError
+        why = f"{text} ({reason(error)})" if text else reason(error)
+        raise kind(f"{FIELD}: {place} at {shown_uri(uri)} cannot be written: {why}") from None
+
 
 VARIABLE = "MLFLOW_TRACKING_URI"
 """Where MLflow itself looks for its address."""
@@ -64,8 +255,8 @@ def absolute(uri: str) -> str:
     if not uri.startswith("sqlite:///") or uri.startswith(("sqlite:////", "sqlite:///:memory:")):
         return uri
     here = Path.cwd()
-    place = paths.absolute(uri.removeprefix("sqlite:///"), paths.lasting(here))
-    if paths.lasting(here) != here:
+    place = command_line.absolute(uri.removeprefix("sqlite:///"), command_line.lasting(here))
+    if command_line.lasting(here) != here:
         os.makedirs(os.path.dirname(place), exist_ok=True)
     return f"sqlite:///{place}"
 
@@ -80,7 +271,7 @@ def check_artifacts(config: AnyConfig, uri: str) -> None:
         experiment = _experiment(client, config, uri)
         _refuse_older(client, experiment, uri)
         place = str(client.get_experiment(experiment).artifact_location)
-    artifacts.check(place, uri)
+    probe(place, uri)
 
 
 def _refuse_older(client: "MlflowClient", experiment: str, uri: str) -> None:
@@ -106,8 +297,8 @@ def start_run(config: AnyConfig, run_name: str, tags: Mapping[str, str], run_id:
     answer now, a new run raises TrackingUnavailable; one with a `run_id` is resumed as soon as it answers.
     """
     uri = resolve_uri(config)
-    artifacts.use_paths()
-    moved_storage.follow(config)
+    use_paths()
+    follow(config)
     try:
         check(uri)
         with reachable(uri):
@@ -139,9 +330,7 @@ def _experiment(client: "MlflowClient", config: AnyConfig, uri: str) -> str:
         # A server knows where artifacts go; without one MLflow would take the current folder.
         served = uri.startswith(("http://", "https://", "databricks"))
         try:
-            return str(
-                client.create_experiment(name, artifact_location=None if served else artifacts.default_place(config))
-            )
+            return str(client.create_experiment(name, artifact_location=None if served else default_place(config)))
         except MlflowException as error:
             found = client.get_experiment_by_name(name)  # made by another driver in the meantime?
             if found is None:
@@ -177,3 +366,80 @@ def _context_tags() -> dict[str, str]:
     except (OSError, KeyError, subprocess.CalledProcessError):
         pass  # no user name, no git, or no checkout (a submitted job)
     return tags
+
+
+# The MLflow run around a piece of work: made or resumed before it, closed as FINISHED, FAILED or KILLED after it.
+
+
+class RunIds(Protocol):
+    """Remembers which MLflow run belongs to the work, so that the next attempt resumes it."""
+
+    def tracking_run(self, uri: str) -> str | None:
+        """The id of the run in the MLflow at `uri`; None if there is none yet."""
+
+    def keep_tracking_run(self, uri: str, run_id: str) -> None:
+        """Remember the id."""
+
+
+@contextlib.contextmanager
+def mlflow_run(
+    config: Config,
+    tags: Mapping[str, str],
+    ids: RunIds,
+    params: Mapping[str, object],
+    *,
+    parent: str | None = None,
+    after_error: Status = "FAILED",
+    advice: str = "",
+) -> Iterator[Tracker]:
+    """The MLflow run named as the config's run, for the block; a KeyboardInterrupt or Stopped leaves it KILLED,
+    TakenOver as it is.
+
+    `parent` is the id of the run that it is shown below. If MLflow is unreachable at the end the run stays open
+    until the next attempt, and TrackingUnavailable is raised, with `advice`; TryAgain if somebody has deleted the run.
+    """
+    from mlflow.exceptions import MlflowException
+
+    uri = resolve_uri(config)
+    tags = {**tags, **({"mlflow.parentRunId": parent} if parent else {})}
+    tracker = start_run(config, config.run.name, tags, ids.tracking_run(uri))
+    ids.keep_tracking_run(uri, tracker.run_id)
+    tracker.params(params)
+    try:
+        with _ended(tracker, after_error):
+            yield tracker
+    except TrackingUnavailable as error:
+        raise TrackingUnavailable(f"{error}; {advice}" if advice else str(error)) from None
+    except MlflowException as error:
+        if not _is_deleted(tracker):
+            raise
+        raise TryAgain(
+            f"tracking: the MLflow run {tracker.run_id} was deleted while it was written to ({reason(error)});"
+            " run the same command again: it goes on with what is done, in a new MLflow run"
+        ) from None
+
+
+def _is_deleted(tracker: Tracker) -> bool:
+    """Whether the run is there no more, or only in MLflow's trash, and its experiment perhaps with it."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        with reachable(tracker.uri):
+            return bool(tracker.client().get_run(tracker.run_id).info.lifecycle_stage == "deleted")
+    except TrackingUnavailable:
+        return False
+    except MlflowException as error:
+        return bool(error.error_code == "RESOURCE_DOES_NOT_EXIST")
+
+
+@contextlib.contextmanager
+def _ended(tracker: Tracker, after_error: Status) -> Iterator[None]:
+    try:
+        yield
+    except TakenOver:
+        raise  # the run is another driver's now
+    except BaseException as error:
+        with contextlib.suppress(TrackingUnavailable):
+            tracker.end("KILLED" if isinstance(error, KeyboardInterrupt) else after_error, seconds=5)
+        raise
+    tracker.end("FINISHED")

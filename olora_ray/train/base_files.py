@@ -4,9 +4,12 @@ What is read is what `from_pretrained` would make of the files, name by name (ad
 precision of the model. Whatever this cannot promise is said by `problem`, and then the base is to be loaded whole.
 """
 
+import logging
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,14 +18,17 @@ import torch
 from torch import Tensor, nn
 
 from olora_ray.adapter import stored
-from olora_ray.adapter.stored import DTYPES
-from olora_ray.adapter.weight_group import Group
-from olora_ray.adapter.weight_names import as_transformers_reads
+from olora_ray.adapter.candidates import GATE, ROUTER, candidates
+from olora_ray.adapter.stored import DTYPES, Group, as_transformers_reads
 from olora_ray.common.errors import UserError, first_line
-from olora_ray.model.buffers import stored_buffers
+from olora_ray.config.schema import Model as ModelConfig
+from olora_ray.model.load import empty_model, load_model, stored_buffers
+from olora_ray.model.quantised import KINDS, QuantisedLinear, require
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
 
 AT_ONCE = 2**24
 """Numbers of a tensor that are compared at once."""
@@ -185,3 +191,127 @@ def _unreadable(group: Group, name: str, tensor: Tensor) -> str | None:
     if not isinstance(tensor, nn.Parameter) and group.converter is not None:
         return "is a buffer that is put together"
     return None
+
+
+# The blocks of a model: those of its language model, and all that are sharded one by one.
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The blocks of the language model, in their order: the longest ModuleList that lies in no other.
+
+    Inside of a block there may be longer ones, of experts; beside the language model there may be a tower for images.
+    """
+    get: Any = getattr(model, "get_decoder", None)
+    decoder = get() if callable(get) else None
+    found: list[nn.ModuleList] = []
+    waiting: list[nn.Module] = [decoder if isinstance(decoder, nn.Module) else model]
+    while waiting:
+        module = waiting.pop()
+        if isinstance(module, nn.ModuleList):
+            found.append(module)
+        else:
+            waiting.extend(module.children())
+    return list(max(found, key=len, default=[]))
+
+
+def blocks_to_shard(model: nn.Module) -> list[nn.Module]:
+    """The modules that are gathered one at a time: those that the model itself says are not to be split.
+
+    Without such a list, or where it does not tell the blocks of the language model apart, only these. A module that
+    shares a weight with another outside of it (an embedding with the head) is left to the whole.
+    """
+    layers = decoder_layers(model)
+    named = [module for module in _outermost(model) if _is_closed(model, module)]
+    inside = [{id(part) for part in module.modules()} for module in named]
+    held = [sum(id(layer) in parts for layer in layers) for parts in inside]
+    return named if sum(held) == len(layers) and max(held, default=0) <= 1 else layers
+
+
+def _outermost(model: nn.Module) -> Iterator[nn.Module]:
+    """Modules of the classes that are not to be split, in the model's order, none in another."""
+    classes: Any = getattr(model, "_no_split_modules", None) or ()
+    waiting = list(model.children())[::-1]
+    while waiting:
+        module = waiting.pop()
+        if type(module).__name__ in classes:
+            yield module
+        else:
+            waiting.extend(list(module.children())[::-1])
+
+
+def _is_closed(model: nn.Module, module: nn.Module) -> bool:
+    """Whether it has weights, all of its own."""
+    own = {id(parameter) for parameter in module.parameters()}
+    inside = {id(part) for part in module.modules()}
+    outside = (part for part in model.modules() if id(part) not in inside)
+    return bool(own) and not any(id(one) in own for part in outside for one in part.parameters(recurse=False))
+
+
+# The frozen base as a training computes with it: as its files have it, or with packed linear layers.
+
+
+def load_frozen(folder: str | Path, config: ModelConfig, device: torch.device) -> "PreTrainedModel":
+    """What `load_model` returns, with `model.quantization`; packed layers are on `device` already.
+
+    Raises UserError as `load_model` and `to_pack`.
+    """
+    if config.quantization == "none":
+        return load_model(folder, config, device)
+    began = time.perf_counter()
+    require(config.quantization)
+    model: Any = empty_model(folder, config, device)
+    names = to_pack(model)
+    found = find(Path(folder), model)
+    problem = found if isinstance(found, str) else found.differs(0, 1)
+    if problem is None:
+        assert isinstance(found, BaseFiles)
+        for name in names:
+            _pack(model, name, found.whole(f"{name}.weight"), config.quantization, device)
+        fill(model, found, lambda _: True)
+    else:
+        logger.info(f"quantization: the whole base is loaded before it is packed: {problem}")
+        model = load_model(folder, config, device)
+        names = to_pack(model)  # of one that is quantised already there is none
+        for name in names:
+            _pack(model, name, model.get_submodule(name).weight, config.quantization, device)
+    taken = time.perf_counter() - began
+    logger.info(f"quantization: {len(names)} linear layers are kept as {config.quantization}, packed in {taken:.2f} s")
+    frozen: PreTrainedModel = model
+    return frozen
+
+
+def to_pack(model: nn.Module) -> list[str]:
+    """The layers that are packed, in the model's order; raises UserError if there is none."""
+    inside = {id(part) for block in decoder_layers(model) for part in block.modules()}
+    shared = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
+    found = []
+    for name, item in candidates(model).items():
+        module: Any = item.target.module
+        plain = type(module) is nn.Linear and item.refused is None and item.aside not in (ROUTER, GATE)
+        even = plain and module.weight.numel() % 2 == 0  # two numbers share a byte
+        if even and id(module) in inside and shared[id(module.weight)] == 1:
+            found.append(name)
+    if not found:
+        raise UserError(
+            f"model.quantization: {type(model).__name__} has no layers of torch's class Linear in its blocks, which"
+            " alone are packed; set it to none"
+        )
+    return found
+
+
+def packed_size(model: nn.Module, kind: str, dtype: torch.dtype) -> tuple[int, int, int]:
+    """(numbers that are packed, their bytes, bytes that the largest layer takes while it is unpacked)."""
+    shapes = [tuple(model.get_parameter(f"{name}.weight").shape) for name in to_pack(model)]
+    use = KINDS[kind]
+    return (
+        sum(m * n for m, n in shapes),
+        sum(use.size(m, n) for m, n in shapes),
+        max(m * n for m, n in shapes) * use.unpacking(dtype.itemsize),
+    )
+
+
+def _pack(model: nn.Module, name: str, weight: Tensor, kind: str, device: torch.device) -> None:
+    """Put a packed layer in the place of one; its bias may still be without numbers."""
+    parent, _, attribute = name.rpartition(".")
+    module: Any = model.get_submodule(name)
+    setattr(model.get_submodule(parent), attribute, QuantisedLinear(weight, module.bias, kind, device))

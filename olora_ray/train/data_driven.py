@@ -6,30 +6,73 @@ done. Which worker computes what decides nothing but the time: the same bytes co
 """
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
-from olora_ray.adapter.exchange import exchange
-from olora_ray.adapter.factors import Factors
-from olora_ray.adapter.initialise import InitReport, assign
-from olora_ray.adapter.methods import eva
+from olora_ray.adapter.candidates import Target
+from olora_ray.adapter.change import parameter_of
+from olora_ray.adapter.initialise import InitReport, assign, exchange, initialise, options_of
+from olora_ray.adapter.layer import Factors
+from olora_ray.adapter.methods import FROM_WEIGHTS, METHODS, eva
 from olora_ray.adapter.methods.eva import Components
-from olora_ray.adapter.targets import Target
 from olora_ray.common import collectives
 from olora_ray.common.errors import UserError
 from olora_ray.common.text import plural
-from olora_ray.config.schema import Adapter
+from olora_ray.config.schema import Adapter, Config
 from olora_ray.tokens.collate import Batch, collate
 from olora_ray.tokens.store import Pack, TokenStore
-from olora_ray.train.activations import Activations
-from olora_ray.train.first_tokens import Piece, first_tokens
-from olora_ray.train.layer_inputs import LayerInput, inputs_of
+from olora_ray.train.calibration import LayerInput, Piece, Rows, Spread, first_tokens, inputs_of, rows_of
 from olora_ray.train.loader import Waiting
 from olora_ray.train.loss import SupervisedLoss
+
+# Activations of a whole training at its first supervised tokens, each input's on the worker that owns it.
+
+
+class Activations:
+    """The rows of the inputs that this worker owns, in the order of the tokens."""
+
+    def __init__(
+        self,
+        loss: SupervisedLoss,
+        targets: Mapping[str, Target],
+        inputs: Sequence[LayerInput],
+        owners: Sequence[int],
+        store: TokenStore,
+        device: torch.device,
+    ) -> None:
+        """`owners` has the worker of each input."""
+        self.loss, self.targets, self.inputs = loss, targets, inputs
+        self.store, self.device = store, device
+        kinds = [Rows(each.size, each.dtype, owner) for each, owner in zip(inputs, owners, strict=True)]
+        self.spread = Spread(kinds, self._forward, lambda piece: piece.count, self._keep, device)
+        self._rows: dict[int, dict[int, Tensor]] = {number: {} for number in self.spread.own()}
+
+    def rows(self, number: int, count: int) -> Tensor:
+        """The first `count` rows of an own input (count x n), as the model has computed them."""
+        pieces = self._rows[number]
+        return torch.cat([pieces[first] for first in sorted(pieces)])[:count]
+
+    def held(self) -> int:
+        """Bytes of all rows that lie here."""
+        return sum(part.nbytes for pieces in self._rows.values() for part in pieces.values())
+
+    def _forward(self, piece: Piece) -> list[Tensor]:
+        attention = self.loss.model.config._attn_implementation  # type: ignore[union-attr]
+        batch = collate([self.store[piece.sequence]], str(attention))
+        # The tokens that are supervised themselves, as PEFT's label mask has it, not those that predict them.
+        places = batch.predicts[: piece.count] + 1
+        return rows_of(self.loss, self.targets, self.inputs, batch.to(self.device), places.to(self.device))
+
+    def _keep(self, number: int, piece: Piece, rows: Tensor) -> None:
+        self._rows[number][piece.first] = rows
+
 
 AGREEMENT = 0.99
 """The share of each input's space at which more tokens would find the same."""
@@ -209,3 +252,218 @@ def _factors(
         for number, item in own.items()
         for name in inputs[number].layers
     }
+
+
+# Gradients of layers' weights on the first supervised tokens of a training, each on the worker that owns the layer.
+
+
+class Gradients:
+    """Of the summed loss of the wanted tokens, by layer, for the inputs that this worker owns."""
+
+    def __init__(
+        self,
+        loss: SupervisedLoss,
+        targets: Mapping[str, Target],
+        inputs: Sequence[LayerInput],
+        owners: Sequence[int],
+        store: TokenStore,
+        device: torch.device,
+    ) -> None:
+        """`owners` has the worker of each input."""
+        self.loss, self.targets, self.inputs = loss, targets, inputs
+        self.store, self.device = store, device
+        self._names: list[tuple[int, str | None]] = []
+        """What each kind of rows is: an input, or what flows back to one of its layers."""
+        kinds = []
+        for number, (each, owner) in enumerate(zip(inputs, owners, strict=True)):
+            for name in (None, *each.layers):
+                size = each.size if name is None else targets[name].shape[0]
+                self._names.append((number, name))
+                kinds.append(Rows(size, each.dtype, owner))
+        self.spread = Spread(kinds, self._backward, self._count, self._keep, device)
+        self.sums: dict[str, Tensor] = {}
+        """Name of an own layer -> m x n, float32."""
+        self._x: dict[tuple[int, int], Tensor] = {}
+
+    def held(self) -> int:
+        """Bytes of the gradients that lie here."""
+        return sum(part.nbytes for part in self.sums.values())
+
+    def _count(self, piece: Piece) -> int:
+        """All tokens of a sequence: what is not supervised is attended to."""
+        return len(self.store[piece.sequence].input_ids)
+
+    def _backward(self, piece: Piece) -> list[Tensor]:
+        attention = self.loss.model.config._attn_implementation  # type: ignore[union-attr]
+        whole = collate([self.store[piece.sequence]], str(attention)).to(self.device)
+        batch = Batch(whole.inputs, whole.predicts[: piece.count], whole.labels[: piece.count], whole.tokens)
+        modules = {name: self.targets[name].module for each in self.inputs for name in each.layers}
+        x, g = _flows(self.loss, modules, {each.name for each in self.inputs}, batch)
+        return [x[self.inputs[number].name] if name is None else g[name] for number, name in self._names]
+
+    def _keep(self, kind: int, piece: Piece, rows: Tensor) -> None:
+        number, name = self._names[kind]
+        if name is None:
+            self._x[number, piece.first] = rows
+            return
+        x = self._x[number, piece.first]
+        part = rows.to(self.device, torch.float32).mT @ x.to(self.device, torch.float32)
+        self.sums[name] = part if name not in self.sums else self.sums[name].add_(part)
+        if name == self.inputs[number].layers[-1]:
+            del self._x[number, piece.first]
+
+
+def _flows(
+    loss: SupervisedLoss, modules: Mapping[str, nn.Module], wanted: set[str], batch: Batch
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The wanted layers' inputs (tokens x n) and the gradient at all outputs (tokens x m), on the CPU."""
+    x: dict[str, Tensor] = {}
+    g: dict[str, Tensor] = {}
+    with torch.enable_grad(), _watched(loss, modules, wanted, x, g):
+        loss(batch).backward()
+    for name in modules:
+        if name not in g:
+            raise UserError(f"adapter.method: no gradient reaches {name}; leave it out of adapter.targets")
+        if not torch.isfinite(g[name]).all():
+            raise UserError(f"model.name: the gradient at {name} has NaN or infinite values on the training data")
+    return x, g
+
+
+@contextmanager
+def _watched(
+    loss: SupervisedLoss, modules: Mapping[str, nn.Module], wanted: set[str], x: dict[str, Tensor], g: dict[str, Tensor]
+) -> Iterator[None]:
+    """Have what flows through these modules noted."""
+    model: Any = loss.model
+    # Nothing of the base is trained: gradients flow because its first hidden states are said to want one.
+    handles = [model.get_input_embeddings().register_forward_hook(lambda _, __, output: output.requires_grad_())]
+    handles += [
+        module.register_forward_hook(partial(_note, name, x if name in wanted else {}, g), with_kwargs=True)
+        for name, module in modules.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _note(
+    name: str,
+    x: dict[str, Tensor],
+    g: dict[str, Tensor],
+    _: nn.Module,
+    inputs: tuple[Any, ...],
+    named: dict[str, Any],
+    output: Tensor,
+) -> None:
+    entered: Tensor = inputs[0] if inputs else next(iter(named.values()))
+    x[name] = entered.detach().reshape(-1, entered.shape[-1]).cpu()
+
+    def note(gradient: Tensor) -> None:
+        g[name] = gradient.reshape(-1, gradient.shape[-1]).cpu()
+
+    output.register_hook(note)
+
+
+# LoRA-GA's factors (adapter/methods/lora_ga.py), by all workers together, of the run's first supervised tokens.
+
+
+AT_ONCE = 2**30
+"""Bytes of gradients that a worker holds at once, about; for more the model is run again for the next layers."""
+
+
+def gradient_factors(
+    loss: SupervisedLoss,
+    targets: Mapping[str, Target],
+    adapter: Adapter,
+    store: TokenStore,
+    device: torch.device,
+    waiting: Waiting | None = None,
+) -> tuple[dict[str, Factors], InitReport, DataReport]:
+    """A0 and B0 of every target; see `data_driven.eva_factors` for arguments and errors."""
+    refuse(targets, adapter.method)
+    began = time.perf_counter()
+    pieces = pieces_of(store, adapter, 0, waiting)
+    inputs = inputs_of(loss, targets, probe(loss, store[0]).to(device))
+    own: dict[str, Factors] = {}
+    shares: list[list[str]] = [[] for _ in range(collectives.world_size())]
+    held = sent = 0
+    for part in _parts(inputs, targets):
+        owners = owners_of(part, targets, adapter)
+        found = Gradients(loss, targets, part, owners, store, device)
+        found.spread.run(pieces)
+        held, sent = max(held, found.held()), sent + found.spread.sent
+        own |= _lora_ga_factors(found, adapter)
+        for each, owner in zip(part, owners, strict=True):
+            shares[owner].extend(each.layers)
+    seconds = time.perf_counter() - began
+
+    began = time.perf_counter()
+    merged, digest = exchange(own, shares, device)
+    every = {name: merged[name] for name in targets}
+    report = InitReport(
+        layers=tuple(map(len, shares)),
+        seconds=tuple(collectives.gather(seconds)),
+        exchange_seconds=time.perf_counter() - began,
+        deficient=tuple(name for name, item in every.items() if not item.full_rank),
+        digest=digest,
+    )
+    most, total = zip(*collectives.gather((held, sent)), strict=True)
+    ranks = dict.fromkeys(targets, adapter.rank)
+    return every, report, DataReport(pieces[-1].end, len(pieces), None, max(most), sum(total), ranks, "gradients")
+
+
+def _parts(inputs: Sequence[LayerInput], targets: Mapping[str, Target]) -> Iterator[list[LayerInput]]:
+    """The inputs in parts whose layers' gradients have room on all workers together, or one input."""
+    part: list[LayerInput] = []
+    size, room = 0, AT_ONCE * collectives.world_size()
+    for each in inputs:
+        needed = sum(4 * targets[name].shape[0] * each.size for name in each.layers)
+        if part and size + needed > room:
+            yield part
+            part, size = [], 0
+        part.append(each)
+        size += needed
+    yield part
+
+
+def _lora_ga_factors(found: Gradients, adapter: Adapter) -> dict[str, Factors]:
+    make, options = METHODS[adapter.method].factors, options_of(adapter)
+    made = {name: make(gradient, adapter.rank, 0, options) for name, gradient in found.sums.items()}
+    return {
+        name: Factors(item.a0.cpu(), None if item.b0 is None else item.b0.cpu(), item.full_rank)
+        for name, item in made.items()
+    }
+
+
+# New factors for a training, by whichever way its method makes them: of the weights, or of the training data.
+
+
+def new_factors(
+    loss: SupervisedLoss,
+    targets: Mapping[str, Target],
+    config: Config,
+    store: TokenStore,
+    device: torch.device,
+    waiting: Waiting | None = None,
+) -> tuple[dict[str, Factors], InitReport, DataReport | None]:
+    """A~ and B~ of every target; all workers must call it together.
+
+    See `initialise`, `eva_factors` and `gradient_factors`. For a method that looks at data the base must be where it is
+    trained, tested, and without adapters.
+    """
+    adapter = config.adapter
+    if adapter.method not in FROM_WEIGHTS:
+        make = gradient_factors if METHODS[adapter.method].needs == "gradients" else eva_factors
+        return make(loss, targets, adapter, store, device, waiting)
+    seed, options = config.run.seed, options_of(adapter)
+    return *initialise(_whole(loss, targets), adapter.method, adapter.rank, seed, device, options), None
+
+
+def _whole(loss: SupervisedLoss, targets: Mapping[str, Target]) -> dict[str, Target]:
+    """The targets, with all of their numbers: a sharded base has them in its files, each layer for whom it is asked."""
+    if loss.files is None:
+        return dict(targets)
+    parameters = {name: parameter_of(loss.model, name) for name in targets}
+    return {name: replace(target, read=partial(loss.files.rows, parameters[name])) for name, target in targets.items()}

@@ -5,8 +5,10 @@ all experts multiply at once, each is taken to get as many; where its code goes 
 and what they would keep is held in their place.
 """
 
+import weakref
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -15,16 +17,17 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from olora_ray.adapter.candidates import Target
 from olora_ray.adapter.experts import AdaptedStack
-from olora_ray.adapter.factors import Factors
 from olora_ray.adapter.inject import inject
+from olora_ray.adapter.layer import Factors
 from olora_ray.adapter.methods import METHODS
-from olora_ray.adapter.targets import Target
 from olora_ray.config.schema import Adapter
 from olora_ray.tokens.collate import Batch
-from olora_ray.train import recompute
-from olora_ray.train.blocks import decoder_layers
+from olora_ray.train import parallel
+from olora_ray.train.base_files import decoder_layers
 from olora_ray.train.loop import train_mode
 from olora_ray.train.loss import SupervisedLoss
 
@@ -107,7 +110,7 @@ class FakeModel:
     def run_again(self, on: bool) -> None:
         """Whether blocks are run again in the backward pass, see train/recompute.py."""
         self.loss.recompute = on
-        recompute.install(self.loss)
+        parallel.install(self.loss)
         for place in self.skipped:
             self.blocks[place].__dict__["forward"] = _Skipped(self.blocks[place - 1])
 
@@ -213,3 +216,62 @@ class _Experts(torch.autograd.Function):
         (kept,) = ctx.saved_tensors
         moved = kept.new_empty(ctx.moved)
         return grads[0].clone() + moved.sum(), None
+
+
+# Bytes of the tensors that are alive while something runs: how many now, and how many at most.
+
+
+class LiveBytes(TorchDispatchMode):
+    """While it is entered, counts the memory behind every tensor that an operation makes, until that is freed.
+
+    Views and results in place have the memory of another tensor, which counts once; `known` are tensors whose memory
+    does not count. Works with fake tensors, whose memory is not there. What a kernel takes for itself is not seen.
+    """
+
+    def __init__(self, known: Iterable[Tensor] = ()) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.most = 0
+        self._seen: dict[int, Any] = {}
+        for tensor in known:
+            storage = tensor.untyped_storage()
+            self._seen[storage._cdata] = storage  # kept, so that no other memory gets its number
+
+    def __torch_dispatch__(
+        self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """See torch's documentation, "Extending all torch API with Modes"."""
+        result = func(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            if isinstance(value, Tensor):
+                self._note(value)
+        return result
+
+    def _note(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        number, size = storage._cdata, storage.nbytes()
+        if number in self._seen:
+            return
+        self._seen[number] = weakref.ref(storage, partial(self._freed, number, size))
+        self.now += size
+        self.most = max(self.most, self.now)
+
+    def _freed(self, number: int, size: int, _: object) -> None:
+        del self._seen[number]
+        self.now -= size
+
+
+@contextmanager
+def at_blocks(blocks: Sequence[nn.Module], live: LiveBytes) -> Iterator[list[int]]:
+    """While it is entered, the list gets the bytes that are alive as each block begins, and after the last."""
+    before: list[int] = []
+
+    def note(*_: object) -> None:
+        before.append(live.now)
+
+    handles = [block.register_forward_pre_hook(note) for block in blocks]
+    handles.append(blocks[-1].register_forward_hook(note))
+    try:
+        yield before
+    finally:
+        for handle in handles:
+            handle.remove()

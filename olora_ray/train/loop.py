@@ -12,15 +12,13 @@ from olora_ray.adapter.layer import AdaptedWeight
 from olora_ray.common import collectives
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
-from olora_ray.tokens import rng
+from olora_ray.tokens import layout
 from olora_ray.tokens.collate import Batch, collate
 from olora_ray.tokens.store import TokenStore
 from olora_ray.train import tree
 from olora_ray.train.loader import StepData, StepLoader
 from olora_ray.train.loss import SupervisedLoss
-from olora_ray.train.optim import AdamW, FlatAdapters
-from olora_ray.train.precondition import precondition
-from olora_ray.train.schedule import Schedule
+from olora_ray.train.optim import AdamW, FlatAdapters, Schedule, precondition
 
 
 @dataclass(frozen=True)
@@ -145,7 +143,7 @@ class Trainer:
 
     def _seed(self, step: int, micro_batch: int) -> None:
         if self.config.adapter.dropout:
-            torch.manual_seed(rng.key("dropout", self.config.run.seed, step, micro_batch) >> 1)  # of 63 bits
+            torch.manual_seed(layout.key("dropout", self.config.run.seed, step, micro_batch) >> 1)  # of 63 bits
 
 
 def train_mode(adapted: dict[str, AdaptedWeight], on: bool) -> None:

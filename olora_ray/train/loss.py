@@ -8,18 +8,132 @@ through the head, a chunk at a time; the chunk's gradient is taken at once, so l
 vocabulary) never exist for more than one chunk.
 """
 
+import copy
 import inspect
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from olora_ray.model.head import OutputHead, backbone
+from olora_ray.model.packing import OutputHead, backbone
 from olora_ray.tokens.collate import Batch
 from olora_ray.train.base_files import BaseFiles
-from olora_ray.train.fast_norm import patch_rms_norm
-from olora_ray.train.self_test_result import SelfTest
+
+# RMSNorm with a backward pass written by hand, for frozen weights.
+
+
+def patch_rms_norm(model: nn.Module) -> int:
+    """Let the model's RMSNorms use this backward pass; returns how many do.
+
+    A family may compute the same name differently: a norm is only replaced if its output for random
+    input has the same bits.
+    """
+    found = [module for module in model.modules() if type(module).__name__.endswith("RMSNorm")]
+    chosen = [module for module in found if _same(module)]
+    for module in chosen:
+        module.__class__ = LightRMSNorm
+    return len(chosen)
+
+
+class LightRMSNorm(nn.Module):
+    """Stands in for a family's RMSNorm."""
+
+    weight: Tensor
+    variance_epsilon: float
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., n) -> y (..., n)."""
+        return _RMSNorm.apply(x, self.weight, self.variance_epsilon)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.float()
+        r = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, weight, r)
+        return weight * (wide * r).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        x, weight, r = ctx.saved_tensors
+        g, wide = (grads[0] * weight).float(), x.float()
+        mean = torch.linalg.vecdot(g, wide)[..., None] / x.shape[-1]
+        return g.mul_(r).addcmul_(wide, r.pow(3) * mean, value=-1).to(x.dtype), None, None
+
+
+@torch.no_grad()
+def _same(module: nn.Module) -> bool:
+    weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", None)
+    if not isinstance(weight, Tensor) or eps is None or weight.requires_grad:
+        return False
+    if weight.is_meta:  # a model without weights: a copy is asked that has some
+        weight, module = _some_like(weight), copy.copy(module)
+        module._parameters = {"weight": nn.Parameter(weight, requires_grad=False)}
+    x = torch.randn(4, *weight.shape, generator=torch.Generator().manual_seed(0)).to(weight)
+    return torch.equal(module(x), _RMSNorm.apply(x, weight, eps))  # type: ignore[no-untyped-call]
+
+
+def _some_like(weight: Tensor) -> Tensor:
+    return torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)).to(weight.dtype)
+
+
+# Result of a model's self-test (train/self_test.py).
+
+
+@dataclass(frozen=True)
+class Differences:
+    """Mean absolute differences of a token's loss under one attention."""
+
+    loss: float
+    """From the cross-entropy of the model's own logits, computed the same way."""
+    alone: float
+    """From the model's own attention."""
+    beside: float
+    """Of an example beside others, from alone."""
+    depends: float
+    """Change by what the other examples say, or what comes after."""
+    explained: float
+    """What rounding explains of `alone` and `beside`."""
+
+    def problem(self, packed: bool) -> str | None:
+        """What is wrong in one line, or None."""
+        for name, value in (("loss", self.loss), ("alone", self.alone)):
+            if not value <= self.explained:
+                what = "the model's own logits" if name == "loss" else "the model alone"
+                return f"losses differ by {value:.2g} from those of {what}; rounding explains {self.explained:.2g}"
+        if not self.beside <= self.explained or self.depends > 0:
+            where = "in its sequence" if packed else "in its micro-batch"
+            return f"the losses of an example change by {max(self.beside, self.depends):.2g} with the others {where}"
+        return None
+
+
+@dataclass(frozen=True)
+class SelfTest:
+    """What the self-test has found."""
+
+    attention: str
+    """The implementation that is used."""
+    given_masks: bool = False
+    """Whether the model has to be given its masks: it makes them of nothing."""
+    passed_over: Mapping[str, str] = field(default_factory=dict)
+    """Those that would have been faster -> what is wrong with them."""
+    differences: Differences | None = None
+    seconds: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for result.json."""
+        return asdict(self)
+
+    def line(self) -> str:
+        """A line for the log."""
+        found = self.differences
+        shown = f"losses right to {max(found.loss, found.alone, found.beside):.1g}" if found else ""
+        return f"self-test: {shown} with attention={self.attention}, in {self.seconds:.1f} s"
+
 
 CHUNK_LOGITS = 2**23
 """Logits in one chunk on a CPU: 32 MiB in float32. They decide its rows, and so the bits of the loss."""

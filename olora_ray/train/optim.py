@@ -13,6 +13,8 @@ from torch import Tensor
 
 from olora_ray.adapter.layer import AdaptedWeight
 from olora_ray.config.schema import Train
+from olora_ray.tokens.store import TokenStore
+from olora_ray.train.loader import Waiting, total_steps, until
 
 
 class FlatAdapters:
@@ -137,3 +139,101 @@ def shape(schedule: str, progress: float) -> float:
         "constant": 1.0,
     }
     return shapes[schedule]
+
+
+# Schedule of a run: its length and the learning rate of each step, also while the token store is still growing.
+
+
+class Schedule:
+    """Length and learning rates of a run."""
+
+    def __init__(self, train: Train, store: TokenStore, waiting: Waiting | None = None) -> None:
+        """`waiting` is called while `last` and `lr` wait for shards."""
+        self.train, self.store, self.waiting = train, store, waiting
+
+    def total(self) -> int | None:
+        """Steps of the run; None while the store does not tell yet."""
+        if self.train.steps is None and self.store.total is None:
+            self.store.refresh()
+        return self._total()
+
+    def ends(self, steps_done: int) -> bool | None:
+        """Whether the run is over after so many steps; None while that is not certain. Does not look for shards."""
+        total = self._total()
+        if total is not None:
+            return steps_done >= total
+        # More sequences never make fewer steps.
+        return False if steps_done < total_steps(self.train, self.store.available) else None
+
+    def last(self, steps_done: int) -> bool:
+        """Whether the run is over after so many steps; waits for shards until it is certain."""
+        until(self.store, lambda: self.ends(steps_done) is not None, self.waiting)
+        return bool(self.ends(steps_done))
+
+    def lr(self, step: int) -> float:
+        """Learning rate of update number `step`, from 0; waits for the shards that the step reads."""
+        size = self.train.global_batch
+        if self.train.steps is None:
+            until(self.store, lambda: self._knows((step + 1) * size), self.waiting)
+        total = self._total()
+        if total is not None and (self.train.steps is not None or self.store.shard_count == 1):
+            return lr_at(step, total, self.train)
+        warmup, begin = self.train.warmup, self._progress(step * size, after=False)
+        if begin < warmup:
+            return self.train.lr * min(1.0, self._progress((step + 1) * size - 1, after=True) / warmup)
+        return self.train.lr * shape(self.train.schedule, (begin - warmup) / (1.0 - warmup))
+
+    def _total(self) -> int | None:
+        packs = self.store.total
+        return self.train.steps or (None if packs is None else total_steps(self.train, packs))
+
+    def _knows(self, places: int) -> bool:
+        return self.store.total is not None or (self.store.shard_count > 1 and places <= self.store.available)
+
+    def _progress(self, place: int, after: bool) -> float:
+        """Progress at, or just after, a place of the training order; 0 to 1."""
+        packs = self.store.total
+        epoch, inside = divmod(place, packs) if packs else (0, place)
+        if epoch == 0:
+            shard, row, rows = self.store.locate(inside)
+            fraction = (shard + (row + after) / rows) / self.store.shard_count
+        else:
+            assert packs is not None
+            fraction = (inside + after) / packs
+        # A part of an epoch can lie in shards that are smaller than the others.
+        return min(1.0, (epoch + fraction) / self.train.epochs)
+
+
+# The preconditioner of NoRA+ (arXiv 2410.18965) and of Riemannian preconditioned LoRA (arXiv 2402.02347).
+
+
+EPSILON = 1e-6
+
+
+@torch.no_grad()
+def precondition(adapted: Mapping[str, AdaptedWeight], epsilon: float = EPSILON, unit: bool = True) -> None:
+    """Replace the gradients of all dA and dB in place; with `unit` each has norm 1 afterwards, or is zero."""
+    for layer in adapted.values():
+        a = layer.a0 + layer.da
+        b = layer.db if layer.b0 is None else layer.b0 + layer.db
+        grad_a, grad_b = layer.da.grad, layer.db.grad
+        assert grad_a is not None
+        assert grad_b is not None
+        new_a = _solve(b.mT, grad_a, epsilon)
+        new_b = _solve(a, grad_b.mT, epsilon).mT
+        grad_a.copy_(_unit(new_a) if unit else new_a)
+        grad_b.copy_(_unit(new_b) if unit else new_b)
+
+
+def _solve(rows: Tensor, right: Tensor, epsilon: float) -> Tensor:
+    """(rows rows^T + eps I)^-1 right in float64, for `rows` ((E x) r x k) and `right` ((E x) r x l)."""
+    wide = rows.double()
+    gram = wide @ wide.mT
+    gram.diagonal(dim1=-2, dim2=-1).add_(epsilon)
+    # Without a check: what is not finite shows in the norm of the gradient, which is looked at after each step.
+    return torch.cholesky_solve(right.double(), torch.linalg.cholesky_ex(gram).L)
+
+
+def _unit(gradient: Tensor) -> Tensor:
+    norm = torch.linalg.matrix_norm(gradient, keepdim=True)
+    return gradient / torch.where(norm > 0, norm, 1.0)

@@ -8,21 +8,107 @@ needs no `no_sync`, a step has the same bits whatever the number of workers, and
 """
 
 import inspect
+import logging
 import math
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from olora_ray.adapter.layer import AdaptedWeight
 from olora_ray.common import collectives
-from olora_ray.train import recompute
-from olora_ray.train.blocks import blocks_to_shard
+from olora_ray.common.errors import UserError
+from olora_ray.config.schema import Config
+from olora_ray.model.load import empty_model
+from olora_ray.train import base_files
+from olora_ray.train.base_files import BaseFiles, blocks_to_shard, decoder_layers, load_frozen
 from olora_ray.train.loss import SupervisedLoss
 
-if TYPE_CHECKING:  # it takes as long as a quarter of torch
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch.distributed.tensor import DTensor
+
+    from olora_ray.train.loss import SupervisedLoss
+
+logger = logging.getLogger(__name__)
+
+# Recomputation of activations: of each block the input alone is kept, and the backward pass runs the block again.
+
+
+CLOSE = 1e-3
+"""Largest difference, relative to the gradient's norm, on devices whose kernels do not add in a fixed order."""
+
+
+def install(loss: "SupervisedLoss") -> None:
+    """Let the blocks of the model be run again, if `loss.recompute` says so; may be called again.
+
+    From then on `loss.recompute` is a switch. Works inside FSDP2 too: a block is gathered before its backward pass.
+    """
+    if not loss.recompute:
+        return
+    for block in decoder_layers(loss.model):
+        if not isinstance(block.forward, _Recomputed):
+            block.__dict__["forward"] = _Recomputed(block.forward, loss)
+
+
+class _Recomputed:
+    """The forward of a block, which keeps its inputs alone where a gradient is wanted."""
+
+    def __init__(self, forward: Callable[..., Any], loss: "SupervisedLoss") -> None:
+        self.__wrapped__ = forward  # whoever asks for its signature gets that
+        self._loss = loss
+
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        """What the block returns for these inputs."""
+        if not (self._loss.recompute and torch.is_grad_enabled()) or _has_cache((*inputs, *named.values())):
+            return self.__wrapped__(*inputs, **named)
+        # Named inputs too are handed over as inputs: on the devices of these the random numbers are kept.
+        return checkpoint(self._run, inputs, named, use_reentrant=False, preserve_rng_state=True)
+
+    def _run(self, inputs: Sequence[Any], named: Mapping[str, Any]) -> Any:
+        return self.__wrapped__(*inputs, **named)
+
+
+def _has_cache(values: Sequence[Any]) -> bool:
+    """Whether keys and values are kept for later tokens: a second run would add them again."""
+    from transformers import Cache
+
+    return any(isinstance(value, Cache) for value in values)
+
+
+@contextmanager
+def switched(loss: "SupervisedLoss", on: bool) -> "Iterator[None]":
+    """With recomputation on or off; on has an effect only after `install`."""
+    before, loss.recompute = loss.recompute, on
+    try:
+        yield
+    finally:
+        loss.recompute = before
+
+
+def check_same(family: str, with_it: Sequence[Tensor], without: Sequence[Tensor]) -> None:
+    """Raise UserError unless the gradients with recomputation are those without it: the same bits on CPUs.
+
+    A block that changes its inputs, or something outside, would do it twice.
+    """
+    if all(torch.equal(one, other) for one, other in zip(with_it, without, strict=True)):
+        return
+    off, norm = (
+        float(torch.stack([part.float().norm() for part in parts]).norm())
+        for parts in ([one - other for one, other in zip(with_it, without, strict=True)], without)
+    )
+    if without[0].device.type == "cpu" or not off <= CLOSE * norm:
+        raise UserError(
+            f"train.activation_checkpointing: the gradients of {family} differ by {off / norm:.2g} when its blocks are"
+            " run again; set it to false, and lower train.micro_batch or data.max_length if memory is short"
+        )
 
 
 def place_model(
@@ -33,7 +119,7 @@ def place_model(
 
     May be called again with adapters in place: a base that is sharded stays so.
     """
-    recompute.install(loss)
+    install(loss)
     if strategy == "fsdp" and collectives.world_size() > 1 and not hasattr(loss, "unshard"):
         shard(loss, device, replicas, offload)
     # Sharding moves the base; adapters and buffers are ignored by it.
@@ -133,3 +219,105 @@ def begin_at_root(loss: Any) -> None:
     register_fsdp_forward_method(loss, "nothing")
     loss.nothing()
     del loss.nothing
+
+
+# A base that no worker ever holds whole: built without weights, sharded, and filled from its files, rows by rows.
+
+
+Value = TypeVar("Value")
+
+AT_ONCE = 2**26
+"""Bytes of a parameter that are read at once, or one of its rows."""
+
+
+def load_base(folder: str, config: Config, device: torch.device) -> SupervisedLoss:
+    """The frozen base of a worker: sharded if the config says so, there are several, and its files can be read so.
+
+    All workers must call it together. Raises UserError as `load_frozen`.
+    """
+    if config.cluster.strategy != "fsdp" or collectives.world_size() == 1:
+        return SupervisedLoss(together(lambda: load_frozen(folder, config.model, device)))
+    if config.cluster.fsdp_offload and not has_own_memory(device):
+        logger.info("cluster.fsdp_offload: without a GPU the base lies in the memory of the node as it is")
+    began = time.perf_counter()
+    loss = _sharded(folder, config, device)
+    if isinstance(loss, str):
+        logger.info(f"fsdp: each worker loads the whole base before it is sharded: {loss}")
+        return SupervisedLoss(together(lambda: load_frozen(folder, config.model, device)))
+    logger.info(f"fsdp: each worker has read its part of the base, in {time.perf_counter() - began:.2f} s")
+    return loss
+
+
+def _sharded(folder: str, config: Config, device: torch.device) -> SupervisedLoss | str:
+    """The base with this worker's part of it, or why its files cannot be read by rows; the same on all workers."""
+    model = together(lambda: empty_model(folder, config.model, device))
+    found = together(lambda: base_files.find(Path(folder), model))
+    if isinstance(found := _agreed(found), str):
+        return found
+    whole = outside(model, blocks_to_shard(model))
+    wanted = {weight for weight in model.parameters() if weight.dim() < 2 or weight in whole}
+    together(lambda: base_files.fill(model, found, wanted.__contains__, partial(_whole, found, device)))
+    loss: Any = SupervisedLoss(model)  # torch leaves `_apply` untyped
+    loss.files = found
+    shard(loss, device, config.cluster.fsdp_replicas, config.cluster.fsdp_offload)
+    place = places(loss, device)
+    # What is on the meta device becomes memory, shards of weights above all; the rest has its values.
+    loss._apply(lambda part: torch.empty_like(part, device=place(part)) if part.is_meta else part.to(place(part)))
+    together(lambda: _read_shards(model, found))
+    sharded: SupervisedLoss = loss
+    return sharded
+
+
+def _agreed(found: BaseFiles | str) -> BaseFiles | str:
+    """The files, if all workers have found that they can be read by rows; else the first reason why not."""
+    problems = collectives.gather(found if isinstance(found, str) else None)
+    if isinstance(found, BaseFiles) and not any(problems):
+        differs = partial(found.differs, collectives.rank(), collectives.world_size())
+        problems = collectives.gather(together(differs))
+    first = next((problem for problem in problems if problem), None)
+    return found if first is None else first
+
+
+def together(work: Callable[[], Value]) -> Value:
+    """What `work` returns; the UserError that one worker meets is raised on all, which would wait for it otherwise."""
+    problem: UserError | None = None
+    found = []
+    try:
+        found.append(work())
+    except UserError as error:
+        problem = error
+    collectives.raise_together(problem)
+    return found[0]
+
+
+@torch.no_grad()
+def _read_shards(model: nn.Module, files: BaseFiles) -> None:
+    """Fill this worker's rows of all other weights."""
+    from torch.distributed.tensor import DTensor
+
+    for name, parameter in model.named_parameters():
+        if parameter.dim() < 2 or not isinstance(parameter.data, DTensor):
+            continue
+        shard_of: Tensor = parameter.data.to_local()
+        first, last = own_rows(parameter.data)
+        assert shard_of.shape[0] == last - first
+        _read_rows(files, name, first, shard_of)
+
+
+def _whole(files: BaseFiles, device: torch.device, name: str) -> Tensor:
+    """All of a weight, a large one on the device: the node's memory never holds more than some rows of it."""
+    if len(files.shapes[name]) < 2:
+        return files.whole(name)
+    if device.type == "cpu" and (mapped := files.mapped(name)) is not None:
+        return mapped
+    found = torch.empty(files.shapes[name], dtype=files.dtypes[name], device=device)
+    _read_rows(files, name, 0, found)
+    return found
+
+
+def _read_rows(files: BaseFiles, name: str, first: int, to: Tensor) -> None:
+    """Fill a tensor with as many rows of a weight, from row `first` on."""
+    count = max(1, AT_ONCE * len(to) // max(to.nbytes, 1)) if files.in_parts(name) else max(1, len(to))
+    for start in range(0, len(to), count):
+        stop = min(start + count, len(to))
+        to[start:stop].copy_(files.rows(name, first + start, first + stop))

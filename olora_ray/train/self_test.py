@@ -13,8 +13,9 @@ last place. Adapters are tested in adapter_test.py.
 """
 
 import logging
+import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,19 +24,66 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from olora_ray.adapter.experts import AdaptedExperts
+from olora_ray.adapter.layer import AdaptedLinear, AdaptedWeight
 from olora_ray.common.errors import UserError, first_line
-from olora_ray.config.evaluation import AnyConfig
+from olora_ray.config.schema import AnyConfig
 from olora_ray.model import attention
 from olora_ray.model.packing import check_lengths, shares_sequences, why_not_in_one_row
 from olora_ray.tokens.collate import FLAT_ATTENTION, Batch, collate
 from olora_ray.tokens.store import Pack
-from olora_ray.train.blocks import decoder_layers
-from olora_ray.train.examples import Ids, one_pack, three_examples
-from olora_ray.train.loss import SupervisedLoss
+from olora_ray.train import parallel
+from olora_ray.train.base_files import decoder_layers
+from olora_ray.train.loss import Differences, SelfTest, SupervisedLoss
 from olora_ray.train.parallel import begin_at_root
-from olora_ray.train.self_test_result import Differences, SelfTest
 
 logger = logging.getLogger(__name__)
+
+# A few short examples of a token store's sequences, on which a model is tried.
+
+
+SHORT = 24
+"""Tokens of an example: rounding and leaks show in a few."""
+
+Ids = tuple[int, ...]
+
+
+def three_examples(packs: Sequence[Pack], config: AnyConfig, model: Any) -> tuple[Ids, Ids, Ids]:
+    """Three examples, cut; the second goes beyond the windows of a model, as far as a sequence can."""
+    rows = list(examples_of(packs, SHORT))
+    second = rows[1]
+    if limits := _limits(model.config.get_text_config(), config.data.max_length):
+        second = _as_long_as(min(config.data.max_length, max(limits) + SHORT), packs)
+    return rows[0], second, rows[2]
+
+
+def _as_long_as(length: int, packs: Sequence[Pack]) -> Ids:
+    """The longest example, again and again to just this length: those that come first may be short, and others not."""
+    ids = max(examples_of(packs, length), key=len)
+    return (ids * -(-length // len(ids)))[:length]
+
+
+def examples_of(packs: Sequence[Pack], longest: int) -> Iterator[Ids]:
+    """The examples of some sequences, cut; the same again if they are few, so that there are three."""
+    found = [tuple(ids.tolist()) for pack in packs for ids in np.split(pack.input_ids, np.cumsum(pack.segments)[:-1])]
+    long = [ids[:longest] for ids in found if len(ids) > 2]
+    long = long or [(3 * tuple(token for ids in found for token in ids))[:longest]]  # all together make one
+    return iter([*long, *[ids[::-1] for ids in long], *long] if len(long) < 3 else long)
+
+
+def _limits(shape: Any, length: int) -> list[int]:
+    """What in a model's config is a window or chunk of attention shorter than a sequence."""
+    named = [value for name, value in shape.to_dict().items() if "window" in name or "chunk" in name]
+    return [value for value in named if type(value) is int and 0 < value < length]
+
+
+def one_pack(examples: Sequence[Ids]) -> Pack:
+    """A sequence in which every token but the first of an example is supervised."""
+    ids = np.concatenate([np.array(example, dtype=np.int32) for example in examples])
+    supervised = np.ones(len(ids), dtype=bool)
+    supervised[np.cumsum([0, *map(len, examples[:-1])])] = False
+    return Pack(ids, supervised, tuple(map(len, examples)))
+
 
 MARGIN, MARGIN_OF_EXPERTS = 10.0, 40.0
 """A mean difference may be this many times what rounding explains (observed: up to 4 times, and 10 times where
@@ -249,3 +297,93 @@ def _mean(difference: Tensor) -> float:
 
 def _routes(model: nn.Module) -> bool:
     return any(name.endswith("experts") or hasattr(module, "num_experts") for name, module in model.named_modules())
+
+
+# Test of a model's adapters before the first step: they change nothing yet, and each receives a gradient.
+
+
+_EXPERT = re.compile(r"([^.]*expert[^.]*)\.(?:expert_)?\d+(?=\.)")
+"""The number of an expert that is a module of its own, as in `mlp.experts.3.up_proj`."""
+
+
+def check_adapters(
+    loss: SupervisedLoss,
+    adapted: Mapping[str, AdaptedWeight],
+    packs: Sequence[Pack],
+    name: str,
+    device: torch.device,
+    new: bool,
+) -> None:
+    """Raise UserError unless untrained (`new`) adapters change no bit of a loss, and each receives a gradient.
+
+    `name` is the attention. The gradients are left at zero.
+    """
+    examples = list(examples_of(packs, SHORT))[:3]
+    batch = collate([one_pack([ids]) for ids in examples], name).to(device)
+    try:
+        without = _try(loss, adapted, batch, new)
+    except NotImplementedError as error:  # of experts' weights that are used in a way that is not known here
+        raise UserError(f"adapter.targets: {first_line(error)}; leave the experts out of adapter.targets") from None
+    if without:
+        more = f" and {len(without) - 3} more" if len(without) > 3 else ""
+        raise UserError(
+            f"adapter.targets: {', '.join(without[:3])}{more} take no part in what the model makes of text: no gradient"
+            " reaches them; leave them out"
+        )
+
+
+def _try(loss: SupervisedLoss, adapted: Mapping[str, AdaptedWeight], batch: Batch, new: bool) -> list[str]:
+    """The adapters that no gradient reaches; raises UserError if untrained ones change a loss."""
+    begin_at_root(loss)
+    if new:
+        losses = loss.each(batch)
+        with bare(loss.model):
+            base = loss.each(batch)
+        if not torch.equal(losses, base):
+            off = float((losses - base).abs().mean())
+            raise UserError(
+                f"model.name: {type(loss.model).__name__} with untrained adapters differs by {off:.2g} from the"
+                " base: one of adapter.targets is not a plain linear layer"
+            )
+    gradients = _gradients(loss, adapted, batch)
+    if loss.recompute:
+        with parallel.switched(loss, on=False):
+            other = _gradients(loss, adapted, batch)
+        parallel.check_same(
+            type(loss.model).__name__,
+            *([part for pair in parts.values() for part in pair] for parts in (gradients, other)),
+        )
+    reached = {layer for layer, parts in gradients.items() if any(bool((part != 0).any()) for part in parts)}
+    return _missed(gradients, reached)
+
+
+def _missed(adapted: Collection[str], reached: Collection[str]) -> list[str]:
+    """The adapters that no gradient has reached; no expert beside which another was: few tokens go to some alone."""
+    kinds = {_EXPERT.sub(r"\1.*", layer) for layer in reached}
+    return [layer for layer in adapted if layer not in reached and _EXPERT.sub(r"\1.*", layer) not in kinds]
+
+
+def _gradients(loss: SupervisedLoss, adapted: Mapping[str, AdaptedWeight], batch: Batch) -> dict[str, list[Tensor]]:
+    """What reaches dA and dB of each adapter; zeros are left where it was."""
+    total: Tensor = loss(batch)
+    total.backward()
+    found: dict[str, list[Tensor]] = {}
+    for layer, module in adapted.items():
+        parts = [part.grad for part in (module.da, module.db) if part.grad is not None]
+        found[layer] = [part.clone() for part in parts]
+        for part in parts:
+            part.zero_()
+    return found
+
+
+@contextmanager
+def bare(model: nn.Module) -> Iterator[None]:
+    """Without their low-rank paths for now: a sharded base cannot be taken out of its adapters."""
+    layers: list[Any] = [part for part in model.modules() if isinstance(part, AdaptedLinear | AdaptedExperts)]
+    for layer in layers:
+        layer.__dict__["forward"] = layer.base.__call__  # as an attribute it would be a module of the layer
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.__dict__["forward"]

@@ -12,10 +12,10 @@ from pydantic import Field
 from comparison import grid
 from olora_ray.common.errors import UserError
 from olora_ray.config import command_line
-from olora_ray.config.dotted import changed, flatten
-from olora_ray.config.load import override, read, validated
-from olora_ray.config.paths import resolved
-from olora_ray.config.schema import Adapter, Config, Section
+from olora_ray.config.command_line import resolved
+from olora_ray.config.load import changed, flatten, override, read, validated
+from olora_ray.config.schema import Adapter, Config
+from olora_ray.config.section import Section
 
 logger = logging.getLogger("olora_ray.comparison")
 

@@ -12,7 +12,7 @@ from olora_ray.common.errors import UserError
 from olora_ray.common.text import duration, plural
 from olora_ray.config.load import override
 from olora_ray.sweep.record import TrialRecord
-from olora_ray.train import pace
+from olora_ray.train import estimate
 from olora_ray.train.estimate import MemoryEstimate
 from olora_ray.train.loader import total_steps
 
@@ -57,13 +57,13 @@ def measured(spec: TrainSpec, size: MemoryEstimate, side_by_side: int, eval_ever
     """
     config = override(spec.config, {"adapter.method": BASELINE})
     elsewhere = os.environ.get("RAY_ADDRESS", "").strip() not in ("", "auto", "local")
-    if why := pace.not_measured(config, size, elsewhere):
+    if why := estimate.not_measured(config, size, elsewhere):
         return Pace(None, side_by_side, why)
     assert spec.eval is not None
     train, workers = config.train, config.cluster.max_workers()
     width = min(train.micro_batch, train.global_batch)
     packs = [spec.train[number % len(spec.train)] for number in range(width)]
-    once = pace.seconds_per_micro_batch(config, spec.base, packs)
+    once = estimate.seconds_per_micro_batch(config, spec.base, packs)
     steps = total_steps(train, len(spec.train))
     # Forward only, which is a third of forward and backward.
     evaluation = -(-len(spec.eval) // (width * workers)) * once / 3

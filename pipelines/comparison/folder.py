@@ -19,11 +19,11 @@ from typing import Any
 
 from comparison.arguments import SEEDS, Comparison
 from olora_ray.cluster import address
-from olora_ray.common import kept, storage
+from olora_ray.common import node_cache, storage
 from olora_ray.common.errors import UserError
 from olora_ray.common.text import plural
-from olora_ray.config.dotted import flatten
-from olora_ray.pipeline import mlflow_run
+from olora_ray.config.load import flatten
+from olora_ray.pipeline import publish
 from olora_ray.pipeline.run_folder import RunFolder, bound_settings
 from olora_ray.train import checkpoint
 
@@ -60,7 +60,7 @@ def check(comparison: Comparison) -> None:
     config = comparison.config
     folder = RunFolder(config)
     folder.check()
-    mlflow_run.check_tracking(config, folder)
+    publish.check_tracking(config, folder)
     _refuse_other(comparison, {})
     address.find()
     if len(comparison.seeds) < SEEDS:
@@ -119,7 +119,7 @@ def noted(root: str, trained: Callable[[], int]) -> Iterator[None]:
 
     `root` is the comparison's folder; the number that `trained` returns grows with each training.
     """
-    known, now, before = _codes(root), kept.code(), trained()
+    known, now, before = _codes(root), node_cache.code(), trained()
     try:
         yield
     finally:

@@ -10,7 +10,8 @@ from olora_ray.cluster.spec import TrainSpec
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
-from olora_ray.sweep import progress, run, state, trial_file
+from olora_ray.sweep import record as trial_file
+from olora_ray.sweep import run, state
 from olora_ray.sweep.domain import Chooser, Domain
 from olora_ray.sweep.record import TrialRecord
 from olora_ray.sweep.space import Draws, Scheduler, Space
@@ -112,7 +113,7 @@ def ended(spec: PhaseSpec) -> list[Ended]:
 
     Raises UserError for a trial that failed for another reason than its learning rate. The next call runs it again.
     """
-    if progress.read(spec.folder).complete and _failures(_records(spec)):
+    if state.read(spec.folder).complete and _failures(_records(spec)):
         _open_again(spec.folder)
     with noted(spec.root, lambda: trained(spec.folder)):
         run.search(spec)
@@ -160,7 +161,7 @@ def loss_of(record: TrialRecord) -> float:
 
 def seconds(folders: Sequence[str]) -> float:
     """How long phases have run, over all attempts."""
-    return sum(progress.read(folder).seconds for folder in folders)
+    return sum(state.read(folder).seconds for folder in folders)
 
 
 def _records(spec: PhaseSpec) -> list[TrialRecord | None]:
@@ -185,6 +186,6 @@ def _broke_off(record: TrialRecord) -> bool:
 
 def _open_again(folder: str) -> None:
     """Let a search that is over run again: its trials find in their own folders what they have done."""
-    known = progress.read(folder)
+    known = state.read(folder)
     storage.remove(state.place(folder))
-    progress.write(folder, progress.Progress(known.seconds))
+    state.write(folder, state.Progress(known.seconds))

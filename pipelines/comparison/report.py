@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from comparison.grid import BASELINE
 from comparison.record import Against, ComparisonRecord, MethodRecord, Point
-from olora_ray.common import copies, storage
+from olora_ray.common import node_cache, storage
 from olora_ray.common.text import aligned, duration, plural
 from olora_ray.sweep.report import html as tags
 from olora_ray.sweep.report import style, text
@@ -70,7 +70,7 @@ FAR = 3.0
 def conclude(record: ComparisonRecord, folder: str, tracker: Tracker) -> None:
     """Write page, figures and comparison.json, log them to MLflow, and say what came out."""
     for file in write(record, folder):
-        with copies.fetched(file) as local:
+        with node_cache.fetched(file) as local:
             tracker.artifact(local)
     tracker.table("methods", list(HEAD), [cells(record, each) for each in record.methods])
     tracker.metrics({0: metrics(record)})

@@ -15,13 +15,12 @@ import torch
 from numpy.typing import NDArray
 
 from olora_ray.adapter.inject import install, remove, wrap
-from olora_ray.cluster.device import assigned_device
 from olora_ray.cluster.resume import named
 from olora_ray.cluster.spec import TrainSpec
-from olora_ray.cluster.worker_context import SharedBase, on_cpu
+from olora_ray.cluster.worker_context import SharedBase, assigned_device, on_cpu
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError
-from olora_ray.common.quiet import quiet_transformers
+from olora_ray.common.logs import quiet_transformers
 from olora_ray.tokens.collate import collate
 from olora_ray.tokens.store import Pack, TokenStore
 from olora_ray.train import checkpoint, checkpoints

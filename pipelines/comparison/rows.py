@@ -19,18 +19,17 @@ from typing import Any, Literal
 from comparison.arguments import Compare
 from comparison.folder import has_begun
 from olora_ray.common import storage
-from olora_ray.common.digests import digest_json
 from olora_ray.common.errors import UserError
+from olora_ray.common.storage import digest_json
 from olora_ray.common.text import plural
 from olora_ray.config.load import override
 from olora_ray.config.schema import Config, Source
-from olora_ray.data.example import Rejected
-from olora_ray.data.formats import columns_of
+from olora_ray.data.formats import Rejected, columns_of
 from olora_ray.data.reader import read_unit
 from olora_ray.data.tokenizer_spec import TokenizerSpec
+from olora_ray.tokens.manifest import Limits
 from olora_ray.tokens.plan import Plan, Split
 from olora_ray.tokens.prepare import plan_here
-from olora_ray.tokens.totals import Limits
 
 logger = logging.getLogger("olora_ray.comparison")
 

@@ -23,14 +23,13 @@ from comparison.grid import BASELINE, Cell, Tuned, following, tuned
 from comparison.phase import Ended, FixedTrials, PhaseSpec
 from comparison.row_losses import RowLosses
 from comparison.rows import RowSets
-from olora_ray.adapter import factor_cache
+from olora_ray.adapter import initialise
 from olora_ray.cluster.resources import worker_resources
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError
 from olora_ray.common.text import plural
-from olora_ray.config.dotted import flatten, leaves
-from olora_ray.config.load import override
+from olora_ray.config.load import flatten, leaves, override
 from olora_ray.config.schema import NO_GATE, Config
 from olora_ray.pipeline import connection, report
 from olora_ray.pipeline.base import Base
@@ -38,7 +37,7 @@ from olora_ray.pipeline.prepare import prepare_tokens
 from olora_ray.pipeline.run_folder import RunFolder
 from olora_ray.sweep import run as search
 from olora_ray.sweep import sharing
-from olora_ray.tracking import mlflow_run as tracking
+from olora_ray.tracking import start
 from olora_ray.tracking.run import Tracker
 from olora_ray.train.estimate import MemoryEstimate
 from olora_ray.train.loader import total_steps
@@ -83,7 +82,7 @@ def tracked(comparison: Comparison, base: Base) -> Iterator[Tracker]:
     tags = {"olora.kind": "comparison", "olora.base_digest": base.model.digest}
     asked = {"methods": ",".join(comparison.methods), "seeds": len(comparison.seeds)}
     params = flatten(config) | dict(leaves(comparison.compare.model_dump(mode="json"), "compare")) | asked
-    with tracking.mlflow_run(config, tags, RunFolder(config), params, after_error="KILLED") as tracker:
+    with start.mlflow_run(config, tags, RunFolder(config), params, after_error="KILLED") as tracker:
         yield tracker
 
 
@@ -198,7 +197,7 @@ class Run:
                 own = replace(spec, config=override(spec.config, {"adapter.method": method}), shared=place)
                 kinds = [(method, self.config.adapter.rank)]
                 seconds = sharing.made(own, place, kinds, f"{method} factors, shared by the trials of the tuning").init
-                size = storage.size(storage.join(own.factor_place(), factor_cache.TENSORS)) or 0
+                size = storage.size(storage.join(own.factor_place(), initialise.TENSORS)) or 0
                 storage.write_text(storage.join(place, INIT), json.dumps({"seconds": seconds, "bytes": size}) + "\n")
                 logger.info(f"{method} factors, shared by the trials of the tuning: {seconds:.2f} s")
             baseline = baseline or _text(storage.join(place, "baseline.json"))

@@ -73,8 +73,8 @@ def main(argv: list[str]) -> None:
 
 def fitting(config_file: str) -> prompt.Fits:
     """Return the test that a question has room in data.max_length, by the tokenizer of the config's model."""
+    from olora_ray.config.command_line import resolved
     from olora_ray.config.load import load
-    from olora_ray.config.paths import resolved
     from olora_ray.pipeline.base import open_base
 
     config = resolved(load(config_file, {}), Path.cwd())

@@ -28,8 +28,7 @@ from stays import MINUTES, Stay, When
 from olora_ray.common.errors import UserError, as_user_error
 from olora_ray.common.text import aligned, plural
 from olora_ray.config import command_line
-from olora_ray.evaluation.bootstrap import Interval, difference
-from olora_ray.evaluation.rows import numbered
+from olora_ray.evaluation.rows import Interval, difference, numbered
 
 KERNEL, MOVING = "time kernel", "time kernel, never the last place"
 LEVEL = 0.95

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from olora_ray.adapter.compress import compress
-from olora_ray.adapter.factors import AdapterWeights, Factors
+from olora_ray.adapter.layer import AdapterWeights, Factors
+from olora_ray.adapter.peft_folder import compress
 
 
 def adapter(experts: tuple[int, ...], m: int, n: int, rank: int, seed: int, with_start: bool = True) -> AdapterWeights:

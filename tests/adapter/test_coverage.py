@@ -2,8 +2,7 @@
 
 import pytest
 
-from olora_ray.adapter.coverage import coverage
-from olora_ray.adapter.targets import select
+from olora_ray.adapter.inject import coverage, select
 from tests import tiny
 from tests.families import zoo
 from tests.families.variants import ALL, MIXTURES

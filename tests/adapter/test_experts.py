@@ -9,12 +9,10 @@ from torch.func import functional_call
 
 from olora_ray.adapter.candidates import stack
 from olora_ray.adapter.experts import AdaptedExperts, AdaptedStack
-from olora_ray.adapter.factors import Factors
 from olora_ray.adapter.initialise import initialise
-from olora_ray.adapter.inject import inject, install, remove, wrap
-from olora_ray.adapter.layer import AdaptedLinear, AdaptedWeight
+from olora_ray.adapter.inject import find_targets, inject, install, remove, wrap
+from olora_ray.adapter.layer import AdaptedLinear, AdaptedWeight, Factors
 from olora_ray.adapter.methods import FROM_WEIGHTS, METHODS
-from olora_ray.adapter.targets import find_targets
 from olora_ray.train.loop import train_mode
 from tests.families import zoo
 from tests.families.variants import ALL, COMMON, EXPERTS, MIXTURES

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from olora_ray.adapter import factor_cache
-from olora_ray.adapter.factors import Factors
+from olora_ray.adapter import initialise
+from olora_ray.adapter.layer import Factors
 from olora_ray.adapter.methods import FROM_WEIGHTS, METHODS
 from olora_ray.adapter.methods.method import DEFAULTS
 
@@ -33,20 +33,20 @@ def test_what_promises_no_prefix_has_none(method: str) -> None:
 
 
 def test_without_a_prefix_the_rank_must_be_that_of_the_factors(tmp_path: Path) -> None:
-    factor_cache.write(str(tmp_path), factors(), ORIGIN, 8, prefix=False)
-    assert factor_cache.read(str(tmp_path), ORIGIN, 4, ["layer0"]) is None
-    found = factor_cache.read(str(tmp_path), ORIGIN, 8, ["layer0"])
+    initialise.write(str(tmp_path), factors(), ORIGIN, 8, prefix=False)
+    assert initialise.read(str(tmp_path), ORIGIN, 4, ["layer0"]) is None
+    found = initialise.read(str(tmp_path), ORIGIN, 8, ["layer0"])
     assert found is not None
     assert torch.equal(found["layer0"].a0, factors()["layer0"].a0)
 
 
 def test_factors_of_a_version_before_methods_said_so_serve_smaller_ranks(tmp_path: Path) -> None:
-    factor_cache.write(str(tmp_path), factors(), ORIGIN, 8)
-    place = tmp_path / factor_cache.DESCRIPTION
+    initialise.write(str(tmp_path), factors(), ORIGIN, 8)
+    place = tmp_path / initialise.DESCRIPTION
     place.write_text(
         json.dumps({key: value for key, value in json.loads(place.read_text()).items() if key != "prefix"})
     )
-    assert factor_cache.has(str(tmp_path), ORIGIN, 4)
+    assert initialise.has(str(tmp_path), ORIGIN, 4)
 
 
 def factors(full_rank: bool = True) -> dict[str, Factors]:
@@ -61,22 +61,22 @@ def factors(full_rank: bool = True) -> dict[str, Factors]:
 @pytest.mark.parametrize("place", ["{}", "file://{}"])
 def test_what_is_kept_reads_back_at_any_rank_up_to_its_own(tmp_path: Path, place: str) -> None:
     where, made = place.format(tmp_path / "shared"), factors()
-    factor_cache.write(where, made, ORIGIN, 8)
+    initialise.write(where, made, ORIGIN, 8)
     for rank in (1, 5, 8):
-        found = factor_cache.read(where, ORIGIN, rank, list(made))
+        found = initialise.read(where, ORIGIN, rank, list(made))
         assert found is not None
         for name, whole in made.items():
             assert torch.equal(found[name].a0, whole.a0[:rank])
             assert whole.b0 is not None
             assert torch.equal(found[name].b0, whole.b0[:, :rank])  # type: ignore[arg-type]
-    assert factor_cache.read(where, ORIGIN, 9, list(made)) is None
+    assert initialise.read(where, ORIGIN, 9, list(made)) is None
 
 
 def test_the_factors_of_experts_read_back_at_a_smaller_rank(tmp_path: Path) -> None:
     weight = torch.randn(3, 20, 24, generator=torch.Generator().manual_seed(0))
     made = {"experts.up": METHODS["olora"].factors(weight, 8, 0)}
-    factor_cache.write(str(tmp_path), made, ORIGIN, 8)
-    found = factor_cache.read(str(tmp_path), ORIGIN, 3, ["experts.up"])
+    initialise.write(str(tmp_path), made, ORIGIN, 8)
+    found = initialise.read(str(tmp_path), ORIGIN, 3, ["experts.up"])
     assert found is not None
     whole, part = made["experts.up"], found["experts.up"]
     assert whole.b0 is not None
@@ -88,27 +88,27 @@ def test_the_factors_of_experts_read_back_at_a_smaller_rank(tmp_path: Path) -> N
 
 def test_factors_without_b0_read_back(tmp_path: Path) -> None:
     made = {"layer": METHODS["lora"].factors(torch.randn(20, 24), 8, 0)}
-    factor_cache.write(str(tmp_path), made, ORIGIN, 8)
-    found = factor_cache.read(str(tmp_path), ORIGIN, 4, ["layer"])
+    initialise.write(str(tmp_path), made, ORIGIN, 8)
+    found = initialise.read(str(tmp_path), ORIGIN, 4, ["layer"])
     assert found is not None
     assert found["layer"].b0 is None
 
 
 @pytest.mark.parametrize("what", sorted(ORIGIN))
 def test_factors_of_another_origin_are_not_taken(tmp_path: Path, what: str) -> None:
-    factor_cache.write(str(tmp_path), factors(), ORIGIN, 8)
-    assert factor_cache.has(str(tmp_path), ORIGIN, 8)
-    assert not factor_cache.has(str(tmp_path), ORIGIN | {what: "other"}, 8)
+    initialise.write(str(tmp_path), factors(), ORIGIN, 8)
+    assert initialise.has(str(tmp_path), ORIGIN, 8)
+    assert not initialise.has(str(tmp_path), ORIGIN | {what: "other"}, 8)
 
 
 def test_completed_factors_are_computed_anew_for_each_rank(tmp_path: Path) -> None:
-    factor_cache.write(str(tmp_path), factors(full_rank=False), ORIGIN, 8)
-    assert not factor_cache.has(str(tmp_path), ORIGIN, 4)
+    initialise.write(str(tmp_path), factors(full_rank=False), ORIGIN, 8)
+    assert not initialise.has(str(tmp_path), ORIGIN, 4)
 
 
 def test_damaged_files_count_as_missing(tmp_path: Path) -> None:
-    factor_cache.write(str(tmp_path), factors(), ORIGIN, 8)
-    (tmp_path / factor_cache.TENSORS).write_bytes(b"\0" * 100)
-    assert factor_cache.read(str(tmp_path), ORIGIN, 4, ["layer0"]) is None
-    (tmp_path / factor_cache.DESCRIPTION).write_text("{")
-    assert not factor_cache.has(str(tmp_path), ORIGIN, 4)
+    initialise.write(str(tmp_path), factors(), ORIGIN, 8)
+    (tmp_path / initialise.TENSORS).write_bytes(b"\0" * 100)
+    assert initialise.read(str(tmp_path), ORIGIN, 4, ["layer0"]) is None
+    (tmp_path / initialise.DESCRIPTION).write_text("{")
+    assert not initialise.has(str(tmp_path), ORIGIN, 4)

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from olora_ray.adapter.factors import Factors
 from olora_ray.adapter.initialise import InitReport, assign, initialise
+from olora_ray.adapter.inject import Target
+from olora_ray.adapter.layer import Factors
 from olora_ray.adapter.methods import FROM_WEIGHTS, METHODS
-from olora_ray.adapter.targets import Target
 from olora_ray.common.errors import UserError
 from tests.crew import Crew
 

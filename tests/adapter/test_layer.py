@@ -8,9 +8,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from olora_ray.adapter.factors import AdapterWeights, Factors
 from olora_ray.adapter.inject import find_targets, inject
-from olora_ray.adapter.layer import AdaptedLinear, AdaptedWeight, add_low_rank, joined, weight_matrix
+from olora_ray.adapter.layer import (
+    AdaptedLinear,
+    AdaptedWeight,
+    AdapterWeights,
+    Factors,
+    add_low_rank,
+    joined,
+    weight_matrix,
+)
 from olora_ray.adapter.methods import METHODS
 from tests import tiny
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from olora_ray.adapter import logits as module
-from olora_ray.adapter import weight_names
+from olora_ray.adapter import stored
 from olora_ray.adapter.logits import Difference, Folders, Logits, measure_logits
 from olora_ray.adapter.merge import write_merged
 from olora_ray.adapter.peft_folder import write_adapter
@@ -39,7 +39,7 @@ def measure(case: Case, folder: Path, merged: bool = True) -> Logits | str:
     if not (folder / "adapter").exists():
         case.write_adapter(folder / "adapter")
     folders = Folders(case.base, folder / "merged" if merged else None, folder / "adapter", False)
-    found = weight_names.groups(case.base, case.model, case.adapter)
+    found = stored.groups(case.base, case.model, case.adapter)
     return measure_logits(folders, case.model, found, case.adapter, case.scale, [IDS], torch.device("cpu"))
 
 

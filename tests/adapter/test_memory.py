@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from olora_ray.adapter import memory
+from olora_ray.adapter import parity
 
 LIMITED = """
 import json, resource, sys
@@ -88,25 +88,25 @@ def test_a_model_is_exported_and_checked_in_less_memory_than_it_has(tmp_path: Pa
 
 def test_free_memory_is_that_of_the_machine_or_less(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     cpu = torch.device("cpu")
-    monkeypatch.setattr(memory, "_GROUP", tmp_path)
-    assert 2**20 < memory.free(cpu) < 2**50
+    monkeypatch.setattr(parity, "_GROUP", tmp_path)
+    assert 2**20 < parity.free(cpu) < 2**50
     for name, text in {
         "memory.max": "5000",
         "memory.current": "4000",
         "memory.stat": "anon 1\ninactive_file 500",
     }.items():
         (tmp_path / name).write_text(text)
-    assert memory.free(cpu) == 1500
+    assert parity.free(cpu) == 1500
     (tmp_path / "memory.max").write_text("max")
-    assert memory.free(cpu) > 2**20
-    monkeypatch.setattr(memory, "_PROC", tmp_path / "nowhere")
-    assert memory.free(cpu) > 2**20
+    assert parity.free(cpu) > 2**20
+    monkeypatch.setattr(parity, "_PROC", tmp_path / "nowhere")
+    assert parity.free(cpu) > 2**20
 
 
 def test_what_torch_keeps_of_a_gpus_memory_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, told in (("mem_get_info", (1000, 9000)), ("memory_reserved", 700), ("memory_allocated", 200)):
         monkeypatch.setattr(torch.cuda, name, lambda device, told=told: told)
-    assert memory.free(torch.device("cuda")) == 1500
+    assert parity.free(torch.device("cuda")) == 1500
 
 
 @pytest.mark.parametrize(
@@ -123,6 +123,6 @@ def test_a_model_needs_room_where_it_runs_and_on_its_way_there(
     monkeypatch: pytest.MonkeyPatch, device: str, gpu: int, node: int, where: str | None
 ) -> None:
     """One that is converted to float32 lies in the node's memory before it comes to a GPU."""
-    monkeypatch.setattr(memory, "free", lambda place: gpu if place.type == "cuda" else node)
-    found = memory.too_large(10, torch.float32, torch.device(device))  # 40 bytes
+    monkeypatch.setattr(parity, "free", lambda place: gpu if place.type == "cuda" else node)
+    found = parity.too_large(10, torch.float32, torch.device(device))  # 40 bytes
     assert found == where if where is None else found and found.endswith(f"too large for {where}")

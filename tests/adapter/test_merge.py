@@ -10,8 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from olora_ray.adapter import merge, merge_check, weight_names
-from olora_ray.adapter.factors import AdapterWeights, Factors
+from olora_ray.adapter import merge, stored
+from olora_ray.adapter.layer import AdapterWeights, Factors
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Adapter
 from tests import tiny
@@ -59,10 +59,10 @@ def test_what_transformers_puts_together_is_taken_apart_again(tmp_path: Path, fa
     """Experts stored one by one, fused or transposed, other names: the files are the base's with the change."""
     case = make_stacked_case(tmp_path / "base", zoo.make(ALL[family], attention="eager"), Adapter(rank=3, alpha=6))
     case.write_merged(tmp_path / "merged")
-    found = weight_names.groups(case.base, case.model, case.adapter)
+    found = stored.groups(case.base, case.model, case.adapter)
     assert {layer for group in found for layer in group.layers} == set(case.adapter)
-    assert merge_check.check_weights(case.base, tmp_path / "merged", found, case.adapter, case.scale).error < 1
-    assert merge_check.changed(case.base, tmp_path / "merged", found) == []
+    assert merge.check_weights(case.base, tmp_path / "merged", found, case.adapter, case.scale).error < 1
+    assert merge.changed(case.base, tmp_path / "merged", found) == []
     torch.testing.assert_close(logits(load(tmp_path / "merged")), case.logits, atol=2e-5, rtol=0)
 
 
@@ -74,8 +74,8 @@ def test_experts_are_merged_some_at_a_time_with_the_same_result(
             tmp_path / family / "base", zoo.make(ALL[family], attention="eager"), Adapter(rank=3, alpha=6)
         )
         whole = load_file(case.write_merged(tmp_path / family / "whole") / "model.safetensors")
-        monkeypatch.setattr("olora_ray.adapter.weight_group.AT_ONCE", 1)
-        found = weight_names.groups(case.base, case.model, case.adapter)
+        monkeypatch.setattr("olora_ray.adapter.stored.AT_ONCE", 1)
+        found = stored.groups(case.base, case.model, case.adapter)
         assert any(len(list(group.steps())) == 4 for group in found), family
         one_by_one = load_file(case.write_merged(tmp_path / family / "parts") / "model.safetensors")
         monkeypatch.undo()
@@ -88,7 +88,7 @@ def test_shares_write_what_one_process_writes(tmp_path: Path) -> None:
     out = tmp_path / "shared"
     out.mkdir()
     merge.copy_files(case.base, out)
-    found = weight_names.groups(case.base, case.model, case.adapter)
+    found = stored.groups(case.base, case.model, case.adapter)
     shares = merge.shares(found, 3)
     assert sorted(group.key for share in shares for group in share) == sorted(group.key for group in found)
     sizes = [sum(group.size for group in share) for share in shares]
@@ -145,8 +145,8 @@ def test_of_two_sets_of_weights_the_one_is_merged_that_is_trained_on(tmp_path: P
     assert index.is_file()
     out = case.write_merged(tmp_path / "merged")
     assert [path.name for path in sorted(out.glob("model*"))] == ["model.safetensors"]
-    found = weight_names.groups(case.base, case.model, case.adapter)
-    assert merge_check.changed(case.base, out, found) == []
+    found = stored.groups(case.base, case.model, case.adapter)
+    assert merge.changed(case.base, out, found) == []
     torch.testing.assert_close(logits(load(out)), case.logits, atol=2e-5, rtol=0)
 
 
@@ -156,8 +156,8 @@ def test_an_index_of_the_one_file_comes_along(llama: Case, tmp_path: Path) -> No
     index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, "model.safetensors")}))
     out = llama.write_merged(tmp_path / "merged")
     assert (out / index.name).read_bytes() == index.read_bytes()
-    found = weight_names.groups(llama.base, llama.model, llama.adapter)
-    assert merge_check.changed(llama.base, out, found) == []
+    found = stored.groups(llama.base, llama.model, llama.adapter)
+    assert merge.changed(llama.base, out, found) == []
 
 
 def test_an_index_that_leads_out_of_the_folder_is_refused(tmp_path: Path) -> None:

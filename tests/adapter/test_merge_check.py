@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from olora_ray.adapter import merge, merge_check, stored, weight_names
+from olora_ray.adapter import merge, stored
 from olora_ray.adapter.change import Change
-from olora_ray.adapter.factors import AdapterWeights, Factors
+from olora_ray.adapter.layer import AdapterWeights, Factors
 from olora_ray.config.schema import Adapter
 from tests import tiny
 from tests.export_parts import Case, make_case, make_stacked_case
@@ -29,13 +29,13 @@ def case(request: pytest.FixtureRequest, tmp_path: Path) -> Case:
     return make_case(tmp_path / "base", tiny.llama(dtype=request.param), SETTINGS, shard="100KB")
 
 
-def check(case: Case, folder: Path) -> merge_check.Worst:
-    found = weight_names.groups(case.base, case.model, case.adapter)
-    return merge_check.check_weights(case.base, folder, found, case.adapter, case.scale)
+def check(case: Case, folder: Path) -> merge.Worst:
+    found = stored.groups(case.base, case.model, case.adapter)
+    return merge.check_weights(case.base, folder, found, case.adapter, case.scale)
 
 
 def changed(case: Case, folder: Path) -> list[str]:
-    return merge_check.changed(case.base, folder, weight_names.groups(case.base, case.model, case.adapter))
+    return merge.changed(case.base, folder, stored.groups(case.base, case.model, case.adapter))
 
 
 def test_a_right_merge_is_right(case: Case, tmp_path: Path) -> None:
@@ -142,4 +142,4 @@ def test_no_right_merge_of_any_size_is_over_one(
     change = Change(AdapterWeights(start, size * draw(rank, n), size * draw(m, rank)), 0.7, transposed=False)
     base = (0.1 * draw(m, n)).to(dtype)
     merged = (base.float() + change.merged(0, m, torch.device("cpu"))).to(dtype)
-    assert merge_check._error(base, merged, change, 0, torch.device("cpu")) <= 1
+    assert merge._error(base, merged, change, 0, torch.device("cpu")) <= 1

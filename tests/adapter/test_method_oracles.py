@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from olora_ray.adapter.factors import Factors
+from olora_ray.adapter.layer import Factors
 from olora_ray.adapter.methods import METHODS, Options
 
 RANK, ALPHA = 16, 24.0

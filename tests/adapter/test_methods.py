@@ -7,7 +7,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from olora_ray.adapter.factors import AdapterWeights, Factors
+from olora_ray.adapter.layer import AdapterWeights, Factors
 from olora_ray.adapter.methods import METHODS, lora, olora
 from olora_ray.config.schema import Adapter
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from olora_ray.adapter.model_card import Card, model_card
+from olora_ray.adapter.portable import Card, model_card
 from olora_ray.config.schema import Adapter, Source
 
 CARD = Card(

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from olora_ray.adapter.peft_check import BOUND, check_adapter
+from olora_ray.adapter.parity import BOUND, check_adapter
 from olora_ray.adapter.peft_folder import read_adapter, write_adapter
 from olora_ray.config.schema import Adapter
 from tests import tiny

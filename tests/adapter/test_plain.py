@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from olora_ray.adapter import plain
+from olora_ray.adapter import peft_folder
 from olora_ray.adapter.merge import write_merged
 from olora_ray.adapter.peft_folder import write_adapter
 from olora_ray.common.errors import UserError
@@ -38,7 +38,7 @@ def exported(folder: Path, model: Any, settings: Adapter) -> tuple[Case, Path]:
 )
 def test_merging_what_was_read_is_merging_what_was_trained(make: Any, settings: Adapter, tmp_path: Path) -> None:
     case, folder = exported(tmp_path, make(), settings)
-    adapter, scale = plain.read(folder, case.model)
+    adapter, scale = peft_folder.read(folder, case.model)
     assert adapter.keys() == case.adapter.keys()
     write_merged(case.base, adapter, scale, tmp_path / "again", case.model)
     write_merged(case.base, case.adapter, case.scale, tmp_path / "merged", case.model)
@@ -59,20 +59,20 @@ def test_merging_what_was_read_is_merging_what_was_trained(make: Any, settings: 
 )
 def test_an_adapter_of_another_form_is_refused(fields: dict[str, Any], tmp_path: Path) -> None:
     case, folder = exported(tmp_path, tiny.llama(), Adapter(rank=4, alpha=8))
-    file = folder / plain.CONFIG
+    file = folder / peft_folder.CONFIG
     file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
     with pytest.raises(UserError, match="is not a plain LoRA, so it cannot be merged here"):
-        plain.read(folder, case.model)
+        peft_folder.read(folder, case.model)
 
 
 @pytest.mark.parametrize("change", ["one less", "one more"])
 def test_matrices_that_do_not_pair_up_are_refused(change: str, tmp_path: Path) -> None:
     case, folder = exported(tmp_path, tiny.llama(), Adapter(rank=4, alpha=8))
-    tensors = load_file(folder / plain.WEIGHTS)
+    tensors = load_file(folder / peft_folder.WEIGHTS)
     if change == "one less":
         del tensors[next(name for name in tensors if "lora_B" in name)]
     else:
         tensors["base_model.model.lm_head.weight"] = torch.zeros(2, 2)
-    save_file(tensors, folder / plain.WEIGHTS)
+    save_file(tensors, folder / peft_folder.WEIGHTS)
     with pytest.raises(UserError, match="does not have a lora_A and a lora_B of each layer, and no more"):
-        plain.read(folder, case.model)
+        peft_folder.read(folder, case.model)

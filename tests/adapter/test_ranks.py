@@ -10,24 +10,22 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from olora_ray.adapter import merge_check
-from olora_ray.adapter.compress import compress
-from olora_ray.adapter.exchange import exchange
-from olora_ray.adapter.factors import AdapterWeights, Factors
-from olora_ray.adapter.initialise import initialise
+from olora_ray.adapter import merge
+from olora_ray.adapter.initialise import exchange, initialise
 from olora_ray.adapter.inject import inject, wrap
-from olora_ray.adapter.peft_check import check_adapter
-from olora_ray.adapter.peft_folder import read_adapter
-from olora_ray.adapter.weight_names import groups
+from olora_ray.adapter.layer import AdapterWeights, Factors
+from olora_ray.adapter.parity import check_adapter
+from olora_ray.adapter.peft_folder import compress, read_adapter
+from olora_ray.adapter.stored import groups
 from olora_ray.cluster.resume import resume
 from olora_ray.common import collectives
 from olora_ray.config.schema import Adapter
 from olora_ray.train import checkpoint
+from olora_ray.train.checkpoint import TrainState
 from olora_ray.train.loader import StepLoader
 from olora_ray.train.loop import Trainer
 from olora_ray.train.loss import SupervisedLoss
-from olora_ray.train.schedule import Schedule
-from olora_ray.train.state import TrainState
+from olora_ray.train.optim import Schedule
 from tests import tiny
 from tests.adapter.test_initialise import layers, mixture
 from tests.crew import Crew
@@ -147,8 +145,8 @@ def test_the_merged_folder_is_right_to_the_last_rounding(tmp_path: Path) -> None
     case = ranked_case(tmp_path / "base", tiny.llama(), Adapter(rank=4, alpha=6))
     merged = case.write_merged(tmp_path / "merged")
     found = groups(case.base, skeleton_of(case.base), case.adapter)
-    assert merge_check.check_weights(case.base, merged, found, case.adapter, case.scale).error <= 1
-    assert merge_check.changed(case.base, merged, found) == []
+    assert merge.check_weights(case.base, merged, found, case.adapter, case.scale).error <= 1
+    assert merge.changed(case.base, merged, found) == []
 
 
 def test_compression_keeps_layers_of_a_smaller_rank_whole() -> None:

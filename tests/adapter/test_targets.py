@@ -6,12 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from olora_ray.adapter.candidates import MAMBA_TYPES, Target, candidates
-from olora_ray.adapter.code_reading import direct_reads
-from olora_ray.adapter.factors import Factors
-from olora_ray.adapter.layer import AdaptedLinear
+from olora_ray.adapter.candidates import MAMBA_TYPES, Target, candidates, direct_reads
+from olora_ray.adapter.inject import find_targets, select
+from olora_ray.adapter.layer import AdaptedLinear, Factors
 from olora_ray.adapter.methods import METHODS
-from olora_ray.adapter.targets import find_targets, select
 from olora_ray.common.errors import UserError
 from tests import tiny
 from tests.families import zoo

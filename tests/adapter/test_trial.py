@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from olora_ray.adapter import trial
+from olora_ray.adapter import export_preflight
 from olora_ray.model.source import BaseModel
 from tests import tiny
 from tests.families import zoo
@@ -40,7 +40,7 @@ def linear_and_stacks(model: Any) -> list[str]:
 def tried(folder: Path, model: Any, names: list[str] | None = None) -> list[str]:
     model.save_pretrained(folder)
     config = tiny.config(model__name=str(folder))
-    return trial.problems(BaseModel(str(folder), str(folder), ""), config, names or linear_and_stacks(model))
+    return export_preflight.problems(BaseModel(str(folder), str(folder), ""), config, names or linear_and_stacks(model))
 
 
 @pytest.mark.parametrize("family", [*MIXTURES, "phi3", "gemma3"])
@@ -72,7 +72,7 @@ def rewritten(folder: Path, change: dict[str, torch.Tensor | None]) -> list[str]
     tensors = load_file(file) | change
     save_file({name: value for name, value in tensors.items() if value is not None}, file)
     config = tiny.config(model__name=str(folder))
-    return trial.problems(BaseModel(str(folder), str(folder), ""), config, linear_and_stacks(model))
+    return export_preflight.problems(BaseModel(str(folder), str(folder), ""), config, linear_and_stacks(model))
 
 
 def test_weights_that_cannot_be_merged_are_named(tmp_path: Path) -> None:
@@ -92,12 +92,12 @@ def test_a_base_that_stays_quantised_is_refused_whatever_is_exported(tmp_path: P
     (folder / "config.json").write_text(json.dumps(fields | {"quantization_config": {"quant_method": method}}))
     base = BaseModel(str(folder), str(folder), "")
     config = tiny.config(model__name=str(folder), export__merged=False)
-    assert trial.problems(base, config, [Q]) == [], "this layer was left as it is"
+    assert export_preflight.problems(base, config, [Q]) == [], "this layer was left as it is"
     tensors = load_file(folder / "model.safetensors")
     weight = tensors.pop(f"{Q}.weight")
     name = f"{Q}.weight" if method == "bitsandbytes" else f"{Q}.qweight"
     save_file(tensors | {name: torch.zeros(len(weight) * 32, 1, dtype=torch.uint8)}, folder / "model.safetensors")
-    (line,) = trial.problems(base, config, [Q])
+    (line,) = export_preflight.problems(base, config, [Q])
     assert line.startswith(f"model.name: {folder} is quantised ({method}): {Q} has no floating-point weight")
     assert "model.quantization" in line
 
@@ -127,8 +127,8 @@ def test_a_conversion_that_does_more_than_move_numbers_is_refused(
     model.save_pretrained(tmp_path)
     monkeypatch.setattr(MergeModulelist, "convert", doubled)
     for known, empty in (("_problems", {}), ("_cache", OrderedDict())):  # of tests before this one
-        monkeypatch.setattr(f"olora_ray.adapter.weight_group.{known}", empty)
+        monkeypatch.setattr(f"olora_ray.adapter.stored.{known}", empty)
     config = tiny.config(model__name=str(tmp_path))
-    lines = trial.problems(BaseModel(str(tmp_path), str(tmp_path), ""), config, linear_and_stacks(model))
+    lines = export_preflight.problems(BaseModel(str(tmp_path), str(tmp_path), ""), config, linear_and_stacks(model))
     assert len(lines) == 2, "one for each kind of stack"
     assert all("does more than move the numbers" in line for line in lines)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, conversion_mapping, modeling_utils
 from transformers.core_model_loading import Chunk, Interleave, Split, WeightConverter, WeightRenaming
 
-from olora_ray.adapter import merge_check, weight_names
+from olora_ray.adapter import merge, stored
 from olora_ray.config.schema import Adapter
 from tests import tiny
 from tests.export_parts import Case, logits, make_stacked_case
@@ -56,11 +56,11 @@ def case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Case:
 
 def test_transformers_reads_the_merged_files_as_the_adapted_model(case: Case, tmp_path: Path) -> None:
     case.write_merged(tmp_path / "merged")
-    found = weight_names.groups(case.base, case.model, case.adapter)
+    found = stored.groups(case.base, case.model, case.adapter)
     assert {layer for group in found for layer in group.layers} == set(case.adapter)
     assert sum(len(group.layers) == 2 for group in found) == 2, "q and v are one stored tensor"
-    assert merge_check.check_weights(case.base, tmp_path / "merged", found, case.adapter, case.scale).error < 1
-    assert merge_check.changed(case.base, tmp_path / "merged", found) == []
+    assert merge.check_weights(case.base, tmp_path / "merged", found, case.adapter, case.scale).error < 1
+    assert merge.changed(case.base, tmp_path / "merged", found) == []
     merged = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
     torch.testing.assert_close(merged, case.logits, atol=2e-5, rtol=0)
 
@@ -74,7 +74,7 @@ def edit(file: Path, name: str, change: Callable[[torch.Tensor], object]) -> Non
 def test_what_shares_a_stored_tensor_with_an_adapted_layer_must_stay(case: Case, tmp_path: Path) -> None:
     """k_proj, which no adapter changes, in the rows between q and v."""
     file = case.write_merged(tmp_path / "merged") / "model.safetensors"
-    found = weight_names.groups(case.base, case.model, case.adapter)
+    found = stored.groups(case.base, case.model, case.adapter)
     edit(file, "backbone.layers.1.self_attn.qkv.weight", lambda part: part[70, 3].add_(1e-3))
-    worst = merge_check.check_weights(case.base, tmp_path / "merged", found, case.adapter, case.scale)
-    assert worst == merge_check.Worst(float("inf"), "model.layers.1.self_attn.k_proj.weight", "float32")
+    worst = merge.check_weights(case.base, tmp_path / "merged", found, case.adapter, case.scale)
+    assert worst == merge.Worst(float("inf"), "model.layers.1.self_attn.k_proj.weight", "float32")

@@ -16,9 +16,8 @@ import torch.distributed as dist
 from olora_ray.cluster.spec import TrainResult
 from olora_ray.config.load import load
 from olora_ray.pipeline.run_folder import RunFolder
-from olora_ray.train.checkpoint import MANIFEST
+from olora_ray.train.checkpoint import MANIFEST, TrainState
 from olora_ray.train.checkpoints import name_of, names
-from olora_ray.train.state import TrainState
 from tests.pipelines import project
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from olora_ray.config.schema import Train
 from olora_ray.train.loader import StepLoader
-from olora_ray.train.schedule import Schedule
+from olora_ray.train.optim import Schedule
 from tests import tiny
 from tests.pipelines import project
 

@@ -21,9 +21,8 @@ import torch.multiprocessing as mp
 from olora_ray.cluster.groups import Finished, Group, Member, Orders
 from olora_ray.cluster.membership import Membership
 from olora_ray.cluster.mesh import Mesh
-from olora_ray.cluster.preemption import NoPreemption
+from olora_ray.cluster.preemption import NoPreemption, StopRequests
 from olora_ray.cluster.spec import TrainSpec
-from olora_ray.cluster.stop_requests import StopRequests
 from olora_ray.cluster.train_worker import train_at
 from olora_ray.cluster.worker_context import RayTrainContext
 from olora_ray.common import collectives, fault_points

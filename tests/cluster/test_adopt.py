@@ -9,7 +9,7 @@ import torch
 from olora_ray.cluster import adopt
 from olora_ray.cluster.adopt import Progress
 from olora_ray.common import collectives
-from olora_ray.train.state import TrainState
+from olora_ray.train.checkpoint import TrainState
 
 
 def test_a_checkpoint_that_is_being_written_keeps_its_best_adapter(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,17 +8,15 @@ import pytest
 import ray
 import torch
 
-from olora_ray.cluster.device import assigned_device, device_of
-from olora_ray.cluster.worker_context import RayTrainContext
+from olora_ray.cluster.worker_context import RayTrainContext, assigned_device, device_of
 from olora_ray.common.errors import UserError
 from tests import tiny
 
 PRODUCT = Path(__file__).parents[2] / "olora_ray"
 LOOKS_FOR_GPUS = {
-    "cluster/device.py": "whether the one that was given works",
+    "cluster/worker_context.py": "whether the one that was given works",
     "retrain/compare.py": "results that are kept are of what this machine has",
-    "train/estimate.py": "size on this machine, without Ray",
-    "train/pace.py": "measures nothing on a machine with GPUs",
+    "train/estimate.py": "size and pace on this machine, without Ray",
 }
 """The files that ask torch for GPUs, and why they may."""
 

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from olora_ray.adapter import factor_cache
+from olora_ray.adapter import initialise
 from olora_ray.cluster.channel import Started
+from olora_ray.cluster.preemption import StopRequests
 from olora_ray.cluster.spec import TrainSpec
-from olora_ray.cluster.stop_requests import StopRequests
 from olora_ray.cluster.train_worker import train_at
 from olora_ray.cluster.worker_context import SharedBase, SharedBaseContext
 from olora_ray.model.source import BaseModel
@@ -101,8 +101,8 @@ def test_the_trials_of_a_search_take_the_factors_that_were_made_for_it(
     made = shared_work.make(spec(None), place, [("lora", 4), ("eva", 4)])
     assert [line.partition(" supervised tokens")[0] for line in made.told] == ["eva: 96"], "only eva looks at data"
     mine = spec(place)
-    assert factor_cache.has(mine.factor_place(), mine.factor_origin(), 4)
-    assert not factor_cache.has(mine.factor_place(), mine.factor_origin(), 2), "ranks of another budget are others"
+    assert initialise.has(mine.factor_place(), mine.factor_origin(), 4)
+    assert not initialise.has(mine.factor_place(), mine.factor_origin(), 2), "ranks of another budget are others"
     monkeypatch.setattr("olora_ray.cluster.resume.new_factors", None)
     result = train_at(SharedBaseContext(base()), spec(place), str(tmp_path / "trial"), Channel())
     assert result.problem is None

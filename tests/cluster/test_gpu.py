@@ -8,10 +8,9 @@ import pytest
 import ray
 import torch
 
-from olora_ray.cluster.device import assigned_device
-from olora_ray.model.attention import candidates
+from olora_ray.cluster.worker_context import assigned_device
+from olora_ray.model.attention import candidates, kernel
 from olora_ray.model.load import pick_dtype
-from olora_ray.model.varlen_attention import kernel
 from olora_ray.tokens.collate import collate
 from tests import device_walk, tiny
 

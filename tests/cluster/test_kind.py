@@ -6,8 +6,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from olora_ray.cluster import kind
-from olora_ray.cluster.kind import Kind, kind_of, note_kinds, said
+from olora_ray.cluster import worker_platforms
+from olora_ray.cluster.worker_platforms import Kind, kind_of, note_kinds, said
 from tests.crew import Crew
 
 CPU = torch.device("cpu")
@@ -71,5 +71,5 @@ def _noted(threads: tuple[int, ...]) -> list[Kind]:
 
 
 def test_a_machine_without_that_file_names_its_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kind, "CPU_INFORMATION", kind.CPU_INFORMATION.with_name("no such file"))
+    monkeypatch.setattr(worker_platforms, "CPU_INFORMATION", worker_platforms.CPU_INFORMATION.with_name("no such file"))
     assert kind_of(CPU)["processor"].partition("(")[0].strip()

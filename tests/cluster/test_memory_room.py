@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from olora_ray.adapter.coverage import Coverage
-from olora_ray.adapter.targets import Selection
+from olora_ray.adapter.inject import Coverage, Selection
 from olora_ray.cluster import node_facts, preflight, ray_internals, resources
-from olora_ray.cluster.memory_room import (
+from olora_ray.cluster.node_facts import NodeInfo
+from olora_ray.cluster.preflight import (
     COPIES,
     GIB,
     Node,
@@ -21,16 +21,15 @@ from olora_ray.cluster.memory_room import (
     needs,
     no_room_for_spares,
     precisions,
-    problems,
     with_recomputation,
 )
-from olora_ray.cluster.node_facts import NodeInfo
+from olora_ray.cluster.preflight import memory_problems as problems
 from olora_ray.config.load import override
 from olora_ray.config.schema import Config
 from olora_ray.model.source import BaseModel, obtain
 from olora_ray.train import checkpoint, checkpoints
+from olora_ray.train.checkpoint import TrainState
 from olora_ray.train.estimate import PROCESS_BYTES, MemoryEstimate, estimate
-from olora_ray.train.state import TrainState
 from tests import tiny
 
 SIZE = MemoryEstimate(

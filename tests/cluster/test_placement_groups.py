@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from olora_ray.cluster.placement_groups import free_abandoned
+from olora_ray.cluster.resources import free_abandoned
 from tests.waiting import until
 
 pytestmark = pytest.mark.ray

@@ -15,7 +15,7 @@ import ray
 
 from olora_ray.cluster import node_facts, preflight, resources
 from olora_ray.cluster.node_facts import NodeInfo
-from olora_ray.common import kept
+from olora_ray.common import node_cache
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
 from olora_ray.model.source import BaseModel, obtain
@@ -220,12 +220,14 @@ def test_builds_of_one_version_are_the_same() -> None:
 def test_nodes_with_other_code_of_the_project_are_told() -> None:
     """A node that was not updated ran its own version of what the driver asked for, in silence."""
     here = node_facts.node_info()
-    assert here.versions["olora_ray"] == f"code {kept.project()}"
+    assert here.versions["olora_ray"] == f"code {node_cache.project()}"
     assert preflight._versions(here, [("a", node_facts.node_info())]) == []
     older = {name: version for name, version in here.versions.items() if name != "olora_ray"}
     others = [("a", NodeInfo({**older, "olora_ray": "code 0123"}, 0)), ("b", NodeInfo(older, 0))]
     another, none = preflight._versions(here, others)
-    assert another.startswith(f"node a: has olora_ray code 0123, here it is code {kept.project()}: install the same")
+    assert another.startswith(
+        f"node a: has olora_ray code 0123, here it is code {node_cache.project()}: install the same"
+    )
     assert none.startswith("node b: has no olora_ray, here it is code ")
 
 
@@ -233,16 +235,18 @@ def test_other_code_in_the_folder_of_now_is_told(tmp_path: Path, monkeypatch: py
     """A checkout that was updated and not installed: the workers import it, and the script what is installed."""
     monkeypatch.chdir(tmp_path)
     assert preflight._code() == []
-    (tmp_path / "olora_ray").symlink_to(kept.PACKAGE)
+    (tmp_path / "olora_ray").symlink_to(node_cache.PACKAGE)
     assert preflight._code() == []
     (tmp_path / "olora_ray").unlink()
     (tmp_path / "olora_ray").mkdir()
     (tmp_path / "olora_ray" / "newer.py").write_text("")
-    kept.project.cache_clear()
+    node_cache.project.cache_clear()
     assert preflight._code() == [], "no package: what is installed is taken"
     (tmp_path / "olora_ray" / "__init__.py").write_text("")
     [line] = preflight._code()
-    assert line.startswith(f"{tmp_path}/olora_ray has other code than {kept.PACKAGE}, which this is, and the workers ")
+    assert line.startswith(
+        f"{tmp_path}/olora_ray has other code than {node_cache.PACKAGE}, which this is, and the workers "
+    )
 
 
 def test_only_a_run_that_needs_a_package_wants_it_on_all_nodes() -> None:

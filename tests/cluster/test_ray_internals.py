@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from olora_ray.cluster import node_facts, preflight, ray_internals
-from olora_ray.common.quiet import ENVIRONMENT
+from olora_ray.common.logs import ENVIRONMENT
 from olora_ray.pipeline import connection
 from tests.ray_head import free_port
 from tests.waiting import until
@@ -131,7 +131,7 @@ def test_a_job_may_be_submitted_with_variables_that_the_project_sets_itself(
     job: Any = {"working_dir": "gcs://package.zip", "env_vars": given}
     monkeypatch.setenv(RAY_JOB_CONFIG_JSON_ENV_VAR, json.dumps({"runtime_env": job, "metadata": {}}))
     asked: dict[str, Any] = {}
-    monkeypatch.setattr(connection.token, "join", lambda *_: None)
+    monkeypatch.setattr(connection.address, "join", lambda *_: None)
     monkeypatch.setattr(connection.ray, "init", lambda **settings: asked.update(settings))
     connection._init("127.0.0.1:6379")
     merged = _merge_runtime_env({**job, "env_vars": given or {}}, asked["runtime_env"])

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from olora_ray.adapter.factors import AdapterWeights, Factors
 from olora_ray.adapter.initialise import initialise
-from olora_ray.adapter.targets import find_targets
+from olora_ray.adapter.inject import find_targets
+from olora_ray.adapter.layer import AdapterWeights, Factors
 from olora_ray.cluster import resume
 from olora_ray.cluster.resume import factors, restored, start_adapter
 from olora_ray.common.errors import StoreUnavailable, TryAgain, UserError
@@ -42,7 +42,7 @@ def test_shared_factors_that_one_worker_cannot_read_are_made_by_all(
     others: list[bool], found: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The disk of its node was full: it went to make them alone, and waited for the others, which trained already."""
-    monkeypatch.setattr(resume.factor_cache, "read", lambda *_: {"shared": None})
+    monkeypatch.setattr(resume.initialise, "read", lambda *_: {"shared": None})
     monkeypatch.setattr(resume.collectives, "gather", lambda value: [value, *others])
     monkeypatch.setattr(resume, "new_factors", lambda *_: ({"made": None}, None, None))
     monkeypatch.setattr(resume, "describe", lambda *_: "")

@@ -13,17 +13,16 @@ import torch
 import torch.distributed as dist
 
 from olora_ray.cluster import self_tested as module
-from olora_ray.cluster import tested_base
+from olora_ray.cluster import spec
 from olora_ray.cluster.resume import StartingPoint
 from olora_ray.cluster.self_tested import self_tested
 from olora_ray.cluster.spec import TrainSpec
-from olora_ray.common import collectives, copies, kept
+from olora_ray.common import collectives, node_cache
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
 from olora_ray.model.source import BaseModel
-from olora_ray.train.loss import SupervisedLoss
-from olora_ray.train.self_test_result import SelfTest
-from olora_ray.train.state import TrainState
+from olora_ray.train.checkpoint import TrainState
+from olora_ray.train.loss import SelfTest, SupervisedLoss
 from tests import tiny
 from tests.crew import Crew
 from tests.families import zoo
@@ -128,7 +127,7 @@ def test_what_cannot_be_read_is_tested_again(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.fixture
 def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A node that has kept nothing yet."""
-    monkeypatch.setattr(copies, "CACHE", str(tmp_path))
+    monkeypatch.setattr(node_cache, "CACHE", str(tmp_path))
     return tmp_path
 
 
@@ -146,7 +145,7 @@ def test_the_node_keeps_what_has_passed_for_the_next_run(node: Path, monkeypatch
     for _ in range(2):  # its code may lie elsewhere, and change there
         assert _resumed(monkeypatch, TrainState(), "base", model__trust_remote_code=True)[1] == ["tested"]
     assert _resumed(monkeypatch, TrainState(), "base")[1] == []
-    monkeypatch.setattr(kept, "code", lambda: "another version")
+    monkeypatch.setattr(node_cache, "code", lambda: "another version")
     assert _resumed(monkeypatch, TrainState(), "base")[1] == ["tested"]
 
 
@@ -159,7 +158,7 @@ def test_what_a_node_has_kept_of_a_broken_disk_is_tested_again(node: Path, monke
 
 def test_a_base_that_has_passed_for_one_trial_is_looked_at_for_the_next() -> None:
     def again(loss: SupervisedLoss, **settings: Any) -> SelfTest:
-        return tested_base.tested(loss, spec_of(tiny.config(**settings)), [], CONTEXT.device)
+        return spec.tested(loss, spec_of(tiny.config(**settings)), [], CONTEXT.device)
 
     neighbours = SupervisedLoss(tiny.of_kind("phi3", tiny.LONG_ROPE))
     neighbours.tested = SelfTest("segments")

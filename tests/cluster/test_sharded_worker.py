@@ -9,9 +9,8 @@ import torch
 import torch.distributed as dist
 
 from olora_ray.cluster import worker_context
-from olora_ray.cluster.preemption import NoPreemption
+from olora_ray.cluster.preemption import NoPreemption, StopRequests
 from olora_ray.cluster.spec import TrainSpec
-from olora_ray.cluster.stop_requests import StopRequests
 from olora_ray.cluster.train_worker import train_at
 from olora_ray.cluster.worker_context import RayTrainContext
 from olora_ray.model.source import BaseModel

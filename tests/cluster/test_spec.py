@@ -9,10 +9,8 @@ from olora_ray.cluster.spec import AnswerPair, TrainResult, TrainSpec
 from olora_ray.common.errors import UserError
 from olora_ray.model.source import BaseModel
 from olora_ray.tokens.manifest import Outline
-from olora_ray.tokens.order import FEW_SHARDS
-from olora_ray.tokens.store import TokenStore
-from olora_ray.train.checkpoint import require_same
-from olora_ray.train.state import TrainState
+from olora_ray.tokens.store import FEW_SHARDS, TokenStore
+from olora_ray.train.checkpoint import TrainState, require_same
 from tests import tiny
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from olora_ray.cluster.stop_requests import StopRequests
+from olora_ray.cluster.preemption import StopRequests
 
 
 class Preempted:

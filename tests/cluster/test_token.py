@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from olora_ray.cluster import ray_internals, token
+from olora_ray.cluster import address, ray_internals
 from tests.cluster import fake_head
 
 
@@ -29,14 +29,14 @@ def keep(text: str, file: Path) -> None:
 
 
 def test_the_token_is_that_of_the_environment_or_of_a_file(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert token.known() is None
+    assert address.known() is None
     keep("of home\n", home / ".ray" / "auth_token")
-    assert token.known() == "of home"
+    assert address.known() == "of home"
     keep("of a file", home / "other")
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(home / "other"))
-    assert token.known() == "of a file"
+    assert address.known() == "of a file"
     monkeypatch.setenv("RAY_AUTH_TOKEN", "of the environment")
-    assert token.known() == "of the environment"
+    assert address.known() == "of the environment"
 
 
 @pytest.mark.parametrize("wished", [None, "disabled", "token"])
@@ -62,11 +62,11 @@ def test_a_ray_is_joined_as_it_wants_or_refused_with_a_reason(
         problem = f"does not take the token of {home}/.ray/auth_token"
     with fake_head.head(token=theirs) as port:
         if problem is None:
-            token.join(f"127.0.0.1:{port}", 10)
+            address.join(f"127.0.0.1:{port}", 10)
             assert chosen == ["token" if theirs else "disabled"]
             return
         with pytest.raises(PermissionError, match=re.escape(problem)) as caught:
-            token.join(f"127.0.0.1:{port}", 10)
+            address.join(f"127.0.0.1:{port}", 10)
         assert "theirs" not in str(caught.value)
         assert chosen == []
 
@@ -86,11 +86,11 @@ def test_the_mode_reaches_the_ray_of_this_process() -> None:
 
 
 def test_a_token_is_made_once_and_for_this_user_only(home: Path) -> None:
-    token.make_own()
+    address.make_own()
     file = home / ".ray" / "auth_token"
     assert re.fullmatch("[0-9a-f]{64}", first := file.read_text())
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
-    token.make_own()
+    address.make_own()
     assert file.read_text() == first
     assert [path.name for path in file.parent.iterdir()] == ["auth_token"]
 
@@ -104,8 +104,8 @@ def test_of_two_that_make_one_at_the_same_time_both_use_the_first(home: Path, mo
         link(source, target)
 
     monkeypatch.setattr(os, "link", late)
-    token.make_own()
-    assert token.known() == "of the other"
+    address.make_own()
+    assert address.known() == "of the other"
     assert "RAY_AUTH_TOKEN" not in os.environ
 
 
@@ -113,11 +113,11 @@ def test_without_a_home_that_can_be_written_the_token_stays_in_the_environment(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (home / ".ray").write_text("no folder")
-    token.make_own()
+    address.make_own()
     assert re.fullmatch("[0-9a-f]{64}", os.environ["RAY_AUTH_TOKEN"])
 
 
 def test_where_tokens_are_off_none_is_made(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    token.make_own()
+    address.make_own()
     assert list(home.iterdir()) == []

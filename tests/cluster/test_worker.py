@@ -14,17 +14,17 @@ from olora_ray.cluster import train_worker
 from olora_ray.cluster.channel import Resumed, Started
 from olora_ray.cluster.evaluator import Evaluator
 from olora_ray.cluster.groups import Orders
+from olora_ray.cluster.preemption import StopRequests
 from olora_ray.cluster.resume import named
 from olora_ray.cluster.spec import TrainResult, TrainSpec
-from olora_ray.cluster.stop_requests import StopRequests
 from olora_ray.cluster.train_worker import train_at
 from olora_ray.cluster.worker import Worker, _Left
 from olora_ray.cluster.worker_context import SharedBase, SharedBaseContext
 from olora_ray.common.collectives import PeerLost
 from olora_ray.common.errors import TryAgain
 from olora_ray.model.source import BaseModel
-from olora_ray.train import checkpoint, checkpoint_manager, checkpoints, recompute
-from olora_ray.train.checkpoint_manager import CheckpointManager
+from olora_ray.train import checkpoint, checkpoints, parallel
+from olora_ray.train.checkpoints import CheckpointManager
 from olora_ray.train.loss import SupervisedLoss
 from tests import tiny
 from tests.said import said
@@ -273,10 +273,10 @@ def whole_losses(folder: Path) -> dict[int, float]:
 
 def test_blocks_that_are_run_again_change_no_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs: dict[bool, int] = {}
-    inner, found = recompute.checkpoint, []
+    inner, found = parallel.checkpoint, []
     for on in (False, True):
         again: list[int] = []
-        monkeypatch.setattr(recompute, "checkpoint", lambda *a, again=again, **k: (again.append(1), inner(*a, **k))[1])
+        monkeypatch.setattr(parallel, "checkpoint", lambda *a, again=again, **k: (again.append(1), inner(*a, **k))[1])
         result, _ = train(tmp_path / str(on), again=on)
         assert result.problem is None
         runs[on] = len(again)
@@ -290,7 +290,7 @@ def test_a_first_worker_that_has_to_go_leaves_without_its_last_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else it would end the training of all the others, which hold the whole state."""
-    monkeypatch.setattr(checkpoint_manager, "PAUSES", ())
+    monkeypatch.setattr(checkpoints, "PAUSES", ())
     manager = CheckpointManager(str(tmp_path), 1)
     leaving: Any = Worker.__new__(Worker)
     leaving.mesh, leaving.manager = SimpleNamespace(orders=lambda: Orders(meet=True, leave=True)), manager

@@ -22,7 +22,7 @@ from olora_ray.model.source import BaseModel
 from olora_ray.train.loader import StepLoader
 from olora_ray.train.loop import Trainer, evaluate
 from olora_ray.train.loss import SupervisedLoss
-from olora_ray.train.schedule import Schedule
+from olora_ray.train.optim import Schedule
 from tests import tiny
 from tests.crew import Crew
 from tests.said import said

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from olora_ray.common import copies, s3, storage
+from olora_ray.common import node_cache, s3, storage
 from tests.s3_server import Server
 
 
@@ -20,17 +20,17 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_file_is_fetched_once(s3_server: Server, bucket: str, tmp_path: Path) -> None:
     storage.write_text(storage.join(bucket, "a.txt"), "x")
     for _ in range(2):
-        found = copies.local_copy(storage.join(bucket, "a.txt"), tmp_path / "deep" / "cache")
+        found = node_cache.local_copy(storage.join(bucket, "a.txt"), tmp_path / "deep" / "cache")
         assert (found.name, found.read_text()) == ("a.txt", "x")
     with s3_server.counted() as requests:
-        copies.local_copy(storage.join(bucket, "a.txt"), tmp_path / "deep" / "cache")
+        node_cache.local_copy(storage.join(bucket, "a.txt"), tmp_path / "deep" / "cache")
     assert requests == []
 
 
 def test_a_folder_is_fetched_with_all_below_it(bucket: str, tmp_path: Path) -> None:
     for name in ("a", "empty", "deep/down/b"):
         storage.write_text(storage.join(bucket, "model", name), name if name != "empty" else "")
-    found = copies.local_copy(storage.join(bucket, "model"), tmp_path / "cache")
+    found = node_cache.local_copy(storage.join(bucket, "model"), tmp_path / "cache")
     assert {str(file.relative_to(found)) for file in found.rglob("*") if file.is_file()} == {
         "a",
         "empty",
@@ -42,13 +42,13 @@ def test_a_folder_is_fetched_with_all_below_it(bucket: str, tmp_path: Path) -> N
 def test_a_folder_of_files_alone_is_fetched(bucket: str, tmp_path: Path) -> None:
     """Nobody but the copy itself makes the folder."""
     storage.write_text(storage.join(bucket, "adapter", "weights"), "x")
-    found = copies.local_copy(storage.join(bucket, "adapter"), tmp_path / "not" / "there")
+    found = node_cache.local_copy(storage.join(bucket, "adapter"), tmp_path / "not" / "there")
     assert [(file.name, file.read_text()) for file in found.iterdir()] == [("weights", "x")]
 
 
 def test_what_is_not_there_is_an_error_and_leaves_nothing(bucket: str, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
-        copies.local_copy(storage.join(bucket, "none"), tmp_path)
+        node_cache.local_copy(storage.join(bucket, "none"), tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -56,16 +56,16 @@ def test_a_key_does_not_lead_out_of_the_folder(s3_server: Server, bucket: str, t
     name, key = s3.split(bucket)
     s3_server.client().put_object(Bucket=name, Key=f"{key}/model/../../evil", Body=b"x")
     with pytest.raises(OSError, match="leads out of the folder"):
-        copies.local_copy(storage.join(bucket, "model"), tmp_path / "cache")
+        node_cache.local_copy(storage.join(bucket, "model"), tmp_path / "cache")
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
 def test_a_copy_for_a_while_leaves_nothing(bucket: str, temporary: Path) -> None:
     storage.write_text(storage.join(bucket, "model", "a"), "x")
-    with copies.fetched(storage.join(bucket, "model")) as folder:
+    with node_cache.fetched(storage.join(bucket, "model")) as folder:
         assert folder.name == "model"
         assert (folder / "a").read_text() == "x"
-    with pytest.raises(FileNotFoundError), copies.fetched(storage.join(bucket, "none")):
+    with pytest.raises(FileNotFoundError), node_cache.fetched(storage.join(bucket, "none")):
         pass
     assert list(temporary.iterdir()) == []
 
@@ -75,7 +75,7 @@ def test_a_folder_is_uploaded_the_named_file_last(s3_server: Server, bucket: str
     for name in ("a", "b", "deep/c", "z"):
         (tmp_path / name).write_text(name)
     with s3_server.counted() as requests:
-        copies.upload(tmp_path, storage.join(bucket, "up"), last="a")
+        node_cache.upload(tmp_path, storage.join(bucket, "up"), last="a")
     assert [method for method, _ in requests] == ["PUT"] * 4
     assert requests[-1][1].endswith("/up/a")
     assert sorted(s3_server.keys(storage.join(bucket, "up"))) == ["a", "b", "deep/c", "z"]
@@ -83,7 +83,7 @@ def test_a_folder_is_uploaded_the_named_file_last(s3_server: Server, bucket: str
 
 
 def test_what_is_written_in_a_local_folder_arrives(s3_server: Server, bucket: str, temporary: Path) -> None:
-    with copies.local_folder(storage.join(bucket, "export")) as folder:
+    with node_cache.local_folder(storage.join(bucket, "export")) as folder:
         folder.mkdir()
         (folder / "a").write_text("x")
     assert s3_server.keys(storage.join(bucket, "export")) == ["a"]
@@ -95,7 +95,7 @@ def test_what_an_earlier_attempt_left_does_not_stay_beside_it(bucket: str, s3_se
     place = storage.join(bucket, "again")
     for name in ("a", "deep/old"):
         storage.write_text(storage.join(place, name), "old")
-    with copies.local_folder(place) as folder:
+    with node_cache.local_folder(place) as folder:
         (folder / "deep").mkdir(parents=True)
         for name in ("a", "deep/new"):
             (folder / name).write_text("new")
@@ -108,9 +108,9 @@ def test_a_large_file_comes_and_goes_in_large_parts(s3_server: Server, bucket: s
     (tmp_path / "up").mkdir()
     (tmp_path / "up" / "large").write_bytes(os.urandom(size))
     with s3_server.counted() as up:
-        copies.upload(tmp_path / "up", bucket)
+        node_cache.upload(tmp_path / "up", bucket)
     assert len(up) <= 6  # parts of 10 MB, beginning and end
     with s3_server.counted() as down:
-        found = copies.local_copy(bucket, tmp_path / "down")
+        found = node_cache.local_copy(bucket, tmp_path / "down")
     assert [path for method, path in down if method == "GET" and "large" in path] == [down[-1][1]] * 2
     assert (found / "large").read_bytes() == (tmp_path / "up" / "large").read_bytes()

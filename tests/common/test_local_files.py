@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from olora_ray.common import local_files, storage
+from olora_ray.common import storage
 
 MODES = """
 import os, sys
@@ -39,10 +39,10 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_folder_among_those_of_others_is_private(temporary: Path) -> None:
-    folder = local_files.private_folder("ours")
+    folder = storage.private_folder("ours")
     assert folder.parent == temporary
     assert folder.stat().st_mode & 0o777 == 0o700
-    assert local_files.private_folder("ours") == folder
+    assert storage.private_folder("ours") == folder
 
 
 def test_a_folder_that_somebody_else_has_put_there_is_refused(temporary: Path) -> None:
@@ -50,16 +50,16 @@ def test_a_folder_that_somebody_else_has_put_there_is_refused(temporary: Path) -
     (temporary / "elsewhere").mkdir()
     place.symlink_to(temporary / "elsewhere")
     with pytest.raises(PermissionError, match="not this user's own folder"):
-        local_files.private_folder("ours")
+        storage.private_folder("ours")
     place.unlink()
     place.mkdir()
     place.chmod(0o777)
     with pytest.raises(PermissionError, match="not this user's own folder"):
-        local_files.private_folder("ours")
+        storage.private_folder("ours")
 
 
 def _cut_off(target: Path) -> None:
-    with local_files.staged(target) as partial:
+    with storage.staged(target) as partial:
         (partial / "half").mkdir(parents=True)
         raise KeyboardInterrupt
 
@@ -69,7 +69,7 @@ def test_what_is_staged_is_there_as_a_whole_or_not_at_all(tmp_path: Path) -> Non
     with pytest.raises(KeyboardInterrupt):
         _cut_off(target)
     assert list(target.parent.iterdir()) == []
-    with local_files.staged(target) as partial:
+    with storage.staged(target) as partial:
         partial.mkdir()
         (partial / "whole").write_text("x")
         assert not target.exists()
@@ -78,10 +78,10 @@ def test_what_is_staged_is_there_as_a_whole_or_not_at_all(tmp_path: Path) -> Non
 
 def test_of_two_that_stage_the_same_the_faster_stays(tmp_path: Path) -> None:
     target = tmp_path / "model"
-    with local_files.staged(target) as slower:
+    with storage.staged(target) as slower:
         slower.mkdir()
         (slower / "slower").touch()
-        with local_files.staged(target) as faster:
+        with storage.staged(target) as faster:
             faster.mkdir()
             (faster / "faster").touch()
     assert [file.name for file in target.iterdir()] == ["faster"]
@@ -89,7 +89,7 @@ def test_of_two_that_stage_the_same_the_faster_stays(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_put_in_place_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError), local_files.staged(tmp_path / "model"):
+    with pytest.raises(FileNotFoundError), storage.staged(tmp_path / "model"):
         pass
 
 
@@ -98,8 +98,8 @@ def test_files_and_folders_are_flushed_to_disk(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(os, "fsync", lambda descriptor: flushed.append(os.readlink(f"/proc/self/fd/{descriptor}")))
     storage.write_text(str(tmp_path / "file"), "x")
     del flushed[:]
-    local_files.flush_to_disk(tmp_path / "file")
-    local_files.flush_to_disk(tmp_path)
+    storage.flush_to_disk(tmp_path / "file")
+    storage.flush_to_disk(tmp_path)
     assert flushed == [str(tmp_path / "file"), str(tmp_path)]
 
 
@@ -115,7 +115,7 @@ def test_a_folder_that_cannot_be_flushed_at_all_is_no_failure(
     (tmp_path / "file").touch()
     monkeypatch.setattr(os, "fsync", refused)
     with pytest.raises(OSError, match="argument" if number == errno.EINVAL else "error"):
-        local_files.flush_to_disk(tmp_path / "file")
+        storage.flush_to_disk(tmp_path / "file")
     for_folders = contextlib.nullcontext() if number == errno.EINVAL else pytest.raises(OSError, match="error")
     with for_folders:
-        local_files.flush_to_disk(tmp_path)
+        storage.flush_to_disk(tmp_path)

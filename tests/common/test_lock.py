@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from olora_ray.common import lock, lock_file, storage
+from olora_ray.common import lock, storage
 from olora_ray.common.errors import TryAgain, UserError
-from olora_ray.common.lock_file import Seen
+from olora_ray.common.lock import Seen
 from tests.s3_server import Faults, Server, dead_port
 from tests.said import said
 from tests.waiting import until
@@ -191,16 +191,16 @@ def test_the_look_and_the_write_are_one_step(place: str, monkeypatch: pytest.Mon
     found: list[lock.Holder | None] = []
     first, second = lock.Lock(place, "first"), lock.Lock(place, "second")
     thread = threading.Thread(target=lambda: found.append(second.take()))
-    read = lock_file.LocalFile.read
+    read = lock.LocalFile.read
 
-    def interrupted(file: lock_file.LocalFile) -> Seen:
+    def interrupted(file: lock.LocalFile) -> Seen:
         seen = read(file)
         if threading.current_thread() is not thread and not thread.ident:
             thread.start()
             thread.join(0.3)
         return seen
 
-    monkeypatch.setattr(lock_file.LocalFile, "read", interrupted)
+    monkeypatch.setattr(lock.LocalFile, "read", interrupted)
     assert first.take() is None
     thread.join()
     assert [holder.token for holder in found if holder] == [first._mine.token]
@@ -241,8 +241,8 @@ class TestObjectStore:
     @pytest.fixture
     def place(self, bucket: str, monkeypatch: pytest.MonkeyPatch) -> str:
         monkeypatch.setattr(lock, "POLL", 0.05)
-        monkeypatch.setattr(lock_file, "SETTLE", 2.0)
-        monkeypatch.setattr(lock_file, "WRITE_LIMIT", 1.5)
+        monkeypatch.setattr(lock, "SETTLE", 2.0)
+        monkeypatch.setattr(lock, "WRITE_LIMIT", 1.5)
         return f"{bucket}/locks/model.json"
 
     def test_a_second_one_is_refused_and_the_next_one_taken(self, place: str) -> None:
@@ -258,17 +258,17 @@ class TestObjectStore:
     ) -> None:
         """Both have looked before either writes; a store that ignores conditions settles it by waiting."""
         server.faults = Faults(ignore_conditions=not conditions)
-        both, read = threading.Barrier(2), lock_file.ConditionalFile.read
+        both, read = threading.Barrier(2), lock.ConditionalFile.read
         seen: set[int] = set()
 
-        def together(file: lock_file.ConditionalFile) -> Seen:
+        def together(file: lock.ConditionalFile) -> Seen:
             found = read(file)
             if id(file) not in seen:
                 seen.add(id(file))
                 both.wait(10)
             return found
 
-        monkeypatch.setattr(lock_file.ConditionalFile, "read", together)
+        monkeypatch.setattr(lock.ConditionalFile, "read", together)
         locks = [lock.Lock(place, "the work") for _ in range(2)]
         results: list[lock.Holder | None] = []
         threads = [threading.Thread(target=lambda each=each: results.append(each.take())) for each in locks]
@@ -286,15 +286,15 @@ class TestObjectStore:
     ) -> None:
         """K2: the second looks, pauses longer than the first one needs to take the lock, and writes."""
         server.faults = Faults(ignore_conditions=True)
-        second, write = lock.Lock(place, "second"), lock_file.ConditionalFile.write
+        second, write = lock.Lock(place, "second"), lock.ConditionalFile.write
 
-        def late(file: lock_file.ConditionalFile, content: bytes, seen: Seen) -> bool:
+        def late(file: lock.ConditionalFile, content: bytes, seen: Seen) -> bool:
             if file is second._file and lock._holder(seen) is None and not first._thread.is_alive():
                 assert first.take() is None
             return write(file, content, seen)
 
         first = lock.Lock(place, "first")
-        monkeypatch.setattr(lock_file.ConditionalFile, "write", late)
+        monkeypatch.setattr(lock.ConditionalFile, "write", late)
         with pytest.raises(TryAgain, match=r"too long to be sure of it"):
             second.take()
         with pytest.raises(TryAgain):  # the other's write has destroyed it: it knows, and nobody else holds it
@@ -352,9 +352,9 @@ class TestObjectStore:
 class TestOtherStores:
     def test_the_one_who_stands_there_after_a_while_has_it(self, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
         """A store of which only writing and reading is known."""
-        monkeypatch.setattr(lock_file, "SETTLE", 0.01)
+        monkeypatch.setattr(lock, "SETTLE", 0.01)
         Path(place).parent.mkdir()
-        first, second = lock_file.SettlingFile(place), lock_file.SettlingFile(place)
+        first, second = lock.SettlingFile(place), lock.SettlingFile(place)
         seen = first.read()
         assert second.read().content is None
         assert first.write(b"first", seen)
@@ -367,12 +367,12 @@ class TestOtherStores:
     def test_the_clock_of_a_host_does_not_matter(self, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
         """A host that is ahead would take the lock of one that lives, one that is behind would never take any."""
         Path(place).parent.mkdir()
-        lock_file.SettlingFile(place).write(b"first", Seen(None, 0.0, None))
+        lock.SettlingFile(place).write(b"first", Seen(None, 0.0, None))
         now = time.time
         for ahead in (10 * lock.EXPIRES, -10 * lock.EXPIRES):
             with monkeypatch.context() as patch:
                 patch.setattr(time, "time", lambda ahead=ahead: now() + ahead)
-                assert abs(lock_file.SettlingFile(place).read().age) < lock.EXPIRES / 2
+                assert abs(lock.SettlingFile(place).read().age) < lock.EXPIRES / 2
         silent(place)
-        assert lock_file.SettlingFile(place).read().age > lock.EXPIRES
+        assert lock.SettlingFile(place).read().age > lock.EXPIRES
         assert [file.name for file in Path(place).parent.iterdir()] == ["model.json"]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from olora_ray.common import copies, patience, storage
+from olora_ray.common import node_cache, patience, storage
 from olora_ray.common.errors import StoreError, StoreUnavailable, TryAgain
 from olora_ray.train import checkpoint, checkpoints
 from tests.gs_server import BUCKET, GsServer, gs_server
@@ -50,8 +50,8 @@ def test_a_folder_is_uploaded_and_fetched(server: GsServer, tmp_path: Path) -> N
     (tmp_path / "up" / "deep").mkdir(parents=True)
     for name in ("a", "deep/b"):
         (tmp_path / "up" / name).write_text(name)
-    copies.upload(tmp_path / "up", PLACE, last="a")
-    found = copies.local_copy(PLACE, tmp_path / "down")
+    node_cache.upload(tmp_path / "up", PLACE, last="a")
+    found = node_cache.local_copy(PLACE, tmp_path / "down")
     assert [(found / name).read_text() for name in ("a", "deep/b")] == ["a", "deep/b"]
 
 

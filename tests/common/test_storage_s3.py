@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from olora_ray.common import connections, copies, patience, s3, storage
+from olora_ray.common import node_cache, patience, s3, storage
 from olora_ray.common.errors import StoreError, TryAgain, UserError
 from tests.s3_server import Faults, Server, dead_port, within
 from tests.said import said
@@ -24,9 +24,9 @@ def place(bucket: str) -> str:
 @pytest.fixture
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short times: what they are is not tested."""
-    for module in (connections, s3):
+    for module in (patience, s3):
         monkeypatch.setattr(module, "ANSWER_SECONDS", 1)
-    connections._connected.cache_clear()
+    patience._connected.cache_clear()
     s3._made.cache_clear()
     monkeypatch.setattr(patience, "PATIENCE", 20.0)
     monkeypatch.setattr(patience, "PAUSES", (0.05,))
@@ -62,7 +62,7 @@ class TestFiles:
         storage.write_text(storage.join(place, name), "x")
         assert server.keys(place) == [name]
         assert storage.read_text(storage.join(place, name)) == "x"
-        assert copies.local_copy(storage.join(place, name), tmp_path).read_text() == "x"
+        assert node_cache.local_copy(storage.join(place, name), tmp_path).read_text() == "x"
 
     def test_nothing_is_below_an_address_with_a_query(self) -> None:
         with pytest.raises(UserError, match=r"s3://b/p: write it without '\?region=x'; .*AWS_ENDPOINT_URL"):
@@ -96,8 +96,8 @@ class TestRegion:
         for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_PROFILE"):
             monkeypatch.delenv(name, raising=False)
         monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        monkeypatch.setattr(connections.fs, "resolve_s3_region", away)
-        connections._connected.cache_clear()
+        monkeypatch.setattr(patience.fs, "resolve_s3_region", away)
+        patience._connected.cache_clear()
 
     def test_where_it_cannot_be_asked_for_the_one_that_is_set_counts(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("AWS_REGION", "cn-north-1")
@@ -199,7 +199,7 @@ class TestPatience:
 
     def test_a_store_that_has_answered_is_asked_again(self, server: Server, place: str) -> None:
         storage.write_text(storage.join(place, "a"), "x")
-        server.faults = Faults(refuse=2 * connections.ATTEMPTS)
+        server.faults = Faults(refuse=2 * patience.ATTEMPTS)
         with said() as lines:
             assert storage.read_text(storage.join(place, "a")) == "x"
         assert len(lines) == 2

@@ -22,10 +22,10 @@ from comparison.run import Run
 from olora_ray.cluster.spec import TrainResult
 from olora_ray.config.load import override
 from olora_ray.config.schema import Config
-from olora_ray.sweep import progress, run, state
+from olora_ray.sweep import run, state
 from olora_ray.sweep.record import TrialRecord
 from olora_ray.sweep.spec import trial_place
-from olora_ray.train.state import TrainState
+from olora_ray.train.checkpoint import TrainState
 from tests import tiny
 
 STEPS, EVERY, BASE, ROWS = 40, 5, 1.637, 60
@@ -101,7 +101,7 @@ class Cluster:
 
     def search(self, spec: PhaseSpec) -> None:
         """In place of olora_ray.sweep.run.search."""
-        if progress.read(spec.folder).complete and state.begun(spec.folder):
+        if state.read(spec.folder).complete and state.begun(spec.folder):
             return
         for number in range(spec.space.count()):
             values = spec.space.values(spec.space.drawn(number))
@@ -116,7 +116,7 @@ class Cluster:
         (Path(spec.folder) / "tune").mkdir(exist_ok=True)
         (Path(spec.folder) / "tune" / "tuner.pkl").touch()
         state.begin(spec.folder)
-        progress.write(spec.folder, progress.Progress(60.0, complete=True))
+        state.write(spec.folder, state.Progress(60.0, complete=True))
 
     def _train(self, spec: PhaseSpec, folder: Path, number: int, values: dict[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)

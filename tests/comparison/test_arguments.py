@@ -8,7 +8,7 @@ import yaml
 
 from comparison.arguments import Compare, known_methods, parse
 from olora_ray.common.errors import UserError
-from olora_ray.config.describe import default
+from olora_ray.config.command_line import default
 from olora_ray.config.load import load
 
 

@@ -17,7 +17,7 @@ from tests.comparison import made
 def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Comparison:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setattr(folder.address, "find", lambda: "local")
-    monkeypatch.setattr(folder.mlflow_run, "check_tracking", lambda config, folder: None)
+    monkeypatch.setattr(folder.publish, "check_tracking", lambda config, folder: None)
     found = made.comparison(tmp_path)
     folder.begin(found, {"test rows": "a", "base model": "b"})
     (Path(found.config.folder()) / "tuning-1").mkdir()

@@ -131,12 +131,12 @@ def test_trainings_of_several_versions_are_told(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(KeyboardInterrupt):
         compared(monkeypatch, asked, cluster)
     cluster.stop_after = None
-    monkeypatch.setattr(folder.kept, "code", lambda: "another")
+    monkeypatch.setattr(folder.node_cache, "code", lambda: "another")
     with said() as lines:
         record = compared(monkeypatch, asked, cluster)
     assert sum(folder.MIXED in line for line in lines) == 1
     assert record.notes == (folder.MIXED,)
-    monkeypatch.setattr(folder.kept, "code", lambda: "a third")
+    monkeypatch.setattr(folder.node_cache, "code", lambda: "a third")
     with said() as lines:  # there is nothing left to train
         compared(monkeypatch, asked, cluster)
     assert not any(folder.MIXED in line for line in lines)
@@ -144,14 +144,14 @@ def test_trainings_of_several_versions_are_told(tmp_path: Path, monkeypatch: pyt
 
 def test_a_version_that_trains_nothing_is_not_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Who was warned, and went back to the version of before, had a mixture noted for ever."""
-    asked, cluster, own = made.comparison(tmp_path), Cluster(stop_after=5), folder.kept.code
+    asked, cluster, own = made.comparison(tmp_path), Cluster(stop_after=5), folder.node_cache.code
     for code, after in ((own, 5), (lambda: "another", 0)):
-        monkeypatch.setattr(folder.kept, "code", code)
+        monkeypatch.setattr(folder.node_cache, "code", code)
         cluster.stop_after = len(cluster.trained) + after
         with pytest.raises(KeyboardInterrupt):
             compared(monkeypatch, asked, cluster)
     cluster.stop_after = None
-    monkeypatch.setattr(folder.kept, "code", own)
+    monkeypatch.setattr(folder.node_cache, "code", own)
     assert compared(monkeypatch, asked, cluster).notes == ()
 
 

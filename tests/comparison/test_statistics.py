@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from comparison.statistics import Difference, Interval, crossed, holm, per_token, simultaneous
-from olora_ray.evaluation import bootstrap
+from olora_ray.evaluation import rows as bootstrap
 
 P = st.lists(st.floats(0.0, 1.0), min_size=1, max_size=6)
 

@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 
 from olora_ray.common.errors import UserError
-from olora_ray.config.command_line import parse, read_arguments
+from olora_ray.config.command_line import parse, read_arguments, resolved
 from olora_ray.config.load import load
-from olora_ray.config.paths import resolved
 
 ROOT = Path(__file__).parents[2]
 FINETUNE = ROOT / "pipelines" / "finetune.py"

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 import pytest
 from pydantic import Field
 
-from olora_ray.config.describe import WIDTH, help_text, plain, shape
+from olora_ray.config.command_line import WIDTH, help_text, plain, shape
 from olora_ray.config.schema import Condition, Config, Source
 from olora_ray.data.formats import FIELDS
 

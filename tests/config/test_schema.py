@@ -11,11 +11,8 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from olora_ray.common.errors import UserError
-from olora_ray.config.dotted import flatten, parse_assignments
-from olora_ray.config.evaluation import EvaluationConfig
-from olora_ray.config.load import build, dump, load, override
-from olora_ray.config.schema import IN_STORAGE, Cluster, Config, Model, Section, Source
-from olora_ray.config.yaml_io import parse_yaml
+from olora_ray.config.load import build, dump, flatten, load, override, parse_assignments, parse_yaml
+from olora_ray.config.schema import IN_STORAGE, Cluster, Config, EvaluationConfig, Model, Section, Source
 from tests import tiny
 
 SHIPPED = sorted(Path(__file__).parents[2].glob("pipelines/configs/*.yaml"))

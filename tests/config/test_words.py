@@ -4,8 +4,9 @@ import re
 
 import pytest
 
+from olora_ray.config.load import EXPLAINED, PLAIN
+from olora_ray.config.load import spelling_advice as advice
 from olora_ray.config.schema import Config
-from olora_ray.config.words import EXPLAINED, PLAIN, advice
 
 
 def there(field: str) -> bool:

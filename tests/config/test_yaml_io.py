@@ -5,9 +5,7 @@ import tracemalloc
 import pytest
 
 from olora_ray.common.errors import UserError
-from olora_ray.config.dotted import changed, parse_assignments
-from olora_ray.config.load import build
-from olora_ray.config.yaml_io import parse_yaml
+from olora_ray.config.load import build, changed, parse_assignments, parse_yaml
 
 
 def refusal(text: str) -> str:

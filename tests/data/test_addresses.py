@@ -7,8 +7,8 @@ import pytest
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Source
 from olora_ray.data import scan, sources
-from olora_ray.data.addresses import open_filesystem, uri_beside
 from olora_ray.data.reader import read_unit
+from olora_ray.data.sources import open_filesystem, uri_beside
 
 NAMES = ["plain.jsonl", "a b.jsonl", "a#b.jsonl", "a%23b.jsonl", "a%20b.jsonl", "a+b&c=d.jsonl", "süß.jsonl"]
 AT = "region=eu-west-1&scheme=http&endpoint_override=127.0.0.1:1"

@@ -12,10 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import ipc
 
-from olora_ray.data import arrow_stream, lines, scan
+from olora_ray.data import reader, scan
 from olora_ray.data.reader import read_unit
-from olora_ray.data.sources import File
-from olora_ray.data.unchanged import Changed
+from olora_ray.data.sources import Changed, File
 from olora_ray.data.units import Unit, Units
 from tests.s3_server import Server
 
@@ -49,7 +48,7 @@ def test_units_are_all_rows_in_any_order(
         tmp_path_factory.mktemp("arrow") / "a.arrow", batches, column.dictionary_encode() if dictionary else column
     )
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(lines, "UNIT_ROWS", 2)
+        patched.setattr(scan, "UNIT_ROWS", 2)
         found = scan.scan(file, "")
     rows = [(number, {"text": text}) for number, text in enumerate(wanted)]
     assert read(file, found.units) == rows
@@ -62,7 +61,7 @@ def test_units_are_all_rows_in_any_order(
 def test_a_look_at_a_file_reads_its_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write(tmp_path / "a.arrow", [100] * 50, pa.array(texts(5000)))
     whole = scan.scan(file, "")
-    monkeypatch.setattr(lines, "CHUNK", file.size // 10)
+    monkeypatch.setattr(scan, "CHUNK", file.size // 10)
     found = scan.head(file)
     assert (found.sha256, found.columns) == ("", whole.columns)
     assert found.rows == pytest.approx(whole.rows, rel=0.05)
@@ -116,4 +115,4 @@ def test_in_a_bucket_little_more_is_read_than_there_is(
         ]
     assert sum(asked) < 4 * file.size
     assert len(asked) < 6 * len(units)
-    assert file.size / len(units) > arrow_stream.LITTLE
+    assert file.size / len(units) > reader.LITTLE

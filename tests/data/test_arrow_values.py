@@ -10,8 +10,7 @@ from pyarrow import parquet
 from olora_ray.config.load import build
 from olora_ray.config.schema import Source
 from olora_ray.data import scan, sources
-from olora_ray.data.example import Chat
-from olora_ray.data.formats import to_example
+from olora_ray.data.formats import Chat, to_example
 from olora_ray.data.reader import read_unit
 from olora_ray.pipeline import first_look
 

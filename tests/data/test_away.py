@@ -11,12 +11,12 @@ import pyarrow as pa
 import pytest
 from pyarrow import fs, parquet
 
-from olora_ray.common import connections, patience
+from olora_ray.common import patience
 from olora_ray.common.errors import StoreUnavailable, TryAgain
 from olora_ray.config.schema import Source
 from olora_ray.data import scan, sources
 from olora_ray.data.reader import read_unit
-from olora_ray.tokens import prepare, writer
+from olora_ray.tokens import prepare
 from tests.said import said
 from tests.tokens import helpers
 
@@ -64,7 +64,7 @@ class _Object(io.FileIO):
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     found = Store(tmp_path)
-    monkeypatch.setattr(connections, "connect", lambda scheme, bucket, query="": (found, str(tmp_path)))
+    monkeypatch.setattr(patience, "connect", lambda scheme, bucket, query="": (found, str(tmp_path)))
     monkeypatch.setattr(patience, "_answered", {"s3://bucket"})
     monkeypatch.setattr(patience, "PAUSES", (0.0,))
     lines = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
@@ -115,8 +115,8 @@ def test_one_that_stays_away_ends_the_command_for_now(store: Store, monkeypatch:
 def test_neither_is_it_a_damaged_file_for_a_task(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = helpers.config(tmp_path / "st", {"path": "s3://bucket/a.jsonl", "format": "text"})
     plan = prepare.plan_here(config, helpers.spec(), "train")
-    job = writer.StoreSpec(plan, str(tmp_path / "st" / "tokens"), str(tmp_path / "st"))
+    job = prepare.StoreSpec(plan, str(tmp_path / "st" / "tokens"), str(tmp_path / "st"))
     monkeypatch.setattr(patience, "PATIENCE", 0.0)
     store.fails = lambda number: True
     with pytest.raises(StoreUnavailable, match="NETWORK_CONNECTION"):
-        writer.make_shard(job.for_tasks(), plan.part(0))
+        prepare.make_shard(job.for_tasks(), plan.part(0))

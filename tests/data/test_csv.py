@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from olora_ray.common.errors import UserError
-from olora_ray.data import lines, reader, scan
-from olora_ray.data.example import Rejected
+from olora_ray.data import reader, scan
+from olora_ray.data.formats import Rejected
 from olora_ray.data.sources import COMPRESSIONS, File
 
 SPECIAL = ['"', '""', ",", "\n", "\r", "\r\n", "\t", " ", "a", 'a"', '"a', "é", "\u2028", "\x00"]
@@ -85,8 +85,8 @@ def test_any_text_gives_the_rows_of_csv_reader(
     text: str, size: int, start: bytes, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lines, "CHUNK", size)
-        patch.setattr(lines, "UNIT_BYTES", size)
+        patch.setattr(scan, "CHUNK", size)
+        patch.setattr(scan, "UNIT_BYTES", size)
         for name in ("a.csv", "a.tsv"):
             check(tmp_path_factory.getbasetemp(), text, name, start)
 
@@ -99,9 +99,9 @@ def test_what_csv_writer_wrote(
     sink = io.StringIO(newline="")
     csv.writer(sink, lineterminator=end, quoting=quoting).writerows([["x", "y", "z"], *rows])  # type: ignore[arg-type]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lines, "STEP", 2)
-        patch.setattr(lines, "UNITS_WANTED", 4)
-        patch.setattr(lines, "UNIT_ROWS", 4)
+        patch.setattr(scan, "STEP", 2)
+        patch.setattr(scan, "UNITS_WANTED", 4)
+        patch.setattr(scan, "UNIT_ROWS", 4)
         check(tmp_path_factory.getbasetemp(), sink.getvalue().removesuffix(end if cut else ""))
 
 
@@ -120,7 +120,7 @@ def test_a_lone_carriage_return_in_a_quoted_cell(tmp_path: Path) -> None:
 
 
 def test_a_large_file_keeps_few_marks_and_all_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lines, "UNIT_BYTES", 3000)
+    monkeypatch.setattr(scan, "UNIT_BYTES", 3000)
     cells = ["x" * (400 if 7000 < n < 7100 else 3) for n in range(20_000)]
     file = file_of(tmp_path, ("\na\n" + "".join(f"{cell}\n" for cell in cells)).encode())
     found = scan.scan(file, "")

@@ -8,7 +8,7 @@ import pytest
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Source
 from olora_ray.data import chat_template
-from olora_ray.data.form import as_chat, form_line
+from olora_ray.data.tokenize import as_chat, form_line
 from olora_ray.data.tokenizer_spec import TokenizerSpec
 from olora_ray.tokens.prepare import plan_here, prepare
 from olora_ray.tokens.preview import describe

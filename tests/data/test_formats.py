@@ -7,8 +7,7 @@ import pytest
 from pyarrow import parquet
 
 from olora_ray.common.errors import UserError
-from olora_ray.data.example import Chat, Completion, Rejected, Text
-from olora_ray.data.formats import check_fields, to_example
+from olora_ray.data.formats import Chat, Completion, Rejected, Text, check_fields, to_example
 from tests.tokens.helpers import chat
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Source
-from olora_ray.data import json_file, lines, scan, sources
+from olora_ray.data import reader, scan, sources
 from olora_ray.data.units import FileScan
 
 
@@ -37,8 +37,8 @@ LONG: dict[str, tuple[bytes, str]] = {
 def test_a_row_that_is_too_long(
     name: str, chunk: int, pack: Callable[[bytes], bytes] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lines, "LINE_BYTES", 1000)
-    monkeypatch.setattr(lines, "CHUNK", chunk)
+    monkeypatch.setattr(scan, "LINE_BYTES", 1000)
+    monkeypatch.setattr(scan, "CHUNK", chunk)
     content, message = LONG[name]
     path = tmp_path / (f"{name}.gz" if pack else name)
     path.write_bytes(pack(content) if pack else content)
@@ -48,14 +48,14 @@ def test_a_row_that_is_too_long(
 
 
 def test_a_row_just_below_the_limit_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lines, "LINE_BYTES", 1000)
+    monkeypatch.setattr(scan, "LINE_BYTES", 1000)
     (tmp_path / "a.jsonl").write_bytes(b'"' + b"x" * 997 + b'"\n' * 1)
     assert scanned(tmp_path / "a.jsonl").rows == 1
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.json.gz"])
 def test_a_json_file_that_is_too_large(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(json_file, "DOCUMENT_BYTES", 2**20)
+    monkeypatch.setattr(reader, "DOCUMENT_BYTES", 2**20)
     content = b"[" + b" " * 2**20 + b"]"
     (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
     with pytest.raises(UserError, match=r"a\.json(\.gz)?: more than 1 MiB of JSON, .*; write it as \.jsonl"):
@@ -64,8 +64,8 @@ def test_a_json_file_that_is_too_large(name: str, tmp_path: Path, monkeypatch: p
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.csv.gz"])
 def test_too_many_lines_in_a_compressed_file(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lines, "LINES", 1000)
-    monkeypatch.setattr(lines, "CHUNK", 200)
+    monkeypatch.setattr(scan, "LINES", 1000)
+    monkeypatch.setattr(scan, "CHUNK", 200)
     (tmp_path / name).write_bytes(gzip.compress(b"\n" * 5000))
     with pytest.raises(UserError, match=r"gz: more than 1,000 lines in a compressed file; give it as several"):
         scanned(tmp_path / name)

@@ -20,8 +20,9 @@ from pyarrow import parquet
 from olora_ray.common.errors import UserError
 from olora_ray.config.load import override
 from olora_ray.config.schema import Source
-from olora_ray.data import kept_scans, lines, reader, scan, sources
-from olora_ray.data.example import Rejected
+from olora_ray.data import reader, scan, sources
+from olora_ray.data import units as kept_scans
+from olora_ray.data.formats import Rejected
 from olora_ray.data.tokenizer_spec import TokenizerSpec
 from olora_ray.data.units import Units
 from olora_ray.tokens.prepare import prepare
@@ -102,7 +103,7 @@ def places(path: Path) -> list[tuple[int, Any]]:
     assert found.rows == sum(unit.rows for unit in found.units)
     if file.compression is None and file.kind in ("jsonl", "csv", "tsv"):
         record_lines = 1 if file.kind == "jsonl" else 2
-        assert all(unit.size <= lines.UNIT_BYTES or unit.rows <= record_lines for unit in found.units)
+        assert all(unit.size <= scan.UNIT_BYTES or unit.rows <= record_lines for unit in found.units)
     parts = [
         list(reader.read_unit(file, unit, found.columns, ["prompt", "completion"])) for unit in reversed(found.units)
     ]
@@ -119,9 +120,9 @@ def test_units_cover_a_file_exactly_and_know_their_places(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     KINDS[name](tmp_path / name)
-    for size in (7, 64, lines.UNIT_BYTES):
-        monkeypatch.setattr(lines, "UNIT_BYTES", size)
-        monkeypatch.setattr(lines, "CHUNK", 8 * size)
+    for size in (7, 64, scan.UNIT_BYTES):
+        monkeypatch.setattr(scan, "UNIT_BYTES", size)
+        monkeypatch.setattr(scan, "CHUNK", 8 * size)
         found = places(tmp_path / name)
         assert [row for _, row in found] == ROWS
         # In csv a row takes two lines here, after the header.
@@ -197,7 +198,7 @@ def test_a_text_file_is_a_document_and_a_large_one_several(tmp_path: Path, monke
     path = tmp_path / "a.txt"
     path.write_text("line one\nline two\nline three\n")
     assert places(path) == [(0, {"text": "line one\nline two\nline three\n"})]
-    monkeypatch.setattr(lines, "DOCUMENT_BYTES", 10)
+    monkeypatch.setattr(scan, "DOCUMENT_BYTES", 10)
     assert places(path) == [(0, {"text": "line one\nline two\n"}), (1, {"text": "line three\n"})]
 
 
@@ -411,7 +412,7 @@ def test_the_scan_of_a_file_is_kept_until_the_file_changes(tmp_path: Path, monke
 
 
 def test_a_cheap_look_estimates_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lines, "CHUNK", 5000)
+    monkeypatch.setattr(scan, "CHUNK", 5000)
     for name in ("a.jsonl", "a.csv", "a.parquet", "a.json"):
         KINDS[name](tmp_path / name)
         [file] = sources.list_files(source(tmp_path / name), "x", "")
@@ -425,7 +426,7 @@ def test_a_cheap_look_estimates_the_rows(tmp_path: Path, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.txt"])
 def test_a_cheap_look_goes_on_to_the_first_row(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lines, "CHUNK", 100)
+    monkeypatch.setattr(scan, "CHUNK", 100)
     (tmp_path / name).write_text("a\n" * (name == "a.csv") + '"' + "x" * 1000 + '"')
     [file] = sources.list_files(source(tmp_path / name), "x", "")
     assert [unit.size for unit in scan.head(file).units] == [1002]

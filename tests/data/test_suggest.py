@@ -4,8 +4,7 @@ from typing import Any
 
 import pytest
 
-from olora_ray.data.formats import FIELDS, NEEDED, to_example
-from olora_ray.data.suggest import OTHER_NAMES, columns, file
+from olora_ray.data.formats import FIELDS, NEEDED, OTHER_NAMES, columns, file, to_example
 
 TURNS = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
 ROLES = [{"role": "human", "content": "q"}, {"role": "gpt", "content": "a"}]

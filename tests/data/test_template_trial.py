@@ -8,7 +8,7 @@ import pytest
 from olora_ray.common.errors import UserError
 from olora_ray.data import template_trial
 from olora_ray.data.tokenize import ExampleTokenizer
-from olora_ray.tokens import prepare, writer
+from olora_ray.tokens import prepare
 from tests.tokens import helpers
 
 
@@ -45,10 +45,10 @@ def test_the_trial_does_not_import_from_the_current_folder(tmp_path: Path, monke
 def test_a_template_is_tried_where_a_store_is_begun_and_in_no_task(tmp_path: Path, monkeypatch: Any) -> None:
     """A trial takes a process of its own, and there may be a thousand tasks' processes."""
 
-    def job(source: str) -> tuple[writer.StoreSpec, Any]:
+    def job(source: str) -> tuple[prepare.StoreSpec, Any]:
         corpus = helpers.write_jsonl(tmp_path / "a.jsonl", helpers.rows(40))
         plan = prepare.plan_here(helpers.config(tmp_path, corpus), helpers.spec(source), "train")
-        return writer.StoreSpec(plan, str(tmp_path / "tokens"), str(tmp_path)), plan.part(0)
+        return prepare.StoreSpec(plan, str(tmp_path / "tokens"), str(tmp_path)), plan.part(0)
 
     hostile, _ = job("{{ 'a' * 3000000001 }}")
     with pytest.raises(UserError, match="takes more than 2 s or 1 GiB"):
@@ -57,4 +57,4 @@ def test_a_template_is_tried_where_a_store_is_begun_and_in_no_task(tmp_path: Pat
     shared = good.for_tasks()
     template_trial._comes_through.cache_clear()  # as in the process of a task
     monkeypatch.setattr(template_trial.subprocess, "run", lambda *_, **__: pytest.fail("tried again"))
-    assert writer.make_shard(shared, part)["examples"]
+    assert prepare.make_shard(shared, part)["examples"]

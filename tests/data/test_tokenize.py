@@ -9,9 +9,9 @@ import pytest
 from tokenizers import Tokenizer
 
 from olora_ray.common.errors import UserError
-from olora_ray.data import tool_calls
+from olora_ray.data import template_probe
 from olora_ray.data.chat_template import DEFAULT
-from olora_ray.data.example import Chat, Completion, Rejected, Text
+from olora_ray.data.formats import Chat, Completion, Rejected, Text
 from olora_ray.data.tokenize import ExampleTokenizer, Tokens
 from olora_ray.data.tokenizer_spec import TokenizerSpec, spec_from_pretrained
 from tests.data.test_chat_template import ALL, conversation
@@ -386,11 +386,11 @@ def test_arguments_that_are_no_object_stay() -> None:
         "f",
         {"arguments": {}},
     ]
-    assert tool_calls.with_objects([{"tool_calls": calls}, {"content": "x"}]) == [
+    assert template_probe.with_objects([{"tool_calls": calls}, {"content": "x"}]) == [
         {"tool_calls": calls},
         {"content": "x"},
     ]
-    assert tool_calls.with_objects([{"tool_calls": [{"arguments": '{"a": 1}'}]}]) == [
+    assert template_probe.with_objects([{"tool_calls": [{"arguments": '{"a": 1}'}]}]) == [
         {"tool_calls": [{"arguments": {"a": 1}}]}
     ]
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from olora_ray.data.turn_end import turn_end
+from olora_ray.data.tokenize import turn_end
 from tests.data.test_chat_template import MISTRAL
 from tests.tokens import helpers
 

@@ -17,10 +17,10 @@ from pyarrow import parquet
 
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Source
-from olora_ray.data import kept_scans, scan, sources
+from olora_ray.data import scan, sources
+from olora_ray.data import units as kept_scans
 from olora_ray.data.reader import read_unit
-from olora_ray.data.sources import File
-from olora_ray.data.unchanged import Changed
+from olora_ray.data.sources import Changed, File
 from olora_ray.data.units import FileScan, Unit
 from olora_ray.tokens import prepare
 from tests.tokens import helpers

@@ -19,9 +19,8 @@ import zstandard
 from olora_ray.common import node_cache
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Source
-from olora_ray.data import lines, reader, scan, sources, unpacked
-from olora_ray.data.sources import File
-from olora_ray.data.unchanged import Changed
+from olora_ray.data import reader, scan, sources
+from olora_ray.data.sources import Changed, File
 from olora_ray.data.units import Units
 
 PACKS: dict[str, Callable[[bytes], bytes]] = {
@@ -42,9 +41,9 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Files are large from 10 kB on, and the node's folder is one of the test."""
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
-    monkeypatch.setattr(unpacked, "WORTH_IT", 10_000)
-    monkeypatch.setattr(unpacked, "CHUNK", 4096)
-    monkeypatch.setattr(lines, "SLOW_UNIT_BYTES", 10_000)
+    monkeypatch.setattr(reader, "WORTH_IT", 10_000)
+    monkeypatch.setattr(reader, "CHUNK", 4096)
+    monkeypatch.setattr(scan, "SLOW_UNIT_BYTES", 10_000)
     return tmp_path / "temporary"
 
 
@@ -89,7 +88,7 @@ def test_a_large_file_is_decompressed_once_for_all_its_units(pack: str, tmp_path
 
 
 def test_a_small_file_is_not_copied(tmp_path: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(unpacked, "WORTH_IT", 10**6)
+    monkeypatch.setattr(reader, "WORTH_IT", 10**6)
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(content(ROWS)))
     assert read(*scanned(tmp_path / "a.jsonl.gz")) == ROWS
     assert copies(temporary) == []
@@ -126,7 +125,7 @@ def test_a_file_that_is_damaged_in_its_middle_is_named(tmp_path: Path, temporary
     assert [each.name for each in temporary.glob("*/unpacked/*") if not each.name.endswith(".lock")] == []
 
 
-def _small_part(room: unpacked._Room) -> int:
+def _small_part(room: reader._Room) -> int:
     return 20_000 - sum(each.stat().st_size for each in room._folder.glob(".*.tmp"))
 
 
@@ -144,22 +143,22 @@ def test_without_room_a_file_is_read_as_before(
     tmp_path: Path, temporary: Path, passes: list[str], monkeypatch: pytest.MonkeyPatch, full: bool
 ) -> None:
     if full:
-        monkeypatch.setattr(unpacked, "_has_taken", partial(_on_a_full_disk, unpacked._has_taken))
+        monkeypatch.setattr(reader, "_has_taken", partial(_on_a_full_disk, reader._has_taken))
     else:
-        monkeypatch.setattr(unpacked._Room, "left", _small_part)
+        monkeypatch.setattr(reader._Room, "left", _small_part)
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(content(ROWS)))
     file, units = scanned(tmp_path / "a.jsonl.gz")
     passes.clear()
     assert read(file, units) == ROWS
     assert copies(temporary) == []
-    tries = sum(unit.offset >= unpacked.WORTH_IT for unit in units)
+    tries = sum(unit.offset >= reader.WORTH_IT for unit in units)
     assert len(passes) == len(units) + tries  # each opened in vain, but read through at most once
 
 
 def test_what_others_are_writing_takes_room_too(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = type("Usage", (), {"total": int(1000 / node_cache.SHARE), "free": 10_000})
     monkeypatch.setattr("shutil.disk_usage", lambda folder: usage)
-    room = unpacked._Room(temporary)
+    room = reader._Room(temporary)
     assert room.left() == 1000
     (temporary / ".other.raw.0.tmp").write_bytes(bytes(300))
     (temporary / "third.raw").write_bytes(bytes(200))
@@ -194,8 +193,8 @@ def test_without_a_folder_a_file_is_read_as_before(tmp_path: Path, monkeypatch: 
 
 def _read_all(path: str, start: Any, answers: Any) -> None:
     names: list[str] = []
-    made = unpacked._write
-    unpacked._write = lambda *arguments: names.append("made") or time.sleep(0.5) or made(*arguments)
+    made = reader._write
+    reader._write = lambda *arguments: names.append("made") or time.sleep(0.5) or made(*arguments)
     file, units = scanned(Path(path))
     start.wait(30)
     assert read(file, reversed(units)) == [row for unit in reversed(units) for row in ROWS[unit.first :][: unit.rows]]

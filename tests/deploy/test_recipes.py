@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from olora_ray.config.dotted import parse_assignments
+from olora_ray.config.load import parse_assignments
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"

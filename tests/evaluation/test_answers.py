@@ -9,7 +9,7 @@ import pytest
 from olora_ray.common.errors import UserError
 from olora_ray.config.load import build, override
 from olora_ray.config.schema import Config
-from olora_ray.evaluation import command_line, held_out, pool, results, save
+from olora_ray.evaluation import held_out, results
 from olora_ray.evaluation.groups import group_numbers
 from olora_ray.evaluation.results import Evaluation
 from olora_ray.evaluation.targets import Target
@@ -35,7 +35,9 @@ def config(tmp_path: Path) -> Config:
 def test_answers_lead_to_their_rows_and_rows_to_people(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pool, "map_over_actors", lambda make, works, config: list(map(make(), works)))  # without Ray
+    monkeypatch.setattr(
+        held_out, "map_over_actors", lambda make, works, config: list(map(make(), works))
+    )  # without Ray
     base = open_base(config)
     store = prepare.prepare(config, base.spec, "eval")
     found, answers = held_out.measure_and_answer(base, None, store, config)
@@ -54,8 +56,8 @@ def test_answers_lead_to_their_rows_and_rows_to_people(
     assert len(set(zip(groups, people, strict=True))) == len(set(people)) == len(set(groups)) > 1
 
     target = Target("runs/small", base.model, None, config)
-    request = command_line.read(["runs/small", "--out", str(tmp_path / "out")], "")
-    save.write(request, [Evaluation(target, found, {}, groups, answers)], {}, None)
+    request = results.read(["runs/small", "--out", str(tmp_path / "out")], "")
+    results.write(request, [Evaluation(target, found, {}, groups, answers)], {}, None)
     kept = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
     assert [(item["origin"], item["text"], item["reference"]) for item in kept] == [
         (item.origin, item.text, item.reference) for item in answers
@@ -74,17 +76,17 @@ def test_a_group_that_is_no_column_is_refused_before_anything_is_measured(
 
 
 def test_without_a_scorer_there_is_no_file_of_answers(config: Config, tmp_path: Path) -> None:
-    request = command_line.read(["m", "--out", str(tmp_path / "out")], "")
+    request = results.read(["m", "--out", str(tmp_path / "out")], "")
     base = open_base(config).model
-    save.write(request, [results.Evaluation(Target("m", base, None, config), None, {})], {}, None)
+    results.write(request, [results.Evaluation(Target("m", base, None, config), None, {})], {}, None)
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["evaluation.json"]
 
 
 def test_answers_of_an_earlier_evaluation_are_not_taken_for_those_of_this_one(config: Config, tmp_path: Path) -> None:
-    request = command_line.read(["m", "--out", str(tmp_path)], "")
+    request = results.read(["m", "--out", str(tmp_path)], "")
     (tmp_path / "answers.jsonl").write_text("{}\n")
     with said() as lines:
-        save.write(request, [Evaluation(Target("m", open_base(config).model, None, config), None, {})], {}, None)
+        results.write(request, [Evaluation(Target("m", open_base(config).model, None, config), None, {})], {}, None)
     expected = f"{tmp_path}/answers.jsonl: is of an earlier evaluation; this one has scored no answers"
     assert [line for line in lines if expected in line]
     assert (tmp_path / "answers.jsonl").read_text() == "{}\n"

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from olora_ray.evaluation import bootstrap
-from olora_ray.evaluation.bootstrap import difference
+from olora_ray.evaluation import rows as bootstrap
+from olora_ray.evaluation.rows import difference
 
 VALUES = st.lists(st.tuples(*[st.floats(-10, 10)] * 2, st.floats(0.1, 10)), min_size=1, max_size=30)
 

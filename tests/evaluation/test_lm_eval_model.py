@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from olora_ray.config.load import build
-from olora_ray.evaluation import lm_eval_tasks, pool
+from olora_ray.evaluation import held_out, lm_eval_tasks
 from olora_ray.model.source import BaseModel
 from tests.evaluation import harness, sets
 from tests.pipelines import project
@@ -29,8 +29,8 @@ def in_turn(make: Callable[[], Any], works: Sequence[Any], *_: Any) -> list[Any]
 
 
 def test_every_number_is_the_same(folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("olora_ray.evaluation.lm_eval_model.PIECE", 5)
-    monkeypatch.setattr(pool, "map_over_actors", in_turn)
+    monkeypatch.setattr("olora_ray.evaluation.lm_eval_tasks.PIECE", 5)
+    monkeypatch.setattr(held_out, "map_over_actors", in_turn)
     model, data = folders
     settings = build(project.settings(tmp_path, model))
     loaded = lm_eval_tasks.load(NAMES, str(data))

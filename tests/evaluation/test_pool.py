@@ -11,7 +11,7 @@ import torch
 from olora_ray.common.errors import UserError
 from olora_ray.config.load import build, override
 from olora_ray.config.schema import Config
-from olora_ray.evaluation import pool
+from olora_ray.evaluation import held_out
 from olora_ray.evaluation.held_out import measure
 from olora_ray.evaluation.rows import RowResults
 from olora_ray.pipeline.base import open_base
@@ -51,8 +51,8 @@ def test_results_do_not_depend_on_the_number_of_actors(ray_with: Callable[[int],
 def test_what_a_user_can_fix_comes_back_as_it_was_raised(ray_with: Callable[[int], None], config: Config) -> None:
     ray_with(2)
     with pytest.raises(UserError, match=r"^piece 2: broken$"):
-        pool.map_over_actors(partial(Piece, 2), [1, 2, 3], config)
-    assert pool.map_over_actors(partial(Piece, 2), [5, 1, 3], config) == [5, 1, 3]
+        held_out.map_over_actors(partial(Piece, 2), [1, 2, 3], config)
+    assert held_out.map_over_actors(partial(Piece, 2), [5, 1, 3], config) == [5, 1, 3]
 
 
 @pytest.mark.slow
@@ -64,7 +64,7 @@ def test_rows_that_are_measured_in_several_precisions_are_told(
     for model, warned in (("auto", 1), ("float32", 0)):
         with said() as lines:
             make = partial(Kind, tmp_path / model)
-            assert pool.map_over_actors(make, [0, 1, 2, 3], override(both, {"model.dtype": model})) == [0, 1, 2, 3]
+            assert held_out.map_over_actors(make, [0, 1, 2, 3], override(both, {"model.dtype": model})) == [0, 1, 2, 3]
         found = [line for line in lines if "model.dtype: auto: measured in bfloat16 and float32" in line]
         assert len(found) == warned
 

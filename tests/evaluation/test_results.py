@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 
 from olora_ray.common.errors import UserError
-from olora_ray.evaluation import command_line, lm_eval_tasks, results, save, table
-from olora_ray.evaluation.command_line import Request
+from olora_ray.evaluation import lm_eval_tasks, results
 from olora_ray.evaluation.lm_eval_tasks import TaskResult
-from olora_ray.evaluation.results import Evaluation, differences
+from olora_ray.evaluation.results import Evaluation, Request, differences
 from olora_ray.evaluation.rows import RowResults
 from olora_ray.evaluation.targets import Target
 from olora_ray.model.source import BaseModel
@@ -29,7 +28,7 @@ def evaluation(name: str, right: tuple[float, ...], data: str = "store") -> Eval
 
 
 def test_one_model_is_a_table_of_values_and_errors() -> None:
-    found = table.lines([evaluation("base", (1.0, 0.0, 1.0, 1.0))], {})
+    found = results.lines([evaluation("base", (1.0, 0.0, 1.0, 1.0))], {})
     assert found == [
         "model: base",
         "",
@@ -48,7 +47,7 @@ def test_two_models_stand_side_by_side_with_intervals() -> None:
     assert list(found) == ["eval/loss", "eval/perplexity", "eval/exact_match", "arc_easy/acc"]
     accuracy = found["arc_easy/acc"]
     assert (accuracy.mean, accuracy.low, accuracy.high) == pytest.approx((0.5, -0.42, 1.42), abs=0.05)
-    lines = table.lines(pair, found)
+    lines = results.lines(pair, found)
     assert lines[:2] == ["first:  tuned", "second: base"]
     assert lines[-1].split()[:5] == ["arc_easy/acc", "validation[:4]", "0.7500", "0.2500", "+0.5000"]
 
@@ -57,7 +56,7 @@ def test_other_tokens_stand_side_by_side_without_intervals() -> None:
     pair = evaluation("tuned", (1.0, 1.0)), evaluation("other", (0.0, 1.0), data="another store")
     found = differences(*pair)
     assert list(found) == ["arc_easy/acc"]
-    assert "not paired" in table.lines(pair, found)[-4]
+    assert "not paired" in results.lines(pair, found)[-4]
 
 
 def test_a_score_that_no_row_has_of_both_models_costs_nothing_but_its_interval() -> None:
@@ -69,9 +68,9 @@ def test_a_score_that_no_row_has_of_both_models_costs_nothing_but_its_interval()
         pair[number] = replace(each, held_out=replace(each.held_out, scores=scores))
     found = differences(*pair)
     assert list(found) == ["eval/loss", "eval/perplexity", "eval/exact_match", "arc_easy/acc"]
-    [line] = [line for line in table.lines(pair, found) if line.startswith("eval/first")]
+    [line] = [line for line in results.lines(pair, found) if line.startswith("eval/first")]
     assert line.endswith("not paired")
-    [line] = [line for line in table.lines(pair, found) if line.startswith("eval/of 1")]  # only the second has it
+    [line] = [line for line in results.lines(pair, found) if line.startswith("eval/of 1")]  # only the second has it
     assert line.split()[2:] == ["held-out[:1]", "-", "1.0000", "-", "not", "paired"]
 
 
@@ -82,8 +81,8 @@ def test_one_group_alone_has_no_interval() -> None:
 
 def test_results_are_written_where_asked(tmp_path: Path) -> None:
     pair = evaluation("tuned", (1.0, 1.0)), evaluation("base", (0.0, 1.0))
-    request = command_line.read(["tuned", "base", "--tasks", "arc_easy", "--limit", "2", "--out", str(tmp_path)], "")
-    save.write(request, pair, differences(*pair), None)
+    request = results.read(["tuned", "base", "--tasks", "arc_easy", "--limit", "2", "--out", str(tmp_path)], "")
+    results.write(request, pair, differences(*pair), None)
     tree = json.loads((tmp_path / "evaluation.json").read_text())
     assert [item["model"] for item in tree["models"]] == ["tuned", "base"]
     assert tree["models"][0]["metrics"]["arc_easy/acc"] == 1.0
@@ -100,7 +99,7 @@ def test_results_outlast_the_job_that_asks_for_them_by_a_relative_path(
     monkeypatch.chdir(job)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     one = evaluation("tuned", (1.0, 1.0))
-    save.write(command_line.read(["tuned", "--out", "results"], ""), [one], {}, None)
+    results.write(results.read(["tuned", "--out", "results"], ""), [one], {}, None)
     assert (tmp_path / "home" / "olora_ray" / "results" / "evaluation.json").is_file()
     assert not list(job.iterdir())
 
@@ -115,7 +114,7 @@ def test_a_request_is_read(capsys: pytest.CaptureFixture[str]) -> None:
         "--scorer",
         "exact_match",
     ]
-    assert command_line.read(words, "") == Request(
+    assert results.read(words, "") == Request(
         ("runs/a", "models:/b@champion"),
         None,
         {"model.dtype": "float32", "evaluation.scorer": "exact_match"},
@@ -125,15 +124,15 @@ def test_a_request_is_read(capsys: pytest.CaptureFixture[str]) -> None:
         None,
     )
     with pytest.raises(SystemExit) as ended:
-        command_line.read(["--help"], "how it is called\n")
+        results.read(["--help"], "how it is called\n")
     assert ended.value.code == 0
     assert capsys.readouterr().out == "how it is called\n"
 
 
 def test_an_empty_scorer_leaves_the_configs_and_a_limit_is_a_number() -> None:
-    assert command_line.read(["m", "--scorer", ""], "").changes == {}
+    assert results.read(["m", "--scorer", ""], "").changes == {}
     with pytest.raises(UserError, match="--limit: expected a number of rows"):
-        command_line.read(["m", "--limit", "\N{SUPERSCRIPT TWO}"], "")
+        results.read(["m", "--limit", "\N{SUPERSCRIPT TWO}"], "")
 
 
 @pytest.mark.parametrize(
@@ -168,6 +167,6 @@ def test_without_a_config_nothing_is_tracked(monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     target = evaluation("base", (1.0,)).target
     request = Request((str(tmp_path),), None, {}, ("boolq",), None, None, None)
-    assert save.address(request, [target]) is None
+    assert results.tracking_address(request, [target]) is None
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{mlflow_database.place(tmp_path)}/mlflow.db")
-    assert save.address(request, [target]) == f"sqlite:///{tmp_path}/mlflow.db"
+    assert results.tracking_address(request, [target]) == f"sqlite:///{tmp_path}/mlflow.db"

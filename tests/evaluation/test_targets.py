@@ -8,16 +8,15 @@ import torch
 
 from olora_ray.adapter.peft_folder import write_adapter
 from olora_ray.common.errors import UserError
-from olora_ray.config import paths
-from olora_ray.config.evaluation import EvaluationConfig
+from olora_ray.config import command_line
 from olora_ray.config.load import build, dump, override
-from olora_ray.config.schema import Config
+from olora_ray.config.schema import Config, EvaluationConfig
 from olora_ray.evaluation import held_out, targets
 from olora_ray.model.source import obtain
 from olora_ray.pipeline.run_folder import RunFolder
 from olora_ray.tracking.start import resolve_uri
 from olora_ray.train import checkpoint
-from olora_ray.train.state import TrainState
+from olora_ray.train.checkpoint import TrainState
 from tests import export_parts, tiny
 from tests.pipelines.project import settings
 from tests.said import said
@@ -209,6 +208,6 @@ def test_a_job_finds_what_a_job_before_it_has_left(run: Path, tmp_path: Path, mo
     monkeypatch.chdir(job)
     assert targets.run_of("runs/r") == str(kept)
     found = override(config(tmp_path / "base", tmp_path), {"train.start": "runs/r"})
-    assert paths.resolved(found, job).train.start == str(kept)
+    assert command_line.resolved(found, job).train.start == str(kept)
     shutil.copytree(run, job / "runs" / "r")
     assert targets.run_of("runs/r") == str(job / "runs" / "r")

@@ -7,12 +7,11 @@ import pytest
 import torch
 
 from olora_ray.adapter import layer, merge
-from olora_ray.cluster import tested_base
+from olora_ray.cluster import spec
 from olora_ray.common.errors import UserError
-from olora_ray.model import segment_attention
+from olora_ray.model import attention
 from olora_ray.pipeline.export import export_run
-from olora_ray.train.loss import SupervisedLoss
-from olora_ray.train.self_test_result import SelfTest
+from olora_ray.train.loss import SelfTest, SupervisedLoss
 from tests.families import check as check_module
 from tests.families import table
 from tests.families.check import check
@@ -23,14 +22,14 @@ LLAMA = ALL["llama"]
 
 
 def test_attention_over_borders_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    old = segment_attention.segment_attention
+    old = attention.segment_attention
 
     def over_borders(module: Any, query: Any, *rest: Any, cu_seq_lens_q: Any = None, **others: Any) -> Any:
         return old(module, query, *rest, cu_seq_lens_q=torch.tensor([0, query.shape[2]]), **others)
 
-    monkeypatch.setattr(segment_attention, "segment_attention", over_borders)
+    monkeypatch.setattr(attention, "segment_attention", over_borders)
     # The self-test would take another attention.
-    monkeypatch.setattr(tested_base, "choose_attention", lambda *_: SelfTest("segments"))
+    monkeypatch.setattr(spec, "choose_attention", lambda *_: SelfTest("segments"))
     row = check(LLAMA, "fp32", tmp_path)
     assert not row.right
     assert row.refused or "packed" in row.verdict

@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from olora_ray.common.errors import UserError
-from olora_ray.model import attention, load, segment_attention
-from olora_ray.train import loss as loss_module
-from olora_ray.train import self_test
+from olora_ray.model import attention, load
+from olora_ray.train import loss, self_test
 from olora_ray.train.loss import SupervisedLoss
 from olora_ray.train.self_test import choose_attention
 from tests import tiny
@@ -62,7 +61,7 @@ def test_packed_examples_of_models_with_a_state_in_bfloat16(name: str, tmp_path:
 
 @pytest.mark.parametrize("name", HEADS)
 def test_a_head_whose_scaling_is_left_out(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss_module, "OutputHead", lambda made: made.get_output_embeddings())
+    monkeypatch.setattr(loss, "OutputHead", lambda made: made.get_output_embeddings())
     with pytest.raises(UserError, match=r"^model\.name: .*losses differ by .* from those of the model's own logits"):
         chosen(name, tmp_path)
 
@@ -72,7 +71,7 @@ def test_a_head_whose_scaling_is_left_out(name: str, tmp_path: Path, monkeypatch
 def test_borders_that_do_not_reach_the_attention(
     name: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(segment_attention, "_borders", lambda positions: [0, positions.shape[1]])
+    monkeypatch.setattr(attention, "_borders", lambda positions: [0, positions.shape[1]])
     found = chosen(name, tmp_path, dtype)
     assert found.attention == "sdpa"
     assert "segments" in found.passed_over

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from olora_ray.common.quiet import quiet_transformers
+from olora_ray.common.logs import quiet_transformers
 from tests.export_parts import save_tokenizer
 from tests.families.variants import Variant
 

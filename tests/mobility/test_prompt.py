@@ -12,8 +12,7 @@ from prompt import Form, Message, Template
 from stays import LARGEST_PLACE, Stay, When
 
 from olora_ray.common.errors import UserError
-from olora_ray.data.example import Chat
-from olora_ray.data.formats import to_example
+from olora_ray.data.formats import Chat, to_example
 from olora_ray.data.tokenize import ExampleTokenizer
 from tests.tokens import helpers
 

@@ -8,7 +8,7 @@ import torch
 
 from olora_ray.config.schema import Model
 from olora_ray.model import load
-from olora_ray.model.buffers import stored_buffers
+from olora_ray.model.load import stored_buffers
 from tests import tiny
 from tests.families import zoo
 from tests.families.variants import ALL

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from olora_ray.common.errors import UserError
-from olora_ray.model import gguf_header, source
+from olora_ray.model import convert, source
 from tests import tiny
 from tests.model import small_gguf
 
@@ -88,14 +88,14 @@ def test_counts_are_compared_with_the_size_of_the_file(
 ) -> None:
     (tmp_path / "model.gguf").write_bytes(with_number(whole, place, "Q", count))
     with pytest.raises(UserError, match=f"it counts {count:,} {what}, more than fit"):
-        gguf_header.check(tmp_path / "model.gguf")
+        convert.check(tmp_path / "model.gguf")
 
 
 @pytest.mark.parametrize("length", [0, 3, 4, 8, 24, 100, 2000, -1, -5000])
 def test_a_file_that_is_cut_off_says_so(whole: bytes, tmp_path: Path, length: int) -> None:
     (tmp_path / "model.gguf").write_bytes(whole[:length])
     with pytest.raises(UserError, match=r"model\.gguf is not a GGUF model that loads: it "):
-        gguf_header.check(tmp_path / "model.gguf")
+        convert.check(tmp_path / "model.gguf")
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_a_tensor_lies_within_the_file(
     place = whole.index(name.encode()) + len(name) + offset
     (tmp_path / "model.gguf").write_bytes(with_number(whole, place, kind, number))
     with pytest.raises(UserError, match=problem):
-        gguf_header.check(tmp_path / "model.gguf")
+        convert.check(tmp_path / "model.gguf")
 
 
 THETA = 500_000.0
@@ -170,7 +170,7 @@ def test_positions_that_would_be_others_are_refused(
     pytest.importorskip("gguf")
     file = small_gguf.write(tmp_path / "model.gguf", THETA, scaling, more)
     with pytest.raises(UserError, match=rf"model\.gguf .* it scales its rotary positions \({what}\), .*safetensors"):
-        gguf_header.check(file)
+        convert.check(file)
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_positions_that_are_not_scaled_are_taken(
     tmp_path: Path, scaling: dict[str, Any], more: dict[str, list[float]]
 ) -> None:
     pytest.importorskip("gguf")
-    assert gguf_header.check(small_gguf.write(tmp_path / "model.gguf", THETA, scaling, more)) == {}
+    assert convert.check(small_gguf.write(tmp_path / "model.gguf", THETA, scaling, more)) == {}
 
 
 def test_the_base_of_the_frequencies_is_told_where_transformers_passes_it_by(tmp_path: Path) -> None:
@@ -195,17 +195,17 @@ def test_the_base_of_the_frequencies_is_told_where_transformers_passes_it_by(tmp
     for family in ("starcoder2", "stablelm"):
         assert "rope.freq_base" not in GGUF_CONFIG_MAPPING[family], "what this is about"
         file = small_gguf.write(tmp_path / f"{family}.gguf", 2.0**20, architecture=family)
-        assert gguf_header.check(file) == {"rope_parameters": {"rope_theta": 2.0**20}}
+        assert convert.check(file) == {"rope_parameters": {"rope_theta": 2.0**20}}
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3"])
 def test_an_attention_that_is_divided_by_what_the_file_does_not_say_is_refused(tmp_path: Path, family: str) -> None:
     pytest.importorskip("gguf")
     file = small_gguf.write(tmp_path / "small.gguf", architecture=family, head=256)
-    assert gguf_header.check(file) == {}
+    assert convert.check(file) == {}
     file = small_gguf.write(tmp_path / "27b.gguf", architecture=family, head=128)
     with pytest.raises(UserError, match=r"27b\.gguf .* by what its attention is divided is not in such a file; name"):
-        gguf_header.check(file)
+        convert.check(file)
 
 
 def test_the_window_of_phi_3_is_told(tmp_path: Path) -> None:
@@ -215,4 +215,4 @@ def test_the_window_of_phi_3_is_told(tmp_path: Path) -> None:
     assert "attention.sliding_window" not in GGUF_CONFIG_MAPPING["phi3"], "what this is about"
     for window, told in ((2047, {"sliding_window": 2047}), (0, {}), (None, {})):
         file = small_gguf.write(tmp_path / "phi.gguf", architecture="phi3", window=window)
-        assert gguf_header.check(file) == told
+        assert convert.check(file) == told

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from olora_ray.common.errors import UserError
-from olora_ray.model.head import OutputHead, backbone
+from olora_ray.model.packing import OutputHead, backbone
 from tests import tiny
 from tests.families import zoo
 from tests.families.variants import ALL, Variant, variant

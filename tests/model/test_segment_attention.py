@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from olora_ray.common.errors import UserError
-from olora_ray.model.segment_attention import SHORT, segment_attention
+from olora_ray.model.attention import SHORT, segment_attention
 
 LENGTHS = ((7,), (16, 3, 33, 1, 17, 16), (40, SHORT + 5, 5))
 

@@ -13,10 +13,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from olora_ray.common import copies, node_cache
+from olora_ray.common import node_cache
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
-from olora_ray.model import convert, folder, identity, load, source
+from olora_ray.model import convert, folder, load, source
+from olora_ray.model import folder as identity
 from olora_ray.model.source import BaseModel
 from tests import tiny
 from tests.s3_server import Server
@@ -64,7 +65,7 @@ def test_the_digest_of_large_weights_is_kept_until_they_change(
     weights = copy / "model.safetensors"
     plain = obtain(copy).digest
     monkeypatch.setattr(identity, "KEPT_FROM", 1)
-    monkeypatch.setattr(copies, "CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(node_cache, "CACHE", str(tmp_path / "cache"))
     assert [obtain(copy).digest for _ in range(2)] == [plain, plain]
     (kept,) = (tmp_path / "cache" / "digests").iterdir()
     kept.write_text("0" * 64)
@@ -79,7 +80,7 @@ def test_where_nothing_can_be_kept_the_digest_is_made_each_time(
     plain = obtain(copy).digest
     monkeypatch.setattr(identity, "KEPT_FROM", 1)
     (tmp_path / "home").write_text("a file, below which there is no folder")
-    monkeypatch.setattr(copies, "CACHE", str(tmp_path / "home" / "cache"))
+    monkeypatch.setattr(node_cache, "CACHE", str(tmp_path / "home" / "cache"))
     assert [obtain(copy).digest for _ in range(2)] == [plain, plain]
 
 
@@ -478,14 +479,14 @@ def test_a_glance_reads_little_of_large_weights(copy: Path, monkeypatch: pytest.
 class TestObjectStore:
     @pytest.fixture(autouse=True)
     def own_cache(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-        monkeypatch.setattr(copies, "CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(node_cache, "CACHE", str(tmp_path / "cache"))
         return tmp_path / "cache"
 
     def test_a_model_there_is_fetched_once_and_again_when_it_changes(
         self, s3_server: Server, bucket: str, copy: Path, own_cache: Path
     ) -> None:
         place = f"{bucket}/models/tiny"
-        copies.upload(copy, place)
+        node_cache.upload(copy, place)
         first = obtain(place)
         assert first.digest == obtain(copy).digest
         with s3_server.counted() as requests:
@@ -495,7 +496,7 @@ class TestObjectStore:
         name = next(iter(weights))
         save_file({**weights, name: weights[name] + 1}, copy / "model.safetensors", metadata={"format": "pt"})
         time.sleep(1.1)  # the times of S3 are whole seconds
-        copies.upload(copy, place)
+        node_cache.upload(copy, place)
         second = obtain(place)
         assert second.digest == obtain(copy).digest != first.digest
 
@@ -507,7 +508,7 @@ class TestObjectStore:
         (old / "model" / "weights").write_bytes(b"x")
         os.utime(old, (0, 0))
         monkeypatch.setattr(node_cache, "SHARE", 0.0)
-        copies.upload(copy, f"{bucket}/tiny")
+        node_cache.upload(copy, f"{bucket}/tiny")
         found = obtain(f"{bucket}/tiny")
         assert not old.exists()
         assert Path(found.folder, "config.json").exists()

@@ -8,16 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from olora_ray.common.errors import UserError
-from olora_ray.model import varlen_attention
-from olora_ray.model.attention import candidates
-from olora_ray.model.varlen_attention import trial
+from olora_ray.model import attention
+from olora_ray.model.attention import candidates, trial
 from tests import tiny
 from tests.varlen_on_cpu import varlen_on_cpu
 
 CPU = torch.device("cpu")
 LENGTHS = (7, 1, 33, 16)
 
-pytestmark = pytest.mark.skipif(varlen_attention.kernel() is None, reason="needs a newer torch")
+pytestmark = pytest.mark.skipif(attention.kernel() is None, reason="needs a newer torch")
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +37,7 @@ def inputs(narrow: int = 16, size: int = 16) -> list[Tensor]:
 def run(parts: list[Tensor], **wishes: Any) -> Tensor:
     borders = torch.tensor([0, *LENGTHS]).cumsum(0).int().to(parts[0].device)
     told = {"cu_seq_lens_q": borders, "max_length_q": max(LENGTHS)} | wishes
-    return varlen_attention.varlen_attention(nn.Module(), *parts, None, **told)[0]
+    return attention.varlen_attention(nn.Module(), *parts, None, **told)[0]
 
 
 def definition(query: Tensor, key: Tensor, value: Tensor, window: int | None, scale: float) -> Tensor:
@@ -131,7 +130,7 @@ def test_it_is_the_second_on_a_gpu_where_its_kernel_works(monkeypatch: pytest.Mo
     def tried(wanted: str = "auto", dtype: torch.dtype = torch.bfloat16) -> tuple[str, ...]:
         return candidates(tiny.llama(), tiny.config(model__attention=wanted).model, dtype, gpu)
 
-    monkeypatch.setattr(varlen_attention, "trial", lambda dtype, device: None)
+    monkeypatch.setattr(attention, "trial", lambda dtype, device: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
     assert tried() == ("sdpa", "eager")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
@@ -140,11 +139,11 @@ def test_it_is_the_second_on_a_gpu_where_its_kernel_works(monkeypatch: pytest.Mo
     assert tried(dtype=torch.float32) == ("sdpa", "eager")
     with pytest.raises(UserError, match=r"varlen: it does not compute in float32; set model\.dtype to bfloat16"):
         tried("varlen", torch.float32)
-    monkeypatch.setattr(varlen_attention, "trial", lambda dtype, device: "its kernel fails here: no image")
+    monkeypatch.setattr(attention, "trial", lambda dtype, device: "its kernel fails here: no image")
     assert tried() == ("sdpa", "eager")
     with pytest.raises(UserError, match="varlen: its kernel fails here: no image; set it to auto"):
         tried("varlen")
-    monkeypatch.setattr(varlen_attention, "kernel", lambda: None)
+    monkeypatch.setattr(attention, "kernel", lambda: None)
     with pytest.raises(UserError, match=r"varlen: torch has it since 2\.12, this is"):
         tried("varlen")
 

@@ -15,13 +15,13 @@ from olora_ray.common.errors import TryAgain, UserError
 from olora_ray.config.load import override
 from olora_ray.config.schema import Config
 from olora_ray.evaluation import held_out, targets
-from olora_ray.pipeline import find_model as find_model_module
-from olora_ray.pipeline.find_model import find_model
+from olora_ray.pipeline import base as find_model_module
+from olora_ray.pipeline.base import find_model
 from olora_ray.retrain import compare
 from olora_ray.tracking import checksums, registered
+from olora_ray.tracking.checksums import RUN
 from olora_ray.tracking.client import connect
-from olora_ray.tracking.contents import BaseOfAdapter
-from olora_ray.tracking.record import RUN
+from olora_ray.tracking.models import BaseOfAdapter
 from olora_ray.tracking.start import resolve_uri
 from tests import export_parts, finished_run
 from tests.finished_run import FinishedRun

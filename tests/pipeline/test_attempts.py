@@ -14,9 +14,9 @@ from olora_ray.cluster.failures import SharedBaseDied
 from olora_ray.cluster.groups import Absent
 from olora_ray.cluster.spec import LEFT, TrainResult
 from olora_ray.common.errors import Stopped, StoreUnavailable, UserError
-from olora_ray.pipeline import attempts
-from olora_ray.pipeline.attempts import Attempts
-from olora_ray.pipeline.signals import Stop
+from olora_ray.pipeline import fit as attempts
+from olora_ray.pipeline.connection import Stop
+from olora_ray.pipeline.fit import Attempts
 from olora_ray.pipeline.trainers import WorkerGroup
 from tests import tiny
 

@@ -10,8 +10,7 @@ from safetensors.torch import load_file, save_file
 from olora_ray.common.errors import UserError
 from olora_ray.config.load import build
 from olora_ray.model.source import BaseModel
-from olora_ray.pipeline.base import open_base, with_tokenizer
-from olora_ray.pipeline.find_model import find_model
+from olora_ray.pipeline.base import find_model, open_base, with_tokenizer
 from tests import tiny
 from tests.export_parts import save_tokenizer
 from tests.pipelines import project

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.common.errors import UserError
 from olora_ray.config.load import override
-from olora_ray.pipeline import export, held_out_loss
-from olora_ray.pipeline.compressed import Compressed
+from olora_ray.pipeline import export, export_shares
+from olora_ray.pipeline.export_shares import Compressed
 from tests import tiny
 from tests.pipeline.test_export_shares import STEP, Run
 from tests.said import said
@@ -64,7 +64,7 @@ def test_the_loss_is_that_of_both_adapters(run: Run, tmp_path: Path) -> None:
 
 def test_it_is_measured_on_so_many_rows(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = spec_of(run, export__rank=2)
-    monkeypatch.setattr(held_out_loss, "LOSS_TOKENS", 1)
+    monkeypatch.setattr(export_shares, "LOSS_TOKENS", 1)
     found = export.export_run(spec, run.folder, STEP)["compressed"]["loss"]
     assert found["tokens"] == spec.eval.supervised([0])  # type: ignore[union-attr]
 
@@ -75,13 +75,13 @@ def test_what_cannot_be_measured_says_why(run: Run, monkeypatch: pytest.MonkeyPa
     )
     spec = spec_of(run, export__rank=2)
     with monkeypatch.context() as patch:
-        patch.setattr(held_out_loss, "choose_attention", lambda *_: {}["/home/someone/model"])
+        patch.setattr(export_shares, "choose_attention", lambda *_: {}["/home/someone/model"])
         failed = export.export_run(spec, run.folder, STEP)
     assert (failed["ok"], failed["compressed"]["loss"]) == (True, "the model does not run here: '/home/someone/model'")
     card = (Path(run.folder.adapter) / "README.md").read_text()
     assert "of the change of the weights is lost; the held-out loss is not measured\n" in card
     assert "/home" not in card
-    monkeypatch.setattr("olora_ray.adapter.memory.free", lambda device: 1000)
+    monkeypatch.setattr("olora_ray.adapter.parity.free", lambda device: 1000)
     small = export.export_run(spec, run.folder, STEP)["compressed"]["loss"]
     assert small == "in float32 the model has 0.0 GiB, too large for the memory of one cpu"
 

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from olora_ray.config.load import override
-from olora_ray.pipeline.description import describe
+from olora_ray.pipeline.publish import describe
 from olora_ray.tracking import models
 from olora_ray.tracking.client import connect
-from olora_ray.tracking.contents import BaseOfAdapter
+from olora_ray.tracking.models import BaseOfAdapter
 from olora_ray.tracking.start import resolve_uri
 from tests import finished_run
 from tests.finished_run import FinishedRun

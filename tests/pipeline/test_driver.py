@@ -11,12 +11,12 @@ import pytest
 
 from olora_ray.common import storage
 from olora_ray.common.errors import TakenOver, TryAgain
-from olora_ray.common.lock_file import Seen
+from olora_ray.common.lock import Seen
 from olora_ray.config.load import override
 from olora_ray.config.schema import Config
-from olora_ray.pipeline import driver, run
-from olora_ray.pipeline.driver import only_driver
-from olora_ray.pipeline.signals import Stop
+from olora_ray.pipeline import run
+from olora_ray.pipeline.connection import Stop
+from olora_ray.pipeline.run import only_driver
 from tests import tiny
 from tests.waiting import until
 
@@ -100,7 +100,7 @@ def test_who_has_lost_the_run_learns_it(config: Config) -> None:
 
 @pytest.mark.parametrize("gentle", [False, True])
 def test_who_has_lost_the_run_stops_at_once(config: Config, gentle: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(driver, "LOOK", 0.05)
+    monkeypatch.setattr(run, "LOOK", 0.05)
     stop = Stop()
     stop.gentle = gentle  # even while a first signal would be a wish
     with only_driver(config) as mine:
@@ -110,7 +110,7 @@ def test_who_has_lost_the_run_stops_at_once(config: Config, gentle: bool, monkey
     assert caught.value.exit_code == 75
 
 
-def away(mine: driver.Driver, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def away(mine: run.Driver, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Let the storage of a run's lock not answer from now on; the looks at it."""
     looks: list[int] = []
 
@@ -125,7 +125,7 @@ def away(mine: driver.Driver, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_a_storage_that_does_not_answer_for_a_while_ends_nothing(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(driver, "LOOK", 0.01)
+    monkeypatch.setattr(run, "LOOK", 0.01)
     with only_driver(config) as mine, Stop() as stop:
         looks = away(mine, monkeypatch)
         with mine.watch(stop):

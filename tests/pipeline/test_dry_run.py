@@ -123,7 +123,7 @@ def test_no_time_is_given_where_it_is_not_known(shown: Shown, monkeypatch: pytes
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     assert value(shown()[0], "time") == "not estimated: the workers run on another machine"
     monkeypatch.delenv("RAY_ADDRESS")
-    monkeypatch.setattr("olora_ray.train.pace.MOST_WORK", 0)
+    monkeypatch.setattr("olora_ray.train.estimate.MOST_WORK", 0)
     assert value(shown()[0], "time").startswith("not estimated: one micro-batch of this model and length would take")
 
 

@@ -10,8 +10,7 @@ from transformers import AutoTokenizer
 from olora_ray.data import chat_template
 from olora_ray.model.load import end_tokens, load_tokenizer
 from olora_ray.model.source import BaseModel
-from olora_ray.pipeline.export import PARITY_TOKENS, _held_out
-from olora_ray.pipeline.served import give_template, more_ends
+from olora_ray.pipeline.export import PARITY_TOKENS, _held_out, give_template, more_ends
 from tests import tiny
 from tests.data import small_tokenizers
 

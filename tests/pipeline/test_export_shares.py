@@ -19,7 +19,7 @@ from olora_ray.pipeline import export, export_shares
 from olora_ray.pipeline.export_shares import Part, in_turn
 from olora_ray.pipeline.run_folder import RunFolder
 from olora_ray.train import checkpoint
-from olora_ray.train.state import TrainState
+from olora_ray.train.checkpoint import TrainState
 from tests import export_parts, tiny
 
 STEP = 4
@@ -136,7 +136,7 @@ def test_a_share_that_was_not_merged_is_found(run: Run, monkeypatch: pytest.Monk
 def test_a_model_too_large_for_this_machine_is_exported_without_logits(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("olora_ray.adapter.memory.free", lambda device: 1000)
+    monkeypatch.setattr("olora_ray.adapter.parity.free", lambda device: 1000)
     measured = export.export_run(run.spec, run.folder, STEP)
     assert measured["ok"] is True
     assert "too large for the memory of one cpu" in measured["logits"]

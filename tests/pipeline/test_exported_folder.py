@@ -14,7 +14,7 @@ from olora_ray.config.schema import Config
 from olora_ray.data import chat_template
 from olora_ray.model.source import BaseModel
 from olora_ray.pipeline.export import _complete, _public_name
-from olora_ray.train.state import TrainState
+from olora_ray.train.checkpoint import TrainState
 from tests.export_parts import save_tokenizer
 
 

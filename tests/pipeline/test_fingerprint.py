@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from olora_ray.config.load import override
-from olora_ray.pipeline.fingerprint import MODEL, NEUTRAL, Fingerprint, settings_digest
+from olora_ray.pipeline.run_folder import MODEL, NEUTRAL, Fingerprint, settings_digest
 from tests import tiny
 
 

@@ -13,8 +13,8 @@ import pytest
 from olora_ray.cluster.spec import TrainResult, TrainSpec
 from olora_ray.model.source import BaseModel
 from olora_ray.pipeline import fit
+from olora_ray.pipeline.connection import Stop
 from olora_ray.pipeline.run_folder import RunFolder
-from olora_ray.pipeline.signals import Stop
 from olora_ray.pipeline.trainers import WorkerGroup
 from olora_ray.tokens.prepare import CompleteStore
 from tests import tiny

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from olora_ray.pipeline import input_example
+from olora_ray.pipeline import publish
 from tests.pipelines import project
 
 
@@ -22,22 +22,22 @@ SYSTEM = {"role": "system", "content": "Count."}
 @pytest.mark.parametrize("messages", [[USER], [SYSTEM, USER]])
 def test_messages_are_found_in_the_text_of_a_prompt(tokenizer: Any, messages: list[dict[str, str]]) -> None:
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    assert input_example.chat(tokenizer, text) == messages
+    assert publish.chat(tokenizer, text) == messages
 
 
 def test_a_longer_conversation_and_a_text_that_is_none_give_no_example(tokenizer: Any) -> None:
     answer = {"role": "assistant", "content": "4"}
     text = tokenizer.apply_chat_template([USER, answer, USER], add_generation_prompt=True, tokenize=False)
-    found = input_example.chat(tokenizer, text)
+    found = publish.chat(tokenizer, text)
     assert found is None or tokenizer.apply_chat_template(found, add_generation_prompt=True, tokenize=False) == text
-    assert input_example.chat(tokenizer, "Once upon a time") is None
+    assert publish.chat(tokenizer, "Once upon a time") is None
     long = tokenizer.apply_chat_template([{**USER, "content": "x" * 5000}], add_generation_prompt=True, tokenize=False)
-    assert input_example.chat(tokenizer, long) is None
+    assert publish.chat(tokenizer, long) is None
 
 
 def test_a_template_that_refuses_a_system_message(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     picky = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + project.TEMPLATE
     monkeypatch.setattr(tokenizer, "chat_template", picky)
     text = tokenizer.apply_chat_template([USER], add_generation_prompt=True, tokenize=False)
-    assert input_example.chat(tokenizer, text) == [USER]
-    assert input_example.chat(tokenizer, "no such text") is None
+    assert publish.chat(tokenizer, text) == [USER]
+    assert publish.chat(tokenizer, "no such text") is None

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from olora_ray.config.load import override
-from olora_ray.pipeline import export, held_out_loss
-from olora_ray.train.quantised_base import load_frozen
+from olora_ray.pipeline import export, export_shares
+from olora_ray.train.base_files import load_frozen
 from tests import tiny
 from tests.packed import unpack
 from tests.pipeline.test_compressed import by_peft, spec_of
@@ -56,7 +56,7 @@ def test_the_merged_model_is_that_of_an_unquantised_training(run: Run) -> None:
 
 
 def test_without_held_out_rows_it_is_the_loss_on_training_rows(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(held_out_loss, "LOSS_TOKENS", 1)
+    monkeypatch.setattr(export_shares, "LOSS_TOKENS", 1)
     spec = spec_of(run, 0, model__quantization="fp8", export__merged=False)
     found = export.export_run(spec, run.folder, STEP)["quantised"]
     assert found["rows"] == "training"
@@ -67,7 +67,7 @@ def test_without_held_out_rows_it_is_the_loss_on_training_rows(run: Run, monkeyp
 def test_why_it_is_not_measured_is_said_in_the_report_and_not_on_the_card(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(held_out_loss, "choose_attention", lambda *_: {}["/home/someone/model"])
+    monkeypatch.setattr(export_shares, "choose_attention", lambda *_: {}["/home/someone/model"])
     found = export.export_run(spec_of(run, model__quantization="fp8", export__merged=False), run.folder, STEP)
     assert found["quantised"]["in_words"].endswith(
         "is not measured on both: the model does not run here: '/home/someone/model'"

@@ -4,7 +4,7 @@ import pytest
 import ray
 from ray._private.utils import validate_socket_filepath
 
-from olora_ray.cluster import address, token
+from olora_ray.cluster import address
 from olora_ray.common.errors import UserError
 from olora_ray.pipeline import connection
 
@@ -15,7 +15,7 @@ SOCKET = f"{LONG}/ray/session_2026-11-27_10-12-50_123456_123456/sockets/plasma_s
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(connection._PRESTART, "0")
-    monkeypatch.setattr(token, "make_own", lambda: None)
+    monkeypatch.setattr(address, "make_own", lambda: None)
 
 
 def test_a_temporary_folder_with_a_long_path(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import pytest
 from olora_ray.cluster.spec import TrainResult, TrainSpec
 from olora_ray.model.source import BaseModel
 from olora_ray.pipeline import publish
-from olora_ray.train.state import TrainState, perplexity
+from olora_ray.train.checkpoint import TrainState, perplexity
 from tests import tiny
 
 

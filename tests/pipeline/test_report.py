@@ -14,7 +14,7 @@ from olora_ray.model.source import obtain
 from olora_ray.pipeline.publish import Published
 from olora_ray.pipeline.report import already_finished, finished, next_steps, plan
 from olora_ray.pipeline.run_folder import RunFolder
-from olora_ray.train.state import TrainState
+from olora_ray.train.checkpoint import TrainState
 from tests import tiny
 from tests.families import zoo
 from tests.families.variants import ALL, Variant, variant

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from olora_ray.common import copies
+from olora_ray.common import node_cache
 
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATE = (
@@ -76,7 +76,7 @@ def make_tiny(folder: Path) -> Path:
 def on_s3(folder: Path, bucket: str, database: Path) -> dict[str, Any]:
     """Copy a tiny project into a bucket; the fields that put model, data and storage of a config there."""
     root = f"{bucket.removesuffix('/runs')}/project"
-    copies.upload(folder, root)
+    node_cache.upload(folder, root)
     data = {"train": [{"path": f"{root}/train.jsonl"}], "eval": [{"path": f"{root}/eval.jsonl"}], "max_length": 64}
     return {
         "run__storage": bucket,

@@ -14,8 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from olora_ray.config.dotted import flatten
-from olora_ray.config.load import load
+from olora_ray.config.load import flatten, load
 from tests.pipelines import project
 from tests.recovery import processes
 

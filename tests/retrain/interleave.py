@@ -16,11 +16,11 @@ import pytest
 from olora_ray.common.errors import UserError
 from olora_ray.retrain.gate import Decision
 from olora_ray.retrain.recipe import ORIGIN
-from olora_ray.retrain.settle import settle
-from olora_ray.tracking import registry_lock
+from olora_ray.retrain.run import settle
+from olora_ray.tracking import aliases as registry_lock
 from olora_ray.tracking.aliases import CHAMPION, GATE, MOVING, PREVIOUS, ROLLED_BACK, Aliases
+from olora_ray.tracking.checksums import Version
 from olora_ray.tracking.client import connect
-from olora_ray.tracking.version import Version
 
 CALL, PAUSE = 0.01, 2.0
 """Seconds by the lock's clock."""

@@ -16,10 +16,10 @@ from olora_ray.data.tokenizer_spec import TokenizerSpec
 from olora_ray.evaluation.rows import RowResults
 from olora_ray.model.source import BaseModel
 from olora_ray.pipeline.base import Base
-from olora_ray.pipeline.fingerprint import Fingerprint
+from olora_ray.pipeline.run_folder import Fingerprint
 from olora_ray.retrain import compare
 from olora_ray.tracking import checksums
-from olora_ray.tracking.version import Version
+from olora_ray.tracking.checksums import Version
 from tests import tiny
 
 

@@ -10,13 +10,13 @@ import pytest
 
 from olora_ray.config.schema import Config
 from olora_ray.retrain import decision_run
-from olora_ray.retrain.changes import AGAINST
 from olora_ray.retrain.decision_run import Entry
+from olora_ray.retrain.recipe import AGAINST
 from olora_ray.tracking import run as tracking
 from olora_ray.tracking.aliases import GATE
+from olora_ray.tracking.checksums import Version
 from olora_ray.tracking.client import connect
 from olora_ray.tracking.start import resolve_uri, start_run
-from olora_ray.tracking.version import Version
 from tests import mlflow_database, tiny
 
 DETAILS = {

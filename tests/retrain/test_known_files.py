@@ -9,12 +9,12 @@ from olora_ray.common.errors import StoreUnavailable
 from olora_ray.config.load import build, override
 from olora_ray.config.schema import Config
 from olora_ray.data.tokenizer_spec import TokenizerSpec
-from olora_ray.pipeline.fingerprint import TAGS
-from olora_ray.retrain import known_files
-from olora_ray.retrain.known_files import KnownFiles
+from olora_ray.pipeline.run_folder import TAGS
+from olora_ray.retrain import recipe
+from olora_ray.retrain.recipe import KnownFiles
 from olora_ray.tokens import prepare
 from olora_ray.tokens.plan import Plan
-from olora_ray.tracking.version import Version
+from olora_ray.tracking.checksums import Version
 
 SPEC = TokenizerSpec("{}", "", {}, 0)
 
@@ -41,17 +41,17 @@ def plan(config: Config) -> Plan:
 def noted(config: Config) -> KnownFiles:
     """What is known of a version that is trained now."""
     train = prepare.plan_here(config, SPEC, "train")
-    known_files.note(config, train)
-    found = known_files.of_version(config, Version("m", "1", {TAGS["data"]: train.digest()}))
+    recipe.note(config, train)
+    found = recipe.of_version(config, Version("m", "1", {TAGS["data"]: train.digest()}))
     assert found is not None
     return found
 
 
 def test_nothing_was_seen_while_files_are_only_added(config: Config, tmp_path: Path) -> None:
     known = noted(config)
-    assert known_files.unseen(config, plan(config), known) is None
+    assert recipe.unseen_rows(config, plan(config), known) is None
     grow(tmp_path, "c")
-    assert known_files.unseen(config, plan(config), known) is None
+    assert recipe.unseen_rows(config, plan(config), known) is None
 
 
 def test_of_a_file_that_has_grown_or_gone_no_new_file_is_sure(config: Config, tmp_path: Path) -> None:
@@ -60,36 +60,36 @@ def test_of_a_file_that_has_grown_or_gone_no_new_file_is_sure(config: Config, tm
     grow(tmp_path, "c")
     held_out = plan(config)
     names = [Path(each.file.uri).stem for each in held_out.files]
-    assert known_files.unseen(config, held_out, known) == {names.index("b")}
+    assert recipe.unseen_rows(config, held_out, known) == {names.index("b")}
     grow(tmp_path, "b")
-    assert known_files.unseen(config, plan(config), known) == set()
+    assert recipe.unseen_rows(config, plan(config), known) == set()
 
 
 def test_another_draw_has_other_rows_in_all_files(config: Config) -> None:
     known = noted(config)
     for changes in ({"run.seed": 4}, {"data.eval_fraction": 0.3}):
         other = override(config, changes)
-        assert known_files.unseen(other, plan(other), known) == set()
+        assert recipe.unseen_rows(other, plan(other), known) == set()
     before = override(config, {"data.eval_fraction": None, "data.eval": config.data.model_dump()["train"]})
-    assert known_files.unseen(config, plan(config), noted(before)) == set(), "all rows were trained on then"
-    assert known_files.unseen(config, plan(config), None) == set()
+    assert recipe.unseen_rows(config, plan(config), noted(before)) == set(), "all rows were trained on then"
+    assert recipe.unseen_rows(config, plan(config), None) == set()
     old = KnownFiles(known.digests, None)  # noted by a release that did not know of draws
-    assert known_files.unseen(config, plan(config), old) is None
+    assert recipe.unseen_rows(config, plan(config), old) is None
 
 
 def test_rows_of_their_own_are_never_those_of_the_training(config: Config, tmp_path: Path) -> None:
     own = override(config, {"data.eval_fraction": None, "data.eval": config.data.model_dump()["train"]})
-    assert known_files.unseen(own, plan(own), None) is None
+    assert recipe.unseen_rows(own, plan(own), None) is None
 
 
 def test_a_store_that_does_not_answer_is_no_store_that_is_gone(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its files counted as not known, and the gate refused what the night had trained."""
     version = Version("m", "1", {TAGS["data"]: "digest"})
-    assert known_files.of_version(config, version) is None
+    assert recipe.of_version(config, version) is None
 
     def away(_: str) -> None:
         raise StoreUnavailable("the store does not answer")
 
-    monkeypatch.setattr(known_files.manifest, "read_manifest", away)
+    monkeypatch.setattr(recipe.manifest, "read_manifest", away)
     with pytest.raises(StoreUnavailable):
-        known_files.of_version(config, version)
+        recipe.of_version(config, version)

@@ -21,10 +21,10 @@ from olora_ray.evaluation.rows import RowResults
 from olora_ray.pipeline import run as pipeline
 from olora_ray.retrain import compare
 from olora_ray.retrain import run as retraining
-from olora_ray.retrain.changes import AGAINST
-from olora_ray.tracking import checksums, record
+from olora_ray.retrain.recipe import AGAINST
+from olora_ray.tracking import checksums
 from olora_ray.tracking.aliases import GATE, LAST, Aliases
-from olora_ray.tracking.version import Version
+from olora_ray.tracking.checksums import Version
 from pipelines import registry
 from tests import mlflow_database
 from tests.retrain.nightly import Nightly, write
@@ -76,7 +76,7 @@ class Nights:
         (files / "MLmodel").write_text(str(loss))
         text = checksums.of_folders({"": files})
         (files / checksums.FILE).write_text(text)
-        folded = record.folded({**tags, LOSS: str(loss), checksums.TAG: checksums.digest(text)})
+        folded = checksums.folded({**tags, LOSS: str(loss), checksums.TAG: checksums.digest(text)})
         return str(self.client.create_model_version(NAME, str(files), run_id, folded).version)
 
     def train(self, config: Config, tags: dict[str, str]) -> dict[str, Any]:
@@ -153,7 +153,7 @@ def without_version(*numbers: str) -> Callable[[Nights], None]:
 
 def without_verdicts(nights: Nights) -> None:
     for number in nights.made():
-        for tag in (GATE, record.GATE_TAG):
+        for tag in (GATE, checksums.GATE_TAG):
             nights.client.delete_model_version_tag(NAME, number, tag)
 
 

@@ -11,8 +11,8 @@ from olora_ray.common import lock
 from olora_ray.common.errors import TryAgain, UserError
 from olora_ray.config.load import load
 from olora_ray.config.schema import Config
-from olora_ray.retrain import changes, notify
-from olora_ray.retrain.changes import AGAINST
+from olora_ray.retrain import recipe, run
+from olora_ray.retrain.recipe import AGAINST
 from olora_ray.tracking.aliases import GATE
 from olora_ray.tracking.client import connect
 from pipelines import retrain
@@ -32,7 +32,7 @@ def nightly(folder: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> Night
 def test_a_decision_is_told_once_with_its_version(nightly: Nightly, event: str, verdict: str) -> None:
     client = connect(nightly.aliases.uri)
     client.create_registered_model("nightly")
-    now = changes.look(load(nightly.config)).fingerprint
+    now = recipe.look(load(nightly.config)).fingerprint
     # As a call leaves it that is cut off between the gate's decision and its record.
     tags = {**now.tags(), GATE: f"{verdict}: eval/loss 0.5", AGAINST: ""}
     client.create_model_version("nightly", "/nowhere", tags=tags)
@@ -77,7 +77,7 @@ def test_what_passes_by_itself_is_not_told(nightly: Nightly) -> None:
 def told(config: Config, caplog: pytest.LogCaptureFixture) -> list[str]:
     """The warnings of a notification."""
     with caplog.at_level(logging.WARNING, logger="olora_ray"):
-        notify.tell(config, "failed", "tracking.uri=postgresql://user:pa55word@server/db: no\nanswer")
+        run.tell(config, "failed", "tracking.uri=postgresql://user:pa55word@server/db: no\nanswer")
     return [record.getMessage() for record in caplog.records]
 
 

@@ -8,24 +8,23 @@ import numpy as np
 import pytest
 import torch
 
-from olora_ray.adapter.factors import AdapterWeights, Factors
-from olora_ray.common.digests import digest_json
+from olora_ray.adapter.layer import AdapterWeights, Factors
 from olora_ray.common.errors import UserError
-from olora_ray.config.dotted import flatten
-from olora_ray.config.load import build, dump, override
+from olora_ray.common.storage import digest_json
+from olora_ray.config.load import build, dump, flatten, override
 from olora_ray.config.schema import Config
 from olora_ray.data.tokenizer_spec import TokenizerSpec
 from olora_ray.model.source import BaseModel
 from olora_ray.pipeline.base import Base
-from olora_ray.pipeline.fingerprint import Fingerprint, settings_digest
-from olora_ray.pipeline.run_folder import bound_settings
+from olora_ray.pipeline.run_folder import Fingerprint, bound_settings, settings_digest
 from olora_ray.retrain import recipe
-from olora_ray.retrain.changes import AGAINST, Inputs, find_decision
-from olora_ray.tokens import draws, prepare
+from olora_ray.retrain.recipe import AGAINST, Inputs, find_decision
+from olora_ray.tokens import plan as draws
+from olora_ray.tokens import prepare
 from olora_ray.tracking.aliases import GATE
-from olora_ray.tracking.version import Version
+from olora_ray.tracking.checksums import Version
 from olora_ray.train import checkpoint
-from olora_ray.train.state import TrainState
+from olora_ray.train.checkpoint import TrainState
 from tests.said import said
 
 SPEC = TokenizerSpec("{}", "", {}, 0)

@@ -6,14 +6,13 @@ from pathlib import Path
 import pytest
 
 from olora_ray.common.errors import TryAgain
-from olora_ray.pipeline.fingerprint import Fingerprint
-from olora_ray.retrain.changes import AGAINST, find_decision
+from olora_ray.pipeline.run_folder import Fingerprint
+from olora_ray.retrain.compare import version_to_beat
 from olora_ray.retrain.gate import Decision
-from olora_ray.retrain.recipe import ORIGIN
-from olora_ray.retrain.settle import settle
-from olora_ray.retrain.to_beat import version_to_beat
+from olora_ray.retrain.recipe import AGAINST, ORIGIN, find_decision
+from olora_ray.retrain.run import settle
 from olora_ray.tracking.aliases import GATE, Aliases
-from olora_ray.tracking.version import Version
+from olora_ray.tracking.checksums import Version
 from tests import mlflow_database, registered
 from tests.said import said
 

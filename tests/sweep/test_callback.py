@@ -8,12 +8,11 @@ from typing import Any
 import pytest
 
 from olora_ray.common.errors import UserError
-from olora_ray.sweep import callback, progress, schedulers, trial_file
+from olora_ray.sweep import callback, record, schedulers, state
 from olora_ray.sweep.callback import SweepCallback
-from olora_ray.sweep.record import TrialRecord
+from olora_ray.sweep.record import TrialFile, TrialRecord
 from olora_ray.sweep.space import Space
 from olora_ray.sweep.spec import ENDED, NUMBER, trial_name, trial_place
-from olora_ray.sweep.trial_file import TrialFile
 from tests.said import said
 
 NAN = float("nan")
@@ -78,7 +77,7 @@ def test_the_best_value_of_a_trial_counts_as_in_the_leaderboard(tmp_path: Path) 
         "trial 0 finished with eval/loss 0.5000; 1 of 16 trials have ended, the best of them trial 0 with 0.5000",
         "trial 1 finished with eval/loss 0.6000; 2 of 16 trials have ended, the best of them trial 0 with 0.5000",
     ]
-    assert trial_file.read_all(str(tmp_path))[0].value == 0.5
+    assert record.read_all(str(tmp_path))[0].value == 0.5
 
 
 def test_a_storage_that_fails_costs_a_value_in_a_line_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,7 +87,7 @@ def test_a_storage_that_fails_costs_a_value_in_a_line_alone(tmp_path: Path, monk
     def fail(_: str) -> str:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(trial_file.storage, "read_text", fail)
+    monkeypatch.setattr(record.storage, "read_text", fail)
     with said() as lines:
         watch.on_trial_complete(0, [], Trial(1))
     assert lines == ["trial 1 finished; 1 of 16 trials have ended"]
@@ -123,7 +122,7 @@ def test_the_seconds_of_all_attempts_add_up(tmp_path: Path, clock: SimpleNamespa
     second = search(tmp_path)
     clock.seconds += 10
     ends(second, 0, 0.5)
-    assert progress.read(str(tmp_path)).seconds == 50
+    assert state.read(str(tmp_path)).seconds == 50
 
 
 def test_the_time_budget_is_that_of_all_attempts(tmp_path: Path, clock: SimpleNamespace) -> None:
@@ -137,7 +136,7 @@ def test_the_time_budget_is_that_of_all_attempts(tmp_path: Path, clock: SimpleNa
     clock.seconds += 1
     assert second.stop_all()
     assert second.over == "the time budget of 60 s is used up"
-    assert progress.read(str(tmp_path)).seconds == 60, "the next attempt would not know that it is used up"
+    assert state.read(str(tmp_path)).seconds == 60, "the next attempt would not know that it is used up"
     second.on_trial_complete(0, [], Trial(3, step=4, **{ENDED: False}))
     assert second.cut == {3}
 
@@ -168,11 +167,11 @@ def test_a_search_that_tune_begins_anew_with_too_few_trials_is_no_success(tmp_pa
 
 
 def test_progress_of_a_search_before_there_was_a_file_is_what_its_report_says(tmp_path: Path) -> None:
-    assert progress.read(str(tmp_path)) == progress.Progress()
+    assert state.read(str(tmp_path)) == state.Progress()
     (tmp_path / "leaderboard.json").write_text(json.dumps({"seconds": 318.5, "trials": []}))
-    assert progress.read(str(tmp_path)) == progress.Progress(318.5)
-    kept = progress.Progress(12.0, complete=True, note="why", cut=(3, 5))
-    progress.write(str(tmp_path), kept)
-    assert progress.read(str(tmp_path)) == kept
+    assert state.read(str(tmp_path)) == state.Progress(318.5)
+    kept = state.Progress(12.0, complete=True, note="why", cut=(3, 5))
+    state.write(str(tmp_path), kept)
+    assert state.read(str(tmp_path)) == kept
     (tmp_path / "progress.json").write_text('{"seconds": "x"}')
-    assert progress.read(str(tmp_path)) == progress.Progress()
+    assert state.read(str(tmp_path)) == state.Progress()

@@ -10,20 +10,21 @@ from typing import Any
 import pytest
 import torch
 
-from olora_ray.adapter.factors import AdapterWeights, Factors
+from olora_ray.adapter.layer import AdapterWeights, Factors
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.common.errors import UserError
 from olora_ray.config.load import load, override
 from olora_ray.config.schema import Config
 from olora_ray.model.source import BaseModel
-from olora_ray.sweep import outcome, progress, run, state, tuner
-from olora_ray.sweep.progress import Progress
+from olora_ray.sweep import outcome, run, state, tuner
+from olora_ray.sweep import state as progress
 from olora_ray.sweep.record import TrialRecord
 from olora_ray.sweep.report import leaderboard
 from olora_ray.sweep.space import Space
 from olora_ray.sweep.spec import SweepSpec, trial_name
+from olora_ray.sweep.state import Progress
 from olora_ray.train import checkpoint, checkpoints
-from olora_ray.train.state import TrainState
+from olora_ray.train.checkpoint import TrainState
 from tests import tiny
 from tests.said import said
 from tests.sweep.searches import realistic
@@ -235,7 +236,7 @@ def exported(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The steps of what was exported; nothing is."""
     steps: list[int] = []
     monkeypatch.setattr(outcome.export, "run_export", lambda spec, folder, result: steps.append(result.state.step))
-    monkeypatch.setattr(outcome.mlflow_run, "tracked", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(outcome.publish, "tracked", lambda *_: contextlib.nullcontext())
     monkeypatch.setattr(outcome.publish, "publish", lambda *_: 1)
     return steps
 

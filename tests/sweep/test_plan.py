@@ -16,7 +16,7 @@ from olora_ray.config.schema import Config
 from olora_ray.model.source import BaseModel
 from olora_ray.pipeline import connection
 from olora_ray.sweep import run
-from olora_ray.sweep.plan import plan
+from olora_ray.sweep.sharing import plan
 from olora_ray.sweep.space import Space
 from pipelines import sweep
 from tests import mlflow_database, tiny

@@ -20,7 +20,7 @@ TREE: dict[str, Any] = {"search": {"train.lr": {"choice": [1e-3, 1e-4]}}, "metri
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
     """Of a search in an empty storage; no Ray and no MLflow is looked for."""
     monkeypatch.setattr(settings.address, "find", lambda: "local")
-    monkeypatch.setattr(settings.mlflow_run, "check_tracking", lambda *_: None)
+    monkeypatch.setattr(settings.publish, "check_tracking", lambda *_: None)
     return override(tiny.config(), {"run.storage": str(tmp_path), "run.name": "quick-space"})
 
 

@@ -8,19 +8,19 @@ from typing import Any
 import pytest
 import torch
 
-from olora_ray.adapter import factor_cache
+from olora_ray.adapter import initialise
 from olora_ray.cluster import resume
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.cluster.worker_context import SharedBase, SharedBaseContext
 from olora_ray.common.errors import UserError
 from olora_ray.config.load import override
-from olora_ray.model import segment_attention
+from olora_ray.model import attention as segment_attention
 from olora_ray.model.source import BaseModel
 from olora_ray.sweep import shared_work
 from olora_ray.sweep.space import Space
 from olora_ray.tokens.collate import collate
-from olora_ray.train.baseline import Baseline
 from olora_ray.train.loss import SupervisedLoss
+from olora_ray.train.scoring import Baseline
 from tests import tiny
 from tests.families import zoo
 from tests.families.variants import ALL
@@ -120,13 +120,13 @@ def test_what_is_there_is_not_made_again_and_what_is_missing_is(
     base: SharedBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[str] = []
-    whole: Callable[..., None] = factor_cache.write
+    whole: Callable[..., None] = initialise.write
 
     def write(place: str, *arguments: Any) -> None:
         made.append(Path(place).name)
         whole(place, *arguments)
 
-    monkeypatch.setattr(factor_cache, "write", write)
+    monkeypatch.setattr(initialise, "write", write)
     spec = spec_of()
     shared_work.make(spec, str(tmp_path), [("olora", 8)])
     before = (tmp_path / "baseline.json").read_bytes()

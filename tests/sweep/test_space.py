@@ -12,12 +12,10 @@ from hypothesis import strategies as st
 from ray import cloudpickle
 
 from olora_ray.common.errors import UserError
-from olora_ray.config.dotted import flatten
-from olora_ray.config.load import build, load, override
-from olora_ray.sweep import load_space, outcome, settings, tuner
-from olora_ray.sweep.choosers import Suggested
+from olora_ray.config.load import build, flatten, load, override
+from olora_ray.sweep import outcome, settings, sharing, tuner
 from olora_ray.sweep.domain import Domain
-from olora_ray.sweep.space import Space
+from olora_ray.sweep.space import Space, Suggested
 from olora_ray.sweep.spec import NUMBER
 from tests import tiny
 
@@ -29,13 +27,13 @@ CONFIG = load(ROOT / "pipelines" / "configs" / "quickstart.yaml")
 def space(tmp_path: Path, **tree: Any) -> Space:
     file = tmp_path / "space.yaml"
     file.write_text(yaml.safe_dump(tree))
-    return load_space.load(file, CONFIG)
+    return sharing.load(file, CONFIG)
 
 
 def test_every_shipped_space_fits_the_config() -> None:
     assert {path.stem for path in SPACES} >= {"smoke", "rank_alpha_lr", "lr_only", "population", "methods"}
     for path in SPACES:
-        found = load_space.load(path, CONFIG)
+        found = sharing.load(path, CONFIG)
         for number in range(found.count()):
             override(CONFIG, {**found.set, **found.values(found.drawn(number))})
 
@@ -53,7 +51,7 @@ GATED = override(
 @pytest.mark.parametrize("path", SPACES, ids=lambda path: path.stem)
 def test_every_shipped_space_fits_a_config_whose_gate_asks_for_a_score(path: Path) -> None:
     """A search decides nothing, and some of them have no answers scored; the best config has its gate again."""
-    found = load_space.load(path, GATED)
+    found = sharing.load(path, GATED)
     search = settings.search_config(GATED, found, path, registers=False)
     spec: Any = SimpleNamespace(space=found, name="search")
     trial: Any = SimpleNamespace(params=found.values(found.drawn(0)) if found.searcher != "tpe" else {})
@@ -148,7 +146,7 @@ def test_the_configs_own_method_does_not_count_where_it_is_no_trial(tmp_path: Pa
     search = {"adapter.method": {"choice": ["lora", "nora"]}, "adapter.rank": {"choice": [7, 9]}}
     file.write_text(yaml.safe_dump({"search": search, "include_default": False}))
     config = override(CONFIG, {"adapter.method": "orthogonal"})
-    assert load_space.load(file, config).values({"adapter.method": "nora", "adapter.rank": 7}) != {}
+    assert sharing.load(file, config).values({"adapter.method": "nora", "adapter.rank": 7}) != {}
 
 
 def of(domain: Any, field: str = "train.lr") -> dict[str, Any]:
@@ -349,7 +347,7 @@ def test_bad_spaces_name_the_field(case: str, tmp_path: Path) -> None:
 def test_files_that_hold_no_space_are_one_line(text: str, tmp_path: Path) -> None:
     (tmp_path / "space.yaml").write_text(text)
     with pytest.raises(UserError) as error:
-        load_space.load(tmp_path / "space.yaml", CONFIG)
+        sharing.load(tmp_path / "space.yaml", CONFIG)
     assert str(error.value).startswith(f"{tmp_path}/space.yaml")
     assert "\n" not in str(error.value)
 
@@ -358,9 +356,9 @@ def test_values_are_checked_with_the_rest_of_the_config(tmp_path: Path) -> None:
     """A method with even ranks only."""
     file = tmp_path / "space.yaml"
     file.write_text(yaml.safe_dump({"search": {"adapter.rank": {"choice": [2, 3]}}}))
-    load_space.load(file, CONFIG)
+    sharing.load(file, CONFIG)
     with pytest.raises(UserError, match=r"search\.adapter\.rank: .*rank=3 is odd"):
-        load_space.load(file, override(CONFIG, {"adapter.method": "orthogonal"}))
+        sharing.load(file, override(CONFIG, {"adapter.method": "orthogonal"}))
 
 
 def test_a_field_that_is_null_in_the_config_can_be_the_base_of_another(tmp_path: Path) -> None:
@@ -488,7 +486,7 @@ def test_held_out_metrics_need_held_out_rows(tmp_path: Path) -> None:
     file = tmp_path / "space.yaml"
     file.write_text(yaml.safe_dump({"search": {"train.lr": {"choice": [1e-3]}}}))
     with pytest.raises(UserError, match=r"metric: eval/loss needs held-out rows: set data\.eval"):
-        load_space.load(file, tiny.config())
+        sharing.load(file, tiny.config())
 
 
 def test_a_grid_has_every_combination_once_after_the_default(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from olora_ray.common.errors import StoreUnavailable, TryAgain, UserError
-from olora_ray.sweep import trial_file
+from olora_ray.sweep import record as trial_file
 from olora_ray.sweep.record import TrialRecord
 from tests.said import said
 

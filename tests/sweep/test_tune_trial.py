@@ -21,16 +21,16 @@ from olora_ray.cluster.spec import TrainSpec
 from olora_ray.common import logs
 from olora_ray.common.errors import UserError
 from olora_ray.model.source import BaseModel
+from olora_ray.sweep import record as trial_file
 from olora_ray.sweep import run as search_run
-from olora_ray.sweep import schedulers, trial_file, tuner
+from olora_ray.sweep import schedulers, tuner
 from olora_ray.sweep import trial as trials
 from olora_ray.sweep.callback import SweepCallback
-from olora_ray.sweep.record import TrialRecord
+from olora_ray.sweep.record import TrialFile, TrialRecord, read_all
 from olora_ray.sweep.space import Space
 from olora_ray.sweep.spec import NUMBER, SweepSpec, trial_place
 from olora_ray.sweep.trial import Ended, Measured, TrialRun
-from olora_ray.sweep.trial_file import TrialFile, read_all
-from olora_ray.sweep.tune_trial import SearchTrial
+from olora_ray.sweep.tuner import SearchTrial
 from olora_ray.tracking.start import resolve_uri
 from tests import tiny
 from tests.said import said
@@ -208,7 +208,7 @@ def test_a_trial_that_goes_on_from_its_own_checkpoint_keeps_its_values(
     Path(first.folder.checkpoints, "step-0000001").mkdir(parents=True)
     second = TrialRun(spec(tmp_path), 1, {"train.lr": 1e-3})
     monkeypatch.setattr(trials.ray, "cluster_resources", dict)
-    monkeypatch.setattr(trials.mlflow_run, "tracked", lambda *_: contextlib.nullcontext(SimpleNamespace(run_id="")))
+    monkeypatch.setattr(trials.publish, "tracked", lambda *_: contextlib.nullcontext(SimpleNamespace(run_id="")))
     monkeypatch.setattr(trials.fit, "finished_training", lambda *_: None)
 
     def fitted(*_: object) -> Any:
@@ -233,7 +233,7 @@ def test_a_trial_does_not_go_on_from_a_checkpoint_of_other_values(
     (checkpoint := Path(first.folder.checkpoints, "step-0000001")).mkdir(parents=True)
     ended = SimpleNamespace(state=SimpleNamespace(history=[]))
     monkeypatch.setattr(trials.ray, "cluster_resources", dict)
-    monkeypatch.setattr(trials.mlflow_run, "tracked", lambda *_: contextlib.nullcontext(SimpleNamespace(run_id="run")))
+    monkeypatch.setattr(trials.publish, "tracked", lambda *_: contextlib.nullcontext(SimpleNamespace(run_id="run")))
     monkeypatch.setattr(trials.fit, "finished_training", lambda *_: ended)
     second = TrialRun(search, 1, {"train.lr": rate})
     second._file.begin()
@@ -273,7 +273,7 @@ def test_trials_are_tracked_where_the_search_is_wherever_they_run(
 
     ended = SimpleNamespace(state=SimpleNamespace(history=[]))
     monkeypatch.setattr(trials.ray, "cluster_resources", dict)
-    monkeypatch.setattr(trials.mlflow_run, "tracked", tracked)
+    monkeypatch.setattr(trials.publish, "tracked", tracked)
     monkeypatch.setattr(trials.fit, "finished_training", lambda *_: ended)
     run = TrialRun(travelled[0], 1, {"train.lr": 1e-3})
     run._train()

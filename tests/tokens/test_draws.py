@@ -13,9 +13,8 @@ import pytest
 from olora_ray.config.schema import Config
 from olora_ray.data.reader import read_unit
 from olora_ray.data.tokenizer_spec import TokenizerSpec
-from olora_ray.tokens import rng
-from olora_ray.tokens.draws import taken, warn_of_empty
-from olora_ray.tokens.plan import Plan
+from olora_ray.tokens import layout as rng
+from olora_ray.tokens.plan import Plan, taken, warn_of_empty
 from olora_ray.tokens.prepare import plan_here, prepare
 from tests.said import said
 from tests.tokens import helpers

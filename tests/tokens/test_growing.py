@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
-from olora_ray.common import sealed
+from olora_ray.common import storage
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
 from olora_ray.data.tokenizer_spec import TokenizerSpec
-from olora_ray.tokens import totals, writer
+from olora_ray.tokens import manifest
+from olora_ray.tokens import prepare as writer
 from olora_ray.tokens.plan import Part
 from olora_ray.tokens.prepare import begin, prepare
 from olora_ray.tokens.store import Pack, TokenStore
@@ -205,7 +206,7 @@ def test_stopping_ray_datas_work_leaves_nothing_half_written(
     ray_with: Callable[[int], None],
 ) -> None:
     monkeypatch.setattr(writer, "MAKE_HERE", 0)
-    monkeypatch.setattr(totals, "SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr(manifest, "SECONDS_BETWEEN_LINES", 0.0)
     ray_with(1)
     reached, stopped = threading.Event(), threading.Event()
 
@@ -258,13 +259,13 @@ def test_a_late_reader_asks_for_each_shard_once(
     store = begin(corpus, tiny_spec, "train").store
     put(made, store, *(f"shard-{n:05d}.{kind}" for n in range(11) for kind in ("arrow", "json")))
     asked: list[str] = []
-    read = sealed.read_sealed
+    read = storage.read_sealed
 
     def noted(place: str) -> dict[str, Any] | None:
         asked.append(Path(place).name)
         return read(place)
 
-    monkeypatch.setattr(sealed, "read_sealed", noted)
+    monkeypatch.setattr(storage, "read_sealed", noted)
     store.refresh()
     assert store.available_shards == 11
     assert len(asked) == len(set(asked)) == 12

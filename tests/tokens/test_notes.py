@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from olora_ray.data.tokenizer_spec import TokenizerSpec
-from olora_ray.tokens.notes import lines
+from olora_ray.tokens.manifest import lines
 from olora_ray.tokens.prepare import prepare
 from olora_ray.tokens.preview import describe
 from tests.data.test_chat_template import ALL, conversation

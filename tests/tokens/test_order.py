@@ -4,8 +4,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from olora_ray.tokens import rng
-from olora_ray.tokens.order import order
+from olora_ray.tokens import layout
+from olora_ray.tokens.store import order
 
 
 @given(st.integers(1, 300), st.integers(0, 2**31 - 1))
@@ -34,7 +34,7 @@ def test_epochs_and_seeds_differ() -> None:
 def test_orders_never_change() -> None:
     """They are part of what makes a run repeatable: a new version must not change them."""
     assert order(10, 17, 10, 20).tolist() == GOLDEN_ORDER
-    assert rng.permutation(8, rng.key("rows", 17, 0)).tolist() == GOLDEN_SHUFFLE
+    assert layout.permutation(8, layout.key("rows", 17, 0)).tolist() == GOLDEN_SHUFFLE
 
 
 GOLDEN_ORDER = [9, 4, 8, 0, 3, 5, 1, 2, 6, 7]
@@ -43,8 +43,8 @@ GOLDEN_SHUFFLE = [3, 0, 7, 4, 5, 1, 6, 2]
 
 def test_chosen_is_the_wanted_share_and_depends_on_each_counter_alone() -> None:
     counters = np.arange(100_000)
-    drawn = rng.bernoulli_mask(0.05, 7, counters)
+    drawn = layout.bernoulli_mask(0.05, 7, counters)
     assert abs(drawn.mean() - 0.05) < 0.003
-    assert (rng.bernoulli_mask(0.05, 7, counters[500:900]) == drawn[500:900]).all()
-    assert rng.bernoulli_mask(1.0, 7, counters).all()
-    assert not rng.bernoulli_mask(0.0, 7, counters).any()
+    assert (layout.bernoulli_mask(0.05, 7, counters[500:900]) == drawn[500:900]).all()
+    assert layout.bernoulli_mask(1.0, 7, counters).all()
+    assert not layout.bernoulli_mask(0.0, 7, counters).any()

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from olora_ray.tokens.packing import pack
+from olora_ray.tokens.shard import pack
 
 
 def first_fit_decreasing(lengths: list[int], capacity: int) -> list[list[int]]:

@@ -9,9 +9,9 @@ import pytest
 
 from olora_ray.config.schema import Config
 from olora_ray.data.tokenizer_spec import TokenizerSpec
-from olora_ray.tokens import rejected
+from olora_ray.tokens import manifest
+from olora_ray.tokens.manifest import RejectedRows
 from olora_ray.tokens.prepare import begin, plan_here, prepare
-from olora_ray.tokens.rejected import RejectedRows
 from tests.tokens import helpers
 
 
@@ -37,7 +37,7 @@ def expected(uri: str) -> str:
 def test_a_row_that_weights_repeat_is_listed_once_where_it_comes_first(
     in_memory: int, config: Config, tiny_spec: TokenizerSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rejected, "IN_MEMORY", in_memory)
+    monkeypatch.setattr(manifest, "IN_MEMORY", in_memory)
     store = prepare(config, tiny_spec, "train")
     found = Path(store.uri, "rejected.jsonl").read_text()
     assert found == expected(store.uri)
@@ -71,4 +71,4 @@ def test_memory_does_not_grow_with_the_rows(tmp_path: Path, tiny_spec: Tokenizer
     assert sum(map(len, rows.chunks())) > 5 * 10**6
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak < rejected.IN_MEMORY + 2**21
+    assert peak < manifest.IN_MEMORY + 2**21

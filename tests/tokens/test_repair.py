@@ -11,12 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from olora_ray.common import sealed
+from olora_ray.common import storage as sealed
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
-from olora_ray.data import kept_scans
+from olora_ray.data import units
 from olora_ray.data.tokenizer_spec import TokenizerSpec
-from olora_ray.tokens import plan, shard, writer
+from olora_ray.tokens import plan, shard
+from olora_ray.tokens import prepare as writer
 from olora_ray.tokens.prepare import begin, prepare
 from olora_ray.tokens.store import TokenStore
 from tests.said import said
@@ -169,7 +170,7 @@ class Small:
 def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Small]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plan, "SHARD_ROWS", (16, 16))
-        patch.setattr(kept_scans, "SETTLED", -60.0)
+        patch.setattr(units, "SETTLED", -60.0)
         patch.setattr("os.fsync", lambda handle: None)
         found = Small(tmp_path_factory.mktemp("small"))
         assert len(found.store.manifest.shards) == 4

@@ -15,8 +15,10 @@ from olora_ray.common.errors import UserError
 from olora_ray.config.load import override
 from olora_ray.config.schema import Config
 from olora_ray.data.tokenizer_spec import TokenizerSpec
+from olora_ray.tokens import manifest as totals
 from olora_ray.tokens import prepare as preparation
-from olora_ray.tokens import preview, ray_map, totals, writer
+from olora_ray.tokens import prepare as writer
+from olora_ray.tokens import preview, ray_map
 from olora_ray.tokens.manifest import shard_name
 from olora_ray.tokens.prepare import prepare
 from olora_ray.tokens.store import TokenStore

@@ -8,9 +8,9 @@ import pytest
 
 from olora_ray.common.errors import UserError
 from olora_ray.data.tokenizer_spec import TokenizerSpec
+from olora_ray.tokens.manifest import Limits
+from olora_ray.tokens.manifest import rejection_remedy as remedy
 from olora_ray.tokens.prepare import prepare
-from olora_ray.tokens.remedies import remedy
-from olora_ray.tokens.totals import Limits
 from tests.said import said
 from tests.tokens import helpers
 from tests.tokens.helpers import chat, rows

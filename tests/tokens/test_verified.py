@@ -9,14 +9,13 @@ from typing import Any
 
 import pytest
 
-from olora_ray.common.digests import digest_bytes, digest_file
 from olora_ray.common.errors import UserError
+from olora_ray.common.storage import digest_bytes, digest_file
 from olora_ray.config.schema import Config
 from olora_ray.data.tokenizer_spec import TokenizerSpec
-from olora_ray.tokens import verified
+from olora_ray.tokens import store as verified
 from olora_ray.tokens.prepare import prepare
-from olora_ray.tokens.store import TokenStore
-from olora_ray.tokens.verified import Verified
+from olora_ray.tokens.store import TokenStore, Verified
 
 CONTENT = b"some shard" * 100
 

@@ -13,10 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from olora_ray.tokens import order as orders
+from olora_ray.tokens import store as orders
 from olora_ray.tokens.manifest import Outline, ShardInfo
-from olora_ray.tokens.order import FEW_SHARDS, WINDOW, WindowedPass, order
-from olora_ray.tokens.store import OPEN_SHARDS, TokenStore
+from olora_ray.tokens.store import FEW_SHARDS, OPEN_SHARDS, WINDOW, TokenStore, WindowedPass, order
 from tests.tokens.test_order import GOLDEN_ORDER
 
 SEED = 17

@@ -8,7 +8,7 @@ import torch
 
 from olora_ray.config.schema import Adapter
 from olora_ray.tracking import client, models, run
-from olora_ray.tracking.contents import Contents
+from olora_ray.tracking.models import Contents
 from olora_ray.tracking.start import start_run
 from tests import mlflow_database, tiny
 from tests.export_parts import Case, make_case, save_tokenizer

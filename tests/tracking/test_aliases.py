@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from olora_ray.common.digests import digest_bytes
 from olora_ray.common.errors import UserError
-from olora_ray.tracking import checksums, record, registry_lock
+from olora_ray.common.storage import digest_bytes
+from olora_ray.tracking import aliases as registry_lock
+from olora_ray.tracking import checksums
 from olora_ray.tracking.aliases import GATE, LAST, MOVING, Aliases, Overtaken
 from olora_ray.tracking.client import connect
 from tests import registered
@@ -154,7 +155,7 @@ def large(against: str) -> dict[str, str]:
     """What a verdict stands on: two models with 80 scores each, more than a registered model's tag can have."""
     scores = {f"eval/field/number_{number}": 0.123456789012345 for number in range(80)}
     tags = {"olora.gate_against": against, "olora.gate_details": json.dumps({"challenger": scores, "champion": scores})}
-    return record.folded(tags)
+    return checksums.folded(tags)
 
 
 def test_what_is_announced_of_a_move_has_room_in_a_tag(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:

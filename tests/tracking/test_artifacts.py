@@ -9,9 +9,9 @@ import pytest
 from olora_ray.common import s3, storage
 from olora_ray.common.errors import TryAgain, UserError
 from olora_ray.config.schema import Config
-from olora_ray.tracking import artifacts, models, registered, start
+from olora_ray.tracking import models, registered, start
 from olora_ray.tracking.client import TrackingUnavailable, connect
-from olora_ray.tracking.contents import Contents
+from olora_ray.tracking.models import Contents
 from tests import mlflow_database, tiny
 from tests.mlflow_server import Server
 from tests.s3_server import Faults, within
@@ -49,7 +49,7 @@ def test_a_runs_files_and_model_lie_in_the_bucket(
 
 
 def test_of_a_local_store_nothing_is_left_but_its_folder(tmp_path: Path) -> None:
-    artifacts.check(str(tmp_path / "mlartifacts"), "sqlite://")
+    start.probe(str(tmp_path / "mlartifacts"), "sqlite://")
     assert list((tmp_path / "mlartifacts").iterdir()) == []
 
 
@@ -58,17 +58,17 @@ def test_a_folder_of_the_servers_machine_is_told_before_a_training(tmp_path: Pat
     """With --no-serve-artifacts MLflow makes the server's folder on the client: as root, that of a container."""
     place, uri = tmp_path / "server" / "artifacts" / "1", f"http://{host}:5000"
     with pytest.raises(UserError, match=rf"{uri} keeps files in its folder {place}, which is not there"):
-        artifacts.check(place.as_uri(), uri)
+        start.probe(place.as_uri(), uri)
     assert list(tmp_path.iterdir()) == []
     place.parent.mkdir(parents=True)  # a shared folder
-    artifacts.check(str(place), uri)
+    start.probe(str(place), uri)
 
 
 def test_a_folder_that_cannot_be_written_is_told_before_a_training(tmp_path: Path) -> None:
     (tmp_path / "theirs").write_text("a file")
     place = tmp_path / "theirs" / "mlartifacts"
     with pytest.raises(UserError, match=rf"MLflow's artifact store: {place} at sqlite\S+ cannot be written: "):
-        artifacts.check(str(place), f"sqlite:///{tmp_path}/mlflow.db")
+        start.probe(str(place), f"sqlite:///{tmp_path}/mlflow.db")
 
 
 def test_a_server_that_cannot_write_its_files_is_told_before_a_training(tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_mlflows_own_server_that_hangs(
 ) -> None:
     """MLflow may have an address of its own, and asks for minutes."""
     monkeypatch.setenv("MLFLOW_S3_ENDPOINT_URL", s3_server.url)
-    monkeypatch.setattr(artifacts, "PROBE_SECONDS", 1.0)
+    monkeypatch.setattr(start, "PROBE_SECONDS", 1.0)
     s3_server.faults = Faults(hang=True)
     with pytest.raises(TrackingUnavailable, match=r"cannot be written: no answer within 1 s"), within(20):
         check(config)

@@ -8,8 +8,8 @@ from mlflow.entities import LoggedModelOutput
 from olora_ray.common.errors import Stopped, TakenOver, TryAgain, UserError
 from olora_ray.config.schema import Config
 from olora_ray.tracking import client
-from olora_ray.tracking.mlflow_run import mlflow_run
 from olora_ray.tracking.run import Tracker
+from olora_ray.tracking.start import mlflow_run
 from tests import mlflow_database, tiny
 
 

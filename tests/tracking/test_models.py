@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from olora_ray.common.errors import UserError
-from olora_ray.tracking import checksums, mlmodel, models, record, run
+from olora_ray.tracking import checksums, models, run
 from olora_ray.tracking.aliases import GATE, Aliases
-from olora_ray.tracking.contents import Contents
+from olora_ray.tracking.models import Contents
 from olora_ray.tracking.start import start_run
 from tests import tiny
 from tests.export_parts import Case, logits
@@ -27,7 +27,7 @@ def test_the_version_has_alias_tags_run_and_model(triage: run.Tracker) -> None:
     assert version.run_id == triage.run_id
     text = (Path(version.source) / checksums.FILE).read_text()
     shown = {name: str(value) for name, value in TAGS.items() if value != ""}
-    assert version.tags == shown | {record.TAG: json.dumps({checksums.TAG: checksums.digest(text)})}
+    assert version.tags == shown | {checksums.RECORD_TAG: json.dumps({checksums.TAG: checksums.digest(text)})}
     (output,) = triage.client().get_run(triage.run_id).outputs.model_outputs
     model = triage.client().get_logged_model(output.model_id)
     assert str(model.status) == "READY"
@@ -97,7 +97,7 @@ def test_a_copy_that_was_interrupted_is_filled_again(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(mlmodel, "write", killed)
+        patch.setattr(models, "write", killed)
         with pytest.raises(KeyboardInterrupt):
             models.register(tracker, Contents(merged), "other", "candidate", TAGS)
     version = models.register(tracker, Contents(merged), "other", "candidate", TAGS)

@@ -11,8 +11,8 @@ from mlflow.tracking._tracking_service import utils
 
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
-from olora_ray.tracking import moved_storage, registered
-from olora_ray.tracking.mlflow_run import mlflow_run
+from olora_ray.tracking import registered, start
+from olora_ray.tracking.start import mlflow_run
 from pipelines import registry
 from tests import mlflow_database, tiny
 from tests.said import said
@@ -111,7 +111,7 @@ def test_artifacts_that_lie_elsewhere_on_purpose_stay_there(tmp_path: Path, ids:
     config = tiny.config(run__storage=str(own), tracking__uri=f"sqlite:///{shared}/mlflow.db")
     with mlflow_run(config, {}, ids, {}) as tracker:
         tracker.text("hello", "note.txt")
-    moved_storage.follow(settings(shared))
+    start.follow(settings(shared))
     assert tracked(shared, ids).startswith(f"{own}/mlartifacts/")
 
 
@@ -119,7 +119,7 @@ def test_artifacts_that_lie_elsewhere_on_purpose_stay_there(tmp_path: Path, ids:
 def test_without_a_database_of_mlflow_nothing_happens(tmp_path: Path, content: bytes | None) -> None:
     if content is not None:
         (tmp_path / "mlflow.db").write_bytes(content)
-    moved_storage.follow(settings(tmp_path))
+    start.follow(settings(tmp_path))
     assert [file.name for file in tmp_path.iterdir()] == (["mlflow.db"] if content is not None else [])
 
 
@@ -130,7 +130,7 @@ def test_tables_of_another_mlflow_are_left_as_they_are(tmp_path: Path) -> None:
     with contextlib.closing(sqlite3.connect(now / "mlflow.db")) as database, database:
         database.execute("ALTER TABLE model_versions RENAME COLUMN storage_location TO place")
     with said() as lines:
-        moved_storage.follow(settings(now))
+        start.follow(settings(now))
     [line] = lines
     assert line.startswith("warning: run.storage has moved, but MLflow's artifacts keep their places")
     assert "storage_location" in line

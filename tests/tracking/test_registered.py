@@ -8,7 +8,7 @@ import pytest
 
 from olora_ray.common.errors import UserError
 from olora_ray.tracking import models, registered, run
-from olora_ray.tracking.contents import Contents
+from olora_ray.tracking.models import Contents
 from tests.said import said
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from olora_ray.common.errors import UserError
-from olora_ray.config.dotted import flatten
+from olora_ray.config.load import flatten
 from olora_ray.config.schema import Config
 from olora_ray.tracking import client as client_module
 from olora_ray.tracking import run as tracking

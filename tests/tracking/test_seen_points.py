@@ -2,7 +2,7 @@
 
 import random
 
-from olora_ray.tracking.seen_points import SeenPoints
+from olora_ray.tracking.write_queue import SeenPoints
 
 
 def test_pairs_are_a_set() -> None:

@@ -5,7 +5,7 @@ import sqlite3
 
 import pytest
 
-from olora_ray.tracking import poisoned, run, write_queue
+from olora_ray.tracking import run, write_queue
 from tests.tracking.one_run import local, rows, series, steps
 
 
@@ -36,7 +36,7 @@ def test_a_value_that_mlflow_fails_at_is_left_out_and_all_others_are_written(
     assert steps(tracker, "b") == list(range(50))
     run_data = tracker.client().get_run(tracker.run_id).data
     assert run_data.tags["later"] == "x"
-    assert poisoned._TAG not in run_data.tags
+    assert write_queue._TAG not in run_data.tags
     lines = [record.getMessage() for record in caplog.records]
     assert sum("MLflow fails at a of step 9223372036854775808 and 1 more each time" in line for line in lines) == 1
     assert sum("MLflow fails at b of step 9223372036854775808 each time" in line for line in lines) == 1

@@ -2,8 +2,7 @@
 
 import pytest
 
-from olora_ray.tracking.models import DESCRIPTION_LENGTH
-from olora_ray.tracking.verdicts import HEADING, with_line
+from olora_ray.tracking.models import DESCRIPTION_LENGTH, HEADING, with_line
 
 
 def test_lines_follow_one_another_and_none_is_written_twice() -> None:

@@ -8,13 +8,12 @@ import pytest
 import torch
 
 from olora_ray.adapter.candidates import candidates
-from olora_ray.adapter.targets import select
+from olora_ray.adapter.inject import select
 from olora_ray.config.schema import Config
-from olora_ray.train import step_memory
-from olora_ray.train.activation_formula import held_by_experts
-from olora_ray.train.answer_memory import answers_at_once, cache_bytes
+from olora_ray.train import estimate
+from olora_ray.train.estimate import answers_at_once, cache_bytes, held_by_experts
+from olora_ray.train.fake_model import LiveBytes
 from olora_ray.train.generate import AT_ONCE, decoding, greedy
-from olora_ray.train.live_bytes import LiveBytes
 from tests import tiny
 from tests.families import zoo
 from tests.families.variants import ALL
@@ -37,7 +36,7 @@ def settings(**changes: Any) -> Config:
 def planned(config: Config, meta: Any) -> int:
     chosen = select(meta, config.adapter.targets, config.adapter.rank)
     held = held_by_experts(config, meta, candidates(meta), chosen)
-    return step_memory.measure(meta, chosen.targets, held, config, torch.float32, gpu=False).answers
+    return estimate.measure(meta, chosen.targets, held, config, torch.float32, gpu=False).answers
 
 
 def taken(config: Config, model: Any) -> int:

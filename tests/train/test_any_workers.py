@@ -19,11 +19,11 @@ from olora_ray.cluster.resume import resume
 from olora_ray.common import collectives
 from olora_ray.config.schema import Config
 from olora_ray.train import checkpoint
+from olora_ray.train.checkpoint import TrainState
 from olora_ray.train.generate import Question, answer
 from olora_ray.train.loader import StepLoader
 from olora_ray.train.loop import Trainer, evaluate
-from olora_ray.train.schedule import Schedule
-from olora_ray.train.state import TrainState
+from olora_ray.train.optim import Schedule
 from tests import tiny
 from tests.crew import Crew
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from olora_ray.train.baseline import Baseline
+from olora_ray.train.scoring import Baseline
 
 RUN = {"base model": "b", "adapter": "a"}
 

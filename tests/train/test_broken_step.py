@@ -9,7 +9,7 @@ from olora_ray.common import collectives
 from olora_ray.config.schema import Config
 from olora_ray.train.loader import StepLoader
 from olora_ray.train.loop import StepResult, Trainer
-from olora_ray.train.schedule import Schedule
+from olora_ray.train.optim import Schedule
 from tests import tiny
 
 STEPS, MICRO_BATCHES = 3, 6

@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 from safetensors.torch import save as save_bytes
 from torch import Tensor
 
-from olora_ray.adapter.factors import AdapterWeights, Factors
-from olora_ray.common import digests
+from olora_ray.adapter.layer import AdapterWeights, Factors
+from olora_ray.common import storage
 from olora_ray.common.errors import UserError
 from olora_ray.train import checkpoint
-from olora_ray.train.state import TrainState
+from olora_ray.train.checkpoint import TrainState
 from tests import tiny
 
 RANK = 2
@@ -178,7 +178,7 @@ def resealed(folder: Path, name: str, content: bytes) -> None:
     """Change a file, and the manifest with it."""
     (folder / name).write_bytes(content)
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"][name] = digests.size_and_digest(folder / name)
+    manifest["files"][name] = storage.size_and_digest(folder / name)
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
@@ -229,7 +229,7 @@ def test_a_manifest_names_files_of_a_checkpoint_only(saved: Path, tmp_path: Path
     (folder / "more.json").write_text("{}")
     (tmp_path / "other").write_text("{}")
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"][name] = digests.size_and_digest(folder / name)
+    manifest["files"][name] = storage.size_and_digest(folder / name)
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="not the manifest of this checkpoint"):
         checkpoint.load(folder)

@@ -15,12 +15,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from olora_ray.adapter.factors import AdapterWeights, Factors
-from olora_ray.common import connections, patience, s3, storage
+from olora_ray.adapter.layer import AdapterWeights, Factors
+from olora_ray.common import patience, s3, storage
 from olora_ray.common.errors import TryAgain, UserError
-from olora_ray.train import checkpoint, checkpoint_manager, checkpoints
-from olora_ray.train.checkpoint_manager import CheckpointManager
-from olora_ray.train.state import TrainState
+from olora_ray.train import checkpoint, checkpoints
+from olora_ray.train.checkpoint import TrainState
+from olora_ray.train.checkpoints import CheckpointManager
 from tests.s3_server import Faults, Server
 from tests.said import said
 
@@ -228,7 +228,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_is_tried_again_then_told_and_the_good_one_stays(
     small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoint_manager, "PAUSES", (0.01, 0.01))
+    monkeypatch.setattr(checkpoints, "PAUSES", (0.01, 0.01))
     filled(str(small_disk), 2)
     found = CheckpointManager(str(small_disk), 1)
     with said() as lines:
@@ -243,7 +243,7 @@ def test_a_full_disk_is_tried_again_then_told_and_the_good_one_stays(
 
 
 def test_room_that_comes_back_in_time_is_used(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint_manager, "PAUSES", (0.2, 0.2, 0.2, 0.2))
+    monkeypatch.setattr(checkpoints, "PAUSES", (0.2, 0.2, 0.2, 0.2))
     ballast = small_disk / "ballast"
     ballast.write_bytes(b"x" * 190_000)
     found = CheckpointManager(str(small_disk), 1)
@@ -471,7 +471,7 @@ class TestObjectStore:
     ) -> None:
         monkeypatch.setattr(patience, "PAUSES", (0.05,))
         found = filled(place, 2)
-        s3_server.faults = Faults(refuse=2 * connections.ATTEMPTS)
+        s3_server.faults = Faults(refuse=2 * patience.ATTEMPTS)
         with said() as lines:
             found.save(4, writer(4))
             found.finish()
@@ -483,8 +483,8 @@ class TestObjectStore:
         self, s3_server: Server, place: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(patience, "PATIENCE", 0.0)
-        monkeypatch.setattr(checkpoint_manager, "PAUSES", (0.01,) * 9)
-        monkeypatch.setattr(checkpoint_manager, "ATTEMPT_SECONDS", 0.5)
+        monkeypatch.setattr(checkpoints, "PAUSES", (0.01,) * 9)
+        monkeypatch.setattr(checkpoints, "ATTEMPT_SECONDS", 0.5)
         found = filled(place, 2)
         s3_server.faults = Faults(refuse=-1)
         with said() as lines:

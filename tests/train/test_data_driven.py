@@ -11,24 +11,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from olora_ray.adapter.factors import Factors
 from olora_ray.adapter.initialise import InitReport
-from olora_ray.adapter.inject import inject
+from olora_ray.adapter.inject import find_targets, inject
+from olora_ray.adapter.layer import Factors
 from olora_ray.adapter.methods import eva
-from olora_ray.adapter.targets import find_targets
 from olora_ray.common import collectives
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Adapter
 from olora_ray.tokens.store import Pack
-from olora_ray.train import data_driven, spread
+from olora_ray.train import calibration, data_driven
+from olora_ray.train.calibration import Piece, first_tokens, inputs_of
 from olora_ray.train.data_driven import DataReport, eva_factors
-from olora_ray.train.first_tokens import Piece, first_tokens
-from olora_ray.train.layer_inputs import inputs_of
 from olora_ray.train.loader import StepLoader
 from olora_ray.train.loop import Trainer
 from olora_ray.train.loss import SupervisedLoss
+from olora_ray.train.optim import Schedule
 from olora_ray.train.parallel import place_model
-from olora_ray.train.schedule import Schedule
 from tests import tiny
 from tests.crew import Crew
 from tests.families import zoo
@@ -46,7 +44,7 @@ def settings(**changes: Any) -> Adapter:
 def make(attention: str = "segments", count: int = 8, at_once: int | None = None, **changes: Any) -> Made:
     model = tiny.llama(attention=attention)
     if at_once is not None:
-        spread.AT_ONCE = at_once
+        calibration.AT_ONCE = at_once
     return eva_factors(
         SupervisedLoss(model), find_targets(model, "all-linear", RANK), settings(**changes), store(count), CPU
     )
@@ -129,7 +127,7 @@ def test_the_same_bytes_come_of_1_2_and_3_workers(crew: Callable[[int], Crew]) -
 
 def _in_small_parts() -> tuple[int, bytes]:
     whole, parts = _bytes(), _bytes(at_once=4096)
-    spread.AT_ONCE = 2**26
+    calibration.AT_ONCE = 2**26
     return whole[2] - parts[2], b"" if whole[3] == parts[3] else parts[3]
 
 
@@ -226,7 +224,7 @@ def test_a_long_look_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch, caplog:
     caplog.set_level("INFO")
     make()
     assert not caplog.messages
-    monkeypatch.setattr(spread, "STILL", 0.0)
+    monkeypatch.setattr(calibration, "STILL", 0.0)
     make()
     parts = [re.fullmatch(r"initialisation: (\d+) of (\d+) sequences looked at", line) for line in caplog.messages]
     assert sum(int(part[1]) == int(part[2]) for part in parts if part) >= 1

@@ -11,16 +11,15 @@ import pytest
 import torch
 
 from olora_ray.adapter.candidates import candidates
+from olora_ray.adapter.inject import select
 from olora_ray.adapter.methods import METHODS
-from olora_ray.adapter.targets import select
 from olora_ray.common.errors import UserError
 from olora_ray.config.load import override
 from olora_ray.config.schema import Config
 from olora_ray.model.source import obtain
 from olora_ray.tokens.collate import collate
-from olora_ray.train.activation_formula import held_by_experts
-from olora_ray.train.estimate import estimate
-from olora_ray.train.live_bytes import LiveBytes
+from olora_ray.train.estimate import estimate, held_by_experts
+from olora_ray.train.fake_model import LiveBytes
 from olora_ray.train.loop import train_mode
 from tests import tiny
 from tests.families import zoo
@@ -193,10 +192,10 @@ def _train(folder: str, rank: int) -> tuple[int, int]:
     """(bytes after the imports, peak of three steps with an evaluation's copy), as a worker trains."""
     import torch
 
+    from olora_ray.common.malloc import keep_freed_memory
     from olora_ray.model.load import load_model
     from olora_ray.train.loader import StepLoader
-    from olora_ray.train.malloc import keep_freed_memory
-    from olora_ray.train.schedule import Schedule
+    from olora_ray.train.optim import Schedule
     from tests.tiny import trainer
 
     keep_freed_memory()

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from olora_ray.adapter.inject import find_targets
 from olora_ray.adapter.methods import eva
-from olora_ray.adapter.targets import find_targets
 from olora_ray.config.schema import Adapter
 from olora_ray.tokens.store import Pack
 from olora_ray.train.data_driven import eva_factors

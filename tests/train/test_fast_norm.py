@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from olora_ray.train.fast_norm import LightRMSNorm, patch_rms_norm
+from olora_ray.train.loss import LightRMSNorm, patch_rms_norm
 
 
 def norm(dtype: torch.dtype) -> nn.Module:

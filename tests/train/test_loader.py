@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from olora_ray.config.schema import Train
-from olora_ray.tokens.order import order
+from olora_ray.tokens.store import order
 from olora_ray.train import loader
 from olora_ray.train.loader import StepLoader, Waiting, total_steps
-from olora_ray.train.schedule import Schedule
+from olora_ray.train.optim import Schedule
 from tests.train.test_schedule import arriving, fast, sizes_of, store
 
 __all__ = ["fast"]

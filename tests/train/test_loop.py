@@ -13,12 +13,12 @@ from torch import Tensor
 from olora_ray.common import collectives
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
-from olora_ray.model import varlen_attention
+from olora_ray.model import attention as varlen_attention
 from olora_ray.train import checkpoint, tree
+from olora_ray.train.checkpoint import TrainState
 from olora_ray.train.loader import StepLoader, total_steps
 from olora_ray.train.loop import StepResult, Trainer, evaluate
-from olora_ray.train.schedule import Schedule
-from olora_ray.train.state import TrainState
+from olora_ray.train.optim import Schedule
 from tests import tiny
 from tests.crew import Crew
 from tests.varlen_on_cpu import varlen_on_cpu

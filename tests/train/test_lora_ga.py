@@ -9,17 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from olora_ray.adapter.factors import Factors
 from olora_ray.adapter.initialise import InitReport, check
-from olora_ray.adapter.inject import inject
+from olora_ray.adapter.inject import find_targets, inject
+from olora_ray.adapter.layer import Factors
 from olora_ray.adapter.methods import METHODS, Options
-from olora_ray.adapter.targets import find_targets
 from olora_ray.common.errors import UserError
-from olora_ray.config.adapter import Adapter
+from olora_ray.config.schema import Adapter
 from olora_ray.tokens.store import Pack
-from olora_ray.train import gradient_factors as module
-from olora_ray.train.data_driven import DataReport
-from olora_ray.train.gradient_factors import gradient_factors
+from olora_ray.train import data_driven
+from olora_ray.train.data_driven import DataReport, gradient_factors
 from olora_ray.train.loss import SupervisedLoss
 from olora_ray.train.parallel import place_model
 from tests import tiny
@@ -44,11 +42,11 @@ def settings(**changes: Any) -> Adapter:
 def make(strategy: str = "ddp", attention: str = "segments", at_once: int | None = None, **changes: Any) -> Made:
     loss = SupervisedLoss(tiny.llama(attention=attention))
     place_model(loss, strategy, CPU)
-    kept, module.AT_ONCE = module.AT_ONCE, at_once or module.AT_ONCE
+    kept, data_driven.AT_ONCE = data_driven.AT_ONCE, at_once or data_driven.AT_ONCE
     try:
         return gradient_factors(loss, find_targets(loss.model, "all-linear", RANK), settings(**changes), store(), CPU)
     finally:
-        module.AT_ONCE = kept
+        data_driven.AT_ONCE = kept
 
 
 def by_autograd(packs: list[Pack], limit: int) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ import torch.utils.backend_registration as registration
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from olora_ray.model.varlen_attention import kernel
+from olora_ray.model.attention import kernel
 from olora_ray.tokens.collate import collate
 from olora_ray.train import checkpoint
 from olora_ray.train.checkpoint import Checkpoint

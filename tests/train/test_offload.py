@@ -13,12 +13,12 @@ from torch.distributed.tensor import DTensor
 
 from olora_ray.adapter.initialise import at_scale, initialise, options_of
 from olora_ray.adapter.inject import find_targets, install, wrap
-from olora_ray.train import parallel, sharded_base
+from olora_ray.train import parallel
 from olora_ray.train.loader import StepLoader
 from olora_ray.train.loop import Trainer, evaluate
 from olora_ray.train.loss import SupervisedLoss
+from olora_ray.train.optim import Schedule
 from olora_ray.train.parallel import place_model, places
-from olora_ray.train.schedule import Schedule
 from tests import tiny
 from tests.crew import Crew
 from tests.families import zoo
@@ -34,7 +34,7 @@ def made(folder: Path, offload: bool, device: torch.device, by_rows: bool = True
     """What a worker trains; `by_rows`: each reads its part alone, else the base is sharded once it is whole."""
     settings = config(folder, "fsdp", cluster__fsdp_offload=offload)
     if by_rows:
-        loss = sharded_base._sharded(str(folder), settings, device)
+        loss = parallel._sharded(str(folder), settings, device)
         assert not isinstance(loss, str)
     else:
         loss = SupervisedLoss(zoo.make(ALL["llama"]))

@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from olora_ray.adapter.factors import Factors
-from olora_ray.adapter.layer import AdaptedLinear
+from olora_ray.adapter.layer import AdaptedLinear, Factors
 from olora_ray.config.schema import Train
 from olora_ray.train import optim
 from olora_ray.train.optim import AdamW, FlatAdapters, lr_at

@@ -15,13 +15,12 @@ from torch.distributed.tensor import DTensor
 from olora_ray.config.schema import Config
 from olora_ray.tokens.collate import collate
 from olora_ray.train import parallel
-from olora_ray.train.adapter_test import bare, check_adapters
-from olora_ray.train.blocks import blocks_to_shard, decoder_layers
+from olora_ray.train.base_files import blocks_to_shard, decoder_layers
 from olora_ray.train.generate import Question, answer, decoding
 from olora_ray.train.loader import StepLoader
 from olora_ray.train.loop import Trainer, evaluate
-from olora_ray.train.schedule import Schedule
-from olora_ray.train.self_test import choose_attention
+from olora_ray.train.optim import Schedule
+from olora_ray.train.self_test import bare, check_adapters, choose_attention
 from tests import tiny
 from tests.crew import Crew
 from tests.families import zoo

@@ -12,11 +12,9 @@ from hypothesis import strategies as st
 from peft.optimizers import create_riemannian_optimizer
 from torch import Tensor, nn
 
-from olora_ray.adapter.factors import Factors
-from olora_ray.adapter.layer import AdaptedLinear, AdaptedWeight
+from olora_ray.adapter.layer import AdaptedLinear, AdaptedWeight, Factors
 from olora_ray.train.loader import StepLoader
-from olora_ray.train.precondition import EPSILON, precondition
-from olora_ray.train.schedule import Schedule
+from olora_ray.train.optim import EPSILON, Schedule, precondition
 from tests import tiny
 from tests.crew import Crew
 

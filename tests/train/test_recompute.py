@@ -8,19 +8,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from olora_ray.adapter.inject import find_targets
 from olora_ray.adapter.layer import AdaptedLinear
-from olora_ray.adapter.targets import find_targets
 from olora_ray.common.errors import UserError
 from olora_ray.tokens.collate import Batch, collate
-from olora_ray.train import gradients, recompute
-from olora_ray.train.adapter_test import check_adapters
-from olora_ray.train.blocks import decoder_layers
+from olora_ray.train import data_driven, parallel
+from olora_ray.train.base_files import decoder_layers
 from olora_ray.train.generate import Question, answer
 from olora_ray.train.loader import StepLoader
 from olora_ray.train.loop import Trainer, evaluate, train_mode
 from olora_ray.train.loss import SupervisedLoss
+from olora_ray.train.optim import Schedule
 from olora_ray.train.parallel import place_model
-from olora_ray.train.schedule import Schedule
+from olora_ray.train.self_test import check_adapters
 from tests import tiny
 from tests.crew import Crew
 from tests.families import zoo
@@ -142,9 +142,9 @@ def test_what_flows_through_layers_is_the_same_before_there_are_adapters() -> No
     for on in (False, True):
         loss = SupervisedLoss(tiny.llama(attention="segments"))
         loss.recompute = on
-        recompute.install(loss)
+        parallel.install(loss)
         modules = {name: target.module for name, target in find_targets(loss.model, "all-linear", 4).items()}
-        found.append(gradients._flows(loss, modules, set(modules), batch))
+        found.append(data_driven._flows(loss, modules, set(modules), batch))
     for one, other in zip(*found, strict=True):
         assert one.keys() == other.keys()
         assert all(torch.equal(one[name], other[name]) for name in one)
@@ -156,7 +156,7 @@ def test_it_can_be_switched_and_is_put_on_once() -> None:
     place_model(made.loss, "ddp", CPU)
     assert [block.forward for block in decoder_layers(made.loss.model)] == before
     count, batch = runs(made.loss.model), collate([tiny.pack(9)], "sdpa")
-    with recompute.switched(made.loss, on=False):
+    with parallel.switched(made.loss, on=False):
         made.loss(batch).backward()
     assert len(count) == 1
     made.loss(batch).backward()

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from olora_ray.config.schema import Train
 from olora_ray.train import loader
 from olora_ray.train.loader import total_steps
-from olora_ray.train.optim import lr_at
-from olora_ray.train.schedule import Schedule
+from olora_ray.train.optim import Schedule, lr_at
 from tests import tiny
 
 PACK = tiny.pack(6)

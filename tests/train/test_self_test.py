@@ -10,17 +10,13 @@ import pytest
 import torch
 
 from olora_ray.common.errors import UserError
-from olora_ray.model import attention as attention_module
-from olora_ray.model import segment_attention, varlen_attention
+from olora_ray.model import attention
 from olora_ray.tokens.collate import collate
 from olora_ray.train import loss as loss_module
 from olora_ray.train import self_test
-from olora_ray.train.adapter_test import bare, check_adapters
-from olora_ray.train.examples import SHORT, three_examples
-from olora_ray.train.live_bytes import LiveBytes
-from olora_ray.train.loss import SupervisedLoss
-from olora_ray.train.self_test import choose_attention
-from olora_ray.train.self_test_result import SelfTest
+from olora_ray.train.fake_model import LiveBytes
+from olora_ray.train.loss import SelfTest, SupervisedLoss
+from olora_ray.train.self_test import SHORT, bare, check_adapters, choose_attention, three_examples
 from tests import tiny
 from tests.crew import Crew
 from tests.families import zoo
@@ -38,12 +34,12 @@ SINKS = SMALL | {
     "initializer_range": 0.2,
 }
 """Of a GPT-OSS, whose masks know nothing of positions."""
-NEWER = pytest.mark.skipif(varlen_attention.kernel() is None, reason="needs a newer torch")
+NEWER = pytest.mark.skipif(attention.kernel() is None, reason="needs a newer torch")
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
 
 def chosen(made: Any, packs: Any = PACKED, **changes: Any) -> SelfTest:
-    segment_attention.register()
+    attention.register()
     return choose_attention(SupervisedLoss(made), packs, tiny.config(**changes), CPU)
 
 
@@ -62,7 +58,7 @@ def test_attention_that_is_not_told_the_borders_is_passed_over(
 ) -> None:
     made = of_kind("nemotron", SMALL | {"initializer_range": 0.2}).to(dtype)  # it hands positions on, no borders
     assert chosen(made).attention == "segments"
-    monkeypatch.setattr(segment_attention, "_borders", lambda positions: [0, positions.shape[1]])
+    monkeypatch.setattr(attention, "_borders", lambda positions: [0, positions.shape[1]])
     found = chosen(made)
     assert found.attention == "sdpa"
     assert "with the others in its sequence" in found.passed_over["segments"]
@@ -83,7 +79,7 @@ def test_a_mixture_is_given_masks_even_if_rounding_would_explain_a_leak(monkeypa
 
 
 def test_examples_that_may_share_a_sequence_are_tested_so_although_the_first_ones_do_not() -> None:
-    segment_attention.register()
+    attention.register()
     loss = SupervisedLoss(of_kind("gpt_oss", SINKS))
     found = choose_attention(loss, APART, tiny.config(), CPU)
     assert (found.attention, found.given_masks) == ("eager", True)
@@ -133,7 +129,7 @@ def test_logits_of_the_self_test_are_there_once() -> None:
 @pytest.fixture
 def varlen_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU without flash-attn."""
-    monkeypatch.setattr(attention_module, "candidates", lambda *_: ("varlen", "sdpa", "eager"))
+    monkeypatch.setattr(attention, "candidates", lambda *_: ("varlen", "sdpa", "eager"))
 
 
 @NEWER
@@ -149,7 +145,7 @@ def test_an_attention_whose_code_does_not_import_is_passed_over(monkeypatch: pyt
     def attend(*_: Any, **__: Any) -> Any:
         raise ImportError("flash_attn_2_cuda.so: undefined symbol")
 
-    monkeypatch.setattr(segment_attention, "_fused", attend)
+    monkeypatch.setattr(attention, "_fused", attend)
     found = chosen(tiny.llama())
     assert found.attention == "sdpa"
     assert "its forward fails: ImportError: flash_attn_2_cuda.so" in found.passed_over["segments"]
@@ -165,7 +161,7 @@ def test_a_sharded_base_lives_on_when_a_kernel_fails(crew: Callable[[int], Crew]
 
 def _of_a_sharded_base(_: None) -> tuple[str, float]:
     trainer = tiny.trainer(tiny.config(), model=tiny.llama(attention="varlen"), strategy="fsdp")
-    with mock.patch.object(attention_module, "candidates", return_value=("varlen", "sdpa")), bare(trainer.loss.model):
+    with mock.patch.object(attention, "candidates", return_value=("varlen", "sdpa")), bare(trainer.loss.model):
         name = choose_attention(trainer.loss, PACKED, tiny.config(), CPU).attention
     trainer.loss.model.set_attn_implementation("segments")
     return name, float(trainer.loss(collate(PACKED, "segments")).detach())
@@ -230,8 +226,8 @@ def no_mask(patch: pytest.MonkeyPatch) -> None:
     def seen(*parts: Any, is_causal: bool = False, **more: Any) -> Any:
         return real(*parts, is_causal=False, **more)
 
-    patch.setattr(segment_attention.F, "scaled_dot_product_attention", seen)
-    patch.setattr(attention_module, "own", lambda _: "eager")
+    patch.setattr(attention.F, "scaled_dot_product_attention", seen)
+    patch.setattr(attention, "own", lambda _: "eager")
 
 
 @pytest.mark.parametrize("broken", [head_without_scale, no_mask])

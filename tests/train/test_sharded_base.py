@@ -20,15 +20,13 @@ from olora_ray.adapter.initialise import at_scale
 from olora_ray.adapter.inject import find_targets, install, wrap
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
-from olora_ray.train import base_files, sharded_base
-from olora_ray.train.fast_norm import LightRMSNorm
+from olora_ray.train import base_files, parallel
+from olora_ray.train.data_driven import new_factors
 from olora_ray.train.loader import StepLoader
 from olora_ray.train.loop import Trainer, evaluate
-from olora_ray.train.loss import SupervisedLoss
-from olora_ray.train.new_factors import new_factors
-from olora_ray.train.parallel import own_rows, place_model
-from olora_ray.train.schedule import Schedule
-from olora_ray.train.sharded_base import load_base
+from olora_ray.train.loss import LightRMSNorm, SupervisedLoss
+from olora_ray.train.optim import Schedule
+from olora_ray.train.parallel import load_base, own_rows, place_model
 from tests import tiny
 from tests.crew import Crew
 from tests.families import zoo
@@ -135,7 +133,7 @@ def _listening(lines: list[str], work: Callable[[], SupervisedLoss]) -> Supervis
         def emit(self, record: logging.LogRecord) -> None:
             lines.append(record.getMessage())
 
-    handler, logger = Keep(), sharded_base.logger
+    handler, logger = Keep(), parallel.logger
     level = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
@@ -329,7 +327,7 @@ def test_what_one_worker_cannot_read_all_workers_say(crew: Callable[[int], Crew]
 
 
 def _reason(folder: Path) -> str | None:
-    found = base_files.find(folder, sharded_base.empty_model(str(folder), tiny.config().model, CPU))
+    found = base_files.find(folder, parallel.empty_model(str(folder), tiny.config().model, CPU))
     return found if isinstance(found, str) else None
 
 

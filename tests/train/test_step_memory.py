@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from olora_ray.adapter.candidates import candidates
-from olora_ray.adapter.targets import select
+from olora_ray.adapter.inject import select
 from olora_ray.config.schema import Config
-from olora_ray.model import segment_attention
+from olora_ray.model import attention as segment_attention
 from olora_ray.tokens.collate import Batch, collate
-from olora_ray.train import step_memory
-from olora_ray.train.activation_formula import by_formula, held_by_experts
-from olora_ray.train.live_bytes import LiveBytes
+from olora_ray.train import estimate
+from olora_ray.train.estimate import by_formula, held_by_experts
+from olora_ray.train.fake_model import LiveBytes
 from olora_ray.train.loop import Trainer, train_mode
 from olora_ray.train.parallel import place_model
 from tests import tiny
@@ -31,7 +31,7 @@ def settings(on: bool = False, **changes: Any) -> Config:
 def planned(config: Config, meta: Any, dtype: torch.dtype = torch.float32, gpu: bool = False) -> int:
     chosen = select(meta, config.adapter.targets, config.adapter.rank)
     held = held_by_experts(config, meta, candidates(meta), chosen)
-    return step_memory.measure(meta, chosen.targets, held, config, dtype, gpu).step
+    return estimate.measure(meta, chosen.targets, held, config, dtype, gpu).step
 
 
 def taken(config: Config, model: Any, batch: Batch) -> int:
@@ -135,16 +135,16 @@ def test_code_that_looks_at_numbers_cannot_be_asked(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_gpu_has_flash_attention_for_half_a_precision_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step_memory.varlen_attention, "kernel", lambda: object())
+    monkeypatch.setattr(estimate.attention, "kernel", lambda: object())
     tried = [
-        step_memory._implementations(zoo.on_meta(ALL["llama"]), settings(), dtype, gpu=True)[0]
+        estimate._implementations(zoo.on_meta(ALL["llama"]), settings(), dtype, gpu=True)[0]
         for dtype in (torch.bfloat16, torch.float32)
     ]
     assert tried == ["segments", "sdpa"]
 
 
 def test_a_gpu_is_planned_without_the_products_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step_memory.varlen_attention, "kernel", lambda: object())
+    monkeypatch.setattr(estimate.attention, "kernel", lambda: object())
 
     def plan(gpu: bool) -> int:
         return planned(settings(), zoo.on_meta(ALL["llama"]), torch.bfloat16, gpu)

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from olora_ray.adapter.factors import Factors
+from olora_ray.adapter.layer import Factors
 from olora_ray.adapter.methods.method import DEFAULTS, Method, Options
 
 

@@ -9,7 +9,7 @@ and the stable scale of its code, where s does not enter); PEFT's differs: there
 import torch
 from torch import Tensor
 
-from olora_ray.adapter.factors import Factors
+from olora_ray.adapter.layer import Factors
 from olora_ray.adapter.methods import singular
 from olora_ray.adapter.methods.method import DEFAULTS, Method, Options
 

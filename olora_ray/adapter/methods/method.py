@@ -11,7 +11,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from olora_ray.adapter.factors import Factors
+from olora_ray.adapter.layer import Factors
 
 Needs = Literal["weight", "activations", "gradients"]
 """What factors are made of: the layer's weight, its inputs at supervised positions, or the gradient of its weight."""

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from olora_ray.adapter.factors import Factors
+from olora_ray.adapter.layer import Factors
 from olora_ray.adapter.methods import singular
 from olora_ray.adapter.methods.method import DEFAULTS, Method, Options
 from olora_ray.adapter.methods.pissa import root_of_scale

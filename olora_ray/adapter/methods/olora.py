@@ -8,7 +8,7 @@ reflectors, same signs) in O(m r^2 + m n r) instead of O(m n min(m, n)) operatio
 import torch
 from torch import Tensor
 
-from olora_ray.adapter.factors import Factors
+from olora_ray.adapter.layer import Factors
 from olora_ray.adapter.methods.method import DEFAULTS, Method, Options
 
 

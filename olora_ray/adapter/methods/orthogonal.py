@@ -9,7 +9,7 @@ X ~ N(0, 1)^(r x r), Q of its QR; the rows 0, 2, .. of Q go into A0, the rows 1,
 import torch
 from torch import Tensor
 
-from olora_ray.adapter.factors import Factors
+from olora_ray.adapter.layer import Factors
 from olora_ray.adapter.methods.method import DEFAULTS, Method, Options
 
 

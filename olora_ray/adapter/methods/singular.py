@@ -8,7 +8,7 @@ other side follow by a product with W. Singular values down to sigma_max sqrt(ma
 import torch
 from torch import Tensor
 
-from olora_ray.adapter.factors import Factors
+from olora_ray.adapter.layer import Factors
 
 
 def exact_cost(m: int, n: int, rank: int) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from olora_ray.common import digests
+from olora_ray.common import storage
 from olora_ray.train import checkpoint
 from tests.fuzz import mutate
 from tests.fuzz.case import Case
@@ -54,7 +54,7 @@ def read(content: tuple[str, bytes, bool], place: Path, made: dict[str, bytes]) 
         (folder / each).write_bytes(changed if each == name else whole)
     if reseal and name != "manifest.json":
         manifest = json.loads(made["manifest.json"])
-        manifest["files"][name] = digests.size_and_digest(folder / name)
+        manifest["files"][name] = storage.size_and_digest(folder / name)
         (folder / "manifest.json").write_text(json.dumps(manifest))
     found = checkpoint.load(folder)
     found.best_adapter()

@@ -8,9 +8,7 @@ from typing import Any
 
 import yaml
 
-from olora_ray.config.dotted import flatten
-from olora_ray.config.load import build, dump, load
-from olora_ray.config.yaml_io import parse_yaml
+from olora_ray.config.load import build, dump, flatten, load, parse_yaml
 from tests.fuzz import mutate
 from tests.fuzz.case import Case, agree
 

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
-from olora_ray.common import digests
-from olora_ray.pipeline.fingerprint import Fingerprint
+from olora_ray.common import storage
+from olora_ray.pipeline.run_folder import Fingerprint
 from olora_ray.tracking import checksums
 from olora_ray.tracking.aliases import MOVING, Aliases
+from olora_ray.tracking.checksums import Version
 from olora_ray.tracking.client import connect
-from olora_ray.tracking.version import Version
 from tests import mlflow_database
 from tests.fuzz import mutate
 from tests.fuzz.case import Case
@@ -62,7 +62,7 @@ def read(content: tuple[str, bytes, bool], place: Path, made: tuple[Path, bytes,
     if kind == "checksums":
         (folder / checksums.FILE).write_bytes(changed)
         sealed = changed if reseal else text
-        tags = {checksums.TAG: digests.digest_bytes(sealed), "olora.base_digest": str(changed)}
+        tags = {checksums.TAG: storage.digest_bytes(sealed), "olora.base_digest": str(changed)}
         Fingerprint.from_tags(tags).tags()
         checksums.verify(Version("small", "1", tags), str(folder), uri)
         return

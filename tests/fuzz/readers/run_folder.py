@@ -13,9 +13,9 @@ from olora_ray.config.load import dump
 from olora_ray.evaluation.rows import RowResults
 from olora_ray.pipeline import report
 from olora_ray.pipeline.run_folder import RunFolder
-from olora_ray.sweep import state, trial_file
+from olora_ray.sweep import record, state
 from olora_ray.sweep.record import SearchRecord
-from olora_ray.train.baseline import Baseline
+from olora_ray.train.scoring import Baseline
 from tests import tiny
 from tests.fuzz import mutate
 from tests.fuzz.case import Case
@@ -86,7 +86,7 @@ def read(content: tuple[str, bytes], place: Path, made: Any) -> None:
     folder.tracking_run("sqlite:///x")
     _tolerant(TrainResult.from_json, folder.trained() or "")
     state.can_resume(folder.root)
-    trials = tuple(trial_file.read_all(folder.root).values())
+    trials = tuple(record.read_all(folder.root).values())
     SearchRecord("test", "eval/loss", "min", "random", "none", 1.0, trials, ("train.lr",)).ranked()
     Baseline.read(f"{folder.root}/baseline.json", IDENTITY, 2)
     _tolerant(RowResults.from_json, (Path(folder.root) / "rows.json").read_bytes().decode(errors="replace"))

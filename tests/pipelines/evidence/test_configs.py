@@ -10,7 +10,7 @@ import pytest
 from olora_ray.config.load import load
 from olora_ray.config.schema import Config
 from olora_ray.data.formats import check_fields
-from olora_ray.train import pace
+from olora_ray.train import estimate
 from olora_ray.train.scoring import Judge
 
 ROOT = Path(__file__).parents[3]
@@ -74,7 +74,7 @@ def test_the_time_of_the_two_is_estimated_on_cpus_and_that_of_a_large_model_is_n
     for parameters, measured in ((134_515_008, True), (8_000_000_000, False)):
         size.parameters = parameters
         found: Any = size
-        assert (pace.not_measured(config, found, elsewhere=False) is None) == measured
+        assert (estimate.not_measured(config, found, elsewhere=False) is None) == measured
 
 
 def test_both_differ_in_the_data_and_the_answers_alone() -> None:

@@ -127,7 +127,7 @@ def _patch_writer(module: ModuleType) -> None:
 PATCHES = {
     "olora_ray.common.fault_points": _patch_fault_points,
     "olora_ray.tokens.plan": _patch_plan,
-    "olora_ray.tokens.writer": _patch_writer,
+    "olora_ray.tokens.prepare": _patch_writer,
 }
 
 

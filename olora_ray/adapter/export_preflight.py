@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from olora_ray.adapter import stored, weight_names
-from olora_ray.adapter.factors import AdapterWeights, Factors
-from olora_ray.adapter.layout import is_stack, parameter_of, stored_transposed
-from olora_ray.adapter.peft_check import BOUND, check_adapter
+from olora_ray.adapter import stored
+from olora_ray.adapter.change import is_stack, parameter_of, stored_transposed
+from olora_ray.adapter.layer import AdapterWeights, Factors
+from olora_ray.adapter.parity import BOUND, check_adapter
 from olora_ray.adapter.peft_folder import write_adapter
-from olora_ray.common import kept
+from olora_ray.common import node_cache
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
 from olora_ray.model.load import skeleton
@@ -40,12 +40,12 @@ def problems(base: BaseModel, config: Config, targets: Iterable[str]) -> list[st
     `targets` are the full names of the layers that adapters are to be put in. That there are none is kept on this node.
     """
     names = list(targets)
-    place = kept.place("export-trials", *map(repr, (base, config.model, config.adapter, config.export)), *names)
-    if base.digest and kept.read(place) == _PASSED:
+    place = node_cache.place("export-trials", *map(repr, (base, config.model, config.adapter, config.export)), *names)
+    if base.digest and node_cache.read(place) == _PASSED:
         return []
     found = _found(base, config, names)
     if base.digest and not found:
-        kept.keep(place, _PASSED)
+        node_cache.keep(place, _PASSED)
     return found
 
 
@@ -70,7 +70,7 @@ def _packed(folder: Path, model: "PreTrainedModel", names: Sequence[str]) -> lis
         places = stored.tensors(folder)
     except UserError:  # loading says what is wrong
         return []
-    read = weight_names.as_transformers_reads(places, model)
+    read = stored.as_transformers_reads(places, model)
     for name in names:
         group = read.get(parameter_of(model, name))
         if group is None or any(entry.dtype not in stored.DTYPES for entry in group.stored):
@@ -83,7 +83,7 @@ def _packed(folder: Path, model: "PreTrainedModel", names: Sequence[str]) -> lis
 
 def _unmergeable(folder: Path, model: "PreTrainedModel", names: Sequence[str]) -> list[str]:
     try:
-        _, refused = weight_names.find(folder, model, names)
+        _, refused = stored.find(folder, model, names)
     except UserError as error:
         return [f"export: {error}; or set export.merged: false"]
     lines: dict[tuple[str, str], str] = {}
