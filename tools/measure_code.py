@@ -1,210 +1,254 @@
-"""Measures the source tree: the figures that tell whether a newcomer finds the way.
+"""Measures the source tree: how much a newcomer has to read, and how much of it the tests nail down.
 
     python tools/measure_code.py [ROOT] [--check]
 
-Prints one row of Markdown for the tree at ROOT (this repository unless another is given). --check prints what is
-over its limit, and exits with 1 if anything is. Nothing is imported: the files are only read.
+Prints one figure per line. --check prints each figure that is over its limit in tools/code_budget.json, each module in
+the root of the package and each import cycle, and exits with 1 if there is any. Whoever raises a number of the budget
+says why in that commit. Nothing is imported: the files are only read.
 """
 
 import argparse
 import ast
 import io
+import json
+import re
 import sys
 import tokenize
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from statistics import median
 
 PACKAGE = "olora_ray"
 ROOT = Path(__file__).resolve().parent.parent
-MOST_PACKAGES, MOST_FILE_LINES, MOST_README_LINES = 13, 600, 200
+BUDGET = Path(__file__).with_name("code_budget.json")
+RAY_PRIVATE = re.compile(r"ray(?:\.\w+)*\.(?:_private|_raylet|_internal|_common)\b")
 Graph = Mapping[str, set[str]]
 
 
-@dataclass(frozen=True)
-class Spread:
-    """Median, 90th percentile and largest of a list of lengths."""
-
-    median: float
-    p90: int
-    largest: int
-
-    @classmethod
-    def of(cls, lengths: Iterable[int]) -> "Spread":
-        """The spread of lengths; zeros for none."""
-        ordered = sorted(lengths)
-        if not ordered:
-            return cls(0, 0, 0)
-        return cls(median(ordered), ordered[len(ordered) * 9 // 10], ordered[-1])
-
-    def __str__(self) -> str:
-        return f"{self.median:g} / {self.p90} / {self.largest}"
-
-
-@dataclass(frozen=True)
-class Figures:
-    """What is measured of one tree."""
-
-    file_lines: Mapping[str, int]
-    """Lines by file, of the files that are not empty."""
-    functions: Spread
-    """Lines of functions and methods, from `def` to the end."""
-    cycles: tuple[tuple[str, ...], ...]
-    """Modules that import each other, directly or through others; the largest group first."""
-    comments: float
-    """Percent of the non-empty lines that have a comment."""
-    docstrings: float
-    """Percent of the non-empty lines that are docstrings, those of attributes included."""
-    root_modules: tuple[str, ...]
-    """Modules in the root of the package, besides __init__.py."""
-    root_packages: tuple[str, ...]
-    readme_lines: int
-
-    @property
-    def largest_cycle(self) -> int:
-        """Modules in the largest cycle; 1 where there is none."""
-        return max((len(cycle) for cycle in self.cycles), default=1)
-
-
 def main(argv: Sequence[str]) -> int:
-    """Print the row; the exit code."""
+    """Print the figures; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("root", nargs="?", type=Path, default=ROOT, help="of a tree with olora_ray/ and README.md")
+    parser.add_argument("root", nargs="?", type=Path, default=ROOT, help="a tree with olora_ray/, tests/ and README.md")
     parser.add_argument("--check", action="store_true", help="exit with 1 if anything is over its limit")
     args = parser.parse_args(argv)
-    figures = measure(args.root)
-    print(shown(figures))
-    found = problems(figures) if args.check else []
+    tree = Tree(args.root)
+    if not tree.modules:
+        raise SystemExit(f"{args.root / PACKAGE}: no Python files there")
+    budget = json.loads(BUDGET.read_text(encoding="utf-8"))
+    for name, value in figures(tree).items():
+        print(f"{value:>8}  {name}" + (f"  (at most {budget[name]})" if name in budget else ""))
+    found = problems(tree, budget) if args.check else []
     for problem in found:
         print(problem, file=sys.stderr)
     return 1 if found else 0
 
 
-def measure(root: Path) -> Figures:
-    """Read the tree."""
-    top = root / PACKAGE
-    texts = {file: file.read_text(encoding="utf-8") for file in sorted(top.rglob("*.py"))}
-    filled = {file: text for file, text in texts.items() if text.strip()}
-    if not filled:
-        raise SystemExit(f"{top}: no Python files there")
-    trees = {file: ast.parse(text) for file, text in filled.items()}
-    code = sum(1 for text in filled.values() for line in text.splitlines() if line.strip())
-    readme = root / "README.md"
-    return Figures(
-        file_lines={str(file.relative_to(root)): len(text.splitlines()) for file, text in filled.items()},
-        functions=Spread.of(lines for tree in trees.values() for lines in _function_lines(tree)),
-        cycles=cycles(imports(root)),
-        comments=100 * sum(map(_comments, filled.values())) / code,
-        docstrings=100 * sum(map(_docstring_lines, trees.values())) / code,
-        root_modules=tuple(file.stem for file in texts if file.parent == top and file.stem != "__init__"),
-        root_packages=tuple(sorted({file.relative_to(top).parts[0] for file in texts if file.parent != top})),
-        readme_lines=len(readme.read_text(encoding="utf-8").splitlines()) if readme.exists() else 0,
-    )
+@dataclass(frozen=True)
+class Module:
+    """A Python file."""
+
+    text: str
+    tree: ast.Module
+
+    @property
+    def lines(self) -> int:
+        """Lines of the file."""
+        return self.text.count("\n")
+
+    @cached_property
+    def comments_and_code(self) -> tuple[int, int]:
+        """Lines that are comments, and lines of code: no blank lines, comments or docstrings."""
+        comments, code = set(), set()
+        lines = self.text.split("\n")
+        for token in tokenize.generate_tokens(io.StringIO(self.text).readline):
+            if token.type == tokenize.COMMENT and lines[token.start[0] - 1].lstrip().startswith("#"):
+                comments.add(token.start[0])
+            elif token.type not in _NO_CODE:
+                code.update(range(token.start[0], token.end[0] + 1))
+        return len(comments), len(code - set(_text_lines(self.tree)))
 
 
-def problems(figures: Figures) -> list[str]:
-    """Whatever is over its limit, one line each."""
-    found = [f"{PACKAGE}/{name}.py: a module in the root: give it a package" for name in figures.root_modules]
-    if len(figures.root_packages) > MOST_PACKAGES:
-        found.append(f"{PACKAGE}: {len(figures.root_packages)} packages in the root, at most {MOST_PACKAGES}")
-    found += [
-        f"{file}: {lines} lines, at most {MOST_FILE_LINES}"
-        for file, lines in figures.file_lines.items()
-        if lines > MOST_FILE_LINES
-    ]
-    if figures.readme_lines > MOST_README_LINES:
-        found.append(f"README.md: {figures.readme_lines} lines, at most {MOST_README_LINES}")
-    return found + [f"an import cycle: {', '.join(cycle)}" for cycle in figures.cycles]
+_NO_CODE = {
+    tokenize.COMMENT,
+    tokenize.NL,
+    tokenize.NEWLINE,
+    tokenize.INDENT,
+    tokenize.DEDENT,
+    tokenize.ENDMARKER,
+}
 
 
-def shown(figures: Figures) -> str:
-    """The figures as a Markdown table of one row."""
-    columns = {
-        "files": f"{len(figures.file_lines)}",
-        "lines": f"{sum(figures.file_lines.values()):,}",
-        "file med / p90 / max": str(Spread.of(figures.file_lines.values())),
-        "function med / p90 / max": str(figures.functions),
-        "largest cycle": str(figures.largest_cycle),
-        "comment / docstring %": f"{figures.comments:.1f} / {figures.docstrings:.1f}",
-        "root: modules + packages": f"{len(figures.root_modules)} + {len(figures.root_packages)}",
-        "README lines": str(figures.readme_lines),
+class Tree:
+    """The package and the tests below a folder, by the modules' names."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.modules = _read(root, PACKAGE)
+        self.tests = _read(root, "tests")
+        self.imports = {name: _imported(name, one.tree, self.modules) for name, one in self.modules.items()}
+        self.users: dict[str, set[str]] = defaultdict(set)
+        for name, targets in self.imports.items():
+            for target in targets:
+                self.users[target].add(name)
+        self.filled = {name: module for name, module in self.modules.items() if module.text.strip()}
+
+
+def figures(tree: Tree) -> dict[str, int]:
+    """Return each figure by its name, as the budget names it."""
+    filled, users = tree.filled, tree.users
+    counts = [module.comments_and_code for module in filled.values()]
+    tests = list(tree.tests.values())
+    readme = tree.root / "README.md"
+    return {
+        "lines of code in the package": sum(code for _, code in counts),
+        "modules in the package": len(filled),
+        "longest file, lines": max(module.lines for module in filled.values()),
+        "modules that other packages import": sum(
+            any(_package(user) != _package(name) for user in users[name]) for name in filled
+        ),
+        "modules with one importer, in the same folder": sum(
+            {_folder(user) for user in users[name]} == {_folder(name)} and len(users[name]) == 1 for name in filled
+        ),
+        "longest import chain": longest_chain(tree.imports),
+        "numeric constants of modules": sum(_numeric_constants(module.tree) for module in filled.values()),
+        "uses of Ray's private modules": sum(len(RAY_PRIVATE.findall(module.text)) for module in filled.values()),
+        "monkeypatch.setattr in tests": sum(module.text.count("monkeypatch.setattr") for module in tests),
+        "private names in tests": sum(_private_names(module.tree) for module in tests),
+        "lines of tests": sum(module.lines for module in tests),
+        "lines of README": readme.read_text(encoding="utf-8").count("\n") if readme.exists() else 0,
+        "lines of comments": sum(comments for comments, _ in counts),
     }
-    rows = (list(columns), ["---"] * len(columns), list(columns.values()))
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def imports(root: Path) -> dict[str, set[str]]:
-    """Module -> the modules of the package that it imports anywhere: in functions and for types only, too."""
-    files = {_module(file.relative_to(root)): file for file in (root / PACKAGE).rglob("*.py")}
-    return {name: {target for target in _imported(name, file, files) if target != name} for name, file in files.items()}
+def problems(tree: Tree, budget: Mapping[str, int]) -> list[str]:
+    """Return what is over its limit or lies where it should not, one line each."""
+    found = [
+        f"{PACKAGE}/{name.rpartition('.')[2]}.py: a module in the root: give it a package"
+        for name in tree.modules
+        if name.count(".") == 1
+        and not any(other.startswith(name + ".") for other in tree.modules)
+        and not (tree.root / PACKAGE / name.rpartition(".")[2]).is_dir()
+    ]
+    found += [
+        f"{name}: {value}, at most {budget[name]}"
+        for name, value in figures(tree).items()
+        if value > budget.get(name, value)
+    ]
+    return found + [f"an import cycle: {', '.join(cycle)}" for cycle in cycles(tree.imports)]
 
 
-def cycles(graph: Graph) -> tuple[tuple[str, ...], ...]:
-    """Groups of modules that reach each other, the largest first (strongly connected components)."""
+def cycles(graph: Graph) -> list[tuple[str, ...]]:
+    """Return the groups of modules that reach each other, the largest first (strongly connected components)."""
     reached = {name: _reached(name, graph) for name in graph}
     groups = {
         tuple(sorted(other for other in reached[name] if name in reached[other]))
         for name in graph
         if name in reached[name]
     }
-    return tuple(sorted(groups, key=lambda group: (-len(group), group)))
+    return sorted(groups, key=lambda group: (-len(group), group))
 
 
-def _reached(start: str, graph: Graph) -> set[str]:
-    """Modules that `start` imports, directly or through others."""
-    found: set[str] = set()
-    ahead = [start]
-    while ahead:
-        for name in graph[ahead.pop()] - found:
-            found.add(name)
-            ahead.append(name)
+def longest_chain(graph: Graph) -> int:
+    """Return how many modules the longest chain of imports has; a module of a cycle counts once."""
+    depth: dict[str, int] = {}
+
+    def walk(name: str, path: frozenset[str]) -> int:
+        if name in path:
+            return 0
+        if name not in depth:
+            depth[name] = 1 + max((walk(other, path | {name}) for other in graph[name]), default=0)
+        return depth[name]
+
+    return max(walk(name, frozenset()) for name in graph)
+
+
+def _read(root: Path, folder: str) -> dict[str, Module]:
+    found = {}
+    for file in sorted((root / folder).rglob("*.py")):
+        text = file.read_text(encoding="utf-8")
+        name = ".".join(file.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
+        found[name] = Module(text, ast.parse(text))
     return found
 
 
-def _module(file: Path) -> str:
-    parts = file.with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-def _imported(name: str, file: Path, modules: Mapping[str, Path]) -> Iterator[str]:
-    """`from a import b` is an import of a.b where that is a module, else of a."""
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names if alias.name in modules)
-        elif isinstance(node, ast.ImportFrom):
-            base = _base(node, name, is_package=file.stem == "__init__")
-            for alias in node.names:
-                inner = f"{base}.{alias.name}"
-                yield from [target for target in (inner, base) if target in modules][:1]
-
-
-def _base(node: ast.ImportFrom, name: str, is_package: bool) -> str:
-    """What an import is from, with the dots of a relative one resolved."""
-    if not node.level:
-        return node.module or ""
-    parts = name.split(".")
-    parents = parts[: len(parts) - node.level + is_package]
-    return ".".join([*parents, node.module] if node.module else parents)
-
-
-def _function_lines(tree: ast.Module) -> Iterator[int]:
+def _imported(name: str, tree: ast.Module, modules: Mapping[str, Module]) -> set[str]:
+    """Return what a module imports anywhere, in functions too; `from a import b` is a.b where that is a module."""
+    found = set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            yield (node.end_lineno or node.lineno) - node.lineno + 1
+        if isinstance(node, ast.Import):
+            found.update(_existing(alias.name, modules) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.update(_existing(f"{node.module}.{alias.name}", modules) for alias in node.names)
+    return found - {"", name}
 
 
-def _comments(text: str) -> int:
-    return sum(token.type == tokenize.COMMENT for token in tokenize.generate_tokens(io.StringIO(text).readline))
+def _existing(dotted: str, modules: Mapping[str, Module]) -> str:
+    """Return the longest beginning of a dotted name that is a module of the package, or nothing."""
+    while dotted and dotted not in modules:
+        dotted = dotted.rpartition(".")[0]
+    return dotted if dotted != PACKAGE else ""
 
 
-def _docstring_lines(tree: ast.Module) -> int:
-    """Of every text that stands as a statement: docstrings, and those below attributes."""
+def _reached(start: str, graph: Graph) -> set[str]:
+    found: set[str] = set()
+    ahead = [start]
+    while ahead:
+        new = graph[ahead.pop()] - found
+        found |= new
+        ahead.extend(new)
+    return found
+
+
+def _package(name: str) -> str:
+    return ".".join(name.split(".")[:2])
+
+
+def _folder(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _numeric_constants(tree: ast.Module) -> int:
     return sum(
-        (node.end_lineno or node.lineno) - node.lineno + 1
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        isinstance(target, ast.Name) and target.id.isupper() and value is not None and _is_numeric(value)
+        for target, value in _assignments(tree.body)
     )
+
+
+def _assignments(body: Iterable[ast.stmt]) -> Iterator[tuple[ast.expr, ast.expr | None]]:
+    for node in body:
+        if isinstance(node, ast.Assign):
+            yield node.targets[0], node.value
+        elif isinstance(node, ast.AnnAssign):
+            yield node.target, node.value
+
+
+def _is_numeric(value: ast.expr) -> bool:
+    """True for numbers and sums, products and powers of numbers."""
+    return all(
+        isinstance(part.value, int | float)
+        if isinstance(part, ast.Constant)
+        else isinstance(part, ast.BinOp | ast.UnaryOp | ast.operator | ast.unaryop)
+        for part in ast.walk(value)
+    )
+
+
+def _private_names(tree: ast.Module) -> int:
+    """Count `x._name`; a class's own and those of os and sys are no pokes into somebody else's inside."""
+    return sum(
+        isinstance(node, ast.Attribute)
+        and re.match("_[a-z]", node.attr) is not None
+        and not (isinstance(node.value, ast.Name) and node.value.id in ("self", "cls", "os", "sys"))
+        for node in ast.walk(tree)
+    )
+
+
+def _text_lines(tree: ast.Module) -> Iterator[int]:
+    """Yield the lines of each text that stands as a statement: docstrings, and those below attributes."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            yield from range(node.lineno, (node.end_lineno or node.lineno) + 1)
 
 
 if __name__ == "__main__":
