@@ -2,11 +2,14 @@
 
 import gc
 import logging
+import multiprocessing.process
 import os
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -17,7 +20,7 @@ import torch
 
 from olora_ray.common import logs, node_cache
 from olora_ray.data.tokenizer_spec import TokenizerSpec
-from tests import marks, tiny
+from tests import tiny
 from tests.crew import Crew
 from tests.s3_server import bucket, s3_server  # noqa: F401  # fixtures
 from tests.tokens import helpers
@@ -29,16 +32,55 @@ hypothesis.settings.register_profile("olora", deadline=None, derandomize=True, m
 hypothesis.settings.load_profile("olora")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--no-processes", action="store_true", help="skip a test at the moment at which it starts a process"
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
     # Our own code and tests warn about nothing.
     for module in ("olora_ray", "comparison", "tests"):
         config.addinivalue_line("filterwarnings", f"error:::{module}")
+    if config.getoption("--no-processes"):
+        config.pluginmanager.register(NoProcesses())
+
+
+class NoProcesses:
+    """Skips a test at the moment at which it starts a process."""
+
+    def __init__(self) -> None:
+        self.in_a_test = False
+        sys.addaudithook(self.look)
+        # multiprocessing's own way to start a process has no event.
+        start = multiprocessing.process.BaseProcess.start
+        multiprocessing.process.BaseProcess.start = lambda process: self.skip() or start(process)  # type: ignore[method-assign]
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self) -> Iterator[None]:
+        self.in_a_test = True
+        try:
+            return (yield)
+        finally:
+            self.in_a_test = False
+
+    def look(self, event: str, arguments: tuple[Any, ...]) -> None:
+        # The standard library asks a few programs about the machine while modules are imported.
+        if event in ("os.posix_spawn", "os.fork") or (
+            event == "subprocess.Popen" and os.path.basename(arguments[0]) not in ("uname", "ldconfig", "gcc", "ld")
+        ):
+            self.skip()
+
+    def skip(self) -> None:
+        if self.in_a_test:
+            pytest.skip("starts a process")
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m looks at them
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        marks.set_marks(item)
+        if "ray_with" in getattr(item, "fixturenames", ()):
+            item.add_marker("ray")
 
 
 def pytest_collection_finish() -> None:

@@ -11,8 +11,6 @@ from olora_ray.train import checkpoints
 from tests import tiny
 from tests.cluster.gathering import Fault, Outcome, Workers, workers
 
-pytestmark = pytest.mark.process
-
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -133,6 +133,7 @@ def test_a_training_that_is_deleted_is_the_only_one_that_runs_again(corpus: Path
     assert kept["methods"][1]["against"] == found["methods"][1]["against"]
 
 
+@pytest.mark.ray
 @pytest.mark.slow
 def test_a_comparison_as_a_job(corpus: Path, tiny_model: Path) -> None:
     """Its own modules lie in the job's working directory."""

@@ -36,6 +36,7 @@ def test_the_config_is_one_that_the_product_takes(tmp_path: Path) -> None:
     assert (config.cluster.workers, config.cluster.max_failures, config.train.global_batch) == ((1, 2), -1, 8)
 
 
+@pytest.mark.ray
 def test_each_kind_of_event_can_be_had(tmp_path: Path) -> None:
     assert set(on_no_hosts(StandIn(Path(), tmp_path))._acts) == set(KINDS)
 
@@ -115,6 +116,7 @@ def on_no_hosts(run: Run) -> Disturbances:
     return Disturbances(Cluster(nobody, hosts, run), lambda text: None)
 
 
+@pytest.mark.ray
 def test_the_command_is_given_until_its_work_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(disturbances, "LOOK", 0.1)
     drawn = [Event(f"{signal} of the driver", 0.3, 0, 0) for signal in ("SIGKILL", "SIGTERM")]
@@ -135,6 +137,7 @@ def test_the_command_is_given_until_its_work_is_done(monkeypatch: pytest.MonkeyP
     assert tally.tally(found.happened, lines)["SIGTERM of the driver"].again >= 1
 
 
+@pytest.mark.ray
 def test_what_is_done_to_a_worker_reaches_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(disturbances, "LOOK", 0.1)
     drawn = [
@@ -156,6 +159,7 @@ def test_what_is_done_to_a_worker_reaches_it(monkeypatch: pytest.MonkeyPatch) ->
     assert second == "attempt 2 has ended with 1: RuntimeError: injected"
 
 
+@pytest.mark.ray
 def test_a_run_that_stands_still_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(disturbances, "LOOK", 0.1)
     monkeypatch.setattr(disturbances, "STALL", 1.0)
@@ -169,6 +173,7 @@ def test_a_run_that_stands_still_is_lost(monkeypatch: pytest.MonkeyPatch) -> Non
             found.watch(60)
 
 
+@pytest.mark.ray
 def test_events_end_with_the_time(tmp_path: Path) -> None:
     found = on_no_hosts(StandIn(Path(), tmp_path))
     found.over = True
