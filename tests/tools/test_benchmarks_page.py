@@ -1,6 +1,7 @@
 """docs/benchmarks.md: a benchmark's section is written anew, and the others stay word for word."""
 
 import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -77,14 +78,6 @@ def test_every_benchmark_is_there_and_says_what_it_measures(name: str) -> None:
     assert "python benchmarks" not in text
 
 
-def test_what_takes_long_runs_when_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    for gpu in (True, False):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda there=gpu: there)
-        left_out = {*write_page.NAMED_ONLY, *(() if gpu else write_page.NEEDS_GPU)}
-        assert set(SECTIONS) - set(write_page._all()) == left_out
-    assert write_page._arguments(["soak", "--", "--minutes", "5"])[:2] == (["soak"], ["--minutes", "5"])
-
-
 def test_every_script_that_is_run_by_hand_has_a_section() -> None:
     # The others are parts of these: their docstrings show no command of their own.
     scripts = {
@@ -93,15 +86,6 @@ def test_every_script_that_is_run_by_hand_has_a_section() -> None:
         if f"\n    python benchmarks/{file.name}" in file.read_text(encoding="utf-8")
     }
     assert scripts - {"write_page"} == set(SECTIONS)
-
-
-@pytest.mark.parametrize("there", [False, True])
-def test_what_needs_a_gpu_runs_where_there_is_one_or_when_it_is_named(
-    there: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
-    assert ("gpu" in write_page._all()) is there
-    assert write_page._arguments(["gpu"])[0] == ["gpu"]
 
 
 def test_the_machine_is_described_without_its_name() -> None:
@@ -117,20 +101,6 @@ def test_paths_of_this_machine_are_not_written() -> None:
     assert str(write_page.ROOT) not in page
 
 
-def test_captured_output_is_written_with_the_options_that_made_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(write_page, "ROOT", tmp_path)
-    monkeypatch.setattr(write_page, "PAGE", tmp_path / "benchmarks.md")
-    monkeypatch.setattr(write_page, "description", lambda _: "About.")
-    (tmp_path / "captured").write_text(PRINTED)
-    assert write_page.main(["init", "--output", str(tmp_path / "captured"), "--", "--repeats", "2"]) == 0
-    text = (tmp_path / "benchmarks.md").read_text()
-    assert "About.\n\n`python benchmarks/init.py --repeats 2`, " in text
-    assert PRINTED.strip() in text
-    assert [file.name for file in tmp_path.iterdir() if file.name.startswith(".")] == []
-
-
 @pytest.mark.parametrize("name", list(write_page.TOGETHER))
 def test_the_options_with_which_all_run_are_known(name: str) -> None:
     script = (write_page.ROOT / "benchmarks" / f"{name}.py").read_text(encoding="utf-8")
@@ -138,27 +108,54 @@ def test_the_options_with_which_all_run_are_known(name: str) -> None:
         assert not option.startswith("--") or f'add_argument("{option}"' in script, option
 
 
-def test_one_that_fails_keeps_no_other_from_running_and_is_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(write_page, "ROOT", tmp_path)
-    monkeypatch.setattr(write_page, "PAGE", tmp_path / "benchmarks.md")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    (tmp_path / "benchmarks").mkdir()
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> Path:
+    """A tree with the script and benchmarks that print one line, of which `scaling` fails."""
+    folder = tmp_path / "benchmarks"
+    folder.mkdir()
+    (tmp_path / "docs").mkdir()
     for name in SECTIONS:
         ending = "raise SystemExit(3)" if name == "scaling" else ""
-        (tmp_path / "benchmarks" / f"{name}.py").write_text(
+        (folder / f"{name}.py").write_text(
             f'"""About {name}."""\nimport sys\nprint("table of {name}", *sys.argv[1:])\n{ending}\n'
         )
-    assert write_page.main([]) == 3
-    _, sections = write_page.split((tmp_path / "benchmarks.md").read_text())
-    written = [heading for heading, text in sections.items() if "table of" in text]
-    run = write_page._all()
-    assert written == [SECTIONS[name] for name in run if name != "scaling"]
-    out, err = capsys.readouterr()
+    shutil.copy(write_page.__file__, folder)
+    return tmp_path
+
+
+def script(root: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, root / "benchmarks" / "write_page.py", *words], capture_output=True, text=True, check=False
+    )
+
+
+def test_captured_output_is_written_with_the_options_that_made_it(elsewhere: Path) -> None:
+    captured = elsewhere / "captured"
+    captured.write_text(PRINTED)
+    assert script(elsewhere, "init", "--output", str(captured), "--", "--repeats", "2").returncode == 0
+    text = (elsewhere / "docs" / "benchmarks.md").read_text()
+    assert "About init.\n\n`python benchmarks/init.py --repeats 2`, " in text
+    assert PRINTED.strip() in text
+    assert [file.name for file in (elsewhere / "docs").iterdir()] == ["benchmarks.md"]
+
+
+def test_one_that_fails_keeps_no_other_from_running_and_is_told(elsewhere: Path) -> None:
+    done = script(elsewhere)
+    assert done.returncode == 3
+    _, sections = write_page.split((elsewhere / "docs" / "benchmarks.md").read_text())
+    left_out = {*write_page.NAMED_ONLY, *(() if torch.cuda.is_available() else write_page.NEEDS_GPU)}
+    run = [name for name in SECTIONS if name not in left_out]
+    assert [heading for heading, text in sections.items() if "table of" in text] == [
+        SECTIONS[name] for name in run if name != "scaling"
+    ]
     shown = [" ".join(("table of", name, *write_page.TOGETHER.get(name, ()))) for name in run]
-    assert out.splitlines() == shown  # as they run
-    assert "python benchmarks/scaling.py --steps 3: exit code 3; its section stays as it was" in err
+    assert done.stdout.splitlines() == shown
+    assert "python benchmarks/scaling.py --steps 3: exit code 3; its section stays as it was" in done.stderr
+
+
+def test_what_takes_long_or_needs_a_gpu_runs_when_it_is_named(elsewhere: Path) -> None:
+    assert script(elsewhere, "soak", "--", "--minutes", "5").stdout == "table of soak --minutes 5\n"
+    assert script(elsewhere, "gpu").stdout == "table of gpu\n"
 
 
 @pytest.mark.parametrize("words", [["nosuch"], ["--output", "x"], ["init", "sweep", "--", "--fast"], ["--", "--fast"]])
@@ -168,7 +165,5 @@ def test_arguments_that_make_no_sense_are_refused(words: list[str]) -> None:
     assert refused.value.code == 2
 
 
-def test_it_runs_as_a_script() -> None:
-    script = write_page.ROOT / "benchmarks" / "write_page.py"
-    done = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, check=True)
-    assert ", ".join(SECTIONS) in " ".join(done.stdout.split())
+def test_its_help_names_all_benchmarks() -> None:
+    assert ", ".join(SECTIONS) in " ".join(script(write_page.ROOT, "--help").stdout.split())
