@@ -257,8 +257,7 @@ def _description(place: str, origin: Mapping[str, str], rank: int) -> dict[str, 
 
 def _is_prefix(description: Mapping[str, Any]) -> bool:
     """Whether the first rows and columns are those of a smaller rank; else layers may have ranks of their own."""
-    # Without the word they are of a version whose methods all promised it.
-    return bool(description.get("prefix", True))
+    return bool(description["prefix"])
 
 
 def read(place: str, origin: Mapping[str, str], rank: int, names: list[str]) -> dict[str, Factors] | None:

@@ -97,10 +97,10 @@ EXPLAINED = {
 REMOVED = {
     "gate.on": "delete it; the gate always measures on the rows of data.eval or data.eval_fraction",
     "gate.level": "delete it; the interval of the improvement always has a confidence of 0.95",
-    "run.wait": "delete it; if another process works on the run, the command ends with exit code 75: repeat it later, as"
-    " deploy/night.py does",
-    "retrain.wait": "delete it; if another retraining of the model is at work, the command ends with exit code 75: repeat"
-    " it later, as deploy/night.py does",
+    "run.wait": "delete it; while another process works on the run, the command ends with exit code 75: repeat it then,"
+    " as deploy/night.py does",
+    "retrain.wait": "delete it; while another retraining of the model is at work, the command ends with exit code 75:"
+    " repeat it then, as deploy/night.py does",
     "cluster.resize_interval": "delete it; the run itself decides how often it looks for room for more workers",
     "compare.centres": "delete it; each grid starts at its method's own centre and grows until the best rate is inside",
 }
