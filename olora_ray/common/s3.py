@@ -10,9 +10,6 @@ import re
 import time
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
-from datetime import datetime
-from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from typing import Any
 
@@ -29,16 +26,6 @@ _TAKEN = ("PreconditionFailed", "ConditionalRequestConflict", "412", "409")
 _MISSING = ("NoSuchKey", "404")
 _FULL = 507
 """Insufficient Storage, as MinIO answers where its disks are full: that does not pass by itself."""
-
-
-@dataclass(frozen=True)
-class Object:
-    """The content of an object, and what tells its versions apart."""
-
-    content: bytes
-    etag: str
-    age: float
-    """Seconds since it was written, by the store's own clock."""
 
 
 def is_s3(place: str) -> bool:
@@ -82,23 +69,22 @@ def check(place: str, field: str) -> None:
         logger.warning(f"{field}: {place} is slow: writing, reading and deleting five bytes took {seconds:.0f} s")
 
 
-def get(place: str) -> Object | None:
-    """An object; None if there is none. Raises StoreError."""
+def get(place: str) -> tuple[bytes, str] | None:
+    """Content and etag of an object; None if there is none. Raises StoreError."""
     bucket, key = split(place)
     try:
         with _told():
             found = _client().get_object(Bucket=bucket, Key=key)
-            content = found["Body"].read()
+            return found["Body"].read(), str(found["ETag"])
     except FileNotFoundError:
         return None
-    return Object(content, str(found["ETag"]), (_now(found) - found["LastModified"]).total_seconds())
 
 
 def put_if(place: str, content: bytes, etag: str | None) -> str | None:
     """Write an object if it still has this etag, or if there is none (None); returns its new etag.
 
-    Returns None if somebody else has written meanwhile. A store may ignore the condition: see `ignores_conditions`.
-    Raises StoreError.
+    Returns None if somebody else has written meanwhile. A store may ignore the condition, as an older Ceph does. Raises
+    StoreError.
     """
     bucket, key = split(place)
     condition = {"IfNoneMatch": "*"} if etag is None else {"IfMatch": etag}
@@ -107,11 +93,6 @@ def put_if(place: str, content: bytes, etag: str | None) -> str | None:
             return str(_client().put_object(Bucket=bucket, Key=key, Body=content, **condition)["ETag"])
     except (FileExistsError, FileNotFoundError):  # 404: it was deleted meanwhile
         return None
-
-
-def ignores_conditions(place: str, content: bytes) -> bool:
-    """Whether the store writes an object that is there although it must not; `content` is what lies there."""
-    return put_if(place, content, None) is not None
 
 
 def abort_uploads(place: str) -> int:
@@ -209,9 +190,3 @@ def _error_of(error: Any) -> OSError:
 
 def _where() -> str:
     return patience.s3_endpoint() or "AWS"
-
-
-def _now(answer: Any) -> datetime:
-    """The store's own time."""
-    told = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
-    return parsedate_to_datetime(told) if told else datetime.now(tz=answer["LastModified"].tzinfo)

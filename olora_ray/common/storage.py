@@ -6,6 +6,7 @@ object store that has answered before is asked again for a while first (patience
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -63,6 +64,17 @@ def staged(target: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             remove_local(partial)
+
+
+@contextlib.contextmanager
+def flocked(path: Path) -> Iterator[None]:
+    """Hold flock on a file, which is made, for the block; wait for it. Processes that die let it go.
+
+    Not filelock: on some of its versions a file system without flock makes it wait for ever, or use no lock.
+    """
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def flush_to_disk(path: Path) -> None:
