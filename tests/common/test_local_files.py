@@ -15,12 +15,12 @@ MODES = """
 import os, sys
 from pathlib import Path
 os.umask(int(sys.argv[1], 8))
-from olora_ray.common import local_files, storage
+from olora_ray.common import storage
 from safetensors.torch import save_file
 import torch
 folder = Path(sys.argv[2])
 save_file({"a": torch.zeros(1)}, folder / "weights.safetensors")
-local_files.open_up(folder / "weights.safetensors")
+storage.open_up(folder / "weights.safetensors")
 storage.write_text(str(folder / "deep" / "text.json"), "{}")
 print(*(oct((folder / name).stat().st_mode & 0o777) for name in ("weights.safetensors", "deep/text.json", "deep")))
 """
