@@ -102,7 +102,6 @@ def s3_endpoint() -> str | None:
 Found = TypeVar("Found")
 PATIENCE = 60.0
 """Seconds after the first failure in which a request is repeated."""
-PAUSES = (1.0, 2.0, 4.0, 8.0, 15.0)
 _PASSING = re.compile(
     r"NETWORK_CONNECTION|SLOW_DOWN|THROTTLING|SERVICE_UNAVAILABLE|INTERNAL_FAILURE|REQUEST_TIMEOUT"
     r"|HTTP status 5(?!07)\d\d"  # 507: the store is full
@@ -126,7 +125,7 @@ def patiently(store: str, request: Callable[[], Found]) -> Found:
     Raises FileNotFoundError where nothing is there, ValueError for what is no address, and StoreError or
     StoreUnavailable for all else: not all that pyarrow raises for gs:// is an OSError.
     """
-    end, number = None, 0
+    end, pause = None, PATIENCE / 60
     while True:
         try:
             found = request()
@@ -143,19 +142,14 @@ def patiently(store: str, request: Callable[[], Found]) -> Found:
                 untrusted = UNTRUSTED.search(str(error))
                 raise kind(f"{mask(store)}: {TRUST}" if untrusted else mask(first_line(error))) from None
             logger.warning(f"{mask(store)} does not answer ({first_line(error)}); asked again for {left:.0f} s more")
-            time.sleep(min(PAUSES[min(number, len(PAUSES) - 1)], left))
-            number += 1
+            time.sleep(min(pause, left))
+            pause *= 2
         else:
             _answered.add(store)
             return found
 
 
 # Whether the hub of models and data sets refuses a request, or only does not answer it now.
-
-
-TOO_MANY = 429
-FIRST_OF_THE_SERVER = 500
-"""Statuses of HTTP: too many requests, and the first of those by which a server says that it is not well."""
 
 
 def is_away(error: BaseException) -> bool:
@@ -170,7 +164,7 @@ def is_away(error: BaseException) -> bool:
     for cause in _chain(error):
         if isinstance(cause, errors.HfHubHTTPError):
             status = cause.response.status_code
-            return status == TOO_MANY or status >= FIRST_OF_THE_SERVER
+            return status == 429 or status >= 500  # too many requests, or a server in trouble
         # All of the client's own errors but those about an answer are about the way to it. Which client it is changes.
         client: type[Exception] = errors.HTTPError  # type: ignore[attr-defined]
         if isinstance(cause, client | ConnectionError | TimeoutError):

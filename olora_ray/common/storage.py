@@ -1,7 +1,7 @@
-"""Files by path or URI: local folders, s3:// and gs:// with the same functions. copies.py brings whole folders.
+"""Files by path or URI: local folders, s3:// and gs:// with the same functions.
 
 A write is atomic: a reader sees the old file, the new file or none, never half of one. Failures are OSErrors; an
-object store that has answered before is asked again for a while first (patience.py).
+object store that has answered before is asked again for a while first.
 """
 
 import contextlib
@@ -329,6 +329,15 @@ def remove(place: str) -> None:
         remove_local(path)
         return
     ask(place, _remove)
+
+
+def abort_uploads(place: str) -> None:
+    """End the uploads below `place` that were cut off, where an object store keeps their parts; raises StoreError.
+
+    Only for places where nobody else is writing now.
+    """
+    if s3.is_s3(place):
+        s3.abort_uploads(place)
 
 
 def _remove(system: fs.FileSystem, path: str) -> None:

@@ -93,16 +93,6 @@ def test_what_cannot_be_put_in_place_is_an_error(tmp_path: Path) -> None:
         pass
 
 
-def test_files_and_folders_are_flushed_to_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    flushed = []
-    monkeypatch.setattr(os, "fsync", lambda descriptor: flushed.append(os.readlink(f"/proc/self/fd/{descriptor}")))
-    storage.write_text(str(tmp_path / "file"), "x")
-    del flushed[:]
-    storage.flush_to_disk(tmp_path / "file")
-    storage.flush_to_disk(tmp_path)
-    assert flushed == [str(tmp_path / "file"), str(tmp_path)]
-
-
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.EIO])
 def test_a_folder_that_cannot_be_flushed_at_all_is_no_failure(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

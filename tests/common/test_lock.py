@@ -325,11 +325,11 @@ class TestOtherStores:
         """A host that is ahead would take the lock of one that lives, one that is behind would never take any."""
         with holder(place) as process:
             edit(place, machine="another")
-            now = time.time
-            monkeypatch.setattr(time, "time", lambda: now() + 10 * lock.EXPIRES)
-            refused(place)
-            monkeypatch.setattr(time, "time", lambda: now() - 10 * lock.EXPIRES)
-            silent(place, now())
+            now = time.time()
+            for ahead in (10 * lock.EXPIRES, -10 * lock.EXPIRES):
+                monkeypatch.setattr(time, "time", lambda ahead=ahead: now + ahead)
+                refused(place)
+            silent(place, now)
             with lock.held(place, "the work"):
                 pass
             killed(process)
