@@ -3,7 +3,7 @@
 import pytest
 
 from olora_ray.common.errors import UserError
-from olora_ray.config.load import changed, parse_assignments, parse_yaml
+from olora_ray.config.load import parse_assignments, parse_yaml
 
 
 def refusal(text: str) -> str:
@@ -77,11 +77,3 @@ def test_keys_are_texts(key: str) -> None:
 def test_an_assignment_names_a_field(word: str) -> None:
     with pytest.raises(UserError, match=r"expected section\.field=value"):
         parse_assignments([word])
-
-
-@pytest.mark.parametrize("place", ["²", "9" * 5000, "-1", "1"])
-def test_a_place_in_a_list_is_a_number_within_it(place: str) -> None:
-    with pytest.raises(UserError, match="the list has 1 entries"):
-        changed({"data": {"train": [{}]}}, {f"data.train.{place}": {}})
-    with pytest.raises(UserError, match="has no fields to set"):
-        changed({"data": {"train": [{}]}}, {f"data.train.{place}.path": "x"})
