@@ -45,7 +45,7 @@ class Seen:
     content: bytes | None
     """None: there is no file."""
     version: str | None = None
-    """What a conditional write has to find unchanged."""
+    """The version that a conditional write has to find unchanged."""
 
 
 class LockFile:

@@ -1,4 +1,4 @@
-"""What lies elsewhere, on this machine: copies of files and folders, and a cache of what its processes have made."""
+"""Copies of files and folders between the storage and this machine, and the cache of what its processes have made."""
 
 import contextlib
 import errno

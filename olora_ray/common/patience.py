@@ -80,7 +80,7 @@ def _region_of(bucket: str, named: str | None) -> str:
 
 
 UNTRUSTED = re.compile(r"certificate.verify.failed|curlCode: (?:35|60|77)|wrong.version.number", re.IGNORECASE)
-"""What requests, boto3 and pyarrow say of a TLS certificate that they do not trust, or of a server without TLS."""
+"""Messages of requests, boto3 and pyarrow about a TLS certificate that they do not trust, or a server without TLS."""
 TRUST = (
     "its certificate is not trusted here: set SSL_CERT_FILE, on all nodes, to a file with the certificates of your CA"
     " and of the public ones"
@@ -120,7 +120,7 @@ def passes(error: BaseException) -> bool:
 
 
 def patiently(store: str, request: Callable[[], Found]) -> Found:
-    """What `request` returns; repeats it for PATIENCE seconds if the store, which has answered before, fails.
+    """Return what `request` returns; repeat it for PATIENCE seconds if the store, which has answered before, fails.
 
     Raises FileNotFoundError where nothing is there, ValueError for what is no address, and StoreError or
     StoreUnavailable for all else: not all that pyarrow raises for gs:// is an OSError.
@@ -153,7 +153,7 @@ def patiently(store: str, request: Callable[[], Found]) -> Found:
 
 
 def is_away(error: BaseException) -> bool:
-    """Whether an error of huggingface_hub or datasets passes by itself: no network, no answer, or a server in trouble.
+    """True if an error of huggingface_hub or datasets passes by itself: no network, no answer, or a server in trouble.
 
     Not so where this machine is told to stay offline.
     """

@@ -1,4 +1,4 @@
-"""What pyarrow does not offer for s3://: conditional writes, ending cut uploads, and a check with words for a person.
+"""Requests to s3:// that pyarrow does not offer: conditional writes, the end of cut uploads, a check with advice.
 
 boto3 is an extra of this project; MLflow needs it too for artifacts on s3://.
 """
@@ -29,7 +29,7 @@ _FULL = 507
 
 
 def is_s3(place: str) -> bool:
-    """Whether a place lies in an S3 store."""
+    """True if a place lies in an S3 store."""
     return place.startswith("s3://")
 
 

@@ -130,7 +130,7 @@ def _plain(word: str) -> str:
 
 
 def spelling_advice(word: str, place: str = "") -> str | None:
-    """What to do instead of a word that is no field at `place`, as `use adapter.rank`; None if that is not known."""
+    """Say what to do instead of a word that is no field at `place` (`use adapter.rank`); None if that is not known."""
     plain = _plain(word)
     if plain in EXPLAINED:
         return EXPLAINED[plain]
@@ -399,7 +399,7 @@ def relevant(items: Sequence[ErrorDetails]) -> list[ErrorDetails]:
 
 
 def _instead_of(parts: Sequence[str], root: type[Section]) -> str:
-    """What to do instead of an unknown field: the word of another tool, a typo, or a look at the list."""
+    """Say what to do instead of an unknown field: the word of another tool, a typo, or a look at the list."""
     if secrets.is_name(parts[-1]):
         return "a config holds no secrets, they come from the environment or a file"
     if advice := REMOVED.get(".".join(parts)):
@@ -424,14 +424,6 @@ def _short(text: str, length: int) -> str:
     """One line without secrets, cut: they are masked first, because a part of one is not recognised."""
     line = " ".join(secrets.mask(text).splitlines())
     return line if len(line) <= length else f"{line[: length - 3]}..."
-
-
-def texts(tree: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Dotted field and text of every text in a tree."""
-    for field, value in leaves(tree, ""):
-        for item in value if isinstance(value, list | tuple) else [value]:
-            if isinstance(item, str):
-                yield field, item
 
 
 def instead(field: str, text: str) -> str:
@@ -466,12 +458,6 @@ def _section_in(annotation: Any) -> type[Section] | None:
     return next((found for inner in get_args(annotation) if (found := _section_in(inner))), None)
 
 
-ELSEWHERE = "compare"
-"""Section that pipelines/compare.py reads from the file of a run's config; no setting of a run."""
-_MOST_SHOWN = 20
-"""Problems in one message."""
-
-
 def load(path: str | Path, changes: Mapping[str, Any] | None = None) -> Config:
     """Read a config file and apply dotted `changes`.
 
@@ -497,22 +483,24 @@ def read(path: str | Path) -> dict[str, Any]:
 def build(tree: Mapping[str, Any], where: str = "config") -> Config:
     """Validate a nested mapping into a Config; raises UserError with all problems together, and no secret in it.
 
-    The section of another command may stand in the same file, and is left out.
+    The section of pipelines/compare.py may stand in the same file, and is left out.
     """
-    return validated(Config, {name: section for name, section in tree.items() if name != ELSEWHERE}, where)
+    return validated(Config, {name: section for name, section in tree.items() if name != "compare"}, where)
 
 
 def validated(section: type[AnySection], tree: Mapping[str, Any], where: str) -> AnySection:
     """Validate a nested mapping into a section; raises UserError with all problems together, and no secret in it."""
-    problems = [f"{field}: {instead(field, text)}" for field, text in texts(tree) if secrets.in_uri(text)]
+    named = [(field, value if isinstance(value, list | tuple) else [value]) for field, value in leaves(tree, "")]
+    texts = [(field, item) for field, items in named for item in items if isinstance(item, str)]
+    problems = [f"{field}: {instead(field, text)}" for field, text in texts if secrets.in_uri(text)]
     found = None
     try:
         found = section.model_validate(tree)
     except ValidationError as error:
         problems += [explain(item, section) for item in relevant(error.errors())]
     if problems or found is None:
-        more = f"; and {len(problems) - _MOST_SHOWN} more" if len(problems) > _MOST_SHOWN else ""
-        raise UserError("; ".join(f"{where}: {problem}" for problem in problems[:_MOST_SHOWN]) + more)
+        more = f"; and {len(problems) - 20} more" if len(problems) > 20 else ""
+        raise UserError("; ".join(f"{where}: {problem}" for problem in problems[:20]) + more)
     return found
 
 
