@@ -257,7 +257,8 @@ def _description(place: str, origin: Mapping[str, str], rank: int) -> dict[str, 
 
 def _is_prefix(description: Mapping[str, Any]) -> bool:
     """Whether the first rows and columns are those of a smaller rank; else layers may have ranks of their own."""
-    return bool(description["prefix"])
+    # Without the word they are of a version whose methods all promised it.
+    return bool(description.get("prefix", True))
 
 
 def read(place: str, origin: Mapping[str, str], rank: int, names: list[str]) -> dict[str, Factors] | None:

@@ -23,6 +23,7 @@ from olora_ray.config import command_line
 from olora_ray.config.load import build, load, override, parse_yaml, validated
 from olora_ray.config.schema import NO_GATE, AnyConfig, Config, EvaluationConfig
 from olora_ray.evaluation.held_out import ADAPTER_CONFIG
+from olora_ray.model import folder as identity
 from olora_ray.model.load import skeleton
 from olora_ray.model.source import BaseModel
 from olora_ray.pipeline.base import find_model, parts
@@ -177,7 +178,7 @@ def _of_exported_adapter(name: str, place: str, known: str | None, own: Config, 
 
 def _same_base(name: str, known: str | None, base: BaseModel, own: Config) -> None:
     """Raise UserError if the base of a run is another by now."""
-    if known != base.digest:
+    if not identity.same(known, base.digest):
         raise UserError(f"{name}: was trained on another base model than {own.model.name} is now; set model.revision")
 
 

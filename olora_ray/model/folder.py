@@ -178,6 +178,11 @@ def of_weights(files: Sequence[Path]) -> str:
     return storage.digest("".join(f"{file.name}:{_digest_of_weights(file)}\n" for file in files))
 
 
+def same(known: str | None, now: str) -> bool:
+    """Whether a model is the one that was used; of an identity of before November 2026 only the weights are known."""
+    return known == now or (bool(known) and known == weights(now))
+
+
 def weights(identity: str) -> str:
     """The part of an identity that is the digest of the weights."""
     return identity.partition(_SEPARATOR)[0]

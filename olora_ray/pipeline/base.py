@@ -13,6 +13,7 @@ from olora_ray.config.load import override
 from olora_ray.config.schema import AnyConfig
 from olora_ray.data.tokenize import turn_end
 from olora_ray.data.tokenizer_spec import TokenizerSpec, has_tokens_beyond, spec_from_pretrained
+from olora_ray.model import folder as identity
 from olora_ray.model import folder as misfits
 from olora_ray.model.load import end_tokens, load_tokenizer, skeleton
 from olora_ray.model.packing import why_apart
@@ -65,7 +66,7 @@ def _base(found: Registered, base: BaseOfAdapter, config: AnyConfig) -> tuple[An
             passes = isinstance(error, TryAgain)
             why = f"is not found ({str(error).removeprefix('model.name: ')})"
             continue
-        if base.digest == model.digest:
+        if identity.same(base.digest, model.digest):
             return own, replace(model, name=base.name)
         why, passes = f"has other files than it was trained on, in {model.folder}", False
     what = f"{found.version.name} version {found.version.number} is an adapter of {base.name}, which {why}"

@@ -1,6 +1,5 @@
 """What is kept is found again for the same inputs and the same code only."""
 
-import json
 import os
 import shutil
 import time
@@ -12,14 +11,12 @@ from olora_ray.adapter import export_preflight
 from olora_ray.common import node_cache
 from olora_ray.common.errors import UserError
 from olora_ray.model.source import BaseModel
-from olora_ray.train import estimate
 from tests import tiny
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(node_cache, "CACHE", str(tmp_path / "cache"))
-    estimate._estimate.cache_clear()
     return tmp_path / "cache"
 
 
@@ -79,20 +76,3 @@ def test_an_export_that_has_passed_is_not_tried_again(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match="does not load"):
             export_preflight.problems(model, other, targets)
-
-
-def test_a_memory_plan_is_found_again_and_a_damaged_one_is_made_anew(tmp_path: Path, cache: Path) -> None:
-    model = base(tmp_path / "model")
-    config = tiny.config(model__name=model.folder)
-
-    def planned() -> int:
-        estimate._estimate.cache_clear()  # as in another process
-        return estimate.estimate(config, model, gpu=False).activation_bytes
-
-    first = planned()
-    (file,) = (cache / "memory-plans").iterdir()
-    kept = json.loads(file.read_text())
-    file.write_text(json.dumps([2 * kept[0], *kept[1:]]))
-    assert planned() != first
-    file.write_text("[")
-    assert planned() == first

@@ -108,6 +108,8 @@ def test_a_model_is_its_whole_folder(model_folder: Path, copy: Path) -> None:
         place.parent.mkdir(exist_ok=True)
         place.write_bytes(content if isinstance(content, bytes) else content.encode())
         found.add(obtain(copy).digest)
+        assert identity.same(identity.weights(plain), obtain(copy).digest) == ("safetensors" not in name), name
+        assert not identity.same(plain, obtain(copy).digest), name
         place.write_bytes(before) if before is not None else place.unlink()
     assert len(found) == len(changes)
     assert obtain(copy).digest == plain
