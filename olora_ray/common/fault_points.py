@@ -17,7 +17,7 @@ Handler = Callable[[str, int | None, int | None], None]
 """Called with the point's name, and the step and the worker's rank where they are known."""
 
 handler: Handler | None = None
-"""Of this process."""
+"""The handler of this process."""
 
 
 def reached(point: str, step: int | None = None, rank: int | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Copies between the storage and this machine: of files, and of folders with all in them."""
+"""Copies of files and folders between the storage and this machine, and the cache of what its processes have made."""
 
 import contextlib
 import errno
@@ -8,7 +8,7 @@ import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -18,14 +18,11 @@ from typing import TextIO
 from pyarrow import fs
 
 from olora_ray.common import storage
-from olora_ray.common.storage import staged
 
-CACHE = os.path.expanduser("~/.cache/olora_ray")
-"""Folder of a node for models that do not lie on a shared storage."""
 CHUNK = 32 * 2**20
 """Bytes of one request for a part of a large file."""
-AT_ONCE = 4
-"""Files that are uploaded at the same time."""
+
+# Copies between the storage and this machine: of files, and of folders with all in them.
 
 
 def local_copy(place: str, cache: str | Path) -> Path:
@@ -36,10 +33,7 @@ def local_copy(place: str, cache: str | Path) -> Path:
     if (path := storage.local_path(place)) is not None:
         return path
     target = Path(cache) / PurePosixPath(place.partition("://")[2]).name
-    if not target.exists():
-        with staged(target) as partial:
-            storage.ask(place, lambda system, path: _download(system, path, partial))
-    return target
+    return cached(target, lambda partial: storage.ask(place, lambda system, path: _download(system, path, partial)))
 
 
 @contextlib.contextmanager
@@ -77,7 +71,7 @@ def upload(folder: Path, place: str, last: str | None = None) -> None:
         path.mkdir(parents=True, exist_ok=True)
     files = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
     others = [name for name in files if name != last]
-    with ThreadPoolExecutor(AT_ONCE) as pool:
+    with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda name: _send(folder / name, storage.join(place, name)), others))
     if last in files:
         _send(folder / last, storage.join(place, last))
@@ -110,24 +104,39 @@ def local_folder(place: str) -> Iterator[Path]:
                 storage.remove(storage.join(place, name))
 
 
-# Bound of what a node keeps of things that lie elsewhere: models and shards that its processes have fetched.
+# The cache: files and folders of this node under names that say all that they depend on, within a part of the disk.
 
 
+CACHE = os.path.expanduser("~/.cache/olora_ray")
+"""Folder of a node for models that do not lie on a shared storage, and for results."""
 SHARE = 0.25
 """Part of its disk that a cache may fill."""
-MOMENT = 600.0
-"""Seconds after its last use in which an entry stays: somebody may be about to open it."""
-ABANDONED = 24 * 3600.0
-"""Seconds after which a half-written entry is one that a killed process has left."""
 _held: dict[Path, TextIO] = {}
+
+
+def cached(entry: Path, make: Callable[[Path], object]) -> Path:
+    """The file or folder `entry`, for which `make` writes a partial one if it is not there.
+
+    Of several processes one makes it, and the others wait. Raises what `make` raises.
+    """
+    entry.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as alone:
+        if not entry.exists():
+            with contextlib.suppress(OSError):  # without flock each of them makes it, and the first one's stays
+                alone.enter_context(storage.flocked(_beside(entry, "lock")))
+        if not entry.exists():
+            with storage.staged(entry) as partial:
+                make(partial)
+    used(entry)
+    return entry
 
 
 def hold(entry: Path) -> None:
     """Keep an entry from being removed as long as this process lives."""
     with contextlib.suppress(OSError):  # a cache that cannot be written is not cleaned either
-        os.utime(entry)
+        used(entry)
         if entry not in _held:
-            lock = _lock_of(entry).open("w")
+            lock = _beside(entry, "lock").open("a")
             fcntl.flock(lock, fcntl.LOCK_SH)
             _held[entry] = lock
 
@@ -135,80 +144,61 @@ def hold(entry: Path) -> None:
 def used(entry: Path) -> None:
     """Note that an entry is used now, in a file beside it: its own times tell whether its content has changed."""
     with contextlib.suppress(OSError):
-        _note_of(entry).touch()
-
-
-def make_room(root: Path, entries: Iterable[Path], limit: int | None = None) -> None:
-    """Remove entries until they have at most `limit` bytes, by default SHARE of the disk of `root`."""
-    _sweep(root)
-    if limit is None:
-        limit = int(shutil.disk_usage(root).total * SHARE)
-    found = [(last_used(entry), entry, _bytes(entry)) for entry in entries if entry.exists()]
-    total = sum(size for _, _, size in found)
-    for at, entry, size in sorted(found):
-        if total <= limit:
-            return
-        if time.time() - at > MOMENT and _removed(entry):
-            total -= size
-
-
-def _removed(entry: Path) -> bool:
-    try:
-        with _lock_of(entry).open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            away = entry.with_name(f".{entry.name}.{os.getpid()}.tmp")
-            entry.rename(away)
-            _delete(away)
-            _delete(_note_of(entry))
-    except OSError:  # held, or another process was faster
-        return False
-    return True
-
-
-def _sweep(root: Path) -> None:
-    for pattern in (".*.tmp", "*/.*.tmp"):
-        for left in root.glob(pattern):
-            with contextlib.suppress(OSError):
-                if time.time() - left.stat().st_mtime > ABANDONED:
-                    _delete(left)
-
-
-def _delete(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _bytes(entry: Path) -> int:
-    if not entry.is_dir():
-        return entry.stat().st_size
-    return sum(file.lstat().st_size for file in entry.rglob("*") if file.is_file())
+        _beside(entry, "used").touch()
 
 
 def last_used(entry: Path) -> float:
     """Time of its last use, or of its making."""
     times = [0.0]
-    for path in (entry, _note_of(entry)):
+    for path in (entry, _beside(entry, "used")):
         with contextlib.suppress(OSError):
             times.append(path.stat().st_mtime)
     return max(times)
 
 
-def _note_of(entry: Path) -> Path:
-    return entry.with_name(f".{entry.name}.used")
+def make_room(root: Path, entries: Iterable[Path], limit: int | None = None) -> None:
+    """Remove entries until they have at most `limit` bytes, by default SHARE of the disk of `root`.
+
+    Those go first that were not used for longest. What was used in the last ten minutes stays: somebody may be about to
+    open it.
+    """
+    for left in (*root.glob(".*.tmp"), *root.glob("*/.*.tmp")):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > 24 * 3600:  # a killed process has left it half-written
+                storage.remove_local(left)
+    if limit is None:
+        limit = int(shutil.disk_usage(root).total * SHARE)
+    found = sorted((last_used(entry), entry, _bytes(entry)) for entry in entries if entry.exists())
+    total = sum(size for _, _, size in found)
+    for at, entry, size in found:
+        if total > limit and time.time() - at > 600 and _removed(entry):
+            total -= size
 
 
-def _lock_of(entry: Path) -> Path:
-    return entry.with_name(f".{entry.name}.lock")
+def _removed(entry: Path) -> bool:
+    try:
+        with _beside(entry, "lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            entry.rename(away := storage.beside(entry))
+            storage.remove_local(away)
+            storage.remove_local(_beside(entry, "used"))
+    except OSError:  # held, or another process was faster
+        return False
+    return True
 
 
-# Results of checks that follow from their inputs alone, kept on this node: the next start need not find them again.
+def _bytes(entry: Path) -> int:
+    return sum(file.lstat().st_size for file in (entry, *entry.rglob("*")) if file.is_file())
+
+
+def _beside(entry: Path, what: str) -> Path:
+    return entry.with_name(f".{entry.name}.{what}")
+
+
+# Results of checks that follow from their inputs alone, kept as texts: the next start need not find them again.
 
 
 LIBRARIES = ("torch", "transformers", "peft", "safetensors", "flash-attn", "kernels")
-OLD = 90 * 24 * 3600.0
-"""Seconds after which a result is found anew: most are of another version then, and nobody asks for them."""
 PACKAGE = Path(__file__).resolve().parents[1]
 
 
@@ -226,20 +216,25 @@ def read(place: str) -> str | None:
 
 
 def keep(place: str, result: str) -> None:
-    """Keep a result; where nothing can be written it is found anew each time. Old ones beside it are removed."""
+    """Keep a result; where nothing can be written it is found anew each time.
+
+    Results beside it of more than 90 days are removed: most are of another version, and nobody asks for them.
+    """
     with contextlib.suppress(OSError):
         storage.write_text(place, result)
         for file in Path(place).parent.iterdir():
-            if time.time() - file.stat().st_mtime > OLD:
+            if time.time() - file.stat().st_mtime > 90 * 24 * 3600:
                 file.unlink()
 
 
 @cache
 def code() -> str:
     """Digest of what computes here: this project's code, and the versions of Python and the libraries."""
-    found = [f"{name} {_version(name)}" for name in LIBRARIES]
-    files = sorted(PACKAGE.rglob("*.py"))
-    return storage.digest(platform.python_version(), platform.machine(), *found, *map(storage.digest_file, files))
+    found = [platform.python_version(), platform.machine(), project()]
+    for library in LIBRARIES:
+        with contextlib.suppress(PackageNotFoundError):
+            found.append(f"{library} {version(library)}")
+    return storage.digest(*found)
 
 
 @cache
@@ -248,10 +243,3 @@ def project(package: Path = PACKAGE) -> str:
     files = sorted(package.rglob("*.py"))
     lines = (f"{file.relative_to(package).as_posix()}:{storage.digest_file(file)}" for file in files)
     return storage.digest(*lines, length=12)
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""

@@ -80,7 +80,7 @@ def _region_of(bucket: str, named: str | None) -> str:
 
 
 UNTRUSTED = re.compile(r"certificate.verify.failed|curlCode: (?:35|60|77)|wrong.version.number", re.IGNORECASE)
-"""What requests, boto3 and pyarrow say of a TLS certificate that they do not trust, or of a server without TLS."""
+"""Messages of requests, boto3 and pyarrow about a TLS certificate that they do not trust, or a server without TLS."""
 TRUST = (
     "its certificate is not trusted here: set SSL_CERT_FILE, on all nodes, to a file with the certificates of your CA"
     " and of the public ones"
@@ -102,7 +102,6 @@ def s3_endpoint() -> str | None:
 Found = TypeVar("Found")
 PATIENCE = 60.0
 """Seconds after the first failure in which a request is repeated."""
-PAUSES = (1.0, 2.0, 4.0, 8.0, 15.0)
 _PASSING = re.compile(
     r"NETWORK_CONNECTION|SLOW_DOWN|THROTTLING|SERVICE_UNAVAILABLE|INTERNAL_FAILURE|REQUEST_TIMEOUT"
     r"|HTTP status 5(?!07)\d\d"  # 507: the store is full
@@ -121,12 +120,12 @@ def passes(error: BaseException) -> bool:
 
 
 def patiently(store: str, request: Callable[[], Found]) -> Found:
-    """What `request` returns; repeats it for PATIENCE seconds if the store, which has answered before, fails.
+    """Return what `request` returns; repeat it for PATIENCE seconds if the store, which has answered before, fails.
 
     Raises FileNotFoundError where nothing is there, ValueError for what is no address, and StoreError or
     StoreUnavailable for all else: not all that pyarrow raises for gs:// is an OSError.
     """
-    end, number = None, 0
+    end, pause = None, PATIENCE / 60
     while True:
         try:
             found = request()
@@ -143,8 +142,8 @@ def patiently(store: str, request: Callable[[], Found]) -> Found:
                 untrusted = UNTRUSTED.search(str(error))
                 raise kind(f"{mask(store)}: {TRUST}" if untrusted else mask(first_line(error))) from None
             logger.warning(f"{mask(store)} does not answer ({first_line(error)}); asked again for {left:.0f} s more")
-            time.sleep(min(PAUSES[min(number, len(PAUSES) - 1)], left))
-            number += 1
+            time.sleep(min(pause, left))
+            pause *= 2
         else:
             _answered.add(store)
             return found
@@ -153,13 +152,8 @@ def patiently(store: str, request: Callable[[], Found]) -> Found:
 # Whether the hub of models and data sets refuses a request, or only does not answer it now.
 
 
-TOO_MANY = 429
-FIRST_OF_THE_SERVER = 500
-"""Statuses of HTTP: too many requests, and the first of those by which a server says that it is not well."""
-
-
 def is_away(error: BaseException) -> bool:
-    """Whether an error of huggingface_hub or datasets passes by itself: no network, no answer, or a server in trouble.
+    """True if an error of huggingface_hub or datasets passes by itself: no network, no answer, or a server in trouble.
 
     Not so where this machine is told to stay offline.
     """
@@ -170,7 +164,7 @@ def is_away(error: BaseException) -> bool:
     for cause in _chain(error):
         if isinstance(cause, errors.HfHubHTTPError):
             status = cause.response.status_code
-            return status == TOO_MANY or status >= FIRST_OF_THE_SERVER
+            return status == 429 or status >= 500  # too many requests, or a server in trouble
         # All of the client's own errors but those about an answer are about the way to it. Which client it is changes.
         client: type[Exception] = errors.HTTPError  # type: ignore[attr-defined]
         if isinstance(cause, client | ConnectionError | TimeoutError):

@@ -1,4 +1,4 @@
-"""What pyarrow does not offer for s3://: conditional writes, ending cut uploads, and a check with words for a person.
+"""Requests to s3:// that pyarrow does not offer: conditional writes, the end of cut uploads, a check with advice.
 
 boto3 is an extra of this project; MLflow needs it too for artifacts on s3://.
 """
@@ -10,9 +10,6 @@ import re
 import time
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
-from datetime import datetime
-from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from typing import Any
 
@@ -31,18 +28,8 @@ _FULL = 507
 """Insufficient Storage, as MinIO answers where its disks are full: that does not pass by itself."""
 
 
-@dataclass(frozen=True)
-class Object:
-    """The content of an object, and what tells its versions apart."""
-
-    content: bytes
-    etag: str
-    age: float
-    """Seconds since it was written, by the store's own clock."""
-
-
 def is_s3(place: str) -> bool:
-    """Whether a place lies in an S3 store."""
+    """True if a place lies in an S3 store."""
     return place.startswith("s3://")
 
 
@@ -70,35 +57,32 @@ def check(place: str, field: str) -> None:
         with _told():
             client = _client(attempts=1)
             client.put_object(Bucket=bucket, Key=key, Body=b"probe")
-            found = client.get_object(Bucket=bucket, Key=key)["Body"].read()
+            client.get_object(Bucket=bucket, Key=key)["Body"].read()
             client.delete_object(Bucket=bucket, Key=key)
     except StoreUnavailable as error:
         raise TryAgain(f"{field}: {place}: the store at {_where()} does not answer: {error}") from None
     except StoreError as error:
         raise UserError(f"{field}: {place} cannot be written: {error}") from None
-    if found != b"probe":
-        raise UserError(f"{field}: {place}: the store at {_where()} gives something else than was written")
     if (seconds := time.monotonic() - began) > SLOW_SECONDS:
         logger.warning(f"{field}: {place} is slow: writing, reading and deleting five bytes took {seconds:.0f} s")
 
 
-def get(place: str) -> Object | None:
-    """An object; None if there is none. Raises StoreError."""
+def get(place: str) -> tuple[bytes, str] | None:
+    """Content and etag of an object; None if there is none. Raises StoreError."""
     bucket, key = split(place)
     try:
         with _told():
             found = _client().get_object(Bucket=bucket, Key=key)
-            content = found["Body"].read()
+            return found["Body"].read(), str(found["ETag"])
     except FileNotFoundError:
         return None
-    return Object(content, str(found["ETag"]), (_now(found) - found["LastModified"]).total_seconds())
 
 
 def put_if(place: str, content: bytes, etag: str | None) -> str | None:
     """Write an object if it still has this etag, or if there is none (None); returns its new etag.
 
-    Returns None if somebody else has written meanwhile. A store may ignore the condition: see `ignores_conditions`.
-    Raises StoreError.
+    Returns None if somebody else has written meanwhile. A store may ignore the condition, as an older Ceph does. Raises
+    StoreError.
     """
     bucket, key = split(place)
     condition = {"IfNoneMatch": "*"} if etag is None else {"IfMatch": etag}
@@ -109,25 +93,14 @@ def put_if(place: str, content: bytes, etag: str | None) -> str | None:
         return None
 
 
-def ignores_conditions(place: str, content: bytes) -> bool:
-    """Whether the store writes an object that is there although it must not; `content` is what lies there."""
-    return put_if(place, content, None) is not None
-
-
-def abort_uploads(place: str) -> int:
-    """End the uploads in parts below `place` that were never completed, which are paid for; returns how many.
-
-    Raises StoreError. Only for places where nobody else is writing now.
-    """
+def abort_uploads(place: str) -> None:
+    """End the uploads in parts below `place` that were never completed, which are paid for; raises StoreError."""
     bucket, key = split(place)
-    count = 0
     with _told():
         client = _client()
         for page in client.get_paginator("list_multipart_uploads").paginate(Bucket=bucket, Prefix=f"{key}/"):
             for upload in page.get("Uploads", []):
                 client.abort_multipart_upload(Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
-                count += 1
-    return count
 
 
 def split(place: str) -> tuple[str, str]:
@@ -209,9 +182,3 @@ def _error_of(error: Any) -> OSError:
 
 def _where() -> str:
     return patience.s3_endpoint() or "AWS"
-
-
-def _now(answer: Any) -> datetime:
-    """The store's own time."""
-    told = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
-    return parsedate_to_datetime(told) if told else datetime.now(tz=answer["LastModified"].tzinfo)

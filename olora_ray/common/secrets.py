@@ -92,12 +92,12 @@ def mask(text: str) -> str:
 
 
 def in_uri(text: str) -> bool:
-    """Whether the text is a URI with a password, token or key in it."""
+    """True if the text is a URI with a password, token or key in it."""
     return "://" in text and any(mask(form) != form for form in (text, unquote(text)))
 
 
 def is_name(name: str) -> bool:
-    """Whether something of this name is a secret: password, api_key, hub_token."""
+    """True if something of this name is a secret: password, api_key, hub_token."""
     return re.fullmatch(r"[\w.-]+", name) is not None and _NAME.search(name[-_LONGEST_NAME:]) is not None
 
 
@@ -135,7 +135,7 @@ def _fields_masked(text: str) -> Iterator[str]:
 
 
 def _value(text: str, sign: str, begin: int) -> tuple[int, int] | None:
-    """Where the value of a name begins and ends, if there is one; `sign` is what stands between name and value."""
+    """Begin and end of the value of a name, if there is one; `sign` is what stands between name and value."""
     if quoted := _QUOTED.match(text, begin):
         return quoted.span(2 if quoted[1] else 4)
     if sign == "=":

@@ -1,11 +1,12 @@
-"""Files by path or URI: local folders, s3:// and gs:// with the same functions. copies.py brings whole folders.
+"""Files by path or URI: local folders, s3:// and gs:// with the same functions.
 
 A write is atomic: a reader sees the old file, the new file or none, never half of one. Failures are OSErrors; an
-object store that has answered before is asked again for a while first (patience.py).
+object store that has answered before is asked again for a while first.
 """
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -20,14 +21,14 @@ from typing import Any, TypeVar
 from pyarrow import fs
 
 from olora_ray.common import patience, s3
-from olora_ray.common.errors import TryAgain, UserError, short_reason
+from olora_ray.common.errors import UserError, as_user_error, short_reason
 from olora_ray.common.patience import passes, patiently
 
 # Files and folders of this machine: made in one step, flushed, with the modes that the user has set, or private.
 
 
 NOT_OF_FOLDERS = (errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.EOPNOTSUPP)
-"""What fsync says where it is not for folders."""
+"""Errors of fsync on a file system that cannot flush folders."""
 _UMASK = os.umask(0o077)  # it can be read by setting it only: once, before there are threads
 os.umask(_UMASK)
 
@@ -63,6 +64,17 @@ def staged(target: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             remove_local(partial)
+
+
+@contextlib.contextmanager
+def flocked(path: Path) -> Iterator[None]:
+    """Hold flock on a file, which is made, for the block; wait for it. Processes that die let it go.
+
+    Not filelock: on some of its versions a file system without flock makes it wait for ever, or use no lock.
+    """
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def flush_to_disk(path: Path) -> None:
@@ -108,7 +120,7 @@ _WITHOUT_FOLDERS = ("gs://", "gcs://")
 
 
 def is_uri(place: str) -> bool:
-    """Whether `place` is a URI such as s3://bucket/key rather than a path."""
+    """True if `place` is a URI such as s3://bucket/key rather than a path."""
     return "://" in place
 
 
@@ -124,7 +136,7 @@ def join(place: str, *parts: str) -> str:
 
 
 WITHOUT_QUERY = "the server of an object store is named by the variables AWS_ENDPOINT_URL and AWS_REGION, on all nodes"
-"""What to do instead of writing options in an address."""
+"""The remedy for options in an address."""
 
 
 def filesystem(place: str) -> tuple[fs.FileSystem, str]:
@@ -152,7 +164,7 @@ def local_path(place: str) -> Path | None:
 
 
 def ask(place: str, request: Callable[[fs.FileSystem, str], Found]) -> Found:
-    """What `request(filesystem, path)` returns, with patience where an object store is asked."""
+    """Return what `request(filesystem, path)` returns, with patience where an object store is asked."""
     if local_path(place) is not None:
         return request(*filesystem(place))
     return patiently("/".join(place.split("/")[:3]), lambda: request(*filesystem(place)))
@@ -168,13 +180,10 @@ def check(place: str, field: str) -> None:
         s3.check(place, field)
     probe = join(place, f".probe-{uuid.uuid4().hex}")
     content = os.urandom(4 * PART)
-    try:
+    with as_user_error(f"{field}: {place} cannot be written", OSError, ValueError, reason=short_reason, passes=passes):
         write_bytes(probe, content)
         whole, part = read_bytes(probe), ask(probe, _part)
         remove(probe)
-    except (OSError, ValueError) as error:
-        kind = TryAgain if passes(error) else UserError
-        raise kind(f"{field}: {place} cannot be written: {short_reason(error)}") from None
     if whole != content:
         raise UserError(f"{field}: {place} gives something else than was written")
     if part != content[PART : 2 * PART]:
@@ -191,7 +200,7 @@ def _part(system: fs.FileSystem, path: str) -> bytes:
 
 
 def exists(place: str) -> bool:
-    """Whether there is a file or folder."""
+    """True if there is a file or folder."""
     return ask(place, lambda system, path: bool(system.get_file_info(path).type != fs.FileType.NotFound))
 
 
@@ -274,7 +283,7 @@ def write_bytes(place: str, content: bytes, durable: bool = True) -> None:
 
 
 def write_chunks(place: str, content: Callable[[], Iterable[bytes]], durable: bool = True) -> None:
-    """As `write_bytes`, for what is too large to be held; `content` gives all of it whenever it is called."""
+    """Write a file that is too large to be held, as `write_bytes` does; each call of `content` gives all of it."""
 
     def write(system: fs.FileSystem, path: str) -> None:
         with system.open_output_stream(path, compression=None) as stream:
@@ -319,6 +328,15 @@ def remove(place: str) -> None:
     ask(place, _remove)
 
 
+def abort_uploads(place: str) -> None:
+    """End the uploads below `place` that were cut off, where an object store keeps their parts; raises StoreError.
+
+    Only for places where nobody else is writing now.
+    """
+    if s3.is_s3(place):
+        s3.abort_uploads(place)
+
+
 def _remove(system: fs.FileSystem, path: str) -> None:
     kind = system.get_file_info(path).type
     if kind == fs.FileType.Directory:
@@ -341,7 +359,7 @@ def digest(*parts: object, length: int = WHOLE) -> str:
 
 
 def digest_json(value: object, length: int = WHOLE) -> str:
-    """As `digest`, of the value as JSON with sorted keys."""
+    """The digest of the value as JSON with sorted keys."""
     return digest(json.dumps(value, sort_keys=True), length=length)
 
 

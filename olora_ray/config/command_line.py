@@ -41,7 +41,7 @@ def name_of(section: type[Section]) -> str:
 
 
 def shape(annotation: Any, limits: Sequence[Any] = (), entry: Callable[[type[Section]], str] = name_of) -> str:
-    """What a field may hold, in words; `limits` are pydantic's constraints, `entry` names a section."""
+    """Say in words what a field may hold; `limits` are pydantic's constraints, `entry` names a section."""
     kind, inner = get_origin(annotation), get_args(annotation)
     if kind is Annotated:
         found = [limit for one in inner[1:] for limit in (one.metadata if isinstance(one, FieldInfo) else [one])]
@@ -149,13 +149,13 @@ def resolved(config: Resolved, folder: Path) -> Resolved:
 
 
 def is_there(place: Path, field: str) -> bool:
-    """Whether something lies at a path; raises UserError that names `field` where this user cannot look."""
+    """True if something lies at a path; raises UserError that names `field` where this user cannot look."""
     with as_user_error(f"{field}: {place}", OSError, reason=short_reason):
         return place.exists()
 
 
 def lasting(folder: Path) -> Path:
-    """Where what is written to a relative place lies, seen from `folder`: a job's own folder is deleted after it."""
+    """The folder from which relative places to write are seen: a job's own folder is deleted after it."""
     return Path.home() / "olora_ray" if JOB_FOLDER in folder.parts else folder
 
 
@@ -169,7 +169,7 @@ def absolute(place: str, folder: Path, field: str = "") -> str:
 
 
 def left(place: str, folder: Path, field: str = "") -> str:
-    """As `absolute`; in a job, of what is not in its own folder, the place where jobs before it have left theirs."""
+    """The path as `absolute` gives it; for a job that lacks the file, the path where an earlier job has left it."""
     found = absolute(place, folder, field)
     kept = absolute(place, lasting(folder), field)
     return kept if os.path.exists(kept) and not os.path.lexists(found) else found

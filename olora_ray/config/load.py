@@ -21,64 +21,57 @@ from olora_ray.config.section import EXPERIMENT, MODEL_NAME, NAME, WEBHOOK, AnyS
 
 
 PLAIN = {
-    "run.name": "run_name name_of_run experiment_id",
-    "run.storage": "output_dir out_dir save_dir storage_path output_path work_dir",
-    "run.seed": "random_seed data_seed random_state",
-    "model.name": "model_name_or_path base_model model_name pretrained_model_name_or_path model_id model_path"
-    " base_model_name",
+    "run.name": "run_name",
+    "run.storage": "output_dir",
+    "run.seed": "random_seed",
+    "model.name": "model_name_or_path base_model model_name pretrained_model_name_or_path",
     "model.revision": "model_revision",
-    "model.dtype": "torch_dtype bf16 fp16 fp32 precision mixed_precision",
-    "model.quantization": "quantization_config quantize quantise bnb_4bit_quant_type qlora",
-    "model.attention": "attn_implementation flash_attn flash_attention use_flash_attention_2 attn",
-    "data.train": "dataset datasets dataset_name dataset_path dataset_dir train_file train_files train_data data_path"
-    " data_files training_data train_dataset",
-    "data.eval": "eval_dataset validation_file validation_files val_file val_data eval_data test_data valid validation"
-    " eval_file",
-    "data.eval_fraction": "val_set_size test_size validation_split val_size eval_split eval_size holdout",
-    "data.max_length": "max_seq_length max_seq_len cutoff_len sequence_len seq_length seq_len model_max_length"
-    " block_size max_len max_tokens context_length",
-    "data.packing": "sample_packing pack pack_sequences",
-    "data.train.0.path": "path file filename data_file",
-    "data.train.0.format": "format template dataset_format data_format conversation_format prompt_style",
-    "data.train.0.fields": "fields columns column_mapping dataset_text_field text_column prompt_column field_mapping",
-    "adapter.method": "init_lora_weights peft_type peft_method finetuning_type lora_init",
-    "adapter.rank": "rank r lora_r lora_rank lora_dim peft_rank",
+    "model.dtype": "torch_dtype bf16 fp16 precision",
+    "model.quantization": "quantization_config bnb_4bit_quant_type qlora",
+    "model.attention": "attn_implementation flash_attn use_flash_attention_2",
+    "data.train": "dataset datasets dataset_name dataset_dir train_file data_path train_dataset",
+    "data.eval": "eval_dataset validation_file eval_data validation",
+    "data.eval_fraction": "val_set_size test_size",
+    "data.max_length": "max_seq_length max_seq_len cutoff_len sequence_len model_max_length block_size",
+    "data.packing": "sample_packing",
+    "data.train.0.format": "template",
+    "data.train.0.fields": "dataset_text_field text_column",
+    "adapter.method": "init_lora_weights peft_type finetuning_type",
+    "adapter.rank": "rank r lora_r lora_rank",
     "adapter.alpha": "lora_alpha",
     "adapter.dropout": "lora_dropout",
-    "adapter.targets": "target_modules lora_target lora_target_modules modules lora_target_linear",
-    "adapter.rank_stabilized": "use_rslora rslora",
-    "train.epochs": "num_epochs num_train_epochs n_epochs max_epochs epoch",
-    "train.steps": "max_steps num_steps total_steps train_steps iters",
+    "adapter.targets": "target_modules lora_target lora_target_modules lora_target_linear",
+    "adapter.rank_stabilized": "use_rslora",
+    "train.epochs": "num_epochs num_train_epochs",
+    "train.steps": "max_steps",
     "train.lr": "learning_rate",
-    "train.lr_ratio": "loraplus_lr_ratio lora_plus_lr_ratio",
-    "train.schedule": "lr_scheduler_type lr_scheduler scheduler lr_schedule",
-    "train.clip": "max_grad_norm gradient_clipping grad_clip clip_grad_norm",
-    "train.micro_batch": "per_device_train_batch_size per_device_batch_size micro_batch_size"
-    " train_micro_batch_size_per_gpu per_gpu_train_batch_size",
-    "train.activation_checkpointing": "gradient_checkpointing use_gradient_checkpointing activation_checkpoint"
-    " enable_activation_checkpointing recompute",
-    "train.global_batch": "batch_size train_batch_size global_batch_size total_batch_size effective_batch_size",
-    "train.eval_every": "eval_steps eval_interval evaluation_steps val_check_interval",
-    "train.checkpoint_every": "save_steps save_interval checkpoint_interval",
-    "train.keep": "save_total_limit max_checkpoints keep_checkpoints",
-    "train.early_stop": "early_stopping_patience patience early_stopping",
-    "train.log_every": "logging_steps log_interval log_steps",
-    "train.start": "resume_from_checkpoint resume adapter_name_or_path peft_model_id",
-    "cluster.workers": "num_workers num_processes nproc_per_node world_size nprocs num_nodes nnodes",
-    "cluster.gpus_per_worker": "num_gpus gpus n_gpus use_gpu num_gpus_per_worker",
-    "cluster.cpus_per_worker": "num_cpus cpus num_cpus_per_worker",
-    "cluster.strategy": "fsdp deepspeed ddp parallel_strategy distributed_strategy",
-    "cluster.fsdp_replicas": "dp_replicate_size data_parallel_replicate_degree hsdp num_replicas",
-    "cluster.fsdp_offload": "cpu_offload offload offload_params fsdp_cpu_offload cpu_offload_policy",
-    "cluster.max_failures": "max_retries retries max_restarts",
-    "evaluation.scorer": "compute_metrics metric_for_best_model metrics",
+    "train.lr_ratio": "loraplus_lr_ratio",
+    "train.schedule": "lr_scheduler_type lr_scheduler",
+    "train.clip": "max_grad_norm gradient_clipping",
+    "train.micro_batch": "per_device_train_batch_size micro_batch_size train_micro_batch_size_per_gpu",
+    "train.activation_checkpointing": "gradient_checkpointing",
+    "train.global_batch": "batch_size train_batch_size global_batch_size",
+    "train.eval_every": "eval_steps",
+    "train.checkpoint_every": "save_steps",
+    "train.keep": "save_total_limit",
+    "train.early_stop": "early_stopping_patience",
+    "train.log_every": "logging_steps",
+    "train.start": "resume_from_checkpoint adapter_name_or_path",
+    "cluster.workers": "num_workers num_processes nproc_per_node world_size num_nodes nnodes",
+    "cluster.gpus_per_worker": "num_gpus",
+    "cluster.cpus_per_worker": "num_cpus",
+    "cluster.strategy": "fsdp deepspeed ddp",
+    "cluster.fsdp_replicas": "dp_replicate_size hsdp",
+    "cluster.fsdp_offload": "cpu_offload fsdp_cpu_offload",
+    "cluster.max_failures": "max_retries",
+    "evaluation.scorer": "compute_metrics metric_for_best_model",
     "evaluation.max_new_tokens": "generation_max_length",
-    "tracking.uri": "tracking_uri mlflow_tracking_uri mlflow_uri",
-    "tracking.experiment": "experiment_name mlflow_experiment_name wandb_project project",
-    "export.merged": "merge merge_lora merge_adapter save_merged merge_and_unload export_merged",
-    "registry.model": "registered_model_name model_registry_name hub_model_id",
+    "tracking.uri": "tracking_uri mlflow_tracking_uri",
+    "tracking.experiment": "experiment_name wandb_project",
+    "export.merged": "merge_lora merge_adapter",
+    "registry.model": "registered_model_name hub_model_id",
 }
-"""Field -> the words that mean the same elsewhere."""
+"""Field -> the words that mean the same in transformers, PEFT, TRL, LLaMA-Factory and Axolotl, among others."""
 EXPLAINED = {
     "gradient_accumulation_steps": "use train.global_batch, the sequences of a step over all workers; the accumulation"
     " follows from it and train.micro_batch",
@@ -94,6 +87,17 @@ EXPLAINED = {
     "report_to": "runs are tracked in MLflow; see tracking.uri",
 }
 """Words for which there is no field that means just the same -> what to do."""
+REMOVED = {
+    "gate.on": "delete it; the gate always measures on the rows of data.eval or data.eval_fraction",
+    "gate.level": "delete it; the interval of the improvement always has a confidence of 0.95",
+    "run.wait": "delete it; while another process works on the run, the command ends with exit code 75: repeat it then,"
+    " as deploy/night.py does",
+    "retrain.wait": "delete it; while another retraining of the model is at work, the command ends with exit code 75:"
+    " repeat it then, as deploy/night.py does",
+    "cluster.resize_interval": "delete it; the run itself decides how often it looks for room for more workers",
+    "compare.centres": "delete it; each grid starts at its method's own centre and grows until the best rate is inside",
+}
+"""Fields that earlier configs had -> what to do instead."""
 
 
 @cache
@@ -119,7 +123,7 @@ def _plain(word: str) -> str:
 
 
 def spelling_advice(word: str, place: str = "") -> str | None:
-    """What to do instead of a word that is no field at `place`, as `use adapter.rank`; None if that is not known."""
+    """Say what to do instead of a word that is no field at `place` (`use adapter.rank`); None if that is not known."""
     plain = _plain(word)
     if plain in EXPLAINED:
         return EXPLAINED[plain]
@@ -130,102 +134,48 @@ def spelling_advice(word: str, place: str = "") -> str | None:
 # YAML as configs are written: numbers such as 1e-4 are read, and texts that look like them are quoted.
 
 
-_STANDARD = "tag:yaml.org,2002:"
-_TEXT, _MERGE = f"{_STANDARD}str", f"{_STANDARD}merge"
-_KINDS = {
-    "str": "text",
-    "int": "whole number",
-    "float": "number",
-    "bool": "boolean",
-    "null": "null",
-    "timestamp": "date or time",
-    "seq": "list",
-    "map": "mapping",
-}
-_DEEPEST = 50
-_MOST_NODES = 50_000
-"""Values, lists and mappings, aliases unfolded: a few seconds. A source's 10,000 files are as many nodes."""
-_MOST_CHARACTERS = 2_000_000
-_LONGEST_NUMBER = 64
-_LARGEST_INTEGER = 2**63 - 1
+_MERGE = "tag:yaml.org,2002:merge"
 _OCTAL = re.compile("[-+]?0[0-7_]+")
-_HALF = re.compile("[\ud800-\udfff]")
-_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+_TOO_MUCH = "more than 50,000 values (aliases unfolded) or 50 levels of lists and mappings: not a config"
 
 
 class Loader(yaml.SafeLoader):
-    """SafeLoader that also reads 1e-4 as a number (YAML 1.1 wants 1.0e-4), and has bounds.
-
-    All it refuses is a MarkedYAMLError with the line.
-    """
-
-    def __init__(self, text: str) -> None:
-        super().__init__(text)
-        self._depth, self._nodes = 0, 0
-        self._sizes: dict[yaml.Node, int] = {}
-        """Nodes of those that are read whole, aliases unfolded."""
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        """The next node; raises ComposerError beyond the bounds."""
-        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
-        before = self._nodes
-        if isinstance(event, yaml.AliasEvent):
-            node = super().compose_node(parent, index)
-            if node not in self._sizes:
-                raise _problem(event.start_mark, f"*{event.anchor} stands inside of what it names")
-            self._nodes += self._sizes[node]
-        else:
-            if self._depth == _DEEPEST:
-                raise _problem(event.start_mark, f"more than {_DEEPEST} levels of lists and mappings")
-            self._nodes, self._depth = before + 1, self._depth + 1
-            node = super().compose_node(parent, index)
-            self._depth -= 1
-            if node is not None:
-                self._sizes[node] = self._nodes - before
-        if self._nodes > _MOST_NODES:
-            raise _problem(event.start_mark, f"more than {_MOST_NODES:,} values, aliases unfolded")
-        return node
+    """SafeLoader that also reads 1e-4 as a number (YAML 1.1 wants 1.0e-4), and refuses keys that come twice."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        """The next mapping, its keys as texts; raises ComposerError for a key that is none, or comes twice."""
+        """The next mapping, its keys as they are written; raises ConstructorError for one that comes twice."""
         node = super().compose_mapping_node(anchor)
         lines: dict[str, int] = {}
-        pairs = []
-        for key, value in node.value:
-            if key.tag != _MERGE:
-                key = _text_key(key)
-                if key.value in lines:
-                    raise _problem(
-                        key.start_mark, f"the key {_quoted(key.value)} stands in line {lines[key.value]} already"
-                    )
-                lines[key.value] = key.start_mark.line + 1
-            pairs.append((key, value))
-        node.value = pairs
+        for number, (key, value) in enumerate(node.value):
+            if key.tag == _MERGE:
+                continue
+            if not isinstance(key, yaml.ScalarNode):
+                raise _problem(key, "a list or mapping cannot be a key")
+            if key.value in lines:
+                raise _problem(key, f"the key {_quoted(key.value)} stands in line {lines[key.value]} already")
+            lines[key.value] = key.start_mark.line + 1
+            # A copy: the node may be the value of another key, through an alias.
+            text = yaml.ScalarNode("tag:yaml.org,2002:str", key.value, key.start_mark, key.end_mark)
+            node.value[number] = text, value
         return node
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        """The value of a node; raises ConstructorError where it has none."""
-        kind = _KINDS.get(node.tag.removeprefix(_STANDARD))
-        if kind is None:
-            raise _problem(
-                node.start_mark, f"the tag or value {_quoted(node.tag.removeprefix(_STANDARD))} is not known"
-            )
-        if kind not in ("text", "list", "mapping") and len(node.value) > _LONGEST_NUMBER:
-            raise _problem(node.start_mark, f"{_quoted(node.value)} is too long for a {kind}; quote it if it is a text")
+        """The value of a node; raises ConstructorError where it has none, or people would read another number."""
         try:
             value = super().construct_object(node, deep)
+            if isinstance(value, str):
+                value.encode()  # half of a surrogate pair is no text
         except (ValueError, ArithmeticError, LookupError, AttributeError, TypeError):
-            raise _problem(node.start_mark, f"{_quoted(node.value)} is no {kind}; quote it if it is a text") from None
-        if kind == "whole number" and _OCTAL.fullmatch(node.value) and value != int(node.value.replace("_", "")):
+            raise _problem(node, f"{_quoted(node.value)} cannot be read; quote it if it is a text") from None
+        if isinstance(value, int) and abs(value) >= 2**63:
+            raise _problem(node, f"{_quoted(node.value)} is too large")
+        octal = isinstance(value, int) and isinstance(node.value, str) and _OCTAL.fullmatch(node.value)
+        if octal and value != int(node.value.replace("_", "")):
             raise _problem(
-                node.start_mark,
+                node,
                 f"{_quoted(node.value)} would be {value}: with a 0 in front YAML counts in eights; write it without, or"
                 " quote it if it is a text",
             )
-        if isinstance(value, int) and abs(value) > _LARGEST_INTEGER:
-            raise _problem(node.start_mark, f"{_quoted(node.value)} is too large for a {kind}")
-        if isinstance(value, str) and (_CONTROL.search(value) or not _is_unicode(value)):
-            raise _problem(node.start_mark, f"{_quoted(value)} has a character that is no text in it")
         return value
 
 
@@ -243,10 +193,8 @@ for _kind in (Loader, Dumper):
 
 def parse_yaml(text: str, where: str) -> Any:
     """Read YAML; `where` names the text in the UserError, with the line, that broken YAML raises."""
-    if len(text) > _MOST_CHARACTERS:
-        raise UserError(f"{where}: {len(text):,} characters, more than {_MOST_CHARACTERS:,}: not a config")
     try:
-        return yaml.load(text, Loader=Loader)  # noqa: S506 - a SafeLoader
+        tree = yaml.load(text, Loader=Loader)  # noqa: S506 - a SafeLoader
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         problem = " ".join((error.problem or "").removeprefix("but ").split())
@@ -256,30 +204,27 @@ def parse_yaml(text: str, where: str) -> Any:
         raise UserError(
             f"{where}{line}: not valid YAML: the character #x{error.character:04x} is not allowed"
         ) from None
+    except RecursionError:
+        raise UserError(f"{where}: {_TOO_MUCH}") from None
+    # Aliases may unfold without end. The 10,000 files that a source may name are as many values.
+    left, count = [(tree, 0)], 0
+    while left:
+        value, depth = left.pop()
+        count += 1
+        if count > 50_000 or depth > 50:
+            raise UserError(f"{where}: {_TOO_MUCH}")
+        inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        left += ((each, depth + 1) for each in inner)
+    return tree
 
 
-def _text_key(key: yaml.Node) -> yaml.ScalarNode:
-    """The key as it is written."""
-    if not isinstance(key, yaml.ScalarNode):
-        raise _problem(key.start_mark, "a list or mapping cannot be a key")
-    if not key.value:
-        raise _problem(key.start_mark, "an empty key")
-    # A copy: the node may be the value of another key, through an alias.
-    return yaml.ScalarNode(_TEXT, key.value, key.start_mark, key.end_mark)
-
-
-def _problem(mark: Any, text: str) -> ConstructorError:
-    return ConstructorError(None, None, text, mark)
+def _problem(node: yaml.Node, text: str) -> ConstructorError:
+    return ConstructorError(None, None, text, node.start_mark)
 
 
 def _quoted(value: object) -> str:
     text = value if isinstance(value, str) else "this"
     return ascii(text if len(text) <= 40 else f"{text[:37]}...")
-
-
-def _is_unicode(text: str) -> bool:
-    """Whether it has no half of a surrogate pair in it, which no file can hold."""
-    return text.isascii() or not _HALF.search(text)
 
 
 # Dotted fields: a config as flat names and values, and changes given by such names.
@@ -410,9 +355,6 @@ PATTERNS = {
 }
 """The patterns of texts in words."""
 
-_ITEMS = 8
-"""Items of a list that are shown."""
-
 
 def explain(item: ErrorDetails, root: type[Section]) -> str:
     """One of pydantic's problems as `field: what is wrong`, with what the user may have meant; no secret is in it."""
@@ -450,9 +392,11 @@ def relevant(items: Sequence[ErrorDetails]) -> list[ErrorDetails]:
 
 
 def _instead_of(parts: Sequence[str], root: type[Section]) -> str:
-    """What to do instead of an unknown field: the word of another tool, a typo, or a look at the list."""
+    """Say what to do instead of an unknown field: the word of another tool, a typo, or a look at the list."""
     if secrets.is_name(parts[-1]):
         return "a config holds no secrets, they come from the environment or a file"
+    if advice := REMOVED.get(".".join(parts)):
+        return advice
     if issubclass(root, Config | EvaluationConfig) and (advice := spelling_advice(parts[-1], ".".join(parts))):
         return advice
     if near := difflib.get_close_matches(parts[-1], _names_beside(parts, root), n=1):
@@ -465,7 +409,7 @@ def _excerpt(value: Any) -> str:
     if isinstance(value, dict):
         return "a mapping"
     if isinstance(value, list | tuple):
-        return f"[{', '.join([*map(_excerpt, value[:_ITEMS]), *['...'] * (len(value) > _ITEMS)])}]"
+        return f"[{', '.join([*map(_excerpt, value[:8]), *['...'] * (len(value) > 8)])}]"
     return _short(repr(value), 80)
 
 
@@ -473,14 +417,6 @@ def _short(text: str, length: int) -> str:
     """One line without secrets, cut: they are masked first, because a part of one is not recognised."""
     line = " ".join(secrets.mask(text).splitlines())
     return line if len(line) <= length else f"{line[: length - 3]}..."
-
-
-def texts(tree: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Dotted field and text of every text in a tree."""
-    for field, value in leaves(tree, ""):
-        for item in value if isinstance(value, list | tuple) else [value]:
-            if isinstance(item, str):
-                yield field, item
 
 
 def instead(field: str, text: str) -> str:
@@ -515,12 +451,6 @@ def _section_in(annotation: Any) -> type[Section] | None:
     return next((found for inner in get_args(annotation) if (found := _section_in(inner))), None)
 
 
-ELSEWHERE = "compare"
-"""Section that pipelines/compare.py reads from the file of a run's config; no setting of a run."""
-_MOST_SHOWN = 20
-"""Problems in one message."""
-
-
 def load(path: str | Path, changes: Mapping[str, Any] | None = None) -> Config:
     """Read a config file and apply dotted `changes`.
 
@@ -546,22 +476,24 @@ def read(path: str | Path) -> dict[str, Any]:
 def build(tree: Mapping[str, Any], where: str = "config") -> Config:
     """Validate a nested mapping into a Config; raises UserError with all problems together, and no secret in it.
 
-    The section of another command may stand in the same file, and is left out.
+    The section of pipelines/compare.py may stand in the same file, and is left out.
     """
-    return validated(Config, {name: section for name, section in tree.items() if name != ELSEWHERE}, where)
+    return validated(Config, {name: section for name, section in tree.items() if name != "compare"}, where)
 
 
 def validated(section: type[AnySection], tree: Mapping[str, Any], where: str) -> AnySection:
     """Validate a nested mapping into a section; raises UserError with all problems together, and no secret in it."""
-    problems = [f"{field}: {instead(field, text)}" for field, text in texts(tree) if secrets.in_uri(text)]
+    named = [(field, value if isinstance(value, list | tuple) else [value]) for field, value in leaves(tree, "")]
+    texts = [(field, item) for field, items in named for item in items if isinstance(item, str)]
+    problems = [f"{field}: {instead(field, text)}" for field, text in texts if secrets.in_uri(text)]
     found = None
     try:
         found = section.model_validate(tree)
     except ValidationError as error:
         problems += [explain(item, section) for item in relevant(error.errors())]
     if problems or found is None:
-        more = f"; and {len(problems) - _MOST_SHOWN} more" if len(problems) > _MOST_SHOWN else ""
-        raise UserError("; ".join(f"{where}: {problem}" for problem in problems[:_MOST_SHOWN]) + more)
+        more = f"; and {len(problems) - 20} more" if len(problems) > 20 else ""
+        raise UserError("; ".join(f"{where}: {problem}" for problem in problems[:20]) + more)
     return found
 
 

@@ -156,12 +156,12 @@ class Cluster(Section):
         return self
 
     def may_share_gpus(self) -> bool:
-        """Whether Ray may put several workers on one GPU."""
+        """True if Ray may put several workers on one GPU."""
         gpus = self.gpus_per_worker
         return isinstance(gpus, float) and 0 < gpus <= 0.5 and self.max_workers() > 1
 
     def is_elastic(self) -> bool:
-        """Whether the number of workers may change."""
+        """True if the number of workers may change."""
         return self.min_workers() < self.max_workers()
 
     def min_workers(self) -> int:
@@ -425,7 +425,7 @@ class Data(Section):
         return self
 
     def holds_out(self) -> bool:
-        """Whether rows are held out for evaluation."""
+        """True if rows are held out for evaluation."""
         return bool(self.eval or self.eval_fraction)
 
 
@@ -553,7 +553,7 @@ class EvaluationData(Data):
 
 
 class EvaluationConfig(Section):
-    """What an evaluation reads of a config; only the model has no default."""
+    """The part of a config that an evaluation reads; only the model has no default."""
 
     model: Model
     run: Run = Run(name="evaluation")
@@ -567,4 +567,4 @@ class EvaluationConfig(Section):
 
 
 AnyConfig = Config | EvaluationConfig
-"""What can be evaluated with: a run's config, or one without a run."""
+"""A config that can be evaluated with: a run's config, or one without a run."""

@@ -71,10 +71,6 @@ EXPERIMENT = r"^[^\x00-\x1f\x7f]+$"
 WEBHOOK = r"^(https?://|env:|file:/)."
 LONGEST_NAME = 200
 """Bytes of a name that files are called by. A file's name has at most 255, and lock files add up to 44."""
-LONGEST_EXPERIMENT = 256
-"""MLflow itself checks for 500 characters, but its column in PostgreSQL and MySQL has 256."""
-LONGEST_ALIAS = 255
-"""MLflow's own limit, in characters."""
 
 
 def _fits_a_file(name: str) -> str:
@@ -90,8 +86,9 @@ def extended(name: str, end: str) -> str:
 
 FileName = Annotated[str, Field(pattern=NAME), AfterValidator(_fits_a_file)]
 ModelName = Annotated[str, Field(pattern=MODEL_NAME), AfterValidator(_fits_a_file)]
-AliasName = Annotated[str, Field(pattern=NAME, max_length=LONGEST_ALIAS)]
-ExperimentName = Annotated[str, Field(pattern=EXPERIMENT, max_length=LONGEST_EXPERIMENT)]
+AliasName = Annotated[str, Field(pattern=NAME, max_length=255)]  # MLflow's own limit
+# MLflow itself checks for 500 characters, but its column in PostgreSQL and MySQL has 256.
+ExperimentName = Annotated[str, Field(pattern=EXPERIMENT, max_length=256)]
 
 
 _ONE_SLASH = re.compile(r"(?!models:)([A-Za-z][\w.+-]+):/(?!/)")

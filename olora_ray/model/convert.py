@@ -266,8 +266,7 @@ def gguf(file: Path, config: AnyConfig) -> Path:
     dtype = "float32" if config.model.dtype == "float32" else "bfloat16"
     announcement = f"model: dequantising {file.name} to {dtype}, once"
     write = partial(_dequantise, file, DTYPES[dtype])
-    # The last words: conversions of before were without the scaling of positions, or biases, and are made again.
-    return _converted(write, file.stem, f"{of_weights([file])}/{dtype}/positions/biases", config, announcement)
+    return _converted(write, file.stem, f"{of_weights([file])}/{dtype}", config, announcement)
 
 
 def pickled(folder: Path, config: AnyConfig) -> Path:
@@ -279,8 +278,7 @@ def pickled(folder: Path, config: AnyConfig) -> Path:
     announcement = f"model: converting {files[0].name} to safetensors, once"
     trusted = config.model.trust_remote_code
     # With the files that are copied: a config or a template that was mended since is a part of the model too.
-    # The last word: conversions of before were in the config's precision, also where the weights have a higher one.
-    key = f"{of_weights(files)}/{of_folder(folder, trusted)}/precision"
+    key = f"{of_weights(files)}/{of_folder(folder, trusted)}"
     return _converted(partial(_unpickle, folder, trusted), folder.name, key, config, announcement)
 
 

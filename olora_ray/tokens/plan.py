@@ -28,9 +28,7 @@ from olora_ray.tokens.layout import Piece, Pieces, Shards
 logger = logging.getLogger(__name__)
 
 VERSION = 1
-"""Changes whenever the same input would give other shards; the next two do so for some inputs only."""
-READ_ANEW = {"csv": "csv 3", "tsv": "tsv 2"}
-"""Kinds of files that once were read in another way, and what they are called in the digest since."""
+"""Changes whenever the same input would give other shards; the next does so for some inputs only."""
 DRAWN_BY = "hash"
 """How rows are chosen where a weight is not whole."""
 
@@ -133,11 +131,7 @@ class Plan(Rules):
                     "fields": dict(sorted(source.fields.items())),
                     "weight": source.weight,
                     **({} if source.weight == int(source.weight) else {"drawn_by": DRAWN_BY}),
-                    "files": [
-                        [READ_ANEW.get(each.file.kind, each.file.kind), each.sha256]
-                        for each in self.files
-                        if each.source == number
-                    ],
+                    "files": [[each.file.kind, each.sha256] for each in self.files if each.source == number],
                     **digest_inputs(
                         source, self.spec, {each.file.kind for each in self.files if each.source == number}
                     ),

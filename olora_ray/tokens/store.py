@@ -255,17 +255,15 @@ class ShardFiles:
         if not storage.is_uri(uri):
             return Path(uri)
         root = storage.private_folder("olora_ray") / "tokens"
-        folder = root / self.digest
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / shard_name(number)
-        # All workers of the node meet here: one downloads, the others wait and find the file.
-        with open(f"{path}.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if again or not path.exists() or path.stat().st_size != info.bytes:
-                storage.write_bytes(str(path), storage.read_bytes(uri))
-                node_cache.make_room(root, root.glob("*/*.arrow"))
-        node_cache.used(path)
-        return path
+        path = root / self.digest / shard_name(number)
+
+        def fetch(partial: Path) -> None:
+            partial.write_bytes(storage.read_bytes(uri))
+            node_cache.make_room(root, root.glob("*/*.arrow"))
+
+        if again or (path.exists() and path.stat().st_size != info.bytes):
+            path.unlink(missing_ok=True)
+        return node_cache.cached(path, fetch)
 
     @cached_property
     def _verified(self) -> Verified:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from olora_ray.common import patience, s3, storage
+from olora_ray.common import patience, storage
 from olora_ray.common.errors import TakenOver, TryAgain, UserError
 from olora_ray.common.secrets import in_uri, looked_up
 from olora_ray.config import command_line
@@ -141,7 +141,7 @@ def probe(place: str, uri: str) -> None:
     Raises UserError that says what to mend, or TrackingUnavailable if the store does not answer, within PROBE_SECONDS.
     """
     use_paths()
-    if s3.is_s3(place) and not os.environ.get("MLFLOW_S3_ENDPOINT_URL"):
+    if place.startswith("s3://") and not os.environ.get("MLFLOW_S3_ENDPOINT_URL"):
         storage.check(place, FIELD)
     with _told(place, uri):
         _within(PROBE_SECONDS, place, uri)

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from olora_ray.common import node_cache, s3, storage
+from olora_ray.common import node_cache, storage
 from olora_ray.common.errors import StoreUnavailable, TryAgain, UserError, short_reason
 from olora_ray.common.text import plural
 from olora_ray.train import checkpoint
@@ -220,8 +220,7 @@ def sweep(place: str) -> None:
         for name in map(name_of, steps_of(place)):
             if name not in whole:
                 storage.remove(storage.join(place, name))
-        if s3.is_s3(place):
-            s3.abort_uploads(place.rpartition("/")[0])  # those of exports too
+        storage.abort_uploads(place.rpartition("/")[0])  # those of exports too
     except (OSError, UserError) as error:
         logger.warning(f"what an earlier attempt left half-written stays in {place}: {short_reason(error)}")
 

@@ -5,7 +5,7 @@ import sys
 
 CODE = """
 import numpy as np
-from olora_ray.common import freed_memory
+from olora_ray.common import malloc
 
 def resident():
     with open("/proc/self/status") as file:
@@ -17,7 +17,7 @@ kept = [object() for _ in range(1000)]  # behind them
 taken = resident() - before
 del parts
 held = resident() - before
-freed_memory.give_back()
+malloc.give_back()
 print(taken, held, resident() - before)
 """
 

@@ -1,23 +1,22 @@
 """What is kept is found again for the same inputs and the same code only."""
 
 import os
+import shutil
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from olora_ray.adapter import export_preflight
 from olora_ray.common import node_cache
+from olora_ray.common.errors import UserError
 from olora_ray.model.source import BaseModel
-from olora_ray.train import estimate
 from tests import tiny
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(node_cache, "CACHE", str(tmp_path / "cache"))
-    estimate._estimate.cache_clear()
     return tmp_path / "cache"
 
 
@@ -44,14 +43,14 @@ def test_what_is_old_goes_when_something_is_kept(cache: Path) -> None:
 
 
 def test_the_code_is_all_of_ours_and_the_libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "module.py").write_text("x = 1\n")
-    monkeypatch.setattr(node_cache, "PACKAGE", tmp_path)
-    before = node_cache.code.__wrapped__()
-    (tmp_path / "module.py").write_text("x = 2\n")
-    after = node_cache.code.__wrapped__()
-    assert after != before
+    for name, line in (("one", "x = 1\n"), ("same", "x = 1\n"), ("other", "x = 2\n")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "module.py").write_text(line)
+    one, same, other = (node_cache.project(tmp_path / name) for name in ("one", "same", "other"))
+    assert one == same != other
+    before = node_cache.code()
     monkeypatch.setattr(node_cache, "version", lambda name: "99")
-    assert node_cache.code.__wrapped__() != after
+    assert node_cache.code.__wrapped__() != before
 
 
 def test_where_nothing_can_be_written_nothing_is_kept(cache: Path) -> None:
@@ -65,44 +64,15 @@ def base(folder: Path) -> BaseModel:
     return BaseModel(str(folder), str(folder), "digest")
 
 
-def test_an_export_that_has_passed_is_not_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, names = base(tmp_path / "model"), ["model.layers.0.self_attn.q_proj"]
-    tries: list[Any] = []
-    real = export_preflight.check_adapter
-    monkeypatch.setattr(export_preflight, "check_adapter", lambda *given: tries.append(given) or real(*given))
-    config = tiny.config(model__name=model.folder)
-    assert [export_preflight.problems(model, config, names) for _ in range(2)] == [[], []]
-    assert len(tries) == 1
-    assert export_preflight.problems(model, tiny.config(model__name=model.folder, adapter__rank=2), names) == []
-    assert export_preflight.problems(model, config, [names[0].replace("q_proj", "k_proj")]) == []
-    assert len(tries) == 3
-
-
-def test_an_export_that_has_failed_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_export_that_has_passed_is_not_tried_again(tmp_path: Path) -> None:
     model, names = base(tmp_path / "model"), ["model.layers.0.self_attn.q_proj"]
     config = tiny.config(model__name=model.folder)
-    with monkeypatch.context() as patched:
-        patched.setattr(export_preflight, "_found", lambda *given: ["adapter.targets: no"])
-        assert [export_preflight.problems(model, config, names) for _ in range(2)] == [["adapter.targets: no"]] * 2
     assert export_preflight.problems(model, config, names) == []
-
-
-def test_a_memory_plan_is_found_again_and_a_damaged_one_is_made_anew(
-    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, measured = base(tmp_path / "model"), list[Any]()
-    real = estimate.measure
-    monkeypatch.setattr(estimate, "measure", lambda *given: measured.append(given) or real(*given))
-    config = tiny.config(model__name=model.folder)
-
-    def planned() -> int:
-        estimate._estimate.cache_clear()  # as in another process
-        return estimate.estimate(config, model, gpu=False).activation_bytes
-
-    first = planned()
-    assert planned() == first
-    assert len(measured) == 1
-    (file,) = (cache / "memory-plans").iterdir()
-    file.write_text("[")
-    assert planned() == first
-    assert len(measured) == 2
+    shutil.rmtree(model.folder)
+    assert export_preflight.problems(model, config, names) == []
+    for other, targets in (
+        (tiny.config(model__name=model.folder, adapter__rank=2), names),
+        (config, [names[0].replace("q_proj", "k_proj")]),
+    ):
+        with pytest.raises(UserError, match="does not load"):
+            export_preflight.problems(model, other, targets)

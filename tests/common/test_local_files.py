@@ -15,12 +15,12 @@ MODES = """
 import os, sys
 from pathlib import Path
 os.umask(int(sys.argv[1], 8))
-from olora_ray.common import local_files, storage
+from olora_ray.common import storage
 from safetensors.torch import save_file
 import torch
 folder = Path(sys.argv[2])
 save_file({"a": torch.zeros(1)}, folder / "weights.safetensors")
-local_files.open_up(folder / "weights.safetensors")
+storage.open_up(folder / "weights.safetensors")
 storage.write_text(str(folder / "deep" / "text.json"), "{}")
 print(*(oct((folder / name).stat().st_mode & 0o777) for name in ("weights.safetensors", "deep/text.json", "deep")))
 """
@@ -91,16 +91,6 @@ def test_of_two_that_stage_the_same_the_faster_stays(tmp_path: Path) -> None:
 def test_what_cannot_be_put_in_place_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), storage.staged(tmp_path / "model"):
         pass
-
-
-def test_files_and_folders_are_flushed_to_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    flushed = []
-    monkeypatch.setattr(os, "fsync", lambda descriptor: flushed.append(os.readlink(f"/proc/self/fd/{descriptor}")))
-    storage.write_text(str(tmp_path / "file"), "x")
-    del flushed[:]
-    storage.flush_to_disk(tmp_path / "file")
-    storage.flush_to_disk(tmp_path)
-    assert flushed == [str(tmp_path / "file"), str(tmp_path)]
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.EIO])

@@ -18,6 +18,17 @@ node_cache.hold(Path(sys.argv[1]))
 print("held", flush=True)
 sys.stdin.read()
 """
+MAKE = """
+import sys, time
+from pathlib import Path
+from olora_ray.common import node_cache
+def make(partial):
+    time.sleep(0.3)
+    partial.touch()
+    with open(sys.argv[2], "a") as made:
+        made.write("x")
+node_cache.cached(Path(sys.argv[1]), make)
+"""
 
 
 def entry(root: Path, name: str, age: float, size: int = 100) -> Path:
@@ -63,18 +74,11 @@ def test_what_a_living_process_holds_stays(tmp_path: Path) -> None:
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
         assert process.stdout.readline() == "held\n"
-        aged(held, 5000.0)
+        for path in (held, *tmp_path.glob(".*")):
+            aged(path, 5000.0)
         assert made_room(tmp_path, 0) == ["a"]
         process.kill()
     assert made_room(tmp_path, 0) == []
-
-
-def test_what_this_process_holds_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(node_cache, "_held", {})
-    held = entry(tmp_path, "a", 5000.0)
-    node_cache.hold(held)
-    aged(held, 5000.0)
-    assert made_room(tmp_path, 0) == ["a"]
 
 
 def test_what_a_killed_download_has_left_goes(tmp_path: Path) -> None:
@@ -84,6 +88,23 @@ def test_what_a_killed_download_has_left_goes(tmp_path: Path) -> None:
         aged(tmp_path / "a" / name, age)
     made_room(tmp_path, 10**6)
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [".new.tmp", "model"]
+
+
+def test_of_several_processes_one_makes_an_entry_and_the_others_wait(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", MAKE, str(tmp_path / "deep" / "entry"), str(tmp_path / "made")]
+    processes = [subprocess.Popen(command) for _ in range(3)]
+    assert [process.wait() for process in processes] == [0, 0, 0]
+    assert (tmp_path / "made").read_text() == "x"
+
+
+def test_what_could_not_be_made_is_tried_again(tmp_path: Path) -> None:
+    def broken(partial: Path) -> None:
+        partial.write_text("half")
+        raise OSError("cut off")
+
+    with pytest.raises(OSError, match="cut off"):
+        node_cache.cached(tmp_path / "entry", broken)
+    assert node_cache.cached(tmp_path / "entry", lambda partial: partial.write_text("whole")).read_text() == "whole"
 
 
 def test_the_bound_is_a_part_of_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

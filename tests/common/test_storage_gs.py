@@ -67,18 +67,17 @@ def test_checkpoints_are_found_again(server: GsServer) -> None:
 
 
 def test_a_store_that_does_not_answer_may_answer_later(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patience, "_answered", set())
     with (
         gs_server(monkeypatch, seconds=0),
-        pytest.raises(TryAgain, match=r"^run\.storage: gs://bucket/runs cannot be written: .*DEADLINE_EXCEEDED"),
+        pytest.raises(TryAgain, match=r"^run\.storage: gs://silent/runs cannot be written: .*DEADLINE_EXCEEDED"),
     ):
-        storage.check(PLACE, "run.storage")
+        storage.check("gs://silent/runs", "run.storage")
 
 
 def test_one_that_has_answered_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patience, "_answered", {f"gs://{BUCKET}"})
+    with gs_server(monkeypatch):
+        assert not storage.exists(storage.join(PLACE, "a"))
     monkeypatch.setattr(patience, "PATIENCE", 0.2)
-    monkeypatch.setattr(patience, "PAUSES", (0.05,))
     with gs_server(monkeypatch, seconds=0), said() as lines, pytest.raises(StoreUnavailable):
         storage.exists(storage.join(PLACE, "a"))
     assert lines[0].startswith(f"warning: gs://{BUCKET} does not answer (google::cloud::Status(")
@@ -94,9 +93,8 @@ def test_what_passes_by_itself(code: str, later: bool) -> None:
     )
 
 
-def test_what_pyarrow_raises_is_the_error_of_a_store(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_pyarrow_raises_is_the_error_of_a_store() -> None:
     """The thread that renews a lock lives on with an OSError only."""
-    monkeypatch.setattr(patience, "_answered", set())
 
     def unknown() -> None:
         raise pa.ArrowException("Unknown error: google::cloud::Status(UNKNOWN: Permanent error)")
@@ -105,6 +103,6 @@ def test_what_pyarrow_raises_is_the_error_of_a_store(monkeypatch: pytest.MonkeyP
         raise pa.ArrowInvalid("Path cannot start with a separator ('/a')")
 
     with pytest.raises(StoreError, match="UNKNOWN: Permanent error"):
-        patience.patiently(PLACE, unknown)
+        patience.patiently("gs://unknown", unknown)
     with pytest.raises(ValueError, match="Path cannot start"):
-        patience.patiently(PLACE, no_address)
+        patience.patiently("gs://unknown", no_address)

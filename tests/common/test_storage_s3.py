@@ -28,8 +28,7 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "ANSWER_SECONDS", 1)
     patience._connected.cache_clear()
     s3._made.cache_clear()
-    monkeypatch.setattr(patience, "PATIENCE", 20.0)
-    monkeypatch.setattr(patience, "PAUSES", (0.05,))
+    monkeypatch.setattr(patience, "PATIENCE", 5.0)
 
 
 class TestFiles:
@@ -193,10 +192,6 @@ class TestCheck:
 
 @pytest.mark.usefixtures("hurried")
 class TestPatience:
-    @pytest.fixture(autouse=True)
-    def unknown(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(patience, "_answered", set())
-
     def test_a_store_that_has_answered_is_asked_again(self, server: Server, place: str) -> None:
         storage.write_text(storage.join(place, "a"), "x")
         server.faults = Faults(refuse=2 * patience.ATTEMPTS)
@@ -204,7 +199,7 @@ class TestPatience:
             assert storage.read_text(storage.join(place, "a")) == "x"
         assert len(lines) == 2
         assert lines[0].startswith(f"warning: {place.removesuffix('/runs')} does not answer (")
-        assert lines[0].endswith("; asked again for 20 s more")
+        assert lines[0].endswith("; asked again for 5 s more")
 
     def test_one_that_never_has_is_not(self, server: Server, place: str) -> None:
         server.faults = Faults(refuse=-1)
@@ -212,8 +207,7 @@ class TestPatience:
             storage.exists(storage.join(place, "a"))
         assert lines == []
 
-    def test_patience_has_an_end(self, server: Server, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(patience, "PATIENCE", 0.3)
+    def test_patience_has_an_end(self, server: Server, place: str) -> None:
         storage.names(place)
         server.faults = Faults(refuse=-1)
         with said() as lines, pytest.raises(OSError, match="503"), within(60):
@@ -246,25 +240,15 @@ class TestConditions:
         again = s3.put_if(key, b"again", first)
         assert again is not None
         assert s3.put_if(key, b"late", first) is None
-        found = s3.get(key)
-        assert found is not None
-        assert (found.content, found.etag) == (b"again", again)
-        assert 0 <= found.age < 60
+        assert s3.get(key) == (b"again", again)
         storage.remove(key)
         assert s3.get(key) is None
         assert s3.put_if(key, b"late", again) is None
-
-    def test_a_store_that_ignores_them_is_found_out(self, server: Server, place: str) -> None:
-        key = storage.join(place, "lock")
-        s3.put_if(key, b"x", None)
-        assert not s3.ignores_conditions(key, b"x")
-        server.faults = Faults(ignore_conditions=True)
-        assert s3.ignores_conditions(key, b"x")
 
     def test_uploads_that_were_cut_are_ended(self, server: Server, place: str) -> None:
         bucket, key = s3.split(place)
         for name in (f"{key}/checkpoints/a", f"{key}/other/b"):
             server.client().create_multipart_upload(Bucket=bucket, Key=name)
-        assert s3.abort_uploads(storage.join(place, "checkpoints")) == 1
+        storage.abort_uploads(storage.join(place, "checkpoints"))
         left = server.client().list_multipart_uploads(Bucket=bucket)["Uploads"]
         assert [upload["Key"] for upload in left] == [f"{key}/other/b"]

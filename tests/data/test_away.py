@@ -66,7 +66,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     found = Store(tmp_path)
     monkeypatch.setattr(patience, "connect", lambda scheme, bucket, query="": (found, str(tmp_path)))
     monkeypatch.setattr(patience, "_answered", {"s3://bucket"})
-    monkeypatch.setattr(patience, "PAUSES", (0.0,))
+    monkeypatch.setattr(patience, "PATIENCE", 1.0)
     lines = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
     (tmp_path / "a.jsonl").write_bytes(lines)
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines))
@@ -96,7 +96,7 @@ def test_it_is_asked_again(name: str, store: Store) -> None:
     store.fails = once_at_each
     with said() as lines:
         assert texts(name) == TEXTS
-    assert f"warning: s3://bucket does not answer ({AWAY}); asked again for 60 s more" in lines
+    assert f"warning: s3://bucket does not answer ({AWAY}); asked again for 1 s more" in lines
 
 
 def test_one_that_stays_away_ends_the_command_for_now(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

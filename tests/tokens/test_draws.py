@@ -153,7 +153,7 @@ def test_only_a_weight_that_is_not_whole_is_another_store_than_before(tmp_path: 
     [found], _ = described(path, 2.5)
     assert found["drawn_by"] == "hash"
     [found], sha256 = described(table, 1.0)
-    assert found["files"] == [["csv 3", sha256]]
+    assert found["files"] == [["csv", sha256]]
 
 
 def test_a_weight_that_leaves_nothing_of_a_source_is_said(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from olora_ray.common import s3, storage
+from olora_ray.common import storage
 from olora_ray.common.errors import TryAgain, UserError
 from olora_ray.config.schema import Config
 from olora_ray.tracking import models, registered, start
@@ -117,7 +117,7 @@ def test_without_boto3(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "boto3", None)
     with pytest.raises(UserError, match=r"pip install 'olora-ray\[s3\]'"):
         check(config)
-    assert s3.is_s3(config.run.storage)
+    assert config.run.storage.startswith("s3://")
 
 
 def test_a_store_that_goes_away_while_a_model_is_logged_is_unavailable(

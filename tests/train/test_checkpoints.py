@@ -469,7 +469,7 @@ class TestObjectStore:
     def test_a_store_that_is_away_for_a_while_gets_it_in_the_end(
         self, s3_server: Server, place: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(patience, "PAUSES", (0.05,))
+        monkeypatch.setattr(patience, "PATIENCE", 3.0)
         found = filled(place, 2)
         s3_server.faults = Faults(refuse=2 * patience.ATTEMPTS)
         with said() as lines:
