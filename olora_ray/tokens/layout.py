@@ -12,7 +12,7 @@ from typing import Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from olora_ray.data.units import UNIT, Table, Unit, Units, as_unit
+from olora_ray.data.reader import UNIT, Table, Unit, Units, as_unit
 
 # Pseudo-random numbers as functions of a key and a counter: the same with every machine, numpy and Ray.
 

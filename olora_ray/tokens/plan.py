@@ -18,10 +18,10 @@ from olora_ray.common import malloc
 from olora_ray.common.errors import UserError
 from olora_ray.common.storage import digest_json
 from olora_ray.config.schema import AnyConfig, Source
+from olora_ray.data.reader import FileScan, Units
 from olora_ray.data.sources import File, list_files
 from olora_ray.data.tokenize import digest_inputs
 from olora_ray.data.tokenizer_spec import TokenizerSpec
-from olora_ray.data.units import FileScan, Units
 from olora_ray.tokens import layout
 from olora_ray.tokens.layout import Piece, Pieces, Shards
 

@@ -16,10 +16,10 @@ from olora_ray.common.fault_points import reached
 from olora_ray.common.node_cache import fetched
 from olora_ray.common.storage import read_sealed, seal
 from olora_ray.config.schema import AnyConfig
-from olora_ray.data.scan import scan
+from olora_ray.data.reader import FileScan
+from olora_ray.data.scan import forget_scan, kept_scans, scan
 from olora_ray.data.sources import Changed, File, total_bytes
 from olora_ray.data.tokenizer_spec import TokenizerSpec
-from olora_ray.data.units import FileScan, find_all, forget
 from olora_ray.tokens import manifest as notes
 from olora_ray.tokens import ray_map
 from olora_ray.tokens import shard as shards
@@ -56,10 +56,7 @@ SHOWN = 4
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """What the tasks that make the shards of a store have in common; each gets its own `Part` of the plan.
-
-    Its chat templates were tried where it was made.
-    """
+    """What the tasks that make the shards of a store have in common; each gets its own `Part` of the plan."""
 
     rules: Rules
     uri: str
@@ -77,8 +74,7 @@ class StoreSpec:
     """`run.storage`."""
 
     def for_tasks(self) -> ShardSpec:
-        """Without the plan, which is large; raises UserError for a chat template that is hostile."""
-        self.plan.spec.try_templates()
+        """Without the plan, which is large."""
         return ShardSpec(self.plan.rules(), self.uri, self.storage_root)
 
     def outline(self) -> Outline:
@@ -183,11 +179,10 @@ def make_shard(job: ShardSpec, part: Part) -> dict[str, Any]:
     sidecar = read_sealed(storage.join(job.uri, sidecar_name(number)))
     if sidecar is not None and file_size(job.uri, shard_name(number)) == sidecar["bytes"]:
         return sidecar
-    job.rules.spec.take_templates_as_tried()
     try:
         shard = shards.build(job.rules, part)
     except Changed as error:
-        forget(error.file, job.storage_root)
+        forget_scan(error.file, job.storage_root)
         return {"error": str(error)}
     except UserError as error:
         return {"error": str(error)}
@@ -463,7 +458,7 @@ def _scan_all(
 ) -> list[list[FileScan]]:
     """The scans of the files of each source; only those that are not kept are made, by `scan_files`."""
     files = [file for source in sources for file in source]
-    scans = find_all(files, storage_root)
+    scans = kept_scans(files, storage_root)
     missing = [number for number, found in enumerate(scans) if found is None]
     with contextlib.closing(scan_files([files[number] for number in missing], storage_root)) as results:
         for number, result in zip(missing, results, strict=True):

@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config, Source
+from olora_ray.data.reader import FileScan, Units
 from olora_ray.data.scan import head, scan
 from olora_ray.data.sources import File, total_bytes
 from olora_ray.data.tokenize import Tokens
 from olora_ray.data.tokenizer_spec import TokenizerSpec
-from olora_ray.data.units import FileScan, Units
 from olora_ray.tokens import manifest
 from olora_ray.tokens import shard as shards
 from olora_ray.tokens.manifest import Limits, RejectedRows, Totals

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from olora_ray.data.units import UNIT, Unit, Units
+from olora_ray.data.reader import UNIT, Unit, Units
 from olora_ray.tokens import layout, plan, shard
 from olora_ray.tokens.plan import Plan
 from olora_ray.tokens.prepare import plan_here
