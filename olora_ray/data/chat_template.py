@@ -240,12 +240,12 @@ def chat_form(source: str, special_tokens: Mapping[str, str], name: str) -> Chat
 def _chat_form(source: str, special_tokens: tuple[tuple[str, str], ...], name: str) -> ChatForm:
     template = ChatTemplate(source, dict(special_tokens), name)
     # A call as JSON text and as an object: some templates refuse one of them.
-    empty, null = (any(_MARK in _with_call(template, each, text) for each in ("{}", {})) for text in ("", None))
+    shapes: tuple[Any, Any] = ("{}", {})
+    empty, null = (any(_MARK in _with_call(template, each, text) for each in shapes) for text in ("", None))
     wants_null = null and not empty and "tool_calls" in source
-    content, arguments = None if wants_null else "", {"olora_argument": 1}
-    written = [
-        '"olora_argument":' in _with_call(template, each, content) for each in (arguments, json.dumps(arguments))
-    ]
+    arguments = {"olora_argument": 1}
+    forms: tuple[Any, Any] = (arguments, json.dumps(arguments))
+    written = ['"olora_argument":' in _with_call(template, each, None if wants_null else "") for each in forms]
     parses_arguments = written == [True, False] and "arguments" in source
     return ChatForm(name, parses_arguments, wants_null, _developer(template), _writes_tools(template))
 
@@ -259,11 +259,12 @@ def _with_call(template: ChatTemplate, arguments: Any, content: str | None) -> s
 
 
 def _developer(template: ChatTemplate) -> Literal["developer", "system"] | None:
-    for role in ("developer", "system"):
+    roles: tuple[Literal["developer", "system"], ...] = ("developer", "system")
+    for role in roles:
         texts = _exchanges(template, [{"role": role, "content": _MARK}])
         # A template that refuses a developer keeps the role: it says why when it meets one.
         if any(_MARK in text for text in texts) or (role == "developer" and not texts):
-            return role  # type: ignore[return-value]
+            return role
     return None
 
 

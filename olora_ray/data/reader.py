@@ -401,14 +401,14 @@ def _range(file: File, unit: Unit) -> bytes:
         with system.open_input_file(path) as stream:
             stream.seek(unit.offset)
             return bytes(stream.read(unit.size))
-    if unit.offset >= WORTH_IT and (path := _copy(file)) is not None:
-        with contextlib.suppress(FileNotFoundError), path.open("rb") as copy:
-            node_cache.used(path)
+    if unit.offset >= WORTH_IT and (kept := _copy(file)) is not None:
+        with contextlib.suppress(FileNotFoundError), kept.open("rb") as copy:
+            node_cache.used(kept)
             copy.seek(unit.offset)
             content = copy.read(unit.size)
             if zlib.crc32(content, unit.before) == unit.after:
                 return content
-            path.unlink()  # it is damaged, or of other content
+            kept.unlink()  # it is damaged, or of other content
     with open_stream(file) as stream:
         left = unit.offset
         while left > 0 and (skipped := len(stream.read(min(2**23, left)))):

@@ -109,7 +109,8 @@ def _mark_lines(stream: Any, file: File, limit: int | None) -> Marks:
 
 
 def _marks(parts: list[Numbers], skipped: int = 0) -> Marks:
-    return Marks(*np.concatenate([np.zeros((4, 0), np.int64), *parts], axis=1), skipped=skipped)
+    records, lines, offsets, crcs = np.concatenate([np.zeros((4, 0), np.int64), *parts], axis=1)
+    return Marks(records, lines, offsets, crcs, skipped)
 
 
 def _too_long(file: File, line: int) -> UserError:
