@@ -51,8 +51,6 @@ def test_shards_of_an_earlier_attempt_and_new_ones_are_listed_in_their_order(
         (folder / f"shard-{number:05d}.arrow").unlink()
     (folder / "manifest.json").unlink()
     preparation = begin(config, tiny_spec, "train")
-    assert preparation._found.missing == [0, 3, 4, 20]
-    assert not any("rejected" in sidecar for sidecar in preparation._found.done.values())
     preparation.run()
     assert helpers.content(str(folder)) == whole
 

@@ -17,7 +17,6 @@ from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
 from olora_ray.data.tokenizer_spec import TokenizerSpec
 from olora_ray.tokens import plan, shard
-from olora_ray.tokens import prepare as writer
 from olora_ray.tokens.prepare import begin, prepare
 from olora_ray.tokens.store import TokenStore
 from tests.said import said
@@ -252,5 +251,5 @@ def test_a_half_written_shard_is_not_taken_for_good(corpus: Config, tiny_spec: T
     growing = TokenStore.growing(store.uri, store.manifest.outline())
     assert growing.available == 0
     preparation = begin(corpus, tiny_spec, "train")
-    assert writer.small(preparation._job, preparation._found)
-    assert preparation._found.missing == [0]
+    assert preparation.small
+    assert not preparation.complete
