@@ -155,15 +155,15 @@ def made(folder: Path, rows: int, files: int) -> Any:
 
 def made_up(file: Any, storage_root: str, units: int) -> Any:
     """What the scan of a file of so many units finds."""
-    from olora_ray.data import units as kept_scans
-    from olora_ray.data.units import UNIT, FileScan, Units
+    from olora_ray.data import scan
+    from olora_ray.data.reader import UNIT, FileScan, Units
 
     table = np.zeros(units, UNIT)
     table["rows"], table["size"] = UNIT_ROWS, UNIT_ROWS * ROW_BYTES
     table["first"] = np.arange(units) * UNIT_ROWS
     table["offset"] = table["first"] * ROW_BYTES
     result = FileScan(f"{hash(file.uri) % 2**64:064x}", units * UNIT_ROWS, (), Units(table))
-    kept_scans.keep(file, storage_root, result, kept_scans.state_of(file))
+    scan.keep_scan(file, storage_root, result, scan.state_of(file))
     return result
 
 

@@ -4,7 +4,7 @@ Each format is a function from a `Row` to an `Example`; it raises `Rejected` for
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -440,25 +440,21 @@ OTHER_NAMES = {
     "text": ("content", "document", "body", "article", "passage"),
 }
 """What corpora call the fields of our formats."""
-ROLE = ("from", "role", "speaker", "author")
-WORDS = ("value", "content", "text", "message")
-"""What turns call the role and what was said; sharegpt's own names come first."""
 
 
 def columns(format: str, row: Any) -> str | None:
     """How a source must be set for this row to be used, as `format: alpaca, fields: {output: answer}`."""
     if not isinstance(row, Mapping):
         return None
-    others = [name for name in NEEDED if name not in (format, "text")]
-    # What needs the fewest words first; a column called text may stand beside those that are meant.
-    tried: list[tuple[str, dict[str, str]]] = [(name, {}) for name in others]
-    tried += [(name, fields) for name in (format, *others, "text") for fields in _fields(name, row)]
-    for name, fields in tried:
-        if _usable(name, row, fields):
-            parts = [f"format: {name}"] if name != format else []
-            shown = ", ".join(f"{field}: {column}" for field, column in fields.items())
-            return ", ".join([*parts, *([f"fields: {{{shown}}}"] if fields else [])]) or None
-    return None
+    found = ((name, _other_names(name, row)) for name in sorted(NEEDED, key=lambda name: name != format))
+    usable = [(name, fields) for name, fields in found if fields is not None and _usable(name, row, fields)]
+    if not usable:
+        return None
+    # What needs the fewest words; a column called text may stand beside those that are meant.
+    name, fields = min(usable, key=lambda way: (way[0] == "text", len(way[1]) + (way[0] != format)))
+    shown = ", ".join(f"{field}: {column}" for field, column in fields.items())
+    parts = [f"format: {name}"] * (name != format) + [f"fields: {{{shown}}}"] * bool(fields)
+    return ", ".join(parts) or None
 
 
 def file(kind: str, columns: tuple[str, ...], begin: bytes) -> str | None:
@@ -474,30 +470,19 @@ def file(kind: str, columns: tuple[str, ...], begin: bytes) -> str | None:
     return None
 
 
-def _fields(format: str, row: Mapping[str, Any]) -> Iterator[dict[str, str]]:
-    """Ways to map the format's fields to the row's columns: none, other names, and for turns other names in them."""
-    yield {}
+def _other_names(format: str, row: Mapping[str, Any]) -> dict[str, str] | None:
+    """The format's fields that the row has under other names; None if it lacks one of those that are needed."""
     lower = {str(name).lower().strip(): str(name) for name in row}
     found: dict[str, str] = {}
     for field in NEEDED[format]:
         names = (name for name in (field, *OTHER_NAMES[field]) if name in lower and lower[name] not in found.values())
-        column = next(names, None)
-        if column is None:
-            return
-        found[field] = lower[column]
-    renamed = {field: column for field, column in found.items() if field != column}
-    yield renamed
-    if format == "sharegpt":
-        turns = row[found["conversations"]]
-        turn = turns[0] if isinstance(turns, list) and turns else None
-        if isinstance(turn, Mapping):
-            role, words = (next((name for name in names if name in turn), names[0]) for names in (ROLE, WORDS))
-            inner = {"from": role, "value": words}
-            yield renamed | {field: name for field, name in inner.items() if field != name}
+        if (name := next(names, None)) is None:
+            return None
+        found[field] = lower[name]
+    return {field: column for field, column in found.items() if field != column}
 
 
 def _usable(format: str, row: Mapping[str, Any], fields: Mapping[str, str]) -> bool:
-    assert format in FORMATS
     try:
         to_example(format, row, fields)
     except Rejected:

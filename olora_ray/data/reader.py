@@ -14,17 +14,18 @@ import json
 import lzma
 import shutil
 import socket
-import time
 import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
+from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, overload
 
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 from pyarrow import ipc, parquet
 
 from olora_ray.common import node_cache, storage
@@ -32,14 +33,97 @@ from olora_ray.common.errors import StoreUnavailable, UserError, first_line
 from olora_ray.common.storage import digest
 from olora_ray.data.formats import Rejected
 from olora_ray.data.sources import Changed, File, as_scanned, asked, open_filesystem
-from olora_ray.data.units import Unit
+
+# Units: the smallest pieces of files that are read at once, in arrays of 40 bytes each; and the scan of a file.
+
+
+UNIT = np.dtype(
+    {
+        "names": ["first", "rows", "offset", "size", "before", "after", "file"],
+        "formats": ["<i8", "<u4", "<i8", "<i8", "<u4", "<u4", "<u4"],
+    }
+)
+"""A unit in an array: the fields of `Unit`, and the number of its file where units of several stand in one array."""
+Table = NDArray[np.void]
+"""Array of UNIT."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """A piece of a file: the smallest thing that is read at once."""
+
+    first: int
+    """Place of its first row."""
+    rows: int
+    """Rows, blank lines included."""
+    offset: int
+    """First byte, in files of lines; in Arrow files that of the batch with its first row; elsewhere 0."""
+    size: int
+    """Its bytes, uncompressed (an estimate where rows cannot be told apart without reading)."""
+    before: int = 0
+    """CRC-32 of everything before it, in files of lines; rows of that batch before it, in Arrow files; elsewhere 0."""
+    after: int = 0
+    """CRC-32 of everything up to its end, in files of lines; elsewhere of the whole file, uncompressed."""
+
+    @property
+    def end(self) -> int:
+        """The byte after its last, in files of lines."""
+        return self.offset + self.size
+
+
+class Units(Sequence[Unit]):
+    """The units of a file: a sequence of `Unit`, kept as an array."""
+
+    def __init__(self, table: Table) -> None:
+        self.table = table
+
+    @classmethod
+    def of(cls, units: Iterable[Unit]) -> "Units":
+        """The same units as an array."""
+        return cls(np.fromiter(((*astuple(unit), 0) for unit in units), dtype=UNIT))
+
+    @property
+    def rows(self) -> int:
+        """Rows of all."""
+        return int(self.table["rows"].sum(dtype=np.int64))
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @overload
+    def __getitem__(self, index: int) -> Unit: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Units": ...
+    def __getitem__(self, index: int | slice) -> "Unit | Units":
+        return Units(self.table[index]) if isinstance(index, slice) else as_unit(self.table[index])
+
+    def __iter__(self) -> Iterator[Unit]:
+        return map(as_unit, self.table)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Units) and np.array_equal(self.table, other.table)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+@dataclass(frozen=True)
+class FileScan:
+    """Digest, size and units of a file."""
+
+    sha256: str
+    rows: int
+    """Rows, blank lines included."""
+    columns: tuple[str, ...]
+    """Names of the columns where the file has a header or schema."""
+    units: Units
+
+
+def as_unit(entry: Any) -> Unit:
+    """The unit of an entry of an array."""
+    return Unit(*entry.item()[:6])
+
 
 # Files of Arrow's stream form, as `datasets` saves them: where their batches begin, and reading from one of them on.
-
-
-LITTLE, MUCH = 2**16, 2**20
-"""Bytes that are asked for at a time, at least and at most: what stands around a batch are some bytes, and in a bucket
-each read is a request."""
 
 
 @dataclass
@@ -82,30 +166,28 @@ def _has_dictionary(kind: pa.DataType) -> bool:
     return pa.types.is_dictionary(kind) or any(map(_has_dictionary, parts))
 
 
-@contextmanager
+@contextlib.contextmanager
 def opened(file: File, unit: Unit) -> Iterator[tuple[pa.Schema, Iterator[pa.RecordBatch]]]:
     """The schema of a file, and its batches from the first of the unit on; from its start where that is not known."""
     system, path = open_filesystem(file.uri)
     with pa.memory_map(path) if system.type_name == "local" else system.open_input_file(path) as stream:
-        reader = ipc.open_stream(buffered(stream, LITTLE if unit.offset else MUCH))
+        # Of a unit in the middle the schema alone is read from the start.
+        reader = ipc.open_stream(buffered(stream, 2**16 if unit.offset else 2**20))
         if not unit.offset:
             yield reader.schema, iter(reader)
             return
         stream.seek(unit.offset)
-        yield reader.schema, _messages(buffered(stream, max(LITTLE, min(unit.size, MUCH))), reader.schema)
+        yield reader.schema, _messages(buffered(stream, max(2**16, min(unit.size, 2**20))), reader.schema)
 
 
 def _messages(stream: Any, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-    while True:
-        try:
-            message = ipc.read_message(stream)
-        except EOFError:
-            return
-        yield ipc.read_record_batch(message, schema)
+    with contextlib.suppress(EOFError):
+        while True:
+            yield ipc.read_record_batch(ipc.read_message(stream), schema)
 
 
-def buffered(stream: Any, at_once: int = MUCH) -> Any:
-    """A stream that asks for so much at a time, where each read may be a request."""
+def buffered(stream: Any, at_once: int = 2**20) -> Any:
+    """A stream that asks for so many bytes at a time: in a bucket each read is a request."""
     if isinstance(stream, pa.MemoryMappedFile):
         return stream
     native = stream if isinstance(stream, pa.NativeFile) else pa.PythonFile(stream, mode="r")
@@ -127,18 +209,13 @@ def rows(batch: Any) -> list[Any]:
 
 
 def _values(column: Any) -> list[Any]:
-    """The values of a column; where Python has none for a time (year 10000, a zone without rules) they are texts."""
     try:
         found = column.to_pylist()
         return [_with_objects(value, column.type) for value in found] if _has_maps(column.type) else found
     except UnicodeDecodeError:
         raise
-    except (OverflowError, ValueError, LookupError) as error:
-        if pa.types.is_nested(column.type):
-            return [f"<{first_line(error)}>"] * len(column)
-        zoned = pa.types.is_timestamp(column.type)
-        plain = column.cast(pa.timestamp(column.type.unit)) if zoned else column
-        return plain.cast(pa.string()).to_pylist()  # type: ignore[no-any-return]
+    except (OverflowError, ValueError, LookupError) as error:  # a time that Python has not, such as year 10000
+        return [f"<{first_line(error)}>"] * len(column)
 
 
 def _has_maps(kind: Any) -> bool:
@@ -163,24 +240,19 @@ def _with_objects(value: Any, kind: Any) -> Any:
 
 
 BOM = b"\xef\xbb\xbf"
-CHUNK = 8 * 2**20
-DOCUMENT_BYTES = 2**30
+JSON_BYTES = 2**30
 """Largest json file, uncompressed: as many processes as prepare it hold it, and its rows take several times more."""
 
 
 def read_whole(stream: Any, file: File) -> bytes:
     """The content of a json file; raises UserError for one that is too large to be read as a whole."""
-    chunks: list[bytes] = []
-    total = 0
-    while chunk := stream.read(CHUNK):
-        chunks.append(chunk)
-        total += len(chunk)
-        if total > DOCUMENT_BYTES:
-            raise UserError(
-                f"{file.uri}: more than {DOCUMENT_BYTES >> 20} MiB of JSON, which is read as a whole;"
-                " write it as .jsonl, with one object a line"
-            )
-    return b"".join(chunks)
+    content: bytes = stream.read(JSON_BYTES + 1)
+    if len(content) > JSON_BYTES:
+        raise UserError(
+            f"{file.uri}: more than {JSON_BYTES >> 20} MiB of JSON, which is read as a whole;"
+            " write it as .jsonl, with one object a line"
+        )
+    return content
 
 
 def rows_of(file: File, content: bytes) -> list[Any]:
@@ -214,111 +286,35 @@ def rows_of(file: File, content: bytes) -> list[Any]:
 
 WORTH_IT = 256 * 2**20
 """Bytes before a unit from which on a copy is made: tokenising takes several hundred times as long as decompressing."""
-LEFT_BEHIND = 6 * 3600.0
-"""Seconds after which a copy that nobody uses makes room for others. Until then it stays: making and removing them in
-turns would be slower than to have none."""
 
 
-def find(file: File) -> Path | None:
-    """The copy of a file, if there is one."""
-    with contextlib.suppress(OSError):
-        path = _place(file)
-        if path.exists():
-            node_cache.used(path)
-            return path
-    return None
-
-
-def make(file: File, stream: Any) -> Path | None:
-    """Write the copy of a file from the stream of its content; None where it finds no room.
-
-    Of several processes one writes it, and the others wait for that. Raises what reading the stream raises.
-    """
+@lru_cache(maxsize=256)
+def _copy(file: File) -> Path | None:
+    """This node's copy of a file; None where the disk has no room for it. Asked once in a process."""
     try:
-        path = _place(file)
-        path.parent.mkdir(exist_ok=True)
-        lock = path.with_name(f".{path.name}.lock").open("w")
-    except OSError:
+        folder = storage.private_folder("olora_ray") / "unpacked"
+        folder.mkdir(exist_ok=True)
+        path = folder / f"{digest(file.uri, file.size, file.modified, length=32)}.raw"
+        # Of several processes one writes the copy, and the others wait for it.
+        with path.with_name(f".{path.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not path.exists():
+                node_cache.make_room(folder, folder.glob("*.raw"))
+                # Compressed text is three to ten times smaller.
+                if shutil.disk_usage(folder).free < 10 * file.size:
+                    return None
+                with open_stream(file) as stream, storage.staged(path) as partial, partial.open("wb") as copy:
+                    shutil.copyfileobj(stream, copy, 2**23)
+    except OSError:  # a full disk, no folder; a file that cannot be read is told by whoever reads it without a copy
         return None
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if path.exists():
-            return path
-        return path if _write(path, iter(lambda: stream.read(CHUNK), b"")) else None
+    return path
 
 
-def drop(file: File) -> None:
-    """Remove a copy that is damaged, or of other content."""
-    with contextlib.suppress(OSError):
-        _place(file).unlink(missing_ok=True)
-
-
-def _place(file: File) -> Path:
-    name = digest(file.uri, file.size, file.modified, length=32)
-    return storage.private_folder("olora_ray") / "unpacked" / f"{name}.raw"
-
-
-class _Room:
-    """The room for copies on a disk, of which several files may take at the same time."""
-
-    def __init__(self, folder: Path) -> None:
-        """Removes those that were left behind."""
-        self._folder = folder
-        found = list(folder.glob("*.raw"))
-        old = [each for each in found if time.time() - node_cache.last_used(each) > LEFT_BEHIND]
-        node_cache.make_room(folder, old, limit=0)
-        self._kept_free = shutil.disk_usage(folder).free // 2
-
-    def left(self) -> int:
-        """Bytes that may still be written: by all together at most a part of the disk, and half of what was free."""
-        disk = shutil.disk_usage(self._folder)
-        used = sum(map(_size, [*self._folder.glob("*.raw"), *self._folder.glob(".*.raw.*.tmp")]))
-        return min(int(disk.total * node_cache.SHARE) - used, disk.free - self._kept_free)
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:  # removed, or complete and renamed by now
-        return 0
-
-
-def _has_taken(copy: BinaryIO, chunk: bytes) -> bool:
-    """Whether a copy took a chunk: a disk without room, or a quota, takes a part of it, or fails."""
-    try:
-        return copy.write(chunk) == len(chunk)
-    except OSError:
-        return False
-
-
-def _write(path: Path, chunks: Iterable[bytes]) -> bool:
-    """Whether the chunks had room; a file that had none is remembered by an empty one beside it."""
-    full = path.with_suffix(".full")
-    if full.exists() and time.time() - full.stat().st_mtime < LEFT_BEHIND:
-        return False
-    room = _Room(path.parent)
-    try:
-        with storage.staged(path) as partial, partial.open("wb", buffering=0) as copy:
-            for chunk in chunks:
-                if len(chunk) > room.left() or not _has_taken(copy, chunk):
-                    raise _NoRoomError
-    except _NoRoomError:
-        with contextlib.suppress(OSError):
-            full.touch()
-        return False
-    return True
-
-
-class _NoRoomError(Exception):
-    """A copy is larger than the room for it."""
+# Rows of a unit, of each kind of file.
 
 
 BATCH = 256
 """Rows that are asked for at a time."""
-SKIP = 8 * 2**20
-"""Bytes at a time when a compressed file is read up to the piece that is wanted."""
-CELL_LIMIT = 2**31 - 1
-"""Limit of csv.reader, which is of the whole process: none, since the scan has its own."""
 DELIMITERS = {"csv": ",", "tsv": "\t"}
 ESCAPED = '\\"'
 UNREADABLE = (pa.ArrowInvalid, OSError, EOFError, lzma.LZMAError)
@@ -405,30 +401,19 @@ def _range(file: File, unit: Unit) -> bytes:
         with system.open_input_file(path) as stream:
             stream.seek(unit.offset)
             return bytes(stream.read(unit.size))
-    if (found := _from_copy(file, unit)) is not None:
-        return found
+    if unit.offset >= WORTH_IT and (kept := _copy(file)) is not None:
+        with contextlib.suppress(FileNotFoundError), kept.open("rb") as copy:
+            node_cache.used(kept)
+            copy.seek(unit.offset)
+            content = copy.read(unit.size)
+            if zlib.crc32(content, unit.before) == unit.after:
+                return content
+            kept.unlink()  # it is damaged, or of other content
     with open_stream(file) as stream:
         left = unit.offset
-        while left > 0 and (skipped := len(stream.read(min(SKIP, left)))):
+        while left > 0 and (skipped := len(stream.read(min(2**23, left)))):
             left -= skipped
         return bytes(stream.read(unit.size))
-
-
-def _from_copy(file: File, unit: Unit) -> bytes | None:
-    """The bytes of a unit from this node's copy of a compressed file; None if there is none with the right bytes."""
-    path = find(file)
-    if path is None and unit.offset >= WORTH_IT:
-        with open_stream(file) as stream:
-            path = make(file, stream)
-    if path is None:
-        return None
-    with contextlib.suppress(FileNotFoundError), path.open("rb") as copy:
-        copy.seek(unit.offset)
-        content = copy.read(unit.size)
-        if zlib.crc32(content, unit.before) == unit.after:
-            return content
-        drop(file)
-    return None
 
 
 def _jsonl(file: File, unit: Unit, header: Sequence[str], columns: Sequence[str]) -> Iterator[Located]:
@@ -453,7 +438,7 @@ def _parsed(line: bytes) -> Any:
 
 
 def _csv(file: File, unit: Unit, header: Sequence[str], columns: Sequence[str]) -> Iterator[Located]:
-    csv.field_size_limit(CELL_LIMIT)
+    csv.field_size_limit(2**31 - 1)  # none: the scan has its own
     text = _bytes(file, unit).decode("utf-8", "surrogateescape")
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=DELIMITERS[file.kind])
     lines = list(io.StringIO(text, newline="")) if ESCAPED in text else []

@@ -1,18 +1,21 @@
 """Scan of a file in one pass: the digest of its content, and the units by which it can be read from anywhere.
 
-Scanning costs about as much as reading, so the results are kept (kept_scans.py).
+Scanning costs about as much as reading, so the results are kept.
 """
 
+import base64
 import contextlib
 import csv
 import dataclasses
 import hashlib
 import itertools
 import json
+import os
 import re
+import time
 import zlib
-from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,19 +23,18 @@ import numpy as np
 from numpy.typing import NDArray
 from pyarrow import parquet
 
+from olora_ray.common import storage
 from olora_ray.common.errors import UserError
+from olora_ray.common.storage import digest, read_sealed, seal
 from olora_ray.data import reader
-from olora_ray.data import units as kept_scans
-from olora_ray.data.reader import BOM
+from olora_ray.data.reader import BOM, UNIT, FileScan, Unit, Units
 from olora_ray.data.sources import File, asked, open_filesystem, steady
-from olora_ray.data.units import FileScan, Unit, Units
 
-# Files of lines (jsonl, text): where a unit may end, and the units; found in one pass. csv has csv_records.py.
+# Files of lines: where a unit may end, and the units; found in one pass. The rules of units are part of the bytes of
+# token stores: each of the next numbers decides which rows are shuffled together.
 
 
 CHUNK = 8 * 2**20
-STEP = 16
-"""Lines between the places at which a unit may start."""
 UNIT_ROWS = 256
 UNITS_WANTED = 64
 """A small file has smaller units, so that it can be mixed evenly with others."""
@@ -44,8 +46,6 @@ DOCUMENT_BYTES = 2**20
 """A text file above this size is cut at line ends into several documents."""
 LINE_BYTES = 128 * 2**20
 """Largest line or csv record: it is read as a whole, and a few MB of .gz unpack to gigabytes."""
-LINES = 2**25
-"""Most lines of a compressed file, of which every one is noted until their number is known."""
 _BEGUN_ROW = re.compile(rb'(\xef\xbb\xbf)?\s*\{\s*("|\Z)')
 
 Numbers = NDArray[np.int64]
@@ -67,13 +67,12 @@ class Marks:
     """Records before the first row: the header of a csv file."""
 
 
-def mark_lines(stream: Any, file: File, limit: int | None) -> Marks:
+def _mark_lines(stream: Any, file: File, limit: int | None) -> Marks:
     """Mark the lines of a stream, or those of about its first `limit` bytes.
 
-    Raises UserError for a line that is too long to be a row, for too many lines in a compressed file, and for a jsonl
-    file that ends in the middle of a row.
+    Raises UserError for a line that is too long to be a row, and for a jsonl file that ends in the middle of a row.
     """
-    parts: list[tuple[Numbers, Numbers, Numbers]] = []
+    parts: list[Numbers] = []
     total = lines = crc = line_start = document = 0
     open_line = b""
     while (limit is None or total < limit or not parts) and (chunk := stream.read(CHUNK)):
@@ -88,41 +87,39 @@ def mark_lines(stream: Any, file: File, limit: int | None) -> Marks:
             kept = np.flatnonzero(_may_end_units(numbers, sizes))
         crcs, crc = _running_crcs(chunk, ends[kept] - total, crc)
         if len(kept):
-            parts.append((numbers[kept], ends[kept], crcs))
+            parts.append(np.stack([numbers[kept], numbers[kept], ends[kept], crcs]))
             document = int(ends[kept[-1]])
-        check_sizes(sizes, file, lines)
+        longest = int(sizes.argmax()) if len(sizes) else 0
+        if len(sizes) and sizes[longest] > LINE_BYTES:
+            raise _too_long(file, lines + 1 + longest)
         if file.kind == "jsonl":
             open_line = chunk[int(ends[-1]) - total :] if len(ends) else open_line + chunk
         lines += len(ends)
         total += len(chunk)
         line_start = int(ends[-1]) if len(ends) else line_start
-        check_sizes(np.array([total - line_start]), file, lines)
-        check_count(lines, file)
-    marked = int(parts[-1][1][-1]) if parts else 0
+        if total - line_start > LINE_BYTES:
+            raise _too_long(file, lines + 1)
+    marked = int(parts[-1][2, -1]) if parts else 0
     if marked < total and (limit is None or total < limit or not parts):  # no newline at the end of the file
-        if is_cut_row(open_line):
-            raise cut_off(file, lines + 1)
-        last = (lines + (total > line_start), total, crc)
-        parts.append((np.array(last[:1]), np.array(last[1:2]), np.array(last[2:])))
-    numbers, offsets, crcs = (
-        np.concatenate([np.zeros(0, np.int64), *(part[column] for part in parts)]) for column in range(3)
-    )
-    return Marks(numbers, numbers, offsets, crcs)
+        if _is_cut_row(open_line):
+            raise _cut_off(file, lines + 1)
+        last = lines + (total > line_start)
+        parts.append(np.array([[last], [last], [total], [crc]]))
+    return _marks(parts)
 
 
-def check_sizes(sizes: Numbers, file: File, lines: int) -> None:
-    """Refuse a line that is too long; `sizes` are those of the lines after the first `lines`."""
-    if len(sizes) and sizes.max() > LINE_BYTES:
-        raise too_long(file, lines + 1 + int(sizes.argmax()))
+def _marks(parts: list[Numbers], skipped: int = 0) -> Marks:
+    records, lines, offsets, crcs = np.concatenate([np.zeros((4, 0), np.int64), *parts], axis=1)
+    return Marks(records, lines, offsets, crcs, skipped)
 
 
-def too_long(file: File, line: int) -> UserError:
+def _too_long(file: File, line: int) -> UserError:
     """The message for a line, or a csv record that begins in it, that is too long to be a row."""
     hint = "" if file.kind in ("jsonl", "text") else " (is a quoted cell not closed?)"
     return UserError(f"{file.uri}:{line}: a row of more than {LINE_BYTES >> 20} MiB, which is not read{hint}")
 
 
-def is_cut_row(line: bytes) -> bool:
+def _is_cut_row(line: bytes) -> bool:
     """True if the last line of a jsonl file, which has no newline, begins an object that does not end."""
     try:
         if _BEGUN_ROW.match(line):
@@ -136,19 +133,11 @@ def is_cut_row(line: bytes) -> bool:
     return False
 
 
-def cut_off(file: File, line: int | None = None) -> UserError:
-    """The message for a file whose last row is incomplete."""
-    place = file.uri if line is None else f"{file.uri}:{line}"
+def _cut_off(file: File, line: int) -> UserError:
     return UserError(
-        f"{place}: the file ends in the middle of a row: it is incomplete, or still being copied; copy it again, or"
-        " call again when it is whole"
+        f"{file.uri}:{line}: the file ends in the middle of a row: it is incomplete, or still being copied; copy it"
+        " again, or call again when it is whole"
     )
-
-
-def check_count(lines: int, file: File) -> None:
-    """Refuse a compressed file of too many lines."""
-    if file.compression and lines > LINES:
-        raise UserError(f"{file.uri}: more than {LINES:,} lines in a compressed file; give it as several smaller files")
 
 
 def _may_end_units(numbers: Numbers, sizes: Numbers) -> NDArray[np.bool_]:
@@ -183,7 +172,7 @@ def _running_crcs(chunk: bytes, ends: Numbers, crc: int) -> tuple[Numbers, int]:
     return np.array(found, dtype=np.int64), zlib.crc32(view[start:], crc)
 
 
-def row_units(marks: Marks, file: File) -> Iterator[Unit]:
+def _row_units(marks: Marks, file: File) -> Iterator[Unit]:
     """Units of about as many records each; long lines make them smaller."""
     if not len(marks.records) or marks.records[-1] <= marks.skipped:
         return
@@ -199,7 +188,7 @@ def row_units(marks: Marks, file: File) -> Iterator[Unit]:
             first = last + 1
 
 
-def documents(marks: Marks) -> Iterator[Unit]:
+def _documents(marks: Marks) -> Iterator[Unit]:
     """A text file is one document, or several of about DOCUMENT_BYTES, cut at line ends."""
     for number in range(len(marks.offsets)):
         cut = _unit(marks, number, number)
@@ -218,22 +207,34 @@ def _unit_step(lines: int, total: int, slow: bool) -> tuple[int, int]:
     if slow:
         count = max(min(SLOW_UNITS, lines // UNIT_ROWS), -(-total // SLOW_UNIT_BYTES), 1)
         return -(-lines // count), 2 * SLOW_UNIT_BYTES
-    return int(np.clip(-(-lines // UNITS_WANTED) // STEP * STEP, STEP, UNIT_ROWS)), UNIT_BYTES
+    return int(np.clip(-(-lines // UNITS_WANTED) // 16 * 16, 16, UNIT_ROWS)), UNIT_BYTES
 
 
 # Records of a csv or tsv file: where they end, as csv.reader itself tells them apart.
 
 
-def mark_records(stream: Any, file: File, limit: int | None) -> tuple[Marks, tuple[str, ...]]:
+def _mark_records(stream: Any, file: File, limit: int | None) -> tuple[Marks, tuple[str, ...]]:
     """Mark the records of a stream, or those of about its first `limit` bytes, and read the header.
 
     The header is the first record that is not blank. Raises UserError for a record that is too long to be a row,
     for a quoted cell that is never closed, and for a file that ends in the middle of a row.
     """
-    marks = _Marks(file)
     source = _Lines(stream, file, limit)
     header: list[str] | None = None
-    csv.field_size_limit(reader.CELL_LIMIT)
+    parts: list[Numbers] = []
+    some: list[tuple[int, int, int, int]] = []
+    records = skipped = 0
+
+    def keep_some() -> None:
+        """Keep the marks at which units may end, which saves nearly all of the memory for a large file."""
+        part = np.array(some, dtype=np.int64).reshape(-1, 4).T
+        if header is not None and file.compression is None:
+            before = parts[-1][2, -1] if parts and parts[-1].size else 0
+            part = part[:, _may_end_units(part[0] - skipped, np.diff(part[2], prepend=before))]
+        parts.append(part)
+        some.clear()
+
+    csv.field_size_limit(2**31 - 1)  # none: LINE_BYTES is the limit of a record
     try:
         for cells in csv.reader(source, delimiter=reader.DELIMITERS[file.kind]):
             if source.ended:  # the lines have, but not the record
@@ -241,17 +242,22 @@ def mark_records(stream: Any, file: File, limit: int | None) -> tuple[Marks, tup
                     raise _not_closed(file, source.record_line)
                 break
             if source.unfinished and header and 0 < len(cells) < len(header):
-                raise cut_off(file, source.record_line)
+                raise _cut_off(file, source.record_line)
             if header is None:
                 header = cells or None
-                marks.skipped = marks.records + 1
+                skipped = records + 1
             else:
                 source.has_row = True
-            marks.add(source)
+            records += 1
+            some.append((records, source.lines, source.total, source.crc))
+            if len(some) == 2**14:
+                keep_some()
             source.begin_record()
     except csv.Error as error:
         raise UserError(f"{file.uri}:{source.record_line}: not a readable csv record: {error}") from None
-    return marks.arrays(), tuple(_utf8(cell) for cell in header or ())
+    keep_some()
+    names = (cell.encode("latin-1").decode("utf-8", "replace") for cell in header or ())
+    return _marks(parts, skipped), tuple(names)
 
 
 class _Lines:
@@ -277,7 +283,7 @@ class _Lines:
             self.total += len(line)
             self.crc = zlib.crc32(line, self.crc)
             if self.total - self._record_start > LINE_BYTES:
-                raise too_long(self._file, self.record_line)
+                raise _too_long(self._file, self.record_line)
             # Latin-1 is fast and has a letter for each byte; quotes, delimiters and line ends are those of UTF-8.
             yield (line.removeprefix(BOM) if self.lines == 1 else line).decode("latin-1")
         self.ended = True
@@ -291,47 +297,12 @@ class _Lines:
             rest = b"" if found[-1].endswith(b"\n") else found.pop()
             yield from found
             if len(rest) > LINE_BYTES:
-                raise too_long(self._file, self.record_line)
-            check_count(self.lines, self._file)
+                raise _too_long(self._file, self.record_line)
             if self._limit is not None and seen >= self._limit and self.has_row:
                 return
         if rest:
             self.unfinished = not rest.endswith(b"\r")
             yield rest
-
-
-class _Marks:
-    """The ends of records, collected; of a large file few are kept, which saves nearly all of the memory."""
-
-    def __init__(self, file: File) -> None:
-        self.records = self.skipped = 0
-        self._all = file.compression is not None
-        self._columns = tuple(array("q") for _ in range(4))
-        self._block, self._block_start = 0, 0
-
-    def add(self, source: _Lines) -> None:
-        """The record ends where the source is. See lines._may_end_units for what is kept."""
-        self.records += 1
-        records, numbers, offsets, crcs = self._columns
-        records.append(self.records)
-        numbers.append(source.lines)
-        offsets.append(source.total)
-        crcs.append(source.crc)
-        if (self.records - self.skipped) % UNIT_ROWS == 0:
-            many = self.records - self.skipped > UNITS_WANTED * UNIT_ROWS
-            if many and not self._all and source.total - self._block_start <= UNIT_BYTES:
-                for column in self._columns:
-                    del column[self._block : -1]
-            self._block, self._block_start = len(self._columns[0]), source.total
-
-    def arrays(self) -> Marks:
-        """What was collected."""
-        records, numbers, offsets, crcs = (np.array(column, dtype=np.int64) for column in self._columns)
-        return Marks(records, numbers, offsets, crcs, self.skipped)
-
-
-def _utf8(cell: str) -> str:
-    return cell.encode("latin-1").decode("utf-8", "replace")
 
 
 def _not_closed(file: File, line: int) -> UserError:
@@ -341,18 +312,14 @@ def _not_closed(file: File, line: int) -> UserError:
     )
 
 
-TAIL = 2**20
-"""Bytes at the end of a file that is not read as a whole, in which its last line is looked for."""
-
-
 def scan(file: File, storage_root: str, keep: bool = True) -> FileScan:
     """Scan a file, or take the kept result; raises UserError for one that is broken, and StoreUnavailable."""
-    if (kept := kept_scans.find(file, storage_root)) is not None:
+    if (kept := kept_scan(file, storage_root)) is not None:
         return kept
-    state = kept_scans.state_of(file)
+    state = state_of(file)
     result = _scan(file)
     if keep:
-        kept_scans.keep(file, storage_root, result, state)
+        keep_scan(file, storage_root, result, state)
     return result
 
 
@@ -447,37 +414,25 @@ def _lines(file: File, limit: int | None = None) -> FileScan:
     columns: tuple[str, ...] = ()
     with _hashed(file) as (stream, hashed):
         if file.kind in reader.DELIMITERS:
-            marks, columns = mark_records(stream, file, limit)
+            marks, columns = _mark_records(stream, file, limit)
         else:
-            marks = mark_lines(stream, file, limit)
+            marks = _mark_lines(stream, file, limit)
         seen = hashed.bytes
         if limit is None:
             hashed.finish()
-    units = Units.of(documents(marks) if file.kind == "text" else row_units(marks, file))
+    units = Units.of(_documents(marks) if file.kind == "text" else _row_units(marks, file))
     rows = units.rows
     if limit is not None:
         rows = round(rows * max(1.0, file.size / max(seen, 1)))
-        if file.kind == "jsonl" and file.compression is None and is_cut_row(_open_line(file)):
-            raise cut_off(file)
     return FileScan(hashed.sha256.hexdigest(), rows, columns, units)
-
-
-def _open_line(file: File) -> bytes:
-    """The last line of a file if it has no newline; empty too if it is a long one."""
-    system, path = open_filesystem(file.uri)
-    with system.open_input_file(path) as stream:
-        stream.seek(max(0, stream.size() - TAIL))
-        _, newline, line = bytes(stream.read()).rpartition(b"\n")
-    return line if newline else b""
 
 
 def _json(file: File) -> FileScan:
     with _hashed(file) as (stream, hashed):
         content = reader.read_whole(stream, file)
         hashed.finish()
-    rows, crc = len(reader.rows_of(file, content)), zlib.crc32(content)
-    units = (dataclasses.replace(unit, after=crc) for unit in _slices(0, rows, file.size, SLOW_UNITS))
-    return FileScan(hashed.sha256.hexdigest(), rows, (), Units.of(units))
+    rows = len(reader.rows_of(file, content))
+    return _of_whole(hashed, zlib.crc32(content), rows, (), _slices(0, rows, file.size, SLOW_UNITS))
 
 
 def _slices(first: int, rows: int, size: int, wanted: int) -> Iterator[Unit]:
@@ -505,7 +460,7 @@ def _parquet(file: File, whole: bool) -> FileScan:
         return FileScan("", start, columns, Units.of(units))
     with _buffered(file) as hashed:
         hashed.finish()
-    return _of_whole(hashed, start, columns, units)
+    return _of_whole(hashed, hashed.crc, start, columns, units)
 
 
 def _arrow(file: File, limit: int | None) -> FileScan:
@@ -516,9 +471,9 @@ def _arrow(file: File, limit: int | None) -> FileScan:
         if limit is None:
             hashed.finish()
     rows = sum(found.rows)
+    units = found.placed(_slices(0, rows, file.size if limit is None else seen, UNITS_WANTED))
     if limit is None:
-        return _of_whole(hashed, rows, found.columns, found.placed(_slices(0, rows, file.size, UNITS_WANTED)))
-    units = found.placed(_slices(0, rows, seen, UNITS_WANTED))
+        return _of_whole(hashed, hashed.crc, rows, found.columns, units)
     return FileScan("", round(rows * max(1.0, file.size / max(seen, 1))), found.columns, Units.of(units))
 
 
@@ -528,7 +483,72 @@ def _buffered(file: File) -> _Hashed:
     return _Hashed(reader.buffered(system.open_input_stream(path, compression=None)), with_crc=True)
 
 
-def _of_whole(hashed: _Hashed, rows: int, columns: tuple[str, ...], units: Iterable[Unit]) -> FileScan:
+def _of_whole(hashed: _Hashed, crc: int, rows: int, columns: tuple[str, ...], units: Iterable[Unit]) -> FileScan:
     """The scan of a file whose units are checked by the CRC-32 of all that it has."""
-    units = (dataclasses.replace(unit, after=hashed.crc) for unit in units)
+    units = (dataclasses.replace(unit, after=crc) for unit in units)
     return FileScan(hashed.sha256.hexdigest(), rows, columns, Units.of(units))
+
+
+# Scans that are kept: below the storage path there is one for each file, so an unchanged file is not read again.
+
+
+BELIEVED_FROM = 64 * 2**20
+"""Bytes from which a file is believed to be unchanged though its inode is another."""
+
+
+def kept_scan(file: File, storage_root: str) -> FileScan | None:
+    """The kept scan of a file; None if there is none, or the file has changed since."""
+    if not (storage_root and file.modified) or (tree := read_sealed(_place(file, storage_root))) is None:
+        return None
+    if [tree.get("size"), tree.get("modified")] != [file.size, file.modified]:
+        return None
+    if file.size < BELIEVED_FROM and tree.get("state") != state_of(file):
+        return None
+    units = np.frombuffer(base64.b64decode(tree["units"]), dtype=UNIT)
+    return FileScan(tree["sha256"], tree["rows"], tuple(tree["columns"]), Units(units))
+
+
+def kept_scans(files: Sequence[File], storage_root: str) -> list[FileScan | None]:
+    """The kept scan of each of the files."""
+    with ThreadPoolExecutor(16) as pool:  # in an object store each is a request
+        return list(pool.map(lambda file: kept_scan(file, storage_root), files))
+
+
+def state_of(file: File) -> list[int] | None:
+    """Inode and the time of its last change, of a local file."""
+    system, path = open_filesystem(file.uri)
+    with contextlib.suppress(OSError):
+        if system.type_name == "local":
+            found = os.stat(path)
+            return [found.st_ino, found.st_ctime_ns]
+    return None
+
+
+def keep_scan(file: File, storage_root: str, scan: FileScan, state: list[int] | None) -> None:
+    """Keep a scan; `state` is that of the file before it was scanned.
+
+    Not of a file that was changed less than 10 seconds ago: clocks of storages are coarse, and a file that changes
+    twice within a tick shows one time.
+    """
+    if storage_root and file.modified and time.time() - file.modified / 1e9 >= 10:
+        found = {
+            "size": file.size,
+            "modified": file.modified,
+            "state": state,
+            "sha256": scan.sha256,
+            "rows": scan.rows,
+            "columns": scan.columns,
+            "units": base64.b64encode(scan.units.table.tobytes()).decode(),
+        }
+        storage.write_text(_place(file, storage_root), seal(found), durable=False)
+
+
+def forget_scan(file: File, storage_root: str) -> None:
+    """Drop the kept scan of a file that has other content, though size and time of change are the same."""
+    if storage_root:
+        storage.remove(_place(file, storage_root))
+
+
+def _place(file: File, storage_root: str) -> str:
+    # The number changes whenever a kept scan would be another.
+    return storage.join(storage_root, "tokens", "scans", f"{digest(5, file.uri, length=32)}.json")

@@ -88,9 +88,9 @@ Below = tuple[Any, str]
 """A file of a listing, and its path below the folder that is listed."""
 
 
-def local(path: str) -> list[str]:
+def _matching(path: str) -> list[str]:
     """What matches a glob, by name."""
-    fixed, pattern = split_pattern(path)
+    fixed, pattern = _split_pattern(path)
     found = sorted(glob.glob(path, recursive=True))
     below = [(name, name[len(fixed) :].strip("/")) for name in found]
     return [
@@ -100,7 +100,7 @@ def local(path: str) -> list[str]:
     ]
 
 
-def table_of(path: str) -> str:
+def _table_of(path: str) -> str:
     """The folder that is a table if the file at `path` is one of its."""
     table = os.path.dirname(path)
     while "=" in os.path.basename(table):  # of a partition
@@ -108,7 +108,7 @@ def table_of(path: str) -> str:
     return table
 
 
-def split_pattern(path: str) -> tuple[str, str]:
+def _split_pattern(path: str) -> tuple[str, str]:
     """The folder before the first wildcard of a glob, and the pattern behind it."""
     wildcard = re.search(r"[*?\[]", path)
     fixed = path[: wildcard.start()].rpartition("/")[0] if wildcard else path
@@ -117,7 +117,7 @@ def split_pattern(path: str) -> tuple[str, str]:
 
 def _unasked(name: str, pattern: str) -> bool:
     """Whether a folder that matches a glob is passed over, as one in a folder is: `_delta_log`, unless it is named."""
-    return not visible(name) and visible(pattern)
+    return not _visible(name) and _visible(pattern)
 
 
 def _in_log(name: str, pattern: str) -> bool:
@@ -125,7 +125,7 @@ def _in_log(name: str, pattern: str) -> bool:
     return any(f"/{log}/" in f"/{name}/" and log not in pattern.split("/") for log in TABLES)
 
 
-def files_matching(below: Sequence[Below], pattern: str) -> tuple[list[Any], dict[str, list[Below]]]:
+def _files_matching(below: Sequence[Below], pattern: str) -> tuple[list[Any], dict[str, list[Below]]]:
     """The files that match a glob, and by the names of the folders that match it what else lies in these."""
     parts = pattern.split("/")
     files, folders = list[Any](), dict[str, list[Below]]()
@@ -142,21 +142,6 @@ def files_matching(below: Sequence[Below], pattern: str) -> tuple[list[Any], dic
     return files, folders
 
 
-def tables_among(below: Sequence[Below], files: Sequence[Any], path: str) -> dict[str, list[str]]:
-    """Of the folders that are tables those in which some of the files lie, with what makes them one."""
-    inside = [f"/{item.path[len(path) :].strip('/')}" for item in files]
-    found: dict[str, set[str]] = {}
-    for (_, name), log in itertools.product(below, TABLES):
-        folder, there, _ = f"/{name}".partition(f"/{log}/")
-        if there:
-            found.setdefault(folder, set()).add(log)
-    return {
-        folder.strip("/"): sorted(logs)
-        for folder, logs in found.items()
-        if any(each.startswith(f"{folder}/") for each in inside)
-    }
-
-
 def _matches(names: Sequence[str], parts: Sequence[str]) -> bool:
     """Whether the parts of a path match those of a glob, as `glob.glob` takes both: a hidden name by its dot alone."""
     if not parts or not names:
@@ -167,7 +152,7 @@ def _matches(names: Sequence[str], parts: Sequence[str]) -> bool:
     return not hidden and fnmatchcase(names[0], parts[0]) and _matches(names[1:], parts[1:])
 
 
-def visible(relative: str) -> bool:
+def _visible(relative: str) -> bool:
     """Whether no part of a path begins with a dot or an underscore."""
     return not any(part.startswith((".", "_")) for part in relative.split("/"))
 
@@ -236,7 +221,7 @@ SAVED = (SPLITS, STATE)
 """Files of such a folder, one of which it has."""
 
 
-def saved_files(system: Any, folder: str, split: str, field: str) -> list[Any]:
+def _saved_files(system: Any, folder: str, split: str, field: str) -> list[Any]:
     """The Arrow files of a folder that `datasets` has saved; empty if it is no such folder."""
     try:
         if (splits := _json_file(system, f"{folder}/{SPLITS}")) is not None:
@@ -325,10 +310,9 @@ def _all_files(source: Source, field: str, storage_root: str) -> list[File]:
     if storage.is_uri(source.path):
         return _remote(source.path, field)
     path, split = _split_of(source.path)
-    found = local(path) if glob.has_magic(path) and not os.path.exists(path) else [path]
-    for table in sorted(set(map(table_of, found))):
-        _warn_of_table([name for name in TABLES if os.path.isdir(os.path.join(table, name))], table, field)
+    found = _matching(path) if glob.has_magic(path) and not os.path.exists(path) else [path]
     files = [file for name in found for file in _local(name, split, field, alone=len(found) == 1)]
+    _warn_of_tables([file.uri for file in files], os.path.isdir, field)
     # A glob with ** matches a folder and also what lies in it.
     once = {os.path.normpath(file.uri): file for file in files}
     return _some(list(once.values()), source.path, field)
@@ -343,9 +327,8 @@ def _split_of(path: str) -> tuple[str, str]:
 def _local(path: str, split: str, field: str, alone: bool) -> list[File]:
     if not os.path.isdir(path):
         return [_file(path, field)]
-    if saved := saved_files(fs.LocalFileSystem(), path, split, field):
+    if saved := _saved_files(fs.LocalFileSystem(), path, split, field):
         return [File(info.path, "arrow", None, info.size, info.mtime_ns) for info in saved]
-    _warn_of_table([name for name in TABLES if os.path.isdir(os.path.join(path, name))], path, field)
     names, linked = _below(path, field)
     known = sorted(name for name in names if _kind(name))
     if not known and alone:
@@ -363,8 +346,8 @@ def _below(path: str, field: str) -> tuple[list[str], int]:
     names: list[str] = []
     linked = 0
     for folder, folders, here in os.walk(path, onerror=unreadable):
-        folders[:] = [name for name in folders if visible(name)]
-        names += [os.path.join(folder, name) for name in here if visible(name)]
+        folders[:] = [name for name in folders if _visible(name)]
+        names += [os.path.join(folder, name) for name in here if _visible(name)]
         linked += sum(os.path.islink(os.path.join(folder, name)) for name in folders)
     return names, linked
 
@@ -397,13 +380,14 @@ def _say_once(line: str, level: int = logging.INFO) -> None:
     logger.log(level, line)
 
 
-def _warn_of_table(logs: Sequence[str], place: str, field: str) -> None:
-    for log in logs:
-        _say_once(
-            f"{field}: {place} is a table of {TABLES[log]} ({log}), and is read as the files that lie there: also"
-            " those of rows that were changed or deleted; write the rows as they are now to a folder of their own",
-            logging.WARNING,
-        )
+def _warn_of_tables(paths: Sequence[str], is_folder: Callable[[str], bool], field: str) -> None:
+    for table, log in itertools.product(sorted(set(map(_table_of, paths))), TABLES):
+        if is_folder(f"{table}/{log}"):
+            _say_once(
+                f"{field}: {table} is a table of {TABLES[log]} ({log}), and is read as the files that lie there: also"
+                " those of rows that were changed or deleted; write the rows as they are now to a folder of their own",
+                logging.WARNING,
+            )
 
 
 def _ending(name: str) -> str:
@@ -437,12 +421,11 @@ def _remote(uri: str, field: str) -> list[File]:
         )
     split = next((option[6:] for option in query.split("&") if option.startswith("split=")), "train")
     suffix = "?" + "&".join(options) if options else ""
-    fixed, pattern = split_pattern(base)
+    fixed, pattern = _split_pattern(base)
 
     def of_folder(system: Any, path: str, below: Sequence[Below]) -> list[File]:
-        if any(name in SAVED for _, name in below) and (saved := saved_files(system, path, split, field)):
+        if any(name in SAVED for _, name in below) and (saved := _saved_files(system, path, split, field)):
             return [_remote_file(item, fixed + suffix, ("arrow", None)) for item in saved]
-        _warn_of_table(sorted({name.split("/")[0] for _, name in below} & set(TABLES)), base, field)
         found = _readable(below, base, field)
         return [_remote_file(item, fixed + suffix, _known(item.path, field)) for item in found]
 
@@ -451,15 +434,22 @@ def _remote(uri: str, field: str) -> list[File]:
         info = system.get_file_info(path)
         if info.is_file:
             return [_remote_file(info, fixed + suffix, _known(info.path, field))]
-        if not pattern:
-            return of_folder(system, path, _listed(system, path))
         below = _listed(system, path)
-        matching, folders = files_matching(below, pattern)
-        for table, logs in tables_among(below, matching, path).items():
-            _warn_of_table(logs, f"{fixed}/{table}".rstrip("/"), field)
-        files = [_remote_file(item, fixed + suffix, _known(item.path, field)) for item in matching]
-        files += [file for name, below in folders.items() for file in of_folder(system, f"{path}/{name}", below)]
-        return sorted(files, key=lambda file: file.uri)
+        if pattern:
+            matching, folders = _files_matching(below, pattern)
+            files = [_remote_file(item, fixed + suffix, _known(item.path, field)) for item in matching]
+            files += [file for name, inner in folders.items() for file in of_folder(system, f"{path}/{name}", inner)]
+            files.sort(key=lambda file: file.uri)
+        else:
+            files = of_folder(system, path, below)
+        parents = {posixpath.dirname(item.path) for item, _ in below}
+        logs = {
+            uri_beside(fixed + suffix, parent).partition("?")[0]
+            for parent in parents
+            if posixpath.basename(parent) in TABLES
+        }
+        _warn_of_tables([file.uri.partition("?")[0] for file in files], logs.__contains__, field)
+        return files
 
     with as_user_error(f"{field}: {uri}", OSError, ValueError):
         return _some(asked(uri, look), uri, field)
@@ -474,7 +464,7 @@ def _listed(system: Any, path: str) -> list[Below]:
 
 def _readable(below: Sequence[Below], place: str, field: str) -> list[Any]:
     """The visible files of a folder whose kind is known; says which are passed over."""
-    files = [item for item, name in below if visible(name)]
+    files = [item for item, name in below if _visible(name)]
     _say_passed_over([item.path for item in files if not _kind(item.path)], 0, place, field)
     return [item for item in files if _kind(item.path)]
 

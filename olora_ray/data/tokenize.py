@@ -26,12 +26,9 @@ from numpy.typing import NDArray
 
 from olora_ray.common.errors import first_line
 from olora_ray.config.schema import Source
-from olora_ray.data import chat_template as template
-from olora_ray.data import template_probe, template_trial
-from olora_ray.data.chat_template import ChatTemplate
+from olora_ray.data.chat_template import EXCHANGE, ChatTemplate, left_out
 from olora_ray.data.encoder import Encoder
 from olora_ray.data.formats import Chat, Completion, Example, Rejected, Text
-from olora_ray.data.template_probe import ChatForm
 from olora_ray.data.tokenizer_spec import TokenizerSpec
 
 Span = tuple[int, int]
@@ -68,7 +65,7 @@ class ExampleTokenizer:
     """Turns examples into tokens of at most `max_length`."""
 
     def __init__(self, spec: TokenizerSpec, max_length: int, last_turn_only: bool = False) -> None:
-        """Load the tokenizer and compile the template; raises UserError for one that is broken or hostile.
+        """Load the tokenizer and compile the template; raises UserError for one that is broken.
 
         `last_turn_only`: of a chat only the last answer is trained on.
         """
@@ -78,11 +75,10 @@ class ExampleTokenizer:
         self._encoder = Encoder(spec.json, spec.name)
         self._special = self._encoder.special_ids() | {spec.eos_id}
         self._unknown = self._encoder.id_of(spec.special_tokens.get("unk_token"))
-        spec.try_templates()
         self._templates = [
-            template.ChatTemplate(spec.template(tools), spec.special_tokens, spec.name) for tools in (False, True)
+            ChatTemplate(spec.template(tools), spec.special_tokens, spec.name) for tools in (False, True)
         ]
-        self._forms = [ChatForm(spec.template(tools), spec.special_tokens, spec.name, tools) for tools in (False, True)]
+        self._forms = [spec.chat_form(tools) for tools in (False, True)]
 
     def __call__(self, example: Example) -> list[Tokens]:
         """The tokens of an example: one piece, or several for a long text.
@@ -158,7 +154,7 @@ class ExampleTokenizer:
             else:
                 text = self._render(chat, number + 1)
                 start = _same(self._render(chat, number), text)
-            if (function := template_probe.left_out(message, text[start:])) is not None:
+            if (function := left_out(message, text[start:])) is not None:
                 raise Rejected(
                     "template",
                     f"message {number + 1}: the chat template of {self._spec.name} leaves the tool call out (of"
@@ -257,15 +253,11 @@ def _same(text: str, other: str) -> int:
 # The token with which a chat template ends an answer, and where a model that is trained on its chats stops writing.
 
 
-_ANSWER = template_trial.MESSAGES[-1]["content"]
-
-
 def turn_end(spec: TokenizerSpec) -> int | None:
     """Its id; None where the template writes no special token right after an answer, or renders no plain chat."""
     try:
-        template_trial.check(spec.chat_template, spec.special_tokens, spec.name)
-        text = ChatTemplate(spec.chat_template, spec.special_tokens, spec.name).render(template_trial.MESSAGES)
-        _, answer, after = text.rpartition(_ANSWER)
+        text = ChatTemplate(spec.chat_template, spec.special_tokens, spec.name).render(EXCHANGE)
+        _, answer, after = text.rpartition(EXCHANGE[1]["content"])
         encoder = Encoder(spec.json, spec.name)
         first = encoder.ids(after.strip())[:1] if answer else []
     except Exception:  # a template is code and may raise anything; whoever makes tokens with it is told
@@ -306,9 +298,9 @@ def digest_inputs(source: Source, spec: TokenizerSpec, kinds: Collection[str]) -
     if source.format == "prompt_completion":
         found["chat"] = as_chat(source, spec)
     chats = source.format in WITH_TOOLS and found.get("chat", True)
-    if chats and any(spec.parses_arguments(tools) for tools in (False, True)):
+    if chats and any(spec.chat_form(tools).parses_arguments for tools in (False, True)):
         found["arguments"] = "objects"
-    if chats and any(spec.wants_null(tools) for tools in (False, True)):
+    if chats and any(spec.chat_form(tools).wants_null for tools in (False, True)):
         found["calls_alone"] = "null"
     return found
 

@@ -7,35 +7,8 @@ from typing import Any, Literal
 
 from olora_ray.common.errors import UserError
 from olora_ray.common.storage import digest_json
-from olora_ray.data import chat_template as template
-from olora_ray.data import template_probe, template_trial
-
-# The ids of a tokenizer's tokens.
-
-
-LARGEST_ID = 2**24
-"""Of a token; the largest vocabularies have some hundred thousand."""
-
-
-def check(backend: Any, name: str) -> None:
-    """Raise UserError for an absurd id: a tokenizer as JSON takes memory for every id up to the largest."""
-    token, largest = _largest(backend)
-    if largest > LARGEST_ID:
-        raise UserError(
-            f"model.name: tokenizer.json of {name} gives the token {token[:40]!r} the id {largest}, above {LARGEST_ID}:"
-            " no model has so many; put the right tokenizer.json in its folder"
-        )
-
-
-def has_tokens_beyond(tokenizer: Any, embeddings: int) -> bool:
-    """Whether a transformers tokenizer has tokens to which no row of so many embeddings belongs."""
-    return _largest(tokenizer.backend_tokenizer)[1] >= embeddings
-
-
-def _largest(backend: Any) -> tuple[str, int]:
-    """The token with the largest id."""
-    return max(backend.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1], default=("", 0))
-
+from olora_ray.data import chat_template
+from olora_ray.data.chat_template import ChatForm
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +44,7 @@ class TokenizerSpec:
     @property
     def has_template(self) -> bool:
         """Whether the model comes with a chat template."""
-        return self.chat_template not in template.DEFAULTS
+        return self.chat_template not in chat_template.DEFAULTS
 
     @cached_property
     def digest(self) -> str:
@@ -88,33 +61,21 @@ class TokenizerSpec:
         """The Jinja source for conversations with tools, or without."""
         return self.tool_template or self.chat_template if tools else self.chat_template
 
-    def try_templates(self) -> None:
-        """Raise UserError for a hostile template."""
-        for source in self._templates():
-            template_trial.check(source, self.special_tokens, self.name)
+    def check_templates(self) -> None:
+        """Raise UserError for a template that takes too much time or memory for two short messages."""
+        sources = frozenset(self.template(tools) for tools in (False, True))
+        chat_template.refuse_hostile(sources, frozenset(self.special_tokens.items()), self.name)
 
-    def take_templates_as_tried(self) -> None:
-        """See template_trial.take_as_tried."""
-        for source in self._templates():
-            template_trial.take_as_tried(source, self.special_tokens)
-
-    def _templates(self) -> set[str]:
-        return {self.template(tools) for tools in (False, True)}
-
-    def parses_arguments(self, tools: bool) -> bool:
-        """Whether arguments of tool calls that are JSON text are given to that template as objects."""
-        return template_probe.wants_objects(self.template(tools), self.special_tokens, self.name)
-
-    def wants_null(self, tools: bool) -> bool:
-        """Whether a message of tool calls alone is given to that template with null for its content."""
-        return template_probe.wants_null(self.template(tools), self.special_tokens, self.name)
+    def chat_form(self, tools: bool) -> ChatForm:
+        """The form of chats with tools, or without; raises UserError for a template that is not valid."""
+        return chat_template.chat_form(self.template(tools), self.special_tokens, self.name)
 
 
 def spec_from_pretrained(tokenizer: Any, name: str | None = None) -> TokenizerSpec:
     """The spec of a transformers tokenizer.
 
-    Raises UserError if it is not a fast one, has no end token, or a token of an absurd id. A tokenizer without
-    chat template gets `template.default`, with a warning.
+    Raises UserError if it is not a fast one, has no end token, a token of an absurd id, or a template that takes too
+    much time or memory. A tokenizer without chat template gets one of `chat_template.DEFAULTS`, with a warning.
     """
     name = name or str(getattr(tokenizer, "name_or_path", "") or "the model")
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -122,15 +83,20 @@ def spec_from_pretrained(tokenizer: Any, name: str | None = None) -> TokenizerSp
         raise UserError(f"model.name: the tokenizer of {name} is not a fast one (it needs a tokenizer.json)")
     if tokenizer.eos_token_id is None:
         raise UserError(f"model.name: the tokenizer of {name} has no end token (eos_token), so answers would never end")
-    check(backend, name)
+    # A tokenizer as JSON takes memory for every id up to the largest; real vocabularies have some hundred thousand.
+    if (largest := _largest_id(tokenizer)) > 2**24:
+        raise UserError(
+            f"model.name: tokenizer.json of {name} has the token id {largest}, and no model has so many tokens: put the"
+            " right tokenizer.json in its folder"
+        )
     named = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
     source = (named.get("default") or next(iter(named.values()), None)) if named else tokenizer.chat_template
     for_tools = named.get("tool_use")
     add_bos = adds_begin_token(tokenizer)
     if not source:
         log.warning("%s has no chat template: conversations are written as 'User: ...' and 'Assistant: ...'", name)
-        source = template.default(add_bos)
-    return TokenizerSpec(
+        source = plain_template(tokenizer)
+    spec = TokenizerSpec(
         json=backend.to_str(),
         chat_template=str(source),
         special_tokens={
@@ -142,8 +108,24 @@ def spec_from_pretrained(tokenizer: Any, name: str | None = None) -> TokenizerSp
         tool_template=str(for_tools) if for_tools and for_tools != source else None,
         name=name,
     )
+    spec.check_templates()
+    return spec
+
+
+def has_tokens_beyond(tokenizer: Any, embeddings: int) -> bool:
+    """True if a transformers tokenizer has tokens to which no row of so many embeddings belongs."""
+    return _largest_id(tokenizer) >= embeddings
+
+
+def _largest_id(tokenizer: Any) -> int:
+    return max(tokenizer.backend_tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
+
+
+def plain_template(tokenizer: Any) -> str:
+    """The chat template of a transformers tokenizer that has none of its own."""
+    return chat_template.DEFAULTS[adds_begin_token(tokenizer)]
 
 
 def adds_begin_token(tokenizer: Any) -> bool:
-    """Whether a transformers tokenizer puts its begin token before a text."""
+    """True if a transformers tokenizer puts its begin token before a text."""
     return tokenizer.bos_token_id is not None and list(tokenizer("a")["input_ids"][:1]) == [tokenizer.bos_token_id]

@@ -9,12 +9,10 @@ import numpy as np
 
 from olora_ray.common.errors import UserError
 from olora_ray.common.text import plural
-from olora_ray.data.reader import read_unit
-from olora_ray.data.units import Unit
+from olora_ray.data.reader import Unit, read_unit
 from olora_ray.evaluation.rows import Origin, numbered
 from olora_ray.tokens import plan as draws
-from olora_ray.tokens.layout import Piece
-from olora_ray.tokens.plan import Plan
+from olora_ray.tokens.plan import Piece, Plan
 from olora_ray.tokens.store import TokenStore
 
 logger = logging.getLogger(__name__)

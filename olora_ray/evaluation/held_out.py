@@ -57,7 +57,7 @@ def map_over_actors(
         return []
     import ray.data
 
-    from olora_ray.tokens.ray_map import quiet_stream
+    from olora_ray.tokens.prepare import quiet_stream
 
     wanted = worker_resources(config)
     count = min(len(works), config.cluster.max_workers())

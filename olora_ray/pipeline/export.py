@@ -22,8 +22,7 @@ from olora_ray.common import node_cache, storage
 from olora_ray.common.errors import UserError
 from olora_ray.common.logs import quiet_transformers
 from olora_ray.config.schema import Config
-from olora_ray.data import chat_template
-from olora_ray.data.tokenizer_spec import adds_begin_token
+from olora_ray.data.tokenizer_spec import plain_template
 from olora_ray.model.folder import parameters
 from olora_ray.model.load import end_tokens, load_tokenizer, tokenizer_in
 from olora_ray.model.source import BaseModel, on_this_node
@@ -45,7 +44,7 @@ logger = logging.getLogger(__name__)
 def give_template(config: Config, base: BaseModel, folder: Path) -> None:
     """A base without a chat template was trained with the default one: its users need it too."""
     if _of_chats(config) and not models.has_chat_template(folder):
-        template = chat_template.default(adds_begin_token(load_tokenizer(base, config.model)))
+        template = plain_template(load_tokenizer(base, config.model))
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
         (folder / "chat_template.json").unlink(missing_ok=True)  # a processor's, which was not trained with
 

@@ -14,9 +14,9 @@ from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config, Source
 from olora_ray.data import formats, reader
 from olora_ray.data.formats import Rejected, columns_of, to_example
+from olora_ray.data.reader import FileScan
 from olora_ray.data.scan import head
 from olora_ray.data.sources import File, list_files
-from olora_ray.data.units import FileScan
 
 ROWS = 10
 """Rows of a place that are looked at."""

@@ -5,19 +5,17 @@ never taken for good, whatever still parses.
 """
 
 import hashlib
-import io
 import itertools
 import json
 import logging
 import math
-import re
 import tempfile
 import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
@@ -148,11 +146,6 @@ def place_name(files: Sequence[str], origin: int) -> str:
 # Rejected rows of a store that is being made, in a temporary file: of a billion rows there may be millions.
 
 
-IN_MEMORY = 4 * 2**20
-"""Bytes from which on they are written to the disk."""
-CHUNK = 2**20
-
-
 class RejectedRows:
     """The lines of rejected.jsonl, put in shard by shard in any order, and read in the order of the shards.
 
@@ -162,7 +155,8 @@ class RejectedRows:
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
         self._repeats = any(turn for turn, _ in plan.shards.pieces.takes)
-        self._file: IO[bytes] = io.BytesIO()
+        self._file = tempfile.SpooledTemporaryFile(4 * 2**20)  # noqa: SIM115 - closed when this object is gone
+        weakref.finalize(self, self._file.close)
         self._end = 0
         self._places: dict[int, tuple[int, int]] = {}
         """Start and end of each shard's lines in the file."""
@@ -175,19 +169,18 @@ class RejectedRows:
         self._file.write(content)
         self._places[number] = (self._end, self._end + len(content))
         self._end += len(content)
-        if self._end > IN_MEMORY and isinstance(self._file, io.BytesIO):
-            self._file = _on_disk(self, self._file)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """The entries."""
-        for number in sorted(self._places):
-            for line in b"".join(self._read(number)).splitlines():
-                yield json.loads(line)
+        for chunk in self.chunks():
+            yield from map(json.loads, chunk.splitlines())
 
     def chunks(self) -> Iterator[bytes]:
-        """The content of rejected.jsonl, in parts."""
+        """The content of rejected.jsonl, shard by shard."""
         for number in sorted(self._places):
-            yield from self._read(number)
+            start, end = self._places[number]
+            self._file.seek(start)
+            yield self._file.read(end - start)
 
     def sha256(self) -> str:
         """The digest of that content."""
@@ -199,14 +192,6 @@ class RejectedRows:
     def write(self, place: str) -> None:
         """Write rejected.jsonl."""
         storage.write_chunks(place, self.chunks)
-
-    def _read(self, number: int) -> Iterator[bytes]:
-        start, end = self._places[number]
-        while start < end:
-            self._file.seek(start)
-            chunk = self._file.read(min(CHUNK, end - start))
-            start += len(chunk)
-            yield chunk
 
     def _first(self, number: int, entries: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
         """Those of the first turn over their source: it has every row that a later turn repeats, and comes before."""
@@ -223,66 +208,38 @@ class RejectedRows:
         ]
 
 
-def _on_disk(owner: RejectedRows, content: io.BytesIO) -> IO[bytes]:
-    """A temporary file that begins with the content; closed, and so removed, when its owner is gone."""
-    file = tempfile.TemporaryFile()  # noqa: SIM115
-    weakref.finalize(owner, file.close)
-    file.write(content.getbuffer())
-    return file
-
-
 def _inside(place: int, spans: Sequence[tuple[int, int]]) -> bool:
     return any(low <= place < high for low, high in spans)
 
 
-# What to do about rows that were rejected, in words: the last part of the message that ends a run.
+# What to do about rows that were rejected: the last part of the message that ends a run.
 
 
-MEND = "mend or remove them"
-TOKENIZER = "put the model's own tokenizer into its folder, or give it embeddings for all tokens of this one"
-COLUMNS = ("missing_field", "wrong_type", "not_an_object")
-"""Reasons that mean that a format does not fit the file."""
+REMEDIES = {
+    "too_long": "raise data.max_length",
+    "no_embedding": "put the model's own tokenizer into its folder, or give it embeddings for all tokens of this one",
+    **dict.fromkeys(
+        ("missing_field", "wrong_type", "not_an_object"),
+        "name the columns in the fields of {where}, or set another format there",
+    ),
+}
 
 
-def rejection_remedy(reasons: Mapping[str, int], rejected: Iterable[dict[str, Any]], rows: int, where: str) -> str:
+def rejection_remedy(reasons: Mapping[str, int], rows: int, where: str) -> str:
     """What mends most of the rejected rows; where some of the `rows` can be used, also how to allow as many.
 
     `where` names the setting of their sources.
     """
-    bad = sum(reasons.values())
     most = max(reasons, key=lambda reason: reasons[reason])
-    if most == "too_long":
-        first = _longer(rejected)
-    elif most == "no_embedding":
-        first = TOKENIZER
-    elif most in COLUMNS:
-        first = f"name the columns in the fields of {where.removeprefix('held out of ')}, or set another format there"
-    else:
-        first = MEND
-    return first if bad == rows else f"{first}, or allow as many with data.max_rejected={_at_least(bad / rows):g}"
-
-
-def _longer(rejected: Iterable[dict[str, Any]]) -> str:
-    """The length at which no row is too long; it stands in the messages of those that are."""
-    lengths = (int(found[1]) for entry in rejected if (found := re.match(r"(\d+) tokens", str(entry["message"]))))
-    longest = max(lengths, default=None)
-    return f"raise data.max_length, to {longest} for all of them" if longest else "raise data.max_length"
-
-
-def _at_least(share: float) -> float:
-    """The share, rounded up to two digits that a person would type."""
-    unit = 10.0 ** (math.floor(math.log10(share)) - 1)
-    return min(1.0, round(math.ceil(share / unit - 1e-9) * unit, 12))
+    first = REMEDIES.get(most, "mend or remove them").format(where=where.removeprefix("held out of "))
+    share = sum(reasons.values()) / rows
+    return first if share == 1 else f"{first}, or allow as many with data.max_rejected={math.ceil(share * 1000) / 1000}"
 
 
 # Totals over a store's shards: manifest, rejected rows, periodic progress.
 
 
 SECONDS_BETWEEN_LINES = 10.0
-EXAMPLES = 3
-"""Rejected rows that an error message shows."""
-ONE_OF = 10
-"""Rows of which a single one may be rejected, whatever share of them it is: a few held-out rows may have an odd one."""
 
 
 @dataclass(frozen=True)
@@ -302,8 +259,8 @@ class Limits:
         return cls(f"held out of {setting}" if drawn else setting, config.data.max_rejected)
 
     def allowed(self, rows: float) -> float:
-        """Rows of `rows` that may be rejected: the share of them, and a single one of ONE_OF rows or more."""
-        return max(self.share * rows, float(self.share > 0 and rows >= ONE_OF))
+        """Rows of `rows` that may be rejected: the share of them, and of ten rows or more a single one."""
+        return max(self.share * rows, float(self.share > 0 and rows >= 10))  # a few held-out rows may have an odd one
 
     def passed(self, reasons: Mapping[str, int], rows: float) -> bool:
         """Whether more than the allowed number of `rows` was rejected."""
@@ -318,11 +275,11 @@ class Limits:
             what = f"{bad:,} of {rows:,} rows cannot be used, more than data.max_rejected = {self.share:g} allows"
         else:
             return
-        shown = itertools.islice(listed(), EXAMPLES)
+        shown = itertools.islice(listed(), 3)
         first = "; ".join(f"{e['file']}:{e['line']}: {e['reason']}: {e['message']}" for e in shown)
         sources = {entry["source"] for entry in listed()}
         where = f"{self.setting}.{sources.pop()}" if len(sources) == 1 else self.setting
-        remedy = rejection_remedy(reasons, listed(), rows, where)
+        remedy = rejection_remedy(reasons, rows, where)
         raise UserError(f"{where}: {what} ({reason_counts(reasons)}); {first}; {remedy}")
 
 
@@ -358,7 +315,7 @@ class Totals:
         self.infos.append(ShardInfo.of(sidecar))
         self.total.update({name: sidecar[name] for name in ("rows", "examples", "packs", "tokens", "supervised")})
         self.reasons.update(sidecar["reasons"])
-        self.notes.update(sidecar.get("notes", {}))  # a shard that was made before there were any has none
+        self.notes.update(sidecar["notes"])
         self.fresh_rows += sidecar["rows"] * fresh
         now = time.monotonic()
         if now - self.last_line >= SECONDS_BETWEEN_LINES:
@@ -417,38 +374,34 @@ def summary(manifest: Manifest) -> str:
 # What is odd about the rows of a split: counted shard by shard, and said once.
 
 
-CHATS, SPLIT, SPLIT_TOKENS, WHOLE_TOKENS = "chats", "split", "split_tokens", "whole_tokens"
-SINGLE, UNENDED = "single", "unended"
-
-
 def count(notes: "Counter[str]", example: Example, found: Sequence[Tokens], tokenize: ExampleTokenizer) -> None:
     """Add an example and its tokens to the notes of its shard."""
     if isinstance(example, Text):
         return
     if isinstance(example, Chat):
-        notes[CHATS] += 1
+        notes["chats"] += 1
         if len(found) > 1:
-            notes[SPLIT] += 1
-            notes[SPLIT_TOKENS] += sum(len(each.ids) for each in found)
-            notes[WHOLE_TOKENS] += max(len(each.ids) for each in found)
+            notes["split"] += 1
+            notes["split_tokens"] += sum(len(each.ids) for each in found)
+            notes["whole_tokens"] += max(len(each.ids) for each in found)
     if min(int(np.count_nonzero(each.supervised)) for each in found) == 1:
-        notes[SINGLE] += 1
+        notes["single"] += 1
     if not all(tokenize.ends(each) for each in found):
-        notes[UNENDED] += 1
+        notes["unended"] += 1
 
 
 def lines(notes: Mapping[str, int]) -> list[str]:
     """The notes of a split, a line each."""
     found = []
-    if split := notes.get(SPLIT, 0):
-        times = notes[SPLIT_TOKENS] / notes[WHOLE_TOKENS]
+    if split := notes.get("split", 0):
+        times = notes["split_tokens"] / notes["whole_tokens"]
         found.append(
-            f"{split:,} of {notes[CHATS]:,} chats were split by the chat template, one example an answer, into"
+            f"{split:,} of {notes['chats']:,} chats were split by the chat template, one example an answer, into"
             f" {times:.1f} times the tokens; with data.last_turn_only: true only the last answer of a chat is trained"
         )
-    if single := notes.get(SINGLE, 0):
+    if single := notes.get("single", 0):
         found.append(f"rows with a single supervised token: {single:,}")
-    if unended := notes.get(UNENDED, 0):
+    if unended := notes.get("unended", 0):
         found.append(
             f"rows whose answer does not end with an end token: {unended:,} (the chat template writes none), so the"
             " model does not learn where to stop"

@@ -4,12 +4,12 @@ A shard is a fixed list of units, so any process can make any shard, in any orde
 """
 
 import dataclasses
+import hashlib
 import itertools
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,25 +18,227 @@ from olora_ray.common import malloc
 from olora_ray.common.errors import UserError
 from olora_ray.common.storage import digest_json
 from olora_ray.config.schema import AnyConfig, Source
+from olora_ray.data.reader import UNIT, FileScan, Table, Unit, Units, as_unit
 from olora_ray.data.sources import File, list_files
 from olora_ray.data.tokenize import digest_inputs
 from olora_ray.data.tokenizer_spec import TokenizerSpec
-from olora_ray.data.units import FileScan, Units
-from olora_ray.tokens import layout
-from olora_ray.tokens.layout import Piece, Pieces, Shards
 
-logger = logging.getLogger(__name__)
+# Pseudo-random numbers as functions of a key and a counter: the same with every machine, numpy and Ray.
+
+
+Words = NDArray[np.uint64]
+Indices = NDArray[np.int64]
+
+
+def key(*parts: object) -> int:
+    """A 64-bit key from anything that has a stable `str`."""
+    return int.from_bytes(hashlib.sha256(":".join(map(str, parts)).encode()).digest()[:8], "little")
+
+
+def mix(seed: int, counters: Words) -> Words:
+    """One uniform 64-bit word for each counter (splitmix64)."""
+    word = (counters + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(seed)
+    word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return word ^ (word >> np.uint64(31))
+
+
+def permutation(size: int, seed: int) -> Indices:
+    """A permutation of range(size) that depends on the seed alone."""
+    return np.argsort(mix(seed, np.arange(size, dtype=np.uint64)), kind="stable").astype(np.int64)
+
+
+def bernoulli_mask(share: float, seed: int, counters: Indices) -> NDArray[np.bool_]:
+    """Mask of the counters that fall into a random `share` of all; depends on each counter and the seed alone."""
+    return mix(seed, counters.astype(np.uint64)) < np.uint64(min(int(share * 2.0**64), 2**64 - 1))
+
+
+def permute_at(places: Indices, size: int, seed: int) -> Indices:
+    """The elements of a permutation of range(size) at `places`, without making the whole permutation.
+
+    A Feistel network permutes the next power of four; what falls outside the range walks on until
+    it is inside, which keeps it a permutation of the range.
+    """
+    half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
+    result = _feistel(places.astype(np.uint64), half, seed)
+    while (outside := result >= np.uint64(size)).any():
+        result[outside] = _feistel(result[outside], half, seed)
+    return result.astype(np.int64)
+
+
+def _feistel(words: Words, half: np.uint64, seed: int) -> Words:
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    left, right = words >> half, words & mask
+    for turn in range(8):  # four make a pseudo-random permutation, and the rest costs nothing
+        left, right = right, left ^ (mix(key(seed, turn), right) & mask)
+    return (left << half) | right
+
+
+# Layout: which units make which shard, as arrays. A billion rows are four million units; a unit takes 40 bytes and each
+# use of it 8 more, and `Piece` objects are made of one shard at a time.
+
+
+Take = tuple[int, float]
+"""What is taken of a unit: number of the pass over its source, and the share of the rows."""
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One entry of the plan: a unit, and what of it is taken."""
+
+    file: int
+    """Index into `Plan.files`."""
+    unit: Unit
+    turn: int
+    """Number of the pass over the source."""
+    share: float
+    """Of the rows; below 1 they are drawn by a hash of their place (`taken`)."""
+
+
+class Pieces(Sequence[Piece]):
+    """A sequence of pieces, kept as arrays."""
+
+    def __init__(self, units: Table, unit: NDArray[np.uint32], take: NDArray[np.uint32], takes: Sequence[Take]) -> None:
+        """Piece k is `units[unit[k]]`, of which `takes[take[k]]` is taken."""
+        self.units, self.unit, self.take, self.takes = units, unit, take, tuple(takes)
+
+    @property
+    def files(self) -> NDArray[np.uint32]:
+        """(pieces,) the file of each."""
+        return self.units["file"][self.unit]
+
+    @property
+    def rows(self) -> Floats:
+        """(pieces,) rows that are taken of each, about."""
+        return self._taken("rows")
+
+    @property
+    def sizes(self) -> Floats:
+        """(pieces,) bytes that are taken of each, about."""
+        return self._taken("size")
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that are read, once for each piece."""
+        return int(self.units["size"][self.unit].sum(dtype=np.int64))
+
+    def compact(self) -> "Pieces":
+        """The same with only the units that it uses."""
+        used, unit = np.unique(self.unit, return_inverse=True)
+        return Pieces(self.units[used], unit.astype(np.uint32), self.take, self.takes)
+
+    def _taken(self, field: str) -> Floats:
+        shares = np.array([share for _, share in self.takes])
+        return self.units[field][self.unit] * shares[self.take]  # type: ignore[no-any-return]
+
+    def __len__(self) -> int:
+        return len(self.unit)
+
+    @overload
+    def __getitem__(self, index: int) -> Piece: ...
+    @overload
+    def __getitem__(self, index: "slice | NDArray[Any]") -> "Pieces": ...
+    def __getitem__(self, index: "int | slice | NDArray[Any]") -> "Piece | Pieces":
+        if isinstance(index, slice | np.ndarray):
+            return Pieces(self.units, self.unit[index], self.take[index], self.takes)
+        entry = self.units[self.unit[index]]
+        return Piece(int(entry["file"]), as_unit(entry), *self.takes[self.take[index]])
+
+
+class Shards(Sequence[Pieces]):
+    """The pieces of each shard."""
+
+    def __init__(self, pieces: Pieces, cuts: NDArray[np.int64]) -> None:
+        """Shard k has the pieces `cuts[k]` to `cuts[k + 1]`."""
+        self.pieces, self.cuts = pieces, cuts
+
+    def __len__(self) -> int:
+        return len(self.cuts) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> Pieces: ...
+    @overload
+    def __getitem__(self, index: slice) -> "tuple[Pieces, ...]": ...
+    def __getitem__(self, index: "int | slice") -> "Pieces | tuple[Pieces, ...]":
+        if isinstance(index, slice):
+            return tuple(self[number] for number in range(*index.indices(len(self))))
+        number = range(len(self))[index]
+        return self.pieces[self.cuts[number] : self.cuts[number + 1]]
+
+
+def joined(parts: Sequence[Units]) -> Table:
+    """The units of several files in one array, each with the number of its file."""
+    table = np.concatenate([np.empty(0, UNIT), *(part.table for part in parts)])
+    table["file"] = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+    return table
+
+
+def turns(weight: float) -> list[float]:
+    """The share of the rows in each pass: 2.5 -> 1, 1, 0.5."""
+    whole = int(weight)
+    rest = weight - whole
+    return [1.0] * whole + ([rest] if rest > 1e-9 or not whole else [])
+
+
+def in_turn(units: Table, borders: Sequence[int], weights: Sequence[float]) -> Pieces:
+    """The sources one after the other, in the order of their files.
+
+    Source k has the units `borders[k]` to `borders[k + 1]`, and is used as often as `weights[k]` says.
+    """
+    return _together(units, [_source(units, low, high, w, None) for low, high, w in _each(borders, weights)])
+
+
+def mixed(units: Table, borders: Sequence[int], weights: Sequence[float], seed: int) -> Pieces:
+    """Each source shuffled, each of its turns in an order of its own; all interleaved, each spread over the whole."""
+    sources = [
+        _source(units, low, high, weight, (seed, number))
+        for number, (low, high, weight) in enumerate(_each(borders, weights))
+    ]
+    middles = np.concatenate([_middles(pieces.rows) for pieces in sources])
+    numbers = np.repeat(np.arange(len(sources), dtype=np.uint32), [len(pieces) for pieces in sources])
+    return _together(units, sources)[np.lexsort((numbers, middles))]
+
+
+def _each(borders: Sequence[int], weights: Sequence[float]) -> list[tuple[int, int, float]]:
+    return [(low, high, weight) for (low, high), weight in zip(itertools.pairwise(borders), weights, strict=True)]
+
+
+def _source(units: Table, low: int, high: int, weight: float, seed: tuple[int, int] | None) -> Pieces:
+    """The units low..high-1 as often as the weight says; each turn in an order of its own, if there is a seed."""
+    takes = list(enumerate(turns(weight)))
+    orders = [_order(high - low, seed, turn) + np.uint32(low) for turn, _ in takes]
+    return Pieces(units, np.concatenate(orders), np.repeat(np.arange(len(takes), dtype=np.uint32), high - low), takes)
+
+
+def _order(count: int, seed: tuple[int, int] | None, turn: int) -> NDArray[np.uint32]:
+    if seed is None:
+        return np.arange(count, dtype=np.uint32)
+    return permutation(count, key("units", *seed, turn)).astype(np.uint32)
+
+
+def _middles(rows: Floats) -> Floats:
+    """Where the middle of each piece lies in its source, from 0 to 1."""
+    return (np.cumsum(rows) - rows / 2) / rows.sum()  # type: ignore[no-any-return]
+
+
+def _together(units: Table, sources: Sequence[Pieces]) -> Pieces:
+    firsts = np.cumsum([0, *[len(pieces.takes) for pieces in sources]]).astype(np.uint32)
+    return Pieces(
+        units,
+        np.concatenate([pieces.unit for pieces in sources]),
+        np.concatenate([pieces.take + first for pieces, first in zip(sources, firsts, strict=False)]),
+        [take for pieces in sources for take in pieces.takes],
+    )
+
+
+# The plan: inputs of a store, its digest, and the pieces of its shards.
+
 
 VERSION = 1
-"""Changes whenever the same input would give other shards; the next does so for some inputs only."""
-DRAWN_BY = "hash"
-"""How rows are chosen where a weight is not whole."""
-
+"""Changes whenever the same input would give other shards."""
 SHARD_ROWS = (4096, 32768)
 """Rows of a shard, at least and at most: it is shuffled and packed as a whole."""
-SHARDS_WANTED = 512
-SHARD_BYTES = 64 * 2**20
-
 Split = Literal["train", "eval"]
 Scanner = Callable[[Sequence[Sequence[File]]], list[list[FileScan]]]
 """Scans the files of each source."""
@@ -130,7 +332,7 @@ class Plan(Rules):
                     "format": source.format,
                     "fields": dict(sorted(source.fields.items())),
                     "weight": source.weight,
-                    **({} if source.weight == int(source.weight) else {"drawn_by": DRAWN_BY}),
+                    **({} if source.weight == int(source.weight) else {"drawn_by": "hash"}),
                     "files": [[each.file.kind, each.sha256] for each in self.files if each.source == number],
                     **digest_inputs(
                         source, self.spec, {each.file.kind for each in self.files if each.source == number}
@@ -173,10 +375,7 @@ def once(look: Look) -> Look:
     kept: dict[str, Found] = {}
 
     def kept_look(setting: str, sources: Sequence[Source]) -> Found:
-        if setting in kept:
-            return kept.pop(setting)
-        kept[setting] = look(setting, sources)
-        return kept[setting]
+        return kept.pop(setting) if setting in kept else kept.setdefault(setting, look(setting, sources))
 
     return kept_look
 
@@ -186,16 +385,18 @@ def make_plan(config: AnyConfig, spec: TokenizerSpec, split: Split, look: Look) 
     setting, sources = sources_of(config, split)
     if not sources:
         raise UserError(f"{setting}: no source is set")
-    files, units, borders = _planned(*look(setting, sources))
+    files, units, borders = list[PlannedFile](), list[Units](), [0]
+    for number, (found, scans) in enumerate(zip(*look(setting, sources), strict=True)):
+        files += [PlannedFile(file, number, each.sha256, each.columns) for file, each in zip(found, scans, strict=True)]
+        units += [each.units for each in scans]
+        borders.append(borders[-1] + sum(len(each.units) for each in scans))
     for number, (low, high) in enumerate(itertools.pairwise(borders)):
         if low == high:
             raise UserError(f"{setting}.{number}.path: {sources[number].path} is empty: it has no rows")
-    table, weights = layout.joined(units), [source.weight for source in sources]
+    table, weights = joined(units), [source.weight for source in sources]
+    del found, scans, units
     malloc.give_back()  # of a billion rows, the scans of the files take as much as all the rest
-    if split == "train":
-        pieces = layout.mixed(table, borders, weights, config.run.seed)
-    else:
-        pieces = layout.in_turn(table, borders, weights)
+    pieces = mixed(table, borders, weights, config.run.seed) if split == "train" else in_turn(table, borders, weights)
     shards = _shards(pieces)
     malloc.give_back()
     return Plan(
@@ -213,35 +414,15 @@ def make_plan(config: AnyConfig, spec: TokenizerSpec, split: Split, look: Look) 
     )
 
 
-def _planned(
-    listed: Sequence[Sequence[File]], scanned: Sequence[Sequence[FileScan]]
-) -> tuple[list[PlannedFile], list[Units], list[int]]:
-    """The files of all sources, the units of each, and how many units come before each source, and in all."""
-    files, units, borders = list[PlannedFile](), list[Units](), [0]
-    for number, (found, scans) in enumerate(zip(listed, scanned, strict=True)):
-        files += [PlannedFile(file, number, each.sha256, each.columns) for file, each in zip(found, scans, strict=True)]
-        units += [each.units for each in scans]
-        borders.append(borders[-1] + sum(len(each.units) for each in scans))
-    return files, units, borders
-
-
 def _shards(pieces: Pieces) -> Shards:
     """Consecutive pieces, cut by rows and bytes into shards of about equal size."""
     rows, size = pieces.rows, pieces.sizes
     all_rows, all_bytes = rows.sum(), size.sum()
-    wanted = float(np.clip(all_rows / SHARDS_WANTED, *SHARD_ROWS))
-    count = max(1, round(float(max(all_rows / wanted, all_bytes / SHARD_BYTES))))
-    # In place: of a billion rows each array takes 31 MB.
-    rows /= all_rows
-    size /= max(all_bytes, 1.0)
-    cost = np.maximum(rows, size, out=rows)
-    del size
-    middle, whole = np.cumsum(cost), cost.sum()
-    cost /= 2
-    middle -= cost
-    middle /= whole
-    middle *= count
-    shard = np.minimum(middle, count - 1, out=middle).astype(int)
+    wanted = float(np.clip(all_rows / 512, *SHARD_ROWS))
+    count = max(1, round(float(max(all_rows / wanted, all_bytes / (64 * 2**20)))))
+    cost = np.maximum(rows / all_rows, size / max(all_bytes, 1.0))
+    middle = (np.cumsum(cost) - cost / 2) / cost.sum() * count
+    shard = np.minimum(middle, count - 1).astype(int)
     return Shards(pieces, np.array([0, *(np.flatnonzero(np.diff(shard)) + 1).tolist(), len(pieces)]))
 
 
@@ -256,10 +437,6 @@ def sample(plan: Plan, limit: int) -> Plan:
 # Draws of rows: which are held out, and which are used where a weight is not whole.
 
 
-LIKELY = 50
-"""Rows to be expected from which on no draw leaves none of them."""
-
-
 def taken(rules: Rules, planned: PlannedFile, piece: Piece, places: NDArray[np.int64]) -> NDArray[np.bool_]:
     """The rows of a piece of a file that belong to the split and are used in its turn.
 
@@ -268,38 +445,15 @@ def taken(rules: Rules, planned: PlannedFile, piece: Piece, places: NDArray[np.i
     """
     keep = np.ones(len(places), dtype=bool)
     if rules.eval_fraction is not None:
-        held_out = layout.bernoulli_mask(rules.eval_fraction, layout.key("eval", rules.seed, planned.sha256), places)
+        held_out = bernoulli_mask(rules.eval_fraction, key("eval", rules.seed, planned.sha256), places)
         keep = held_out if rules.split == "eval" else ~held_out
     if piece.share < 1.0:
-        keep = keep & layout.bernoulli_mask(piece.share, _draw_key(rules, planned.sha256, piece), places)
+        keep = keep & bernoulli_mask(piece.share, _draw_key(rules, planned.sha256, piece), places)
     return keep
 
 
 def _draw_key(rules: Rules, sha256: str, piece: Piece) -> int:
     if rules.split == "eval":
         # The same held-out rows with every seed, and whatever else is there: results are compared over time.
-        return layout.key("share", sha256, piece.turn)
-    return layout.key("share", rules.seed, rules.draw, piece.file, sha256, piece.turn)
-
-
-def warn_of_empty(plan: Plan, setting: str) -> None:
-    """Say so where the weight of a small source leaves nothing of it, which could be missed among other sources."""
-    files = np.array([each.source for each in plan.files])
-    for number, source in enumerate(plan.sources):
-        if source.weight >= 1.0:
-            continue
-        pieces = plan.shards.pieces
-        pieces = pieces[np.flatnonzero(files[pieces.files] == number)]
-        rows = int(pieces.units["rows"][pieces.unit].sum(dtype=np.int64))
-        if rows * source.weight * plan.kept_share < LIKELY and not any(_count(plan, piece) for piece in pieces):
-            logger.warning(
-                f"{setting}.{number}.weight: {source.weight:g} leaves no row of the {rows:,} of {source.path}"
-                f" in {plan.split}"
-            )
-
-
-def _count(plan: Plan, piece: Piece) -> int:
-    """The places of a piece that are taken; what is there is known once they are read."""
-    first = piece.unit.first
-    places = np.arange(first, first + piece.unit.rows, dtype=np.int64)
-    return int(taken(plan, plan.files[piece.file], piece, places).sum())
+        return key("share", sha256, piece.turn)
+    return key("share", rules.seed, rules.draw, piece.file, sha256, piece.turn)

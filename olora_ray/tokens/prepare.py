@@ -4,11 +4,12 @@ import contextlib
 import itertools
 import json
 import logging
+import pickle
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError
@@ -16,12 +17,11 @@ from olora_ray.common.fault_points import reached
 from olora_ray.common.node_cache import fetched
 from olora_ray.common.storage import read_sealed, seal
 from olora_ray.config.schema import AnyConfig
-from olora_ray.data.scan import scan
+from olora_ray.data.reader import FileScan
+from olora_ray.data.scan import forget_scan, kept_scans, scan
 from olora_ray.data.sources import Changed, File, total_bytes
 from olora_ray.data.tokenizer_spec import TokenizerSpec
-from olora_ray.data.units import FileScan, find_all, forget
 from olora_ray.tokens import manifest as notes
-from olora_ray.tokens import ray_map
 from olora_ray.tokens import shard as shards
 from olora_ray.tokens.manifest import (
     MANIFEST,
@@ -38,28 +38,137 @@ from olora_ray.tokens.manifest import (
     sidecar_name,
     summary,
 )
-from olora_ray.tokens.plan import Look, Part, Plan, Rules, Split, looking, make_plan, once, warn_of_empty
+from olora_ray.tokens.plan import Look, Part, Plan, Rules, Split, looking, make_plan, once
 from olora_ray.tokens.store import TokenStore
 
 logger = logging.getLogger(__name__)
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+# Map over the cluster by Ray Data, with the results as an ordered stream.
+
+
+TASKS = 4000
+"""Tasks at most; with more items than that a task works on several."""
+
+
+class Lazy(Sequence[Item]):
+    """Items that are made one at a time, when they are looked at."""
+
+    def __init__(self, make: Callable[[Any], Item], sources: Sequence[Any]) -> None:
+        self._make, self._sources = make, sources
+
+    def __len__(self) -> int:
+        return len(self._sources)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._make(self._sources[index])
+
+
+def map_ordered(
+    work: Callable[[Any, Item], Result], shared: Any, items: Sequence[Item], cpus_held: float = 0.0
+) -> Generator[Result, None, None]:
+    """The results of `work(shared, item)`, in the order of `items`, made by Ray Data's tasks.
+
+    `shared` travels once to each node and is unpacked once in each process, an item to its own task only. `work`
+    must be a module's function and give the same result whenever it is repeated: Ray repeats it after a failure.
+    `cpus_held` are CPUs that others hold all the time. Needs ray.init; close the generator to stop early.
+    """
+    import ray
+    import ray.data
+
+    reference = ray.put(shared)
+
+    def task(row: dict[str, Any]) -> dict[str, Any]:
+        item = pickle.loads(row["item"])  # noqa: S301 - made by the driver a moment ago
+        return {"result": pickle.dumps(work(_fetched(reference), item))}
+
+    # Ray packs them block by block, so that the driver never holds all of them.
+    packed: Any = Lazy(lambda item: {"item": pickle.dumps(item)}, items)
+    with quiet_stream():
+        blocks = min(len(items), TASKS)
+        results = ray.data.from_items(packed, override_num_blocks=blocks).map(task, **_resources(cpus_held))
+        # Closed here, in the thread that reads: Ray Data cannot stop its threads from a collector's call.
+        stream: Any = iter(results.iter_batches(batch_size=None, batch_format="pyarrow"))
+        with contextlib.closing(stream) as batches:
+            for batch in batches:
+                for result in batch.column("result"):
+                    yield pickle.loads(result.as_py())  # noqa: S301 - made by our own task a moment ago
+
+
+_last: tuple[Any, Any] = (None, None)
+
+
+def _fetched(reference: Any) -> Any:
+    """The shared object, unpacked once in a process."""
+    global _last
+    import ray
+
+    if _last[0] != reference:
+        _last = (reference, ray.get(reference))
+    return _last[1]
+
+
+def _resources(cpus_held: float) -> dict[str, Any]:
+    """Resources of a task: half a CPU where others leave less than two, and none where they leave none.
+
+    They wait for the tasks then, so the tasks must not wait for them. A process for each CPU and no more: each takes
+    seconds of a CPU to start.
+    """
+    import ray
+    import ray.data
+
+    cpus = float(ray.cluster_resources().get("CPU", 1.0))
+    each = 1.0 if cpus - cpus_held >= 2 else 0.5
+    if cpus - cpus_held >= each:
+        return {"num_cpus": each}
+    return {"num_cpus": 0, "compute": ray.data.TaskPoolStrategy(max(1, int(cpus) // 4))}
+
+
+@contextlib.contextmanager
+def quiet_stream() -> Iterator[None]:
+    """Ordered execution without progress bars and logs, for the time of the stream."""
+    from ray.data import DataContext
+
+    context = DataContext.get_current()
+    options, loud = context.execution_options, logging.getLogger("ray.data")
+    before = (
+        options.preserve_order,
+        context.enable_progress_bars,
+        context.print_on_execution_start,
+        loud.level,
+        context.raise_original_map_exception,
+        context.log_internal_stack_trace,
+    )
+    options.preserve_order = True
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.raise_original_map_exception = True
+    loud.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        (
+            options.preserve_order,
+            context.enable_progress_bars,
+            context.print_on_execution_start,
+            level,
+            context.raise_original_map_exception,
+            context.log_internal_stack_trace,
+        ) = before
+        loud.setLevel(level)
+
 
 # Writer of token stores: finds the shards that are missing or damaged, and makes them, spread over the cluster.
 
 
 MAKE_HERE = 4 * 2**20
 """Bytes up to which the driver tokenises by itself: starting Ray Data would take longer."""
-SIDECARS_AT_ONCE = 32
-"""Sidecars that are read at the same time: in an object store each is a request."""
-SHOWN = 4
-"""Damaged files that a line names."""
 
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """What the tasks that make the shards of a store have in common; each gets its own `Part` of the plan.
-
-    Its chat templates were tried where it was made.
-    """
+    """What the tasks that make the shards of a store have in common; each gets its own `Part` of the plan."""
 
     rules: Rules
     uri: str
@@ -77,8 +186,7 @@ class StoreSpec:
     """`run.storage`."""
 
     def for_tasks(self) -> ShardSpec:
-        """Without the plan, which is large; raises UserError for a chat template that is hostile."""
-        self.plan.spec.try_templates()
+        """Without the plan, which is large."""
         return ShardSpec(self.plan.rules(), self.uri, self.storage_root)
 
     def outline(self) -> Outline:
@@ -95,17 +203,13 @@ class StoreStatus:
     """Those of the shards that are done."""
     manifest: Manifest | None = None
     done: dict[int, dict[str, Any]] = field(default_factory=dict)
-    """Sidecars of the good shards without their rejected rows; none while manifest and rejected.jsonl are good."""
+    """Sidecars of the good shards without their rejected rows; none if the store is complete."""
     missing: list[int] = field(default_factory=list)
     """Numbers of the shards to be made."""
     damaged: list[str] = field(default_factory=list)
     """Files that are there, or should be, and are not good."""
-    rejected_good: bool = False
-
-    @property
-    def complete(self) -> bool:
-        """Whether nothing is left to do."""
-        return self.manifest is not None and self.rejected_good and not self.missing
+    complete: bool = False
+    """True if nothing is left to do."""
 
     def size(self, plan: Plan) -> int:
         """Bytes of input from which the missing shards are made."""
@@ -115,8 +219,8 @@ class StoreStatus:
         """Log lines about damaged and finished shards."""
         lines = []
         if self.damaged:
-            more = f" and {len(self.damaged) - SHOWN:,} more" if len(self.damaged) > SHOWN else ""
-            lines.append(f"tokens: damaged or lost, will be made again: {', '.join(self.damaged[:SHOWN])}{more}")
+            more = f" and {len(self.damaged) - 4:,} more" if len(self.damaged) > 4 else ""
+            lines.append(f"tokens: damaged or lost, will be made again: {', '.join(self.damaged[:4])}{more}")
         if 0 < len(self.missing) < count:
             lines.append(f"tokens: {count - len(self.missing):,} of {count:,} shards are there already")
         return lines
@@ -128,19 +232,36 @@ def store_status(job: StoreSpec) -> StoreStatus:
     sizes = storage.files_below(job.uri)
     if MANIFEST in sizes:
         found.manifest = _good_manifest(job)
-        found.rejected_good = found.manifest is not None and _rejected_good(job, found.manifest)
-        found.damaged += [] if found.manifest else [MANIFEST]
-        found.damaged += [] if found.rejected_good or not found.manifest else [REJECTED]
-    if found.manifest and found.rejected_good:
-        wanted: Iterable[int | None] = (shard.bytes for shard in found.manifest.shards)
-    else:
-        wanted = _take_sidecars(job, sizes, found)
-    for number, size in enumerate(wanted):
-        if size is None or sizes.get(shard_name(number)) != size:
-            found.done.pop(number, None)
-            found.missing.append(number)
-            found.damaged += [shard_name(number)] if size is not None else []
+        if found.manifest is None:
+            found.damaged.append(MANIFEST)
+        elif not _rejected_good(job, found.manifest):
+            found.damaged.append(REJECTED)
+        else:
+            shards = enumerate(found.manifest.shards)
+            found.complete = all(sizes.get(shard_name(number)) == shard.bytes for number, shard in shards)
+    if found.complete:
+        return found
+    # Several sidecars are read at once, and no more than those are held: each may list many rejected rows.
+    with ThreadPoolExecutor(32) as pool:
+        numbers = range(len(job.plan.shards))
+        for start in numbers[::32]:
+            some = numbers[start : start + 32]
+            read = pool.map(lambda number: _sidecar(job, number) if sidecar_name(number) in sizes else None, some)
+            for number, sidecar in zip(some, read, strict=True):
+                if sidecar is None:
+                    found.damaged += [sidecar_name(number)] if sidecar_name(number) in sizes else []
+                    found.missing.append(number)
+                elif sizes.get(shard_name(number)) != sidecar["bytes"]:
+                    found.damaged.append(shard_name(number))
+                    found.missing.append(number)
+                else:
+                    found.done[number] = sidecar
+                found.rejected.put(number, sidecar.pop("rejected") if sidecar else ())
     return found
+
+
+def _sidecar(job: StoreSpec | ShardSpec, number: int) -> dict[str, Any] | None:
+    return read_sealed(storage.join(job.uri, sidecar_name(number)))
 
 
 def make(
@@ -151,9 +272,6 @@ def make(
     `cpus_held` are CPUs of the cluster that others hold for as long as this takes. Raises UserError for data
     that cannot be used, and for a shard that cannot be made again as it was.
     """
-    if found.manifest and found.rejected_good:
-        # The totals are known: only lost shards are made again, and no other sidecar is read.
-        return _mend(job, found, found.manifest, stopped, cpus_held)
     totals = Totals(job.plan, found.rejected)
     with contextlib.closing(_made(job, found, cpus_held)) as made:
         for number in range(len(job.plan.shards)):
@@ -180,14 +298,13 @@ def make_shard(job: ShardSpec, part: Part) -> dict[str, Any]:
     """
     number = part.number
     reached("shard", number)
-    sidecar = read_sealed(storage.join(job.uri, sidecar_name(number)))
+    sidecar = _sidecar(job, number)
     if sidecar is not None and file_size(job.uri, shard_name(number)) == sidecar["bytes"]:
         return sidecar
-    job.rules.spec.take_templates_as_tried()
     try:
         shard = shards.build(job.rules, part)
     except Changed as error:
-        forget(error.file, job.storage_root)
+        forget_scan(error.file, job.storage_root)
         return {"error": str(error)}
     except UserError as error:
         return {"error": str(error)}
@@ -199,25 +316,13 @@ def make_shard(job: ShardSpec, part: Part) -> dict[str, Any]:
     return sidecar
 
 
-def _mend(
-    job: StoreSpec, found: StoreStatus, manifest: Manifest, stopped: Callable[[], bool], cpus_held: float
-) -> bool:
-    """Make only the missing shards of a store whose manifest is good."""
-    with contextlib.closing(_made(job, found, cpus_held)) as made:
-        for number in found.missing:
-            if stopped():
-                return False
-            _checked(job, manifest, number, next(made))
-    return True
-
-
 def _made(job: StoreSpec, found: StoreStatus, cpus_held: float) -> Generator[dict[str, Any], None, None]:
     """The sidecars of the missing shards, in their order, as they are made."""
     if small(job, found):
         shared = job.for_tasks()
         return (make_shard(shared, job.plan.part(number)) for number in found.missing)
-    parts = ray_map.Lazy(job.plan.part, found.missing)
-    return ray_map.map_ordered(make_shard, job.for_tasks(), parts, cpus_held)
+    parts = Lazy(job.plan.part, found.missing)
+    return map_ordered(make_shard, job.for_tasks(), parts, cpus_held)
 
 
 def small(job: StoreSpec, found: StoreStatus) -> bool:
@@ -256,26 +361,6 @@ def rejected_rows(job: StoreSpec) -> Iterator[dict[str, Any]]:
     """The rejected rows of a store that is there."""
     with fetched(storage.join(job.uri, REJECTED)) as path, path.open(encoding="utf-8") as lines:
         yield from map(json.loads, lines)
-
-
-def _take_sidecars(job: StoreSpec, sizes: dict[str, int], found: StoreStatus) -> Iterator[int | None]:
-    """Keep the sidecars that are there as done; yields the bytes that each shard should have, None without a good one.
-
-    Several are read at the same time, and no more than those held: each may list many rejected rows.
-    """
-    names = [sidecar_name(number) for number in range(len(job.plan.shards))]
-    with ThreadPoolExecutor(SIDECARS_AT_ONCE) as pool:
-        for start in range(0, len(names), SIDECARS_AT_ONCE):
-            some = names[start : start + SIDECARS_AT_ONCE]
-            read = pool.map(lambda name: read_sealed(storage.join(job.uri, name)) if name in sizes else None, some)
-            for number, (name, sidecar) in enumerate(zip(some, read, strict=True), start):
-                if sidecar is None:
-                    found.damaged += [name] if name in sizes else []
-                    yield None
-                    continue
-                found.rejected.put(number, sidecar.pop("rejected"))
-                found.done[number] = sidecar
-                yield int(sidecar["bytes"])
 
 
 SCAN_HERE = 64 * 2**20
@@ -393,13 +478,11 @@ def begin(config: AnyConfig, spec: TokenizerSpec, split: Split, look: Look | Non
     root = config.run.storage
     job = StoreSpec(plan, storage.join(root, "tokens", plan.digest()), root)
     limits = Limits.of(config, split)
-    warn_of_empty(plan, limits.setting)
     found = store_status(job)
     for line in (*notes.form_lines(plan), *found.lines(len(plan.shards))):
         logger.info(line)
-    if found.manifest and found.rejected_good:
-        limits.check(found.manifest.rejected, found.manifest.rows, lambda: rejected_rows(job))
     if found.manifest and found.complete:
+        limits.check(found.manifest.rejected, found.manifest.rows, lambda: rejected_rows(job))
         _say(split, found.manifest, " (made before)")
     return StoreBuild(job, found, limits)
 
@@ -455,7 +538,7 @@ def _scan_there(files: Sequence[File], storage_root: str) -> Results:
     if (size := total_bytes(files)) <= SCAN_HERE:
         return _scan_here(files, storage_root)
     logger.info(f"tokens: scanning {len(files):,} files, {size / 1e9:,.1f} GB")
-    return ray_map.map_ordered(scan_file, storage_root, files)
+    return map_ordered(scan_file, storage_root, files)
 
 
 def _scan_all(
@@ -463,7 +546,7 @@ def _scan_all(
 ) -> list[list[FileScan]]:
     """The scans of the files of each source; only those that are not kept are made, by `scan_files`."""
     files = [file for source in sources for file in source]
-    scans = find_all(files, storage_root)
+    scans = kept_scans(files, storage_root)
     missing = [number for number, found in enumerate(scans) if found is None]
     with contextlib.closing(scan_files([files[number] for number in missing], storage_root)) as results:
         for number, result in zip(missing, results, strict=True):

@@ -13,11 +13,10 @@ from numpy.typing import NDArray
 
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config, Source
+from olora_ray.data.reader import FileScan, Units
 from olora_ray.data.scan import head, scan
 from olora_ray.data.sources import File, total_bytes
-from olora_ray.data.tokenize import Tokens
 from olora_ray.data.tokenizer_spec import TokenizerSpec
-from olora_ray.data.units import FileScan, Units
 from olora_ray.tokens import manifest
 from olora_ray.tokens import shard as shards
 from olora_ray.tokens.manifest import Limits, RejectedRows, Totals
@@ -154,20 +153,17 @@ def _source(limits: Limits, plan: Plan, made: Sequence[shards.Shard], number: in
 
 
 def _examples(plan: Plan, shard: shards.Shard) -> tuple[Example, ...]:
-    order = [number for members in shard.packs for number in members]
-    files = [shard.origins[number] >> manifest.PLACE_BITS for number in order]
-    others = [number for number, file in zip(order, files, strict=True) if _other(plan, file, files[0])]
-    return tuple(_example(plan, shard, number) for number in (order[0], *(others or order[1:])[:1]))
+    first, *rest = (number for members in shard.packs for number in members)
 
+    def source(number: int) -> int:
+        return plan.files[shard.origins[number] >> manifest.PLACE_BITS].source
 
-def _other(plan: Plan, file: int, first: int) -> bool:
-    return plan.files[file].source != plan.files[first].source
-
-
-def _example(plan: Plan, shard: shards.Shard, number: int) -> Example:
-    tokens: Tokens = shard.examples[number]
-    origin = manifest.place_name([each.file.uri for each in plan.files], shard.origins[number])
-    return Example(origin, tokens.ids, tokens.supervised)
+    others = [number for number in rest if source(number) != source(first)] or rest
+    files, found = [each.file.uri for each in plan.files], list[Example]()
+    for number in (first, *others[:1]):
+        tokens = shard.examples[number]
+        found.append(Example(manifest.place_name(files, shard.origins[number]), tokens.ids, tokens.supervised))
+    return tuple(found)
 
 
 def _pack(shard: shards.Shard, members: Sequence[int]) -> Pack:

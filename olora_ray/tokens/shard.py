@@ -14,10 +14,9 @@ from olora_ray.common.storage import digest_bytes
 from olora_ray.data.formats import Rejected, columns_of, to_example
 from olora_ray.data.reader import read_unit
 from olora_ray.data.tokenize import Begun, ExampleTokenizer, Tokens, as_chat
-from olora_ray.tokens import layout, manifest
-from olora_ray.tokens.layout import Piece
+from olora_ray.tokens import manifest
 from olora_ray.tokens.manifest import PLACE_BITS
-from olora_ray.tokens.plan import Part, PlannedFile, Rules, taken
+from olora_ray.tokens.plan import Part, Piece, PlannedFile, Rules, key, permutation, taken
 
 # Packing of examples into fixed-length packs: first-fit decreasing in O(n log n).
 
@@ -222,7 +221,7 @@ def _arrange(shard: Shard, rules: Rules, number: int) -> None:
     count = len(shard.examples)
     order = np.arange(count, dtype=np.int64)
     if rules.split == "train":
-        order = layout.permutation(count, layout.key("rows", rules.seed, number))
+        order = permutation(count, key("rows", rules.seed, number))
     if rules.packing:
         lengths = [len(shard.examples[index].ids) for index in order]
         chosen = [sorted(members) for members in pack(lengths, rules.max_length)]
@@ -232,7 +231,7 @@ def _arrange(shard: Shard, rules: Rules, number: int) -> None:
     packs = [[int(order[place]) for place in members] for members in chosen]
     if rules.split == "train":
         # Packing filled the packs from the longest example down: shuffle what the sort has left of that.
-        packs = [packs[index] for index in layout.permutation(len(packs), layout.key("packs", rules.seed, number))]
+        packs = [packs[index] for index in permutation(len(packs), key("packs", rules.seed, number))]
     shard.packs = packs
 
 

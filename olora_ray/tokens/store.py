@@ -10,13 +10,9 @@ A store is read while it grows: shards are made in order, and those at its front
 the last. Reading needs neither Ray nor the tokenizer.
 """
 
-import contextlib
-import fcntl
 import itertools
-import os
 import threading
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -31,7 +27,6 @@ from pyarrow import ipc
 from olora_ray.common import node_cache, storage
 from olora_ray.common.errors import UserError
 from olora_ray.common.storage import digest_file
-from olora_ray.tokens import layout
 from olora_ray.tokens.manifest import (
     Manifest,
     Outline,
@@ -42,41 +37,19 @@ from olora_ray.tokens.manifest import (
     shard_name,
     sidecar_name,
 )
-
-# Front of a token store: what is known of the shards at its start, while more are made.
+from olora_ray.tokens.plan import key, permutation, permute_at
 
 
 @dataclass(frozen=True)
 class Front:
-    """The known shards; replaced as a whole, since threads read while another looks for more."""
+    """The known shards at the start of a store; replaced as a whole, since threads read it meanwhile."""
 
-    shards: list[ShardInfo]
-    """At least these: what `more` adds is shared with those that came before."""
-    ends: NDArray[np.int64]
-    """(shards + 1,) sequences before each shard, and in all; the front of an array that has room for all."""
+    shards: tuple[ShardInfo, ...]
 
-    @classmethod
-    def of(cls, shards: Sequence[ShardInfo], total: int) -> "Front":
-        """The first shards of `total`."""
-        room = np.zeros(max(total, len(shards)) + 1, dtype=np.int64)
-        return cls([], room[:1]).more(shards)
-
-    def more(self, shards: Sequence[ShardInfo]) -> "Front":
-        """With some more, in time that depends on these alone; of one `Front` this is asked once."""
-        assert len(self.shards) == len(self)
-        room = self.ends.base
-        assert isinstance(room, np.ndarray)
-        count = len(self) + len(shards)
-        room[len(self.ends) : count + 1] = self.ends[-1] + np.cumsum([shard.packs for shard in shards])
-        self.shards.extend(shards)
-        return Front(self.shards, room[: count + 1])
-
-    def all(self) -> tuple[ShardInfo, ...]:
-        """The shards."""
-        return tuple(self.shards[: len(self)])
-
-    def __len__(self) -> int:
-        return len(self.ends) - 1
+    @cached_property
+    def ends(self) -> NDArray[np.int64]:
+        """(shards + 1,) sequences before each shard, and in all."""
+        return np.cumsum([0, *(shard.packs for shard in self.shards)], dtype=np.int64)
 
 
 # Order in which a training meets the sequences of a store: a function of the seed and the place, without state.
@@ -98,7 +71,7 @@ def order(num_packs: int, seed: int, start: int, stop: int) -> Places:
     epoch, place = np.divmod(np.arange(start, stop, dtype=np.int64), num_packs)
     for number in np.unique(epoch[epoch > 0]):
         inside = epoch == number
-        place[inside] = layout.permute_at(place[inside], num_packs, layout.key("order", seed, number))
+        place[inside] = permute_at(place[inside], num_packs, key("order", seed, number))
     return place
 
 
@@ -115,7 +88,7 @@ class WindowedPass:
     @cached_property
     def shards(self) -> Places:
         """(shards,) in the order of the pass."""
-        return layout.permutation(len(self.ends) - 1, layout.key("shards", self.seed, self.number))
+        return permutation(len(self.ends) - 1, key("shards", self.seed, self.number))
 
     @cached_property
     def starts(self) -> Places:
@@ -136,86 +109,10 @@ class WindowedPass:
         for number in np.unique(window).tolist():
             start, end = self.windows[number : number + 2].tolist()
             own = window == number
-            key = layout.key("window", self.seed, self.number, number)
-            inside[own] = start + layout.permute_at(places[own] - start, end - start, key)
+            seed = key("window", self.seed, self.number, number)
+            inside[own] = start + permute_at(places[own] - start, end - start, seed)
         shard = np.searchsorted(self.starts, inside, side="right") - 1
         return self.ends[self.shards[shard]] + inside - self.starts[shard]
-
-
-# Files of this node whose content was found to be right, so that each is hashed once a node and not at each opening.
-
-
-BOOT = Path("/proc/sys/kernel/random/boot_id")
-SETTLED = 10.0
-"""Seconds since its last change before which a file is not noted: one that changes twice within a tick of the file
-system's clock shows one time."""
-
-
-class Verified:
-    """The files that were verified on this node under one name; processes share them."""
-
-    def __init__(self, name: str) -> None:
-        self._known: set[str] = set()
-        self._read = 0
-        self._notes = _notes_of(name)
-
-    def intact(self, path: Path, sha256: str) -> bool:
-        """Whether the content of a file has this digest; raises FileNotFoundError."""
-        if self._is_known(_line(path, sha256)):
-            return True
-        with self._alone(sha256):  # all workers of a node come at the same time: one reads, the others find its note
-            line = _line(path, sha256)
-            if self._is_known(line):
-                return True
-            if digest_file(path) != sha256:
-                return False
-            if line == _line(path, sha256) and time.time() - path.stat().st_ctime >= SETTLED:
-                self._note(line)
-            return True
-
-    def _is_known(self, line: str) -> bool:
-        if line not in self._known and self._notes is not None:
-            with contextlib.suppress(OSError), self._notes.open("rb") as notes:
-                notes.seek(self._read)
-                content = notes.read()
-                whole = content.rfind(b"\n") + 1
-                self._known.update(content[:whole].decode("ascii", "replace").splitlines())
-                self._read += whole
-        return line in self._known
-
-    def _note(self, line: str) -> None:
-        if self._notes is not None:
-            with contextlib.suppress(OSError), self._notes.open("a", encoding="ascii") as notes:
-                notes.write(f"{line}\n")  # so short that it is appended as a whole
-
-    @contextlib.contextmanager
-    def _alone(self, sha256: str) -> Iterator[None]:
-        with contextlib.ExitStack() as stack:
-            with contextlib.suppress(OSError):
-                if self._notes is not None:
-                    lock = stack.enter_context((self._notes.parent / "lock").open("a"))
-                    fcntl.lockf(lock, fcntl.LOCK_EX, 1, int(sha256[:6], 16))
-            yield
-
-
-def _notes_of(name: str) -> Path | None:
-    """The file of the notes, which need not be there yet; None where nothing can be noted."""
-    try:
-        boot = BOOT.read_text(encoding="ascii").strip()
-        folder = storage.private_folder("olora_ray") / "verified"
-        folder.mkdir(exist_ok=True)
-        for old in folder.glob("*.txt"):
-            if boot not in old.name:
-                old.unlink(missing_ok=True)
-    except OSError:
-        return None
-    return folder / f"{name}-{boot}.txt"
-
-
-def _line(path: Path, sha256: str) -> str:
-    found = os.stat(path)
-    state = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
-    return " ".join(map(str, (sha256, *state)))
 
 
 # Files of a store's shards on this node: fetched if the store is not local, verified, and mapped into memory.
@@ -226,16 +123,18 @@ class ShardFiles:
 
     def __init__(self, uri: str, digest: str) -> None:
         self.uri, self.digest = uri, digest
+        self._verified = set[int]()
+        """Shards that this process has hashed."""
 
     def open(self, number: int, info: ShardInfo) -> Any:
         """The shard, mapped into memory; raises UserError if it is missing or not what `info` says."""
         try:
             path = self._local(number, info)
-            intact = self._verified.intact(path, info.sha256)
+            intact = number in self._verified or digest_file(path) == info.sha256
             # This node's copy may be damaged while the store's file is good: fetch it once more before giving up.
             if not intact and storage.is_uri(self.uri):
                 path = self._local(number, info, again=True)
-                intact = self._verified.intact(path, info.sha256)
+                intact = digest_file(path) == info.sha256
         except FileNotFoundError:
             raise UserError(
                 f"token store {self.uri}: {shard_name(number)} is missing (does every node see this folder?)"
@@ -244,6 +143,7 @@ class ShardFiles:
             raise UserError(
                 f"token store {self.uri}: {shard_name(number)} is damaged; delete this file and start the run again"
             )
+        self._verified.add(number)
         batch = ipc.open_file(pa.memory_map(str(path))).get_batch(0)
         if batch.num_rows != info.packs:
             raise UserError(f"token store {self.uri}: {shard_name(number)} does not belong to its manifest.json")
@@ -262,18 +162,9 @@ class ShardFiles:
             node_cache.make_room(root, root.glob("*/*.arrow"))
 
         if again or (path.exists() and path.stat().st_size != info.bytes):
+            self._verified.discard(number)
             path.unlink(missing_ok=True)
         return node_cache.cached(path, fetch)
-
-    @cached_property
-    def _verified(self) -> Verified:
-        return Verified(self.digest)
-
-
-OPEN_SHARDS = max(FEW_SHARDS, 2 * WINDOW)
-"""Shards that a process keeps mapped."""
-LOOKS_AT_ONCE = 32
-"""Shards of a growing store that are looked for at the same time."""
 
 
 @dataclass(frozen=True)
@@ -302,10 +193,10 @@ class TokenStore:
         self.uri, self.digest, self.shard_count = uri, outline.digest, outline.shards
         self.max_length, self.files = outline.max_length, outline.files
         self._outline, self._manifest = outline, manifest
-        self._known = Front.of(manifest.shards if manifest else shards, outline.shards)
+        self._known = Front(manifest.shards if manifest else shards)
         self._lock = threading.Lock()
         self._files = ShardFiles(uri, outline.digest)
-        self._map = lru_cache(OPEN_SHARDS)(self._opened)
+        self._map = lru_cache(max(FEW_SHARDS, 2 * WINDOW))(self._opened)
         self._pass = lru_cache(2)(self._windowed)  # a step may lie in two
 
     @classmethod
@@ -330,7 +221,7 @@ class TokenStore:
 
     def __reduce__(self) -> tuple[Callable[..., "TokenStore"], tuple[Any, ...]]:
         """The address and what is known; shards are mapped again where it arrives."""
-        shards = () if self._manifest else self._known.all()
+        shards = () if self._manifest else self._known.shards
         return TokenStore, (self.uri, self._outline, shards, self._manifest)
 
     @property
@@ -341,7 +232,7 @@ class TokenStore:
     @property
     def available_shards(self) -> int:
         """Number of shards at the front that were there at the last look."""
-        return len(self._known)
+        return len(self._known.shards)
 
     @property
     def available(self) -> int:
@@ -352,7 +243,7 @@ class TokenStore:
     def total(self) -> int | None:
         """Number of sequences of the store; None while shards are missing."""
         known = self._known
-        return int(known.ends[-1]) if len(known) == self.shard_count else None
+        return int(known.ends[-1]) if len(known.shards) == self.shard_count else None
 
     @property
     def manifest(self) -> Manifest:
@@ -369,12 +260,12 @@ class TokenStore:
         """
         with self._lock:
             if self._manifest is None and (found := self._found_manifest()):
-                self._known, self._manifest = Front.of(found.shards, self.shard_count), found
+                self._known, self._manifest = Front(found.shards), found
             found_all, width = self._manifest is not None, 1
             while not found_all:
                 infos = self._next_shards(width)
-                self._known = self._known.more(infos)
-                found_all, width = len(infos) < width, min(2 * width, LOOKS_AT_ONCE)
+                self._known = Front((*self._known.shards, *infos))
+                found_all, width = len(infos) < width, min(2 * width, 32)
 
     def order(self, seed: int, start: int, stop: int) -> NDArray[np.int64]:
         """The sequences at places start..stop-1 of the endless training order, (stop - start,); see order.py.
@@ -454,11 +345,8 @@ class TokenStore:
         """The next shards that are there, at most `width`."""
         front = self.available_shards
         numbers = range(front, min(front + width, self.shard_count))
-        if len(numbers) < 2:
-            found = [self._shard_info(number) for number in numbers]
-        else:
-            with ThreadPoolExecutor(len(numbers)) as pool:
-                found = list(pool.map(self._shard_info, numbers))
+        with ThreadPoolExecutor(width) as pool:
+            found = list(pool.map(self._shard_info, numbers))
         return [info for info in itertools.takewhile(lambda info: info is not None, found) if info]
 
     def _shard_info(self, number: int) -> ShardInfo | None:

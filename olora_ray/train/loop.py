@@ -12,7 +12,7 @@ from olora_ray.adapter.layer import AdaptedWeight
 from olora_ray.common import collectives
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
-from olora_ray.tokens import layout
+from olora_ray.tokens import plan
 from olora_ray.tokens.collate import Batch, collate
 from olora_ray.tokens.store import TokenStore
 from olora_ray.train import tree
@@ -143,7 +143,7 @@ class Trainer:
 
     def _seed(self, step: int, micro_batch: int) -> None:
         if self.config.adapter.dropout:
-            torch.manual_seed(layout.key("dropout", self.config.run.seed, step, micro_batch) >> 1)  # of 63 bits
+            torch.manual_seed(plan.key("dropout", self.config.run.seed, step, micro_batch) >> 1)  # of 63 bits
 
 
 def train_mode(adapted: dict[str, AdaptedWeight], on: bool) -> None:

@@ -1,3 +1,4 @@
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -6,6 +7,7 @@ import pytest
 
 from olora_ray.common.errors import UserError
 from olora_ray.data.chat_template import DEFAULT, ChatTemplate
+from olora_ray.data.tokenizer_spec import spec_from_pretrained
 from tests.tokens import helpers
 
 SMOLLM2 = (
@@ -168,3 +170,36 @@ def test_dates_stand_still() -> None:
 def test_a_broken_template_names_the_model() -> None:
     with pytest.raises(UserError, match=r"chat template of org/model is not valid: .*endfor"):
         ChatTemplate("{% for x in messages %}", SPECIAL, "org/model")
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ 10 ** 300000000 }}",
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{{ 'a' * 3000000000 }}",
+        "{{ messages[0].content.center(2000000) }}",
+    ],
+)
+def test_a_hostile_template_is_refused_in_one_line(source: str) -> None:
+    message = "^model.name: the chat template of tiny takes more than 2 s or 1 GiB"
+    for spec in (helpers.spec(source), helpers.spec(tool_template=source)):
+        with pytest.raises(UserError, match=message) as caught:
+            spec.check_templates()
+        assert "\n" not in str(caught.value)
+
+
+def test_the_tokenizer_of_a_model_with_a_hostile_template_is_refused(transformers_tokenizer: Any) -> None:
+    hostile = copy.copy(transformers_tokenizer)
+    hostile.chat_template = "{{ 'a' * 3000000000 }}"
+    with pytest.raises(UserError, match="takes more than 2 s or 1 GiB"):
+        spec_from_pretrained(hostile)
+
+
+@pytest.mark.parametrize("source", ["{{ raise_exception('no') }}", "{{ 1 / 0 }}", "{% for x in messages %}"])
+def test_a_template_that_raises_is_judged_where_its_error_can_be_shown(
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "jinja2.py").write_text("raise SystemExit(9)")  # what lies in the current folder is not imported
+    monkeypatch.chdir(tmp_path)
+    helpers.spec(source).check_templates()

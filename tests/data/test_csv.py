@@ -99,7 +99,6 @@ def test_what_csv_writer_wrote(
     sink = io.StringIO(newline="")
     csv.writer(sink, lineterminator=end, quoting=quoting).writerows([["x", "y", "z"], *rows])  # type: ignore[arg-type]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scan, "STEP", 2)
         patch.setattr(scan, "UNITS_WANTED", 4)
         patch.setattr(scan, "UNIT_ROWS", 4)
         check(tmp_path_factory.getbasetemp(), sink.getvalue().removesuffix(end if cut else ""))

@@ -60,13 +60,6 @@ def test_a_last_row_needs_no_newline(look: str, name: str, tmp_path: Path) -> No
     LOOKS[look](config_of(tmp_path, name, WHOLE[name]))
 
 
-def test_the_first_look_sees_the_end_of_a_large_file(tmp_path: Path) -> None:
-    content = ROWS.encode() * (10 * 2**20 // len(ROWS))
-    first_look.check(config_of(tmp_path, "a.jsonl", content))
-    with pytest.raises(UserError, match=r"a\.jsonl: the file ends in the middle of a row"):
-        first_look.check(config_of(tmp_path, "a.jsonl", content[:-3]))
-
-
 @pytest.mark.parametrize(
     "content", [b'[\n{"text": "a"},\n{"text": "b"}]', b'{\n"text": "a"\n}', b'{"text": "a"}\n' * 9 + b"{'text': 'b'}"]
 )

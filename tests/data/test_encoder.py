@@ -127,17 +127,6 @@ def test_what_is_tokenised_together_has_the_tokens_of_each_alone(
     tokenizer.ahead([])
 
 
-def test_texts_that_are_tokenised_together_are_not_tokenised_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer = make("byte-level")
-    begun = tokenizer.begin(Chat(tuple(conversation("hi", "hello", "more", "bye"))))
-    tokenizer.ahead([begun])
-    monkeypatch.setattr(tokenizer._encoder, "_tokenizer", None)
-    with pytest.raises(Rejected):
-        tokenizer._encoder.encode("another")
-    monkeypatch.setattr(tokenizer, "_require_own", lambda *_: None)  # which asks for texts of tokens
-    assert len(begun.finish()) == 1
-
-
 @pytest.mark.parametrize("kind", ["byte-level", "byte-level-trimmed"])
 def test_a_blank_at_the_end_of_a_prompt_is_the_prompts(kind: str) -> None:
     """The usual labels behind "Sentiment: " were joined with its blank, and then not trained on."""

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from olora_ray.config.schema import Config
-from olora_ray.data import scan, units
+from olora_ray.data import scan
+from olora_ray.data.reader import FileScan
 from olora_ray.data.sources import File
-from olora_ray.data.units import FileScan
 from olora_ray.tokens import preview
 from olora_ray.tokens.prepare import plan_here
 from tests.tokens import helpers
@@ -53,7 +53,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_an_unchanged_corpus_is_not_read_again(
     large_from: int, config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(units, "BELIEVED_FROM", large_from)
+    monkeypatch.setattr(scan, "BELIEVED_FROM", large_from)
     first = digest(config)
     assert len(kept(config)) == 5
     names = read(monkeypatch)
@@ -86,7 +86,7 @@ def test_other_content_of_the_same_size_and_time(
     believed: bool, config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As `cp -p` and `rsync -t` leave it: seen by the inode. Of a large file each node may have its own copy."""
-    monkeypatch.setattr(units, "BELIEVED_FROM", 1 if believed else 2**40)
+    monkeypatch.setattr(scan, "BELIEVED_FROM", 1 if believed else 2**40)
     path = Path(config.data.train[0].path, "3.jsonl")
     first, before = digest(config), path.stat()
     path.write_text(path.read_text().replace("q1", "q2"))

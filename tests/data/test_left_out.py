@@ -4,8 +4,6 @@ from typing import Any
 
 import pytest
 
-from olora_ray.common.errors import UserError
-from olora_ray.data import template_probe
 from olora_ray.data.formats import Chat, Rejected
 from olora_ray.data.tokenize import ExampleTokenizer
 from tests.data.test_chat_template import ALL, conversation
@@ -42,7 +40,7 @@ def text(template: str, *heads: tuple[str, str], tools: Any = None, **changes: A
 )
 def test_the_role_under_which_a_template_writes_a_developer(template: str, role: str | None) -> None:
     """One that refuses the role says why itself."""
-    assert template_probe.developer_role(template, {}, "tiny") == role
+    assert helpers.spec(template).chat_form(tools=False).developer == role
 
 
 def test_a_developer_whom_the_template_does_not_know_is_the_system() -> None:
@@ -93,20 +91,15 @@ NESTED = "{% for tool in tools or [] %}{{ tool.function.name }}{% endfor %}"
     ],
 )
 def test_tools_that_a_template_writes_somewhere_are_not_left_out(written: str) -> None:
-    assert not template_probe.leaves_tools_out(written + helpers.CHATML, {}, "tiny")
+    assert helpers.spec(written + helpers.CHATML).chat_form(tools=True).writes_tools
 
 
 def test_a_template_that_refuses_every_conversation_is_judged_by_rows() -> None:
     refuses = "{{ raise_exception('no ' + (tools | string)) }}"
-    assert not template_probe.leaves_tools_out(refuses, {}, "tiny")
-    assert template_probe.developer_role(refuses, {}, "tiny") == "developer"
+    form = helpers.spec(refuses).chat_form(tools=True)
+    assert (form.writes_tools, form.developer) == (True, "developer")
 
 
 def test_tools_are_looked_for_in_the_template_for_tools() -> None:
     found = text(helpers.CHATML, tools=(TOOL,), tool_template=NESTED + helpers.CHATML)
     assert found.startswith("weather<|im_start|>")
-
-
-def test_a_template_that_takes_too_much_is_not_looked_at() -> None:
-    with pytest.raises(UserError, match="takes more than 2 s or 1 GiB"):
-        template_probe.developer_role("{{ 'a' * 3000000000 }}", {}, "tiny")

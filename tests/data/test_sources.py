@@ -21,10 +21,9 @@ from olora_ray.common.errors import UserError
 from olora_ray.config.load import override
 from olora_ray.config.schema import Source
 from olora_ray.data import reader, scan, sources
-from olora_ray.data import units as kept_scans
 from olora_ray.data.formats import Rejected
+from olora_ray.data.reader import Units
 from olora_ray.data.tokenizer_spec import TokenizerSpec
-from olora_ray.data.units import Units
 from olora_ray.tokens.prepare import prepare
 from tests.said import said
 from tests.tokens import helpers
@@ -396,19 +395,6 @@ def test_the_digest_of_a_file_is_that_of_its_bytes(tmp_path: Path) -> None:
             write(tmp_path / name)
             [file] = sources.list_files(source(tmp_path / name), "x", "")
             assert scan.scan(file, "").sha256 == hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
-
-
-def test_the_scan_of_a_file_is_kept_until_the_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kept_scans, "SETTLED", -60.0)
-    path = helpers.write_jsonl(tmp_path / "a.jsonl", ROWS)
-    [file] = sources.list_files(source(path), "x", "")
-    first = scan.scan(file, str(tmp_path))
-    monkeypatch.setattr(scan, "_scan", lambda file: pytest.fail("scanned again"))
-    assert scan.scan(file, str(tmp_path)) == first
-    monkeypatch.undo()
-    helpers.write_jsonl(path, list(reversed(ROWS)))
-    [file] = sources.list_files(source(path), "x", "")
-    assert scan.scan(file, str(tmp_path)).sha256 != first.sha256
 
 
 def test_a_cheap_look_estimates_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

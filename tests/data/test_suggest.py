@@ -7,7 +7,6 @@ import pytest
 from olora_ray.data.formats import FIELDS, NEEDED, OTHER_NAMES, columns, file, to_example
 
 TURNS = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
-ROLES = [{"role": "human", "content": "q"}, {"role": "gpt", "content": "a"}]
 MESSAGES = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 
 
@@ -28,12 +27,6 @@ MESSAGES = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "
         ("messages", {"text": "some text"}, "format: text"),
         ("prompt_completion", {"text": "x", "query": "q", "label": "a"}, "fields: {prompt: query, completion: label}"),
         ("messages", {"conversations": TURNS}, "format: sharegpt"),
-        (
-            "messages",
-            {"messages": ROLES},
-            "format: sharegpt, fields: {conversations: messages, from: role, value: content}",
-        ),
-        ("sharegpt", {"conversations": MESSAGES}, "fields: {from: role, value: content}"),
         ("sharegpt", {"messages": MESSAGES}, "format: messages"),
     ],
 )

@@ -9,7 +9,6 @@ import pytest
 from tokenizers import Tokenizer
 
 from olora_ray.common.errors import UserError
-from olora_ray.data import template_probe
 from olora_ray.data.chat_template import DEFAULT
 from olora_ray.data.formats import Chat, Completion, Rejected, Text
 from olora_ray.data.tokenize import ExampleTokenizer, Tokens
@@ -296,7 +295,7 @@ AS_TEXT = "call.function.arguments + ''"
 def test_arguments_of_tool_calls_have_the_form_that_the_template_writes(written: str, parsed: bool) -> None:
     """As vLLM and others serve them: JSON text within a template that quotes texts would be quoted twice."""
     spec = helpers.spec(_calling(written))
-    assert spec.parses_arguments(tools=False) is parsed
+    assert spec.chat_form(tools=False).parses_arguments is parsed
     call: dict[str, Any] = {"type": "function", "function": {"name": "f", "arguments": CALL}}
     messages = [*conversation("hi"), {"role": "assistant", "content": "", "tool_calls": [call]}]
     [tokens] = ExampleTokenizer(spec, 1000)(Chat(tuple(messages)))
@@ -373,7 +372,7 @@ def test_a_template_that_writes_calls_only_without_content_gets_them_so(argument
 
 
 def test_a_template_that_joins_texts_gets_an_empty_content() -> None:
-    assert not helpers.spec(_calling("''")).wants_null(tools=False)
+    assert not helpers.spec(_calling("''")).chat_form(tools=False).wants_null
     [tokens] = tokenizer(_calling("''"))(Chat((*conversation("hi"), calling("weather"))))
     assert marked(tokens).endswith("[[weather<|im_end|>]]\n")
 
@@ -386,13 +385,10 @@ def test_arguments_that_are_no_object_stay() -> None:
         "f",
         {"arguments": {}},
     ]
-    assert template_probe.with_objects([{"tool_calls": calls}, {"content": "x"}]) == [
-        {"tool_calls": calls},
-        {"content": "x"},
-    ]
-    assert template_probe.with_objects([{"tool_calls": [{"arguments": '{"a": 1}'}]}]) == [
-        {"tool_calls": [{"arguments": {"a": 1}}]}
-    ]
+    form = helpers.spec(_calling(AS_OBJECT)).chat_form(tools=False)
+    for given, written in ((calls, calls), ([{"arguments": '{"a": 1}'}], [{"arguments": {"a": 1}}])):
+        made = form(Chat(({"role": "assistant", "content": "", "tool_calls": given}, *conversation("x"))))
+        assert made.messages == ({"role": "assistant", "content": "", "tool_calls": written}, *conversation("x"))
 
 
 def test_a_tokenizer_without_template_gets_a_plain_one_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
@@ -419,7 +415,7 @@ def test_a_token_with_an_absurd_id_is_refused() -> None:
     """Writing this one as JSON would take 8 GiB."""
     content = json.loads(helpers.spec().json)
     content["model"]["vocab"]["far"] = 2**31
-    with pytest.raises(UserError, match="gives the token 'far' the id 2147483648, above 16777216"):
+    with pytest.raises(UserError, match="of org/base has the token id 2147483648, and no model has so many tokens"):
         spec_from_pretrained(fake(backend_tokenizer=Tokenizer.from_str(json.dumps(content))))
 
 

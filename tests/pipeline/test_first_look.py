@@ -81,7 +81,7 @@ MISTAKES: dict[str, tuple[str, Callable[[Path], None], dict[str, Any], list[str]
         "a.jsonl",
         lines({"messages": [{"role": "human", "content": "q"}, {"role": "gpt", "content": "a"}]}),
         {},
-        ["unknown role 'human'", "set format: sharegpt, fields: {conversations: messages, from: role, value: content}"],
+        ["unknown role 'human'", "'human' is a role of format sharegpt"],
     ),
 }
 

@@ -13,10 +13,9 @@ import pytest
 from olora_ray.config.schema import Config
 from olora_ray.data.reader import read_unit
 from olora_ray.data.tokenizer_spec import TokenizerSpec
-from olora_ray.tokens import layout as rng
-from olora_ray.tokens.plan import Plan, taken, warn_of_empty
+from olora_ray.tokens import plan as rng
+from olora_ray.tokens.plan import Plan, taken
 from olora_ray.tokens.prepare import plan_here, prepare
-from tests.said import said
 from tests.tokens import helpers
 
 ROWS = 4000
@@ -154,16 +153,6 @@ def test_only_a_weight_that_is_not_whole_is_another_store_than_before(tmp_path: 
     assert found["drawn_by"] == "hash"
     [found], sha256 = described(table, 1.0)
     assert found["files"] == [["csv", sha256]]
-
-
-def test_a_weight_that_leaves_nothing_of_a_source_is_said(tmp_path: Path) -> None:
-    small = as_lines(tmp_path / "small.jsonl", ["a", "b", "c"])
-    large = as_lines(tmp_path / "large.jsonl", [str(n) for n in range(ROWS)])
-    config = helpers.config(tmp_path / "runs", source(large, 0.05), source(small, 1e-6))
-    with said() as lines:
-        warn_of_empty(plan_here(config, helpers.spec(), "train"), "data.train")
-    assert len(lines) == 1
-    assert f"data.train.1.weight: 1e-06 leaves no row of the 3 of {small} in train" in lines[0]
 
 
 def test_a_mask_is_the_same_however_the_places_are_cut() -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from olora_ray.data.units import UNIT, Unit, Units
-from olora_ray.tokens import layout, plan, shard
+from olora_ray.data.reader import UNIT, Unit, Units
+from olora_ray.tokens import plan, shard
 from olora_ray.tokens.plan import Plan
 from olora_ray.tokens.prepare import plan_here
 from tests.tokens import helpers
@@ -82,4 +82,4 @@ def test_shards_are_a_sequence(made: Plan) -> None:
         shards[len(shards)]
     assert sum(found.bytes for found in shards) == sum(piece.unit.size for found in shards for piece in found)
     assert made.rows == pytest.approx(900 + 750 + 25)
-    assert layout.turns(2.5) == [1.0, 1.0, 0.5]
+    assert plan.turns(2.5) == [1.0, 1.0, 0.5]

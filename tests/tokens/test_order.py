@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from olora_ray.tokens import layout
+from olora_ray.tokens import plan
 from olora_ray.tokens.store import order
 
 
@@ -34,7 +34,7 @@ def test_epochs_and_seeds_differ() -> None:
 def test_orders_never_change() -> None:
     """They are part of what makes a run repeatable: a new version must not change them."""
     assert order(10, 17, 10, 20).tolist() == GOLDEN_ORDER
-    assert layout.permutation(8, layout.key("rows", 17, 0)).tolist() == GOLDEN_SHUFFLE
+    assert plan.permutation(8, plan.key("rows", 17, 0)).tolist() == GOLDEN_SHUFFLE
 
 
 GOLDEN_ORDER = [9, 4, 8, 0, 3, 5, 1, 2, 6, 7]
@@ -43,8 +43,8 @@ GOLDEN_SHUFFLE = [3, 0, 7, 4, 5, 1, 6, 2]
 
 def test_chosen_is_the_wanted_share_and_depends_on_each_counter_alone() -> None:
     counters = np.arange(100_000)
-    drawn = layout.bernoulli_mask(0.05, 7, counters)
+    drawn = plan.bernoulli_mask(0.05, 7, counters)
     assert abs(drawn.mean() - 0.05) < 0.003
-    assert (layout.bernoulli_mask(0.05, 7, counters[500:900]) == drawn[500:900]).all()
-    assert layout.bernoulli_mask(1.0, 7, counters).all()
-    assert not layout.bernoulli_mask(0.0, 7, counters).any()
+    assert (plan.bernoulli_mask(0.05, 7, counters[500:900]) == drawn[500:900]).all()
+    assert plan.bernoulli_mask(1.0, 7, counters).all()
+    assert not plan.bernoulli_mask(0.0, 7, counters).any()

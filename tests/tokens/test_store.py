@@ -16,9 +16,8 @@ from olora_ray.config.load import override
 from olora_ray.config.schema import Config
 from olora_ray.data.tokenizer_spec import TokenizerSpec
 from olora_ray.tokens import manifest as totals
-from olora_ray.tokens import prepare as preparation
 from olora_ray.tokens import prepare as writer
-from olora_ray.tokens import preview, ray_map
+from olora_ray.tokens import preview
 from olora_ray.tokens.manifest import shard_name
 from olora_ray.tokens.prepare import prepare
 from olora_ray.tokens.store import TokenStore
@@ -275,7 +274,7 @@ def test_nothing_held_out(tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
 
 def test_reading_needs_no_ray_and_no_transformers() -> None:
     code = (
-        "import sys; from olora_ray.tokens import store, writer; print([m for m in sys.modules if m in sys.argv[1:]])"
+        "import sys; from olora_ray.tokens import store, prepare; print([m for m in sys.modules if m in sys.argv[1:]])"
     )
     unwanted = ["ray", "transformers", "mlflow", "datasets", "torch", "tokenizers", "pandas"]
     done = subprocess.run([sys.executable, "-c", code, *unwanted], capture_output=True, text=True, check=True)
@@ -296,10 +295,10 @@ def test_any_number_of_cpus_and_tasks_gives_the_same_bytes(
     here = prepare(corpus, tiny_spec, "train")
     expected = content(here.uri)
     monkeypatch.setattr(writer, "MAKE_HERE", 0)
-    monkeypatch.setattr(preparation, "SCAN_HERE", 0)
+    monkeypatch.setattr(writer, "SCAN_HERE", 0)
     monkeypatch.setattr(totals, "SECONDS_BETWEEN_LINES", 0.0)
     ray_with(cpus)
-    monkeypatch.setattr(ray_map, "TASKS", tasks)
+    monkeypatch.setattr(writer, "TASKS", tasks)
     run = corpus.run.model_copy(update={"storage": str(tmp_path / "spread")})
     with said() as lines:
         store = prepare(corpus.model_copy(update={"run": run}), tiny_spec, "train")

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from olora_ray.tokens import store as orders
 from olora_ray.tokens.manifest import Outline, ShardInfo
-from olora_ray.tokens.store import FEW_SHARDS, OPEN_SHARDS, WINDOW, TokenStore, WindowedPass, order
+from olora_ray.tokens.store import FEW_SHARDS, WINDOW, TokenStore, WindowedPass, order
 from tests.tokens.test_order import GOLDEN_ORDER
 
 SEED = 17
@@ -89,14 +89,14 @@ GOLDEN_FIFTH = [1547, 2206, 10152, 5636]
 
 
 def test_few_shards_are_open_at_a_time_and_each_is_opened_once() -> None:
-    """By a reader that keeps OPEN_SHARDS, and takes every third sequence, as one of three workers does."""
+    """By a reader that keeps two windows, and takes every third sequence, as one of three workers does."""
     opened, kept = 0, OrderedDict[int, None]()
     for shard in shards_of(pass_of(1))[::3].tolist():
         if shard not in kept:
             opened += 1
             kept[shard] = None
         kept.move_to_end(shard)
-        if len(kept) > OPEN_SHARDS:
+        if len(kept) > 2 * WINDOW:
             kept.popitem(last=False)
     assert opened <= large().shard_count
     step = 1000

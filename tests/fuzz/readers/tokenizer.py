@@ -108,6 +108,7 @@ def _few(inner: dict[str, Any]) -> dict[str, int]:
 def read(content: Any, place: Path, made: Any) -> None:
     """Tokens of two chats, a completion and a text; a text is that of a tokenizer.json."""
     spec = _loaded(content, place / "model") if isinstance(content, str) else content
+    spec.check_templates()
     tokenize = ExampleTokenizer(spec, 256)
     for row in CHATS:
         tokenize(to_example("messages", row, {}))
