@@ -320,7 +320,10 @@ def _size(config: Config, base: BaseModel, wanted: Resources, answers: Answers) 
     planned = estimate(config, base, gpu="GPU" in wanted)
     size = with_recomputation(config, base, planned, wanted, answers)
     if size.problem:
-        logger.info(f"memory: activations by a formula, rather too much: the model's code cannot tell ({size.problem})")
+        logger.info(
+            f"memory: the plan is without {size.problem}: the model's code does not run without numbers; if memory runs"
+            " out, set train.activation_checkpointing=true or lower train.micro_batch"
+        )
     if size is not planned:
         logger.info(
             f"train.activation_checkpointing: auto: blocks are run again in the backward pass: a step takes"

@@ -10,14 +10,12 @@ import pytest
 from olora_ray.adapter import export_preflight
 from olora_ray.common import node_cache
 from olora_ray.model.source import BaseModel
-from olora_ray.train import estimate
 from tests import tiny
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(node_cache, "CACHE", str(tmp_path / "cache"))
-    estimate._estimate.cache_clear()
     return tmp_path / "cache"
 
 
@@ -85,24 +83,3 @@ def test_an_export_that_has_failed_is_tried_again(tmp_path: Path, monkeypatch: p
         patched.setattr(export_preflight, "_found", lambda *given: ["adapter.targets: no"])
         assert [export_preflight.problems(model, config, names) for _ in range(2)] == [["adapter.targets: no"]] * 2
     assert export_preflight.problems(model, config, names) == []
-
-
-def test_a_memory_plan_is_found_again_and_a_damaged_one_is_made_anew(
-    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, measured = base(tmp_path / "model"), list[Any]()
-    real = estimate.measure
-    monkeypatch.setattr(estimate, "measure", lambda *given: measured.append(given) or real(*given))
-    config = tiny.config(model__name=model.folder)
-
-    def planned() -> int:
-        estimate._estimate.cache_clear()  # as in another process
-        return estimate.estimate(config, model, gpu=False).activation_bytes
-
-    first = planned()
-    assert planned() == first
-    assert len(measured) == 1
-    (file,) = (cache / "memory-plans").iterdir()
-    file.write_text("[")
-    assert planned() == first
-    assert len(measured) == 2
