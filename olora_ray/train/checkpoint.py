@@ -34,10 +34,6 @@ from olora_ray.train.loop import Trainer
 # State of a run: all that resuming needs beside the tensors of adapter and optimizer.
 
 
-LARGEST_LOSS = 80.0
-"""From which on a perplexity stays the same: the exponential would soon not be a number."""
-
-
 @dataclass
 class TrainState:
     """Where a run is.
@@ -83,8 +79,8 @@ class TrainState:
 
 
 def perplexity(loss: float) -> float:
-    """Of a mean loss per token."""
-    return math.exp(min(loss, LARGEST_LOSS))
+    """The perplexity of a mean loss per token; a finite number whatever the loss."""
+    return math.exp(min(loss, 80.0))
 
 
 FORMAT = 1

@@ -16,7 +16,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -231,10 +231,6 @@ def sweep(place: str) -> None:
 
 Saved = Callable[[int, float], None]
 """Called with the step of a checkpoint that is written, and the seconds that it took."""
-PAUSES = (1.0, 2.0, 4.0, 8.0)
-"""Seconds between the attempts to write a checkpoint."""
-ATTEMPT_SECONDS = 120.0
-"""After so many seconds no other attempt is made: the training waits for the one that is under way."""
 
 
 class _AbandonedError(Exception):
@@ -244,12 +240,20 @@ class _AbandonedError(Exception):
 class CheckpointManager:
     """Writes the checkpoints of a run, one at a time, in a thread."""
 
-    def __init__(self, place: str, keep: int, saved: Saved = lambda step, seconds: None) -> None:
+    def __init__(
+        self,
+        place: str,
+        keep: int,
+        saved: Saved = lambda step, seconds: None,
+        pauses: Sequence[float] = (1.0, 2.0, 4.0, 8.0),
+    ) -> None:
         """`place` is the folder of the checkpoints, path or URI; `keep` the number of good ones that stay.
 
-        Removes what killed processes have left half-written there.
+        `pauses` are the seconds between the attempts to write one to a disk; requests to an object store are repeated
+        by common/patience.py. Removes what killed processes have left half-written there.
         """
         self.place, self.keep, self.saved = place, keep, saved
+        self.pauses = () if storage.is_uri(place) else pauses
         self._good: set[str] = set()  # names that this process has written or verified
         self._thread: threading.Thread | None = None
         self._problem: OSError | SafetensorError | None = None
@@ -302,7 +306,7 @@ class CheckpointManager:
 
     def _try(self, step: int, write: Callable[[Path], None]) -> None:
         began = time.perf_counter()
-        for number, pause in enumerate((*PAUSES, None), 1):
+        for number, pause in enumerate((*self.pauses, None), 1):
             try:
                 put(partial(self._fill, write), storage.join(self.place, name_of(step)))
             except _AbandonedError:
@@ -310,7 +314,7 @@ class CheckpointManager:
             except (OSError, SafetensorError) as error:
                 if self._abandoned.is_set():
                     return
-                if pause is None or time.perf_counter() - began > ATTEMPT_SECONDS:
+                if pause is None:
                     self._problem = error
                     there = names_now(self.place)
                     last = f"the last one is {there[-1]}" if there else "there is none yet"

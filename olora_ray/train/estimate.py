@@ -31,12 +31,13 @@ from olora_ray.model.source import BaseModel
 from olora_ray.tokens.collate import FLAT_ATTENTION, Batch, collate
 from olora_ray.tokens.store import Pack
 from olora_ray.train import base_files, parallel
-from olora_ray.train.base_files import blocks_to_shard, load_frozen, packed_size
+from olora_ray.train.base_files import blocks_to_shard
 from olora_ray.train.data_driven import refuse
 from olora_ray.train.fake_model import FakeModel, GroupedProducts, LiveBytes, at_blocks
 from olora_ray.train.generate import AT_ONCE, decoding, wanted
 from olora_ray.train.loop import train_mode
 from olora_ray.train.loss import SupervisedLoss, chunk_rows
+from olora_ray.train.parallel import load_frozen, packed_size
 from olora_ray.train.tree import most_held
 
 # What a training takes beside the base and the adapter: found by running a step, and answers, with fake tensors.
@@ -86,7 +87,7 @@ def _small_enough(config: Config) -> tuple[Config, float]:
 
     Tokens and borders of segments have memory and take time even here.
     """
-    length, most = config.data.max_length, 2**18
+    length, most = config.data.max_length, 2**16
     tokens = config.train.micro_batch * length
     if tokens <= most:
         return config, 1.0

@@ -16,9 +16,9 @@ from olora_ray.tokens import layout
 from olora_ray.tokens.collate import Batch, collate
 from olora_ray.tokens.store import TokenStore
 from olora_ray.train import tree
-from olora_ray.train.loader import StepData, StepLoader
+from olora_ray.train.loader import Schedule, StepData, StepLoader
 from olora_ray.train.loss import SupervisedLoss
-from olora_ray.train.optim import AdamW, FlatAdapters, Schedule, precondition
+from olora_ray.train.optim import AdamW, FlatAdapters, precondition
 
 
 @dataclass(frozen=True)

@@ -137,14 +137,13 @@ class SelfTest:
 
 CHUNK_LOGITS = 2**23
 """Logits in one chunk on a CPU: 32 MiB in float32. They decide its rows, and so the bits of the loss."""
-ROWS_ON_GPU = 1024
-"""At least so many rows in one chunk on a GPU: each chunk reads the head's weights, twice, and a GPU can do 300
-multiplications for each byte that it reads. The logits of a large vocabulary, 128k, take 512 MiB then in float32."""
 
 
 def chunk_rows(vocabulary: int, device: torch.device) -> int:
     """How many positions go through an output head at once."""
-    return max(ROWS_ON_GPU if device.type == "cuda" else 64, CHUNK_LOGITS // vocabulary)
+    # Each chunk reads the head's weights, twice, and a GPU can do 300 multiplications for each byte that it reads. The
+    # logits of a large vocabulary, 128k, take 512 MiB then in float32.
+    return max(1024 if device.type == "cuda" else 64, CHUNK_LOGITS // vocabulary)
 
 
 class SupervisedLoss(nn.Module):

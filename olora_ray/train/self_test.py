@@ -88,8 +88,6 @@ def one_pack(examples: Sequence[Ids]) -> Pack:
 MARGIN, MARGIN_OF_EXPERTS = 10.0, 40.0
 """A mean difference may be this many times what rounding explains (observed: up to 4 times, and 10 times where
 rounding decides which expert a token goes to)."""
-FLOOR = 2.0**-19
-"""Smallest difference of a loss that counts, relative to 1 + the loss: sums in float32 are taken in another order."""
 
 
 def choose_attention(loss: SupervisedLoss, packs: Sequence[Pack], config: AnyConfig, device: torch.device) -> SelfTest:
@@ -186,7 +184,7 @@ class _Trial:
         self.own = self._own_losses()
         with _rounded(self.loss.model):
             noise = self._own_losses()
-        floor = FLOOR * (1 + float(self.own.mean()))
+        floor = 2.0**-19 * (1 + float(self.own.mean()))  # sums in float32 are taken in another order
         margin = MARGIN_OF_EXPERTS if _routes(self.loss.model) else MARGIN
         self.explained = margin * float((noise - self.own).abs().mean()) + floor
 

@@ -29,16 +29,12 @@ import torch
 from torch import Tensor
 
 from olora_ray.common import collectives
+from olora_ray.train.loader import share
 
 Value = TypeVar("Value")
 TAKEN_OVER = 2
 """Nodes of a sum that was broken off which are taken over at most, the largest: each takes memory, and where shares are
 powers of two there is one."""
-
-
-def share(leaves: int, worker: int, workers: int) -> range:
-    """The leaves of a worker; none for some if there are more workers than leaves."""
-    return range(worker * leaves // workers, (worker + 1) * leaves // workers)
 
 
 def joined(left: range, right: range, leaves: int) -> range | None:

@@ -7,8 +7,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from olora_ray.tokens.collate import collate
-from olora_ray.train.loader import StepLoader
-from olora_ray.train.optim import Schedule
+from olora_ray.train.loader import Schedule, StepLoader
 from tests import tiny
 
 

@@ -225,12 +225,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def test_a_full_disk_is_tried_again_then_told_and_the_good_one_stays(
-    small_disk: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(checkpoints, "PAUSES", (0.01, 0.01))
+def test_a_full_disk_is_tried_again_then_told_and_the_good_one_stays(small_disk: Path) -> None:
     filled(str(small_disk), 2)
-    found = CheckpointManager(str(small_disk), 1)
+    found = CheckpointManager(str(small_disk), 1, pauses=(0.01, 0.01))
     with said() as lines:
         found.save(4, writer(4, numbers=20_000))
         with pytest.raises(UserError, match=r"run\.storage: the last checkpoint cannot be written .*: .*[Nn]o space"):
@@ -242,11 +239,10 @@ def test_a_full_disk_is_tried_again_then_told_and_the_good_one_stays(
     assert newest is not None
 
 
-def test_room_that_comes_back_in_time_is_used(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoints, "PAUSES", (0.2, 0.2, 0.2, 0.2))
+def test_room_that_comes_back_in_time_is_used(small_disk: Path) -> None:
     ballast = small_disk / "ballast"
     ballast.write_bytes(b"x" * 190_000)
-    found = CheckpointManager(str(small_disk), 1)
+    found = CheckpointManager(str(small_disk), 1, pauses=(0.2,) * 4)
     with said(lambda line: ballast.unlink(missing_ok=True)) as lines:
         found.save(4, writer(4, numbers=2000))
         found.finish()
@@ -483,8 +479,6 @@ class TestObjectStore:
         self, s3_server: Server, place: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(patience, "PATIENCE", 0.0)
-        monkeypatch.setattr(checkpoints, "PAUSES", (0.01,) * 9)
-        monkeypatch.setattr(checkpoints, "ATTEMPT_SECONDS", 0.5)
         found = filled(place, 2)
         s3_server.faults = Faults(refuse=-1)
         with said() as lines:

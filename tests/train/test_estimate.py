@@ -156,8 +156,7 @@ def _train(folder: str, rank: int) -> tuple[int, int]:
 
     from olora_ray.common.malloc import keep_freed_memory
     from olora_ray.model.load import load_model
-    from olora_ray.train.loader import StepLoader
-    from olora_ray.train.optim import Schedule
+    from olora_ray.train.loader import Schedule, StepLoader
     from tests.tiny import trainer
 
     keep_freed_memory()

@@ -14,9 +14,8 @@ from olora_ray.adapter import layer as layer_module
 from olora_ray.adapter.experts import AdaptedStack
 from olora_ray.adapter.layer import AdaptedWeight
 from olora_ray.train.base_files import decoder_layers
-from olora_ray.train.loader import StepLoader
+from olora_ray.train.loader import Schedule, StepLoader
 from olora_ray.train.loop import Trainer, evaluate
-from olora_ray.train.optim import Schedule
 from tests import tiny
 from tests.families import zoo
 from tests.families.variants import ALL

@@ -16,9 +16,8 @@ from olora_ray.config.schema import Config
 from olora_ray.model import attention as varlen_attention
 from olora_ray.train import checkpoint, tree
 from olora_ray.train.checkpoint import TrainState
-from olora_ray.train.loader import StepLoader, total_steps
+from olora_ray.train.loader import Schedule, StepLoader, total_steps
 from olora_ray.train.loop import StepResult, Trainer, evaluate
-from olora_ray.train.optim import Schedule
 from tests import tiny
 from tests.crew import Crew
 from tests.varlen_on_cpu import varlen_on_cpu

@@ -42,11 +42,11 @@ def settings(**changes: Any) -> Adapter:
 def make(strategy: str = "ddp", attention: str = "segments", at_once: int | None = None, **changes: Any) -> Made:
     loss = SupervisedLoss(tiny.llama(attention=attention))
     place_model(loss, strategy, CPU)
-    kept, data_driven.AT_ONCE = data_driven.AT_ONCE, at_once or data_driven.AT_ONCE
+    kept, data_driven.GRADIENTS_AT_ONCE = data_driven.GRADIENTS_AT_ONCE, at_once or data_driven.GRADIENTS_AT_ONCE
     try:
         return gradient_factors(loss, find_targets(loss.model, "all-linear", RANK), settings(**changes), store(), CPU)
     finally:
-        data_driven.AT_ONCE = kept
+        data_driven.GRADIENTS_AT_ONCE = kept
 
 
 def by_autograd(packs: list[Pack], limit: int) -> dict[str, Tensor]:

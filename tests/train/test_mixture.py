@@ -11,9 +11,8 @@ from torch import Tensor
 from olora_ray.adapter.experts import AdaptedStack
 from olora_ray.train import checkpoint
 from olora_ray.train.checkpoint import TrainState
-from olora_ray.train.loader import StepLoader
+from olora_ray.train.loader import Schedule, StepLoader
 from olora_ray.train.loop import Trainer, evaluate
-from olora_ray.train.optim import Schedule
 from tests import tiny
 from tests.crew import Crew
 from tests.families import zoo

@@ -14,10 +14,9 @@ from torch.distributed.tensor import DTensor
 from olora_ray.adapter.initialise import at_scale, initialise, options_of
 from olora_ray.adapter.inject import find_targets, install, wrap
 from olora_ray.train import parallel
-from olora_ray.train.loader import StepLoader
+from olora_ray.train.loader import Schedule, StepLoader
 from olora_ray.train.loop import Trainer, evaluate
 from olora_ray.train.loss import SupervisedLoss
-from olora_ray.train.optim import Schedule
 from olora_ray.train.parallel import place_model, places
 from tests import tiny
 from tests.crew import Crew

@@ -1,8 +1,6 @@
 """A base that is sharded over the workers trains and answers like one that every worker holds."""
 
-import tomllib
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,9 +15,8 @@ from olora_ray.tokens.collate import collate
 from olora_ray.train import parallel
 from olora_ray.train.base_files import blocks_to_shard, decoder_layers
 from olora_ray.train.generate import Question, answer, decoding
-from olora_ray.train.loader import StepLoader
+from olora_ray.train.loader import Schedule, StepLoader
 from olora_ray.train.loop import Trainer, evaluate
-from olora_ray.train.optim import Schedule
 from olora_ray.train.self_test import bare, check_adapters, choose_attention
 from tests import tiny
 from tests.crew import Crew
@@ -229,20 +226,6 @@ def test_answers_of_a_sharded_base_may_come_before_any_loss(group_of_one: None) 
     assert not hasattr(sharded.loss, "nothing")
     frozen = {name: part.data for name, part in sharded.loss.named_parameters() if not part.requires_grad}
     assert all(isinstance(part, DTensor) is (".layers." in name) for name, part in frozen.items())
-
-
-def test_the_smallest_torch_of_the_project_has_what_sharding_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    pyproject = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
-    (torch_range,) = [text for text in pyproject["project"]["dependencies"] if text.startswith("torch")]
-    assert parallel.strategy_problem("fsdp") is None
-    monkeypatch.setattr("torch.distributed.fsdp.fully_shard", lambda module, *, mesh=None: module)  # as in 2.6
-    monkeypatch.setattr(torch, "__version__", "2.6.0")
-    smallest = torch_range.removeprefix("torch>=").partition(",")[0]
-    assert parallel.strategy_problem("fsdp") == (
-        f"cluster.strategy: fsdp needs torch {smallest} or newer, this is 2.6.0; upgrade torch on all nodes, or set it"
-        " to ddp"
-    )
-    assert parallel.strategy_problem("ddp") is None
 
 
 def test_the_layers_that_are_sharded_are_the_blocks_of_the_model() -> None:

@@ -13,8 +13,8 @@ from peft.optimizers import create_riemannian_optimizer
 from torch import Tensor, nn
 
 from olora_ray.adapter.layer import AdaptedLinear, AdaptedWeight, Factors
-from olora_ray.train.loader import StepLoader
-from olora_ray.train.optim import EPSILON, Schedule, precondition
+from olora_ray.train.loader import Schedule, StepLoader
+from olora_ray.train.optim import precondition
 from tests import tiny
 from tests.crew import Crew
 
@@ -38,7 +38,7 @@ def formula(layer: AdaptedWeight) -> tuple[Tensor, Tensor]:
     a, b = layer.a0 + layer.da, layer.db if layer.b0 is None else layer.b0 + layer.db
     assert layer.da.grad is not None
     assert layer.db.grad is not None
-    eye = EPSILON * torch.eye(RANK, dtype=torch.float64)
+    eye = 1e-6 * torch.eye(RANK, dtype=torch.float64)
     a, b = a.detach().double(), b.detach().double()
     grad_a = torch.linalg.inv(b.mT @ b + eye) @ layer.da.grad.double()
     grad_b = layer.db.grad.double() @ torch.linalg.inv(a @ a.mT + eye)

@@ -22,10 +22,9 @@ from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
 from olora_ray.train import base_files, parallel
 from olora_ray.train.data_driven import new_factors
-from olora_ray.train.loader import StepLoader
+from olora_ray.train.loader import Schedule, StepLoader
 from olora_ray.train.loop import Trainer, evaluate
 from olora_ray.train.loss import LightRMSNorm, SupervisedLoss
-from olora_ray.train.optim import Schedule
 from olora_ray.train.parallel import load_base, own_rows, place_model
 from tests import tiny
 from tests.crew import Crew

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from olora_ray.common import collectives
-from olora_ray.train import tree
+from olora_ray.train import loader, tree
 from olora_ray.train.tree import TreeSum
 from tests.crew import Crew
 
@@ -37,7 +37,7 @@ def test_leaves_are_summed_as_the_definition_says(leaves: int) -> None:
 
 @given(some_leaves, some_workers)
 def test_the_nodes_of_all_workers_are_summed_to_the_same(leaves: int, workers: int) -> None:
-    shares = [tree.share(leaves, worker, workers) for worker in range(workers)]
+    shares = [loader.share(leaves, worker, workers) for worker in range(workers)]
     assert [leaf for own in shares for leaf in own] == list(range(leaves))
     parts = [folded(leaves, own) for own in shares]
     assert tree.nodes_of(leaves, workers) == tuple(tuple(node for node, _ in part) for part in parts)
@@ -93,7 +93,7 @@ def _summed(size: int, leaves: int) -> tuple[Tensor, int]:
     results = []
     for _ in range(2):
         gradient.begin(leaves)
-        for leaf in tree.share(leaves, collectives.rank(), collectives.world_size()):
+        for leaf in loader.share(leaves, collectives.rank(), collectives.world_size()):
             with gradient.leaf(leaf):
                 gradient.whole.add_(value(leaf, size))
         gradient.finish()
@@ -144,10 +144,10 @@ def test_what_was_summed_before_a_worker_was_lost_is_taken_over(
     leaves: int, before: int, after: int, data: st.DataObject
 ) -> None:
     old = data.draw(st.integers(0, before - 1), "worker before")
-    own = tree.share(leaves, data.draw(st.integers(0, after - 1), "worker after"), after)
+    own = loader.share(leaves, data.draw(st.integers(0, after - 1), "worker after"), after)
     gradient = TreeSum(torch.zeros(3))
     gradient.begin(leaves)
-    assert add_up(gradient, tree.share(leaves, old, before)) == list(tree.share(leaves, old, before))
+    assert add_up(gradient, loader.share(leaves, old, before)) == list(loader.share(leaves, old, before))
     gradient.begin(leaves, own)
     written = add_up(gradient, own)
 
