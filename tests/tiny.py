@@ -56,6 +56,11 @@ def _model(model_class: Any, shape: Any, attention: str, dtype: torch.dtype) -> 
     return model.to(dtype).eval().requires_grad_(False)
 
 
+def attention_of(model: Any) -> str:
+    """The attention that a model is set to."""
+    return str(model.config._attn_implementation)
+
+
 def config(**changes: Any) -> Config:
     """A config with dotted changes, written with double underscores: `config(train__lr=1e-3)`."""
     tree: dict[str, dict[str, Any]] = {

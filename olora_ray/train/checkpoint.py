@@ -10,7 +10,6 @@
 A directory whose manifest is missing or does not hold is not a checkpoint. Nothing in it is a pickle.
 """
 
-import errno
 import hashlib
 import json
 import math
@@ -93,12 +92,6 @@ ADAPTER, BEST, OPTIMIZER, STATE, CONFIG, MANIFEST = (
     "manifest.json",
 )
 
-AWAY = frozenset({errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN})
-"""Errors of files that may be good: their mounted storage does not answer."""
-CLOSED = frozenset({errno.EACCES, errno.EPERM})
-"""Those of files of another user."""
-UNREAD = AWAY | CLOSED | {errno.EIO}
-"""All that say nothing of what a file has; a mounted storage that is away may say EIO too, as a damaged disk does."""
 _NAMES = {ADAPTER, BEST, OPTIMIZER, STATE, CONFIG}
 _TEXTS = TypeAdapter(dict[str, str])
 _STATE = TypeAdapter(TrainState)
@@ -197,8 +190,6 @@ def load(folder: Path) -> Checkpoint:
 def require_same(found: Mapping[str, str], wanted: Mapping[str, str], where: str) -> None:
     """Raise UserError that names what is another base, tokenizer, data or adapter than in a checkpoint's identity."""
     changed = [what for what in wanted if found.get(what) != wanted[what]]
-    if model_identity.same(found.get("base model"), wanted.get("base model", "")):
-        changed = [what for what in changed if what != "base model"]
     if "tokenizer" in changed:  # tokens are a consequence of it
         changed = [what for what in changed if not what.endswith("data")]
     if changed:
@@ -220,7 +211,7 @@ def _difference(old: str, new: str) -> str:
 def verify(folder: Path) -> None:
     """Raise UserError unless the folder is a complete checkpoint with the bytes that were written.
 
-    Raises OSError if that cannot be said now.
+    Raises OSError if the storage does not give a file that is there: it may be good.
     """
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
@@ -228,9 +219,7 @@ def verify(folder: Path) -> None:
         whole = manifest["format"] == FORMAT and files.keys() >= {ADAPTER, OPTIMIZER, STATE, CONFIG}
     except FileNotFoundError:
         raise UserError(f"{folder}: not a complete checkpoint (no {MANIFEST})") from None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        if isinstance(error, OSError) and error.errno in UNREAD:
-            raise
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{folder / MANIFEST}: not a checkpoint's manifest") from None
     if not whole or files.keys() - _NAMES or ((folder / BEST).exists() and BEST not in files):
         raise UserError(f"{folder / MANIFEST}: not the manifest of this checkpoint, or of another version of olora_ray")

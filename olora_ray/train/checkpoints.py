@@ -9,6 +9,7 @@ for the controller, and resumes from the checkpoint that was reported last, whet
 """
 
 import contextvars
+import errno
 import json
 import logging
 import os
@@ -31,15 +32,13 @@ from olora_ray.train.checkpoint import Checkpoint
 logger = logging.getLogger(__name__)
 
 PREFIX = "step-"
+AWAY = frozenset({errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN})
+"""Errors of a mounted storage that does not answer now."""
 PRECISIONS = ("float32", "bfloat16", "float16")
 
 
 class Closed(UserError):
     """A checkpoint is there that this user may not read."""
-
-
-class Unread(UserError):
-    """A checkpoint is there that the disk does not give; it may be damaged, or its storage away."""
 
 
 def name_of(step: int) -> str:
@@ -67,14 +66,6 @@ def steps_of(place: str) -> list[int]:
     return [int(number) for number in found if number.isdecimal()]
 
 
-def steps_now(place: str) -> frozenset[int]:
-    """The same, and none where that cannot be said now."""
-    try:
-        return frozenset(steps_of(place))
-    except (OSError, UserError):
-        return frozenset()
-
-
 def names_now(place: str) -> list[str]:
     """As `names`, and none where that cannot be said now."""
     try:
@@ -97,10 +88,9 @@ def precision_now(place: str) -> str | None:
 def latest_good(place: str) -> tuple[str, Checkpoint] | None:
     """The newest checkpoint that can be trusted, and its folder; damaged ones are passed over with a warning.
 
-    Raises TryAgain if the storage does not give one that is there, or of several none: it may be good. Raises Closed
-    for one that this user may not read.
+    Raises TryAgain if the storage does not give one that is there: it may be good. Raises Closed for one that this user
+    may not read.
     """
-    unread: Unread | None = None
     try:
         there = names(place)
     except OSError as error:
@@ -113,9 +103,6 @@ def latest_good(place: str) -> tuple[str, Checkpoint] | None:
             raise
         except UserError as error:
             logger.warning(f"{name} is passed over: {error}")
-            unread = error if isinstance(error, Unread) else unread
-    if unread is not None:  # to begin anew would be to lose all
-        raise TryAgain(f"{unread}, and no other one is good; if it stays so, the disk is damaged: remove {place}")
     return None
 
 
@@ -137,19 +124,17 @@ def copy_from(source: str, place: str, step: int, seconds: float) -> None:
 
 
 def read(folder: str) -> Checkpoint:
-    """The checkpoint in a folder; raises UserError if it is not whole, TryAgain if it cannot be fetched now.
-
-    Also Closed and Unread.
-    """
+    """The checkpoint in a folder; raises UserError if it is not whole, Closed or TryAgain if it cannot be read."""
     try:
         with node_cache.fetched(folder) as local:
             return checkpoint.load(local)
     except FileNotFoundError as error:
         raise UserError(f"checkpoint {folder}: not there: {short_reason(error)}") from None
+    except PermissionError as error:
+        raise Closed(f"checkpoint {folder}: cannot be read: {short_reason(error)}") from None
     except OSError as error:
-        away = storage.is_uri(folder) or error.errno in checkpoint.AWAY
-        kind = TryAgain if away else Closed if error.errno in checkpoint.CLOSED else Unread
-        raise kind(f"checkpoint {folder}: cannot be read: {short_reason(error)}") from None
+        why = short_reason(error)
+        raise TryAgain(f"checkpoint {folder}: cannot be read: {why}; if it stays so, remove it") from None
 
 
 def is_whole(folder: str) -> bool:
@@ -260,7 +245,10 @@ class CheckpointManager:
         self._bug: Exception | None = None
         self._abandoned = threading.Event()
         sweep(place)
-        self._found = steps_now(place)  # those that were there before
+        try:
+            self._found = set(steps_of(place))  # those that were there before
+        except OSError:
+            self._found = set()
 
     def save(self, step: int, write: Callable[[Path], None]) -> None:
         """Have `write` fill a folder, which becomes the checkpoint of `step`; waits for the one before.
@@ -278,7 +266,7 @@ class CheckpointManager:
         """Wait for the last checkpoint; raises UserError if it could not be written, TryAgain if that passes."""
         self._join()
         if self._problem is not None:
-            away = isinstance(self._problem, StoreUnavailable) or getattr(self._problem, "errno", 0) in checkpoint.AWAY
+            away = isinstance(self._problem, StoreUnavailable) or getattr(self._problem, "errno", 0) in AWAY
             raise (TryAgain if away else UserError)(
                 f"run.storage: the last checkpoint cannot be written to {self.place}: {short_reason(self._problem)};"
                 " make room or repair the storage, and run the same command again"

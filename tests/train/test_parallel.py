@@ -181,13 +181,12 @@ def test_the_self_test_of_a_sharded_base_is_that_of_a_whole_one(crew: Callable[[
 def test_answers_are_greedy_whatever_their_batch_and_order(attention: str) -> None:
     trainer = tiny.trainer(tiny.config(), attention)
     found = answer(trainer, QUESTIONS, 5, [EOS], batch=3)
-    assert trainer.loss.model.config._attn_implementation == attention
+    assert tiny.attention_of(trainer.loss.model) == attention
     assert found == [one_by_one(trainer, question, 5) for question in QUESTIONS]
 
 
 def test_a_family_without_sdpa_answers_too() -> None:
     gemma = zoo.make(ALL["gemma2"])
-    assert not gemma._supports_sdpa, "what this is about"
     trainer = tiny.trainer(tiny.config(), model=gemma)
     assert answer(trainer, QUESTIONS[:2], 3, [EOS]) == [one_by_one(trainer, asked, 3) for asked in QUESTIONS[:2]]
 
@@ -237,14 +236,12 @@ def test_what_a_model_does_not_split_is_sharded_by_itself() -> None:
     kinds = [type(block).__name__ for block in blocks_to_shard(zoo.on_meta(ALL["gemma3"]))]
     tower = ["SiglipVisionEmbeddings", *["SiglipEncoderLayer"] * 3, "SiglipMultiheadAttentionPoolingHead"]
     assert kinds == [*tower, *["Gemma3DecoderLayer"] * 2]
-    model = tiny.llama(tie_word_embeddings=True)
-    layers = decoder_layers(model)
-    model._no_split_modules = {"LlamaDecoderLayer", "LlamaMLP", "Embedding"}  # a part of a block; a weight of two
-    assert blocks_to_shard(model) == layers
-    model._no_split_modules = {"LlamaRMSNorm"}  # none of the blocks
-    assert blocks_to_shard(model) == layers
-    model._no_split_modules = None
-    assert blocks_to_shard(model) == layers
-    model = tiny.llama()
-    model._no_split_modules = {"LlamaModel"}  # all of the blocks
-    assert blocks_to_shard(model) == decoder_layers(model)
+    for tied, names in (
+        (True, {"LlamaDecoderLayer", "LlamaMLP", "Embedding"}),  # a part of a block; a weight of two
+        (True, {"LlamaRMSNorm"}),  # none of the blocks
+        (True, None),
+        (False, {"LlamaModel"}),  # all of the blocks
+    ):
+        model = tiny.llama(tie_word_embeddings=tied)
+        model._no_split_modules = names
+        assert blocks_to_shard(model) == decoder_layers(model)

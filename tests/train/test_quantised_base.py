@@ -96,7 +96,7 @@ class Numbers(LiveBytes):
 
 
 def test_the_whole_base_is_never_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(base_files, "load_model", None)
+    monkeypatch.setattr("olora_ray.train.parallel.load_model", None)
     tiny.llama(dtype=torch.bfloat16, hidden_size=128, intermediate_size=512, num_hidden_layers=6).save_pretrained(
         tmp_path
     )

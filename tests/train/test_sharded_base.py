@@ -100,7 +100,7 @@ def trained(folder: Path, strategy: str, dtype: str = "float32", changes: dict[s
     trainer = Trainer(loss, adapted, settings, CPU)
     gradients: list[Tensor] = []
     trainer.optimizer.inner.register_step_pre_hook(lambda *_: gradients.append(trainer.flat.grad.clone()))
-    attention = str(model.config._attn_implementation)
+    attention = tiny.attention_of(model)
     loader = StepLoader(store, settings.train, settings.run.seed, attention, rank, world)
     losses = [result.loss for result in trainer.steps(loader, 0, Schedule(settings.train, store))]
     return Outcome(

@@ -65,7 +65,7 @@ FAMILIES = ["llama", "gemma3_text", "gpt2", "mixtral", "gpt_oss", "qwen3_moe", "
 def test_the_plan_is_what_a_step_takes(family: str, on: bool) -> None:
     config, meta = settings(on, adapter__dropout=0.1), zoo.on_meta(ALL[family])
     plan = planned(config, meta)
-    attention = meta.config._attn_implementation
+    attention = tiny.attention_of(meta)
     model = zoo.make(ALL[family], attention=attention)
     share = plan / taken(config, model, full(config, attention))
     assert share == pytest.approx(1.0, rel=0.06 if on else 0.02)
@@ -120,7 +120,7 @@ def test_a_gpu_is_planned_with_flash_attention_in_half_a_precision_only(monkeypa
     for gpu, dtype in ((True, torch.bfloat16), (True, torch.float32), (False, torch.bfloat16)):
         meta = zoo.on_meta(ALL["llama"])
         plans[gpu, dtype] = planned(settings(), meta, dtype, gpu)
-        used.append(meta.config._attn_implementation)
+        used.append(tiny.attention_of(meta))
     assert used == ["segments", "sdpa", "segments"]
     assert plans[True, torch.bfloat16] < plans[False, torch.bfloat16], "without the products of a CPU"
 
@@ -130,7 +130,7 @@ def test_what_is_not_laid_out_in_one_row_is_not_planned_so() -> None:
     scaled = replace(variant, sizes=variant.sizes | {"floor_scale": 64})
     meta, other = zoo.on_meta(scaled), zoo.on_meta(variant)
     assert planned(settings(), meta) > planned(settings(), other)  # it has masks
-    assert (meta.config._attn_implementation, other.config._attn_implementation) == ("sdpa", "segments")
+    assert (tiny.attention_of(meta), tiny.attention_of(other)) == ("sdpa", "segments")
 
 
 def answering(**changes: Any) -> Config:
