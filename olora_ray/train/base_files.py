@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class BaseFiles:
-    """Where each parameter and stored buffer of a model lies in its folder."""
+    """The places of a model's parameters and stored buffers in its folder."""
 
     folder: Path
     groups: Mapping[str, Group]
@@ -75,7 +75,7 @@ class BaseFiles:
         return None
 
     def in_parts(self, name: str) -> bool:
-        """Whether some rows of a parameter can be read without the others."""
+        """Return True if some rows of a parameter can be read without the others."""
         return self.groups[self.names[name]].in_parts
 
     def whole(self, name: str) -> Tensor:
@@ -141,7 +141,7 @@ def find(folder: Path, model: "PreTrainedModel") -> BaseFiles | str:
 
 
 def _not_plain(folder: Path, model: Any) -> str | None:
-    """What from_pretrained does beyond reading floating-point weights into a model of transformers' own."""
+    """Return why from_pretrained does more than read plain weights into a model of transformers; None if not."""
     if not type(model).__module__.startswith("transformers."):
         return f"{type(model).__name__} is no model of transformers itself"
     if getattr(model.config, "quantization_config", None) is not None:
@@ -154,7 +154,7 @@ def _not_plain(folder: Path, model: Any) -> str | None:
 
 
 def _kept_precise(model: Any) -> str | None:
-    """Whether from_pretrained would keep a weight in another precision than the empty model has it."""
+    """Return a weight that from_pretrained keeps in another precision than the empty model, and which; None if none."""
     plan: dict[str, torch.dtype] = getattr(model, "_get_dtype_plan", lambda dtype: {})(model.dtype)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         for pattern, dtype in plan.items():
@@ -232,7 +232,7 @@ def _outermost(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _is_closed(model: nn.Module, module: nn.Module) -> bool:
-    """Whether it has weights, all of its own."""
+    """Return True if the module has weights, and shares none with a module outside of it."""
     own = {id(parameter) for parameter in module.parameters()}
     inside = {id(part) for part in module.modules()}
     outside = (part for part in model.modules() if id(part) not in inside)

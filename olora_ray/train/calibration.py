@@ -1,4 +1,4 @@
-"""What data-driven methods look at: inputs of layers at a run's first supervised tokens, brought to their owners."""
+"""Inputs of layers at a run's first supervised tokens, for data-driven methods, brought to their owners."""
 
 import logging
 import time
@@ -40,7 +40,7 @@ class LayerInput:
 
     @property
     def name(self) -> str:
-        """That of its first layer."""
+        """The name of the first layer."""
         return self.layers[0]
 
 
@@ -203,7 +203,7 @@ class Rows:
 
     @property
     def bytes(self) -> int:
-        """Of one row."""
+        """Bytes of one row."""
         return self.size * self.dtype.itemsize
 
 
@@ -220,7 +220,7 @@ class RowExchange(ABC):
 
     @abstractmethod
     def count(self, piece: Piece) -> int:
-        """How many rows a sequence has."""
+        """Return the number of rows of a sequence."""
 
     @abstractmethod
     def make(self, piece: Piece) -> list[Tensor]:

@@ -18,6 +18,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -67,7 +68,7 @@ def steps_of(place: str) -> list[int]:
 
 
 def names_now(place: str) -> list[str]:
-    """As `names`, and none where that cannot be said now."""
+    """Return `names`, or none if the storage does not answer."""
     try:
         return names(place)
     except OSError:
@@ -138,7 +139,7 @@ def read(folder: str) -> Checkpoint:
 
 
 def is_whole(folder: str) -> bool:
-    """Whether a checkpoint is there as it was written; of one in an object store only the sizes are compared."""
+    """Return True if a checkpoint is there as it was written; in an object store, compare the sizes only."""
     if not storage.is_uri(folder):
         try:
             checkpoint.verify(Path(folder))
@@ -238,16 +239,16 @@ class CheckpointManager:
         by common/patience.py. Removes what killed processes have left half-written there.
         """
         self.place, self.keep, self.saved = place, keep, saved
-        self.pauses = () if storage.is_uri(place) else pauses
+        self.pauses = pauses if storage.local_path(place) else ()
         self._good: set[str] = set()  # names that this process has written or verified
-        self._thread: threading.Thread | None = None
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._work: Future[None] | None = None
         self._problem: OSError | SafetensorError | None = None
-        self._bug: Exception | None = None
         self._abandoned = threading.Event()
         sweep(place)
         try:
             self._found = set(steps_of(place))  # those that were there before
-        except OSError:
+        except (OSError, UserError):
             self._found = set()
 
     def save(self, step: int, write: Callable[[Path], None]) -> None:
@@ -258,9 +259,7 @@ class CheckpointManager:
         self._join()
         self._problem = None
         # Its lines belong to the training that it writes for: several may share this process.
-        work = partial(contextvars.copy_context().run, self._save, step, write)
-        self._thread = threading.Thread(target=work, name="checkpoint")
-        self._thread.start()
+        self._work = self._pool.submit(contextvars.copy_context().run, self._save, step, write)
 
     def finish(self) -> None:
         """Wait for the last checkpoint; raises UserError if it could not be written, TryAgain if that passes."""
@@ -280,19 +279,10 @@ class CheckpointManager:
         self._abandoned.set()
 
     def _join(self) -> None:
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        if self._bug is not None:
-            raise self._bug
+        if self._work is not None:
+            self._work.result()
 
     def _save(self, step: int, write: Callable[[Path], None]) -> None:
-        try:
-            self._try(step, write)
-        except Exception as error:
-            self._bug = error  # raised in the thread that trains
-
-    def _try(self, step: int, write: Callable[[Path], None]) -> None:
         began = time.perf_counter()
         for number, pause in enumerate((*self.pauses, None), 1):
             try:
@@ -351,14 +341,14 @@ class CheckpointManager:
             logger.warning(f"old checkpoints cannot be removed now: {short_reason(error)}")
 
     def _may_be_good(self, name: str) -> bool:
-        """Whether the checkpoint is whole, or cannot be read now: then it stays, and the others are looked at."""
+        """Return True if the checkpoint is whole, or cannot be read now: then it stays, and others may go."""
         try:
             return self._is_good(name)
         except OSError:
             return True
 
     def _is_good(self, name: str) -> bool:
-        """Whether the checkpoint is whole; each is looked at once. Raises OSError if that cannot be said now."""
+        """Return True if the checkpoint is whole; each is read once. Raises OSError if it cannot be read now."""
         if name not in self._good and is_whole(storage.join(self.place, name)):
             self._good.add(name)
         return name in self._good

@@ -50,7 +50,7 @@ GRADIENTS_AT_ONCE = 2**30
 
 @dataclass(frozen=True)
 class DataReport:
-    """What a data-driven initialisation did, beside `InitReport`; the same on every worker."""
+    """Report of a data-driven initialisation, beside `InitReport`; the same on every worker."""
 
     tokens: int
     """Supervised tokens that were looked at."""
@@ -63,7 +63,7 @@ class DataReport:
     """Bytes between workers, over all of them."""
     ranks: Mapping[str, int]
     what: str = "activations"
-    """What is held."""
+    """The kind of tensors in `held`."""
 
     def line(self, method: str) -> str:
         """For the log."""
@@ -90,7 +90,7 @@ def refuse(targets: Mapping[str, Target], method: str) -> None:
 
 
 def _pieces(store: TokenStore, adapter: Adapter, count: int, waiting: Waiting | None) -> list[Piece]:
-    """What is looked at; raises UserError if it is not more tokens than these components (the mean takes one)."""
+    """The sequences to use; raises UserError if these have too few tokens for `count` components and the mean."""
     problem, pieces = None, []
     try:
         pieces = first_tokens(store, adapter.init_tokens, waiting)
@@ -255,7 +255,7 @@ def _until_stable(
 
 
 def _gathered(own: Mapping[int, Value]) -> dict[int, Value]:
-    """What all workers have, by number."""
+    """Merge the entries of all workers."""
     return dict(pair for part in collectives.gather(list(own.items())) for pair in part)
 
 
@@ -315,7 +315,7 @@ class _Gradients(RowExchange):
         self.loss, self.inputs, self.store = loss, inputs, store
         self.modules = {name: targets[name].module for each in inputs for name in each.layers}
         self._names: list[tuple[int, str | None]] = []
-        """What each kind of rows is: an input, or what flows back to one of its layers."""
+        """For each kind of rows, the input, and the layer whose gradient it is; None: the input itself."""
         kinds = []
         for number, (each, owner) in enumerate(zip(inputs, owners, strict=True)):
             for name in (None, *each.layers):

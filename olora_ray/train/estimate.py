@@ -52,7 +52,7 @@ class Measured:
     answers: int
     """Answers to held-out prompts."""
     problem: str | None = None
-    """Which of them is not counted, and why: the model's code does not run without numbers."""
+    """The part that is not counted, and why: the model's code does not run without numbers."""
 
 
 def measure(model: Any, targets: Mapping[str, Target], config: Config, dtype: torch.dtype, gpu: bool) -> Measured:
@@ -145,7 +145,7 @@ def _step_bytes(fake: FakeModel, batch: Batch, recompute: bool) -> int:
 
 
 def _of_skipped(fake: FakeModel, before: Sequence[int]) -> int:
-    """What the blocks that are not run would keep, by what is alive before each block."""
+    """Bytes that the blocks that are not run would keep, from the bytes alive before each block."""
     kept = [stop - start for start, stop in pairwise(before[: len(fake.blocks) + 1])]
     return sum(more * kept[place] for place, more in fake.more.items())
 
@@ -187,7 +187,7 @@ COPIES = 8
 """Float32 copies of the trainable numbers beside the factors: update, gradient, AdamW's two moments and the best update
 so far; and three more while AdamW computes, or while a checkpoint is written on a CPU."""
 PROCESS_BYTES = 2**30
-"""What Python, torch and Ray take for themselves in a worker, or CUDA on its GPU; about."""
+"""Bytes of Python, torch and Ray in a worker, or of CUDA on its GPU; about."""
 
 
 @dataclass(frozen=True)
@@ -197,27 +197,27 @@ class MemoryEstimate:
     targets: dict[str, tuple[int, ...]]
     """Adapted layers with their m x n, stacks of experts with their E x m x n."""
     trainable: int
-    """At most, where ranks differ from layer to layer."""
+    """Trainable numbers; an upper bound where ranks differ from layer to layer."""
     parameters: int
     base_bytes: int
     adapter_bytes: int
     """Factors, `COPIES` of what is trained, and what the sum of a step's gradients sets aside."""
     activation_bytes: int
-    """Of a forward and backward pass."""
+    """Peak bytes of a forward and backward pass."""
     selection: Selection
     coverage: Coverage
     answer_bytes: int = 0
-    """Of answers to held-out prompts, between steps."""
+    """Peak bytes of answers to held-out prompts, between steps."""
     recompute: bool = False
-    """Whether blocks are run again in it."""
+    """True if blocks are run again in the backward pass."""
     gathered_bytes: int = 0
-    """Of a sharded base, what is whole on each worker at once; of a packed one, its largest layer while unpacked."""
+    """Bytes of a sharded base that are whole on each worker at once; of a packed base, its largest unpacked layer."""
     problem: str | None = None
-    """What is not counted, and why (`Measured.problem`)."""
+    """The part that is not counted, and why (`Measured.problem`)."""
     offloaded_bytes: int = 0
-    """Of a sharded base, what lies in the memory of the node instead of the GPU's; not in `base_bytes`."""
+    """Bytes of a sharded base in the memory of the node instead of the GPU's; not in `base_bytes`."""
     by_rows: bool = False
-    """Whether each worker reads its part of a sharded base alone, or packs layer by layer: none ever has the whole."""
+    """True if no worker ever holds the whole base: each reads its shard alone, or packs layer by layer."""
 
     def total_bytes(self) -> int:
         """All of it where the model is, but `PROCESS_BYTES`."""
@@ -332,7 +332,7 @@ def _trainable(shapes: Iterable[tuple[int, ...]], adapter: Adapter) -> int:
 
 
 def _dtype(config: Config, gpu: bool) -> torch.dtype:
-    """Precision of the base on a worker; GPUs are taken to be fast at bfloat16 (cluster/memory_room.py: as_loaded).
+    """Precision of the base on a worker; GPUs are taken to be fast at bfloat16 (cluster/preflight.py: as_loaded).
 
     To ask one of this machine, torch would take memory on it, which is for the workers; and theirs may be elsewhere.
     """

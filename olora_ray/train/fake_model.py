@@ -31,7 +31,7 @@ from olora_ray.train.loop import train_mode
 from olora_ray.train.loss import SupervisedLoss
 
 _NUMBERS = frozenset({"layer_idx", "layer_id", "layer_number", "layer_index", "block_idx"})
-"""What families call the number of a block, by which blocks that are the same differ."""
+"""Names of a block's number in the families' code; two equal blocks differ in it."""
 
 
 class FakeModel:
@@ -91,7 +91,7 @@ class FakeModel:
         return replace(batch, inputs=inputs)
 
     def run_again(self, on: bool) -> None:
-        """Whether blocks are run again in the backward pass, see train/recompute.py."""
+        """Turn recomputation of blocks in the backward pass on or off (train/parallel.py)."""
         self.loss.recompute = on
         parallel.install(self.loss)
         for place in self.skipped:
@@ -117,7 +117,7 @@ def _factors(target: Target, adapter: Adapter) -> Factors:
 
 
 def _even(rows: int, _ends: Tensor, experts: int) -> list[int]:
-    """Where the rows of each expert end, if all have about as many."""
+    """The ends of the experts' rows, if all have about as many."""
     return [rows * (expert + 1) // experts for expert in range(experts)]
 
 
@@ -163,7 +163,7 @@ class _Skipped:
 
     def __init__(self, before: nn.Module) -> None:
         self.length: int | None = None
-        """Of the tuple that the block before returns; None: it returns a tensor."""
+        """Length of the tuple that the block before returns; None: it returns a tensor."""
         before.register_forward_hook(self._look)
 
     def _look(self, _module: nn.Module, _inputs: object, output: Any) -> None:

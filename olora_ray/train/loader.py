@@ -105,7 +105,7 @@ class StepLoader:
         return None if left.is_set() else self._read(step)
 
     def _result(self, ahead: "Future[StepData | None]") -> StepData | None:
-        """What the reader found. `waiting` is called here, in the caller's thread, when the caller really waits."""
+        """The reader's result. `waiting` is called here, in the caller's thread, when the caller really waits."""
         while not wait([ahead], PAUSES[1]).done:
             tell(self.store, self.waiting)
         return ahead.result()
@@ -201,7 +201,7 @@ class Schedule:
         return self._total()
 
     def ends(self, steps_done: int) -> bool | None:
-        """Whether the run is over after so many steps; None while that is not certain. Does not look for shards."""
+        """True if the run is over after so many steps; None while that is not certain. Does not look for shards."""
         total = self._total()
         if total is not None:
             return steps_done >= total
@@ -209,7 +209,7 @@ class Schedule:
         return False if steps_done < total_steps(self.train, self.store.available) else None
 
     def last(self, steps_done: int) -> bool:
-        """Whether the run is over after so many steps; waits for shards until it is certain."""
+        """True if the run is over after so many steps; waits for shards until it is certain."""
         until(self.store, lambda: self.ends(steps_done) is not None, self.waiting)
         return bool(self.ends(steps_done))
 

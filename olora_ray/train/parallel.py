@@ -1,6 +1,6 @@
 """Placement of a model on the workers: ddp or fsdp.
 
-ddp: every worker holds the whole base. fsdp: FSDP2 shards the blocks of the frozen base; train/sharded_base.py loads
+ddp: every worker holds the whole base. fsdp: FSDP2 shards the blocks of the frozen base; `load_base` loads
 them so that nobody ever holds the whole. What is in no block, embeddings and head above all, is whole on every worker:
 each needs it in every step, and gathering it would take room for it twice. In both the adapters are whole on every
 worker (they are small) and their gradients are summed once a step in one fixed tree (train/tree.py), so accumulation
@@ -62,7 +62,7 @@ class _Recomputed:
         self._loss = loss
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
-        """What the block returns for these inputs."""
+        """Return the block's output."""
         if not (self._loss.recompute and torch.is_grad_enabled()) or _has_cache((*inputs, *named.values())):
             return self.__wrapped__(*inputs, **named)
         # Named inputs too are handed over as inputs: on the devices of these the random numbers are kept.
@@ -73,7 +73,7 @@ class _Recomputed:
 
 
 def _has_cache(values: Sequence[Any]) -> bool:
-    """Whether keys and values are kept for later tokens: a second run would add them again."""
+    """True if keys and values are kept for later tokens: a second run would add them again."""
     from transformers import Cache
 
     return any(isinstance(value, Cache) for value in values)
@@ -81,7 +81,7 @@ def _has_cache(values: Sequence[Any]) -> bool:
 
 @contextmanager
 def switched(loss: SupervisedLoss, on: bool) -> Iterator[None]:
-    """With recomputation on or off; on has an effect only after `install`."""
+    """Turn recomputation on or off for the block; on has an effect only after `install`."""
     before, loss.recompute = loss.recompute, on
     try:
         yield
@@ -126,7 +126,7 @@ def place_model(
 
 
 def places(loss: Any, device: torch.device) -> Callable[[Tensor], torch.device]:
-    """Where a parameter or buffer of the model belongs: on `device`, but for shards of offloaded blocks.
+    """Return a function from a parameter or buffer to its place: `device`, or the CPU for shards of offloaded blocks.
 
     Module.to would move these too, and FSDP then refuses to run.
     """
@@ -174,7 +174,7 @@ def outside(model: nn.Module, blocks: Iterable[nn.Module]) -> set[nn.Parameter]:
 
 
 def has_own_memory(device: torch.device) -> bool:
-    """Whether its tensors lie elsewhere than in the memory of the node."""
+    """True if tensors of the device lie elsewhere than in the memory of the node."""
     return device.type != "cpu"
 
 
@@ -208,7 +208,7 @@ def begin_at_root(loss: Any) -> None:
 
 
 def load_frozen(folder: str | Path, config: ModelConfig, device: torch.device) -> "PreTrainedModel":
-    """What `load_model` returns, with `model.quantization`; packed layers are on `device` already.
+    """Load a model as `load_model` does, with `model.quantization`; packed layers are on `device` already.
 
     Raises UserError as `load_model` and `to_pack`.
     """
@@ -329,7 +329,7 @@ def _agreed(found: BaseFiles | str) -> BaseFiles | str:
 
 
 def together(work: Callable[[], Value]) -> Value:
-    """What `work` returns; the UserError that one worker meets is raised on all, which would wait for it otherwise."""
+    """Return the result of `work`; a UserError of one worker is raised on all, which would wait for it otherwise."""
     problem: UserError | None = None
     found = []
     try:

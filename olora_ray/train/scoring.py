@@ -184,7 +184,7 @@ class Baseline:
 
     @classmethod
     def read(cls, place: str, identity: Mapping[str, str], questions: int) -> "Baseline | None":
-        """What was kept for the same run and number of questions; None if there is nothing or it is damaged."""
+        """Read the baseline of the same run and number of questions; None if there is none or it is damaged."""
         try:
             found = _KEPT.validate_json(storage.read_text(place))
         except (OSError, ValueError):

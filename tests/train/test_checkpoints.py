@@ -141,8 +141,8 @@ def test_one_that_a_mounted_folder_does_not_give_now_is_not_passed_over(
     with pytest.raises(raised, match=f"step-0000004: cannot be read: {os.strerror(number)}") as caught:
         checkpoints.latest_good(place)
     assert caught.value.exit_code == raised.exit_code
-    filled(place, 0, keep=1)  # nor is it removed, or keeps those before it from being removed
-    assert checkpoints.names(place) == ["step-0000000", "step-0000004"]
+    filled(place, 3, keep=1)  # nor is it removed, or keeps those before it from being removed
+    assert checkpoints.names(place) == ["step-0000003", "step-0000004"]
 
 
 def test_a_damaged_one_is_replaced_when_its_step_comes_again(place: str, tmp_path: Path) -> None:
@@ -360,6 +360,10 @@ def test_steps_are_numbers(tmp_path: Path) -> None:
 
 class TestObjectStore:
     @pytest.fixture
+    def impatient(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(patience, "PATIENCE", 0.0)
+
+    @pytest.fixture
     def place(self, bucket: str, temporary: Path) -> Iterator[str]:
         yield f"{bucket}/r1/checkpoints"
         assert list(temporary.iterdir()) == []
@@ -405,11 +409,9 @@ class TestObjectStore:
         checkpoints.copy_from(place, f"{bucket}/r2/checkpoints", 4, 1.0)
         assert checkpoints.names(f"{bucket}/r2/checkpoints") == ["step-0000004"]
 
-    def test_what_does_not_arrive_now_is_not_passed_over(
-        self, s3_server: Server, place: str, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    @pytest.mark.usefixtures("impatient")
+    def test_what_does_not_arrive_now_is_not_passed_over(self, s3_server: Server, place: str) -> None:
         """Else every restart while the store has a bad minute would begin at an earlier step, or the first."""
-        monkeypatch.setattr(patience, "PATIENCE", 0.0)
         filled(place, 2, 4)
         s3_server.faults = Faults(
             matches=lambda method, path: path.endswith("step-0000004/adapter.safetensors"), refuse=-1
@@ -417,10 +419,7 @@ class TestObjectStore:
         with pytest.raises(TryAgain, match=r"step-0000004: cannot be read: .*503"):
             checkpoints.latest_good(place)
 
-    def test_a_store_that_is_away_for_a_while_gets_it_in_the_end(
-        self, s3_server: Server, place: str, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(patience, "PAUSES", (0.05,))
+    def test_a_store_that_is_away_for_a_while_gets_it_in_the_end(self, s3_server: Server, place: str) -> None:
         found = filled(place, 2)
         s3_server.faults = Faults(refuse=2 * patience.ATTEMPTS)
         with said() as lines:
@@ -430,10 +429,8 @@ class TestObjectStore:
         assert all("does not answer" in line for line in lines)
         assert checkpoints.names(place) == ["step-0000002", "step-0000004"]
 
-    def test_one_that_stays_away_is_told_and_training_continues(
-        self, s3_server: Server, place: str, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(patience, "PATIENCE", 0.0)
+    @pytest.mark.usefixtures("impatient")
+    def test_one_that_stays_away_is_told_and_training_continues(self, s3_server: Server, place: str) -> None:
         found = filled(place, 2)
         s3_server.faults = Faults(refuse=-1)
         with said() as lines:

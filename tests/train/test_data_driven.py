@@ -19,9 +19,8 @@ from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Adapter
 from olora_ray.tokens.store import Pack
 from olora_ray.train import calibration, data_driven
-from olora_ray.train.calibration import Piece, first_tokens, inputs_of
+from olora_ray.train.calibration import first_tokens, inputs_of
 from olora_ray.train.data_driven import DataReport, eva_factors
-from olora_ray.train.loader import Schedule, StepLoader
 from olora_ray.train.loop import Trainer
 from olora_ray.train.loss import SupervisedLoss
 from olora_ray.train.parallel import place_model
@@ -197,9 +196,7 @@ def _trained(strategy: str) -> list[float]:
     adapted = inject(loss.model, found, config.adapter.scale())
     place_model(loss, strategy, CPU)
     trainer = Trainer(loss, adapted, config, CPU)
-    loader = StepLoader(store(), config.train, 0, "segments", collectives.rank(), 2)
-    schedule = Schedule(config.train.model_copy(update={"steps": 3}), store())
-    return [result.loss for result in trainer.steps(loader, 0, schedule)]
+    return [result.loss for result in tiny.steps(trainer, store(), count=3)]
 
 
 def test_more_tokens_are_looked_at_until_they_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -326,7 +323,3 @@ def test_inputs_that_vary_in_few_directions_have_few_components() -> None:
     rows = torch.randn(20, 3) @ torch.randn(3, 12) + 5
     assert eva.principal(rows.double(), 8).vectors.shape == (3, 12)
     assert eva.principal(torch.ones(20, 12), 8).vectors.shape == (0, 12)
-
-
-def test_pieces_know_their_end() -> None:
-    assert Piece(3, 10, 5).end == 15

@@ -12,7 +12,6 @@ from torch.utils.checkpoint import checkpoint
 
 from olora_ray.adapter.layer import AdaptedWeight
 from olora_ray.train.base_files import decoder_layers
-from olora_ray.train.loader import Schedule, StepLoader
 from olora_ray.train.loop import Trainer, evaluate
 from tests import tiny
 from tests.families import zoo
@@ -57,10 +56,7 @@ def made(case: Case) -> Trainer:
 
 
 def steps(trainer: Trainer, start: int = 0) -> Iterator[float]:
-    store, settings = tiny.store(), trainer.config
-    schedule = Schedule(settings.train.model_copy(update={"steps": STEPS}), store)
-    loader = StepLoader(store, settings.train, settings.run.seed, "sdpa")
-    return (result.loss for result in trainer.steps(loader, start, schedule))
+    return (result.loss for result in tiny.steps(trainer, count=STEPS, start=start, attention="sdpa"))
 
 
 def trained(case: Case) -> tuple[list[float], Tensor]:

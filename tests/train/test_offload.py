@@ -13,7 +13,6 @@ from torch.distributed.tensor import DTensor
 from olora_ray.adapter.initialise import at_scale, initialise, options_of
 from olora_ray.adapter.inject import find_targets, install, wrap
 from olora_ray.train import parallel
-from olora_ray.train.loader import Schedule, StepLoader
 from olora_ray.train.loop import Trainer, evaluate
 from olora_ray.train.loss import SupervisedLoss
 from olora_ray.train.parallel import place_model, places
@@ -49,10 +48,9 @@ def made(folder: Path, offload: bool, device: torch.device, by_rows: bool = True
 
 def trained(trainer: Trainer) -> Found:
     """Evaluations and steps take turns, as in a training."""
-    rank, world, store = dist.get_rank(), dist.get_world_size(), tiny.store()
-    settings, attention = trainer.config, tiny.attention_of(trainer.loss.model)
-    loader = StepLoader(store, settings.train, settings.run.seed, attention, rank, world)
-    losses = [result.loss for result in trainer.steps(loader, 0, Schedule(settings.train, store))]
+    rank, world = dist.get_rank(), dist.get_world_size()
+    attention = tiny.attention_of(trainer.loss.model)
+    losses = [result.loss for result in tiny.steps(trainer, attention=attention)]
     return losses, trainer.flat.vector.cpu().clone(), evaluate(trainer, tiny.store(5, seed=9), attention, rank, world)
 
 

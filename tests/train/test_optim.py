@@ -47,34 +47,6 @@ def test_parameters_and_gradients_are_views_of_two_vectors() -> None:
     assert 0.0 not in flat.vector
 
 
-def test_backward_writes_into_the_flat_gradient() -> None:
-    layers = adapted()
-    flat = FlatAdapters(layers)
-    layers["first"](torch.ones(2, 3)).sum().backward()
-    assert flat.view(flat.grad, "first.da").any()
-    assert flat.view(flat.grad, "first.db").any()
-    assert not flat.view(flat.grad, "second.da").any()
-
-
-def test_flat_vectors_keep_what_was_in_the_adapters() -> None:
-    layers = adapted()
-    with torch.no_grad():
-        layers["second"].db.fill_(0.5)
-    flat = FlatAdapters(layers)
-    assert (flat.view(flat.vector, "second.db") == 0.5).all()
-    assert (layers["second"].db == 0.5).all()
-
-
-def test_a_vector_goes_out_by_name_and_comes_back() -> None:
-    flat = FlatAdapters(adapted())
-    vector = torch.randn(flat.vector.shape)
-    copy = torch.zeros_like(vector)
-    flat.load(copy, {name: part.clone() for name, part in flat.named(vector).items()})
-    assert torch.equal(copy, vector)
-    with pytest.raises(KeyError):
-        flat.load(copy, {})
-
-
 def flat_for(config: Train) -> FlatAdapters:
     return FlatAdapters(adapted(), apart=config.lr_ratio != 1)
 
@@ -129,14 +101,6 @@ def test_clipping_is_that_of_torch_and_reports_the_norm_before(size: float) -> N
     assert norm == pytest.approx(float(nn.utils.clip_grad_norm_(separate, 1.0)))
     clipped = torch.cat([part.grad.reshape(-1) for part in separate if part.grad is not None])
     torch.testing.assert_close(seen[0], clipped)
-
-
-def test_an_update_moves_the_layers() -> None:
-    layers = adapted()
-    flat = FlatAdapters(layers)
-    flat.grad.fill_(1.0)
-    AdamW(flat, Train()).step(0.5)
-    torch.testing.assert_close(layers["first"].da.detach(), torch.full((RANK, 3), -0.5))
 
 
 def test_decay_pulls_towards_the_start() -> None:

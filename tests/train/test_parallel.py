@@ -10,12 +10,10 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from olora_ray.config.schema import Config
 from olora_ray.tokens.collate import collate
 from olora_ray.train import parallel
 from olora_ray.train.base_files import blocks_to_shard, decoder_layers
 from olora_ray.train.generate import Question, answer, decoding
-from olora_ray.train.loader import Schedule, StepLoader
 from olora_ray.train.loop import Trainer, evaluate
 from olora_ray.train.self_test import bare, check_adapters, choose_attention
 from tests import tiny
@@ -33,19 +31,13 @@ def trained(strategy: str, steps: int = 2, tied: bool = False) -> tuple[Trainer,
     trainer = tiny.trainer(
         settings, model=tiny.llama(attention="segments", tie_word_embeddings=tied), strategy=strategy
     )
-    gradients: list[Tensor] = []
-    trainer.optimizer.inner.register_step_pre_hook(lambda *_: gradients.append(trainer.flat.grad.clone()))
-    loader = StepLoader(tiny.store(), settings.train, settings.run.seed, "segments", dist.get_rank(), 2)
+    gradients = tiny.gradients(trainer)
     losses, first = [], None
-    for result in trainer.steps(loader, 0, _schedule(settings, steps)):
+    for result in tiny.steps(trainer, count=steps):
         losses.append(result.loss)
         first = trainer.flat.vector.clone() if first is None else first
     assert first is not None
     return trainer, losses, gradients[0], first
-
-
-def _schedule(settings: Config, steps: int) -> Schedule:
-    return Schedule(settings.train.model_copy(update={"steps": steps}), tiny.store())
 
 
 def _train(strategy: str, tied: bool) -> tuple[list[float], Tensor, Tensor, float]:
@@ -72,8 +64,7 @@ def _answers(strategy: str, eos: int) -> list[list[list[int]]]:
     trainer = tiny.trainer(settings, strategy=strategy)
     evaluate(trainer, tiny.store(3), "segments", rank, 2)
     before = answer(trainer, QUESTIONS, 6, [eos], rank, 2, batch=2)
-    loader = StepLoader(tiny.store(), settings.train, settings.run.seed, "segments", rank, 2)
-    list(trainer.steps(loader, 0, _schedule(settings, 4)))
+    list(tiny.steps(trainer, count=4))
     return [before, answer(trainer, QUESTIONS, 6, [eos], rank, 2, batch=2)]
 
 
@@ -93,15 +84,11 @@ def _uneven(strategy: str, micro: int) -> tuple[float, Tensor, int]:
     settings = tiny.config(
         train__global_batch=3, train__micro_batch=micro, train__clip=None, cluster__strategy=strategy
     )
-    trainer = tiny.trainer(settings, strategy=strategy)
-    noise = torch.randn(trainer.flat.vector.shape, generator=torch.Generator().manual_seed(0))
-    trainer.flat.vector.copy_(0.1 * noise)
-    gradients: list[Tensor] = []
-    trainer.optimizer.inner.register_step_pre_hook(lambda *_: gradients.append(trainer.flat.grad.clone()))
+    trainer = tiny.moved(tiny.trainer(settings, strategy=strategy))
+    gradients = tiny.gradients(trainer)
     runs: list[int] = []
     trainer.loss.register_forward_hook(lambda *_: runs.append(1))
-    loader = StepLoader(tiny.store(), settings.train, settings.run.seed, "segments", dist.get_rank(), 2)
-    result = next(trainer.steps(loader, 0, _schedule(settings, 1)))
+    result = next(tiny.steps(trainer, count=1))
     return result.loss, gradients[0], len(runs)
 
 
@@ -166,8 +153,7 @@ def _tested(strategy: str) -> tuple[str, float, list[float]]:
         found = choose_attention(trainer.loss, packs, settings, trainer.device)
     check_adapters(trainer.loss, trainer.adapted, packs, found.attention, trainer.device, new=True)
     assert found.differences is not None
-    loader = StepLoader(tiny.store(), settings.train, settings.run.seed, found.attention, dist.get_rank(), 2)
-    losses = [result.loss for result in trainer.steps(loader, 0, _schedule(settings, 2))]
+    losses = [result.loss for result in tiny.steps(trainer, count=2, attention=found.attention)]
     return found.attention, found.differences.beside, losses
 
 

@@ -17,7 +17,6 @@ from olora_ray.train import parallel
 from olora_ray.train.base_files import decoder_layers
 from olora_ray.train.data_driven import gradient_factors
 from olora_ray.train.generate import Question, answer
-from olora_ray.train.loader import Schedule, StepLoader
 from olora_ray.train.loop import Trainer, evaluate, train_mode
 from olora_ray.train.loss import SupervisedLoss
 from olora_ray.train.parallel import place_model
@@ -37,9 +36,7 @@ def trainer(model: Any, on: bool, **changes: Any) -> Trainer:
     made: Trainer = tiny.trainer(tiny.config(**changes), model=model)
     made.loss.recompute = on
     place_model(made.loss, "ddp", CPU)
-    noise = torch.randn(made.flat.vector.shape, generator=torch.Generator().manual_seed(0))
-    made.flat.vector.copy_(0.1 * noise)  # at the start half of the gradients are zero
-    return made
+    return tiny.moved(made)  # type: ignore[no-any-return]
 
 
 def gradient(made: Trainer, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
@@ -105,10 +102,8 @@ def _steps(strategy: str, on: bool) -> tuple[list[float], Tensor, float, list[li
     made.loss.recompute = on
     place_model(made.loss, strategy, CPU)
     rank = dist.get_rank()
-    loader = StepLoader(tiny.store(), settings.train, settings.run.seed, "segments", rank, 2)
-    schedule = Schedule(settings.train.model_copy(update={"steps": 3}), tiny.store())
     count = runs(made.loss.model)
-    losses = [result.loss for result in made.steps(loader, 0, schedule)]
+    losses = [result.loss for result in tiny.steps(made, count=3)]
     runs_of_steps = len(count)
     held_out = evaluate(made, tiny.store(3, seed=9), "segments", rank, 2)
     answers = answer(made, [Question((5, 6, 7), ()), Question((8, 9), ())], 4, [1], rank, 2, batch=2)
