@@ -255,10 +255,10 @@ def measure(storage: Path, models: Path, count: int, found: dict[Case, list[Samp
     """
     for number, (changes, cases) in enumerate(ON_ONE_HOST.items()):
         with processes.scratch() as folder:
-            words = _settings(storage / f"one-{number}", models, changes)
+            words = settings(storage / f"one-{number}", models, changes)
             _repeat(Training(Run(CONFIG, folder, WATCHED, changes=words)), cases, count, found)
     if hosts.possible():
-        words = _settings(storage / "hosts", models, ELASTIC)
+        words = settings(storage / "hosts", models, ELASTIC)
         with cluster(CONFIG, WATCHED, changes=words) as several:
             _repeat(Training(several.run, several), ON_HOSTS, count, found)
     else:
@@ -278,7 +278,7 @@ def _repeat(training: Training, cases: tuple[Case, ...], count: int, found: dict
         _say(f"given up: {error}")
 
 
-def _settings(storage: Path, models: Path, changes: tuple[str, ...]) -> tuple[str, ...]:
+def settings(storage: Path, models: Path, changes: tuple[str, ...]) -> tuple[str, ...]:
     """The words of a run with a storage of its own, which has the models already."""
     storage.mkdir(parents=True)
     (storage / "models").symlink_to(models)

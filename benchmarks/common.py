@@ -39,9 +39,9 @@ def our_trainer(cfg: Config, folder: str) -> tuple[Any, str]:
     from olora_ray.adapter.initialise import at_scale, initialise, options_of
     from olora_ray.adapter.inject import find_targets, inject
     from olora_ray.common.malloc import keep_freed_memory
-    from olora_ray.train.base_files import load_frozen
     from olora_ray.train.loop import Trainer
     from olora_ray.train.loss import SupervisedLoss
+    from olora_ray.train.parallel import load_frozen
 
     keep_freed_memory()
     device, adapter = torch.device("cpu"), cfg.adapter

@@ -78,8 +78,7 @@ def make_rows(count: int, seed: int = 0) -> Rows:
 
 def run_ours(setting: Setting, job: dict[str, Any]) -> dict[str, float]:
     """One pass with olora_ray's own loader, loss, adapters and optimizer."""
-    from olora_ray.train.loader import StepLoader
-    from olora_ray.train.optim import Schedule
+    from olora_ray.train.loader import Schedule, StepLoader
 
     join(setting, job)
     store = memory_store(make_rows(job["rows"]), LONGEST)
@@ -121,8 +120,7 @@ def gradient(setting: Setting, job: dict[str, Any]) -> dict[str, Tensor]:
 
 def gradient_of_ours(setting: Setting, job: dict[str, Any], rows: Rows) -> dict[str, Tensor]:
     """What the optimizer of a step over all rows is given, on worker 0."""
-    from olora_ray.train.loader import StepLoader
-    from olora_ray.train.optim import Schedule
+    from olora_ray.train.loader import Schedule, StepLoader
 
     join(setting, job)
     store = memory_store(rows, LONGEST)

@@ -53,7 +53,7 @@ Found = dict[str, Any]
 
 def main(argv: Sequence[str]) -> int:
     """Measure, print the tables, write the JSON; 1 if a check has failed."""
-    args = _arguments(argv)
+    args = arguments(argv)
     warnings.filterwarnings("ignore")
     quiet_transformers()
     if args.job:
@@ -220,7 +220,7 @@ SHOWN = {"card": card_line, "checks": checks_table, "init": init_line, "training
 """Part -> what is printed of it."""
 
 
-def _arguments(argv: Sequence[str]) -> argparse.Namespace:
+def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=tuple(SIZES), default="8b")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")

@@ -37,7 +37,7 @@ Found = dict[str, Any]
 def checks(device: torch.device) -> dict[str, Found]:
     """All of them, by name."""
     with tempfile.TemporaryDirectory() as scratch:
-        folder = str(_model_folder(Path(scratch)))
+        folder = str(small_llama(Path(scratch)))
         done: dict[str, Found] = {}
         for dtype in ("float32", "bfloat16"):
             done[f"start equals the base, {dtype}"] = _guarded(lambda d=dtype: start_exact(folder, d, device))
@@ -81,7 +81,7 @@ def packed(folder: str, dtype: str, device: torch.device) -> Found:
     trainer, name = _tested(folder, dtype, device)
     whole = gradient(trainer, [_packs()], name)
     apart = gradient(trainer, [[single] for single in _apart(_packs())], name)
-    return _compared(whole, apart, dtype) | {"attention": name}
+    return compared(whole, apart, dtype) | {"attention": name}
 
 
 def like_peft(folder: str, device: torch.device) -> Found:
@@ -89,7 +89,7 @@ def like_peft(folder: str, device: torch.device) -> Found:
     trainer, name = _tested(folder, "float32", device)
     found = gradient(trainer, [_packs()], name)
     expected = one_by_one(model_of_peft(folder, torch.float32, RANK), _rows())
-    return _compared(found, expected, "float32") | {"attention": name}
+    return compared(found, expected, "float32") | {"attention": name}
 
 
 def gradient(trainer: Trainer, groups: Sequence[Sequence[Pack]], name: str) -> dict[str, Tensor]:
@@ -105,7 +105,8 @@ def gradient(trainer: Trainer, groups: Sequence[Sequence[Pack]], name: str) -> d
     return {layer: part.grad.float().cpu().clone() for layer, part in parts.items()}
 
 
-def _compared(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], dtype: str) -> Found:
+def compared(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], dtype: str) -> Found:
+    """Whether gradients are as near to each other as the precision allows."""
     assert found.keys() == expected.keys(), "other parameters have a gradient"
     off = sum(float((found[name].double() - part.double()).square().sum()) for name, part in expected.items())
     size = sum(float(part.double().square().sum()) for part in expected.values())
@@ -164,7 +165,8 @@ def _apart(packs: Sequence[Pack]) -> list[Pack]:
     return singles
 
 
-def _model_folder(folder: Path) -> Path:
+def small_llama(folder: Path) -> Path:
+    """A model folder of two layers."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     shape = LlamaConfig(

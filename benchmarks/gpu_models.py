@@ -73,13 +73,15 @@ def peak(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
 
     Of a card that is not in the table, of a CPU and in another precision it is the rate of a large product.
     """
-    if device.type == "cuda" and dtype is torch.bfloat16:
-        name = torch.cuda.get_device_name(device)
-        # The longest name: "L40S" is no "L4".
-        for part in sorted(PEAKS, key=len, reverse=True):
-            if part.lower() in name.lower():
-                return PEAKS[part] * 1e12, f"stated by the maker for {part}"
+    if device.type == "cuda" and dtype is torch.bfloat16 and (part := known_card(torch.cuda.get_device_name(device))):
+        return PEAKS[part] * 1e12, f"stated by the maker for {part}"
     return matrix_rate(device, dtype), "measured: the largest product of torch.matmul"
+
+
+def known_card(name: str) -> str | None:
+    """The entry of PEAKS for a card's name."""
+    # The longest one: "L40S" is no "L4".
+    return max((part for part in PEAKS if part.lower() in name.lower()), key=len, default=None)
 
 
 def facts(job: dict[str, Any]) -> dict[str, Any]:

@@ -22,10 +22,9 @@ from olora_ray.adapter.inject import Target, find_targets, inject
 from olora_ray.config.schema import Config
 from olora_ray.tokens.collate import collate
 from olora_ray.tokens.store import order
-from olora_ray.train.loader import StepLoader
+from olora_ray.train.loader import Schedule, StepLoader
 from olora_ray.train.loop import Trainer
 from olora_ray.train.loss import SelfTest, SupervisedLoss
-from olora_ray.train.optim import Schedule
 from olora_ray.train.parallel import place_model
 from olora_ray.train.self_test import choose_attention
 

@@ -64,7 +64,7 @@ def mark(trainer: Any) -> None:
 def shares(events: Iterable[Any], total: float, waited: float) -> dict[str, float]:
     """Seconds by category; what no operation accounts for, Python between them, is in "other"."""
     known = list(events)
-    made_in = _parts_of_nodes(known)
+    made_in = parts_of_nodes(known)
     seconds = dict.fromkeys(CATEGORIES, 0.0)
     for event in known:
         if event.self_cpu_time_total > 0:
@@ -95,7 +95,7 @@ def _part(event: Any, made_in: dict[int, str]) -> str | None:
     return None
 
 
-def _parts_of_nodes(events: Iterable[Any]) -> dict[int, str]:
+def parts_of_nodes(events: Iterable[Any]) -> dict[int, str]:
     """The last operation with a number is the one that made the node: others have only seen it coming."""
     makers = {event.sequence_nr: event for event in events if event.sequence_nr >= 0 and not _is_backward(event)}
     parts = {number: _part(event, {}) for number, event in makers.items()}

@@ -29,8 +29,7 @@ from common import MODEL, config, machine, memory_store, model_folder, our_train
 from olora_ray.model.folder import parameters
 from olora_ray.train.checkpoint import TrainState, snapshot
 from olora_ray.train.checkpoints import CheckpointManager, name_of
-from olora_ray.train.loader import StepLoader
-from olora_ray.train.optim import Schedule
+from olora_ray.train.loader import Schedule, StepLoader
 
 BLOCK, LENGTH = 10, 384
 

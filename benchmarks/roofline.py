@@ -27,8 +27,7 @@ from profiled import where
 
 from olora_ray.tokens.collate import collate
 from olora_ray.tokens.store import order
-from olora_ray.train.loader import StepLoader
-from olora_ray.train.optim import Schedule
+from olora_ray.train.loader import Schedule, StepLoader
 
 TARGET = 0.75
 CPU = torch.device("cpu")

@@ -24,9 +24,8 @@ from olora_ray.common.logs import quiet_transformers
 from olora_ray.config.schema import Config
 from olora_ray.model.load import load_model
 from olora_ray.train.checkpoints import CheckpointManager
-from olora_ray.train.loader import StepLoader
+from olora_ray.train.loader import Schedule, StepLoader
 from olora_ray.train.loop import Trainer
-from olora_ray.train.optim import Schedule
 from olora_ray.train.tree import TreeSum
 
 CPU = torch.device("cpu")

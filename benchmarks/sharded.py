@@ -43,9 +43,8 @@ from olora_ray.model.load import empty_model, pick_dtype, skeleton
 from olora_ray.model.source import BaseModel
 from olora_ray.tokens.store import Pack
 from olora_ray.train.data_driven import new_factors
-from olora_ray.train.loader import StepLoader
+from olora_ray.train.loader import Schedule, StepLoader
 from olora_ray.train.loop import Trainer, evaluate
-from olora_ray.train.optim import Schedule
 from olora_ray.train.parallel import load_base, place_model
 
 CPU = torch.device("cpu")

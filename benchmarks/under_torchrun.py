@@ -56,10 +56,10 @@ class NobodyAsks:
         raise AssertionError("nobody has asked")
 
 
-def main() -> None:
-    """Train."""
+def main(file: str) -> None:
+    """Train as a config says."""
     quiet_transformers()
-    config = load(sys.argv[1])
+    config = load(file)
     dist.init_process_group("gloo")
     result = train(TorchrunContext(config), config)
     if result.problem or result.state is None:
@@ -84,7 +84,7 @@ def train(context: TorchrunContext, config: Config) -> TrainResult:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1])
     # A process group's threads can crash at the interpreter's exit; everything is written.
     sys.stdout.flush()
     os._exit(0)

@@ -14,10 +14,9 @@ from olora_ray.tokens.collate import collate
 from olora_ray.train import checkpoint
 from olora_ray.train.checkpoint import Checkpoint, TrainState, snapshot
 from olora_ray.train.generate import Question, answer
-from olora_ray.train.loader import StepLoader
+from olora_ray.train.loader import Schedule, StepLoader
 from olora_ray.train.loop import Trainer, evaluate
 from olora_ray.train.loss import SupervisedLoss
-from olora_ray.train.optim import Schedule
 from olora_ray.train.parallel import place_model
 from tests import tiny
 

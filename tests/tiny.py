@@ -56,6 +56,11 @@ def _model(model_class: Any, shape: Any, attention: str, dtype: torch.dtype) -> 
     return model.to(dtype).eval().requires_grad_(False)
 
 
+def attention_of(model: Any) -> str:
+    """The attention that a model is set to."""
+    return str(model.config._attn_implementation)
+
+
 def config(**changes: Any) -> Config:
     """A config with dotted changes, written with double underscores: `config(train__lr=1e-3)`."""
     tree: dict[str, dict[str, Any]] = {
@@ -196,6 +201,32 @@ def trainer(settings: Config, attention: str = "segments", model: Any = None, st
     loss = SupervisedLoss(model)
     place_model(loss, strategy, device)
     return Trainer(loss, adapted, settings, device)
+
+
+def steps(
+    trainer: Any, packs: Any = None, count: int | None = None, start: int = 0, attention: str = "segments"
+) -> Any:
+    """The steps of this worker, from number `start` to `count`, or to the config's number."""
+    from olora_ray.common import collectives
+    from olora_ray.train.loader import Schedule, StepLoader
+
+    packs, train, seed = packs or store(), trainer.config.train, trainer.config.run.seed
+    loader = StepLoader(packs, train, seed, attention, collectives.rank(), collectives.world_size())
+    return trainer.steps(loader, start, Schedule(train.model_copy(update={"steps": count or train.steps}), packs))
+
+
+def gradients(trainer: Any) -> list[torch.Tensor]:
+    """Grows with each step by the gradient that the optimizer is given."""
+    found: list[torch.Tensor] = []
+    trainer.optimizer.inner.register_step_pre_hook(lambda *_: found.append(trainer.flat.grad.clone()))
+    return found
+
+
+def moved(trainer: Any) -> Any:
+    """The trainer with an adapter that is past its start, so that dA and dB both have gradients."""
+    noise = torch.randn(trainer.flat.vector.shape, generator=torch.Generator().manual_seed(0))
+    trainer.flat.vector.copy_(0.1 * noise)
+    return trainer
 
 
 SMALL: dict[str, Any] = {

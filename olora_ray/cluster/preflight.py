@@ -28,7 +28,6 @@ from olora_ray.model.quantised import KINDS
 from olora_ray.model.source import BaseModel
 from olora_ray.train import checkpoints
 from olora_ray.train.estimate import PROCESS_BYTES, MemoryEstimate, answers_at_once, estimate
-from olora_ray.train.parallel import strategy_problem
 
 logger = logging.getLogger(__name__)
 
@@ -292,7 +291,6 @@ def check(config: AnyConfig, base: BaseModel | None) -> None:
     problems += _versions(node_facts.node_info(), answers, None if kind is None else kind.library)
     problems += _code()
     problems += _gpus(wanted, answers)
-    problems += _strategy(config)
     problems += _spares(config, wanted)
     problems += _storage(config, answers)
     if base is not None and isinstance(config, Config):
@@ -320,7 +318,10 @@ def _size(config: Config, base: BaseModel, wanted: Resources, answers: Answers) 
     planned = estimate(config, base, gpu="GPU" in wanted)
     size = with_recomputation(config, base, planned, wanted, answers)
     if size.problem:
-        logger.info(f"memory: activations by a formula, rather too much: the model's code cannot tell ({size.problem})")
+        logger.info(
+            f"memory: the plan is without {size.problem}: the model's code does not run without numbers; if memory runs"
+            " out, set train.activation_checkpointing=true or lower train.micro_batch"
+        )
     if size is not planned:
         logger.info(
             f"train.activation_checkpointing: auto: blocks are run again in the backward pass: a step takes"
@@ -402,11 +403,6 @@ def _public(package: str, version: str | None) -> str | None:
     if version is not None and package == "python":
         return ".".join(version.split(".")[:2])
     return version and version.partition("+")[0]
-
-
-def _strategy(config: AnyConfig) -> list[str]:
-    problem = isinstance(config, Config) and strategy_problem(config.cluster.strategy)
-    return [problem] if problem else []
 
 
 def _spares(config: AnyConfig, wanted: Resources) -> list[str]:

@@ -23,9 +23,8 @@ from olora_ray.common.fault_points import reached
 from olora_ray.config.load import dump
 from olora_ray.train.checkpoint import TrainState, snapshot
 from olora_ray.train.checkpoints import CheckpointManager
-from olora_ray.train.loader import StepLoader
+from olora_ray.train.loader import Schedule, StepLoader
 from olora_ray.train.loop import StepResult
-from olora_ray.train.optim import Schedule
 
 logger = logging.getLogger(__name__)
 

@@ -31,8 +31,8 @@ from olora_ray.model.source import on_this_node
 from olora_ray.tokens.collate import Batch, collate
 from olora_ray.tokens.store import Pack, TokenStore
 from olora_ray.train import checkpoints
-from olora_ray.train.base_files import load_frozen
 from olora_ray.train.loss import SupervisedLoss
+from olora_ray.train.parallel import load_frozen
 from olora_ray.train.self_test import choose_attention
 
 if TYPE_CHECKING:

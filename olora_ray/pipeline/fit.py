@@ -30,7 +30,7 @@ from olora_ray.tokens.prepare import CompleteStore, StoreBuild
 from olora_ray.tracking.prometheus import Telemetry
 from olora_ray.tracking.run import Tracker
 from olora_ray.train import checkpoint, checkpoints
-from olora_ray.train.optim import Schedule
+from olora_ray.train.loader import Schedule
 
 logger = logging.getLogger(__name__)
 

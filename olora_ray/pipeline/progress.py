@@ -14,7 +14,7 @@ from tqdm import tqdm
 from olora_ray.common import logs
 from olora_ray.common.text import clock, plural
 from olora_ray.config.schema import Config
-from olora_ray.train import tree
+from olora_ray.train.loader import share
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +128,7 @@ def _is_pipe(stream: TextIO) -> bool:
 def batch_split(config: Config, workers: int) -> str:
     """`16 sequences per step = 2 workers x 8 (4 at once, 2 accumulated)`, and how many workers have nothing to do."""
     size, micro, count = config.train.global_batch, config.train.micro_batch, config.train.micro_batches()
-    parts = [tree.share(count, worker, workers) for worker in range(workers)]
+    parts = [share(count, worker, workers) for worker in range(workers)]
     shares = sorted({min(part.stop * micro, size) - min(part.start * micro, size) for part in parts})
     idle = workers - count
     return (

@@ -215,7 +215,7 @@ def _memory_line(config: Config, size: MemoryEstimate) -> str:
     shown = ", ".join(f"{name} {value / 2**30:.2f}" for value, name in parts if value or name != "gathered")
     return (
         f"memory per worker, estimated: {size.total_bytes() / 2**30:.2f} GiB ({shown}),"
-        " plus about 1 GiB for the process"
+        f" plus about 1 GiB for the process{f'; without {size.problem}' if size.problem else ''}"
     )
 
 

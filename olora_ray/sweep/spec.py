@@ -12,7 +12,7 @@ from olora_ray.config.section import extended
 from olora_ray.pipeline.run_folder import RunFolder
 from olora_ray.sweep.space import SAME_BASE, Space
 from olora_ray.tokens.store import TokenStore
-from olora_ray.train.optim import Schedule
+from olora_ray.train.loader import Schedule
 
 NUMBER = "number"
 """Key of a trial's number in its Tune config; the other keys are draws."""

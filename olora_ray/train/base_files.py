@@ -7,8 +7,6 @@ precision of the model. Whatever this cannot promise is said by `problem`, and t
 import logging
 import math
 import re
-import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,25 +16,19 @@ import torch
 from torch import Tensor, nn
 
 from olora_ray.adapter import stored
-from olora_ray.adapter.candidates import GATE, ROUTER, candidates
 from olora_ray.adapter.stored import DTYPES, Group, as_transformers_reads
 from olora_ray.common.errors import UserError, first_line
-from olora_ray.config.schema import Model as ModelConfig
-from olora_ray.model.load import empty_model, load_model, stored_buffers
-from olora_ray.model.quantised import KINDS, QuantisedLinear, require
+from olora_ray.model.load import stored_buffers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
-AT_ONCE = 2**24
-"""Numbers of a tensor that are compared at once."""
-
 
 @dataclass(frozen=True)
 class BaseFiles:
-    """Where each parameter and stored buffer of a model lies in its folder."""
+    """The places of a model's parameters and stored buffers in its folder."""
 
     folder: Path
     groups: Mapping[str, Group]
@@ -75,7 +67,7 @@ class BaseFiles:
         """
         for one, other in self.twice:
             rows = self.shapes[one][0]
-            size = max(1, AT_ONCE // max(1, math.prod(self.shapes[one][1:])))
+            size = max(1, 2**24 // max(1, math.prod(self.shapes[one][1:])))  # rows that are compared at once
             for first in range(part * rows // parts, (part + 1) * rows // parts, size):
                 last = min(first + size, (part + 1) * rows // parts)
                 if not torch.equal(self._rows(one, first, last), self._rows(other, first, last)):
@@ -83,7 +75,7 @@ class BaseFiles:
         return None
 
     def in_parts(self, name: str) -> bool:
-        """Whether some rows of a parameter can be read without the others."""
+        """Return True if some rows of a parameter can be read without the others."""
         return self.groups[self.names[name]].in_parts
 
     def whole(self, name: str) -> Tensor:
@@ -149,7 +141,7 @@ def find(folder: Path, model: "PreTrainedModel") -> BaseFiles | str:
 
 
 def _not_plain(folder: Path, model: Any) -> str | None:
-    """What from_pretrained does beyond reading floating-point weights into a model of transformers' own."""
+    """Return why from_pretrained does more than read plain weights into a model of transformers; None if not."""
     if not type(model).__module__.startswith("transformers."):
         return f"{type(model).__name__} is no model of transformers itself"
     if getattr(model.config, "quantization_config", None) is not None:
@@ -162,7 +154,7 @@ def _not_plain(folder: Path, model: Any) -> str | None:
 
 
 def _kept_precise(model: Any) -> str | None:
-    """Whether from_pretrained would keep a weight in another precision than the empty model has it."""
+    """Return a weight that from_pretrained keeps in another precision than the empty model, and which; None if none."""
     plan: dict[str, torch.dtype] = getattr(model, "_get_dtype_plan", lambda dtype: {})(model.dtype)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         for pattern, dtype in plan.items():
@@ -240,78 +232,8 @@ def _outermost(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _is_closed(model: nn.Module, module: nn.Module) -> bool:
-    """Whether it has weights, all of its own."""
+    """Return True if the module has weights, and shares none with a module outside of it."""
     own = {id(parameter) for parameter in module.parameters()}
     inside = {id(part) for part in module.modules()}
     outside = (part for part in model.modules() if id(part) not in inside)
     return bool(own) and not any(id(one) in own for part in outside for one in part.parameters(recurse=False))
-
-
-# The frozen base as a training computes with it: as its files have it, or with packed linear layers.
-
-
-def load_frozen(folder: str | Path, config: ModelConfig, device: torch.device) -> "PreTrainedModel":
-    """What `load_model` returns, with `model.quantization`; packed layers are on `device` already.
-
-    Raises UserError as `load_model` and `to_pack`.
-    """
-    if config.quantization == "none":
-        return load_model(folder, config, device)
-    began = time.perf_counter()
-    require(config.quantization)
-    model: Any = empty_model(folder, config, device)
-    names = to_pack(model)
-    found = find(Path(folder), model)
-    problem = found if isinstance(found, str) else found.differs(0, 1)
-    if problem is None:
-        assert isinstance(found, BaseFiles)
-        for name in names:
-            _pack(model, name, found.whole(f"{name}.weight"), config.quantization, device)
-        fill(model, found, lambda _: True)
-    else:
-        logger.info(f"quantization: the whole base is loaded before it is packed: {problem}")
-        model = load_model(folder, config, device)
-        names = to_pack(model)  # of one that is quantised already there is none
-        for name in names:
-            _pack(model, name, model.get_submodule(name).weight, config.quantization, device)
-    taken = time.perf_counter() - began
-    logger.info(f"quantization: {len(names)} linear layers are kept as {config.quantization}, packed in {taken:.2f} s")
-    frozen: PreTrainedModel = model
-    return frozen
-
-
-def to_pack(model: nn.Module) -> list[str]:
-    """The layers that are packed, in the model's order; raises UserError if there is none."""
-    inside = {id(part) for block in decoder_layers(model) for part in block.modules()}
-    shared = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
-    found = []
-    for name, item in candidates(model).items():
-        module: Any = item.target.module
-        plain = type(module) is nn.Linear and item.refused is None and item.aside not in (ROUTER, GATE)
-        even = plain and module.weight.numel() % 2 == 0  # two numbers share a byte
-        if even and id(module) in inside and shared[id(module.weight)] == 1:
-            found.append(name)
-    if not found:
-        raise UserError(
-            f"model.quantization: {type(model).__name__} has no layers of torch's class Linear in its blocks, which"
-            " alone are packed; set it to none"
-        )
-    return found
-
-
-def packed_size(model: nn.Module, kind: str, dtype: torch.dtype) -> tuple[int, int, int]:
-    """(numbers that are packed, their bytes, bytes that the largest layer takes while it is unpacked)."""
-    shapes = [tuple(model.get_parameter(f"{name}.weight").shape) for name in to_pack(model)]
-    use = KINDS[kind]
-    return (
-        sum(m * n for m, n in shapes),
-        sum(use.size(m, n) for m, n in shapes),
-        max(m * n for m, n in shapes) * use.unpacking(dtype.itemsize),
-    )
-
-
-def _pack(model: nn.Module, name: str, weight: Tensor, kind: str, device: torch.device) -> None:
-    """Put a packed layer in the place of one; its bias may still be without numbers."""
-    parent, _, attribute = name.rpartition(".")
-    module: Any = model.get_submodule(name)
-    setattr(model.get_submodule(parent), attribute, QuantisedLinear(weight, module.bias, kind, device))

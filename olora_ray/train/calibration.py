@@ -1,12 +1,13 @@
-"""The inputs of layers as the model runs: which layers have one in common, and its rows at chosen tokens."""
+"""Inputs of layers at a run's first supervised tokens, for data-driven methods, brought to their owners."""
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,11 @@ from olora_ray.train.loss import SupervisedLoss
 
 logger = logging.getLogger(__name__)
 
-See = Callable[[str, Tensor], None]
+# The inputs of layers as the model runs: which layers have one in common, and its rows at chosen tokens.
+
+
+See = Callable[[str, Tensor, Tensor], None]
+"""Takes the name of a layer, its input and its output."""
 
 
 @dataclass(frozen=True)
@@ -35,13 +40,8 @@ class LayerInput:
 
     @property
     def name(self) -> str:
-        """That of its first layer."""
+        """The name of the first layer."""
         return self.layers[0]
-
-    @property
-    def row_bytes(self) -> int:
-        """Of one token."""
-        return self.size * self.dtype.itemsize
 
 
 @torch.no_grad()
@@ -53,12 +53,12 @@ def inputs_of(loss: SupervisedLoss, targets: Mapping[str, Target], probe: Batch)
     """
     kept: dict[str, Tensor] = {}  # alive till the end, so that no two have the same memory
 
-    def see(name: str, x: Tensor) -> None:
+    def see(name: str, x: Tensor, _: Tensor) -> None:
         if name in kept:
             raise UserError(_refusal(name, "is used several times for a token"))
         kept[name] = x
 
-    with _watched({name: target.module for name, target in targets.items()}, see):
+    with watched({name: target.module for name, target in targets.items()}, see):
         loss(probe)
     groups: dict[Any, list[str]] = {}
     for name in targets:
@@ -82,31 +82,28 @@ def rows_of(
     found: dict[str, Tensor] = {}
     problems: list[UserError] = []
 
-    def see(name: str, x: Tensor) -> None:
+    def see(name: str, x: Tensor, _: Tensor) -> None:
         try:
             _check_rows(name, x, batch)
-            found[name] = _finite(name, x.reshape(-1, x.shape[-1])[places]).cpu()
+            rows = x.reshape(-1, x.shape[-1])[places]
+            if not torch.isfinite(rows).all():
+                raise UserError(f"model.name: the input of {name} has NaN or infinite values on the training data")
+            found[name] = rows.cpu()
         except UserError as error:
             problems.append(error)
 
-    with _watched({each.name: targets[each.name].module for each in inputs}, see):
+    with watched({each.name: targets[each.name].module for each in inputs}, see):
         loss(batch)
     if problems:
         raise problems[0]
     return [found[each.name] for each in inputs]
 
 
-def _finite(name: str, rows: Tensor) -> Tensor:
-    if not torch.isfinite(rows).all():
-        raise UserError(f"model.name: the input of {name} has NaN or infinite values on the training data")
-    return rows
-
-
 @contextmanager
-def _watched(modules: Mapping[str, nn.Module], see: See) -> Iterator[None]:
-    """Have `see` called with each input of these modules."""
+def watched(modules: Mapping[str, nn.Module], see: See) -> Iterator[None]:
+    """Have `see` called each time that one of these modules has run."""
     handles = [
-        module.register_forward_pre_hook(partial(_hand_over, name, see), with_kwargs=True)
+        module.register_forward_hook(partial(_hand_over, name, see), with_kwargs=True)
         for name, module in modules.items()
     ]
     try:
@@ -116,8 +113,10 @@ def _watched(modules: Mapping[str, nn.Module], see: See) -> Iterator[None]:
             handle.remove()
 
 
-def _hand_over(name: str, see: See, _: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-    see(name, inputs[0] if inputs else next(iter(named.values())))
+def _hand_over(
+    name: str, see: See, _: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Tensor
+) -> None:
+    see(name, inputs[0] if inputs else next(iter(named.values())), output)
 
 
 def _check_rows(name: str, x: Tensor, batch: Batch) -> None:
@@ -134,7 +133,7 @@ def _refusal(name: str, why: str) -> str:
     )
 
 
-# The first supervised tokens of a run's order: what data-driven methods look at.
+# The first supervised tokens of a run's order.
 
 
 @dataclass(frozen=True)
@@ -158,32 +157,38 @@ def first_tokens(store: TokenStore, limit: int, waiting: Waiting | None = None) 
 
     Waits for the shards that it needs; `waiting` as of StepLoader.
     """
-    return list(_pieces(store, limit, waiting))
-
-
-def _pieces(store: TokenStore, limit: int, waiting: Waiting | None) -> Iterator[Piece]:
-    place, sequence = 0, 0
+    found: list[Piece] = []
+    place = sequence = 0
     while place < limit:
-        until(store, partial(_knows, store, sequence), waiting)
+        until(store, lambda: store.available > sequence or store.total is not None, waiting)  # noqa: B023  # called now
         if sequence >= store.available:
-            return
+            break
         count = min(store.supervised([sequence]), limit - place)
         if count:
-            yield Piece(sequence, place, count)
+            found.append(Piece(sequence, place, count))
         place, sequence = place + count, sequence + 1
-
-
-def _knows(store: TokenStore, sequence: int) -> bool:
-    return store.available > sequence or store.total is not None
+    return found
 
 
 # Sequences spread over the workers: each computes rows of its part, and sends them to the workers that own them.
 
 
+Item = TypeVar("Item")
 AT_ONCE = 2**26
 """Bytes that a worker sends at once."""
-STILL = 30.0
-"""Seconds from one line of the log to the next while it lasts."""
+
+
+def in_parts(items: Iterable[Item], size: Callable[[Item], int], room: int) -> Iterator[list[Item]]:
+    """The items in parts of at most `room` bytes, or of one item."""
+    part: list[Item] = []
+    taken = 0
+    for item in items:
+        if part and taken + size(item) > room:
+            yield part
+            part, taken = [], 0
+        part.append(item)
+        taken += size(item)
+    yield part
 
 
 @dataclass(frozen=True)
@@ -198,38 +203,42 @@ class Rows:
 
     @property
     def bytes(self) -> int:
-        """Of one row."""
+        """Bytes of one row."""
         return self.size * self.dtype.itemsize
 
 
-Make = Callable[[Piece], list[Tensor]]
-"""A sequence -> its rows (count x size) of each kind, on the CPU. Raises UserError."""
-Keep = Callable[[int, Piece, Tensor], None]
-"""Takes the rows (count x size) of an own kind, by its number, of a sequence."""
+class RowExchange(ABC):
+    """Makes rows of all kinds of sequences, and brings them to their owners by `device`."""
 
-
-class Spread:
-    """Makes rows of all kinds of sequences. All workers must call `run` together."""
-
-    def __init__(
-        self, kinds: Sequence[Rows], make: Make, count: Callable[[Piece], int], keep: Keep, device: torch.device
-    ) -> None:
-        """`count` says how many rows a sequence has; rows travel by `device`."""
-        self.kinds, self.make, self.count, self.keep, self.device = kinds, make, count, keep, device
+    def __init__(self, kinds: Sequence[Rows], device: torch.device) -> None:
+        self.kinds, self.device = kinds, device
         self.sent = 0
         """Bytes that went to other workers."""
         self._here, self._workers = collectives.rank(), collectives.world_size()
-
-    def own(self) -> list[int]:
+        self.own = [number for number, kind in enumerate(kinds) if kind.owner == self._here]
         """The kinds that this worker owns, by number."""
-        return [number for number, kind in enumerate(self.kinds) if kind.owner == self._here]
+
+    @abstractmethod
+    def count(self, piece: Piece) -> int:
+        """Return the number of rows of a sequence."""
+
+    @abstractmethod
+    def make(self, piece: Piece) -> list[Tensor]:
+        """The rows (count x size) of each kind of a sequence, on the CPU; raises UserError."""
+
+    @abstractmethod
+    def keep(self, number: int, piece: Piece, rows: Tensor) -> None:
+        """Take the rows (count x size) of an own kind, by its number, of a sequence."""
 
     def run(self, pieces: Sequence[Piece]) -> None:
-        """Make the rows of these sequences and bring them to their owners; raises what `make` raises, everywhere."""
+        """Make the rows of these sequences and bring them to their owners; raises what `make` raises, everywhere.
+
+        All workers must call it together.
+        """
         told = time.monotonic()
         for turn in range(0, len(pieces), self._workers):
             self._round(pieces[turn : turn + self._workers])
-            if time.monotonic() - told > STILL:
+            if time.monotonic() - told > 30:
                 told, done = time.monotonic(), min(turn + self._workers, len(pieces))
                 logger.info(f"initialisation: {done:,} of {len(pieces):,} sequences looked at")
 
@@ -242,20 +251,9 @@ class Spread:
         except UserError as error:
             problem = str(error)
         collectives.raise_together(problem)
-        for numbers in self._parts(max(map(self.count, pieces))):
+        most = max(map(self.count, pieces))
+        for numbers in in_parts(range(len(self.kinds)), lambda number: most * self.kinds[number].bytes, AT_ONCE):
             self._send(numbers, pieces, rows)
-
-    def _parts(self, count: int) -> Iterator[list[int]]:
-        """The kinds in parts of which so many rows are at most AT_ONCE bytes, or one kind."""
-        part: list[int] = []
-        size = 0
-        for number, kind in enumerate(self.kinds):
-            if part and size + count * kind.bytes > AT_ONCE:
-                yield part
-                part, size = [], 0
-            part.append(number)
-            size += count * kind.bytes
-        yield part
 
     def _send(self, numbers: Sequence[int], pieces: Sequence[Piece], rows: Sequence[Tensor]) -> None:
         """Send the rows of some kinds to their owners, and keep what comes from the others."""
@@ -270,16 +268,11 @@ class Spread:
         sizes = [width * self.count(piece) for piece in pieces] + [0] * (self._workers - len(pieces))
         received = collectives.swap([part.to(self.device) for part in outgoing], sizes)
         for piece, part in zip(pieces, received, strict=False):
-            self._receive(mine, piece, part.cpu())
-
-    def _receive(self, numbers: Sequence[int], piece: Piece, received: Tensor) -> None:
-        place, count = 0, self.count(piece)
-        for number in numbers:
-            kind = self.kinds[number]
-            # A copy: its memory is its own, and begins where numbers may.
-            rows = received[place : place + count * kind.bytes].clone().view(kind.dtype)
-            self.keep(number, piece, rows.view(count, kind.size))
-            place += count * kind.bytes
+            count = self.count(piece)
+            lengths = [count * self.kinds[number].bytes for number in mine]
+            for number, flat in zip(mine, part.cpu().split(lengths), strict=True):
+                # A copy: its memory is its own, and begins where numbers may.
+                self.keep(number, piece, flat.clone().view(self.kinds[number].dtype).view(count, -1))
 
 
 def _as_bytes(parts: Sequence[Tensor]) -> Tensor:

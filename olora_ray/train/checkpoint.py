@@ -10,7 +10,6 @@
 A directory whose manifest is missing or does not hold is not a checkpoint. Nothing in it is a pickle.
 """
 
-import errno
 import hashlib
 import json
 import math
@@ -32,10 +31,6 @@ from olora_ray.model import folder as model_identity
 from olora_ray.train.loop import Trainer
 
 # State of a run: all that resuming needs beside the tensors of adapter and optimizer.
-
-
-LARGEST_LOSS = 80.0
-"""From which on a perplexity stays the same: the exponential would soon not be a number."""
 
 
 @dataclass
@@ -62,7 +57,7 @@ class TrainState:
     precision: str | None = None
     """The base's, by torch's name: what `model.dtype: auto` meant where the run began."""
     self_test: dict[str, Any] | None = None
-    """What the self-test of the model has found, and with what (cluster/self_tested.py)."""
+    """Result of the model's self-test, and its inputs (cluster/self_tested.py)."""
     before: list[list[int]] | None = None
     """Answers to held-out prompts before training, as token ids; None until they were made."""
 
@@ -83,8 +78,8 @@ class TrainState:
 
 
 def perplexity(loss: float) -> float:
-    """Of a mean loss per token."""
-    return math.exp(min(loss, LARGEST_LOSS))
+    """The perplexity of a mean loss per token; a finite number whatever the loss."""
+    return math.exp(min(loss, 80.0))
 
 
 FORMAT = 1
@@ -97,12 +92,6 @@ ADAPTER, BEST, OPTIMIZER, STATE, CONFIG, MANIFEST = (
     "manifest.json",
 )
 
-AWAY = frozenset({errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN})
-"""Errors of files that may be good: their mounted storage does not answer."""
-CLOSED = frozenset({errno.EACCES, errno.EPERM})
-"""Those of files of another user."""
-UNREAD = AWAY | CLOSED | {errno.EIO}
-"""All that say nothing of what a file has; a mounted storage that is away may say EIO too, as a damaged disk does."""
 _NAMES = {ADAPTER, BEST, OPTIMIZER, STATE, CONFIG}
 _TEXTS = TypeAdapter(dict[str, str])
 _STATE = TypeAdapter(TrainState)
@@ -222,7 +211,7 @@ def _difference(old: str, new: str) -> str:
 def verify(folder: Path) -> None:
     """Raise UserError unless the folder is a complete checkpoint with the bytes that were written.
 
-    Raises OSError if that cannot be said now.
+    Raises OSError if the storage does not give a file that is there: it may be good.
     """
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
@@ -230,9 +219,7 @@ def verify(folder: Path) -> None:
         whole = manifest["format"] == FORMAT and files.keys() >= {ADAPTER, OPTIMIZER, STATE, CONFIG}
     except FileNotFoundError:
         raise UserError(f"{folder}: not a complete checkpoint (no {MANIFEST})") from None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        if isinstance(error, OSError) and error.errno in UNREAD:
-            raise
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{folder / MANIFEST}: not a checkpoint's manifest") from None
     if not whole or files.keys() - _NAMES or ((folder / BEST).exists() and BEST not in files):
         raise UserError(f"{folder / MANIFEST}: not the manifest of this checkpoint, or of another version of olora_ray")

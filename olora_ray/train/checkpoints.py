@@ -9,6 +9,7 @@ for the controller, and resumes from the checkpoint that was reported last, whet
 """
 
 import contextvars
+import errno
 import json
 import logging
 import os
@@ -16,7 +17,8 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -31,15 +33,13 @@ from olora_ray.train.checkpoint import Checkpoint
 logger = logging.getLogger(__name__)
 
 PREFIX = "step-"
+AWAY = frozenset({errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN})
+"""Errors of a mounted storage that does not answer now."""
 PRECISIONS = ("float32", "bfloat16", "float16")
 
 
 class Closed(UserError):
     """A checkpoint is there that this user may not read."""
-
-
-class Unread(UserError):
-    """A checkpoint is there that the disk does not give; it may be damaged, or its storage away."""
 
 
 def name_of(step: int) -> str:
@@ -67,16 +67,8 @@ def steps_of(place: str) -> list[int]:
     return [int(number) for number in found if number.isdecimal()]
 
 
-def steps_now(place: str) -> frozenset[int]:
-    """The same, and none where that cannot be said now."""
-    try:
-        return frozenset(steps_of(place))
-    except (OSError, UserError):
-        return frozenset()
-
-
 def names_now(place: str) -> list[str]:
-    """As `names`, and none where that cannot be said now."""
+    """Return `names`, or none if the storage does not answer."""
     try:
         return names(place)
     except OSError:
@@ -97,10 +89,9 @@ def precision_now(place: str) -> str | None:
 def latest_good(place: str) -> tuple[str, Checkpoint] | None:
     """The newest checkpoint that can be trusted, and its folder; damaged ones are passed over with a warning.
 
-    Raises TryAgain if the storage does not give one that is there, or of several none: it may be good. Raises Closed
-    for one that this user may not read.
+    Raises TryAgain if the storage does not give one that is there: it may be good. Raises Closed for one that this user
+    may not read.
     """
-    unread: Unread | None = None
     try:
         there = names(place)
     except OSError as error:
@@ -113,9 +104,6 @@ def latest_good(place: str) -> tuple[str, Checkpoint] | None:
             raise
         except UserError as error:
             logger.warning(f"{name} is passed over: {error}")
-            unread = error if isinstance(error, Unread) else unread
-    if unread is not None:  # to begin anew would be to lose all
-        raise TryAgain(f"{unread}, and no other one is good; if it stays so, the disk is damaged: remove {place}")
     return None
 
 
@@ -137,23 +125,21 @@ def copy_from(source: str, place: str, step: int, seconds: float) -> None:
 
 
 def read(folder: str) -> Checkpoint:
-    """The checkpoint in a folder; raises UserError if it is not whole, TryAgain if it cannot be fetched now.
-
-    Also Closed and Unread.
-    """
+    """The checkpoint in a folder; raises UserError if it is not whole, Closed or TryAgain if it cannot be read."""
     try:
         with node_cache.fetched(folder) as local:
             return checkpoint.load(local)
     except FileNotFoundError as error:
         raise UserError(f"checkpoint {folder}: not there: {short_reason(error)}") from None
+    except PermissionError as error:
+        raise Closed(f"checkpoint {folder}: cannot be read: {short_reason(error)}") from None
     except OSError as error:
-        away = storage.is_uri(folder) or error.errno in checkpoint.AWAY
-        kind = TryAgain if away else Closed if error.errno in checkpoint.CLOSED else Unread
-        raise kind(f"checkpoint {folder}: cannot be read: {short_reason(error)}") from None
+        why = short_reason(error)
+        raise TryAgain(f"checkpoint {folder}: cannot be read: {why}; if it stays so, remove it") from None
 
 
 def is_whole(folder: str) -> bool:
-    """Whether a checkpoint is there as it was written; of one in an object store only the sizes are compared."""
+    """Return True if a checkpoint is there as it was written; in an object store, compare the sizes only."""
     if not storage.is_uri(folder):
         try:
             checkpoint.verify(Path(folder))
@@ -230,10 +216,6 @@ def sweep(place: str) -> None:
 
 Saved = Callable[[int, float], None]
 """Called with the step of a checkpoint that is written, and the seconds that it took."""
-PAUSES = (1.0, 2.0, 4.0, 8.0)
-"""Seconds between the attempts to write a checkpoint."""
-ATTEMPT_SECONDS = 120.0
-"""After so many seconds no other attempt is made: the training waits for the one that is under way."""
 
 
 class _AbandonedError(Exception):
@@ -243,19 +225,30 @@ class _AbandonedError(Exception):
 class CheckpointManager:
     """Writes the checkpoints of a run, one at a time, in a thread."""
 
-    def __init__(self, place: str, keep: int, saved: Saved = lambda step, seconds: None) -> None:
+    def __init__(
+        self,
+        place: str,
+        keep: int,
+        saved: Saved = lambda step, seconds: None,
+        pauses: Sequence[float] = (1.0, 2.0, 4.0, 8.0),
+    ) -> None:
         """`place` is the folder of the checkpoints, path or URI; `keep` the number of good ones that stay.
 
-        Removes what killed processes have left half-written there.
+        `pauses` are the seconds between the attempts to write one to a disk; requests to an object store are repeated
+        by common/patience.py. Removes what killed processes have left half-written there.
         """
         self.place, self.keep, self.saved = place, keep, saved
+        self.pauses = pauses if storage.local_path(place) else ()
         self._good: set[str] = set()  # names that this process has written or verified
-        self._thread: threading.Thread | None = None
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._work: Future[None] | None = None
         self._problem: OSError | SafetensorError | None = None
-        self._bug: Exception | None = None
         self._abandoned = threading.Event()
         sweep(place)
-        self._found = steps_now(place)  # those that were there before
+        try:
+            self._found = set(steps_of(place))  # those that were there before
+        except (OSError, UserError):
+            self._found = set()
 
     def save(self, step: int, write: Callable[[Path], None]) -> None:
         """Have `write` fill a folder, which becomes the checkpoint of `step`; waits for the one before.
@@ -265,15 +258,13 @@ class CheckpointManager:
         self._join()
         self._problem = None
         # Its lines belong to the training that it writes for: several may share this process.
-        work = partial(contextvars.copy_context().run, self._save, step, write)
-        self._thread = threading.Thread(target=work, name="checkpoint")
-        self._thread.start()
+        self._work = self._pool.submit(contextvars.copy_context().run, self._save, step, write)
 
     def finish(self) -> None:
         """Wait for the last checkpoint; raises UserError if it could not be written, TryAgain if that passes."""
         self._join()
         if self._problem is not None:
-            away = isinstance(self._problem, StoreUnavailable) or getattr(self._problem, "errno", 0) in checkpoint.AWAY
+            away = isinstance(self._problem, StoreUnavailable) or getattr(self._problem, "errno", 0) in AWAY
             raise (TryAgain if away else UserError)(
                 f"run.storage: the last checkpoint cannot be written to {self.place}: {short_reason(self._problem)};"
                 " make room or repair the storage, and run the same command again"
@@ -287,21 +278,12 @@ class CheckpointManager:
         self._abandoned.set()
 
     def _join(self) -> None:
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        if self._bug is not None:
-            raise self._bug
+        if self._work is not None:
+            self._work.result()
 
     def _save(self, step: int, write: Callable[[Path], None]) -> None:
-        try:
-            self._try(step, write)
-        except Exception as error:
-            self._bug = error  # raised in the thread that trains
-
-    def _try(self, step: int, write: Callable[[Path], None]) -> None:
         began = time.perf_counter()
-        for number, pause in enumerate((*PAUSES, None), 1):
+        for number, pause in enumerate((*self.pauses, None), 1):
             try:
                 put(partial(self._fill, write), storage.join(self.place, name_of(step)))
             except _AbandonedError:
@@ -309,7 +291,7 @@ class CheckpointManager:
             except (OSError, SafetensorError) as error:
                 if self._abandoned.is_set():
                     return
-                if pause is None or time.perf_counter() - began > ATTEMPT_SECONDS:
+                if pause is None:
                     self._problem = error
                     there = names_now(self.place)
                     last = f"the last one is {there[-1]}" if there else "there is none yet"
@@ -358,14 +340,14 @@ class CheckpointManager:
             logger.warning(f"old checkpoints cannot be removed now: {short_reason(error)}")
 
     def _may_be_good(self, name: str) -> bool:
-        """Whether the checkpoint is whole, or cannot be read now: then it stays, and the others are looked at."""
+        """Return True if the checkpoint is whole, or cannot be read now: then it stays, and others may go."""
         try:
             return self._is_good(name)
         except OSError:
             return True
 
     def _is_good(self, name: str) -> bool:
-        """Whether the checkpoint is whole; each is looked at once. Raises OSError if that cannot be said now."""
+        """Return True if the checkpoint is whole; each is read once. Raises OSError if it cannot be read now."""
         if name not in self._good and is_whole(storage.join(self.place, name)):
             self._good.add(name)
         return name in self._good

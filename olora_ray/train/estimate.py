@@ -2,12 +2,10 @@
 
 import importlib.util
 import inspect
-import json
 import math
 import time
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import pairwise
@@ -16,14 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import TypeAdapter
 
-from olora_ray.adapter.candidates import HEAD, Candidate, Target, candidates, other_parts, part_of
+from olora_ray.adapter.candidates import Target
 from olora_ray.adapter.initialise import at_scale, check, initialise, options_of
 from olora_ray.adapter.inject import Coverage, Selection, coverage, find_targets, inject, select
 from olora_ray.adapter.methods import FROM_WEIGHTS, METHODS
-from olora_ray.common import node_cache
 from olora_ray.common.errors import UserError, first_line
+from olora_ray.config.load import override
 from olora_ray.config.schema import Adapter, Config
 from olora_ray.model import attention
 from olora_ray.model.folder import parameters
@@ -34,188 +31,68 @@ from olora_ray.model.source import BaseModel
 from olora_ray.tokens.collate import FLAT_ATTENTION, Batch, collate
 from olora_ray.tokens.store import Pack
 from olora_ray.train import base_files, parallel
-from olora_ray.train.base_files import blocks_to_shard, load_frozen, packed_size
+from olora_ray.train.base_files import blocks_to_shard
 from olora_ray.train.data_driven import refuse
-from olora_ray.train.fake_model import FakeModel, GroupedProducts, Held, LiveBytes, at_blocks
+from olora_ray.train.fake_model import FakeModel, GroupedProducts, LiveBytes, at_blocks
 from olora_ray.train.generate import AT_ONCE, decoding, wanted
 from olora_ray.train.loop import train_mode
-from olora_ray.train.loss import CHUNK_LOGITS, SupervisedLoss, chunk_rows
+from olora_ray.train.loss import SupervisedLoss, chunk_rows
+from olora_ray.train.parallel import load_frozen, packed_size
 from olora_ray.train.tree import most_held
-
-# What a backward pass keeps, reckoned from the sizes of layers: where the model's code cannot be asked.
-
-
-def held_by_experts(
-    config: Config, model: Any, found: Mapping[str, Candidate], selection: Selection
-) -> dict[str, Held]:
-    """Module of experts -> about what its rows take, of which a token has as many as experts see it.
-
-    With I numbers inside an expert and H outside, transformers' experts keep 4 I + 2 H of a row (8 I with a gate of the
-    family's own, which limits and shifts), and what adapters add to that; their backward pass moves 4 H.
-    """
-    parts, shape = other_parts(model), model.config.get_text_config()
-    kept: Counter[str] = Counter()
-    rows: dict[str, int] = {}
-    for name, item in found.items():
-        if item.target.experts is None or part_of(name, parts):
-            continue
-        inside = sum(size for size in item.target.shape if size != shape.hidden_size)  # 3 I of all stacks
-        rows[item.module_name] = tokens(config) * _experts_a_token(shape, item.target)
-        kept[item.module_name] += inside * (8 if _has_own_gate(item.target.module) else 4) // 3
-        if name in selection.targets:
-            kept[item.module_name] += 2 * config.adapter.largest_rank()
-            # What is left of the input, and which numbers those are.
-            kept[item.module_name] += item.target.shape[1] * 3 // 2 if config.adapter.dropout else 0
-    hidden = int(shape.hidden_size)
-    return {name: Held(count * (kept[name] + 2 * hidden), count * 4 * hidden) for name, count in rows.items()}
-
-
-def _has_own_gate(experts: Any) -> bool:
-    """Whether the family's code says how the two halves of an expert's inside are multiplied."""
-    gate = getattr(type(experts), "_apply_gate", None)
-    return gate is not None and gate.__module__ == type(experts).__module__
-
-
-def by_formula(config: Config, model: Any, found: Mapping[str, Candidate], selection: Selection, width: int) -> int:
-    """Rather too much: input and output of each linear layer, adapted or not, norms and sums of blocks; and half more.
-
-    Families whose activation functions are written out (GPT-2) keep more than that sum.
-    """
-    shape, parts, linear = model.config.get_text_config(), other_parts(model), 0
-    for name, item in found.items():
-        if item.refused is HEAD or part_of(name, parts):
-            continue
-        kept = sum(item.target.shape) + (2 * config.adapter.largest_rank() if name in selection.targets else 0)
-        linear += kept * (1 if item.target.experts is None else _experts_a_token(shape, item.target))
-    layers, hidden = shape.num_hidden_layers, shape.hidden_size
-    of_blocks, head = tokens(config) * (linear + layers * hidden * 8) * width * 3 // 2, 3 * 4 * CHUNK_LOGITS
-    if config.train.activation_checkpointing is True:
-        of_blocks = min(of_blocks, tokens(config) * layers * hidden * width + of_blocks // layers * 2)
-    return int(of_blocks + head)
-
-
-def tokens(config: Config) -> int:
-    """Of a micro-batch, at most."""
-    return config.train.micro_batch * config.data.max_length
-
-
-def _experts_a_token(shape: Any, target: Target) -> int:
-    """Experts that see a token: as many as the config says, or all where a module takes no choice."""
-    names = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "top_k_experts", "num_selects")
-    chosen = next((int(value) for name in names if isinstance(value := getattr(shape, name, None), int)), None)
-    # Experts outside of transformers' interface may compute every token and leave most of it unused (Llama 4).
-    known = chosen is not None and hasattr(target.module, "has_gate")
-    assert target.experts is not None
-    return min(chosen, target.experts) if known and chosen is not None else target.experts
-
-
-# What answers to held-out prompts take beside the base and the adapter: above all their cache of keys and values.
-
-
-def answers_at_once(config: Config) -> int:
-    """Held-out prompts that a worker answers together, at most."""
-    return min(AT_ONCE, wanted(config.evaluation)) if config.data.holds_out() else 0
-
-
-def answer_bytes(fake: FakeModel, config: Config) -> int:
-    """Bytes that answers take at their most: while prompts are read, or at the last token."""
-    rows, prompt = answers_at_once(config), config.data.max_length
-    if not rows:
-        return 0
-    train_mode(fake.adapted, False)
-    whole = prompt + config.evaluation.max_new_tokens
-    with decoding(fake.loss.model), fake.mode, torch.no_grad():
-        return max(_most(fake, rows, prompt, decode=False), _most(fake, rows, whole - 1, decode=True))
-
-
-def cache_bytes(config: Config, model: Any, width: int) -> int:
-    """The cache at the last token, from the model's sizes: where its code cannot be asked.
-
-    Of a model without heads, what its hidden states would take: rather too much.
-    """
-    shape = model.config.get_text_config()
-    asked = getattr(shape, "num_attention_heads", None) or 1
-    heads = getattr(shape, "num_key_value_heads", None) or asked
-    size = getattr(shape, "head_dim", None) or shape.hidden_size // asked
-    tokens = answers_at_once(config) * (config.data.max_length + config.evaluation.max_new_tokens)
-    return int(tokens * shape.num_hidden_layers * 2 * heads * size * width)
-
-
-def _most(fake: FakeModel, rows: int, tokens: int, *, decode: bool) -> int:
-    """The most that is alive while so many tokens are read; `decode`: while one more is, after these."""
-    model: Any = fake.loss.model
-    live = LiveBytes(fake.tensors())
-    takes = inspect.signature(model.forward).parameters
-    last = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
-    name = "cache" if "cache" in takes else "past_key_values"  # its older word, and that of the output
-    with at_blocks(fake.blocks, live) as before, live, GroupedProducts():
-        ids = torch.zeros(rows, tokens, dtype=torch.int64)
-        cache = model(ids, attention_mask=torch.ones_like(ids), use_cache=True, **last).past_key_values
-        if decode:
-            live.most = live.now
-            mask = torch.ones(rows, tokens + 1, dtype=torch.int64)
-            model(ids[:, :1], attention_mask=mask, use_cache=True, **{name: cache})
-    kept = [stop - start for start, stop in pairwise(before[: len(fake.blocks) + 1])]
-    return live.most + sum(more * kept[place] for place, more in fake.more.items())
-
 
 # What a training takes beside the base and the adapter: found by running a step, and answers, with fake tensors.
 
 
-CHUNKS = 2
-"""Chunks of the head that are run: the second comes while what the first has made is there."""
-
-
 @dataclass(frozen=True)
-class Taken:
-    """Bytes at their most."""
+class Measured:
+    """Peak bytes of a run on fake tensors."""
 
     step: int
-    """Of a forward and backward pass of a micro-batch; blocks are run again if that is on."""
+    """Forward and backward pass of a micro-batch; with recomputation if that is on."""
     answers: int
-    """Of answers to held-out prompts."""
+    """Answers to held-out prompts."""
+    problem: str | None = None
+    """The part that is not counted, and why: the model's code does not run without numbers."""
 
 
-def measure(
-    model: Any, targets: Mapping[str, Target], held: Mapping[str, Held], config: Config, dtype: torch.dtype, gpu: bool
-) -> Taken:
-    """What a training takes, by running it without memory.
-
-    The model is on the meta device, and used up by this; `held` is what its experts take if they cannot be run. Raises
-    RuntimeError if the model's code does not run without numbers.
-    """
+def measure(model: Any, targets: Mapping[str, Target], config: Config, dtype: torch.dtype, gpu: bool) -> Measured:
+    """Run a step and answers without memory; the model is on the meta device, and used up by this."""
+    config, times = _small_enough(config)
+    problem = "activations (there is no attention to try them with)"
     attention.register()
-    names = _implementations(model, config, dtype, gpu)
-    problem = "there is no attention to try it with"
     try:
         fake = FakeModel(model, targets, config.adapter, dtype)
         rows = chunk_rows(int(model.config.get_text_config().vocab_size), torch.device("cuda" if gpu else "cpu"))
         fake.loss.__dict__["chunk"] = lambda _: rows  # fake tensors say that they are on a CPU
-        for place, name in enumerate((*names, *(names if held else ()))):
-            if place == len(names):
-                fake.hold(held)
+        for name in _implementations(model, config, dtype, gpu):
             try:
                 model.set_attn_implementation(name)
                 with attention.as_on_gpu() if gpu else nullcontext():
-                    step = _bytes(
-                        fake,
-                        _batch(config, name),
-                        recompute=config.train.activation_checkpointing is True,
-                        apart=config.data.packing is False,
-                    )
-                return Taken(step, _of_answers(fake, config, dtype))
+                    step = _step_bytes(fake, _batch(config, name), config.train.activation_checkpointing is True)
             except Exception as error:  # the family's code may do anything
-                problem = f"{type(error).__name__}: {first_line(error)}"
+                problem = f"activations ({type(error).__name__}: {first_line(error)})"
+                continue
+            try:
+                return Measured(int(times * step), int(times * _answer_bytes(fake, config)))
+            except Exception as error:
+                why = f"answers to held-out prompts ({type(error).__name__}: {first_line(error)})"
+                return Measured(int(times * step), 0, why)
     finally:
         attention.forget()  # what it has kept of fake tensors
-    raise RuntimeError(problem)
+    return Measured(0, 0, problem)
 
 
-def _of_answers(fake: FakeModel, config: Config, dtype: torch.dtype) -> int:
-    try:
-        return answer_bytes(fake, config)
-    except Exception:  # the family's code may do anything
-        return cache_bytes(config, fake.loss.model, dtype.itemsize)
+def _small_enough(config: Config) -> tuple[Config, float]:
+    """The config with a micro-batch that can be tried, and how many times its tokens the real one has.
+
+    Tokens and borders of segments have memory and take time even here.
+    """
+    length, most = config.data.max_length, 2**16
+    tokens = config.train.micro_batch * length
+    if tokens <= most:
+        return config, 1.0
+    small = override(config, {"train.micro_batch": max(1, most // length), "data.max_length": min(length, most)})
+    return small, tokens / (small.train.micro_batch * small.data.max_length)
 
 
 def _implementations(model: Any, config: Config, dtype: torch.dtype, gpu: bool) -> tuple[str, ...]:
@@ -249,53 +126,68 @@ def _batch(config: Config, name: str) -> Batch:
     return collate([pack] * config.train.micro_batch, name)
 
 
-def _bytes(fake: FakeModel, batch: Batch, recompute: bool, apart: bool = False) -> int:
-    """The most that is alive, were all blocks run; `apart`: a sequence is one example, which needs no mask."""
+def _step_bytes(fake: FakeModel, batch: Batch, recompute: bool) -> int:
+    """The most that is alive in a step, were all blocks run."""
     fake.run_again(recompute)
-    few, left_out = _few_labels(fake, batch)
+    # Two chunks of the head are run, the second while what the first has made is there. Of all others there are hidden
+    # states that are to be predicted from, and their gradients.
+    model: Any = fake.loss.model
+    rows = 2 * fake.loss.chunk(batch.labels.device)
+    numbers = 2 * max(0, len(batch.labels) - rows) * int(model.config.get_text_config().hidden_size)
+    few = replace(batch, predicts=batch.predicts[:rows], labels=batch.labels[:rows])
     live = LiveBytes(fake.tensors())
     with at_blocks(fake.blocks, live) as before, fake.mode:
         few = fake.without_numbers(few)
-        with live, GroupedProducts(), _positions_unseen() if apart else nullcontext():
+        with live, GroupedProducts():
             fake.loss(few).backward()
-    kept = [stop - start for start, stop in pairwise(before)]
     # The most comes when all blocks have kept theirs: at the head, or in the last block's backward pass.
-    return live.most + sum(more * kept[place] for place, more in fake.more.items()) + left_out
+    return live.most + _of_skipped(fake, before) + numbers * model.dtype.itemsize
 
 
-@contextmanager
-def _positions_unseen() -> Iterator[None]:
-    """transformers makes a mask of positions where it may not look whether they tell of several examples."""
-    from transformers import masking_utils
-
-    look = masking_utils.find_packed_sequence_indices
-    masking_utils.find_packed_sequence_indices = lambda position_ids: None
-    try:
-        yield
-    finally:
-        masking_utils.find_packed_sequence_indices = look
+def _of_skipped(fake: FakeModel, before: Sequence[int]) -> int:
+    """Bytes that the blocks that are not run would keep, from the bytes alive before each block."""
+    kept = [stop - start for start, stop in pairwise(before[: len(fake.blocks) + 1])]
+    return sum(more * kept[place] for place, more in fake.more.items())
 
 
-def _few_labels(fake: FakeModel, batch: Batch) -> tuple[Batch, int]:
-    """The batch with labels for a few chunks of the head, all of which are alike; and the bytes of all others.
+def answers_at_once(config: Config) -> int:
+    """Held-out prompts that a worker answers together, at most."""
+    return min(AT_ONCE, wanted(config.evaluation)) if config.data.holds_out() else 0
 
-    These are hidden states that are to be predicted from, and their gradients.
-    """
+
+def _answer_bytes(fake: FakeModel, config: Config) -> int:
+    """Bytes that answers take at their most: while prompts are read, or at the last token."""
+    rows, prompt = answers_at_once(config), config.data.max_length
+    if not rows:
+        return 0
+    train_mode(fake.adapted, False)
+    whole = prompt + config.evaluation.max_new_tokens
+    with decoding(fake.loss.model), fake.mode, torch.no_grad():
+        return max(_most(fake, rows, prompt, decode=False), _most(fake, rows, whole - 1, decode=True))
+
+
+def _most(fake: FakeModel, rows: int, tokens: int, *, decode: bool) -> int:
+    """The most that is alive while so many tokens are read; `decode`: while one more is, after these."""
     model: Any = fake.loss.model
-    rows = CHUNKS * fake.loss.chunk(batch.labels.device)
-    others = max(0, len(batch.labels) - rows)
-    numbers = 2 * others * int(model.config.get_text_config().hidden_size)
-    return replace(batch, predicts=batch.predicts[:rows], labels=batch.labels[:rows]), numbers * model.dtype.itemsize
+    live = LiveBytes(fake.tensors())
+    takes = inspect.signature(model.forward).parameters
+    last = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+    name = "cache" if "cache" in takes else "past_key_values"  # its older word, and that of the output
+    with at_blocks(fake.blocks, live) as before, live, GroupedProducts():
+        ids = torch.zeros(rows, tokens, dtype=torch.int64)
+        cache = model(ids, attention_mask=torch.ones_like(ids), use_cache=True, **last).past_key_values
+        if decode:
+            live.most = live.now
+            mask = torch.ones(rows, tokens + 1, dtype=torch.int64)
+            model(ids[:, :1], attention_mask=mask, use_cache=True, **{name: cache})
+    return live.most + _of_skipped(fake, before)
 
 
 COPIES = 8
 """Float32 copies of the trainable numbers beside the factors: update, gradient, AdamW's two moments and the best update
 so far; and three more while AdamW computes, or while a checkpoint is written on a CPU."""
-MOST_TOKENS = 2**18
-"""Of a micro-batch that is tried without memory: its tokens and borders have memory and take time, few fit more."""
 PROCESS_BYTES = 2**30
-"""What Python, torch and Ray take for themselves in a worker, or CUDA on its GPU; about."""
-_TAKEN = TypeAdapter(tuple[int, int, str | None])
+"""Bytes of Python, torch and Ray in a worker, or of CUDA on its GPU; about."""
 
 
 @dataclass(frozen=True)
@@ -305,27 +197,27 @@ class MemoryEstimate:
     targets: dict[str, tuple[int, ...]]
     """Adapted layers with their m x n, stacks of experts with their E x m x n."""
     trainable: int
-    """At most, where ranks differ from layer to layer."""
+    """Trainable numbers; an upper bound where ranks differ from layer to layer."""
     parameters: int
     base_bytes: int
     adapter_bytes: int
     """Factors, `COPIES` of what is trained, and what the sum of a step's gradients sets aside."""
     activation_bytes: int
-    """Of a forward and backward pass."""
+    """Peak bytes of a forward and backward pass."""
     selection: Selection
     coverage: Coverage
     answer_bytes: int = 0
-    """Of answers to held-out prompts, between steps."""
+    """Peak bytes of answers to held-out prompts, between steps."""
     recompute: bool = False
-    """Whether blocks are run again in it."""
+    """True if blocks are run again in the backward pass."""
     gathered_bytes: int = 0
-    """Of a sharded base, what is whole on each worker at once; of a packed one, its largest layer while unpacked."""
+    """Bytes of a sharded base that are whole on each worker at once; of a packed base, its largest unpacked layer."""
     problem: str | None = None
-    """Why activations are by a formula; None: the model's code has told."""
+    """The part that is not counted, and why (`Measured.problem`)."""
     offloaded_bytes: int = 0
-    """Of a sharded base, what lies in the memory of the node instead of the GPU's; not in `base_bytes`."""
+    """Bytes of a sharded base in the memory of the node instead of the GPU's; not in `base_bytes`."""
     by_rows: bool = False
-    """Whether each worker reads its part of a sharded base alone, or packs layer by layer: none ever has the whole."""
+    """True if no worker ever holds the whole base: each reads its shard alone, or packs layer by layer."""
 
     def total_bytes(self) -> int:
         """All of it where the model is, but `PROCESS_BYTES`."""
@@ -378,7 +270,7 @@ def _estimate(question: _Question) -> MemoryEstimate:
     in_parts = _shards(config) > 1 or config.model.quantization != "none"
     by_rows = in_parts and not isinstance(base_files.find(Path(base.folder), model), str)
     base_bytes, gathered, offloaded = _base_bytes(config, model, count, dtype, question.gpu)
-    taken, problem = _kept(question, model, selection, dtype)
+    taken = measure(model, selection.targets, config, dtype, question.gpu)
     return MemoryEstimate(
         targets,
         trainable,
@@ -391,7 +283,7 @@ def _estimate(question: _Question) -> MemoryEstimate:
         coverage=covered,
         recompute=config.train.activation_checkpointing is True,
         gathered_bytes=gathered,
-        problem=problem,
+        problem=taken.problem,
         offloaded_bytes=offloaded,
         by_rows=by_rows,
     )
@@ -440,41 +332,13 @@ def _trainable(shapes: Iterable[tuple[int, ...]], adapter: Adapter) -> int:
 
 
 def _dtype(config: Config, gpu: bool) -> torch.dtype:
-    """Precision of the base on a worker; GPUs are taken to be fast at bfloat16 (cluster/memory_room.py: as_loaded).
+    """Precision of the base on a worker; GPUs are taken to be fast at bfloat16 (cluster/preflight.py: as_loaded).
 
     To ask one of this machine, torch would take memory on it, which is for the workers; and theirs may be elsewhere.
     """
     if gpu and config.model.dtype == "auto":
         return torch.bfloat16
     return pick_dtype(config.model, torch.device("cpu"))
-
-
-def _kept(question: _Question, model: Any, selection: Selection, dtype: torch.dtype) -> tuple[Taken, str | None]:
-    """As `_taken`; what it finds of a model is kept on this node."""
-    place = node_cache.place("memory-plans", question.key, dtype, *selection.targets)
-    if question.base.digest and (text := node_cache.read(place)):
-        try:
-            step, answers, problem = _TAKEN.validate_json(text)
-            return Taken(step, answers), problem
-        except ValueError:
-            pass  # damaged
-    found, problem = _taken(question.config, model, selection, dtype, question.gpu)
-    if question.base.digest:
-        node_cache.keep(place, json.dumps([found.step, found.answers, problem]))
-    return found, problem
-
-
-def _taken(config: Config, model: Any, selection: Selection, dtype: torch.dtype, gpu: bool) -> tuple[Taken, str | None]:
-    """Bytes of a step and of answers, and why they are by a formula if they are; uses the model up."""
-    found, width = candidates(model), dtype.itemsize
-    formula = Taken(by_formula(config, model, found, selection, width), cache_bytes(config, model, width))
-    held = held_by_experts(config, model, found, selection)
-    if (tokens := config.train.micro_batch * config.data.max_length) > MOST_TOKENS:
-        return formula, f"a micro-batch of {tokens:,} tokens is not tried"
-    try:
-        return measure(model, selection.targets, held, config, dtype, gpu), None
-    except RuntimeError as error:
-        return formula, first_line(error)
 
 
 def _sizes(model: Any) -> tuple[int, int]:

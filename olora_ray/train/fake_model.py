@@ -1,15 +1,14 @@
 """A model without memory that trains: fake tensors instead of weights, and only as many blocks as differ.
 
-The other blocks hand their input on. Which tokens are sent to which expert, no fake tensor tells: where a mixture has
-all experts multiply at once, each is taken to get as many; where its code goes from expert to expert, they are not run,
-and what they would keep is held in their place.
+The other blocks hand their input on. Which tokens are sent to which expert, no fake tensor tells: each expert is taken
+to get as many.
 """
 
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -32,17 +31,7 @@ from olora_ray.train.loop import train_mode
 from olora_ray.train.loss import SupervisedLoss
 
 _NUMBERS = frozenset({"layer_idx", "layer_id", "layer_number", "layer_index", "block_idx"})
-"""What families call the number of a block, by which blocks that are the same differ."""
-
-
-@dataclass(frozen=True)
-class Held:
-    """Numbers that experts have in memory."""
-
-    kept: int
-    """From the forward to the backward pass."""
-    moved: int
-    """In the backward pass alone."""
+"""Names of a block's number in the families' code; two equal blocks differ in it."""
 
 
 class FakeModel:
@@ -73,7 +62,6 @@ class FakeModel:
                 if isinstance(layer, AdaptedStack):
                     layer.__dict__["ends"] = partial(_even, experts=len(layer.da))
         train_mode(self.adapted, True)
-        self._run = run
 
     def _choose(self, model: Any) -> None:
         """Which blocks are run: the first, whose input wants no gradient, and one of each kind of the others."""
@@ -85,11 +73,6 @@ class FakeModel:
         self.more = {place: counts[kind] - 1 for kind, place in first.items()}
         """Place of a block that is run -> how many more there are of its kind."""
         self.skipped = sorted(set(range(1, len(self.blocks))) - set(self.more))
-
-    def hold(self, held: Mapping[str, Held]) -> None:
-        """From now on, modules named so are not run, but take what is held."""
-        for name in held.keys() & self._run:
-            self.loss.model.get_submodule(name).__dict__["forward"] = _Holding(held[name])
 
     def tensors(self) -> list[Tensor]:
         """Weights, buffers and gradients: what is there before a step."""
@@ -108,7 +91,7 @@ class FakeModel:
         return replace(batch, inputs=inputs)
 
     def run_again(self, on: bool) -> None:
-        """Whether blocks are run again in the backward pass, see train/recompute.py."""
+        """Turn recomputation of blocks in the backward pass on or off (train/parallel.py)."""
         self.loss.recompute = on
         parallel.install(self.loss)
         for place in self.skipped:
@@ -134,7 +117,7 @@ def _factors(target: Target, adapter: Adapter) -> Factors:
 
 
 def _even(rows: int, _ends: Tensor, experts: int) -> list[int]:
-    """Where the rows of each expert end, if all have about as many."""
+    """The ends of the experts' rows, if all have about as many."""
     return [rows * (expert + 1) // experts for expert in range(experts)]
 
 
@@ -180,7 +163,7 @@ class _Skipped:
 
     def __init__(self, before: nn.Module) -> None:
         self.length: int | None = None
-        """Of the tuple that the block before returns; None: it returns a tensor."""
+        """Length of the tuple that the block before returns; None: it returns a tensor."""
         before.register_forward_hook(self._look)
 
     def _look(self, _module: nn.Module, _inputs: object, output: Any) -> None:
@@ -190,32 +173,6 @@ class _Skipped:
         """The hidden states that it is given."""
         hidden = inputs[0] if inputs else named["hidden_states"]
         return hidden if self.length is None else (hidden, *[None] * (self.length - 1))
-
-
-class _Holding:
-    """The forward of experts that are not run."""
-
-    def __init__(self, held: Held) -> None:
-        self._held = held
-
-    def __call__(self, *inputs: Any, **named: Any) -> Any:
-        """Something of the form of their input, which takes as much as they would."""
-        hidden = inputs[0] if inputs else named["hidden_states"]
-        return _Experts.apply(hidden, self._held)  # type: ignore[no-untyped-call]
-
-
-class _Experts(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, held: Held) -> Tensor:
-        ctx.save_for_backward(hidden.new_empty(held.kept))
-        ctx.moved = held.moved
-        return torch.zeros_like(hidden)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (kept,) = ctx.saved_tensors
-        moved = kept.new_empty(ctx.moved)
-        return grads[0].clone() + moved.sum(), None
 
 
 # Bytes of the tensors that are alive while something runs: how many now, and how many at most.

@@ -35,7 +35,7 @@ def wanted_questions(evaluation: Evaluation, store: TokenStore | None) -> list[Q
 
 
 def wanted(evaluation: Evaluation) -> int:
-    """How many held-out prompts a run answers, if it has so many."""
+    """The number of held-out prompts that a run answers, if it has so many."""
     return max(evaluation.samples, evaluation.rows) if evaluation.scorer else evaluation.samples
 
 

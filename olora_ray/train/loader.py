@@ -1,4 +1,4 @@
-"""Loader of one worker: reads its micro-batches of global step k from the token store.
+"""Schedule of a run and loader of one worker: reads its micro-batches of global step k from the token store.
 
 Global step k takes sequences [k G, (k + 1) G) of the order, cut into M micro-batches of which the last may be shorter:
 what is computed together depends on the step alone. Worker w of W takes whole micro-batches, those from w M // W to
@@ -10,6 +10,7 @@ up to its own only; a later pass needs all.
 """
 
 import itertools
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,15 +20,17 @@ from dataclasses import dataclass
 from olora_ray.config.schema import Train
 from olora_ray.tokens.collate import Batch, collate
 from olora_ray.tokens.store import TokenStore
-from olora_ray.train import tree
 
 Waiting = Callable[[int, int], None]
 """Told about once a second what is waited for: number of the shard, shards of the store. May raise to give up."""
 
 PAUSES = (0.3, 1.0)
 """Seconds between two looks at a growing store: at first, and at most."""
-TOLD_EVERY = 1.0
-"""Seconds between two calls of a `Waiting`."""
+
+
+def share(count: int, worker: int, workers: int) -> range:
+    """The micro-batches of a worker; none for some if there are more workers than micro-batches."""
+    return range(worker * count // workers, (worker + 1) * count // workers)
 
 
 @dataclass(frozen=True)
@@ -102,8 +105,8 @@ class StepLoader:
         return None if left.is_set() else self._read(step)
 
     def _result(self, ahead: "Future[StepData | None]") -> StepData | None:
-        """What the reader found. `waiting` is called here, in the caller's thread, when the caller really waits."""
-        while not wait([ahead], TOLD_EVERY).done:
+        """The reader's result. `waiting` is called here, in the caller's thread, when the caller really waits."""
+        while not wait([ahead], PAUSES[1]).done:
             tell(self.store, self.waiting)
         return ahead.result()
 
@@ -114,7 +117,7 @@ class StepLoader:
         size, width = self.train.global_batch, self.train.micro_batch
         sequences = [int(i) for i in self.store.order(self.seed, step * size, (step + 1) * size)]
         every = [tuple(sequences[i : i + width]) for i in range(0, size, width)]
-        own = tree.share(len(every), self.worker, self.workers)
+        own = share(len(every), self.worker, self.workers)
         micro = tuple(self._batch(group) for group in every[own.start : own.stop])
         return StepData(
             micro=micro,
@@ -144,7 +147,7 @@ def until(
             return
         pause(seconds)
         seconds = min(seconds * 1.3, PAUSES[1])
-        if time.monotonic() - told >= TOLD_EVERY:
+        if time.monotonic() - told >= PAUSES[1]:
             told = time.monotonic()
             tell(store, waiting)
 
@@ -158,3 +161,87 @@ def tell(store: TokenStore, waiting: Waiting | None) -> None:
 def total_steps(train: Train, packs: int) -> int:
     """Optimizer steps of a run over `packs` sequences."""
     return train.steps or max(1, -(-round(train.epochs * packs) // train.global_batch))
+
+
+# Schedule of a run: its length and the learning rate of each step, also while the token store is still growing.
+
+
+def lr_at(step: int, steps: int, config: Train) -> float:
+    """Learning rate of update number `step` (from 0) of `steps`: linear warm-up, then the schedule.
+
+    cosine and linear reach 0 after the last step.
+    """
+    warmup = round(config.warmup * steps)
+    if step < warmup:
+        return config.lr * (step + 1) / (warmup + 1)
+    return config.lr * shape(config.schedule, (step - warmup) / max(1, steps - warmup))
+
+
+def shape(schedule: str, progress: float) -> float:
+    """The share of the peak rate at `progress`, 0 to 1, between the end of the warm-up and that of the run."""
+    shapes = {
+        "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
+        "linear": 1 - progress,
+        "constant": 1.0,
+    }
+    return shapes[schedule]
+
+
+class Schedule:
+    """Length and learning rates of a run."""
+
+    def __init__(self, train: Train, store: TokenStore, waiting: Waiting | None = None) -> None:
+        """`waiting` is called while `last` and `lr` wait for shards."""
+        self.train, self.store, self.waiting = train, store, waiting
+
+    def total(self) -> int | None:
+        """Steps of the run; None while the store does not tell yet."""
+        if self.train.steps is None and self.store.total is None:
+            self.store.refresh()
+        return self._total()
+
+    def ends(self, steps_done: int) -> bool | None:
+        """True if the run is over after so many steps; None while that is not certain. Does not look for shards."""
+        total = self._total()
+        if total is not None:
+            return steps_done >= total
+        # More sequences never make fewer steps.
+        return False if steps_done < total_steps(self.train, self.store.available) else None
+
+    def last(self, steps_done: int) -> bool:
+        """True if the run is over after so many steps; waits for shards until it is certain."""
+        until(self.store, lambda: self.ends(steps_done) is not None, self.waiting)
+        return bool(self.ends(steps_done))
+
+    def lr(self, step: int) -> float:
+        """Learning rate of update number `step`, from 0; waits for the shards that the step reads."""
+        size = self.train.global_batch
+        if self.train.steps is None:
+            until(self.store, lambda: self._knows((step + 1) * size), self.waiting)
+        total = self._total()
+        if total is not None and (self.train.steps is not None or self.store.shard_count == 1):
+            return lr_at(step, total, self.train)
+        warmup, begin = self.train.warmup, self._progress(step * size, after=False)
+        if begin < warmup:
+            return self.train.lr * min(1.0, self._progress((step + 1) * size - 1, after=True) / warmup)
+        return self.train.lr * shape(self.train.schedule, (begin - warmup) / (1.0 - warmup))
+
+    def _total(self) -> int | None:
+        packs = self.store.total
+        return self.train.steps or (None if packs is None else total_steps(self.train, packs))
+
+    def _knows(self, places: int) -> bool:
+        return self.store.total is not None or (self.store.shard_count > 1 and places <= self.store.available)
+
+    def _progress(self, place: int, after: bool) -> float:
+        """Progress at, or just after, a place of the training order; 0 to 1."""
+        packs = self.store.total
+        epoch, inside = divmod(place, packs) if packs else (0, place)
+        if epoch == 0:
+            shard, row, rows = self.store.locate(inside)
+            fraction = (shard + (row + after) / rows) / self.store.shard_count
+        else:
+            assert packs is not None
+            fraction = (inside + after) / packs
+        # A part of an epoch can lie in shards that are smaller than the others.
+        return min(1.0, (epoch + fraction) / self.train.epochs)

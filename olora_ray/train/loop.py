@@ -16,9 +16,9 @@ from olora_ray.tokens import plan
 from olora_ray.tokens.collate import Batch, collate
 from olora_ray.tokens.store import TokenStore
 from olora_ray.train import tree
-from olora_ray.train.loader import StepData, StepLoader
+from olora_ray.train.loader import Schedule, StepData, StepLoader
 from olora_ray.train.loss import SupervisedLoss
-from olora_ray.train.optim import AdamW, FlatAdapters, Schedule, precondition
+from olora_ray.train.optim import AdamW, FlatAdapters, precondition
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,12 @@ class StepResult:
     waited: float
     """Seconds of it spent waiting for data."""
     signal: bool
-    """Whether some worker's `Trainer.signal` said so when it had computed its part of the step."""
+    """True if `Trainer.signal` of some worker was true when it had computed its part of the step."""
 
 
 @dataclass
 class Trainer:
-    """What a worker trains."""
+    """The training of a worker."""
 
     loss: SupervisedLoss
     adapted: dict[str, AdaptedWeight]
@@ -59,7 +59,7 @@ class Trainer:
         self._under_way = -1
         """The step whose gradient was summed up last."""
         self._losses: dict[int, Tensor] = {}
-        """Of its micro-batches, those that were computed here."""
+        """Losses of its micro-batches that were computed here."""
         self._computing = 0.0
         """Seconds that this took, in attempts that were broken off too."""
 
@@ -121,7 +121,7 @@ class Trainer:
         return loss.detach()
 
     def _shared(self, losses: list[Tensor], data: StepData) -> Tensor:
-        """On the device: the losses of the step's micro-batches, and as its last number whether some worker signals."""
+        """The losses of the step's micro-batches, on the device; the last number is above 0 if some worker signals."""
         # The signal travels with the losses: a second exchange per step would cost more. One worker has the loss of a
         # micro-batch and all others zero, so that no order of this sum changes it.
         shared = torch.zeros(data.count + 1, device=self.device)

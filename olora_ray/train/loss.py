@@ -93,14 +93,14 @@ class Differences:
     alone: float
     """From the model's own attention."""
     beside: float
-    """Of an example beside others, from alone."""
+    """Difference of an example beside others from the example alone."""
     depends: float
     """Change by what the other examples say, or what comes after."""
     explained: float
-    """What rounding explains of `alone` and `beside`."""
+    """The part of `alone` and `beside` that rounding explains."""
 
     def problem(self, packed: bool) -> str | None:
-        """What is wrong in one line, or None."""
+        """Return the problem in one line, or None."""
         for name, value in (("loss", self.loss), ("alone", self.alone)):
             if not value <= self.explained:
                 what = "the model's own logits" if name == "loss" else "the model alone"
@@ -113,14 +113,14 @@ class Differences:
 
 @dataclass(frozen=True)
 class SelfTest:
-    """What the self-test has found."""
+    """The result of a self-test."""
 
     attention: str
     """The implementation that is used."""
     given_masks: bool = False
-    """Whether the model has to be given its masks: it makes them of nothing."""
+    """True if the model needs masks as inputs: its own ignore the positions."""
     passed_over: Mapping[str, str] = field(default_factory=dict)
-    """Those that would have been faster -> what is wrong with them."""
+    """Faster implementations -> the problem of each."""
     differences: Differences | None = None
     seconds: float = 0.0
 
@@ -137,21 +137,20 @@ class SelfTest:
 
 CHUNK_LOGITS = 2**23
 """Logits in one chunk on a CPU: 32 MiB in float32. They decide its rows, and so the bits of the loss."""
-ROWS_ON_GPU = 1024
-"""At least so many rows in one chunk on a GPU: each chunk reads the head's weights, twice, and a GPU can do 300
-multiplications for each byte that it reads. The logits of a large vocabulary, 128k, take 512 MiB then in float32."""
 
 
 def chunk_rows(vocabulary: int, device: torch.device) -> int:
-    """How many positions go through an output head at once."""
-    return max(ROWS_ON_GPU if device.type == "cuda" else 64, CHUNK_LOGITS // vocabulary)
+    """The number of positions that go through an output head at once."""
+    # Each chunk reads the head's weights, twice, and a GPU can do 300 multiplications for each byte that it reads. The
+    # logits of a large vocabulary, 128k, take 512 MiB then in float32.
+    return max(1024 if device.type == "cuda" else 64, CHUNK_LOGITS // vocabulary)
 
 
 class SupervisedLoss(nn.Module):
     """A causal language model as a function from a batch to its summed loss.
 
     It is the root that parallel strategies shard, so that backbone and head are used in one forward.
-    The model's frozen norms are given a lighter backward pass (train/fast_norm.py).
+    The model's frozen norms are given a lighter backward pass (`patch_rms_norm`).
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -161,15 +160,15 @@ class SupervisedLoss(nn.Module):
         self.logits = OutputHead(model)
         """Output head over rows of hidden states, with all that the family does to its logits."""
         self.tested: SelfTest | None = None
-        """What the self-test has found of the base."""
+        """The self-test's result for the base."""
         self.files: BaseFiles | None = None
-        """Where whole weights are read of a base that no worker holds whole."""
+        """The files of a base that no worker holds whole."""
         self.offloaded: list[nn.Module] = []
-        """Of a sharded base, blocks that lie in the memory of the node instead of the GPU's."""
+        """Blocks of a sharded base that lie in the memory of the node instead of the GPU's."""
         self.given_masks = False
-        """Whether the model is given masks made of the positions: some families make theirs of nothing."""
+        """True if the model is given masks made of the positions, which some families ignore in their own."""
         self.recompute = False
-        """Whether the blocks are run again in the backward pass, once `recompute.install` was called."""
+        """True if the blocks are run again in the backward pass, once `parallel.install` was called."""
         self._takes = _arguments(backbone(model))
         patch_rms_norm(model)
 
@@ -193,7 +192,7 @@ class SupervisedLoss(nn.Module):
         )
 
     def chunk(self, device: torch.device) -> int:
-        """How many positions go through the output head at once."""
+        """The number of positions that go through the output head at once."""
         model: Any = self.model
         return chunk_rows(int(model.config.get_text_config().vocab_size), device)
 
@@ -203,7 +202,7 @@ class SupervisedLoss(nn.Module):
         return output
 
     def taken(self, batch: Batch) -> dict[str, Any]:
-        """What the backbone is called with: those of a batch's inputs that it takes."""
+        """The arguments of the backbone: those of a batch's inputs that it takes."""
         found = {name: value for name, value in batch.inputs.items() if self._takes is None or name in self._takes}
         return found | {"attention_mask": self._masks(batch)} if self.given_masks else found
 
@@ -219,7 +218,7 @@ class SupervisedLoss(nn.Module):
 
 
 def _arguments(module: nn.Module) -> frozenset[str] | None:
-    """What a backbone's forward takes; None: anything. A recurrent one has no use for positions."""
+    """Names of the arguments of a backbone's forward; None: any. A recurrent backbone takes no positions."""
     parameters = inspect.signature(module.forward).parameters
     if any(item.kind is inspect.Parameter.VAR_KEYWORD for item in parameters.values()):
         return None

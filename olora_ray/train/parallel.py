@@ -1,17 +1,17 @@
 """Placement of a model on the workers: ddp or fsdp.
 
-ddp: every worker holds the whole base. fsdp: FSDP2 shards the blocks of the frozen base; train/sharded_base.py loads
+ddp: every worker holds the whole base. fsdp: FSDP2 shards the blocks of the frozen base; `load_base` loads
 them so that nobody ever holds the whole. What is in no block, embeddings and head above all, is whole on every worker:
 each needs it in every step, and gathering it would take room for it twice. In both the adapters are whole on every
 worker (they are small) and their gradients are summed once a step in one fixed tree (train/tree.py), so accumulation
 needs no `no_sync`, a step has the same bits whatever the number of workers, and a checkpoint is the same file for both.
 """
 
-import inspect
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -21,32 +21,28 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from olora_ray.adapter.candidates import GATE, ROUTER, candidates
 from olora_ray.adapter.layer import AdaptedWeight
 from olora_ray.common import collectives
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
-from olora_ray.model.load import empty_model
+from olora_ray.config.schema import Model as ModelConfig
+from olora_ray.model.load import empty_model, load_model
+from olora_ray.model.quantised import KINDS, QuantisedLinear, require
 from olora_ray.train import base_files
-from olora_ray.train.base_files import BaseFiles, blocks_to_shard, decoder_layers, load_frozen
+from olora_ray.train.base_files import BaseFiles, blocks_to_shard, decoder_layers
 from olora_ray.train.loss import SupervisedLoss
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from torch.distributed.tensor import DTensor
-
-    from olora_ray.train.loss import SupervisedLoss
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
 # Recomputation of activations: of each block the input alone is kept, and the backward pass runs the block again.
 
 
-CLOSE = 1e-3
-"""Largest difference, relative to the gradient's norm, on devices whose kernels do not add in a fixed order."""
-
-
-def install(loss: "SupervisedLoss") -> None:
+def install(loss: SupervisedLoss) -> None:
     """Let the blocks of the model be run again, if `loss.recompute` says so; may be called again.
 
     From then on `loss.recompute` is a switch. Works inside FSDP2 too: a block is gathered before its backward pass.
@@ -61,12 +57,12 @@ def install(loss: "SupervisedLoss") -> None:
 class _Recomputed:
     """The forward of a block, which keeps its inputs alone where a gradient is wanted."""
 
-    def __init__(self, forward: Callable[..., Any], loss: "SupervisedLoss") -> None:
+    def __init__(self, forward: Callable[..., Any], loss: SupervisedLoss) -> None:
         self.__wrapped__ = forward  # whoever asks for its signature gets that
         self._loss = loss
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
-        """What the block returns for these inputs."""
+        """Return the block's output."""
         if not (self._loss.recompute and torch.is_grad_enabled()) or _has_cache((*inputs, *named.values())):
             return self.__wrapped__(*inputs, **named)
         # Named inputs too are handed over as inputs: on the devices of these the random numbers are kept.
@@ -77,15 +73,15 @@ class _Recomputed:
 
 
 def _has_cache(values: Sequence[Any]) -> bool:
-    """Whether keys and values are kept for later tokens: a second run would add them again."""
+    """True if keys and values are kept for later tokens: a second run would add them again."""
     from transformers import Cache
 
     return any(isinstance(value, Cache) for value in values)
 
 
 @contextmanager
-def switched(loss: "SupervisedLoss", on: bool) -> "Iterator[None]":
-    """With recomputation on or off; on has an effect only after `install`."""
+def switched(loss: SupervisedLoss, on: bool) -> Iterator[None]:
+    """Turn recomputation on or off for the block; on has an effect only after `install`."""
     before, loss.recompute = loss.recompute, on
     try:
         yield
@@ -104,7 +100,8 @@ def check_same(family: str, with_it: Sequence[Tensor], without: Sequence[Tensor]
         float(torch.stack([part.float().norm() for part in parts]).norm())
         for parts in ([one - other for one, other in zip(with_it, without, strict=True)], without)
     )
-    if without[0].device.type == "cpu" or not off <= CLOSE * norm:
+    # Kernels of other devices do not add in a fixed order.
+    if without[0].device.type == "cpu" or not off <= 1e-3 * norm:
         raise UserError(
             f"train.activation_checkpointing: the gradients of {family} differ by {off / norm:.2g} when its blocks are"
             " run again; set it to false, and lower train.micro_batch or data.max_length if memory is short"
@@ -129,7 +126,7 @@ def place_model(
 
 
 def places(loss: Any, device: torch.device) -> Callable[[Tensor], torch.device]:
-    """Where a parameter or buffer of the model belongs: on `device`, but for shards of offloaded blocks.
+    """Return a function from a parameter or buffer to its place: `device`, or the CPU for shards of offloaded blocks.
 
     Module.to would move these too, and FSDP then refuses to run.
     """
@@ -177,7 +174,7 @@ def outside(model: nn.Module, blocks: Iterable[nn.Module]) -> set[nn.Parameter]:
 
 
 def has_own_memory(device: torch.device) -> bool:
-    """Whether its tensors lie elsewhere than in the memory of the node."""
+    """True if tensors of the device lie elsewhere than in the memory of the node."""
     return device.type != "cpu"
 
 
@@ -190,20 +187,6 @@ def own_rows(parameter: "DTensor") -> tuple[int, int]:
     size = math.ceil(rows / mesh.size(-1))
     first = min(size * mesh.get_local_rank(mesh.ndim - 1), rows)
     return first, min(first + size, rows)
-
-
-def strategy_problem(strategy: str) -> str | None:
-    """Why this torch cannot place a model so; None if it can. Nothing but fsdp needs the newest that is used here."""
-    if strategy != "fsdp":
-        return None
-    from torch.distributed.fsdp import fully_shard
-
-    if "ignored_params" not in inspect.signature(fully_shard).parameters:
-        return (
-            f"cluster.strategy: fsdp needs torch 2.7 or newer, this is {torch.__version__}; upgrade torch on all nodes,"
-            " or set it to ddp"
-        )
-    return None
 
 
 def begin_at_root(loss: Any) -> None:
@@ -221,13 +204,80 @@ def begin_at_root(loss: Any) -> None:
     del loss.nothing
 
 
+# The frozen base as a training computes with it: as its files have it, or with packed linear layers.
+
+
+def load_frozen(folder: str | Path, config: ModelConfig, device: torch.device) -> "PreTrainedModel":
+    """Load a model as `load_model` does, with `model.quantization`; packed layers are on `device` already.
+
+    Raises UserError as `load_model` and `to_pack`.
+    """
+    if config.quantization == "none":
+        return load_model(folder, config, device)
+    began = time.perf_counter()
+    require(config.quantization)
+    model: Any = empty_model(folder, config, device)
+    names = to_pack(model)
+    found = base_files.find(Path(folder), model)
+    problem = found if isinstance(found, str) else found.differs(0, 1)
+    if problem is None:
+        assert isinstance(found, BaseFiles)
+        for name in names:
+            _pack(model, name, found.whole(f"{name}.weight"), config.quantization, device)
+        base_files.fill(model, found, lambda _: True)
+    else:
+        logger.info(f"quantization: the whole base is loaded before it is packed: {problem}")
+        model = load_model(folder, config, device)
+        names = to_pack(model)  # of one that is quantised already there is none
+        for name in names:
+            _pack(model, name, model.get_submodule(name).weight, config.quantization, device)
+    taken = time.perf_counter() - began
+    logger.info(f"quantization: {len(names)} linear layers are kept as {config.quantization}, packed in {taken:.2f} s")
+    frozen: PreTrainedModel = model
+    return frozen
+
+
+def to_pack(model: nn.Module) -> list[str]:
+    """The layers that are packed, in the model's order; raises UserError if there is none."""
+    inside = {id(part) for block in decoder_layers(model) for part in block.modules()}
+    shared = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
+    found = []
+    for name, item in candidates(model).items():
+        module: Any = item.target.module
+        plain = type(module) is nn.Linear and item.refused is None and item.aside not in (ROUTER, GATE)
+        even = plain and module.weight.numel() % 2 == 0  # two numbers share a byte
+        if even and id(module) in inside and shared[id(module.weight)] == 1:
+            found.append(name)
+    if not found:
+        raise UserError(
+            f"model.quantization: {type(model).__name__} has no layers of torch's class Linear in its blocks, which"
+            " alone are packed; set it to none"
+        )
+    return found
+
+
+def packed_size(model: nn.Module, kind: str, dtype: torch.dtype) -> tuple[int, int, int]:
+    """(numbers that are packed, their bytes, bytes that the largest layer takes while it is unpacked)."""
+    shapes = [tuple(model.get_parameter(f"{name}.weight").shape) for name in to_pack(model)]
+    use = KINDS[kind]
+    return (
+        sum(m * n for m, n in shapes),
+        sum(use.size(m, n) for m, n in shapes),
+        max(m * n for m, n in shapes) * use.unpacking(dtype.itemsize),
+    )
+
+
+def _pack(model: nn.Module, name: str, weight: Tensor, kind: str, device: torch.device) -> None:
+    """Put a packed layer in the place of one; its bias may still be without numbers."""
+    parent, _, attribute = name.rpartition(".")
+    module: Any = model.get_submodule(name)
+    setattr(model.get_submodule(parent), attribute, QuantisedLinear(weight, module.bias, kind, device))
+
+
 # A base that no worker ever holds whole: built without weights, sharded, and filled from its files, rows by rows.
 
 
 Value = TypeVar("Value")
-
-AT_ONCE = 2**26
-"""Bytes of a parameter that are read at once, or one of its rows."""
 
 
 def load_base(folder: str, config: Config, device: torch.device) -> SupervisedLoss:
@@ -279,7 +329,7 @@ def _agreed(found: BaseFiles | str) -> BaseFiles | str:
 
 
 def together(work: Callable[[], Value]) -> Value:
-    """What `work` returns; the UserError that one worker meets is raised on all, which would wait for it otherwise."""
+    """Return the result of `work`; a UserError of one worker is raised on all, which would wait for it otherwise."""
     problem: UserError | None = None
     found = []
     try:
@@ -316,8 +366,8 @@ def _whole(files: BaseFiles, device: torch.device, name: str) -> Tensor:
 
 
 def _read_rows(files: BaseFiles, name: str, first: int, to: Tensor) -> None:
-    """Fill a tensor with as many rows of a weight, from row `first` on."""
-    count = max(1, AT_ONCE * len(to) // max(to.nbytes, 1)) if files.in_parts(name) else max(1, len(to))
+    """Fill a tensor with as many rows of a weight, from row `first` on, 64 MiB or one row at a time."""
+    count = max(1, 2**26 * len(to) // max(to.nbytes, 1)) if files.in_parts(name) else max(1, len(to))
     for start in range(0, len(to), count):
         stop = min(start + count, len(to))
         to[start:stop].copy_(files.rows(name, first + start, first + stop))

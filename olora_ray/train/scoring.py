@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import TypeAdapter
+
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError, first_line
 from olora_ray.common.storage import digest, digest_file
@@ -182,15 +184,21 @@ class Baseline:
 
     @classmethod
     def read(cls, place: str, identity: Mapping[str, str], questions: int) -> "Baseline | None":
-        """What was kept for the same run and number of questions; None if there is nothing or it is damaged."""
+        """Read the baseline of the same run and number of questions; None if there is none or it is damaged."""
         try:
-            tree = json.loads(storage.read_text(place))
-            loss, answers = tree["loss"], tree["answers"]
-            if tree["identity"] != dict(identity) or len(answers or []) != questions:
-                return None
-            answers = None if answers is None else [[int(token) for token in line] for line in answers]
-            if loss is not None and not math.isfinite(loss):
-                return None  # it says so when it is measured
-            return cls(None if loss is None else float(loss), answers)
-        except (OSError, ValueError, KeyError, TypeError, OverflowError):  # the last: of 1e999
+            found = _KEPT.validate_json(storage.read_text(place))
+        except (OSError, ValueError):
             return None
+        same = found.identity == dict(identity) and len(found.answers or []) == questions
+        finite = found.loss is None or math.isfinite(found.loss)  # what is not is said when it is measured
+        return cls(found.loss, found.answers) if same and finite else None
+
+
+@dataclass(frozen=True)
+class _Kept:
+    identity: dict[str, str]
+    loss: float | None
+    answers: list[list[int]] | None
+
+
+_KEPT = TypeAdapter(_Kept)

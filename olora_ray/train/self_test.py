@@ -9,7 +9,7 @@ On a few tokens of three examples, on the worker, with the model where it will b
 
 The first attention (model/attention.py) that passes is used. Losses that may differ by rounding are seen against
 what rounding explains, which is measured: the output of every block is moved at random by up to half a unit in its
-last place. Adapters are tested in adapter_test.py.
+last place. `check_adapters` tests adapters.
 """
 
 import logging
@@ -72,7 +72,7 @@ def examples_of(packs: Sequence[Pack], longest: int) -> Iterator[Ids]:
 
 
 def _limits(shape: Any, length: int) -> list[int]:
-    """What in a model's config is a window or chunk of attention shorter than a sequence."""
+    """The windows and chunks of attention in a model's config that are shorter than a sequence."""
     named = [value for name, value in shape.to_dict().items() if "window" in name or "chunk" in name]
     return [value for value in named if type(value) is int and 0 < value < length]
 
@@ -88,8 +88,6 @@ def one_pack(examples: Sequence[Ids]) -> Pack:
 MARGIN, MARGIN_OF_EXPERTS = 10.0, 40.0
 """A mean difference may be this many times what rounding explains (observed: up to 4 times, and 10 times where
 rounding decides which expert a token goes to)."""
-FLOOR = 2.0**-19
-"""Smallest difference of a loss that counts, relative to 1 + the loss: sums in float32 are taken in another order."""
 
 
 def choose_attention(loss: SupervisedLoss, packs: Sequence[Pack], config: AnyConfig, device: torch.device) -> SelfTest:
@@ -144,7 +142,7 @@ def require_layout(loss: SupervisedLoss, config: AnyConfig) -> None:
 
 
 def _not_flat(model: Any, names: tuple[str, ...], tokens: int) -> tuple[str, ...]:
-    """Those for which examples are laid out apart, where the model's structure tells that they have to be."""
+    """The attentions that lay examples out apart, if the model's structure needs that; else all."""
     why = why_not_in_one_row(model, tokens)
     found = tuple(name for name in names if why is None or name not in FLAT_ATTENTION)
     if not found:
@@ -172,7 +170,7 @@ class _Trial:
         self.examples = examples
         self.explained, self.own = 0.0, torch.empty(0)
         self.only_beside = False
-        """Whether what was wrong with the last attention is that examples are beside others."""
+        """True if the last attention was wrong only for examples beside others."""
 
     def batch(self, name: str, examples: Sequence[Ids] | None = None) -> Batch:
         """The examples as training lays them out."""
@@ -186,12 +184,12 @@ class _Trial:
         self.own = self._own_losses()
         with _rounded(self.loss.model):
             noise = self._own_losses()
-        floor = FLOOR * (1 + float(self.own.mean()))
+        floor = 2.0**-19 * (1 + float(self.own.mean()))  # sums in float32 are taken in another order
         margin = MARGIN_OF_EXPERTS if _routes(self.loss.model) else MARGIN
         self.explained = margin * float((noise - self.own).abs().mean()) + floor
 
     def run(self, name: str) -> tuple[str | None, Differences | None]:
-        """What is wrong with an attention, or None; and what was measured. The model may need to be given masks."""
+        """Return the problem of an attention, or None, and the differences. The model may need masks as inputs."""
         takes_masks, routes = self.packed and name in ("sdpa", "eager"), _routes(self.loss.model)
         # Where rounding decides on experts it explains so much that a leak may be less: these masks leave none.
         if takes_masks and routes and (given := self._with_masks(name)) is not None:
@@ -205,7 +203,7 @@ class _Trial:
         return (problem, found) if given is None else (None, given)
 
     def _with_masks(self, name: str) -> Differences | None:
-        """What is measured if the model is given masks of the positions, as it is from then on; None if it is wrong."""
+        """Give the model masks of the positions, from now on if that is right; return the differences, or None."""
         self.loss.given_masks = True
         problem, found = self._try(name)
         self.loss.given_masks = problem is None
@@ -364,7 +362,7 @@ def _missed(adapted: Collection[str], reached: Collection[str]) -> list[str]:
 
 
 def _gradients(loss: SupervisedLoss, adapted: Mapping[str, AdaptedWeight], batch: Batch) -> dict[str, list[Tensor]]:
-    """What reaches dA and dB of each adapter; zeros are left where it was."""
+    """Return the gradients of dA and dB of each adapter, and set them to zero."""
     total: Tensor = loss(batch)
     total.backward()
     found: dict[str, list[Tensor]] = {}

@@ -29,16 +29,12 @@ import torch
 from torch import Tensor
 
 from olora_ray.common import collectives
+from olora_ray.train.loader import share
 
 Value = TypeVar("Value")
 TAKEN_OVER = 2
 """Nodes of a sum that was broken off which are taken over at most, the largest: each takes memory, and where shares are
 powers of two there is one."""
-
-
-def share(leaves: int, worker: int, workers: int) -> range:
-    """The leaves of a worker; none for some if there are more workers than leaves."""
-    return range(worker * leaves // workers, (worker + 1) * leaves // workers)
 
 
 def joined(left: range, right: range, leaves: int) -> range | None:
@@ -90,10 +86,10 @@ class TreeSum:
     def __init__(self, whole: Tensor) -> None:
         self.whole, self.leaves = whole, 0
         self._nodes: list[tuple[range, Tensor]] = []
-        """What is summed so far; the last lies in `whole`, the others in vectors of their own."""
+        """The sums so far; the last lies in `whole`, the others in vectors of their own."""
         self._spare: list[Tensor] = []
         self._intact = True
-        """Whether the nodes are sums of leaves still, and not changed by an exchange."""
+        """True while the nodes are sums of leaves, and not changed by an exchange."""
         self._taken_over: dict[range, Tensor] = {}
         """Nodes of a sum that was broken off, for the one that is begun again."""
 
@@ -119,7 +115,7 @@ class TreeSum:
         self._append(range(number, number + 1))
 
     def take_over(self, leaf: int) -> bool:
-        """Whether a leaf is known from a sum that was broken off; then it needs not be written, and must not be."""
+        """True if a leaf is known from a sum that was broken off; then it must not be written."""
         if leaf in self._known():
             return True
         node = next((node for node in self._taken_over if node.start == leaf), None)

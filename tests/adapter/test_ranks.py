@@ -22,10 +22,9 @@ from olora_ray.common import collectives
 from olora_ray.config.schema import Adapter
 from olora_ray.train import checkpoint
 from olora_ray.train.checkpoint import TrainState
-from olora_ray.train.loader import StepLoader
+from olora_ray.train.loader import Schedule, StepLoader
 from olora_ray.train.loop import Trainer
 from olora_ray.train.loss import SupervisedLoss
-from olora_ray.train.optim import Schedule
 from tests import tiny
 from tests.adapter.test_initialise import layers, mixture
 from tests.crew import Crew

@@ -39,13 +39,9 @@ def test_the_whole_kit_runs_on_a_cpu(benchmark: Any, tmp_path: Path, capsys: pyt
         assert part in printed
 
 
-def test_other_gradients_than_pefts_are_told(benchmark: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = benchmark("gpu_checks")
-    right = module.one_by_one
-    monkeypatch.setattr(
-        module, "one_by_one", lambda *given: {name: 1.01 * part for name, part in right(*given).items()}
-    )
-    found = module.like_peft(str(module._model_folder(tmp_path)), torch.device("cpu"))
+def test_other_gradients_than_pefts_are_told(benchmark: Any) -> None:
+    right = {"a": torch.randn(9, 4), "b": torch.randn(7)}
+    found = benchmark("gpu_checks").compared({name: 1.01 * part for name, part in right.items()}, right, "float32")
     assert not found["ok"]
     assert found["difference"] == pytest.approx(0.01, rel=0.05)
 
@@ -54,7 +50,7 @@ def test_a_job_that_dies_is_told_and_the_others_go_on(benchmark: Any, monkeypatc
     module = benchmark("gpu")
     died = subprocess.CompletedProcess([], 1, "", "Traceback\ntorch.OutOfMemoryError: CUDA out of memory\n\n")
     monkeypatch.setattr(module.subprocess, "run", lambda *given, **named: died)
-    found = module.contest(module._arguments([]), 4096, None)
+    found = module.contest(module.arguments([]), 4096, None)
     tried = [(each["recomputed"], each["batch"]) for each in found["ours"]]
     assert tried == [(False, 2), (False, 1), (True, 2), (True, 1)]
     assert "out of memory" in module.training_table([found])
@@ -70,7 +66,7 @@ def test_a_start_that_is_not_the_base_is_told(benchmark: Any, tmp_path: Path, mo
         next(iter(adapted.values())).db.data.fill_(1e-3)
         return adapted
 
-    folder = str(module._model_folder(tmp_path))
+    folder = str(module.small_llama(tmp_path))
     assert module.start_exact(folder, "float32", torch.device("cpu"))["ok"]
     monkeypatch.setattr(module, "inject", moved)
     assert not module.start_exact(folder, "float32", torch.device("cpu"))["ok"]
@@ -104,20 +100,17 @@ def test_a_machine_without_a_gpu_is_told_so(benchmark: Any, monkeypatch: pytest.
 
 @pytest.mark.parametrize(
     ("name", "peak"),
-    [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA L40S", 362e12), ("NVIDIA L4", 121e12)],
+    [
+        ("NVIDIA H100 80GB HBM3", 989.0),
+        ("NVIDIA H100 PCIe", 756.0),
+        ("NVIDIA L40S", 362.0),
+        ("NVIDIA L4", 121.0),
+        ("A card of next year", None),
+    ],
 )
-def test_the_peak_is_that_of_the_card(benchmark: Any, monkeypatch: pytest.MonkeyPatch, name: str, peak: float) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    found, source = benchmark("gpu_models").peak(torch.device("cuda"), torch.bfloat16)
-    assert found == peak
-    assert "maker" in source
-
-
-def test_the_peak_of_another_card_is_measured(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_peak_is_that_of_the_card(benchmark: Any, name: str, peak: float | None) -> None:
     module = benchmark("gpu_models")
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A card of next year")
-    monkeypatch.setattr(module, "matrix_rate", lambda device, dtype: 5e12)
-    assert module.peak(torch.device("cuda"), torch.bfloat16)[0] == 5e12
+    assert module.PEAKS.get(module.known_card(name)) == peak
 
 
 def test_the_kit_needs_neither_ray_nor_mlflow_nor_datasets() -> None:

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from olora_ray.config.schema import Train
-from olora_ray.train.loader import StepLoader
-from olora_ray.train.optim import Schedule
+from olora_ray.train.loader import Schedule, StepLoader
 from tests import tiny
 from tests.pipelines import project
 

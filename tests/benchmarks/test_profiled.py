@@ -7,8 +7,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from olora_ray.tokens.collate import collate
-from olora_ray.train.loader import StepLoader
-from olora_ray.train.optim import Schedule
+from olora_ray.train.loader import Schedule, StepLoader
 from tests import tiny
 
 
@@ -20,7 +19,7 @@ def test_the_operations_of_a_step_are_told_apart(benchmark: Any) -> None:
         trainer.loss(collate([tiny.pack(9, 7, 12)], "segments")).backward()
         trainer.optimizer.step(0.1)
     events = list(found.events())
-    made_in = module._parts_of_nodes(events)
+    made_in = module.parts_of_nodes(events)
     of: dict[str, set[str]] = {}
     for event in events:
         of.setdefault(event.name, set()).add(module.category(event, made_in))

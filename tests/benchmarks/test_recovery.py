@@ -44,9 +44,9 @@ def test_every_case_has_a_line(benchmark: Any) -> None:
 def test_the_settings_are_those_of_a_run(benchmark: Any, tmp_path: Path) -> None:
     module = benchmark("back_at_work")
     _, spares = module.ON_ONE_HOST
-    words = module._settings(tmp_path / "two", tmp_path / "models", spares)
+    words = module.settings(tmp_path / "two", tmp_path / "models", spares)
     assert read_arguments([str(module.CONFIG), *words], module.CONFIG, usage="")[0].cluster.spares == 1
-    words = module._settings(tmp_path / "one", tmp_path / "models", module.ELASTIC)
+    words = module.settings(tmp_path / "one", tmp_path / "models", module.ELASTIC)
     config, _ = read_arguments([str(module.CONFIG), *words], module.CONFIG, usage="")
     assert config.run.storage == str(tmp_path / "one")
     assert (config.cluster.workers, config.cluster.max_failures) == ((1, 2), -1)

@@ -286,12 +286,9 @@ def test_blocks_that_are_run_again_change_no_byte(tmp_path: Path, monkeypatch: p
     assert runs[False] == 0 < runs[True]
 
 
-def test_a_first_worker_that_has_to_go_leaves_without_its_last_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_first_worker_that_has_to_go_leaves_without_its_last_checkpoint(tmp_path: Path) -> None:
     """Else it would end the training of all the others, which hold the whole state."""
-    monkeypatch.setattr(checkpoints, "PAUSES", ())
-    manager = CheckpointManager(str(tmp_path), 1)
+    manager = CheckpointManager(str(tmp_path), 1, pauses=())
     leaving: Any = Worker.__new__(Worker)
     leaving.mesh, leaving.manager = SimpleNamespace(orders=lambda: Orders(meet=True, leave=True)), manager
 

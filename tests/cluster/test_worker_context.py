@@ -19,10 +19,9 @@ from olora_ray.cluster.worker_context import SharedBase, SharedBaseContext, Turn
 from olora_ray.common import collectives
 from olora_ray.common.errors import UserError
 from olora_ray.model.source import BaseModel
-from olora_ray.train.loader import StepLoader
+from olora_ray.train.loader import Schedule, StepLoader
 from olora_ray.train.loop import Trainer, evaluate
 from olora_ray.train.loss import SupervisedLoss
-from olora_ray.train.optim import Schedule
 from tests import tiny
 from tests.crew import Crew
 from tests.said import said

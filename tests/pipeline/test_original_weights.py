@@ -9,7 +9,7 @@ import torch
 
 from olora_ray.config.load import override
 from olora_ray.pipeline import export, export_shares
-from olora_ray.train.base_files import load_frozen
+from olora_ray.train.parallel import load_frozen
 from tests import tiny
 from tests.packed import unpack
 from tests.pipeline.test_compressed import by_peft, spec_of

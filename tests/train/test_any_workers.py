@@ -21,9 +21,8 @@ from olora_ray.config.schema import Config
 from olora_ray.train import checkpoint
 from olora_ray.train.checkpoint import TrainState
 from olora_ray.train.generate import Question, answer
-from olora_ray.train.loader import StepLoader
+from olora_ray.train.loader import Schedule, StepLoader
 from olora_ray.train.loop import Trainer, evaluate
-from olora_ray.train.optim import Schedule
 from tests import tiny
 from tests.crew import Crew
 

@@ -7,9 +7,8 @@ import pytest
 
 from olora_ray.common import collectives
 from olora_ray.config.schema import Config
-from olora_ray.train.loader import StepLoader
+from olora_ray.train.loader import Schedule, StepLoader
 from olora_ray.train.loop import StepResult, Trainer
-from olora_ray.train.optim import Schedule
 from tests import tiny
 
 STEPS, MICRO_BATCHES = 3, 6

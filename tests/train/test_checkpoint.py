@@ -280,10 +280,11 @@ def test_a_best_adapter_that_the_manifest_does_not_know_is_refused(saved: Path, 
         checkpoint.load(tmp_path / "c")
 
 
-def test_another_format_is_refused(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "FORMAT", 2)
+def test_another_format_is_refused(saved: Path, tmp_path: Path) -> None:
+    manifest = damaged(saved, tmp_path) / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 2}))
     with pytest.raises(UserError, match="another version"):
-        checkpoint.load(saved)
+        checkpoint.load(manifest.parent)
 
 
 NOW = {"base model": "b1", "tokenizer": "t1", "training data": "d1", "adapter": '{"rank": 4, "alpha": 8.0}'}

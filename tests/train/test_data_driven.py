@@ -1,6 +1,5 @@
 """EVA: the exact principal components of the run's first supervised tokens, whoever computes them."""
 
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -20,12 +19,10 @@ from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Adapter
 from olora_ray.tokens.store import Pack
 from olora_ray.train import calibration, data_driven
-from olora_ray.train.calibration import Piece, first_tokens, inputs_of
+from olora_ray.train.calibration import first_tokens, inputs_of
 from olora_ray.train.data_driven import DataReport, eva_factors
-from olora_ray.train.loader import StepLoader
 from olora_ray.train.loop import Trainer
 from olora_ray.train.loss import SupervisedLoss
-from olora_ray.train.optim import Schedule
 from olora_ray.train.parallel import place_model
 from tests import tiny
 from tests.crew import Crew
@@ -143,7 +140,7 @@ def test_each_row_travels_once_and_only_to_its_owner(crew: Callable[[int], Crew]
         SupervisedLoss(model), find_targets(model, "all-linear", RANK), data_driven.probe(_loss(), store()[0])
     )
     rows = [piece.count for piece in first_tokens(store(), 96)]
-    whole = 96 * sum(each.row_bytes for each in inputs)
+    whole = 96 * sum(each.size * each.dtype.itemsize for each in inputs)
     assert answers[0][2] <= whole
     assert abs(answers[0][2] / whole - 0.5) < 0.5 * max(rows) / 96 + 0.2
 
@@ -199,9 +196,7 @@ def _trained(strategy: str) -> list[float]:
     adapted = inject(loss.model, found, config.adapter.scale())
     place_model(loss, strategy, CPU)
     trainer = Trainer(loss, adapted, config, CPU)
-    loader = StepLoader(store(), config.train, 0, "segments", collectives.rank(), 2)
-    schedule = Schedule(config.train.model_copy(update={"steps": 3}), store())
-    return [result.loss for result in trainer.steps(loader, 0, schedule)]
+    return [result.loss for result in tiny.steps(trainer, store(), count=3)]
 
 
 def test_more_tokens_are_looked_at_until_they_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,17 +213,6 @@ def test_more_tokens_are_looked_at_until_they_change_nothing(monkeypatch: pytest
     monkeypatch.undo()
     alone, _, _ = make(init_tokens=64)
     assert all(torch.equal(early[name].a0, item.a0) for name, item in alone.items())
-
-
-def test_a_long_look_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO")
-    make()
-    assert not caplog.messages
-    monkeypatch.setattr(calibration, "STILL", 0.0)
-    make()
-    parts = [re.fullmatch(r"initialisation: (\d+) of (\d+) sequences looked at", line) for line in caplog.messages]
-    assert sum(int(part[1]) == int(part[2]) for part in parts if part) >= 1
-    assert all(parts)
 
 
 def test_too_few_tokens_are_refused_in_one_line() -> None:
@@ -339,7 +323,3 @@ def test_inputs_that_vary_in_few_directions_have_few_components() -> None:
     rows = torch.randn(20, 3) @ torch.randn(3, 12) + 5
     assert eva.principal(rows.double(), 8).vectors.shape == (3, 12)
     assert eva.principal(torch.ones(20, 12), 8).vectors.shape == (0, 12)
-
-
-def test_pieces_know_their_end() -> None:
-    assert Piece(3, 10, 5).end == 15

@@ -1,33 +1,22 @@
-"""The estimate of a worker's memory beside what a process takes that trains."""
+"""The estimate of a run: what it refuses, and what of a worker's memory follows from sizes."""
 
-import json
-import re
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from olora_ray.adapter.candidates import candidates
-from olora_ray.adapter.inject import select
 from olora_ray.adapter.methods import METHODS
 from olora_ray.common.errors import UserError
 from olora_ray.config.load import override
 from olora_ray.config.schema import Config
 from olora_ray.model.source import obtain
-from olora_ray.tokens.collate import collate
-from olora_ray.train.estimate import estimate, held_by_experts
-from olora_ray.train.fake_model import LiveBytes
-from olora_ray.train.loop import train_mode
+from olora_ray.train.estimate import estimate
 from tests import tiny
 from tests.families import zoo
 from tests.families.variants import ALL, COMMON, EXPERTS
 from tests.pipelines import project
 
 LENGTH = 64
-MIB = 2**20
 
 
 def settings(folder: Path, rank: int) -> Config:
@@ -74,80 +63,33 @@ def test_a_method_without_b0_needs_less_memory_whichever_it_is(model: Path) -> N
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama of about 100 M parameters, 390 MiB in float32."""
+    """A Llama that is wide and has two blocks."""
     folder = tmp_path_factory.mktemp("model")
-    shape = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12}
+    shape = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 2, "num_attention_heads": 12}
     tiny.llama(vocab_size=8192, num_key_value_heads=12, **shape).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_text("{}")  # counted as part of a model folder, and not read here
     return folder
 
 
-def estimated(model: Path, rank: int) -> int:
-    config = settings(model, rank)
-    return estimate(config, obtain(config)).total_bytes()
-
-
-def grown(model: Path, rank: int) -> int:
-    """Bytes by which a process of its own grows at most, from the imports to the third step."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.train.test_estimate", str(model), str(rank)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        cwd=Path(__file__).parents[2],
-    )
-    assert done.returncode == 0, done.stderr
-    before, peak = json.loads(done.stdout.splitlines()[-1])
-    return int(peak - before)
-
-
-@pytest.mark.slow
-def test_the_estimate_is_near_what_a_worker_takes(model: Path) -> None:
-    small, large = (estimated(model, rank) / MIB for rank in (8, 64))
-    measured = {rank: grown(model, rank) / MIB for rank in (8, 64)}
-    print(f"estimated {small:.0f} and {large:.0f} MiB, measured {measured[8]:.0f} and {measured[64]:.0f}")
-    assert small == pytest.approx(measured[8], rel=0.5)
-    assert large == pytest.approx(measured[64], rel=0.5)
-    # What a larger rank adds is the adapter alone.
-    assert large - small == pytest.approx(measured[64] - measured[8], rel=0.5)
-
-
-def test_a_batch_that_is_far_too_large_is_not_tried(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its tokens alone would fill the driver's memory."""
-    monkeypatch.setattr("olora_ray.train.estimate.measure", lambda *_: pytest.fail("it was tried"))
-    config = override(settings(model, 8), {"data.max_length": 2**31 - 1, "train.micro_batch": 4})
-    found = estimate(config, obtain(config))
-    assert found.problem == "a micro-batch of 8,589,934,588 tokens is not tried"
-    assert found.activation_bytes > 2**31 * 4 * 768
-
-
-@pytest.mark.parametrize("here", [False, True])
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
-def test_no_gpu_is_asked_and_bfloat16_is_assumed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, here: bool, dtype: str
-) -> None:
+def test_no_gpu_is_asked_and_bfloat16_is_assumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
     """What asks one of this machine starts CUDA in the driver, which takes memory from the workers."""
 
     def started() -> None:
         raise AssertionError("CUDA was started")
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: here)
     monkeypatch.setattr(torch.cuda, "_lazy_init", started)
     config = tiny.config(model__name=str(project.make_model(tmp_path / "tiny")), model__dtype=dtype)
-    for gpu in (True, None) if here else (True,):
-        size = estimate(config, obtain(config), gpu)
-        assert size.base_bytes == 2 * size.parameters
+    size = estimate(config, obtain(config), gpu=True)
+    assert size.base_bytes == 2 * size.parameters
 
 
 @pytest.mark.parametrize(
-    ("family", "stack", "n", "layers", "chosen"),
-    [("qwen3_moe", "model.layers.0.mlp", 24, 2, 2), ("llama4_text", "model.layers.1.feed_forward", 96, 1, 4)],
+    ("family", "stack", "n", "layers"),
+    [("qwen3_moe", "model.layers.0.mlp", 24, 2), ("llama4_text", "model.layers.1.feed_forward", 96, 1)],
 )
-def test_experts_count_with_those_that_a_token_meets(
-    tmp_path: Path, family: str, stack: str, n: int, layers: int, chosen: int
-) -> None:
+def test_adapters_of_experts_count(tmp_path: Path, family: str, stack: str, n: int, layers: int) -> None:
     zoo.build(ALL[family], tmp_path)
     sizes = {}
     for targets in (("self_attn.q_proj",), ("self_attn.q_proj", "experts.down_proj")):
@@ -157,65 +99,8 @@ def test_experts_count_with_those_that_a_token_meets(
     experts, m = EXPERTS["num_experts"], COMMON["hidden_size"]
     assert all_of_them.targets[f"{stack}.experts.down_proj"] == (experts, m, n)
     assert all_of_them.trainable - few.trainable == layers * experts * (m + n) * 4
-    # Outputs are kept in both.
-    meta = zoo.on_meta(ALL[family])
-    found = candidates(meta)
-    held = [held_by_experts(config, meta, found, select(meta, targets, 4)) for targets in sizes]
-    more = [held[1][name].kept - held[0][name].kept for name in held[0]]
-    assert more == [LENGTH * chosen * 2 * 4] * layers
     assert all_of_them.activation_bytes >= few.activation_bytes
     assert few.coverage.share < all_of_them.coverage.share
-
-
-@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), "all-linear"])
-def test_the_activations_are_what_tensors_take(model: Path, targets: Any) -> None:
-    from olora_ray.model.load import load_model
-
-    config = override(settings(model, 8), {"adapter.targets": targets, "data.max_length": 2 * LENGTH})
-    made = tiny.trainer(config, model=load_model(str(model), config.model, torch.device("cpu")))
-    train_mode(made.adapted, True)
-    batch = collate([tiny.pack(2 * LENGTH, prompt=1)], "segments")
-    made.loss(batch).backward()
-    live = LiveBytes([*made.loss.parameters(), *made.loss.buffers(), made.flat.grad, made.flat.vector])
-    with live:
-        made.loss(batch).backward()
-    assert estimate(config, obtain(config)).activation_bytes == pytest.approx(live.most, rel=0.02)
-
-
-def _status(field: str) -> int:
-    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found[1]) * 1024
-
-
-def _train(folder: str, rank: int) -> tuple[int, int]:
-    """(bytes after the imports, peak of three steps with an evaluation's copy), as a worker trains."""
-    import torch
-
-    from olora_ray.common.malloc import keep_freed_memory
-    from olora_ray.model.load import load_model
-    from olora_ray.train.loader import StepLoader
-    from olora_ray.train.optim import Schedule
-    from tests.tiny import trainer
-
-    keep_freed_memory()
-    config = settings(Path(folder), rank)
-    trainer(settings(Path(folder), 4))  # whatever torch sets up at first use
-    before = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
-    made = trainer(config, model=load_model(folder, config.model, torch.device("cpu")))
-    store = tiny.ListStore([tiny.pack(30, 30, seed=seed) for seed in range(3)])
-    loader = StepLoader(store, config.train, config.run.seed, "segments", 0, 1)  # type: ignore[arg-type]
-    schedule = Schedule(config.train.model_copy(update={"steps": 3}), store)  # type: ignore[arg-type]
-    best = None
-    for _ in made.steps(loader, 0, schedule):
-        best = made.flat.vector.clone()
-    assert best is not None
-    return before, _status("VmHWM")
-
-
-if __name__ == "__main__":
-    print(json.dumps(_train(sys.argv[1], int(sys.argv[2]))))
 
 
 def test_ranks_that_move_between_layers_are_counted_at_their_most(model: Path) -> None:
@@ -224,9 +109,9 @@ def test_ranks_that_move_between_layers_are_counted_at_their_most(model: Path) -
         rho: estimate(override(even, {"adapter.method": "eva", "adapter.rho": rho}), obtain(even)).trainable
         for rho in (1.0, 2.0)
     }
-    assert sizes[1.0] == estimate(even, obtain(even)).trainable == 12 * 8 * (4 * 2 * 768 + 3 * (768 + 2048))
+    assert sizes[1.0] == estimate(even, obtain(even)).trainable == 2 * 8 * (4 * 2 * 768 + 3 * (768 + 2048))
     # Of 7 layers a block the three wide ones have twice the rank, and of the others the rest.
-    assert sizes[2.0] == 12 * (3 * 16 * (768 + 2048) + 8 * 2 * 768)
+    assert sizes[2.0] == 2 * (3 * 16 * (768 + 2048) + 8 * 2 * 768)
 
 
 def test_experts_are_refused_for_a_method_that_sees_activations(tmp_path: Path) -> None:

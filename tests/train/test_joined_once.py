@@ -10,13 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from olora_ray.adapter import layer as layer_module
-from olora_ray.adapter.experts import AdaptedStack
 from olora_ray.adapter.layer import AdaptedWeight
 from olora_ray.train.base_files import decoder_layers
-from olora_ray.train.loader import StepLoader
 from olora_ray.train.loop import Trainer, evaluate
-from olora_ray.train.optim import Schedule
 from tests import tiny
 from tests.families import zoo
 from tests.families.variants import ALL
@@ -39,7 +35,6 @@ CASES = {
     "experts one by one": Case(lambda: zoo.make(ALL["mixtral"], experts="eager"), dropout=0.2),
     "experts together": Case(lambda: zoo.make(ALL["mixtral"], torch.bfloat16, experts="grouped_mm")),
 }
-OF_LAYERS = ["fp32, dropout", "bf16, plain LoRA", "bf16, recomputed"]
 
 
 def made(case: Case) -> Trainer:
@@ -61,10 +56,7 @@ def made(case: Case) -> Trainer:
 
 
 def steps(trainer: Trainer, start: int = 0) -> Iterator[float]:
-    store, settings = tiny.store(), trainer.config
-    schedule = Schedule(settings.train.model_copy(update={"steps": STEPS}), store)
-    loader = StepLoader(store, settings.train, settings.run.seed, "sdpa")
-    return (result.loss for result in trainer.steps(loader, start, schedule))
+    return (result.loss for result in tiny.steps(trainer, count=STEPS, start=start, attention="sdpa"))
 
 
 def trained(case: Case) -> tuple[list[float], Tensor]:
@@ -91,34 +83,3 @@ def test_no_bit_depends_on_it(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
     assert torch.equal(vector, wanted)
     assert [losses[5], losses[8]] == [losses[1], losses[4]], "an earlier adapter measures as it did"
     assert len(set(losses)) == len(losses) - 2
-
-
-@pytest.mark.parametrize("name", OF_LAYERS)
-def test_a_layer_is_joined_once_a_step(name: str, joins: list[int]) -> None:
-    trainer = made(CASES[name])
-    run = steps(trainer)
-    for done in range(1, STEPS + 1):
-        next(run)
-        assert len(joins) == done * len(trainer.adapted)
-        assert not any(layer._made for layer in trainer.adapted.values()), "nothing is kept from step to step"
-
-
-@pytest.mark.parametrize("name", ["experts one by one", "experts together"])
-def test_an_expert_is_joined_once_a_step_at_most(name: str, joins: list[int]) -> None:
-    trainer = made(CASES[name])
-    next(steps(trainer))
-    layers = trainer.adapted.values()
-    assert 0 < len(joins) <= sum(len(layer.da) if isinstance(layer, AdaptedStack) else 1 for layer in layers)
-
-
-@pytest.fixture
-def joins(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Grows with every join."""
-    seen, old = [], layer_module.joined
-
-    def joined(*args: Any) -> tuple[Tensor, Tensor]:
-        seen.append(1)
-        return old(*args)
-
-    monkeypatch.setattr(layer_module, "joined", joined)
-    return seen

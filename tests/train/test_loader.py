@@ -12,9 +12,7 @@ from hypothesis import strategies as st
 
 from olora_ray.config.schema import Train
 from olora_ray.tokens.store import order
-from olora_ray.train import loader
-from olora_ray.train.loader import StepLoader, Waiting, total_steps
-from olora_ray.train.optim import Schedule
+from olora_ray.train.loader import Schedule, StepLoader, Waiting, total_steps
 from tests.train.test_schedule import arriving, fast, sizes_of, store
 
 __all__ = ["fast"]
@@ -119,12 +117,3 @@ def test_giving_up_reaches_the_caller_and_leaving_does_not_wait() -> None:
     next(left)
     left.close()  # type: ignore[attr-defined]
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("loader")]
-
-
-def test_looking_for_shards_slows_down(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loader, "PAUSES", (0.3, 1.0))
-    pauses: list[float] = []
-    loader.until(store([1, 1], 1), lambda: len(pauses) > 8, pause=pauses.append)
-    assert pauses[0] == 0.3
-    assert pauses == sorted(pauses)
-    assert pauses[-1] == 1.0

@@ -16,9 +16,8 @@ from olora_ray.config.schema import Config
 from olora_ray.model import attention as varlen_attention
 from olora_ray.train import checkpoint, tree
 from olora_ray.train.checkpoint import TrainState
-from olora_ray.train.loader import StepLoader, total_steps
+from olora_ray.train.loader import Schedule, StepLoader, total_steps
 from olora_ray.train.loop import StepResult, Trainer, evaluate
-from olora_ray.train.optim import Schedule
 from tests import tiny
 from tests.crew import Crew
 from tests.varlen_on_cpu import varlen_on_cpu
@@ -39,18 +38,10 @@ def run(trainer: Trainer, store: Any, start: int, stop: int, worker: int = 0) ->
     return list(islice(steps, stop - start))
 
 
-def moved(trainer: Trainer, seed: int = 0) -> Trainer:
-    """The trainer with an adapter that is past its start, so that dA and dB both have gradients."""
-    noise = torch.randn(trainer.flat.vector.shape, generator=torch.Generator().manual_seed(seed))
-    trainer.flat.vector.copy_(0.1 * noise)
-    return trainer
-
-
 def first_gradient(settings: Config, store: Any, attention: str = "segments", worker: int = 0) -> tuple[float, Tensor]:
     """The loss of the first step and its gradient, over all workers."""
-    trainer = moved(tiny.trainer(settings, attention))
-    seen = []
-    trainer.optimizer.inner.register_step_pre_hook(lambda *_: seen.append(trainer.flat.grad.clone()))
+    trainer = tiny.moved(tiny.trainer(settings, attention))
+    seen = tiny.gradients(trainer)
     result = next(trainer.steps(loader(store, settings, attention, worker), 0, schedule(store, settings)))
     return result.loss, seen[0]
 
@@ -72,7 +63,7 @@ def whole() -> tuple[float, Tensor]:
 
 def test_the_loss_is_the_mean_over_supervised_tokens_of_the_global_batch(whole: tuple[float, Tensor]) -> None:
     store = tiny.store(8)
-    trainer = moved(tiny.trainer(settings_for(8), "sdpa"))
+    trainer = tiny.moved(tiny.trainer(settings_for(8), "sdpa"))
     losses, counts = [], []
     for example in tiny.unpacked([store[i] for i in range(8)]):
         ids = torch.from_numpy(example.input_ids).long()[None]
@@ -159,15 +150,6 @@ def _signals(by_step: dict[int, int]) -> tuple[list[bool], list[float], list[flo
         losses.append(result.loss)
         alone.append(float(tree.total(torch.stack(every))))
     return signals, losses, alone, adapter_bytes(trainer)
-
-
-def test_a_signal_without_workers() -> None:
-    trainer = tiny.trainer(tiny.config())
-    store = tiny.store()
-    steps = trainer.steps(loader(store, trainer.config), 0, schedule(store, trainer.config))
-    assert not next(steps).signal
-    trainer.signal = lambda: True
-    assert next(steps).signal
 
 
 def test_what_happens_while_a_step_is_computed_is_in_its_result() -> None:
@@ -346,7 +328,7 @@ def test_dropout_is_off_outside_steps() -> None:
 @pytest.mark.parametrize("count", [1, 3, 4, 7])
 @pytest.mark.parametrize("micro", [1, 2])
 def test_evaluation_takes_every_row(count: int, micro: int) -> None:
-    trainer = moved(tiny.trainer(tiny.config(train__micro_batch=micro)))
+    trainer = tiny.moved(tiny.trainer(tiny.config(train__micro_batch=micro)))
     store = tiny.store(count)
     singles = tiny.unpacked([store[i] for i in range(count)])
     sums = [evaluate(trainer, tiny.ListStore([single]), "segments") * single.supervised.sum() for single in singles]
@@ -356,12 +338,12 @@ def test_evaluation_takes_every_row(count: int, micro: int) -> None:
 
 @pytest.mark.parametrize("count", [1, 5, 8])
 def test_evaluation_does_not_depend_on_the_workers(crew: Callable[[int], Crew], count: int) -> None:
-    alone = evaluate(moved(tiny.trainer(tiny.config())), tiny.store(count), "segments")
+    alone = evaluate(tiny.moved(tiny.trainer(tiny.config())), tiny.store(count), "segments")
     assert crew(2).run(_evaluate, count) == pytest.approx([alone] * 2, rel=1e-6)
 
 
 def _evaluate(count: int) -> float:
-    trainer = moved(tiny.trainer(tiny.config()))
+    trainer = tiny.moved(tiny.trainer(tiny.config()))
     return evaluate(trainer, tiny.store(count), "segments", torch.distributed.get_rank(), 2)
 
 

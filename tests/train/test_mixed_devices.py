@@ -34,13 +34,11 @@ pytestmark = pytest.mark.skipif(
 
 IN_STEPS = (
     "adapter/layer.py",
-    "model/varlen_attention.py",
+    "model/attention.py",
     "tokens/collate.py",
     "train/loop.py",
     "train/loss.py",
-    "train/fast_norm.py",
     "train/optim.py",
-    "train/precondition.py",
 )
 """The files that a step runs through."""
 LENGTH = 500

@@ -1,21 +1,15 @@
 """A mixture of experts trains, is kept in a checkpoint and goes on like any other model."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-from torch import Tensor
 
 from olora_ray.adapter.experts import AdaptedStack
 from olora_ray.train import checkpoint
 from olora_ray.train.checkpoint import TrainState
-from olora_ray.train.loader import StepLoader
 from olora_ray.train.loop import Trainer, evaluate
-from olora_ray.train.optim import Schedule
 from tests import tiny
-from tests.crew import Crew
 from tests.families import zoo
 from tests.families.variants import ALL
 
@@ -30,9 +24,7 @@ def trainer(family: str = "qwen3_moe", dropout: float = 0.0) -> Trainer:
 
 
 def train(made: Trainer, start: int = 0, stop: int = STEPS) -> list[float]:
-    store = tiny.store()
-    loader = StepLoader(store, made.config.train, made.config.run.seed, "sdpa")
-    steps = made.steps(loader, start, Schedule(made.config.train, store))
+    steps = tiny.steps(made, start=start, attention="sdpa")
     return [result.loss for _, result in zip(range(start, stop), steps, strict=False)]
 
 
@@ -66,27 +58,3 @@ def test_a_checkpoint_has_the_experts_and_training_goes_on_to_the_same_bits(tmp_
     second.optimizer.load(found.optimizer, 2)
     train(second, start=2)
     assert torch.equal(second.flat.vector, whole.flat.vector)
-
-
-def _step(strategy: str) -> tuple[float, Tensor]:
-    """Loss and gradient of the first step of two workers."""
-    settings = tiny.config(
-        train__micro_batch=1, train__clip=None, cluster__workers=2, cluster__strategy=strategy, train__steps=1
-    )
-    made = tiny.trainer(settings, model=zoo.make(ALL["qwen3_moe"]), strategy=strategy)
-    noise = torch.randn(made.flat.vector.shape, generator=torch.Generator().manual_seed(0))
-    made.flat.vector.copy_(0.1 * noise)
-    gradients: list[Tensor] = []
-    made.optimizer.inner.register_step_pre_hook(lambda *_: gradients.append(made.flat.grad.clone()))
-    store = tiny.store()
-    loader = StepLoader(store, settings.train, settings.run.seed, "sdpa", dist.get_rank(), 2)
-    result = next(made.steps(loader, 0, Schedule(settings.train, store)))
-    return result.loss, gradients[0]
-
-
-def test_a_sharded_mixture_trains_like_one_that_every_worker_holds(crew: Callable[[int], Crew]) -> None:
-    (ddp, gradient), _ = crew(2).run(_step, "ddp")
-    (fsdp, sharded), other = crew(2).run(_step, "fsdp")
-    assert torch.equal(sharded, other[1])
-    assert fsdp == pytest.approx(ddp, rel=1e-6)
-    assert float((sharded - gradient).norm() / gradient.norm()) < 1e-5

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import pytest
@@ -14,10 +13,8 @@ from torch.distributed.tensor import DTensor
 from olora_ray.adapter.initialise import at_scale, initialise, options_of
 from olora_ray.adapter.inject import find_targets, install, wrap
 from olora_ray.train import parallel
-from olora_ray.train.loader import StepLoader
 from olora_ray.train.loop import Trainer, evaluate
 from olora_ray.train.loss import SupervisedLoss
-from olora_ray.train.optim import Schedule
 from olora_ray.train.parallel import place_model, places
 from tests import tiny
 from tests.crew import Crew
@@ -34,8 +31,8 @@ def made(folder: Path, offload: bool, device: torch.device, by_rows: bool = True
     """What a worker trains; `by_rows`: each reads its part alone, else the base is sharded once it is whole."""
     settings = config(folder, "fsdp", cluster__fsdp_offload=offload)
     if by_rows:
-        loss = parallel._sharded(str(folder), settings, device)
-        assert not isinstance(loss, str)
+        loss = parallel.load_base(str(folder), settings, device)
+        assert loss.files is not None
     else:
         loss = SupervisedLoss(zoo.make(ALL["llama"]))
     adapter = settings.adapter
@@ -51,11 +48,9 @@ def made(folder: Path, offload: bool, device: torch.device, by_rows: bool = True
 
 def trained(trainer: Trainer) -> Found:
     """Evaluations and steps take turns, as in a training."""
-    rank, world, store = dist.get_rank(), dist.get_world_size(), tiny.store()
-    model: Any = trainer.loss.model
-    settings, attention = trainer.config, model.config._attn_implementation
-    loader = StepLoader(store, settings.train, settings.run.seed, attention, rank, world)
-    losses = [result.loss for result in trainer.steps(loader, 0, Schedule(settings.train, store))]
+    rank, world = dist.get_rank(), dist.get_world_size()
+    attention = tiny.attention_of(trainer.loss.model)
+    losses = [result.loss for result in tiny.steps(trainer, attention=attention)]
     return losses, trainer.flat.vector.cpu().clone(), evaluate(trainer, tiny.store(5, seed=9), attention, rank, world)
 
 

@@ -1,8 +1,6 @@
 """A base that is sharded over the workers trains and answers like one that every worker holds."""
 
-import tomllib
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,14 +10,11 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from olora_ray.config.schema import Config
 from olora_ray.tokens.collate import collate
 from olora_ray.train import parallel
 from olora_ray.train.base_files import blocks_to_shard, decoder_layers
 from olora_ray.train.generate import Question, answer, decoding
-from olora_ray.train.loader import StepLoader
 from olora_ray.train.loop import Trainer, evaluate
-from olora_ray.train.optim import Schedule
 from olora_ray.train.self_test import bare, check_adapters, choose_attention
 from tests import tiny
 from tests.crew import Crew
@@ -36,19 +31,13 @@ def trained(strategy: str, steps: int = 2, tied: bool = False) -> tuple[Trainer,
     trainer = tiny.trainer(
         settings, model=tiny.llama(attention="segments", tie_word_embeddings=tied), strategy=strategy
     )
-    gradients: list[Tensor] = []
-    trainer.optimizer.inner.register_step_pre_hook(lambda *_: gradients.append(trainer.flat.grad.clone()))
-    loader = StepLoader(tiny.store(), settings.train, settings.run.seed, "segments", dist.get_rank(), 2)
+    gradients = tiny.gradients(trainer)
     losses, first = [], None
-    for result in trainer.steps(loader, 0, _schedule(settings, steps)):
+    for result in tiny.steps(trainer, count=steps):
         losses.append(result.loss)
         first = trainer.flat.vector.clone() if first is None else first
     assert first is not None
     return trainer, losses, gradients[0], first
-
-
-def _schedule(settings: Config, steps: int) -> Schedule:
-    return Schedule(settings.train.model_copy(update={"steps": steps}), tiny.store())
 
 
 def _train(strategy: str, tied: bool) -> tuple[list[float], Tensor, Tensor, float]:
@@ -75,8 +64,7 @@ def _answers(strategy: str, eos: int) -> list[list[list[int]]]:
     trainer = tiny.trainer(settings, strategy=strategy)
     evaluate(trainer, tiny.store(3), "segments", rank, 2)
     before = answer(trainer, QUESTIONS, 6, [eos], rank, 2, batch=2)
-    loader = StepLoader(tiny.store(), settings.train, settings.run.seed, "segments", rank, 2)
-    list(trainer.steps(loader, 0, _schedule(settings, 4)))
+    list(tiny.steps(trainer, count=4))
     return [before, answer(trainer, QUESTIONS, 6, [eos], rank, 2, batch=2)]
 
 
@@ -96,15 +84,11 @@ def _uneven(strategy: str, micro: int) -> tuple[float, Tensor, int]:
     settings = tiny.config(
         train__global_batch=3, train__micro_batch=micro, train__clip=None, cluster__strategy=strategy
     )
-    trainer = tiny.trainer(settings, strategy=strategy)
-    noise = torch.randn(trainer.flat.vector.shape, generator=torch.Generator().manual_seed(0))
-    trainer.flat.vector.copy_(0.1 * noise)
-    gradients: list[Tensor] = []
-    trainer.optimizer.inner.register_step_pre_hook(lambda *_: gradients.append(trainer.flat.grad.clone()))
+    trainer = tiny.moved(tiny.trainer(settings, strategy=strategy))
+    gradients = tiny.gradients(trainer)
     runs: list[int] = []
     trainer.loss.register_forward_hook(lambda *_: runs.append(1))
-    loader = StepLoader(tiny.store(), settings.train, settings.run.seed, "segments", dist.get_rank(), 2)
-    result = next(trainer.steps(loader, 0, _schedule(settings, 1)))
+    result = next(tiny.steps(trainer, count=1))
     return result.loss, gradients[0], len(runs)
 
 
@@ -169,8 +153,7 @@ def _tested(strategy: str) -> tuple[str, float, list[float]]:
         found = choose_attention(trainer.loss, packs, settings, trainer.device)
     check_adapters(trainer.loss, trainer.adapted, packs, found.attention, trainer.device, new=True)
     assert found.differences is not None
-    loader = StepLoader(tiny.store(), settings.train, settings.run.seed, found.attention, dist.get_rank(), 2)
-    losses = [result.loss for result in trainer.steps(loader, 0, _schedule(settings, 2))]
+    losses = [result.loss for result in tiny.steps(trainer, count=2, attention=found.attention)]
     return found.attention, found.differences.beside, losses
 
 
@@ -184,13 +167,12 @@ def test_the_self_test_of_a_sharded_base_is_that_of_a_whole_one(crew: Callable[[
 def test_answers_are_greedy_whatever_their_batch_and_order(attention: str) -> None:
     trainer = tiny.trainer(tiny.config(), attention)
     found = answer(trainer, QUESTIONS, 5, [EOS], batch=3)
-    assert trainer.loss.model.config._attn_implementation == attention
+    assert tiny.attention_of(trainer.loss.model) == attention
     assert found == [one_by_one(trainer, question, 5) for question in QUESTIONS]
 
 
 def test_a_family_without_sdpa_answers_too() -> None:
     gemma = zoo.make(ALL["gemma2"])
-    assert not gemma._supports_sdpa, "what this is about"
     trainer = tiny.trainer(tiny.config(), model=gemma)
     assert answer(trainer, QUESTIONS[:2], 3, [EOS]) == [one_by_one(trainer, asked, 3) for asked in QUESTIONS[:2]]
 
@@ -231,20 +213,6 @@ def test_answers_of_a_sharded_base_may_come_before_any_loss(group_of_one: None) 
     assert all(isinstance(part, DTensor) is (".layers." in name) for name, part in frozen.items())
 
 
-def test_the_smallest_torch_of_the_project_has_what_sharding_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    pyproject = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
-    (torch_range,) = [text for text in pyproject["project"]["dependencies"] if text.startswith("torch")]
-    assert parallel.strategy_problem("fsdp") is None
-    monkeypatch.setattr("torch.distributed.fsdp.fully_shard", lambda module, *, mesh=None: module)  # as in 2.6
-    monkeypatch.setattr(torch, "__version__", "2.6.0")
-    smallest = torch_range.removeprefix("torch>=").partition(",")[0]
-    assert parallel.strategy_problem("fsdp") == (
-        f"cluster.strategy: fsdp needs torch {smallest} or newer, this is 2.6.0; upgrade torch on all nodes, or set it"
-        " to ddp"
-    )
-    assert parallel.strategy_problem("ddp") is None
-
-
 def test_the_layers_that_are_sharded_are_the_blocks_of_the_model() -> None:
     assert [type(layer).__name__ for layer in decoder_layers(tiny.llama())] == ["LlamaDecoderLayer"] * 2
     assert [type(layer).__name__ for layer in decoder_layers(tiny.gpt2())] == ["GPT2Block"] * 2
@@ -254,14 +222,12 @@ def test_what_a_model_does_not_split_is_sharded_by_itself() -> None:
     kinds = [type(block).__name__ for block in blocks_to_shard(zoo.on_meta(ALL["gemma3"]))]
     tower = ["SiglipVisionEmbeddings", *["SiglipEncoderLayer"] * 3, "SiglipMultiheadAttentionPoolingHead"]
     assert kinds == [*tower, *["Gemma3DecoderLayer"] * 2]
-    model = tiny.llama(tie_word_embeddings=True)
-    layers = decoder_layers(model)
-    model._no_split_modules = {"LlamaDecoderLayer", "LlamaMLP", "Embedding"}  # a part of a block; a weight of two
-    assert blocks_to_shard(model) == layers
-    model._no_split_modules = {"LlamaRMSNorm"}  # none of the blocks
-    assert blocks_to_shard(model) == layers
-    model._no_split_modules = None
-    assert blocks_to_shard(model) == layers
-    model = tiny.llama()
-    model._no_split_modules = {"LlamaModel"}  # all of the blocks
-    assert blocks_to_shard(model) == decoder_layers(model)
+    for tied, names in (
+        (True, {"LlamaDecoderLayer", "LlamaMLP", "Embedding"}),  # a part of a block; a weight of two
+        (True, {"LlamaRMSNorm"}),  # none of the blocks
+        (True, None),
+        (False, {"LlamaModel"}),  # all of the blocks
+    ):
+        model = tiny.llama(tie_word_embeddings=tied)
+        model._no_split_modules = names
+        assert blocks_to_shard(model) == decoder_layers(model)

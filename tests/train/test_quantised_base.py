@@ -20,10 +20,10 @@ from olora_ray.model.source import BaseModel, obtain
 from olora_ray.pipeline.run_folder import settings_digest
 from olora_ray.tokens.collate import collate
 from olora_ray.train import base_files, checkpoints
-from olora_ray.train.base_files import load_frozen, to_pack
 from olora_ray.train.estimate import estimate
 from olora_ray.train.fake_model import LiveBytes
 from olora_ray.train.loop import train_mode
+from olora_ray.train.parallel import load_frozen, to_pack
 from tests import tiny
 from tests.cluster.test_sharded_worker import run
 from tests.cluster.test_worker import same
@@ -96,7 +96,7 @@ class Numbers(LiveBytes):
 
 
 def test_the_whole_base_is_never_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(base_files, "load_model", None)
+    monkeypatch.setattr("olora_ray.train.parallel.load_model", None)
     tiny.llama(dtype=torch.bfloat16, hidden_size=128, intermediate_size=512, num_hidden_layers=6).save_pretrained(
         tmp_path
     )

@@ -11,14 +11,14 @@ from torch import Tensor
 from olora_ray.adapter.inject import find_targets
 from olora_ray.adapter.layer import AdaptedLinear
 from olora_ray.common.errors import UserError
+from olora_ray.config.schema import Adapter
 from olora_ray.tokens.collate import Batch, collate
-from olora_ray.train import data_driven, parallel
+from olora_ray.train import parallel
 from olora_ray.train.base_files import decoder_layers
+from olora_ray.train.data_driven import gradient_factors
 from olora_ray.train.generate import Question, answer
-from olora_ray.train.loader import StepLoader
 from olora_ray.train.loop import Trainer, evaluate, train_mode
 from olora_ray.train.loss import SupervisedLoss
-from olora_ray.train.optim import Schedule
 from olora_ray.train.parallel import place_model
 from olora_ray.train.self_test import check_adapters
 from tests import tiny
@@ -36,8 +36,7 @@ def trainer(model: Any, on: bool, **changes: Any) -> Trainer:
     made: Trainer = tiny.trainer(tiny.config(**changes), model=model)
     made.loss.recompute = on
     place_model(made.loss, "ddp", CPU)
-    noise = torch.randn(made.flat.vector.shape, generator=torch.Generator().manual_seed(0))
-    made.flat.vector.copy_(0.1 * noise)  # at the start half of the gradients are zero
+    tiny.moved(made)
     return made
 
 
@@ -104,10 +103,8 @@ def _steps(strategy: str, on: bool) -> tuple[list[float], Tensor, float, list[li
     made.loss.recompute = on
     place_model(made.loss, strategy, CPU)
     rank = dist.get_rank()
-    loader = StepLoader(tiny.store(), settings.train, settings.run.seed, "segments", rank, 2)
-    schedule = Schedule(settings.train.model_copy(update={"steps": 3}), tiny.store())
     count = runs(made.loss.model)
-    losses = [result.loss for result in made.steps(loader, 0, schedule)]
+    losses = [result.loss for result in tiny.steps(made, count=3)]
     runs_of_steps = len(count)
     held_out = evaluate(made, tiny.store(3, seed=9), "segments", rank, 2)
     answers = answer(made, [Question((5, 6, 7), ()), Question((8, 9), ())], 4, [1], rank, 2, batch=2)
@@ -137,17 +134,16 @@ def test_a_cache_is_filled_once_even_where_gradients_are_on() -> None:
     assert output.past_key_values.get_seq_length() == 3
 
 
-def test_what_flows_through_layers_is_the_same_before_there_are_adapters() -> None:
-    batch, found = collate([tiny.pack(9, 7)], "segments"), []
+def test_factors_of_gradients_are_the_same() -> None:
+    found = []
     for on in (False, True):
         loss = SupervisedLoss(tiny.llama(attention="segments"))
         loss.recompute = on
         parallel.install(loss)
-        modules = {name: target.module for name, target in find_targets(loss.model, "all-linear", 4).items()}
-        found.append(data_driven._flows(loss, modules, set(modules), batch))
-    for one, other in zip(*found, strict=True):
-        assert one.keys() == other.keys()
-        assert all(torch.equal(one[name], other[name]) for name in one)
+        targets = find_targets(loss.model, "all-linear", 4)
+        made, *_ = gradient_factors(loss, targets, Adapter(method="lora_ga", rank=4), tiny.store(), CPU)
+        found.append([part for item in made.values() for part in (item.a0, item.b0) if part is not None])
+    assert same(*map(tuple, found))
 
 
 def test_it_can_be_switched_and_is_put_on_once() -> None:

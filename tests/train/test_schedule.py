@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from olora_ray.config.schema import Train
 from olora_ray.train import loader
-from olora_ray.train.loader import total_steps
-from olora_ray.train.optim import Schedule, lr_at
+from olora_ray.train.loader import Schedule, lr_at, total_steps
 from tests import tiny
 
 PACK = tiny.pack(6)
@@ -20,7 +19,6 @@ PACK = tiny.pack(6)
 @pytest.fixture(autouse=True)
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loader, "PAUSES", (0.001, 0.002))
-    monkeypatch.setattr(loader, "TOLD_EVERY", 0.002)
 
 
 def store(sizes: list[int], arrived: int | None = None) -> Any:

@@ -22,10 +22,8 @@ from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
 from olora_ray.train import base_files, parallel
 from olora_ray.train.data_driven import new_factors
-from olora_ray.train.loader import StepLoader
 from olora_ray.train.loop import Trainer, evaluate
 from olora_ray.train.loss import LightRMSNorm, SupervisedLoss
-from olora_ray.train.optim import Schedule
 from olora_ray.train.parallel import load_base, own_rows, place_model
 from tests import tiny
 from tests.crew import Crew
@@ -99,11 +97,9 @@ def trained(folder: Path, strategy: str, dtype: str = "float32", changes: dict[s
     install(model, adapted)
     place_model(loss, strategy, CPU)
     trainer = Trainer(loss, adapted, settings, CPU)
-    gradients: list[Tensor] = []
-    trainer.optimizer.inner.register_step_pre_hook(lambda *_: gradients.append(trainer.flat.grad.clone()))
-    attention = str(model.config._attn_implementation)
-    loader = StepLoader(store, settings.train, settings.run.seed, attention, rank, world)
-    losses = [result.loss for result in trainer.steps(loader, 0, Schedule(settings.train, store))]
+    gradients = tiny.gradients(trainer)
+    attention = tiny.attention_of(model)
+    losses = [result.loss for result in tiny.steps(trainer, store, attention=attention)]
     return Outcome(
         by_rows,
         report.digest,

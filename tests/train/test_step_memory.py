@@ -1,4 +1,4 @@
-"""The memory plan of a step is what its tensors take, as they are made and freed in a real one."""
+"""The memory plan is what tensors take, as they are made and freed in a real step and in real answers."""
 
 from dataclasses import replace
 from typing import Any
@@ -6,14 +6,13 @@ from typing import Any
 import pytest
 import torch
 
-from olora_ray.adapter.candidates import candidates
 from olora_ray.adapter.inject import select
 from olora_ray.config.schema import Config
 from olora_ray.model import attention as segment_attention
 from olora_ray.tokens.collate import Batch, collate
-from olora_ray.train import estimate
-from olora_ray.train.estimate import by_formula, held_by_experts
+from olora_ray.train.estimate import Measured, answers_at_once, measure
 from olora_ray.train.fake_model import LiveBytes
+from olora_ray.train.generate import AT_ONCE, decoding, greedy
 from olora_ray.train.loop import Trainer, train_mode
 from olora_ray.train.parallel import place_model
 from tests import tiny
@@ -21,17 +20,23 @@ from tests.families import zoo
 from tests.families.variants import ALL
 
 CPU = torch.device("cpu")
+LENGTH, ROWS = 64, 4
 
 
 def settings(on: bool = False, **changes: Any) -> Config:
-    wanted = {"data__max_length": 64, "train__micro_batch": 4, "train__activation_checkpointing": on}
+    wanted = {"data__max_length": LENGTH, "train__micro_batch": 4, "train__activation_checkpointing": on}
     return tiny.config(**(wanted | changes))
 
 
-def planned(config: Config, meta: Any, dtype: torch.dtype = torch.float32, gpu: bool = False) -> int:
+def plan_of(config: Config, meta: Any, dtype: torch.dtype = torch.float32, gpu: bool = False) -> Measured:
     chosen = select(meta, config.adapter.targets, config.adapter.rank)
-    held = held_by_experts(config, meta, candidates(meta), chosen)
-    return estimate.measure(meta, chosen.targets, held, config, dtype, gpu).step
+    return measure(meta, chosen.targets, config, dtype, gpu)
+
+
+def planned(config: Config, meta: Any, dtype: torch.dtype = torch.float32, gpu: bool = False) -> int:
+    found = plan_of(config, meta, dtype, gpu)
+    assert found.problem is None
+    return found.step
 
 
 def taken(config: Config, model: Any, batch: Batch) -> int:
@@ -60,26 +65,10 @@ FAMILIES = ["llama", "gemma3_text", "gpt2", "mixtral", "gpt_oss", "qwen3_moe", "
 def test_the_plan_is_what_a_step_takes(family: str, on: bool) -> None:
     config, meta = settings(on, adapter__dropout=0.1), zoo.on_meta(ALL[family])
     plan = planned(config, meta)
-    attention = meta.config._attn_implementation
+    attention = tiny.attention_of(meta)
     model = zoo.make(ALL[family], attention=attention)
     share = plan / taken(config, model, full(config, attention))
     assert share == pytest.approx(1.0, rel=0.06 if on else 0.02)
-
-
-def test_experts_without_adapters_count_as_well() -> None:
-    config, meta = settings(adapter__targets=["o_proj"]), zoo.on_meta(ALL["gpt_oss"])
-    plan, attention = planned(config, meta, torch.bfloat16), meta.config._attn_implementation
-    model = zoo.make(ALL["gpt_oss"], torch.bfloat16, attention=attention)
-    assert plan == pytest.approx(taken(config, model, full(config, attention)), rel=0.02)
-
-
-@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
-def test_experts_that_are_not_run_are_reckoned(family: str) -> None:
-    config, meta = settings(), zoo.on_meta(ALL[family])
-    meta.set_experts_implementation("eager")  # one after the other, each for the tokens that it gets
-    plan, attention = planned(config, meta), meta.config._attn_implementation
-    model = zoo.make(ALL[family], attention=attention, experts="eager")
-    assert 0.9 < plan / taken(config, model, full(config, attention)) < 1.2
 
 
 @pytest.mark.parametrize("on", [False, True])
@@ -87,20 +76,8 @@ def test_blocks_that_are_not_run_count(on: bool) -> None:
     config, sizes = settings(on), {"num_hidden_layers": 7}
     with torch.device("meta"):
         meta = tiny.llama(**sizes)
-    plan = planned(config, meta)
-    assert plan == pytest.approx(
-        taken(config, tiny.llama(attention="segments", **sizes), full(config, "segments")), rel=0.02
-    )
-
-
-@pytest.mark.parametrize("packing", [False, True])
-def test_a_sequence_of_one_example_needs_no_mask(packing: bool) -> None:
-    config = settings(data__packing=packing, model__attention="sdpa", data__max_length=128)
-    with torch.device("meta"):
-        meta = tiny.llama()
-    lengths = (64, 64) if packing else (128,)
-    batch = collate([tiny.pack(*lengths, prompt=1)] * config.train.micro_batch, "sdpa")
-    assert planned(config, meta) == pytest.approx(taken(config, tiny.llama(attention="sdpa"), batch), rel=0.03)
+    model = tiny.llama(attention="segments", **sizes)
+    assert planned(config, meta) == pytest.approx(taken(config, model, full(config, "segments")), rel=0.02)
 
 
 def test_a_run_without_numbers_leaves_nothing_behind() -> None:
@@ -116,42 +93,36 @@ def test_a_run_without_numbers_leaves_nothing_behind() -> None:
     assert torch.equal(made.loss(batch).detach(), before)
 
 
-def test_code_that_looks_at_numbers_cannot_be_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    from transformers.models.llama.modeling_llama import LlamaMLP
-
-    old = LlamaMLP.forward
-
-    def looks(self: Any, x: torch.Tensor) -> Any:
-        return old(self, x.abs() if x.sum() > 0 else x)
-
-    monkeypatch.setattr(LlamaMLP, "forward", looks)
+def test_a_model_whose_code_looks_at_numbers_has_a_plan_without_activations() -> None:
     with torch.device("meta"):
-        meta = tiny.llama(num_hidden_layers=7)
-    config = settings()
-    chosen, found = select(meta, "all-linear", 4), candidates(meta)
-    assert by_formula(config, meta, found, chosen, 4) > by_formula(settings(on=True), meta, found, chosen, 4)
-    with pytest.raises(RuntimeError, match="DataDependent"):
-        planned(config, meta)
+        meta = tiny.llama()
+    mlp = meta.model.layers[0].mlp
+    forward = mlp.forward
+    mlp.forward = lambda x: forward(x.abs() if x.sum() > 0 else x)
+    found = plan_of(settings(), meta)
+    assert (found.step, found.answers) == (0, 0)
+    assert found.problem is not None
+    assert found.problem.startswith("activations (DataDependent")
 
 
-def test_a_gpu_has_flash_attention_for_half_a_precision_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(estimate.attention, "kernel", lambda: object())
-    tried = [
-        estimate._implementations(zoo.on_meta(ALL["llama"]), settings(), dtype, gpu=True)[0]
-        for dtype in (torch.bfloat16, torch.float32)
-    ]
-    assert tried == ["segments", "sdpa"]
+def test_a_batch_that_is_far_too_large_is_planned_from_a_smaller_one() -> None:
+    """Its tokens alone would fill the driver's memory."""
+    with torch.device("meta"):
+        meta = tiny.llama(num_hidden_layers=1)
+    length, rows = 2**31 - 1, 4
+    found = planned(settings(data__max_length=length, train__micro_batch=rows), meta)
+    assert found > rows * length * 4 * meta.config.hidden_size
 
 
-def test_a_gpu_is_planned_without_the_products_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(estimate.attention, "kernel", lambda: object())
-
-    def plan(gpu: bool) -> int:
-        return planned(settings(), zoo.on_meta(ALL["llama"]), torch.bfloat16, gpu)
-
-    on_cpu, on_gpu = plan(gpu=False), plan(gpu=True)
-    monkeypatch.setattr(segment_attention, "_Batched", None)
-    assert plan(gpu=True) == on_gpu < on_cpu
+def test_a_gpu_is_planned_with_flash_attention_in_half_a_precision_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(segment_attention, "kernel", lambda: object())
+    used, plans = [], {}
+    for gpu, dtype in ((True, torch.bfloat16), (True, torch.float32), (False, torch.bfloat16)):
+        meta = zoo.on_meta(ALL["llama"])
+        plans[gpu, dtype] = planned(settings(), meta, dtype, gpu)
+        used.append(tiny.attention_of(meta))
+    assert used == ["segments", "sdpa", "segments"]
+    assert plans[True, torch.bfloat16] < plans[False, torch.bfloat16], "without the products of a CPU"
 
 
 def test_what_is_not_laid_out_in_one_row_is_not_planned_so() -> None:
@@ -159,4 +130,49 @@ def test_what_is_not_laid_out_in_one_row_is_not_planned_so() -> None:
     scaled = replace(variant, sizes=variant.sizes | {"floor_scale": 64})
     meta, other = zoo.on_meta(scaled), zoo.on_meta(variant)
     assert planned(settings(), meta) > planned(settings(), other)  # it has masks
-    assert (meta.config._attn_implementation, other.config._attn_implementation) == ("sdpa", "segments")
+    assert (tiny.attention_of(meta), tiny.attention_of(other)) == ("sdpa", "segments")
+
+
+def answering(**changes: Any) -> Config:
+    wanted = {"data__eval_fraction": 0.1, "evaluation__samples": ROWS, "evaluation__max_new_tokens": 24}
+    return settings(**(wanted | changes))
+
+
+def taken_by_answers(config: Config, model: Any) -> int:
+    """Bytes of real answers at their most."""
+    made = tiny.trainer(config, model=model)
+    prompts = [tuple(range(2, 2 + LENGTH - row % 2)) for row in range(ROWS)]
+    with decoding(made.loss.model):
+        for _ in range(2):  # whatever is kept from the first on
+            live = LiveBytes([*made.loss.parameters(), *made.loss.buffers()])
+            with live:
+                greedy(made.loss.model, prompts, config.evaluation.max_new_tokens, [], CPU)
+    return live.most
+
+
+@pytest.mark.parametrize("new", [4, 200])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2", pytest.param("qwen3_moe", marks=pytest.mark.slow)])
+def test_the_plan_is_what_answers_take(family: str, new: int) -> None:
+    """While prompts are read, or at the last token."""
+    sizes = {"n_positions": 512} if family == "gpt2" else {"max_position_embeddings": 512}
+    variant = replace(ALL[family], sizes=ALL[family].sizes | sizes)
+    config = answering(evaluation__max_new_tokens=new)
+    plan = plan_of(config, zoo.on_meta(variant)).answers
+    assert plan == pytest.approx(taken_by_answers(config, zoo.make(variant)), rel=0.1)
+
+
+def test_blocks_that_are_not_run_count_in_answers_too() -> None:
+    sizes, config = {"num_hidden_layers": 7}, answering(evaluation__max_new_tokens=4)
+    with torch.device("meta"):
+        meta = tiny.llama(**sizes)
+    assert plan_of(config, meta).answers == pytest.approx(taken_by_answers(config, tiny.llama(**sizes)), rel=0.1)
+
+
+def test_only_what_is_answered_counts() -> None:
+    assert answers_at_once(answering()) == ROWS
+    assert answers_at_once(answering(evaluation__samples=3, evaluation__scorer="exact_match")) == AT_ONCE
+    assert answers_at_once(answering(evaluation__samples=0)) == 0
+    assert answers_at_once(answering(data__eval_fraction=None)) == 0
+    with torch.device("meta"):
+        meta = tiny.llama()
+    assert plan_of(answering(evaluation__samples=0), meta).answers == 0

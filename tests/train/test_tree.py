@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from olora_ray.common import collectives
-from olora_ray.train import tree
+from olora_ray.train import loader, tree
 from olora_ray.train.tree import TreeSum
 from tests.crew import Crew
 
@@ -37,7 +37,7 @@ def test_leaves_are_summed_as_the_definition_says(leaves: int) -> None:
 
 @given(some_leaves, some_workers)
 def test_the_nodes_of_all_workers_are_summed_to_the_same(leaves: int, workers: int) -> None:
-    shares = [tree.share(leaves, worker, workers) for worker in range(workers)]
+    shares = [loader.share(leaves, worker, workers) for worker in range(workers)]
     assert [leaf for own in shares for leaf in own] == list(range(leaves))
     parts = [folded(leaves, own) for own in shares]
     assert tree.nodes_of(leaves, workers) == tuple(tuple(node for node, _ in part) for part in parts)
@@ -93,7 +93,7 @@ def _summed(size: int, leaves: int) -> tuple[Tensor, int]:
     results = []
     for _ in range(2):
         gradient.begin(leaves)
-        for leaf in tree.share(leaves, collectives.rank(), collectives.world_size()):
+        for leaf in loader.share(leaves, collectives.rank(), collectives.world_size()):
             with gradient.leaf(leaf):
                 gradient.whole.add_(value(leaf, size))
         gradient.finish()
@@ -144,10 +144,10 @@ def test_what_was_summed_before_a_worker_was_lost_is_taken_over(
     leaves: int, before: int, after: int, data: st.DataObject
 ) -> None:
     old = data.draw(st.integers(0, before - 1), "worker before")
-    own = tree.share(leaves, data.draw(st.integers(0, after - 1), "worker after"), after)
+    own = loader.share(leaves, data.draw(st.integers(0, after - 1), "worker after"), after)
     gradient = TreeSum(torch.zeros(3))
     gradient.begin(leaves)
-    assert add_up(gradient, tree.share(leaves, old, before)) == list(tree.share(leaves, old, before))
+    assert add_up(gradient, loader.share(leaves, old, before)) == list(loader.share(leaves, old, before))
     gradient.begin(leaves, own)
     written = add_up(gradient, own)
 
@@ -165,7 +165,7 @@ def add_up(gradient: TreeSum, own: range) -> list[int]:
     for leaf in own:
         if not gradient.take_over(leaf):
             with gradient.leaf(leaf):
-                gradient.whole.add_(value(leaf, 3))
+                gradient.whole.add_(value(leaf, len(gradient.whole)))
             written.append(leaf)
     return written
 
@@ -174,11 +174,17 @@ def summed(gradient: TreeSum) -> list[tuple[range, list[float]]]:
     return [(node, vector.tolist()) for node, vector in gradient._nodes]
 
 
-@pytest.mark.parametrize(("fails", "taken_over"), [(1, True), (2, False)])
+@pytest.mark.parametrize(
+    ("leaves", "own", "fails", "again"),
+    [
+        (4, 2, 1, [2, 3]),  # the first transfer only sends what is here
+        (4, 2, 2, [0, 1, 2, 3]),  # before the second the sums are written over it
+        (7, 3, 3, [0, 1, 2, 3, 4, 5, 6]),  # five nodes, and so several rounds: the first has written over some slices
+    ],
+)
 def test_what_an_exchange_has_changed_is_not_taken_over(
-    fails: int, taken_over: bool, monkeypatch: pytest.MonkeyPatch
+    leaves: int, own: int, fails: int, again: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first transfer only sends what is here, before the second the sums are written over it."""
     calls = []
 
     def transfer(_sent: Any, received: Any) -> None:
@@ -189,40 +195,17 @@ def test_what_an_exchange_has_changed_is_not_taken_over(
             part.fill_(100.0)
 
     monkeypatch.setattr(collectives, "transfer", transfer)
-    monkeypatch.setattr(collectives, "world_size", lambda: 2)
-    gradient = TreeSum(torch.zeros(3))
-    gradient.begin(4)
-    add_up(gradient, range(2))
-    with pytest.raises(collectives.PeerLost):
-        gradient.finish()
-    gradient.begin(4, range(4))
-    assert add_up(gradient, range(4)) == ([2, 3] if taken_over else [0, 1, 2, 3])
-    assert summed(gradient) == [(range(4), tree.total(torch.stack([value(leaf, 3) for leaf in range(4)])).tolist())]
-
-
-def test_an_exchange_of_several_rounds_that_fails_in_a_later_one_is_not_taken_over(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Two workers with five nodes between them: in the first round the sums are written over some slices."""
-    calls = []
-
-    def transfer(_sent: Any, received: Any) -> None:
-        calls.append(1)
-        if len(calls) == 3:
-            raise collectives.PeerLost
-
-    monkeypatch.setattr(collectives, "transfer", transfer)
-    monkeypatch.setattr(collectives, "world_size", lambda: 2)
     gradient = TreeSum(torch.zeros(100))
-    gradient.begin(7)
-    for leaf in range(3):
-        with gradient.leaf(leaf):
-            gradient.whole.add_(value(leaf, 100))
-    with pytest.raises(collectives.PeerLost):
-        gradient.finish()
-    assert len(calls) == 3
-    gradient.begin(7, range(7))
-    assert not any(gradient.take_over(leaf) for leaf in range(3))
+    with monkeypatch.context() as two:
+        two.setattr(collectives, "world_size", lambda: 2)
+        gradient.begin(leaves)
+        add_up(gradient, range(own))
+        with pytest.raises(collectives.PeerLost):
+            gradient.finish()
+    gradient.begin(leaves, range(leaves))
+    assert add_up(gradient, range(leaves)) == again
+    gradient.finish()
+    assert torch.equal(gradient.whole, tree.total(torch.stack([value(leaf, 100) for leaf in range(leaves)])))
 
 
 def test_nothing_is_taken_over_from_another_sum() -> None:
