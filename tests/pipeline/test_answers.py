@@ -47,7 +47,7 @@ def test_a_reference_that_the_scorer_cannot_score_is_named_with_its_row(monkeypa
 def test_good_references_and_no_scorer_say_nothing() -> None:
     assert check() == ""
     assert check(evaluation__scorer="exact_match") == ""
-    assert check(evaluation__scorer="json_fields", evaluation__rows=0) == ""
+    assert check(evaluation__scorer="json_fields", evaluation__rows=0, evaluation__samples=0) == ""
 
 
 def test_a_scorer_with_nothing_to_score_is_told() -> None:

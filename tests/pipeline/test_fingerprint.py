@@ -66,10 +66,3 @@ def test_what_has_changed_has_a_name() -> None:
     old = Fingerprint("base", "data", "held", "settings")
     assert old.changes(old) == []
     assert Fingerprint("other", "data", "held", "other").changes(old) == ["base model", "settings"]
-
-
-def test_a_version_of_before_knows_the_weights_of_its_base_alone() -> None:
-    now = Fingerprint("weights+files", "data", "held", "settings")
-    assert now.changes(Fingerprint("weights", "data", "held", "settings")) == []
-    for base in ("other", "weights+other", ""):
-        assert now.changes(Fingerprint(base, "data", "held", "settings")) == ["base model"]
