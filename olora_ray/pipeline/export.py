@@ -133,16 +133,11 @@ def run_export(spec: TrainSpec, folder: RunFolder, result: TrainResult) -> Expor
         cpus = min(cpus * spec.config.cluster.max_workers(), largest)
     logger.info("exporting adapter and merged model, and comparing them")
     with user_errors():
-        job = ray.remote(_export).options(
+        job: Any = ray.remote(export_run).options(
             num_cpus=cpus, num_gpus=wanted.get("GPU", 0), max_retries=3, retry_exceptions=[OSError]
         )
-        parity = ray.get(job.remote(spec, folder, step))
+        parity = ray.get(job.remote(spec, folder, step, export_shares.over_cluster(wanted["CPU"])))
     return Exported(spec, folder, result, parity)
-
-
-def _export(spec: TrainSpec, folder: RunFolder, step: int) -> dict[str, Any]:
-    quiet_transformers()
-    return export_run(spec, folder, step, export_shares.over_cluster(spec.config.cluster.cpus_per_worker))
 
 
 def export_run(
@@ -153,6 +148,7 @@ def export_run(
     `spread` runs the shares of the merge. Raises UserError if the checkpoint is not there, if a weight cannot be
     merged, or if the export is not right.
     """
+    quiet_transformers()
     checkpoint = storage.join(folder.checkpoints, checkpoints.name_of(step))
     work = export_shares.prepare(spec, checkpoint)
     with ExitStack() as stack:

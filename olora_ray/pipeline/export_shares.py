@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+import ray
 import torch
 
 from olora_ray.adapter import merge, parity
@@ -29,6 +30,7 @@ from olora_ray.config.schema import Config
 from olora_ray.model.folder import parameters
 from olora_ray.model.load import load_tokenizer, pick_dtype, skeleton
 from olora_ray.model.source import BaseModel, on_this_node
+from olora_ray.pipeline.connection import user_errors
 from olora_ray.tokens.collate import collate
 from olora_ray.tokens.store import Pack, TokenStore
 from olora_ray.train import checkpoints
@@ -95,15 +97,12 @@ def prepare(spec: TrainSpec, checkpoint: str) -> Work:
 
 
 def parts_of(spec: TrainSpec, checkpoint: str, folder: Path, place: str, work: Work) -> list[Part]:
-    """As many parts as are worth it; `place` is where the folder will be."""
-    size = sum(group.size for group in work.groups)
-    count = 1 if storage.is_uri(place) else number_of_shares(spec.config, size)
+    """As many parts as are worth it, at most one for each worker; `place` is where the folder will be."""
+    count = 1
+    if not storage.is_uri(place):
+        size = sum(group.size for group in work.groups)
+        count = max(1, min(spec.config.cluster.max_workers(), size // SHARE_BYTES))
     return [Part(spec, checkpoint, folder, number, count, work) for number in range(count)]
-
-
-def number_of_shares(config: Config, size: int) -> int:
-    """At most one for each worker."""
-    return max(1, min(config.cluster.max_workers(), size // SHARE_BYTES))
 
 
 def merge_part(part: Part) -> None:
@@ -139,23 +138,18 @@ def in_turn(work: Callable[[Part], T], parts: Sequence[Part]) -> list[T]:
 def over_cluster(cpus: float) -> Spread[Any]:
     """The first part here, each other one in a Ray task of so many CPUs; this process is in a Ray task itself."""
 
+    def quietly(work: Callable[[Part], Any], part: Part) -> Any:
+        quiet_transformers()
+        return work(part)
+
     def spread(work: Callable[[Part], Any], parts: Sequence[Part]) -> list[Any]:
-        import ray
-
-        from olora_ray.pipeline.connection import user_errors
-
-        job: Any = ray.remote(_quietly).options(num_cpus=cpus, max_retries=3, retry_exceptions=[OSError])
+        job: Any = ray.remote(quietly).options(num_cpus=cpus, max_retries=3, retry_exceptions=[OSError])
         others = [job.remote(work, part) for part in parts[1:]]
         first = work(parts[0])
         with user_errors():
             return [first, *ray.get(others)]
 
     return spread
-
-
-def _quietly(work: Callable[[Part], T], part: Part) -> T:
-    quiet_transformers()
-    return work(part)
 
 
 def _of(part: Part) -> tuple[Work, list[Group], torch.device]:

@@ -34,9 +34,10 @@ class Driver:
         Call it before what must not be done twice.
         """
         try:
-            self._look()
-        except lock.LockUnreadable as error:
-            raise TakenOver(f"{error}; the same command goes on with the run", error.exit_code) from None
+            self._lease.check()
+        except TryAgain as error:
+            which = "the same command" if isinstance(error, lock.LockUnreadable) else "it"
+            raise TakenOver(f"{error}; {which} goes on with the run", error.exit_code) from error
 
     @contextlib.contextmanager
     def watch(self, stop: Stop, every: float = 10.0) -> Iterator[None]:
@@ -48,11 +49,11 @@ class Driver:
 
         def work() -> None:
             while not ended.wait(every):
-                # A storage that does not answer ends nothing: the training notices that by itself.
-                with contextlib.suppress(lock.LockUnreadable):
-                    try:
-                        self._look()
-                    except TakenOver as error:
+                try:
+                    self.check()
+                except TakenOver as error:
+                    # A storage that does not answer ends nothing: the training notices that by itself.
+                    if not isinstance(error.__cause__, lock.LockUnreadable):
                         stop.abandon(error)
                         return
 
@@ -63,15 +64,6 @@ class Driver:
         finally:
             ended.set()
             watcher.join()
-
-    def _look(self) -> None:
-        """Raise TakenOver if another process works on the run by now, LockUnreadable if that cannot be said."""
-        try:
-            self._lease.check()
-        except lock.LockUnreadable:
-            raise
-        except TryAgain as error:
-            raise TakenOver(f"{error}; it goes on with the run", error.exit_code) from None
 
 
 @contextlib.contextmanager

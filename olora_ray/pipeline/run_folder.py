@@ -81,10 +81,8 @@ class RunFolder:
     def check(self) -> None:
         """Check that the storage can be written, and that no training with other settings has this name.
 
-        Raises UserError if not, or if the run's folder leads out of the storage; TryAgain if an object store does not
-        answer now. Leaves nothing behind.
+        Raises UserError if not; TryAgain if an object store does not answer now. Leaves nothing behind.
         """
-        self._refuse_way_out()
         storage.check(self.config.run.storage, "run.storage")
         try:
             shown = self.other_settings() if checkpoints.names(self.checkpoints) or self.finished() else ""
@@ -187,18 +185,6 @@ class RunFolder:
     def _shown(self, uri: str) -> str:
         """Without a password; a database in the storage is named by its place there, which stays when that is moved."""
         return mask(uri).replace(f"sqlite:///{os.path.abspath(self.config.run.storage)}/", "sqlite:///<run.storage>/")
-
-    def _refuse_way_out(self) -> None:
-        """Who may write in the storage shall not make this user write elsewhere."""
-        if storage.is_uri(self.root):
-            return
-        inside = os.path.realpath(self.config.run.storage)
-        for place in (self.root, self.checkpoints, os.path.dirname(self.parity), self.adapter, self.merged):
-            if os.path.commonpath([inside, os.path.realpath(place)]) != inside:
-                raise UserError(
-                    f"run.storage: {place} is a link that leads out of it; remove the link, or set run.storage to"
-                    " where it leads"
-                )
 
     def _identity(self) -> dict[str, str]:
         """What the run was trained with, by its newest checkpoint or its result; only what they say of that is read."""

@@ -5,6 +5,7 @@ import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -71,22 +72,18 @@ def test_an_export_is_written_and_checked(run: Run) -> None:
 
 
 def test_shares_are_worth_it_for_large_models_that_all_nodes_see(run: Run, tmp_path: Path) -> None:
-    config = tiny.config(cluster__workers=4)
-    sizes = {0: 1, export_shares.SHARE_BYTES * 3 - 1: 2, export_shares.SHARE_BYTES * 100: 4}
-    assert {size: export_shares.number_of_shares(config, size) for size in sizes} == sizes
     work = export_shares.prepare(run.spec, str(Path(run.folder.checkpoints) / f"step-{STEP:07d}"))
-    spec = replace(run.spec, config=config)
-    for place, count in ((str(tmp_path), 4), ("s3://bucket/run", 1)):
-        large = replace(work, groups=[FakeGroup(2**40)])
+    spec = replace(run.spec, config=tiny.config(cluster__workers=4))
+    share, here = export_shares.SHARE_BYTES, str(tmp_path)
+    for size, place, count in (
+        (0, here, 1),
+        (3 * share - 1, here, 2),
+        (100 * share, here, 4),
+        (2**40, "s3://b/run", 1),
+    ):
+        large: Any = replace(work, groups=[SimpleNamespace(size=size)])
         parts = export_shares.parts_of(spec, "checkpoint", tmp_path, place, large)
         assert [(part.number, part.of) for part in parts] == [(number, count) for number in range(count)]
-
-
-class FakeGroup:
-    """Only its size is looked at."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
 
 
 @pytest.mark.usefixtures("small_shares")
