@@ -59,15 +59,15 @@ def check(config: AnyConfig, held_out: TokenStore | None, tokenizer: Any) -> fro
     """Have the scorer score each reference that it will see, before anything expensive; returns the scores' names.
 
     Raises UserError that names the first row with a reference that it cannot score, and for a gate that asks for what
-    is not scored. Without rows to score there is a warning.
+    is not scored. Without questions there is a warning; that no rows are held out is said by the plan.
     """
-    if config.evaluation.scorer is None:
+    if config.evaluation.scorer is None or held_out is None:
         return frozenset()
     judge = scoring.Judge(config.evaluation.scorer)
     asked = wanted_questions(config.evaluation, held_out)
     names: set[str] = set()
-    why = "no held-out row has a question and an answer" if held_out else "no rows are held out"
-    if not asked and config.evaluation.rows:
+    why = "" if asked else "no held-out row has a question and an answer"
+    if why and config.evaluation.rows:
         logger.warning(f"evaluation.scorer: nothing is scored: {why}")
     most = config.evaluation.max_new_tokens
     lengths = [len(question.reference) - 1 for question in asked]  # without the end token
@@ -88,10 +88,9 @@ def check(config: AnyConfig, held_out: TokenStore | None, tokenizer: Any) -> fro
         try:
             names |= judge(reference, reference).keys()
         except UserError as error:
-            assert held_out is not None
             raise UserError(f"{_place(held_out, question.row)}: {error}") from error
-    if held_out and config.evaluation.rows and isinstance(config, Config):
-        _check_gate(config, names, "" if asked else why)
+    if config.evaluation.rows and isinstance(config, Config):
+        _check_gate(config, names, why)
     return frozenset(names)
 
 

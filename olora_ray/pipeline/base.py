@@ -102,7 +102,7 @@ class Base:
     tokenizer: Any
     """The Hugging Face tokenizer."""
     spec: TokenizerSpec
-    """What tokenising in other processes needs of it."""
+    """The part of the tokenizer that other processes tokenise with."""
     eos: tuple[int, ...]
     """Token ids that end an answer."""
 

@@ -39,7 +39,7 @@ from olora_ray.train.checkpoint import TrainState
 
 logger = logging.getLogger(__name__)
 
-# What an exported folder needs so that others ask and answer as the training did: template, tokenizer, end tokens.
+# Files for serving, so that others ask and answer as the training did: template, tokenizer, end tokens.
 
 
 def give_template(config: Config, tokenizer: Any, folder: Path) -> None:

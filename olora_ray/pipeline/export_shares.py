@@ -52,7 +52,7 @@ Spread = Callable[[Callable[["Part"], T], Sequence["Part"]], list[T]]
 
 @dataclass(frozen=True)
 class Work:
-    """What a share needs, as it is on this node."""
+    """The opened base and adapter on this node, as a share of the merge needs them."""
 
     spec: TrainSpec
     base: BaseModel
@@ -61,7 +61,7 @@ class Work:
     adapter: dict[str, AdapterWeights]
     state: TrainState
     groups: list[Group]
-    """Of the whole model."""
+    """The adapted weights of the whole model."""
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -81,7 +81,7 @@ class Part:
     number: int
     of: int
     work: Work | None = None
-    """What it needs, if that is known in this process."""
+    """The opened base and adapter, if this process has them."""
 
     def __reduce__(self) -> Any:
         """Other processes read what they need themselves: there it may lie elsewhere, and it is large."""
@@ -113,7 +113,7 @@ def merge_part(part: Part) -> None:
 
 
 def check_part(part: Part) -> MergedFolder:
-    """What this share of the merged weights and of the files says."""
+    """Check this share of the merged weights and of the files."""
     work, share, device = _of(part)
     base, scale = Path(work.base.folder), part.spec.config.adapter.scale()
     worst = merge.check_weights(base, part.folder, share, work.adapter, scale, device)
@@ -122,7 +122,7 @@ def check_part(part: Part) -> MergedFolder:
 
 
 def check(work: Work, parts: Sequence[Part], spread: Spread[Any]) -> MergedFolder:
-    """What the merged folder of these parts says."""
+    """Check the merged folder of these parts."""
     if lines := merge.changed_files(Path(work.base.folder), parts[0].folder):
         return MergedFolder(merge.Worst(0.0, "", "float32"), tuple(lines))
     found = spread(check_part, parts)
@@ -245,7 +245,7 @@ def _first(store: TokenStore) -> list[Pack]:
     return found
 
 
-# What it changes that an adapter was trained on a quantised base, and is exported for the original weights.
+# The cost of an export for the original weights, of an adapter that was trained on a quantised base.
 
 
 @dataclass(frozen=True)
@@ -253,7 +253,7 @@ class OnOriginal:
     """An adapter of a quantised base on the original one."""
 
     quantization: str
-    """Of the base that it was trained on."""
+    """model.quantization of the base that it was trained on."""
     rows: Literal["held-out", "training"]
     """Which rows the loss is of: of a training that holds none out, its own."""
     loss: LossPair | str
@@ -281,7 +281,7 @@ def loss_on_original(work: Work) -> OnOriginal | None:
     return OnOriginal(kind, "held-out" if spec.eval else "training", found)
 
 
-# What a compressed adapter has lost: a share of the change of the weights, and what that costs on held-out rows.
+# The cost of a smaller rank: a share of the change of the weights, and a loss on held-out rows.
 
 
 @dataclass(frozen=True)

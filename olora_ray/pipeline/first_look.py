@@ -70,7 +70,7 @@ def _rows(source: Source, file: File, scanned: FileScan | None) -> Iterator[read
 
 
 def _hint(source: Source, where: str, file: File, scanned: FileScan | None, row: Any) -> str:
-    """What is odd about the file, or what to set instead, as the end of a message."""
+    """Return the end of a message: what is odd about the file, or what to set instead."""
     with reader.open_stream(file) as stream:
         begin = bytes(stream.read(4096))
     if odd := formats.file(file.kind, scanned.columns if scanned else (), begin):

@@ -147,7 +147,7 @@ Check = Callable[[Mapping[str, str]], None]
 
 @dataclass(frozen=True)
 class Prepared:
-    """What preparation has found out and begun."""
+    """The result of the preparation."""
 
     spec: TrainSpec
     build: StoreBuild
@@ -213,7 +213,7 @@ def contents(config: Config, base: Base) -> dict[str, str]:
 
 
 def _digest_of_start(config: Config) -> str | None:
-    """Of the checkpoint at train.start: of its manifest, which has the digests of all its files."""
+    """Return the digest of the manifest of the checkpoint at train.start, which has the digests of its files."""
     if config.train.start is None:
         return None
     try:

@@ -130,7 +130,7 @@ def batch_split(config: Config, workers: int) -> str:
 
 
 def _idle(config: Config, workers: int, idle: int) -> str:
-    """What to set so that all workers have something to do."""
+    """Say what to set so that all workers have something to do."""
     advice = f"train.micro_batch={config.train.global_batch // workers}"
     if config.train.global_batch < workers:
         advice = f"train.global_batch={workers} and train.micro_batch=1"

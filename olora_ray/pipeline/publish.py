@@ -1,4 +1,4 @@
-"""Publication of a finished run: metrics, reports and the model go to MLflow, and a version is registered."""
+"""Publication of a finished run: what is registered as a version, and how that and the run's results go to MLflow."""
 
 import json
 import logging
@@ -32,7 +32,7 @@ from olora_ray.train.checkpoint import perplexity
 
 logger = logging.getLogger(__name__)
 
-# Description of a registered version in words, in the Markdown that MLflow's page shows.
+# What is registered: first its description in words, in the Markdown that MLflow's page shows.
 
 
 MERGED = """```python
@@ -164,7 +164,7 @@ def _clean(text: str) -> str:
     return flat if len(flat) <= 80 else f"{flat[:77]}..."
 
 
-# Input example of a registered model: the first held-out question of its training, as a request to a server.
+# What is registered: the input example, which is the first held-out question of the training as a request.
 
 
 _PLACE = "OBJECTREPLACEMENT"
@@ -202,12 +202,12 @@ def _rendered(tokenizer: Any, messages: list[dict[str, str]]) -> str:
         return ""
 
 
-# Contents of the version that a run registers: its merged model, or its adapter with the base by reference.
+# What is registered: the merged model, or the adapter with the base by reference.
 
 
 @contextmanager
 def contents_of(exported: Exported, scores: Scores) -> Iterator[Contents]:
-    """What a finished run registers, as files on this machine for the block."""
+    """Yield what a finished run registers, as files on this machine for the block."""
     spec, folder, config = exported.spec, exported.folder, exported.spec.config
     with node_cache.fetched(folder.merged if config.export.merged else folder.adapter) as place:
         base = None if config.export.merged else _reference(spec, place)
@@ -241,7 +241,7 @@ def _commit(base: BaseModel) -> str | None:
     return place.name if from_hub else None
 
 
-# The MLflow run of a training: made or resumed, and closed.
+# How: the MLflow run of a training is made or resumed, and closed.
 
 
 def check_tracking(config: Config, folder: RunFolder) -> None:
@@ -282,12 +282,12 @@ def log_data(tracker: Tracker, spec: TrainSpec) -> None:
             tracker.dataset(context, store.digest, place, store.manifest.rows, context)
 
 
-# What a finished run logs and registers.
+# How: a finished run logs its results, and registers its version.
 
 
 @dataclass(frozen=True)
 class Published:
-    """What a run has left in MLflow."""
+    """The results of a run, as MLflow has them."""
 
     result: dict[str, Any]
     """The content of result.json."""

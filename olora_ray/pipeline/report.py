@@ -66,7 +66,7 @@ def _summary(exported: Exported, answers: Sequence[Sample], published: Published
 
 
 def next_steps(result: Mapping[str, Any], page: str | None) -> list[str]:
-    """What can be done with a finished run, as commands that work as they are printed, in the folder of now.
+    """Return what can be done with a finished run, as commands that work as printed in the current folder.
 
     `page` is the address of the run's page, if a server shows it.
     """

@@ -36,8 +36,8 @@ class Driver:
         try:
             self._lease.check()
         except TryAgain as error:
-            which = "the same command" if isinstance(error, lock.LockUnreadable) else "it"
-            raise TakenOver(f"{error}; {which} goes on with the run", error.exit_code) from error
+            who = "the same command" if isinstance(error, lock.LockUnreadable) else "that process"
+            raise TakenOver(f"{error}; {who} resumes the run", error.exit_code) from error
 
     @contextlib.contextmanager
     def watch(self, stop: Stop, every: float = 10.0) -> Iterator[None]:

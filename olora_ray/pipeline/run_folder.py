@@ -187,7 +187,7 @@ class RunFolder:
         return mask(uri).replace(f"sqlite:///{os.path.abspath(self.config.run.storage)}/", "sqlite:///<run.storage>/")
 
     def _identity(self) -> dict[str, str]:
-        """What the run was trained with, by its newest checkpoint or its result; only what they say of that is read."""
+        """Return the digests that the run was trained with, from its newest checkpoint or its result."""
         for name in reversed(checkpoints.names(self.checkpoints)):
             state = _read_json(storage.join(self.checkpoints, name, checkpoint.STATE)) or {}
             if isinstance(found := state.get("identity"), dict):
@@ -236,7 +236,7 @@ class Fingerprint:
 
     base: str
     data: str
-    """Of contents, tokenizer and how rows become sequences: the name of the token store."""
+    """Digest of contents, tokenizer and how rows become sequences: the name of the token store."""
     held_out: str
     """The same for the held-out rows; empty if there are none."""
     settings: str
@@ -248,7 +248,7 @@ class Fingerprint:
 
     @classmethod
     def from_tags(cls, tags: Mapping[str, str]) -> "Fingerprint":
-        """Of a version; empty where it lacks a tag, so that it equals no other."""
+        """Return the fingerprint of a version; empty where it lacks a tag, so that it equals no other."""
         return cls(**{name: tags.get(tag, "") for name, tag in TAGS.items()})
 
     def changes(self, before: "Fingerprint") -> list[str]:

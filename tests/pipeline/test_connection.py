@@ -15,7 +15,7 @@ from tests.recovery.processes import scratch
 pytestmark = pytest.mark.ray
 
 SCRIPT = """
-from olora_ray.common.quiet import quiet_environment
+from olora_ray.common.logs import quiet_environment
 quiet_environment()
 import ray, sys
 from olora_ray.cluster import ray_internals

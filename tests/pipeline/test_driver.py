@@ -58,7 +58,7 @@ def test_who_has_lost_the_run_learns_it(config: Config) -> None:
     with only_driver(config) as mine:
         mine.check()
         take_over(config)
-        with pytest.raises(TakenOver, match=r"'mine' was taken over .*it goes on with the run") as caught:
+        with pytest.raises(TakenOver, match=r"'mine' was taken over .*that process resumes the run") as caught:
             mine.check()
     assert caught.value.exit_code == 75
 
@@ -84,6 +84,6 @@ def test_a_storage_that_does_not_answer_for_a_while_ends_nothing_that_can_be_don
         lock_of(config).rmdir()
     assert caught.value.exit_code == 75
     assert str(caught.value) == (
-        "run.name: 'mine': whether its lock still holds cannot be read: Is a directory; the same command goes on with"
-        " the run"
+        "run.name: 'mine': whether its lock still holds cannot be read: Is a directory; the same command resumes the"
+        " run"
     )
