@@ -9,9 +9,10 @@ from olora_ray.adapter.peft_folder import new_adapter
 from olora_ray.cluster.spec import AnswerPair, TrainResult, TrainSpec
 from olora_ray.config.load import build
 from olora_ray.config.schema import Config
+from olora_ray.model.load import load_tokenizer
 from olora_ray.pipeline import publish
 from olora_ray.pipeline.base import open_base
-from olora_ray.pipeline.export import _complete
+from olora_ray.pipeline.export import Exported, complete
 from olora_ray.pipeline.run_folder import RunFolder
 from olora_ray.tokens.prepare import prepare
 from olora_ray.tracking.aliases import Aliases
@@ -39,13 +40,17 @@ class FinishedRun:
         return self.spec.config
 
     @property
+    def exported(self) -> Exported:
+        return Exported(self.spec, self.folder, self.result, {})
+
+    @property
     def aliases(self) -> Aliases:
         return Aliases(resolve_uri(self.config), str(self.config.registry.model))
 
     def registered(self, tags: Mapping[str, str] | None = None) -> str:
         """Register it once more, by another run of MLflow; returns the version."""
         tracker = start_run(self.config, "test", {})
-        return str(publish.publish(self.spec, self.folder, tracker, self.result, {}, tags or {}, SCORES))
+        return str(publish.register(self.exported, tracker, tags or {}, SCORES))
 
 
 def make(folder: Path, **changes: Any) -> FinishedRun:
@@ -70,7 +75,7 @@ def make(folder: Path, **changes: Any) -> FinishedRun:
 def _export(run: FinishedRun, state: TrainState) -> None:
     case, base = run.case, run.spec.base
     with new_adapter(case.adapter, case.settings, base.folder, Path(run.folder.adapter), case.model) as (folder, rank):
-        _complete(run.config, base, state, folder, rank)
+        complete(run.config, base, state, folder, rank, load_tokenizer(base, run.config.model))
     if run.config.export.merged:
         case.write_merged(Path(run.folder.merged))
     run.folder.claim()

@@ -331,8 +331,6 @@ class Run(Section):
     """Folder or s3://, gs:// URI that every node can read and write."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 17
     """Seeds the order of the data, dropout and random initialisations."""
-    wait: Annotated[float, Field(ge=0.0)] = 0.0
-    """Seconds to wait while another process works on the run, before leaving with exit code 75."""
 
     @field_validator("name")
     @classmethod

@@ -12,7 +12,7 @@ from olora_ray.common.text import plural
 from olora_ray.config.schema import AnyConfig, Config
 from olora_ray.tokens.store import TokenStore
 from olora_ray.train import scoring
-from olora_ray.train.generate import questions, wanted_questions
+from olora_ray.train.generate import wanted_questions
 
 logger = logging.getLogger(__name__)
 
@@ -55,22 +55,28 @@ def score(config: Config, answers: Sequence[Sample]) -> Scores:
     return {"before": scoring.means(before), "after": scoring.means(after)}
 
 
-def check(config: AnyConfig, held_out: TokenStore | None, tokenizer: Any) -> None:
-    """Have the scorer score each reference that it will see, before anything expensive.
+def check(config: AnyConfig, held_out: TokenStore | None, tokenizer: Any) -> frozenset[str]:
+    """Have the scorer score each reference that it will see, before anything expensive; returns the scores' names.
 
     Raises UserError that names the first row with a reference that it cannot score, and for a gate that asks for what
-    is not scored. Without rows to score there is a warning.
+    is not scored. Without questions there is a warning; that no rows are held out is said by the plan.
     """
-    if config.evaluation.scorer is None:
-        return
+    if config.evaluation.scorer is None or held_out is None:
+        return frozenset()
     judge = scoring.Judge(config.evaluation.scorer)
-    asked = questions(held_out, config.evaluation.rows) if held_out else []
+    asked = wanted_questions(config.evaluation, held_out)
     names: set[str] = set()
-    why = "no held-out row has a question and an answer" if held_out else "no rows are held out"
-    if not asked and config.evaluation.rows:
+    why = "" if asked else "no held-out row has a question and an answer"
+    if why and config.evaluation.rows:
         logger.warning(f"evaluation.scorer: nothing is scored: {why}")
-    if line := _cut_off([len(question.reference) for question in asked], config.evaluation.max_new_tokens):
-        logger.warning(line)
+    most = config.evaluation.max_new_tokens
+    lengths = [len(question.reference) - 1 for question in asked]  # without the end token
+    if longer := [length for length in lengths if length > most]:
+        logger.warning(
+            f"evaluation.max_new_tokens={most}: {len(longer)} of {plural(len(asked), 'reference')} that are scored have"
+            f" more tokens, so answers are cut off before they can be like these; set it to {max(longer) + 1} for all"
+            " of them"
+        )
     references = [as_text(tokenizer, question.reference) for question in asked]
     if empty := references.count(""):
         logger.warning(
@@ -82,34 +88,10 @@ def check(config: AnyConfig, held_out: TokenStore | None, tokenizer: Any) -> Non
         try:
             names |= judge(reference, reference).keys()
         except UserError as error:
-            assert held_out is not None
             raise UserError(f"{_place(held_out, question.row)}: {error}") from error
-    if held_out and config.evaluation.rows and isinstance(config, Config):
-        _check_gate(config, names, "" if asked else why)
-
-
-def given(config: Config, held_out: TokenStore | None, tokenizer: Any) -> set[str]:
-    """Names of the scores that a run's answers will have, as far as the scorer gives them for the references.
-
-    Raises UserError for a reference that it cannot score.
-    """
-    if config.evaluation.scorer is None:
-        return set()
-    judge = scoring.Judge(config.evaluation.scorer)
-    asked = wanted_questions(config.evaluation, held_out)
-    references = [as_text(tokenizer, question.reference) for question in asked]
-    return {name for reference in references for name in judge(reference, reference)}
-
-
-def _cut_off(lengths: Sequence[int], most: int) -> str | None:
-    """What to say where references of so many tokens, their end token included, are longer than an answer can be."""
-    longer = [length for length in lengths if length - 1 > most]
-    if not longer:
-        return None
-    return (
-        f"evaluation.max_new_tokens={most}: {len(longer)} of {plural(len(lengths), 'reference')} that are scored have"
-        f" more tokens, so answers are cut off before they can be like these; set it to {max(longer)} for all of them"
-    )
+    if config.evaluation.rows and isinstance(config, Config):
+        _check_gate(config, names, why)
+    return frozenset(names)
 
 
 def as_text(tokenizer: Any, ids: Sequence[int], special: bool = False) -> str:

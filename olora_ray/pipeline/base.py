@@ -13,12 +13,11 @@ from olora_ray.config.load import override
 from olora_ray.config.schema import AnyConfig
 from olora_ray.data.tokenize import turn_end
 from olora_ray.data.tokenizer_spec import TokenizerSpec, has_tokens_beyond, spec_from_pretrained
-from olora_ray.model import folder as identity
-from olora_ray.model import folder as misfits
+from olora_ray.model import folder as model_folder
 from olora_ray.model.load import end_tokens, load_tokenizer, skeleton
 from olora_ray.model.packing import why_apart
 from olora_ray.model.source import BaseModel, obtain
-from olora_ray.tracking import checksums, registered
+from olora_ray.tracking import registered
 from olora_ray.tracking.models import BaseOfAdapter
 from olora_ray.tracking.registered import Registered
 
@@ -34,8 +33,9 @@ def find_model(config: AnyConfig, found: Registered | None = None) -> BaseModel:
     UserError for a name that leads nowhere, a folder that is no model, or no place to write a converted one.
     """
     with as_user_error(f"model.name: {config.model.name} cannot be prepared", OSError, reason=_place_and_reason):
-        found = found or registered.of_config(config)
-        return obtain(config, _folder(found, config) if found else None)
+        if (found := found or registered.of_config(config)) is None:
+            return obtain(config, None)
+        return obtain(config, found.folder if found.base is None else _merged(found, found.base, config))
 
 
 def parts(found: Registered, base: BaseOfAdapter, config: AnyConfig) -> tuple[AnyConfig, BaseModel, str]:
@@ -52,10 +52,6 @@ def parts(found: Registered, base: BaseOfAdapter, config: AnyConfig) -> tuple[An
     return own, model, place
 
 
-def _folder(found: Registered, config: AnyConfig) -> Path:
-    return found.folder if found.base is None else _merged(found, found.base, config)
-
-
 def _base(found: Registered, base: BaseOfAdapter, config: AnyConfig) -> tuple[AnyConfig, BaseModel]:
     """The base of an adapter: where it lay when the version was registered, else wherever its name leads now."""
     own, why, passes = override(config, {"model.name": base.name, "model.revision": base.revision}), "", False
@@ -66,7 +62,7 @@ def _base(found: Registered, base: BaseOfAdapter, config: AnyConfig) -> tuple[An
             passes = isinstance(error, TryAgain)
             why = f"is not found ({str(error).removeprefix('model.name: ')})"
             continue
-        if identity.same(base.digest, model.digest):
+        if base.digest == model.digest:
             return own, replace(model, name=base.name)
         why, passes = f"has other files than it was trained on, in {model.folder}", False
     what = f"{found.version.name} version {found.version.number} is an adapter of {base.name}, which {why}"
@@ -74,32 +70,19 @@ def _base(found: Registered, base: BaseOfAdapter, config: AnyConfig) -> tuple[An
 
 
 def _merged(found: Registered, base: BaseOfAdapter, config: AnyConfig) -> Path:
-    """The folder of base and adapter merged; made once, and checked each time."""
+    """The folder of base and adapter merged; made once."""
     own, model = _base(found, base, config)
     content = [storage.digest_file(found.folder / name) for name in (peft_folder.CONFIG, peft_folder.WEIGHTS)]
     key = storage.digest(model.digest, *content, length=16)
     target = registered.cached(registered.cache(config), f"merged-{key}")
-    if target.is_dir() and not _is_whole(target):
-        storage.remove(str(target))
     if not target.is_dir():
         logger.info(f"model.name: merging {found.version.name} version {found.version.number} into its base, once")
         with storage.staged(target) as folder:
-            _write_merged(found, model, own, folder)
-    return target / "model"
-
-
-def _write_merged(found: Registered, model: BaseModel, config: AnyConfig, folder: Path) -> None:
-    shape, merged = skeleton(model, config.model), folder / "model"
-    adapter, scale = peft_folder.read(found.folder, shape)
-    write_merged(Path(model.folder), adapter, scale, merged, shape)
-    portable.copy_tokenizer(found.folder, merged)
-    (folder / checksums.FILE).write_text(checksums.of_folders({"model": merged}), encoding="utf-8")
-
-
-def _is_whole(folder: Path) -> bool:
-    written = folder / checksums.FILE
-    found = checksums.of_folders({"model": folder / "model"})
-    return written.is_file() and written.read_text(encoding="utf-8") == found
+            shape = skeleton(model, own.model)
+            adapter, scale = peft_folder.read(found.folder, shape)
+            write_merged(Path(model.folder), adapter, scale, folder, shape)
+            portable.copy_tokenizer(found.folder, folder)
+    return target
 
 
 def _place_and_reason(error: BaseException) -> str:
@@ -119,7 +102,7 @@ class Base:
     tokenizer: Any
     """The Hugging Face tokenizer."""
     spec: TokenizerSpec
-    """What tokenising in other processes needs of it."""
+    """The part of the tokenizer that other processes tokenise with."""
     eos: tuple[int, ...]
     """Token ids that end an answer."""
 
@@ -137,21 +120,20 @@ def with_tokenizer(model: BaseModel, config: AnyConfig) -> Base:
             " the tokenizer that the model was trained with into the folder"
         )
     tokenizer = load_tokenizer(model, config.model)
-    shape = skeleton(model, config.model)
-    _check_fit(model, shape)
+    shape: Any = skeleton(model, config.model)
+    found = parity.look(Path(model.folder), shape)
+    if found.problem is not None:  # what is loaded would be another model than the files hold
+        raise UserError(f"model.name: {model.folder} {found.problem}")
+    if found.left_out:
+        logger.warning(model_folder.left_out(shape, found.left_out, model.name))
     spec = replace(spec_from_pretrained(tokenizer, model.name), apart=why_apart(shape))
-    if (rows := _embeddings(shape)) is not None and has_tokens_beyond(tokenizer, rows):
+    try:
+        rows: int | None = int(shape.get_input_embeddings().weight.shape[0])
+    except (NotImplementedError, AttributeError):
+        rows = None  # the model's code does not tell
+    if rows is not None and has_tokens_beyond(tokenizer, rows):
         spec = replace(spec, embeddings=rows)
     return Base(model, tokenizer, spec, _ends(model, tokenizer, spec))
-
-
-def _check_fit(model: BaseModel, shape: Any) -> None:
-    """Raise UserError where what is loaded would be another model than the files hold; say what is left out."""
-    found = parity.look(Path(model.folder), shape)
-    if found.problem is not None:
-        raise UserError(f"model.name: {model.folder} {found.problem}")
-    if names := found.left_out:
-        logger.warning(misfits.left_out(shape, names, model.name))
 
 
 def _ends(model: BaseModel, tokenizer: Any, spec: TokenizerSpec) -> tuple[int, ...]:
@@ -165,11 +147,3 @@ def _ends(model: BaseModel, tokenizer: Any, spec: TokenizerSpec) -> tuple[int, .
         f" tokenizer or generation_config.json: answers end there here, and a server needs it as a stop token ({last})"
     )
     return tuple(sorted((*found, last)))
-
-
-def _embeddings(shape: Any) -> int | None:
-    """Rows of a model's embeddings of tokens; None where its code does not tell."""
-    try:
-        return int(shape.get_input_embeddings().weight.shape[0])
-    except (NotImplementedError, AttributeError):
-        return None

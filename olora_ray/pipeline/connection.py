@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 import ray
@@ -33,9 +33,6 @@ logger = logging.getLogger(__name__)
 # SIGTERM and Ctrl+C: a request to stop after the next step while training, an immediate end elsewhere.
 
 
-AGAIN = "the same command continues from there"
-
-
 class Stop:
     """Takes both signals in the main thread for as long as it is entered."""
 
@@ -53,9 +50,7 @@ class Stop:
             self._before[number] = signal.signal(number, self._caught)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
         if self._raised and isinstance(error, KeyboardInterrupt) and not isinstance(error, Stopped):
@@ -70,7 +65,7 @@ class Stop:
     def stopped(self, where: str) -> Stopped:
         """The exception to raise once the request was granted."""
         name = self.asked or "SIGTERM"
-        return Stopped(f"{where} ({name}); {AGAIN}", 128 + signal.Signals[name].value)
+        return Stopped(f"{where} ({name}); the same command continues from there", 128 + signal.Signals[name].value)
 
     def _caught(self, number: int, frame: FrameType | None) -> None:
         if self._lost:
@@ -83,11 +78,6 @@ class Stop:
             return
         self._raised = Stopped(f"stopped ({name}); the same command continues with what is done", 128 + number)
         raise self._raised
-
-
-DATA_ENDS = 1.0
-"""Seconds in which Ray Data's threads end, when what they read is wanted no longer."""
-_PRESTART = "RAY_prestart_worker_first_driver"
 
 
 @contextlib.contextmanager
@@ -113,18 +103,14 @@ def connect(config: AnyConfig, base: BaseModel | None = None) -> Iterator[Stop]:
             preflight.check(config, base)
             yield stop
     except BaseException:
-        _let_ray_data_end()
+        # A thread of Ray Data that calls Ray after shutdown kills the process silently, and the real error with it.
+        # The threads end soon when what they read is wanted no longer.
+        end = time.monotonic() + 1.0
+        while ray_internals.reads_data() and time.monotonic() < end:
+            time.sleep(0.02)
         raise
     finally:
         ray.shutdown()
-
-
-def _let_ray_data_end() -> None:
-    """Give Ray Data's threads time to end: one that calls Ray after shutdown kills the process silently, and the real
-    error with it."""
-    end = time.monotonic() + DATA_ENDS
-    while ray_internals.reads_data() and time.monotonic() < end:
-        time.sleep(0.02)
 
 
 def _init(found: str) -> None:
@@ -136,13 +122,19 @@ def _init(found: str) -> None:
         address.make_own()
         # It would start a process for each CPU and wait for all of them, and then use none: what runs here has an
         # environment of its own.
-        os.environ.setdefault(_PRESTART, "0")
+        os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
         # Ten processes, which take six seconds of a processor to start, and could start jobs for whoever asks them.
         # Who wants to look at it starts Ray themselves.
         try:
             ray.init(address=found, include_dashboard=False, **shared)
-        except OSError as error:
-            raise _too_long(error) from None
+        except OSError as error:  # the system's limit is 107 bytes of a path
+            if "AF_UNIX path length" not in str(error):
+                raise
+            folder = str(error).rpartition("bytes: ")[2].partition("/session_")[0]
+            raise UserError(
+                f"RAY_TMPDIR: Ray's files would lie in {folder}, and that path is too long for its sockets; set"
+                " RAY_TMPDIR to a folder with a shorter one, as /tmp, which it takes before TMPDIR"
+            ) from None
         return
     address.join(found, address.PATIENCE)
     try:
@@ -151,33 +143,17 @@ def _init(found: str) -> None:
         raise UserError(f"{address.name(found)}: cannot be joined: {' '.join(str(error).split())}") from error
 
 
-def _too_long(error: OSError) -> OSError | UserError:
-    """The error of a temporary folder in which no socket of Ray has room: the system's limit is 107 bytes of a path."""
-    if "AF_UNIX path length" not in str(error):
-        return error
-    folder = str(error).rpartition("bytes: ")[2].partition("/session_")[0]
-    return UserError(
-        f"RAY_TMPDIR: Ray's files would lie in {folder}, and that path is too long for its sockets; set RAY_TMPDIR to a"
-        " folder with a shorter one, as /tmp, which it takes before TMPDIR"
-    )
-
-
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
     """Raise what a Ray task has raised for a person, not wrapped: UserError, or TryAgain for what may pass."""
     try:
         yield
     except RayTaskError as error:
-        if (found := _for_a_person(error.cause)) is None:
-            raise
-        raise found from None
-
-
-def _for_a_person(error: BaseException) -> UserError | None:
-    """The error of a task as one for a person; None for a bug."""
-    if line := of_the_machine(error):
-        return UserError(line)
-    if not isinstance(error, UserError | StoreError):
-        return None
-    later = isinstance(error, TryAgain | StoreUnavailable)
-    return TryAgain(str(error)) if later else UserError(str(error))
+        cause = error.cause
+        if line := of_the_machine(cause):
+            raise UserError(line) from None
+        if isinstance(cause, TryAgain | StoreUnavailable):
+            raise TryAgain(str(cause)) from None
+        if isinstance(cause, UserError | StoreError):
+            raise UserError(str(cause)) from None
+        raise  # a bug

@@ -15,9 +15,8 @@ from olora_ray.common.text import aligned, duration
 from olora_ray.config.load import dump
 from olora_ray.config.schema import Config
 from olora_ray.model.source import BaseModel
-from olora_ray.pipeline import report
+from olora_ray.pipeline import prepare, report
 from olora_ray.pipeline.base import open_base
-from olora_ray.pipeline.prepare import warn_of_both
 from olora_ray.pipeline.run_folder import RunFolder
 from olora_ray.tokens.manifest import reason_counts
 from olora_ray.tokens.preview import Example, Preview, describe
@@ -25,14 +24,6 @@ from olora_ray.tracking.start import resolve_uri
 from olora_ray.train import estimate
 from olora_ray.train.estimate import MemoryEstimate
 from olora_ray.train.loader import total_steps
-
-SOURCES_SHOWN = 6
-HELD_OUT_ROWS = 500
-"""Held-out rows that are read of a large data set."""
-WIDTH = 116
-"""Columns of an example's text."""
-PART, WHOLE = 360, 900
-"""Characters that are shown of a part of an example, prompt or answer, and of all; of what is longer the two ends."""
 
 
 def dry_run(config: Config, show_config: bool = False) -> None:
@@ -46,17 +37,18 @@ def dry_run(config: Config, show_config: bool = False) -> None:
         report.already_finished(folder, done)
     resolve_uri(config)  # nobody is asked whether it answers
     base = open_base(config)
-    size = report.plan(config, base.model)
-    held_out = describe(config, base.spec, "eval", HELD_OUT_ROWS) if config.data.holds_out() else None
+    size = prepare.plan(config, base.model)
+    # Of many held-out rows the first 500 are read.
+    held_out = describe(config, base.spec, "eval", 500) if config.data.holds_out() else None
     train = describe(config, base.spec, "train")
-    warn_of_both(config, train.contents, held_out.contents if held_out else {})
+    prepare.warn_of_both(config, train.contents, held_out.contents if held_out else {})
     if show_config:
         print(dump(config))
     table = [
         ("targets", layers(size.targets)),
         *_source_rows(train, held_out),
         *_data(config, train, held_out),
-        ("training", report.length(config, train.packs, about=not train.exact)),
+        ("training", prepare.length(config, train.packs, about=not train.exact)),
         ("time", _time(config, base.model, size, train, held_out)),
     ]
     print("\n".join(aligned(table)))
@@ -68,31 +60,27 @@ def dry_run(config: Config, show_config: bool = False) -> None:
 
 def layers(targets: Mapping[str, tuple[int, ...]]) -> str:
     """Adapted layers as `30 x 7 layers: q_proj 576 x 576, ...`: those that differ in numbers only are one kind."""
-    kinds = Counter((_words(name), shape) for name, shape in targets.items())
+    kinds = Counter(
+        (tuple(part for part in name.split(".") if not part.isdecimal()), shape) for name, shape in targets.items()
+    )
     lasts = Counter(words[-1] for words, _ in kinds)
     by_count: dict[int, list[str]] = {}
     for (words, shape), count in kinds.items():
         label = words[-1] if lasts[words[-1]] == 1 else ".".join(words[-2:])
         by_count.setdefault(count, []).append(f"{label} {' x '.join(map(str, shape))}")
-    parts = (f"{count} x {len(labels)} layers: {', '.join(labels)}" for count, labels in by_count.items())
-    return "; ".join(parts)
-
-
-def _words(name: str) -> tuple[str, ...]:
-    """The parts of a module's name without the numbers."""
-    return tuple(part for part in name.split(".") if not part.isdecimal())
+    return "; ".join(f"{count} x {len(labels)} layers: {', '.join(labels)}" for count, labels in by_count.items())
 
 
 def _source_rows(train: Preview, held_out: Preview | None) -> Iterator[tuple[str, str]]:
     # Held-out rows that are drawn from the training sources have no source of their own.
     own = held_out.sources if held_out and not held_out.limits.setting.startswith("held out") else ()
     found = [*train.sources, *own]
-    for each in found[:SOURCES_SHOWN]:
+    for each in found[:6]:
         rejected = f", {each.rejected:,} rejected" if each.rejected else ""
         share = f", weight {each.source.weight:g}" if each.source.weight != 1 else ""
         rows = f"{each.rows:,} row{'s' * (each.rows != 1)} read{rejected}"
         yield each.setting, f"{_short(each.source.path)} ({each.source.format}{share}): {rows}"
-    if rest := found[SOURCES_SHOWN:]:
+    if rest := found[6:]:
         yield f"and {len(rest)} more", f"{sum(each.rows for each in rest):,} rows read"
 
 
@@ -110,9 +98,8 @@ def _data(config: Config, train: Preview, held_out: Preview | None) -> Iterator[
 
 
 def _rows(preview: Preview) -> str:
-    rejected = sum(preview.rejected.values())
     text = f"{preview.rows:,}" if preview.exact else f"about {preview.rows:,}, of which {preview.read:,} were read"
-    if not rejected:
+    if not (rejected := sum(preview.rejected.values())):
         return f"{text}, none rejected"
     limits = preview.limits
     allowed = f"data.max_rejected = {limits.share:g} allows {int(limits.allowed(preview.read)):,}"
@@ -142,24 +129,21 @@ def _time(config: Config, base: BaseModel, size: MemoryEstimate, train: Preview,
 
 
 def _shown(tokenizer: Any, example: Example) -> str:
-    """The text of an example, each part of it shortened; line breaks are written as \\n."""
+    """The text of an example, whole and each part of it shortened; line breaks are written as \\n."""
     text, start, ids, mask = "", 0, example.input_ids.tolist(), example.mask.tolist()
     for stop in range(1, len(ids) + 1):
         if stop == len(ids) or mask[stop] != mask[start]:
-            part = _shortened(str(tokenizer.decode(ids[start:stop])).replace("\n", "\\n"))
+            part = _shortened(str(tokenizer.decode(ids[start:stop])).replace("\n", "\\n"), 360)
             text += f"[[{part}]]" if mask[start] else part
             start = stop
-    lines = textwrap.wrap(_shortened(text, WHOLE), WIDTH) or [""]
-    return "\n".join(f"    {line}" for line in lines)
+    return textwrap.indent(textwrap.fill(_shortened(text, 900), 116), "    ")
 
 
-def _shortened(text: str, most: int = PART) -> str:
-    if len(text) <= most:
-        return text
-    return f"{text[: most * 2 // 3]} ... {text[-most // 3 :]}"
+def _shortened(text: str, most: int) -> str:
+    """The two ends of a text of more than `most` characters."""
+    return text if len(text) <= most else f"{text[: most * 2 // 3]} ... {text[-most // 3 :]}"
 
 
 def _short(place: str) -> str:
     """A path as seen from the current folder, if it lies below it."""
-    here = f"{Path.cwd()}/"
-    return place.removeprefix(here)
+    return place.removeprefix(f"{Path.cwd()}/")

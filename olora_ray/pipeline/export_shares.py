@@ -8,9 +8,11 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+import ray
 import torch
 
 from olora_ray.adapter import merge, parity
@@ -26,11 +28,13 @@ from olora_ray.common.logs import quiet_transformers
 from olora_ray.config.load import override
 from olora_ray.config.schema import Config
 from olora_ray.model.folder import parameters
-from olora_ray.model.load import pick_dtype, skeleton
-from olora_ray.model.source import on_this_node
-from olora_ray.tokens.collate import Batch, collate
+from olora_ray.model.load import load_tokenizer, pick_dtype, skeleton
+from olora_ray.model.source import BaseModel, on_this_node
+from olora_ray.pipeline.connection import user_errors
+from olora_ray.tokens.collate import collate
 from olora_ray.tokens.store import Pack, TokenStore
 from olora_ray.train import checkpoints
+from olora_ray.train.checkpoint import TrainState
 from olora_ray.train.loss import SupervisedLoss
 from olora_ray.train.parallel import load_frozen
 from olora_ray.train.self_test import choose_attention
@@ -48,14 +52,21 @@ Spread = Callable[[Callable[["Part"], T], Sequence["Part"]], list[T]]
 
 @dataclass(frozen=True)
 class Work:
-    """What a share needs, as it is on this node."""
+    """The opened base and adapter on this node, as a share of the merge needs them."""
 
-    base: Path
+    spec: TrainSpec
+    base: BaseModel
     model: "PreTrainedModel"
     """Without weights."""
     adapter: dict[str, AdapterWeights]
+    state: TrainState
     groups: list[Group]
-    """Of the whole model."""
+    """The adapted weights of the whole model."""
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The base's."""
+        return load_tokenizer(self.base, self.spec.config.model)
 
 
 @dataclass(frozen=True)
@@ -70,7 +81,7 @@ class Part:
     number: int
     of: int
     work: Work | None = None
-    """What it needs, if that is known in this process."""
+    """The opened base and adapter, if this process has them."""
 
     def __reduce__(self) -> Any:
         """Other processes read what they need themselves: there it may lie elsewhere, and it is large."""
@@ -79,43 +90,40 @@ class Part:
 
 def prepare(spec: TrainSpec, checkpoint: str) -> Work:
     """Read the adapter and find its weights; raises UserError if one cannot be merged and is to be."""
-    found = on_this_node(spec.base, spec.config)
-    model, base = skeleton(found, spec.config.model), Path(found.folder)
-    adapter = checkpoints.read(checkpoint).best_adapter()
-    return Work(base, model, adapter, groups(base, model, adapter) if spec.config.export.merged else [])
+    base, read = on_this_node(spec.base, spec.config), checkpoints.read(checkpoint)
+    model, adapter = skeleton(base, spec.config.model), read.best_adapter()
+    found = groups(Path(base.folder), model, adapter) if spec.config.export.merged else []
+    return Work(spec, base, model, adapter, read.state, found)
 
 
 def parts_of(spec: TrainSpec, checkpoint: str, folder: Path, place: str, work: Work) -> list[Part]:
-    """As many parts as are worth it; `place` is where the folder will be."""
-    size = sum(group.size for group in work.groups)
-    count = 1 if storage.is_uri(place) else number_of_shares(spec.config, size)
+    """As many parts as are worth it, at most one for each worker; `place` is where the folder will be."""
+    count = 1
+    if not storage.is_uri(place):
+        size = sum(group.size for group in work.groups)
+        count = max(1, min(spec.config.cluster.max_workers(), size // SHARE_BYTES))
     return [Part(spec, checkpoint, folder, number, count, work) for number in range(count)]
-
-
-def number_of_shares(config: Config, size: int) -> int:
-    """At most one for each worker."""
-    return max(1, min(config.cluster.max_workers(), size // SHARE_BYTES))
 
 
 def merge_part(part: Part) -> None:
     """Write this share of the merged weights."""
     work, share, device = _of(part)
-    merge.merge(work.base, part.folder, share, work.adapter, part.spec.config.adapter.scale(), device)
+    scale = part.spec.config.adapter.scale()
+    merge.merge(Path(work.base.folder), part.folder, share, work.adapter, scale, device)
 
 
 def check_part(part: Part) -> MergedFolder:
-    """What this share of the merged weights and of the files says."""
+    """Check this share of the merged weights and of the files."""
     work, share, device = _of(part)
-    scale = part.spec.config.adapter.scale()
-    worst = merge.check_weights(work.base, part.folder, share, work.adapter, scale, device)
-    files = weight_files(work.base)[part.number :: part.of]
-    return MergedFolder(worst, tuple(merge.changed_bytes(work.base, part.folder, work.groups, files)))
+    base, scale = Path(work.base.folder), part.spec.config.adapter.scale()
+    worst = merge.check_weights(base, part.folder, share, work.adapter, scale, device)
+    files = weight_files(base)[part.number :: part.of]
+    return MergedFolder(worst, tuple(merge.changed_bytes(base, part.folder, work.groups, files)))
 
 
 def check(work: Work, parts: Sequence[Part], spread: Spread[Any]) -> MergedFolder:
-    """What the merged folder of these parts says."""
-    folder = parts[0].folder
-    if lines := merge.changed_files(work.base, folder):
+    """Check the merged folder of these parts."""
+    if lines := merge.changed_files(Path(work.base.folder), parts[0].folder):
         return MergedFolder(merge.Worst(0.0, "", "float32"), tuple(lines))
     found = spread(check_part, parts)
     lines = [line for one in found for line in one.changed]
@@ -130,23 +138,18 @@ def in_turn(work: Callable[[Part], T], parts: Sequence[Part]) -> list[T]:
 def over_cluster(cpus: float) -> Spread[Any]:
     """The first part here, each other one in a Ray task of so many CPUs; this process is in a Ray task itself."""
 
+    def quietly(work: Callable[[Part], Any], part: Part) -> Any:
+        quiet_transformers()
+        return work(part)
+
     def spread(work: Callable[[Part], Any], parts: Sequence[Part]) -> list[Any]:
-        import ray
-
-        from olora_ray.pipeline.connection import user_errors
-
-        job: Any = ray.remote(_quietly).options(num_cpus=cpus, max_retries=3, retry_exceptions=[OSError])
+        job: Any = ray.remote(quietly).options(num_cpus=cpus, max_retries=3, retry_exceptions=[OSError])
         others = [job.remote(work, part) for part in parts[1:]]
         first = work(parts[0])
         with user_errors():
             return [first, *ray.get(others)]
 
     return spread
-
-
-def _quietly(work: Callable[[Part], T], part: Part) -> T:
-    quiet_transformers()
-    return work(part)
 
 
 def _of(part: Part) -> tuple[Work, list[Group], torch.device]:
@@ -159,19 +162,10 @@ def _of(part: Part) -> tuple[Work, list[Group], torch.device]:
 
 LOSS_TOKENS = 2**14
 """Tokens on which a loss is measured: one process does it, where a training has all workers."""
-TRIED = 8
-"""Sequences from which the self-test takes its examples."""
 
 Adapter = Mapping[str, AdapterWeights]
-
-
-@dataclass(frozen=True)
-class Side:
-    """An adapter on a base."""
-
-    adapter: Adapter
-    quantization: str = "none"
-    """Of the base."""
+Side = tuple[str, Adapter]
+"""model.quantization of a base, and an adapter on it."""
 
 
 @dataclass(frozen=True)
@@ -192,47 +186,37 @@ class LossPair:
         )
 
 
-def held_out_loss(
-    spec: TrainSpec, work: Work, store: TokenStore, before: Side, after: Side, device: torch.device
-) -> LossPair | str:
-    """The training's loss on the first rows of a store with both, or why it is not measured."""
-    dtype = pick_dtype(spec.config.model, device)
-    if why := parity.too_large(parameters(str(work.base)), dtype, device):
+def held_out_loss(work: Work, store: TokenStore, sides: Sequence[Side]) -> LossPair | str:
+    """The training's loss on the first rows of a store on both sides, or why it is not measured."""
+    config, device = work.spec.config, assigned_device()
+    if why := parity.too_large(parameters(work.base.folder), pick_dtype(config.model, device), device):
         return why
+    packs, losses, tokens = _first(store), [], 0
     try:
-        found = _measured(spec.config, work, (before, after), _first(store), device)
+        for kind, some in itertools.groupby(sides, lambda side: side[0]):
+            own = override(config, {"model.quantization": kind})
+            tokens, found = _on_one_base(own, work, [adapter for _, adapter in some], packs, device)
+            losses += found
     except Exception as error:  # of the model's own code: what it cannot do here says nothing of the export
         return f"the model does not run here: {first_line(error)}"
-    return found if math.isfinite(found.difference) else "it is not finite"
-
-
-def _measured(
-    config: Config, work: Work, sides: Sequence[Side], packs: Sequence[Pack], device: torch.device
-) -> LossPair:
-    losses: list[float] = []
-    tokens = 0
-    for kind, some in itertools.groupby(sides, lambda side: side.quantization):
-        own = override(config, {"model.quantization": kind})
-        tokens, found = _on_one_base(own, work, [side.adapter for side in some], packs, device)
-        losses += found
     before, after = losses
-    return LossPair(tokens, before, after, after - before)
+    return LossPair(tokens, before, after, after - before) if math.isfinite(after - before) else "it is not finite"
 
 
 def _on_one_base(
     config: Config, work: Work, adapters: Sequence[Adapter], packs: Sequence[Pack], device: torch.device
 ) -> tuple[int, list[float]]:
     """(supervised tokens, the loss with each adapter)."""
-    model: Any = load_frozen(work.base, config.model, device)
+    model: Any = load_frozen(Path(work.base.folder), config.model, device)
     loss = SupervisedLoss(model).to(device)
-    attention = choose_attention(loss, packs[:TRIED], config, device).attention
+    attention = choose_attention(loss, packs[:8], config, device).attention
     width = config.train.micro_batch
     batches = [collate(packs[place : place + width], attention) for place in range(0, len(packs), width)]
-    losses = []
+    tokens, losses = sum(len(batch.labels) for batch in batches), []
     for adapter in adapters:
-        with _adapted(loss, adapter, config.adapter.scale(), device):
-            losses.append(_mean(loss, batches, device))
-    return sum(len(batch.labels) for batch in batches), losses
+        with _adapted(loss, adapter, config.adapter.scale(), device), torch.no_grad():
+            losses.append(sum(float(loss(batch.to(device)).double()) for batch in batches) / tokens)
+    return tokens, losses
 
 
 @contextmanager
@@ -248,12 +232,6 @@ def _adapted(loss: SupervisedLoss, adapter: Adapter, scale: float, device: torch
         remove(loss.model)
 
 
-@torch.no_grad()
-def _mean(loss: SupervisedLoss, batches: Sequence[Batch], device: torch.device) -> float:
-    total = sum(float(loss(batch.to(device)).double()) for batch in batches)
-    return total / sum(len(batch.labels) for batch in batches)
-
-
 def _first(store: TokenStore) -> list[Pack]:
     """The first sequences, of LOSS_TOKENS in all at most, but one."""
     found: list[Pack] = []
@@ -267,7 +245,7 @@ def _first(store: TokenStore) -> list[Pack]:
     return found
 
 
-# What it changes that an adapter was trained on a quantised base, and is exported for the original weights.
+# The cost of an export for the original weights, of an adapter that was trained on a quantised base.
 
 
 @dataclass(frozen=True)
@@ -275,7 +253,7 @@ class OnOriginal:
     """An adapter of a quantised base on the original one."""
 
     quantization: str
-    """Of the base that it was trained on."""
+    """model.quantization of the base that it was trained on."""
     rows: Literal["held-out", "training"]
     """Which rows the loss is of: of a training that holds none out, its own."""
     loss: LossPair | str
@@ -294,17 +272,16 @@ class OnOriginal:
         return f"{what}: {name} {self.loss.in_words('on the quantised base', 'on the original')}"
 
 
-def loss_on_original(spec: TrainSpec, work: Work, device: torch.device) -> OnOriginal | None:
+def loss_on_original(work: Work) -> OnOriginal | None:
     """The loss of the adapter of `work` on both bases; None if the base is not quantised."""
-    kind = spec.config.model.quantization
+    spec, kind = work.spec, work.spec.config.model.quantization
     if kind == "none":
         return None
-    store = spec.train if spec.eval is None else spec.eval
-    found = held_out_loss(spec, work, store, Side(work.adapter, kind), Side(work.adapter), device)
-    return OnOriginal(kind, "training" if spec.eval is None else "held-out", found)
+    found = held_out_loss(work, spec.eval or spec.train, [(kind, work.adapter), ("none", work.adapter)])
+    return OnOriginal(kind, "held-out" if spec.eval else "training", found)
 
 
-# What a compressed adapter has lost: a share of the change of the weights, and what that costs on held-out rows.
+# The cost of a smaller rank: a share of the change of the weights, and a loss on held-out rows.
 
 
 @dataclass(frozen=True)
@@ -332,11 +309,11 @@ class Compressed:
         return f"{share}; held-out loss {self.loss.in_words('before compression', 'after')}"
 
 
-def compressed_loss(spec: TrainSpec, work: Work, smaller: Adapter, device: torch.device) -> LossPair | str:
+def compressed_loss(work: Work, smaller: Adapter) -> LossPair | str:
     """The loss on held-out rows with the adapter of `work` and with `smaller`, both on the weights as they are stored.
 
     Or why it is not measured.
     """
-    if spec.eval is None:
+    if work.spec.eval is None:
         return "no rows are held out"
-    return held_out_loss(spec, work, spec.eval, Side(work.adapter), Side(smaller), device)
+    return held_out_loss(work, work.spec.eval, [("none", work.adapter), ("none", smaller)])

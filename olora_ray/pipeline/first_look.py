@@ -18,11 +18,6 @@ from olora_ray.data.reader import FileScan
 from olora_ray.data.scan import head
 from olora_ray.data.sources import File, list_files
 
-ROWS = 10
-"""Rows of a place that are looked at."""
-LARGEST_JSON = 64 * 2**20
-"""Bytes of a .json file, which is read as a whole, up to which it is looked at."""
-
 Item = TypeVar("Item")
 
 
@@ -42,59 +37,46 @@ def check(config: Config) -> None:
 
 def _check(source: Source, where: str, storage_root: str) -> None:
     files = list_files(source, where, storage_root)
-    first: tuple[File, FileScan | None, int, Any, Rejected] | None = None
-    seen, empty = 0, True
-    for file in _spread(files):
-        scanned = _head(file)
-        empty = empty and not (scanned is None or scanned.units)
+    looked_at = _spread(files)
+    problem, seen, empty = "", 0, len(files) <= len(looked_at)
+    for file in looked_at:
+        # A .json file is read as a whole: not if it is large.
+        scanned = None if file.kind == "json" and file.size > 64 * 2**20 else head(file)
+        empty = empty and scanned is not None and not scanned.units
         for place, row in _rows(source, file, scanned):
             seen += 1
             try:
-                _example(source, row)
-            except Rejected as rejected:
-                first = first or (file, scanned, place, row, rejected)
+                if isinstance(row, Rejected):
+                    raise row
+                to_example(source.format, row, source.fields)
+            except Rejected as why:
+                hint = "" if problem else _hint(source, where, file, scanned, row)
+                problem = problem or f"{file.uri}:{place + 1}: {why.reason}: {why.message}{hint}"
             else:
                 return
-    if empty and len(files) <= len(_spread(files)):
+    if empty:
         raise UserError(f"{where}.path: {source.path} is empty: it has no rows")
-    if first:
-        file, scanned, place, row, why = first
-        raise UserError(
-            f"{where}: none of the {seen} rows that were looked at can be used;"
-            f" {file.uri}:{place + 1}: {why.reason}: {why.message}{_hint(source, where, file, scanned, row)}"
-        )
-
-
-def _hint(source: Source, where: str, file: File, scanned: FileScan | None, row: Any) -> str:
-    """What is odd about the file, or what to set instead, as the end of a message."""
-    if odd := formats.file(file.kind, scanned.columns if scanned else (), _begin(file)):
-        return f"; {odd}"
-    words = formats.columns(source.format, row)
-    return f"; set {words} in {where}" if words else ""
-
-
-def _example(source: Source, row: Any) -> None:
-    if isinstance(row, Rejected):
-        raise row
-    to_example(source.format, row, source.fields)
-
-
-def _head(file: File) -> FileScan | None:
-    """The start of a file; None if it is too large to look at."""
-    return None if file.kind == "json" and file.size > LARGEST_JSON else head(file)
+    if problem:
+        raise UserError(f"{where}: none of the {seen} rows that were looked at can be used; {problem}")
 
 
 def _rows(source: Source, file: File, scanned: FileScan | None) -> Iterator[reader.Located]:
+    """Ten rows of the first, the middle and the last unit of a file."""
     if scanned is not None:
         # All columns, so that a message can name them.
         columns = scanned.columns or tuple(columns_of(source.format, source.fields))
         for unit in _spread(scanned.units):
-            yield from itertools.islice(reader.read_unit(file, unit, scanned.columns, columns), ROWS)
+            yield from itertools.islice(reader.read_unit(file, unit, scanned.columns, columns), 10)
 
 
-def _begin(file: File) -> bytes:
+def _hint(source: Source, where: str, file: File, scanned: FileScan | None, row: Any) -> str:
+    """Return the end of a message: what is odd about the file, or what to set instead."""
     with reader.open_stream(file) as stream:
-        return bytes(stream.read(4096))
+        begin = bytes(stream.read(4096))
+    if odd := formats.file(file.kind, scanned.columns if scanned else (), begin):
+        return f"; {odd}"
+    words = formats.columns(source.format, row)
+    return f"; set {words} in {where}" if words else ""
 
 
 def _spread(items: Sequence[Item]) -> list[Item]:

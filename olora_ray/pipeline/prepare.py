@@ -1,32 +1,165 @@
-"""Preparation of a run's tokens, and the specification that its workers get."""
+"""Preparation of a run: its plan, its tokens, and the specification that its workers get."""
 
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
+from olora_ray.adapter import export_preflight
+from olora_ray.adapter.candidates import GATE, HEAD, ROUTER
+from olora_ray.adapter.inject import Coverage, Selection
 from olora_ray.cluster import preflight
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError, short_reason
 from olora_ray.common.storage import digest
 from olora_ray.config.schema import Config
+from olora_ray.model.source import BaseModel
 from olora_ray.pipeline import answers
 from olora_ray.pipeline.base import Base
 from olora_ray.pipeline.connection import user_errors
+from olora_ray.pipeline.progress import batch_split
 from olora_ray.tokens import manifest
 from olora_ray.tokens.prepare import StoreBuild, begin, look_here, look_there, plan_here
 from olora_ray.tokens.store import TokenStore
-from olora_ray.train import checkpoint
+from olora_ray.train import checkpoint, scoring
+from olora_ray.train.estimate import MemoryEstimate, estimate
+from olora_ray.train.loader import total_steps
 
 logger = logging.getLogger(__name__)
+
+# The plan of a run: what is adapted, what is left out, and memory.
+
+
+def plan(config: Config, base: BaseModel) -> MemoryEstimate:
+    """Say and return the size of the run; raises UserError for targets, rank or scorer that cannot be."""
+    check_scorer(config)
+    if config.train.early_stop and not config.data.holds_out():
+        logger.warning(
+            "train.early_stop: the training will not stop early, because no rows are held out; set data.eval or"
+            " data.eval_fraction"
+        )
+    size = deliverable(config, base)
+    say(config, size)
+    return size
+
+
+def check_scorer(config: Config) -> None:
+    """Raise UserError for a scorer that there is not; warn of one that will have nothing to do."""
+    if not config.evaluation.scorer:
+        return
+    scoring.resolve(config.evaluation.scorer)
+    if not config.data.holds_out():
+        logger.warning(
+            "evaluation.scorer: no answer will be scored, because no rows are held out; set data.eval or"
+            " data.eval_fraction"
+        )
+
+
+def deliverable(config: Config, base: BaseModel) -> MemoryEstimate:
+    """The size of a training; raises UserError for what cannot be trained, or be exported afterwards."""
+    size = estimate(config, base)
+    if found := export_preflight.problems(base, config, size.targets):
+        raise UserError("; ".join(found))
+    return size
+
+
+def say(config: Config, size: MemoryEstimate, where: str = "") -> None:
+    """The lines of a plan: what is adapted, what is left out, memory. `where` comes before each."""
+    for line in (_model_line(config, size), *_left_out(size.selection), _memory_line(config, size)):
+        logger.info(f"{where}{line}")
+
+
+def _model_line(config: Config, size: MemoryEstimate) -> str:
+    share = size.trainable / size.parameters
+    stacks = [target.experts for target in size.selection.targets.values() if target.experts is not None]
+    experts = f" and {len(stacks)} stacks of {max(stacks)} experts" if stacks else ""
+    most = "up to " if config.adapter.largest_rank() > config.adapter.rank else ""
+    return (
+        f"model: {size.parameters / 1e6:,.1f} M parameters; {config.adapter.method} rank {config.adapter.rank} on"
+        f" {len(size.targets) - len(stacks)} layers{experts}: {most}{size.trainable / 1e6:,.2f} M trainable"
+        f" ({share:.2%}); covers {_coverage(size.coverage)}"
+    )
+
+
+def _coverage(found: Coverage) -> str:
+    """The share of the parameters behind an adapter; with the largest of the rest if that is more than a tenth."""
+    total = found.adapted + sum(found.others.values())
+    large = [kind for kind, count in found.others.items() if count > total / 100]
+    rest = f" (left out: {', '.join(large)})" if found.share < 0.9 and large else ""
+    return f"{found.share:.0%} of the parameters{rest}"
+
+
+def _left_out(selection: Selection) -> list[str]:
+    """A line for each kind of layer that "all-linear" cannot take, and for parts that are no language model."""
+    kinds: dict[str, list[str]] = {}
+    for name, reason in selection.left_out.items():
+        if reason not in (HEAD, ROUTER, GATE):
+            kinds.setdefault(reason.kind, []).append(name)
+    return [
+        f"adapter.targets: all-linear leaves out {len(names)} layers: {kind} (for example {names[0]})"
+        for kind, names in kinds.items()
+    ]
+
+
+def _memory_line(config: Config, size: MemoryEstimate) -> str:
+    packed = config.model.quantization
+    parts = {
+        "base" if packed == "none" else f"base as {packed}": size.base_bytes,
+        "adapter and optimizer": size.adapter_bytes,
+    }
+    if packed != "none" or size.gathered_bytes:
+        parts["gathered" if packed == "none" else "a layer unpacked"] = size.gathered_bytes
+    answering = size.answer_bytes > size.activation_bytes
+    parts["answers to held-out prompts" if answering else "activations"] = max(size.answer_bytes, size.activation_bytes)
+    shown = ", ".join(f"{name} {value / 2**30:.2f}" for name, value in parts.items())
+    return (
+        f"memory per worker, estimated: {size.total_bytes() / 2**30:.2f} GiB ({shown}),"
+        f" plus about 1 GiB for the process{f'; without {size.problem}' if size.problem else ''}"
+    )
+
+
+def length(config: Config, packs: int, about: bool = False) -> str:
+    """The steps of a run, and what one is made of; `about`: the number of packs is an estimate."""
+    steps = f"{'about ' if about else ''}{total_steps(config.train, packs)} steps"
+    return f"{steps}; {batch_split(config, config.cluster.max_workers())}"
+
+
+def say_steps(spec: TrainSpec) -> None:
+    """The arithmetic of the training."""
+    if spec.train.complete:
+        manifest = spec.train.manifest
+        logger.info(
+            f"training: {length(spec.config, len(spec.train))}; an epoch has {len(spec.train):,} sequences,"
+            f" {manifest.tokens:,} tokens, {manifest.supervised:,} of them supervised"
+        )
+    else:
+        train = spec.config.train
+        steps = f"{train.steps} steps" if train.steps else f"{train.epochs:g} epoch{'s' * (train.epochs != 1)}"
+        split = batch_split(spec.config, spec.config.cluster.max_workers())
+        logger.info(f"training: {steps}; {split}; tokens come in {spec.train.shard_count:,} shards")
+
+
+# The tokens of a run.
 
 Check = Callable[[Mapping[str, str]], None]
 """Gets digests of contents by their names in `TrainSpec.identity`; raises UserError if they are not those it wants."""
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """The result of the preparation."""
+
+    spec: TrainSpec
+    build: StoreBuild
+    """The token store for training, which may still grow."""
+    scores: frozenset[str]
+    """Names of the scores that the answers will have."""
+
+
 def prepare_tokens(
     config: Config, base: Base, *, wait: bool = False, cpus_held: float = 0.0, check: Check = lambda contents: None
-) -> tuple[TrainSpec, StoreBuild]:
-    """The specification of a training, and the build of its token store.
+) -> Prepared:
+    """Prepare a training's tokens.
 
     The store of held-out rows is complete on return. That for training may still grow, where the cluster has room
     for that beside the training: enter the build for as long as it is needed, what is not made on leaving is left
@@ -47,7 +180,7 @@ def prepare_tokens(
         if other:
             other.run()
         held_out = TokenStore.open(other.store.uri) if other else None
-        answers.check(config, held_out, base.tokenizer)
+        scores = answers.check(config, held_out, base.tokenizer)
         if not wait and (build.complete or build.small):
             build.run()
         elif not wait:
@@ -55,7 +188,8 @@ def prepare_tokens(
             build.start(config.cluster.max_workers() * config.cluster.cpus_per_worker)
     store = TokenStore.open(build.store.uri) if wait else build.store
     again = preflight.recomputes(config, base.model)
-    return TrainSpec(config, base.model, base.spec.digest, base.eos, store, held_out, start, recompute=again), build
+    spec = TrainSpec(config, base.model, base.spec.digest, base.eos, store, held_out, start, recompute=again)
+    return Prepared(spec, build, scores)
 
 
 def warn_of_both(config: Config, train: Mapping[str, str], held_out: Mapping[str, str]) -> None:
@@ -79,7 +213,7 @@ def contents(config: Config, base: Base) -> dict[str, str]:
 
 
 def _digest_of_start(config: Config) -> str | None:
-    """Of the checkpoint at train.start: of its manifest, which has the digests of all its files."""
+    """Return the digest of the manifest of the checkpoint at train.start, which has the digests of its files."""
     if config.train.start is None:
         return None
     try:

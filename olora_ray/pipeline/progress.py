@@ -6,7 +6,6 @@ import os
 import stat
 import sys
 from collections.abc import Iterator
-from types import TracebackType
 from typing import TextIO
 
 from tqdm import tqdm
@@ -32,28 +31,23 @@ class Progress:
         """`total` is the number of steps; None as long as it is not known."""
         self.total, self.every = total, every
         self.supervised = self.seconds = self.waited = 0.0
-        self.steps = 0
         self.pace: float | None = None
         wanted = sys.stderr.isatty() if bar is None else bar
-        self.bar = tqdm(total=total, bar_format=BAR, dynamic_ncols=True, leave=True) if wanted else None
+        self.bar = tqdm(total=total, bar_format=BAR, dynamic_ncols=True, leave=True, disable=not wanted)
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> "Progress":
-        if self.bar is not None:
+        if not self.bar.disable:
             self._stack.enter_context(logs.printed_within(self._aside))
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stack.close()
-        if self.bar is not None:
-            self.bar.close()
+        self.bar.close()
 
     @contextlib.contextmanager
     def _aside(self) -> Iterator[None]:
         """The bar is off the terminal while a line of the log is written to it."""
-        assert self.bar is not None
         if sys.stdout.isatty():
             with tqdm.external_write_mode(file=sys.stdout):
                 yield
@@ -70,16 +64,15 @@ class Progress:
     def set_total(self, total: int | None) -> None:
         """Take in the number of steps, once it is known."""
         self.total = total
-        if self.bar is not None and total is not None:
+        if total is not None:
             self.bar.total = total
             self.bar.refresh()
 
     def back_to(self, step: int) -> None:
         """Continue from an earlier step."""
         self.supervised = self.seconds = self.waited = 0.0
-        if self.bar is not None:
-            self.bar.n = step
-            self.bar.refresh()
+        self.bar.n = step
+        self.bar.refresh()
 
     def row(self, row: dict[str, float]) -> None:
         """Take in the metrics of one step."""
@@ -91,21 +84,19 @@ class Progress:
 
     def _step(self, step: int, row: dict[str, float]) -> None:
         seconds = row["train/step_seconds"]
-        self.steps += 1
         self.seconds += seconds
         self.supervised += row["train/tokens_per_second"] * seconds
         self.waited += row["data/wait_fraction"] * seconds
         # Recent steps count most: the estimate follows a cluster that gets slower or faster.
         self.pace = seconds if self.pace is None else 0.8 * self.pace + 0.2 * seconds
-        if self.bar is not None:
-            self.bar.update(step - self.bar.n)
-            left = self._left(step)
-            self.bar.set_postfix_str(f"loss {row['train/loss']:.3f}, lr {row['train/lr']:.1e}, {left} left")
+        self.bar.update(step - self.bar.n)
+        left = self._left(step)
+        self.bar.set_postfix_str(f"loss {row['train/loss']:.3f}, lr {row['train/lr']:.1e}, {left} left")
         if step % self.every == 0 or step == self.total:
             self.line(
                 f"{self._of(step)} | loss {row['train/loss']:.4f} | lr {row['train/lr']:.2e}"
                 f" | {self.supervised / self.seconds:.0f} supervised tok/s"
-                f" | data wait {self.waited / self.seconds:.0%} | ETA {self._left(step)}"
+                f" | data wait {self.waited / self.seconds:.0%} | ETA {left}"
             )
             self.supervised = self.seconds = self.waited = 0.0
 
@@ -139,7 +130,7 @@ def batch_split(config: Config, workers: int) -> str:
 
 
 def _idle(config: Config, workers: int, idle: int) -> str:
-    """What to set so that all workers have something to do."""
+    """Say what to set so that all workers have something to do."""
     advice = f"train.micro_batch={config.train.global_batch // workers}"
     if config.train.global_batch < workers:
         advice = f"train.global_batch={workers} and train.micro_batch=1"

@@ -7,21 +7,19 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from olora_ray.common import storage
 from olora_ray.common.errors import StoreUnavailable, TryAgain, UserError, short_reason
 from olora_ray.common.secrets import mask
 from olora_ray.config.load import build, dump, flatten, parse_yaml
-from olora_ray.config.schema import Config, Export
-from olora_ray.model import folder as identity
+from olora_ray.config.schema import Config
 from olora_ray.train import checkpoint, checkpoints
 
 FREE_TO_CHANGE = (
     "run.storage",
-    "run.wait",
     "cluster.",
     "data.packing",
     "tracking.",
@@ -56,6 +54,14 @@ def where_now(folder: str, storage_root: str) -> str:
     return moved if folder and not storage.exists(folder) and storage.exists(moved) else folder
 
 
+def _places(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {field: value for field, value in settings.items() if PLACES.fullmatch(field)}
+
+
+def _delivery(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {field: value for field, value in settings.items() if field.startswith(("export.", "registry."))}
+
+
 class RunFolder:
     """Places in a run's folder."""
 
@@ -75,23 +81,42 @@ class RunFolder:
     def check(self) -> None:
         """Check that the storage can be written, and that no training with other settings has this name.
 
-        Raises UserError if not, or if the run's folder leads out of the storage; TryAgain if an object store does not
-        answer now. Leaves nothing behind.
+        Raises UserError if not; TryAgain if an object store does not answer now. Leaves nothing behind.
         """
-        self._refuse_way_out()
         storage.check(self.config.run.storage, "run.storage")
         try:
-            if (self._has_checkpoints() or self.finished()) and storage.exists(self.settings):
-                self._refuse_other_settings()
+            shown = self.other_settings() if checkpoints.names(self.checkpoints) or self.finished() else ""
         except UnicodeDecodeError:
             raise UserError(f"{self.settings}: not UTF-8 text; put it back, or delete {self.root}") from None
         except OSError as error:
             kind = TryAgain if isinstance(error, StoreUnavailable) else UserError
             raise kind(f"run.storage: {self.root} cannot be read: {short_reason(error)}") from None
+        if shown:
+            raise UserError(
+                f"run.name: {self.config.run.name!r} exists with other settings ({shown});"
+                f" choose another run.name or delete {self.root}"
+            )
 
-    def moved(self) -> bool:
-        """Whether model or data lie elsewhere than when this run was last begun, so that they may be others."""
-        return storage.exists(self.settings) and self._places(self._kept()) != self._places(self.config)
+    def other_settings(self) -> str:
+        """The settings that decide numbers and were others when the name was claimed, with both values."""
+        return self._changes(bound_settings)
+
+    def moved(self) -> str:
+        """Where model and data were when the name was claimed, and are now; so they may be others. Empty if not."""
+        return self._changes(_places)
+
+    def delivered_otherwise(self) -> str:
+        """The fields of exports and registry that were others when the name was claimed, with both values."""
+        return self._changes(_delivery)
+
+    def _changes(self, part: Callable[[Mapping[str, Any]], dict[str, Any]]) -> str:
+        """The first fields of `part` that differ from the config that was kept, with both values."""
+        if not storage.exists(self.settings):
+            return ""
+        kept = build(parse_yaml(storage.read_text(self.settings), self.settings), self.settings)
+        old, new = part(flatten(kept)), part(flatten(self.config))
+        changed = [field for field in sorted(old.keys() | new.keys()) if old.get(field) != new.get(field)]
+        return ", ".join(f"{field} was {old.get(field)!r}, is {new.get(field)!r}" for field in changed[:4])
 
     def require_same(self, contents: Mapping[str, str]) -> None:
         """Raise UserError if the run was trained with other contents than these, by their names in its identity.
@@ -99,24 +124,20 @@ class RunFolder:
         Those that are not given are not looked at. Does nothing for a run that has neither checkpoint nor result.
         """
         found = self._identity()
-        if all(found.get(what, digest) == digest for what, digest in contents.items()):
-            return
-        where = self.root
-        if storage.exists(self.settings) and (shown := _changes(self._places(self._kept()), self._places(self.config))):
-            where = f"{self.root} ({shown})"
-        checkpoint.require_same({**contents, **found}, contents, where)
+        if any(found.get(what, digest) != digest for what, digest in contents.items()):
+            where = f"{self.root} ({shown})" if (shown := self.moved()) else self.root
+            checkpoint.require_same({**contents, **found}, contents, where)
 
     def claim(self) -> None:
         """Keep the config: from now on the name is this run's."""
         storage.write_text(self.settings, dump(self.config))
 
-    def _has_checkpoints(self) -> bool:
-        return bool(checkpoints.names(self.checkpoints))
-
     def finished(self) -> dict[str, Any] | None:
         """The result of a run that ended well; None if there is none, or it is damaged."""
         found = _read_json(self.result)
-        return found if found and _is_result(found) else None
+        metrics = found.get("metrics", {}) if found else None
+        whole = isinstance(metrics, dict) and all(isinstance(value, int | float | None) for value in metrics.values())
+        return found if whole else None
 
     def exported(self, step: int) -> dict[str, Any] | None:
         """The parity report of exports that are complete and were made of the best adapter after `step` steps.
@@ -126,22 +147,7 @@ class RunFolder:
         found = _read_json(self.parity)
         if not found or found.get("ok") is not True or found.get("step") != step:
             return None
-        form = found.pop("export", Export().model_dump())
-        return found if form == self.config.export.model_dump() else None
-
-    def delivered_otherwise(self, done: Mapping[str, Any]) -> str:
-        """The fields of exports and registry in which the finished run with the result `done` is not what the config
-        asks for by now, with both values; empty if there is none, or nobody knows.
-        """
-        now, form = self.config.export.model_dump(), (_read_json(self.parity) or {}).get("export")
-        then = {**Export().model_dump(), **form} if isinstance(form, dict) else now
-        old, new = ({f"export.{name}": value for name, value in each.items()} for each in (then, now))
-        if (wanted := self.config.registry).model is not None:
-            registered = done.get("registered")
-            there = registered if isinstance(registered, dict) else {}
-            old |= {"registry.model": there.get("model"), "registry.alias": there.get("alias", wanted.alias)}
-            new |= {"registry.model": wanted.model, "registry.alias": wanted.alias}
-        return _changes(old, new)
+        return found if found.pop("export", None) == self.config.export.model_dump() else None
 
     def write_parity(self, measured: dict[str, Any]) -> None:
         """Write export/parity.json, the last file of the exports."""
@@ -170,8 +176,7 @@ class RunFolder:
     def tracking_run(self, uri: str) -> str | None:
         """The id of this run in the MLflow at `uri`, if it was started there before."""
         kept = _read_json(self._tracking) or {}
-        known = kept.get("uri") in (mask(uri), self._shown(uri))
-        return str(kept["run_id"]) if known and kept.get("run_id") else None
+        return str(kept["run_id"]) if kept.get("uri") == self._shown(uri) and kept.get("run_id") else None
 
     def keep_tracking_run(self, uri: str, run_id: str) -> None:
         """Remember the MLflow run, so that a later attempt continues with it; a password in `uri` is not kept."""
@@ -181,39 +186,8 @@ class RunFolder:
         """Without a password; a database in the storage is named by its place there, which stays when that is moved."""
         return mask(uri).replace(f"sqlite:///{os.path.abspath(self.config.run.storage)}/", "sqlite:///<run.storage>/")
 
-    def _refuse_way_out(self) -> None:
-        """Who may write in the storage shall not make this user write elsewhere."""
-        if storage.is_uri(self.root):
-            return
-        inside = os.path.realpath(self.config.run.storage)
-        for place in (self.root, self.checkpoints, os.path.dirname(self.parity), self.adapter, self.merged):
-            if os.path.commonpath([inside, os.path.realpath(place)]) != inside:
-                raise UserError(
-                    f"run.storage: {place} is a link that leads out of it; remove the link, or set run.storage to"
-                    " where it leads"
-                )
-
-    def other_settings(self) -> str:
-        """The settings that decide numbers and were others when the name was claimed, with both values."""
-        if not storage.exists(self.settings):
-            return ""
-        return _changes(bound_settings(flatten(self._kept())), bound_settings(flatten(self.config)))
-
-    def _refuse_other_settings(self) -> None:
-        if shown := self.other_settings():
-            raise UserError(
-                f"run.name: {self.config.run.name!r} exists with other settings ({shown});"
-                f" choose another run.name or delete {self.root}"
-            )
-
-    def _kept(self) -> Config:
-        return build(parse_yaml(storage.read_text(self.settings), self.settings), self.settings)
-
-    def _places(self, config: Config) -> dict[str, Any]:
-        return {field: value for field, value in flatten(config).items() if PLACES.fullmatch(field)}
-
     def _identity(self) -> dict[str, str]:
-        """What the run was trained with, by its newest checkpoint or its result; only what they say of that is read."""
+        """Return the digests that the run was trained with, from its newest checkpoint or its result."""
         for name in reversed(checkpoints.names(self.checkpoints)):
             state = _read_json(storage.join(self.checkpoints, name, checkpoint.STATE)) or {}
             if isinstance(found := state.get("identity"), dict):
@@ -226,17 +200,6 @@ class RunFolder:
             "held-out data": data.get("eval"),
         }
         return {what: str(digest) for what, digest in known.items() if digest is not None}
-
-
-def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """The first fields that differ, with both values; empty if none does."""
-    changed = [field for field in sorted(old.keys() | new.keys()) if old.get(field) != new.get(field)]
-    return ", ".join(f"{field} was {old.get(field)!r}, is {new.get(field)!r}" for field in changed[:4])
-
-
-def _is_result(tree: dict[str, Any]) -> bool:
-    metrics = tree.get("metrics", {})
-    return isinstance(metrics, dict) and all(isinstance(value, int | float | None) for value in metrics.values())
 
 
 def _read_json(place: str) -> dict[str, Any] | None:
@@ -273,7 +236,7 @@ class Fingerprint:
 
     base: str
     data: str
-    """Of contents, tokenizer and how rows become sequences: the name of the token store."""
+    """Digest of contents, tokenizer and how rows become sequences: the name of the token store."""
     held_out: str
     """The same for the held-out rows; empty if there are none."""
     settings: str
@@ -285,15 +248,12 @@ class Fingerprint:
 
     @classmethod
     def from_tags(cls, tags: Mapping[str, str]) -> "Fingerprint":
-        """Of a version; empty where it lacks a tag, so that it equals no other."""
+        """Return the fingerprint of a version; empty where it lacks a tag, so that it equals no other."""
         return cls(**{name: tags.get(tag, "") for name, tag in TAGS.items()})
 
     def changes(self, before: "Fingerprint") -> list[str]:
         """Words for what is different."""
-        different = {item.name for item in fields(self) if getattr(self, item.name) != getattr(before, item.name)}
-        if identity.same(before.base, self.base):
-            different.discard("base")
-        return [WORDS[item.name] for item in fields(self) if item.name in different]
+        return [word for name, word in WORDS.items() if getattr(self, name) != getattr(before, name)]
 
 
 def settings_digest(config: Config) -> str:

@@ -11,7 +11,7 @@ from olora_ray.common.errors import UserError
 from olora_ray.common.text import plural
 from olora_ray.config.load import dump, override
 from olora_ray.config.schema import Config
-from olora_ray.pipeline import export, fit, publish
+from olora_ray.pipeline import fit, run
 from olora_ray.pipeline.run_folder import RunFolder
 from olora_ray.sweep import record as trial_file
 from olora_ray.sweep import state as progress
@@ -108,10 +108,8 @@ def register(sweep_spec: SweepSpec, found: SearchRecord) -> int:
     spec = trial_spec(sweep_spec, trial)
     folder = RunFolder(trial, best.folder)
     result = fit.finished_training(spec, folder) or _stopped(folder, best, found.metric)
-    with publish.tracked(spec, folder, sweep_spec.parent) as tracker:
-        parity = export.run_export(spec, folder, result)
-        tags = {"olora.search": sweep_spec.name, "olora.trial": str(best.number)}
-        version = publish.publish(spec, folder, tracker, result, parity, tags)
+    tags = {"olora.search": sweep_spec.name, "olora.trial": str(best.number)}
+    version = run.register(spec, folder, result, tags, sweep_spec.parent)
     assert version is not None
     name, alias = trial.registry.model, trial.registry.alias
     logger.info(f"registered: {name} version {version} (models:/{name}@{alias}), trial {best.number}")

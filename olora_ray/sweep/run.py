@@ -12,7 +12,7 @@ import contextlib
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +24,6 @@ from olora_ray.common.errors import UserError
 from olora_ray.common.text import plural
 from olora_ray.config.load import flatten, override
 from olora_ray.config.schema import Config
-from olora_ray.pipeline import answers
 from olora_ray.pipeline.base import Base
 from olora_ray.pipeline.prepare import prepare_tokens
 from olora_ray.pipeline.run_folder import RunFolder
@@ -52,9 +51,9 @@ def train_spec(config: Config, space: Space, base: Base) -> tuple[TrainSpec, flo
     Raises UserError for a score as the metric that no trial would have: each would say so after its training.
     """
     began = time.monotonic()
-    spec, _ = prepare_tokens(config, base, wait=True)
-    seconds = time.monotonic() - began
-    _check_score(spec, space, base)
+    prepared = prepare_tokens(config, base, wait=True)
+    spec, seconds = prepared.spec, time.monotonic() - began
+    _check_score(config, space, prepared.scores)
     largest = max(space.possible(MICRO, config.train.micro_batch))
     if spec.recompute or largest <= config.train.micro_batch:
         return spec, seconds
@@ -67,13 +66,13 @@ def train_spec(config: Config, space: Space, base: Base) -> tuple[TrainSpec, flo
     return replace(spec, recompute=again), seconds
 
 
-def _check_score(spec: TrainSpec, space: Space, base: Base) -> None:
+def _check_score(config: Config, space: Space, names: Collection[str]) -> None:
     wanted = space.metric.removeprefix("score/")
-    if wanted == space.metric or wanted in (names := answers.given(spec.config, spec.eval, base.tokenizer)):
+    if wanted == space.metric or wanted in names:
         return
     given = ", ".join(f"score/{name}" for name in sorted(names)) or "nothing"
     raise UserError(
-        f"metric: {space.metric} is not measured: {spec.config.evaluation.scorer} gives {given} for the held-out rows"
+        f"metric: {space.metric} is not measured: {config.evaluation.scorer} gives {given} for the held-out rows"
         " that are answered"
     )
 

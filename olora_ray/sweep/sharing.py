@@ -17,7 +17,7 @@ from olora_ray.common.text import duration
 from olora_ray.config.load import at, flatten, override, parse_yaml, validated
 from olora_ray.config.schema import NO_GATE, Config
 from olora_ray.model.source import BaseModel
-from olora_ray.pipeline import connection, report
+from olora_ray.pipeline import connection, prepare
 from olora_ray.pipeline.base import open_base
 from olora_ray.sweep import shared_work
 from olora_ray.sweep.shared_work import Kind, Shared
@@ -218,14 +218,14 @@ def plan(config: Config, space: Space, base: BaseModel) -> None:
     for each setting that trials have, targets or a rank that the model does not have, and layers that could be
     trained and not be exported.
     """
-    report.check_scorer(config)
+    prepare.check_scorer(config)
     problems: dict[str, str] = {}
     found = []
     for where, changes in _settings(config, space):
         try:
             trial = override(config, changes)
             model = base if trial.model == config.model else open_base(trial).model
-            size = report.deliverable(trial, model)
+            size = prepare.deliverable(trial, model)
             shared_work.check_ranks(trial, space, size.targets)
             found.append((where, trial, size))
         except UserError as error:
@@ -233,7 +233,7 @@ def plan(config: Config, space: Space, base: BaseModel) -> None:
     if problems:
         raise UserError("; ".join(problems.values()))
     for where, trial, size in found:
-        report.say(trial, size, where)
+        prepare.say(trial, size, where)
 
 
 def _settings(config: Config, space: Space) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -40,8 +40,7 @@ def trial_spec(sweep_spec: SweepSpec, config: Config, cpus_held: float = 0.0) ->
     """
     if sweep_spec.shares_data():
         return sweep_spec.spec_of(config)
-    spec, _ = prepare_tokens(config, open_base(config), wait=True, cpus_held=cpus_held)
-    return spec
+    return prepare_tokens(config, open_base(config), wait=True, cpus_held=cpus_held).spec
 
 
 END_SECONDS = 120.0

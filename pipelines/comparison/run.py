@@ -31,9 +31,9 @@ from olora_ray.common.errors import UserError
 from olora_ray.common.text import plural
 from olora_ray.config.load import flatten, leaves, override
 from olora_ray.config.schema import NO_GATE, Config
-from olora_ray.pipeline import connection, report
+from olora_ray.pipeline import connection
 from olora_ray.pipeline.base import Base
-from olora_ray.pipeline.prepare import prepare_tokens
+from olora_ray.pipeline.prepare import plan, prepare_tokens
 from olora_ray.pipeline.run_folder import RunFolder
 from olora_ray.sweep import run as search
 from olora_ray.sweep import sharing
@@ -89,7 +89,7 @@ def tracked(comparison: Comparison, base: Base) -> Iterator[Tracker]:
 def sizes(comparison: Comparison, base: Base) -> dict[str, MemoryEstimate]:
     """Method -> the size of a training; raises UserError for a method that the model or the rank does not allow."""
     return {
-        method: report.plan(override(comparison.config, {"adapter.method": method}), base.model)
+        method: plan(override(comparison.config, {"adapter.method": method}), base.model)
         for method in comparison.methods
     }
 
@@ -182,8 +182,7 @@ class Run:
         return override(self.rows.config(self.config, "test"), {"run.seed": seed})
 
     def _tokens(self, config: Config) -> TrainSpec:
-        spec, _ = prepare_tokens(config, self.base, wait=True)
-        return spec
+        return prepare_tokens(config, self.base, wait=True).spec
 
     def _share(self, spec: TrainSpec) -> None:
         """The factors of each method, and the base model's loss, made once for all rounds."""

@@ -25,7 +25,7 @@ from olora_ray.cluster.worker_context import SharedBase, SharedBaseContext
 from olora_ray.common.errors import UserError, first_line
 from olora_ray.common.logs import quiet_transformers
 from olora_ray.config.schema import Config
-from olora_ray.pipeline import report
+from olora_ray.pipeline import prepare
 from olora_ray.pipeline.base import Base, open_base
 from olora_ray.pipeline.export import export_run
 from olora_ray.pipeline.run_folder import RunFolder
@@ -126,7 +126,7 @@ def _shown(error: object, state: State) -> str:
 def _open(state: State) -> None:
     """What the driver does with a model before it starts anything."""
     state.base = open_base(state.config)
-    report.plan(state.config, state.base.model)
+    prepare.plan(state.config, state.base.model)
 
 
 def _start(state: State) -> None:

@@ -15,7 +15,7 @@ from olora_ray.common.errors import TryAgain, UserError
 from olora_ray.config.load import override
 from olora_ray.config.schema import Config
 from olora_ray.evaluation import held_out, targets
-from olora_ray.pipeline import base as find_model_module
+from olora_ray.pipeline import base as opening
 from olora_ray.pipeline.base import find_model
 from olora_ray.retrain import compare
 from olora_ray.tracking import checksums, registered
@@ -190,13 +190,6 @@ def test_as_a_base_it_is_merged_once(run: FinishedRun) -> None:
     assert first.digest != run.spec.base.digest
 
 
-def test_a_merged_folder_that_was_damaged_is_made_again(run: FinishedRun) -> None:
-    first = find_model(named(run))
-    (Path(first.folder) / "model.safetensors").write_bytes(b"damaged")
-    (Path(first.folder) / "adapter_config.json").write_text("{}")
-    assert find_model(named(run)) == first
-
-
 @pytest.mark.parametrize("name", ["peft/adapter_model.safetensors", "peft/adapter_config.json", "MLmodel"])
 def test_a_damaged_adapter_is_one_line(run: FinishedRun, spoilt: Path, name: str) -> None:
     (spoilt / name).write_bytes((spoilt / name).read_bytes()[:-1] + b"x")
@@ -253,13 +246,15 @@ def test_a_base_that_cannot_be_asked_for_now_is_not_gone(
 ) -> None:
     """A night ended as with a user's mistake, and was not begun again."""
 
-    def find(config: Any) -> None:
+    def obtain(config: Any, folder: Any) -> None:
         raise UserError("model.name: /gone: no such folder") if config.model.name == "/gone" else answer
 
-    monkeypatch.setattr(find_model_module, "find_model", find)
-    version: Any = SimpleNamespace(version=SimpleNamespace(name="m", number="1"))
+    monkeypatch.setattr(opening, "obtain", obtain)
+    version: Any = SimpleNamespace(
+        version=SimpleNamespace(name="m", number="1"), base=BaseOfAdapter("org/m", "digest", "/gone")
+    )
     with pytest.raises(type(answer), match=r"m version 1 is an adapter of org/m, which is not found") as caught:
-        find_model_module._base(version, BaseOfAdapter("org/m", "digest", "/gone"), run.config)
+        find_model(run.config, version)
     assert ("put the base back" in str(caught.value)) == (type(answer) is UserError)
 
 

@@ -15,7 +15,7 @@ from tests.recovery.processes import scratch
 pytestmark = pytest.mark.ray
 
 SCRIPT = """
-from olora_ray.common.quiet import quiet_environment
+from olora_ray.common.logs import quiet_environment
 quiet_environment()
 import ray, sys
 from olora_ray.cluster import ray_internals
@@ -117,3 +117,13 @@ def test_a_head_with_a_token_is_joined_or_refused_in_one_line(home: Path) -> Non
         assert line.startswith(f"error: RAY_ADDRESS=127.0.0.1:{head.port}: ")
         assert problem in line
         assert head.token not in line
+
+
+def test_a_temporary_folder_with_a_long_path_is_one_line(home: Path) -> None:
+    """Schedulers set TMPDIR to a folder of the job; Ray ended in a traceback."""
+    long = home / ("job" * 20)
+    long.mkdir()
+    done = connected({**environment(home), "RAY_TMPDIR": str(long)})
+    assert done.returncode == 2, done.stdout + done.stderr
+    [line] = done.stderr.splitlines()
+    assert re.match(rf"error: RAY_TMPDIR: Ray's files would lie in {long}\S*, and that path is too long", line)

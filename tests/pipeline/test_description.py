@@ -1,17 +1,21 @@
 """A version's description says in words what it is, and nothing of the machine that trained it."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
 
 from olora_ray.config.load import override
+from olora_ray.pipeline import publish
 from olora_ray.pipeline.publish import describe
 from olora_ray.tracking import models
 from olora_ray.tracking.client import connect
 from olora_ray.tracking.models import BaseOfAdapter
-from olora_ray.tracking.start import resolve_uri
+from olora_ray.tracking.start import resolve_uri, start_run
+from olora_ray.train.checkpoint import TrainState, perplexity
 from tests import finished_run
 from tests.finished_run import FinishedRun
 
@@ -27,7 +31,15 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
 
 def text_of(run: FinishedRun, base: BaseOfAdapter | None = None, **changes: Any) -> str:
     config = override(run.config, {name.replace("__", "."): value for name, value in changes.items()})
-    return describe(replace(run.spec, config=config), run.result, finished_run.SCORES, base)
+    return described(run, finished_run.SCORES, base, config=config)
+
+
+def described(
+    run: FinishedRun, scores: Any = MappingProxyType({}), base: BaseOfAdapter | None = None, **of: Any
+) -> str:
+    """The description of the run with other fields of its specification, or with another `state` at its end."""
+    result = replace(run.result, state=of.pop("state", run.result.state))
+    return describe(replace(run.exported, spec=replace(run.spec, **of), result=result), scores, base)
 
 
 def test_the_page_of_a_version(run: FinishedRun) -> None:
@@ -65,9 +77,7 @@ def test_registering_again_leaves_a_description_that_has_changed(run: FinishedRu
     version = client.get_model_version("small", number)
     client.update_model_version("small", number, f"{version.description}\n\nby hand")
     tracker = models.Tracker(resolve_uri(run.config), version.run_id)
-    from olora_ray.pipeline import publish
-
-    publish.publish(run.spec, run.folder, tracker, run.result, {}, {})
+    publish.register(run.exported, tracker, {})
     assert client.get_model_version("small", number).description.endswith("by hand")
 
 
@@ -93,14 +103,14 @@ def test_many_sources_and_odd_names_stay_readable(run: FinishedRun) -> None:
 
 def test_a_compressed_adapter_and_one_that_continues_another_say_so(run: FinishedRun) -> None:
     assert "on `all-linear`, compressed to rank 4 for the export." in text_of(run, export__rank=4)
-    text = describe(replace(run.spec, start="cafe"), run.result, {}, None)
+    text = described(run, start="cafe")
     assert "on `all-linear`; training began with the adapter of an earlier run." in text
 
 
 def test_without_held_out_rows_there_is_no_table(run: FinishedRun) -> None:
     assert run.result.state is not None
-    result = replace(run.result, state=replace(run.result.state, history=[], best_loss=None, best_step=None))
-    text = describe(replace(run.spec, eval=None), result, {}, None)
+    state = replace(run.result.state, history=[], best_loss=None, best_step=None)
+    text = described(run, eval=None, state=state)
     assert "|---|" not in text
     assert "Held out" not in text
 
@@ -108,3 +118,17 @@ def test_without_held_out_rows_there_is_no_table(run: FinishedRun) -> None:
 def test_a_quantised_base_is_told(run: FinishedRun) -> None:
     text = text_of(run, model__quantization="nf4")
     assert ", on `all-linear`, trained on the base as nf4 and exported for its original weights.\n" in text
+
+
+def test_loss_and_perplexity_of_result_json_are_those_of_the_best_step(run: FinishedRun) -> None:
+    losses = {0: 2.0, 2: 1.0, 4: 1.5}
+    history = [
+        {"step": float(step), "eval/loss": loss, "eval/perplexity": perplexity(loss)} for step, loss in losses.items()
+    ]
+    result = replace(run.result, state=TrainState(4, 1.0, 2, history=history))
+    tracker = start_run(run.config, "test", {})
+    found = publish.publish(replace(run.exported, result=result), tracker, {}, {}).result
+    assert found["best_step"] == 2
+    assert found["eval_loss_before"] == 2.0
+    assert found["metrics"]["eval/loss"] == 1.0
+    assert found["metrics"]["eval/perplexity"] == pytest.approx(math.e)

@@ -10,7 +10,6 @@ import pytest
 from olora_ray.common.errors import UserError
 from olora_ray.config import command_line
 from olora_ray.pipeline.dry_run import dry_run, layers
-from pipelines import finetune
 from tests.pipelines import project
 from tests.said import said
 
@@ -127,12 +126,6 @@ def test_no_time_is_given_where_it_is_not_known(shown: Shown, monkeypatch: pytes
     assert value(shown()[0], "time").startswith("not estimated: one micro-batch of this model and length would take")
 
 
-def test_storage_that_cannot_be_written_is_one_line(shown: Shown, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"^run\.storage: .* cannot be written: Not a directory$"):
-        shown(run__storage=str(tmp_path / "file" / "below"))
-
-
 def test_an_address_of_mlflow_that_is_not_there_is_one_line(shown: Shown, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OLORA_NO_ADDRESS", raising=False)
     with pytest.raises(UserError, match=r"^tracking\.uri: .*OLORA_NO_ADDRESS"):
@@ -159,18 +152,9 @@ def test_layers_are_grouped_by_kind() -> None:
         **{f"model.layers.{n}.mlp.experts.{e}.w1": (8, 4) for n in range(3) for e in range(2)},
         **{f"model.layers.{n}.mlp.w1": (9, 4) for n in range(3)},
         "model.project": (2, 4),
+        "model.layers.0.stack": (8, 48, 32),
     }
     assert layers(mixed) == (
-        "3 x 2 layers: q 4 x 4, mlp.w1 9 x 4; 6 x 1 layers: experts.w1 8 x 4; 1 x 1 layers: project 2 x 4"
+        "3 x 2 layers: q 4 x 4, mlp.w1 9 x 4; 6 x 1 layers: experts.w1 8 x 4;"
+        " 1 x 2 layers: project 2 x 4, stack 8 x 48 x 32"
     )
-
-
-def test_the_weights_of_experts_show_how_many_there_are() -> None:
-    found = {f"model.layers.{layer}.mlp.experts.gate_up_proj": (8, 48, 32) for layer in range(3)}
-    assert layers(found) == "3 x 1 layers: gate_up_proj 8 x 48 x 32"
-
-
-def test_a_data_mistake_is_told_before_the_model_is_looked_for(tmp_path: Path) -> None:
-    file = project.write_config(tmp_path, project.settings(tmp_path, Path("/no/such/model")))
-    with pytest.raises(UserError, match=r"^data\.train\.0\.path: .*train\.jsonl: no such file or folder"):
-        finetune.main([str(file), "--dry-run"])

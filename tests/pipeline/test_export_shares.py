@@ -5,6 +5,7 @@ import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.common.errors import UserError
-from olora_ray.config.load import dump
+from olora_ray.config.load import dump, override
 from olora_ray.model.source import BaseModel
 from olora_ray.pipeline import export, export_shares
 from olora_ray.pipeline.export_shares import Part, in_turn
@@ -48,6 +49,12 @@ class Run:
 
 
 @pytest.fixture
+def small_shares(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A share for each worker, however small the model is."""
+    monkeypatch.setattr(export_shares, "SHARE_BYTES", 1)
+
+
+@pytest.fixture
 def run(tmp_path: Path) -> Run:
     return Run(tmp_path)
 
@@ -65,37 +72,24 @@ def test_an_export_is_written_and_checked(run: Run) -> None:
 
 
 def test_shares_are_worth_it_for_large_models_that_all_nodes_see(run: Run, tmp_path: Path) -> None:
-    config = tiny.config(cluster__workers=4)
-    sizes = {0: 1, export_shares.SHARE_BYTES * 3 - 1: 2, export_shares.SHARE_BYTES * 100: 4}
-    assert {size: export_shares.number_of_shares(config, size) for size in sizes} == sizes
     work = export_shares.prepare(run.spec, str(Path(run.folder.checkpoints) / f"step-{STEP:07d}"))
-    spec = replace(run.spec, config=config)
-    for place, count in ((str(tmp_path), 4), ("s3://bucket/run", 1)):
-        large = replace(work, groups=[FakeGroup(2**40)])
+    spec = replace(run.spec, config=tiny.config(cluster__workers=4))
+    share, here = export_shares.SHARE_BYTES, str(tmp_path)
+    for size, place, count in (
+        (0, here, 1),
+        (3 * share - 1, here, 2),
+        (100 * share, here, 4),
+        (2**40, "s3://b/run", 1),
+    ):
+        large: Any = replace(work, groups=[SimpleNamespace(size=size)])
         parts = export_shares.parts_of(spec, "checkpoint", tmp_path, place, large)
         assert [(part.number, part.of) for part in parts] == [(number, count) for number in range(count)]
 
 
-class FakeGroup:
-    """Only its size is looked at."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-
-
-def test_a_share_in_another_process_reads_what_it_needs_there(run: Run, tmp_path: Path) -> None:
-    checkpoint = str(Path(run.folder.checkpoints) / f"step-{STEP:07d}")
-    work = export_shares.prepare(run.spec, checkpoint)
-    (part,) = export_shares.parts_of(run.spec, checkpoint, tmp_path, str(tmp_path), work)
-    sent = pickle.loads(pickle.dumps(part))
-    assert (sent.work, part.work) == (None, work)
-    assert (sent.checkpoint, sent.folder, sent.number, sent.of) == (checkpoint, tmp_path, 0, 1)
-
-
-def test_three_shares_write_what_one_process_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("small_shares")
+def test_three_shares_write_what_one_process_writes(tmp_path: Path) -> None:
     one, three = Run(tmp_path / "one"), Run(tmp_path / "three", workers=3)
     export.export_run(one.spec, one.folder, STEP)
-    monkeypatch.setattr(export_shares, "SHARE_BYTES", 1)
     seen: list[tuple[str, int, int]] = []
 
     def spread(work: Callable[[Part], Any], parts: Sequence[Part]) -> list[Any]:
@@ -109,21 +103,19 @@ def test_three_shares_write_what_one_process_writes(tmp_path: Path, monkeypatch:
     assert all(torch.equal(part, three.merged()[name]) for name, part in one.merged().items())
 
 
-def test_shares_in_tasks_of_ray_write_what_one_process_writes(
-    ray_with: Callable[[int], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("small_shares")
+def test_shares_in_tasks_of_ray_write_what_one_process_writes(ray_with: Callable[[int], None], tmp_path: Path) -> None:
     one, three = Run(tmp_path / "one"), Run(tmp_path / "three", workers=3)
     export.export_run(one.spec, one.folder, STEP)
-    monkeypatch.setattr(export_shares, "SHARE_BYTES", 1)
     ray_with(1)
     measured = export.export_run(three.spec, three.folder, STEP, export_shares.over_cluster(1))
     assert measured["ok"] is True
     assert all(torch.equal(part, three.merged()[name]) for name, part in one.merged().items())
 
 
-def test_a_share_that_was_not_merged_is_found(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export_shares, "SHARE_BYTES", 1)
-    monkeypatch.setattr(export_shares, "number_of_shares", lambda config, size: 3)
+@pytest.mark.usefixtures("small_shares")
+def test_a_share_that_was_not_merged_is_found(tmp_path: Path) -> None:
+    run = Run(tmp_path, workers=3)
 
     def spread(work: Callable[[Part], Any], parts: Sequence[Part]) -> list[Any]:
         return in_turn(work, parts[1:] if work is export_shares.merge_part else parts)
@@ -133,46 +125,10 @@ def test_a_share_that_was_not_merged_is_found(run: Run, monkeypatch: pytest.Monk
     assert run.folder.exported(STEP) is None
 
 
-def test_a_model_too_large_for_this_machine_is_exported_without_logits(
-    run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("olora_ray.adapter.parity.free", lambda device: 1000)
-    measured = export.export_run(run.spec, run.folder, STEP)
-    assert measured["ok"] is True
-    assert "too large for the memory of one cpu" in measured["logits"]
-
-
-class With:
-    """A config with the section `export`, whichever the schema has."""
-
-    def __init__(self, config: Any, **fields: Any) -> None:
-        self._config, self.export = config, type("Export", (), {"merged": True, "rank": None, **fields})()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._config, name)
-
-
-def changed(run: Run, **fields: Any) -> TrainSpec:
-    config: Any = With(run.config, **fields)
-    return TrainSpec(config, run.spec.base, "", (1,), run.spec.train, None)
-
-
-def test_an_adapter_alone_needs_no_weights_that_can_be_merged(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(export_shares, "groups")
-    measured = export.export_run(changed(run, merged=False), run.folder, STEP)
+def test_an_adapter_alone_has_no_merged_model(run: Run) -> None:
+    measured = export.export_run(
+        replace(run.spec, config=override(run.config, {"export.merged": False})), run.folder, STEP
+    )
     assert measured["ok"] is True
     assert measured["merged"] is None
     assert not Path(run.folder.merged).exists()
-
-
-def test_a_compressed_adapter_says_what_is_lost(run: Run) -> None:
-    measured = export.export_run(changed(run, rank=2), run.folder, STEP)
-    assert measured["ok"] is True
-    assert measured["compressed"]["rank"] == 2
-    assert 0.1 < measured["compressed"]["lost"] < 1
-    assert measured["compressed"]["loss"] == "no rows are held out"
-    config = json.loads((Path(run.folder.adapter) / "adapter_config.json").read_text())
-    assert (config["r"], config["lora_alpha"]) == (2, 4)
-    same = export.export_run(changed(run, rank=8), run.folder, STEP)
-    assert same["compressed"] == {"rank": 8, "lost": 0.0}
-    assert same["logits"]["peft"] is not None

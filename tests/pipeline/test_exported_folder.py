@@ -1,7 +1,8 @@
-"""What an exported adapter tells others of its base, and what lies beside it."""
+"""What an exported folder tells others of its base, and what lies beside it: template, tokenizer, end tokens."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import Regex, Tokenizer
@@ -12,9 +13,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from olora_ray.config.load import build
 from olora_ray.config.schema import Config
 from olora_ray.data import chat_template
+from olora_ray.model.load import end_tokens, load_tokenizer
 from olora_ray.model.source import BaseModel
-from olora_ray.pipeline.export import _complete, _public_name
+from olora_ray.pipeline.export import PARITY_TOKENS, complete, first_examples, give_template, more_ends, public_name
 from olora_ray.train.checkpoint import TrainState
+from tests import tiny
+from tests.data import small_tokenizers
 from tests.export_parts import save_tokenizer
 
 
@@ -22,6 +26,13 @@ def config(name: str) -> Config:
     return build(
         {"run": {"name": "a"}, "model": {"name": name}, "data": {"train": [{"path": "/home/someone/data/a.jsonl"}]}}
     )
+
+
+def completed(model: BaseModel, state: TrainState, out: Path, config: Config) -> Path:
+    """An adapter's folder that was given what lies beside its matrices."""
+    out.mkdir()
+    complete(config, model, state, out, 8, load_tokenizer(model, config.model))
+    return out
 
 
 @pytest.mark.parametrize(
@@ -34,13 +45,13 @@ def config(name: str) -> Config:
     ],
 )
 def test_a_hub_id_stays_and_everything_else_is_a_folder(name: str, public: str) -> None:
-    assert _public_name(BaseModel(name, "/runs/models/model-1", "")) == public
+    assert public_name(BaseModel(name, "/runs/models/model-1", "")) == public
 
 
 def test_a_file_of_weights_is_named_by_the_folder_that_others_can_load(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(b"")
-    assert _public_name(BaseModel(str(tmp_path / "model.gguf"), "/runs/models/model-1", "")) == "/runs/models/model-1"
-    assert _public_name(BaseModel(str(tmp_path), str(tmp_path), "")) == str(tmp_path)
+    assert public_name(BaseModel(str(tmp_path / "model.gguf"), "/runs/models/model-1", "")) == "/runs/models/model-1"
+    assert public_name(BaseModel(str(tmp_path), str(tmp_path), "")) == str(tmp_path)
 
 
 @pytest.mark.parametrize("template", [True, False])
@@ -49,9 +60,8 @@ def test_an_adapters_folder_has_its_tokenizer_template_and_card(tmp_path: Path, 
     save_tokenizer(base)
     if not template:
         (base / "chat_template.jinja").unlink()
-    out.mkdir()
     state = TrainState(step=9, best_step=6, best_loss=0.25)
-    _complete(config(str(base)), BaseModel(str(base), str(base), "cafe"), state, out, 32)
+    completed(BaseModel(str(base), str(base), "cafe"), state, out, config(str(base)))
     tokenizer = AutoTokenizer.from_pretrained(out)
     expected = (base / "chat_template.jinja").read_text() if template else chat_template.DEFAULT
     assert tokenizer.chat_template == expected
@@ -70,8 +80,7 @@ def test_a_processors_template_is_none_of_the_tokenizer(tmp_path: Path) -> None:
     save_tokenizer(base)
     (base / "chat_template.jinja").unlink()
     (base / "chat_template.json").write_text(json.dumps({"chat_template": "another"}))
-    out.mkdir()
-    _complete(config(str(base)), BaseModel(str(base), str(base), "cafe"), TrainState(step=1), out, 8)
+    completed(BaseModel(str(base), str(base), "cafe"), TrainState(step=1), out, config(str(base)))
     assert AutoTokenizer.from_pretrained(out).chat_template == chat_template.DEFAULT
     assert not (out / "chat_template.json").exists()
 
@@ -90,8 +99,7 @@ def test_an_adapters_tokenizer_cuts_text_as_the_bases(tmp_path: Path) -> None:
     (base / "config.json").write_text(json.dumps({"model_type": "olmo2"}))
     own = AutoTokenizer.from_pretrained(base).backend_tokenizer
     assert json.loads(own.to_str())["pre_tokenizer"]["type"] == "Sequence", "what this is about"
-    out.mkdir()
-    _complete(config(str(base)), BaseModel(str(base), str(base), "cafe"), TrainState(step=1), out, 8)
+    completed(BaseModel(str(base), str(base), "cafe"), TrainState(step=1), out, config(str(base)))
     assert AutoTokenizer.from_pretrained(out).backend_tokenizer.to_str() == own.to_str()
 
 
@@ -101,8 +109,65 @@ def test_the_card_names_the_commit_of_a_base_from_the_hub_only(tmp_path: Path) -
     for name, named in (("org/model", True), (str(base), False)):
         settings = config(name)
         model = settings.model.model_copy(update={"revision": "1f2e"})
-        out = tmp_path / f"adapter-{named}"
-        out.mkdir()
-        found = BaseModel(name, str(base), "cafe")
-        _complete(settings.model_copy(update={"model": model}), found, TrainState(step=1), out, 8)
+        settings = settings.model_copy(update={"model": model})
+        out = completed(BaseModel(name, str(base), "cafe"), TrainState(step=1), tmp_path / f"adapter-{named}", settings)
         assert ('revision="1f2e"' in (out / "README.md").read_text()) == named
+
+
+def exported(folder: Path, begin: bool, **source: Any) -> str | None:
+    """The template of the merged folder of a base whose tokenizer has none."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    inner = small_tokenizers.byte_level(False)
+    if begin:
+        inner.post_processor = TemplateProcessing("<s> $A", special_tokens=[("<s>", inner.token_to_id("<s>"))])
+    for name in ("base", "merged"):
+        tokenizer: Any = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>")
+        tokenizer.save_pretrained(folder / name)
+    give_template(tiny.config(data__train=[{"path": "x.jsonl", **source}]), tokenizer, folder / "merged")
+    file = folder / "merged" / "chat_template.jinja"
+    return file.read_text() if file.is_file() else None
+
+
+@pytest.mark.parametrize("begin", [False, True])
+@pytest.mark.parametrize("source", [{}, {"format": "prompt_completion", "chat": True}])
+def test_chats_get_the_template_that_was_trained(begin: bool, source: dict[str, Any], tmp_path: Path) -> None:
+    found = exported(tmp_path, begin, **source)
+    assert found == "{{ bos_token }}" * begin + chat_template.DEFAULT
+
+
+@pytest.mark.parametrize("source", [{"format": "text"}, {"format": "prompt_completion"}])
+def test_texts_get_none(source: dict[str, Any], tmp_path: Path) -> None:
+    assert exported(tmp_path, False, **source) is None
+
+
+@pytest.mark.parametrize(
+    ("lengths", "taken"),
+    [((100, 100, 100), [100, 100]), ((3000, 10), [PARITY_TOKENS]), ((PARITY_TOKENS, 1), [PARITY_TOKENS])],
+)
+def test_logits_are_of_few_tokens_however_long_examples_are(lengths: tuple[int, ...], taken: list[int]) -> None:
+    item = tiny.pack(*lengths)
+    store: Any = tiny.ListStore([item, tiny.pack(5)])
+    found = first_examples(store)
+    assert [ids.shape for ids in found] == [(1, size) for size in taken]
+    assert found[0][0].tolist() == item.input_ids[: taken[0]].tolist()
+
+
+def test_what_ends_answers_beyond_the_bases_own_files_is_named(tmp_path: Path) -> None:
+    exported(tmp_path, False)
+    base = BaseModel("tiny", str(tmp_path / "base"), "")
+    tokenizer = load_tokenizer(base, tiny.config().model)
+    ends, found = end_tokens(base, tokenizer), more_ends((0, 1, 2), base, tokenizer)
+    assert [f"({token})" in found for token in (0, 1, 2)] == [token not in ends for token in (0, 1, 2)]
+    assert more_ends(ends, base, tokenizer) == ""
+
+
+def test_mistrals_own_form_of_a_tokenizer_does_not_go_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where its package is installed, the same folder had another tokenizer than elsewhere, or none."""
+    exported(tmp_path, False)
+    asked: list[Any] = []
+    old = AutoTokenizer.from_pretrained
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *a, **named: asked.append(named) or old(*a, **named))
+    load_tokenizer(BaseModel("tiny", str(tmp_path / "base"), ""), tiny.config().model)
+    assert asked[0]["mistral_format"] is False

@@ -11,8 +11,10 @@ import pytest
 
 from olora_ray.cluster.spec import TrainResult
 from olora_ray.model.source import obtain
+from olora_ray.pipeline.export import Exported
+from olora_ray.pipeline.prepare import plan
 from olora_ray.pipeline.publish import Published
-from olora_ray.pipeline.report import already_finished, finished, next_steps, plan
+from olora_ray.pipeline.report import already_finished, finished, next_steps
 from olora_ray.pipeline.run_folder import RunFolder
 from olora_ray.train.checkpoint import TrainState
 from tests import tiny
@@ -89,16 +91,9 @@ def test_the_page_of_a_server_is_enough_and_an_unregistered_model_is_not_served(
     assert lines == ["MLflow: http://mlflow:5000/#/experiments/1/runs/cafe"]
 
 
-def test_the_real_mlflow_understands_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    lines = next_steps(result(tmp_path), None)
-    told = output(command(lines, "MLflow").replace("  #", " --help  #"), tmp_path)
-    assert "--backend-store-uri" in told
-
-
 def test_a_finished_run_says_that_its_exports_are_others_than_the_config_asks_for(tmp_path: Path) -> None:
     config = tiny.config(run__name="mine", run__storage=str(tmp_path))
-    RunFolder(config).write_parity({"ok": True, "step": 4})
+    RunFolder(config).claim()
     for changes, count in (({}, 1), ({"export__rank": 16}, 2)):
         asked = RunFolder(tiny.config(run__name="mine", run__storage=str(tmp_path), **changes))
         with said() as lines:
@@ -114,7 +109,8 @@ def test_a_training_that_has_made_nothing_better_is_told(best: int, tmp_path: Pa
     config = tiny.config(run__storage=str(tmp_path))
     state = TrainState(4, 1.0, best, history=[{"step": 0.0, "eval/loss": 1.0}])
     with said() as lines:
-        finished(config, RunFolder(config), TrainResult(state=state), [], Published(result(tmp_path), {}, None))
+        exported: Any = Exported(None, RunFolder(config), TrainResult(state=state), {})  # type: ignore[arg-type]
+        finished(exported, [], Published({**result(tmp_path), "scores": {}}, None))
     assert [line for line in lines if f"1.0000 after (step {best})" in line]
     assert any("no step has made the held-out loss better" in line for line in lines) == (best == 0)
 
@@ -160,8 +156,5 @@ def test_routers_are_not_worth_a_line(tmp_path: Path) -> None:
 
 
 def test_the_plan_of_a_quantised_base_says_as_what_it_is_kept(tmp_path: Path) -> None:
-    zoo.build(ALL["llama"], tmp_path)
-    config = tiny.config(model__name=str(tmp_path), model__quantization="fp8", adapter__rank=2)
-    with said() as lines:
-        plan(config, obtain(config))
+    lines = plan_lines(tmp_path, ALL["llama"], model__quantization="fp8", adapter__rank=2)
     assert re.search(r"estimated: \d\.\d\d GiB \(base as fp8 \d.*, a layer unpacked \d", lines[-1])

@@ -14,7 +14,8 @@ from olora_ray.cluster.spec import TrainSpec
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
 from olora_ray.model.source import BaseModel
-from olora_ray.pipeline import connection
+from olora_ray.pipeline import answers, connection
+from olora_ray.pipeline.prepare import Prepared
 from olora_ray.sweep import run
 from olora_ray.sweep.sharing import plan
 from olora_ray.sweep.space import Space
@@ -78,9 +79,10 @@ def test_blocks_are_run_again_where_the_largest_micro_batch_of_a_search_needs_it
         asked.append(config.train.micro_batch)
         return config.train.micro_batch > 4
 
-    def prepared(config: Config, base: Any, wait: bool) -> tuple[TrainSpec, None]:
+    def prepared(config: Config, base: Any, wait: bool) -> Prepared:
         store: Any = tiny.store()
-        return TrainSpec(config, base.model, "t", (1,), store, None, recompute=needs(config, base)), None
+        spec = TrainSpec(config, base.model, "t", (1,), store, None, recompute=needs(config, base))
+        return Prepared(spec, store, frozenset())
 
     monkeypatch.setattr(run, "prepare_tokens", prepared)
     monkeypatch.setattr(preflight, "recomputes", needs)
@@ -104,9 +106,10 @@ def test_a_score_that_no_trial_would_have_is_refused_before_the_trainings(
 ) -> None:
     """Each trial was trained to its end, failed there, and the search ended with nothing."""
 
-    def prepared(config: Config, base: Any, wait: bool) -> tuple[TrainSpec, None]:
+    def prepared(config: Config, base: Any, wait: bool) -> Prepared:
         store: Any = tiny.store()
-        return TrainSpec(config, base.model, "t", (1,), store, store), None
+        spec = TrainSpec(config, base.model, "t", (1,), store, store)
+        return Prepared(spec, store, answers.check(config, store, base.tokenizer))
 
     monkeypatch.setattr(run, "prepare_tokens", prepared)
     config = tiny.config(evaluation__scorer="exact_match", evaluation__rows=rows, evaluation__samples=0)

@@ -1,5 +1,6 @@
-"""A compressed adapter says what it costs on held-out rows; the model card tells that, and what the checks found."""
+"""What an export changes is measured on held-out rows and told on the card: compression, a quantised base."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +16,13 @@ from olora_ray.cluster.spec import TrainSpec
 from olora_ray.common.errors import UserError
 from olora_ray.config.load import override
 from olora_ray.pipeline import export, export_shares
-from olora_ray.pipeline.export_shares import Compressed
+from olora_ray.train.parallel import load_frozen
 from tests import tiny
+from tests.packed import unpack
 from tests.pipeline.test_export_shares import STEP, Run
 from tests.said import said
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -60,36 +64,43 @@ def test_the_loss_is_that_of_both_adapters(run: Run, tmp_path: Path) -> None:
     shown = f"is lost; held-out loss {before:.4f} before compression, {after:.4f} after ({after - before:+.4f}, on "
     assert [line for line in lines if line.startswith("adapter of rank 2: ") and shown in line]
     assert shown in (Path(run.folder.adapter) / "README.md").read_text()
+    assert (found["rank"], 0.1 < found["lost"] < 1) == (2, True)
+    config = json.loads((Path(run.folder.adapter) / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (2, 4)
 
 
-def test_it_is_measured_on_so_many_rows(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = spec_of(run, export__rank=2)
-    monkeypatch.setattr(export_shares, "LOSS_TOKENS", 1)
-    found = export.export_run(spec, run.folder, STEP)["compressed"]["loss"]
-    assert found["tokens"] == spec.eval.supervised([0])  # type: ignore[union-attr]
+@pytest.mark.parametrize(
+    ("changes", "what", "card"),
+    [
+        ({"export__rank": 2}, "compressed", "of the change of the weights is lost; the held-out loss is not measured"),
+        ({"model__quantization": "fp8"}, "quantised", "original weights; the held-out loss is not measured on both"),
+    ],
+)
+def test_why_it_is_not_measured_is_said_in_the_report_and_not_on_the_card(
+    run: Run, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], what: str, card: str
+) -> None:
+    monkeypatch.setattr(export_shares, "choose_attention", lambda *_: {}["/home/someone/model"])
+    found = export.export_run(spec_of(run, export__merged=False, **changes), run.folder, STEP)
+    assert (found["ok"], found[what]["loss"]) == (True, "the model does not run here: '/home/someone/model'")
+    shown = (Path(run.folder.adapter) / "README.md").read_text()
+    assert f"{card}\n" in shown
+    assert "/home" not in shown
 
 
-def test_what_cannot_be_measured_says_why(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_there_or_too_large_is_not_measured(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert export.export_run(spec_of(run, 0, export__rank=2), run.folder, STEP)["compressed"]["loss"] == (
         "no rows are held out"
     )
-    spec = spec_of(run, export__rank=2)
-    with monkeypatch.context() as patch:
-        patch.setattr(export_shares, "choose_attention", lambda *_: {}["/home/someone/model"])
-        failed = export.export_run(spec, run.folder, STEP)
-    assert (failed["ok"], failed["compressed"]["loss"]) == (True, "the model does not run here: '/home/someone/model'")
-    card = (Path(run.folder.adapter) / "README.md").read_text()
-    assert "of the change of the weights is lost; the held-out loss is not measured\n" in card
-    assert "/home" not in card
     monkeypatch.setattr("olora_ray.adapter.parity.free", lambda device: 1000)
-    small = export.export_run(spec, run.folder, STEP)["compressed"]["loss"]
-    assert small == "in float32 the model has 0.0 GiB, too large for the memory of one cpu"
+    small = export.export_run(spec_of(run, export__rank=2), run.folder, STEP)
+    assert small["compressed"]["loss"] == "in float32 the model has 0.0 GiB, too large for the memory of one cpu"
+    assert "too large for the memory of one cpu" in export.export_run(spec_of(run), run.folder, STEP)["logits"]
 
 
 def test_nothing_lost_is_nothing_to_measure(run: Run) -> None:
     found = export.export_run(spec_of(run, export__rank=8), run.folder, STEP)
     assert found["compressed"] == {"rank": 8, "lost": 0.0}
-    assert Compressed(8, 0.0).in_words() == "0.00% of the change of the weights is lost"
+    assert found["logits"]["peft"] is not None
     assert "Compressed" not in (Path(run.folder.adapter) / "README.md").read_text()
 
 
@@ -129,10 +140,51 @@ def test_an_old_adapter_stays_until_the_new_one_is_checked(run: Run, monkeypatch
 
     monkeypatch.setattr(export, "check_adapter", killed)
     with pytest.raises(KeyboardInterrupt):
-        export.export_run(override_rank(spec), run.folder, STEP)
+        export.export_run(spec_of(run, export__rank=2), run.folder, STEP)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
     assert not list(folder.parent.glob(".*")), "no leftovers"
 
 
-def override_rank(spec: TrainSpec) -> TrainSpec:
-    return replace(spec, config=override(spec.config, {"export.rank": 2}))
+def test_the_loss_on_both_bases_is_measured_and_told(run: Run, tmp_path: Path) -> None:
+    spec = spec_of(run, model__quantization="fp8")
+    with said() as lines:
+        measured = export.export_run(spec, run.folder, STEP)
+    found, held_out = measured["quantised"], spec.eval
+    assert held_out is not None
+    packs = [held_out[number] for number in range(3)]
+    # The adapter as PEFT reads it, on the weights that were trained on, and on the original ones.
+    unpack(load_frozen(run.case.base, spec.config.model, CPU)).save_pretrained(tmp_path / "unpacked")
+    on_both = [by_peft(run, Path(run.folder.adapter), packs, base) for base in (tmp_path / "unpacked", run.case.base)]
+    assert [found["loss"]["before"], found["loss"]["after"]] == pytest.approx(on_both, rel=1e-5)
+    assert abs(found["loss"]["difference"]) > 1e-4
+    text = f"trained on the base as fp8, exported for the original weights: held-out loss {on_both[0]:.4f} on the"
+    card = (Path(run.folder.adapter) / "README.md").read_text()
+    assert f"- Base in the training: {text}" in card
+    assert "are those of the trained adapter on the original weights but for rounding" in card
+    assert [line for line in lines if line.startswith(f"adapter: {text}")]
+    assert found["in_words"].startswith(text)
+
+
+def test_the_merged_model_is_that_of_an_unquantised_training(run: Run) -> None:
+    export.export_run(spec_of(run), run.folder, STEP)
+    before = run.merged()
+    measured = export.export_run(spec_of(run, model__quantization="fp8"), run.folder, STEP)
+    assert measured["ok"] is True
+    assert measured["merged"]["weights"]["error"] <= 1
+    after = run.merged()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_without_held_out_rows_it_is_the_loss_on_training_rows(run: Run) -> None:
+    spec = spec_of(run, 0, model__quantization="fp8", export__merged=False)
+    found = export.export_run(spec, run.folder, STEP)["quantised"]
+    assert found["rows"] == "training"
+    assert found["loss"]["tokens"] == spec.train.supervised(range(3))  # type: ignore[attr-defined]
+    assert "original weights: loss on training rows " in found["in_words"]
+
+
+def test_an_unquantised_training_says_nothing_of_it(run: Run) -> None:
+    spec: Any = replace(run.spec, config=override(run.config, {"export.merged": False}), eval=tiny.store(1))
+    assert "quantised" not in export.export_run(spec, run.folder, STEP)
+    assert "Base in the training" not in (Path(run.folder.adapter) / "README.md").read_text()
