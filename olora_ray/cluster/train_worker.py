@@ -7,11 +7,11 @@ from typing import Any
 import ray
 import ray.train as ray_train
 
+from olora_ray.cluster import ray_internals
 from olora_ray.cluster.channel import sent_to
-from olora_ray.cluster.groups import Finished, Member
-from olora_ray.cluster.mesh import Mesh, RayMeeting
+from olora_ray.cluster.membership.peers import Peers, through
+from olora_ray.cluster.membership.state import Finished, Member
 from olora_ray.cluster.preemption import StopRequests
-from olora_ray.cluster.quiet import quiet_train_worker
 from olora_ray.cluster.resume import starting_point
 from olora_ray.cluster.spec import LEFT, TrainResult, TrainSpec
 from olora_ray.cluster.worker import Worker
@@ -23,12 +23,12 @@ from olora_ray.common.logs import quiet_transformers
 
 @dataclass(frozen=True)
 class Entry:
-    """How a worker comes into a training whose workers may change."""
+    """Entry of a worker into a training whose workers may change."""
 
     first_rank: int
-    """The number of the first that its trainer has started."""
+    """Number of the first worker that its trainer has started."""
     attempt: int
-    """Of the driver."""
+    """The driver's attempt."""
 
 
 def train_worker(spec: TrainSpec, checkpoints: str, channel: Any, entry: Entry | None = None) -> TrainResult:
@@ -37,16 +37,16 @@ def train_worker(spec: TrainSpec, checkpoints: str, channel: Any, entry: Entry |
     Without an `entry` the workers are, and stay, those of the process group that is there.
     """
     quiet_transformers()
-    quiet_train_worker()
+    ray_internals.quiet_train_worker()
     context = RayTrainContext(spec.config)
     if entry is None:
         result = train_at(context, spec, checkpoints, channel)
         if result.problem is not None:  # of this worker alone, perhaps: the others wait for it in an exchange then
             ray.get(channel.finish.remote(result))
         return result
-    with Mesh(RayMeeting(channel), _member(entry)) as mesh:
+    with Peers(through(channel), _member(entry)) as peers:
         try:
-            result = train_at(context, spec, checkpoints, channel, mesh)
+            result = train_at(context, spec, checkpoints, channel, peers)
         except Finished:
             return TrainResult(interrupted=LEFT)
         if result.interrupted != LEFT:
@@ -66,22 +66,22 @@ def _member(entry: Entry) -> Member:
 
 
 def train_at(
-    context: WorkerContext, spec: TrainSpec, checkpoints: str, channel: Any, mesh: Mesh | None = None
+    context: WorkerContext, spec: TrainSpec, checkpoints: str, channel: Any, peers: Peers | None = None
 ) -> TrainResult:
     """Train a spec; what the user has to mend is in the result.
 
-    With a mesh, the workers form the groups of its membership; without, those of the process group that is there.
+    With `peers` the workers form the groups of a membership; without, they are those of the process group here.
     """
-    late = mesh is not None and mesh.meeting.running()
+    late = peers is not None and peers.running()
     try:
-        with sent_to(channel, mesh.leads if mesh else lambda: context.rank == 0):
-            if mesh and not late and not mesh.meet().begins:
+        with sent_to(channel, peers.leads if peers else lambda: context.rank == 0):
+            if peers and not late and not peers.next_group().begins:
                 raise RuntimeError("the training has begun meanwhile")  # Ray starts this worker again
-            requests = StopRequests(channel, context, mesh)
+            requests = StopRequests(channel, context, peers)
             start = starting_point(context, spec, checkpoints, requests.waiting)
-            return Worker(context, spec, checkpoints, channel, start, requests, mesh, late).run()
+            return Worker(context, spec, checkpoints, channel, start, requests, peers, late).run()
     except UserError as error:
-        if mesh and mesh.group is None:
+        if peers and peers.group is None:
             raise RuntimeError(str(error)) from error  # it came late and alone: the others train on
         # Returned, not raised: a retry would meet the same problem.
         return TrainResult(problem=str(error), passes=isinstance(error, TryAgain))

@@ -1,31 +1,33 @@
 """The process of a Ray Train worker: trains step by step, checkpoints, tells the driver, and ends when asked to."""
 
+import contextlib
 import logging
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import closing
 from enum import Enum
 from typing import Any
 
-from olora_ray.cluster.adopt import Progress, adopt
+from torch import Tensor
+
 from olora_ray.cluster.channel import Resumed, Saved, Started
-from olora_ray.cluster.evaluator import Evaluator
-from olora_ray.cluster.mesh import Mesh
+from olora_ray.cluster.membership.peers import Peers, Progress, sync_state
 from olora_ray.cluster.preemption import StopRequests
-from olora_ray.cluster.resume import StartingPoint
-from olora_ray.cluster.self_tested import self_tested
-from olora_ray.cluster.spec import LEFT, TrainResult, TrainSpec
-from olora_ray.cluster.worker_context import WorkerContext
-from olora_ray.cluster.worker_platforms import note_kinds
+from olora_ray.cluster.resume import StartingPoint, self_tested
+from olora_ray.cluster.spec import LEFT, AnswerPair, TrainResult, TrainSpec
+from olora_ray.cluster.worker_context import WorkerContext, note_kinds
 from olora_ray.common import collectives, storage
 from olora_ray.common.collectives import PeerLost
 from olora_ray.common.errors import UserError
 from olora_ray.common.fault_points import reached
+from olora_ray.common.text import plural
 from olora_ray.config.load import dump
-from olora_ray.train.checkpoint import TrainState, snapshot
+from olora_ray.train.checkpoint import TrainState, perplexity, snapshot
 from olora_ray.train.checkpoints import CheckpointManager
+from olora_ray.train.generate import answer, wanted_questions
 from olora_ray.train.loader import StepLoader
-from olora_ray.train.loop import StepResult
+from olora_ray.train.loop import StepResult, evaluate
 from olora_ray.train.optim import Schedule
+from olora_ray.train.scoring import Baseline
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +58,7 @@ class Worker:
         channel: Any,
         start: StartingPoint,
         stop_requests: StopRequests | None = None,
-        mesh: Mesh | None = None,
+        peers: Peers | None = None,
         late: bool = False,
     ) -> None:
         """Raises UserError if the model does not pass its self-test; all workers must make one together.
@@ -64,7 +66,7 @@ class Worker:
         One that comes `late`, into a training that is under way, does so alone.
         """
         self.context, self.spec, self.config = context, spec, spec.config
-        self.checkpoints, self.channel, self.mesh, self.late = checkpoints, channel, mesh, late
+        self.checkpoints, self.channel, self.peers, self.late = checkpoints, channel, peers, late
         self.stop_requests = stop_requests or StopRequests(channel, context)
         start = self_tested(context, spec, start, self.stop_requests.waiting)
         self.trainer, self.progress = start.trainer, Progress(start.state)
@@ -91,7 +93,7 @@ class Worker:
             try:
                 return self._finish(self._train())
             except PeerLost as lost:
-                if self.mesh is None:
+                if self.peers is None:
                     raise
                 logger.debug(f"the group is over: {lost}")
                 self._meet(lost=True)
@@ -108,13 +110,13 @@ class Worker:
 
     def _meet(self, lost: bool = False) -> None:
         """Go on in the next group, with the state of the worker that is furthest."""
-        assert self.mesh is not None
+        assert self.peers is not None
         while True:
             try:
-                group = self.mesh.meet(lost)
+                group = self.peers.next_group(lost)
                 if group.begins:
                     raise RuntimeError("all other workers are gone")  # Ray starts this one again, with others
-                self.progress = adopt(self.progress, self.trainer, self.evaluator)
+                self.progress = sync_state(self.progress, self.trainer, self.evaluator)
                 if self.state.precision not in (None, self._precision):
                     # It came before a checkpoint said so; started again it reads one that does.
                     raise RuntimeError(f"the others compute in {self.state.precision}, not in {self._precision}")
@@ -201,8 +203,8 @@ class Worker:
 
     def _change_group(self) -> None:
         """Leave, or meet the others, as was ordered."""
-        assert self.mesh is not None
-        if self.mesh.orders().leave:
+        assert self.peers is not None
+        if self.peers.orders().leave:
             self._finish_checkpoint()
             raise _Left
         self._meet()
@@ -274,3 +276,77 @@ def _metrics(result: StepResult) -> dict[str, float]:
         "train/step_seconds": result.seconds,
         "data/wait_fraction": result.waited / result.seconds,
     }
+
+
+# Evaluation during a training: held-out loss, answers to held-out prompts, and the best adapter so far.
+
+
+class Evaluator:
+    """Measures the adapter that a worker trains. All workers must call each method together."""
+
+    def __init__(self, context: WorkerContext, spec: TrainSpec, start: StartingPoint) -> None:
+        self.context, self.spec = context, spec
+        self.trainer, self.attention = start.trainer, start.attention
+        self.best: Tensor | None = start.best
+        self.questions = wanted_questions(spec.config.evaluation, spec.eval)
+
+    def measure(self, state: TrainState) -> dict[str, float]:
+        """Evaluate the adapter of now, and note the result."""
+        return self.note(state, self.loss(state.step))
+
+    def note(self, state: TrainState, loss: float) -> dict[str, float]:
+        """Take in a held-out loss, and keep the adapter if it is the best so far; returns the metrics to be told."""
+        if state.note_evaluation(loss):
+            self.best = self.trainer.flat.vector.clone()
+        return {"eval/loss": loss, "eval/perplexity": perplexity(loss)}
+
+    @contextlib.contextmanager
+    def _best_in_place(self) -> Iterator[None]:
+        """The best adapter in place of the last one, for the block; without evaluations that one stays.
+
+        Where others are lost meanwhile, the last one is what a new group goes on with, and saves.
+        """
+        vector = self.trainer.flat.vector
+        last = vector.clone()
+        try:
+            if self.best is not None:
+                vector.copy_(self.best)
+            yield
+        finally:
+            vector.copy_(last)
+
+    def loss(self, step: int) -> float:
+        """Mean held-out loss per supervised token, after `step` steps; raises UserError if it is not finite."""
+        assert self.spec.eval is not None
+        with self.context.activate(self.trainer.adapted):
+            reached("evaluate", step, self.context.rank)
+            rank, world = self.context.rank, self.context.world
+            return evaluate(self.trainer, self.spec.eval, self.attention, rank, world, step)
+
+    def answers(self, answering: str) -> list[list[int]]:
+        """Answers to the held-out prompts as token ids; `answering` names the model for the log."""
+        logger.info(f"answering {plural(len(self.questions), 'held-out prompt')} with the {answering}")
+        limit = self.spec.config.evaluation.max_new_tokens
+        with self.context.activate(self.trainer.adapted):
+            return answer(self.trainer, self.questions, limit, self.spec.eos, self.context.rank, self.context.world)
+
+    def answer_pairs(self, before: list[list[int]] | None) -> tuple[AnswerPair, ...]:
+        """The held-out prompts with the answers of before and of the best adapter."""
+        if not self.questions:
+            return ()
+        with self._best_in_place():
+            now = self.answers("fine-tuned model")
+        pairs = zip(self.questions, before or [], now, strict=True)
+        return tuple(AnswerPair(each.prompt, each.reference, tuple(old), tuple(new)) for each, old, new in pairs)
+
+    def baseline(self, place: str) -> Baseline:
+        """Loss and answers before the first step: read from `place` if an earlier attempt has measured them."""
+        origin, first = self.spec.baseline_identity(), self.context.rank == 0
+        found = collectives.from_first(Baseline.read(place, origin, len(self.questions)) if first else None)
+        if found is None:
+            loss = self.loss(0) if self.spec.eval else None
+            start = "adapter that training starts with" if self.spec.config.train.start else "base model"
+            found = Baseline(loss, self.answers(start) if self.questions else None)
+            if first:
+                found.write(place, origin)
+        return found

@@ -10,15 +10,14 @@ import pytest
 import ray
 import torch
 
-from olora_ray.cluster import train_worker
+from olora_ray.cluster import ray_internals, train_worker
 from olora_ray.cluster.channel import Resumed, Started
-from olora_ray.cluster.evaluator import Evaluator
-from olora_ray.cluster.groups import Orders
+from olora_ray.cluster.membership.state import Orders
 from olora_ray.cluster.preemption import StopRequests
 from olora_ray.cluster.resume import named
 from olora_ray.cluster.spec import TrainResult, TrainSpec
 from olora_ray.cluster.train_worker import train_at
-from olora_ray.cluster.worker import Worker, _Left
+from olora_ray.cluster.worker import Evaluator, Worker, _Left
 from olora_ray.cluster.worker_context import SharedBase, SharedBaseContext
 from olora_ray.common.collectives import PeerLost
 from olora_ray.common.errors import TryAgain
@@ -178,15 +177,15 @@ def test_the_base_is_measured_once_in_a_run(tmp_path: Path, monkeypatch: pytest.
 
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
-    from olora_ray.cluster import evaluator
+    from olora_ray.cluster import worker
 
-    calls, old = list[int](), evaluator.evaluate
+    calls, old = list[int](), worker.evaluate
 
     def evaluate(*arguments: Any) -> float:
         calls.append(1)
         return old(*arguments)
 
-    monkeypatch.setattr(evaluator, "evaluate", evaluate)
+    monkeypatch.setattr(worker, "evaluate", evaluate)
     return lambda: len(calls)
 
 
@@ -293,7 +292,7 @@ def test_a_first_worker_that_has_to_go_leaves_without_its_last_checkpoint(
     monkeypatch.setattr(checkpoints, "PAUSES", ())
     manager = CheckpointManager(str(tmp_path), 1)
     leaving: Any = Worker.__new__(Worker)
-    leaving.mesh, leaving.manager = SimpleNamespace(orders=lambda: Orders(meet=True, leave=True)), manager
+    leaving.peers, leaving.manager = SimpleNamespace(orders=lambda: Orders(meet=True, leave=True)), manager
 
     def full(folder: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -327,7 +326,7 @@ def test_a_problem_that_one_worker_meets_alone_is_given_to_the_driver(
     given: list[TrainResult] = []
     channel = SimpleNamespace(finish=SimpleNamespace(remote=given.append))
     monkeypatch.setattr(ray, "get", lambda call: call)
-    monkeypatch.setattr(train_worker, "quiet_train_worker", lambda: None)
+    monkeypatch.setattr(ray_internals, "quiet_train_worker", lambda: None)
     monkeypatch.setattr(train_worker, "RayTrainContext", lambda config: None)
     monkeypatch.setattr(train_worker, "train_at", lambda *_: TrainResult(problem=problem))
     spec: Any = SimpleNamespace(config=tiny.config())

@@ -11,13 +11,13 @@ from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 from olora_ray.cluster import ray_internals
 from olora_ray.cluster.channel import Failure
 from olora_ray.cluster.failures import SharedBaseDied
-from olora_ray.cluster.groups import Absent
+from olora_ray.cluster.membership.driver import WorkerGroup
+from olora_ray.cluster.membership.state import Absent
 from olora_ray.cluster.spec import LEFT, TrainResult
 from olora_ray.common.errors import Stopped, StoreUnavailable, UserError
 from olora_ray.pipeline import fit as attempts
 from olora_ray.pipeline.connection import Stop
 from olora_ray.pipeline.fit import Attempts
-from olora_ray.pipeline.trainers import WorkerGroup
 from tests import tiny
 
 

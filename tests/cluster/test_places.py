@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from olora_ray.cluster import train_internals
-from olora_ray.cluster.in_place import InPlaceGroups
+from olora_ray.cluster.membership import places as own_places
+from olora_ray.cluster.membership.train_backend import InPlace
 from tests.recovery import processes
 from tests.waiting import until
 
@@ -81,9 +81,9 @@ def test_a_worker_on_its_way_to_a_node_that_dies_goes_to_another(nodes: Any) -> 
     from ray.util.placement_group import placement_group
 
     one: Any = {"CPU": 1.0}
-    places = train_internals.Places(DefaultPlacementGroupHandle(placement_group([one, one])), one)
+    places = own_places.Places(DefaultPlacementGroupHandle(placement_group([one, one])), one)
     assert places.wait(30)
-    group: Any = train_internals.Group.__new__(train_internals.Group)
+    group: Any = own_places.Group.__new__(own_places.Group)
     group._worker_cls, group._get_worker_runtime_env = Process, lambda custom_runtime_env: {}
     group._train_run_context = SimpleNamespace(run_config=SimpleNamespace(worker_runtime_env=None))
     here = {number: node for number, (_, node) in group._started(places, [0, 1], one).items()}
@@ -112,8 +112,8 @@ def test_a_worker_whose_node_is_gone_waits_quietly_for_another(nodes: Any, tmp_p
         return sum(node["Alive"] for node in ray.nodes())
 
     made: Any = ray.train
-    torch_config: Any = InPlaceGroups()
-    trainer = train_internals.adapted(
+    torch_config: Any = InPlace()
+    trainer = own_places.with_own_places(
         TorchTrainer(
             _work,
             train_loop_config={"folder": str(tmp_path)},
@@ -150,8 +150,8 @@ def test_a_worker_whose_node_is_gone_waits_quietly_for_another(nodes: Any, tmp_p
 def test_a_node_that_dies_before_a_place_is_tied_to_it_is_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
     removed: list[Any] = []
     table = {"bundles_to_node_id": {0: "a" * 56, 1: ""}}
-    monkeypatch.setattr(train_internals, "placement_group_table", lambda group: table)
-    monkeypatch.setattr(train_internals, "remove_placement_group", removed.append)
+    monkeypatch.setattr(own_places, "placement_group_table", lambda group: table)
+    monkeypatch.setattr(own_places, "remove_placement_group", removed.append)
     together: Any = SimpleNamespace(wait=lambda seconds: True, placement_group="both")
-    assert not train_internals.Places(together, {"CPU": 1}).wait(30)
+    assert not own_places.Places(together, {"CPU": 1}).wait(30)
     assert removed == ["both"]

@@ -1,10 +1,10 @@
-"""The private parts of Ray Train's controller; as ray_internals.py. Imports Ray Train: import it late.
+"""A place of its own for each worker that Ray Train can replace. Imports Ray Train's controller: import it late.
 
 In Ray 2.60 the workers of a group lie in one placement group. If a node dies, Ray looks for another place for what
 was there, at once and for ever, while those that train on fill the nodes that are left: its control store and the
 dashboard's agent each keep a processor busy (ray-project/ray#65007). So groups whose workers are replaced one by one
-(in_place.py) have a placement group for each worker, tied to its node: there is no other place for it. One for a
-replacement is new, and Ray waits longer and longer before it tries that again.
+have a placement group for each worker, tied to its node: there is no other place for it. One for a replacement is new,
+and Ray waits longer and longer before it tries that again.
 """
 
 import time
@@ -13,13 +13,6 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayActorError
-from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
-from ray.train.v2._internal.execution.callback import ControllerCallback
-from ray.train.v2._internal.execution.controller import TrainController
-from ray.train.v2._internal.execution.worker_group import WorkerGroup
-from ray.train.v2._internal.execution.worker_group.placement_group_handle import PlacementGroupHandle
-from ray.train.v2._internal.execution.worker_group.worker import Worker
-from ray.train.v2._internal.util import bundle_to_remote_args
 from ray.util.placement_group import (
     NODE_ID_LABEL_KEY,
     PlacementGroup,
@@ -29,46 +22,42 @@ from ray.util.placement_group import (
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-RELEASED = 0.2
-"""Seconds in which a node has back what a placement group had; who asks before, waits a second for the next try."""
-LOOK = 1.0
-"""Seconds from one look at nodes that may be gone to the next."""
+from olora_ray.cluster import ray_internals
+
+train = ray_internals.train_parts()
+
 PATIENCE = 30.0
-"""Seconds for which a node's place that was free a moment ago is waited for."""
+"""Seconds within which a place on a node has to be there that was free a moment ago."""
 
 
-def adapted(trainer: Any) -> Any:
-    """The trainer, with a controller as our workers need it (`OwnPlaces`), and less beside it.
+def with_own_places(trainer: Any) -> Any:
+    """Return the trainer, with a controller as our workers need it (`OwnPlaces`), and less beside it.
 
-    Ray 2.60, train/v2/api/data_parallel_trainer.py and _internal/callbacks: it starts a process for datasets of Ray's,
-    and one that gives back a dead controller's room. Both have all imports of Ray Data or Train and come up beside the
-    workers, which takes their time on a machine with few CPUs. No dataset is given, and the driver gives the room back
-    (placement_groups.py), without the dashboard that the helper asks.
+    Ray starts a process for its datasets, and one that gives back a dead controller's room. Both have all imports of
+    Ray Data or Train and come up beside the workers, which takes their time on a machine with few CPUs. No dataset is
+    given, and the driver gives the room back (resources.py), without the dashboard that the helper asks.
     """
-    from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
-    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
-
-    callbacks, without = trainer._create_default_callbacks, (DatasetsCallback, PlacementGroupCleanerCallback)
+    callbacks = trainer._create_default_callbacks
 
     def create() -> list[Any]:
-        return [OwnPlaces(), *(each for each in callbacks() if not isinstance(each, without))]
+        return [OwnPlaces(), *(each for each in callbacks() if not isinstance(each, train.unwanted_callbacks))]
 
     trainer._create_default_callbacks = create
     return trainer
 
 
-class OwnPlaces(ControllerCallback):
+class OwnPlaces(train.ControllerCallback):  # type: ignore[misc, name-defined]  # not typed: looked up at run time
     """Has a controller make groups of this module's kind."""
 
     def after_controller_start(self, train_run_context: Any) -> None:
-        """Called in the controller's process, which has no other."""
-        TrainController.worker_group_cls = Group
+        """Called in the controller's process, which has no other controller."""
+        train.TrainController.worker_group_cls = Group
 
 
-class Group(WorkerGroup):
+class Group(train.WorkerGroup):  # type: ignore[misc, name-defined]
     """Ray Train's, with a place of its own for each worker that can be replaced, where there are several nodes."""
 
-    def _create_placement_group(self, scaling_config: Any, worker_group_context: Any) -> PlacementGroupHandle:
+    def _create_placement_group(self, scaling_config: Any, worker_group_context: Any) -> Any:
         together = super()._create_placement_group(scaling_config, worker_group_context)
         several = sum(node["Alive"] for node in ray.nodes()) > 1
         if not self._manages_replica_groups or not several:
@@ -87,19 +76,23 @@ class Group(WorkerGroup):
     ) -> list[Any]:
         numbers, ranks = placement_group_bundle_indices, (starting_world_rank, world_size, replica_group_size)
         if not isinstance(placement_group, Places):
-            return super()._create_workers(num_workers, placement_group, resources_per_worker, numbers, *ranks)
+            created: list[Any] = super()._create_workers(
+                num_workers, placement_group, resources_per_worker, numbers, *ranks
+            )
+            return created
         chosen = list(range(num_workers)) if numbers is None else numbers
         workers = [
-            Worker(actor, metadata, resources_per_worker, placement_group_bundle_index=number)
+            train.Worker(actor, metadata, resources_per_worker, placement_group_bundle_index=number)
             for number, (actor, metadata) in self._started(placement_group, chosen, resources_per_worker).items()
         ]
-        return WorkerGroup._assign_worker_ranks(workers, *ranks)
+        ranked: list[Any] = train.WorkerGroup._assign_worker_ranks(workers, *ranks)
+        return ranked
 
     def _started(self, places: "Places", numbers: Sequence[int], resources: Mapping[str, float]) -> dict[int, Any]:
-        """The processes of workers, and what they say of themselves, by number; raises what Ray Train's own does."""
+        """Return worker processes, and what they say of themselves, by number; raises what Ray Train's own does."""
         asked = self._train_run_context.run_config.worker_runtime_env
         env = self._get_worker_runtime_env(custom_runtime_env=asked or {})
-        kind: Any = ray.remote(runtime_env=env, **bundle_to_remote_args(dict(resources)))(self._worker_cls)
+        kind: Any = ray.remote(runtime_env=env, **train.bundle_to_remote_args(dict(resources)))(self._worker_cls)
 
         def start(number: int) -> Any:
             place = PlacementGroupSchedulingStrategy(places.of(number), placement_group_bundle_index=0)
@@ -108,7 +101,8 @@ class Group(WorkerGroup):
 
         started = {number: start(number) for number in numbers}
         while True:
-            waiting = ray.wait([told for _, told in started.values()], num_returns=len(started), timeout=LOOK)[1]
+            told = [answer for _, answer in started.values()]
+            waiting = ray.wait(told, num_returns=len(told), timeout=1.0)[1]
             lost = [number for number in started if not places.stand(number)]
             for number in lost:  # the node has died meanwhile: its worker is dead, or would wait for ever
                 ray.kill(started[number][0])
@@ -120,13 +114,13 @@ class Group(WorkerGroup):
         except RayActorError as error:
             for actor, _ in started.values():
                 ray.kill(actor)
-            raise WorkerGroupStartupFailedError(f"a worker could not start: {error}") from error
+            raise train.WorkerGroupStartupFailedError(f"a worker could not start: {error}") from error
 
 
-class Places(PlacementGroupHandle):
+class Places(train.PlacementGroupHandle):  # type: ignore[misc, name-defined]
     """The places of a group's workers: a placement group for each, tied to the node where there was room for all."""
 
-    def __init__(self, together: PlacementGroupHandle, resources: Mapping[str, float]) -> None:
+    def __init__(self, together: Any, resources: Mapping[str, float]) -> None:
         """`together`: one for all of them; `resources`: of one worker."""
         self._together, self._resources = together, dict(resources)
         self._each: list[PlacementGroup] = []
@@ -148,14 +142,14 @@ class Places(PlacementGroupHandle):
         return bool(self._each) and _found(self._each)
 
     def of(self, number: int) -> PlacementGroup:
-        """The place of a worker; another one if its node is gone, once there is room for it."""
+        """Return the place of a worker; another one if its node is gone, once there is room for it."""
         if not self.stand(number):
             remove_placement_group(self._each[number])
             self._each[number] = _wherever(self._resources)
         return self._each[number]
 
     def stand(self, number: int) -> bool:
-        """Whether the node of a worker's place is there, as far as Ray knows."""
+        """True if the node of a worker's place is there, as far as Ray knows."""
         return bool(placement_group_table(self._each[number])["state"] == "CREATED")
 
     def shutdown(self) -> None:
@@ -166,7 +160,7 @@ class Places(PlacementGroupHandle):
 
 
 def _wherever(resources: Mapping[str, float]) -> PlacementGroup:
-    """A place for one worker on any node, once there is room."""
+    """Return a place for one worker on any node, once there is room."""
     while True:
         anywhere = placement_group([dict(resources)])
         while not anywhere.wait(PATIENCE):
@@ -179,17 +173,17 @@ def _wherever(resources: Mapping[str, float]) -> PlacementGroup:
 
 
 def _tied(together: PlacementGroup, resources: Mapping[str, float]) -> list[PlacementGroup]:
-    """A placement group for each bundle of one that is there, in its stead, on the same nodes; none if one is gone."""
+    """Replace a placement group by one for each bundle, on the same nodes; none if a node is gone."""
     nodes = placement_group_table(together)["bundles_to_node_id"]
     remove_placement_group(together)
     if not all(nodes.values()):
         return []
-    time.sleep(RELEASED)
+    time.sleep(0.2)  # until the nodes have back what it had: who asks before, waits a second for the next try
     labels = [{NODE_ID_LABEL_KEY: nodes[number]} for number in sorted(nodes)]
     return [placement_group([dict(resources)], bundle_label_selector=[label]) for label in labels]
 
 
 def _found(places: Sequence[PlacementGroup]) -> bool:
-    """Whether all of them are there within seconds."""
+    """True if all of them are there within seconds."""
     end = time.monotonic() + PATIENCE
     return all(place.wait(max(0.0, end - time.monotonic())) for place in places)
