@@ -81,7 +81,7 @@ def autoscaler_limits() -> list[Nodes]:
     tree: Any = None
     with contextlib.suppress(OSError, yaml.YAMLError):
         tree = yaml.safe_load(LAUNCHER_CONFIG.expanduser().read_text(encoding="utf-8"))
-    return _launched(tree) if isinstance(tree, dict) else []
+    return launched(tree) if isinstance(tree, dict) else []
 
 
 def _port(address: str) -> str:
@@ -140,7 +140,7 @@ class PlacementRequest:
             self._group, self._since = None, time.monotonic()
 
 
-def _launched(tree: Mapping[str, Any]) -> list[Nodes]:
+def launched(tree: Mapping[str, Any]) -> list[Nodes]:
     """The limits of a cluster.yaml; `max_workers` of the cluster caps the largest kinds first."""
     left = int(tree.get("max_workers", 2))
     kinds = [kind for name, kind in tree.get("available_node_types", {}).items() if name != tree.get("head_node_type")]

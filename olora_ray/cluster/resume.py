@@ -218,7 +218,8 @@ def describe(method: str, report: InitReport) -> str:
 
 # The self-test of a worker's model: of the base before anything is made of what it computes, of its adapters before the
 # first step. It takes as long as some steps. What was found with the same model and settings, on such a device and
-# processor and by the same versions, stands in the checkpoint from which a worker resumes, and is not tested again.
+# processor and by the same versions, is not tested again: it stands in the checkpoint from which a worker resumes, and
+# is kept on the node for the next run.
 
 
 def first_sequences(spec: TrainSpec, waiting: Waiting | None = None) -> Sequence[Pack]:
@@ -261,7 +262,8 @@ def self_tested(
     instead if the model, or this kind of training of it, is not right.
     """
     used = what_computes(context, spec, next(start.trainer.loss.model.parameters()).dtype)
-    known = passed(start, used)
+    kept = _kept_at(spec, used)
+    known = passed(start, used) or _kept(kept)
     if all(collectives.gather(known is not None)):  # a sharded base needs all of them for a test
         assert known is not None
         start.state.self_test = {"with": used, "found": known.to_json()}
@@ -279,6 +281,8 @@ def self_tested(
     collectives.raise_together(problem)  # on other GPUs it may have gone well
     assert loss.tested is not None
     start.state.self_test = {"with": used, "found": loss.tested.to_json()}
+    if kept is not None:
+        node_cache.keep(kept, json.dumps(loss.tested.to_json()))
     return replace(start, attention=name)
 
 
@@ -302,6 +306,22 @@ def passed(start: StartingPoint, used: dict[str, str]) -> SelfTest | None:
         return None
     try:
         return TypeAdapter(SelfTest).validate_python(noted.get("found"))
+    except ValidationError:
+        return None
+
+
+def _kept_at(spec: TrainSpec, used: dict[str, str]) -> str | None:
+    """Return the file of this node that keeps what was found; None if the model's digest may not have all its code."""
+    if not spec.base.digest or spec.config.model.trust_remote_code:
+        return None
+    return node_cache.place("self-tests", *(json.dumps(part, sort_keys=True) for part in (used, spec.identity())))
+
+
+def _kept(file: str | None) -> SelfTest | None:
+    """Return what an earlier run on this node has found."""
+    text = node_cache.read(file) if file is not None else None
+    try:
+        return None if text is None else TypeAdapter(SelfTest).validate_json(text)
     except ValidationError:
         return None
 

@@ -62,7 +62,7 @@ class TrainState:
     precision: str | None = None
     """The base's, by torch's name: what `model.dtype: auto` meant where the run began."""
     self_test: dict[str, Any] | None = None
-    """What the self-test of the model has found, and with what (cluster/self_tested.py)."""
+    """What the self-test of the model has found, and with what (cluster/resume.py)."""
     before: list[list[int]] | None = None
     """Answers to held-out prompts before training, as token ids; None until they were made."""
 

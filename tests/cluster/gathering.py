@@ -22,7 +22,7 @@ from olora_ray.cluster.membership.peers import Peers
 from olora_ray.cluster.membership.state import Finished, Member, Membership, Orders
 from olora_ray.cluster.preemption import NoPreemption, StopRequests
 from olora_ray.cluster.spec import TrainSpec
-from olora_ray.cluster.train_worker import train_at
+from olora_ray.cluster.worker import train_at
 from olora_ray.cluster.worker_context import RayTrainContext
 from olora_ray.common import collectives, fault_points
 from olora_ray.model.source import BaseModel

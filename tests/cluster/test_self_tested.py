@@ -4,6 +4,7 @@ import contextlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch.distributed as dist
 from olora_ray.cluster import resume
 from olora_ray.cluster.resume import StartingPoint, self_tested
 from olora_ray.cluster.spec import TrainSpec
-from olora_ray.common import collectives
+from olora_ray.common import collectives, node_cache
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
 from olora_ray.model.source import BaseModel
@@ -29,10 +30,10 @@ from tests.said import said
 CONTEXT: Any = SimpleNamespace(activate=lambda adapted: contextlib.nullcontext(), device=torch.device("cpu"))
 
 
-def spec_of(config: Config) -> TrainSpec:
+def spec_of(config: Config, digest: str = "") -> TrainSpec:
     store: Any = tiny.store(3)
     recompute = config.train.activation_checkpointing is True
-    return TrainSpec(config, BaseModel("tiny", "", ""), "digest", (0,), store, None, recompute=recompute)
+    return TrainSpec(config, BaseModel("tiny", "", digest), "digest", (0,), store, None, recompute=recompute)
 
 
 def _tested(wrong: int | None) -> tuple[str, list[int]]:
@@ -59,13 +60,16 @@ def test_what_fails_on_one_worker_ends_all_with_its_line(crew: Callable[[int], C
     assert crew(2).run(collectives.rank) == [0, 1], "nobody waits for another"
 
 
-def _resumed(state: TrainState, **settings: Any) -> tuple[StartingPoint, bool]:
-    """A worker that resumes with this state, as a checkpoint keeps it; and whether it tests its model."""
+def _resumed(state: TrainState, digest: str = "", **settings: Any) -> tuple[StartingPoint, bool]:
+    """A worker that resumes with this state, as a checkpoint keeps it; and whether it tests its model.
+
+    What is found of a base without a digest is not kept on the node.
+    """
     config = tiny.config(**settings)
     state = TrainState(**json.loads(json.dumps(asdict(state))))
     start = StartingPoint(tiny.trainer(config), "eager", state, None, resumed=state.self_test is not None)
     with said() as lines:
-        found = self_tested(CONTEXT, spec_of(config), start)
+        found = self_tested(CONTEXT, spec_of(config, digest), start)
     return found, not any("self-test: has passed before" in line for line in lines)
 
 
@@ -114,6 +118,36 @@ def test_what_cannot_be_read_is_tested_again() -> None:
     assert first.state.self_test is not None
     for damaged in ({**first.state.self_test, "found": {"attention": 3}}, {"with": {}}, {"found": None}):
         assert _resumed(TrainState(self_test=damaged))[1]
+
+
+@pytest.fixture
+def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A node that has kept nothing yet."""
+    monkeypatch.setattr(node_cache, "CACHE", str(tmp_path))
+    return tmp_path
+
+
+def test_the_node_keeps_what_has_passed_for_the_next_run(node: Path) -> None:
+    first, done = _resumed(TrainState(), "base")
+    assert done
+    again, done = _resumed(TrainState(), "base")
+    assert not done
+    assert again.attention == first.attention
+    assert again.trainer.loss.tested == first.trainer.loss.tested
+    assert again.state.self_test == first.state.self_test, "another node that resumes the run need not test it either"
+    assert _resumed(TrainState(), "another base")[1]
+    assert _resumed(TrainState(), "base", adapter__rank=2)[1]
+    assert _resumed(TrainState(), "base", model__attention="sdpa")[1]
+    for _ in range(2):  # its code may lie elsewhere, and change there
+        assert _resumed(TrainState(), "base", model__trust_remote_code=True)[1]
+    assert not _resumed(TrainState(), "base")[1]
+
+
+def test_what_a_node_has_kept_of_a_broken_disk_is_tested_again(node: Path) -> None:
+    _resumed(TrainState(), "base")
+    [file] = (node / "self-tests").iterdir()
+    file.write_text(file.read_text()[:20])
+    assert _resumed(TrainState(), "base")[1]
 
 
 def test_a_base_that_has_passed_for_one_trial_is_looked_at_for_the_next() -> None:

@@ -28,7 +28,7 @@ from olora_ray.cluster.membership.state import Member
 from olora_ray.cluster.membership.train_backend import InPlace, LateStart, Together
 from olora_ray.cluster.resources import Resources, free_abandoned
 from olora_ray.cluster.spec import LEFT, TrainResult, TrainSpec
-from olora_ray.cluster.train_worker import Entry, train_worker
+from olora_ray.cluster.worker import Entry, train_worker
 from olora_ray.common import storage
 from olora_ray.common.errors import TryAgain
 from olora_ray.common.text import plural

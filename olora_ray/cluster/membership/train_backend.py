@@ -108,8 +108,7 @@ def leave_process_group(several: bool) -> None:
 
     if several and dist.is_initialized():
         dist.destroy_process_group()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()  # nothing, in a process that has used no GPU
 
 
 # Workers that come and go.
