@@ -83,15 +83,13 @@ def test_a_worker_on_its_way_to_a_node_that_dies_goes_to_another(nodes: Any) -> 
     one: Any = {"CPU": 1.0}
     places = own_places.Places(DefaultPlacementGroupHandle(placement_group([one, one])), one)
     assert places.wait(30)
-    group: Any = own_places.Group.__new__(own_places.Group)
-    group._worker_cls, group._get_worker_runtime_env = Process, lambda custom_runtime_env: {}
-    group._train_run_context = SimpleNamespace(run_config=SimpleNamespace(worker_runtime_env=None))
-    here = {number: node for number, (_, node) in group._started(places, [0, 1], one).items()}
+    kind = ray.remote(num_cpus=1)(Process)
+    here = {number: node for number, (_, node) in own_places.start(kind, places, [0, 1]).items()}
     assert set(here.values()) == {node.node_id for node in nodes.worker_nodes}
     dies = next(node for node in nodes.worker_nodes if node.node_id == here[1])
     dies.all_processes["raylet"][0].process.send_signal(signal.SIGSTOP)  # it does not start anything any more
     with ThreadPoolExecutor(1) as thread:
-        started = thread.submit(group._started, places, [1], one)
+        started = thread.submit(own_places.start, kind, places, [1])
         threading.Event().wait(1)
         nodes.remove_node(dies, allow_graceful=False)
         joined = nodes.add_node(num_cpus=1, object_store_memory=SMALL)

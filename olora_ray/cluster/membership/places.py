@@ -80,41 +80,47 @@ class Group(train.WorkerGroup):  # type: ignore[misc, name-defined]
                 num_workers, placement_group, resources_per_worker, numbers, *ranks
             )
             return created
+        asked = self._train_run_context.run_config.worker_runtime_env
+        env = self._get_worker_runtime_env(custom_runtime_env=asked or {})
+        kind: Any = ray.remote(runtime_env=env, **train.bundle_to_remote_args(dict(resources_per_worker)))(
+            self._worker_cls
+        )
         chosen = list(range(num_workers)) if numbers is None else numbers
         workers = [
             train.Worker(actor, metadata, resources_per_worker, placement_group_bundle_index=number)
-            for number, (actor, metadata) in self._started(placement_group, chosen, resources_per_worker).items()
+            for number, (actor, metadata) in start(kind, placement_group, chosen).items()
         ]
         ranked: list[Any] = train.WorkerGroup._assign_worker_ranks(workers, *ranks)
         return ranked
 
-    def _started(self, places: "Places", numbers: Sequence[int], resources: Mapping[str, float]) -> dict[int, Any]:
-        """Return worker processes, and what they say of themselves, by number; raises what Ray Train's own does."""
-        asked = self._train_run_context.run_config.worker_runtime_env
-        env = self._get_worker_runtime_env(custom_runtime_env=asked or {})
-        kind: Any = ray.remote(runtime_env=env, **train.bundle_to_remote_args(dict(resources)))(self._worker_cls)
 
-        def start(number: int) -> Any:
-            place = PlacementGroupSchedulingStrategy(places.of(number), placement_group_bundle_index=0)
-            actor = kind.options(scheduling_strategy=place).remote()
-            return actor, actor.get_metadata.remote()
+def start(kind: Any, places: "Places", numbers: Sequence[int]) -> dict[int, Any]:
+    """Start a worker, an actor of this `kind`, at each of the places; returns number -> (actor, its metadata).
 
-        started = {number: start(number) for number in numbers}
-        while True:
-            told = [answer for _, answer in started.values()]
-            waiting = ray.wait(told, num_returns=len(told), timeout=1.0)[1]
-            lost = [number for number in started if not places.stand(number)]
-            for number in lost:  # the node has died meanwhile: its worker is dead, or would wait for ever
-                ray.kill(started[number][0])
-                started[number] = start(number)
-            if not waiting and not lost:
-                break
-        try:
-            return {number: (actor, ray.get(told)) for number, (actor, told) in started.items()}
-        except RayActorError as error:
-            for actor, _ in started.values():
-                ray.kill(actor)
-            raise train.WorkerGroupStartupFailedError(f"a worker could not start: {error}") from error
+    Raises what Ray Train's own does if one dies at its start.
+    """
+
+    def started_at(number: int) -> Any:
+        place = PlacementGroupSchedulingStrategy(places.of(number), placement_group_bundle_index=0)
+        actor = kind.options(scheduling_strategy=place).remote()
+        return actor, actor.get_metadata.remote()
+
+    started = {number: started_at(number) for number in numbers}
+    while True:
+        told = [answer for _, answer in started.values()]
+        waiting = ray.wait(told, num_returns=len(told), timeout=1.0)[1]
+        lost = [number for number in started if not places.stand(number)]
+        for number in lost:  # the node has died meanwhile: its worker is dead, or would wait for ever
+            ray.kill(started[number][0])
+            started[number] = started_at(number)
+        if not waiting and not lost:
+            break
+    try:
+        return {number: (actor, ray.get(told)) for number, (actor, told) in started.items()}
+    except RayActorError as error:
+        for actor, _ in started.values():
+            ray.kill(actor)
+        raise train.WorkerGroupStartupFailedError(f"a worker could not start: {error}") from error
 
 
 class Places(train.PlacementGroupHandle):  # type: ignore[misc, name-defined]
