@@ -38,7 +38,7 @@ SETTINGS = (
     "registry.model=null",
     "cluster.max_failures=-1",
 )
-ELASTIC = ("cluster.workers=[1,2]", "cluster.resize_interval=2")
+ELASTIC = ("cluster.workers=[1,2]",)
 WATCHED = Fault(kind="watch")
 SETTLED = 3
 """Steps that all workers have done since the last change."""

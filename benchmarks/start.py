@@ -42,7 +42,7 @@ ITEMS = (*LINES, PLACED, LOADED, STEP)
 IMPORTS = {
     "driver": "olora_ray.pipeline.run",
     "driver, MLflow": "mlflow",
-    "Train's controller": "olora_ray.cluster.failures, olora_ray.cluster.process_group",
+    "Train's controller": "olora_ray.cluster.failures, olora_ray.cluster.membership.train_backend",
     "channel": "olora_ray.cluster.channel",
     "worker": "olora_ray.cluster.worker",
     "trial of a search": "olora_ray.sweep.tuner",

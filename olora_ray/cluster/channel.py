@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -17,15 +17,8 @@ from typing import Any
 import ray
 
 from olora_ray.cluster import ray_internals
-from olora_ray.cluster.groups import Absent, Group, Member, Orders
-from olora_ray.cluster.membership import Membership
+from olora_ray.cluster.membership.state import Membership
 from olora_ray.common import logs
-
-STEP, LOOK = 60.0, 1.0
-"""Seconds for which a worker that starts waits at most until a step is done, and between two looks whether it is
-needed meanwhile."""
-CALLS = 20_000
-"""Calls that the actor has at most at a time: of each worker there are two that wait."""
 
 
 @dataclass(frozen=True)
@@ -69,15 +62,15 @@ Message = dict[str, float] | str | Resumed | Started | Failure | Saved
 
 
 @ray.remote(num_cpus=0)
-class DriverChannel:
-    """Buffers worker messages for the driver. Async, so rank 0 can await a stop request."""
+class DriverChannel(Membership):
+    """Buffers worker messages for the driver, and has the membership. Async: hundreds of calls may wait in it."""
 
     def __init__(self) -> None:
+        super().__init__(1, lambda member: ray_internals.actor_died(member.name))
         self._messages: list[Message] = []
         self._reason: str | None = None
         self._stop_requested = asyncio.Event()
         self._data_failed = False
-        self._membership = Membership(1, lambda member: ray_internals.actor_died(member.name))
         self._result: Any = None
         self._step_done = asyncio.Event()
 
@@ -85,10 +78,10 @@ class DriverChannel:
         """Add a message."""
         self._messages.append(message)
         if isinstance(message, dict) and "train/loss" in message:
-            self._wake()
+            self._start_waiting()
 
     async def drain(self) -> list[Message]:
-        """Everything since the last call, in order."""
+        """Return all messages since the last call, in order."""
         taken, self._messages = self._messages, []
         return taken
 
@@ -101,7 +94,7 @@ class DriverChannel:
             self._stop_requested.set()
 
     async def wait_for_stop(self) -> str | None:
-        """Why the workers should end; waits until they should."""
+        """Wait until the workers should end; returns why."""
         await self._stop_requested.wait()
         return self._reason
 
@@ -110,80 +103,50 @@ class DriverChannel:
         self._data_failed = True
 
     async def data_failed(self) -> bool:
-        """Whether no more data will come."""
+        """True if no more data will come."""
         return self._data_failed
 
-    async def begin_anew(self, workers: int, attempt: int) -> None:
-        """So many workers start, and are to form a group; those of earlier attempts are gone."""
+    async def begin_anew(self, wanted: int, attempt: int) -> None:
+        """See Membership; a result of an earlier attempt is forgotten, too."""
         self._result = None
-        await self._membership.begin_anew(workers, attempt)
-
-    async def want(self, more: int) -> None:
-        """So many more workers start, which are to come into the group that trains; below 0: so many come no more."""
-        await self._membership.want(more)
-
-    async def drain_nodes(self, nodes: Collection[str]) -> bool:
-        """See Membership."""
-        return await self._membership.drain(nodes)
-
-    async def meet(self, member: Member, lost: bool) -> Group:
-        """See Membership."""
-        return await self._membership.meet(member, lost)
-
-    async def beat(self, name: str, number: int) -> Orders:
-        """See Membership."""
-        return await self._membership.beat(name, number)
-
-    async def running(self) -> bool:
-        """See Membership."""
-        return await self._membership.running()
-
-    async def trains(self) -> bool:
-        """See Membership."""
-        return await self._membership.trains()
+        await super().begin_anew(wanted, attempt)
 
     async def moment_to_start(self) -> bool:
         """Wait until a worker may start: at once if it is needed, else when those that train have done a step.
 
-        False if the training has ended.
+        False if the training has ended. Waits for a minute at most.
         """
-        step, end = self._step_done, time.monotonic() + STEP
-        while not step.is_set() and time.monotonic() < end and await self._membership.complete():
+        step, end = self._step_done, time.monotonic() + 60
+        while not step.is_set() and time.monotonic() < end and await self.complete():
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(step.wait(), LOOK)
+                await asyncio.wait_for(step.wait(), 0.5)
         return self._result is None
 
-    def _wake(self) -> None:
-        """Let those go on that wait for a step."""
+    def _start_waiting(self) -> None:
+        """Let those start that wait for a step."""
         self._step_done.set()
         self._step_done = asyncio.Event()
 
-    async def absent(self) -> Absent:
-        """See Membership."""
-        return await self._membership.absent()
-
-    async def leave(self, name: str, why: str) -> None:
-        """See Membership."""
-        await self._membership.leave(name, why)
-
     async def finish(self, result: Any) -> None:
-        """Give the driver what training gave; every worker does so, with the same result, since any of them may die."""
+        """Take what training gave; every worker gives it, with the same result, since any of them may die."""
         self._result = self._result or result
-        self._wake()
-        await self._membership.finish()
+        self._start_waiting()
+        await self.close()
 
     async def result(self) -> Any:
-        """What training gave; None while it has not ended."""
+        """Return what training gave; None while it has not ended."""
         return self._result
 
 
 def make_channel(node: str) -> Any:
-    """A channel on the node with this id, the driver's: it must not die with a host of workers."""
+    """Start a channel on the node with this id, the driver's: it must not die with a host of workers."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     # Ray takes a soft wish lightly: on a head without CPUs every second channel was put on another host.
     strategy = NodeAffinitySchedulingStrategy(node_id=node, soft=False)
-    return DriverChannel.options(scheduling_strategy=strategy, max_concurrency=CALLS).remote()  # type: ignore[attr-defined]
+    kind: Any = DriverChannel
+    # Of each worker two calls wait in it, so there may be thousands at a time.
+    return kind.options(scheduling_strategy=strategy, max_concurrency=20_000).remote()
 
 
 _sender: ContextVar["_Sender | None"] = ContextVar("sender", default=None)

@@ -7,7 +7,7 @@ import ray
 from ray.exceptions import RayError
 
 from olora_ray.cluster import ray_internals
-from olora_ray.cluster.mesh import Mesh
+from olora_ray.cluster.membership.peers import Peers
 from olora_ray.common import collectives
 from olora_ray.common.errors import UserError
 
@@ -69,8 +69,8 @@ class HasRank(Protocol):
 class StopRequests:
     """Listens for stop requests between two steps, without waiting; one per worker."""
 
-    def __init__(self, channel: Any, worker: HasRank, mesh: Mesh | None = None) -> None:
-        self.channel, self.worker, self.mesh = channel, worker, mesh
+    def __init__(self, channel: Any, worker: HasRank, peers: Peers | None = None) -> None:
+        self.channel, self.worker, self.peers = channel, worker, peers
         self.from_driver: str | None = None
         self._answer: Any = None  # of a call that is answered when the driver asks to stop
         self._looks = 0
@@ -80,18 +80,18 @@ class StopRequests:
         """Whether this worker knows of a reason to end or to meet: all do, once one does (StepResult.signal)."""
         if self.worker.rank == 0:
             self._listen()
-        meet = self.mesh is not None and self.mesh.orders().meet
+        meet = self.peers is not None and self.peers.orders().meet
         return meet or self.from_driver is not None or self.worker.preemption.announced()
 
     def decided(self) -> bool:
         """Whether the training is to end, not only the group to change; all must ask after a step with a signal."""
-        return self.mesh is None or collectives.from_first(self.from_driver) is not None
+        return self.peers is None or collectives.from_first(self.from_driver) is not None
 
     def reason(self) -> tuple[str, bool]:
         """The reason, and whether it is a preemption; all workers must ask, after a step with a signal."""
         # Where workers come and go the driver looks for such nodes, and asks: Ray's answer is a barrier of all workers
         # that a trainer has started, and would wait for ever for one that is being replaced, or has left.
-        preempted = () if self.mesh else self.worker.preemption.node_ids()
+        preempted = () if self.peers else self.worker.preemption.node_ids()
         if asked := collectives.from_first(self.from_driver):
             return asked, False
         return f"node {', '.join(node[:8] for node in preempted) or '?'} is preempted", True

@@ -40,12 +40,6 @@ COPIES = 5
 moments and best update."""
 NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 """Precisions of a base as the headers of safetensors name them."""
-SHORTEST = 256
-"""Tokens to which no sequence is advised to be shortened further."""
-SPARE = 1.1
-"""What a step may take of what it is planned to take, before `auto` has blocks run again."""
-
-
 AMPERE = (8, 0)
 """Compute capability since which GPUs compute in bfloat16."""
 
@@ -116,7 +110,7 @@ def with_recomputation(
     gpus, nodes = wanted.get("GPU", 0.0), with_room(config, wanted, answers)
     if config.train.activation_checkpointing != "auto" or not nodes:
         return size
-    ample = replace(size, activation_bytes=int(size.activation_bytes * SPARE))
+    ample = replace(size, activation_bytes=int(size.activation_bytes * 1.1))  # what a step may take beyond its plan
     if fits(config, base, ample, gpus, nodes):
         return size
     less = estimate(override(config, {"train.activation_checkpointing": True}), base, bool(gpus))
@@ -183,7 +177,7 @@ def changes(config: Config, gpus: float = 0.0) -> Iterator[dict[str, Any]]:
         change["model.dtype"] = "bfloat16"
         yield dict(change)
     length = config.data.max_length
-    while length >= 2 * SHORTEST:
+    while length >= 512:  # nobody is advised to shorten sequences to less than 256 tokens
         length //= 2
         change["data.max_length"] = length
         yield dict(change)
@@ -288,16 +282,16 @@ def check(config: AnyConfig, base: BaseModel | None) -> None:
     answers, silent = _ask(config, resources.schedulable_nodes())
     problems += silent
     kind = KINDS.get(config.model.quantization)
-    problems += _versions(node_facts.node_info(), answers, None if kind is None else kind.library)
-    problems += _code()
-    problems += _gpus(wanted, answers)
+    problems += version_problems(node_facts.node_info(), answers, None if kind is None else kind.library)
+    problems += code_problems()
+    problems += gpu_problems(wanted, answers)
     problems += _spares(config, wanted)
     problems += _storage(config, answers)
     if base is not None and isinstance(config, Config):
         loaded = as_loaded(config, wanted, answers)
         size = _size(loaded, base, wanted, answers)
         problems += memory_problems(loaded, base, size, wanted, answers)
-        problems += _disk(config, size, base)
+        problems += disk_problems(config, size, base)
     if problems:
         raise UserError("; ".join(problems))
 
@@ -368,7 +362,7 @@ def _ask(config: AnyConfig, nodes: Sequence[dict[str, Any]]) -> tuple[Answers, l
     return answers, _grouped([(address, answer) for address, answer in named if isinstance(answer, str)])
 
 
-def _versions(here: NodeInfo, answers: Answers, library: str | None = None) -> list[str]:
+def version_problems(here: NodeInfo, answers: Answers, library: str | None = None) -> list[str]:
     """Other versions than here; Python's last number and a build's tag (+cpu) may differ.
 
     Of the packages that only some runs need this one needs `library`.
@@ -385,7 +379,7 @@ def _versions(here: NodeInfo, answers: Answers, library: str | None = None) -> l
     return _grouped(found)
 
 
-def _code() -> list[str]:
+def code_problems() -> list[str]:
     """Another copy of the project in the folder of now: Ray's workers look there first, and the driver does not.
 
     A checkout, say, from which a script is started that imports what was installed of an earlier one.
@@ -419,7 +413,7 @@ def _storage(config: AnyConfig, answers: Answers) -> list[str]:
     return _grouped([(address, f"run.storage {config.run.storage} {problem}") for address, problem in told])
 
 
-def _gpus(wanted: Resources, answers: Answers) -> list[str]:
+def gpu_problems(wanted: Resources, answers: Answers) -> list[str]:
     """Nodes whose GPUs the workers would get and could not use."""
     if "GPU" not in wanted:
         return []
@@ -438,7 +432,7 @@ def unusable_gpu(info: NodeInfo) -> str | None:
     return None
 
 
-def _disk(config: Config, size: MemoryEstimate, base: BaseModel) -> Iterator[str]:
+def disk_problems(config: Config, size: MemoryEstimate, base: BaseModel) -> Iterator[str]:
     """Room in a local storage for tokens, checkpoints and exports, as far as they are not there yet.
 
     With another storage, room in the temporary folder of this node for what is uploaded from there.

@@ -1,17 +1,19 @@
-"""Ray's private parts: with train_internals.py and tune_internals.py the only file that uses names which Ray may change
-without notice.
+"""Ray's private parts: the only file that uses names which Ray may change without notice.
 
-Each function says why no public way would do and names the version whose source it was read from. After an upgrade
-of Ray, tests/cluster/test_ray_internals.py shows what no longer holds.
+Each use is marked with the version whose source it was read from, and each function says why no public way would do.
+After an upgrade of Ray, tests/cluster/test_ray_internals.py shows what no longer holds.
 """
 
 import contextlib
+import copy
+import inspect
 import json
 import logging
 import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -23,20 +25,23 @@ HEAD = "node:__internal_head__"
 """A resource that Ray 2.60 gives to the head only; no other field of ray.nodes() tells which node that is."""
 
 
-def started_address() -> str | None:
-    """Address of the Ray that `ray start` has started on this machine, or joined; None if there is none.
+# Joining a Ray.
 
-    Ray 2.60, scripts/scripts.py and _private/utils.py: `ray start` writes it into a file of the folder for temporary
-    files, `ray stop` removes that; ray.init never writes it. `ray.init("auto")` takes any Ray among the processes, also
-    one that another program has started for itself. A head with a --temp-dir of its own has its file there.
+
+def started_address() -> str | None:
+    """Return the address of the Ray that `ray start` has started on this machine, or joined; None without one.
+
+    `ray start` writes it into a file of the folder for temporary files, `ray stop` removes that; ray.init never writes
+    it. `ray.init("auto")` takes any Ray among the processes, also one that another program has started for itself. A
+    head with a --temp-dir of its own has its file there.
     """
-    from ray._private.utils import read_ray_address
+    from ray._private.utils import read_ray_address  # Ray 2.60
 
     return read_ray_address() or None
 
 
 def version_at(address: str, token: str | None, timeout: float) -> str:
-    """Version of the Ray whose head answers at `address` within `timeout` seconds.
+    """Return the version of the Ray whose head answers at `address` within `timeout` seconds.
 
     Raises PermissionError if it asks for another token, or for one at all, and ConnectionError if what answers is no
     Ray head. Ray 2.60, core/generated: the call that Ray's own health checks make. ray.init tries for a minute, a line
@@ -62,91 +67,67 @@ def version_at(address: str, token: str | None, timeout: float) -> str:
 def set_auth_mode(mode: str) -> None:
     """Let this process use tokens (`token`) or none (`disabled`), whatever it did before; before ray.init.
 
-    Ray 2.60, _private/authentication/authentication_token_setup.py: RAY_AUTH_MODE alone is read when Ray is imported.
+    RAY_AUTH_MODE alone is read when Ray is imported.
     """
-    from ray import _raylet
+    from ray import _raylet  # Ray 2.60, _private/authentication/authentication_token_setup.py
 
     os.environ["RAY_AUTH_MODE"] = mode
     vars(_raylet)["Config"].initialize("")
 
 
-def free_resources() -> Mapping[str, Mapping[str, float]]:
-    """Node id -> what is free there.
-
-    Ray 2.60, _private/state.py. `ray.available_resources()` only has the sum over all nodes.
-    """
-    free: Mapping[str, Mapping[str, float]] = ray._private.state.state.available_resources_per_node()
-    return free
-
-
-def draining_nodes() -> set[str]:
-    """Ids of the nodes that are about to be taken away.
-
-    Ray 2.60, _private/state.py. In `ray.nodes()` they are alive until the end.
-    """
-    return set(ray._private.state.state.get_draining_nodes())
-
-
-def autoscaler_groups() -> list[tuple[dict[str, float], int]] | None:
-    """Resources and largest number of each kind of node that the autoscaler may start; below 0: no limit.
-
-    None if it has not told the control store. Ray 2.60, _private/state.py; nothing public has these limits.
-    """
-    told = ray._private.state.state.get_cluster_config()
-    return None if told is None else [(dict(each.resources), each.max_count) for each in told.node_group_configs]
-
-
-def joined_running_node() -> bool:
-    """Whether this process is a driver that has joined a Ray which was running before.
-
-    False in Ray's own processes, and in one that has started a Ray for itself. Ray 2.60, _private/worker.py; the
-    runtime context knows the node, but not who started it.
-    """
-    node: Any = ray._private.worker._global_node
-    return node is not None and not node.is_head()
-
-
 def job_variables() -> Mapping[str, str]:
-    """The environment variables that this job was submitted with; none in a process that is no job.
+    """Return the environment variables that this job was submitted with; none in a process that is no job.
 
-    Ray 2.60, _private/worker.py: given one of these, ray.init ends in a traceback, whatever its value is, and shows all
-    of them in it. The runtime context tells them only after ray.init.
+    Given one of these, ray.init ends in a traceback, whatever its value is, and shows all of them in it. The runtime
+    context tells them only after ray.init.
     """
-    from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
-
-    told = json.loads(os.environ.get(RAY_JOB_CONFIG_JSON_ENV_VAR, "{}"))
+    # Ray 2.60, _private/runtime_env/constants.py
+    told = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
     found: Mapping[str, str] = (told.get("runtime_env") or {}).get("env_vars") or {}
     return found
 
 
-def startup_failed(error: Exception) -> bool:
-    """Whether this error of Train's controller says that a group of workers could not start.
+def quiet_ray() -> None:
+    """Let Ray's libraries log warnings and errors only, in this process."""
+    for name in ("ray.data", "ray.train", "ray.tune"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    # Ray 2.60. It warns at each start of a local Ray that tokens are on.
+    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
 
-    Ray 2.60, train/v2/_internal/exceptions.py: inside the public ControllerError only the class tells.
+
+# The state of the cluster.
+
+
+def _state() -> Any:
+    """Return the client of Ray's control store: public functions sum over nodes, or ask a dashboard that may be off."""
+    from ray._private.state import state  # Ray 2.60
+
+    return state
+
+
+def free_resources() -> Mapping[str, Mapping[str, float]]:
+    """Return node id -> what is free there."""
+    free: Mapping[str, Mapping[str, float]] = _state().available_resources_per_node()
+    return free
+
+
+def draining_nodes() -> set[str]:
+    """Return the ids of the nodes that are about to be taken away. In `ray.nodes()` they are alive until the end."""
+    return set(_state().get_draining_nodes())
+
+
+def autoscaler_groups() -> list[tuple[dict[str, float], int]] | None:
+    """Return resources and largest number of each kind of node that the autoscaler may start; below 0: no limit.
+
+    None if it has not told the control store.
     """
-    from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
-
-    return isinstance(error, WorkerGroupStartupFailedError | WorkerGroupStartupTimeoutError)
-
-
-def preemption_noted() -> bool:
-    """Whether Train's watcher has left word in this worker that a node will be taken away. A local read.
-
-    Ray 2.60, train/v2/_internal/execution. The public `ray.train.get_preemption_info()` is a barrier of all workers
-    over an actor: too expensive to be called every step.
-    """
-    from ray.train.v2._internal.execution.context import get_train_context
-
-    context = getattr(get_train_context(), "preemption_context", None)
-    return getattr(context, "preemption_info", None) is not None
+    told = _state().get_cluster_config()
+    return None if told is None else [(dict(each.resources), each.max_count) for each in told.node_group_configs]
 
 
 def actor_died(actor_id: str) -> bool:
-    """Whether the actor with this id (hex) is certainly dead. Asks the control store: about a millisecond.
-
-    Ray 2.60, _private/state.py. ray.util.state asks the dashboard, which a user may have turned off.
-    """
-    found: Any = ray._private.state.state.actor_table(actor_id)
+    """True if the actor with this id (hex) is certainly dead. Takes about a millisecond."""
+    found: Any = _state().actor_table(actor_id)
     return bool(found) and found["State"] == "DEAD"
 
 
@@ -156,20 +137,129 @@ def end_train_controllers() -> None:
     Ray 2.60, train/v2/api/data_parallel_trainer.py: `fit` keeps the actor to itself, and has no end of its own while a
     worker waits for room.
     """
-    from ray._raylet import ActorID
+    from ray._private.worker import global_worker  # Ray 2.60; ray.kill wants a handle
     from ray.core.generated import gcs_pb2
 
     table: Any = vars(gcs_pb2)["ActorTableData"]
-    worker: Any = ray._private.worker.global_worker
+    worker: Any = global_worker
     here = ray.get_runtime_context().get_worker_id()
-    stored = ray._private.state.state._connect_and_get_accessor().get_actor_table(None, "ALIVE")
-    for actor in map(table.FromString, stored):
+    for actor in map(table.FromString, _state()._connect_and_get_accessor().get_actor_table(None, "ALIVE")):
         if actor.class_name == "TrainController" and actor.owner_address.worker_id.hex() == here:
-            worker.core_worker.kill_actor(ActorID(actor.actor_id), True)
+            worker.core_worker.kill_actor(ray.ActorID(actor.actor_id), True)
+
+
+def abandoned_placement_groups() -> "list[PlacementGroup]":
+    """Return this job's placement groups whose creating actor is dead.
+
+    The public table of placement groups does not say who made a group, nor whether that actor still lives.
+    """
+    from ray.core.generated import gcs_pb2
+    from ray.util.placement_group import PlacementGroup
+
+    table: Any = vars(gcs_pb2)["PlacementGroupTableData"]
+    job = ray.get_runtime_context().get_job_id()
+    stored = _state()._connect_and_get_accessor().get_placement_group_table()
+    groups = [group for raw in stored if (group := table.FromString(raw)).creator_job_id.hex() == job]
+    return [
+        PlacementGroup(ray.PlacementGroupID(group.placement_group_id))
+        for group in groups
+        # What the driver itself has made, as Tune does for its trials, has no creating actor.
+        if not ray.ActorID(group.creator_actor_id).is_nil() and group.creator_actor_dead
+        if group.state != table.REMOVED
+    ]
+
+
+# Ray Train.
+
+
+def train_parts() -> SimpleNamespace:
+    """Return the classes of Train's controller that cluster/membership/places.py builds on.
+
+    Raises ImportError or AttributeError with the name that this Ray does not have.
+    """
+    # Ray 2.60
+    from ray.train.v2._internal import exceptions, util
+    from ray.train.v2._internal.callbacks import datasets, placement_group_callback
+    from ray.train.v2._internal.execution import callback, controller, worker_group
+
+    group = worker_group.WorkerGroup
+    # What a group of ours overrides: with other parameters Ray would call it in another way.
+    for method, wanted in {"_create_placement_group": 3, "_create_workers": 8, "_assign_worker_ranks": 4}.items():
+        if len(inspect.signature(getattr(group, method)).parameters) != wanted:
+            raise AttributeError(f"WorkerGroup.{method} has other parameters")
+    return SimpleNamespace(
+        WorkerGroup=group,
+        Worker=worker_group.Worker,
+        PlacementGroupHandle=worker_group.PlacementGroupHandle,
+        ControllerCallback=callback.ControllerCallback,
+        TrainController=controller.TrainController,
+        WorkerGroupStartupFailedError=exceptions.WorkerGroupStartupFailedError,
+        bundle_to_remote_args=util.bundle_to_remote_args,
+        unwanted_callbacks=(datasets.DatasetsCallback, placement_group_callback.PlacementGroupCleanerCallback),
+    )
+
+
+def replaces_one_by_one() -> str | None:
+    """Return why this Ray cannot replace one worker while the others train on; None if it can."""
+    from ray.train.backend import Backend
+
+    try:
+        train_parts()
+    except (ImportError, AttributeError) as error:
+        return str(error)
+    return None if hasattr(Backend, "has_replica_groups") else "Backend.has_replica_groups is not there"
+
+
+def startup_failed(error: Exception) -> bool:
+    """True if this error of Train's controller says that a group of workers could not start.
+
+    Inside the public ControllerError only the class tells.
+    """
+    from ray.train.v2._internal import exceptions  # Ray 2.60
+
+    return isinstance(error, exceptions.WorkerGroupStartupFailedError | exceptions.WorkerGroupStartupTimeoutError)
+
+
+def _train_context() -> Any:
+    from ray.train.v2._internal.execution import context  # Ray 2.60
+
+    return context
+
+
+def preemption_noted() -> bool:
+    """True if Train's watcher has left word in this worker that a node will be taken away. A local read.
+
+    The public `ray.train.get_preemption_info()` is a barrier of all workers over an actor: too expensive to be called
+    every step.
+    """
+    noted = getattr(_train_context().get_train_context(), "preemption_context", None)
+    return getattr(noted, "preemption_info", None) is not None
+
+
+def quiet_train_worker() -> None:
+    """Let Train log no line for each report of this worker.
+
+    The logger is named after the path of its file, so that the level of "ray.train" does not reach it.
+    """
+    _train_context().logger.setLevel(logging.WARNING)
+
+
+def begin_autoscaling_coordinator() -> None:
+    """Have the actor started that Train's controller waits for before it asks for room for workers.
+
+    The controller makes it on its own node, the driver's, if it is not there. By then it has started, beside other
+    work.
+    """
+    from ray.data._internal.cluster_autoscaler import default_autoscaling_coordinator  # Ray 2.60
+
+    default_autoscaling_coordinator.get_or_create_autoscaling_coordinator()
+
+
+# Ray Data.
 
 
 def reads_data() -> bool:
-    """Whether a thread of this process is at work for Ray Data.
+    """True while a thread of this process is at work for Ray Data.
 
     Ray 2.60: its threads have several names, but all of them run code of its package.
     """
@@ -181,97 +271,35 @@ def reads_data() -> bool:
     )
 
 
-def meeting_place() -> tuple[str, int]:
-    """Address and a free port of this worker's node, at which the workers of a group meet.
-
-    Ray 2.60, train/_internal/utils.py, as Ray's own backend for torch asks for it.
-    """
-    from ray.train._internal.utils import get_address_and_port
-
-    address, port = get_address_and_port()
-    return str(address), int(port)
-
-
-def join_process_group(backend: str, rank: int, world: int, place: tuple[str, int]) -> None:
-    """Join torch's process group in this worker, and set what torchrun would in its environment; all must call it.
-
-    Ray 2.60, train/torch/config.py: what _TorchBackend.on_start asks of the workers. The public way there is
-    TorchConfig, with which the controller imports torch too, before it starts them.
-    """
-    from ray.train.torch import config
-
-    address, port = place
-    os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
-    config._set_torch_distributed_env_vars()
-    config._setup_torch_process_group(
-        backend=backend, world_rank=rank, world_size=world, init_method="env://", timeout_s=config.TorchConfig.timeout_s
-    )
-
-
-def leave_process_group(several: bool) -> None:
-    """Leave it, where several workers have joined. Ray 2.60, train/torch/config.py: _TorchBackend.on_shutdown."""
-    from ray.train.torch.config import _shutdown_torch
-
-    _shutdown_torch(destroy_process_group=several)
-
-
-def train_worker_logger() -> logging.Logger:
-    """The logger of a Train worker's reports.
-
-    Ray 2.60, train/v2/_internal/execution/context.py. It is named after the path of that file, so that the level
-    of "ray.train" does not reach it.
-    """
-    from ray.train.v2._internal.execution import context
-
-    logger: logging.Logger = context.logger
-    return logger
-
-
-def token_logger() -> logging.Logger:
-    """The logger that says at each start of a local Ray that it has made itself a token.
-
-    Ray 2.60, _private/authentication/authentication_token_setup.py.
-    """
-    return logging.getLogger("ray._private.authentication.authentication_token_setup")
-
-
-def begin_autoscaling_coordinator() -> None:
-    """Have the actor started that Train's controller waits for before it asks for room for workers.
-
-    Ray 2.60, data/_internal/cluster_autoscaler/default_autoscaling_coordinator.py: the controller makes it on its own
-    node, the driver's, if it is not there. By then it has started, beside other work.
-    """
-    from ray.data._internal.cluster_autoscaler import default_autoscaling_coordinator
-
-    default_autoscaling_coordinator.get_or_create_autoscaling_coordinator()
+# This machine.
 
 
 def system_memory() -> int:
-    """Bytes of this machine, or the limit of its container.
+    """Return the bytes of this machine, or the limit of its container.
 
-    Ray 2.60, _common/utils.py. Public values are those of a node that has started, less Ray's own share.
+    Public values are those of a node that has started, less Ray's own share.
     """
-    from ray._common.utils import get_system_memory
+    from ray._common.utils import get_system_memory  # Ray 2.60
 
     return int(get_system_memory())
 
 
 def gpu_memory() -> list[int]:
-    """Bytes of each GPU of this machine that tells; empty without one.
+    """Return the bytes of each GPU of this machine that tells; empty without one.
 
     Those that share the memory of the machine do not tell (GB10), nor do some of which a part alone is seen (MIG).
-    Ray 2.60, _private/thirdparty/pynvml: torch would take memory on each GPU to say the same.
+    torch would take memory on each GPU to say the same.
     """
     return _of_each_gpu(lambda pynvml, handle: int(pynvml.nvmlDeviceGetMemoryInfo(handle).total))
 
 
 def gpu_generations() -> list[tuple[int, int]]:
-    """Compute capability of each GPU of this machine; as `gpu_memory`."""
+    """Return the compute capability of each GPU of this machine; as `gpu_memory`."""
     return _of_each_gpu(lambda pynvml, handle: tuple(map(int, pynvml.nvmlDeviceGetCudaComputeCapability(handle))))
 
 
 def _of_each_gpu(told: Callable[[Any, Any], Any]) -> list[Any]:
-    from ray._private.thirdparty import pynvml
+    from ray._private.thirdparty import pynvml  # Ray 2.60
 
     found: list[Any] = []
     try:
@@ -285,29 +313,61 @@ def _of_each_gpu(told: Callable[[Any, Any], Any]) -> list[Any]:
     return found
 
 
-def abandoned_placement_groups() -> "list[PlacementGroup]":
-    """This job's placement groups whose creating actor is dead.
+# Ray Tune.
 
-    Ray 2.60, core/generated/gcs_pb2 and _private/state.py. The public table of placement groups does not say who
-    made a group, nor whether that actor still lives.
+
+def keep_credentials() -> None:
+    """Have Tune leave the keys of AWS where they are: in the environment of this process, and of each node.
+
+    Ray 2.60, tune/execution/class_cache.py: Tune copies them from this process into the description of each trial's
+    process, which Ray shows to whoever asks it, and writes into the log of each node in clear.
     """
-    from ray._raylet import PlacementGroupID
-    from ray.core.generated import gcs_pb2
-    from ray.util.placement_group import PlacementGroup
+    from ray.tune.execution import class_cache
 
-    table: Any = vars(gcs_pb2)["PlacementGroupTableData"]
-    job = ray.get_runtime_context().get_job_id()
-    stored = ray._private.state.state._connect_and_get_accessor().get_placement_group_table()
-    groups = [group for raw in stored if (group := table.FromString(raw)).creator_job_id.hex() == job]
-    return [
-        PlacementGroup(PlacementGroupID(group.placement_group_id))
-        for group in groups
-        if _maker_died(group) and group.state != table.REMOVED
-    ]
+    names = class_cache.ENV_VARS_TO_PROPAGATE
+    class_cache.ENV_VARS_TO_PROPAGATE = {name for name in names if not name.startswith("AWS_")}
 
 
-def _maker_died(group: Any) -> bool:
-    from ray._raylet import ActorID
+def go_on_with(tuner: Any, folder: str, most: int, scheduler: Any) -> None:
+    """Let a restored Tuner run so many trials at the same time, in the folder where the search lies now.
 
-    # What the driver itself has made, as Tune does for its trials, has no creating actor.
-    return bool(not ActorID(group.creator_actor_id).is_nil() and group.creator_actor_dead)
+    Ray 2.60, tune/impl/tuner_internal.py and tune/search: tuner.pkl has the number of the first attempt, and so have
+    the states from which the searchers restore all that they are. These also say where the search lay then: the trials
+    that were made before are told of today's place, and those that are made now were not. So does the scheduler of
+    tuner.pkl, which is as new as `scheduler`: Tune keeps nothing of what one has learned.
+    """
+    from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter
+    from ray.tune.search.search_generator import SearchGenerator
+
+    settings = tuner._local_tuner._tune_config
+    if settings.search_alg is None:
+        settings.search_alg = _placed(_limited(BasicVariantGenerator, most), folder)(max_concurrent=most)
+    else:
+        limited = _limited(ConcurrencyLimiter, most)(settings.search_alg, max_concurrent=most)
+        settings.search_alg = _placed(SearchGenerator, folder)(limited)
+    settings.max_concurrent_trials = None  # as the searcher says
+    settings.scheduler = scheduler
+
+
+def _limited(kind: Any, most: int) -> Any:
+    """The kind of searcher, which keeps its limit when it is restored; its state is found by the kind's name."""
+
+    def set_state(self: Any, state: Mapping[str, Any]) -> None:
+        kind.set_state(self, {**state, "max_concurrent": most})
+
+    return type(kind.__name__, (kind,), {"set_state": set_state})
+
+
+def _placed(kind: Any, folder: str) -> Any:
+    """The kind of searcher, whose trials write below a folder, path or URI."""
+    from ray.train._internal.storage import get_fs_and_path  # Ray 2.60
+
+    def next_trial(self: Any) -> Any:
+        trial = kind.next_trial(self)
+        if trial is not None:
+            place = copy.copy(trial.storage)
+            place.storage_filesystem, place.storage_fs_path = get_fs_and_path(folder)
+            trial.set_storage(place)
+        return trial
+
+    return type(kind.__name__, (kind,), {"next_trial": next_trial})

@@ -17,9 +17,6 @@ Resources = Mapping[str, float]
 """Name -> amount."""
 LAUNCHER_CONFIG = Path("~/ray_bootstrap_config.yaml")
 """Where Ray's cluster launcher puts cluster.yaml on the head: the open-source autoscaler tells nobody its limits."""
-UNLIMITED = 1_000_000
-LEAST = 0.0001
-"""The smallest amount of a resource that Ray counts."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +59,7 @@ def own_node(processes: int, memory: float) -> dict[str, float]:
     own = ray.get_runtime_context().get_node_id()
     free = ray_internals.free_resources().get(own, {})
     address = next((node["NodeManagerAddress"] for node in schedulable_nodes() if node["NodeID"] == own), "")
-    share = {f"node:{address}": LEAST}  # each node has 1 of its own
+    share = {f"node:{address}": 0.0001}  # each node has 1 of its own; Ray counts no smaller amount
     return share if _fit({**share, "memory": memory}, free) >= processes else {}
 
 
@@ -76,13 +73,19 @@ def autoscaler_limits() -> list[Nodes]:
     # Other than the launcher's, autoscalers may keep their limits in the control store.
     groups = ray_internals.autoscaler_groups()
     if groups is not None:
-        return [Nodes(each, UNLIMITED if most < 0 else most) for each, most in groups]
-    if not ray_internals.joined_running_node():
+        return [Nodes(each, 1_000_000 if most < 0 else most) for each, most in groups]
+    # The launcher's file counts for the Ray that it has started: not for one of the run's own, which has another port.
+    started = ray_internals.started_address()
+    if started is None or _port(started) != _port(ray.get_runtime_context().gcs_address):
         return []
     tree: Any = None
     with contextlib.suppress(OSError, yaml.YAMLError):
         tree = yaml.safe_load(LAUNCHER_CONFIG.expanduser().read_text(encoding="utf-8"))
-    return _launched(tree) if isinstance(tree, dict) else []
+    return launched(tree) if isinstance(tree, dict) else []
+
+
+def _port(address: str) -> str:
+    return address.rpartition(":")[2]
 
 
 def maximum() -> list[Nodes]:
@@ -137,7 +140,7 @@ class PlacementRequest:
             self._group, self._since = None, time.monotonic()
 
 
-def _launched(tree: Mapping[str, Any]) -> list[Nodes]:
+def launched(tree: Mapping[str, Any]) -> list[Nodes]:
     """The limits of a cluster.yaml; `max_workers` of the cluster caps the largest kinds first."""
     left = int(tree.get("max_workers", 2))
     kinds = [kind for name, kind in tree.get("available_node_types", {}).items() if name != tree.get("head_node_type")]
@@ -168,14 +171,11 @@ def _times(name: str, each: float, free: float) -> int:
     return int(whole) * int(1 / each + 1e-6) + int(part / each + 1e-6)
 
 
-# Placement groups whose Train controller has died, given back.
-
-
 def free_abandoned() -> int:
-    """Remove this job's placement groups whose creating actor is dead; returns how many there were."""
+    """Remove this job's placement groups whose creating actor, a Train controller, is dead; returns their number."""
     from ray.util.placement_group import remove_placement_group
 
-    found = ray_internals.abandoned_placement_groups()
+    found = ray_internals.abandoned_placement_groups() if ray.is_initialized() else []
     for group in found:
         remove_placement_group(group)
     return len(found)

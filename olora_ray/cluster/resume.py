@@ -1,10 +1,17 @@
-"""The point at which a worker starts: the newest good checkpoint, the adapter of train.start, or new factors."""
+"""The point at which a worker starts: the newest good checkpoint, the adapter of train.start, or new factors.
 
+And the self-test of the model there.
+"""
+
+import json
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from olora_ray.adapter import initialise
@@ -12,20 +19,22 @@ from olora_ray.adapter.initialise import InitReport, at_scale
 from olora_ray.adapter.inject import find_targets, wrap
 from olora_ray.adapter.layer import AdapterWeights, Factors
 from olora_ray.adapter.methods import FROM_WEIGHTS
-from olora_ray.cluster.spec import TrainSpec, check_base
-from olora_ray.cluster.worker_context import SharedBaseContext, WorkerContext, agreed
-from olora_ray.common import collectives
+from olora_ray.cluster.spec import TrainSpec
+from olora_ray.cluster.worker_context import SharedBaseContext, WorkerContext, agreed, kind_of
+from olora_ray.common import collectives, node_cache
 from olora_ray.common.errors import StoreUnavailable, TryAgain, UserError
 from olora_ray.common.fault_points import reached
 from olora_ray.common.text import plural
 from olora_ray.config.load import override
+from olora_ray.tokens.store import Pack
 from olora_ray.train import checkpoint, checkpoints
 from olora_ray.train.checkpoint import Checkpoint, TrainState
 from olora_ray.train.data_driven import new_factors
-from olora_ray.train.loader import Waiting
-from olora_ray.train.loop import Trainer
-from olora_ray.train.loss import SupervisedLoss
+from olora_ray.train.loader import Waiting, until
+from olora_ray.train.loop import Trainer, train_mode
+from olora_ray.train.loss import SelfTest, SupervisedLoss
 from olora_ray.train.parallel import place_model
+from olora_ray.train.self_test import bare, check_adapters, choose_attention, require_layout
 
 logger = logging.getLogger(__name__)
 
@@ -205,3 +214,127 @@ def describe(method: str, report: InitReport) -> str:
         names = ", ".join(report.deficient[:4]) + (" ..." if len(report.deficient) > 4 else "")
         line += f"; rank-deficient, a part of their factors is arbitrary: {names}"
     return line
+
+
+# The self-test of a worker's model: of the base before anything is made of what it computes, of its adapters before the
+# first step. It takes as long as some steps. What was found with the same model and settings, on such a device and
+# processor and by the same versions, is not tested again: it stands in the checkpoint from which a worker resumes, and
+# is kept on the node for the next run.
+
+
+def first_sequences(spec: TrainSpec, waiting: Waiting | None = None) -> Sequence[Pack]:
+    """Return the first sequences of the training, the same on every worker; `waiting` as of StepLoader."""
+    store, wanted = spec.train, 8
+    until(store, lambda: store.available >= wanted or store.total is not None, waiting)
+    return [store[number] for number in range(min(wanted, store.available))]
+
+
+def tested(loss: SupervisedLoss, spec: TrainSpec, packs: Sequence[Pack], device: torch.device) -> SelfTest:
+    """Test the base, and give it the attention that has passed; raises UserError.
+
+    Its adapters, if it has some, take no part. All workers of a sharded base must call it together.
+    """
+    if loss.tested is None:
+        with bare(loss.model):
+            loss.tested = choose_attention(loss, packs, spec.config, device)
+        logger.info(loss.tested.line())
+    else:
+        require_layout(loss, spec.config)
+    return loss.tested
+
+
+def check_base(loss: SupervisedLoss, spec: TrainSpec, device: torch.device, waiting: Waiting | None = None) -> None:
+    """`tested` for a base that has no adapters yet; all workers must call it together, and all raise what one does."""
+    problem = None
+    try:
+        tested(loss, spec, first_sequences(spec, waiting), device)
+    except UserError as error:
+        problem = str(error)
+    collectives.raise_together(problem)  # on other GPUs it may have gone well
+
+
+def self_tested(
+    context: WorkerContext, spec: TrainSpec, start: StartingPoint, waiting: Waiting | None = None
+) -> StartingPoint:
+    """Return the starting point with the attention that has passed; all workers must call it together.
+
+    A base that several adapters share is tested once. `waiting` as of StepLoader. Raises UserError with what to set
+    instead if the model, or this kind of training of it, is not right.
+    """
+    used = what_computes(context, spec, next(start.trainer.loss.model.parameters()).dtype)
+    kept = _kept_at(spec, used)
+    known = passed(start, used) or _kept(kept)
+    if all(collectives.gather(known is not None)):  # a sharded base needs all of them for a test
+        assert known is not None
+        start.state.self_test = {"with": used, "found": known.to_json()}
+        return replace(start, attention=_take_over(context, spec, start, known))
+    problem, name = None, start.attention
+    loss, adapted = start.trainer.loss, start.trainer.adapted
+    try:
+        packs = first_sequences(spec, waiting)
+        train_mode(adapted, False)
+        with context.activate(adapted):
+            name = tested(loss, spec, packs, context.device).attention
+            check_adapters(loss, adapted, packs, name, context.device, new=not start.trained)
+    except UserError as error:
+        problem = str(error)
+    collectives.raise_together(problem)  # on other GPUs it may have gone well
+    assert loss.tested is not None
+    start.state.self_test = {"with": used, "found": loss.tested.to_json()}
+    if kept is not None:
+        node_cache.keep(kept, json.dumps(loss.tested.to_json()))
+    return replace(start, attention=name)
+
+
+def what_computes(context: WorkerContext, spec: TrainSpec, dtype: torch.dtype) -> dict[str, str]:
+    """Return what decides, beside a run's identity, what a worker's model of this `dtype` makes of its data."""
+    model = spec.config.model.model_dump(mode="json", exclude={"name"})
+    return kind_of(context.device) | {
+        "code": node_cache.code(),
+        "model": json.dumps(model, sort_keys=True),
+        "precision": str(dtype),  # of `auto` the other workers decide too
+        "strategy": spec.config.cluster.strategy,
+        "recompute": str(spec.recompute),
+        "micro-batch": str(spec.config.train.micro_batch),
+    }
+
+
+def passed(start: StartingPoint, used: dict[str, str]) -> SelfTest | None:
+    """Return what a checkpoint says was found with just this; None if that was something else, or never."""
+    noted: Any = start.state.self_test
+    if not start.resumed or not isinstance(noted, dict) or noted.get("with") != used:
+        return None
+    try:
+        return TypeAdapter(SelfTest).validate_python(noted.get("found"))
+    except ValidationError:
+        return None
+
+
+def _kept_at(spec: TrainSpec, used: dict[str, str]) -> str | None:
+    """Return the file of this node that keeps what was found; None if the model's digest may not have all its code."""
+    if not spec.base.digest or spec.config.model.trust_remote_code:
+        return None
+    return node_cache.place("self-tests", *(json.dumps(part, sort_keys=True) for part in (used, spec.identity())))
+
+
+def _kept(file: str | None) -> SelfTest | None:
+    """Return what an earlier run on this node has found."""
+    text = node_cache.read(file) if file is not None else None
+    try:
+        return None if text is None else TypeAdapter(SelfTest).validate_json(text)
+    except ValidationError:
+        return None
+
+
+def _take_over(context: WorkerContext, spec: TrainSpec, start: StartingPoint, known: SelfTest) -> str:
+    """Give the base the attention that has passed, unless another adapter has done so; returns its name."""
+    loss: Any = start.trainer.loss
+    train_mode(start.trainer.adapted, False)
+    if loss.tested is None:
+        with context.activate(start.trainer.adapted):
+            loss.model.set_attn_implementation(known.attention)
+        loss.given_masks, loss.tested = known.given_masks, known
+        logger.info(f"self-test: has passed before, with attention={known.attention}")
+    else:
+        require_layout(loss, spec.config)
+    return str(loss.tested.attention)

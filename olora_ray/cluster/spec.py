@@ -1,26 +1,17 @@
 """Input and result of a training worker."""
 
 import json
-import logging
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-import torch
 from pydantic import TypeAdapter, ValidationError
 
 from olora_ray.adapter.methods import FROM_WEIGHTS, METHODS
-from olora_ray.common import collectives, storage
-from olora_ray.common.errors import UserError
+from olora_ray.common import storage
 from olora_ray.config.schema import Config
 from olora_ray.model.source import BaseModel
-from olora_ray.tokens.store import Pack, TokenStore
+from olora_ray.tokens.store import TokenStore
 from olora_ray.train.checkpoint import TrainState
-from olora_ray.train.loader import Waiting, until
-from olora_ray.train.loss import SelfTest, SupervisedLoss
-from olora_ray.train.self_test import bare, choose_attention, require_layout
-
-logger = logging.getLogger(__name__)
 
 LEFT = "left"
 """`TrainResult.interrupted` of a worker that has left a training which goes on without it, or came when it was over."""
@@ -148,41 +139,3 @@ class TrainResult:
 
 
 _RESULT = TypeAdapter(TrainResult)
-
-
-# The self-test of a base model on a worker: once for each base, before anything is made of what it computes.
-
-
-SEQUENCES = 8
-"""Of these the examples are taken."""
-
-
-def first_sequences(spec: TrainSpec, waiting: Waiting | None = None) -> Sequence[Pack]:
-    """The first sequences of the training, the same on every worker; `waiting` as of StepLoader."""
-    store: TokenStore = spec.train
-    until(store, lambda: store.available >= SEQUENCES or store.total is not None, waiting)
-    return [store[number] for number in range(min(SEQUENCES, store.available))]
-
-
-def tested(loss: SupervisedLoss, spec: TrainSpec, packs: Sequence[Pack], device: torch.device) -> SelfTest:
-    """What the self-test finds of the base, which has then the attention that has passed; raises UserError.
-
-    Its adapters, if it has some, take no part. All workers of a sharded base must call it together.
-    """
-    if loss.tested is None:
-        with bare(loss.model):
-            loss.tested = choose_attention(loss, packs, spec.config, device)
-        logger.info(loss.tested.line())
-    else:
-        require_layout(loss, spec.config)
-    return loss.tested
-
-
-def check_base(loss: SupervisedLoss, spec: TrainSpec, device: torch.device, waiting: Waiting | None = None) -> None:
-    """`tested` for a base that has no adapters yet; all workers must call it together, and all raise what one does."""
-    problem = None
-    try:
-        tested(loss, spec, first_sequences(spec, waiting), device)
-    except UserError as error:
-        problem = str(error)
-    collectives.raise_together(problem)  # on other GPUs it may have gone well

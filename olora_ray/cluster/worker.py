@@ -1,30 +1,42 @@
-"""The process of a Ray Train worker: trains step by step, checkpoints, tells the driver, and ends when asked to."""
+"""A Ray Train worker, from its entry point to its result: alone, in the group it finds, or in one after the other.
 
+It trains step by step, evaluates, checkpoints, tells the driver, and ends when asked to.
+"""
+
+import contextlib
 import logging
-from collections.abc import Generator
+import os
+from collections.abc import Generator, Iterator
 from contextlib import closing
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from olora_ray.cluster.adopt import Progress, adopt
-from olora_ray.cluster.channel import Resumed, Saved, Started
-from olora_ray.cluster.evaluator import Evaluator
-from olora_ray.cluster.mesh import Mesh
+import ray
+import ray.train as ray_train
+from torch import Tensor
+
+from olora_ray.cluster import ray_internals
+from olora_ray.cluster.channel import Resumed, Saved, Started, sent_to
+from olora_ray.cluster.membership.peers import Peers, Progress, sync_state, through
+from olora_ray.cluster.membership.state import Finished, Member
 from olora_ray.cluster.preemption import StopRequests
-from olora_ray.cluster.resume import StartingPoint
-from olora_ray.cluster.self_tested import self_tested
-from olora_ray.cluster.spec import LEFT, TrainResult, TrainSpec
-from olora_ray.cluster.worker_context import WorkerContext
-from olora_ray.cluster.worker_platforms import note_kinds
+from olora_ray.cluster.resume import StartingPoint, self_tested, starting_point
+from olora_ray.cluster.spec import LEFT, AnswerPair, TrainResult, TrainSpec
+from olora_ray.cluster.worker_context import RayTrainContext, WorkerContext, note_kinds
 from olora_ray.common import collectives, storage
 from olora_ray.common.collectives import PeerLost
-from olora_ray.common.errors import UserError
+from olora_ray.common.errors import TryAgain, UserError
 from olora_ray.common.fault_points import reached
+from olora_ray.common.logs import quiet_transformers
+from olora_ray.common.text import plural
 from olora_ray.config.load import dump
-from olora_ray.train.checkpoint import TrainState, snapshot
+from olora_ray.train.checkpoint import TrainState, perplexity, snapshot
 from olora_ray.train.checkpoints import CheckpointManager
+from olora_ray.train.generate import answer, wanted_questions
 from olora_ray.train.loader import Schedule, StepLoader
-from olora_ray.train.loop import StepResult
+from olora_ray.train.loop import StepResult, evaluate
+from olora_ray.train.scoring import Baseline
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +67,7 @@ class Worker:
         channel: Any,
         start: StartingPoint,
         stop_requests: StopRequests | None = None,
-        mesh: Mesh | None = None,
+        peers: Peers | None = None,
         late: bool = False,
     ) -> None:
         """Raises UserError if the model does not pass its self-test; all workers must make one together.
@@ -63,7 +75,7 @@ class Worker:
         One that comes `late`, into a training that is under way, does so alone.
         """
         self.context, self.spec, self.config = context, spec, spec.config
-        self.checkpoints, self.channel, self.mesh, self.late = checkpoints, channel, mesh, late
+        self.checkpoints, self.channel, self.peers, self.late = checkpoints, channel, peers, late
         self.stop_requests = stop_requests or StopRequests(channel, context)
         start = self_tested(context, spec, start, self.stop_requests.waiting)
         self.trainer, self.progress = start.trainer, Progress(start.state)
@@ -90,7 +102,7 @@ class Worker:
             try:
                 return self._finish(self._train())
             except PeerLost as lost:
-                if self.mesh is None:
+                if self.peers is None:
                     raise
                 logger.debug(f"the group is over: {lost}")
                 self._meet(lost=True)
@@ -107,13 +119,13 @@ class Worker:
 
     def _meet(self, lost: bool = False) -> None:
         """Go on in the next group, with the state of the worker that is furthest."""
-        assert self.mesh is not None
+        assert self.peers is not None
         while True:
             try:
-                group = self.mesh.meet(lost)
+                group = self.peers.next_group(lost)
                 if group.begins:
                     raise RuntimeError("all other workers are gone")  # Ray starts this one again, with others
-                self.progress = adopt(self.progress, self.trainer, self.evaluator)
+                self.progress = sync_state(self.progress, self.trainer, self.evaluator)
                 if self.state.precision not in (None, self._precision):
                     # It came before a checkpoint said so; started again it reads one that does.
                     raise RuntimeError(f"the others compute in {self.state.precision}, not in {self._precision}")
@@ -200,8 +212,8 @@ class Worker:
 
     def _change_group(self) -> None:
         """Leave, or meet the others, as was ordered."""
-        assert self.mesh is not None
-        if self.mesh.orders().leave:
+        assert self.peers is not None
+        if self.peers.orders().leave:
             self._finish_checkpoint()
             raise _Left
         self._meet()
@@ -273,3 +285,146 @@ def _metrics(result: StepResult) -> dict[str, float]:
         "train/step_seconds": result.seconds,
         "data/wait_fraction": result.waited / result.seconds,
     }
+
+
+# Evaluation during a training: held-out loss, answers to held-out prompts, and the best adapter so far.
+
+
+class Evaluator:
+    """Measures the adapter that a worker trains. All workers must call each method together."""
+
+    def __init__(self, context: WorkerContext, spec: TrainSpec, start: StartingPoint) -> None:
+        self.context, self.spec = context, spec
+        self.trainer, self.attention = start.trainer, start.attention
+        self.best: Tensor | None = start.best
+        self.questions = wanted_questions(spec.config.evaluation, spec.eval)
+
+    def measure(self, state: TrainState) -> dict[str, float]:
+        """Evaluate the adapter of now, and note the result."""
+        return self.note(state, self.loss(state.step))
+
+    def note(self, state: TrainState, loss: float) -> dict[str, float]:
+        """Take in a held-out loss, and keep the adapter if it is the best so far; returns the metrics to be told."""
+        if state.note_evaluation(loss):
+            self.best = self.trainer.flat.vector.clone()
+        return {"eval/loss": loss, "eval/perplexity": perplexity(loss)}
+
+    @contextlib.contextmanager
+    def _best_in_place(self) -> Iterator[None]:
+        """The best adapter in place of the last one, for the block; without evaluations that one stays.
+
+        Where others are lost meanwhile, the last one is what a new group goes on with, and saves.
+        """
+        vector = self.trainer.flat.vector
+        last = vector.clone()
+        try:
+            if self.best is not None:
+                vector.copy_(self.best)
+            yield
+        finally:
+            vector.copy_(last)
+
+    def loss(self, step: int) -> float:
+        """Mean held-out loss per supervised token, after `step` steps; raises UserError if it is not finite."""
+        assert self.spec.eval is not None
+        with self.context.activate(self.trainer.adapted):
+            reached("evaluate", step, self.context.rank)
+            rank, world = self.context.rank, self.context.world
+            return evaluate(self.trainer, self.spec.eval, self.attention, rank, world, step)
+
+    def answers(self, answering: str) -> list[list[int]]:
+        """Answers to the held-out prompts as token ids; `answering` names the model for the log."""
+        logger.info(f"answering {plural(len(self.questions), 'held-out prompt')} with the {answering}")
+        limit = self.spec.config.evaluation.max_new_tokens
+        with self.context.activate(self.trainer.adapted):
+            return answer(self.trainer, self.questions, limit, self.spec.eos, self.context.rank, self.context.world)
+
+    def answer_pairs(self, before: list[list[int]] | None) -> tuple[AnswerPair, ...]:
+        """The held-out prompts with the answers of before and of the best adapter."""
+        if not self.questions:
+            return ()
+        with self._best_in_place():
+            now = self.answers("fine-tuned model")
+        pairs = zip(self.questions, before or [], now, strict=True)
+        return tuple(AnswerPair(each.prompt, each.reference, tuple(old), tuple(new)) for each, old, new in pairs)
+
+    def baseline(self, place: str) -> Baseline:
+        """Loss and answers before the first step: read from `place` if an earlier attempt has measured them."""
+        origin, first = self.spec.baseline_identity(), self.context.rank == 0
+        found = collectives.from_first(Baseline.read(place, origin, len(self.questions)) if first else None)
+        if found is None:
+            loss = self.loss(0) if self.spec.eval else None
+            start = "adapter that training starts with" if self.spec.config.train.start else "base model"
+            found = Baseline(loss, self.answers(start) if self.questions else None)
+            if first:
+                found.write(place, origin)
+        return found
+
+
+# The entry point.
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Entry of a worker into a training whose workers may change."""
+
+    first_rank: int
+    """Number of the first worker that its trainer has started."""
+    attempt: int
+    """The driver's attempt."""
+
+
+def train_worker(spec: TrainSpec, checkpoints: str, channel: Any, entry: Entry | None = None) -> TrainResult:
+    """Entry point under TorchTrainer; the same on every worker, only the first reports.
+
+    Without an `entry` the workers are, and stay, those of the process group that is there.
+    """
+    quiet_transformers()
+    ray_internals.quiet_train_worker()
+    context = RayTrainContext(spec.config)
+    if entry is None:
+        result = train_at(context, spec, checkpoints, channel)
+        if result.problem is not None:  # of this worker alone, perhaps: the others wait for it in an exchange then
+            ray.get(channel.finish.remote(result))
+        return result
+    with Peers(through(channel), _member(entry)) as peers:
+        try:
+            result = train_at(context, spec, checkpoints, channel, peers)
+        except Finished:
+            return TrainResult(interrupted=LEFT)
+        if result.interrupted != LEFT:
+            ray.get(channel.finish.remote(result))
+        return result
+
+
+def _member(entry: Entry) -> Member:
+    """This worker of Ray Train."""
+    from ray.util import get_node_ip_address
+
+    context = ray.get_runtime_context()
+    rank = entry.first_rank + ray_train.get_context().get_world_rank()
+    place = collectives.meeting_place(get_node_ip_address())
+    name, node = context.get_actor_id() or "", context.get_node_id()
+    return Member(name, rank, place, node, process=os.getpid(), attempt=entry.attempt)
+
+
+def train_at(
+    context: WorkerContext, spec: TrainSpec, checkpoints: str, channel: Any, peers: Peers | None = None
+) -> TrainResult:
+    """Train a spec; what the user has to mend is in the result.
+
+    With `peers` the workers form the groups of a membership; without, they are those of the process group here.
+    """
+    late = peers is not None and peers.running()
+    try:
+        with sent_to(channel, peers.leads if peers else lambda: context.rank == 0):
+            if peers and not late and not peers.next_group().begins:
+                raise RuntimeError("the training has begun meanwhile")  # Ray starts this worker again
+            requests = StopRequests(channel, context, peers)
+            start = starting_point(context, spec, checkpoints, requests.waiting)
+            return Worker(context, spec, checkpoints, channel, start, requests, peers, late).run()
+    except UserError as error:
+        if peers and peers.group is None:
+            raise RuntimeError(str(error)) from error  # it came late and alone: the others train on
+        # Returned, not raised: a retry would meet the same problem.
+        return TrainResult(problem=str(error), passes=isinstance(error, TryAgain))

@@ -4,10 +4,12 @@ import contextlib
 import logging
 import math
 import os
+import platform
 import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from types import TracebackType
 from typing import Protocol
 
@@ -21,6 +23,7 @@ from olora_ray.cluster.spec import TrainSpec
 from olora_ray.common import collectives
 from olora_ray.common.errors import UserError
 from olora_ray.common.malloc import keep_freed_memory
+from olora_ray.common.text import plural
 from olora_ray.config.load import override
 from olora_ray.config.schema import Config
 from olora_ray.model import attention
@@ -267,3 +270,65 @@ def use_cpus(config: Config, device: torch.device) -> None:
         # fits in (a third more memory was measured), and who shards has no memory to spare.
         if config.cluster.strategy != "fsdp":
             keep_freed_memory()
+
+
+# The platform of the workers: on what, beside its config and data, the bytes of a training depend. Their number is not
+# part of it (train/tree.py).
+
+
+Kind = dict[str, str]
+"""Device, processor, threads and torch of a worker."""
+
+
+def kind_of(device: torch.device) -> Kind:
+    """Return the kind of this process, which computes on `device`."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {
+        "device": name,
+        "processor": f"{_processor()} ({torch.backends.cpu.get_cpu_capability()})",
+        "threads": str(torch.get_num_threads()),
+        "torch": torch.__version__,
+    }
+
+
+def note_kinds(before: Sequence[Kind], device: torch.device) -> list[Kind]:
+    """Return the different kinds of all workers; warn of several, or of others than `before`, of a checkpoint.
+
+    All workers must call it together.
+    """
+    every = collectives.gather(kind_of(device))
+    now = [each for place, each in enumerate(every) if each not in every[:place]]
+    if line := said(before, now):
+        logger.warning(line)
+    return now
+
+
+def said(before: Sequence[Kind], now: Sequence[Kind]) -> str | None:
+    """Return the warning for workers of these kinds after those of others; None if there is nothing to say."""
+    if len(now) > 1:
+        return (
+            f"workers of {plural(len(now), 'kind')} ({_apart(now)}): "
+            " the result may differ in its last bits with which of them computes what"
+        )
+    if before and list(before) != list(now):
+        old = [each for each in before if each not in now]
+        return (
+            f"other workers than those of the checkpoint ({_apart([*old, *now])}): from here on the result"
+            " may differ in its last bits from that of a run that went on as it began"
+        )
+    return None
+
+
+def _apart(kinds: Sequence[Kind]) -> str:
+    """In what they differ: `threads: 1, 2`."""
+    fields = {what: list(dict.fromkeys(each.get(what, "?") for each in kinds)) for what in kinds[-1]}
+    return "; ".join(f"{what}: {', '.join(values)}" for what, values in fields.items() if len(values) > 1)
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())

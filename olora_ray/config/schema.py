@@ -107,9 +107,6 @@ class Cluster(Section):
 
     workers: PositiveInt | tuple[PositiveInt, PositiveInt] = 2
     """Training processes; [min, max]: at least min, and up to max as the cluster has room for them."""
-    resize_interval: Annotated[float, Field(gt=0.0)] = 60.0
-    """With [min, max] workers: seconds between checks whether more of them fit in the cluster; at most 10 where they
-    join without a restart of the others."""
     gpus_per_worker: Literal["auto"] | Annotated[float, Field(ge=0.0, le=1.0)] = "auto"
     """GPUs per worker; auto: 1 if the cluster has GPUs, else 0. A fraction leaves the rest of a GPU to other runs and
     trials; 0.5 or less needs workers=1, since NCCL does not connect workers that share a GPU."""

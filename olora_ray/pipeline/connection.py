@@ -14,7 +14,6 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from olora_ray.cluster import address, preflight, ray_internals
-from olora_ray.cluster.quiet import quiet_ray
 from olora_ray.common.errors import (
     Stopped,
     StoreError,
@@ -88,7 +87,7 @@ def connect(config: AnyConfig, base: BaseModel | None = None) -> Iterator[Stop]:
     with `base`, its memory and the disk are looked at too. On leaving, the connection is closed,
     and a Ray of the run's own with it.
     """
-    quiet_ray()
+    ray_internals.quiet_ray()
     found = address.find()
     _init(found)
     if found == address.OWN and base is not None:

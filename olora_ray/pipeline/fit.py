@@ -8,24 +8,28 @@ from typing import Any
 
 import ray
 import ray.train
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayError
 
 from olora_ray.cluster import ray_internals
-from olora_ray.cluster.channel import Failure, Resumed, make_channel
-from olora_ray.cluster.failures import TellDriver, cause, counts, passes
-from olora_ray.cluster.hung import end_hung
-from olora_ray.cluster.in_place import InPlaceGroups, in_place
-from olora_ray.cluster.late_start import LateStart
-from olora_ray.cluster.process_group import ProcessGroup
+from olora_ray.cluster.channel import Failure, Message, Resumed, Saved, Started, make_channel
+from olora_ray.cluster.failures import cause, counts, passes
+from olora_ray.cluster.membership.driver import (
+    Fit,
+    Trainers,
+    WorkerGroup,
+    answer,
+    end_hung,
+    given,
+    in_place,
+    ray_trainer,
+)
 from olora_ray.cluster.resources import PlacementRequest, free_abandoned, free_workers, worker_resources
 from olora_ray.cluster.spec import TrainResult, TrainSpec
-from olora_ray.cluster.train_worker import Entry, train_worker
 from olora_ray.common.errors import TryAgain, UserError
 from olora_ray.common.text import plural
 from olora_ray.pipeline.connection import Stop, user_errors
 from olora_ray.pipeline.progress import Progress, batch_split
 from olora_ray.pipeline.run_folder import RunFolder
-from olora_ray.pipeline.trainers import Event, Fit, Monitor, OnRow, Trainers, WorkerGroup, answer, given
 from olora_ray.tokens.prepare import CompleteStore, StoreBuild
 from olora_ray.tracking.prometheus import Telemetry
 from olora_ray.tracking.run import Tracker
@@ -34,21 +38,61 @@ from olora_ray.train.loader import Schedule
 
 logger = logging.getLogger(__name__)
 
-# Attempts of one training: decides how many workers each gets, and whether another one follows.
+Event = Started | Resumed | Failure
+OnRow = Callable[[int, dict[str, float]], None]
+"""Gets the metrics of every step, once per attempt; after a restart also those from before it."""
 
 
-# Ray's stubs describe Train V1; V2, which runs, has more arguments.
-ray_train: Any = ray.train
+class Monitor:
+    """Drains the channel of one training, whatever the number of its attempts."""
+
+    def __init__(
+        self, channel: Any, tracker: Tracker, progress: Progress, telemetry: Telemetry, on_row: OnRow | None = None
+    ) -> None:
+        self.channel, self.tracker, self.progress, self.telemetry = channel, tracker, progress, telemetry
+        self.on_row = on_row
+        self.highest = tracker.last_step("train/loss") or 0
+        """The last step that is known to be done."""
+
+    def collect(self, on_event: Callable[[Event], None]) -> None:
+        """Show and track what has arrived; `on_event` gets what concerns the attempt, in its place among the rows."""
+        try:
+            messages: list[Message] = ray.get(self.channel.drain.remote(), timeout=30)
+        except RayError:
+            return  # progress only; the history is in the checkpoint
+        rows: dict[int, dict[str, float]] = {}
+        for message in messages:
+            match message:
+                case str():
+                    self.progress.line(message)
+                case Saved():
+                    self.telemetry.saved(message.seconds)
+                case Started() | Failure():
+                    on_event(message)
+                case Resumed():
+                    rows |= {int(row["step"]): _without_step(row) for row in message.history}
+                    on_event(message)
+                case dict():
+                    rows[int(message["step"])] = _without_step(message)
+                    self.highest = max(self.highest, int(message["step"]))
+                    self.progress.row(message)
+                    self.telemetry.row(message)
+        if rows:
+            self.tracker.metrics(rows)
+        if self.on_row:
+            for step, row in sorted(rows.items()):
+                self.on_row(step, row)
 
 
-COLLECT = 1.0
-"""Seconds between two looks at the channel."""
+def _without_step(row: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in row.items() if name != "step"}
+
+
+# Attempts of one training: decide how many workers each gets, and whether another one follows.
+
+
 SETTLE = 3.0
 """Seconds for which the room for workers must stay as it is: ended workers give theirs back one by one."""
-JOINED = 10.0
-"""Seconds between two looks for room at most, where more workers cost the others nothing."""
-AGAIN = 2.0
-"""The same after a look that has found some."""
 DESERTED = 120.0
 """Seconds after the loss of the last worker, or after the last that came since, in which Ray has to bring others: their
 imports alone may take 30."""
@@ -57,8 +101,7 @@ UNMET = 600.0
 NOBODY = 5.0
 """Seconds without a group of workers after which the driver grants a stop itself."""
 SLOW = 30.0
-"""Seconds without one after which it says so."""
-RESIZE = "the cluster has grown"
+"""Log "waiting for workers" after this many seconds without a group."""
 
 
 class Attempts:
@@ -121,7 +164,7 @@ class Attempts:
             self._trainers = Trainers(self.fit, self.channel, self._attempt, workers)
             try:
                 result = self._follow(self._trainers)
-            except (RayActorError, ray_train.TrainingFailedError) as error:
+            except (RayActorError, ray.train.TrainingFailedError) as error:
                 self._failed(error)
                 continue
             if self._is_final(result):
@@ -137,7 +180,7 @@ class Attempts:
         self.failures += counts(error)
         # A group of fixed size was restarted by Ray already, except for the loss of its controller.
         restarting = self.changing or not cluster.is_elastic()
-        spent = isinstance(error, ray_train.WorkerGroupError) and restarting
+        spent = isinstance(error, ray.train.WorkerGroupError) and restarting
         if spent or 0 <= cluster.max_failures < self.failures:
             tried = cluster.max_failures if spent else self.failures - 1
             kind = TryAgain if passes(error) else UserError
@@ -192,7 +235,7 @@ class Attempts:
             while not trainers.ended(result):
                 self._look()
                 result = given(self.channel)
-                if time.monotonic() - collected >= COLLECT:
+                if time.monotonic() - collected >= 1.0:
                     self.monitor.collect(self._on_event)
                     self._await_workers(trainers.workers)
                     self._watch()
@@ -219,10 +262,9 @@ class Attempts:
 
     def _pause(self) -> float:
         """Seconds from one look for room to the next."""
-        interval = self.spec.config.cluster.resize_interval
         if not self.changing:
-            return interval / 2
-        return min(interval, AGAIN if self._room else JOINED) / 2
+            return 30.0  # more workers cost the others a restart
+        return 1.0 if self._room else 5.0
 
     def _grow(self) -> None:
         """Ask the workers to end if more of them fit: the next group resumes where they were."""
@@ -240,7 +282,7 @@ class Attempts:
             if self.changing:
                 self._trainers.add(room)
             else:
-                self._ask(RESIZE)
+                self._ask("the cluster has grown")
         self._room = room
 
     def _await_workers(self, workers: int) -> None:
@@ -262,7 +304,7 @@ class Attempts:
         """Whether there is a group that a stop reaches; if workers do not change, one that has begun and not failed."""
         if not self.changing:
             return self._running
-        return (self._running and not self.stop.asked) or bool(answer(self.channel.trains.remote()))
+        return (self._running and not self.stop.asked) or bool(answer(self.channel.running.remote()))
 
     def _watch(self) -> None:
         """Help where Ray does not: with workers that hang, with none or too few, and with nodes that are taken away."""
@@ -330,9 +372,6 @@ class Attempts:
         self.progress.line(f"{self.cause}: {what}" if self.cause else what)
 
 
-# Ray's stubs describe Train V1; V2, which runs, has more arguments.
-SPARE = {"CPU": 0.0, "memory": 1.0}
-"""What Ray is to set aside for a spare: something, and no CPU."""
 FitOn = Callable[[Any, WorkerGroup], TrainResult]
 """Trains once: gets the driver's channel and the workers."""
 
@@ -358,8 +397,8 @@ def train(
     try:
         with Progress(Schedule(config.train, build.store).total(), config.train.log_every) as progress:
             monitor = Monitor(channel, tracker, progress, Telemetry(config.run.name), on_row)
-            fit = partial(fit_on or partial(_fit, spec, folder, worker), channel)
             changing = fit_on is None and in_place(config, worker)
+            fit = partial(fit_on or partial(_fit, spec, folder, worker, changing), channel)
             result = Attempts(spec, build, monitor, stop, worker, fit, changing, placed=fit_on is not None).run()
     finally:
         stop.gentle = False
@@ -393,49 +432,11 @@ def finished_training(spec: TrainSpec, folder: RunFolder) -> TrainResult | None:
     return result
 
 
-def trainer(spec: TrainSpec, folder: RunFolder, worker: Mapping[str, float], channel: Any, group: WorkerGroup) -> Any:
-    """Ray's trainer for a group of workers, each with the resources of `worker`."""
-    from ray.train.torch import TorchTrainer
-
-    from olora_ray.cluster import train_internals
-
-    # Groups that do not change in place are of another size at each attempt where they are elastic, so Ray must not
-    # retry: every failure returns to `Attempts`, as does any of a group's whole if its room is gone.
-    cluster, changing = spec.config.cluster, in_place(spec.config, worker)
-    limits = {"max_failures": cluster.max_failures}
-    if cluster.is_elastic():
-        limits |= {"controller_failure_limit": 0}
-    if cluster.is_elastic() and not changing:
-        limits |= {"max_failures": 0, "max_preemption_failures": 0}
-    torch_config: Any = InPlaceGroups() if changing else ProcessGroup()
-    # Not as train_loop_config, which the controller unpacks too: it would import torch for the spec.
-    work: Any = partial(train_worker, spec, folder.checkpoints, channel)
-    if changing:
-        entry = Entry(group.first_rank, group.attempt)
-        work = LateStart(channel, ray.cloudpickle.dumps(partial(train_worker, spec, folder.checkpoints, entry=entry)))
-    made = TorchTrainer(
-        work,
-        torch_config=torch_config,
-        scaling_config=ray_train.ScalingConfig(
-            num_workers=group.workers,
-            use_gpu="GPU" in worker,
-            resources_per_worker=SPARE if group.spare else dict(worker),
-        ),
-        run_config=ray_train.RunConfig(
-            name="checkpoints",
-            storage_path=folder.root,
-            failure_config=ray_train.FailureConfig(**limits),
-            callbacks=[TellDriver(channel)],
-            logging_config=ray_train.LoggingConfig(log_level="WARNING"),
-        ),
-    )
-    return train_internals.adapted(made)
-
-
 def _fit(
-    spec: TrainSpec, folder: RunFolder, worker: Mapping[str, float], channel: Any, group: WorkerGroup
+    spec: TrainSpec, folder: RunFolder, worker: Mapping[str, float], changing: bool, channel: Any, group: WorkerGroup
 ) -> TrainResult:
-    result = getattr(trainer(spec, folder, worker, channel, group).fit(), "return_value", None)
+    fitted = ray_trainer(spec, folder.root, worker, channel, group, changing).fit()
+    result = getattr(fitted, "return_value", None)
     if not isinstance(result, TrainResult):
         raise RuntimeError(f"training returned {result!r}")
     return result

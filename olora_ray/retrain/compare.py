@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from olora_ray.cluster.worker_platforms import kind_of
+from olora_ray.cluster.worker_context import kind_of
 from olora_ray.common import node_cache, storage
 from olora_ray.common.errors import UserError
 from olora_ray.common.storage import digest, digest_json

@@ -13,7 +13,8 @@ from olora_ray.adapter import initialise as factor_cache
 from olora_ray.adapter.initialise import Shape, check, initialise
 from olora_ray.adapter.inject import find_targets, inject
 from olora_ray.adapter.methods import FROM_WEIGHTS, METHODS
-from olora_ray.cluster.spec import TrainSpec, check_base
+from olora_ray.cluster.resume import check_base
+from olora_ray.cluster.spec import TrainSpec
 from olora_ray.cluster.worker_context import SharedBase, assigned_device, on_cpu
 from olora_ray.common import storage
 from olora_ray.common.logs import quiet_transformers

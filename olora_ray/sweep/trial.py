@@ -11,6 +11,7 @@ import ray
 
 from olora_ray.cluster import shared_base
 from olora_ray.cluster.failures import reason
+from olora_ray.cluster.membership.driver import WorkerGroup
 from olora_ray.cluster.spec import TrainResult, TrainSpec
 from olora_ray.common import logs, storage
 from olora_ray.common.errors import Stopped, UserError
@@ -19,8 +20,8 @@ from olora_ray.model import load
 from olora_ray.pipeline import fit, publish
 from olora_ray.pipeline.base import open_base
 from olora_ray.pipeline.connection import Stop
+from olora_ray.pipeline.fit import OnRow
 from olora_ray.pipeline.prepare import prepare_tokens
-from olora_ray.pipeline.trainers import OnRow, WorkerGroup
 from olora_ray.sweep import record as trial_file
 from olora_ray.sweep.record import Status, TrialRecord
 from olora_ray.sweep.spec import SweepSpec, trial_place

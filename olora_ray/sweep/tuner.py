@@ -11,8 +11,7 @@ from typing import Any
 
 from ray import tune
 
-from olora_ray.cluster import resources, tune_internals
-from olora_ray.cluster.quiet import quiet_ray
+from olora_ray.cluster import ray_internals, resources
 from olora_ray.common import logs, storage
 from olora_ray.sweep import record as trial_file
 from olora_ray.sweep import state
@@ -39,7 +38,7 @@ class SearchTrial(tune.Trainable):
 
     def setup(self, config: dict[str, Any], sweep_spec: SweepSpec) -> None:  # type: ignore[override]  # see with_parameters
         """`config` has the trial's number, and its draws."""
-        quiet_ray()
+        ray_internals.quiet_ray()
         logging.getLogger("mlflow").setLevel(logging.ERROR)  # a warning per trial would hide the search
         # The trial's lines are in its own log.txt; what is the same for all trials, the driver says.
         logging.getLogger(logs.PACKAGE).addHandler(logging.NullHandler())
@@ -112,7 +111,7 @@ def build(sweep_spec: SweepSpec, callback: SweepCallback, max_concurrent_trials:
     state names code that is not there any more.
     """
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Tune would end the search as if it were complete
-    tune_internals.keep_credentials()
+    ray_internals.keep_credentials()
     # Each failure is logged by `callback` in one line.
     for name in ("execution.tune_controller", "tune", "analysis.experiment_analysis"):
         logging.getLogger(f"ray.tune.{name}").setLevel(logging.CRITICAL)
@@ -133,7 +132,7 @@ def build(sweep_spec: SweepSpec, callback: SweepCallback, max_concurrent_trials:
             found = tune.Tuner.restore(place, trainable, resume_unfinished=True, param_space=_params(sweep_spec.space))
         except (ImportError, AttributeError):  # a class or function that Tune's pickles name is not there any more
             raise state.not_resumed(sweep_spec.folder) from None
-        tune_internals.go_on_with(found, sweep_spec.folder, max_concurrent_trials, scheduler(sweep_spec))
+        ray_internals.go_on_with(found, sweep_spec.folder, max_concurrent_trials, scheduler(sweep_spec))
         return found
     state.begin(sweep_spec.folder)
     space = sweep_spec.space

@@ -57,7 +57,7 @@ class TrainState:
     precision: str | None = None
     """The base's, by torch's name: what `model.dtype: auto` meant where the run began."""
     self_test: dict[str, Any] | None = None
-    """Result of the model's self-test, and its inputs (cluster/self_tested.py)."""
+    """Result of the model's self-test, and its inputs (cluster/resume.py)."""
     before: list[list[int]] | None = None
     """Answers to held-out prompts before training, as token ids; None until they were made."""
 

@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
@@ -18,12 +18,11 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
-from olora_ray.cluster.groups import Finished, Group, Member, Orders
-from olora_ray.cluster.membership import Membership
-from olora_ray.cluster.mesh import Mesh
+from olora_ray.cluster.membership.peers import Peers
+from olora_ray.cluster.membership.state import Finished, Member, Membership, Orders
 from olora_ray.cluster.preemption import NoPreemption, StopRequests
 from olora_ray.cluster.spec import TrainSpec
-from olora_ray.cluster.train_worker import train_at
+from olora_ray.cluster.worker import train_at
 from olora_ray.cluster.worker_context import RayTrainContext
 from olora_ray.common import collectives, fault_points
 from olora_ray.model.source import BaseModel
@@ -86,33 +85,18 @@ class Place:
             connection.send(answer)
 
 
-@dataclass(frozen=True)
-class SocketMeeting:
+def through(address: Any) -> Callable[..., Any]:
     """A worker's way to the membership."""
 
-    address: Any
-
-    def call(self, name: str, *arguments: Any) -> Any:
-        with Client(self.address) as connection:
+    def call(name: str, *arguments: Any) -> Any:
+        with Client(address) as connection:
             connection.send((name, arguments))
             answer = connection.recv()
         if isinstance(answer, Exception):
             raise answer
         return answer
 
-    def meet(self, member: Member, lost: bool) -> Group:
-        found: Group = self.call("meet", member, lost)
-        return found
-
-    def beat(self, name: str, number: int) -> Orders:
-        found: Orders = self.call("beat", name, number)
-        return found
-
-    def running(self) -> bool:
-        return bool(self.call("running"))
-
-    def leave(self, name: str, why: str) -> None:
-        self.call("leave", name, why)
+    return call
 
 
 class Context(RayTrainContext):
@@ -219,8 +203,8 @@ def _work(
     _keep_worker(kept)
     counted: list[object] = []
     _count_micro_batches(counted)
-    with Mesh(SocketMeeting(address), member) as mesh:
-        result = train_at(Context(), spec, str(folder / "checkpoints"), _channel(folder), mesh)
+    with Peers(through(address), member) as peers:
+        result = train_at(Context(), spec, str(folder / "checkpoints"), _channel(folder), peers)
     assert result.problem is None, result.problem
     trainer, best = kept["worker"].trainer, kept["worker"].evaluator.best
     rows = [] if result.state is None else [[row["step"], *_repeatable(row)] for row in result.state.history]

@@ -41,15 +41,23 @@ def test_the_device_is_the_first_that_was_given(
     assert device_of(given, environment) == torch.device(expected)
 
 
+def given_gpus(monkeypatch: pytest.MonkeyPatch, gpus: list[int], usable: bool = True, ray_runs: bool = True) -> None:
+    """Have Ray give this process these GPUs of its node, which torch can use or not."""
+    for place, name, value in (
+        (ray, "is_initialized", ray_runs),
+        (ray, "get_gpu_ids", gpus),
+        (torch.cuda, "is_available", usable),
+    ):
+        monkeypatch.setattr(place, name, lambda value=value: value)
+
+
 def test_without_ray_it_is_the_cpu_whatever_torch_sees(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    given_gpus(monkeypatch, [0], ray_runs=False)
     assert assigned_device() == torch.device("cpu")
 
 
 def test_a_gpu_that_torch_cannot_use_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray, "is_initialized", lambda: True)
-    monkeypatch.setattr(ray, "get_gpu_ids", lambda: [3])
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    given_gpus(monkeypatch, [3], usable=False)
     with pytest.raises(UserError, match=r"^cluster.gpus_per_worker: this process was given GPU 3 [^\n]* set it to 0$"):
         assigned_device()
 
@@ -65,12 +73,10 @@ def as_in_nvidias_images() -> Iterator[None]:
 
 @pytest.mark.usefixtures("as_in_nvidias_images")
 def test_float32_is_multiplied_as_float32_in_a_process_with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray, "is_initialized", lambda: True)
-    monkeypatch.setattr(ray, "get_gpu_ids", list)
+    given_gpus(monkeypatch, [])
     assert assigned_device() == torch.device("cpu")
     assert torch.get_float32_matmul_precision() == "high", "nothing to do with us"
-    monkeypatch.setattr(ray, "get_gpu_ids", lambda: [0])
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    given_gpus(monkeypatch, [0])
     assert assigned_device().type == "cuda"
     assert torch.get_float32_matmul_precision() == "highest"
 

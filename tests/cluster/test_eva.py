@@ -1,5 +1,6 @@
 """A worker that trains EVA: made once, of the training data, and never again; ranks as they were found."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,8 @@ import torch
 
 from olora_ray.adapter import initialise
 from olora_ray.cluster.channel import Started
-from olora_ray.cluster.preemption import StopRequests
 from olora_ray.cluster.spec import TrainSpec
-from olora_ray.cluster.train_worker import train_at
+from olora_ray.cluster.worker import train_at
 from olora_ray.cluster.worker_context import SharedBase, SharedBaseContext
 from olora_ray.model.source import BaseModel
 from olora_ray.sweep import shared_work
@@ -22,17 +22,10 @@ from tests.cluster.test_worker import SETTINGS, Channel, adapter, same, train
 EVA: dict[str, Any] = {"adapter__method": "eva", "adapter__init_tokens": 96}
 
 
-@pytest.fixture(autouse=True)
-def nobody_asks_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(StopRequests, "_listen", lambda self: None)
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(StopRequests, "_listen", lambda self: None)
-        assert train(folder, **EVA)[0].problem is None
+    assert train(folder, **EVA)[0].problem is None
     return folder
 
 
@@ -42,26 +35,26 @@ def ranks(folder: Path) -> set[int]:
 
 @pytest.mark.parametrize("lost", [(6,), (6, 3, 0)])
 def test_a_resumed_run_has_the_factors_of_its_checkpoint(
-    whole: Path, tmp_path: Path, lost: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+    whole: Path, tmp_path: Path, lost: tuple[int, ...], without_new_factors: Callable[[], None]
 ) -> None:
     train(tmp_path, **EVA)
     for step in lost:
         (tmp_path / checkpoints.name_of(step) / "manifest.json").unlink()
     if 0 not in lost:
-        monkeypatch.setattr("olora_ray.cluster.resume.new_factors", None)
+        without_new_factors()
     assert train(tmp_path, **EVA)[0].problem is None
     assert same(adapter(tmp_path, 6), adapter(whole, 6))
     assert min(ranks(whole)) < 4 < max(ranks(whole))
 
 
-def test_factors_of_gradients_are_made_and_kept_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_factors_of_gradients_are_made_and_kept_too(tmp_path: Path, without_new_factors: Callable[[], None]) -> None:
     settings = {"adapter__method": "lora_ga", "adapter__init_tokens": 60}
     first, channel = train(tmp_path, **settings)
     assert first.problem is None
     assert any("lora_ga: 60 supervised tokens of" in str(message) for message in channel.messages)
     before = adapter(tmp_path, 6)
     (tmp_path / checkpoints.name_of(6) / "manifest.json").unlink()
-    monkeypatch.setattr("olora_ray.cluster.resume.new_factors", None)
+    without_new_factors()
     assert train(tmp_path, **settings)[0].problem is None
     assert same(adapter(tmp_path, 6), before)
 
@@ -93,7 +86,7 @@ def base() -> SharedBase:
 
 
 def test_the_trials_of_a_search_take_the_factors_that_were_made_for_it(
-    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without_new_factors: Callable[[], None]
 ) -> None:
     place = str(tmp_path / "shared")
     monkeypatch.setattr(shared_work, "assigned_device", lambda: torch.device("cpu"))
@@ -103,7 +96,7 @@ def test_the_trials_of_a_search_take_the_factors_that_were_made_for_it(
     mine = spec(place)
     assert initialise.has(mine.factor_place(), mine.factor_origin(), 4)
     assert not initialise.has(mine.factor_place(), mine.factor_origin(), 2), "ranks of another budget are others"
-    monkeypatch.setattr("olora_ray.cluster.resume.new_factors", None)
+    without_new_factors()
     result = train_at(SharedBaseContext(base()), spec(place), str(tmp_path / "trial"), Channel())
     assert result.problem is None
     assert same(adapter(tmp_path / "trial", 6), adapter(whole, 6))

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from olora_ray.cluster import membership
 from olora_ray.train import checkpoints
 from tests import tiny
 from tests.cluster.gathering import Fault, Outcome, Workers, workers
@@ -66,7 +65,7 @@ def test_a_worker_that_joins_takes_part(model: Path, untouched: Outcome, tmp_pat
         found.wait_for((tmp_path / "wait-step-3").exists)
         found.place.do("want", 1)
         found.start()
-        found.wait_for(lambda: found.place.membership._here)
+        found.wait_for(lambda: found.place.membership.waiting)
         (tmp_path / "go").touch()
         assert found.wait(0, 1, 2) == [untouched] * 3
         (line,) = found.told()
@@ -80,26 +79,25 @@ def test_one_that_is_not_wanted_waits_until_another_is_gone(model: Path, untouch
         found.start(Fault("step", 5, "kill"))
         found.wait_for((tmp_path / "wait-step-3").exists)
         found.start()
-        found.wait_for(lambda: found.place.membership._here)
+        found.wait_for(lambda: found.place.membership.waiting)
         (tmp_path / "go").touch()
         assert found.wait(0, 2) == [untouched] * 2
         assert found.told() == ["worker 1 died and 1 worker joined: 2 after 5"]
 
 
-def test_a_worker_that_hangs_is_given_up_and_comes_back(
-    model: Path, untouched: Outcome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_worker_that_hangs_is_given_up_and_comes_back(model: Path, untouched: Outcome, tmp_path: Path) -> None:
     with workers(tmp_path, model, 3) as found:
         found.start()
         found.start(Fault("step", 6, "wait"))
         found.start(Fault("step", 2, "stop"))
         found.wait_for((tmp_path / "stop-step-2").exists)
-        with monkeypatch.context() as patience:  # not before: a start on a busy machine is silent for longer
-            patience.setattr(membership, "SILENCE", 5.0)
-            found.wait_for((tmp_path / "wait-step-6").exists)
+        patience = found.place.membership.silence
+        found.place.membership.silence = 5.0  # not before: a start on a busy machine is silent for longer
+        found.wait_for((tmp_path / "wait-step-6").exists)
+        found.place.membership.silence = patience
         assert found.told() == ["worker 2 gave no sign of life for 5 s: 2 after 2"]
         os.kill(found.processes[2].pid, signal.SIGCONT)
-        found.wait_for(lambda: found.place.membership._here)
+        found.wait_for(lambda: found.place.membership.waiting)
         (tmp_path / "go").touch()
         assert found.wait(0, 1, 2) == [untouched] * 3
         assert len(found.told()) == 2
@@ -118,9 +116,9 @@ def test_workers_leave_a_node_with_notice(model: Path, untouched: Outcome, tmp_p
         found.start(Fault("step", 3, "wait"), node="staying")
         found.start(node="leaving")
         found.wait_for((tmp_path / "wait-step-3").exists)
-        assert found.place.do("drain", {"leaving"})
-        assert not found.place.do("drain", {"leaving", "staying"})
-        assert found.place.do("drain", {"leaving"})
+        assert found.place.do("drain_nodes", {"leaving"})
+        assert not found.place.do("drain_nodes", {"leaving", "staying"})
+        assert found.place.do("drain_nodes", {"leaving"})
         found.wait_for(lambda: found.place.asked_to_leave >= 2)  # or the few steps are over before it has heard
         (tmp_path / "go").touch()
         left, stayed = found.wait(1, 0)

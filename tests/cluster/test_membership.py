@@ -6,10 +6,22 @@ from collections.abc import Awaitable
 from typing import Any
 
 import pytest
+import ray
 
-from olora_ray.cluster import membership
-from olora_ray.cluster.groups import Absent, Finished, Group, Member, Orders
-from olora_ray.cluster.membership import Membership
+from olora_ray.cluster.channel import DriverChannel
+from olora_ray.cluster.membership.state import (
+    TRANSITIONS,
+    Absent,
+    Event,
+    Finished,
+    Group,
+    Member,
+    Membership,
+    Orders,
+    Phase,
+)
+from olora_ray.cluster.membership.train_backend import LateStart
+from olora_ray.cluster.spec import LEFT, TrainResult
 
 
 def member(rank: int, node: str = "") -> Member:
@@ -19,9 +31,9 @@ def member(rank: int, node: str = "") -> Member:
 class Hall:
     """A membership, and those that wait in it."""
 
-    def __init__(self, wanted: int) -> None:
+    def __init__(self, wanted: int, silence: float = 20.0) -> None:
         self.dead: set[str] = set()
-        self.membership = Membership(wanted, lambda one: one.name in self.dead)
+        self.membership = Membership(wanted, lambda one: one.name in self.dead, silence)
 
     async def comes(self, rank: int, node: str = "", lost: bool = False) -> "asyncio.Task[Group]":
         task = asyncio.create_task(self.membership.meet(member(rank, node), lost))
@@ -51,12 +63,10 @@ def test_the_first_group_waits_for_as_many_as_are_wanted() -> None:
         hall = Hall(3)
         one, two = await hall.comes(2), await hall.comes(0)
         assert not await hall.membership.running()
-        assert not await hall.membership.trains()
         three = await hall.comes(1)
         assert ranks(await one) == ranks(await two) == ranks(await three) == [0, 1, 2]
         assert (await one).begins
         assert await hall.membership.running()
-        assert await hall.membership.trains()
 
     run(work())
 
@@ -118,9 +128,7 @@ def test_one_that_died_while_it_waited_does_not_come_in() -> None:
     run(work())
 
 
-def test_a_group_is_complete_when_another_one_would_be_a_spare(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(membership, "MISSED", -1.0)  # nobody here gives signs of life
-
+def test_a_group_is_complete_when_another_one_would_be_a_spare() -> None:
     async def work() -> None:
         hall = Hall(2)
         assert not await hall.membership.complete()
@@ -128,24 +136,12 @@ def test_a_group_is_complete_when_another_one_would_be_a_spare(monkeypatch: pyte
         assert not await hall.membership.complete()  # those that begin wait for nobody's step
         await hall.comes(0)
         assert await hall.membership.complete()
-        hall.dead.add("w0")
+        await hall.membership.leave("w0", "failed")
         assert not await hall.membership.complete()
         await hall.comes(7)
         assert await hall.membership.complete()
-        hall.dead.add("w7")
+        await hall.membership.leave("w7", "failed")
         assert not await hall.membership.complete()
-
-    run(work())
-
-
-def test_nobody_looks_for_members_that_have_just_been_heard() -> None:
-    """A look at each of hundreds would hold up those that want to meet."""
-
-    async def work() -> None:
-        hall = Hall(1)
-        await hall.group(0)
-        hall.dead.add("w0")
-        assert await hall.membership.complete()
 
     run(work())
 
@@ -155,8 +151,11 @@ def test_when_all_are_gone_others_begin_anew() -> None:
         hall = Hall(2)
         await hall.group(0, 1)
         hall.dead |= {"w0", "w1"}
+        new = await hall.comes(2)  # one that waits for them is reason enough to look whether they have died
+        await asyncio.sleep(0.3)
         assert not await hall.membership.running()
-        assert (await hall.group(2, 3)).begins
+        await hall.comes(3)
+        assert (await new).begins
 
     run(work())
 
@@ -168,7 +167,7 @@ def test_nobody_waits_for_those_that_were_wanted_and_are_no_more() -> None:
         await hall.group(0)
         await hall.membership.want(1)
         await hall.membership.want(-1)
-        hall.dead.add("w0")
+        await hall.membership.leave("w0", "failed")
         assert not await hall.membership.running()
         assert (await hall.group(2)).begins
 
@@ -207,14 +206,11 @@ def test_a_member_of_an_old_group_has_to_come_again() -> None:
     run(work())
 
 
-def test_those_that_were_all_given_up_hear_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(membership, "SILENCE", 0.2)
-
+def test_those_that_were_all_given_up_hear_of_it() -> None:
     async def work() -> None:
-        hall = Hall(2)
+        hall = Hall(2, silence=0.2)
         group = await hall.group(0, 1)
         await asyncio.sleep(0.5)
-        assert not await hall.membership.trains()
         assert await hall.membership.beat("w0", group.number) == Orders(over=True)
         again, _ = await hall.comes(0, lost=True), await hall.comes(1, lost=True)
         assert (await again).begins
@@ -227,9 +223,9 @@ def test_members_leave_nodes_that_are_taken_away_unless_all_would() -> None:
         hall = Hall(2)
         one, _ = await hall.comes(0, "a"), await hall.comes(1, "b")
         number = (await one).number
-        assert not await hall.membership.drain({"a", "b"})
+        assert not await hall.membership.drain_nodes({"a", "b"})
         assert await hall.membership.beat("w1", number) == Orders()
-        assert await hall.membership.drain({"b"})
+        assert await hall.membership.drain_nodes({"b"})
         assert await hall.membership.beat("w1", number) == Orders(meet=True, leave=True)
         assert await hall.membership.beat("w0", number) == Orders(meet=True)
 
@@ -241,7 +237,7 @@ def test_nobody_waits_for_a_group_that_will_not_come() -> None:
         hall = Hall(1)
         await hall.group(0)
         spare = await hall.comes(1)
-        await hall.membership.finish()
+        await hall.membership.close()
         with pytest.raises(Finished):
             await spare
         with pytest.raises(Finished):
@@ -250,11 +246,9 @@ def test_nobody_waits_for_a_group_that_will_not_come() -> None:
     run(work())
 
 
-def test_the_driver_hears_of_members_that_hang_and_of_their_being_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(membership, "SILENCE", 1.0)
-
+def test_the_driver_hears_of_members_that_hang_and_of_their_being_none() -> None:
     async def work() -> None:
-        hall = Hall(2)
+        hall = Hall(2, silence=1.0)
         assert await hall.membership.absent() == Absent(began=False)
         early = await hall.comes(0)
         await asyncio.sleep(0.1)  # the other one does not come: its node was lost while it started
@@ -272,7 +266,7 @@ def test_the_driver_hears_of_members_that_hang_and_of_their_being_none(monkeypat
         await asyncio.sleep(0.1)
         alone = (await hall.membership.absent()).nobody_for
         assert 0.1 <= alone < 5
-        monkeypatch.setattr(membership, "SILENCE", 20.0)
+        hall.membership.silence = 20.0
         waiting = await hall.comes(2)
         assert (await hall.membership.absent()).nobody_for < alone
         await asyncio.sleep(0.1)  # the other one does not come: its node is gone
@@ -284,11 +278,9 @@ def test_the_driver_hears_of_members_that_hang_and_of_their_being_none(monkeypat
     run(work())
 
 
-def test_members_are_not_given_up_when_nobody_could_be_heard(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(membership, "SILENCE", 1.5)
-
+def test_members_are_not_given_up_when_nobody_could_be_heard() -> None:
     async def work() -> None:
-        hall = Hall(2)
+        hall = Hall(2, silence=1.5)
         group = await hall.group(0, 1)
         await asyncio.sleep(0.2)
         time.sleep(2)  # the process of the membership stands still
@@ -297,3 +289,136 @@ def test_members_are_not_given_up_when_nobody_could_be_heard(monkeypatch: pytest
         assert await hall.membership.beat("w0", group.number) == Orders()
 
     run(work())
+
+
+def test_a_group_is_lost_formed_and_deserted_as_the_table_says() -> None:
+    async def work() -> None:
+        hall = Hall(1)
+        assert hall.membership.phase is Phase.GATHERING
+        group = await hall.group(0)
+        assert hall.membership.phase is Phase.TRAINING
+        hall.dead.add("w0")
+        waiting = await hall.comes(1)
+        await hall.membership.begin_anew(1, 2)
+        assert hall.membership.phase is Phase.GATHERING
+        with pytest.raises(ConnectionError):
+            await waiting
+        with pytest.raises(ConnectionError):
+            await hall.membership.meet(member(2))  # of the attempt before
+        assert await hall.membership.beat("w0", group.number) == Orders(over=True)
+
+    run(work())
+    assert {phase for phase, _ in TRANSITIONS} == set(Phase)
+    assert {event for _, event in TRANSITIONS} == set(Event)
+
+
+# The moment at which a worker whose group may change begins to work.
+
+
+class Place(Hall):
+    """The channel's class without an actor, and its members."""
+
+    def __init__(self) -> None:
+        super().__init__(1)
+        channel: Any = DriverChannel
+        self.place = self.membership = channel.__ray_metadata__.modified_class()
+        self.place.died = lambda one: one.name in self.dead
+
+    def asks(self) -> "asyncio.Task[bool]":
+        return asyncio.create_task(self.place.moment_to_start())
+
+
+async def waits(moment: "asyncio.Task[bool]") -> bool:
+    await asyncio.sleep(0.1)
+    return not moment.done()
+
+
+def test_one_that_would_be_a_spare_starts_when_a_step_is_done() -> None:
+    async def work() -> None:
+        hall = Place()
+        assert await hall.asks()  # nobody trains
+        await hall.group(0)
+        moment = hall.asks()
+        for message in ("a line", {"step": 0.0, "eval/loss": 2.0}):
+            await hall.place.send(message)
+            assert await waits(moment)
+        await hall.place.send({"step": 1.0, "train/loss": 2.0})
+        assert await moment
+        await hall.place.want(1)
+        assert await hall.asks()  # it is needed
+
+    run(work())
+
+
+@pytest.mark.parametrize("what", ["has left", "has to leave", "another is wanted"])
+def test_one_that_is_needed_meanwhile_waits_no_longer(what: str) -> None:
+    async def work() -> None:
+        hall = Place()
+        await hall.place.begin_anew(2, 0)
+        one, two = await hall.comes(0, "n0"), await hall.comes(1, "n1")
+        await asyncio.gather(one, two)
+        moment = hall.asks()
+        assert await waits(moment)
+        if what == "has left":
+            await hall.place.leave("w1", "failed")
+        elif what == "has to leave":
+            assert await hall.place.drain_nodes({"n1"})
+        else:
+            await hall.place.want(1)
+        assert await moment
+
+    run(work())
+
+
+def test_one_that_waits_when_the_training_ends_does_not_start() -> None:
+    async def work() -> None:
+        hall = Place()
+        await hall.group(0)
+        moment = hall.asks()
+        assert await waits(moment)
+        await hall.place.finish("a result")
+        assert not await asyncio.wait_for(moment, 5)
+
+    run(work())
+
+
+told: list[str] = []
+
+
+class Work:
+    """Says when it is unpickled, and when it is done."""
+
+    def __setstate__(self, state: object) -> None:
+        told.append("unpickled")
+
+    def __getstate__(self) -> str:
+        return "something"
+
+    def __call__(self, given: object) -> object:
+        told.append("works")
+        return given
+
+
+class Moment:
+    """A channel that answers when it is waited for."""
+
+    def __init__(self, answer: bool) -> None:
+        self.moment_to_start, self.answer = self, answer
+
+    def remote(self) -> bool:
+        return self.answer
+
+
+@pytest.mark.parametrize("starts", [True, False])
+def test_nothing_is_unpickled_before_the_moment(starts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def get(answer: bool) -> bool:
+        told.append("waited")
+        return answer
+
+    monkeypatch.setattr(ray, "get", get)
+    work, place = ray.cloudpickle.dumps(Work()), Moment(starts)
+    told.clear()
+    found = LateStart(place, work)()
+    assert (told, found) == (
+        (["waited", "unpickled", "works"], place) if starts else (["waited"], TrainResult(interrupted=LEFT))
+    )

@@ -9,11 +9,12 @@ import torch
 from safetensors.torch import save_file
 
 from olora_ray.adapter.inject import Coverage, Selection
-from olora_ray.cluster import node_facts, preflight, ray_internals, resources
+from olora_ray.cluster import preflight, resources
 from olora_ray.cluster.node_facts import NodeInfo
 from olora_ray.cluster.preflight import (
     COPIES,
     GIB,
+    Answers,
     Node,
     as_loaded,
     changes,
@@ -51,6 +52,20 @@ def base(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, BaseModel
     save_file(weights, tmp_path / "model.safetensors")
     name = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}[request.param]
     return name, BaseModel("base", str(tmp_path), "")
+
+
+def cluster_of(monkeypatch: pytest.MonkeyPatch, *nodes: tuple[str, dict[str, float], NodeInfo]) -> Answers:
+    """Have Ray tell of these nodes, which have resources and answer with facts; returns the answers."""
+    entries = [{"NodeManagerAddress": address, "Resources": has} for address, has, _ in nodes]
+    answers = [(address, info) for address, _, info in nodes]
+    told: dict[Any, Any] = {
+        (resources, "schedulable_nodes"): lambda: entries,
+        (resources, "worker_resources"): lambda config: dict.fromkeys(nodes[0][1], 1.0),
+        (preflight, "_ask"): lambda config, nodes: (answers, []),
+    }
+    for (module, name), answer in told.items():
+        monkeypatch.setattr(module, name, answer)
+    return answers
 
 
 def node(fits: int, memory: float, gpu_memory: float | None = None) -> Node:
@@ -121,20 +136,18 @@ def test_spares_need_memory_and_no_cpus(base: tuple[str, BaseModel]) -> None:
 def test_only_nodes_with_room_for_workers_are_counted(
     base: tuple[str, BaseModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    nodes = [("10.0.0.1", {"CPU": 8.0, "GPU": 8.0}), ("10.0.0.2", {"CPU": 64.0})]
-    entries = [{"NodeManagerAddress": address, "Resources": has} for address, has in nodes]
-    monkeypatch.setattr(resources, "schedulable_nodes", lambda: entries)
     gpus, cpus = NodeInfo({"torch": "2.13.0+cpu"}, 24 * GIB, 80 * GIB), NodeInfo({"torch": "2.13.0+cpu"}, 999 * GIB)
-    answers, wanted = [("10.0.0.1", gpus), ("10.0.0.2", cpus)], {"CPU": 1.0, "GPU": 1.0}
+    nodes = (("10.0.0.1", {"CPU": 8.0, "GPU": 8.0}, gpus), ("10.0.0.2", {"CPU": 64.0}, cpus))
+    answers, wanted = cluster_of(monkeypatch, *nodes), {"CPU": 1.0, "GPU": 1.0}
     settings = tiny.config(cluster__workers=8, train__global_batch=8)
     (problem,) = problems(settings, base[1], SIZE, wanted, answers)
     assert "room for 5 (node 10.0.0.1 has 24.0 GiB)" in problem
     assert list(problems(tiny.config(cluster__workers=4), base[1], SIZE, wanted, answers)) == []
     too_many = tiny.config(cluster__workers=9, train__global_batch=9)  # told by another check
     assert list(problems(too_many, base[1], SIZE, wanted, answers)) == []
-    (unusable,) = preflight._gpus(wanted, answers)
+    (unusable,) = preflight.gpu_problems(wanted, answers)
     assert unusable.startswith("node 10.0.0.1: has GPUs, and torch 2.13.0+cpu")
-    assert preflight._gpus({"CPU": 1.0}, answers) == []
+    assert preflight.gpu_problems({"CPU": 1.0}, answers) == []
 
 
 @pytest.fixture(scope="module")
@@ -158,11 +171,8 @@ def sized(model: str, again: bool | str, micro: int = 8) -> tuple[Config, BaseMo
     return config, found, estimate(config, found, gpu=False)
 
 
-def one_node(monkeypatch: pytest.MonkeyPatch, memory: int) -> list[tuple[str, NodeInfo]]:
-    monkeypatch.setattr(
-        resources, "schedulable_nodes", lambda: [{"NodeManagerAddress": "10.0.0.1", "Resources": {"CPU": 1.0}}]
-    )
-    return [("10.0.0.1", NodeInfo({}, memory))]
+def one_node(monkeypatch: pytest.MonkeyPatch, memory: int) -> Answers:
+    return cluster_of(monkeypatch, ("10.0.0.1", {"CPU": 1.0}, NodeInfo({}, memory)))
 
 
 def test_auto_has_blocks_run_again_only_where_a_step_does_not_fit(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,8 +181,6 @@ def test_auto_has_blocks_run_again_only_where_a_step_does_not_fit(model: str, mo
     assert again.activation_bytes < plain.activation_bytes / 2
     for memory, wanted in ((2 * plain.total_bytes(), False), ((plain.total_bytes() + again.total_bytes()) // 2, True)):
         answers = one_node(monkeypatch, memory + PROCESS_BYTES)
-        monkeypatch.setattr(resources, "worker_resources", lambda config: {"CPU": 1.0})
-        monkeypatch.setattr(preflight, "_ask", lambda config, nodes, answers=answers: (answers, []))
         for setting, expected in (("auto", wanted), (False, False), (True, True)):
             config, _, size = sized(model, setting)
             assert preflight.recomputes(config, base) is expected
@@ -189,11 +197,9 @@ def test_auto_has_blocks_run_again_only_where_a_step_does_not_fit(model: str, mo
 def test_gpus_before_ampere_are_planned_as_they_load(
     generation: tuple[int, int] | None, dtype: str, attention: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    entries = [{"NodeManagerAddress": "a", "Resources": {"CPU": 4.0, "GPU": 1.0}}]
-    entries += [{"NodeManagerAddress": "b", "Resources": {"CPU": 4.0}}]
-    monkeypatch.setattr(resources, "schedulable_nodes", lambda: entries)
-    old = NodeInfo({}, GIB, GIB, gpu_generation=(6, 1))
-    answers = [("a", NodeInfo({}, GIB, GIB, gpu_generation=generation)), ("b", old)]  # b offers no GPU to workers
+    young, old = (NodeInfo({}, GIB, GIB, gpu_generation=each) for each in (generation, (6, 1)))
+    nodes = (("a", {"CPU": 4.0, "GPU": 1.0}, young), ("b", {"CPU": 4.0}, old))  # b offers no GPU to workers
+    answers = cluster_of(monkeypatch, *nodes)
     found = as_loaded(tiny.config(), {"CPU": 1.0, "GPU": 1.0}, answers).model
     assert (found.dtype, found.attention) == (dtype, attention)
     named = tiny.config(model__dtype="bfloat16", model__attention="eager")
@@ -218,12 +224,11 @@ def test_a_run_that_is_resumed_is_planned_in_the_precision_that_it_began_in(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    entry = {"NodeManagerAddress": "a", "Resources": {"CPU": 1.0, "GPU": 1.0}}
-    monkeypatch.setattr(resources, "schedulable_nodes", lambda: [entry])
+    info = NodeInfo({}, GIB, GIB, gpu_generation=generation)
+    answers = cluster_of(monkeypatch, ("a", {"CPU": 1.0, "GPU": 1.0}, info))
     config = tiny.config(run__storage=str(tmp_path))
     place = Path(config.folder(), "checkpoints", checkpoints.name_of(3))
     checkpoint.save(place, {}, None, {}, TrainState(3, precision=began), {}, "")
-    answers = [("a", NodeInfo({}, GIB, GIB, gpu_generation=generation))]
     found = as_loaded(config, {"CPU": 1.0, "GPU": 1.0}, answers).model
     assert (found.dtype, found.attention) == (dtype, attention)
 
@@ -235,19 +240,10 @@ def test_a_step_that_fits_in_bfloat16_only_is_run_again_on_a_gpu_before_ampere(
     base = obtain(config)
     wide = estimate(override(config, {"model.dtype": "float32"}), base, gpu=True)
     too_little = wide.total_bytes() + PROCESS_BYTES  # by what is to be spare
-    entry = {"NodeManagerAddress": "a", "Resources": {"CPU": 1.0, "GPU": 1.0}}
-    monkeypatch.setattr(resources, "schedulable_nodes", lambda: [entry])
-    monkeypatch.setattr(resources, "worker_resources", lambda config: {"CPU": 1.0, "GPU": 1.0})
     for generation, again in (((8, 0), False), ((7, 5), True)):
-        answers = [("a", NodeInfo({}, 99 * GIB, too_little, gpu_generation=generation))]
-        monkeypatch.setattr(preflight, "_ask", lambda config, nodes, answers=answers: (answers, []))
+        info = NodeInfo({}, 99 * GIB, too_little, gpu_generation=generation)
+        cluster_of(monkeypatch, ("a", {"CPU": 1.0, "GPU": 1.0}, info))
         assert preflight.recomputes(config, base) is again
-
-
-def test_a_node_is_as_old_as_its_oldest_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert node_facts.node_info().gpu_generation == min(ray_internals.gpu_generations(), default=None)
-    monkeypatch.setattr(ray_internals, "gpu_generations", lambda: [(8, 0), (7, 5), (10, 0)])
-    assert node_facts.node_info().gpu_generation == (7, 5)
 
 
 def test_an_offloaded_base_lies_in_the_memory_of_the_node(model: str) -> None:

@@ -144,7 +144,7 @@ def test_the_launchers_limits_are_those_of_cluster_yaml() -> None:
         "cpu": {"resources": {"CPU": 8}, "max_workers": 9},
         "gpu": {"resources": {"CPU": 4, "GPU": 1}, "max_workers": 3},
     }
-    found = resources._launched({"max_workers": 4, "head_node_type": "head", "available_node_types": kinds})
+    found = resources.launched({"max_workers": 4, "head_node_type": "head", "available_node_types": kinds})
     assert [(dict(one.resources), one.count) for one in found] == [({"CPU": 4, "GPU": 1}, 3), ({"CPU": 8}, 1)]
     assert resources.room({"CPU": 2, "GPU": 0.5}, found) == 6
 
@@ -166,7 +166,9 @@ def test_uploads_need_room_in_the_temporary_folder(
     settings = tiny.config(run__storage="s3://b/runs")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     for trainable, refused in ((10**3, False), (10**15, True)):
-        found = list(preflight._disk(settings, replace(estimate(settings, base, gpu=False), trainable=trainable), base))
+        found = list(
+            preflight.disk_problems(settings, replace(estimate(settings, base, gpu=False), trainable=trainable), base)
+        )
         assert bool(found) is refused
     assert found[0].startswith(f"run.storage: what is uploaded from {tmp_path} needs about ")
 
@@ -184,10 +186,10 @@ def test_the_tokens_of_other_runs_are_no_room_for_this_one(
             file.truncate(2**36)  # without taking them
 
     lies("tokens")
-    (problem,) = preflight._disk(settings, size, base)
+    (problem,) = preflight.disk_problems(settings, size, base)
     assert "and 1.00 GiB are free" in problem
     lies(settings.run.name)  # its checkpoints, from before
-    assert not list(preflight._disk(settings, size, base))
+    assert not list(preflight.disk_problems(settings, size, base))
 
 
 @pytest.mark.parametrize(
@@ -210,9 +212,9 @@ def test_gpus_that_cannot_be_used_are_told_before_a_worker_gets_them(
 
 def test_builds_of_one_version_are_the_same() -> None:
     here = NodeInfo({"python": "3.11.7", "torch": "2.9.0+cpu"}, 0)
-    assert preflight._versions(here, [("a", NodeInfo({"python": "3.11.2", "torch": "2.9.0+cu126"}, 0))]) == []
+    assert preflight.version_problems(here, [("a", NodeInfo({"python": "3.11.2", "torch": "2.9.0+cu126"}, 0))]) == []
     others = [(name, NodeInfo({"python": "3.12.0", "torch": None}, 0)) for name in "abcde"]
-    python, torch = preflight._versions(here, others)
+    python, torch = preflight.version_problems(here, others)
     assert python.startswith("nodes a, b, c and 2 more: has python 3.12.0, here it is 3.11.7")
     assert "has no torch" in torch
 
@@ -221,10 +223,10 @@ def test_nodes_with_other_code_of_the_project_are_told() -> None:
     """A node that was not updated ran its own version of what the driver asked for, in silence."""
     here = node_facts.node_info()
     assert here.versions["olora_ray"] == f"code {node_cache.project()}"
-    assert preflight._versions(here, [("a", node_facts.node_info())]) == []
+    assert preflight.version_problems(here, [("a", node_facts.node_info())]) == []
     older = {name: version for name, version in here.versions.items() if name != "olora_ray"}
     others = [("a", NodeInfo({**older, "olora_ray": "code 0123"}, 0)), ("b", NodeInfo(older, 0))]
-    another, none = preflight._versions(here, others)
+    another, none = preflight.version_problems(here, others)
     assert another.startswith(
         f"node a: has olora_ray code 0123, here it is code {node_cache.project()}: install the same"
     )
@@ -234,16 +236,16 @@ def test_nodes_with_other_code_of_the_project_are_told() -> None:
 def test_other_code_in_the_folder_of_now_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A checkout that was updated and not installed: the workers import it, and the script what is installed."""
     monkeypatch.chdir(tmp_path)
-    assert preflight._code() == []
+    assert preflight.code_problems() == []
     (tmp_path / "olora_ray").symlink_to(node_cache.PACKAGE)
-    assert preflight._code() == []
+    assert preflight.code_problems() == []
     (tmp_path / "olora_ray").unlink()
     (tmp_path / "olora_ray").mkdir()
     (tmp_path / "olora_ray" / "newer.py").write_text("")
     node_cache.project.cache_clear()
-    assert preflight._code() == [], "no package: what is installed is taken"
+    assert preflight.code_problems() == [], "no package: what is installed is taken"
     (tmp_path / "olora_ray" / "__init__.py").write_text("")
-    [line] = preflight._code()
+    [line] = preflight.code_problems()
     assert line.startswith(
         f"{tmp_path}/olora_ray has other code than {node_cache.PACKAGE}, which this is, and the workers "
     )
@@ -252,6 +254,6 @@ def test_other_code_in_the_folder_of_now_is_told(tmp_path: Path, monkeypatch: py
 def test_only_a_run_that_needs_a_package_wants_it_on_all_nodes() -> None:
     here = NodeInfo({"torch": "2.9.0", "bitsandbytes": "0.50.2"}, 0)
     others = [("a", NodeInfo({"torch": "2.9.0", "bitsandbytes": None}, 0))]
-    assert preflight._versions(here, others) == []
-    [line] = preflight._versions(here, others, "bitsandbytes")
+    assert preflight.version_problems(here, others) == []
+    [line] = preflight.version_problems(here, others, "bitsandbytes")
     assert line == "node a: has no bitsandbytes, here it is 0.50.2: install the same version on all nodes"

@@ -17,6 +17,12 @@ from tests.families import zoo
 from tests.families.variants import ALL
 
 
+def put(monkeypatch: pytest.MonkeyPatch, module: Any, **functions: Any) -> None:
+    """Put functions in the place of a module's."""
+    for name, function in functions.items():
+        monkeypatch.setattr(module, name, function)
+
+
 def known(model: Any, targets: Any) -> dict[str, AdapterWeights]:
     """An adapter as a checkpoint gives it: in another order than the model's."""
     made, _ = initialise(find_targets(model, targets, 4), "olora", 4, 0, torch.device("cpu"))
@@ -42,11 +48,10 @@ def test_shared_factors_that_one_worker_cannot_read_are_made_by_all(
     others: list[bool], found: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The disk of its node was full: it went to make them alone, and waited for the others, which trained already."""
-    monkeypatch.setattr(resume.initialise, "read", lambda *_: {"shared": None})
-    monkeypatch.setattr(resume.collectives, "gather", lambda value: [value, *others])
-    monkeypatch.setattr(resume, "new_factors", lambda *_: ({"made": None}, None, None))
-    monkeypatch.setattr(resume, "describe", lambda *_: "")
-    monkeypatch.setattr(resume, "at_scale", lambda made, adapter: made)
+    put(monkeypatch, resume.initialise, read=lambda *_: {"shared": None})
+    put(monkeypatch, resume.collectives, gather=lambda value: [value, *others])
+    made = {"new_factors": lambda *_: ({"made": None}, None, None), "at_scale": lambda made, adapter: made}
+    put(monkeypatch, resume, describe=lambda *_: "", **made)
     spec: Any = SimpleNamespace(
         config=tiny.config(), shared="/search/shared", factor_place=str, factor_origin=dict, train=None
     )
@@ -64,9 +69,8 @@ def test_a_checkpoint_that_a_worker_cannot_fetch_now_is_for_another_group_of_wor
     def read(place: str) -> None:
         raise kind("slow down")
 
-    monkeypatch.setattr(resume.collectives, "rank", lambda: 1)
-    monkeypatch.setattr(resume.collectives, "from_first", lambda _: "s3://b/step-3")
-    monkeypatch.setattr(resume.checkpoints, "read", read)
+    put(monkeypatch, resume.collectives, rank=lambda: 1, from_first=lambda _: "s3://b/step-3")
+    put(monkeypatch, resume.checkpoints, read=read)
     spec: Any = SimpleNamespace(config=tiny.config(train__start="s3://b/step-3"))
     with pytest.raises(Exception, match="worker 1 cannot use what worker 0 can: slow down") as caught:
         restored(spec, "s3://b")

@@ -12,10 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from olora_ray.cluster import self_tested as module
-from olora_ray.cluster import spec
-from olora_ray.cluster.resume import StartingPoint
-from olora_ray.cluster.self_tested import self_tested
+from olora_ray.cluster import resume
+from olora_ray.cluster.resume import StartingPoint, self_tested
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.common import collectives, node_cache
 from olora_ray.common.errors import UserError
@@ -27,6 +25,7 @@ from tests import tiny
 from tests.crew import Crew
 from tests.families import zoo
 from tests.families.variants import ALL
+from tests.said import said
 
 CONTEXT: Any = SimpleNamespace(activate=lambda adapted: contextlib.nullcontext(), device=torch.device("cpu"))
 
@@ -61,27 +60,24 @@ def test_what_fails_on_one_worker_ends_all_with_its_line(crew: Callable[[int], C
     assert crew(2).run(collectives.rank) == [0, 1], "nobody waits for another"
 
 
-def _resumed(
-    monkeypatch: pytest.MonkeyPatch, state: TrainState, digest: str = "", **settings: Any
-) -> tuple[StartingPoint, list[str]]:
-    """A worker that resumes with this state, as a checkpoint keeps it; and the tests that it does.
+def _resumed(state: TrainState, digest: str = "", **settings: Any) -> tuple[StartingPoint, bool]:
+    """A worker that resumes with this state, as a checkpoint keeps it; and whether it tests its model.
 
     What is found of a base without a digest is not kept on the node.
     """
-    done: list[str] = []
-    test = module._attention
-    monkeypatch.setattr(module, "_attention", lambda *given: done.append("tested") or test(*given))
     config = tiny.config(**settings)
     state = TrainState(**json.loads(json.dumps(asdict(state))))
     start = StartingPoint(tiny.trainer(config), "eager", state, None, resumed=state.self_test is not None)
-    return self_tested(CONTEXT, spec_of(config, digest), start), done
+    with said() as lines:
+        found = self_tested(CONTEXT, spec_of(config, digest), start)
+    return found, not any("self-test: has passed before" in line for line in lines)
 
 
-def test_what_has_passed_is_not_tested_again_by_a_worker_that_resumes(monkeypatch: pytest.MonkeyPatch) -> None:
-    first, done = _resumed(monkeypatch, TrainState())
-    assert done == ["tested"]
-    again, done = _resumed(monkeypatch, first.state)
-    assert done == []
+def test_what_has_passed_is_not_tested_again_by_a_worker_that_resumes() -> None:
+    first, done = _resumed(TrainState())
+    assert done
+    again, done = _resumed(first.state)
+    assert not done
     before, after = first.trainer.loss, again.trainer.loss
     assert again.attention == first.attention == "segments"
     model: Any = after.model
@@ -101,27 +97,27 @@ def test_what_has_passed_is_not_tested_again_by_a_worker_that_resumes(monkeypatc
         {"train__micro_batch": 1},
     ],
 )
-def test_other_settings_are_tested_again(monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any]) -> None:
-    first, _ = _resumed(monkeypatch, TrainState())
-    assert _resumed(monkeypatch, first.state, **changed)[1] == ["tested"]
+def test_other_settings_are_tested_again(changed: dict[str, Any]) -> None:
+    first, _ = _resumed(TrainState())
+    assert _resumed(first.state, **changed)[1]
 
 
 @pytest.mark.parametrize("what", ["device", "processor", "threads", "torch", "code", "precision"])
-def test_another_worker_or_version_tests_again(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
-    first, _ = _resumed(monkeypatch, TrainState())
+def test_another_worker_or_version_tests_again(what: str) -> None:
+    first, _ = _resumed(TrainState())
     assert first.state.self_test is not None
     first.state.self_test["with"][what] = "another"
-    again, done = _resumed(monkeypatch, first.state)
-    assert done == ["tested"]
+    again, done = _resumed(first.state)
+    assert done
     assert again.state.self_test is not None
     assert again.state.self_test["with"][what] != "another"
 
 
-def test_what_cannot_be_read_is_tested_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    first, _ = _resumed(monkeypatch, TrainState())
+def test_what_cannot_be_read_is_tested_again() -> None:
+    first, _ = _resumed(TrainState())
     assert first.state.self_test is not None
     for damaged in ({**first.state.self_test, "found": {"attention": 3}}, {"with": {}}, {"found": None}):
-        assert _resumed(monkeypatch, TrainState(self_test=damaged))[1] == ["tested"]
+        assert _resumed(TrainState(self_test=damaged))[1]
 
 
 @pytest.fixture
@@ -131,34 +127,32 @@ def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_the_node_keeps_what_has_passed_for_the_next_run(node: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first, done = _resumed(monkeypatch, TrainState(), "base")
-    assert done == ["tested"]
-    again, done = _resumed(monkeypatch, TrainState(), "base")
-    assert done == []
+def test_the_node_keeps_what_has_passed_for_the_next_run(node: Path) -> None:
+    first, done = _resumed(TrainState(), "base")
+    assert done
+    again, done = _resumed(TrainState(), "base")
+    assert not done
     assert again.attention == first.attention
     assert again.trainer.loss.tested == first.trainer.loss.tested
     assert again.state.self_test == first.state.self_test, "another node that resumes the run need not test it either"
-    assert _resumed(monkeypatch, TrainState(), "another base")[1] == ["tested"]
-    assert _resumed(monkeypatch, TrainState(), "base", adapter__rank=2)[1] == ["tested"]
-    assert _resumed(monkeypatch, TrainState(), "base", model__attention="sdpa")[1] == ["tested"]
+    assert _resumed(TrainState(), "another base")[1]
+    assert _resumed(TrainState(), "base", adapter__rank=2)[1]
+    assert _resumed(TrainState(), "base", model__attention="sdpa")[1]
     for _ in range(2):  # its code may lie elsewhere, and change there
-        assert _resumed(monkeypatch, TrainState(), "base", model__trust_remote_code=True)[1] == ["tested"]
-    assert _resumed(monkeypatch, TrainState(), "base")[1] == []
-    monkeypatch.setattr(node_cache, "code", lambda: "another version")
-    assert _resumed(monkeypatch, TrainState(), "base")[1] == ["tested"]
+        assert _resumed(TrainState(), "base", model__trust_remote_code=True)[1]
+    assert not _resumed(TrainState(), "base")[1]
 
 
-def test_what_a_node_has_kept_of_a_broken_disk_is_tested_again(node: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _resumed(monkeypatch, TrainState(), "base")
+def test_what_a_node_has_kept_of_a_broken_disk_is_tested_again(node: Path) -> None:
+    _resumed(TrainState(), "base")
     [file] = (node / "self-tests").iterdir()
     file.write_text(file.read_text()[:20])
-    assert _resumed(monkeypatch, TrainState(), "base")[1] == ["tested"]
+    assert _resumed(TrainState(), "base")[1]
 
 
 def test_a_base_that_has_passed_for_one_trial_is_looked_at_for_the_next() -> None:
     def again(loss: SupervisedLoss, **settings: Any) -> SelfTest:
-        return spec.tested(loss, spec_of(tiny.config(**settings)), [], CONTEXT.device)
+        return resume.tested(loss, spec_of(tiny.config(**settings)), [], CONTEXT.device)
 
     neighbours = SupervisedLoss(tiny.of_kind("phi3", tiny.LONG_ROPE))
     neighbours.tested = SelfTest("segments")

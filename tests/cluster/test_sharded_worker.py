@@ -11,7 +11,7 @@ import torch.distributed as dist
 from olora_ray.cluster import worker_context
 from olora_ray.cluster.preemption import NoPreemption, StopRequests
 from olora_ray.cluster.spec import TrainSpec
-from olora_ray.cluster.train_worker import train_at
+from olora_ray.cluster.worker import train_at
 from olora_ray.cluster.worker_context import RayTrainContext
 from olora_ray.model.source import BaseModel
 from olora_ray.train import checkpoints
@@ -38,12 +38,9 @@ def run(model: Path, storage: Path, strategy: str, changes: dict[str, Any]) -> t
     held_out: Any = tiny.store(3, seed=9)
     spec = TrainSpec(settings, BaseModel("m", str(model), "base"), "tokenizer", (1,), train, held_out)
     channel, context = Channel(), Context()
-    listen = StopRequests._listen
-    StopRequests._listen = lambda self: None  # type: ignore[method-assign]
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StopRequests, "_listen", lambda self: None)
         result = train_at(context, spec, str(storage), channel)
-    finally:
-        StopRequests._listen = listen  # type: ignore[method-assign]
     assert (result.problem, result.interrupted) == (None, None)
     told = [channel.metrics(name) for name in ("train/loss", "eval/loss", "train/grad_norm")]
     assert context._loss is not None

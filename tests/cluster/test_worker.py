@@ -10,15 +10,12 @@ import pytest
 import ray
 import torch
 
-from olora_ray.cluster import train_worker
+from olora_ray.cluster import ray_internals, worker
 from olora_ray.cluster.channel import Resumed, Started
-from olora_ray.cluster.evaluator import Evaluator
-from olora_ray.cluster.groups import Orders
-from olora_ray.cluster.preemption import StopRequests
+from olora_ray.cluster.membership.state import Orders
 from olora_ray.cluster.resume import named
 from olora_ray.cluster.spec import TrainResult, TrainSpec
-from olora_ray.cluster.train_worker import train_at
-from olora_ray.cluster.worker import Worker, _Left
+from olora_ray.cluster.worker import Evaluator, Worker, _Left, train_at
 from olora_ray.cluster.worker_context import SharedBase, SharedBaseContext
 from olora_ray.common.collectives import PeerLost
 from olora_ray.common.errors import TryAgain
@@ -52,11 +49,6 @@ class Channel:
         rows = [message for message in self.messages if isinstance(message, dict) and name in message]
         assert len({row["step"] for row in rows}) == len(rows)
         return {int(row["step"]): row[name] for row in rows}
-
-
-@pytest.fixture(autouse=True)
-def nobody_asks_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(StopRequests, "_listen", lambda self: None)
 
 
 def train(folder: Path, again: bool = False, measured_on: Any = None, **changes: Any) -> tuple[TrainResult, Channel]:
@@ -99,9 +91,7 @@ def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainResult, Channel]:
     folder = tmp_path_factory.mktemp("whole")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(StopRequests, "_listen", lambda self: None)
-        return folder, *train(folder)
+    return folder, *train(folder)
 
 
 def test_a_run_is_told_step_by_step(whole: tuple[Path, TrainResult, Channel]) -> None:
@@ -117,13 +107,16 @@ def test_a_run_is_told_step_by_step(whole: tuple[Path, TrainResult, Channel]) ->
 
 @pytest.mark.parametrize("lost", [(6,), (6, 3)])
 def test_a_resumed_run_ends_with_the_same_bytes(
-    whole: tuple[Path, TrainResult, Channel], tmp_path: Path, lost: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+    whole: tuple[Path, TrainResult, Channel],
+    tmp_path: Path,
+    lost: tuple[int, ...],
+    without_new_factors: Callable[[], None],
 ) -> None:
     train(tmp_path)
     for step in lost:
         (tmp_path / checkpoints.name_of(step) / "manifest.json").unlink()
     if 3 not in lost:  # the initialisation is in the checkpoint
-        monkeypatch.setattr("olora_ray.cluster.resume.new_factors", None)
+        without_new_factors()
     result, channel = train(tmp_path)
     at = 0 if 3 in lost else 3
     resumed = [message for message in channel.messages if isinstance(message, Resumed)]
@@ -178,15 +171,13 @@ def test_the_base_is_measured_once_in_a_run(tmp_path: Path, monkeypatch: pytest.
 
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
-    from olora_ray.cluster import evaluator
-
-    calls, old = list[int](), evaluator.evaluate
+    calls, old = list[int](), worker.evaluate
 
     def evaluate(*arguments: Any) -> float:
         calls.append(1)
         return old(*arguments)
 
-    monkeypatch.setattr(evaluator, "evaluate", evaluate)
+    monkeypatch.setattr(worker, "evaluate", evaluate)
     return lambda: len(calls)
 
 
@@ -290,7 +281,7 @@ def test_a_first_worker_that_has_to_go_leaves_without_its_last_checkpoint(tmp_pa
     """Else it would end the training of all the others, which hold the whole state."""
     manager = CheckpointManager(str(tmp_path), 1, pauses=())
     leaving: Any = Worker.__new__(Worker)
-    leaving.mesh, leaving.manager = SimpleNamespace(orders=lambda: Orders(meet=True, leave=True)), manager
+    leaving.peers, leaving.manager = SimpleNamespace(orders=lambda: Orders(meet=True, leave=True)), manager
 
     def full(folder: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -323,10 +314,14 @@ def test_a_problem_that_one_worker_meets_alone_is_given_to_the_driver(
     """The others wait for it in an exchange, over NCCL for half an hour, and the driver waits for them."""
     given: list[TrainResult] = []
     channel = SimpleNamespace(finish=SimpleNamespace(remote=given.append))
-    monkeypatch.setattr(ray, "get", lambda call: call)
-    monkeypatch.setattr(train_worker, "quiet_train_worker", lambda: None)
-    monkeypatch.setattr(train_worker, "RayTrainContext", lambda config: None)
-    monkeypatch.setattr(train_worker, "train_at", lambda *_: TrainResult(problem=problem))
+    around: dict[tuple[Any, str], Any] = {
+        (ray, "get"): lambda call: call,
+        (ray_internals, "quiet_train_worker"): lambda: None,
+        (worker, "RayTrainContext"): lambda config: None,
+        (worker, "train_at"): lambda *_: TrainResult(problem=problem),
+    }
+    for (module, name), instead in around.items():
+        monkeypatch.setattr(module, name, instead)
     spec: Any = SimpleNamespace(config=tiny.config())
-    assert train_worker.train_worker(spec, "", channel) == TrainResult(problem=problem)
+    assert worker.train_worker(spec, "", channel) == TrainResult(problem=problem)
     assert given == ([] if problem is None else [TrainResult(problem=problem)])

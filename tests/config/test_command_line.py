@@ -269,6 +269,6 @@ def test_reading_arguments_loads_no_heavy_library() -> None:
 
 def test_a_worker_does_not_import_the_whole_pipeline() -> None:
     heavy = ("mlflow", "transformers", "datasets", "peft", "olora_ray.pipeline.fit", "olora_ray.pipeline.report")
-    code = f"import sys, olora_ray.cluster.train_worker; print([name for name in {heavy} if name in sys.modules])"
+    code = f"import sys, olora_ray.cluster.worker; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

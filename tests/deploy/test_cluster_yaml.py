@@ -40,7 +40,7 @@ def test_workers_are_spot_instances_within_limits() -> None:
         assert 0 <= kind["min_workers"] <= kind["max_workers"] <= TREE["max_workers"]
         assert kind["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
     assert sorted(kind["resources"].get("GPU", 0) for kind in workers.values()) == [0, 1]
-    assert resources.room({"CPU": 1, "GPU": 1}, resources._launched(TREE)) == TYPES["gpu"]["max_workers"]
+    assert resources.room({"CPU": 1, "GPU": 1}, resources.launched(TREE)) == TYPES["gpu"]["max_workers"]
 
 
 def test_nodes_have_a_role_for_the_bucket_and_room_for_what_they_install() -> None:

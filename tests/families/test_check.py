@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from olora_ray.adapter import layer, merge
-from olora_ray.cluster import spec
+from olora_ray.cluster import resume
 from olora_ray.common.errors import UserError
 from olora_ray.model import attention
 from olora_ray.pipeline.export import export_run
@@ -29,7 +29,7 @@ def test_attention_over_borders_is_found(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(attention, "segment_attention", over_borders)
     # The self-test would take another attention.
-    monkeypatch.setattr(spec, "choose_attention", lambda *_: SelfTest("segments"))
+    monkeypatch.setattr(resume, "choose_attention", lambda *_: SelfTest("segments"))
     row = check(LLAMA, "fp32", tmp_path)
     assert not row.right
     assert row.refused or "packed" in row.verdict

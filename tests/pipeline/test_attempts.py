@@ -11,14 +11,49 @@ from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 from olora_ray.cluster import ray_internals
 from olora_ray.cluster.channel import Failure
 from olora_ray.cluster.failures import SharedBaseDied
-from olora_ray.cluster.groups import Absent
+from olora_ray.cluster.membership.driver import WorkerGroup
+from olora_ray.cluster.membership.state import Absent
 from olora_ray.cluster.spec import LEFT, TrainResult
 from olora_ray.common.errors import Stopped, StoreUnavailable, UserError
 from olora_ray.pipeline import fit as attempts
 from olora_ray.pipeline.connection import Stop
 from olora_ray.pipeline.fit import Attempts
-from olora_ray.pipeline.trainers import WorkerGroup
 from tests import tiny
+
+
+class Ray:
+    """What the driver asks of Ray, answered here."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.room, self.ended = 1, 0
+        self.now = 1000.0
+        """The driver's clock."""
+        answers: dict[tuple[Any, str], Any] = {
+            (attempts, "answer"): lambda call: call,
+            (attempts, "given"): lambda channel: None,
+            (attempts, "free_workers"): lambda worker: self.room,
+            (attempts, "free_abandoned"): lambda: 0,
+            (ray_internals, "end_train_controllers"): self.end,
+            (ray_internals, "draining_nodes"): set,
+        }
+        for (module, name), told in answers.items():
+            monkeypatch.setattr(module, name, told)
+
+    def end(self) -> None:
+        self.ended += 1
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Ray:
+    return Ray(monkeypatch)
+
+
+@pytest.fixture
+def clock(cluster: Ray, monkeypatch: pytest.MonkeyPatch) -> Ray:
+    """With what the driver takes for the time."""
+    told = SimpleNamespace(monotonic=lambda: cluster.now, sleep=lambda seconds: None)
+    monkeypatch.setattr(attempts, "time", told)
+    return cluster
 
 
 def attempts_of(**settings: Any) -> Attempts:
@@ -42,35 +77,15 @@ def attempts_of(**settings: Any) -> Attempts:
     return Attempts(spec, build, monitor, Stop(), {"CPU": 1.0}, lambda group: TrainResult(), changing=True)
 
 
-@pytest.mark.parametrize(
-    ("changing", "room", "interval", "pause"),
-    [
-        (False, 0, 60.0, 30.0),
-        (False, 1, 60.0, 30.0),  # all would restart: others may use what is free for a moment
-        (True, 0, 60.0, 5.0),
-        (True, 1, 60.0, 1.0),
-        (True, 0, 2.0, 1.0),
-        (True, 1, 0.5, 0.25),
-    ],
-)
-def test_room_that_was_found_is_looked_at_again_soon(changing: bool, room: int, interval: float, pause: float) -> None:
-    cluster = SimpleNamespace(resize_interval=interval)
-    driver: Any = SimpleNamespace(
-        spec=SimpleNamespace(config=SimpleNamespace(cluster=cluster)), changing=changing, _room=room
-    )
-    assert Attempts._pause(driver) == pause
-
-
 @pytest.mark.parametrize(("failures", "limit", "added"), [(0, 0, [1]), (3, 3, [1]), (4, 3, []), (9, -1, [1])])
 def test_workers_that_fail_each_time_that_they_join_are_given_up(
-    failures: int, limit: int, added: list[int], monkeypatch: pytest.MonkeyPatch
+    failures: int, limit: int, added: list[int], cluster: Ray
 ) -> None:
-    monkeypatch.setattr(attempts, "free_workers", lambda worker: 5)
-    monkeypatch.setattr(attempts, "free_abandoned", lambda: 0)
+    cluster.room = 5
     asked: list[int] = []
-    cluster = SimpleNamespace(max_workers=lambda: 2, max_failures=limit)
+    limits = SimpleNamespace(max_workers=lambda: 2, max_failures=limit)
     driver: Any = SimpleNamespace(
-        spec=SimpleNamespace(config=SimpleNamespace(cluster=cluster)),
+        spec=SimpleNamespace(config=SimpleNamespace(cluster=limits)),
         changing=True,
         worker={},
         _trainers=SimpleNamespace(workers=1, failures=failures, add=asked.append),
@@ -110,19 +125,15 @@ def test_what_passes_by_itself_on_a_worker_does_so_for_the_driver(passes: bool, 
     ],
 )
 def test_trainers_that_the_driver_has_ended_itself_are_no_failure(
-    running: bool, before: str | None, cause: str, monkeypatch: pytest.MonkeyPatch
+    running: bool, before: str | None, cause: str, cluster: Ray
 ) -> None:
-    ended: list[int] = []
-    monkeypatch.setattr(attempts, "answer", lambda call: call)
-    monkeypatch.setattr(ray_internals, "end_train_controllers", lambda: ended.append(1))
-    monkeypatch.setattr(ray_internals, "draining_nodes", set)
     driver = attempts_of(cluster__max_failures=0)
     driver._running, driver.cause = running, before
     driver._watch()
-    assert not ended
+    assert not cluster.ended
     driver.channel.absent.remote = lambda: Absent(nobody_for=attempts.DESERTED + 1)
     driver._watch()
-    assert ended
+    assert cluster.ended
     driver._failed(RayActorError())
     assert (driver.failures, driver.cause) == (0, cause)
     assert driver.progress.told == [f"{cause}: starting others"]
@@ -142,27 +153,21 @@ def test_a_store_that_was_away_through_all_restarts_may_be_back_later(kind: type
     assert caught.value.exit_code == code
 
 
-def test_a_first_group_that_is_not_complete_is_waited_for_longer(monkeypatch: pytest.MonkeyPatch) -> None:
-    ended: list[int] = []
-    monkeypatch.setattr(attempts, "answer", lambda call: call)
-    monkeypatch.setattr(ray_internals, "end_train_controllers", lambda: ended.append(1))
+def test_a_first_group_that_is_not_complete_is_waited_for_longer(cluster: Ray) -> None:
     driver = attempts_of()
     driver.channel.absent.remote = lambda: Absent(nobody_for=attempts.DESERTED + 1, began=False)
     driver._watch()
-    assert not ended
+    assert not cluster.ended
     driver.channel.absent.remote = lambda: Absent(nobody_for=attempts.UNMET + 1, began=False)
     driver._watch()
-    assert ended
+    assert cluster.ended
     driver._failed(RayActorError())
     assert driver.progress.told == ["some workers did not come: starting others"]
 
 
-def test_a_training_whose_place_is_kept_waits_for_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_training_whose_place_is_kept_waits_for_no_room(cluster: Ray) -> None:
     """Processes that trials share may fill the cluster: nothing is free before the search ends, and its trials hung."""
-    monkeypatch.setattr(attempts, "answer", lambda call: call)
-    monkeypatch.setattr(attempts, "given", lambda channel: None)
-    monkeypatch.setattr(attempts, "free_workers", lambda worker: 0)
-    monkeypatch.setattr(attempts, "free_abandoned", lambda: pytest.fail("it waits for room"))
+    cluster.room = 0
     driver = attempts_of(cluster__max_failures=1)
     driver.channel.begin_anew = SimpleNamespace(remote=lambda workers, attempt: None)
     groups: list[WorkerGroup] = []
@@ -181,20 +186,10 @@ def test_a_training_whose_place_is_kept_waits_for_no_room(monkeypatch: pytest.Mo
     assert again.cause == "the process of several trials died"
 
 
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """What the driver takes for the time."""
-    found = SimpleNamespace(now=1000.0)
-    monkeypatch.setattr(attempts, "time", SimpleNamespace(monotonic=lambda: found.now, sleep=lambda seconds: None))
-    monkeypatch.setattr(attempts, "answer", lambda call: call)
-    monkeypatch.setattr(attempts, "free_workers", lambda worker: 1)
-    return found
-
-
-def test_a_stop_is_granted_where_no_worker_could_do_it(clock: SimpleNamespace) -> None:
+def test_a_stop_is_granted_where_no_worker_could_do_it(clock: Ray) -> None:
     driver = attempts_of()
     trains = False
-    driver.channel.trains = SimpleNamespace(remote=lambda: trains)
+    driver.channel.running = SimpleNamespace(remote=lambda: trains)
     driver._await_workers(2)
     driver.stop.asked = "SIGTERM"
     clock.now += attempts.NOBODY - 1
@@ -211,10 +206,9 @@ def test_a_stop_is_granted_where_no_worker_could_do_it(clock: SimpleNamespace) -
     assert str(caught.value) == "stopped while no workers trained (SIGTERM); the same command continues from there"
 
 
-def test_a_training_that_never_begins_can_be_stopped(clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attempts, "given", lambda channel: None)
+def test_a_training_that_never_begins_can_be_stopped(clock: Ray) -> None:
     driver = attempts_of()
-    driver.channel.trains = SimpleNamespace(remote=lambda: False)
+    driver.channel.running = SimpleNamespace(remote=lambda: False)
     driver.stop.asked = "SIGTERM"
     ends: list[bool] = []
 
@@ -230,9 +224,9 @@ def test_a_training_that_never_begins_can_be_stopped(clock: SimpleNamespace, mon
     assert ends == [True]
 
 
-def test_what_the_first_workers_wait_for_is_said_once(clock: SimpleNamespace) -> None:
+def test_what_the_first_workers_wait_for_is_said_once(clock: Ray) -> None:
     driver = attempts_of()
-    driver.channel.trains = SimpleNamespace(remote=lambda: False)
+    driver.channel.running = SimpleNamespace(remote=lambda: False)
     for _ in range(4):
         driver._await_workers(2)
         clock.now += attempts.SLOW / 2
@@ -243,7 +237,7 @@ def test_what_the_first_workers_wait_for_is_said_once(clock: SimpleNamespace) ->
     assert len(driver.progress.told) == 1
 
 
-def test_workers_that_do_not_change_are_waited_for_until_a_stop_is_asked_for(clock: SimpleNamespace) -> None:
+def test_workers_that_do_not_change_are_waited_for_until_a_stop_is_asked_for(clock: Ray) -> None:
     """Of GPUs, of which one is lost: Ray waits for it without end, and nobody was left who heard of the stop."""
     driver = attempts_of()
     driver.changing = False  # their channel has no membership to ask

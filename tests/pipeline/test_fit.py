@@ -10,12 +10,12 @@ from typing import Any
 import cloudpickle
 import pytest
 
+from olora_ray.cluster.membership.driver import WorkerGroup, in_place, ray_trainer
 from olora_ray.cluster.spec import TrainResult, TrainSpec
 from olora_ray.model.source import BaseModel
 from olora_ray.pipeline import fit
 from olora_ray.pipeline.connection import Stop
 from olora_ray.pipeline.run_folder import RunFolder
-from olora_ray.pipeline.trainers import WorkerGroup
 from olora_ray.tokens.prepare import CompleteStore
 from tests import tiny
 from tests.pipelines import project
@@ -30,7 +30,7 @@ print(*(type(each).__name__ for each in rest[0]))
 """
 
 
-@pytest.mark.parametrize(("strategy", "backend"), [("ddp", "InPlaceBackend"), ("fsdp", "ProcessGroups")])
+@pytest.mark.parametrize(("strategy", "backend"), [("ddp", "InPlaceBackend"), ("fsdp", "TogetherBackend")])
 def test_the_controller_needs_no_torch(tmp_path: Path, strategy: str, backend: str) -> None:
     from ray.train.v2._internal.execution.failure_handling import create_failure_policy
     from ray.train.v2._internal.execution.scaling_policy import create_scaling_policy
@@ -38,7 +38,8 @@ def test_the_controller_needs_no_torch(tmp_path: Path, strategy: str, backend: s
     config = tiny.config(run__storage=str(tmp_path), cluster__strategy=strategy)
     nothing: Any = None
     spec = TrainSpec(config, BaseModel("tiny", str(tmp_path), "digest"), "digest", (0,), nothing, None)
-    found = fit.trainer(spec, RunFolder(config), {"CPU": 1.0}, None, WorkerGroup(2, 1))
+    worker = {"CPU": 1.0}
+    found = ray_trainer(spec, RunFolder(config).root, worker, None, WorkerGroup(2, 1), in_place(config, worker))
     given = (
         found.train_run_context,
         found._create_default_callbacks(),

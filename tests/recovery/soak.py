@@ -25,7 +25,6 @@ SCHEDULE: dict[str, Any] = {
     "train__lr": 1e-3,
     "cluster__workers": [1, 2],
     "cluster__cpus_per_worker": 1,
-    "cluster__resize_interval": 5,
     "cluster__max_failures": -1,
 }
 SECONDS_A_STEP = 1.0

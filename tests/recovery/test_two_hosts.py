@@ -104,7 +104,7 @@ def ended_or_revived(found: Cluster, host: Host) -> bool:
 def test_a_run_grows_when_a_host_joins(clean: Clean, tiny_project: Path, tmp_path: Path, rows: list[table.Row]) -> None:
     row = table.Row("host joins, workers [1, 2]")
     rows.append(row)
-    elastic = {"cluster__workers": [1, 2], "cluster__resize_interval": 5}
+    elastic = {"cluster__workers": [1, 2]}
     with cluster(tiny_project, tmp_path, PACED, others=1, **elastic) as found:
         found.run.start()
         found.wait_for_step(4)

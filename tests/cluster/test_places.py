@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from olora_ray.cluster import train_internals
-from olora_ray.cluster.in_place import InPlaceGroups
+from olora_ray.cluster.membership import places as own_places
+from olora_ray.cluster.membership.train_backend import InPlace
 from tests.recovery import processes
 from tests.waiting import until
 
@@ -81,17 +81,15 @@ def test_a_worker_on_its_way_to_a_node_that_dies_goes_to_another(nodes: Any) -> 
     from ray.util.placement_group import placement_group
 
     one: Any = {"CPU": 1.0}
-    places = train_internals.Places(DefaultPlacementGroupHandle(placement_group([one, one])), one)
+    places = own_places.Places(DefaultPlacementGroupHandle(placement_group([one, one])), one)
     assert places.wait(30)
-    group: Any = train_internals.Group.__new__(train_internals.Group)
-    group._worker_cls, group._get_worker_runtime_env = Process, lambda custom_runtime_env: {}
-    group._train_run_context = SimpleNamespace(run_config=SimpleNamespace(worker_runtime_env=None))
-    here = {number: node for number, (_, node) in group._started(places, [0, 1], one).items()}
+    kind = ray.remote(num_cpus=1)(Process)
+    here = {number: node for number, (_, node) in own_places.start(kind, places, [0, 1]).items()}
     assert set(here.values()) == {node.node_id for node in nodes.worker_nodes}
     dies = next(node for node in nodes.worker_nodes if node.node_id == here[1])
     dies.all_processes["raylet"][0].process.send_signal(signal.SIGSTOP)  # it does not start anything any more
     with ThreadPoolExecutor(1) as thread:
-        started = thread.submit(group._started, places, [1], one)
+        started = thread.submit(own_places.start, kind, places, [1])
         threading.Event().wait(1)
         nodes.remove_node(dies, allow_graceful=False)
         joined = nodes.add_node(num_cpus=1, object_store_memory=SMALL)
@@ -112,8 +110,8 @@ def test_a_worker_whose_node_is_gone_waits_quietly_for_another(nodes: Any, tmp_p
         return sum(node["Alive"] for node in ray.nodes())
 
     made: Any = ray.train
-    torch_config: Any = InPlaceGroups()
-    trainer = train_internals.adapted(
+    torch_config: Any = InPlace()
+    trainer = own_places.with_own_places(
         TorchTrainer(
             _work,
             train_loop_config={"folder": str(tmp_path)},
@@ -150,8 +148,8 @@ def test_a_worker_whose_node_is_gone_waits_quietly_for_another(nodes: Any, tmp_p
 def test_a_node_that_dies_before_a_place_is_tied_to_it_is_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
     removed: list[Any] = []
     table = {"bundles_to_node_id": {0: "a" * 56, 1: ""}}
-    monkeypatch.setattr(train_internals, "placement_group_table", lambda group: table)
-    monkeypatch.setattr(train_internals, "remove_placement_group", removed.append)
+    monkeypatch.setattr(own_places, "placement_group_table", lambda group: table)
+    monkeypatch.setattr(own_places, "remove_placement_group", removed.append)
     together: Any = SimpleNamespace(wait=lambda seconds: True, placement_group="both")
-    assert not train_internals.Places(together, {"CPU": 1}).wait(30)
+    assert not own_places.Places(together, {"CPU": 1}).wait(30)
     assert removed == ["both"]

@@ -6,8 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from olora_ray.cluster import worker_platforms
-from olora_ray.cluster.worker_platforms import Kind, kind_of, note_kinds, said
+from olora_ray.cluster.worker_context import Kind, kind_of, note_kinds, said
 from tests.crew import Crew
 
 CPU = torch.device("cpu")
@@ -68,8 +67,3 @@ def _noted(threads: tuple[int, ...]) -> list[Kind]:
         return note_kinds([], CPU)
     finally:
         torch.set_num_threads(1)
-
-
-def test_a_machine_without_that_file_names_its_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker_platforms, "CPU_INFORMATION", worker_platforms.CPU_INFORMATION.with_name("no such file"))
-    assert kind_of(CPU)["processor"].partition("(")[0].strip()

@@ -1,6 +1,11 @@
-"""When an attempt has ended, and that its trainers do; without Ray."""
+"""The driver's side of the membership: when an attempt has ended, that its trainers do, and workers that hang."""
 
+import os
+import signal
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -11,10 +16,12 @@ from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
 from olora_ray.cluster import ray_internals
 from olora_ray.cluster.channel import make_channel
+from olora_ray.cluster.membership import driver
+from olora_ray.cluster.membership.driver import Trainers, WorkerGroup, end_hung, given, in_place, kill_worker
+from olora_ray.cluster.membership.state import Member
 from olora_ray.cluster.spec import LEFT, TrainResult
 from olora_ray.common.errors import TryAgain
-from olora_ray.pipeline import trainers
-from olora_ray.pipeline.trainers import Trainers, WorkerGroup
+from tests import tiny
 from tests.said import said
 from tests.waiting import until
 
@@ -170,7 +177,7 @@ def test_workers_that_end_with_the_training_are_not_missed(fit: Fit) -> None:
 def test_a_trainer_that_does_not_end_is_ended(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
     found = Trainers(fit, fit.channel, 1, 2)
     started(fit, 1)
-    monkeypatch.setattr(trainers, "ENDING", 0.2)
+    monkeypatch.setattr(driver, "ENDING", 0.2)
     monkeypatch.setattr(ray_internals, "end_train_controllers", lambda: fit.end(0, RuntimeError("killed")))
     found.end()
     assert found.ended(None)
@@ -192,7 +199,65 @@ def test_a_channel_that_died_is_one_line(ray_with: Callable[[int], None]) -> Non
 
     ray_with(1)
     channel = make_channel(ray.get_runtime_context().get_node_id())
-    assert trainers.given(channel) is None
+    assert given(channel) is None
     ray.kill(channel)
     with pytest.raises(TryAgain, match="the same command resumes the run"):
-        trainers.given(channel)
+        given(channel)
+
+
+@pytest.mark.parametrize(
+    ("missing", "words"),
+    [("_create_workers", "has no attribute '_create_workers'"), (None, "")],
+)
+def test_on_a_ray_that_is_other_inside_a_lost_worker_restarts_all(
+    missing: str | None, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray.train.v2._internal.execution.worker_group import WorkerGroup as RaysGroup
+
+    if missing:
+        monkeypatch.delattr(RaysGroup, missing)
+    with said() as lines:
+        assert in_place(tiny.config(), {"CPU": 1.0}) is (missing is None)
+        assert not in_place(tiny.config(), {"CPU": 1.0, "GPU": 1.0})
+        assert not in_place(tiny.config(cluster__strategy="fsdp"), {"CPU": 1.0})
+    assert len(lines) == (missing is not None)
+    assert all(words in line and line.endswith("all restart from the newest checkpoint") for line in lines)
+
+
+# Workers that stand still.
+
+
+SLEEP = "import sys, time; time.sleep(60)"
+
+
+def test_only_workers_are_killed() -> None:
+    other = subprocess.Popen([sys.executable, "-c", SLEEP])
+    worker = subprocess.Popen([sys.executable, "-c", SLEEP, "ray::RayTrainWorker"])
+    try:
+        os.kill(worker.pid, signal.SIGSTOP)
+        time.sleep(0.5)  # until both have their command lines
+        assert not kill_worker(other.pid)
+        assert kill_worker(worker.pid)
+        assert worker.wait(10) == -signal.SIGKILL
+        assert not kill_worker(worker.pid)
+        assert other.poll() is None
+    finally:
+        for process in (other, worker):
+            process.kill()
+            process.wait()
+
+
+@pytest.mark.ray
+def test_a_stopped_worker_is_ended_by_a_task_on_its_node(ray_with: Callable[[int], None]) -> None:
+    import ray
+
+    ray_with(1)
+    worker = subprocess.Popen([sys.executable, "-c", SLEEP, "ray::RayTrainWorker"])
+    try:
+        time.sleep(0.5)
+        os.kill(worker.pid, signal.SIGSTOP)
+        node = ray.get_runtime_context().get_node_id()
+        end_hung(Member("gone", 1, ("127.0.0.1", 1), node, process=worker.pid))
+        assert worker.wait(60) == -signal.SIGKILL
+    finally:
+        worker.kill()

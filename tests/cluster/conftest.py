@@ -1,0 +1,22 @@
+"""What the tests of workers without Ray share."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from olora_ray.cluster import resume
+from olora_ray.cluster.preemption import StopRequests
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nobody_asks_to_stop() -> Iterator[None]:
+    """The channels of these tests are no actors, and cannot be waited for."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StopRequests, "_listen", lambda self: None)
+        yield
+
+
+@pytest.fixture
+def without_new_factors(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Have an initialisation fail from now on."""
+    return lambda: monkeypatch.setattr(resume, "new_factors", None)
