@@ -18,9 +18,8 @@ from olora_ray.model import folder as misfits
 from olora_ray.model.load import end_tokens, load_tokenizer, skeleton
 from olora_ray.model.packing import why_apart
 from olora_ray.model.source import BaseModel, obtain
-from olora_ray.tracking import checksums, registered
-from olora_ray.tracking.models import BaseOfAdapter
-from olora_ray.tracking.registered import Registered
+from olora_ray.tracking import checksums, models
+from olora_ray.tracking.models import BaseOfAdapter, Registered
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +33,7 @@ def find_model(config: AnyConfig, found: Registered | None = None) -> BaseModel:
     UserError for a name that leads nowhere, a folder that is no model, or no place to write a converted one.
     """
     with as_user_error(f"model.name: {config.model.name} cannot be prepared", OSError, reason=_place_and_reason):
-        found = found or registered.of_config(config)
+        found = found or models.of_config(config)
         return obtain(config, _folder(found, config) if found else None)
 
 
@@ -78,7 +77,7 @@ def _merged(found: Registered, base: BaseOfAdapter, config: AnyConfig) -> Path:
     own, model = _base(found, base, config)
     content = [storage.digest_file(found.folder / name) for name in (peft_folder.CONFIG, peft_folder.WEIGHTS)]
     key = storage.digest(model.digest, *content, length=16)
-    target = registered.cached(registered.cache(config), f"merged-{key}")
+    target = models.cache_folder(config) / f"merged-{key}"
     if target.is_dir() and not _is_whole(target):
         storage.remove(str(target))
     if not target.is_dir():

@@ -5,7 +5,7 @@ import tracemalloc
 import pytest
 
 from olora_ray.common.errors import UserError
-from olora_ray.config.load import build, changed, parse_assignments, parse_yaml
+from olora_ray.config.load import changed, parse_assignments, parse_yaml
 
 
 def refusal(text: str) -> str:
@@ -103,11 +103,6 @@ def test_numbers_that_everybody_reads_alike_are_read(text: str, number: float) -
 @pytest.mark.parametrize("key", ["on", "yes", "1", "1e-4", "2026-01-01", "null", "~", ".inf", "="])
 def test_keys_are_texts(key: str) -> None:
     assert parse_yaml(f"{key}: x", "here") == {key: "x"}
-
-
-def test_the_gate_has_a_field_called_on() -> None:
-    smallest = "run: {name: a}\nmodel: {name: m}\ndata: {train: [{path: a}]}\n"
-    assert build(parse_yaml(f"{smallest}gate:\n  on: held-out\n", "here")).gate.on == "held-out"
 
 
 @pytest.mark.parametrize("word", [".=1", "data..x=1", "data.=1", ".x=1"])
