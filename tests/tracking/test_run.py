@@ -166,11 +166,6 @@ def test_a_server_that_is_not_mlflow_or_does_not_know_its_own_name(status: int, 
     assert "\n" not in str(caught.value)
 
 
-def test_start_checks_the_address_first() -> None:
-    with pytest.raises(UserError, match="no MLflow server answers"):
-        start_run(tiny.config(tracking__uri=CLOSED), "test", {})
-
-
 def test_a_run_has_tags_and_a_place_beside_the_storage(tracker: tracking.Tracker, storage: Path) -> None:
     run = run_of(tracker)
     assert run.info.run_name == "test"
