@@ -42,8 +42,9 @@ def main(argv: list[str]) -> None:
         raise UserError(f"usage: python pipelines/registry.py {' '.join([action, *wanted])} [--tracking-uri URI]")
     uri = _tracking_uri(found.options.get("--tracking-uri"))
     check(uri)
-    if act is not show_all:  # which reads no file
-        start.follow_address(uri)
+    place, _, name = uri.removeprefix("sqlite:///").rpartition("/")
+    if act is not show_all and name == start.DATABASE and os.path.isdir(os.path.join(place, start.FOLDER)):
+        start.follow(place)  # `list` reads no file
     aliases = Aliases(uri, names[0])
     if not names[0].strip() or not aliases.versions():
         raise UserError(f"no model {names[0]!r} with a version is registered in {shown_uri(uri)}")

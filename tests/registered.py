@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from olora_ray.common.storage import digest
 from olora_ray.tracking import checksums
 from olora_ray.tracking.aliases import Aliases
 from olora_ray.tracking.client import connect
@@ -18,5 +19,5 @@ def model(storage: Path, name: str, count: int) -> Aliases:
         (folder / "MLmodel").write_text(f"version {number}")
         text = checksums.of_folders({"": folder})
         (folder / checksums.FILE).write_text(text)
-        client.create_model_version(name, str(folder), tags={checksums.TAG: checksums.digest(text)})
+        client.create_model_version(name, str(folder), tags={checksums.TAG: digest(text)})
     return found

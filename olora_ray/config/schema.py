@@ -225,16 +225,12 @@ class Gate(Section):
     """Improvement that must be exceeded, surely (see confident); negative: may be worse by that much."""
     conditions: Annotated[tuple[Condition, ...], Field(alias="and")] = ()
     """Further conditions {metric: ..., at_least: ...} or at_most, on the new version alone."""
-    on: Literal["held-out"] = "held-out"
-    """Rows on which both are measured: those of data.eval or data.eval_fraction."""
     group: str | None = None
     """Column (or field) that the rows of one document or customer share; @file: all rows of a file; null: none."""
     min_rows: Annotated[int, Field(ge=2)] = 20
     """Fewest independent held-out rows (groups, with `group`) on which a champion is replaced."""
-    level: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.95
-    """Confidence of the bootstrap interval of the improvement."""
     confident: bool = True
-    """true: the lower end of that interval must lie above must_improve_by; false: its middle must reach that."""
+    """true: the lower end of the improvement's 95% interval must exceed must_improve_by; false: its middle decides."""
 
 
 class Retrain(Section):
@@ -246,8 +242,6 @@ class Retrain(Section):
     """With `from: champion`: share of the rows of known files to train on again; others are drawn each night."""
     may_shrink: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
     """Stop if the files of data.train have lost more than this share of the rows that the champion's had; 1: never."""
-    wait: Annotated[float, Field(ge=0.0)] = 0.0
-    """Seconds to wait for another retraining of the same model before giving up."""
 
 
 class Notify(Section):

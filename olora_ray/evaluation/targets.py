@@ -28,7 +28,7 @@ from olora_ray.model.load import skeleton
 from olora_ray.model.source import BaseModel
 from olora_ray.pipeline.base import find_model, parts
 from olora_ray.pipeline.run_folder import RunFolder
-from olora_ray.tracking import registered
+from olora_ray.tracking import models
 from olora_ray.train import checkpoint, checkpoints
 from olora_ray.train.checkpoint import Checkpoint
 
@@ -142,7 +142,7 @@ def kind_of(name: str) -> Kind:
 
 
 def _of_name(name: str, config: AnyConfig) -> Target:
-    found = registered.of_config(config)
+    found = models.of_config(config)
     if found is not None and found.base is not None:
         own, base, adapter = parts(found, found.base, config)
         return Target(name, base, adapter, own)

@@ -17,9 +17,8 @@ from olora_ray.model import folder as model_folder
 from olora_ray.model.load import end_tokens, load_tokenizer, skeleton
 from olora_ray.model.packing import why_apart
 from olora_ray.model.source import BaseModel, obtain
-from olora_ray.tracking import registered
-from olora_ray.tracking.models import BaseOfAdapter
-from olora_ray.tracking.registered import Registered
+from olora_ray.tracking import models
+from olora_ray.tracking.models import BaseOfAdapter, Registered
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +32,7 @@ def find_model(config: AnyConfig, found: Registered | None = None) -> BaseModel:
     UserError for a name that leads nowhere, a folder that is no model, or no place to write a converted one.
     """
     with as_user_error(f"model.name: {config.model.name} cannot be prepared", OSError, reason=_place_and_reason):
-        if (found := found or registered.of_config(config)) is None:
+        if (found := found or models.of_config(config)) is None:
             return obtain(config, None)
         return obtain(config, found.folder if found.base is None else _merged(found, found.base, config))
 
@@ -74,7 +73,7 @@ def _merged(found: Registered, base: BaseOfAdapter, config: AnyConfig) -> Path:
     own, model = _base(found, base, config)
     content = [storage.digest_file(found.folder / name) for name in (peft_folder.CONFIG, peft_folder.WEIGHTS)]
     key = storage.digest(model.digest, *content, length=16)
-    target = registered.cached(registered.cache(config), f"merged-{key}")
+    target = models.cache_folder(config) / f"merged-{key}"
     if not target.is_dir():
         logger.info(f"model.name: merging {found.version.name} version {found.version.number} into its base, once")
         with storage.staged(target) as folder:

@@ -23,7 +23,7 @@ from olora_ray.pipeline.export import Exported
 from olora_ray.pipeline.run_folder import Fingerprint, RunFolder, settings_digest
 from olora_ray.tokens.manifest import Manifest
 from olora_ray.tokens.store import TokenStore
-from olora_ray.tracking import client, models, registered
+from olora_ray.tracking import client, models
 from olora_ray.tracking.checksums import RUN
 from olora_ray.tracking.models import BaseOfAdapter, Contents, check_adapter_only, has_chat_template
 from olora_ray.tracking.run import Tracker
@@ -230,7 +230,7 @@ def _reference(spec: TrainSpec, adapter: Path) -> BaseOfAdapter:
     commit = _commit(base)
     # MLflow takes the tokenizer from where it takes the base. The hub's does not do if a chat template was added.
     on_hub = commit is not None and has_chat_template(adapter) == has_chat_template(Path(base.folder))
-    name = registered.pinned(base.name, spec.config)
+    name = models.pinned(base.name, spec.config)
     return BaseOfAdapter(name, base.digest, base.folder, commit or revision, on_hub)
 
 

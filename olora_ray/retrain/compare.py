@@ -26,7 +26,7 @@ from olora_ray.retrain import recipe
 from olora_ray.retrain.gate import HeldOut
 from olora_ray.retrain.recipe import AGAINST, Inputs
 from olora_ray.tokens.prepare import prepare
-from olora_ray.tracking import checksums, registered
+from olora_ray.tracking import checksums, models
 from olora_ray.tracking.aliases import CHAMPION, GATE, PREVIOUS, Aliases, rolled_back
 from olora_ray.tracking.checksums import RUN, Version
 from olora_ray.tracking.models import ADAPTER_ONLY, EXPORT
@@ -57,7 +57,7 @@ def measured(config: Config, inputs: Inputs, versions: list[Version]) -> list[Ro
     Starts Ray, and opens versions, if any are left to be measured. Raises NotComparable for versions with different
     tokenizers.
     """
-    notes = [_note(config, inputs, version) for version in versions]
+    notes = [note_file(config, inputs, version) for version in versions]
     known = [_read(note) for note in notes]
     _same_tokens([each.tokenizer for each in known if each])
     if None in known:
@@ -72,13 +72,13 @@ def measured(config: Config, inputs: Inputs, versions: list[Version]) -> list[Ro
                     # Answers of both end with the same tokens: those of the config's base.
                     base = replace(inputs.base, model=each.base.model)
                     rows = measure(base, each.adapter, held_out, each.config)
-                known[place] = done = _Measured(each.tokenizer, rows)
+                known[place] = done = Measured(each.tokenizer, rows)
                 storage.write_text(notes[place], done.to_json())
     return [each.rows for each in known if each is not None]
 
 
 @dataclass(frozen=True)
-class _Measured:
+class Measured:
     """The results of a version, as they are kept."""
 
     tokenizer: str
@@ -90,7 +90,7 @@ class _Measured:
         return json.dumps({"tokenizer": self.tokenizer, "rows": self.rows.to_json()})
 
     @classmethod
-    def from_json(cls, text: str) -> "_Measured":
+    def from_json(cls, text: str) -> "Measured":
         """Read `to_json` back; raises as RowResults.from_json for others."""
         tree = json.loads(text)
         return cls(str(tree["tokenizer"]), RowResults.from_json(tree["rows"]))
@@ -121,7 +121,7 @@ def _opened(config: Config, version: Version) -> _Opened:
         if checksums.TAG in version.tags:
             Aliases(resolve_uri(config), version.name).verify_copy(version.number, Path(base.model.folder))
         return _Opened(named, base, None)
-    found = registered.of_config(named)
+    found = models.of_config(named)
     if found is not None and found.base is not None:
         own, model, adapter = parts(found, found.base, named)
         return _Opened(own, with_tokenizer(model, own), adapter)
@@ -144,7 +144,7 @@ def _copied(named: Config, version: Version) -> str:
     key = digest(resolve_uri(named), version.name, version.number, version.tags.get(checksums.TAG, ""), length=16)
     place = storage.join(named.run.storage, "models", key)
     if not storage.exists(storage.join(place, CONFIG)):
-        found = registered.of_config(named)
+        found = models.of_config(named)
         assert found is not None
         node_cache.upload(found.folder, place, last=CONFIG)
     return place
@@ -155,7 +155,7 @@ def _same_tokens(tokenizers: Sequence[str]) -> None:
         raise NotComparable("the champion has another tokenizer, so nothing is measured on the same tokens")
 
 
-def _note(config: Config, inputs: Inputs, version: Version) -> str:
+def note_file(config: Config, inputs: Inputs, version: Version) -> str:
     """The file of a version's results; its name is a hash of all that they depend on."""
     scorer = config.evaluation.scorer
     parts = [
@@ -182,9 +182,9 @@ def _computed_by(config: Config) -> list[str]:
     return [str(pick_dtype(config.model, device)), config.model.attention, str(gpus), *kind.values()]
 
 
-def _read(note: str) -> _Measured | None:
+def _read(note: str) -> Measured | None:
     try:
-        return _Measured.from_json(storage.read_text(note))
+        return Measured.from_json(storage.read_text(note))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
         return None  # not there, damaged, or of an older release
 

@@ -11,7 +11,6 @@ Without a champion only the conditions count. Whatever is not a number passes no
 fewer than gate.min_rows independent rows.
 """
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -21,8 +20,8 @@ from olora_ray.common.text import plural
 from olora_ray.config.schema import Condition, Gate
 from olora_ray.evaluation.rows import LOSS, PERPLEXITY, Comparison, Interval, RowResults, compare
 
-BY_CHANCE = 0.025
-"""Below this the challenger's fewer scores are no chance."""
+LEVEL = 0.95
+"""Confidence of the improvement's interval, and of the test for fewer scores."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ def improvement(
     gate: Gate, challenger: RowResults, champion: RowResults, groups: Sequence[int] | None = None
 ) -> Comparison:
     """Improvement of the challenger's metric over the champion's, with its paired interval; above 0 is better."""
-    found = compare(gate.metric, challenger, champion, gate.level, groups=groups)
+    found = compare(gate.metric, challenger, champion, LEVEL, groups=groups)
     if not lower_is_better(gate.metric):
         return found
     was = found.interval
@@ -110,9 +109,9 @@ def _compared(
     ours, theirs = (each.only(both).metric(gate.metric) for each in (challenger, champion))
     text = (
         f"{gate.metric} {ours:.4f}, the champion's {theirs:.4f}: improved by {interval.mean:.4f}"
-        f" ({gate.level:.0%} interval {interval.low:.4f} to {interval.high:.4f}, {rows}){left_out}"
+        f" ({LEVEL:.0%} interval {interval.low:.4f} to {interval.high:.4f}, {rows}){left_out}"
     )
-    numbers = {"improvement": asdict(interval), "level": gate.level, "groups": found.groups}
+    numbers = {"improvement": asdict(interval), "level": LEVEL, "groups": found.groups}
     if found.groups < gate.min_rows:
         return False, f"{text}, but gate.min_rows asks for {gate.min_rows} independent ones", numbers
     if gate.confident:
@@ -131,10 +130,11 @@ def _scored_less(metric: str, challenger: RowResults, champion: RowResults, grou
     ours, theirs = (set(each.column(metric).rows.tolist()) for each in (challenger, champion))
     own = groups if groups is not None else range(len(challenger.losses))
     net = Counter(own[row] for row in ours - theirs)
+    from scipy.stats import binom  # type: ignore[import-untyped] # half a second
+
     net.subtract(own[row] for row in theirs - ours)
     more, fewer = (sum(sign * value > 0 for value in net.values()) for sign in (1, -1))
-    chance = sum(math.comb(more + fewer, count) for count in range(more + 1)) / 2 ** (more + fewer)
-    if chance > BY_CHANCE:
+    if binom.cdf(more, more + fewer, 0.5) > (1 - LEVEL) / 2:
         return None
     return (
         f"{metric}: the scorer gives it for {plural(len(theirs - ours), 'row')} of the champion's that the challenger"

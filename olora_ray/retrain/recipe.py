@@ -94,15 +94,15 @@ class KnownFiles:
 
     digests: frozenset[str]
     """SHA-256 of each."""
-    draw: tuple[Any, Any] | None
-    """Seed and fraction by which rows were held out of them; None: not known, it was noted by an older release."""
+    draw: tuple[Any, Any]
+    """Seed and fraction by which rows were held out of them."""
 
 
 def note(config: Config, plan: Plan) -> None:
     """Keep the files behind a data digest: continuing trains on a part of them only."""
     place = _note(config, plan.digest())
     if not storage.exists(place):
-        content = {"files": sorted({each.sha256 for each in plan.files}), "draw": list(_draw(plan))}
+        content = {"files": sorted({each.sha256 for each in plan.files}), "draw": [plan.seed, plan.eval_fraction]}
         storage.write_text(place, storage.seal(content, indent=1))
 
 
@@ -110,8 +110,7 @@ def of_version(config: Config, version: Version) -> KnownFiles | None:
     """The files behind a version's data digest: as noted by an earlier retraining, or by its token store."""
     digest = version.tags.get(TAGS["data"], "")
     if noted := storage.read_sealed(_note(config, digest)):
-        draw = noted.get("draw")
-        return KnownFiles(frozenset(noted["files"]), (draw[0], draw[1]) if draw else None)
+        return KnownFiles(frozenset(noted["files"]), (noted["draw"][0], noted["draw"][1]))
     # No note under this storage: the version's training was not a retraining. Its token store may be left.
     try:
         inputs = manifest.read_manifest(storage.join(config.run.storage, "tokens", digest)).inputs
@@ -128,16 +127,12 @@ def unseen_rows(config: Config, held_out: Plan, known: KnownFiles | None) -> fro
     """
     if config.data.eval_fraction is None:
         return None
-    if known is None or known.draw not in (None, _draw(held_out)):
+    if known is None or known.draw != (held_out.seed, held_out.eval_fraction):
         return frozenset()
     if known.digests <= {each.sha256 for each in held_out.files}:
         return None  # files were added only: what is held out of the others is the same as then
     # A file has changed or is gone. What is new may be it, under whatever name.
     return frozenset(number for number, each in enumerate(held_out.files) if each.sha256 in known.digests)
-
-
-def _draw(plan: Plan) -> tuple[Any, Any]:
-    return (plan.seed, plan.eval_fraction)
 
 
 def _note(config: Config, digest: str) -> str:
@@ -148,8 +143,6 @@ ORIGIN = "olora.retrained_from"
 ROWS = "olora.data_rows"
 """Tag of a version: rows of the files behind its data digest."""
 _CONTINUED = "champion, version "
-_LATER = {"adapter": ("sigma", "rho", "init_tokens", "gamma"), "train": ("lr_ratio", "precondition")}
-"""Fields that are younger than the names of runs: at its default none of them changes a name."""
 
 
 @dataclass(frozen=True)
@@ -196,23 +189,14 @@ def make(config: Config, inputs: Inputs, champion: Version | None) -> Recipe:
         train = config.train.model_copy(update={"start": start.checkpoint})
         data = config.data.model_copy(update={"train": start.sources})
         wanted = wanted.model_copy(update={"train": train, "data": data})
-    name = extended(config.run.name, _digest(wanted, inputs, start))
+    # The name follows from contents, the version to start from, and all settings that a run's folder is bound to.
+    parts = [inputs.fingerprint.tags(), start.version if start else None, bound_settings(flatten(wanted))]
+    name = extended(config.run.name, digest_json(parts, length=8))
     origin = f"{_CONTINUED}{start.version}" if start else "base"
     return Recipe(
         wanted.model_copy(update={"run": config.run.model_copy(update={"name": name})}),
         {**inputs.fingerprint.tags(), ROWS: str(inputs.plan.file_rows), ORIGIN: origin},
     )
-
-
-def _digest(config: Config, inputs: Inputs, start: _Start | None) -> str:
-    """Of contents, of the version to start from, and of all settings that a run's folder is bound to."""
-    bound = bound_settings(flatten(config))
-    for section, names in _LATER.items():
-        fields = type(getattr(config, section)).model_fields
-        for name in names:
-            if bound[f"{section}.{name}"] == fields[name].default:
-                del bound[f"{section}.{name}"]
-    return digest_json([inputs.fingerprint.tags(), start.version if start else None, bound], length=8)
 
 
 def continued_version(version: Version) -> str | None:
@@ -224,7 +208,7 @@ def continued_version(version: Version) -> str | None:
 def _refuse_if_shrunk(config: Config, rows: int, champion: Version) -> None:
     """Raise UserError if many rows are missing: a copy or an export of the data may have failed."""
     if not (had := champion.tags.get(ROWS)):
-        return  # Its run was not a retraining, or one of an older release.
+        return  # its run was not a retraining
     if rows < int(had) * (1 - config.retrain.may_shrink):
         raise UserError(
             f"data.train: {rows:,} rows, but the champion, version {champion.number}, had {int(had):,}: more than the"

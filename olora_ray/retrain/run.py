@@ -12,147 +12,76 @@ the registry, the measured rows, the gate's verdict as a tag. So the next call r
 import contextlib
 import json
 import logging
-import subprocess
-import time
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
 from typing import Any
 
-import requests
-
-from olora_ray.common import lock, patience, storage
+from olora_ray.common import lock, storage
 from olora_ray.common.errors import StoreError, StoreUnavailable, TryAgain, UserError, of_the_machine
-from olora_ray.common.secrets import looked_up, mask
 from olora_ray.config.schema import Config
 from olora_ray.pipeline.run_folder import Fingerprint, RunFolder
-from olora_ray.retrain import decision_run, gate, recipe
-from olora_ray.retrain.compare import ToBeat, version_to_beat
+from olora_ray.retrain import decision_run, gate, notify, recipe
+from olora_ray.retrain.compare import version_to_beat
 from olora_ray.retrain.decision_run import DETAILS, RECORDED, Entry
 from olora_ray.retrain.gate import Decision
 from olora_ray.retrain.recipe import AGAINST, Inputs, continued_version
-from olora_ray.tracking import checksums, client, start
+from olora_ray.tracking import client, start
 from olora_ray.tracking.aliases import GATE, Aliases, Overtaken, rolled_back
 from olora_ray.tracking.checksums import Version
 from olora_ray.tracking.start import resolve_uri
 
 logger = logging.getLogger(__name__)
 
-# Notifications of how a retraining ended, to a webhook and to a command (the config's notify section).
-
-
-PAUSES = (1.0, 3.0)
-"""Seconds between the tries."""
-ANSWER_SECONDS, COMMAND_SECONDS = 5.0, 30.0
-
-
-def tell(config: Config, event: str, reason: str, version: str | None = None, champion: str | None = None) -> None:
-    """Send an event to the config's webhook and command. Log a warning where that fails, and raise nothing."""
-    reason = " ".join(mask(reason).split())
-    subject = f"version {version} " if version else ""
-    message = {
-        "event": event,
-        "model": config.registry.model,
-        "reason": reason,
-        "version": version,
-        "champion": champion,
-        "run": config.run.name,
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "text": f"{config.registry.model or config.run.name}: {subject}{event}: {reason}",
-    }
-    for field, value, send in (("url", config.notify.url, _post), ("command", config.notify.command, _run)):
-        for pause in (*PAUSES, None) if value else ():
-            try:
-                send(str(value), json.dumps(message))
-                break
-            except Exception as error:  # the retraining ends as it would without notifications
-                if pause is None or isinstance(error, UserError):
-                    logger.warning(f"notify.{field}: nobody was told {event!r}: {_failure_reason(error)}")
-                    break
-                time.sleep(pause)
-
-
-def _post(url: str, body: str) -> None:
-    patience.follow_certificates()
-    headers = {"Content-Type": "application/json"}
-    found = looked_up(url, "its address")
-    requests.post(found, data=body, headers=headers, timeout=ANSWER_SECONDS).raise_for_status()
-
-
-def _run(command: str, body: str) -> None:
-    subprocess.run(["/bin/sh", "-c", command], input=body, text=True, timeout=COMMAND_SECONDS, check=True)
-
-
-def _failure_reason(error: Exception) -> str:
-    """The reason of a failure, without the webhook's address: that is a secret, and errors of requests contain it."""
-    if isinstance(error, UserError):
-        return str(error)
-    if isinstance(error, requests.HTTPError) and error.response is not None:
-        return f"HTTP status {error.response.status_code}"
-    if isinstance(error, subprocess.CalledProcessError):
-        return f"exit code {error.returncode}"
-    return type(error).__name__
-
-
 # The end of a retraining: the gate decides against the champion of now, and the aliases follow.
 
 
-ATTEMPTS = 5
 Decide = Callable[[Version, Version | None], Decision]
 """The gate's decision on a challenger against the version to beat; None if there is none."""
 
 
-def settle(aliases: Aliases, number: str, decide: Decide, check: Callable[[], None]) -> None:
+def apply_decision(aliases: Aliases, number: str, decide: Decide, check: Callable[[], None]) -> None:
     """Decide on version `number` and let aliases and tags follow; `check` raises if this process must not do that.
 
     A person's decision on the version itself stands. Raises TryAgain if the champion moves each time.
     """
-    for _ in range(ATTEMPTS):
+    for _ in range(5):
         challenger, to_beat = aliases.version(number), version_to_beat(aliases)
-        if by_hand := _decided_by_hand(challenger, to_beat.version):
-            logger.info(by_hand)
+        if to_beat.version is not None and to_beat.version.number == number:
+            logger.info(f"version {number} was made the champion by hand meanwhile: nothing is left to decide")
             return
-        against, decision = _decision(challenger, to_beat, decide)
+        if rolled_back(challenger):
+            logger.info(f"version {number} was rolled back by hand meanwhile: it stays back")
+            return
+        against = to_beat.version.number if to_beat.version else ""
+        parent = continued_version(challenger)
+        back = {version.number for version in to_beat.versions if rolled_back(version)}
+        if parent is not None and parent != against and parent in back:
+            # Not against the champion of now: the next call trains one that continues that champion.
+            why = f"it continues version {parent}, which was rolled back meanwhile; promote it by hand if it is good"
+            against, decision = parent, Decision(False, why, {})
+        else:
+            decision = decide(challenger, to_beat.version)
         check()
         try:
-            _apply(aliases, number, to_beat, against, decision)
+            _move_aliases(aliases, number, to_beat.champion, against, decision)
             return
         except Overtaken as overtaken:
             logger.info(f"{overtaken}: the gate decides again")
-    raise TryAgain(f"{aliases.name}: the champion was moved {ATTEMPTS} times while the gate decided; try again later")
+    raise TryAgain(f"{aliases.name}: the champion was moved 5 times while the gate decided; try again later")
 
 
-def _decided_by_hand(challenger: Version, to_beat: Version | None) -> str | None:
-    if to_beat is not None and to_beat.number == challenger.number:
-        return f"version {challenger.number} was made the champion by hand meanwhile: nothing is left to decide"
-    if rolled_back(challenger):
-        return f"version {challenger.number} was rolled back by hand meanwhile: it stays back"
-    return None
-
-
-def _decision(challenger: Version, to_beat: ToBeat, decide: Decide) -> tuple[str, Decision]:
-    """The version against which is decided ("" for none), and the decision."""
-    against = to_beat.version.number if to_beat.version else ""
-    parent = continued_version(challenger)
-    back = {version.number for version in to_beat.versions if rolled_back(version)}
-    if parent is not None and parent != against and parent in back:
-        # Not against the champion of now: the next call trains one that continues that champion.
-        why = f"it continues version {parent}, which was rolled back meanwhile; promote it by hand if it is good"
-        return parent, Decision(False, why, {})
-    return against, decide(challenger, to_beat.version)
-
-
-def _apply(aliases: Aliases, number: str, to_beat: ToBeat, against: str, decision: Decision) -> None:
-    tags = checksums.folded({AGAINST: against, DETAILS: json.dumps(decision.details), RECORDED: ""})
-    now = to_beat.champion
-    if not decision.passed:
-        aliases.refuse(number, f"refused: {decision.reason}", tags, instead_of=now)
-        logger.info(f"refused: {decision.reason}")
-        logger.info(f"version {number} stays challenger, {f'version {now} the champion' if now else 'no champion'}")
-        return
-    old = aliases.promote(number, f"passed: {decision.reason}", tags, instead_of=now, beaten=against or None)
-    logger.info(f"passed: {decision.reason}")
-    before = f", version {old} is previous" if old else ""
-    logger.info(f"version {number} is the champion of {aliases.name}{before}")
+def _move_aliases(aliases: Aliases, number: str, champion: str, against: str, decision: Decision) -> None:
+    tags = {AGAINST: against, DETAILS: json.dumps(decision.details), RECORDED: ""}
+    verdict = f"{'passed' if decision.passed else 'refused'}: {decision.reason}"
+    if decision.passed:
+        old = aliases.promote(number, verdict, tags, instead_of=champion, beaten=against or None)
+        before = f", version {old} is previous" if old else ""
+        after = f"version {number} is the champion of {aliases.name}{before}"
+    else:
+        aliases.refuse(number, verdict, tags, instead_of=champion)
+        still = f"version {champion} the champion" if champion else "no champion"
+        after = f"version {number} stays challenger, {still}"
+    logger.info(verdict)
+    logger.info(after)
 
 
 NOTHING_LEARNED = Decision(
@@ -171,10 +100,10 @@ def run(config: Config) -> None:
     except (TryAgain, StoreUnavailable):
         raise
     except Exception as error:
-        tell(config, "failed", _reason(error))
+        notify.tell(config, "failed", _reason(error))
         raise
     if decided is not None:
-        tell(config, decided.decision, decided.reason, decided.challenger, decided.champion)
+        notify.tell(config, decided.decision, decided.reason, decided.challenger, decided.champion)
 
 
 def _reason(error: Exception) -> str:
@@ -190,9 +119,9 @@ def _locked(config: Config) -> Entry | None:
     if name is None:
         raise UserError("registry.model: retraining compares with a registered model; set its name")
     client.check(resolve_uri(config))
-    start.follow(config)
+    start.follow(config.run.storage)
     place = storage.join(config.run.storage, "locks", f"{name}.json")
-    with lock.held(place, f"the retraining of {name}", config.retrain.wait, "set retrain.wait") as lease:
+    with lock.held(place, f"the retraining of {name}") as lease:
         try:
             return _retrain(config, Aliases(resolve_uri(config), name), lease)
         except Exception as error:
@@ -208,30 +137,23 @@ def _retrain(config: Config, aliases: Aliases, lease: lock.Lock) -> Entry | None
     to_beat = version_to_beat(aliases)
     if (done := recipe.find_decision(to_beat.versions, to_beat.version, inputs.fingerprint)) is not None:
         late = decision_run.of_version(config, done)  # the call that decided was cut off before it told
-        _unchanged(config, done, to_beat)
+        which = to_beat.role if done is to_beat.version else done.tags[GATE]
+        reason = f"nothing changed since version {done.number} of {done.name} ({which})"
+        logger.info(reason)
+        decision_run.unchanged(config, Entry("unchanged", reason, champion=to_beat.champion or None))
         return late
-    logger.info(_what_changed(inputs, to_beat))
+    if to_beat.version is None:
+        logger.info("no champion yet: training the first version")
+    else:
+        changed = ", ".join(inputs.fingerprint.changes(Fingerprint.from_tags(to_beat.version.tags)))
+        logger.info(f"changed since {to_beat.role}, version {to_beat.version.number}: {changed}")
     version, learned = _trained(config, aliases, inputs, to_beat.version)
 
     def decide(challenger: Version, against: Version | None) -> Decision:
         return _decide(config, inputs, challenger, against) if learned else NOTHING_LEARNED
 
-    settle(aliases, version.number, decide, lease.check)  # whoever has taken over decides by himself
+    apply_decision(aliases, version.number, decide, lease.check)  # whoever has taken over decides by himself
     return decision_run.of_version(config, aliases.version(version.number))
-
-
-def _unchanged(config: Config, done: Version, to_beat: ToBeat) -> None:
-    which = to_beat.role if done is to_beat.version else done.tags[GATE]
-    reason = f"nothing changed since version {done.number} of {done.name} ({which})"
-    logger.info(reason)
-    decision_run.unchanged(config, Entry("unchanged", reason, champion=to_beat.champion or None))
-
-
-def _what_changed(inputs: Inputs, to_beat: ToBeat) -> str:
-    if to_beat.version is None:
-        return "no champion yet: training the first version"
-    changed = inputs.fingerprint.changes(Fingerprint.from_tags(to_beat.version.tags))
-    return f"changed since {to_beat.role}, version {to_beat.version.number}: {', '.join(changed)}"
 
 
 def _trained(config: Config, aliases: Aliases, inputs: Inputs, champion: Version | None) -> tuple[Version, bool]:

@@ -22,51 +22,8 @@ from olora_ray.tracking.client import is_unavailable, reason
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
-# The records of a version: what programs compare and nobody reads, in two tags of JSON beside the few for people.
-
-
-RECORD_TAG, GATE_TAG = "olora.record", "olora.gate_record"
-"""What the version is, written when it is registered, and what the gate has decided on."""
 RUN = "olora.run_folder"
-"""The folder of the run that made a version."""
-ENTRIES = {
-    RECORD_TAG: frozenset(
-        f"olora.{name}"
-        for name in ("base_digest", "data_digest", "held_out_digest", "settings_digest", "checksums", "run_folder")
-    ),
-    GATE_TAG: frozenset({"olora.gate_against", "olora.gate_details"}),
-}
-"""Tag of a record -> the tags that are its entries."""
-
-
-def folded(tags: Mapping[str, str], before: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The tags with those that nobody reads as records; entries that a version has had `before` stay."""
-    whole, found = unfolded(tags), {}
-    kept = unfolded(before or {})
-    for record, names in ENTRIES.items():
-        if new := {name: whole.pop(name) for name in names & whole.keys()}:
-            found[record] = json.dumps({name: kept[name] for name in names & kept.keys()} | new, sort_keys=True)
-    return whole | found
-
-
-def unfolded(tags: Mapping[str, str]) -> dict[str, str]:
-    """The tags with the entries of the records among them, instead of these; an entry counts before a tag of its own.
-
-    A record that is none, and what else is in one, is left out: somebody has written it by hand.
-    """
-    found = {name: text for name, text in tags.items() if name not in ENTRIES}
-    for record, names in ENTRIES.items():
-        found |= _entries(tags.get(record, "{}"), names)
-    return found
-
-
-def _entries(text: str, names: frozenset[str]) -> dict[str, str]:
-    try:
-        tree = json.loads(text)
-        return {name: value for name, value in tree.items() if name in names and isinstance(value, str)}
-    except (ValueError, AttributeError, RecursionError):
-        return {}
-
+"""Tag of a version: the folder of the run that made it."""
 
 # A version of a registered model, as the rest of the project sees it.
 
@@ -80,7 +37,7 @@ def name_filter(name: str) -> str:
 
 @dataclass(frozen=True)
 class Version:
-    """One version, with its tags as they were when it was read, and the entries of its record among them."""
+    """One version, with its tags as they were when it was read."""
 
     name: str
     """Of the registered model."""
@@ -95,7 +52,7 @@ class Version:
     def of(cls, found: "ModelVersion") -> "Version":
         """MLflow's version as ours."""
         seconds = (found.creation_timestamp or 0) / 1000
-        return cls(found.name, str(found.version), unfolded(found.tags), found.run_id, seconds)
+        return cls(found.name, str(found.version), dict(found.tags), found.run_id, seconds)
 
 
 FILE = "checksums.json"
@@ -116,11 +73,6 @@ def of_folders(folders: dict[str, Path]) -> str:
         if file.is_file()
     }
     return json.dumps({"files": files}, indent=1, sort_keys=True) + "\n"
-
-
-def digest(text: str) -> str:
-    """Digest of checksums.json, for the version's tag."""
-    return storage.digest(text)
 
 
 def read(version: Version, place: str, tracking_uri: str) -> Files:

@@ -11,8 +11,6 @@ import re
 import socket
 import sqlite3
 import sys
-import threading
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from functools import cache
@@ -30,12 +28,7 @@ if TYPE_CHECKING:
 # Errors of MLflow, of its database and of the store of its files that a person must mend, and what to do about each.
 
 
-_WORDS = ("PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED")
-"""MLflow's."""
 _STATUS = (401, 403)
-_TOO_LARGE = 413
-_OF_STORES = ("ExpiredToken", "InvalidToken")
-"""What S3 says with another status."""
 _OF_DATABASES = re.compile(
     r"authentication failed|no password supplied|no pg_hba\.conf entry|permission denied"
     r"|(database|role) \S+ does not exist|access denied for user|is not allowed to connect|unknown database"
@@ -54,7 +47,7 @@ def remedy(error: BaseException) -> str | None:
             return TRUST
         if _FULL.search(str(cause)) and getattr(cause, "errno", None) is None:  # else it is this machine's own disk
             return "the disk there is full; make room, and run the same command again"
-        if _status(cause) == _TOO_LARGE:
+        if _status(cause) == 413:
             return (
                 "the server, or a proxy before it, takes no file of this size (HTTP 413); raise its limit to the size"
                 " of the largest model file (nginx: client_max_body_size), and run the same command again"
@@ -82,39 +75,31 @@ def _status(error: BaseException) -> int | None:
 
 
 def _is_denial(error: BaseException) -> bool:
+    """True if MLflow, a server of files, an object store or a database says that access is denied."""
     from mlflow.exceptions import MlflowException
-
-    of_mlflow = isinstance(error, MlflowException) and error.error_code in _WORDS
-    return of_mlflow or _status(error) in _STATUS or _of_a_store(error) or _of_a_database(error)
-
-
-def _of_a_store(error: BaseException) -> bool:
-    """True if boto3 says that access is denied."""
-    if "botocore" not in sys.modules:
-        return False
-    from botocore import exceptions
-
-    if not isinstance(error, exceptions.ClientError):
-        return isinstance(error, exceptions.NoCredentialsError)
-    status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-    return status in _STATUS or error.response.get("Error", {}).get("Code") in _OF_STORES
-
-
-def _of_a_database(error: BaseException) -> bool:
-    """True if a database says that access is denied."""
-    import sqlite3
-
     from sqlalchemy import exc
 
-    kinds = (exc.OperationalError, exc.ProgrammingError, sqlite3.OperationalError)
-    # Its own words: SQLAlchemy's have the statement and its values too.
-    return isinstance(error, kinds) and _OF_DATABASES.search(str(getattr(error, "orig", error))) is not None
+    if isinstance(error, MlflowException):
+        return error.error_code in ("PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED")
+    if isinstance(error, exc.OperationalError | exc.ProgrammingError | sqlite3.OperationalError):
+        # The database's own words: SQLAlchemy's have the statement and its values too.
+        return _OF_DATABASES.search(str(getattr(error, "orig", error))) is not None
+    if "botocore" in sys.modules:  # boto3 is optional
+        from botocore import exceptions
+
+        if isinstance(error, exceptions.ClientError):
+            status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+            code = error.response.get("Error", {}).get("Code")
+            return status in _STATUS or code in ("ExpiredToken", "InvalidToken")  # these come with another status
+        if isinstance(error, exceptions.NoCredentialsError):
+            return True
+    return _status(error) in _STATUS
 
 
 _DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 _PROBE_SECONDS = 5.0
-_ALONE_SECONDS = 30.0
-_TIMEOUT, _SHORT, _LONG = "MLFLOW_HTTP_REQUEST_TIMEOUT", "8", "120"
+_asked: set[str] = set()
+_TIMEOUT, _SHORT = "MLFLOW_HTTP_REQUEST_TIMEOUT", "8"
 _SETTINGS = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     # One retry: a kept connection that the server has closed meanwhile is no failure.
@@ -123,9 +108,6 @@ _SETTINGS = {
     _TIMEOUT: _SHORT,
 }
 _REFUSALS = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "BAD_REQUEST")
-_asked: set[str] = set()
-_uploads = 0
-_uploads_lock = threading.Lock()
 
 
 class TrackingUnavailable(TryAgain):
@@ -278,8 +260,8 @@ def _ask(uri: str) -> None:
 def _alone(uri: str) -> Iterator[None]:
     """One process at a time, where MLflow is a SQLite file: it makes the tables of a new one in steps that collide.
 
-    The lock is on the file's folder, so nothing is left behind; a file system without such locks does without, and
-    so does who has waited for _ALONE_SECONDS, for a process that stands still, say.
+    MLflow's own lock covers some of the steps. This one is on the file's folder, so that nothing is left behind; a file
+    system without such locks does without.
     """
     with ExitStack() as held:
         with suppress(OSError):
@@ -288,34 +270,19 @@ def _alone(uri: str) -> Iterator[None]:
                 os.makedirs(folder, exist_ok=True)  # as MLflow does
                 descriptor = os.open(folder, os.O_RDONLY)
                 held.callback(os.close, descriptor)
-                _lock(descriptor)
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
 
 
 @contextmanager
 def _time_for_uploads() -> Iterator[None]:
     # MLflow reads the variable at each request. Others that run meanwhile get more time too, which is harmless.
-    global _uploads
-    ours = os.environ.get(_TIMEOUT) in (_SHORT, _LONG)
-    with _uploads_lock:
-        _uploads += 1
-        os.environ.update({_TIMEOUT: _LONG} if ours else {})
+    ours = os.environ.get(_TIMEOUT) == _SHORT
+    os.environ.update({_TIMEOUT: "120"} if ours else {})
     try:
         yield
     finally:
-        with _uploads_lock:
-            _uploads -= 1
-            os.environ.update({_TIMEOUT: _SHORT} if ours and not _uploads else {})
-
-
-def _lock(descriptor: int) -> None:
-    end = time.monotonic() + _ALONE_SECONDS
-    while time.monotonic() < end:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            time.sleep(0.1)
+        os.environ.update({_TIMEOUT: _SHORT} if ours else {})
 
 
 def _reason(uri: str, error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""A merged folder or an adapter as a version of a registered MLflow model.
+"""Versions of registered MLflow models: a merged folder or an adapter is written as one, and found again by its name.
 
 The weights go from the folder to the artifact store in one copy, and no model is loaded. What is logged:
 
@@ -20,12 +20,18 @@ from importlib.metadata import version as installed
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import TypeAdapter
+
+from olora_ray.common import storage
 from olora_ray.common.errors import UserError, first_line
 from olora_ray.common.fault_points import reached
-from olora_ray.tracking import checksums
+from olora_ray.config.schema import AnyConfig
+from olora_ray.tracking import checksums, start
 from olora_ray.tracking.aliases import CHAMPION, GATE, Aliases
+from olora_ray.tracking.checksums import Version, name_filter
 from olora_ray.tracking.client import connect, is_unavailable, reachable
 from olora_ray.tracking.run import Tracker
+from olora_ray.tracking.start import resolve_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -241,20 +247,19 @@ def register(tracker: Tracker, contents: Contents, name: str, alias: str, tags: 
     """
     client = tracker.client()
     texts = _texts(contents, tags)
-    found = version_of(client, name, tracker.run_id)
+    versions = client.search_model_versions(f"run_id = '{tracker.run_id}'")
+    found = next((version for version in versions if version.name == name), None)
     if found is None:
         _create(client, name)
         model = client.get_logged_model(log_model(tracker, contents, tags))
         # Not models:/ID as source: MLflow would look it up in its global tracking store.
         place = model.artifact_location
-        texts |= {checksums.TAG: checksums.unfolded(model.tags)[checksums.TAG]}
-        found = client.create_model_version(
-            name, place, tracker.run_id, checksums.folded(texts), model_id=model.model_id
-        )
+        texts |= {checksums.TAG: model.tags[checksums.TAG]}
+        found = client.create_model_version(name, place, tracker.run_id, texts, model_id=model.model_id)
         reached("register")
-        versions = json.dumps([{"name": name, "version": found.version}])
-        client.set_logged_model_tags(model.model_id, {"mlflow.model.versions": versions})  # the page's link
-    for key, text in checksums.folded(texts, found.tags).items():
+        link = json.dumps([{"name": name, "version": found.version}])
+        client.set_logged_model_tags(model.model_id, {"mlflow.model.versions": link})  # the page's link
+    for key, text in texts.items():
         client.set_model_version_tag(name, found.version, key, text)
     number = str(found.version)
     if contents.description and not found.description:  # else the gate may have added its verdict
@@ -273,9 +278,9 @@ def log_model(tracker: Tracker, contents: Contents, tags: Mapping[str, object]) 
     client, run_id = tracker.client(), tracker.run_id
     experiment = client.get_run(run_id).info.experiment_id
     there = client.search_logged_models([experiment], f"source_run_id = '{run_id}' AND name = '{contents.name}'")
-    if there and str(there[0].status) == "READY" and checksums.TAG in checksums.unfolded(there[0].tags):
+    if there and str(there[0].status) == "READY" and checksums.TAG in there[0].tags:
         return str(there[0].model_id)
-    texts = checksums.folded(_texts(contents, tags))
+    texts = _texts(contents, tags)
     model = there[0] if there else client.create_logged_model(experiment, contents.name, run_id, texts)
     outputs = client.get_run(run_id).outputs
     if model.model_id not in {item.model_id for item in (outputs.model_outputs if outputs else ())}:
@@ -286,17 +291,11 @@ def log_model(tracker: Tracker, contents: Contents, tags: Mapping[str, object]) 
         text = checksums.of_folders({contents.place: contents.folder, "": Path(folder)})
         (Path(folder) / checksums.FILE).write_text(text, encoding="utf-8")
         client.log_model_artifacts(model.model_id, folder)
-    texts = checksums.folded({**texts, checksums.TAG: checksums.digest(text)})
+    texts |= {checksums.TAG: storage.digest(text)}
     note = {NOTE: _description(contents, f"models:/{model.model_id}")} if contents.description else {}
     client.set_logged_model_tags(model.model_id, texts | note)
     client.finalize_logged_model(model.model_id, "READY")
     return str(model.model_id)
-
-
-def version_of(client: "MlflowClient", name: str, run_id: str) -> "ModelVersion | None":
-    """The version of `name` that an MLflow run has registered."""
-    found = client.search_model_versions(f"run_id = '{run_id}'")
-    return next((item for item in found if item.name == name), None)
 
 
 def _set_alias(aliases: Aliases, alias: str, number: str) -> None:
@@ -367,3 +366,163 @@ def with_line(description: str, line: str) -> str:
         del lines[0]
     section = "\n".join([HEADING, "", *lines])
     return f"{body.rstrip()[: DESCRIPTION_LENGTH - len(section) - 2]}\n\n{section}".lstrip()
+
+
+# From models:/NAME@ALIAS or models:/NAME/VERSION to files on this machine, checked against their checksums.
+
+
+SCHEME = "models:/"
+_BASE = TypeAdapter(BaseOfAdapter)
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A version of a registered model on this machine."""
+
+    version: Version
+    folder: Path
+    """With config.json and safetensors; of an adapter-only version the adapter in PEFT's form, with tokenizer."""
+    base: BaseOfAdapter | None
+    """Of an adapter-only version."""
+
+
+def find(uri: str, tracking_uri: str, cache: Path) -> Registered:
+    """The version that `uri` names.
+
+    Where the artifacts lie on this machine's disks its folder is they themselves; else they are downloaded
+    once into `cache`. Raises UserError for a name, alias or version that is not
+    there, with those that are, and for files that are not those of its registration.
+    """
+    with reachable(tracking_uri, upload=True):
+        version = Version.of(_resolve(connect(tracking_uri), uri))
+        place = str(connect(tracking_uri).get_model_version_download_uri(version.name, version.number))
+        return _inside(uri, version, _checked(version, place, tracking_uri, cache))
+
+
+def of_config(config: AnyConfig) -> Registered | None:
+    """The registered version that a config names as its model (models:/...) in this run's MLflow; else None."""
+    if not config.model.name.startswith(SCHEME):
+        return None
+    start.follow(config.run.storage)
+    return find(config.model.name, resolve_uri(config), cache_folder(config))
+
+
+def cache_folder(config: AnyConfig) -> Path:
+    """Return the folder for copies of registered models: under the storage, so that the workers see them too."""
+    place = config.run.storage
+    return (Path.home() / ".cache" / "olora_ray" if storage.is_uri(place) else Path(place)) / "models"
+
+
+def pinned(name: str, config: AnyConfig) -> str:
+    """The name of a base, of models:/NAME@ALIAS that of the version: an alias moves.
+
+    If it has moved since the base was opened the name is wrong, and who follows it sees that by the digest.
+    """
+    if not name.startswith(SCHEME) or "@" not in name:
+        return name
+    with reachable(resolve_uri(config)):
+        version = Version.of(_resolve(connect(resolve_uri(config)), name))
+    return f"{SCHEME}{version.name}/{version.number}"
+
+
+def _checked(version: Version, place: str, tracking_uri: str, cache: Path) -> Path:
+    copy = cache / storage.digest(tracking_uri, place, length=16)
+    folder = _fetch(place, tracking_uri, copy)
+    try:
+        _verify(version, folder, tracking_uri)
+    except UserError:
+        if folder != copy:
+            raise
+        storage.remove(str(copy))  # is it the copy alone that is damaged?
+        folder = _fetch(place, tracking_uri, copy)
+        _verify(version, folder, tracking_uri)
+    return folder
+
+
+def _inside(uri: str, version: Version, folder: Path) -> Registered:
+    for candidate in (folder / "model", folder):
+        if (candidate / "config.json").is_file():
+            return Registered(version, candidate, None)
+    if not (folder / ADAPTER_PLACE / "adapter_config.json").is_file():
+        raise UserError(f"model.name: {uri} is registered, but has no config.json: it is not a transformers model")
+    return Registered(version, folder / ADAPTER_PLACE, _base(uri, folder))
+
+
+def _base(uri: str, folder: Path) -> BaseOfAdapter:
+    from mlflow.models import Model
+
+    try:
+        return _BASE.validate_python((Model.load(str(folder / FILE)).metadata or {})[BASE])
+    except Exception:  # others may have written anything
+        raise UserError(
+            f"model.name: {uri} is an adapter that was registered by something else, so its base model cannot be"
+            " checked; register it with this project, or merged into its base"
+        ) from None
+
+
+def _verify(version: Version, folder: Path, tracking_uri: str) -> None:
+    if checksums.TAG in version.tags:
+        checksums.verify(version, str(folder), tracking_uri)
+    else:
+        logger.warning(
+            f"model.name: {version.name} version {version.number} was registered by something else and has no"
+            " checksums: its files are not checked"
+        )
+
+
+def _resolve(client: "MlflowClient", uri: str) -> "ModelVersion":
+    from mlflow.exceptions import MlflowException
+
+    words = uri.removeprefix(SCHEME).strip("/")
+    name, at, alias = words.partition("@")
+    if not at:
+        name, _, number = words.rpartition("/")
+    if not uri.startswith(SCHEME) or not name or not (alias if at else number.isdigit()):
+        raise UserError(f"model.name: {uri}: expected models:/NAME@ALIAS or models:/NAME/VERSION")
+    try:
+        return client.get_model_version_by_alias(name, alias) if at else client.get_model_version(name, number)
+    except MlflowException as error:
+        if is_unavailable(error):
+            raise
+        raise UserError(f"model.name: {uri}: {_what_there_is(client, name, error)}") from None
+
+
+def _what_there_is(client: "MlflowClient", name: str, error: Exception) -> str:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        aliases = client.get_registered_model(name).aliases
+        versions = [str(item.version) for item in client.search_model_versions(name_filter(name))]
+    except MlflowException as missing:
+        if missing.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return f"no model {name!r} is registered in the tracking server"
+        return first_line(error)
+    named = ", ".join(f"@{alias} = {version}" for alias, version in aliases.items()) or "none"
+    return f"not registered; {name} has versions {', '.join(sorted(versions, key=int)) or 'none'} and aliases {named}"
+
+
+def _fetch(place: str, tracking_uri: str, target: Path) -> Path:
+    from mlflow.artifacts import download_artifacts
+    from mlflow.exceptions import MlflowException
+
+    local = Path(place.removeprefix("file://"))
+    if local.is_absolute():
+        if not local.is_dir():
+            raise UserError(f"model.name: the registered model's files are not at {local} on this machine")
+        return local
+    if target.is_dir():
+        return target
+    try:
+        with (
+            storage.staged(target) as folder,
+            tempfile.TemporaryDirectory(prefix=".olora-", dir=target.parent) as parts,
+        ):
+            downloads = str(Path(parts) / "files")
+            Path(download_artifacts(artifact_uri=place, dst_path=downloads, tracking_uri=tracking_uri)).replace(folder)
+    except (MlflowException, OSError) as error:
+        if target.is_dir():  # another process of this node was faster
+            return target
+        if is_unavailable(error):
+            raise
+        raise UserError(f"model.name: cannot download {place}: {first_line(error)}") from None
+    return target

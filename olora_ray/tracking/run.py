@@ -20,38 +20,11 @@ from olora_ray.tracking.client import TrackingUnavailable, connect, reachable, r
 from olora_ray.tracking.write_queue import WriteQueue
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
     from mlflow import MlflowClient
 
 logger = logging.getLogger(__name__)
 
-# The learning curve of a run as a figure.
-
-
 Points = Sequence[tuple[int, float]]
-
-
-def learning_curve_figure(train: Points, evaluation: Points) -> "Figure":
-    """The losses over the steps; both are (step, loss) in order of steps."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    # With few points a line alone shows nothing.
-    axes.plot(*_columns(train), color="#9bb7d4", linewidth=1.2, label="train", marker="." if len(train) < 3 else None)
-    axes.plot(*_columns(evaluation), color="#c44e52", linewidth=1.8, label="eval", marker="o", markersize=4)
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#e5e5e5")
-    axes.legend(frameon=False)
-    return figure
-
-
-def _columns(points: Points) -> tuple[list[int], list[float]]:
-    return [step for step, _ in points], [loss for _, loss in points]
 
 
 # System metrics of a run: CPU, memory, disk, network and GPUs of this machine, sampled until the run ends.
@@ -152,14 +125,26 @@ class Tracker:
 
         self._queue.write(f"the dataset {name}", write)
 
-    def figure(self, figure: "Figure", name: str) -> None:
-        """Log a matplotlib figure as the artifact `name`, e.g. curve.png."""
-        with reachable(self.uri):
-            self.client().log_figure(self.run_id, figure, name, save_kwargs={"dpi": 150})
-
-    def learning_curve(self, train: Points, evaluation: Points, name: str = "learning_curve.png") -> None:
+    def learning_curve(self, train: Points, evaluation: Points) -> None:
         """Log a figure of the losses; both are (step, loss) in order of steps."""
-        self.figure(learning_curve_figure(train, evaluation), name)
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        steps, losses = [step for step, _ in train], [loss for _, loss in train]
+        few = "." if len(train) < 3 else None  # with few points a line alone shows nothing
+        axes.plot(steps, losses, color="#9bb7d4", linewidth=1.2, label="train", marker=few)
+        steps, losses = [step for step, _ in evaluation], [loss for _, loss in evaluation]
+        axes.plot(steps, losses, color="#c44e52", linewidth=1.8, label="eval", marker="o", markersize=4)
+        axes.set_xlabel("step")
+        axes.set_ylabel("loss")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color="#e5e5e5")
+        axes.legend(frameon=False)
+        with reachable(self.uri):
+            self.client().log_figure(self.run_id, figure, "learning_curve.png", save_kwargs={"dpi": 150})
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         """Log a table as the artifact `name`.json, which MLflow shows as one; a table of that name is replaced."""

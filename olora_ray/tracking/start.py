@@ -52,71 +52,37 @@ COLUMNS = (
 """Where MLflow 3.17 keeps a path of an artifact; it has no call to change one."""
 
 
-def follow(config: AnyConfig) -> None:
-    """Let the SQLite database in run.storage name the artifacts in run.storage.
+def follow(place: str) -> None:
+    """Let the SQLite database in a storage name the artifacts in that storage, after it was moved or copied there.
 
-    Those that lie somewhere else, and are not here, are left where they are. Does nothing without such a database.
-    Call it before files are read, too: what the first run of the new place starts from may be registered.
+    Artifacts that lie elsewhere on purpose, in a storage that has no database, keep their places. Call it before files
+    are read: the model that the first run in the new place starts from may be registered.
     """
-    if not storage.is_uri(config.run.storage):
-        _follow(config.run.storage)
-
-
-def follow_address(uri: str) -> None:
-    """The same for the SQLite database at an address, if artifacts lie beside it."""
-    place, _, name = uri.removeprefix("sqlite:///").rpartition("/")
-    if uri.startswith("sqlite:////") and name == DATABASE and os.path.isdir(os.path.join(place, FOLDER)):
-        _follow(place)
-
-
-def _follow(place: str) -> None:
-    file = Path(place) / DATABASE
-    if not file.is_file():
+    file, now = Path(place) / DATABASE, os.path.join(os.path.abspath(place), FOLDER)
+    if storage.is_uri(place) or not file.is_file():
         return
-    now = os.path.join(os.path.abspath(place), FOLDER)
+    moved: list[str] = []
     with contextlib.closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=rw", uri=True, timeout=30)) as database:
         try:
-            moved = [before for before in _roots(database) if before != now and _is_copied(database, before, now)]
-        except sqlite3.DatabaseError:
-            return  # none of MLflow yet, or none at all, which MLflow itself says better
-        try:
             with database:
-                for before in moved:
-                    _rename(database, before, now)
-        except sqlite3.DatabaseError as error:  # tables of another MLflow, or one that others hold for too long
-            logger.warning(f"run.storage has moved, but MLflow's artifacts keep their places, {moved[0]}: {error}")
+                for (before,) in database.execute("SELECT DISTINCT artifact_location FROM experiments").fetchall():
+                    if not before or before == now or not before.startswith("/") or os.path.basename(before) != FOLDER:
+                        continue
+                    if os.path.isdir(before) and not os.path.isfile(os.path.join(os.path.dirname(before), DATABASE)):
+                        continue
+                    moved.append(before)
+                    for table, column in COLUMNS:
+                        database.execute(
+                            f"UPDATE {table} SET {column} = ? || substr({column}, ?)"  # noqa: S608  # names of ours
+                            f" WHERE {column} = ? OR substr({column}, 1, ?) = ?",
+                            (now, len(before) + 1, before, len(before) + 1, f"{before}/"),
+                        )
+        except sqlite3.DatabaseError as error:
+            if moved:  # else none of MLflow yet, or none at all, which MLflow itself says better
+                logger.warning(f"run.storage has moved, but MLflow's artifacts keep their places, {moved[0]}: {error}")
             return
     for before in moved:
         logger.info(f"run.storage has moved: MLflow's artifacts are in {now}, no longer in {before}")
-
-
-def _rename(database: sqlite3.Connection, before: str, now: str) -> None:
-    for table, column in COLUMNS:
-        database.execute(
-            f"UPDATE {table} SET {column} = ? || substr({column}, ?)"  # noqa: S608  # names of ours
-            f" WHERE {column} = ? OR substr({column}, 1, ?) = ?",
-            (now, len(before) + 1, before, len(before) + 1, f"{before}/"),
-        )
-
-
-def _roots(database: sqlite3.Connection) -> list[str]:
-    """The artifacts' folders of the experiments that were made for a run.storage."""
-    found = database.execute("SELECT DISTINCT artifact_location FROM experiments").fetchall()
-    return [place for (place,) in found if place and os.path.isabs(place) and os.path.basename(place) == FOLDER]
-
-
-def _is_copied(database: sqlite3.Connection, before: str, now: str) -> bool:
-    """Whether what the database calls `before` lies in `now`: it is not there any more, or some of it is here too."""
-    return not os.path.isdir(before) or any(
-        os.path.isdir(now + path.removeprefix(before)) for path in _paths(database, before)
-    )
-
-
-def _paths(database: sqlite3.Connection, root: str) -> Iterator[str]:
-    for table, column in COLUMNS[1:3]:
-        for (path,) in database.execute(f"SELECT {column} FROM {table}"):  # noqa: S608  # names of ours
-            if path and path.startswith(f"{root}/"):
-                yield path
 
 
 # MLflow's artifact store: a test, before a training, that it takes files.
@@ -143,32 +109,34 @@ def probe(place: str, uri: str) -> None:
     use_paths()
     if place.startswith("s3://") and not os.environ.get("MLFLOW_S3_ENDPOINT_URL"):
         storage.check(place, FIELD)
-    with _told(place, uri):
-        _within(PROBE_SECONDS, place, uri)
+    failed: list[Exception] = []
+
+    def work() -> None:
+        try:
+            _write(place, uri)
+        except Exception as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=work, name="artifacts", daemon=True)  # a call that hangs does not hold up the end
+    thread.start()
+    thread.join(PROBE_SECONDS)
+    if thread.is_alive():
+        failed.append(TimeoutError(f"no answer within {PROBE_SECONDS:g} s"))
+    for error in failed:
+        if isinstance(error, UserError):
+            raise error
+        if isinstance(error, ModuleNotFoundError):
+            raise UserError(f"{FIELD}: {place} needs the Python package {error.name}: pip install {error.name}")
+        text = remedy(error)
+        kind = TrackingUnavailable if text is None and is_unavailable(error) else UserError
+        why = f"{text} ({reason(error)})" if text else reason(error)
+        raise kind(f"{FIELD}: {place} at {shown_uri(uri)} cannot be written: {why}")
 
 
 def use_paths() -> None:
     """Let MLflow address buckets as the rest of this project does: by path, where the S3 store is not AWS."""
     if patience.s3_endpoint():
         os.environ.setdefault("MLFLOW_BOTO_CLIENT_ADDRESSING_STYLE", "path")
-
-
-def _within(seconds: float, place: str, uri: str) -> None:
-    failed: list[BaseException] = []
-
-    def work() -> None:
-        try:
-            _write(place, uri)
-        except BaseException as error:
-            failed.append(error)
-
-    thread = threading.Thread(target=work, name="artifacts", daemon=True)  # a call that hangs does not hold up the end
-    thread.start()
-    thread.join(seconds)
-    if thread.is_alive():
-        raise TimeoutError(f"no answer within {seconds:g} s")
-    if failed:
-        raise failed[0]
 
 
 def _write(place: str, uri: str) -> None:
@@ -197,21 +165,6 @@ def _refuse_a_folder_of_the_server(folder: Path, uri: str) -> None:
             " machine. If it is a shared folder, mount it here. Otherwise start the server with --artifacts-destination"
             " and without --no-serve-artifacts, and set another tracking.experiment: an experiment keeps its folder"
         )
-
-
-@contextlib.contextmanager
-def _told(place: str, uri: str) -> Iterator[None]:
-    try:
-        yield
-    except UserError:
-        raise
-    except ModuleNotFoundError as error:
-        raise UserError(f"{FIELD}: {place} needs the Python package {error.name}: pip install {error.name}") from None
-    except Exception as error:
-        text = remedy(error)
-        kind = TrackingUnavailable if text is None and is_unavailable(error) else UserError
-        why = f"{text} ({reason(error)})" if text else reason(error)
-        raise kind(f"{FIELD}: {place} at {shown_uri(uri)} cannot be written: {why}") from None
 
 
 VARIABLE = "MLFLOW_TRACKING_URI"
@@ -298,7 +251,7 @@ def start_run(config: AnyConfig, run_name: str, tags: Mapping[str, str], run_id:
     """
     uri = resolve_uri(config)
     use_paths()
-    follow(config)
+    follow(config.run.storage)
     try:
         check(uri)
         with reachable(uri):
@@ -406,8 +359,15 @@ def mlflow_run(
     ids.keep_tracking_run(uri, tracker.run_id)
     tracker.params(params)
     try:
-        with _ended(tracker, after_error):
+        try:
             yield tracker
+        except TakenOver:
+            raise  # the run is another driver's now
+        except BaseException as error:
+            with contextlib.suppress(TrackingUnavailable):
+                tracker.end("KILLED" if isinstance(error, KeyboardInterrupt) else after_error, seconds=5)
+            raise
+        tracker.end("FINISHED")
     except TrackingUnavailable as error:
         raise TrackingUnavailable(f"{error}; {advice}" if advice else str(error)) from None
     except MlflowException as error:
@@ -430,16 +390,3 @@ def _is_deleted(tracker: Tracker) -> bool:
         return False
     except MlflowException as error:
         return bool(error.error_code == "RESOURCE_DOES_NOT_EXIST")
-
-
-@contextlib.contextmanager
-def _ended(tracker: Tracker, after_error: Status) -> Iterator[None]:
-    try:
-        yield
-    except TakenOver:
-        raise  # the run is another driver's now
-    except BaseException as error:
-        with contextlib.suppress(TrackingUnavailable):
-            tracker.end("KILLED" if isinstance(error, KeyboardInterrupt) else after_error, seconds=5)
-        raise
-    tracker.end("FINISHED")

@@ -581,7 +581,7 @@ def test_the_scale_is_that_of_lora_or_rank_stabilised() -> None:
             {"gate": {"must_improve_by": float("nan")}},
             "gate.must_improve_by: input should be a finite number (got nan)",
         ),
-        ({"retrain": {"wait": float("inf")}}, "retrain.wait: input should be a finite number"),
+        ({"retrain": {"replay": float("inf")}}, "retrain.replay: input should be a finite number"),
         ({"train": {"steps": 2**31}}, "train: steps: 2147483648 is larger than 2147483647"),
         ({"train": {"epochs": 1e300}}, "train: epochs: 1e+300 is larger than 2147483647"),
         ({"cluster": {"workers": [1, 2**40]}}, "cluster: workers: 1099511627776 is larger than 2147483647"),

@@ -18,7 +18,7 @@ from olora_ray.evaluation import held_out, targets
 from olora_ray.pipeline import base as opening
 from olora_ray.pipeline.base import find_model
 from olora_ray.retrain import compare
-from olora_ray.tracking import checksums, registered
+from olora_ray.tracking import checksums, models
 from olora_ray.tracking.checksums import RUN
 from olora_ray.tracking.client import connect
 from olora_ray.tracking.models import BaseOfAdapter
@@ -263,7 +263,7 @@ def test_a_base_of_the_hub_is_kept_by_id_and_commit(run: FinishedRun, hub: Path)
     from mlflow.models import Model
 
     from_hub(run, "hubs").registered()
-    found = registered.find("models:/hubs/1", resolve_uri(run.config))
+    found = models.find("models:/hubs/1", resolve_uri(run.config), Path(run.config.run.storage))
     assert found.base is not None
     assert (found.base.name, found.base.revision, found.base.on_hub) == ("org/tiny", COMMIT, True)
     flavour = Model.load(str(found.folder.parent)).flavors["transformers"]
@@ -291,7 +291,7 @@ def test_an_adapter_that_others_have_registered_is_one_line(run: FinishedRun) ->
     client.create_registered_model("others")
     client.create_model_version("others", str(artifacts(run) / "peft"))
     with pytest.raises(UserError, match=r"models:/others/1 is registered, but has no config\.json"):
-        registered.find("models:/others/1", resolve_uri(run.config))
+        models.find("models:/others/1", resolve_uri(run.config), Path(run.config.run.storage))
 
 
 def test_promoted_and_rolled_back(run: FinishedRun) -> None:

@@ -7,18 +7,14 @@ lock's clock is moved on by its pauses.
 import random
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
-
-import pytest
 
 from olora_ray.common.errors import UserError
 from olora_ray.retrain.gate import Decision
 from olora_ray.retrain.recipe import ORIGIN
-from olora_ray.retrain.run import settle
-from olora_ray.tracking import aliases as registry_lock
-from olora_ray.tracking.aliases import CHAMPION, GATE, MOVING, PREVIOUS, ROLLED_BACK, Aliases
+from olora_ray.retrain.run import apply_decision
+from olora_ray.tracking.aliases import CHAMPION, GATE, LOCK, MOVE, PREVIOUS, ROLLED_BACK, Aliases, RegistryLock
 from olora_ray.tracking.checksums import Version
 from olora_ray.tracking.client import connect
 
@@ -118,7 +114,7 @@ class Game:
     """One interleaving: champion 2, previous 1; the versions from 3 on want their place."""
 
     def __init__(self, aliases: Aliases, seed: int, tally: Tally) -> None:
-        self.aliases, self.tally, self.turns = aliases, tally, Turns(seed)
+        self.aliases, self.tally, self.turns = PlayedAliases(aliases, self), tally, Turns(seed)
         self.random = random.Random(seed + 1)
         self.real = connect(aliases.uri)
         self.loss = {str(number): self.random.random() for number in range(1, 7)}
@@ -172,7 +168,7 @@ class Game:
             passed = self.loss[challenger.number] < self.loss[champion.number]
             return Decision(passed, "by its loss", {})
 
-        return lambda: self.until_done(lambda: settle(self.aliases, number, decide, lambda: None))
+        return lambda: self.until_done(lambda: apply_decision(self.aliases, number, decide, lambda: None))
 
     def until_done(self, act: Callable[[], object]) -> None:
         """Call it again after it was killed; a mistake in one line is an end."""
@@ -213,10 +209,12 @@ class Game:
         state = there.get(CHAMPION), there.get(PREVIOUS)
         if state != self.expected[-1]:
             yield f"champion and previous are {state}, and should be {self.expected[-1]}"
-        if MOVING in found.tags or any(tag.startswith(registry_lock.LOCK) for tag in found.tags):
+        if any(tag.startswith(LOCK) for tag in found.tags):
             yield f"tags are left: {found.tags}"
         for version in self.aliases.versions():
             gate = version.tags.get(GATE, "")
+            if version.number == state[0] and MOVE in version.tags:
+                yield f"the move to version {version.number} is not completed"
             if version.number == state[0] and version.number != "2" and gate.startswith(("refused", ROLLED_BACK)):
                 yield f"version {version.number} is the champion, and its tag says {gate!r}"
             if version.number in self.back and not gate.startswith(ROLLED_BACK):
@@ -235,26 +233,29 @@ class Game:
         self.real.set_registered_model_alias(name, PREVIOUS, "1")
 
 
-class TakesTurns:
-    """MLflow's client, each call of it in its turn."""
+class PlayedLock(RegistryLock):
+    """Waits by turns, and by their clock."""
 
-    def __init__(self, game: Game) -> None:
+    def now(self) -> float:
+        return self.client.game.turns.clock
+
+    def pause(self) -> None:
+        self.client.game.turns.clock += PAUSE
+        self.client.game.turns.wait()
+
+
+class PlayedAliases(Aliases):
+    """Aliases of which every call of MLflow goes through the game, in its turn."""
+
+    lock = PlayedLock
+
+    def __init__(self, aliases: Aliases, game: Game) -> None:
+        super().__init__(aliases.uri, aliases.name)
         self.game = game
+
+    @property
+    def client(self) -> Any:
+        return self
 
     def __getattr__(self, method: str) -> Any:
         return lambda *arguments, **named: self.game.call(method, arguments)
-
-
-@contextmanager
-def played(game: Game) -> Iterator[None]:
-    """Every call of the registry goes through the game."""
-
-    def pause() -> None:
-        game.turns.clock += PAUSE
-        game.turns.wait()
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Aliases, "client", property(lambda _: TakesTurns(game)))
-        patch.setattr(registry_lock, "pause", pause)
-        patch.setattr(registry_lock, "now", lambda: game.turns.clock)
-        yield

@@ -73,8 +73,6 @@ def test_another_draw_has_other_rows_in_all_files(config: Config) -> None:
     before = override(config, {"data.eval_fraction": None, "data.eval": config.data.model_dump()["train"]})
     assert recipe.unseen_rows(config, plan(config), noted(before)) == set(), "all rows were trained on then"
     assert recipe.unseen_rows(config, plan(config), None) == set()
-    old = KnownFiles(known.digests, None)  # noted by a release that did not know of draws
-    assert recipe.unseen_rows(config, plan(config), old) is None
 
 
 def test_rows_of_their_own_are_never_those_of_the_training(config: Config, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 from mlflow import MlflowClient
 
 from olora_ray.common.errors import UserError
+from olora_ray.common.storage import digest
 from olora_ray.config.load import load, override
 from olora_ray.config.schema import Config
 from olora_ray.evaluation.rows import RowResults
@@ -76,8 +77,8 @@ class Nights:
         (files / "MLmodel").write_text(str(loss))
         text = checksums.of_folders({"": files})
         (files / checksums.FILE).write_text(text)
-        folded = checksums.folded({**tags, LOSS: str(loss), checksums.TAG: checksums.digest(text)})
-        return str(self.client.create_model_version(NAME, str(files), run_id, folded).version)
+        tags = {**tags, LOSS: str(loss), checksums.TAG: digest(text)}
+        return str(self.client.create_model_version(NAME, str(files), run_id, tags).version)
 
     def train(self, config: Config, tags: dict[str, str]) -> dict[str, Any]:
         """Stands for pipeline.run."""
@@ -153,7 +154,7 @@ def without_version(*numbers: str) -> Callable[[Nights], None]:
 
 def without_verdicts(nights: Nights) -> None:
     for number in nights.made():
-        for tag in (GATE, checksums.GATE_TAG):
+        for tag in (GATE, AGAINST):
             nights.client.delete_model_version_tag(NAME, number, tag)
 
 

@@ -11,7 +11,7 @@ from olora_ray.common import lock
 from olora_ray.common.errors import TryAgain, UserError
 from olora_ray.config.load import load
 from olora_ray.config.schema import Config
-from olora_ray.retrain import recipe, run
+from olora_ray.retrain import notify, recipe
 from olora_ray.retrain.recipe import AGAINST
 from olora_ray.tracking.aliases import GATE
 from olora_ray.tracking.client import connect
@@ -77,7 +77,7 @@ def test_what_passes_by_itself_is_not_told(nightly: Nightly) -> None:
 def told(config: Config, caplog: pytest.LogCaptureFixture) -> list[str]:
     """The warnings of a notification."""
     with caplog.at_level(logging.WARNING, logger="olora_ray"):
-        run.tell(config, "failed", "tracking.uri=postgresql://user:pa55word@server/db: no\nanswer")
+        notify.tell(config, "failed", "tracking.uri=postgresql://user:pa55word@server/db: no\nanswer")
     return [record.getMessage() for record in caplog.records]
 
 

@@ -73,17 +73,16 @@ def test_its_number_may_be_another_by_now(config: Config) -> None:
     assert trained(config) == ("2", "ours")
 
 
-@pytest.mark.parametrize(("error", "noted"), [(StoreUnavailable("away"), False), (OSError("a bug"), True)])
+@pytest.mark.parametrize(("error", "noted"), [(StoreUnavailable("away"), []), (OSError("a bug"), ["failed"])])
 def test_a_night_that_is_to_be_called_again_has_not_failed(
-    config: Config, monkeypatch: pytest.MonkeyPatch, error: Exception, noted: bool
+    config: Config, monkeypatch: pytest.MonkeyPatch, error: Exception, noted: list[str]
 ) -> None:
-    found: list[Any] = []
-
     def fails(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(retraining, "_retrain", fails)
-    monkeypatch.setattr(retraining.decision_run, "write", lambda *entry: found.append(entry))
+    monkeypatch.setattr(recipe, "look", fails)
     with pytest.raises(type(error)):
         retraining.run(config)
-    assert bool(found) is noted
+    client = Aliases(f"sqlite:///{config.run.storage}/mlflow.db", "m").client
+    experiments = [each.experiment_id for each in client.search_experiments()]
+    assert [run.data.tags["olora.decision"] for run in client.search_runs(experiments)] == noted

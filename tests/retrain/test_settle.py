@@ -10,7 +10,7 @@ from olora_ray.pipeline.run_folder import Fingerprint
 from olora_ray.retrain.compare import version_to_beat
 from olora_ray.retrain.gate import Decision
 from olora_ray.retrain.recipe import AGAINST, ORIGIN, find_decision
-from olora_ray.retrain.run import settle
+from olora_ray.retrain.run import apply_decision
 from olora_ray.tracking.aliases import GATE, Aliases
 from olora_ray.tracking.checksums import Version
 from tests import mlflow_database, registered
@@ -47,7 +47,7 @@ def settled(
         return decision
 
     with said() as lines:
-        settle(aliases, "3", decide, lambda: None)
+        apply_decision(aliases, "3", decide, lambda: None)
     return "".join(lines), against
 
 
@@ -104,7 +104,7 @@ def test_a_champion_that_never_rests_ends_it(aliases: Aliases) -> None:
         return YES
 
     with pytest.raises(TryAgain, match="the champion was moved 5 times while the gate decided"):
-        settle(aliases, "3", decide, lambda: None)
+        apply_decision(aliases, "3", decide, lambda: None)
     assert GATE not in aliases.version("3").tags
 
 
@@ -113,6 +113,6 @@ def test_one_that_has_lost_its_lock_writes_nothing(aliases: Aliases) -> None:
         raise TryAgain("taken over")
 
     with pytest.raises(TryAgain, match="taken over"):
-        settle(aliases, "3", lambda *_: YES, lost)
+        apply_decision(aliases, "3", lambda *_: YES, lost)
     assert aliases.current()["champion"] == "2"
     assert GATE not in aliases.version("3").tags

@@ -5,7 +5,7 @@ import pytest
 
 from olora_ray.tracking.aliases import Aliases
 from tests import mlflow_database, registered
-from tests.retrain.interleave import Game, Tally, played
+from tests.retrain.interleave import Game, Tally
 
 
 @pytest.fixture(scope="module")
@@ -19,8 +19,7 @@ def play(aliases: Aliases, seeds: range) -> Tally:
     for seed in seeds:
         game = Game(aliases, seed, tally)
         game.reset()
-        with played(game):
-            game.play()
+        game.play()
     print(f"\n{tally.table()}")
     return tally
 

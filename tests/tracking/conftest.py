@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from olora_ray.config.schema import Adapter
-from olora_ray.tracking import client, models, run
+from olora_ray.tracking import models, run
 from olora_ray.tracking.models import Contents
 from olora_ray.tracking.start import start_run
 from tests import mlflow_database, tiny
@@ -39,9 +39,8 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """MLflow's address of an empty database, which is asked in a hurry."""
+    """MLflow's address of an empty database."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setattr(client, "_PROBE_SECONDS", 0.3)
     return f"sqlite:///{mlflow_database.place(tmp_path)}/mlflow.db"
 
 

@@ -9,7 +9,7 @@ import pytest
 from olora_ray.common import storage
 from olora_ray.common.errors import TryAgain, UserError
 from olora_ray.config.schema import Config
-from olora_ray.tracking import models, registered, start
+from olora_ray.tracking import models, start
 from olora_ray.tracking.client import TrackingUnavailable, connect
 from olora_ray.tracking.models import Contents
 from tests import mlflow_database, tiny
@@ -44,7 +44,7 @@ def test_a_runs_files_and_model_lie_in_the_bucket(
     keys = s3_server.keys(storage.join(bucket, "mlartifacts"))
     assert any(key.endswith("/parity.json") for key in keys)
     assert any(key.endswith("/model/model.safetensors") for key in keys)
-    found = registered.find(f"models:/on-s3/{version}", tracker.uri, tmp_path / "cache").folder
+    found = models.find(f"models:/on-s3/{version}", tracker.uri, tmp_path / "cache").folder
     assert (found / "model.safetensors").read_bytes() == (merged / "model.safetensors").read_bytes()
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from olora_ray.common.errors import UserError
+from olora_ray.common.storage import digest
 from olora_ray.tracking import checksums, models, run
 from olora_ray.tracking.aliases import GATE, Aliases
 from olora_ray.tracking.models import Contents
@@ -27,7 +28,7 @@ def test_the_version_has_alias_tags_run_and_model(triage: run.Tracker) -> None:
     assert version.run_id == triage.run_id
     text = (Path(version.source) / checksums.FILE).read_text()
     shown = {name: str(value) for name, value in TAGS.items() if value != ""}
-    assert version.tags == shown | {checksums.RECORD_TAG: json.dumps({checksums.TAG: checksums.digest(text)})}
+    assert version.tags == shown | {checksums.TAG: digest(text)}
     (output,) = triage.client().get_run(triage.run_id).outputs.model_outputs
     model = triage.client().get_logged_model(output.model_id)
     assert str(model.status) == "READY"

@@ -11,7 +11,7 @@ from mlflow.tracking._tracking_service import utils
 
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
-from olora_ray.tracking import registered, start
+from olora_ray.tracking import models, start
 from olora_ray.tracking.start import mlflow_run
 from pipelines import registry
 from tests import mlflow_database, tiny
@@ -82,7 +82,7 @@ def test_a_registered_model_is_found_where_the_storage_lies_now(tmp_path: Path, 
     Path(version.source).mkdir(parents=True)
     (Path(version.source) / "config.json").write_text("{}")
     shutil.move(before, now)
-    found = registered.of_config(tiny.config(run__storage=str(now), model__name="models:/m/1"))
+    found = models.of_config(tiny.config(run__storage=str(now), model__name="models:/m/1"))
     assert found is not None
     assert str(found.folder) == version.source.replace(str(before), str(now))
 
@@ -98,20 +98,12 @@ def test_the_registrys_command_finds_versions_where_the_storage_lies_now(tmp_pat
         assert version.source.startswith(f"{place}/mlartifacts/")
 
 
-def test_a_copy_without_artifacts_yet_gets_its_own(tmp_path: Path, ids: Ids) -> None:
-    before, now = mlflow_database.place(tmp_path / "before"), tmp_path / "now"
-    with mlflow_run(settings(before), {}, ids, {}):
-        pass
-    shutil.copytree(before, now)
-    assert tracked(now, ids).startswith(f"{now}/mlartifacts/")
-
-
 def test_artifacts_that_lie_elsewhere_on_purpose_stay_there(tmp_path: Path, ids: Ids) -> None:
     shared, own = mlflow_database.place(tmp_path / "shared"), tmp_path / "own"
     config = tiny.config(run__storage=str(own), tracking__uri=f"sqlite:///{shared}/mlflow.db")
     with mlflow_run(config, {}, ids, {}) as tracker:
         tracker.text("hello", "note.txt")
-    start.follow(settings(shared))
+    start.follow(str(shared))
     assert tracked(shared, ids).startswith(f"{own}/mlartifacts/")
 
 
@@ -119,7 +111,7 @@ def test_artifacts_that_lie_elsewhere_on_purpose_stay_there(tmp_path: Path, ids:
 def test_without_a_database_of_mlflow_nothing_happens(tmp_path: Path, content: bytes | None) -> None:
     if content is not None:
         (tmp_path / "mlflow.db").write_bytes(content)
-    start.follow(settings(tmp_path))
+    start.follow(str(tmp_path))
     assert [file.name for file in tmp_path.iterdir()] == (["mlflow.db"] if content is not None else [])
 
 
@@ -130,7 +122,7 @@ def test_tables_of_another_mlflow_are_left_as_they_are(tmp_path: Path) -> None:
     with contextlib.closing(sqlite3.connect(now / "mlflow.db")) as database, database:
         database.execute("ALTER TABLE model_versions RENAME COLUMN storage_location TO place")
     with said() as lines:
-        start.follow(settings(now))
+        start.follow(str(now))
     [line] = lines
     assert line.startswith("warning: run.storage has moved, but MLflow's artifacts keep their places")
     assert "storage_location" in line

@@ -1,14 +1,8 @@
 """Two runs that begin at the same time on a storage in which nothing is yet."""
 
-import fcntl
-import os
 import subprocess
 import sys
 from pathlib import Path
-
-import pytest
-
-from olora_ray.tracking import client
 
 CODE = "import sys; from olora_ray.tracking.client import check; sys.stdin.readline(); check(sys.argv[1])"
 
@@ -25,12 +19,3 @@ def test_a_new_database_can_be_opened_by_several_processes_at_once(tmp_path: Pat
     ended = [(process.communicate()[1][-2000:], process.returncode) for process in started]
     assert [code for _, code in ended] == [0, 0, 0], ended
     assert not [file for file in tmp_path.iterdir() if not file.name.startswith("mlflow.db")]
-
-
-def test_a_process_that_stands_still_holds_up_nobody_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "_ALONE_SECONDS", 0.3)
-    descriptor = os.open(tmp_path, os.O_RDONLY)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-    client.check(f"sqlite:///{tmp_path}/mlflow.db")
-    os.close(descriptor)
-    assert (tmp_path / "mlflow.db").exists()

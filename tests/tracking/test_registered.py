@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 
 from olora_ray.common.errors import UserError
-from olora_ray.tracking import models, registered, run
+from olora_ray.tracking import models, run
 from olora_ray.tracking.models import Contents
 from tests.said import said
 
 
 @pytest.mark.parametrize("name", ["models:/triage@candidate", "models:/triage/1"])
 def test_a_registered_model_as_a_base_model(triage: run.Tracker, merged: Path, tmp_path: Path, name: str) -> None:
-    folder = registered.find(name, triage.uri, tmp_path).folder
+    folder = models.find(name, triage.uri, tmp_path).folder
     assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in merged.iterdir())
     assert json.loads((folder / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
     assert list(tmp_path.iterdir()) == [], "local artifacts are used where they lie"
@@ -30,9 +30,9 @@ def test_a_registered_model_as_a_base_model(triage: run.Tracker, merged: Path, t
         ("models:/triage/Production", "expected models:/NAME@ALIAS"),
     ],
 )
-def test_a_registered_model_that_is_not_there(triage: run.Tracker, name: str, message: str) -> None:
+def test_a_registered_model_that_is_not_there(triage: run.Tracker, tmp_path: Path, name: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        registered.find(name, triage.uri)
+        models.find(name, triage.uri, tmp_path)
 
 
 def test_a_version_that_is_no_transformers_model(tracker: run.Tracker, tmp_path: Path) -> None:
@@ -40,7 +40,7 @@ def test_a_version_that_is_no_transformers_model(tracker: run.Tracker, tmp_path:
     tracker.client().create_registered_model("sklearn")
     tracker.client().create_model_version("sklearn", str(tmp_path))
     with pytest.raises(UserError, match=r"has no config\.json"):
-        registered.find("models:/sklearn/1", tracker.uri)
+        models.find("models:/sklearn/1", tracker.uri, tmp_path)
 
 
 def test_artifacts_elsewhere_are_downloaded_once_and_checked_each_time(
@@ -59,12 +59,12 @@ def test_artifacts_elsewhere_are_downloaded_once_and_checked_each_time(
 
     monkeypatch.setattr(client, "get_model_version_download_uri", lambda *_: "s3://bucket/model")
     monkeypatch.setattr(mlflow.artifacts, "download_artifacts", download)
-    folders = {registered.find("models:/triage/1", triage.uri, tmp_path).folder for _ in range(2)}
+    folders = {models.find("models:/triage/1", triage.uri, tmp_path).folder for _ in range(2)}
     assert fetched == [("s3://bucket/model", triage.uri)]
     (folder,) = folders
     assert not list(tmp_path.rglob("*.tmp"))
     (folder / "adapter_config.json").write_text("{}")
-    assert registered.find("models:/triage/1", triage.uri, tmp_path).folder == folder
+    assert models.find("models:/triage/1", triage.uri, tmp_path).folder == folder
     assert len(fetched) == 2, "a copy that is damaged is fetched again"
     assert not (folder / "adapter_config.json").exists()
 
@@ -73,16 +73,16 @@ def test_artifacts_elsewhere_are_downloaded_once_and_checked_each_time(
 def test_a_version_with_added_or_changed_files_is_not_loaded(tracker: run.Tracker, merged: Path, name: str) -> None:
     version = models.register(tracker, Contents(merged), "spoilt", "candidate", {})
     uri = f"models:/spoilt/{version}"
-    file = registered.find(uri, tracker.uri).folder.parent / name
+    file = models.find(uri, tracker.uri, merged.parent).folder.parent / name
     file.parent.mkdir(exist_ok=True)
     file.write_text("{}")
     with pytest.raises(UserError, match=rf"^spoilt version {version}: {name} (was added|has other content)"):
-        registered.find(uri, tracker.uri)
+        models.find(uri, tracker.uri, merged.parent)
 
 
 def test_a_version_of_others_is_loaded_with_a_warning(tracker: run.Tracker, merged: Path) -> None:
     tracker.client().create_registered_model("others")
     tracker.client().create_model_version("others", str(merged))
     with said() as lines:
-        assert registered.find("models:/others/1", tracker.uri).folder == merged
+        assert models.find("models:/others/1", tracker.uri, merged.parent).folder == merged
     assert "has no checksums: its files are not checked" in "".join(lines)

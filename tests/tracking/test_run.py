@@ -1,3 +1,4 @@
+import contextlib
 import json
 import logging
 import pickle
@@ -107,21 +108,22 @@ def test_a_remote_storage_needs_a_server() -> None:
         resolve_uri(tiny.config(run__storage="s3://bucket/runs"))
 
 
-class NotMlflow(BaseHTTPRequestHandler):
-    def do_GET(self) -> None:
-        self.send_response(404)
-        self.end_headers()
-        self.wfile.write(b"<html>\nno such page")
+@contextlib.contextmanager
+def answering(status: int, text: bytes) -> Iterator[str]:
+    """The address of a server that is not MLflow, or not for us."""
 
-    do_POST = do_GET
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(text)
 
-    def log_message(self, *_: object) -> None:
-        pass
+        do_GET = do_POST
 
+        def log_message(self, *_: object) -> None:
+            pass
 
-@pytest.fixture
-def other_server() -> Iterator[str]:
-    server = HTTPServer(("127.0.0.1", 0), NotMlflow)
+    server = HTTPServer(("127.0.0.1", 0), Handler)
     Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
@@ -151,15 +153,17 @@ def test_an_address_where_nothing_is_gets_one_line_within_seconds(uri: str, mess
     assert "\n" not in str(caught.value)
 
 
-def test_a_server_that_is_not_mlflow(other_server: str) -> None:
-    with pytest.raises(UserError, match="something answers, but not an MLflow server with this path") as caught:
-        client_module.check(other_server)
+@pytest.mark.parametrize(
+    ("status", "text", "message"),
+    [
+        (404, b"<html>\nno such page", "something answers, but not an MLflow server with this path"),
+        (403, b"Invalid Host header - possible DNS rebinding attack", "start it with --allowed-hosts '127.0.0.1:"),
+    ],
+)
+def test_a_server_that_is_not_mlflow_or_does_not_know_its_own_name(status: int, text: bytes, message: str) -> None:
+    with answering(status, text) as uri, pytest.raises(UserError, match=message) as caught:
+        client_module.check(uri)
     assert "\n" not in str(caught.value)
-
-
-def test_start_checks_the_address_first() -> None:
-    with pytest.raises(UserError, match="no MLflow server answers"):
-        start_run(tiny.config(tracking__uri=CLOSED), "test", {})
 
 
 def test_a_run_has_tags_and_a_place_beside_the_storage(tracker: tracking.Tracker, storage: Path) -> None:

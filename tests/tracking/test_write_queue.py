@@ -4,8 +4,8 @@ import threading
 
 import pytest
 
-from olora_ray.tracking import write_queue
-from tests.tracking.one_run import local, locked, rows, series, steps
+from olora_ray.tracking import run
+from tests.tracking.one_run import local, rows, series, steps
 from tests.waiting import until
 
 SYSTEM = "system/cpu_utilization_percentage"
@@ -59,19 +59,27 @@ def test_metrics_come_from_any_thread(address: str) -> None:
     assert sorted(steps(tracker, "train/lr")) == list(range(1500))
 
 
-def test_what_there_is_no_room_for_may_come_again(
-    address: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_a_metric_that_mlflow_refuses_does_not_take_others_with_it(
+    address: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(write_queue, "_MOST_VALUES", 10)
     tracker = local(address)
-    with locked(address):
-        tracker.metrics(rows(0, 20))
-        tracker.metrics(rows(20, 40))
-        assert tracker.pending == 10
-    assert tracker.flush(10)
-    for begin in range(0, 40, 5):
-        tracker.metrics(rows(0, begin + 5))
-        assert tracker.flush(10)
+    tracker.params({"not?allowed": 1})
+    tracker.metrics({step: {"a": 1.0, "not?allowed": 2.0, "b": 3.0} for step in range(3)})
+    assert tracker.flush(10)  # a refused name is asked for once, also if it comes in another request
+    tracker.metrics({3: {"a": 1.0, "not?allowed": 2.0}})
     tracker.end()
-    assert sorted(steps(tracker, "train/loss")) == list(range(40))
-    assert caplog.text.count("newer ones are not kept until it answers") == 1
+    assert (steps(tracker, "a"), steps(tracker, "b")) == ([0, 1, 2, 3], [0, 1, 2])
+    assert caplog.text.count("MLflow refuses the metric not?allowed: ") == 1
+    assert caplog.text.count("MLflow refuses parameters: ") == 1
+
+
+def test_a_run_that_was_deleted_meanwhile(address: str, caplog: pytest.LogCaptureFixture) -> None:
+    tracker = local(address)
+    tracker.client().delete_run(tracker.run_id)
+    for gone in (tracker.run_id, "0" * 32):
+        other = run.Tracker(address, gone)
+        other.metrics(rows(0, 3))
+        assert other.flush(10)
+        assert caplog.text.count(f"MLflow run {gone} is gone: nothing more is tracked") == 1
+        other.end()
+    tracker.end()

@@ -9,14 +9,14 @@ from random import Random
 from olora_ray.common import storage
 from olora_ray.pipeline.run_folder import Fingerprint
 from olora_ray.tracking import checksums
-from olora_ray.tracking.aliases import MOVING, Aliases
+from olora_ray.tracking.aliases import CHAMPION, MOVE, Aliases
 from olora_ray.tracking.checksums import Version
 from olora_ray.tracking.client import connect
 from tests import mlflow_database
 from tests.fuzz import mutate
 from tests.fuzz.case import Case
 
-MOVE = {"champion": "1", "previous": None, "tags": {"1": {"olora.gate": "passed"}}}
+ANNOUNCED = {"previous": None, "verdicts": {"1": "passed"}}
 
 
 def prepare(place: Path) -> tuple[Path, bytes, str]:
@@ -32,6 +32,7 @@ def prepare(place: Path) -> tuple[Path, bytes, str]:
     client.create_registered_model("small")
     for _ in range(2):
         client.create_model_version("small", str(folder))
+    client.set_registered_model_alias("small", CHAMPION, "1")
     return folder, text.encode(), uri
 
 
@@ -48,9 +49,9 @@ def cases(seed: int, made: tuple[Path, bytes, str]) -> Iterator[Case]:
                 yield Case(("checksums", mutate.as_json(mutate.tree(random, json.loads(text)), random).encode(), True))
             case _:
                 changed = (
-                    mutate.as_json(mutate.tree(random, MOVE), random).encode()
+                    mutate.as_json(mutate.tree(random, ANNOUNCED), random).encode()
                     if random.random() < 0.8
-                    else mutate.raw(random, json.dumps(MOVE).encode())
+                    else mutate.raw(random, json.dumps(ANNOUNCED).encode())
                 )
                 yield Case(("move", changed, False))
 
@@ -67,9 +68,6 @@ def read(content: tuple[str, bytes, bool], place: Path, made: tuple[Path, bytes,
         checksums.verify(Version("small", "1", tags), str(folder), uri)
         return
     aliases = Aliases(uri, "small")
-    aliases.client.set_registered_model_tag("small", MOVING, changed.decode(errors="replace")[:4000])
-    try:
-        aliases.repair()
-        aliases.current()
-    finally:
-        aliases.client.delete_registered_model_tag("small", MOVING)
+    aliases.client.set_model_version_tag("small", "1", MOVE, changed.decode(errors="replace")[:4000])
+    aliases.repair()
+    aliases.current()
