@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from olora_ray.adapter.change import parameter_of
+from olora_ray.adapter.candidates import parameter_of
 from olora_ray.adapter.inject import inject
 from olora_ray.adapter.layer import AdapterWeights
 from olora_ray.adapter.merge import changes_of

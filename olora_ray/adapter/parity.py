@@ -26,10 +26,10 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from olora_ray.adapter import stored
-from olora_ray.adapter.change import Change, stored_transposed
+from olora_ray.adapter.candidates import stored_transposed
 from olora_ray.adapter.layer import AdapterWeights
 from olora_ray.adapter.logits import Logits
-from olora_ray.adapter.merge import Worst
+from olora_ray.adapter.merge import Change, Worst
 from olora_ray.adapter.peft_folder import WEIGHTS
 from olora_ray.adapter.stored import DTYPES, Group, Stored, follow
 from olora_ray.common.errors import UserError, first_line

@@ -28,7 +28,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from olora_ray.adapter.change import declares_transposed, is_stack, stored_transposed, transposed_layers
+from olora_ray.adapter.candidates import declares_transposed, is_stack, stored_transposed, transposed_layers
 from olora_ray.adapter.layer import AdapterWeights, Factors
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError

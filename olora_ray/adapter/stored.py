@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from olora_ray.adapter.change import parameter_of
+from olora_ray.adapter.candidates import parameter_of
 from olora_ray.common.errors import UserError
 
 if TYPE_CHECKING:

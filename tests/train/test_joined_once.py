@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from olora_ray.adapter import layer as layer_module
-from olora_ray.adapter.experts import AdaptedStack
-from olora_ray.adapter.layer import AdaptedWeight
+from olora_ray.adapter.layer import AdaptedStack, AdaptedWeight
 from olora_ray.train.base_files import decoder_layers
 from olora_ray.train.loader import StepLoader
 from olora_ray.train.loop import Trainer, evaluate

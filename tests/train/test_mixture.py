@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from olora_ray.adapter.experts import AdaptedStack
+from olora_ray.adapter.layer import AdaptedStack
 from olora_ray.train import checkpoint
 from olora_ray.train.checkpoint import TrainState
 from olora_ray.train.loader import StepLoader
