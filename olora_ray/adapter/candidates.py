@@ -7,7 +7,7 @@ hears, routers, and layers with one input or output.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -328,13 +328,3 @@ def stored_transposed(model: nn.Module, layer: str) -> bool:
         return is_transposed(model.get_submodule(layer))
     experts, _, parameter = layer.rpartition(".")
     return stack(model.get_submodule(experts), parameter).stored_transposed
-
-
-def declares_transposed(model: nn.Module, layer: str) -> bool:
-    """What a stack's module says of itself in transformers' interface for experts, which PEFT goes by."""
-    return bool(getattr(model.get_submodule(layer.rpartition(".")[0]), "is_transposed", False))
-
-
-def transposed_layers(model: nn.Module, layers: Iterable[str]) -> frozenset[str]:
-    """Those of the layers that are kept transposed."""
-    return frozenset(layer for layer in layers if stored_transposed(model, layer))

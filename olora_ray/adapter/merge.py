@@ -25,9 +25,10 @@ from olora_ray.adapter import portable
 from olora_ray.adapter.candidates import stored_transposed
 from olora_ray.adapter.layer import AdapterWeights
 from olora_ray.adapter.peft_folder import replacing
-from olora_ray.adapter.stored import INDEX, Group, groups, is_stale_index, tensors, weight_files
+from olora_ray.adapter.stored import Group, groups, is_stale_index, tensors, weight_files
 from olora_ray.common.errors import UserError
 from olora_ray.common.fault_points import reached
+from olora_ray.model.folder import INDEX
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -339,12 +340,12 @@ def _first_difference(before: Path, after: Path, left_out: Sequence[tuple[int, i
     """The first byte outside of these ranges that is not the same in both files."""
     if (size := before.stat().st_size) != (other := after.stat().st_size):
         return min(size, other)
-    old, new = (np.memmap(file, np.uint8, mode="r") for file in (before, after))
     place = 0
     for start, end in [*left_out, (size, size)]:
         for first in range(place, start, 2**22):
-            part = slice(first, min(first + 2**22, start))
-            if len(places := np.flatnonzero(old[part] != new[part])):
+            count = min(2**22, start - first)
+            old, new = (np.fromfile(file, np.uint8, count, offset=first) for file in (before, after))
+            if len(places := np.flatnonzero(old != new)):
                 return first + int(places[0])
         place = max(place, end)
     return None

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from olora_ray.adapter import parity, peft_folder, portable
+from olora_ray.adapter import peft_folder, portable, stored
 from olora_ray.adapter.merge import write_merged
 from olora_ray.common import node_cache, storage
 from olora_ray.common.errors import TryAgain, UserError, as_user_error, short_reason
@@ -13,8 +13,7 @@ from olora_ray.config.load import override
 from olora_ray.config.schema import AnyConfig
 from olora_ray.data.tokenize import turn_end
 from olora_ray.data.tokenizer_spec import TokenizerSpec, has_tokens_beyond, spec_from_pretrained
-from olora_ray.model import folder as identity
-from olora_ray.model import folder as misfits
+from olora_ray.model.folder import unused_tensors
 from olora_ray.model.load import end_tokens, load_tokenizer, skeleton
 from olora_ray.model.packing import why_apart
 from olora_ray.model.source import BaseModel, obtain
@@ -66,7 +65,7 @@ def _base(found: Registered, base: BaseOfAdapter, config: AnyConfig) -> tuple[An
             passes = isinstance(error, TryAgain)
             why = f"is not found ({str(error).removeprefix('model.name: ')})"
             continue
-        if identity.same(base.digest, model.digest):
+        if base.digest == model.digest:
             return own, replace(model, name=base.name)
         why, passes = f"has other files than it was trained on, in {model.folder}", False
     what = f"{found.version.name} version {found.version.number} is an adapter of {base.name}, which {why}"
@@ -147,11 +146,11 @@ def with_tokenizer(model: BaseModel, config: AnyConfig) -> Base:
 
 def _check_fit(model: BaseModel, shape: Any) -> None:
     """Raise UserError where what is loaded would be another model than the files hold; say what is left out."""
-    found = parity.look(Path(model.folder), shape)
+    found = stored.fit(Path(model.folder), shape)
     if found.problem is not None:
         raise UserError(f"model.name: {model.folder} {found.problem}")
     if names := found.left_out:
-        logger.warning(misfits.left_out(shape, names, model.name))
+        logger.warning(unused_tensors(shape, names, model.name))
 
 
 def _ends(model: BaseModel, tokenizer: Any, spec: TokenizerSpec) -> tuple[int, ...]:

@@ -11,9 +11,7 @@ import ray
 import torch
 
 from olora_ray.adapter import merge, portable
-from olora_ray.adapter import parity as memory
-from olora_ray.adapter.logits import Folders, Logits, measure_logits
-from olora_ray.adapter.parity import MergedFolder, Parity, check_adapter
+from olora_ray.adapter.parity import Folders, Logits, MergedFolder, Parity, check_adapter, measure_logits
 from olora_ray.adapter.peft_folder import compress, new_adapter, replacing
 from olora_ray.cluster.resources import worker_resources
 from olora_ray.cluster.spec import TrainResult, TrainSpec
@@ -25,7 +23,7 @@ from olora_ray.config.schema import Config
 from olora_ray.data import chat_template
 from olora_ray.data.tokenizer_spec import adds_begin_token
 from olora_ray.model.folder import parameters
-from olora_ray.model.load import end_tokens, load_tokenizer, tokenizer_in
+from olora_ray.model.load import end_tokens, load_tokenizer, tokenizer_in, too_large
 from olora_ray.model.source import BaseModel, on_this_node
 from olora_ray.pipeline import export_shares
 from olora_ray.pipeline.connection import user_errors
@@ -210,7 +208,7 @@ def _logits(spec: TrainSpec, work: Work, merged: Path | None, plain: Path, compr
     device = assigned_device()
     if compressed:
         return "the adapter is compressed, which changes logits"
-    if why := memory.too_large(parameters(str(work.base)), torch.float32, device):
+    if why := too_large(parameters(str(work.base)), torch.float32, device):
         return why
     folders = Folders(work.base, merged, plain, spec.config.model.trust_remote_code)
     found = measure_logits(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 
-from olora_ray.adapter import merge, parity
+from olora_ray.adapter import merge
 from olora_ray.adapter.inject import inject, remove
 from olora_ray.adapter.layer import AdapterWeights
 from olora_ray.adapter.parity import MergedFolder
@@ -26,7 +26,7 @@ from olora_ray.common.logs import quiet_transformers
 from olora_ray.config.load import override
 from olora_ray.config.schema import Config
 from olora_ray.model.folder import parameters
-from olora_ray.model.load import pick_dtype, skeleton
+from olora_ray.model.load import pick_dtype, skeleton, too_large
 from olora_ray.model.source import on_this_node
 from olora_ray.tokens.collate import Batch, collate
 from olora_ray.tokens.store import Pack, TokenStore
@@ -197,7 +197,7 @@ def held_out_loss(
 ) -> LossPair | str:
     """The training's loss on the first rows of a store with both, or why it is not measured."""
     dtype = pick_dtype(spec.config.model, device)
-    if why := parity.too_large(parameters(str(work.base)), dtype, device):
+    if why := too_large(parameters(str(work.base)), dtype, device):
         return why
     try:
         found = _measured(spec.config, work, (before, after), _first(store), device)

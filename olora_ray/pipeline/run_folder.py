@@ -16,7 +16,6 @@ from olora_ray.common.errors import StoreUnavailable, TryAgain, UserError, short
 from olora_ray.common.secrets import mask
 from olora_ray.config.load import build, dump, flatten, parse_yaml
 from olora_ray.config.schema import Config, Export
-from olora_ray.model import folder as identity
 from olora_ray.train import checkpoint, checkpoints
 
 FREE_TO_CHANGE = (
@@ -291,7 +290,7 @@ class Fingerprint:
     def changes(self, before: "Fingerprint") -> list[str]:
         """Words for what is different."""
         different = {item.name for item in fields(self) if getattr(self, item.name) != getattr(before, item.name)}
-        if identity.same(before.base, self.base):
+        if before.base == self.base:
             different.discard("base")
         return [WORDS[item.name] for item in fields(self) if item.name in different]
 

@@ -25,7 +25,6 @@ from olora_ray.config.schema import Config, Source
 from olora_ray.config.section import extended
 from olora_ray.evaluation.groups import check_column, count_planned
 from olora_ray.evaluation.rows import LOSS, PERPLEXITY
-from olora_ray.model import folder as identity
 from olora_ray.pipeline.base import Base, open_base
 from olora_ray.pipeline.run_folder import TAGS, Fingerprint, bound_settings, settings_digest, where_now
 from olora_ray.tokens import manifest, prepare
@@ -274,7 +273,7 @@ def _refuse_if_too_few(config: Config, inputs: Inputs, unseen: frozenset[int] | 
 
 def _continued(config: Config, inputs: Inputs, champion: Version) -> _Start | str:
     """The champion, ready to be continued, or the reason why it cannot be."""
-    if not identity.same(champion.tags.get(TAGS["base"]), inputs.base.model.digest):
+    if champion.tags.get(TAGS["base"]) != inputs.base.model.digest:
         return "its base model is another"
     known = of_version(config, champion)
     if known is None:

@@ -22,6 +22,7 @@ from olora_ray.adapter.candidates import GATE, ROUTER, candidates
 from olora_ray.adapter.stored import DTYPES, Group, as_transformers_reads
 from olora_ray.common.errors import UserError, first_line
 from olora_ray.config.schema import Model as ModelConfig
+from olora_ray.model.folder import INDEX, SINGLE
 from olora_ray.model.load import empty_model, load_model, stored_buffers
 from olora_ray.model.quantised import KINDS, QuantisedLinear, require
 
@@ -156,8 +157,8 @@ def _not_plain(folder: Path, model: Any) -> str | None:
         return "it is quantised"
     if getattr(model.config, "transformers_weights", None) or getattr(type(model.config), "extra_files", None):
         return "its config names files of weights"
-    if (folder / stored.INDEX).exists() and (folder / stored.SINGLE).exists():
-        return f"it has {stored.SINGLE} beside {stored.INDEX}"
+    if (folder / INDEX).exists() and (folder / SINGLE).exists():
+        return f"it has {SINGLE} beside {INDEX}"
     return _kept_precise(model)
 
 

@@ -201,8 +201,6 @@ def load(folder: Path) -> Checkpoint:
 def require_same(found: Mapping[str, str], wanted: Mapping[str, str], where: str) -> None:
     """Raise UserError that names what is another base, tokenizer, data or adapter than in a checkpoint's identity."""
     changed = [what for what in wanted if found.get(what) != wanted[what]]
-    if model_identity.same(found.get("base model"), wanted.get("base model", "")):
-        changed = [what for what in changed if what != "base model"]
     if "tokenizer" in changed:  # tokens are a consequence of it
         changed = [what for what in changed if not what.endswith("data")]
     if changed:

@@ -81,7 +81,7 @@ def test_what_cannot_be_measured_says_why(run: Run, monkeypatch: pytest.MonkeyPa
     card = (Path(run.folder.adapter) / "README.md").read_text()
     assert "of the change of the weights is lost; the held-out loss is not measured\n" in card
     assert "/home" not in card
-    monkeypatch.setattr("olora_ray.adapter.parity.free", lambda device: 1000)
+    monkeypatch.setattr("olora_ray.model.load.free", lambda device: 1000)
     small = export.export_run(spec, run.folder, STEP)["compressed"]["loss"]
     assert small == "in float32 the model has 0.0 GiB, too large for the memory of one cpu"
 

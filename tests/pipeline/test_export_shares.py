@@ -136,7 +136,7 @@ def test_a_share_that_was_not_merged_is_found(run: Run, monkeypatch: pytest.Monk
 def test_a_model_too_large_for_this_machine_is_exported_without_logits(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("olora_ray.adapter.parity.free", lambda device: 1000)
+    monkeypatch.setattr("olora_ray.model.load.free", lambda device: 1000)
     measured = export.export_run(run.spec, run.folder, STEP)
     assert measured["ok"] is True
     assert "too large for the memory of one cpu" in measured["logits"]
