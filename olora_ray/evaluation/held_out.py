@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
 from olora_ray.adapter.peft_folder import CONFIG as ADAPTER_CONFIG
@@ -199,9 +200,7 @@ class Measurer:
         if questions:
             with decoding(self.model):
                 return greedy(self.model, [item.prompt for item in questions], self.limit, self.eos, self.device)
-        return self._losses([item for item in work if isinstance(item, Pack)])
-
-    def _losses(self, packs: Sequence[Pack]) -> list[float]:
+        packs = [item for item in work if isinstance(item, Pack)]
         each = self.loss.each(collate(packs, self.attention).to(self.device)).double().cpu()
         return [float(part.sum()) for part in each.split([size for pack in packs for size in _supervised(pack)])]
 
@@ -234,11 +233,7 @@ def _with_adapter(base: Any, folder: Path, adapter: str) -> Any:
 
 def _supervised(pack: Pack) -> list[int]:
     """Number of supervised tokens of each example of a sequence."""
-    counts, place = [], 0
-    for size in pack.segments:
-        counts.append(int(pack.supervised[place : place + size].sum()))
-        place += size
-    return counts
+    return [int(part.sum()) for part in np.split(pack.supervised, np.cumsum(pack.segments)[:-1])]
 
 
 def _judged(
