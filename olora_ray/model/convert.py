@@ -67,10 +67,9 @@ def _reader(file: Path) -> Any:
 
     class Bounded(GGUFReader):  # type: ignore[misc]  # gguf is untyped
         def _get(self, offset: int, dtype: Any, count: int = 1, *more: Any, **named: Any) -> Any:
-            found = super()._get(offset, dtype, count, *more, **named)
-            if len(found) < count:
+            if offset + np.dtype(dtype).itemsize * int(count) > len(self.data):
                 raise ValueError(f"it is cut off: its header counts more than its {len(self.data):,} bytes")
-            return found
+            return super()._get(offset, dtype, count, *more, **named)
 
     return Bounded(file)
 
