@@ -253,7 +253,7 @@ class Group:
 
     def _places(self, first: int, last: int) -> dict[str, Tensor]:
         """For each parameter, where in what `read` gives its numbers lie."""
-        kind = (*self.kind, last - first)
+        kind = (*self.kind, str(last - first))
         if kind not in _places:
             found = self._find_places(first, last)
             if len(_places) > 1:  # blocks of a model repeat two kinds of stacks
@@ -301,7 +301,7 @@ def convert(converter: Any, key: str, tensors: Sequence[tuple[str, Tensor]], mod
     return {name: value[0] if isinstance(value, list) else value for name, value in found.items()}
 
 
-_places: dict[tuple[str | int, ...], list[Tensor]] = {}
+_places: dict[tuple[str, ...], list[Tensor]] = {}
 
 
 def _is_permutation(places: Tensor, size: int) -> bool:

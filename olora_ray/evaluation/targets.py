@@ -124,8 +124,8 @@ def resolve(name: str, shared: AnyConfig) -> Target:
             config = _with_model(shared, name)
             version = registered.of_config(config)
             if version is not None and version.base is not None:
-                own, base, adapter = parts(version, version.base, config)
-                return Target(name, base, adapter, own)
+                measured, base, adapter = parts(version, version.base, config)
+                return Target(name, base, adapter, measured)
             return Target(name, find_model(config, version), None, config)
 
 

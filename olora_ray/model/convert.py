@@ -65,7 +65,7 @@ def _reader(file: Path) -> Any:
     """gguf's reader, which takes what lies beyond the end of a file for nothing, up to 2^64 times; not this one."""
     from gguf import GGUFReader
 
-    class Bounded(GGUFReader):  # type: ignore[misc]  # gguf is untyped
+    class Bounded(GGUFReader):
         def _get(self, offset: int, dtype: Any, count: int = 1, *more: Any, **named: Any) -> Any:
             if offset + np.dtype(dtype).itemsize * int(count) > len(self.data):
                 raise ValueError(f"it is cut off: its header counts more than its {len(self.data):,} bytes")
