@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from olora_ray.adapter.change import stored_transposed
+from olora_ray.adapter.candidates import stored_transposed
 from olora_ray.adapter.initialise import initialise
 from olora_ray.adapter.inject import Target, find_targets, inject
 from olora_ray.adapter.layer import AdapterWeights, Factors

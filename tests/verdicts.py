@@ -15,8 +15,7 @@ from olora_ray.adapter import merge, stored
 from olora_ray.adapter.initialise import initialise
 from olora_ray.adapter.inject import find_targets, inject
 from olora_ray.adapter.layer import AdapterWeights
-from olora_ray.adapter.logits import Folders, measure_logits
-from olora_ray.adapter.parity import MergedFolder, Parity, check_adapter
+from olora_ray.adapter.parity import Folders, MergedFolder, Parity, check_adapter, measure_logits
 from olora_ray.config.schema import Adapter
 from tests import tiny
 from tests.export_parts import Case, random_adapter, skeleton_of

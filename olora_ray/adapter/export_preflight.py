@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from olora_ray.adapter import stored
-from olora_ray.adapter.change import is_stack, parameter_of, stored_transposed
+from olora_ray.adapter.candidates import is_stack, parameter_of, stored_transposed
 from olora_ray.adapter.layer import AdapterWeights, Factors
 from olora_ray.adapter.parity import BOUND, check_adapter
 from olora_ray.adapter.peft_folder import write_adapter

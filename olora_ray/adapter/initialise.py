@@ -1,6 +1,6 @@
 """Distributed initialisation: each worker computes the factors of its share of the layers, in float32.
 
-Shares are balanced by the method's cost (E times that for a stack of experts), and exchanged (adapter/exchange.py).
+Shares are balanced by the method's cost (E times that for a stack of experts), and exchanged among all.
 Afterwards all workers hold the same bytes, which a digest over everything confirms (a QR's last bits depend on the
 number of threads, so computing the same layer everywhere would not do).
 """
@@ -249,16 +249,11 @@ def _description(place: str, origin: Mapping[str, str], rank: int) -> dict[str, 
     """What is said of the factors there, if those of this origin and rank follow from them."""
     try:
         found = json.loads(storage.read_text(storage.join(place, DESCRIPTION)))
-        enough = found["rank"] >= rank if _is_prefix(found) else found["rank"] == rank
+        # Without a prefix, layers may have ranks of their own.
+        enough = found["rank"] >= rank if found["prefix"] else found["rank"] == rank
         return found if found["full_rank"] and enough and {**found, **origin} == found else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-
-
-def _is_prefix(description: Mapping[str, Any]) -> bool:
-    """Whether the first rows and columns are those of a smaller rank; else layers may have ranks of their own."""
-    # Without the word they are of a version whose methods all promised it.
-    return bool(description.get("prefix", True))
 
 
 def read(place: str, origin: Mapping[str, str], rank: int, names: list[str]) -> dict[str, Factors] | None:
@@ -266,7 +261,7 @@ def read(place: str, origin: Mapping[str, str], rank: int, names: list[str]) -> 
     description = _description(place, origin, rank)
     if description is None:
         return None
-    limit = rank if _is_prefix(description) else None
+    limit = rank if description["prefix"] else None
     try:
         with (
             node_cache.fetched(storage.join(place, TENSORS)) as local,

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from olora_ray.adapter.candidates import Candidate, Reason, Target, candidates, other_parts, output_head, part_of, stack
-from olora_ray.adapter.experts import AdaptedExperts, AdaptedStack
-from olora_ray.adapter.layer import AdaptedLinear, AdaptedWeight, Factors, is_linear
+from olora_ray.adapter.layer import AdaptedExperts, AdaptedLinear, AdaptedStack, AdaptedWeight, Factors, is_linear
 from olora_ray.common.errors import UserError
 
 # The weights that `adapter.targets` means.
@@ -110,7 +109,7 @@ def wrap(
 
 def _adapter(model: nn.Module, name: str, start: Factors, scale: float, dropout: float) -> AdaptedWeight:
     if start.a0.dim() == 2:
-        return AdaptedLinear(_base(model.get_submodule(name)), start, scale, dropout)
+        return AdaptedLinear(_base(model.get_submodule(name)), start, scale, dropout, name)
     module, _, parameter = name.rpartition(".")
     found = stack(_base(model.get_submodule(module)), parameter)
     return AdaptedStack(start, found.shape[0], found.stored_transposed, scale, dropout)

@@ -1,13 +1,14 @@
-"""Adapted weights: a frozen layer plus a low-rank path in delta form (see adapter/factors.py).
+"""Adapted weights: a frozen layer plus a low-rank path in delta form (A0 and B0 are frozen, dA and dB are trained).
 
 Shapes: x is (..., n), y is (..., m), T the product of the leading dimensions, k = 2r with B0, else r.
 
     down = [A0; dA]  (k x n)        up = [dB, B0 + dB]  (m x k)        y = base(x) + s up (down x)
 
-Layers of their own are here; weights that the experts of a mixture share are in adapter/experts.py.
+Linear layers come first, then weights that all experts of a mixture share.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -119,7 +120,7 @@ class AdaptedWeight(nn.Module):
     """What adapts one weight, or the weights of all experts of a mixture: frozen factors, and their change.
 
     `da` and `db` are the trainable parameters, float32, zero at the start, so that the first output
-    equals the base's exactly in every precision. Shapes as in adapter/factors.py.
+    equals the base's exactly in every precision. Shapes as of `Factors`.
 
     Whoever sets `training` says that dA and dB stand still until it is set again, as they do while a step adds up the
     gradients of its micro-batches: down and up are made once in that time. Versions of tensors do not tell by
@@ -179,26 +180,45 @@ class AdaptedWeight(nn.Module):
         return AdapterWeights(Factors(self.a0, self.b0, self.full_rank), self.da.detach(), self.db.detach())
 
 
+class TakenWeight(NotImplementedError, AttributeError):
+    """A model's code uses the weight of an adapted layer in a way that would pass the adapter by."""
+
+
 @dataclass(frozen=True)
 class WeightFacts:
-    """What code may ask of an adapted layer's weight without using it; a product with it is a TypeError."""
+    """Shape, precision and place of an adapted layer's weight; any other use of it is a TakenWeight."""
 
     shape: torch.Size
     dtype: torch.dtype
     device: torch.device
+    layer: str = "a layer"
+
+    def __getattr__(self, name: str) -> Any:
+        raise TakenWeight(f"{self.layer}: an adapter cannot follow .weight.{name}, which the model's code takes")
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Tensor:
+        """See torch's documentation, "Extending torch with a Tensor-like type"."""
+        facts = next(arg for arg in (*args, *(kwargs or {}).values()) if isinstance(arg, WeightFacts))
+        name = getattr(func, "__name__", func)
+        raise TakenWeight(f"{facts.layer}: an adapter cannot follow {name} of its weight in the model's code")
 
 
 class AdaptedLinear(AdaptedWeight):
     """`base` (a linear layer, left as it is) plus a trainable low-rank path."""
 
-    def __init__(self, base: nn.Module, factors: Factors, scale: float, dropout: float = 0.0) -> None:
+    def __init__(
+        self, base: nn.Module, factors: Factors, scale: float, dropout: float = 0.0, name: str = "a layer"
+    ) -> None:
         super().__init__(factors, out_features(base), scale, dropout)
-        self.base = base
+        self.base, self.name = base, name
 
     @property
     def weight(self) -> WeightFacts:
         """Facts alone: whoever multiplies with the weight itself would pass the adapter by."""
-        return weight_facts(self.base)
+        return replace(weight_facts(self.base), layer=self.name)
 
     @property
     def bias(self) -> Tensor | None:
@@ -250,3 +270,257 @@ def weight_matrix(module: nn.Module) -> Tensor:
 def out_features(module: nn.Module) -> int:
     """m of a linear module, also of one whose weight is packed."""
     return int(module.out_features) if isinstance(module, nn.Linear) else int(weight_matrix(module).shape[0])
+
+
+# Adapters for the experts of a mixture whose weights are one parameter: E x m x n, or E x n x m.
+#
+# Such a parameter is multiplied with by the code of its module, in one of several ways: expert by expert in a loop, or
+# with all experts at once over rows that are sorted by expert, or with an expert's weight for each row (transformers'
+# "eager", "grouped_mm", and "batched_mm", to which it changes by itself when it generates on a GPU). The module is
+# left as it is: while it runs, a stand-in takes the place of the parameter. The stand-in knows products only. It has
+# torch compute the very product that the base would, with the parameter itself, and adds the low-rank path to the
+# result; all other uses fail. So the start equals the base exactly whichever way the base multiplies, biases, gates
+# and norms are the base's, and nothing passes an adapter by in silence.
+#
+# Each expert's low-rank path is that of a linear layer with the expert's own factors; a product's rows are those of
+# the tokens that were sent to the expert.
+
+
+Rows = list[tuple[int, int, int]]
+"""(expert, first row, row after the last) of each expert that has rows."""
+
+
+class AdaptedStack(AdaptedWeight):
+    """The adapters of all experts: da is E x r x n, db is E x m x r. It computes nothing by itself."""
+
+    def __init__(self, factors: Factors, m: int, stored_transposed: bool, scale: float, dropout: float = 0.0) -> None:
+        super().__init__(factors, m, scale, dropout)
+        self.stored_transposed = stored_transposed
+
+    def ends(self, rows: int, offsets: Tensor) -> list[int]:
+        """Where each expert's rows end, of `rows` that are sorted by expert; `offsets` says it, on the device."""
+        found: list[int] = offsets.tolist()
+        return found
+
+
+class AdaptedExperts(nn.Module):
+    """`base`, the module of a mixture's experts, whose parameters named in `stacks` are adapted."""
+
+    def __init__(self, base: nn.Module, stacks: Mapping[str, AdaptedStack]) -> None:
+        super().__init__()
+        self.base = base
+        self.adapted = list(stacks)
+        for name, stack in stacks.items():
+            self.add_module(name, stack)
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        """What the base returns for these inputs, adapted."""
+        stand_ins = {
+            name: _Stack(getattr(self.base, name), self.get_submodule(name), f"{type(self.base).__name__}.{name}")
+            for name in self.adapted
+        }
+        # What stands in the module's own __dict__ goes before its parameters, which stay registered.
+        self.base.__dict__.update(stand_ins)
+        try:
+            return self.base(*inputs, **named)
+        finally:
+            for name in stand_ins:
+                del self.base.__dict__[name]
+
+
+class _StandIn:
+    """A weight that torch's functions take for one of their own; each product is computed by `_PRODUCTS`."""
+
+    def __init__(self, weight: Tensor, stack: Any, name: str, *, transposed: bool) -> None:
+        self.weight, self.stack, self.name = weight, stack, name
+        self.transposed = transposed
+        """Whether it is (E x) n x m as it is handed over."""
+        self.shape, self.dtype, self.device = weight.shape, weight.dtype, weight.device
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Tensor:
+        """See torch's documentation, "Extending torch with a Tensor-like type"."""
+        stand_ins = [arg for arg in (*args, *(kwargs or {}).values()) if isinstance(arg, _StandIn)]
+        weight, named = stand_ins[0], kwargs or {}
+        place = next((place for place, arg in enumerate(args[:2]) if arg is weight), None)
+        known = _PRODUCTS.get((getattr(func, "__name__", ""), place))
+        if known is None or place is None or len(stand_ins) > 1 or len(args) < 2:
+            raise TakenWeight(f"{weight.name}: an adapter cannot follow {func} of experts' weights")
+        y = func(*(weight.weight if arg is weight else arg for arg in args), **named)
+        return known(weight, y, args[1 - place], named)
+
+    def size(self, dim: int | None = None) -> Any:
+        """As a tensor's."""
+        return self.weight.size() if dim is None else self.weight.size(dim)
+
+    def data_ptr(self) -> int:
+        """The alignment of a tensor's, at which transformers looks; no address that a kernel could read from."""
+        return self.weight.data_ptr() % 16
+
+    def must_be(self, *, transposed: bool) -> None:
+        """Raise TakenWeight if a product takes the weight the other way round than it is kept."""
+        if self.transposed != transposed:
+            raise TakenWeight(f"{self.name}: is multiplied with the other way round than it is kept")
+
+
+class _Expert(_StandIn):
+    """One expert's weight, and the pieces of the adapter that belong to it."""
+
+    def __init__(self, whole: "_Stack", expert: int) -> None:
+        super().__init__(whole.weight[expert], whole.stack, whole.name, transposed=whole.transposed)
+        self.da, self.db = whole.trained(expert)
+        self.expert = expert
+
+    def add(self, y: Tensor, x: Tensor) -> Tensor:
+        """y (..., m) plus the low-rank path of x (..., n)."""
+        inner = self.stack.dropped_out(x)
+        down, up = self.stack.joined(inner.dtype, self.expert)
+        return add_low_rank(y, inner, self.da, self.db, down, up, self.stack.scale)
+
+
+class _Stack(_StandIn):
+    """The weights of all experts."""
+
+    def __init__(self, weight: Tensor, stack: Any, name: str) -> None:
+        super().__init__(weight, stack, name, transposed=stack.stored_transposed)
+        self._pieces: tuple[Sequence[Tensor], Sequence[Tensor]] | None = None
+
+    def __getitem__(self, index: Any) -> "_Expert | _Gathered":
+        if isinstance(index, Tensor) and index.dim() == 1 and index.dtype == torch.int64:
+            return _Gathered(self, index)
+        return _Expert(self, int(index))
+
+    def trained(self, expert: int) -> tuple[Tensor, Tensor]:
+        """One expert's dA and dB. They are cut once, so that autograd makes one gradient of the whole, not E."""
+        if self._pieces is None:
+            self._pieces = (self.stack.da.unbind(0), self.stack.db.unbind(0))
+        return self._pieces[0][expert], self._pieces[1][expert]
+
+    def transpose(self, dim0: int, dim1: int) -> "_Stack":
+        """As a tensor's, of the last two dimensions."""
+        assert {dim0 % 3, dim1 % 3} == {1, 2}
+        flipped = _Stack(self.weight.transpose(dim0, dim1), self.stack, self.name)
+        flipped.transposed = not self.transposed
+        return flipped
+
+    def add(self, y: Tensor, x: Tensor, rows: Rows) -> Tensor:
+        """y (T x m) plus the low-rank paths of x (T x n), each expert's for its rows."""
+        stack = self.stack
+        inner = stack.dropped_out(x)
+        low_rank: Any = _GroupedLowRank  # torch leaves `apply` untyped
+        result: Tensor = low_rank.apply(y, inner, stack.da, stack.db, stack, rows)
+        return result
+
+
+class _Gathered(_StandIn):
+    """The weights of one expert for each row."""
+
+    def __init__(self, whole: _Stack, experts: Tensor) -> None:
+        super().__init__(whole.weight[experts], whole.stack, whole.name, transposed=whole.transposed)
+        self._whole, self._experts = whole, experts
+
+    def add(self, y: Tensor, x: Tensor) -> Tensor:
+        """y (T x m) plus the low-rank paths of x (T x n): with the rows sorted by expert, and put back."""
+        order = self._experts.argsort(stable=True)
+        hit, counts = self._experts[order].unique_consecutive(return_counts=True)
+        ends = counts.cumsum(0).tolist()
+        rows = list(zip(hit.tolist(), [0, *ends[:-1]], ends, strict=True))
+        return self._whole.add(y[order], x[order], rows)[order.argsort()]
+
+
+class _GroupedLowRank(torch.autograd.Function):
+    """`_LowRank` for rows that are sorted by expert; an expert without rows is not touched.
+
+    Down and up are not kept for the backward pass, but asked for again: unless the stack itself keeps them for the
+    step, they would take E/k times what k experts a token need.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, da: Tensor, db: Tensor, stack: AdaptedStack, rows: Rows) -> Tensor:
+        hidden = x.new_zeros(len(x), da.shape[1] * (1 if stack.b0 is None else 2))
+        for expert, start, stop in rows:
+            down, up = stack.joined(x.dtype, expert)
+            hidden[start:stop] = x[start:stop] @ down.T
+            y[start:stop].addmm_(hidden[start:stop], up.T, alpha=stack.scale)
+        ctx.mark_dirty(y)
+        ctx.save_for_backward(x, hidden, da, db)
+        ctx.stack, ctx.rows, ctx.scale = stack, rows, stack.scale
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        x, hidden, da, db = ctx.saved_tensors
+        rank = da.shape[1]
+        grad_x = torch.zeros_like(x) if ctx.needs_input_grad[1] else None
+        grad_da, grad_db = torch.zeros_like(da), torch.zeros_like(db)
+        for expert, start, stop in ctx.rows:
+            down, up = ctx.stack.joined(x.dtype, expert)
+            g, h = grad[start:stop], hidden[start:stop]
+            grad_hidden = (g @ up) * ctx.scale
+            if grad_x is not None:
+                grad_x[start:stop] = grad_hidden @ down
+            if len(down) > rank:
+                grad_hidden, h = grad_hidden[:, rank:], h[:, :rank] + h[:, rank:]
+            grad_da[expert] = grad_hidden.T @ x[start:stop]
+            grad_db[expert] = (g.T @ h).float() * ctx.scale
+        return grad, grad_x, grad_da, grad_db, None, None
+
+
+# Products: of a stand-in, the base's y, x, and the named arguments.
+
+
+def _linear(weight: _StandIn, y: Tensor, x: Tensor, named: Mapping[str, Any]) -> Tensor:
+    assert isinstance(weight, _Expert)
+    weight.must_be(transposed=False)
+    return weight.add(y, x)
+
+
+def _matmul(weight: _StandIn, y: Tensor, x: Tensor, named: Mapping[str, Any]) -> Tensor:
+    weight.must_be(transposed=True)
+    return weight.add(y, x) if isinstance(weight, _Expert) else _batched(weight, y, x, named)
+
+
+def _gathered(weight: _StandIn, y: Tensor, x: Tensor, named: Mapping[str, Any]) -> Tensor:
+    """Gathered weights (T x m x n) times x (T x n x 1)."""
+    assert isinstance(weight, _Gathered)
+    weight.must_be(transposed=False)
+    return weight.add(y.squeeze(-1), x.squeeze(-1)).unsqueeze(-1)
+
+
+def _batched(weight: _StandIn, y: Tensor, x: Tensor, named: Mapping[str, Any]) -> Tensor:
+    """x (E x T x n) times a stack: every expert has as many rows; or x (T x 1 x n) times gathered weights."""
+    assert x.dim() == 3
+    weight.must_be(transposed=True)
+    if isinstance(weight, _Gathered):
+        return weight.add(y.squeeze(1), x.squeeze(1)).unsqueeze(1)
+    assert isinstance(weight, _Stack)
+    count, size = x.shape[:2]
+    rows = [(expert, expert * size, (expert + 1) * size) for expert in range(count)] if size else []
+    return weight.add(y.flatten(0, 1), x.flatten(0, 1), rows).view(y.shape)
+
+
+def _grouped(weight: _StandIn, y: Tensor, x: Tensor, named: Mapping[str, Any]) -> Tensor:
+    """x (T x n) with rows sorted by expert, of which `offs` has the ends, times a stack."""
+    assert isinstance(weight, _Stack)
+    weight.must_be(transposed=True)
+    ends = weight.stack.ends(len(x), named["offs"])
+    starts = [0, *ends[:-1]]
+    rows = [
+        (expert, start, stop) for expert, (start, stop) in enumerate(zip(starts, ends, strict=True)) if stop > start
+    ]
+    return weight.add(y, x, rows)
+
+
+_PRODUCTS: dict[tuple[str, int | None], Callable[[Any, Tensor, Tensor, Mapping[str, Any]], Tensor]] = {
+    ("linear", 1): _linear,
+    ("matmul", 1): _matmul,
+    ("bmm", 1): _batched,
+    ("bmm", 0): _gathered,
+    ("_grouped_mm", 1): _grouped,
+    ("grouped_mm", 1): _grouped,
+    ("grouped_mm_fallback", 1): _grouped,
+}
+"""By the name that torch gives the function and the weight's place; `x @ W` is matmul, the last is transformers'."""

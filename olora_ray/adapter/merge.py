@@ -12,24 +12,113 @@ because what is read is the base.
 import heapq
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from olora_ray.adapter import portable
-from olora_ray.adapter.change import UNIT, Change, stored_transposed
+from olora_ray.adapter.candidates import stored_transposed
 from olora_ray.adapter.layer import AdapterWeights
 from olora_ray.adapter.peft_folder import replacing
-from olora_ray.adapter.stored import INDEX, Group, groups, is_stale_index, tensors, weight_files
+from olora_ray.adapter.stored import Group, groups, is_stale_index, tensors, weight_files
 from olora_ray.common.errors import UserError
 from olora_ray.common.fault_points import reached
+from olora_ray.model.folder import INDEX
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+# The change of a parameter by its adapter, in the parameter's own layout, some rows at a time.
+#
+# A parameter is m x n, or n x m where it is stored transposed (GPT-2's Conv1D); a stack of experts is E x m x n, or
+# E x n x m. Rows are what the first dimension counts: of a stack, experts.
+
+
+UNIT = torch.finfo(torch.float32).eps / 2
+"""Relative error of one rounding in float32."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """What one layer's adapter adds to its parameter."""
+
+    weights: AdapterWeights
+    scale: float
+    transposed: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the parameter."""
+        *experts, m, _ = self.weights.db.shape
+        n = self.weights.da.shape[-1]
+        return (*experts, n, m) if self.transposed else (*experts, m, n)
+
+    def expert(self, number: int) -> "Change":
+        """The change of one expert of a stack."""
+        return replace(self, weights=_each(self.weights, lambda a: a[number], lambda b: b[number]))
+
+    def outputs(self, first: int, last: int) -> "Change":
+        """The change of outputs first..last of a linear layer."""
+        return replace(self, weights=_each(self.weights, b_part=lambda b: b[first:last]))
+
+    def merged(self, first: int, last: int, device: torch.device) -> Tensor:
+        """Rows first..last in float32, as they are added to the base."""
+        return self._turned(self._part(first, last, device, torch.float32).delta(self.scale))
+
+    def exact(self, first: int, last: int, device: torch.device) -> Tensor:
+        """Rows first..last in float64: the paper's form s (B A - B0 A0), which shares no step with `merged`."""
+        part = self._part(first, last, device, torch.float64)
+        a0, b0 = part.factors.a0, part.factors.b0
+        start = torch.zeros_like(part.db) if b0 is None else b0
+        return self._turned(self.scale * ((start + part.db) @ (a0 + part.da) - start @ a0))
+
+    def slack(self, first: int, last: int, device: torch.device) -> Tensor:
+        """By how much float32 may have `merged` miss `exact`: (k + 6) u |B| |A| for an inner dimension of k.
+
+        Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., section 3.5: holds for any order of the sums.
+        """
+        part = self._part(first, last, device, torch.float32)
+        a0, b0 = part.factors.a0.abs(), part.factors.b0
+        b = part.db.abs() if b0 is None else b0.abs() + part.db.abs()
+        terms = 2 * part.da.shape[-2] + 6
+        return self._turned(abs(self.scale) * terms * UNIT * (part.db.abs() @ a0 + b @ part.da.abs()))
+
+    def _turned(self, change: Tensor) -> Tensor:
+        return change.mT if self.transposed else change
+
+    def _part(self, first: int, last: int, device: torch.device, dtype: torch.dtype) -> AdapterWeights:
+        stack = self.weights.da.ndim == 3
+
+        def a_part(a: Tensor) -> Tensor:
+            part = a[first:last] if stack else a[:, first:last] if self.transposed else a
+            return part.to(device, dtype)
+
+        def b_part(b: Tensor) -> Tensor:
+            return (b[first:last] if stack or not self.transposed else b).to(device, dtype)
+
+        return _each(self.weights, a_part, b_part)
+
+
+def _whole(part: Tensor) -> Tensor:
+    return part
+
+
+def _each(
+    weights: AdapterWeights, a_part: Callable[[Tensor], Tensor] = _whole, b_part: Callable[[Tensor], Tensor] = _whole
+) -> AdapterWeights:
+    """The adapter of some parts of A0 and dA, and of B0 and dB."""
+    start = weights.factors
+    factors = replace(start, a0=a_part(start.a0), b0=None if start.b0 is None else b_part(start.b0))
+    return AdapterWeights(factors, a_part(weights.da), b_part(weights.db))
+
+
+# The writing of a merged folder.
+
 
 # Weights in other formats, and the base's model card, which describes another model.
 _LEFT_OUT = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", "README.md")
@@ -126,7 +215,6 @@ def shares(found: Sequence[Group], workers: int) -> list[list[Group]]:
 
 AT_ONCE = 2**20
 """Numbers that are compared together: in float64 they fit in a processor's cache."""
-_BYTES = 2**22
 _EXPONENT = 0x7FF0000000000000
 """The bits of a float64 that are left of a number rounded down to a power of two."""
 _OF_ENDS = (portable.ENDS, "bos_token_id", "pad_token_id")
@@ -250,27 +338,17 @@ def _json(file: Path) -> object:
 
 def _first_difference(before: Path, after: Path, left_out: Sequence[tuple[int, int]]) -> int | None:
     """The first byte outside of these ranges that is not the same in both files."""
-    with before.open("rb") as old, after.open("rb") as new:
-        for start, end in _between(left_out, before.stat().st_size):
-            old.seek(start)
-            new.seek(start)
-            for place in range(start, end, _BYTES):
-                size = min(_BYTES, end - place)
-                first, second = old.read(size), new.read(size)
-                if first != second:
-                    pairs = zip(first, second, strict=False)
-                    return place + next((i for i, (one, other) in enumerate(pairs) if one != other), len(second))
-    return None
-
-
-def _between(ranges: Sequence[tuple[int, int]], size: int) -> Iterator[tuple[int, int]]:
+    if (size := before.stat().st_size) != (other := after.stat().st_size):
+        return min(size, other)
     place = 0
-    for start, end in ranges:
-        if start > place:
-            yield place, start
+    for start, end in [*left_out, (size, size)]:
+        for first in range(place, start, 2**22):
+            count = min(2**22, start - first)
+            old, new = (np.fromfile(file, np.uint8, count, offset=first) for file in (before, after))
+            if len(places := np.flatnonzero(old != new)):
+                return first + int(places[0])
         place = max(place, end)
-    if size > place:
-        yield place, size
+    return None
 
 
 def _coarseness(dtype: str) -> float:

@@ -3,21 +3,20 @@
 What decides is exact, and needs no model in memory:
 
 - each merged weight is base + change, within one rounding, and every other byte of the merged folder's weights is the
-  base's (adapter/merge_check.py);
-- PEFT adapts exactly our layers when it reads the adapter folder, and each one's change is ours within 1e-5
-  (adapter/peft_check.py).
+  base's (adapter/merge.py);
+- PEFT adapts exactly our layers when it reads the adapter folder, and each one's change is ours within 1e-5.
 
-Logits of the three models are measured besides where the model fits in memory (adapter/logits.py), and refuse only
-what no rounding explains: in bfloat16 a single layer left out of 210 drowns in the rounding that any model of that
+Logits of the three models are measured besides where the model fits in memory, and refuse only what no
+rounding explains: in bfloat16 a single layer left out of 210 drowns in the rounding that any model of that
 precision lives with, so that logits alone are neither sharp nor fair.
 """
 
 import copy
-import os
-import re
+import gc
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,15 +24,14 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from olora_ray.adapter import stored
-from olora_ray.adapter.change import Change, stored_transposed
+from olora_ray.adapter.candidates import parameter_of, stored_transposed
+from olora_ray.adapter.inject import inject
 from olora_ray.adapter.layer import AdapterWeights
-from olora_ray.adapter.logits import Logits
-from olora_ray.adapter.merge import Worst
+from olora_ray.adapter.merge import AT_ONCE, Change, Worst, changes_of
 from olora_ray.adapter.peft_folder import WEIGHTS
-from olora_ray.adapter.stored import DTYPES, Group, Stored, follow
-from olora_ray.common.errors import UserError, first_line
-from olora_ray.model import folder as misfits
+from olora_ray.adapter.stored import Group
+from olora_ray.common.errors import first_line
+from olora_ray.model.folder import foreign
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,7 +42,6 @@ if TYPE_CHECKING:
 BOUND = 1e-5
 """Relative error of a layer's change in PEFT, which computes it in float32."""
 _ADAPTER = "default"
-_AT_ONCE = 2**20
 _CPU = torch.device("cpu")
 
 
@@ -169,7 +166,7 @@ def _of_linear(layer: Any, change: Change, sample: bool) -> float:
     """PEFT computes the change of some outputs at a time: those that it has rows of lora_B for."""
     up, total = layer.lora_B[_ADAPTER], _Total()
     whole = up.weight
-    count = max(1, _AT_ONCE // change.weights.da.shape[-1])
+    count = max(1, AT_ONCE // change.weights.da.shape[-1])
     try:
         for first in range(0, count if sample else len(whole), count):
             last = min(first + count, len(whole))
@@ -182,7 +179,7 @@ def _of_linear(layer: Any, change: Change, sample: bool) -> float:
 
 
 def _of_expert(left: Tensor, right: Tensor, change: Change, sample: bool) -> float:
-    total, count = _Total(), max(1, _AT_ONCE // right.shape[1])
+    total, count = _Total(), max(1, AT_ONCE // right.shape[1])
     for first in range(0, count if sample else len(left), count):
         last = min(first + count, len(left))
         total.add(left[first:last] @ right, change.exact(first, last, _CPU))
@@ -204,6 +201,233 @@ class _Total:
 
     def error(self) -> float:
         return float((self.wrong / self.size) ** 0.5) if self.size else float(self.wrong**0.5)
+
+
+# Logits of the adapted, the merged and the PEFT-loaded model side by side, where the model fits in memory.
+#
+# The weights decide whether an export is right . Logits add what these
+# cannot see: a layer that the model does not call, but whose weight it reads, so that its adapter took no part in the
+# training and does in the export. Such an error changes logits by a good part of the adapter's effect.
+#
+# All is computed in float32, whatever the weights are stored in. The merge has rounded each weight, by a known amount:
+# the merged model is compared with the adapted one whose base weights are moved by just that. So nothing is left but
+# the order of sums, whose size is measured: the same model once more, every factor and base weight moved at random by
+# up to half a unit in its last place. That noise is the model's own: what amplifies an error in one amplifies it in the
+# other. A mixture of experts may send a token to another expert where two are as good, which no noise need show; it is
+# few tokens, and so the median over tokens counts. A difference below a fiftieth of the effect of the adapter is never
+# taken for such an error.
+
+
+MARGIN = 30.0
+"""A difference may be this many times the measured noise."""
+SHARE = 0.02
+"""Or this share of the adapter's effect."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Differences of logits from the adapted model's: of the median token, on average over the vocabulary."""
+
+    median: float
+    bound: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether it is within its bound (False for NaN)."""
+        return self.median <= self.bound
+
+
+@dataclass(frozen=True)
+class Logits:
+    """What the models say to the same tokens."""
+
+    tokens: int
+    largest: float
+    """Largest absolute logit of the adapted model."""
+    effect: float
+    """Change of the median token's logits by the adapter, on average: what a difference is to be seen against."""
+    noise: float
+    """Change of these by moving weights and factors within their last place."""
+    rounding: float | None
+    """Change of these by the rounding of the merged weights, which is no error; None without a merged folder."""
+    merged: Difference | None
+    peft: Difference | None
+    """None if PEFT's model does not run, which `note` tells."""
+    note: str = ""
+
+    def problems(self) -> list[str]:
+        """One line for each difference that rounding does not explain."""
+        found = []
+        for name, item in (("merged model", self.merged), ("adapter loaded by PEFT", self.peft)):
+            if item is not None and not item.ok:
+                found.append(
+                    f"logits of the {name} differ from the adapted model's by {item.median:.3g};"
+                    f" rounding explains {item.bound:.3g}"
+                )
+        return found
+
+
+@dataclass(frozen=True)
+class Folders:
+    """What is compared."""
+
+    base: Path
+    merged: Path | None
+    adapter: Path
+    trust_remote_code: bool
+
+
+@torch.no_grad()
+def measure_logits(
+    folders: Folders,
+    model: "PreTrainedModel",
+    found: Sequence[Group],
+    adapter: Mapping[str, AdapterWeights],
+    scale: float,
+    batches: Sequence[Tensor],
+    device: torch.device,
+) -> Logits | str:
+    """Compare the models on the tokens of `batches` (B x T each); one of them is in memory at a time, in float32.
+
+    Returns why not if the adapted model itself cannot be run here. `model` is the base without weights. Raises
+    UserError if the base runs, and the merged folder does not load.
+    """
+    load = partial(_load_base, folders=folders, attention=attention_of(model), device=device)
+    try:
+        own = _own(_Adapted(load(folders.base), adapter, scale), folders.merged, found, adapter, batches)
+    except Exception as error:  # of the model's own code: what it cannot do here says nothing of the export
+        return f"the adapted model does not run here: {first_line(error)}"
+    if not bool(own.reference.isfinite().all()):
+        return "the adapted model's logits are not finite"
+    gc.collect()
+    bound, merged = max(MARGIN * own.noise, SHARE * own.effect), None
+    if folders.merged is not None:
+        with foreign("export: the merged model does not run"):
+            merged = Difference(_median(own.moved, _logits(load(folders.merged), batches)), bound)
+        gc.collect()
+    peft, note = None, ""
+    try:
+        theirs = _logits(_with_peft(load(folders.base), folders.adapter), batches)
+        peft = Difference(_median(own.reference, theirs), bound)
+    except Exception as error:  # what PEFT does not run it has read all the same
+        note = f"PEFT does not run the adapter: {first_line(error)}"
+    return Logits(
+        tokens=sum(batch.numel() for batch in batches),
+        largest=float(own.reference.abs().max()),
+        effect=own.effect,
+        noise=own.noise,
+        rounding=None if merged is None else _median(own.reference, own.moved),
+        merged=merged,
+        peft=peft,
+        note=note,
+    )
+
+
+@dataclass(frozen=True)
+class _Own:
+    """What the adapted model says."""
+
+    reference: Tensor
+    moved: Tensor
+    """With the rounding of the merge in its base weights; the reference without a merged folder."""
+    effect: float
+    noise: float
+
+
+def _own(
+    ours: "_Adapted",
+    merged: Path | None,
+    found: Sequence[Group],
+    adapter: Mapping[str, AdapterWeights],
+    batches: Sequence[Tensor],
+) -> _Own:
+    before, reference = ours.logits(batches, on=False), ours.logits(batches)
+    if merged is not None:
+        ours.move(merged, found, adapter)
+    moved = ours.logits(batches)
+    ours.shake()
+    return _Own(reference, moved, _median(reference, before), _median(moved, ours.logits(batches)))
+
+
+def attention_of(model: "PreTrainedModel") -> str:
+    """The attention in which logits are compared: that of the family's own code that every device has."""
+    return "sdpa" if getattr(model, "_supports_sdpa", False) else "eager"
+
+
+class _Adapted:
+    """The base in float32 with the adapter as trained in its layers."""
+
+    def __init__(self, model: "PreTrainedModel", adapter: Mapping[str, AdapterWeights], scale: float) -> None:
+        self.model: Any = model
+        self.scale = scale
+        # Before they are wrapped: afterwards they go by other names.
+        self.weights = {name: model.get_parameter(parameter_of(model, name)).data for name in adapter}
+        device = next(model.parameters()).device
+        self.wrapped = inject(model, {name: weights.factors for name, weights in adapter.items()}, scale)
+        for name, layer in self.wrapped.items():
+            layer.da.data.copy_(adapter[name].da)
+            layer.db.data.copy_(adapter[name].db)
+            layer.to(device)
+
+    def logits(self, batches: Sequence[Tensor], on: bool = True) -> Tensor:
+        """With the adapter, or without its effect."""
+        for layer in self.wrapped.values():
+            layer.scale = self.scale if on else 0.0
+        return _logits(self.model, batches)
+
+    def move(self, merged: Path, found: Sequence[Group], adapter: Mapping[str, AdapterWeights]) -> None:
+        """Move each base weight by what the merge has rounded: to merged weight - change."""
+        for group, changes in changes_of(found, adapter, self.scale):
+            layers = {parameter: layer for layer, parameter in group.layers.items()}
+            for first, last in group.steps():
+                numbers = group.read(merged, first, last)
+                for parameter, change in changes.items():
+                    rows = group.rows(numbers, parameter, first, last)
+                    exact = change.exact(first, last, torch.device("cpu"))
+                    self.weights[layers[parameter]][first:last].copy_(rows.double() - exact)
+
+    def shake(self) -> None:
+        """Move every adapted weight and factor at random within its last place."""
+        generator = torch.Generator().manual_seed(0)
+        eps = torch.finfo(torch.float32).eps
+        for name, layer in self.wrapped.items():
+            for part in (self.weights[name], layer.da.data, layer.db.data, layer.a0, layer.b0):
+                if part is not None:
+                    part.mul_((1 + eps * (torch.rand(part.shape, generator=generator) - 0.5)).to(part.device))
+
+
+def _load_base(folder: Path, folders: Folders, attention: str, device: torch.device) -> "PreTrainedModel":
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=torch.float32,
+        attn_implementation=attention,
+        trust_remote_code=folders.trust_remote_code,
+        use_safetensors=True,
+    )
+    loaded: PreTrainedModel = model.to(device).eval()
+    return loaded
+
+
+def _with_peft(base: "PreTrainedModel", adapter: Path) -> Any:
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(base, str(adapter), torch_device=str(base.device)).eval()
+
+
+def _logits(model: Any, batches: Sequence[Tensor]) -> Tensor:
+    """Logits of all tokens, (tokens x vocabulary), float32 on the CPU."""
+    device = next(model.parameters()).device
+    parts = [model(input_ids=batch.to(device), use_cache=False).logits.float().cpu() for batch in batches]
+    return torch.cat([part.flatten(0, -2) for part in parts])
+
+
+def _median(one: Tensor, other: Tensor) -> float:
+    return float((one - other).abs_().mean(-1).median())
+
+
+# The verdict.
 
 
 @dataclass(frozen=True)
@@ -282,104 +506,3 @@ def _logits_in_words(logits: Logits | str, quantised: bool) -> str:
         return "logits were not compared"
     theirs = "the trained adapter on the original weights" if quantised else "the training"
     return f"the logits of {' and of '.join(models)} are those of {theirs} but for rounding"
-
-
-# Whether the stored tensors of a model folder are those of the model that its config describes.
-
-
-@dataclass(frozen=True)
-class Fit:
-    """What of a folder's tensors does not fit its config."""
-
-    problem: str | None
-    """Why the model would be another than the files hold, to follow "FOLDER "; None if that is not known."""
-    left_out: tuple[str, ...]
-    """Tensors that the model has no place for: of layers that predict further tokens, of a part that sees."""
-
-
-def look(folder: Path, model: "PreTrainedModel") -> Fit:
-    """Compare the headers of a folder with the model without weights; of a quantised one nothing is known here."""
-    if getattr(model.config, "quantization_config", None) is not None:
-        return Fit(None, ())
-    try:
-        places = stored.tensors(folder)
-        groups, unread = follow(places, model)
-    except (UserError, AttributeError, ImportError, KeyError, TypeError):  # loading says what is wrong
-        return Fit(None, ())
-    ignored = _ignored(model)
-    left_out = {name: key for name, key in unread.items() if not ignored.search(key)}
-    problem = _packed(groups, model) or _biased(folder, places, left_out, model)
-    return Fit(problem, tuple(left_out))
-
-
-def _ignored(model: Any) -> re.Pattern[str]:
-    """Names that transformers leaves out with good reason (PreTrainedModel._adjust_missing_and_unexpected_keys)."""
-    patterns = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
-    patterns |= {r"rotary_emb\.inv_freq", r"(^|\.)position_ids$"}
-    return re.compile("|".join(f"({pattern})" for pattern in sorted(patterns)))
-
-
-def _packed(groups: Mapping[str, Group], model: "PreTrainedModel") -> str | None:
-    for name, parameter in model.named_parameters():
-        entries = groups[name].stored if name in groups and parameter.is_floating_point() else []
-        if odd := next((entry for entry in entries if entry.dtype not in DTYPES), None):
-            return misfits.packed(odd.name, odd.dtype)
-    return None
-
-
-def _biased(
-    folder: Path, places: Mapping[str, Stored], left_out: Mapping[str, str], model: "PreTrainedModel"
-) -> str | None:
-    """What is wrong with a bias other than zero of a layer that has none by the config."""
-    for name, key in left_out.items():
-        entry = places[name]
-        if misfits.is_bias(model, key) and entry.dtype in DTYPES and bool(entry.read(folder).any()):
-            return misfits.bias(model, name)
-    return None
-
-
-# How much memory is free for a model that is to be loaded besides.
-
-
-SHARE = 0.4
-"""Share of the free memory that a model may take which is loaded to measure something."""
-ON_THE_WAY = 0.8
-"""Share of a node's free memory that a model may take which goes on to a GPU: nothing more is made of it there."""
-_PROC, _GROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
-
-
-def too_large(parameters: int, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why a model of so many parameters is not to be loaded on the device, or None."""
-    need, where = parameters * dtype.itemsize, None
-    if need > SHARE * free(device):
-        where = f"the memory of one {device.type}"
-    elif device != _CPU and need > ON_THE_WAY * free(_CPU):
-        where = f"the memory of the node, by which it comes to the {device.type}"
-    if where is None:
-        return None
-    kind = str(dtype).removeprefix("torch.")
-    return f"in {kind} the model has {need / 2**30:.1f} GiB, too large for {where}"
-
-
-def free(device: torch.device) -> int:
-    """Bytes that are free on the device; of a CPU, what the machine has and a container's limit leaves."""
-    if device.type == "cuda":
-        # What torch keeps of memory that it has given up counts as used, and is taken first.
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0]) + kept
-    found = _of_machine()
-    try:
-        limit, used = (int((_GROUP / name).read_text()) for name in ("memory.max", "memory.current"))
-        # The cache of files counts as used, and is given up when it is asked for.
-        cached = dict(line.split() for line in (_GROUP / "memory.stat").read_text().splitlines())
-        found = min(found, limit - used + int(cached.get("inactive_file", 0)))
-    except (OSError, ValueError):  # no container, or no limit ("max")
-        pass
-    return max(found, 0)
-
-
-def _of_machine() -> int:
-    if not _PROC.is_file():  # not Linux: half of the memory is a guess
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    sizes = dict(line.split(":", 1) for line in _PROC.read_text().splitlines())
-    return int(sizes["MemAvailable"].split()[0]) * 1024

@@ -28,7 +28,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from olora_ray.adapter.change import declares_transposed, is_stack, stored_transposed, transposed_layers
+from olora_ray.adapter.candidates import is_stack, stored_transposed
 from olora_ray.adapter.layer import AdapterWeights, Factors
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError
@@ -101,22 +101,13 @@ def new_adapter(
     skeleton will do); `base_name` is what readers see as the base model, and `revision` which of its commits. vLLM
     must be started with `max_lora_rank` of at least the folder's `r` (2r of the run for OLoRA).
     """
-    tensors, rank, names = _tensors(adapter, model)
-    fields = _peft_fields(config_adapter, rank, names, base_name, bool(transposed_layers(model, names.modules)))
-    with replacing(out) as folder:
-        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-        fields["revision"] = revision
-        (folder / CONFIG).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
-        yield folder, rank
-
-
-def _tensors(adapter: Mapping[str, AdapterWeights], model: nn.Module) -> tuple[dict[str, Tensor], int, Names]:
-    """The matrices by their names in the file, their rank, and how PEFT is told of their layers."""
     names = names_of(model, adapter)
     tensors: dict[str, Tensor] = {}
     rank = max(weights.plain_rank() for weights in adapter.values())
     for layer, weights in adapter.items():
-        lora_a, lora_b = _padded(weights, rank)
+        lora_a, lora_b = weights.plain_lora()
+        spare = rank - weights.plain_rank()  # rows and columns of zeros add nothing
+        lora_a, lora_b = F.pad(lora_a, (0, 0, 0, spare)), F.pad(lora_b, (0, spare))
         if lora_a.ndim == 3:
             if _other_way_round(model, layer):
                 lora_a, lora_b = lora_b.mT, lora_a.mT
@@ -124,14 +115,14 @@ def _tensors(adapter: Mapping[str, AdapterWeights], model: nn.Module) -> tuple[d
         key = _PREFIX + names.keys[layer]
         tensors[f"{key}.lora_A.weight"] = lora_a.float().cpu().contiguous()
         tensors[f"{key}.lora_B.weight"] = lora_b.float().cpu().contiguous()
-    return tensors, rank, names
-
-
-def _padded(weights: AdapterWeights, rank: int) -> tuple[Tensor, Tensor]:
-    """The matrices of a layer, with rows and columns of zeros up to the folder's rank, which add nothing."""
-    lora_a, lora_b = weights.plain_lora()
-    spare = rank - weights.plain_rank()
-    return F.pad(lora_a, (0, 0, 0, spare)), F.pad(lora_b, (0, spare))
+    fields = _peft_fields(
+        config_adapter, rank, names, base_name, any(stored_transposed(model, layer) for layer in names.modules)
+    )
+    with replacing(out) as folder:
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        fields["revision"] = revision
+        (folder / CONFIG).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+        yield folder, rank
 
 
 def read_adapter(folder: Path, model: nn.Module) -> tuple[dict[str, AdapterWeights], float]:
@@ -159,8 +150,10 @@ def read_adapter(folder: Path, model: nn.Module) -> tuple[dict[str, AdapterWeigh
 
 
 def _other_way_round(model: nn.Module, layer: str) -> bool:
-    """Whether PEFT takes a stack's E x n x m parameter for E x m x n ones: what it calls A is B^T then."""
-    return stored_transposed(model, layer) != declares_transposed(model, layer)
+    """True if PEFT takes a stack's E x n x m parameter for E x m x n ones: what it calls A is B^T then."""
+    # It goes by what the module says of itself in transformers' interface for experts.
+    declared = bool(getattr(model.get_submodule(layer.rpartition(".")[0]), "is_transposed", False))
+    return stored_transposed(model, layer) != declared
 
 
 def _peft_fields(config: Adapter, rank: int, names: Names, base_name: str, fan_in_fan_out: bool) -> dict[str, object]:
@@ -194,7 +187,11 @@ def names_of(model: nn.Module, layers: Iterable[str]) -> Names:
     for layer in layers:
         if is_stack(model, layer):
             parameters.append(layer)
-            keys[layer] = _key_of_stack(model, layer, layers)
+            # PEFT wraps a module once for each of its parameters, in their order: the last one's is the outermost.
+            module, _, own = layer.rpartition(".")
+            beside = [name for name, _ in model.get_submodule(module).named_parameters(recurse=False)]
+            adapted = [name for name in beside if f"{module}.{name}" in layers]
+            keys[layer] = module + ".base_layer" * (len(adapted) - 1 - adapted.index(own))
         else:
             keys[layer] = layer
             if layer.rpartition(".")[2] in mistaken:
@@ -202,15 +199,6 @@ def names_of(model: nn.Module, layers: Iterable[str]) -> Names:
             else:
                 modules.append(layer)
     return Names(modules, parameters, keys)
-
-
-def _key_of_stack(model: nn.Module, layer: str, layers: list[str]) -> str:
-    """PEFT wraps a module once for each of its parameters, in their order: the last one's wrapper is the outermost."""
-    module, _, own = layer.rpartition(".")
-    chosen = set(layers)
-    names = [name for name, _ in model.get_submodule(module).named_parameters(recurse=False)]
-    adapted = [name for name in names if f"{module}.{name}" in chosen]
-    return module + ".base_layer" * (len(adapted) - 1 - adapted.index(own))
 
 
 def _mistaken(model: Any) -> frozenset[str]:

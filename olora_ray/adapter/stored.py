@@ -6,11 +6,10 @@ Plain reads and writes at byte offsets: memory holds what was asked for; only `m
 import copy
 import json
 import math
-import os
 import re
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,13 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from olora_ray.adapter.change import parameter_of
+from olora_ray.adapter.candidates import parameter_of
 from olora_ray.common.errors import UserError
+from olora_ray.model.folder import INDEX, SINGLE, indexed, is_unknown_bias, unsupported_bias, unsupported_packing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Precisions that a change can be added to, as safetensors spells them."""
 
@@ -91,9 +90,7 @@ def weight_files(folder: Path) -> list[str]:
 
     Where one file lies beside an index it is that file, as for transformers, and not what the index names.
     """
-    files = _indexed(folder) if _reads_index(folder) else [SINGLE]
-    if outside := [name for name in files if name != os.path.basename(name)]:
-        raise UserError(f"{folder}: {INDEX} names {outside[0]!r}, which is not a file in that folder")
+    files = [SINGLE] if (folder / SINGLE).is_file() else indexed(folder) or [SINGLE]
     if missing := [name for name in files if not (folder / name).is_file()]:
         raise UserError(f"{folder}: no {missing[0]}; merging needs the base model's weights as safetensors")
     return files
@@ -101,17 +98,7 @@ def weight_files(folder: Path) -> list[str]:
 
 def is_stale_index(folder: Path, name: str) -> bool:
     """Whether a file of the folder is an index of other files than those that are read."""
-    beside = (folder / INDEX).is_file() and (folder / SINGLE).is_file()
-    return name == INDEX and beside and _indexed(folder) != [SINGLE]
-
-
-def _reads_index(folder: Path) -> bool:
-    return (folder / INDEX).is_file() and not (folder / SINGLE).is_file()
-
-
-def _indexed(folder: Path) -> list[str]:
-    """The files that the index names."""
-    return sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+    return name == INDEX and (folder / SINGLE).is_file() and indexed(folder) not in ([], [SINGLE])
 
 
 def _header(path: Path) -> Iterator[Stored]:
@@ -136,10 +123,6 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 AT_ONCE = 2**23
 """Numbers of a stack of experts that are in memory together, unless one expert has more."""
-_LARGEST_TRIAL = 2**27
-"""Numbers on which a conversion is tried; a larger one that cannot be taken in parts is not."""
-_KEPT = 2
-"""Conversions whose places are kept: blocks of a model repeat two kinds of stacks."""
 
 
 @dataclass(frozen=True)
@@ -232,22 +215,14 @@ class Group:
         """Why a change of the parameters cannot be brought back to the stored tensors; None if it can."""
         if self.converter is None:
             return None
-        kind = self._kind(0)
-        if kind not in _problems:
-            _problems[kind] = self._problem()
-        return _problems[kind]
-
-    def _problem(self) -> str | None:
         first, last = 0, self._rows if self._way == "whole" else 1
         size = sum(piece.size for piece in self._pieces(first, last))
-        if size > _LARGEST_TRIAL:
+        if size > 2**27:  # it cannot be taken in parts, and takes too much memory to be tried
             return None
         try:
-            found = torch.cat([place.reshape(-1) for place in self._places(first, last).values()])
+            found = torch.cat([place.reshape(-1) for place in self._find_places(first, last)])
         except Exception as error:  # of transformers' operations, whatever they meet
             return f"transformers' conversion of its stored tensors cannot be followed ({type(error).__name__})"
-        finally:
-            _cache.clear()
         return None if _is_permutation(found, size) else "transformers does more than move the numbers of its parts"
 
     @cached_property
@@ -278,23 +253,26 @@ class Group:
 
     def _places(self, first: int, last: int) -> dict[str, Tensor]:
         """For each parameter, where in what `read` gives its numbers lie."""
-        kind = self._kind(last - first)
-        if kind not in _cache:
-            start, codes = 0, []
-            for piece in (pieces := self._pieces(first, last)):
-                codes.append(torch.arange(start, start + piece.size).view(piece.shape))
-                start += piece.size
-            named = [(piece.pattern, code) for piece, code in zip(pieces, codes, strict=True)]
-            found = convert(self.converter, self.key, named, self.model)
-            _cache[kind] = [found[name].contiguous() for name in self.shapes]
-        _cache.move_to_end(kind)
-        while len(_cache) > _KEPT:
-            _cache.popitem(last=False)
-        return dict(zip(self.shapes, _cache[kind], strict=True))
+        kind = (*self.kind, str(last - first))
+        if kind not in _places:
+            found = self._find_places(first, last)
+            if len(_places) > 1:  # blocks of a model repeat two kinds of stacks
+                del _places[next(iter(_places))]
+            _places[kind] = found
+        return dict(zip(self.shapes, _places[kind], strict=True))
 
-    def _kind(self, count: int) -> tuple[str, str, str, int]:
+    def _find_places(self, first: int, last: int) -> list[Tensor]:
+        start, named = 0, []
+        for piece in self._pieces(first, last):
+            named.append((piece.pattern, torch.arange(start, start + piece.size).view(piece.shape)))
+            start += piece.size
+        found = convert(self.converter, self.key, named, self.model)
+        return [found[name].contiguous() for name in self.shapes]
+
+    @property
+    def kind(self) -> tuple[str, ...]:
         """The same for groups whose numbers are moved alike: those of other blocks."""
-        return re.sub(r"\d+", "*", self.key), str(self.converter), str(list(self.shapes.values())), count
+        return re.sub(r"\d+", "*", self.key), str(self.converter), str(list(self.shapes.values()))
 
 
 @dataclass(frozen=True)
@@ -323,8 +301,7 @@ def convert(converter: Any, key: str, tensors: Sequence[tuple[str, Tensor]], mod
     return {name: value[0] if isinstance(value, list) else value for name, value in found.items()}
 
 
-_cache: OrderedDict[tuple[str, str, str, int], list[Tensor]] = OrderedDict()
-_problems: dict[tuple[str, str, str, int], str | None] = {}
+_places: dict[tuple[str, ...], list[Tensor]] = {}
 
 
 def _is_permutation(places: Tensor, size: int) -> bool:
@@ -368,14 +345,19 @@ def find(base: Path, model: "PreTrainedModel", layers: Iterable[str]) -> tuple[l
     places, problems = tensors(base), _tied(model, wanted)
     read = as_transformers_reads(places, model)
     found: dict[str, Group] = {}
+    tried: dict[tuple[str, ...], str | None] = {}
     for parameter, layer in wanted.items():
         if layer in problems:
             continue
         try:
-            group = read.get(parameter) or _by_suffix(parameter, layer, places, base, model)
+            group = read.get(parameter) or _by_suffix(parameter, places, base, model)
             first = found.setdefault(group.stored[0].name, group)
-            _check(first, layer, parameter, group)
-            found[group.stored[0].name] = _with_layer(first, layer, parameter)
+            _check(first, parameter, group)
+            if group.kind not in tried:
+                tried[group.kind] = group.problem()
+            if problem := tried[group.kind]:
+                raise UserError(f"{problem} ({group.stored[0].name}, ...)")
+            found[group.stored[0].name] = replace(first, layers={**first.layers, layer: parameter})
         except UserError as error:
             problems[layer] = str(error)
     return [group for group in found.values() if group.layers], problems
@@ -442,7 +424,7 @@ def _group(
     return Group(named, key, shapes, converters[0], model, {})
 
 
-def _by_suffix(parameter: str, layer: str, places: Mapping[str, Stored], base: Path, model: "PreTrainedModel") -> Group:
+def _by_suffix(parameter: str, places: Mapping[str, Stored], base: Path, model: "PreTrainedModel") -> Group:
     """The one stored tensor whose name ends like the parameter's; raises UserError if there is none, or two."""
     parts = parameter.split(".")
     shorter = [".".join(parts[i:]) for i in range(1, len(parts) - 1)]
@@ -459,7 +441,7 @@ def _by_suffix(parameter: str, layer: str, places: Mapping[str, Stored], base: P
     return Group({parameter: (entry,)}, parameter, {parameter: entry.shape}, None, model, {})
 
 
-def _check(first: Group, layer: str, parameter: str, group: Group) -> None:
+def _check(first: Group, parameter: str, group: Group) -> None:
     """Raise UserError for a layer whose change cannot be written into the stored tensors of its group."""
     names = [entry.name for entry in group.stored]
     if first.key != group.key:
@@ -479,9 +461,57 @@ def _check(first: Group, layer: str, parameter: str, group: Group) -> None:
         raise UserError(f"transformers' conversion of its stored tensors ({names[0]}, ...) cannot be followed")
     if group.shapes[parameter] != own:
         raise UserError(f"it is stored as {names[0]} of shape {group.shapes[parameter]}, the model's is {own}")
-    if problem := group.problem():
-        raise UserError(f"{problem} ({names[0]}, ...)")
 
 
-def _with_layer(group: Group, layer: str, parameter: str) -> Group:
-    return Group(group.parts, group.key, group.shapes, group.converter, group.model, {**group.layers, layer: parameter})
+# Whether the stored tensors of a model folder are those of the model that its config describes.
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What of a folder's tensors does not fit its config."""
+
+    problem: str | None
+    """Why the model would be another than the files hold, to follow "FOLDER "; None if that is not known."""
+    left_out: tuple[str, ...]
+    """Tensors that the model has no place for: of layers that predict further tokens, of a part that sees."""
+
+
+def fit(folder: Path, model: "PreTrainedModel") -> Fit:
+    """Compare the headers of a folder with the model without weights; of a quantised one nothing is known here."""
+    if getattr(model.config, "quantization_config", None) is not None:
+        return Fit(None, ())
+    try:
+        places = tensors(folder)
+        groups, unread = follow(places, model)
+    except (UserError, AttributeError, ImportError, KeyError, TypeError):  # loading says what is wrong
+        return Fit(None, ())
+    ignored = _ignored(model)
+    left_out = {name: key for name, key in unread.items() if not ignored.search(key)}
+    problem = _packed(groups, model) or _biased(folder, places, left_out, model)
+    return Fit(problem, tuple(left_out))
+
+
+def _ignored(model: Any) -> re.Pattern[str]:
+    """Names that transformers leaves out with good reason (PreTrainedModel._adjust_missing_and_unexpected_keys)."""
+    patterns = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
+    patterns |= {r"rotary_emb\.inv_freq", r"(^|\.)position_ids$"}
+    return re.compile("|".join(f"({pattern})" for pattern in sorted(patterns)))
+
+
+def _packed(groups: Mapping[str, Group], model: "PreTrainedModel") -> str | None:
+    for name, parameter in model.named_parameters():
+        entries = groups[name].stored if name in groups and parameter.is_floating_point() else []
+        if odd := next((entry for entry in entries if entry.dtype not in DTYPES), None):
+            return unsupported_packing(odd.name, odd.dtype)
+    return None
+
+
+def _biased(
+    folder: Path, places: Mapping[str, Stored], left_out: Mapping[str, str], model: "PreTrainedModel"
+) -> str | None:
+    """What is wrong with a bias other than zero of a layer that has none by the config."""
+    for name, key in left_out.items():
+        entry = places[name]
+        if is_unknown_bias(model, key) and entry.dtype in DTYPES and bool(entry.read(folder).any()):
+            return unsupported_bias(model, name)
+    return None

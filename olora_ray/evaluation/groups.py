@@ -39,7 +39,13 @@ def group_numbers(setting: str | None, plan: Plan, origins: Sequence[Origin]) ->
     if setting == FILE:
         return numbered([file for file, _ in origins])
     wanted = set(origins)
-    values = {origin: value for origin, value in _values(setting, plan) if origin in wanted and value is not None}
+    pieces = {(piece.file, piece.unit) for shard in plan.shards for piece in shard}
+    values = {
+        origin: value
+        for number, unit in sorted(pieces, key=lambda item: (item[0], item[1].first))
+        for origin, value in _column(setting, plan, number, unit)
+        if origin in wanted and value is not None
+    }
     if not values:
         raise _no_column(setting, plan)
     if missing := len(wanted) - len(values):
@@ -88,13 +94,6 @@ def _groups(setting: str | None, plan: Plan, piece: Piece) -> Iterator[object]:
         for (number, place), value in _column(setting, plan, piece.file, piece.unit):
             if place in wanted:
                 yield (number, place) if value is None else (value,)
-
-
-def _values(setting: str, plan: Plan) -> Iterator[tuple[Origin, str | None]]:
-    """The column of every row of the held-out files, as JSON text."""
-    pieces = {(piece.file, piece.unit) for shard in plan.shards for piece in shard}
-    for number, unit in sorted(pieces, key=lambda item: (item[0], item[1].first)):
-        yield from _column(setting, plan, number, unit)
 
 
 def _column(setting: str, plan: Plan, number: int, unit: Unit) -> Iterator[tuple[Origin, str | None]]:

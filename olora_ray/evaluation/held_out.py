@@ -9,19 +9,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
-from torch import nn
 
+from olora_ray.adapter.peft_folder import CONFIG as ADAPTER_CONFIG
+from olora_ray.adapter.peft_folder import WEIGHTS as ADAPTER_WEIGHTS
 from olora_ray.cluster.resources import worker_resources
 from olora_ray.cluster.worker_context import assigned_device
 from olora_ray.common import node_cache
-from olora_ray.common.errors import UserError, first_line, short_reason
+from olora_ray.common.errors import UserError, as_user_error, short_reason
+from olora_ray.common.logs import quiet_transformers
 from olora_ray.config.schema import AnyConfig, Model
 from olora_ray.evaluation.groups import origins
 from olora_ray.evaluation.rows import RowResults
-from olora_ray.model import load as load_module
-from olora_ray.model import source
-from olora_ray.model.source import BaseModel
+from olora_ray.model.load import load_model, pick_dtype
+from olora_ray.model.source import BaseModel, on_this_node
 from olora_ray.pipeline.answers import as_text, check
 from olora_ray.pipeline.base import Base
 from olora_ray.tokens.collate import collate
@@ -38,9 +40,6 @@ logger = logging.getLogger(__name__)
 
 Work = TypeVar("Work")
 Result = TypeVar("Result")
-
-TENTHS = 10
-"""Lines of progress, if there are as many works."""
 
 
 def map_over_actors(
@@ -78,7 +77,7 @@ def map_over_actors(
         for row in done.iter_rows():
             found[row["number"]] = row["result"]
             precisions.add(row["precision"])
-            if len(works) >= TENTHS and TENTHS * len(found) // len(works) > TENTHS * (len(found) - 1) // len(works):
+            if len(works) >= 10 and 10 * len(found) // len(works) > 10 * (len(found) - 1) // len(works):  # each tenth
                 logger.info(f"evaluation: {len(found) / len(works):.0%} done")
     if len(precisions) > 1:
         logger.warning(
@@ -97,9 +96,6 @@ class _Actor:
     """Runs one work after the other; a UserError is a result, so that Ray does not wrap it."""
 
     def __init__(self, make: Callable[[], Callable[[Any], Any]], threads: int, model: Model) -> None:
-        from olora_ray.common.logs import quiet_transformers
-        from olora_ray.model.load import pick_dtype
-
         torch.set_num_threads(threads)
         quiet_transformers()
         self.problem: UserError | None = None
@@ -122,9 +118,6 @@ class _Actor:
 
 
 ANSWERS_AT_ONCE = 20
-TRIED = 8
-"""Sequences from which the self-test takes its examples."""
-ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -165,7 +158,7 @@ def measure_and_answer(
     works: list[Works] = [tuple(asked[i] for i in group) for group in groups]
     works += [tuple(packs[i : i + width]) for i in range(0, len(packs), width)]
     logger.info(f"held-out rows: {sum(len(pack.segments) for pack in packs)}, of which {len(asked)} are answered")
-    done = map_over_actors(partial(Measurer, base.model, adapter, config, base.eos, packs[:TRIED]), works, config)
+    done = map_over_actors(partial(Measurer, base.model, adapter, config, base.eos, packs[:8]), works, config)
     answers = dict(pair for group, found in zip(groups, done, strict=False) for pair in zip(group, found, strict=True))
     judged = _judged(config, store, asked, [answers[i] for i in range(len(asked))], base.tokenizer)
     results = RowResults(
@@ -207,9 +200,7 @@ class Measurer:
         if questions:
             with decoding(self.model):
                 return greedy(self.model, [item.prompt for item in questions], self.limit, self.eos, self.device)
-        return self._losses([item for item in work if isinstance(item, Pack)])
-
-    def _losses(self, packs: Sequence[Pack]) -> list[float]:
+        packs = [item for item in work if isinstance(item, Pack)]
         each = self.loss.each(collate(packs, self.attention).to(self.device)).double().cpu()
         return [float(part.sum()) for part in each.split([size for pack in packs for size in _supervised(pack)])]
 
@@ -220,41 +211,29 @@ def load(base: BaseModel, adapter: str | None, config: AnyConfig, device: torch.
     With its weights as they are stored, whatever `model.quantization` says: exports are for these.
     Raises UserError if either does not load or they do not fit.
     """
-    folder = source.on_this_node(base, config).folder
-    found: Any = load_module.load_model(folder, config.model, device)
-    return (_adapted(found, adapter) if adapter else found).to(device)
+    found: Any = load_model(on_this_node(base, config).folder, config.model, device)
+    if adapter is not None:
+        unreadable = as_user_error(f"adapter {adapter}: cannot be read", OSError, reason=short_reason)
+        with unreadable, node_cache.fetched(adapter) as folder:
+            found = _with_adapter(found, folder, adapter)
+    return found.to(device)
 
 
-def _adapted(base: nn.Module, adapter: str) -> nn.Module:
-    try:
-        with node_cache.fetched(adapter) as folder:
-            return _with_adapter(base, folder, adapter)
-    except OSError as error:
-        raise UserError(f"adapter {adapter}: cannot be read: {short_reason(error)}") from None
-
-
-def _with_adapter(base: nn.Module, folder: Path, adapter: str) -> nn.Module:
+def _with_adapter(base: Any, folder: Path, adapter: str) -> Any:
     from peft import PeftModel
 
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if not (folder / name).is_file():
             raise UserError(f"adapter {adapter}: no {name} (does every node see this folder? pickles are not loaded)")
-    wrap: Any = PeftModel.from_pretrained
-    try:
-        wrapped = wrap(base, str(folder), use_safetensors=True)
-    except (ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise UserError(f"adapter {adapter}: does not fit the model: {first_line(error)}") from None
-    inner: nn.Module = wrapped.get_base_model()  # the model itself, with adapted layers in it
-    return inner.requires_grad_(False).eval()
+    with as_user_error(f"adapter {adapter}: does not fit the model", ValueError, RuntimeError, KeyError, TypeError):
+        wrapped: Any = PeftModel.from_pretrained(base, str(folder), use_safetensors=True)
+    # The model itself, with adapted layers in it.
+    return wrapped.get_base_model().requires_grad_(False).eval()
 
 
 def _supervised(pack: Pack) -> list[int]:
     """Number of supervised tokens of each example of a sequence."""
-    counts, place = [], 0
-    for size in pack.segments:
-        counts.append(int(pack.supervised[place : place + size].sum()))
-        place += size
-    return counts
+    return [int(part.sum()) for part in np.split(pack.supervised, np.cumsum(pack.segments)[:-1])]
 
 
 def _judged(

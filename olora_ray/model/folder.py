@@ -7,10 +7,13 @@ import contextlib
 import json
 import math
 import os
+import pickle
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from safetensors import safe_open
 
 from olora_ray.common import node_cache, storage
 from olora_ray.common.errors import UserError, first_line, short_reason
@@ -19,8 +22,6 @@ from olora_ray.common.text import plural
 CONFIG, INDEX, ADAPTER = "config.json", "model.safetensors.index.json", "adapter_config.json"
 SINGLE = "model.safetensors"
 _LARGEST_JSON = 200 * 2**20
-_LARGEST_HEADER = 100 * 2**20
-"""Of the safetensors format."""
 _LARGEST_NUMBER = 2**31
 _MOST_LAYERS = 2000
 """Deeper models than any, and still built within seconds."""
@@ -114,33 +115,10 @@ def _check_numbers(tree: dict[str, Any], where: str) -> None:
             raise UserError(f"model.name: {where}: {name} cannot be {value:.0e}")
 
 
-def _header(file: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
-    # The format: 8 bytes length of the header, the header (JSON), the tensors (huggingface/safetensors).
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > min(size - 8, _LARGEST_HEADER):
-            raise UserError(f"model.name: {file} is no safetensors file, or it is cut off")
-        try:
-            header = json.loads(stream.read(length))
-            entries = [(name, *_entry(entry)) for name, entry in header.items() if name != "__metadata__"]
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise UserError(f"model.name: {file}: its header is no safetensors header") from None
-    for name, shape, end in entries:
-        if end > size - 8 - length:
-            raise UserError(f"model.name: {file} is cut off: {name} ends at byte {8 + length + end}")
-        yield name, shape
-
-
-def _entry(entry: dict[str, Any]) -> tuple[tuple[int, ...], int]:
-    """Shape of a tensor, and where its data end."""
-    shape, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
-    if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)) or end < begin:
-        raise ValueError("no shape")
-    # The smallest element has 4 bits.
-    if math.prod(shape) > 2 * (end - begin):
-        raise ValueError("more elements than bytes")
-    return shape, end
+def _header(file: Path) -> list[tuple[str, tuple[int, ...]]]:
+    # safetensors compares the header with the file.
+    with foreign(f"model.name: {file} is no safetensors file, or it is cut off"), safe_open(file, "pt") as stored:
+        return [(name, tuple(stored.get_slice(name).get_shape())) for name in stored.keys()]  # noqa: SIM118
 
 
 # Identity of a model: digests of its weights and of the other files that decide what it computes.
@@ -176,11 +154,6 @@ def look(folder: Path, code: bool) -> str:
 def of_weights(files: Sequence[Path]) -> str:
     """SHA-256 over names and contents."""
     return storage.digest("".join(f"{file.name}:{_digest_of_weights(file)}\n" for file in files))
-
-
-def same(known: str | None, now: str) -> bool:
-    """Whether a model is the one that was used; of an identity of before November 2026 only the weights are known."""
-    return known == now or (bool(known) and known == weights(now))
 
 
 def weights(identity: str) -> str:
@@ -251,6 +224,21 @@ def foreign(what: str) -> Iterator[None]:
         raise UserError(f"{what}: {why(error)}") from None
 
 
+def whole_model(what: str, path: Path, **options: Any) -> tuple[Any, list[str]]:
+    """The causal language model that transformers loads, and the names of tensors that it has no place for.
+
+    Raises UserError that begins with `what` if it does not load, or has no weights for a part of it.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from_pretrained: Any = AutoModelForCausalLM.from_pretrained  # its type does not know output_loading_info
+    with foreign(what):
+        model, report = from_pretrained(path, output_loading_info=True, **options)
+    if missing := sorted(report["missing_keys"]):
+        raise UserError(f"{what}: it has no weights for {', '.join(missing[:3])}")
+    return model, sorted(report["unexpected_keys"])
+
+
 def why(error: BaseException) -> str:
     """Why a model does not load, in one line; of code that is not trusted, what to do."""
     if "trust_remote_code" in str(error):
@@ -258,6 +246,8 @@ def why(error: BaseException) -> str:
             "it brings Python code of its own, which is not run; read that code, and if you trust it set"
             " model.trust_remote_code: true"
         )
+    if isinstance(error, pickle.UnpicklingError):
+        return "its pickled weights hold more than tensors, or are damaged: they are not loaded"
     known = isinstance(error, OSError | ValueError | RuntimeError | ImportError)
     return first_line(error) if known else f"{type(error).__name__}: {first_line(error)}"
 
@@ -265,7 +255,7 @@ def why(error: BaseException) -> str:
 # What a model's files may have and its config does not describe, in words.
 
 
-def is_bias(model: Any, name: str) -> bool:
+def is_unknown_bias(model: Any, name: str) -> bool:
     """Whether a name, with or without the backbone's prefix, is of a bias that a layer could have, and has not."""
     owner, _, last = name.rpartition(".")
     if last != "bias":
@@ -275,7 +265,7 @@ def is_bias(model: Any, name: str) -> bool:
     return module is not None and module._parameters.get("bias", module) is None
 
 
-def bias(model: Any, name: str) -> str:
+def unsupported_bias(model: Any, name: str) -> str:
     """What is wrong with a folder that has such a bias, other than zero; to follow "FOLDER "."""
     return (
         f"has {name}, but by its config.json {type(model).__name__} has no such bias: it would be trained without;"
@@ -283,7 +273,7 @@ def bias(model: Any, name: str) -> str:
     )
 
 
-def packed(name: str, kind: str) -> str:
+def unsupported_packing(name: str, kind: str) -> str:
     """What is wrong with a folder whose tensor is of this kind of 8 bits or less; to follow "FOLDER "."""
     return (
         f"has {name} as {kind}, and no quantization_config in its config.json that says what these numbers mean; name a"
@@ -291,7 +281,7 @@ def packed(name: str, kind: str) -> str:
     )
 
 
-def left_out(model: Any, names: Sequence[str], files: str) -> str:
+def unused_tensors(model: Any, names: Sequence[str], files: str) -> str:
     """The warning of tensors of these files that the model has no place for."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return (

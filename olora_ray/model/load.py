@@ -1,5 +1,6 @@
 """Loading a base model from its folder: tokenizer, frozen weights, precision and attention."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,7 @@ from torch import nn
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Model as ModelConfig
 from olora_ray.model import attention, convert
-from olora_ray.model.folder import check, foreign, parameters, read_json
+from olora_ray.model.folder import check, foreign, parameters, read_json, whole_model
 from olora_ray.model.source import BaseModel
 
 if TYPE_CHECKING:
@@ -18,23 +19,15 @@ if TYPE_CHECKING:
 # Buffers that are computed, not stored: frequencies of rotary embeddings, scales, positions.
 
 
-_MARK = "_is_hf_initialized"
-"""The attribute by which transformers knows tensors that were loaded."""
-
-
 def computed_buffers(model: "PreTrainedModel") -> None:
     """Give the buffers that no file holds their values, on the CPU; weights and other buffers stay as they are."""
-    computed = []
+    loaded: list[Any] = [*model.parameters(), *stored_buffers(model).values()]
+    for tensor in loaded:
+        tensor._is_hf_initialized = True  # so transformers knows what was loaded
     for module in model.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if name in module._non_persistent_buffers_set:
-                computed.append((module, name, buffer))
-            else:
-                setattr(buffer, _MARK, True)
-        for parameter in module.parameters(recurse=False):
-            setattr(parameter, _MARK, True)
-    for module, name, buffer in computed:
-        module._buffers[name] = torch.empty_like(buffer, device="cpu")
+        for name in module._non_persistent_buffers_set & module._buffers.keys():
+            if (buffer := module._buffers[name]) is not None:
+                module._buffers[name] = torch.empty_like(buffer, device="cpu")
     initialise: Any = model.initialize_weights
     initialise()
 
@@ -47,10 +40,6 @@ def stored_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
             if own.rpartition(".")[2] not in module._non_persistent_buffers_set:
                 found[own] = buffer
     return found
-
-
-_LARGEST_RATIO = 16
-"""Parameters of a model to numbers in its files: 2 where input and output share a matrix, 8 where 4 bits are packed."""
 
 
 def load_tokenizer(base: BaseModel, config: ModelConfig) -> "PreTrainedTokenizerBase":
@@ -86,13 +75,17 @@ def end_tokens(base: BaseModel, tokenizer: "PreTrainedTokenizerBase") -> tuple[i
 
 def skeleton(base: BaseModel, config: ModelConfig) -> "PreTrainedModel":
     """The model without weights (on the meta device): names and shapes only."""
+    with foreign(f"model.name: {base.folder} does not load"):
+        return _on_meta(base.folder, config)
+
+
+def _on_meta(folder: str | Path, config: ModelConfig, **options: Any) -> "PreTrainedModel":
     from transformers import AutoConfig, AutoModelForCausalLM
 
     remote = config.trust_remote_code
-    with foreign(f"model.name: {base.folder} does not load"):
-        shape = AutoConfig.from_pretrained(Path(base.folder), trust_remote_code=remote)
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(shape, trust_remote_code=remote)
+    shape = AutoConfig.from_pretrained(Path(folder), trust_remote_code=remote)
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(shape, trust_remote_code=remote, **options)
     return model
 
 
@@ -100,7 +93,8 @@ def _check_size(base: BaseModel, model: "PreTrainedModel") -> None:
     """Raise UserError if config.json describes a far larger model than its weights are: it would fill the memory."""
     described = sum(parameter.numel() for parameter in model.parameters())
     stored = parameters(base.folder)
-    if described > _LARGEST_RATIO * stored:
+    # Twice as many where input and output share a matrix, 8 times as many where 4 bits are packed.
+    if described > 16 * stored:
         raise UserError(
             f"model.name: {base.folder} does not load: config.json describes {described:,} parameters, its weights are"
             f" {stored:,}"
@@ -113,21 +107,15 @@ def load_model(folder: str | Path, config: ModelConfig, device: torch.device) ->
     It stays in evaluation mode during training: the base's own dropout would make the loss depend on
     how a batch is split. Raises UserError for weights that do not fit the config, and as `attention.candidates`.
     """
-    from transformers import AutoModelForCausalLM
-
-    from_pretrained: Any = AutoModelForCausalLM.from_pretrained  # its type does not know output_loading_info
     dtype, first_attention = _start(folder, config, device)
-    with foreign(f"model.name: {folder} does not load"):
-        model, report = from_pretrained(
-            Path(folder),
-            dtype=dtype,
-            attn_implementation=first_attention,
-            trust_remote_code=config.trust_remote_code,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    if missing := sorted(report["missing_keys"]):
-        raise UserError(f"model.name: {folder} does not load: it has no weights for {', '.join(missing[:3])}")
+    model, _ = whole_model(
+        f"model.name: {folder} does not load",
+        Path(folder),
+        dtype=dtype,
+        attn_implementation=first_attention,
+        trust_remote_code=config.trust_remote_code,
+        use_safetensors=True,
+    )
     frozen: PreTrainedModel = model.requires_grad_(False).eval()
     return frozen
 
@@ -137,16 +125,9 @@ def empty_model(folder: str | Path, config: ModelConfig, device: torch.device) -
 
     Raises UserError as `load_model`, but for weights.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     dtype, first_attention = _start(folder, config, device)
-    remote = config.trust_remote_code
     with foreign(f"model.name: {folder} does not load"):
-        shape = AutoConfig.from_pretrained(Path(folder), trust_remote_code=remote)
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                shape, dtype=dtype, attn_implementation=first_attention, trust_remote_code=remote
-            )
+        model = _on_meta(folder, config, dtype=dtype, attn_implementation=first_attention)
         computed_buffers(model)
     frozen: PreTrainedModel = model.requires_grad_(False).eval()
     return frozen
@@ -171,3 +152,46 @@ def pick_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
     return (
         torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else torch.float32
     )
+
+
+# How much memory is free for a model that is to be loaded besides.
+
+
+_PROC, _GROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+
+
+def too_large(parameters: int, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why a model of so many parameters is not to be loaded on the device, or None."""
+    need, where = parameters * dtype.itemsize, None
+    if need > 0.4 * free(device):  # the rest is for what is measured
+        where = f"the memory of one {device.type}"
+    elif device.type != "cpu" and need > 0.8 * free(torch.device("cpu")):  # nothing more is made of it there
+        where = f"the memory of the node, by which it comes to the {device.type}"
+    if where is None:
+        return None
+    kind = str(dtype).removeprefix("torch.")
+    return f"in {kind} the model has {need / 2**30:.1f} GiB, too large for {where}"
+
+
+def free(device: torch.device) -> int:
+    """Bytes that are free on the device; of a CPU, what the machine has and a container's limit leaves."""
+    if device.type == "cuda":
+        # What torch keeps of memory that it has given up counts as used, and is taken first.
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + kept
+    found = _of_machine()
+    try:
+        limit, used = (int((_GROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        # The cache of files counts as used, and is given up when it is asked for.
+        cached = dict(line.split() for line in (_GROUP / "memory.stat").read_text().splitlines())
+        found = min(found, limit - used + int(cached.get("inactive_file", 0)))
+    except (OSError, ValueError):  # no container, or no limit ("max")
+        pass
+    return max(found, 0)
+
+
+def _of_machine() -> int:
+    if not _PROC.is_file():  # not Linux: half of the memory is a guess
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    sizes = dict(line.split(":", 1) for line in _PROC.read_text().splitlines())
+    return int(sizes["MemAvailable"].split()[0]) * 1024

@@ -28,7 +28,7 @@ class BaseModel:
     folder: str
     """Local folder with config.json, safetensors and tokenizer files; see `on_this_node`."""
     digest: str
-    """Of all its files that decide what it computes; compare it by `identity.same`."""
+    """Of all its files that decide what it computes; the same model has the same."""
     look: str = ""
     """What a glance at the folder tells (`identity.look`), so that each process can compare; empty: none does."""
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from olora_ray.adapter import parity, peft_folder, portable
+from olora_ray.adapter import peft_folder, portable, stored
 from olora_ray.adapter.merge import write_merged
 from olora_ray.common import node_cache, storage
 from olora_ray.common.errors import TryAgain, UserError, as_user_error, short_reason
@@ -13,7 +13,7 @@ from olora_ray.config.load import override
 from olora_ray.config.schema import AnyConfig
 from olora_ray.data.tokenize import turn_end
 from olora_ray.data.tokenizer_spec import TokenizerSpec, has_tokens_beyond, spec_from_pretrained
-from olora_ray.model import folder as model_folder
+from olora_ray.model.folder import unused_tensors
 from olora_ray.model.load import end_tokens, load_tokenizer, skeleton
 from olora_ray.model.packing import why_apart
 from olora_ray.model.source import BaseModel, obtain
@@ -120,11 +120,11 @@ def with_tokenizer(model: BaseModel, config: AnyConfig) -> Base:
         )
     tokenizer = load_tokenizer(model, config.model)
     shape: Any = skeleton(model, config.model)
-    found = parity.look(Path(model.folder), shape)
+    found = stored.fit(Path(model.folder), shape)
     if found.problem is not None:  # what is loaded would be another model than the files hold
         raise UserError(f"model.name: {model.folder} {found.problem}")
     if found.left_out:
-        logger.warning(model_folder.left_out(shape, found.left_out, model.name))
+        logger.warning(unused_tensors(shape, found.left_out, model.name))
     spec = replace(spec_from_pretrained(tokenizer, model.name), apart=why_apart(shape))
     try:
         rows: int | None = int(shape.get_input_embeddings().weight.shape[0])

@@ -12,9 +12,7 @@ import ray
 import torch
 
 from olora_ray.adapter import merge, portable
-from olora_ray.adapter import parity as memory
-from olora_ray.adapter.logits import Folders, Logits, measure_logits
-from olora_ray.adapter.parity import MergedFolder, Parity, check_adapter
+from olora_ray.adapter.parity import Folders, Logits, MergedFolder, Parity, check_adapter, measure_logits
 from olora_ray.adapter.peft_folder import compress, new_adapter, replacing
 from olora_ray.cluster.resources import worker_resources
 from olora_ray.cluster.spec import TrainResult, TrainSpec
@@ -25,7 +23,7 @@ from olora_ray.common.logs import quiet_transformers
 from olora_ray.config.schema import Config
 from olora_ray.data.tokenizer_spec import plain_template
 from olora_ray.model.folder import parameters
-from olora_ray.model.load import end_tokens, tokenizer_in
+from olora_ray.model.load import end_tokens, tokenizer_in, too_large
 from olora_ray.model.source import BaseModel
 from olora_ray.pipeline import export_shares
 from olora_ray.pipeline.connection import user_errors
@@ -220,7 +218,7 @@ def _write_merged(work: Work, out: Path, parts: list[export_shares.Part], spread
 def _logits(work: Work, merged: Path | None, plain: Path) -> Logits | str:
     """Logits of all models on held-out tokens, or why they are not measured."""
     spec, device = work.spec, assigned_device()
-    if why := memory.too_large(parameters(work.base.folder), torch.float32, device):
+    if why := too_large(parameters(work.base.folder), torch.float32, device):
         return why
     folders = Folders(Path(work.base.folder), merged, plain, spec.config.model.trust_remote_code)
     tokens, scale = first_examples(spec.eval or spec.train), spec.config.adapter.scale()

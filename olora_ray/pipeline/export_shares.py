@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import ray
 import torch
 
-from olora_ray.adapter import merge, parity
+from olora_ray.adapter import merge
 from olora_ray.adapter.inject import inject, remove
 from olora_ray.adapter.layer import AdapterWeights
 from olora_ray.adapter.parity import MergedFolder
@@ -28,7 +28,7 @@ from olora_ray.common.logs import quiet_transformers
 from olora_ray.config.load import override
 from olora_ray.config.schema import Config
 from olora_ray.model.folder import parameters
-from olora_ray.model.load import load_tokenizer, pick_dtype, skeleton
+from olora_ray.model.load import load_tokenizer, pick_dtype, skeleton, too_large
 from olora_ray.model.source import BaseModel, on_this_node
 from olora_ray.pipeline.connection import user_errors
 from olora_ray.tokens.collate import collate
@@ -189,7 +189,7 @@ class LossPair:
 def held_out_loss(work: Work, store: TokenStore, sides: Sequence[Side]) -> LossPair | str:
     """The training's loss on the first rows of a store on both sides, or why it is not measured."""
     config, device = work.spec.config, assigned_device()
-    if why := parity.too_large(parameters(work.base.folder), pick_dtype(config.model, device), device):
+    if why := too_large(parameters(work.base.folder), pick_dtype(config.model, device), device):
         return why
     packs, losses, tokens = _first(store), [], 0
     try:

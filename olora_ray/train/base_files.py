@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from olora_ray.adapter import stored
 from olora_ray.adapter.stored import DTYPES, Group, as_transformers_reads
 from olora_ray.common.errors import UserError, first_line
+from olora_ray.model.folder import INDEX, SINGLE
 from olora_ray.model.load import stored_buffers
 
 if TYPE_CHECKING:
@@ -148,8 +149,8 @@ def _not_plain(folder: Path, model: Any) -> str | None:
         return "it is quantised"
     if getattr(model.config, "transformers_weights", None) or getattr(type(model.config), "extra_files", None):
         return "its config names files of weights"
-    if (folder / stored.INDEX).exists() and (folder / stored.SINGLE).exists():
-        return f"it has {stored.SINGLE} beside {stored.INDEX}"
+    if (folder / INDEX).exists() and (folder / SINGLE).exists():
+        return f"it has {SINGLE} beside {INDEX}"
     return _kept_precise(model)
 
 

@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from olora_ray.adapter.candidates import Target
-from olora_ray.adapter.change import parameter_of
+from olora_ray.adapter.candidates import Target, parameter_of
 from olora_ray.adapter.initialise import InitReport, assign, exchange, initialise, options_of
 from olora_ray.adapter.layer import Factors
 from olora_ray.adapter.methods import FROM_WEIGHTS, METHODS, eva

@@ -19,9 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from olora_ray.adapter.candidates import Target
-from olora_ray.adapter.experts import AdaptedStack
 from olora_ray.adapter.inject import inject
-from olora_ray.adapter.layer import Factors
+from olora_ray.adapter.layer import AdaptedStack, Factors
 from olora_ray.adapter.methods import METHODS
 from olora_ray.config.schema import Adapter
 from olora_ray.tokens.collate import Batch

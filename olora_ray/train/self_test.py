@@ -24,8 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from olora_ray.adapter.experts import AdaptedExperts
-from olora_ray.adapter.layer import AdaptedLinear, AdaptedWeight
+from olora_ray.adapter.layer import AdaptedExperts, AdaptedLinear, AdaptedWeight, TakenWeight
 from olora_ray.common.errors import UserError, first_line
 from olora_ray.config.schema import AnyConfig
 from olora_ray.model import attention
@@ -320,8 +319,8 @@ def check_adapters(
     batch = collate([one_pack([ids]) for ids in examples], name).to(device)
     try:
         without = _try(loss, adapted, batch, new)
-    except NotImplementedError as error:  # of experts' weights that are used in a way that is not known here
-        raise UserError(f"adapter.targets: {first_line(error)}; leave the experts out of adapter.targets") from None
+    except TakenWeight as error:
+        raise UserError(f"adapter.targets: {first_line(error)}; leave it out of adapter.targets") from None
     if without:
         more = f" and {len(without) - 3} more" if len(without) > 3 else ""
         raise UserError(

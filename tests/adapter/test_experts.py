@@ -8,10 +8,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from olora_ray.adapter.candidates import stack
-from olora_ray.adapter.experts import AdaptedExperts, AdaptedStack
 from olora_ray.adapter.initialise import initialise
 from olora_ray.adapter.inject import find_targets, inject, install, remove, wrap
-from olora_ray.adapter.layer import AdaptedLinear, AdaptedWeight, Factors
+from olora_ray.adapter.layer import AdaptedExperts, AdaptedLinear, AdaptedStack, AdaptedWeight, Factors
 from olora_ray.adapter.methods import FROM_WEIGHTS, METHODS
 from olora_ray.train.loop import train_mode
 from tests.families import zoo
@@ -205,7 +204,7 @@ def test_a_use_that_an_adapter_cannot_follow_never_passes_it_by(how: str) -> Non
     assert adapted(torch.rand(2, 4)).shape == (2, 4)
 
 
-def test_the_layout_is_read_in_the_code_where_nobody_declares_it() -> None:
+def test_the_layout_of_experts_is_known() -> None:
     for family, transposed in (("mixtral", False), ("gpt_oss", True), ("llama4_text", True)):
         experts = next(m for m in zoo.make(ALL[family]).modules() if hasattr(m, "gate_up_proj"))
         target = stack(experts, "gate_up_proj")

@@ -1,4 +1,3 @@
-import json
 from pathlib import Path
 
 import pytest
@@ -38,15 +37,6 @@ def test_without_a_prefix_the_rank_must_be_that_of_the_factors(tmp_path: Path) -
     found = initialise.read(str(tmp_path), ORIGIN, 8, ["layer0"])
     assert found is not None
     assert torch.equal(found["layer0"].a0, factors()["layer0"].a0)
-
-
-def test_factors_of_a_version_before_methods_said_so_serve_smaller_ranks(tmp_path: Path) -> None:
-    initialise.write(str(tmp_path), factors(), ORIGIN, 8)
-    place = tmp_path / initialise.DESCRIPTION
-    place.write_text(
-        json.dumps({key: value for key, value in json.loads(place.read_text()).items() if key != "prefix"})
-    )
-    assert initialise.has(str(tmp_path), ORIGIN, 4)
 
 
 def factors(full_rank: bool = True) -> dict[str, Factors]:

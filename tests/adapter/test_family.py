@@ -13,7 +13,7 @@ from torch import Tensor
 from olora_ray.adapter.initialise import at_scale, initialise, options_of
 from olora_ray.adapter.inject import find_targets, inject
 from olora_ray.adapter.layer import AdapterWeights, Factors
-from olora_ray.adapter.methods import FROM_WEIGHTS, METHODS, Options, pissa
+from olora_ray.adapter.methods import FROM_WEIGHTS, METHODS, Options
 from olora_ray.adapter.methods.nora import ROW
 from olora_ray.config.schema import METHOD_OPTIONS, Adapter
 from tests import tiny
@@ -210,9 +210,3 @@ def test_a_stack_at_its_start_changes_nothing_and_keeps_its_shapes() -> None:
         change = AdapterWeights(start, torch.zeros(3, 4, 10), torch.zeros(3, 12, 4)).delta(2.0)
         assert change.shape == (3, 12, 10)
         assert not change.any()
-
-
-def test_each_expert_is_searched_for_from_random_numbers_of_its_own() -> None:
-    stack = random_weight(3, 12, 10)
-    for expert in range(3):
-        assert torch.equal(pissa._start(stack, 5, 7)[expert], pissa._start(stack[expert], 5, 7 + expert))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from olora_ray.adapter import parity
+from olora_ray.adapter import stored
 from tests import tiny
 from tests.families import zoo
 from tests.families.variants import ALL
@@ -14,21 +14,21 @@ from tests.families.variants import ALL
 Q = "model.layers.0.self_attn.q_proj"
 
 
-def looked(folder: Path, change: dict[str, torch.Tensor], prefix: str = "") -> parity.Fit:
+def looked(folder: Path, change: dict[str, torch.Tensor], prefix: str = "") -> stored.Fit:
     """At a Llama whose file has other tensors, by names without `prefix`."""
     model = tiny.llama()
     model.save_pretrained(folder)
     file = folder / "model.safetensors"
     tensors = load_file(file) | change
     save_file({name.removeprefix(prefix): value for name, value in tensors.items()}, file)
-    return parity.look(folder, model)
+    return stored.fit(folder, model)
 
 
 @pytest.mark.parametrize("family", ["gemma3", "phi3", "qwen3_moe mlp", "gpt_neox"])
 def test_a_model_fits_its_own_files(tmp_path: Path, family: str) -> None:
     model = zoo.make(ALL[family])
     model.save_pretrained(tmp_path)
-    assert parity.look(tmp_path, model) == parity.Fit(None, ())
+    assert stored.fit(tmp_path, model) == stored.Fit(None, ())
 
 
 @pytest.mark.parametrize("prefix", ["", "model."])
@@ -50,4 +50,4 @@ def test_packed_numbers_without_their_meaning_are_another_model(tmp_path: Path, 
 
 def test_tensors_without_a_place_are_named(tmp_path: Path) -> None:
     more = {"mtp.head.weight": torch.ones(2, 2), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
-    assert looked(tmp_path, more) == parity.Fit(None, ("mtp.head.weight",))
+    assert looked(tmp_path, more) == stored.Fit(None, ("mtp.head.weight",))

@@ -169,17 +169,6 @@ def test_an_expert_with_infinite_weights_names_its_stack() -> None:
         initialise(mixture(poisoned=True), "olora", RANK, 0, CPU)
 
 
-@WORKERS
-@pytest.mark.parametrize("method", FROM_WEIGHTS)
-def test_every_worker_ends_with_the_same_stacks(crew: Callable[[int], Crew], method: str, workers: int) -> None:
-    answers = crew(workers).run(of_mixture, method)
-    assert len({own for own, _, _ in answers}) == 1
-    assert sum(answers[0][2].layers) == 5
-    alone = of_mixture(method)[1]
-    for name, expected in alone.items():
-        torch.testing.assert_close(answers[0][1][name].a0, expected.a0, atol=1e-5, rtol=1e-5)
-
-
 sizes = st.integers(4, 5000)
 shapes = st.dictionaries(
     st.text("abc", min_size=1, max_size=4),

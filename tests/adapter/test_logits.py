@@ -1,6 +1,5 @@
 """Logits refuse what no rounding explains, and nothing else."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from olora_ray.adapter import logits as module
+from olora_ray.adapter import parity as module
 from olora_ray.adapter import stored
-from olora_ray.adapter.logits import Difference, Folders, Logits, measure_logits
 from olora_ray.adapter.merge import write_merged
+from olora_ray.adapter.parity import Difference, Folders, Logits, measure_logits
 from olora_ray.adapter.peft_folder import write_adapter
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Adapter
@@ -22,14 +21,6 @@ from tests.families import zoo
 from tests.families.variants import ALL
 
 SETTINGS = Adapter(method="olora", rank=4, alpha=6)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def measure(case: Case, folder: Path, merged: bool = True) -> Logits | str:
@@ -113,14 +104,11 @@ def test_a_merged_folder_that_does_not_load_is_an_error(tmp_path: Path) -> None:
         measure(case, tmp_path)
 
 
-def test_a_base_that_does_not_run_here_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_base_that_does_not_run_here_is_a_reason(tmp_path: Path) -> None:
     case = make_case(tmp_path / "base", tiny.llama(), SETTINGS)
-
-    def fail(*_: object, **__: object) -> None:
-        raise RuntimeError("out of memory")
-
-    monkeypatch.setattr(module, "_load", fail)
-    assert measure(case, tmp_path) == "the adapted model does not run here: out of memory"
+    folders = Folders(tmp_path / "gone", None, case.write_adapter(tmp_path / "adapter"), False)
+    found = measure_logits(folders, case.model, [], case.adapter, case.scale, [IDS], torch.device("cpu"))
+    assert str(found).startswith("the adapted model does not run here: ")
 
 
 def test_nan_is_no_parity() -> None:

@@ -5,17 +5,14 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-
-from olora_ray.adapter import parity
 
 LIMITED = """
 import json, resource, sys
 from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
-from olora_ray.adapter import merge, merge_check, weight_names
-from olora_ray.adapter.peft_check import check_adapter
+from olora_ray.adapter import merge, stored
+from olora_ray.adapter.parity import check_adapter
 from olora_ray.adapter.peft_folder import write_adapter
 from olora_ray.config.schema import Adapter
 from tests.export_parts import random_adapter, skeleton_of
@@ -48,9 +45,9 @@ def export(folder):
     adapter = {name: random_adapter(model, name, 2, i) for i, name in enumerate(names)}
     merge.write_merged(base, adapter, settings.scale(), folder / "merged", model)
     write_adapter(adapter, settings, "base", folder / "adapter", model)
-    found = weight_names.groups(base, model, adapter)
-    worst = merge_check.check_weights(base, folder / "merged", found, adapter, settings.scale())
-    assert worst.error <= 1 and not merge_check.changed(base, folder / "merged", found)
+    found = stored.groups(base, model, adapter)
+    worst = merge.check_weights(base, folder / "merged", found, adapter, settings.scale())
+    assert worst.error <= 1 and not merge.changed(base, folder / "merged", found)
     assert check_adapter(folder / "adapter", model, adapter, settings.scale()).ok
 
 
@@ -84,45 +81,3 @@ def test_a_model_is_exported_and_checked_in_less_memory_than_it_has(tmp_path: Pa
     size, loaded = answer.stdout.split(maxsplit=1)
     assert int(size) > 2 * 160, "the limit is less than half of the model"
     assert loaded.strip() == "too large"
-
-
-def test_free_memory_is_that_of_the_machine_or_less(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    cpu = torch.device("cpu")
-    monkeypatch.setattr(parity, "_GROUP", tmp_path)
-    assert 2**20 < parity.free(cpu) < 2**50
-    for name, text in {
-        "memory.max": "5000",
-        "memory.current": "4000",
-        "memory.stat": "anon 1\ninactive_file 500",
-    }.items():
-        (tmp_path / name).write_text(text)
-    assert parity.free(cpu) == 1500
-    (tmp_path / "memory.max").write_text("max")
-    assert parity.free(cpu) > 2**20
-    monkeypatch.setattr(parity, "_PROC", tmp_path / "nowhere")
-    assert parity.free(cpu) > 2**20
-
-
-def test_what_torch_keeps_of_a_gpus_memory_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, told in (("mem_get_info", (1000, 9000)), ("memory_reserved", 700), ("memory_allocated", 200)):
-        monkeypatch.setattr(torch.cuda, name, lambda device, told=told: told)
-    assert parity.free(torch.device("cuda")) == 1500
-
-
-@pytest.mark.parametrize(
-    ("device", "gpu", "node", "where"),
-    [
-        ("cpu", 0, 100, None),
-        ("cpu", 0, 99, "the memory of one cpu"),
-        ("cuda", 100, 50, None),
-        ("cuda", 99, 999, "the memory of one cuda"),
-        ("cuda", 999, 49, "the memory of the node, by which it comes to the cuda"),
-    ],
-)
-def test_a_model_needs_room_where_it_runs_and_on_its_way_there(
-    monkeypatch: pytest.MonkeyPatch, device: str, gpu: int, node: int, where: str | None
-) -> None:
-    """One that is converted to float32 lies in the node's memory before it comes to a GPU."""
-    monkeypatch.setattr(parity, "free", lambda place: gpu if place.type == "cuda" else node)
-    found = parity.too_large(10, torch.float32, torch.device(device))  # 40 bytes
-    assert found == where if where is None else found and found.endswith(f"too large for {where}")

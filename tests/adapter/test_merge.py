@@ -1,6 +1,6 @@
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,15 +20,6 @@ from tests.families import zoo
 from tests.families.variants import ALL, MIXTURES
 
 SETTINGS = Adapter(method="olora", rank=4, alpha=6)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    # Tiny matrices: a second thread only waits, for long on a busy machine.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -187,29 +178,34 @@ def test_a_checkpoint_without_the_models_prefix(gpt2: Case, tmp_path: Path) -> N
     torch.testing.assert_close(logits(load(out)), gpt2.logits, atol=2e-5, rtol=0)
 
 
-def rewrite(case: Case, change: dict[str, str | None]) -> None:
-    """Rename (or drop) tensors of the base, by part of the name."""
-    file = case.base / "model.safetensors"
-    tensors = load_file(file)
-    for old, new in change.items():
-        weight = tensors.pop(old)
-        if new is not None:
-            tensors[new] = weight
-    save_file(tensors, file)
-
-
 Q = "model.layers.0.self_attn.q_proj.weight"
 
 
-def test_a_missing_weight_is_named(llama: Case, tmp_path: Path) -> None:
-    rewrite(llama, {Q: None})
-    with pytest.raises(UserError, match=r"cannot merge model\.layers\.0\.self_attn\.q_proj: .* has no weight"):
-        llama.write_merged(tmp_path / "merged")
+def rewrite(case: Case, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Change the tensors of the base."""
+    file = case.base / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
 
 
-def test_a_weight_that_fits_twice_is_named(llama: Case, tmp_path: Path) -> None:
-    rewrite(llama, {Q: "a." + Q, "model.norm.weight": "b." + Q})
-    with pytest.raises(UserError, match="has its weight twice"):
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda tensors: tensors.pop(Q), rf"cannot merge {re.escape(Q[:-7])}: .* has no weight"),
+        (lambda tensors: tensors.update({f"a.{Q}": tensors.pop(Q), f"b.{Q}": torch.ones(2)}), "has its weight twice"),
+        (
+            lambda tensors: tensors.update({Q: tensors[Q].to(torch.int8)}),
+            rf"{re.escape(Q)} is stored as I8, which is not",
+        ),
+    ],
+    ids=["missing", "twice", "quantised"],
+)
+def test_a_weight_that_cannot_be_merged_is_named(
+    llama: Case, tmp_path: Path, change: Callable[[dict[str, torch.Tensor]], object], problem: str
+) -> None:
+    rewrite(llama, change)
+    with pytest.raises(UserError, match=problem):
         llama.write_merged(tmp_path / "merged")
 
 
@@ -241,14 +237,6 @@ def test_two_layers_on_one_stored_weight_are_named(llama: Case, tmp_path: Path) 
     assert not (tmp_path / "m").exists()
 
 
-def test_a_quantised_weight_is_named(llama: Case, tmp_path: Path) -> None:
-    file = llama.base / "model.safetensors"
-    tensors = load_file(file)
-    save_file(tensors | {Q: tensors[Q].to(torch.int8)}, file)
-    with pytest.raises(UserError, match=rf"{re.escape(Q)} is stored as I8, which is not a floating-point weight"):
-        llama.write_merged(tmp_path / "merged")
-
-
 def test_another_shape_is_named(llama: Case, tmp_path: Path) -> None:
     name = "model.layers.0.mlp.up_proj"
     item = llama.adapter[name]
@@ -266,7 +254,7 @@ def test_a_base_without_safetensors(llama: Case, tmp_path: Path) -> None:
 def test_an_old_export_stays_until_the_new_one_is_complete(llama: Case, tmp_path: Path) -> None:
     out = llama.write_merged(tmp_path / "merged")
     (out / "mark").write_text("old")
-    rewrite(llama, {Q: None})
+    rewrite(llama, lambda tensors: tensors.pop(Q))
     with pytest.raises(UserError):
         llama.write_merged(out)
     broken = {**llama.adapter, "model.layers.1.mlp.up_proj": llama.adapter["model.layers.1.mlp.down_proj"]}

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from olora_ray.adapter import merge, stored
-from olora_ray.adapter.change import Change
 from olora_ray.adapter.layer import AdapterWeights, Factors
 from olora_ray.config.schema import Adapter
 from tests import tiny
@@ -139,7 +138,7 @@ def test_no_right_merge_of_any_size_is_over_one(
         return torch.randn(shape, generator=generator)
 
     start = Factors(draw(rank, n), draw(m, rank) / m**0.5 if with_start else None)
-    change = Change(AdapterWeights(start, size * draw(rank, n), size * draw(m, rank)), 0.7, transposed=False)
+    change = merge.Change(AdapterWeights(start, size * draw(rank, n), size * draw(m, rank)), 0.7, transposed=False)
     base = (0.1 * draw(m, n)).to(dtype)
     merged = (base.float() + change.merged(0, m, torch.device("cpu"))).to(dtype)
     assert merge._error(base, merged, change, 0, torch.device("cpu")) <= 1

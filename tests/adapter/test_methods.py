@@ -41,29 +41,6 @@ def test_the_short_qr_gives_the_factors_of_the_full_one(m: int, n: int, data: st
     assert found.full_rank
 
 
-@pytest.mark.parametrize(("m", "n", "rank"), [(256, 256, 32), (344, 128, 16), (128, 344, 16), (64, 64, 64)])
-def test_short_and_full_qr_agree_in_float32(m: int, n: int, rank: int) -> None:
-    weight = random_weight(m, n)
-    q, r = torch.linalg.qr(weight)
-    found = olora.factors(weight, rank, seed=0)
-    assert found.b0 is not None
-    torch.testing.assert_close(found.b0, q[:, :rank], atol=5e-6, rtol=0)
-    torch.testing.assert_close(found.a0, r[:rank], atol=1e-4, rtol=0)  # entries up to 20
-
-
-@given(sizes, sizes, st.data(), seeds)
-def test_a_smaller_rank_is_a_prefix(m: int, n: int, data: st.DataObject, seed: int) -> None:
-    rank = data.draw(st.integers(1, min(m, n)))
-    smaller = data.draw(st.integers(1, rank))
-    weight = random_weight(m, n, seed, torch.float64)
-    assume(torch.linalg.cond(weight[:, :rank]) < 1e6)
-    large, small = olora.factors(weight, rank, 0), olora.factors(weight, smaller, 0)
-    assert large.b0 is not None
-    assert small.b0 is not None
-    torch.testing.assert_close(small.b0, large.b0[:, :smaller], atol=1e-8, rtol=0)
-    torch.testing.assert_close(small.a0, large.a0[:smaller], atol=1e-8, rtol=1e-8)
-
-
 @given(sizes, sizes, st.data(), seeds)
 def test_b0_is_orthonormal_and_a0_is_its_projection(m: int, n: int, data: st.DataObject, seed: int) -> None:
     rank = data.draw(st.integers(1, min(m, n)))
@@ -140,22 +117,6 @@ def test_lora_starts_as_torch_initialises_a_linear_layer_with_b_at_zero() -> Non
     assert not change.any()
 
 
-@given(st.integers(2, 5), st.integers(1, 20), st.integers(1, 20), st.data(), seeds)
-def test_the_qr_of_a_stack_is_that_of_each_expert(experts: int, m: int, n: int, data: st.DataObject, seed: int) -> None:
-    rank = data.draw(st.integers(1, min(m, n)))
-    stack = torch.randn(experts, m, n, generator=torch.Generator().manual_seed(seed))
-    found = olora.factors(stack, rank, 0)
-    alone = [olora.factors(weight, rank, 0) for weight in stack]
-    assert found.b0 is not None
-    assert found.b0.shape == (experts, m, rank)
-    assert found.a0.shape == (experts, rank, n)
-    for expert, one in enumerate(alone):
-        assert one.b0 is not None
-        torch.testing.assert_close(found.b0[expert], one.b0, atol=1e-6, rtol=0)
-        torch.testing.assert_close(found.a0[expert], one.a0, atol=1e-5, rtol=1e-5)
-    assert found.full_rank == all(one.full_rank for one in alone)
-
-
 def test_one_rank_deficient_expert_makes_a_stack_deficient() -> None:
     stack = torch.randn(3, 24, 16, generator=torch.Generator().manual_seed(0))
     assert olora.factors(stack, 4, 0).full_rank
@@ -163,14 +124,6 @@ def test_one_rank_deficient_expert_makes_a_stack_deficient() -> None:
     assert olora.factors(stack, 4, 0).full_rank, "an expert's size is measured by its own"
     stack[1, :, 2] = 0
     assert not olora.factors(stack, 4, 0).full_rank
-
-
-@given(st.integers(2, 5), seeds)
-def test_experts_start_with_random_matrices_of_their_own(experts: int, seed: int) -> None:
-    found = lora.factors(torch.zeros(experts, 12, 8), 4, seed)
-    for expert in range(experts):
-        assert torch.equal(found.a0[expert], lora.factors(torch.zeros(12, 8), 4, seed + expert).a0)
-    assert found.b0 is None
 
 
 @given(st.integers(2, 4), seeds)

@@ -3,9 +3,8 @@
 import json
 from dataclasses import replace
 
-from olora_ray.adapter.logits import Difference, Logits
 from olora_ray.adapter.merge import Worst
-from olora_ray.adapter.parity import AsPeftReads, MergedFolder, Parity
+from olora_ray.adapter.parity import AsPeftReads, Difference, Logits, MergedFolder, Parity
 
 LOGITS = Logits(115, 40.0, 2.0, 1e-5, 0.04, Difference(1e-5, 3e-4), Difference(0.0, 3e-4))
 RIGHT = Parity(MergedFolder(Worst(0.99, "a.up", "bfloat16"), ()), AsPeftReads(7e-8, "a.up", ()), LOGITS)

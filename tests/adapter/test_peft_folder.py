@@ -1,7 +1,6 @@
 """The adapter folder is read by PEFT as what was trained, in families whose names it rewrites too."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,14 +24,6 @@ METHODS = [
     Adapter(method="orthogonal", rank=4, alpha=6),
     Adapter(method="nora", rank=4, alpha=6),
 ]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

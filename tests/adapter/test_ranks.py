@@ -1,7 +1,7 @@
 """Every layer has a rank of its own: in the exchange, the model, the export, the merge and a checkpoint."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +34,6 @@ from tests.families.variants import ALL
 
 CPU = torch.device("cpu")
 SHARES = (["a", "c"], ["b", "stack"], ["none"])
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def uneven(seed: int = 0) -> dict[str, Factors]:

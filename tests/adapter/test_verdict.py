@@ -5,24 +5,14 @@ The whole table takes minutes (make test-slow); the first rows of it are always 
 
 import shutil
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests import verdicts
 from tests.verdicts import PLANTED, Draw
 
 RIGHT_FEW, PLANTED_FEW, MANY = 6, 18, 200
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def refused(place: Path, numbers: range) -> list[str]:

@@ -44,7 +44,6 @@ def fused(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Case:
-    torch.set_num_threads(1)
     names = [f"model.layers.{number}.{layer}" for number in range(2) for layer in LAYERS]
     found = make_stacked_case(tmp_path / "base", tiny.llama(), Adapter(rank=3, alpha=6), names)
     file = found.base / "model.safetensors"

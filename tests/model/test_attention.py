@@ -1,13 +1,14 @@
 """Which attention is tried, in which order."""
 
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
 from olora_ray.common.errors import UserError
-from olora_ray.model import attention
 from olora_ray.model.attention import candidates, own
 from tests import tiny
 from tests.families import zoo
@@ -49,27 +50,29 @@ def test_what_the_family_does_not_have_is_refused(
         tried(of_kind("bloom", BLOOM), wanted, dtype, device)
 
 
-def test_flash_needs_a_gpu_its_package_and_half_a_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+def on_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], package: bool = True) -> None:
+    """As on a machine with such a GPU and the package flash-attn, which imports there or does not."""
     from transformers.utils import import_utils
 
+    monkeypatch.setattr(import_utils, "is_flash_attn_2_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    if package:
+        monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", ModuleType("flash_attn_interface"))
+
+
+def test_flash_needs_a_gpu_its_package_and_half_a_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="it needs a GPU"):
         tried(tiny.llama(), "flash_attention_2", torch.bfloat16)
     assert tried(tiny.llama(), device=GPU) == ("sdpa", "eager")
-    monkeypatch.setattr(import_utils, "is_flash_attn_2_available", lambda: True)
-    monkeypatch.setattr(attention, "_import_problem", lambda: None)
+    for capability, found in (((7, 5), ("sdpa", "eager")), ((8, 0), ("flash_attention_2", "sdpa", "eager"))):
+        on_gpu(monkeypatch, capability)
+        assert tried(tiny.llama(), dtype=torch.bfloat16, device=GPU) == found
     with pytest.raises(UserError, match=r"does not compute in float32; set model\.dtype to bfloat16"):
         tried(tiny.llama(), "flash_attention_2", torch.float32, GPU)
-    for capability, found in (((7, 5), ("sdpa", "eager")), ((8, 0), ("flash_attention_2", "sdpa", "eager"))):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
-        assert tried(tiny.llama(), dtype=torch.bfloat16, device=GPU) == found
 
 
 def test_flash_is_not_tried_with_a_family_that_is_made_for_other_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    from transformers.utils import import_utils
-
-    monkeypatch.setattr(import_utils, "is_flash_attn_2_available", lambda: True)
-    monkeypatch.setattr(attention, "_import_problem", lambda: None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    on_gpu(monkeypatch, (9, 0))
     made = zoo.on_meta(ALL["gpt_oss"])
     assert tried(made, dtype=torch.bfloat16, device=GPU)[-1] == "eager"
     assert "flash_attention_2" not in tried(made, dtype=torch.bfloat16, device=GPU)
@@ -78,18 +81,11 @@ def test_flash_is_not_tried_with_a_family_that_is_made_for_other_kernels(monkeyp
 
 
 def test_flash_of_another_torch_is_not_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from transformers.utils import import_utils
-
-    made, package = tiny.llama(), tmp_path / "flash_attn"
-    package.mkdir()
-    (package / "__init__.py").write_text("raise ImportError('flash_attn_2_cuda.so: undefined symbol: _ZN3c1')\n")
+    (tmp_path / "flash_attn").mkdir()
+    broken = "raise ImportError('flash_attn_2_cuda.so: undefined symbol: _ZN3c1')\n"
+    (tmp_path / "flash_attn" / "__init__.py").write_text(broken)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(import_utils, "is_flash_attn_2_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
-    attention._import_problem.cache_clear()
-    try:
-        assert tried(made, dtype=torch.bfloat16, device=GPU) == ("sdpa", "eager")
-        with pytest.raises(UserError, match=r"flash-attn does not import: .*undefined symbol.*; set it to auto$"):
-            tried(made, "flash_attention_2", torch.bfloat16, GPU)
-    finally:
-        attention._import_problem.cache_clear()
+    on_gpu(monkeypatch, (8, 0), package=False)
+    assert tried(tiny.llama(), dtype=torch.bfloat16, device=GPU) == ("sdpa", "eager")
+    with pytest.raises(UserError, match=r"flash-attn does not import: .*undefined symbol.*; set it to auto$"):
+        tried(tiny.llama(), "flash_attention_2", torch.bfloat16, GPU)

@@ -3,7 +3,7 @@
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -12,8 +12,8 @@ from huggingface_hub import constants
 from huggingface_hub.utils import filter_repo_objects
 
 from olora_ray.common.errors import TryAgain, UserError
-from olora_ray.config.schema import Model
-from olora_ray.model.source import _from_hub
+from olora_ray.model.source import obtain
+from tests import tiny
 
 COMMIT = "0" * 40
 ANSWERS = {
@@ -81,14 +81,20 @@ def address() -> Iterator[str]:
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """`told(ENDPOINT=...)` sets what the hub's client has read of the environment."""
+
+    def set_constants(**changes: object) -> None:
+        for name, value in changes.items():
+            monkeypatch.setattr(constants, name, value)
+
+    set_constants(HF_HUB_CACHE=str(tmp_path), HF_HUB_OFFLINE=False)
+    return set_constants
 
 
 def refusal(name: str, passes: bool = False) -> str:
     with pytest.raises(UserError) as caught:
-        _from_hub(Model(name=name))
+        obtain(tiny.config(model__name=name))
     assert isinstance(caught.value, TryAgain) == passes
     message = str(caught.value)
     assert "\n" not in message
@@ -97,15 +103,16 @@ def refusal(name: str, passes: bool = False) -> str:
 
 
 @pytest.mark.parametrize("name", ANSWERS)
-def test_what_the_hub_answers_is_told_in_words(name: str, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(constants, "ENDPOINT", address)
+def test_what_the_hub_answers_is_told_in_words(name: str, address: str, told: Callable[..., None]) -> None:
+    told(ENDPOINT=address)
     assert ANSWERS[name][2] in refusal(f"org/{name}", passes=name in PASS)
 
 
-def test_a_file_that_breaks_off_is_no_bug(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_breaks_off_is_no_bug(
+    address: str, told: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The client's error is none of Python's kinds: it was a traceback."""
-    monkeypatch.setattr(constants, "ENDPOINT", address)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
+    told(ENDPOINT=address, HUGGINGFACE_CO_URL_TEMPLATE=address + "/{repo_id}/resolve/{revision}/{filename}")
     monkeypatch.setattr(time, "sleep", lambda _: None)  # before its client asks again
     assert "the model hub did not deliver it: " in refusal("org/cut", passes=True)
 
@@ -120,24 +127,24 @@ def test_weights_in_folders_of_a_repository_are_left_there(
         "pytorch_model.bin"
     ] * (not pickles)
     taken: list[str] = []
+    tiny.llama().save_pretrained(tmp_path)
 
     def download(name: str, revision: str | None, **patterns: list[str]) -> str:
         taken.extend(filter_repo_objects([*wanted, *left], **patterns))
         return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    assert _from_hub(Model(name="org/model", allow_pickle=pickles)) == tmp_path
+    assert obtain(tiny.config(model__name="org/model", model__allow_pickle=pickles)).folder == str(tmp_path)
     assert taken == wanted
 
 
-def test_a_hub_that_cannot_be_asked_is_no_wrong_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+def test_a_hub_that_cannot_be_asked_is_no_wrong_name(told: Callable[..., None]) -> None:
+    told(ENDPOINT="http://127.0.0.1:9")
     message = refusal("org/none", passes=True)
     assert "the model hub cannot be asked (" in message
     assert "and this machine's cache does not have the model" in message
 
 
-def test_a_machine_that_is_told_to_stay_offline_says_so(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(constants, "ENDPOINT", address)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+def test_a_machine_that_is_told_to_stay_offline_says_so(address: str, told: Callable[..., None]) -> None:
+    told(ENDPOINT=address, HF_HUB_OFFLINE=True)
     assert "HF_HUB_OFFLINE" in refusal("org/none")

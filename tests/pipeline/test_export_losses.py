@@ -91,7 +91,7 @@ def test_what_is_not_there_or_too_large_is_not_measured(run: Run, monkeypatch: p
     assert export.export_run(spec_of(run, 0, export__rank=2), run.folder, STEP)["compressed"]["loss"] == (
         "no rows are held out"
     )
-    monkeypatch.setattr("olora_ray.adapter.parity.free", lambda device: 1000)
+    monkeypatch.setattr("olora_ray.model.load.free", lambda device: 1000)
     small = export.export_run(spec_of(run, export__rank=2), run.folder, STEP)
     assert small["compressed"]["loss"] == "in float32 the model has 0.0 GiB, too large for the memory of one cpu"
     assert "too large for the memory of one cpu" in export.export_run(spec_of(run), run.folder, STEP)["logits"]

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from olora_ray.adapter.experts import AdaptedStack
+from olora_ray.adapter.layer import AdaptedStack
 from olora_ray.train import checkpoint
 from olora_ray.train.checkpoint import TrainState
 from olora_ray.train.loop import Trainer, evaluate

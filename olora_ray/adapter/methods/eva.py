@@ -19,9 +19,6 @@ from torch import Tensor
 from olora_ray.adapter.layer import Factors
 from olora_ray.adapter.methods.method import DEFAULTS, Method, Options
 
-TYPICAL_TOKENS = 1024
-"""For the cost of a layer."""
-
 
 @dataclass(frozen=True)
 class Components:
@@ -86,7 +83,7 @@ METHOD = Method(
     about="A0 spans the directions in which the layer's inputs vary most at supervised tokens of the data; B0 = 0.\n"
     "Ranks go where few components explain much: up to rho x rank, the same sum over all layers.",
     factors=factors,
-    cost=lambda m, n, rank: float(min(n, TYPICAL_TOKENS) ** 2 * (n + min(n, TYPICAL_TOKENS))),
+    cost=lambda m, n, rank: float(min(n, 1024) ** 2 * (n + min(n, 1024))),  # of as many tokens
     needs="activations",
     prefix=False,
     has_b0=False,
