@@ -16,7 +16,7 @@ from olora_ray.pipeline.run_folder import RunFolder
 from olora_ray.sweep import record as trial_file
 from olora_ray.sweep import state as progress
 from olora_ray.sweep.record import SearchRecord, TrialRecord
-from olora_ray.sweep.report import leaderboard, write
+from olora_ray.sweep.report import page, text
 from olora_ray.sweep.spec import SweepSpec, trial_name
 from olora_ray.sweep.state import Progress
 from olora_ray.sweep.trial import trial_spec
@@ -73,12 +73,12 @@ def conclude(config: Config, sweep_spec: SweepSpec, found: SearchRecord, tracker
     assert best is not None
     place = storage.join(sweep_spec.folder, "best.yaml")
     storage.write_text(place, dump(best_config(config, sweep_spec, best)))
-    for file in [*write.write(found, sweep_spec.folder), place]:
+    for file in [*page.write(found, sweep_spec.folder), place]:
         with node_cache.fetched(file) as local:
             tracker.artifact(local)
-    tracker.table("leaderboard", *leaderboard.table(found))
+    tracker.table("leaderboard", *text.table(found))
     tracker.metrics({0: {f"best/{found.metric}": best.value or 0.0}})
-    for line in [*leaderboard.lines(found), *leaderboard.summary(found)]:
+    for line in [*text.lines(found), *text.summary(found)]:
         logger.info(line)
     logger.info(f"report: {storage.join(sweep_spec.folder, 'report.html')}")
     logger.info(f"best config: {place}")

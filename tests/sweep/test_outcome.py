@@ -19,7 +19,7 @@ from olora_ray.model.source import BaseModel
 from olora_ray.sweep import outcome, run, state, tuner
 from olora_ray.sweep import state as progress
 from olora_ray.sweep.record import TrialRecord
-from olora_ray.sweep.report import leaderboard
+from olora_ray.sweep.report import text
 from olora_ray.sweep.space import Space
 from olora_ray.sweep.spec import SweepSpec, trial_name
 from olora_ray.sweep.state import Progress
@@ -76,7 +76,7 @@ def test_a_search_that_has_ended_is_reported_with_the_seconds_that_it_took(
         _, found = run.run(spec, SPACE, 0.0, tracker)
     assert lines == ["search: it has ended; its trials are reported, none is run"]
     assert found.seconds == 318.0
-    assert dict(leaderboard.facts(found))["trials"] == "2 in 5 min 18 s: 2 finished"
+    assert dict(text.facts(found))["trials"] == "2 in 5 min 18 s: 2 finished"
 
 
 class Grid:
@@ -136,7 +136,7 @@ def test_trials_say_what_has_cut_them(ended: tuple[Any, Any]) -> None:
         ("unfinished", ""),  # its process died
     ]
     assert found.notes == ("The search ended early: why.",)
-    assert dict(leaderboard.facts(found))["best"].startswith("train/loss 0.5 (trial 1, stopped at step 4 of 8): ")
+    assert dict(text.facts(found))["best"].startswith("train/loss 0.5 (trial 1, stopped at step 4 of 8): ")
 
 
 def test_a_search_whose_trials_all_failed_tells_the_most_frequent_reasons(ended: tuple[Any, Any]) -> None:
