@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from functools import partial
 from html import escape
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from comparison.grid import BASELINE
 from comparison.record import Against, ComparisonRecord, MethodRecord, Point
@@ -253,7 +253,7 @@ def rates(record: ComparisonRecord) -> "Figure":
             inside = [(point.lr, point.loss) for point in grid if point.loss <= top]
             outside = [point.lr for point in grid if not point.loss <= top]
             label = f"{method.method}, alpha {alpha:g}"
-            look = {"color": colour, "linestyle": ("-", "--", ":")[place % 3], "marker": "o"}
+            look: dict[str, Any] = {"color": colour, "linestyle": ("-", "--", ":")[place % 3], "marker": "o"}
             axes.plot([lr for lr, _ in inside], [loss for _, loss in inside], label=label, **look)
             axes.plot(outside, [top] * len(outside), "x", color=colour, markersize=8, markeredgewidth=2)
         if method.tuned is not None:

@@ -31,7 +31,7 @@ def render(draws: Mapping[str, Draw]) -> dict[str, bytes]:
     """Draw figures in the style of the reports; PNGs by their names."""
     import matplotlib
 
-    style = {
+    style: Any = {
         "text.parse_math": False,  # a `$` in a name is no mathematics
         "text.color": INK,
         "axes.edgecolor": MUTED,
