@@ -76,7 +76,7 @@ def legend(axes: "Axes", title: str = "") -> None:
 def parallel(record: SearchRecord) -> "Figure":
     """Draw one line per trial through its parameters to its value."""
     best, default = record.best(), record.of(record.default)
-    low, high, beyond = _range(record, [[trial.value or 0.0] for trial in record.ranked()])
+    low, high, beyond = _metric_range(record)
     caption = f"one line per trial, the darker the better ({_better(record)}); dashed: the default config"
     figure, axes = new(f"Parameters and {_metric(record)}", caption + _orange(best) + beyond, width=12.0, height=4.8)
     if not record.trials:
@@ -118,14 +118,14 @@ def curves(record: SearchRecord) -> "Figure":
     if not drawn:
         say(axes, NOTHING)
         return figure
-    worst, least, _ = _range(record, [[trial.value or 0.0] for trial in record.ranked()])
+    lowest, highest, _ = _metric_range(record)
     marks = {"finished": "", "stopped": "o", "failed": "x", "unfinished": "|"}
     counts = {status: sum(trial.status == status and trial.number in drawn for trial in record.trials)
               for status in marks}  # fmt: skip
     for trial in sorted(record.trials, key=lambda trial: (trial is best, trial is default)):
         if trial.number not in drawn:
             continue
-        colour, width = _shade(record, trial, worst, least), 1.3
+        colour, width = _shade(record, trial, lowest, highest), 1.3
         named = f"{trial.status} ({counts.pop(trial.status)})" if trial.status in counts else ""
         if trial is default:
             colour, width, named = INK, 1.8, f"trial {trial.number}, the default config"
@@ -149,7 +149,7 @@ def rate(record: SearchRecord) -> "Figure":
     """Draw the learning rate against the metric by rank; of other searches the most important fields."""
     field, group = _rate_fields(record)
     best = record.best()
-    low, high, beyond = _range(record, [[trial.value or 0.0] for trial in record.ranked()])
+    low, high, beyond = _metric_range(record)
     names = text.short(record.fields)
     by = f" by {text.value(names[group], 22)}" if group else ""
     shown = {"train.lr": "Learning rate"}.get(field, text.value(names[field], 22)) if field else "A field"
@@ -309,6 +309,10 @@ def _range(record: SearchRecord, values: Sequence[Sequence[float]]) -> tuple[flo
     beyond = sum(each > bad for each in worst)
     said = f"; far worse, and so at the edge or beyond: {plural(beyond, 'trial')}" if beyond else ""
     return (best, bad, said) if record.mode == "min" else (-bad, -best, said)
+
+
+def _metric_range(record: SearchRecord) -> tuple[float, float, str]:
+    return _range(record, [[trial.value or 0.0] for trial in record.ranked()])
 
 
 def _clipped(trial: TrialRecord, low: float, high: float) -> float:
