@@ -21,21 +21,21 @@ def main(argv: list[str]) -> None:
     from olora_ray.pipeline import first_look
 
     first_look.check(config)
-    from olora_ray.sweep.sharing import load
+    from olora_ray.sweep.space_file import load
 
     space = load(file, config)
     from olora_ray.pipeline import run
     from olora_ray.pipeline.base import open_base
     from olora_ray.pipeline.connection import connect
     from olora_ray.pipeline.run import only_driver
-    from olora_ray.sweep import outcome, settings, sharing
+    from olora_ray.sweep import outcome, search_folder, space_file
     from olora_ray.sweep import run as sweep
 
-    search = settings.search_config(config, space, file, registers="--register" in flags)
-    settings.check(search, space)
+    search = search_folder.search_config(config, space, file, registers="--register" in flags)
+    search_folder.check(search, space)
     with only_driver(search) as driver:
         base = open_base(search)
-        sharing.plan(search, space, base.model)
+        space_file.plan(search, space, base.model)
 
         with connect(search, base.model) as stop, driver.watch(stop):
             spec, seconds = sweep.train_spec(search, space, base)

@@ -13,16 +13,15 @@ from olora_ray.config.load import dump, override
 from olora_ray.config.schema import Config
 from olora_ray.pipeline import fit, run
 from olora_ray.pipeline.run_folder import RunFolder
-from olora_ray.sweep import record as trial_file
-from olora_ray.sweep import state as progress
+from olora_ray.sweep import record as records
+from olora_ray.sweep import search_folder
 from olora_ray.sweep.record import SearchRecord, TrialRecord
-from olora_ray.sweep.report import leaderboard, write
+from olora_ray.sweep.report import page, text
+from olora_ray.sweep.search_folder import Progress
 from olora_ray.sweep.spec import SweepSpec, trial_name
-from olora_ray.sweep.state import Progress
 from olora_ray.sweep.trial import trial_spec
 from olora_ray.tracking.run import Tracker
 from olora_ray.train import checkpoints
-from olora_ray.train.checkpoint import TrainState
 
 logger = logging.getLogger(__name__)
 
@@ -30,16 +29,14 @@ LENGTH = ("train.steps", "train.epochs", "train.eval_every", "train.checkpoint_e
 """Fields that a space sets to have short trials."""
 MEASURE = "evaluation."
 """How its trials are looked at is the space's: the config's gate may ask for a score that they do without."""
-SAME = 1e-3
-"""How far a loss may be, relatively, from that of the same step: after a failure other workers may measure it again."""
 
 
 def record(sweep_spec: SweepSpec) -> SearchRecord:
     """What the trials have left in their folders, and the search in its own, as one record."""
-    space, found = sweep_spec.space, progress.read(sweep_spec.folder)
+    space, found = sweep_spec.space, search_folder.progress(sweep_spec.folder)
     trials = tuple(
         _with_reason(trial, found, space.scheduler.kind)
-        for _, trial in sorted(trial_file.read_all(sweep_spec.folder).items())
+        for _, trial in sorted(records.read_all(sweep_spec.folder).items())
     )
     return SearchRecord(
         name=sweep_spec.name,
@@ -73,12 +70,12 @@ def conclude(config: Config, sweep_spec: SweepSpec, found: SearchRecord, tracker
     assert best is not None
     place = storage.join(sweep_spec.folder, "best.yaml")
     storage.write_text(place, dump(best_config(config, sweep_spec, best)))
-    for file in [*write.write(found, sweep_spec.folder), place]:
+    for file in [*page.write(found, sweep_spec.folder), place]:
         with node_cache.fetched(file) as local:
             tracker.artifact(local)
-    tracker.table("leaderboard", *leaderboard.table(found))
+    tracker.table("leaderboard", *text.table(found))
     tracker.metrics({0: {f"best/{found.metric}": best.value or 0.0}})
-    for line in [*leaderboard.lines(found), *leaderboard.summary(found)]:
+    for line in [*text.lines(found), *text.summary(found)]:
         logger.info(line)
     logger.info(f"report: {storage.join(sweep_spec.folder, 'report.html')}")
     logger.info(f"best config: {place}")
@@ -127,24 +124,16 @@ def _stopped(folder: RunFolder, best: TrialRecord, metric: str) -> TrainResult:
             f"{folder.checkpoints}: the best trial has no checkpoint left; train best.yaml instead (--refit)"
         )
     place, state = found[0], found[1].state
-    step, value = _measured_best(best)
-    if step > state.step or (metric == "eval/loss" and not _is_best(state, value)):
+    step, value = next((each for each in best.curve if each[0] and each[1] == best.value), (best.step, math.nan))
+    # After a failure other workers may have measured the same adapter again, with a loss a little apart.
+    same = state.best_loss is not None and math.isclose(state.best_loss, value, rel_tol=1e-3)
+    if step > state.step or (metric == "eval/loss" and not same):
         kept = "" if state.best_loss is None else f" with its best loss {state.best_loss:.4f} of step {state.best_step}"
         raise UserError(
             f"{place}: the last checkpoint of trial {best.number} is of step {state.step}{kept}, and the value that the"
             f" trial is ranked by, {value:.4f}, is of step {step}; train best.yaml instead (--refit)"
         )
     return TrainResult(state=state, stopped_early=True)
-
-
-def _measured_best(trial: TrialRecord) -> tuple[int, float]:
-    """(step, value) of the trial's best evaluation."""
-    return next((point for point in trial.curve if point[0] and point[1] == trial.value), (trial.step, math.nan))
-
-
-def _is_best(state: TrainState, value: float) -> bool:
-    """Whether `value` is the loss of the best adapter that a checkpoint has; the base's own is none of a trial."""
-    return state.best_loss is not None and math.isclose(state.best_loss, value, rel_tol=SAME)
 
 
 def _default(sweep_spec: SweepSpec, trials: Sequence[TrialRecord]) -> int | None:

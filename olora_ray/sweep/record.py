@@ -125,8 +125,6 @@ def _finite(value: Any) -> Any:
 
 
 FILE = "trial.json"
-READERS = 16
-"""Records that are read at the same time: an object store takes long to answer, and thousands are asked for."""
 _RECORD = TypeAdapter(TrialRecord)
 
 
@@ -212,6 +210,7 @@ def read_all(folder: str) -> dict[int, TrialRecord]:
     """
     trials = storage.join(folder, "trials")
     what = f"{trials}: the records of the trials cannot be read now"
-    with as_user_error(what, OSError, reason=short_reason), ThreadPoolExecutor(READERS) as pool:
+    # An object store takes long to answer, and thousands are asked for.
+    with as_user_error(what, OSError, reason=short_reason), ThreadPoolExecutor(16) as pool:
         found = pool.map(read, [storage.join(trials, name) for name in storage.names(trials)])
         return {record.number: record for record in found if record}

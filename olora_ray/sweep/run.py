@@ -3,8 +3,7 @@
 <storage>/<name>/
     trials/trial-007/                          a run folder like any other
     shared/                                    factors of each method, what the base model does
-    tune/ tune.json                            Tune's state, from which an interrupted search resumes; its format
-    search.json progress.json                  what it was begun with; how long it has run, and whether it is over
+    tune/ search.json progress.json            see search_folder.py
     best.yaml leaderboard.json report.html *.png
 """
 
@@ -27,22 +26,17 @@ from olora_ray.config.schema import Config
 from olora_ray.pipeline.base import Base
 from olora_ray.pipeline.prepare import prepare_tokens
 from olora_ray.pipeline.run_folder import RunFolder
-from olora_ray.sweep import outcome, settings, shared_work, sharing, state, tuner
-from olora_ray.sweep.callback import SweepCallback
+from olora_ray.sweep import outcome, search_folder, shared_work, tuner
 from olora_ray.sweep.record import SearchRecord
+from olora_ray.sweep.search_folder import Progress
 from olora_ray.sweep.space import Space
 from olora_ray.sweep.spec import SweepSpec
-from olora_ray.sweep.state import Progress
 from olora_ray.tracking import start
 from olora_ray.tracking.run import Tracker
 
 logger = logging.getLogger(__name__)
 
 MICRO = "train.micro_batch"
-GROWS = 3.0
-"""Seconds without room for a trial after which the autoscaler is asked for it."""
-REASONS = 3
-"""Reasons of failures that are told, where no trial has a value."""
 
 
 def train_spec(config: Config, space: Space, base: Base) -> tuple[TrainSpec, float]:
@@ -83,10 +77,10 @@ def share(spec: TrainSpec, space: Space, seconds: float) -> tuple[TrainSpec, flo
     `seconds` is what the tokens took. Raises UserError for a rank or targets that the model does not have, and for
     a search that was begun with another model or other data.
     """
-    settings.begin(spec.config, space, spec.base_identity())
+    search_folder.begin(spec.config, space, spec.base_identity())
     place = storage.join(spec.config.folder(), "shared")
     kinds = shared_work.kinds(spec.config, space)
-    made = sharing.made(spec, place, kinds, "what all trials share")
+    made = shared_work.made(spec, place, kinds, "what all trials share")
     spared = seconds + made.init / max(1, len(kinds)) + made.base
     logger.info(
         f"shared by all trials: tokens {seconds:.1f} s, {_shown(kinds)} {made.init:.1f} s, the base model on the"
@@ -112,8 +106,7 @@ def tracked(spec: TrainSpec, space: Space) -> Iterator[Tracker]:
 def run(spec: TrainSpec, space: Space, spared: float, tracker: Tracker) -> tuple[SweepSpec, SearchRecord]:
     """Search until all trials have ended, or a limit of the space is reached; resumes one that was interrupted.
 
-    Of one that another version of this code has ended the trials are read and none is run. Raises UserError if not
-    even one trial fits in the cluster, or if none of them has measured the metric.
+    Raises UserError if not even one trial fits in the cluster, or if none of them has measured the metric.
     """
     config = spec.config
     sweep_spec = SweepSpec(config.run.name, config.folder(), spec, space, tracker.run_id, spared)
@@ -132,8 +125,8 @@ def _reasons(found: SearchRecord) -> str:
     counts = Counter(trial.reason for trial in found.trials if trial.reason).most_common()
     if not counts:
         return f"{plural(len(found.trials), 'trial')} ran"
-    shown = [f"{reason} ({plural(number, 'trial')})" for reason, number in counts[:REASONS]]
-    return "; ".join([*shown, *([f"{len(counts) - REASONS} other reasons"] if len(counts) > REASONS else [])])
+    shown = [f"{reason} ({plural(number, 'trial')})" for reason, number in counts[:3]]
+    return "; ".join([*shown, *([f"{len(counts) - 3} other reasons"] if len(counts) > 3 else [])])
 
 
 def search(sweep_spec: SweepSpec) -> None:
@@ -141,9 +134,7 @@ def search(sweep_spec: SweepSpec) -> None:
 
     Raises UserError if not even one trial fits in the cluster.
     """
-    if not state.can_resume(sweep_spec.folder):
-        logger.info("search: another version of olora_ray has ended it; its trials are reported, none is run")
-    elif state.read(sweep_spec.folder).complete and state.begun(sweep_spec.folder):
+    if search_folder.progress(sweep_spec.folder).complete:
         logger.info("search: it has ended; its trials are reported, none is run")
     else:
         _search(sweep_spec)
@@ -153,16 +144,16 @@ def _search(sweep_spec: SweepSpec) -> None:
     """Run the trials that have not ended; raises UserError if Tune cannot resume."""
     folder, space = sweep_spec.folder, sweep_spec.space
     concurrent, shared_bases = _concurrent_trials(sweep_spec)
-    callback = SweepCallback(folder, space)
+    callback = tuner.SweepCallback(folder, space)
     place = start.everywhere(sweep_spec.train_spec.config)
     travelling = replace(sweep_spec, shared_bases=shared_bases, tracking=place)
     ended = tuner.build(travelling, callback, concurrent).fit()
     # A search may have come to its limit and been killed before that was noted: Tune resumes it with nothing to do.
     if len(ended) < space.count() and not callback.stop_all():
-        raise state.not_resumed(folder)
+        raise search_folder.not_resumed(folder)
     note = f"The search ended early: {callback.over}." if callback.over else ""
     cut = tuple(sorted(callback.cut))
-    state.write(folder, Progress(callback.seconds(), callback.complete(), note, cut))
+    search_folder.keep(folder, Progress(callback.seconds(), callback.complete(), note, cut))
     # Not after an error or a signal: trials would find their shared base dead and end as failed before they
     # are ended with this process.
     shared_base.end_actors(shared_bases)
@@ -204,7 +195,7 @@ def _fitting(wanted: Mapping[str, float], workers: int) -> int:
             f"cluster.workers={workers}: a trial needs {workers} workers, and there is room for {fitting} now"
         )
     logger.info(f"search: waits for the cluster to grow: a trial needs {workers} workers, there is room for {fitting}")
-    with PlacementRequest(wanted, workers, after=GROWS) as request:
+    with PlacementRequest(wanted, workers, after=3.0) as request:
         while (fitting := free_workers(wanted)) < workers:
             request.look()
             time.sleep(0.5)

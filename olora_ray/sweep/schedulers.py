@@ -20,9 +20,8 @@ from ray.tune.schedulers import (
     TrialScheduler,
 )
 
-from olora_ray.sweep import record as trial_file
-from olora_ray.sweep.domain import Domain, rounded
-from olora_ray.sweep.space import Seeded, Space
+from olora_ray.sweep import record
+from olora_ray.sweep.space import Domain, Seeded, Space, rounded
 from olora_ray.sweep.spec import PROGRESS, WHOLE, SweepSpec, number_of, trial_place
 
 
@@ -32,54 +31,51 @@ def scheduler(sweep_spec: SweepSpec) -> TrialScheduler:
     every = sweep_spec.train_spec.config.train.eval_every
     # A little less: a third of 100 times 3 is more than 100 in floats, and a rung would be missed.
     grace = min(WHOLE, WHOLE * (settings.grace or every) / sweep_spec.total()) * (1 - 1e-9)
+    made: Halving | Median
     if settings.kind == "asha":
-        return Halving(sweep_spec.folder, space.metric, grace, settings.reduction)
-    if settings.kind == "median":
-        return Median(sweep_spec.folder, space.metric, grace)
-    if settings.kind == "population":
-        return Population(space, settings.interval or every)
-    return FIFOScheduler()
+        length: dict[str, Any] = {"max_t": WHOLE, "grace_period": grace}  # Ray's annotations say int
+        made = Halving(PROGRESS, reduction_factor=settings.reduction, **length)
+    elif settings.kind == "median":
+        made = Median(PROGRESS, grace_period=grace, min_samples_required=3)
+    else:
+        return Population(space, settings.interval or every) if settings.kind == "population" else FIFOScheduler()
+    made.folder, made.measured = sweep_spec.folder, space.metric
+    return made
 
 
-class Halving(ASHAScheduler):
+class _Learning(TrialScheduler):
+    """A scheduler that learns again, from the trials' records, what it knew before an interruption."""
+
+    folder = measured = ""
+    """The search's folder and metric."""
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        """Tune has a trial: a new one, or one of before an interruption, whose results count again."""
+        super().on_trial_add(tune_controller, trial)
+        found = None
+        with contextlib.suppress(OSError):  # Tune would begin the search anew; so it is compared with less
+            found = record.read(trial_place(self.folder, number_of(str(trial))))
+        if found is None or not found.total:
+            return
+        for step, value in found.curve:
+            if step:
+                self.note(tune_controller, trial, {PROGRESS: WHOLE * step / found.total, self.measured: value})
+
+    def note(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> Any:
+        """Count a result of before."""
+        raise NotImplementedError
+
+
+class Halving(_Learning, ASHAScheduler):
     """Asynchronous successive halving over the share of a trial's own steps."""
 
-    def __init__(self, folder: str, metric: str, grace: float, reduction: float) -> None:
-        """`folder` is the search's; `grace` the percentage of its steps that every trial may do."""
-        length: dict[str, Any] = {"max_t": WHOLE, "grace_period": grace}  # Ray's annotations say int
-        super().__init__(PROGRESS, reduction_factor=reduction, **length)
-        self._folder, self._measured = folder, metric
-
-    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        """Tune has a trial: a new one, or one of before an interruption, whose results count again."""
-        super().on_trial_add(tune_controller, trial)
-        for result in _results(self._folder, self._measured, trial):
-            self.on_trial_result(tune_controller, trial, result)
+    note = ASHAScheduler.on_trial_result
 
 
-class Median(MedianStoppingRule):
+class Median(_Learning, MedianStoppingRule):
     """The median stopping rule over the share of a trial's own steps."""
 
-    def __init__(self, folder: str, metric: str, grace: float) -> None:
-        """`folder` is the search's; `grace` the percentage of its steps that every trial may do."""
-        super().__init__(PROGRESS, grace_period=grace, min_samples_required=3)
-        self._folder, self._measured = folder, metric
-
-    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        """Tune has a trial: a new one, or one of before an interruption, whose results count again."""
-        super().on_trial_add(tune_controller, trial)
-        for result in _results(self._folder, self._measured, trial):
-            self.on_trial_complete(tune_controller, trial, result)  # only notes it; on_trial_result would also judge
-
-
-def _results(folder: str, metric: str, trial: Any) -> list[dict[str, Any]]:
-    """What Tune was told of a trial before, in order."""
-    record = None
-    with contextlib.suppress(OSError):  # Tune would begin the search anew; so it is compared with less
-        record = trial_file.read(trial_place(folder, number_of(str(trial))))
-    if record is None or not record.total:
-        return []
-    return [{PROGRESS: WHOLE * step / record.total, metric: value} for step, value in record.curve if step]
+    note = MedianStoppingRule.on_trial_complete  # on_trial_result would also judge
 
 
 class Population(PopulationBasedTraining):

@@ -5,26 +5,34 @@
 <search>/shared/baseline.json                                what the base model does on the held-out rows
 """
 
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+
+import ray
 
 from olora_ray.adapter import initialise as factor_cache
 from olora_ray.adapter.initialise import Shape, check, initialise
 from olora_ray.adapter.inject import find_targets, inject
 from olora_ray.adapter.methods import FROM_WEIGHTS, METHODS
+from olora_ray.cluster.resources import worker_resources
 from olora_ray.cluster.resume import check_base
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.cluster.worker_context import SharedBase, assigned_device, on_cpu
 from olora_ray.common import storage
 from olora_ray.common.logs import quiet_transformers
+from olora_ray.common.text import duration
 from olora_ray.config.load import override
 from olora_ray.config.schema import Config
+from olora_ray.pipeline import connection
 from olora_ray.sweep.space import Space
 from olora_ray.train.data_driven import new_factors
 from olora_ray.train.generate import answer, wanted_questions
 from olora_ray.train.loop import Trainer, evaluate
 from olora_ray.train.scoring import Baseline
+
+logger = logging.getLogger(__name__)
 
 Kind = tuple[str, int]
 """Method and rank of factors."""
@@ -123,3 +131,18 @@ def _measure(spec: TrainSpec, shared: SharedBase, place: str) -> None:
     loss = evaluate(trainer, spec.eval, attention) if spec.eval else None
     answers = answer(trainer, asked, config.evaluation.max_new_tokens, spec.eos) if asked else None
     Baseline(loss, answers).write(storage.join(place, "baseline.json"), spec.baseline_identity())
+
+
+def made(spec: TrainSpec, place: str, wanted: Sequence[Kind], what: str) -> Shared:
+    """Have `make` run in the place of one worker, with a line a minute; `what` it is, for the log."""
+    resources = worker_resources(spec.config)
+    began = time.monotonic()
+    remote = ray.remote(make).options(num_cpus=resources["CPU"], num_gpus=resources.get("GPU", 0))
+    task = remote.remote(spec, place, wanted)
+    while not ray.wait([task], timeout=60)[0]:
+        logger.info(f"{what}: {duration(time.monotonic() - began)} so far")
+    with connection.user_errors():
+        found: Shared = ray.get(task)
+    for line in found.told:
+        logger.info(line)
+    return found

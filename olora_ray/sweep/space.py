@@ -14,7 +14,7 @@ again has the same trials.
 import itertools
 import math
 from collections.abc import Container, Iterator, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -22,7 +22,154 @@ from pydantic import Field, model_validator
 from olora_ray.config.load import at, override
 from olora_ray.config.schema import Config
 from olora_ray.config.section import PositiveInt, Section
-from olora_ray.sweep.domain import MISSING, TIMES, Chooser, Domain, rounded
+
+TIMES = ":times"
+"""`FIELD:times` is the name of the factor that is drawn for a field with `of`."""
+MISSING = object()
+"""What `Domain.draw_of` returns for a value that the domain does not have; None is a value like others."""
+
+
+class Chooser(Protocol):
+    """Draws values; the searchers differ in this only."""
+
+    def choice(self, name: str, options: tuple[Any, ...]) -> Any:
+        """One of `options`."""
+
+    def number(self, name: str, domain: "Domain") -> Any:
+        """A number of the domain's range."""
+
+
+Number = Annotated[float, Field(strict=True)]
+"""An int or float; no text that looks like a number."""
+Listed = Annotated[tuple[Any, ...], Field(min_length=1)]
+
+
+class Domain(Section):
+    """The values of one field; exactly one of choice, grid, uniform, loguniform, quniform, of."""
+
+    choice: Listed | None = None
+    """One of these."""
+    grid: Listed | None = None
+    """Each of these in turn, crossed with the other grids."""
+    uniform: tuple[Number, Number] | None = None
+    """A number between [low, high]."""
+    loguniform: tuple[Number, Number] | None = None
+    """The same, with a uniform logarithm."""
+    quniform: tuple[Number, Number, Number] | None = None
+    """[low, high, step]: low, low + step, low + 2 step, ..., up to high."""
+    of: str | None = None
+    """The value of this other field, times `times`."""
+    times: Number | Annotated[tuple[Number, ...], Field(min_length=1)] = 1.0
+    """Factor for `of`, or a list of factors of which one is drawn."""
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> "Domain":
+        kinds = [name for name in KINDS if getattr(self, name) is not None]
+        if len(kinds) != 1:
+            raise ValueError(f"needs exactly one of {', '.join(KINDS)}")
+        for problem in _problems(self, kinds[0]):
+            raise ValueError(problem)
+        return self
+
+    def options(self) -> tuple[Any, ...]:
+        """The listed values; empty for a range."""
+        return self.choice or self.grid or ()
+
+    def interval(self) -> tuple[float, float] | None:
+        """(low, high) of a range."""
+        found = self.uniform or self.loguniform or self.quniform
+        return (found[0], found[1]) if found else None
+
+    def steps(self) -> int:
+        """How many values a quniform has; 0 for all others."""
+        if self.quniform is None:
+            return 0
+        low, high, step = self.quniform
+        return math.floor((high - low) / step + 1e-9) + 1
+
+    def at(self, place: int) -> Any:
+        """The value of a quniform after so many steps; an int where low and step are whole."""
+        assert self.quniform is not None
+        low, _, step = self.quniform
+        if float(low).is_integer() and float(step).is_integer():
+            return int(low) + place * int(step)
+        return float(f"{low + place * step:.12g}")  # 0.3, not 0.30000000000000004
+
+    def extremes(self) -> tuple[Any, ...]:
+        """Every listed value, or both ends of a range; empty for `of`."""
+        if self.quniform:
+            return self.at(0), self.at(self.steps() - 1)
+        return self.options() or self.interval() or ()
+
+    def probes(self) -> tuple[Any, ...]:
+        """Values that must be valid if all are: the extremes, and of a range one that lies between them."""
+        if self.quniform:
+            return *self.extremes(), self.at(1)
+        interval = self.interval()
+        return (*interval, between(interval)) if interval else self.options()
+
+    def draw(self, field: str, chooser: Chooser) -> dict[str, Any]:
+        """The draws that the field's value follows from."""
+        if self.of is not None:
+            return {field + TIMES: chooser.choice(field + TIMES, self.factors())}
+        if options := self.options():
+            return {field: chooser.choice(field, options)}
+        return {field: chooser.number(field, self)}
+
+    def draw_of(self, value: Any) -> Any:
+        """The draw that gives `value`, for a field without `of`; MISSING if there is none."""
+        if options := self.options():
+            return value if value in options else MISSING
+        interval = self.interval()
+        assert interval is not None
+        if isinstance(value, bool) or not isinstance(value, int | float) or not interval[0] <= value <= interval[1]:
+            return MISSING
+        if self.quniform is None:
+            return value
+        place = round((value - self.quniform[0]) / self.quniform[2])
+        return self.at(place) if place < self.steps() and math.isclose(self.at(place), value, abs_tol=0) else MISSING
+
+    def factors(self) -> tuple[float, ...]:
+        """The factors that `of` may be multiplied by."""
+        return self.times if isinstance(self.times, tuple) else (self.times,)
+
+
+KINDS = ("choice", "grid", "uniform", "loguniform", "quniform", "of")
+
+
+def between(interval: tuple[float, float]) -> float:
+    """A number inside of the range, with a fractional part wherever most of the range has one."""
+    low, high = interval
+    return rounded(low + (high - low) * 0.6180339887, low, high)
+
+
+def rounded(value: float, low: float, high: float) -> float:
+    """A number of a range with four digits that tell it from its neighbours: a person can read them."""
+    beside = max(abs(low), abs(high)) / (high - low)  # large for a narrow range far from 0
+    digits = min(17, 4 + max(0, math.floor(math.log10(beside))))
+    return min(max(float(f"{value:.{digits}g}"), low), high)
+
+
+def _problems(domain: Domain, kind: str) -> Iterator[str]:
+    if domain.of is None and "times" in domain.model_fields_set:
+        yield "times: only goes with of"
+    for name, values in ((kind, domain.options()), ("times", domain.factors())):
+        seen = set[str]()
+        for value in values:
+            # 8 and 8.0 are the same training, 1 and true are not.
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            same = repr(float(value) if number else value)
+            if same in seen:
+                yield f"{name} has {value!r} twice"
+            seen.add(same)
+    if interval := domain.interval():
+        if not interval[0] < interval[1]:
+            yield f"{kind} {list(interval)} is an empty range: the first number must be the smaller one"
+        if kind == "loguniform" and interval[0] <= 0:
+            yield "loguniform needs numbers greater than 0"
+        if domain.quniform and not 0 < domain.quniform[2] <= interval[1] - interval[0]:
+            yield f"quniform {list(domain.quniform)}: the step must be positive and fit between the others"
+
 
 # What draws the values of a trial: numbers that follow from a seed, or an Optuna trial.
 
@@ -78,8 +225,6 @@ SAME_BASE = ("adapter.", "train.")
 LOWER_IS_BETTER = ("eval/loss", "eval/perplexity", "train/loss")
 MOST_TRIALS = 10_000
 """Ray Tune keeps all trials of a search in its memory and state, and each is a training."""
-MOST_MEMBER_VALUES = 10_000
-"""Values of a quniform in population-based training, whose members step through them one by one."""
 LENGTHS = (
     "train.steps",
     "train.epochs",
@@ -93,14 +238,6 @@ LENGTHS = (
 """What all members of a population have in common: they take over each other's state at the same step."""
 
 
-def _without_truth_values(tree: object, allowed: tuple[str, ...]) -> object:
-    """The tree; raises ValueError for true and false where they would be taken for 1 and 0."""
-    for name, value in tree.items() if isinstance(tree, dict) else ():
-        if isinstance(value, bool) and name not in allowed:
-            raise ValueError(f"{name}: expected a value, not {str(value).lower()}")
-    return tree
-
-
 class Scheduler(Section):
     """Which trials are stopped before their end. Its time is the share of a trial's own steps that is done."""
 
@@ -112,11 +249,6 @@ class Scheduler(Section):
     """asha: of so many trials that come to a rung one continues."""
     interval: PositiveInt | None = None
     """population: steps between two looks at the others; null: train.eval_every."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _no_truth_values(cls, tree: object) -> object:
-        return _without_truth_values(tree, ())
 
     @model_validator(mode="after")
     def _for_its_kind(self) -> "Scheduler":
@@ -155,11 +287,6 @@ class Space(Section):
     min_improvement: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 0.0
     """By how much a value must be better to count for `patience`."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 17
-
-    @model_validator(mode="before")
-    @classmethod
-    def _no_truth_values(cls, tree: object) -> object:
-        return _without_truth_values(tree, ("include_default",))
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Space":
@@ -259,14 +386,11 @@ def _draw_of(domain: Domain, config: Config, field: str, value: Any) -> Any:
 
     Of a section or a list of mappings an option need not have what is left at its default.
     """
-    if not domain.options() or not (isinstance(value, dict) or any(isinstance(item, dict) for item in _items(value))):
+    parts = value if isinstance(value, list) else [value]
+    if not domain.options() or not any(isinstance(part, dict) for part in parts):
         return domain.draw_of(value)
     same = (option for option in domain.options() if at(override(config, {field: option}), field) == value)
     return next(same, MISSING)
-
-
-def _items(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []
 
 
 def multiple(base: float, factor: float) -> float:
@@ -322,8 +446,8 @@ def _population_problems(space: Space) -> Iterator[str]:
             yield f"search.{field}: a population shares everything but train.*: its members take over others' adapters"
         if field in LENGTHS:
             yield f"search.{field}: a population's members take over each other at the same step; put it under set"
-        if domain.steps() > MOST_MEMBER_VALUES:
-            yield f"search.{field}: quniform has more than {MOST_MEMBER_VALUES:,} values for a population; use uniform"
+        if domain.steps() > 10_000:  # Tune keeps them as a list
+            yield f"search.{field}: quniform has more than 10,000 values for a population; use uniform"
     if space.searcher != "random":
         yield "scheduler.kind: population needs searcher: random"
 

@@ -20,18 +20,15 @@ from olora_ray.model import load
 from olora_ray.pipeline import fit, publish
 from olora_ray.pipeline.base import open_base
 from olora_ray.pipeline.connection import Stop
-from olora_ray.pipeline.fit import OnRow
 from olora_ray.pipeline.prepare import prepare_tokens
-from olora_ray.sweep import record as trial_file
-from olora_ray.sweep.record import Status, TrialRecord
+from olora_ray.sweep import record
+from olora_ray.sweep.record import Status, TrialFile, TrialRecord
 from olora_ray.sweep.spec import SweepSpec, trial_place
 from olora_ray.tokens.prepare import CompleteStore
 from olora_ray.tracking.run import Tracker
 from olora_ray.train.checkpoints import copy_from, last_step
 
 logger = logging.getLogger(__name__)
-
-# The training specification of one trial: that of the search, or with a base model and tokens of the trial's own.
 
 
 def trial_spec(sweep_spec: SweepSpec, config: Config, cpus_held: float = 0.0) -> TrainSpec:
@@ -42,12 +39,6 @@ def trial_spec(sweep_spec: SweepSpec, config: Config, cpus_held: float = 0.0) ->
     if sweep_spec.shares_data():
         return sweep_spec.spec_of(config)
     return prepare_tokens(config, open_base(config), wait=True, cpus_held=cpus_held).spec
-
-
-END_SECONDS = 120.0
-"""How long a trial that is stopped may take for its last step and checkpoint."""
-COPY_SECONDS = 60.0
-"""How long another trial's checkpoint that is to be copied may still be on its way to the storage."""
 
 
 @dataclass(frozen=True)
@@ -79,14 +70,14 @@ class TrialRun:
         self._items: queue.Queue[Measured | Ended] = queue.Queue()
         self._thread: threading.Thread | None = None
         self._stop = Stop()
-        record = TrialRecord(
+        begun = TrialRecord(
             number,
             sweep_spec.shown(number, draws),
             "unfinished",
             total=self.total,
             spared=sweep_spec.spared if sweep_spec.shares_data() else 0.0,
         )
-        self._file = trial_file.TrialFile(trial_place(sweep_spec.folder, number), record, sweep_spec.space.better())
+        self._file = TrialFile(trial_place(sweep_spec.folder, number), begun, sweep_spec.space.better())
 
     def next(self) -> Measured | Ended:
         """Wait for the next evaluation or the end; starts the training."""
@@ -100,9 +91,10 @@ class TrialRun:
         """Put a checkpoint of a trial, this or another, where the training will find it; must come before `next`."""
         self._reported = step
         owner = self.sweep_spec.trial_folder(number, self.config)
-        self._file.resume_from(step, trial_file.read(owner.root) if owner.root != self.folder.root else None)
+        self._file.resume_from(step, record.read(owner.root) if owner.root != self.folder.root else None)
         if step:
-            copy_from(owner.checkpoints, self.folder.checkpoints, step, COPY_SECONDS)
+            # Another trial's checkpoint may still be on its way to the storage, for a minute.
+            copy_from(owner.checkpoints, self.folder.checkpoints, step, 60.0)
         storage.remove(self.folder.training)
 
     def last(self) -> Measured | None:
@@ -114,7 +106,7 @@ class TrialRun:
         """Stop after the step that is under way, with a checkpoint; waits for that."""
         if self._thread is not None:
             self._stop.asked = "SIGTERM"
-            self._thread.join(END_SECONDS)
+            self._thread.join(120.0)
 
     def _work(self) -> None:
         try:
@@ -140,7 +132,7 @@ class TrialRun:
             publish.tracked(self.sweep_spec.tracked(spec), self.folder, self.sweep_spec.parent) as tracker,
             logs.handled_by(_LogFile(self.folder.root)),
         ):
-            self._note_run(tracker)
+            self._file.record = replace(self._file.record, mlflow_run=tracker.run_id)
             if others:
                 logger.warning(f"this trial had other values before the search was resumed, and begins anew: {others}")
             self.folder.claim()
@@ -166,17 +158,13 @@ class TrialRun:
         return others
 
     def _fitted(self, spec: TrainSpec, tracker: Tracker) -> TrainResult:
-        on_row: OnRow = self._on_row
-        fit_on = self._fit_on_shared_base(spec) if self.sweep_spec.shared_bases else None
-        return fit.train(spec, self.folder, CompleteStore(spec.train), tracker, self._stop, on_row, fit_on)
-
-    def _fit_on_shared_base(self, spec: TrainSpec) -> fit.FitOn:
         actors, adapters = self.sweep_spec.shared_bases, self.sweep_spec.space.trials_per_worker
 
-        def fit_on(channel: Any, group: WorkerGroup) -> TrainResult:
+        def on_shared_base(channel: Any, group: WorkerGroup) -> TrainResult:
             return shared_base.train_on(actors, adapters, spec, self.folder.checkpoints, channel)
 
-        return fit_on
+        fit_on = on_shared_base if actors else None
+        return fit.train(spec, self.folder, CompleteStore(spec.train), tracker, self._stop, self._on_row, fit_on)
 
     def _on_row(self, step: int, row: dict[str, float]) -> None:
         if step and "train/loss" in row:
@@ -207,9 +195,6 @@ class TrialRun:
         step = result.state.step if result.state else 0
         self._file.measured(step, value)
         self._items.put(Measured(step, value))
-
-    def _note_run(self, tracker: Tracker) -> None:
-        self._file.record = replace(self._file.record, mlflow_run=tracker.run_id)
 
 
 class _LogFile(logging.Handler):

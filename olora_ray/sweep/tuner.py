@@ -1,10 +1,13 @@
-"""Builds Ray Tune's Tuner from the specification of a search, or restores that of an interrupted one."""
+"""Ray Tune's part of a search: its callback and stopper, its class of a trial, and the Tuner, also a restored one."""
 
+import contextlib
 import json
 import logging
 import math
 import os
+import time
 import warnings
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,20 +16,196 @@ from ray import tune
 
 from olora_ray.cluster import ray_internals, resources
 from olora_ray.common import logs, storage
-from olora_ray.sweep import record as trial_file
-from olora_ray.sweep import state
-from olora_ray.sweep.callback import SweepCallback
+from olora_ray.sweep import record, search_folder
+from olora_ray.sweep.record import TrialRecord
 from olora_ray.sweep.schedulers import scheduler
+from olora_ray.sweep.search_folder import Progress
 from olora_ray.sweep.space import Space, Suggested
-from olora_ray.sweep.spec import ENDED, NUMBER, PROGRESS, WHOLE, SweepSpec, number_of, trial_name
+from olora_ray.sweep.spec import ENDED, NUMBER, PROGRESS, WHOLE, SweepSpec, number_of, trial_name, trial_place
 from olora_ray.sweep.trial import Ended, Measured, TrialRun
 
 logger = logging.getLogger(__name__)
 
-# Ray Tune's class of a trial, which runs a TrialRun.
+_LIVE: list["SweepCallback"] = []
+"""The callback of the search that this process runs: of several, one after the other, that of the last."""
 
 
-POINTER = "checkpoint.json"
+class SweepCallback(tune.Callback, tune.Stopper):
+    """Logs one line per event, counts trials that bring nothing better, and ends the search at its limits.
+
+    Tune pickles it with the search, once as callback and once as stopper. Both unpickle as the callback that the
+    process already has: there is one, with the limits of today's space file, and the place of today.
+    """
+
+    def __init__(self, folder: str, space: Space) -> None:
+        self.folder, self.space = folder, space
+        self.best: tuple[float, int] | None = None
+        """The best value of a trial that has ended, and that trial."""
+        self.since_better = 0
+        self.over: str | None = None
+        """The reason for which the search ends before all trials have ended by themselves."""
+        self.cut: set[int] = set()
+        """Trials that were under way when a limit ended the search."""
+        self._ended: set[str] = set()
+        self._trials: list[Any] = []
+        self._cleaned_at = 0.0
+        self._before, self._began = search_folder.progress(folder).seconds, time.monotonic()
+        self._noted_at = self._began
+        _LIVE[:] = [self]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _live, (self.folder, self.space)
+
+    def seconds(self) -> float:
+        """Seconds of the search so far, over all attempts."""
+        return self._before + time.monotonic() - self._began
+
+    def complete(self) -> bool:
+        """Whether the search is over: at a limit, or because all trials have ended."""
+        return self.over is not None or len(self._ended) >= self.space.count()
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """Tune asks after each result whether this trial is to stop."""
+        return False
+
+    def stop_all(self) -> bool:
+        """Tune asks now and then whether the search is to end."""
+        if not self.over and (reason := self._limit()):
+            self.over = reason
+            # Tune stops all that have not ended, and tells no callback.
+            self.cut |= {_number(trial) for trial in self._trials if not trial.is_finished()}
+            self._note_seconds()
+            logger.info(f"the search ends: {self.over}")
+        return self.over is not None
+
+    def setup(
+        self, stop: Any = None, num_samples: int | None = None, total_num_samples: int | None = None, **info: Any
+    ) -> None:
+        """Called before the first trial; raises UserError for a search that could not be resumed.
+
+        Tune begins that anew, with as many trials as a search has that says nothing: one of Optuna's.
+        """
+        if total_num_samples is not None and total_num_samples < self.space.count():
+            raise search_folder.not_resumed(self.folder)
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Called all the time while trials run, before `stop_all`."""
+        self._trials = trials
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Called all the time while trials run."""
+        # The controllers of stopped trials die with them, and do not give their room back.
+        if time.monotonic() - self._cleaned_at >= 1.0:
+            self._cleaned_at = time.monotonic()
+            resources.free_abandoned()
+        if time.monotonic() - self._noted_at >= 60.0:
+            self._note_seconds()
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A trial starts, or continues from a checkpoint."""
+        step = (trial.last_result or {}).get("step")
+        again = f"continues after step {step}" if step else "starts"
+        logger.info(f"trial {_number(trial)} {again}: {described(self._values(trial)) or 'the config as it is'}")
+        self._note_seconds()
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        """An evaluation."""
+        value, step = result.get(self.space.metric), result.get("step")
+        if value is None or result.get(ENDED):
+            return
+        logger.info(f"trial {_number(trial)} step {step}/{result.get('total')} | {self.space.metric} {value:.4f}")
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A trial has finished, or was stopped."""
+        result = trial.last_result or {}
+        found = self._record(trial)
+        step = f"step {result.get('step', 0)}"
+        how = "finished" if result.get(ENDED) else f"stopped at {step} ({self.over or self.space.scheduler.kind})"
+        if self.over and not result.get(ENDED):
+            self.cut.add(_number(trial))
+        self._count(trial)
+        shown = ""
+        if found and found.value is not None and found.measured():
+            self._note(found.value, found.number)
+            shown = f" with {self.space.metric} {found.value:.4f}"
+        logger.info(f"trial {_number(trial)} {how}{shown}; {self._left()}")
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A trial has failed."""
+        self._count(trial)
+        found = self._record(trial)
+        why = found.reason if found and found.reason else "its process died"
+        logger.info(f"trial {_number(trial)} failed: {why}; {self._left()}")
+
+    def get_state(self) -> dict[str, Any]:
+        """State that Tune saves with the search."""
+        return {"best": self.best, "since_better": self.since_better, "ended": sorted(self._ended)}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Restore `get_state` after an interruption."""
+        best = state.get("best")
+        self.best = None if best is None else (float(best[0]), int(best[1]))
+        self.since_better, self._ended = int(state.get("since_better", 0)), set(state.get("ended", ()))
+
+    def _values(self, trial: Any) -> dict[str, Any]:
+        draws = {name: value for name, value in trial.config.items() if name != NUMBER}
+        return {} if self.space.has_default() and _number(trial) == 0 else self.space.values(draws)
+
+    def _limit(self) -> str | None:
+        patience, budget = self.space.patience, self.space.time_budget
+        if patience and self.since_better >= patience:
+            return f"{self.since_better} trials in a row have brought nothing better"
+        if budget and self.seconds() >= budget:
+            return f"the time budget of {budget:g} s is used up"
+        return None
+
+    def _record(self, trial: Any) -> TrialRecord | None:
+        """What the trial itself has written down, which is what the leaderboard will show."""
+        try:
+            return record.read(trial_place(self.folder, _number(trial)))
+        except OSError:  # Tune would count the trial as failed; its line lacks the value
+            return None
+
+    def _count(self, trial: Any) -> None:
+        self._ended.add(trial.trial_id)
+        self.since_better += 1
+        self._note_seconds()
+
+    def _note(self, value: float, number: int) -> None:
+        """`value` is the best of a trial, and finite."""
+        sign = 1 if self.space.better() == "min" else -1
+        gain = float("inf") if self.best is None else sign * (self.best[0] - value)
+        if gain > self.space.min_improvement:
+            self.since_better = 0
+        if gain > 0:
+            self.best = (value, number)
+
+    def _note_seconds(self) -> None:
+        self._noted_at = time.monotonic()
+        with contextlib.suppress(OSError):  # the next note has it; the search does not depend on it
+            search_folder.keep(self.folder, Progress(self.seconds()))
+
+    def _left(self) -> str:
+        best = f", the best of them trial {self.best[1]} with {self.best[0]:.4f}" if self.best else ""
+        return f"{len(self._ended)} of {self.space.count()} trials have ended{best}"
+
+
+def _live(folder: str, space: Space) -> SweepCallback:
+    """What a pickled callback becomes; `folder` is where the search was then."""
+    return _LIVE[0] if _LIVE else SweepCallback(folder, space)
+
+
+def described(values: Mapping[str, Any]) -> str:
+    """Values as a person reads them: `adapter.rank=16, train.lr=3.2e-04`."""
+    return ", ".join(
+        f"{name}={value:.3g}" if isinstance(value, float) else f"{name}={value}" for name, value in values.items()
+    )
+
+
+def _number(trial: Any) -> int:
+    return number_of(str(trial))
 
 
 class TrialFailed(Exception):
@@ -81,11 +260,11 @@ class SearchTrial(tune.Trainable):
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Where the checkpoint of the last evaluation lies; Tune keeps this note, not the tensors."""
         note = {"checkpoints": self.trial_run.folder.checkpoints, "step": self.last.get("step", 0)}
-        Path(checkpoint_dir, POINTER).write_text(json.dumps(note), encoding="utf-8")
+        Path(checkpoint_dir, "checkpoint.json").write_text(json.dumps(note), encoding="utf-8")
 
     def load_checkpoint(self, checkpoint: str) -> None:  # type: ignore[override]  # Tune gives the folder
         """Continue from a checkpoint of this trial, or take over that of a better one."""
-        note = json.loads(Path(checkpoint, POINTER).read_text(encoding="utf-8"))
+        note = json.loads(Path(checkpoint, "checkpoint.json").read_text(encoding="utf-8"))
         # By the trial's number: the search may lie elsewhere than when this was written.
         owner = number_of(note["checkpoints"].rpartition("/")[0])
         self.trial_run.resume_from(owner, int(note["step"]))
@@ -121,20 +300,20 @@ def build(sweep_spec: SweepSpec, callback: SweepCallback, max_concurrent_trials:
     warnings.filterwarnings("ignore", message="Consider boosting PBT performance", category=UserWarning)
     # Of values that are lists; they matter to studies that Optuna itself stores.
     warnings.filterwarnings("ignore", message="Choices for a categorical distribution", category=UserWarning)
-    trainable: Any = tune.with_resources(
-        tune.with_parameters(SearchTrial, sweep_spec=sweep_spec), _own_resources(max_concurrent_trials)
-    )
-    if state.lost(sweep_spec.folder):
+    # The own process of a trial lies on the driver's node, without which the search ends anyway, where that has memory
+    # for all: a trial ends for good with its process, and another node may be lost while its workers are elsewhere.
+    own = {"memory": NOTE_BYTES, **resources.own_node(max_concurrent_trials, HELD_BYTES)}
+    trainable: Any = tune.with_resources(tune.with_parameters(SearchTrial, sweep_spec=sweep_spec), own)
+    if search_folder.lost(sweep_spec.folder):
         _forget(sweep_spec)
-    place = state.place(sweep_spec.folder)
+    place = search_folder.tune_place(sweep_spec.folder)
     if tune.Tuner.can_restore(place):
         try:
             found = tune.Tuner.restore(place, trainable, resume_unfinished=True, param_space=_params(sweep_spec.space))
         except (ImportError, AttributeError):  # a class or function that Tune's pickles name is not there any more
-            raise state.not_resumed(sweep_spec.folder) from None
+            raise search_folder.not_resumed(sweep_spec.folder) from None
         ray_internals.go_on_with(found, sweep_spec.folder, max_concurrent_trials, scheduler(sweep_spec))
         return found
-    state.begin(sweep_spec.folder)
     space = sweep_spec.space
     settings = tune.TuneConfig(
         metric=space.metric,
@@ -150,7 +329,7 @@ def build(sweep_spec: SweepSpec, callback: SweepCallback, max_concurrent_trials:
         trial_dirname_creator=_name,
     )
     run = tune.RunConfig(
-        name=state.TUNE,
+        name=search_folder.TUNE,
         storage_path=sweep_spec.folder,
         failure_config=tune.FailureConfig(max_failures=0, fail_fast=False),
         stop=callback,
@@ -158,15 +337,6 @@ def build(sweep_spec: SweepSpec, callback: SweepCallback, max_concurrent_trials:
         verbose=0,
     )
     return tune.Tuner(trainable, param_space=_params(space), tune_config=settings, run_config=run)
-
-
-def _own_resources(trials: int) -> dict[str, float]:
-    """What the own process of a trial takes, of so many at the same time.
-
-    It lies on the driver's node, without which the search ends anyway, where that has memory for all: a trial ends for
-    good with its process, and any other node may be lost while its workers are elsewhere.
-    """
-    return {"memory": NOTE_BYTES, **resources.own_node(trials, HELD_BYTES)}
 
 
 def _forget(sweep_spec: SweepSpec) -> None:
@@ -177,10 +347,10 @@ def _forget(sweep_spec: SweepSpec) -> None:
     """
     folder = sweep_spec.folder
     if not sweep_spec.space.follows_from_numbers():
-        if any(record.measured() for record in trial_file.read_all(folder).values()):
-            raise state.not_resumed(folder)
+        if any(each.measured() for each in record.read_all(folder).values()):
+            raise search_folder.not_resumed(folder)
         storage.remove(storage.join(folder, "trials"))
-    storage.remove(state.place(folder))
+    storage.remove(search_folder.tune_place(folder))
     logger.warning("search: Ray Tune's state of it is lost; it begins anew, with what its trials have done so far")
 
 

@@ -20,7 +20,7 @@ from olora_ray.config.section import Section
 logger = logging.getLogger("olora_ray.comparison")
 
 OPTIONS = ("--methods", "--seeds", "--budget")
-FEWEST_SEEDS, SEEDS, MOST_SEEDS = 2, 4, 100
+SEEDS = 4
 LEVEL = 0.95
 """Confidence of all intervals."""
 SAME = {
@@ -30,10 +30,8 @@ SAME = {
     "registry.model": None,
 }
 """What all trainings of a comparison have in common, whatever the config says."""
-UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0}
 
 Rows = Annotated[int, Field(ge=2)]
-Rate = Annotated[float, Field(gt=0.0)]
 
 
 class Compare(Section):
@@ -45,9 +43,6 @@ class Compare(Section):
     """Rows on which the methods are compared, each at its own learning rate and with other seeds."""
     relevant: Annotated[float, Field(gt=0.0)] = 0.01
     """Smallest difference of the held-out loss that matters, in nats per supervised token."""
-    centres: dict[str, Rate] = {}  # noqa: RUF012 - pydantic copies it
-    """Method -> learning rate at which its grid starts, e.g. {olora: 1.0e-4}; for those that are not named 2e-4
-    (olora, pissa, pissa_fast, milora) or 1.6e-3."""
     untuned: bool = True
     """Also train each method at train.lr as it is, to show what an untuned comparison would have said."""
 
@@ -74,7 +69,7 @@ class Comparison:
     def arms(self) -> list[grid.Arm]:
         """The grids of learning rates."""
         adapter = self.config.adapter
-        return grid.arms(self.methods, adapter.alpha, adapter.rank, self.compare.centres)
+        return grid.arms(self.methods, adapter.alpha, adapter.rank)
 
     def untuned(self) -> list[grid.Cell]:
         """The points at the config's own learning rate; none if they are not wanted."""
@@ -96,7 +91,7 @@ def parse(argv: Sequence[str], usage: str) -> Comparison:
     methods = _methods(found.options.get("--methods", "lora,olora"))
     seeds = _seeds(config, found.options.get("--seeds", str(SEEDS)))
     budget = _seconds(found.options["--budget"]) if "--budget" in found.options else None
-    _check(config, whole.compare)
+    _check(config)
     own = {"run.name": f"{config.run.name}-compare", "cluster.workers": config.cluster.min_workers()}
     return Comparison(override(config, {**SAME, **own}), whole.compare, methods, seeds, budget)
 
@@ -119,10 +114,9 @@ def known_methods() -> tuple[str, ...]:
 
 
 def _seeds(config: Config, text: str) -> tuple[int, ...]:
-    if not text.isdecimal() or not FEWEST_SEEDS <= int(text) <= MOST_SEEDS:
+    if not text.isdecimal() or not 2 <= int(text) <= 100:
         raise UserError(
-            f"argument --seeds: expected {FEWEST_SEEDS} to {MOST_SEEDS} seeds, not {text!r}: one alone cannot tell a"
-            " method from luck"
+            f"argument --seeds: expected 2 to 100 seeds, not {text!r}: one alone cannot tell a method from luck"
         )
     return tuple((config.run.seed + number) % 2**31 for number in range(1, int(text) + 1))
 
@@ -130,18 +124,15 @@ def _seeds(config: Config, text: str) -> tuple[int, ...]:
 def _seconds(text: str) -> float:
     """`3h`, `1h30m`, `90m` or `5400` in seconds."""
     parts = re.findall(r"(\d+(?:\.\d+)?)([hms]?)", text)
-    seconds = sum(float(number) * UNITS[unit or "s"] for number, unit in parts)
+    seconds = sum(float(number) * {"h": 3600.0, "m": 60.0}.get(unit, 1.0) for number, unit in parts)
     if "".join(map("".join, parts)) != text or not seconds > 0:
         raise UserError(f"argument --budget: expected a time such as 3h, 90m or 1h30m, not {text!r}")
     return seconds
 
 
-def _check(config: Config, compare: Compare) -> None:
+def _check(config: Config) -> None:
     if config.train.start is not None:
         raise UserError("train.start: a comparison is of ways to start, so it must be null")
-    for name in compare.centres:
-        if name not in known_methods():
-            raise UserError(f"compare.centres: {name!r} is no adapter.method; there are {', '.join(known_methods())}")
     flat = flatten(config)
     for field, value in SAME.items():
         if field != "registry.model" and flat[field] != value:

@@ -68,12 +68,12 @@ class Tuned:
     """Largest / smallest rate of the best point's grid whose loss is within the smallest difference that matters."""
 
 
-def arms(methods: Sequence[str], alpha: float, rank: int, centres: Mapping[str, float]) -> list[Arm]:
+def arms(methods: Sequence[str], alpha: float, rank: int) -> list[Arm]:
     """The grids of a comparison; the baseline has one for each of alpha, r and 2 r."""
     alphas = dict.fromkeys((float(alpha), float(rank), 2.0 * rank))
     found = []
     for method in methods:
-        centre = centres.get(method, CENTRES.get(method, CENTRE))
+        centre = CENTRES.get(method, CENTRE)
         found += [Arm(method, each, centre) for each in (alphas if method == BASELINE else (float(alpha),))]
     return found
 

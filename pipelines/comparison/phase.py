@@ -10,11 +10,10 @@ from olora_ray.cluster.spec import TrainSpec
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
-from olora_ray.sweep import record as trial_file
-from olora_ray.sweep import run, state
-from olora_ray.sweep.domain import Chooser, Domain
+from olora_ray.sweep import record as records
+from olora_ray.sweep import run, search_folder
 from olora_ray.sweep.record import TrialRecord
-from olora_ray.sweep.space import Draws, Scheduler, Space
+from olora_ray.sweep.space import Chooser, Domain, Draws, Scheduler, Space
 from olora_ray.sweep.spec import SweepSpec, trial_name
 
 BROKE_OFF = "not finite"
@@ -113,7 +112,7 @@ def ended(spec: PhaseSpec) -> list[Ended]:
 
     Raises UserError for a trial that failed for another reason than its learning rate. The next call runs it again.
     """
-    if state.read(spec.folder).complete and _failures(_records(spec)):
+    if search_folder.progress(spec.folder).complete and _failures(_records(spec)):
         _open_again(spec.folder)
     with noted(spec.root, lambda: trained(spec.folder)):
         run.search(spec)
@@ -131,7 +130,7 @@ def ended(spec: PhaseSpec) -> list[Ended]:
 
 def trained(folder: str) -> int:
     """Changes with whatever is trained in a phase: its trials, and how far they are."""
-    return sum(1 + record.step for record in trial_file.read_all(folder).values())
+    return sum(1 + record.step for record in records.read_all(folder).values())
 
 
 def _check_values(spec: PhaseSpec, records: Sequence[TrialRecord | None]) -> None:
@@ -148,7 +147,7 @@ def _check_values(spec: PhaseSpec, records: Sequence[TrialRecord | None]) -> Non
 
 def ended_before(folder: str) -> int:
     """How many trials of a phase have ended so far; 0 for one that has not begun."""
-    return sum(record.status in ("finished", "failed") for record in trial_file.read_all(folder).values())
+    return sum(record.status in ("finished", "failed") for record in records.read_all(folder).values())
 
 
 def loss_of(record: TrialRecord) -> float:
@@ -161,11 +160,11 @@ def loss_of(record: TrialRecord) -> float:
 
 def seconds(folders: Sequence[str]) -> float:
     """How long phases have run, over all attempts."""
-    return sum(state.read(folder).seconds for folder in folders)
+    return sum(search_folder.progress(folder).seconds for folder in folders)
 
 
 def _records(spec: PhaseSpec) -> list[TrialRecord | None]:
-    found = trial_file.read_all(spec.folder)
+    found = records.read_all(spec.folder)
     return [found.get(number) for number in range(spec.space.count())]
 
 
@@ -186,6 +185,6 @@ def _broke_off(record: TrialRecord) -> bool:
 
 def _open_again(folder: str) -> None:
     """Let a search that is over run again: its trials find in their own folders what they have done."""
-    known = state.read(folder)
-    storage.remove(state.place(folder))
-    state.write(folder, state.Progress(known.seconds))
+    known = search_folder.progress(folder)
+    storage.remove(search_folder.tune_place(folder))
+    search_folder.keep(folder, search_folder.Progress(known.seconds))

@@ -3,10 +3,10 @@
 A difference is never named without its interval, and without the rows, seeds and model that it was measured on.
 """
 
-import io
 import logging
 import math
 from collections.abc import Sequence
+from functools import partial
 from html import escape
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +14,7 @@ from comparison.grid import BASELINE
 from comparison.record import Against, ComparisonRecord, MethodRecord, Point
 from olora_ray.common import node_cache, storage
 from olora_ray.common.text import aligned, duration, plural
-from olora_ray.sweep.report import html as tags
-from olora_ray.sweep.report import style, text
-from olora_ray.sweep.report.write import files
+from olora_ray.sweep.report import figures, page, text
 from olora_ray.tracking.run import Tracker
 
 if TYPE_CHECKING:
@@ -61,10 +59,6 @@ MEANS = (
     "trials; those that broke off or ended above the base model; largest / smallest rate as good as the best",
 )
 """What each column has."""
-_DASHES: tuple[Any, ...] = ("-", (0, (4, 2)), (0, (1, 1.5)))
-"""Of the grids of one method."""
-FAR = 3.0
-"""Times that the losses of all learning rates would have to lie one above the other to reach the base model's."""
 
 
 def conclude(record: ComparisonRecord, folder: str, tracker: Tracker) -> None:
@@ -238,40 +232,41 @@ def rates(record: ComparisonRecord) -> "Figure":
     """Loss on the tuning rows against the learning rate, a line for each grid."""
     points = [point for point in record.points if point.grid]
     losses = [point.loss for point in points if math.isfinite(point.loss)]
-    far = bool(losses) and _is_far(record.base_tuning, losses)
+    # Beside a base model that is far worse all losses would lie on one line.
+    spread = max(losses) - min(losses) if losses else 0.0
+    far = math.isfinite(record.base_tuning) and spread > 0 and record.base_tuning > max(losses) + 3 * spread
     above = f"; base model: {record.base_tuning:.3f}, above the picture" if far else ""
-    figure, axes = style.empty(
+    figure, axes = figures.new(
         "Learning rate and loss",
         f"tuning rows, seed {record.tuning_seed}; ring: the tuned point; x: broke off or above the picture{above}",
         width=12.0,
         height=4.8,
     )
     if not losses:
-        style.say(axes, style.NOTHING)
+        figures.say(axes, figures.NOTHING)
         return figure
     low, top = min(losses), max(losses) if far else _top(record.base_tuning, losses)
-    handles = []
-    for number, method in enumerate(each.method for each in record.methods):
-        own = [point for point in points if point.method == method]
+    for number, method in enumerate(record.methods):
+        colour, own = _colour(number), [point for point in points if point.method == method.method]
         for place, alpha in enumerate(dict.fromkeys(point.alpha for point in own)):
             grid = sorted((point for point in own if point.alpha == alpha), key=lambda point: point.lr)
-            handles.append(_grid(axes, grid, number, place, top))
-    _base(axes, record.base_tuning, top)
-    _rings(axes, record)
+            inside = [(point.lr, point.loss) for point in grid if point.loss <= top]
+            outside = [point.lr for point in grid if not point.loss <= top]
+            label = f"{method.method}, alpha {alpha:g}"
+            look: dict[str, Any] = {"color": colour, "linestyle": ("-", "--", ":")[place % 3], "marker": "o"}
+            axes.plot([lr for lr, _ in inside], [loss for _, loss in inside], label=label, **look)
+            axes.plot(outside, [top] * len(outside), "x", color=colour, markersize=8, markeredgewidth=2)
+        if method.tuned is not None:
+            axes.plot(method.tuned.cell.lr, method.tuned.loss, "o", markersize=14, markerfacecolor="none",
+                      markeredgecolor=figures.BEST, markeredgewidth=2)  # fmt: skip
     axes.set_xscale("log")
     ticks = sorted({point.lr for point in points})
     shown = ticks[:: -(-len(ticks) // 12)]
     axes.set_xticks(shown, [text.number(rate) for rate in shown])
     axes.minorticks_off()
     axes.set_ylim(low - 0.06 * (top - low or 1), top + 0.04 * (top - low or 1))
-    _finish(axes, "train.lr", "loss per token", handles)
+    _finish(axes, record.base_tuning, top, "train.lr")
     return figure
-
-
-def _is_far(base: float, losses: Sequence[float]) -> bool:
-    """Whether the base model is so much worse that beside it all losses would lie on one line."""
-    spread = max(losses) - min(losses)
-    return math.isfinite(base) and spread > 0 and base > max(losses) + FAR * spread
 
 
 def _top(base: float, losses: Sequence[float]) -> float:
@@ -282,107 +277,61 @@ def _top(base: float, losses: Sequence[float]) -> float:
     return max(base, min(high, base + 0.15 * (base - low)))
 
 
-def _grid(axes: "Axes", grid: Sequence[Point], number: int, place: int, top: float) -> Any:
-    colour, marker = _look(number)
-    dash = _DASHES[place % len(_DASHES)]
-    inside = [point for point in grid if point.loss <= top]
-    label = style.plain(f"{grid[0].method}, alpha {grid[0].alpha:g}")
-    (line,) = axes.plot(
-        [point.lr for point in inside],
-        [point.loss for point in inside],
-        linestyle=dash,
-        color=colour,
-        marker=marker,
-        markersize=6,
-        linewidth=1.8,
-        label=label,
-    )
-    outside = [point.lr for point in grid if not point.loss <= top]
-    axes.plot(outside, [top] * len(outside), "x", color=colour, markersize=8, markeredgewidth=2)
-    return line
-
-
-def _rings(axes: "Axes", record: ComparisonRecord) -> None:
-    for each in record.methods:
-        if each.tuned is not None:
-            axes.plot(
-                each.tuned.cell.lr,
-                each.tuned.loss,
-                "o",
-                markersize=14,
-                markerfacecolor="none",
-                markeredgecolor=style.BEST,
-                markeredgewidth=2,
-            )
-
-
 def curves(record: ComparisonRecord) -> "Figure":
     """Held-out loss over the steps at the tuned learning rates: mean and range over the seeds."""
-    figure, axes = style.empty(
-        "Learning curves", f"test rows; line: mean over {len(record.seeds)} seeds, band: their range"
-    )
-    handles, last = [], []
+    caption = f"test rows; line: mean over {len(record.seeds)} seeds, band: their range"
+    figure, axes = figures.new("Learning curves", caption)
+    last: list[float] = []
     for number, method in enumerate(record.methods):
         whole = [each.curve for each in method.trainings if math.isfinite(each.loss)]
         steps = sorted(set.intersection(*({step for step, _ in curve} for curve in whole)) if whole else ())
         if not steps:
             continue
         values = [[dict(curve)[step] for curve in whole] for step in steps]
-        colour, _ = _look(number)
         means = [sum(each) / len(each) for each in values]
-        (line,) = axes.plot(steps, means, color=colour, linewidth=2, label=style.plain(method.method))
-        axes.fill_between(steps, [*map(min, values)], [*map(max, values)], color=colour, alpha=0.18, linewidth=0)
-        handles.append(line)
+        axes.plot(steps, means, color=_colour(number), linewidth=2, label=method.method)
+        axes.fill_between(steps, [*map(min, values)], [*map(max, values)], color=_colour(number), alpha=0.18)
         last += means[1:] or means
-    if not handles:
-        style.say(axes, style.NOTHING)
-        return figure
-    _base(axes, record.base_test, _top(record.base_test, last))
-    _finish(axes, "step", "loss per token", handles)
+    if last:
+        _finish(axes, record.base_test, _top(record.base_test, last), "step")
+    else:
+        figures.say(axes, figures.NOTHING)
     return figure
 
 
 def forest(record: ComparisonRecord) -> "Figure":
     """The difference of each method to the baseline with its adjusted interval."""
-    figure, axes = style.empty(
-        f"Difference to {BASELINE}",
-        f"nats per token, {record.level:.0%} intervals over seeds and rows, together; band: ±{record.relevant:g}",
-    )
-    found = [(each.method, each.against) for each in record.others() if each.against]
+    caption = f"nats per token, {record.level:.0%} intervals over seeds and rows, together; band: ±{record.relevant:g}"
+    figure, axes = figures.new(f"Difference to {BASELINE}", caption)
+    found = [(each.method, each.against) for each in reversed(record.others()) if each.against]
     if not found:
-        style.say(axes, "no difference was measured")
+        figures.say(axes, "no difference was measured")
         return figure
-    axes.axvspan(-record.relevant, record.relevant, color=style.GRID, zorder=0)
-    axes.axvline(0, color=style.MUTED, linewidth=1)
-    for place, (_, against) in enumerate(reversed(found)):
-        colour = style.BEST if against.p_holm < ERROR else style.GOOD
+    axes.axvspan(-record.relevant, record.relevant, color=figures.GRID, zorder=0)
+    axes.axvline(0, color=figures.MUTED, linewidth=1)
+    for place, (_, against) in enumerate(found):
+        colour = figures.BEST if against.p_holm < ERROR else figures.GOOD
         axes.plot([against.adjusted.low, against.adjusted.high], [place, place], color=colour, linewidth=2.4)
         axes.plot(against.mean, place, "o", color=colour, markersize=8)
-    axes.set_yticks(range(len(found)), [style.plain(method) for method, _ in reversed(found)])
-    axes.set_ylim(-0.6, len(found) - 0.4)
     ends = [abs(end) for _, each in found for end in (each.adjusted.low, each.adjusted.high) if math.isfinite(end)]
     reach = 1.12 * max([record.relevant, *ends])
-    axes.set_xlim(-reach, reach)
-    style.label(axes, f"loss - {BASELINE}'s  (left of the band: lower by what matters)", "")
+    axes.set_yticks(range(len(found)), [method for method, _ in found])
+    axes.set(ylim=(-0.6, len(found) - 0.4), xlim=(-reach, reach))
+    axes.set_xlabel(f"loss - {BASELINE}'s  (left of the band: lower by what matters)")
     return figure
 
 
-def _base(axes: "Axes", base: float, top: float) -> None:
+def _finish(axes: "Axes", base: float, top: float, x: str) -> None:
+    """Draw the base model's loss where it is in the picture, and name axes and lines."""
     if math.isfinite(base) and base <= top:
-        axes.axhline(base, color=style.MUTED, linewidth=1.2, linestyle=(0, (5, 3)))
-        axes.annotate("base", (1.0, base), (-4, 3), xycoords=("axes fraction", "data"), textcoords="offset points",
-                      ha="right", size=9, color=style.MUTED)  # fmt: skip
+        axes.axhline(base, color=figures.MUTED, linestyle="--", label="base model")
+    axes.set(xlabel=x, ylabel="loss per token")
+    axes.grid(axis="y")
+    figures.legend(axes)
 
 
-def _finish(axes: "Axes", x: str, y: str, handles: Sequence[Any]) -> None:
-    style.label(axes, x, y)
-    axes.grid(axis="y", color=style.GRID, linewidth=0.8)
-    style.legend(axes, handles)
-
-
-def _look(number: int) -> tuple[str, str]:
-    """Colour and marker of a method."""
-    return style.GROUPS[number % len(style.GROUPS)]
+def _colour(number: int) -> str:
+    return figures.COLOURS[number % len(figures.COLOURS)]
 
 
 FIGURES = {
@@ -396,45 +345,42 @@ width), in the order of the page."""
 
 def write(record: ComparisonRecord, folder: str) -> list[str]:
     """Write report.html, the figures as PNG and comparison.json into `folder`, a path or URI; what was written."""
-    pictures = {name: _png(draw(record)) for name, (draw, *_) in FIGURES.items()}
-    return files(folder, pictures, {"comparison.json": record.to_json(), "report.html": html(record, pictures)})
+    pictures = figures.render({name: partial(draw, record) for name, (draw, *_) in FIGURES.items()})
+    return page.files(folder, pictures, {"comparison.json": record.to_json(), "report.html": html(record, pictures)})
 
 
 def html(record: ComparisonRecord, pictures: dict[str, bytes]) -> str:
     """The page; `pictures` are PNGs by the names of FIGURES."""
-    figures = "\n".join(tags.image(png, *FIGURES[name][1:]) for name, png in pictures.items())
+    shown = "\n".join(page.image(png, *FIGURES[name][1:]) for name, png in pictures.items())
     verdicts = "".join(f"<p>{escape(sentence)}</p>" for sentence in sentences(record))
     also = [*((f"score {line.partition(':')[0]}", line.partition(": ")[2]) for line in scores(record))]
     also += [("untuned", line) for line in [untuned(record)] if line]
     also += [("note", note) for note in record.notes]
-    aside = f'<div class="card">{tags.terms(also)}</div>' if also else ""
-    return tags.document(
+    aside = f'<div class="card">{page.terms(also)}</div>' if also else ""
+    return page.document(
         f"{record.name}: comparison",
         f'<h1>{escape(record.name)}</h1>\n<p class="about">{escape(about(record))}</p>\n'
         f'<div class="card best">{verdicts}</div>\n{aside}\n<h2>Methods</h2>\n{_methods(record)}\n'
-        f'<h2>Figures</h2>\n<div class="figures">\n{figures}\n</div>\n<h2>Tuning</h2>\n{_points(record)}\n'
+        f'<h2>Figures</h2>\n<div class="figures">\n{shown}\n</div>\n<h2>Tuning</h2>\n{_points(record)}\n'
         "<footer>A click on a column's name sorts the first table, the pointer on it says what it has. All numbers,"
         " also of each seed, are in comparison.json.</footer>",
     )
 
 
 def _methods(record: ComparisonRecord) -> str:
-    heads = "".join(
-        tags.head(name, place > 0, means) for place, (name, means) in enumerate(zip(HEAD, MEANS, strict=True))
-    )
-    rows = "\n".join(
-        f"<tr>{''.join(tags.cell(shown, kind='number' if place else '') for place, shown in enumerate(row))}</tr>"
-        for row in (cells(record, each) for each in record.methods)
-    )
-    return f'<div class="scroll"><table><thead><tr>{heads}</tr></thead>\n<tbody>\n{rows}\n</tbody></table></div>'
+    heads = [page.head(name, place > 0, means) for place, (name, means) in enumerate(zip(HEAD, MEANS, strict=True))]
+    rows = [
+        "".join(page.cell(shown, kind="number" if place else "") for place, shown in enumerate(cells(record, each)))
+        for each in record.methods
+    ]
+    return page.table(heads, [f"<tr>{row}</tr>" for row in rows])
 
 
 def _points(record: ComparisonRecord) -> str:
     """Every trial of the tuning, so that a reader can judge the grids."""
-    names = ("method", "alpha", "train.lr", "loss on the tuning rows", "")
-    heads = "".join(f'<th scope="col">{escape(name)}</th>' for name in names)
-    rows = "\n".join(f"<tr>{''.join(map(tags.cell, _point(record, point)))}</tr>" for point in record.points)
-    return f'<div class="scroll"><table><thead><tr>{heads}</tr></thead>\n<tbody>\n{rows}\n</tbody></table></div>'
+    heads = [f'<th scope="col">{name}</th>' for name in ("method", "alpha", "train.lr", "loss on the tuning rows", "")]
+    rows = [f"<tr>{''.join(map(page.cell, _point(record, point)))}</tr>" for point in record.points]
+    return page.table(heads, rows)
 
 
 def _point(record: ComparisonRecord, point: Point) -> list[str]:
@@ -445,9 +391,3 @@ def _point(record: ComparisonRecord, point: Point) -> list[str]:
     if record.base_tuning < point.loss < float("inf"):
         word = "above the base model"
     return [point.method, f"{point.alpha:g}", text.number(point.lr), loss, word]
-
-
-def _png(figure: "Figure") -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()

@@ -36,7 +36,7 @@ from olora_ray.pipeline.base import Base
 from olora_ray.pipeline.prepare import plan, prepare_tokens
 from olora_ray.pipeline.run_folder import RunFolder
 from olora_ray.sweep import run as search
-from olora_ray.sweep import sharing
+from olora_ray.sweep import shared_work
 from olora_ray.tracking import start
 from olora_ray.tracking.run import Tracker
 from olora_ray.train.estimate import MemoryEstimate
@@ -195,7 +195,9 @@ class Run:
                     storage.write_text(storage.join(place, "baseline.json"), baseline)
                 own = replace(spec, config=override(spec.config, {"adapter.method": method}), shared=place)
                 kinds = [(method, self.config.adapter.rank)]
-                seconds = sharing.made(own, place, kinds, f"{method} factors, shared by the trials of the tuning").init
+                seconds = shared_work.made(
+                    own, place, kinds, f"{method} factors, shared by the trials of the tuning"
+                ).init
                 size = storage.size(storage.join(own.factor_place(), initialise.TENSORS)) or 0
                 storage.write_text(storage.join(place, INIT), json.dumps({"seconds": seconds, "bytes": size}) + "\n")
                 logger.info(f"{method} factors, shared by the trials of the tuning: {seconds:.2f} s")

@@ -8,7 +8,7 @@ would have given another mean. In the two-way random-effects model
 the variance of the mean over S seeds and R rows is estimated by (MS_seed + MS_row - MS_rest) / (S R), and its degrees
 of freedom after Satterthwaite (Biometrics Bulletin 2, 1946); Searle, Casella, McCulloch, "Variance Components" (1992),
 section 4.4. An interval over the rows alone (a bootstrap, or a t test of one run) knows nothing of seed_s and is too
-short: tests/sweep/compare/test_statistics.py measures by how much.
+short: tests/comparison/test_statistics.py measures by how much.
 """
 
 import math
@@ -102,22 +102,16 @@ def per_token(losses: Values, tokens: Values) -> Values:
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """Adjusted p values after Holm (Scandinavian Journal of Statistics 6, 1979), in the order given."""
-    return [min(1.0, p) for p in _stepped(p_values)]
+    order = np.argsort(p_values, kind="stable")
+    # Each at least as large as those of smaller p values.
+    steps = np.maximum.accumulate(np.asarray(p_values)[order] * np.arange(len(order), 0, -1))
+    return [float(min(1.0, steps[place])) for place in np.argsort(order)]
 
 
 def simultaneous(level: float, count: int) -> float:
     """Confidence of each of `count` intervals such that all of them hold together with that of `level` (Bonferroni).
 
-    Holm's steps do not serve here: they ask whether a difference is 0, and go easy on the one that is nearest to it,
-    which is the one that is called equivalent.
+    Bonferroni, not Holm: Holm gives the smallest difference the widest error budget, and that is the one we would
+    declare equivalent.
     """
     return 1 - (1 - level) / max(1, count)
-
-
-def _stepped(p_values: Sequence[float]) -> list[float]:
-    """Holm's products, each at least as large as those of smaller p values; not yet cut at 1."""
-    found, largest = [0.0] * len(p_values), 0.0
-    for rank, place in enumerate(sorted(range(len(p_values)), key=lambda place: p_values[place])):
-        largest = max(largest, (len(p_values) - rank) * p_values[place])
-        found[place] = largest
-    return found

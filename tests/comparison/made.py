@@ -12,17 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from comparison import run as comparing
 from comparison.arguments import Compare, Comparison
 from comparison.folder import shared_place
 from comparison.phase import PhaseSpec
 from comparison.row_losses import FILE, RowLosses
 from comparison.rows import RowSets
 from comparison.run import Run
-from olora_ray.cluster.spec import TrainResult
+from olora_ray.cluster.spec import TrainResult, TrainSpec
 from olora_ray.config.load import override
 from olora_ray.config.schema import Config
-from olora_ray.sweep import run, state
+from olora_ray.sweep import run, search_folder
 from olora_ray.sweep.record import TrialRecord
 from olora_ray.sweep.spec import trial_place
 from olora_ray.train.checkpoint import TrainState
@@ -59,7 +58,7 @@ def comparison(
 
 def row_sets(rows: int = ROWS) -> RowSets:
     counts = {"train": 1000, "tuning": rows, "test": rows}
-    return RowSets({}, counts, {}, {"test-0.jsonl": tuple(range(rows))})
+    return AllRows({}, counts, {}, {"test-0.jsonl": tuple(range(rows))})
 
 
 def course(last: float, total: int = STEPS) -> list[dict[str, float]]:
@@ -101,7 +100,7 @@ class Cluster:
 
     def search(self, spec: PhaseSpec) -> None:
         """In place of olora_ray.sweep.run.search."""
-        if state.read(spec.folder).complete and state.begun(spec.folder):
+        if search_folder.progress(spec.folder).complete:
             return
         for number in range(spec.space.count()):
             values = spec.space.values(spec.space.drawn(number))
@@ -113,10 +112,7 @@ class Cluster:
                 raise KeyboardInterrupt
             self.trained.append(values)
             self._train(spec, folder, number, values)
-        (Path(spec.folder) / "tune").mkdir(exist_ok=True)
-        (Path(spec.folder) / "tune" / "tuner.pkl").touch()
-        state.begin(spec.folder)
-        state.write(spec.folder, state.Progress(60.0, complete=True))
+        search_folder.keep(spec.folder, search_folder.Progress(60.0, complete=True))
 
     def _train(self, spec: PhaseSpec, folder: Path, number: int, values: dict[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -160,29 +156,41 @@ class Tokens:
         return [f"rows/test-0.jsonl:{index + 1}"] * 2 if index < self.rows else []
 
 
-def running(monkeypatch: pytest.MonkeyPatch, found: Comparison, cluster: Cluster) -> Run:
-    """The work of a comparison without Ray, tokens and models: what is tested is what it asks for and concludes."""
+class AllRows(RowSets):
+    """Rows that no config has to name."""
 
-    def tokens(self: Run, config: Config) -> Any:
-        store = Tokens(rows=cluster.left)
-        return comparing.TrainSpec(config, SimpleNamespace(digest="b"), "t", (0,), store, store)  # type: ignore[arg-type]
+    def config(self, config: Config, held_out: str) -> Config:
+        return config
 
-    def share(self: Run, spec: Any) -> None:
+
+class MadeRun(Run):
+    """The work of a comparison without tokens and models: what is tested is what it asks for and concludes."""
+
+    cluster: Cluster
+
+    def _tokens(self, config: Config) -> Any:
+        store: Any = Tokens(rows=self.cluster.left)
+        return TrainSpec(config, SimpleNamespace(digest="b"), "t", (0,), store, store)  # type: ignore[arg-type]
+
+    def _share(self, spec: Any) -> None:
         for place in (Path(shared_place(self.folder, method)) for method in self.comparison.methods):
             place.mkdir(parents=True, exist_ok=True)
             (place / "init.json").write_text('{"seconds": 0.8, "bytes": 2000000}')
 
-    def measure(self: Run, trained: Any) -> None:
+    def _estimate(self, spec: Any) -> None:
+        pass
+
+    def _measure(self, trained: Any) -> None:
         for each in trained:
-            rows = rows_of(each.spec.config, each.ended.loss, cluster.left)
+            rows = rows_of(each.spec.config, each.ended.loss, self.cluster.left)
             (Path(each.ended.record.folder) / FILE).write_text(json.dumps(asdict(rows)))
 
+
+def running(monkeypatch: pytest.MonkeyPatch, found: Comparison, cluster: Cluster) -> Run:
+    """The work of a comparison whose trials this cluster runs."""
     monkeypatch.setattr(run, "search", cluster.search)
-    monkeypatch.setattr(Run, "_tokens", tokens)
-    monkeypatch.setattr(Run, "_share", share)
-    monkeypatch.setattr(Run, "_measure", measure)
-    monkeypatch.setattr(Run, "_estimate", lambda self, spec: None)
-    monkeypatch.setattr(RowSets, "config", lambda self, config, held_out: config)
     base: Any = SimpleNamespace(model=SimpleNamespace(name="SmolLM2-135M"), tokenizer=None)
     sizes: Any = {method: SimpleNamespace(trainable=4_884_480) for method in found.methods}
-    return Run(found, base, row_sets(), sizes, "parent")
+    work = MadeRun(found, base, row_sets(), sizes, "parent")
+    work.cluster = cluster
+    return work

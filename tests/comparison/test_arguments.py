@@ -62,8 +62,6 @@ def test_budgets(file: str, text: str, seconds: float) -> None:
         (["FILE", "--budget", "soon"], "argument --budget: expected a time such as 3h, 90m or 1h30m, not 'soon'"),
         (["FILE", "--budget", "0h"], "argument --budget: expected a time"),
         (["FILE", "train.start=/x"], r"train\.start: a comparison is of ways to start"),
-        (["FILE", "compare.centres={pisa: 1e-3}"], r"compare\.centres: 'pisa' is no adapter\.method"),
-        (["FILE", "compare.centres={olora: true}"], r"compare\.centres: expected a number, not true$"),
         (["FILE", "compare.test_rows=1"], r"compare\.test_rows: "),
         (["FILE", "compare.test_row=9"], r"compare\.test_row: unknown field; did you mean compare\.test_rows\?$"),
         (["FILE", "compare=9"], r"argument 'compare=9': expected section\.field=value"),

@@ -17,7 +17,6 @@ from tests.comparison import made
 def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Comparison:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setattr(folder.address, "find", lambda: "local")
-    monkeypatch.setattr(folder.publish, "check_tracking", lambda config, folder: None)
     found = made.comparison(tmp_path)
     folder.begin(found, {"test rows": "a", "base model": "b"})
     (Path(found.config.folder()) / "tuning-1").mkdir()
@@ -35,7 +34,6 @@ def test_the_same_comparison_goes_on(begun: Comparison) -> None:
     [
         ({"train.steps": 50}, {}, 4, ("lora", "olora"), r"1 other setting \(train\.steps was 40, is 50\)"),
         ({}, {"relevant": 0.5}, 4, ("lora", "olora"), r"compare\.relevant was 0\.01, is 0\.5"),
-        ({}, {"centres": {"olora": 1e-4}}, 4, ("lora", "olora"), r"compare\.centres was {}, is {'olora': 0\.0001}"),
         ({"gate.group": "user"}, {}, 4, ("lora", "olora"), r"gate\.group was None, is 'user'"),
         ({}, {}, 8, ("lora", "olora"), r"--seeds was 4, is 8"),
         ({}, {}, 4, ("olora", "lora"), r"--methods was \['lora', 'olora'\], is"),

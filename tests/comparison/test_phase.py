@@ -17,9 +17,9 @@ from comparison.phase import FixedTrials, PhaseSpec, loss_of
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.common.errors import UserError
 from olora_ray.model.source import BaseModel
-from olora_ray.sweep import state, tuner
-from olora_ray.sweep.callback import SweepCallback
+from olora_ray.sweep import tuner
 from olora_ray.sweep.record import TrialRecord
+from olora_ray.sweep.tuner import SweepCallback
 from tests import tiny
 from tests.comparison import made
 
@@ -109,7 +109,6 @@ def test_a_phase_that_was_interrupted_when_its_code_lay_elsewhere_is_refused(
     tune.mkdir(parents=True)
     (tune / "tuner.pkl").write_bytes(b"colora_ray.sweep.compare.listed\nListed\n.")
     (tune / "experiment_state-2026-11-01_10-00-00.json").write_text('{"trial_data": ["of a trial"]}')
-    state.begin(phase.folder)
     with pytest.raises(UserError, match=rf"cannot resume the search in {phase.folder}: .*; choose another run\.name"):
         tuner.build(phase, SweepCallback(phase.folder, phase.space), 1)
 

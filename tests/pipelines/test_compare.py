@@ -23,7 +23,7 @@ SMALL: dict[str, Any] = {
     "train__checkpoint_every": 4,
     "evaluation__scorer": None,
     "evaluation__samples": 0,
-    "compare": {"tuning_rows": 6, "test_rows": 10, "untuned": False, "centres": {"lora": 0.02, "olora": 0.002}},
+    "compare": {"tuning_rows": 6, "test_rows": 10, "untuned": False},
 }
 
 

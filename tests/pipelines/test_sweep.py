@@ -84,7 +84,7 @@ def records(folder: Path) -> dict[int, dict[str, Any]]:
 
 def test_a_search_leaves_what_the_docs_promise(searched: tuple[Path, str]) -> None:
     folder, _ = searched
-    for name in ("best.yaml", "leaderboard.json", "report.html", "shared/olora/factors.safetensors", "tune.json"):
+    for name in ("best.yaml", "leaderboard.json", "report.html", "shared/olora/factors.safetensors", "progress.json"):
         assert (folder / name).is_file()
     found = records(folder)
     assert sorted(found) == list(range(7))

@@ -15,13 +15,12 @@ from olora_ray.common.errors import UserError
 from olora_ray.config.load import load, override
 from olora_ray.config.schema import Config
 from olora_ray.model.source import BaseModel
-from olora_ray.sweep import outcome, run, state, tuner
-from olora_ray.sweep import state as progress
+from olora_ray.sweep import outcome, run, search_folder, tuner
 from olora_ray.sweep.record import TrialRecord
-from olora_ray.sweep.report import leaderboard
+from olora_ray.sweep.report import text
+from olora_ray.sweep.search_folder import Progress
 from olora_ray.sweep.space import Space
 from olora_ray.sweep.spec import SweepSpec, trial_name
-from olora_ray.sweep.state import Progress
 from olora_ray.train import checkpoint, checkpoints
 from olora_ray.train.checkpoint import TrainState
 from tests import tiny
@@ -42,10 +41,8 @@ def ended(tmp_path: Path) -> tuple[Any, Any]:
     """A search that has ended, as it lies on disk: what run.run is given, (spec, tracker)."""
     config = override(tiny.config(), {"run.storage": str(tmp_path)})
     folder = Path(config.folder())
-    (folder / "tune").mkdir(parents=True)
-    state.begin(str(folder))
-    (folder / "tune" / "tuner.pkl").write_bytes(b"nobody reads it")
-    progress.write(str(folder), Progress(318.0, complete=True))
+    folder.mkdir()
+    search_folder.keep(str(folder), Progress(318.0, complete=True))
     return SimpleNamespace(config=config), SimpleNamespace(run_id="parent")
 
 
@@ -75,7 +72,7 @@ def test_a_search_that_has_ended_is_reported_with_the_seconds_that_it_took(
         _, found = run.run(spec, SPACE, 0.0, tracker)
     assert lines == ["search: it has ended; its trials are reported, none is run"]
     assert found.seconds == 318.0
-    assert dict(leaderboard.facts(found))["trials"] == "2 in 5 min 18 s: 2 finished"
+    assert dict(text.facts(found))["trials"] == "2 in 5 min 18 s: 2 finished"
 
 
 class Grid:
@@ -111,11 +108,11 @@ def test_a_search_that_lacks_trials_is_complete_at_a_limit_alone(
     monkeypatch.setattr(run, "_concurrent_trials", lambda _: (1, ()))
     if over or since_better or trials == 2000:
         assert run.run(spec, space, 0.0, tracker)[1].best() is not None
-        assert bool(progress.read(spec.config.folder()).note) == (trials == 1)
+        assert bool(search_folder.progress(spec.config.folder()).note) == (trials == 1)
         return
     with pytest.raises(UserError, match="Ray Tune cannot resume the search"):
         run.run(spec, space, 0.0, tracker)
-    assert not progress.read(spec.config.folder()).complete
+    assert not search_folder.progress(spec.config.folder()).complete
 
 
 def test_trials_say_what_has_cut_them(ended: tuple[Any, Any]) -> None:
@@ -124,7 +121,7 @@ def test_trials_say_what_has_cut_them(ended: tuple[Any, Any]) -> None:
     early = {"status": "stopped", "step": 4}
     keep(spec.config, trial(0, 1.0), trial(1, 0.5, **early), trial(2, 0.7, **early), trial(3, 0.9, status="stopped"))
     keep(spec.config, trial(4, 0.9, status="unfinished"), trial(5, 0.9, status="unfinished"))
-    progress.write(folder, Progress(9.0, complete=True, note="The search ended early: why.", cut=(2, 4)))
+    search_folder.keep(folder, Progress(9.0, complete=True, note="The search ended early: why.", cut=(2, 4)))
     _, found = run.run(spec, SPACE, 0.0, tracker)
     assert [(one.status, one.reason) for one in found.trials] == [
         ("finished", ""),
@@ -135,7 +132,7 @@ def test_trials_say_what_has_cut_them(ended: tuple[Any, Any]) -> None:
         ("unfinished", ""),  # its process died
     ]
     assert found.notes == ("The search ended early: why.",)
-    assert dict(leaderboard.facts(found))["best"].startswith("train/loss 0.5 (trial 1, stopped at step 4 of 8): ")
+    assert dict(text.facts(found))["best"].startswith("train/loss 0.5 (trial 1, stopped at step 4 of 8): ")
 
 
 def test_a_search_whose_trials_all_failed_tells_the_most_frequent_reasons(ended: tuple[Any, Any]) -> None:

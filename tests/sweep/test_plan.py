@@ -17,8 +17,8 @@ from olora_ray.model.source import BaseModel
 from olora_ray.pipeline import answers, connection
 from olora_ray.pipeline.prepare import Prepared
 from olora_ray.sweep import run
-from olora_ray.sweep.sharing import plan
 from olora_ray.sweep.space import Space
+from olora_ray.sweep.space_file import plan
 from pipelines import sweep
 from tests import mlflow_database, tiny
 from tests.families import zoo
@@ -61,6 +61,18 @@ def over(*targets: Any, **more: Any) -> dict[str, Any]:
     return {"search": {"adapter.targets": {"choice": list(targets)}}, **more}
 
 
+@pytest.fixture
+def prepared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens that are there."""
+
+    def prepare(config: Config, base: Any, wait: bool) -> Prepared:
+        store: Any = tiny.store()
+        spec = TrainSpec(config, base.model, "t", (1,), store, store, recompute=preflight.recomputes(config, base))
+        return Prepared(spec, store, answers.check(config, store, base.tokenizer))
+
+    monkeypatch.setattr(run, "prepare_tokens", prepare)
+
+
 @pytest.mark.parametrize(
     ("search", "again"),
     [
@@ -71,7 +83,7 @@ def over(*targets: Any, **more: Any) -> dict[str, Any]:
     ],
 )
 def test_blocks_are_run_again_where_the_largest_micro_batch_of_a_search_needs_it(
-    search: dict[str, Any], again: bool, monkeypatch: pytest.MonkeyPatch
+    search: dict[str, Any], again: bool, monkeypatch: pytest.MonkeyPatch, prepared: None
 ) -> None:
     asked: list[int] = []
 
@@ -79,17 +91,11 @@ def test_blocks_are_run_again_where_the_largest_micro_batch_of_a_search_needs_it
         asked.append(config.train.micro_batch)
         return config.train.micro_batch > 4
 
-    def prepared(config: Config, base: Any, wait: bool) -> Prepared:
-        store: Any = tiny.store()
-        spec = TrainSpec(config, base.model, "t", (1,), store, None, recompute=needs(config, base))
-        return Prepared(spec, store, frozenset())
-
-    monkeypatch.setattr(run, "prepare_tokens", prepared)
     monkeypatch.setattr(preflight, "recomputes", needs)
-    config, base = tiny.config(train__micro_batch=2), SimpleNamespace(model=BaseModel("m", "/m", ""))
+    config, base = tiny.config(train__micro_batch=2), SimpleNamespace(model=BaseModel("m", "/m", ""), tokenizer=None)
     spec, _ = run.train_spec(config, Space.model_validate({"search": search}), base)  # type: ignore[arg-type]
     assert (spec.recompute, spec.config) == (again, config)
-    assert asked == ([2] if "train.lr" in search else [2, 8] if again else [2, 3])
+    assert asked == ([] if "train.lr" in search else [8] if again else [3])
 
 
 @pytest.mark.parametrize(
@@ -102,16 +108,9 @@ def test_blocks_are_run_again_where_the_largest_micro_batch_of_a_search_needs_it
     ],
 )
 def test_a_score_that_no_trial_would_have_is_refused_before_the_trainings(
-    metric: str, rows: int, given: str | None, monkeypatch: pytest.MonkeyPatch
+    metric: str, rows: int, given: str | None, prepared: None
 ) -> None:
     """Each trial was trained to its end, failed there, and the search ended with nothing."""
-
-    def prepared(config: Config, base: Any, wait: bool) -> Prepared:
-        store: Any = tiny.store()
-        spec = TrainSpec(config, base.model, "t", (1,), store, store)
-        return Prepared(spec, store, answers.check(config, store, base.tokenizer))
-
-    monkeypatch.setattr(run, "prepare_tokens", prepared)
     config = tiny.config(evaluation__scorer="exact_match", evaluation__rows=rows, evaluation__samples=0)
     base: Any = SimpleNamespace(
         model=BaseModel("m", "/m", ""), tokenizer=SimpleNamespace(decode=lambda ids, skip_special_tokens: str(ids))

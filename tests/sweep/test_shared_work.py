@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -71,14 +72,22 @@ def test_a_rank_that_a_layer_does_not_allow_is_refused_for_every_method_of_the_s
 
 
 @pytest.fixture
-def base(monkeypatch: pytest.MonkeyPatch) -> SharedBase:
-    """A base; one of its own for each call of `make`, which is a process of its own."""
+def bases(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What each call of `make` has loaded, which is a process of its own: a model of `family`; (attention, device)."""
+    made = SimpleNamespace(family=lambda: tiny.llama(attention="segments"), asked=[])
 
-    def new() -> SharedBase:
-        return SharedBase(SupervisedLoss(tiny.llama(attention="segments")), torch.device("cpu"))
+    def of(cls: type[SharedBase], spec: TrainSpec, device: torch.device) -> SharedBase:
+        made.asked.append((spec.config.model.attention, device.type))
+        return SharedBase(SupervisedLoss(made.family()), device)
 
-    monkeypatch.setattr(SharedBase, "of", classmethod(lambda cls, spec, device: new()))
-    return new()
+    monkeypatch.setattr(SharedBase, "of", classmethod(of))
+    return made
+
+
+@pytest.fixture
+def base(bases: Any) -> SharedBase:
+    """A base for the trials."""
+    return SharedBase(SupervisedLoss(bases.family()), torch.device("cpu"))
 
 
 def spec_of(**changes: Any) -> TrainSpec:
@@ -145,15 +154,10 @@ def test_another_sigma_makes_its_own(base: SharedBase, tmp_path: Path) -> None:
     assert not torch.equal(next(iter(found.values())).a0, next(iter(factors(base, spec).values())).a0)
 
 
-def test_the_base_is_measured_with_an_attention_that_is_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_base_is_measured_with_an_attention_that_is_right(tmp_path: Path, bases: Any) -> None:
     """Gemma 2 caps its attention, which the one that is tried first does not."""
     segment_attention.register()
-    device = torch.device("cpu")
-
-    def new() -> SharedBase:
-        return SharedBase(SupervisedLoss(zoo.make(ALL["gemma2"], attention="segments")), device)
-
-    monkeypatch.setattr(SharedBase, "of", classmethod(lambda cls, spec, device: new()))
+    bases.family = lambda: zoo.make(ALL["gemma2"], attention="segments")
     spec = spec_of()
     shared_work.make(spec, str(tmp_path), [])
     found = Baseline.read(str(tmp_path / "baseline.json"), spec.baseline_identity(), 0)
@@ -165,17 +169,10 @@ def test_the_base_is_measured_with_an_attention_that_is_right(tmp_path: Path, mo
     assert found.loss == pytest.approx(expected, rel=1e-4)
 
 
-def test_what_a_sharded_base_shares_is_made_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_sharded_base_shares_is_made_on_a_cpu(tmp_path: Path, bases: Any) -> None:
     """With another attention than its trials', where they have one that needs a GPU."""
-    asked: list[tuple[str, str]] = []
-
-    def of(cls: type[SharedBase], spec: TrainSpec, device: torch.device) -> SharedBase:
-        asked.append((spec.config.model.attention, device.type))
-        return SharedBase(SupervisedLoss(tiny.llama(attention="segments")), device)
-
-    monkeypatch.setattr(SharedBase, "of", classmethod(of))
     for number, attention in enumerate(("varlen", "flash_attention_2", "sdpa")):
         spec = spec_of(cluster__strategy="fsdp", model__attention=attention)
         shared_work.make(spec, str(tmp_path / str(number)), [("olora", 8), ("eva", 8)])  # for eva the model is run
         shared_work.make(spec, str(tmp_path / str(number)), [("olora", 8), ("eva", 8)])  # there is nothing left to do
-    assert asked == [("auto", "cpu"), ("auto", "cpu"), ("sdpa", "cpu")]
+    assert bases.asked == [("auto", "cpu"), ("auto", "cpu"), ("sdpa", "cpu")]

@@ -13,9 +13,8 @@ from ray import cloudpickle
 
 from olora_ray.common.errors import UserError
 from olora_ray.config.load import build, flatten, load, override
-from olora_ray.sweep import outcome, settings, sharing, tuner
-from olora_ray.sweep.domain import Domain
-from olora_ray.sweep.space import Space, Suggested
+from olora_ray.sweep import outcome, search_folder, space_file, tuner
+from olora_ray.sweep.space import Domain, Space, Suggested
 from olora_ray.sweep.spec import NUMBER
 from tests import tiny
 
@@ -27,13 +26,13 @@ CONFIG = load(ROOT / "pipelines" / "configs" / "quickstart.yaml")
 def space(tmp_path: Path, **tree: Any) -> Space:
     file = tmp_path / "space.yaml"
     file.write_text(yaml.safe_dump(tree))
-    return sharing.load(file, CONFIG)
+    return space_file.load(file, CONFIG)
 
 
 def test_every_shipped_space_fits_the_config() -> None:
     assert {path.stem for path in SPACES} >= {"smoke", "rank_alpha_lr", "lr_only", "population", "methods"}
     for path in SPACES:
-        found = sharing.load(path, CONFIG)
+        found = space_file.load(path, CONFIG)
         for number in range(found.count()):
             override(CONFIG, {**found.set, **found.values(found.drawn(number))})
 
@@ -51,8 +50,8 @@ GATED = override(
 @pytest.mark.parametrize("path", SPACES, ids=lambda path: path.stem)
 def test_every_shipped_space_fits_a_config_whose_gate_asks_for_a_score(path: Path) -> None:
     """A search decides nothing, and some of them have no answers scored; the best config has its gate again."""
-    found = sharing.load(path, GATED)
-    search = settings.search_config(GATED, found, path, registers=False)
+    found = space_file.load(path, GATED)
+    search = search_folder.search_config(GATED, found, path, registers=False)
     spec: Any = SimpleNamespace(space=found, name="search")
     trial: Any = SimpleNamespace(params=found.values(found.drawn(0)) if found.searcher != "tpe" else {})
     for refit in (False, True):
@@ -146,7 +145,7 @@ def test_the_configs_own_method_does_not_count_where_it_is_no_trial(tmp_path: Pa
     search = {"adapter.method": {"choice": ["lora", "nora"]}, "adapter.rank": {"choice": [7, 9]}}
     file.write_text(yaml.safe_dump({"search": search, "include_default": False}))
     config = override(CONFIG, {"adapter.method": "orthogonal"})
-    assert sharing.load(file, config).values({"adapter.method": "nora", "adapter.rank": 7}) != {}
+    assert space_file.load(file, config).values({"adapter.method": "nora", "adapter.rank": 7}) != {}
 
 
 def of(domain: Any, field: str = "train.lr") -> dict[str, Any]:
@@ -155,18 +154,21 @@ def of(domain: Any, field: str = "train.lr") -> dict[str, Any]:
 
 ODD: dict[str, tuple[dict[str, Any], str]] = {
     # Values that YAML can have and a field cannot.
-    "nan listed": (of({"choice": [1e-3, math.nan]}), "search.train.lr: choice has nan; numbers go up to 2147483647"),
+    "nan listed": (
+        of({"choice": [1e-3, math.nan]}),
+        "search.train.lr: train.lr: input should be a finite number (got nan)",
+    ),
     "infinity in a grid": (of({"grid": [math.inf]}), "search.train.lr: grid: inf is larger than 2147483647"),
-    "infinity inside of a list": (of({"choice": [[math.inf]]}, "adapter.targets"), "choice has inf; numbers go up to"),
-    "nan inside of a list": (of({"choice": [[math.nan]]}, "adapter.targets"), "choice has nan"),
-    "infinite range": (of({"uniform": [0, math.inf]}), "search.train.lr.uniform.1: expected a finite number, not inf"),
-    "nan in a range": (of({"loguniform": [math.nan, 1]}), "loguniform.0: expected a finite number, not nan"),
+    "infinity inside of a list": (of({"choice": [[math.inf]]}, "adapter.targets"), "search.adapter.targets: "),
+    "nan inside of a list": (of({"choice": [[math.nan]]}, "adapter.targets"), "search.adapter.targets: "),
+    "infinite range": (of({"uniform": [0, math.inf]}), "search.train.lr.uniform.1: input should be a finite number"),
+    "nan in a range": (of({"loguniform": [math.nan, 1]}), "loguniform.0: input should be a finite number"),
     "reversed logarithm": (of({"loguniform": [1, 0.1]}), "search.train.lr: loguniform [1.0, 0.1] is an empty range"),
     "range of one": (of({"uniform": [1, 1]}), "search.train.lr: uniform [1.0, 1.0] is an empty range"),
     "range of three": (of({"uniform": [1, 2, 3]}), "search.train.lr.uniform: "),
     "range of one number": (of({"uniform": 3}), "search.train.lr.uniform: "),
     "range of the whole line": (of({"uniform": [-1.7e308, 1.7e308]}), "uniform: -1.7e+308 is larger than 2147483647"),
-    "text as an end": (of({"uniform": ["0.1", 1]}), "search.train.lr.uniform.0: expected a number, not '0.1'"),
+    "text as an end": (of({"uniform": ["0.1", 1]}), "search.train.lr.uniform.0: input should be a valid number"),
     "true as an end": (of({"uniform": [0, True]}), "search.train.lr.uniform: expected a number, not true"),
     "empty grid": (of({"grid": []}), "search.train.lr.grid: "),
     "a number as a text": (
@@ -190,11 +192,6 @@ ODD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "range beyond 53 bits": (of({"quniform": [1, 2**70, 1]}), f"'{2**70}' is too large for a whole number"),
     "step of 0": (of({"quniform": [1, 8, 0]}), "the step must be positive and fit"),
-    "too many steps": (of({"quniform": [0, 1, 1e-9]}), "has more than 1,000,000 values; use uniform"),
-    "a list of thousands": (
-        of({"choice": list(range(1, 2000))}, "adapter.rank"),
-        "choice has 1,999 values, more than 1,000",
-    ),
     "fractions for a whole number": (
         of({"uniform": [1, 16]}, "train.micro_batch"),
         "search.train.micro_batch: train.micro_batch: input should be a valid integer, got a number with a fractional"
@@ -222,11 +219,11 @@ ODD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "factor that is nan": (
         {"search": {**LR, "train.clip": {"of": "train.lr", "times": [1, math.nan]}}},
-        "search.train.clip.times: expected a finite number, not nan",
+        "search.train.clip.times.1: input should be a finite number",
     ),
     "factor that is true": (
         {"search": {**LR, "train.clip": {"of": "train.lr", "times": True}}},
-        "search.train.clip.times: expected a number, not True",
+        "search.train.clip.times: expected a number, not true",
     ),
     "factor twice": ({"search": {**LR, "train.clip": {"of": "train.lr", "times": [2, 2]}}}, "times has 2.0 twice"),
     "factor that fits only some": (
@@ -283,7 +280,7 @@ ODD: dict[str, tuple[dict[str, Any], str]] = {
     "no name after the dot": (of({"choice": [1]}, "train."), "search: 'train.' is no field of a config"),
     # The search as a whole.
     "a billion trials": ({"search": LR, "trials": 1e9}, "trials: input should be less than or equal to 10000"),
-    "true trials": ({"search": LR, "trials": True}, "trials: expected a value, not true"),
+    "true trials": ({"search": LR, "trials": True}, "trials: expected a number, not true"),
     "no trials": ({"search": LR, "trials": 0}, "trials: input should be greater than or equal to 1"),
     "half a trial": ({"search": LR, "trials": 2.5}, "trials: "),
     "a grid without end": (
@@ -304,7 +301,7 @@ ODD: dict[str, tuple[dict[str, Any], str]] = {
     "endless budget": ({"search": LR, "time_budget": math.inf}, "time_budget: input should be a finite number"),
     "endless improvement": ({"search": LR, "min_improvement": math.inf}, "min_improvement: input should be a finite"),
     "endless reduction": ({"search": LR, "scheduler": {"reduction": math.inf}}, "scheduler.reduction: input should"),
-    "true grace": ({"search": LR, "scheduler": {"grace": True}}, "scheduler: grace: expected a value, not true"),
+    "true grace": ({"search": LR, "scheduler": {"grace": True}}, "scheduler.grace: expected a number, not true"),
     "a setting of another scheduler": (
         {"search": LR, "scheduler": {"kind": "median", "reduction": 4}},
         "scheduler: reduction: median has no such setting; leave it out",
@@ -347,7 +344,7 @@ def test_bad_spaces_name_the_field(case: str, tmp_path: Path) -> None:
 def test_files_that_hold_no_space_are_one_line(text: str, tmp_path: Path) -> None:
     (tmp_path / "space.yaml").write_text(text)
     with pytest.raises(UserError) as error:
-        sharing.load(tmp_path / "space.yaml", CONFIG)
+        space_file.load(tmp_path / "space.yaml", CONFIG)
     assert str(error.value).startswith(f"{tmp_path}/space.yaml")
     assert "\n" not in str(error.value)
 
@@ -356,9 +353,9 @@ def test_values_are_checked_with_the_rest_of_the_config(tmp_path: Path) -> None:
     """A method with even ranks only."""
     file = tmp_path / "space.yaml"
     file.write_text(yaml.safe_dump({"search": {"adapter.rank": {"choice": [2, 3]}}}))
-    sharing.load(file, CONFIG)
+    space_file.load(file, CONFIG)
     with pytest.raises(UserError, match=r"search\.adapter\.rank: .*rank=3 is odd"):
-        sharing.load(file, override(CONFIG, {"adapter.method": "orthogonal"}))
+        space_file.load(file, override(CONFIG, {"adapter.method": "orthogonal"}))
 
 
 def test_a_field_that_is_null_in_the_config_can_be_the_base_of_another(tmp_path: Path) -> None:
@@ -486,7 +483,7 @@ def test_held_out_metrics_need_held_out_rows(tmp_path: Path) -> None:
     file = tmp_path / "space.yaml"
     file.write_text(yaml.safe_dump({"search": {"train.lr": {"choice": [1e-3]}}}))
     with pytest.raises(UserError, match=r"metric: eval/loss needs held-out rows: set data\.eval"):
-        sharing.load(file, tiny.config())
+        space_file.load(file, tiny.config())
 
 
 def test_a_grid_has_every_combination_once_after_the_default(tmp_path: Path) -> None:

@@ -3,9 +3,7 @@
 import contextlib
 import json
 import logging
-import threading
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,16 +19,14 @@ from olora_ray.cluster.spec import TrainSpec
 from olora_ray.common import logs
 from olora_ray.common.errors import UserError
 from olora_ray.model.source import BaseModel
-from olora_ray.sweep import record as trial_file
 from olora_ray.sweep import run as search_run
-from olora_ray.sweep import schedulers, tuner
 from olora_ray.sweep import trial as trials
-from olora_ray.sweep.callback import SweepCallback
-from olora_ray.sweep.record import TrialFile, TrialRecord, read_all
+from olora_ray.sweep import tuner
+from olora_ray.sweep.record import TrialFile, TrialRecord, read, read_all
 from olora_ray.sweep.space import Space
-from olora_ray.sweep.spec import NUMBER, SweepSpec, trial_place
+from olora_ray.sweep.spec import NUMBER, SweepSpec, trial_name, trial_place
 from olora_ray.sweep.trial import Ended, Measured, TrialRun
-from olora_ray.sweep.tuner import SearchTrial
+from olora_ray.sweep.tuner import SearchTrial, SweepCallback
 from olora_ray.tracking.start import resolve_uri
 from tests import tiny
 from tests.said import said
@@ -52,47 +48,69 @@ def test_the_trials_of_a_search_with_a_long_name_have_names(tmp_path: Path) -> N
     assert config.run.name == "n" * 190 + "-trial-007"
 
 
-def test_the_next_trial_takes_over_with_a_record_of_its_own(tmp_path: Path) -> None:
+def record_of(search: SweepSpec, number: int = 1, **changes: Any) -> TrialFile:
+    """The file that a trial of this rate writes."""
+    return TrialFile(
+        trial_place(search.folder, number), TrialRecord(number, {"train.lr": 1e-3}, "unfinished", **changes), "min"
+    )
+
+
+def process(search: SweepSpec, number: int) -> Any:
+    """The process in which Tune runs a trial."""
     trial: Any = SearchTrial.__new__(SearchTrial)
-    trial._trial_info = SimpleNamespace(trial_name="trial-000")
-    trial.setup({NUMBER: 0, "train.lr": 1e-3}, sweep_spec=spec(tmp_path))
-    trial.last = {"step": 2}
+    trial._trial_info = SimpleNamespace(trial_name=trial_name(number))
+    trial.setup({NUMBER: number, "train.lr": 1e-3}, sweep_spec=search)
+    return trial
+
+
+@pytest.fixture
+def training(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """In place of trainings: those that have ended have left `result`, another one measures `losses` by their steps."""
+    ended = SimpleNamespace(state=SimpleNamespace(history=[]))
+    fake = SimpleNamespace(result=ended, losses={}, tracked=[], copied=[])
+
+    def tracked(spec: TrainSpec, *_: object) -> Any:
+        fake.tracked.append(spec)
+        return contextlib.nullcontext(SimpleNamespace(run_id="run"))
+
+    def train(*arguments: Any) -> Any:
+        for step, loss in fake.losses.items():
+            arguments[-2](step, {"train/loss": loss})
+        return ended
+
+    monkeypatch.setattr(trials.ray, "cluster_resources", dict)
+    monkeypatch.setattr(trials.publish, "tracked", tracked)
+    monkeypatch.setattr(trials.fit, "finished_training", lambda *_: fake.result)
+    monkeypatch.setattr(trials.fit, "train", train)
+    monkeypatch.setattr(trials, "copy_from", lambda *arguments: fake.copied.append(arguments))
+    return fake
+
+
+def test_the_next_trial_takes_over_with_a_record_of_its_own(tmp_path: Path, training: Any) -> None:
+    trial = process(spec(tmp_path), 0)
     first = trial.trial_run
-    first._thread = threading.Thread(target=lambda: None)
-    first._thread.start()
+    assert trial.step()["done"]
     trial._trial_info = SimpleNamespace(trial_name="trial-002")
     assert trial.reset_config({NUMBER: 2, "train.lr": 2e-3})
     assert trial.last == {}
-    assert first._stop.asked, "its workers would train on"
-    for run in (first, trial.trial_run):
-        run._file.begin()
+    assert trial.trial_run is not first
+    assert trial.step()["done"]
     found = read_all(str(tmp_path / "search"))
     assert {number: record.params["train.lr"] for number, record in found.items()} == {0: 1e-3, 2: 2e-3}
-    assert trial.trial_run.config.train.lr == 2e-3
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("a bug")])
-def test_the_end_of_a_trial_arrives_whatever_the_storage_does(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
-) -> None:
+@pytest.mark.parametrize("fails", [True, False])
+def test_the_end_of_a_trial_arrives_whatever_the_storage_does(tmp_path: Path, training: Any, fails: bool) -> None:
     """Its thread died at the write of its last record, and the search waited for ever."""
+    training.result, training.losses = None, {"a bug" if fails else 2: 0.5}
     run = TrialRun(spec(tmp_path), 1, {"train.lr": 1e-3})
-    monkeypatch.setattr(threading, "excepthook", lambda _: None)  # of a bug it says so
-
-    def train() -> None:
-        def write_text(*_: object) -> None:
-            raise error
-
-        monkeypatch.setattr(trial_file.storage, "write_text", write_text)
-        run._on_row(2, {"train/loss": 0.5})
-
-    monkeypatch.setattr(run, "_train", train)
-    monkeypatch.setattr(run._items, "get", partial(run._items.get, timeout=60))
-    first = run.next()
-    found = [first] if isinstance(first, Ended) else [first, run.next()]
-    passes = isinstance(error, OSError)
-    ended = Ended("finished") if passes else Ended("failed", "RuntimeError: a bug")
-    assert found == ([Measured(2, 0.5), ended] if passes else [ended])
+    Path(run.folder.root, "trial.json").mkdir(parents=True)  # cannot be written
+    if fails:
+        found = run.next()
+        assert isinstance(found, Ended)
+        assert (found.status, found.reason.partition(":")[0]) == ("failed", "TypeError")
+    else:
+        assert [run.next(), run.next()] == [Measured(2, 0.5), Ended("finished")]
 
 
 def test_a_log_that_cannot_be_kept_does_not_fail_a_trial_that_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,46 +216,31 @@ def again(search: SweepSpec, concurrent: int = 1) -> Any:
     return made._local_tuner
 
 
-def test_a_trial_that_goes_on_from_its_own_checkpoint_keeps_its_values(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_trial_that_goes_on_from_its_own_checkpoint_keeps_its_values(tmp_path: Path, training: Any) -> None:
     """Tune has forgotten it: it begins as if it were new, and its training resumes."""
-    first = TrialRun(spec(tmp_path), 1, {"train.lr": 1e-3})
+    first = record_of(search := spec(tmp_path))
     for step, value in ((1, 0.5), (2, 0.6)):
-        first._file.measured(step, value)
-    Path(first.folder.checkpoints, "step-0000001").mkdir(parents=True)
-    second = TrialRun(spec(tmp_path), 1, {"train.lr": 1e-3})
-    monkeypatch.setattr(trials.ray, "cluster_resources", dict)
-    monkeypatch.setattr(trials.publish, "tracked", lambda *_: contextlib.nullcontext(SimpleNamespace(run_id="")))
-    monkeypatch.setattr(trials.fit, "finished_training", lambda *_: None)
-
-    def fitted(*_: object) -> Any:
-        second._on_row(2, {"train/loss": 0.7})
-        return SimpleNamespace(state=SimpleNamespace(history=[]))
-
-    monkeypatch.setattr(second, "_fitted", fitted)
-    second._train()
-    assert second._file.record.curve == ((1, 0.5), (2, 0.7))
-    assert second._file.record.value == 0.5
+        first.measured(step, value)
+    Path(trial_place(search.folder, 1), "checkpoints", "step-0000001").mkdir(parents=True)
+    training.result, training.losses = None, {2: 0.7}
+    second = TrialRun(search, 1, {"train.lr": 1e-3})
+    assert [second.next(), second.next()] == [Measured(2, 0.7), Ended("finished")]
+    found = read_all(search.folder)[1]
+    assert (found.curve, found.value) == (((1, 0.5), (2, 0.7)), 0.5)
 
 
 @pytest.mark.parametrize(("rate", "kept"), [(1e-3, True), (2e-3, False)])
 def test_a_trial_does_not_go_on_from_a_checkpoint_of_other_values(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rate: float, kept: bool
+    tmp_path: Path, training: Any, rate: float, kept: bool
 ) -> None:
     """Optuna draws anew what Tune had not noted: the training went on from that of the other rate, in silence."""
     search = spec(tmp_path, searcher="tpe")
     first = TrialRun(search, 1, {"train.lr": 1e-3})
     first.folder.claim()
-    first._file.begin()
+    record_of(search).begin()
     (checkpoint := Path(first.folder.checkpoints, "step-0000001")).mkdir(parents=True)
-    ended = SimpleNamespace(state=SimpleNamespace(history=[]))
-    monkeypatch.setattr(trials.ray, "cluster_resources", dict)
-    monkeypatch.setattr(trials.publish, "tracked", lambda *_: contextlib.nullcontext(SimpleNamespace(run_id="run")))
-    monkeypatch.setattr(trials.fit, "finished_training", lambda *_: ended)
     second = TrialRun(search, 1, {"train.lr": rate})
-    second._file.begin()
-    second._train()
+    assert second.next() == Ended("finished")
     assert checkpoint.exists() == kept
     assert second.folder.other_settings() == ""
     assert read_all(search.folder)[1].params == {"train.lr": rate}
@@ -247,7 +250,7 @@ def test_a_trial_does_not_go_on_from_a_checkpoint_of_other_values(
 
 
 def test_trials_are_tracked_where_the_search_is_wherever_they_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, training: Any
 ) -> None:
     """Tune puts each into a folder of its own, whose mlflow.db went with it; other nodes have other variables."""
     (driver := tmp_path / "driver").mkdir()
@@ -261,23 +264,13 @@ def test_trials_are_tracked_where_the_search_is_wherever_they_run(
 
     monkeypatch.setattr(search_run, "_concurrent_trials", lambda _: (1, ()))
     monkeypatch.setattr(search_run.tuner, "build", build)
-    search_run._search(spec(tmp_path))
+    search_run.search(spec(tmp_path))
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://another:5000")
-    found: list[str] = []
-
-    def tracked(train_spec: TrainSpec, *_: object) -> Any:
-        found.append(resolve_uri(train_spec.config))
-        return contextlib.nullcontext(SimpleNamespace(run_id=""))
-
-    ended = SimpleNamespace(state=SimpleNamespace(history=[]))
-    monkeypatch.setattr(trials.ray, "cluster_resources", dict)
-    monkeypatch.setattr(trials.publish, "tracked", tracked)
-    monkeypatch.setattr(trials.fit, "finished_training", lambda *_: ended)
     run = TrialRun(travelled[0], 1, {"train.lr": 1e-3})
-    run._train()
-    assert found == [f"sqlite:///{driver}/mlflow.db"]
+    assert run.next() == Ended("finished")
+    assert [resolve_uri(each.config) for each in training.tracked] == [f"sqlite:///{driver}/mlflow.db"]
     assert run.folder.config.tracking.uri is None, "a storage that is moved takes its database along"
 
 
@@ -306,11 +299,11 @@ def test_what_was_measured_is_not_given_to_other_values(tmp_path: Path, changes:
     """Trials that begin anew draw others, and would find the results of those of before in their folders."""
     search = spec(tmp_path, **changes)
     begun(search, None)
-    kept = trial_file.TrialFile(trial_place(search.folder, 0), TrialRecord(0, {}, "unfinished"), "min")
+    kept = record_of(search, 0)
     kept.measured(2, 0.5)
     with pytest.raises(UserError, match=r"Ray Tune cannot resume the search in .*; choose another run.name"):
         again(search)
-    assert trial_file.read(trial_place(search.folder, 0)) == kept.record
+    assert read(trial_place(search.folder, 0)) == kept.record
 
 
 @pytest.mark.parametrize("searcher", ["random", "tpe"])
@@ -365,46 +358,33 @@ def test_a_search_that_was_moved_compares_with_what_was_measured_before(tmp_path
     """Its scheduler looked for the trials at the old place, found none, and compared with nothing."""
     old, now = (spec(tmp_path / name, scheduler={"kind": kind}) for name in ("old", "now"))
     begun(old, '{"trial_data": [["{}", "{}"]]}')
-    trial_file.TrialFile(trial_place(old.folder, 0), TrialRecord(0, {}, "finished", total=2), "min").measured(1, 0.5)
     (tmp_path / "old").rename(tmp_path / "now")
     made = again(now)
     assert made._is_restored
-    assert schedulers._results(made._tune_config.scheduler._folder, "train/loss", "trial-000")
+    assert made._tune_config.scheduler.folder == now.folder
 
 
 def test_a_trial_of_a_moved_search_goes_on_from_the_checkpoint_that_was_moved_with_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, training: Any
 ) -> None:
-    trial: Any = SearchTrial.__new__(SearchTrial)
-    trial._trial_info = SimpleNamespace(trial_name="trial-001")
-    trial.setup({NUMBER: 1, "train.lr": 1e-3}, sweep_spec=spec(tmp_path))
-    copied: list[Any] = []
-    monkeypatch.setattr(trials, "copy_from", lambda *arguments: copied.append(arguments))
     (tmp_path / "checkpoint.json").write_text(
         json.dumps({"checkpoints": "/old/place/search/trials/trial-001/checkpoints", "step": 8})
     )
-    trial.load_checkpoint(str(tmp_path))
-    [(source, target, step, _)] = copied
+    process(spec(tmp_path), 1).load_checkpoint(str(tmp_path))
+    [(source, target, step, _)] = training.copied
     assert source == target == f"{tmp_path}/search/trials/trial-001/checkpoints"
     assert step == 8
 
 
-def test_a_trial_that_had_stopped_early_ends_with_what_it_had_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_trial_that_had_stopped_early_ends_with_what_it_had_measured(tmp_path: Path, training: Any) -> None:
     """A population pauses it first; then it had no result with the metric, for which Tune ended the whole search."""
     search = spec(tmp_path, scheduler={"kind": "population"})
-    kept = TrialFile(trial_place(search.folder, 1), TrialRecord(1, {}, "unfinished", total=2), "min")
-    kept.measured(1, 0.5)
-    trial: Any = SearchTrial.__new__(SearchTrial)
-    trial._trial_info = SimpleNamespace(trial_name="trial-001")
-    trial.setup({NUMBER: 1, "train.lr": 1e-3}, sweep_spec=search)
-    monkeypatch.setattr(trials, "copy_from", lambda *_: None)
+    record_of(search, total=2).measured(1, 0.5)
+    trial = process(search, 1)
     (tmp_path / "checkpoint.json").write_text(
         json.dumps({"checkpoints": trial.trial_run.folder.checkpoints, "step": 1})
     )
     trial.load_checkpoint(str(tmp_path))
-    monkeypatch.setattr(trial.trial_run, "next", lambda: Ended("finished"))
     found = trial.step()
     assert found == {"step": 1, "total": 2, "progress": 50.0, "train/loss": 0.5, "done": True, "ended": True}
     trial.save_checkpoint(str(tmp_path))

@@ -1,159 +1,203 @@
-"""The figures of a search: parallel coordinates, learning rate against loss, learning curves, importances.
+"""The figures of a search: parallel coordinates, learning curves, learning rate, importances.
 
-All are functions of a SearchRecord, and cope with what a search may be: one trial, none that worked, equal
-values, a field that is now a number and now a word.
+All are functions of a SearchRecord, and cope with what a search may be: one trial, none that worked, equal values, a
+field that is a number in one trial and a word in another. `render` gives them the style that all reports share.
 """
 
-import itertools
-from collections import Counter
-from collections.abc import Callable, Sequence
+import io
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from olora_ray.common.text import plural
-from olora_ray.sweep.record import SearchRecord
-from olora_ray.sweep.report import axis as scale
-from olora_ray.sweep.report import importance, style, text
-from olora_ray.sweep.report.axis import Scale
-from olora_ray.sweep.report.learning_curves import curves
-from olora_ray.sweep.report.scatter import rate
+from olora_ray.sweep.record import SearchRecord, TrialRecord
+from olora_ray.sweep.report import text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_NAN = float("nan")  # of a field that a trial does not have
+BEST, INK, MUTED, GRID, GOOD, FAILED = "#d55e00", "#1f2933", "#5f6c7b", "#e4e7eb", "#2f7fb5", "#8c2d72"
+"""Nothing but what is best has the colour BEST, in figures and on pages."""
+COLOURS = ("#0072b2", "#009e73", "#cc79a7", "#e0a100", "#56b4e9", "#4d4d4d")
+"""Okabe and Ito's palette without BEST, which colour-blind people can tell apart."""
+NOTHING = "no trial has a value"
+_MISSING = float("nan")  # the value of a field that a trial does not have
+
+Draw = Callable[[], "Figure"]
+
+
+def render(draws: Mapping[str, Draw]) -> dict[str, bytes]:
+    """Draw figures in the style of the reports; PNGs by their names."""
+    import matplotlib
+
+    style: Any = {
+        "text.parse_math": False,  # a `$` in a name is no mathematics
+        "text.color": INK,
+        "axes.edgecolor": MUTED,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.axisbelow": True,
+        "grid.color": GRID,
+        "savefig.dpi": 150,
+        "font.size": 9,
+        "legend.frameon": False,
+    }
+    pictures = {}
+    with matplotlib.rc_context(style):
+        for name, draw in draws.items():
+            draw().savefig(buffer := io.BytesIO(), format="png")
+            pictures[name] = buffer.getvalue()
+    return pictures
+
+
+def new(title: str, caption: str, width: float = 6.8, height: float = 4.4) -> tuple["Figure", "Axes"]:
+    """A figure of so many inches with its heading and a caption below."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.suptitle(title, x=0.01, ha="left", size=13, weight="bold")
+    figure.supxlabel(caption, x=0.01, ha="left", size=9, color=MUTED)
+    return figure, figure.add_subplot()
+
+
+def say(axes: "Axes", sentence: str) -> None:
+    """Say why there is no picture, in its place."""
+    axes.set_axis_off()
+    axes.text(0.5, 0.5, sentence, transform=axes.transAxes, ha="center", va="center", size=12, color=MUTED)
+
+
+def legend(axes: "Axes", title: str = "") -> None:
+    """Name what has a label, to the right of the axes, where it hides nothing."""
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(title=title or None, loc="upper left", bbox_to_anchor=(1.01, 1.0), alignment="left")
 
 
 def parallel(record: SearchRecord) -> "Figure":
-    """Parallel coordinates: one line per trial through its parameters to its value."""
-    trials, best = record.ranked(), record.best()
-    fields = [name for name in record.fields if any(name in trial.params for trial in record.trials)]
-    failed = [trial for trial in record.trials if not trial.measured()]
-    subtitle = f"one line per trial, the darker the better ({style.better(record)}){style.named(best)}"
-    if default := record.of(record.default):
-        subtitle += "; dashed: the default config" if default is not best else " and the default config"
-    if failed:
-        subtitle += f"; dotted: {len(failed)} without a value"
-    figure, axes = style.empty(
-        f"Parameters and the {style.metric(record)} they led to", subtitle, width=12.0, height=4.8
-    )
+    """Draw one line per trial through its parameters to its value."""
+    best, default = record.best(), record.of(record.default)
+    low, high, beyond = _metric_range(record)
+    caption = f"one line per trial, the darker the better ({_better(record)}); dashed: the default config"
+    figure, axes = new(f"Parameters and {_metric(record)}", caption + _orange(best) + beyond, width=12.0, height=4.8)
     if not record.trials:
-        style.say(axes, style.NOTHING)
+        say(axes, NOTHING)
         return figure
-    names, metric = text.short(fields), style.metric_scale(record)
-    scales = [scale.of(trial.params.get(name) for trial in record.trials if name in trial.params) for name in fields]
-    if trials:
-        _gradient(axes, len(scales), record)
-    _vertical_axes(axes, [*scales, metric], [*(text.value(names[name], 26) for name in fields), style.metric(record)])
-    thin = (1.6, 0.9) if len(record.trials) <= 40 else (1.0, 0.5)
-    drawn = [*failed, *reversed(trials)]
-    fanned = [
-        _fan([axis.position(trial.params.get(name, _NAN)) for trial in drawn])
-        for axis, name in zip(scales, fields, strict=True)
-    ]
-    for trial, places in zip(drawn, zip(*fanned, strict=True) if fanned else [()] * len(drawn), strict=True):
-        place = metric.position(trial.value)
-        if place is None:
-            _line(axes, places, style.FAILED, 1.2, 0.7, ":")
-        elif trial is best:
-            _line(axes, [*places, place], "white", 6.0, 1.0)
-            _line(axes, [*places, place], style.BEST, 3.2, 1.0)
+    fields = _fields(record)
+    columns = [_places([trial.params.get(name, _MISSING) for trial in record.trials]) for name in fields]
+    values = [_clipped(trial, low, high) for trial in record.trials]
+    columns.append(_places(values))
+    for trial, *places in zip(record.trials, *(places for places, _ in columns), strict=True):
+        look: dict[str, Any] = {"color": _shade(record, trial, low, high), "linewidth": 1.3, "zorder": 2}
+        if trial is best:
+            look = {"color": BEST, "linewidth": 3.2, "zorder": 4}
         elif trial is default:
-            _line(axes, [*places, place], style.INK, 1.8, 1.0, "--")
-        else:
-            _line(axes, [*places, place], style.shade(record, place), *thin)
+            look = {"color": INK, "linewidth": 1.8, "zorder": 3, "linestyle": "--"}
+        axes.plot(range(len(places)), places, **look)
+    names = [*(text.value(name, 22) for name in text.short(fields).values()), text.value(record.metric, 22)]
+    # A bold letter is 0.68 of its size wide, and the picture has 11.5 inches.
+    size = min(10.0, 72 * 11.5 / len(names) / (0.68 * max(map(len, names))))
+    axes.set_xticks(range(len(names)), names, weight="bold", size=size)
+    axes.tick_params(axis="x", length=0, pad=8)
+    axes.set(xlim=(-0.25, len(names) - 0.5), ylim=(-0.05, 1.05), yticks=[])
+    axes.spines[["left", "bottom"]].set_visible(False)
+    behind = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.8}
+    for number, (_, ticks) in enumerate(columns):
+        axes.vlines(number, 0, 1, color=MUTED, linewidth=1)
+        for place, shown in ticks:
+            axes.text(number + 0.015 * len(names), place, shown, va="center", bbox=behind, zorder=5)
+    return figure
+
+
+def curves(record: SearchRecord) -> "Figure":
+    """Draw the metric over the steps, one line per trial with a mark where it was cut."""
+    best, default = record.best(), record.of(record.default)
+    drawn = {trial.number: points for trial in record.trials if (points := _points(trial))}
+    low, high, beyond = _range(record, [[value for _, value in points] for points in drawn.values()])
+    caption = f"one line per trial, the darker the better{_orange(best)}{beyond}"
+    figure, axes = new("Learning curves", caption, width=12.0, height=4.8)
+    if not drawn:
+        say(axes, NOTHING)
+        return figure
+    lowest, highest, _ = _metric_range(record)
+    marks = {"finished": "", "stopped": "o", "failed": "x", "unfinished": "|"}
+    counts = {status: sum(trial.status == status and trial.number in drawn for trial in record.trials)
+              for status in marks}  # fmt: skip
+    for trial in sorted(record.trials, key=lambda trial: (trial is best, trial is default)):
+        if trial.number not in drawn:
+            continue
+        colour, width = _shade(record, trial, lowest, highest), 1.3
+        named = f"{trial.status} ({counts.pop(trial.status)})" if trial.status in counts else ""
+        if trial is default:
+            colour, width, named = INK, 1.8, f"trial {trial.number}, the default config"
+        if trial is best:
+            also = ", the default config" if trial is default else ""
+            colour, width, named = BEST, 3.2, f"trial {trial.number}, the best{also}"
+        steps, values = zip(*drawn[trial.number], strict=True)
+        # A line through one point shows nothing.
+        mark = marks[trial.status] or ("." if len(steps) == 1 else "")
+        axes.plot(steps, values, color=colour, linewidth=width, linestyle="--" if trial is default else "-",
+                  marker=mark, markevery=[-1], label=named or None)  # fmt: skip
+    axes.set(xlabel="step", ylabel=f"{_metric(record)} ({_better(record)})")
+    if high > low:
+        axes.set_ylim(low - 0.06 * (high - low), high + 0.06 * (high - low))
+    axes.grid(axis="y")
+    legend(axes)
+    return figure
+
+
+def rate(record: SearchRecord) -> "Figure":
+    """Draw the learning rate against the metric by rank; of other searches the most important fields."""
+    field, group = _rate_fields(record)
+    best = record.best()
+    low, high, beyond = _metric_range(record)
+    names = text.short(record.fields)
+    by = f" by {text.value(names[group], 22)}" if group else ""
+    shown = {"train.lr": "Learning rate"}.get(field, text.value(names[field], 22)) if field else "A field"
+    figure, axes = new(f"{shown} and {_metric(record)}{by}", f"hollow: stopped early{_orange(best)}{beyond}")
+    if field is None or best is None:
+        say(axes, NOTHING if field else "no field is searched")
+        return figure
+    trials = record.ranked()
+    across, ticks = _places([trial.params.get(field, _MISSING) for trial in trials])
+    groups = [text.value(trial.params.get(group, "")) if group else "" for trial in trials]
+    kinds = sorted(dict.fromkeys(groups), key=lambda kind: (len(kind), kind))
+    for number, kind in enumerate(kinds):
+        colour = COLOURS[number % len(COLOURS)]
+        axes.plot([], [], "o", color=colour, label=text.value(kind, 18) if group and number < 12 else None)
+        for trial, place, own in zip(trials, across, groups, strict=True):
+            if own == kind:
+                face = colour if trial.status == "finished" else "white"
+                axes.plot(place, _clipped(trial, low, high), "o", color=colour, markerfacecolor=face, markersize=8)
+    axes.plot(across[0], _clipped(best, low, high), "o", markersize=17, markerfacecolor="none", markeredgecolor=BEST,
+              markeredgewidth=2.4)  # fmt: skip
+    default = record.of(record.default)
+    if default in trials and default is not None:
+        at = (across[trials.index(default)], _clipped(default, low, high))
+        if math.isfinite(at[0]):
+            axes.annotate("default", at, (11, 0), textcoords="offset points", va="center", color=MUTED)
+    axes.set_xticks([place for place, _ in ticks], [shown for _, shown in ticks])
+    axes.set(xlim=(-0.06, 1.06), xlabel=text.value(field, 60), ylabel=f"{_metric(record)} ({_better(record)})")
+    axes.grid()
+    legend(axes, text.value(names[group], 22) if group else "")
     return figure
 
 
 def importances(record: SearchRecord) -> "Figure":
-    """How much each field decided, as bars; says so where that cannot be computed."""
-    found = importance.of(record)
-    figure, axes = style.empty(
-        "What mattered",
-        f"share of the differences in {style.metric(record)} that a field explains alone (fANOVA,"
-        f" {plural(found.trials, 'trial')})",
-    )
-    if found.why_not:
-        style.say(axes, found.why_not)
+    """Draw how much each field decided, as bars, or say why that cannot be computed."""
+    shares, trials = importance(record)
+    caption = f"share of the differences that a field explains alone (fANOVA, {plural(trials, 'trial')})"
+    figure, axes = new(f"What mattered for {_metric(record)}", caption)
+    if isinstance(shares, str):
+        say(axes, shares)
         return figure
     names = text.short(record.fields)
-    shares = [share for _, share in found.shares]
-    places = list(range(len(shares)))[::-1]
-    axes.barh(places, shares, height=0.55, color=style.GOOD)
-    for place, share in zip(places, shares, strict=True):
-        axes.annotate(f"{share:.0%}", (share, place), (6, 0), textcoords="offset points", va="center", color=style.INK)
-    labels = [style.plain(" with ".join(names[name] for name in group)) for group, _ in found.shares]
-    axes.set_yticks(places, labels)
-    middle, half = (len(shares) - 1) / 2, max(len(shares), 4) / 2
-    axes.set_ylim(middle - half, middle + half)
-    axes.set_xlim(0, max(shares) * 1.12)
-    axes.set_xticks([])
-    axes.spines["bottom"].set_visible(False)
-    axes.tick_params(axis="y", length=0, labelsize=10.5)
+    labels = [text.value(" with ".join(names[name] for name in group), 40) for group in shares]
+    bars = axes.barh(range(len(shares)), list(shares.values()), height=0.55, color=GOOD)
+    axes.bar_label(bars, fmt="{:.0%}", padding=6)
+    axes.set_yticks(range(len(shares)), labels)
+    axes.set(xlim=(0, max(shares.values()) * 1.12), xticks=[])
+    axes.invert_yaxis()
     return figure
-
-
-def _vertical_axes(axes: "Axes", scales: Sequence[Scale], names: Sequence[str]) -> None:
-    axes.spines[["left", "bottom"]].set_visible(False)
-    axes.set_yticks([])
-    axes.set_xlim(-0.25, len(scales) - 0.55)
-    axes.set_ylim(-0.06, 1.06)
-    # As large as fits beside its neighbours: a bold letter is 0.68 of its size wide, the picture 11.5 inches.
-    size = 72 * 11.5 / len(names) / (0.68 * max(len(name) for name in names))
-    axes.set_xticks(range(len(names)), [style.plain(name) for name in names], size=min(10.5, size), weight="bold")
-    axes.xaxis.tick_top()
-    axes.tick_params(axis="x", length=0, pad=8)
-    for i, axis in enumerate(scales):
-        axes.vlines(i, 0, 1, color=style.MUTED, linewidth=1, zorder=2.5)
-        for place, name in axis.ticks:
-            axes.plot([i, i + 0.012 * len(scales)], [place, place], color=style.MUTED, linewidth=1, zorder=2.5)
-            at = (i + 0.016 * len(scales), place)
-            axes.text(*at, style.plain(name), size=9, va="center", color=style.INK, bbox=style.HALO, zorder=4)
-
-
-def _fan(places: Sequence[float | None]) -> list[float | None]:
-    """Equal places a little apart, so that lines that share a value can be followed."""
-    shared: dict[float | None, int] = {}
-    counts = Counter(places)
-    fanned = []
-    for place in places:
-        turn = shared[place] = shared.get(place, -1) + 1
-        share = counts[place]
-        fanned.append(None if place is None else place + min(0.006, 0.04 / share) * (turn - (share - 1) / 2))
-    return fanned
-
-
-def _gradient(axes: "Axes", last: int, record: SearchRecord) -> None:
-    """The last axis as the key of the colours."""
-    import numpy as np
-
-    colours = style.shades()(np.linspace(0, 1, 64) if record.mode == "min" else np.linspace(1, 0, 64))
-    half = 0.0028 * (last + 1)  # of the width, which grows with the number of axes
-    axes.imshow(colours[:, None], extent=(last - half, last + half, 0, 1), origin="lower", aspect="auto", zorder=2.6)
-
-
-def _line(
-    axes: "Axes", places: Sequence[float | None], colour: Any, width: float, alpha: float, dash: str = "-"
-) -> None:
-    """A smooth line that is level where it meets an axis; broken where a value has no place."""
-    import numpy as np
-
-    ease = (1 - np.cos(np.linspace(0, np.pi, 33))) / 2
-    xs, ys = [], []
-    for i, (start, stop) in enumerate(itertools.pairwise(places)):
-        low, high = (_NAN, _NAN) if start is None or stop is None else (start, stop)
-        xs.append(i + np.linspace(0, 1, 33))
-        ys.append(low + (high - low) * ease)
-    if xs:
-        axes.plot(
-            np.concatenate(xs),
-            np.concatenate(ys),
-            dash,
-            color=colour,
-            linewidth=width,
-            alpha=alpha,
-            solid_capstyle="round",
-        )
 
 
 FIGURES: dict[str, Callable[[SearchRecord], "Figure"]] = {
@@ -163,3 +207,157 @@ FIGURES: dict[str, Callable[[SearchRecord], "Figure"]] = {
     "importance": importances,
 }
 """File name without its ending -> what draws it, in the order of the page."""
+
+
+def importance(record: SearchRecord) -> tuple[dict[tuple[str, ...], float] | str, int]:
+    """Share of the metric's variance per group of fields, the greatest first, or why there is none; of how many trials.
+
+    By Optuna's fANOVA, which gives the same numbers for the same record. Fields that put the trials in the same order,
+    e.g. alpha = 2 x rank, are one group: nothing tells them apart but the default config, which is one trial.
+    """
+    fields = _fields(record)
+    trials = [trial for trial in record.ranked() if trial.status in ("finished", "stopped")]
+    columns = {name: _places([trial.params.get(name, _MISSING) for trial in trials])[0] for name in fields}
+    # A forest takes no gaps.
+    kept = [number for number in range(len(trials)) if all(math.isfinite(columns[name][number]) for name in fields)]
+    if len(kept) < 5:
+        return f"too few trials: {len(kept)}, and 5 are needed", len(kept)
+    low, high, _ = _range(record, [[trials[number].value or 0.0] for number in kept])
+    if low == high:
+        return "all trials have the same value", len(kept)
+    groups: dict[tuple[int, ...], list[str]] = {}
+    for name, column in columns.items():
+        searched = [column[number] for number in kept if trials[number].number != record.default]
+        distinct = sorted(set(searched))
+        ranks = tuple(distinct.index(place) for place in searched)
+        mirrored = tuple(len(distinct) - 1 - rank for rank in ranks)
+        if len({column[number] for number in kept}) > 1:
+            groups.setdefault(mirrored if mirrored in groups else ranks, []).append(name)
+    if not groups:
+        return "every field has one value only", len(kept)
+    rows = [{names[0]: columns[names[0]][number] for names in groups.values()} for number in kept]
+    found = _fanova(rows, [_clipped(trials[number], low, high) for number in kept])
+    shares = {tuple(names): found[names[0]] for names in groups.values()}
+    if not any(share > 0 for share in shares.values()):
+        return "no field explains the differences", len(kept)
+    return dict(sorted(shares.items(), key=lambda item: -item[1])), len(kept)
+
+
+def _fanova(rows: Sequence[Mapping[str, float]], values: Sequence[float]) -> dict[str, float]:
+    """Optuna's importances over positions: it weighs a logarithmic field by its plain values."""
+    import optuna
+
+    level = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        study = optuna.create_study()
+    finally:
+        optuna.logging.set_verbosity(level)
+    kinds: dict[str, Any] = dict.fromkeys(rows[0], optuna.distributions.FloatDistribution(0.0, 1.0))
+    for row, value in zip(rows, values, strict=True):
+        study.add_trial(optuna.trial.create_trial(params=dict(row), distributions=kinds, value=value))
+    evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
+    return {
+        name: float(share)
+        for name, share in optuna.importance.get_param_importances(study, evaluator=evaluator).items()
+    }
+
+
+def _places(values: Sequence[Any]) -> tuple[list[float], list[tuple[float, str]]]:
+    """Where values lie on an axis from 0 to 1, NaN for NaN and infinity, and its ticks.
+
+    Numbers that differ by a factor of 8 are put on a logarithmic axis; mixed types are categories.
+    """
+    known = [value for value in values if not (isinstance(value, float) and not math.isfinite(value))]
+    if known and all(text.is_number(value) for value in known):
+        logarithmic = min(known) > 0 and max(known) >= 8 * min(known)
+        to, back = (math.log, math.exp) if logarithmic else (float, float)
+        low, high = to(min(known)), to(max(known))
+        low, width = (low, high - low) if high > low else (low - 0.5, 1.0)
+        places = [min(1.0, max(0.0, (to(value) - low) / width)) if text.is_number(value) else math.nan
+                  for value in values]  # fmt: skip
+        distinct = sorted({float(value) for value in known})
+        shown = distinct if len(distinct) <= 5 else [back(low + width * part / 4) for part in range(5)]
+        ticks = [((to(value) - low) / width, label) for value, label in zip(shown, text.numbers(shown, 3), strict=True)]
+    else:
+        names = list(dict.fromkeys(map(text.value, known)))
+        at = {name: number / (len(names) - 1) if len(names) > 1 else 0.5 for number, name in enumerate(names)}
+        places = [at.get(text.value(value), math.nan) for value in values]
+        ticks = [(place, text.value(name, 16)) for name, place in at.items()]
+    apart: list[tuple[float, str]] = []
+    for tick in ticks:
+        if not apart or tick[0] - apart[-1][0] >= 0.07:  # nearer labels would overlap
+            apart.append(tick)
+    return places, apart
+
+
+def _range(record: SearchRecord, values: Sequence[Sequence[float]]) -> tuple[float, float, str]:
+    """(low, high) of the values to draw, given per trial, and what to say of trials beyond.
+
+    A trial that diverged would flatten all others: the bad end is at most three times as far from the better three
+    quarters of the trials as these are from the best value.
+    """
+    if not values:
+        return 0.0, 0.0, ""
+    sign = 1 if record.mode == "min" else -1
+    losses = [[sign * value for value in each] for each in values]
+    worst = sorted(max(each) for each in losses)
+    best, quarter = min(map(min, losses)), worst[3 * (len(worst) - 1) // 4]
+    # Equal values have no spread to measure an outlier by.
+    fence = quarter + 3 * (quarter - best) if quarter > best else worst[-1]
+    bad = max(loss for each in losses for loss in each if loss <= fence)
+    beyond = sum(each > bad for each in worst)
+    said = f"; far worse, and so at the edge or beyond: {plural(beyond, 'trial')}" if beyond else ""
+    return (best, bad, said) if record.mode == "min" else (-bad, -best, said)
+
+
+def _metric_range(record: SearchRecord) -> tuple[float, float, str]:
+    return _range(record, [[trial.value or 0.0] for trial in record.ranked()])
+
+
+def _clipped(trial: TrialRecord, low: float, high: float) -> float:
+    return min(high, max(low, trial.value)) if trial.measured() and trial.value is not None else math.nan
+
+
+def _points(trial: TrialRecord) -> list[tuple[int, float]]:
+    """The curve without values that are none; of a long one about 500 points, evenly, and the last."""
+    points = [(step, value) for step, value in trial.curve if math.isfinite(value)]
+    return [*points[: -1 : 1 + len(points) // 500], *points[-1:]]
+
+
+def _rate_fields(record: SearchRecord) -> tuple[str | None, str | None]:
+    """The field of the x axis and that of the colours."""
+    fields = _fields(record)
+    if not {"train.lr", "adapter.rank"} <= set(fields):
+        shares, _ = importance(record)
+        order = [name for group in shares for name in group] if isinstance(shares, dict) else []
+        fields.sort(key=lambda name: order.index(name) if name in order else len(order))
+    numeric = [name for name in fields if all(text.is_number(trial.params.get(name, 0)) for trial in record.trials)]
+    field = next((name for name in ("train.lr", *numeric, *fields) if name in fields), None)
+    return field, next((name for name in ("adapter.rank", *fields) if name in fields and name != field), None)
+
+
+def _fields(record: SearchRecord) -> list[str]:
+    return [name for name in record.fields if any(name in trial.params for trial in record.trials)]
+
+
+def _shade(record: SearchRecord, trial: TrialRecord, low: float, high: float) -> Any:
+    """One hue from dark (good) to light (bad), so that order shows without telling colours apart."""
+    import matplotlib
+
+    if trial.status == "failed" or not trial.measured():
+        return FAILED
+    place = (_clipped(trial, low, high) - low) / (high - low) if high > low else 0.0
+    return matplotlib.colormaps["Blues"](0.95 - 0.65 * (place if record.mode == "min" else 1 - place))
+
+
+def _metric(record: SearchRecord) -> str:
+    return text.value(record.metric, 26)
+
+
+def _better(record: SearchRecord) -> str:
+    return f"{'lower' if record.mode == 'min' else 'higher'} is better"
+
+
+def _orange(best: TrialRecord | None) -> str:
+    return f"; orange: trial {best.number}, the best" if best else ""

@@ -1,8 +1,12 @@
-"""Numbers, names and times of a search as a person reads them."""
+"""A search in words: its values as a person reads them, the ranked trials as a table, and the outcome in sentences."""
 
 import math
 from collections.abc import Mapping, Sequence
+from statistics import median, pstdev
 from typing import Any
+
+from olora_ray.common.text import aligned, duration
+from olora_ray.sweep.record import SearchRecord, TrialRecord
 
 
 def number(value: float, digits: int = 4) -> str:
@@ -57,7 +61,179 @@ def params(values: Mapping[str, Any]) -> str:
     return " ".join(f"{name}={value(item)}" for name, item in values.items())
 
 
+def is_number(item: Any) -> bool:
+    """A finite number; true and false are none."""
+    return isinstance(item, int | float) and not isinstance(item, bool) and math.isfinite(item)
+
+
 def short(fields: Sequence[str]) -> dict[str, str]:
     """Field -> its last part, or the whole where two fields share that."""
     last = [name.rsplit(".", 1)[-1] for name in fields]
     return {name: end if last.count(end) == 1 else name for name, end in zip(fields, last, strict=True)}
+
+
+def lines(record: SearchRecord, top: int = 10) -> list[str]:
+    """The `top` best trials as aligned columns, then those without a value where there is room."""
+    names = short(record.columns())
+    head = [
+        "",
+        "trial",
+        *(value(name, 24) for name in names.values()),
+        value(record.metric, 24),
+        "steps",
+        "time",
+        "status",
+        "",
+    ]
+    ordered = record.ordered()
+    rows = [_row(record, trial, list(names), place) for place, trial in enumerate(ordered[:top], 1)]
+    right = [True, True, *(_numeric(ordered, name) for name in names), True, True, True, False, False]
+    shown = aligned([head, *rows], right)
+    if len(ordered) > top:
+        shown.append(f"... and {len(ordered) - top} more")
+    return shown
+
+
+def summary(record: SearchRecord) -> list[str]:
+    """The closing lines: the best, against the default config, the spread, how trials ended, what was spared."""
+    return aligned([[f"{name}:", sentence] for name, sentence in facts(record)], [False, False])
+
+
+def facts(record: SearchRecord) -> list[tuple[str, str]]:
+    """What came out as (name, sentence)."""
+    found = [
+        ("best", _best(record)),
+        ("default", against_default(record)),
+        ("spread", spread(record)),
+        ("trials", _ends(record)),
+        ("start", _start(record)),
+        *(("note", note) for note in record.notes),
+    ]
+    return [(name, sentence) for name, sentence in found if sentence]
+
+
+def against_default(record: SearchRecord) -> str:
+    """How the best value compares to that of the config as it is."""
+    best, default = record.best(), record.of(record.default)
+    if best is None:
+        return ""
+    if default is None:
+        return "the config as it is was not tried, so the best has nothing to be compared with"
+    if not default.measured() or default.value is None or best.value is None:
+        return f"the config as it is (trial {default.number}, {default.status}) has no value{_because(default)}"
+    if default.number == best.number:
+        return f"the config as it is (trial {default.number}) was beaten by no other trial"
+    other = f"the config as it is: {number(default.value)} (trial {default.number}{_cut(default)})"
+    gain = (default.value - best.value) * (1 if record.mode == "min" else -1)
+    if gain < 0:  # only what failed is ranked behind what is worse
+        return f"the best is not as good as {other}{_because(default)}"
+    relative = f" ({gain / abs(default.value):.1%})" if default.value else ""
+    return f"the best is {number(gain)}{relative} better than {other}" if gain else f"no better than {other}"
+
+
+def spread(record: SearchRecord) -> str:
+    """How far the top trials are apart, and how many are too near to the best to be told from it."""
+    ranked = record.ranked()
+    # A stopped trial is behind for want of steps too.
+    top = ([trial for trial in ranked if trial.status == "finished"] or ranked)[:5]
+    values = [trial.value for trial in top if trial.value is not None]
+    if len(values) < 2:
+        return ""
+    # Values as near to the best as another seed moves a loss count as equal.
+    near = sum(abs(value - values[0]) <= 0.005 * abs(values[0]) for value in values[1:])
+    low, high = numbers([min(values), max(values)])
+    far = "within 0.5% of the best (another seed may move it as far)"
+    return (
+        f"{low} .. {high} over the top {len(values)}, standard deviation {number(pstdev(values), 2)};"
+        f" {_count(near, len(values) - 1)} of the other {len(values) - 1} {far}"
+    )
+
+
+def table(record: SearchRecord) -> tuple[list[str], list[list[Any]]]:
+    """(columns, rows) of plain values for a table artifact, the best trial first; NaN becomes None."""
+    fields = record.columns()
+    columns = ["trial", "status", record.metric, *fields, "steps", "seconds", "reason", "mlflow_run"]
+    rows = [
+        [
+            trial.number,
+            trial.status,
+            _plain(trial.value),
+            *(_plain(trial.params.get(name)) for name in fields),
+            trial.step,
+            round(trial.seconds, 1),
+            trial.reason,
+            trial.mlflow_run,
+        ]
+        for trial in record.ordered()
+    ]
+    return columns, rows
+
+
+def _best(record: SearchRecord) -> str:
+    best = record.best()
+    if best is None or best.value is None:
+        return f"no trial has a value of {record.metric}"
+    return f"{record.metric} {number(best.value)} (trial {best.number}{_cut(best)}): {params(best.params)}"
+
+
+def _cut(trial: TrialRecord) -> str:
+    """Where a trial was cut, whose value could have become better, or whose last adapter may be lost."""
+    if trial.status == "finished":
+        return ""
+    return f", {trial.status} at step {steps(trial.step, trial.total)}"
+
+
+def _count(some: int, all_: int) -> str:
+    return "none" if not some else "all" if some == all_ else str(some)
+
+
+def _ends(record: SearchRecord) -> str:
+    counts = [
+        f"{sum(trial.status == status for trial in record.trials)} {status}"
+        for status in ("finished", "stopped", "failed", "unfinished")
+    ]
+    some = ", ".join(count for count in counts if not count.startswith("0 "))
+    return f"{len(record.trials)} in {duration(record.seconds)}" + (f": {some}" if some else "")
+
+
+def _start(record: SearchRecord) -> str:
+    first = [trial.first_step for trial in record.trials if trial.first_step is not None]
+    spared = [trial.spared for trial in record.trials if trial.spared > 0]
+    parts = []
+    if first:
+        parts.append(f"first step {duration(median(first))} after a trial's start (median)")
+    if spared:
+        parts.append(
+            f"{duration(median(spared))} of preparation and initialisation spared per trial,"
+            f" {duration(sum(spared))} in all"
+        )
+    return "; ".join(parts)
+
+
+def _because(trial: TrialRecord) -> str:
+    return f": {value(trial.reason, 100)}" if trial.reason else ""
+
+
+def _row(record: SearchRecord, trial: TrialRecord, fields: Sequence[str], place: int) -> list[str]:
+    mark = " (default)" if trial.number == record.default else ""
+    return [
+        f"{place}." if trial.measured() else "",
+        str(trial.number),
+        *(value(trial.params[name], 24) if name in trial.params else "" for name in fields),
+        "-" if trial.value is None else f"{trial.value:.4f}" if 1e-2 <= abs(trial.value) < 1e4 else number(trial.value),
+        steps(trial.step, trial.total),
+        duration(trial.seconds),
+        trial.status + mark,
+        value(trial.reason, 48),
+    ]
+
+
+def _numeric(trials: Sequence[TrialRecord], name: str) -> bool:
+    values = [trial.params[name] for trial in trials if name in trial.params]
+    return all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+
+
+def _plain(item: Any) -> Any:
+    if isinstance(item, float):
+        return item if math.isfinite(item) else None
+    return item if isinstance(item, int | str | None) else value(item)

@@ -13,7 +13,7 @@ from olora_ray.config.load import dump
 from olora_ray.evaluation.rows import RowResults
 from olora_ray.pipeline import report
 from olora_ray.pipeline.run_folder import RunFolder
-from olora_ray.sweep import record, state
+from olora_ray.sweep import record, search_folder
 from olora_ray.sweep.record import SearchRecord
 from olora_ray.train.scoring import Baseline
 from tests import tiny
@@ -46,7 +46,7 @@ FILES: dict[str, Any] = {
     "training.json": {"problem": None, "state": CURVE, "stopped_early": False, "answers": [ANSWER]},
     "tracking.json": {"uri": "sqlite:///x", "run_id": "abc"},
     "export/parity.json": {"ok": True, "step": 6},
-    "tune.json": {"format": 1},
+    "progress.json": {"seconds": 9.0, "complete": True, "note": "why", "cut": [3]},
     "trials/1/trial.json": TRIAL,
     "baseline.json": {"identity": IDENTITY, "loss": 1.5, "answers": [[1, 2], [3]]},
     "rows.json": {"data": "a", "losses": [1.0, 2.0], "tokens": [3, 4], "scores": {"exact_match": [1.0, 0.0]}},
@@ -85,7 +85,7 @@ def read(content: tuple[str, bytes], place: Path, made: Any) -> None:
     folder.exported(6)
     folder.tracking_run("sqlite:///x")
     _tolerant(TrainResult.from_json, folder.trained() or "")
-    state.can_resume(folder.root)
+    search_folder.progress(folder.root)
     trials = tuple(record.read_all(folder.root).values())
     SearchRecord("test", "eval/loss", "min", "random", "none", 1.0, trials, ("train.lr",)).ranked()
     Baseline.read(f"{folder.root}/baseline.json", IDENTITY, 2)

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from olora_ray.config.load import load, override
-from olora_ray.sweep import sharing
+from olora_ray.sweep import space_file
 from tests.fuzz import mutate
 from tests.fuzz.case import Case
 from tests.fuzz.readers import config as of_configs
@@ -63,6 +63,6 @@ def read(content: str, place: Path, made: Any) -> None:
     """As `sweep.py` does, and what its first trials would be."""
     file = place / "space.yaml"
     file.write_bytes(content.encode("utf-8", "surrogatepass"))
-    space = sharing.load(file, CONFIG)
+    space = space_file.load(file, CONFIG)
     for number in range(min(space.count(), 3)):
         override(CONFIG, {**space.set, **space.values(space.drawn(number))})

@@ -1,107 +1,106 @@
+"""What the figures of a search show, whatever the search is; how they look is for people to judge."""
+
 import io
 import itertools
+import random
 import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
+import optuna
 import pytest
-from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 from matplotlib.text import Text
 
-from olora_ray.sweep.report import style
-from olora_ray.sweep.report.figures import FIGURES, importances, parallel
-from olora_ray.sweep.report.learning_curves import curves
-from olora_ray.sweep.report.scatter import rate
-from tests.sweep.odd import ODD, search
+from olora_ray.sweep.record import SearchRecord
+from olora_ray.sweep.report import figures
+from olora_ray.sweep.report.figures import FIGURES, curves, importance, importances, parallel, rate, render
+from tests.sweep.odd import NASTY, ODD, search
 from tests.sweep.searches import realistic
 
-ORANGE = [int(style.BEST[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+ORANGE = [int(figures.BEST[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+Draw = Callable[[SearchRecord], Figure]
 
 
-def pixels(figure: Figure) -> np.ndarray:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=60)
-    return imread(io.BytesIO(buffer.getvalue()))[..., :3]
+def pixels(draw: Draw, record: SearchRecord) -> np.ndarray:
+    [png] = render({"figure": partial(draw, record)}).values()
+    return imread(io.BytesIO(png))[..., :3]
 
 
 def texts(figure: Figure) -> list[str]:
     return [item.get_text() for item in figure.findobj(Text) if item.get_text()]
 
 
-@pytest.mark.parametrize("figure", FIGURES)
-@pytest.mark.parametrize("name", ODD)
-def test_whatever_a_search_is_it_can_be_drawn(name: str, figure: str) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        painted = pixels(FIGURES[figure](ODD[name]))
-    assert painted.std() > 0
-
-
-@pytest.mark.parametrize("draw", [parallel, curves, rate])
-def test_the_best_trial_stands_out_and_only_where_there_is_one(draw: object) -> None:
-    def orange(record: object) -> int:
-        return int((np.abs(pixels(draw(record)) - ORANGE).max(axis=-1) < 0.02).sum())  # type: ignore[operator]
-
-    assert orange(realistic()) > 20
-    assert orange(ODD["all failed"]) == 0
-
-
-def out_of_view(axis: Axis, limits: tuple[float, float]) -> list[Text]:
-    """Labels of ticks that lie outside of the axis, which are not drawn."""
-    ticks = zip(axis.get_ticklocs(), axis.get_ticklabels(), strict=True)
-    return [label for place, label in ticks if not limits[0] <= place <= limits[1]]
-
-
-@pytest.mark.parametrize("figure", FIGURES)
-@pytest.mark.parametrize("record", [realistic(), ODD["many fields"]], ids=["realistic", "many fields"])
-def test_no_word_is_cut_off_and_no_two_labels_overlap(figure: str, record: object) -> None:
-    drawn = style.some(FIGURES[figure](record), 300, 2000)  # type: ignore[arg-type]
-    drawn.draw_without_rendering()
-    axes = drawn.axes[0]
-    hidden = [*out_of_view(axes.xaxis, axes.get_xlim()), *out_of_view(axes.yaxis, axes.get_ylim())]
-    words = [item for item in drawn.findobj(Text) if item.get_text().strip() and item.get_visible()]
-    boxes = {item: item.get_window_extent() for item in words if item not in hidden}
-    for item, box in boxes.items():
-        assert drawn.bbox.x0 <= box.x0 < box.x1 <= drawn.bbox.x1, item.get_text()
-        assert drawn.bbox.y0 <= box.y0 < box.y1 <= drawn.bbox.y1, item.get_text()
-    headings = [boxes[item] for item in drawn.texts]
-    assert not any(one.overlaps(other) for one, other in itertools.combinations(headings, 2))
-    for labels in (axes.get_xticklabels(), axes.get_yticklabels()):
-        shown = [boxes[label] for label in labels if label in boxes]
-        assert not any(one.overlaps(other) for one, other in itertools.combinations(shown, 2))
-
-
-def test_curves_show_where_trials_were_stopped() -> None:
-    record = realistic()
-    stopped = [trial for trial in record.trials if trial.status == "stopped"]
-    ends = {
-        (line.get_xdata()[0], line.get_ydata()[0]) for line in curves(record).axes[0].lines if line.get_marker() == "o"
-    }
-    assert ends == {trial.curve[-1] for trial in stopped}
-    shown = " ".join(item for item in texts_of_legend(curves(record)))
-    assert f"stopped ({len(stopped)})" in shown
-    assert "failed (1)" in shown
-    assert "trial 0, the default config" in shown
-
-
-def texts_of_legend(figure: Figure) -> list[str]:
+def named(figure: Figure) -> list[str]:
+    """The texts of the legend."""
     legend = figure.axes[0].get_legend()
     assert legend is not None
     return [item.get_text() for item in legend.get_texts()]
 
 
+@pytest.mark.parametrize("name", ODD)
+def test_whatever_a_search_is_it_can_be_drawn(name: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        drawn = render({figure: partial(draw, ODD[name]) for figure, draw in FIGURES.items()})
+    assert all(imread(io.BytesIO(png)).std() > 0 for png in drawn.values())
+
+
+@pytest.mark.parametrize("draw", [parallel, curves, rate])
+def test_the_best_trial_stands_out_and_only_where_there_is_one(draw: Draw) -> None:
+    def orange(record: SearchRecord) -> int:
+        return int((np.abs(pixels(draw, record) - ORANGE).max(axis=-1) < 0.02).sum())
+
+    assert orange(realistic()) > 100
+    assert orange(ODD["all failed"]) == 0
+
+
+@pytest.mark.parametrize("draw", FIGURES.values())
+@pytest.mark.parametrize("record", [realistic(), ODD["many fields"]], ids=["realistic", "many fields"])
+def test_no_word_is_cut_off_and_no_two_labels_overlap(draw: Draw, record: SearchRecord) -> None:
+    drawn = draw(record)
+    drawn.draw_without_rendering()
+    axes = drawn.axes[0]
+    for box in (item.get_tightbbox() for item in [*drawn.texts, axes]):
+        assert box is not None
+        assert drawn.bbox.x0 <= box.x0 < box.x1 <= drawn.bbox.x1
+        assert drawn.bbox.y0 <= box.y0 < box.y1 <= drawn.bbox.y1
+    for labels in (axes.get_xticklabels(), axes.get_yticklabels()):
+        boxes = [label.get_window_extent() for label in labels]
+        assert not any(one.overlaps(other) for one, other in itertools.pairwise(boxes))
+
+
+def test_curves_show_where_trials_were_stopped() -> None:
+    record = realistic()
+    stopped = [trial for trial in record.trials if trial.status == "stopped"]
+    ends = {(line.get_xdata()[-1], line.get_ydata()[-1]) for line in curves(record).axes[0].lines
+            if line.get_marker() == "o"}  # fmt: skip
+    assert ends == {trial.curve[-1] for trial in stopped}
+    shown = named(curves(record))
+    assert {f"stopped ({len(stopped)})", "failed (1)", "trial 0, the default config"} <= set(shown)
+
+
 def test_a_diverged_curve_leaves_the_picture_and_this_is_said() -> None:
     figure = curves(ODD["one diverged"])
     assert figure.axes[0].get_ylim()[1] < 2
-    assert any("outside of the picture: 1 trial" in item for item in texts(figure))
+    assert any("far worse, and so at the edge or beyond: 1 trial" in item for item in texts(figure))
+
+
+@pytest.mark.parametrize("name", ["one diverged", "diverged, more is better"])
+def test_a_diverged_trial_does_not_flatten_the_others(name: str) -> None:
+    low, high = rate(ODD[name]).axes[0].get_ylim()
+    assert high - low < 0.2
 
 
 def test_the_rate_is_drawn_by_rank_on_a_logarithmic_axis() -> None:
-    figure = rate(realistic())
-    assert figure.axes[0].get_xlabel() == "train.lr"
-    assert texts_of_legend(figure) == ["8", "16", "32", "64", "no value"]
-    assert [label.get_text() for label in figure.axes[0].get_xticklabels()][:3] == ["5e-5", "1e-4", "2e-4"]
+    axes = rate(realistic()).axes[0]
+    assert axes.get_xlabel() == "train.lr"
+    assert named(axes.figure) == ["8", "16", "32", "64"]  # type: ignore[arg-type]
+    steps = np.diff(np.log([float(label.get_text()) for label in axes.get_xticklabels()]))
+    assert steps == pytest.approx(np.full(len(steps), steps[0]), rel=0.01)
 
 
 def test_without_a_rate_the_most_important_number_takes_its_place() -> None:
@@ -109,11 +108,61 @@ def test_without_a_rate_the_most_important_number_takes_its_place() -> None:
     assert rate(search(rows)).axes[0].get_xlabel() == "a.much"
 
 
-def test_importances_say_that_there_are_too_few_trials() -> None:
-    assert any("too few trials" in item for item in texts(importances(ODD["one trial"])))
-
-
 def test_dollars_are_not_taken_for_mathematics() -> None:
-    figure = parallel(search([({"a.$x$": "$y$"}, 1.0)]))
-    figure.draw_without_rendering()
-    assert not any(item.get_text() == "$y$" for item in figure.findobj(Text))
+    strange = search([({f"data.{NASTY}": rf"$\undefined{i}$"}, 1.0 + i) for i in range(3)])
+    render({name: partial(draw, strange) for name, draw in FIGURES.items()})  # matplotlib would raise
+
+
+def test_the_field_that_decides_is_the_most_important() -> None:
+    rng = random.Random(0)
+    rows = []
+    for _ in range(30):
+        params = {"a.noise": rng.random(), "a.decides": 10 ** rng.uniform(-5, -2), "a.word": rng.choice("xyz")}
+        rows.append((params, abs(params["a.decides"] - 1e-3) ** 0.5))  # type: ignore[operator]
+    found, _ = importance(search(rows))
+    assert isinstance(found, dict)
+    assert next(iter(found)) == ("a.decides",)
+    assert found["a.decides",] > 0.7
+    assert sum(found.values()) == pytest.approx(1)
+    assert importance(search(rows)) == (found, 30)
+
+
+def test_fields_that_move_together_share_one_importance_though_the_default_breaks_the_rule() -> None:
+    record = realistic()
+    assert ("adapter.rank", "adapter.alpha") in importance(record)[0]
+    assert record.trials[0].params["adapter.alpha"] != 2 * record.trials[0].params["adapter.rank"]
+
+
+def test_failed_trials_are_left_out_and_stopped_ones_are_not() -> None:
+    record = realistic()
+    ended = [trial for trial in record.trials if trial.status in ("finished", "stopped")]
+    assert importance(record)[1] == len(ended) == 11
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("one trial", "too few trials"),
+        ("all failed", "too few trials"),
+        ("equal values", "same value"),
+        ("equal parameters", "one value only"),
+        ("no trials", "too few trials"),
+    ],
+)
+def test_it_says_why_there_is_no_importance(name: str, why: str) -> None:
+    assert any(why in item for item in texts(importances(ODD[name])))
+
+
+def test_one_diverged_trial_does_not_decide_alone() -> None:
+    """With plain values the field that only the diverged trial sets would take all."""
+    record = realistic(40)
+    worse = replace(record.trials[3], value=1e12)
+    changed, _ = importance(replace(record, trials=(*record.trials[:3], worse, *record.trials[4:])))
+    assert next(iter(changed)) == ("train.lr",)
+
+
+def test_the_verbosity_of_optuna_is_left_as_it_was(capfd: pytest.CaptureFixture[str]) -> None:
+    before = optuna.logging.get_verbosity()
+    importance(realistic())
+    assert optuna.logging.get_verbosity() == before
+    assert capfd.readouterr().err == ""

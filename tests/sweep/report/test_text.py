@@ -1,8 +1,134 @@
+import json
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from olora_ray.sweep.report import text
+from tests.sweep.odd import ODD, search
+from tests.sweep.searches import realistic
+
+
+def said(record: object) -> dict[str, str]:
+    return dict(text.facts(record))  # type: ignore[arg-type]
+
+
+def test_columns_are_aligned_and_the_best_comes_first() -> None:
+    shown = text.lines(realistic(), top=20)
+    head, first = shown[0], shown[1]
+    assert first.split()[:2] == ["1.", "11"]
+    end = head.index("eval/loss") + len("eval/loss")
+    assert all(line[end - 1] in "0123456789-" and line[end : end + 2] == "  " for line in shown[1:])
+    assert len(shown) == 13
+
+
+def test_the_default_and_reasons_are_shown() -> None:
+    shown = text.lines(realistic(), top=20)
+    assert sum("finished (default)" in line for line in shown) == 1
+    assert any("failed" in line and "loss is NaN at step 7" in line for line in shown)
+
+
+def test_more_than_the_top_is_counted() -> None:
+    shown = text.lines(realistic(), top=5)
+    assert len(shown) == 7
+    assert shown[-1] == "... and 7 more"
+
+
+def test_the_best_is_compared_with_the_default() -> None:
+    record = search([({"a": 1}, 2.0), ({"a": 2}, 1.5)], default=0)
+    assert said(record)["best"] == "eval/loss 1.5 (trial 1): a=2"
+    assert said(record)["default"] == "the best is 0.5 (25.0%) better than the config as it is: 2 (trial 0)"
+    higher = replace(record, mode="max")
+    assert "beaten by no other trial" in said(higher)["default"]
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("one trial", "beaten by no other"),
+        ("equal values", "no better than"),
+        ("one diverged", "was not tried"),
+        ("NaN and infinity", "(trial 0, finished) has no value"),
+        ("zero and negative", "is 2 better than"),
+    ],
+)
+def test_other_outcomes_against_the_default(name: str, part: str) -> None:
+    assert part in said(ODD[name])["default"]
+
+
+def test_a_default_that_was_stopped_early_is_called_so() -> None:
+    record = realistic()
+    early = replace(record.trials[0], status="stopped", step=10)
+    assert "(trial 0, stopped at step 10 of 60)" in said(replace(record, trials=(early, *record.trials[1:])))["default"]
+
+
+def test_trials_that_were_cut_are_marked_also_where_one_is_the_best() -> None:
+    record = realistic()
+    best = replace(record.trials[11], status="stopped", step=20, reason="asha after 33% of its 60 steps")
+    cut = replace(record, trials=(*record.trials[:11], best))
+    assert said(cut)["best"].startswith("eval/loss 0.8358 (trial 11, stopped at step 20 of 60): ")
+    line = text.lines(cut)[1]
+    assert "20 of 60" in line
+    assert "stopped" in line
+    assert "asha after 33% of its 60 steps" in line
+    assert "60 of 60" not in "".join(text.lines(record))
+
+
+def test_a_best_that_failed_is_called_so_and_a_better_default_that_failed_too() -> None:
+    record = search([({"a": 1}, 1.0), ({"a": 2}, 2.0)], default=0)
+    failed = replace(record.trials[0], status="failed", step=4, total=8, reason="out of memory")
+    alone = replace(record, trials=(failed,))
+    assert said(alone)["best"].startswith("eval/loss 1 (trial 0, failed at step 4 of 8): ")
+    shown = said(replace(record, trials=(failed, record.trials[1])))
+    assert shown["best"].startswith("eval/loss 2 (trial 1): ")
+    assert shown["default"] == (
+        "the best is not as good as the config as it is: 1 (trial 0, failed at step 4 of 8): out of memory"
+    )
+
+
+def test_the_spread_counts_what_is_too_near_to_call() -> None:
+    values = [1.0, 1.004, 1.005, 1.006, 1.2, 9.0]
+    spread = said(search([({"a": i}, value) for i, value in enumerate(values)]))["spread"]
+    assert spread.startswith("1 .. 1.2 over the top 5, standard deviation 0.079; 2 of the other 4 within 0.5%")
+
+
+def test_stopped_trials_do_not_widen_the_spread() -> None:
+    record = search([({"a": i}, 1 + i / 10) for i in range(4)])
+    stopped = tuple(replace(trial, status="stopped") if trial.number > 1 else trial for trial in record.trials)
+    assert said(replace(record, trials=stopped))["spread"].startswith("1 .. 1.1 over the top 2")
+
+
+def test_ends_and_spared_seconds() -> None:
+    assert said(realistic())["trials"] == "12 in 10 min 12 s: 8 finished, 3 stopped, 1 failed"
+    assert "38 s of preparation and initialisation spared per trial, 7 min 04 s in all" in said(realistic())["start"]
+    assert "start" not in said(ODD["one trial"])
+
+
+def test_a_search_in_which_all_failed_says_so() -> None:
+    assert said(ODD["all failed"]) == {
+        "best": "no trial has a value of eval/loss",
+        "trials": "6 in 1 min 00 s: 6 failed",
+    }
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_everything_can_be_said_and_tabled(name: str) -> None:
+    record = ODD[name]
+    assert text.lines(record)
+    assert text.summary(record)
+    columns, rows = text.table(record)
+    assert all(len(row) == len(columns) for row in rows)
+    json.dumps(rows, allow_nan=False)
+
+
+def test_the_table_has_the_exact_values() -> None:
+    record = realistic()
+    columns, rows = text.table(record)
+    best = dict(zip(columns, rows[0], strict=True))
+    assert best["train.lr"] == record.trials[11].params["train.lr"]
+    assert best["eval/loss"] == record.trials[11].value
+    assert len(rows) == len(record.trials)
 
 
 @pytest.mark.parametrize(

@@ -1,51 +1,19 @@
-"""The shared work of a search as a task in the place of one worker, with a line a minute while it lasts."""
+"""Space files: their reader, which checks a space against the config that it varies, and the plan of a search."""
 
 import itertools
 import json
-import logging
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import ray
-
-from olora_ray.cluster.resources import worker_resources
-from olora_ray.cluster.spec import TrainSpec
 from olora_ray.common.errors import UserError
-from olora_ray.common.text import duration
 from olora_ray.config.load import at, flatten, override, parse_yaml, validated
 from olora_ray.config.schema import NO_GATE, Config
 from olora_ray.model.source import BaseModel
-from olora_ray.pipeline import connection, prepare
+from olora_ray.pipeline import prepare
 from olora_ray.pipeline.base import open_base
 from olora_ray.sweep import shared_work
-from olora_ray.sweep.shared_work import Kind, Shared
 from olora_ray.sweep.space import LOWER_IS_BETTER, SAME_BASE, Space, multiple
-
-logger = logging.getLogger(__name__)
-
-STILL = 60.0
-"""Seconds from one line to the next."""
-
-
-def made(spec: TrainSpec, place: str, wanted: Sequence[Kind], what: str) -> Shared:
-    """`shared_work.make` on the cluster; `what` it is, for the log. Raises UserError as it does."""
-    resources = worker_resources(spec.config)
-    make = ray.remote(shared_work.make).options(num_cpus=resources["CPU"], num_gpus=resources.get("GPU", 0))
-    began = time.monotonic()
-    task = make.remote(spec, place, wanted)
-    while not ray.wait([task], timeout=STILL)[0]:
-        logger.info(f"{what}: {duration(time.monotonic() - began)} so far")
-    with connection.user_errors():
-        found: Shared = ray.get(task)
-    for line in found.told:
-        logger.info(line)
-    return found
-
-
-# Reader of space files: checks each against the config that it varies, before anything starts.
-
 
 FIXED = ("run.", "tracking.", "registry.", "cluster.", "gate.", "retrain.", "notify.")
 """Sections that a space cannot change: they say where and under which name, not what comes out."""
@@ -55,10 +23,6 @@ IDLE = ("train.activation_checkpointing", "train.keep", "train.log_every")
 """Fields that a space can set, but not search: they change no number of a training."""
 METHOD, RANK = "adapter.method", "adapter.rank"
 """Fields that are checked together."""
-MOST_CHECKED = 200
-"""Trials whose whole config is checked before a search begins; of the others each field is."""
-MOST_PAIRS = 1_000
-"""Values of a field with `of` that are all checked."""
 
 
 def load(path: str | Path, config: Config) -> Space:
@@ -113,7 +77,7 @@ def check(space: Space, config: Config, where: str = "space") -> None:
         if not any(overlap(field, name) for name in known):  # e.g. data.train.00.weight
             raise UserError(f"{where}: search.{field}: unknown field; --help lists the fields")
     if space.searcher != "tpe":
-        for number in range(min(space.count(), MOST_CHECKED)):
+        for number in range(min(space.count(), 200)):  # of the others each field is checked
             _override(base, space.values(space.drawn(number)), f"{where}: search: trial {number}")
     _check_metric(space, base, where)
 
@@ -178,7 +142,7 @@ def _changes(space: Space, field: str) -> Iterator[dict[str, Any]]:
 
 def _pairs(bases: Sequence[Any], factors: Sequence[float]) -> Iterator[tuple[Any, float]]:
     """Each with each; of very many, all of one side with the ends of the other."""
-    if len(bases) * len(factors) <= MOST_PAIRS:
+    if len(bases) * len(factors) <= 1_000:
         yield from itertools.product(bases, factors)
         return
     yield from itertools.product(bases, (min(factors), max(factors)))
@@ -202,13 +166,8 @@ def _override(config: Config, changes: Mapping[str, Any], where: str) -> Config:
         raise UserError(f"{where}: {text}{hint}") from None
 
 
-# The plan of a search, before tokens and factors are made: what its trials train, and whether it can be exported.
-
-
 DECIDE = ("model.name", "model.revision", "model.quantization", "adapter.method", "adapter.targets", "export.merged")
 """Fields on which it depends whether something can be trained and exported: not every method takes every layer."""
-MOST_TRIED = 50
-"""Combinations of their values that are tried: each takes as long as the same look at a single run."""
 
 
 def plan(config: Config, space: Space, base: BaseModel) -> None:
@@ -243,7 +202,7 @@ def _settings(config: Config, space: Space) -> Iterator[tuple[str, dict[str, Any
     options = {field: domain.options() for field, domain in space.search.items() if _decides(field)}
     drawn = [dict(zip(options, values, strict=True)) for values in itertools.product(*options.values())]
     of_config: list[dict[str, Any]] = [{}] if space.has_default() and options else []
-    for changes in [*of_config, *drawn][:MOST_TRIED]:
+    for changes in [*of_config, *drawn][:50]:  # each takes as long as the same look at a single run
         shown = ", ".join(f"search.{field}={value}" for field, value in changes.items())
         yield f"{shown}: " if shown else "", changes | largest
 

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from olora_ray.sweep.record import SearchRecord
-from olora_ray.sweep.report import importance, style, write
-from olora_ray.sweep.report.figures import FIGURES, parallel
+from olora_ray.sweep.report import figures, page
+from olora_ray.sweep.report.figures import FIGURES
 from tests import browser
 from tests.sweep.odd import NASTY, ODD
 from tests.sweep.searches import realistic
@@ -19,12 +18,12 @@ FILES = {"report.html", "leaderboard.json", *(f"{name}.png" for name in FIGURES)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("report")
-    write.write(realistic(), str(made))
+    page.write(realistic(), str(made))
     return made
 
 
 def test_all_files_are_written_to_a_path_or_uri(tmp_path: Path) -> None:
-    written = write.write(ODD["one trial"], f"file://{tmp_path}/search")
+    written = page.write(ODD["one trial"], f"file://{tmp_path}/search")
     assert set(written) == {f"file://{tmp_path}/search/{name}" for name in FILES}
     assert {file.name for file in (tmp_path / "search").iterdir()} == FILES
 
@@ -35,60 +34,41 @@ def test_the_leaderboard_is_the_record(folder: Path) -> None:
 
 
 def test_the_page_needs_nothing_else(folder: Path) -> None:
-    page = (folder / "report.html").read_text()
-    addresses = re.findall(r"""(?:src|href|url|@import)\s*[=(]?\s*["']?([^"'\s)>]+)""", page)
+    shown = (folder / "report.html").read_text()
+    addresses = re.findall(r"""(?:src|href|url|@import)\s*[=(]?\s*["']?([^"'\s)>]+)""", shown)
     assert len([address for address in addresses if address.startswith("data:image/png;base64,")]) == len(FIGURES)
-    assert "http://" not in page
-    assert "https://" not in page
-    assert "default-src 'none'" in page
+    assert "http://" not in shown
+    assert "https://" not in shown
+    assert "default-src 'none'" in shown
 
 
 def test_text_of_trials_cannot_become_html() -> None:
-    page = write.html(ODD["nasty text"], {})
-    assert page.count("<script>") == 1  # the page's own
-    assert "&lt;script&gt;alert(&#x27;x&#x27;)&lt;/script&gt; &amp; &quot;$a$" in page
-    assert NASTY not in page
+    shown = page.html(ODD["nasty text"], {})
+    assert shown.count("<script>") == 1  # the page's own
+    assert "&lt;script&gt;alert(&#x27;x&#x27;)&lt;/script&gt; &amp; &quot;$a$" in shown
+    assert NASTY not in shown
 
 
 @pytest.mark.parametrize("name", ODD)
 def test_every_search_has_a_page_with_all_its_trials(name: str) -> None:
-    page = write.html(ODD[name], {})
-    assert page.count("<tr") == 1 + len(ODD[name].trials)
+    shown = page.html(ODD[name], {})
+    assert shown.count("<tr") == 1 + len(ODD[name].trials)
 
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("large")
-    write.write(realistic(2000), str(made))
+    page.write(realistic(2000), str(made))
     return made
 
 
 def test_the_page_of_a_large_search_has_a_bound_and_says_what_it_leaves_out(large: Path) -> None:
-    page = (large / "report.html").read_text()
-    assert len(page) < 4e6
-    assert page.count("<tr") == 1 + write.MOST_ROWS + 1  # the default is one of the others
-    assert "1,499 more, all worse, failed or without a value, are in leaderboard.json" in page
-    assert f"Figures show {write.MOST_DRAWN} of 2,000 trials" in page
+    shown = (large / "report.html").read_text()
+    assert len(shown) < 4e6
+    assert shown.count("<tr") == 1 + page.ROWS + 1  # the default is one of the others
+    assert "1,499 more, all worse, failed or without a value, are in leaderboard.json" in shown
+    assert f"Figures show {page.DRAWN} of 2,000 trials" in shown
     assert len(json.loads((large / "leaderboard.json").read_text())["trials"]) == 2000
-
-
-def test_what_is_drawn_of_a_large_search_does_not_grow_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not the time, which depends on the machine, but what takes it: the things that are drawn, the forest's trials."""
-    seen: list[SearchRecord] = []
-    monkeypatch.setattr(write, "FIGURES", {"parallel_coordinates": lambda some: seen.append(some) or parallel(some)})
-    write._pictures(realistic(500))
-    assert [len(some.trials) for some in seen] == [write.MOST_DRAWN]
-    drawn = {
-        trials: {
-            name: len(draw(realistic(trials).thinned(write.MOST_DRAWN)).axes[0].get_children())
-            for name, draw in FIGURES.items()
-            if name != "importance"
-        }
-        for trials in (500, 2000)
-    }
-    for name, artists in drawn[500].items():
-        assert abs(drawn[2000][name] - artists) < 50, name
-    assert importance.of(realistic(500)).trials <= 300
 
 
 # Runs after the page's own script: marks what was loaded, clicks on a column, and writes what came of it.
@@ -133,7 +113,7 @@ def test_the_screenshot_shows_the_page_and_its_best_trial(folder: Path, tmp_path
     browser.screenshot((folder / "report.html").as_uri(), shot, width=1400, height=2400)
     painted = imread(shot)[..., :3]
     assert painted.shape == (2400, 1400, 3)
-    orange = np.array([int(style.BEST[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+    orange = np.array([int(figures.BEST[i : i + 2], 16) / 255 for i in (1, 3, 5)])
     best = np.abs(painted - orange).max(axis=-1) < 0.03
     # The value in the header, the line through both wide figures, the ring around the point below.
     for name, top, bottom in (

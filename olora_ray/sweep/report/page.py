@@ -1,0 +1,203 @@
+"""The report of a search: one page that needs nothing else, its figures as files, and leaderboard.json."""
+
+import base64
+from collections.abc import Iterable, Mapping
+from functools import partial
+from html import escape
+from string import Template
+
+from olora_ray.common import storage
+from olora_ray.common.text import duration, plural
+from olora_ray.sweep.record import SearchRecord, TrialRecord
+from olora_ray.sweep.report import text
+from olora_ray.sweep.report.figures import FIGURES, render
+
+DRAWN, ROWS = 300, 500
+"""Most trials in a figure, where more lines hide each other, and in the page's table, which would be megabytes."""
+_DESCRIBED = {
+    "parallel_coordinates": ("Parallel coordinates: the parameters of each trial and its value", True),
+    "learning_curves": ("Learning curves of all trials", True),
+    "learning_rate": ("Learning rate against the metric, by rank", False),
+    "importance": ("Importance of each parameter", False),
+}
+"""Name of the figure -> (what a screen reader says, whether it takes the page's width)."""
+
+# The policy has the browser itself refuse whatever would be fetched from elsewhere.
+_PAGE = Template("""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy"
+  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>$title</title>
+<style>
+:root { color-scheme: light dark; --ink: #1f2933; --muted: #5f6c7b; --line: #e1e5ea; --page: #f4f6f8; --card: #fff;
+  --best: #d55e00; --soft: #fdf0e6; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e4e8ed; --muted: #9aa7b5; --line: #333d48; --page: #14191f;
+  --card: #1d242c; --best: #f28a3c; --soft: #3a2a1d; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 1320px; padding: 28px; background: var(--page); color: var(--ink);
+  font: 15px/1.5 system-ui, sans-serif; font-variant-numeric: tabular-nums; }
+.about, .label, .reason, dt, footer { color: var(--muted); }
+.cards, .figures { display: grid; gap: 14px; grid-template-columns: 1fr 1fr; }
+.card, figure, .scroll { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 14px; }
+.card.best { border-left: 5px solid var(--best); }
+.value { font-size: 38px; font-weight: 700; color: var(--best); }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: 5px 16px; } dd { margin: 0; overflow-wrap: anywhere; }
+figure { margin: 0; background: #fff; } figure.wide { grid-column: 1 / -1; } img { width: 100%; }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-size: 14px; }
+th, td { padding: 6px 10px; text-align: left; white-space: nowrap; border-bottom: 1px solid var(--line); }
+tr.best { background: var(--soft); font-weight: 600; }
+.number { text-align: right; } td.reason { white-space: normal; min-width: 260px; }
+th button { all: unset; cursor: pointer; font-weight: 600; } th button:focus-visible { outline: 2px solid var(--best); }
+th button::after { content: "\\2195"; padding-left: 4px; } th[aria-sort=ascending] button::after { content: "\\2191"; }
+th[aria-sort=descending] button::after { content: "\\2193"; }
+@media (max-width: 900px) { .cards, .figures { grid-template-columns: 1fr; } }
+</style>
+</head>
+<body>
+$body
+<script>
+// A click on a column's name sorts by it, another turns the order around. Cells without a value stay last.
+const table = document.querySelector("table");
+table.querySelectorAll("th").forEach((head, column) => head.querySelector("button").addEventListener("click", () => {
+  const way = head.getAttribute("aria-sort") === "ascending" ? -1 : 1;
+  table.querySelectorAll("th").forEach(other => other.removeAttribute("aria-sort"));
+  head.setAttribute("aria-sort", way > 0 ? "ascending" : "descending");
+  const order = (left, right) => {
+    const [a, b] = [left, right].map(row => row.cells[column].dataset.sort);
+    if (a === "" || b === "") return (a === "") - (b === "");
+    return way * (isNaN(a) || isNaN(b) ? a.localeCompare(b) : a - b);
+  };
+  [...table.tBodies[0].rows].sort(order).forEach(row => table.tBodies[0].append(row));
+}));
+</script>
+</body>
+</html>
+""")
+
+
+def document(title: str, body: str) -> str:
+    """The whole page; `body` is HTML whose first table is sorted by a click."""
+    return _PAGE.substitute(title=escape(title), body=body)
+
+
+def image(png: bytes, described: str, wide: bool) -> str:
+    """A figure with the picture inside of the page."""
+    data = base64.b64encode(png).decode()
+    kind = ' class="wide"' if wide else ""
+    return f'<figure{kind}><img alt="{escape(described)}" src="data:image/png;base64,{data}"></figure>'
+
+
+def terms(pairs: Iterable[tuple[str, str]]) -> str:
+    """A list of names and what is said of them."""
+    return "<dl>" + "".join(f"<dt>{escape(name)}</dt><dd>{escape(said)}</dd>" for name, said in pairs) + "</dl>"
+
+
+def cell(shown: str, sort: object = None, kind: str = "") -> str:
+    """A cell of a table; `sort` is what it is sorted by, if not by the text."""
+    return f'<td class="{kind}" data-sort="{escape(shown if sort is None else str(sort))}">{escape(shown)}</td>'
+
+
+def head(name: str, numeric: bool, full: str = "") -> str:
+    """A column's name, which sorts; `full` is shown where the pointer rests on it."""
+    kind = "number" if numeric else ""
+    return f'<th scope="col" class="{kind}" title="{escape(full)}"><button type="button">{escape(name)}</button></th>'
+
+
+def table(heads: Iterable[str], rows: Iterable[str]) -> str:
+    """A table of rows `<tr>...</tr>`."""
+    body = "\n".join(rows)
+    return (
+        f'<div class="scroll"><table><thead><tr>{"".join(heads)}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
+    )
+
+
+def write(record: SearchRecord, folder: str) -> list[str]:
+    """Write report.html, the figures as PNG and leaderboard.json into `folder`, a path or URI; what was written.
+
+    Files of an earlier report are replaced.
+    """
+    some = record.thinned(DRAWN)
+    pictures = render({name: partial(draw, some) for name, draw in FIGURES.items()})
+    return files(folder, pictures, {"leaderboard.json": record.to_json(), "report.html": html(record, pictures)})
+
+
+def files(folder: str, pictures: Mapping[str, bytes], texts: Mapping[str, str]) -> list[str]:
+    """Write PNGs by the names of their figures, and texts by those of their files; what was written."""
+    contents = {f"{name}.png": png for name, png in pictures.items()}
+    contents |= {name: content.encode() for name, content in texts.items()}
+    for name, content in contents.items():
+        storage.write_bytes(storage.join(folder, name), content)
+    return [storage.join(folder, name) for name in contents]
+
+
+def html(record: SearchRecord, pictures: Mapping[str, bytes]) -> str:
+    """The page; `pictures` are PNGs by the names of FIGURES."""
+    figures = "\n".join(image(png, *_DESCRIBED[name]) for name, png in pictures.items())
+    about = (
+        f"{plural(len(record.trials), 'trial')} in {duration(record.seconds)}; searcher {record.searcher},"
+        f" scheduler {record.scheduler}"
+    )
+    thinned = ""
+    if len(record.trials) > DRAWN:
+        thinned = f" Figures show {DRAWN} of {len(record.trials):,} trials, evenly from the best to the worst."
+    return document(
+        f"{record.name}: search",
+        f'<h1>{escape(record.name)}</h1>\n<p class="about">{escape(about)}</p>\n{_cards(record)}\n'
+        f'<h2>Figures</h2>\n<div class="figures">\n{figures}\n</div>\n<h2>Trials</h2>\n{_table(record)}\n'
+        f"<footer>A click on a column's name sorts.{thinned} The same figures are PNG files beside this page,"
+        " the numbers are in leaderboard.json.</footer>",
+    )
+
+
+def _cards(record: SearchRecord) -> str:
+    best = record.best()
+    facts = [(name, said) for name, said in text.facts(record) if best is None or name != "best"]
+    if best is None or best.value is None:
+        left = f'<p class="label">{escape(record.metric)}</p><p class="value">none</p>'
+    else:
+        params = [(name, text.value(item)) for name, item in best.params.items()]
+        way = "lowest" if record.mode == "min" else "highest"
+        others = any(trial.measured() and trial.status == "failed" != best.status for trial in record.trials)
+        of = " of those that did not fail" if others else ""
+        left = (
+            f'<div class="label">{way} {escape(record.metric)}{of}, trial {best.number}</div>'
+            f'<div class="value">{escape(text.number(best.value, 5))}</div>{terms(params)}'
+        )
+    return f'<div class="cards"><div class="card best">{left}</div><div class="card">{terms(facts)}</div></div>'
+
+
+def _table(record: SearchRecord) -> str:
+    fields = record.columns()
+    names = text.short(fields)
+    numeric = {name: all(text.is_number(t.params.get(name, 0)) for t in record.trials) for name in fields}
+    heads = [head("trial", True), *(head(names[name], numeric[name], name) for name in fields)]
+    heads += [head(name, True) for name in (record.metric, "steps", "time")]
+    heads += [head(name, False) for name in ("status", "reason")]
+    ordered, best, default = record.ordered(), record.best(), record.of(record.default)
+    shown = ordered[:ROWS]
+    if default is not None and default not in shown:
+        shown.append(default)
+    found = table(heads, (_row(record, trial, numeric, trial is best) for trial in shown))
+    left = len(ordered) - len(shown)
+    more = f"{left:,} more, all worse, failed or without a value, are in leaderboard.json."
+    return found + (f'<p class="about">{more}</p>' if left else "")
+
+
+def _row(record: SearchRecord, trial: TrialRecord, numeric: Mapping[str, bool], best: bool) -> str:
+    cells = [cell(f"{trial.number}{' (default)' if trial.number == record.default else ''}", trial.number, "number")]
+    for name, is_numeric in numeric.items():
+        item = trial.params.get(name)
+        shown = text.value(item) if name in trial.params else ""
+        cells.append(cell(shown, item if text.is_number(item) else shown, "number" if is_numeric else ""))
+    cells += [
+        cell("" if trial.value is None else text.number(trial.value, 5), trial.value if trial.measured() else "",
+             "number"),
+        cell(text.steps(trial.step, trial.total), trial.step, "number"),
+        cell(duration(trial.seconds), trial.seconds, "number"),
+        cell(trial.status),
+        cell(trial.reason, kind="reason"),
+    ]  # fmt: skip
+    return f'<tr class="{"best" if best else ""}">{"".join(cells)}</tr>'

@@ -1,0 +1,121 @@
+"""A search's folder is its own: the settings that it was begun with, and the state from which it resumes."""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray import cloudpickle
+
+from olora_ray.cluster.spec import TrainSpec
+from olora_ray.common.errors import UserError
+from olora_ray.config.load import override
+from olora_ray.config.schema import Config
+from olora_ray.model.source import BaseModel
+from olora_ray.sweep import run, search_folder
+from olora_ray.sweep.search_folder import Progress
+from olora_ray.sweep.space import Space
+from olora_ray.sweep.tuner import SweepCallback
+from tests import tiny
+
+TREE: dict[str, Any] = {"search": {"train.lr": {"choice": [1e-3, 1e-4]}}, "metric": "train/loss", "trials": 4}
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
+    """Of a search in an empty storage."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr(search_folder.address, "find", lambda: "local")  # whatever runs on this machine
+    return override(tiny.config(), {"run.storage": str(tmp_path), "run.name": "quick-space"})
+
+
+def space(**changes: Any) -> Space:
+    return Space.model_validate({**TREE, **changes})
+
+
+def begun(config: Config) -> Path:
+    search_folder.begin(config, space(), {"training data": "list", "base model": "base"})
+    return Path(config.folder(), "search.json")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"trials": 5}, "(space.trials was 4, is 5)"),
+        ({"seed": 3}, "(space.seed was 17, is 3)"),
+        ({"search": {"train.lr": {"choice": [1e-3, 1e-5]}}}, "(space.search.train.lr.choice was [0.001, 0.0001], is ["),
+        ({"search": {**TREE["search"], "train.warmup": {"choice": [0.1]}}}, "train.warmup.choice was not there, is [0"),
+        ({"set": {"train.warmup": 0.1}}, "space.set.train.warmup was not there, is 0.1"),
+        ({"scheduler": {"kind": "none"}}, "(space.scheduler.kind was 'asha', is 'none')"),
+    ],
+)
+def test_a_search_with_another_space_is_refused_and_the_difference_told(
+    config: Config, changes: dict[str, Any], said: str
+) -> None:
+    begun(config)
+    with pytest.raises(UserError) as error:
+        search_folder.check(config, space(**changes))
+    text = str(error.value)
+    assert text.startswith(f"run.name: {config.folder()} holds a search with different settings (")
+    assert said in text
+    assert text.endswith("; choose another run.name or space file, or delete it")
+    assert "\n" not in text
+    assert len(text) < 1000
+
+
+def test_a_search_with_other_settings_is_refused_and_limits_and_places_may_change(config: Config) -> None:
+    begun(config)
+    search_folder.check(config, space(patience=3, time_budget=10, min_improvement=0.1, concurrency=2))
+    search_folder.check(override(config, {"cluster.cpus_per_worker": 2}), space())
+    elsewhere = {"data.train.0.path": "/elsewhere/rows.jsonl", "model.name": "/elsewhere/model"}
+    search_folder.check(override(config, elsewhere), space())
+    with pytest.raises(UserError, match=r"\(config\.train\.weight_decay was 0\.0, is 0\.1\)"):
+        search_folder.check(override(config, {"train.weight_decay": 0.1}), space())
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}"])
+def test_a_damaged_description_is_no_traceback(config: Config, text: str) -> None:
+    begun(config).write_text(text)
+    with pytest.raises(UserError, match="holds a search with different settings"):
+        search_folder.check(config, space())
+
+
+def test_a_search_of_other_contents_is_refused_before_work_is_shared(config: Config) -> None:
+    search_folder.begin(config, space(), {"training data": "old", "base model": "base"})
+    kept = (file := Path(config.folder(), "search.json")).read_text()
+    store: Any = tiny.store()
+    spec = TrainSpec(config, BaseModel("m", "/m", "base"), "tokenizer", (0,), store, None)
+    with pytest.raises(UserError, match=rf"{config.folder()} was trained with another training data \(old then, list"):
+        run.share(spec, space(), 0.0)
+    assert file.read_text() == kept
+
+
+@pytest.mark.parametrize("file", ["my space.yaml", "ünter.yaml", "a;b.yaml", "trailing..yaml"])
+def test_a_space_file_whose_name_cannot_be_part_of_a_name_is_refused_by_its_name(config: Config, file: str) -> None:
+    with pytest.raises(UserError, match=rf"^space file {file}: its name becomes a part of the search's; rename it"):
+        search_folder.search_config(config, space(), file, registers=False)
+    assert search_folder.search_config(config, space(), "lr_only.v2.yaml", False).run.name == "quick-space-lr_only.v2"
+
+
+@pytest.mark.parametrize("damage", ['{"seconds": "x"}', "", "[]"])
+def test_progress_is_kept_and_damage_is_a_new_search(tmp_path: Path, damage: str) -> None:
+    assert search_folder.progress(str(tmp_path)) == Progress()
+    kept = Progress(12.0, complete=True, note="why", cut=(3, 5))
+    search_folder.keep(str(tmp_path), kept)
+    assert search_folder.progress(str(tmp_path)) == kept
+    (tmp_path / "progress.json").write_text(damage)
+    assert search_folder.progress(str(tmp_path)) == Progress()
+
+
+def test_what_tune_unpickles_is_the_one_callback_with_the_limits_of_today(tmp_path: Path) -> None:
+    """Tune pickles it twice, as callback and as stopper: the copy that stops must be the one that counts."""
+    before = SweepCallback(str(tmp_path), space(patience=5))
+    kept = cloudpickle.dumps({"callbacks": [before], "stop": before})
+    today = SweepCallback(str(tmp_path), space(patience=2))
+    restored = pickle.loads(kept)
+    assert restored["callbacks"][0] is restored["stop"] is today
+    moved = SweepCallback(str(tmp_path / "moved"), space())
+    assert pickle.loads(kept)["stop"] is moved  # the search lies elsewhere now
+    today.since_better = 2
+    assert restored["stop"].stop_all()
+    assert today.over == "2 trials in a row have brought nothing better"
