@@ -60,7 +60,8 @@ class Module:
     @cached_property
     def comments_and_code(self) -> tuple[int, int]:
         """Lines that are comments, and lines of code: no blank lines, comments or docstrings."""
-        comments, code = set(), set()
+        comments: set[int] = set()
+        code: set[int] = set()
         lines = self.text.split("\n")
         for token in tokenize.generate_tokens(io.StringIO(self.text).readline):
             if token.type == tokenize.COMMENT and lines[token.start[0] - 1].lstrip().startswith("#"):
@@ -175,7 +176,7 @@ def _read(root: Path, folder: str) -> dict[str, Module]:
 
 def _imported(name: str, tree: ast.Module, modules: Mapping[str, Module]) -> set[str]:
     """Return what a module imports anywhere, in functions too; `from a import b` is a.b where that is a module."""
-    found = set()
+    found: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found.update(_existing(alias.name, modules) for alias in node.names)

@@ -141,7 +141,8 @@ def _step_bytes(fake: FakeModel, batch: Batch, recompute: bool) -> int:
         with live, GroupedProducts():
             fake.loss(few).backward()
     # The most comes when all blocks have kept theirs: at the head, or in the last block's backward pass.
-    return live.most + _of_skipped(fake, before) + numbers * model.dtype.itemsize
+    size: int = live.most + _of_skipped(fake, before) + numbers * model.dtype.itemsize
+    return size
 
 
 def _of_skipped(fake: FakeModel, before: Sequence[int]) -> int:
