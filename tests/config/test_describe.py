@@ -53,7 +53,6 @@ def _names(section: Any) -> list[str]:
     [
         ("format", "(messages, prompt_completion, alpaca, sharegpt, text) [messages]"),
         ("schedule", "(cosine, linear, constant) [cosine]"),
-        ("on", "(held-out) [held-out]"),
         ("dtype", "(auto, float32, bfloat16) [auto]"),
         ("revision", "(text or null) [null]"),
         ("eval", "(list of source) [[]]"),

@@ -115,7 +115,7 @@ def test_what_was_done_is_counted(tmp_path: Path) -> None:
 SAVES = """
 import os, pathlib, sys
 from olora_ray.train import checkpoint
-from olora_ray.train.state import TrainState
+from olora_ray.train.checkpoint import TrainState
 folder = pathlib.Path(sys.argv[1])
 for step in (3, 6):
     checkpoint.save(folder / str(step), {}, None, {}, TrainState(step=step), {}, "")

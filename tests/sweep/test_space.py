@@ -188,9 +188,9 @@ ODD: dict[str, tuple[dict[str, Any], str]] = {
     "beyond 64 bits": (of({"choice": [8, 2**63]}, "adapter.rank"), f"line 5: not valid YAML: '{2**63}' is too large"),
     "beyond floats": (
         of({"choice": [10**400]}, "train.steps"),
-        "is too long for a whole number; quote it if it is a text",
+        "is too large",
     ),
-    "range beyond 53 bits": (of({"quniform": [1, 2**70, 1]}), f"'{2**70}' is too large for a whole number"),
+    "range beyond 53 bits": (of({"quniform": [1, 2**70, 1]}), f"'{2**70}' is too large"),
     "step of 0": (of({"quniform": [1, 8, 0]}), "the step must be positive and fit"),
     "fractions for a whole number": (
         of({"uniform": [1, 16]}, "train.micro_batch"),
@@ -276,7 +276,7 @@ ODD: dict[str, tuple[dict[str, Any], str]] = {
         {"search": {f"data.train.{i}.weight": {"choice": [1, 2]} for i in ("0", "00")}},
         "search.data.train.00.weight: unknown field",
     ),
-    "no name": (of({"choice": [1]}, ""), "line 2: not valid YAML: an empty key"),
+    "no name": (of({"choice": [1]}, ""), "search: '' is no field of a config"),
     "no name after the dot": (of({"choice": [1]}, "train."), "search: 'train.' is no field of a config"),
     # The search as a whole.
     "a billion trials": ({"search": LR, "trials": 1e9}, "trials: input should be less than or equal to 10000"),
