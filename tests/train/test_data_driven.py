@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from olora_ray.adapter.initialise import InitReport
-from olora_ray.adapter.inject import find_targets, inject
+from olora_ray.adapter.inject import find_targets
 from olora_ray.adapter.layer import Factors
 from olora_ray.adapter.methods import eva
 from olora_ray.common import collectives
@@ -21,7 +21,6 @@ from olora_ray.tokens.store import Pack
 from olora_ray.train import calibration, data_driven
 from olora_ray.train.calibration import first_tokens, inputs_of
 from olora_ray.train.data_driven import DataReport, eva_factors
-from olora_ray.train.loop import Trainer
 from olora_ray.train.loss import SupervisedLoss
 from olora_ray.train.parallel import place_model
 from tests import tiny
@@ -132,19 +131,6 @@ def test_parts_that_are_sent_after_each_other_make_the_same_bytes(crew: Callable
     assert crew(2).run(_in_small_parts) == [(0, b"")] * 2
 
 
-def test_each_row_travels_once_and_only_to_its_owner(crew: Callable[[int], Crew]) -> None:
-    """In all, each of T rows of each input goes to one owner, and about half of them are there already."""
-    answers = crew(2).run(_bytes)
-    model = tiny.llama()
-    inputs = inputs_of(
-        SupervisedLoss(model), find_targets(model, "all-linear", RANK), data_driven.probe(_loss(), store()[0])
-    )
-    rows = [piece.count for piece in first_tokens(store(), 96)]
-    whole = 96 * sum(each.size * each.dtype.itemsize for each in inputs)
-    assert answers[0][2] <= whole
-    assert abs(answers[0][2] / whole - 0.5) < 0.5 * max(rows) / 96 + 0.2
-
-
 def _loss() -> SupervisedLoss:
     return SupervisedLoss(tiny.llama(attention="segments"))
 
@@ -160,43 +146,6 @@ def test_layers_with_one_input_share_its_components_and_compete_each() -> None:
     q, k, v = (made[f"model.layers.0.self_attn.{part}_proj"] for part in "qkv")
     assert q.rank >= k.rank >= v.rank >= q.rank - 1, "equal shares: the earlier layer goes first"
     assert torch.equal(q.a0[: v.rank], v.a0)
-
-
-def test_a_sharded_base_gives_the_same_factors(crew: Callable[[int], Crew]) -> None:
-    (whole, _), (sharded, other) = crew(2).run(_placed, "ddp"), crew(2).run(_placed, "fsdp")
-    assert sharded.keys() == other.keys() == whole.keys()
-    for name, item in whole.items():
-        assert torch.equal(sharded[name].a0, other[name].a0)
-        assert sharded[name].rank == item.rank
-        assert sine(sharded[name].a0, item.a0) < 1e-3
-
-
-def _placed(strategy: str) -> dict[str, Factors]:
-    loss = _loss()
-    place_model(loss, strategy, CPU)
-    return eva_factors(loss, find_targets(loss.model, "all-linear", RANK), settings(), store(), CPU)[0]
-
-
-def test_adapters_are_put_into_a_base_that_is_sharded_already(crew: Callable[[int], Crew]) -> None:
-    (whole, trained), (sharded, other) = crew(2).run(_trained, "ddp"), crew(2).run(_trained, "fsdp")
-    assert whole == trained
-    assert sharded == other
-    assert sharded == pytest.approx(whole, rel=1e-4)
-    assert whole[2] < whole[0]
-
-
-def _trained(strategy: str) -> list[float]:
-    """Losses of three steps of an adapter whose factors are those of the placed base."""
-    config = tiny.config(
-        adapter__method="eva", adapter__init_tokens=96, cluster__workers=2, cluster__strategy=strategy, train__lr=0.05
-    )
-    loss = _loss()
-    place_model(loss, strategy, CPU)
-    found, *_ = eva_factors(loss, find_targets(loss.model, "all-linear", RANK), config.adapter, store(), CPU)
-    adapted = inject(loss.model, found, config.adapter.scale())
-    place_model(loss, strategy, CPU)
-    trainer = Trainer(loss, adapted, config, CPU)
-    return [result.loss for result in tiny.steps(trainer, store(), count=3)]
 
 
 def test_more_tokens_are_looked_at_until_they_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
 """The loop gives the same numbers however the work is split, interrupted or repeated."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -96,30 +96,6 @@ def test_packing_does_not_matter(whole: tuple[float, Tensor], attention: str) ->
     assert_same(first_gradient(settings, singles, attention), whole)
 
 
-@pytest.mark.parametrize("micro", [1, 2])
-def test_two_workers_do_not_matter(crew: Callable[[int], Crew], whole: tuple[float, Tensor], micro: int) -> None:
-    settings = settings_for(micro, workers=2)
-    assert settings.accumulation() == 4 // micro
-    one, two = crew(2).run(_first_gradient_of_worker, settings)
-    assert one[0] == two[0]
-    assert torch.equal(one[1], two[1])
-    assert_same(one, whole)
-
-
-def _first_gradient_of_worker(settings: Config) -> tuple[float, Tensor]:
-    return first_gradient(settings, tiny.store(8), worker=torch.distributed.get_rank())
-
-
-@pytest.mark.parametrize(("workers", "micro"), [(3, 1), (3, 2), (2, 3)])
-def test_uneven_shares_do_not_matter(
-    crew: Callable[[int], Crew], whole: tuple[float, Tensor], workers: int, micro: int
-) -> None:
-    found = crew(workers).run(_first_gradient_of_worker, settings_for(micro, workers))
-    assert len({loss for loss, _ in found}) == 1
-    assert all(torch.equal(gradient, found[0][1]) for _, gradient in found)
-    assert_same(found[0], whole)
-
-
 @pytest.mark.parametrize("workers", [2, 3])
 def test_a_signal_of_one_worker_reaches_all_and_changes_nothing(crew: Callable[[int], Crew], workers: int) -> None:
     plain = crew(workers).run(_signals, {})
@@ -152,15 +128,6 @@ def _signals(by_step: dict[int, int]) -> tuple[list[bool], list[float], list[flo
     return signals, losses, alone, adapter_bytes(trainer)
 
 
-def test_what_happens_while_a_step_is_computed_is_in_its_result() -> None:
-    trainer = tiny.trainer(tiny.config())
-    store = tiny.store()
-    asked: list[bool] = []
-    trainer.loss.register_forward_hook(lambda *_: asked.append(True))
-    trainer.signal = lambda: bool(asked)
-    assert next(trainer.steps(loader(store, trainer.config), 0, schedule(store, trainer.config))).signal
-
-
 def adapter_bytes(trainer: Trainer) -> bytes:
     return trainer.flat.vector.numpy().tobytes()
 
@@ -177,23 +144,6 @@ def test_identical_runs_give_identical_bytes() -> None:
         results = run(trainer, tiny.store(), 0, STEPS)
         outcomes.append((adapter_bytes(trainer), [(r.step, r.loss, r.lr, r.grad_norm, r.supervised) for r in results]))
     assert outcomes[0] == outcomes[1]
-
-
-def test_another_seed_gives_another_adapter() -> None:
-    digests = set()
-    for seed in (1, 2):
-        trainer = tiny.trainer(tiny.config(run__seed=seed))
-        run(trainer, tiny.store(), 0, 3)
-        digests.add(adapter_bytes(trainer))
-    assert len(digests) == 2
-
-
-def test_training_lowers_the_loss() -> None:
-    trainer = tiny.trainer(tiny.config(train__schedule="constant", train__global_batch=8))
-    store = tiny.store()
-    results = list(trainer.steps(loader(store, trainer.config), 0, schedule(store, trainer.config, 12)))
-    assert results[-1].loss < 0.9 * results[0].loss
-    assert [result.step for result in results] == list(range(1, 13))
 
 
 @pytest.mark.parametrize("stop", range(STEPS))
@@ -334,50 +284,6 @@ def test_evaluation_takes_every_row(count: int, micro: int) -> None:
     sums = [evaluate(trainer, tiny.ListStore([single]), "segments") * single.supervised.sum() for single in singles]
     expected = sum(sums) / store.manifest.supervised
     assert evaluate(trainer, store, "segments") == pytest.approx(expected, rel=1e-6)
-
-
-@pytest.mark.parametrize("count", [1, 5, 8])
-def test_evaluation_does_not_depend_on_the_workers(crew: Callable[[int], Crew], count: int) -> None:
-    alone = evaluate(tiny.moved(tiny.trainer(tiny.config())), tiny.store(count), "segments")
-    assert crew(2).run(_evaluate, count) == pytest.approx([alone] * 2, rel=1e-6)
-
-
-def _evaluate(count: int) -> float:
-    trainer = tiny.moved(tiny.trainer(tiny.config()))
-    return evaluate(trainer, tiny.store(count), "segments", torch.distributed.get_rank(), 2)
-
-
-def groups(settings: Config, step: int) -> list[tuple[int, ...]]:
-    store = tiny.store(6)
-    workers = settings.cluster.workers
-    return [group for w in range(workers) for group in loader(store, settings, worker=w).read(step).sequences]
-
-
-@pytest.mark.parametrize(("micro", "workers"), [(1, 1), (2, 1), (1, 2), (2, 2), (1, 4)])
-def test_a_global_step_has_the_same_sequences_for_any_split(micro: int, workers: int) -> None:
-    settings = settings_for(micro, workers, batch=4)
-    for step in range(4):
-        found = groups(settings, step)
-        assert {len(group) for group in found} == {micro}
-        assert flat(found) == flat(groups(settings_for(4, 1, batch=4), step))
-
-
-def test_an_epoch_meets_every_sequence_once() -> None:
-    met = [index for step in range(3) for index in flat(groups(settings_for(4, batch=4), step))]
-    assert sorted(met[:6]) == sorted(met[6:]) == list(range(6))
-
-
-def flat(found: Iterable[tuple[int, ...]]) -> list[int]:
-    return [index for group in found for index in group]
-
-
-def test_reading_ahead_gives_the_steps_in_order_and_may_be_left_early() -> None:
-    settings = settings_for(4, batch=4)
-    ahead = loader(tiny.store(6), settings).steps(1, lambda done: done >= 5)
-    assert [data.sequences for data, _ in islice(ahead, 3)] == [tuple(groups(settings, step)) for step in (1, 2, 3)]
-    ahead.close()  # type: ignore[attr-defined]
-    assert list(loader(tiny.store(6), settings).steps(2, lambda done: done >= 2)) == []
-    assert len(list(loader(tiny.store(6), settings).steps(2, lambda done: done >= 5))) == 3
 
 
 def test_the_number_of_steps_follows_from_epochs_or_is_set() -> None:

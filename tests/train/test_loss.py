@@ -11,7 +11,6 @@ from torch import Tensor
 
 from olora_ray.tokens.collate import collate
 from olora_ray.tokens.store import Pack
-from olora_ray.train import loss as loss_module
 from olora_ray.train.loss import SupervisedLoss
 from tests import tiny
 from tests.families import zoo
@@ -67,12 +66,6 @@ def test_only_one_chunk_of_logits_exists_at_a_time() -> None:
     assert sum(seen) == len(batch.labels)
 
 
-def test_a_chunk_keeps_a_gpu_busy_and_a_cpu_as_it_was() -> None:
-    cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert [loss_module.chunk_rows(size, cpu) for size in (96, 49152, 128256, 262144)] == [87381, 170, 65, 64]
-    assert [loss_module.chunk_rows(size, gpu) for size in (96, 49152, 128256, 262144)] == [87381, 1024, 1024, 1024]
-
-
 @ATTENTION
 def test_packed_logits_equal_unpacked_ones(attention: str) -> None:
     loss = SupervisedLoss(tiny.llama(attention=attention))
@@ -104,19 +97,6 @@ def test_a_token_changes_its_own_segment_and_no_other(attention: str, dtype: tor
         # In bfloat16 a change of the first token may round away at a later one.
         found = same if dtype == torch.float32 or segment != changed else same[:1]
         assert found == [segment != changed] * len(found)
-
-
-@ATTENTION
-def test_a_later_token_is_not_seen(attention: str) -> None:
-    loss, original = SupervisedLoss(tiny.llama(attention=attention)), tiny.pack(9, 7)
-    ids = original.input_ids.copy()
-    ids[5] = 2 if ids[5] != 2 else 3
-    before, after = (
-        loss.hidden(collate([pack], attention)).reshape(-1, 64)
-        for pack in (original, Pack(ids, original.supervised, (9, 7)))
-    )
-    assert torch.equal(before[:5], after[:5])
-    assert not torch.equal(before[5:9], after[5:9])
 
 
 def test_a_batch_without_supervised_tokens_costs_nothing() -> None:

@@ -13,10 +13,8 @@ from olora_ray.common.errors import UserError
 from olora_ray.model import attention
 from olora_ray.tokens.collate import collate
 from olora_ray.train import loss as loss_module
-from olora_ray.train import self_test
-from olora_ray.train.fake_model import LiveBytes
 from olora_ray.train.loss import SelfTest, SupervisedLoss
-from olora_ray.train.self_test import SHORT, bare, check_adapters, choose_attention, three_examples
+from olora_ray.train.self_test import bare, check_adapters, choose_attention
 from tests import tiny
 from tests.crew import Crew
 from tests.families import zoo
@@ -70,14 +68,6 @@ def test_a_model_that_makes_its_masks_of_nothing_is_given_them(dtype: torch.dtyp
     assert (found.attention, found.given_masks) == ("eager", True)
 
 
-def test_a_mixture_is_given_masks_even_if_rounding_would_explain_a_leak(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(self_test, "MARGIN_OF_EXPERTS", 1e9)
-    found = chosen(of_kind("gpt_oss", SINKS))
-    assert (found.attention, found.given_masks) == ("eager", True)
-    assert found.differences is not None
-    assert found.differences.beside < 1e-4, "and so nothing leaks"
-
-
 def test_examples_that_may_share_a_sequence_are_tested_so_although_the_first_ones_do_not() -> None:
     attention.register()
     loss = SupervisedLoss(of_kind("gpt_oss", SINKS))
@@ -108,24 +98,6 @@ def test_a_window_is_kept_although_the_first_examples_are_shorter() -> None:
     assert short.attention == "segments"
 
 
-def test_the_self_test_of_a_window_goes_just_beyond_it() -> None:
-    made = of_kind("mistral", SMALL | {"sliding_window": 16})
-    packs = [tiny.pack(9, 40), tiny.pack(100)]
-    for most, length in ((20, 20), (100, 16 + SHORT)):
-        _, second, _ = three_examples(packs, tiny.config(data__max_length=most), made)
-        assert len(second) == length
-
-
-def test_logits_of_the_self_test_are_there_once() -> None:
-    vocabulary, length, window = 2**16, 256, 200
-    made = of_kind("mistral", SMALL | {"sliding_window": window, "vocab_size": vocabulary})
-    loss = SupervisedLoss(made)
-    with LiveBytes([*loss.parameters(), *loss.buffers()]) as live:
-        choose_attention(loss, [tiny.pack(128, 128)] * 3, tiny.config(data__max_length=length), CPU)
-    rows = 2 * (window + 2 * SHORT)  # two examples beside each other, and as much with padding
-    assert live.most < 1.7 * 4 * rows * vocabulary
-
-
 @pytest.fixture
 def varlen_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU without flash-attn."""
@@ -139,16 +111,6 @@ def test_a_kernel_that_fails_in_the_first_forward_is_passed_over(dtype: torch.dt
     found = chosen(tiny.llama(attention="varlen", dtype=dtype))  # this kernel has no version for CPUs
     assert found.attention == "sdpa"
     assert "its forward fails: NotImplementedError: Could not run" in found.passed_over["varlen"]
-
-
-def test_an_attention_whose_code_does_not_import_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    def attend(*_: Any, **__: Any) -> Any:
-        raise ImportError("flash_attn_2_cuda.so: undefined symbol")
-
-    monkeypatch.setattr(attention, "_fused", attend)
-    found = chosen(tiny.llama())
-    assert found.attention == "sdpa"
-    assert "its forward fails: ImportError: flash_attn_2_cuda.so" in found.passed_over["segments"]
 
 
 @NEWER

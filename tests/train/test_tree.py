@@ -213,10 +213,3 @@ def test_nothing_is_taken_over_from_another_sum() -> None:
     for leaves, again in ((4, None), (8, range(8)), (8, None)):
         gradient.begin(leaves, again)
         assert add_up(gradient, range(2)) == [0, 1]
-
-
-def test_two_workers_with_one_or_two_leaves_each_add_up_as_one_buffer_and_an_all_reduce() -> None:
-    """As before there was a tree: runs of that kind, the quickstart's among them, keep their bytes."""
-    values = torch.randn(4, 1000, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(tree.total(values[:2]), values[0] + values[1])
-    assert torch.equal(tree.total(values), (values[0] + values[1]) + (values[2] + values[3]))
