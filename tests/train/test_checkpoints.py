@@ -192,29 +192,6 @@ def test_a_bug_while_writing_is_raised_in_the_thread_that_trains(tmp_path: Path)
         found.save(4, writer(4))
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.data())
-def test_whatever_is_damaged_the_newest_good_one_is_found(tmp_path: Path, data: st.DataObject) -> None:
-    place = tmp_path / "fuzz"
-    shutil.rmtree(place, ignore_errors=True)
-    filled(str(place), 2, 4, 6)
-    broken = data.draw(st.sets(st.sampled_from([2, 4, 6])))
-    for step in broken:
-        folder = place / checkpoints.name_of(step)
-        file = folder / data.draw(st.sampled_from(sorted(os.listdir(folder))))
-        content = bytearray(file.read_bytes())
-        if content and data.draw(st.booleans()):
-            content[data.draw(st.integers(0, len(content) - 1))] ^= data.draw(st.integers(1, 255))
-        else:
-            content = content[: data.draw(st.integers(0, max(0, len(content) - 1)))]
-        file.write_bytes(bytes(content))
-    found = checkpoints.latest_good(str(place))
-    # A flipped byte of a manifest can be a blank: then the checkpoint is still good.
-    assert (found[1].state.step if found else None) in [*broken, max({2, 4, 6} - broken, default=None)]
-    if found:
-        assert torch.equal(found[1].optimizer["a"], torch.full((4,), float(found[1].state.step)))
-
-
 @pytest.mark.parametrize("half", [False, True])
 def test_who_was_given_up_and_comes_back_leaves_those_of_its_successor(place: str, half: bool) -> None:
     """Its write of step 20 hung, as on a network's disk, while the next one has written 30 and writes 40."""
@@ -292,6 +269,9 @@ def the_newest_good_ones_stay(place: str, states: dict[int, str], step: int, kee
     filled(place, step, keep=keep)
     assert checkpoints.names(place) == [checkpoints.name_of(each) for each in good]
     assert all(is_good(place, each) for each in good)
+    found = checkpoints.latest_good(place)
+    assert found is not None
+    assert found[1].state.step == good[-1]
 
 
 def test_steps_are_numbers(tmp_path: Path) -> None:

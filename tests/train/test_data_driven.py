@@ -19,7 +19,7 @@ from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Adapter
 from olora_ray.tokens.store import Pack
 from olora_ray.train import calibration, data_driven
-from olora_ray.train.calibration import first_tokens, inputs_of
+from olora_ray.train.calibration import first_tokens
 from olora_ray.train.data_driven import DataReport, eva_factors
 from olora_ray.train.loss import SupervisedLoss
 from olora_ray.train.parallel import place_model
@@ -98,15 +98,6 @@ def test_a0_is_the_exact_pca_of_the_first_supervised_tokens_of_packed_sequences(
         assert sine(item.a0, exact(rows[name])[0][: item.rank]) < 2e-4, name
 
 
-def test_rho_1_gives_every_layer_the_same_rank() -> None:
-    found, _, about = make(rho=1.0)
-    assert set(about.ranks.values()) == {RANK}
-    both, _, _ = make()
-    for name, item in both.items():
-        size = min(item.rank, RANK)
-        torch.testing.assert_close(item.a0[:size], found[name].a0[:size])
-
-
 def _bytes(**changes: Any) -> tuple[str, list[int], int, bytes]:
     found, report, about = make(**changes)
     parts = b"".join(item.a0.numpy().tobytes() for item in found.values())
@@ -133,19 +124,6 @@ def test_parts_that_are_sent_after_each_other_make_the_same_bytes(crew: Callable
 
 def _loss() -> SupervisedLoss:
     return SupervisedLoss(tiny.llama(attention="segments"))
-
-
-def test_layers_with_one_input_share_its_components_and_compete_each() -> None:
-    model = tiny.llama(attention="segments")
-    found = inputs_of(
-        SupervisedLoss(model), find_targets(model, "all-linear", RANK), data_driven.probe(_loss(), store()[0])
-    )
-    kinds = [tuple(name.rpartition(".")[2] for name in each.layers) for each in found]
-    assert kinds == [("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)] * 2
-    made, *_ = make()
-    q, k, v = (made[f"model.layers.0.self_attn.{part}_proj"] for part in "qkv")
-    assert q.rank >= k.rank >= v.rank >= q.rank - 1, "equal shares: the earlier layer goes first"
-    assert torch.equal(q.a0[: v.rank], v.a0)
 
 
 def test_more_tokens_are_looked_at_until_they_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,15 +190,6 @@ def _poisoned(strategy: str, layer: int) -> None:
     eva_factors(loss, targets, settings(), store(), CPU)
 
 
-def test_the_first_tokens_are_those_of_the_stores_order() -> None:
-    packs = store()
-    pieces = first_tokens(packs, 60)
-    assert pieces[-1].end == 60
-    assert [piece.sequence for piece in pieces] == list(range(len(pieces)))
-    assert all(piece.count == packs.supervised([piece.sequence]) for piece in pieces[:-1])
-    assert first_tokens(packs, 10**6)[-1].end == packs.supervised(range(8))
-
-
 def test_a_growing_store_is_waited_for_and_decides_nothing() -> None:
     packs = store()
     growing = tiny.ListStore([packs[i] for i in range(8)], sizes=[1, 2, 5], arrived=1)
@@ -266,9 +235,3 @@ def test_components_are_those_of_the_svd(tokens: int, n: int, count: int, seed: 
     torch.testing.assert_close(found.vectors @ found.vectors.mT, torch.eye(size).double(), atol=1e-9, rtol=0)
     projected = (found.vectors @ (rows - rows.mean(0)).mT).square().sum(1)
     torch.testing.assert_close(projected / (rows - rows.mean(0)).square().sum(), shares[:size], atol=1e-9, rtol=0)
-
-
-def test_inputs_that_vary_in_few_directions_have_few_components() -> None:
-    rows = torch.randn(20, 3) @ torch.randn(3, 12) + 5
-    assert eva.principal(rows.double(), 8).vectors.shape == (3, 12)
-    assert eva.principal(torch.ones(20, 12), 8).vectors.shape == (0, 12)

@@ -83,16 +83,25 @@ def test_with_one_shard_or_steps_the_rates_are_those_of_the_steps(train: Train, 
         assert run(Schedule(train, store([packs, 3, packs]))) == expected
 
 
-@pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])
-@pytest.mark.parametrize(("shards", "epochs"), [(2, 1), (2, 3), (10, 1)])
+@pytest.mark.parametrize(
+    ("schedule", "middle", "end"),
+    [("cosine", 0.05 * (1 + 0.5**0.5), 0.0), ("linear", 0.075, 0.0), ("constant", 0.1, 0.1)],
+)
+def test_rates_of_a_schedule(schedule: Any, middle: float, end: float) -> None:
+    train = Train(schedule=schedule, warmup=0.2, lr=0.1)
+    found = [lr_at(step, 100, train) for step in (0, 9, 20, 40, 100)]
+    assert found == pytest.approx([0.1 / 21, 1.0 / 21, 0.1, middle, end], abs=1e-12)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize(("shards", "epochs"), [(2, 3), (10, 1)])
 def test_with_equal_shards_the_rates_are_those_of_the_steps_after_the_warm_up(
-    kind: str, shards: int, epochs: int
+    schedule: Any, shards: int, epochs: int
 ) -> None:
-    train = Train.model_validate({"epochs": epochs, "global_batch": 2, "schedule": kind, "warmup": 0.1, "lr": 1.0})
+    train = Train(epochs=epochs, global_batch=2, schedule=schedule, warmup=0.1, lr=1.0)
     rates = run(Schedule(train, store([20] * shards)))
     warm = len(rates) // 10
-    expected = [lr_at(step, len(rates), train) for step in range(len(rates))]
-    assert rates[warm:] == pytest.approx(expected[warm:])
+    assert rates[warm:] == pytest.approx([lr_at(step, len(rates), train) for step in range(warm, len(rates))])
     assert rates[:warm] == pytest.approx([(step + 1) / warm for step in range(warm)])
 
 

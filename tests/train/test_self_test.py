@@ -66,6 +66,9 @@ def test_attention_that_is_not_told_the_borders_is_passed_over(
 def test_a_model_that_makes_its_masks_of_nothing_is_given_them(dtype: torch.dtype) -> None:
     found = chosen(of_kind("gpt_oss", SINKS).to(dtype))
     assert (found.attention, found.given_masks) == ("eager", True)
+    if dtype == torch.float32:
+        assert found.differences is not None
+        assert found.differences.beside < 1e-4, "nothing leaks, though rounding decides on experts"
 
 
 def test_examples_that_may_share_a_sequence_are_tested_so_although_the_first_ones_do_not() -> None:
@@ -174,29 +177,9 @@ def test_the_attention_that_is_named_is_refused_with_one_that_passes() -> None:
         chosen(of_kind("mistral", SMALL | {"sliding_window": 8}), [tiny.pack(40, 7)], model__attention="segments")
 
 
-Break = Callable[[pytest.MonkeyPatch], None]
-
-
-def head_without_scale(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(loss_module, "OutputHead", lambda made: made.get_output_embeddings())
-
-
-def no_mask(patch: pytest.MonkeyPatch) -> None:
-    """Attention that sees what comes after."""
-    real = torch.nn.functional.scaled_dot_product_attention
-
-    def seen(*parts: Any, is_causal: bool = False, **more: Any) -> Any:
-        return real(*parts, is_causal=False, **more)
-
-    patch.setattr(attention.F, "scaled_dot_product_attention", seen)
-    patch.setattr(attention, "own", lambda _: "eager")
-
-
-@pytest.mark.parametrize("broken", [head_without_scale, no_mask])
-def test_what_is_broken_here_is_found(broken: Break, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_head_that_is_not_the_models_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     made = of_kind("granite", SMALL | {"logits_scaling": 3.0, "initializer_range": 0.2})
-    assert chosen(made).attention == "segments"
-    broken(monkeypatch)
+    monkeypatch.setattr(loss_module, "OutputHead", lambda made: made.get_output_embeddings())
     with pytest.raises(UserError, match="GraniteForCausalLM"):
         chosen(made, model__attention="segments")
 

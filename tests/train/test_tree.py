@@ -45,26 +45,6 @@ def test_the_nodes_of_all_workers_are_summed_to_the_same(leaves: int, workers: i
     assert tree.fold(every, leaves, lambda a, b: f"({a}+{b})") == [(range(leaves), written(0, leaves))]
 
 
-@given(some_leaves, st.integers(0, 99))
-def test_the_sum_of_numbers_has_that_order(leaves: int, seed: int) -> None:
-    values = torch.randn(leaves, 3, generator=torch.Generator().manual_seed(seed))
-    assert torch.equal(tree.total(values), evaluated(written(0, leaves), values))
-
-
-def evaluated(text: str, values: Tensor) -> Tensor:
-    """What is written in brackets, with the values of leaves."""
-    found: list[Any] = []
-    for word in text.replace("(", " ").replace("+", " ").replace(")", " ) ").split():
-        if word == ")":
-            right = found.pop()
-            found.append(found.pop() + right)
-        else:
-            found.append(values[int(word)])
-    (result,) = found
-    assert isinstance(result, Tensor)
-    return result
-
-
 def test_another_order_gives_other_bits() -> None:
     """Else nothing here would test anything."""
     values = torch.randn(7, 100, generator=torch.Generator().manual_seed(0))
