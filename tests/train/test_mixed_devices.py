@@ -20,7 +20,6 @@ import torch.utils.backend_registration as registration
 from olora_ray.model.attention import kernel
 from olora_ray.train import checkpoint
 from olora_ray.train.checkpoint import Checkpoint
-from olora_ray.train.loop import Trainer
 from tests import crew, device_walk, fake_device, tiny
 from tests.device_walk import QUESTIONS, STEPS, Seen
 from tests.fake_device import FakeDevice
@@ -84,16 +83,10 @@ def test_a_training_on_a_device_mixes_nothing(child: ProcessPoolExecutor, name: 
     assert sum(waits[place] for place in waits if place.startswith(IN_STEPS)) <= STEPS + 1 + 2, waits
 
 
-@pytest.mark.parametrize(
-    ("left", "file"),
-    [("b0", "adapter/layer.py"), ("moment", "train/optim.py"), ("labels", "train/loss.py")],
-)
-def test_a_tensor_that_was_left_on_the_cpu_is_found_with_its_place(
-    child: ProcessPoolExecutor, left: str, file: str
-) -> None:
-    error = child.submit(_spoilt, left).result()
+def test_a_tensor_that_was_left_on_the_cpu_is_found_with_its_place(child: ProcessPoolExecutor) -> None:
+    error = child.submit(_spoilt).result()
     assert "FakeTensorDeviceMismatchError" in error
-    assert f'olora_ray/{file}", line ' in error
+    assert 'olora_ray/adapter/layer.py", line ' in error
 
 
 def _walk(case: Case) -> tuple[Seen, Counter[str]]:
@@ -124,30 +117,15 @@ def _read_back(write: Callable[[Path], None]) -> Checkpoint:
     return _kept.pop()
 
 
-def _spoilt(left: str) -> str:
+def _spoilt() -> str:
     """In the child: the traceback of a training that has one tensor on the CPU."""
-    torch.set_num_threads(1)
     with FakeDevice() as fake:
         trainer = device_walk.start(tiny.llama(), fake.device)
-        _leave(trainer, left)
+        layer = next(iter(trainer.adapted.values()))
+        assert layer.b0 is not None
+        layer.b0 = layer.b0.cpu()
         try:
             device_walk.steps(trainer, 0)
         except Exception:
             return traceback.format_exc()
     return ""
-
-
-def _leave(trainer: Trainer, left: str) -> None:
-    """Put one of the tensors that a step needs on the CPU."""
-    layer = next(iter(trainer.adapted.values()))
-    if left == "b0":
-        assert layer.b0 is not None
-        layer.b0 = layer.b0.cpu()
-    elif left == "moment":
-        state = trainer.optimizer.inner.state[trainer.optimizer.parameters[0]]
-        state["exp_avg"] = state["exp_avg"].cpu()
-    else:
-        whole = trainer.loss.forward
-        trainer.loss.forward = lambda batch: whole(  # type: ignore[method-assign]
-            type(batch)(batch.inputs, batch.predicts, batch.labels.cpu(), batch.tokens)
-        )

@@ -1,12 +1,17 @@
-"""One flat vector behind all adapters, the optimizer over it, and the learning rate."""
+"""One flat vector behind all adapters, the optimizer over it, and the preconditioner of its gradients."""
+
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
 
-from olora_ray.adapter.layer import AdaptedLinear, Factors
+from olora_ray.adapter.layer import AdaptedLinear, AdaptedWeight, Factors
 from olora_ray.config.schema import Train
-from olora_ray.train.optim import AdamW, FlatAdapters
+from olora_ray.train.optim import AdamW, FlatAdapters, precondition
+from tests import tiny
 
 SHAPES = {"first": (5, 3), "second": (4, 7)}
 RANK = 2
@@ -90,11 +95,11 @@ def test_the_state_comes_back_exactly(config: Train) -> None:
     assert whole.state().keys() == AdamW(FlatAdapters(adapted()), Train()).state().keys()
 
 
-def moved(device: str, fused: bool | None = None) -> tuple[AdamW, list[float]]:
+def moved(device: str) -> tuple[AdamW, list[float]]:
     """An optimizer after a few steps on a device, some of them clipped, and the norms."""
     layers = {name: layer.to(device) for name, layer in adapted().items()}
     config = Train(weight_decay=0.1, lr_ratio=4.0, clip=10.0)
-    optimizer = AdamW(FlatAdapters(layers, apart=True), config, fused)
+    optimizer = AdamW(FlatAdapters(layers, apart=True), config)
     norms = []
     for step in range(6):
         for name, gradient in random_gradients(optimizer.flat, step).items():
@@ -125,3 +130,81 @@ def test_a_gpu_updates_in_one_kernel_and_is_not_waited_for() -> None:
         fused.step(0.01, norms[-1])
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+M, N = 9, 6
+
+
+def adapter(with_b0: bool, *experts: int, seed: int = 0) -> AdaptedWeight:
+    """A layer, or a stack, as if it had trained for a while."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*experts, *shape, generator=generator)
+
+    layer = AdaptedWeight(Factors(draw(RANK, N), draw(M, RANK) if with_b0 else None), M, 1.0)
+    layer.da.data, layer.db.data = draw(RANK, N), draw(M, RANK)
+    layer.da.grad, layer.db.grad = draw(RANK, N), draw(M, RANK)
+    return layer
+
+
+def formula(layer: AdaptedWeight) -> tuple[Tensor, Tensor]:
+    a, b = layer.a0 + layer.da, layer.db if layer.b0 is None else layer.b0 + layer.db
+    assert layer.da.grad is not None
+    assert layer.db.grad is not None
+    eye = 1e-6 * torch.eye(RANK, dtype=torch.float64)
+    a, b = a.detach().double(), b.detach().double()
+    grad_a = torch.linalg.inv(b.mT @ b + eye) @ layer.da.grad.double()
+    grad_b = layer.db.grad.double() @ torch.linalg.inv(a @ a.mT + eye)
+    return tuple(g / torch.linalg.matrix_norm(g, keepdim=True) for g in (grad_a, grad_b))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(("with_b0", "experts"), [(True, ()), (False, ()), (True, (4,))])
+@given(seed=st.integers(0, 2**31))
+def test_a_layer_or_each_expert_of_a_stack_has_the_formula(with_b0: bool, experts: tuple[int, ...], seed: int) -> None:
+    layer = adapter(with_b0, *experts, seed=seed)
+    for found, expected in zip(applied(layer), formula(adapter(with_b0, *experts, seed=seed)), strict=True):
+        torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def applied(layer: AdaptedWeight) -> tuple[Tensor, Tensor]:
+    precondition({"layer": layer})
+    assert layer.da.grad is not None
+    assert layer.db.grad is not None
+    return layer.da.grad, layer.db.grad
+
+
+def test_at_a_start_with_b_zero_the_gradient_of_a_stays_zero() -> None:
+    layer = adapter(False)
+    assert layer.da.grad is not None
+    layer.db.data.zero_()
+    layer.da.grad.zero_()
+    grad_a, grad_b = applied(layer)
+    assert not grad_a.any()
+    assert float(grad_b.norm()) == pytest.approx(1.0)
+
+
+def test_what_is_not_finite_stays_visible() -> None:
+    layer = adapter(True)
+    assert layer.db.grad is not None
+    layer.db.grad[0, 0] = torch.inf
+    assert not torch.isfinite(applied(layer)[1]).all()
+
+
+def _trained(strategy: str, workers: int, **changes: Any) -> tuple[list[float], Tensor, Tensor]:
+    """Losses, the vector that the optimizer is given in the last step, and the adapter after it."""
+    settings = tiny.config(
+        cluster__workers=workers, cluster__strategy=strategy, train__micro_batch=1, train__precondition=True, **changes
+    )
+    trainer = tiny.trainer(settings, model=tiny.llama(attention="segments"), strategy=strategy)
+    gradients = tiny.gradients(trainer)
+    losses = [result.loss for result in tiny.steps(trainer, count=3)]
+    return losses, gradients[-1], trainer.flat.vector
+
+
+def test_it_is_done_before_clipping() -> None:
+    _, given_to_adamw, _ = _trained("ddp", 1, train__clip=0.5)
+    assert float(given_to_adamw.norm()) == pytest.approx(0.5, rel=1e-4)
+    _, given_to_adamw, _ = _trained("ddp", 1, train__clip=None)
+    matrices = 2 * len(tiny.trainer(tiny.config()).adapted)
+    assert float(given_to_adamw.norm()) == pytest.approx(matrices**0.5, rel=1e-4)

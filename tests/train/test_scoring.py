@@ -1,11 +1,12 @@
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from olora_ray.common.errors import UserError
-from olora_ray.train.scoring import SCORERS, Judge, exact_match, json_fields, means, partial_scores, resolve
+from olora_ray.train.scoring import SCORERS, Baseline, Judge, exact_match, json_fields, means, partial_scores, resolve
 
 REFERENCE = '{"category": "refund", "order": null, "product": "Tavo kettle"}'
 FIELDS = {"field/category", "field/order", "field/product"}
@@ -103,3 +104,38 @@ def test_a_mean_is_over_the_answers_that_have_the_score() -> None:
     assert means(rows) == {"a": 0.5, "b": 0.5}
     assert partial_scores(rows) == ["score b: 1 of 3 answers have it, its mean is over these"]
     assert (means([]), partial_scores([])) == ({}, [])
+
+
+RUN = {"base model": "b", "adapter": "a"}
+
+
+def test_it_comes_back_exactly(tmp_path: Path) -> None:
+    place = str(tmp_path / "baseline.json")
+    assert Baseline.read(place, RUN, 2) is None
+    kept = Baseline(1 / 3, [[1, 2], []])
+    kept.write(place, RUN)
+    assert Baseline.read(place, RUN, 2) == kept
+    assert Baseline.read(place, RUN | {"adapter": "other"}, 2) is None
+    assert Baseline.read(place, RUN, 3) is None
+    Baseline(None, None).write(place, RUN)  # without rows and questions
+    assert Baseline.read(place, RUN, 0) == Baseline(None, None)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        '{"identity": {"base model": "b", "adapter": "a"}}',
+        '{"identity": {"base model": "b", "adapter": "a"}, "loss": 1, "answers": [[1e999]]}',
+        '{"identity": {"base model": "b", "adapter": "a"}, "loss": NaN, "answers": [[1]]}',
+    ],
+)
+def test_a_damaged_one_is_measured_again(tmp_path: Path, text: str) -> None:
+    (tmp_path / "baseline.json").write_text(text)
+    assert Baseline.read(str(tmp_path / "baseline.json"), RUN, 1 if "answers" in text else 0) is None
+
+
+def test_a_storage_that_cannot_be_written_does_not_stop_the_run(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    Baseline(1.0, None).write(str(tmp_path / "file" / "baseline.json"), RUN)

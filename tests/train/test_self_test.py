@@ -83,13 +83,6 @@ def test_examples_that_may_share_a_sequence_are_tested_so_although_the_first_one
     assert (apart.attention, apart.given_masks) == ("eager", False)
 
 
-def test_a_window_that_is_shorter_than_an_example_is_kept() -> None:
-    packs = [tiny.pack(40, 7), tiny.pack(12)]
-    found = chosen(of_kind("mistral", SMALL | {"sliding_window": 8}), packs)
-    assert found.attention == "sdpa"
-    assert "windows" in found.passed_over["segments"]
-
-
 def test_a_window_is_kept_although_the_first_examples_are_shorter() -> None:
     made = of_kind("mistral", SMALL | {"sliding_window": 16, "max_position_embeddings": 64})
     loss = SupervisedLoss(made)
