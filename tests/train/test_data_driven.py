@@ -389,7 +389,7 @@ def test_a_rank_above_half_of_a_layer_is_refused_in_one_line() -> None:
 
 
 def test_experts_and_data_without_supervised_tokens_are_refused() -> None:
-    model = zoo.ga_factors(ALL["mixtral"])
+    model = zoo.make(ALL["mixtral"])
     with pytest.raises(UserError, match="is a stack of experts"):
         gradient_factors(SupervisedLoss(model), find_targets(model, "all-linear", 2), ga_settings(), store(), CPU)
     empty: Any = tiny.ListStore([Pack(store()[0].input_ids, np.zeros(len(store()[0].input_ids), bool), (4,))])
