@@ -70,7 +70,8 @@ def test_resolve_says_what_is_wrong(name: str, problem: str) -> None:
 
 
 def test_a_scorer_that_fails_or_gives_no_numbers_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    for value in (7, {1: 2}, {"a": "b"}, None, {"": 1}, [1], {"a": 10**400}):
+    given: list[object] = [7, {1: 2}, {"a": "b"}, None, {"": 1}, [1], {"a": 10**400}]
+    for value in given:
         monkeypatch.setitem(SCORERS, "mine", lambda *_, value=value: value)  # type: ignore[misc]
         with pytest.raises(UserError, match=r"^evaluation\.scorer: mine must give {name: number}, not .*"):
             Judge("mine")("a", "b")
