@@ -72,10 +72,10 @@ def test_resolve_says_what_is_wrong(name: str, problem: str) -> None:
 def test_a_scorer_that_fails_or_gives_no_numbers_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[object] = [7, {1: 2}, {"a": "b"}, None, {"": 1}, [1], {"a": 10**400}]
     for value in given:
-        monkeypatch.setitem(SCORERS, "mine", lambda *_, value=value: value)  # type: ignore[misc]
+        monkeypatch.setitem(SCORERS, "mine", lambda *_, value=value: value)
         with pytest.raises(UserError, match=r"^evaluation\.scorer: mine must give {name: number}, not .*"):
             Judge("mine")("a", "b")
-    monkeypatch.setitem(SCORERS, "mine", lambda *_: {}["missing"])
+    monkeypatch.setitem(SCORERS, "mine", lambda *_: dict[str, float]()["missing"])
     with pytest.raises(UserError, match=r"mine fails on the answer 'a' to the reference 'b': KeyError: 'missing'"):
         Judge("mine")("a", "b")
     monkeypatch.setitem(SCORERS, "mine", lambda *_: {"a": True})
