@@ -264,7 +264,10 @@ def _estimate(question: _Question) -> MemoryEstimate:
     if config.adapter.method not in FROM_WEIGHTS:
         refuse(selection.targets, config.adapter.method)
     trainable = _trainable(targets.values(), config.adapter)
-    dtype = _dtype(config, question.gpu)
+    # GPUs are taken to be fast at bfloat16 (cluster/preflight.py: as_loaded): to ask one of this machine, torch would
+    # take memory on it, which is for the workers; and theirs may be elsewhere.
+    fast = question.gpu and config.model.dtype == "auto"
+    dtype = torch.bfloat16 if fast else pick_dtype(config.model, torch.device("cpu"))
     count = parameters(base.folder)
     stored = 2 if METHODS[config.adapter.method].has_b0 else 1
     covered = coverage(model, selection)
@@ -302,7 +305,8 @@ def _base_bytes(config: Config, model: Any, count: int, dtype: torch.dtype, gpu:
         return (count - numbers) * width + size, unpacked, 0
     if shards == 1:
         return count * width, 0, 0
-    root, block = (numbers * width for numbers in _sizes(model))
+    sizes = [sum(weight.numel() for weight in block.parameters()) * width for block in blocks_to_shard(model)]
+    root, block = sum(weight.numel() for weight in model.parameters()) * width - sum(sizes), max(sizes, default=0)
     # What is gathered is there twice for a moment, as it came and in the weights' own places; the next block is
     # gathered while one is used.
     part = (count * width - root) // shards
@@ -330,22 +334,6 @@ def _trainable(shapes: Iterable[tuple[int, ...]], adapter: Adapter) -> int:
         total += size * min(most, left)
         left -= min(most, left)
     return total
-
-
-def _dtype(config: Config, gpu: bool) -> torch.dtype:
-    """Precision of the base on a worker; GPUs are taken to be fast at bfloat16 (cluster/preflight.py: as_loaded).
-
-    To ask one of this machine, torch would take memory on it, which is for the workers; and theirs may be elsewhere.
-    """
-    if gpu and config.model.dtype == "auto":
-        return torch.bfloat16
-    return pick_dtype(config.model, torch.device("cpu"))
-
-
-def _sizes(model: Any) -> tuple[int, int]:
-    """Numbers of the base that are in no block, and of its largest block."""
-    sizes = [sum(weight.numel() for weight in block.parameters()) for block in blocks_to_shard(model)]
-    return sum(weight.numel() for weight in model.parameters()) - sum(sizes), max(sizes, default=0)
 
 
 # Pace of a training, measured: one micro-batch forward and backward through the real model on this machine's CPU.

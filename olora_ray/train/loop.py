@@ -56,12 +56,6 @@ class Trainer:
         self.flat = FlatAdapters(self.adapted, apart=self.config.train.lr_ratio != 1)
         self.optimizer = AdamW(self.flat, self.config.train)
         self.gradient = tree.TreeSum(self.flat.grad)
-        self._under_way = -1
-        """The step whose gradient was summed up last."""
-        self._losses: dict[int, Tensor] = {}
-        """Losses of its micro-batches that were computed here."""
-        self._computing = 0.0
-        """Seconds that this took, in attempts that were broken off too."""
 
     def steps(self, loader: StepLoader, start: int, schedule: Schedule) -> Generator[StepResult]:
         """Run the steps from number `start` (from 0) to the end of the schedule.
@@ -70,7 +64,7 @@ class Trainer:
         """
         began = time.perf_counter()
         for number, (data, waited) in enumerate(loader.steps(start, schedule.ends), start):
-            losses, earlier = self._accumulate(number, data)
+            losses = self._accumulate(number, data)
             shared = self._shared(losses, data)
             self.gradient.finish()
             if self.config.train.precondition:
@@ -85,33 +79,26 @@ class Trainer:
             lr = schedule.lr(number)
             self.optimizer.step(lr, norm)
             now = time.perf_counter()
-            seconds = now - began + earlier
-            yield StepResult(number + 1, loss, lr, norm, data.supervised, seconds, waited, signal > 0)
+            yield StepResult(number + 1, loss, lr, norm, data.supervised, now - began, waited, signal > 0)
             began = time.perf_counter()
 
-    def _accumulate(self, number: int, data: StepData) -> tuple[list[Tensor], float]:
-        """Sum up this worker's part of the gradient of the global mean loss.
-
-        Returns its micro-batches' parts of it, and the seconds of attempts at this step that were broken off.
-
-        In a step that is done again, since a worker was lost in it, what was computed here is not computed again: it
-        depends on the step and the adapter alone, and workers that are at the same step have the same adapter.
-        """
-        own, began = range(data.first, data.first + len(data.micro)), time.perf_counter()
-        again = number == self._under_way
-        earlier = self._computing if again else 0.0
-        self.gradient.begin(data.count, own if again else None)
-        self._under_way, self._losses = number, self._losses if again else {}
+    def _accumulate(self, number: int, data: StepData) -> list[Tensor]:
+        """Sum up this worker's part of the gradient of the global mean loss; return its micro-batches' parts of it."""
+        losses = []
+        self.gradient.begin(data.count)
         train_mode(self.adapted, True)
-        self._keep_up(data)
-        for micro_batch, batch in zip(own, data.micro, strict=True):
-            if not self.gradient.take_over(micro_batch):
-                self._seed(number, micro_batch)
-                with self.gradient.leaf(micro_batch):
-                    self._losses[micro_batch] = self._backward(batch, data.supervised)
+        # With a sharded base all workers must run the model equally often: run it for the sake of the others. This
+        # comes first: each micro-batch begins with a gradient and random numbers of its own.
+        if self.config.cluster.strategy == "fsdp" and collectives.world_size() > 1:
+            for _ in range(data.padding_batches):
+                self._backward(data.padding, data.supervised)
+        for micro_batch, batch in enumerate(data.micro, data.first):
+            if self.config.adapter.dropout:
+                torch.manual_seed(plan.key("dropout", self.config.run.seed, number, micro_batch) >> 1)  # of 63 bits
+            with self.gradient.leaf(micro_batch):
+                losses.append(self._backward(batch, data.supervised))
         train_mode(self.adapted, False)
-        self._computing = earlier + time.perf_counter() - began
-        return [self._losses[micro_batch] for micro_batch in own], earlier
+        return losses
 
     def _backward(self, batch: Batch, supervised: int) -> Tensor:
         """Add to the gradient that of a micro-batch's part of the loss; returns that part."""
@@ -130,20 +117,6 @@ class Trainer:
         shared[-1] = float(self.signal())
         collectives.sum_in_place(shared)
         return shared
-
-    def _keep_up(self, data: StepData) -> None:
-        """With a sharded base all workers must run the model equally often: run it for the sake of the others.
-
-        It comes before the micro-batches, each of which begins with a gradient and random numbers of its own.
-        """
-        if self.config.cluster.strategy != "fsdp" or collectives.world_size() == 1:
-            return
-        for _ in range(data.padding_batches):
-            self._backward(data.padding, data.supervised)
-
-    def _seed(self, step: int, micro_batch: int) -> None:
-        if self.config.adapter.dropout:
-            torch.manual_seed(plan.key("dropout", self.config.run.seed, step, micro_batch) >> 1)  # of 63 bits
 
 
 def train_mode(adapted: dict[str, AdaptedWeight], on: bool) -> None:

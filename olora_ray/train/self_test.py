@@ -52,14 +52,11 @@ def three_examples(packs: Sequence[Pack], config: AnyConfig, model: Any) -> tupl
     rows = list(examples_of(packs, SHORT))
     second = rows[1]
     if limits := _limits(model.config.get_text_config(), config.data.max_length):
-        second = _as_long_as(min(config.data.max_length, max(limits) + SHORT), packs)
+        # The longest example, again and again to just this length: those that come first may be short, and others not.
+        length = min(config.data.max_length, max(limits) + SHORT)
+        longest = max(examples_of(packs, length), key=len)
+        second = (longest * -(-length // len(longest)))[:length]
     return rows[0], second, rows[2]
-
-
-def _as_long_as(length: int, packs: Sequence[Pack]) -> Ids:
-    """The longest example, again and again to just this length: those that come first may be short, and others not."""
-    ids = max(examples_of(packs, length), key=len)
-    return (ids * -(-length // len(ids)))[:length]
 
 
 def examples_of(packs: Sequence[Pack], longest: int) -> Iterator[Ids]:
@@ -105,13 +102,13 @@ def choose_attention(loss: SupervisedLoss, packs: Sequence[Pack], config: AnyCon
     trial = _Trial(loss, three_examples(packs, config, model), packed, device)
     failed: dict[str, str] = {}
     own = attention.own(model)
-    _set(model, own)  # the first to run: with one that fails, a sharded base would fail with it
+    model.set_attn_implementation(own)  # the first to run: with one that fails, a sharded base would fail with it
     begin_at_root(loss)
     trial.measure_own()
     for name in wanted:
         problem, found = trial.run(name)
         if problem is None:
-            _set(model, name)
+            model.set_attn_implementation(name)
             for other, why in failed.items():
                 logger.info(f"attention {name} instead of {other}: {why}")
             return SelfTest(name, loss.given_masks, failed, found, time.perf_counter() - began)
@@ -166,6 +163,7 @@ class _Trial:
 
     def __init__(self, loss: SupervisedLoss, examples: Sequence[Ids], packed: bool, device: torch.device) -> None:
         self.loss, self.packed, self.device = loss, packed, device
+        self.model: Any = loss.model
         self.examples = examples
         self.explained, self.own = 0.0, torch.empty(0)
         self.only_beside = False
@@ -179,17 +177,17 @@ class _Trial:
 
     def measure_own(self) -> None:
         """The losses of the second example by the model itself, and what rounding explains of a difference."""
-        _set(self.loss.model, attention.own(self.loss.model))
+        self.model.set_attn_implementation(attention.own(self.model))
         self.own = self._own_losses()
-        with _rounded(self.loss.model):
+        with _rounded(self.model):
             noise = self._own_losses()
         floor = 2.0**-19 * (1 + float(self.own.mean()))  # sums in float32 are taken in another order
-        margin = MARGIN_OF_EXPERTS if _routes(self.loss.model) else MARGIN
+        margin = MARGIN_OF_EXPERTS if _routes(self.model) else MARGIN
         self.explained = margin * float((noise - self.own).abs().mean()) + floor
 
     def run(self, name: str) -> tuple[str | None, Differences | None]:
         """Return the problem of an attention, or None, and the differences. The model may need masks as inputs."""
-        takes_masks, routes = self.packed and name in ("sdpa", "eager"), _routes(self.loss.model)
+        takes_masks, routes = self.packed and name in ("sdpa", "eager"), _routes(self.model)
         # Where rounding decides on experts it explains so much that a leak may be less: these masks leave none.
         if takes_masks and routes and (given := self._with_masks(name)) is not None:
             return None, given
@@ -210,7 +208,7 @@ class _Trial:
 
     def _try(self, name: str) -> tuple[str | None, Differences | None]:
         try:
-            _set(self.loss.model, name)
+            self.model.set_attn_implementation(name)
             found = self._differences(name)
         except torch.OutOfMemoryError:
             raise
@@ -232,7 +230,7 @@ class _Trial:
         part = slice(len(first) - 1, len(first) + len(second) - 2)
         seen = (losses[part][:-1] - changed[part][:-1]).abs()
         depends = float(seen.mean()) if len(seen) else 0.0
-        if _routes(self.loss.model) and depends <= self.explained:
+        if _routes(self.model) and depends <= self.explained:
             depends = 0.0  # an expert's rows are a product together: other rows, other roundings
         return Differences(
             loss=_mean(losses - by_head),
@@ -245,15 +243,13 @@ class _Trial:
     @torch.no_grad()
     def _by_model(self, batch: Batch) -> Tensor:
         """The losses of a batch by the logits that the model's own forward gives for it."""
-        model: Any = self.loss.model
-        logits = model(**self.loss.taken(batch), use_cache=False).logits
+        logits = self.model(**self.loss.taken(batch), use_cache=False).logits
         return self._losses(logits.reshape(-1, logits.shape[-1]), batch.predicts, batch.labels)
 
     @torch.no_grad()
     def _own_losses(self) -> Tensor:
-        model: Any = self.loss.model
         ids = torch.tensor([self.examples[1]], device=self.device)
-        logits = model(input_ids=ids, use_cache=False).logits[0]
+        logits = self.model(input_ids=ids, use_cache=False).logits[0]
         return self._losses(logits, torch.arange(len(logits) - 1, device=self.device), ids[0, 1:])
 
     def _losses(self, logits: Tensor, predicts: Tensor, labels: Tensor) -> Tensor:
@@ -280,10 +276,6 @@ def _rounded(model: nn.Module) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _set(model: Any, name: str) -> None:
-    model.set_attn_implementation(name)
 
 
 def _mean(difference: Tensor) -> float:

@@ -32,9 +32,6 @@ from olora_ray.common import collectives
 from olora_ray.train.loader import share
 
 Value = TypeVar("Value")
-TAKEN_OVER = 2
-"""Nodes of a sum that was broken off which are taken over at most, the largest: each takes memory, and where shares are
-powers of two there is one."""
 
 
 def joined(left: range, right: range, leaves: int) -> range | None:
@@ -79,8 +76,7 @@ class TreeSum:
     """Sums what is written into the vector `whole` for one leaf after the other; at the end it holds the sum of all.
 
     Beside `whole` it holds a vector of its size for each earlier node that is not yet a part of another, and in the
-    exchange one more (`most_held` counts them). They are kept for the next step. A sum that is begun again holds up
-    to TAKEN_OVER more, until these have their places.
+    exchange one more (`most_held` counts them). They are kept for the next step.
     """
 
     def __init__(self, whole: Tensor) -> None:
@@ -88,58 +84,22 @@ class TreeSum:
         self._nodes: list[tuple[range, Tensor]] = []
         """The sums so far; the last lies in `whole`, the others in vectors of their own."""
         self._spare: list[Tensor] = []
-        self._intact = True
-        """True while the nodes are sums of leaves, and not changed by an exchange."""
-        self._taken_over: dict[range, Tensor] = {}
-        """Nodes of a sum that was broken off, for the one that is begun again."""
 
-    def begin(self, leaves: int, again: range | None = None) -> None:
-        """Begin a sum over so many leaves; what was left of another is forgotten.
-
-        `again`: it is the sum of before, whose exchange has failed, and this worker has these leaves now. What it has
-        summed of them already is taken over: see `take_over`.
-        """
-        found = self._nodes if again is not None and leaves == self.leaves and self._intact else []
-        inside = [(node, vector) for node, vector in found if again and again[0] <= node[0] and node[-1] <= again[-1]]
-        largest = sorted(inside, key=lambda pair: len(pair[0]), reverse=True)[:TAKEN_OVER]
-        self._taken_over = {node: vector.clone() if vector is self.whole else vector for node, vector in largest}
-        self._spare += [vector for node, vector in self._nodes[:-1] if node not in self._taken_over]
-        self.leaves, self._nodes, self._intact = leaves, [], True
+    def begin(self, leaves: int) -> None:
+        """Begin a sum over so many leaves; what was left of another, whose exchange has failed, is forgotten."""
+        self._spare += [vector for _, vector in self._nodes[:-1]]
+        self.leaves, self._nodes = leaves, []
 
     @contextmanager
     def leaf(self, number: int) -> Iterator[None]:
         """While it is entered, `whole` is for this leaf alone, and zero at first."""
-        self._set_aside()
-        self.whole.zero_()
-        yield
-        self._append(range(number, number + 1))
-
-    def take_over(self, leaf: int) -> bool:
-        """True if a leaf is known from a sum that was broken off; then it must not be written."""
-        if leaf in self._known():
-            return True
-        node = next((node for node in self._taken_over if node.start == leaf), None)
-        if node is None:
-            return False
-        self._set_aside()
-        self.whole.copy_(self._taken_over.pop(node))
-        self._append(node)
-        return True
-
-    def _known(self) -> range:
-        """The leaves of the last node."""
-        return self._nodes[-1][0] if self._nodes else range(0)
-
-    def _set_aside(self) -> None:
-        """Make room in `whole`."""
-        if self._nodes:
+        if self._nodes:  # make room in `whole`
             node, _ = self._nodes[-1]
             kept = self._spare.pop() if self._spare else torch.empty_like(self.whole)
             self._nodes[-1] = (node, kept.copy_(self.whole))
-
-    def _append(self, node: range) -> None:
-        """Sum up with what is there, as far as the tree allows, the node that lies in `whole`."""
-        self._nodes = fold([*self._nodes, (node, self.whole)], self.leaves, self._add)
+        self.whole.zero_()
+        yield
+        self._nodes = fold([*self._nodes, (range(number, number + 1), self.whole)], self.leaves, self._add)
 
     def finish(self) -> None:
         """Exchange what all workers have: `whole` is the sum over all leaves. All workers must call it together."""
@@ -174,7 +134,6 @@ class TreeSum:
             [(worker, vector[slices[worker]]) for worker in others for _, vector in self._nodes],
             [(worker, part) for worker in others for part in parts[worker]],
         )
-        self._intact = False  # sums are written over their parts
         nodes, values = itertools.chain(*everyone), itertools.chain(*parts)
         ((_, found),) = fold(zip(nodes, values, strict=True), self.leaves, Tensor.add_)
         mine.copy_(found)

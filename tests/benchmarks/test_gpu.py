@@ -46,32 +46,6 @@ def test_other_gradients_than_pefts_are_told(benchmark: Any) -> None:
     assert found["difference"] == pytest.approx(0.01, rel=0.05)
 
 
-def test_a_job_that_dies_is_told_and_the_others_go_on(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = benchmark("gpu")
-    died = subprocess.CompletedProcess([], 1, "", "Traceback\ntorch.OutOfMemoryError: CUDA out of memory\n\n")
-    monkeypatch.setattr(module.subprocess, "run", lambda *given, **named: died)
-    found = module.contest(module.arguments([]), 4096, None)
-    tried = [(each["recomputed"], each["batch"]) for each in found["ours"]]
-    assert tried == [(False, 2), (False, 1), (True, 2), (True, 1)]
-    assert "out of memory" in module.training_table([found])
-    assert module.verdict(found) == "4096 tokens: no pass of ours has ended"
-
-
-def test_a_start_that_is_not_the_base_is_told(benchmark: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = benchmark("gpu_checks")
-    right = module.inject
-
-    def moved(*given: Any) -> Any:
-        adapted = right(*given)
-        next(iter(adapted.values())).db.data.fill_(1e-3)
-        return adapted
-
-    folder = str(module.small_llama(tmp_path))
-    assert module.start_exact(folder, "float32", torch.device("cpu"))["ok"]
-    monkeypatch.setattr(module, "inject", moved)
-    assert not module.start_exact(folder, "float32", torch.device("cpu"))["ok"]
-
-
 def test_a_job_in_a_process_of_its_own_prints_what_it_gives(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> None:
     module = benchmark("gpu")
     assert module.main(["--job", json.dumps({"kind": "card", "device": "cpu", "dtype": "float32"})]) == 0
@@ -90,27 +64,6 @@ def test_a_check_that_fails_or_does_not_run_fails_the_kit(benchmark: Any, checks
     assert module.all_passed({"checks": checks}) is passed
     assert module.all_passed({})  # checks were not asked for
     assert module.checks_table(checks)
-
-
-def test_a_machine_without_a_gpu_is_told_so(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit, match="not measured: torch sees no GPU"):
-        benchmark("gpu").main([])
-
-
-@pytest.mark.parametrize(
-    ("name", "peak"),
-    [
-        ("NVIDIA H100 80GB HBM3", 989.0),
-        ("NVIDIA H100 PCIe", 756.0),
-        ("NVIDIA L40S", 362.0),
-        ("NVIDIA L4", 121.0),
-        ("A card of next year", None),
-    ],
-)
-def test_the_peak_is_that_of_the_card(benchmark: Any, name: str, peak: float | None) -> None:
-    module = benchmark("gpu_models")
-    assert module.PEAKS.get(module.known_card(name)) == peak
 
 
 def test_the_kit_needs_neither_ray_nor_mlflow_nor_datasets() -> None:

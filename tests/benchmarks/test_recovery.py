@@ -1,17 +1,10 @@
 """The times of recovery.py are read from what a run leaves; every case has a line of the table."""
 
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from olora_ray.config.command_line import read_arguments
 from tests.recovery.moments import Done
-from tests.recovery.runs import Run
 
 
 def done(*when: tuple[int, float]) -> list[Done]:
@@ -51,43 +44,3 @@ def test_the_settings_are_those_of_a_run(benchmark: Any, tmp_path: Path) -> None
     assert config.run.storage == str(tmp_path / "one")
     assert (config.cluster.workers, config.cluster.max_failures) == ((1, 2), -1)
     assert (config.train.log_every, config.train.checkpoint_every) == (1, 10)
-
-
-PROGRAM = """
-import pathlib, sys, time
-folder = pathlib.Path(sys.argv[1])
-groups = {6: (1, "worker 1 died"), 12: (2, "1 worker joined"), 30: (1, "worker 0 left"), 31: (2, "1 worker joined")}
-for step in range(1, 1000):
-    with (folder / "done").open("a") as file:
-        file.write(f"step {step}\\t{time.time()}\\t{77 if step < 30 else 78}\\n")
-    if step in groups:
-        workers, why = groups[step]
-        print(f"10:00:00 {why}: training continues after step {step} of ? with {workers} worker"
-              f"{'s' * (workers > 1)}; 0 steps done again", flush=True)
-    time.sleep(0.1)
-"""
-
-
-@pytest.fixture
-def running(tmp_path: Path) -> Iterator[Run]:
-    """A run of which a worker dies after step 6, another joins after 12, and the group changes twice after 30."""
-    run = Run(Path(), tmp_path, attempts=1)
-    with (tmp_path / "attempt-1.out").open("wb") as out:
-        run.driver = subprocess.Popen([sys.executable, "-S", "-c", PROGRAM, str(tmp_path)], stdout=out)
-    yield run
-    run.driver.kill()
-    run.driver.wait()
-
-
-def test_a_run_has_settled_when_all_workers_have_trained_for_some_steps(benchmark: Any, running: Run) -> None:
-    module = benchmark("back_at_work")
-    training = module.Training(running)
-    began = time.time()
-    assert training.next_group(began, workers=1).step == 7
-    training.settle(2)
-    assert training.steps()[-1].step >= 12 + module.SETTLED
-    at = training.mid_step()
-    after = training.next_step(at)
-    assert after == next(one for one in training.steps() if one.at > at)
-    assert training.next_group(at, workers=2).step == 32
-    assert training.next_step(at, [77]).step == 30

@@ -71,18 +71,3 @@ def test_a_group_that_fails_faster_than_it_recovers_never_ends(benchmark: Any, c
 def test_a_checkpoint_that_is_not_written_in_time_is_waited_for(benchmark: Any, costs: Any) -> None:
     slow = replace(costs, written=80.0)
     assert benchmark("simulation").simulate(slow, 1, even).checkpoint == pytest.approx(0.02 + 30.0)
-
-
-def test_shares_of_the_layers_stop_to_shrink(benchmark: Any) -> None:
-    module = benchmark("scaling")
-    share = module.largest_share({f"layers.{number}": (64, 32) for number in range(10)})
-    assert share(1) == pytest.approx(1.0)
-    assert share(2) == pytest.approx(0.5)
-    assert share(10) == share(4096) == pytest.approx(0.1)
-
-
-def test_limits_are_told_in_their_order(benchmark: Any, costs: Any) -> None:
-    first, *others = benchmark("scaling").limits(costs, even)
-    assert first.startswith("less than 90% is left for training from ")
-    assert all(" without " in line for line in others)
-    assert len(others) <= 4
