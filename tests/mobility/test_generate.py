@@ -4,7 +4,6 @@ import math
 from collections import Counter
 from dataclasses import replace
 
-import generate
 import numpy as np
 import pytest
 from generate import AFTER, KINDS, OTHER_DAY, Law, Settings, visits
@@ -39,11 +38,7 @@ def test_the_chances_are_the_formula_of_the_docstring(law: Law) -> None:
     person = law.people[0]
     when, previous = When(2, 13 * 60 + 10), next(iter(law.town["work"]))
     strength = {
-        place: weight
-        * generate._curve(kind, False, 13 - person.late)
-        * days[2]
-        * AFTER.get(("work", kind), 1.0)
-        * (place != previous)
+        place: weight * curve(kind, 13 - person.late) * days[2] * AFTER.get(("work", kind), 1.0) * (place != previous)
         for place, kind, weight, days in zip(
             person.places.tolist(), person.kinds, person.weights, person.days, strict=True
         )
@@ -52,8 +47,12 @@ def test_the_chances_are_the_formula_of_the_docstring(law: Law) -> None:
     found = law.probabilities(0, when, previous, 12)
     for place, value in strength.items():
         assert math.isclose(found.get(place, 0.0), (1 - explored) * value / sum(strength.values()), abs_tol=1e-12)
-    assert generate._curve("lunch", False, 12.5) == pytest.approx(2.5 + 1e-3)
-    assert generate._curve("home", False, 1) == pytest.approx(generate._curve("home", False, 25))
+
+
+def curve(kind: str, hour: float) -> float:
+    """The bumps of a weekday, around the clock."""
+    bumps = [(((hour - middle + 12) % 24 - 12) / width, height) for middle, width, height in KINDS[kind].weekday]
+    return 1e-3 + sum(height * math.exp(-0.5 * off**2) for off, height in bumps)
 
 
 def test_people_have_favourites_of_each_kind_and_days_of_their_own(law: Law) -> None:

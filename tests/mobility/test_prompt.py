@@ -115,13 +115,6 @@ def test_what_is_cut_is_the_oldest_and_as_little_as_needed(history: int, context
         assert not fits(template.question(past[count - shown - 1 :], WHEN))
 
 
-@pytest.mark.parametrize("room_for", range(13))
-def test_a_question_that_just_fits_is_not_cut_further(room_for: int) -> None:
-    template = Template("short", 9, 3)
-    budget = len(user(template.question(PAST[-room_for:] if room_for else [], WHEN)))
-    assert template.room(PAST, WHEN, lambda messages: len(user(messages)) <= budget) == room_for
-
-
 def _places(text: str) -> list[int]:
     stays = [stay for line in text.splitlines()[:2] for stay in line.partition(": ")[2].split(", ")]
     return [int(stay.rpartition(" ")[2]) for stay in stays if stay and stay != "none"]
