@@ -11,8 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from stays import When
 
-from olora_ray.common.errors import UserError
-
 SMALL = Settings(people=3, days=30, explore=0.3, seed=4)
 
 
@@ -119,15 +117,6 @@ def test_nothing_but_the_settings_matters() -> None:
     assert ordered == sorted(set(ordered))
     fewer = list(visits(Law(replace(SMALL, people=2))))
     assert fewer == [visit for visit in again if visit.person < 2]
-
-
-def test_settings_that_generate_nothing_are_refused() -> None:
-    with pytest.raises(UserError, match="argument --places: 5 is below"):
-        Settings(places=5)
-    with pytest.raises(UserError, match="argument --busy: 0 is not a probability above 0"):
-        Settings(busy=0.0)
-    with pytest.raises(UserError, match="argument --explore: nan is below 0"):
-        Settings(explore=math.nan)
 
 
 def replace_people(people: int) -> Law:

@@ -42,18 +42,10 @@ def test_the_forms_of_a_stay() -> None:
     assert alone == "<history>: none\n<context>: Mon 07:30 7\n<target>: Tue 12:05"
 
 
-def test_training_asks_as_serving_does() -> None:
-    for form in ("short", "hours", "tuple"):
-        template = Template(form, 10, 3)  # type: ignore[arg-type]
-        target = Stay(5, 10**6, WHEN)
-        *question, answer = template.example(PAST, target)
-        assert question == template.question(PAST, WHEN)
-        assert answer == {"role": "assistant", "content": '{"prediction": 5}'}
-
-
-def test_a_training_row_begins_with_the_tokens_of_the_served_question() -> None:
+@pytest.mark.parametrize("form", ["short", "hours", "tuple"])
+def test_a_training_row_begins_with_the_tokens_of_the_served_question(form: Form) -> None:
     spec = helpers.spec()
-    template = Template("short", 10, 3)
+    template = Template(form, 10, 3)
     messages = template.example(PAST, Stay(5, 10**6, WHEN))
     tokens = ExampleTokenizer(spec, 4096)(to_example("messages", {"messages": messages}, {}))[0]
     text = helpers.decode(tokens.ids)
