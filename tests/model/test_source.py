@@ -18,7 +18,6 @@ from olora_ray.common import node_cache
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
 from olora_ray.model import convert, folder, load, source
-from olora_ray.model import folder as identity
 from olora_ray.model.source import BaseModel
 from tests import tiny
 from tests.s3_server import Server
@@ -72,7 +71,7 @@ def test_the_digest_of_large_weights_is_kept_until_they_change(
     copy: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, writable: bool
 ) -> None:
     plain = obtain(copy).digest
-    monkeypatch.setattr(identity, "KEPT_FROM", 1)
+    monkeypatch.setattr(folder, "KEPT_FROM", 1)
     if not writable:
         cache.write_text("a file, below which there is no folder")
     assert [obtain(copy).digest for _ in range(2)] == [plain, plain]
@@ -108,7 +107,7 @@ def test_a_model_is_its_whole_folder(model_folder: Path, copy: Path) -> None:
         place.parent.mkdir(exist_ok=True)
         place.write_bytes(content if isinstance(content, bytes) else content.encode())
         found.add(other := obtain(copy).digest)
-        assert (identity.weights(plain) == identity.weights(other)) == ("safetensors" not in name), name
+        assert (folder.weights(plain) == folder.weights(other)) == ("safetensors" not in name), name
         assert other != plain, name
         place.write_bytes(before) if before is not None else place.unlink()
     assert len(found) == len(changes)
@@ -438,15 +437,15 @@ def test_a_hub_model_of_which_files_are_missing_on_a_node_is_fetched_to_its_end(
 def test_a_glance_reads_little_of_large_weights(copy: Path) -> None:
     weights = copy / "model.safetensors"
     weights.write_bytes(weights.read_bytes() + bytes(2**20))
-    before, content = identity.look(copy, code=False), weights.read_bytes()
+    before, content = folder.look(copy, code=False), weights.read_bytes()
     between = len(content) // 64 - 100  # before the second of 64 pieces of 4,096 bytes
     for place, seen in ((0, True), (between + 100, True), (len(content) - 1, True), (between, False)):
         other = bytearray(content)
         other[place] ^= 1
         weights.write_bytes(other)
-        assert (identity.look(copy, code=False) != before) is seen
+        assert (folder.look(copy, code=False) != before) is seen
     weights.write_bytes(content + b"x")
-    assert identity.look(copy, code=False) != before
+    assert folder.look(copy, code=False) != before
 
 
 @pytest.mark.usefixtures("cache")
