@@ -48,8 +48,7 @@ def test_each_error_is_one_line_that_names_the_layer() -> None:
     assert "the merged weight of a.up is 3.5 roundings" in second
     assert "the change of a.down is off by 0.5 of its size" in third
 
-
-def test_layers_that_peft_reads_otherwise_are_told_instead_of_an_error_of_theirs() -> None:
+    # Layers that PEFT reads otherwise are told instead of an error of theirs.
     wrong = replace(RIGHT, peft=AsPeftReads(float("inf"), "", ("PEFT does not adapt a.up",)))
     assert wrong.problems() == ["adapter folder: PEFT does not adapt a.up"]
 
@@ -144,16 +143,12 @@ def test_a_family_without_sdpa_is_compared_in_its_own_attention(tmp_path: Path) 
     assert made(measure(make_case(tmp_path / "base", model, SETTINGS), tmp_path)).problems() == []
 
 
-def test_a_merged_folder_that_does_not_load_is_an_error(tmp_path: Path) -> None:
+def test_a_merged_folder_that_does_not_load_is_an_error_and_such_a_base_a_reason(tmp_path: Path) -> None:
     case = make_case(tmp_path / "base", tiny.llama(), SETTINGS)
     case.write_merged(tmp_path / "merged")
     (tmp_path / "merged" / "config.json").write_text("{}")
     with pytest.raises(UserError, match="export: the merged model does not run"):
         measure(case, tmp_path)
-
-
-def test_a_base_that_does_not_run_here_is_a_reason(tmp_path: Path) -> None:
-    case = make_case(tmp_path / "base", tiny.llama(), SETTINGS)
-    folders = Folders(tmp_path / "gone", None, case.write_adapter(tmp_path / "adapter"), False)
+    folders = Folders(tmp_path / "gone", None, tmp_path / "adapter", False)
     found = measure_logits(folders, case.model, [], case.adapter, case.scale, [IDS], torch.device("cpu"))
     assert str(found).startswith("the adapted model does not run here: ")

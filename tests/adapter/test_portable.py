@@ -30,9 +30,9 @@ def base(tmp_path: Path) -> Path:
 
 
 def test_a_tokenizer_is_copied_without_traces_of_a_machine(base: Path, tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (base / "additional_chat_templates").mkdir()
-    (base / "additional_chat_templates" / "tools.jinja").write_text("x")
+    for folder, text in ((base, "new"), (tmp_path / "out", "old")):  # a merged folder has them already
+        (folder / "additional_chat_templates").mkdir(parents=True)
+        (folder / "additional_chat_templates" / "tools.jinja").write_text(text)
     (base / "model.safetensors").write_bytes(b"x")
     portable.copy_tokenizer(base, tmp_path / "out")
     names = {path.name for path in (tmp_path / "out").iterdir()}
@@ -42,14 +42,6 @@ def test_a_tokenizer_is_copied_without_traces_of_a_machine(base: Path, tmp_path:
     assert fields["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert fields["additional_special_tokens"] == ["<s>"]
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
-
-
-def test_templates_that_are_there_already_are_replaced(base: Path, tmp_path: Path) -> None:
-    """As in the merged folder of an adapter-only version: its base has brought them."""
-    for folder, text in ((base, "new"), (tmp_path / "out", "old")):
-        (folder / "additional_chat_templates").mkdir(parents=True)
-        (folder / "additional_chat_templates" / "tools.jinja").write_text(text)
-    portable.copy_tokenizer(base, tmp_path / "out")
     assert (tmp_path / "out" / "additional_chat_templates" / "tools.jinja").read_text() == "new"
 
 
@@ -78,11 +70,6 @@ def test_the_copied_tokenizer_says_what_the_bases_says(base: Path, tmp_path: Pat
     assert ours.special_tokens_map == theirs.special_tokens_map
 
 
-def test_a_folder_without_a_tokenizer_stays_as_it_is(tmp_path: Path) -> None:
-    portable.make_portable(tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
 def test_a_config_keeps_no_place_and_every_hub_id(tmp_path: Path) -> None:
     fields = {
         "_name_or_path": "/home/someone/model",
@@ -104,10 +91,10 @@ def test_a_config_keeps_no_place_and_every_hub_id(tmp_path: Path) -> None:
     }
 
 
-def test_a_config_without_places_keeps_its_bytes(tmp_path: Path) -> None:
+def test_a_config_without_places_keeps_its_bytes_and_nothing_is_made(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"hidden_size":   8}')
     portable.make_portable(tmp_path)
-    assert (tmp_path / "config.json").read_text() == '{"hidden_size":   8}'
+    assert [file.read_text() for file in tmp_path.iterdir()] == ['{"hidden_size":   8}']
 
 
 def test_what_ends_an_answer_is_written_and_is_no_change_of_the_base(tmp_path: Path) -> None:
@@ -188,14 +175,11 @@ def test_a_card_tells_nothing_of_the_machine() -> None:
     assert yaml.safe_load(text.split("---\n")[1]).get("base_model") is None
 
 
-@pytest.mark.parametrize(("rank", "taken"), [(1, 8), (8, 8), (27, 32), (48, 64), (129, 256), (257, 320), (512, 512)])
-def test_the_command_for_vllm_has_a_rank_that_it_takes(rank: int, taken: int) -> None:
-    text = model_card(replace(CARD, rank=rank))
-    assert f"--max-lora-rank {taken} " in text
-    assert f"a plain LoRA of rank {rank}\n" in text
-
-
-def test_a_rank_that_vllm_does_not_take_is_told() -> None:
+def test_the_command_for_vllm_has_a_rank_that_it_takes() -> None:
+    for rank, taken in ((1, 8), (8, 8), (27, 32), (129, 256), (257, 320), (512, 512)):
+        text = model_card(replace(CARD, rank=rank))
+        assert f"--max-lora-rank {taken} " in text
+        assert f"a plain LoRA of rank {rank}\n" in text
     text = model_card(replace(CARD, rank=1024))
     assert "vLLM takes no adapter of rank 1024, but up to 512" in text
     assert "vllm serve" not in text
