@@ -142,14 +142,10 @@ class Candidate:
     aside: Reason | None = None
     """Why "all-linear" does not mean it."""
 
-    def other_names(self) -> list[str]:
-        """Names that mean it beside its own: experts by their module's."""
-        return [] if self.target.experts is None else [self.module_name]
-
 
 def candidates(model: nn.Module) -> dict[str, Candidate]:
     """The linear maps by name, in the model's order."""
-    head = output_head(model)
+    head, kind = output_head(model), getattr(getattr(model, "config", None), "model_type", None)
     modules = dict(model.named_modules())
     outside = other_parts(model)
     blocks = dict(_mixtures(modules))
@@ -158,21 +154,22 @@ def candidates(model: nn.Module) -> dict[str, Candidate]:
         if is_linear(module):
             item = Candidate(Target(module, "weight", is_transposed(module)), name)
             refused = HEAD if module is head else READ if _is_read(name, modules) else _refused(module)
-            aside = NOT_IN_PEFT if _is_refused_by_peft(model, name) else _aside(name, modules, blocks)
+            unknown = kind in MAMBA_TYPES and name.rpartition(".")[2] == "out_proj"
+            aside = NOT_IN_PEFT if unknown else _aside(name, modules, blocks)
             found[name] = replace(item, refused=refused, aside=aside)
         for parameter, _ in _stacks(module):
-            found[f"{name}.{parameter}"] = _stack_candidate(module, name, parameter)
+            target = stack(module, parameter)
+            packed = None
+            if (dtype := target.weight().dtype) not in _FLOATS:
+                what = f"a set of experts with packed weights ({str(dtype).removeprefix('torch.')})"
+                packed = Reason(what, "experts with packed weights")
+            found[f"{name}.{parameter}"] = Candidate(target, name, packed)
         for parameter in _other_experts(module):
             found[f"{name}.{parameter}"] = Candidate(Target(module, parameter, False), name, _unknown(module))
     for name, item in found.items():
         if part := part_of(name, outside):
             found[name] = replace(item, aside=Reason(f"a part of the {part}", part))
     return found
-
-
-def _is_refused_by_peft(model: nn.Module, name: str) -> bool:
-    kind = getattr(getattr(model, "config", None), "model_type", None)
-    return kind in MAMBA_TYPES and name.rpartition(".")[2] == "out_proj"
 
 
 def _is_read(name: str, modules: dict[str, nn.Module]) -> bool:
@@ -294,15 +291,6 @@ def stack(module: nn.Module, parameter: str) -> Target:
     declared = bool(module.is_transposed) if hasattr(module, "has_gate") and hasattr(module, "is_transposed") else None
     transposed = type(module).__name__ == "Llama4TextExperts" if declared is None else declared
     return Target(module, parameter, transposed, len(getattr(module, parameter)))
-
-
-def _stack_candidate(module: nn.Module, name: str, parameter: str) -> Candidate:
-    target = stack(module, parameter)
-    dtype, refused = target.weight().dtype, None
-    if dtype not in _FLOATS:
-        kind = str(dtype).removeprefix("torch.")
-        refused = Reason(f"a set of experts with packed weights ({kind})", "experts with packed weights")
-    return Candidate(target, name, refused)
 
 
 # The names of adapted layers: which parameter each means, and how that is kept.

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -52,11 +52,6 @@ def select(model: nn.Module, targets: str | tuple[str, ...], rank: int) -> Selec
         kinds = ", ".join(dict.fromkeys(reason.kind for reason in left_out.values()))
         raise UserError(f"adapter.targets: the model has no linear layer to adapt{f', only {kinds}' if kinds else ''}")
     selected = {name: found[name].target for name in chosen}
-    _check_rank(selected, rank)
-    return Selection(selected, left_out)
-
-
-def _check_rank(selected: Mapping[str, Target], rank: int) -> None:
     for name, target in selected.items():
         m, n = target.shape
         if rank > min(m, n):
@@ -64,10 +59,13 @@ def _check_rank(selected: Mapping[str, Target], rank: int) -> None:
                 f"adapter.rank={rank} is too large for {name} ({m} x {n}): use at most {min(m, n)}, or leave the"
                 " layer out of adapter.targets"
             )
+    return Selection(selected, left_out)
 
 
 def _matches(entry: str, found: Mapping[str, Candidate]) -> list[str]:
-    matched = [name for name, item in found.items() if _is_suffix(entry, [name, *item.other_names()])]
+    # Experts go by their module's name, too.
+    names = {name: [name] if item.target.experts is None else [name, item.module_name] for name, item in found.items()}
+    matched = [name for name, known in names.items() if any(f".{each}".endswith(f".{entry}") for each in known)]
     if not matched:
         try:
             matched = [name for name in found if re.fullmatch(entry, name)]
@@ -80,10 +78,6 @@ def _matches(entry: str, found: Mapping[str, Candidate]) -> list[str]:
             f" (for example {next(iter(found), 'none')})"
         )
     return matched
-
-
-def _is_suffix(entry: str, names: Iterable[str]) -> bool:
-    return any(name == entry or name.endswith("." + entry) for name in names)
 
 
 def inject(

@@ -230,14 +230,10 @@ class AdaptedLinear(AdaptedWeight):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., n) -> y (..., m)."""
         y: Tensor = self.base(x)
-        if not _makes_its_output(self.base):
+        if not (type(self.base) in (nn.Linear, QuantisedLinear) or is_transposed(self.base)):
             y = y.clone()  # it may be a view, or memory that the layer keeps
         inner = self.dropped_out(x)
         return add_low_rank(y, inner, self.da, self.db, *self.joined(inner.dtype), self.scale)
-
-
-def _makes_its_output(module: nn.Module) -> bool:
-    return type(module) in (nn.Linear, QuantisedLinear) or is_transposed(module)
 
 
 def is_transposed(module: nn.Module) -> bool:
@@ -260,16 +256,9 @@ def weight_facts(module: nn.Module) -> WeightFacts:
     return WeightFacts(weight.shape, weight.dtype, weight.device)
 
 
-def weight_matrix(module: nn.Module) -> Tensor:
-    """The weight of a linear module as m x n (out x in features), a view."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight.detach().T if is_transposed(module) else weight.detach()
-
-
 def out_features(module: nn.Module) -> int:
     """m of a linear module, also of one whose weight is packed."""
-    return int(module.out_features) if isinstance(module, nn.Linear) else int(weight_matrix(module).shape[0])
+    return int(module.out_features) if isinstance(module, nn.Linear) else int(weight_facts(module).shape[1])
 
 
 # Adapters for the experts of a mixture whose weights are one parameter: E x m x n, or E x n x m.

@@ -145,17 +145,14 @@ def write_merged(
 def copy_files(base: Path, folder: Path) -> None:
     """Copy all that a merged folder has of its base: files of weights as they are, config and tokenizer portable."""
     for entry in base.iterdir():
-        if entry.is_file() and not _is_left_out(base, entry.name):
+        left_out = entry.name.endswith(_LEFT_OUT) or entry.name.startswith(".") or is_stale_index(base, entry.name)
+        if entry.is_file() and not left_out:
             shutil.copyfile(entry, folder / entry.name)
         elif entry.is_dir() and entry.name == portable.TEMPLATES:
             shutil.copytree(entry, folder / entry.name, copy_function=shutil.copyfile)
     portable.make_portable(folder)
     for name in weight_files(base):
         shutil.copyfile(base / name, folder / name)
-
-
-def _is_left_out(base: Path, name: str) -> bool:
-    return name.endswith(_LEFT_OUT) or name.startswith(".") or is_stale_index(base, name)
 
 
 @torch.inference_mode()
@@ -235,7 +232,8 @@ class Worst:
 def worst_of(found: Sequence[Worst]) -> Worst:
     """Of several shares; NaN is worse than any number."""
     largest = max(found, key=lambda one: (one.error != one.error, one.error))
-    return Worst(largest.error, largest.layer, max((one.stored for one in found), key=_coarseness))
+    coarsest = max((one.stored for one in found), key=lambda kind: torch.finfo(getattr(torch, kind)).eps)
+    return Worst(largest.error, largest.layer, coarsest)
 
 
 @torch.inference_mode()
@@ -259,13 +257,10 @@ def check_weights(
                 new = group.rows(after, parameter, first, last)
                 found.append(Worst(_error(old, new, change, first, device), names[parameter], kind))
             for parameter in group.shapes.keys() - changes.keys():  # stored in one tensor with adapted ones
-                if not _same_bits(*(group.rows(part, parameter, first, last) for part in (before, after))):
+                parts = (group.rows(part, parameter, first, last).contiguous() for part in (before, after))
+                if not torch.equal(*(part.view(torch.uint8) for part in parts)):
                     found.append(Worst(float("inf"), parameter, kind))
     return worst_of(found)
-
-
-def _same_bits(old: Tensor, new: Tensor) -> bool:
-    return torch.equal(*(part.contiguous().view(torch.uint8) for part in (old, new)))
 
 
 def _error(old: Tensor, new: Tensor, change: Change, first: int, device: torch.device) -> float:
@@ -279,18 +274,15 @@ def _error(old: Tensor, new: Tensor, change: Change, first: int, device: torch.d
         end = min(begin + count, len(old))
         weight, found = (part[begin:end].to(device).double() for part in (old, new))
         exact = weight + change.exact(begin, end, device)
-        unit = _power_of_two(exact).clamp_(min=kind.tiny).mul_(kind.eps / 2)
+        # The largest power of two that is not above each number's size.
+        power = (exact.view(torch.int64) & _EXPONENT).view(torch.float64)
+        unit = power.clamp_(min=kind.tiny).mul_(kind.eps / 2)
         slack = change.slack(begin, end, device).double() + 2 * UNIT * exact.abs()
         ratio = float((found - exact).abs_().div_(unit.add_(slack)).max())
         if ratio != ratio:
             return ratio
         worst = max(worst, ratio)
     return worst
-
-
-def _power_of_two(numbers: Tensor) -> Tensor:
-    """The largest power of two that is not above each number's size (float64)."""
-    return (numbers.view(torch.int64) & _EXPONENT).view(torch.float64)
 
 
 def changed(base: Path, merged: Path, found: Sequence[Group]) -> list[str]:
@@ -349,7 +341,3 @@ def _first_difference(before: Path, after: Path, left_out: Sequence[tuple[int, i
                 return first + int(places[0])
         place = max(place, end)
     return None
-
-
-def _coarseness(dtype: str) -> float:
-    return float(torch.finfo(getattr(torch, dtype)).eps)

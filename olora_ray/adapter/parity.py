@@ -31,6 +31,7 @@ from olora_ray.adapter.merge import AT_ONCE, Change, Worst, changes_of
 from olora_ray.adapter.peft_folder import WEIGHTS
 from olora_ray.adapter.stored import Group
 from olora_ray.common.errors import first_line
+from olora_ray.model import attention
 from olora_ray.model.folder import foreign
 
 if TYPE_CHECKING:
@@ -292,7 +293,7 @@ def measure_logits(
     Returns why not if the adapted model itself cannot be run here. `model` is the base without weights. Raises
     UserError if the base runs, and the merged folder does not load.
     """
-    load = partial(_load_base, folders=folders, attention=attention_of(model), device=device)
+    load = partial(_load_base, folders=folders, attention=attention.own(model), device=device)
     try:
         own = _own(_Adapted(load(folders.base), adapter, scale), folders.merged, found, adapter, batches)
     except Exception as error:  # of the model's own code: what it cannot do here says nothing of the export
@@ -307,7 +308,10 @@ def measure_logits(
         gc.collect()
     peft, note = None, ""
     try:
-        theirs = _logits(_with_peft(load(folders.base), folders.adapter), batches)
+        from peft import PeftModel
+
+        wrapped: Any = PeftModel.from_pretrained(load(folders.base), str(folders.adapter), torch_device=str(device))
+        theirs = _logits(wrapped.eval(), batches)
         peft = Difference(_median(own.reference, theirs), bound)
     except Exception as error:  # what PEFT does not run it has read all the same
         note = f"PEFT does not run the adapter: {first_line(error)}"
@@ -347,11 +351,6 @@ def _own(
     moved = ours.logits(batches)
     ours.shake()
     return _Own(reference, moved, _median(reference, before), _median(moved, ours.logits(batches)))
-
-
-def attention_of(model: "PreTrainedModel") -> str:
-    """The attention in which logits are compared: that of the family's own code that every device has."""
-    return "sdpa" if getattr(model, "_supports_sdpa", False) else "eager"
 
 
 class _Adapted:
@@ -408,12 +407,6 @@ def _load_base(folder: Path, folders: Folders, attention: str, device: torch.dev
     )
     loaded: PreTrainedModel = model.to(device).eval()
     return loaded
-
-
-def _with_peft(base: "PreTrainedModel", adapter: Path) -> Any:
-    from peft import PeftModel
-
-    return PeftModel.from_pretrained(base, str(adapter), torch_device=str(base.device)).eval()
 
 
 def _logits(model: Any, batches: Sequence[Tensor]) -> Tensor:
@@ -497,11 +490,10 @@ class Parity:
 
 
 def _logits_in_words(logits: Logits | str, quantised: bool) -> str:
-    if isinstance(logits, str):
-        return "logits were not compared"
-    models = [
-        name for name, item in (("the merged model", logits.merged), ("the adapter in PEFT", logits.peft)) if item
-    ]
+    compared = (
+        {} if isinstance(logits, str) else {"the merged model": logits.merged, "the adapter in PEFT": logits.peft}
+    )
+    models = [name for name, item in compared.items() if item]
     if not models:
         return "logits were not compared"
     theirs = "the trained adapter on the original weights" if quantised else "the training"

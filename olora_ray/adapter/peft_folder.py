@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -125,17 +124,12 @@ def new_adapter(
         yield folder, rank
 
 
-def read_adapter(folder: Path, model: nn.Module) -> tuple[dict[str, AdapterWeights], float]:
-    """The adapter in a folder that `write_adapter` wrote for this model, and its scale.
-
-    Its change is all in dA and dB, with B0 = 0. Raises KeyError for a folder of another origin.
-    """
-    fields = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+def _read(fields: dict[str, Any], tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, AdapterWeights]:
     parameters = fields.get("target_parameters") or []
     # A stack goes by its parameter's name, which may be "weight" too (JetMoE), a linear layer by its module's.
     layers = [name if model.get_parameter(name).ndim == 3 else name.removesuffix(".weight") for name in parameters]
     layers += fields["target_modules"]
-    keys, tensors, found = names_of(model, layers).keys, load_file(folder / WEIGHTS), {}
+    keys, found = names_of(model, layers).keys, {}
     for layer in layers:
         lora_a, lora_b = (tensors[f"{_PREFIX}{keys[layer]}.lora_{part}.weight"] for part in "AB")
         if is_stack(model, layer):
@@ -145,8 +139,7 @@ def read_adapter(folder: Path, model: nn.Module) -> tuple[dict[str, AdapterWeigh
             if _other_way_round(model, layer):
                 lora_a, lora_b = lora_b.mT, lora_a.mT
         found[layer] = AdapterWeights(Factors(torch.zeros_like(lora_a), None), lora_a, lora_b)
-    rank = fields["r"]
-    return found, fields["lora_alpha"] / (math.sqrt(rank) if fields["use_rslora"] else rank)
+    return found
 
 
 def _other_way_round(model: nn.Module, layer: str) -> bool:
@@ -257,8 +250,8 @@ _MORE = ("modules_to_save", "use_dora", "rank_pattern", "alpha_pattern", "layer_
 def read(folder: Path, model: nn.Module) -> tuple[dict[str, AdapterWeights], float]:
     """Name of a layer -> its adapter in float32, and the scale of all; `model` is the base, weights or not.
 
-    Raises UserError for an adapter of another form, or of another model: PEFT itself may load these, but here they
-    are not merged.
+    The change is all in dA and dB, with B0 = 0. Raises UserError for an adapter of another form, or of another model:
+    PEFT itself may load these, but here they are not merged.
     """
     fields = read_json(folder / CONFIG)
     if fields.get("peft_type") != "LORA" or fields.get("bias", "none") != "none" or any(map(fields.get, _MORE)):
@@ -266,13 +259,13 @@ def read(folder: Path, model: nn.Module) -> tuple[dict[str, AdapterWeights], flo
             f"model.name: {folder} is not a plain LoRA, so it cannot be merged here; evaluate it as it is, or register"
             " it with export.merged: true to train on top of it"
         )
+    tensors = load_file(folder / WEIGHTS)
     try:
-        adapter, scale = read_adapter(folder, model)
+        adapter, rank = _read(fields, tensors, model), fields["r"]
+        scale = fields["lora_alpha"] / (math.sqrt(rank) if fields["use_rslora"] else rank)
     except (KeyError, AttributeError, ValueError, RuntimeError, TypeError):
         adapter, scale = {}, 0.0
-    with safe_open(folder / WEIGHTS, "pt") as file:
-        stored = len(list(file.keys()))
-    if not adapter or stored != 2 * len(adapter):
+    if not adapter or len(tensors) != 2 * len(adapter):
         raise UserError(
             f"model.name: {folder / WEIGHTS} does not have a lora_A and a lora_B of each layer, and no more"
         )

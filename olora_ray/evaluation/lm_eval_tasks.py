@@ -19,6 +19,7 @@ from olora_ray.common.patience import is_away
 from olora_ray.config import command_line
 from olora_ray.config.schema import AnyConfig
 from olora_ray.evaluation import held_out
+from olora_ray.model import attention
 from olora_ray.model.load import load_tokenizer
 from olora_ray.model.source import BaseModel, on_this_node
 
@@ -127,8 +128,7 @@ class HarnessModel:
 
         quiet_lm_eval()
         model = held_out.load(base, adapter, config, assigned_device())
-        # Attention that takes batches of padded rows; not every family has sdpa.
-        model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+        model.set_attn_implementation(attention.own(model))  # it takes batches of padded rows
         tokenizer = load_tokenizer(on_this_node(base, config), config.model)
         self._inner = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8)
 

@@ -148,10 +148,11 @@ def differences(first: Evaluation, second: Evaluation) -> dict[str, Interval]:
     ours, theirs = first.held_out, second.held_out
     if ours and theirs and ours.data == theirs.data:  # else tokens differ, and losses per token cannot be compared
         for name in ours.names():
-            if rows.comparable(name, ours, theirs):
-                found = rows.compare(name, ours, theirs, groups=first.groups)
-                if found.groups > 1:  # one alone says nothing of the others
-                    intervals[name] = found.interval
+            if name not in theirs.names() or not set(ours.column(name).rows) & set(theirs.column(name).rows):
+                continue
+            found = rows.compare(name, ours, theirs, groups=first.groups)
+            if found.groups > 1:  # one alone says nothing of the others
+                intervals[name] = found.interval
     for task, mine in first.tasks.items():
         for name, values in mine.values.items():
             other = second.tasks[task].values.get(name, ())

@@ -225,13 +225,6 @@ def compare(
     return Comparison(found, len(rows), len(np.unique(group)))
 
 
-def comparable(name: str, ours: RowResults, theirs: RowResults) -> bool:
-    """Whether both models have a metric, and on one row at least both of them."""
-    if name not in ours.names() or name not in theirs.names():
-        return False
-    return bool(np.intersect1d(ours.column(name).rows, theirs.column(name).rows).size)
-
-
 def numbered(keys: Sequence[object]) -> list[int]:
     """A number for each key, equal ones for equal keys: 0, 1, ... in the order in which they come."""
     known: dict[object, int] = {}

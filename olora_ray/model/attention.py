@@ -142,7 +142,7 @@ def _definition(query: Tensor, key: Tensor, value: Tensor, window: int | None) -
     return found.transpose(1, 2)
 
 
-FLASH, VARLEN = "flash_attention_2", VARLEN
+FLASH = "flash_attention_2"
 _SUPPORT = {
     "segments": "_supports_attention_backend",
     VARLEN: "_supports_attention_backend",
@@ -208,7 +208,6 @@ def _missing(name: str) -> str | None:
 # Attention that stays inside segments: nothing is computed between segments, so nothing is masked.
 
 
-SEGMENTS = "segments"
 SHORT = 512
 """Longest segment for `_Batched`: its memory is quadratic, and it saves less than nothing beyond."""
 STEP = 16
@@ -223,7 +222,7 @@ def register() -> None:
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 
-    for name, attend in ((SEGMENTS, segment_attention), (VARLEN, varlen_attention)):
+    for name, attend in (("segments", segment_attention), (VARLEN, varlen_attention)):
         AttentionInterface.register(name, attend)
         AttentionMaskInterface.register(name, _no_mask)
 

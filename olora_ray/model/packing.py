@@ -188,15 +188,14 @@ def positions(model: Any) -> int | None:
     """
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     language = _language(model)
-    tables: list[Any] = [part.weight for name, part in language.named_modules() if _is_table(name, part)]
+    tables: list[Any] = []
+    for name, part in language.named_modules():
+        last = name.rpartition(".")[2]
+        if isinstance(part, nn.Embedding) and ("pos" in last or last == "wpe"):
+            tables.append(part.weight)
     tables += [kept for name, kept in language.named_buffers() if name.endswith("embed_positions")]
     # Those of OPT and BioGPT have two rows more.
     return most if type(most) is int and any(most <= table.shape[0] <= most + 2 for table in tables) else None
-
-
-def _is_table(name: str, module: nn.Module) -> bool:
-    last = name.rpartition(".")[2]
-    return isinstance(module, nn.Embedding) and ("pos" in last or last == "wpe")
 
 
 def _limits_of_positions(shape: Any) -> list[tuple[str, int]]:

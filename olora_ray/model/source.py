@@ -16,7 +16,6 @@ from olora_ray.config import command_line
 from olora_ray.config.schema import AnyConfig
 from olora_ray.config.schema import Model as ModelConfig
 from olora_ray.model import convert, folder
-from olora_ray.model import folder as identity
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class BaseModel:
     digest: str
     """Of all its files that decide what it computes; the same model has the same."""
     look: str = ""
-    """What a glance at the folder tells (`identity.look`), so that each process can compare; empty: none does."""
+    """What a glance at the folder tells (`folder.look`), so that each process can compare; empty: none does."""
 
     def to_json(self) -> dict[str, str]:
         """For a result: which model it was."""
@@ -55,7 +54,7 @@ def obtain(config: AnyConfig, registered: Path | None = None) -> BaseModel:
     folder.check(source)
     _keep(source)
     code = config.model.trust_remote_code
-    return BaseModel(name, str(source), identity.of_folder(source, code), identity.look(source, code))
+    return BaseModel(name, str(source), folder.of_folder(source, code), folder.look(source, code))
 
 
 def _what_it_is(source: Path) -> str:
@@ -100,7 +99,7 @@ def on_this_node(base: BaseModel, config: AnyConfig) -> BaseModel:
 def _is_same(place: Path, base: BaseModel, config: AnyConfig) -> bool:
     """Whether a folder of this node is that of the driver, as far as a glance tells."""
     try:
-        return place.is_dir() and base.look in ("", identity.look(place, config.model.trust_remote_code))
+        return place.is_dir() and base.look in ("", folder.look(place, config.model.trust_remote_code))
     except OSError:  # a file that is gone by now, or closed to this user
         return False
 

@@ -1,22 +1,30 @@
-"""Each method's factors have the properties that the method promises."""
+"""What every method of the family promises, what each says of itself, and PEFT or the formula as its oracle."""
 
-from typing import get_args
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
 
+import peft
 import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from torch import Tensor, nn
 
-from olora_ray.adapter.layer import AdapterWeights, Factors
-from olora_ray.adapter.methods import METHODS, lora, olora
-from olora_ray.config.schema import Adapter
+from olora_ray.adapter.initialise import at_scale, initialise, options_of
+from olora_ray.adapter.inject import find_targets, inject
+from olora_ray.adapter.layer import Factors
+from olora_ray.adapter.methods import FROM_WEIGHTS, METHODS, Options, lora, olora
+from olora_ray.adapter.methods.nora import ROW
+from olora_ray.config.schema import METHOD_OPTIONS, Adapter
+from tests import tiny
 
-sizes = st.integers(1, 40)
-seeds = st.integers(0, 2**31)
+sizes, seeds = st.integers(1, 40), st.integers(0, 2**31)
 
 
-def random_weight(m: int, n: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randn(m, n, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+def random_weight(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def assert_orthonormal(b0: torch.Tensor) -> None:
@@ -31,7 +39,7 @@ def test_every_method_of_the_config_exists() -> None:
 @given(sizes, sizes, st.data(), seeds)
 def test_the_short_qr_gives_the_factors_of_the_full_one(m: int, n: int, data: st.DataObject, seed: int) -> None:
     rank = data.draw(st.integers(1, min(m, n)))
-    weight = random_weight(m, n, seed, torch.float64)
+    weight = random_weight(m, n, seed=seed, dtype=torch.float64)
     assume(torch.linalg.cond(weight[:, :rank]) < 1e6)
     q, r = torch.linalg.qr(weight)
     found = olora.factors(weight, rank, seed=0)
@@ -44,7 +52,7 @@ def test_the_short_qr_gives_the_factors_of_the_full_one(m: int, n: int, data: st
 @given(sizes, sizes, st.data(), seeds)
 def test_b0_is_orthonormal_and_a0_is_its_projection(m: int, n: int, data: st.DataObject, seed: int) -> None:
     rank = data.draw(st.integers(1, min(m, n)))
-    weight = random_weight(m, n, seed)
+    weight = random_weight(m, n, seed=seed)
     found = olora.factors(weight, rank, 0)
     assert found.b0 is not None
     assert found.b0.shape == (m, rank)
@@ -53,33 +61,18 @@ def test_b0_is_orthonormal_and_a0_is_its_projection(m: int, n: int, data: st.Dat
     torch.testing.assert_close(found.a0, found.b0.T @ weight)
 
 
-def _zeros(weight: torch.Tensor) -> torch.Tensor:
-    return torch.zeros_like(weight)
+DAMAGES: dict[str, Callable[[Tensor], Tensor]] = {
+    "zeros": torch.zeros_like,
+    "zero slice": lambda weight: weight.index_fill(1, torch.arange(4), 0),
+    "zero column": lambda weight: weight.index_fill(1, torch.tensor([2]), 0),
+    "twin columns": lambda weight: weight.index_copy(1, torch.tensor([3]), 2 * weight[:, 1:2]),
+    "one direction": lambda weight: weight[:, :1] @ weight[:1],
+}
 
 
-def _zero_slice(weight: torch.Tensor) -> torch.Tensor:
-    weight[:, :4] = 0
-    return weight
-
-
-def _zero_column(weight: torch.Tensor) -> torch.Tensor:
-    weight[:, 2] = 0
-    return weight
-
-
-def _twin_columns(weight: torch.Tensor) -> torch.Tensor:
-    weight[:, 3] = 2 * weight[:, 1]
-    return weight
-
-
-def _one_direction(weight: torch.Tensor) -> torch.Tensor:
-    return weight[:, :1] @ weight[:1]
-
-
-@pytest.mark.parametrize("damage", [_zeros, _zero_slice, _zero_column, _twin_columns, _one_direction])
-def test_a_rank_deficient_slice_is_flagged_and_completed(damage: object) -> None:
-    assert callable(damage)
-    weight = damage(random_weight(24, 16))
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_rank_deficient_slice_is_flagged_and_completed(damage: str) -> None:
+    weight = DAMAGES[damage](random_weight(24, 16))
     found = olora.factors(weight, 4, 0)
     assert not found.full_rank
     assert found.b0 is not None
@@ -88,24 +81,18 @@ def test_a_rank_deficient_slice_is_flagged_and_completed(damage: object) -> None
 
 
 @pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
-def test_full_rank_does_not_depend_on_the_size_of_the_weight(size: float) -> None:
-    assert olora.factors(random_weight(24, 16) * size, 4, 0).full_rank
-
-
-def test_deficiency_beyond_the_slice_does_not_matter() -> None:
-    weight = random_weight(24, 16)
+def test_full_rank_depends_on_the_slice_and_not_on_its_size(size: float) -> None:
+    weight = random_weight(24, 16) * size
     weight[:, 8:] = 0
     assert olora.factors(weight, 4, 0).full_rank
 
 
 @given(seeds)
 def test_lora_depends_on_the_seed_alone(seed: int) -> None:
-    ambient = torch.random.get_rng_state()
     one = lora.factors(random_weight(12, 8, seed=1), 4, seed)
     two = lora.factors(random_weight(20, 8, seed=2), 4, seed)
     assert torch.equal(one.a0, two.a0)
     assert not torch.equal(one.a0, lora.factors(random_weight(12, 8), 4, seed + 1).a0)
-    assert torch.equal(ambient, torch.random.get_rng_state())
 
 
 def test_lora_starts_as_torch_initialises_a_linear_layer_with_b_at_zero() -> None:
@@ -113,8 +100,6 @@ def test_lora_starts_as_torch_initialises_a_linear_layer_with_b_at_zero() -> Non
     assert found.b0 is None
     assert found.a0.abs().max() <= 400**-0.5
     assert abs(float(found.a0.std()) * (3 * 400) ** 0.5 - 1) < 0.05
-    change = AdapterWeights(found, torch.zeros(8, 400), torch.zeros(12, 8)).delta(2.0)
-    assert not change.any()
 
 
 def test_one_rank_deficient_expert_makes_a_stack_deficient() -> None:
@@ -126,16 +111,278 @@ def test_one_rank_deficient_expert_makes_a_stack_deficient() -> None:
     assert not olora.factors(stack, 4, 0).full_rank
 
 
-@given(st.integers(2, 4), seeds)
-def test_the_change_of_a_stack_is_that_of_each_expert(experts: int, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    start = olora.factors(torch.randn(experts, 9, 7, generator=generator), 3, 0)
-    da, db = torch.randn(experts, 3, 7, generator=generator), torch.randn(experts, 9, 3, generator=generator)
-    whole = AdapterWeights(start, da, db)
-    lora_a, lora_b = whole.plain_lora()
-    for expert in range(experts):
-        assert start.b0 is not None
-        one = AdapterWeights(Factors(start.a0[expert], start.b0[expert]), da[expert], db[expert])
-        torch.testing.assert_close(whole.delta(1.5)[expert], one.delta(1.5))
-        assert torch.equal(lora_a[expert], one.plain_lora()[0])
-        assert torch.equal(lora_b[expert], one.plain_lora()[1])
+EACH = pytest.mark.parametrize("method", sorted(FROM_WEIGHTS))
+CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[2]
+
+
+def parts(found: Factors) -> list[Tensor]:
+    return [part for part in (found.a0, found.b0) if part is not None]
+
+
+@EACH
+def test_shapes_and_precision(method: str) -> None:
+    for m, n in ((24, 10), (10, 24)):
+        found = METHODS[method].factors(random_weight(m, n), 4, 7, Options())
+        assert found.a0.shape == (4, n)
+        assert (found.b0 is not None) == METHODS[method].has_b0
+        assert found.b0 is None or found.b0.shape == (m, 4)
+        assert {part.dtype for part in parts(found)} == {torch.float32}
+        assert all(part.is_contiguous() for part in parts(found))
+        assert found.full_rank
+
+
+@EACH
+def test_the_same_arguments_give_the_same_factors_whatever_torchs_random_numbers_are(method: str) -> None:
+    weight, ambient = random_weight(20, 14), torch.random.get_rng_state()
+    first = METHODS[method].factors(weight, 4, 7, Options())
+    assert torch.equal(ambient, torch.random.get_rng_state())
+    torch.manual_seed(99)
+    second = METHODS[method].factors(weight, 4, 7, Options())
+    assert all(torch.equal(one, two) for one, two in zip(parts(first), parts(second), strict=True))
+    assert torch.equal(weight, random_weight(20, 14)), "the weight is left alone"
+
+
+@EACH
+@pytest.mark.parametrize(("m", "n"), [(20, 14), (14, 20)])
+def test_a_stack_has_the_factors_of_each_expert(method: str, m: int, n: int) -> None:
+    stack = random_weight(3, m, n)
+    found = METHODS[method].factors(stack, 4, 7, Options())
+    for expert in range(3):
+        alone = METHODS[method].factors(stack[expert], 4, 7 + expert, Options())
+        for whole, one in zip(parts(found), parts(alone), strict=True):
+            torch.testing.assert_close(whole[expert], one, atol=1e-5, rtol=1e-5)
+    stack[1, :] = 0
+    assert METHODS[method].factors(stack, 4, 7, Options()).full_rank == (method in ("lora", "orthogonal"))
+
+
+@EACH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("make", [tiny.llama, tiny.gpt2], ids=["llama", "gpt2"])
+def test_the_start_equals_the_base_exactly(method: str, dtype: torch.dtype, make: Any) -> None:
+    model, ids = make(dtype=dtype), torch.arange(2, 42).view(2, 20)
+    base = model(input_ids=ids).logits
+    adapter = Adapter(method=method, rank=4, alpha=7)  # type: ignore[arg-type]
+    targets = find_targets(model, "all-linear", 4)
+    found, report = initialise(targets, method, 4, 3, CPU, options_of(adapter))
+    assert report.deficient == ()
+    adapted = inject(model, at_scale(found, adapter), adapter.scale())
+    assert torch.equal(model(input_ids=ids).logits, base)
+    for layer in adapted.values():
+        layer.db.data.fill_(0.1)
+    assert not torch.equal(model(input_ids=ids).logits, base)
+
+
+@EACH
+@given(scale=st.floats(0.01, 100.0), seed=seeds)
+def test_what_is_taken_off_the_weight_does_not_depend_on_the_scale_where_a_method_divides(
+    method: str, scale: float, seed: int
+) -> None:
+    use, options = METHODS[method], Options()
+    kept = use.factors(random_weight(9, 12, seed=seed), 4, seed, options)
+    found = use.at_scale(kept, scale, options)
+    for_a, for_b = use.scale_powers(options)
+    torch.testing.assert_close(found.a0 * scale**for_a, kept.a0)
+    if kept.b0 is not None and found.b0 is not None:
+        torch.testing.assert_close(found.b0 * scale**for_b, kept.b0)
+        assert for_a + for_b in (0.0, 1.0)
+    if for_a == for_b == 0.0:
+        assert found is kept
+
+
+@pytest.mark.parametrize("method", ["pissa", "pissa_fast", "milora"])
+@given(m=sizes, n=sizes, data=st.data(), seed=seeds)
+def test_the_adapters_share_of_the_weight_is_a_projection_of_it(
+    method: str, m: int, n: int, data: st.DataObject, seed: int
+) -> None:
+    rank = data.draw(st.integers(1, min(m, n)))
+    weight = random_weight(m, n, seed=seed)
+    found = METHODS[method].factors(weight, rank, seed, Options())
+    assert found.b0 is not None
+    share, size = found.b0 @ found.a0, float(weight.norm())
+    rest = weight - share
+    assert float((share.mT @ rest).abs().max()) < 1e-5 * size**2
+    if method != "pissa_fast":
+        assert float((share @ rest.mT).abs().max()) < 1e-5 * size**2
+    torch.testing.assert_close(found.a0.norm(dim=1), found.b0.norm(dim=0), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["pissa", "pissa_fast", "milora"])
+def test_a_weight_of_low_rank_is_named_where_its_vectors_are_arbitrary(method: str) -> None:
+    weight = random_weight(24, 3) @ random_weight(3, 16, seed=1)
+    assert not METHODS[method].factors(weight, 4, 0, Options()).full_rank
+    assert METHODS[method].factors(weight, 3, 0, Options()).full_rank == (method != "milora")
+    found = METHODS[method].factors(torch.zeros(6, 5), 2, 0, Options())
+    assert all(torch.isfinite(part).all() for part in parts(found))
+
+
+@given(m=sizes, n=sizes, seed=seeds, scale=st.floats(0.1, 10.0))
+def test_matched_rows_of_nora_are_as_long_as_those_of_lora_at_any_scale(
+    m: int, n: int, seed: int, scale: float
+) -> None:
+    weight = 3.0 * random_weight(m, n, seed=seed)
+    use, matched, number = METHODS["nora"], Options(sigma="matched"), Options(sigma=0.02)
+    found = use.at_scale(use.factors(weight, 400, seed, matched), scale, matched)
+    assert float(found.a0.pow(2).sum(1).mean().sqrt()) == pytest.approx(ROW, rel=0.25)
+    plain = use.at_scale(use.factors(weight, 400, seed, number), scale, number)
+    torch.testing.assert_close(plain.a0 * (scale / 0.02), found.a0 * (float(weight.norm()) / ROW), atol=1e-3, rtol=1e-3)
+    lora = METHODS["lora"].factors(torch.zeros(1, 400), 400, seed, Options())
+    assert float(lora.a0.pow(2).sum(1).mean().sqrt()) == pytest.approx(ROW, rel=0.02)
+
+
+@EACH
+def test_ranks_that_a_shape_does_not_allow_are_one_line(method: str) -> None:
+    use = METHODS[method]
+    limit = use.largest_rank(9, 30)
+    assert use.problem(9, 30, limit) is None
+    assert f"adapter.method={method}: use at most {limit}" in (
+        use.problem(9, 30, limit + use.rank_multiple, "up") or ""
+    )
+    assert use.problem(9, 30, limit, "up") is None
+
+
+def test_an_odd_rank_is_refused_with_its_neighbours() -> None:
+    line = METHODS["orthogonal"].problem(30, 30, 7)
+    assert line == "adapter.rank=7: orthogonal needs a multiple of 2; use 6 or 8"
+    assert METHODS["orthogonal"].problem(30, 30, 1) == "adapter.rank=1: orthogonal needs a multiple of 2; use 2"
+    assert METHODS["orthogonal"].largest_rank(9, 30) == 8
+
+
+@EACH
+def test_the_config_refuses_what_the_method_refuses_for_its_rank_alone(method: str) -> None:
+    for rank in (1, 2, 7, 8):
+        expected = pytest.raises(ValueError) if METHODS[method].problem(99, 99, rank) else contextlib.nullcontext()
+        with expected:
+            Adapter(method=method, rank=rank)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_costs_grow_with_the_layer_and_are_never_nothing(method: str) -> None:
+    cost = METHODS[method].cost
+    assert 0 < cost(1, 1, 1) <= cost(8, 8, 2) <= cost(64, 8, 2) <= cost(64, 64, 8)
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_what_a_method_says_of_itself_fits_in_three_lines(method: str) -> None:
+    use = METHODS[method]
+    lines = use.about.splitlines()
+    assert use.name == method
+    assert 1 <= len(lines) <= 3
+    assert all(len(line) <= 120 for line in lines)
+    page = " ".join((ROOT / "docs" / "method.md").read_text(encoding="utf-8").split())
+    assert f"- **{method}** ({use.source}): {' '.join(lines)}" in page
+    assert f"{method}: " in (Adapter.model_fields["method"].description or "")
+
+
+def test_settings_of_methods_are_those_of_the_config_with_the_same_defaults() -> None:
+    assert options_of(Adapter()) == Options()
+    assert {name for names in METHOD_OPTIONS.values() for name in names} == set(vars(Options()))
+    assert METHOD_OPTIONS.keys() <= METHODS.keys()
+
+
+RANK, ALPHA = 16, 24.0
+SCALE = ALPHA / RANK
+SHAPES = pytest.mark.parametrize(("m", "n"), [(192, 192), (64, 192), (192, 64), (192, 320)])
+
+
+def spectral_weight(m: int, n: int) -> Tensor:
+    """As flat a spectrum as those of trained layers, with some directions that stand out."""
+    generator = torch.Generator().manual_seed(m * 1000 + n)
+    few = torch.randn(m, 5, generator=generator) @ torch.randn(5, n, generator=generator)
+    return 0.05 * torch.randn(m, n, generator=generator) + 0.01 * few
+
+
+def pefts(weight: Tensor, init: str) -> Any:
+    """PEFT's layer of this weight, initialised; its base is changed as PEFT does."""
+    model = nn.Sequential()
+    model.add_module("proj", nn.Linear(weight.shape[1], weight.shape[0], bias=False))
+    model.proj.weight.data = weight.clone()
+    torch.manual_seed(0)
+    settings: Any = {"r": RANK, "lora_alpha": ALPHA, "target_modules": ["proj"], "init_lora_weights": init}
+    return peft.get_peft_model(model, peft.LoraConfig(**settings)).base_model.model.proj
+
+
+def theirs(layer: Any) -> tuple[Tensor, Tensor]:
+    return layer.lora_A["default"].weight.detach().double(), layer.lora_B["default"].weight.detach().double()
+
+
+def ours(weight: Tensor, method: str, seed: int = 0) -> tuple[Tensor, Tensor]:
+    use = METHODS[method]
+    found: Factors = use.at_scale(use.factors(weight, RANK, seed, Options()), SCALE, Options())
+    assert found.b0 is not None
+    return found.a0.double(), found.b0.double()
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+@SHAPES
+def test_pissa_is_pefts_up_to_signs(m: int, n: int) -> None:
+    weight = spectral_weight(m, n)
+    layer = pefts(weight, "pissa")
+    (a, b), (their_a, their_b) = ours(weight, "pissa"), theirs(layer)
+    assert relative(b @ a, their_b @ their_a) <= 1e-3
+    # PEFT's base comes from an SVD in float32: on one processor it is 1.06e-5 away.
+    assert relative(weight - SCALE * b @ a, layer.base_layer.weight.detach().double()) <= 2e-5
+    values = torch.linalg.svdvals(weight.double())
+    known = (values[:-1] / values[1:] > 1.001)[:RANK]
+    known[1:] &= known[:-1].clone()
+    assert int(known.sum()) >= RANK // 2
+    signs = (a * their_a).sum(1).sign()
+    for number in known.nonzero().flatten():
+        assert float((a[number] - signs[number] * their_a[number]).abs().max() / a.abs().max()) <= 2e-3
+        assert float((b[:, number] - signs[number] * their_b[:, number]).abs().max() / b.abs().max()) <= 2e-3
+
+
+@SHAPES
+@pytest.mark.parametrize("method", ["pissa", "milora"])
+def test_the_exact_ones_are_the_svd_in_float64(method: str, m: int, n: int) -> None:
+    weight = spectral_weight(m, n)
+    u, s, vh = torch.linalg.svd(weight.double(), full_matrices=False)
+    chosen = slice(0, RANK) if method == "pissa" else slice(len(s) - RANK, len(s))
+    a, b = ours(weight, method)
+    assert relative(SCALE * b @ a, u[:, chosen] * s[chosen] @ vh[chosen]) <= 1e-5
+    expected = s[chosen] if method == "pissa" else s[chosen].flip(0)
+    torch.testing.assert_close(SCALE * b.norm(dim=0) * a.norm(dim=1), expected, rtol=1e-4, atol=1e-7)
+
+
+@SHAPES
+def test_the_fast_one_leaves_no_more_than_pefts_with_many_iterations(m: int, n: int) -> None:
+    weight = spectral_weight(m, n)
+    (a, b), (their_a, their_b) = ours(weight, "pissa_fast"), theirs(pefts(weight, "pissa_niter_16"))
+    left = (weight.double() - SCALE * b @ a).norm()
+    their_left = (weight.double() - SCALE * their_b @ their_a).norm()
+    assert 1 - 1e-2 < float(left / their_left) < 1 + 1e-3
+    best = torch.linalg.svdvals(weight.double())[:RANK].pow(2).sum()
+    assert float((SCALE * b @ a).pow(2).sum() / best) >= 0.995
+    exact_a, exact_b = ours(weight, "pissa")
+    assert relative(b @ a, exact_b @ exact_a) < 0.1
+
+
+def test_orthogonal_has_the_bits_of_pefts_from_the_same_random_numbers() -> None:
+    layer = pefts(spectral_weight(192, 64), "orthogonal")
+    torch.manual_seed(5)
+    layer.orthogonal_init("default")
+    found = METHODS["orthogonal"].factors(spectral_weight(192, 64), RANK, 5, Options())
+    assert torch.equal(found.a0, layer.lora_A["default"].weight)
+    assert found.b0 is not None
+    assert torch.equal(found.b0, layer.lora_B["default"].weight)
+
+
+def test_orthogonal_is_two_halves_whose_product_is_zero() -> None:
+    a, b = ours(spectral_weight(192, 64), "orthogonal")
+    assert float((b @ a).abs().max()) < 1e-6 * float(b.norm() * a.norm())
+    assert torch.linalg.matrix_rank(a, rtol=1e-5) == torch.linalg.matrix_rank(b, rtol=1e-5) == RANK // 2
+
+
+def test_nora_is_the_formula() -> None:
+    weight = spectral_weight(64, 192)
+    generator = torch.Generator().manual_seed(9)
+    omega = torch.stack([torch.randn(64, generator=generator) for _ in range(RANK)])
+    for sigma, factor in ((0.1, 0.1 / SCALE), ("matched", SCALE * 3**-0.5 / float(weight.norm()) / SCALE)):
+        options: Any = Options(sigma=sigma)  # type: ignore[arg-type]
+        use = METHODS["nora"]
+        found = use.at_scale(use.factors(weight, RANK, 9, options), SCALE, options)
+        torch.testing.assert_close(found.a0.double(), factor * omega.double() @ weight.double(), rtol=1e-5, atol=1e-6)
+        assert found.b0 is None

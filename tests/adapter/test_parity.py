@@ -2,9 +2,23 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
+import pytest
+import torch
+from torch import nn
+
+from olora_ray.adapter import parity as module
+from olora_ray.adapter import stored
 from olora_ray.adapter.merge import Worst
-from olora_ray.adapter.parity import AsPeftReads, Difference, Logits, MergedFolder, Parity
+from olora_ray.adapter.parity import AsPeftReads, Difference, Folders, Logits, MergedFolder, Parity, measure_logits
+from olora_ray.common.errors import UserError
+from olora_ray.config.schema import Adapter
+from tests import tiny
+from tests.export_parts import IDS, Case, make_case
+from tests.families import zoo
+from tests.families.variants import ALL
 
 LOGITS = Logits(115, 40.0, 2.0, 1e-5, 0.04, Difference(1e-5, 3e-4), Difference(0.0, 3e-4))
 RIGHT = Parity(MergedFolder(Worst(0.99, "a.up", "bfloat16"), ()), AsPeftReads(7e-8, "a.up", ()), LOGITS)
@@ -34,8 +48,7 @@ def test_each_error_is_one_line_that_names_the_layer() -> None:
     assert "the merged weight of a.up is 3.5 roundings" in second
     assert "the change of a.down is off by 0.5 of its size" in third
 
-
-def test_layers_that_peft_reads_otherwise_are_told_instead_of_an_error_of_theirs() -> None:
+    # Layers that PEFT reads otherwise are told instead of an error of theirs.
     wrong = replace(RIGHT, peft=AsPeftReads(float("inf"), "", ("PEFT does not adapt a.up",)))
     assert wrong.problems() == ["adapter folder: PEFT does not adapt a.up"]
 
@@ -52,3 +65,90 @@ def test_nan_is_no_parity() -> None:
     assert not replace(RIGHT, merged=MergedFolder(Worst(nan, "a", "float32"), ())).ok
     assert not replace(RIGHT, peft=AsPeftReads(nan, "a", ())).ok
     assert not replace(RIGHT, logits=replace(LOGITS, peft=Difference(nan, 1.0))).ok
+
+
+SETTINGS = Adapter(method="olora", rank=4, alpha=6)
+
+
+def measure(case: Case, folder: Path, merged: bool = True) -> Logits | str:
+    """Export as a run does, unless a test has written a folder already."""
+    if merged and not (folder / "merged").exists():
+        case.write_merged(folder / "merged")
+    if not (folder / "adapter").exists():
+        case.write_adapter(folder / "adapter")
+    folders = Folders(case.base, folder / "merged" if merged else None, folder / "adapter", False)
+    found = stored.groups(case.base, case.model, case.adapter)
+    return measure_logits(folders, case.model, found, case.adapter, case.scale, [IDS], torch.device("cpu"))
+
+
+def made(found: Logits | str) -> Logits:
+    assert isinstance(found, Logits), found
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_is_left_but_float32s_own_noise(tmp_path: Path, dtype: torch.dtype) -> None:
+    found = made(measure(make_case(tmp_path / "base", tiny.llama(dtype=dtype), SETTINGS), tmp_path))
+    assert found.problems() == []
+    assert found.tokens == IDS.numel()
+    assert found.merged is not None
+    assert found.peft is not None
+    assert found.rounding is not None
+    assert found.merged.median < 20 * found.noise, "also of a merge that was rounded to bfloat16"
+    assert found.peft.median < 20 * found.noise
+    assert (found.rounding > 100 * found.noise) == (dtype == torch.bfloat16)
+    assert found.effect > 1000 * found.noise
+
+
+def test_conv1d_and_a_run_without_a_merged_folder(tmp_path: Path) -> None:
+    case = make_case(tmp_path / "base", tiny.gpt2(), SETTINGS)
+    assert made(measure(case, tmp_path)).problems() == []
+    found = made(measure(case, tmp_path, merged=False))
+    assert found.merged is None
+    assert found.problems() == []
+
+
+class Unused(nn.Module):
+    """Stands for a layer whose weight the model reads without calling it: its adapter takes no part."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.base, self.scale = layer.base, 0.0
+        self.da, self.db, self.a0, self.b0 = layer.da, layer.db, layer.a0, layer.b0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x)
+
+
+def test_an_adapter_that_took_no_part_in_the_training_is_caught(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def inject(model: nn.Module, factors: Any, scale: float) -> Any:
+        wrapped = real(model, factors, scale)
+        for name in wrapped:
+            if name.endswith("o_proj"):
+                parent = model.get_submodule(name.rpartition(".")[0])
+                wrapped[name] = parent.o_proj = Unused(wrapped[name])
+        return wrapped
+
+    real = module.inject
+    monkeypatch.setattr(module, "inject", inject)
+    found = made(measure(make_case(tmp_path / "base", tiny.llama(dtype=torch.bfloat16), SETTINGS), tmp_path))
+    assert len(found.problems()) == 2
+
+
+def test_a_family_without_sdpa_is_compared_in_its_own_attention(tmp_path: Path) -> None:
+    model = zoo.make(ALL["gemma2"])
+    assert not model._supports_sdpa, "what this is about"
+    assert made(measure(make_case(tmp_path / "base", model, SETTINGS), tmp_path)).problems() == []
+
+
+def test_a_merged_folder_that_does_not_load_is_an_error_and_such_a_base_a_reason(tmp_path: Path) -> None:
+    case = make_case(tmp_path / "base", tiny.llama(), SETTINGS)
+    case.write_merged(tmp_path / "merged")
+    (tmp_path / "merged" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="export: the merged model does not run"):
+        measure(case, tmp_path)
+    folders = Folders(tmp_path / "gone", None, tmp_path / "adapter", False)
+    found = measure_logits(folders, case.model, [], case.adapter, case.scale, [IDS], torch.device("cpu"))
+    assert str(found).startswith("the adapted model does not run here: ")

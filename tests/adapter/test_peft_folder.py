@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from olora_ray.adapter.parity import BOUND, check_adapter
-from olora_ray.adapter.peft_folder import read_adapter, write_adapter
+from olora_ray.adapter.peft_folder import read, write_adapter
+from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Adapter
 from tests import tiny
 from tests.export_parts import Case, logits, make_case, make_stacked_case, random_adapter
@@ -43,6 +44,13 @@ def from_peft(case: Case, folder: Path) -> torch.Tensor:
     return logits(PeftModel.from_pretrained(load(case.base), folder).eval())
 
 
+def assert_reads_back(case: Case, folder: Path) -> None:
+    again, scale = read(folder, case.model)
+    assert again.keys() == case.adapter.keys()
+    for name, item in case.adapter.items():
+        torch.testing.assert_close(again[name].delta(scale), item.delta(case.scale), atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("settings", METHODS, ids=lambda item: f"{item.method}-{item.rank_stabilized}")
 def test_peft_says_what_the_adapted_model_says(tmp_path: Path, family: str, settings: Adapter) -> None:
@@ -50,6 +58,7 @@ def test_peft_says_what_the_adapted_model_says(tmp_path: Path, family: str, sett
     folder = case.write_adapter(tmp_path / "adapter")
     torch.testing.assert_close(from_peft(case, folder), case.logits, atol=2e-5, rtol=0)
     assert check_adapter(folder, case.model, case.adapter, case.scale).ok
+    assert_reads_back(case, folder)
 
 
 @pytest.mark.parametrize("family", [*MIXTURES, "phi3", "gemma3"])
@@ -59,10 +68,7 @@ def test_experts_and_names_that_peft_rewrites_are_read_as_they_were_trained(tmp_
     found = check_adapter(folder, case.model, case.adapter, case.scale)
     assert found.ok, found
     torch.testing.assert_close(from_peft(case, folder), case.logits, atol=5e-5, rtol=0)
-    again, scale = read_adapter(folder, case.model)
-    assert again.keys() == case.adapter.keys()
-    for name, item in case.adapter.items():
-        torch.testing.assert_close(again[name].delta(scale), item.delta(case.scale), atol=1e-6, rtol=0)
+    assert_reads_back(case, folder)
 
 
 class ParallelExperts(nn.Module):
@@ -85,7 +91,7 @@ def test_a_stack_that_is_called_as_a_layer_is_read_back(tmp_path: Path) -> None:
     adapter = {name: random_adapter(model, name, 2, seed) for seed, name in enumerate(names)}
     settings = Adapter(rank=2, alpha=4)
     write_adapter(adapter, settings, "base", tmp_path / "adapter", model)
-    again, scale = read_adapter(tmp_path / "adapter", model)
+    again, scale = read(tmp_path / "adapter", model)
     assert set(again) == set(names)
     for name, item in adapter.items():
         torch.testing.assert_close(again[name].delta(scale), item.delta(settings.scale()), atol=1e-6, rtol=0)
@@ -148,8 +154,29 @@ def test_matrices_that_are_missing_or_left_over_are_told(llama: Case, tmp_path: 
     assert check_adapter(folder, llama.model, llama.adapter, llama.scale).problems == (
         f"PEFT finds no matrices for {LAYER}",
     )
+    with pytest.raises(UserError, match="does not have a lora_A and a lora_B of each layer, and no more"):
+        read(folder, llama.model)
     save_file(tensors | {"base_model.model.lm_head.lora_A.weight": torch.zeros(2, 2)}, file)
     assert "more than" in check_adapter(folder, llama.model, llama.adapter, llama.scale).problems[0]
+    with pytest.raises(UserError, match="does not have a lora_A and a lora_B of each layer, and no more"):
+        read(folder, llama.model)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"peft_type": "LOHA"},
+        {"bias": "all"},
+        {"use_dora": True},
+        {"modules_to_save": ["lm_head"]},
+        {"rank_pattern": {"q_proj": 2}},
+    ],
+)
+def test_an_adapter_of_another_form_is_not_read(llama: Case, tmp_path: Path, fields: dict[str, object]) -> None:
+    folder = llama.write_adapter(tmp_path / "adapter")
+    edit(folder, **fields)
+    with pytest.raises(UserError, match="is not a plain LoRA, so it cannot be merged here"):
+        read(folder, llama.model)
 
 
 def test_what_peft_does_not_load_is_one_line(llama: Case, tmp_path: Path) -> None:

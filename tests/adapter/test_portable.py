@@ -1,14 +1,18 @@
 """The files of an exported folder load elsewhere, and say nothing of where they were made."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 from olora_ray.adapter import merge, portable
+from olora_ray.adapter.portable import Card, model_card
+from olora_ray.config.schema import Adapter, Source
 from tests.export_parts import save_tokenizer
 
 
@@ -26,9 +30,9 @@ def base(tmp_path: Path) -> Path:
 
 
 def test_a_tokenizer_is_copied_without_traces_of_a_machine(base: Path, tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (base / "additional_chat_templates").mkdir()
-    (base / "additional_chat_templates" / "tools.jinja").write_text("x")
+    for folder, text in ((base, "new"), (tmp_path / "out", "old")):  # a merged folder has them already
+        (folder / "additional_chat_templates").mkdir(parents=True)
+        (folder / "additional_chat_templates" / "tools.jinja").write_text(text)
     (base / "model.safetensors").write_bytes(b"x")
     portable.copy_tokenizer(base, tmp_path / "out")
     names = {path.name for path in (tmp_path / "out").iterdir()}
@@ -38,14 +42,6 @@ def test_a_tokenizer_is_copied_without_traces_of_a_machine(base: Path, tmp_path:
     assert fields["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert fields["additional_special_tokens"] == ["<s>"]
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
-
-
-def test_templates_that_are_there_already_are_replaced(base: Path, tmp_path: Path) -> None:
-    """As in the merged folder of an adapter-only version: its base has brought them."""
-    for folder, text in ((base, "new"), (tmp_path / "out", "old")):
-        (folder / "additional_chat_templates").mkdir(parents=True)
-        (folder / "additional_chat_templates" / "tools.jinja").write_text(text)
-    portable.copy_tokenizer(base, tmp_path / "out")
     assert (tmp_path / "out" / "additional_chat_templates" / "tools.jinja").read_text() == "new"
 
 
@@ -74,11 +70,6 @@ def test_the_copied_tokenizer_says_what_the_bases_says(base: Path, tmp_path: Pat
     assert ours.special_tokens_map == theirs.special_tokens_map
 
 
-def test_a_folder_without_a_tokenizer_stays_as_it_is(tmp_path: Path) -> None:
-    portable.make_portable(tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
 def test_a_config_keeps_no_place_and_every_hub_id(tmp_path: Path) -> None:
     fields = {
         "_name_or_path": "/home/someone/model",
@@ -100,10 +91,10 @@ def test_a_config_keeps_no_place_and_every_hub_id(tmp_path: Path) -> None:
     }
 
 
-def test_a_config_without_places_keeps_its_bytes(tmp_path: Path) -> None:
+def test_a_config_without_places_keeps_its_bytes_and_nothing_is_made(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"hidden_size":   8}')
     portable.make_portable(tmp_path)
-    assert (tmp_path / "config.json").read_text() == '{"hidden_size":   8}'
+    assert [file.read_text() for file in tmp_path.iterdir()] == ['{"hidden_size":   8}']
 
 
 def test_what_ends_an_answer_is_written_and_is_no_change_of_the_base(tmp_path: Path) -> None:
@@ -137,3 +128,69 @@ def test_positions_are_told_by_the_names_of_transformers_4_too() -> None:
         assert portable.portable_config(shape) == {**shape, **old}
     named = {"rope_theta": 1.0, "rope_parameters": scaled}
     assert portable.portable_config(named) == named
+
+
+CARD = Card(
+    base_name="org/base",
+    base_digest="ab" * 32,
+    adapter=Adapter(rank=16, alpha=32),
+    rank=32,
+    sources=(
+        Source(path="/home/someone/data/chats.jsonl"),
+        Source(path="s3://secret-bucket/corpora/qa.parquet?region=x", format="alpaca", weight=2),
+        Source(path="hf://org/data?split=train", format="text"),
+    ),
+    max_length=512,
+    steps=120,
+    eval_loss=0.01716,
+)
+
+
+def test_a_card_says_what_the_adapter_is_and_how_to_load_it() -> None:
+    text = model_card(CARD)
+    _, metadata, body = text.split("---\n")
+    assert yaml.safe_load(metadata) == {
+        "base_model": "org/base",
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "tags": ["lora", "olora"],
+    }
+    for part in (
+        "`org/base`, untouched",
+        "ab" * 32,
+        "olora, rank 16, alpha 32; written as a plain LoRA of rank 32",
+        "`chats.jsonl` (messages), `qa.parquet` (alpaca, weight 2), `hf://org/data?split=train` (text)",
+        "120 steps, sequences of at most 512 tokens",
+        "0.0172 per supervised token",
+        'AutoModelForCausalLM.from_pretrained("org/base")',
+        "vllm serve org/base --enable-lora --max-lora-rank 32",
+    ):
+        assert part in body, part
+
+
+def test_a_card_tells_nothing_of_the_machine() -> None:
+    text = model_card(replace(CARD, base_name="/home/someone/models/SmolLM2", eval_loss=None))
+    assert not any(word in text for word in ("/home", "someone", "secret-bucket", "None"))
+    assert "`SmolLM2`, untouched; a folder where this was trained" in text
+    assert yaml.safe_load(text.split("---\n")[1]).get("base_model") is None
+
+
+def test_the_command_for_vllm_has_a_rank_that_it_takes() -> None:
+    for rank, taken in ((1, 8), (8, 8), (27, 32), (129, 256), (257, 320), (512, 512)):
+        text = model_card(replace(CARD, rank=rank))
+        assert f"--max-lora-rank {taken} " in text
+        assert f"a plain LoRA of rank {rank}\n" in text
+    text = model_card(replace(CARD, rank=1024))
+    assert "vLLM takes no adapter of rank 1024, but up to 512" in text
+    assert "vllm serve" not in text
+
+
+def test_a_base_of_a_certain_commit_is_loaded_as_that() -> None:
+    text = model_card(replace(CARD, revision="1f2e"))
+    for part in (
+        "`org/base` at revision `1f2e`, untouched",
+        'AutoModelForCausalLM.from_pretrained("org/base", revision="1f2e"), "THIS_FOLDER")',
+        "vllm serve org/base --revision 1f2e --enable-lora",
+    ):
+        assert part in text, part
+    assert "revision" not in model_card(CARD)

@@ -1,14 +1,15 @@
 """all-linear means the linear layers of the language model, experts included; names mean what they name."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from olora_ray.adapter.candidates import MAMBA_TYPES, Target, candidates
+from olora_ray.adapter.candidates import MAMBA_TYPES, candidates
 from olora_ray.adapter.initialise import initialise
-from olora_ray.adapter.inject import find_targets, inject, select
+from olora_ray.adapter.inject import coverage, find_targets, inject, output_head, remove, select
 from olora_ray.adapter.layer import AdaptedLinear, Factors, TakenWeight
 from olora_ray.adapter.methods import METHODS
 from olora_ray.common.errors import UserError
@@ -16,7 +17,7 @@ from olora_ray.train.loss import SupervisedLoss
 from olora_ray.train.self_test import check_adapters
 from tests import tiny
 from tests.families import zoo
-from tests.families.variants import ALL
+from tests.families.variants import ALL, MIXTURES
 
 CPU = torch.device("cpu")
 STACKS = [f"model.layers.{layer}.mlp.experts.{part}" for layer in (0, 1) for part in ("gate_up_proj", "down_proj")]
@@ -37,7 +38,15 @@ def test_of_a_model_that_sees_the_language_model_alone_is_adapted() -> None:
 
 @pytest.mark.parametrize(
     ("family", "routers", "gates"),
-    [("phimoe", 2, 0), ("llama4_text", 1, 0), ("qwen2_moe", 0, 2), ("mixtral", 0, 0), ("deepseek_v3", 0, 0)],
+    [
+        ("phimoe", 2, 0),
+        ("llama4_text", 1, 0),
+        ("qwen2_moe", 0, 2),
+        ("mixtral", 0, 0),
+        ("deepseek_v3", 0, 0),
+        ("bloom", 0, 0),
+        ("falcon", 0, 0),
+    ],
 )
 def test_routers_and_gates_of_one_row_are_left_out(family: str, routers: int, gates: int) -> None:
     left = [reason.kind for reason in select(zoo.on_meta(ALL[family]), "all-linear", 1).left_out.values()]
@@ -93,11 +102,6 @@ def test_experts_are_named_by_their_module_or_their_parameter(entry: str, expect
     assert list(find_targets(zoo.on_meta(ALL["mixtral"]), (entry,), 4)) == expected
 
 
-def test_a_rank_too_large_for_an_expert_names_it() -> None:
-    with pytest.raises(UserError, match=r"adapter\.rank=40 .*experts\.down_proj \(64 x 24\)"):
-        find_targets(zoo.on_meta(ALL["qwen3_moe"]), ("experts",), 40)
-
-
 def test_layers_whose_weight_the_code_takes_are_left_out_and_refused_by_name() -> None:
     model = zoo.on_meta(ALL["mamba"])
     found = select(model, "all-linear", 4)
@@ -125,12 +129,6 @@ def test_a_weight_that_the_code_takes_for_itself_is_refused_before_the_first_ste
     )
     with pytest.raises(UserError, match=f"^{line}$"):
         check_adapters(SupervisedLoss(model), adapted, [tiny.pack(9, 7)], "sdpa", CPU, new=True)
-
-
-def test_bloom_and_falcon_are_adapted_whole() -> None:
-    bloom = zoo.on_meta(ALL["bloom"])
-    assert {reason.kind for reason in select(bloom, "all-linear", 4).left_out.values()} == {"output head"}
-    assert len(select(zoo.on_meta(ALL["falcon"]), "all-linear", 4).targets) == 2 * 4
 
 
 class Scaled(nn.Linear):
@@ -248,16 +246,6 @@ def test_experts_in_a_layout_that_is_not_known_are_left_out_with_a_reason() -> N
         find_targets(model, ("experts.w1",), 4)
 
 
-def test_a_target_knows_its_weight_as_output_by_input() -> None:
-    linear, conv = nn.Linear(6, 4), tiny.gpt2().transformer.h[0].mlp.c_fc
-    assert Target(linear, "weight", stored_transposed=False).shape == (4, 6)
-    found = find_targets(tiny.gpt2(), ("c_fc",), 4)["transformer.h.0.mlp.c_fc"]
-    assert found.shape == (128, 32)
-    assert found.stored_transposed
-    assert found.experts is None
-    assert torch.equal(found.weight(), conv.weight.T)
-
-
 def test_the_models_whose_output_projections_peft_refuses_are_those_of_peft() -> None:
     from types import SimpleNamespace
 
@@ -271,3 +259,130 @@ def test_the_models_whose_output_projections_peft_refuses_are_those_of_peft() ->
         except ValueError:
             refused.add(kind)
     assert refused == MAMBA_TYPES
+
+
+LLAMA_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+CPU = torch.device("cpu")
+
+
+def test_all_linear_takes_everything_but_head_and_embeddings() -> None:
+    for tied in (False, True):
+        found = find_targets(tiny.llama(tie_word_embeddings=tied), "all-linear", 4)
+        assert len(found) == 2 * len(LLAMA_LAYERS)
+        assert {name.rpartition(".")[2] for name in found} == set(LLAMA_LAYERS)
+    found = find_targets(tiny.gpt2(), "all-linear", 4)
+    assert {name.rpartition(".")[2] for name in found} == {"c_attn", "c_proj", "c_fc"}
+    assert len(found) == 2 * 4
+
+
+@pytest.mark.parametrize(
+    ("entry", "expected"),
+    [
+        ("model.layers.1.mlp.up_proj", ["model.layers.1.mlp.up_proj"]),
+        ("q_proj", ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"]),
+        ("mlp.up_proj", ["model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"]),
+        (r".*layers\.0\..*(q|v)_proj", ["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"]),
+    ],
+    ids=["name", "short name", "dotted suffix", "regular expression"],
+)
+def test_a_target_is_a_name_a_suffix_or_a_regular_expression(entry: str, expected: list[str]) -> None:
+    assert list(find_targets(tiny.llama(), (entry,), 4)) == expected
+
+
+def test_targets_come_in_the_order_of_the_model_whatever_the_order_of_the_entries() -> None:
+    model = tiny.llama()
+    found = find_targets(model, ("down_proj", "q_proj", ".*q_proj"), 4)
+    assert list(found) == [name for name, _ in model.named_modules() if name.endswith(("down_proj", "q_proj"))]
+
+
+@pytest.mark.parametrize(
+    ("entry", "problem"),
+    [
+        ("proj", "'proj' matches no linear layer"),
+        ("query_key_value", f"'query_key_value' .* the model has {', '.join(sorted([*LLAMA_LAYERS, 'lm_head']))}"),
+        ("(q_proj", r"adapter\.targets: '\(q_proj' is not a regular expression"),
+        ("lm_head", "'lm_head' is the output head"),
+        (".*", "'lm_head' is the output head"),
+    ],
+)
+def test_an_entry_that_names_nothing_to_adapt_is_refused(entry: str, problem: str) -> None:
+    with pytest.raises(UserError, match=problem):
+        find_targets(tiny.llama(), ("q_proj", entry), 4)
+
+
+def test_a_rank_too_large_names_the_layer_and_what_fits() -> None:
+    with pytest.raises(UserError, match=r"adapter\.rank=48 .*self_attn\.k_proj \(32 x 64\): use at most 32"):
+        find_targets(tiny.llama(), "all-linear", 48)
+    assert find_targets(tiny.llama(), ("q_proj",), 48)
+    with pytest.raises(UserError, match=r"adapter\.rank=40 .*experts\.down_proj \(64 x 24\)"):
+        find_targets(zoo.on_meta(ALL["qwen3_moe"]), ("experts",), 40)
+
+
+def test_a_model_without_linear_layers_is_refused() -> None:
+    with pytest.raises(UserError, match="no linear layer"):
+        find_targets(torch.nn.Sequential(torch.nn.Embedding(4, 4)), "all-linear", 1)
+
+
+@pytest.mark.parametrize("make", [tiny.llama, lambda: zoo.make(ALL["mixtral"])], ids=["llama", "mixtral"])
+def test_only_the_adapters_are_trainable(make: Callable[[], Any]) -> None:
+    model = make().requires_grad_(True)
+    targets = find_targets(model, "all-linear", 4)
+    adapted = inject(model, initialise(targets, "olora", 4, 0, CPU)[0], 1.0)
+    assert list(adapted) == list(targets)
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trainable == {f"{name}.{part}" for name in targets for part in ("da", "db")}
+    head = output_head(model)
+    assert head is not None
+    assert not isinstance(head, AdaptedLinear)
+
+
+@pytest.mark.parametrize("make", [tiny.llama, tiny.gpt2], ids=["llama", "gpt2"])
+def test_remove_gives_the_base_back_bit_for_bit(make: Callable[[], Any]) -> None:
+    model, ids = make(), torch.arange(2, 22).view(1, 20)
+    logits, before = model(input_ids=ids).logits, {name: value.clone() for name, value in model.state_dict().items()}
+    targets = find_targets(model, "all-linear", 4)
+    adapted = inject(model, initialise(targets, "olora", 4, 0, CPU)[0], 1.0)
+    with torch.no_grad():
+        for layer in adapted.values():
+            layer.da.fill_(0.1)
+    assert not torch.equal(model(input_ids=ids).logits, logits)
+    remove(model)
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    found = {name: module for name, module in model.named_modules() if name in targets}
+    assert found == {name: target.module for name, target in targets.items()}
+    assert torch.equal(model(input_ids=ids).logits, logits)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_every_parameter_counts_once(tied: bool) -> None:
+    model = tiny.llama(tie_word_embeddings=tied)
+    found = coverage(model, select(model, "all-linear", 4))
+    matrix, norms = 96 * 64, 5 * 64
+    layers = 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 112)
+    assert found.adapted == layers
+    expected = {"embeddings": matrix, "output head": matrix, "norms, biases and others": norms}
+    if tied:
+        del expected["output head"]
+    assert found.others == expected
+    assert found.share == layers / sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("family", [*MIXTURES, "granitemoehybrid"])
+def test_the_experts_of_every_family_are_covered(family: str) -> None:
+    model = zoo.on_meta(ALL[family])
+    found = coverage(model, select(model, "all-linear", 4))
+    total = found.adapted + sum(found.others.values())
+    assert total == sum(parameter.numel() for parameter in model.parameters())
+    small = {"norms, biases and others", "routers", "gates of one row"}
+    assert set(found.others) - small == {"embeddings", "output head"}
+    assert sum(count for kind, count in found.others.items() if kind in small) < 0.05 * total
+
+
+def test_a_tower_counts_whole() -> None:
+    model = zoo.on_meta(ALL["gemma3"])
+    found = coverage(model, select(model, "all-linear", 4))
+    tower = model.model.vision_tower
+    assert found.others["vision tower"] == sum(parameter.numel() for parameter in tower.parameters())
+    assert "multi modal projector" in found.others

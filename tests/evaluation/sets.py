@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-ROWS = 10
+ROWS = 14
 
 
 def write(folder: Path, split: str = "validation") -> Path:

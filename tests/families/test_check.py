@@ -1,7 +1,9 @@
 """The check finds what it is there for: each error is planted once in a family that is right without it."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -10,7 +12,6 @@ from olora_ray.adapter import layer, merge
 from olora_ray.cluster import resume
 from olora_ray.common.errors import UserError
 from olora_ray.model import attention
-from olora_ray.pipeline.export import export_run
 from olora_ray.train.loss import SelfTest, SupervisedLoss
 from tests.families import check as check_module
 from tests.families import table
@@ -21,69 +22,86 @@ from tests.families.variants import ALL, DENSE, variant
 LLAMA = ALL["llama"]
 
 
-def test_attention_over_borders_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    old = attention.segment_attention
-
-    def over_borders(module: Any, query: Any, *rest: Any, cu_seq_lens_q: Any = None, **others: Any) -> Any:
-        return old(module, query, *rest, cu_seq_lens_q=torch.tensor([0, query.shape[2]]), **others)
-
-    monkeypatch.setattr(attention, "segment_attention", over_borders)
-    # The self-test would take another attention.
-    monkeypatch.setattr(resume, "choose_attention", lambda *_: SelfTest("segments"))
-    row = check(LLAMA, "fp32", tmp_path)
-    assert not row.right
-    assert row.refused or "packed" in row.verdict
+Plant = tuple[Any, str, Callable[[Any], Any]]
+"""Owner and name of a function, and what makes a wrong one of it."""
 
 
-def test_a_loss_of_scaled_logits_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    old = SupervisedLoss.each
-    monkeypatch.setattr(SupervisedLoss, "each", lambda self, batch: old(self, batch) * 1.0001)
-    row = check(LLAMA, "fp32", tmp_path)
-    assert not row.right
-    assert row.refused or "loss" in row.verdict
+def over_borders(attend: Any) -> Any:
+    def wrong(module: Any, query: Any, *rest: Any, cu_seq_lens_q: Any = None, **others: Any) -> Any:
+        return attend(module, query, *rest, cu_seq_lens_q=torch.tensor([0, query.shape[2]]), **others)
+
+    return wrong
 
 
-def test_wrong_gradients_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    old = layer._LowRank.backward
-
-    def backward(ctx: Any, *grads: Any) -> Any:
-        y, x, da, db, *rest = old(ctx, *grads)
+def steeper(backward: Any) -> Any:
+    def wrong(ctx: Any, *grads: Any) -> Any:
+        y, x, da, db, *rest = backward(ctx, *grads)
         return y, x, da * 1.01, db, *rest
 
-    monkeypatch.setattr(layer._LowRank, "backward", staticmethod(backward))
-    row = check(LLAMA, "fp32", tmp_path)
-    assert row.verdict.startswith("WRONG: gradients")
+    return staticmethod(wrong)
 
 
-def test_an_adapter_without_a_gradient_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    old = layer.AdaptedLinear.forward
-
-    def forward(self: Any, x: Any) -> Any:
-        return self.base(x) if self.da.shape[1] == 96 else old(self, x)
-
-    monkeypatch.setattr(layer.AdaptedLinear, "forward", forward)
-    row = check(LLAMA, "fp32", tmp_path)
-    assert not row.right
-    assert row.refused or len(row.still) == 2
+def without_gradient(forward: Any) -> Any:
+    return lambda self, x: self.base(x) if self.da.shape[1] == 96 else forward(self, x)
 
 
-def test_a_wrong_export_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the product's own comparison says nothing."""
+def at_another_scale(merged: Any) -> Any:
+    def wrong(base: Path, folder: Path, share: Any, adapter: Any, scale: float, *rest: Any) -> Any:
+        return merged(base, folder, share, adapter, scale * 1.02, *rest)
 
-    old = merge.merge
+    return wrong
 
-    def merged(base: Path, folder: Path, share: Any, adapter: Any, scale: float, *rest: Any) -> Any:
-        return old(base, folder, share, adapter, scale * 1.02, *rest)
 
-    def blind(*arguments: Any) -> dict[str, Any]:
+def blind(export: Any) -> Any:
+    """The product's own comparison, which says nothing."""
+
+    def wrong(*arguments: Any) -> dict[str, Any]:
         with pytest.raises(UserError):
-            export_run(*arguments)
+            export(*arguments)
         return {"ok": True, "problems": []}
 
-    monkeypatch.setattr(merge, "merge", merged)
-    monkeypatch.setattr(check_module, "export_run", blind)
+    return wrong
+
+
+# The self-test would take another attention.
+ATTENTION: list[Plant] = [
+    (attention, "segment_attention", over_borders),
+    (resume, "choose_attention", lambda _: lambda *_: SelfTest("segments")),
+]
+LOSS: Plant = (SupervisedLoss, "each", lambda each: lambda self, batch: each(self, batch) * 1.0001)
+EXPORT: list[Plant] = [(merge, "merge", at_another_scale), (check_module, "export_run", blind)]
+
+
+@pytest.mark.parametrize(
+    ("plants", "told"),
+    [
+        (ATTENTION, lambda row: row.refused or "packed" in row.verdict),
+        ([LOSS], lambda row: row.refused or "loss" in row.verdict),
+        ([(layer._LowRank, "backward", steeper)], lambda row: row.verdict.startswith("WRONG: gradients")),
+        ([(layer.AdaptedLinear, "forward", without_gradient)], lambda row: row.refused or len(row.still) == 2),
+        (EXPORT, lambda row: row.verdict.startswith("WRONG: export")),
+    ],
+    ids=["attention over borders", "loss", "gradients", "no gradient", "export"],
+)
+def test_a_planted_error_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plants: list[Plant], told: Callable[[Row], bool]
+) -> None:
+    for owner, name, wrong in plants:
+        monkeypatch.setattr(owner, name, wrong(getattr(owner, name)))
     row = check(LLAMA, "fp32", tmp_path)
-    assert row.verdict.startswith("WRONG: export")
+    assert not row.right
+    assert told(row)
+
+
+@pytest.mark.parametrize("error", [UserError("export: no"), ValueError("two\nlines")])
+def test_an_end_after_training_is_not_taken_for_a_refusal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    monkeypatch.setattr(check_module, "export_run", Mock(side_effect=error))
+    row = check(LLAMA, "fp32", tmp_path)
+    assert not row.right
+    assert not row.refused
+    assert row.verdict in ("refused after step 4: export: no", "traceback at export: ValueError: two")
 
 
 def test_a_refusal_before_the_first_step_is_none_of_an_error(tmp_path: Path) -> None:
@@ -92,20 +110,6 @@ def test_a_refusal_before_the_first_step_is_none_of_an_error(tmp_path: Path) -> 
     assert row.refused
     assert "adapter.rank=4 is too large for model.layers.0" in row.verdict
     assert str(tmp_path) not in row.verdict
-
-
-@pytest.mark.parametrize("error", [UserError("export: no"), ValueError("two\nlines")])
-def test_an_end_after_training_is_not_taken_for_a_refusal(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
-) -> None:
-    def failing(*arguments: Any) -> None:
-        raise error
-
-    monkeypatch.setattr(check_module, "export_run", failing)
-    row = check(LLAMA, "fp32", tmp_path)
-    assert not row.right
-    assert not row.refused
-    assert row.verdict in ("refused after step 4: export: no", "traceback at export: ValueError: two")
 
 
 def test_differences_are_shown_without_their_digits() -> None:

@@ -1,5 +1,3 @@
-from collections.abc import Sequence
-
 from report import BASELINES, Past, TimeKernel, last, markov, most_frequent
 from stays import Stay, When
 
@@ -15,11 +13,8 @@ def places(*names: int) -> Past:
     return past(*((name, 0, 0) for name in names))
 
 
-def test_last() -> None:
+def test_the_last_and_the_most_frequent_and_of_several_the_latest() -> None:
     assert last(places(1, 2, 3), NOON) == 3
-
-
-def test_most_frequent_and_of_several_the_latest() -> None:
     assert most_frequent(places(1, 2, 1, 3), NOON) == 1
     assert most_frequent(places(1, 2, 1, 2), NOON) == 2
     assert most_frequent(places(2, 1, 2, 1), NOON) == 1
@@ -42,9 +37,7 @@ def test_the_kernel_weighs_hours_around_the_clock_and_kinds_of_days() -> None:
     # two stays at distances of 1 hour weigh 2 exp(-1/2) = 1.21, one at 0 weighs 1
     assert kernel(past((1, 0, 11), (1, 1, 13), (2, 1, 12)), NOON) == 1
     assert TimeKernel(hours=0.5)(past((1, 0, 11), (1, 1, 13), (2, 1, 12)), NOON) == 2
-
-
-def test_weights_that_vanish_still_decide() -> None:
+    # Weights that vanish still decide.
     assert TimeKernel(hours=0.01)(past((1, 0, 5), (2, 0, 9), (3, 0, 2)), NOON) == 2
 
 
@@ -59,8 +52,3 @@ def test_only_what_is_shown_is_seen() -> None:
     for name, baseline in BASELINES.items():
         assert baseline(whole[3:], NOON) == baseline(places(2, 3), NOON), name
     assert most_frequent(whole[3:], NOON) == 3
-
-
-def test_the_names_are_those_of_the_table() -> None:
-    expected: Sequence[str] = ["last", "most frequent", "Markov-1", "time kernel"]
-    assert list(BASELINES) == expected

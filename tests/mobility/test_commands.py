@@ -113,30 +113,27 @@ def test_bad_records_end_before_anything_is_written(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "expected"),
+    ("option", "expected"),
     [
-        ([], "arguments RECORDS, --format and --out: needed"),
-        (["RECORDS", "--format", "gpx", "--out", "OUT"], "argument --format: 'gpx' is not known"),
-        (["RECORDS", "--format", "checkins", "--out", "OUT", "--history", "many"], "argument --history: expected a"),
-        (["RECORDS", "--format", "checkins", "--out", "OUT", "--rows", "dev=3"], "argument --rows: 'dev' is no split"),
-        (
-            ["RECORDS", "--format", "checkins", "--out", "OUT", "--rows", "train=0"],
-            "argument --rows: train=0: each split",
-        ),
-        (["RECORDS", "--format", "checkins", "--out", "OUT", "--rows", "eval="], "argument --rows: expected a whole"),
-        (["RECORDS", "--format", "checkins", "--out", "OUT", "--turns", "0"], "argument --turns: a row asks for one"),
-        (["RECORDS", "--format", "checkins", "--out", "OUT", "--form", "long"], "argument --form: 'long' is not known"),
-        (["RECORDS", "--format", "checkins", "--out", "OUT", "--least", "999"], "no row for train.jsonl"),
-        (["RECORDS", "--format", "checkins", "--out", "OUT", "--repair", "x"], "argument --repair: 'x' is not known"),
+        ("--format=gpx", "argument --format: 'gpx' is not known"),
+        ("--history=many", "argument --history: expected a"),
+        ("--rows=dev=3", "argument --rows: 'dev' is no split"),
+        ("--rows=train=0", "argument --rows: train=0: each split"),
+        ("--rows=eval=", "argument --rows: expected a whole"),
+        ("--turns=0", "argument --turns: a row asks for one"),
+        ("--form=long", "argument --form: 'long' is not known"),
+        ("--least=999", "no row for train.jsonl"),
+        ("--repair=x", "argument --repair: 'x' is not known"),
     ],
 )
-def test_arguments_that_cannot_be_are_refused(
-    records: Path, tmp_path: Path, arguments: list[str], expected: str
-) -> None:
-    places = {"RECORDS": str(records / "check_ins.csv"), "OUT": str(tmp_path / "out")}
+def test_arguments_that_cannot_be_are_refused(records: Path, tmp_path: Path, option: str, expected: str) -> None:
+    given = [str(records / "check_ins.csv"), "--out", str(tmp_path / "out")]
+    format = [] if option.startswith("--format") else ["--format=checkins"]
     with pytest.raises(UserError) as caught:
-        prepare.main([places.get(word, word) for word in arguments])
+        prepare.main([*given, *format, option])
     assert expected in str(caught.value)
+    with pytest.raises(UserError, match="arguments RECORDS, --format and --out: needed"):
+        prepare.main([])
     assert not (tmp_path / "out").exists()
 
 
@@ -171,12 +168,16 @@ def test_questions_are_cut_to_the_config(records: Path, tmp_path: Path) -> None:
 
 
 def test_the_scripts_refuse_what_they_do_not_know(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="argument --people: expected a number, not 'many'"):
-        generate.main(["--out", str(tmp_path), "--people", "many"])
-    with pytest.raises(UserError, match="argument --seed: -1 is below 0"):
-        generate.main(["--out", str(tmp_path), "--seed", "-1"])
-    with pytest.raises(UserError, match="argument --busy: no stay has come of it; set it, --days or"):
-        generate.main(["--out", str(tmp_path), "--people", "1", "--days", "1", "--busy", "1e-12"])
+    for option, problem in (
+        ("--people=many", "argument --people: expected a number, not 'many'"),
+        ("--seed=-1", "argument --seed: -1 is below 0"),
+        ("--places=5", "argument --places: 5 is below"),
+        ("--explore=nan", "argument --explore: nan is below 0"),
+        ("--busy=0", "argument --busy: 0 is not a probability above 0"),
+        ("--busy=1e-12", "argument --busy: no stay has come of it; set it, --days or"),
+    ):
+        with pytest.raises(UserError, match=problem):
+            generate.main(["--out", str(tmp_path), "--days=1", option])
     with pytest.raises(UserError, match="argument --out: missing"):
         generate.main([])
     with pytest.raises(UserError, match="arguments FOLDER and ANSWERS"):

@@ -42,18 +42,10 @@ def test_the_forms_of_a_stay() -> None:
     assert alone == "<history>: none\n<context>: Mon 07:30 7\n<target>: Tue 12:05"
 
 
-def test_training_asks_as_serving_does() -> None:
-    for form in ("short", "hours", "tuple"):
-        template = Template(form, 10, 3)  # type: ignore[arg-type]
-        target = Stay(5, 10**6, WHEN)
-        *question, answer = template.example(PAST, target)
-        assert question == template.question(PAST, WHEN)
-        assert answer == {"role": "assistant", "content": '{"prediction": 5}'}
-
-
-def test_a_training_row_begins_with_the_tokens_of_the_served_question() -> None:
+@pytest.mark.parametrize("form", ["short", "hours", "tuple"])
+def test_a_training_row_begins_with_the_tokens_of_the_served_question(form: Form) -> None:
     spec = helpers.spec()
-    template = Template("short", 10, 3)
+    template = Template(form, 10, 3)
     messages = template.example(PAST, Stay(5, 10**6, WHEN))
     tokens = ExampleTokenizer(spec, 4096)(to_example("messages", {"messages": messages}, {}))[0]
     text = helpers.decode(tokens.ids)
@@ -113,13 +105,6 @@ def test_what_is_cut_is_the_oldest_and_as_little_as_needed(history: int, context
     assert user(question).endswith("<target>: Tue 12h")
     if shown < most:
         assert not fits(template.question(past[count - shown - 1 :], WHEN))
-
-
-@pytest.mark.parametrize("room_for", range(13))
-def test_a_question_that_just_fits_is_not_cut_further(room_for: int) -> None:
-    template = Template("short", 9, 3)
-    budget = len(user(template.question(PAST[-room_for:] if room_for else [], WHEN)))
-    assert template.room(PAST, WHEN, lambda messages: len(user(messages)) <= budget) == room_for
 
 
 def _places(text: str) -> list[int]:

@@ -1,19 +1,23 @@
 """Which attention is tried, in which order."""
 
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from olora_ray.common.errors import UserError
-from olora_ray.model.attention import candidates, own
+from olora_ray.model import attention
+from olora_ray.model.attention import SHORT, candidates, own, segment_attention, trial
 from tests import tiny
 from tests.families import zoo
 from tests.families.variants import ALL
 from tests.tiny import SMALL, of_kind
+from tests.varlen_on_cpu import varlen_on_cpu
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -35,19 +39,10 @@ def test_the_one_that_is_named_alone() -> None:
     assert tried(tiny.llama(), "eager") == ("eager",)
 
 
-@pytest.mark.parametrize(
-    ("wanted", "dtype", "device", "why"),
-    [
-        ("segments", torch.float32, CPU, "BloomForCausalLM does not have it"),
-        ("sdpa", torch.float32, CPU, "BloomForCausalLM does not have it"),
-        ("flash_attention_2", torch.float32, CPU, "BloomForCausalLM does not have it"),
-    ],
-)
-def test_what_the_family_does_not_have_is_refused(
-    wanted: str, dtype: torch.dtype, device: torch.device, why: str
-) -> None:
-    with pytest.raises(UserError, match=rf"{wanted}: {why}; set it to auto$"):
-        tried(of_kind("bloom", BLOOM), wanted, dtype, device)
+@pytest.mark.parametrize("wanted", ["segments", "sdpa", "flash_attention_2"])
+def test_what_the_family_does_not_have_is_refused(wanted: str) -> None:
+    with pytest.raises(UserError, match=rf"{wanted}: BloomForCausalLM does not have it; set it to auto$"):
+        tried(of_kind("bloom", BLOOM), wanted)
 
 
 def on_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], package: bool = True) -> None:
@@ -61,8 +56,9 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], package
 
 
 def test_flash_needs_a_gpu_its_package_and_half_a_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match="it needs a GPU"):
-        tried(tiny.llama(), "flash_attention_2", torch.bfloat16)
+    for name in ("flash_attention_2", "varlen"):
+        with pytest.raises(UserError, match="it needs a GPU"):
+            tried(tiny.llama(), name, torch.bfloat16)
     assert tried(tiny.llama(), device=GPU) == ("sdpa", "eager")
     for capability, found in (((7, 5), ("sdpa", "eager")), ((8, 0), ("flash_attention_2", "sdpa", "eager"))):
         on_gpu(monkeypatch, capability)
@@ -89,3 +85,188 @@ def test_flash_of_another_torch_is_not_tried(tmp_path: Path, monkeypatch: pytest
     assert tried(tiny.llama(), dtype=torch.bfloat16, device=GPU) == ("sdpa", "eager")
     with pytest.raises(UserError, match=r"flash-attn does not import: .*undefined symbol.*; set it to auto$"):
         tried(tiny.llama(), "flash_attention_2", torch.bfloat16, GPU)
+
+
+CPU = torch.device("cpu")
+LENGTHS = (7, 1, 33, 16)
+
+NEWER = pytest.mark.skipif(attention.kernel() is None, reason="needs a newer torch")
+
+
+@pytest.fixture(autouse=True)
+def _tried_anew() -> Iterator[None]:
+    trial.cache_clear()
+    yield
+    trial.cache_clear()
+
+
+def inputs(narrow: int = 16, size: int = 16) -> list[Tensor]:
+    """As a model has them: (1, T, H, D) in memory; heads of values may be narrower."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((6, size), (2, size), (2, narrow))
+    drawn = [torch.randn(1, sum(LENGTHS), *shape, generator=generator) for shape in shapes]
+    return [part.transpose(1, 2).requires_grad_() for part in drawn]
+
+
+def run(parts: list[Tensor], **wishes: Any) -> Tensor:
+    borders = torch.tensor([0, *LENGTHS]).cumsum(0).int().to(parts[0].device)
+    told = {"cu_seq_lens_q": borders, "max_length_q": max(LENGTHS)} | wishes
+    return attention.varlen_attention(nn.Module(), *parts, None, **told)[0]
+
+
+def definition(
+    query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], window: int | None = None, scale: float = 0.25
+) -> Tensor:
+    """With a mask over everything; (1, T, H, D)."""
+    segment = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    total, ways = len(segment), query.shape[1] // key.shape[1]
+    sees = (segment[:, None] == segment) & torch.ones(total, total, dtype=torch.bool).tril()
+    if window is not None:
+        sees &= torch.ones(total, total, dtype=torch.bool).triu(1 - window)
+    scores = query @ key.repeat_interleave(ways, 1).mT * scale
+    weights = scores.masked_fill(~sees, float("-inf")).softmax(-1)
+    return (weights @ value.repeat_interleave(ways, 1)).transpose(1, 2)
+
+
+@NEWER
+@pytest.mark.parametrize("narrow", [16, 8])
+@pytest.mark.parametrize("window", [None, 1, 5, 33, 100])
+def test_equals_the_definition(window: int | None, narrow: int) -> None:
+    parts = inputs(narrow)
+    scaling = None if window is None else 0.3
+    with varlen_on_cpu():
+        found = run(parts, sliding_window=window, scaling=scaling)
+        expected = definition(*parts, LENGTHS, window, scaling or 16**-0.5)
+        weights = torch.linspace(-1, 1, found.numel()).view(found.shape)
+        pairs = zip(
+            (found, *torch.autograd.grad(found, parts, weights)),
+            (expected, *torch.autograd.grad(expected, parts, weights)),
+            strict=True,
+        )
+    for got, right in pairs:
+        assert got.shape == right.shape
+        torch.testing.assert_close(got, right, atol=1e-5, rtol=1e-5)
+
+
+@NEWER
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize(("size", "narrow"), [(16, 16), (64, 64), (128, 128), (192, 128), (256, 256)])
+@pytest.mark.parametrize("window", [None, 1, 5, 33])
+def test_the_kernel_itself_equals_the_definition(
+    window: int | None, size: int, narrow: int, dtype: torch.dtype
+) -> None:
+    assert trial(dtype, torch.device("cuda", 0)) is None
+    exact = inputs(narrow, size)
+    parts = [part.detach().to("cuda", dtype).requires_grad_() for part in exact]
+    found, expected = run(parts, sliding_window=window), definition(*exact, LENGTHS, window, size**-0.5)
+    weights = torch.linspace(-1, 1, found.numel()).view(found.shape)
+    pairs = zip(
+        (found, *torch.autograd.grad(found, parts, weights.to(found))),
+        (expected, *torch.autograd.grad(expected, exact, weights)),
+        strict=True,
+    )
+    for got, right in pairs:
+        assert float((got.detach().float().cpu() - right.detach()).norm() / right.detach().norm()) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("wish", "instead"),
+    [
+        ({"softcap": 50.0}, "eager"),
+        ({"s_aux": torch.zeros(6)}, "eager"),
+        ({"cu_seq_lens_q": None}, "sdpa"),
+        ({"max_length_q": None}, "sdpa"),
+    ],
+)
+def test_what_it_does_not_do_is_left_to_others(wish: dict[str, Any], instead: str) -> None:
+    with pytest.raises(UserError, match=f"set it to {instead}"):
+        run(inputs(), **wish)
+
+
+@pytest.mark.parametrize(("size", "narrow"), [(12, 12), (264, 264), (208, 208), (16, 24)])
+def test_heads_that_the_kernel_does_not_take_are_left_to_sdpa(size: int, narrow: int) -> None:
+    parts = [torch.zeros(1, 2, sum(LENGTHS), width) for width in (size, size, narrow)]
+    with pytest.raises(UserError, match=f"heads of {size} and {narrow} .* set it to sdpa"):
+        run(parts)
+
+
+@NEWER
+def test_the_trial_passes_a_kernel_that_is_right_and_no_other() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        with varlen_on_cpu():
+            assert trial(dtype, CPU) is None
+        trial.cache_clear()
+        with varlen_on_cpu(wider=1):
+            assert "its kernel is off by" in str(trial(dtype, CPU))
+        trial.cache_clear()
+    assert "its kernel fails here: Could not run" in str(trial(torch.bfloat16, CPU))
+
+
+@NEWER
+def test_it_is_the_second_on_a_gpu_where_its_kernel_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    def varlen_tried(wanted: str = "auto", dtype: torch.dtype = torch.bfloat16, told: str | None = None) -> Any:
+        monkeypatch.setattr(attention, "trial", lambda dtype, device: told)
+        return tried(tiny.llama(), wanted, dtype, GPU)
+
+    for capability, found in (((7, 5), ("sdpa", "eager")), ((8, 0), ("varlen", "sdpa", "eager"))):
+        on_gpu(monkeypatch, capability, package=False)
+        assert varlen_tried() == found
+    assert varlen_tried("varlen") == ("varlen",)
+    assert varlen_tried(dtype=torch.float32) == ("sdpa", "eager")
+    with pytest.raises(UserError, match=r"varlen: it does not compute in float32; set model\.dtype to bfloat16"):
+        varlen_tried("varlen", torch.float32)
+    assert varlen_tried(told="its kernel fails here: no image") == ("sdpa", "eager")
+    with pytest.raises(UserError, match="varlen: its kernel fails here: no image; set it to auto"):
+        varlen_tried("varlen", told="its kernel fails here: no image")
+
+
+SEGMENTS = ((7,), (16, 3, 33, 1, 17, 16), (40, SHORT + 5, 5))
+
+
+def segments(lengths: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    # As a model has them: (1, T, H, D) in memory.
+    return [
+        torch.randn(1, sum(lengths), heads, 16, generator=generator).to(dtype).transpose(1, 2) for heads in (6, 2, 2)
+    ]
+
+
+def run_segments(parts: list[Tensor], lengths: tuple[int, ...]) -> Tensor:
+    borders = torch.tensor([0, *lengths]).cumsum(0)
+    return segment_attention(nn.Module(), *parts, None, cu_seq_lens_q=borders)[0]
+
+
+def gradients(output: Tensor, parts: list[Tensor]) -> list[Tensor]:
+    weights = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view(output.shape)
+    return [output, *torch.autograd.grad(output, parts, weights)]
+
+
+@pytest.mark.parametrize("lengths", SEGMENTS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 1e-2)])
+def test_segments_equal_the_definition(lengths: tuple[int, ...], dtype: torch.dtype, tolerance: float) -> None:
+    parts = [part.requires_grad_() for part in segments(lengths, dtype)]
+    exact = [part.detach().double().requires_grad_() for part in parts]
+    expected = gradients(definition(*exact, lengths), exact)
+    for got, right in zip(gradients(run_segments(parts, lengths), parts), expected, strict=True):
+        assert got.shape == right.shape
+        assert (got.double() - right).norm() <= tolerance * right.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_segments_do_not_see_each_other(dtype: torch.dtype) -> None:
+    lengths = (20, 13, 20)
+    parts = segments(lengths, dtype)
+    before = run_segments(parts, lengths)
+    for part in parts:
+        part[:, :, 20:33] = 100.0
+    after = run_segments(parts, lengths)
+    assert torch.equal(before[:, :20], after[:, :20])
+    assert torch.equal(before[:, 33:], after[:, 33:])
+
+
+@pytest.mark.parametrize("wish", [{"softcap": 50.0}, {"sliding_window": 4}, {"s_aux": torch.zeros(6)}])
+def test_refuses_what_it_does_not_do(wish: dict[str, object]) -> None:
+    with pytest.raises(UserError, match="eager"):
+        segment_attention(nn.Module(), *segments((9,), torch.float32), None, position_ids=torch.arange(9)[None], **wish)  # type: ignore[arg-type]

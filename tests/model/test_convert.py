@@ -3,7 +3,6 @@
 import json
 import os
 import pickle
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -46,21 +45,17 @@ def named(folder: Path, **changes: Any) -> Config:
     return tiny.config(model__name=str(folder), run__storage=str(folder.parent / "runs"), **changes)
 
 
-def obtain(config: Config) -> source.BaseModel:
-    return source.obtain(config)
-
-
 def test_pickled_weights_are_refused_unless_asked_for(folder: Path) -> None:
     with pytest.raises(UserError, match=r"only pytorch_model\.bin, a pickle.*model\.allow_pickle: true"):
-        obtain(named(folder))
+        source.obtain(named(folder))
     assert not (folder.parent / "runs").exists()
 
 
 def test_asked_for_they_become_safetensors_once(folder: Path) -> None:
     config = named(folder, model__allow_pickle=True)
     with said() as lines:
-        first = obtain(config)
-        assert obtain(config) == first
+        first = source.obtain(config)
+        assert source.obtain(config) == first
     assert lines == ["model: converting pytorch_model.bin to safetensors, once"]
     there = sorted(file.name for file in Path(first.folder).iterdir())
     assert there == ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json"]
@@ -73,35 +68,30 @@ def test_asked_for_they_become_safetensors_once(folder: Path) -> None:
 
 def test_what_was_changed_beside_the_weights_is_converted_again(folder: Path) -> None:
     config = named(folder, model__allow_pickle=True)
-    before = obtain(config)
+    before = source.obtain(config)
     (folder / "chat_template.jinja").write_text("{{ messages }}")
     shape = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(shape | {"rms_norm_eps": 0.5}))
-    after = obtain(config)
+    after = source.obtain(config)
     assert after.digest != before.digest
     assert (Path(after.folder) / "chat_template.jinja").read_text() == "{{ messages }}"
     assert json.loads((Path(after.folder) / "config.json").read_text())["rms_norm_eps"] == 0.5
-    assert obtain(config) == after
+    assert source.obtain(config) == after
 
 
 def test_weights_keep_their_precision_whatever_the_config_says(folder: Path) -> None:
-    shape = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(shape | {"dtype": "float16"}))
-    base = obtain(named(folder, model__allow_pickle=True))
-    expected = tiny.llama(tie_word_embeddings=True).state_dict()
-    stored = load_file(Path(base.folder) / "model.safetensors")
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in stored.items())
-
-
-def test_what_follows_from_the_config_does_not_widen_the_weights(folder: Path) -> None:
     """Conversions of the first LLaMA have a table of float32 beside weights of float16: all became float32."""
     shape = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(shape | {"dtype": "float16"}))
+    base = source.obtain(named(folder, model__allow_pickle=True))
+    expected = tiny.llama(tie_word_embeddings=True).state_dict()
+    stored = load_file(Path(base.folder) / "model.safetensors")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in stored.items())
     weights = torch.load(folder / "pytorch_model.bin", weights_only=True)
     half = {name: tensor.half() for name, tensor in weights.items()}
     table = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
     torch.save(half | table, folder / "pytorch_model.bin")
-    stored = load_file(Path(obtain(named(folder, model__allow_pickle=True)).folder) / "model.safetensors")
+    stored = load_file(Path(source.obtain(named(folder, model__allow_pickle=True)).folder) / "model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
 
 
@@ -110,34 +100,30 @@ def test_pickled_tensors_without_a_place_are_told_or_refused(folder: Path) -> No
     bias = "model.layers.0.self_attn.q_proj.bias"
     torch.save(weights | {bias: torch.zeros(64), "mtp.weight": torch.ones(2)}, folder / "pytorch_model.bin")
     with said() as lines:
-        obtain(named(folder, model__allow_pickle=True))
+        source.obtain(named(folder, model__allow_pickle=True))
     assert f"no place for 2 tensors in the files of {folder}" in lines[-1]
     torch.save(weights | {bias: torch.ones(64)}, folder / "pytorch_model.bin")
     with pytest.raises(UserError, match=r"q_proj\.bias, but by its config\.json LlamaForCausalLM has no such bias"):
-        obtain(named(folder, model__allow_pickle=True))
+        source.obtain(named(folder, model__allow_pickle=True))
     packed = {"model.layers.0.mlp.up_proj.weight": torch.ones(112, 64, dtype=torch.int8)}
     torch.save(weights | packed, folder / "pytorch_model.bin")
     with pytest.raises(UserError, match=r"up_proj\.weight as int8, and no quantization_config"):
-        obtain(named(folder, model__allow_pickle=True))
+        source.obtain(named(folder, model__allow_pickle=True))
 
 
 def test_a_pickle_that_holds_more_than_tensors_runs_nothing(folder: Path, tmp_path: Path) -> None:
-    mark = tmp_path / "it-ran"
-    weights = torch.load(folder / "pytorch_model.bin", weights_only=True)
-    torch.save({**weights, "trap": Trap(mark)}, folder / "pytorch_model.bin")
-    with pytest.raises(UserError, match="hold more than tensors"):
-        obtain(named(folder, model__allow_pickle=True))
-    assert not mark.exists()
-    torch.load(folder / "pytorch_model.bin", weights_only=False)  # the trap works
-    assert mark.exists()
-
-
-def test_an_old_fashioned_pickle_runs_nothing(folder: Path, tmp_path: Path) -> None:
-    mark = tmp_path / "it-ran"
-    (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"trap": Trap(mark)}))
+    """In torch's format, and in the old one."""
+    mark, file = tmp_path / "it-ran", folder / "pytorch_model.bin"
+    weights = torch.load(file, weights_only=True)
+    file.write_bytes(pickle.dumps({"trap": Trap(mark)}))
     with pytest.raises(UserError, match=r"model\.name: "):
-        obtain(named(folder, model__allow_pickle=True))
+        source.obtain(named(folder, model__allow_pickle=True))
+    torch.save({**weights, "trap": Trap(mark)}, file)
+    with pytest.raises(UserError, match="hold more than tensors"):
+        source.obtain(named(folder, model__allow_pickle=True))
     assert not mark.exists()
+    torch.load(file, weights_only=False)  # the trap works
+    assert mark.exists()
 
 
 def test_a_pickle_without_a_layer_is_refused(folder: Path) -> None:
@@ -145,16 +131,16 @@ def test_a_pickle_without_a_layer_is_refused(folder: Path) -> None:
     del weights["model.norm.weight"]
     torch.save(weights, folder / "pytorch_model.bin")
     with pytest.raises(UserError, match=r"has no weights for model\.norm\.weight"):
-        obtain(named(folder, model__allow_pickle=True))
+        source.obtain(named(folder, model__allow_pickle=True))
 
 
 def test_other_pickles_cannot_be_converted(folder: Path) -> None:
     (folder / "pytorch_model.bin").rename(folder / "consolidated.pth")
     (folder / "a_training_args.bin").unlink()
     with pytest.raises(UserError, match=r"only consolidated\.pth, a pickle"):
-        obtain(named(folder))
+        source.obtain(named(folder))
     with pytest.raises(UserError, match=r"consolidated\.pth cannot be converted, only pytorch_model\*\.bin"):
-        obtain(named(folder, model__allow_pickle=True))
+        source.obtain(named(folder, model__allow_pickle=True))
 
 
 CODE = """
@@ -173,7 +159,7 @@ def test_code_of_a_model_runs_only_where_it_is_asked_for(
 ) -> None:
     # Where transformers copies such code.
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.syspath_prepend(tmp_path)  # afterwards the path is as it was
     mark = tmp_path / "it-ran"
     tiny.llama().save_pretrained(folder)
     (folder / "tokenizer.json").unlink()
@@ -184,7 +170,7 @@ def test_code_of_a_model_runs_only_where_it_is_asked_for(
     shape |= {"model_type": "ours", "auto_map": {"AutoConfig": "ours.OursConfig", "AutoModelForCausalLM": "ours.Ours"}}
     (folder / "config.json").write_text(json.dumps(shape))
     config = named(folder)
-    base = obtain(config)
+    base = source.obtain(config)
     for load in (load_module.load_tokenizer, load_module.skeleton):
         with pytest.raises(UserError, match=r"brings Python code of its own.*model\.trust_remote_code: true"):
             load(base, config.model)

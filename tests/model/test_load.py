@@ -85,3 +85,22 @@ def test_families(tmp_path: Path, family: str, dtype: str) -> None:
 def test_all_other_families(tmp_path: Path, family: str, dtype: str) -> None:
     zoo.build(ALL[family], tmp_path)
     assert_alike(tmp_path, dtype)
+
+
+CPU = torch.device("cpu")
+
+
+def test_free_memory_is_that_of_the_machine_or_less(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(load, "_GROUP", tmp_path)
+    assert 2**20 < load.free(CPU) < 2**50
+    for name, text in {"max": "5000", "current": "4000", "stat": "anon 1\ninactive_file 500"}.items():
+        (tmp_path / f"memory.{name}").write_text(text)
+    assert load.free(CPU) == 1500
+    (tmp_path / "memory.max").write_text("max")
+    assert load.free(CPU) > 2**20
+
+
+def test_a_model_needs_room_where_it_runs() -> None:
+    room = load.free(CPU)
+    assert load.too_large(room // 40, torch.float32, CPU) is None
+    assert str(load.too_large(room, torch.float32, CPU)).endswith("too large for the memory of one cpu")
