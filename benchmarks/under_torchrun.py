@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from olora_ray.cluster.preemption import NoPreemption
 from olora_ray.cluster.resume import starting_point
 from olora_ray.cluster.spec import TrainResult, TrainSpec
 from olora_ray.cluster.worker import Worker
@@ -32,8 +31,7 @@ class TorchrunContext(RayTrainContext):
     """A worker of torchrun, on a CPU: base model and adapters as under Ray Train."""
 
     def __init__(self, config: Config) -> None:
-        self.device, self.preemption = torch.device("cpu"), NoPreemption()
-        self._loss, self._installed = None, False
+        self.device, self._loss, self._installed = torch.device("cpu"), None, False
         use_cpus(config, self.device)
 
 

@@ -126,7 +126,7 @@ def find(patience: float = PATIENCE) -> str:
             raise UserError(_unreachable(found, problem))
         time.sleep(0.5)
     if found != OWN:
-        _refuse_other_version(found)
+        _refuse_other_version(found, patience)
     return found
 
 
@@ -154,9 +154,9 @@ def _unreachable(found: str, problem: str) -> str:
     )
 
 
-def _refuse_other_version(found: str) -> None:
+def _refuse_other_version(found: str, patience: float) -> None:
     try:
-        version, _ = agreed(found, PATIENCE)
+        version, _ = agreed(found, patience)
     except ConnectionError as error:
         raise UserError(f"{name(found)}: what answers there is no Ray head ({error})") from None
     except PermissionError as error:

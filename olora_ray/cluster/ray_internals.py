@@ -75,16 +75,16 @@ def set_auth_mode(mode: str) -> None:
     vars(_raylet)["Config"].initialize("")
 
 
-def job_variables() -> Mapping[str, str]:
-    """Return the environment variables that this job was submitted with; none in a process that is no job.
+def beside_job(variables: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment variables that this job was not submitted with; all in a process that is no job.
 
-    Given one of these, ray.init ends in a traceback, whatever its value is, and shows all of them in it. The runtime
-    context tells them only after ray.init.
+    Given one that the job has, ray.init ends in a traceback, whatever its value is, and shows all of them in it. The
+    runtime context tells them only after ray.init.
     """
     # Ray 2.60, _private/runtime_env/constants.py
     told = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
-    found: Mapping[str, str] = (told.get("runtime_env") or {}).get("env_vars") or {}
-    return found
+    of_job = (told.get("runtime_env") or {}).get("env_vars") or {}
+    return {name: value for name, value in variables.items() if name not in of_job}
 
 
 def quiet_ray() -> None:

@@ -6,7 +6,7 @@ It trains step by step, evaluates, checkpoints, tells the driver, and ends when 
 import contextlib
 import logging
 import os
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from enum import Enum
@@ -14,13 +14,13 @@ from typing import Any
 
 import ray
 import ray.train as ray_train
+from ray.exceptions import RayError
 from torch import Tensor
 
 from olora_ray.cluster import ray_internals
 from olora_ray.cluster.channel import Resumed, Saved, Started, sent_to
 from olora_ray.cluster.membership.peers import Peers, Progress, sync_state, through
 from olora_ray.cluster.membership.state import Finished, Member
-from olora_ray.cluster.preemption import StopRequests
 from olora_ray.cluster.resume import StartingPoint, self_tested, starting_point
 from olora_ray.cluster.spec import LEFT, AnswerPair, TrainResult, TrainSpec
 from olora_ray.cluster.worker_context import RayTrainContext, WorkerContext, note_kinds
@@ -39,6 +39,72 @@ from olora_ray.train.loop import StepResult, evaluate
 from olora_ray.train.scoring import Baseline
 
 logger = logging.getLogger(__name__)
+
+
+# Requests to end or to change the group, as a worker sees them: from the driver, from Ray when a node is preempted, and
+# from the membership.
+
+
+SECONDS_BETWEEN_LINES = 15
+
+
+class StopRequests:
+    """Listens for stop requests between two steps, without waiting; one per worker."""
+
+    def __init__(self, channel: Any, worker: WorkerContext, peers: Peers | None = None) -> None:
+        self.channel, self.worker, self.peers = channel, worker, peers
+        self.from_driver: str | None = None
+        self._answer: Any = None  # of a call that is answered when the driver asks to stop
+        self._looks = 0
+        self._data_failed = False
+
+    def pending(self) -> bool:
+        """Whether this worker knows of a reason to end or to meet: all do, once one does (StepResult.signal)."""
+        if self.worker.rank == 0:
+            self._listen()
+        meet = self.peers is not None and self.peers.orders().meet
+        return meet or self.from_driver is not None or self.worker.preemption_announced()
+
+    def decided(self) -> bool:
+        """Whether the training is to end, not only the group to change; all must ask after a step with a signal."""
+        return self.peers is None or collectives.from_first(self.from_driver) is not None
+
+    def reason(self) -> tuple[str, bool]:
+        """The reason, and whether it is a preemption; all workers must ask, after a step with a signal."""
+        # Where workers come and go the driver looks for such nodes, and asks: Ray's answer is a barrier of all workers
+        # that a trainer has started, and would wait for ever for one that is being replaced, or has left.
+        preempted = () if self.peers else self.worker.preempted_nodes()
+        if asked := collectives.from_first(self.from_driver):
+            return asked, False
+        return f"node {', '.join(node[:8] for node in preempted) or '?'} is preempted", True
+
+    def waiting(self, shard: int, shards: int) -> None:
+        """Called about once a second while a shard of the token store is not there yet.
+
+        Raises UserError when it never will be.
+        """
+        # A worker gives up at its second look only: between the two it has looked for the shard once more, so
+        # that it does not give up on one that another worker has found and trains on.
+        if self._data_failed:
+            raise UserError("the preparation of the training data has failed")
+        try:
+            self._data_failed = bool(ray.get(self.channel.data_failed.remote(), timeout=30))
+        except RayError:
+            self._data_failed = False  # Ray ends the workers of a driver that is gone
+        if self.worker.rank == 0 and self._looks % SECONDS_BETWEEN_LINES == 0:
+            self.channel.send.remote(f"waiting for shard {shard + 1} of {shards} of the token store")
+        self._looks += 1
+
+    def _listen(self) -> None:
+        if self._answer is None:
+            self._answer = self.channel.wait_for_stop.remote()
+        ready, _ = ray.wait([self._answer], timeout=0)
+        if ready:
+            with contextlib.suppress(RayError):  # the channel is gone, and with it the driver: Ray ends its workers
+                self.from_driver = ray.get(ready[0])
+
+
+# The training.
 
 
 class After(Enum):
@@ -146,22 +212,23 @@ class Worker:
                 self.manager.abandon()
             self.manager = None
         elif self.manager is None:
-            self.manager = self._checkpoint_manager()
+            self.manager = CheckpointManager(
+                self.checkpoints,
+                self.config.train.keep,
+                saved=lambda step, seconds: self._tell_driver(Saved(step, seconds)),
+            )
 
     def _tell_where(self, why: str = "") -> None:
         total = self.schedule.total()
         self._tell_driver(Resumed(self.state.step, total, self.context.world, list(self.state.history), why))
 
-    def _measure_base(self) -> None:
-        found = self.evaluator.baseline(storage.join(self.spec.shared or self.checkpoints, "baseline.json"))
-        self.state.before = found.answers
-        if found.loss is not None:
-            self._tell(self.evaluator.note(self.state, found.loss))
-
     def _train(self) -> bool:
         """Steps, evaluations and checkpoints until the end; True if the driver or Ray has asked to stop."""
         if self.state.step == 0 and not self.state.history and not self.progress.pending:
-            self._measure_base()
+            found = self.evaluator.baseline(storage.join(self.spec.shared or self.checkpoints, "baseline.json"))
+            self.state.before = found.answers
+            if found.loss is not None:
+                self._tell(self.evaluator.note(self.state, found.loss))
         while (after := self._train_in_group()) is After.CHANGE:
             self._change_group()
         return after is After.STOP
@@ -184,11 +251,14 @@ class Worker:
             waiting=self.stop_requests.waiting,
         )
         with closing(self.trainer.steps(loader, self.state.step, self.schedule)) as steps:
-            while (result := self._next(steps)) is not None:
+            while True:
+                with self.context.activate(self.trainer.adapted):
+                    result = next(steps, None)
+                if result is None:
+                    return After.END
                 self.state.step, self.progress.pending = result.step, result
                 if (after := self._after_step(result)) is not After.STEP:
                     return after
-        return After.END
 
     def _after_step(self, result: StepResult) -> After:
         """Evaluate, tell and save what is due after a step; what follows."""
@@ -214,21 +284,10 @@ class Worker:
         """Leave, or meet the others, as was ordered."""
         assert self.peers is not None
         if self.peers.orders().leave:
-            self._finish_checkpoint()
-            raise _Left
-        self._meet()
-
-    def _finish_checkpoint(self) -> None:
-        """Wait for the last checkpoint before leaving; one that failed is no reason to end the others' training."""
-        try:
             if self.manager:
                 self.manager.finish()
-        except UserError:  # the manager has said why
-            logger.warning("the worker that leaves could not write its last checkpoint; the next first one writes one")
-
-    def _next(self, steps: Generator[StepResult]) -> StepResult | None:
-        with self.context.activate(self.trainer.adapted):
-            return next(steps, None)
+            raise _Left
+        self._meet()
 
     def _stale(self) -> bool:
         limit = self.config.train.early_stop
@@ -252,13 +311,6 @@ class Worker:
             stopped_early=not self.schedule.last(self.state.step),
             answers=answers,
             self_test=found.to_json() if found else None,
-        )
-
-    def _checkpoint_manager(self) -> CheckpointManager:
-        return CheckpointManager(
-            self.checkpoints,
-            self.config.train.keep,
-            saved=lambda step, seconds: self._tell_driver(Saved(step, seconds)),
         )
 
     def _checkpoint(self) -> None:

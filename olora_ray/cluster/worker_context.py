@@ -11,14 +11,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol
 
 import ray
 import torch
 
 from olora_ray.adapter.inject import install, remove
 from olora_ray.adapter.layer import AdaptedWeight
-from olora_ray.cluster.preemption import NoPreemption, Preemption, RayPreemption
+from olora_ray.cluster import ray_internals
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.common import collectives
 from olora_ray.common.errors import UserError
@@ -81,27 +80,6 @@ def device_of(given: Sequence[str], environment: Mapping[str, str]) -> torch.dev
 Adapted = Mapping[str, AdaptedWeight]
 
 
-class WorkerContext(Protocol):
-    """What a Worker needs to know of the process it runs in."""
-
-    device: torch.device
-    preemption: Preemption
-
-    @property
-    def rank(self) -> int:
-        """Of this worker in the group of now."""
-
-    @property
-    def world(self) -> int:
-        """Workers of it."""
-
-    def base(self, spec: TrainSpec) -> SupervisedLoss:
-        """The base model; to be used inside `activate` only."""
-
-    def activate(self, adapted: Adapted) -> contextlib.AbstractContextManager[None]:
-        """The base model with these adapters, for as long as it is entered; with none, the untouched base."""
-
-
 class RayTrainContext:
     """A worker of Ray Train; the base model is its own."""
 
@@ -110,7 +88,6 @@ class RayTrainContext:
         import ray.train.torch
 
         self.device: torch.device = ray.train.torch.get_device()
-        self.preemption: Preemption = RayPreemption()
         self._loss: SupervisedLoss | None = None
         self._installed = False
         use_cpus(config, self.device)
@@ -118,16 +95,27 @@ class RayTrainContext:
 
     @property
     def rank(self) -> int:
-        """See WorkerContext."""
+        """The rank of this worker in its current group."""
         return collectives.rank()
 
     @property
     def world(self) -> int:
-        """See WorkerContext."""
+        """The number of workers in that group."""
         return collectives.world_size()
 
+    def preemption_announced(self) -> bool:
+        """True once Ray has announced a preemption. A local read: may be called every step."""
+        return ray_internals.preemption_noted()
+
+    def preempted_nodes(self) -> tuple[str, ...]:
+        """Return the ids of the preempted nodes. A barrier: all workers of a trainer of Ray must call it together."""
+        import ray.train
+
+        info = ray.train.get_preemption_info()
+        return tuple(info.preempted_node_ids) if info else ()
+
     def base(self, spec: TrainSpec) -> SupervisedLoss:
-        """See WorkerContext."""
+        """The base model; to be used inside `activate` only."""
         if self._loss is None:
             self._loss = load(spec, self.device)
         self._loss.recompute = spec.recompute
@@ -135,7 +123,10 @@ class RayTrainContext:
 
     @contextlib.contextmanager
     def activate(self, adapted: Adapted) -> Iterator[None]:
-        """See WorkerContext. Adapters stay where they are put: a sharded base cannot be taken apart."""
+        """The base model with these adapters, or untouched with none.
+
+        Adapters stay where they are put: a sharded base cannot be taken apart.
+        """
         if adapted and not self._installed:
             assert self._loss is not None
             install(self._loss.model, adapted)
@@ -174,17 +165,16 @@ class SharedBaseContext:
     def __init__(self, shared: SharedBase) -> None:
         self.rank, self.world = 0, 1
         self.device, self.dtype = shared.device, shared.dtype
-        self.preemption: Preemption = NoPreemption()
         self._shared = shared
 
     def base(self, spec: TrainSpec) -> SupervisedLoss:
-        """See WorkerContext. It is there already, in the precision that it has."""
+        """The base model, which is there already, in the precision that it has."""
         self._shared.loss.recompute = spec.recompute
         return self._shared.loss
 
     @contextlib.contextmanager
     def activate(self, adapted: Adapted) -> Iterator[None]:
-        """See WorkerContext."""
+        """The base model with these adapters, when it is this context's turn."""
         with self._shared.turns:
             model = self._shared.loss.model
             install(model, adapted)
@@ -192,6 +182,18 @@ class SharedBaseContext:
                 yield
             finally:
                 remove(model)
+
+    def preemption_announced(self) -> bool:
+        """False: a process outside Ray Train learns of a preemption when it dies."""
+        return False
+
+    def preempted_nodes(self) -> tuple[str, ...]:
+        """None."""
+        return ()
+
+
+WorkerContext = RayTrainContext | SharedBaseContext
+"""What a Worker knows of its process: device, rank, number of workers, base model, preemption."""
 
 
 class Turns:

@@ -114,8 +114,7 @@ def connect(config: AnyConfig, base: BaseModel | None = None) -> Iterator[Stop]:
 
 def _init(found: str) -> None:
     """Join the Ray at an address, or start one; raises UserError if the former does not let us in."""
-    given = ray_internals.job_variables()  # what a job was submitted with has the last word
-    variables = {name: value for name, value in ENVIRONMENT.items() if name not in given}
+    variables = ray_internals.beside_job(ENVIRONMENT)  # what a job was submitted with has the last word
     shared: dict[str, Any] = {"logging_level": logging.WARNING, "runtime_env": {"env_vars": variables}}
     if found == address.OWN:
         address.make_own()

@@ -256,15 +256,10 @@ class Attempts:
             self._ask("the preparation of the training data has failed")
         if self.progress.total is None:
             self.progress.set_total(self.schedule.total())
-        if time.monotonic() - self._looked >= self._pause():
+        pause = 1.0 if self._room else 5.0
+        if time.monotonic() - self._looked >= (pause if self.changing else 30.0):  # more cost the others a restart
             self._looked = time.monotonic()
             self._grow()
-
-    def _pause(self) -> float:
-        """Seconds from one look for room to the next."""
-        if not self.changing:
-            return 30.0  # more workers cost the others a restart
-        return 1.0 if self._room else 5.0
 
     def _grow(self) -> None:
         """Ask the workers to end if more of them fit: the next group resumes where they were."""
@@ -287,7 +282,9 @@ class Attempts:
 
     def _await_workers(self, workers: int) -> None:
         """Grant a stop while there is no group that could, and say what the first one waits for; raises Stopped."""
-        if self._is_trained():
+        # If workers do not change, a stop reaches a group that has begun and not failed.
+        reached = self._running and not (self.changing and self.stop.asked)
+        if reached or (self.changing and answer(self.channel.running.remote())):
             self._nobody_since = None
             return
         now = time.monotonic()
@@ -299,12 +296,6 @@ class Attempts:
             free = free_workers(self.worker)
             what = "start" if self.changing else "load the model, or to start"
             self._announce(f"waiting for {plural(workers, 'worker')} to {what}: there is room for {free} more")
-
-    def _is_trained(self) -> bool:
-        """Whether there is a group that a stop reaches; if workers do not change, one that has begun and not failed."""
-        if not self.changing:
-            return self._running
-        return (self._running and not self.stop.asked) or bool(answer(self.channel.running.remote()))
 
     def _watch(self) -> None:
         """Help where Ray does not: with workers that hang, with none or too few, and with nodes that are taken away."""

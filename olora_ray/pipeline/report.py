@@ -10,7 +10,6 @@ from typing import Any
 
 from olora_ray.pipeline.answers import Sample
 from olora_ray.pipeline.export import Exported
-from olora_ray.pipeline.publish import Published
 from olora_ray.pipeline.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -31,9 +30,12 @@ def already_finished(folder: RunFolder, result: dict[str, Any]) -> None:
         )
 
 
-def finished(exported: Exported, answers: Sequence[Sample], published: Published) -> None:
-    """Show what came out: answers before and after, losses, scores, and how to use the model."""
-    for line in _summary(exported, answers, published):
+def finished(exported: Exported, answers: Sequence[Sample], result: Mapping[str, Any], page: str | None) -> None:
+    """Show what came out: answers before and after, losses, scores, and how to use the model.
+
+    `result` is the content of result.json, `page` the address of the run's page, if a server shows it.
+    """
+    for line in [*_summary(exported, answers, result["scores"]), *next_steps(result, page)]:
         if line:
             logger.info(line)
         else:
@@ -45,8 +47,8 @@ def finished(exported: Exported, answers: Sequence[Sample], published: Published
         )
 
 
-def _summary(exported: Exported, answers: Sequence[Sample], published: Published) -> list[str]:
-    state, scores, folder = exported.state, published.result["scores"], exported.folder
+def _summary(exported: Exported, answers: Sequence[Sample], scores: Mapping[str, Any]) -> list[str]:
+    state, folder = exported.state, exported.folder
     lines = [""]
     for item in answers[: folder.config.evaluation.samples]:
         lines += [f"prompt:   {_one_line(item.prompt)}"]
@@ -62,7 +64,7 @@ def _summary(exported: Exported, answers: Sequence[Sample], published: Published
     lines.append(f"adapter (PEFT, vLLM): {folder.adapter}")
     if folder.config.export.merged:
         lines.append(f"merged model:         {folder.merged}")
-    return lines + next_steps(published.result, published.page)
+    return lines
 
 
 def next_steps(result: Mapping[str, Any], page: str | None) -> list[str]:

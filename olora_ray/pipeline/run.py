@@ -124,7 +124,7 @@ def _run(folder: RunFolder, driver: Driver, tags: Mapping[str, str]) -> dict[str
                 published = publish.publish(exported, tracker, tags, scores)
                 driver.check()
             folder.write_result(published.result)  # nothing is left to be logged
-            report.finished(exported, answers, published)
+            report.finished(exported, answers, published.result, published.page)
     return published.result
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from olora_ray.cluster import resume
-from olora_ray.cluster.preemption import StopRequests
+from olora_ray.cluster.worker import StopRequests
 
 
 @pytest.fixture(scope="session", autouse=True)

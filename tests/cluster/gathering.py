@@ -20,9 +20,8 @@ import torch.multiprocessing as mp
 
 from olora_ray.cluster.membership.peers import Peers
 from olora_ray.cluster.membership.state import Finished, Member, Membership, Orders
-from olora_ray.cluster.preemption import NoPreemption, StopRequests
 from olora_ray.cluster.spec import TrainSpec
-from olora_ray.cluster.worker import train_at
+from olora_ray.cluster.worker import StopRequests, train_at
 from olora_ray.cluster.worker_context import RayTrainContext
 from olora_ray.common import collectives, fault_points
 from olora_ray.model.source import BaseModel
@@ -103,8 +102,10 @@ class Context(RayTrainContext):
     """That of a worker of Ray Train, without Ray."""
 
     def __init__(self) -> None:
-        self.device, self.preemption = torch.device("cpu"), NoPreemption()
-        self._loss, self._installed = None, False
+        self.device, self._loss, self._installed = torch.device("cpu"), None, False
+
+    def preemption_announced(self) -> bool:
+        return False
 
 
 @dataclass(frozen=True)
@@ -201,8 +202,6 @@ def _work(
     member = Member(str(os.getpid()), rank, collectives.meeting_place("127.0.0.1"), node)
     kept: dict[str, Any] = {}
     _keep_worker(kept)
-    counted: list[object] = []
-    _count_micro_batches(counted)
     with Peers(through(address), member) as peers:
         result = train_at(Context(), spec, str(folder / "checkpoints"), _channel(folder), peers)
     assert result.problem is None, result.problem
@@ -215,7 +214,6 @@ def _work(
         [[list(pair.before), list(pair.after)] for pair in result.answers],
         result.interrupted,
     )
-    (folder / f"micro-batches-{rank}").write_text(str(len(counted)))
     (folder / f"outcome-{rank}.json").write_text(json.dumps(vars(outcome)))
 
 
@@ -237,18 +235,6 @@ def _keep_worker(kept: dict[str, Any]) -> None:
         kept["worker"] = self
 
     worker.Worker.__init__ = init  # type: ignore[method-assign]
-
-
-def _count_micro_batches(counted: list[object]) -> None:
-    from olora_ray.train import loop
-
-    backward = loop.Trainer._backward
-
-    def one_more(self: Any, *arguments: Any) -> Any:
-        counted.append(None)
-        return backward(self, *arguments)
-
-    loop.Trainer._backward = one_more  # type: ignore[method-assign]
 
 
 def _repeatable(row: dict[str, float]) -> list[float]:

@@ -59,14 +59,6 @@ def test_factors_of_gradients_are_made_and_kept_too(tmp_path: Path, without_new_
     assert same(adapter(tmp_path, 6), before)
 
 
-def test_the_log_says_what_was_looked_at(tmp_path: Path) -> None:
-    _, channel = train(tmp_path, **EVA, train__steps=1)
-    (line,) = [line for line in channel.messages if isinstance(line, str) and line.startswith("eva: ")]
-    assert "eva: 96 supervised tokens of" in line
-    assert "; half of them span" in line
-    assert "MiB a worker, 0.0 MiB sent" in line
-
-
 def test_too_few_supervised_tokens_end_the_run_before_it_trains(tmp_path: Path) -> None:
     result, channel = train(tmp_path, **(EVA | {"adapter__init_tokens": 999}), adapter__rho=20.0, adapter__rank=32)
     assert result.problem is not None
@@ -89,7 +81,6 @@ def test_the_trials_of_a_search_take_the_factors_that_were_made_for_it(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without_new_factors: Callable[[], None]
 ) -> None:
     place = str(tmp_path / "shared")
-    monkeypatch.setattr(shared_work, "assigned_device", lambda: torch.device("cpu"))
     monkeypatch.setattr(SharedBase, "of", classmethod(lambda cls, spec, device: base()))
     made = shared_work.make(spec(None), place, [("lora", 4), ("eva", 4)])
     assert [line.partition(" supervised tokens")[0] for line in made.told] == ["eva: 96"], "only eva looks at data"

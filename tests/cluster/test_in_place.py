@@ -41,9 +41,6 @@ def test_the_others_train_on_when_the_first_dies(
         assert outcomes == [untouched, untouched]
         assert [line.partition(" after ")[0] for line in found.told()] == ["worker 0 died: 2"]
         assert found.processes[0].exitcode == -signal.SIGKILL
-    if (point, step) == ("step", 4):
-        # Of six: [4, 6) in four steps; in the fifth again, until the first is missed, then of [3, 6) the rest; 3 more.
-        assert (tmp_path / "micro-batches-2").read_text() == str(4 * 2 + (2 + 1) + 3 * 3)
     newest = checkpoints.latest_good(str(tmp_path / "checkpoints"))
     assert newest is not None
     assert newest[1].state.step == 8  # whoever was to write it

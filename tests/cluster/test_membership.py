@@ -1,8 +1,9 @@
 """Who is in a group: the rules, without processes (those are in test_in_place.py)."""
 
 import asyncio
+import functools
 import time
-from collections.abc import Awaitable
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
@@ -51,263 +52,197 @@ def ranks(group: Group) -> list[int]:
     return [one.rank for one in group.members]
 
 
-def run(work: Awaitable[Any]) -> Any:
-    async def limited() -> Any:
-        return await asyncio.wait_for(work, 5)
+def in_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    """Run an async test for five seconds at most."""
 
-    return asyncio.run(limited())
+    @functools.wraps(test)
+    def run(*arguments: Any, **named: Any) -> None:
+        asyncio.run(asyncio.wait_for(test(*arguments, **named), 5))
 
-
-def test_the_first_group_waits_for_as_many_as_are_wanted() -> None:
-    async def work() -> None:
-        hall = Hall(3)
-        one, two = await hall.comes(2), await hall.comes(0)
-        assert not await hall.membership.running()
-        three = await hall.comes(1)
-        assert ranks(await one) == ranks(await two) == ranks(await three) == [0, 1, 2]
-        assert (await one).begins
-        assert await hall.membership.running()
-
-    run(work())
+    return run
 
 
-def test_who_is_left_goes_on_and_the_order_stays() -> None:
-    async def work() -> None:
-        hall = Hall(3)
-        first = await hall.group(0, 1, 2)
-        hall.dead.add("w0")
-        two, one = await hall.comes(2, lost=True), await hall.comes(1, lost=True)
-        group = await two
-        assert group == await one
-        assert (ranks(group), group.begins, group.why) == ([1, 2], False, "worker 0 died")
-        assert group.number > first.number
-
-    run(work())
+@in_loop
+async def test_the_first_group_waits_for_as_many_as_are_wanted() -> None:
+    hall = Hall(3)
+    one, two = await hall.comes(2), await hall.comes(0)
+    assert not await hall.membership.running()
+    three = await hall.comes(1)
+    assert ranks(await one) == ranks(await two) == ranks(await three) == [0, 1, 2]
+    assert (await one).begins
+    assert await hall.membership.running()
 
 
-def test_a_loss_is_told_to_those_that_do_not_notice() -> None:
-    async def work() -> None:
-        hall = Hall(2)
-        group = await hall.group(0, 1)
-        beat = asyncio.create_task(hall.membership.beat("w1", group.number))
-        await asyncio.sleep(0)
-        again = await hall.comes(0, lost=True)
-        assert await beat == Orders(over=True)
-        await hall.comes(1, lost=True)
-        assert (await again).why == "a connection was lost"
-
-    run(work())
+@in_loop
+async def test_a_loss_is_told_to_those_that_do_not_notice() -> None:
+    hall = Hall(2)
+    group = await hall.group(0, 1)
+    beat = asyncio.create_task(hall.membership.beat("w1", group.number))
+    await asyncio.sleep(0)
+    again = await hall.comes(0, lost=True)
+    assert await beat == Orders(over=True)
+    await hall.comes(1, lost=True)
+    assert (await again).why == "a connection was lost"
 
 
-def test_a_newcomer_is_met_at_a_border() -> None:
-    async def work() -> None:
-        hall = Hall(2)
-        group = await hall.group(0, 1)
-        new = await hall.comes(7)
-        assert await hall.membership.beat("w0", group.number) == Orders()  # it is not wanted
-        await hall.membership.want(1)
-        assert await hall.membership.beat("w0", group.number) == Orders(meet=True)
-        await hall.comes(0)
-        await hall.comes(1)
-        assert ranks(await new) == [0, 1, 7]
-
-    run(work())
+@in_loop
+async def test_one_that_died_while_it_waited_does_not_come_in() -> None:
+    hall = Hall(3)
+    await hall.group(0, 1, 2)
+    spare = await hall.comes(7)
+    hall.dead |= {"w2", "w7"}
+    one, two = await hall.comes(0, lost=True), await hall.comes(1, lost=True)
+    assert ranks(await one) == ranks(await two) == [0, 1]
+    with pytest.raises(ConnectionError):
+        await spare
 
 
-def test_one_that_died_while_it_waited_does_not_come_in() -> None:
-    async def work() -> None:
-        hall = Hall(3)
-        await hall.group(0, 1, 2)
-        spare = await hall.comes(7)
-        hall.dead |= {"w2", "w7"}
-        one, two = await hall.comes(0, lost=True), await hall.comes(1, lost=True)
-        assert ranks(await one) == ranks(await two) == [0, 1]
-        with pytest.raises(ConnectionError):
-            await spare
-
-    run(work())
-
-
-def test_a_group_is_complete_when_another_one_would_be_a_spare() -> None:
-    async def work() -> None:
-        hall = Hall(2)
-        assert not await hall.membership.complete()
-        await hall.comes(9)
-        assert not await hall.membership.complete()  # those that begin wait for nobody's step
-        await hall.comes(0)
-        assert await hall.membership.complete()
-        await hall.membership.leave("w0", "failed")
-        assert not await hall.membership.complete()
-        await hall.comes(7)
-        assert await hall.membership.complete()
-        await hall.membership.leave("w7", "failed")
-        assert not await hall.membership.complete()
-
-    run(work())
+@in_loop
+async def test_a_group_is_complete_when_another_one_would_be_a_spare() -> None:
+    hall = Hall(2)
+    assert not await hall.membership.complete()
+    await hall.comes(9)
+    assert not await hall.membership.complete()  # those that begin wait for nobody's step
+    await hall.comes(0)
+    assert await hall.membership.complete()
+    await hall.membership.leave("w0", "failed")
+    assert not await hall.membership.complete()
+    await hall.comes(7)
+    assert await hall.membership.complete()
+    await hall.membership.leave("w7", "failed")
+    assert not await hall.membership.complete()
 
 
-def test_when_all_are_gone_others_begin_anew() -> None:
-    async def work() -> None:
-        hall = Hall(2)
-        await hall.group(0, 1)
-        hall.dead |= {"w0", "w1"}
-        new = await hall.comes(2)  # one that waits for them is reason enough to look whether they have died
-        await asyncio.sleep(0.3)
-        assert not await hall.membership.running()
-        await hall.comes(3)
-        assert (await new).begins
-
-    run(work())
+@in_loop
+async def test_when_all_are_gone_others_begin_anew() -> None:
+    hall = Hall(2)
+    await hall.group(0, 1)
+    hall.dead |= {"w0", "w1"}
+    new = await hall.comes(2)  # one that waits for them is reason enough to look whether they have died
+    await asyncio.sleep(0.3)
+    assert not await hall.membership.running()
+    await hall.comes(3)
+    assert (await new).begins
 
 
-def test_nobody_waits_for_those_that_were_wanted_and_are_no_more() -> None:
-    async def work() -> None:
-        hall = Hall(2)
-        await hall.membership.begin_anew(1, 0)
-        await hall.group(0)
-        await hall.membership.want(1)
-        await hall.membership.want(-1)
-        await hall.membership.leave("w0", "failed")
-        assert not await hall.membership.running()
-        assert (await hall.group(2)).begins
-
-    run(work())
+@in_loop
+async def test_nobody_waits_for_those_that_were_wanted_and_are_no_more() -> None:
+    hall = Hall(2)
+    await hall.membership.begin_anew(1, 0)
+    await hall.group(0)
+    await hall.membership.want(1)
+    await hall.membership.want(-1)
+    await hall.membership.leave("w0", "failed")
+    assert not await hall.membership.running()
+    assert (await hall.group(2)).begins
 
 
-def test_a_group_has_one_member_at_least() -> None:
-    async def work() -> None:
-        hall = Hall(1)
-        await hall.group(0)
-        await hall.membership.want(-1)  # a spare trains in its place
-        await hall.membership.leave("w0", "left")
-        group = await hall.group(1)
-        assert ranks(group) == [1]
-        waiting = await hall.comes(2)
-        await hall.membership.want(1)
-        assert await hall.membership.beat("w1", group.number) == Orders()  # the place is the spare's
-        assert not waiting.done()
-
-    run(work())
+@in_loop
+async def test_a_group_has_one_member_at_least() -> None:
+    hall = Hall(1)
+    await hall.group(0)
+    await hall.membership.want(-1)  # a spare trains in its place
+    await hall.membership.leave("w0", "left")
+    group = await hall.group(1)
+    assert ranks(group) == [1]
+    waiting = await hall.comes(2)
+    await hall.membership.want(1)
+    assert await hall.membership.beat("w1", group.number) == Orders()  # the place is the spare's
+    assert not waiting.done()
 
 
-def test_a_member_of_an_old_group_has_to_come_again() -> None:
-    async def work() -> None:
-        hall = Hall(2)
-        old = await hall.group(0, 1)
-        await hall.membership.leave("w1", "left")
-        new = await hall.comes(0, lost=True)
-        assert ranks(await new) == [0]
-        assert await hall.membership.beat("w1", old.number) == Orders(over=True)
-        late = await hall.comes(1, lost=True)  # given up by mistake
-        assert await hall.membership.beat("w0", (await new).number) == Orders(meet=True)
-        await hall.comes(0)
-        assert ranks(await late) == [0, 1]
-
-    run(work())
+@in_loop
+async def test_a_member_of_an_old_group_has_to_come_again() -> None:
+    hall = Hall(2)
+    old = await hall.group(0, 1)
+    await hall.membership.leave("w1", "left")
+    new = await hall.comes(0, lost=True)
+    assert ranks(await new) == [0]
+    assert await hall.membership.beat("w1", old.number) == Orders(over=True)
+    late = await hall.comes(1, lost=True)  # given up by mistake
+    assert await hall.membership.beat("w0", (await new).number) == Orders(meet=True)
+    await hall.comes(0)
+    assert ranks(await late) == [0, 1]
 
 
-def test_those_that_were_all_given_up_hear_of_it() -> None:
-    async def work() -> None:
-        hall = Hall(2, silence=0.2)
-        group = await hall.group(0, 1)
-        await asyncio.sleep(0.5)
-        assert await hall.membership.beat("w0", group.number) == Orders(over=True)
-        again, _ = await hall.comes(0, lost=True), await hall.comes(1, lost=True)
-        assert (await again).begins
-
-    run(work())
+@in_loop
+async def test_those_that_were_all_given_up_hear_of_it() -> None:
+    hall = Hall(2, silence=0.2)
+    group = await hall.group(0, 1)
+    await asyncio.sleep(0.5)
+    assert await hall.membership.beat("w0", group.number) == Orders(over=True)
+    again, _ = await hall.comes(0, lost=True), await hall.comes(1, lost=True)
+    assert (await again).begins
 
 
-def test_members_leave_nodes_that_are_taken_away_unless_all_would() -> None:
-    async def work() -> None:
-        hall = Hall(2)
-        one, _ = await hall.comes(0, "a"), await hall.comes(1, "b")
-        number = (await one).number
-        assert not await hall.membership.drain_nodes({"a", "b"})
-        assert await hall.membership.beat("w1", number) == Orders()
-        assert await hall.membership.drain_nodes({"b"})
-        assert await hall.membership.beat("w1", number) == Orders(meet=True, leave=True)
-        assert await hall.membership.beat("w0", number) == Orders(meet=True)
-
-    run(work())
+@in_loop
+async def test_nobody_waits_for_a_group_that_will_not_come() -> None:
+    hall = Hall(1)
+    await hall.group(0)
+    spare = await hall.comes(1)
+    await hall.membership.close()
+    with pytest.raises(Finished):
+        await spare
+    with pytest.raises(Finished):
+        await hall.membership.meet(member(2))
 
 
-def test_nobody_waits_for_a_group_that_will_not_come() -> None:
-    async def work() -> None:
-        hall = Hall(1)
-        await hall.group(0)
-        spare = await hall.comes(1)
-        await hall.membership.close()
-        with pytest.raises(Finished):
-            await spare
-        with pytest.raises(Finished):
-            await hall.membership.meet(member(2))
-
-    run(work())
-
-
-def test_the_driver_hears_of_members_that_hang_and_of_their_being_none() -> None:
-    async def work() -> None:
-        hall = Hall(2, silence=1.0)
-        assert await hall.membership.absent() == Absent(began=False)
-        early = await hall.comes(0)
-        await asyncio.sleep(0.1)  # the other one does not come: its node was lost while it started
-        absent = await hall.membership.absent()
-        assert not absent.began
-        assert 0.1 <= absent.nobody_for < 5
-        await hall.comes(1)
-        group = await early
-        for _ in range(15):
-            await asyncio.sleep(0.1)
-            await asyncio.wait_for(hall.membership.beat("w0", group.number), 1)
-        assert await hall.membership.absent() == Absent(hung=(member(1),))
-        assert await hall.membership.absent() == Absent()
-        await hall.membership.leave("w0", "left")
+@in_loop
+async def test_the_driver_hears_of_members_that_hang_and_of_their_being_none() -> None:
+    hall = Hall(2, silence=1.0)
+    assert await hall.membership.absent() == Absent(began=False)
+    early = await hall.comes(0)
+    await asyncio.sleep(0.1)  # the other one does not come: its node was lost while it started
+    absent = await hall.membership.absent()
+    assert not absent.began
+    assert 0.1 <= absent.nobody_for < 5
+    await hall.comes(1)
+    group = await early
+    for _ in range(15):
         await asyncio.sleep(0.1)
-        alone = (await hall.membership.absent()).nobody_for
-        assert 0.1 <= alone < 5
-        hall.membership.silence = 20.0
-        waiting = await hall.comes(2)
-        assert (await hall.membership.absent()).nobody_for < alone
-        await asyncio.sleep(0.1)  # the other one does not come: its node is gone
-        assert 0.1 <= (await hall.membership.absent()).nobody_for < 5
-        await hall.group(3)
-        assert (await waiting).begins
-        assert await hall.membership.absent() == Absent()
-
-    run(work())
-
-
-def test_members_are_not_given_up_when_nobody_could_be_heard() -> None:
-    async def work() -> None:
-        hall = Hall(2, silence=1.5)
-        group = await hall.group(0, 1)
-        await asyncio.sleep(0.2)
-        time.sleep(2)  # the process of the membership stands still
-        await asyncio.sleep(0.2)
-        assert await hall.membership.absent() == Absent()
-        assert await hall.membership.beat("w0", group.number) == Orders()
-
-    run(work())
+        await asyncio.wait_for(hall.membership.beat("w0", group.number), 1)
+    assert await hall.membership.absent() == Absent(hung=(member(1),))
+    assert await hall.membership.absent() == Absent()
+    await hall.membership.leave("w0", "left")
+    await asyncio.sleep(0.1)
+    alone = (await hall.membership.absent()).nobody_for
+    assert 0.1 <= alone < 5
+    hall.membership.silence = 20.0
+    waiting = await hall.comes(2)
+    assert (await hall.membership.absent()).nobody_for < alone
+    await asyncio.sleep(0.1)  # the other one does not come: its node is gone
+    assert 0.1 <= (await hall.membership.absent()).nobody_for < 5
+    await hall.group(3)
+    assert (await waiting).begins
+    assert await hall.membership.absent() == Absent()
 
 
-def test_a_group_is_lost_formed_and_deserted_as_the_table_says() -> None:
-    async def work() -> None:
-        hall = Hall(1)
-        assert hall.membership.phase is Phase.GATHERING
-        group = await hall.group(0)
-        assert hall.membership.phase is Phase.TRAINING
-        hall.dead.add("w0")
-        waiting = await hall.comes(1)
-        await hall.membership.begin_anew(1, 2)
-        assert hall.membership.phase is Phase.GATHERING
-        with pytest.raises(ConnectionError):
-            await waiting
-        with pytest.raises(ConnectionError):
-            await hall.membership.meet(member(2))  # of the attempt before
-        assert await hall.membership.beat("w0", group.number) == Orders(over=True)
+@in_loop
+async def test_members_are_not_given_up_when_nobody_could_be_heard() -> None:
+    hall = Hall(2, silence=1.5)
+    group = await hall.group(0, 1)
+    await asyncio.sleep(0.2)
+    time.sleep(2)  # the process of the membership stands still
+    await asyncio.sleep(0.2)
+    assert await hall.membership.absent() == Absent()
+    assert await hall.membership.beat("w0", group.number) == Orders()
 
-    run(work())
+
+@in_loop
+async def test_a_group_is_lost_formed_and_deserted_as_the_table_says() -> None:
+    hall = Hall(1)
+    assert hall.membership.phase is Phase.GATHERING
+    group = await hall.group(0)
+    assert hall.membership.phase is Phase.TRAINING
+    hall.dead.add("w0")
+    waiting = await hall.comes(1)
+    await hall.membership.begin_anew(1, 2)
+    assert hall.membership.phase is Phase.GATHERING
+    with pytest.raises(ConnectionError):
+        await waiting
+    with pytest.raises(ConnectionError):
+        await hall.membership.meet(member(2))  # of the attempt before
+    assert await hall.membership.beat("w0", group.number) == Orders(over=True)
     assert {phase for phase, _ in TRANSITIONS} == set(Phase)
     assert {event for _, event in TRANSITIONS} == set(Event)
 
@@ -333,53 +268,47 @@ async def waits(moment: "asyncio.Task[bool]") -> bool:
     return not moment.done()
 
 
-def test_one_that_would_be_a_spare_starts_when_a_step_is_done() -> None:
-    async def work() -> None:
-        hall = Place()
-        assert await hall.asks()  # nobody trains
-        await hall.group(0)
-        moment = hall.asks()
-        for message in ("a line", {"step": 0.0, "eval/loss": 2.0}):
-            await hall.place.send(message)
-            assert await waits(moment)
-        await hall.place.send({"step": 1.0, "train/loss": 2.0})
-        assert await moment
-        await hall.place.want(1)
-        assert await hall.asks()  # it is needed
-
-    run(work())
+@in_loop
+async def test_one_that_would_be_a_spare_starts_when_a_step_is_done() -> None:
+    hall = Place()
+    assert await hall.asks()  # nobody trains
+    await hall.group(0)
+    moment = hall.asks()
+    for message in ("a line", {"step": 0.0, "eval/loss": 2.0}):
+        await hall.place.send(message)
+        assert await waits(moment)
+    await hall.place.send({"step": 1.0, "train/loss": 2.0})
+    assert await moment
+    await hall.place.want(1)
+    assert await hall.asks()  # it is needed
 
 
 @pytest.mark.parametrize("what", ["has left", "has to leave", "another is wanted"])
-def test_one_that_is_needed_meanwhile_waits_no_longer(what: str) -> None:
-    async def work() -> None:
-        hall = Place()
-        await hall.place.begin_anew(2, 0)
-        one, two = await hall.comes(0, "n0"), await hall.comes(1, "n1")
-        await asyncio.gather(one, two)
-        moment = hall.asks()
-        assert await waits(moment)
-        if what == "has left":
-            await hall.place.leave("w1", "failed")
-        elif what == "has to leave":
-            assert await hall.place.drain_nodes({"n1"})
-        else:
-            await hall.place.want(1)
-        assert await moment
-
-    run(work())
+@in_loop
+async def test_one_that_is_needed_meanwhile_waits_no_longer(what: str) -> None:
+    hall = Place()
+    await hall.place.begin_anew(2, 0)
+    one, two = await hall.comes(0, "n0"), await hall.comes(1, "n1")
+    await asyncio.gather(one, two)
+    moment = hall.asks()
+    assert await waits(moment)
+    if what == "has left":
+        await hall.place.leave("w1", "failed")
+    elif what == "has to leave":
+        assert await hall.place.drain_nodes({"n1"})
+    else:
+        await hall.place.want(1)
+    assert await moment
 
 
-def test_one_that_waits_when_the_training_ends_does_not_start() -> None:
-    async def work() -> None:
-        hall = Place()
-        await hall.group(0)
-        moment = hall.asks()
-        assert await waits(moment)
-        await hall.place.finish("a result")
-        assert not await asyncio.wait_for(moment, 5)
-
-    run(work())
+@in_loop
+async def test_one_that_waits_when_the_training_ends_does_not_start() -> None:
+    hall = Place()
+    await hall.group(0)
+    moment = hall.asks()
+    assert await waits(moment)
+    await hall.place.finish("a result")
+    assert not await asyncio.wait_for(moment, 5)
 
 
 told: list[str] = []

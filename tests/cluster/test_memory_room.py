@@ -191,59 +191,36 @@ def test_auto_has_blocks_run_again_only_where_a_step_does_not_fit(model: str, mo
 
 
 @pytest.mark.parametrize(
-    ("generation", "dtype", "attention"),
-    [((7, 5), "float32", "sdpa"), ((8, 0), "auto", "auto"), ((9, 0), "auto", "auto"), (None, "auto", "auto")],
-)
-def test_gpus_before_ampere_are_planned_as_they_load(
-    generation: tuple[int, int] | None, dtype: str, attention: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    young, old = (NodeInfo({}, GIB, GIB, gpu_generation=each) for each in (generation, (6, 1)))
-    nodes = (("a", {"CPU": 4.0, "GPU": 1.0}, young), ("b", {"CPU": 4.0}, old))  # b offers no GPU to workers
-    answers = cluster_of(monkeypatch, *nodes)
-    found = as_loaded(tiny.config(), {"CPU": 1.0, "GPU": 1.0}, answers).model
-    assert (found.dtype, found.attention) == (dtype, attention)
-    named = tiny.config(model__dtype="bfloat16", model__attention="eager")
-    assert as_loaded(named, {"CPU": 1.0, "GPU": 1.0}, answers) == named
-    assert as_loaded(tiny.config(), {"CPU": 1.0}, answers) == tiny.config()
-
-
-@pytest.mark.parametrize(
     ("generation", "began", "dtype", "attention"),
     [
+        ((7, 5), None, "float32", "sdpa"),
+        ((8, 0), None, "auto", "auto"),
+        (None, None, "auto", "auto"),
         ((8, 0), "float32", "float32", "sdpa"),
         ((8, 0), "bfloat16", "bfloat16", "auto"),
         ((7, 5), "bfloat16", "bfloat16", "sdpa"),
-        ((8, 0), None, "auto", "auto"),
     ],
 )
-def test_a_run_that_is_resumed_is_planned_in_the_precision_that_it_began_in(
-    generation: tuple[int, int],
+def test_auto_is_planned_as_the_gpus_load_it_or_as_the_run_began(
+    generation: tuple[int, int] | None,
     began: str | None,
     dtype: str,
     attention: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    info = NodeInfo({}, GIB, GIB, gpu_generation=generation)
-    answers = cluster_of(monkeypatch, ("a", {"CPU": 1.0, "GPU": 1.0}, info))
+    young, old = (NodeInfo({}, GIB, GIB, gpu_generation=each) for each in (generation, (6, 1)))
+    nodes = (("a", {"CPU": 4.0, "GPU": 1.0}, young), ("b", {"CPU": 4.0}, old))  # b offers no GPU to workers
+    answers = cluster_of(monkeypatch, *nodes)
     config = tiny.config(run__storage=str(tmp_path))
-    place = Path(config.folder(), "checkpoints", checkpoints.name_of(3))
-    checkpoint.save(place, {}, None, {}, TrainState(3, precision=began), {}, "")
+    if began:
+        place = Path(config.folder(), "checkpoints", checkpoints.name_of(3))
+        checkpoint.save(place, {}, None, {}, TrainState(3, precision=began), {}, "")
     found = as_loaded(config, {"CPU": 1.0, "GPU": 1.0}, answers).model
     assert (found.dtype, found.attention) == (dtype, attention)
-
-
-def test_a_step_that_fits_in_bfloat16_only_is_run_again_on_a_gpu_before_ampere(
-    model: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = override(sized(model, "auto")[0], {"model.dtype": "auto", "model.attention": "sdpa"})
-    base = obtain(config)
-    wide = estimate(override(config, {"model.dtype": "float32"}), base, gpu=True)
-    too_little = wide.total_bytes() + PROCESS_BYTES  # by what is to be spare
-    for generation, again in (((8, 0), False), ((7, 5), True)):
-        info = NodeInfo({}, 99 * GIB, too_little, gpu_generation=generation)
-        cluster_of(monkeypatch, ("a", {"CPU": 1.0, "GPU": 1.0}, info))
-        assert preflight.recomputes(config, base) is again
+    named = tiny.config(model__dtype="bfloat16", model__attention="eager")
+    assert as_loaded(named, {"CPU": 1.0, "GPU": 1.0}, answers) == named
+    assert as_loaded(tiny.config(), {"CPU": 1.0}, answers) == tiny.config()
 
 
 def test_an_offloaded_base_lies_in_the_memory_of_the_node(model: str) -> None:
@@ -291,15 +268,6 @@ def test_a_refusal_names_the_change_that_makes_it_fit(model: str, monkeypatch: p
     answers = one_node(monkeypatch, PROCESS_BYTES)
     (problem,) = problems(config, base, size, {"CPU": 1.0}, answers)
     assert "; use nodes with more memory or a smaller model: none of" in problem
-
-
-@pytest.mark.parametrize("kind", ["none", "fp8"])
-def test_a_packed_base_is_not_advised_to_be_sharded(kind: str) -> None:
-    advised = {
-        field for change in changes(tiny.config(model__quantization=kind, cluster__workers=2)) for field in change
-    }
-    assert ("cluster.strategy" in advised) is (kind == "none")
-    assert "train.micro_batch" in advised
 
 
 @pytest.mark.parametrize("gpus", [0.0, 1.0])

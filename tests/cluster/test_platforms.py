@@ -1,6 +1,5 @@
 """Of what kind workers are, and what is said when it changes: their number is not part of it."""
 
-import logging
 from collections.abc import Callable
 
 import pytest
@@ -42,16 +41,6 @@ def test_what_changes_is_said_in_one_line(before: list[Kind], now: list[Kind], w
     line = said(before, now)
     assert (line is None) == (words is None)
     assert words is None or (line is not None and words in line and "\n" not in line)
-
-
-def test_a_change_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING):
-        now = note_kinds([], CPU)
-        assert note_kinds(now, CPU) == now == [kind_of(CPU)]
-        assert not caplog.records
-        note_kinds([now[0] | {"threads": "64"}], CPU)
-    (record,) = caplog.records
-    assert "(threads: 64, 1)" in record.getMessage()
 
 
 def test_all_workers_note_the_kinds_of_all(crew: Callable[[int], Crew]) -> None:

@@ -9,9 +9,8 @@ import torch
 import torch.distributed as dist
 
 from olora_ray.cluster import worker_context
-from olora_ray.cluster.preemption import NoPreemption, StopRequests
 from olora_ray.cluster.spec import TrainSpec
-from olora_ray.cluster.worker import train_at
+from olora_ray.cluster.worker import StopRequests, train_at
 from olora_ray.cluster.worker_context import RayTrainContext
 from olora_ray.model.source import BaseModel
 from olora_ray.train import checkpoints
@@ -26,8 +25,10 @@ class Context(RayTrainContext):
     """That of a worker of Ray Train, with what Ray would say of it."""
 
     def __init__(self) -> None:
-        self.device, self.preemption = torch.device("cpu"), NoPreemption()
-        self._loss, self._installed = None, False
+        self.device, self._loss, self._installed = torch.device("cpu"), None, False
+
+    def preemption_announced(self) -> bool:
+        return False
 
 
 def run(model: Path, storage: Path, strategy: str, changes: dict[str, Any]) -> tuple[Any, Any, Any, bool]:

@@ -74,9 +74,19 @@ class Call:
     seen: int | None = None
 
 
+class Slept(list[float]):
+    """How long was slept each time, and what happens then."""
+
+    happens: Callable[[], object] = staticmethod(lambda: None)
+
+    def sleep(self, seconds: float) -> None:
+        self.append(seconds)
+        self.happens()
+
+
 @pytest.fixture
-def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """How long was slept each time, with actors that are no processes: one whose node is lost never answers."""
+def slept(monkeypatch: pytest.MonkeyPatch) -> Slept:
+    """With actors that are no processes: one whose node is lost never answers."""
 
     def wait(calls: list[Call], num_returns: int, timeout: float) -> tuple[list[Call], list[Call]]:
         assert (num_returns, timeout) == (len(calls), shared_base.ANSWERS)
@@ -90,14 +100,14 @@ def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
             raise GetTimeoutError
         return call.actor.load == call.seen
 
-    found: list[float] = []
+    found = Slept()
     monkeypatch.setattr(shared_base, "ray", SimpleNamespace(wait=wait, get=get))
-    monkeypatch.setattr(shared_base, "time", SimpleNamespace(sleep=found.append))
+    monkeypatch.setattr(shared_base, "time", SimpleNamespace(sleep=found.sleep))
     shared_base._tell_of_silent.cache_clear()
     return found
 
 
-def test_a_process_whose_node_is_lost_holds_up_no_trial(slept: list[float]) -> None:
+def test_a_process_whose_node_is_lost_holds_up_no_trial(slept: Slept) -> None:
     """It answers when there is room for it on another node, if ever, and each new trial asked it first."""
     actors = (Actor(None), Actor(3), Actor(1), Actor(0, takes=False))
     with said() as lines:
@@ -111,31 +121,27 @@ def test_a_process_whose_node_is_lost_holds_up_no_trial(slept: list[float]) -> N
     ]
 
 
-def test_no_process_gets_more_adapters_than_it_has_room_for(
-    slept: list[float], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_process_gets_more_adapters_than_it_has_room_for(slept: Slept) -> None:
     """Where others are lost, theirs would come to it too."""
     lost, full = Actor(None), Actor(2)
 
-    def sleep(seconds: float) -> None:
-        slept.append(seconds)
-        if len(slept) == 3:
-            full.load = 1
+    def one_ends() -> None:
+        full.load = 2 - (len(slept) == 3)
 
-    monkeypatch.setattr(shared_base, "time", SimpleNamespace(sleep=sleep))
+    slept.happens = one_ends
     assert shared_base.place_on((lost, full), "a", adapters=2) is full
     assert slept == [shared_base.FULL] * 3
     assert (lost.asked, full.asked) == (1, 4)
 
 
-def test_where_no_process_answers_the_first_is_waited_for(slept: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_no_process_answers_the_first_is_waited_for(slept: Slept) -> None:
     """All of them start with the search."""
     actors = (Actor(None), Actor(None))
 
-    def sleep(seconds: float) -> None:
+    def answers() -> None:
         actors[1].load = 0
 
-    monkeypatch.setattr(shared_base, "time", SimpleNamespace(sleep=sleep))
+    slept.happens = answers
     assert shared_base.place_on(actors, "a", adapters=1) is actors[1]
     assert [actor.asked for actor in actors] == [1, 1]
 

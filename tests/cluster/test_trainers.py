@@ -101,21 +101,16 @@ def test_others_train_on_when_the_first_ones_workers_have_left(fit: Fit) -> None
     assert found.ended(None)
 
 
-def test_one_that_joined_and_fails_is_said_and_makes_room_for_others(fit: Fit) -> None:
-    found = Trainers(fit, fit.channel, 1, 2)
-    started(fit, 1)
-    found.add(1)
-    started(fit, 2)
-    assert (found.workers, fit.asked) == (3, [1])
-    fit.end(1, RuntimeError("broken"))
-    with said() as lines:
-        until(lambda: found.ended(None) or found.workers == 2)
-        assert not found.ended(None)  # counted out once
-    assert (found.workers, found.failures, fit.asked) == (2, 1, [1, -1])
-    assert lines == ["warning: 1 worker will not come back: broken"]
-
-
-def test_workers_that_joined_and_have_left_make_room_for_others(fit: Fit) -> None:
+@pytest.mark.parametrize(
+    ("end", "failures", "told"),
+    [
+        (RuntimeError("broken"), 1, ["warning: 2 workers will not come back: broken"]),
+        (TrainResult(interrupted=LEFT), 0, []),
+    ],
+)
+def test_workers_that_joined_and_have_ended_make_room_for_others(
+    fit: Fit, end: Any, failures: int, told: list[str]
+) -> None:
     found = Trainers(fit, fit.channel, 1, 1)
     started(fit, 1)
     found.add(2)
@@ -123,12 +118,12 @@ def test_workers_that_joined_and_have_left_make_room_for_others(fit: Fit) -> Non
     found.stand_by(1)
     started(fit, 3)
     fit.end(2, TrainResult(interrupted=LEFT))
-    fit.end(1, TrainResult(interrupted=LEFT))
+    fit.end(1, end)
     with said() as lines:
         until(lambda: found.ended(None) or found.workers == 1)
-        assert not found.ended(None)
-    assert (found.workers, found.failures, fit.asked) == (1, 0, [2, -2])
-    assert lines == []
+        assert not found.ended(None)  # counted out once
+    assert (found.workers, found.failures, fit.asked) == (1, failures, [2, -2])
+    assert lines == told
 
 
 @pytest.mark.parametrize("there_again", [False, True])
@@ -174,23 +169,16 @@ def test_workers_that_end_with_the_training_are_not_missed(fit: Fit) -> None:
     assert (found.workers, fit.asked) == (2, [1])
 
 
-def test_a_trainer_that_does_not_end_is_ended(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("at_once", [False, True])
+def test_a_trainer_that_does_not_end_is_ended(fit: Fit, at_once: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stopped driver does not wait for its workers."""
     found = Trainers(fit, fit.channel, 1, 2)
     started(fit, 1)
     monkeypatch.setattr(driver, "ENDING", 0.2)
     monkeypatch.setattr(ray_internals, "end_train_controllers", lambda: fit.end(0, RuntimeError("killed")))
-    found.end()
+    found.end(at_once)
     assert found.ended(None)
-    assert fit.asked == ["training has ended"]
-
-
-def test_those_of_a_stopped_driver_are_ended_without_waiting(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = Trainers(fit, fit.channel, 1, 2)
-    started(fit, 1)
-    monkeypatch.setattr(ray_internals, "end_train_controllers", lambda: fit.end(0, RuntimeError("killed")))
-    found.end(at_once=True)
-    assert found.ended(None)
-    assert fit.asked == []
+    assert fit.asked == ([] if at_once else ["training has ended"])
 
 
 @pytest.mark.ray

@@ -13,9 +13,8 @@ import torch
 
 from comparison import row_losses
 from comparison.row_losses import FILE, RowLosses
-from olora_ray.cluster.preemption import StopRequests
 from olora_ray.cluster.spec import TrainResult, TrainSpec
-from olora_ray.cluster.worker import train_at
+from olora_ray.cluster.worker import StopRequests, train_at
 from olora_ray.cluster.worker_context import SharedBase, SharedBaseContext
 from olora_ray.common.errors import UserError
 from olora_ray.config.load import override

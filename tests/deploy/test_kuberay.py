@@ -61,12 +61,6 @@ def validate(tree: Tree) -> None:
     jsonschema.validate(tree, {**SCHEMA, "$ref": f"#/$defs/{tree['kind']}"})
 
 
-def test_there_are_no_other_manifests() -> None:
-    assert sorted(file.name for file in FOLDER.iterdir()) == sorted(
-        [*CUSTOM, *OTHERS, "kustomization.yaml", "kueue.yaml"]
-    )
-
-
 def test_the_kustomization_offers_every_manifest_and_names_image_and_mlflow_for_all() -> None:
     tree = manifest("kustomization.yaml")
     text = (FOLDER / "kustomization.yaml").read_text()

@@ -17,10 +17,9 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from olora_ray.cluster.preemption import StopRequests
 from olora_ray.cluster.resume import starting_point
 from olora_ray.cluster.spec import TrainSpec
-from olora_ray.cluster.worker import Worker
+from olora_ray.cluster.worker import StopRequests, Worker
 from olora_ray.cluster.worker_context import SharedBase, SharedBaseContext
 from olora_ray.common.errors import UserError, first_line
 from olora_ray.common.logs import quiet_transformers

@@ -105,23 +105,12 @@ def test_many_sources_and_odd_names_stay_readable(run: FinishedRun) -> None:
     assert len(text) < models.DESCRIPTION_LENGTH // 2
 
 
-def test_a_compressed_adapter_and_one_that_continues_another_say_so(run: FinishedRun) -> None:
-    assert "on `all-linear`, compressed to rank 4 for the export." in text_of(run, export__rank=4)
-    text = described(run, start="cafe")
-    assert "on `all-linear`; training began with the adapter of an earlier run." in text
-
-
 def test_without_held_out_rows_there_is_no_table(run: FinishedRun) -> None:
     assert run.result.state is not None
     state = replace(run.result.state, history=[], best_loss=None, best_step=None)
     text = described(run, eval=None, state=state)
     assert "|---|" not in text
     assert "Held out" not in text
-
-
-def test_a_quantised_base_is_told(run: FinishedRun) -> None:
-    text = text_of(run, model__quantization="nf4")
-    assert ", on `all-linear`, trained on the base as nf4 and exported for its original weights.\n" in text
 
 
 def test_loss_and_perplexity_of_result_json_are_those_of_the_best_step(run: FinishedRun) -> None:

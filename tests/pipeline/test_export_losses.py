@@ -182,9 +182,3 @@ def test_without_held_out_rows_it_is_the_loss_on_training_rows(run: Run) -> None
     assert found["rows"] == "training"
     assert found["loss"]["tokens"] == spec.train.supervised(range(3))  # type: ignore[attr-defined]
     assert "original weights: loss on training rows " in found["in_words"]
-
-
-def test_an_unquantised_training_says_nothing_of_it(run: Run) -> None:
-    spec: Any = replace(run.spec, config=override(run.config, {"export.merged": False}), eval=tiny.store(1))
-    assert "quantised" not in export.export_run(spec, run.folder, STEP)
-    assert "Base in the training" not in (Path(run.folder.adapter) / "README.md").read_text()

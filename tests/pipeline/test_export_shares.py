@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.common.errors import UserError
-from olora_ray.config.load import dump, override
+from olora_ray.config.load import dump
 from olora_ray.model.source import BaseModel
 from olora_ray.pipeline import export, export_shares
 from olora_ray.pipeline.export_shares import Part, in_turn
@@ -123,12 +123,3 @@ def test_a_share_that_was_not_merged_is_found(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"export: the merged weight of model\.layers.* roundings from base \+ change"):
         export.export_run(run.spec, run.folder, STEP, spread)
     assert run.folder.exported(STEP) is None
-
-
-def test_an_adapter_alone_has_no_merged_model(run: Run) -> None:
-    measured = export.export_run(
-        replace(run.spec, config=override(run.config, {"export.merged": False})), run.folder, STEP
-    )
-    assert measured["ok"] is True
-    assert measured["merged"] is None
-    assert not Path(run.folder.merged).exists()

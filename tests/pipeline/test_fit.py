@@ -1,22 +1,17 @@
 """What a training on the cluster is given: Train's controller unpacks it without torch, half of its start."""
 
-import contextlib
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import cloudpickle
 import pytest
 
 from olora_ray.cluster.membership.driver import WorkerGroup, in_place, ray_trainer
-from olora_ray.cluster.spec import TrainResult, TrainSpec
+from olora_ray.cluster.spec import TrainSpec
 from olora_ray.model.source import BaseModel
-from olora_ray.pipeline import fit
-from olora_ray.pipeline.connection import Stop
 from olora_ray.pipeline.run_folder import RunFolder
-from olora_ray.tokens.prepare import CompleteStore
 from tests import tiny
 from tests.pipelines import project
 
@@ -54,33 +49,3 @@ def test_the_controller_needs_no_torch(tmp_path: Path, strategy: str, backend: s
     assert "BackendSetupCallback" in callbacks
     assert "DatasetsCallback" not in callbacks, "a process for datasets that there are not"
     assert "PlacementGroupCleaner" not in callbacks, "a process that asks a dashboard which there is not"
-
-
-def shared_base(channel: Any, group: WorkerGroup) -> TrainResult:
-    """Trains nothing."""
-    return TrainResult()
-
-
-@pytest.mark.parametrize(("fit_on", "placed"), [(None, False), (shared_base, True)])
-def test_only_who_trains_on_a_shared_base_needs_no_room(
-    fit_on: fit.FitOn | None, placed: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    told: list[bool] = []
-
-    def made(*_: object, placed: bool) -> Any:
-        told.append(placed)
-        return SimpleNamespace(run=TrainResult)
-
-    context = SimpleNamespace(get_node_id=lambda: "")
-    monkeypatch.setattr(fit, "ray", SimpleNamespace(get_runtime_context=lambda: context))
-    monkeypatch.setattr(fit, "make_channel", lambda node: None)
-    monkeypatch.setattr(fit, "worker_resources", lambda config: {"CPU": 1.0})
-    for name in ("Progress", "Monitor", "Telemetry"):
-        monkeypatch.setattr(fit, name, lambda *_: contextlib.nullcontext())
-    monkeypatch.setattr(fit, "Attempts", made)
-    spec: Any = SimpleNamespace(config=tiny.config())
-    folder: Any = SimpleNamespace(write_training=lambda text: None)
-    tracker: Any = None
-    store: Any = tiny.store()
-    fit.train(spec, folder, CompleteStore(store), tracker, Stop(), fit_on=fit_on)
-    assert told == [placed]

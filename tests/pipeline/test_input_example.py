@@ -1,5 +1,6 @@
 """The request of an input example says what the held-out question says, or there is none."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -33,9 +34,10 @@ def test_a_longer_conversation_and_a_text_that_is_none_give_no_example(tokenizer
     assert publish.chat(tokenizer, "Once upon a time") is None
 
 
-def test_a_template_that_refuses_a_system_message(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_template_that_refuses_a_system_message(tokenizer: Any) -> None:
     picky = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + project.TEMPLATE
-    monkeypatch.setattr(tokenizer, "chat_template", picky)
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = picky
     text = tokenizer.apply_chat_template([USER], add_generation_prompt=True, tokenize=False)
     assert publish.chat(tokenizer, text) == [USER]
     assert publish.chat(tokenizer, "no such text") is None

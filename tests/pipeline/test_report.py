@@ -1,7 +1,6 @@
 """The last lines of a run are commands that work as they are printed."""
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,13 +12,12 @@ from olora_ray.cluster.spec import TrainResult
 from olora_ray.model.source import obtain
 from olora_ray.pipeline.export import Exported
 from olora_ray.pipeline.prepare import plan
-from olora_ray.pipeline.publish import Published
 from olora_ray.pipeline.report import already_finished, finished, next_steps
 from olora_ray.pipeline.run_folder import RunFolder
 from olora_ray.train.checkpoint import TrainState
 from tests import tiny
 from tests.families import zoo
-from tests.families.variants import ALL, Variant, variant
+from tests.families.variants import ALL, Variant
 from tests.said import said
 
 NAME = "my model"
@@ -110,7 +108,7 @@ def test_a_training_that_has_made_nothing_better_is_told(best: int, tmp_path: Pa
     state = TrainState(4, 1.0, best, history=[{"step": 0.0, "eval/loss": 1.0}])
     with said() as lines:
         exported: Any = Exported(None, RunFolder(config), TrainResult(state=state), {})  # type: ignore[arg-type]
-        finished(exported, [], Published({**result(tmp_path), "scores": {}}, None))
+        finished(exported, [], {**result(tmp_path), "scores": {}}, None)
     assert [line for line in lines if f"1.0000 after (step {best})" in line]
     assert any("no step has made the held-out loss better" in line for line in lines) == (best == 0)
 
@@ -146,15 +144,3 @@ def test_the_plan_names_what_all_linear_cannot_take(tmp_path: Path) -> None:
         "adapter.targets: all-linear leaves out 2 layers: layers that PEFT takes no adapter for in such a model"
         " (for example backbone.layers.0.mixer.out_proj)",
     ]
-
-
-def test_routers_are_not_worth_a_line(tmp_path: Path) -> None:
-    wide = variant("llama4 wide", ALL["llama4_text"].sizes, kind="llama4_text", vocab_size=512)
-    lines = plan_lines(tmp_path, wide, adapter__rank=8)
-    assert re.search(r"; covers \d\d% of the parameters \(left out: embeddings, output head", lines[0])
-    assert not any("router" in line for line in lines[1:])
-
-
-def test_the_plan_of_a_quantised_base_says_as_what_it_is_kept(tmp_path: Path) -> None:
-    lines = plan_lines(tmp_path, ALL["llama"], model__quantization="fp8", adapter__rank=2)
-    assert re.search(r"estimated: \d\.\d\d GiB \(base as fp8 \d.*, a layer unpacked \d", lines[-1])

@@ -36,11 +36,6 @@ def test_the_config_is_one_that_the_product_takes(tmp_path: Path) -> None:
     assert (config.cluster.workers, config.cluster.max_failures, config.train.global_batch) == ((1, 2), -1, 8)
 
 
-@pytest.mark.ray
-def test_each_kind_of_event_can_be_had(tmp_path: Path) -> None:
-    assert set(on_no_hosts(StandIn(Path(), tmp_path))._acts) == set(KINDS)
-
-
 def done(*when: tuple[int, float]) -> list[Done]:
     return [Done(f"step {step}", at, 1) for step, at in when]
 
@@ -64,18 +59,6 @@ def test_what_comes_before_any_event_is_nobodys() -> None:
         "link cut": Cost(times=1),
         tally.NOTHING: Cost(times=0, again=1, pauses=[6], lost=5),
     }
-
-
-def test_the_table_has_a_line_for_all() -> None:
-    shown = tally.text({"link cut": Cost(2, 1, [10, 4], 12), "SIGTERM of the driver": Cost(1)})
-    assert shown.splitlines() == [
-        "what happened          times  steps done again  seconds lost  longest pause, s",
-        "------------------------------------------------------------------------------",
-        "link cut                   2                 1            12                10",
-        "SIGTERM of the driver      1                 0             0                 -",
-        "------------------------------------------------------------------------------",
-        "all                        3                 1            12                10",
-    ]
 
 
 STEPS = 40
@@ -110,6 +93,11 @@ class StandIn(Run):
             )
 
 
+@pytest.fixture(autouse=True)
+def looks_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(disturbances, "LOOK", 0.1)
+
+
 def on_no_hosts(run: Run) -> Disturbances:
     nobody: Any = None
     hosts: Any = ()
@@ -117,8 +105,7 @@ def on_no_hosts(run: Run) -> Disturbances:
 
 
 @pytest.mark.ray
-def test_the_command_is_given_until_its_work_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(disturbances, "LOOK", 0.1)
+def test_the_command_is_given_until_its_work_is_done() -> None:
     drawn = [Event(f"{signal} of the driver", 0.3, 0, 0) for signal in ("SIGKILL", "SIGTERM")]
     with processes.scratch() as folder:
         (folder / "broken").touch()
@@ -138,8 +125,7 @@ def test_the_command_is_given_until_its_work_is_done(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.ray
-def test_what_is_done_to_a_worker_reaches_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(disturbances, "LOOK", 0.1)
+def test_what_is_done_to_a_worker_reaches_it() -> None:
     drawn = [
         Event("SIGSTOP of a worker", 0.5, 3.0, 0),
         Event("SIGKILL of a worker", 1, 0, 0),
@@ -161,7 +147,6 @@ def test_what_is_done_to_a_worker_reaches_it(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.ray
 def test_a_run_that_stands_still_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(disturbances, "LOOK", 0.1)
     monkeypatch.setattr(disturbances, "STALL", 1.0)
     with processes.scratch() as folder:
         run = StandIn(Path(), folder, Fault(pace=0.1))
@@ -171,13 +156,3 @@ def test_a_run_that_stands_still_is_lost(monkeypatch: pytest.MonkeyPatch) -> Non
         run.driver.send_signal(signal.SIGSTOP)
         with pytest.raises(AssertionError, match="no step for 1 s"):
             found.watch(60)
-
-
-@pytest.mark.ray
-def test_events_end_with_the_time(tmp_path: Path) -> None:
-    found = on_no_hosts(StandIn(Path(), tmp_path))
-    found.over = True
-    found.go_on(events(1), 1e9)
-    found.over = False
-    found.go_on(events(1), 0)
-    assert found.happened == []

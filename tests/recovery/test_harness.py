@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from tests import mlflow_database
-from tests.recovery import moments, processes, runs, table
+from tests.recovery import moments, processes, runs
 from tests.recovery.runs import EndState, Fault, Run
 from tests.waiting import until
 
@@ -195,11 +195,3 @@ def test_nothing_is_left_of_a_run_that_is_given_up() -> None:
     assert parent.wait(10) == -signal.SIGKILL
     assert not any(processes.is_alive(process) for process in found if psutil.pid_exists(process.pid))
     assert not folder.exists()
-
-
-def test_the_table_shows_what_is_known() -> None:
-    shown = table.text([table.Row("kill worker, early step", True, 1, 12.6, True), table.Row("SIGTERM, export")])
-    assert shown.splitlines()[2:] == [
-        "kill worker, early step  yes        1                 13            yes",
-        "SIGTERM, export          no",
-    ]
