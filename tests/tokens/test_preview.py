@@ -106,12 +106,6 @@ def test_a_dry_run_ends_as_the_run_would_end(
     assert str(dry.value).startswith(f"data.{split}.0: ")
 
 
-def test_no_held_out_row_left_is_told_as_the_run_would_tell_it(tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
-    path = helpers.write_jsonl(tmp_path / "a.jsonl", rows(3))
-    with pytest.raises(UserError, match=r"held out of data.train: no row is left for eval"):
-        describe(helpers.config(tmp_path / "runs", path, eval_fraction=0.001), tiny_spec, "eval")
-
-
 @pytest.fixture
 def large(monkeypatch: pytest.MonkeyPatch) -> None:
     """No corpus is small enough to be read as a whole."""
