@@ -38,7 +38,7 @@ def our_trainer(cfg: Config, folder: str) -> tuple[Any, str]:
     """What a worker builds, and the attention that the model took."""
     from olora_ray.adapter.initialise import at_scale, initialise, options_of
     from olora_ray.adapter.inject import find_targets, inject
-    from olora_ray.common.malloc import keep_freed_memory
+    from olora_ray.cluster.malloc import keep_freed_memory
     from olora_ray.train.loop import Trainer
     from olora_ray.train.loss import SupervisedLoss
     from olora_ray.train.parallel import load_frozen

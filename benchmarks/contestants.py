@@ -149,7 +149,7 @@ def join(setting: Setting, job: dict[str, Any]) -> None:
 
 def peer(setting: Setting, job: dict[str, Any]) -> Any:
     """PEFT's model, in the precision that ours has here; to tell what is right, in float32."""
-    from olora_ray.common.malloc import keep_freed_memory
+    from olora_ray.cluster.malloc import keep_freed_memory
     from olora_ray.model.load import pick_dtype
 
     if setting.allocator:

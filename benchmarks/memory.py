@@ -108,7 +108,7 @@ def grown(sections: dict[str, Any]) -> int:
     import torch
     from common import our_trainer
 
-    from olora_ray.common import malloc
+    from olora_ray.cluster import malloc
     from olora_ray.model.load import empty_model
     from olora_ray.tokens.collate import collate
     from olora_ray.train import parallel

@@ -166,7 +166,7 @@ def of_ours(folder: str, kind: str, method: str) -> tuple[Any, Any, int]:
     import torch
 
     from olora_ray.adapter.layer import AdaptedLinear
-    from olora_ray.common import malloc
+    from olora_ray.cluster import malloc
     from olora_ray.tokens.collate import collate
     from olora_ray.train import self_test
     from olora_ray.train.loop import train_mode

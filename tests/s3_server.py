@@ -50,6 +50,8 @@ class Server:
     faults: Faults = field(default_factory=Faults)
     requests: list[tuple[str, str]] = field(default_factory=list)
     """Method and path with query of each, in order."""
+    ranges: list[tuple[int, int]] = field(default_factory=list)
+    """First and last byte of each part of an object that was asked for."""
     url: str = ""
 
     def __enter__(self) -> "Server":
@@ -137,8 +139,11 @@ class Server:
                 status, text = ("507 Insufficient Storage", FULL) if full else ("503 Slow Down", SLOW_DOWN)
                 start(status, [("Content-Type", "application/xml"), ("Content-Length", str(len(text)))])
                 return [text]
-            if faults.wrong_ranges and (asked := re.fullmatch(r"bytes=(\d+)-(\d+)", environ.get("HTTP_RANGE", ""))):
-                environ["HTTP_RANGE"] = f"bytes=0-{int(asked[2]) - int(asked[1])}"
+            if asked := re.fullmatch(r"bytes=(\d+)-(\d+)", environ.get("HTTP_RANGE", "")):
+                first, last = int(asked[1]), int(asked[2])
+                self.ranges.append((first, last))
+                if faults.wrong_ranges:
+                    environ["HTTP_RANGE"] = f"bytes=0-{last - first}"
             if faults.ignore_conditions:
                 environ.pop("HTTP_IF_MATCH", None)
                 environ.pop("HTTP_IF_NONE_MATCH", None)

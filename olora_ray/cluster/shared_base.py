@@ -19,12 +19,12 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError
 
 from olora_ray.cluster.failures import SharedBaseDied
+from olora_ray.cluster.malloc import ONE_POOL
 from olora_ray.cluster.spec import TrainResult, TrainSpec
 from olora_ray.cluster.worker import train_at
 from olora_ray.cluster.worker_context import SharedBase, SharedBaseContext, assigned_device
 from olora_ray.common.errors import TryAgain, UserError
 from olora_ray.common.logs import quiet_transformers
-from olora_ray.common.malloc import ONE_POOL
 
 logger = logging.getLogger(__name__)
 

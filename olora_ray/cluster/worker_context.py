@@ -18,10 +18,10 @@ import torch
 from olora_ray.adapter.inject import install, remove
 from olora_ray.adapter.layer import AdaptedWeight
 from olora_ray.cluster import ray_internals
+from olora_ray.cluster.malloc import keep_freed_memory
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.common import collectives
 from olora_ray.common.errors import UserError
-from olora_ray.common.malloc import keep_freed_memory
 from olora_ray.common.text import plural
 from olora_ray.config.load import override
 from olora_ray.config.schema import Config

@@ -256,19 +256,17 @@ class Lock:
 
 
 @contextlib.contextmanager
-def held(place: str, what: str, wait: float = 0.0, remedy: str | None = None) -> Iterator[Lock]:
+def held(place: str, what: str, remedy: str | None = None) -> Iterator[Lock]:
     """Hold the lock at `place` (a path or URI) for the block; `what` names it in messages.
 
-    Waits up to `wait` seconds for it. Raises TryAgain that says who holds it and, with `remedy`, what else helps;
-    UserError if no lock can be had at `place`.
+    Raises TryAgain that says who holds it and, with `remedy`, what else helps; UserError if no lock can be had there.
     """
-    lock, end = Lock(place, what), time.monotonic() + wait
+    lock = Lock(place, what)
     with as_user_error(f"{what}: its lock {place} cannot be written", OSError, reason=short_reason, passes=passes):
-        while (other := lock.take()) is not None:
-            if time.monotonic() >= end:
-                advice = "try again later" + (f" or {remedy}" if remedy else "")
-                raise TryAgain(f"{what} is already running ({other.describe()}); {advice}")
-            time.sleep(min(2.0, wait / 100))
+        other = lock.take()
+    if other is not None:
+        advice = "try again later" + (f" or {remedy}" if remedy else "")
+        raise TryAgain(f"{what} is already running ({other.describe()}); {advice}")
     try:
         yield lock
     finally:

@@ -325,7 +325,9 @@ def run(main: Callable[[list[str]], None]) -> None:
     Exit code 75 means that the same command finishes the work later, 143 (SIGTERM) and 130 (Ctrl+C) that
     it was stopped and continues with the same command.
     """
-    _print_all_characters()
+    # What the encoding of stdout does not have is written as \u2713, as on stderr: rows and names may have anything.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     handler = logging.StreamHandler()
     handler.setFormatter(_Masking("%(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
@@ -346,15 +348,6 @@ def run(main: Callable[[list[str]], None]) -> None:
         _end(traceback.format_exc().rstrip(), 1)  # a bug: with its traceback, but no secrets
     finally:
         gc.freeze()  # else the interpreter collects all that torch and Ray have made before it ends: 1.5 s
-
-
-def _print_all_characters() -> None:
-    """Let what the encoding of stdout does not have be written as \\u2713: rows and names of files may have anything.
-
-    Python does so on stderr; on stdout it raises, in a locale without UTF-8, and for names that are not UTF-8 in any.
-    """
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _end(line: str, code: int) -> None:

@@ -7,18 +7,18 @@ lines and json files are checked by CRC-32, the others by size and time of chang
 
 import contextlib
 import csv
-import fcntl
+import errno
 import io
 import itertools
 import json
 import lzma
+import os
 import shutil
 import socket
 import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass, field, replace
-from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, overload
@@ -288,26 +288,22 @@ WORTH_IT = 256 * 2**20
 """Bytes before a unit from which on a copy is made: tokenising takes several hundred times as long as decompressing."""
 
 
-@lru_cache(maxsize=256)
 def _copy(file: File) -> Path | None:
-    """This node's copy of a file; None where the disk has no room for it. Asked once in a process."""
+    """This node's copy of a file; None where the disk has no room for it."""
+
+    def unpack(partial: Path) -> None:
+        folder = partial.parent
+        node_cache.make_room(folder, folder.glob("*.raw"))
+        if shutil.disk_usage(folder).free < 10 * file.size:  # compressed text is three to ten times smaller
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        with open_stream(file) as stream, partial.open("wb") as copy:
+            shutil.copyfileobj(stream, copy, 2**23)
+
     try:
         folder = storage.private_folder("olora_ray") / "unpacked"
-        folder.mkdir(exist_ok=True)
-        path = folder / f"{digest(file.uri, file.size, file.modified, length=32)}.raw"
-        # Of several processes one writes the copy, and the others wait for it.
-        with path.with_name(f".{path.name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not path.exists():
-                node_cache.make_room(folder, folder.glob("*.raw"))
-                # Compressed text is three to ten times smaller.
-                if shutil.disk_usage(folder).free < 10 * file.size:
-                    return None
-                with open_stream(file) as stream, storage.staged(path) as partial, partial.open("wb") as copy:
-                    shutil.copyfileobj(stream, copy, 2**23)
+        return node_cache.cached(folder / f"{digest(file.uri, file.size, file.modified, length=32)}.raw", unpack)
     except OSError:  # a full disk, no folder; a file that cannot be read is told by whoever reads it without a copy
         return None
-    return path
 
 
 # Rows of a unit, of each kind of file.
@@ -403,7 +399,6 @@ def _range(file: File, unit: Unit) -> bytes:
             return bytes(stream.read(unit.size))
     if unit.offset >= WORTH_IT and (kept := _copy(file)) is not None:
         with contextlib.suppress(FileNotFoundError), kept.open("rb") as copy:
-            node_cache.used(kept)
             copy.seek(unit.offset)
             content = copy.read(unit.size)
             if zlib.crc32(content, unit.before) == unit.after:
@@ -510,7 +505,6 @@ def _parquet(file: File, unit: Unit, header: Sequence[str], columns: Sequence[st
 
 
 def _arrow(file: File, unit: Unit, header: Sequence[str], columns: Sequence[str]) -> Iterator[Located]:
-    # Scans that were kept by an earlier version know of no place: then the file is read from its start.
     start = unit.first - unit.before if unit.offset else 0
     with as_scanned(file, unit.after), opened(file, unit) as (schema, batches):
         present = _present(schema, columns)

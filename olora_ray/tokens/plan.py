@@ -14,7 +14,6 @@ from typing import Any, Literal, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from olora_ray.common import malloc
 from olora_ray.common.errors import UserError
 from olora_ray.common.storage import digest_json
 from olora_ray.config.schema import AnyConfig, Source
@@ -394,11 +393,9 @@ def make_plan(config: AnyConfig, spec: TokenizerSpec, split: Split, look: Look) 
         if low == high:
             raise UserError(f"{setting}.{number}.path: {sources[number].path} is empty: it has no rows")
     table, weights = joined(units), [source.weight for source in sources]
-    del found, scans, units
-    malloc.give_back()  # of a billion rows, the scans of the files take as much as all the rest
+    del found, scans, units  # of a billion rows they take as much as all the rest
     pieces = mixed(table, borders, weights, config.run.seed) if split == "train" else in_turn(table, borders, weights)
     shards = _shards(pieces)
-    malloc.give_back()
     return Plan(
         split=split,
         spec=spec,

@@ -17,7 +17,7 @@ import torch
 from ray.exceptions import GetTimeoutError, RayActorError
 
 from olora_ray.cluster import shared_base
-from olora_ray.common.malloc import keep_freed_memory
+from olora_ray.cluster.malloc import keep_freed_memory
 from tests import tiny
 from tests.said import said
 from tests.waiting import until

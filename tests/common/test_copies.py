@@ -1,20 +1,12 @@
 """Copies of files and folders from and to a real S3 server."""
 
 import os
-import tempfile
 from pathlib import Path
 
 import pytest
 
 from olora_ray.common import node_cache, s3, storage
 from tests.s3_server import Server
-
-
-@pytest.fixture
-def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "t"))
-    (tmp_path / "t").mkdir()
-    return tmp_path / "t"
 
 
 def test_a_file_is_fetched_once(s3_server: Server, bucket: str, tmp_path: Path) -> None:
@@ -27,23 +19,14 @@ def test_a_file_is_fetched_once(s3_server: Server, bucket: str, tmp_path: Path) 
     assert requests == []
 
 
-def test_a_folder_is_fetched_with_all_below_it(bucket: str, tmp_path: Path) -> None:
-    for name in ("a", "empty", "deep/down/b"):
-        storage.write_text(storage.join(bucket, "model", name), name if name != "empty" else "")
-    found = node_cache.local_copy(storage.join(bucket, "model"), tmp_path / "cache")
-    assert {str(file.relative_to(found)) for file in found.rglob("*") if file.is_file()} == {
-        "a",
-        "empty",
-        "deep/down/b",
-    }
-    assert (found / "deep" / "down" / "b").read_text() == "deep/down/b"
-
-
-def test_a_folder_of_files_alone_is_fetched(bucket: str, tmp_path: Path) -> None:
-    """Nobody but the copy itself makes the folder."""
-    storage.write_text(storage.join(bucket, "adapter", "weights"), "x")
-    found = node_cache.local_copy(storage.join(bucket, "adapter"), tmp_path / "not" / "there")
-    assert [(file.name, file.read_text()) for file in found.iterdir()] == [("weights", "x")]
+@pytest.mark.parametrize("names", [("a", "empty", "deep/down/b"), ("weights",)])
+def test_a_folder_is_fetched_with_all_below_it(names: tuple[str, ...], bucket: str, tmp_path: Path) -> None:
+    expected = {name: name.removeprefix("empty") for name in names}
+    for name, text in expected.items():
+        storage.write_text(storage.join(bucket, "model", name), text)
+    found = node_cache.local_copy(storage.join(bucket, "model"), tmp_path / "not" / "there")
+    files = [file for file in found.rglob("*") if file.is_file()]
+    assert {file.relative_to(found).as_posix(): file.read_text() for file in files} == expected
 
 
 def test_what_is_not_there_is_an_error_and_leaves_nothing(bucket: str, tmp_path: Path) -> None:
@@ -82,14 +65,6 @@ def test_a_folder_is_uploaded_the_named_file_last(s3_server: Server, bucket: str
     assert storage.read_text(storage.join(bucket, "up", "deep", "c")) == "deep/c"
 
 
-def test_what_is_written_in_a_local_folder_arrives(s3_server: Server, bucket: str, temporary: Path) -> None:
-    with node_cache.local_folder(storage.join(bucket, "export")) as folder:
-        folder.mkdir()
-        (folder / "a").write_text("x")
-    assert s3_server.keys(storage.join(bucket, "export")) == ["a"]
-    assert list(temporary.iterdir()) == []
-
-
 def test_what_an_earlier_attempt_left_does_not_stay_beside_it(bucket: str, s3_server: Server, temporary: Path) -> None:
     """An export that was made anew with other settings had both kinds of files of weights."""
     place = storage.join(bucket, "again")
@@ -101,6 +76,7 @@ def test_what_an_earlier_attempt_left_does_not_stay_beside_it(bucket: str, s3_se
             (folder / name).write_text("new")
     assert sorted(s3_server.keys(place)) == ["a", "deep/new"]
     assert storage.read_text(storage.join(place, "a")) == "new"
+    assert list(temporary.iterdir()) == []
 
 
 def test_a_large_file_comes_and_goes_in_large_parts(s3_server: Server, bucket: str, tmp_path: Path) -> None:

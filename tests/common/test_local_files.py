@@ -32,48 +32,36 @@ def test_the_modes_of_files_are_what_the_user_has_set(umask: str, expected: str,
     assert subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.strip() == expected
 
 
-@pytest.fixture
-def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    return tmp_path
-
-
-def test_a_folder_among_those_of_others_is_private(temporary: Path) -> None:
+def test_a_folder_among_those_of_others_is_private_or_refused(temporary: Path) -> None:
     folder = storage.private_folder("ours")
     assert folder.parent == temporary
     assert folder.stat().st_mode & 0o777 == 0o700
     assert storage.private_folder("ours") == folder
-
-
-def test_a_folder_that_somebody_else_has_put_there_is_refused(temporary: Path) -> None:
-    place = temporary / f"ours-{os.getuid()}"
+    place = temporary / f"theirs-{os.getuid()}"
     (temporary / "elsewhere").mkdir()
     place.symlink_to(temporary / "elsewhere")
     with pytest.raises(PermissionError, match="not this user's own folder"):
-        storage.private_folder("ours")
+        storage.private_folder("theirs")
     place.unlink()
     place.mkdir()
     place.chmod(0o777)
     with pytest.raises(PermissionError, match="not this user's own folder"):
-        storage.private_folder("ours")
-
-
-def _cut_off(target: Path) -> None:
-    with storage.staged(target) as partial:
-        (partial / "half").mkdir(parents=True)
-        raise KeyboardInterrupt
+        storage.private_folder("theirs")
 
 
 def test_what_is_staged_is_there_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
     target = tmp_path / "deep" / "model"
-    with pytest.raises(KeyboardInterrupt):
-        _cut_off(target)
+    with pytest.raises(KeyboardInterrupt), storage.staged(target) as partial:  # noqa: PT012
+        (partial / "half").mkdir(parents=True)
+        raise KeyboardInterrupt
     assert list(target.parent.iterdir()) == []
     with storage.staged(target) as partial:
         partial.mkdir()
         (partial / "whole").write_text("x")
         assert not target.exists()
     assert [file.name for file in target.iterdir()] == ["whole"]
+    with pytest.raises(FileNotFoundError), storage.staged(tmp_path / "model"):
+        pass
 
 
 def test_of_two_that_stage_the_same_the_faster_stays(tmp_path: Path) -> None:
@@ -86,11 +74,6 @@ def test_of_two_that_stage_the_same_the_faster_stays(tmp_path: Path) -> None:
             (faster / "faster").touch()
     assert [file.name for file in target.iterdir()] == ["faster"]
     assert [file.name for file in tmp_path.iterdir()] == ["model"]
-
-
-def test_what_cannot_be_put_in_place_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError), storage.staged(tmp_path / "model"):
-        pass
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.EIO])

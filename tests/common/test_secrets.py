@@ -128,7 +128,7 @@ def test_a_secret_behind_its_name_is_masked(text: str) -> None:
     assert secrets.mask(masked) == masked
 
 
-def test_what_stands_around_an_option_a_user_and_a_cookie_stays() -> None:
+def test_what_stands_around_a_secret_stays() -> None:
     for line in (
         "login --password c4n4ry --user ann",
         "login --password 'c4n4ry' --user ann",
@@ -136,14 +136,10 @@ def test_what_stands_around_an_option_a_user_and_a_cookie_stays() -> None:
         "curl -u ann:c4n4ry https://host",
         "curl -H 'Cookie: c4n4ry' https://host",
         "{'Set-Cookie': 'c4n4ry', 'Server': 'x'}",
+        '{"user": "ann", "password": "c4n4ry", "port": 5}; x-api-key: c4n4ry, password=c4n4ry&region=here',
     ):
         cookie = line.replace("c4n4ry", "session=c4n4ry; Path=/") if "ookie" in line else line
         assert secrets.mask(cookie) == line.replace("c4n4ry", "***")
-
-
-def test_only_the_value_is_masked() -> None:
-    line = '{"user": "ann", "password": "c4n4ry", "port": 5}; x-api-key: c4n4ry, password=c4n4ry&region=here'
-    assert secrets.mask(line) == line.replace("c4n4ry", "***")
 
 
 @given(st.lists(st.sampled_from([word for word in WORDS if not word.endswith(":")]), max_size=30))
@@ -201,16 +197,8 @@ def test_a_config_with_a_secret_is_refused_without_repeating_it(field: str, uri:
     message = str(caught.value)
     assert HIDDEN not in message
     assert f"config: {field}: has a " in message
+    assert any(way in message for way in ("MLFLOW_TRACKING_PASSWORD", "env:NAME", "AWS_SECRET_ACCESS_KEY"))
     assert "adapter.rank" in message  # all problems are told together
-
-
-@pytest.mark.parametrize(
-    ("uri", "advice"),
-    [("http://ann:c4n4ry@host", "MLFLOW_TRACKING_PASSWORD"), ("postgresql://ann:c4n4ry@db/x", "env:NAME")],
-)
-def test_the_refusal_says_how_to_give_it(uri: str, advice: str) -> None:
-    with pytest.raises(UserError, match=advice):
-        tiny.config(tracking__uri=uri)
 
 
 @pytest.mark.parametrize(
@@ -232,11 +220,6 @@ def test_a_wrong_value_is_not_repeated_with_its_secret(tree: dict[str, object]) 
     assert HIDDEN not in str(caught.value)
 
 
-def test_a_field_for_a_secret_is_no_typo() -> None:
-    with pytest.raises(UserError, match=r"tracking\.password: unknown field; a config holds no secrets"):
-        tiny.config(tracking__password=HIDDEN)
-
-
 def test_an_address_may_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     address = "postgresql://ann:c4n4ry@db/mlflow"
     (tmp_path / "uri").write_text(address + "\n")
@@ -252,17 +235,14 @@ def test_an_address_may_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ("named", "problem"),
     [
         ("env:NOT_SET", "the variable NOT_SET is not set where this runs"),
-        ("env:", "is not set"),
         ("file:/no/such/file", "cannot be read: No such file"),
         ("file:uri", "absolute path"),
         ("file:{folder}/two", "expected one line with an address, found 2 words"),
-        ("file:{folder}/empty", "found 0 words"),
         ("file:{folder}/bytes", "not UTF-8"),
     ],
 )
 def test_a_name_that_leads_nowhere_is_explained(named: str, problem: str, tmp_path: Path) -> None:
     (tmp_path / "two").write_text(f"http://host\n{HIDDEN}\n")
-    (tmp_path / "empty").touch()
     (tmp_path / "bytes").write_bytes(b"\xff\xfe")
     with pytest.raises(UserError) as caught:
         resolve_uri(tiny.config(tracking__uri=named.format(folder=tmp_path)))
@@ -270,19 +250,6 @@ def test_a_name_that_leads_nowhere_is_explained(named: str, problem: str, tmp_pa
     assert message.startswith("tracking.uri: ")
     assert problem in message
     assert HIDDEN not in message
-
-
-@pytest.mark.parametrize("uri", ["postgresql://ann:c4n4ry@127.0.0.1:9/x", "http://ann:c4n4ry@127.0.0.1:9"])
-def test_an_address_that_does_not_answer_is_named_without_its_password(uri: str) -> None:
-    with pytest.raises(UserError) as caught:
-        client.check(uri)
-    assert "ann:***@127.0.0.1:9" in str(caught.value)
-    assert HIDDEN not in str(caught.value)
-
-
-def test_the_reason_of_an_error_has_no_password() -> None:
-    error = OSError("cannot connect to postgresql://ann:c4n4ry@db/x\nand more")
-    assert client.reason(error) == "cannot connect to postgresql://ann:***@db/x"
 
 
 SCRIPT = """
@@ -308,6 +275,14 @@ def test_an_entry_script_prints_no_secret(kind: str, code: int, tmp_path: Path) 
     assert all(f"{word} http://ann:***@host" in output for word in ("said", "logged", "raised"))
     assert ("Traceback" in output) == (kind == "ValueError")
     assert HIDDEN not in output
+
+
+@pytest.mark.parametrize("uri", ["postgresql://ann:c4n4ry@127.0.0.1:9/x", "http://ann:c4n4ry@127.0.0.1:9"])
+def test_an_address_that_does_not_answer_is_named_without_its_password(uri: str) -> None:
+    with pytest.raises(UserError) as caught:
+        client.check(uri)
+    assert "ann:***@127.0.0.1:9" in str(caught.value)
+    assert HIDDEN not in str(caught.value)
 
 
 def test_the_write_queue_logs_no_password(caplog: pytest.LogCaptureFixture) -> None:

@@ -7,10 +7,9 @@ import pyarrow as pa
 import pytest
 
 from olora_ray.common import node_cache, patience, storage
-from olora_ray.common.errors import StoreError, StoreUnavailable, TryAgain
+from olora_ray.common.errors import StoreError, TryAgain
 from olora_ray.train import checkpoint, checkpoints
 from tests.gs_server import BUCKET, GsServer, gs_server
-from tests.said import said
 
 PLACE = f"gs://{BUCKET}/runs"
 
@@ -19,31 +18,6 @@ PLACE = f"gs://{BUCKET}/runs"
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[GsServer]:
     with gs_server(monkeypatch) as found:
         yield found
-
-
-def test_a_file_is_written_read_and_removed(server: GsServer) -> None:
-    file = storage.join(PLACE, "deep", "down", "a.txt")
-    assert not storage.exists(file)
-    storage.write_text(file, "grüße")
-    assert storage.exists(storage.join(PLACE, "deep"))
-    assert storage.read_text(file) == "grüße"
-    storage.remove(file)
-    storage.remove(file)
-    assert not storage.exists(file)
-    with pytest.raises(FileNotFoundError):
-        storage.read_bytes(file)
-
-
-def test_names_are_those_of_files_and_folders(server: GsServer) -> None:
-    assert storage.names(PLACE) == []
-    for name in ("b", "a/x", "a/y", "c/d/e"):
-        storage.write_text(storage.join(PLACE, name), "x")
-    assert storage.names(PLACE) == ["a", "b", "c"]
-    assert sorted(storage.files_below(PLACE)) == ["a/x", "a/y", "b", "c/d/e"]
-    storage.remove(storage.join(PLACE, "a"))
-    storage.remove(storage.join(PLACE, "c"))
-    assert storage.names(PLACE) == ["b"]
-    assert list(server.objects) == ["runs/b"]
 
 
 def test_a_folder_is_uploaded_and_fetched(server: GsServer, tmp_path: Path) -> None:
@@ -72,15 +46,6 @@ def test_a_store_that_does_not_answer_may_answer_later(monkeypatch: pytest.Monke
         pytest.raises(TryAgain, match=r"^run\.storage: gs://silent/runs cannot be written: .*DEADLINE_EXCEEDED"),
     ):
         storage.check("gs://silent/runs", "run.storage")
-
-
-def test_one_that_has_answered_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    with gs_server(monkeypatch):
-        assert not storage.exists(storage.join(PLACE, "a"))
-    monkeypatch.setattr(patience, "PATIENCE", 0.2)
-    with gs_server(monkeypatch, seconds=0), said() as lines, pytest.raises(StoreUnavailable):
-        storage.exists(storage.join(PLACE, "a"))
-    assert lines[0].startswith(f"warning: gs://{BUCKET} does not answer (google::cloud::Status(")
 
 
 @pytest.mark.parametrize(

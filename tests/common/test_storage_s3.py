@@ -1,12 +1,14 @@
 """Every function of the storage module on a real S3 server, and what a server that misbehaves leads to."""
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from olora_ray.common import node_cache, patience, s3, storage
 from olora_ray.common.errors import StoreError, TryAgain, UserError
+from tests.gs_server import BUCKET, gs_server
 from tests.s3_server import Faults, Server, dead_port, within
 from tests.said import said
 
@@ -32,6 +34,14 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class TestFiles:
+    @pytest.fixture(params=["s3", "gs"])
+    def place(self, request: pytest.FixtureRequest, bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+        if request.param == "s3":
+            yield bucket
+            return
+        with gs_server(monkeypatch):
+            yield f"gs://{BUCKET}/runs"
+
     def test_a_file_is_written_read_and_removed(self, place: str) -> None:
         file = storage.join(place, "deep", "down", "a.txt")
         assert not storage.exists(file)
@@ -56,6 +66,8 @@ class TestFiles:
         storage.remove(storage.join(place, "a"))
         assert storage.names(place) == ["b", "c"]
 
+
+class TestRequests:
     @pytest.mark.parametrize("name", ["50%.json", "a%20b.json", "#1 of 2.json", "a+b=c&d.json", "grüße.json"])
     def test_a_key_is_taken_as_it_is_written(self, server: Server, place: str, name: str, tmp_path: Path) -> None:
         storage.write_text(storage.join(place, name), "x")
@@ -67,8 +79,6 @@ class TestFiles:
         with pytest.raises(UserError, match=r"s3://b/p: write it without '\?region=x'; .*AWS_ENDPOINT_URL"):
             storage.join("s3://b/p?region=x", "a")
 
-
-class TestRequests:
     def test_a_small_write_is_one_request(self, server: Server, place: str) -> None:
         for content in (b"", b"x", b"x" * 4 * 2**20):
             with server.counted() as requests:
@@ -167,16 +177,6 @@ class TestCheck:
             storage.write_text(storage.join(place, "a"), "x")
         assert written.value.exit_code == 2
 
-    def test_a_slow_server_is_used_and_told_of(
-        self, server: Server, place: str, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(s3, "SLOW_SECONDS", 0.2)
-        server.faults = Faults(delay=0.1)
-        with said() as lines:
-            storage.check(place, "run.storage")
-        (line,) = lines
-        assert line.startswith(f"warning: run.storage: {place} is slow: writing, reading and deleting")
-
     def test_without_boto3_the_command_that_installs_it_is_told(
         self, place: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -207,19 +207,15 @@ class TestPatience:
             storage.exists(storage.join(place, "a"))
         assert lines == []
 
-    def test_patience_has_an_end(self, server: Server, place: str) -> None:
+    @pytest.mark.parametrize(
+        ("fault", "reason"), [(Faults(refuse=-1), "503"), (Faults(hang=True), "NETWORK_CONNECTION")]
+    )
+    def test_patience_has_an_end(self, server: Server, place: str, fault: Faults, reason: str) -> None:
         storage.names(place)
-        server.faults = Faults(refuse=-1)
-        with said() as lines, pytest.raises(OSError, match="503"), within(60):
+        server.faults = fault
+        with said() as lines, pytest.raises(OSError, match=reason), within(60):
             storage.exists(storage.join(place, "a"))
         assert lines
-
-    def test_a_store_that_hangs_is_given_up(self, server: Server, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(patience, "PATIENCE", 0.0)
-        storage.names(place)
-        server.faults = Faults(hang=True)
-        with pytest.raises(OSError, match="NETWORK_CONNECTION"), within(60):
-            storage.exists(storage.join(place, "a"))
 
     def test_what_does_not_pass_is_told_at_once(self, place: str) -> None:
         storage.names(place)

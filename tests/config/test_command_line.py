@@ -104,10 +104,8 @@ def test_addresses_stay_as_they_are(config: Path, place: str) -> None:
         (["--dry-run=yes"], "argument --dry-run=yes: --dry-run has no value"),
         (["a.yaml", "b.yaml"], "one config file at a time"),
         (["nowhere.yaml"], "nowhere.yaml: No such file"),
-        (["rank=3"], "argument 'rank=3': expected section.field=value"),
         (["adapter.rnk=3"], "did you mean adapter.rank?"),
         (["learning_rate=3"], "argument 'learning_rate=3': expected section.field=value; use train.lr"),
-        (["adapter.lora_alpha=3"], "adapter.lora_alpha: unknown field; use adapter.alpha"),
     ],
 )
 def test_an_argument_that_is_not_understood_is_named(config: Path, argv: list[str], expected: str) -> None:
@@ -207,29 +205,29 @@ def test_characters_that_the_locale_does_not_have_are_written_otherwise(
     assert logged.endswith(r" \udce9.jsonl")
 
 
+@pytest.mark.parametrize(
+    ("body", "code", "told"),
+    [
+        ("raise KeyboardInterrupt", 130, "stopped (SIGINT); the same command continues with what is done\n"),
+        ("from olora_ray.common.errors import TryAgain; raise TryAgain('away')", 75, "error: away\n"),
+        (
+            "from olora_ray.common.errors import Stopped; raise Stopped('stopped after 3', 143)",
+            143,
+            "stopped after 3\n",
+        ),
+        ("pass", 0, ""),
+    ],
+)
+def test_each_way_to_end_has_its_exit_code(body: str, code: int, told: str, tmp_path: Path) -> None:
+    done = script(tmp_path, body)
+    assert (done.returncode, done.stderr) == (code, told)
+
+
 def test_a_bug_keeps_its_traceback(tmp_path: Path) -> None:
     done = script(tmp_path, "raise KeyError('ours')")
     assert done.returncode == 1
     assert "Traceback" in done.stderr
     assert "KeyError: 'ours'" in done.stderr
-
-
-def test_an_interruption_says_how_to_go_on(tmp_path: Path) -> None:
-    done = script(tmp_path, "raise KeyboardInterrupt")
-    assert done.returncode == 130
-    assert done.stderr == "stopped (SIGINT); the same command continues with what is done\n"
-
-
-def test_what_passes_by_itself_and_what_was_stopped_have_exit_codes_of_their_own(tmp_path: Path) -> None:
-    done = script(tmp_path, "from olora_ray.common.errors import TryAgain; raise TryAgain('away')")
-    assert (done.returncode, done.stderr) == (75, "error: away\n")
-    done = script(tmp_path, "from olora_ray.common.errors import Stopped; raise Stopped('stopped after step 3', 143)")
-    assert (done.returncode, done.stderr) == (143, "stopped after step 3\n")
-
-
-def test_a_good_end_has_exit_code_0(tmp_path: Path) -> None:
-    done = script(tmp_path, "pass")
-    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize(
@@ -248,14 +246,6 @@ def test_finetune_with_a_broken_config_ends_with_one_line(config: Path, broken: 
     assert done.stderr.count("\n") == 1
     assert str(config) in done.stderr
     assert expected in done.stderr
-
-
-def test_finetune_shows_help() -> None:
-    done = start(str(FINETUNE), "--help")
-    assert done.returncode == 0
-    assert done.stderr == ""
-    assert "python pipelines/finetune.py" in done.stdout
-    assert "global_batch" in done.stdout
 
 
 def test_reading_arguments_loads_no_heavy_library() -> None:

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from olora_ray.common.errors import UserError
 from olora_ray.config.load import build, dump, flatten, load, override, parse_assignments, parse_yaml
-from olora_ray.config.schema import IN_STORAGE, Cluster, Config, EvaluationConfig, Model, Section, Source
+from olora_ray.config.schema import IN_STORAGE, Cluster, Config, EvaluationConfig, Model, Source
 from tests import tiny
 
 SHIPPED = sorted(Path(__file__).parents[2].glob("pipelines/configs/*.yaml"))
@@ -30,10 +30,6 @@ def problem(**changes: Any) -> str:
     return str(caught.value)
 
 
-def test_some_configs_are_shipped() -> None:
-    assert SHIPPED
-
-
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_every_shipped_config_parses(path: Path) -> None:
     config = load(path)
@@ -49,8 +45,6 @@ def test_every_shipped_config_parses(path: Path) -> None:
         ({"train": {"learning": 1}}, "train.learning: unknown field; --help lists the fields"),
         ({"train": {"rank": 1}}, "train.rank: unknown field; use adapter.rank"),
         ({"lr": 1}, "lr: unknown field; use train.lr"),
-        ({"str": {}}, "config: str: unknown field"),
-        ({"train": {"zzzz": 1}}, "train.zzzz: unknown field; --help lists the fields"),
         (
             {"data": {"train": [{"path": "a", "formt": "text"}]}},
             "data.train.0.formt: unknown field; did you mean data.train.0.format?",
@@ -75,18 +69,13 @@ def test_an_unknown_field_suggests_the_nearest(changes: dict[str, Any], expected
         ({"adapter": {"method": "orthogonal", "rank": 7}}, ["adapter: rank=7 is odd", "use 6 or 8"]),
         ({"adapter": {"method": "orthogonal", "rank": 1}}, ["adapter: rank=1 is odd", "use 2"]),
         ({"adapter": {"method": "eva", "init_tokens": 32}}, ["adapter: init_tokens=32: 32 components", "need more"]),
-        ({"adapter": {"rho": 0.5}}, ["adapter.rho: ", "greater than or equal to 1"]),
-        ({"adapter": {"sigma": 0}}, ["adapter.sigma: "]),
         ({"adapter": {"sigma": "big"}}, ["adapter.sigma: "]),
         ({"train": {"lr_ratio": 0}}, ["train.lr_ratio: ", "greater than 0"]),
         ({"adapter": {"targets": 3}}, ["adapter.targets: ", "(got 3)"]),
         ({"adapter": {"dropout": 1.0}}, ["adapter.dropout: ", "less than 1"]),
         ({"train": {"lr": -1.0}}, ["train.lr: ", "greater than 0"]),
-        ({"train": "fast"}, ["config: train: ", "(got 'fast')"]),
         ({"cluster": {"gpus_per_worker": "some"}}, ["cluster.gpus_per_worker: ", "(got 'some')"]),
-        ({"run": {"name": "a/b"}}, ["run.name: ", "(got 'a/b')"]),
         ({"run": {}}, ["run.name: required, but not set"]),
-        ({"data": {"train": []}}, ["data.train: ", "at least 1 item"]),
         ({"data": {"train": [{"format": "text"}]}}, ["data.train.0.path: required, but not set"]),
         ({"gate": {"and": [{"metric": "eval/loss"}]}}, ["gate.and.0: set at_least or at_most"]),
         ({"gate": {"metric": "eval/exact_match"}}, ["gate: metric eval/exact_match is not measured", "scorer"]),
@@ -112,25 +101,12 @@ def test_a_wrong_value_is_named_with_its_field(changes: dict[str, Any], expected
     assert all(part in message for part in expected), message
 
 
-@pytest.mark.parametrize(
-    "field",
-    [
-        "run.seed",
-        "train.early_stop",
-        "train.steps",
-        "adapter.rank",
-        "adapter.alpha",
-        "adapter.sigma",
-        "evaluation.rows",
-        "gate.must_improve_by",
-        "gate.and.0.at_least",
-        "data.eval_fraction",
-        "data.train.0.weight",
-        "cluster.gpus_per_worker",
-        "cluster.cpus_per_worker",
-        "export.rank",
-    ],
-)
+NUMBERS = """run.seed train.early_stop train.steps adapter.rank adapter.alpha adapter.sigma evaluation.rows
+gate.must_improve_by gate.and.0.at_least data.eval_fraction data.train.0.weight cluster.gpus_per_worker
+cluster.cpus_per_worker export.rank"""
+
+
+@pytest.mark.parametrize("field", NUMBERS.split())
 @pytest.mark.parametrize("switch", [True, False])
 def test_a_switch_is_no_number(field: str, switch: bool) -> None:
     config = tiny.config(gate__and=[{"metric": "eval/loss", "at_least": 0}])
@@ -180,10 +156,6 @@ def test_a_path_alone_is_a_source(given: Any) -> None:
     assert override(build(tree()), {"data.train": given}).data.train == (Source(path="a.jsonl"),)
 
 
-def test_a_path_alone_keeps_no_secret() -> None:
-    assert "has a secret in its address" in problem(data={"train": "s3://key:secret@bucket/a.jsonl"})
-
-
 PATHS_AS_NAMES = ["..", ".", "../x", "/x", "a/b", "a/../../x", "a\\b", "a\n", "", "a.", ".a", "~", "a b\x00"]
 
 
@@ -231,12 +203,6 @@ def test_an_alias_that_mlflow_keeps_for_itself_is_refused_before_the_training(al
     assert f"registry.alias: '{alias}' is a name that MLflow keeps" in problem(registry={"alias": alias})
 
 
-@pytest.mark.parametrize("name", ["", "a\nb", "\x00"])
-def test_an_experiment_is_printable(name: str) -> None:
-    assert "tracking.experiment: " in problem(tracking={"experiment": name})
-    assert build(tree(tracking={"experiment": "/Users/ann/olora"})).tracking.experiment == "/Users/ann/olora"
-
-
 def test_an_address_does_not_go_up() -> None:
     message = problem(
         run={"name": "a", "storage": "s3://bucket/a/../b"},
@@ -273,15 +239,16 @@ def test_all_problems_are_told_together() -> None:
     message = problem(
         adapter={"rank": 0, "alpah": 3, "targets": 3}, train={"lr": []}, cluster={"gpus_per_worker": "some"}, run={}
     )
-    for field in (
+    for field in [
         "adapter.rank",
         "adapter.alpah",
         "adapter.targets",
         "train.lr",
         "cluster.gpus_per_worker",
         "run.name",
-    ):
+    ]:
         assert f"config: {field}: " in message
+    assert "config: run.name: " in message
     assert not any(word in message for word in ("tuple[", "literal[", "constrained", "Value error", "pydantic"))
 
 
@@ -303,22 +270,24 @@ def test_eval_and_eval_fraction_exclude_each_other() -> None:
     )
 
 
-@pytest.mark.parametrize("gpus", [1.5, 2, 8.0])
-def test_more_gpus_than_a_worker_uses_are_refused(gpus: float) -> None:
-    message = problem(cluster={"gpus_per_worker": gpus, "workers": 1})
-    assert message == (
-        f"config: cluster.gpus_per_worker: a worker computes on one GPU, of {gpus:g} the others would be idle; use 1,"
-        " and more workers"
-    )
+@pytest.mark.parametrize(
+    ("cluster", "expected"),
+    [
+        ({"gpus_per_worker": 2, "workers": 1}, ".gpus_per_worker: a worker computes on one GPU, of 2 the others would"),
+        ({"gpus_per_worker": 1.5, "workers": 1}, ".gpus_per_worker: a worker computes on one GPU, of 1.5 the others"),
+        ({"gpus_per_worker": 0.5, "workers": 2}, ".gpus_per_worker=0.5 with cluster.workers=2: workers that share a"),
+        ({"gpus_per_worker": 0.5, "workers": [1, 2]}, ".gpus_per_worker=0.5 with cluster.workers=2: workers that"),
+        ({"fsdp_offload": True}, ": fsdp_offload=true with strategy=ddp: only a sharded base is; use strategy=fsdp"),
+        ({"strategy": "fsdp", "spares": 1}, ".spares=1 with cluster.strategy=fsdp: a spare cannot take the place of a"),
+    ],
+)
+def test_workers_that_cannot_be_are_refused(cluster: dict[str, Any], expected: str) -> None:
+    assert problem(cluster=cluster).startswith(f"config: cluster{expected}")
 
 
-@pytest.mark.parametrize("workers", [2, [1, 2]])
-def test_workers_that_could_share_a_gpu_are_refused(workers: Any) -> None:
-    message = problem(cluster={"gpus_per_worker": 0.5, "workers": workers})
-    assert message == (
-        "config: cluster.gpus_per_worker=0.5 with cluster.workers=2: workers that share a GPU cannot be connected"
-        " (NCCL); use gpus_per_worker=1, or workers=1"
-    )
+def test_only_a_sharded_base_is_offloaded_and_only_a_whole_one_has_spares() -> None:
+    assert build(tree(cluster={"fsdp_offload": True, "strategy": "fsdp"})).cluster.fsdp_offload
+    assert build(tree(cluster={"spares": 2})).cluster.spares == 2
 
 
 @pytest.mark.parametrize(("gpus", "workers"), [(0, 2), (1, 2), (0.6, 2), (0.25, 1), ("auto", 2)])
@@ -347,14 +316,6 @@ def test_copies_of_a_sharded_base_divide_the_workers(workers: int | list[int], w
     assert build(tree(cluster=cluster)).cluster.fsdp_replicas == 4
     for number in (1, 8):
         assert build(tree(cluster={"workers": number, "fsdp_replicas": 4, "strategy": "fsdp"}))
-
-
-def test_only_a_sharded_base_is_offloaded() -> None:
-    message = problem(cluster={"fsdp_offload": True})
-    assert message == (
-        "config: cluster: fsdp_offload=true with strategy=ddp: only a sharded base is; use strategy=fsdp"
-    )
-    assert build(tree(cluster={"fsdp_offload": True, "strategy": "fsdp"})).cluster.fsdp_offload
 
 
 @given(st.integers(1, 64), st.integers(1, 8), st.integers(1, 8))
@@ -387,40 +348,32 @@ def test_numbers_are_read_as_people_write_them(text: str) -> None:
     assert parse_assignments([f"train.lr={text}"]) == {"train.lr": float(text)}
 
 
-@pytest.mark.parametrize("text", ["e4", "1e", "v1e-4", "1-e4"])
-def test_words_stay_words(text: str) -> None:
-    assert parse_yaml(text, "here") == text
-
-
 def write(folder: Path, text: str) -> Path:
     path = folder / "run.yaml"
     path.write_text(text)
     return path
 
 
-def test_broken_yaml_names_file_and_line(tmp_path: Path) -> None:
-    path = write(tmp_path, "run: {name: a}\nmodel: {name: m}\ndata: [\ntrain: ]: 3\n")
-    with pytest.raises(UserError, match=rf"{path}, line 4: not valid YAML"):
-        load(path)
+BEGIN = "run: {name: a}\nmodel: {name: m}\n"
 
 
-@pytest.mark.parametrize(("text", "kind"), [("", "NoneType"), ("- a\n", "list"), ("just words\n", "str")])
-def test_yaml_that_is_no_config_is_refused(tmp_path: Path, text: str, kind: str) -> None:
-    with pytest.raises(UserError, match=f"expected sections .* found {kind}"):
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (BEGIN + "data: [\ntrain: ]: 3\n", r"run\.yaml, line 4: not valid YAML"),
+        ("", "expected sections .* found NoneType"),
+        ("- a\n", "expected sections .* found list"),
+        (BEGIN + "data: {train: [{path: a}]}\ntrain:\n", r"run\.yaml: train: "),
+    ],
+)
+def test_what_is_no_config_is_refused(tmp_path: Path, text: str, expected: str) -> None:
+    with pytest.raises(UserError, match=expected):
         load(write(tmp_path, text))
-
-
-def test_a_section_that_is_left_empty_is_named(tmp_path: Path) -> None:
-    path = write(tmp_path, "run: {name: a}\nmodel: {name: m}\ndata: {train: [{path: a}]}\ntrain:\n")
-    with pytest.raises(UserError, match=r"run\.yaml: train: "):
-        load(path)
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere\.yaml: No such file"):
         load(tmp_path / "nowhere.yaml")
-    with pytest.raises(UserError, match="Is a directory"):
-        load(tmp_path)
     (tmp_path / "latin.yaml").write_bytes(b"run: {name: \xe9}")
     with pytest.raises(UserError, match=r"latin\.yaml: not UTF-8"):
         load(tmp_path / "latin.yaml")
@@ -551,15 +504,6 @@ def test_the_flat_form_names_every_value(config: Config) -> None:
     assert {name: value for name, value in rebuilt.items() if name in settable} == settable
 
 
-def fields_of(section: type[BaseModel]) -> list[str]:
-    names = []
-    for name, field in section.model_fields.items():
-        names.append(name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            names.extend(fields_of(field.annotation))
-    return names
-
-
 def test_every_field_is_explained() -> None:
     for section in (Config, *(field.annotation for field in Config.model_fields.values()), Source):
         assert isinstance(section, type)
@@ -607,12 +551,3 @@ def test_a_message_has_an_end_whatever_it_is_about() -> None:
     assert "c4n4ry" not in message
     assert "more" in message.rpartition(";")[2]
     assert "(got 'xxx" in message
-
-
-def test_spares_hold_the_whole_base() -> None:
-    message = problem(cluster={"strategy": "fsdp", "spares": 1})
-    assert message == (
-        "config: cluster.spares=1 with cluster.strategy=fsdp: a spare cannot take the place of a part of the base; use"
-        " spares: 0, or strategy: ddp"
-    )
-    assert build(tree(cluster={"spares": 2})).cluster.spares == 2

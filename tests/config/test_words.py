@@ -3,9 +3,8 @@
 import re
 
 import pytest
-from pydantic_core import ErrorDetails
 
-from olora_ray.config.load import EXPLAINED, PLAIN, REMOVED, explain
+from olora_ray.config.load import EXPLAINED, PLAIN
 from olora_ray.config.load import spelling_advice as advice
 from olora_ray.config.schema import Config
 
@@ -21,20 +20,9 @@ def there(field: str) -> bool:
     [
         ("lora_alpha", "adapter.alpha"),
         ("r", "adapter.rank"),
-        ("lora_r", "adapter.rank"),
-        ("target_modules", "adapter.targets"),
         ("learning_rate", "train.lr"),
-        ("num_epochs", "train.epochs"),
-        ("num_train_epochs", "train.epochs"),
         ("per_device_train_batch_size", "train.micro_batch"),
-        ("max_seq_length", "data.max_length"),
         ("max-seq-length", "data.max_length"),
-        ("lr_scheduler_type", "train.schedule"),
-        ("model_name_or_path", "model.name"),
-        ("output_dir", "run.storage"),
-        ("val_set_size", "data.eval_fraction"),
-        ("early_stopping_patience", "train.early_stop"),
-        ("nproc_per_node", "cluster.workers"),
         ("rank", "adapter.rank"),
         ("epochs", "train.epochs"),
     ],
@@ -47,12 +35,6 @@ def test_a_word_of_another_tool_leads_to_our_field(word: str, field: str) -> Non
 @pytest.mark.parametrize("word", ["gradient_accumulation_steps", "warmup_ratio", "optim", "report_to"])
 def test_a_word_without_a_field_of_its_meaning_is_explained(word: str) -> None:
     assert advice(word) == EXPLAINED[word]
-
-
-@pytest.mark.parametrize("field", REMOVED)
-def test_a_field_that_was_removed_says_what_to_do_instead(field: str) -> None:
-    unknown: ErrorDetails = {"type": "extra_forbidden", "loc": tuple(field.split(".")), "msg": "", "input": 1}
-    assert explain(unknown, Config) == f"{field}: unknown field; {REMOVED[field]}"
 
 
 def test_every_advice_names_a_field_that_there_is() -> None:

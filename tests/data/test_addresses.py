@@ -8,10 +8,8 @@ from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Source
 from olora_ray.data import scan, sources
 from olora_ray.data.reader import read_unit
-from olora_ray.data.sources import open_filesystem, uri_beside
 
 NAMES = ["plain.jsonl", "a b.jsonl", "a#b.jsonl", "a%23b.jsonl", "a%20b.jsonl", "a+b&c=d.jsonl", "süß.jsonl"]
-AT = "region=eu-west-1&scheme=http&endpoint_override=127.0.0.1:1"
 
 
 def texts(place: str, only: tuple[str, ...] = ()) -> list[str]:
@@ -37,18 +35,6 @@ def test_percent_signs_in_a_file_uri_are_those_of_uris(tmp_path: Path) -> None:
     (tmp_path / "some folder" / "a.jsonl").write_text('{"text": "x"}\n')
     for path in ("some%20folder", "some folder", "some%20folder/a.jsonl", "some%20folder/*.jsonl"):
         assert texts(f"file://{tmp_path}/{path}") == ["x"]
-
-
-@pytest.mark.parametrize("key", [*NAMES, "folder/a#b/c%23.jsonl"])
-def test_a_key_of_s3_is_taken_letter_by_letter(key: str) -> None:
-    uri = f"s3://bucket/{key}?{AT}"
-    assert open_filesystem(uri)[1] == f"bucket/{key}"
-    assert uri_beside(f"s3://bucket/some/folder?{AT}", f"bucket/{key}") == uri
-
-
-def test_a_key_that_no_uri_can_name_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"the key 'a\?b.jsonl' has a '\?', which begins options in a URI; rename it"):
-        uri_beside(f"s3://bucket?{AT}", "bucket/a?b.jsonl")
 
 
 @pytest.mark.parametrize(

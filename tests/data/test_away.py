@@ -99,11 +99,10 @@ def test_it_is_asked_again(name: str, store: Store) -> None:
     assert f"warning: s3://bucket does not answer ({AWAY}); asked again for 1 s more" in lines
 
 
-def test_one_that_stays_away_ends_the_command_for_now(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_that_stays_away_ends_the_command_for_now(store: Store) -> None:
     """Exit code 75, after which the same command is started again; it was 2, and the file "not readable"."""
     [file] = sources.list_files(Source(path="s3://bucket/a.jsonl", format="text"), "data.train.0", "")
     unit = scan.scan(file, "").units[0]
-    monkeypatch.setattr(patience, "PATIENCE", 0.0)
     store.fails = lambda number: True
     for ask in (lambda: scan.head(file), lambda: list(read_unit(file, unit, (), ["text"]))):
         with pytest.raises(StoreUnavailable, match=rf"^s3://bucket/a\.jsonl: {AWAY}$"):
@@ -112,11 +111,10 @@ def test_one_that_stays_away_ends_the_command_for_now(store: Store, monkeypatch:
         sources.list_files(Source(path="s3://bucket/a.jsonl", format="text"), "data.train.0", "")
 
 
-def test_neither_is_it_a_damaged_file_for_a_task(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_neither_is_it_a_damaged_file_for_a_task(store: Store, tmp_path: Path) -> None:
     config = helpers.config(tmp_path / "st", {"path": "s3://bucket/a.jsonl", "format": "text"})
     plan = prepare.plan_here(config, helpers.spec(), "train")
     job = prepare.StoreSpec(plan, str(tmp_path / "st" / "tokens"), str(tmp_path / "st"))
-    monkeypatch.setattr(patience, "PATIENCE", 0.0)
     store.fails = lambda number: True
     with pytest.raises(StoreUnavailable, match="NETWORK_CONNECTION"):
         prepare.make_shard(job.for_tasks(), plan.part(0))

@@ -1,4 +1,3 @@
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +6,6 @@ import pytest
 
 from olora_ray.common.errors import UserError
 from olora_ray.data.chat_template import DEFAULT, ChatTemplate
-from olora_ray.data.tokenizer_spec import spec_from_pretrained
 from tests.tokens import helpers
 
 SMOLLM2 = (
@@ -151,11 +149,6 @@ def test_renders_as_transformers_does(
             assert rendered == expected
 
 
-def test_a_template_may_refuse() -> None:
-    with pytest.raises(jinja2.TemplateError, match="must alternate"):
-        ChatTemplate(MISTRAL, SPECIAL).render([{"role": "assistant", "content": "x"}])
-
-
 def test_a_template_cannot_leave_the_sandbox() -> None:
     with pytest.raises(jinja2.TemplateError):
         ChatTemplate("{{ messages.__class__.__mro__ }}", SPECIAL).render([])
@@ -187,13 +180,6 @@ def test_a_hostile_template_is_refused_in_one_line(source: str) -> None:
         with pytest.raises(UserError, match=message) as caught:
             spec.check_templates()
         assert "\n" not in str(caught.value)
-
-
-def test_the_tokenizer_of_a_model_with_a_hostile_template_is_refused(transformers_tokenizer: Any) -> None:
-    hostile = copy.copy(transformers_tokenizer)
-    hostile.chat_template = "{{ 'a' * 3000000000 }}"
-    with pytest.raises(UserError, match="takes more than 2 s or 1 GiB"):
-        spec_from_pretrained(hostile)
 
 
 @pytest.mark.parametrize("source", ["{{ raise_exception('no') }}", "{{ 1 / 0 }}", "{% for x in messages %}"])

@@ -54,6 +54,8 @@ def known(kind: str, text: str) -> bool:
 @example("byte-level-nfc", "e", "\u0301te", False)
 @example("metaspace-always", "Sentiment: ", "positive", False)
 @example("unigram", "hel", "lo", True)
+@example("metaspace-first", "hello", " there", False)
+@example("prepend", "hello", " there", False)
 @example("prepend", "", "hello", False)
 def test_a_prompt_is_what_inference_feeds_and_the_answer_is_what_it_reads(
     kind: str, prompt: str, completion: str, add_bos: bool
@@ -127,15 +129,6 @@ def test_what_is_tokenised_together_has_the_tokens_of_each_alone(
     tokenizer.ahead([])
 
 
-@pytest.mark.parametrize("kind", ["byte-level", "byte-level-trimmed"])
-def test_a_blank_at_the_end_of_a_prompt_is_the_prompts(kind: str) -> None:
-    """The usual labels behind "Sentiment: " were joined with its blank, and then not trained on."""
-    assert plain(kind, "Sentiment: positive") != [*plain(kind, "Sentiment: "), *plain(kind, "positive")]
-    [tokens] = make(kind)(Completion("Sentiment: ", "positive"))
-    assert read(kind, supervised(tokens)) == "positive</s>"
-    assert read(kind, tokens.ids[~tokens.supervised]) == "Sentiment: "
-
-
 def test_a_token_starts_with_its_leading_blank() -> None:
     for kind in ("byte-level", "byte-level-trimmed"):
         piece = Encoder(small_tokenizers.spec(kind).json).encode("hello  there ")
@@ -163,14 +156,6 @@ def test_tokens_that_start_before_a_place_are_the_first_ones(kind: str, text: st
                 assert piece.starting_before(place) == sum(start < place for start in starts)
             return
     assert not text
-
-
-def test_sentencepiece_puts_no_blank_before_an_answer() -> None:
-    for kind in ("metaspace-always", "metaspace-first", "prepend", "unigram"):
-        [tokens] = make(kind)(Completion("hel", "lo"))
-        assert read(kind, tokens.ids[:-1]) == "hello"
-        [tokens] = make(kind)(Completion("hello", " there"))
-        assert read(kind, tokens.ids[:-1]) == "hello there"
 
 
 def test_a_token_that_begins_in_the_answer_and_ends_behind_it_is_supervised() -> None:

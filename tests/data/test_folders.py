@@ -1,6 +1,7 @@
 """Folders and globs: what is passed over is said, nothing is read twice, and nothing is waited for."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -36,13 +37,6 @@ def test_what_a_folder_has_beside_is_said_once(scheme: str, tmp_path: Path) -> N
     )
 
 
-def test_a_folder_of_known_kinds_needs_no_line(tmp_path: Path) -> None:
-    touch(tmp_path, "a.jsonl", "b.csv.bz2", "c.tsv", "d.txt.xz")
-    with said() as lines:
-        assert len(listed(tmp_path)) == 4
-    assert not lines
-
-
 def test_a_linked_folder_is_not_entered_and_that_is_said(tmp_path: Path) -> None:
     touch(tmp_path, "data/a.jsonl", "elsewhere/b.jsonl")
     (tmp_path / "data" / "more").symlink_to(tmp_path / "elsewhere")
@@ -57,27 +51,25 @@ def test_a_glob_that_matches_a_folder_and_what_is_in_it_reads_each_file_once(sch
     assert sorted(listed(f"{scheme}{tmp_path}/**")) == ["a.jsonl", "b.jsonl", "c.jsonl"]
 
 
-def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "a.jsonl")
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("gone.jsonl")], ids=["pipe", "link"])
+def test_what_is_no_file_is_not_waited_for(make: Callable[[Path], None], tmp_path: Path) -> None:
+    make(tmp_path / "a.jsonl")
     for path in (tmp_path, tmp_path / "a.jsonl"):
         with pytest.raises(UserError, match=r"data\.train\.0\.path: .*a\.jsonl: neither a file nor a link to one"):
             listed(path)
 
 
-def test_a_link_to_nothing(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").symlink_to(tmp_path / "gone.jsonl")
-    with pytest.raises(UserError, match=r"a\.jsonl: neither a file nor a link to one"):
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may list all folders")
+def test_a_folder_that_cannot_be_listed(tmp_path: Path) -> None:
+    """os.walk passes over such a folder in silence unless it is asked."""
+    touch(tmp_path, "a.jsonl", "closed/b.jsonl")
+    (tmp_path / "closed").chmod(0)
+    with pytest.raises(UserError, match=r"^data\.train\.0\.path: .*closed: Permission denied$"):
         listed(tmp_path)
 
 
-def test_a_folder_that_cannot_be_listed(tmp_path: Path) -> None:
-    """os.walk passes over such a folder in silence unless it is asked; the tests may run as root, who may list all."""
-    with pytest.raises(UserError, match=r"^data\.train\.0\.path: .*closed: No such file or directory$"):
-        sources._below(str(tmp_path / "closed"), "data.train.0.path")
-
-
 @pytest.mark.parametrize("name", ["state.json", "dataset_dict.json"])
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"_data_files": 3, "splits": 3}', "[" * 100_000, "\xff"])
+@pytest.mark.parametrize("content", ["", "{}", '{"_data_files": 3, "splits": 3}', "[" * 100_000])
 @pytest.mark.parametrize("scheme", ["", "file://"])
 def test_a_saved_data_set_that_is_damaged(scheme: str, content: str, name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(content, "latin-1")

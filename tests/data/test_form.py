@@ -6,9 +6,7 @@ from typing import Any
 import pytest
 
 from olora_ray.common.errors import UserError
-from olora_ray.config.schema import Source
 from olora_ray.data import chat_template
-from olora_ray.data.tokenize import as_chat, form_line
 from olora_ray.data.tokenizer_spec import TokenizerSpec
 from olora_ray.tokens.prepare import plan_here, prepare
 from olora_ray.tokens.preview import describe
@@ -38,12 +36,7 @@ def source(chat: Any = "auto", format: str = "prompt_completion", **more: Any) -
             "<s>two and two? four</s>",
             "are joined as they are, without a chat template, but tiny has one and is served with it",
         ),
-        (
-            PLAIN,
-            "auto",
-            "<s>two and two? four</s>",
-            "are joined as they are, without a chat template: tiny has none",
-        ),
+        (PLAIN, "auto", "<s>two and two? four</s>", "are joined as they are, without a chat template: tiny has none"),
         (
             PLAIN,
             True,
@@ -76,12 +69,6 @@ def test_the_form_is_said_once_for_each_source(tmp_path: Path) -> None:
     with said() as lines:
         prepare(helpers.config(tmp_path / "runs", own, eval=[own]), helpers.spec(), "eval")
     assert [line[:11] for line in lines if "turns of a chat" in line] == ["data.eval.0"]
-
-
-def test_formats_that_leave_no_choice_say_nothing_and_take_none() -> None:
-    for format in ("messages", "alpaca", "sharegpt"):
-        assert form_line(Source(path="x", format=format, chat=True), helpers.spec(), "data.train.0") is None
-        assert not as_chat(Source(path="x", format=format), helpers.spec())
 
 
 @pytest.mark.parametrize(
@@ -117,25 +104,25 @@ def test_the_store_of_messages_has_the_name_that_it_had(tmp_path: Path) -> None:
     assert inputs(tmp_path, "auto", "messages", helpers.spec(), last_turn_only=True)["last_turn_only"] is True
 
 
-def test_a_template_that_writes_objects_is_in_the_name_of_a_store(tmp_path: Path) -> None:
-    """Only there have JSON texts been quoted twice; all others find their tokens."""
-    call = "{% for call in message.tool_calls or [] %}{{ call.function.arguments | tojson }}{% endfor %}"
-    writes = f"{{% for message in messages %}}{call}{{% endfor %}}"
-    for format in ("messages", "sharegpt", "prompt_completion"):
-        assert inputs(tmp_path, "auto", format, helpers.spec(writes))["arguments"] == "objects"
-        assert "arguments" not in inputs(tmp_path, "auto", format, helpers.spec())
-    assert "arguments" not in inputs(tmp_path, False, "prompt_completion", helpers.spec(writes))
-    assert "arguments" not in inputs(tmp_path, "auto", "text", helpers.spec(writes))
+CALLS = "{% for call in message.tool_calls or [] %}{{ call.function.WRITTEN }}{% endfor %}"
 
 
-def test_a_template_that_writes_calls_only_without_content_is_in_the_name_of_a_store(tmp_path: Path) -> None:
-    """All calls of its rows were left out; others find their tokens."""
-    call = "{% for call in message.tool_calls %}{{ call.function.name }}{% endfor %}"
-    writes = f"{{% for message in messages %}}{{% if message.content is none %}}{call}{{% endif %}}{{% endfor %}}"
+@pytest.mark.parametrize(
+    ("written", "name", "value"),
+    [
+        (CALLS.replace("WRITTEN", "arguments | tojson"), "arguments", "objects"),
+        ("{% if message.content is none %}" + CALLS.replace("WRITTEN", "name") + "{% endif %}", "calls_alone", "null"),
+    ],
+)
+def test_a_template_that_writes_calls_in_its_own_way_is_in_the_name_of_a_store(
+    written: str, name: str, value: str, tmp_path: Path
+) -> None:
+    spec = helpers.spec(f"{{% for message in messages %}}{written}{{% endfor %}}")
     for format in ("messages", "sharegpt", "prompt_completion"):
-        assert inputs(tmp_path, "auto", format, helpers.spec(writes))["calls_alone"] == "null"
-        assert "calls_alone" not in inputs(tmp_path, "auto", format, helpers.spec())
-    assert "calls_alone" not in inputs(tmp_path, "auto", "text", helpers.spec(writes))
+        assert inputs(tmp_path, "auto", format, spec)[name] == value
+        assert name not in inputs(tmp_path, "auto", format, helpers.spec())
+    assert name not in inputs(tmp_path, False, "prompt_completion", spec)
+    assert name not in inputs(tmp_path, "auto", "text", spec)
 
 
 def test_the_form_is_in_the_name_of_a_store_where_it_changes_tokens(tmp_path: Path) -> None:

@@ -43,17 +43,21 @@ def test_the_role_under_which_a_template_writes_a_developer(template: str, role:
     assert helpers.spec(template).chat_form(tools=False).developer == role
 
 
-def test_a_developer_whom_the_template_does_not_know_is_the_system() -> None:
-    expected = "<|im_start|>system\nshort<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n"
-    assert text(KNOWN, ("developer", "short")).startswith(expected)
-    assert text(KNOWN, ("system", "short")).startswith(expected)
-    assert text(helpers.CHATML, ("developer", "short")).startswith(expected.replace("system", "developer"))
-
-
-def test_what_system_and_developer_say_becomes_one_message() -> None:
-    """Templates write the first message of the system, and not each writes a second one."""
-    found = text(KNOWN, ("system", "short"), ("developer", "in English"))
-    assert found.startswith("<|im_start|>system\nshort\n\nin English<|im_end|>\n<|im_start|>user\nhi")
+@pytest.mark.parametrize(
+    ("template", "heads", "role", "written"),
+    [
+        (KNOWN, [("developer", "short")], "system", "short"),
+        (KNOWN, [("system", "short")], "system", "short"),
+        (helpers.CHATML, [("developer", "short")], "developer", "short"),
+        # Templates write the first message of the system, and not each writes a second one.
+        (KNOWN, [("system", "short"), ("developer", "in English")], "system", "short\n\nin English"),
+    ],
+)
+def test_a_developer_whom_the_template_does_not_know_is_the_system(
+    template: str, heads: list[tuple[str, str]], role: str, written: str
+) -> None:
+    expected = f"<|im_start|>{role}\n{written}<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n"
+    assert text(template, *heads).startswith(expected)
 
 
 def test_a_developer_whom_no_role_writes_is_rejected() -> None:
@@ -62,11 +66,6 @@ def test_a_developer_whom_no_role_writes_is_rejected() -> None:
         text(silent, ("developer", "short"))
     assert caught.value.reason == "template"
     assert text(silent).startswith("<|im_start|>user\nhi")
-
-
-def test_a_template_that_refuses_a_developer_says_why() -> None:
-    with pytest.raises(Rejected, match="refuses the conversation: After the optional system message"):
-        text(ALL["mistral"], ("developer", "short"))
 
 
 @pytest.mark.parametrize("template", [helpers.CHATML, ALL["default"], "{% set tools = none %}" + helpers.CHATML])

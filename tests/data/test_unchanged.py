@@ -7,6 +7,7 @@ import lzma
 import os
 import pickle
 import socket
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,13 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
+from olora_ray.common import storage
 from olora_ray.common.errors import UserError
-from olora_ray.config.schema import Source
-from olora_ray.data import scan, sources
-from olora_ray.data.reader import FileScan, Unit, read_unit
+from olora_ray.config.schema import Config, Source
+from olora_ray.data import reader, scan, sources
+from olora_ray.data.reader import Unit, read_unit
 from olora_ray.data.sources import Changed, File
-from olora_ray.tokens import prepare
+from olora_ray.tokens import prepare, preview
 from tests.tokens import helpers
 
 MESSAGE = (
@@ -87,21 +89,12 @@ def test_a_file_that_changes_after_the_scan_is_not_read(name: str, tmp_path: Pat
     KINDS[name]("old")(tmp_path / name)
     file = only(tmp_path / name)
     found = scan.scan(file, "")
+    os.utime(file.uri, ns=(5, 5))  # a copy: each node of a cluster may have unpacked it by itself
     assert all(text.startswith("old") for text in read(file, found.units, found.columns))
     KINDS[name]("new")(tmp_path / name)
     for unit in found.units:
         with pytest.raises(Changed, match=rf"{Path(file.uri).name}: {MESSAGE}$"):
             read(file, (unit,), found.columns)
-
-
-@pytest.mark.parametrize("name", KINDS)
-def test_a_copy_with_another_time_is_the_same_file(name: str, tmp_path: Path) -> None:
-    """Each node of a cluster may have unpacked it by itself."""
-    KINDS[name]("old")(tmp_path / name)
-    file = only(tmp_path / name)
-    found = scan.scan(file, "")
-    os.utime(file.uri, ns=(5, 5))
-    assert read(file, found.units, found.columns)
 
 
 def test_rows_that_are_added_at_the_end_change_nothing_before(tmp_path: Path) -> None:
@@ -126,13 +119,13 @@ def test_a_storage_that_returns_another_range_is_noticed(tmp_path: Path) -> None
 def test_a_file_that_changes_while_it_is_looked_at(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     KINDS[name]("old")(tmp_path / name)
     file = only(tmp_path / name)
-    of_whole = scan._of_whole
+    buffered = reader.buffered
 
-    def late(*arguments: Any) -> FileScan:
+    def late(stream: Any) -> Any:
         KINDS[name]("other")(tmp_path / name)
-        return of_whole(*arguments)
+        return buffered(stream)
 
-    monkeypatch.setattr(scan, "_of_whole", late)
+    monkeypatch.setattr(reader, "buffered", late)
     with pytest.raises(UserError, match=MESSAGE):
         scan.scan(file, "")
 
@@ -150,22 +143,84 @@ def test_no_store_gets_rows_that_its_name_does_not_cover(tmp_path: Path) -> None
     assert all("new" in text for text in helpers.texts(store))
 
 
-def test_the_kept_scan_of_a_large_file_does_not_outlive_other_content_of_the_same_size_and_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As `cp -p` and `rsync -t` leave it: without forgetting, the same command would fail for ever."""
+@pytest.fixture
+def believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let small files count as large ones, of which each node may have its own copy."""
     monkeypatch.setattr(scan, "BELIEVED_FROM", 1)
+
+
+@pytest.mark.usefixtures("believed")
+def test_the_kept_scan_of_a_large_file_does_not_outlive_other_content_of_the_same_size_and_time(tmp_path: Path) -> None:
+    """As `cp -p` and `rsync -t` leave it: without forgetting, the same command would fail for ever."""
     path = tmp_path / "a.jsonl"
     lines_of("old")(path)
     os.utime(path, (5, 5))  # a scan is not kept of a file that was changed a moment ago
-    before = path.stat()
     config = helpers.config(tmp_path / "runs", {"path": str(path), "format": "text"})
     prepare.begin(config, helpers.spec(), "train")
     lines_of("new")(path)
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    os.utime(path, (5, 5))
     with pytest.raises(UserError, match=MESSAGE):
         prepare.prepare(config, helpers.spec(), "train")
     assert all("new" in text for text in helpers.texts(prepare.prepare(config, helpers.spec(), "train")))
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Config:
+    """A folder of small files that nobody has changed for an hour."""
+    for number in range(5):
+        aged(helpers.write_jsonl(tmp_path / "chats" / f"{number}.jsonl", helpers.rows(20 + number)))
+    return helpers.config(tmp_path / "runs", tmp_path / "chats")
+
+
+def aged(path: Path, seconds: float = 3600.0) -> None:
+    os.utime(path, (time.time() - seconds,) * 2)
+
+
+def digests(config: Config) -> list[str]:
+    return [file.sha256 for file in prepare.plan_here(config, helpers.spec(), "train").files]
+
+
+def kept(config: Config) -> list[Path]:
+    return sorted(Path(config.run.storage, "tokens", "scans").glob("*"))
+
+
+@pytest.mark.parametrize("size", [None, "believed"])
+def test_an_unchanged_corpus_is_not_read_again(size: str | None, corpus: Config, request: Any) -> None:
+    request.getfixturevalue(size) if size else None
+    first = digests(corpus)
+    assert len(kept(corpus)) == 5
+    for path in kept(corpus):  # what is not read again has the digest that was kept
+        path.write_text(storage.seal({**storage.unseal(path.read_text()), "sha256": "kept"}))
+    assert digests(corpus) == ["kept"] * 5
+    helpers.write_jsonl(Path(corpus.data.train[0].path, "3.jsonl"), helpers.rows(30))
+    found = digests(corpus)
+    assert found.pop(3) not in (first[3], "kept")
+    assert found == ["kept"] * 4
+    assert len(kept(corpus)) == 5  # a file has one, not one for each of its states
+
+
+@pytest.mark.parametrize("seconds", [1.0, -3600.0], ids=["a moment ago", "by a clock that is ahead"])
+def test_no_scan_is_kept_of_a_file_that_was_just_changed(seconds: float, corpus: Config) -> None:
+    """The time of its next change may be the same: clocks of file systems are coarse."""
+    aged(Path(corpus.data.train[0].path, "3.jsonl"), seconds)
+    digests(corpus)
+    assert len(kept(corpus)) == 4
+
+
+@pytest.mark.parametrize("size", [None, "believed"])
+def test_other_content_of_the_same_size_and_time(size: str | None, corpus: Config, request: Any) -> None:
+    """As `cp -p` and `rsync -t` leave it: seen by the inode, of a small file."""
+    request.getfixturevalue(size) if size else None
+    path = Path(corpus.data.train[0].path, "3.jsonl")
+    first, before = digests(corpus), path.stat()
+    path.write_text(path.read_text().replace("q1", "q2"))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (digests(corpus) == first) is (size is not None)
+
+
+def test_a_dry_run_writes_nothing(corpus: Config) -> None:
+    preview.describe(corpus, helpers.spec())
+    assert not Path(corpus.run.storage).exists()
 
 
 def test_the_error_travels_between_processes() -> None:

@@ -1,9 +1,11 @@
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from olora_ray.config.schema import Config
-from olora_ray.tokens import plan
+from olora_ray.tokens import manifest, plan
+from olora_ray.tokens import prepare as writer
 from tests.tokens import helpers
 
 
@@ -18,3 +20,16 @@ def corpus(tmp_path: Path, small_shards: None) -> Config:
     a = helpers.write_jsonl(tmp_path / "a.jsonl", [*helpers.rows(500), {"text": "x"}])
     b = helpers.write_jsonl(tmp_path / "b.jsonl", helpers.rows(120))
     return helpers.config(tmp_path / "runs", a, {"path": str(b), "weight": 2.0})
+
+
+@pytest.fixture
+def spread(monkeypatch: pytest.MonkeyPatch, ray_with: Callable[[int], None]) -> Callable[[int], None]:
+    """`spread(cpus)`: from then on even small data is read and made by Ray's tasks, and each shard is told."""
+
+    def start(cpus: int) -> None:
+        monkeypatch.setattr(writer, "MAKE_HERE", 0)
+        monkeypatch.setattr(writer, "SCAN_HERE", 0)
+        monkeypatch.setattr(manifest, "SECONDS_BETWEEN_LINES", 0.0)
+        ray_with(cpus)
+
+    return start

@@ -35,6 +35,8 @@ def test_labels_are_the_supervised_tokens_and_follow_their_predictors(attention:
     # A predictor is the token before, in the same segment.
     assert torch.equal(flat(batch, "position_ids")[batch.predicts] + 1, flat(batch, "position_ids")[batch.predicts + 1])
     assert batch.tokens == sum(map(sum, lengths))
+    nothing = collate([Pack(np.arange(6, dtype=np.int32), np.zeros(6, dtype=bool), (6,))], attention)
+    assert len(nothing.predicts) == len(nothing.labels) == 0
 
 
 @given(lengths)
@@ -119,9 +121,3 @@ class _Largest(TorchDispatchMode):
         if isinstance(found, torch.Tensor):
             self.numbers = max(self.numbers, found.numel())
         return found
-
-
-@LAYOUTS
-def test_a_pack_without_supervision_makes_no_labels(attention: str) -> None:
-    batch = collate([Pack(np.arange(6, dtype=np.int32), np.zeros(6, dtype=bool), (6,))], attention)
-    assert len(batch.predicts) == len(batch.labels) == 0

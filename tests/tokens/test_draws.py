@@ -13,7 +13,6 @@ import pytest
 from olora_ray.config.schema import Config
 from olora_ray.data.reader import read_unit
 from olora_ray.data.tokenizer_spec import TokenizerSpec
-from olora_ray.tokens import plan as rng
 from olora_ray.tokens.plan import Plan, taken
 from olora_ray.tokens.prepare import plan_here, prepare
 from tests.tokens import helpers
@@ -153,10 +152,3 @@ def test_only_a_weight_that_is_not_whole_is_another_store_than_before(tmp_path: 
     assert found["drawn_by"] == "hash"
     [found], sha256 = described(table, 1.0)
     assert found["files"] == [["csv", sha256]]
-
-
-def test_a_mask_is_the_same_however_the_places_are_cut() -> None:
-    places = np.arange(10_000)
-    whole = rng.bernoulli_mask(0.3, 5, places)
-    parts = [rng.bernoulli_mask(0.3, 5, part) for part in np.array_split(places, 7)]
-    assert np.array_equal(whole, np.concatenate(parts))

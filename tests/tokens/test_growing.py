@@ -5,17 +5,13 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from olora_ray.common import storage
+from olora_ray.common import fault_points
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
 from olora_ray.data.tokenizer_spec import TokenizerSpec
-from olora_ray.tokens import manifest
-from olora_ray.tokens import prepare as writer
-from olora_ray.tokens.plan import Part
 from olora_ray.tokens.prepare import begin, prepare
 from olora_ray.tokens.store import Pack, TokenStore
 from tests.said import said
@@ -130,22 +126,18 @@ def test_a_stopped_preparation_is_finished_by_the_next(
     corpus: Config, tiny_spec: TokenizerSpec, made: TokenStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     preparation = begin(corpus, tiny_spec, "train")
-    make = writer.make_shard
 
-    def slow(job: writer.ShardSpec, part: Part) -> dict[str, Any]:
-        if part.number == 4:
+    def stop(point: str, step: int | None, rank: int | None) -> None:
+        if step == 4:
             preparation.stop()
-        return make(job, part)
 
-    monkeypatch.setattr(writer, "make_shard", slow)
+    monkeypatch.setattr(fault_points, "handler", stop)
     preparation.start()
     preparation.join()
     assert preparation.done
     assert preparation.problem is None
     wanted = {name for n in range(5) for name in (f"shard-{n:05d}.arrow", f"shard-{n:05d}.json")}
     assert set(content(preparation.store.uri)) == wanted
-    monkeypatch.undo()
-    monkeypatch.setattr("olora_ray.tokens.plan.SHARD_ROWS", (64, 64))
     with said() as lines:
         assert content(prepare(corpus, tiny_spec, "train").uri) == content(made.uri)
     assert "5 of 12 shards are there already" in lines[0]
@@ -169,13 +161,11 @@ def test_a_reader_follows_ray_datas_shards(
     corpus: Config,
     tiny_spec: TokenizerSpec,
     made: TokenStore,
-    monkeypatch: pytest.MonkeyPatch,
-    ray_with: Callable[[int], None],
+    spread: Callable[[int], None],
 ) -> None:
     import ray
 
-    monkeypatch.setattr(writer, "MAKE_HERE", 0)
-    ray_with(1)
+    spread(1)
     group = ray.util.placement_group([{"CPU": 1}] if cpus_held else [{"memory": 1}])
     assert group.wait(LIMIT)
     threads = set(threading.enumerate())
@@ -199,15 +189,9 @@ def test_a_reader_follows_ray_datas_shards(
 
 @pytest.mark.ray
 def test_stopping_ray_datas_work_leaves_nothing_half_written(
-    corpus: Config,
-    tiny_spec: TokenizerSpec,
-    made: TokenStore,
-    monkeypatch: pytest.MonkeyPatch,
-    ray_with: Callable[[int], None],
+    corpus: Config, tiny_spec: TokenizerSpec, made: TokenStore, spread: Callable[[int], None]
 ) -> None:
-    monkeypatch.setattr(writer, "MAKE_HERE", 0)
-    monkeypatch.setattr(manifest, "SECONDS_BETWEEN_LINES", 0.0)
-    ray_with(1)
+    spread(1)
     reached, stopped = threading.Event(), threading.Event()
 
     def hold(line: str) -> None:
@@ -250,29 +234,3 @@ def _look(uri: str) -> dict[str, bytes] | None:
     except FileNotFoundError:  # it got its final name meanwhile
         return None
     return None if any(name.endswith(".tmp") for name in found) else found
-
-
-def test_a_late_reader_asks_for_each_shard_once(
-    corpus: Config, tiny_spec: TokenizerSpec, made: TokenStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Then nearly nothing, however many are known."""
-    store = begin(corpus, tiny_spec, "train").store
-    put(made, store, *(f"shard-{n:05d}.{kind}" for n in range(11) for kind in ("arrow", "json")))
-    asked: list[str] = []
-    read = storage.read_sealed
-
-    def noted(place: str) -> dict[str, Any] | None:
-        asked.append(Path(place).name)
-        return read(place)
-
-    monkeypatch.setattr(storage, "read_sealed", noted)
-    store.refresh()
-    assert store.available_shards == 11
-    assert len(asked) == len(set(asked)) == 12
-    asked.clear()
-    store.refresh()
-    assert asked == ["shard-00011.json"]
-    put(made, store, "shard-00011.arrow", "shard-00011.json")
-    store.refresh()
-    assert asked == ["shard-00011.json"] * 2
-    assert store.total == len(made)

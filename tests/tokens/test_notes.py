@@ -53,16 +53,11 @@ def test_with_the_last_turn_only_nothing_is_split(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("template", "answer", "expected"),
-    [
-        ("{% for m in messages %}{{ m.content }}\n{% endfor %}", "x", ["single", "unended"]),
-        ("{% for m in messages %}{{ m.content }}\n{% endfor %}", "xy", ["unended"]),
-        ("{% for m in messages %}{{ m.content }}{{ eos_token }}\n{% endfor %}", "x", []),
-    ],
+    ("end", "answer", "expected"),
+    [("", "x", ["single", "unended"]), ("", "xy", ["unended"]), ("{{ eos_token }}", "x", [])],
 )
-def test_single_tokens_and_answers_without_an_end(
-    template: str, answer: str, expected: list[str], tmp_path: Path
-) -> None:
+def test_single_tokens_and_answers_without_an_end(end: str, answer: str, expected: list[str], tmp_path: Path) -> None:
+    template = f"{{% for m in messages %}}{{{{ m.content }}}}{end}\n{{% endfor %}}"
     path = write(tmp_path, ["hi", answer])
     store = prepare(helpers.config(tmp_path / "runs", path), helpers.spec(template), "train")
     found = store.manifest.notes

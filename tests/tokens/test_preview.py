@@ -10,7 +10,7 @@ import pytest
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
 from olora_ray.data.tokenizer_spec import TokenizerSpec
-from olora_ray.tokens import plan
+from olora_ray.tokens import preview as previews
 from olora_ray.tokens.prepare import prepare
 from olora_ray.tokens.preview import describe
 from tests.tokens import helpers
@@ -41,11 +41,9 @@ def test_held_out_rows_are_described_as_they_are_prepared(tmp_path: Path, tiny_s
             assert [getattr(preview, name) for name in NUMBERS] == [getattr(manifest, name) for name in NUMBERS]
 
 
-def test_held_out_rows_may_begin_in_a_later_shard(
-    tmp_path: Path, tiny_spec: TokenizerSpec, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("small_shards")
+def test_held_out_rows_may_begin_in_a_later_shard(tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
     """Few are held out of many: the dry run ended with a traceback."""
-    monkeypatch.setattr(plan, "SHARD_ROWS", (32, 32))
     path = helpers.write_jsonl(tmp_path / "a.jsonl", rows(400))
     config = helpers.config(tmp_path / "runs", path, eval_fraction=0.01)
     manifest = prepare(config, tiny_spec, "eval").manifest
@@ -108,29 +106,27 @@ def test_a_dry_run_ends_as_the_run_would_end(
     assert str(dry.value).startswith(f"data.{split}.0: ")
 
 
-def test_no_held_out_row_left_is_told_as_the_run_would_tell_it(tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
-    path = helpers.write_jsonl(tmp_path / "a.jsonl", rows(3))
-    with pytest.raises(UserError, match=r"held out of data.train: no row is left for eval"):
-        describe(helpers.config(tmp_path / "runs", path, eval_fraction=0.001), tiny_spec, "eval")
+@pytest.fixture
+def large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No corpus is small enough to be read as a whole."""
+    monkeypatch.setattr(previews, "READ_ALL", 0)
 
 
-@pytest.mark.parametrize(("limit", "scanned", "read"), [(200, 2**20, 0), (200, 0, 0), (10_000, 0, 0)])
+@pytest.mark.usefixtures("large")
+@pytest.mark.parametrize(("limit", "scanned"), [(200, 2**20), (200, 0), (10_000, 0)])
 def test_a_large_corpus_is_estimated_from_a_part(
-    corpus: Config, tiny_spec: TokenizerSpec, monkeypatch: Any, limit: int, scanned: int, read: int
+    corpus: Config, tiny_spec: TokenizerSpec, monkeypatch: pytest.MonkeyPatch, limit: int, scanned: int
 ) -> None:
     manifest = prepare(corpus, tiny_spec, "train").manifest
-    monkeypatch.setattr("olora_ray.tokens.preview.SCAN_ALL", scanned)
-    monkeypatch.setattr("olora_ray.tokens.preview.READ_ALL", read)
+    monkeypatch.setattr(previews, "SCAN_ALL", scanned)
     preview = describe(corpus, tiny_spec, limit=limit)
     assert not preview.exact
     for name in ("rows", "packs", "tokens", "supervised"):
         assert getattr(preview, name) == pytest.approx(getattr(manifest, name), rel=0.15), name
 
 
-def test_too_many_rejected_rows_in_a_part_are_said_to_be_of_that_part(
-    tmp_path: Path, tiny_spec: TokenizerSpec, monkeypatch: Any
-) -> None:
-    monkeypatch.setattr("olora_ray.tokens.preview.READ_ALL", 0)
+@pytest.mark.usefixtures("large")
+def test_too_many_rejected_rows_in_a_part_are_said_to_be_of_that_part(tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
     path = helpers.write_jsonl(tmp_path / "a.jsonl", [row for one in rows(400) for row in (one, {"x": 1})])
     with pytest.raises(
         UserError, match=r"104 of 208 rows cannot.*\(of the rows that a dry run reads of so much data\)"

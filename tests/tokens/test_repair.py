@@ -16,7 +16,7 @@ from olora_ray.common import storage as sealed
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
 from olora_ray.data.tokenizer_spec import TokenizerSpec
-from olora_ray.tokens import plan, shard
+from olora_ray.tokens import plan
 from olora_ray.tokens.prepare import begin, prepare
 from olora_ray.tokens.store import TokenStore
 from tests.said import said
@@ -79,13 +79,12 @@ def test_what_is_damaged_is_made_again_and_nothing_else(
         assert name in warned[0]
 
 
-def test_a_shard_that_is_not_what_it_was_is_refused(
-    corpus: Config, tiny_spec: TokenizerSpec, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_shard_that_is_not_what_it_was_is_refused(corpus: Config, tiny_spec: TokenizerSpec) -> None:
     folder = Path(prepare(corpus, tiny_spec, "train").uri)
+    tree = sealed.unseal((folder / "manifest.json").read_text())
+    tree["shards"][3]["bytes"] += 1
+    (folder / "manifest.json").write_text(sealed.seal(tree))
     (folder / "shard-00003.arrow").unlink()
-    original = shard.file_bytes
-    monkeypatch.setattr(shard, "file_bytes", lambda table: original(table) + b" ")
     for _ in range(2):  # now, and when the next run finds it
         with pytest.raises(UserError, match=r"shard-00003\.arrow, made again, is not what it was"):
             prepare(corpus, tiny_spec, "train")
@@ -99,13 +98,10 @@ def test_a_stricter_limit_holds_for_a_store_that_needs_repair(tmp_path: Path, ti
         prepare(helpers.config(tmp_path, path), tiny_spec, "train")
 
 
-def test_a_shard_that_was_finished_meanwhile_is_taken(
-    corpus: Config, tiny_spec: TokenizerSpec, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_shard_that_was_finished_meanwhile_is_taken(corpus: Config, tiny_spec: TokenizerSpec) -> None:
     preparation = begin(corpus, tiny_spec, "train")  # sees nothing yet
     folder = Path(prepare(corpus, tiny_spec, "train").uri)
     expected, before = content(str(folder)), kept(folder)
-    monkeypatch.setattr(shard, "build", lambda *arguments: pytest.fail("made again"))
     preparation.run()
     assert content(str(folder)) == expected
     assert {name for name, at in kept(folder).items() if at != before[name]} <= {"manifest.json", "rejected.jsonl"}
@@ -236,10 +232,8 @@ def test_a_seal_fits_what_was_written_only(tree: dict[str, Any], data: st.DataOb
     tree.pop("seal", None)
     text = sealed.seal(tree)
     assert sealed.unseal(text) == tree
-    other = broken(text.encode(), data)
-    if other is not None and other != text.encode():
-        with contextlib.suppress(ValueError):
-            assert sealed.unseal(other.decode()) == tree  # white space, say
+    with contextlib.suppress(ValueError):
+        assert sealed.unseal((broken(text.encode(), data) or b"").decode()) == tree  # white space, say
 
 
 def test_a_half_written_shard_is_not_taken_for_good(corpus: Config, tiny_spec: TokenizerSpec) -> None:

@@ -71,10 +71,8 @@ def test_the_remedy_is_enough(tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
 
 
 def test_the_remedy_is_that_of_the_most_frequent_reason() -> None:
-    columns = remedy({"missing_field": 3, "too_long": 1}, 100, "held out of data.train.2")
-    assert columns.startswith("name the columns in the fields of data.train.2, or set another format there, or allow")
+    assert "fields of data.train.2, or" in remedy({"missing_field": 3, "too_long": 1}, 100, "held out of data.train.2")
     assert "own tokenizer" in remedy({"no_embedding": 2, "too_long": 1}, 3, "x")
-    assert remedy({"broken_json": 2}, 3, "x").startswith("mend or remove them, or allow")
     assert remedy({"empty_answer": 3}, 3, "x") == "mend or remove them"
 
 
