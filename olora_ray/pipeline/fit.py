@@ -29,9 +29,9 @@ from olora_ray.common.errors import TryAgain, UserError
 from olora_ray.common.text import plural
 from olora_ray.pipeline.connection import Stop, user_errors
 from olora_ray.pipeline.progress import Progress, batch_split
+from olora_ray.pipeline.prometheus import Telemetry
 from olora_ray.pipeline.run_folder import RunFolder
 from olora_ray.tokens.prepare import CompleteStore, StoreBuild
-from olora_ray.tracking.prometheus import Telemetry
 from olora_ray.tracking.run import Tracker
 from olora_ray.train import checkpoint, checkpoints
 from olora_ray.train.loader import Schedule

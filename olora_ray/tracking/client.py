@@ -232,6 +232,15 @@ def is_refusal(error: Exception) -> bool:
     return error.error_code in _REFUSALS and "Response body" not in str(error)
 
 
+def is_answer(error: Exception) -> bool:
+    """True if the server has answered with an error that nobody can mend, such as HTTP 500."""
+    import requests
+
+    # requests raises RetryError for answers alone, not for connections.
+    answered = any(isinstance(cause, requests.exceptions.RetryError) for cause in causes(error))
+    return remedy(error) is None and (answered or not is_unavailable(error))
+
+
 def reason(error: BaseException) -> str:
     """The first line of an error, and of MLflow's and urllib3's onion only the core; no password is in it."""
     text = mask(first_line(error)).partition(" Response text: ")[0]

@@ -9,11 +9,11 @@ checkpoints and is given as a whole when a training resumes and when it ends: th
 import logging
 import threading
 import time
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from olora_ray.tracking.client import connect, is_refusal, probe, reason
+from olora_ray.tracking.client import connect, is_answer, is_refusal, probe, reason
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -24,6 +24,8 @@ SYSTEM = "system/"
 """Prefix of a machine's own metrics (CPU, memory, GPUs); they have steps of their own."""
 METRICS_PER_BATCH = 1000
 """MLflow's limit (mlflow/utils/validation.py): a longer request is refused."""
+_ATTEMPTS = 5
+"""Drop a write that MLflow has failed at so often, while it answers another request."""
 
 
 class Point(NamedTuple):
@@ -65,7 +67,9 @@ class WriteQueue:
         self._flushing = 0
         self._closed = False
         self._thread: threading.Thread | None = None
-        self._refused: set[str] = set()  # names of metrics; the thread's own
+        # The thread's own:
+        self._refused: set[str] = set()  # names of metrics
+        self._failures: Counter[Point | Write] = Counter()  # of the first item of a request
 
     @property
     def pending(self) -> int:
@@ -220,7 +224,7 @@ class WriteQueue:
             if points:
                 client.log_batch(self._run_id, metrics=[Metric(*point) for point in points])
         except Exception as error:
-            if not is_refusal(error):
+            if not (is_refusal(error) or self._always_fails(client, (*points, *writes)[0], error)):
                 raise
             names = dict.fromkeys(point.name for point in points)
             if getattr(error, "error_code", "") == "RESOURCE_DOES_NOT_EXIST":
@@ -233,6 +237,17 @@ class WriteQueue:
                 what = f"the metric {points[0].name}" if points else writes[0].what
                 logger.warning("MLflow refuses %s: %s", what, reason(error))
 
+    def _always_fails(self, client: "MlflowClient", first: Point | Write, error: Exception) -> bool:
+        """True for a write that the server fails at each time, such as HTTP 500 for an emoji in a MySQL column.
+
+        It must not block what comes after it. The server works if it answers another request.
+        """
+        self._failures[first] += is_answer(error)
+        if not is_answer(error) or self._failures[first] < _ATTEMPTS:
+            return False
+        client.get_run(self._run_id)
+        return True
+
     def _wait_for_mlflow(self, why: str) -> None:
         with self._changed:
             if not self._away:
@@ -243,6 +258,7 @@ class WriteQueue:
             self._changed.wait_for(lambda: self._closed or self._flushing > before, seconds)
 
     def _note_sent(self, batch: Sequence[Point | Write]) -> None:
+        self._failures.clear()
         with self._changed:
             for _ in range(min(len(batch), len(self._queue))):
                 self._queue.popleft()

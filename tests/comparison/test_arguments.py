@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from comparison.arguments import Compare, known_methods, parse
+from comparison.arguments import Compare, parse
 from olora_ray.common.errors import UserError
 from olora_ray.config.command_line import default
 from olora_ray.config.load import load
@@ -42,11 +42,6 @@ def test_a_comparison_has_a_name_of_its_own_and_the_same_rules_for_all(
     assert "train.early_stop: null in all trainings" in caplog.text
     assert "registry.model" not in caplog.text
     assert config.run.seed not in found.seeds
-
-
-@pytest.mark.parametrize(("text", "seconds"), [("3h", 10800), ("90m", 5400), ("45s", 45), ("54", 54), ("1.5h", 5400)])
-def test_budgets(file: str, text: str, seconds: float) -> None:
-    assert parse([file, "--budget", text], "usage").budget == seconds
 
 
 @pytest.mark.parametrize(
@@ -94,7 +89,3 @@ def test_help_and_the_page_have_the_fields(capsys: pytest.CaptureFixture[str]) -
         assert re.search(
             rf"^\| `{name}` \| .+ \| `{re.escape(default(field))}` \| {re.escape(described)} \|$", page, re.M
         )
-
-
-def test_the_methods_are_those_of_the_config() -> None:
-    assert {"lora", "olora"} <= set(known_methods())

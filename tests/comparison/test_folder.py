@@ -77,8 +77,3 @@ def test_other_rows_and_damage_are_refused(begun: Comparison) -> None:
     (Path(begun.config.folder()) / "compare.json").write_text("{")
     with pytest.raises(UserError, match=r"compare\.json: cannot be read; put it back, or delete "):
         folder.check(begun)
-
-
-def test_few_seeds_are_said(begun: Comparison, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    folder.check(made.comparison(tmp_path, seeds=2, **{"run.name": "few"}))
-    assert "--seeds 2: fewer than 4 say little" in caplog.text

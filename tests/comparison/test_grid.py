@@ -46,13 +46,6 @@ def test_the_first_round_is_three_points_each_and_both_alphas_of_lora() -> None:
     assert len({arm.centre for arm in arms(["pissa", "pissa_fast"], 16, 16)}) == 1, "the same factors, but for noise"
 
 
-def test_an_alpha_of_its_own_is_tried_too() -> None:
-    grids = arms(["lora", "new"], 8, 16)
-    assert [(arm.method, arm.alpha, arm.centre) for arm in grids] == [
-        ("lora", 8.0, 1.6e-3), ("lora", 16.0, 1.6e-3), ("lora", 32.0, 1.6e-3), ("new", 8.0, 1.6e-3),
-    ]  # fmt: skip
-
-
 @given(st.floats(-3.4, 5.4), st.integers(0, 1))
 def test_a_bowl_is_found_with_worse_points_on_both_sides(power: float, which: int) -> None:
     grids = [Arm("lora", 16.0, 1e-3), Arm("other", 16.0, 1e-3)]

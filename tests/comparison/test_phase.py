@@ -3,7 +3,6 @@
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +14,6 @@ from comparison import row_losses
 from comparison.folder import FINAL
 from comparison.phase import FixedTrials, PhaseSpec, loss_of
 from olora_ray.cluster.spec import TrainSpec
-from olora_ray.common.errors import UserError
 from olora_ray.model.source import BaseModel
 from olora_ray.sweep import tuner
 from olora_ray.sweep.record import TrialRecord
@@ -63,12 +61,6 @@ def test_the_space_survives_what_tune_does_to_it(tmp_path: Path) -> None:
     assert not callback.complete()
 
 
-def test_a_hundred_seeds_are_no_grid() -> None:
-    trials = [{**TRIALS[0], "run.seed": seed, "train.lr": 1e-4 * 2**seed} for seed in range(10)]
-    many = [{**trial, "adapter.alpha": float(alpha + 1)} for trial in trials for alpha in range(120)]
-    assert FixedTrials.of(many).count() == 1200
-
-
 def test_a_trial_has_the_tokens_of_its_seed_and_the_factors_of_its_method(tmp_path: Path) -> None:
     tuning, final = spec(tmp_path, "tuning-1"), spec(tmp_path, FINAL)
     config = tuning.config(3, {"place": 3})
@@ -98,19 +90,6 @@ def test_a_node_without_pipelines_runs_trials_and_measures_them(
     words = [sys.executable, "-c", LOADS, str(tmp_path / "work.pkl")]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert done.stdout == f"olora order 5 {tmp_path}/shared/olora measure {{}}\n", done.stderr
-
-
-def test_a_phase_that_was_interrupted_when_its_code_lay_elsewhere_is_refused(
-    tmp_path: Path, ray_with: Callable[[int], None]
-) -> None:
-    ray_with(1)
-    phase = spec(tmp_path, "tuning-1")
-    tune = tmp_path / "tuning-1" / "tune"
-    tune.mkdir(parents=True)
-    (tune / "tuner.pkl").write_bytes(b"colora_ray.sweep.compare.listed\nListed\n.")
-    (tune / "experiment_state-2026-11-01_10-00-00.json").write_text('{"trial_data": ["of a trial"]}')
-    with pytest.raises(UserError, match=rf"cannot resume the search in {phase.folder}: .*; choose another run\.name"):
-        tuner.build(phase, SweepCallback(phase.folder, phase.space), 1)
 
 
 @pytest.mark.parametrize(

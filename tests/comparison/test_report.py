@@ -84,13 +84,6 @@ def test_reservations(record: ComparisonRecord) -> None:
     assert "2 seeds are few." in said
 
 
-def test_groups_and_corrections_are_said(record: ComparisonRecord) -> None:
-    third = replace(record.methods[1], method="third")
-    said = report.sentence(replace(record, groups=12, methods=(*record.methods, third)), third)
-    assert "4 seeds x 12 groups of 60 test rows" in said
-    assert "for 2 comparisons together, p = " in said
-
-
 LOSSES = (0.35, 0.33, 0.38)
 
 

@@ -160,12 +160,6 @@ def test_too_few_rows_are_one_line(
     assert not (Path(given.folder()) / "rows").exists()
 
 
-def test_one_group_says_nothing_of_others(tmp_path: Path) -> None:
-    file = written(tmp_path / "a.jsonl", [row(number, f"user {number % 3}") for number in range(40)])
-    with pytest.raises(UserError, match=r"gate\.group: all of the 1\d test rows are of one group"):
-        split(config(tmp_path, file, **{"gate.group": "user"}))
-
-
 def test_a_column_that_no_row_has_is_refused_and_rows_without_it_are_said(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -9,7 +9,6 @@ import pytest
 
 from comparison import analysis, folder, grid, report
 from comparison.arguments import Compare, Comparison
-from comparison.estimate import Before
 from comparison.record import ComparisonRecord, Reached
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
@@ -45,14 +44,6 @@ def test_each_method_is_tuned_and_then_compared_with_fresh_seeds(
     assert sorted(path.name for path in place.iterdir() if path.name != "shared") == [
         *("code.json", "final", "tuning-1", "tuning-2")
     ]
-
-
-def test_only_the_trainings_that_are_compared_are_evaluated_on_their_way(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cluster = Cluster()
-    compared(monkeypatch, made.comparison(tmp_path, **{"train.eval_every": made.EVERY}), cluster)
-    assert cluster.eval_every == {"tuning-1": {made.STEPS}, "tuning-2": {made.STEPS}, "final": {made.EVERY}}
 
 
 def test_the_difference_is_that_of_the_losses_with_its_interval(
@@ -142,19 +133,6 @@ def test_trainings_of_several_versions_are_told(tmp_path: Path, monkeypatch: pyt
     assert not any(folder.MIXED in line for line in lines)
 
 
-def test_a_version_that_trains_nothing_is_not_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who was warned, and went back to the version of before, had a mixture noted for ever."""
-    asked, cluster, own = made.comparison(tmp_path), Cluster(stop_after=5), folder.node_cache.code
-    for code, after in ((own, 5), (lambda: "another", 0)):
-        monkeypatch.setattr(folder.node_cache, "code", code)
-        cluster.stop_after = len(cluster.trained) + after
-        with pytest.raises(KeyboardInterrupt):
-            compared(monkeypatch, asked, cluster)
-    cluster.stop_after = None
-    monkeypatch.setattr(folder.node_cache, "code", own)
-    assert compared(monkeypatch, asked, cluster).notes == ()
-
-
 def test_trials_of_a_grid_that_began_elsewhere_are_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are found by their numbers: the loss of one rate was taken for that of another."""
     asked, cluster = made.comparison(tmp_path), Cluster()
@@ -193,18 +171,6 @@ def test_after_the_tuning_the_final_trainings_are_left(tmp_path: Path, monkeypat
     assert told[1].startswith("left to do: 8 trainings of about 30 s")
 
 
-def test_what_an_earlier_attempt_has_done_is_not_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = Cluster()
-    compared(monkeypatch, made.comparison(tmp_path / "whole"), whole)
-    tuning = len(whole.trained) - 8
-    for stop_after, before in ((5, Before(5)), (tuning, Before(tuning)), (tuning + 2, Before(tuning, 2))):
-        asked, cluster = made.comparison(tmp_path / str(stop_after)), Cluster(stop_after=stop_after)
-        work = made.running(monkeypatch, asked, cluster)
-        with pytest.raises(KeyboardInterrupt):
-            work.train(work.tune())
-        assert made.running(monkeypatch, asked, cluster)._before() == before
-
-
 def _breaks(values: dict[str, float]) -> bool:
     best, _ = made.BEST[str(values["adapter.method"])]
     return values["train.lr"] > 16 * best
@@ -239,20 +205,6 @@ def test_a_method_that_breaks_off_with_a_seed_has_no_difference(
     ]
     assert "1 of 4 broke off" in report.cells(record, record.of("olora"))
     report.write(record, str(tmp_path))
-
-
-def test_where_every_trial_breaks_off_nothing_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def last(config: Config) -> float:
-        return math.inf if config.adapter.method == "lora" else made.loss(config)
-
-    cluster = Cluster(last)
-    record = compared(monkeypatch, made.comparison(tmp_path), cluster)
-    assert not [values for values in cluster.trained if "run.seed" in values]
-    assert report.sentences(record) == [
-        "olora against lora: no difference can be named: every trial of lora broke off in the tuning."
-    ]
-    report.write(record, str(tmp_path))
-    report.summary(record)
 
 
 def test_a_method_whose_every_trial_breaks_off_leaves_the_others_their_report(

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from olora_ray.tracking import prometheus
+from olora_ray.pipeline import prometheus
 
 ROOT = Path(__file__).parents[2]
 DASHBOARD: dict[str, Any] = json.loads((ROOT / "deploy" / "grafana" / "olora_ray.json").read_text())

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from olora_ray.tracking import prometheus
+from olora_ray.pipeline import prometheus
 from tests.pipelines import project
 from tests.recovery import processes
 

@@ -93,22 +93,6 @@ class Tally:
     """Promotions by a gate of a version that a person had rolled back, or of its child."""
     inconsistent: list[str] = field(default_factory=list)
 
-    def table(self) -> str:
-        """For a person."""
-        rows = {
-            "interleavings": self.interleavings,
-            "drivers killed in between": self.killed,
-            "promotions by a gate": self.promoted,
-            "refusals by a gate": self.refused,
-            "decisions made again": self.again,
-            "promotions by hand": self.by_hand,
-            "rollbacks": self.rolled_back,
-            "promotions against a champion that was not the current one": self.stale,
-            "promotions of what was rolled back, or of its child": self.against_hand,
-            "aliases or tags left inconsistent": len(self.inconsistent),
-        }
-        return "\n".join(f"{name:<60} {count:>5}" for name, count in rows.items())
-
 
 class Game:
     """One interleaving: champion 2, previous 1; the versions from 3 on want their place."""

@@ -91,12 +91,6 @@ def test_a_record_that_was_cut_off_is_completed(
     assert Path(run.info.artifact_uri, "decision.json").is_file()
 
 
-def test_what_no_gate_has_decided_is_not_recorded(config: Config, add: Callable[..., Version]) -> None:
-    version = add()
-    decision_run.of_version(config, version)
-    assert runs(config, version) == []
-
-
 def test_calls_that_find_nothing_share_a_run_until_something_else_is_said(config: Config) -> None:
     client = connect(resolve_uri(config))
 

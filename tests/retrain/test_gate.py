@@ -89,13 +89,6 @@ def test_noise_passes_as_a_point_but_not_with_confidence() -> None:
     assert decide(Gate(), results(better), results(champion)).passed
 
 
-def test_the_interval_is_of_the_improvement() -> None:
-    rng = np.random.default_rng(2)
-    champion = rng.normal(2.0, 0.5, 60)
-    found = decide(gate(), results(champion - rng.normal(0.3, 0.1, 60)), results(champion)).details["improvement"]
-    assert 0.2 < found["low"] < found["mean"] < found["high"] < 0.4
-
-
 def test_all_conditions_must_hold() -> None:
     conditions = [{"metric": "eval/match", "at_least": 0.9}, {"metric": "eval/perplexity", "at_most": 3.0}]
     strict = gate(**{"and": conditions})
@@ -131,13 +124,6 @@ def test_a_metric_or_rows_that_were_not_measured() -> None:
         decide(gate(), results([1.0]), results([1.0], data="others"))
 
 
-def test_the_details_are_json() -> None:
-    import json
-
-    found = decide(gate(**{"and": [{"metric": "eval/loss", "at_most": 9.0}]}), results([1.0]), results([2.0]))
-    assert json.loads(json.dumps(found.details))["improvement"]["mean"] == pytest.approx(1.0)
-
-
 def test_few_rows_or_groups_are_not_enough() -> None:
     champion, better = results([2.0] * 19), results([1.0] * 19)
     for default in (Gate(), Gate(confident=False)):
@@ -150,15 +136,6 @@ def test_few_rows_or_groups_are_not_enough() -> None:
     assert not alike.passed
     assert "60 rows in 15 groups), but gate.min_rows asks for 20" in alike.reason
     assert decide(Gate(), *many, HeldOut(groups=[row // 3 for row in range(60)])).passed
-
-
-def test_a_challenger_that_is_as_good_rarely_passes_on_few_rows_either() -> None:
-    """Both of two rows are better by luck every fourth night, and that was enough where gate.min_rows is set so low."""
-    rng = np.random.default_rng(6)
-    for rows in (2, 3, 4, 5):
-        pairs = rng.normal(2.0, 0.3, (200, 2, rows))
-        passed = sum(decide(gate(min_rows=rows), results(ours), results(theirs)).passed for ours, theirs in pairs)
-        assert passed <= 14, rows  # 5 expected, 4 standard deviations
 
 
 def test_rows_that_are_alike_widen_the_interval() -> None:
@@ -238,3 +215,12 @@ def test_the_means_that_are_told_are_of_the_rows_that_are_compared() -> None:
         "eval/acc 1.0000, the champion's 0.0000: improved by 1.0000"
         in decide(gate(metric="eval/acc"), ours, theirs).reason
     )
+
+
+def test_a_challenger_that_is_as_good_rarely_passes_on_few_rows_either() -> None:
+    """Both of two rows are better by luck every fourth night, and that was enough where gate.min_rows is set so low."""
+    rng = np.random.default_rng(6)
+    for rows in (2, 3, 4, 5):
+        pairs = rng.normal(2.0, 0.3, (200, 2, rows))
+        passed = sum(decide(gate(min_rows=rows), results(ours), results(theirs)).passed for ours, theirs in pairs)
+        assert passed <= 14, rows  # 5 expected, 4 standard deviations

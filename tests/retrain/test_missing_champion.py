@@ -163,12 +163,6 @@ def without_record(nights: Nights) -> None:
     nights.client.delete_registered_model_tag(NAME, LAST)
 
 
-def moved_by_hand(nights: Nights) -> None:
-    """In MLflow's page, to the oldest version; a night has seen it."""
-    nights.client.set_registered_model_alias(NAME, "champion", "1")
-    assert "changed since the champion, version 1" in nights.call(9.0)
-
-
 def rolled_back(nights: Nights) -> None:
     registry.main(["rollback", NAME, "--tracking-uri", nights.aliases.uri])
 
@@ -177,12 +171,9 @@ DELETED = {
     "alias": ([without_alias], "3", "the alias champion is missing"),
     "version": ([without_version("3")], "2", "the champion, version 3, was deleted"),
     "version and previous": ([without_version("3", "2")], "1", "the champion, version 3, was deleted"),
-    "alias and verdicts": ([without_alias, without_verdicts], "3", "the alias champion is missing"),
-    "version and verdicts": ([without_version("3"), without_verdicts], "2", "the champion, version 3, was deleted"),
     "alias and record": ([without_alias, without_record], "3", "the alias champion is missing"),
     "version and record": ([without_version("3"), without_record], "2", "the alias champion is missing"),
     "all but previous": ([without_alias, without_record, without_verdicts], "2", "the alias champion is missing"),
-    "alias of one set by hand": ([moved_by_hand, without_alias], "1", "the alias champion is missing"),
     "alias after a rollback": ([rolled_back, without_alias], "2", "the alias champion is missing"),
     "version after a rollback": ([rolled_back, without_version("2")], "1", "the champion, version 2, was deleted"),
 }

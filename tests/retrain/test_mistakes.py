@@ -31,16 +31,6 @@ def test_a_failure_is_recorded_with_its_reason(folder: Path, model: Path, monkey
     assert not list((folder / "runs" / "locks").glob("*.json")), "the lock is given back"
 
 
-def test_mistakes_that_no_run_can_tell_of(folder: Path, model: Path) -> None:
-    nightly = Nightly(folder, model)
-    assert "registry.model: retraining compares with a registered model" in refused(nightly, "registry.model=null")
-    assert "tracking.uri" in refused(nightly, "tracking.uri=nonsense://")
-    with pytest.raises(UserError, match=r"argument CONFIG\.yaml: missing"):
-        retrain.main([])
-    with pytest.raises(UserError, match="argument --dry-run: not known; there is --help"):
-        retrain.main([str(nightly.config), "--dry-run"])
-
-
 def test_a_failure_that_cannot_be_recorded_is_still_the_one_that_is_said(
     folder: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

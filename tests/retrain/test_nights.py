@@ -1,7 +1,6 @@
 """Retraining through its entry script, with real Ray and MLflow: night after night, killed, and two at once."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -79,30 +78,6 @@ def test_new_data_then_poisoned_data_then_rollback(folder: Path, model: Path, or
     assert nightly.aliases.current() == {"champion": "1", "challenger": "3"}
     assert "rolled back" in nightly.call(), "a version that was rolled back does not come back by itself"
     assert nightly.made() == 3
-
-
-@pytest.mark.slow
-def test_a_champion_that_is_lost(folder: Path, model: Path) -> None:
-    """Its alias was deleted: a worse version does not replace it. Its files were deleted: nothing is decided."""
-    nightly = Nightly(folder, model, train=longer(model))
-    nightly.call()
-    nightly.add("1-more", ["three"], 40)
-    nightly.call()
-    client = MlflowClient(nightly.aliases.uri)
-    client.delete_registered_model_alias("nightly", "champion")
-    nightly.add("2-poison", ["one", "two", "three"], 240, shuffled=True)
-    log = nightly.call()
-    assert "the alias champion is missing; a new version must beat version 2, the last champion" in log
-    assert "refused: eval/loss" in log, log
-    assert nightly.aliases.current() == {"previous": "1", "challenger": "3"}
-
-    registry.main(["promote", "nightly", "2", "--tracking-uri", nightly.aliases.uri])
-    shutil.rmtree(client.get_model_version("nightly", "2").source)
-    shutil.rmtree(folder / "runs" / "retraining" / "rows")
-    nightly.add("3-poison", ["one", "two", "three"], 240, shuffled=True)
-    log = nightly.call(code=2)
-    assert "the registered model's files are not at" in log.splitlines()[-1], log
-    assert nightly.aliases.current() == {"champion": "2", "previous": "1", "challenger": "4"}
 
 
 def longer(model: Path) -> dict[str, Any]:

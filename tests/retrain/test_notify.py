@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from olora_ray.common import lock
-from olora_ray.common.errors import TryAgain, UserError
+from olora_ray.common.errors import UserError
 from olora_ray.config.load import load
 from olora_ray.config.schema import Config
 from olora_ray.retrain import notify, recipe
@@ -65,13 +64,6 @@ def test_a_failure_is_told_also_without_mlflow(nightly: Nightly, change: str, wh
         retrain.main([str(nightly.config), f"notify.url={hook.url}", change])
     assert hook.events() == ["failed"]
     assert hook.got[0]["reason"].startswith(why)
-
-
-def test_what_passes_by_itself_is_not_told(nightly: Nightly) -> None:
-    place = str(nightly.folder / "runs" / "locks" / "nightly.json")
-    with receiver() as hook, lock.held(place, "the test"), pytest.raises(TryAgain):
-        retrain.main([str(nightly.config), f"notify.url={hook.url}"])
-    assert hook.got == []
 
 
 def told(config: Config, caplog: pytest.LogCaptureFixture) -> list[str]:

@@ -66,13 +66,6 @@ def test_a_finished_run_whose_version_is_not_here_is_registered(config: Config) 
     assert trained(config) == ("3", "ours")
 
 
-def test_its_number_may_be_another_by_now(config: Config) -> None:
-    for run_id in ("of another model", "ours"):
-        add(config, run_id)
-    RunFolder(config).write_result(result("ours", "1"))
-    assert trained(config) == ("2", "ours")
-
-
 @pytest.mark.parametrize(("error", "noted"), [(StoreUnavailable("away"), []), (OSError("a bug"), ["failed"])])
 def test_a_night_that_is_to_be_called_again_has_not_failed(
     config: Config, monkeypatch: pytest.MonkeyPatch, error: Exception, noted: list[str]

@@ -20,7 +20,6 @@ def play(aliases: Aliases, seeds: range) -> Tally:
         game = Game(aliases, seed, tally)
         game.reset()
         game.play()
-    print(f"\n{tally.table()}")
     return tally
 
 

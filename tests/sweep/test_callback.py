@@ -88,16 +88,6 @@ def test_a_storage_that_fails_costs_a_value_in_a_line_alone(tmp_path: Path) -> N
     assert lines == ["trial 1 finished; 1 of 16 trials have ended"]
 
 
-def test_a_failure_has_the_reason_of_its_trial(tmp_path: Path) -> None:
-    watch = search(tmp_path)
-    for number in range(3):
-        kept = TrialFile(trial_place(str(tmp_path), number), TrialRecord(number, {}, "unfinished"), "min")
-        kept.ended("failed", f"reason {number}")
-    with said() as lines:
-        watch.on_trial_error(0, [], Trial(1))
-    assert lines == ["trial 1 failed: reason 1; 1 of 16 trials have ended"]
-
-
 def test_the_seconds_and_the_time_budget_are_those_of_all_attempts(tmp_path: Path) -> None:
     search_folder.keep(str(tmp_path), Progress(40.0))  # of an attempt that was killed
     watch = search(tmp_path, time_budget=60)

@@ -37,13 +37,6 @@ def test_the_base_is_no_result_of_a_trial(tmp_path: Path) -> None:
     assert kept.record.value == 0.7
 
 
-def test_the_best_of_a_score_is_the_highest(tmp_path: Path) -> None:
-    kept = trial_file.TrialFile(str(tmp_path), record(), "max")
-    kept.measured(4, 0.7)
-    kept.measured(8, 0.6)
-    assert kept.record.value == 0.7
-
-
 def test_a_trial_that_resumes_keeps_what_was_measured_before(tmp_path: Path) -> None:
     first = trial_file.TrialFile(str(tmp_path), record(), "min")
     for step, value in ((4, 1.5), (8, 1.0), (12, 0.8)):
@@ -139,12 +132,6 @@ def test_a_record_that_cannot_be_read_now_does_not_count_as_missing(
     with pytest.raises(kind, match=r"trials: the records of the trials cannot be read now: ") as told:
         trial_file.read_all(str(tmp_path))
     assert told.value.exit_code == code
-
-
-def test_a_file_beside_the_trials_is_none(tmp_path: Path) -> None:
-    trial_file.TrialFile(str(tmp_path / "trials" / "trial-003"), record(), "min").begin()
-    (tmp_path / "trials" / ".DS_Store").write_text("")
-    assert list(trial_file.read_all(str(tmp_path))) == [3]
 
 
 def test_a_damaged_record_counts_as_missing(tmp_path: Path) -> None:

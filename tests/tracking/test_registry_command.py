@@ -57,14 +57,9 @@ def test_from_list_to_rollback(add: Add, capsys: pytest.CaptureFixture[str]) -> 
         (["list", "nothing"], "no model 'nothing' with a version"),
         (["promote", "known", "nobody"], "has no alias 'nobody'; it has challenger"),
         (["show", "known", "9"], "known has no version 9; it has 1"),
-        (["show", "known", "9" * 40], "known has no version 9+; it has 1"),
         (["promote", "known", "\N{SUPERSCRIPT TWO}"], "known has no alias '.'; it has challenger"),
-        (["promote", "known", ""], "known has no alias ''; it has challenger"),
         (["list", "a/b:c"], "'a/b:c' is no name of a registered model"),
-        (["list", "it's"], 'no model "it\'s" with a version'),
-        (["list", "a\"b'c"], "is no name of a registered model"),
         (["list", "' OR name != '"], "no model .* with a version"),
-        (["list", " "], "no model ' ' with a version"),
     ],
 )
 def test_mistakes(add: Add, words: list[str], message: str, database: object) -> None:

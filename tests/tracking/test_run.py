@@ -1,7 +1,9 @@
 import contextlib
 import json
 import logging
-import pickle
+import re
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -16,7 +18,6 @@ from olora_ray.config.load import flatten
 from olora_ray.config.schema import Config
 from olora_ray.tracking import client as client_module
 from olora_ray.tracking import run as tracking
-from olora_ray.tracking import start
 from olora_ray.tracking.start import everywhere, resolve_uri, start_run
 from tests import mlflow_database, tiny
 from tests.waiting import until
@@ -175,34 +176,21 @@ def test_a_run_has_tags_and_a_place_beside_the_storage(tracker: tracking.Tracker
     assert tracker.url() is None
 
 
-def test_the_commit_is_that_of_the_scripts_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import subprocess
-    import sys
+def test_the_commit_is_that_of_the_scripts_checkout(
+    tmp_path: Path, settings: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def commit() -> str | None:
+        tracker = start_run(settings, "test", {})
+        tracker.end()
+        found: dict[str, str] = tracker.client().get_run(tracker.run_id).data.tags
+        return found.get("mlflow.source.git.commit")
 
     monkeypatch.setattr(sys, "argv", [str(tmp_path / "finetune.py")])
-    assert "mlflow.source.git.commit" not in start._context_tags()
+    assert commit() is None
     who = ["-c", "user.name=a", "-c", "user.email=a@b"]
     for command in (["init", "-q"], [*who, "commit", "-q", "--allow-empty", "-m", "x"]):
         subprocess.check_call(["git", "-C", str(tmp_path), *command])
-    commit = start._context_tags()["mlflow.source.git.commit"]
-    assert len(commit) == 40
-    assert set(commit) <= set("0123456789abcdef")
-
-
-def test_metrics_by_step_in_batches(tracker: tracking.Tracker) -> None:
-    rows = {step: {"train/loss": 1 / (step + 1), "train/lr": 1e-4} for step in range(700)}
-    tracker.metrics(rows | {3: {"eval/loss": float("nan"), "train/loss": 9.0}})
-    assert len(history(tracker, "train/loss")) == 700
-    assert dict(history(tracker, "train/loss"))[3] == 9.0
-    assert len(history(tracker, "eval/loss")) == 1
-
-
-def test_a_pickled_tracker_writes_to_the_same_run(tracker: tracking.Tracker) -> None:
-    other = pickle.loads(pickle.dumps(tracker))
-    assert (other.uri, other.run_id) == (tracker.uri, tracker.run_id)
-    other.metrics({1: {"a": 1.0}})
-    assert other.flush(10)
-    assert history(tracker, "a") == [(1, 1.0)]
+    assert re.fullmatch(r"[0-9a-f]{40}", commit() or "")
 
 
 def test_params_again_with_long_and_changed_values(tracker: tracking.Tracker, settings: Config) -> None:
@@ -230,7 +218,7 @@ def test_datasets_are_inputs(tracker: tracking.Tracker) -> None:
     assert inputs["eval"].tags[0].value == "evaluation"
 
 
-@pytest.mark.parametrize("points", [[], [(0, 2.0)], [(step, 2 / (step + 1)) for step in range(50)]])
+@pytest.mark.parametrize("points", [[], [(0, 2.0)]])
 def test_the_learning_curve_is_a_picture(tracker: tracking.Tracker, points: list[tuple[int, float]]) -> None:
     tracker.learning_curve(points, points[::10])
     assert artifact(tracker, "learning_curve.png").read_bytes().startswith(b"\x89PNG")
@@ -261,23 +249,6 @@ def test_system_metrics_until_the_end(tracker: tracking.Tracker) -> None:
     assert time.perf_counter() - begin < 5
     assert run_of(tracker).info.status == "KILLED"
     assert history(tracker, "system/system_memory_usage_megabytes")
-
-
-def test_a_run_goes_on_under_its_id(tracker: tracking.Tracker, settings: Config) -> None:
-    tracker.end("FAILED")
-    again = start_run(settings, "test", {}, tracker.run_id)
-    assert again.run_id == tracker.run_id
-    assert run_of(again).info.status == "RUNNING"
-
-
-def test_a_run_that_is_gone_is_replaced(
-    tracker: tracking.Tracker, settings: Config, caplog: pytest.LogCaptureFixture
-) -> None:
-    tracker.client().delete_run(tracker.run_id)
-    for gone in (tracker.run_id, "0" * 32):
-        again = start_run(settings, "test", {}, gone)
-        assert again.run_id != gone
-        assert f"MLflow run {gone} is gone" in caplog.text
 
 
 def test_a_deleted_experiment(settings: Config, storage: Path) -> None:

@@ -1,6 +1,10 @@
 """What waits for MLflow is written once, in order, whoever adds it."""
 
+import contextlib
+import json
 import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -71,6 +75,48 @@ def test_a_metric_that_mlflow_refuses_does_not_take_others_with_it(
     assert (steps(tracker, "a"), steps(tracker, "b")) == ([0, 1, 2, 3], [0, 1, 2])
     assert caplog.text.count("MLflow refuses the metric not?allowed: ") == 1
     assert caplog.text.count("MLflow refuses parameters: ") == 1
+
+
+def test_a_write_that_the_server_always_fails_at_is_dropped(caplog: pytest.LogCaptureFixture) -> None:
+    """HTTP 500 for one key, as for an emoji in a MySQL column: the run ended with exit code 75 each time."""
+    written: dict[str, list[int]] = {}
+    with mlflow_that_fails_at("bad", written) as uri:
+        tracker = run.Tracker(uri, "0" * 32, fresh=True)
+        tracker.metrics({step: {"a": 1.0, "bad": 2.0, "b": 3.0} for step in range(3)})
+        tracker.tags({"bad": "x"})
+        tracker.metrics({3: {"a": 1.0, "bad": 2.0}})
+        tracker.end(seconds=60)
+    assert (set(written["a"]), set(written["b"])) == ({0, 1, 2, 3}, {0, 1, 2})
+    assert "bad" not in written
+    refusals = [line for line in caplog.messages if line.startswith("MLflow refuses ")]
+    assert [line.partition(":")[0] for line in refusals] == ["MLflow refuses the metric bad", "MLflow refuses tags"]
+
+
+@contextlib.contextmanager
+def mlflow_that_fails_at(key: str, written: dict[str, list[int]]) -> Iterator[str]:
+    """The address of a server that answers 500 to requests with this key, and keeps the steps of all others."""
+    info = {"run_id": "0" * 32, "experiment_id": "0", "status": "RUNNING", "lifecycle_stage": "active"}
+
+    class Handler(BaseHTTPRequestHandler):
+        def answer(self) -> None:
+            asked = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or b"{}")
+            metrics = asked.get("metrics", [])
+            fails = key in {asked.get("key"), *(metric["key"] for metric in metrics)}
+            for metric in [] if fails else metrics:
+                written.setdefault(metric["key"], []).append(int(metric["step"]))
+            self.send_response(500 if fails else 200)
+            self.end_headers()
+            self.wfile.write(json.dumps({"run": {"info": info, "data": {}}, "run_info": info}).encode())
+
+        do_GET = do_POST = do_PATCH = answer
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
 
 
 def test_a_run_that_was_deleted_meanwhile(address: str, caplog: pytest.LogCaptureFixture) -> None:

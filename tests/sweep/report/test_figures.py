@@ -9,7 +9,6 @@ from dataclasses import replace
 from functools import partial
 
 import numpy as np
-import optuna
 import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
@@ -17,7 +16,7 @@ from matplotlib.text import Text
 
 from olora_ray.sweep.record import SearchRecord
 from olora_ray.sweep.report import figures
-from olora_ray.sweep.report.figures import FIGURES, curves, importance, importances, parallel, rate, render
+from olora_ray.sweep.report.figures import FIGURES, curves, importance, parallel, rate, render
 from tests.sweep.odd import NASTY, ODD, search
 from tests.sweep.searches import realistic
 
@@ -103,11 +102,6 @@ def test_the_rate_is_drawn_by_rank_on_a_logarithmic_axis() -> None:
     assert steps == pytest.approx(np.full(len(steps), steps[0]), rel=0.01)
 
 
-def test_without_a_rate_the_most_important_number_takes_its_place() -> None:
-    rows = [({"a.word": "xy"[i % 2], "a.little": i % 3, "a.much": i}, float(i)) for i in range(12)]
-    assert rate(search(rows)).axes[0].get_xlabel() == "a.much"
-
-
 def test_dollars_are_not_taken_for_mathematics() -> None:
     strange = search([({f"data.{NASTY}": rf"$\undefined{i}$"}, 1.0 + i) for i in range(3)])
     render({name: partial(draw, strange) for name, draw in FIGURES.items()})  # matplotlib would raise
@@ -133,36 +127,9 @@ def test_fields_that_move_together_share_one_importance_though_the_default_break
     assert record.trials[0].params["adapter.alpha"] != 2 * record.trials[0].params["adapter.rank"]
 
 
-def test_failed_trials_are_left_out_and_stopped_ones_are_not() -> None:
-    record = realistic()
-    ended = [trial for trial in record.trials if trial.status in ("finished", "stopped")]
-    assert importance(record)[1] == len(ended) == 11
-
-
-@pytest.mark.parametrize(
-    ("name", "why"),
-    [
-        ("one trial", "too few trials"),
-        ("all failed", "too few trials"),
-        ("equal values", "same value"),
-        ("equal parameters", "one value only"),
-        ("no trials", "too few trials"),
-    ],
-)
-def test_it_says_why_there_is_no_importance(name: str, why: str) -> None:
-    assert any(why in item for item in texts(importances(ODD[name])))
-
-
 def test_one_diverged_trial_does_not_decide_alone() -> None:
     """With plain values the field that only the diverged trial sets would take all."""
     record = realistic(40)
     worse = replace(record.trials[3], value=1e12)
     changed, _ = importance(replace(record, trials=(*record.trials[:3], worse, *record.trials[4:])))
     assert next(iter(changed)) == ("train.lr",)
-
-
-def test_the_verbosity_of_optuna_is_left_as_it_was(capfd: pytest.CaptureFixture[str]) -> None:
-    before = optuna.logging.get_verbosity()
-    importance(realistic())
-    assert optuna.logging.get_verbosity() == before
-    assert capfd.readouterr().err == ""

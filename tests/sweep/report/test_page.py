@@ -2,11 +2,9 @@ import json
 import re
 from pathlib import Path
 
-import numpy as np
 import pytest
-from matplotlib.image import imread
 
-from olora_ray.sweep.report import figures, page
+from olora_ray.sweep.report import page
 from olora_ray.sweep.report.figures import FIGURES
 from tests import browser
 from tests.sweep.odd import NASTY, ODD
@@ -20,12 +18,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("report")
     page.write(realistic(), str(made))
     return made
-
-
-def test_all_files_are_written_to_a_path_or_uri(tmp_path: Path) -> None:
-    written = page.write(ODD["one trial"], f"file://{tmp_path}/search")
-    assert set(written) == {f"file://{tmp_path}/search/{name}" for name in FILES}
-    assert {file.name for file in (tmp_path / "search").iterdir()} == FILES
 
 
 def test_the_leaderboard_is_the_record(folder: Path) -> None:
@@ -106,21 +98,3 @@ def test_cells_without_a_value_stay_last(folder: Path, tmp_path: Path) -> None:
         order = re.search(rf'data-{way}="([\d,]+)"', dom).group(1).split(",")  # type: ignore[union-attr]
         assert order[-1] == "9"  # the failed one
     assert order[0] == "5"  # the worst first
-
-
-def test_the_screenshot_shows_the_page_and_its_best_trial(folder: Path, tmp_path: Path) -> None:
-    shot = tmp_path / "report.png"
-    browser.screenshot((folder / "report.html").as_uri(), shot, width=1400, height=2400)
-    painted = imread(shot)[..., :3]
-    assert painted.shape == (2400, 1400, 3)
-    orange = np.array([int(figures.BEST[i : i + 2], 16) / 255 for i in (1, 3, 5)])
-    best = np.abs(painted - orange).max(axis=-1) < 0.03
-    # The value in the header, the line through both wide figures, the ring around the point below.
-    for name, top, bottom in (
-        ("header", 100, 400),
-        ("parallel", 400, 920),
-        ("curves", 920, 1450),
-        ("rate", 1450, 1900),
-    ):
-        assert best[top:bottom].sum() > 30, name
-    assert len(np.unique((painted * 15).astype(int).reshape(-1, 3), axis=0)) > 60

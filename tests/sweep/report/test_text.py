@@ -23,18 +23,6 @@ def test_columns_are_aligned_and_the_best_comes_first() -> None:
     assert len(shown) == 13
 
 
-def test_the_default_and_reasons_are_shown() -> None:
-    shown = text.lines(realistic(), top=20)
-    assert sum("finished (default)" in line for line in shown) == 1
-    assert any("failed" in line and "loss is NaN at step 7" in line for line in shown)
-
-
-def test_more_than_the_top_is_counted() -> None:
-    shown = text.lines(realistic(), top=5)
-    assert len(shown) == 7
-    assert shown[-1] == "... and 7 more"
-
-
 def test_the_best_is_compared_with_the_default() -> None:
     record = search([({"a": 1}, 2.0), ({"a": 2}, 1.5)], default=0)
     assert said(record)["best"] == "eval/loss 1.5 (trial 1): a=2"
@@ -55,12 +43,6 @@ def test_the_best_is_compared_with_the_default() -> None:
 )
 def test_other_outcomes_against_the_default(name: str, part: str) -> None:
     assert part in said(ODD[name])["default"]
-
-
-def test_a_default_that_was_stopped_early_is_called_so() -> None:
-    record = realistic()
-    early = replace(record.trials[0], status="stopped", step=10)
-    assert "(trial 0, stopped at step 10 of 60)" in said(replace(record, trials=(early, *record.trials[1:])))["default"]
 
 
 def test_trials_that_were_cut_are_marked_also_where_one_is_the_best() -> None:
@@ -156,20 +138,12 @@ def test_different_numbers_look_different(values: list[float]) -> None:
     assert [float(item) for item in shown] == pytest.approx(values, rel=1e-3)
 
 
-def test_numbers_of_one_axis_have_one_notation() -> None:
-    assert text.numbers([5e-4, 1e-3, 2e-3]) == ["5e-4", "1e-3", "2e-3"]
-
-
 @pytest.mark.parametrize(
     ("value", "shown"),
     [(True, "true"), (None, "null"), (("q", 2), "q, 2"), (123456789, "123456789"), (" a\nb ", "a b")],
 )
 def test_values_look_as_in_yaml(value: object, shown: str) -> None:
     assert text.value(value) == shown
-
-
-def test_long_values_are_cut() -> None:
-    assert text.value("abcdef", 4) == "abc…"
 
 
 def test_short_names_stay_different() -> None:
