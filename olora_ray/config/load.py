@@ -87,6 +87,17 @@ EXPLAINED = {
     "report_to": "runs are tracked in MLflow; see tracking.uri",
 }
 """Words for which there is no field that means just the same -> what to do."""
+REMOVED = {
+    "gate.on": "delete it; the gate always measures on the rows of data.eval or data.eval_fraction",
+    "gate.level": "delete it; the interval of the improvement always has a confidence of 0.95",
+    "run.wait": "delete it; while another process works on the run, the command ends with exit code 75: repeat it then,"
+    " as deploy/night.py does",
+    "retrain.wait": "delete it; while another retraining of the model is at work, the command ends with exit code 75:"
+    " repeat it then, as deploy/night.py does",
+    "cluster.resize_interval": "delete it; the run itself decides how often it looks for room for more workers",
+    "compare.centres": "delete it; each grid starts at its method's own centre and grows until the best rate is inside",
+}
+"""Fields that earlier configs had -> what to do instead."""
 
 
 @cache
@@ -384,6 +395,8 @@ def _instead_of(parts: Sequence[str], root: type[Section]) -> str:
     """Say what to do instead of an unknown field: the word of another tool, a typo, or a look at the list."""
     if secrets.is_name(parts[-1]):
         return "a config holds no secrets, they come from the environment or a file"
+    if advice := REMOVED.get(".".join(parts)):
+        return advice
     if issubclass(root, Config | EvaluationConfig) and (advice := spelling_advice(parts[-1], ".".join(parts))):
         return advice
     if near := difflib.get_close_matches(parts[-1], _names_beside(parts, root), n=1):

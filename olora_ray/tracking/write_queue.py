@@ -224,7 +224,7 @@ class WriteQueue:
             if points:
                 client.log_batch(self._run_id, metrics=[Metric(*point) for point in points])
         except Exception as error:
-            if not (is_refusal(error) or self._always_fails(client, (*points, *writes)[0], error)):
+            if not (is_refusal(error) or self._always_fails(client, points[0] if points else writes[0], error)):
                 raise
             names = dict.fromkeys(point.name for point in points)
             if getattr(error, "error_code", "") == "RESOURCE_DOES_NOT_EXIST":

@@ -58,12 +58,13 @@ class AdamW:
     The vector is laid out `apart` if `config.lr_ratio` is not 1.
     """
 
-    def __init__(self, flat: FlatAdapters, config: Train) -> None:
+    def __init__(self, flat: FlatAdapters, config: Train, fused: bool | None = None) -> None:
+        """`fused`: an update is one kernel; by default on GPUs alone, since that of CPUs differs in the last bits."""
         self.flat, self.config = flat, config
         self.moments = {key: torch.zeros_like(flat.vector) for key in ("exp_avg", "exp_avg_sq")}
         self.parameters = [torch.nn.Parameter(flat.vector[group]) for group in flat.groups]
         groups = [{"params": [parameter]} for parameter in self.parameters]
-        fused = flat.vector.device.type == "cuda"  # one kernel, whose last bits differ on CPUs
+        fused = flat.vector.device.type == "cuda" if fused is None else fused
         self.inner = torch.optim.AdamW(
             groups, lr=config.lr, weight_decay=config.weight_decay, fused=True if fused else None
         )
@@ -112,23 +113,25 @@ class AdamW:
 
 
 @torch.no_grad()
-def precondition(adapted: Mapping[str, AdaptedWeight]) -> None:
-    """Replace the gradients of all dA and dB in place; each has norm 1 afterwards, or is zero."""
+def precondition(adapted: Mapping[str, AdaptedWeight], epsilon: float = 1e-6, unit: bool = True) -> None:
+    """Replace the gradients of all dA and dB in place; with `unit` each has norm 1 afterwards, or is zero."""
     for layer in adapted.values():
         a = layer.a0 + layer.da
         b = layer.db if layer.b0 is None else layer.b0 + layer.db
         grad_a, grad_b = layer.da.grad, layer.db.grad
         assert grad_a is not None
         assert grad_b is not None
-        grad_a.copy_(_unit(_solve(b.mT, grad_a)))
-        grad_b.copy_(_unit(_solve(a, grad_b.mT).mT))
+        new_a = _solve(b.mT, grad_a, epsilon)
+        new_b = _solve(a, grad_b.mT, epsilon).mT
+        grad_a.copy_(_unit(new_a) if unit else new_a)
+        grad_b.copy_(_unit(new_b) if unit else new_b)
 
 
-def _solve(rows: Tensor, right: Tensor) -> Tensor:
-    """(rows rows^T + 1e-6 I)^-1 right in float64, for `rows` ((E x) r x k) and `right` ((E x) r x l)."""
+def _solve(rows: Tensor, right: Tensor, epsilon: float) -> Tensor:
+    """(rows rows^T + eps I)^-1 right in float64, for `rows` ((E x) r x k) and `right` ((E x) r x l)."""
     wide = rows.double()
     gram = wide @ wide.mT
-    gram.diagonal(dim1=-2, dim2=-1).add_(1e-6)
+    gram.diagonal(dim1=-2, dim2=-1).add_(epsilon)
     # Without a check: what is not finite shows in the norm of the gradient, which is looked at after each step.
     return torch.cholesky_solve(right.double(), torch.linalg.cholesky_ex(gram).L)
 

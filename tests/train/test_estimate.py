@@ -114,6 +114,17 @@ def test_ranks_that_move_between_layers_are_counted_at_their_most(model: Path) -
     assert sizes[2.0] == 2 * (3 * 16 * (768 + 2048) + 8 * 2 * 768)
 
 
+def test_experts_are_refused_for_a_method_that_sees_activations(tmp_path: Path) -> None:
+    zoo.make(ALL["mixtral"]).save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_text("{}")
+    config = override(settings(tmp_path, 4), {"adapter.method": "eva"})
+    with pytest.raises(
+        UserError, match=r"adapter\.method=eva: model\.layers\.0\.mlp\.experts\.\w+ is a stack of experts"
+    ):
+        estimate(config, obtain(config))
+
+
 def test_sequences_that_are_too_long_for_the_model_are_refused_at_once(tmp_path: Path) -> None:
     rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
     tiny.llama(max_position_embeddings=64, rope_parameters=rope).save_pretrained(tmp_path)

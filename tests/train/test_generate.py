@@ -59,6 +59,8 @@ def test_questions_are_what_a_server_makes_of_the_prompt(kind: str, chat: bool, 
     [
         {"repetition_penalty": 5.0},
         {"num_beams": 4, "length_penalty": 2.0},
+        {"no_repeat_ngram_size": 1},
+        {"guidance_scale": 5.0},
         {"suppress_tokens": list(range(0, tiny.VOCABULARY, 2))},
         {"forced_eos_token_id": 1},
     ],
@@ -74,6 +76,7 @@ def test_answers_are_greedy_whatever_generation_config_says(own: dict[str, Any],
         found = greedy(model, prompts, 8, [], CPU)
         assert found == [likeliest(model, prompt, 8) for prompt in prompts]
     assert model.generation_config.to_dict().items() >= own.items(), "they are the model's again"
+    assert found[0] != its_own_way(model, prompts[0], 8), "what this is about"
 
 
 def test_answers_end_where_the_positions_of_a_model_end() -> None:
@@ -86,11 +89,16 @@ def test_answers_end_where_the_positions_of_a_model_end() -> None:
         assert greedy(model, prompts[1:], 8, [], CPU) == [likeliest(model, prompts[1], 8)]
 
 
-def test_a_model_that_takes_padding_for_text_is_given_none() -> None:
+def test_a_model_that_takes_padding_for_text_is_given_none(monkeypatch: pytest.MonkeyPatch) -> None:
     model = zoo.make(ALL["recurrent_gemma"])  # its convolutions see what stands before a prompt
+    masks, generate = [], model.generate
+    monkeypatch.setattr(model, "generate", lambda **given: masks.append(given["attention_mask"]) or generate(**given))
     prompts = [(7, 8, 9), tuple(range(5, 14)), (9, 8, 7)]
     with decoding(model):
-        assert greedy(model, prompts, 4, [], CPU) == [greedy(model, [prompt], 4, [], CPU)[0] for prompt in prompts]
+        found = greedy(model, prompts, 4, [], CPU)
+        assert [mask.shape for mask in masks] == [(2, 3), (1, 9)]
+        assert all(mask.all() for mask in masks)
+        assert found == [greedy(model, [prompt], 4, [], CPU)[0] for prompt in prompts]
 
 
 def likeliest(model: Any, prompt: tuple[int, ...], tokens: int) -> list[int]:
@@ -99,3 +107,12 @@ def likeliest(model: Any, prompt: tuple[int, ...], tokens: int) -> list[int]:
     for _ in range(tokens):
         ids.append(int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
     return ids[len(prompt) :]
+
+
+def its_own_way(model: Any, prompt: tuple[int, ...], tokens: int) -> list[int]:
+    """As transformers generates where nothing is said but that nothing be drawn."""
+    ids = torch.tensor([prompt])
+    model.set_attn_implementation("sdpa")
+    made = model.generate(input_ids=ids, max_new_tokens=tokens, do_sample=False, eos_token_id=None)
+    answer: list[int] = made[0, len(prompt) :].tolist()
+    return answer

@@ -16,12 +16,16 @@ from unittest import mock
 import pytest
 import torch
 import torch.utils.backend_registration as registration
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from olora_ray.model.attention import kernel
+from olora_ray.tokens.collate import collate
 from olora_ray.train import checkpoint
 from olora_ray.train.checkpoint import Checkpoint
+from olora_ray.train.loop import Trainer
 from tests import crew, device_walk, fake_device, tiny
-from tests.device_walk import QUESTIONS, STEPS, Seen
+from tests.device_walk import LIMIT, QUESTIONS, STEPS, Seen
 from tests.fake_device import FakeDevice
 
 pytestmark = pytest.mark.skipif(
@@ -37,6 +41,8 @@ IN_STEPS = (
     "train/optim.py",
 )
 """The files that a step runs through."""
+LENGTH = 500
+"""Tokens of a sequence: its square is more than any vector of the tiny model has."""
 
 
 @dataclass(frozen=True)
@@ -83,10 +89,31 @@ def test_a_training_on_a_device_mixes_nothing(child: ProcessPoolExecutor, name: 
     assert sum(waits[place] for place in waits if place.startswith(IN_STEPS)) <= STEPS + 1 + 2, waits
 
 
-def test_a_tensor_that_was_left_on_the_cpu_is_found_with_its_place(child: ProcessPoolExecutor) -> None:
-    error = child.submit(_spoilt).result()
+def test_the_walk_is_a_training(tmp_path: Path) -> None:
+    trainer = device_walk.start(tiny.llama(), torch.device("cpu"))
+    seen = device_walk.walk(trainer, device_walk.kept_in(tmp_path))
+    assert seen.before != seen.after < 10
+    assert len(set(seen.losses)) == STEPS + 1
+    assert {len(one) for one in seen.answers} == {LIMIT}
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_masks_are_made_on_the_device(child: ProcessPoolExecutor, attention: str) -> None:
+    here, there = child.submit(_made, attention).result()
+    assert there >= LENGTH**2
+    assert here < 8 * LENGTH
+
+
+@pytest.mark.parametrize(
+    ("left", "file"),
+    [("b0", "adapter/layer.py"), ("moment", "train/optim.py"), ("labels", "train/loss.py")],
+)
+def test_a_tensor_that_was_left_on_the_cpu_is_found_with_its_place(
+    child: ProcessPoolExecutor, left: str, file: str
+) -> None:
+    error = child.submit(_spoilt, left).result()
     assert "FakeTensorDeviceMismatchError" in error
-    assert 'olora_ray/adapter/layer.py", line ' in error
+    assert f'olora_ray/{file}", line ' in error
 
 
 def _walk(case: Case) -> tuple[Seen, Counter[str]]:
@@ -99,6 +126,33 @@ def _walk(case: Case) -> tuple[Seen, Counter[str]]:
         assert {(part.device.type, part.dtype) for part in frozen} == {(fake_device.NAME, case.dtype)}
         fake.true_every = 8  # whether all answers have ended is asked at every token
         return device_walk.walk(trainer, _read_back), fake.waits
+
+
+def _made(attention: str) -> tuple[int, int]:
+    """In the child: the numbers of the largest tensor that a packed micro-batch makes on the CPU, and on the device."""
+    torch.set_num_threads(1)
+    with FakeDevice() as fake:
+        trainer = device_walk.start(tiny.llama(attention=attention, max_position_embeddings=LENGTH), fake.device)
+        trainer.loss.given_masks = attention == "eager"
+        with _Largest() as seen:
+            batch = collate([tiny.pack(LENGTH - 9, 9), tiny.pack(LENGTH)], attention)
+            trainer.loss(batch.to(fake.device)).backward()
+    return seen.numbers["cpu"], seen.numbers[fake_device.NAME]
+
+
+class _Largest(TorchDispatchMode):
+    """By device, the numbers of the largest tensor that is made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for part in tree_leaves(found):
+            if isinstance(part, torch.Tensor):
+                self.numbers[part.device.type] = max(self.numbers[part.device.type], part.numel())
+        return found
 
 
 _kept: list[Checkpoint] = []
@@ -117,15 +171,30 @@ def _read_back(write: Callable[[Path], None]) -> Checkpoint:
     return _kept.pop()
 
 
-def _spoilt() -> str:
+def _spoilt(left: str) -> str:
     """In the child: the traceback of a training that has one tensor on the CPU."""
+    torch.set_num_threads(1)
     with FakeDevice() as fake:
         trainer = device_walk.start(tiny.llama(), fake.device)
-        layer = next(iter(trainer.adapted.values()))
-        assert layer.b0 is not None
-        layer.b0 = layer.b0.cpu()
+        _leave(trainer, left)
         try:
             device_walk.steps(trainer, 0)
         except Exception:
             return traceback.format_exc()
     return ""
+
+
+def _leave(trainer: Trainer, left: str) -> None:
+    """Put one of the tensors that a step needs on the CPU."""
+    layer = next(iter(trainer.adapted.values()))
+    if left == "b0":
+        assert layer.b0 is not None
+        layer.b0 = layer.b0.cpu()
+    elif left == "moment":
+        state = trainer.optimizer.inner.state[trainer.optimizer.parameters[0]]
+        state["exp_avg"] = state["exp_avg"].cpu()
+    else:
+        whole = trainer.loss.forward
+        trainer.loss.forward = lambda batch: whole(  # type: ignore[method-assign]
+            type(batch)(batch.inputs, batch.predicts, batch.labels.cpu(), batch.tokens)
+        )

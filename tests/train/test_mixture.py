@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from olora_ray.adapter.layer import AdaptedStack
-from olora_ray.cluster.resume import resume
 from olora_ray.train import checkpoint
 from olora_ray.train.checkpoint import TrainState
-from olora_ray.train.loop import Trainer
+from olora_ray.train.loop import Trainer, evaluate
 from tests import tiny
 from tests.families import zoo
 from tests.families.variants import ALL
@@ -29,6 +28,15 @@ def train(made: Trainer, start: int = 0, stop: int = STEPS) -> list[float]:
     return [result.loss for _, result in zip(range(start, stop), steps, strict=False)]
 
 
+def test_the_experts_learn_what_the_linear_layers_do() -> None:
+    made = trainer()
+    before = evaluate(made, tiny.store(), "sdpa")
+    train(made)
+    assert evaluate(made, tiny.store(), "sdpa") < before
+    for name, layer in made.adapted.items():
+        assert layer.db.any(), name
+
+
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
 def test_a_checkpoint_has_the_experts_and_training_goes_on_to_the_same_bits(tmp_path: Path, family: str) -> None:
     whole = trainer(family, dropout=0.1)
@@ -36,9 +44,17 @@ def test_a_checkpoint_has_the_experts_and_training_goes_on_to_the_same_bits(tmp_
 
     first = trainer(family, dropout=0.1)
     train(first, stop=2)
+    adapter = {name: layer.weights() for name, layer in first.adapted.items()}
     assert any(isinstance(layer, AdaptedStack) for layer in first.adapted.values())
-    checkpoint.snapshot(first, TrainState(step=2), None, {}, "")(tmp_path / "kept")
+    state = TrainState(step=2)
+    checkpoint.save(tmp_path / "kept", adapter, None, first.optimizer.state(), state, {}, "")
+    found = checkpoint.load(tmp_path / "kept")
     second = trainer(family, dropout=0.1)
-    resume(second, checkpoint.load(tmp_path / "kept"))
+    for name, weights in found.adapter.items():
+        assert torch.equal(weights.factors.a0, second.adapted[name].a0)
+        second.flat.load(
+            second.flat.vector, {f"{n}.{p}": getattr(w, p) for n, w in found.adapter.items() for p in ("da", "db")}
+        )
+    second.optimizer.load(found.optimizer, 2)
     train(second, start=2)
     assert torch.equal(second.flat.vector, whole.flat.vector)

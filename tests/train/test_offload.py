@@ -60,11 +60,18 @@ def in_turn(folder: Path, by_rows: bool) -> tuple[Found, Found, int, set[str], s
         plain = trained(made(folder, offload=False, device=CPU, by_rows=by_rows))
         trainer = made(folder, offload=True, device=CPU, by_rows=by_rows)
         found = trained(trainer)
-    place, loss = places(trainer.loss, META), trainer.loss  # as if that were a GPU
-    inside = [part for block in loss.offloaded for part in block.parameters()]
-    shards = {id(part): place(part).type for part in inside if isinstance(part, DTensor)}
-    others = {place(part).type for part in (*loss.parameters(), *loss.buffers()) if id(part) not in shards}
-    return plain, found, len(loss.offloaded), set(shards.values()), others
+    place = places(trainer.loss, META)  # as if that were a GPU
+    inside = [part for block in trainer.loss.offloaded for part in block.parameters()]
+    shards = {id(part) for part in inside if isinstance(part, DTensor)}
+    others = [part for part in (*trainer.loss.parameters(), *trainer.loss.buffers()) if id(part) not in shards]
+    assert any(part.requires_grad for part in others)  # adapters lie in blocks and are not offloaded
+    return (
+        plain,
+        found,
+        len(trainer.loss.offloaded),
+        {place(part).type for part in inside if id(part) in shards},
+        {place(part).type for part in others},
+    )
 
 
 def assert_same(found: Found, plain: Found) -> None:
@@ -80,6 +87,11 @@ def test_offloaded_blocks_change_no_byte(crew: Callable[[int], Crew], tmp_path: 
         assert_same(found, plain)
         assert blocks == 2
         assert (shards, others) == ({"cpu"}, {"meta"})
+
+
+def test_without_a_gpu_there_is_nothing_to_offload() -> None:
+    assert not parallel.has_own_memory(CPU)
+    assert parallel.has_own_memory(torch.device("cuda"))
 
 
 @pytest.mark.gpu

@@ -1,17 +1,17 @@
-"""One flat vector behind all adapters, the optimizer over it, and the preconditioner of its gradients."""
+"""One flat vector behind all adapters, the optimizer over it, and the learning rate."""
 
-from typing import Any
+import math
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 
-from olora_ray.adapter.layer import AdaptedLinear, AdaptedWeight, Factors
+from olora_ray.adapter.layer import AdaptedLinear, Factors
 from olora_ray.config.schema import Train
-from olora_ray.train.optim import AdamW, FlatAdapters, precondition
-from tests import tiny
+from olora_ray.train.loader import lr_at
+from olora_ray.train.optim import AdamW, FlatAdapters
 
 SHAPES = {"first": (5, 3), "second": (4, 7)}
 RANK = 2
@@ -30,6 +30,21 @@ def adapted() -> dict[str, AdaptedLinear]:
 def random_gradients(flat: FlatAdapters, seed: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return {name: torch.randn(slot.shape, generator=generator) for name, slot in flat.slots.items()}
+
+
+def test_parameters_and_gradients_are_views_of_two_vectors() -> None:
+    layers = adapted()
+    flat = FlatAdapters(layers)
+    assert flat.vector.numel() == sum(RANK * (m + n) for m, n in SHAPES.values())
+    for number, name in enumerate(flat.slots):
+        flat.view(flat.vector, name).fill_(number + 1.0)
+        flat.view(flat.grad, name).fill_(-number - 1.0)
+    values = [layer_part for layer in layers.values() for layer_part in (layer.da, layer.db)]
+    for number, parameter in enumerate(values):
+        assert (parameter == number + 1.0).all()
+        assert parameter.grad is not None
+        assert (parameter.grad == -number - 1.0).all()
+    assert 0.0 not in flat.vector
 
 
 def flat_for(config: Train) -> FlatAdapters:
@@ -57,6 +72,20 @@ def test_adamw_equals_torchs_on_separate_tensors(decay: float, ratio: float) -> 
             torch.testing.assert_close(flat.slots[name].detach(), parameter.detach())
 
 
+def test_one_rate_for_both_leaves_every_bit_as_a_single_vector_has_it() -> None:
+    flat = FlatAdapters(adapted())
+    assert list(flat.slots) == ["first.da", "first.db", "second.da", "second.db"]
+    ours, alone = AdamW(flat, Train(clip=1.0)), nn.Parameter(flat.vector.clone())
+    theirs = torch.optim.AdamW([alone], lr=0.01, weight_decay=0.0)
+    for step in range(5):
+        gradient = torch.cat([part.reshape(-1) for part in random_gradients(flat, step).values()])
+        flat.grad.copy_(gradient)
+        alone.grad = gradient * (1.0 / float(gradient.norm()))
+        theirs.step()
+        ours.step(0.01)
+        assert torch.equal(flat.vector, alone)
+
+
 @pytest.mark.parametrize("size", [0.01, 1.0, 100.0])
 def test_clipping_is_that_of_torch_and_reports_the_norm_before(size: float) -> None:
     flat = FlatAdapters(adapted())
@@ -72,6 +101,13 @@ def test_clipping_is_that_of_torch_and_reports_the_norm_before(size: float) -> N
     assert norm == pytest.approx(float(nn.utils.clip_grad_norm_(separate, 1.0)))
     clipped = torch.cat([part.grad.reshape(-1) for part in separate if part.grad is not None])
     torch.testing.assert_close(seen[0], clipped)
+
+
+def test_decay_pulls_towards_the_start() -> None:
+    flat = FlatAdapters(adapted())
+    flat.vector.fill_(1.0)
+    AdamW(flat, Train(weight_decay=0.5)).step(0.1)
+    torch.testing.assert_close(flat.vector, torch.full_like(flat.vector, 0.95))
 
 
 @pytest.mark.parametrize("config", [Train(), Train(lr_ratio=4.0)], ids=["one rate", "two rates"])
@@ -95,11 +131,11 @@ def test_the_state_comes_back_exactly(config: Train) -> None:
     assert whole.state().keys() == AdamW(FlatAdapters(adapted()), Train()).state().keys()
 
 
-def moved(device: str) -> tuple[AdamW, list[float]]:
+def moved(device: str, fused: bool | None = None) -> tuple[AdamW, list[float]]:
     """An optimizer after a few steps on a device, some of them clipped, and the norms."""
     layers = {name: layer.to(device) for name, layer in adapted().items()}
     config = Train(weight_decay=0.1, lr_ratio=4.0, clip=10.0)
-    optimizer = AdamW(FlatAdapters(layers, apart=True), config)
+    optimizer = AdamW(FlatAdapters(layers, apart=True), config, fused)
     norms = []
     for step in range(6):
         for name, gradient in random_gradients(optimizer.flat, step).items():
@@ -117,6 +153,15 @@ def test_cpus_have_the_plain_update() -> None:
     assert {float(state["step"]) for state in optimizer.inner.state.values()} == {6.0}
 
 
+def test_the_update_in_one_kernel_is_the_plain_one_but_for_rounding() -> None:
+    plain, _ = moved("cpu")
+    fused, _ = moved("cpu", fused=True)
+    assert fused.inner.defaults["fused"]
+    torch.testing.assert_close(fused.flat.vector, plain.flat.vector)
+    for name, moment in plain.state().items():
+        torch.testing.assert_close(fused.state()[name], moment)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_updates_in_one_kernel_and_is_not_waited_for() -> None:
@@ -132,79 +177,41 @@ def test_a_gpu_updates_in_one_kernel_and_is_not_waited_for() -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-M, N = 9, 6
+schedules = st.sampled_from(["cosine", "linear", "constant"])
+fractions = st.floats(0.0, 0.99)
 
 
-def adapter(with_b0: bool, *experts: int, seed: int = 0) -> AdaptedWeight:
-    """A layer, or a stack, as if it had trained for a while."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*experts, *shape, generator=generator)
-
-    layer = AdaptedWeight(Factors(draw(RANK, N), draw(M, RANK) if with_b0 else None), M, 1.0)
-    layer.da.data, layer.db.data = draw(RANK, N), draw(M, RANK)
-    layer.da.grad, layer.db.grad = draw(RANK, N), draw(M, RANK)
-    return layer
-
-
-def formula(layer: AdaptedWeight) -> tuple[Tensor, Tensor]:
-    a, b = layer.a0 + layer.da, layer.db if layer.b0 is None else layer.b0 + layer.db
-    assert layer.da.grad is not None
-    assert layer.db.grad is not None
-    eye = 1e-6 * torch.eye(RANK, dtype=torch.float64)
-    a, b = a.detach().double(), b.detach().double()
-    grad_a = torch.linalg.inv(b.mT @ b + eye) @ layer.da.grad.double()
-    grad_b = layer.db.grad.double() @ torch.linalg.inv(a @ a.mT + eye)
-    return tuple(g / torch.linalg.matrix_norm(g, keepdim=True) for g in (grad_a, grad_b))  # type: ignore[return-value]
+@given(schedules, fractions, st.integers(1, 300))
+def test_the_learning_rate_rises_to_its_peak_and_then_never_again(schedule: str, warmup: float, steps: int) -> None:
+    config = Train.model_validate({"schedule": schedule, "warmup": warmup, "lr": 0.1})
+    rates = [lr_at(step, steps, config) for step in range(steps)]
+    peak = min(round(warmup * steps), steps - 1)
+    assert all(0.0 < rate <= 0.1 for rate in rates)  # no step is wasted
+    assert rates[: peak + 1] == sorted(rates[: peak + 1])
+    assert rates[peak:] == sorted(rates[peak:], reverse=True)
+    if round(warmup * steps) < steps:
+        assert rates[peak] == pytest.approx(0.1)
 
 
-@pytest.mark.parametrize(("with_b0", "experts"), [(True, ()), (False, ()), (True, (4,))])
-@given(seed=st.integers(0, 2**31))
-def test_a_layer_or_each_expert_of_a_stack_has_the_formula(with_b0: bool, experts: tuple[int, ...], seed: int) -> None:
-    layer = adapter(with_b0, *experts, seed=seed)
-    for found, expected in zip(applied(layer), formula(adapter(with_b0, *experts, seed=seed)), strict=True):
-        torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
+@given(st.floats(0.0, 0.9), st.integers(10, 300))
+def test_the_ends_of_the_schedules(warmup: float, steps: int) -> None:
+    def rate(schedule: str, step: int) -> float:
+        return lr_at(step, steps, Train.model_validate({"schedule": schedule, "warmup": warmup, "lr": 0.1}))
+
+    assert rate("cosine", steps) == pytest.approx(0.0, abs=1e-12)
+    assert rate("linear", steps) == pytest.approx(0.0, abs=1e-12)
+    assert rate("constant", steps) == pytest.approx(0.1)
 
 
-def applied(layer: AdaptedWeight) -> tuple[Tensor, Tensor]:
-    precondition({"layer": layer})
-    assert layer.da.grad is not None
-    assert layer.db.grad is not None
-    return layer.da.grad, layer.db.grad
+def test_the_middle_of_the_schedules() -> None:
+    def middle(schedule: str) -> float:
+        return lr_at(60, 100, Train.model_validate({"schedule": schedule, "warmup": 0.2, "lr": 0.1}))
+
+    assert middle("linear") == pytest.approx(0.05)
+    assert middle("cosine") == pytest.approx(0.05)
+    assert lr_at(40, 100, Train(warmup=0.2, lr=0.1)) == pytest.approx(0.05 * (1 + math.cos(math.pi / 4)))
 
 
-def test_at_a_start_with_b_zero_the_gradient_of_a_stays_zero() -> None:
-    layer = adapter(False)
-    assert layer.da.grad is not None
-    layer.db.data.zero_()
-    layer.da.grad.zero_()
-    grad_a, grad_b = applied(layer)
-    assert not grad_a.any()
-    assert float(grad_b.norm()) == pytest.approx(1.0)
-
-
-def test_what_is_not_finite_stays_visible() -> None:
-    layer = adapter(True)
-    assert layer.db.grad is not None
-    layer.db.grad[0, 0] = torch.inf
-    assert not torch.isfinite(applied(layer)[1]).all()
-
-
-def _trained(strategy: str, workers: int, **changes: Any) -> tuple[list[float], Tensor, Tensor]:
-    """Losses, the vector that the optimizer is given in the last step, and the adapter after it."""
-    settings = tiny.config(
-        cluster__workers=workers, cluster__strategy=strategy, train__micro_batch=1, train__precondition=True, **changes
-    )
-    trainer = tiny.trainer(settings, model=tiny.llama(attention="segments"), strategy=strategy)
-    gradients = tiny.gradients(trainer)
-    losses = [result.loss for result in tiny.steps(trainer, count=3)]
-    return losses, gradients[-1], trainer.flat.vector
-
-
-def test_it_is_done_before_clipping() -> None:
-    _, given_to_adamw, _ = _trained("ddp", 1, train__clip=0.5)
-    assert float(given_to_adamw.norm()) == pytest.approx(0.5, rel=1e-4)
-    _, given_to_adamw, _ = _trained("ddp", 1, train__clip=None)
-    matrices = 2 * len(tiny.trainer(tiny.config()).adapted)
-    assert float(given_to_adamw.norm()) == pytest.approx(matrices**0.5, rel=1e-4)
+def test_warm_up_is_linear() -> None:
+    config = Train(warmup=0.1, lr=0.11)
+    assert [lr_at(step, 100, config) for step in range(10)] == pytest.approx([0.01 * (i + 1) for i in range(10)])

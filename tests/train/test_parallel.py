@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
@@ -19,22 +20,35 @@ from tests import tiny
 from tests.crew import Crew
 from tests.families import zoo
 from tests.families.variants import ALL
-from tests.train.test_generate import likeliest
 
 EOS = 1
 QUESTIONS = [Question(tuple(range(5, 5 + length)), ()) for length in (4, 9, 2, 6, 3)]
 
 
-def made(strategy: str, **changes: Any) -> Trainer:
-    settings = tiny.config(cluster__workers=2, cluster__strategy=strategy, train__micro_batch=1, **changes)
-    trainer: Trainer = tiny.trainer(settings, model=tiny.llama(attention="segments"), strategy=strategy)
-    return trainer
+def trained(strategy: str, steps: int = 2, tied: bool = False) -> tuple[Trainer, list[float], Tensor, Tensor]:
+    """A trainer after some steps, the losses, the first gradient and the adapter after the first step."""
+    settings = tiny.config(cluster__workers=2, cluster__strategy=strategy, train__micro_batch=1, train__clip=None)
+    trainer = tiny.trainer(
+        settings, model=tiny.llama(attention="segments", tie_word_embeddings=tied), strategy=strategy
+    )
+    gradients = tiny.gradients(trainer)
+    losses, first = [], None
+    for result in tiny.steps(trainer, count=steps):
+        losses.append(result.loss)
+        first = trainer.flat.vector.clone() if first is None else first
+    assert first is not None
+    return trainer, losses, gradients[0], first
+
+
+def _train(strategy: str, tied: bool) -> tuple[list[float], Tensor, Tensor, float]:
+    trainer, losses, gradient, adapter = trained(strategy, tied=tied)
+    held_out = evaluate(trainer, tiny.store(5, seed=9), "segments", dist.get_rank(), 2)
+    return losses, gradient, adapter, held_out
 
 
 def _layout(strategy: str) -> tuple[list[str], list[str]]:
     """The kind of every frozen weight, and the modules that are gathered one at a time."""
-    trainer = made(strategy)
-    list(tiny.steps(trainer, count=1))
+    trainer, *_ = trained(strategy, steps=1)
     kinds = [
         f"{type(p.data).__name__}, {'in a block' if '.layers.' in name else 'outside'}"
         for name, p in trainer.loss.named_parameters()
@@ -45,11 +59,48 @@ def _layout(strategy: str) -> tuple[list[str], list[str]]:
 
 def _answers(strategy: str, eos: int) -> list[list[list[int]]]:
     """Answers before a step of training, and after a few, with training in between."""
-    rank, trainer = dist.get_rank(), made(strategy, train__lr=0.1)
+    rank = dist.get_rank()
+    settings = tiny.config(cluster__workers=2, train__micro_batch=1, train__lr=0.1)
+    trainer = tiny.trainer(settings, strategy=strategy)
     evaluate(trainer, tiny.store(3), "segments", rank, 2)
     before = answer(trainer, QUESTIONS, 6, [eos], rank, 2, batch=2)
     list(tiny.steps(trainer, count=4))
     return [before, answer(trainer, QUESTIONS, 6, [eos], rank, 2, batch=2)]
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["own head", "tied head"])
+def test_fsdp_equals_ddp(crew: Callable[[int], Crew], tied: bool) -> None:
+    ddp, other = crew(2).run(_train, "ddp", tied)
+    fsdp, other_fsdp = crew(2).run(_train, "fsdp", tied)
+    for mine, theirs in ((ddp, other), (fsdp, other_fsdp)):
+        assert mine[0] == theirs[0]
+        assert all(torch.equal(a, b) for a, b in zip(mine[1:3], theirs[1:3], strict=True))
+    assert (fsdp[0], fsdp[3]) == (ddp[0], ddp[3])
+    assert all(torch.equal(a, b) for a, b in zip(fsdp[1:3], ddp[1:3], strict=True))
+
+
+def _uneven(strategy: str, micro: int) -> tuple[float, Tensor, int]:
+    """Loss and gradient of a step of 3 sequences for 2 workers, and how often this one ran the model."""
+    settings = tiny.config(
+        train__global_batch=3, train__micro_batch=micro, train__clip=None, cluster__strategy=strategy
+    )
+    trainer = tiny.moved(tiny.trainer(settings, strategy=strategy))
+    gradients = tiny.gradients(trainer)
+    runs: list[int] = []
+    trainer.loss.register_forward_hook(lambda *_: runs.append(1))
+    result = next(tiny.steps(trainer, count=1))
+    return result.loss, gradients[0], len(runs)
+
+
+@pytest.mark.parametrize("micro", [1, 2])
+def test_fsdp_equals_ddp_with_uneven_shares(crew: Callable[[int], Crew], micro: int) -> None:
+    ddp, other = crew(2).run(_uneven, "ddp", micro)
+    fsdp, other_fsdp = crew(2).run(_uneven, "fsdp", micro)
+    assert torch.equal(fsdp[1], other_fsdp[1])
+    assert fsdp[0] == other_fsdp[0] == pytest.approx(ddp[0], rel=1e-6)
+    assert float((fsdp[1] - ddp[1]).norm() / ddp[1].norm()) < 2e-6
+    assert (ddp[2], other[2]) == ((1, 2) if micro == 1 else (1, 1))
+    assert fsdp[2] == other_fsdp[2] == other[2]  # the smaller share runs one for the sake of the other
 
 
 def test_fsdp_shards_every_frozen_weight_of_the_blocks_and_ddp_none(crew: Callable[[int], Crew]) -> None:
@@ -80,21 +131,26 @@ def test_fewer_questions_than_workers(crew: Callable[[int], Crew]) -> None:
 
 
 def _one_question(strategy: str) -> list[list[int]]:
-    trainer = made(strategy)
-    list(tiny.steps(trainer, count=1))
+    trainer, *_ = trained(strategy, steps=1)
     return answer(trainer, QUESTIONS[:1], 3, [EOS], dist.get_rank(), 2)
 
 
 def one_by_one(trainer: Trainer, question: Question, tokens: int) -> list[int]:
-    with decoding(trainer.loss.model):
-        return likeliest(trainer.loss.model, question.prompt, tokens)
+    """Greedy decoding without a cache, padding or transformers' generate."""
+    ids, model = list(question.prompt), trainer.loss.model
+    with decoding(model):
+        for _ in range(tokens):
+            logits: Any = model(input_ids=torch.tensor([ids]), use_cache=False).logits  # type: ignore[operator]
+            ids.append(int(logits[0, -1].argmax()))
+    return ids[len(question.prompt) :]
 
 
 def _tested(strategy: str) -> tuple[str, float, list[float]]:
-    trainer = made(strategy)
+    settings = tiny.config(cluster__workers=2, cluster__strategy=strategy, train__micro_batch=1)
+    trainer = tiny.trainer(settings, model=tiny.llama(attention="segments"), strategy=strategy)
     packs: list[Any] = [tiny.pack(9, 7), tiny.pack(12)]
     with bare(trainer.loss.model):
-        found = choose_attention(trainer.loss, packs, trainer.config, trainer.device)
+        found = choose_attention(trainer.loss, packs, settings, trainer.device)
     check_adapters(trainer.loss, trainer.adapted, packs, found.attention, trainer.device, new=True)
     assert found.differences is not None
     losses = [result.loss for result in tiny.steps(trainer, count=2, attention=found.attention)]
@@ -107,16 +163,31 @@ def test_the_self_test_of_a_sharded_base_is_that_of_a_whole_one(crew: Callable[[
     assert sharded[2] == other[2] == pytest.approx(whole[2], rel=1e-5)
 
 
-@pytest.mark.parametrize("attention", ["segments", "sdpa", "eager", "Gemma 2, which has no sdpa"])
+@pytest.mark.parametrize("attention", ["segments", "sdpa", "eager"])
 def test_answers_are_greedy_whatever_their_batch_and_order(attention: str) -> None:
-    gemma = attention.startswith("Gemma")
-    trainer = tiny.trainer(tiny.config(), "eager" if gemma else attention, zoo.make(ALL["gemma2"]) if gemma else None)
-    before, model = tiny.attention_of(trainer.loss.model), trainer.loss.model
+    trainer = tiny.trainer(tiny.config(), attention)
+    found = answer(trainer, QUESTIONS, 5, [EOS], batch=3)
+    assert tiny.attention_of(trainer.loss.model) == attention
+    assert found == [one_by_one(trainer, question, 5) for question in QUESTIONS]
+
+
+def test_a_family_without_sdpa_answers_too() -> None:
+    gemma = zoo.make(ALL["gemma2"])
+    trainer = tiny.trainer(tiny.config(), model=gemma)
+    assert answer(trainer, QUESTIONS[:2], 3, [EOS]) == [one_by_one(trainer, asked, 3) for asked in QUESTIONS[:2]]
+
+
+def test_an_answer_ends_before_its_end_token() -> None:
+    trainer = tiny.trainer(tiny.config())
+    whole = one_by_one(trainer, QUESTIONS[0], 5)
+    (found,) = answer(trainer, QUESTIONS[:1], 5, [whole[2]])
+    assert found == whole[: whole.index(whole[2])]
+
+
+def test_without_an_end_token_answers_have_the_most_tokens() -> None:
+    trainer = tiny.trainer(tiny.config())
     whole = [one_by_one(trainer, question, 5) for question in QUESTIONS]
-    assert answer(trainer, QUESTIONS, 5, [EOS], batch=3) == whole
-    assert tiny.attention_of(model) == before
-    end = whole[0][2]  # an answer ends before it
-    assert answer(trainer, QUESTIONS[:1], 5, [end]) == [whole[0][: whole[0].index(end)]]
+    model: Any = trainer.loss.model
     model.generation_config.eos_token_id = whole[0][1]  # what the model's folder says does not count
     assert answer(trainer, QUESTIONS, 5, [], batch=2) == whole
 

@@ -15,13 +15,15 @@ RANK, ALPHA, RATE = 4, 8, 1e-3
 BATCH = [tiny.pack(20, seed=1), tiny.pack(20, seed=2), tiny.pack(20, seed=3)]
 
 
-def trainer_of(method: str, **changes: Any) -> Any:
-    sizes = {"adapter__method": method, "adapter__rank": RANK, "adapter__alpha": ALPHA, "train__clip": None}
-    return tiny.trainer(tiny.config(**(sizes | changes)), "sdpa")
-
-
-def shape(**changes: Any) -> peft.LoraConfig:
-    return peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM", **changes)
+@pytest.fixture(scope="module")
+def pair() -> tuple[Any, Any, torch.optim.Optimizer]:
+    """This project's trainer, PEFT's model, and PEFT's optimizer."""
+    settings = tiny.config(adapter__rank=RANK, adapter__alpha=ALPHA, train__clip=None)
+    shape = peft.LoraConfig(
+        r=RANK, lora_alpha=ALPHA, target_modules="all-linear", init_lora_weights="olora", task_type="CAUSAL_LM"
+    )
+    oracle = peft.get_peft_model(tiny.llama(), shape)
+    return tiny.trainer(settings, "sdpa"), oracle, torch.optim.AdamW(trainable(oracle), lr=RATE, weight_decay=0.0)
 
 
 def oracle_loss(oracle: Any) -> torch.Tensor:
@@ -40,21 +42,31 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float(((found - expected).norm() / size).detach())
 
 
-def test_three_steps_equal_pefts() -> None:
-    follow(trainer_of("olora"), peft.get_peft_model(tiny.llama(), shape(init_lora_weights="olora")))
+def test_three_steps_equal_pefts(pair: tuple[Any, Any, torch.optim.Optimizer]) -> None:
+    follow(*pair)
 
 
 @pytest.mark.parametrize("method", FROM_WEIGHTS)
 def test_three_steps_equal_those_of_a_changed_base(method: str) -> None:
     """As the papers write it: W - s B0 A0 in the base, and A and B trained from A0 and B0."""
-    trainer = trainer_of(method)
-    follow(trainer, peft_from(trainer))
+    settings = tiny.config(adapter__method=method, adapter__rank=RANK, adapter__alpha=ALPHA, train__clip=None)
+    trainer = tiny.trainer(settings, "sdpa")
+    oracle = peft_from(trainer)
+    follow(trainer, oracle, torch.optim.AdamW(trainable(oracle), lr=RATE, weight_decay=0.0))
 
 
 def test_five_steps_of_lora_plus_with_the_same_gradients_equal_pefts() -> None:
     from peft.optimizers import create_loraplus_optimizer
 
-    trainer = trainer_of("lora", train__lr_ratio=16.0, train__weight_decay=0.0)
+    settings = tiny.config(
+        adapter__method="lora",
+        adapter__rank=RANK,
+        adapter__alpha=ALPHA,
+        train__clip=None,
+        train__lr_ratio=16.0,
+        train__weight_decay=0.0,
+    )
+    trainer = tiny.trainer(settings, "sdpa")
     oracle = peft_from(trainer)
     optimizer = create_loraplus_optimizer(oracle, torch.optim.AdamW, lr=RATE, loraplus_lr_ratio=16.0)
     batch = collate(BATCH, "sdpa")
@@ -75,7 +87,8 @@ def test_five_steps_of_lora_plus_with_the_same_gradients_equal_pefts() -> None:
 
 def peft_from(trainer: Any) -> Any:
     """PEFT's plain LoRA on the base that is changed such that it starts where the trainer does."""
-    oracle = peft.get_peft_model(tiny.llama(), shape())
+    shape = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
+    oracle = peft.get_peft_model(tiny.llama(), shape)
     for name, layer in trainer.adapted.items():
         theirs = layer_of(oracle, name)
         theirs.lora_A["default"].weight.data = layer.a0.clone()
@@ -85,10 +98,12 @@ def peft_from(trainer: Any) -> Any:
     return oracle
 
 
-def follow(trainer: Any, oracle: Any) -> None:
+def trainable(oracle: Any) -> list[torch.nn.Parameter]:
+    return [parameter for parameter in oracle.parameters() if parameter.requires_grad]
+
+
+def follow(trainer: Any, oracle: Any, optimizer: torch.optim.Optimizer) -> None:
     """Three steps of both, compared all along."""
-    trainable = [parameter for parameter in oracle.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=RATE, weight_decay=0.0)
     batch = collate(BATCH, "sdpa")
     starts = {name: layer.base.weight.clone() for name, layer in trainer.adapted.items()}
     losses = []

@@ -65,49 +65,62 @@ def same(one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-def assert_nothing_changes(make: Callable[[], Any], batch: Batch, dropout: float) -> None:
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("attention", ["segments", "sdpa", "eager"])
+def test_packed_sequences_have_the_same_bits(attention: str, dtype: torch.dtype, dropout: float) -> None:
+    batch = collate([tiny.pack(9, 7, 4), tiny.pack(12)], attention)
     found = []
     for on in (False, True):
-        made = trainer(make(), on, adapter__dropout=dropout)
+        made = trainer(tiny.llama(attention=attention, dtype=dtype), on, adapter__dropout=dropout)
         count = runs(made.loss.model)
         found.append(gradient(made, batch))
         assert len(count) == (2 if on else 1)
     assert same(*found)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("attention", ["segments", "sdpa", "eager"])
-def test_packed_sequences_have_the_same_bits(attention: str, dtype: torch.dtype, dropout: float) -> None:
-    batch = collate([tiny.pack(9, 7, 4), tiny.pack(12)], attention)
-    assert_nothing_changes(lambda: tiny.llama(attention=attention, dtype=dtype), batch, dropout)
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_kind_of_block_has_the_same_bits(family: str) -> None:
-    assert_nothing_changes(lambda: zoo.make(ALL[family]), collate([tiny.pack(9), tiny.pack(12, seed=1)], "sdpa"), 0.1)
+    batch = collate([tiny.pack(9), tiny.pack(12, seed=1)], "sdpa")
+    found = []
+    for on in (False, True):
+        made = trainer(zoo.make(ALL[family]), on, adapter__dropout=0.1)
+        count = runs(made.loss.model)
+        found.append(gradient(made, batch))
+        assert len(count) == (2 if on else 1)
+    assert same(*found)
 
 
-def _steps(strategy: str, on: bool) -> tuple[list[float], Tensor, float, list[list[int]]]:
-    sizes = {"train__micro_batch": 1, "train__global_batch": 3, "adapter__dropout": 0.2}
-    settings = tiny.config(cluster__workers=2, cluster__strategy=strategy, **sizes)
+def _steps(strategy: str, on: bool) -> tuple[list[float], Tensor, float, list[list[int]], list[int]]:
+    settings = tiny.config(
+        cluster__workers=2,
+        cluster__strategy=strategy,
+        train__micro_batch=1,
+        train__global_batch=3,
+        adapter__dropout=0.2,
+    )
     made: Trainer = tiny.trainer(settings, model=tiny.llama(attention="segments"))
     made.loss.recompute = on
     place_model(made.loss, strategy, CPU)
+    rank = dist.get_rank()
+    count = runs(made.loss.model)
     losses = [result.loss for result in tiny.steps(made, count=3)]
-    count, rank = runs(made.loss.model), dist.get_rank()
-    held_out = evaluate(made, tiny.store(4, seed=9), "segments", rank, 2)
-    assert len(count) == 2, "an evaluation runs each block once"
+    runs_of_steps = len(count)
+    held_out = evaluate(made, tiny.store(3, seed=9), "segments", rank, 2)
     answers = answer(made, [Question((5, 6, 7), ()), Question((8, 9), ())], 4, [1], rank, 2, batch=2)
-    return losses, made.flat.vector.clone(), held_out, answers
+    return losses, made.flat.vector.clone(), held_out, answers, [runs_of_steps, len(count)]
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_two_workers_train_to_the_same_bits(crew: Callable[[int], Crew], strategy: str) -> None:
     without, with_it = (crew(2).run(_steps, strategy, on) for on in (False, True))
     for one, other in zip(without, with_it, strict=True):
+        assert one[0] == other[0]
         assert torch.equal(one[1], other[1])
-        assert (one[0], *one[2:]) == (other[0], *other[2:])
+        assert one[2:4] == other[2:4]
+        assert other[4][0] == 2 * one[4][0]
+        # Evaluation and answers run each block once.
+        assert other[4][1] - other[4][0] == one[4][1] - one[4][0]
 
 
 def test_a_cache_is_filled_once_even_where_gradients_are_on() -> None:
@@ -131,6 +144,19 @@ def test_factors_of_gradients_are_the_same() -> None:
         made, *_ = gradient_factors(loss, targets, Adapter(method="lora_ga", rank=4), tiny.store(), CPU)
         found.append([part for item in made.values() for part in (item.a0, item.b0) if part is not None])
     assert same(*map(tuple, found))
+
+
+def test_it_can_be_switched_and_is_put_on_once() -> None:
+    made = trainer(tiny.llama(), on=True)
+    before = [block.forward for block in decoder_layers(made.loss.model)]
+    place_model(made.loss, "ddp", CPU)
+    assert [block.forward for block in decoder_layers(made.loss.model)] == before
+    count, batch = runs(made.loss.model), collate([tiny.pack(9)], "sdpa")
+    with parallel.switched(made.loss, on=False):
+        made.loss(batch).backward()
+    assert len(count) == 1
+    made.loss(batch).backward()
+    assert len(count) == 3
 
 
 def test_a_block_that_does_something_twice_is_refused_before_the_first_step() -> None:

@@ -13,8 +13,10 @@ from olora_ray.common.errors import UserError
 from olora_ray.model import attention
 from olora_ray.tokens.collate import collate
 from olora_ray.train import loss as loss_module
+from olora_ray.train import self_test
+from olora_ray.train.fake_model import LiveBytes
 from olora_ray.train.loss import SelfTest, SupervisedLoss
-from olora_ray.train.self_test import bare, check_adapters, choose_attention
+from olora_ray.train.self_test import SHORT, bare, check_adapters, choose_attention, three_examples
 from tests import tiny
 from tests.crew import Crew
 from tests.families import zoo
@@ -66,9 +68,14 @@ def test_attention_that_is_not_told_the_borders_is_passed_over(
 def test_a_model_that_makes_its_masks_of_nothing_is_given_them(dtype: torch.dtype) -> None:
     found = chosen(of_kind("gpt_oss", SINKS).to(dtype))
     assert (found.attention, found.given_masks) == ("eager", True)
-    if dtype == torch.float32:
-        assert found.differences is not None
-        assert found.differences.beside < 1e-4, "nothing leaks, though rounding decides on experts"
+
+
+def test_a_mixture_is_given_masks_even_if_rounding_would_explain_a_leak(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(self_test, "MARGIN_OF_EXPERTS", 1e9)
+    found = chosen(of_kind("gpt_oss", SINKS))
+    assert (found.attention, found.given_masks) == ("eager", True)
+    assert found.differences is not None
+    assert found.differences.beside < 1e-4, "and so nothing leaks"
 
 
 def test_examples_that_may_share_a_sequence_are_tested_so_although_the_first_ones_do_not() -> None:
@@ -83,6 +90,13 @@ def test_examples_that_may_share_a_sequence_are_tested_so_although_the_first_one
     assert (apart.attention, apart.given_masks) == ("eager", False)
 
 
+def test_a_window_that_is_shorter_than_an_example_is_kept() -> None:
+    packs = [tiny.pack(40, 7), tiny.pack(12)]
+    found = chosen(of_kind("mistral", SMALL | {"sliding_window": 8}), packs)
+    assert found.attention == "sdpa"
+    assert "windows" in found.passed_over["segments"]
+
+
 def test_a_window_is_kept_although_the_first_examples_are_shorter() -> None:
     made = of_kind("mistral", SMALL | {"sliding_window": 16, "max_position_embeddings": 64})
     loss = SupervisedLoss(made)
@@ -92,6 +106,24 @@ def test_a_window_is_kept_although_the_first_examples_are_shorter() -> None:
     assert torch.isfinite(loss(collate([tiny.pack(40)], found.attention)))
     short = choose_attention(loss, [tiny.pack(9, 7), tiny.pack(12)], tiny.config(data__max_length=16), CPU)
     assert short.attention == "segments"
+
+
+def test_the_self_test_of_a_window_goes_just_beyond_it() -> None:
+    made = of_kind("mistral", SMALL | {"sliding_window": 16})
+    packs = [tiny.pack(9, 40), tiny.pack(100)]
+    for most, length in ((20, 20), (100, 16 + SHORT)):
+        _, second, _ = three_examples(packs, tiny.config(data__max_length=most), made)
+        assert len(second) == length
+
+
+def test_logits_of_the_self_test_are_there_once() -> None:
+    vocabulary, length, window = 2**16, 256, 200
+    made = of_kind("mistral", SMALL | {"sliding_window": window, "vocab_size": vocabulary})
+    loss = SupervisedLoss(made)
+    with LiveBytes([*loss.parameters(), *loss.buffers()]) as live:
+        choose_attention(loss, [tiny.pack(128, 128)] * 3, tiny.config(data__max_length=length), CPU)
+    rows = 2 * (window + 2 * SHORT)  # two examples beside each other, and as much with padding
+    assert live.most < 1.7 * 4 * rows * vocabulary
 
 
 @pytest.fixture
@@ -107,6 +139,16 @@ def test_a_kernel_that_fails_in_the_first_forward_is_passed_over(dtype: torch.dt
     found = chosen(tiny.llama(attention="varlen", dtype=dtype))  # this kernel has no version for CPUs
     assert found.attention == "sdpa"
     assert "its forward fails: NotImplementedError: Could not run" in found.passed_over["varlen"]
+
+
+def test_an_attention_whose_code_does_not_import_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    def attend(*_: Any, **__: Any) -> Any:
+        raise ImportError("flash_attn_2_cuda.so: undefined symbol")
+
+    monkeypatch.setattr(attention, "_fused", attend)
+    found = chosen(tiny.llama())
+    assert found.attention == "sdpa"
+    assert "its forward fails: ImportError: flash_attn_2_cuda.so" in found.passed_over["segments"]
 
 
 @NEWER
@@ -170,9 +212,29 @@ def test_the_attention_that_is_named_is_refused_with_one_that_passes() -> None:
         chosen(of_kind("mistral", SMALL | {"sliding_window": 8}), [tiny.pack(40, 7)], model__attention="segments")
 
 
-def test_a_head_that_is_not_the_models_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+Break = Callable[[pytest.MonkeyPatch], None]
+
+
+def head_without_scale(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(loss_module, "OutputHead", lambda made: made.get_output_embeddings())
+
+
+def no_mask(patch: pytest.MonkeyPatch) -> None:
+    """Attention that sees what comes after."""
+    real = torch.nn.functional.scaled_dot_product_attention
+
+    def seen(*parts: Any, is_causal: bool = False, **more: Any) -> Any:
+        return real(*parts, is_causal=False, **more)
+
+    patch.setattr(attention.F, "scaled_dot_product_attention", seen)
+    patch.setattr(attention, "own", lambda _: "eager")
+
+
+@pytest.mark.parametrize("broken", [head_without_scale, no_mask])
+def test_what_is_broken_here_is_found(broken: Break, monkeypatch: pytest.MonkeyPatch) -> None:
     made = of_kind("granite", SMALL | {"logits_scaling": 3.0, "initializer_range": 0.2})
-    monkeypatch.setattr(loss_module, "OutputHead", lambda made: made.get_output_embeddings())
+    assert chosen(made).attention == "segments"
+    broken(monkeypatch)
     with pytest.raises(UserError, match="GraniteForCausalLM"):
         chosen(made, model__attention="segments")
 

@@ -1,6 +1,7 @@
 """A base of which each worker reads its own rows is, bit for bit, the one that every worker loads whole."""
 
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +29,6 @@ from tests import tiny
 from tests.crew import Crew
 from tests.families import zoo
 from tests.families.variants import ALL
-from tests.said import said
 
 CPU = torch.device("cpu")
 FAMILIES = [
@@ -87,8 +87,8 @@ def config(folder: Path, strategy: str, dtype: str = "float32", **changes: Any) 
 def trained(folder: Path, strategy: str, dtype: str = "float32", changes: dict[str, Any] | None = None) -> Outcome:
     """Load a base, make factors, and train three steps: what a worker does, without its self-test."""
     settings, rank, world = config(folder, strategy, dtype, **(changes or {})), dist.get_rank(), dist.get_world_size()
-    with said() as lines:
-        loss = load_base(str(folder), settings, CPU)
+    lines: list[str] = []
+    loss = _listening(lines, lambda: load_base(str(folder), settings, CPU))
     model: Any = loss.model
     by_rows, adapter, store = loss.files is not None, settings.adapter, tiny.store()
     targets = find_targets(model, adapter.targets, adapter.rank)
@@ -122,6 +122,22 @@ def _base(loss: SupervisedLoss) -> dict[str, Tensor]:
             whole = part.data.full_tensor() if isinstance(part.data, DTensor) else part.data
             found[name] = whole.clone()
     return found
+
+
+def _listening(lines: list[str], work: Callable[[], SupervisedLoss]) -> SupervisedLoss:
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(record.getMessage())
+
+    handler, logger = Keep(), parallel.logger
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        return work()
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def assert_same(one: Outcome, two: Outcome) -> None:
@@ -175,30 +191,54 @@ def test_other_methods_start_as_with_ddp(crew: Callable[[int], Crew], tmp_path: 
     assert_same(sharded, whole)
 
 
-Rows = dict[str, tuple[int, int, int]]
-"""By weight: the first row, the one after the last, and how many there are in memory."""
-
-
-def _parts(folder: Path, changes: dict[str, Any] | None = None) -> tuple[int, int, Rows]:
-    """Of the blocks: bytes in this worker's memory, bytes of the whole, and its rows."""
+def _parts(
+    folder: Path, changes: dict[str, Any] | None = None
+) -> tuple[int, int, int, dict[str, tuple[int, int, int]]]:
+    """Of the blocks: bytes that this worker has read by calls, bytes of its memory, the whole; rows of each weight."""
+    before = _read_so_far()
     loss = load_base(str(folder), config(folder, "fsdp", **(changes or {})), CPU)
-    parts = {name: weight.data for name, weight in loss.model.named_parameters() if ".layers." in name}
-    shards = {name: part for name, part in parts.items() if isinstance(part, DTensor)}
-    assert shards.keys() == parts.keys()
-    local = sum(part.to_local().nbytes for part in shards.values())
-    rows = {name: (*own_rows(part), part.to_local().shape[0]) for name, part in shards.items()}
-    return local, sum(part.nbytes for part in parts.values()), rows
+    read = _read_so_far() - before
+    parameters = {name: parameter.data for name, parameter in loss.model.named_parameters() if ".layers." in name}
+    local = sum(part.to_local().nbytes for part in parameters.values() if isinstance(part, DTensor))
+    rows = {
+        name: (*own_rows(part), part.to_local().shape[0])
+        for name, part in parameters.items()
+        if isinstance(part, DTensor)
+    }
+    assert len(rows) == len(parameters)
+    model: Any = loss.model
+    embeddings = model.get_input_embeddings().weight.data
+    assert not isinstance(embeddings, DTensor)
+    assert str(folder / "model") in _file_of(embeddings)
+    return read, local, sum(part.nbytes for part in parameters.values()), rows
 
 
-def test_a_worker_keeps_its_part_alone(crew: Callable[[int], Crew], tmp_path: Path) -> None:
-    tiny.llama(hidden_size=256, intermediate_size=512, num_hidden_layers=4).save_pretrained(tmp_path)
+def _file_of(part: Tensor) -> str:
+    """The file whose pages a tensor has."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        first, last = (int(end, 16) for end in line.split()[0].split("-"))
+        if first <= part.data_ptr() < last:
+            return line.split(maxsplit=5)[-1]
+    raise AssertionError("no memory")
+
+
+def _read_so_far() -> int:
+    return int(Path("/proc/self/io").read_text().split("rchar: ")[1].split()[0])
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="the system does not count what a process reads")
+def test_a_worker_reads_and_keeps_its_part_alone(crew: Callable[[int], Crew], tmp_path: Path) -> None:
+    model = tiny.llama(vocab_size=4096, hidden_size=256, intermediate_size=512, num_hidden_layers=4)
+    model.save_pretrained(tmp_path, max_shard_size="10MB")
     for workers in (2, 3):
+        crew(workers).run(_parts, tmp_path)  # imports are files as well
         found = crew(workers).run(_parts, tmp_path)
-        for local, whole, rows in found:
+        for read, local, whole, _ in found:
             assert local == pytest.approx(whole / workers, rel=0.02)
-            assert all(count == stop - start for start, stop, count in rows.values())
-        for name in found[0][2]:
-            ranges = [rows[name][:2] for *_, rows in found]
+            assert local < read < local + 0.05 * whole
+        for name, (*_, rows) in found[0][3].items():
+            assert rows == found[0][3][name][1] - found[0][3][name][0]
+            ranges = [each[3][name][:2] for each in found]
             assert ranges[0][0] == 0
             assert all(stop == start for (_, stop), (start, _) in pairwise(ranges))
 
@@ -211,8 +251,12 @@ def test_copies_of_a_sharded_base(crew: Callable[[int], Crew], tmp_path: Path) -
         assert other.by_rows
         assert_same(other, one)
     found = crew(4).run(_parts, tmp_path, wide)
-    assert found[0][2] == found[2][2] != found[1][2] == found[3][2]
-    assert found[0][0] + found[1][0] == pytest.approx(found[0][1], rel=0.01)
+    for read, _, size, _ in found:
+        assert read > size / 2
+    assert found[0][3] == found[2][3]
+    assert found[1][3] == found[3][3]
+    assert found[0][3] != found[1][3]
+    assert found[0][1] + found[1][1] == pytest.approx(found[0][2], rel=0.01)
 
 
 def _twice(folder: Path, changed: float = 0.0) -> None:
@@ -256,9 +300,7 @@ def test_a_base_that_cannot_be_read_by_rows_is_loaded_whole(
 ) -> None:
     build(tmp_path)
     (whole, _), (sharded, other) = (crew(2).run(trained, tmp_path, strategy) for strategy in ("ddp", "fsdp"))
-    assert any(
-        line.endswith(f"fsdp: each worker loads the whole base before it is sharded: {why}") for line in sharded.lines
-    )
+    assert sharded.lines == [f"fsdp: each worker loads the whole base before it is sharded: {why}"]
     assert not sharded.by_rows
     for one in (sharded, other):
         assert_same(one, whole)

@@ -10,9 +10,9 @@ from olora_ray.adapter.inject import select
 from olora_ray.config.schema import Config
 from olora_ray.model import attention as segment_attention
 from olora_ray.tokens.collate import Batch, collate
-from olora_ray.train.estimate import Measured, measure
+from olora_ray.train.estimate import Measured, answers_at_once, measure
 from olora_ray.train.fake_model import LiveBytes
-from olora_ray.train.generate import decoding, greedy
+from olora_ray.train.generate import AT_ONCE, decoding, greedy
 from olora_ray.train.loop import Trainer, train_mode
 from olora_ray.train.parallel import place_model
 from tests import tiny
@@ -71,6 +71,15 @@ def test_the_plan_is_what_a_step_takes(family: str, on: bool) -> None:
     assert share == pytest.approx(1.0, rel=0.06 if on else 0.02)
 
 
+@pytest.mark.parametrize("on", [False, True])
+def test_blocks_that_are_not_run_count(on: bool) -> None:
+    config, sizes = settings(on), {"num_hidden_layers": 7}
+    with torch.device("meta"):
+        meta = tiny.llama(**sizes)
+    model = tiny.llama(attention="segments", **sizes)
+    assert planned(config, meta) == pytest.approx(taken(config, model, full(config, "segments")), rel=0.02)
+
+
 def test_a_run_without_numbers_leaves_nothing_behind() -> None:
     config, model = settings(), tiny.llama(attention="segments", dtype=torch.bfloat16)
     made: Trainer = tiny.trainer(config, model=model)
@@ -105,6 +114,25 @@ def test_a_batch_that_is_far_too_large_is_planned_from_a_smaller_one() -> None:
     assert found > rows * length * 4 * meta.config.hidden_size
 
 
+def test_a_gpu_is_planned_with_flash_attention_in_half_a_precision_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(segment_attention, "kernel", lambda: object())
+    used, plans = [], {}
+    for gpu, dtype in ((True, torch.bfloat16), (True, torch.float32), (False, torch.bfloat16)):
+        meta = zoo.on_meta(ALL["llama"])
+        plans[gpu, dtype] = planned(settings(), meta, dtype, gpu)
+        used.append(tiny.attention_of(meta))
+    assert used == ["segments", "sdpa", "segments"]
+    assert plans[True, torch.bfloat16] < plans[False, torch.bfloat16], "without the products of a CPU"
+
+
+def test_what_is_not_laid_out_in_one_row_is_not_planned_so() -> None:
+    variant = ALL["llama4_text"]
+    scaled = replace(variant, sizes=variant.sizes | {"floor_scale": 64})
+    meta, other = zoo.on_meta(scaled), zoo.on_meta(variant)
+    assert planned(settings(), meta) > planned(settings(), other)  # it has masks
+    assert (tiny.attention_of(meta), tiny.attention_of(other)) == ("sdpa", "segments")
+
+
 def answering(**changes: Any) -> Config:
     wanted = {"data__eval_fraction": 0.1, "evaluation__samples": ROWS, "evaluation__max_new_tokens": 24}
     return settings(**(wanted | changes))
@@ -133,17 +161,18 @@ def test_the_plan_is_what_answers_take(family: str, new: int) -> None:
     assert plan == pytest.approx(taken_by_answers(config, zoo.make(variant)), rel=0.1)
 
 
-@pytest.mark.parametrize("on", [False, True])
-def test_blocks_that_are_not_run_count(on: bool) -> None:
-    config, sizes = settings(on), {"num_hidden_layers": 7}
-    with torch.device("meta"):
-        meta = tiny.llama(**sizes)
-    model = tiny.llama(attention="segments", **sizes)
-    assert planned(config, meta) == pytest.approx(taken(config, model, full(config, "segments")), rel=0.02)
-
-
 def test_blocks_that_are_not_run_count_in_answers_too() -> None:
     sizes, config = {"num_hidden_layers": 7}, answering(evaluation__max_new_tokens=4)
     with torch.device("meta"):
         meta = tiny.llama(**sizes)
     assert plan_of(config, meta).answers == pytest.approx(taken_by_answers(config, tiny.llama(**sizes)), rel=0.1)
+
+
+def test_only_what_is_answered_counts() -> None:
+    assert answers_at_once(answering()) == ROWS
+    assert answers_at_once(answering(evaluation__samples=3, evaluation__scorer="exact_match")) == AT_ONCE
+    assert answers_at_once(answering(evaluation__samples=0)) == 0
+    assert answers_at_once(answering(data__eval_fraction=None)) == 0
+    with torch.device("meta"):
+        meta = tiny.llama()
+    assert plan_of(answering(evaluation__samples=0), meta).answers == 0

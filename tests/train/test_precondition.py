@@ -1,0 +1,135 @@
+"""The preconditioner is its formula, and PEFT's but for the division by the norm; all workers do the same."""
+
+from collections.abc import Callable
+from typing import Any
+
+import peft
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from peft.optimizers import create_riemannian_optimizer
+from torch import Tensor, nn
+
+from olora_ray.adapter.layer import AdaptedWeight, Factors
+from olora_ray.train.optim import precondition
+from tests import tiny
+from tests.crew import Crew
+
+M, N, RANK = 9, 6, 3
+
+
+def adapter(with_b0: bool, *experts: int, seed: int = 0) -> AdaptedWeight:
+    """A layer, or a stack, as if it had trained for a while."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*experts, *shape, generator=generator)
+
+    layer = AdaptedWeight(Factors(draw(RANK, N), draw(M, RANK) if with_b0 else None), M, 1.0)
+    layer.da.data, layer.db.data = draw(RANK, N), draw(M, RANK)
+    layer.da.grad, layer.db.grad = draw(RANK, N), draw(M, RANK)
+    return layer
+
+
+def formula(layer: AdaptedWeight) -> tuple[Tensor, Tensor]:
+    a, b = layer.a0 + layer.da, layer.db if layer.b0 is None else layer.b0 + layer.db
+    assert layer.da.grad is not None
+    assert layer.db.grad is not None
+    eye = 1e-6 * torch.eye(RANK, dtype=torch.float64)
+    a, b = a.detach().double(), b.detach().double()
+    grad_a = torch.linalg.inv(b.mT @ b + eye) @ layer.da.grad.double()
+    grad_b = layer.db.grad.double() @ torch.linalg.inv(a @ a.mT + eye)
+    return tuple(g / torch.linalg.matrix_norm(g, keepdim=True) for g in (grad_a, grad_b))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("with_b0", [True, False])
+@given(seed=st.integers(0, 2**31))
+def test_a_layer_has_the_formula(with_b0: bool, seed: int) -> None:
+    layer = adapter(with_b0, seed=seed)
+    for found, expected in zip(applied(layer), formula(adapter(with_b0, seed=seed)), strict=True):
+        torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def applied(layer: AdaptedWeight) -> tuple[Tensor, Tensor]:
+    precondition({"layer": layer})
+    assert layer.da.grad is not None
+    assert layer.db.grad is not None
+    return layer.da.grad, layer.db.grad
+
+
+def test_a_stack_has_that_of_each_expert() -> None:
+    stack = adapter(True, 4)
+    expected = formula(stack)
+    for found, wanted in zip(applied(stack), expected, strict=True):
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_at_a_start_with_b_zero_the_gradient_of_a_stays_zero() -> None:
+    layer = adapter(False)
+    assert layer.da.grad is not None
+    layer.db.data.zero_()
+    layer.da.grad.zero_()
+    grad_a, grad_b = applied(layer)
+    assert not grad_a.any()
+    assert float(grad_b.norm()) == pytest.approx(1.0)
+
+
+def test_what_is_not_finite_stays_visible() -> None:
+    layer = adapter(True)
+    assert layer.db.grad is not None
+    layer.db.grad[0, 0] = torch.inf
+    assert not torch.isfinite(applied(layer)[1]).all()
+
+
+def test_without_the_norm_it_is_pefts() -> None:
+    layer = adapter(False)
+    model = nn.Sequential()
+    model.add_module("proj", nn.Linear(N, M, bias=False))
+    theirs = peft.get_peft_model(model, peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=["proj"]))
+    proj: Any = theirs.base_model.model.proj
+    proj.lora_A["default"].weight.data = (layer.a0 + layer.da).detach().clone()
+    proj.lora_B["default"].weight.data = layer.db.detach().clone()
+    for part, grad in (("lora_A", layer.da.grad), ("lora_B", layer.db.grad)):
+        assert grad is not None
+        getattr(proj, part)["default"].weight.grad = grad.clone()
+    create_riemannian_optimizer(theirs, torch.optim.SGD, lr=0.0, reg=1e-3).step()
+    precondition({"layer": layer}, epsilon=1e-3, unit=False)
+    torch.testing.assert_close(layer.da.grad, proj.lora_A["default"].weight.grad, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(layer.db.grad, proj.lora_B["default"].weight.grad, rtol=1e-5, atol=1e-5)
+
+
+def _trained(strategy: str, workers: int, **changes: Any) -> tuple[list[float], Tensor, Tensor]:
+    """Losses, the vector that the optimizer is given in the last step, and the adapter after it."""
+    settings = tiny.config(
+        cluster__workers=workers, cluster__strategy=strategy, train__micro_batch=1, train__precondition=True, **changes
+    )
+    trainer = tiny.trainer(settings, model=tiny.llama(attention="segments"), strategy=strategy)
+    gradients = tiny.gradients(trainer)
+    losses = [result.loss for result in tiny.steps(trainer, count=3)]
+    return losses, gradients[-1], trainer.flat.vector
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("ratio", [1.0, 4.0])
+def test_all_workers_take_the_steps_of_one(crew: Callable[[int], Crew], strategy: str, ratio: float) -> None:
+    # Of one worker, whose sums of gradients have another order: AdamW's first steps turn the sign of what is about 0.
+    alone = _trained("ddp", 1, train__lr_ratio=ratio)
+    first, second = crew(2).run(_trained_by_two, strategy, ratio)
+    assert first[0] == second[0]
+    assert torch.equal(first[1], second[1])
+    assert torch.equal(first[2], second[2])
+    assert first[0] == pytest.approx(alone[0], rel=1e-4)
+    assert float((first[2] - alone[2]).norm() / alone[2].norm()) < 2e-2
+
+
+def _trained_by_two(strategy: str, ratio: float) -> tuple[list[float], Tensor, Tensor]:
+    return _trained(strategy, 2, train__lr_ratio=ratio)
+
+
+def test_it_is_done_before_clipping() -> None:
+    _, given_to_adamw, _ = _trained("ddp", 1, train__clip=0.5)
+    assert float(given_to_adamw.norm()) == pytest.approx(0.5, rel=1e-4)
+    _, given_to_adamw, _ = _trained("ddp", 1, train__clip=None)
+    matrices = 2 * len(tiny.trainer(tiny.config()).adapted)
+    assert float(given_to_adamw.norm()) == pytest.approx(matrices**0.5, rel=1e-4)

@@ -1,0 +1,122 @@
+"""Length and rates of a run follow from content and config, never from when shards arrive."""
+
+import threading
+from itertools import count, takewhile
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from olora_ray.config.schema import Train
+from olora_ray.train import loader
+from olora_ray.train.loader import Schedule, lr_at, total_steps
+from tests import tiny
+
+PACK = tiny.pack(6)
+
+
+@pytest.fixture(autouse=True)
+def fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "PAUSES", (0.001, 0.002))
+
+
+def store(sizes: list[int], arrived: int | None = None) -> Any:
+    return tiny.ListStore([PACK] * sum(sizes), sizes, arrived)
+
+
+def arriving(sizes: list[int]) -> tuple[Any, Any]:
+    """A store whose next shard arrives when somebody has waited for it, and the `waiting` that lets it."""
+    growing = store(sizes, 0)
+
+    def waiting(number: int, shards: int) -> None:
+        assert (number, shards) == (growing.available_shards, len(sizes))
+        growing.arrived = max(growing.arrived, number + 1)
+
+    return growing, waiting
+
+
+def run(schedule: Schedule) -> list[float]:
+    """The rates of all steps, asked for in the order of a run."""
+    return [schedule.lr(step) for step in takewhile(lambda done: not schedule.last(done), count())]
+
+
+sizes_of = st.lists(st.integers(0, 9), min_size=1, max_size=5).filter(any)
+trains = st.builds(
+    Train,
+    epochs=st.sampled_from([0.3, 0.5, 1, 1.5, 2, 3]),
+    steps=st.none() | st.integers(1, 9),
+    global_batch=st.integers(1, 7),
+    schedule=st.sampled_from(["cosine", "linear", "constant"]),
+    warmup=st.sampled_from([0.0, 0.03, 0.3, 0.9]),
+    lr=st.just(0.1),
+)
+
+
+@given(trains, sizes_of)
+def test_a_growing_store_gives_the_same_steps_and_rates(train: Train, sizes: list[int]) -> None:
+    whole = Schedule(train, store(sizes))
+    rates = run(whole)
+    assert len(rates) == whole.total() == total_steps(train, sum(sizes))
+    growing, waiting = arriving(sizes)
+    followed = Schedule(train, growing, waiting)
+    assert followed.total() == train.steps
+    assert run(followed) == rates
+    assert all(0.0 <= rate <= 0.1 for rate in rates)
+    assert rates[0] > 0.0 or train.epochs < 1
+
+
+@given(trains, sizes_of)
+def test_rates_rise_and_then_fall_with_the_data(train: Train, sizes: list[int]) -> None:
+    rates = run(Schedule(train, store(sizes)))
+    peak = rates.index(max(rates))
+    assert rates[: peak + 1] == sorted(rates[: peak + 1])
+    assert rates[peak:] == sorted(rates[peak:], reverse=True)
+
+
+@given(trains, st.integers(1, 30))
+def test_with_one_shard_or_steps_the_rates_are_those_of_the_steps(train: Train, packs: int) -> None:
+    total = total_steps(train, packs)
+    expected = [lr_at(step, total, train) for step in range(total)]
+    assert run(Schedule(train, store([packs]))) == expected
+    if train.steps:
+        assert run(Schedule(train, store([packs, 3, packs]))) == expected
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize(("shards", "epochs"), [(2, 1), (2, 3), (10, 1)])
+def test_with_equal_shards_the_rates_are_those_of_the_steps_after_the_warm_up(
+    kind: str, shards: int, epochs: int
+) -> None:
+    train = Train.model_validate({"epochs": epochs, "global_batch": 2, "schedule": kind, "warmup": 0.1, "lr": 1.0})
+    rates = run(Schedule(train, store([20] * shards)))
+    warm = len(rates) // 10
+    expected = [lr_at(step, len(rates), train) for step in range(len(rates))]
+    assert rates[warm:] == pytest.approx(expected[warm:])
+    assert rates[:warm] == pytest.approx([(step + 1) / warm for step in range(warm)])
+
+
+def test_what_is_certain_is_told_without_waiting() -> None:
+    train = Train(epochs=1, global_batch=4)
+    growing = store([9, 5, 4], arrived=1)
+    schedule = Schedule(train, growing, lambda *_: pytest.fail("waited"))
+    assert [schedule.ends(done) for done in range(5)] == [False, False, False, None, None]
+    assert not schedule.last(2)
+    assert schedule.total() is None
+    growing.arrived = 3
+    assert schedule.total() == 5
+    assert [schedule.last(done) for done in (4, 5, 6)] == [False, True, True]
+
+
+def test_what_is_not_certain_is_waited_for_and_may_be_given_up() -> None:
+    def give_up(number: int, shards: int) -> None:
+        assert (number, shards) == (1, 3)
+        raise ValueError("no more")
+
+    schedule = Schedule(Train(global_batch=4), store([9, 5, 4], arrived=1), give_up)
+    for ask in (lambda: schedule.last(3), lambda: schedule.lr(2)):
+        with pytest.raises(ValueError, match="no more"):
+            ask()
+    growing = store([9, 5, 4], arrived=1)
+    threading.Timer(0.05, lambda: setattr(growing, "arrived", 3)).start()
+    assert Schedule(Train(global_batch=4), growing).last(5)
