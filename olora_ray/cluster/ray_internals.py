@@ -40,6 +40,16 @@ def started_address() -> str | None:
     return read_ray_address() or None
 
 
+def joined_running_node() -> bool:
+    """True if this process is a driver that has joined a Ray which was running before.
+
+    False in Ray's own processes, and in one that has started a Ray for itself. Ray 2.60, _private/worker.py; the
+    runtime context knows the node, but not who started it.
+    """
+    node: Any = ray._private.worker._global_node
+    return node is not None and not node.is_head()
+
+
 def version_at(address: str, token: str | None, timeout: float) -> str:
     """Return the version of the Ray whose head answers at `address` within `timeout` seconds.
 

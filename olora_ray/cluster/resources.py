@@ -74,18 +74,12 @@ def autoscaler_limits() -> list[Nodes]:
     groups = ray_internals.autoscaler_groups()
     if groups is not None:
         return [Nodes(each, 1_000_000 if most < 0 else most) for each, most in groups]
-    # The launcher's file counts for the Ray that it has started: not for one of the run's own, which has another port.
-    started = ray_internals.started_address()
-    if started is None or _port(started) != _port(ray.get_runtime_context().gcs_address):
+    if not ray_internals.joined_running_node():
         return []
     tree: Any = None
     with contextlib.suppress(OSError, yaml.YAMLError):
         tree = yaml.safe_load(LAUNCHER_CONFIG.expanduser().read_text(encoding="utf-8"))
     return launched(tree) if isinstance(tree, dict) else []
-
-
-def _port(address: str) -> str:
-    return address.rpartition(":")[2]
 
 
 def maximum() -> list[Nodes]:

@@ -284,8 +284,11 @@ class Worker:
         """Leave, or meet the others, as was ordered."""
         assert self.peers is not None
         if self.peers.orders().leave:
-            if self.manager:
-                self.manager.finish()
+            try:
+                if self.manager:
+                    self.manager.finish()
+            except UserError:  # the manager has said why; that is no reason to end the others' training
+                logger.warning("the worker that leaves could not write its last checkpoint; the next rank 0 writes one")
             raise _Left
         self._meet()
 

@@ -308,6 +308,14 @@ def test_one_that_is_abandoned_gets_no_name_and_displaces_nothing(place: str, tm
     assert told == []
 
 
+def test_one_that_is_abandoned_after_it_has_its_name_displaces_nothing(place: str) -> None:
+    filled(place, 0, 10)
+    mine = CheckpointManager(place, 1, saved=lambda step, seconds: mine.abandon())
+    mine.save(20, writer(20))
+    mine.finish()
+    assert checkpoints.names(place) == [checkpoints.name_of(step) for step in (0, 10, 20)]
+
+
 def test_one_that_is_abandoned_is_not_tried_again(tmp_path: Path) -> None:
     mine = CheckpointManager(str(tmp_path), 1)
 
