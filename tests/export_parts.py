@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from olora_ray.adapter.candidates import stored_transposed
+from olora_ray.adapter.candidates import Target, stored_transposed
 from olora_ray.adapter.initialise import initialise
-from olora_ray.adapter.inject import Target, find_targets, inject
+from olora_ray.adapter.inject import find_targets, inject
 from olora_ray.adapter.layer import AdapterWeights, Factors
 from olora_ray.adapter.merge import write_merged
 from olora_ray.adapter.peft_folder import write_adapter

@@ -157,7 +157,7 @@ def initialise(
     check(shapes, method, rank)
     shares = assign(shapes, rank, collectives.world_size(), method)
     use = METHODS[method]
-    assert use.needs == "weight", f"{method} is made of data: train/new_factors.py"
+    assert use.needs == "weight", f"{method} is made of data: train/data_driven.py"
     start = time.perf_counter()
     own, problem, here = {}, None, collectives.rank()
     try:

@@ -2,7 +2,7 @@
 
 A Ray actor on the driver's node; rank 0 pushes without waiting, the driver collects. Losing its messages costs
 progress output, never training: every row is also in the checkpoint's history. The membership of a training whose
-workers may change on the way lies in it too (cluster/membership.py).
+workers may change on the way lies in it too (cluster/membership/state.py).
 """
 
 import asyncio

@@ -64,7 +64,7 @@ class TrainSpec:
         return {what: digest for what, digest in self.identity().items() if what != "adapter"}
 
     def baseline_identity(self) -> dict[str, str]:
-        """What decides the loss and the answers before the first step (train/baseline.py)."""
+        """What decides the loss and the answers before the first step (train/scoring.py)."""
         settings = {"dtype": self.config.model.dtype, "max_new_tokens": self.config.evaluation.max_new_tokens}
         return self.base_identity() | {"settings": json.dumps(settings)}
 

@@ -260,7 +260,7 @@ class Row:
     columns: Mapping[str, Any]
     fields: Mapping[str, str]
     as_chat: bool = False
-    """Whether prompt and completion are turns of a chat (see form.py)."""
+    """Whether prompt and completion are turns of a chat (see tokenize.py: form_line)."""
 
     def column(self, name: str) -> str:
         """The column of a field."""

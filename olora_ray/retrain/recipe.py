@@ -3,7 +3,7 @@
     retrain.from: base       all rows, the adapter starts as its method says
     retrain.from: champion   the champion's adapter continues; all rows of the files that it does not know, and the
                              share retrain.replay of the rows of those that it knows, drawn anew each night
-                             since the draw follows from all the files (tokens/draws.py)
+                             since the draw follows from all the files (tokens/plan.py)
 
 A file is new if no file of the champion's training data has the same bytes: a file that has grown is new as a
 whole. Rows that are held out by data.eval_fraction stay held out, since the draw follows from a file's content.

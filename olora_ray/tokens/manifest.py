@@ -86,7 +86,7 @@ class Manifest:
     inputs: dict[str, Any] = field(repr=False)
     """The inputs of the digest."""
     notes: dict[str, int] = field(default_factory=dict, repr=False)
-    """Counts of what is odd about the rows (notes.py)."""
+    """Counts of what is odd about the rows."""
 
     def to_json(self) -> str:
         """The text of manifest.json."""

@@ -268,7 +268,7 @@ class TokenStore:
                 found_all, width = len(infos) < width, min(2 * width, 32)
 
     def order(self, seed: int, start: int, stop: int) -> NDArray[np.int64]:
-        """The sequences at places start..stop-1 of the endless training order, (stop - start,); see order.py.
+        """The sequences at places start..stop-1 of the endless training order, (stop - start,).
 
         Any range costs about its own length. While shards are missing only the first pass is known.
         """

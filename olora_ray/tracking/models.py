@@ -58,7 +58,7 @@ class BaseOfAdapter:
     name: str
     """As a config names it: hub id, path, package://, s3://, models:/NAME/VERSION."""
     digest: str
-    """Of all its files that decide what it computes (model/identity.py)."""
+    """Of all its files that decide what it computes (model/folder.py)."""
     folder: str
     """Where it lies on the machines of this cluster."""
     revision: str | None = None

@@ -1,6 +1,6 @@
 """Parameters of a base read from its files by rows: a worker of a sharded base reads its own rows, and no others.
 
-What is read is what `from_pretrained` would make of the files, name by name (adapter/weight_names.py), in the
+What is read is what `from_pretrained` would make of the files, name by name (adapter/stored.py), in the
 precision of the model. Whatever this cannot promise is said by `problem`, and then the base is to be loaded whole.
 """
 

@@ -53,7 +53,7 @@ class TrainState:
     history: list[dict[str, float]] = field(default_factory=list)
     """Every metric logged so far, one row per step, `step` among the columns."""
     kinds: list[dict[str, str]] = field(default_factory=list)
-    """The kinds of the workers that have trained last (cluster/kind.py)."""
+    """The kinds of the workers that have trained last (cluster/worker_context.py)."""
     precision: str | None = None
     """The base's, by torch's name: what `model.dtype: auto` meant where the run began."""
     self_test: dict[str, Any] | None = None

@@ -117,7 +117,7 @@ def _implementations(model: Any, config: Config, dtype: torch.dtype, gpu: bool) 
 def _batch(config: Config, name: str) -> Batch:
     """A micro-batch of sequences that are full; every token but the first of an example is supervised."""
     length = config.data.max_length
-    # Short segments take most, where their attention is by products (model/segment_attention.py).
+    # Short segments take most, where their attention is by products (model/attention.py).
     size = min(length, attention.SHORT)
     segments = (*[size] * (length // size), *([rest] if (rest := length % size) else []))
     supervised = np.ones(length, dtype=bool)
