@@ -24,7 +24,7 @@ from common import MODEL, machine, processes_below, table
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = """
 import sys, time
-from olora_ray.common.quiet import quiet_environment
+from olora_ray.common.logs import quiet_environment
 quiet_environment()
 from olora_ray.common import logs
 from olora_ray.config.load import load

@@ -11,8 +11,7 @@ from olora_ray.common.errors import UserError
 from olora_ray.common.text import plural
 from olora_ray.data.reader import Unit, read_unit
 from olora_ray.evaluation.rows import Origin, numbered
-from olora_ray.tokens import plan as draws
-from olora_ray.tokens.plan import Piece, Plan
+from olora_ray.tokens.plan import Piece, Plan, taken
 from olora_ray.tokens.store import TokenStore
 
 logger = logging.getLogger(__name__)
@@ -84,7 +83,7 @@ def _groups(setting: str | None, plan: Plan, piece: Piece) -> Iterator[object]:
     """The group of each held-out row of a piece; a row of a file is one, and so is each without the column."""
     first = piece.unit.first
     places = np.arange(first, first + piece.unit.rows, dtype=np.int64)
-    chosen: list[int] = places[draws.taken(plan, plan.files[piece.file], piece, places)].tolist()
+    chosen: list[int] = places[taken(plan, plan.files[piece.file], piece, places)].tolist()
     if setting == FILE:
         yield from [piece.file][: len(chosen)]
     elif setting is None:

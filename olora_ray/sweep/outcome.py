@@ -13,9 +13,8 @@ from olora_ray.config.load import dump, override
 from olora_ray.config.schema import Config
 from olora_ray.pipeline import fit, run
 from olora_ray.pipeline.run_folder import RunFolder
-from olora_ray.sweep import record as records
 from olora_ray.sweep import search_folder
-from olora_ray.sweep.record import SearchRecord, TrialRecord
+from olora_ray.sweep.record import SearchRecord, TrialRecord, read_all
 from olora_ray.sweep.report import page, text
 from olora_ray.sweep.search_folder import Progress
 from olora_ray.sweep.spec import SweepSpec, trial_name
@@ -35,8 +34,7 @@ def record(sweep_spec: SweepSpec) -> SearchRecord:
     """What the trials have left in their folders, and the search in its own, as one record."""
     space, found = sweep_spec.space, search_folder.progress(sweep_spec.folder)
     trials = tuple(
-        _with_reason(trial, found, space.scheduler.kind)
-        for _, trial in sorted(records.read_all(sweep_spec.folder).items())
+        _with_reason(trial, found, space.scheduler.kind) for _, trial in sorted(read_all(sweep_spec.folder).items())
     )
     return SearchRecord(
         name=sweep_spec.name,

@@ -108,7 +108,7 @@ def describe(config: Config, spec: TokenizerSpec, split: Split = "train", limit:
 
 
 def _made(plan: Plan, limits: Limits, exact: bool) -> tuple[list[shards.Shard], Totals]:
-    """The shards of the plan, in memory, judged as `tokens.writer.make` judges them."""
+    """The shards of the plan, in memory, judged as `prepare.make` judges them."""
     totals, made = Totals(plan, RejectedRows(plan)), []
     for number in range(len(plan.shards)):
         made.append(shards.build(plan, plan.part(number)))
