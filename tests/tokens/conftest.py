@@ -23,12 +23,12 @@ def corpus(tmp_path: Path, small_shards: None) -> Config:
 
 
 @pytest.fixture
-def spread(monkeypatch: pytest.MonkeyPatch, ray_with: Callable[[int], None]) -> Callable[[int], None]:
-    """`spread(cpus)`: from then on even small data is read and made by Ray's tasks, and each shard is told."""
+def spread(monkeypatch: pytest.MonkeyPatch, ray_with: Callable[[int], None]) -> Callable[..., None]:
+    """`spread(cpus, scans)`: from then on Ray's tasks make even small shards, and scan small files if `scans`."""
 
-    def start(cpus: int) -> None:
+    def start(cpus: int, scans: bool = False) -> None:
         monkeypatch.setattr(writer, "MAKE_HERE", 0)
-        monkeypatch.setattr(writer, "SCAN_HERE", 0)
+        monkeypatch.setattr(writer, "SCAN_HERE", 0 if scans else writer.SCAN_HERE)
         monkeypatch.setattr(manifest, "SECONDS_BETWEEN_LINES", 0.0)
         ray_with(cpus)
 

@@ -161,7 +161,7 @@ def test_a_reader_follows_ray_datas_shards(
     corpus: Config,
     tiny_spec: TokenizerSpec,
     made: TokenStore,
-    spread: Callable[[int], None],
+    spread: Callable[..., None],
 ) -> None:
     import ray
 
@@ -189,7 +189,7 @@ def test_a_reader_follows_ray_datas_shards(
 
 @pytest.mark.ray
 def test_stopping_ray_datas_work_leaves_nothing_half_written(
-    corpus: Config, tiny_spec: TokenizerSpec, made: TokenStore, spread: Callable[[int], None]
+    corpus: Config, tiny_spec: TokenizerSpec, made: TokenStore, spread: Callable[..., None]
 ) -> None:
     spread(1)
     reached, stopped = threading.Event(), threading.Event()

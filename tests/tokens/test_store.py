@@ -281,12 +281,12 @@ def test_any_number_of_cpus_and_tasks_gives_the_same_bytes(
     tiny_spec: TokenizerSpec,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    spread: Callable[[int], None],
+    spread: Callable[..., None],
 ) -> None:
     here = prepare(corpus, tiny_spec, "train")
     expected = content(here.uri)
     monkeypatch.setattr(writer, "TASKS", tasks)
-    spread(cpus)
+    spread(cpus, scans=True)
     run = corpus.run.model_copy(update={"storage": str(tmp_path / "spread")})
     with said() as lines:
         store = prepare(corpus.model_copy(update={"run": run}), tiny_spec, "train")
