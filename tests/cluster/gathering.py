@@ -29,7 +29,7 @@ from olora_ray.train import checkpoints
 from tests import tiny
 from tests.crew import IMPORTED
 
-LIMIT = 90.0
+LIMIT = 300.0
 """Seconds after which a training counts as hung."""
 SETTINGS: dict[str, Any] = {
     "train__steps": 8,
