@@ -25,7 +25,8 @@ SYSTEM = "system/"
 METRICS_PER_BATCH = 1000
 """MLflow's limit (mlflow/utils/validation.py): a longer request is refused."""
 _ATTEMPTS = 5
-"""Drop a write that MLflow has failed at so often, while it answers another request."""
+"""Drop a write that MLflow has failed at so often, while it takes another one."""
+_TAG = "olora.can_be_written"
 
 
 class Point(NamedTuple):
@@ -240,12 +241,14 @@ class WriteQueue:
     def _always_fails(self, client: "MlflowClient", first: Point | Write, error: Exception) -> bool:
         """True for a write that the server fails at each time, such as HTTP 500 for an emoji in a MySQL column.
 
-        It must not block what comes after it. The server works if it answers another request.
+        It must not block what comes after it. But a database that is read-only or full fails at all writes, and they
+        have to wait: so another write is tried, and its error is raised.
         """
         self._failures[first] += is_answer(error)
         if not is_answer(error) or self._failures[first] < _ATTEMPTS:
             return False
-        client.get_run(self._run_id)
+        client.set_tag(self._run_id, _TAG, "true")
+        client.delete_tag(self._run_id, _TAG)
         return True
 
     def _wait_for_mlflow(self, why: str) -> None:

@@ -80,7 +80,7 @@ def test_a_metric_that_mlflow_refuses_does_not_take_others_with_it(
 def test_a_write_that_the_server_always_fails_at_is_dropped(caplog: pytest.LogCaptureFixture) -> None:
     """HTTP 500 for one key, as for an emoji in a MySQL column: the run ended with exit code 75 each time."""
     written: dict[str, list[int]] = {}
-    with mlflow_that_fails_at("bad", written) as uri:
+    with mlflow_that_fails_at({"bad"}, written) as uri:
         tracker = run.Tracker(uri, "0" * 32, fresh=True)
         tracker.metrics({step: {"a": 1.0, "bad": 2.0, "b": 3.0} for step in range(3)})
         tracker.tags({"bad": "x"})
@@ -92,16 +92,29 @@ def test_a_write_that_the_server_always_fails_at_is_dropped(caplog: pytest.LogCa
     assert [line.partition(":")[0] for line in refusals] == ["MLflow refuses the metric bad", "MLflow refuses tags"]
 
 
+def test_a_server_that_fails_at_all_writes_for_a_while_loses_none(caplog: pytest.LogCaptureFixture) -> None:
+    """A database that is read-only answers what is read, and is no reason to drop a metric."""
+    written: dict[str, list[int]] = {}
+    with mlflow_that_fails_at(failing := {"a", "olora.can_be_written"}, written) as uri:
+        tracker = run.Tracker(uri, "0" * 32, fresh=True)
+        tracker.metrics({step: {"a": 1.0} for step in range(3)})
+        assert not tracker.flush(8)  # more than the attempts after which one write is dropped
+        failing.clear()
+        tracker.end(seconds=60)
+    assert set(written["a"]) == {0, 1, 2}
+    assert not [line for line in caplog.messages if line.startswith("MLflow refuses ")]
+
+
 @contextlib.contextmanager
-def mlflow_that_fails_at(key: str, written: dict[str, list[int]]) -> Iterator[str]:
-    """The address of a server that answers 500 to requests with this key, and keeps the steps of all others."""
+def mlflow_that_fails_at(keys: set[str], written: dict[str, list[int]]) -> Iterator[str]:
+    """The address of a server that answers 500 to requests with these keys, and keeps the steps of all others."""
     info = {"run_id": "0" * 32, "experiment_id": "0", "status": "RUNNING", "lifecycle_stage": "active"}
 
     class Handler(BaseHTTPRequestHandler):
         def answer(self) -> None:
             asked = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or b"{}")
             metrics = asked.get("metrics", [])
-            fails = key in {asked.get("key"), *(metric["key"] for metric in metrics)}
+            fails = not keys.isdisjoint({asked.get("key"), *(metric["key"] for metric in metrics)})
             for metric in [] if fails else metrics:
                 written.setdefault(metric["key"], []).append(int(metric["step"]))
             self.send_response(500 if fails else 200)
