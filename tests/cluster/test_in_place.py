@@ -88,11 +88,8 @@ def test_a_worker_that_hangs_is_given_up_and_comes_back(model: Path, untouched: 
         found.start(Fault("step", 6, "wait"))
         found.start(Fault("step", 2, "stop"))
         found.wait_for((tmp_path / "stop-step-2").exists)
-        patience = found.place.membership.silence
-        found.place.membership.silence = 5.0  # not before: a start on a busy machine is silent for longer
         found.wait_for((tmp_path / "wait-step-6").exists)
-        found.place.membership.silence = patience
-        assert found.told() == ["worker 2 gave no sign of life for 5 s: 2 after 2"]
+        assert found.told() == ["worker 2 gave no sign of life for 20 s: 2 after 2"]
         os.kill(found.processes[2].pid, signal.SIGCONT)
         found.wait_for(lambda: found.place.membership.waiting)
         (tmp_path / "go").touch()
