@@ -75,7 +75,7 @@ class Need:
 
 
 def as_loaded(config: Config, wanted: Resources, answers: Sequence[tuple[str, NodeInfo]]) -> Config:
-    """The config with what `auto` stands for on these nodes, where a GPU is of before Ampere: float32, and sdpa.
+    """The config with what `auto` stands for on these nodes: float32 and sdpa if a GPU is older than Ampere.
 
     A run that is resumed stays in the precision that it began in (cluster/worker_context.py). A plan takes GPUs to
     compute in bfloat16, and to have flash attention (model/load.py, model/attention.py).

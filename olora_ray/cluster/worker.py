@@ -368,7 +368,7 @@ class Evaluator:
     def _best_in_place(self) -> Iterator[None]:
         """The best adapter in place of the last one, for the block; without evaluations that one stays.
 
-        Where others are lost meanwhile, the last one is what a new group goes on with, and saves.
+        If other workers are lost meanwhile, the new group continues with the last adapter, and saves it.
         """
         vector = self.trainer.flat.vector
         last = vector.clone()

@@ -159,8 +159,8 @@ def last_used(entry: Path) -> float:
 def make_room(root: Path, entries: Iterable[Path], limit: int | None = None) -> None:
     """Remove entries until they have at most `limit` bytes, by default SHARE of the disk of `root`.
 
-    Those go first that were not used for longest. What was used in the last ten minutes stays: somebody may be about to
-    open it.
+    The least recently used entries go first. An entry that was used in the last ten minutes stays: a process may be
+    about to open it.
     """
     for left in (*root.glob(".*.tmp"), *root.glob("*/.*.tmp")):
         with contextlib.suppress(OSError):

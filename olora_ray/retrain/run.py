@@ -31,7 +31,7 @@ from olora_ray.tracking.start import resolve_uri
 
 logger = logging.getLogger(__name__)
 
-# The end of a retraining: the gate decides against the champion of now, and the aliases follow.
+# The end of a retraining: the gate compares with the current champion, and the aliases follow.
 
 
 Decide = Callable[[Version, Version | None], Decision]
@@ -55,7 +55,7 @@ def apply_decision(aliases: Aliases, number: str, decide: Decide, check: Callabl
         parent = continued_version(challenger)
         back = {version.number for version in to_beat.versions if rolled_back(version)}
         if parent is not None and parent != against and parent in back:
-            # Not against the champion of now: the next call trains one that continues that champion.
+            # The current champion is another one: the next call trains a version that continues it.
             why = f"it continues version {parent}, which was rolled back meanwhile; promote it by hand if it is good"
             against, decision = parent, Decision(False, why, {})
         else:

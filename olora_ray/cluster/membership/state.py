@@ -103,7 +103,7 @@ class Event(Enum):
 
 TRANSITIONS = {
     (Phase.GATHERING, Event.FORMED): Phase.TRAINING,
-    (Phase.TRAINING, Event.FORMED): Phase.TRAINING,  # at the border of a step: somebody has come or has left
+    (Phase.TRAINING, Event.FORMED): Phase.TRAINING,  # between two steps: a member joined or left
     (Phase.BROKEN, Event.FORMED): Phase.TRAINING,
     (Phase.TRAINING, Event.LOST): Phase.BROKEN,
     (Phase.BROKEN, Event.LOST): Phase.BROKEN,
@@ -188,7 +188,7 @@ class Membership:
         self._form()
 
     async def running(self) -> bool:
-        """True if a group trains, as far as is known."""
+        """True if a group trains; a member whose death is not noticed yet counts."""
         return self.phase is not Phase.GATHERING
 
     async def complete(self) -> bool:
