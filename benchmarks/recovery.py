@@ -27,7 +27,7 @@ from back_at_work import Case, Sample, measure, targets
 from common import MODEL, config, machine, memory_store, model_folder, our_trainer, table
 
 from olora_ray.model.folder import parameters
-from olora_ray.train.checkpoint import TrainState, snapshot
+from olora_ray.train.checkpoint import TrainState
 from olora_ray.train.checkpoints import CheckpointManager, name_of
 from olora_ray.train.loader import Schedule, StepLoader
 
@@ -135,7 +135,7 @@ def block(steps: Iterator[Any], files: CheckpointManager | None, trainer: Any, n
 
 def written_state(trainer: Any, step: int) -> Any:
     """What a worker hands over to be written: everything, and a best adapter of an earlier step."""
-    return snapshot(trainer, TrainState(step), trainer.flat.vector.clone(), {}, "")
+    return trainer.snapshot(TrainState(step), trainer.flat.vector.clone(), {}, "")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from common import MODEL, config, machine, memory_store, model_folder, our_train
 from torch import Tensor
 
 from olora_ray.common import collectives
-from olora_ray.train import loader, tree
+from olora_ray.train import tree
 
 LENGTH, EACH = 384, (1, 4)
 """Tokens of a sequence, and micro-batches a worker, of the pairs."""
@@ -234,7 +234,7 @@ def simulated(costs: Costs, workers: int, leaves: int, byte: float, turn: float)
     moved = 4 * ADAPTER * (workers - 1) / workers * byte
     ring = 2 * (workers - 1) * turn + 2 * moved + ADAPTER * (workers - 1) / workers * costs.add
     # Each leaf but a worker's first is set aside once, and added once; then a slice of all nodes is added up.
-    within = max(len(loader.share(leaves, worker, workers)) - 1 for worker in range(workers)) * ADAPTER
+    within = max(len(collectives.share(leaves, worker, workers)) - 1 for worker in range(workers)) * ADAPTER
     inside = within * (costs.add + costs.keep)
     started = (workers - 1) * (most + 1) * costs.message
     between = 2 * turn + started + (most + 1) * moved + ADAPTER / workers * (nodes - 1) * costs.add

@@ -32,9 +32,10 @@ def main(argv: list[str]) -> None:
     models = [targets.resolve(name, config) for name in request.models]
     uri = results.tracking_address(request, models)
 
+    from olora_ray.cluster.failures import user_errors
     from olora_ray.pipeline import connection
 
-    with connection.connect(config), connection.user_errors():
+    with connection.connect(config), user_errors():
         found = [results.evaluate(target, sets, request.limit) for target in models]
     intervals = results.differences(*found) if len(found) == 2 else {}
     print("\n".join(["", *results.lines(found, intervals), ""]), flush=True)

@@ -12,7 +12,7 @@ from olora_ray.adapter.inject import find_targets, install, wrap
 from olora_ray.cluster import resume
 from olora_ray.tokens.collate import collate
 from olora_ray.train import checkpoint
-from olora_ray.train.checkpoint import Checkpoint, TrainState, snapshot
+from olora_ray.train.checkpoint import Checkpoint, TrainState
 from olora_ray.train.generate import Question, answer
 from olora_ray.train.loader import Schedule, StepLoader
 from olora_ray.train.loop import Trainer, evaluate
@@ -70,7 +70,7 @@ def walk(trainer: Trainer, keep: Keep) -> Seen:
     before = evaluate(trainer, held_out, attention)
     losses = steps(trainer, 0)
     state = TrainState(step=STEPS, best_step=STEPS - 1)
-    best = resume.resume(trainer, keep(snapshot(trainer, state, trainer.flat.vector.clone(), {}, "")))
+    best = resume.resume(trainer, keep(trainer.snapshot(state, trainer.flat.vector.clone(), {}, "")))
     losses += steps(trainer, STEPS - 1)
     assert best is not None
     trainer.flat.vector.copy_(best)

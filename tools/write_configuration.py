@@ -15,8 +15,7 @@ sys.path.insert(0, str(ROOT))  # the schema of this tree, whatever is installed
 from pydantic.fields import FieldInfo  # noqa: E402
 
 from olora_ray.config import command_line  # noqa: E402
-from olora_ray.config.schema import Config  # noqa: E402
-from olora_ray.config.section import Section  # noqa: E402
+from olora_ray.config.schema import Config, Section  # noqa: E402
 
 PAGE = ROOT / "docs" / "configuration.md"
 INTRO = """\

@@ -36,6 +36,10 @@ class Factors:
         """r of this layer; of a stack, each expert's. Layers may differ."""
         return int(self.a0.shape[-2])
 
+    def on_cpu(self) -> "Factors":
+        """The same, on the CPU."""
+        return Factors(self.a0.cpu(), None if self.b0 is None else self.b0.cpu(), self.full_rank)
+
 
 @dataclass(frozen=True)
 class AdapterWeights:

@@ -1,14 +1,15 @@
 """Failures of a group of workers, each in one line; told to the driver from Train's controller."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.train import ControllerError, PreemptionError, UserCallback, WorkerGroupError
 
 from olora_ray.cluster import ray_internals
 from olora_ray.cluster.channel import Failure
-from olora_ray.common.errors import StoreUnavailable, TryAgain
+from olora_ray.common.errors import StoreError, StoreUnavailable, TryAgain, UserError, of_the_machine
 
 # What the other workers report when one has died: consequences, not causes.
 CONSEQUENCES = ("connection closed by peer", "connection reset", "broken pipe", "gloo", "nccl", "timed out waiting")
@@ -28,6 +29,22 @@ class TellDriver(UserCallback):
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Called in the controller, before it decides what to do."""
         self.channel.send.remote(Failure(describe(worker_exceptions)))
+
+
+@contextlib.contextmanager
+def user_errors() -> Iterator[None]:
+    """Raise what a Ray task has raised for a person, not wrapped: UserError, or TryAgain for what may pass."""
+    try:
+        yield
+    except RayTaskError as error:
+        cause = error.cause
+        if line := of_the_machine(cause):
+            raise UserError(line) from None
+        if isinstance(cause, TryAgain | StoreUnavailable):
+            raise TryAgain(str(cause)) from None
+        if isinstance(cause, UserError | StoreError):
+            raise UserError(str(cause)) from None
+        raise  # a bug
 
 
 def describe(exceptions: Mapping[int, Exception]) -> str:

@@ -31,7 +31,7 @@ from olora_ray.common.fault_points import reached
 from olora_ray.common.logs import quiet_transformers
 from olora_ray.common.text import plural
 from olora_ray.config.load import dump
-from olora_ray.train.checkpoint import TrainState, perplexity, snapshot
+from olora_ray.train.checkpoint import TrainState, perplexity
 from olora_ray.train.checkpoints import CheckpointManager
 from olora_ray.train.generate import answer, wanted_questions
 from olora_ray.train.loader import Schedule, StepLoader
@@ -319,7 +319,7 @@ class Worker:
     def _checkpoint(self) -> None:
         """Have the state of now saved; rank 0 writes, since all workers hold the same adapter and optimizer."""
         if self.manager:
-            write = snapshot(self.trainer, self.state, self.evaluator.best, self.spec.identity(), dump(self.config))
+            write = self.trainer.snapshot(self.state, self.evaluator.best, self.spec.identity(), dump(self.config))
             self.manager.save(self.state.step, write)
 
     def _tell(self, metrics: dict[str, float]) -> None:

@@ -180,3 +180,8 @@ def raise_together(problem: UserError | str | None) -> None:
     if found := next((each for each in every if each), None):
         text, later = found
         raise (TryAgain if later else UserError)(text)
+
+
+def share(count: int, worker: int, workers: int) -> range:
+    """The part of `count` things that is a worker's; empty for some if there are more workers than things."""
+    return range(worker * count // workers, (worker + 1) * count // workers)

@@ -15,9 +15,10 @@ from olora_ray.config.section import (
     Fraction,
     ModelName,
     Place,
-    PositiveInt,
-    Section,
 )
+from olora_ray.config.section import PositiveInt as PositiveInt
+from olora_ray.config.section import Section as Section
+from olora_ray.config.section import extended as extended
 
 # The config's section `adapter`: what is trained, and where it starts.
 

@@ -11,17 +11,13 @@ from types import FrameType
 from typing import Any
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayError
 
 from olora_ray.cluster import address, preflight, ray_internals
 from olora_ray.common.errors import (
     Stopped,
-    StoreError,
-    StoreUnavailable,
     TakenOver,
-    TryAgain,
     UserError,
-    of_the_machine,
 )
 from olora_ray.common.logs import ENVIRONMENT
 from olora_ray.config.schema import AnyConfig
@@ -139,19 +135,3 @@ def _init(found: str) -> None:
         ray.init(address=found, **shared)
     except (ConnectionError, RuntimeError, RayError) as error:  # another Python, or this machine is none of its nodes
         raise UserError(f"{address.name(found)}: cannot be joined: {' '.join(str(error).split())}") from error
-
-
-@contextlib.contextmanager
-def user_errors() -> Iterator[None]:
-    """Raise what a Ray task has raised for a person, not wrapped: UserError, or TryAgain for what may pass."""
-    try:
-        yield
-    except RayTaskError as error:
-        cause = error.cause
-        if line := of_the_machine(cause):
-            raise UserError(line) from None
-        if isinstance(cause, TryAgain | StoreUnavailable):
-            raise TryAgain(str(cause)) from None
-        if isinstance(cause, UserError | StoreError):
-            raise UserError(str(cause)) from None
-        raise  # a bug

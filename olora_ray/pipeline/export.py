@@ -14,6 +14,7 @@ import torch
 from olora_ray.adapter import merge, portable
 from olora_ray.adapter.parity import Folders, Logits, MergedFolder, Parity, check_adapter, measure_logits
 from olora_ray.adapter.peft_folder import compress, new_adapter, replacing
+from olora_ray.cluster.failures import user_errors
 from olora_ray.cluster.resources import worker_resources
 from olora_ray.cluster.spec import TrainResult, TrainSpec
 from olora_ray.cluster.worker_context import assigned_device
@@ -26,7 +27,6 @@ from olora_ray.model.folder import parameters
 from olora_ray.model.load import end_tokens, tokenizer_in, too_large
 from olora_ray.model.source import BaseModel
 from olora_ray.pipeline import export_shares
-from olora_ray.pipeline.connection import user_errors
 from olora_ray.pipeline.export_shares import Compressed, OnOriginal, Spread, Work
 from olora_ray.pipeline.run_folder import RunFolder
 from olora_ray.tokens.store import TokenStore

@@ -12,7 +12,7 @@ from ray.exceptions import RayActorError, RayError
 
 from olora_ray.cluster import ray_internals
 from olora_ray.cluster.channel import Failure, Message, Resumed, Saved, Started, make_channel
-from olora_ray.cluster.failures import cause, counts, passes
+from olora_ray.cluster.failures import cause, counts, passes, user_errors
 from olora_ray.cluster.membership.driver import (
     Fit,
     Trainers,
@@ -27,7 +27,7 @@ from olora_ray.cluster.resources import PlacementRequest, free_abandoned, free_w
 from olora_ray.cluster.spec import TrainResult, TrainSpec
 from olora_ray.common.errors import TryAgain, UserError
 from olora_ray.common.text import plural
-from olora_ray.pipeline.connection import Stop, user_errors
+from olora_ray.pipeline.connection import Stop
 from olora_ray.pipeline.progress import Progress, batch_split
 from olora_ray.pipeline.prometheus import Telemetry
 from olora_ray.pipeline.run_folder import RunFolder

@@ -4,19 +4,18 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from olora_ray.adapter import export_preflight
 from olora_ray.adapter.candidates import GATE, HEAD, ROUTER
 from olora_ray.adapter.inject import Coverage, Selection
 from olora_ray.cluster import preflight
+from olora_ray.cluster.failures import user_errors
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError, short_reason
 from olora_ray.common.storage import digest
 from olora_ray.config.schema import Config
 from olora_ray.model.source import BaseModel
-from olora_ray.pipeline import answers
+from olora_ray.pipeline import answers, export_preflight
 from olora_ray.pipeline.base import Base
-from olora_ray.pipeline.connection import user_errors
 from olora_ray.pipeline.progress import batch_split
 from olora_ray.tokens import manifest
 from olora_ray.tokens.prepare import StoreBuild, begin, look_here, look_there, plan_here

@@ -11,9 +11,9 @@ from typing import TextIO
 from tqdm import tqdm
 
 from olora_ray.common import logs
+from olora_ray.common.collectives import share
 from olora_ray.common.text import clock, plural
 from olora_ray.config.schema import Config
-from olora_ray.train.loader import share
 
 logger = logging.getLogger(__name__)
 

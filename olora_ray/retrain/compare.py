@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from olora_ray.cluster.failures import user_errors
 from olora_ray.cluster.worker_context import kind_of
 from olora_ray.common import node_cache, storage
 from olora_ray.common.errors import UserError
@@ -64,11 +65,11 @@ def measured(config: Config, inputs: Inputs, versions: list[Version]) -> list[Ro
         with connection.connect(config):
             found = {place: _opened(config, versions[place]) for place, each in enumerate(known) if each is None}
             _same_tokens([*(each.tokenizer for each in known if each), *(each.tokenizer for each in found.values())])
-            with connection.user_errors():
+            with user_errors():
                 held_out = prepare(config, inputs.base.spec, "eval")
             for place, each in found.items():
                 logger.info(f"measuring version {versions[place].number} on the held-out rows")
-                with connection.user_errors():
+                with user_errors():
                     # Answers of both end with the same tokens: those of the config's base.
                     base = replace(inputs.base, model=each.base.model)
                     rows = measure(base, each.adapter, held_out, each.config)

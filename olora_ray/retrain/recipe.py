@@ -21,8 +21,7 @@ from olora_ray.common.errors import UserError
 from olora_ray.common.storage import digest_json
 from olora_ray.common.text import plural
 from olora_ray.config.load import flatten
-from olora_ray.config.schema import Config, Source
-from olora_ray.config.section import extended
+from olora_ray.config.schema import Config, Source, extended
 from olora_ray.evaluation.groups import check_column, count_planned
 from olora_ray.evaluation.rows import LOSS, PERPLEXITY
 from olora_ray.pipeline.base import Base, open_base

@@ -16,6 +16,7 @@ from olora_ray.adapter import initialise as factor_cache
 from olora_ray.adapter.initialise import Shape, check, initialise
 from olora_ray.adapter.inject import find_targets, inject
 from olora_ray.adapter.methods import FROM_WEIGHTS, METHODS
+from olora_ray.cluster.failures import user_errors
 from olora_ray.cluster.resources import worker_resources
 from olora_ray.cluster.resume import check_base
 from olora_ray.cluster.spec import TrainSpec
@@ -25,7 +26,6 @@ from olora_ray.common.logs import quiet_transformers
 from olora_ray.common.text import duration
 from olora_ray.config.load import override
 from olora_ray.config.schema import Config
-from olora_ray.pipeline import connection
 from olora_ray.sweep.space import Space
 from olora_ray.train.data_driven import new_factors
 from olora_ray.train.generate import answer, wanted_questions
@@ -141,7 +141,7 @@ def made(spec: TrainSpec, place: str, wanted: Sequence[Kind], what: str) -> Shar
     task = remote.remote(spec, place, wanted)
     while not ray.wait([task], timeout=60)[0]:
         logger.info(f"{what}: {duration(time.monotonic() - began)} so far")
-    with connection.user_errors():
+    with user_errors():
         found: Shared = ray.get(task)
     for line in found.told:
         logger.info(line)

@@ -20,8 +20,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from olora_ray.config.load import at, override
-from olora_ray.config.schema import Config
-from olora_ray.config.section import PositiveInt, Section
+from olora_ray.config.schema import Config, PositiveInt, Section
 
 TIMES = ":times"
 """`FIELD:times` is the name of the factor that is drawn for a field with `of`."""

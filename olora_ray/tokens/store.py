@@ -27,6 +27,7 @@ from pyarrow import ipc
 from olora_ray.common import node_cache, storage
 from olora_ray.common.errors import UserError
 from olora_ray.common.storage import digest_file
+from olora_ray.tokens.collate import Pack
 from olora_ray.tokens.manifest import (
     Manifest,
     Outline,
@@ -165,18 +166,6 @@ class ShardFiles:
             self._verified.discard(number)
             path.unlink(missing_ok=True)
         return node_cache.cached(path, fetch)
-
-
-@dataclass(frozen=True)
-class Pack:
-    """One sequence: several examples side by side that do not see each other."""
-
-    input_ids: NDArray[np.int32]
-    """(tokens,)"""
-    supervised: NDArray[np.bool_]
-    """(tokens,) which tokens count in the loss; never the first of a segment."""
-    segments: tuple[int, ...]
-    """Tokens of each example; they sum up to the length of the sequence."""
 
 
 class TokenStore:

@@ -13,8 +13,8 @@ A directory whose manifest is missing or does not hold is not a checkpoint. Noth
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,6 @@ from olora_ray.common import storage
 from olora_ray.common.errors import UserError, first_line
 from olora_ray.common.fault_points import reached
 from olora_ray.model import folder as model_identity
-from olora_ray.train.loop import Trainer
 
 # State of a run: all that resuming needs beside the tensors of adapter and optimizer.
 
@@ -148,27 +147,6 @@ def save(
     _publish(folder / MANIFEST)
 
 
-def snapshot(
-    trainer: Trainer, state: TrainState, best: Tensor | None, identity: Mapping[str, str], config_yaml: str
-) -> Callable[[Path], None]:
-    """A function that writes the state of now into a folder, later: what training changes meanwhile is copied.
-
-    `best` is the flat vector of the best evaluation so far.
-    """
-    flat = trainer.flat
-    vector = flat.named(flat.vector.detach().to("cpu", copy=True))
-    adapter = {
-        name: AdapterWeights(_on_cpu(layer.weights().factors), vector[f"{name}.da"], vector[f"{name}.db"])
-        for name, layer in trainer.adapted.items()
-    }
-    optimizer = {name: part.detach().to("cpu", copy=True) for name, part in trainer.optimizer.state().items()}
-    other = None
-    if best is not None and state.best_step != state.step:
-        other = flat.named(best.to("cpu"))  # not copied on a CPU: a better adapter gets a vector of its own
-    state = replace(state, history=list(state.history))
-    return lambda folder: save(folder, adapter, other, optimizer, state, identity, config_yaml)
-
-
 def load(folder: Path) -> Checkpoint:
     """Read a checkpoint; raises UserError that names the file if anything in it does not hold."""
     verify(folder)
@@ -246,10 +224,6 @@ def _tensors(adapter: Mapping[str, AdapterWeights]) -> dict[str, Tensor]:
         if weights.factors.b0 is not None:
             parts[f"{name}.b0"] = weights.factors.b0
     return parts
-
-
-def _on_cpu(factors: Factors) -> Factors:
-    return Factors(factors.a0.cpu(), None if factors.b0 is None else factors.b0.cpu(), factors.full_rank)
 
 
 def _publish(file: Path) -> None:

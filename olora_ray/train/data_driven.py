@@ -18,14 +18,13 @@ from torch import Tensor, nn
 from olora_ray.adapter.candidates import Target, parameter_of
 from olora_ray.adapter.initialise import InitReport, assign, exchange, initialise, options_of
 from olora_ray.adapter.layer import Factors
-from olora_ray.adapter.methods import FROM_WEIGHTS, METHODS, eva
-from olora_ray.adapter.methods.eva import Components
+from olora_ray.adapter.methods import FROM_WEIGHTS, METHODS, Components, overlap, principal, redistributed
 from olora_ray.common import collectives
 from olora_ray.common.errors import UserError
 from olora_ray.common.text import plural
 from olora_ray.config.schema import Adapter, Config
-from olora_ray.tokens.collate import Batch, collate
-from olora_ray.tokens.store import Pack, TokenStore
+from olora_ray.tokens.collate import Batch, Pack, collate
+from olora_ray.tokens.store import TokenStore
 from olora_ray.train.calibration import (
     LayerInput,
     Piece,
@@ -174,7 +173,7 @@ def eva_factors(
     shares_of = _gathered({number: item.shares for number, item in own.items()})
     of_layer = {name: shares_of[number] for number, each in enumerate(inputs) for name in each.layers}
     offers = {name: of_layer[name][: min(count, *target.shape)] for name, target in targets.items()}
-    ranks = eva.ranks(offers, len(targets) * adapter.rank)
+    ranks = redistributed(offers, len(targets) * adapter.rank)
 
     made = {
         name: Factors(item.vectors[: ranks[name]].to("cpu", torch.float32), None)
@@ -241,9 +240,9 @@ def _until_stable(
         needed = [piece for piece in pieces if piece.first < tokens]
         found.run(needed[done:])
         done = len(needed)
-        now = {number: eva.principal(found.rows(number, tokens).to(found.device), count) for number in found.own}
+        now = {number: principal(found.rows(number, tokens).to(found.device), count) for number in found.own}
         if before is not None:
-            every = _gathered({number: eva.overlap(now[number], before[number], rank) for number in now})
+            every = _gathered({number: overlap(now[number], before[number], rank) for number in now})
             # In the order of the inputs, so that the sum has the same bits everywhere.
             values = [every[number] for number in sorted(every)]
             agreement = sum(values) / len(values), min(values)
@@ -398,9 +397,9 @@ def new_factors(
     if adapter.method not in FROM_WEIGHTS:
         make = gradient_factors if METHODS[adapter.method].needs == "gradients" else eva_factors
         return make(loss, targets, adapter, store, device, waiting)
-    if loss.files is not None:
+    if (read := loss.read_rows) is not None:
         # A sharded base has all numbers of a layer in its files alone, which are read for whom they are asked.
-        files, names = loss.files, {name: parameter_of(loss.model, name) for name in targets}
-        targets = {name: replace(each, read=partial(files.rows, names[name])) for name, each in targets.items()}
+        names = {name: parameter_of(loss.model, name) for name in targets}
+        targets = {name: replace(each, read=partial(read, names[name])) for name, each in targets.items()}
     seed, options = config.run.seed, options_of(adapter)
     return *initialise(dict(targets), adapter.method, adapter.rank, seed, device, options), None

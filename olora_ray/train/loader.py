@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
+from olora_ray.common import collectives
 from olora_ray.config.schema import Train
 from olora_ray.tokens.collate import Batch, collate
 from olora_ray.tokens.store import TokenStore
@@ -26,11 +27,6 @@ Waiting = Callable[[int, int], None]
 
 PAUSES = (0.3, 1.0)
 """Seconds between two looks at a growing store: at first, and at most."""
-
-
-def share(count: int, worker: int, workers: int) -> range:
-    """The micro-batches of a worker; none for some if there are more workers than micro-batches."""
-    return range(worker * count // workers, (worker + 1) * count // workers)
 
 
 @dataclass(frozen=True)
@@ -117,7 +113,7 @@ class StepLoader:
         size, width = self.train.global_batch, self.train.micro_batch
         sequences = [int(i) for i in self.store.order(self.seed, step * size, (step + 1) * size)]
         every = [tuple(sequences[i : i + width]) for i in range(0, size, width)]
-        own = share(len(every), self.worker, self.workers)
+        own = collectives.share(len(every), self.worker, self.workers)
         micro = tuple(self._batch(group) for group in every[own.start : own.stop])
         return StepData(
             micro=micro,

@@ -2,20 +2,22 @@
 
 import math
 import time
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from olora_ray.adapter.layer import AdaptedWeight
+from olora_ray.adapter.layer import AdaptedWeight, AdapterWeights
 from olora_ray.common import collectives
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
 from olora_ray.tokens import plan
 from olora_ray.tokens.collate import Batch, collate
 from olora_ray.tokens.store import TokenStore
-from olora_ray.train import tree
+from olora_ray.train import checkpoint, tree
+from olora_ray.train.checkpoint import TrainState
 from olora_ray.train.loader import Schedule, StepData, StepLoader
 from olora_ray.train.loss import SupervisedLoss
 from olora_ray.train.optim import AdamW, FlatAdapters, precondition
@@ -81,6 +83,25 @@ class Trainer:
             now = time.perf_counter()
             yield StepResult(number + 1, loss, lr, norm, data.supervised, now - began, waited, signal > 0)
             began = time.perf_counter()
+
+    def snapshot(
+        self, state: TrainState, best: Tensor | None, identity: Mapping[str, str], config_yaml: str
+    ) -> Callable[[Path], None]:
+        """A function that writes the state of now into a folder, later: what training changes meanwhile is copied.
+
+        `best` is the flat vector of the best evaluation so far.
+        """
+        vector = self.flat.named(self.flat.vector.detach().to("cpu", copy=True))
+        adapter = {
+            name: AdapterWeights(layer.weights().factors.on_cpu(), vector[f"{name}.da"], vector[f"{name}.db"])
+            for name, layer in self.adapted.items()
+        }
+        optimizer = {name: part.detach().to("cpu", copy=True) for name, part in self.optimizer.state().items()}
+        other = None
+        if best is not None and state.best_step != state.step:
+            other = self.flat.named(best.to("cpu"))  # not copied on a CPU: a better adapter gets a vector of its own
+        state = replace(state, history=list(state.history))
+        return lambda folder: checkpoint.save(folder, adapter, other, optimizer, state, identity, config_yaml)
 
     def _accumulate(self, number: int, data: StepData) -> list[Tensor]:
         """Sum up this worker's part of the gradient of the global mean loss; return its micro-batches' parts of it."""

@@ -10,7 +10,7 @@ vocabulary) never exist for more than one chunk.
 
 import copy
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from olora_ray.model.packing import OutputHead, backbone
 from olora_ray.tokens.collate import Batch
-from olora_ray.train.base_files import BaseFiles
 
 # RMSNorm with a backward pass written by hand, for frozen weights.
 
@@ -161,8 +160,8 @@ class SupervisedLoss(nn.Module):
         """Output head over rows of hidden states, with all that the family does to its logits."""
         self.tested: SelfTest | None = None
         """The self-test's result for the base."""
-        self.files: BaseFiles | None = None
-        """The files of a base that no worker holds whole."""
+        self.read_rows: Callable[[str, int, int], Tensor] | None = None
+        """Reads rows first..last of a parameter from the files of a base that no worker holds whole."""
         self.offloaded: list[nn.Module] = []
         """Blocks of a sharded base that lie in the memory of the node instead of the GPU's."""
         self.given_masks = False

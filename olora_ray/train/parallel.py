@@ -308,7 +308,7 @@ def _sharded(folder: str, config: Config, device: torch.device) -> SupervisedLos
     wanted = {weight for weight in model.parameters() if weight.dim() < 2 or weight in whole}
     together(lambda: base_files.fill(model, found, wanted.__contains__, partial(_whole, found, device)))
     loss: Any = SupervisedLoss(model)  # torch leaves `_apply` untyped
-    loss.files = found
+    loss.read_rows = found.rows
     shard(loss, device, config.cluster.fsdp_replicas, config.cluster.fsdp_offload)
     place = places(loss, device)
     # What is on the meta device becomes memory, shards of weights above all; the rest has its values.

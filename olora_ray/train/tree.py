@@ -29,7 +29,6 @@ import torch
 from torch import Tensor
 
 from olora_ray.common import collectives
-from olora_ray.train.loader import share
 
 Value = TypeVar("Value")
 
@@ -57,7 +56,7 @@ def fold(
 @lru_cache(maxsize=64)
 def nodes_of(leaves: int, workers: int) -> tuple[tuple[range, ...], ...]:
     """The nodes that each worker has summed up when it is done with its share."""
-    shares = (share(leaves, worker, workers) for worker in range(workers))
+    shares = (collectives.share(leaves, worker, workers) for worker in range(workers))
     return tuple(
         tuple(node for node, _ in fold(((range(leaf, leaf + 1), None) for leaf in own), leaves, lambda *_: None))
         for own in shares
@@ -147,7 +146,7 @@ def most_held(leaves: int, workers: int) -> int:
 
     3 or less for up to 5 leaves a worker; for n leaves about log2 n where shares are nodes, and else twice that.
     """
-    return max(_held(share(leaves, worker, workers), leaves, workers > 1) for worker in range(workers))
+    return max(_held(collectives.share(leaves, worker, workers), leaves, workers > 1) for worker in range(workers))
 
 
 def _held(own: range, leaves: int, exchanged: bool) -> int:

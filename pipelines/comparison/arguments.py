@@ -14,8 +14,7 @@ from olora_ray.common.errors import UserError
 from olora_ray.config import command_line
 from olora_ray.config.command_line import resolved
 from olora_ray.config.load import changed, flatten, override, read, validated
-from olora_ray.config.schema import Adapter, Config
-from olora_ray.config.section import Section
+from olora_ray.config.schema import Adapter, Config, Section
 
 logger = logging.getLogger("olora_ray.comparison")
 

@@ -24,6 +24,7 @@ from comparison.phase import Ended, FixedTrials, PhaseSpec
 from comparison.row_losses import RowLosses
 from comparison.rows import RowSets
 from olora_ray.adapter import initialise
+from olora_ray.cluster.failures import user_errors
 from olora_ray.cluster.resources import worker_resources
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.common import storage
@@ -31,7 +32,6 @@ from olora_ray.common.errors import UserError
 from olora_ray.common.text import plural
 from olora_ray.config.load import flatten, leaves, override
 from olora_ray.config.schema import NO_GATE, Config
-from olora_ray.pipeline import connection
 from olora_ray.pipeline.base import Base
 from olora_ray.pipeline.prepare import plan, prepare_tokens
 from olora_ray.pipeline.run_folder import RunFolder
@@ -271,7 +271,7 @@ class Run:
         told = 0
         while tasks:
             ready, tasks = ray.wait(tasks, timeout=SECONDS_BETWEEN_LINES)
-            with connection.user_errors():
+            with user_errors():
                 ray.get(ready)
             done = sum(storage.exists(storage.join(folder, row_losses.FILE)) for folder, _ in left)
             if tasks and done > told:

@@ -164,7 +164,7 @@ def test_a_run_with_a_rank_for_every_layer_goes_on_from_its_checkpoint(tmp_path:
     cut = trainer(start)
     train(cut, 0, 2)
     state = TrainState(step=2, best_loss=1.0, best_step=1)
-    checkpoint.snapshot(cut, state, cut.flat.vector * 2, {"adapter": "x"}, "run: {}\n")(tmp_path / "step-2")
+    cut.snapshot(state, cut.flat.vector * 2, {"adapter": "x"}, "run: {}\n")(tmp_path / "step-2")
     shapes = {name: tuple(part.shape) for name, part in load_file(tmp_path / "step-2" / checkpoint.ADAPTER).items()}
     assert {shapes[f"{name}.a0"][0] for name in start} == {1, 2, 3, 4, 5}
     found = checkpoint.load(tmp_path / "step-2")

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from olora_ray.adapter import export_preflight
 from olora_ray.common import node_cache
 from olora_ray.common.errors import UserError
 from olora_ray.model.source import BaseModel
+from olora_ray.pipeline import export_preflight
 from tests import tiny
 
 

@@ -6,8 +6,8 @@ import os
 import pytest
 from ray.exceptions import RayTaskError
 
+from olora_ray.cluster.failures import user_errors
 from olora_ray.common.errors import StoreError, StoreUnavailable, TryAgain, UserError
-from olora_ray.pipeline.connection import user_errors
 
 
 def raised_by_a_task(error: Exception) -> Exception:

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import get_args
 
 from olora_ray.config import command_line
-from olora_ray.config.schema import Config
-from olora_ray.config.section import Section
+from olora_ray.config.schema import Config, Section
 from tools import write_configuration
 
 

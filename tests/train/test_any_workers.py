@@ -106,7 +106,7 @@ def trained(case: Case, strategy: str, start: Path | None, stop: int, end: Path 
     held_out = evaluate(trainer, tiny.store(case.held_out, seed=9), attention, rank, workers)
     answers = answer(trainer, QUESTIONS, 3, [1], rank, workers, batch=2)
     if end and rank == 0:
-        checkpoint.snapshot(trainer, state, None, {}, "")(end)
+        trainer.snapshot(state, None, {}, "")(end)
     optimizer = {name: part.clone() for name, part in trainer.optimizer.state().items()}
     return Outcome(steps, trainer.flat.vector.clone(), optimizer, held_out, answers)
 

@@ -313,7 +313,7 @@ def test_a_snapshot_is_of_its_moment_however_late_it_is_written(tmp_path: Path) 
     flat.vector.normal_()
     trainer.optimizer.state()[f"{next(iter(trainer.adapted))}.da.exp_avg"].fill_(0.25)
     state, best, vector = TrainState(step=2, best_step=1, best_loss=1.0), flat.vector + 1, flat.vector.clone()
-    write = checkpoint.snapshot(trainer, state, best, {"base": "abc"}, "run: {}\n")
+    write = trainer.snapshot(state, best, {"base": "abc"}, "run: {}\n")
     flat.vector.zero_()
     for part in trainer.optimizer.state().values():
         part.zero_()
@@ -331,5 +331,5 @@ def test_a_snapshot_is_of_its_moment_however_late_it_is_written(tmp_path: Path) 
 def test_a_snapshot_has_no_best_adapter_beside_one_that_is_the_best(tmp_path: Path) -> None:
     trainer = tiny.trainer(tiny.config())
     state = TrainState(step=2, best_step=2, best_loss=1.0)
-    checkpoint.snapshot(trainer, state, trainer.flat.vector.clone(), {}, "")(tmp_path / "c")
+    trainer.snapshot(state, trainer.flat.vector.clone(), {}, "")(tmp_path / "c")
     assert checkpoint.load(tmp_path / "c").best is None

@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from olora_ray.tokens.collate import collate
-from olora_ray.tokens.store import Pack
+from olora_ray.tokens.collate import Pack, collate
 from olora_ray.train import loss as loss_module
 from olora_ray.train.loss import SupervisedLoss
 from tests import tiny

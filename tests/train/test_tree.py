@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from olora_ray.common import collectives
-from olora_ray.train import loader, tree
+from olora_ray.train import tree
 from olora_ray.train.tree import TreeSum
 from tests.crew import Crew
 
@@ -37,7 +37,7 @@ def test_leaves_are_summed_as_the_definition_says(leaves: int) -> None:
 
 @given(some_leaves, some_workers)
 def test_the_nodes_of_all_workers_are_summed_to_the_same(leaves: int, workers: int) -> None:
-    shares = [loader.share(leaves, worker, workers) for worker in range(workers)]
+    shares = [collectives.share(leaves, worker, workers) for worker in range(workers)]
     assert [leaf for own in shares for leaf in own] == list(range(leaves))
     parts = [folded(leaves, own) for own in shares]
     assert tree.nodes_of(leaves, workers) == tuple(tuple(node for node, _ in part) for part in parts)
@@ -72,7 +72,7 @@ def _summed(size: int, leaves: int) -> Tensor:
     gradient = TreeSum(torch.full((size,), 7.0))
     results = []
     for _ in range(2):
-        add_up(gradient, leaves, loader.share(leaves, collectives.rank(), collectives.world_size()))
+        add_up(gradient, leaves, collectives.share(leaves, collectives.rank(), collectives.world_size()))
         gradient.finish()
         results.append(gradient.whole.clone())
     assert torch.equal(*results)

@@ -1,6 +1,10 @@
 """The family: one file per method, in the terms of method.py."""
 
 from olora_ray.adapter.methods import eva, lora, lora_ga, milora, nora, olora, orthogonal, pissa
+from olora_ray.adapter.methods.eva import Components as Components
+from olora_ray.adapter.methods.eva import overlap as overlap
+from olora_ray.adapter.methods.eva import principal as principal
+from olora_ray.adapter.methods.eva import redistributed as redistributed
 from olora_ray.adapter.methods.method import Method as Method
 from olora_ray.adapter.methods.method import Options as Options
 

@@ -49,7 +49,7 @@ def principal(rows: Tensor, count: int) -> Components:
     return Components((vectors * largest.sign()).mT, tuple((values / total).tolist()))
 
 
-def ranks(shares: Mapping[str, Sequence[float]], budget: int) -> dict[str, int]:
+def redistributed(shares: Mapping[str, Sequence[float]], budget: int) -> dict[str, int]:
     """How many of its components each layer keeps: the `budget` largest of all shares.
 
     `shares` has each layer's, falling, in the order of the layers. Of equal ones the earlier component goes first,

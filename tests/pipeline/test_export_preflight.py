@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from olora_ray.adapter import export_preflight
 from olora_ray.model.source import BaseModel
+from olora_ray.pipeline import export_preflight
 from tests import tiny
 from tests.families import zoo
 from tests.families.variants import ALL, MIXTURES
