@@ -42,10 +42,10 @@ test-others: $(VENV)/.dev
 	nice -n 19 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not ray" > build/test-others.txt 2>&1; \
 	    code=$$?; cat build/test-others.txt; exit $$code
 
-quick: $(VENV)/.dev ## at every change: style, and the tests that start no Ray, server or other process
+quick: $(VENV)/.dev ## at every change: style, and the short tests that start no Ray, server or other process
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-processes -m "not slow and not ray"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-processes -m "not slow and not ray and not lengthy"
 
 test-slow: $(VENV)/.dev ## the long proofs, in about two hours: what is left out of make test; one Ray at a time
 	$(BIN)/python -m pytest -n 2 --dist loadfile -rP -m "slow and not ray"

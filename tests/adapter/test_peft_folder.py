@@ -61,6 +61,7 @@ def test_peft_says_what_the_adapted_model_says(tmp_path: Path, family: str, sett
     assert_reads_back(case, folder)
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("family", [*MIXTURES, "phi3", "gemma3"])
 def test_experts_and_names_that_peft_rewrites_are_read_as_they_were_trained(tmp_path: Path, family: str) -> None:
     case = make_stacked_case(tmp_path / "base", zoo.make(ALL[family], attention="eager"), Adapter(rank=3, alpha=6))

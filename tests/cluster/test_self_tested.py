@@ -127,6 +127,7 @@ def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.lengthy
 def test_the_node_keeps_what_has_passed_for_the_next_run(node: Path) -> None:
     first, done = _resumed(TrainState(), "base")
     assert done

@@ -79,6 +79,7 @@ def test_it_ends_with_what_the_first_returns_or_raises(fit: Fit) -> None:
         other.result()
 
 
+@pytest.mark.lengthy
 def test_others_train_on_when_the_first_ones_workers_have_left(fit: Fit) -> None:
     found = Trainers(fit, fit.channel, 3, 1)
     started(fit, 1)
@@ -101,6 +102,7 @@ def test_others_train_on_when_the_first_ones_workers_have_left(fit: Fit) -> None
     assert found.ended(None)
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize(
     ("end", "failures", "told"),
     [
@@ -126,6 +128,7 @@ def test_workers_that_joined_and_have_ended_make_room_for_others(
     assert lines == told
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("there_again", [False, True])
 def test_others_train_on_when_the_first_ones_node_is_lost(fit: Fit, there_again: bool) -> None:
     found = Trainers(fit, fit.channel, 1, 2)
@@ -157,6 +160,7 @@ def test_any_other_failure_of_the_first_ends_the_attempt(fit: Fit, error: Except
     assert found.workers == 3
 
 
+@pytest.mark.lengthy
 def test_workers_that_end_with_the_training_are_not_missed(fit: Fit) -> None:
     found = Trainers(fit, fit.channel, 1, 1)
     started(fit, 1)

@@ -60,6 +60,7 @@ def train(folder: Path, again: bool = False, measured_on: Any = None, **changes:
     return train_at(SharedBaseContext(shared), spec, str(folder), channel), channel
 
 
+@pytest.mark.lengthy
 def test_a_trial_on_a_shared_base_has_the_precision_of_that(tmp_path: Path) -> None:
     """And says once that it began in another, on another kind of node."""
     with pytest.MonkeyPatch.context() as patch, said() as lines:
@@ -104,6 +105,7 @@ def test_a_run_is_told_step_by_step(whole: tuple[Path, TrainResult, Channel]) ->
     assert [list(pair.before) for pair in result.answers] == result.state.before
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("lost", [(6,), (6, 3)])
 def test_a_resumed_run_ends_with_the_same_bytes(
     whole: tuple[Path, TrainResult, Channel],
@@ -126,6 +128,7 @@ def test_a_resumed_run_ends_with_the_same_bytes(
     assert channel.metrics("eval/loss").items() <= whole[2].metrics("eval/loss").items()
 
 
+@pytest.mark.lengthy
 def test_a_run_that_other_workers_go_on_with_says_so(tmp_path: Path) -> None:
     def kinds(result: TrainResult) -> list[str]:
         assert result.state is not None
@@ -144,6 +147,7 @@ def test_a_run_that_other_workers_go_on_with_says_so(tmp_path: Path) -> None:
     assert "(threads: 1, 2)" in str(said[0])
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("method", ["pissa", "nora", "orthogonal"])
 def test_a_run_with_two_rates_and_a_preconditioner_resumes_to_the_same_bytes(tmp_path: Path, method: str) -> None:
     settings = {"adapter__method": method, "train__lr_ratio": 4.0, "train__precondition": True}
@@ -160,6 +164,7 @@ def test_a_run_with_two_rates_and_a_preconditioner_resumes_to_the_same_bytes(tmp
         assert torch.equal(cut.adapter[name].db, weights.db)
 
 
+@pytest.mark.lengthy
 def test_the_base_is_measured_once_in_a_run(tmp_path: Path) -> None:
     train(tmp_path)
     for step in (0, 3, 6):
@@ -170,6 +175,7 @@ def test_the_base_is_measured_once_in_a_run(tmp_path: Path) -> None:
     assert channel.metrics("eval/loss")[0] == 99.0
 
 
+@pytest.mark.lengthy
 def test_the_best_adapter_is_kept_and_resumed(tmp_path: Path) -> None:
     # A rate at which the held-out loss soon grows, by a clear margin: on other processors sums round differently.
     settings = {"train__lr": 0.2, "train__schedule": "constant"}
@@ -186,6 +192,7 @@ def test_the_best_adapter_is_kept_and_resumed(tmp_path: Path) -> None:
     assert again.answers == first.answers
 
 
+@pytest.mark.lengthy
 def test_the_last_adapter_is_back_when_others_are_lost_while_the_best_answers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -214,6 +221,7 @@ def test_the_last_adapter_is_back_when_others_are_lost_while_the_best_answers(
     assert all(torch.equal(flat.view(flat.vector, name), part) for name, part in saved.items())
 
 
+@pytest.mark.lengthy
 def test_another_base_is_a_problem_in_the_result(tmp_path: Path) -> None:
     train(tmp_path)
     result, _ = train(tmp_path, adapter__alpha=4)
@@ -235,6 +243,7 @@ def test_a_store_that_does_not_answer_a_worker_is_told_as_what_passes(
     assert train(tmp_path, train__start="/a")[0] == TrainResult(problem="train.start: slow down", passes=True)
 
 
+@pytest.mark.lengthy
 def test_a_run_may_start_with_the_adapter_of_another(tmp_path: Path) -> None:
     train(tmp_path / "first", measured_on=tiny.store(8))  # on what it trains on it gets better
     place = str(tmp_path / "first" / checkpoints.name_of(6))
@@ -251,6 +260,7 @@ def whole_losses(folder: Path) -> dict[int, float]:
     return {int(row["step"]): row["eval/loss"] for row in rows if "eval/loss" in row}
 
 
+@pytest.mark.lengthy
 def test_blocks_that_are_run_again_change_no_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs: dict[bool, int] = {}
     inner, found = parallel.checkpoint, []

@@ -180,6 +180,7 @@ class Takers:
         return self.locks[number]
 
 
+@pytest.mark.lengthy
 def test_the_look_and_the_write_are_one_step(place: str) -> None:
     Path(place).parent.mkdir()
     with storage.flocked(Path(f"{place}.guard")):  # as another one between its look and its write
@@ -223,6 +224,7 @@ class TestObjectStore:
         with lock.held(place, "the work") as second:
             second.check()
 
+    @pytest.mark.lengthy
     @pytest.mark.parametrize("ignored", [False, True])
     def test_of_two_that_find_it_free_one_has_it(self, s3_server: Server, place: str, ignored: bool) -> None:
         """Both have looked before either writes; a store that ignores conditions settles it by waiting."""
@@ -231,6 +233,7 @@ class TestObjectStore:
         winner.check()
         winner.release()
 
+    @pytest.mark.lengthy
     def test_a_writer_that_pauses_between_look_and_write_takes_nothing(self, s3_server: Server, place: str) -> None:
         """The second looks, pauses longer than the first one needs to take the lock, and writes."""
         first, second = lock.Lock(place, "first"), lock.Lock(place, "second")
@@ -275,6 +278,7 @@ class TestObjectStore:
     def test_a_bucket_that_is_not_there(self, place: str) -> None:
         assert "the work: its lock s3://none/a cannot be written: there is no bucket" in str(refused("s3://none/a"))
 
+    @pytest.mark.lengthy
     def test_a_renewal_that_fails_is_told(self, s3_server: Server, place: str) -> None:
         with said() as lines, lock.held(place, "the work") as mine:
             s3_server.faults = Faults(refuse=-1)
@@ -297,6 +301,7 @@ def first_looks(count: int, barrier: threading.Barrier) -> Callable[[str, str], 
 
 
 class TestOtherStores:
+    @pytest.mark.lengthy
     @pytest.mark.usefixtures("hurried")
     def test_the_one_who_stands_there_after_a_while_has_it(self, place: str) -> None:
         """A store of which only writing and reading is known."""

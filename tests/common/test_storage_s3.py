@@ -42,6 +42,7 @@ class TestFiles:
         with gs_server(monkeypatch):
             yield f"gs://{BUCKET}/runs"
 
+    @pytest.mark.lengthy
     def test_a_file_is_written_read_and_removed(self, place: str) -> None:
         file = storage.join(place, "deep", "down", "a.txt")
         assert not storage.exists(file)
@@ -57,6 +58,7 @@ class TestFiles:
         with pytest.raises(FileNotFoundError):
             storage.read_bytes(file)
 
+    @pytest.mark.lengthy
     def test_names_are_those_of_files_and_folders(self, place: str) -> None:
         assert storage.names(place) == []
         for name in ("b", "a/x", "a/y", "c/d/e"):
@@ -149,6 +151,7 @@ class TestCheck:
         assert not isinstance(caught.value, TryAgain)
         assert "\n" not in str(caught.value)
 
+    @pytest.mark.lengthy
     def test_no_credentials(self, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv("AWS_ACCESS_KEY_ID")
         monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
@@ -161,6 +164,7 @@ class TestCheck:
             storage.check(place, "run.storage")
         assert "\n" not in str(caught.value)
 
+    @pytest.mark.lengthy
     @pytest.mark.parametrize("fault", ["hang", "refuse"])
     def test_a_server_that_hangs_or_has_no_time(self, server: Server, place: str, hurried: None, fault: str) -> None:
         server.faults = Faults(hang=fault == "hang", refuse=-1 if fault == "refuse" else None)
@@ -192,6 +196,7 @@ class TestCheck:
 
 @pytest.mark.usefixtures("hurried")
 class TestPatience:
+    @pytest.mark.lengthy
     def test_a_store_that_has_answered_is_asked_again(self, server: Server, place: str) -> None:
         storage.write_text(storage.join(place, "a"), "x")
         server.faults = Faults(refuse=2 * patience.ATTEMPTS)
@@ -201,12 +206,14 @@ class TestPatience:
         assert lines[0].startswith(f"warning: {place.removesuffix('/runs')} does not answer (")
         assert lines[0].endswith("; asked again for 5 s more")
 
+    @pytest.mark.lengthy
     def test_one_that_never_has_is_not(self, server: Server, place: str) -> None:
         server.faults = Faults(refuse=-1)
         with said() as lines, pytest.raises(OSError, match="503"):
             storage.exists(storage.join(place, "a"))
         assert lines == []
 
+    @pytest.mark.lengthy
     @pytest.mark.parametrize(
         ("fault", "reason"), [(Faults(refuse=-1), "503"), (Faults(hang=True), "NETWORK_CONNECTION")]
     )

@@ -23,12 +23,14 @@ def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Comparison:
     return found
 
 
+@pytest.mark.lengthy
 def test_the_same_comparison_goes_on(begun: Comparison) -> None:
     folder.check(begun)
     folder.begin(begun, {"test rows": "a", "base model": "b"})
     folder.check(replace(begun, budget=60.0))
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize(
     ("changes", "compare", "seeds", "methods", "message"),
     [
@@ -53,6 +55,7 @@ def test_what_is_compared_is_fixed_before_it_begins(
         folder.check(other)
 
 
+@pytest.mark.lengthy
 def test_until_the_first_trial_settings_and_rows_may_change(begun: Comparison) -> None:
     """Refused for its budget, say."""
     place = Path(begun.config.folder())
@@ -71,6 +74,7 @@ def test_until_the_first_trial_settings_and_rows_may_change(begun: Comparison) -
         folder.check(begun)
 
 
+@pytest.mark.lengthy
 def test_other_rows_and_damage_are_refused(begun: Comparison) -> None:
     with pytest.raises(UserError, match="another test rows"):
         folder.begin(begun, {"test rows": "other", "base model": "b"})

@@ -53,6 +53,7 @@ def test_tune_gets_each_fixed_trial_once() -> None:
     assert list(space.search) == list(TRIALS[0])
 
 
+@pytest.mark.lengthy
 def test_the_space_survives_what_tune_does_to_it(tmp_path: Path) -> None:
     space = FixedTrials.of(TRIALS)
     callback = SweepCallback(str(tmp_path), space)

@@ -85,6 +85,7 @@ def test_those_of_a_sharded_base_are_measured_on_a_cpu(tmp_path: Path, monkeypat
     assert RowLosses.read(str(tmp_path), "list") is not None
 
 
+@pytest.mark.lengthy
 def test_the_layout_changes_nothing_but_rounding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec, _ = trained(tmp_path, monkeypatch, "olora", 1e-2)
     packed = row_losses.of_trial(shared(), spec, str(tmp_path), "segments")
@@ -95,6 +96,7 @@ def test_the_layout_changes_nothing_but_rounding(tmp_path: Path, monkeypatch: py
     assert alone.losses == pytest.approx(packed.losses, rel=1e-5)
 
 
+@pytest.mark.lengthy
 def test_a_lost_checkpoint_and_one_of_another_training_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -116,6 +116,7 @@ def test_what_half_of_the_seeds_do_not_reach_is_not_reached(tmp_path: Path, monk
         assert row["steps to lora's loss"] == steps
 
 
+@pytest.mark.lengthy
 def test_trainings_of_several_versions_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Losses of one version were compared with those of another, in silence."""
     asked, cluster = made.comparison(tmp_path), Cluster(stop_after=5)
@@ -144,6 +145,7 @@ def test_trials_of_a_grid_that_began_elsewhere_are_no_others(tmp_path: Path, mon
         made.running(monkeypatch, asked, cluster).tune()
 
 
+@pytest.mark.lengthy
 def test_an_interrupted_comparison_trains_nothing_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = Cluster()
     record = compared(monkeypatch, made.comparison(tmp_path / "a"), whole)
@@ -190,6 +192,7 @@ def test_a_trial_that_fails_for_another_reason_ends_the_command_and_runs_again(
     assert not [values for number, values in enumerate(first) if number != 2 and values in again]
 
 
+@pytest.mark.lengthy
 def test_a_method_that_breaks_off_with_a_seed_has_no_difference(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,6 +210,7 @@ def test_a_method_that_breaks_off_with_a_seed_has_no_difference(
     report.write(record, str(tmp_path))
 
 
+@pytest.mark.lengthy
 def test_a_method_whose_every_trial_breaks_off_leaves_the_others_their_report(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -229,6 +233,7 @@ def test_a_method_whose_every_trial_breaks_off_leaves_the_others_their_report(
     report.summary(record)
 
 
+@pytest.mark.lengthy
 def test_the_untuned_points_are_trained_once_and_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cluster = Cluster()
     record = compared(monkeypatch, made.comparison(tmp_path), cluster)
@@ -241,6 +246,7 @@ def test_the_untuned_points_are_trained_once_and_shown(tmp_path: Path, monkeypat
     assert all(point.grid for point in compared(monkeypatch, without, Cluster()).points)
 
 
+@pytest.mark.lengthy
 def test_the_page_the_figures_and_the_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     record = compared(monkeypatch, made.comparison(tmp_path), Cluster())
     names = [Path(file).name for file in report.write(record, str(tmp_path / "out"))]

@@ -484,6 +484,7 @@ configs = st.builds(
 )
 
 
+@pytest.mark.lengthy
 @given(configs)
 def test_a_dump_is_read_back_to_an_equal_config(config: Config) -> None:
     assert build(parse_yaml(dump(config), "dump")) == config

@@ -58,6 +58,7 @@ def test_a_json_file_that_is_too_large(name: str, tmp_path: Path, monkeypatch: p
         scanned(tmp_path / name)
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.csv.gz", "a.txt.gz"])
 def test_a_bomb_needs_no_more_memory_than_the_limit(name: str, tmp_path: Path) -> None:
     block = gzip.compress(b" " * 2**25, 1)

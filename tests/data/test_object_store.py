@@ -41,6 +41,7 @@ def texts(files: list[sources.File]) -> list[str]:
     return found
 
 
+@pytest.mark.lengthy
 def test_keys_are_taken_letter_by_letter(s3_server: Server, bucket: str) -> None:
     for name in NAMES:
         put(s3_server, bucket, f"odd#folder/{name}", row(name))

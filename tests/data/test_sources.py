@@ -81,6 +81,7 @@ KINDS: dict[str, Callable[[Path], None]] = {
 }
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("name", KINDS)
 def test_every_kind_gives_the_same_rows(name: str, tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
     KINDS[name](tmp_path / name)
@@ -398,6 +399,7 @@ def test_a_cheap_look_estimates_the_rows(tmp_path: Path, monkeypatch: pytest.Mon
         assert np.sum([unit.size for unit in seen.units]) <= file.size * 3
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.txt"])
 def test_a_cheap_look_goes_on_to_the_first_row(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text("a\n" * (name == "a.csv") + '"' + "x" * 2 * scan.CHUNK + '"')

@@ -70,6 +70,7 @@ def test_every_requirement_of_the_project_is_met() -> None:
     assert [problem for problem in map(unmet, wanted()) if problem] == []
 
 
+@pytest.mark.lengthy
 def test_so_is_what_they_need_themselves_with_their_extras() -> None:
     ahead, seen, problems = wanted(), set[tuple[str, frozenset[str]]](), []
     while ahead:

@@ -98,6 +98,7 @@ def test_each_example_has_the_loss_it_has_alone(model_folder: Path, attention: s
     assert found == pytest.approx([plain_loss(measurer.model, item) for item in tiny.unpacked(packs)], rel=1e-5)
 
 
+@pytest.mark.lengthy
 def test_answers_of_an_adapter_are_those_of_the_adapted_model(model_folder: Path, tmp_path: Path) -> None:
     settings = tiny.config(model__dtype="float32", evaluation__max_new_tokens=6)
     trainer = tiny.trainer(settings, "segments", held_out.load(base(model_folder), None, settings, torch.device("cpu")))

@@ -97,6 +97,7 @@ def test_stays_are_drawn_with_the_chances_that_are_reported(law: Law) -> None:
     assert np.all(np.abs(observed - expected) < 4.5 * np.sqrt(expected) + 5)
 
 
+@pytest.mark.lengthy
 def test_the_best_answer_is_right_as_often_as_the_law_says() -> None:
     found = list(visits(replace_people(100)))
     chances = np.array([visit.chance for visit in found])

@@ -124,6 +124,7 @@ def returning(**result: Any) -> Does:
     return lambda group: TrainResult(**result)
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize(("limit", "joined"), [(0, 1), (1, 2)])
 def test_workers_that_fail_each_time_that_they_join_are_given_up(training: Training, limit: int, joined: int) -> None:
     training.events = {1.0: Started(1)}
@@ -132,6 +133,7 @@ def test_workers_that_fail_each_time_that_they_join_are_given_up(training: Train
     assert [group.first_rank for group in training.groups] == list(range(joined + 1))
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("before", [None, "worker 1 died"])
 def test_when_the_first_have_left_and_the_others_are_lost_it_goes_on(training: Training, before: str | None) -> None:
     training.events = {} if before is None else {0.0: Failure(before)}
@@ -151,6 +153,7 @@ def test_what_passes_by_itself_on_a_worker_does_so_for_the_driver(training: Trai
     assert caught.value.exit_code == code
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize(
     ("events", "began", "cause"),
     [
@@ -200,6 +203,7 @@ def test_a_training_whose_place_is_kept_waits_for_no_room(training: Training) ->
     assert attempts.cause == "the process of several trials died"
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("trains", [(0, 0), (5, 60)])
 def test_a_stop_is_granted_where_no_worker_could_do_it(training: Training, trains: tuple[float, float]) -> None:
     first, last = trains
@@ -213,6 +217,7 @@ def test_a_stop_is_granted_where_no_worker_could_do_it(training: Training, train
     assert (training.ended, "training has ended" in training.asked) == (1, False)
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("started", [False, True])
 def test_what_the_first_workers_wait_for_is_said_once(training: Training, started: bool) -> None:
     """Who is lost later is replaced by Ray, or missed."""
@@ -222,6 +227,7 @@ def test_what_the_first_workers_wait_for_is_said_once(training: Training, starte
     assert training.told == ([] if started else waiting)
 
 
+@pytest.mark.lengthy
 def test_workers_that_do_not_change_are_waited_for_until_a_stop_is_asked_for(training: Training) -> None:
     """Of GPUs, of which one is lost: Ray waits for it without end, and nobody was left who heard of the stop."""
     lost = 2 * fit.SLOW + 60

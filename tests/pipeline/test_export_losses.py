@@ -49,6 +49,7 @@ def by_peft(run: Run, adapter: Path, packs: Sequence[Any], base: Path | None = N
     return float(torch.cat(losses).mean())
 
 
+@pytest.mark.lengthy
 def test_the_loss_is_that_of_both_adapters(run: Run, tmp_path: Path) -> None:
     spec = spec_of(run, export__rank=2)
     with said() as lines:
@@ -69,6 +70,7 @@ def test_the_loss_is_that_of_both_adapters(run: Run, tmp_path: Path) -> None:
     assert (config["r"], config["lora_alpha"]) == (2, 4)
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize(
     ("changes", "what", "card"),
     [
@@ -97,6 +99,7 @@ def test_what_is_not_there_or_too_large_is_not_measured(run: Run, monkeypatch: p
     assert "too large for the memory of one cpu" in export.export_run(spec_of(run), run.folder, STEP)["logits"]
 
 
+@pytest.mark.lengthy
 def test_nothing_lost_is_nothing_to_measure(run: Run) -> None:
     found = export.export_run(spec_of(run, export__rank=8), run.folder, STEP)
     assert found["compressed"] == {"rank": 8, "lost": 0.0}
@@ -107,6 +110,7 @@ def test_nothing_lost_is_nothing_to_measure(run: Run) -> None:
 CHECKED = "Checked when it was exported: PEFT computes each layer's change within 1e-05 of its size; "
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("merged", [True, False])
 def test_the_card_says_what_the_checks_found(run: Run, merged: bool) -> None:
     export.export_run(spec_of(run, export__merged=merged), run.folder, STEP)
@@ -117,6 +121,7 @@ def test_the_card_says_what_the_checks_found(run: Run, merged: bool) -> None:
     assert f"{CHECKED}{weights if merged else ''}{logits}" in card
 
 
+@pytest.mark.lengthy
 def test_a_card_of_an_export_that_is_not_right_says_so(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     real = export.new_adapter
 
@@ -129,6 +134,7 @@ def test_a_card_of_an_export_that_is_not_right_says_so(run: Run, monkeypatch: py
     assert "exported: NOT right, see parity.json" in (Path(run.folder.adapter) / "README.md").read_text()
 
 
+@pytest.mark.lengthy
 def test_an_old_adapter_stays_until_the_new_one_is_checked(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = spec_of(run)
     export.export_run(spec, run.folder, STEP)
@@ -145,6 +151,7 @@ def test_an_old_adapter_stays_until_the_new_one_is_checked(run: Run, monkeypatch
     assert not list(folder.parent.glob(".*")), "no leftovers"
 
 
+@pytest.mark.lengthy
 def test_the_loss_on_both_bases_is_measured_and_told(run: Run, tmp_path: Path) -> None:
     spec = spec_of(run, model__quantization="fp8")
     with said() as lines:
@@ -165,6 +172,7 @@ def test_the_loss_on_both_bases_is_measured_and_told(run: Run, tmp_path: Path) -
     assert found["in_words"].startswith(text)
 
 
+@pytest.mark.lengthy
 def test_the_merged_model_is_that_of_an_unquantised_training(run: Run) -> None:
     export.export_run(spec_of(run), run.folder, STEP)
     before = run.merged()
@@ -176,6 +184,7 @@ def test_the_merged_model_is_that_of_an_unquantised_training(run: Run) -> None:
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.lengthy
 def test_without_held_out_rows_it_is_the_loss_on_training_rows(run: Run) -> None:
     spec = spec_of(run, 0, model__quantization="fp8", export__merged=False)
     found = export.export_run(spec, run.folder, STEP)["quantised"]

@@ -59,6 +59,7 @@ def run(tmp_path: Path) -> Run:
     return Run(tmp_path)
 
 
+@pytest.mark.lengthy
 def test_an_export_is_written_and_checked(run: Run) -> None:
     measured = export.export_run(run.spec, run.folder, STEP)
     assert run.folder.exported(STEP) == json.loads(json.dumps(measured))
@@ -86,6 +87,7 @@ def test_shares_are_worth_it_for_large_models_that_all_nodes_see(run: Run, tmp_p
         assert [(part.number, part.of) for part in parts] == [(number, count) for number in range(count)]
 
 
+@pytest.mark.lengthy
 @pytest.mark.usefixtures("small_shares")
 def test_three_shares_write_what_one_process_writes(tmp_path: Path) -> None:
     one, three = Run(tmp_path / "one"), Run(tmp_path / "three", workers=3)
@@ -113,6 +115,7 @@ def test_shares_in_tasks_of_ray_write_what_one_process_writes(ray_with: Callable
     assert all(torch.equal(part, three.merged()[name]) for name, part in one.merged().items())
 
 
+@pytest.mark.lengthy
 @pytest.mark.usefixtures("small_shares")
 def test_a_share_that_was_not_merged_is_found(tmp_path: Path) -> None:
     run = Run(tmp_path, workers=3)

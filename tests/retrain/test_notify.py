@@ -51,6 +51,7 @@ def test_a_decision_is_told_once_with_its_version(nightly: Nightly, event: str, 
     }
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize(
     ("change", "why"),
     [
@@ -73,6 +74,7 @@ def told(config: Config, caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records]
 
 
+@pytest.mark.lengthy
 def test_a_command_gets_the_same_on_its_standard_input(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     file = tmp_path / "got.json"
     with receiver() as hook:
@@ -82,6 +84,7 @@ def test_a_command_gets_the_same_on_its_standard_input(tmp_path: Path, caplog: p
     assert hook.got[0]["text"].endswith(": failed: tracking.uri=postgresql://user:***@server/db: no answer")
 
 
+@pytest.mark.lengthy
 def test_a_webhook_that_refuses_is_one_warning_without_its_address(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -93,6 +96,7 @@ def test_a_webhook_that_refuses_is_one_warning_without_its_address(
     assert caplog.messages[1:] == ["notify.command: nobody was told 'failed': exit code 3"]
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize(
     ("address", "why"),
     [

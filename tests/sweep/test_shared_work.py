@@ -93,6 +93,7 @@ def factors(base: SharedBase, spec: TrainSpec) -> dict[str, Any]:
     return resume.factors(SharedBaseContext(base), spec, base.loss, None)
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("rank", [8, 4])
 def test_every_trial_starts_with_the_factors_that_it_would_make(
     base: SharedBase, tmp_path: Path, rank: int, monkeypatch: pytest.MonkeyPatch

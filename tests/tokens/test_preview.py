@@ -112,6 +112,7 @@ def large(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(previews, "READ_ALL", 0)
 
 
+@pytest.mark.lengthy
 @pytest.mark.usefixtures("large")
 @pytest.mark.parametrize(("limit", "scanned"), [(200, 2**20), (200, 0), (10_000, 0)])
 def test_a_large_corpus_is_estimated_from_a_part(

@@ -190,6 +190,7 @@ NAMES = st.sampled_from(
 )
 
 
+@pytest.mark.lengthy
 @settings(max_examples=150)
 @given(st.data(), st.lists(NAMES, min_size=1, max_size=3, unique=True), st.booleans())
 def test_damage_never_gives_wrong_data(small: Small, data: st.DataObject, names: list[str], killed: bool) -> None:
@@ -227,6 +228,7 @@ def test_a_damaged_scan_is_made_again(small: Small, data: st.DataObject) -> None
     assert path.read_bytes() == good
 
 
+@pytest.mark.lengthy
 @given(st.dictionaries(st.text(), st.integers() | st.text() | st.none()), st.data())
 def test_a_seal_fits_what_was_written_only(tree: dict[str, Any], data: st.DataObject) -> None:
     tree.pop("seal", None)

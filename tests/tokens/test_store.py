@@ -109,6 +109,7 @@ def test_a_remote_store_is_read_through_a_local_copy(corpus: Config, tiny_spec: 
     assert all((again[index].input_ids == local[index].input_ids).all() for index in range(len(local)))
 
 
+@pytest.mark.lengthy
 def test_a_store_in_a_bucket_is_made_and_read_as_one_on_a_disk(
     corpus: Config, tiny_spec: TokenizerSpec, tmp_path: Path, temporary: Path, bucket: str
 ) -> None:

@@ -29,11 +29,13 @@ def check(config: Config) -> None:
     start.check_artifacts(config, start.resolve_uri(config))
 
 
+@pytest.mark.lengthy
 def test_a_good_store_passes_and_nothing_is_left(s3_server: S3Server, bucket: str, config: Config) -> None:
     check(config)
     assert s3_server.keys(bucket) == []
 
 
+@pytest.mark.lengthy
 def test_a_runs_files_and_model_lie_in_the_bucket(
     s3_server: S3Server, bucket: str, config: Config, merged: Path, tmp_path: Path
 ) -> None:

@@ -33,6 +33,7 @@ def status(tracker: Tracker) -> str:
     return str(tracker.client().get_run(tracker.run_id).info.status)
 
 
+@pytest.mark.lengthy
 def test_the_next_attempt_resumes_the_run(config: Config) -> None:
     ids = Ids()
     with mlflow_run(config, {"a": "b"}, ids, {"x": 1}, parent="above") as first:

@@ -51,6 +51,7 @@ class Other(Clocked):
         self.client.set_registered_model_tag("m", self.tag, "process 7 on other, since yesterday")
 
 
+@pytest.mark.lengthy
 def test_one_at_a_time_and_nothing_is_left(client: Any) -> None:
     inside, most, done = 0, 0, 0
 

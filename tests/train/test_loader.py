@@ -24,6 +24,7 @@ def reader(found: Any, train: Train, worker: int = 0, workers: int = 1, waiting:
     return StepLoader(found, train, SEED, "segments", worker, workers, waiting)
 
 
+@pytest.mark.lengthy
 @given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 5))
 def test_micro_batches_follow_from_the_step_and_shares_are_even_to_one(batch: int, workers: int, micro: int) -> None:
     train = Train(global_batch=batch, micro_batch=micro)
@@ -47,6 +48,7 @@ def test_a_worker_without_micro_batches_has_one_of_the_step_to_run_for_the_other
     assert torch.equal(idle.padding.labels, busy.micro[0].labels)
 
 
+@pytest.mark.lengthy
 @settings(max_examples=60)
 @given(
     sizes_of,

@@ -188,6 +188,7 @@ def test_another_seed_gives_another_adapter() -> None:
     assert len(digests) == 2
 
 
+@pytest.mark.lengthy
 def test_training_lowers_the_loss() -> None:
     trainer = tiny.trainer(tiny.config(train__schedule="constant", train__global_batch=8))
     store = tiny.store()
@@ -196,6 +197,7 @@ def test_training_lowers_the_loss() -> None:
     assert [result.step for result in results] == list(range(1, 13))
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("stop", range(STEPS))
 def test_a_run_restored_at_any_step_ends_with_the_same_bytes(tmp_path: Path, stop: int) -> None:
     settings, store = dropout_settings(), tiny.store()

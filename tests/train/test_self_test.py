@@ -116,6 +116,7 @@ def test_the_self_test_of_a_window_goes_just_beyond_it() -> None:
         assert len(second) == length
 
 
+@pytest.mark.lengthy
 def test_logits_of_the_self_test_are_there_once() -> None:
     vocabulary, length, window = 2**16, 256, 200
     made = of_kind("mistral", SMALL | {"sliding_window": window, "vocab_size": vocabulary})
