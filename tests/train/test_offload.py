@@ -32,7 +32,7 @@ def made(folder: Path, offload: bool, device: torch.device, by_rows: bool = True
     settings = config(folder, "fsdp", cluster__fsdp_offload=offload)
     if by_rows:
         loss = parallel.load_base(str(folder), settings, device)
-        assert loss.files is not None
+        assert loss.read_rows is not None
     else:
         loss = SupervisedLoss(zoo.make(ALL["llama"]))
     adapter = settings.adapter
