@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import random
+import re
 import socket
 import time
 import uuid
@@ -342,8 +343,7 @@ class Aliases:
         client, name, number, there = self.client, self.name, champion.number, self._now()
         yield partial(client.set_registered_model_tag, name, LAST, number)
         try:
-            move: dict[str, Any] = json.loads(champion.tags[MOVE])
-            previous, verdicts = move["previous"], {str(key): str(text) for key, text in move["verdicts"].items()}
+            previous, verdicts = _announced(champion.tags[MOVE])
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             logger.warning(f"registry: {name} version {number}: its tag {MOVE} cannot be read; it is removed")
             previous, verdicts = there.get(PREVIOUS), {}
@@ -386,3 +386,14 @@ class Aliases:
         if not versions and self._model() is None:
             return f"no model {self.name!r} is registered in the tracking server"
         return f"it has {', '.join(versions) or 'none'}"
+
+
+def _announced(text: str) -> tuple[str | None, dict[str, str]]:
+    """The next `previous` and the verdicts per version of a move; raises an error of Python's for any other text."""
+    move: dict[str, Any] = json.loads(text)
+    previous, verdicts = move["previous"], {str(key): str(said) for key, said in move["verdicts"].items()}
+    for number in verdicts if previous is None else (previous, *verdicts):
+        if not re.fullmatch("[0-9]{1,9}", number):
+            raise ValueError(f"{number!r} is no version")
+        verdicts.get(number, "").encode()  # half a character is valid in JSON and in no database
+    return previous, verdicts

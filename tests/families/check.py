@@ -62,7 +62,7 @@ class State:
     context: SharedBaseContext = field(init=False)
     worker: Worker = field(init=False)
     trained: Tensor = field(init=False)
-    """Losses after training."""
+    """Losses with the adapter that is exported: the best one."""
     step: int = 0
 
     @property
@@ -181,8 +181,10 @@ def _train(state: State) -> None:
         result = state.worker.run()
     if result.problem is not None:
         raise UserError(result.problem)
+    state.row.learnt = oracle.difference(_of_trainer(state), before)
+    if (best := state.worker.evaluator.best) is not None:  # it is what is exported
+        state.worker.trainer.flat.vector.copy_(best)
     state.trained = _of_trainer(state)
-    state.row.learnt = oracle.difference(state.trained, before)
     state.row.judge_training()
 
 
