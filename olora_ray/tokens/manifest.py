@@ -226,14 +226,17 @@ REMEDIES = {
 
 
 def rejection_remedy(reasons: Mapping[str, int], rows: int, where: str) -> str:
-    """What mends most of the rejected rows; where some of the `rows` can be used, also how to allow as many.
+    """What mends most of the rejected rows; where most of the `rows` can be used, also how to allow as many.
 
     `where` names the setting of their sources.
     """
     most = max(reasons, key=lambda reason: reasons[reason])
     first = REMEDIES.get(most, "mend or remove them").format(where=where.removeprefix("held out of "))
     share = sum(reasons.values()) / rows
-    return first if share == 1 else f"{first}, or allow as many with data.max_rejected={math.ceil(share * 1000) / 1000}"
+    # To allow most rows to be rejected would train on other data than was meant.
+    return (
+        first if share > 0.5 else f"{first}, or allow as many with data.max_rejected={math.ceil(share * 1000) / 1000}"
+    )
 
 
 # Totals over a store's shards: manifest, rejected rows, periodic progress.

@@ -234,7 +234,7 @@ def _together(units: Table, sources: Sequence[Pieces]) -> Pieces:
 # The plan: inputs of a store, its digest, and the pieces of its shards.
 
 
-VERSION = 1
+VERSION = 2
 """Changes whenever the same input would give other shards."""
 SHARD_ROWS = (4096, 32768)
 """Rows of a shard, at least and at most: it is shuffled and packed as a whole."""
