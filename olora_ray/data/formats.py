@@ -22,11 +22,15 @@ class Rejected(Exception):
 
     def __init__(self, reason: str, message: str) -> None:
         """`reason` is a short slug to count by; `message` is for the person who looks at the row: one line."""
-        # Names of columns and parts of the row are in it: line breaks and half surrogate pairs, too.
-        line = " ".join(message.encode("utf-8", "backslashreplace").decode().split())
         self.reason = reason
-        self.message = line if len(line) <= LONGEST_MESSAGE else line[:LONGEST_MESSAGE] + "..."
+        self.message = one_line(message)
         super().__init__(f"{reason}: {self.message}")
+
+
+def one_line(text: str, most: int = LONGEST_MESSAGE) -> str:
+    """Shorten what names columns or parts of a row: line breaks and half surrogate pairs may be in it."""
+    line = " ".join(text.encode("utf-8", "backslashreplace").decode().split())
+    return line if len(line) <= most else line[:most] + "..."
 
 
 @dataclass(frozen=True)

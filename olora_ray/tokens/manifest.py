@@ -9,12 +9,14 @@ import itertools
 import json
 import logging
 import math
+import re
 import tempfile
 import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -24,8 +26,9 @@ from olora_ray.common import storage
 from olora_ray.common.errors import UserError
 from olora_ray.common.storage import seal, unseal
 from olora_ray.config.schema import AnyConfig
-from olora_ray.data.formats import Chat, Example, Text
+from olora_ray.data.formats import Chat, Example, Text, one_line
 from olora_ray.data.tokenize import ExampleTokenizer, Tokens, form_line
+from olora_ray.data.tokenizer_spec import TokenizerSpec
 from olora_ray.tokens.plan import Plan, Split, sources_of
 
 logger = logging.getLogger(__name__)
@@ -377,12 +380,37 @@ def summary(manifest: Manifest) -> str:
 # What is odd about the rows of a split: counted shard by shard, and said once.
 
 
-def count(notes: "Counter[str]", example: Example, found: Sequence[Tokens], tokenize: ExampleTokenizer) -> None:
+REASONING = {"reasoning_content", "reasoning", "thinking"}
+"""Keys of messages that are the same to templates."""
+UNREAD = {"column": "columns", "key": "keys of messages"}
+
+
+@lru_cache(maxsize=8)
+def _read_keys(template: str) -> frozenset[str]:
+    """The keys of messages that are read: by the formats, and all that a template names."""
+    named = {"role", "content", "tool_calls", "weight", *re.findall(r"\w+", template)}
+    return frozenset(named | REASONING if named & REASONING else named)
+
+
+def count_unread(notes: "Counter[str]", kind: str, names: Iterable[object]) -> None:
+    """Add one to each of the names that nothing reads, of a bounded number of them."""
+    for name in names:
+        note = f"{kind} {one_line(str(name), 60)}"
+        if note in notes or len(notes) < 100:
+            notes[note] += 1
+
+
+def count(
+    notes: "Counter[str]", example: Example, found: Sequence[Tokens], tokenize: ExampleTokenizer, spec: TokenizerSpec
+) -> None:
     """Add an example and its tokens to the notes of its shard."""
     if isinstance(example, Text):
         return
     if isinstance(example, Chat):
         notes["chats"] += 1
+        read = _read_keys(spec.template(example.tools is not None))
+        for message in example.messages:
+            count_unread(notes, "key", message.keys() - read)
         if len(found) > 1:
             notes["split"] += 1
             notes["split_tokens"] += sum(len(each.ids) for each in found)
@@ -409,6 +437,11 @@ def lines(notes: Mapping[str, int]) -> list[str]:
             f"rows whose answer does not end with an end token: {unended:,} (the chat template writes none), so the"
             " model does not learn where to stop"
         )
+    for kind, what in UNREAD.items():
+        unread = {note.partition(" ")[2]: rows for note, rows in notes.items() if note.startswith(f"{kind} ")}
+        if names := sorted(unread, key=lambda name: -unread[name]):
+            shown = ", ".join(f"{name} ({unread[name]:,})" for name in names[:12]) + ", ..." * (len(names) > 12)
+            found.append(f"{what} that nothing reads: {shown}")
     return found
 
 

@@ -150,7 +150,7 @@ def file_bytes(table: pa.Table) -> bytes:
 
 
 def _add(shard: Shard, rules: Rules, planned: PlannedFile, piece: Piece, tokenize: ExampleTokenizer) -> None:
-    for group in _begun(rules, planned, piece, tokenize):
+    for group in _begun(shard, rules, planned, piece, tokenize):
         tokenize.ahead([one for _, one in group if isinstance(one, Begun)])
         for place, one in group:
             shard.rows += 1
@@ -170,23 +170,25 @@ def _add(shard: Shard, rules: Rules, planned: PlannedFile, piece: Piece, tokeniz
                     }
                 )
                 continue
-            manifest.count(shard.notes, one.example, found, tokenize)
+            manifest.count(shard.notes, one.example, found, tokenize, rules.spec)
             shard.examples.extend(found)
             shard.origins.extend([(piece.file << PLACE_BITS) + place] * len(found))
 
 
 def _begun(
-    rules: Rules, planned: PlannedFile, piece: Piece, tokenize: ExampleTokenizer
+    shard: Shard, rules: Rules, planned: PlannedFile, piece: Piece, tokenize: ExampleTokenizer
 ) -> Iterator[list[tuple[int, Begun | Rejected]]]:
     """The places and examples of a piece, in groups whose texts are tokenised together."""
     source = rules.sources[planned.source]
-    chat = as_chat(source, rules.spec)
+    chat, wanted = as_chat(source, rules.spec), set(columns_of(source.format, source.fields))
     group: list[tuple[int, Begun | Rejected]] = []
     size = 0
     for place, row in _rows(rules, planned, piece):
         try:
             if isinstance(row, Rejected):
                 raise row
+            if isinstance(row, Mapping):
+                manifest.count_unread(shard.notes, "column", row.keys() - wanted)
             one = tokenize.begin(to_example(source.format, row, source.fields, chat))
             size += one.size
             group.append((place, one))
